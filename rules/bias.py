@@ -1,0 +1,63 @@
+"""Training of biases alone, per adapter. BitFit; PEFT's bias="all"."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from torch import Tensor, nn
+
+from rules.train import merged_all, own_tensors, replace_all
+from surgery import LiveSite, Rule, Site, Targets, rule
+
+EVERYWHERE = "re:.*"
+
+
+@rule("bias")
+class BiasRule(Rule):
+    """Train the biases of modules, in copies that belong to the adapter; without targets, all biases.
+
+    >>> from torch import nn
+    >>> from surgery import apply_rules
+    >>> from rules import BiasRule
+    >>> model = apply_rules(nn.Sequential(nn.Linear(4, 4), nn.LayerNorm(4)), [BiasRule()])
+    >>> [name for name, p in model.named_parameters() if p.requires_grad]
+    ['0.adapters.default.bias', '1.adapters.default.bias']
+
+    A bias is a parameter called `bias`, `bias_…` or `…_bias`. dtypes and shapes are the base's. Source: BitFit
+    (Ben Zaken et al. 2022, arXiv:2106.10199); PEFT's LoraConfig.bias = "all".
+    """
+
+    targets: Targets = EVERYWHERE
+    identity = True
+
+    def expand(self, module: nn.Module, path: str) -> Iterable[tuple[str, nn.Module]]:
+        chosen = self.targets != (EVERYWHERE,) or biases(module)
+        return [(path, module)] if chosen else []
+
+    def check(self, module: nn.Module, path: str) -> str | None:
+        return None if biases(module) else "it has no bias"
+
+    def rewrite(self, site: Site) -> None:
+        replace_all(site, biases(site.module))
+
+    def merged(self, site: LiveSite) -> dict[str, Tensor]:
+        return merged_all(site)
+
+
+class BiasesOf(BiasRule):
+    """A BiasRule that passes over targets without a bias: LoRA's `bias="lora_only"`."""
+
+    label = "BiasRule"
+
+    def expand(self, module: nn.Module, path: str) -> Iterable[tuple[str, nn.Module]]:
+        return [(path, module)] if biases(module) else []
+
+
+def biases(module: nn.Module) -> list[str]:
+    parameters = dict(module.named_parameters())
+    names = [name for name, _ in own_tensors(module) if name in parameters]
+    return [name for name in names if _is_bias(name.rpartition(".")[2])]
+
+
+def _is_bias(name: str) -> bool:
+    return name == "bias" or name.startswith("bias_") or name.endswith("_bias")

@@ -1,0 +1,209 @@
+"""LoRA: a trained low-rank change of a linear map, whatever module holds the map."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, Literal
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from rules import _init
+from rules._layouts import Layout, Part, column_norm, layout_of
+from rules.bias import BiasesOf, BiasRule
+from surgery import LiveSite, LowRank, Rule, Site, rule
+
+
+@rule("lora")
+class LoraRule(Rule):
+    """y = W x + (alpha / rank) · B A x, with A and B trained and W kept.
+
+    >>> from torch import nn
+    >>> from surgery import apply_rules
+    >>> from rules import LoraRule
+    >>> model = nn.ModuleDict({"query": nn.Linear(32, 32), "value": nn.Linear(32, 32)})
+    >>> _ = apply_rules(model, [LoraRule(targets=["query", "value"], rank=8, alpha=16)])
+    >>> tuple(model["query"].adapters.default.A.shape), tuple(model["query"].adapters.default.B.shape)
+    ((8, 32), (32, 8))
+
+    Goes on Linear, Embedding, Conv1d/2d/3d, transformers' Conv1D and MultiheadAttention (its q, k, v and output
+    maps), on their subclasses, and on quantised Linears. The shapes of A and B are PEFT's: (rank, in) and
+    (out, rank); a convolution's are (rank, in/groups, *kernel) and (out, rank/groups, 1, …). They are on the
+    module's device, in `dtype`, else the module's, else float32 where that is half precision or packed.
+
+    Fields, with PEFT's names: `rank` (r), `alpha` (lora_alpha); `dropout` (lora_dropout, on the branch's input;
+    an Embedding's indices take none); `bias` "none", "all" (every bias of the model is trained) or "lora_only"
+    (the targets'); `lora_bias` (a bias on B); `rslora` (use_rslora: alpha / sqrt(rank)); `dora` (use_dora);
+    `init` (init_lora_weights): "kaiming" (True), "gaussian", "orthogonal", "pissa", "pissa_niter_N", "olora", or
+    "random" (False: B is not zero); `rank_pattern`, `alpha_pattern`: path suffix or regular expression → value.
+    Defaults are PEFT's. PiSSA and OLoRA change the base's weight at the start; `remove` gives its bits back.
+
+    Raises `RuleError` for a value out of range; a module that can't take the rule is a problem of the plan.
+    Sources: Hu et al. 2021, arXiv:2106.09685; rsLoRA arXiv:2312.03732; DoRA arXiv:2402.09353; PEFT's LoraConfig.
+    """
+
+    rank: int = 8
+    alpha: float = 8
+    dropout: float = 0.0
+    bias: Literal["none", "all", "lora_only"] = "none"
+    lora_bias: bool = False
+    rslora: bool = False
+    dora: bool = False
+    init: str = "kaiming"
+    rank_pattern: Mapping[str, int] | None = None
+    alpha_pattern: Mapping[str, float] | None = None
+    dtype: Any = None
+
+    def validate(self) -> None:
+        ranks, alphas = dict(self.rank_pattern or {}), dict(self.alpha_pattern or {})
+        if not all(type(value) is int and value >= 1 for value in (self.rank, *ranks.values())):
+            raise self.bad("rank_pattern" if ranks else "rank", "a whole number from 1")
+        if not all(type(value) in (int, float) and 0 < value < math.inf for value in (self.alpha, *alphas.values())):
+            raise self.bad("alpha_pattern" if alphas else "alpha", "a number above 0")
+        if type(self.dropout) not in (int, float) or not 0 <= self.dropout < 1:
+            raise self.bad("dropout", "a probability from 0 to below 1")
+        if self.bias not in ("none", "all", "lora_only"):
+            raise self.bad("bias", "'none', 'all' or 'lora_only'")
+        if not _init.known(self.init):
+            raise self.bad("init", f"one of {', '.join(_init.NAMES)}")
+        if self.dtype not in (None, "float16", "bfloat16", "float32", "float64"):
+            raise self.bad("dtype", "a floating-point dtype")
+        for field in ("lora_bias", "rslora", "dora"):
+            if type(getattr(self, field)) is not bool:
+                raise self.bad(field, "true or false")
+        for field, patterns in (("rank_pattern", ranks), ("alpha_pattern", alphas)):
+            if not all(_compiles(pattern) for pattern in patterns):
+                raise self.bad(field, "made of path suffixes or regular expressions")
+
+    @property
+    def identity(self) -> bool:  # type: ignore[override]
+        return self.init in ("kaiming", "gaussian")
+
+    @property
+    def additive(self) -> bool:
+        return not self.dora
+
+    def rank_at(self, path: str) -> int:
+        return int(_first(self.rank_pattern, path, self.rank))
+
+    def scale_at(self, path: str) -> float:
+        rank = self.rank_at(path)
+        return _first(self.alpha_pattern, path, self.alpha) / (math.sqrt(rank) if self.rslora else rank)
+
+    def check(self, module: nn.Module, path: str) -> str | None:
+        layout = layout_of(module, self.rank_at(path))
+        if isinstance(layout, str):
+            return layout
+        if self.dropout and layout.weight_space:
+            return f"dropout={self.dropout} has no input to act on: {layout.why}; give it a rule with dropout=0"
+        if self.lora_bias and (layout.weight_space or layout.kind == "embedding"):
+            return "lora_bias needs a map with an output bias of its own"
+        if self.dora and layout.packed:
+            return "DoRA needs the weight's norm, and the weight is packed"
+        return _init.why_not(self.init, layout)
+
+    def review(self, paths: Sequence[str]) -> Iterable[str]:
+        for field in ("rank_pattern", "alpha_pattern"):
+            for key in getattr(self, field) or {}:
+                if not any(_fits(key, path) for path in paths):
+                    yield f"{field} has {key!r}, which fits none of its {len(paths)} sites"
+
+    def companions(self) -> Iterable[Rule]:
+        if self.bias == "all":
+            yield BiasRule()
+        elif self.bias == "lora_only":
+            yield BiasesOf(self.targets, exclude=self.exclude, layers=self.layers)
+
+    def rewrite(self, site: Site) -> Tensor | None:
+        layout, scale = self._layout(site), self.scale_at(site.path)
+        for part in layout.parts:
+            A = site.param(part.prefix + "A", part.A, _init.fill(self.init, "A", layout), dtype=self.dtype)
+            B = site.param(part.prefix + "B", part.B, _init.fill(self.init, "B", layout), dtype=self.dtype)
+            gain = None
+            if self.dora:
+                magnitude = site.param(part.prefix + "magnitude", part.magnitude, dtype=self.dtype)
+                gain = _gain(part, magnitude, site.tensor(part.weight).to(A.dtype) + part.delta(A, B) * scale)
+            if not layout.weight_space:
+                return site.output + self._branch(site, layout, A, B, gain, scale)
+            weight = site.tensor(part.weight)
+            changed = weight.to(A.dtype) + part.delta(A, B) * scale
+            changed = changed if gain is None else changed * gain
+            site.replace(weight, changed.to(weight.dtype))
+        return None
+
+    def _branch(self, site: Site, layout: Layout, A: Tensor, B: Tensor, gain: Tensor | None, scale: float) -> Tensor:
+        bias = site.param("B_bias", (layout.parts[0].out,), dtype=self.dtype) if self.lora_bias else None
+        x = layout.cast(site.input, A)
+        dropping = self.dropout > 0 and layout.kind != "embedding"
+        if dropping:
+            x = F.dropout(x, self.dropout, site.training)  # type: ignore[arg-type]  # the flag as it is at each call
+        branch = layout.up(layout.down(site, x, A), B, bias) * scale
+        if gain is None:
+            return branch
+        gain = layout.on_output(gain)
+        base = layout.base(site, x) if dropping else layout.without_bias(site)
+        return (gain - 1) * base + gain * branch
+
+    def initialise(self, site: LiveSite) -> Mapping[str, LowRank] | None:
+        scale, changes = self.scale_at(site.path), {}
+        for part in self._layout(site).parts:
+            A, B = site.params[part.prefix + "A"], site.params[part.prefix + "B"]
+            weight = site.tensor(part.weight)
+            if _init.fill_jointly(self.init, part, weight, A, B, scale):
+                changes[part.weight] = change = part.low_rank(A, B, -scale)
+                weight = weight + change.delta(part.shape).to(weight.device)
+            if self.dora:
+                norm = column_norm(part, weight.to(A.dtype) + part.delta(A, B) * scale)
+                site.params[part.prefix + "magnitude"].copy_(norm)
+        return changes
+
+    def merged(self, site: LiveSite) -> dict[str, LowRank | Tensor]:
+        scale, changes = self.scale_at(site.path), {}
+        for part in self._layout(site).parts:
+            A, B = (site.params[part.prefix + name].detach() for name in "AB")
+            changes[part.weight] = part.low_rank(A, B, scale)
+            if self.dora:
+                magnitude = site.params[part.prefix + "magnitude"].detach()
+                changes[part.weight] = self._rescaled(site, part, A, B, magnitude, scale)
+        if self.lora_bias:
+            bias = site.bias
+            changes["bias"] = (bias + site.params["B_bias"].detach() * scale).to(bias.dtype)
+        return changes
+
+    def _rescaled(
+        self, site: LiveSite, part: Part, A: Tensor, B: Tensor, magnitude: Tensor, scale: float
+    ) -> LowRank | Tensor:
+        base = site.base(part.weight).detach().to(A.dtype)
+        changed = base + part.delta(A, B) * scale
+        gain = _gain(part, magnitude, changed)
+        if site.folded(part.weight):  # DoRA rescales the base alone, not what other adapters folded in before
+            weight = site.tensor(part.weight)
+            return (weight + (gain * changed - base)).to(weight.dtype)
+        return part.low_rank(A, B, scale, gain)
+
+    def _layout(self, site: Site | LiveSite) -> Layout:
+        layout = layout_of(site.module, self.rank_at(site.path))
+        assert isinstance(layout, Layout), layout
+        return layout
+
+
+def _gain(part: Part, magnitude: Tensor, weight: Tensor) -> Tensor:
+    """DoRA's magnitude over the norm of the changed weight, which the paper holds constant in the backward."""
+    return (magnitude / column_norm(part, weight).detach()).view(part.against_weight)
+
+
+def _first(patterns: Mapping[str, Any] | None, path: str, default: Any) -> Any:
+    return next((value for key, value in (patterns or {}).items() if _fits(key, path)), default)
+
+
+def _fits(key: str, path: str) -> bool:
+    return re.match(rf"(.*\.)?({key})$", path) is not None  # as PEFT reads rank_pattern
+
+
+def _compiles(pattern: Any) -> bool:
+    try:
+        return isinstance(pattern, str) and re.compile(pattern) is not None
+    except re.error:
+        return False

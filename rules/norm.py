@@ -1,0 +1,51 @@
+"""Training of normalisation layers alone, per adapter. PEFT's LN tuning."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from torch import Tensor, nn
+
+from rules.bias import EVERYWHERE
+from rules.train import merged_all, own_tensors, replace_all
+from surgery import LiveSite, Rule, Site, Targets, rule
+
+
+@rule("norm")
+class NormRule(Rule):
+    """Train normalisation layers, in copies that belong to the adapter; without targets, all of them.
+
+    >>> from torch import nn
+    >>> from surgery import apply_rules
+    >>> from rules import NormRule
+    >>> model = apply_rules(nn.Sequential(nn.Linear(4, 4), nn.LayerNorm(4)), [NormRule()])
+    >>> [name for name, p in model.named_parameters() if p.requires_grad]
+    ['1.adapters.default.weight', '1.adapters.default.bias']
+
+    A normalisation layer is one whose class has `Norm` in its name and that owns parameters. A BatchNorm's running
+    statistics are the adapter's own, so training leaves the base's alone. dtypes and shapes are the base's.
+    Source: Zhao et al. 2023, arXiv:2312.11420; PEFT's LNTuningConfig.
+    """
+
+    targets: Targets = EVERYWHERE
+    identity = True
+    exclusive = True
+
+    def expand(self, module: nn.Module, path: str) -> Iterable[tuple[str, nn.Module]]:
+        chosen = self.targets != (EVERYWHERE,) or is_norm(module)
+        return [(path, module)] if chosen else []
+
+    def check(self, module: nn.Module, path: str) -> str | None:
+        return None if is_norm(module) else "it is no normalisation layer with parameters"
+
+    def rewrite(self, site: Site) -> None:
+        replace_all(site)
+
+    def merged(self, site: LiveSite) -> dict[str, Tensor]:
+        return merged_all(site)
+
+
+def is_norm(module: nn.Module) -> bool:
+    named = any("Norm" in cls.__name__ for cls in type(module).__mro__)
+    inner = [name for name, _ in module.named_children() if name != "adapters"]
+    return named and not inner and bool(dict(own_tensors(module)))

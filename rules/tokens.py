@@ -1,0 +1,59 @@
+"""Training of single rows of an embedding. PEFT's trainable tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from surgery import LiveSite, Rows, Rule, Site, Value, rule
+
+
+@rule("tokens")
+class TokensRule(Rule):
+    """Train the embeddings of some tokens; all other rows stay the base's.
+
+    >>> from torch import nn
+    >>> from surgery import apply_rules
+    >>> from rules import TokensRule
+    >>> model = apply_rules(nn.Sequential(nn.Embedding(100, 8)), [TokensRule("0", tokens=[7, 42])])
+    >>> model[0].adapters.default.rows.shape
+    torch.Size([2, 8])
+
+    `tokens`: distinct row numbers. Goes on Embedding and, for a head, on Linear. `rows` is (tokens, dim) in the
+    base's dtype and starts as the base's rows. Source: PEFT's trainable_token_indices, TrainableTokensConfig.
+    """
+
+    tokens: Sequence[int] = ()
+
+    identity = True
+
+    def validate(self) -> None:
+        ids = self.tokens
+        if not ids or not all(type(token) is int and token >= 0 for token in ids) or len(set(ids)) != len(ids):
+            raise self.bad("tokens", "a list of distinct row numbers")
+
+    def check(self, module: nn.Module, path: str) -> str | None:
+        if not isinstance(module, (nn.Embedding, nn.Linear)):
+            return "it is neither an Embedding nor a Linear"
+        last = max(self.tokens)
+        return f"it has {len(module.weight)} rows, none of number {last}" if last >= len(module.weight) else None
+
+    def rewrite(self, site: Site) -> Value | None:
+        ids = torch.tensor(sorted(self.tokens))
+        rows = site.param("rows", site.module.weight.detach()[ids.to(site.module.weight.device)])
+        index = site.buffer("index", ids)
+        plain = site.base_class.forward is nn.Embedding.forward and site.module.max_norm is None
+        if not plain:
+            site.replace(site.weight, site.weight.index_copy(0, index, rows.to(site.weight.dtype)))
+            return None
+        # Looking up a few rows is cheaper than copying the matrix: where a token is one of ours, take our row.
+        at = torch.searchsorted(index, site.input).clamp(max=len(self.tokens) - 1)
+        ours = (index[at] == site.input).unsqueeze(-1)
+        return torch.where(ours, F.embedding(at, rows).to(site.output.dtype), site.output)
+
+    def merged(self, site: LiveSite) -> dict[str, Rows]:
+        return {"weight": Rows(site.params["index"], site.params["rows"].detach())}
+

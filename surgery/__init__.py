@@ -1,0 +1,55 @@
+"""Declarative model surgery for PyTorch: rules match modules, rewrite their graphs, and are taken out to the bit."""
+
+from surgery.engine import apply_rules, explain, plan_rules, remove
+from surgery.errors import MatchError, MergeError, PlanError, RuleError, SiteError, SurgeryError, TraceError
+from surgery.exact import LowRank, Rows
+from surgery.merge import MergeReport, merge, unmerge
+from surgery.pattern import Pattern, Targets
+from surgery.plan import Plan
+from surgery.rule import Rule, rule, rules_from_json, rules_from_yaml, rules_to_json, rules_to_yaml
+from surgery.show import Summary, draw, show, summary
+from surgery.site import LiveSite, Site
+from surgery.state import adapter_state_dict, base_state_dict, rules_of
+from surgery.tape import Value
+from surgery.trace import trace_site
+from surgery.view import call_own
+
+__all__ = [
+    "LiveSite",
+    "LowRank",
+    "MatchError",
+    "MergeError",
+    "MergeReport",
+    "Pattern",
+    "Plan",
+    "PlanError",
+    "Rows",
+    "Rule",
+    "RuleError",
+    "Site",
+    "SiteError",
+    "Summary",
+    "SurgeryError",
+    "Targets",
+    "TraceError",
+    "Value",
+    "adapter_state_dict",
+    "apply_rules",
+    "base_state_dict",
+    "call_own",
+    "draw",
+    "explain",
+    "merge",
+    "plan_rules",
+    "remove",
+    "rule",
+    "rules_from_json",
+    "rules_from_yaml",
+    "rules_of",
+    "rules_to_json",
+    "rules_to_yaml",
+    "show",
+    "summary",
+    "trace_site",
+    "unmerge",
+]

@@ -1,0 +1,303 @@
+"""The engine's verbs: plan, apply, explain, remove. Each reads as the flow match → plan → trace → rewrite → install."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from surgery import hf
+from surgery.errors import SiteError, SurgeryError
+from surgery.example import call, equal
+from surgery.exact import unfold
+from surgery.folding import check_foldable, fold_into, verify_records
+from surgery.install import generated_class, reason_against, swap
+from surgery.journal import Journal
+from surgery.match import Tree, verdict_of
+from surgery.pattern import Verdict
+from surgery.plan import Plan, Step, make_plan, recorded
+from surgery.rule import Rule
+from surgery.site import LiveSite, ParamSpec
+from surgery.state import (
+    _MODEL,
+    _SITE,
+    Applied,
+    ModelState,
+    SiteState,
+    adapter_names,
+    attach,
+    detach,
+    is_adapter_key,
+    model_state,
+    require_state,
+    site_state,
+    sites,
+    tensors_of,
+)
+from surgery.tape import Tape
+from surgery.trace import own_forward
+from surgery.weave import Layer
+
+__all__ = ["apply_rules", "explain", "plan_rules", "remove"]
+
+M = TypeVar("M", bound=nn.Module)
+
+
+def apply_rules(
+    model: M, rules: Sequence[Rule] | Rule, *, adapter: str = "default", example_inputs: Any = None
+) -> M:
+    """Rewrite a model in place by rules; the same object comes back, adapted.
+
+    >>> import torch
+    >>> from torch import nn
+    >>> from surgery import apply_rules, remove
+    >>> from rules import LoraRule
+    >>> model = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 2))
+    >>> x = torch.randn(4, 8)
+    >>> before = model(x)
+    >>> apply_rules(model, [LoraRule("0", rank=2)]) is model
+    True
+    >>> torch.equal(model(x), before), isinstance(model[0], nn.Linear)
+    (True, True)
+    >>> [name for name, p in model.named_parameters() if p.requires_grad]
+    ['0.adapters.default.A', '0.adapters.default.B']
+    >>> _ = remove(model)
+
+    Applying stacks: adapters there before stay live. The base's parameters stop requiring gradients, as in PEFT;
+    `remove` gives their flags back. `example_inputs` (a tensor, a tuple of arguments or a dict of keyword arguments)
+    is run once before anything is touched: targets that it never reaches are reported, held graphs are compared with
+    the forwards they stand for, and rules that promise an unchanged output at the start are held to it.
+
+    All or nothing: raises `SurgeryError` (`PlanError` where several things are wrong) with the model as it was.
+    """
+    plan = make_plan(model, rules, adapter, example_inputs)
+    plan.raise_problems()
+    with Journal() as journal:
+        fresh: dict[int, Tape] = {}
+        for step in plan.steps:
+            fresh[id(_insert(step, plan, journal))] = step.tape
+        for module in {id(step.module): step.module for step in plan.steps}.values():
+            _install(module, journal, fresh)
+        _record(model, plan, rules, journal)
+        if plan.observation is not None:
+            _check_identity(plan, example_inputs)
+    return model
+
+
+def plan_rules(
+    model: nn.Module, rules: Sequence[Rule] | Rule, *, adapter: str = "default", example_inputs: Any = None
+) -> Plan:
+    """What `apply_rules` would do, and every reason why it would refuse; touches nothing.
+
+    >>> from torch import nn
+    >>> from surgery import plan_rules
+    >>> from rules import LoraRule
+    >>> print(plan_rules(nn.Sequential(nn.Linear(8, 8)), [LoraRule("0", rank=2)]))
+    adapter 'default': 1 edits, 32 trainable parameters
+    rule      site  type    tensors        trainable
+    LoraRule     0  Linear  A[2, 8] B[8, 2]         32
+    """
+    return make_plan(model, rules, adapter, example_inputs)
+
+
+def explain(model: nn.Module, rule: Rule, path: str) -> Verdict:
+    """Why a rule does or does not match the module at `path`, clause by clause; truth is the match.
+
+    >>> from torch import nn
+    >>> from surgery import explain
+    >>> from rules import LoraRule
+    >>> print(explain(nn.Sequential(nn.Linear(2, 2)), LoraRule("query"), "0"))
+    no   LoraRule at 0: fails at targets
+         no   targets: no target matches
+              no   name('query'): its path is 0
+
+    `MatchError` with near misses where the model has no such path.
+    """
+    return verdict_of(Tree.of(model), rule, path)
+
+
+def remove(model: M, adapter: str | None = None) -> M:
+    """Take an adapter (or all) away: the inverse of `apply_rules`, exact to the bit.
+
+    >>> from torch import nn
+    >>> from surgery import apply_rules, remove
+    >>> from rules import LoraRule
+    >>> model = nn.Sequential(nn.Linear(8, 8))
+    >>> weight, kind = model[0].weight, type(model[0])
+    >>> _ = remove(apply_rules(model, [LoraRule("0", rank=2)]))
+    >>> model[0].weight is weight, type(model[0]) is kind, weight.requires_grad
+    (True, True, True)
+
+    With the last adapter go all traces: classes, parameters, `requires_grad` flags, key order and hooks are those
+    from before the first. Raises `SurgeryError` for an unknown adapter, a merged model, or where a later adapter's
+    initialisation sits on top of a base weight that this one changed.
+    """
+    state = require_state(model)
+    names = adapter_names(state, adapter)
+    found = [(path, module, site) for path, module, site in sites(model) if any(a.adapter in names for a in site.applied)]
+    for path, module, site in found:
+        _check_removable(path, module, site, names)
+    with Journal() as journal:
+        for _, module, site in found:
+            _take_out(module, site, names, journal)
+        for name in names:
+            del state.adapters[name]
+        if not state.adapters:
+            _restore(model, state)
+        else:
+            hf.ignore_on_save(model, state)
+    return model
+
+
+# Applying -----------------------------------------------------------------------------------------------------
+
+
+def _insert(step: Step, plan: Plan, journal: Journal) -> Applied:
+    """Put a rule's tensors on its site and let it initialise them; the forward is still the old one."""
+    module = step.module
+    state = site_state(module)
+    if state is None:
+        state = module.__dict__[_SITE] = SiteState(step.path, type(module))
+        journal.undo(module.__dict__.pop, _SITE)
+    applied = Applied(plan.adapter, step.rule)
+    made = {spec.name: (_made(spec, module), spec.buffer) for spec in step.specs}
+    if made:
+        attach(module, plan.adapter, made, step.path)
+        journal.undo(detach, module, plan.adapter, list(made))
+    state.applied.append(applied)
+    journal.undo(state.applied.pop)
+    live = LiveSite(module, step.path, plan.adapter, tensors_of(module, plan.adapter), lambda name, _: _own(module, name))
+    with torch.no_grad():
+        changes = step.rule.initialise(live) or {}
+        for name, change in changes.items():
+            check_foldable(plan.model, module, name, change, step.path)
+            record = fold_into(module, name, change, keep="record", where=step.path)
+            journal.undo(unfold, _own(module, name), record)
+            applied.changed.append((name, record))
+    return applied
+
+
+def _made(spec: ParamSpec, module: nn.Module) -> Tensor:
+    device = next((tensor.device for tensor in (*module.parameters(), *module.buffers())), None)
+    tensor = torch.empty(spec.shape, dtype=spec.dtype, device=device)
+    with torch.no_grad():
+        spec.fill(tensor)
+    return tensor if spec.buffer else nn.Parameter(tensor, requires_grad=spec.trainable)
+
+
+def _own(module: nn.Module, name: str) -> Tensor:
+    owner = module.get_submodule(name.rpartition(".")[0])
+    return getattr(owner, name.rpartition(".")[2])
+
+
+def _install(module: nn.Module, journal: Journal | None, fresh: dict[int, Tape] | None = None) -> None:
+    """Give a site the class of the rules that are live on it; its own class where none is."""
+    state = site_state(module)
+    assert state is not None
+    before = type(module)
+    live = [applied for applied in state.applied if state.merged is None or applied.adapter not in state.merged.adapters]
+    cls = state.base
+    if live:
+        own = own_forward(module, state.base)
+        tapes = [_tape(module, state, applied, own, fresh or {}) for applied in live]
+        layers = [Layer(one.adapter, one.rule.label, tape) for one, tape in zip(live, tapes, strict=True)]
+        cls = generated_class(own, layers)
+    if cls is not before:
+        swap(module, cls)
+        if journal is not None:
+            journal.undo(swap, module, before)
+
+
+def _tape(module: nn.Module, state: SiteState, applied: Applied, own: Any, fresh: dict[int, Tape]) -> Tape:
+    found = fresh.get(id(applied))
+    return found if found is not None else recorded(applied.rule, module, state.path, applied.adapter, own)[0]
+
+
+def _record(model: nn.Module, plan: Plan, rules: Sequence[Rule] | Rule, journal: Journal) -> None:
+    """Freeze the base and write down, on the model, what has to be put back when the last adapter goes."""
+    state = model_state(model)
+    if state is None:
+        state = model.__dict__[_MODEL] = ModelState()
+        journal.undo(model.__dict__.pop, _MODEL)
+        wanting = [(name, p) for name, p in model.named_parameters() if p.requires_grad and not is_adapter_key(model, name)]
+        state.trainable = frozenset(name for name, _ in wanting)
+        for _, parameter in wanting:
+            parameter.requires_grad_(False)
+            journal.undo(parameter.requires_grad_, True)
+    state.adapters[plan.adapter] = (rules,) if isinstance(rules, Rule) else tuple(rules)
+    journal.undo(state.adapters.pop, plan.adapter)
+    for path, (name, value) in plan.switches.items():
+        reader = model.get_submodule(path)
+        if not any(path == old for old, _, _ in state.switched):
+            state.switched.append((path, name, getattr(reader, name)))
+            journal.undo(state.switched.pop)
+            journal.undo(setattr, reader, name, getattr(reader, name))
+            setattr(reader, name, value)
+    hf.prepare(model, state, journal)
+
+
+def _check_identity(plan: Plan, example_inputs: Any) -> None:
+    if not all(step.rule.identity for step in plan.steps):
+        return
+    assert plan.observation is not None
+    if not equal(call(plan.model, example_inputs), plan.observation.output):
+        names = ", ".join(dict.fromkeys(step.rule.label for step in plan.steps))
+        raise SurgeryError(
+            f"{names} changed the model's output at initialisation",
+            why="the rule says identity = True, and on the example call the output differs",
+            fix="correct the rule's initial values, or take identity = True from it",
+        )
+
+
+# Removing -----------------------------------------------------------------------------------------------------
+
+
+def _check_removable(path: str, module: nn.Module, site: SiteState, names: list[str]) -> None:
+    if site.merged is not None:
+        held = ", ".join(site.merged.adapters)
+        raise SiteError("the model is merged", where=path, why=f"its weights hold {held}", fix="unmerge(model) first")
+    refused = reason_against(module)
+    if refused is not None:
+        raise SiteError("the site can't be given its class back", where=path, why=refused[0], fix=refused[1])
+    staying: set[str] = set()
+    for applied in reversed(site.applied):
+        changed = {name for name, _ in applied.changed}
+        if applied.adapter in names and changed & staying:
+            above = [a for a in site.applied if a.adapter not in names and changed & {name for name, _ in a.changed}]
+            raise SiteError(
+                f"the adapter {applied.adapter!r} can't be removed yet",
+                where=path,
+                why=f"{above[-1].rule.label} [{above[-1].adapter}] changed the same {', '.join(changed & staying)} after it",
+                fix=f"remove {above[-1].adapter!r} first",
+            )
+        if applied.adapter not in names:
+            staying |= changed
+    gone = [applied for applied in site.applied if applied.adapter in names]
+    verify_records([(_own(module, name), record) for a in gone for name, record in a.changed], path)
+
+
+def _take_out(module: nn.Module, site: SiteState, names: list[str], journal: Journal) -> None:
+    gone = [applied for applied in site.applied if applied.adapter in names]
+    before = list(site.applied)
+    site.applied[:] = [applied for applied in site.applied if applied.adapter not in names]
+    journal.undo(site.applied.__setitem__, slice(None), before)
+    _install(module, journal)
+    # From here on nothing can fail: the records were verified, and the rest is taking things out of dicts.
+    for applied in reversed(gone):
+        for name, record in reversed(applied.changed):
+            unfold(_own(module, name), record, where=site.path)
+    for name in {applied.adapter for applied in gone}:
+        detach(module, name)
+    if not site.applied:
+        del module.__dict__[_SITE]
+
+
+def _restore(model: nn.Module, state: ModelState) -> None:
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name in state.trainable)
+    for path, name, value in state.switched:
+        setattr(model.get_submodule(path), name, value)
+    hf.restore(model, state)
+    del model.__dict__[_MODEL]

@@ -1,0 +1,88 @@
+"""One family of errors. Each says what happened, where, why, and what to do about it."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+__all__ = ["MatchError", "MergeError", "PlanError", "RuleError", "SiteError", "SurgeryError", "TraceError"]
+
+
+class SurgeryError(Exception):
+    """Anything the engine refuses to do; the model is as it was before the call.
+
+    >>> try:
+    ...     raise SurgeryError("nothing matches 'qurey'", where="encoder", why="no module has that name", fix="use 'query'")
+    ... except SurgeryError as error:
+    ...     print(error)
+    nothing matches 'qurey'
+      where: encoder
+      why:   no module has that name
+      fix:   use 'query'
+    """
+
+    def __init__(self, what: str, *, where: str | None = None, why: str | None = None, fix: str | None = None):
+        super().__init__(what)
+        self.what, self.where, self.why, self.fix = what, where, why, fix
+
+    def __str__(self) -> str:
+        lines = [self.what]
+        lines += [f"  {label:<6} {text}" for label, text in self._details() if text]
+        return "\n".join(lines)
+
+    def _details(self) -> list[tuple[str, str | None]]:
+        return [("where:", self.where), ("why:", self.why), ("fix:", self.fix)]
+
+    def __reduce__(self):
+        # Keyword arguments do not survive BaseException's own pickling, which knows `args` alone.
+        return _rebuild, (type(self), dict(self.__dict__))
+
+
+class MatchError(SurgeryError):
+    """A target that names nothing, too much, or something ambiguous."""
+
+
+class RuleError(SurgeryError):
+    """A rule with an impossible field, an unknown name or version, or data that can't be read as a rule."""
+
+
+class TraceError(SurgeryError):
+    """A forward that can't be held as a graph, with the place in the user's code."""
+
+
+class SiteError(SurgeryError):
+    """A module that can't be rewritten, or a rewrite that asks for what the site does not have."""
+
+
+class MergeError(SurgeryError):
+    """A merge that can't be done, or a base weight that changed while it was merged."""
+
+
+class PlanError(SurgeryError):
+    """Everything that is wrong with a list of rules on a model, at once: `problems` holds one error each."""
+
+    def __init__(self, problems: Iterable[SurgeryError]):
+        self.problems = list(problems)
+        count = len(self.problems)
+        super().__init__(f"{count} problem{'s' if count != 1 else ''}, the model is untouched")
+
+    def __str__(self) -> str:
+        if len(self.problems) == 1:
+            return str(self.problems[0])
+        parts = [f"{i}. {problem}".replace("\n", "\n   ") for i, problem in enumerate(self.problems, 1)]
+        return "\n".join([self.what + ":", *parts])
+
+
+def _rebuild(cls: type[SurgeryError], state: dict) -> SurgeryError:
+    error = cls.__new__(cls, state["what"])
+    error.__dict__.update(state)
+    return error
+
+
+def near_misses(word: str, options: Iterable[str], limit: int = 3) -> str | None:
+    """`"did you mean 'query'?"`, or None where nothing is near."""
+    pool = list(dict.fromkeys(options))
+    found = difflib.get_close_matches(word, pool, n=limit, cutoff=0.6)
+    if not found:
+        found = [option for option in pool if word and (word in option or option in word)][:limit]
+    return f"did you mean {' or '.join(repr(option) for option in found)}?" if found else None

@@ -1,0 +1,141 @@
+"""One example call of the model: which modules it reaches, and whether held graphs give the same bits."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from surgery.errors import SurgeryError, TraceError
+from surgery.trace import Own
+from surgery.weave import woven
+
+__all__ = ["Observation", "call", "equal", "observe"]
+
+
+class Observation:
+    """What an example call showed: its output, and the first call of each watched module."""
+
+    def __init__(self) -> None:
+        self.output: Any = None
+        self.calls: dict[int, tuple[tuple, dict, Any]] = {}
+
+    def reached(self, module: nn.Module) -> bool:
+        return id(module) in self.calls
+
+
+def observe(model: nn.Module, example_inputs: Any, watched: Iterable[nn.Module]) -> Observation:
+    """Run the example once in evaluation mode without gradients, and note the calls of the watched modules.
+
+    The model's modes, hooks, buffers and the random state are afterwards as they were.
+    """
+    found = Observation()
+
+    def enter(module: nn.Module, args: tuple, kwargs: dict) -> None:
+        if id(module) not in found.calls:
+            found.calls[id(module)] = (copied(args), copied(kwargs), _RUNNING)
+
+    def leave(module: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
+        given = found.calls.get(id(module))
+        if given is not None and given[2] is _RUNNING:
+            found.calls[id(module)] = (given[0], given[1], copied(output))
+
+    handles = []
+    try:
+        for module in watched:
+            handles.append(module.register_forward_pre_hook(enter, with_kwargs=True))
+            handles.append(module.register_forward_hook(leave, with_kwargs=True))
+        found.output = call(model, example_inputs)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return found
+
+
+def call(model: nn.Module, example_inputs: Any) -> Any:
+    """The model's output on the example, in evaluation mode, without gradients, leaving no trace on the model."""
+    args, kwargs = arguments(example_inputs)
+    with torch.no_grad(), torch.random.fork_rng(), _evaluating(model):
+        try:
+            return copied(model(*copied(args), **copied(kwargs)))
+        except SurgeryError:
+            raise
+        except Exception as error:
+            raise SurgeryError(
+                "the example call fails",
+                why=f"{type(error).__name__}: {error}",
+                fix="pass example_inputs as a tensor, a tuple of arguments, or a dict of keyword arguments",
+            ) from error
+
+
+def arguments(example_inputs: Any) -> tuple[tuple, dict[str, Any]]:
+    """A tensor is one argument, a tuple or list the positional ones, a mapping the keywords."""
+    if isinstance(example_inputs, Mapping):
+        return (), dict(example_inputs)
+    if isinstance(example_inputs, (tuple, list)):
+        return tuple(example_inputs), {}
+    return (example_inputs,), {}
+
+
+def verify_graph(module: nn.Module, own: Own, given: tuple[tuple, dict, Any], path: str) -> None:
+    """Run the un-edited graph on the module's own call; `TraceError` unless it gives the original's bits."""
+    args, kwargs, expected = given
+    bound = own.signature.bind(*args, **kwargs)
+    bound.apply_defaults()
+    graph = fx.GraphModule(module, woven(own, [], training=False))
+    with torch.no_grad():
+        found = graph(*copied(tuple(bound.arguments.values())))
+    if not equal(found, expected):
+        raise TraceError(
+            f"the graph of {own.base.__name__}.forward gives another result than the forward itself",
+            where=path,
+            why="something in the forward is not seen by tracing",
+            fix="report the module; until then, target another one",
+        )
+
+
+@contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    modes = [(module, module.training) for module in model.modules()]
+    try:
+        for module, _ in modes:
+            module.training = False
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
+
+
+def copied(value: Any) -> Any:
+    """A copy that later in-place work can't reach: tensors cloned, containers rebuilt, other objects deep-copied."""
+    if isinstance(value, Tensor):
+        return value.detach().clone()
+    if type(value) in (tuple, list):
+        return type(value)(copied(item) for item in value)
+    if isinstance(value, dict) and type(value) is dict:
+        return {key: copied(item) for key, item in value.items()}
+    if isinstance(value, (str, int, float, type(None), nn.Module)):
+        return value
+    return copy.deepcopy(value)
+
+
+def equal(one: Any, other: Any) -> bool:
+    """The same structure with the same bits (NaN equals NaN)."""
+    if isinstance(one, Tensor) and isinstance(other, Tensor):
+        if one.shape != other.shape or one.dtype != other.dtype:
+            return False
+        return torch.equal(one, other) or bool(((one == other) | ((one != one) & (other != other))).all())
+    if isinstance(one, Mapping) and isinstance(other, Mapping):
+        return one.keys() == other.keys() and all(equal(one[key], other[key]) for key in one)
+    if isinstance(one, (tuple, list)) and isinstance(other, (tuple, list)):
+        return len(one) == len(other) and all(equal(a, b) for a, b in zip(one, other, strict=True))
+    if hasattr(one, "__dict__") and type(one) is type(other):
+        return equal(vars(one), vars(other))
+    return type(one) is type(other) and (one is other or bool(one == other))
+
+
+_RUNNING = object()

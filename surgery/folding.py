@@ -1,0 +1,146 @@
+"""Folding changes into a module's own parameters: what may be folded, and the chain of folds at one site."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from surgery.errors import MergeError
+from surgery.exact import Change, LowRank, Record, checksum, fold, unfold
+from surgery.site import held
+
+__all__ = ["Fold", "SiteFolding", "check_foldable", "fold_into", "owners", "verify_records"]
+
+Keep = Literal["record", "copy"]
+Fold = tuple[str, Record]
+
+
+def owners(model: nn.Module, parameter: Tensor) -> list[str]:
+    """The distinct modules that hold this parameter object, by name; aliases of one module count once."""
+    found: dict[tuple[int, str], str] = {}
+    for path, module in model.named_modules():
+        for name, tensor in module._parameters.items():
+            if tensor is parameter:
+                found.setdefault((id(module), name), f"{path}.{name}" if path else name)
+    return list(found.values())
+
+
+def check_foldable(
+    model: nn.Module, module: nn.Module, name: str, change: Change, where: str, untie: bool = False
+) -> None:
+    """`MergeError` where a parameter can't take a change: absent, packed, sharded, or shared with another module."""
+    parameter = held(module, name)
+    if parameter is None:
+        raise MergeError(f"{type(module).__name__} has no tensor {name!r} to fold into", where=where)
+    packed = type(parameter) not in (nn.Parameter, Tensor)
+    if packed or (isinstance(change, LowRank) and not parameter.is_floating_point()):
+        kind = type(parameter).__name__ if packed else parameter.dtype
+        raise MergeError(
+            f"nothing can be folded into the {name} of this {type(module).__name__}",
+            where=where,
+            why=f"it is a {kind}: packed, quantised or sharded",
+            fix="keep the adapter unmerged",
+        )
+    if not untie and isinstance(parameter, nn.Parameter) and len(shared := owners(model, parameter)) > 1:
+        raise MergeError(
+            f"folding into this {name} would change another module",
+            where=where,
+            why=f"one parameter serves {' and '.join(shared)}",
+            fix="merge(model, untie=True) gives the site a weight of its own while merged",
+        )
+
+
+def fold_into(module: nn.Module, name: str, change: Change, *, keep: Keep, where: str) -> Record:
+    tensor = held(module, name)
+    assert tensor is not None
+    if isinstance(change, Tensor) and change.shape != tensor.shape:
+        raise MergeError(f"a new {name} has the shape {tuple(change.shape)}, not {tuple(tensor.shape)}", where=where)
+    return fold(tensor, change, keep=keep, where=where)
+
+
+def verify_records(folds: list[tuple[Tensor, Record]], where: str) -> None:
+    """`MergeError` where a tensor no longer holds what its last fold left there; touches nothing."""
+    last: dict[int, tuple[Tensor, Record]] = {id(tensor): (tensor, record) for tensor, record in folds}
+    for tensor, record in last.values():
+        if checksum(tensor) != record.after:
+            raise MergeError(
+                "the base's weight changed since a rule folded into it",
+                where=where,
+                why="it was trained, loaded, or converted to another dtype in between",
+                fix="put the folded weight back, or unmerge(model, check=False) to take the change out as well as it can be",
+            )
+
+
+class SiteFolding:
+    """The folds of one site in their order. Low-rank changes of neighbouring rules are joined: one rounding for all."""
+
+    def __init__(self, module: nn.Module, where: str, keep: Keep, dry: bool = False):
+        self.module, self.where, self.keep = module, where, keep
+        self.done: list[Fold] = []
+        self._pending: dict[str, list[LowRank]] = {}
+        self._trial: dict[str, Tensor] | None = {} if dry else None  # copies stand in for the module's own tensors
+
+    def source(self, name: str, base: bool) -> Tensor:
+        """A tensor as the rule now folding finds it; or as it was before the first fold."""
+        if not base:
+            self._flush(name)
+        records = [record for done, record in self.done if done == name]
+        tensor = self._tensor(name)
+        if not base or not records:
+            return tensor
+        if records[0].kind == "copy":
+            assert records[0].kept is not None
+            return records[0].kept.to(tensor.device, copy=True)
+        original = tensor.detach().clone()
+        for record in reversed(records):
+            unfold(original, record, where=self.where)
+        return original
+
+    def add(self, name: str, change: Change) -> None:
+        if isinstance(change, LowRank) and change.groups == 1 and change.gain is None:
+            self._pending.setdefault(name, []).append(change)
+            return
+        self._flush(name)
+        self._fold(name, change)
+
+    def finish(self) -> list[Fold]:
+        for name in list(self._pending):
+            self._flush(name)
+        return self.done
+
+    def undo(self) -> None:
+        for name, record in reversed(self.done):
+            unfold(self._tensor(name), record, where=self.where)
+        self.done.clear()
+
+    def finite(self) -> str | None:
+        """The first tensor that is not finite after the folds, or None."""
+        self.finish()
+        return next((name for name, _ in self.done if not torch.isfinite(self._tensor(name)).all()), None)
+
+    def _tensor(self, name: str) -> Tensor:
+        if self._trial is not None:
+            if name not in self._trial:
+                self._trial[name] = _held(self.module, name).detach().clone()
+            return self._trial[name]
+        return _held(self.module, name)
+
+    def _flush(self, name: str) -> None:
+        pending = self._pending.pop(name, None)
+        if pending:
+            self._fold(name, LowRank.join(pending) if len(pending) > 1 else pending[0])
+
+    def _fold(self, name: str, change: Any) -> None:
+        tensor = self._tensor(name)
+        if isinstance(change, Tensor) and change.shape != tensor.shape:
+            raise MergeError(f"a merged {name} has the shape {tuple(change.shape)}, not {tuple(tensor.shape)}", where=self.where)
+        self.done.append((name, fold(tensor, change, keep=self.keep, where=self.where)))
+
+
+def _held(module: nn.Module, name: str) -> Tensor:
+    found = held(module, name)
+    if found is None:
+        raise MergeError(f"{type(module).__name__} has no tensor {name!r} to fold into")
+    return found

@@ -1,0 +1,104 @@
+"""What transformers' own code expects of a model that carries adapters. Works by attributes; imports nothing of it.
+
+- `save_pretrained` writes the base alone: `_keys_to_ignore_on_save` lists the adapters' tensors.
+- Reentrant gradient checkpointing needs an input that requires gradients, and a frozen embedding gives none: a hook
+  on the input embeddings asks for them while checkpointing is on (PEFT's enable_input_require_grads).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from surgery.journal import Journal
+from surgery.state import RESERVED, ModelState, is_adapters
+
+__all__ = ["ignore_on_save", "prepare", "restore"]
+
+_IGNORED = "_keys_to_ignore_on_save"
+
+
+def prepare(model: nn.Module, state: ModelState, journal: Journal) -> None:
+    """After adapters came: leave them out of `save_pretrained`, and keep reentrant checkpointing trainable."""
+    if not state.ignored_on_save:
+        state.ignored_on_save = [(path, module.__dict__.get(_IGNORED, _ABSENT)) for path, module in _savers(model)]
+        journal.undo(restore_ignored, model, state)
+    else:
+        journal.undo(ignore_on_save, model, state)
+    ignore_on_save(model, state)
+    for embedding in _embeddings(model):
+        if not any(isinstance(hook, InputsRequireGrad) for hook in embedding._forward_hooks.values()):
+            handle = embedding.register_forward_hook(InputsRequireGrad(model))
+            journal.undo(handle.remove)
+
+
+def ignore_on_save(model: nn.Module, state: ModelState) -> None:
+    """List the present adapters' tensors beside the keys that the model itself leaves out."""
+    for path, original in state.ignored_on_save:
+        saver = model.get_submodule(path)
+        kept = getattr(type(saver), _IGNORED, None) if original == _ABSENT else original
+        setattr(saver, _IGNORED, {*(kept or ()), *_adapter_keys(saver)})
+
+
+def restore(model: nn.Module, state: ModelState) -> None:
+    """After the last adapter went: attributes and hooks as they were."""
+    restore_ignored(model, state)
+    for module in model.modules():
+        for key, hook in list(module._forward_hooks.items()):
+            if isinstance(hook, InputsRequireGrad):
+                del module._forward_hooks[key]
+
+
+class InputsRequireGrad:
+    """A forward hook: embeddings of a model under gradient checkpointing start a graph, so adapters get gradients."""
+
+    def __init__(self, model: nn.Module):
+        self.model = model
+
+    def __call__(self, module: nn.Module, args: Any, output: Any) -> None:
+        if torch.compiler.is_compiling() or not (module.training and torch.is_grad_enabled()):
+            return
+        if isinstance(output, Tensor) and output.is_floating_point() and not output.requires_grad:
+            if any(part.__dict__.get("gradient_checkpointing") for part in self.model.modules()):
+                output.requires_grad_(True)
+
+
+def restore_ignored(model: nn.Module, state: ModelState) -> None:
+    for path, original in state.ignored_on_save:
+        saver = model.get_submodule(path)
+        if original == _ABSENT:
+            saver.__dict__.pop(_IGNORED, None)
+        else:
+            setattr(saver, _IGNORED, original)
+
+
+def _savers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    for path, module in model.named_modules():
+        if hasattr(type(module), _IGNORED) and hasattr(module, "save_pretrained"):
+            yield path, module
+
+
+def _embeddings(model: nn.Module) -> Iterator[nn.Module]:
+    seen: set[int] = set()
+    for _, module in _savers(model):
+        try:
+            found = module.get_input_embeddings()  # type: ignore[operator]
+        except (AttributeError, NotImplementedError):
+            continue
+        if isinstance(found, nn.Module) and id(found) not in seen:
+            seen.add(id(found))
+            yield found
+
+
+def _adapter_keys(module: nn.Module) -> Iterator[str]:
+    for path, inner in module.named_modules(remove_duplicate=False):
+        held = inner._modules.get(RESERVED)
+        if held is not None and is_adapters(held):
+            for name in held.state_dict():
+                yield ".".join(filter(None, (path, RESERVED, name)))
+
+
+_ABSENT = "(no attribute of its own)"

@@ -1,0 +1,260 @@
+"""A graph becomes a class, and the class is given to the module. The way back is the module's own class.
+
+The generated class is a subclass of the module's own, of the same name, whose `forward` is the source written from
+the woven graph. It is shared by all sites whose base and edits are equal, and rebuilt from its source when a module
+is unpickled.
+"""
+
+from __future__ import annotations
+
+import copyreg
+import importlib
+import inspect
+import itertools
+import linecache
+import types
+import weakref
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import fx, nn
+
+from surgery.errors import SiteError
+from surgery.pattern import qualified_name
+from surgery.state import site_state
+from surgery.trace import Own
+from surgery.weave import Layer, woven
+
+__all__ = ["generated_class", "reason_against", "swap"]
+
+
+@dataclass(frozen=True, eq=False)
+class Recipe:
+    """What a generated class is made of: its base, its source, and the names the source uses."""
+
+    base: type[nn.Module]
+    source: str
+    names: dict[str, Any] = field(repr=False)
+    label: str = ""
+
+    def __deepcopy__(self, memo: dict) -> Recipe:
+        return self
+
+    def __reduce__(self):
+        return _recipe, (self.base, self.source, {name: _by_name(value) for name, value in self.names.items()}, self.label)
+
+
+def generated_class(own: Own, layers: Sequence[Layer]) -> type[nn.Module]:
+    """The class whose forward is the base's own with these layers' edits; the same class for equal ones."""
+    key = (own.key, tuple((layer.adapter, layer.label, layer.tape.key) for layer in layers))
+    found = _classes.get(key)
+    if found is None:
+        found = _class_of(_written(own, layers))
+        _classes[key] = found
+    return found
+
+
+def swap(module: nn.Module, cls: type[nn.Module]) -> None:
+    """Give a module another class, and let forwards bound on the instance follow."""
+    before = type(module)
+    module.__class__ = cls
+    for name in _BOUND:
+        bound = module.__dict__.get(name)
+        if _is_bound(bound, module, before):
+            module.__dict__[name] = types.MethodType(cls.forward, module)
+
+
+def reason_against(module: nn.Module) -> tuple[str, str] | None:
+    """Why a new class would not be seen or can't be given (why, what to do), or None."""
+    cls = type(module)
+    if "ScriptModule" in {base.__name__ for base in cls.__mro__}:
+        return "it is a TorchScript module, compiled already", "apply rules before torch.jit"
+    if getattr(module, "parametrizations", None) is not None and "parametrizations" in module._modules:
+        names = ", ".join(module._modules["parametrizations"]._modules)  # type: ignore[union-attr]
+        return f"its {names} is parametrized", "torch.nn.utils.parametrize.remove_parametrizations first, add it again after"
+    forward = module.__dict__.get("forward")
+    if forward is not None and not _is_bound(forward, module, cls):
+        if not _is_bound(module.__dict__.get("_old_forward"), module, cls):
+            return (
+                f"a forward was set on the instance ({getattr(forward, '__qualname__', forward)!s})",
+                "apply rules before whatever replaces forward (kernels, hooks)",
+            )
+    if isinstance(module, (nn.Sequential, nn.ModuleList, nn.ModuleDict)):
+        return f"a {cls.__name__} iterates over its children, adapters included", "target its children, or its parent"
+    state = site_state(module)
+    if state is not None and cls is not state.base and "_surgery_recipe" not in vars(cls):
+        return f"another class was put on top of it: {qualified_name(cls)}", "undo that first"
+    if state is None and "_surgery_recipe" in vars(cls):
+        return "it is a rewritten module whose record is lost", "copy modules with copy.deepcopy"
+    if any(hasattr(tensor, "device_mesh") for tensor in module._parameters.values()):
+        return "its parameters are sharded (DTensor)", "apply rules before fully_shard"
+    return None
+
+
+def _is_bound(bound: Any, module: nn.Module, cls: type) -> bool:
+    return isinstance(bound, types.MethodType) and bound.__self__ is module and bound.__func__ is cls.forward
+
+
+# Writing the source -----------------------------------------------------------------------------------------
+
+
+def _written(own: Own, layers: Sequence[Layer]) -> Recipe:
+    graphs = [woven(own, layers, training) for training in (False, True)]
+    bodies, names = [], {}
+    for graph in graphs:
+        lines, found = _body(graph)
+        bodies.append(lines)
+        names.update(found)
+    signature, defaults = _signature(own.signature)
+    names.update(defaults, _surgery_told=told)
+    lines = [f"def forward({signature}):", "    try:"]
+    if bodies[0] == bodies[1]:
+        lines += ["        " + line for line in bodies[0]]
+    else:
+        lines += ["        if self.training:", *("            " + line for line in bodies[1])]
+        lines += ["        else:", *("            " + line for line in bodies[0])]
+    lines += ["    except Exception as error:", "        raise _surgery_told(error, self)"]
+    label = f"{own.base.__name__} + " + ", ".join(f"{layer.label} [{layer.adapter}]" for layer in layers)
+    return Recipe(own.base, "\n".join(lines) + "\n", names, label)
+
+
+def _body(graph: fx.Graph) -> tuple[list[str], dict[str, Any]]:
+    """The statements of a graph's code, with the rule that each one comes from."""
+    code = graph.python_code("self")
+    lines = code.src.rstrip().split("\n")
+    start = next(i for i, line in enumerate(lines) if line.startswith("def forward(")) + 1
+    origins = {node.name: node.meta.get("surgery", "") for node in graph.nodes}
+    body = []
+    for line in lines[start:]:
+        text = line.removeprefix("    ")
+        origin = origins.get(text.partition(" = ")[0].partition(":")[0].strip(), "")
+        body.append(f"{text}  # {origin}" if origin else text)
+    return [line for line in body if line.strip()], dict(code.globals)
+
+
+def _signature(signature: inspect.Signature) -> tuple[str, dict[str, Any]]:
+    defaults = {}
+    parameters = [inspect.Parameter("self", inspect.Parameter.POSITIONAL_ONLY)]
+    for parameter in signature.parameters.values():
+        kind = parameter.kind
+        if kind is parameter.POSITIONAL_ONLY:
+            kind = parameter.POSITIONAL_OR_KEYWORD
+        default = parameter.default
+        if default is not parameter.empty and not isinstance(default, (int, float, str, bool, type(None))):
+            defaults[f"_surgery_default_{parameter.name}"] = default
+            default = _Name(f"_surgery_default_{parameter.name}")
+        parameters.append(inspect.Parameter(parameter.name, kind, default=default))
+    if all(p.kind is not inspect.Parameter.POSITIONAL_ONLY for p in parameters[1:]):
+        parameters[0] = parameters[0].replace(kind=inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    return str(inspect.Signature(parameters))[1:-1], defaults
+
+
+class _Name:
+    def __init__(self, name: str):
+        self.name = name
+
+    def __repr__(self) -> str:
+        return self.name
+
+
+# Making the class -------------------------------------------------------------------------------------------
+
+
+def _class_of(recipe: Recipe) -> type[nn.Module]:
+    key = (recipe.base, recipe.source)
+    found = _by_source.get(key)
+    if found is not None:
+        return found
+    filename = f"<surgery {next(_numbers)}: {recipe.label}>"
+    space = dict(recipe.names)
+    exec(compile(recipe.source, filename, "exec"), space)
+    linecache.cache[filename] = (len(recipe.source), None, recipe.source.splitlines(True), filename)
+    forward = space["forward"]
+    base = recipe.base
+    forward.__module__, forward.__qualname__ = base.__module__, f"{base.__qualname__}.forward"
+    forward.__doc__ = base.forward.__doc__
+    cls = type(base)(
+        base.__name__,
+        (base,),
+        {
+            "forward": forward,
+            "__module__": base.__module__,
+            "__qualname__": base.__qualname__,
+            "__doc__": base.__doc__,
+            "__reduce_ex__": _reduce_ex,
+            "_surgery_base": base,
+            "_surgery_recipe": recipe,
+            "_surgery_self": property(lambda self: self),
+        },
+    )
+    weakref.finalize(cls, linecache.cache.pop, filename, None)
+    _by_source[key] = cls
+    return cls
+
+
+def told(error: Exception, module: nn.Module) -> Exception:
+    """The error, with a note that says at which site and under which rules it came up."""
+    state = site_state(module)
+    if state is not None:
+        rules = ", ".join(f"{applied.rule.label} [{applied.adapter}]" for applied in state.applied)
+        error.add_note(f"at the site {state.path or '(the model itself)'}, a {type(module).__name__} rewritten by {rules}")
+    return error
+
+
+def _reduce_ex(self: nn.Module, protocol: Any) -> Any:
+    cls = type(self)
+    recipe = vars(cls).get("_surgery_recipe")
+    made = self._surgery_base.__reduce_ex__(self, protocol)  # type: ignore[union-attr, arg-type, operator]
+    if recipe is None or not isinstance(made, tuple):
+        return made
+    function, args, *rest = made
+    if function is copyreg.__newobj__ and args[0] is cls:  # type: ignore[attr-defined]
+        return (_revived, (recipe, *args[1:]), *rest)
+    if function is copyreg._reconstructor and args[0] is cls:  # type: ignore[attr-defined]
+        return (_revived, (recipe,), *rest)
+    return made
+
+
+def _revived(recipe: Recipe, *args: Any) -> nn.Module:
+    cls = _class_of(recipe)
+    return cls.__new__(cls, *args)
+
+
+def _recipe(base: type[nn.Module], source: str, names: dict[str, Any], label: str) -> Recipe:
+    return Recipe(base, source, {name: value() if isinstance(value, _Reference) else value for name, value in names.items()}, label)
+
+
+@dataclass(frozen=True)
+class _Reference:
+    """A module, function or class by the name it is imported under."""
+
+    module: str
+    attribute: str = ""
+
+    def __call__(self) -> Any:
+        found = importlib.import_module(self.module)
+        for part in filter(None, self.attribute.split(".")):
+            found = getattr(found, part)
+        return found
+
+
+def _by_name(value: Any) -> Any:
+    if isinstance(value, types.ModuleType):
+        return _Reference(value.__name__)
+    module, name = getattr(value, "__module__", None), getattr(value, "__qualname__", getattr(value, "__name__", None))
+    if not isinstance(name, str):
+        return value
+    for candidate in (_Reference(module or "builtins", name), _Reference("torch._C._nn", name), _Reference("torch", name)):
+        try:
+            if candidate() is value:
+                return candidate
+        except (ImportError, AttributeError, ValueError):
+            continue
+    return value
+
+
+_BOUND = ("forward", "_old_forward")
+_numbers = itertools.count(1)
+_classes: weakref.WeakValueDictionary[tuple, type[nn.Module]] = weakref.WeakValueDictionary()
+_by_source: weakref.WeakValueDictionary[tuple, type[nn.Module]] = weakref.WeakValueDictionary()

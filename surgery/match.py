@@ -1,0 +1,175 @@
+"""Pattern × model → matches, or reasons. The only matcher: planning and `explain` both ask here."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from torch import nn
+
+from surgery.errors import MatchError, near_misses
+from surgery.pattern import Candidate, Verdict, as_pattern
+from surgery.rule import Rule
+
+__all__ = ["Match", "matches", "verdict_of"]
+
+RESERVED = "adapters"  # the child of a site under which its adapters' tensors live
+
+
+@dataclass(frozen=True)
+class Match:
+    """One module a rule goes to: its first path, and the other paths the same object is reached by."""
+
+    path: str
+    module: nn.Module
+    aliases: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Tree:
+    """The model's modules, each once in the model's order, with all their paths; adapters' own tensors left out."""
+
+    model: nn.Module
+    paths: dict[int, list[str]]
+    modules: dict[str, nn.Module]
+    heads: frozenset[int]
+
+    @staticmethod
+    def of(model: nn.Module) -> Tree:
+        paths: dict[int, list[str]] = {}
+        modules: dict[str, nn.Module] = {}
+        for path, module in _walk(model):
+            modules[path] = module
+            paths.setdefault(id(module), []).append(path)
+        return Tree(model, paths, modules, frozenset(_heads(model)))
+
+    def candidates(self, module: nn.Module) -> Iterator[Candidate]:
+        for path in self.paths[id(module)]:
+            parent = self.modules[path.rpartition(".")[0]] if path else None
+            yield Candidate(path, module, self.heads, parent)
+
+    def distinct(self) -> Iterator[nn.Module]:
+        for paths in self.paths.values():
+            yield self.modules[paths[0]]
+
+
+def matches(tree: Tree, rule: Rule) -> list[Match]:
+    """The modules a rule goes to, in the model's order, each once.
+
+    Raises `MatchError` where nothing matches, or where `expect` says another number than was found.
+    """
+    found = []
+    for module in tree.distinct():
+        hits = [candidate.path for candidate in tree.candidates(module) if _verdict(candidate, rule)]
+        if hits:
+            others = tuple(path for path in tree.paths[id(module)] if path != hits[0])
+            found.append(Match(hits[0], module, others))
+    if not found and rule.expect != 0:
+        raise _nothing(tree, rule)
+    if rule.expect is not None and len(found) != rule.expect:
+        listed = ", ".join(match.path for match in found[:6]) + (", …" if len(found) > 6 else "")
+        raise MatchError(
+            f"{rule.label} expects {rule.expect} sites and matches {len(found)}",
+            where=listed,
+            why=f"targets {_shown(rule.targets)} were written for another model, or match more than was meant",
+            fix="correct targets, exclude or layers, or the number in expect",
+        )
+    return found
+
+
+def verdict_of(tree: Tree, rule: Rule, path: str) -> Verdict:
+    """Why a rule does or does not match at a path; `MatchError` with near misses where the model has no such path."""
+    if path not in tree.modules:
+        raise MatchError(
+            f"the model has no module {path!r}", why=near_misses(path, tree.modules), fix="see model.named_modules()"
+        )
+    module = tree.modules[path]
+    parent = tree.modules[path.rpartition(".")[0]] if path else None
+    return _verdict(Candidate(path, module, tree.heads, parent), rule)
+
+
+def _verdict(candidate: Candidate, rule: Rule) -> Verdict:
+    parts = [_any_of("targets", candidate, rule.targets)]
+    if parts[0] or not rule.targets:
+        if rule.exclude:
+            out = _any_of("exclude", candidate, rule.exclude)
+            parts.append(Verdict(not out, "exclude", f"excluded: {out.reason}" if out else "not excluded", out.parts))
+        if rule.layers is not None:
+            parts.append(_layer(candidate.path, rule.layers))
+    failed = [part.clause for part in parts if not part]
+    reason = "fails at " + ", ".join(failed) if failed else "matches"
+    return Verdict(not failed, f"{rule.label} at {candidate.path or '(the model itself)'}", reason, tuple(parts))
+
+
+def _any_of(label: str, candidate: Candidate, targets: tuple) -> Verdict:
+    # A miss is the common case on a large model: no tree of clauses is kept for what a caller won't read.
+    found = tuple(as_pattern(target).verdict(candidate) for target in targets)
+    holds = [part.clause for part in found if part]
+    return Verdict(bool(holds), label, ", ".join(holds) or "no target matches", found)
+
+
+def _layer(path: str, layers: tuple[int, ...]) -> Verdict:
+    # PEFT's layers_to_transform: the first number in the path is the layer's index.
+    index = next((int(part) for part in path.split(".") if re.fullmatch(r"\d+", part)), None)
+    shown = "no layer index in its path" if index is None else f"it is in layer {index}"
+    return Verdict(index in layers, f"layers {list(layers)}", shown)
+
+
+def _nothing(tree: Tree, rule: Rule) -> MatchError:
+    if not rule.targets:
+        return MatchError(f"{rule.label} has no targets", why="targets is empty", fix='name modules, types, or "all-linear"')
+    names = {part for path in tree.modules for part in (path, path.rpartition(".")[2]) if part}
+    tried = [as_pattern(target) for target in rule.targets]
+    by_target = [
+        module.path
+        for module in (next(tree.candidates(m)) for m in tree.distinct())
+        if any(pattern.verdict(module) for pattern in tried)
+    ]
+    if by_target:
+        why = f"its targets match {len(by_target)} modules ({by_target[0]}, …) and exclude or layers leave none of them"
+    elif rule.targets == ("all-linear",):
+        why = "the model has no linear layer beside its output head"
+    else:
+        misses = [near_misses(t, names) for t in rule.targets if isinstance(t, str) and not t.startswith("re:")]
+        kinds = sorted({type(module).__name__ for module in tree.distinct()})
+        why = " ".join(filter(None, misses)) or f"no module fits; the model is made of {', '.join(kinds[:12])}"
+    return MatchError(
+        f"{rule.label} matches nothing: targets {_shown(rule.targets)}",
+        why=why,
+        fix="correct the targets; explain(model, rule, path) says why a module does not match",
+    )
+
+
+def _shown(targets: tuple) -> str:
+    return "[" + ", ".join(repr(t) if isinstance(t, str) else str(t) for t in targets) + "]"
+
+
+def _walk(model: nn.Module, path: str = "", above: frozenset[int] = frozenset()) -> Iterator[tuple[str, nn.Module]]:
+    """`named_modules` with every path of a shared module, and without the tensors of adapters."""
+    if id(model) in above:
+        return
+    yield path, model
+    below = above | {id(model)}
+    for name, child in model._modules.items():
+        if child is not None and not (name == RESERVED and is_adapters(child)):
+            yield from _walk(child, f"{path}.{name}" if path else name, below)
+
+
+def is_adapters(module: nn.Module) -> bool:
+    return getattr(type(module), "_surgery_adapters", False)
+
+
+def _heads(model: nn.Module) -> Iterator[int]:
+    """The output heads that `"all-linear"` leaves out: the output embeddings, else a classifier under its usual name."""
+    try:
+        head = model.get_output_embeddings()  # type: ignore[operator]
+    except (AttributeError, NotImplementedError, TypeError):
+        head = None
+    if isinstance(head, nn.Module):
+        yield id(head)
+    elif re.search("Classification|QuestionAnswering", type(model).__name__):
+        for name in ("score", "classifier", "qa_outputs"):
+            found = getattr(model, name, None)
+            if isinstance(found, nn.Module):
+                yield from (id(module) for module in found.modules())

@@ -1,0 +1,225 @@
+"""Merging: rules with a closed form are folded into the base's own parameters, and taken out again to the bit."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from surgery.engine import _install
+from surgery.errors import MergeError, PlanError, SurgeryError
+from surgery.exact import unfold
+from surgery.folding import Fold, Keep, SiteFolding, check_foldable, owners, verify_records
+from surgery.install import reason_against
+from surgery.journal import Journal
+from surgery.plan import recorded
+from surgery.site import LiveSite, held
+from surgery.state import Applied, SiteState, adapter_names, require_state, sites, tensors_of
+from surgery.tape import Ref
+from surgery.trace import own_forward
+
+__all__ = ["MergeReport", "merge", "unmerge"]
+
+M = TypeVar("M", bound=nn.Module)
+
+
+@dataclass
+class Merged:
+    """What a merge left on a site: the adapters it folded, how to take each fold out, and parameters untied for it."""
+
+    adapters: tuple[str, ...]
+    folds: list[Fold] = field(default_factory=list)
+    tied: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class MergeReport:
+    """What a merge did: adapters, sites, and the bytes kept so that `unmerge` gives the bits back."""
+
+    adapters: tuple[str, ...]
+    sites: int
+    nbytes: int
+    entries: int
+
+    def __str__(self) -> str:
+        each = f", {self.nbytes / self.entries:.3f} bytes an entry" if self.entries else ""
+        return f"merged {', '.join(self.adapters)} at {self.sites} sites; keeps {self.nbytes:,} bytes to unmerge{each}"
+
+
+def merge(
+    model: nn.Module, adapter: str | None = None, *, keep: Keep = "record", untie: bool = False, safe: bool = False
+) -> MergeReport:
+    """Fold an adapter (or all) into the base's own parameters; the sites get their own classes back.
+
+    >>> import torch
+    >>> from torch import nn
+    >>> from surgery import apply_rules, merge, unmerge
+    >>> from rules import LoraRule
+    >>> model = apply_rules(nn.Sequential(nn.Linear(8, 8)), [LoraRule("0", rank=2, init="gaussian")])
+    >>> before = model[0].weight.clone()
+    >>> print(merge(model).sites, type(model[0]) is nn.Linear)
+    1 True
+    >>> _ = unmerge(model)
+    >>> torch.equal(model[0].weight, before)
+    True
+
+    `keep="record"` (default) keeps a small correction record (see `surgery.exact`) and is exact whatever the number
+    of threads or the device; `keep="copy"` keeps the original weights, which is faster. `untie=True` gives a site
+    whose weight another module shares one of its own while merged. `safe=True` (PEFT's safe_merge) refuses results
+    that are not finite before anything is touched.
+
+    Raises `MergeError` (or `PlanError` with one for each site) where a rule has no closed form, a weight is shared,
+    packed or sharded, or the model is merged already; the model is then as it was.
+    """
+    state = require_state(model)
+    names = adapter_names(state, adapter)
+    found = [(path, module, site) for path, module, site in sites(model) if any(a.adapter in names for a in site.applied)]
+    problems = [problem for path, module, site in found for problem in _objections(path, module, site, names)]
+    problems += [_already(path, site) for path, _, site in sites(model) if site.merged is not None][:1]
+    if problems:
+        raise PlanError(problems)
+    with torch.no_grad():
+        if safe:
+            for path, module, site in found:
+                _check_finite(model, path, module, site, names, untie)
+        with Journal() as journal:
+            for path, module, site in found:
+                _merge_site(model, path, module, site, names, keep, untie, journal)
+    folds = [(_held(module, name), record) for _, module, site in found for name, record in _merged(site).folds]
+    entries = {id(tensor): tensor.numel() for tensor, _ in folds}
+    return MergeReport(tuple(names), len(found), sum(record.nbytes for _, record in folds), sum(entries.values()))
+
+
+def unmerge(model: M, *, check: bool = True) -> M:
+    """Take out what `merge` folded in: the base's bits and the live adapters are as before. See `merge`.
+
+    A base weight that changed while merged is a `MergeError`, found by checksum before anything is touched;
+    `check=False` takes the fold out all the same, as well as it can be. Not merged: nothing happens.
+    """
+    require_state(model)
+    found = [(path, module, site) for path, module, site in sites(model) if site.merged is not None]
+    if check:
+        for path, module, site in found:
+            verify_records([(_held(module, name), record) for name, record in _merged(site).folds], path)
+    with torch.no_grad():
+        for path, module, site in found:
+            merged = _merged(site)
+            for name, record in reversed(merged.folds):
+                unfold(_held(module, name), record, check=check, where=path)
+            for name, parameter in merged.tied.items():
+                _owner(module, name)._parameters[name.rpartition(".")[2]] = parameter
+            site.merged = None
+            _install(module, None)
+    return model
+
+
+# One site -----------------------------------------------------------------------------------------------------
+
+
+def _merge_site(
+    model: nn.Module, path: str, module: nn.Module, site: SiteState, names: list[str], keep: Keep, untie: bool, journal: Journal
+) -> None:
+    merged = Merged(tuple(names))
+    folding = SiteFolding(module, path, keep)
+    journal.undo(folding.undo)
+    for changes in _changes(module, site, names, folding):
+        for name, change in changes.items():
+            check_foldable(model, module, name, change, path, untie)
+            if untie and name not in merged.tied:
+                _untie(model, module, name, merged, journal)
+            folding.add(name, change)
+    merged.folds = folding.finish()
+    site.merged = merged
+    journal.undo(setattr, site, "merged", None)
+    _install(module, journal)
+
+
+def _check_finite(model: nn.Module, path: str, module: nn.Module, site: SiteState, names: list[str], untie: bool) -> None:
+    folding = SiteFolding(module, path, "copy", dry=True)
+    for changes in _changes(module, site, names, folding):
+        for name, change in changes.items():
+            check_foldable(model, module, name, change, path, untie)
+            folding.add(name, change)
+    broken = folding.finite()
+    if broken is not None:
+        raise MergeError(
+            f"merging gives a {broken} that is not finite",
+            where=path,
+            why="an adapter's tensors hold NaN or infinity, or the sum overflows the base's dtype",
+            fix="inspect adapter_state_dict(model, name), or merge in a wider dtype",
+        )
+
+
+def _changes(module: nn.Module, site: SiteState, names: list[str], folding: SiteFolding) -> Any:
+    # A rule that puts another parameter in the base's place acts before those that add to its output, as in the graph.
+    own = own_forward(module, site.base)
+    chosen = [applied for applied in site.applied if applied.adapter in names]
+    for applied in sorted(chosen, key=lambda one: not _replaces_state_only(module, site, one, own)):
+        live = LiveSite(module, site.path, applied.adapter, tensors_of(module, applied.adapter), folding.source)
+        yield dict(applied.rule.merged(live))
+
+
+def _replaces_state_only(module: nn.Module, site: SiteState, applied: Applied, own: Any) -> bool:
+    tape, _ = recorded(applied.rule, module, site.path, applied.adapter, own)
+    return all(ref.kind == "state" for ref in tape.replaced())
+
+
+def _untie(model: nn.Module, module: nn.Module, name: str, merged: Merged, journal: Journal) -> None:
+    parameter = _held(module, name)
+    if not isinstance(parameter, nn.Parameter) or len(owners(model, parameter)) < 2:
+        return
+    held_by, last = _owner(module, name)._parameters, name.rpartition(".")[2]
+    held_by[last] = nn.Parameter(parameter.detach().clone(), requires_grad=parameter.requires_grad)
+    merged.tied[name] = parameter
+    journal.undo(held_by.__setitem__, last, parameter)
+
+
+def _objections(path: str, module: nn.Module, site: SiteState, names: list[str]) -> list[SurgeryError]:
+    found: list[SurgeryError] = []
+    refused = reason_against(module)
+    if refused is not None:
+        found.append(MergeError("the site can't be merged", where=path, why=refused[0], fix=refused[1]))
+    chosen = [applied for applied in site.applied if applied.adapter in names]
+    for applied in chosen:
+        rule = applied.rule
+        if not rule.mergeable:
+            why = rule.why_not_merged
+            found.append(MergeError(f"{rule.label} can't be merged", where=path, why=why, fix="keep it unmerged"))
+    if len(chosen) < len(site.applied) and not all(applied.rule.additive for applied in site.applied):
+        others = ", ".join(f"{a.rule.label} [{a.adapter}]" for a in site.applied if a not in chosen)
+        why = f"{others} is on the same site, and what it does depends on the order"
+        found.append(MergeError("part of a stack can't be merged here", where=path, why=why, fix="merge all adapters: merge(model)"))
+    if not found:
+        found += _packed(path, module, site, chosen)
+    return found
+
+
+def _packed(path: str, module: nn.Module, site: SiteState, chosen: list[Applied]) -> list[SurgeryError]:
+    weight = module._parameters.get("weight")
+    if weight is not None and (type(weight) is not nn.Parameter or not weight.is_floating_point()):
+        why = f"its weight is a {type(weight).__name__} of {weight.dtype}: quantised, so a sum would be rounded away"
+        return [MergeError(f"{chosen[0].rule.label} can't be merged here", where=path, why=why, fix="keep it unmerged")]
+    return []
+
+
+def _already(path: str, site: SiteState) -> MergeError:
+    held_now = ", ".join(_merged(site).adapters)
+    return MergeError("the model is merged already", where=path, why=f"its weights hold {held_now}", fix="unmerge(model) first")
+
+
+def _merged(site: SiteState) -> Merged:
+    assert site.merged is not None
+    return site.merged
+
+
+def _owner(module: nn.Module, name: str) -> nn.Module:
+    return module.get_submodule(name.rpartition(".")[0])
+
+
+def _held(module: nn.Module, name: str) -> Tensor:
+    tensor = held(module, name)
+    if tensor is None:
+        raise MergeError(f"{type(module).__name__} has no tensor {name!r}")
+    return tensor

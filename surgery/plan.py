@@ -1,0 +1,328 @@
+"""A plan: which rule goes to which module and what it would make there. Pure: making one touches nothing."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import nn
+
+from surgery.bypass import bypasses_of, fastpath_switch
+from surgery.errors import MatchError, PlanError, RuleError, SiteError, SurgeryError
+from surgery.example import Observation, observe, verify_graph
+from surgery.install import reason_against
+from surgery.match import Match, Tree, is_adapters, matches
+from surgery.rule import Rule
+from surgery.site import ParamSpec, Site
+from surgery.state import RESERVED, model_state, site_state, sites
+from surgery.table import table
+from surgery.tape import Ref, Tape, Value
+from surgery.trace import Own, own_forward
+
+__all__ = ["Plan", "Step", "make_plan", "recorded"]
+
+
+@dataclass(frozen=True)
+class Step:
+    """One rule at one site: its edits and the tensors it asks for."""
+
+    rule: Rule
+    path: str
+    module: nn.Module
+    aliases: tuple[str, ...]
+    own: Own
+    tape: Tape
+    specs: tuple[ParamSpec, ...]
+
+    @property
+    def added(self) -> int:
+        return sum(math.prod(spec.shape) for spec in self.specs)
+
+    @property
+    def trainable(self) -> int:
+        return sum(math.prod(spec.shape) for spec in self.specs if spec.trainable)
+
+
+@dataclass
+class Plan:
+    """What `apply_rules` would do: its `steps`, and every problem at once.
+
+    `print(plan)` shows a table; `to_dict()` gives plain data; truth is the absence of problems. `trainable` and
+    `added` count parameters; `switches` lists attributes set to keep an inference fast path from bypassing a site.
+    """
+
+    model: nn.Module
+    adapter: str
+    steps: list[Step] = field(default_factory=list)
+    problems: list[SurgeryError] = field(default_factory=list)
+    switches: dict[str, tuple[str, Any]] = field(default_factory=dict)
+    observation: Observation | None = None
+
+    def __bool__(self) -> bool:
+        return not self.problems
+
+    @property
+    def added(self) -> int:
+        return sum(step.added for step in self.steps)
+
+    @property
+    def trainable(self) -> int:
+        return sum(step.trainable for step in self.steps)
+
+    def raise_problems(self) -> None:
+        if self.problems:
+            raise PlanError(self.problems)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data: adapter, steps (rule, site, type, aliases, kind, tensors), counts and problems."""
+        return {
+            "adapter": self.adapter,
+            "steps": [
+                {
+                    "rule": step.rule.name,
+                    "site": step.path,
+                    "type": type(step.module).__name__,
+                    "aliases": list(step.aliases),
+                    "kind": "opaque" if step.own.opaque else "traced",
+                    "why_opaque": step.own.why,
+                    "tensors": {spec.name: list(spec.shape) for spec in step.specs},
+                    "added": step.added,
+                    "trainable": step.trainable,
+                }
+                for step in self.steps
+            ],
+            "added": self.added,
+            "trainable": self.trainable,
+            "problems": [str(problem) for problem in self.problems],
+        }
+
+    def __str__(self) -> str:
+        rows = [
+            [
+                step.rule.label,
+                step.path or "(the model itself)",
+                type(step.module).__name__ + (" (opaque)" if step.own.opaque else ""),
+                " ".join(f"{spec.name}{list(spec.shape)}" for spec in step.specs),
+                f"{step.trainable:,}",
+            ]
+            for step in self.steps
+        ]
+        head = f"adapter {self.adapter!r}: {len(self.steps)} edits, {self.trainable:,} trainable parameters"
+        parts = [head, table(["rule", "site", "type", "tensors", "trainable"], rows)]
+        shared = [f"{step.path} is also {', '.join(step.aliases)}" for step in self.steps if step.aliases]
+        parts += [f"shared: {line}" for line in dict.fromkeys(shared)]
+        parts += [f"problem: {problem}" for problem in self.problems]
+        return "\n".join(parts)
+
+    __repr__ = __str__
+
+
+def make_plan(model: nn.Module, rules: Sequence[Rule] | Rule, adapter: str, example_inputs: Any = None) -> Plan:
+    plan = Plan(model, adapter)
+    rules = [rules] if isinstance(rules, Rule) else list(rules)
+    plan.problems += _objections(model, rules, adapter)
+    if plan.problems:
+        return plan
+    tree = Tree.of(model)
+    for rule, may_miss in _with_companions(rules):
+        try:
+            found = matches(tree, rule)
+        except MatchError as error:
+            if not may_miss:
+                plan.problems.append(error)
+            continue
+        seen: dict[int, Match] = {}
+        for match in found:
+            for path, module in rule.expand(match.module, match.path):
+                seen.setdefault(id(module), Match(path, module, tuple(p for p in tree.paths[id(module)] if p != path)))
+        if not seen and not may_miss:
+            listed = ", ".join(match.path for match in found[:3])
+            plan.problems.append(MatchError(f"{rule.label} finds nothing to do in what it matches", where=listed))
+        plan.problems += [RuleError(f"{rule.label}: {why}") for why in rule.review([m.path for m in seen.values()])]
+        for match in seen.values():
+            _add_step(plan, rule, match)
+    plan.problems += _clashes(plan)
+    if example_inputs is not None and not plan.problems:
+        _check_example(plan, example_inputs)
+    return plan
+
+
+def recorded(rule: Rule, module: nn.Module, path: str, adapter: str, own: Own) -> tuple[Tape, tuple[ParamSpec, ...]]:
+    """A rule's rewrite of a site as a tape, and the tensors it asks for."""
+    site = Site(module, path, adapter, rule, own)
+    output = rule.rewrite(site)
+    if type(output) is not type(None):
+        if not isinstance(output, (Value, tuple, list, dict)):
+            raise SiteError(
+                f"{rule.label}.rewrite returned {type(output).__name__}", where=path, fix="return the new output, or None"
+            )
+        site.replace(site.output, output)
+    if not site.tape.replaced() and not any(step.kind == "method" for step in site.tape.steps):
+        raise SiteError(
+            f"{rule.label}.rewrite changes nothing", where=path, fix="return the new output, or use site.replace(old, new)"
+        )
+    return site.tape, tuple(site.specs.values())
+
+
+def _with_companions(rules: Iterable[Rule]) -> Iterable[tuple[Rule, bool]]:
+    for rule in rules:
+        yield rule, False
+        for companion in rule.companions():
+            yield companion, True
+
+
+def _add_step(plan: Plan, rule: Rule, match: Match) -> None:
+    path, module = match.path, match.module
+    refused = reason_against(module)
+    if refused is not None:
+        problem = SiteError(f"{rule.label} can't rewrite this {type(module).__name__}", where=path, why=refused[0], fix=refused[1])
+        plan.problems.append(problem)
+        return
+    why = rule.check(module, path)
+    if why:
+        plan.problems.append(SiteError(f"{rule.label} can't go on this {type(module).__name__}", where=path, why=why))
+        return
+    for bypass in bypasses_of(plan.model, path):
+        reader = plan.model.get_submodule(bypass.reader)
+        switch = fastpath_switch(reader)
+        if switch is not None:
+            plan.switches[bypass.reader] = switch
+            continue
+        plan.problems.append(
+            SiteError(
+                f"{rule.label} would be bypassed",
+                where=path,
+                why=f"{bypass.reader_type} reads its {bypass.parameter} directly, at {bypass.file}:{bypass.line}: {bypass.source}",
+                fix=f"target {bypass.reader or 'the model itself'!r} instead, exclude this module, or call it in that forward",
+            )
+        )
+        return
+    state = site_state(module)
+    try:
+        own = own_forward(module, state.base if state else type(module))
+        tape, specs = recorded(rule, module, path, plan.adapter, own)
+    except SurgeryError as error:
+        plan.problems.append(error)
+        return
+    plan.steps.append(Step(rule, path, module, match.aliases, own, tape, specs))
+
+
+def _objections(model: nn.Module, rules: list[Rule], adapter: str) -> list[SurgeryError]:
+    """What is wrong before any module is looked at."""
+    if not isinstance(model, nn.Module):
+        return [SurgeryError(f"{type(model).__name__} is no model", fix="pass a torch.nn.Module")]
+    found: list[SurgeryError] = []
+    if not rules:
+        found.append(RuleError("there are no rules to apply"))
+    for rule in rules:
+        if not isinstance(rule, Rule):
+            hint = "rules are made from their class: LoraRule(targets=…)"
+            found.append(RuleError(f"{rule!r} is no rule", fix=hint))
+    if not isinstance(adapter, str) or not adapter or "." in adapter or hasattr(nn.Module(), adapter):
+        why = "its tensors are named <site>.adapters.<adapter>.<name>"
+        found.append(SurgeryError(f"{adapter!r} can't name an adapter", why=why, fix="a word without dots that nn.Module does not use"))
+    state = model_state(model)
+    if state is not None and adapter in state.adapters:
+        found.append(
+            SurgeryError(f"there is an adapter {adapter!r} already", fix="choose another name, or remove(model, name) first")
+        )
+    for path, module, site in sites(model):
+        if site.merged is not None:
+            why = f"its weights hold {', '.join(site.merged.adapters)}"
+            found.append(SurgeryError("the model is merged", where=path, why=why, fix="unmerge(model) first"))
+            break
+        if state is None:
+            why = "each model keeps one record of its rules"
+            found.append(
+                SurgeryError("part of this model has rules of its own", where=path, why=why, fix="apply to the same module as before, or remove those first")
+            )
+            break
+    for path, module in model.named_modules():
+        if RESERVED in module._modules and not is_adapters(module._modules[RESERVED]):  # type: ignore[arg-type]
+            continue  # a child of the model's own that is called so; only a site below it would collide
+    return found
+
+
+def _clashes(plan: Plan) -> list[SurgeryError]:
+    """Rules that can't share a site: the same one twice, an exclusive one, one parameter replaced or named twice."""
+    found: list[SurgeryError] = []
+    by_site: dict[int, list[Step]] = {}
+    for step in plan.steps:
+        by_site.setdefault(id(step.module), []).append(step)
+    for steps in by_site.values():
+        path, module = steps[0].path, steps[0].module
+        if RESERVED in module._modules and not is_adapters(module._modules[RESERVED]):  # type: ignore[arg-type]
+            found.append(SiteError(f"the module has a child {RESERVED!r} of its own", where=path, fix="target another module"))
+        standing = site_state(module)
+        claims: dict[Ref, str] = {}
+        for applied in standing.applied if standing else []:
+            for ref in _replaced_state(recorded(applied.rule, module, path, applied.adapter, steps[0].own)[0]):
+                claims[ref] = f"{applied.rule.label} [{applied.adapter}]"
+        counts = Counter(step.rule.name for step in steps)
+        names: dict[str, str] = {}
+        for step in steps:
+            label = step.rule.label
+            if counts[step.rule.name] > 1:
+                found.append(_clash(f"two {label}s go to the same module", path, "an adapter holds one rule of a kind at a site"))
+                break
+            if step.rule.exclusive and len(steps) > 1:
+                others = ", ".join(other.rule.label for other in steps if other is not step)
+                found.append(_clash(f"{label} and {others} go to the same module", path, f"{label} takes the whole module"))
+                break
+            for ref in _replaced_state(step.tape):
+                if ref in claims and _exclusive(step, ref):
+                    found.append(_clash(f"{label} and {claims[ref]} both replace {ref.key}", path, "the later would hide the earlier"))
+                claims[ref] = label
+            for spec in step.specs:
+                if spec.name in names:
+                    found.append(_clash(f"{label} and {names[spec.name]} both name a tensor {spec.name!r}", path, "an adapter's tensors need different names"))
+                names[spec.name] = label
+    return found
+
+
+def _replaced_state(tape: Tape) -> list[Ref]:
+    return [ref for ref in tape.replaced() if ref.kind == "state"]
+
+
+def _exclusive(step: Step, ref: Ref) -> bool:
+    """Whether a replacement ignores the value it replaces (W → T, not W → W + Δ)."""
+    key = ref
+    return not any(_mentions(part.args, key) or _mentions(part.kwargs, key) for part in step.tape.steps if part.kind != "replace")
+
+
+def _mentions(frozen: Any, ref: Ref) -> bool:
+    if isinstance(frozen, Ref):
+        return frozen == ref
+    return isinstance(frozen, tuple) and any(_mentions(item, ref) for item in frozen)
+
+
+def _clash(what: str, path: str, why: str) -> SiteError:
+    return SiteError(what, where=path, why=why, fix="exclude the module from one of the rules, or give them different adapters")
+
+
+def _check_example(plan: Plan, example_inputs: Any) -> None:
+    try:
+        plan.observation = observe(plan.model, example_inputs, {id(s.module): s.module for s in plan.steps}.values())
+    except SurgeryError as error:
+        plan.problems.append(error)
+        return
+    verified: set[tuple] = set()
+    for step in plan.steps:
+        if not plan.observation.reached(step.module):
+            plan.problems.append(
+                MatchError(
+                    f"the example call never reaches a target of {step.rule.label}",
+                    where=step.path,
+                    why="the model does not call this module, or reads its parameters past it",
+                    fix="exclude it, or pass an example that uses it",
+                )
+            )
+        elif not step.own.opaque and step.own.key not in verified and site_state(step.module) is None:
+            verified.add(step.own.key)
+            try:
+                verify_graph(step.module, step.own, plan.observation.calls[id(step.module)], step.path)
+            except SurgeryError as error:
+                plan.problems.append(error)

@@ -1,0 +1,317 @@
+"""Rules are data: a frozen dataclass that says where it goes and what it inserts, and is written as JSON or YAML."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import KW_ONLY, dataclass, fields
+from importlib import metadata
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar, dataclass_transform
+
+import torch
+from torch import Tensor, nn
+
+from surgery.errors import RuleError, near_misses
+from surgery.pattern import Pattern, Targets, normalised, qualified_name
+
+if TYPE_CHECKING:
+    from surgery.exact import Change
+    from surgery.site import LiveSite, Site
+
+__all__ = ["Rule", "rule", "rules_from_json", "rules_from_yaml", "rules_to_json", "rules_to_yaml"]
+
+R = TypeVar("R", bound="Rule")
+
+
+@dataclass(frozen=True)
+class Rule:
+    """What goes where. Subclass it with `@rule(name)`, give it fields and a `rewrite`.
+
+    >>> import torch
+    >>> from torch import nn
+    >>> from surgery import Rule, apply_rules, remove, rule
+    >>> @rule("doc-gate")
+    ... class GateRule(Rule):
+    ...     init: float = 1.0
+    ...     def rewrite(self, site):
+    ...         return site.output * site.param("gate", torch.full((site.out_features,), self.init))
+    >>> model = nn.Sequential(nn.Linear(4, 4), nn.ReLU())
+    >>> model = apply_rules(model, [GateRule("0", init=0.5)])
+    >>> [name for name, p in model.named_parameters() if p.requires_grad]
+    ['0.adapters.default.gate']
+
+    Fields of every rule: `targets` (PEFT's target_modules: names, types, Patterns, `"all-linear"`, or a list),
+    `exclude` (PEFT's exclude_modules), `layers` (PEFT's layers_to_transform: indices), `expect` (how many modules
+    it must match). All but `targets` are given by name.
+
+    Hooks, all optional but `rewrite`: `check` (why a module can't take the rule), `expand` (a container's inner
+    sites), `companions` (further rules), `initialise`, `merged`. Class attributes: `identity = True` promises an
+    unchanged output at initialisation, which the engine checks on the example call; `exclusive = True` bars
+    other rules of the same adapter from its sites; `why_not_merged` is the reason where there is no `merged`.
+
+    Raises `RuleError` for an unknown field, or a value that `validate` refuses.
+    """
+
+    targets: Targets = ()
+    _: KW_ONLY
+    exclude: Targets = ()
+    layers: int | Sequence[int] | None = None
+    expect: int | None = None
+
+    name: ClassVar[str] = ""
+    version: ClassVar[int] = 1
+    identity: ClassVar[bool] = False
+    exclusive: ClassVar[bool] = False
+    why_not_merged: ClassVar[str] = "the rule says nothing about merging (it has no `merged`)"
+
+    def __post_init__(self) -> None:
+        put = object.__setattr__
+        put(self, "targets", normalised(self.targets))
+        put(self, "exclude", normalised(self.exclude))
+        if isinstance(self.layers, int):
+            put(self, "layers", (self.layers,))
+        for field in fields(self):
+            put(self, field.name, _plain(getattr(self, field.name)))
+        if self.layers is not None and not all(type(index) is int and index >= 0 for index in self.layers):
+            raise self.bad("layers", "indices of layers, from 0")
+        if self.expect is not None and (type(self.expect) is not int or self.expect < 0):
+            raise self.bad("expect", "how many modules the targets must match")
+        self.validate()
+
+    # What the author of a rule writes -----------------------------------------------------------------------
+
+    def validate(self) -> None:
+        """Raise `self.bad(field, wanted)` for a value out of range. Called when the rule is made."""
+
+    def check(self, module: nn.Module, path: str) -> str | None:
+        """Why this module can't take the rule, or None. Called while planning, before anything is touched."""
+
+    def expand(self, module: nn.Module, path: str) -> Iterable[tuple[str, nn.Module]]:
+        """The sites a matched module stands for; itself, unless a rule says otherwise."""
+        return [(path, module)]
+
+    def review(self, paths: Sequence[str]) -> Iterable[str]:
+        """What is wrong with the rule seen over all its sites, such as a pattern that fits none of them."""
+        return ()
+
+    def companions(self) -> Iterable[Rule]:
+        """Further rules that come with this one, under the same adapter. They may match nothing."""
+        return ()
+
+    def rewrite(self, site: Site) -> Tensor | None:
+        """Plain PyTorch on the site's values; returns the module's new output, or None after `site.replace`."""
+        raise NotImplementedError(f"{type(self).__name__} has no rewrite")
+
+    def initialise(self, site: LiveSite) -> Mapping[str, Change] | None:
+        """Fill tensors that need each other or the base; return changes to the base's own parameters, if any."""
+
+    def merged(self, site: LiveSite) -> Mapping[str, Change]:
+        """The base's parameters with the rule folded in: name → a new tensor, or a `LowRank` or `Rows` change."""
+        raise NotImplementedError
+
+    # What the engine and reports use ------------------------------------------------------------------------
+
+    @property
+    def label(self) -> str:
+        return type(self).__name__
+
+    @property
+    def additive(self) -> bool:
+        """Whether it only adds to the output what does not depend on other rules or the base's parameters."""
+        return False
+
+    @property
+    def mergeable(self) -> bool:
+        return type(self).merged is not Rule.merged
+
+    def bad(self, field: str, wanted: str) -> RuleError:
+        return RuleError(f"{self.label}: {field}={getattr(self, field)!r} is not {wanted}")
+
+    def replace(self: R, **changes: Any) -> R:
+        """The same rule with other fields.
+
+        >>> from rules import LoraRule
+        >>> LoraRule("query", rank=4).replace(rank=8).rank
+        8
+        """
+        return dataclasses.replace(self, **changes)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data: the rule's name, its version and its fields."""
+        data: dict[str, Any] = {"rule": self.name, "version": self.version}
+        for field in fields(self):
+            data[field.name] = _written(getattr(self, field.name), f"{self.label}.{field.name}")
+        return data
+
+    @staticmethod
+    def from_dict(data: Mapping[str, Any]) -> Rule:
+        """The rule that `to_dict` wrote. `RuleError` for an unknown rule or field, or a version from the future."""
+        if not isinstance(data, Mapping) or not isinstance(data.get("rule"), str):
+            raise RuleError(f"{data!r} is no rule", why='a rule is a mapping with a name under "rule"')
+        cls = registered(data["rule"])
+        given = {key: value for key, value in data.items() if key not in ("rule", "version")}
+        version = data.get("version", cls.version)
+        if type(version) is not int or version < 1:
+            raise RuleError(f"{cls.name}: version {version!r} is no version", fix="a whole number from 1")
+        if version > cls.version:
+            raise RuleError(
+                f"{cls.name}: version {version} is newer than this one, {cls.version}",
+                why="the rule was written by a later release",
+                fix="update the package that brings the rule",
+            )
+        return cls(**cls.upgrade(given, version))
+
+    @classmethod
+    def upgrade(cls, data: dict[str, Any], version: int) -> dict[str, Any]:
+        """Fields written by an older version, as this version names them."""
+        return data
+
+
+@dataclass_transform(kw_only_default=True, frozen_default=True, field_specifiers=(dataclasses.field,))
+def rule(name: str, *, version: int = 1):
+    """Make a class a rule: a frozen dataclass, registered under `name` for reading and writing.
+
+    >>> from surgery import Rule, rule
+    >>> @rule("doc-double", version=2)
+    ... class DoubleRule(Rule):
+    ...     def rewrite(self, site):
+    ...         return site.output * 2
+    >>> Rule.from_dict({"rule": "doc-double", "version": 2, "targets": ["query"]})
+    DoubleRule(targets=('query',), exclude=(), layers=None, expect=None)
+
+    A package offers its rules to readers through the entry point group `surgery.rules` (`name = "module:Class"`).
+    Raises `RuleError` where another class has the name.
+    """
+
+    def decorate(cls: type[R]) -> type[R]:
+        if not issubclass(cls, Rule):
+            raise RuleError(f"{cls.__qualname__} is no rule", why="it does not subclass Rule", fix="class …(Rule):")
+        taken = _registry.get(name)
+        if taken is not None and qualified_name(taken) != qualified_name(cls):
+            raise RuleError(f"the rule name {name!r} is taken by {qualified_name(taken)}", fix="choose another name")
+        made = dataclass(frozen=True, kw_only=True)(cls)
+        made.name, made.version = name, version
+        made.__init__ = _checked(made.__init__, made)
+        _registry[name] = made
+        return made
+
+    return decorate
+
+
+def rules_to_json(rules: Iterable[Rule]) -> str:
+    """A list of rules as JSON text.
+
+    >>> from surgery import rules_from_json, rules_to_json
+    >>> from rules import LoraRule
+    >>> rules = [LoraRule(["query", "value"], rank=4)]
+    >>> rules_from_json(rules_to_json(rules)) == rules
+    True
+
+    Raises `RuleError` where a rule holds a `Pattern.where`, or a value that is no data.
+    """
+    return json.dumps([one.to_dict() for one in rules], indent=2)
+
+
+def rules_from_json(text: str) -> list[Rule]:
+    """The rules in JSON text; `RuleError` for anything that is not a list of known rules. See `rules_to_json`."""
+    try:
+        data = json.loads(text)
+    except ValueError as error:
+        raise RuleError("the rules are no JSON", why=str(error)) from None
+    return _rules(data)
+
+
+def rules_to_yaml(rules: Iterable[Rule]) -> str:
+    """A list of rules as YAML text. Needs PyYAML (extra `yaml`). See `rules_to_json`."""
+    return _yaml().safe_dump([one.to_dict() for one in rules], sort_keys=False)
+
+
+def rules_from_yaml(text: str) -> list[Rule]:
+    """The rules in YAML text, read with `safe_load`. Needs PyYAML (extra `yaml`). See `rules_from_json`."""
+    yaml = _yaml()
+    try:
+        data = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise RuleError("the rules are no YAML", why=str(error)) from None
+    return _rules(data)
+
+
+def _rules(data: Any) -> list[Rule]:
+    if not isinstance(data, list):
+        raise RuleError("rules are a list of mappings", why=f"this is {type(data).__name__}")
+    return [Rule.from_dict(one) for one in data]
+
+
+def _yaml() -> Any:
+    try:
+        import yaml  # type: ignore[import-untyped]
+    except ImportError:
+        raise RuleError("YAML needs PyYAML", fix="pip install 'model-surgery[yaml]', or use JSON") from None
+    return yaml
+
+
+_registry: dict[str, type[Rule]] = {}
+
+
+def registered(name: str) -> type[Rule]:
+    """The rule class of a name: one already imported, else the one an installed package offers."""
+    if name not in _registry:
+        for entry in metadata.entry_points(group="surgery.rules", name=name):
+            entry.load()
+    if name in _registry:
+        return _registry[name]
+    known = set(_registry) | {entry.name for entry in metadata.entry_points(group="surgery.rules")}
+    raise RuleError(
+        f"there is no rule {name!r}",
+        why=near_misses(name, known) or f"known rules: {', '.join(sorted(known))}",
+        fix="import or install the package that brings it",
+    )
+
+
+_PEFT_FIELDS = {
+    "r": "rank", "lora_alpha": "alpha", "lora_dropout": "dropout", "target_modules": "targets", "use_dora": "dora",
+    "use_rslora": "rslora", "init_lora_weights": "init", "exclude_modules": "exclude", "layers_to_transform": "layers",
+}  # fmt: skip
+
+
+def _checked(init: Any, cls: type[Rule]) -> Any:
+    """The dataclass's own __init__, with an unknown field told as a RuleError that names near misses."""
+
+    def __init__(self: Rule, *args: Any, **given: Any) -> None:
+        names = [field.name for field in fields(cls)]
+        for key in given:
+            if key not in names:
+                peft = _PEFT_FIELDS.get(key)
+                hint = f"PEFT's {key} is {peft} here" if peft in names else near_misses(key, names)
+                raise RuleError(f"{cls.__name__} has no field {key!r}", why=hint, fix=f"its fields: {', '.join(names)}")
+        if len(args) > 1:
+            raise RuleError(f"{cls.__name__} takes only targets by position", fix=f"name the others: {', '.join(names[1:])}")
+        init(self, *args, **given)
+
+    __init__.__wrapped__ = init  # type: ignore[attr-defined]
+    return __init__
+
+
+def _plain(value: Any) -> Any:
+    """Lists become tuples and dtypes their names, so that equal rules compare equal after a round trip."""
+    if isinstance(value, torch.dtype):
+        return str(value).removeprefix("torch.")
+    if isinstance(value, (list, tuple)):
+        return tuple(_plain(item) for item in value)
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    return value
+
+
+def _written(value: Any, where: str) -> Any:
+    if isinstance(value, Pattern):
+        return value.to_dict()
+    if isinstance(value, tuple):
+        return [_written(item, where) for item in value]
+    if isinstance(value, dict):
+        return {str(key): _written(item, where) for key, item in value.items()}
+    if value is None or isinstance(value, (bool, int, float, str)):
+        return value
+    what = "a tensor" if isinstance(value, Tensor) else repr(value)
+    raise RuleError(f"{where} can't be written", why=f"{what} is not data", fix="numbers, strings, lists and mappings are")

@@ -1,0 +1,218 @@
+"""Looking at a rewritten model: counts, the code of a site, and a picture of its graph before and after."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from dataclasses import dataclass
+from html import escape
+from typing import Any
+
+from torch import fx, nn
+
+from surgery.errors import MatchError, near_misses
+from surgery.plan import recorded
+from surgery.state import SiteState, is_adapter_key, model_state, site_state, sites, tensors_of
+from surgery.table import table
+from surgery.trace import Own, own_forward
+from surgery.weave import Layer, woven
+
+__all__ = ["Summary", "draw", "show", "summary"]
+
+
+@dataclass(frozen=True)
+class Summary:
+    """Adapters, sites and parameters of a model; prints as a table. Counts are parameters, each tensor once."""
+
+    trainable: int
+    added: int
+    total: int
+    rows: tuple[tuple[str, str, int, int, int], ...]  # adapter, rule, sites, added, trainable
+    merged: tuple[str, ...]
+
+    def __str__(self) -> str:
+        share = 100 * self.trainable / self.total if self.total else 0.0
+        head = f"trainable {self.trainable:,} || added {self.added:,} || total {self.total:,} || trainable {share:.4f} %"
+        rows = [[a, rule, f"{n:,}", f"{added:,}", f"{trained:,}"] for a, rule, n, added, trained in self.rows]
+        parts = [head]
+        if rows:
+            parts.append(table(["adapter", "rule", "sites", "added", "trainable"], rows))
+        if self.merged:
+            parts.append(f"merged: {', '.join(self.merged)}")
+        return "\n".join(parts)
+
+    __repr__ = __str__
+
+    def to_dict(self) -> dict[str, Any]:
+        names = ("adapter", "rule", "sites", "added", "trainable")
+        return {
+            "trainable": self.trainable,
+            "added": self.added,
+            "total": self.total,
+            "rules": [dict(zip(names, row, strict=True)) for row in self.rows],
+            "merged": list(self.merged),
+        }
+
+
+def summary(model: nn.Module) -> Summary:
+    """How much of a model is trained, and by which rules (PEFT's print_trainable_parameters, and per rule).
+
+    >>> from torch import nn
+    >>> from surgery import apply_rules, summary
+    >>> from rules import LoraRule
+    >>> print(summary(apply_rules(nn.Sequential(nn.Linear(8, 8)), [LoraRule("0", rank=2)])))
+    trainable 32 || added 32 || total 104 || trainable 30.7692 %
+    adapter  rule      sites  added  trainable
+    default  LoraRule      1     32         32
+
+    `total` is the base and what was added. Works on an untouched model, too.
+    """
+    counts: dict[tuple[str, str], list[int]] = defaultdict(lambda: [0, 0, 0])
+    merged: dict[str, None] = {}
+    for _, module, state in sites(model):
+        merged.update(dict.fromkeys(state.merged.adapters if state.merged else ()))
+        for applied in state.applied:
+            own = own_forward(module, state.base)
+            _, specs = recorded(applied.rule, module, state.path, applied.adapter, own)
+            held = tensors_of(module, applied.adapter)
+            mine = [held[spec.name] for spec in specs if spec.name in held]
+            row = counts[applied.adapter, applied.rule.label]
+            row[0] += 1
+            row[1] += sum(tensor.numel() for tensor in mine if isinstance(tensor, nn.Parameter))
+            row[2] += sum(tensor.numel() for tensor in mine if tensor.requires_grad)
+    parameters = list(model.named_parameters())
+    known = model_state(model) is not None
+    return Summary(
+        trainable=sum(p.numel() for _, p in parameters if p.requires_grad),
+        added=sum(p.numel() for name, p in parameters if known and is_adapter_key(model, name)),
+        total=sum(p.numel() for _, p in parameters),
+        rows=tuple((adapter, rule, *map(int, row)) for (adapter, rule), row in counts.items()),  # type: ignore[misc]
+        merged=tuple(merged),
+    )
+
+
+def show(model: nn.Module, path: str = "") -> str:
+    """The code that runs at a site: the generated forward, each inserted line with the rule it comes from.
+
+    >>> from torch import nn
+    >>> from surgery import apply_rules, show
+    >>> from rules import LoraRule
+    >>> model = apply_rules(nn.Sequential(nn.Linear(8, 8)), [LoraRule("0", rank=2, alpha=4)])
+    >>> print(show(model, "0"))  # doctest: +ELLIPSIS
+    # 0: Linear + LoraRule [default]
+    def forward(self, input):
+        ...
+
+    `MatchError` where the model has no such module, or no rule is live on it.
+    """
+    module = _site_at(model, path)[0]
+    recipe = vars(type(module)).get("_surgery_recipe")
+    if recipe is None:
+        raise MatchError("no rule is live here", where=path, why=f"{type(module).__name__} runs its own forward")
+    return f"# {path or '(the model itself)'}: {recipe.label}\n{recipe.source}".rstrip()
+
+
+def draw(model: nn.Module, path: str = "") -> str:
+    """A picture (SVG text) of a site's graph, its own on the left and rewritten on the right; edits are coloured.
+
+    >>> from torch import nn
+    >>> from surgery import apply_rules, draw
+    >>> from rules import LoraRule
+    >>> draw(apply_rules(nn.Linear(8, 8), [LoraRule(nn.Linear)])).startswith("<svg")
+    True
+
+    `MatchError` as `show`.
+    """
+    module, state = _site_at(model, path)
+    own = own_forward(module, state.base)
+    layers = [_layer(module, state, applied, own) for applied in state.applied]
+    title = f"{path or type(module).__name__} ({type(module).__name__})"
+    before, after = (woven(own, some, module.training, lowered=False) for some in ([], layers))
+    return _svg(title, before, after)
+
+
+def _layer(module: nn.Module, state: SiteState, applied: Any, own: Own) -> Layer:
+    tape, _ = recorded(applied.rule, module, state.path, applied.adapter, own)
+    return Layer(applied.adapter, applied.rule.label, tape)
+
+
+def _site_at(model: nn.Module, path: str) -> tuple[nn.Module, SiteState]:
+    modules = dict(model.named_modules(remove_duplicate=False))
+    if path not in modules:
+        raise MatchError(f"the model has no module {path!r}", why=near_misses(path, modules))
+    state = site_state(modules[path])
+    if state is None:
+        where = [found for found, _, _ in sites(model)][:3]
+        raise MatchError("no rule was applied here", where=path, why=f"sites are {', '.join(where)}, …" if where else None)
+    return modules[path], state
+
+
+# Drawing ------------------------------------------------------------------------------------------------------
+
+_WIDTH, _HEIGHT, _ACROSS, _DOWN = 168, 34, 188, 62
+
+
+def _svg(title: str, before: fx.Graph, after: fx.Graph) -> str:
+    left, left_size = _placed(before, 20, 70)
+    right, right_size = _placed(after, 20 + left_size[0] + 60, 70)
+    width, height = 40 + left_size[0] + 60 + right_size[0], 90 + max(left_size[1], right_size[1])
+    heads = [(20, "before"), (20 + left_size[0] + 60, "after")]
+    parts = [
+        f'<svg xmlns="http://www.w3.org/2000/svg" width="{width}" height="{height}" viewBox="0 0 {width} {height}" '
+        'font-family="sans-serif" font-size="12">',
+        '<defs><marker id="arrow" viewBox="0 0 8 8" refX="7" refY="4" markerWidth="7" markerHeight="7" orient="auto">'
+        '<path d="M0 0L8 4L0 8z" fill="#555"/></marker></defs>',
+        f'<rect width="{width}" height="{height}" fill="white"/>',
+        f'<text x="20" y="26" font-size="15" font-weight="bold">{escape(title)}</text>',
+        *(f'<text x="{x}" y="52" fill="#555">{text}</text>' for x, text in heads),
+        *left,
+        *right,
+        "</svg>",
+    ]
+    return "\n".join(parts)
+
+
+def _placed(graph: fx.Graph, x0: float, y0: float) -> tuple[list[str], tuple[float, float]]:
+    import networkx as nx
+
+    flow = nx.DiGraph()
+    for node in graph.nodes:
+        flow.add_node(node)
+        flow.add_edges_from((source, node) for source in node.all_input_nodes)
+    rows = [list(row) for row in nx.topological_generations(flow)]
+    across = max(len(row) for row in rows)
+    at = {
+        node: (x0 + (column + (across - len(row)) / 2) * _ACROSS, y0 + level * _DOWN)
+        for level, row in enumerate(rows)
+        for column, node in enumerate(row)
+    }
+    parts = []
+    for source, node in flow.edges:
+        (xa, ya), (xb, yb) = at[source], at[node]
+        start, end = (xa + _WIDTH / 2, ya + _HEIGHT), (xb + _WIDTH / 2, yb - 1)
+        bend = (end[1] - start[1]) / 2
+        curve = f"M{start[0]:.0f} {start[1]:.0f}C{start[0]:.0f} {start[1] + bend:.0f} {end[0]:.0f} {end[1] - bend:.0f} {end[0]:.0f} {end[1]:.0f}"
+        parts.append(f'<path d="{curve}" fill="none" stroke="#555" marker-end="url(#arrow)"/>')
+    for node, (x, y) in at.items():
+        fill, stroke = ("#ffe0b3", "#c76b00") if _inserted(node) else ("#eef3f8", "#6b8aa8")
+        text = escape(_label(node))
+        parts.append(
+            f'<rect x="{x:.0f}" y="{y:.0f}" width="{_WIDTH}" height="{_HEIGHT}" rx="6" fill="{fill}" stroke="{stroke}"/>'
+            f'<text x="{x + _WIDTH / 2:.0f}" y="{y + 21:.0f}" text-anchor="middle">{text}</text>'
+        )
+    return parts, (across * _ACROSS, len(rows) * _DOWN)
+
+
+def _inserted(node: fx.Node) -> bool:
+    return bool(node.meta.get("surgery")) or (node.op == "get_attr" and str(node.target).startswith("adapters."))
+
+
+def _label(node: fx.Node) -> str:
+    if node.op == "get_attr":
+        text = str(node.target).removeprefix("adapters.")
+    elif node.op == "call_function":
+        name = getattr(node.target, "__name__", str(node.target))
+        rest = [str(arg) for arg in node.args if not isinstance(arg, fx.Node) and isinstance(arg, (int, float, str))]
+        text = f"{name}({', '.join(rest)})" if rest else name
+    else:
+        text = str(node.target)
+    return text if len(text) <= 26 else text[:25] + "…"

@@ -1,0 +1,292 @@
+"""A site as the author of a rule sees it: values to compute with while rewriting, tensors once it is live."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from surgery.errors import SiteError, near_misses
+from surgery.rule import Rule
+from surgery.tape import Tape, Value
+from surgery.trace import Own
+from surgery.view import hidden_reference
+
+__all__ = ["LiveSite", "ParamSpec", "Site", "Tensors"]
+
+Tensors = Mapping[str, Tensor]
+Fill = Callable[[Tensor], Any]
+
+
+@dataclass(frozen=True)
+class ParamSpec:
+    """A tensor a rule asks for at a site; made only when the plan is carried out."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    fill: Fill
+    trainable: bool
+    buffer: bool
+
+
+class _Place:
+    """What a rule knows of a site in either form: the module, its path and its sizes."""
+
+    def __init__(self, module: nn.Module, path: str, adapter: str):
+        self.module, self.path, self.adapter = module, path, adapter
+
+    @property
+    def base_class(self) -> type[nn.Module]:
+        """The module's own class, whether or not it is rewritten at present."""
+        return getattr(self.module, "_surgery_base", type(self.module))
+
+    @property
+    def out_features(self) -> int:
+        """The size of the output's feature dimension (channels, for a convolution)."""
+        return self._size("out_features", "out_channels", "embedding_dim", "num_features", "num_channels", "nf", "embed_dim")
+
+    @property
+    def in_features(self) -> int:
+        """The size of the input's feature dimension (channels, for a convolution; tokens, for an embedding)."""
+        return self._size("in_features", "in_channels", "num_embeddings", "num_features", "num_channels", "nx", "embed_dim")
+
+    def _size(self, *names: str) -> int:
+        for name in names:
+            found = getattr(self.module, name, None)
+            if type(found) is int:
+                return found
+        shape = getattr(self.module, "normalized_shape", None)
+        if shape:
+            return int(shape[-1])
+        weight = self.module._parameters.get("weight")
+        if weight is not None and weight.dim() == 1:
+            return weight.shape[0]
+        raise SiteError(
+            f"{type(self.module).__name__} does not say how many features it has",
+            where=self.path,
+            why=f"it has none of {', '.join(names)}",
+            fix="take the size from site.module, or target a module that has it",
+        )
+
+
+class Site(_Place):
+    """One module while a rule rewrites it: `input`, `output` and parameters are values to compute with.
+
+    >>> from torch import nn
+    >>> from surgery import Rule, apply_rules, rule
+    >>> @rule("doc-shift")
+    ... class ShiftRule(Rule):
+    ...     identity = True
+    ...     def rewrite(self, site):
+    ...         return site.output + site.param("shift", (site.out_features,))
+    >>> model = apply_rules(nn.Linear(3, 2), [ShiftRule(nn.Linear)])
+    >>> model.adapters.default.shift
+    Parameter containing:
+    tensor([0., 0.], requires_grad=True)
+
+    Values take operators, methods, attributes and torch functions; Python can't branch on them (`SiteError`).
+    `site.module` is the module itself, for its sizes and settings.
+    """
+
+    def __init__(self, module: nn.Module, path: str, adapter: str, rule: Rule, own: Own):
+        super().__init__(module, path, adapter)
+        self.rule, self.own = rule, own
+        self.tape = Tape(path or type(module).__name__)
+        self.specs: dict[str, ParamSpec] = {}
+
+    @property
+    def input(self) -> Tensor:
+        """The first input of the module's forward."""
+        names = list(self.own.signature.parameters)
+        if not names:
+            raise SiteError("the module's forward takes no input", where=self.path)
+        parameter = self.own.signature.parameters[names[0]]
+        value = self._value("input", names[0])
+        return value[0] if parameter.kind is parameter.VAR_POSITIONAL else value
+
+    @property
+    def inputs(self) -> Mapping[str, Tensor]:
+        """The inputs of the module's forward by name."""
+        return {name: self._value("input", name) for name in self.own.signature.parameters}
+
+    @property
+    def output(self) -> Tensor:
+        """What the forward returns at present, edits of earlier rules included."""
+        return self._value("output", "")
+
+    @property
+    def base_output(self) -> Tensor:
+        """What the module's own operation returns, before what any rule adds to it."""
+        return self._value("base", "")
+
+    def call(self, input: Tensor, **tensors: Tensor | None) -> Tensor:
+        """The module's own operation once more, on another input and with other tensors: `site.call(x, weight=A)`.
+
+        All of the module's settings hold (stride, padding, groups, …); a tensor given as None is left out.
+        """
+        name = next(iter(self.own.signature.parameters))
+        return cast(Tensor, self.tape.call("own", None, {name: input}, tensors))
+
+    @property
+    def weight(self) -> Tensor:
+        """The weight's value in the graph; `site.replace(site.weight, …)` edits it."""
+        return self.tensor("weight")
+
+    @property
+    def bias(self) -> Tensor:
+        """The bias's value in the graph. `SiteError` where the module has none."""
+        return self.tensor("bias")
+
+    @property
+    def training(self) -> Tensor:
+        """The module's training flag, read anew at each call."""
+        return self._value("training", "")
+
+    def tensor(self, name: str) -> Tensor:
+        """A parameter or buffer of the module, by name; with dots, one of its children's."""
+        tensor = held(self.module, name)
+        if tensor is None:
+            names = [key for key, _ in (*self.module.named_parameters(), *self.module.named_buffers())]
+            raise SiteError(
+                f"{type(self.module).__name__} has no tensor {name!r}",
+                where=self.path,
+                why=near_misses(name, names) or f"it has {', '.join(names) or 'none'}",
+            )
+        return self._value("state", name)
+
+    def param(
+        self,
+        name: str,
+        value: Tensor | Sequence[int],
+        init: float | Fill = 0.0,
+        *,
+        dtype: torch.dtype | str | None = None,
+        trainable: bool = True,
+    ) -> Tensor:
+        """A tensor of the adapter, named `<site>.adapters.<adapter>.<name>`: a parameter, trained unless told otherwise.
+
+        `value` is its initial tensor, or its shape; then `init` is a number, or a function that fills a tensor in
+        place (`nn.init.xavier_uniform_`). A shape's dtype is the module's, or float32 where that is half precision
+        or quantised (PEFT's autocast_adapter_dtype). It is made on the module's device, when the plan is carried out.
+        """
+        return self._declare(name, value, init, dtype, trainable, buffer=False)
+
+    def buffer(self, name: str, value: Tensor) -> Tensor:
+        """A tensor of the adapter that is saved with it and not trained, such as a running mean."""
+        return self._declare(name, value, 0.0, None, False, buffer=True)
+
+    def replace(self, old: Tensor, new: Any) -> None:
+        """Put `new` in the place of `old` for everything that used it before this rule: a parameter, an input, a value.
+
+        Raises `SiteError` where the module's forward would not see another value in a parameter's place.
+        """
+        self.tape.replace(cast(Value, old), new)
+        ref = self.tape.steps[-1].args[0]
+        if ref.kind == "state":
+            self._check_editable(str(ref.key))
+
+    def _value(self, kind: str, key: str) -> Tensor:
+        # To a rule, and to its type checker, a value is used as the tensor it stands for.
+        return cast(Tensor, self.tape.value(kind, key))
+
+    def _check_editable(self, name: str) -> None:
+        tensor = held(self.module, name)
+        owner = self.module.get_submodule(name.rpartition(".")[0])
+        why = None
+        if type(tensor) not in (nn.Parameter, Tensor):
+            why = f"its {name} is a {type(tensor).__name__}, which its own code unpacks"
+        elif self.own.opaque and (reference := hidden_reference(owner, name.rpartition(".")[2])):
+            why = f"its forward uses the tensor through its attribute {reference!r}"
+        if why:
+            raise SiteError(
+                f"{self.rule.label} edits the {name} of a {type(self.module).__name__}, which can't be edited",
+                where=self.path,
+                why=why,
+                fix="use a rule that works on the module's inputs and outputs",
+            )
+
+    def _declare(self, name: str, value: Any, init: Any, dtype: Any, trainable: bool, buffer: bool) -> Tensor:
+        if not name.isidentifier() or hasattr(nn.Module, name) or name in _TAKEN:
+            raise SiteError(f"{name!r} can't name a tensor", where=self.path, fix="use a plain identifier")
+        if name in self.specs:
+            raise SiteError(f"{self.rule.label} asks for the tensor {name!r} twice", where=self.path)
+        if isinstance(value, Tensor):
+            shape, made = tuple(value.shape), value.dtype
+            source = value.detach()
+            fill: Fill = lambda tensor: tensor.copy_(source)  # noqa: E731
+        else:
+            shape, made = tuple(int(size) for size in value), self.dtype
+            fill = init if callable(init) else _constant(float(init))
+        if any(size < 0 for size in shape):
+            raise SiteError(f"the tensor {name!r} can't have the shape {shape}", where=self.path)
+        if dtype is not None:
+            made = getattr(torch, dtype) if isinstance(dtype, str) else dtype
+        trained = trainable and (made.is_floating_point or made.is_complex)
+        self.specs[name] = ParamSpec(name, shape, made, fill, trained, buffer)
+        return self._value("param", name)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of tensors made here by shape: the module's own, or float32 for half and quantised ones."""
+        for tensor in (*self.module._parameters.values(), *self.module.parameters()):
+            if tensor is not None and tensor.dtype in (torch.float32, torch.float64):
+                return tensor.dtype
+            if tensor is not None:
+                break
+        return torch.float32
+
+
+class LiveSite(_Place):
+    """One module with the rule's tensors in place, for `Rule.initialise` and `Rule.merged`.
+
+    `params` holds the adapter's tensors by name; `weight`, `bias` and `tensor(name)` are the module's own, with
+    what was folded in before; `base(name)` is a parameter as it was before any merging.
+    """
+
+    def __init__(self, module: nn.Module, path: str, adapter: str, params: Tensors, source: Callable[[str, bool], Tensor]):
+        super().__init__(module, path, adapter)
+        self.params = params
+        self._source = source
+
+    @property
+    def weight(self) -> Tensor:
+        return self.tensor("weight")
+
+    @property
+    def bias(self) -> Tensor:
+        return self.tensor("bias")
+
+    def tensor(self, name: str) -> Tensor:
+        if held(self.module, name) is None:
+            raise SiteError(f"{type(self.module).__name__} has no tensor {name!r}", where=self.path)
+        return self._source(name, False)
+
+    def base(self, name: str) -> Tensor:
+        return self._source(name, True)
+
+    def folded(self, name: str) -> bool:
+        """Whether something was folded into a parameter before this rule's turn."""
+        return self._source(name, False) is not self._source(name, True)
+
+
+def held(module: nn.Module, name: str) -> Tensor | None:
+    """A parameter or buffer by dotted name, or None."""
+    *path, last = name.split(".")
+    owner: nn.Module | None = module
+    for part in path:
+        owner = owner._modules.get(part) if owner is not None else None
+    if owner is None:
+        return None
+    found = owner._parameters.get(last)
+    return found if found is not None else owner._buffers.get(last)
+
+
+def _constant(value: float) -> Fill:
+    return lambda tensor: tensor.fill_(value)
+
+
+_TAKEN = frozenset(nn.Module().__dict__)

@@ -1,0 +1,217 @@
+"""What surgery leaves on a model: adapter tensors as parameters, and small records on the root and on each site.
+
+Tensors live under `<site>.adapters.<adapter>.<name>`, so optimisers, `.to()`, state dicts and FSDP see them under a
+name that says where they belong. The records are plain data in the modules' `__dict__`: they follow deepcopy and
+pickle, and nothing is kept in a table beside the model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor, nn
+
+from surgery.errors import SiteError, SurgeryError, near_misses
+from surgery.match import RESERVED, is_adapters
+from surgery.rule import Rule
+
+if TYPE_CHECKING:
+    from surgery.merge import Merged
+
+__all__ = ["AdapterTensors", "Adapters", "ModelState", "SiteState"]
+
+
+class AdapterTensors(nn.Module):
+    """The tensors of one adapter at one site: parameters and buffers, under the names the rules gave them."""
+
+    def tensors(self) -> dict[str, Tensor]:
+        held = {**self._parameters, **self._buffers}
+        return {name: tensor for name, tensor in held.items() if tensor is not None}
+
+
+class Adapters(nn.Module):
+    """The child of a site that holds its adapters' tensors, one `AdapterTensors` each."""
+
+    _surgery_adapters = True
+
+
+@dataclass
+class Applied:
+    """One rule at one site. `changed` holds what its initialisation did to the base's own parameters."""
+
+    adapter: str
+    rule: Rule
+    changed: list[Any] = field(default_factory=list)
+
+
+@dataclass
+class SiteState:
+    """A site's record: its path in the model, its own class, and the rules on it in the order they came."""
+
+    path: str
+    base: type[nn.Module]
+    applied: list[Applied] = field(default_factory=list)
+    merged: Merged | None = None
+
+
+@dataclass
+class ModelState:
+    """A model's record: the rules of each adapter, and what has to be put back when the last one goes."""
+
+    adapters: dict[str, tuple[Rule, ...]] = field(default_factory=dict)
+    trainable: frozenset[str] = frozenset()  # base parameters that required gradients before the first adapter
+    ignored_on_save: list[tuple[str, Any]] = field(default_factory=list)
+    switched: list[tuple[str, str, Any]] = field(default_factory=list)  # (module, attribute, original value)
+
+
+_MODEL, _SITE = "_surgery_model", "_surgery_site"
+
+
+def model_state(model: nn.Module) -> ModelState | None:
+    return model.__dict__.get(_MODEL)
+
+
+def site_state(module: nn.Module) -> SiteState | None:
+    return module.__dict__.get(_SITE)
+
+
+def sites(model: nn.Module) -> Iterator[tuple[str, nn.Module, SiteState]]:
+    """The rewritten modules of a model with their present paths, each once."""
+    for path, module in model.named_modules():
+        state = site_state(module)
+        if state is not None:
+            yield path, module, state
+
+
+def require_state(model: nn.Module) -> ModelState:
+    """The model's record. `SurgeryError` where no rules were applied to this very module."""
+    state = model_state(model)
+    if state is not None:
+        return state
+    inner = [path for path, module in model.named_modules() if model_state(module) is not None]
+    raise SurgeryError(
+        "no rules were applied to this module",
+        why=f"they were applied to its child {inner[0]!r}" if inner else "it has no adapters",
+        fix="pass the module that apply_rules was called with",
+    )
+
+
+def adapter_names(state: ModelState, adapter: str | None) -> list[str]:
+    """The adapters meant by a name, or all; `SurgeryError` with near misses for an unknown one."""
+    if adapter is None:
+        return list(state.adapters)
+    if adapter not in state.adapters:
+        raise SurgeryError(
+            f"there is no adapter {adapter!r}",
+            why=near_misses(adapter, state.adapters) or f"the model's adapters: {', '.join(state.adapters)}",
+        )
+    return [adapter]
+
+
+def tensors_of(module: nn.Module, adapter: str) -> dict[str, Tensor]:
+    """An adapter's tensors at a site; empty where it has none there."""
+    held = module._modules.get(RESERVED)
+    found = held._modules.get(adapter) if held is not None else None
+    return found.tensors() if isinstance(found, AdapterTensors) else {}
+
+
+def attach(module: nn.Module, adapter: str, tensors: Mapping[str, tuple[Tensor, bool]], where: str) -> None:
+    """Give a site an adapter's tensors: name → (tensor, is it a buffer)."""
+    held = module._modules.get(RESERVED)
+    if held is None:
+        held = module._modules[RESERVED] = Adapters()
+        held.training = module.training
+    box = held._modules.get(adapter)
+    if box is None:
+        box = held._modules[adapter] = AdapterTensors()
+        box.training = module.training
+    for name, (tensor, is_buffer) in tensors.items():
+        if name in box._parameters or name in box._buffers:
+            raise SiteError(f"the adapter {adapter!r} has a tensor {name!r} already", where=where)
+        if is_buffer:
+            box.register_buffer(name, tensor)
+        else:
+            box._parameters[name] = tensor  # type: ignore[assignment]
+
+
+def detach(module: nn.Module, adapter: str, names: list[str] | None = None) -> None:
+    """Take an adapter's tensors from a site (or some of them), and the holder with the last."""
+    held = module._modules.get(RESERVED)
+    box = held._modules.get(adapter) if held is not None else None
+    if held is None or box is None:
+        return
+    for name in names if names is not None else [*box._parameters, *box._buffers]:
+        box._parameters.pop(name, None)
+        box._buffers.pop(name, None)
+        box._non_persistent_buffers_set.discard(name)
+    if not box._parameters and not box._buffers:
+        del held._modules[adapter]
+    if not held._modules:
+        del module._modules[RESERVED]
+
+
+def is_adapter_key(model: nn.Module, key: str) -> bool:
+    """Whether a dotted name leads into the adapters of a site, rather than to a module that happens to be called so."""
+    module: nn.Module | None = model
+    for part in key.split("."):
+        if isinstance(module, Adapters):
+            return True
+        module = module._modules.get(part) if module is not None else None
+    return False
+
+
+def base_state_dict(model: nn.Module) -> dict[str, Tensor]:
+    """The base's own tensors under their own keys, adapters left out.
+
+    >>> from torch import nn
+    >>> from surgery import apply_rules, base_state_dict
+    >>> from rules import LoraRule
+    >>> model = apply_rules(nn.Sequential(nn.Linear(4, 4)), [LoraRule("0", rank=2)])
+    >>> list(base_state_dict(model))
+    ['0.weight', '0.bias']
+
+    The keys, their order and the tensors are those of `model.state_dict()` before any rule; while an adapter is
+    merged, they are the merged weights. Loads into the plain model with `strict=True`.
+    """
+    return {key: tensor for key, tensor in model.state_dict().items() if not is_adapter_key(model, key)}
+
+
+def adapter_state_dict(model: nn.Module, adapter: str = "default") -> dict[str, Tensor]:
+    """An adapter's tensors, under the names they have in the model, without the adapter's own name.
+
+    >>> from torch import nn
+    >>> from surgery import adapter_state_dict, apply_rules
+    >>> from rules import LoraRule
+    >>> model = apply_rules(nn.Sequential(nn.Linear(4, 4)), [LoraRule("0", rank=2)], adapter="topics")
+    >>> {key: tuple(tensor.shape) for key, tensor in adapter_state_dict(model, "topics").items()}
+    {'0.adapters.A': (2, 4), '0.adapters.B': (4, 2)}
+
+    The tensors are detached and share the model's memory. `SurgeryError` for an unknown adapter.
+    """
+    adapter_names(require_state(model), adapter)
+    found = {}
+    for path, module, _ in sites(model):
+        for name, tensor in tensors_of(module, adapter).items():
+            found[".".join(filter(None, (path, RESERVED, name)))] = tensor.detach()
+    return found
+
+
+def rules_of(model: nn.Module, adapter: str | None = None) -> list[Rule]:
+    """The rules that made an adapter (or all of them, in the order they were applied).
+
+    >>> from torch import nn
+    >>> from surgery import apply_rules, rules_of
+    >>> from rules import LoraRule
+    >>> model = apply_rules(nn.Sequential(nn.Linear(4, 4)), [LoraRule("0", rank=2)])
+    >>> rules_of(model) == [LoraRule("0", rank=2)]
+    True
+
+    An untouched model has none. `SurgeryError` for an unknown adapter.
+    """
+    state = model_state(model)
+    if state is None and adapter is None:
+        return []
+    state = require_state(model)
+    return [rule for name in adapter_names(state, adapter) for rule in state.adapters[name]]

@@ -1,0 +1,273 @@
+"""Tapes → one fx graph: the site's own forward with the edits of every live rule woven in.
+
+The edits are applied to a small graph of terms first and written as fx nodes last, in an order in which every value
+is made before it is used. What a rule put something else in the place of stays where it is still needed and is left
+out where nothing needs it, so no fx node is ever erased, moved or re-inserted.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+from torch import fx
+
+from surgery.errors import SiteError
+from surgery.lowering import lower, same_dtype
+from surgery.tape import Ref, Step, Tape, thawed
+from surgery.trace import Own
+from surgery.view import base_forward
+
+__all__ = ["Layer", "woven"]
+
+
+class Layer(NamedTuple):
+    """One rule's edits at a site, under its adapter's name."""
+
+    adapter: str
+    label: str
+    tape: Tape
+
+
+@dataclass(eq=False)
+class _Term:
+    """One value of the forward to be: an fx node before it is written."""
+
+    op: str
+    target: Any
+    args: Any = ()
+    kwargs: Any = field(default_factory=dict)
+    origin: str = ""
+    node: fx.Node | None = None
+    open: bool = False
+
+
+def woven(own: Own, layers: Sequence[Layer], training: bool, lowered: bool = True) -> fx.Graph:
+    """The graph of the site's forward with the layers' edits, in training or evaluation mode.
+
+    `lowered=False` keeps the rules' own form, without the fast forms of `surgery.lowering`. Raises `SiteError`
+    where an edit would need a value before it is made.
+    """
+    weaver = _Weaver(own)
+    weaver.base(training)
+    for layer in layers:
+        weaver.edit(layer)
+    graph = weaver.written()
+    if lowered:
+        lower(graph)
+    return graph
+
+
+class _Weaver:
+    def __init__(self, own: Own):
+        self.own = own
+        self.training = False
+        self.now: dict[Ref, Any] = {}  # what stands for a value at present: a term, or a structure of terms
+        self.terms: list[_Term] = []
+        self.effects: list[_Term] = []  # terms whose result nobody uses: run for what they do
+        self.call: _Term | None = None  # an opaque site's call of its base
+
+    def base(self, training: bool) -> None:
+        self.training = training
+        for name in self.own.signature.parameters:
+            self.now[Ref("input", name)] = self._term("placeholder", name)
+        if self.own.tapes is None:
+            self.call = self._opaque({}, {})
+            self.now[Ref("output", "")] = self.call
+        else:
+            self.effects = self._unused(self._play(self.own.tapes[training], "", ""))
+        self.now[Ref("base", "")] = self.now[Ref("output", "")]
+
+    def _unused(self, made: list[_Term]) -> list[_Term]:
+        used = {id(inner) for term in self.terms for inner in _terms_in((term.args, term.kwargs))}
+        used |= {id(term) for term in _terms_in(self.now[Ref("output", "")])}
+        return [term for term in made if id(term) not in used]
+
+    def _opaque(self, inputs: dict[str, Any], tensors: dict[str, Any], origin: str = "") -> _Term:
+        positional, more, named, extra = [], (), {}, {}
+        for name, parameter in self.own.signature.parameters.items():
+            value = inputs.get(name, self.now[Ref("input", name)])
+            if parameter.kind is parameter.VAR_POSITIONAL:
+                more = value
+            elif parameter.kind is parameter.VAR_KEYWORD:
+                extra = value
+            elif parameter.kind is parameter.KEYWORD_ONLY:
+                named[name] = value
+            else:
+                positional.append(value)
+        itself = self._term("get_attr", "_surgery_self")
+        return self._term("call_function", base_forward, (itself, tensors, tuple(positional), more, named, extra), origin=origin)
+
+    def _again(self, inputs: dict[str, Any], tensors: dict[str, Any], origin: str) -> Any:
+        """The site's own operation once more, with other inputs or tensors."""
+        if self.own.tapes is None:
+            return self._opaque(inputs, tensors, origin)
+        ops: dict[str | int, Any] = {}
+        output = None
+
+        def resolve(ref: Ref) -> Any:
+            if ref.kind == "op":
+                return ops[ref.key]
+            given = inputs if ref.kind == "input" else tensors
+            if ref.key in given:
+                return given[str(ref.key)]
+            return self._state(self.now, str(ref.key)) if ref.kind == "state" else self.now[ref]
+
+        for index, step in enumerate(self.own.tapes[self.training].steps):
+            if step.kind == "replace":
+                output = thawed(step.args[1], resolve)
+            else:
+                node = _node_of(step, thawed(step.args, resolve))
+                ops[index] = self._term(*node, thawed(step.kwargs, resolve), origin)
+        return output
+
+    def edit(self, layer: Layer) -> None:
+        origin = f"{layer.label} [{layer.adapter}]"
+        before = self.now[Ref("output", "")]
+        made = self._play(layer.tape, layer.adapter, origin)
+        self.effects += [term for term in self._unused(made) if _in_place(term)]
+        after = self.now[Ref("output", "")]
+        if after is not before and isinstance(after, _Term) and isinstance(before, _Term):
+            # A module's output keeps its dtype, whatever precision an adapter computes in.
+            self.now[Ref("output", "")] = self._term("call_function", same_dtype, (after, before), origin=origin)
+
+    def _play(self, tape: Tape, adapter: str, origin: str) -> list[_Term]:
+        """Run a tape's steps. All it names is what stood there before the tape; `replace` acts on what came before."""
+        seen = dict(self.now)
+        earlier = list(self.terms)
+        made: list[_Term] = []
+
+        def resolve(ref: Ref) -> Any:
+            if ref.kind == "op":
+                return ops[ref.key]
+            if ref.kind == "param":
+                return self._state(seen, f"adapters.{adapter}.{ref.key}")
+            if ref.kind == "state":
+                return self._state(seen, str(ref.key))
+            if ref.kind == "training":
+                return self._state(seen, "training")
+            if ref not in seen:
+                raise SiteError(f"the forward has no {ref.kind} {ref.key!r}", where=tape.where, fix=_known(seen))
+            return seen[ref]
+
+        ops: dict[str | int, Any] = {}
+        for index, step in enumerate(tape.steps):
+            if step.kind == "replace":
+                self._replace(step, resolve, earlier)
+            elif step.kind == "own":
+                ops[index] = self._again(thawed(step.args, resolve), thawed(step.kwargs, resolve), origin)
+            else:
+                args, kwargs = thawed(step.args, resolve), thawed(step.kwargs, resolve)
+                ops[index] = self._term(*_node_of(step, args), kwargs, origin)
+                made.append(ops[index])
+        return made
+
+    def _replace(self, step: Step, resolve: Any, earlier: list[_Term]) -> None:
+        ref, frozen = step.args
+        new = thawed(frozen, resolve)
+        if ref == Ref("output", ""):
+            self.now[ref] = new
+            return
+        old = resolve(ref)
+        for term in earlier:
+            term.args, term.kwargs = _swapped(term.args, old, new), _swapped(term.kwargs, old, new)
+        if ref.kind == "state" and self.call is not None:
+            itself, tensors, *rest = self.call.args
+            self.call.args = (itself, {**tensors, str(ref.key): new}, *rest)
+        output = Ref("output", "")
+        self.now[output] = _swapped(self.now[output], old, new)
+        self.now[ref] = new
+
+    def _state(self, seen: dict[Ref, Any], path: str) -> Any:
+        ref = Ref("state", path)
+        if ref not in seen:
+            found = self._term("get_attr", path)
+            seen[ref] = found
+            self.now.setdefault(ref, found)
+        return seen[ref]
+
+    def _term(self, op: str, target: Any, args: Any = (), kwargs: Any = None, origin: str = "") -> _Term:
+        term = _Term(op, target, args, {} if kwargs is None else kwargs, origin)
+        self.terms.append(term)
+        return term
+
+    # Writing ------------------------------------------------------------------------------------------------
+
+    def written(self) -> fx.Graph:
+        graph = fx.Graph()
+        inputs = {term.target: term for term in self.terms if term.op == "placeholder"}
+        for name, parameter in self.own.signature.parameters.items():
+            starred = {parameter.VAR_POSITIONAL: "*", parameter.VAR_KEYWORD: "**"}.get(parameter.kind, "")
+            inputs[name].node = graph.placeholder(starred + name, default_value=parameter.default)
+        output = self.now[Ref("output", "")]
+        needed: dict[int, _Term] = {}
+        waiting = [*_terms_in(output), *self.effects]
+        while waiting:
+            term = waiting.pop()
+            if id(term) not in needed:
+                needed[id(term)] = term
+                waiting += _terms_in((term.args, term.kwargs))
+        for term in self.terms:  # the base's operations keep their order, for what they write in place
+            if id(term) in needed and not term.origin:
+                self._write(term, graph)
+        for term in self.effects:
+            self._write(term, graph)
+        graph.output(self._nodes(output, graph))
+        return graph
+
+    def _nodes(self, value: Any, graph: fx.Graph) -> Any:
+        return _mapped(value, lambda term: self._write(term, graph))
+
+    def _write(self, term: _Term, graph: fx.Graph) -> fx.Node:
+        if term.node is None:
+            if term.open:
+                raise SiteError(
+                    f"{term.origin or 'an edit'} needs a value that is made from itself",
+                    why="a value was replaced by something computed after it",
+                    fix="compute the new value from the inputs, or replace the output instead",
+                )
+            term.open = True
+            args, kwargs = self._nodes(term.args, graph), self._nodes(term.kwargs, graph)
+            term.node = graph.create_node(term.op, term.target, args, kwargs)
+            term.node.meta["surgery"] = term.origin
+        return term.node
+
+
+def _node_of(step: Step, args: Any) -> tuple[str, Any, Any]:
+    if step.kind == "attribute":
+        return "call_function", getattr, (*args, step.target)
+    kinds = {"function": "call_function", "method": "call_method", "module": "call_module"}
+    return kinds[step.kind], step.target, args
+
+
+def _in_place(term: _Term) -> bool:
+    name = term.target if isinstance(term.target, str) else getattr(term.target, "__name__", "")
+    return term.op in ("call_method", "call_function") and name.endswith("_") and not name.endswith("__")
+
+
+def _mapped(value: Any, change: Any) -> Any:
+    if isinstance(value, _Term):
+        return change(value)
+    if type(value) in (tuple, list):
+        return type(value)(_mapped(item, change) for item in value)
+    if isinstance(value, dict):
+        return {key: _mapped(item, change) for key, item in value.items()}
+    if isinstance(value, slice):
+        return slice(*(_mapped(item, change) for item in (value.start, value.stop, value.step)))
+    return value
+
+
+def _swapped(value: Any, old: _Term, new: Any) -> Any:
+    return _mapped(value, lambda term: new if term is old else term)
+
+
+def _terms_in(value: Any) -> list[_Term]:
+    found: list[_Term] = []
+    _mapped(value, lambda term: found.append(term))
+    return found
+
+
+def _known(seen: dict[Ref, Any]) -> str:
+    names = [str(ref.key) for ref in seen if ref.kind == "input"]
+    return f"its inputs are {', '.join(names)}" if names else "it takes no named inputs"
