@@ -122,7 +122,8 @@ def layout_of(module: nn.Module, rank: int) -> Layout | str:
     if type(weight) is not nn.Parameter:
         if kind != "linear":
             return f"its weight is a {type(weight).__name__}"
-        size = (module.out_features, module.in_features)
+        linear: Any = module  # quantised layers have Linear's sizes
+        size = (linear.out_features, linear.in_features)
         return Layout(kind, (Part("weight", "", size, (rank, size[1]), (size[0], rank)),), packed=True)
     shape = tuple(weight.shape)
     if kind == "convolution":
@@ -135,7 +136,7 @@ def layout_of(module: nn.Module, rank: int) -> Layout | str:
     return layout if kind == "conv1d" or _branches(module, layout) else Layout(kind, layout.parts, why=_OTHERWISE)
 
 
-def _convolution(module: nn.Module, rank: int, shape: tuple[int, ...]) -> Layout:
+def _convolution(module: Any, rank: int, shape: tuple[int, ...]) -> Layout:
     ones = (1,) * (len(shape) - 2)
     if rank % module.groups:  # such as a depthwise convolution, whose groups are its channels
         part = Part("weight", "", shape, (rank, *shape[1:]), (shape[0], rank, *ones))
@@ -145,7 +146,7 @@ def _convolution(module: nn.Module, rank: int, shape: tuple[int, ...]) -> Layout
     return layout if _branches(module, layout) else Layout("convolution", (part,), why=_OTHERWISE)
 
 
-def _attention(module: nn.MultiheadAttention, rank: int) -> Iterator[Part]:
+def _attention(module: Any, rank: int) -> Iterator[Part]:
     held = {"in_proj_weight": "", "q_proj_weight": "q_", "k_proj_weight": "k_", "v_proj_weight": "v_"}
     weights = [(name, prefix, module._parameters.get(name)) for name, prefix in held.items()]
     for name, prefix, weight in [*weights, ("out_proj.weight", "out_", module.out_proj.weight)]:
@@ -186,7 +187,15 @@ def _branches(module: nn.Module, layout: Layout) -> bool:
     groups = part.groups
     A = random(2 * groups, *part.A[1:])
     B = random(3 * groups, 2, *part.B[2:])
-    small = Part("weight", "", (3 * groups, *part.A[1:]) if not part.turned else (part.A[1], 3), A.shape, B.shape, part.turned, groups)
+    small = Part(
+        "weight",
+        "",
+        (3 * groups, *part.A[1:]) if not part.turned else (part.A[1], 3),
+        A.shape,
+        B.shape,
+        part.turned,
+        groups,
+    )
     try:
         x = _sample(module, layout, random)
         named: dict[str, Any] = {} if layout.kind == "embedding" else {"bias": None}
@@ -194,7 +203,9 @@ def _branches(module: nn.Module, layout: Layout) -> bool:
             down = call_own(module, x, weight=A.t() if part.turned else A, **named)
             once = Layout(layout.kind, (small,)).up(down, B)
             whole = call_own(module, x, weight=small.delta(A, B), **named)
-        return once.shape == whole.shape and torch.allclose(once, whole, rtol=_SLACK, atol=_SLACK * float(whole.abs().max()))
+        return once.shape == whole.shape and torch.allclose(
+            once, whole, rtol=_SLACK, atol=_SLACK * float(whole.abs().max())
+        )
     except Exception:  # whatever such a forward does with tensors it did not expect
         return False
 
@@ -202,7 +213,7 @@ def _branches(module: nn.Module, layout: Layout) -> bool:
 _SLACK = 0.02  # two half-precision roundings apart; a forward that is no linear map is off by its own size
 
 
-def _sample(module: nn.Module, layout: Layout, random: Any) -> Tensor:
+def _sample(module: Any, layout: Layout, random: Any) -> Tensor:
     if layout.kind == "embedding":
         return torch.arange(min(4, module.num_embeddings), device=module.weight.device).view(1, -1)
     if layout.kind == "convolution":

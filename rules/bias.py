@@ -47,7 +47,9 @@ class BiasRule(Rule):
 class BiasesOf(BiasRule):
     """A BiasRule that passes over targets without a bias: LoRA's `bias="lora_only"`."""
 
-    label = "BiasRule"
+    @property
+    def label(self) -> str:
+        return "BiasRule"
 
     def expand(self, module: nn.Module, path: str) -> Iterable[tuple[str, nn.Module]]:
         return [(path, module)] if biases(module) else []

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from rules import _init
 from rules._layouts import Layout, Part, column_norm, layout_of
-from rules.bias import BiasesOf, BiasRule
+from rules.bias import EVERYWHERE, BiasesOf, BiasRule
 from surgery import LiveSite, LowRank, Rule, Site, rule
 
 
@@ -112,9 +112,9 @@ class LoraRule(Rule):
 
     def companions(self) -> Iterable[Rule]:
         if self.bias == "all":
-            yield BiasRule()
+            yield BiasRule(targets=EVERYWHERE)
         elif self.bias == "lora_only":
-            yield BiasesOf(self.targets, exclude=self.exclude, layers=self.layers)
+            yield BiasesOf(targets=self.targets, exclude=self.exclude, layers=self.layers)
 
     def rewrite(self, site: Site) -> Tensor | None:
         layout, scale = self._layout(site), self.scale_at(site.path)

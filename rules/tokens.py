@@ -6,16 +6,16 @@ from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 
-from surgery import LiveSite, Rows, Rule, Site, Value, rule
+from surgery import LiveSite, Rows, Rule, Site, rule
 
 
 @rule("tokens")
 class TokensRule(Rule):
     """Train the embeddings of some tokens; all other rows stay the base's.
 
-    >>> from torch import nn
+    >>> from torch import Tensor, nn
     >>> from surgery import apply_rules
     >>> from rules import TokensRule
     >>> model = apply_rules(nn.Sequential(nn.Embedding(100, 8)), [TokensRule("0", tokens=[7, 42])])
@@ -41,9 +41,10 @@ class TokensRule(Rule):
         last = max(self.tokens)
         return f"it has {len(module.weight)} rows, none of number {last}" if last >= len(module.weight) else None
 
-    def rewrite(self, site: Site) -> Value | None:
+    def rewrite(self, site: Site) -> Tensor | None:
         ids = torch.tensor(sorted(self.tokens))
-        rows = site.param("rows", site.module.weight.detach()[ids.to(site.module.weight.device)])
+        weight: Tensor = site.module.weight  # type: ignore[assignment]
+        rows = site.param("rows", weight.detach()[ids.to(weight.device)])
         index = site.buffer("index", ids)
         plain = site.base_class.forward is nn.Embedding.forward and site.module.max_norm is None
         if not plain:
@@ -56,4 +57,3 @@ class TokensRule(Rule):
 
     def merged(self, site: LiveSite) -> dict[str, Rows]:
         return {"weight": Rows(site.params["index"], site.params["rows"].detach())}
-

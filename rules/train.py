@@ -81,4 +81,8 @@ def replace_all(site: Site, only: Iterable[str] | None = None) -> None:
 def merged_all(site: LiveSite) -> dict[str, Tensor]:
     """The adapter's copies as the module's own tensors."""
     by_name = {name.replace(".", "_"): (name, tensor) for name, tensor in own_tensors(site.module)}
-    return {by_name[key][0]: tensor.detach().to(by_name[key][1].dtype) for key, tensor in site.params.items() if key in by_name}
+    return {
+        by_name[key][0]: tensor.detach().to(by_name[key][1].dtype)
+        for key, tensor in site.params.items()
+        if key in by_name
+    }

@@ -5,14 +5,15 @@ from __future__ import annotations
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal, cast
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from surgery.exact import LowRank
+    from surgery._lowrank import LowRank
 
 INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
@@ -38,8 +39,8 @@ class Record:
     corrections: Corrections | None = None
     index: Tensor | None = None
     kept: Tensor | None = None
-    # Whether `kept` is the weight's own memory, exchanged for new memory, rather than a copy of it.
-    swapped: bool = False
+    # Where `kept` is the weight's own memory, exchanged for new memory: the address of the new.
+    swapped_for: int | None = None
 
     @property
     def nbytes(self) -> int:
@@ -49,7 +50,8 @@ class Record:
 
     def __getstate__(self) -> dict[str, Any]:
         # A kept copy stays on its device for speed, but a pickle must open on a machine without that device.
-        return {k: v.cpu() if isinstance(v, Tensor) else v for k, v in self.__dict__.items()}
+        state = {k: v.cpu() if isinstance(v, Tensor) else v for k, v in self.__dict__.items()}
+        return state | {"swapped_for": None}
 
 
 @dataclass(eq=False)
@@ -150,12 +152,14 @@ def _pack(numbers: np.ndarray) -> _Packed:
 
 def _unpack(planes: _Packed) -> np.ndarray:
     parts = [np.frombuffer(zlib.decompress(plane), np.uint8).astype(np.uint64) for plane in planes]
-    return sum((part << np.uint64(8 * k) for k, part in enumerate(parts)), np.zeros(len(parts[0]) if parts else 0, np.uint64))
+    return sum(
+        (part << np.uint64(8 * k) for k, part in enumerate(parts)), np.zeros(len(parts[0]) if parts else 0, np.uint64)
+    )
 
 
 def _compress(plane: np.ndarray) -> bytes:
     # Neighbouring bytes say nothing of each other, so searching for repeats (zlib's slow part) finds none.
-    coder = zlib.compressobj(1, zlib.DEFLATED, 15, 9, zlib.Z_RLE)
+    coder = zlib.compressobj(1, zlib.DEFLATED, 9, 8, zlib.Z_RLE)
     return coder.compress(plane.tobytes()) + coder.flush()
 
 
@@ -167,35 +171,36 @@ def checksum(tensor: Tensor) -> int:
     True
 
     Every bit counts, and so does the place of each row. Places inside a row are told apart in every sixteenth row only
-    (enough to notice permuted columns): weighing each entry would cost four times as much. Made to catch training,
-    loading and editing, not an attacker.
+    (enough to notice permuted columns): weighing each entry would cost several times as much. It is made to catch
+    training, loading and editing, not an attacker.
     """
     tensor = tensor.detach()
     if not tensor.numel():
         return 0
     rows = tensor.reshape(1, 1) if tensor.dim() == 0 else tensor
-    height, nbytes = rows.shape[0], rows[0].numel() * rows.element_size()
-    step = max(16, _BLOCK // max(1, nbytes) // 16 * 16)
-    total = 0
-    for start in range(0, height, step):
-        block = rows[start : start + step]
-        lanes = _lanes(block.reshape(block.shape[0], -1), nbytes)
-        sums = lanes.sum(1, dtype=torch.int64)
-        total += int((sums * _weights(sums.numel(), start, sums.device)).sum())
-        sample = lanes[::16].to(torch.int64)
-        total += int((sample * _weights(sample.shape[1], height, sample.device)).sum())
+    step = max(16, _BLOCK // (rows[0].numel() * rows.element_size()) // 16 * 16)
+    lanes = [_lanes(rows[i : i + step]) for i in range(0, len(rows), step)]
+    sums = [lane.sum(1, dtype=torch.int64) for lane in lanes]
+    samples = [lane[::16].sum(0, dtype=torch.int64) for lane in lanes]
+    total = _weighted(torch.cat(sums), 0) + _weighted(torch.stack(samples).sum(0), len(rows))
     return total % 2**64
 
 
-def _lanes(matrix: Tensor, nbytes: int) -> Tensor:
-    if not matrix.dtype.is_floating_point or matrix.dtype.is_complex:
-        matrix = matrix.contiguous().view(torch.uint8).view(torch.int8)
-    width = 8 if nbytes % 8 == 0 else matrix.element_size()
-    return matrix.contiguous().view(INTEGERS[width])
+def _lanes(rows: Tensor) -> Tensor:
+    """The rows' bits as a matrix of integers, as wide as their length allows."""
+    matrix = rows.reshape(len(rows), -1).contiguous()
+    if matrix.is_complex() or matrix.dtype == torch.bool:
+        matrix = matrix.view(torch.uint8)
+    nbytes = matrix.shape[1] * matrix.element_size()
+    return matrix.view(INTEGERS[8 if nbytes % 8 == 0 else matrix.element_size()])
 
 
-def _weights(count: int, start: int, device: torch.device) -> Tensor:
-    """Odd multipliers, one a place: an odd factor loses no bit modulo 2⁶⁴."""
-    place = torch.arange(start + 1, start + 1 + count, device=device)
-    place *= cast(int, np.int64(np.uint64(0x9E3779B97F4A7C15)))
-    return (place ^ (place >> 29)) | 1
+def _weighted(sums: Tensor, place: int) -> int:
+    return int(np.dot(sums.cpu().numpy(), _multipliers(place + len(sums))[place:]))
+
+
+@lru_cache(maxsize=64)
+def _multipliers(count: int) -> np.ndarray:
+    """Odd numbers, one a place: an odd factor loses no bit modulo 2⁶⁴."""
+    place = np.arange(1, count + 1, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15)
+    return ((place ^ (place >> np.uint64(29))) | np.uint64(1)).view(np.int64)

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from surgery import hf
 from surgery.errors import SiteError, SurgeryError
-from surgery.example import call, equal
 from surgery.exact import unfold
+from surgery.example import call, equal
 from surgery.folding import check_foldable, fold_into, verify_records
 from surgery.install import generated_class, reason_against, swap
 from surgery.journal import Journal
@@ -45,9 +45,7 @@ __all__ = ["apply_rules", "explain", "plan_rules", "remove"]
 M = TypeVar("M", bound=nn.Module)
 
 
-def apply_rules(
-    model: M, rules: Sequence[Rule] | Rule, *, adapter: str = "default", example_inputs: Any = None
-) -> M:
+def apply_rules(model: M, rules: Sequence[Rule] | Rule, *, adapter: str = "default", example_inputs: Any = None) -> M:
     """Rewrite a model in place by rules; the same object comes back, adapted.
 
     >>> import torch
@@ -96,7 +94,7 @@ def plan_rules(
     >>> from rules import LoraRule
     >>> print(plan_rules(nn.Sequential(nn.Linear(8, 8)), [LoraRule("0", rank=2)]))
     adapter 'default': 1 edits, 32 trainable parameters
-    rule      site  type    tensors        trainable
+    rule      site  type    tensors          trainable
     LoraRule     0  Linear  A[2, 8] B[8, 2]         32
     """
     return make_plan(model, rules, adapter, example_inputs)
@@ -136,7 +134,9 @@ def remove(model: M, adapter: str | None = None) -> M:
     """
     state = require_state(model)
     names = adapter_names(state, adapter)
-    found = [(path, module, site) for path, module, site in sites(model) if any(a.adapter in names for a in site.applied)]
+    found = [
+        (path, module, site) for path, module, site in sites(model) if any(a.adapter in names for a in site.applied)
+    ]
     for path, module, site in found:
         _check_removable(path, module, site, names)
     with Journal() as journal:
@@ -168,7 +168,9 @@ def _insert(step: Step, plan: Plan, journal: Journal) -> Applied:
         journal.undo(detach, module, plan.adapter, list(made))
     state.applied.append(applied)
     journal.undo(state.applied.pop)
-    live = LiveSite(module, step.path, plan.adapter, tensors_of(module, plan.adapter), lambda name, _: _own(module, name))
+    live = LiveSite(
+        module, step.path, plan.adapter, tensors_of(module, plan.adapter), lambda name, _: _own(module, name)
+    )
     with torch.no_grad():
         changes = step.rule.initialise(live) or {}
         for name, change in changes.items():
@@ -197,7 +199,9 @@ def _install(module: nn.Module, journal: Journal | None, fresh: dict[int, Tape] 
     state = site_state(module)
     assert state is not None
     before = type(module)
-    live = [applied for applied in state.applied if state.merged is None or applied.adapter not in state.merged.adapters]
+    live = [
+        applied for applied in state.applied if state.merged is None or applied.adapter not in state.merged.adapters
+    ]
     cls = state.base
     if live:
         own = own_forward(module, state.base)
@@ -221,7 +225,9 @@ def _record(model: nn.Module, plan: Plan, rules: Sequence[Rule] | Rule, journal:
     if state is None:
         state = model.__dict__[_MODEL] = ModelState()
         journal.undo(model.__dict__.pop, _MODEL)
-        wanting = [(name, p) for name, p in model.named_parameters() if p.requires_grad and not is_adapter_key(model, name)]
+        wanting = [
+            (name, p) for name, p in model.named_parameters() if p.requires_grad and not is_adapter_key(model, name)
+        ]
         state.trainable = frozenset(name for name, _ in wanting)
         for _, parameter in wanting:
             parameter.requires_grad_(False)
@@ -269,7 +275,7 @@ def _check_removable(path: str, module: nn.Module, site: SiteState, names: list[
             raise SiteError(
                 f"the adapter {applied.adapter!r} can't be removed yet",
                 where=path,
-                why=f"{above[-1].rule.label} [{above[-1].adapter}] changed the same {', '.join(changed & staying)} after it",
+                why=f"{above[-1].rule.label} [{above[-1].adapter}] changed {', '.join(changed & staying)} after it",
                 fix=f"remove {above[-1].adapter!r} first",
             )
         if applied.adapter not in names:

@@ -12,12 +12,12 @@ class SurgeryError(Exception):
     """Anything the engine refuses to do; the model is as it was before the call.
 
     >>> try:
-    ...     raise SurgeryError("nothing matches 'qurey'", where="encoder", why="no module has that name", fix="use 'query'")
+    ...     raise SurgeryError("nothing matches 'qurey'", where="encoder", why="no such module", fix="use 'query'")
     ... except SurgeryError as error:
     ...     print(error)
     nothing matches 'qurey'
       where: encoder
-      why:   no module has that name
+      why:   no such module
       fix:   use 'query'
     """
 

@@ -69,7 +69,7 @@ def verify_records(folds: list[tuple[Tensor, Record]], where: str) -> None:
                 "the base's weight changed since a rule folded into it",
                 where=where,
                 why="it was trained, loaded, or converted to another dtype in between",
-                fix="put the folded weight back, or unmerge(model, check=False) to take the change out as well as it can be",
+                fix="put the folded weight back, or unmerge(model, check=False) to take the change out",
             )
 
 
@@ -77,7 +77,8 @@ class SiteFolding:
     """The folds of one site in their order. Low-rank changes of neighbouring rules are joined: one rounding for all."""
 
     def __init__(self, module: nn.Module, where: str, keep: Keep, dry: bool = False):
-        self.module, self.where, self.keep = module, where, keep
+        self.module, self.where = module, where
+        self.keep: Keep = keep
         self.done: list[Fold] = []
         self._pending: dict[str, list[LowRank]] = {}
         self._trial: dict[str, Tensor] | None = {} if dry else None  # copies stand in for the module's own tensors
@@ -135,7 +136,9 @@ class SiteFolding:
     def _fold(self, name: str, change: Any) -> None:
         tensor = self._tensor(name)
         if isinstance(change, Tensor) and change.shape != tensor.shape:
-            raise MergeError(f"a merged {name} has the shape {tuple(change.shape)}, not {tuple(tensor.shape)}", where=self.where)
+            raise MergeError(
+                f"a merged {name} has the shape {tuple(change.shape)}, not {tuple(tensor.shape)}", where=self.where
+            )
         self.done.append((name, fold(tensor, change, keep=self.keep, where=self.where)))
 
 

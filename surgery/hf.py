@@ -14,7 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from surgery.journal import Journal
-from surgery.state import RESERVED, ModelState, is_adapters
+from surgery.match import RESERVED, is_adapters
+from surgery.state import ModelState
 
 __all__ = ["ignore_on_save", "prepare", "restore"]
 

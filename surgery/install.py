@@ -20,7 +20,6 @@ from typing import Any
 
 from torch import fx, nn
 
-from surgery.errors import SiteError
 from surgery.pattern import qualified_name
 from surgery.state import site_state
 from surgery.trace import Own
@@ -42,7 +41,12 @@ class Recipe:
         return self
 
     def __reduce__(self):
-        return _recipe, (self.base, self.source, {name: _by_name(value) for name, value in self.names.items()}, self.label)
+        return _recipe, (
+            self.base,
+            self.source,
+            {name: _by_name(value) for name, value in self.names.items()},
+            self.label,
+        )
 
 
 def generated_class(own: Own, layers: Sequence[Layer]) -> type[nn.Module]:
@@ -72,7 +76,10 @@ def reason_against(module: nn.Module) -> tuple[str, str] | None:
         return "it is a TorchScript module, compiled already", "apply rules before torch.jit"
     if getattr(module, "parametrizations", None) is not None and "parametrizations" in module._modules:
         names = ", ".join(module._modules["parametrizations"]._modules)  # type: ignore[union-attr]
-        return f"its {names} is parametrized", "torch.nn.utils.parametrize.remove_parametrizations first, add it again after"
+        return (
+            f"its {names} is parametrized",
+            "torch.nn.utils.parametrize.remove_parametrizations first, add it again after",
+        )
     forward = module.__dict__.get("forward")
     if forward is not None and not _is_bound(forward, module, cls):
         if not _is_bound(module.__dict__.get("_old_forward"), module, cls):
@@ -174,7 +181,8 @@ def _class_of(recipe: Recipe) -> type[nn.Module]:
     base = recipe.base
     forward.__module__, forward.__qualname__ = base.__module__, f"{base.__qualname__}.forward"
     forward.__doc__ = base.forward.__doc__
-    cls = type(base)(
+    metaclass: Any = type(base)
+    cls: type[nn.Module] = metaclass(
         base.__name__,
         (base,),
         {
@@ -198,7 +206,9 @@ def told(error: Exception, module: nn.Module) -> Exception:
     state = site_state(module)
     if state is not None:
         rules = ", ".join(f"{applied.rule.label} [{applied.adapter}]" for applied in state.applied)
-        error.add_note(f"at the site {state.path or '(the model itself)'}, a {type(module).__name__} rewritten by {rules}")
+        error.add_note(
+            f"at the site {state.path or '(the model itself)'}, a {type(module).__name__} rewritten by {rules}"
+        )
     return error
 
 
@@ -222,7 +232,12 @@ def _revived(recipe: Recipe, *args: Any) -> nn.Module:
 
 
 def _recipe(base: type[nn.Module], source: str, names: dict[str, Any], label: str) -> Recipe:
-    return Recipe(base, source, {name: value() if isinstance(value, _Reference) else value for name, value in names.items()}, label)
+    return Recipe(
+        base,
+        source,
+        {name: value() if isinstance(value, _Reference) else value for name, value in names.items()},
+        label,
+    )
 
 
 @dataclass(frozen=True)
@@ -245,7 +260,11 @@ def _by_name(value: Any) -> Any:
     module, name = getattr(value, "__module__", None), getattr(value, "__qualname__", getattr(value, "__name__", None))
     if not isinstance(name, str):
         return value
-    for candidate in (_Reference(module or "builtins", name), _Reference("torch._C._nn", name), _Reference("torch", name)):
+    for candidate in (
+        _Reference(module or "builtins", name),
+        _Reference("torch._C._nn", name),
+        _Reference("torch", name),
+    ):
         try:
             if candidate() is value:
                 return candidate

@@ -129,7 +129,9 @@ def _branch(scaled: Any, y: Any) -> tuple | None:
         p, training = x.kwargs.get("p", 0.5), x.kwargs.get("training", True)
         x = x.args[0]
     cast = x
-    if not (_is(cast, "to") and len(cast.args) == 2 and _is(cast.args[1], getattr) and cast.args[1].args == (A, "dtype")):
+    if not (
+        _is(cast, "to") and len(cast.args) == 2 and _is(cast.args[1], getattr) and cast.args[1].args == (A, "dtype")
+    ):
         return None
     return y, cast.args[0], A, B, scaled.args[1], p, training
 

@@ -5,11 +5,12 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import cast
 
 from torch import nn
 
 from surgery.errors import MatchError, near_misses
-from surgery.pattern import Candidate, Verdict, as_pattern
+from surgery.pattern import Candidate, Targets, Verdict, as_pattern
 from surgery.rule import Rule
 
 __all__ = ["Match", "matches", "verdict_of"]
@@ -72,7 +73,7 @@ def matches(tree: Tree, rule: Rule) -> list[Match]:
         raise MatchError(
             f"{rule.label} expects {rule.expect} sites and matches {len(found)}",
             where=listed,
-            why=f"targets {_shown(rule.targets)} were written for another model, or match more than was meant",
+            why=f"targets {_shown(_listed(rule.targets))} were written for another model, or match more than was meant",
             fix="correct targets, exclude or layers, or the number in expect",
         )
     return found
@@ -90,13 +91,13 @@ def verdict_of(tree: Tree, rule: Rule, path: str) -> Verdict:
 
 
 def _verdict(candidate: Candidate, rule: Rule) -> Verdict:
-    parts = [_any_of("targets", candidate, rule.targets)]
+    parts = [_any_of("targets", candidate, _listed(rule.targets))]
     if parts[0] or not rule.targets:
         if rule.exclude:
-            out = _any_of("exclude", candidate, rule.exclude)
+            out = _any_of("exclude", candidate, _listed(rule.exclude))
             parts.append(Verdict(not out, "exclude", f"excluded: {out.reason}" if out else "not excluded", out.parts))
         if rule.layers is not None:
-            parts.append(_layer(candidate.path, rule.layers))
+            parts.append(_layer(candidate.path, cast(tuple, rule.layers)))
     failed = [part.clause for part in parts if not part]
     reason = "fails at " + ", ".join(failed) if failed else "matches"
     return Verdict(not failed, f"{rule.label} at {candidate.path or '(the model itself)'}", reason, tuple(parts))
@@ -118,9 +119,11 @@ def _layer(path: str, layers: tuple[int, ...]) -> Verdict:
 
 def _nothing(tree: Tree, rule: Rule) -> MatchError:
     if not rule.targets:
-        return MatchError(f"{rule.label} has no targets", why="targets is empty", fix='name modules, types, or "all-linear"')
+        return MatchError(
+            f"{rule.label} has no targets", why="targets is empty", fix='name modules, types, or "all-linear"'
+        )
     names = {part for path in tree.modules for part in (path, path.rpartition(".")[2]) if part}
-    tried = [as_pattern(target) for target in rule.targets]
+    tried = [as_pattern(target) for target in _listed(rule.targets)]
     by_target = [
         module.path
         for module in (next(tree.candidates(m)) for m in tree.distinct())
@@ -131,14 +134,20 @@ def _nothing(tree: Tree, rule: Rule) -> MatchError:
     elif rule.targets == ("all-linear",):
         why = "the model has no linear layer beside its output head"
     else:
-        misses = [near_misses(t, names) for t in rule.targets if isinstance(t, str) and not t.startswith("re:")]
+        misses = [
+            near_misses(t, names) for t in _listed(rule.targets) if isinstance(t, str) and not t.startswith("re:")
+        ]
         kinds = sorted({type(module).__name__ for module in tree.distinct()})
         why = " ".join(filter(None, misses)) or f"no module fits; the model is made of {', '.join(kinds[:12])}"
     return MatchError(
-        f"{rule.label} matches nothing: targets {_shown(rule.targets)}",
+        f"{rule.label} matches nothing: targets {_shown(_listed(rule.targets))}",
         why=why,
         fix="correct the targets; explain(model, rule, path) says why a module does not match",
     )
+
+
+def _listed(targets: Targets) -> tuple:
+    return cast(tuple, targets)  # a rule keeps its targets normalised
 
 
 def _shown(targets: tuple) -> str:
@@ -161,7 +170,7 @@ def is_adapters(module: nn.Module) -> bool:
 
 
 def _heads(model: nn.Module) -> Iterator[int]:
-    """The output heads that `"all-linear"` leaves out: the output embeddings, else a classifier under its usual name."""
+    """The output heads that `"all-linear"` leaves out: the output embeddings, else a classifier by name."""
     try:
         head = model.get_output_embeddings()  # type: ignore[operator]
     except (AttributeError, NotImplementedError, TypeError):

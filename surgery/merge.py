@@ -17,7 +17,6 @@ from surgery.journal import Journal
 from surgery.plan import recorded
 from surgery.site import LiveSite, held
 from surgery.state import Applied, SiteState, adapter_names, require_state, sites, tensors_of
-from surgery.tape import Ref
 from surgery.trace import own_forward
 
 __all__ = ["MergeReport", "merge", "unmerge"]
@@ -75,7 +74,9 @@ def merge(
     """
     state = require_state(model)
     names = adapter_names(state, adapter)
-    found = [(path, module, site) for path, module, site in sites(model) if any(a.adapter in names for a in site.applied)]
+    found = [
+        (path, module, site) for path, module, site in sites(model) if any(a.adapter in names for a in site.applied)
+    ]
     problems = [problem for path, module, site in found for problem in _objections(path, module, site, names)]
     problems += [_already(path, site) for path, _, site in sites(model) if site.merged is not None][:1]
     if problems:
@@ -119,7 +120,14 @@ def unmerge(model: M, *, check: bool = True) -> M:
 
 
 def _merge_site(
-    model: nn.Module, path: str, module: nn.Module, site: SiteState, names: list[str], keep: Keep, untie: bool, journal: Journal
+    model: nn.Module,
+    path: str,
+    module: nn.Module,
+    site: SiteState,
+    names: list[str],
+    keep: Keep,
+    untie: bool,
+    journal: Journal,
 ) -> None:
     merged = Merged(tuple(names))
     folding = SiteFolding(module, path, keep)
@@ -136,7 +144,9 @@ def _merge_site(
     _install(module, journal)
 
 
-def _check_finite(model: nn.Module, path: str, module: nn.Module, site: SiteState, names: list[str], untie: bool) -> None:
+def _check_finite(
+    model: nn.Module, path: str, module: nn.Module, site: SiteState, names: list[str], untie: bool
+) -> None:
     folding = SiteFolding(module, path, "copy", dry=True)
     for changes in _changes(module, site, names, folding):
         for name, change in changes.items():
@@ -190,7 +200,11 @@ def _objections(path: str, module: nn.Module, site: SiteState, names: list[str])
     if len(chosen) < len(site.applied) and not all(applied.rule.additive for applied in site.applied):
         others = ", ".join(f"{a.rule.label} [{a.adapter}]" for a in site.applied if a not in chosen)
         why = f"{others} is on the same site, and what it does depends on the order"
-        found.append(MergeError("part of a stack can't be merged here", where=path, why=why, fix="merge all adapters: merge(model)"))
+        found.append(
+            MergeError(
+                "part of a stack can't be merged here", where=path, why=why, fix="merge all adapters: merge(model)"
+            )
+        )
     if not found:
         found += _packed(path, module, site, chosen)
     return found
@@ -206,7 +220,9 @@ def _packed(path: str, module: nn.Module, site: SiteState, chosen: list[Applied]
 
 def _already(path: str, site: SiteState) -> MergeError:
     held_now = ", ".join(_merged(site).adapters)
-    return MergeError("the model is merged already", where=path, why=f"its weights hold {held_now}", fix="unmerge(model) first")
+    return MergeError(
+        "the model is merged already", where=path, why=f"its weights hold {held_now}", fix="unmerge(model) first"
+    )
 
 
 def _merged(site: SiteState) -> Merged:

@@ -177,7 +177,9 @@ class _HasParameter(Pattern):
 
     def verdict(self, candidate: Candidate) -> Verdict:
         ok = candidate.module._parameters.get(self.name_) is not None
-        return Verdict(ok, str(self), f"{type(candidate.module).__name__} has {'the' if ok else 'no'} parameter {self.name_}")
+        return Verdict(
+            ok, str(self), f"{type(candidate.module).__name__} has {'the' if ok else 'no'} parameter {self.name_}"
+        )
 
     def to_dict(self) -> dict[str, Any]:
         return {"has_parameter": self.name_}
@@ -213,7 +215,9 @@ class _All(Pattern):
     def verdict(self, candidate: Candidate) -> Verdict:
         found = tuple(part.verdict(candidate) for part in self.parts)
         missing = [part.clause for part in found if not part]
-        return Verdict(not missing, "all of", "fails at " + ", ".join(missing) if missing else "every clause holds", found)
+        return Verdict(
+            not missing, "all of", "fails at " + ", ".join(missing) if missing else "every clause holds", found
+        )
 
     def to_dict(self) -> dict[str, Any]:
         return {"all": [part.to_dict() for part in self.parts]}
@@ -276,11 +280,13 @@ class AllLinear(Pattern):
         return "all-linear"
 
 
-_LINEAR = frozenset({
-    "torch.nn.modules.linear.Linear",
-    "torch.nn.modules.activation.MultiheadAttention",
-    "transformers.pytorch_utils.Conv1D",
-})
+_LINEAR = frozenset(
+    {
+        "torch.nn.modules.linear.Linear",
+        "torch.nn.modules.activation.MultiheadAttention",
+        "transformers.pytorch_utils.Conv1D",
+    }
+)
 
 
 def as_pattern(target: str | Pattern) -> Pattern:
@@ -297,7 +303,9 @@ def normalised(targets: Targets | None) -> tuple[str | Pattern, ...]:
     if isinstance(targets, (str, Pattern, type)):
         targets = (targets,)
     if isinstance(targets, Mapping) or not isinstance(targets, Iterable):
-        raise RuleError(f"targets can't be {targets!r}", fix='a name, a module type, a Pattern, "all-linear", or a list of these')
+        raise RuleError(
+            f"targets can't be {targets!r}", fix='a name, a module type, a Pattern, "all-linear", or a list of these'
+        )
     return tuple(_entry(target) for target in targets)
 
 

@@ -157,12 +157,16 @@ def recorded(rule: Rule, module: nn.Module, path: str, adapter: str, own: Own) -
     if type(output) is not type(None):
         if not isinstance(output, (Value, tuple, list, dict)):
             raise SiteError(
-                f"{rule.label}.rewrite returned {type(output).__name__}", where=path, fix="return the new output, or None"
+                f"{rule.label}.rewrite returned {type(output).__name__}",
+                where=path,
+                fix="return the new output, or None",
             )
         site.replace(site.output, output)
     if not site.tape.replaced() and not any(step.kind == "method" for step in site.tape.steps):
         raise SiteError(
-            f"{rule.label}.rewrite changes nothing", where=path, fix="return the new output, or use site.replace(old, new)"
+            f"{rule.label}.rewrite changes nothing",
+            where=path,
+            fix="return the new output, or use site.replace(old, new)",
         )
     return site.tape, tuple(site.specs.values())
 
@@ -178,7 +182,9 @@ def _add_step(plan: Plan, rule: Rule, match: Match) -> None:
     path, module = match.path, match.module
     refused = reason_against(module)
     if refused is not None:
-        problem = SiteError(f"{rule.label} can't rewrite this {type(module).__name__}", where=path, why=refused[0], fix=refused[1])
+        problem = SiteError(
+            f"{rule.label} can't rewrite this {type(module).__name__}", where=path, why=refused[0], fix=refused[1]
+        )
         plan.problems.append(problem)
         return
     why = rule.check(module, path)
@@ -195,8 +201,9 @@ def _add_step(plan: Plan, rule: Rule, match: Match) -> None:
             SiteError(
                 f"{rule.label} would be bypassed",
                 where=path,
-                why=f"{bypass.reader_type} reads its {bypass.parameter} directly, at {bypass.file}:{bypass.line}: {bypass.source}",
-                fix=f"target {bypass.reader or 'the model itself'!r} instead, exclude this module, or call it in that forward",
+                why=f"{bypass.reader_type} reads its {bypass.parameter} directly, "
+                f"at {bypass.file}:{bypass.line}: {bypass.source}",
+                fix=f"target {bypass.reader or 'the model itself'!r}, exclude this module, or call it in that forward",
             )
         )
         return
@@ -223,13 +230,19 @@ def _objections(model: nn.Module, rules: list[Rule], adapter: str) -> list[Surge
             found.append(RuleError(f"{rule!r} is no rule", fix=hint))
     if not isinstance(adapter, str) or not adapter or "." in adapter or hasattr(nn.Module(), adapter):
         why = "its tensors are named <site>.adapters.<adapter>.<name>"
-        found.append(SurgeryError(f"{adapter!r} can't name an adapter", why=why, fix="a word without dots that nn.Module does not use"))
+        found.append(
+            SurgeryError(
+                f"{adapter!r} can't name an adapter", why=why, fix="a word without dots that nn.Module does not use"
+            )
+        )
     state = model_state(model)
     if state is not None and adapter in state.adapters:
         found.append(
-            SurgeryError(f"there is an adapter {adapter!r} already", fix="choose another name, or remove(model, name) first")
+            SurgeryError(
+                f"there is an adapter {adapter!r} already", fix="choose another name, or remove(model, name) first"
+            )
         )
-    for path, module, site in sites(model):
+    for path, _, site in sites(model):
         if site.merged is not None:
             why = f"its weights hold {', '.join(site.merged.adapters)}"
             found.append(SurgeryError("the model is merged", where=path, why=why, fix="unmerge(model) first"))
@@ -237,12 +250,14 @@ def _objections(model: nn.Module, rules: list[Rule], adapter: str) -> list[Surge
         if state is None:
             why = "each model keeps one record of its rules"
             found.append(
-                SurgeryError("part of this model has rules of its own", where=path, why=why, fix="apply to the same module as before, or remove those first")
+                SurgeryError(
+                    "part of this model has rules of its own",
+                    where=path,
+                    why=why,
+                    fix="apply to the same module as before, or remove those first",
+                )
             )
             break
-    for path, module in model.named_modules():
-        if RESERVED in module._modules and not is_adapters(module._modules[RESERVED]):  # type: ignore[arg-type]
-            continue  # a child of the model's own that is called so; only a site below it would collide
     return found
 
 
@@ -255,7 +270,9 @@ def _clashes(plan: Plan) -> list[SurgeryError]:
     for steps in by_site.values():
         path, module = steps[0].path, steps[0].module
         if RESERVED in module._modules and not is_adapters(module._modules[RESERVED]):  # type: ignore[arg-type]
-            found.append(SiteError(f"the module has a child {RESERVED!r} of its own", where=path, fix="target another module"))
+            found.append(
+                SiteError(f"the module has a child {RESERVED!r} of its own", where=path, fix="target another module")
+            )
         standing = site_state(module)
         claims: dict[Ref, str] = {}
         for applied in standing.applied if standing else []:
@@ -266,19 +283,35 @@ def _clashes(plan: Plan) -> list[SurgeryError]:
         for step in steps:
             label = step.rule.label
             if counts[step.rule.name] > 1:
-                found.append(_clash(f"two {label}s go to the same module", path, "an adapter holds one rule of a kind at a site"))
+                found.append(
+                    _clash(f"two {label}s go to the same module", path, "an adapter holds one rule of a kind at a site")
+                )
                 break
             if step.rule.exclusive and len(steps) > 1:
                 others = ", ".join(other.rule.label for other in steps if other is not step)
-                found.append(_clash(f"{label} and {others} go to the same module", path, f"{label} takes the whole module"))
+                found.append(
+                    _clash(f"{label} and {others} go to the same module", path, f"{label} takes the whole module")
+                )
                 break
             for ref in _replaced_state(step.tape):
                 if ref in claims and _exclusive(step, ref):
-                    found.append(_clash(f"{label} and {claims[ref]} both replace {ref.key}", path, "the later would hide the earlier"))
+                    found.append(
+                        _clash(
+                            f"{label} and {claims[ref]} both replace {ref.key}",
+                            path,
+                            "the later would hide the earlier",
+                        )
+                    )
                 claims[ref] = label
             for spec in step.specs:
                 if spec.name in names:
-                    found.append(_clash(f"{label} and {names[spec.name]} both name a tensor {spec.name!r}", path, "an adapter's tensors need different names"))
+                    found.append(
+                        _clash(
+                            f"{label} and {names[spec.name]} both name a tensor {spec.name!r}",
+                            path,
+                            "an adapter's tensors need different names",
+                        )
+                    )
                 names[spec.name] = label
     return found
 
@@ -290,7 +323,9 @@ def _replaced_state(tape: Tape) -> list[Ref]:
 def _exclusive(step: Step, ref: Ref) -> bool:
     """Whether a replacement ignores the value it replaces (W → T, not W → W + Δ)."""
     key = ref
-    return not any(_mentions(part.args, key) or _mentions(part.kwargs, key) for part in step.tape.steps if part.kind != "replace")
+    return not any(
+        _mentions(part.args, key) or _mentions(part.kwargs, key) for part in step.tape.steps if part.kind != "replace"
+    )
 
 
 def _mentions(frozen: Any, ref: Ref) -> bool:
@@ -300,7 +335,9 @@ def _mentions(frozen: Any, ref: Ref) -> bool:
 
 
 def _clash(what: str, path: str, why: str) -> SiteError:
-    return SiteError(what, where=path, why=why, fix="exclude the module from one of the rules, or give them different adapters")
+    return SiteError(
+        what, where=path, why=why, fix="exclude the module from one of the rules, or give them different adapters"
+    )
 
 
 def _check_example(plan: Plan, example_inputs: Any) -> None:

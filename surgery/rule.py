@@ -7,7 +7,7 @@ import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass, fields
 from importlib import metadata
-from typing import TYPE_CHECKING, Any, ClassVar, TypeVar, dataclass_transform
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar, cast, dataclass_transform
 
 import torch
 from torch import Tensor, nn
@@ -73,7 +73,7 @@ class Rule:
             put(self, "layers", (self.layers,))
         for field in fields(self):
             put(self, field.name, _plain(getattr(self, field.name)))
-        if self.layers is not None and not all(type(index) is int and index >= 0 for index in self.layers):
+        if self.layers is not None and not all(type(index) is int and index >= 0 for index in cast(tuple, self.layers)):
             raise self.bad("layers", "indices of layers, from 0")
         if self.expect is not None and (type(self.expect) is not int or self.expect < 0):
             raise self.bad("expect", "how many modules the targets must match")
@@ -286,8 +286,12 @@ def _checked(init: Any, cls: type[Rule]) -> Any:
                 hint = f"PEFT's {key} is {peft} here" if peft in names else near_misses(key, names)
                 raise RuleError(f"{cls.__name__} has no field {key!r}", why=hint, fix=f"its fields: {', '.join(names)}")
         if len(args) > 1:
-            raise RuleError(f"{cls.__name__} takes only targets by position", fix=f"name the others: {', '.join(names[1:])}")
-        init(self, *args, **given)
+            raise RuleError(
+                f"{cls.__name__} takes only targets by position", fix=f"name the others: {', '.join(names[1:])}"
+            )
+        if args and "targets" in given:
+            raise RuleError(f"{cls.__name__} is given its targets twice")
+        init(self, **({"targets": args[0]} if args else {}), **given)
 
     __init__.__wrapped__ = init  # type: ignore[attr-defined]
     return __init__
@@ -314,4 +318,6 @@ def _written(value: Any, where: str) -> Any:
     if value is None or isinstance(value, (bool, int, float, str)):
         return value
     what = "a tensor" if isinstance(value, Tensor) else repr(value)
-    raise RuleError(f"{where} can't be written", why=f"{what} is not data", fix="numbers, strings, lists and mappings are")
+    raise RuleError(
+        f"{where} can't be written", why=f"{what} is not data", fix="numbers, strings, lists and mappings are"
+    )

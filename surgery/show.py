@@ -31,7 +31,9 @@ class Summary:
 
     def __str__(self) -> str:
         share = 100 * self.trainable / self.total if self.total else 0.0
-        head = f"trainable {self.trainable:,} || added {self.added:,} || total {self.total:,} || trainable {share:.4f} %"
+        head = (
+            f"trainable {self.trainable:,} || added {self.added:,} || total {self.total:,} || trainable {share:.4f} %"
+        )
         rows = [[a, rule, f"{n:,}", f"{added:,}", f"{trained:,}"] for a, rule, n, added, trained in self.rows]
         parts = [head]
         if rows:
@@ -142,7 +144,9 @@ def _site_at(model: nn.Module, path: str) -> tuple[nn.Module, SiteState]:
     state = site_state(modules[path])
     if state is None:
         where = [found for found, _, _ in sites(model)][:3]
-        raise MatchError("no rule was applied here", where=path, why=f"sites are {', '.join(where)}, …" if where else None)
+        raise MatchError(
+            "no rule was applied here", where=path, why=f"sites are {', '.join(where)}, …" if where else None
+        )
     return modules[path], state
 
 
@@ -190,13 +194,15 @@ def _placed(graph: fx.Graph, x0: float, y0: float) -> tuple[list[str], tuple[flo
         (xa, ya), (xb, yb) = at[source], at[node]
         start, end = (xa + _WIDTH / 2, ya + _HEIGHT), (xb + _WIDTH / 2, yb - 1)
         bend = (end[1] - start[1]) / 2
-        curve = f"M{start[0]:.0f} {start[1]:.0f}C{start[0]:.0f} {start[1] + bend:.0f} {end[0]:.0f} {end[1] - bend:.0f} {end[0]:.0f} {end[1]:.0f}"
+        (x1, y1), (x2, y2) = start, end
+        curve = f"M{x1:.0f} {y1:.0f}C{x1:.0f} {y1 + bend:.0f} {x2:.0f} {y2 - bend:.0f} {x2:.0f} {y2:.0f}"
         parts.append(f'<path d="{curve}" fill="none" stroke="#555" marker-end="url(#arrow)"/>')
     for node, (x, y) in at.items():
         fill, stroke = ("#ffe0b3", "#c76b00") if _inserted(node) else ("#eef3f8", "#6b8aa8")
         text = escape(_label(node))
         parts.append(
-            f'<rect x="{x:.0f}" y="{y:.0f}" width="{_WIDTH}" height="{_HEIGHT}" rx="6" fill="{fill}" stroke="{stroke}"/>'
+            f'<rect x="{x:.0f}" y="{y:.0f}" width="{_WIDTH}" height="{_HEIGHT}" rx="6" fill="{fill}" '
+            f'stroke="{stroke}"/>'
             f'<text x="{x + _WIDTH / 2:.0f}" y="{y + 21:.0f}" text-anchor="middle">{text}</text>'
         )
     return parts, (across * _ACROSS, len(rows) * _DOWN)

@@ -47,12 +47,16 @@ class _Place:
     @property
     def out_features(self) -> int:
         """The size of the output's feature dimension (channels, for a convolution)."""
-        return self._size("out_features", "out_channels", "embedding_dim", "num_features", "num_channels", "nf", "embed_dim")
+        return self._size(
+            "out_features", "out_channels", "embedding_dim", "num_features", "num_channels", "nf", "embed_dim"
+        )
 
     @property
     def in_features(self) -> int:
         """The size of the input's feature dimension (channels, for a convolution; tokens, for an embedding)."""
-        return self._size("in_features", "in_channels", "num_embeddings", "num_features", "num_channels", "nx", "embed_dim")
+        return self._size(
+            "in_features", "in_channels", "num_embeddings", "num_features", "num_channels", "nx", "embed_dim"
+        )
 
     def _size(self, *names: str) -> int:
         for name in names:
@@ -167,7 +171,7 @@ class Site(_Place):
         dtype: torch.dtype | str | None = None,
         trainable: bool = True,
     ) -> Tensor:
-        """A tensor of the adapter, named `<site>.adapters.<adapter>.<name>`: a parameter, trained unless told otherwise.
+        """A tensor of the adapter, named `<site>.adapters.<adapter>.<name>`: a trained parameter by default.
 
         `value` is its initial tensor, or its shape; then `init` is a number, or a function that fills a tensor in
         place (`nn.init.xavier_uniform_`). A shape's dtype is the module's, or float32 where that is half precision
@@ -247,7 +251,9 @@ class LiveSite(_Place):
     what was folded in before; `base(name)` is a parameter as it was before any merging.
     """
 
-    def __init__(self, module: nn.Module, path: str, adapter: str, params: Tensors, source: Callable[[str, bool], Tensor]):
+    def __init__(
+        self, module: nn.Module, path: str, adapter: str, params: Tensors, source: Callable[[str, bool], Tensor]
+    ):
         super().__init__(module, path, adapter)
         self.params = params
         self._source = source

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor, nn
 
 from surgery.errors import SiteError, SurgeryError, near_misses
-from surgery.match import RESERVED, is_adapters
+from surgery.match import RESERVED
 from surgery.rule import Rule
 
 if TYPE_CHECKING:

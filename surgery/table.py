@@ -18,9 +18,15 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """
     rows = [[str(cell) for cell in row] for row in rows]
     widths = [max(len(row[i]) for row in [list(head), *rows]) for i in range(len(head))]
-    right = [bool(rows) and all(row[i].replace(",", "").rstrip("%").replace(".", "").isdigit() for row in rows) for i in range(len(head))]
+    right = [
+        bool(rows) and all(row[i].replace(",", "").rstrip("%").replace(".", "").isdigit() for row in rows)
+        for i in range(len(head))
+    ]
     lines = [
-        "  ".join(cell.rjust(width) if to_right else cell.ljust(width) for cell, width, to_right in zip(row, widths, right, strict=True))
+        "  ".join(
+            cell.rjust(width) if to_right else cell.ljust(width)
+            for cell, width, to_right in zip(row, widths, right, strict=True)
+        )
         for row in [list(head), *rows]
     ]
     return "\n".join(line.rstrip() for line in lines)

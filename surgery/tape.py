@@ -131,7 +131,10 @@ class Value:
 
     def _refuse(self, what: str, fix: str) -> SiteError:
         return SiteError(
-            f"a rewrite can't {what} a value", where=self._tape.where, why=f"{self!r} stands for every call to come", fix=fix
+            f"a rewrite can't {what} a value",
+            where=self._tape.where,
+            why=f"{self!r} stands for every call to come",
+            fix=fix,
         )
 
     def __bool__(self) -> bool:
@@ -192,7 +195,21 @@ def _record(function: Callable[..., Any], reflected: bool = False) -> Callable[.
     return method
 
 
-for _name in ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "matmul", "and_", "or_", "xor", "lshift", "rshift"):
+for _name in (
+    "add",
+    "sub",
+    "mul",
+    "truediv",
+    "floordiv",
+    "mod",
+    "pow",
+    "matmul",
+    "and_",
+    "or_",
+    "xor",
+    "lshift",
+    "rshift",
+):
     _function = getattr(operator, _name)
     setattr(Value, f"__{_name.rstrip('_')}__", _record(_function))
     setattr(Value, f"__r{_name.rstrip('_')}__", _record(_function, reflected=True))

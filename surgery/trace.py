@@ -21,7 +21,7 @@ from torch import fx, nn
 
 from surgery.errors import SurgeryError, TraceError
 from surgery.pattern import qualified_name
-from surgery.tape import Ref, Tape, Value
+from surgery.tape import Tape, Value
 from surgery.view import view
 
 __all__ = ["Own", "own_forward", "trace_site"]
@@ -67,9 +67,10 @@ def trace_site(module: nn.Module) -> fx.GraphModule:
     >>> from surgery import trace_site
     >>> print(trace_site(nn.Linear(2, 3)).code.strip())
     def forward(self, input):
+        input_1 = input
         weight = self.weight
         bias = self.bias
-        linear = torch._C._nn.linear(input, weight, bias);  input = weight = bias = None
+        linear = torch._C._nn.linear(input_1, weight, bias);  input_1 = weight = bias = None
         return linear
 
     The graph is of the module's present mode, training or evaluation; arguments that have a default are fixed to

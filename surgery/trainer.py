@@ -25,7 +25,9 @@ class AdapterCheckpoints(TrainerCallback):
     was never interrupted. After training, `save_pretrained` writes the base alone again.
     """
 
-    def on_train_begin(self, args: Any, state: Any, control: Any, model: nn.Module | None = None, **kwargs: Any) -> None:
+    def on_train_begin(
+        self, args: Any, state: Any, control: Any, model: nn.Module | None = None, **kwargs: Any
+    ) -> None:
         found = model_state(model) if model is not None else None
         if model is not None and found is not None:
             hf.restore_ignored(model, found)

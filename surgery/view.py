@@ -17,10 +17,15 @@ __all__ = ["base_forward", "call_own", "hidden_reference", "view"]
 
 
 def base_forward(
-    module: nn.Module, tensors: Mapping[str, Tensor], args: tuple, more: tuple, kwargs: dict[str, Any], extra: dict[str, Any]
+    module: nn.Module,
+    tensors: Mapping[str, Tensor],
+    args: tuple,
+    more: tuple,
+    kwargs: dict[str, Any],
+    extra: dict[str, Any],
 ) -> Any:
     """`Base.forward(module, …)` with `tensors` in the place of the parameters and buffers of these names."""
-    base = module._surgery_base
+    base: type[nn.Module] = module._surgery_base  # type: ignore[assignment]
     patient = view(module, base, tensors) if tensors else module
     return base.forward(patient, *args, *more, **kwargs, **extra)  # type: ignore[operator, union-attr]
 

@@ -97,7 +97,9 @@ class _Weaver:
             else:
                 positional.append(value)
         itself = self._term("get_attr", "_surgery_self")
-        return self._term("call_function", base_forward, (itself, tensors, tuple(positional), more, named, extra), origin=origin)
+        return self._term(
+            "call_function", base_forward, (itself, tensors, tuple(positional), more, named, extra), origin=origin
+        )
 
     def _again(self, inputs: dict[str, Any], tensors: dict[str, Any], origin: str) -> Any:
         """The site's own operation once more, with other inputs or tensors."""

@@ -1,0 +1,194 @@
+"""A low-rank change of a weight, computed to the same bits whenever and wherever it is computed.
+
+A floating-point matmul depends on threads, device and BLAS. Here the factors are first rounded to integers, times
+powers of two common to a row of B or a column of A. They are small enough that every product and every partial sum is
+an integer that float64 holds, so no order of summation can change the result.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, fields, replace
+
+import torch
+from torch import Tensor
+
+from surgery.errors import MergeError
+
+# Beyond 2^±500, sums of products could leave float64's exponents: larger factors are not exact, smaller ones are
+# rounded to this grid.
+_LARGEST, _SMALLEST = 2.0**500, 2.0**-500
+_EXPONENT = 0x7FF0_0000_0000_0000
+
+
+@dataclass(frozen=True, eq=False)
+class LowRank:
+    """W' = gain ⊙ (W + ΔW) with ΔW = (B · scale) @ A, reshaped to the weight's shape.
+
+    >>> change = LowRank(B=torch.ones(3, 2), A=torch.ones(2, 4), scale=0.5)
+    >>> change.delta((3, 4))[0]
+    tensor([1., 1., 1., 1.])
+
+    B is (m, r) and A is (r, n) for a weight of m rows with n entries each, in any floating dtypes. `scale` is a number,
+    or one per rank component, (r,). With `groups` g (grouped convolution) B is (m, r/g), and the j-th block of m/g rows
+    is B_j @ A_j, A_j being the j-th r/g rows of A. `gain` is (m,), one per row, or broadcasts to the weight.
+    """
+
+    B: Tensor
+    A: Tensor
+    scale: float | Tensor = 1.0
+    groups: int = 1
+    gain: Tensor | None = None
+
+    @property
+    def nbytes(self) -> int:
+        return sum(t.numel() * t.element_size() for t in self._tensors().values())
+
+    def delta(self, shape: Sequence[int], dtype: torch.dtype = torch.float32) -> Tensor:
+        """ΔW, on B's device, the same bits for any device, number of threads and order of the rank components.
+
+        Relative to the largest products, right to about 1e-7 at rank 8 and 4e-7 at rank 256. For `dtype` float64 it is
+        float64 and right to about 1e-15, else float32. Raises MergeError where the factors don't fit the shape.
+        """
+        self.check(shape)
+        device = self.B.device if has_float64(self.B.device) else torch.device("cpu")
+        product = Product(self, shape, dtype, device)
+        out = torch.empty(product.height, product.width, dtype=product.compute, device=device)
+        for i, j in product.tiles():
+            out[i:j] = product(i, j)
+        return out.reshape(tuple(shape)).to(self.B.device)
+
+    @staticmethod
+    def join(changes: Sequence[LowRank]) -> LowRank:
+        """Several changes as one, concatenated along the rank, so that they are rounded once."""
+        if any(change.groups != 1 or change.gain is not None for change in changes):
+            raise MergeError("changes with groups or a gain can't be joined", fix="fold them one after the other")
+        scales = [torch.as_tensor(c.scale, dtype=torch.float64, device=c.B.device).expand(len(c.A)) for c in changes]
+        return LowRank(torch.cat([c.B for c in changes], 1), torch.cat([c.A for c in changes]), torch.cat(scales))
+
+    def check(self, shape: Sequence[int], where: str = "") -> None:
+        """Raise MergeError unless the factors fit a weight of this shape."""
+        g, rank = self.groups, len(self.A)
+        m, n = matrix_shape(shape) if shape else (0, 0)
+        fits = bool(shape) and g >= 1 and rank >= g and rank % g == 0 and m % g == 0
+        fits = fits and tuple(self.B.shape) == (m, rank // g) and tuple(self.A.shape) == (rank, n)
+        if isinstance(self.scale, Tensor):
+            fits = fits and tuple(self.scale.shape) in ((), (rank,))
+        if self.gain is not None:
+            fits = fits and (tuple(self.gain.shape) == (m,) or _broadcasts(self.gain.shape, shape))
+        if not fits:
+            parts = {name: tuple(tensor.shape) for name, tensor in self._tensors().items()}
+            raise MergeError(
+                f"a weight of shape {tuple(shape)} can't take {', '.join(f'{k} {v}' for k, v in parts.items())}",
+                where=where or None,
+                why=f"B must be ({m}, r{f'/{g}' if g != 1 else ''}), A (r, {n}), scale a number or (r,), "
+                f"gain ({m},) or broadcast to the weight",
+            )
+
+    def snapshot(self) -> LowRank:
+        """A copy on the CPU that no later training reaches."""
+        return replace(self, **{name: t.detach().to("cpu", copy=True) for name, t in self._tensors().items()})
+
+    def gains(self, weight: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        """The gain, and the factor that undoes it as nearly as rounding lets it, shaped like the weight."""
+        if self.gain is None:
+            return None, None
+        gain = self.gain.detach().to(weight.device, compute_dtype(weight.dtype))
+        if gain.dim() == 1 and len(gain) == len(weight):
+            gain = gain.view(-1, *[1] * (weight.dim() - 1))
+        inverse = 1 / gain
+        # A gain of 0 destroys the row: what brings it back is the correction, and it must start from a number.
+        inverse = torch.where(inverse.isfinite(), inverse, torch.zeros_like(inverse))
+        return gain.expand(weight.shape), inverse.expand(weight.shape)
+
+    def _tensors(self) -> dict[str, Tensor]:
+        return {f.name: v for f in fields(self) if isinstance(v := getattr(self, f.name), Tensor)}
+
+
+class Product:
+    """ΔW by row tiles in the compute dtype: integer arithmetic if `exact`, else an ordinary matmul."""
+
+    def __init__(
+        self, change: LowRank, shape: Sequence[int], dtype: torch.dtype, device: torch.device, exact: bool = True
+    ):
+        (self.height, self.width), g = matrix_shape(shape), change.groups
+        self.compute = compute_dtype(dtype)
+        # Quantised where the snapshot lies, on the CPU: no device's rounding matters, and nothing waits for a device.
+        home, work = (torch.device("cpu"), torch.float64) if exact else (device, self.compute)
+        B = change.B.detach().to(home, work).reshape(g, self.height // g, -1)
+        A = change.A.detach().to(home, work).reshape(g, -1, self.width)
+        if isinstance(change.scale, Tensor):
+            scale = change.scale.detach().to(home, work)
+            B = B * (scale.reshape(g, 1, -1) if scale.dim() else scale)
+        elif change.scale != 1:
+            B = B * change.scale
+        self.B, self.A = [B], [A]
+        self.exact = exact and _split(self.B, 2, dtype) and _split(self.A, 1, dtype)
+        self.B, self.A = [b.to(device) for b in self.B], [a.to(device) for a in self.A]
+        self._wide = self._narrow = torch.empty(0, device=device)
+
+    def __call__(self, i: int, j: int) -> Tensor:
+        """Rows i to j of ΔW, valid until the next call; whole groups where there are several."""
+        if len(self._narrow) != j - i:
+            # Fresh memory for every tile would cost more than the arithmetic on it.
+            self._wide = self.B[0].new_empty(j - i, self.width)
+            self._narrow = self._wide.to(self.compute)
+        g, per_group = self.B[0].shape[:2]
+        rows = slice(i // per_group, j // per_group)
+        terms: Iterator[tuple[Tensor, Tensor]] = ((b, a) for b in self.B for a in self.A)
+        for k, (b, a) in enumerate(terms):
+            out = self._wide if k == 0 else torch.empty_like(self._wide)
+            if g == 1:
+                torch.mm(b[0, i:j], a[0], out=out)
+            else:
+                torch.bmm(b[rows], a[rows], out=out.view(-1, per_group, self.width))
+            if k:
+                self._wide += out  # each term is exact; their sum is rounded, always in this order
+        return self._narrow.copy_(self._wide) if self._wide.dtype != self.compute else self._wide
+
+    def tiles(self) -> Iterator[tuple[int, int]]:
+        # A tile and its temporaries should stay in a CPU's cache; on a GPU it must be worth the kernel launches.
+        entries = 1 << 16 if self.B[0].device.type == "cpu" else 1 << 23
+        per_group = self.B[0].shape[1] if len(self.B[0]) > 1 else 1
+        step = max(1, entries // max(1, self.width * per_group)) * per_group
+        for i in range(0, self.height, step):
+            yield i, min(i + step, self.height)
+
+
+def _split(factor: list[Tensor], dim: int, dtype: torch.dtype) -> bool:
+    """Replace the factor by summands of few enough bits, one (two for float64); False where its values don't allow it.
+
+    Each summand's entries are integers below 2^bits times a power of two common to `dim`.
+    """
+    rest = factor.pop()
+    bits = (53 - (rest.shape[dim] - 1).bit_length()) // 2
+    for _ in range(2 if dtype == torch.float64 else 1):
+        top = rest.abs().amax(dim, keepdim=True) if rest.numel() else rest.sum(dim, keepdim=True)
+        if top.numel() and not float(top.max()) < _LARGEST:  # or NaN
+            factor[:] = [rest]
+            return False
+        power = (top.clamp_min_(_SMALLEST).view(torch.int64) & _EXPONENT).view(torch.float64)  # 2^⌊log₂ top⌋
+        # Adding 1.5 · 2⁵² units of the last bit to keep rounds away what lies below it; the subtraction is exact.
+        shift = power.mul_(1.5 * 2.0 ** (53 - bits))
+        factor.append((rest + shift).sub_(shift))
+        if dtype == torch.float64:
+            rest = rest - factor[-1]
+    return True
+
+
+def compute_dtype(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def has_float64(device: torch.device) -> bool:
+    return device.type != "mps"
+
+
+def matrix_shape(shape: Sequence[int]) -> tuple[int, int]:
+    return shape[0], math.prod(shape[1:])
+
+
+def _broadcasts(small: Sequence[int], large: Sequence[int]) -> bool:
+    tail = tuple(large)[len(large) - len(small) :] if len(small) <= len(large) else ()
+    return len(tail) == len(small) and all(s in (1, t) for s, t in zip(small, tail, strict=True))
