@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import field
 
 from torch import Tensor, nn
 
@@ -27,7 +28,7 @@ class BiasRule(Rule):
     (Ben Zaken et al. 2022, arXiv:2106.10199); PEFT's LoraConfig.bias = "all".
     """
 
-    targets: Targets = EVERYWHERE
+    targets: Targets = field(default=EVERYWHERE, kw_only=False)
     identity = True
 
     def expand(self, module: nn.Module, path: str) -> Iterable[tuple[str, nn.Module]]:

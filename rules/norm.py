@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import field
 
 from torch import Tensor, nn
 
@@ -27,7 +28,7 @@ class NormRule(Rule):
     Source: Zhao et al. 2023, arXiv:2312.11420; PEFT's LNTuningConfig.
     """
 
-    targets: Targets = EVERYWHERE
+    targets: Targets = field(default=EVERYWHERE, kw_only=False)
     identity = True
     exclusive = True
 

@@ -11,6 +11,7 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -123,9 +124,10 @@ class Product:
             B = B * (scale.reshape(g, 1, -1) if scale.dim() else scale)
         elif change.scale != 1:
             B = B * change.scale
-        self.B, self.A = [B], [A]
-        self.exact = exact and _split(self.B, 2, dtype) and _split(self.A, 1, dtype)
-        self.B, self.A = [b.to(device) for b in self.B], [a.to(device) for a in self.A]
+        count = (2 if dtype == torch.float64 else 1) if exact else 0
+        parts = [_split(factor, dim, count) for factor, dim in ((B, 2), (A, 1))] if exact else [None]
+        self.exact = all(part is not None for part in parts)
+        self.B, self.A = ([t.to(device) for t in part] for part in (parts if self.exact else ([B], [A])))
         self._wide = self._narrow = torch.empty(0, device=device)
 
     def __call__(self, i: int, j: int) -> Tensor:
@@ -156,25 +158,23 @@ class Product:
             yield i, min(i + step, self.height)
 
 
-def _split(factor: list[Tensor], dim: int, dtype: torch.dtype) -> bool:
-    """Replace the factor by summands of few enough bits, one (two for float64); False where its values don't allow it.
+def _split(factor: Tensor, dim: int, count: int) -> list[Tensor] | None:
+    """The factor as `count` summands of few enough bits, or None where its values don't allow it.
 
-    Each summand's entries are integers below 2^bits times a power of two common to `dim`.
+    Each summand's entries are integers of at most `bits` bits times a power of two common to `dim`.
     """
-    rest = factor.pop()
+    rest, summands = factor.numpy(), []  # factors are small, and numpy's calls cost half of torch's
     bits = (53 - (rest.shape[dim] - 1).bit_length()) // 2
-    for _ in range(2 if dtype == torch.float64 else 1):
-        top = rest.abs().amax(dim, keepdim=True) if rest.numel() else rest.sum(dim, keepdim=True)
-        if top.numel() and not float(top.max()) < _LARGEST:  # or NaN
-            factor[:] = [rest]
-            return False
-        power = (top.clamp_min_(_SMALLEST).view(torch.int64) & _EXPONENT).view(torch.float64)  # 2^⌊log₂ top⌋
+    for _ in range(count):
+        top = np.abs(rest).max(dim, keepdims=True, initial=_SMALLEST)
+        if not top.max(initial=0.0) < _LARGEST:  # or NaN
+            return None
+        power = (top.view(np.int64) & _EXPONENT).view(np.float64)  # 2^⌊log₂ top⌋
         # Adding 1.5 · 2⁵² units of the last bit to keep rounds away what lies below it; the subtraction is exact.
-        shift = power.mul_(1.5 * 2.0 ** (53 - bits))
-        factor.append((rest + shift).sub_(shift))
-        if dtype == torch.float64:
-            rest = rest - factor[-1]
-    return True
+        shift = power * (1.5 * 2.0 ** (53 - bits))
+        summands.append(torch.from_numpy((rest + shift) - shift))
+        rest = rest - summands[-1].numpy()
+    return summands
 
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:

@@ -17,8 +17,8 @@ if TYPE_CHECKING:
 
 INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
-# Corrections are compressed once this many wait, so that a dense record can't grow large before it is packed.
-_CHUNK = 1 << 18
+# Corrections are packed so many at a time: the arrays stay in cache, and a dense record can't grow large before.
+_CHUNK = 1 << 15
 # Rows are summed in blocks of about this many bytes: a weight in another memory layout is copied a block at a time.
 _BLOCK = 1 << 23
 
@@ -56,33 +56,31 @@ class Record:
 
 @dataclass(eq=False)
 class Corrections:
-    """Where `unfold`'s arithmetic misses the original, and by how many units in the last place.
+    """Where `unfold`'s arithmetic misses the original's bits, and by how much, as integers.
 
     Positions ascend, so gaps are stored. Nine in ten differences are ±1: those store gap and sign as one number.
     """
 
-    chunks: list[tuple[int, _Packed, _Packed, _Packed]] = field(default_factory=list)
+    chunks: list[_Chunk] = field(default_factory=list)
     # NaN has no one bit pattern across devices, so what lies under one is kept as it was, not as a difference.
     nan_positions: list[Tensor] = field(default_factory=list)
     nan_bits: list[Tensor] = field(default_factory=list)
     nbytes: int = 0
     _pending: list[tuple[np.ndarray, np.ndarray]] = field(default_factory=list, repr=False)
-    _count: int = 0
 
-    def add(self, start: int, difference: Tensor) -> None:
-        """Take the non-zero entries of a flat tensor of integers whose first entry is at flat position `start`."""
-        flat = difference if difference.device.type == "cpu" else None
-        if flat is not None:  # numpy's flatnonzero is four times as fast as torch's
-            values = flat.numpy()
-            positions = np.flatnonzero(values != 0)
-            values = values[positions]
+    def add(self, start: int, want: Tensor, got: Tensor) -> None:
+        """Take what differs between two flat tensors of bits, the first entry at flat position `start`."""
+        if want.device.type == "cpu":  # numpy finds them four times as fast as torch
+            wanted, gotten = want.numpy(), got.numpy()
+            positions = np.flatnonzero(wanted != gotten)
+            values = wanted[positions].astype(np.int64) - gotten[positions]
         else:
-            found = difference.nonzero().squeeze(1)
-            positions, values = found.cpu().numpy(), difference[found].cpu().numpy()
+            found = (want != got).nonzero().squeeze(1)
+            positions = found.cpu().numpy()
+            values = (want[found].to(torch.int64) - got[found].to(torch.int64)).cpu().numpy()
         if len(positions):
             self._pending.append((positions + start, values))
-            self._count += len(positions)
-        if self._count >= _CHUNK:
+        if sum(len(p) for p, _ in self._pending) >= _CHUNK:
             self.close()
 
     def add_nan(self, start: int, positions: Tensor, bits: Tensor) -> None:
@@ -93,74 +91,62 @@ class Corrections:
 
     def close(self) -> None:
         """Pack what waits."""
-        if not self._pending:
-            return
-        positions = np.concatenate([p for p, _ in self._pending])
-        values = np.concatenate([v for _, v in self._pending]).astype(np.int64)
-        self._pending, self._count = [], 0
-        base = int(positions[0])
-        unit = np.abs(values) == 1
-        rest = ~unit
-        signed = _gaps(positions[unit] - base) << np.uint64(1) | (values[unit] < 0)
-        streams = _pack(signed), _pack(_gaps(positions[rest] - base)), _pack(_zigzag(values[rest]))
-        self.chunks.append((base, *streams))
-        self.nbytes += 8 + sum(len(plane) for stream in streams for plane in stream)
+        if self._pending:
+            positions, values = (np.concatenate(part) for part in zip(*self._pending, strict=True))
+            for i in range(0, len(positions), _CHUNK):
+                self.chunks.append(_pack(positions[i : i + _CHUNK], values[i : i + _CHUNK]))
+                self.nbytes += 8 + len(self.chunks[-1][2])
+            self._pending = []
 
     def apply(self, weight: Tensor) -> None:
         """Add the differences to the bits of `weight`, in place."""
-        self.close()
         bits = weight.view(INTEGERS[weight.element_size()])
-        for positions, values in self._unpacked():
-            where = torch.from_numpy(positions).to(bits.device)
-            bits.put_(where, torch.from_numpy(values).to(bits.device, bits.dtype), accumulate=True)
-        for positions, values in zip(self.nan_positions, self.nan_bits, strict=True):
-            bits.put_(positions.to(bits.device), values.to(bits.device))
-
-    def _unpacked(self) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        for base, signed, gaps, values in self.chunks:
-            number = _unpack(signed)
-            sign = 1 - 2 * (number & np.uint64(1)).astype(np.int64)
-            yield base + _positions(number >> np.uint64(1)), sign
-            yield base + _positions(_unpack(gaps)), _unzigzag(_unpack(values))
+        for chunk in self.chunks:
+            for positions, values in _unpack(*chunk):
+                where = torch.from_numpy(positions).to(bits.device)
+                bits.put_(where, torch.from_numpy(values).to(bits.device, bits.dtype), accumulate=True)
+        for positions, kept in zip(self.nan_positions, self.nan_bits, strict=True):
+            bits.put_(positions.to(bits.device), kept.to(bits.device))
 
 
-_Packed = tuple[bytes, ...]
+# First position; how many numbers and how many byte planes each stream has; the planes, compressed.
+_Chunk = tuple[int, tuple[tuple[int, int], ...], bytes]
 
 
-def _gaps(positions: np.ndarray) -> np.ndarray:
-    return np.diff(positions, prepend=0).astype(np.uint64)
-
-
-def _positions(gaps: np.ndarray) -> np.ndarray:
-    return np.cumsum(gaps.astype(np.int64))
-
-
-def _zigzag(values: np.ndarray) -> np.ndarray:
+def _pack(positions: np.ndarray, values: np.ndarray) -> _Chunk:
+    base = int(positions[0])
+    unit = np.abs(values) == 1
+    rest = ~unit
+    signed = _gaps(positions[unit], base) << 1 | (values[unit] < 0)
     # 0, -1, 1, -2, … becomes 0, 1, 2, 3, …: small differences of either sign leave the upper bytes zero.
-    return ((values << 1) ^ (values >> 63)).view(np.uint64)
+    zigzag = (values[rest] << 1) ^ (values[rest] >> 63)
+    planes, header = [], []
+    for stream in (signed, _gaps(positions[rest], base), zigzag):
+        numbers = stream.view(np.uint64)
+        count = (int(numbers.max()).bit_length() + 7) // 8 if len(numbers) else 0
+        header.append((len(numbers), count))
+        planes += [(stream >> 8 * k).astype(np.uint8).tobytes() for k in range(count)]
+    # Neighbouring bytes say nothing of each other: zlib's search for repeats, its slow part, is left out.
+    coder = zlib.compressobj(1, zlib.DEFLATED, 15, 8, zlib.Z_RLE)
+    return base, tuple(header), coder.compress(b"".join(planes)) + coder.flush()
 
 
-def _unzigzag(numbers: np.ndarray) -> np.ndarray:
-    return ((numbers >> np.uint64(1)) ^ (np.uint64(0) - (numbers & np.uint64(1)))).view(np.int64)
+def _unpack(base: int, header: tuple[tuple[int, int], ...], packed: bytes) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Positions and values: first of the differences ±1, then of the rest."""
+    data, streams, start = np.frombuffer(zlib.decompress(packed), np.uint8), [], 0
+    for length, count in header:
+        numbers = np.zeros(length, np.int64)
+        for k in range(count):
+            numbers |= data[start : start + length].astype(np.int64) << 8 * k
+            start += length
+        streams.append(numbers)
+    signed, gaps, zigzag = streams
+    yield np.cumsum(signed >> 1) + base, 1 - ((signed & 1) << 1)
+    yield np.cumsum(gaps) + base, (zigzag.view(np.uint64) >> np.uint64(1)).view(np.int64) ^ -(zigzag & 1)
 
 
-def _pack(numbers: np.ndarray) -> _Packed:
-    """Byte planes, lowest first, as many as the largest number needs, each compressed."""
-    planes = max(1, (int(numbers.max()).bit_length() + 7) // 8) if len(numbers) else 0
-    return tuple(_compress((numbers >> np.uint64(8 * k)).astype(np.uint8)) for k in range(planes))
-
-
-def _unpack(planes: _Packed) -> np.ndarray:
-    parts = [np.frombuffer(zlib.decompress(plane), np.uint8).astype(np.uint64) for plane in planes]
-    return sum(
-        (part << np.uint64(8 * k) for k, part in enumerate(parts)), np.zeros(len(parts[0]) if parts else 0, np.uint64)
-    )
-
-
-def _compress(plane: np.ndarray) -> bytes:
-    # Neighbouring bytes say nothing of each other, so searching for repeats (zlib's slow part) finds none.
-    coder = zlib.compressobj(1, zlib.DEFLATED, 9, 8, zlib.Z_RLE)
-    return coder.compress(plane.tobytes()) + coder.flush()
+def _gaps(positions: np.ndarray, base: int) -> np.ndarray:
+    return np.diff(positions, prepend=base)
 
 
 def checksum(tensor: Tensor) -> int:
@@ -179,10 +165,11 @@ def checksum(tensor: Tensor) -> int:
         return 0
     rows = tensor.reshape(1, 1) if tensor.dim() == 0 else tensor
     step = max(16, _BLOCK // (rows[0].numel() * rows.element_size()) // 16 * 16)
-    lanes = [_lanes(rows[i : i + step]) for i in range(0, len(rows), step)]
-    sums = [lane.sum(1, dtype=torch.int64) for lane in lanes]
-    samples = [lane[::16].sum(0, dtype=torch.int64) for lane in lanes]
-    total = _weighted(torch.cat(sums), 0) + _weighted(torch.stack(samples).sum(0), len(rows))
+    total = 0
+    for start in range(0, len(rows), step):
+        lanes = _lanes(rows[start : start + step])
+        total += _weighted(lanes.sum(1, dtype=torch.int64), start)
+        total += _weighted(lanes[::16].sum(0, dtype=torch.int64), len(rows))
     return total % 2**64
 
 

@@ -117,14 +117,14 @@ class _Arithmetic:
         self.weight = weight.detach()
         self.product = Product(change, weight.shape, weight.dtype, weight.device, exact)
         self.gain, self.inverse = change.gains(weight)
-        self._folded = self._undone = torch.empty(0)
+        self._folded = torch.empty(0)
 
     def tiles(self) -> Iterator[tuple[int, int, Tensor, Tensor]]:
         """First and last row, the rows as a matrix (a view of the weight where its layout allows), and their ΔW."""
         for i, j in self.product.tiles():
             delta = self.product(i, j)
             if len(self._folded) != j - i:
-                self._folded, self._undone = torch.empty_like(delta), torch.empty_like(delta)
+                self._folded = torch.empty_like(delta)
             yield i, j, self.weight[i:j].reshape(delta.shape), delta
 
     def add(self, i: int, j: int, rows: Tensor, delta: Tensor) -> Tensor:
@@ -133,10 +133,10 @@ class _Arithmetic:
         return total if self.gain is None else total.mul_(self.gain[i:j].reshape(delta.shape))
 
     def undo(self, i: int, j: int, rows: Tensor, delta: Tensor) -> Tensor:
-        """rows / gain - ΔW in the compute dtype."""
+        """rows / gain - ΔW in the compute dtype, over ΔW's own memory."""
         if self.inverse is not None:
-            rows = torch.mul(rows, self.inverse[i:j].reshape(delta.shape), out=self._undone)
-        return torch.sub(rows, delta, out=self._undone)
+            rows = rows * self.inverse[i:j].reshape(delta.shape)
+        return torch.sub(rows, delta, out=delta)
 
     def write(self, i: int, j: int, rows: Tensor) -> None:
         target = self.weight[i:j]
@@ -162,13 +162,12 @@ def _fold_record(weight: Tensor, change: LowRank) -> Record | None:
     for i, j, old, delta in work.tiles():
         new = work.add(i, j, old, delta).to(old.dtype)
         back = work.undo(i, j, new, delta)
-        difference = back.to(old.dtype).view(integers)
-        if bool(back.sum().isnan()):
+        want, got = old.view(integers), back.to(old.dtype).view(integers)
+        if back.sum().isnan():
             nan = back.isnan()
-            corrections.add_nan(i * width, nan.flatten().nonzero().squeeze(1), old.view(integers)[nan])
-            difference[nan] = old.view(integers)[nan]
-        torch.sub(old.view(integers), difference, out=difference)
-        corrections.add(i * width, difference.flatten())
+            corrections.add_nan(i * width, nan.flatten().nonzero().squeeze(1), want[nan])
+            got[nan] = want[nan]
+        corrections.add(i * width, want.flatten(), got.flatten())
         work.write(i, j, new)
         done = j
         if corrections.nbytes > budget:
