@@ -126,8 +126,9 @@ class Product:
             B = B * change.scale
         count = (2 if dtype == torch.float64 else 1) if exact else 0
         parts = [_split(factor, dim, count) for factor, dim in ((B, 2), (A, 1))] if exact else [None]
-        self.exact = all(part is not None for part in parts)
-        self.B, self.A = ([t.to(device) for t in part] for part in (parts if self.exact else ([B], [A])))
+        found = [part for part in parts if part is not None]
+        self.exact = len(found) == 2
+        self.B, self.A = ([t.to(device) for t in part] for part in (found if self.exact else ([B], [A])))
         self._wide = self._narrow = torch.empty(0, device=device)
 
     def __call__(self, i: int, j: int) -> Tensor:
