@@ -8,6 +8,7 @@ an integer that float64 holds, so no order of summation can change the result.
 from __future__ import annotations
 
 import math
+import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 
@@ -21,6 +22,7 @@ from surgery.errors import MergeError
 # rounded to this grid.
 _LARGEST, _SMALLEST = 2.0**500, 2.0**-500
 _EXPONENT = 0x7FF0_0000_0000_0000
+_SCRATCH_LIMIT = 1 << 21
 
 
 @dataclass(frozen=True, eq=False)
@@ -114,11 +116,12 @@ class Product:
         self, change: LowRank, shape: Sequence[int], dtype: torch.dtype, device: torch.device, exact: bool = True
     ):
         (self.height, self.width), g = matrix_shape(shape), change.groups
+        rank = len(change.A) // g
         self.compute = compute_dtype(dtype)
         # Quantised where the snapshot lies, on the CPU: no device's rounding matters, and nothing waits for a device.
         home, work = (torch.device("cpu"), torch.float64) if exact else (device, self.compute)
-        B = change.B.detach().to(home, work).reshape(g, self.height // g, -1)
-        A = change.A.detach().to(home, work).reshape(g, -1, self.width)
+        B = change.B.detach().to(home, work).reshape(g, self.height // g, rank)
+        A = change.A.detach().to(home, work).reshape(g, rank, self.width)
         if isinstance(change.scale, Tensor):
             scale = change.scale.detach().to(home, work)
             B = B * (scale.reshape(g, 1, -1) if scale.dim() else scale)
@@ -129,30 +132,29 @@ class Product:
         found = [part for part in parts if part is not None]
         self.exact = len(found) == 2
         self.B, self.A = ([t.to(device) for t in part] for part in (found if self.exact else ([B], [A])))
-        self._wide = self._narrow = torch.empty(0, device=device)
 
     def __call__(self, i: int, j: int) -> Tensor:
         """Rows i to j of ΔW, valid until the next call; whole groups where there are several."""
-        if len(self._narrow) != j - i:
-            # Fresh memory for every tile would cost more than the arithmetic on it.
-            self._wide = self.B[0].new_empty(j - i, self.width)
-            self._narrow = self._wide.to(self.compute)
+        size = (j - i, self.width)
+        wide = narrow = scratch("wide", size, self.B[0].dtype, self.B[0].device)
         g, per_group = self.B[0].shape[:2]
         rows = slice(i // per_group, j // per_group)
         terms: Iterator[tuple[Tensor, Tensor]] = ((b, a) for b in self.B for a in self.A)
         for k, (b, a) in enumerate(terms):
-            out = self._wide if k == 0 else torch.empty_like(self._wide)
+            out = wide if k == 0 else torch.empty_like(wide)
             if g == 1:
                 torch.mm(b[0, i:j], a[0], out=out)
             else:
                 torch.bmm(b[rows], a[rows], out=out.view(-1, per_group, self.width))
             if k:
-                self._wide += out  # each term is exact; their sum is rounded, always in this order
-        return self._narrow.copy_(self._wide) if self._wide.dtype != self.compute else self._wide
+                wide += out  # each term is exact; their sum is rounded, always in this order
+        if wide.dtype != self.compute:
+            narrow = scratch("narrow", size, self.compute, wide.device).copy_(wide)
+        return narrow
 
     def tiles(self) -> Iterator[tuple[int, int]]:
-        # A tile and its temporaries should stay in a CPU's cache; on a GPU it must be worth the kernel launches.
-        entries = 1 << 16 if self.B[0].device.type == "cpu" else 1 << 23
+        # A tile's temporaries should stay in cache, but each tile costs some forty calls (on a GPU, launches).
+        entries = 1 << 18 if self.B[0].device.type == "cpu" else 1 << 23
         per_group = self.B[0].shape[1] if len(self.B[0]) > 1 else 1
         step = max(1, entries // max(1, self.width * per_group)) * per_group
         for i in range(0, self.height, step):
@@ -174,8 +176,27 @@ def _split(factor: Tensor, dim: int, count: int) -> list[Tensor] | None:
         # Adding 1.5 · 2⁵² units of the last bit to keep rounds away what lies below it; the subtraction is exact.
         shift = power * (1.5 * 2.0 ** (53 - bits))
         summands.append(torch.from_numpy((rest + shift) - shift))
-        rest = rest - summands[-1].numpy()
+        if count > 1:
+            rest = rest - summands[-1].numpy()
     return summands
+
+
+_memory = threading.local()
+
+
+def scratch(role: str, shape: tuple[int, int], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Uninitialised memory, on the CPU the same for each call with this role and thread.
+
+    Touching fresh memory for every weight would cost as much as the arithmetic on it. A few megabytes stay.
+    """
+    size = shape[0] * shape[1] * dtype.itemsize
+    if device.type != "cpu" or size > _SCRATCH_LIMIT:
+        return torch.empty(shape, dtype=dtype, device=device)
+    buffer = getattr(_memory, role, None)
+    if buffer is None or len(buffer) < size:
+        buffer = np.empty(size, np.uint8)
+        setattr(_memory, role, buffer)
+    return torch.from_numpy(buffer[:size]).view(dtype).view(shape)
 
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:

@@ -19,8 +19,6 @@ INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 # Corrections are packed so many at a time: the arrays stay in cache, and a dense record can't grow large before.
 _CHUNK = 1 << 15
-# Rows are summed in blocks of about this many bytes: a weight in another memory layout is copied a block at a time.
-_BLOCK = 1 << 23
 
 
 @dataclass(eq=False)
@@ -73,11 +71,11 @@ class Corrections:
         if want.device.type == "cpu":  # numpy finds them four times as fast as torch
             wanted, gotten = want.numpy(), got.numpy()
             positions = np.flatnonzero(wanted != gotten)
-            values = wanted[positions].astype(np.int64) - gotten[positions]
+            values = wanted[positions] - gotten[positions]
         else:
             found = (want != got).nonzero().squeeze(1)
             positions = found.cpu().numpy()
-            values = (want[found].to(torch.int64) - got[found].to(torch.int64)).cpu().numpy()
+            values = (want[found] - got[found]).cpu().numpy()
         if len(positions):
             self._pending.append((positions + start, values))
         if sum(len(p) for p, _ in self._pending) >= _CHUNK:
@@ -116,30 +114,30 @@ _Chunk = tuple[int, tuple[tuple[int, int], ...], bytes]
 def _pack(positions: np.ndarray, values: np.ndarray) -> _Chunk:
     base = int(positions[0])
     unit = np.abs(values) == 1
-    rest = ~unit
-    signed = _gaps(positions[unit], base) << 1 | (values[unit] < 0)
+    ones, rest = np.flatnonzero(unit), np.flatnonzero(~unit)
+    signed = _gaps(positions[ones], base) << 1 | (values[ones] < 0)
+    gaps, others = _gaps(positions[rest], base), values[rest].astype(np.int64)
     # 0, -1, 1, -2, … becomes 0, 1, 2, 3, …: small differences of either sign leave the upper bytes zero.
-    zigzag = (values[rest] << 1) ^ (values[rest] >> 63)
+    zigzag = (others << 1) ^ (others >> 63)
     planes, header = [], []
-    for stream in (signed, _gaps(positions[rest], base), zigzag):
-        numbers = stream.view(np.uint64)
-        count = (int(numbers.max()).bit_length() + 7) // 8 if len(numbers) else 0
-        header.append((len(numbers), count))
-        planes += [(stream >> 8 * k).astype(np.uint8).tobytes() for k in range(count)]
+    for stream in (signed, gaps, zigzag):
+        top = int(stream.view(np.uint64).max()) if len(stream) else 0
+        header.append((len(stream), (top.bit_length() + 7) // 8))
+        planes += [(stream >> 8 * k).astype(np.uint8) for k in range(header[-1][1])]
     # Neighbouring bytes say nothing of each other: zlib's search for repeats, its slow part, is left out.
     coder = zlib.compressobj(1, zlib.DEFLATED, 15, 8, zlib.Z_RLE)
-    return base, tuple(header), coder.compress(b"".join(planes)) + coder.flush()
+    return base, tuple(header), b"".join([*map(coder.compress, planes), coder.flush()])
 
 
 def _unpack(base: int, header: tuple[tuple[int, int], ...], packed: bytes) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """Positions and values: first of the differences ±1, then of the rest."""
     data, streams, start = np.frombuffer(zlib.decompress(packed), np.uint8), [], 0
     for length, count in header:
-        numbers = np.zeros(length, np.int64)
+        stream = np.zeros(length, np.int64)
         for k in range(count):
-            numbers |= data[start : start + length].astype(np.int64) << 8 * k
+            stream |= data[start : start + length].astype(np.int64) << 8 * k
             start += length
-        streams.append(numbers)
+        streams.append(stream)
     signed, gaps, zigzag = streams
     yield np.cumsum(signed >> 1) + base, 1 - ((signed & 1) << 1)
     yield np.cumsum(gaps) + base, (zigzag.view(np.uint64) >> np.uint64(1)).view(np.int64) ^ -(zigzag & 1)
@@ -163,30 +161,17 @@ def checksum(tensor: Tensor) -> int:
     tensor = tensor.detach()
     if not tensor.numel():
         return 0
-    rows = tensor.reshape(1, 1) if tensor.dim() == 0 else tensor
-    step = max(16, _BLOCK // (rows[0].numel() * rows.element_size()) // 16 * 16)
-    total = 0
-    for start in range(0, len(rows), step):
-        lanes = _lanes(rows[start : start + step])
-        total += _weighted(lanes.sum(1, dtype=torch.int64), start)
-        total += _weighted(lanes[::16].sum(0, dtype=torch.int64), len(rows))
-    return total % 2**64
-
-
-def _lanes(rows: Tensor) -> Tensor:
-    """The rows' bits as a matrix of integers, as wide as their length allows."""
-    matrix = rows.reshape(len(rows), -1).contiguous()
+    matrix = tensor.reshape(tensor.shape[0] if tensor.dim() else 1, -1).contiguous()
     if matrix.is_complex() or matrix.dtype == torch.bool:
         matrix = matrix.view(torch.uint8)
-    nbytes = matrix.shape[1] * matrix.element_size()
-    return matrix.view(INTEGERS[8 if nbytes % 8 == 0 else matrix.element_size()])
+    width = matrix.element_size()
+    lanes = matrix.view(INTEGERS[8 if matrix.shape[1] * width % 8 == 0 else width])
+    rows, columns = lanes.sum(1, dtype=torch.int64), lanes[::16].sum(0, dtype=torch.int64)
+    sums = torch.cat([rows, columns]).cpu().numpy()
+    return int(np.dot(sums, _multipliers(len(sums)))) % 2**64
 
 
-def _weighted(sums: Tensor, place: int) -> int:
-    return int(np.dot(sums.cpu().numpy(), _multipliers(place + len(sums))[place:]))
-
-
-@lru_cache(maxsize=64)
+@lru_cache(maxsize=16)
 def _multipliers(count: int) -> np.ndarray:
     """Odd numbers, one a place: an odd factor loses no bit modulo 2⁶⁴."""
     place = np.arange(1, count + 1, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import ast
 import inspect
 import weakref
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from types import FunctionType, ModuleType
 from typing import Any, NamedTuple
@@ -33,6 +33,7 @@ class Bypass:
     file: str
     line: int
     source: str
+    conditional: bool = False  # it stands in one branch of an `if`: there are calls which never come to it
 
     @property
     def in_fast_path(self) -> bool:
@@ -57,7 +58,7 @@ def bypasses(model: nn.Module) -> dict[str, list[Bypass]]:
     paths = {id(module): path for path, module in model.named_modules()}
     found: dict[str, list[Bypass]] = {path: [] for path in paths.values()}
     for path, module in model.named_modules():
-        for place in _Search(paths, path, module).found:
+        for place in _Search(paths, path, module).places():
             found[place.path].append(place)
     return {path: places for path, places in found.items() if places}
 
@@ -79,10 +80,11 @@ def bypasses_of(model: nn.Module, path: str, aliases: Iterable[str] = ()) -> lis
         parts, reader = name.split(".") if name else [], model
         for depth, part in enumerate(parts):
             above.setdefault(id(reader), (".".join(parts[:depth]), reader))
-            reader = reader.get_submodule(part)
+            child = reader._modules.get(part)
+            reader = child if child is not None else reader.get_submodule(part)
     paths = {id(target): path, **{key: name for key, (name, _) in above.items()}}
     searches = [_Search(paths, name, reader, target) for name, reader in above.values()]
-    return list(dict.fromkeys(place for search in searches for place in search.found))
+    return list(dict.fromkeys(place for search in searches for place in search.places()))
 
 
 def fastpath_switch(module: nn.Module) -> tuple[str, Any] | None:
@@ -129,9 +131,10 @@ class _Facts:
     file: str = ""
     start: int = 0
     lines: tuple[str, ...] = ()
-    uses: Chains = _NONE
+    decorated: bool = False
     returns: Chains = _NONE
-    calls: tuple[tuple[Chain, tuple[tuple[int | str, Chain], ...]], ...] = ()
+    uses: tuple[tuple[Chain, bool], ...] = ()  # and whether every run of the function comes there
+    calls: tuple[tuple[Chain, tuple[tuple[int | str, Chain], ...], bool], ...] = ()
 
 
 _facts: weakref.WeakKeyDictionary[FunctionType, _Facts] = weakref.WeakKeyDictionary()
@@ -152,9 +155,10 @@ class _Source:
         names = code.co_varnames[: code.co_argcount + code.co_kwonlyargcount]
         self.facts = _Facts(list(names), function.__module__ or "")
         self.known = {**function.__globals__, **_cells(function)}
-        self.uses: set[Chain] = set()
-        self.returns: set[Chain] = set()
+        self.uses: dict[Chain, None] = {}
         self.calls: dict[tuple, None] = {}
+        self.returns: set[Chain] = set()
+        self.sure: set[tuple] = set()  # of uses and calls, those that the block being read always comes to
         try:
             lines, start = inspect.getsourcelines(function)
             # Under an `if`, an indented method is a block like any other: no dedent that a docstring could spoil.
@@ -166,12 +170,22 @@ class _Source:
             return
         self.block(found.body, {name: frozenset([(name, ())]) for name in self.facts.parameters})
         self.facts.file, self.facts.start, self.facts.lines = inspect.getsourcefile(function) or "", start, tuple(lines)
-        self.facts.uses, self.facts.returns = frozenset(self.uses), frozenset(self.returns)
-        self.facts.calls = tuple(self.calls)
+        self.facts.decorated = bool(found.decorator_list)
+        self.facts.returns = frozenset(self.returns)
+        self.facts.uses = tuple((chain, _plain(chain) in self.sure) for chain in self.uses)
+        self.facts.calls = tuple((called, given, _plain(called) in self.sure) for called, given in self.calls)
 
-    def use(self, chains: Chains) -> Chains:
-        self.uses |= chains
+    def use(self, chains: Iterable[Chain]) -> Chains:
+        for chain in chains:
+            self.uses[chain] = None
+            self.sure.add(_plain(chain))
         return _NONE
+
+    def apart(self, read: Callable[[], Any]) -> tuple[Any, set[tuple]]:
+        """Read a branch; what it is sure to come to is not yet what the whole is sure to come to."""
+        before, self.sure = self.sure, set()
+        found, inside, self.sure = read(), self.sure, before
+        return found, inside
 
     def block(self, body: list[Any], env: dict[str, Chains]) -> None:
         for node in body:
@@ -210,12 +224,14 @@ class _Source:
                     self.bind(child.optional_vars, held, env)
             elif isinstance(child, (ast.ExceptHandler, ast.match_case)):
                 branches.append(dict(env))
-                self.compound(child, branches[-1])
-        for name in ("body", "orelse", "finalbody"):
-            if body := getattr(node, name, None):
+                self.apart(lambda child=child: self.compound(child, branches[-1]))
+        sure: dict[str, set[tuple]] = {"body": set(), "orelse": set(), "finalbody": set()}
+        for name in sure:
+            if block := getattr(node, name, None):
                 branches.append(dict(env))
                 for _ in range(2 if isinstance(node, (ast.For, ast.AsyncFor, ast.While)) else 1):
-                    self.block(body, branches[-1])
+                    _, sure[name] = self.apart(lambda block=block: self.block(block, branches[-1]))
+        self.sure |= sure["body"] & sure["orelse"] if isinstance(node, ast.If) else sure["body"] | sure["finalbody"]
         for name in {name for branch in branches for name in branch}:
             env[name] = frozenset().union(*(branch.get(name, _NONE) for branch in branches))
 
@@ -281,7 +297,11 @@ class _Source:
                 return _union([self.expr(part, env) for part in parts])
             case ast.IfExp(test=test, body=body, orelse=orelse):
                 self.expr(test, env)
-                return self.expr(body, env) | self.expr(orelse, env)
+                (one, sure), (other, too) = (
+                    self.apart(lambda part=part: self.expr(part, env)) for part in (body, orelse)
+                )
+                self.sure |= sure & too
+                return one | other
             case ast.NamedExpr(target=target, value=value):
                 self.bind(target, held := self.expr(value, env), env)
                 return held
@@ -303,6 +323,11 @@ class _Source:
         )
         return self.use(held) if valued else _NONE
 
+    def readable(self, function: Any) -> bool:
+        """A function to follow; a library's is taken to use what it is given."""
+        module = (getattr(function, "__module__", None) or "").partition(".")[0]
+        return isinstance(function, FunctionType) and (module != "torch" or function.__module__ == self.facts.module)
+
     def call(self, node: ast.Call, env: dict[str, Chains]) -> Chains:
         name = node.func.id if isinstance(node.func, ast.Name) else getattr(node.func, "attr", "")
         arguments: list[tuple[int | str, Chains]] = [(i, self.expr(value, env)) for i, value in enumerate(node.args)]
@@ -322,12 +347,17 @@ class _Source:
         if isinstance(node.func, ast.Attribute) and name in ("values", "children"):
             return self.expr(node.func.value, env)
         given = tuple((place, chain) for place, held in arguments for chain in held)
-        followed = [chain for chain in called if isinstance(chain[0], (str, FunctionType))]
+        followed = [chain for chain in called if isinstance(chain[0], str) or self.readable(chain[0])]
         for chain in followed:
             self.calls[chain, () if name in _INERT else given] = None
+            self.sure.add(_plain(chain))
         if not followed and name not in _INERT:
             self.use(frozenset(chain for _, chain in given))
         return frozenset((root, (*steps, (CALL, node.lineno))) for root, steps in followed)
+
+
+def _plain(chain: Chain) -> tuple:
+    return (chain[0], *(step for step, _ in chain[1]))
 
 
 def _union(value: Chains | list) -> Chains:
@@ -384,7 +414,8 @@ class _Held(NamedTuple):
 
     @property
     def cls(self) -> type[nn.Module]:
-        return getattr(self.module, "_surgery_base", type(self.module))  # a site's own code is its base's
+        cls = type(self.module)
+        return getattr(cls, "_surgery_base", cls)  # a site's own code is its base's
 
 
 class _Parameter(NamedTuple):
@@ -404,59 +435,74 @@ class _Search:
 
     def __init__(self, paths: dict[int, str], path: str, module: nn.Module, target: nn.Module | None = None):
         self.paths, self.target, self.entry = paths, target, _Held(path, module)
-        self.found: dict[Bypass, None] = {}
+        self.found: dict[tuple, bool] = {}
         self.done: set[tuple] = set()
         forward = _lookup(self.entry.cls.__mro__, "forward")
-        if isinstance(forward, FunctionType):
+        if isinstance(forward, FunctionType) and self.promising():
             facts = _facts_of(forward)
-            self.run(facts, {name: [self.entry] for name in facts.parameters[:1]}, self.entry, True)
+            self.run(facts, {name: [self.entry] for name in facts.parameters[:1]}, self.entry, True, True)
 
-    def run(self, facts: _Facts, given: dict[str, list], reader: _Held, returned: bool) -> None:
-        """Follow one function; `returned`: what it gives back counts as used."""
-        key = (id(facts), returned, *((name, _identity(thing)) for name, held in given.items() for thing in held))
+    def promising(self) -> bool:
+        """Most classes read nothing of their children: told from what is known of the class, in microseconds."""
+        names, module = _leads(self.entry.cls), self.entry.module
+        if "*" in names:
+            return True
+        held = (module._modules.get(name, module.__dict__.get(name)) for name in names)
+        return any(isinstance(child, nn.Module) and id(child) in self.paths for child in held)
+
+    def places(self) -> list[Bypass]:
+        return [Bypass(*place, conditional=not sure) for place, sure in self.found.items()]
+
+    def run(self, facts: _Facts, given: dict[str, list], reader: _Held, sure: bool, returned: bool) -> None:
+        """Follow one function. `sure`: every call comes here; `returned`: what it gives back counts as used."""
+        key = (id(facts), sure, returned, *((name, _identity(thing)) for name in given for thing in given[name]))
         if key in self.done or len(self.done) > 500:  # functions from one forward: far above any seen, far below a hang
             return
         self.done.add(key)
-        for chain in (*facts.uses, *(facts.returns if returned else ())):
-            self.use(self.things(chain, given, facts), reader)
-        for called, arguments in facts.calls:
+        for chain, always in (*facts.uses, *((chain, True) for chain in facts.returns if returned)):
+            self.use(self.things(chain, given, facts), reader, sure and always)
+        for called, arguments, always in facts.calls:
             values = [(place, thing) for place, chain in arguments for thing in self.things(chain, given, facts)]
             functions = [thing for thing in self.things(called, given, facts) if isinstance(thing, _Function)]
             for function in functions:
-                self.call(function, values, facts, reader)
+                self.call(function, values, facts, reader, sure and always)
             if not functions:
-                self.use([thing for _, thing in values], reader)
+                self.use([thing for _, thing in values], reader, sure and always)
 
-    def call(self, function: _Function, values: list[tuple], caller: _Facts | None, reader: _Held) -> None:
+    def call(self, function: _Function, values: list[tuple], caller: _Facts, reader: _Held, sure: bool) -> None:
         facts = _facts_of(function.code)
         names = facts.parameters[1:] if function.owner else facts.parameters
-        # What a file's own helper does with a tensor can be read; a library's function is taken to use it.
-        followed = facts.lines and (not facts.module.startswith("torch.") or (caller and caller.module == facts.module))
         given: dict[str, list] = {}
         for place, thing in values:
             name = place if isinstance(place, str) else names[place] if place < len(names) else ""
-            if followed and name in names:
+            # What a plain function of the same file does with a tensor can be read; a decorator may replace it.
+            near = isinstance(thing, _Held) or (facts.module == caller.module and not facts.decorated)
+            if name in names and facts.lines and near:
                 given.setdefault(name, []).append(thing)
             else:
-                self.use([thing], reader)
+                self.use([thing], reader, sure)
         for chain in facts.returns if function.owner else ():  # of its own parameters the caller follows them
-            self.use(self.things(chain, given, facts), reader)
+            self.use(self.things(chain, given, facts), reader, sure)
         if function.owner:
             given.update({name: [function.owner] for name in facts.parameters[:1]})
         if given:
-            self.run(facts, given, function.owner or reader, function.owner is None)
+            self.run(facts, given, function.owner or reader, sure, function.owner is None)
 
-    def use(self, things: Iterable[Any], reader: _Held) -> None:
+    def use(self, things: Iterable[Any], reader: _Held, sure: bool) -> None:
         for thing in things:
             if isinstance(thing, _Function) and thing.owner:  # handed on and called later: checkpoint(self.block, x)
-                self.call(thing, [], None, reader)
-            if isinstance(thing, _Parameter) and thing.owner.module is not self.entry.module:
-                if self.target is None or thing.owner.module is self.target:
-                    path = self.paths.get(id(thing.owner.module), thing.owner.path)
-                    line = thing.line - 2 + thing.facts.start  # one line was put before the source
-                    text = thing.facts.lines[thing.line - 2].strip()
-                    kind = qualified_name(reader.cls)
-                    self.found[Bypass(path, thing.name, reader.path, kind, thing.facts.file, line, text)] = None
+                self.call(thing, [], _facts_of(thing.code), reader, sure)
+            if not isinstance(thing, _Parameter) or thing.owner.module is self.entry.module:
+                continue
+            owner, facts = thing.owner, thing.facts
+            if self.target is None or owner.module is self.target:
+                # A method of its own that others call instead of its forward: the caller's entry is the reader.
+                by = self.entry if owner.module is reader.module else reader
+                line = thing.line - 2 + facts.start  # one line was put before the source
+                text = facts.lines[thing.line - 2].strip()
+                path = self.paths.get(id(owner.module), owner.path)
+                place = (path, thing.name, by.path, qualified_name(by.cls), facts.file, line, text)
+                self.found[place] = self.found.get(place, False) or sure
 
     def things(self, chain: Chain, given: dict[str, list], facts: _Facts, depth: int = 0) -> list[Any]:
         """What a chain is in the live model: modules, parameters, functions."""
@@ -478,8 +524,8 @@ class _Search:
             kind, name = step
             if kind == "[]":
                 return [child for key in _keys(thing.module, name) for child in thing.child(key)]
-            mro = thing.cls.__mro__
-            return _bound(_lookup(mro[mro.index(kind) + 1 :] if kind in mro else (), name), thing)
+            value = _inherited(thing.cls, kind, name)
+            return [_Function(value, thing)] if isinstance(value, FunctionType) and value not in _MODULE else []
         module = thing.module
         if step in module._modules:
             return thing.child(step)
@@ -507,6 +553,74 @@ def _identity(thing: Any) -> tuple:
 
 def _lookup(mro: Iterable[type], name: str) -> Any:
     return next((vars(cls)[name] for cls in mro if name in vars(cls)), None)
+
+
+def _inherited(cls: type, after: type, name: str) -> Any:
+    return _lookup(cls.__mro__[cls.__mro__.index(after) + 1 :] if after in cls.__mro__ else (), name)
+
+
+_found_leads: weakref.WeakKeyDictionary[type, set[str]] = weakref.WeakKeyDictionary()
+
+
+def _leads(cls: type[nn.Module]) -> set[str]:
+    """The attributes over which the forward of a class may come to another module's parameters; `*`: over any."""
+    if cls not in _found_leads:
+        _found_leads[cls] = _Leads(cls).names
+    return _found_leads[cls]
+
+
+class _Leads:
+    """What `_Search` may come to from a class, before there is a module: too much rather than too little."""
+
+    def __init__(self, cls: type[nn.Module]):
+        self.cls, self.names = cls, set[str]()
+        self.todo: list[tuple[_Facts, str]] = []
+        self.follow(_lookup(cls.__mro__, "forward"))
+        for facts, root in self.todo:  # grows on the way
+            for chain in (*facts.returns, *(chain for chain, _ in facts.uses)):
+                self.lead(chain, root)
+            for called, arguments, _ in facts.calls:
+                self.lead(called, root)
+                # A child's forward does not bypass what it is given; a function or a method may.
+                child = called[0] == root and len(called[1]) == 1 and not self.function(called[1][0][0])
+                for chain in (chain for _, chain in arguments if chain[0] == root and not child):
+                    if chain[1]:
+                        self.lead(chain, root, handed=True)
+                    elif isinstance(called[0], FunctionType):
+                        self.follow(called[0], *_facts_of(called[0]).parameters)
+                    else:
+                        self.names.add("*")
+
+    def follow(self, function: Any, *roots: str) -> None:
+        if isinstance(function, FunctionType) and function not in _MODULE:
+            facts = _facts_of(function)
+            for entry in ((facts, root) for root in roots or facts.parameters[:1]):
+                if entry not in self.todo:
+                    self.todo.append(entry)
+
+    def function(self, step: Any) -> FunctionType | None:
+        if isinstance(step, tuple):
+            after, name = step
+            value = _inherited(self.cls, after, name) if isinstance(after, type) else None
+        else:
+            value = _lookup(self.cls.__mro__, step)
+        value = value.fget if isinstance(value, property) else value
+        return value if isinstance(value, FunctionType) and value not in _MODULE else None
+
+    def lead(self, chain: Chain, root: str, handed: bool = False, depth: int = 0) -> None:
+        steps = [step for step, _ in chain[1] if step != WRAP]
+        if chain[0] != root or not steps:
+            return
+        if function := self.function(steps[0]):
+            self.follow(function)
+            facts = _facts_of(function)
+            for own, more in facts.returns if depth < 4 else ():
+                self.lead((own, (*more, *chain[1][1:])), facts.parameters[0], handed, depth + 1)
+            return
+        rest = steps[1 : steps.index(CALL)] if CALL in steps else steps[1:]
+        # What a child's forward gives back leads nowhere: a call counts after an attribute of the child alone.
+        if (handed and CALL not in steps) or any(isinstance(step, str) for step in rest):
+            self.names.add(steps[0] if isinstance(steps[0], str) else "*")
 
 
 def _bound(value: Any, held: _Held) -> list[_Function]:

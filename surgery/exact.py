@@ -7,6 +7,7 @@ computed (`_lowrank.py`).
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
@@ -14,7 +15,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from surgery._lowrank import LowRank, Product, has_float64
+from surgery._lowrank import LowRank, Product, has_float64, scratch
 from surgery._record import INTEGERS, Corrections, Record, checksum
 from surgery.errors import MergeError
 
@@ -111,25 +112,23 @@ def folded(weight: Tensor, change: Change) -> Tensor:
 
 
 class _Arithmetic:
-    """The rounding of fold and of unfold, one tile at a time, in memory that is allocated once."""
+    """The rounding of fold and of unfold, one tile at a time."""
 
     def __init__(self, weight: Tensor, change: LowRank, exact: bool = True):
         self.weight = weight.detach()
         self.product = Product(change, weight.shape, weight.dtype, weight.device, exact)
         self.gain, self.inverse = change.gains(weight)
-        self._folded = torch.empty(0)
 
     def tiles(self) -> Iterator[tuple[int, int, Tensor, Tensor]]:
         """First and last row, the rows as a matrix (a view of the weight where its layout allows), and their ΔW."""
         for i, j in self.product.tiles():
             delta = self.product(i, j)
-            if len(self._folded) != j - i:
-                self._folded = torch.empty_like(delta)
             yield i, j, self.weight[i:j].reshape(delta.shape), delta
 
     def add(self, i: int, j: int, rows: Tensor, delta: Tensor) -> Tensor:
         """gain ⊙ (rows + ΔW) in the compute dtype."""
-        total = torch.add(rows, delta, out=self._folded)
+        size = (j - i, self.product.width)
+        total = torch.add(rows, delta, out=scratch("folded", size, delta.dtype, delta.device))
         return total if self.gain is None else total.mul_(self.gain[i:j].reshape(delta.shape))
 
     def undo(self, i: int, j: int, rows: Tensor, delta: Tensor) -> Tensor:
@@ -163,7 +162,7 @@ def _fold_record(weight: Tensor, change: LowRank) -> Record | None:
         new = work.add(i, j, old, delta).to(old.dtype)
         back = work.undo(i, j, new, delta)
         want, got = old.view(integers), back.to(old.dtype).view(integers)
-        if back.sum().isnan():
+        if math.isnan(float(back.sum())):
             nan = back.isnan()
             corrections.add_nan(i * width, nan.flatten().nonzero().squeeze(1), want[nan])
             got[nan] = want[nan]

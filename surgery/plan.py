@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import nn
 
-from surgery.bypass import bypasses_of, fastpath_switch
+from surgery.bypass import Bypass, bypasses, fastpath_switch
 from surgery.errors import MatchError, PlanError, RuleError, SiteError, SurgeryError
 from surgery.example import Observation, observe, verify_graph
 from surgery.install import reason_against
@@ -126,7 +126,7 @@ def make_plan(model: nn.Module, rules: Sequence[Rule] | Rule, adapter: str, exam
     plan.problems += _objections(model, rules, adapter)
     if plan.problems:
         return plan
-    tree = Tree.of(model)
+    tree, read_past = Tree.of(model), bypasses(model)
     for rule, may_miss in _with_companions(rules):
         try:
             found = matches(tree, rule)
@@ -143,7 +143,7 @@ def make_plan(model: nn.Module, rules: Sequence[Rule] | Rule, adapter: str, exam
             plan.problems.append(MatchError(f"{rule.label} finds nothing to do in what it matches", where=listed))
         plan.problems += [RuleError(f"{rule.label}: {why}") for why in rule.review([m.path for m in seen.values()])]
         for match in seen.values():
-            _add_step(plan, rule, match)
+            _add_step(plan, rule, match, [b for p in tree.paths[id(match.module)] for b in read_past.get(p, [])])
     plan.problems += _clashes(plan)
     if example_inputs is not None and not plan.problems:
         _check_example(plan, example_inputs)
@@ -178,7 +178,7 @@ def _with_companions(rules: Iterable[Rule]) -> Iterable[tuple[Rule, bool]]:
             yield companion, True
 
 
-def _add_step(plan: Plan, rule: Rule, match: Match) -> None:
+def _add_step(plan: Plan, rule: Rule, match: Match, read_past: list[Bypass]) -> None:
     path, module = match.path, match.module
     refused = reason_against(module)
     if refused is not None:
@@ -191,7 +191,7 @@ def _add_step(plan: Plan, rule: Rule, match: Match) -> None:
     if why:
         plan.problems.append(SiteError(f"{rule.label} can't go on this {type(module).__name__}", where=path, why=why))
         return
-    for bypass in bypasses_of(plan.model, path):
+    for bypass in read_past:
         reader = plan.model.get_submodule(bypass.reader)
         switch = fastpath_switch(reader)
         if switch is not None:
