@@ -165,23 +165,21 @@ class LoraRule(Rule):
             A, B = (site.params[part.prefix + name].detach() for name in "AB")
             changes[part.weight] = part.low_rank(A, B, scale)
             if self.dora:
-                magnitude = site.params[part.prefix + "magnitude"].detach()
-                changes[part.weight] = self._rescaled(site, part, A, B, magnitude, scale)
+                changes[part.weight] = self._rescaled(site, part, A, B, scale)
         if self.lora_bias:
             bias = site.bias
             changes["bias"] = (bias + site.params["B_bias"].detach() * scale).to(bias.dtype)
         return changes
 
-    def _rescaled(
-        self, site: LiveSite, part: Part, A: Tensor, B: Tensor, magnitude: Tensor, scale: float
-    ) -> LowRank | Tensor:
-        base = site.base(part.weight).detach().to(A.dtype)
+    def _rescaled(self, site: LiveSite, part: Part, A: Tensor, B: Tensor, scale: float) -> LowRank | Tensor:
+        in_weight = self._layout(site).weight_space
+        base = (site.tensor(part.weight) if in_weight else site.base(part.weight)).detach().to(A.dtype)
         changed = base + part.delta(A, B) * scale
-        gain = _gain(part, magnitude, changed)
-        if site.folded(part.weight):  # DoRA rescales the base alone, not what other adapters folded in before
-            weight = site.tensor(part.weight)
-            return (weight + (gain * changed - base)).to(weight.dtype)
-        return part.low_rank(A, B, scale, gain)
+        gain = _gain(part, site.params[part.prefix + "magnitude"].detach(), changed)
+        if in_weight or not site.folded(part.weight):
+            return part.low_rank(A, B, scale, gain)
+        weight = site.tensor(part.weight)  # a branch rescales the base alone, not what other branches added
+        return (weight + (gain * changed - base)).to(weight.dtype)
 
     def _layout(self, site: Site | LiveSite) -> Layout:
         layout = layout_of(site.module, self.rank_at(site.path))

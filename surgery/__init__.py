@@ -1,7 +1,16 @@
 """Declarative model surgery for PyTorch: rules match modules, rewrite their graphs, and are taken out to the bit."""
 
 from surgery.engine import apply_rules, explain, plan_rules, remove
-from surgery.errors import MatchError, MergeError, PlanError, RuleError, SiteError, SurgeryError, TraceError
+from surgery.errors import (
+    MatchError,
+    MergeError,
+    PlanError,
+    RuleError,
+    SiteError,
+    SurgeryError,
+    SurgeryWarning,
+    TraceError,
+)
 from surgery.exact import LowRank, Rows
 from surgery.merge import MergeReport, merge, unmerge
 from surgery.pattern import Pattern, Targets
@@ -30,6 +39,7 @@ __all__ = [
     "SiteError",
     "Summary",
     "SurgeryError",
+    "SurgeryWarning",
     "Targets",
     "TraceError",
     "Value",

@@ -157,7 +157,7 @@ class Product:
         entries = 1 << 18 if self.B[0].device.type == "cpu" else 1 << 23
         per_group = self.B[0].shape[1] if len(self.B[0]) > 1 else 1
         step = max(1, entries // max(1, self.width * per_group)) * per_group
-        for i in range(0, self.height, step):
+        for i in range(0, self.height if self.width else 0, step):
             yield i, min(i + step, self.height)
 
 
@@ -190,7 +190,7 @@ def scratch(role: str, shape: tuple[int, int], dtype: torch.dtype, device: torch
     Touching fresh memory for every weight would cost as much as the arithmetic on it. A few megabytes stay.
     """
     size = shape[0] * shape[1] * dtype.itemsize
-    if device.type != "cpu" or size > _SCRATCH_LIMIT:
+    if device.type != "cpu" or not 0 < size <= _SCRATCH_LIMIT:
         return torch.empty(shape, dtype=dtype, device=device)
     buffer = getattr(_memory, role, None)
     if buffer is None or len(buffer) < size:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from typing import Any, TypeVar
 
@@ -9,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from surgery import hf
-from surgery.errors import SiteError, SurgeryError
+from surgery.errors import SiteError, SurgeryError, SurgeryWarning
 from surgery.exact import unfold
 from surgery.example import call, equal
 from surgery.folding import check_foldable, fold_into, verify_records
@@ -72,6 +73,8 @@ def apply_rules(model: M, rules: Sequence[Rule] | Rule, *, adapter: str = "defau
     """
     plan = make_plan(model, rules, adapter, example_inputs)
     plan.raise_problems()
+    for warning in plan.warnings:
+        warnings.warn(warning, SurgeryWarning, stacklevel=2)
     with Journal() as journal:
         fresh: dict[int, Tape] = {}
         for step in plan.steps:

@@ -5,7 +5,16 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable
 
-__all__ = ["MatchError", "MergeError", "PlanError", "RuleError", "SiteError", "SurgeryError", "TraceError"]
+__all__ = [
+    "MatchError",
+    "MergeError",
+    "PlanError",
+    "RuleError",
+    "SiteError",
+    "SurgeryError",
+    "SurgeryWarning",
+    "TraceError",
+]
 
 
 class SurgeryError(Exception):
@@ -36,6 +45,10 @@ class SurgeryError(Exception):
     def __reduce__(self):
         # Keyword arguments do not survive BaseException's own pickling, which knows `args` alone.
         return _rebuild, (type(self), dict(self.__dict__))
+
+
+class SurgeryWarning(UserWarning):
+    """Something that holds for some calls of the model and not for all, with the place in the code that decides."""
 
 
 class MatchError(SurgeryError):

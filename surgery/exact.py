@@ -186,7 +186,8 @@ def _new_value(weight: Tensor, change: LowRank, exact: bool = True) -> Tensor:
     plain = work.gain is None and change.groups == 1 and source.dtype == product.compute and source.is_contiguous()
     if plain and not exact:
         # One pass over memory; `out=` keeps autocast away.
-        torch.addmm(source.view(product.height, -1), product.B[0][0], product.A[0][0], out=new.view(product.height, -1))
+        size = (product.height, product.width)
+        torch.addmm(source.view(size), product.B[0][0], product.A[0][0], out=new.view(size))
         return new
     for i, j, rows, delta in work.tiles():
         new[i:j].copy_(work.add(i, j, rows, delta).view(new[i:j].shape))

@@ -80,14 +80,14 @@ class SiteFolding:
         self.module, self.where = module, where
         self.keep: Keep = keep
         self.done: list[Fold] = []
+        self._base = 0
         self._pending: dict[str, list[LowRank]] = {}
         self._trial: dict[str, Tensor] | None = {} if dry else None  # copies stand in for the module's own tensors
 
     def source(self, name: str, base: bool) -> Tensor:
-        """A tensor as the rule now folding finds it; or as it was before the first fold."""
-        if not base:
-            self._flush(name)
-        records = [record for done, record in self.done if done == name]
+        """A tensor as the rule now folding finds it; or the base's, before anything was added to it."""
+        self._flush(name)
+        records = [record for done, record in self.done[self._base :] if done == name]
         tensor = self._tensor(name)
         if not base or not records:
             return tensor
@@ -105,6 +105,10 @@ class SiteFolding:
             return
         self._flush(name)
         self._fold(name, change)
+
+    def mark_base(self) -> None:
+        """What is folded so far took the place of the base's own parameters; what comes now is added to them."""
+        self._base = len(self.finish())
 
     def finish(self) -> list[Fold]:
         for name in list(self._pending):

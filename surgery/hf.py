@@ -1,8 +1,9 @@
 """What transformers' own code expects of a model that carries adapters. Works by attributes; imports nothing of it.
 
 - `save_pretrained` writes the base alone: `_keys_to_ignore_on_save` lists the adapters' tensors.
-- Reentrant gradient checkpointing needs an input that requires gradients, and a frozen embedding gives none: a hook
-  on the input embeddings asks for them while checkpointing is on (PEFT's enable_input_require_grads).
+- Reentrant gradient checkpointing needs an input that requires gradients, and a frozen embedding gives none.
+  transformers asks for them itself where the input is token ids, but not for images and sound (ViT, Whisper): a hook
+  on the input embeddings does so while checkpointing is on (PEFT's enable_input_require_grads).
 """
 
 from __future__ import annotations
@@ -96,7 +97,7 @@ def _embeddings(model: nn.Module) -> Iterator[nn.Module]:
 
 def _adapter_keys(module: nn.Module) -> Iterator[str]:
     for path, inner in module.named_modules(remove_duplicate=False):
-        held = inner._modules.get(RESERVED)
+        held = inner._modules[RESERVED] if RESERVED in inner._modules else None
         if held is not None and is_adapters(held):
             for name in held.state_dict():
                 yield ".".join(filter(None, (path, RESERVED, name)))

@@ -94,6 +94,17 @@ def reason_against(module: nn.Module) -> tuple[str, str] | None:
         return f"another class was put on top of it: {qualified_name(cls)}", "undo that first"
     if state is None and "_surgery_recipe" in vars(cls):
         return "it is a rewritten module whose record is lost", "copy modules with copy.deepcopy"
+    for hook in module._forward_pre_hooks.values():
+        if type(hook).__module__.startswith("torch.nn.utils."):  # weight_norm, spectral_norm, pruning
+            return (
+                f"a {type(hook).__name__} hook recomputes its weight before each call",
+                "take it off first: torch.nn.utils.remove_weight_norm, remove_spectral_norm, or prune.remove",
+            )
+    if "_hf_hook" in module.__dict__ and any(tensor.is_meta for tensor in module.parameters()):
+        return (
+            "accelerate has offloaded its weights, which are absent between calls",
+            "load the model without offloading",
+        )
     if any(hasattr(tensor, "device_mesh") for tensor in module._parameters.values()):
         return "its parameters are sharded (DTensor)", "apply rules before fully_shard"
     return None

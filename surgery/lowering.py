@@ -48,7 +48,7 @@ def low_rank_add(y: Tensor, x: Tensor, A: Tensor, B: Tensor, scale: float, p: fl
 
 
 def _fast(y: Tensor, x: Tensor, A: Tensor, B: Tensor) -> bool:
-    if torch.compiler.is_compiling() or type(y) is not Tensor or type(x) is not Tensor:
+    if torch.compiler.is_compiling() or y.is_nested or x.is_nested or type(y) is not Tensor or type(x) is not Tensor:
         return False
     dtype = y.dtype
     if x.dtype != dtype or A.dtype != dtype or B.dtype != dtype or x.dim() < 2 or not y.is_contiguous():

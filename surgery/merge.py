@@ -166,7 +166,12 @@ def _changes(module: nn.Module, site: SiteState, names: list[str], folding: Site
     # A rule that puts another parameter in the base's place acts before those that add to its output, as in the graph.
     own = own_forward(module, site.base)
     chosen = [applied for applied in site.applied if applied.adapter in names]
-    for applied in sorted(chosen, key=lambda one: not _replaces_state_only(module, site, one, own)):
+    flags = [_replaces_state_only(module, site, applied, own) for applied in chosen]
+    replacing = [applied for applied, flag in zip(chosen, flags, strict=True) if flag]
+    adding = [applied for applied, flag in zip(chosen, flags, strict=True) if not flag]
+    for index, applied in enumerate(replacing + adding):
+        if index == len(replacing):
+            folding.mark_base()
         live = LiveSite(module, site.path, applied.adapter, tensors_of(module, applied.adapter), folding.source)
         yield dict(applied.rule.merged(live))
 

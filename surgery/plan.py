@@ -59,6 +59,7 @@ class Plan:
     steps: list[Step] = field(default_factory=list)
     problems: list[SurgeryError] = field(default_factory=list)
     switches: dict[str, tuple[str, Any]] = field(default_factory=dict)
+    warnings: list[str] = field(default_factory=list)
     observation: Observation | None = None
 
     def __bool__(self) -> bool:
@@ -96,6 +97,7 @@ class Plan:
             ],
             "added": self.added,
             "trainable": self.trainable,
+            "warnings": list(self.warnings),
             "problems": [str(problem) for problem in self.problems],
         }
 
@@ -114,6 +116,8 @@ class Plan:
         parts = [head, table(["rule", "site", "type", "tensors", "trainable"], rows)]
         shared = [f"{step.path} is also {', '.join(step.aliases)}" for step in self.steps if step.aliases]
         parts += [f"shared: {line}" for line in dict.fromkeys(shared)]
+        parts += [f"set while adapted: {'.'.join(filter(None, (path, name)))} = {value!r}" for path, (name, value) in self.switches.items()]
+        parts += [f"warning: {warning}" for warning in self.warnings]
         parts += [f"problem: {problem}" for problem in self.problems]
         return "\n".join(parts)
 
@@ -191,22 +195,9 @@ def _add_step(plan: Plan, rule: Rule, match: Match, read_past: list[Bypass]) -> 
     if why:
         plan.problems.append(SiteError(f"{rule.label} can't go on this {type(module).__name__}", where=path, why=why))
         return
-    for bypass in read_past:
-        reader = plan.model.get_submodule(bypass.reader)
-        switch = fastpath_switch(reader)
-        if switch is not None:
-            plan.switches[bypass.reader] = switch
-            continue
-        plan.problems.append(
-            SiteError(
-                f"{rule.label} would be bypassed",
-                where=path,
-                why=f"{bypass.reader_type} reads its {bypass.parameter} directly, "
-                f"at {bypass.file}:{bypass.line}: {bypass.source}",
-                fix=f"target {bypass.reader or 'the model itself'!r}, exclude this module, or call it in that forward",
-            )
-        )
+    if read_past and not _read_around(plan, rule, path, read_past):
         return
+    _switch_fast_paths(plan, path)
     state = site_state(module)
     try:
         own = own_forward(module, state.base if state else type(module))
@@ -215,6 +206,36 @@ def _add_step(plan: Plan, rule: Rule, match: Match, read_past: list[Bypass]) -> 
         plan.problems.append(error)
         return
     plan.steps.append(Step(rule, path, module, match.aliases, own, tape, specs))
+
+
+def _read_around(plan: Plan, rule: Rule, path: str, read_past: list[Bypass]) -> bool:
+    """Deal with code that reads a site's parameters past its forward; whether the rule can go there all the same."""
+    for bypass in read_past:
+        if bypass.in_fast_path and fastpath_switch(plan.model.get_submodule(bypass.reader)):
+            continue  # that code is switched off
+        place = f"{bypass.reader_type} reads its {bypass.parameter} directly, at {bypass.file}:{bypass.line}"
+        if bypass.conditional:
+            plan.warnings.append(f"{rule.label} at {path} is bypassed on one branch: {place}: {bypass.source}")
+            continue
+        plan.problems.append(
+            SiteError(
+                f"{rule.label} would be bypassed",
+                where=path,
+                why=f"{place}: {bypass.source}",
+                fix=f"target {bypass.reader or 'the model itself'!r}, exclude this module, or call it in that forward",
+            )
+        )
+        return False
+    return True
+
+
+def _switch_fast_paths(plan: Plan, path: str) -> None:
+    """torch's encoders have inference fast paths that leave out the forwards of what they hold."""
+    while path:
+        path = path.rpartition(".")[0]
+        switch = fastpath_switch(plan.model.get_submodule(path))
+        if switch is not None and getattr(plan.model.get_submodule(path), switch[0]) != switch[1]:
+            plan.switches[path] = switch
 
 
 def _objections(model: nn.Module, rules: list[Rule], adapter: str) -> list[SurgeryError]:

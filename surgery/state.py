@@ -158,7 +158,8 @@ def is_adapter_key(model: nn.Module, key: str) -> bool:
     for part in key.split("."):
         if isinstance(module, Adapters):
             return True
-        module = module._modules.get(part) if module is not None else None
+        # Asked with `in`: the children of a ScriptModule are kept in something that has no `get`.
+        module = module._modules[part] if module is not None and part in module._modules else None
     return False
 
 

@@ -168,7 +168,7 @@ def _facts(model: nn.Module) -> dict[str, Any]:
         facts[f"class of {path!r}"] = type(module)
         facts[f"mode of {path!r}"] = module.training
         facts[f"attributes of {path!r}"] = tuple(sorted(module.__dict__))
-        facts[f"children of {path!r}"] = tuple(module._modules)
+        facts[f"children of {path!r}"] = tuple(module._modules.keys())
         for kind in ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"):
             facts[f"{kind[1:]} of {path!r}"] = tuple(id(hook) for hook in module.__dict__[kind].values())
     for name, parameter in model.named_parameters(remove_duplicate=False):
