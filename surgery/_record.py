@@ -106,7 +106,7 @@ class Corrections:
             bits.put_(positions.to(bits.device), kept.to(bits.device))
 
 
-# First position; each stream's count of numbers and of byte planes; how many of the bytes are not compressed; the bytes.
+# First position; each stream's count of numbers and of byte planes; how many bytes are not compressed; the bytes.
 _Chunk = tuple[int, tuple[tuple[int, int], ...], int, bytes]
 
 

@@ -116,7 +116,8 @@ class Plan:
         parts = [head, table(["rule", "site", "type", "tensors", "trainable"], rows)]
         shared = [f"{step.path} is also {', '.join(step.aliases)}" for step in self.steps if step.aliases]
         parts += [f"shared: {line}" for line in dict.fromkeys(shared)]
-        parts += [f"set while adapted: {'.'.join(filter(None, (path, name)))} = {value!r}" for path, (name, value) in self.switches.items()]
+        switched = [(".".join(filter(None, (path, name))), value) for path, (name, value) in self.switches.items()]
+        parts += [f"set while adapted: {name} = {value!r}" for name, value in switched]
         parts += [f"warning: {warning}" for warning in self.warnings]
         parts += [f"problem: {problem}" for problem in self.problems]
         return "\n".join(parts)

@@ -133,6 +133,10 @@ def output(model: nn.Module) -> Tensor:
     return found
 
 
+def same(found: Tensor, expected: Tensor) -> None:
+    torch.testing.assert_close(found, expected, rtol=0, atol=0, equal_nan=True)  # float16 overflows in some of them
+
+
 @often
 @given(st.integers(0, 2**32))
 def test_apply_remove_and_merge_unmerge_restore_everything(seed: int) -> None:
@@ -162,7 +166,7 @@ def test_apply_remove_and_merge_unmerge_restore_everything(seed: int) -> None:
             live = None
         unmerge(model)
         if live is not None:
-            assert torch.equal(output(model), live)
+            same(output(model), live)
             assert not within.differences(model)
     draw.shuffle(names)
     waiting = list(names)
@@ -177,7 +181,7 @@ def test_apply_remove_and_merge_unmerge_restore_everything(seed: int) -> None:
             break
     assert not waiting
     assert before.differences(model) == []
-    assert torch.equal(output(model), plain)
+    same(output(model), plain)
 
 
 @settings(often, max_examples=max(20, EXAMPLES // 5))
@@ -222,9 +226,9 @@ def test_copies_and_pickles_are_reversible(seed: int) -> None:
         pass
     for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
         unmerge(other)
-        assert torch.equal(output(other), live)
+        same(output(other), live)
         remove(other)
-        assert torch.equal(output(other), plain)
+        same(output(other), plain)
 
 
 def test_a_hundred_merges_in_bfloat16_drift_by_no_bit() -> None:
