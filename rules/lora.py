@@ -57,6 +57,9 @@ class LoraRule(Rule):
     dtype: Any = None
 
     def validate(self) -> None:
+        for field in ("rank_pattern", "alpha_pattern"):
+            if not isinstance(getattr(self, field), (Mapping, type(None))):
+                raise self.bad(field, "a mapping from path suffixes or regular expressions")
         ranks, alphas = dict(self.rank_pattern or {}), dict(self.alpha_pattern or {})
         if not all(type(value) is int and value >= 1 for value in (self.rank, *ranks.values())):
             raise self.bad("rank_pattern" if ranks else "rank", "a whole number from 1")
