@@ -119,7 +119,7 @@ def explain(model: nn.Module, rule: Rule, path: str) -> Verdict:
     return verdict_of(Tree.of(model), rule, path)
 
 
-def remove(model: M, adapter: str | None = None) -> M:
+def remove(model: M, adapter: str | None = None, *, check: bool = True) -> M:
     """Take an adapter (or all) away: the inverse of `apply_rules`, exact to the bit.
 
     >>> from torch import nn
@@ -133,7 +133,8 @@ def remove(model: M, adapter: str | None = None) -> M:
 
     With the last adapter go all traces: classes, parameters, `requires_grad` flags, key order and hooks are those
     from before the first. Raises `SurgeryError` for an unknown adapter, a merged model, or where a later adapter's
-    initialisation sits on top of a base weight that this one changed.
+    initialisation sits on top of a base weight that this one changed. A base weight that PiSSA or its like changed
+    at the start, and that was changed since, is found by checksum; `check=False` takes the change out all the same.
     """
     state = require_state(model)
     names = adapter_names(state, adapter)
@@ -141,10 +142,10 @@ def remove(model: M, adapter: str | None = None) -> M:
         (path, module, site) for path, module, site in sites(model) if any(a.adapter in names for a in site.applied)
     ]
     for path, module, site in found:
-        _check_removable(path, module, site, names)
+        _check_removable(path, module, site, names, check)
     with Journal() as journal:
         for _, module, site in found:
-            _take_out(module, site, names, journal)
+            _take_out(module, site, names, check, journal)
         for name in names:
             del state.adapters[name]
         if not state.adapters:
@@ -228,13 +229,11 @@ def _record(model: nn.Module, plan: Plan, rules: Sequence[Rule] | Rule, journal:
     if state is None:
         state = model.__dict__[_MODEL] = ModelState()
         journal.undo(model.__dict__.pop, _MODEL)
-        wanting = [
-            (name, p) for name, p in model.named_parameters() if p.requires_grad and not is_adapter_key(model, name)
-        ]
-        state.trainable = frozenset(name for name, _ in wanting)
-        for _, parameter in wanting:
-            parameter.requires_grad_(False)
-            journal.undo(parameter.requires_grad_, True)
+        for name, parameter in model.named_parameters():
+            if not is_adapter_key(model, name):
+                state.flags[name] = parameter.requires_grad
+                journal.undo(parameter.requires_grad_, parameter.requires_grad)
+                parameter.requires_grad_(False)
     state.adapters[plan.adapter] = (rules,) if isinstance(rules, Rule) else tuple(rules)
     journal.undo(state.adapters.pop, plan.adapter)
     for path, (name, value) in plan.switches.items():
@@ -263,7 +262,7 @@ def _check_identity(plan: Plan, example_inputs: Any) -> None:
 # Removing -----------------------------------------------------------------------------------------------------
 
 
-def _check_removable(path: str, module: nn.Module, site: SiteState, names: list[str]) -> None:
+def _check_removable(path: str, module: nn.Module, site: SiteState, names: list[str], check: bool) -> None:
     if site.merged is not None:
         held = ", ".join(site.merged.adapters)
         raise SiteError("the model is merged", where=path, why=f"its weights hold {held}", fix="unmerge(model) first")
@@ -284,10 +283,11 @@ def _check_removable(path: str, module: nn.Module, site: SiteState, names: list[
         if applied.adapter not in names:
             staying |= changed
     gone = [applied for applied in site.applied if applied.adapter in names]
-    verify_records([(_own(module, name), record) for a in gone for name, record in a.changed], path)
+    if check:
+        verify_records([(_own(module, name), record) for a in gone for name, record in a.changed], path)
 
 
-def _take_out(module: nn.Module, site: SiteState, names: list[str], journal: Journal) -> None:
+def _take_out(module: nn.Module, site: SiteState, names: list[str], check: bool, journal: Journal) -> None:
     gone = [applied for applied in site.applied if applied.adapter in names]
     before = list(site.applied)
     site.applied[:] = [applied for applied in site.applied if applied.adapter not in names]
@@ -296,7 +296,7 @@ def _take_out(module: nn.Module, site: SiteState, names: list[str], journal: Jou
     # From here on nothing can fail: the records were verified, and the rest is taking things out of dicts.
     for applied in reversed(gone):
         for name, record in reversed(applied.changed):
-            unfold(_own(module, name), record, where=site.path)
+            unfold(_own(module, name), record, check=check, where=site.path)
     for name in {applied.adapter for applied in gone}:
         detach(module, name)
     if not site.applied:
@@ -305,7 +305,7 @@ def _take_out(module: nn.Module, site: SiteState, names: list[str], journal: Jou
 
 def _restore(model: nn.Module, state: ModelState) -> None:
     for name, parameter in model.named_parameters():
-        parameter.requires_grad_(name in state.trainable)
+        parameter.requires_grad_(state.flags.get(name, parameter.requires_grad))
     for path, name, value in state.switched:
         setattr(model.get_submodule(path), name, value)
     hf.restore(model, state)

@@ -69,7 +69,7 @@ def verify_records(folds: list[tuple[Tensor, Record]], where: str) -> None:
                 "the base's weight changed since a rule folded into it",
                 where=where,
                 why="it was trained, loaded, or converted to another dtype in between",
-                fix="put the folded weight back, or unmerge(model, check=False) to take the change out",
+                fix="put those bits back, or pass check=False to take the change out all the same",
             )
 
 

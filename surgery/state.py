@@ -61,7 +61,9 @@ class ModelState:
     """A model's record: the rules of each adapter, and what has to be put back when the last one goes."""
 
     adapters: dict[str, tuple[Rule, ...]] = field(default_factory=dict)
-    trainable: frozenset[str] = frozenset()  # base parameters that required gradients before the first adapter
+    flags: dict[str, bool] = field(
+        default_factory=dict
+    )  # requires_grad of the base's parameters before the first adapter
     ignored_on_save: list[tuple[str, Any]] = field(default_factory=list)
     switched: list[tuple[str, str, Any]] = field(default_factory=list)  # (module, attribute, original value)
 
