@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 
 from torch import nn
 
+from surgery.match import base_modules
 from surgery.pattern import qualified_name
 from surgery.reads import CALL, WRAP, Chain, Facts, facts_of
 
@@ -55,9 +56,10 @@ def bypasses(model: nn.Module) -> dict[str, list[Bypass]]:
     is none, nor is a module's use of its own parameters. Followed are a forward's own methods and properties, those
     of children it calls, and functions that a module is handed to; code without source has no readings here.
     """
-    paths = {id(module): path for path, module in model.named_modules()}
+    modules = list(base_modules(model))
+    paths = {id(module): path for path, module in modules}
     found: dict[str, list[Bypass]] = {path: [] for path in paths.values()}
-    for path, module in model.named_modules():
+    for path, module in modules:
         for place in _Search(paths, path, module).places():
             found[place.path].append(place)
     return {path: places for path, places in found.items() if places}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import warnings
 from collections.abc import Sequence
 from typing import Any, TypeVar
@@ -18,7 +19,7 @@ from surgery.install import generated_class, reason_against, swap
 from surgery.journal import Journal
 from surgery.match import Tree, verdict_of
 from surgery.pattern import Verdict
-from surgery.plan import Plan, Step, make_plan, recorded
+from surgery.plan import Plan, Step, make_plan, tape_of
 from surgery.rule import Rule
 from surgery.site import LiveSite, ParamSpec
 from surgery.state import (
@@ -37,8 +38,7 @@ from surgery.state import (
     sites,
     tensors_of,
 )
-from surgery.tape import Tape
-from surgery.trace import own_forward
+from surgery.trace import Own, own_forward
 from surgery.weave import Layer
 
 __all__ = ["apply_rules", "explain", "plan_rules", "remove"]
@@ -76,11 +76,11 @@ def apply_rules(model: M, rules: Sequence[Rule] | Rule, *, adapter: str = "defau
     for warning in plan.warnings:
         warnings.warn(warning, SurgeryWarning, stacklevel=2)
     with Journal() as journal:
-        fresh: dict[int, Tape] = {}
-        for step in plan.steps:
-            fresh[id(_insert(step, plan, journal))] = step.tape
-        for module in {id(step.module): step.module for step in plan.steps}.values():
-            _install(module, journal, fresh)
+        with torch.no_grad():
+            for step in plan.steps:
+                _insert(step, plan, journal)
+        for step in {id(step.module): step for step in plan.steps}.values():
+            _install(step.module, journal, step.own)
         _record(model, plan, rules, journal)
         if plan.observation is not None:
             _check_identity(plan, example_inputs)
@@ -158,15 +158,16 @@ def remove(model: M, adapter: str | None = None, *, check: bool = True) -> M:
 # Applying -----------------------------------------------------------------------------------------------------
 
 
-def _insert(step: Step, plan: Plan, journal: Journal) -> Applied:
+def _insert(step: Step, plan: Plan, journal: Journal) -> None:
     """Put a rule's tensors on its site and let it initialise them; the forward is still the old one."""
     module = step.module
     state = site_state(module)
     if state is None:
         state = module.__dict__[_SITE] = SiteState(step.path, type(module))
         journal.undo(module.__dict__.pop, _SITE)
-    applied = Applied(plan.adapter, step.rule)
-    made = {spec.name: (_made(spec, module), spec.buffer) for spec in step.specs}
+    applied = Applied(plan.adapter, step.rule, tape=step.tape)
+    device = _device_of(module)
+    made = {spec.name: (_made(spec, device), spec.buffer) for spec in step.specs}
     if made:
         attach(module, plan.adapter, made, step.path)
         journal.undo(detach, module, plan.adapter, list(made))
@@ -175,21 +176,22 @@ def _insert(step: Step, plan: Plan, journal: Journal) -> Applied:
     live = LiveSite(
         module, step.path, plan.adapter, tensors_of(module, plan.adapter), lambda name, _: _own(module, name)
     )
-    with torch.no_grad():
-        changes = step.rule.initialise(live) or {}
-        for name, change in changes.items():
-            check_foldable(plan.model, module, name, change, step.path)
-            record = fold_into(module, name, change, keep="record", where=step.path)
-            journal.undo(unfold, _own(module, name), record)
-            applied.changed.append((name, record))
-    return applied
+    changes = step.rule.initialise(live) or {}
+    for name, change in changes.items():
+        check_foldable(plan.model, module, name, change, step.path)
+        record = fold_into(module, name, change, keep="record", where=step.path)
+        journal.undo(unfold, _own(module, name), record)
+        applied.changed.append((name, record))
 
 
-def _made(spec: ParamSpec, module: nn.Module) -> Tensor:
-    device = next((tensor.device for tensor in (*module.parameters(), *module.buffers())), None)
+def _device_of(module: nn.Module) -> torch.device | None:
+    own = (tensor for tensor in module._parameters.values() if tensor is not None)
+    return next((tensor.device for tensor in itertools.chain(own, module.parameters(), module.buffers())), None)
+
+
+def _made(spec: ParamSpec, device: torch.device | None) -> Tensor:
     tensor = torch.empty(spec.shape, dtype=spec.dtype, device=device)
-    with torch.no_grad():
-        spec.fill(tensor)
+    spec.fill(tensor)
     return tensor if spec.buffer else nn.Parameter(tensor, requires_grad=spec.trainable)
 
 
@@ -198,7 +200,7 @@ def _own(module: nn.Module, name: str) -> Tensor:
     return getattr(owner, name.rpartition(".")[2])
 
 
-def _install(module: nn.Module, journal: Journal | None, fresh: dict[int, Tape] | None = None) -> None:
+def _install(module: nn.Module, journal: Journal | None, own: Own | None = None) -> None:
     """Give a site the class of the rules that are live on it; its own class where none is."""
     state = site_state(module)
     assert state is not None
@@ -208,19 +210,13 @@ def _install(module: nn.Module, journal: Journal | None, fresh: dict[int, Tape] 
     ]
     cls = state.base
     if live:
-        own = own_forward(module, state.base)
-        tapes = [_tape(module, state, applied, own, fresh or {}) for applied in live]
-        layers = [Layer(one.adapter, one.rule.label, tape) for one, tape in zip(live, tapes, strict=True)]
+        own = own or own_forward(module, state.base)
+        layers = [Layer(one.adapter, one.rule.label, tape_of(one, module, state.path, own)) for one in live]
         cls = generated_class(own, layers)
     if cls is not before:
         swap(module, cls)
         if journal is not None:
             journal.undo(swap, module, before)
-
-
-def _tape(module: nn.Module, state: SiteState, applied: Applied, own: Any, fresh: dict[int, Tape]) -> Tape:
-    found = fresh.get(id(applied))
-    return found if found is not None else recorded(applied.rule, module, state.path, applied.adapter, own)[0]
 
 
 def _record(model: nn.Module, plan: Plan, rules: Sequence[Rule] | Rule, journal: Journal) -> None:

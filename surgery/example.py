@@ -106,14 +106,21 @@ def verify_graph(module: nn.Module, own: Own, given: tuple[tuple, dict, Any], pa
 
 @contextmanager
 def _evaluating(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode, and nothing asks for gradients: torch.matmul picks its kernel by a weight's `requires_grad`, so
+    a base gives other last bits before it is frozen than after."""
     modes = [(module, module.training) for module in model.modules()]
+    asking = [parameter for parameter in model.parameters() if parameter.requires_grad]
     try:
         for module, _ in modes:
             module.training = False
+        for parameter in asking:
+            parameter.requires_grad_(False)
         yield
     finally:
         for module, mode in modes:
             module.training = mode
+        for parameter in asking:
+            parameter.requires_grad_(True)
 
 
 def copied(value: Any) -> Any:

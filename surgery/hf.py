@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from surgery.journal import Journal
-from surgery.match import RESERVED, is_adapters
+from surgery.match import RESERVED, base_modules, is_adapters
 from surgery.state import ModelState
 
 __all__ = ["ignore_on_save", "prepare", "restore"]
@@ -42,7 +42,7 @@ def ignore_on_save(model: nn.Module, state: ModelState) -> None:
     for path, original in state.ignored_on_save:
         saver = model.get_submodule(path)
         kept = getattr(type(saver), _IGNORED, None) if original == _ABSENT else original
-        setattr(saver, _IGNORED, {*(kept or ()), *_adapter_keys(saver)})
+        setattr(saver, _IGNORED, {*(kept or ()), *_adapter_keys(saver), _NEVER_MISSING})
 
 
 def restore(model: nn.Module, state: ModelState) -> None:
@@ -78,7 +78,7 @@ def restore_ignored(model: nn.Module, state: ModelState) -> None:
 
 
 def _savers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    for path, module in model.named_modules():
+    for path, module in base_modules(model):
         if hasattr(type(module), _IGNORED) and hasattr(module, "save_pretrained"):
             yield path, module
 
@@ -104,3 +104,6 @@ def _adapter_keys(module: nn.Module) -> Iterator[str]:
 
 
 _ABSENT = "(no attribute of its own)"
+# A Trainer that resumes passes over missing tensors in silence where they are exactly those listed. With one name more
+# it warns of the adapters that a checkpoint without `AdapterCheckpoints` does not hold.
+_NEVER_MISSING = "(adapters are saved by themselves)"

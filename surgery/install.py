@@ -118,16 +118,16 @@ def _is_bound(bound: Any, module: nn.Module, cls: type) -> bool:
 
 
 def _written(own: Own, layers: Sequence[Layer]) -> Recipe:
-    graphs = [woven(own, layers, training) for training in (False, True)]
+    alike = own.tapes is None or own.tapes[0] is own.tapes[1]
     bodies, names = [], {}
-    for graph in graphs:
-        lines, found = _body(graph)
+    for training in (False,) if alike else (False, True):
+        lines, found = _body(woven(own, layers, training))
         bodies.append(lines)
         names.update(found)
     signature, defaults = _signature(own.signature)
     names.update(defaults, _surgery_told=told)
     lines = [f"def forward({signature}):", "    try:"]
-    if bodies[0] == bodies[1]:
+    if alike or bodies[0] == bodies[1]:
         lines += ["        " + line for line in bodies[0]]
     else:
         lines += ["        if self.training:", *("            " + line for line in bodies[1])]

@@ -1,22 +1,28 @@
 """How a rewrite runs: fast forms of what rules say plainly, with the same mathematics. The only place for them.
 
 A rule writes the low-rank branch as it is in the paper: `y + linear(linear(dropout(x), A), B) * scale`. Run so, it
-costs four passes over activations and keeps a dropped-out copy of the input for the backward. `lower` finds the
-branch in a woven graph and puts one call in its place, which adds into the base's fresh output instead. The call
-takes the plain form wherever the fast one would be wrong or unseen: under torch.compile and torch.export (they do
-their own fusing), autocast, mixed precision, torch.func transforms, and sparse or subclass tensors.
+costs several passes over activations and keeps a dropped-out copy of the input for the backward. `lower` finds the
+branch in a woven graph, with the linear layer it is added to, and puts one call in their place. That call makes the
+layer's output itself and adds into it before anybody sees it; its backward adds into the one gradient of the input.
+It takes the plain form wherever the fast one would be wrong or unseen: under torch.compile, torch.export and
+torch.jit.trace (they do their own fusing), autocast, mixed precision, torch.func transforms, and tensor subclasses.
 """
 
 from __future__ import annotations
 
 import operator
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
+from torch.autograd import forward_ad
 
-__all__ = ["lower", "low_rank_add", "same_dtype"]
+__all__ = ["lower", "low_rank_linear", "same_dtype", "tensor_of"]
+
+# A, B, scale, the chance of dropout, and whether it drops: y + linear(linear(dropout(x), A), B) * scale
+Branch = tuple[Tensor, Tensor, float, float, bool]
 
 
 def same_dtype(new: Any, old: Any) -> Any:
@@ -27,95 +33,204 @@ def same_dtype(new: Any, old: Any) -> Any:
     return new
 
 
-def low_rank_add(y: Tensor, x: Tensor, A: Tensor, B: Tensor, scale: float, p: float, training: bool) -> Tensor:
-    """`y + linear(linear(dropout(x, p), A), B) * scale` in the dtype of `y`, which is not used afterwards.
+def tensor_of(site: nn.Module, name: str, adapter: str | None = None) -> Tensor:
+    """`site.<name>` or `site.adapters.<adapter>.<name>`: the same tensor, found in a tenth of the time.
 
-    Shapes: y (…, out), x (…, in), A (r, in), B (out, r).
+    nn.Module looks an attribute up in Python after the ordinary way has failed, a microsecond each. Where a tensor is
+    no parameter at the moment (in DataParallel's replicas, or sharded), the ordinary way finds it.
     """
-    dropping = training and p > 0.0
-    if not _fast(y, x, A, B):
-        branch = x.to(A.dtype)
-        if dropping:
-            branch = F.dropout(branch, p, True)
-        return same_dtype(y + F.linear(F.linear(branch, A), B) * scale, y)
-    if torch.is_grad_enabled() and (y.requires_grad or x.requires_grad or A.requires_grad or B.requires_grad):
-        return _LowRankAdd.apply(y, x, A, B, scale, p if dropping else 0.0)  # type: ignore[no-any-return]
-    if dropping:
-        x = F.dropout(x, p, True)
-    rows = x.reshape(-1, x.shape[-1])
-    y.view(-1, y.shape[-1]).addmm_(rows.mm(A.t()), B.t(), alpha=scale)
+    owner: Any = site if adapter is None else site._modules["adapters"]._modules[adapter]  # type: ignore[union-attr]
+    found = owner._parameters.get(name)
+    return found if found is not None else getattr(owner, name)
+
+
+def low_rank_linear(x: Tensor, weight: Tensor, bias: Tensor | None, *branches: Branch) -> Tensor:
+    """`linear(x, weight, bias)` with low-rank branches added, in the dtype of the layer's own output.
+
+    Shapes: x (…, in), weight (out, in), bias (out), A (r, in), B (out, r).
+    """
+    if not _fast(x, weight, bias, branches):
+        return _plain(x, weight, bias, branches)
+    if torch.is_grad_enabled() and _trained(x, weight, bias, branches):
+        settings = tuple((scale, p if training else 0.0) for _, _, scale, p, training in branches)
+        factors = [tensor for A, B, *_ in branches for tensor in (A, B)]
+        return _LowRankLinear.apply(settings, x, weight, bias, *factors)  # type: ignore[no-any-return]
+    y = F.linear(x, weight, bias)
+    for A, B, scale, p, training in branches:
+        given = F.dropout(x, p, True) if training and p > 0.0 else x
+        if x.numel() == x.shape[-1]:  # one token: matrix times vector
+            y.view(-1).addmv_(B, A.mv(given.reshape(-1)), alpha=scale)
+        else:
+            _add(y, _down(given, A), B, scale)
     return y
 
 
-def _fast(y: Tensor, x: Tensor, A: Tensor, B: Tensor) -> bool:
-    if torch.compiler.is_compiling() or y.is_nested or x.is_nested or type(y) is not Tensor or type(x) is not Tensor:
-        return False
-    dtype = y.dtype
-    if x.dtype != dtype or A.dtype != dtype or B.dtype != dtype or x.dim() < 2 or not y.is_contiguous():
-        return False
-    if torch.is_autocast_enabled(y.device.type) or (y.is_leaf and y.requires_grad):
-        return False
-    return torch._C._functorch.peek_interpreter_stack() is None  # type: ignore[attr-defined]
+def _plain(x: Tensor, weight: Tensor, bias: Tensor | None, branches: tuple[Branch, ...]) -> Tensor:
+    y = F.linear(x, weight, bias)
+    for A, B, scale, p, training in branches:
+        branch = x.to(A.dtype)
+        if training and p > 0.0:
+            branch = F.dropout(branch, p, True)
+        y = same_dtype(y + F.linear(F.linear(branch, A), B) * scale, y)
+    return y
 
 
-class _LowRankAdd(torch.autograd.Function):
-    """The branch added into `y`. Keeps x, x·Aᵀ and, with dropout, one byte an entry instead of a dropped-out copy."""
+def _fast(x: Tensor, weight: Tensor, bias: Tensor | None, branches: tuple[Branch, ...]) -> bool:
+    if torch.compiler.is_compiling() or torch._C._is_any_autocast_enabled() or x.dim() < 2:
+        return False
+    if torch._C._functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0:  # type: ignore[attr-defined]
+        return False
+    if torch._C._get_tracing_state() is not None or x.layout is not torch.strided or x.is_nested:
+        return False
+    dtype = x.dtype
+    tensors = [weight, *(tensor for A, B, *_ in branches for tensor in (A, B))]
+    if bias is not None:
+        tensors.append(bias)
+    return (
+        x.is_floating_point()
+        and type(x) in _ORDINARY
+        and all(tensor.dtype == dtype and type(tensor) in _ORDINARY for tensor in tensors)
+    )
+
+
+def _trained(x: Tensor, weight: Tensor, bias: Tensor | None, branches: tuple[Branch, ...]) -> bool:
+    if x.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad):
+        return True
+    return any(A.requires_grad or B.requires_grad for A, B, *_ in branches)
+
+
+_ORDINARY = (Tensor, nn.Parameter)
+
+
+# The rank leads wherever a thin matrix is made: r rows of many columns are several times faster than the reverse.
+
+
+def _down(x: Tensor, A: Tensor) -> Tensor:
+    """A xᵀ: (r, tokens)."""
+    return A.mm(x.reshape(-1, x.shape[-1]).t())
+
+
+def _add(y: Tensor, down: Tensor, B: Tensor, scale: float) -> None:
+    """y += (B · down)ᵀ · scale, in place."""
+    y.view(-1, y.shape[-1]).addmm_(down.t(), B.t(), alpha=scale)
+
+
+def _dropped(x: Tensor, p: float) -> tuple[Tensor, Tensor, float]:
+    """x with entries dropped, the mask, and what the rest is still to be scaled by. The draw is F.dropout's own, so
+    that a seed gives the same masks in either form."""
+    if x.device.type != "cpu":
+        dropped, mask = torch.native_dropout(x, p, True)
+        return dropped, mask, 1.0
+    noise = torch.empty_like(x).bernoulli_(1.0 - p)
+    mask = noise.bool()
+    return noise.mul_(x), mask, 1.0 / (1.0 - p)
+
+
+class _LowRankLinear(torch.autograd.Function):
+    """Keeps x and A xᵀ for the backward and, with dropout, one byte an entry of x instead of a dropped-out copy."""
 
     @staticmethod
-    def forward(ctx: Any, y: Tensor, x: Tensor, A: Tensor, B: Tensor, scale: float, p: float) -> Tensor:
-        rows = x.reshape(-1, x.shape[-1])
-        mask = None
-        if p > 0.0:
-            # The draw of torch's own dropout, so that a seed gives the same masks in either form.
-            keep = torch.empty_like(x).bernoulli_(1.0 - p)
-            mask = keep.bool()
-            rows = keep.div_(1.0 - p).mul_(x).view_as(rows)
-        down = rows.mm(A.t())
-        y.view(-1, y.shape[-1]).addmm_(down, B.t(), alpha=scale)
-        ctx.mark_dirty(y)
-        ctx.save_for_backward(x, A, B, down, mask)
-        ctx.scale, ctx.p = scale, p
+    def forward(ctx: Any, settings: Any, x: Tensor, weight: Tensor, bias: Tensor | None, *factors: Tensor) -> Tensor:
+        y = F.linear(x, weight, bias)
+        _, _, need_weight, _, *need_factors = ctx.needs_input_grad
+        downs: list[Tensor | None] = []
+        masks: list[Tensor | None] = []
+        for (scale, p), A, B, need_B in zip(settings, factors[::2], factors[1::2], need_factors[1::2], strict=True):
+            given, mask, gain = _dropped(x, p) if p > 0.0 else (x, None, 1.0)
+            down = _down(given, A)
+            _add(y, down, B, scale * gain)
+            downs.append(down if need_B else None)
+            masks.append(mask)
+        kept = x if need_weight or any(need_factors[::2]) else None
+        ctx.settings = settings
+        ctx.save_for_backward(kept, weight, bias, *factors, *downs, *masks)
         return y
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, A, B, down, mask = ctx.saved_tensors
-        need_y, need_x, need_A, need_B = ctx.needs_input_grad[:4]
-        rows = grad.reshape(-1, grad.shape[-1])
-        grad_x = grad_A = grad_B = None
-        if need_B:
-            grad_B = rows.t().mm(down).mul_(ctx.scale)
-        if need_A or need_x:
-            up = rows.mm(B).mul_(ctx.scale)
-            if need_A:
-                if mask is None:
-                    dropped = x
-                else:
-                    dropped = mask * (x / (1.0 - ctx.p))
-                grad_A = up.t().mm(dropped.reshape(-1, x.shape[-1]))
-            if need_x:
-                grad_x = up.mm(A).view(x.shape)
-                if mask is not None:
-                    grad_x = grad_x.mul_(mask).div_(1.0 - ctx.p)
-        return (grad if need_y else None), grad_x, grad_A, grad_B, None, None
+        if torch.is_grad_enabled():
+            return _differentiable(ctx, grad)
+        if torch._C._is_any_autocast_enabled():
+            with torch.autocast(grad.device.type, enabled=False):
+                return _gradients(ctx, grad)
+        return _gradients(ctx, grad)
+
+
+def _gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    x, weight, _, *saved = ctx.saved_tensors
+    _, need_x, need_weight, need_bias, *need_factors = ctx.needs_input_grad
+    rows = grad.reshape(-1, grad.shape[-1])
+    inputs = None if x is None else x.reshape(-1, x.shape[-1])
+    grad_x = rows.mm(weight) if need_x else None
+    grad_factors: list[Tensor | None] = []
+    for index, (scale, p, A, B, down, mask) in enumerate(_branches(ctx.settings, saved)):
+        need_A, need_B = need_factors[2 * index : 2 * index + 2]
+        scale = scale / (1.0 - p)
+        up = B.t().mm(rows.t()).mul_(scale) if need_A or need_x else None
+        keep = None if mask is None or up is None else mask.view(-1, A.shape[1]).to(grad.dtype)
+        if grad_x is not None and up is not None:
+            if keep is None:
+                grad_x.addmm_(up.t(), A)
+            else:
+                grad_x.addcmul_(up.t().mm(A), keep)
+        grad_factors.append(up.mm(inputs if keep is None else keep.mul_(inputs)) if need_A else None)
+        grad_factors.append(down.mm(rows).mul_(scale).t() if need_B else None)
+    return (
+        None,
+        None if grad_x is None else grad_x.view(*grad.shape[:-1], weight.shape[1]),
+        rows.t().mm(inputs) if need_weight else None,
+        rows.sum(0) if need_bias else None,
+        *grad_factors,
+    )
+
+
+def _differentiable(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    """The same gradients for create_graph=True: through the plain form, with the masks that were drawn."""
+    x, weight, bias, *saved = ctx.saved_tensors
+    if x is None:
+        raise RuntimeError("gradients of gradients need the layer's input, which is kept only where A or W is trained")
+    y = F.linear(x, weight, bias)
+    for scale, p, A, B, _, mask in _branches(ctx.settings, saved):
+        given = x if mask is None else x * mask.to(x.dtype) / (1.0 - p)
+        y = y + F.linear(F.linear(given, A), B) * scale
+    count = 2 * len(ctx.settings)
+    tensors = (None, x, weight, bias, *saved[:count])
+    wanted = [tensor for tensor, need in zip(tensors, ctx.needs_input_grad, strict=True) if need]
+    found = iter(torch.autograd.grad(y, wanted, grad, create_graph=True))
+    return tuple(next(found) if need else None for need in ctx.needs_input_grad)
+
+
+def _branches(settings: Any, saved: list[Any]) -> Iterator[tuple[float, float, Tensor, Tensor, Any, Any]]:
+    """Each branch's scale, p, A, B, A xᵀ and mask."""
+    count = len(settings)
+    factors, downs, masks = saved[: 2 * count], saved[2 * count : 3 * count], saved[3 * count :]
+    for (scale, p), A, B, down, mask in zip(settings, factors[::2], factors[1::2], downs, masks, strict=True):
+        yield scale, p, A, B, down, mask
 
 
 # Finding the branch -----------------------------------------------------------------------------------------
 
 
 def lower(graph: fx.Graph) -> None:
-    """Put the fast form in the place of every low-rank branch that is added to a fresh output of a linear layer."""
+    """Put the fast form in the place of every linear layer with low-rank branches that nothing else looks at."""
     for add in list(graph.nodes):
         if add.op == "call_function" and add.target is operator.add and len(add.args) == 2:
-            branch = _branch(add.args[1], add.args[0])
-            if branch is not None:
-                _put(graph, add, *branch)
+            y, scaled = add.args
+            branch = _branch(scaled)
+            if branch is not None and _private(y, add) and y.args[0] is branch[0]:
+                _put(graph, y, add, branch[1:])
+    calls = graph.find_nodes(op="call_function", target=low_rank_linear)
+    if calls:
+        with graph.inserting_before(next(node for node in graph.nodes if node.op != "placeholder")):
+            site = graph.create_node("get_attr", "_surgery_self", name="site")
+        for tensor in dict.fromkeys(tensor for call in calls for tensor in call.all_input_nodes):
+            _find_fast(graph, site, tensor)
+    graph.eliminate_dead_code(is_impure_node=lambda node: node.op in ("placeholder", "output") or _effect(node))
 
 
-def _branch(scaled: Any, y: Any) -> tuple | None:
-    """The parts (y, x, A, B, scale, p, training) of a low-rank branch, each of whose values has one user."""
-    if not (_is(scaled, operator.mul) and isinstance(scaled.args[1], (int, float)) and _fresh(y)):
+def _branch(scaled: Any) -> tuple | None:
+    """The parts (x, A, B, scale, p, training) of a low-rank branch, each of whose values has one user."""
+    if not (_is(scaled, operator.mul) and type(scaled.args[1]) in (int, float)):
         return None
     up = scaled.args[0]
     if not (_is(up, F.linear) and _without_bias(up)):
@@ -125,15 +240,12 @@ def _branch(scaled: Any, y: Any) -> tuple | None:
         return None
     x, A = down.args[:2]
     p, training = 0.0, False
-    if _is(x, F.dropout) and set(x.kwargs) <= {"p", "training", "inplace"} and not x.kwargs.get("inplace"):
+    if _is(x, F.dropout) and len(x.args) == 1 and not x.kwargs.get("inplace"):
         p, training = x.kwargs.get("p", 0.5), x.kwargs.get("training", True)
         x = x.args[0]
-    cast = x
-    if not (
-        _is(cast, "to") and len(cast.args) == 2 and _is(cast.args[1], getattr) and cast.args[1].args == (A, "dtype")
-    ):
+    if not (_is(x, "to") and len(x.args) == 2 and _is(x.args[1], getattr) and x.args[1].args == (A, "dtype")):
         return None
-    return y, cast.args[0], A, B, scaled.args[1], p, training
+    return x.args[0], A, B, scaled.args[1], p, training
 
 
 def _without_bias(linear: fx.Node) -> bool:
@@ -144,29 +256,49 @@ def _is(node: Any, target: Any) -> bool:
     return isinstance(node, fx.Node) and node.target == target and len(node.users) == 1
 
 
-def _fresh(y: Any) -> bool:
-    # Adding into y is unseen when y was made here, by an operation whose backward does not need its own result.
-    # same_dtype compares against it afterwards, by dtype alone.
-    makers = (F.linear, low_rank_add)
-    if not (isinstance(y, fx.Node) and y.op == "call_function" and y.target in makers):
+def _private(y: Any, add: fx.Node) -> bool:
+    """Whether y is a linear layer's output that only `add` uses, and could as well be made there."""
+    if not (isinstance(y, fx.Node) and y.op == "call_function" and not y.kwargs):
         return False
-    return all(user.target in (operator.add, same_dtype) for user in y.users) and (
-        sum(user.target is operator.add for user in y.users) == 1
-    )
+    if y.target is not low_rank_linear and not (y.target is F.linear and len(y.args) in (2, 3)):
+        return False
+    if not all(user is add or _casts(user, add, y) for user in y.users):
+        return False
+    between = y.next
+    while between is not add and not _effect(between):
+        between = between.next
+    return between is add
 
 
-def _put(graph: fx.Graph, add: fx.Node, *parts: Any) -> None:
-    y = parts[0]
+def _casts(user: fx.Node, add: fx.Node, y: fx.Node) -> bool:
+    """Whether it only gives the sum the dtype of y, which the fast form does itself."""
+    return user.target is same_dtype and user.args == (add, y)
+
+
+def _put(graph: fx.Graph, y: fx.Node, add: fx.Node, branch: tuple) -> None:
+    args = (*y.args, None) if len(y.args) == 2 else y.args
     with graph.inserting_before(add):
-        fast = graph.call_function(low_rank_add, parts)
-    fast.meta.update(add.meta)
-    casts = [user for user in add.users if user.target is same_dtype and user.args == (add, y)]
-    for cast in casts:  # the fast form keeps y's dtype itself
+        fast = graph.call_function(low_rank_linear, (*args, branch))
+    rules = [node.meta["surgery"] for node in (y, add) if node.meta.get("surgery")]
+    fast.meta["surgery"] = ", ".join(dict.fromkeys(rules))
+    for cast in [user for user in add.users if _casts(user, add, y)]:
         cast.replace_all_uses_with(fast)
         graph.erase_node(cast)
     add.replace_all_uses_with(fast)
     graph.erase_node(add)
-    graph.eliminate_dead_code(is_impure_node=lambda node: node.op in ("placeholder", "output") or _effect(node))
+    graph.erase_node(y)
+
+
+def _find_fast(graph: fx.Graph, site: fx.Node, tensor: fx.Node) -> None:
+    """Have a parameter of the site or of its adapters looked up by `tensor_of`."""
+    *path, name = str(tensor.target).split(".")
+    if tensor.op != "get_attr" or name == "training" or path[:1] not in ([], ["adapters"]) or len(path) not in (0, 2):
+        return
+    with graph.inserting_before(tensor):
+        args = (site, name, *path[1:])
+        fast = graph.create_node("call_function", tensor_of, args, name="_".join((*path[1:], name)))
+    fast.meta.update(tensor.meta)
+    tensor.replace_all_uses_with(fast)
 
 
 def _effect(node: fx.Node) -> bool:

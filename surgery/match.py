@@ -10,7 +10,7 @@ from typing import cast
 from torch import nn
 
 from surgery.errors import MatchError, near_misses
-from surgery.pattern import Candidate, Targets, Verdict, as_pattern
+from surgery.pattern import Candidate, Pattern, Targets, Verdict, as_pattern
 from surgery.rule import Rule
 
 __all__ = ["Match", "matches", "verdict_of"]
@@ -61,8 +61,9 @@ def matches(tree: Tree, rule: Rule) -> list[Match]:
     Raises `MatchError` where nothing matches, or where `expect` says another number than was found.
     """
     found = []
+    asked = _Asked.of(rule)
     for module in tree.distinct():
-        hits = [candidate.path for candidate in tree.candidates(module) if _verdict(candidate, rule)]
+        hits = [candidate.path for candidate in tree.candidates(module) if _verdict(candidate, asked)]
         if hits:
             others = tuple(path for path in tree.paths[id(module)] if path != hits[0])
             found.append(Match(hits[0], module, others))
@@ -87,14 +88,29 @@ def verdict_of(tree: Tree, rule: Rule, path: str) -> Verdict:
         )
     module = tree.modules[path]
     parent = tree.modules[path.rpartition(".")[0]] if path else None
-    return _verdict(Candidate(path, module, tree.heads, parent), rule)
+    return _verdict(Candidate(path, module, tree.heads, parent), _Asked.of(rule))
 
 
-def _verdict(candidate: Candidate, rule: Rule) -> Verdict:
-    parts = [_any_of("targets", candidate, _listed(rule.targets))]
+@dataclass(frozen=True)
+class _Asked:
+    """A rule's question, its targets read once for the whole model."""
+
+    rule: Rule
+    targets: tuple[Pattern, ...]
+    exclude: tuple[Pattern, ...]
+
+    @staticmethod
+    def of(rule: Rule) -> _Asked:
+        targets, exclude = (tuple(map(as_pattern, _listed(listed))) for listed in (rule.targets, rule.exclude))
+        return _Asked(rule, targets, exclude)
+
+
+def _verdict(candidate: Candidate, asked: _Asked) -> Verdict:
+    rule = asked.rule
+    parts = [_any_of("targets", candidate, asked.targets)]
     if parts[0] or not rule.targets:
         if rule.exclude:
-            out = _any_of("exclude", candidate, _listed(rule.exclude))
+            out = _any_of("exclude", candidate, asked.exclude)
             parts.append(Verdict(not out, "exclude", f"excluded: {out.reason}" if out else "not excluded", out.parts))
         if rule.layers is not None:
             parts.append(_layer(candidate.path, cast(tuple, rule.layers)))
@@ -103,9 +119,8 @@ def _verdict(candidate: Candidate, rule: Rule) -> Verdict:
     return Verdict(not failed, f"{rule.label} at {candidate.path or '(the model itself)'}", reason, tuple(parts))
 
 
-def _any_of(label: str, candidate: Candidate, targets: tuple) -> Verdict:
-    # A miss is the common case on a large model: no tree of clauses is kept for what a caller won't read.
-    found = tuple(as_pattern(target).verdict(candidate) for target in targets)
+def _any_of(label: str, candidate: Candidate, targets: tuple[Pattern, ...]) -> Verdict:
+    found = tuple(target.verdict(candidate) for target in targets)
     holds = [part.clause for part in found if part]
     return Verdict(bool(holds), label, ", ".join(holds) or "no target matches", found)
 
@@ -163,6 +178,20 @@ def _walk(model: nn.Module, path: str = "", above: frozenset[int] = frozenset())
     for name, child in model._modules.items():
         if child is not None and not (name == RESERVED and is_adapters(child)):
             yield from _walk(child, f"{path}.{name}" if path else name, below)
+
+
+def base_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """`model.named_modules()` without what holds adapters' tensors: many adapters don't make a walk long."""
+    seen: set[nn.Module] = set()
+    waiting: list[tuple[str, nn.Module]] = [("", model)]
+    while waiting:
+        path, module = waiting.pop()
+        if module not in seen:
+            seen.add(module)
+            yield path, module
+            for name, child in reversed(module._modules.items()):
+                if child is not None and not (name == RESERVED and is_adapters(child)):
+                    waiting.append((f"{path}.{name}" if path else name, child))
 
 
 def is_adapters(module: nn.Module) -> bool:

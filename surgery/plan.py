@@ -17,12 +17,12 @@ from surgery.install import reason_against
 from surgery.match import Match, Tree, is_adapters, matches
 from surgery.rule import Rule
 from surgery.site import ParamSpec, Site
-from surgery.state import RESERVED, model_state, site_state, sites
+from surgery.state import RESERVED, Applied, model_state, site_state, sites
 from surgery.table import table
 from surgery.tape import Ref, Tape, Value
 from surgery.trace import Own, own_forward
 
-__all__ = ["Plan", "Step", "make_plan", "recorded"]
+__all__ = ["Plan", "Step", "make_plan", "recorded", "tape_of"]
 
 
 @dataclass(frozen=True)
@@ -132,6 +132,7 @@ def make_plan(model: nn.Module, rules: Sequence[Rule] | Rule, adapter: str, exam
     if plan.problems:
         return plan
     tree, read_past = Tree.of(model), bypasses(model)
+    fast = {path: switch for path, module in tree.modules.items() if (switch := _switch(module)) is not None}
     for rule, may_miss in _with_companions(rules):
         try:
             found = matches(tree, rule)
@@ -148,7 +149,8 @@ def make_plan(model: nn.Module, rules: Sequence[Rule] | Rule, adapter: str, exam
             plan.problems.append(MatchError(f"{rule.label} finds nothing to do in what it matches", where=listed))
         plan.problems += [RuleError(f"{rule.label}: {why}") for why in rule.review([m.path for m in seen.values()])]
         for match in seen.values():
-            _add_step(plan, rule, match, [b for p in tree.paths[id(match.module)] for b in read_past.get(p, [])])
+            past = [bypass for path in tree.paths[id(match.module)] for bypass in read_past.get(path, [])]
+            _add_step(plan, rule, match, past, fast)
     plan.problems += _clashes(plan)
     if example_inputs is not None and not plan.problems:
         _check_example(plan, example_inputs)
@@ -176,6 +178,13 @@ def recorded(rule: Rule, module: nn.Module, path: str, adapter: str, own: Own) -
     return site.tape, tuple(site.specs.values())
 
 
+def tape_of(applied: Applied, module: nn.Module, path: str, own: Own) -> Tape:
+    """The rewrite of a rule that is on a site already, recorded anew where its record was copied or unpickled."""
+    if applied.tape is None:
+        applied.tape = recorded(applied.rule, module, path, applied.adapter, own)[0]
+    return applied.tape
+
+
 def _with_companions(rules: Iterable[Rule]) -> Iterable[tuple[Rule, bool]]:
     for rule in rules:
         yield rule, False
@@ -183,7 +192,9 @@ def _with_companions(rules: Iterable[Rule]) -> Iterable[tuple[Rule, bool]]:
             yield companion, True
 
 
-def _add_step(plan: Plan, rule: Rule, match: Match, read_past: list[Bypass]) -> None:
+def _add_step(
+    plan: Plan, rule: Rule, match: Match, read_past: list[Bypass], fast: dict[str, tuple[str, Any]]
+) -> None:
     path, module = match.path, match.module
     refused = reason_against(module)
     if refused is not None:
@@ -198,7 +209,8 @@ def _add_step(plan: Plan, rule: Rule, match: Match, read_past: list[Bypass]) -> 
         return
     if read_past and not _read_around(plan, rule, path, read_past):
         return
-    _switch_fast_paths(plan, path)
+    if fast:
+        _switch_fast_paths(plan, path, fast)
     state = site_state(module)
     try:
         own = own_forward(module, state.base if state else type(module))
@@ -230,13 +242,17 @@ def _read_around(plan: Plan, rule: Rule, path: str, read_past: list[Bypass]) -> 
     return True
 
 
-def _switch_fast_paths(plan: Plan, path: str) -> None:
+def _switch_fast_paths(plan: Plan, path: str, fast: dict[str, tuple[str, Any]]) -> None:
     """torch's encoders have inference fast paths that leave out the forwards of what they hold."""
     while path:
         path = path.rpartition(".")[0]
-        switch = fastpath_switch(plan.model.get_submodule(path))
-        if switch is not None and getattr(plan.model.get_submodule(path), switch[0]) != switch[1]:
-            plan.switches[path] = switch
+        if path in fast:
+            plan.switches[path] = fast[path]
+
+
+def _switch(module: nn.Module) -> tuple[str, Any] | None:
+    switch = fastpath_switch(module)
+    return switch if switch is not None and getattr(module, switch[0]) != switch[1] else None
 
 
 def _objections(model: nn.Module, rules: list[Rule], adapter: str) -> list[SurgeryError]:
@@ -297,8 +313,9 @@ def _clashes(plan: Plan) -> list[SurgeryError]:
             )
         standing = site_state(module)
         claims: dict[Ref, str] = {}
-        for applied in standing.applied if standing else []:
-            for ref in _replaced_state(recorded(applied.rule, module, path, applied.adapter, steps[0].own)[0]):
+        editing = any(_replaced_state(step.tape) for step in steps)
+        for applied in standing.applied if standing and editing else []:
+            for ref in _replaced_state(tape_of(applied, module, path, steps[0].own)):
                 claims[ref] = f"{applied.rule.label} [{applied.adapter}]"
         counts = Counter(step.rule.name for step in steps)
         names: dict[str, str] = {}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
@@ -236,12 +237,9 @@ class Site(_Place):
     @property
     def dtype(self) -> torch.dtype:
         """The dtype of tensors made here by shape: the module's own, or float32 for half and quantised ones."""
-        for tensor in (*self.module._parameters.values(), *self.module.parameters()):
-            if tensor is not None and tensor.dtype in (torch.float32, torch.float64):
-                return tensor.dtype
-            if tensor is not None:
-                break
-        return torch.float32
+        own = (tensor for tensor in self.module._parameters.values() if tensor is not None)
+        first = next(itertools.chain(own, self.module.parameters()), None)
+        return first.dtype if first is not None and first.dtype in (torch.float32, torch.float64) else torch.float32
 
 
 class LiveSite(_Place):

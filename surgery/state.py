@@ -14,8 +14,9 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor, nn
 
 from surgery.errors import SiteError, SurgeryError, near_misses
-from surgery.match import RESERVED
+from surgery.match import RESERVED, base_modules
 from surgery.rule import Rule
+from surgery.tape import Tape
 
 if TYPE_CHECKING:
     from surgery.merge import Merged
@@ -39,11 +40,18 @@ class Adapters(nn.Module):
 
 @dataclass
 class Applied:
-    """One rule at one site. `changed` holds what its initialisation did to the base's own parameters."""
+    """One rule at one site. `changed` holds what its initialisation did to the base's own parameters.
+
+    `tape` holds its rewrite, which is recorded anew where it is None: in copies and after unpickling.
+    """
 
     adapter: str
     rule: Rule
     changed: list[Any] = field(default_factory=list)
+    tape: Tape | None = field(default=None, compare=False, repr=False)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "tape": None}
 
 
 @dataclass
@@ -81,7 +89,7 @@ def site_state(module: nn.Module) -> SiteState | None:
 
 def sites(model: nn.Module) -> Iterator[tuple[str, nn.Module, SiteState]]:
     """The rewritten modules of a model with their present paths, each once."""
-    for path, module in model.named_modules():
+    for path, module in base_modules(model):
         state = site_state(module)
         if state is not None:
             yield path, module, state
@@ -124,11 +132,13 @@ def attach(module: nn.Module, adapter: str, tensors: Mapping[str, tuple[Tensor, 
     held = module._modules.get(RESERVED)
     if held is None:
         held = module._modules[RESERVED] = Adapters()
-        held.training = module.training
+        if not module.training:
+            held.training = False
     box = held._modules.get(adapter)
     if box is None:
         box = held._modules[adapter] = AdapterTensors()
-        box.training = module.training
+        if not module.training:
+            box.training = False
     for name, (tensor, is_buffer) in tensors.items():
         if name in box._parameters or name in box._buffers:
             raise SiteError(f"the adapter {adapter!r} has a tensor {name!r} already", where=where)

@@ -9,6 +9,7 @@ can neither mis-wire the graph nor touch the model while it is being planned.
 from __future__ import annotations
 
 import operator
+import weakref
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -36,13 +37,28 @@ class Step(NamedTuple):
     kwargs: Any
 
 
+class Key:
+    """What makes tapes equal: one object for equal steps, so that comparing and hashing it cost nothing."""
+
+    __slots__ = ("__weakref__", "steps")
+
+    def __init__(self, steps: tuple[Step, ...]):
+        self.steps = steps
+
+
+_keys: weakref.WeakValueDictionary[tuple[Step, ...], Key] = weakref.WeakValueDictionary()
+
+
 class Tape:
     """The steps of one rewrite, in order. Equal tapes make equal edits."""
+
+    __slots__ = ("_key", "steps", "strict", "where")
 
     def __init__(self, where: str = "", strict: bool = False):
         self.where = where
         self.strict = strict  # hasattr(value, name) is answered as a tensor would, for code not written for us
-        self.steps: list[Step] = []
+        self.steps: Any = []  # a list of steps while it is recorded
+        self._key: Key | None = None
 
     def value(self, kind: str, key: str | int) -> Value:
         return Value(self, Ref(kind, key))
@@ -55,17 +71,25 @@ class Tape:
         self.steps.append(Step("replace", None, (ref_of(old), self._frozen(new)), ()))
 
     @property
-    def key(self) -> tuple[Step, ...]:
-        """Hashable; equal for equal edits."""
-        return tuple(self.steps)
+    def key(self) -> Key:
+        """The same object for equal edits. Asking for it ends the recording: equal tapes share their steps."""
+        if self._key is None:
+            steps = tuple(self.steps)
+            self._key = _keys.setdefault(steps, Key(steps))
+            self.steps = self._key.steps
+        return self._key
 
     def replaced(self) -> list[Ref]:
         """What this rewrite puts something else in the place of."""
         return [step.args[0] for step in self.steps if step.kind == "replace"]
 
     def _frozen(self, value: Any) -> Any:
-        if isinstance(value, Value):
+        kind = type(value)
+        if kind is Value or kind is _Attribute:
             return ref_of(value)
+        if kind in _PLAIN:
+            # 1, 1.0 and True are equal and hash alike, and so do 0.0 and -0.0; edits with them are not.
+            return ("constant", (kind, repr(value) if kind is float else None, value))
         if isinstance(value, (tuple, list)):
             return ("tuple" if isinstance(value, tuple) else "list", tuple(self._frozen(item) for item in value))
         if isinstance(value, dict):
@@ -79,8 +103,10 @@ class Tape:
                 why="it would belong to no module: not saved, not moved with the model",
                 fix="give it a name: site.param(name, tensor, trainable=False)",
             )
-        # 1, 1.0 and True are equal and hash alike, and so do 0.0 and -0.0; edits with them are not.
-        return ("constant", (type(value), repr(value) if isinstance(value, float) else None, value))
+        return ("constant", (kind, repr(value) if isinstance(value, float) else None, value))
+
+
+_PLAIN = frozenset({int, float, bool, str, type(None)})
 
 
 def thawed(frozen: Any, resolve: Callable[[Ref], Any]) -> Any:

@@ -158,6 +158,8 @@ def _tensors(model: nn.Module) -> dict[str, Tensor]:
 
 
 def _bits(tensor: Tensor) -> Tensor:
+    if hasattr(tensor, "__tensor_flatten__"):  # quantised and sharded tensors are made of plain ones
+        return torch.cat([_bits(getattr(tensor, name)) for name in tensor.__tensor_flatten__()[0]])  # type: ignore[attr-defined]
     return tensor.detach().clone().contiguous().reshape(-1).view(torch.uint8).cpu()
 
 

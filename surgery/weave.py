@@ -128,7 +128,8 @@ class _Weaver:
         origin = f"{layer.label} [{layer.adapter}]"
         before = self.now[Ref("output", "")]
         made = self._play(layer.tape, layer.adapter, origin)
-        self.effects += [term for term in self._unused(made) if _in_place(term)]
+        if in_place := [term for term in made if _in_place(term)]:
+            self.effects += self._unused(in_place)
         after = self.now[Ref("output", "")]
         if after is not before and isinstance(after, _Term) and isinstance(before, _Term):
             # A module's output keeps its dtype, whatever precision an adapter computes in.

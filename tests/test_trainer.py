@@ -1,0 +1,183 @@
+"""transformers' Trainer on a rewritten model: its checkpoints hold the adapters, and resuming gives the same bits."""
+
+from __future__ import annotations
+
+import copy
+import logging
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils.data import Dataset
+
+from rules import LoraRule, TrainRule
+from surgery import adapter_state_dict, apply_rules, base_state_dict, merge, remove, unmerge
+from surgery.testing import Snapshot
+
+transformers: Any = pytest.importorskip("transformers")
+pytest.importorskip("accelerate", reason="the Trainer needs accelerate")
+tiny: Any = pytest.importorskip("tests.tiny")
+load_file: Any = pytest.importorskip("safetensors.torch").load_file
+AdapterCheckpoints: Any = pytest.importorskip("surgery.trainer").AdapterCheckpoints
+
+RULES = [LoraRule(["query", "value"], rank=4, alpha=8, dropout=0.1), TrainRule("classifier")]
+STEPS = 6
+
+
+class Sentences(Dataset):
+    """Sixteen sentences of random tokens; the label is whether the first token's number is even."""
+
+    def __init__(self) -> None:
+        draw = torch.Generator().manual_seed(7)
+        self.ids = torch.randint(3, 99, (16, 7), generator=draw)
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        return {"input_ids": self.ids[index], "labels": self.ids[index, 0] % 2}
+
+
+def adapted() -> nn.Module:
+    torch.manual_seed(0)
+    return apply_rules(tiny.bert()[0], RULES)
+
+
+def trainer_of(model: nn.Module, folder: Path, **settings: Any) -> Any:
+    chosen = {
+        "max_steps": STEPS, "save_steps": 3, "logging_steps": 1, "learning_rate": 1e-2, "seed": 3,
+        "per_device_train_batch_size": 4, "report_to": [], "use_cpu": True, "disable_tqdm": True,
+        "dataloader_pin_memory": False, **settings,
+    }  # fmt: skip
+    return transformers.Trainer(
+        model=model,
+        args=transformers.TrainingArguments(output_dir=str(folder), **chosen),
+        train_dataset=Sentences(),
+        eval_dataset=Sentences(),
+        callbacks=[AdapterCheckpoints()],
+    )
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Any, nn.Module, Path]]:
+    """One uninterrupted run: the trainer, the base as it was before, and the folder of checkpoints."""
+    folder = tmp_path_factory.mktemp("run")
+    model = adapted()
+    base = remove(copy.deepcopy(model))
+    trainer = trainer_of(model, folder)
+    trainer.train()
+    yield trainer, base, folder
+
+
+def test_training_moves_the_adapter_and_leaves_the_base(run: tuple[Any, nn.Module, Path]) -> None:
+    trainer, base, _ = run
+    start, end = adapter_state_dict(adapted()), adapter_state_dict(trainer.model)
+    assert start.keys() == end.keys()
+    assert all(not torch.equal(tensor, end[name]) for name, tensor in start.items())
+    now = base_state_dict(trainer.model)
+    assert all(torch.equal(tensor, now[name]) for name, tensor in base.state_dict().items())
+    losses = [line["loss"] for line in trainer.state.log_history if "loss" in line]
+    assert len(losses) == STEPS and losses[-1] < losses[0]
+
+
+def test_checkpoints_hold_the_adapter(run: tuple[Any, nn.Module, Path]) -> None:
+    trainer, _, folder = run
+    for step in (3, 6):
+        held = load_file(folder / f"checkpoint-{step}" / "model.safetensors")
+        assert held.keys() == trainer.model.state_dict().keys()
+    assert all(torch.equal(tensor, held[name]) for name, tensor in trainer.model.state_dict().items())
+
+
+def test_resuming_gives_the_bits_of_the_uninterrupted_run(run: tuple[Any, nn.Module, Path], tmp_path: Path) -> None:
+    whole, _, folder = run
+    model = adapted()
+    with torch.no_grad():  # what is not loaded would show
+        for name, parameter in model.named_parameters():
+            if ".adapters." in name:
+                parameter.zero_()
+    trainer = trainer_of(model, tmp_path)
+    trainer.train(resume_from_checkpoint=str(folder / "checkpoint-3"))
+    assert trainer.state.global_step == STEPS
+    for name, tensor in whole.model.state_dict().items():
+        assert torch.equal(tensor, model.state_dict()[name]), name
+    late = [line["loss"] for line in whole.state.log_history if "loss" in line][3:]
+    assert [line["loss"] for line in trainer.state.log_history if "loss" in line][3:] == late
+
+
+def test_after_training_the_base_alone_is_saved(run: tuple[Any, nn.Module, Path], tmp_path: Path) -> None:
+    trainer, base, _ = run
+    for folder, save in (("own", trainer.model.save_pretrained), ("trainer", trainer.save_model)):
+        save(tmp_path / folder)
+        plain: Any = type(base)
+        loaded, report = plain.from_pretrained(tmp_path / folder, output_loading_info=True)
+        assert not any(report.values()), report
+        assert all(torch.equal(tensor, loaded.state_dict()[name]) for name, tensor in base.state_dict().items())
+
+
+def test_evaluation_and_prediction(run: tuple[Any, nn.Module, Path]) -> None:
+    trainer, base, _ = run
+    found = trainer.predict(Sentences())
+    batch = {"input_ids": Sentences().ids, "labels": Sentences().ids[:, 0] % 2}
+    model = trainer.model.eval()
+    with torch.no_grad():
+        expected = model(**batch)
+        plain = base.eval()(**batch)
+    torch.testing.assert_close(torch.tensor(found.predictions), expected.logits)
+    assert (expected.logits - plain.logits).abs().max() > 0.05
+    assert trainer.evaluate()["eval_loss"] == pytest.approx(expected.loss.item(), rel=1e-5)
+    merge(model)
+    assert trainer.evaluate()["eval_loss"] == pytest.approx(expected.loss.item(), rel=1e-4)
+    unmerge(model)
+    assert torch.equal(torch.tensor(trainer.predict(Sentences()).predictions), torch.tensor(found.predictions))
+
+
+def test_resuming_without_the_callback_is_not_silent(tmp_path: Path) -> None:
+    """Those checkpoints hold the base alone; the Trainer itself then says which tensors it did not find."""
+    heard: list[str] = []
+
+    class Ear(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            heard.append(record.getMessage())
+
+    ear = Ear(logging.WARNING)
+    logging.getLogger("transformers").addHandler(ear)
+    try:
+        for callback in (True, False):
+            folder = tmp_path / str(callback)
+            for resume in (None, str(folder / "checkpoint-3")):
+                trainer = trainer_of(adapted(), folder)
+                if not callback:
+                    trainer.remove_callback(AdapterCheckpoints)
+                trainer.train(resume_from_checkpoint=resume)
+            missing = [line for line in heard if "missing keys" in line and "adapters.default" in line]
+            assert len(missing) == (0 if callback else 1), heard
+    finally:
+        logging.getLogger("transformers").removeHandler(ear)
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_activation_checkpointing_and_the_best_model(reentrant: bool, tmp_path: Path) -> None:
+    model = adapted()
+    trainer = trainer_of(
+        model, tmp_path, eval_strategy="steps", eval_steps=3, load_best_model_at_end=True, learning_rate=0.5,
+        activation_checkpointing=True, activation_checkpointing_kwargs={"use_reentrant": reentrant},
+    )  # fmt: skip
+    trainer.train()
+    best = load_file(Path(trainer.state.best_model_checkpoint) / "model.safetensors")
+    assert all(torch.equal(tensor, best[name]) for name, tensor in model.state_dict().items())
+    assert trainer.evaluate()["eval_loss"] == pytest.approx(trainer.state.best_metric)
+
+
+def test_removed_after_training_it_is_the_model_from_before(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = tiny.bert()[0]
+    before = Snapshot(model)
+    mode = model.training
+    trainer_of(apply_rules(model, RULES), tmp_path, save_strategy="no").train()
+    found = before.differences(remove(model).train(mode))
+    # What the Trainer itself leaves on a model is its own.
+    assert all("attributes of" in line or "mode of" in line for line in found), found
+    assert not any("_surgery" in key for module in model.modules() for key in vars(module))
