@@ -192,9 +192,7 @@ def _with_companions(rules: Iterable[Rule]) -> Iterable[tuple[Rule, bool]]:
             yield companion, True
 
 
-def _add_step(
-    plan: Plan, rule: Rule, match: Match, read_past: list[Bypass], fast: dict[str, tuple[str, Any]]
-) -> None:
+def _add_step(plan: Plan, rule: Rule, match: Match, read_past: list[Bypass], fast: dict[str, tuple[str, Any]]) -> None:
     path, module = match.path, match.module
     refused = reason_against(module)
     if refused is not None:
