@@ -63,8 +63,9 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     print(f"MNIST: {len(train[1])} digits to train on, {len(held_out[1])} held out, {args.pixels} pixels a side")
 
     clock.heading("Before")
-    before = accuracy(outputs(model, held_out), held_out)
     known, seen = (features(model, part) for part in (train, held_out))
+    with torch.inference_mode():
+        before = accuracy(model._fc(seen), held_out)
     frozen = LogisticRegression(max_iter=300).fit(known, train[1]).score(seen, held_out[1])
     print(f"accuracy on the held-out half: {before:.1%} (untrained head)")
     print(f"logistic regression on the frozen model's features: {frozen:.1%}")

@@ -156,15 +156,17 @@ def _attention(module: Any, rank: int) -> Iterator[Part]:
 
 
 def _kind(module: nn.Module) -> str | None:
+    if isinstance(module, nn.Linear):
+        return "linear"
     if isinstance(module, nn.Embedding):
         return "embedding"
     if isinstance(module, tuple(CONVOLUTIONS)):
         return "convolution"
-    if any(f"{cls.__module__}.{cls.__name__}" == "transformers.pytorch_utils.Conv1D" for cls in type(module).__mro__):
-        return "conv1d"
-    return "linear" if isinstance(module, nn.Linear) else None
+    names = (f"{cls.__module__}.{cls.__name__}" for cls in type(module).__mro__)
+    return "conv1d" if "transformers.pytorch_utils.Conv1D" in names else None
 
 
+_STRAIGHT = (nn.Linear.forward, nn.Embedding.forward, *(cls.forward for cls in CONVOLUTIONS))
 _OTHERWISE = "its forward is not a plain linear map of its input"
 
 
@@ -174,8 +176,8 @@ def _branches(module: nn.Module, layout: Layout) -> bool:
     So it is for torch's own layers. A subclass with a forward of its own is tried on a small input: scaled
     embeddings and same-padding convolutions pass, standardised weights and built-in activations don't.
     """
-    base = getattr(module, "_surgery_base", type(module))
-    if base.forward in (nn.Linear.forward, nn.Embedding.forward, *(cls.forward for cls in CONVOLUTIONS)):
+    base = getattr(type(module), "_surgery_base", type(module))
+    if base.forward in _STRAIGHT:
         return True
     part, draw = layout.parts[0], torch.Generator().manual_seed(0)
     weight = module._parameters["weight"]

@@ -19,9 +19,9 @@ from surgery.install import generated_class, reason_against, swap
 from surgery.journal import Journal
 from surgery.match import Tree, verdict_of
 from surgery.pattern import Verdict
-from surgery.plan import Plan, Step, make_plan, tape_of
+from surgery.plan import Plan, Step, layer_of, make_plan
 from surgery.rule import Rule
-from surgery.site import LiveSite, ParamSpec
+from surgery.site import LiveSite, ParamSpec, held
 from surgery.state import (
     _MODEL,
     _SITE,
@@ -165,7 +165,7 @@ def _insert(step: Step, plan: Plan, journal: Journal) -> None:
     if state is None:
         state = module.__dict__[_SITE] = SiteState(step.path, type(module))
         journal.undo(module.__dict__.pop, _SITE)
-    applied = Applied(plan.adapter, step.rule, tape=step.tape)
+    applied = Applied(plan.adapter, step.rule, layer=Layer(plan.adapter, step.rule.label, step.tape))
     device = _device_of(module)
     made = {spec.name: (_made(spec, device), spec.buffer) for spec in step.specs}
     if made:
@@ -196,8 +196,9 @@ def _made(spec: ParamSpec, device: torch.device | None) -> Tensor:
 
 
 def _own(module: nn.Module, name: str) -> Tensor:
-    owner = module.get_submodule(name.rpartition(".")[0])
-    return getattr(owner, name.rpartition(".")[2])
+    found = held(module, name)
+    assert found is not None, name
+    return found
 
 
 def _install(module: nn.Module, journal: Journal | None, own: Own | None = None) -> None:
@@ -211,8 +212,12 @@ def _install(module: nn.Module, journal: Journal | None, own: Own | None = None)
     cls = state.base
     if live:
         own = own or own_forward(module, state.base)
-        layers = [Layer(one.adapter, one.rule.label, tape_of(one, module, state.path, own)) for one in live]
-        cls = generated_class(own, layers)
+        layers = [applied.layer or layer_of(applied, module, state.path, own) for applied in live]
+        try:
+            cls = generated_class(own, layers)
+        except SiteError as error:  # equal edits are woven once for all their sites, so weaving knows no path
+            error.where = error.where or state.path
+            raise
     if cls is not before:
         swap(module, cls)
         if journal is not None:

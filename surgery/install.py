@@ -51,7 +51,7 @@ class Recipe:
 
 def generated_class(own: Own, layers: Sequence[Layer]) -> type[nn.Module]:
     """The class whose forward is the base's own with these layers' edits; the same class for equal ones."""
-    key = (own.key, tuple((layer.adapter, layer.label, layer.tape.key) for layer in layers))
+    key = (own.key, tuple(layers))
     found = _classes.get(key)
     if found is None:
         found = _class_of(_written(own, layers))
@@ -72,9 +72,9 @@ def swap(module: nn.Module, cls: type[nn.Module]) -> None:
 def reason_against(module: nn.Module) -> tuple[str, str] | None:
     """Why a new class would not be seen or can't be given (why, what to do), or None."""
     cls = type(module)
-    if "ScriptModule" in {base.__name__ for base in cls.__mro__}:
+    if any(base.__name__ == "ScriptModule" for base in cls.__mro__):
         return "it is a TorchScript module, compiled already", "apply rules before torch.jit"
-    if getattr(module, "parametrizations", None) is not None and "parametrizations" in module._modules:
+    if "parametrizations" in module._modules:
         names = ", ".join(module._modules["parametrizations"]._modules)  # type: ignore[union-attr]
         return (
             f"its {names} is parametrized",

@@ -160,20 +160,20 @@ def _gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     x, weight, _, *saved = ctx.saved_tensors
     _, need_x, need_weight, need_bias, *need_factors = ctx.needs_input_grad
     rows = grad.reshape(-1, grad.shape[-1])
-    inputs = None if x is None else x.reshape(-1, x.shape[-1])
+    inputs: Any = None if x is None else x.reshape(-1, x.shape[-1])  # there wherever A or W is trained
     grad_x = rows.mm(weight) if need_x else None
     grad_factors: list[Tensor | None] = []
     for index, (scale, p, A, B, down, mask) in enumerate(_branches(ctx.settings, saved)):
         need_A, need_B = need_factors[2 * index : 2 * index + 2]
         scale = scale / (1.0 - p)
-        up = B.t().mm(rows.t()).mul_(scale) if need_A or need_x else None
+        up: Any = B.t().mm(rows.t()).mul_(scale) if need_A or need_x else None
         keep = None if mask is None or up is None else mask.view(-1, A.shape[1]).to(grad.dtype)
         if grad_x is not None and up is not None:
             if keep is None:
                 grad_x.addmm_(up.t(), A)
             else:
                 grad_x.addcmul_(up.t().mm(A), keep)
-        grad_factors.append(up.mm(inputs if keep is None else keep.mul_(inputs)) if need_A else None)
+        grad_factors.append(up.mm(inputs if keep is None else keep.mul_(inputs)) if need_A else None)  # type: ignore[union-attr]
         grad_factors.append(down.mm(rows).mul_(scale).t() if need_B else None)
     return (
         None,
@@ -194,7 +194,7 @@ def _differentiable(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         given = x if mask is None else x * mask.to(x.dtype) / (1.0 - p)
         y = y + F.linear(F.linear(given, A), B) * scale
     count = 2 * len(ctx.settings)
-    tensors = (None, x, weight, bias, *saved[:count])
+    tensors: tuple[Any, ...] = (None, x, weight, bias, *saved[:count])
     wanted = [tensor for tensor, need in zip(tensors, ctx.needs_input_grad, strict=True) if need]
     found = iter(torch.autograd.grad(y, wanted, grad, create_graph=True))
     return tuple(next(found) if need else None for need in ctx.needs_input_grad)

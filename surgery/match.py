@@ -63,7 +63,7 @@ def matches(tree: Tree, rule: Rule) -> list[Match]:
     found = []
     asked = _Asked.of(rule)
     for module in tree.distinct():
-        hits = [candidate.path for candidate in tree.candidates(module) if _verdict(candidate, asked)]
+        hits = [candidate.path for candidate in tree.candidates(module) if _verdict(candidate, asked, False)]
         if hits:
             others = tuple(path for path in tree.paths[id(module)] if path != hits[0])
             found.append(Match(hits[0], module, others))
@@ -105,12 +105,12 @@ class _Asked:
         return _Asked(rule, targets, exclude)
 
 
-def _verdict(candidate: Candidate, asked: _Asked) -> Verdict:
+def _verdict(candidate: Candidate, asked: _Asked, every_reason: bool = True) -> Verdict:
     rule = asked.rule
-    parts = [_any_of("targets", candidate, asked.targets)]
+    parts = [_any_of("targets", candidate, asked.targets, every_reason)]
     if parts[0] or not rule.targets:
         if rule.exclude:
-            out = _any_of("exclude", candidate, asked.exclude)
+            out = _any_of("exclude", candidate, asked.exclude, every_reason)
             parts.append(Verdict(not out, "exclude", f"excluded: {out.reason}" if out else "not excluded", out.parts))
         if rule.layers is not None:
             parts.append(_layer(candidate.path, cast(tuple, rule.layers)))
@@ -119,10 +119,14 @@ def _verdict(candidate: Candidate, asked: _Asked) -> Verdict:
     return Verdict(not failed, f"{rule.label} at {candidate.path or '(the model itself)'}", reason, tuple(parts))
 
 
-def _any_of(label: str, candidate: Candidate, targets: tuple[Pattern, ...]) -> Verdict:
-    found = tuple(target.verdict(candidate) for target in targets)
+def _any_of(label: str, candidate: Candidate, targets: tuple[Pattern, ...], every_reason: bool) -> Verdict:
+    found: list[Verdict] = []
+    for target in targets:
+        found.append(target.verdict(candidate))
+        if found[-1] and not every_reason:
+            break
     holds = [part.clause for part in found if part]
-    return Verdict(bool(holds), label, ", ".join(holds) or "no target matches", found)
+    return Verdict(bool(holds), label, ", ".join(holds) or "no target matches", tuple(found))
 
 
 def _layer(path: str, layers: tuple[int, ...]) -> Verdict:

@@ -14,7 +14,7 @@ from surgery.exact import unfold
 from surgery.folding import Fold, Keep, SiteFolding, check_foldable, owners, verify_records
 from surgery.install import reason_against
 from surgery.journal import Journal
-from surgery.plan import tape_of
+from surgery.plan import layer_of
 from surgery.site import LiveSite, held
 from surgery.state import Applied, SiteState, adapter_names, require_state, sites, tensors_of
 from surgery.trace import own_forward
@@ -177,7 +177,7 @@ def _changes(module: nn.Module, site: SiteState, names: list[str], folding: Site
 
 
 def _replaces_state_only(module: nn.Module, site: SiteState, applied: Applied, own: Any) -> bool:
-    return all(ref.kind == "state" for ref in tape_of(applied, module, site.path, own).replaced())
+    return all(ref.kind == "state" for ref in layer_of(applied, module, site.path, own).tape.replaced())
 
 
 def _untie(model: nn.Module, module: nn.Module, name: str, merged: Merged, journal: Journal) -> None:

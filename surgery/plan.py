@@ -21,8 +21,9 @@ from surgery.state import RESERVED, Applied, model_state, site_state, sites
 from surgery.table import table
 from surgery.tape import Ref, Tape, Value
 from surgery.trace import Own, own_forward
+from surgery.weave import Layer
 
-__all__ = ["Plan", "Step", "make_plan", "recorded", "tape_of"]
+__all__ = ["Plan", "Step", "make_plan", "layer_of", "recorded"]
 
 
 @dataclass(frozen=True)
@@ -175,14 +176,15 @@ def recorded(rule: Rule, module: nn.Module, path: str, adapter: str, own: Own) -
             where=path,
             fix="return the new output, or use site.replace(old, new)",
         )
-    return site.tape, tuple(site.specs.values())
+    return site.tape.finished(), tuple(site.specs.values())
 
 
-def tape_of(applied: Applied, module: nn.Module, path: str, own: Own) -> Tape:
-    """The rewrite of a rule that is on a site already, recorded anew where its record was copied or unpickled."""
-    if applied.tape is None:
-        applied.tape = recorded(applied.rule, module, path, applied.adapter, own)[0]
-    return applied.tape
+def layer_of(applied: Applied, module: nn.Module, path: str, own: Own) -> Layer:
+    """The edits of a rule that is on a site already, recorded anew where its record was copied or unpickled."""
+    if applied.layer is None:
+        tape, _ = recorded(applied.rule, module, path, applied.adapter, own)
+        applied.layer = Layer(applied.adapter, applied.rule.label, tape)
+    return applied.layer
 
 
 def _with_companions(rules: Iterable[Rule]) -> Iterable[tuple[Rule, bool]]:
@@ -313,7 +315,7 @@ def _clashes(plan: Plan) -> list[SurgeryError]:
         claims: dict[Ref, str] = {}
         editing = any(_replaced_state(step.tape) for step in steps)
         for applied in standing.applied if standing and editing else []:
-            for ref in _replaced_state(tape_of(applied, module, path, steps[0].own)):
+            for ref in _replaced_state(layer_of(applied, module, path, steps[0].own).tape):
                 claims[ref] = f"{applied.rule.label} [{applied.adapter}]"
         counts = Counter(step.rule.name for step in steps)
         names: dict[str, str] = {}

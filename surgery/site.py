@@ -279,6 +279,8 @@ class LiveSite(_Place):
 
 def held(module: nn.Module, name: str) -> Tensor | None:
     """A parameter or buffer by dotted name, or None."""
+    if name in module._parameters:
+        return module._parameters[name]
     *path, last = name.split(".")
     owner: nn.Module | None = module
     for part in path:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from surgery.errors import SiteError, SurgeryError, near_misses
 from surgery.match import RESERVED, base_modules
 from surgery.rule import Rule
-from surgery.tape import Tape
+from surgery.weave import Layer
 
 if TYPE_CHECKING:
     from surgery.merge import Merged
@@ -42,16 +42,16 @@ class Adapters(nn.Module):
 class Applied:
     """One rule at one site. `changed` holds what its initialisation did to the base's own parameters.
 
-    `tape` holds its rewrite, which is recorded anew where it is None: in copies and after unpickling.
+    `layer` holds its edits, which are recorded anew where it is None: in copies and after unpickling.
     """
 
     adapter: str
     rule: Rule
     changed: list[Any] = field(default_factory=list)
-    tape: Tape | None = field(default=None, compare=False, repr=False)
+    layer: Layer | None = field(default=None, compare=False, repr=False)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "tape": None}
+        return {**self.__dict__, "layer": None}
 
 
 @dataclass

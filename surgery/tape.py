@@ -37,47 +37,27 @@ class Step(NamedTuple):
     kwargs: Any
 
 
-class Key:
-    """What makes tapes equal: one object for equal steps, so that comparing and hashing it cost nothing."""
-
-    __slots__ = ("__weakref__", "steps")
-
-    def __init__(self, steps: tuple[Step, ...]):
-        self.steps = steps
-
-
-_keys: weakref.WeakValueDictionary[tuple[Step, ...], Key] = weakref.WeakValueDictionary()
-
-
 class Tape:
-    """The steps of one rewrite, in order. Equal tapes make equal edits."""
-
-    __slots__ = ("_key", "steps", "strict", "where")
+    """The steps of one rewrite, in order. Equal tapes make equal edits, and once finished they are one object."""
 
     def __init__(self, where: str = "", strict: bool = False):
         self.where = where
         self.strict = strict  # hasattr(value, name) is answered as a tensor would, for code not written for us
-        self.steps: Any = []  # a list of steps while it is recorded
-        self._key: Key | None = None
+        self.steps: list[Step] = []
 
     def value(self, kind: str, key: str | int) -> Value:
         return Value(self, Ref(kind, key))
 
     def call(self, kind: str, target: Any, args: Any, kwargs: dict[str, Any]) -> Value:
-        self.steps.append(Step(kind, target, self._frozen(args), self._frozen(kwargs)))
-        return self.value("op", len(self.steps) - 1)
+        self.steps.append(Step(kind, target, self._frozen(args), self._frozen(kwargs) if kwargs else _NOTHING))
+        return Value(self, Ref("op", len(self.steps) - 1))
 
     def replace(self, old: Value, new: Any) -> None:
         self.steps.append(Step("replace", None, (ref_of(old), self._frozen(new)), ()))
 
-    @property
-    def key(self) -> Key:
-        """The same object for equal edits. Asking for it ends the recording: equal tapes share their steps."""
-        if self._key is None:
-            steps = tuple(self.steps)
-            self._key = _keys.setdefault(steps, Key(steps))
-            self.steps = self._key.steps
-        return self._key
+    def finished(self) -> Tape:
+        """The one tape that stands for all equal ones: comparing and hashing it then cost nothing."""
+        return _finished.setdefault(tuple(self.steps), self)
 
     def replaced(self) -> list[Ref]:
         """What this rewrite puts something else in the place of."""
@@ -85,15 +65,18 @@ class Tape:
 
     def _frozen(self, value: Any) -> Any:
         kind = type(value)
-        if kind is Value or kind is _Attribute:
+        if kind is Value:
+            return value._ref
+        if kind is _Attribute:
             return ref_of(value)
         if kind in _PLAIN:
             # 1, 1.0 and True are equal and hash alike, and so do 0.0 and -0.0; edits with them are not.
             return ("constant", (kind, repr(value) if kind is float else None, value))
         if isinstance(value, (tuple, list)):
-            return ("tuple" if isinstance(value, tuple) else "list", tuple(self._frozen(item) for item in value))
+            items = [self._frozen(item) for item in value]
+            return ("tuple" if isinstance(value, tuple) else "list", tuple(items))
         if isinstance(value, dict):
-            return ("dict", tuple((key, self._frozen(item)) for key, item in value.items()))
+            return ("dict", tuple([(key, self._frozen(item)) for key, item in value.items()]))
         if isinstance(value, slice):
             return ("slice", tuple(self._frozen(item) for item in (value.start, value.stop, value.step)))
         if isinstance(value, torch.Tensor):
@@ -106,7 +89,9 @@ class Tape:
         return ("constant", (kind, repr(value) if isinstance(value, float) else None, value))
 
 
+_NOTHING = ("dict", ())
 _PLAIN = frozenset({int, float, bool, str, type(None)})
+_finished: weakref.WeakValueDictionary[tuple[Step, ...], Tape] = weakref.WeakValueDictionary()
 
 
 def thawed(frozen: Any, resolve: Callable[[Ref], Any]) -> Any:

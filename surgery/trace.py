@@ -43,7 +43,7 @@ class Own:
 
     @property
     def key(self) -> tuple:
-        return (self.base, self.tapes and tuple(tape.key for tape in self.tapes))
+        return (self.base, self.tapes)
 
     def inputs(self) -> list[str]:
         return [name for name, parameter in self.signature.parameters.items() if parameter.kind not in _STARRED]
@@ -91,7 +91,7 @@ def _own_forward(module: nn.Module, base: type[nn.Module]) -> Own:
     if not why:
         try:
             evaluation, training = (_recorded(module, base, signature, mode) for mode in (False, True))
-            return Own(base, signature, (evaluation, evaluation if evaluation.key == training.key else training))
+            return Own(base, signature, (evaluation, training))
         except SurgeryError as error:
             why = str(error.what)
     return Own(base, signature, None, why)
@@ -187,6 +187,7 @@ def _recorded(module: nn.Module, base: type[nn.Module], signature: inspect.Signa
     try:
         output = base.forward(stand_in, *given, **named)
         tape.replace(tape.value("output", ""), output)
+        tape = tape.finished()
     except Exception as error:
         raise _refusal(error, base) from error
     if changed := [name for name, value in stand_in.__dict__.items() if before.get(name, stand_in) is not value]:

@@ -151,7 +151,7 @@ class _Weaver:
             if ref.kind == "training":
                 return self._state(seen, "training")
             if ref not in seen:
-                raise SiteError(f"the forward has no {ref.kind} {ref.key!r}", where=tape.where, fix=_known(seen))
+                raise SiteError(f"the forward has no {ref.kind} {ref.key!r}", fix=_known(seen))
             return seen[ref]
 
         ops: dict[str | int, Any] = {}
