@@ -30,7 +30,8 @@ class LoraRule(Rule):
 
     Goes on Linear, Embedding, Conv1d/2d/3d, transformers' Conv1D and MultiheadAttention (its q, k, v and output
     maps), on their subclasses, and on quantised Linears. The shapes of A and B are PEFT's: (rank, in) and
-    (out, rank); a convolution's are (rank, in/groups, *kernel) and (out, rank/groups, 1, …). They are on the
+    (out, rank); a convolution's are (rank, in/groups, *kernel) and (out, rank/groups, 1, …) (with groups, PEFT's A
+    looks at all channels and can't be merged; ours can). They are on the
     module's device, in `dtype`, else the module's, else float32 where that is half precision or packed.
 
     Fields, with PEFT's names: `rank` (r), `alpha` (lora_alpha); `dropout` (lora_dropout, on the branch's input;

@@ -20,7 +20,7 @@ from surgery.journal import Journal
 from surgery.match import Tree, verdict_of
 from surgery.pattern import Verdict
 from surgery.plan import Plan, Step, layer_of, make_plan
-from surgery.rule import Rule
+from surgery.rule import Rule, running
 from surgery.site import LiveSite, ParamSpec, held
 from surgery.state import (
     _MODEL,
@@ -83,7 +83,7 @@ def apply_rules(model: M, rules: Sequence[Rule] | Rule, *, adapter: str = "defau
             _install(step.module, journal, step.own)
         _record(model, plan, rules, journal)
         if plan.observation is not None:
-            _check_identity(plan, example_inputs)
+            _check_output(plan, example_inputs)
     return model
 
 
@@ -176,7 +176,8 @@ def _insert(step: Step, plan: Plan, journal: Journal) -> None:
     live = LiveSite(
         module, step.path, plan.adapter, tensors_of(module, plan.adapter), lambda name, _: _own(module, name)
     )
-    changes = step.rule.initialise(live) or {}
+    with running(step.rule, "initialise", step.path):
+        changes = dict(step.rule.initialise(live) or {})
     for name, change in changes.items():
         check_foldable(plan.model, module, name, change, step.path)
         record = fold_into(module, name, change, keep="record", where=step.path)
@@ -247,12 +248,21 @@ def _record(model: nn.Module, plan: Plan, rules: Sequence[Rule] | Rule, journal:
     hf.prepare(model, state, journal)
 
 
-def _check_identity(plan: Plan, example_inputs: Any) -> None:
-    if not all(step.rule.identity for step in plan.steps):
-        return
+def _check_output(plan: Plan, example_inputs: Any) -> None:
+    """Run the rewritten model on the example: it must run, and give the same where all rules promise so."""
     assert plan.observation is not None
-    if not equal(call(plan.model, example_inputs), plan.observation.output):
-        names = ", ".join(dict.fromkeys(step.rule.label for step in plan.steps))
+    names = ", ".join(dict.fromkeys(step.rule.label for step in plan.steps))
+    try:
+        output = call(plan.model, example_inputs)
+    except SurgeryError as error:
+        notes = getattr(error.__cause__, "__notes__", [])
+        raise SurgeryError(
+            f"the model rewritten by {names} fails on the example call",
+            where=notes[0] if notes else None,
+            why=error.why,
+            fix="correct the rule's rewrite; `show` prints a site's generated code",
+        ) from error
+    if all(step.rule.identity for step in plan.steps) and not equal(output, plan.observation.output):
         raise SurgeryError(
             f"{names} changed the model's output at initialisation",
             why="the rule says identity = True, and on the example call the output differs",

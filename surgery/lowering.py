@@ -76,21 +76,20 @@ def _plain(x: Tensor, weight: Tensor, bias: Tensor | None, branches: tuple[Branc
 
 
 def _fast(x: Tensor, weight: Tensor, bias: Tensor | None, branches: tuple[Branch, ...]) -> bool:
-    if torch.compiler.is_compiling() or torch._C._is_any_autocast_enabled() or x.dim() < 2:
-        return False
-    if torch._C._functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0:  # type: ignore[attr-defined]
-        return False
-    if torch._C._get_tracing_state() is not None or x.layout is not torch.strided or x.is_nested:
+    # After a large product Python runs with cold caches, so each look here costs a decoder's step: few and plain.
+    if is_compiling() or is_autocast() or interpreters() is not None or forward_ad._current_level >= 0 or traced():
         return False
     dtype = x.dtype
-    tensors = [weight, *(tensor for A, B, *_ in branches for tensor in (A, B))]
-    if bias is not None:
-        tensors.append(bias)
-    return (
-        x.is_floating_point()
-        and type(x) in _ORDINARY
-        and all(tensor.dtype == dtype and type(tensor) in _ORDINARY for tensor in tensors)
-    )
+    if type(x) not in _ORDINARY or x.layout is not torch.strided or x.is_nested or x.dim() < 2:
+        return False
+    if not dtype.is_floating_point or weight.dtype is not dtype or type(weight) not in _ORDINARY:
+        return False
+    if bias is not None and (bias.dtype is not dtype or type(bias) not in _ORDINARY):
+        return False
+    for A, B, *_ in branches:
+        if A.dtype is not dtype or B.dtype is not dtype or type(A) not in _ORDINARY or type(B) not in _ORDINARY:
+            return False
+    return True
 
 
 def _trained(x: Tensor, weight: Tensor, bias: Tensor | None, branches: tuple[Branch, ...]) -> bool:
@@ -100,6 +99,9 @@ def _trained(x: Tensor, weight: Tensor, bias: Tensor | None, branches: tuple[Bra
 
 
 _ORDINARY = (Tensor, nn.Parameter)
+is_compiling, is_autocast = torch.compiler.is_compiling, torch._C._is_any_autocast_enabled
+interpreters = torch._C._functorch.peek_interpreter_stack  # type: ignore[attr-defined]  # torch.func's
+traced = torch._C._get_tracing_state
 
 
 # The rank leads wherever a thin matrix is made: r rows of many columns are several times faster than the reverse.
@@ -167,7 +169,7 @@ def _gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         need_A, need_B = need_factors[2 * index : 2 * index + 2]
         scale = scale / (1.0 - p)
         up: Any = B.t().mm(rows.t()).mul_(scale) if need_A or need_x else None
-        keep = None if mask is None or up is None else mask.view(-1, A.shape[1]).to(grad.dtype)
+        keep = None if mask is None or up is None else mask.reshape(-1, A.shape[1]).to(grad.dtype)
         if grad_x is not None and up is not None:
             if keep is None:
                 grad_x.addmm_(up.t(), A)

@@ -80,6 +80,22 @@ def matches(tree: Tree, rule: Rule) -> list[Match]:
     return found
 
 
+def idle_targets(tree: Tree, rule: Rule) -> list[str]:
+    """The entries of a rule's targets and exclude that fit no module at all, each with near misses."""
+    listed = {field: _listed(getattr(rule, field)) for field in ("targets", "exclude")}
+    told = []
+    for field, target in ((field, target) for field, targets in listed.items() for target in targets):
+        pattern = as_pattern(target)
+        if not any(pattern.verdict(c) for module in tree.distinct() for c in tree.candidates(module)):
+            names = {part for path in tree.modules for part in (path, path.rpartition(".")[2]) if part}
+            near = near_misses(target, names) if isinstance(target, str) and not target.startswith("re:") else None
+            told.append(
+                f"{rule.label}: {field} has {target!r}, which no module of the model fits"
+                + (f"; {near}" if near else "")
+            )
+    return told
+
+
 def verdict_of(tree: Tree, rule: Rule, path: str) -> Verdict:
     """Why a rule does or does not match at a path; `MatchError` with near misses where the model has no such path."""
     if path not in tree.modules:

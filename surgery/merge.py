@@ -10,11 +10,12 @@ from torch import Tensor, nn
 
 from surgery.engine import _install
 from surgery.errors import MergeError, PlanError, SurgeryError
-from surgery.exact import unfold
+from surgery.exact import LowRank, Rows, unfold
 from surgery.folding import Fold, Keep, SiteFolding, check_foldable, owners, verify_records
 from surgery.install import reason_against
 from surgery.journal import Journal
 from surgery.plan import layer_of
+from surgery.rule import running
 from surgery.site import LiveSite, held
 from surgery.state import Applied, SiteState, adapter_names, require_state, sites, tensors_of
 from surgery.trace import own_forward
@@ -173,7 +174,12 @@ def _changes(module: nn.Module, site: SiteState, names: list[str], folding: Site
         if index == len(replacing):
             folding.mark_base()
         live = LiveSite(module, site.path, applied.adapter, tensors_of(module, applied.adapter), folding.source)
-        yield dict(applied.rule.merged(live))
+        with running(applied.rule, "merged", site.path):
+            changes = dict(applied.rule.merged(live))
+            for name, change in changes.items():
+                if not isinstance(change, (LowRank, Rows, Tensor)):
+                    raise TypeError(f"{name} is given a {type(change).__name__}, not a tensor, LowRank or Rows")
+        yield changes
 
 
 def _replaces_state_only(module: nn.Module, site: SiteState, applied: Applied, own: Any) -> bool:

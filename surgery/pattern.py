@@ -194,7 +194,14 @@ class _Where(Pattern):
     label: str = field(compare=False, default="")
 
     def verdict(self, candidate: Candidate) -> Verdict:
-        ok = bool(self.predicate(candidate.module))
+        try:
+            ok = bool(self.predicate(candidate.module))
+        except Exception as error:
+            raise RuleError(
+                f"{self} fails at {candidate.path or '(the model itself)'}",
+                why=f"{type(error).__name__}: {error}, on a {type(candidate.module).__name__}",
+                fix="put Pattern.type(…) & before it",
+            ) from error
         return Verdict(ok, str(self), "the predicate holds" if ok else "the predicate does not hold")
 
     def to_dict(self) -> dict[str, Any]:
@@ -213,7 +220,13 @@ class _All(Pattern):
     parts: tuple[Pattern, ...]
 
     def verdict(self, candidate: Candidate) -> Verdict:
-        found = tuple(part.verdict(candidate) for part in self.parts)
+        found: tuple[Verdict, ...] = ()
+        for part in self.parts:
+            if isinstance(part, _Where) and not all(found):
+                # A predicate may rely on the clauses before it: type(Linear) & where(lambda m: m.in_features > 8).
+                found += (Verdict(False, str(part), "not asked, since a clause before it fails"),)
+            else:
+                found += (part.verdict(candidate),)
         missing = [part.clause for part in found if not part]
         return Verdict(
             not missing, "all of", "fails at " + ", ".join(missing) if missing else "every clause holds", found

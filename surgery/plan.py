@@ -14,8 +14,8 @@ from surgery.bypass import Bypass, bypasses, fastpath_switch
 from surgery.errors import MatchError, PlanError, RuleError, SiteError, SurgeryError
 from surgery.example import Observation, observe, verify_graph
 from surgery.install import reason_against
-from surgery.match import Match, Tree, is_adapters, matches
-from surgery.rule import Rule
+from surgery.match import Match, Tree, idle_targets, is_adapters, matches
+from surgery.rule import Rule, running
 from surgery.site import ParamSpec, Site
 from surgery.state import RESERVED, Applied, model_state, site_state, sites
 from surgery.table import table
@@ -137,13 +137,20 @@ def make_plan(model: nn.Module, rules: Sequence[Rule] | Rule, adapter: str, exam
     for rule, may_miss in _with_companions(rules):
         try:
             found = matches(tree, rule)
+            plan.warnings += [] if may_miss else idle_targets(tree, rule)
         except MatchError as error:
             if not may_miss:
                 plan.problems.append(error)
             continue
         seen: dict[int, Match] = {}
         for match in found:
-            for path, module in rule.expand(match.module, match.path):
+            try:
+                with running(rule, "expand", match.path):
+                    inner = list(rule.expand(match.module, match.path))
+            except SurgeryError as error:
+                plan.problems.append(error)
+                continue
+            for path, module in inner:
                 seen.setdefault(id(module), Match(path, module, tuple(p for p in tree.paths[id(module)] if p != path)))
         if not seen and not may_miss:
             listed = ", ".join(match.path for match in found[:3])
@@ -161,7 +168,8 @@ def make_plan(model: nn.Module, rules: Sequence[Rule] | Rule, adapter: str, exam
 def recorded(rule: Rule, module: nn.Module, path: str, adapter: str, own: Own) -> tuple[Tape, tuple[ParamSpec, ...]]:
     """A rule's rewrite of a site as a tape, and the tensors it asks for."""
     site = Site(module, path, adapter, rule, own)
-    output = rule.rewrite(site)
+    with running(rule, "rewrite", path):
+        output = rule.rewrite(site)
     if type(output) is not type(None):
         if not isinstance(output, (Value, tuple, list, dict)):
             raise SiteError(
@@ -203,7 +211,12 @@ def _add_step(plan: Plan, rule: Rule, match: Match, read_past: list[Bypass], fas
         )
         plan.problems.append(problem)
         return
-    why = rule.check(module, path)
+    try:
+        with running(rule, "check", path):
+            why = rule.check(module, path)
+    except SurgeryError as error:
+        plan.problems.append(error)
+        return
     if why:
         plan.problems.append(SiteError(f"{rule.label} can't go on this {type(module).__name__}", where=path, why=why))
         return

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import KW_ONLY, dataclass, fields
 from importlib import metadata
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar, cast, dataclass_transform
@@ -12,7 +13,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, TypeVar, cast, dataclass_transf
 import torch
 from torch import Tensor, nn
 
-from surgery.errors import RuleError, near_misses
+from surgery.errors import RuleError, SiteError, SurgeryError, near_misses
 from surgery.pattern import Pattern, Targets, normalised, qualified_name
 
 if TYPE_CHECKING:
@@ -249,6 +250,22 @@ def _yaml() -> Any:
     except ImportError:
         raise RuleError("YAML needs PyYAML", fix="pip install 'model-surgery[yaml]', or use JSON") from None
     return yaml
+
+
+@contextmanager
+def running(rule: Rule, hook: str, path: str) -> Iterator[None]:
+    """A rule's own code at a site: what it raises is told with the rule, the hook and the path."""
+    try:
+        yield
+    except SurgeryError:
+        raise
+    except Exception as error:
+        raise SiteError(
+            f"{rule.label}.{hook} fails",
+            where=path or "(the model itself)",
+            why=f"{type(error).__name__}: {error}",
+            fix="see the traceback of the rule's own code above",
+        ) from error
 
 
 _registry: dict[str, type[Rule]] = {}

@@ -17,8 +17,10 @@ from surgery import (
     Rule,
     RuleError,
     SurgeryError,
+    SurgeryWarning,
     apply_rules,
     explain,
+    merge,
     plan_rules,
     rule,
     rules_from_json,
@@ -270,3 +272,41 @@ def test_a_rule_name_is_taken_once() -> None:
         @rule("lora")
         class Other(Rule):
             pass
+
+
+def test_an_entry_that_fits_nothing_is_told() -> None:
+    with pytest.warns(SurgeryWarning, match="'valeu', which no module of the model fits; did you mean 'value'"):
+        apply_rules(Net(), [LoraRule(["query", "valeu"])])
+    with pytest.warns(SurgeryWarning, match="exclude has 'hed'"):
+        apply_rules(Net(), [LoraRule("query", exclude="hed")])
+
+
+def test_predicates_rely_on_what_stands_before_them() -> None:
+    small = Pattern.type(nn.Linear) & Pattern.where(lambda module: module.out_features == 2)
+    assert sites(LoraRule(small)) == ["head"]
+    with pytest.raises(RuleError, match="in_features"):
+        plan_rules(Net(), [LoraRule(Pattern.where(lambda module: module.in_features == 4))])
+
+
+def test_a_rewritten_model_that_fails_on_the_example_is_given_back() -> None:
+    @rule("test-wrong-size")
+    class WrongSize(Rule):
+        def rewrite(self, site: Any) -> Tensor:
+            return site.output + site.param("shift", (site.out_features + 1,))
+
+    model = Net()
+    with pytest.raises(SurgeryError, match="WrongSize fails on the example call") as told:
+        apply_rules(model, [WrongSize("layers.1.query")], example_inputs=torch.randn(2, 4))
+    assert "layers.1.query" in str(told.value) and "size" in str(told.value)
+    assert all(type(module) is not None and "adapters" not in module._modules for module in model.modules())
+
+
+@pytest.mark.parametrize("hook", ["rewrite", "check", "expand", "initialise", "merged"])
+def test_a_rule_that_raises_is_named_with_its_site(hook: str) -> None:
+    def fail(self: Any, *args: Any) -> Any:
+        raise ValueError("on purpose")
+
+    body = {"rewrite": lambda self, site: site.output + site.param("shift", (site.out_features,)), hook: fail}
+    made = rule(f"test-raises-{hook}")(type("Raises", (Rule,), body))
+    with pytest.raises(SurgeryError, match=rf"Raises.{hook} fails[\s\S]*where:\s+head[\s\S]*ValueError: on purpose"):
+        merge(apply_rules(Net(), [made("head")]))

