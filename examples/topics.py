@@ -29,10 +29,10 @@ def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
         "--seed", type=int, default=0, help="of the split, the initial values and the order (default 0)"
     )
     parser.add_argument("--limit", type=int, help="use only so many texts, for a quick try (default: all 2,225)")
-    parser.add_argument("--epochs", type=float, default=2, help="passes over the training half (default 2)")
-    parser.add_argument("--tokens", type=int, default=64, help="tokens read of each text (default 64)")
+    parser.add_argument("--epochs", type=float, default=3, help="passes over the training half (default 3)")
+    parser.add_argument("--tokens", type=int, default=96, help="tokens read of each text (default 96)")
     parser.add_argument("--batch", type=int, default=16, help="texts in a training batch (default 16)")
-    parser.add_argument("--rate", type=float, default=5e-3, help="learning rate at its highest (default 0.005)")
+    parser.add_argument("--rate", type=float, default=2e-3, help="learning rate at its highest (default 0.002)")
     parser.add_argument("--out", type=Path, default=Path("out/topics"), help="folder for what is written")
     return parser.parse_args(argv)
 
