@@ -20,8 +20,8 @@ from surgery.show import Summary, draw, show, summary
 from surgery.site import LiveSite, Site
 from surgery.state import adapter_state_dict, base_state_dict, rules_of
 from surgery.tape import Value
-from surgery.trace import trace_site
 from surgery.view import call_own
+from surgery.weave import trace_site
 
 __all__ = [
     "LiveSite",

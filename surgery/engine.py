@@ -19,7 +19,8 @@ from surgery.install import generated_class, reason_against, swap
 from surgery.journal import Journal
 from surgery.match import Tree, verdict_of
 from surgery.pattern import Verdict
-from surgery.plan import Plan, Step, layer_of, make_plan
+from surgery.plan import Plan, make_plan
+from surgery.recording import Step, layer_of
 from surgery.rule import Rule, running
 from surgery.site import LiveSite, ParamSpec, held
 from surgery.state import (

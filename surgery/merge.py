@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import torch
@@ -11,27 +11,18 @@ from torch import Tensor, nn
 from surgery.engine import _install
 from surgery.errors import MergeError, PlanError, SurgeryError
 from surgery.exact import LowRank, Rows, unfold
-from surgery.folding import Fold, Keep, SiteFolding, check_foldable, owners, verify_records
+from surgery.folding import Keep, SiteFolding, check_foldable, owners, verify_records
 from surgery.install import reason_against
 from surgery.journal import Journal
-from surgery.plan import layer_of
+from surgery.recording import layer_of
 from surgery.rule import running
 from surgery.site import LiveSite, held
-from surgery.state import Applied, SiteState, adapter_names, require_state, sites, tensors_of
+from surgery.state import Applied, Merged, SiteState, adapter_names, require_state, sites, tensors_of
 from surgery.trace import own_forward
 
 __all__ = ["MergeReport", "merge", "unmerge"]
 
 M = TypeVar("M", bound=nn.Module)
-
-
-@dataclass
-class Merged:
-    """What a merge left on a site: the adapters it folded, how to take each fold out, and parameters untied for it."""
-
-    adapters: tuple[str, ...]
-    folds: list[Fold] = field(default_factory=list)
-    tied: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -11,40 +9,18 @@ from typing import Any
 from torch import nn
 
 from surgery.bypass import Bypass, bypasses, fastpath_switch
+from surgery.clash import clashes
 from surgery.errors import MatchError, PlanError, RuleError, SiteError, SurgeryError
 from surgery.example import Observation, observe, verify_graph
 from surgery.install import reason_against
-from surgery.match import Match, Tree, idle_targets, is_adapters, matches
+from surgery.match import Match, Tree, idle_targets, matches
+from surgery.recording import Step, recorded
 from surgery.rule import Rule, running
-from surgery.site import ParamSpec, Site
-from surgery.state import RESERVED, Applied, model_state, site_state, sites
+from surgery.state import model_state, site_state, sites
 from surgery.table import table
-from surgery.tape import Ref, Tape, Value
-from surgery.trace import Own, own_forward
-from surgery.weave import Layer
+from surgery.trace import own_forward
 
-__all__ = ["Plan", "Step", "make_plan", "layer_of", "recorded"]
-
-
-@dataclass(frozen=True)
-class Step:
-    """One rule at one site: its edits and the tensors it asks for."""
-
-    rule: Rule
-    path: str
-    module: nn.Module
-    aliases: tuple[str, ...]
-    own: Own
-    tape: Tape
-    specs: tuple[ParamSpec, ...]
-
-    @property
-    def added(self) -> int:
-        return sum(math.prod(spec.shape) for spec in self.specs)
-
-    @property
-    def trainable(self) -> int:
-        return sum(math.prod(spec.shape) for spec in self.specs if spec.trainable)
+__all__ = ["Plan", "make_plan"]
 
 
 @dataclass
@@ -159,40 +135,10 @@ def make_plan(model: nn.Module, rules: Sequence[Rule] | Rule, adapter: str, exam
         for match in seen.values():
             past = [bypass for path in tree.paths[id(match.module)] for bypass in read_past.get(path, [])]
             _add_step(plan, rule, match, past, fast)
-    plan.problems += _clashes(plan)
+    plan.problems += clashes(plan.steps)
     if example_inputs is not None and not plan.problems:
         _check_example(plan, example_inputs)
     return plan
-
-
-def recorded(rule: Rule, module: nn.Module, path: str, adapter: str, own: Own) -> tuple[Tape, tuple[ParamSpec, ...]]:
-    """A rule's rewrite of a site as a tape, and the tensors it asks for."""
-    site = Site(module, path, adapter, rule, own)
-    with running(rule, "rewrite", path):
-        output = rule.rewrite(site)
-    if type(output) is not type(None):
-        if not isinstance(output, (Value, tuple, list, dict)):
-            raise SiteError(
-                f"{rule.label}.rewrite returned {type(output).__name__}",
-                where=path,
-                fix="return the new output, or None",
-            )
-        site.replace(site.output, output)
-    if not site.tape.replaced() and not any(step.kind == "method" for step in site.tape.steps):
-        raise SiteError(
-            f"{rule.label}.rewrite changes nothing",
-            where=path,
-            fix="return the new output, or use site.replace(old, new)",
-        )
-    return site.tape.finished(), tuple(site.specs.values())
-
-
-def layer_of(applied: Applied, module: nn.Module, path: str, own: Own) -> Layer:
-    """The edits of a rule that is on a site already, recorded anew where its record was copied or unpickled."""
-    if applied.layer is None:
-        tape, _ = recorded(applied.rule, module, path, applied.adapter, own)
-        applied.layer = Layer(applied.adapter, applied.rule.label, tape)
-    return applied.layer
 
 
 def _with_companions(rules: Iterable[Rule]) -> Iterable[tuple[Rule, bool]]:
@@ -310,86 +256,6 @@ def _objections(model: nn.Module, rules: list[Rule], adapter: str) -> list[Surge
             )
             break
     return found
-
-
-def _clashes(plan: Plan) -> list[SurgeryError]:
-    """Rules that can't share a site: the same one twice, an exclusive one, one parameter replaced or named twice."""
-    found: list[SurgeryError] = []
-    by_site: dict[int, list[Step]] = {}
-    for step in plan.steps:
-        by_site.setdefault(id(step.module), []).append(step)
-    for steps in by_site.values():
-        path, module = steps[0].path, steps[0].module
-        if RESERVED in module._modules and not is_adapters(module._modules[RESERVED]):  # type: ignore[arg-type]
-            found.append(
-                SiteError(f"the module has a child {RESERVED!r} of its own", where=path, fix="target another module")
-            )
-        standing = site_state(module)
-        claims: dict[Ref, str] = {}
-        editing = any(_replaced_state(step.tape) for step in steps)
-        for applied in standing.applied if standing and editing else []:
-            for ref in _replaced_state(layer_of(applied, module, path, steps[0].own).tape):
-                claims[ref] = f"{applied.rule.label} [{applied.adapter}]"
-        counts = Counter(step.rule.name for step in steps)
-        names: dict[str, str] = {}
-        for step in steps:
-            label = step.rule.label
-            if counts[step.rule.name] > 1:
-                found.append(
-                    _clash(f"two {label}s go to the same module", path, "an adapter holds one rule of a kind at a site")
-                )
-                break
-            if step.rule.exclusive and len(steps) > 1:
-                others = ", ".join(other.rule.label for other in steps if other is not step)
-                found.append(
-                    _clash(f"{label} and {others} go to the same module", path, f"{label} takes the whole module")
-                )
-                break
-            for ref in _replaced_state(step.tape):
-                if ref in claims and _exclusive(step, ref):
-                    found.append(
-                        _clash(
-                            f"{label} and {claims[ref]} both replace {ref.key}",
-                            path,
-                            "the later would hide the earlier",
-                        )
-                    )
-                claims[ref] = label
-            for spec in step.specs:
-                if spec.name in names:
-                    found.append(
-                        _clash(
-                            f"{label} and {names[spec.name]} both name a tensor {spec.name!r}",
-                            path,
-                            "an adapter's tensors need different names",
-                        )
-                    )
-                names[spec.name] = label
-    return found
-
-
-def _replaced_state(tape: Tape) -> list[Ref]:
-    return [ref for ref in tape.replaced() if ref.kind == "state"]
-
-
-def _exclusive(step: Step, ref: Ref) -> bool:
-    """Whether a replacement ignores the value it replaces (W → T, not W → W + Δ)."""
-    key = ref
-    return not any(
-        _mentions(part.args, key) or _mentions(part.kwargs, key) for part in step.tape.steps if part.kind != "replace"
-    )
-
-
-def _mentions(frozen: Any, ref: Ref) -> bool:
-    if isinstance(frozen, Ref):
-        return frozen == ref
-    return isinstance(frozen, tuple) and any(_mentions(item, ref) for item in frozen)
-
-
-def _clash(what: str, path: str, why: str) -> SiteError:
-    return SiteError(
-        what, where=path, why=why, fix="exclude the module from one of the rules, or give them different adapters"
-    )
 
 
 def _check_example(plan: Plan, example_inputs: Any) -> None:

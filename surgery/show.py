@@ -10,7 +10,7 @@ from typing import Any
 from torch import fx, nn
 
 from surgery.errors import MatchError, near_misses
-from surgery.plan import recorded
+from surgery.recording import recorded
 from surgery.state import SiteState, is_adapter_key, model_state, site_state, sites, tensors_of
 from surgery.table import table
 from surgery.trace import Own, own_forward

@@ -11,7 +11,6 @@ import torch
 from torch import Tensor, nn
 
 from surgery.errors import SiteError, near_misses
-from surgery.rule import Rule
 from surgery.tape import Tape, Value
 from surgery.trace import Own
 from surgery.view import hidden_reference
@@ -97,9 +96,9 @@ class Site(_Place):
     `site.module` is the module itself, for its sizes and settings.
     """
 
-    def __init__(self, module: nn.Module, path: str, adapter: str, rule: Rule, own: Own):
+    def __init__(self, module: nn.Module, path: str, adapter: str, label: str, own: Own):
         super().__init__(module, path, adapter)
-        self.rule, self.own = rule, own
+        self.label, self.own = label, own
         self.tape = Tape(path or type(module).__name__)
         self.specs: dict[str, ParamSpec] = {}
 
@@ -208,7 +207,7 @@ class Site(_Place):
             why = f"its forward uses the tensor through its attribute {reference!r}"
         if why:
             raise SiteError(
-                f"{self.rule.label} edits the {name} of a {type(self.module).__name__}, which can't be edited",
+                f"{self.label} edits the {name} of a {type(self.module).__name__}, which can't be edited",
                 where=self.path,
                 why=why,
                 fix="use a rule that works on the module's inputs and outputs",
@@ -218,7 +217,7 @@ class Site(_Place):
         if not name.isidentifier() or hasattr(nn.Module, name) or name in _TAKEN:
             raise SiteError(f"{name!r} can't name a tensor", where=self.path, fix="use a plain identifier")
         if name in self.specs:
-            raise SiteError(f"{self.rule.label} asks for the tensor {name!r} twice", where=self.path)
+            raise SiteError(f"{self.label} asks for the tensor {name!r} twice", where=self.path)
         if isinstance(value, Tensor):
             shape, made = tuple(value.shape), value.dtype
             source = value.detach()

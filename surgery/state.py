@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -17,9 +17,6 @@ from surgery.errors import SiteError, SurgeryError, near_misses
 from surgery.match import RESERVED, base_modules
 from surgery.rule import Rule
 from surgery.weave import Layer
-
-if TYPE_CHECKING:
-    from surgery.merge import Merged
 
 __all__ = ["AdapterTensors", "Adapters", "ModelState", "SiteState"]
 
@@ -52,6 +49,15 @@ class Applied:
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "layer": None}
+
+
+@dataclass
+class Merged:
+    """What a merge left on a site: the adapters it folded, how to take each fold out, and parameters untied for it."""
+
+    adapters: tuple[str, ...]
+    folds: list[Any] = field(default_factory=list)
+    tied: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass

@@ -17,14 +17,14 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import fx, nn
+from torch import nn
 
 from surgery.errors import SurgeryError, TraceError
 from surgery.pattern import qualified_name
 from surgery.tape import Tape, Value
 from surgery.view import view
 
-__all__ = ["Own", "own_forward", "trace_site"]
+__all__ = ["Own", "own_forward", "recorded_own"]
 
 
 @dataclass(frozen=True)
@@ -60,29 +60,12 @@ def own_forward(module: nn.Module, base: type[nn.Module]) -> Own:
     return found
 
 
-def trace_site(module: nn.Module) -> fx.GraphModule:
-    """The module's own forward as a graph; its children are `call_module` leaves, its parameters shared.
-
-    >>> from torch import nn
-    >>> from surgery import trace_site
-    >>> print(trace_site(nn.Linear(2, 3)).code.strip())
-    def forward(self, input):
-        input_1 = input
-        weight = self.weight
-        bias = self.bias
-        linear = torch._C._nn.linear(input_1, weight, bias);  input_1 = weight = bias = None
-        return linear
-
-    The graph is of the module's present mode, training or evaluation; arguments that have a default are fixed to
-    it. Raises `TraceError` with the file, line and text of the construct that can't be held in a graph.
-    """
-    from surgery.weave import woven
-
+def recorded_own(module: nn.Module) -> Own:
+    """The module's forward as a graph in its present mode, whether or not a site would keep it so; or `TraceError`."""
     base = getattr(module, "_surgery_base", type(module))
     signature = _signature(base)
     tape = _recorded(module, base, signature, module.training)
-    graph = woven(Own(base, signature, (tape, tape)), [], module.training)
-    return fx.GraphModule(module, graph, base.__name__)
+    return Own(base, signature, (tape, tape))
 
 
 def _own_forward(module: nn.Module, base: type[nn.Module]) -> Own:

@@ -11,15 +11,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
-from torch import fx
+from torch import fx, nn
 
 from surgery.errors import SiteError
 from surgery.lowering import lower, same_dtype
 from surgery.tape import Ref, Step, Tape, thawed
-from surgery.trace import Own
+from surgery.trace import Own, recorded_own
 from surgery.view import base_forward
 
-__all__ = ["Layer", "woven"]
+__all__ = ["Layer", "trace_site", "woven"]
 
 
 class Layer(NamedTuple):
@@ -57,6 +57,26 @@ def woven(own: Own, layers: Sequence[Layer], training: bool, lowered: bool = Tru
     if lowered:
         lower(graph)
     return graph
+
+
+def trace_site(module: nn.Module) -> fx.GraphModule:
+    """The module's own forward as a graph; its children are `call_module` leaves, its parameters shared.
+
+    >>> from torch import nn
+    >>> from surgery import trace_site
+    >>> print(trace_site(nn.Linear(2, 3)).code.strip())
+    def forward(self, input):
+        input_1 = input
+        weight = self.weight
+        bias = self.bias
+        linear = torch._C._nn.linear(input_1, weight, bias);  input_1 = weight = bias = None
+        return linear
+
+    The graph is of the module's present mode, training or evaluation; arguments that have a default are fixed to
+    it. Raises `TraceError` with the file, line and text of the construct that can't be held in a graph.
+    """
+    own = recorded_own(module)
+    return fx.GraphModule(module, woven(own, [], module.training), own.base.__name__)
 
 
 class _Weaver:

@@ -1,0 +1,69 @@
+"""A rule's rewrite of one site, recorded: its edits as a tape, and the tensors it asks for."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from torch import nn
+
+from surgery.errors import SiteError
+from surgery.rule import Rule, running
+from surgery.site import ParamSpec, Site
+from surgery.state import Applied
+from surgery.tape import Tape, Value
+from surgery.trace import Own
+from surgery.weave import Layer
+
+__all__ = ["Step", "layer_of", "recorded"]
+
+
+@dataclass(frozen=True)
+class Step:
+    """One rule at one site: its edits and the tensors it asks for."""
+
+    rule: Rule
+    path: str
+    module: nn.Module
+    aliases: tuple[str, ...]
+    own: Own
+    tape: Tape
+    specs: tuple[ParamSpec, ...]
+
+    @property
+    def added(self) -> int:
+        return sum(math.prod(spec.shape) for spec in self.specs)
+
+    @property
+    def trainable(self) -> int:
+        return sum(math.prod(spec.shape) for spec in self.specs if spec.trainable)
+
+
+def recorded(rule: Rule, module: nn.Module, path: str, adapter: str, own: Own) -> tuple[Tape, tuple[ParamSpec, ...]]:
+    """A rule's rewrite of a site as a tape, and the tensors it asks for."""
+    site = Site(module, path, adapter, rule.label, own)
+    with running(rule, "rewrite", path):
+        output = rule.rewrite(site)
+    if type(output) is not type(None):
+        if not isinstance(output, (Value, tuple, list, dict)):
+            raise SiteError(
+                f"{rule.label}.rewrite returned {type(output).__name__}",
+                where=path,
+                fix="return the new output, or None",
+            )
+        site.replace(site.output, output)
+    if not site.tape.replaced() and not any(step.kind == "method" for step in site.tape.steps):
+        raise SiteError(
+            f"{rule.label}.rewrite changes nothing",
+            where=path,
+            fix="return the new output, or use site.replace(old, new)",
+        )
+    return site.tape.finished(), tuple(site.specs.values())
+
+
+def layer_of(applied: Applied, module: nn.Module, path: str, own: Own) -> Layer:
+    """The edits of a rule that is on a site already, recorded anew where its record was copied or unpickled."""
+    if applied.layer is None:
+        tape, _ = recorded(applied.rule, module, path, applied.adapter, own)
+        applied.layer = Layer(applied.adapter, applied.rule.label, tape)
+    return applied.layer
