@@ -68,14 +68,15 @@ def fold(weight: Tensor, change: Change, *, keep: Literal["record", "copy"] = "r
         return _fold_copy(weight, _new_value(weight, change, exact=False))
 
 
-def unfold(weight: Tensor, record: Record, *, check: bool = True, where: str = "") -> None:
+def unfold(weight: Tensor, record: Record, *, check: bool = True, where: str = "", verified: bool = False) -> None:
     """Undo a fold in place, to the bit.
 
     With `check`, raises MergeError, the weight untouched, if its bits are not those the fold wrote. Without, a changed
-    weight has ΔW subtracted (to within rounding), or gets its kept copy or rows back.
+    weight has ΔW subtracted (to within rounding), or gets its kept copy or rows back. `verified`: they are known to be
+    the bits that the fold wrote.
     """
     with torch.inference_mode(weight.is_inference()), torch.no_grad():
-        intact = _intact(weight, record, check, where)
+        intact = verified or _intact(weight, record, check, where)
         if record.kind == "rows":
             assert record.index is not None and record.kept is not None
             weight[record.index.to(weight.device)] = record.kept.to(weight.device, weight.dtype)

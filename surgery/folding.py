@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from surgery.errors import MergeError
 from surgery.exact import Change, LowRank, Record, checksum, fold, unfold
+from surgery.match import base_modules
 from surgery.site import held
 
 __all__ = ["Fold", "SiteFolding", "check_foldable", "fold_into", "owners", "verify_records"]
@@ -20,7 +21,7 @@ Fold = tuple[str, Record]
 def owners(model: nn.Module, parameter: Tensor) -> list[str]:
     """The distinct modules that hold this parameter object, by name; aliases of one module count once."""
     found: dict[tuple[int, str], str] = {}
-    for path, module in model.named_modules():
+    for path, module in base_modules(model):
         for name, tensor in module._parameters.items():
             if tensor is parameter:
                 found.setdefault((id(module), name), f"{path}.{name}" if path else name)

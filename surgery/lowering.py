@@ -80,7 +80,7 @@ def _fast(x: Tensor, weight: Tensor, bias: Tensor | None, branches: tuple[Branch
     if is_compiling() or is_autocast() or interpreters() is not None or forward_ad._current_level >= 0 or traced():
         return False
     dtype = x.dtype
-    if type(x) not in _ORDINARY or x.layout is not torch.strided or x.is_nested or x.dim() < 2:
+    if type(x) not in _ORDINARY or x.layout is not torch.strided or x.is_nested:
         return False
     if not dtype.is_floating_point or weight.dtype is not dtype or type(weight) not in _ORDINARY:
         return False
@@ -168,15 +168,17 @@ def _gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     for index, (scale, p, A, B, down, mask) in enumerate(_branches(ctx.settings, saved)):
         need_A, need_B = need_factors[2 * index : 2 * index + 2]
         scale = scale / (1.0 - p)
-        up: Any = B.t().mm(rows.t()).mul_(scale) if need_A or need_x else None
-        keep = None if mask is None or up is None else mask.reshape(-1, A.shape[1]).to(grad.dtype)
-        if grad_x is not None and up is not None:
-            if keep is None:
-                grad_x.addmm_(up.t(), A)
-            else:
-                grad_x.addcmul_(up.t().mm(A), keep)
-        grad_factors.append(up.mm(inputs if keep is None else keep.mul_(inputs)) if need_A else None)  # type: ignore[union-attr]
-        grad_factors.append(down.mm(rows).mul_(scale).t() if need_B else None)
+        grad_A = grad_B = None
+        if need_B:
+            grad_B = down.mm(rows).mul_(scale).t()
+        if need_A or grad_x is not None:
+            up = B.t().mm(rows.t()).t().contiguous().mul_(scale)
+            keep = None if mask is None else mask.reshape(-1, A.shape[1]).to(grad.dtype)
+            if grad_x is not None:
+                grad_x = grad_x.addmm_(up, A) if keep is None else grad_x.addcmul_(up.mm(A), keep)
+            if need_A:
+                grad_A = up.t().mm(inputs if keep is None else keep.mul_(inputs))
+        grad_factors += [grad_A, grad_B]
     return (
         None,
         None if grad_x is None else grad_x.view(*grad.shape[:-1], weight.shape[1]),

@@ -100,7 +100,7 @@ def unmerge(model: M, *, check: bool = True) -> M:
         for path, module, site in found:
             merged = _merged(site)
             for name, record in reversed(merged.folds):
-                unfold(_held(module, name), record, check=check, where=path)
+                unfold(_held(module, name), record, check=check, where=path, verified=check)
             for name, parameter in merged.tied.items():
                 _owner(module, name)._parameters[name.rpartition(".")[2]] = parameter
             site.merged = None

@@ -282,10 +282,10 @@ def test_an_entry_that_fits_nothing_is_told() -> None:
 
 
 def test_predicates_rely_on_what_stands_before_them() -> None:
-    small = Pattern.type(nn.Linear) & Pattern.where(lambda module: module.out_features == 2)
+    small = Pattern.type(nn.Linear) & Pattern.where(lambda module: bool(module.out_features == 2))
     assert sites(LoraRule(small)) == ["head"]
     with pytest.raises(RuleError, match="in_features"):
-        plan_rules(Net(), [LoraRule(Pattern.where(lambda module: module.in_features == 4))])
+        plan_rules(Net(), [LoraRule(Pattern.where(lambda module: bool(module.in_features == 4)))])
 
 
 def test_a_rewritten_model_that_fails_on_the_example_is_given_back() -> None:
