@@ -22,7 +22,21 @@ __all__ = ["AdapterTensors", "Adapters", "ModelState", "SiteState"]
 
 
 class AdapterTensors(nn.Module):
-    """The tensors of one adapter at one site: parameters and buffers, under the names the rules gave them."""
+    """The tensors of one adapter at one site: parameters and buffers, under the names the rules gave them.
+
+    They are used by the site's forward, never by a call of this module, so a hook that brings them here before such a
+    call would leave the site with tensors that have no data; torch computes with those without a word.
+    """
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "_hf_hook" and any(getattr(hook, "offload", False) for hook in getattr(value, "hooks", [value])):
+            value.detach_hook(self)  # its tensors are away already
+            raise SurgeryError(
+                "accelerate can't offload a model that has adapters",
+                why="it brings a module's tensors back for that module's own call, and adapters are used by their sites",
+                fix="accelerate.hooks.remove_hook_from_submodules(model) takes off what it put on; don't offload",
+            )
+        super().__setattr__(name, value)
 
     def tensors(self) -> dict[str, Tensor]:
         held = {**self._parameters, **self._buffers}
