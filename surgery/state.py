@@ -33,7 +33,7 @@ class AdapterTensors(nn.Module):
             value.detach_hook(self)  # its tensors are away already
             raise SurgeryError(
                 "accelerate can't offload a model that has adapters",
-                why="it brings a module's tensors back for that module's own call, and adapters are used by their sites",
+                why="it brings tensors back for a call of the module that holds them; adapters are used by their sites",
                 fix="accelerate.hooks.remove_hook_from_submodules(model) takes off what it put on; don't offload",
             )
         super().__setattr__(name, value)

@@ -573,8 +573,8 @@ def test_weights_offloaded_by_accelerate_are_refused(optional: Callable[..., Any
 
 def test_offloading_live_adapters_is_refused_and_loses_nothing(optional: Callable[..., Any]) -> None:
     accelerate = optional("accelerate")
-    for rule in (LoraRule(nn.Linear, rank=2, init="random"), TrainRule(nn.Linear)):
-        model, x = apply_rules(mlp(), [rule]), torch.randn(3, 8)
+    for one in (LoraRule(nn.Linear, rank=2, init="random"), TrainRule(nn.Linear)):
+        model, x = apply_rules(mlp(), [one]), torch.randn(3, 8)
         expected = model(x)
         with pytest.raises(SurgeryError, match="offload"):
             accelerate.cpu_offload(model, execution_device=torch.device("cpu"))

@@ -1,0 +1,117 @@
+"""The table on screen and docs/benchmarks.md."""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Sequence
+from importlib import metadata
+from pathlib import Path
+
+import torch
+
+from surgery.table import table
+from tests.benchmarks.lines import Row
+from tests.benchmarks.timing import Setting
+
+PAGE = Path(__file__).parents[2] / "docs" / "benchmarks.md"
+
+INTRO = """# Benchmarks
+
+`make bench` measures, prints this table and writes this page; `make bench DEVICE=cuda` adds the table of a GPU. With
+`ARGS="--only train"` it measures one line and writes nothing.
+
+A figure is a ratio: to the same model with its parameters frozen and no adapter ("base"), to PEFT doing the same work,
+or to `import torch`. The column PEFT is PEFT's own ratio to the same. Candidates run in turn, round by round, in one
+process; a figure is the median over the rounds of the ratio within a round. On the CPU one thread works, and CPU time
+is counted rather than the clock's, so that other programs on the machine don't count. Adapters have rank 8, sit on all
+linear layers and are moved from zero. A training step is forward and backward of 4 × 128 tokens, with gradients down
+to the embeddings. The models have random weights: a Llama of 4 layers, 1,024 wide; one of 6 layers, 576 wide
+(SmolLM2-135M's shape); a BERT of 6 layers, 384 wide (MiniLM's), its own dropout off.
+"""
+
+WHY = {
+    "forward": "384 wide, rank 8 is 4 % of a layer's arithmetic, and matrices eight wide run at half the speed of the "
+    "layer's own; what Python does for each layer is another 2 %. Wider models come closer to the base.",
+    "decode": "a layer's product for one token takes tens of microseconds here, and the two small products beside it "
+    "cost about ten whatever the layer's size. Wider models come closer to the base.",
+    "training step, dropout 0:": "384 wide, rank 8 is 4 % of a layer's arithmetic, and matrices eight wide run at half "
+    "the speed of the layer's own. Wider models come closer to the base.",
+    "training step, dropout 0.1:": "in a narrow model torch's own draw of the mask is a large part: for one 384-wide "
+    "layer it takes 0.7 of the time of the layer's product, for PEFT, too. Masks from random bytes would take a fifth "
+    "of it, and would not be those that the same seed gives to `F.dropout`, which these are.",
+    "adapter #": "what remains is planning and recording the rule at each site, a quarter of a millisecond.",
+    "merge + unmerge": "a copy is new memory, and for large weights half of the time goes by until the system has "
+    "handed out its pages, where PEFT reuses its own; a checksum that tells a changed weight before it is lost takes "
+    "another fifth. PEFT's pair does neither, and does not give the weights back.",
+    "merged forward": "noise: a merged module is of the base's own class and runs the base's own code "
+    "(`test_apply_merge_unmerge_remove`).",
+    "import": "importing the engine's own modules.",
+}
+
+
+def machine(setting: Setting) -> str:
+    names = ("torch", "transformers", "peft")
+    versions = ", ".join(f"{name} {metadata.version(name).partition('+')[0]}" for name in names)
+    where = torch.cuda.get_device_name() if setting.cuda else "CPU, one thread"
+    return f"{where}; Python {platform.python_version()}, {versions}; medians of {setting.rounds} interleaved runs."
+
+
+def line(row: Row) -> str:
+    return f"  {row.work}: {_number(row.figure)}" + (f"  (PEFT {row.peft:.2f})" if row.peft else "")
+
+
+def shown(rows: Sequence[Row], setting: Setting) -> str:
+    return table(_head(setting), [_cells(row, setting) for row in rows])
+
+
+def write(rows: Sequence[Row], setting: Setting) -> Path:
+    """Put this device's section into the page, beside those of other devices."""
+    heading = "GPU" if setting.cuda else "CPU"
+    sections = dict(part.split("\n", 1) for part in _read().split("\n## ")[1:])
+    sections[heading] = _section(rows, setting)
+    parts = [INTRO, *(f"## {name}\n{text.rstrip()}\n" for name, text in sorted(sections.items()))]
+    PAGE.write_text("\n".join(parts), encoding="utf-8")
+    return PAGE
+
+
+def _read() -> str:
+    return PAGE.read_text(encoding="utf-8") if PAGE.exists() else ""
+
+
+def _section(rows: Sequence[Row], setting: Setting) -> str:
+    head = _head(setting)
+    lines = ["", machine(setting), "", _markdown(head), _markdown(["---"] + ["--:"] * (len(head) - 1))]
+    lines += [_markdown(_cells(row, setting)) for row in rows]
+    missed: dict[str, list[str]] = {}
+    for row in rows:
+        if not row.met:
+            why = next((text for start, text in WHY.items() if row.work.startswith(start)), "not yet looked into.")
+            missed.setdefault(why, []).append(f"{row.work}: {_number(row.figure)} for {_aim(row)}")
+    if missed:
+        lines += ["", "Aims that are missed, and why:", ""]
+        lines += [f"- {'; '.join(works)}: {why}" for why, works in missed.items()]
+    return "\n".join(lines)
+
+
+def _head(setting: Setting) -> list[str]:
+    return ["work", "aim", "surgery", "PEFT", "met", *(["ms"] if setting.cuda else [])]
+
+
+def _cells(row: Row, setting: Setting) -> list[str]:
+    peft = "–" if row.peft is None else f"{row.peft:.2f}"
+    cells = [row.work, _aim(row), _number(row.figure), peft, "yes" if row.met else "no"]
+    if setting.cuda:
+        cells.append("–" if row.seconds is None else f"{1000 * row.seconds:.3f}")
+    return cells
+
+
+def _aim(row: Row) -> str:
+    return f"≤ {row.aim:g}" + (f" × {row.to}" if row.to else "") + (" and below PEFT" if row.below_peft else "")
+
+
+def _number(value: float) -> str:
+    return f"{value:.3f}" if value < 0.1 else f"{value:.2f}"
+
+
+def _markdown(cells: Sequence[str]) -> str:
+    return "| " + " | ".join(cells) + " |"

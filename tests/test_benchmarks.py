@@ -1,0 +1,32 @@
+"""The benchmarks run; how fast things are is measured by `make bench`, never by a test."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tests.benchmarks import report
+from tests.benchmarks.lines import LINES, Row
+from tests.benchmarks.timing import Setting
+
+
+def test_a_line_runs() -> None:
+    pytest.importorskip("peft")
+    first, second = LINES["saved"](Setting(rounds=1, sample=0.0, quick=True))
+    assert "Llama" in first.work and "MiniLM" in second.work and 0.3 < first.figure < 1.0
+
+
+def test_the_page_keeps_other_devices_and_tells_what_is_missed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("peft")
+    monkeypatch.setattr(report, "PAGE", tmp_path / "page.md")
+    monkeypatch.setattr(report, "machine", lambda setting: f"on {setting.device}")
+    met = Row("forward: tiny", "base", 1.07, 1.05, 1.2)
+    missed = Row("training step: tiny", "base", 1.5, 1.4, 1.3, below_peft=True)
+    report.write([met], Setting("cuda"))
+    report.write([met, missed], Setting())
+    page = report.write([met, missed], Setting()).read_text(encoding="utf-8")
+    assert page.startswith("# Benchmarks") and page.count("## CPU") == page.count("## GPU") == 1
+    assert "| forward: tiny | ≤ 1.07 × base | 1.05 | 1.20 | yes |" in page
+    assert "| training step: tiny | ≤ 1.5 × base and below PEFT | 1.40 | 1.30 | no |" in page
+    assert page.count("Aims that are missed") == 1 and "not yet looked into" in page
