@@ -146,7 +146,8 @@ class _LowRankLinear(torch.autograd.Function):
         kept = x if need_weight or any(need_factors[::2]) else None
         ctx.settings = settings
         ctx.save_for_backward(kept, weight, bias, *factors, *downs, *masks)
-        return y
+        # A view made in here could not be written to by whoever gets it, which a layer's output can be.
+        return torch.ops.aten._unsafe_view(y, y.shape) if y._is_view() else y
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:

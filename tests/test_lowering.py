@@ -434,6 +434,21 @@ def test_hooks_see_the_whole_output_and_keep_what_they_saw() -> None:
         handle.remove()
 
 
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("shape", [(4, 12), (2, 3, 12), (2, 1, 3, 12)])
+def test_the_output_can_be_written_to(shape: tuple[int, ...], bias: bool) -> None:
+    layer, x = adapted(nn.Linear(12, 10, bias=bias)), torch.randn(*shape)
+    y = layer(x)
+    y[..., :5] /= 2.0
+    y.mul_(3.0).sum().backward()
+    grad = box(layer).B.grad
+    assert grad is not None
+    layer.zero_grad()
+    y = by_hand(layer, x)
+    (1.5 * y[..., :5].sum() + 3.0 * y[..., 5:].sum()).backward()
+    torch.testing.assert_close(grad, box(layer).B.grad, **CLOSE)
+
+
 @pytest.mark.parametrize("gradients", [True, False])
 def test_the_input_is_never_written(gradients: bool) -> None:
     layer, x = adapted(dropout=0.4), torch.randn(4, 12)
