@@ -221,7 +221,7 @@ _add(_D, "bitnet", "BitNetForCausalLM", _text, LLAMA)
 _add(_D, "seed_oss", "SeedOssForCausalLM", _text, LLAMA_8)
 _add(_D, "apertus", "ApertusForCausalLM", _text, LLAMA)
 _add(_D, "nanochat", "NanoChatForCausalLM", _text, LLAMA)
-_add(_D, "minicpm3", "MiniCPM3ForCausalLM", _text, LLAMA, q_lora_rank=8, kv_lora_rank=8, qk_nope_head_dim=8, qk_rope_head_dim=8, v_head_dim=8)
+_add(_D, "minicpm3", "MiniCPM3ForCausalLM", _text, LLAMA, num_key_value_heads=4, q_lora_rank=8, kv_lora_rank=8, qk_nope_head_dim=8, qk_rope_head_dim=8, v_head_dim=8)
 _add(_D, "modernbert_decoder", "ModernBertDecoderForCausalLM", _text, BERT, cls_token_id=1, sep_token_id=2)
 
 # Encoder-decoders -------------------------------------------------------------------------------------------------
@@ -273,7 +273,7 @@ _add(_M, "granitemoe", "GraniteMoeForCausalLM", _text, LLAMA, num_local_experts=
 _add(_M, "granitemoeshared", "GraniteMoeSharedForCausalLM", _text, LLAMA, num_local_experts=4, shared_intermediate_size=16)
 _add(_M, "phimoe", "PhimoeForCausalLM", _text, LLAMA, num_local_experts=4)
 _add(_M, "dbrx", "DbrxForCausalLM", _text, TOKENS, d_model=32, n_heads=4, n_layers=2, max_seq_len=32,
-     ffn_config={"ffn_hidden_size": 48, "moe_num_experts": 4, "moe_top_k": 2}, attn_config={"kv_n_heads": 2})  # fmt: skip
+     ffn_config={"ffn_hidden_size": 48, "moe_num_experts": 4, "moe_top_k": 2}, attn_config={"kv_n_heads": 2, "rope_theta": 10000.0, "clip_qkv": 8})  # fmt: skip
 _add(_M, "jetmoe", "JetMoeForCausalLM", _text, LLAMA, kv_channels=8, num_local_experts=4, num_experts_per_tok=2)
 _add(_M, "glm4_moe", "Glm4MoeForCausalLM", _text, DEEPSEEK, head_dim=8)
 _add(_M, "ernie4_5_moe", "Ernie4_5_MoeForCausalLM", _text, LLAMA, moe_num_experts=4, moe_k=2, moe_intermediate_size=16, moe_layer_start_index=0)
@@ -298,7 +298,7 @@ _add(
     expert_layer_period=2, expert_layer_offset=1, num_experts=4, mamba_d_state=4, mamba_dt_rank=2, use_mamba_kernels=False,
 )  # fmt: skip
 _add(
-    _S, "zamba", "ZambaForCausalLM", _whole_text, LLAMA, num_hidden_layers=4, num_key_value_heads=4, mamba_d_state=4,
+    _S, "zamba", "ZambaForCausalLM", _whole_text, LLAMA, num_hidden_layers=6, num_key_value_heads=4, mamba_d_state=4,
     mamba_dt_rank=2, n_mamba_heads=2, attn_layer_period=2, attn_layer_offset=1, use_mamba_kernels=False,
 )  # fmt: skip
 _add(
@@ -314,7 +314,7 @@ _add(
     _S, "falcon_h1", "FalconH1ForCausalLM", _whole_text, LLAMA_8, mamba_d_ssm=32, mamba_n_heads=4, mamba_d_head=8,
     mamba_n_groups=2, mamba_d_state=4, mamba_chunk_size=4, mamba_expand=1,
 )  # fmt: skip
-_add(_S, "xlstm", "xLSTMForCausalLM", _whole_text, TOKENS, hidden_size=32, embedding_dim=32, num_heads=4, num_blocks=2, num_hidden_layers=2, chunk_size=4)
+_add(_S, "xlstm", "xLSTMForCausalLM", _whole_text, TOKENS, hidden_size=128, embedding_dim=128, num_heads=4, num_blocks=2, num_hidden_layers=2, chunk_size=4)
 _add(
     _S, "qwen3_next", "Qwen3NextForCausalLM", _whole_text, LLAMA_8, EXPERTS, linear_num_value_heads=4,
     linear_num_key_heads=2, linear_key_head_dim=8, linear_value_head_dim=8, shared_expert_intermediate_size=16,
@@ -357,7 +357,7 @@ _add(_V, "mobilenet_v2", "MobileNetV2ForImageClassification", _images(32), image
 _add(
     _V, "efficientnet", "EfficientNetForImageClassification", _images(32), image_size=32, kernel_sizes=[3, 3],
     in_channels=[8, 8], out_channels=[8, 12], strides=[1, 2], num_block_repeats=[1, 1], expand_ratios=[1, 2],
-    depthwise_padding=[], width_coefficient=0.25, depth_coefficient=1.0, hidden_dim=16, num_hidden_layers=2, num_labels=3,
+    depthwise_padding=[], width_coefficient=0.25, depth_coefficient=1.0, hidden_dim=320, num_hidden_layers=2, num_labels=3,
 )  # fmt: skip
 _add(
     _V, "pvt", "PvtForImageClassification", _images(32), image_size=32, num_encoder_blocks=2, depths=[1, 1],
@@ -404,7 +404,7 @@ _add(
     num_encoder_blocks=2, patch_sizes=[7, 3], strides=[4, 2], padding=[2, 1], mlp_ratio=2.0, num_labels=3,
 )  # fmt: skip
 _add(
-    _V, "cvt", "CvtForImageClassification", _images(32), embed_dim=[8, 16, 24], num_heads=[1, 2, 2], depth=[1, 1, 1],
+    _V, "cvt", "CvtForImageClassification", _images(32), embed_dim=[8, 16, 24], num_heads=[1, 2, 2], depth=[1, 2, 3],
     num_labels=3,
 )  # fmt: skip
 _add(
@@ -558,7 +558,7 @@ _add(
 )  # fmt: skip
 _add(_MM, "groupvit", "GroupViTModel", _text_and_images(), CLIP, vision_config={**CLIP_VISION, "depths": [1, 1, 0], "num_group_tokens": [4, 2, 0], "num_output_groups": [4, 2, 2]}, projection_intermediate_dim=24)
 _add(_MM, "blip", "BlipForConditionalGeneration", _text_and_images(), CLIP, text_config={**CLIP_TEXT, "encoder_hidden_size": 32})
-_add(_MM, "align", "AlignModel", _text_and_images(32), text_config=BERT, projection_dim=32, vision_config={
+_add(_MM, "align", "AlignModel", _text_and_images(32), text_config=BERT, projection_dim=8, vision_config={
     "image_size": 32, "kernel_sizes": [3, 3], "in_channels": [8, 8], "out_channels": [8, 12], "strides": [1, 2],
     "num_block_repeats": [1, 1], "expand_ratios": [1, 2], "depthwise_padding": [], "width_coefficient": 0.25,
     "depth_coefficient": 1.0, "hidden_dim": 16, "num_hidden_layers": 2,
@@ -572,9 +572,9 @@ _add(
 )  # fmt: skip
 _add(_MM, "visual_bert", "VisualBertModel", _with_regions, BERT, visual_embedding_dim=8)
 _add(_MM, "git", "GitForCausalLM", _text_and_images(), BERT, vision_config=CLIP_VISION)
-_add(_MM, "bridgetower", "BridgeTowerModel", lambda: {**_text_and_images()(), "pixel_mask": torch.ones(2, 16, 16)}, SMALL, text_config=BERT, vision_config={**CLIP_VISION, "init_layernorm_from_vision_encoder": False})
-_add(_MM, "owlvit", "OwlViTForObjectDetection", _text_and_images(), CLIP)
-_add(_MM, "owlv2", "Owlv2ForObjectDetection", _text_and_images(), CLIP)
+_add(_MM, "bridgetower", "BridgeTowerModel", lambda: {**_text_and_images()(), "pixel_mask": torch.ones(2, 16, 16)}, SMALL, text_config=BERT, vision_config={**CLIP_VISION, "hidden_size": 64, "init_layernorm_from_vision_encoder": False})
+_add(_MM, "owlvit", "OwlViTForObjectDetection", _text_and_images(), CLIP, projection_dim=32)
+_add(_MM, "owlv2", "Owlv2ForObjectDetection", _text_and_images(), CLIP, projection_dim=32)
 _add(
     _MM, "llava", "LlavaForConditionalGeneration", _with_image_tokens(98, 4), text_config={**LLAMA, "model_type": "llama"},
     vision_config={**CLIP_VISION, "model_type": "clip_vision_model"}, image_token_id=98, image_token_index=98,
@@ -597,7 +597,7 @@ _add(
     lambda: {**_text_and_images()(), "bbox": torch.randint(0, 50, (2, 7, 4)).sort(-1).values}, BERT, coordinate_size=4,
     shape_size=8, input_size=16, patch_size=8, max_2d_position_embeddings=64, rel_pos_bins=8, rel_2d_pos_bins=8,
 )  # fmt: skip
-_add(_MM, "lilt", "LiltForTokenClassification", lambda: {**_text(), "bbox": torch.randint(0, 50, (2, 7, 4)).sort(-1).values}, BERT, channel_shrink_ratio=2, max_2d_position_embeddings=64)
+_add(_MM, "lilt", "LiltForTokenClassification", lambda: {**_text(), "bbox": torch.randint(0, 50, (2, 7, 4)).sort(-1).values}, BERT, hidden_size=24, channel_shrink_ratio=2, max_2d_position_embeddings=64)
 
 # Time series ------------------------------------------------------------------------------------------------------
 
@@ -639,7 +639,7 @@ _add(_O, "tapas", "TapasForQuestionAnswering", lambda: {**_text(), "token_type_i
 _add(_O, "markuplm", "MarkupLMModel", _text, BERT, max_depth=4, xpath_unit_hidden_size=4, max_xpath_tag_unit_embeddings=8, max_xpath_subs_unit_embeddings=8, tag_pad_id=7, subs_pad_id=7)
 _add(
     _O, "perceiver", "PerceiverForMaskedLM", _text, d_model=16, d_latents=24, num_latents=4, num_blocks=1, num_self_attends_per_block=2,
-    num_self_attention_heads=2, num_cross_attention_heads=2, qk_channels=16, v_channels=16, vocab_size=99, max_position_embeddings=7,
+    num_self_attention_heads=2, num_cross_attention_heads=2, vocab_size=99, max_position_embeddings=7,
 )  # fmt: skip
 _add(
     _O, "decision_transformer", "DecisionTransformerModel",
