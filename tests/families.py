@@ -582,7 +582,7 @@ _add(
 _add(
     _A, "encodec", "EncodecModel", lambda: {"input_values": torch.randn(2, 1, 320)}, num_filters=4, hidden_size=8,
     num_residual_layers=1, upsampling_ratios=[4, 2], codebook_size=16, codebook_dim=8, num_lstm_layers=1, kernel_size=3,
-    last_kernel_size=3, target_bandwidths=[24.0],
+    last_kernel_size=3, target_bandwidths=[24.0], norm_type="time_group_norm",
 )
 _add(
     _A, "dac", "DacModel", lambda: {"input_values": torch.randn(2, 1, 320)}, encoder_hidden_size=4,

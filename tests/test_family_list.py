@@ -27,12 +27,12 @@ SAMPLE = ["bert", "gpt_neo", "t5", "qwen3_moe", "mamba2", "segformer", "wavlm", 
 NAMES = list(FAMILIES) if os.environ.get("ALL_FAMILIES") else SAMPLE
 
 # Families without a linear layer beside their head, and what is adapted in its place.
-NO_LINEAR: dict[str, type[nn.Module]] = {
+NO_LINEAR: dict[str, type[nn.Module] | str] = {
     **dict.fromkeys(["resnet", "regnet", "bit", "efficientnet", "poolformer"], nn.Conv2d),
     **dict.fromkeys(["mobilevitv2", "mobilenet_v1", "mobilenet_v2"], nn.Conv2d),
     "encodec": nn.Conv1d,
     "dac": nn.Conv1d,
-    "ibert": nn.Embedding,  # its maps are QuantLinear, which is no Linear
+    "ibert": "classifier.dense",  # its maps are QuantLinear, which is no Linear; the head has one
 }
 
 # Targets of "all-linear" whose weights the family's code reads past them: regular expressions.
