@@ -79,18 +79,7 @@ TIED = {"zamba", "dab_detr", "deformable_detr", "blip"}
 RANDOM = {"vilt"}
 
 # Change the output of an adapted layer in place, which autograd refuses where that output is a view.
-IN_PLACE = {
-    "deberta",
-    "longformer",
-    "swinv2",
-    "swin2sr",
-    "conditional_detr",
-    "dab_detr",
-    "deformable_detr",
-    "groupvit",
-    "owlvit",
-    "owlv2",
-}
+IN_PLACE: set[str] = set()
 
 # Can't be differentiated in evaluation mode as they are: they change what their own backward needs.
 NO_BACKWARD = {"rwkv", "xlstm", "reformer"}
