@@ -97,6 +97,11 @@ def turns_input(site: Site | LiveSite) -> bool:
     return layout.packed or layout.kind == "conv1d" or site.base_class.forward is nn.Linear.forward
 
 
+def by_block(rows: Tensor, blocks: Tensor) -> Tensor:
+    """Rows (…, in) times a block-diagonal matrix: blocks (n, size, size), or one, which is repeated."""
+    return torch.einsum("...kb,kbc->...kc", rows.unflatten(-1, (-1, blocks.shape[-1])), blocks).flatten(-2)
+
+
 def undivided(layout: Layout, size: int, called: str) -> str | None:
     """Why blocks of this size (or number) can't be had of a map's input, or None."""
     width = math.prod(sizes(layout)[1:])

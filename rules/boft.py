@@ -93,7 +93,7 @@ class BoftRule(Rule):
             apart, half = 2**i, size // 2
             if i:
                 rows = rows.unflatten(-1, (-1, 2, apart, half)).transpose(-3, -2).flatten(-4)
-            rows = (rows.unflatten(-1, (-1, size)).unsqueeze(-2) @ turns[i]).flatten(-3)
+            rows = _maps.by_block(rows, turns[i])
             if i:
                 rows = rows.unflatten(-1, (-1, apart, 2, half)).transpose(-3, -2).flatten(-4)
         return _maps.from_rows(layout, rows * s).to(weight.dtype)

@@ -104,6 +104,4 @@ class OftRule(Rule):
 
 def _turned(rows: Tensor, back: bool, rotation: Tensor) -> Tensor:
     """Each row (…, in) block by block: x R, or w Rᵀ."""
-    size = rotation.shape[-1]
-    blocks = rows.unflatten(-1, (-1, size)).unsqueeze(-2)
-    return (blocks @ (rotation.transpose(-1, -2) if back else rotation)).flatten(-3)
+    return _maps.by_block(rows, rotation.transpose(-1, -2) if back else rotation)
