@@ -7,6 +7,7 @@ from rules.ia3 import IA3Rule
 from rules.loha import LohaRule
 from rules.lokr import LokrRule
 from rules.lora import LoraRule
+from rules.miss import MissRule
 from rules.norm import NormRule
 from rules.oft import OftRule
 from rules.road import RoadRule
@@ -22,6 +23,7 @@ __all__ = [
     "LohaRule",
     "LokrRule",
     "LoraRule",
+    "MissRule",
     "NormRule",
     "OftRule",
     "RoadRule",

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from rules import BoftRule, HraRule, IA3Rule, LohaRule, LokrRule, LoraRule, OftRule, RoadRule, VeraRule
+from rules import BoftRule, HraRule, IA3Rule, LohaRule, LokrRule, LoraRule, MissRule, OftRule, RoadRule, VeraRule
 from surgery import (
     PlanError,
     Rule,
@@ -27,6 +27,7 @@ from surgery import (
     remove,
     rules_from_json,
     rules_to_json,
+    summary,
     unmerge,
 )
 from surgery.testing import assert_reversible
@@ -199,6 +200,18 @@ def road(w: Tensor, b: Tensor, held: Held, rule: Any) -> Changed:
     return R @ w, R @ b
 
 
+def miss(w: Tensor, b: Tensor, held: Held, rule: Any) -> Changed:
+    D, r, new = held["block"], rule.rank, w.clone()
+    if rule.variant == "bat":
+        for o, i in itertools.product(range(0, w.shape[0], r), range(0, w.shape[1], r)):
+            piece = w[o : o + r, i : i + r]
+            new[o : o + r, i : i + r] = piece + piece @ D[o // r] + D[o // r]
+        return new, b
+    for o, i in itertools.product(range(w.shape[0]), range(w.shape[1])):
+        new[o, i] = w[o, i] + D[i % r, o % rule.mini_r if rule.variant == "mini" else o]
+    return new, b
+
+
 @dataclass
 class Method:
     rule: Rule
@@ -217,6 +230,7 @@ PEFTS: dict[type[Rule], tuple[str, Mapping[str, str]]] = {
     OftRule: ("OFTConfig", {"R": "oft_R.{}.weight"}),
     BoftRule: ("BOFTConfig", {"R": "boft_R", "s": "boft_s"}),
     HraRule: ("HRAConfig", {"u": "hra_u"}),
+    MissRule: ("MissConfig", {"block": "miss_block"}),
     RoadRule: ("RoadConfig", {"theta": "road_theta", "alpha": "road_alpha"}),
 }
 LINEARS = ("Linear", "Linear3d")
@@ -263,6 +277,18 @@ METHODS: dict[str, Method] = {
     ),
     "hra": Method(HraRule("m", rank=4), hra, (*LINEARS, "Conv2d", "Conv2d-1x1"), {"r": 4}),
     "hra-gs": Method(HraRule("m", rank=3, apply_GS=True), hra, ("Linear", "Conv2d"), {"r": 3, "apply_GS": True}),
+    "miss": Method(MissRule("m", rank=4), miss, LINEARS, {"r": 4}, layers=PLAIN),
+    "miss-uneven": Method(MissRule("m", rank=5), miss, LINEARS, {"r": 5}, layers=PLAIN),
+    "miss-mini": Method(
+        MissRule("m", rank=4, variant="mini", mini_r=2),
+        miss,
+        LINEARS,
+        {"r": 4, "mini_r": 2, "init_weights": "mini"},
+        layers=PLAIN,
+    ),
+    "miss-bat": Method(
+        MissRule("m", rank=4, variant="bat"), miss, LINEARS, {"r": 4, "init_weights": "bat"}, layers=PLAIN
+    ),
     **{
         variant: Method(
             RoadRule("m", variant=variant, group_size=4),
@@ -457,6 +483,27 @@ def test_it_starts_as_in_peft(name: str) -> None:
             assert float(mine.mean()) == pytest.approx(float(tensor.mean()), abs=0.2 * deviations[1] + 1e-7)
 
 
+@needs_peft
+@pytest.mark.filterwarnings("ignore")
+def test_feedforward_modules_are_those_of_peft() -> None:
+    from tests import tiny
+
+    model, inputs = tiny.bert()
+    targets, fed = ["key", "value", "output.dense"], ["re:.*layer.1.output.dense", "attention.output.dense"]
+    config = peft.IA3Config(target_modules=targets, feedforward_modules=r".*(layer.1|attention).output.dense")
+    theirs = peft.get_peft_model(copy.deepcopy(model.eval()), config)
+    ours = apply_rules(model, [IA3Rule(targets, feedforward=fed)])
+    assert summary(ours).trainable == theirs.get_nb_trainable_parameters()[0]
+    with torch.no_grad():
+        for path, parameter in theirs.named_parameters():
+            if "ia3_l" in path:
+                site = path.removeprefix("base_model.model.").removesuffix(".ia3_l.default")
+                mine = ours.get_parameter(f"{site}.adapters.default.scale")
+                parameter.add_(torch.randn_like(parameter) * 0.3)
+                mine.copy_(parameter.flatten())
+    assert_close(ours(**inputs).logits, theirs(**inputs).logits)
+
+
 reproduced = pytest.mark.skipif(
     peft is None or peft.__version__ != "0.21.2", reason="the failure was seen in PEFT 0.21.2; another may have none"
 )
@@ -504,15 +551,16 @@ def test_peft_gives_loha_gradients_of_another_function() -> None:
 
 @needs_peft
 @pytest.mark.filterwarnings("ignore")
-def test_vera_drops_out_the_same_inputs_as_in_peft() -> None:
-    method = METHODS["vera"]
+@pytest.mark.parametrize("name, peft_field", [("vera", "vera_dropout"), ("miss-uneven", "miss_dropout")])
+def test_a_seed_drops_out_the_same_inputs(name: str, peft_field: str) -> None:
+    method = METHODS[name]
     model, x = example("Linear")
-    theirs = in_peft(model, method, vera_dropout=0.5)
+    theirs = in_peft(model, method, **{peft_field: 0.5})
     ours = apply_rules(model, [method.rule.replace(dropout=0.5)])
     mine: Any = ours.get_submodule("m.adapters.default")
     tensors = theirs_of(theirs.base_model.model.m, method)
     with torch.no_grad():
-        tensors["b"].normal_()
+        tensors["b" if name == "vera" else "block"].normal_()
     take_over(tensors, mine.tensors())
     outputs = []
     for adapted in (ours.train(), theirs.train()):
@@ -626,7 +674,7 @@ def test_on_a_quantised_linear(name: str, optional: Callable[[str], Any]) -> Non
     layer = bnb.nn.Linear4bit(64, 32, compute_dtype=torch.float32)
     layer.load_state_dict(nn.Linear(64, 32).state_dict())
     model, x = Holder(layer.to("cpu")), torch.randn(3, 64)
-    if isinstance(method.rule, BoftRule):
+    if isinstance(method.rule, BoftRule) or name == "miss-bat":
         with pytest.raises(PlanError, match="packed"):
             apply_rules(model, [method.rule])
         return
@@ -671,6 +719,8 @@ def test_rules_are_written_and_read(name: str) -> None:
         (BoftRule, {"blocks": 2}),
         (BoftRule, {"n_butterfly_factor": 0}),
         (HraRule, {"apply_GS": "yes"}),
+        (MissRule, {"variant": "mono"}),
+        (MissRule, {"dropout": 0.5, "variant": "bat"}),
         (RoadRule, {"variant": "road_3"}),
         (RoadRule, {"group_size": 3}),
     ],
@@ -692,6 +742,9 @@ def test_a_field_out_of_range_is_told(kind: type[Rule], bad: dict[str, Any]) -> 
         (OftRule("m", block_size=0, blocks=3), nn.Linear(50, 4), "blocks=3"),
         (BoftRule("m", n_butterfly_factor=3), nn.Linear(24, 4), "3 butterfly factors"),
         (HraRule("m", rank=5), nn.Linear(4, 4), "rank=5"),
+        (MissRule("m", rank=5), nn.Linear(4, 4), "pieces of rank=5"),
+        (MissRule("m", rank=2, variant="bat"), nn.Linear(4, 3), "pieces of rank=2"),
+        (MissRule("m", rank=2, variant="mini", mini_r=2), nn.Linear(4, 3), "mini_r=2"),
         (IA3Rule("m", feedforward="n"), nn.Linear(4, 4), "feedforward has 'n'"),
         (LohaRule("m", rank_pattern={"n": 2}), nn.Linear(4, 4), "rank_pattern has 'n'"),
     ],
