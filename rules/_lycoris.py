@@ -38,7 +38,7 @@ class DeltaRule(Rule):
         raise NotImplementedError
 
     def delta(self, held: Mapping[str, Tensor]) -> Tensor:
-        """Δ / (alpha / rank), of as many entries as the weight in the order of its (out, in, *kernel)."""
+        """Δ, linear in each tensor, of as many entries as the weight in the order of its (out, in, *kernel)."""
         raise NotImplementedError
 
     def validate(self) -> None:
@@ -97,7 +97,9 @@ class DeltaRule(Rule):
         return _maps.added(site, self._scaled(site, {name: tensor.detach() for name, tensor in site.params.items()}))
 
     def _scaled(self, site: Site | LiveSite, held: Mapping[str, Tensor]) -> Tensor:
-        return self.delta(held).reshape(_maps.sizes(_maps.at(site))) * self.scale_at(site.path)
+        first = next(iter(held))  # Δ is linear in each of its tensors, and a small one is scaled faster
+        scaled = {**held, first: held[first] * self.scale_at(site.path)}
+        return self.delta(scaled).reshape(_maps.sizes(_maps.at(site)))
 
 
 def through(core: Tensor, a: Tensor, b: Tensor) -> Tensor:

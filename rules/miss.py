@@ -25,8 +25,8 @@ class MissRule(Rule):
     torch.Size([4, 6])
 
     Goes on Linear, transformers' Conv1D and quantised Linears (unmerged). `block` is (rank, out) in `variant` "miss";
-    (rank, mini_r) in "mini", where it serves out / mini_r times; in "bat" (out / rank, rank, rank), and each (rank, rank)
-    of the weight becomes W + W D + D. float32 where the module is in half precision.
+    (rank, mini_r) in "mini", where it serves out / mini_r times; in "bat" (out / rank, rank, rank), where each
+    (rank, rank) of the weight becomes W + W D + D. float32 where the module is in half precision.
 
     Fields, with PEFT's names: `rank` (r), `mini_r`, `dropout` (miss_dropout, on the branch's input; "bat" has none);
     `variant` (init_weights: True is "miss", "mini" and "bat" are the same); `init`: "identity", or "random"
