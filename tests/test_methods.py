@@ -616,7 +616,8 @@ def test_a_stack_merges_in_any_order(name: str, layer: str) -> None:
     model, x = example(layer)
     before = copy.deepcopy(model)
     rules = {"a": method.rule, "b": LoraRule("m", rank=2, init="random"), "c": method.rule}
-    for order in (("a", "b", "c"), ("b", "a", "c"), ("a", "c", "b")):
+    rules["d"] = LoraRule("m", rank=2, dora=True)
+    for order in ("abcd", "dbac", "acdb", "bdca"):
         for adapter in order:
             apply_rules(model, [rules[adapter]], adapter=adapter)
         with torch.no_grad():
