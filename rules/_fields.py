@@ -42,6 +42,12 @@ def one_of(rule: Rule, field: str, *choices: str) -> None:
         raise rule.bad(field, f"one of {', '.join(map(repr, choices))}")
 
 
+def either(rule: Rule, field: str, other: str) -> None:
+    whole(rule, field, other, least=0)
+    if (getattr(rule, field) == 0) == (getattr(rule, other) == 0):
+        raise rule.bad(field, f"right: give either {field} or {other}, and make the other 0")
+
+
 def patterns(rule: Rule, *fields: str) -> None:
     """Each a mapping from path suffixes or regular expressions, as PEFT's rank_pattern, or None."""
     for field in fields:

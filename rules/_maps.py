@@ -102,13 +102,14 @@ def by_block(rows: Tensor, blocks: Tensor) -> Tensor:
     return torch.einsum("...kb,kbc->...kc", rows.unflatten(-1, (-1, blocks.shape[-1])), blocks).flatten(-2)
 
 
-def undivided(layout: Layout, size: int, called: str) -> str | None:
-    """Why blocks of this size (or number) can't be had of a map's input, or None."""
+def block_of(layout: Layout, block_size: int, blocks: int) -> int | str:
+    """The size of the blocks that a map's input is cut into, given it or their number; or why that can't be."""
     width = math.prod(sizes(layout)[1:])
-    if width % size == 0:
-        return None
-    near = max((d for d in range(1, width + 1) if width % d == 0), key=lambda d: -abs(d - size))
-    return f"{called}={size} does not divide the {width} numbers that each output is made of; {near} does"
+    given, name = (blocks, "blocks") if blocks else (block_size, "block_size")
+    if width % given == 0:
+        return width // given if blocks else given
+    near = min((divisor for divisor in range(1, width + 1) if width % divisor == 0), key=lambda d: abs(d - given))
+    return f"{name}={given} does not divide the {width} numbers that each output is made of; {near} does"
 
 
 def kept(site: Site, like: Tensor, chance: float) -> Tensor:

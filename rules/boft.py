@@ -44,9 +44,7 @@ class BoftRule(Rule):
     init: str = "identity"
 
     def validate(self) -> None:
-        _fields.whole(self, "block_size", "blocks", least=0)
-        if (self.block_size == 0) == (self.blocks == 0):
-            raise self.bad("block_size", "right: give either block_size or blocks, and make the other 0")
+        _fields.either(self, "block_size", "blocks")
         _fields.whole(self, "n_butterfly_factor")
         _fields.chance(self, "dropout")
         _fields.one_of(self, "init", "identity", "random")
@@ -61,11 +59,10 @@ class BoftRule(Rule):
             return found
         if found.packed:
             return "it scales and turns the weight itself, and the weight is packed"
-        if why := _maps.undivided(
-            found, *((self.blocks, "blocks") if self.blocks else (self.block_size, "block_size"))
-        ):
-            return why
-        size, blocks = self._sizes(found)
+        size = _maps.block_of(found, self.block_size, self.blocks)
+        if isinstance(size, str):
+            return size
+        blocks = math.prod(_maps.sizes(found)[1:]) // size
         if self.n_butterfly_factor > 1 and (size % 2 or blocks % 2 ** (self.n_butterfly_factor - 1)):
             return f"{self.n_butterfly_factor} butterfly factors can't be had of {blocks} blocks of {size}"
         return None

@@ -48,9 +48,7 @@ class OftRule(Rule):
     init: str = "identity"
 
     def validate(self) -> None:
-        _fields.whole(self, "block_size", "blocks", least=0)
-        if (self.block_size == 0) == (self.blocks == 0):
-            raise self.bad("block_size", "right: give either block_size or blocks, and make the other 0")
+        _fields.either(self, "block_size", "blocks")
         _fields.flag(self, "block_share", "coft", "use_cayley_neumann")
         _fields.positive(self, "eps")
         _fields.whole(self, "num_cayley_neumann_terms")
@@ -64,7 +62,8 @@ class OftRule(Rule):
         found = _maps.linear_map(module, "linear", "conv1d", "convolution")
         if isinstance(found, str):
             return found
-        return _maps.undivided(found, *((self.blocks, "blocks") if self.blocks else (self.block_size, "block_size")))
+        size = _maps.block_of(found, self.block_size, self.blocks)
+        return size if isinstance(size, str) else None
 
     def rewrite(self, site: Site) -> None:
         width = math.prod(_maps.sizes(_maps.at(site))[1:])
