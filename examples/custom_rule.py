@@ -1,4 +1,4 @@
-"""A method of one's own: (IA)³ as a rule of eleven lines, trained on a small Llama, merged, and taken out again.
+"""A method of one's own, the idea of (IA)³, as a rule of eleven lines: trained, merged, taken out.
 
 The model has random weights, so that nothing is loaded; it learns to continue sequences that count in steps of one.
 
@@ -22,8 +22,8 @@ from torch import Tensor, nn  # noqa: E402
 from surgery import LiveSite, Rule, Site, apply_rules, merge, remove, rule, show, summary, unmerge  # noqa: E402
 
 
-@rule("ia3")
-class IA3Rule(Rule):
+@rule("scale")
+class ScaleRule(Rule):
     """What a linear layer puts out, times one trained number a feature. Liu et al. 2022, arXiv:2205.05638."""
 
     identity = True
@@ -62,7 +62,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     held_out = sequences(16)
     before = loss_of(model, held_out).item()
 
-    apply_rules(model, [IA3Rule(["k_proj", "v_proj", "up_proj", "lm_head"])], example_inputs={"input_ids": held_out})
+    apply_rules(model, [ScaleRule(["k_proj", "v_proj", "up_proj", "lm_head"])], example_inputs={"input_ids": held_out})
     print(summary(model))
     print(f"\nthe code that runs at one site:\n{show(model, 'model.layers.0.self_attn.k_proj')}\n")
 

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from rules import _init
+from rules import _fields, _init
 from rules._layouts import Layout, Part, column_norm, layout_of
 from rules.bias import EVERYWHERE, BiasesOf, BiasRule
 from surgery import LiveSite, LowRank, Rule, Site, rule
@@ -58,28 +57,19 @@ class LoraRule(Rule):
     dtype: Any = None
 
     def validate(self) -> None:
-        for field in ("rank_pattern", "alpha_pattern"):
-            if not isinstance(getattr(self, field), (Mapping, type(None))):
-                raise self.bad(field, "a mapping from path suffixes or regular expressions")
+        _fields.patterns(self, "rank_pattern", "alpha_pattern")
         ranks, alphas = dict(self.rank_pattern or {}), dict(self.alpha_pattern or {})
         if not all(type(value) is int and value >= 1 for value in (self.rank, *ranks.values())):
             raise self.bad("rank_pattern" if ranks else "rank", "a whole number from 1")
         if not all(type(value) in (int, float) and 0 < value < math.inf for value in (self.alpha, *alphas.values())):
             raise self.bad("alpha_pattern" if alphas else "alpha", "a number above 0")
-        if type(self.dropout) not in (int, float) or not 0 <= self.dropout < 1:
-            raise self.bad("dropout", "a probability from 0 to below 1")
-        if self.bias not in ("none", "all", "lora_only"):
-            raise self.bad("bias", "'none', 'all' or 'lora_only'")
+        _fields.chance(self, "dropout")
+        _fields.one_of(self, "bias", "none", "all", "lora_only")
+        _fields.flag(self, "lora_bias", "rslora", "dora")
         if not _init.known(self.init):
             raise self.bad("init", f"one of {', '.join(_init.NAMES)}")
         if self.dtype not in (None, "float16", "bfloat16", "float32", "float64"):
             raise self.bad("dtype", "a floating-point dtype")
-        for field in ("lora_bias", "rslora", "dora"):
-            if type(getattr(self, field)) is not bool:
-                raise self.bad(field, "true or false")
-        for field, patterns in (("rank_pattern", ranks), ("alpha_pattern", alphas)):
-            if not all(_compiles(pattern) for pattern in patterns):
-                raise self.bad(field, "made of path suffixes or regular expressions")
 
     @property
     def identity(self) -> bool:  # type: ignore[override]
@@ -90,11 +80,11 @@ class LoraRule(Rule):
         return not self.dora
 
     def rank_at(self, path: str) -> int:
-        return int(_first(self.rank_pattern, path, self.rank))
+        return int(_fields.first(self.rank_pattern, path, self.rank))
 
     def scale_at(self, path: str) -> float:
         rank = self.rank_at(path)
-        return _first(self.alpha_pattern, path, self.alpha) / (math.sqrt(rank) if self.rslora else rank)
+        return _fields.first(self.alpha_pattern, path, self.alpha) / (math.sqrt(rank) if self.rslora else rank)
 
     def check(self, module: nn.Module, path: str) -> str | None:
         layout = layout_of(module, self.rank_at(path))
@@ -109,10 +99,7 @@ class LoraRule(Rule):
         return _init.why_not(self.init, layout)
 
     def review(self, paths: Sequence[str]) -> Iterable[str]:
-        for field in ("rank_pattern", "alpha_pattern"):
-            for key in getattr(self, field) or {}:
-                if not any(_fits(key, path) for path in paths):
-                    yield f"{field} has {key!r}, which fits none of its {len(paths)} sites"
+        return _fields.idle(self, paths, "rank_pattern", "alpha_pattern")
 
     def companions(self) -> Iterable[Rule]:
         if self.bias == "all":
@@ -194,18 +181,3 @@ class LoraRule(Rule):
 def _gain(part: Part, magnitude: Tensor, weight: Tensor) -> Tensor:
     """DoRA's magnitude over the norm of the changed weight, which the paper holds constant in the backward."""
     return (magnitude / column_norm(part, weight).detach()).view(part.against_weight)
-
-
-def _first(patterns: Mapping[str, Any] | None, path: str, default: Any) -> Any:
-    return next((value for key, value in (patterns or {}).items() if _fits(key, path)), default)
-
-
-def _fits(key: str, path: str) -> bool:
-    return re.match(rf"(.*\.)?({key})$", path) is not None  # as PEFT reads rank_pattern
-
-
-def _compiles(pattern: Any) -> bool:
-    try:
-        return isinstance(pattern, str) and re.compile(pattern) is not None
-    except re.error:
-        return False

@@ -155,13 +155,14 @@ def _check_finite(
 
 
 def _changes(module: nn.Module, site: SiteState, names: list[str], folding: SiteFolding) -> Any:
-    # A rule that puts another parameter in the base's place acts before those that add to its output, as in the graph.
+    # As in the graph: a rule that puts another parameter in the base's place acts before those that add to its output,
+    # and one that changes the input acts on all of them, the last to come first.
     own = own_forward(module, site.base)
-    chosen = [applied for applied in site.applied if applied.adapter in names]
-    flags = [_replaces_state_only(module, site, applied, own) for applied in chosen]
-    replacing = [applied for applied, flag in zip(chosen, flags, strict=True) if flag]
-    adding = [applied for applied, flag in zip(chosen, flags, strict=True) if not flag]
-    for index, applied in enumerate(replacing + adding):
+    replacing, adding, on_input = [], [], []
+    for applied in (applied for applied in site.applied if applied.adapter in names):
+        kinds = {ref.kind for ref in layer_of(applied, module, site.path, own).tape.replaced()}
+        (replacing if kinds <= {"state"} else on_input if kinds == {"input"} else adding).append(applied)
+    for index, applied in enumerate(replacing + adding + on_input[::-1]):
         if index == len(replacing):
             folding.mark_base()
         live = LiveSite(module, site.path, applied.adapter, tensors_of(module, applied.adapter), folding.source)
@@ -171,10 +172,6 @@ def _changes(module: nn.Module, site: SiteState, names: list[str], folding: Site
                 if not isinstance(change, (LowRank, Rows, Tensor)):
                     raise TypeError(f"{name} is given a {type(change).__name__}, not a tensor, LowRank or Rows")
         yield changes
-
-
-def _replaces_state_only(module: nn.Module, site: SiteState, applied: Applied, own: Any) -> bool:
-    return all(ref.kind == "state" for ref in layer_of(applied, module, site.path, own).tape.replaced())
 
 
 def _untie(model: nn.Module, module: nn.Module, name: str, merged: Merged, journal: Journal) -> None:

@@ -70,7 +70,7 @@ def test_a_missing_package_is_one_sentence(name: str, tmp_path: Path) -> None:
 def test_custom_rule(tmp_path: Path, packaged: Callable[[str], Path]) -> None:
     found, said = run("custom_rule", tmp_path, packaged, "--steps", "30")
     assert found["same"] and found["difference"] < 1e-4 and found["after"] < found["before"] - 0.5
-    assert "# IA3Rule [default]" in said and "keeps" in said
+    assert "# ScaleRule [default]" in said and "keeps" in said
 
 
 def test_the_custom_rule_is_short_and_public() -> None:

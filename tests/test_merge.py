@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import pickle
 from pathlib import Path
 from typing import Any
@@ -176,6 +177,29 @@ def test_part_of_a_stack() -> None:
     apply_rules(model, [LoraRule("0", rank=2, dora=True)], adapter="c")
     with pytest.raises(SurgeryError, match="depends on the order"):
         merge(model, "a")
+
+
+@pytest.mark.parametrize("order", list(itertools.permutations(["turn", "flip", "lora"])), ids="-".join)
+def test_a_changed_input_is_changed_for_every_rule_of_its_site(order: tuple[str, ...]) -> None:
+    @rule("test-turn-input")
+    class Turn(Rule):
+        def rewrite(self, site: Any) -> None:
+            site.replace(site.input, site.input @ site.param("turn", (site.in_features, site.in_features)))
+
+        def merged(self, site: Any) -> dict[str, Tensor]:
+            return {"weight": site.weight @ site.params["turn"].t()}
+
+    made = {"turn": Turn("0"), "flip": Turn("0"), "lora": LoraRule("0", rank=2, init="random")}
+    model: Any = nn.Sequential(nn.Linear(5, 4))
+    for name in order:
+        apply_rules(model, [made[name]], adapter=name)
+    with torch.no_grad():
+        model[0].adapters.turn.turn.normal_()
+        model[0].adapters.flip.turn.normal_()
+    x = torch.randn(3, 5)
+    live = model(x)
+    merge(model)
+    torch.testing.assert_close(model(x), live, rtol=1e-4, atol=1e-4)
 
 
 def test_several_adapters_are_one_rounding() -> None:

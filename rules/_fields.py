@@ -1,0 +1,80 @@
+"""Checks of a rule's fields that many methods share."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from surgery import Rule
+
+
+def whole(rule: Rule, *fields: str, least: int = 1) -> None:
+    for field in fields:
+        value = getattr(rule, field)
+        if type(value) is not int or value < least:
+            raise rule.bad(field, f"a whole number from {least}")
+
+
+def positive(rule: Rule, *fields: str) -> None:
+    for field in fields:
+        value = getattr(rule, field)
+        if type(value) not in (int, float) or not 0 < value < math.inf:
+            raise rule.bad(field, "a number above 0")
+
+
+def chance(rule: Rule, *fields: str) -> None:
+    for field in fields:
+        value = getattr(rule, field)
+        if type(value) not in (int, float) or not 0 <= value < 1:
+            raise rule.bad(field, "a probability from 0 to below 1")
+
+
+def flag(rule: Rule, *fields: str) -> None:
+    for field in fields:
+        if type(getattr(rule, field)) is not bool:
+            raise rule.bad(field, "true or false")
+
+
+def one_of(rule: Rule, field: str, *choices: str) -> None:
+    if getattr(rule, field) not in choices:
+        raise rule.bad(field, f"one of {', '.join(map(repr, choices))}")
+
+
+def either(rule: Rule, field: str, other: str) -> None:
+    whole(rule, field, other, least=0)
+    if (getattr(rule, field) == 0) == (getattr(rule, other) == 0):
+        raise rule.bad(field, f"right: give either {field} or {other}, and make the other 0")
+
+
+def patterns(rule: Rule, *fields: str) -> None:
+    """Each a mapping from path suffixes or regular expressions, as PEFT's rank_pattern, or None."""
+    for field in fields:
+        held = getattr(rule, field)
+        if held is not None and not (isinstance(held, Mapping) and all(map(_compiles, held))):
+            raise rule.bad(field, "a mapping from path suffixes or regular expressions")
+
+
+def first(held: Mapping[str, Any] | None, path: str, default: Any) -> Any:
+    """The value of the first pattern that fits the path."""
+    return next((value for key, value in (held or {}).items() if fits(key, path)), default)
+
+
+def fits(key: str, path: str) -> bool:
+    return re.match(rf"(.*\.)?({key})$", path) is not None  # as PEFT reads rank_pattern
+
+
+def idle(rule: Rule, paths: Sequence[str], *fields: str) -> Iterable[str]:
+    """The patterns that fit none of a rule's sites, as `Rule.review` tells them."""
+    for field in fields:
+        for key in getattr(rule, field) or {}:
+            if not any(fits(key, path) for path in paths):
+                yield f"{field} has {key!r}, which fits none of its {len(paths)} sites"
+
+
+def _compiles(pattern: Any) -> bool:
+    try:
+        return isinstance(pattern, str) and re.compile(pattern) is not None
+    except re.error:
+        return False

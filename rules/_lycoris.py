@@ -1,0 +1,115 @@
+"""What LoHa and LoKr share: fields, and a ΔW that is computed in full from small tensors."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from rules import _fields, _maps
+from surgery import LiveSite, Rule, Site
+
+
+@dataclass(frozen=True, kw_only=True)
+class DeltaRule(Rule):
+    """W + (alpha / rank) · Δ. A method says which tensors it has (`shapes`) and what Δ they make (`delta`)."""
+
+    rank: int = 8
+    alpha: float = 8
+    rank_dropout: float = 0.0
+    module_dropout: float = 0.0
+    use_effective_conv2d: bool = False
+    init: str = "identity"
+    rank_pattern: Mapping[str, int] | None = None
+    alpha_pattern: Mapping[str, float] | None = None
+
+    rank_dropout_scale = True  # whether rank dropout keeps the mean of what it leaves
+
+    def shapes(self, size: tuple[int, ...], rank: int) -> dict[str, tuple[int, ...]]:
+        """The tensors of a map of this size, (out, in, *kernel)."""
+        raise NotImplementedError
+
+    def zeros(self, shapes: Mapping[str, Any]) -> Iterable[str]:
+        """The tensors that start at zero; the others are Kaiming-uniform."""
+        raise NotImplementedError
+
+    def delta(self, held: Mapping[str, Tensor]) -> Tensor:
+        """Δ, linear in each tensor, of as many entries as the weight in the order of its (out, in, *kernel)."""
+        raise NotImplementedError
+
+    def validate(self) -> None:
+        _fields.whole(self, "rank")
+        _fields.positive(self, "alpha")
+        _fields.chance(self, "rank_dropout", "module_dropout")
+        _fields.flag(self, "use_effective_conv2d")
+        _fields.patterns(self, "rank_pattern", "alpha_pattern")
+        if not all(type(rank) is int and rank >= 1 for rank in (self.rank_pattern or {}).values()):
+            raise self.bad("rank_pattern", "a mapping to whole numbers from 1")
+        if not all(
+            type(alpha) in (int, float) and 0 < alpha < math.inf for alpha in (self.alpha_pattern or {}).values()
+        ):
+            raise self.bad("alpha_pattern", "a mapping to numbers above 0")
+
+    @property
+    def identity(self) -> bool:  # type: ignore[override]
+        return self.init != "random"
+
+    @property
+    def additive(self) -> bool:
+        return True
+
+    def scale_at(self, path: str) -> float:
+        return _fields.first(self.alpha_pattern, path, self.alpha) / self.rank_at(path)
+
+    def rank_at(self, path: str) -> int:
+        return _fields.first(self.rank_pattern, path, self.rank)
+
+    def review(self, paths: Sequence[str]) -> Iterable[str]:
+        return _fields.idle(self, paths, "rank_pattern", "alpha_pattern")
+
+    def check(self, module: nn.Module, path: str) -> str | None:
+        found = _maps.linear_map(module, "linear", "conv1d", "convolution")
+        return found if isinstance(found, str) else None
+
+    def rewrite(self, site: Site) -> Tensor | None:
+        size = _maps.sizes(_maps.at(site))
+        shapes = self.shapes(size, self.rank_at(site.path))
+        zeros = () if self.init == "random" else self.zeros(shapes)
+        held = {
+            name: site.param(
+                name, shape, 0.0 if name in zeros else lambda t: nn.init.kaiming_uniform_(t, a=math.sqrt(5))
+            )
+            for name, shape in shapes.items()
+        }
+        delta = self._scaled(site, held)
+        if self.rank_dropout:
+            keep = _maps.kept(site, delta.flatten(1)[:, :1], self.rank_dropout).view(-1, *(1,) * (len(size) - 1))
+            delta = delta * (keep / keep.mean().clamp(min=1e-6) if self.rank_dropout_scale else keep)
+        if self.module_dropout:
+            delta = delta * _maps.kept(site, delta.flatten()[0], self.module_dropout)
+        return _maps.add(site, delta)
+
+    def merged(self, site: LiveSite) -> dict[str, Any]:
+        return _maps.added(site, self._scaled(site, {name: tensor.detach() for name, tensor in site.params.items()}))
+
+    def _scaled(self, site: Site | LiveSite, held: Mapping[str, Tensor]) -> Tensor:
+        first = next(iter(held))  # Δ is linear in each of its tensors, and a small one is scaled faster
+        scaled = {**held, first: held[first] * self.scale_at(site.path)}
+        return self.delta(scaled).reshape(_maps.sizes(_maps.at(site)))
+
+
+def through(core: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    """A small kernel (r, r, *kernel) with a (r, out) and b (r, in) on its sides: (out, in, *kernel)."""
+    return torch.einsum("ij...,ip,jq->pq...", core, a, b)
+
+
+def core(size: tuple[int, ...], rank: int) -> tuple[int, ...]:
+    return (rank, rank, *size[2:], *(1,) * (len(size) == 3))  # PEFT gives Conv1d's a last 1
+
+
+def has_kernel(size: tuple[int, ...]) -> bool:
+    return math.prod(size[2:]) > 1

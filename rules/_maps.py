@@ -1,0 +1,121 @@
+"""Linear maps as the rules beside LoRA see them: which module holds one, how its weight is added to and turned."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from rules._layouts import Layout, layout_of
+from surgery import LiveSite, Site
+
+NAMES = {"linear": "Linear", "conv1d": "transformers' Conv1D", "convolution": "Conv1d/2d/3d"}
+
+
+def linear_map(module: nn.Module, *kinds: str) -> Layout | str:
+    """How a module holds a linear map of one of these kinds ("linear", "conv1d", "convolution"), or why it does not."""
+    groups = getattr(module, "groups", 1)  # as the rank, so that groups are no reason against a branch
+    found = layout_of(module, groups if type(groups) is int else 1)
+    if isinstance(found, Layout):
+        return found if found.kind in kinds else _only(kinds)
+    return _only(kinds) if found.startswith("LoRA goes") else found
+
+
+def at(site: Site | LiveSite) -> Layout:
+    """The map of a site whose module passed `linear_map` in the rule's check."""
+    found = linear_map(site.module, *NAMES)
+    assert isinstance(found, Layout), found
+    return found
+
+
+def sizes(layout: Layout) -> tuple[int, ...]:
+    """The weight's shape as (out, in, *kernel), whichever way round the module holds it; in is that of one group."""
+    shape = layout.parts[0].shape
+    return shape[::-1] if layout.parts[0].turned else shape
+
+
+def rows_of(layout: Layout, weight: Tensor) -> Tensor:
+    """The weight as a matrix with one row an output feature."""
+    return weight.t() if layout.parts[0].turned else weight.flatten(1)
+
+
+def from_rows(layout: Layout, rows: Tensor) -> Tensor:
+    """The inverse of `rows_of`."""
+    return rows.t() if layout.parts[0].turned else rows.reshape(layout.parts[0].shape)
+
+
+def each_output(layout: Layout, scale: Tensor) -> Tensor:
+    """One number an output feature, in a shape to multiply the weight with."""
+    return scale.view(layout.parts[0].against_weight)
+
+
+def add(site: Site, delta: Tensor) -> Tensor | None:
+    """W + Δ, with Δ (out, in, *kernel): a second pass of the module's own operation with Δ as its weight.
+
+    Where the module's forward is not a plain map the weight itself is edited, which in half precision rounds Δ, too.
+    """
+    layout = at(site)
+    if not layout.weight_space:
+        return site.output + layout.down(site, site.input.to(delta.dtype), delta)
+    weight = site.weight
+    site.replace(weight, (weight.to(delta.dtype) + delta).to(weight.dtype))
+    return None
+
+
+def added(site: LiveSite, delta: Tensor) -> dict[str, Any]:
+    """What `add` is to the weight."""
+    weight, layout = site.weight, at(site)
+    delta = delta.t() if layout.parts[0].turned else delta
+    return {"weight": (weight.to(delta.dtype) + delta).to(weight.dtype)}
+
+
+def turn(site: Site, turned: Callable[[Tensor, bool], Tensor], dtype: Any) -> None:
+    """W M. `turned(x, False)` is M x for each row x of a matrix, and `turned(w, True)` is w M for each row of W.
+
+    On a Linear the input is turned, which needs no second weight; elsewhere the weight.
+    """
+    if turns_input(site):
+        x = site.input
+        site.replace(x, turned(x.to(dtype), False).to(x.dtype))
+    else:
+        weight, layout = site.weight, at(site)
+        site.replace(weight, from_rows(layout, turned(rows_of(layout, weight).to(dtype), True)).to(weight.dtype))
+
+
+def turned_weight(site: LiveSite, turned: Callable[[Tensor, bool], Tensor], dtype: Any) -> dict[str, Any]:
+    """What `turn` is to the weight."""
+    weight, layout = site.weight, at(site)
+    return {"weight": from_rows(layout, turned(rows_of(layout, weight).to(dtype), True)).to(weight.dtype)}
+
+
+def turns_input(site: Site | LiveSite) -> bool:
+    layout = at(site)
+    return layout.packed or layout.kind == "conv1d" or site.base_class.forward is nn.Linear.forward
+
+
+def by_block(rows: Tensor, blocks: Tensor) -> Tensor:
+    """Rows (…, in) times a block-diagonal matrix: blocks (n, size, size), or one, which is repeated."""
+    return torch.einsum("...kb,kbc->...kc", rows.unflatten(-1, (-1, blocks.shape[-1])), blocks).flatten(-2)
+
+
+def block_of(layout: Layout, block_size: int, blocks: int) -> int | str:
+    """The size of the blocks that a map's input is cut into, given it or their number; or why that can't be."""
+    width = math.prod(sizes(layout)[1:])
+    given, name = (blocks, "blocks") if blocks else (block_size, "block_size")
+    if width % given == 0:
+        return width // given if blocks else given
+    near = min((divisor for divisor in range(1, width + 1) if width % divisor == 0), key=lambda d: abs(d - given))
+    return f"{name}={given} does not divide the {width} numbers that each output is made of; {near} does"
+
+
+def kept(site: Site, like: Tensor, chance: float) -> Tensor:
+    """Ones in the shape of `like`, each zero with this chance while the module trains: dropout without its scaling."""
+    return F.dropout(torch.ones_like(like), chance, site.training).sign()  # type: ignore[arg-type]  # a flag at each call
+
+
+def _only(kinds: tuple[str, ...]) -> str:
+    return f"it goes on {' and '.join(NAMES[kind] for kind in kinds)}"

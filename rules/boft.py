@@ -1,0 +1,101 @@
+"""BOFT: orthogonal fine-tuning whose rotation is a product of butterfly factors, each of small blocks."""
+
+from __future__ import annotations
+
+import math
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from rules import _fields, _maps
+from surgery import LiveSite, Rule, Site, rule
+
+
+@rule("boft")
+class BoftRule(Rule):
+    """W becomes s ⊙ (W Mᵀ), M = M_m … M_1: each M_i shuffles features, turns them block by block, and shuffles back.
+
+    >>> from torch import nn
+    >>> from surgery import apply_rules
+    >>> from rules import BoftRule
+    >>> model = apply_rules(nn.Sequential(nn.Linear(16, 6)), [BoftRule("0", block_size=4, n_butterfly_factor=2)])
+    >>> {name: tuple(p.shape) for name, p in model[0].adapters.default.named_parameters()}
+    {'R': (2, 4, 4, 4), 's': (6, 1)}
+
+    A block is the Cayley transform (I - Q) (I + Q)⁻¹ of Q = (R - Rᵀ) / 2. Factor i pairs features that stand 2ⁱ half
+    blocks apart, so m factors reach as far as blocks 2ᵐ⁻¹ times as large. Goes on Linear, transformers' Conv1D and
+    Conv1d/2d/3d, and edits the weight. `R` is (n_butterfly_factor, blocks, block_size, block_size), `s` (out, 1); both
+    float32 where the module is in half precision.
+
+    Fields, with PEFT's names: `block_size` (boft_block_size) or `blocks` (boft_block_num), the other 0;
+    `n_butterfly_factor` (boft_n_butterfly_factor; PEFT makes it 1 where its CUDA extension can't be compiled);
+    `dropout` (boft_dropout): the chance of a block to stand still, while training (PEFT draws a fixed number of blocks
+    of one factor); `init` (init_weights): "identity" (True) or "random" (False).
+
+    Raises `RuleError` for a value out of range. Source: Liu et al. 2023, arXiv:2311.06243; PEFT's BOFTConfig.
+    """
+
+    block_size: int = 4
+    blocks: int = 0
+    n_butterfly_factor: int = 1
+    dropout: float = 0.0
+    init: str = "identity"
+
+    def validate(self) -> None:
+        _fields.either(self, "block_size", "blocks")
+        _fields.whole(self, "n_butterfly_factor")
+        _fields.chance(self, "dropout")
+        _fields.one_of(self, "init", "identity", "random")
+
+    @property
+    def identity(self) -> bool:  # type: ignore[override]
+        return self.init == "identity"
+
+    def check(self, module: nn.Module, path: str) -> str | None:
+        found = _maps.linear_map(module, "linear", "conv1d", "convolution")
+        if isinstance(found, str):
+            return found
+        if found.packed:
+            return "it scales and turns the weight itself, and the weight is packed"
+        size = _maps.block_of(found, self.block_size, self.blocks)
+        if isinstance(size, str):
+            return size
+        blocks = math.prod(_maps.sizes(found)[1:]) // size
+        if self.n_butterfly_factor > 1 and (size % 2 or blocks % 2 ** (self.n_butterfly_factor - 1)):
+            return f"{self.n_butterfly_factor} butterfly factors can't be had of {blocks} blocks of {size}"
+        return None
+
+    def rewrite(self, site: Site) -> None:
+        layout, random = _maps.at(site), self.init == "random"
+        size, blocks = self._sizes(layout)
+        shape = (self.n_butterfly_factor, blocks, size, size)
+        R = site.param("R", shape, partial(nn.init.normal_, std=0.1) if random else 0.0)
+        s = site.param("s", (site.out_features, 1), partial(nn.init.normal_, mean=1.0, std=0.1) if random else 1.0)
+        Q = 0.5 * (R - R.transpose(-1, -2))
+        if self.dropout:
+            Q = Q * _maps.kept(site, R[..., :1, :1], self.dropout)
+        site.replace(site.weight, self._changed(layout, site.weight, Q, s))
+
+    def merged(self, site: LiveSite) -> dict[str, Any]:
+        R, s = site.params["R"].detach(), site.params["s"].detach()
+        return {"weight": self._changed(_maps.at(site), site.weight, 0.5 * (R - R.transpose(-1, -2)), s)}
+
+    def _changed(self, layout: Any, weight: Tensor, Q: Tensor, s: Tensor) -> Tensor:
+        eye = torch.diag_embed(torch.ones_like(Q[..., 0]))
+        turns = torch.linalg.solve(eye + Q, eye - Q, left=False).transpose(-1, -2)
+        rows, (size, _) = _maps.rows_of(layout, weight).to(s.dtype), self._sizes(layout)
+        for i in range(self.n_butterfly_factor):
+            apart, half = 2**i, size // 2
+            if i:
+                rows = rows.unflatten(-1, (-1, 2, apart, half)).transpose(-3, -2).flatten(-4)
+            rows = _maps.by_block(rows, turns[i])
+            if i:
+                rows = rows.unflatten(-1, (-1, apart, 2, half)).transpose(-3, -2).flatten(-4)
+        return _maps.from_rows(layout, rows * s).to(weight.dtype)
+
+    def _sizes(self, layout: Any) -> tuple[int, int]:
+        width = math.prod(_maps.sizes(layout)[1:])
+        size = self.block_size or width // self.blocks
+        return size, width // size

@@ -1,0 +1,81 @@
+"""HRA: the input of a linear map reflected at a few trained hyperplanes, one after the other."""
+
+from __future__ import annotations
+
+import math
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+
+from rules import _fields, _maps
+from surgery import LiveSite, LowRank, Rule, Site, rule
+
+
+@rule("hra")
+class HraRule(Rule):
+    """y = W H₁ … H_r x + b, with Householder reflections H_i = I - 2 u_i u_iᵀ / ‖u_i‖².
+
+    >>> from torch import nn
+    >>> from surgery import apply_rules
+    >>> from rules import HraRule
+    >>> model = apply_rules(nn.Sequential(nn.Linear(8, 6)), [HraRule("0", rank=4)])
+    >>> model[0].adapters.default.u.shape
+    torch.Size([8, 4])
+
+    The product is taken at once, H₁ … H_r = I - U T Uᵀ with U the unit vectors and T⁻¹ = I / 2 + the part of Uᵀ U above
+    the diagonal, so it is a low-rank change, live and merged: of the input of a Linear, transformers' Conv1D or
+    quantised Linear (unmerged), of the weight of a Conv1d/2d/3d, (in/groups · kernel) numbers of each output at a time.
+    `u` is (in, rank) and float32 where the module is in half precision.
+
+    Fields, with PEFT's names: `rank` (r), `apply_GS`: reflect at Gram-Schmidt's orthogonal vectors, I - 2 Q Qᵀ; `init`
+    (init_weights): "identity" (True: vectors come in equal pairs, whose reflections cancel to within rounding; an odd
+    rank, or apply_GS, starts at random, in PEFT as well) or "random" (False).
+
+    Raises `RuleError` for a value out of range. Source: Yuan et al. 2024, arXiv:2405.17484; PEFT's HRAConfig.
+    """
+
+    rank: int = 8
+    apply_GS: bool = False
+    init: str = "identity"
+
+    def validate(self) -> None:
+        _fields.whole(self, "rank")
+        _fields.flag(self, "apply_GS")
+        _fields.one_of(self, "init", "identity", "random")
+
+    def check(self, module: nn.Module, path: str) -> str | None:
+        found = _maps.linear_map(module, "linear", "conv1d", "convolution")
+        if isinstance(found, str):
+            return found
+        width = math.prod(_maps.sizes(found)[1:])
+        return f"rank={self.rank} orthogonal vectors can't be had of {width} numbers" if self.rank > width else None
+
+    def rewrite(self, site: Site) -> None:
+        shape = (math.prod(_maps.sizes(_maps.at(site))[1:]), self.rank)
+        paired = self.init == "identity" and self.rank % 2 == 0 and not self.apply_GS
+        u = site.param("u", shape, _pairs if paired else partial(nn.init.kaiming_uniform_, a=math.sqrt(5)))
+        U, T = self._factors(u)
+        # w - (w U) T Uᵀ for rows of the weight, x - (x U) Tᵀ Uᵀ for rows of inputs
+        _maps.turn(site, lambda rows, back: rows - rows @ U @ (T if back else T.t()) @ U.t(), u.dtype)
+
+    def merged(self, site: LiveSite) -> dict[str, LowRank]:
+        layout = _maps.at(site)
+        U, T = self._factors(site.params["u"].detach())
+        up = _maps.rows_of(layout, site.weight).to(U.dtype) @ U @ T
+        turned = layout.parts[0].turned
+        return {"weight": LowRank(U, up.t(), -1.0) if turned else LowRank(up, U.t(), -1.0)}
+
+    def _factors(self, u: Tensor) -> tuple[Tensor, Tensor]:
+        """Unit vectors U (in, rank) and the small matrix T of I - U T Uᵀ."""
+        eye = torch.diag_embed(torch.ones_like(u[0]))
+        if self.apply_GS:
+            return torch.linalg.qr(u)[0], 2 * eye
+        U = u / torch.linalg.vector_norm(u, dim=0)
+        between = (U.t() @ U).to(u.dtype).triu(1)  # autocast would leave it in half precision
+        return U, torch.linalg.solve_triangular(eye / 2 + between, eye, upper=True)
+
+
+def _pairs(u: Tensor) -> None:
+    half = nn.init.kaiming_uniform_(torch.empty_like(u[:, ::2]), a=math.sqrt(5))
+    u.copy_(half.repeat_interleave(2, dim=1))

@@ -1,0 +1,97 @@
+"""(IA)³: one trained number a feature, on what a linear map puts out or takes in."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+
+from rules import _fields, _maps
+from surgery import LiveSite, Pattern, Rule, Site, rule
+
+
+@rule("ia3")
+class IA3Rule(Rule):
+    """y = s ⊙ (W x + b); in `feedforward` modules y = W (s ⊙ x) + b. s is trained, W and b are kept.
+
+    >>> from torch import nn
+    >>> from surgery import apply_rules
+    >>> from rules import IA3Rule
+    >>> model = nn.ModuleDict({"key": nn.Linear(8, 6), "down": nn.Linear(32, 8)})
+    >>> _ = apply_rules(model, [IA3Rule(["key", "down"], feedforward="down")])
+    >>> tuple(model["key"].adapters.default.scale.shape), tuple(model["down"].adapters.default.scale.shape)
+    ((6,), (32,))
+
+    Goes on Linear, transformers' Conv1D and Conv1d/2d/3d, and on quantised Linears (unmerged). `scale` is (out), or
+    (in) in feedforward modules; float32 where the module is in half precision.
+
+    Fields: `feedforward` (PEFT's feedforward_modules): which of the targets, by name as in `targets`, or `re:` and a
+    regular expression; `init` (init_ia3_weights): "identity" (True, all ones) or "random" (False, normal).
+
+    Raises `RuleError` for a value out of range. Source: Liu et al. 2022, arXiv:2205.05638; PEFT's IA3Config.
+    """
+
+    feedforward: str | Sequence[str] = ()
+    init: str = "identity"
+
+    def validate(self) -> None:
+        _fields.one_of(self, "init", "identity", "random")
+        if not all(isinstance(name, str) for name in self._names()):
+            raise self.bad("feedforward", "names of targets")
+
+    @property
+    def identity(self) -> bool:  # type: ignore[override]
+        return self.init == "identity"
+
+    def check(self, module: nn.Module, path: str) -> str | None:
+        found = _maps.linear_map(module, "linear", "conv1d", "convolution")
+        return found if isinstance(found, str) else None
+
+    def review(self, paths: Sequence[str]) -> Iterable[str]:
+        for name in self._names():
+            if not any(Pattern.name(name).match(path, nn.Identity()) for path in paths):
+                yield f"feedforward has {name!r}, which fits none of its {len(paths)} sites"
+
+    def rewrite(self, site: Site) -> Tensor | None:
+        layout, fed = _maps.at(site), self._feeds(site.path)
+        size = site.in_features if fed else site.out_features
+        scale = site.param("scale", (size,), nn.init.normal_ if self.init == "random" else 1.0)
+        if layout.weight_space:
+            for name in self._scaled(site):
+                old = site.tensor(name)
+                site.replace(old, self._times(site, name, old, scale).to(old.dtype))
+            return None
+        scale = scale.view(-1, *(1,) * (len(_maps.sizes(layout)) - 2))  # channels stand before the places
+        if not fed:
+            return site.output * scale
+        site.replace(site.input, (site.input * scale).to(site.input.dtype))
+        return None
+
+    def merged(self, site: LiveSite) -> dict[str, Tensor]:
+        scaled = partial(self._times, site, scale=site.params["scale"].detach())
+        return {name: scaled(name, site.tensor(name)).to(site.tensor(name).dtype) for name in self._scaled(site)}
+
+    def _scaled(self, site: Site | LiveSite) -> list[str]:
+        held = ["weight"] if self._feeds(site.path) else ["weight", "bias"]
+        return [name for name in held if site.module._parameters.get(name) is not None]
+
+    def _times(self, site: Site | LiveSite, name: str, old: Tensor, scale: Tensor) -> Tensor:
+        layout = _maps.at(site)
+        if name == "bias":
+            return old * scale
+        if not self._feeds(site.path):
+            return old * _maps.each_output(layout, scale)
+        if layout.parts[0].turned:
+            return old * scale.unsqueeze(-1)
+        out, size, *kernel = _maps.sizes(layout)  # each group of outputs sees its own inputs
+        groups = site.in_features // size
+        per_group = scale.view(groups, 1, size).expand(groups, out // groups, size)
+        return old * torch.reshape(per_group, (out, size, *(1,) * len(kernel)))
+
+    def _feeds(self, path: str) -> bool:
+        return any(Pattern.name(name).match(path, nn.Identity()) for name in self._names())
+
+    def _names(self) -> Sequence[str]:
+        return (self.feedforward,) if isinstance(self.feedforward, str) else self.feedforward

@@ -1,0 +1,58 @@
+"""LoHa: the elementwise product of two low-rank matrices."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from torch import Tensor
+
+from rules import _fields
+from rules._lycoris import DeltaRule, core, has_kernel, through
+from surgery import rule
+
+
+@rule("loha")
+class LohaRule(DeltaRule):
+    """W + (alpha / rank) · (w1_a w1_b) ⊙ (w2_a w2_b): a change of rank up to rank², from four thin matrices.
+
+    >>> from torch import nn
+    >>> from surgery import apply_rules
+    >>> from rules import LohaRule
+    >>> model = apply_rules(nn.Sequential(nn.Linear(8, 6)), [LohaRule("0", rank=2)])
+    >>> {name: tuple(p.shape) for name, p in model[0].adapters.default.named_parameters()}
+    {'w1_a': (6, 2), 'w1_b': (2, 8), 'w2_a': (6, 2), 'w2_b': (2, 8)}
+
+    Goes on Linear, transformers' Conv1D and Conv1d/2d/3d, and on quantised Linears (unmerged). A convolution's `w1_b`
+    is (rank, in/groups · kernel); with `use_effective_conv2d` its tensors are `t1` (rank, rank, *kernel), `w1_a` (rank,
+    out), `w1_b` (rank, in/groups), and so on. float32 for modules in half precision.
+
+    Fields, with PEFT's names: `rank` (r), `alpha`, `rank_pattern`, `alpha_pattern`, `use_effective_conv2d`; while
+    training, `rank_dropout` takes out rows of the change (the others grow to keep the mean) and `module_dropout` all of
+    it; `init` (init_weights): "identity" (True, w2_b zero) or "random" (False).
+
+    Raises `RuleError` for a value out of range. Source: Hyeon-Woo et al. 2021 (FedPara), arXiv:2108.06098; LyCORIS;
+    PEFT's LoHaConfig.
+    """
+
+    def validate(self) -> None:
+        super().validate()
+        _fields.one_of(self, "init", "identity", "random")
+
+    def shapes(self, size: tuple[int, ...], rank: int) -> dict[str, tuple[int, ...]]:
+        out, inner = size[0], math.prod(size[1:])
+        if self.use_effective_conv2d and has_kernel(size):
+            a, b = (rank, out), (rank, size[1])
+            return {"t1": core(size, rank), "w1_a": a, "w1_b": b, "t2": core(size, rank), "w2_a": a, "w2_b": b}
+        return {"w1_a": (out, rank), "w1_b": (rank, inner), "w2_a": (out, rank), "w2_b": (rank, inner)}
+
+    def zeros(self, shapes: Mapping[str, Any]) -> Iterable[str]:
+        return ["w2_b"]
+
+    def delta(self, held: Mapping[str, Tensor]) -> Tensor:
+        if "t1" in held:
+            return through(*(held[n] for n in ("t1", "w1_a", "w1_b"))) * through(
+                *(held[n] for n in ("t2", "w2_a", "w2_b"))
+            )
+        return (held["w1_a"] @ held["w1_b"]) * (held["w2_a"] @ held["w2_b"])

@@ -1,0 +1,85 @@
+"""LoKr: the Kronecker product of two small matrices, either of them low-rank where that is smaller."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rules import _fields
+from rules._lycoris import DeltaRule, core, has_kernel, through
+from surgery import rule
+
+
+@rule("lokr")
+class LokrRule(DeltaRule):
+    """W + (alpha / rank) · w1 ⊗ w2, with w2 = w2_a w2_b where the rank is below half its size.
+
+    >>> from torch import nn
+    >>> from surgery import apply_rules
+    >>> from rules import LokrRule
+    >>> model = apply_rules(nn.Sequential(nn.Linear(64, 128)), [LokrRule("0", rank=2)])
+    >>> {name: tuple(p.shape) for name, p in model[0].adapters.default.named_parameters()}
+    {'w1': (8, 8), 'w2_a': (16, 2), 'w2_b': (2, 8)}
+
+    Goes on Linear, transformers' Conv1D and Conv1d/2d/3d, and on quantised Linears (unmerged). With out = o · p and
+    in/groups = i · j, o ≤ p and i ≤ j as near to each other as divisors are (or o = i = `decompose_factor` where that
+    divides), w1 is (o, i) and w2 (p, j, *kernel). Where rank < max(p, j) / 2 there are `w2_a` (p, rank) and `w2_b`
+    (rank, j · kernel), or with `use_effective_conv2d` `t2` (rank, rank, *kernel), `w2_a` (rank, p), `w2_b` (rank, j).
+    float32 for modules in half precision.
+
+    Fields, with PEFT's names: `rank` (r), `alpha`, `rank_pattern`, `alpha_pattern`, `use_effective_conv2d`,
+    `decompose_factor`; `decompose_both`: w1 = w1_a w1_b, too, where rank < max(o, i) / 2; while training,
+    `rank_dropout` takes out rows of the change (the others grow, with `rank_dropout_scale`) and `module_dropout` all of
+    it; `init` (init_weights): "identity" (True, w1 zero), "lycoris" (w2 zero instead) or "random" (False).
+
+    Raises `RuleError` for a value out of range. Source: Yeh et al. 2023 (LyCORIS), arXiv:2309.14859; PEFT's LoKrConfig.
+    """
+
+    decompose_both: bool = False
+    decompose_factor: int = -1
+    rank_dropout_scale: bool = False
+
+    def validate(self) -> None:
+        super().validate()
+        _fields.flag(self, "decompose_both", "rank_dropout_scale")
+        _fields.one_of(self, "init", "identity", "lycoris", "random")
+        if self.decompose_factor != -1:
+            _fields.whole(self, "decompose_factor")
+
+    def shapes(self, size: tuple[int, ...], rank: int) -> dict[str, tuple[int, ...]]:
+        (o, p), (i, j) = (factors(features, self.decompose_factor) for features in size[:2])
+        low = self.decompose_both and rank < max(o, i) / 2
+        first = {"w1_a": (o, rank), "w1_b": (rank, i)} if low else {"w1": (o, i)}
+        if rank >= max(p, j) / 2:
+            return {**first, "w2": (p, j, *size[2:])}
+        if self.use_effective_conv2d and has_kernel(size):
+            return {**first, "t2": core(size, rank), "w2_a": (rank, p), "w2_b": (rank, j)}
+        return {**first, "w2_a": (p, rank), "w2_b": (rank, j * math.prod(size[2:]))}
+
+    def zeros(self, shapes: Mapping[str, Any]) -> Iterable[str]:
+        return ["w2", "w2_b"] if self.init == "lycoris" else ["w1", "w1_a"]
+
+    def delta(self, held: Mapping[str, Tensor]) -> Tensor:
+        w1 = held["w1"] if "w1" in held else held["w1_a"] @ held["w1_b"]
+        if "w2" in held:
+            w2 = held["w2"]
+        elif "t2" in held:
+            w2 = through(held["t2"], held["w2_a"], held["w2_b"])
+        else:
+            w2 = held["w2_a"] @ held["w2_b"]
+        return torch.kron(w1, w2.flatten(1))
+
+
+def factors(features: int, factor: int) -> tuple[int, int]:
+    """Two divisors, the smaller first: `factor` and its partner where it divides, else the nearest to each other whose
+    smaller is at most `factor` (-1: any)."""
+    if factor > 0 and features % factor == 0:
+        return factor, features // factor
+    small = next(
+        d for d in range(min(math.isqrt(features), factor if factor > 0 else features), 0, -1) if features % d == 0
+    )
+    return small, features // small

@@ -1,0 +1,105 @@
+"""MiSS: one small matrix, added to every piece of a weight."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from rules import _fields, _maps
+from surgery import LiveSite, LowRank, Rule, Site, rule
+
+
+@rule("miss")
+class MissRule(Rule):
+    """y = W x + Dᵀ (x₁ + x₂ + …): the input is cut into pieces of `rank` numbers, which meet one trained matrix D.
+
+    >>> from torch import nn
+    >>> from surgery import apply_rules
+    >>> from rules import MissRule
+    >>> model = apply_rules(nn.Sequential(nn.Linear(8, 6)), [MissRule("0", rank=4)])
+    >>> model[0].adapters.default.block.shape
+    torch.Size([4, 6])
+
+    Goes on Linear, transformers' Conv1D and quantised Linears (unmerged). `block` is (rank, out) in `variant` "miss";
+    (rank, mini_r) in "mini", where it serves out / mini_r times; in "bat" (out / rank, rank, rank), where each
+    (rank, rank) of the weight becomes W + W D + D. float32 where the module is in half precision.
+
+    Fields, with PEFT's names: `rank` (r), `mini_r`, `dropout` (miss_dropout, on the branch's input; "bat" has none);
+    `variant` (init_weights: True is "miss", "mini" and "bat" are the same); `init`: "identity", or "random"
+    (init_weights=False).
+
+    Raises `RuleError` for a value out of range. Source: Kang & Yin 2024, arXiv:2409.15371; PEFT's MissConfig.
+    """
+
+    rank: int = 64
+    mini_r: int = 1
+    dropout: float = 0.0
+    variant: str = "miss"
+    init: str = "identity"
+
+    def validate(self) -> None:
+        _fields.whole(self, "rank", "mini_r")
+        _fields.chance(self, "dropout")
+        _fields.one_of(self, "variant", "miss", "mini", "bat")
+        _fields.one_of(self, "init", "identity", "random")
+        if self.variant == "bat" and self.dropout:
+            raise self.bad("dropout", "0, and variant='bat' has no branch whose input it could act on")
+
+    @property
+    def identity(self) -> bool:  # type: ignore[override]
+        return self.init == "identity"
+
+    @property
+    def additive(self) -> bool:
+        return self.variant != "bat"
+
+    def check(self, module: nn.Module, path: str) -> str | None:
+        found = _maps.linear_map(module, "linear", "conv1d")
+        if isinstance(found, str):
+            return found
+        (out, inner), bat = _maps.sizes(found), self.variant == "bat"
+        if self.rank > inner or (bat and (inner % self.rank or out % self.rank)):
+            return f"pieces of rank={self.rank} can't be cut out of its {out} outputs and {inner} inputs"
+        if self.variant == "mini" and out % self.mini_r:
+            return f"mini_r={self.mini_r} does not divide its {out} outputs"
+        return "variant='bat' multiplies the weight, and it is packed" if bat and found.packed else found.why or None
+
+    def rewrite(self, site: Site) -> Tensor | None:
+        out, r = site.out_features, self.rank
+        shape = {"miss": (r, out), "mini": (r, self.mini_r), "bat": (out // r, r, r)}[self.variant]
+        random = self.init == "random"
+        block = site.param("block", shape, (lambda t: nn.init.kaiming_uniform_(t, a=math.sqrt(5))) if random else 0.0)
+        if self.variant == "bat":
+            site.replace(site.weight, self._bat(site, site.weight, block))
+            return None
+        inner = _maps.sizes(_maps.at(site))[1]
+        x = F.pad(site.input.to(block.dtype), (0, -inner % r))
+        if self.dropout:
+            x = F.dropout(x, self.dropout, site.training)  # type: ignore[arg-type]  # the flag as it is at each call
+        return site.output + x.unflatten(-1, (-1, r)).sum(-2) @ self._whole(block, out)
+
+    def merged(self, site: LiveSite) -> dict[str, Any]:
+        block, layout = site.params["block"].detach(), _maps.at(site)
+        if self.variant == "bat":
+            return {"weight": self._bat(site, site.weight, block)}
+        out, inner = _maps.sizes(layout)
+        pieces = torch.eye(self.rank, dtype=block.dtype, device=block.device).repeat(1, -(-inner // self.rank))[
+            :, :inner
+        ]
+        whole = self._whole(block, out)
+        return {"weight": LowRank(pieces.t(), whole) if layout.parts[0].turned else LowRank(whole.t(), pieces)}
+
+    def _whole(self, block: Tensor, out: int) -> Tensor:
+        return block.repeat(1, out // self.mini_r) if self.variant == "mini" else block
+
+    def _bat(self, site: Site | LiveSite, weight: Tensor, block: Tensor) -> Tensor:
+        layout = _maps.at(site)
+        rows = _maps.rows_of(layout, weight).to(block.dtype)
+        out, inner = _maps.sizes(layout)
+        pieces = rows.reshape(out // self.rank, self.rank, inner // self.rank, self.rank).transpose(1, 2)
+        pieces = pieces + pieces @ block.unsqueeze(1) + block.unsqueeze(1)
+        return _maps.from_rows(layout, pieces.transpose(1, 2).reshape(out, inner)).to(weight.dtype)

@@ -1,0 +1,106 @@
+"""OFT: the input of a linear map turned block by block by trained rotations."""
+
+from __future__ import annotations
+
+import math
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from rules import _fields, _maps
+from surgery import LiveSite, Rule, Site, rule
+
+
+@rule("oft")
+class OftRule(Rule):
+    """y = W Rᵀ x + b: R is block-diagonal, each block the Cayley transform of a trained skew-symmetric matrix Q.
+
+    >>> from torch import nn
+    >>> from surgery import apply_rules
+    >>> from rules import OftRule
+    >>> model = apply_rules(nn.Sequential(nn.Linear(8, 6)), [OftRule("0", block_size=4)])
+    >>> model[0].adapters.default.R.shape  # of two blocks, what stands above the diagonal
+    torch.Size([2, 6])
+
+    R = (I - Q) (I + Q)⁻¹; with `use_cayley_neumann` (as by default) its series, I + 2 Q + 2 Q² + … + Qⁿ, which is a
+    rotation as long as Q is small. On a Linear, transformers' Conv1D or a quantised Linear (unmerged) the input is
+    turned; a convolution's weight is turned, (in/groups · kernel) numbers of each output channel at a time. `R` is
+    (blocks, block_size · (block_size - 1) / 2), and float32 where the module is in half precision.
+
+    Fields, with PEFT's names: `block_size` (oft_block_size) or `blocks` (r), the other 0; `block_share`: one block for
+    all; `coft` and `eps`: Q is held within eps / √rows of zero (PEFT writes the projected Q back into the parameter;
+    here the parameter stays where the optimiser put it); `use_cayley_neumann`, `num_cayley_neumann_terms`; `init`
+    (init_weights): "identity" (True) or "random" (False). PEFT's module_dropout does nothing there, and is left out.
+
+    Raises `RuleError` for a value out of range; a block size that does not divide is a problem of the plan (PEFT takes
+    another size). Source: Qiu et al. 2023, arXiv:2306.07280, and 2025 (OFTv2), arXiv:2506.19847; PEFT's OFTConfig.
+    """
+
+    block_size: int = 32
+    blocks: int = 0
+    block_share: bool = False
+    coft: bool = False
+    eps: float = 6e-5
+    use_cayley_neumann: bool = True
+    num_cayley_neumann_terms: int = 5
+    init: str = "identity"
+
+    def validate(self) -> None:
+        _fields.either(self, "block_size", "blocks")
+        _fields.flag(self, "block_share", "coft", "use_cayley_neumann")
+        _fields.positive(self, "eps")
+        _fields.whole(self, "num_cayley_neumann_terms")
+        _fields.one_of(self, "init", "identity", "random")
+
+    @property
+    def identity(self) -> bool:  # type: ignore[override]
+        return self.init == "identity"
+
+    def check(self, module: nn.Module, path: str) -> str | None:
+        found = _maps.linear_map(module, "linear", "conv1d", "convolution")
+        if isinstance(found, str):
+            return found
+        size = _maps.block_of(found, self.block_size, self.blocks)
+        return size if isinstance(size, str) else None
+
+    def rewrite(self, site: Site) -> None:
+        width = math.prod(_maps.sizes(_maps.at(site))[1:])
+        size = self.block_size or width // self.blocks
+        rows, columns = torch.triu_indices(size, size, 1)
+        index = torch.zeros(size, size, dtype=torch.long)
+        index[rows, columns] = torch.arange(len(rows))
+        shape = (1 if self.block_share else width // size, len(rows))
+        R = site.param("R", shape, partial(nn.init.normal_, std=0.1) if self.init == "random" else 0.0)
+        turned = partial(_turned, rotation=self._rotation(R, site.buffer("index", index), shape[0]))
+        _maps.turn(site, turned, R.dtype)
+
+    def merged(self, site: LiveSite) -> dict[str, Any]:
+        R = site.params["R"].detach()
+        return _maps.turned_weight(
+            site, partial(_turned, rotation=self._rotation(R, site.params["index"], len(R))), R.dtype
+        )
+
+    def _rotation(self, R: Tensor, index: Tensor, blocks: int) -> Tensor:
+        """(blocks, size, size), for rows x of a block: x R."""
+        if self.coft:
+            norm = (R * R).sum(-1, keepdim=True).mul(2).sqrt()  # of Q, where each number stands twice
+            most = self.eps / math.sqrt(blocks)
+            R = R + (R * (most / norm.clamp(min=most)) - R).detach()
+        entries = R[:, index]
+        Q = entries.triu(1) - entries.triu(1).transpose(-1, -2)
+        eye = torch.diag_embed(torch.ones_like(Q[..., 0]))
+        if not self.use_cayley_neumann:
+            return torch.linalg.solve(eye + Q, eye - Q, left=False)
+        last = {1: 0, 2: 1}.get(self.num_cayley_neumann_terms, max(3, self.num_cayley_neumann_terms - 1))  # as in PEFT
+        power, total = Q, eye
+        for n in range(1, last + 1):
+            power = power if n == 1 else power @ Q
+            total = total + (power if n == last > 1 else 2 * power)
+        return total
+
+
+def _turned(rows: Tensor, back: bool, rotation: Tensor) -> Tensor:
+    """Each row (…, in) block by block: x R, or w Rᵀ."""
+    return _maps.by_block(rows, rotation.transpose(-1, -2) if back else rotation)

@@ -1,0 +1,85 @@
+"""RoAd: the features that a linear map puts out are turned and stretched in pairs."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+
+from rules import _fields, _maps
+from surgery import LiveSite, Rule, Site, rule
+
+
+@rule("road")
+class RoadRule(Rule):
+    """Of y = W x + b each pair (y₁, y₂) becomes (c y₁ - s y₂, c y₂ + s y₁), with c = α cos θ and s = α sin θ.
+
+    >>> from torch import nn
+    >>> from surgery import apply_rules
+    >>> from rules import RoadRule
+    >>> model = apply_rules(nn.Sequential(nn.Linear(8, 6)), [RoadRule("0", group_size=2)])
+    >>> {name: tuple(p.shape) for name, p in model[0].adapters.default.named_parameters()}
+    {'theta': (3,), 'alpha': (3,)}
+
+    Goes on Linear, transformers' Conv1D and quantised Linears (unmerged). In each `group_size` neighbouring features
+    those of the first half are paired with those of the second. `theta` and `alpha` have out / 2 numbers, one for each
+    pair; in `variant` "road_2" out, one for each feature; in "road_4" 2 · out, of which c and s have their own.
+    They are float32 where the module is in half precision.
+
+    Fields, with PEFT's names: `variant`, `group_size`; `init` (init_weights): "identity" (True) or "random" (False).
+
+    Raises `RuleError` for a value out of range. Source: Liao & Monz 2024, arXiv:2409.00119; PEFT's RoadConfig.
+    """
+
+    variant: str = "road_1"
+    group_size: int = 64
+    init: str = "identity"
+
+    def validate(self) -> None:
+        _fields.one_of(self, "variant", "road_1", "road_2", "road_4")
+        _fields.one_of(self, "init", "identity", "random")
+        if type(self.group_size) is not int or self.group_size < 2 or self.group_size % 2:
+            raise self.bad("group_size", "an even number from 2")
+
+    @property
+    def identity(self) -> bool:  # type: ignore[override]
+        return self.init == "identity"
+
+    def check(self, module: nn.Module, path: str) -> str | None:
+        found = _maps.linear_map(module, "linear", "conv1d")
+        if isinstance(found, str) or found.why:
+            return found if isinstance(found, str) else found.why
+        out = _maps.sizes(found)[0]
+        return f"group_size={self.group_size} does not divide its {out} outputs" if out % self.group_size else None
+
+    def rewrite(self, site: Site) -> Tensor:
+        size = {"road_1": site.out_features // 2, "road_2": site.out_features, "road_4": site.out_features * 2}
+        random = self.init == "random"
+        theta = site.param("theta", (size[self.variant],), partial(nn.init.normal_, std=0.5) if random else 0.0)
+        alpha = site.param(
+            "alpha", (size[self.variant],), partial(nn.init.normal_, mean=1.0, std=0.5) if random else 1.0
+        )
+        return self._turned(site.output.to(theta.dtype), theta, alpha)
+
+    def merged(self, site: LiveSite) -> dict[str, Tensor]:
+        layout, changed = _maps.at(site), {}
+        theta, alpha = site.params["theta"].detach(), site.params["alpha"].detach()
+        rows = _maps.rows_of(layout, site.weight).to(theta.dtype)
+        changed["weight"] = _maps.from_rows(layout, self._turned(rows.t(), theta, alpha).t()).to(site.weight.dtype)
+        if site.module._parameters.get("bias") is not None:
+            changed["bias"] = self._turned(site.bias.to(theta.dtype), theta, alpha).to(site.bias.dtype)
+        return changed
+
+    def _turned(self, y: Tensor, theta: Tensor, alpha: Tensor) -> Tensor:
+        """Of y (…, out)."""
+        half = self.group_size // 2
+        cos, sin = alpha * theta.cos(), alpha * theta.sin()
+        if self.variant == "road_1":  # the same for both of a pair
+            cos, sin = (t.view(-1, 1, half).expand(-1, 2, half).reshape(-1) for t in (cos, sin))
+        elif self.variant == "road_4":
+            cos = cos.view(-1, 2, self.group_size)[:, 0].reshape(-1)
+            sin = sin.view(-1, 2, self.group_size)[:, 1].reshape(-1)
+        pairs = y.unflatten(-1, (-1, 2, half))
+        across = torch.stack((-pairs[..., 1, :], pairs[..., 0, :]), dim=-2).flatten(-3)
+        return y * cos + across * sin

@@ -1,0 +1,91 @@
+"""VeRA: a low-rank branch of frozen random matrices, of which two vectors of scales are trained."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from rules import _fields, _maps
+from surgery import LiveSite, LowRank, Rule, Site, rule
+
+
+@rule("vera")
+class VeraRule(Rule):
+    """y = W x + b ⊙ (B (d ⊙ (A x))): A and B are random and kept, the vectors d and b are trained.
+
+    >>> from torch import nn
+    >>> from surgery import apply_rules
+    >>> from rules import VeraRule
+    >>> model = apply_rules(nn.Sequential(nn.Linear(8, 6), nn.Linear(8, 6)), [VeraRule(nn.Linear, rank=16)])
+    >>> [name for name, p in model.named_parameters() if p.requires_grad][:2]
+    ['0.adapters.default.d', '0.adapters.default.b']
+    >>> bool((model[0].adapters.default.A == model[1].adapters.default.A).all())
+    True
+
+    Goes on Linear, transformers' Conv1D and quantised Linears (unmerged). Tensors: `d` (rank) and `b` (out) trained,
+    `A` (rank, in) and `B` (out, rank) buffers of each site, Kaiming-uniform, made from `projection_prng_key` and
+    their shape alone, so that sites of one shape have equal ones. float32 for modules in half precision. PEFT draws
+    one pair of the largest size and each site takes a corner of it: where a model's sites differ in size, one key
+    gives other numbers there.
+
+    Fields, with PEFT's names: `rank` (r), `dropout` (vera_dropout), `d_initial`, `projection_prng_key`; `init`
+    (init_weights): "identity" (True, b zero) or "random" (False). The projections are saved with the adapter, which is
+    PEFT's save_projection=True.
+
+    Raises `RuleError` for a value out of range. Source: Kopiczko et al. 2023, arXiv:2310.11454; PEFT's VeraConfig.
+    """
+
+    rank: int = 256
+    dropout: float = 0.0
+    d_initial: float = 0.1
+    projection_prng_key: int = 0
+    init: str = "identity"
+
+    def validate(self) -> None:
+        _fields.whole(self, "rank")
+        _fields.whole(self, "projection_prng_key", least=0)
+        _fields.chance(self, "dropout")
+        _fields.one_of(self, "init", "identity", "random")
+        if type(self.d_initial) not in (int, float) or not math.isfinite(self.d_initial):
+            raise self.bad("d_initial", "a number")
+
+    @property
+    def additive(self) -> bool:
+        return True
+
+    @property
+    def identity(self) -> bool:  # type: ignore[override]
+        return self.init == "identity"
+
+    def check(self, module: nn.Module, path: str) -> str | None:
+        found = _maps.linear_map(module, "linear", "conv1d")
+        return found if isinstance(found, str) else found.why or None
+
+    def rewrite(self, site: Site) -> Tensor:
+        out, inner = _maps.sizes(_maps.at(site))
+        random = self.init == "random"
+        d = site.param("d", (self.rank,), nn.init.normal_ if random else self.d_initial)
+        b = site.param("b", (out,), 1.0 if random else 0.0)
+        zero = torch.zeros(
+            (), dtype=site.dtype
+        )  # only the shape counts: `initialise` draws, once the plan is carried out
+        A, B = site.buffer("A", zero.expand(self.rank, inner)), site.buffer("B", zero.expand(out, self.rank))
+        x = site.input.to(d.dtype)
+        if self.dropout:
+            x = F.dropout(x, self.dropout, site.training)  # type: ignore[arg-type]  # the flag as it is at each call
+        return site.output + F.linear(F.linear(x, A) * d, B) * b
+
+    def initialise(self, site: LiveSite) -> None:
+        draw = torch.Generator().manual_seed(self.projection_prng_key)
+        for tensor in (site.params["A"], site.params["B"]):
+            bound = math.sqrt(6 / tensor.shape[1])  # Kaiming-uniform for ReLU, on the fan-in: PEFT's
+            tensor.copy_(torch.empty(tensor.shape).uniform_(-bound, bound, generator=draw))
+
+    def merged(self, site: LiveSite) -> dict[str, LowRank]:
+        d, b, A, B = (site.params[name].detach() for name in ("d", "b", "A", "B"))
+        down, up = d.unsqueeze(-1) * A, b.unsqueeze(-1) * B
+        turned = _maps.at(site).parts[0].turned
+        return {"weight": LowRank(down.t(), up.t()) if turned else LowRank(up, down)}
