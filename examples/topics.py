@@ -183,7 +183,8 @@ def classifier(weights: Path, topics: list[str]) -> Any:
 
     names = dict(enumerate(topics))
     numbers = {topic: label for label, topic in names.items()}
-    quiet_base = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}  # LoRA's own dropout is enough
+    # LoRA's own dropout is enough.
+    quiet_base: dict[str, Any] = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
     return MeanPooledClassifier.from_pretrained(weights, id2label=names, label2id=numbers, **quiet_base).eval()
 
 
