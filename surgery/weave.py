@@ -106,6 +106,7 @@ class _Weaver:
 
     def _opaque(self, inputs: dict[str, Any], tensors: dict[str, Any], origin: str = "") -> _Term:
         positional, more, named, extra = [], (), {}, {}
+        starred = any(p.kind is p.VAR_POSITIONAL for p in self.own.signature.parameters.values())
         for name, parameter in self.own.signature.parameters.items():
             value = inputs.get(name, self.now[Ref("input", name)])
             if parameter.kind is parameter.VAR_POSITIONAL:
@@ -114,6 +115,12 @@ class _Weaver:
                 extra = value
             elif parameter.kind is parameter.KEYWORD_ONLY:
                 named[name] = value
+            elif (
+                parameter.default is not parameter.empty
+                and not starred
+                and parameter.kind is not parameter.POSITIONAL_ONLY
+            ):
+                named[name] = value  # decorators of forwards (transformers' own) look for options among the keywords
             else:
                 positional.append(value)
         itself = self._term("get_attr", "_surgery_self")
@@ -170,6 +177,8 @@ class _Weaver:
                 return self._state(seen, str(ref.key))
             if ref.kind == "training":
                 return self._state(seen, "training")
+            if ref.kind == "this":
+                return self._state(seen, "_surgery_self")
             if ref not in seen:
                 raise SiteError(f"the forward has no {ref.kind} {ref.key!r}", fix=_known(seen))
             return seen[ref]
