@@ -59,6 +59,13 @@ class _Place:
             "in_features", "in_channels", "num_embeddings", "num_features", "num_channels", "nx", "embed_dim"
         )
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of tensors made here by shape: the module's own, or float32 for half and quantised ones."""
+        own = (tensor for tensor in self.module._parameters.values() if tensor is not None)
+        first = next(itertools.chain(own, self.module.parameters()), None)
+        return first.dtype if first is not None and first.dtype in (torch.float32, torch.float64) else torch.float32
+
     def _size(self, *names: str) -> int:
         for name in names:
             found = getattr(self.module, name, None)
@@ -264,13 +271,6 @@ class Site(_Place):
         trained = trainable and (made.is_floating_point or made.is_complex)
         self.specs[name] = ParamSpec(name, shape, made, fill, trained, buffer)
         return self._value("param", name)
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """The dtype of tensors made here by shape: the module's own, or float32 for half and quantised ones."""
-        own = (tensor for tensor in self.module._parameters.values() if tensor is not None)
-        first = next(itertools.chain(own, self.module.parameters()), None)
-        return first.dtype if first is not None and first.dtype in (torch.float32, torch.float64) else torch.float32
 
 
 class LiveSite(_Place):

@@ -133,7 +133,7 @@ def test_a_rule_reaches_the_hidden_state_whatever_the_form(form: str) -> None:
 
 
 def with_options(forward: Any) -> Any:
-    """As transformers decorates the forwards of its models: an option is looked for among the keywords, and filled in."""
+    """As transformers decorates its models' forwards: an option is looked for among the keywords, and filled in."""
 
     @functools.wraps(forward)
     def wrapper(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
