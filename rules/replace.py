@@ -88,7 +88,13 @@ class ReplaceRule(Rule):
             inner.__dict__["training"] = site.training  # the flag as it is at each call
         x = site.input
         floating = next((held[name] for name, tensor in _tensors(other).items() if tensor.is_floating_point()), None)
-        return call_own(other, x if floating is None else x.to(floating.dtype), **held)
+        output = call_own(other, x if floating is None else site.apply(_in_dtype_of, x, floating), **held)
+        # Cast here, an output needs nothing of the module's own, which is then not run.
+        return output if isinstance(site.module, nn.Embedding) else output.to(x.dtype)
+
+
+def _in_dtype_of(x: Tensor, like: Tensor) -> Tensor:
+    return x.to(like.dtype) if x.is_floating_point() else x
 
 
 def _tensors(module: nn.Module) -> dict[str, Tensor]:

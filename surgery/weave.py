@@ -158,7 +158,7 @@ class _Weaver:
         if in_place := [term for term in made if _in_place(term)]:
             self.effects += self._unused(in_place)
         after = self.now[Ref("output", "")]
-        if after is not before and isinstance(after, _Term) and isinstance(before, _Term):
+        if after is not before and isinstance(after, _Term) and isinstance(before, _Term) and not _alone(after, before):
             # A module's output keeps its dtype, whatever precision an adapter computes in.
             self.now[Ref("output", "")] = self._term("call_function", same_dtype, (after, before), origin=origin)
 
@@ -276,6 +276,22 @@ def _node_of(step: Step, args: Any) -> tuple[str, Any, Any]:
 def _in_place(term: _Term) -> bool:
     name = term.target if isinstance(term.target, str) else getattr(term.target, "__name__", "")
     return term.op in ("call_method", "call_function") and name.endswith("_") and not name.endswith("__")
+
+
+def _alone(after: _Term, before: _Term) -> bool:
+    """Whether an output that the rule casts itself needs nothing of the one before, which then is not computed."""
+    if (after.op, after.target) != ("call_method", "to"):
+        return False
+    seen: set[int] = set()
+    waiting = [after]
+    while waiting:
+        term = waiting.pop()
+        if term is before:
+            return False
+        if id(term) not in seen:
+            seen.add(id(term))
+            waiting += _terms_in((term.args, term.kwargs))
+    return True
 
 
 def _mapped(value: Any, change: Any) -> Any:

@@ -559,6 +559,19 @@ def test_what_can_not_be_a_replacement() -> None:
     assert not plan_rules(model, [ReplaceRule("0", by=nn.ReLU), LoraRule("0")])
 
 
+def test_what_is_replaced_is_not_run() -> None:
+    class Loud(nn.Linear):
+        def forward(self, input: Tensor, *, scale: float = 1.0) -> Tensor:
+            raise AssertionError("it was run")
+
+    model, x = nn.Sequential(Loud(4, 4), nn.Embedding(5, 4)), torch.randn(3, 4)
+    rules = [ReplaceRule("0", by=nn.Linear(4, 2)), ReplaceRule("1", by=nn.Embedding(5, 2))]
+    apply_rules(model, rules)
+    assert model[0](x).shape == (3, 2) and model[1](torch.tensor([[1, 2]])).shape == (1, 2, 2)
+    with pytest.raises(AssertionError, match="it was run"):
+        remove(model)[0](x)
+
+
 def test_replaced_in_half_precision() -> None:
     model, x = nn.Sequential(nn.LayerNorm(4)).bfloat16(), torch.randn(3, 4).bfloat16()
     apply_rules(model, [ReplaceRule("0", by=nn.RMSNorm, kwargs={"normalized_shape": 4})], example_inputs=x)
