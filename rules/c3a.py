@@ -26,7 +26,7 @@ class C3aRule(Rule):
     Goes on Linear, transformers' Conv1D and quantised Linears (unmerged). `kernel` is (out / b, in / b, b): a row
     of each block, in float32 (or the module's float64), as the transform needs it. `block_size` must divide both
     sizes. `init` (init_weights): "xavier_uniform", "kaiming_uniform", "gaussian" or "identity" (True: zero). Defaults
-    are PEFT's; PEFT has none for the block size that suits every model, and its 256 is kept.
+    are PEFT's. ONNX has no einsum of complex numbers: merge before such an export.
 
     A size that is not divided is a problem of the plan. Source: Chen et al. 2024, arXiv:2407.19342; PEFT's C3AConfig.
     """

@@ -27,7 +27,7 @@ class ReftRule(Rule):
     `rank`: rows of R; `positions`: "all", or as pyreft writes it "f7+l7", the first and last seven of a call (padding
     counts; a call of a single position, such as a step of decoding, is left alone); `dropout`: on the edit, while
     training; `features`: the hidden state's size, where the module does not say it. R is orthonormalised at each
-    call (QR), so training moves it within the orthonormal ones: an `R` that is orthonormal stands for itself. R
+    call, so training moves it within the orthonormal ones: an `R` that is orthonormal stands for itself. R
     starts orthogonal, W and b as torch's Linear: the output is changed from the start. Tensors are made as LoRA's.
 
     A module that does not tell its features, or fewer of them than `rank`, is a problem of the plan.
@@ -62,7 +62,7 @@ class ReftRule(Rule):
     def rewrite(self, site: Site) -> Tensor:
         size = features_of(site.module, self.features)
         assert isinstance(size, int)
-        R = orthonormal_rows(site.param("R", (self.rank, size), nn.init.orthogonal_))
+        R = site.apply(orthonormal_rows, site.param("R", (self.rank, size), nn.init.orthogonal_))
         W = site.param("W", (self.rank, size), lambda W: nn.init.kaiming_uniform_(W, a=math.sqrt(5)))
         bound = 1 / math.sqrt(size)
         b = site.param("b", (self.rank,), lambda b: nn.init.uniform_(b, -bound, bound))
@@ -76,6 +76,14 @@ class ReftRule(Rule):
 
 
 def orthonormal_rows(raw: Tensor) -> Tensor:
-    """The orthonormal rows that Gram and Schmidt make of some; orthonormal ones are left as they are."""
-    factors = torch.linalg.qr(raw.t())
-    return (factors[0] * factors[1].diagonal().sign()).t()
+    """What Gram and Schmidt make of rows, each twice for rounding's sake; orthonormal ones stay as they are.
+
+    A QR decomposition would be the same, but ONNX has none.
+    """
+    rows: list[Tensor] = []
+    for row in raw.unbind(0):
+        for _ in range(2 if rows else 0):
+            others = torch.stack(rows)
+            row = row - (others @ row) @ others
+        rows.append(row / row.square().sum().sqrt())
+    return torch.stack(rows)

@@ -246,6 +246,30 @@ def test_training_reaches_them_through_gradient_checkpointing() -> None:
         torch.testing.assert_close(one, other)
 
 
+@pytest.mark.parametrize("name", ["bottleneck", "reft", "steer"])
+def test_generating_with_a_cache_gives_the_same_tokens(name: str) -> None:
+    tiny: Any = pytest.importorskip("tests.tiny", reason="needs transformers")
+    model, batch = tiny.llama()
+    layers = "re:model[.]layers[.][0-9]"
+    rules = {"bottleneck": BottleneckRule(layers, size=4), "reft": ReftRule(layers), "steer": SteerRule(layers)}
+    disturb(apply_rules(model.eval(), [rules[name]]))
+    ids = batch["input_ids"]
+    settings: dict[str, Any] = {"max_new_tokens": 12, "do_sample": False, "attention_mask": torch.ones_like(ids)}
+    with_cache, without = (model.generate(ids, use_cache=use, **settings) for use in (True, False))
+    assert torch.equal(with_cache, without) and with_cache.shape[1] > ids.shape[1]
+
+
+@pytest.mark.filterwarnings("ignore")  # the exporter's own
+@pytest.mark.parametrize("name", RULES)
+def test_onnx(name: str, optional: Callable[..., Any]) -> None:
+    optional("onnxscript")
+    optional("onnxruntime")
+    model, x = Stack(1).eval(), torch.randn(2, 4, 6)
+    disturb(apply_rules(model, [RULES[name]]))
+    program = torch.onnx.export(model, (x,), dynamo=True, verbose=False)
+    torch.testing.assert_close(program(x)[0], model(x))  # type: ignore[misc]
+
+
 # BottleneckRule -----------------------------------------------------------------------------------------------
 
 FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {"relu": F.relu, "gelu": F.gelu, "silu": F.silu, "tanh": torch.tanh}
@@ -497,6 +521,11 @@ def test_a_compiled_model_is_captured_too() -> None:
     with captured(model) as found:
         assert torch.equal(compiled(x), before) and torch.equal(compiled(x), before)
     compiled(x)
+    torch._dynamo.reset()
+    whole: Any = torch.compile(model, backend="eager", fullgraph=True)
+    assert torch.equal(whole(x), before)
+    with captured(model), pytest.raises(RuntimeError, match="(?s)disable"):
+        whole(x)
     assert len(found["layers.0"]) == 2 and torch.equal(found["layers.0"][0], before)
 
 
