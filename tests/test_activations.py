@@ -578,9 +578,11 @@ def test_making_a_plan_draws_no_random_numbers() -> None:
 
 def test_what_can_not_be_a_replacement() -> None:
     model = nn.Sequential(nn.Linear(4, 4), nn.ReLU())
-    for wrong in (None, "torch.nn.Nothing", "os.system", "torch.nn.functional.relu", 3):
+    for wrong in (None, "torch.nn.", "relu()", 3, torch.relu):
         with pytest.raises(RuleError, match="by="):
             ReplaceRule("1", by=wrong)
+    for wrong in ("torch.nn.Nothing", "os.system", "torch.nn.functional.relu", "nowhere.Thing", "Thing"):
+        assert "is no class of nn.Module" in str(plan_rules(model, [ReplaceRule("1", by=wrong)]).problems[0])
     with pytest.raises(RuleError, match="kwargs"):
         ReplaceRule("1", by=nn.ReLU(), kwargs={"inplace": True})
     assert "can't be made" in str(plan_rules(model, [ReplaceRule("1", by=nn.Linear)]).problems[0])
