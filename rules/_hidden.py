@@ -37,14 +37,14 @@ def _width(norm: nn.Module) -> int | None:
     return weight.shape[0] if "Norm" in type(norm).__name__ else None
 
 
-def positions_of(text: Any) -> tuple[int, int] | None:
-    """How many first and last positions "f3+l2" names (pyreft's words); None for "all"; ValueError for others."""
-    found = re.fullmatch(r"(?:f(\d+))?\+?(?:l(\d+))?", text) if isinstance(text, str) and text else None
+def positions_of(text: Any) -> tuple[int, ...] | None:
+    """How many first and last positions "f3+l2" names (pyreft's words); None for "all", nothing for other texts."""
     if text == "all":
         return None
-    if found is None or text in ("+", "f0", "l0", "f0+l0") or text.startswith("+") or text.endswith("+"):
-        raise ValueError(text)
-    return int(found[1] or 0), int(found[2] or 0)
+    found = re.fullmatch(r"f(\d+)(?:[+]l(\d+))?|l(\d+)", text) if isinstance(text, str) else None
+    if found is None or not any(int(count or 0) for count in found.groups()):
+        return ()
+    return int(found[1] or 0), int(found[2] or found[3] or 0)
 
 
 def at_positions(new: Tensor, old: Tensor, first: int, last: int) -> Tensor:

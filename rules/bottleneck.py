@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from rules import _values
 from rules._hidden import features_of
 from surgery import Rule, Site, rule
 
@@ -46,18 +47,12 @@ class BottleneckRule(Rule):
     why_not_merged = "it has an activation in it, and no weight holds that"
 
     def validate(self) -> None:
-        if type(self.size) is not int or self.size < 1:
-            raise self.bad("size", "a whole number from 1")
-        if self.activation not in _ACTIVATIONS:
-            raise self.bad("activation", f"one of {', '.join(_ACTIVATIONS)}")
-        if self.placement not in ("after", "parallel"):
-            raise self.bad("placement", "'after' or 'parallel'")
-        if type(self.scale) not in (int, float):
-            raise self.bad("scale", "a number")
-        if type(self.dropout) not in (int, float) or not 0 <= self.dropout < 1:
-            raise self.bad("dropout", "a probability from 0 to below 1")
-        if self.features is not None and (type(self.features) is not int or self.features < 1):
-            raise self.bad("features", "a whole number from 1")
+        _values.whole(self, "size")
+        _values.whole(self, "features", optional=True)
+        _values.one_of(self, "activation", *_ACTIVATIONS)
+        _values.one_of(self, "placement", "after", "parallel")
+        _values.numbers(self, "scale")
+        _values.chance(self)
 
     def check(self, module: nn.Module, path: str) -> str | None:
         if self.placement == "parallel" and isinstance(module, nn.Embedding):

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from rules import _values
 from rules._hidden import at_positions, features_of, positions_of
 from surgery import Rule, Site, rule
 
@@ -42,16 +43,11 @@ class ReftRule(Rule):
     why_not_merged = "it edits the hidden state a module returns, for which the module has no weight"
 
     def validate(self) -> None:
-        if type(self.rank) is not int or self.rank < 1:
-            raise self.bad("rank", "a whole number from 1")
-        try:
-            positions_of(self.positions)
-        except ValueError:
-            raise self.bad("positions", "'all', or such as 'f7+l7', 'f1' or 'l2'") from None
-        if type(self.dropout) not in (int, float) or not 0 <= self.dropout < 1:
-            raise self.bad("dropout", "a probability from 0 to below 1")
-        if self.features is not None and (type(self.features) is not int or self.features < 1):
-            raise self.bad("features", "a whole number from 1")
+        _values.whole(self, "rank")
+        _values.whole(self, "features", optional=True)
+        _values.chance(self)
+        if positions_of(self.positions) == ():
+            raise self.bad("positions", "'all', or such as 'f7+l7', 'f1' or 'l2'")
 
     def check(self, module: nn.Module, path: str) -> str | None:
         found = features_of(module, self.features)

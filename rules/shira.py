@@ -7,7 +7,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from rules import _delta
+from rules import _delta, _values
 from surgery import LiveSite, Rule, Site, rule
 
 
@@ -36,10 +36,9 @@ class ShiraRule(Rule):
     init: Literal["identity", "random"] = "identity"
 
     def validate(self) -> None:
-        _delta.whole(self, "rank")
-        if self.random_seed is not None:
-            _delta.whole(self, "random_seed", least=0)
-        _delta.one_of(self, "init", "identity", "random")
+        _values.whole(self, "rank")
+        _values.whole(self, "random_seed", least=0, optional=True)
+        _values.one_of(self, "init", "identity", "random")
 
     @property
     def identity(self) -> bool:  # type: ignore[override]

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from rules import _values
 from rules._hidden import at_positions, features_of, positions_of
 from surgery import Rule, Site, rule
 
@@ -48,14 +49,11 @@ class SteerRule(Rule):
             object.__setattr__(self, "direction", _numbers(self.direction))
         except (TypeError, ValueError):
             raise self.bad("direction", "a list of numbers, a tensor, or a mapping from paths to such") from None
-        if type(self.scale) not in (int, float):
-            raise self.bad("scale", "a number")
-        try:
-            positions_of(self.positions)
-        except ValueError:
-            raise self.bad("positions", "'all', or such as 'f7+l7', 'f1' or 'l2'") from None
-        if type(self.trainable) is not bool:
-            raise self.bad("trainable", "true or false")
+        _values.numbers(self, "scale")
+        _values.whole(self, "features", optional=True)
+        _values.one_of(self, "trainable", True, False)
+        if positions_of(self.positions) == ():
+            raise self.bad("positions", "'all', or such as 'f7+l7', 'f1' or 'l2'")
 
     def direction_at(self, path: str) -> tuple[float, ...] | None:
         return self.direction.get(path) if isinstance(self.direction, dict) else self.direction
