@@ -1,7 +1,14 @@
 """The rule library: one method a file, built on surgery's public names alone."""
 
+from rules.adalora import AdaLoraRule
+from rules.allocate import RankAllocator, orthogonal_loss
 from rules.bias import BiasRule
 from rules.boft import BoftRule
+from rules.bottleneck import BottleneckRule
+from rules.c3a import C3aRule
+from rules.capture import Captured, CaptureRule, captured
+from rules.fit import fit_direction
+from rules.fourier import FourierRule
 from rules.hra import HraRule
 from rules.ia3 import IA3Rule
 from rules.loha import LohaRule
@@ -10,14 +17,25 @@ from rules.lora import LoraRule
 from rules.miss import MissRule
 from rules.norm import NormRule
 from rules.oft import OftRule
+from rules.randlora import RandLoraRule
+from rules.reft import ReftRule
+from rules.replace import ReplaceRule
 from rules.road import RoadRule
+from rules.shira import ShiraRule
+from rules.steer import SteerRule
 from rules.tokens import TokensRule
 from rules.train import TrainRule
 from rules.vera import VeraRule
 
 __all__ = [
+    "AdaLoraRule",
     "BiasRule",
     "BoftRule",
+    "BottleneckRule",
+    "C3aRule",
+    "CaptureRule",
+    "Captured",
+    "FourierRule",
     "HraRule",
     "IA3Rule",
     "LohaRule",
@@ -26,8 +44,17 @@ __all__ = [
     "MissRule",
     "NormRule",
     "OftRule",
+    "RandLoraRule",
+    "RankAllocator",
+    "ReftRule",
+    "ReplaceRule",
     "RoadRule",
+    "ShiraRule",
+    "SteerRule",
     "TokensRule",
     "TrainRule",
     "VeraRule",
+    "captured",
+    "fit_direction",
+    "orthogonal_loss",
 ]

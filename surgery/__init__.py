@@ -12,6 +12,7 @@ from surgery.errors import (
     TraceError,
 )
 from surgery.exact import LowRank, Rows
+from surgery.hidden import hidden_of
 from surgery.merge import MergeReport, merge, unmerge
 from surgery.pattern import Pattern, Targets
 from surgery.plan import Plan
@@ -49,6 +50,7 @@ __all__ = [
     "call_own",
     "draw",
     "explain",
+    "hidden_of",
     "merge",
     "plan_rules",
     "remove",

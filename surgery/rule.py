@@ -49,7 +49,8 @@ class Rule:
     Hooks, all optional but `rewrite`: `check` (why a module can't take the rule), `expand` (a container's inner
     sites), `companions` (further rules), `initialise`, `merged`. Class attributes: `identity = True` promises an
     unchanged output at initialisation, which the engine checks on the example call; `exclusive = True` bars
-    other rules of the same adapter from its sites; `why_not_merged` is the reason where there is no `merged`.
+    other rules of the same adapter from its sites; `linear = True` says that it adds to the output what is linear in
+    the input, so that `merge` derives ΔW from it; `why_not_merged` is the reason where there is no `merged`.
 
     Raises `RuleError` for an unknown field, or a value that `validate` refuses.
     """
@@ -64,6 +65,7 @@ class Rule:
     version: ClassVar[int] = 1
     identity: ClassVar[bool] = False
     exclusive: ClassVar[bool] = False
+    linear: ClassVar[bool] = False
     why_not_merged: ClassVar[str] = "the rule says nothing about merging (it has no `merged`)"
 
     def __post_init__(self) -> None:
@@ -109,7 +111,11 @@ class Rule:
 
     def merged(self, site: LiveSite) -> Mapping[str, Change]:
         """The base's parameters with the rule folded in: name → a new tensor, or a `LowRank` or `Rows` change."""
-        raise NotImplementedError
+        if not self.linear:
+            raise NotImplementedError
+        from surgery.linear import derived
+
+        return derived(self, site)
 
     # What the engine and reports use ------------------------------------------------------------------------
 
@@ -120,11 +126,11 @@ class Rule:
     @property
     def additive(self) -> bool:
         """Whether it only adds to the output what does not depend on other rules or the base's parameters."""
-        return False
+        return self.linear
 
     @property
     def mergeable(self) -> bool:
-        return type(self).merged is not Rule.merged
+        return self.linear or type(self).merged is not Rule.merged
 
     def bad(self, field: str, wanted: str) -> RuleError:
         return RuleError(f"{self.label}: {field}={getattr(self, field)!r} is not {wanted}")

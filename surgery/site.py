@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from surgery.errors import SiteError, near_misses
+from surgery.hidden import hidden_of, with_hidden
 from surgery.tape import Tape, Value
 from surgery.trace import Own
 from surgery.view import hidden_reference
@@ -57,6 +58,13 @@ class _Place:
         return self._size(
             "in_features", "in_channels", "num_embeddings", "num_features", "num_channels", "nx", "embed_dim"
         )
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of tensors made here by shape: the module's own, or float32 for half and quantised ones."""
+        own = (tensor for tensor in self.module._parameters.values() if tensor is not None)
+        first = next(itertools.chain(own, self.module.parameters()), None)
+        return first.dtype if first is not None and first.dtype in (torch.float32, torch.float64) else torch.float32
 
     def _size(self, *names: str) -> int:
         for name in names:
@@ -126,6 +134,37 @@ class Site(_Place):
     def base_output(self) -> Tensor:
         """What the module's own operation returns, before what any rule adds to it."""
         return self._value("base", "")
+
+    @property
+    def hidden(self) -> Tensor:
+        """The output where it is a tensor, else the first tensor of the tuple, list, mapping or ModelOutput it is.
+
+        Which of these it is, is found at each call. A scalar (a loss) is passed over.
+        """
+        return self.apply(hidden_of, self.output)
+
+    def with_hidden(self, new: Tensor) -> Tensor:
+        """The output with `new` in the place of `hidden`, in its dtype; the rest of a tuple or mapping as it was."""
+        return self.apply(with_hidden, self.output, new)
+
+    def apply(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Tensor:
+        """`function` of these values, run at each call with what they then are: it may look into them and branch.
+
+        One node of the graph. It is saved by its name, so a lambda or a function inside another is a `SiteError`.
+        """
+        name = getattr(function, "__qualname__", "")
+        if not name or "<" in name:
+            raise SiteError(
+                f"{self.label} applies {name or function!r}, which has no name to import it by",
+                where=self.path,
+                fix="define the function at the top of a module",
+            )
+        return cast(Tensor, self.tape.call("function", function, args, kwargs))
+
+    @property
+    def this(self) -> nn.Module:
+        """The module that is being called, as a value: of a copied or unpickled model, the copy's own."""
+        return cast(nn.Module, self.tape.value("this", ""))
 
     def call(self, input: Tensor, **tensors: Tensor | None) -> Tensor:
         """The module's own operation once more, on another input and with other tensors: `site.call(x, weight=A)`.
@@ -232,13 +271,6 @@ class Site(_Place):
         trained = trainable and (made.is_floating_point or made.is_complex)
         self.specs[name] = ParamSpec(name, shape, made, fill, trained, buffer)
         return self._value("param", name)
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """The dtype of tensors made here by shape: the module's own, or float32 for half and quantised ones."""
-        own = (tensor for tensor in self.module._parameters.values() if tensor is not None)
-        first = next(itertools.chain(own, self.module.parameters()), None)
-        return first.dtype if first is not None and first.dtype in (torch.float32, torch.float64) else torch.float32
 
 
 class LiveSite(_Place):

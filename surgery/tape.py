@@ -129,7 +129,7 @@ class Value:
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__") or (self._tape.strict and not hasattr(torch.Tensor, name)):
             raise AttributeError(name)
-        return _Attribute(self._tape, self._ref, name)
+        return _Attribute(self._tape, ref_of(self), name)
 
     @property
     def __class__(self) -> type:  # isinstance(value, torch.Tensor) is answered as the tensor would

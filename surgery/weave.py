@@ -106,6 +106,7 @@ class _Weaver:
 
     def _opaque(self, inputs: dict[str, Any], tensors: dict[str, Any], origin: str = "") -> _Term:
         positional, more, named, extra = [], (), {}, {}
+        starred = any(p.kind is p.VAR_POSITIONAL for p in self.own.signature.parameters.values())
         for name, parameter in self.own.signature.parameters.items():
             value = inputs.get(name, self.now[Ref("input", name)])
             if parameter.kind is parameter.VAR_POSITIONAL:
@@ -114,6 +115,12 @@ class _Weaver:
                 extra = value
             elif parameter.kind is parameter.KEYWORD_ONLY:
                 named[name] = value
+            elif (
+                parameter.default is not parameter.empty
+                and not starred
+                and parameter.kind is not parameter.POSITIONAL_ONLY
+            ):
+                named[name] = value  # decorators of forwards (transformers' own) look for options among the keywords
             else:
                 positional.append(value)
         itself = self._term("get_attr", "_surgery_self")
@@ -151,7 +158,7 @@ class _Weaver:
         if in_place := [term for term in made if _in_place(term)]:
             self.effects += self._unused(in_place)
         after = self.now[Ref("output", "")]
-        if after is not before and isinstance(after, _Term) and isinstance(before, _Term):
+        if after is not before and isinstance(after, _Term) and isinstance(before, _Term) and not _alone(after, before):
             # A module's output keeps its dtype, whatever precision an adapter computes in.
             self.now[Ref("output", "")] = self._term("call_function", same_dtype, (after, before), origin=origin)
 
@@ -170,6 +177,8 @@ class _Weaver:
                 return self._state(seen, str(ref.key))
             if ref.kind == "training":
                 return self._state(seen, "training")
+            if ref.kind == "this":
+                return self._state(seen, "_surgery_self")
             if ref not in seen:
                 raise SiteError(f"the forward has no {ref.kind} {ref.key!r}", fix=_known(seen))
             return seen[ref]
@@ -267,6 +276,22 @@ def _node_of(step: Step, args: Any) -> tuple[str, Any, Any]:
 def _in_place(term: _Term) -> bool:
     name = term.target if isinstance(term.target, str) else getattr(term.target, "__name__", "")
     return term.op in ("call_method", "call_function") and name.endswith("_") and not name.endswith("__")
+
+
+def _alone(after: _Term, before: _Term) -> bool:
+    """Whether an output that the rule casts itself needs nothing of the one before, which then is not computed."""
+    if (after.op, after.target) != ("call_method", "to"):
+        return False
+    seen: set[int] = set()
+    waiting = [after]
+    while waiting:
+        term = waiting.pop()
+        if term is before:
+            return False
+        if id(term) not in seen:
+            seen.add(id(term))
+            waiting += _terms_in((term.args, term.kwargs))
+    return True
 
 
 def _mapped(value: Any, change: Any) -> Any:

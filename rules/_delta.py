@@ -1,0 +1,36 @@
+"""What methods that add ΔW to a linear map share: where they go, and how they look at its sizes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from surgery import LiveSite, Site
+
+
+def why_no_map(module: nn.Module) -> str | None:
+    """Why a module is no plain linear map (Linear, transformers' Conv1D, a quantised Linear), or None."""
+    base = getattr(type(module), "_surgery_base", type(module))
+    names = [f"{cls.__module__}.{cls.__name__}" for cls in base.__mro__]
+    if not isinstance(module, nn.Linear) and "transformers.pytorch_utils.Conv1D" not in names:
+        return "it goes on Linear and transformers' Conv1D"
+    plain = not isinstance(module, nn.Linear) or base.forward is nn.Linear.forward
+    packed = type(module._parameters.get("weight")) is not nn.Parameter
+    return None if plain or packed else "its forward is not a plain linear map of its input"
+
+
+def sizes(place: Site | LiveSite | nn.Module) -> tuple[int, int]:
+    """(out, in), whichever way round the weight is held."""
+    module: Any = place if isinstance(place, nn.Module) else place.module
+    return (module.out_features, module.in_features) if isinstance(module, nn.Linear) else (module.nf, module.nx)
+
+
+def more_than_weight(module: nn.Module, count: int) -> str | None:
+    out, inner = sizes(module)
+    return f"{count} entries are more than the {out * inner} of its weight" if count > out * inner else None
+
+
+def turned(site: Site | LiveSite) -> bool:
+    """Whether the weight is held as (in, out)."""
+    return not isinstance(site.module, nn.Linear)

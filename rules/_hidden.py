@@ -1,0 +1,66 @@
+"""What rules on hidden states share: the size of a module's hidden state, and the choice of positions in a sequence."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+_OWN = ("out_features", "embedding_dim", "nf", "hidden_size", "embed_dim", "d_model")
+_CONFIG = ("hidden_size", "d_model", "n_embd", "dim")
+
+
+def features_of(module: nn.Module, given: int | None, side: str = "output") -> int | str:
+    """The size of the hidden state's last dimension as the module tells it, or why it can't be known."""
+    if isinstance(module, (nn.modules.conv._ConvNd, nn.modules.batchnorm._NormBase)):
+        return "its features are not the last dimension"
+    if given is not None:
+        return given
+    if side == "input" and any(type(getattr(module, name, None)) is int for name in ("in_features", "nx")):
+        return int(getattr(module, "in_features", None) or module.nx)  # type: ignore[arg-type]
+    own = [getattr(module, name, None) for name in _OWN]
+    own += [getattr(getattr(module, "config", None), name, None) for name in _CONFIG]
+    found = next((size for size in own if type(size) is int), None)
+    if found is not None:
+        return found
+    # A block without a word on its size is as wide as the norms in it, if they are all of one width.
+    norms = {width for inner in module.modules() if (width := _width(inner)) is not None}
+    return norms.pop() if len(norms) == 1 else "it does not say how wide its hidden state is: give features="
+
+
+def _width(norm: nn.Module) -> int | None:
+    weight = norm._parameters.get("weight")
+    if weight is None or weight.dim() != 1 or isinstance(norm, nn.modules.batchnorm._NormBase):
+        return None
+    return weight.shape[0] if "Norm" in type(norm).__name__ else None
+
+
+def positions_of(text: Any) -> tuple[int, ...] | None:
+    """How many first and last positions "f3+l2" names (pyreft's words); None for "all", nothing for other texts."""
+    if text == "all":
+        return None
+    found = re.fullmatch(r"f(\d+)(?:[+]l(\d+))?|l(\d+)", text) if isinstance(text, str) else None
+    if found is None or not any(int(count or 0) for count in found.groups()):
+        return ()
+    return int(found[1] or 0), int(found[2] or found[3] or 0)
+
+
+def at_positions(new: Tensor, old: Tensor, first: int, last: int) -> Tensor:
+    """`new` at the first and last positions of (…, length, features), elsewhere `old`.
+
+    A call with a single position is a step of decoding with a cache: the prompt was before it, so it is left alone.
+    """
+    length = old.shape[-2]
+    if length == 1:
+        return old
+    at = torch.arange(length, device=old.device)
+    return torch.where(((at < first) | (at >= length - last)).unsqueeze(-1), new, old)
+
+
+def chosen_positions(hidden: Tensor, first: int, last: int) -> Tensor:
+    """The rows of (…, length, features) that `at_positions` would change."""
+    length = hidden.shape[-2]
+    at = torch.arange(length, device=hidden.device)
+    return hidden[..., (at < first) | (at >= length - last), :]

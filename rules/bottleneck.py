@@ -1,0 +1,75 @@
+"""Bottleneck adapters: a small network after a module, or beside it."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from rules import _values
+from rules._hidden import features_of
+from surgery import Rule, Site, rule
+
+_ACTIVATIONS = {"relu": F.relu, "gelu": F.gelu, "silu": F.silu, "tanh": torch.tanh}
+
+
+@rule("bottleneck")
+class BottleneckRule(Rule):
+    """y + s · up(act(down(y))) after a module; with placement "parallel", y + s · up(act(down(x))) beside it.
+
+    >>> from torch import nn
+    >>> from surgery import apply_rules
+    >>> from rules import BottleneckRule
+    >>> model = apply_rules(nn.Sequential(nn.Linear(32, 16)), [BottleneckRule("0", size=4)])
+    >>> {name: tuple(tensor.shape) for name, tensor in model[0].adapters.default.tensors().items()}
+    {'down': (4, 16), 'down_bias': (4,), 'up': (16, 4), 'up_bias': (16,)}
+
+    Goes on any module that returns a hidden state, (…, features), alone or first in a tuple or ModelOutput: a
+    decoder layer, an attention, an MLP, a Linear. `size`: of the bottleneck; `activation`: "relu", "gelu", "silu" or
+    "tanh"; `scale`: s; `dropout`: behind the activation, while training; `features`: the hidden state's size, where
+    the module does not say it. `up` starts at zero, so the output is unchanged. Tensors are made as LoRA's.
+
+    A module that does not tell its features, or has them not last (convolutions), is a problem of the plan.
+    Sources: Houlsby et al. 2019, arXiv:1902.00751; Pfeiffer et al. 2021, arXiv:2005.00247; parallel: He et al. 2022,
+    arXiv:2110.04366. PEFT has none.
+    """
+
+    size: int = 64
+    activation: Literal["relu", "gelu", "silu", "tanh"] = "relu"
+    placement: Literal["after", "parallel"] = "after"
+    scale: float = 1.0
+    dropout: float = 0.0
+    features: int | None = None
+
+    identity = True
+    why_not_merged = "it has an activation in it, and no weight holds that"
+
+    def validate(self) -> None:
+        _values.whole(self, "size")
+        _values.whole(self, "features", optional=True)
+        _values.one_of(self, "activation", *_ACTIVATIONS)
+        _values.one_of(self, "placement", "after", "parallel")
+        _values.numbers(self, "scale")
+        _values.chance(self)
+
+    def check(self, module: nn.Module, path: str) -> str | None:
+        if self.placement == "parallel" and isinstance(module, nn.Embedding):
+            return "its input are indices: placement='parallel' has nothing to run on"
+        found = features_of(module, self.features)
+        return found if isinstance(found, str) else None
+
+    def rewrite(self, site: Site) -> Tensor:
+        out = features_of(site.module, self.features)
+        inner = features_of(site.module, self.features, "input") if self.placement == "parallel" else out
+        assert isinstance(out, int) and isinstance(inner, int)
+        down = site.param("down", (self.size, inner), nn.init.kaiming_uniform_)
+        down_bias = site.param("down_bias", (self.size,))
+        up, up_bias = site.param("up", (out, self.size)), site.param("up_bias", (out,))
+        hidden = site.hidden
+        x = site.input if self.placement == "parallel" else hidden
+        h = _ACTIVATIONS[self.activation](F.linear(x.to(down.dtype), down, down_bias))
+        if self.dropout:
+            h = F.dropout(h, self.dropout, site.training)  # type: ignore[arg-type]  # the flag as it is at each call
+        return site.with_hidden(hidden + F.linear(h, up, up_bias) * self.scale)

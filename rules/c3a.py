@@ -1,0 +1,66 @@
+"""C3A: ΔW is made of circulant blocks, so that its product is a circular convolution."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from rules import _delta, _values
+from surgery import Rule, Site, rule
+
+
+@rule("c3a")
+class C3aRule(Rule):
+    """y = W x + (1 / in) · C x, where C is made of (out / b) · (in / b) circulant blocks of size b = `block_size`.
+
+    >>> from torch import nn
+    >>> from surgery import apply_rules
+    >>> from rules import C3aRule
+    >>> model = apply_rules(nn.Sequential(nn.Linear(32, 16)), [C3aRule("0", block_size=8)])
+    >>> tuple(model[0].adapters.default.kernel.shape)
+    (2, 4, 8)
+
+    Goes on Linear, transformers' Conv1D and quantised Linears (unmerged). `kernel` is (out / b, in / b, b): a row
+    of each block, in float32 (or the module's float64), as the transform needs it. `block_size` must divide both
+    sizes. `init` (init_weights): "xavier_uniform", "kaiming_uniform", "gaussian" or "identity" (True: zero). Defaults
+    are PEFT's. ONNX has no einsum of complex numbers: merge before such an export.
+
+    A size that is not divided is a problem of the plan. Source: Chen et al. 2024, arXiv:2407.19342; PEFT's C3AConfig.
+    """
+
+    block_size: int = 256
+    init: Literal["xavier_uniform", "kaiming_uniform", "gaussian", "identity"] = "xavier_uniform"
+
+    linear = True
+
+    def validate(self) -> None:
+        _values.whole(self, "block_size")
+        _values.one_of(self, "init", "xavier_uniform", "kaiming_uniform", "gaussian", "identity")
+
+    @property
+    def identity(self) -> bool:  # type: ignore[override]
+        return self.init == "identity"
+
+    def check(self, module: nn.Module, path: str) -> str | None:
+        if why := _delta.why_no_map(module):
+            return why
+        out, inner = _delta.sizes(module)
+        divided = out % self.block_size == inner % self.block_size == 0
+        return None if divided else f"blocks of {self.block_size} do not divide its sizes, {out} and {inner}"
+
+    def rewrite(self, site: Site) -> Tensor:
+        out, inner = _delta.sizes(site)
+        size = self.block_size
+        kernel = site.param("kernel", (out // size, inner // size, size), self._start(out, inner))
+        x = site.input.to(kernel.dtype).unflatten(-1, (inner // size, size))
+        spectrum = torch.einsum("...nb,mnb->...mb", torch.fft.ifft(x), torch.fft.fft(kernel))
+        return site.output + torch.fft.fft(spectrum).real.flatten(-2) / inner
+
+    def _start(self, out: int, inner: int) -> Any:
+        if self.init == "gaussian":
+            return nn.init.normal_
+        bound = {"identity": 0.0, "kaiming_uniform": math.sqrt(1 / inner)}.get(self.init, math.sqrt(6 / (inner + out)))
+        return lambda kernel: nn.init.uniform_(kernel, -bound, bound)

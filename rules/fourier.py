@@ -1,0 +1,67 @@
+"""FourierFT: ΔW is the inverse Fourier transform of a few trained frequencies."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from rules import _delta, _values
+from surgery import LiveSite, Rule, Site, rule
+
+
+@rule("fourier")
+class FourierRule(Rule):
+    """y = W x + scaling · real(ifft2(S)) x, where S (out, in) is zero but for `n_frequency` trained entries.
+
+    >>> from torch import nn
+    >>> from surgery import apply_rules
+    >>> from rules import FourierRule
+    >>> model = apply_rules(nn.Sequential(nn.Linear(32, 16)), [FourierRule("0", n_frequency=20)])
+    >>> {name: tuple(tensor.shape) for name, tensor in model[0].adapters.default.tensors().items()}
+    {'spectrum': (20,), 'index': (20,)}
+
+    Goes on Linear, transformers' Conv1D and quantised Linears (unmerged). `spectrum` is trained; `index` holds the
+    entries' places, row · in + column, drawn with the seed `random_loc_seed` as PEFT draws them. float32 (or the
+    module's float64), as the transform needs it. `init`: "random" (PEFT's init_weights=False, its default: normal),
+    or "identity" (True: zero). The other fields are PEFT's, with its defaults.
+
+    More frequencies than the weight has entries are a problem of the plan.
+    Source: Gao et al. 2024, arXiv:2405.03003; PEFT's FourierFTConfig.
+    """
+
+    n_frequency: int = 1000
+    scaling: float = 150.0
+    random_loc_seed: int = 777
+    init: Literal["random", "identity"] = "random"
+
+    linear = True
+
+    def validate(self) -> None:
+        _values.whole(self, "n_frequency")
+        _values.whole(self, "random_loc_seed", least=0)
+        _values.numbers(self, "scaling")
+        _values.one_of(self, "init", "random", "identity")
+
+    @property
+    def identity(self) -> bool:  # type: ignore[override]
+        return self.init == "identity"
+
+    def check(self, module: nn.Module, path: str) -> str | None:
+        return _delta.why_no_map(module) or _delta.more_than_weight(module, self.n_frequency)
+
+    def rewrite(self, site: Site) -> Tensor:
+        out, inner = _delta.sizes(site)
+        start = 0.0 if self.init == "identity" else nn.init.normal_
+        spectrum = site.param("spectrum", (self.n_frequency,), start)
+        index = site.buffer("index", torch.zeros((), dtype=torch.long).expand(self.n_frequency))  # drawn at last
+        S = spectrum.new_zeros(out * inner).index_copy(0, index, spectrum).view(out, inner)
+        delta = torch.fft.ifft2(S).real * self.scaling
+        return site.output + F.linear(site.input.to(delta.dtype), delta)
+
+    def initialise(self, site: LiveSite) -> None:
+        out, inner = _delta.sizes(site)
+        draw = torch.Generator().manual_seed(self.random_loc_seed)
+        site.params["index"].copy_(torch.randperm(out * inner, generator=draw)[: self.n_frequency])

@@ -1,0 +1,82 @@
+"""RandLoRA: a full-rank ΔW as a sum of random low-rank bases, of which only the scales are trained."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from rules import _delta, _values
+from surgery import LiveSite, Rule, Site, rule
+
+
+@rule("randlora")
+class RandLoraRule(Rule):
+    """y = W x + (alpha / rank) · Σ B_i Λ_i A Γ_i x over n random bases of this rank, n enough for full rank.
+
+    >>> from torch import nn
+    >>> from surgery import apply_rules
+    >>> from rules import RandLoraRule
+    >>> model = apply_rules(nn.Sequential(nn.Linear(32, 16)), [RandLoraRule("0", rank=4)])
+    >>> {name: tuple(tensor.shape) for name, tensor in model[0].adapters.default.tensors().items()}
+    {'lambda_': (4, 4), 'gamma': (4, 16), 'A': (4, 1, 16), 'B': (32, 4, 4)}
+
+    Goes on Linear, transformers' Conv1D and quantised Linears (unmerged). With small and large the smaller and the
+    larger of in and out, n = ceil(small / rank): `lambda_` (rank, n) and `gamma` (n, small) are trained; the bases
+    `A` (rank, 1, small) and `B` (large, n, rank) are random, frozen, and the site's own: B is as large as the weight.
+    They are drawn from `projection_prng_key`, alike for sites of one size. (PEFT draws one pair for the whole model
+    and gives each site a part of it.) They are saved with the adapter, as by PEFT's save_projection=True.
+
+    `rank` (r), `alpha` (randlora_alpha), `dropout` (randlora_dropout), `projection_prng_key`, `sparse`,
+    `very_sparse` (bases of −1, 0 and 1, a third or 1 / √small of them not zero): PEFT's, with its defaults.
+    λ starts at zero: the output is unchanged. Source: Albert et al. 2025, arXiv:2502.00987; PEFT's RandLoraConfig.
+    """
+
+    rank: int = 32
+    alpha: float = 640
+    dropout: float = 0.0
+    projection_prng_key: int = 0
+    sparse: bool = False
+    very_sparse: bool = False
+
+    identity = linear = True
+
+    def validate(self) -> None:
+        _values.whole(self, "rank")
+        _values.whole(self, "projection_prng_key", least=0)
+        _values.numbers(self, "alpha", low=0)
+        _values.chance(self)
+        _values.one_of(self, "sparse", True, False)
+        _values.one_of(self, "very_sparse", True, False)
+
+    def check(self, module: nn.Module, path: str) -> str | None:
+        return _delta.why_no_map(module)
+
+    def rewrite(self, site: Site) -> Tensor:
+        out, inner = _delta.sizes(site)
+        small, large, rank = min(out, inner), max(out, inner), self.rank
+        n = math.ceil(small / rank)
+        scales = site.param("lambda_", (rank, n)), site.param("gamma", (n, small), 1 / max(n, small))
+        nothing = torch.zeros((), dtype=site.dtype)  # the bases are drawn by `initialise`
+        A = site.buffer("A", nothing.expand(rank, 1, small))
+        B = site.buffer("B", nothing.expand(large, n, rank)).flatten(1)
+        A = (scales[0].unsqueeze(-1) * A * scales[1]).flatten(0, 1)
+        down, up = (A, B) if small == inner else (B.t(), A.t())
+        x = site.input.to(A.dtype)
+        if self.dropout:
+            x = F.dropout(x, self.dropout, site.training)  # type: ignore[arg-type]  # the flag as it is at each call
+        return site.output + F.linear(F.linear(x, down), up) * (self.alpha / rank)
+
+    def initialise(self, site: LiveSite) -> None:
+        draw = torch.Generator().manual_seed(self.projection_prng_key)
+        small = site.params["A"].shape[-1]
+        for base in (site.params["A"], site.params["B"]):
+            drawn = torch.rand(base.shape, generator=draw)
+            if self.sparse or self.very_sparse:
+                part = 1 / (2 * (math.sqrt(small) if self.very_sparse else 3))
+                drawn = (drawn > 1 - part).float() - (drawn < part).float()
+            else:
+                drawn = drawn * 2 - 1
+            base.copy_(drawn / drawn.std())

@@ -1,0 +1,85 @@
+"""LoReFT: a trained edit of the hidden state inside a low-rank subspace."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from rules import _values
+from rules._hidden import at_positions, features_of, positions_of
+from surgery import Rule, Site, rule
+
+
+@rule("reft")
+class ReftRule(Rule):
+    """h + Rᵀ (W h + b − R h) at chosen positions, where the rows of R are orthonormal.
+
+    >>> from torch import nn
+    >>> from surgery import apply_rules
+    >>> from rules import ReftRule
+    >>> model = apply_rules(nn.Sequential(nn.Linear(32, 16)), [ReftRule("0", rank=2)])
+    >>> {name: tuple(tensor.shape) for name, tensor in model[0].adapters.default.tensors().items()}
+    {'R': (2, 16), 'W': (2, 16), 'b': (2,)}
+
+    Goes on any module that returns a hidden state, (…, length, features), alone or first in a tuple or ModelOutput.
+    `rank`: rows of R; `positions`: "all", or as pyreft writes it "f7+l7", the first and last seven of a call (padding
+    counts; a call of a single position, such as a step of decoding, is left alone); `dropout`: on the edit, while
+    training; `features`: the hidden state's size, where the module does not say it. R is orthonormalised at each
+    call, so training moves it within the orthonormal ones: an `R` that is orthonormal stands for itself. R
+    starts orthogonal, W and b as torch's Linear: the output is changed from the start. Tensors are made as LoRA's.
+
+    A module that does not tell its features, or fewer of them than `rank`, is a problem of the plan.
+    Source: Wu et al. 2024, arXiv:2404.03592 (R is their rotate_layer, W and b their learned_source). PEFT has none.
+    """
+
+    rank: int = 4
+    positions: str = "all"
+    dropout: float = 0.0
+    features: int | None = None
+
+    why_not_merged = "it edits the hidden state a module returns, for which the module has no weight"
+
+    def validate(self) -> None:
+        _values.whole(self, "rank")
+        _values.whole(self, "features", optional=True)
+        _values.chance(self)
+        if positions_of(self.positions) == ():
+            raise self.bad("positions", "'all', or such as 'f7+l7', 'f1' or 'l2'")
+
+    def check(self, module: nn.Module, path: str) -> str | None:
+        found = features_of(module, self.features)
+        if isinstance(found, str):
+            return found
+        return f"{self.rank} orthonormal rows need as many features; it has {found}" if self.rank > found else None
+
+    def rewrite(self, site: Site) -> Tensor:
+        size = features_of(site.module, self.features)
+        assert isinstance(size, int)
+        R = site.apply(orthonormal_rows, site.param("R", (self.rank, size), nn.init.orthogonal_))
+        W = site.param("W", (self.rank, size), lambda W: nn.init.kaiming_uniform_(W, a=math.sqrt(5)))
+        bound = 1 / math.sqrt(size)
+        b = site.param("b", (self.rank,), lambda b: nn.init.uniform_(b, -bound, bound))
+        hidden = site.hidden
+        h = hidden.to(W.dtype)
+        edit = (F.linear(h, W, b) - F.linear(h, R)) @ R
+        if self.dropout:
+            edit = F.dropout(edit, self.dropout, site.training)  # type: ignore[arg-type]  # as it is at each call
+        new, chosen = (h + edit).to(hidden.dtype), positions_of(self.positions)
+        return site.with_hidden(new if chosen is None else site.apply(at_positions, new, hidden, *chosen))
+
+
+def orthonormal_rows(raw: Tensor) -> Tensor:
+    """What Gram and Schmidt make of rows, each twice for rounding's sake; orthonormal ones stay as they are.
+
+    A QR decomposition would be the same, but ONNX has none.
+    """
+    rows: list[Tensor] = []
+    for row in raw.unbind(0):
+        for _ in range(2 if rows else 0):
+            others = torch.stack(rows)
+            row = row - (others @ row) @ others
+        rows.append(row / row.square().sum().sqrt())
+    return torch.stack(rows)

@@ -1,0 +1,69 @@
+"""SHiRA: a few entries of the weight are trained, scattered over it."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from rules import _delta, _values
+from surgery import LiveSite, Rule, Site, rule
+
+
+@rule("shira")
+class ShiraRule(Rule):
+    """W + Δ, where Δ is zero but for rank · (in + out) trained entries: as many numbers as LoRA's of that rank.
+
+    >>> from torch import nn
+    >>> from surgery import apply_rules
+    >>> from rules import ShiraRule
+    >>> model = apply_rules(nn.Sequential(nn.Linear(32, 16)), [ShiraRule("0", rank=2)])
+    >>> {name: tuple(tensor.shape) for name, tensor in model[0].adapters.default.tensors().items()}
+    {'values': (96,), 'index': (96,)}
+
+    Goes on Linear and transformers' Conv1D. `values` is trained; `index` holds the entries' places, row · in + column
+    in rising order, drawn from `random_seed` as PEFT's mask_type="random" (None: torch's own generator). The weight
+    itself is edited, so merging rounds nothing that the live form does not. `rank` (r); `random_seed`; `init`:
+    "identity" (init_weights=True: zero) or "random" (False: normal). Defaults are PEFT's.
+
+    More entries than the weight has, or a quantised weight, are problems of the plan.
+    Source: Bhardwaj et al. 2024, arXiv:2406.13175; PEFT's ShiraConfig.
+    """
+
+    rank: int = 32
+    random_seed: int | None = None
+    init: Literal["identity", "random"] = "identity"
+
+    def validate(self) -> None:
+        _values.whole(self, "rank")
+        _values.whole(self, "random_seed", least=0, optional=True)
+        _values.one_of(self, "init", "identity", "random")
+
+    @property
+    def identity(self) -> bool:  # type: ignore[override]
+        return self.init == "identity"
+
+    def check(self, module: nn.Module, path: str) -> str | None:
+        return _delta.why_no_map(module) or _delta.more_than_weight(module, self.rank * sum(_delta.sizes(module)))
+
+    def rewrite(self, site: Site) -> None:
+        count = self.rank * sum(_delta.sizes(site))
+        values = site.param("values", (count,), 0.0 if self.init == "identity" else nn.init.normal_)
+        index = site.buffer("index", torch.zeros((), dtype=torch.long).expand(count))  # drawn by `initialise`
+        site.replace(site.weight, self._changed(site, site.weight, values, index))
+
+    def initialise(self, site: LiveSite) -> None:
+        out, inner = _delta.sizes(site)
+        draw = None if self.random_seed is None else torch.Generator().manual_seed(self.random_seed)
+        index = site.params["index"]
+        index.copy_(torch.randperm(out * inner, generator=draw)[: len(index)].sort().values)
+
+    def merged(self, site: LiveSite) -> dict[str, Tensor]:
+        values, index = site.params["values"].detach(), site.params["index"]
+        return {"weight": self._changed(site, site.weight.detach(), values, index)}
+
+    def _changed(self, site: Site | LiveSite, weight: Tensor, values: Tensor, index: Tensor) -> Tensor:
+        rows = weight.t() if _delta.turned(site) else weight
+        changed = rows.flatten().index_add(0, index, values.to(weight.dtype)).view(_delta.sizes(site))
+        return changed.t() if _delta.turned(site) else changed

@@ -1,0 +1,84 @@
+"""Activation steering: a direction added to the hidden state."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from rules import _values
+from rules._hidden import at_positions, features_of, positions_of
+from surgery import Rule, Site, rule
+
+
+@rule("steer")
+class SteerRule(Rule):
+    """h + scale · direction, at chosen positions.
+
+    >>> import torch
+    >>> from torch import nn
+    >>> from surgery import apply_rules
+    >>> from rules import SteerRule
+    >>> model = nn.Sequential(nn.Linear(3, 2))
+    >>> before = model(torch.ones(1, 3)).detach()
+    >>> _ = apply_rules(model, [SteerRule("0", direction=[1.0, -1.0], scale=0.5)])
+    >>> model(torch.ones(1, 3)) - before
+    tensor([[ 0.5000, -0.5000]])
+
+    Goes on any module that returns a hidden state, (…, length, features), alone or first in a tuple or ModelOutput.
+    `direction`: features numbers or a tensor of them, or a mapping from paths to such; they become plain numbers, so
+    that the rule can be written. None: zeros, to be trained or loaded. `scale`; `trainable`: whether training moves
+    it; `positions`: "all", or such as "f7+l7" (see ReftRule); `features`: the hidden state's size, where neither
+    the direction nor the module says it. The tensor `direction` is (features), frozen by default.
+
+    Sources: Turner et al. 2023, arXiv:2308.10248 (activation addition); Rimsky et al. 2024, arXiv:2312.06681 (CAA).
+    """
+
+    direction: Any = None
+    scale: float = 1.0
+    positions: str = "all"
+    trainable: bool = False
+    features: int | None = None
+
+    why_not_merged = "it edits the hidden state a module returns, for which the module may have no bias"
+
+    def validate(self) -> None:
+        try:
+            object.__setattr__(self, "direction", _numbers(self.direction))
+        except (TypeError, ValueError):
+            raise self.bad("direction", "a list of numbers, a tensor, or a mapping from paths to such") from None
+        _values.numbers(self, "scale")
+        _values.whole(self, "features", optional=True)
+        _values.one_of(self, "trainable", True, False)
+        if positions_of(self.positions) == ():
+            raise self.bad("positions", "'all', or such as 'f7+l7', 'f1' or 'l2'")
+
+    def direction_at(self, path: str) -> tuple[float, ...] | None:
+        return self.direction.get(path) if isinstance(self.direction, dict) else self.direction
+
+    def check(self, module: nn.Module, path: str) -> str | None:
+        direction, found = self.direction_at(path), features_of(module, self.features)
+        if isinstance(self.direction, dict) and direction is None:
+            return f"direction has none for it, only for {', '.join(self.direction)}"
+        if direction is None or not isinstance(found, int):
+            return found if isinstance(found, str) and (direction is None or "give" not in found) else None
+        return None if len(direction) == found else f"it has {found} features, and the direction {len(direction)}"
+
+    def rewrite(self, site: Site) -> Tensor:
+        direction, size = self.direction_at(site.path), features_of(site.module, self.features)
+        start = torch.zeros(int(size)) if direction is None else torch.tensor(direction)
+        added = site.param("direction", start, dtype=site.dtype, trainable=self.trainable) * self.scale
+        hidden, chosen = site.hidden, positions_of(self.positions)
+        new = (hidden + added).to(hidden.dtype)
+        return site.with_hidden(new if chosen is None else site.apply(at_positions, new, hidden, *chosen))
+
+
+def _numbers(direction: Any) -> Any:
+    if direction is None:
+        return None
+    if isinstance(direction, Mapping):
+        return {str(path): _numbers(one) for path, one in direction.items()}
+    found = direction.tolist() if isinstance(direction, Tensor) else direction
+    return tuple(float(number) for number in found)
