@@ -23,6 +23,14 @@ def run(*words: str | Path, folder: Path) -> str:
     return done.stdout
 
 
+def major(package: str) -> int:
+    """A package's major version, 0 where it is absent. Looking for setuptools itself would meddle with distutils."""
+    try:
+        return int(metadata.version(package).split(".")[0])
+    except metadata.PackageNotFoundError:
+        return 0
+
+
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Built from a copy: building leaves folders in the tree."""
@@ -32,8 +40,7 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name in ("pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, tree)
     # What pyproject.toml asks for; an older one does not read its licence.
-    present = find_spec("setuptools") and int(metadata.version("setuptools").split(".")[0]) >= 77
-    if present and find_spec("pip"):
+    if major("setuptools") >= 77 and find_spec("pip"):
         pip = (sys.executable, "-m", "pip", "--disable-pip-version-check", "wheel", "-q", "--no-deps")
         run(*pip, "--no-build-isolation", "-w", out, ".", folder=tree)
     elif find_spec("build"):  # fetches setuptools
