@@ -8,7 +8,6 @@ import sys
 import zipfile
 from collections.abc import Iterator
 from importlib import metadata
-from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -24,7 +23,7 @@ def run(*words: str | Path, folder: Path) -> str:
 
 
 def major(package: str) -> int:
-    """A package's major version, 0 where it is absent. Looking for setuptools itself would meddle with distutils."""
+    """A package's major version, 0 where it is absent. Looking for the module itself may meddle with distutils."""
     try:
         return int(metadata.version(package).split(".")[0])
     except metadata.PackageNotFoundError:
@@ -40,10 +39,10 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name in ("pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, tree)
     # What pyproject.toml asks for; an older one does not read its licence.
-    if major("setuptools") >= 77 and find_spec("pip"):
+    if major("setuptools") >= 77 and major("pip"):
         pip = (sys.executable, "-m", "pip", "--disable-pip-version-check", "wheel", "-q", "--no-deps")
         run(*pip, "--no-build-isolation", "-w", out, ".", folder=tree)
-    elif find_spec("build"):  # fetches setuptools
+    elif major("build"):  # fetches setuptools
         run(sys.executable, "-m", "build", "--wheel", "--outdir", out, ".", folder=tree)
     else:
         pytest.skip("needs setuptools 77 or build: pip install -e '.[dev]'")
@@ -54,7 +53,7 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def python(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """The interpreter of an environment that holds the wheel alone, and sees torch where the tests have it."""
-    if not find_spec("pip"):
+    if not major("pip"):
         pytest.skip("needs pip")
     folder = tmp_path_factory.mktemp("environment")
     run(sys.executable, "-m", "venv", "--without-pip", folder, folder=folder)
