@@ -1,5 +1,6 @@
 """Declarative model surgery for PyTorch: rules match modules, rewrite their graphs, and are taken out to the bit."""
 
+from surgery.coverage import Coverage, coverage
 from surgery.engine import apply_rules, explain, plan_rules, remove
 from surgery.errors import (
     MatchError,
@@ -12,6 +13,7 @@ from surgery.errors import (
     TraceError,
 )
 from surgery.exact import LowRank, Rows
+from surgery.guided import trace
 from surgery.hidden import hidden_of
 from surgery.merge import MergeReport, merge, unmerge
 from surgery.pattern import Pattern, Targets
@@ -25,6 +27,7 @@ from surgery.view import call_own
 from surgery.weave import trace_site
 
 __all__ = [
+    "Coverage",
     "LiveSite",
     "LowRank",
     "MatchError",
@@ -48,6 +51,7 @@ __all__ = [
     "apply_rules",
     "base_state_dict",
     "call_own",
+    "coverage",
     "draw",
     "explain",
     "hidden_of",
@@ -62,6 +66,7 @@ __all__ = [
     "rules_to_yaml",
     "show",
     "summary",
+    "trace",
     "trace_site",
     "unmerge",
 ]

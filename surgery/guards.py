@@ -1,0 +1,106 @@
+"""What a traced graph checks as it runs: that this call decides as the traced one did. And how it calls in regions."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import ExitStack
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from surgery.errors import TraceError
+
+__all__ = ["Region", "check_call", "check_settings", "context", "in_region", "require", "structure_of"]
+
+_AGAIN = "trace the module with this call as example_inputs"
+
+
+def require(found: Any, expected: Any, where: str) -> None:
+    """Raise `TraceError` unless Python would decide at `where` as it did in the traced call."""
+    if found != expected:
+        raise TraceError(
+            f"this graph is for calls where {expected!r} is decided, and this one gives {found!r}",
+            where=where,
+            fix=_AGAIN,
+        )
+
+
+def check_settings(module: nn.Module, held: tuple[tuple[tuple[Any, ...], Any], ...]) -> None:
+    """Raise `TraceError` if a setting that the forward read was changed since: `training`, `config.use_cache`, …"""
+    for path, expected in held:
+        found: Any = module
+        for part in path:
+            keyed = type(found) in (dict, list, tuple)
+            found = found[part] if keyed or not isinstance(part, str) else getattr(found, part)
+        if found != expected:
+            raise TraceError(
+                f"{'.'.join(map(str, path))} was {expected!r} when the module was traced, and is {found!r} now",
+                fix="trace the module again",
+            )
+
+
+def check_call(context_then: tuple, structure: dict[str, Any], given: dict[str, Any]) -> None:
+    """Raise `TraceError` under another autocast, or for arguments of another structure, than in the traced call."""
+    if context(len(context_then) == 3) != context_then:
+        raise TraceError("this graph was traced under another autocast or gradient mode", fix=_AGAIN)
+    for name, value in given.items():
+        found = structure_of(value)
+        if found != structure[name]:
+            raise TraceError(
+                f"this graph is for calls with {name} as {_told(structure[name])}; here it is {_told(found)}",
+                fix=_AGAIN,
+            )
+
+
+def structure_of(value: Any) -> Any:
+    """What a graph depends on in an argument: which parts are None, plain values, ranks, dtypes."""
+    if isinstance(value, Tensor):
+        return ("tensor", value.dim(), str(value.dtype))
+    if type(value) in (tuple, list):
+        return (type(value).__name__, *(structure_of(item) for item in value))
+    if type(value) is dict:
+        return ("dict", *((key, structure_of(item)) for key, item in value.items()))
+    if value is None or isinstance(value, (bool, int, float, str)):
+        return ("value", value)
+    if isinstance(value, (torch.dtype, torch.device)):
+        return ("value", str(value))
+    return ("object", f"{type(value).__module__}.{type(value).__qualname__}")
+
+
+def _told(structure: Any) -> str:
+    kind, *rest = structure
+    if kind == "value":
+        return repr(rest[0])
+    return f"a {kind} of rank {rest[0]} and {rest[1]}" if kind == "tensor" else f"a {kind} {tuple(rest)}"
+
+
+# Regions ------------------------------------------------------------------------------------------------------
+
+# Under which autocast (on the CPU, on other devices), and with or without gradients.
+Region = tuple[Any, ...]
+
+
+def context(gradients: bool) -> Region:
+    """The present autocast, and gradient mode where that matters."""
+    found: list[Any] = []
+    for device in ("cpu", "cuda"):
+        on = torch.is_autocast_enabled(device)
+        found.append(str(torch.get_autocast_dtype(device)) if on else None)
+    return (*found, torch.is_grad_enabled()) if gradients else tuple(found)
+
+
+def in_region(region: Region, function: Callable[..., Any] | str, *args: Any, **kwargs: Any) -> Any:
+    """A call that the forward makes under its own torch.no_grad, torch.enable_grad or torch.autocast.
+
+    A function, or the name of a method of the first argument.
+    """
+    with ExitStack() as stack:
+        stack.enter_context(torch.set_grad_enabled(region[2]))
+        for device, dtype in zip(("cpu", "cuda"), region, strict=False):
+            if (dtype is not None) != torch.is_autocast_enabled(device):
+                chosen = None if dtype is None else getattr(torch, dtype.removeprefix("torch."))
+                stack.enter_context(torch.autocast(device, chosen, enabled=dtype is not None))
+        return (
+            getattr(args[0], function)(*args[1:], **kwargs) if isinstance(function, str) else function(*args, **kwargs)
+        )

@@ -1,0 +1,372 @@
+"""While a forward is traced by values: which value is which node of the graph, and how each is got again.
+
+Every tensor, number and object that the forward holds came from somewhere: an argument, a parameter, a setting, a
+torch function. The ledger knows from where, and refuses what came from nowhere a graph could get it again.
+"""
+
+from __future__ import annotations
+
+import copy
+import operator
+import sys
+import types
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from surgery.errors import TraceError
+from surgery.guards import require
+from surgery.numbers import Number, Real, plain
+from surgery.standins import Recorded, is_setting, viewing
+from surgery.view import view
+
+__all__ = ["Ledger"]
+
+
+class Ledger:
+    """The graph being written, and what each value of the call is in it."""
+
+    def __init__(self, module: nn.Module):
+        self.module = module
+        self.graph = fx.Graph()
+        self.known: dict[int, tuple[Any, Any]] = {}  # id → (the object, kept alive; its node, or how to make one)
+        self.keeps: dict[str, Any] = {}  # objects that the graph keeps, by the name of their get_attr
+        self.clones: dict[int, Any] = {}  # what the real functions get in the place of objects the forward made
+        self.views: dict[int, nn.Module] = {}
+        self.states: list[tuple[nn.Module, dict[str, Any]]] = []
+        self.paths = {id(inner): path for path, inner in reversed(list(module.named_modules()))}
+        named = (*module.named_parameters(remove_duplicate=False), *module.named_buffers(remove_duplicate=False))
+        self.tensors = {id(tensor): name for name, tensor in reversed(named)}
+        self.settings: dict[tuple[Any, ...], Any] = {}  # what was read from the module and is no tensor
+        self.values: dict[fx.Node, Any] = {}  # numbers among it
+        self.numbers: dict[Any, fx.Node] = {}  # one node for equal computations on numbers
+        self.activations: set[fx.Node] = set()  # nodes that hold activations, parameters or random draws
+        self.by_content: set[fx.Node] = set()  # nodes whose sizes depend on the content of tensors
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Nothing is seen meanwhile."""
+        with torch._C.DisableTorchFunction():
+            yield
+
+    # Values → nodes -----------------------------------------------------------------------------------------
+
+    def node(self, value: Any) -> Any:
+        """A value as an argument of a node."""
+        kind = type(value)
+        if isinstance(value, Tensor):
+            return self.tensor_node(value)
+        if kind in (Number, Real):
+            return self.number_node(value)
+        if kind is Recorded:
+            return value._node
+        if isinstance(value, nn.Module):
+            return self.graph.get_attr(self.path_of(value) or "_surgery_self")
+        if isinstance(value, slice):
+            return slice(self.node(value.start), self.node(value.stop), self.node(value.step))
+        if isinstance(value, tuple):
+            items = tuple([self.node(item) for item in value])
+            return self.graph.call_function(kind, items) if hasattr(value, "_fields") else items
+        if kind is list:
+            return [self.node(item) for item in value]
+        if kind is dict:
+            return {key: self.node(item) for key, item in value.items()}
+        if isinstance(value, (dict, set)) or hasattr(value, "__dataclass_fields__"):
+            return self.structure_node(value)
+        if isinstance(value, torch.device):
+            return str(value)  # in generated code a parameter called `device` would hide the class
+        if isinstance(value, float) and kind is not float:
+            return float(value)  # numpy's
+        if value is None or isinstance(value, _CONSTANT):
+            return value
+        return self.object_node(value)
+
+    def tensor_node(self, tensor: Tensor) -> fx.Node:
+        found = self.known.get(id(tensor))
+        name = self.tensors.get(id(tensor))
+        if found is None and name is None:
+            raise TraceError(
+                "the forward uses a tensor that comes from nowhere a graph could get it again",
+                why=f"of shape {tuple(tensor.shape)}; no argument, parameter or buffer, and made by no torch function",
+            )
+        node = self.resolve(found[1]) if found is not None else self.graph.get_attr(str(name))
+        self.known[id(tensor)] = (tensor, node)
+        if tensor.is_floating_point() and (node.op in _GIVEN or node.target in (getattr, operator.getitem)):
+            self.activations.add(node)
+        return node
+
+    def resolve(self, node: Any) -> fx.Node:
+        return node if isinstance(node, fx.Node) else node()
+
+    def structure_node(self, value: Any) -> fx.Node:
+        """A container of a class of its own (a ModelOutput), made anew in the graph."""
+        kind = type(value)
+        if hasattr(value, "__dataclass_fields__"):
+            fields = {name: getattr(value, name) for name, field in value.__dataclass_fields__.items() if field.init}
+            if isinstance(value, dict) and set(value) - set(fields):
+                raise TraceError(f"a {kind.__name__} with fields added to it can't be made anew in a graph")
+            kept = {name: self.node(item) for name, item in fields.items() if item is not None}
+            return self.graph.call_function(kind, (), kept)
+        if isinstance(value, dict):
+            return self.graph.call_function(kind, ({key: self.node(item) for key, item in value.items()},))
+        raise TraceError(f"a {kind.__name__} can't be held in a graph")
+
+    def object_node(self, value: Any) -> Any:
+        """An object that the forward made itself and hands on, such as a new KV cache."""
+        if callable(value):
+            return value
+        if id(value) in self.known:
+            return self.resolve(self.known[id(value)][1])
+        if self.holds_tensors(value):
+            raise TraceError(f"the forward hands on a {type(value).__name__} that holds tensors of this call")
+        node = self.graph.call_function(_Template.new, (self.kept(_Template(copy.deepcopy(value))),))
+        self.register(value, node)
+        # What is called with it works on a copy. The forward's own goes stale, so that reading it later gives a graph
+        # with another result than the forward's, and that is found.
+        self.clones[id(value)] = copy.deepcopy(value)
+        return node
+
+    def kept(self, value: Any) -> fx.Node:
+        """An object that the graph keeps."""
+        name = f"_kept_{len(self.keeps)}"
+        self.keeps[name] = value
+        return self.graph.get_attr(name)
+
+    def holds_tensors(self, value: Any, depth: int = 0) -> bool:
+        if isinstance(value, Tensor):
+            return not self.is_constant(self.tensor_node(value))
+        if type(value) in (Number, Real) or depth > 6:
+            return False  # numbers are copied as plain ones, with a guard
+        if type(value) is Recorded:
+            return value._settled is None
+        items: Any = value.values() if isinstance(value, dict) else value if isinstance(value, (tuple, list)) else ()
+        if hasattr(value, "__dict__") and not isinstance(value, (type, types.ModuleType, types.FunctionType)):
+            items = (*items, *vars(value).values())
+        return any(self.holds_tensors(item, depth + 1) for item in items)
+
+    def is_constant(self, node: fx.Node) -> bool:
+        """Whether a tensor comes from numbers and settings alone, which are then required to stay what they are."""
+        if node in self.values:
+            self.guard(node, self.values[node])
+            return True
+        if node.op != "call_function" or node in self.activations:
+            return False
+        return all(self.is_constant(source) for source in node.all_input_nodes)
+
+    # Numbers and guards -------------------------------------------------------------------------------------
+
+    def number(self, value: Any, function: Callable[..., Any], args: tuple) -> Any:
+        """A tracked number; the node that computes it is made once something needs it."""
+        if type(value) is bool or not isinstance(value, (int, float)):
+            return value
+        kind: Any = Number if isinstance(value, int) else Real
+        return kind(self, value, (function, args))
+
+    def number_node(self, number: Number | Real) -> fx.Node:
+        if not isinstance(number.node, fx.Node):
+            function, args = number.node
+            if function is _size:
+                shape = self.one_node(getattr, (self.node(args[0]), "shape"))
+                number.node = self.one_node(operator.getitem, (shape, args[1]))
+            else:
+                number.node = self.one_node(function, self.node(args))
+        return number.node
+
+    def one_node(self, function: Any, args: tuple) -> fx.Node:
+        """The node of a computation on numbers, the same one for equal computations."""
+        key = (function, *(id(arg) if isinstance(arg, fx.Node) else (type(arg), arg) for arg in args))
+        if key not in self.numbers:
+            node = self.numbers[key] = self.graph.call_function(function, args)
+            if any(source in self.by_content for source in node.all_input_nodes):
+                self.by_content.add(node)
+        return self.numbers[key]
+
+    def guard_number(self, function: Any, args: tuple, value: Any) -> None:
+        nodes = self.node(args)
+        if any(node in self.by_content for node in nodes if isinstance(node, fx.Node)):
+            raise TraceError("the forward decides on a size that depends on the content of a tensor")
+        decided = nodes[0] if function is None else self.one_node(function, nodes)
+        key = (require, decided)
+        if key not in self.numbers:
+            self.numbers[key] = self.guard(decided, value)
+
+    def decided(self, function: Any, args: tuple) -> Any:
+        """What Python decides on an object or a mask, and a guard that it would again."""
+        with self.paused():
+            value = function(*self.real(args))
+        self.guard(self.graph.call_function(function, self.node(args)), value)
+        return value
+
+    def guard(self, node: fx.Node, value: Any) -> fx.Node:
+        return self.graph.call_function(require, (node, value, _line()))
+
+    def size(self, tensor: Tensor, dim: int) -> Any:
+        return self.number(tensor.shape[dim], _size, (tensor, dim))
+
+    # Nodes → values -----------------------------------------------------------------------------------------
+
+    def register(self, value: Any, node: Any) -> Any:
+        self.known[id(value)] = (value, node)
+        return value
+
+    def wrap(self, value: Any, node: Any) -> Any:
+        """What a node gave (or what `node()` would make a node for), as the forward goes on with it."""
+        if isinstance(value, Tensor):
+            if id(value) in self.known or id(value) in self.tensors:  # a layer that gave its input back
+                with self.paused():
+                    value = torch.ops.aten.alias.default(value)
+            return self.register(value, node)
+        if value is None or isinstance(value, (bool, str, torch.dtype, torch.device)):
+            return value
+        if isinstance(value, (int, float)):
+            tracked: Any = Number if isinstance(value, int) else Real
+            return tracked(self, value, self.resolve(node))
+        if isinstance(value, torch.Size):
+            owner = self.resolve(node)
+            sizes = [Number(self, size, self.one_node(operator.getitem, (owner, i))) for i, size in enumerate(value)]
+            return torch.Size(sizes)  # type: ignore[arg-type]
+        if isinstance(value, tuple) or type(value) is list:
+            items = [self.wrap(item, self.lazy(node, index)) for index, item in enumerate(value)]
+            return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
+        if isinstance(value, dict):
+            wrapped = copy.copy(value)
+            for key, item in value.items():
+                wrapped[key] = self.wrap(item, self.lazy(node, key))
+            return wrapped
+        if isinstance(value, nn.Module):
+            return self.view_of(value)
+        if is_setting(value):
+            return value
+        return Recorded(self, self.resolve(node), value)
+
+    def lazy(self, node: Any, key: Any) -> Callable[[], fx.Node]:
+        return lambda: self.graph.call_function(operator.getitem, (self.resolve(node), key))
+
+    def real(self, value: Any) -> Any:
+        """A value as the real functions get it."""
+        kind: Any = type(value)
+        if kind in (Number, Real):
+            return value.value
+        if kind is Recorded:
+            return value._real
+        if isinstance(value, nn.Module):
+            return object.__getattribute__(value, "__dict__").get("_surgery_real", value)
+        if kind is torch.Size:
+            return torch.Size([plain(item) for item in value])
+        if kind is slice:
+            return slice(self.real(value.start), self.real(value.stop), self.real(value.step))
+        if kind is dict:
+            return {key: self.real(item) for key, item in value.items()}
+        if isinstance(value, tuple) or kind is list:
+            items = [self.real(item) for item in value]
+            return kind(*items) if hasattr(value, "_fields") else kind(items)
+        return self.clones.get(id(value), value)
+
+    # Modules and their settings -----------------------------------------------------------------------------
+
+    def view_of(self, module: nn.Module) -> nn.Module:
+        state = object.__getattribute__(module, "__dict__")
+        if "_surgery_recorder" in state:
+            return module
+        found = self.views.get(id(module))
+        if found is None:
+            base = getattr(module, "_surgery_base", type(module))
+            found = self.views[id(module)] = view(module, viewing(base), {})
+            held: dict[str, Any] = object.__getattribute__(found, "__dict__")
+            held["_surgery_real"], held["_surgery_recorder"] = module, self
+            held["_modules"] = {
+                name: child and self.view_of(child)
+                for name, child in module._modules.items()
+                if name != "adapters" or base is type(module)
+            }
+            self.states.append((found, dict(held)))
+        return found
+
+    def path_of(self, module: nn.Module) -> str:
+        real = self.real(module)
+        if id(real) not in self.paths:
+            raise TraceError(f"the forward uses a {type(real).__name__} that is no child of the module")
+        return self.paths[id(real)]
+
+    def check_unchanged(self) -> None:
+        for found, before in self.states:
+            now = object.__getattribute__(found, "__dict__")
+            if now.keys() != before.keys() or any(now[key] is not before[key] for key in before):
+                raise TraceError(f"the forward changes the state of {self.path_of(found) or 'the module'}")
+
+    def attribute(self, owner: nn.Module, name: str, value: Any) -> Any:
+        """A setting of a module, as the forward reads it."""
+        path = self.path_of(owner)
+        where = (*path.split("."), name) if path else (name,)
+        target = ".".join(where)
+        if is_setting(value):
+            self.settings[where] = copy.copy(value)
+            return value
+        if isinstance(value, int):
+            node = self.graph.get_attr(target)
+            self.values[node] = value
+            return Number(self, value, node)
+        if isinstance(value, Tensor):
+            return value if id(value) in self.known else self.register(value, lambda: self.graph.get_attr(target))
+        if isinstance(value, nn.Module):
+            return self.view_of(value)
+        if type(value) in (tuple, list):
+            return type(value)([self.listed(item, target, index) for index, item in enumerate(value)])
+        if isinstance(value, (type, types.FunctionType, types.BuiltinFunctionType, types.MethodType)):
+            return value
+        if id(value) not in self.known:
+            self.register(value, Recorded(self, self.graph.get_attr(target), value, where))
+        return self.known[id(value)][1]
+
+    def listed(self, item: Any, target: str, index: int) -> Any:
+        if isinstance(item, nn.Module):
+            return self.view_of(item)
+        if isinstance(item, Tensor) and id(item) not in self.tensors and id(item) not in self.known:
+            return self.register(item, self.lazy(lambda: self.graph.get_attr(target), index))
+        return item
+
+    def item(self, owner: Recorded, function: Any, key: Any, value: Any) -> Any:
+        """What a recorded object holds under a name or key."""
+        settled = (*owner._settled, key) if owner._settled is not None and isinstance(key, (str, int)) else None
+        if settled is not None and is_setting(value):
+            self.settings[settled] = copy.copy(value)
+            return value
+        node = self.graph.call_function(function, (owner._node, self.node(key)))
+        if settled is not None and isinstance(value, int):
+            self.values[node] = value
+        if settled is not None and not isinstance(value, (Tensor, int, nn.Module)):
+            return Recorded(self, node, value, settled)
+        if is_setting(value):
+            self.guard(node, value)
+            return value
+        return self.wrap(value, node)
+
+
+class _Template:
+    """An object as it was when it was new, copied for each call."""
+
+    def __init__(self, value: Any):
+        self.value = value
+
+    def new(self) -> Any:
+        return copy.deepcopy(self.value)
+
+
+def _size(tensor: Tensor, dim: int) -> int:
+    return tensor.shape[dim]
+
+
+def _line() -> str:
+    """The line of the user's code that decides."""
+    frame = sys._getframe(1)
+    while frame.f_back is not None and frame.f_code.co_filename.startswith(_HERE):
+        frame = frame.f_back
+    return f"{frame.f_code.co_filename}:{frame.f_lineno}"
+
+
+_GIVEN = ("placeholder", "get_attr")
+_CONSTANT = (bool, int, float, str, complex, torch.dtype, torch.memory_format, torch.layout, type(...), range)
+_HERE = __file__.rpartition("ledger.py")[0]

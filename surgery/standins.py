@@ -1,0 +1,151 @@
+"""What a forward meets while it is traced by values: views of modules, and recorded objects such as a KV cache.
+
+A *view* is an instance of a subclass of the module's own class that shares its state. It notes which of its settings
+the forward reads, refuses to be written to, and a view of a child is one node when it is called. A *recorded* object
+stands for one that graphs know nothing of: its methods are nodes, its tensors and numbers are tracked, and what
+Python decides on it becomes a guard. Both answer `isinstance` as what they stand for.
+"""
+
+from __future__ import annotations
+
+import functools
+import operator
+import types
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor, nn
+
+from surgery.errors import TraceError
+
+__all__ = ["Recorded", "call_object", "is_setting", "viewing"]
+
+_SETTINGS = (bool, str, float, type(None), bytes)
+
+
+def is_setting(value: Any) -> bool:
+    """A plain value that Python decides on, comparable later: a flag, a word, a number, or a collection of such."""
+    if type(value) in (tuple, list, set, frozenset):
+        return all(is_setting(item) or type(item) is int for item in value)
+    if type(value) is dict:
+        return all(is_setting(item) or type(item) is int for pair in value.items() for item in pair)
+    return type(value) in _SETTINGS or type(value).__module__ == "torch" and not isinstance(value, (Tensor, nn.Module))
+
+
+@functools.cache
+def viewing(cls: type[nn.Module]) -> type[nn.Module]:
+    """The class of views of modules of a class."""
+
+    def read(self: Any, name: str) -> Any:
+        value = object.__getattribute__(self, name)
+        if name.startswith("__") or name in _OWN:
+            return value
+        state = object.__getattribute__(self, "__dict__")
+        if name not in state or "_surgery_recorder" not in state:
+            return value
+        return state["_surgery_recorder"].attribute(self, name, value)
+
+    def write(self: Any, name: str, value: Any = None) -> None:
+        recorder = self.__dict__["_surgery_recorder"]
+        raise TraceError(
+            f"the forward sets {name} on {recorder.path_of(self) or 'the module'}",
+            why="a graph holds what is computed, not what is remembered between calls",
+        )
+
+    def called(self: Any, *args: Any, **kwargs: Any) -> Any:
+        return self.__dict__["_surgery_recorder"].call_module(self, args, kwargs)
+
+    space = {
+        "__getattribute__": read,
+        "__setattr__": write,
+        "__delattr__": write,
+        "__call__": called,
+        "__module__": cls.__module__,
+        "__qualname__": cls.__qualname__,
+        "__doc__": cls.__doc__,
+    }
+    metaclass: Any = type(cls)
+    return metaclass(cls.__name__, (cls,), space)
+
+
+_OWN = frozenset(nn.Module().__dict__) - {"training"} | {"_surgery_recorder"}
+
+
+class Recorded:
+    """An object that is no tensor: what is done with it is recorded, and done with the real one for its values.
+
+    `settled`: it hangs on the module (a config), so that the settings read from it hold until somebody changes them;
+    they are compared once, at the beginning. Otherwise they are compared where they are read.
+    """
+
+    __slots__ = ("_node", "_real", "_recorder", "_settled")
+
+    def __init__(self, recorder: Any, node: Any, real: Any, settled: tuple[str, ...] | None = None):
+        object.__setattr__(self, "_recorder", recorder)
+        object.__setattr__(self, "_node", node)
+        object.__setattr__(self, "_real", real)
+        object.__setattr__(self, "_settled", settled)
+
+    @property
+    def __class__(self) -> type:
+        return type(self._real)
+
+    def __getattr__(self, name: str) -> Any:
+        recorder = self._recorder
+        with recorder.paused():
+            value = getattr(self._real, name)
+        if isinstance(value, (types.MethodType, types.BuiltinMethodType, functools.partial)):
+            return functools.partial(recorder.call_method, self, name)
+        if isinstance(value, (type, types.FunctionType)):
+            return value
+        return recorder.item(self, getattr, name, value)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        self._recorder.effect(setattr, (self, name, value))
+
+    def __getitem__(self, key: Any) -> Any:
+        with self._recorder.paused():
+            value = self._real[self._recorder.real(key)]
+        return self._recorder.item(self, operator.getitem, key, value)
+
+    def __setitem__(self, key: Any, value: Any) -> None:
+        self._recorder.effect(operator.setitem, (self, key, value))
+
+    def __len__(self) -> int:
+        return self._recorder.decided(len, (self,))
+
+    def __bool__(self) -> bool:
+        return self._recorder.decided(operator.truth, (self,))
+
+    def __contains__(self, key: Any) -> bool:
+        return self._recorder.decided(operator.contains, (self, key))
+
+    def __eq__(self, other: object) -> bool:
+        return self._recorder.decided(operator.eq, (self, other))
+
+    def __ne__(self, other: object) -> bool:
+        return self._recorder.decided(operator.ne, (self, other))
+
+    def __hash__(self) -> int:
+        return id(self._real)
+
+    def __iter__(self) -> Any:
+        if hasattr(type(self._real), "keys"):
+            with self._recorder.paused():
+                keys = list(self._real)
+            self._recorder.decided(list, (self,))
+            return iter(keys)
+        return iter([self[index] for index in range(len(self))])
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self._recorder.call_function(call_object, (self, *args), kwargs)
+
+    def __deepcopy__(self, memo: dict) -> Any:
+        if self._settled is None:
+            raise TraceError(f"the forward copies a {type(self._real).__name__}")
+        return self._real
+
+
+def call_object(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """A call of an object that a node made."""
+    return function(*args, **kwargs)
