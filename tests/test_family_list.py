@@ -75,9 +75,6 @@ ON_ONE_BRANCH = {
 # One parameter serves several modules, so merging asks for untie=True.
 TIED = {"zamba", "dab_detr", "deformable_detr", "blip"}
 
-# Draws random numbers in evaluation mode, so no two calls of an example are equal.
-RANDOM = {"vilt"}
-
 # Change the output of an adapted layer in place, which autograd refuses where that output is a view.
 IN_PLACE = {
     "deberta",
@@ -144,7 +141,7 @@ def test_there_and_back(name: str) -> None:
     output, before = run(model, inputs), Snapshot(model)  # in this order: a first call may leave notes of its own
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", SurgeryWarning)
-        apply_rules(model, [rule_for(name, model)], example_inputs=None if name in RANDOM else inputs)
+        apply_rules(model, [rule_for(name, model)], example_inputs=inputs)
     told = [re.match(r"LoraRule at (\S+) is bypassed on one branch", str(warning.message)) for warning in caught]
     assert {match and match[1].rpartition(".")[2] for match in told} == ON_ONE_BRANCH.get(name, set())
 
@@ -219,7 +216,6 @@ def test_the_tables_name_families_of_every_kind() -> None:
         *NOT_REACHED,
         *ON_ONE_BRANCH,
         *TIED,
-        *RANDOM,
         *IN_PLACE,
         *NO_BACKWARD,
         *SAMPLE,
