@@ -179,5 +179,10 @@ class LoraRule(Rule):
 
 
 def _gain(part: Part, magnitude: Tensor, weight: Tensor) -> Tensor:
-    """DoRA's magnitude over the norm of the changed weight, which the paper holds constant in the backward."""
-    return (magnitude / column_norm(part, weight).detach()).view(part.against_weight)
+    """DoRA's magnitude over the norm of the changed weight, which the paper holds constant in the backward.
+
+    A feature whose weight is all zero has no direction to scale: its gain is 1, so that A and B can give it one.
+    """
+    norm = column_norm(part, weight).detach()
+    zero = norm.eq(0)
+    return (magnitude / norm.masked_fill(zero, 1.0)).masked_fill(zero, 1.0).view(part.against_weight)

@@ -54,7 +54,7 @@ def bypasses(model: nn.Module) -> dict[str, list[Bypass]]:
     The keys are paths as `named_modules` gives them, in its order. A reading counts where its value is used: as an
     argument of a call, an operand, a result. Looking at its dtype, device or shape, a comparison, an `isinstance`
     is none, nor is a module's use of its own parameters. Followed are a forward's own methods and properties, those
-    of children it calls, and functions that a module is handed to; code without source has no readings here.
+    of children it calls, functions and forwards that a module is handed to; code without source has no readings here.
     """
     modules = list(base_modules(model))
     paths = {id(module): path for path, module in modules}
@@ -62,7 +62,7 @@ def bypasses(model: nn.Module) -> dict[str, list[Bypass]]:
     for path, module in modules:
         for place in _Search(paths, path, module).places():
             found[place.path].append(place)
-    return {path: places for path, places in found.items() if places}
+    return {path: list(dict.fromkeys(places)) for path, places in found.items() if places}
 
 
 def bypasses_of(model: nn.Module, path: str, aliases: Iterable[str] = ()) -> list[Bypass]:
@@ -109,10 +109,11 @@ def fastpath_switch(module: nn.Module) -> tuple[str, Any] | None:
 class _Held(NamedTuple):
     path: str
     module: nn.Module
+    own: bool = False  # come to over the `self` of a child's forward, whose readings are that child's own search
 
     def child(self, name: str) -> Iterator[_Held]:
         if (module := self.module._modules[name]) is not None:
-            yield _Held(f"{self.path}.{name}" if self.path else name, module)
+            yield _Held(f"{self.path}.{name}" if self.path else name, module, self.own)
 
     @property
     def cls(self) -> type[nn.Module]:
@@ -165,7 +166,7 @@ class _Search:
             self.use(self.things(chain, given, facts), reader, sure and always)
         for called, arguments, always in facts.calls:
             values = [(place, thing) for place, chain in arguments for thing in self.things(chain, given, facts)]
-            functions = [thing for thing in self.things(called, given, facts) if isinstance(thing, _Function)]
+            functions = [code for thing in self.things(called, given, facts) if (code := _called(thing, values))]
             for function in functions:
                 self.call(function, values, facts, reader, sure and always)
             if not functions:
@@ -179,6 +180,8 @@ class _Search:
             name = place if isinstance(place, str) else names[place] if place < len(names) else ""
             # What a plain function of the same file does with a tensor can be read; a decorator may replace it.
             near = isinstance(thing, _Held) or (facts.module == caller.module and not facts.decorated)
+            if function.owner and isinstance(thing, _Held) and thing.module is function.owner.module:
+                thing = function.owner  # a module that its own forward is handed is its own
             if name in names and facts.lines and near:
                 given.setdefault(name, []).append(thing)
             else:
@@ -194,7 +197,7 @@ class _Search:
         for thing in things:
             if isinstance(thing, _Function) and thing.owner:  # handed on and called later: checkpoint(self.block, x)
                 self.call(thing, [], facts_of(thing.code), reader, sure)
-            if not isinstance(thing, _Parameter) or thing.owner.module is self.entry.module:
+            if not isinstance(thing, _Parameter) or thing.owner.own or thing.owner.module is self.entry.module:
                 continue
             owner, facts = thing.owner, thing.facts
             if self.target is None or owner.module is self.target:
@@ -222,6 +225,8 @@ class _Search:
             return self.results(thing, depth) if step == CALL else []
         if step == CALL or isinstance(step, type):
             return []
+        if step in ("forward", "__call__"):  # who calls it calls the module
+            return [thing]
         if isinstance(step, tuple):
             kind, name = step
             if kind == "[]":
@@ -236,7 +241,7 @@ class _Search:
         if step in module.__dict__:
             value = module.__dict__[step]
             known = isinstance(value, nn.Module) and id(value) in self.paths
-            return [_Held(self.paths[id(value)], value)] if known else []
+            return [_Held(self.paths[id(value)], value, thing.own)] if known else []
         value = _lookup(thing.cls.__mro__, step)
         if isinstance(value, property) and isinstance(value.fget, FunctionType):
             return self.results(_Function(value.fget, thing), depth)
@@ -283,9 +288,7 @@ class _Leads:
                 self.lead(chain, root)
             for called, arguments, _ in facts.calls:
                 self.lead(called, root)
-                # A child's forward does not bypass what it is given; a function or a method may.
-                child = called[0] == root and len(called[1]) == 1 and not self.function(called[1][0][0])
-                for chain in (chain for _, chain in arguments if chain[0] == root and not child):
+                for chain in (chain for _, chain in arguments if chain[0] == root):
                     if chain[1]:
                         self.lead(chain, root, handed=True)
                     elif isinstance(called[0], FunctionType):
@@ -330,10 +333,17 @@ class _Leads:
 def _bound(value: Any, held: _Held) -> list[_Function]:
     if isinstance(value, staticmethod):
         return [_Function(value.__func__)] if isinstance(value.__func__, FunctionType) else []
-    # nn.Module's own methods (parameters(), to(), __call__) compute nothing, and who calls a forward bypasses nothing.
+    # nn.Module's own methods (parameters(), to()) compute nothing, and who calls a forward bypasses nothing.
     if not isinstance(value, FunctionType) or value.__name__ == "forward" or value in _MODULE:
         return []
     return [_Function(value, held)]
+
+
+def _called(thing: Any, values: list[tuple]) -> _Function | None:
+    """The function that a call runs. A forward is one where it is handed a module: what it is handed is followed."""
+    if isinstance(thing, _Held) and any(isinstance(value, _Held) for _, value in values):
+        thing = _Function(_lookup(thing.cls.__mro__, "forward"), thing._replace(own=True))
+    return thing if isinstance(thing, _Function) and isinstance(thing.code, FunctionType) else None
 
 
 _MODULE = frozenset(value for value in vars(nn.Module).values() if isinstance(value, FunctionType))

@@ -254,7 +254,7 @@ def _check_output(plan: Plan, example_inputs: Any) -> None:
     assert plan.observation is not None
     names = ", ".join(dict.fromkeys(step.rule.label for step in plan.steps))
     try:
-        output = call(plan.model, example_inputs)
+        output = call(plan.model, example_inputs, plan.observation.random)
     except SurgeryError as error:
         notes = getattr(error.__cause__, "__notes__", [])
         raise SurgeryError(

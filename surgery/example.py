@@ -14,14 +14,16 @@ from surgery.errors import SurgeryError, TraceError
 from surgery.trace import Own
 from surgery.weave import woven
 
-__all__ = ["Observation", "call", "equal", "observe"]
+__all__ = ["Observation", "call", "equal", "observe", "random_state"]
 
 
 class Observation:
-    """What an example call showed: its output, and the first call of each watched module."""
+    """What an example call showed: its output, the random state it began from, and the first call of each watched
+    module."""
 
     def __init__(self) -> None:
         self.output: Any = None
+        self.random = random_state()
         self.calls: dict[int, tuple[tuple, dict, Any]] = {}
 
     def reached(self, module: nn.Module) -> bool:
@@ -56,10 +58,17 @@ def observe(model: nn.Module, example_inputs: Any, watched: Iterable[nn.Module])
     return found
 
 
-def call(model: nn.Module, example_inputs: Any) -> Any:
-    """The model's output on the example, in evaluation mode, without gradients, leaving no trace on the model."""
+def call(model: nn.Module, example_inputs: Any, random: list[Tensor] | None = None) -> Any:
+    """The model's output on the example, in evaluation mode, without gradients, leaving no trace on the model.
+
+    `random` is a state to draw from, as `random_state` gave it: some models draw numbers in evaluation mode, too, and
+    two calls are to draw the same.
+    """
     args, kwargs = arguments(example_inputs)
     with torch.no_grad(), torch.random.fork_rng(), _evaluating(model):
+        if random is not None:
+            torch.set_rng_state(random[0])
+            torch.cuda.set_rng_state_all(random[1:])
         try:
             return copied(model(*copied(args), **copied(kwargs)))
         except SurgeryError:
@@ -70,6 +79,11 @@ def call(model: nn.Module, example_inputs: Any) -> Any:
                 why=f"{type(error).__name__}: {error}",
                 fix="pass example_inputs as a tensor, a tuple of arguments, or a dict of keyword arguments",
             ) from error
+
+
+def random_state() -> list[Tensor]:
+    """The state of torch's generators: the CPU's, then one for each CUDA device."""
+    return [torch.get_rng_state(), *(torch.cuda.get_rng_state_all() if torch.cuda.is_available() else ())]
 
 
 def arguments(example_inputs: Any) -> tuple[tuple, dict[str, Any]]:
@@ -93,8 +107,10 @@ def verify_graph(module: nn.Module, own: Own, given: tuple[tuple, dict, Any], pa
     bound.apply_defaults()
     graph = fx.GraphModule(module, woven(own, [], training=False))
     with torch.no_grad(), _evaluating(module):
-        found = graph(*copied(tuple(bound.arguments.values())))
-        expected = own.base.forward(module, *copied(args), **copied(kwargs))
+        with torch.random.fork_rng():
+            found = graph(*copied(tuple(bound.arguments.values())))
+        with torch.random.fork_rng():
+            expected = own.base.forward(module, *copied(args), **copied(kwargs))
     if not equal(found, expected):
         raise TraceError(
             f"the graph of {own.base.__name__}.forward gives another result than the forward itself",

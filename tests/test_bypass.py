@@ -18,6 +18,8 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import checkpoint
 
 import surgery.bypass as bypass_module
+from rules import LoraRule
+from surgery import PlanError, apply_rules
 from surgery.bypass import bypasses, bypasses_of, fastpath_switch
 
 
@@ -196,6 +198,64 @@ class HandedToMethod(Base):
         return x @ layer.weight
 
 
+class Decodes(nn.Module):
+    """Perceiver's decoder has no embedding of its own: it is handed one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(3)
+
+    def forward(self, x: Tensor, table: Any) -> Tensor:
+        return self.times(self.norm(x), table)
+
+    def times(self, x: Tensor, table: Any) -> Tensor:
+        return x @ table.weight.t()
+
+
+class DecodesBelow(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = Decodes()
+
+    def forward(self, x: Tensor, table: Any) -> Tensor:
+        return self.inner(x, table)
+
+
+class Times(nn.Module):
+    def forward(self, x: Tensor, weight: Tensor) -> Tensor:
+        return x @ weight
+
+
+class HandedToChild(Base):
+    def __init__(self) -> None:
+        super().__init__()
+        self.dec: Any = Decodes()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.dec(x, table=self.lin)
+
+
+class HandedToChildByPosition(HandedToChild):
+    def forward(self, x: Tensor) -> Tensor:
+        layer = self.inner[1]
+        return self.dec.forward(x, layer)
+
+
+class HandedToChildOfChild(HandedToChild):
+    def __init__(self) -> None:
+        super().__init__()
+        self.dec = DecodesBelow()
+
+
+class HandedItsWeight(Base):
+    def __init__(self) -> None:
+        super().__init__()
+        self.dec: Any = Times()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.dec(x, weight=self.lin.weight)
+
+
 class MethodAsValue(Method):
     def forward(self, x: Tensor) -> Tensor:
         return checkpoint(self.helper, x, use_reentrant=False)
@@ -270,6 +330,10 @@ READS = {
     MethodResult: {"lin.weight"},
     HandedOn: {"lin.weight"},
     HandedToMethod: {"lin.weight"},
+    HandedToChild: {"lin.weight"},
+    HandedToChildByPosition: {"inner.1.weight"},
+    HandedToChildOfChild: {"lin.weight"},
+    HandedItsWeight: {"lin.weight"},
     MethodAsValue: {"lin.weight"},
     Nested: {"lin.weight"},
     Lambda: {"lin.weight"},
@@ -348,7 +412,43 @@ class Renamed(Base):
         return held.to(dtype) @ held
 
 
-@pytest.mark.parametrize("kind", [Calls, AsksAbout, NoParameter, Unreached, Renamed], ids=lambda kind: kind.__name__)
+class Attention(nn.Linear):
+    """An attention interface: what it reads are its own parameters, whoever it is handed to."""
+
+    def forward(self, x: Tensor, *, module: Any, cache: Any = None) -> Tensor:
+        return attend(self, F.linear(x, self.weight) + module.scale, cache) * module.weight.sum()
+
+
+def attend(module: Any, x: Tensor, cache: Any) -> Tensor:
+    return x * module.in_features + module.bias + (cache(x) if cache is not None else 0)
+
+
+class HandsItself(Base):
+    scale = 2.0
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.attention, self.weight = Attention(3, 3), nn.Parameter(torch.ones(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = checkpoint(self.lin, x, use_reentrant=False)
+        return self.attention(x, module=self, cache=self.lin)
+
+
+class HandsToItself(Base):
+    def __init__(self) -> None:
+        super().__init__()
+        self.attention: Any = Attention(3, 3)
+        self.attention.scale = 1.0
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.attention(x, module=self.attention, cache=self.inner)
+
+
+NOTHING = [Calls, NoParameter, AsksAbout, Unreached, Renamed, HandsItself, HandsToItself]
+
+
+@pytest.mark.parametrize("kind", NOTHING, ids=lambda kind: kind.__name__)
 def test_nothing_is_found_where_forwards_are_called(kind: type[nn.Module]) -> None:
     assert bypasses(kind()) == {}
 
@@ -365,6 +465,17 @@ def test_place_names_file_line_and_source() -> None:
     assert place.reader_type == f"{Method.__module__}.Method"
     assert (place.file, place.line) == (__file__, start + 1)
     assert place.source == lines[1].strip() == "return F.linear(x, self.lin.weight)"
+
+
+def test_place_of_what_a_child_is_handed_is_in_the_child() -> None:
+    model = nn.Sequential(HandedToChild())
+    (place,) = bypasses(model)["0.lin"]
+    lines, start = inspect.getsourcelines(Decodes.times)
+    assert (place.reader, place.file, place.line) == ("0.dec", __file__, start + 1)
+    assert place.source == lines[1].strip() and not place.conditional
+    with pytest.raises(PlanError) as caught:
+        apply_rules(model, [LoraRule("lin", rank=2)])
+    assert f"Decodes reads its weight directly, at {__file__}:{place.line}" in str(caught.value)
 
 
 class Branches(Base):
@@ -614,7 +725,7 @@ def agree(model: nn.Module, *args: Any, **kwargs: Any) -> None:
     assert certain - tied <= frozenset().union(*watch.seen)  # of a tied one the run can't tell whose it was
 
 
-@pytest.mark.parametrize("kind", [*READS, AsksAbout, Unreached, Renamed, Branches], ids=lambda kind: kind.__name__)
+@pytest.mark.parametrize("kind", [*READS, *NOTHING[2:], Branches], ids=lambda kind: kind.__name__)
 def test_agrees_with_a_run(kind: type[nn.Module]) -> None:
     if kind in (Returned, AnyIndex, SlicesItsList):
         pytest.skip("what is given back meets no torch function, and a run takes one index of many")
@@ -662,6 +773,15 @@ def test_transformers_family(family: str) -> None:
     with torch.device("meta"):
         model = transformers.AutoModel.from_config(config)
     assert {".".join(name.split(".")[-2:]) for name in found(model)} == FAMILIES[family]
+
+
+def test_perceivers_decoder_reads_the_embedding_it_is_handed() -> None:
+    pytest.importorskip("transformers")
+    from tests.families import FAMILIES
+
+    model = FAMILIES["perceiver"].make().eval()
+    assert found(model) == {"perceiver.input_preprocessor.embeddings.weight"}
+    agree(model, **FAMILIES["perceiver"].inputs())
 
 
 def test_transformers_models_agree_with_a_run() -> None:

@@ -38,7 +38,7 @@ from surgery import (
     show,
     unmerge,
 )
-from surgery.testing import Snapshot
+from surgery.testing import Snapshot, assert_reversible
 
 tiny: Any = pytest.importorskip("tests.tiny", reason="needs transformers")
 
@@ -112,6 +112,48 @@ def test_the_patient_keeps_its_identity() -> None:
     assert all(now[name] is parameter for name, parameter in names.items())
     assert list(base_state_dict(model)) == keys
     assert repr(type(model.lm_head)) == repr(nn.Linear)
+
+
+class Draws(nn.Linear):
+    """A straight-line forward, held as a graph, that draws numbers in evaluation mode, too."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return F.dropout(F.linear(input, self.weight, self.bias), 0.5, True)
+
+
+class DrawsItself(nn.Module):
+    def __init__(self, lin: nn.Linear) -> None:
+        super().__init__()
+        self.lin = lin
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.lin(x[torch.randperm(len(x))]) + torch.randn(4)
+
+
+@rule("test-shifts")
+class Shifts(Rule):
+    identity = True
+
+    def rewrite(self, site: Site) -> Tensor:
+        return site.output + 1.0
+
+
+@pytest.mark.parametrize("make", [lambda: nn.Sequential(Draws(4, 4)), lambda: DrawsItself(nn.Linear(4, 4))])
+def test_a_model_that_draws_numbers_is_compared_on_the_same_draws(make: Callable[[], nn.Module]) -> None:
+    """And the draws of the adapter's own start are those of an apply without an example."""
+    x = torch.randn(8, 4)
+    torch.manual_seed(0)
+    plain = adapters_of(apply_rules(other := make(), [LoraRule("all-linear", rank=2)]))
+    after = torch.get_rng_state()
+    torch.manual_seed(0)
+    model = make()
+    apply_rules(model, [LoraRule("all-linear", rank=2)], example_inputs=x)
+    assert torch.equal(torch.get_rng_state(), after)
+    assert all(map(torch.equal, adapters_of(model).values(), plain.values()))
+    remove(model)
+    assert_reversible(model, [LoraRule("all-linear", rank=2)], example_inputs=x)
+    with pytest.raises(SurgeryError, match="changed the model's output at initialisation"):
+        apply_rules(other, [Shifts(nn.Linear)], adapter="b", example_inputs=x)
 
 
 # Generation -----------------------------------------------------------------------------------------------------

@@ -113,6 +113,94 @@ def test_linear_is_the_papers_formula() -> None:
     torch.testing.assert_close(model(x), x @ W.T + b + 0.5 * (x @ A.T) @ B.T)
 
 
+class Curved(nn.Conv2d):
+    """A forward that is no linear map of the weight, so that the weight itself is edited."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.conv2d(x, self.weight.sinh(), self.bias)
+
+
+def with_zeros() -> dict[str, tuple[Any, tuple, dict[str, str]]]:
+    """A module, its input, and its adapted weights, by prefix; output features 0 and 1 of each have weight zero."""
+    torch.manual_seed(0)
+    q, image = torch.randn(5, 2, 8), torch.randn(2, 4, 5, 5)
+    ids = torch.randint(0, 10, (2, 5))
+    found: Any = {
+        "linear": (nn.Linear(8, 6), (torch.randn(3, 8),), {"": "weight"}),
+        "linear-no-bias": (nn.Linear(8, 6, bias=False), (torch.randn(3, 8),), {"": "weight"}),
+        "conv2d": (nn.Conv2d(4, 6, 3), (image,), {"": "weight"}),
+        "embedding": (nn.Embedding(10, 6), (ids,), {"": "weight"}),
+        "weight-space": (Curved(4, 6, 3), (image,), {"": "weight"}),
+        "attention": (nn.MultiheadAttention(8, 2), (q, q, q), {"": "in_proj_weight", "out_": "out_proj.weight"}),
+    }
+    for module, _, weights in found.values():
+        for weight in weights.values():
+            features(module, module.get_parameter(weight).data)[:2] = 0.0
+    return found
+
+
+def features(module: nn.Module, weight: Tensor) -> Tensor:
+    """A view of the weight as a matrix with a row for each output feature."""
+    return weight.t() if isinstance(module, nn.Embedding) else weight.flatten(1)
+
+
+@pytest.mark.parametrize("name", with_zeros())
+def test_dora_where_a_features_weight_is_zero(name: str) -> None:
+    """Feature 0 stays at zero; feature 1 was given a direction by B; the others are DoRA's formula."""
+    module, args, weights = with_zeros()[name]
+    untouched = copy.deepcopy(module)
+    apply_rules(module, [LoraRule(type(module), rank=2, alpha=6, dora=True)], example_inputs=args)
+    assert torch.equal(run(module, args), run(untouched, args))
+    run(module, args).square().sum().backward()
+    disturb(module)
+    reference, held = copy.deepcopy(untouched), module.adapters.default
+    for prefix, weight in weights.items():
+        A, B, magnitude = (held.get_parameter(prefix + each) for each in ("A", "B", "magnitude"))
+        assert B.grad is not None and B.grad.isfinite().all() and magnitude.grad is not None
+        assert not magnitude.grad.flatten()[:2].any() and magnitude.grad.isfinite().all()
+        with torch.no_grad():
+            B[0] = 0.0
+            V = features(reference, reference.get_parameter(weight).data)
+            V += 3.0 * B.flatten(1) @ A.flatten(1)
+            V[1:] *= (magnitude.flatten() / V.norm(dim=1))[1:, None]
+            assert not V[0].any() and V[1].any()
+    live = run(module, args)
+    torch.testing.assert_close(live, run(reference, args), rtol=1e-4, atol=1e-5)
+    live.square().sum().backward()
+    for prefix in weights:  # B gives feature 0 a direction, and its magnitude has none to learn from yet
+        B, magnitude = held.get_parameter(prefix + "B"), held.get_parameter(prefix + "magnitude")
+        assert B.grad[0].isfinite().all() and magnitude.grad.isfinite().all() and not magnitude.grad.flatten()[0]
+    merge(module)
+    torch.testing.assert_close(run(module, args), live, rtol=1e-4, atol=1e-5)
+    unmerge(module)
+    assert torch.equal(run(module, args), live)
+    remove(module)
+    for weight in weights.values():
+        assert torch.equal(module.get_parameter(weight), untouched.get_parameter(weight))
+
+
+def test_dora_trains_a_layer_that_starts_at_zero() -> None:
+    torch.manual_seed(0)
+    model: Any = nn.Sequential(nn.Linear(8, 3))
+    nn.init.zeros_(model[0].weight)
+    x, wanted = torch.randn(64, 8), torch.randn(8, 3)
+    apply_rules(model, [LoraRule("0", rank=4, dora=True)])
+    held = model[0].adapters.default
+    first = torch.autograd.grad((model(x) - x @ wanted).square().sum(), list(held.parameters()), retain_graph=True)
+    bias = model[0].bias
+    by_hand = 2.0 * (2.0 * (bias - x @ wanted)).t() @ (x @ held.A.t())  # LoRA's own: the gain is 1
+    torch.testing.assert_close(dict(zip(dict(held.named_parameters()), first, strict=True))["B"], by_hand)
+    optimizer = torch.optim.Adam(model.parameters(), 0.05)
+    losses = []
+    for _ in range(200):
+        loss = (model(x) - bias.detach() - x @ wanted).square().mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < 0.01 * losses[0] and held.magnitude.all()
+
+
 def test_pissa_gives_the_bits_back() -> None:
     torch.manual_seed(0)
     model: Any = nn.Sequential(nn.Linear(16, 12))

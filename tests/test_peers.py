@@ -327,6 +327,17 @@ def test_peft_is_bypassed_without_a_word() -> None:
 
 
 @reproduced
+def test_pefts_dora_is_nan_where_a_weight_is_zero() -> None:
+    model, x = Holder(nn.Linear(8, 6)), torch.randn(3, 8)
+    with torch.no_grad():
+        model.m.weight[2] = 0.0  # type: ignore[index]
+    expected = model(x)
+    found = in_peft(model, use_dora=True, init_lora_weights=True)(x)
+    assert found[:, 2].isnan().all() and not found[:, :2].isnan().any()
+    assert torch.equal(apply_rules(model, [LoraRule("m", rank=RANK, dora=True)])(x), expected)
+
+
+@reproduced
 def test_peft_can_not_start_olora_on_a_conv1d() -> None:
     model, x = Holder(LAYERS["Conv1D"][0]()), torch.randn(3, 8)
     with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
