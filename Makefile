@@ -14,7 +14,7 @@ export HF_HUB_OFFLINE = 1
 export TOKENIZERS_PARALLELISM = false
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test families lint bench docs-test wheel-test clean
+.PHONY: help demo test families coverage lint bench docs-test wheel-test clean
 
 help: ## List the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -29,6 +29,9 @@ test: $(VENV)/.dev ## Run the tests, and the code in docstrings and docs
 
 families: $(VENV)/.dev ## Run the tests of all model families, of which `make test` runs a sample
 	ALL_FAMILIES=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/test_family_list.py -n $(JOBS) $(ARGS)
+
+coverage: $(VENV)/.dev ## Trace every module class of every model family and write docs/coverage.md
+	$(BIN)/python -m tests.coverage_report $(ARGS)
 
 lint: $(VENV)/.dev ## Check style and types
 	$(BIN)/ruff check .
