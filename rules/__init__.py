@@ -17,6 +17,7 @@ from rules.lora import LoraRule
 from rules.miss import MissRule
 from rules.norm import NormRule
 from rules.oft import OftRule
+from rules.prefix import PrefixRule
 from rules.randlora import RandLoraRule
 from rules.reft import ReftRule
 from rules.replace import ReplaceRule
@@ -44,6 +45,7 @@ __all__ = [
     "MissRule",
     "NormRule",
     "OftRule",
+    "PrefixRule",
     "RandLoraRule",
     "RankAllocator",
     "ReftRule",

@@ -18,6 +18,7 @@ from surgery.hidden import hidden_of
 from surgery.merge import MergeReport, merge, unmerge
 from surgery.pattern import Pattern, Targets
 from surgery.plan import Plan
+from surgery.registries import takes_functions
 from surgery.rule import Rule, rule, rules_from_json, rules_from_yaml, rules_to_json, rules_to_yaml
 from surgery.show import Summary, draw, show, summary
 from surgery.site import LiveSite, Site
@@ -66,6 +67,7 @@ __all__ = [
     "rules_to_yaml",
     "show",
     "summary",
+    "takes_functions",
     "trace",
     "trace_site",
     "unmerge",

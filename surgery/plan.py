@@ -11,10 +11,10 @@ from torch import nn
 from surgery.bypass import Bypass, bypasses, fastpath_switch
 from surgery.clash import clashes
 from surgery.errors import MatchError, PlanError, RuleError, SiteError, SurgeryError
-from surgery.example import Observation, observe, verify_graph
+from surgery.example import Observation, copied, observe, verify_graph
 from surgery.install import reason_against
 from surgery.match import Match, Tree, idle_targets, matches
-from surgery.recording import Step, recorded
+from surgery.recording import PassedOver, Step, recorded
 from surgery.rule import Rule, running
 from surgery.state import model_state, site_state, sites
 from surgery.table import table
@@ -38,6 +38,9 @@ class Plan:
     switches: dict[str, tuple[str, Any]] = field(default_factory=dict)
     warnings: list[str] = field(default_factory=list)
     observation: Observation | None = None
+    example_inputs: Any = None
+    seen: dict[type, Observation] = field(default_factory=dict)
+    passed: list[str] = field(default_factory=list)
 
     def __bool__(self) -> bool:
         return not self.problems
@@ -49,6 +52,17 @@ class Plan:
     @property
     def trainable(self) -> int:
         return sum(step.trainable for step in self.steps)
+
+    def example_of(self, module: nn.Module) -> tuple[tuple, dict[str, Any]] | None:
+        """Copies of a module's own arguments in the example call; one call for all of a class."""
+        if self.example_inputs is None:
+            return None
+        kind = type(module)
+        if kind not in self.seen:
+            alike = [other for other in self.model.modules() if type(other) is kind]
+            self.seen[kind] = observe(self.model, self.example_inputs, alike)
+        found = self.seen[kind]
+        return copied(found.calls[id(module)][:2]) if found.reached(module) else None
 
     def raise_problems(self) -> None:
         if self.problems:
@@ -103,7 +117,7 @@ class Plan:
 
 
 def make_plan(model: nn.Module, rules: Sequence[Rule] | Rule, adapter: str, example_inputs: Any = None) -> Plan:
-    plan = Plan(model, adapter)
+    plan = Plan(model, adapter, example_inputs=example_inputs)
     rules = [rules] if isinstance(rules, Rule) else list(rules)
     plan.problems += _objections(model, rules, adapter)
     if plan.problems:
@@ -135,6 +149,10 @@ def make_plan(model: nn.Module, rules: Sequence[Rule] | Rule, adapter: str, exam
         for match in seen.values():
             past = [bypass for path in tree.paths[id(match.module)] for bypass in read_past.get(path, [])]
             _add_step(plan, rule, match, past, fast)
+        if seen and not may_miss and len(plan.passed) == len(seen):
+            listed = ", ".join(plan.passed[:3])
+            plan.problems.append(MatchError(f"{rule.label} finds nothing to do in what it matches", where=listed))
+        plan.passed.clear()
     plan.problems += clashes(plan.steps)
     if example_inputs is not None and not plan.problems:
         _check_example(plan, example_inputs)
@@ -173,9 +191,12 @@ def _add_step(plan: Plan, rule: Rule, match: Match, read_past: list[Bypass], fas
     state = site_state(module)
     try:
         own = own_forward(module, state.base if state else type(module))
-        tape, specs = recorded(rule, module, path, plan.adapter, own)
+        tape, specs = recorded(rule, module, path, plan.adapter, own, lambda: plan.example_of(module))
     except SurgeryError as error:
         plan.problems.append(error)
+        return
+    except PassedOver:
+        plan.passed.append(path)
         return
     plan.steps.append(Step(rule, path, module, match.aliases, own, tape, specs))
 

@@ -9,13 +9,13 @@ from torch import nn
 
 from surgery.errors import SiteError
 from surgery.rule import Rule, running
-from surgery.site import ParamSpec, Site
+from surgery.site import Example, ParamSpec, Site
 from surgery.state import Applied
 from surgery.tape import Tape, Value
 from surgery.trace import Own
 from surgery.weave import Layer
 
-__all__ = ["Step", "layer_of", "recorded"]
+__all__ = ["PassedOver", "Step", "layer_of", "recorded"]
 
 
 @dataclass(frozen=True)
@@ -39,11 +39,19 @@ class Step:
         return sum(math.prod(spec.shape) for spec in self.specs if spec.trainable)
 
 
-def recorded(rule: Rule, module: nn.Module, path: str, adapter: str, own: Own) -> tuple[Tape, tuple[ParamSpec, ...]]:
-    """A rule's rewrite of a site as a tape, and the tensors it asks for."""
-    site = Site(module, path, adapter, rule.label, own)
+class PassedOver(Exception):
+    """A rule has nothing to do at a site, though its targets match it."""
+
+
+def recorded(
+    rule: Rule, module: nn.Module, path: str, adapter: str, own: Own, example: Example = None
+) -> tuple[Tape, tuple[ParamSpec, ...]]:
+    """A rule's rewrite of a site as a tape, and the tensors it asks for; `PassedOver` for NotImplemented."""
+    site = Site(module, path, adapter, rule.label, own, example)
     with running(rule, "rewrite", path):
         output = rule.rewrite(site)
+    if output is NotImplemented:
+        raise PassedOver
     if type(output) is not type(None):
         if not isinstance(output, (Value, tuple, list, dict)):
             raise SiteError(
@@ -52,7 +60,7 @@ def recorded(rule: Rule, module: nn.Module, path: str, adapter: str, own: Own) -
                 fix="return the new output, or None",
             )
         site.replace(site.output, output)
-    if not site.tape.replaced() and not any(step.kind == "method" for step in site.tape.steps):
+    if not site.tape.replaced() and not any(step.kind in ("method", "around") for step in site.tape.steps):
         raise SiteError(
             f"{rule.label}.rewrite changes nothing",
             where=path,

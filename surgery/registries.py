@@ -10,7 +10,9 @@ import types
 from collections.abc import Callable, Mapping
 from typing import Any
 
-__all__ = ["with_leaves"]
+from torch import nn
+
+__all__ = ["takes_functions", "with_leaves"]
 
 # How a leaf is called: the function, its arguments, its keyword arguments.
 Call = Callable[[Any, tuple, dict[str, Any]], Any]
@@ -28,10 +30,24 @@ def with_leaves(function: Any, call: Call, seen: frozenset[int] = frozenset()) -
         return function
     if names:
         space = {**space, **{name: _Registry(space[name], call) for name in names}}
+        if "__name__" not in function.__code__.co_names:
+            del space["__name__"]  # torch.compile takes globals with a name for that module's own
     made = types.FunctionType(function.__code__, space, function.__name__, function.__defaults__, inner or None)
-    made.__kwdefaults__ = function.__kwdefaults__
+    made.__kwdefaults__, made.__module__ = function.__kwdefaults__, function.__module__
     made.__dict__.update(function.__dict__)
     return made
+
+
+def takes_functions(module: nn.Module) -> bool:
+    """Whether a module's own forward takes functions from a registry, as transformers' attentions do.
+
+    >>> from torch import nn
+    >>> from surgery import takes_functions
+    >>> takes_functions(nn.MultiheadAttention(4, 2))
+    False
+    """
+    forward = getattr(module, "_surgery_base", type(module)).forward
+    return with_leaves(forward, lambda function, args, kwargs: None) is not forward
 
 
 def _cell(cell: Any, call: Call, seen: frozenset[int]) -> Any:

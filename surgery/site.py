@@ -12,14 +12,18 @@ from torch import Tensor, nn
 
 from surgery.errors import SiteError, near_misses
 from surgery.hidden import hidden_of, with_hidden
+from surgery.match import RESERVED
+from surgery.registries import takes_functions
 from surgery.tape import Tape, Value
 from surgery.trace import Own
-from surgery.view import hidden_reference
+from surgery.view import calls_inside, hidden_reference
 
 __all__ = ["LiveSite", "ParamSpec", "Site", "Tensors"]
 
 Tensors = Mapping[str, Tensor]
 Fill = Callable[[Tensor], Any]
+# How to get a module's own arguments in the example call: (args, kwargs), or None where there is no example.
+Example = Callable[[], "tuple[tuple, dict[str, Any]] | None"] | None
 
 
 @dataclass(frozen=True)
@@ -104,9 +108,10 @@ class Site(_Place):
     `site.module` is the module itself, for its sizes and settings.
     """
 
-    def __init__(self, module: nn.Module, path: str, adapter: str, label: str, own: Own):
+    def __init__(self, module: nn.Module, path: str, adapter: str, label: str, own: Own, example: Example = None):
         super().__init__(module, path, adapter)
         self.label, self.own = label, own
+        self._example = example
         self.tape = Tape(path or type(module).__name__)
         self.specs: dict[str, ParamSpec] = {}
 
@@ -152,6 +157,10 @@ class Site(_Place):
 
         One node of the graph. It is saved by its name, so a lambda or a function inside another is a `SiteError`.
         """
+        self._named(function)
+        return cast(Tensor, self.tape.call("function", function, args, kwargs))
+
+    def _named(self, function: Callable[..., Any]) -> None:
         name = getattr(function, "__qualname__", "")
         if not name or "<" in name:
             raise SiteError(
@@ -159,12 +168,42 @@ class Site(_Place):
                 where=self.path,
                 fix="define the function at the top of a module",
             )
-        return cast(Tensor, self.tape.call("function", function, args, kwargs))
 
     @property
     def this(self) -> nn.Module:
         """The module that is being called, as a value: of a copied or unpickled model, the copy's own."""
         return cast(nn.Module, self.tape.value("this", ""))
+
+    def around(self, function: Callable[..., Any], *values: Tensor) -> None:
+        """Put a function around each one that the module's own forward takes from a registry.
+
+        transformers' attentions take theirs from such a registry: sdpa, eager, … At each call `function(*values)` makes
+        what runs in the place of `inner(*args, **kwargs)`, as `made(inner, *args, **kwargs)`. It is saved by its name.
+        `SiteError` where the forward takes no function from a registry.
+        """
+        if not takes_functions(self.module):
+            raise SiteError(
+                f"{self.label} needs a forward that takes functions from a registry",
+                where=self.path,
+                why=f"{self.base_class.__name__}.forward takes none",
+                fix="target attention modules of transformers",
+            )
+        self._named(function)
+        self.tape.around(function, values)
+
+    @property
+    def example(self) -> tuple[tuple, dict[str, Any]] | None:
+        """Copies of the module's own arguments in the example call, (args, kwargs); None without an example."""
+        return self._example() if self._example is not None else None
+
+    def calls_inside(self, args: tuple, kwargs: Mapping[str, Any]) -> list[tuple[Any, tuple, dict[str, Any]]]:
+        """Run the module's own forward; its calls of functions from registries: (function, args, kwargs)."""
+        return calls_inside(self.module, args, kwargs)
+
+    def shape_of(self, name: str) -> tuple[int, ...] | None:
+        """The shape of a tensor that the adapter has here already: in copies, whose rules are recorded anew."""
+        held_here = held(self.module, f"{RESERVED}.{self.adapter}.{name}")
+        return None if held_here is None else tuple(held_here.shape)
 
     def call(self, input: Tensor, **tensors: Tensor | None) -> Tensor:
         """The module's own operation once more, on another input and with other tensors: `site.call(x, weight=A)`.

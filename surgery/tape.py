@@ -29,7 +29,8 @@ class Ref(NamedTuple):
 
 class Step(NamedTuple):
     """One edit. kind: "function", "method", "attribute", "module" (a child), "own" (the site's own operation once more:
-    args its inputs, kwargs its tensors), or "replace" (args: what is replaced, by what)."""
+    args its inputs, kwargs its tensors), "around" (what makes a function around those from registries), or "replace"
+    (args: what is replaced, by what)."""
 
     kind: str
     target: Any
@@ -54,6 +55,9 @@ class Tape:
 
     def replace(self, old: Value, new: Any) -> None:
         self.steps.append(Step("replace", None, (ref_of(old), self._frozen(new)), ()))
+
+    def around(self, function: Callable[..., Any], values: tuple) -> None:
+        self.steps.append(Step("around", function, self._frozen(values), ()))
 
     def finished(self) -> Tape:
         """The one tape that stands for all equal ones: comparing and hashing it then cost nothing."""

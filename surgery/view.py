@@ -8,12 +8,20 @@ torch.export see an ordinary call.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import functools
+import types
+from collections.abc import Callable, Mapping
 from typing import Any
+from weakref import WeakKeyDictionary
 
 from torch import Tensor, nn
 
-__all__ = ["base_forward", "call_own", "hidden_reference", "view"]
+from surgery.registries import with_leaves
+
+__all__ = ["base_forward", "call_own", "calls_inside", "hidden_reference", "view"]
+
+# What runs in the place of the functions that a forward takes from registries; gets each as its first argument.
+Around = Callable[..., Any]
 
 
 def base_forward(
@@ -23,11 +31,19 @@ def base_forward(
     more: tuple,
     kwargs: dict[str, Any],
     extra: dict[str, Any],
+    around: tuple[Around, ...] = (),
 ) -> Any:
-    """`Base.forward(module, …)` with `tensors` in the place of the parameters and buffers of these names."""
+    """`Base.forward(module, …)` with `tensors` in the place of the parameters and buffers of these names.
+
+    `around`: functions to call around those that the forward takes from a registry (`Site.around`).
+    """
     base: type[nn.Module] = module._surgery_base  # type: ignore[assignment]
-    patient = view(module, base, tensors) if tensors else module
-    return base.forward(patient, *args, *more, **kwargs, **extra)  # type: ignore[operator, union-attr]
+    if not around:
+        patient = view(module, base, tensors) if tensors else module
+        return base.forward(patient, *args, *more, **kwargs, **extra)  # type: ignore[operator, union-attr]
+    patient = view(module, base, tensors)
+    patient.__dict__["_surgery_around"] = around
+    return _routed(base.forward)(patient, *args, *more, **kwargs, **extra)
 
 
 def call_own(module: nn.Module, *args: Any, **tensors: Tensor | None) -> Any:
@@ -44,6 +60,40 @@ def call_own(module: nn.Module, *args: Any, **tensors: Tensor | None) -> Any:
     """
     base = getattr(module, "_surgery_base", type(module))
     return base.forward(view(module, base, tensors), *args)
+
+
+def _routed(forward: Any) -> Any:
+    """The forward whose functions from registries ask the module that they are called for what is around them."""
+    found = _forwards.get(forward)
+    if found is None:
+        found = _forwards[forward] = with_leaves(forward, _through)
+    return found
+
+
+def _through(function: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
+    owner = args[0] if args else None
+    if isinstance(owner, nn.Module):
+        for around in owner.__dict__.get("_surgery_around", ()):
+            function = functools.partial(around, function)
+    return function(*args, **kwargs)
+
+
+def calls_inside(module: nn.Module, args: tuple, kwargs: Mapping[str, Any]) -> list[tuple[Any, tuple, dict[str, Any]]]:
+    """Run a module's own forward; its calls of functions from registries: (function, args, kwargs)."""
+    base: Any = getattr(module, "_surgery_base", type(module))
+    found: list[tuple[Any, tuple, dict[str, Any]]] = []
+    patient = view(module, base, {})
+
+    def noted(function: Any, *args: Any, **kwargs: Any) -> Any:
+        found.append((function, args, kwargs))
+        return function(*args, **kwargs)
+
+    patient.__dict__["_surgery_around"] = (noted,)
+    _routed(base.forward)(patient, *args, **kwargs)
+    return found
+
+
+_forwards: WeakKeyDictionary[types.FunctionType, Any] = WeakKeyDictionary()
 
 
 def view(module: nn.Module, cls: type[nn.Module], tensors: Mapping[str, Tensor | None]) -> nn.Module:

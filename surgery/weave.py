@@ -187,6 +187,8 @@ class _Weaver:
         for index, step in enumerate(tape.steps):
             if step.kind == "replace":
                 self._replace(step, resolve, earlier)
+            elif step.kind == "around":
+                self._around(self._term("call_function", step.target, thawed(step.args, resolve), origin=origin))
             elif step.kind == "own":
                 ops[index] = self._again(thawed(step.args, resolve), thawed(step.kwargs, resolve), origin)
             else:
@@ -194,6 +196,12 @@ class _Weaver:
                 ops[index] = self._term(*_node_of(step, args), kwargs, origin)
                 made.append(ops[index])
         return made
+
+    def _around(self, made: _Term) -> None:
+        if self.call is None:
+            raise SiteError("a forward that is held as operations takes no functions from a registry")
+        inner, around = self.call.args[:6], self.call.args[6:] or ((),)
+        self.call.args = (*inner, (*around[0], made))
 
     def _replace(self, step: Step, resolve: Any, earlier: list[_Term]) -> None:
         ref, frozen = step.args

@@ -337,6 +337,31 @@ def test_pefts_dora_is_nan_where_a_weight_is_zero() -> None:
     assert torch.equal(apply_rules(model, [LoraRule("m", rank=RANK, dora=True)])(x), expected)
 
 
+def small_llama() -> Any:
+    import transformers
+
+    sizes: dict[str, Any] = dict(hidden_size=16, intermediate_size=16, num_hidden_layers=2, num_attention_heads=4)
+    return transformers.LlamaForCausalLM(transformers.LlamaConfig(vocab_size=20, num_key_value_heads=2, **sizes))
+
+
+@reproduced
+def test_pefts_prefix_fails_with_gradient_checkpointing() -> None:
+    prefix = peft.PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)
+    theirs = peft.get_peft_model(small_llama(), prefix).train()
+    theirs.gradient_checkpointing_enable()
+    with pytest.raises((RuntimeError, ValueError)):
+        theirs(input_ids=torch.tensor([[1, 2, 3]]))
+
+
+@reproduced
+def test_pefts_prefix_goes_with_no_other_method() -> None:
+    prefix = peft.PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)
+    lora = peft.LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj"])
+    theirs = peft.get_peft_model(small_llama(), lora)
+    with pytest.raises(ValueError, match="different peft types"):
+        theirs.add_adapter("second", prefix)
+
+
 @reproduced
 def test_peft_can_not_start_olora_on_a_conv1d() -> None:
     model, x = Holder(LAYERS["Conv1D"][0]()), torch.randn(3, 8)

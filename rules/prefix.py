@@ -1,0 +1,179 @@
+"""Prefixes: trained keys and values that every query attends to, before those of the text."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from rules._fields import whole
+from surgery import Rule, Site, SiteError, Targets, rule, takes_functions
+
+EVERYWHERE = "re:.*"
+
+
+@rule("prefix")
+class PrefixRule(Rule):
+    """softmax(q [Pk; k]ᵀ / √d + mask) [Pv; v]: `length` trained keys Pk and values Pv, which every query sees.
+
+    >>> import torch
+    >>> from transformers import LlamaConfig, LlamaModel
+    >>> from rules import PrefixRule
+    >>> from surgery import apply_rules
+    >>> sizes = dict(hidden_size=16, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2)
+    >>> model = LlamaModel(LlamaConfig(vocab_size=30, intermediate_size=32, **sizes))
+    >>> ids = torch.tensor([[1, 2, 3]])
+    >>> _ = apply_rules(model, [PrefixRule(length=5)], example_inputs={"input_ids": ids})
+    >>> model.layers[0].self_attn.adapters.default.key.shape
+    torch.Size([2, 5, 4])
+
+    Goes on attention modules that take their attention function from a registry, as transformers' do (sdpa, eager);
+    without targets, on every self-attention: where the keys come from the same input as the queries. Cross-attentions
+    are named in `targets`. Needs `example_inputs`: a call shows the keys' shape.
+
+    Fields: `length` (PEFT's num_virtual_tokens); `init` "random" (normal, deviation 0.02) or "zero"; `gate`: the prefix
+    has a softmax of its own, and what it gives is added times tanh of one trained number a head, zero at the start
+    (LLaMA-Adapter; PEFT's AdaptionPromptConfig). Tensors: `key`, `value` (key heads, length, size), `gate` (heads).
+
+    The mask is widened by columns that every query sees; a causal attention without a mask gets its mask written out.
+    Positions stay those of the text: prefixes have none, and a rotation is not applied to them. Caches hold the text
+    alone. There is no merged form: a prefix is no change of a weight.
+
+    Raises `SiteError` without an example, or for a module that is no such attention; when called, for masks that are
+    no tensors (flex attention). Sources: Li & Liang 2021, arXiv:2101.00190; Zhang et al. 2023, arXiv:2303.16199.
+    """
+
+    targets: Targets = field(default=EVERYWHERE, kw_only=False)
+    length: int = 20
+    init: str = "random"
+    gate: bool = False
+    why_not_merged = "a prefix is keys and values beside the text's, and no change of a weight"
+
+    def validate(self) -> None:
+        whole(self, "length")
+        if self.init not in ("random", "zero"):
+            raise self.bad("init", "'random' or 'zero'")
+        if type(self.gate) is not bool:
+            raise self.bad("gate", "true or false")
+
+    @property
+    def identity(self) -> bool:  # type: ignore[override]
+        return self.gate
+
+    def expand(self, module: nn.Module, path: str) -> Iterable[tuple[str, nn.Module]]:
+        if self.targets == (EVERYWHERE,) and not takes_functions(module):
+            return []
+        return [(path, module)]
+
+    def check(self, module: nn.Module, path: str) -> str | None:
+        return None if takes_functions(module) else "its forward takes no attention function from a registry"
+
+    def rewrite(self, site: Site) -> Any:
+        shape = site.shape_of("key")
+        heads = site.shape_of("gate")
+        if shape is None:
+            seen = self._seen(site)
+            if seen is None:
+                return NotImplemented
+            query, key = seen
+            shape, heads = (key.shape[1], self.length, key.shape[3]), (query.shape[1],)
+        init: Any = _normal if self.init == "random" else 0.0
+        prefix = [site.param(name, shape, init) for name in ("key", "value")]
+        if self.gate:
+            site.around(gated, *prefix, site.param("gate", heads or ()))
+        else:
+            site.around(prefixed, *prefix)
+        return None
+
+    def _seen(self, site: Site) -> tuple[Tensor, Tensor] | None:
+        """Queries and keys of the example call, (batch, heads, positions, size); None: pass a cross-attention over."""
+        example = site.example
+        if example is None:
+            raise SiteError(
+                f"{self.label} needs example_inputs",
+                where=site.path,
+                why="a call shows which shape an attention's keys have",
+                fix="pass example_inputs to apply_rules",
+            )
+        with torch.enable_grad():
+            args, kwargs, hidden = _differentiable(*example)
+            found = site.calls_inside(args, kwargs)
+        if not found:
+            raise SiteError(f"{self.label} finds no attention in the example call", where=site.path)
+        _, query, key = found[0][1][:3]
+        own = torch.autograd.grad(key.sum(), hidden, allow_unused=True)[0] is not None
+        return (query, key) if own or self.targets != (EVERYWHERE,) else None
+
+
+def _differentiable(args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any], Tensor]:
+    """The same arguments with the first floating-point tensor, the hidden state, as a leaf that gradients go to."""
+    for value in (*args, *kwargs.values()):
+        if isinstance(value, Tensor) and value.is_floating_point():
+            leaf = value.requires_grad_()
+            return args, kwargs, leaf
+    raise SiteError("a PrefixRule needs a module that is called with hidden states")
+
+
+def prefixed(before_key: Tensor, before_value: Tensor) -> Callable[..., Any]:
+    """What runs in the place of an attention function: the same with a prefix before the keys and values."""
+
+    def attend(attention: Any, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any = None,
+               *args: Any, **kwargs: Any) -> Any:  # fmt: skip
+        mask = _widened(attention, module, query, key, attention_mask, before_key.shape[-2], kwargs)
+        keys = torch.cat([_spread(before_key, key), key], -2)
+        values = torch.cat([_spread(before_value, value), value], -2)
+        return attention(module, query, keys, values, mask, *args, **kwargs)
+
+    return attend
+
+
+def gated(before_key: Tensor, before_value: Tensor, gate: Tensor) -> Callable[..., Any]:
+    """What runs in the place of an attention function: the same and, behind a gate, a second call to the prefix."""
+
+    def attend(attention: Any, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any = None,
+               *args: Any, **kwargs: Any) -> Any:  # fmt: skip
+        output, *rest = attention(module, query, key, value, attention_mask, *args, **kwargs)
+        # Every query sees the prefix: said by a mask, or a causal attention would put its own there.
+        mask = torch.ones(1, 1, query.shape[-2], before_key.shape[-2], dtype=torch.bool, device=query.device)
+        prefix = _spread(before_key, key), _spread(before_value, value)
+        beside = attention(module, query, *prefix, None if _is_eager(attention) else mask, *args, **kwargs)[0]
+        return (output + gate.tanh().to(output.dtype).view(1, 1, -1, 1) * beside, *rest)
+
+    return attend
+
+
+def _widened(attention: Any, module: nn.Module, query: Tensor, key: Tensor, mask: Any, length: int, kwargs: Any) -> Any:
+    if mask is None:
+        causal = kwargs.get("is_causal")
+        causal = getattr(module, "is_causal", True) if causal is None else causal
+        if not causal or query.shape[-2] == 1 or _is_eager(attention):
+            return None  # every query sees every key, and so it stays
+        seen = torch.ones(query.shape[-2], key.shape[-2], dtype=torch.bool, device=query.device).tril()
+        mask = seen.view(1, 1, *seen.shape)  # as scaled_dot_product_attention's is_causal counts, from the first key
+    if not isinstance(mask, Tensor) or mask.dim() not in (2, 4):
+        raise SiteError(
+            "a prefix can't widen this attention's mask",
+            why=f"it is {type(mask).__name__}, and a tensor (batch, heads, queries, keys) was expected",
+            fix='load the model with attn_implementation="sdpa" or "eager"',
+        )
+    columns = mask.new_ones(*mask.shape[:-1], length) if mask.dtype == torch.bool or mask.dim() == 2 else None
+    columns = mask.new_zeros(*mask.shape[:-1], length) if columns is None else columns
+    return torch.cat([columns, mask], -1)
+
+
+def _is_eager(attention: Any) -> bool:
+    """Whether an attention without a mask lets every query see every key, be it causal or not."""
+    while hasattr(attention, "args") and hasattr(attention, "func"):  # other prefixes around it
+        attention = attention.args[0]
+    return getattr(attention, "__name__", "").startswith("eager")
+
+
+def _spread(tensor: Tensor, like: Tensor) -> Tensor:
+    return tensor.to(like.dtype).unsqueeze(0).expand(like.shape[0], -1, -1, -1)
+
+
+def _normal(tensor: Tensor) -> None:
+    nn.init.normal_(tensor, std=0.02)
