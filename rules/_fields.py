@@ -10,11 +10,20 @@ from typing import Any
 from surgery import Rule
 
 
-def whole(rule: Rule, *fields: str, least: int = 1) -> None:
+def whole(rule: Rule, *fields: str, least: int = 1, optional: bool = False) -> None:
     for field in fields:
         value = getattr(rule, field)
+        if optional and value is None:
+            continue
         if type(value) is not int or value < least:
             raise rule.bad(field, f"a whole number from {least}")
+
+
+def numbers(rule: Rule, *fields: str, low: float = -math.inf, high: float = math.inf) -> None:
+    for field in fields:
+        value = getattr(rule, field)
+        if type(value) not in (int, float) or not low < value < high:
+            raise rule.bad(field, "a number" if low == -high else f"a number between {low:g} and {high:g}")
 
 
 def positive(rule: Rule, *fields: str) -> None:
@@ -37,7 +46,7 @@ def flag(rule: Rule, *fields: str) -> None:
             raise rule.bad(field, "true or false")
 
 
-def one_of(rule: Rule, field: str, *choices: str) -> None:
+def one_of(rule: Rule, field: str, *choices: Any) -> None:
     if getattr(rule, field) not in choices:
         raise rule.bad(field, f"one of {', '.join(map(repr, choices))}")
 

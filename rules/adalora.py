@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from rules import _delta, _values
+from rules import _delta
 from surgery import LiveSite, LowRank, Rule, Site, rule
 
 
@@ -46,14 +46,14 @@ class AdaLoraRule(Rule):
     additive = True  # type: ignore[assignment]
 
     def validate(self) -> None:
-        _values.whole(self, "rank", "target_r", "deltaT")
-        _values.whole(self, "tinit", "tfinal", least=0)
-        _values.numbers(self, "alpha", low=0)
-        _values.numbers(self, "beta1", "beta2", low=0, high=1)
-        _values.numbers(self, "orth_reg_weight", low=-1e-9)
-        _values.chance(self)
+        _fields.whole(self, "rank", "target_r", "deltaT")
+        _fields.whole(self, "tinit", "tfinal", least=0)
+        _fields.numbers(self, "alpha", low=0)
+        _fields.numbers(self, "beta1", "beta2", low=0, high=1)
+        _fields.numbers(self, "orth_reg_weight", low=-1e-9)
+        _fields.chance(self, "dropout")
         if self.total_step is not None:
-            _values.whole(self, "total_step")
+            _fields.whole(self, "total_step")
             if self.tinit >= self.total_step - self.tfinal:
                 raise self.bad("total_step", "more than tinit + tfinal")
 

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from rules import _values
+from rules import _fields
 from rules._hidden import features_of
 from surgery import Rule, Site, rule
 
@@ -47,12 +47,12 @@ class BottleneckRule(Rule):
     why_not_merged = "it has an activation in it, and no weight holds that"
 
     def validate(self) -> None:
-        _values.whole(self, "size")
-        _values.whole(self, "features", optional=True)
-        _values.one_of(self, "activation", *_ACTIVATIONS)
-        _values.one_of(self, "placement", "after", "parallel")
-        _values.numbers(self, "scale")
-        _values.chance(self)
+        _fields.whole(self, "size")
+        _fields.whole(self, "features", optional=True)
+        _fields.one_of(self, "activation", *_ACTIVATIONS)
+        _fields.one_of(self, "placement", "after", "parallel")
+        _fields.numbers(self, "scale")
+        _fields.chance(self, "dropout")
 
     def check(self, module: nn.Module, path: str) -> str | None:
         if self.placement == "parallel" and isinstance(module, nn.Embedding):

@@ -8,7 +8,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from rules import _delta, _values
+from rules import _delta
 from surgery import Rule, Site, rule
 
 
@@ -37,8 +37,8 @@ class C3aRule(Rule):
     linear = True
 
     def validate(self) -> None:
-        _values.whole(self, "block_size")
-        _values.one_of(self, "init", "xavier_uniform", "kaiming_uniform", "gaussian", "identity")
+        _fields.whole(self, "block_size")
+        _fields.one_of(self, "init", "xavier_uniform", "kaiming_uniform", "gaussian", "identity")
 
     @property
     def identity(self) -> bool:  # type: ignore[override]

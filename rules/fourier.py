@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from rules import _delta, _values
+from rules import _delta
 from surgery import LiveSite, Rule, Site, rule
 
 
@@ -40,10 +40,10 @@ class FourierRule(Rule):
     linear = True
 
     def validate(self) -> None:
-        _values.whole(self, "n_frequency")
-        _values.whole(self, "random_loc_seed", least=0)
-        _values.numbers(self, "scaling")
-        _values.one_of(self, "init", "random", "identity")
+        _fields.whole(self, "n_frequency")
+        _fields.whole(self, "random_loc_seed", least=0)
+        _fields.numbers(self, "scaling")
+        _fields.one_of(self, "init", "random", "identity")
 
     @property
     def identity(self) -> bool:  # type: ignore[override]

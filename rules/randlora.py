@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from rules import _delta, _values
+from rules import _delta
 from surgery import LiveSite, Rule, Site, rule
 
 
@@ -44,12 +44,12 @@ class RandLoraRule(Rule):
     identity = linear = True
 
     def validate(self) -> None:
-        _values.whole(self, "rank")
-        _values.whole(self, "projection_prng_key", least=0)
-        _values.numbers(self, "alpha", low=0)
-        _values.chance(self)
-        _values.one_of(self, "sparse", True, False)
-        _values.one_of(self, "very_sparse", True, False)
+        _fields.whole(self, "rank")
+        _fields.whole(self, "projection_prng_key", least=0)
+        _fields.numbers(self, "alpha", low=0)
+        _fields.chance(self, "dropout")
+        _fields.one_of(self, "sparse", True, False)
+        _fields.one_of(self, "very_sparse", True, False)
 
     def check(self, module: nn.Module, path: str) -> str | None:
         return _delta.why_no_map(module)

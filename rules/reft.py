@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from rules import _values
+from rules import _fields
 from rules._hidden import at_positions, features_of, positions_of
 from surgery import Rule, Site, rule
 
@@ -43,9 +43,9 @@ class ReftRule(Rule):
     why_not_merged = "it edits the hidden state a module returns, for which the module has no weight"
 
     def validate(self) -> None:
-        _values.whole(self, "rank")
-        _values.whole(self, "features", optional=True)
-        _values.chance(self)
+        _fields.whole(self, "rank")
+        _fields.whole(self, "features", optional=True)
+        _fields.chance(self, "dropout")
         if positions_of(self.positions) == ():
             raise self.bad("positions", "'all', or such as 'f7+l7', 'f1' or 'l2'")
 

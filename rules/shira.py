@@ -7,7 +7,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from rules import _delta, _values
+from rules import _delta
 from surgery import LiveSite, Rule, Site, rule
 
 
@@ -36,9 +36,9 @@ class ShiraRule(Rule):
     init: Literal["identity", "random"] = "identity"
 
     def validate(self) -> None:
-        _values.whole(self, "rank")
-        _values.whole(self, "random_seed", least=0, optional=True)
-        _values.one_of(self, "init", "identity", "random")
+        _fields.whole(self, "rank")
+        _fields.whole(self, "random_seed", least=0, optional=True)
+        _fields.one_of(self, "init", "identity", "random")
 
     @property
     def identity(self) -> bool:  # type: ignore[override]

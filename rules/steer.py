@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rules import _values
+from rules import _fields
 from rules._hidden import at_positions, features_of, positions_of
 from surgery import Rule, Site, rule
 
@@ -49,9 +49,9 @@ class SteerRule(Rule):
             object.__setattr__(self, "direction", _numbers(self.direction))
         except (TypeError, ValueError):
             raise self.bad("direction", "a list of numbers, a tensor, or a mapping from paths to such") from None
-        _values.numbers(self, "scale")
-        _values.whole(self, "features", optional=True)
-        _values.one_of(self, "trainable", True, False)
+        _fields.numbers(self, "scale")
+        _fields.whole(self, "features", optional=True)
+        _fields.one_of(self, "trainable", True, False)
         if positions_of(self.positions) == ():
             raise self.bad("positions", "'all', or such as 'f7+l7', 'f1' or 'l2'")
 

@@ -451,6 +451,53 @@ def test_a_rewritten_module_is_traced_with_its_adapters() -> None:
     same(block, trace(block, x), x)
 
 
+def others() -> dict[str, Any]:
+    """Models that are not transformers', and what they are called with."""
+    found: dict[str, Any] = {
+        "Transformer": lambda: (
+            nn.Transformer(16, 2, 1, 1, 32, batch_first=True),
+            (torch.randn(2, 5, 16), torch.randn(2, 3, 16)),
+        ),
+        "LSTM": lambda: (nn.Sequential(nn.LSTM(4, 8)), torch.randn(5, 2, 4)),
+        "GRU": lambda: (nn.GRU(4, 8, bidirectional=True), torch.randn(5, 2, 4)),
+        "MultiheadAttention": lambda: (nn.MultiheadAttention(8, 2), (torch.randn(3, 2, 8),) * 3),
+        "diffusers UNet": unet,
+        "EfficientNet-Lite0": efficientnet,
+    }
+    return found
+
+
+def unet() -> tuple[nn.Module, Any]:
+    diffusers = pytest.importorskip("diffusers")
+    model = diffusers.UNet2DConditionModel(
+        sample_size=8,
+        in_channels=4,
+        out_channels=4,
+        layers_per_block=1,
+        block_out_channels=(8, 16),
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+        cross_attention_dim=8,
+        attention_head_dim=4,
+        norm_num_groups=4,
+    )
+    return model, (torch.randn(1, 4, 8, 8), torch.tensor(3), torch.randn(1, 5, 8))
+
+
+def efficientnet() -> tuple[nn.Module, Any]:
+    package = pytest.importorskip("efficientnet_lite_pytorch")
+    return package.EfficientNet.from_name("efficientnet-lite0"), torch.randn(1, 3, 64, 64)
+
+
+@pytest.mark.filterwarnings("ignore")  # of the packages' own
+@pytest.mark.parametrize("name", others())
+def test_other_models(name: str) -> None:
+    model, inputs = others()[name]()
+    for mode in (False, True):
+        found = coverage(model.train(mode), inputs)
+        assert found.rows and found.equal_share == 1.0, str(found)
+
+
 def test_the_table_prints() -> None:
     rich_console = pytest.importorskip("rich.console")
     found = coverage(nn.Sequential(nn.Linear(4, 4), Refused("branch")), torch.ones(2, 4))
