@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from rules import _delta
+from rules import _delta, _fields
 from surgery import LiveSite, LowRank, Rule, Site, rule
 
 

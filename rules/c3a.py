@@ -8,7 +8,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from rules import _delta
+from rules import _delta, _fields
 from surgery import Rule, Site, rule
 
 

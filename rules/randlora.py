@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from rules import _delta
+from rules import _delta, _fields
 from surgery import LiveSite, Rule, Site, rule
 
 

@@ -7,7 +7,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from rules import _delta
+from rules import _delta, _fields
 from surgery import LiveSite, Rule, Site, rule
 
 
