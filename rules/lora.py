@@ -67,7 +67,7 @@ class LoraRule(Rule):
         _fields.one_of(self, "bias", "none", "all", "lora_only")
         _fields.flag(self, "lora_bias", "rslora", "dora")
         if not _init.known(self.init):
-            raise self.bad("init", f"one of {', '.join(_init.NAMES)}")
+            raise self.bad("init", f"one of {', '.join(_init.NAMES)} (PEFT's True is 'kaiming', its False 'random')")
         if self.dtype not in (None, "float16", "bfloat16", "float32", "float64"):
             raise self.bad("dtype", "a floating-point dtype")
 

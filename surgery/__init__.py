@@ -22,7 +22,7 @@ from surgery.registries import takes_functions
 from surgery.rule import Rule, rule, rules_from_json, rules_from_yaml, rules_to_json, rules_to_yaml
 from surgery.show import Summary, draw, show, summary
 from surgery.site import LiveSite, Site
-from surgery.state import adapter_state_dict, base_state_dict, rules_of
+from surgery.state import adapter_state_dict, base_state_dict, load_adapter_state_dict, rules_of
 from surgery.tape import Value
 from surgery.view import call_own
 from surgery.weave import trace_site
@@ -56,6 +56,7 @@ __all__ = [
     "draw",
     "explain",
     "hidden_of",
+    "load_adapter_state_dict",
     "merge",
     "plan_rules",
     "remove",

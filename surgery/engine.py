@@ -120,8 +120,8 @@ def explain(model: nn.Module, rule: Rule, path: str) -> Verdict:
     return verdict_of(Tree.of(model), rule, path)
 
 
-def remove(model: M, adapter: str | None = None, *, check: bool = True) -> M:
-    """Take an adapter (or all) away: the inverse of `apply_rules`, exact to the bit.
+def remove(model: M, adapter: str | Sequence[str] | None = None, *, check: bool = True) -> M:
+    """Take an adapter (or several, or all) away: the inverse of `apply_rules`, exact to the bit.
 
     >>> from torch import nn
     >>> from surgery import apply_rules, remove

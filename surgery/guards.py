@@ -57,6 +57,8 @@ def structure_of(value: Any) -> Any:
     """What a graph depends on in an argument: which parts are None, plain values, ranks, dtypes."""
     if isinstance(value, Tensor):
         return ("tensor", value.dim(), str(value.dtype))
+    if isinstance(value, torch.Size):
+        return ("size", len(value))
     if type(value) in (tuple, list):
         return (type(value).__name__, *(structure_of(item) for item in value))
     if type(value) is dict:

@@ -69,6 +69,11 @@ def trace(module: nn.Module, example_inputs: Any) -> fx.GraphModule:
 def traced(module: nn.Module, args: tuple, kwargs: Mapping[str, Any]) -> fx.GraphModule:
     """`trace`, given the call's arguments."""
     base: type[nn.Module] = getattr(module, "_surgery_base", type(module))
+    if type(module) is not base:
+        raise TraceError(
+            f"this {base.__name__} is rewritten by rules, and its own forward is not what runs",
+            fix="trace what it is part of, where it is one node with its adapters; or remove them first",
+        )
     with _undone(module):
         # With gradients, so that a region of the forward's own torch.no_grad shows. Where the forward looks at the
         # mode itself (nn.TransformerEncoderLayer has a fast path without), the graph is for the present mode alone.
@@ -87,11 +92,23 @@ def _proven(
         with torch.set_grad_enabled(gradients):
             graph = _Recorder(module, base, bound=not gradients).record(args, kwargs)
         _verify(module, base, graph, args, dict(kwargs))
-    except TraceError:
+    except TraceError as error:
+        _check_runs(base, module, args, kwargs, error)
         raise
     except Exception as error:  # a graph that can't be written, or fails where the forward does not
         raise _refusal(error, base) from error
     return graph
+
+
+def _check_runs(base: Any, module: nn.Module, args: tuple, kwargs: Mapping[str, Any], refused: TraceError) -> None:
+    """Say so where it is the forward itself that fails on the example."""
+    try:
+        with torch.no_grad(), _undone(module):
+            base.forward(module, *copied(args), **copied(dict(kwargs)))
+    except Exception as error:
+        raise TraceError(
+            f"{base.__name__}.forward fails on the example", why=f"{type(error).__name__}: {error}", where=refused.where
+        ) from error
 
 
 class _Recorder(Ledger, TorchFunctionMode):
@@ -167,6 +184,8 @@ class _Recorder(Ledger, TorchFunctionMode):
             if value.is_floating_point() and torch.is_grad_enabled():
                 value = value.requires_grad_().clone()  # so that code of the user's own autograd functions shows
             return self.register(value, node)
+        if isinstance(value, torch.Size):
+            return self.wrap(value, node)
         if type(value) in (tuple, list):
             return type(value)([self.received(item, self.lazy(node, index)) for index, item in enumerate(value)])
         if type(value) is dict:
@@ -224,6 +243,8 @@ class _Recorder(Ledger, TorchFunctionMode):
             return self.size(first, 0)
         if func in (Tensor.numel, Tensor.nelement):
             return self.number(first.numel(), Tensor.numel, (first,))
+        if func is Tensor.is_contiguous:  # it may depend on sizes
+            return self.decided(func, args, kwargs)
         if func in _FACTS:
             return func(*self.real(args), **self.real(kwargs))
         if func is Tensor.__setitem__:
@@ -406,7 +427,7 @@ def _by_mask(target: Any, args: tuple) -> bool:
     return any(isinstance(key, Tensor) and key.dtype in (torch.bool, torch.uint8) for key in keys)
 
 
-_FIX = "rules that need only the module's inputs, outputs and parameters work without the graph"
+_FIX = "its children can be traced by themselves; rules that need no graph of it work all the same"
 _PURE = frozenset({getattr, operator.getitem, operator.add, operator.sub, operator.mul, operator.floordiv,
                    operator.truediv, operator.mod, operator.neg, Tensor.numel})  # fmt: skip
 _TRUTH = {Tensor.__bool__: operator.truth, Tensor.__contains__: operator.contains}
@@ -417,9 +438,8 @@ _CONTENT = frozenset({
 })  # fmt: skip
 _FACTS = frozenset({
     Tensor.dim, Tensor.ndimension, Tensor.is_floating_point, torch.is_floating_point, Tensor.is_complex,
-    torch.is_complex, Tensor.element_size, Tensor.get_device, Tensor.is_contiguous, Tensor.stride,
-    Tensor.storage_offset, Tensor.is_signed, torch.is_tensor, torch.result_type, Tensor.__hash__, Tensor.__repr__,
-    Tensor.__format__,
+    torch.is_complex, Tensor.element_size, Tensor.get_device, Tensor.is_signed, torch.is_tensor, torch.result_type,
+    Tensor.__hash__, Tensor.__repr__, Tensor.__format__,
 })  # fmt: skip
 _DRAWS = frozenset({torch.rand, torch.rand_like, torch.randn, torch.randn_like, torch.randint, torch.randint_like,
                     torch.randperm, torch.bernoulli, torch.multinomial, torch.normal})  # fmt: skip

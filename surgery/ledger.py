@@ -193,11 +193,15 @@ class Ledger:
         if key not in self.numbers:
             self.numbers[key] = self.guard(decided, value)
 
-    def decided(self, function: Any, args: tuple) -> Any:
+    def decided(self, function: Any, args: tuple, kwargs: dict[str, Any] | None = None) -> Any:
         """What Python decides on an object or a mask, and a guard that it would again."""
+        kwargs = kwargs or {}
         with self.paused():
-            value = function(*self.real(args))
-        self.guard(self.graph.call_function(function, self.node(args)), value)
+            value = function(*self.real(args), **self.real(kwargs))
+        op, target = "call_function", function
+        if isinstance(function, types.MethodDescriptorType):
+            op, target = "call_method", function.__name__
+        self.guard(self.graph.create_node(op, target, self.node(args), self.node(kwargs)), value)
         return value
 
     def guard(self, node: fx.Node, value: Any) -> fx.Node:

@@ -87,7 +87,7 @@ def idle_targets(tree: Tree, rule: Rule) -> list[str]:
     for field, target in ((field, target) for field, targets in listed.items() for target in targets):
         pattern = as_pattern(target)
         if not any(pattern.verdict(c) for module in tree.distinct() for c in tree.candidates(module)):
-            names = {part for path in tree.modules for part in (path, path.rpartition(".")[2]) if part}
+            names = {part for path in tree.modules for part in (path, path.rpartition(".")[2]) if part} | {"all-linear"}
             near = near_misses(target, names) if isinstance(target, str) and not target.startswith("re:") else None
             told.append(
                 f"{rule.label}: {field} has {target!r}, which no module of the model fits"
@@ -172,8 +172,12 @@ def _nothing(tree: Tree, rule: Rule) -> MatchError:
         misses = [
             near_misses(t, names) for t in _listed(rule.targets) if isinstance(t, str) and not t.startswith("re:")
         ]
-        kinds = sorted({type(module).__name__ for module in tree.distinct()})
-        why = " ".join(filter(None, misses)) or f"no module fits; the model is made of {', '.join(kinds[:12])}"
+        words = [t for t in _listed(rule.targets) if isinstance(t, str)]
+        if any(set(word) & set("*+?()[]|\\^$") and not word.startswith("re:") for word in words):
+            misses = ["a regular expression begins with 're:'"]
+        leaves = sorted({path.rpartition(".")[2] for path in tree.modules if path})
+        listed = [name for name in leaves if not name.isdigit()][:20]
+        why = " ".join(filter(None, misses)) or f"no module fits; its modules are called {', '.join(listed)}"
     return MatchError(
         f"{rule.label} matches nothing: targets {_shown(_listed(rule.targets))}",
         why=why,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -40,7 +41,12 @@ class MergeReport:
 
 
 def merge(
-    model: nn.Module, adapter: str | None = None, *, keep: Keep = "record", untie: bool = False, safe: bool = False
+    model: nn.Module,
+    adapter: str | Sequence[str] | None = None,
+    *,
+    keep: Keep = "record",
+    untie: bool = False,
+    safe: bool = False,
 ) -> MergeReport:
     """Fold an adapter (or all) into the base's own parameters; the sites get their own classes back.
 

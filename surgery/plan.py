@@ -66,7 +66,7 @@ class Plan:
 
     def raise_problems(self) -> None:
         if self.problems:
-            raise PlanError(self.problems)
+            raise PlanError(self.problems) from next((p.__cause__ for p in self.problems if p.__cause__), None)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data: adapter, steps (rule, site, type, aliases, kind, tensors), counts and problems."""

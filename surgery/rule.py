@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import traceback
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import KW_ONLY, dataclass, fields
@@ -266,11 +267,12 @@ def running(rule: Rule, hook: str, path: str) -> Iterator[None]:
     except SurgeryError:
         raise
     except Exception as error:
+        last = traceback.extract_tb(error.__traceback__)[-1]
         raise SiteError(
             f"{rule.label}.{hook} fails",
             where=path or "(the model itself)",
-            why=f"{type(error).__name__}: {error}",
-            fix="see the traceback of the rule's own code above",
+            why=f"{type(error).__name__}: {error} ({last.filename}:{last.lineno}: {last.line})",
+            fix="correct the rule's own code",
         ) from error
 
 
@@ -294,8 +296,14 @@ def registered(name: str) -> type[Rule]:
 
 _PEFT_FIELDS = {
     "r": "rank", "lora_alpha": "alpha", "lora_dropout": "dropout", "target_modules": "targets", "use_dora": "dora",
-    "use_rslora": "rslora", "init_lora_weights": "init", "exclude_modules": "exclude", "layers_to_transform": "layers",
+    "use_rslora": "rslora", "init_lora_weights": "init", "init_weights": "init", "exclude_modules": "exclude",
+    "layers_to_transform": "layers", "num_virtual_tokens": "length", "adapter_len": "length",
 }  # fmt: skip
+_PEFT_ELSEWHERE = {
+    "modules_to_save": "PEFT's modules_to_save is a rule of its own here: TrainRule(targets)",
+    "trainable_token_indices": "PEFT's trainable_token_indices is a rule of its own: TokensRule(targets, tokens=[…])",
+    "task_type": "no task type is needed here; what PEFT trains with one, a new head, is a TrainRule(targets)",
+}
 
 
 def _checked(init: Any, cls: type[Rule]) -> Any:
@@ -306,7 +314,8 @@ def _checked(init: Any, cls: type[Rule]) -> Any:
         for key in given:
             if key not in names:
                 peft = _PEFT_FIELDS.get(key)
-                hint = f"PEFT's {key} is {peft} here" if peft in names else near_misses(key, names)
+                hint = f"PEFT's {key} is {peft} here" if peft in names else _PEFT_ELSEWHERE.get(key)
+                hint = hint or near_misses(key, names)
                 raise RuleError(f"{cls.__name__} has no field {key!r}", why=hint, fix=f"its fields: {', '.join(names)}")
         if len(args) > 1:
             raise RuleError(

@@ -7,10 +7,11 @@ pickle, and nothing is kept in a table beside the model.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from surgery.errors import SiteError, SurgeryError, near_misses
@@ -124,20 +125,22 @@ def require_state(model: nn.Module) -> ModelState:
     raise SurgeryError(
         "no rules were applied to this module",
         why=f"they were applied to its child {inner[0]!r}" if inner else "it has no adapters",
-        fix="pass the module that apply_rules was called with",
+        fix="apply rules first, or pass the module that apply_rules was called with",
     )
 
 
-def adapter_names(state: ModelState, adapter: str | None) -> list[str]:
-    """The adapters meant by a name, or all; `SurgeryError` with near misses for an unknown one."""
+def adapter_names(state: ModelState, adapter: str | Sequence[str] | None) -> list[str]:
+    """The adapters meant by a name, by several, or all; `SurgeryError` with near misses for an unknown one."""
     if adapter is None:
         return list(state.adapters)
-    if adapter not in state.adapters:
-        raise SurgeryError(
-            f"there is no adapter {adapter!r}",
-            why=near_misses(adapter, state.adapters) or f"the model's adapters: {', '.join(state.adapters)}",
-        )
-    return [adapter]
+    names = [adapter] if isinstance(adapter, str) else list(adapter)
+    for name in names:
+        if name not in state.adapters:
+            raise SurgeryError(
+                f"there is no adapter {name!r}",
+                why=near_misses(str(name), state.adapters) or f"the model's adapters: {', '.join(state.adapters)}",
+            )
+    return names
 
 
 def tensors_of(module: nn.Module, adapter: str) -> dict[str, Tensor]:
@@ -229,6 +232,39 @@ def adapter_state_dict(model: nn.Module, adapter: str = "default") -> dict[str, 
         for name, tensor in tensors_of(module, adapter).items():
             found[".".join(filter(None, (path, RESERVED, name)))] = tensor.detach()
     return found
+
+
+def load_adapter_state_dict(model: nn.Module, tensors: Mapping[str, Tensor], adapter: str = "default") -> None:
+    """Copy tensors, as `adapter_state_dict` gives them, into an adapter that its rules have made on a model.
+
+    >>> from torch import nn
+    >>> from surgery import adapter_state_dict, apply_rules, load_adapter_state_dict, rules_of
+    >>> from rules import LoraRule
+    >>> trained = apply_rules(nn.Sequential(nn.Linear(4, 4)), [LoraRule("0", rank=2, init="random")])
+    >>> model = apply_rules(nn.Sequential(nn.Linear(4, 4)), rules_of(trained))
+    >>> load_adapter_state_dict(model, adapter_state_dict(trained))
+    >>> bool((model[0].adapters.default.B == trained[0].adapters.default.B).all())
+    True
+
+    dtypes and devices stay the model's. All or nothing: raises `SurgeryError` that lists every tensor that is missing,
+    unknown or of another shape. What an initialisation changed in the base (PiSSA) is not in these tensors, so such a
+    model is to be made from the same base with the same rules.
+    """
+    own = adapter_state_dict(model, adapter)
+    problems = [f"{key} is missing" for key in own if key not in tensors]
+    problems += [f"{key} is unknown: {near_misses(key, own) or 'no such site'}" for key in tensors if key not in own]
+    for key in own.keys() & tensors.keys():
+        if own[key].shape != tensors[key].shape:
+            problems.append(f"{key} is {tuple(tensors[key].shape)}, and {tuple(own[key].shape)} here")
+    if problems:
+        raise SurgeryError(
+            f"the tensors do not fit the adapter {adapter!r}",
+            why="; ".join(problems[:8]) + ("; …" if len(problems) > 8 else ""),
+            fix="apply the rules that they were trained with: rules_of, rules_to_json",
+        )
+    with torch.no_grad():
+        for key, tensor in own.items():
+            tensor.copy_(tensors[key])
 
 
 def rules_of(model: nn.Module, adapter: str | None = None) -> list[Rule]:

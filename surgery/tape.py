@@ -8,12 +8,14 @@ can neither mis-wire the graph nor touch the model while it is being planned.
 
 from __future__ import annotations
 
+import inspect
 import operator
 import weakref
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 
 from surgery.errors import SiteError
 
@@ -128,6 +130,13 @@ class Value:
         tape = _tape_of((args, kwargs))
         if getattr(func, "__name__", "") == "__get__":  # a property of torch.Tensor, asked through its descriptor
             return _Attribute(tape, ref_of(args[0]), func.__self__.__name__)
+        if not tape.strict and func in _WHILE_TRAINING and _always(func, args, kwargs or {}):
+            raise SiteError(
+                f"a rewrite calls {func.__name__} as if it were always training",
+                where=tape.where,
+                why="what a rewrite does is recorded once, and so would be the flag",
+                fix="F.dropout(x, p, site.training), which is read at each call",
+            )
         return tape.call("function", func, args, kwargs or {})
 
     def __getattr__(self, name: str) -> Any:
@@ -171,6 +180,16 @@ class Value:
 
     def __setitem__(self, key: Any, item: Any) -> None:
         raise self._refuse("assign into", "build the new value and return it, or site.replace(old, new)")
+
+
+_WHILE_TRAINING = (F.dropout, F.alpha_dropout, F.feature_alpha_dropout, F.dropout1d, F.dropout2d, F.dropout3d)
+
+
+def _always(func: Any, args: tuple, kwargs: dict[str, Any]) -> bool:
+    """Whether a dropout's flag is the plain True: by its own default, or of a module made on the way."""
+    given = inspect.signature(func).bind(*args, **kwargs)
+    given.apply_defaults()
+    return given.arguments["training"] is True
 
 
 class _Attribute(Value):

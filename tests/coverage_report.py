@@ -58,7 +58,8 @@ def _share(tables: list[Coverage]) -> float:
 
 def _short(reason: str) -> str:
     """A reason with the file's name for its path, in one cell of a table."""
-    words = [word.rsplit("/", 1)[-1] if "/site-packages/" in word else word for word in reason.split()]
+    words = ["(" * word.startswith("(") + word.rsplit("/", 1)[-1] if "/site-packages/" in word else word
+             for word in reason.split()]  # fmt: skip
     return " ".join(words).replace("|", "\\|")[:220]
 
 

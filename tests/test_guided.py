@@ -140,6 +140,22 @@ def test_a_decision_on_a_size_is_checked_at_each_call() -> None:
         graph(torch.randn(3, 3))
 
 
+def test_sizes_and_strides_of_all_kinds_stay_computed() -> None:
+    class Sizes(nn.Module):
+        def forward(self, x: Tensor, shape: torch.Size) -> Tensor:
+            size, stride = list(x.size()), list(x.stride())
+            rows = x.as_strided([size[0], size[1] - 1, 2], [stride[0], stride[1], stride[1]])
+            y: Any = torch.ones(shape).sum() + x.storage_offset() + x.numel()
+            return rows + y if x.is_contiguous() else rows * y
+
+    module, x = Sizes(), torch.randn(2, 3)
+    graph = trace(module, (x, x.shape))
+    for other in (torch.randn(4, 6), torch.randn(1, 9)):
+        same(module, graph, other, other.shape)
+    with pytest.raises(TraceError, match="is decided"):
+        graph(torch.randn(3, 2).t(), x.shape)
+
+
 def test_nothing_is_left_behind() -> None:
     module = nn.Sequential(nn.BatchNorm1d(8), nn.Dropout(0.5), Block()).train()
     x = torch.randn(4, 8, 8)
@@ -343,7 +359,7 @@ class Refused(nn.Module):
         if how == "autograd function":
             return Doubled.apply(x)
         if how == "itself":
-            return self(x)
+            return x if x.dim() > 1 else self(x[None])
         return torch.Tensor([1.0]) + x
 
 
@@ -498,6 +514,17 @@ def test_other_models(name: str) -> None:
         assert found.rows and found.equal_share == 1.0, str(found)
 
 
+def test_a_rewritten_module_by_itself_is_refused() -> None:
+    from rules import LoraRule
+
+    block = apply_rules(Block().eval(), [LoraRule("proj", rank=2, init="random")])
+    x = torch.randn(2, 3, 8)
+    with pytest.raises(TraceError, match="rewritten by rules"):
+        trace(block.proj, x)
+    rows = {row.type: row.status for row in coverage(block, x).rows}
+    assert rows["Linear"] == "refused" and rows["Block"] == "equal"
+
+
 def test_the_table_prints() -> None:
     rich_console = pytest.importorskip("rich.console")
     found = coverage(nn.Sequential(nn.Linear(4, 4), Refused("branch")), torch.ones(2, 4))
@@ -510,8 +537,9 @@ def test_the_table_prints() -> None:
 def test_bad_examples_are_told() -> None:
     with pytest.raises(SurgeryError):
         coverage(nn.Linear(4, 4), torch.ones(2, 5))
-    with pytest.raises(SurgeryError, match="does not fit"):
-        trace(nn.Linear(4, 4), {"nothing": torch.ones(2, 4)})
+    for example in ({"nothing": torch.ones(2, 4)}, torch.ones(2, 5), ["text"]):
+        with pytest.raises(SurgeryError, match="fails on the example"):
+            trace(nn.Linear(4, 4), example)
 
 
 @pytest.mark.parametrize("name", NAMES)

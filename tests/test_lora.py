@@ -12,7 +12,23 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from rules import LoraRule, NormRule, TokensRule, TrainRule
-from surgery import Pattern, PlanError, SurgeryError, apply_rules, merge, plan_rules, remove, summary, unmerge
+from surgery import (
+    Pattern,
+    PlanError,
+    Rule,
+    SurgeryError,
+    adapter_state_dict,
+    apply_rules,
+    load_adapter_state_dict,
+    merge,
+    plan_rules,
+    remove,
+    rule,
+    rules_of,
+    summary,
+    unmerge,
+)
+from surgery.testing import Snapshot
 
 
 class SamePadding(nn.Conv2d):
@@ -234,6 +250,61 @@ def test_train_norm_and_tokens() -> None:
     torch.testing.assert_close(model(x), live)
     remove(unmerge(model))
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
+def test_tensors_go_back_into_the_same_rules() -> None:
+    trained = apply_rules(nn.Sequential(nn.Linear(6, 4), nn.Linear(4, 2)), [LoraRule(nn.Linear, rank=2)], adapter="a")
+    disturb(trained)
+    tensors = adapter_state_dict(trained, "a")
+    other = apply_rules(nn.Sequential(nn.Linear(6, 4), nn.Linear(4, 2)), rules_of(trained), adapter="b")
+    load_adapter_state_dict(other, tensors, "b")
+    assert all(torch.equal(tensor, tensors[key]) for key, tensor in adapter_state_dict(other, "b").items())
+    before = Snapshot(other)
+    wrong = {**tensors, "0.adapters.A": torch.ones(3, 6), "0.adapters.C": torch.ones(1)}
+    del wrong["1.adapters.B"]
+    with pytest.raises(SurgeryError) as told:
+        load_adapter_state_dict(other, wrong, "b")
+    for part in ("1.adapters.B is missing", "0.adapters.C is unknown", "(3, 6), and (2, 6) here"):
+        assert part in str(told.value)
+    assert before.differences(other) == []
+
+
+def test_several_adapters_by_name() -> None:
+    model = nn.Sequential(nn.Linear(6, 4)).eval()
+    x, base = torch.randn(3, 6), model(torch.zeros(1, 6))
+    for name in "abc":
+        apply_rules(model, [LoraRule("0", rank=2)], adapter=name)
+    disturb(model)
+    live = model(x)
+    merge(model, ["a", "c"])
+    torch.testing.assert_close(model(x), live)
+    unmerge(model)
+    remove(model, ["a", "b"])
+    assert [name for name, _ in model.named_parameters() if "adapters" in name] == [
+        "0.adapters.c.A",
+        "0.adapters.c.B",
+    ]
+    with pytest.raises(SurgeryError, match="no adapter 'a'"):
+        remove(model, ["c", "a"])
+    assert torch.equal(remove(model)(torch.zeros(1, 6)), base)
+
+
+def test_a_dropout_that_would_never_stop_is_refused() -> None:
+    @rule("test-always-dropping")
+    class Dropping(Rule):
+        how: str = "module"
+
+        def rewrite(self, site: Any) -> Any:
+            if self.how == "module":
+                return nn.Dropout(0.5)(site.output)
+            return F.dropout(site.output, 0.5) if self.how == "default" else F.dropout(site.output, 0.5, site.training)
+
+    for how in ("module", "default"):
+        with pytest.raises(SurgeryError, match="always training"):
+            apply_rules(nn.Sequential(nn.Linear(4, 4)), [Dropping("0", how=how)])
+    model = apply_rules(nn.Sequential(nn.Linear(4, 4)), [Dropping("0", how="flag")])
+    x = torch.randn(2, 4)
+    assert torch.equal(model.eval()(x), model(x)) and not torch.equal(model.train()(x), model(x))
 
 
 def test_refusals_leave_the_model_alone() -> None:

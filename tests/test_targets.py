@@ -281,6 +281,20 @@ def test_an_entry_that_fits_nothing_is_told() -> None:
         apply_rules(Net(), [LoraRule("query", exclude="hed")])
 
 
+def test_misses_say_what_was_perhaps_meant() -> None:
+    for target, hint in ((r".*\.head", "begins with 're:'"), ("all_linear", "all-linear"), ("nothing", "are called")):
+        with pytest.raises(PlanError, match=hint):
+            plan_rules(Net(), [LoraRule(target)]).raise_problems()
+    wrong: list[tuple[dict[str, Any], str]] = [
+        ({"modules_to_save": ["head"]}, "TrainRule"),
+        ({"task_type": "SEQ_CLS"}, "TrainRule"),
+        ({"init": True}, "'kaiming'"),
+    ]
+    for fields, hint in wrong:
+        with pytest.raises(RuleError, match=hint):
+            LoraRule("head", **fields)
+
+
 def test_predicates_rely_on_what_stands_before_them() -> None:
     small = Pattern.type(nn.Linear) & Pattern.where(lambda module: bool(module.out_features == 2))
     assert sites(LoraRule(small)) == ["head"]
