@@ -56,8 +56,8 @@ class Factored:
     def __torch_function__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         name = function.__name__
-        if args and name in _PRODUCTS or "grouped_mm" in name:
-            if len(args) > 1 and type(args[1]) is cls and isinstance(args[0], Tensor):
+        if len(args) > 1 and name in _PRODUCTS:
+            if type(args[1]) is cls and isinstance(args[0], Tensor):
                 return _times(function, args[0], args[1], args[2:], kwargs)
             if type(args[0]) is cls and isinstance(args[1], Tensor) and not kwargs and len(args) == 2:
                 return _applied(function, args[0], args[1])
@@ -74,7 +74,7 @@ def _times(function: Any, x: Tensor, matrix: Factored, more: Any, named: dict[st
     left, right = matrix.left, matrix.right
     if function.__name__ == "linear":
         branch = F.linear(F.linear(x.to(right.dtype), right), left)
-    elif "grouped_mm" in function.__name__:
+    elif function.__name__ in _GROUPED:
         # Such kernels are made for a dtype, and take rows of 16 bytes.
         left, right = left.to(x.dtype), right.to(x.dtype)
         lacking = -right.shape[-2] % (16 // x.element_size())
@@ -105,7 +105,8 @@ def _operator(function: Callable[..., Any]) -> Any:
     return lambda *args: function(*_dense(args))
 
 
-_PRODUCTS = ("linear", "matmul", "__matmul__", "__rmatmul__", "bmm", "mm")
+_GROUPED = ("grouped_mm", "_grouped_mm", "grouped_mm_fallback")  # the last is transformers'
+_PRODUCTS = (*_GROUPED, "linear", "matmul", "__matmul__", "__rmatmul__", "bmm", "mm")
 _OF_WEIGHT = ("shape", "dtype", "device", "ndim", "dim", "size", "layout", "requires_grad", "is_cuda", "numel")
 for _name in ("add", "sub", "mul", "truediv", "pow", "neg"):  # Python asks for these on the class alone
     setattr(Factored, f"__{_name}__", _operator(getattr(operator, _name)))
