@@ -101,12 +101,13 @@ def _dense(value: Any) -> Any:
     return {key: _dense(item) for key, item in value.items()} if isinstance(value, dict) else value
 
 
-def _operator(function: Callable[..., Any]) -> Any:
-    return lambda *args: function(*_dense(args))
+def _operator(function: Callable[..., Any], turned: bool = False) -> Any:
+    return lambda *args: function(*_dense(args[::-1] if turned else args))
 
 
 _GROUPED = ("grouped_mm", "_grouped_mm", "grouped_mm_fallback")  # the last is transformers'
 _PRODUCTS = (*_GROUPED, "linear", "matmul", "__matmul__", "__rmatmul__", "bmm", "mm")
 _OF_WEIGHT = ("shape", "dtype", "device", "ndim", "dim", "size", "layout", "requires_grad", "is_cuda", "numel")
-for _name in ("add", "sub", "mul", "truediv", "pow", "neg"):  # Python asks for these on the class alone
+for _name in ("add", "sub", "mul", "truediv", "neg"):  # Python asks for these on the class alone
     setattr(Factored, f"__{_name}__", _operator(getattr(operator, _name)))
+    setattr(Factored, f"__r{_name}__", _operator(getattr(operator, _name), turned=True))

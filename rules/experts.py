@@ -89,7 +89,9 @@ class ExpertLoraRule(Rule):
         return None
 
     def review(self, paths: Sequence[str]) -> Iterable[str]:
-        return ()
+        if self.parameters:
+            changed = [f"{path}.{name}" for path in paths for name in self.parameters]
+            yield from _fields.idle(self, changed, "rank_pattern", "alpha_pattern")
 
     def names(self, module: nn.Module) -> list[str]:
         """The parameters of a module that are changed."""

@@ -73,7 +73,7 @@ class LowRank:
 
     def seen(self, shape: Sequence[int]) -> tuple[int, ...]:
         """The weight's shape as the factors see it, rows first: a stack of matrices as all their rows."""
-        stacked = len(shape) > 2 and len(self.B) == shape[0] * shape[1]
+        stacked = len(shape) > 2 and len(self.B) == shape[0] * shape[1] != shape[0]
         return (len(self.B), *shape[2:]) if stacked else tuple(shape)
 
     def check(self, shape: Sequence[int], where: str = "") -> None:
