@@ -17,6 +17,7 @@ from surgery import LiveSite, LowRank, Rule, Site, rule
 class ExpertLoraRule(Rule):
     """W_e + (alpha / rank) · B_e A_e for every expert e of a parameter (experts, out, in).
 
+    >>> import torch
     >>> from torch import nn
     >>> from surgery import apply_rules
     >>> from rules import ExpertLoraRule
@@ -66,7 +67,8 @@ class ExpertLoraRule(Rule):
             raise self.bad("alpha_pattern", "a mapping to numbers above 0")
         _fields.flag(self, "rslora")
         _fields.one_of(self, "init", "kaiming", "gaussian", "random")
-        _fields.one_of(self, "transposed", None, True, False)
+        if self.transposed is not None:
+            _fields.flag(self, "transposed")
         if self.dtype not in (None, "float16", "bfloat16", "float32", "float64"):
             raise self.bad("dtype", "a floating-point dtype")
 

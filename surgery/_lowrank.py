@@ -35,8 +35,8 @@ class LowRank:
 
     B is (m, r) and A is (r, n) for a weight of m rows with n entries each, in any floating dtypes. `scale` is a number,
     or one per rank component, (r,). With `groups` g (grouped convolution) B is (m, r/g), and the j-th block of m/g rows
-    is B_j @ A_j, A_j being the j-th r/g rows of A. A stack of matrices (g, k, n), such as a layer's experts, takes a B of
-    g · k rows: it is changed as g groups of k rows. `gain` is (m,), one per row, or broadcasts to the weight.
+    is B_j @ A_j, A_j being the j-th r/g rows of A. A stack of matrices (g, k, n), such as a layer's experts, takes a
+    B of g · k rows: its matrices are the groups. `gain` is (m,), one per row, or broadcasts to the weight.
     """
 
     B: Tensor
