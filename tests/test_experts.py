@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import pickle
 import warnings
 from collections.abc import Callable
@@ -38,6 +39,10 @@ pytest.importorskip("transformers", reason="the experts are transformers'")
 from tests.families import FAMILIES  # noqa: E402
 
 MODELS = ("mixtral", "qwen3_moe", "gpt_oss")
+OTHERS = (
+    "qwen2_moe", "olmoe", "deepseek_v2", "deepseek_v3", "granitemoe", "granitemoeshared", "phimoe", "jetmoe",
+    "glm4_moe", "ernie4_5_moe", "minimax", "jamba", "qwen3_next",
+)  # fmt: skip
 CODE = ("eager", "grouped_mm", "batched_mm")
 RANK, ALPHA = 3, 6  # a rank that no kernel's alignment likes
 
@@ -149,6 +154,27 @@ def test_merged_is_every_experts_sum(name: str) -> None:
         torch.testing.assert_close(model.get_parameter(path), tensor.detach(), rtol=1e-6, atol=1e-6)
         torch.testing.assert_close(base_state_dict(model)[path], tensor.detach(), rtol=1e-6, atol=1e-6)
     torch.testing.assert_close(model(**inputs).logits, live, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_other_mixtures(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, inputs = made(name)
+    before, plain = Snapshot(model), model(**inputs).logits
+    stacks = sorted(
+        {
+            path
+            for path, module in model.named_modules()
+            if "Experts" in type(module).__name__ and any(held.dim() == 3 for held in module._parameters.values())
+        }
+    )
+    monkeypatch.setattr(Factored, "dense", lambda self: pytest.fail("W + ΔW was made"))
+    apply_rules(model, [ExpertLoraRule(stacks, rank=2, init="random")])
+    live = model(**inputs).logits
+    assert (live - plain).abs().max() > 1e-2
+    merge(model)
+    torch.testing.assert_close(model(**inputs).logits, live, rtol=1e-5, atol=1e-5)
+    remove(unmerge(model))
+    assert not before.differences(model)
 
 
 @pytest.mark.filterwarnings("ignore")  # PEFT's own
@@ -472,3 +498,52 @@ def test_code_behind_a_wrapper_may_call_its_arguments_otherwise(code: str) -> No
     with captured(model) as found:
         assert torch.equal(model(**inputs).logits, plain)
     assert set(found) == {"model.layers.0.mlp.experts", "model.layers.1.mlp.experts"}
+
+
+def by_other_names(function: Any) -> Any:
+    """As transformers' choice among experts' implementations: what is called has other names for its arguments."""
+
+    @functools.wraps(function)
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        chosen = {"own": function}.get("other", _scaled)
+        return chosen(self, *args, **kwargs)
+
+    return forward
+
+
+def _scaled(module: Any, x: Tensor, factor: Tensor) -> Tensor:
+    return module.lin(x) * factor
+
+
+def with_options(function: Any) -> Any:
+    """As transformers' decorators that look for options among the keywords."""
+
+    @functools.wraps(function)
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        return function(self, *args, **kwargs) * (2 if kwargs.get("double") else 1)
+
+    return forward
+
+
+class ByOtherNames(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.lin = nn.Linear(3, 3)
+
+    @by_other_names
+    def forward(self, states: Tensor, weights: Tensor | None = None) -> Tensor:
+        raise NotImplementedError
+
+
+class WithOptions(ByOtherNames):
+    @with_options
+    def forward(self, states: Tensor, weights: Tensor | None = None, double: bool = False) -> Tensor:  # type: ignore[override]
+        return self.lin(states)
+
+
+def test_arguments_reach_what_is_behind_a_wrapper() -> None:
+    x, factor = torch.randn(2, 3), torch.randn(3)
+    for module, args, named in [(ByOtherNames(), (x, factor), {}), (WithOptions(), (x,), {"double": True})]:
+        plain = module(*args, **named)
+        apply_rules(module, [CaptureRule(type(module))])
+        assert torch.equal(module(*args, **named), plain)
