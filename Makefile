@@ -14,7 +14,7 @@ export HF_HUB_OFFLINE = 1
 export TOKENIZERS_PARALLELISM = false
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test families coverage lint bench docs-test wheel-test clean
+.PHONY: help demo test families coverage lint bench docs-test gallery wheel-test clean
 
 help: ## List the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -32,6 +32,9 @@ families: $(VENV)/.dev ## Run the tests of all model families, of which `make te
 
 coverage: $(VENV)/.dev ## Trace every module class of every model family and write docs/coverage.md
 	$(BIN)/python -m tests.coverage_report $(ARGS)
+
+gallery: $(VENV)/.dev ## Draw the pictures of docs/rules.md, one a rule
+	$(BIN)/python -m tests.gallery $(ARGS)
 
 lint: $(VENV)/.dev ## Check style and types
 	$(BIN)/ruff check .

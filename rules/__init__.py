@@ -7,6 +7,7 @@ from rules.boft import BoftRule
 from rules.bottleneck import BottleneckRule
 from rules.c3a import C3aRule
 from rules.capture import Captured, CaptureRule, captured
+from rules.experts import ExpertLoraRule
 from rules.fit import fit_direction
 from rules.fourier import FourierRule
 from rules.hra import HraRule
@@ -36,6 +37,7 @@ __all__ = [
     "C3aRule",
     "CaptureRule",
     "Captured",
+    "ExpertLoraRule",
     "FourierRule",
     "HraRule",
     "IA3Rule",

@@ -118,6 +118,8 @@ def layout_of(module: nn.Module, rank: int) -> Layout | str:
     kind = _kind(module)
     weight = module._parameters.get("weight")
     if kind is None:
+        if any(held is not None and held.dim() == 3 for held in module._parameters.values()):
+            return "LoRA goes on maps of one matrix; for a stack of experts' matrices there is ExpertLoraRule"
         return "LoRA goes on Linear, Embedding, Conv1d/2d/3d, transformers' Conv1D and MultiheadAttention"
     if type(weight) is not nn.Parameter:
         if kind != "linear":

@@ -35,7 +35,8 @@ class LowRank:
 
     B is (m, r) and A is (r, n) for a weight of m rows with n entries each, in any floating dtypes. `scale` is a number,
     or one per rank component, (r,). With `groups` g (grouped convolution) B is (m, r/g), and the j-th block of m/g rows
-    is B_j @ A_j, A_j being the j-th r/g rows of A. `gain` is (m,), one per row, or broadcasts to the weight.
+    is B_j @ A_j, A_j being the j-th r/g rows of A. A stack of matrices (g, k, n), such as a layer's experts, takes a
+    B of g · k rows: its matrices are the groups. `gain` is (m,), one per row, or broadcasts to the weight.
     """
 
     B: Tensor
@@ -70,16 +71,21 @@ class LowRank:
         scales = [torch.as_tensor(c.scale, dtype=torch.float64, device=c.B.device).expand(len(c.A)) for c in changes]
         return LowRank(torch.cat([c.B for c in changes], 1), torch.cat([c.A for c in changes]), torch.cat(scales))
 
+    def seen(self, shape: Sequence[int]) -> tuple[int, ...]:
+        """The weight's shape as the factors see it, rows first: a stack of matrices as all their rows."""
+        stacked = len(shape) > 2 and len(self.B) == shape[0] * shape[1] != shape[0]
+        return (len(self.B), *shape[2:]) if stacked else tuple(shape)
+
     def check(self, shape: Sequence[int], where: str = "") -> None:
         """Raise MergeError unless the factors fit a weight of this shape."""
-        g, rank = self.groups, len(self.A)
-        m, n = matrix_shape(shape) if shape else (0, 0)
+        g, rank, seen = self.groups, len(self.A), self.seen(shape)
+        m, n = matrix_shape(seen) if seen else (0, 0)
         fits = bool(shape) and g >= 1 and rank >= g and rank % g == 0 and m % g == 0
         fits = fits and tuple(self.B.shape) == (m, rank // g) and tuple(self.A.shape) == (rank, n)
         if isinstance(self.scale, Tensor):
             fits = fits and tuple(self.scale.shape) in ((), (rank,))
         if self.gain is not None:
-            fits = fits and (tuple(self.gain.shape) == (m,) or _broadcasts(self.gain.shape, shape))
+            fits = fits and (tuple(self.gain.shape) == (m,) or _broadcasts(self.gain.shape, seen))
         if not fits:
             parts = {name: tuple(tensor.shape) for name, tensor in self._tensors().items()}
             raise MergeError(
@@ -115,7 +121,7 @@ class Product:
     def __init__(
         self, change: LowRank, shape: Sequence[int], dtype: torch.dtype, device: torch.device, exact: bool = True
     ):
-        (self.height, self.width), g = matrix_shape(shape), change.groups
+        (self.height, self.width), g = matrix_shape(change.seen(shape)), change.groups
         rank = len(change.A) // g
         self.compute = compute_dtype(dtype)
         # Quantised where the snapshot lies, on the CPU: no device's rounding matters, and nothing waits for a device.
@@ -134,16 +140,17 @@ class Product:
         self.B, self.A = ([t.to(device) for t in part] for part in (found if self.exact else ([B], [A])))
 
     def __call__(self, i: int, j: int) -> Tensor:
-        """Rows i to j of ΔW, valid until the next call; whole groups where there are several."""
+        """Rows i to j of ΔW, valid until the next call: rows of one group, or whole groups."""
         size = (j - i, self.width)
         wide = narrow = scratch("wide", size, self.B[0].dtype, self.B[0].device)
-        g, per_group = self.B[0].shape[:2]
-        rows = slice(i // per_group, j // per_group)
+        per_group = self.B[0].shape[1]
+        group, start = divmod(i, per_group)
+        rows = slice(group, j // per_group)
         terms: Iterator[tuple[Tensor, Tensor]] = ((b, a) for b in self.B for a in self.A)
         for k, (b, a) in enumerate(terms):
             out = wide if k == 0 else torch.empty_like(wide)
-            if g == 1:
-                torch.mm(b[0, i:j], a[0], out=out)
+            if start + j - i <= per_group:
+                torch.mm(b[group, start : start + j - i], a[group], out=out)
             else:
                 torch.bmm(b[rows], a[rows], out=out.view(-1, per_group, self.width))
             if k:
@@ -155,10 +162,12 @@ class Product:
     def tiles(self) -> Iterator[tuple[int, int]]:
         # A tile's temporaries should stay in cache, but each tile costs some forty calls (on a GPU, launches).
         entries = 1 << 18 if self.B[0].device.type == "cpu" else 1 << 23
-        per_group = self.B[0].shape[1] if len(self.B[0]) > 1 else 1
-        step = max(1, entries // max(1, self.width * per_group)) * per_group
-        for i in range(0, self.height if self.width else 0, step):
-            yield i, min(i + step, self.height)
+        per_group, limit = self.B[0].shape[1], max(1, entries // max(1, self.width))
+        block = max(1, per_group if limit < per_group else limit // max(1, per_group) * per_group)
+        for start in range(0, self.height if self.width else 0, block):
+            end = min(start + block, self.height)
+            for i in range(start, end, min(limit, block)):
+                yield i, min(i + limit, end)
 
 
 def _split(factor: Tensor, dim: int, count: int) -> list[Tensor] | None:

@@ -59,7 +59,7 @@ def fold(weight: Tensor, change: Change, *, keep: Literal["record", "copy"] = "r
         if isinstance(change, Tensor):
             return _fold_copy(weight, torch.empty_like(weight).copy_(change))
         if weight.numel() and keep == "record":
-            work = _workplace(weight)
+            work = _workplace(weight, change)
             if record := _fold_record(work, change):
                 if work is not weight:
                     weight.copy_(work)
@@ -84,8 +84,8 @@ def unfold(weight: Tensor, record: Record, *, check: bool = True, where: str = "
             _restore_copy(weight, record, where)
         else:
             assert record.change is not None and record.corrections is not None
-            work = _workplace(weight)
-            _Arithmetic(work, record.change).subtract(len(work))
+            work = _workplace(weight, record.change)
+            _Arithmetic(work, record.change).subtract()
             if intact:
                 record.corrections.apply(work.detach())
             if work is not weight:
@@ -116,9 +116,11 @@ class _Arithmetic:
     """The rounding of fold and of unfold, one tile at a time."""
 
     def __init__(self, weight: Tensor, change: LowRank, exact: bool = True):
-        self.weight = weight.detach()
         self.product = Product(change, weight.shape, weight.dtype, weight.device, exact)
-        self.gain, self.inverse = change.gains(weight)
+        self.weight = weight.detach()
+        if self.product.height != len(weight):  # a stack of matrices
+            self.weight = self.weight.flatten(0, 1)
+        self.gain, self.inverse = change.gains(self.weight)
 
     def tiles(self) -> Iterator[tuple[int, int, Tensor, Tensor]]:
         """First and last row, the rows as a matrix (a view of the weight where its layout allows), and their ΔW."""
@@ -142,10 +144,10 @@ class _Arithmetic:
         target = self.weight[i:j]
         target.copy_(rows.view(target.shape))
 
-    def subtract(self, stop: int) -> None:
+    def subtract(self, stop: int | None = None) -> None:
         """Undo the rows before `stop`."""
         for i, j, rows, delta in self.tiles():
-            if i >= stop:
+            if stop is not None and i >= stop:
                 return
             self.write(i, j, self.undo(i, j, rows, delta))
 
@@ -190,9 +192,12 @@ def _new_value(weight: Tensor, change: LowRank, exact: bool = True) -> Tensor:
         size = (product.height, product.width)
         torch.addmm(source.view(size), product.B[0][0], product.A[0][0], out=new.view(size))
         return new
+    made = new
+    if product.height != len(new):  # a stack of matrices
+        made = torch.empty_like(work.weight, memory_format=torch.contiguous_format)
     for i, j, rows, delta in work.tiles():
-        new[i:j].copy_(work.add(i, j, rows, delta).view(new[i:j].shape))
-    return new
+        made[i:j].copy_(work.add(i, j, rows, delta).view(made[i:j].shape))
+    return new if made is new else made.view(weight.shape)  # a view forgets the strides of single rows
 
 
 def _fold_copy(weight: Tensor, new: Tensor) -> Record:
@@ -226,8 +231,13 @@ def _owns_storage(weight: Tensor) -> bool:
     return holders == 2 and weight.numel() * weight.element_size() == storage.nbytes()
 
 
-def _workplace(weight: Tensor) -> Tensor:
-    return weight if has_float64(weight.device) else weight.detach().cpu()
+def _workplace(weight: Tensor, change: LowRank) -> Tensor:
+    """The weight itself, or a copy where it can't be worked on in its own memory."""
+    if not has_float64(weight.device):
+        weight = weight.detach().cpu()
+    if change.seen(weight.shape) == tuple(weight.shape) or weight.stride(0) == weight.shape[1] * weight.stride(1):
+        return weight
+    return weight.detach().contiguous()  # a stack whose rows don't follow each other evenly
 
 
 def _intact(weight: Tensor, record: Record, check: bool, where: str) -> bool:

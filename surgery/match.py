@@ -157,7 +157,7 @@ def _nothing(tree: Tree, rule: Rule) -> MatchError:
         return MatchError(
             f"{rule.label} has no targets", why="targets is empty", fix='name modules, types, or "all-linear"'
         )
-    names = {part for path in tree.modules for part in (path, path.rpartition(".")[2]) if part}
+    names = {part for path in tree.modules for part in (path, path.rpartition(".")[2]) if part} | {"all-linear"}
     tried = [as_pattern(target) for target in _listed(rule.targets)]
     by_target = [
         module.path

@@ -113,7 +113,7 @@ def show(model: nn.Module, path: str = "") -> str:
     return f"# {path or '(the model itself)'}: {recipe.label}\n{recipe.source}".rstrip()
 
 
-def draw(model: nn.Module, path: str = "") -> str:
+def draw(model: nn.Module, path: str = "", *, before: bool = True) -> str:
     """A picture (SVG text) of a site's graph, its own on the left and rewritten on the right; edits are coloured.
 
     >>> from torch import nn
@@ -122,14 +122,14 @@ def draw(model: nn.Module, path: str = "") -> str:
     >>> draw(apply_rules(nn.Linear(8, 8), [LoraRule(nn.Linear)])).startswith("<svg")
     True
 
-    `MatchError` as `show`.
+    `before=False` leaves the own graph out. `MatchError` as `show`.
     """
     module, state = _site_at(model, path)
     own = own_forward(module, state.base)
     layers = [_layer(module, state, applied, own) for applied in state.applied]
     title = f"{path or type(module).__name__} ({type(module).__name__})"
-    before, after = (woven(own, some, module.training, lowered=False) for some in ([], layers))
-    return _svg(title, before, after)
+    shown = {"before": [], "after": layers} if before else {"": layers}
+    return _svg(title, {head: woven(own, some, module.training, lowered=False) for head, some in shown.items()})
 
 
 def _layer(module: nn.Module, state: SiteState, applied: Any, own: Own) -> Layer:
@@ -155,21 +155,25 @@ def _site_at(model: nn.Module, path: str) -> tuple[nn.Module, SiteState]:
 _WIDTH, _HEIGHT, _ACROSS, _DOWN = 168, 34, 188, 62
 
 
-def _svg(title: str, before: fx.Graph, after: fx.Graph) -> str:
-    left, left_size = _placed(before, 20, 70)
-    right, right_size = _placed(after, 20 + left_size[0] + 60, 70)
-    width, height = 40 + left_size[0] + 60 + right_size[0], 90 + max(left_size[1], right_size[1])
-    heads = [(20, "before"), (20 + left_size[0] + 60, "after")]
+def _svg(title: str, graphs: dict[str, fx.Graph]) -> str:
+    """Graphs side by side, each under its head."""
+    heads, drawn, x, height = [], [], 20.0, 0.0
+    for head, graph in graphs.items():
+        parts, size = _placed(graph, x, 70 if head else 44)
+        heads.append((x, head))
+        drawn += parts
+        x, height = x + size[0] + 60, max(height, size[1] + (90 if head else 64))
+    width = x - 40
     parts = [
-        f'<svg xmlns="http://www.w3.org/2000/svg" width="{width}" height="{height}" viewBox="0 0 {width} {height}" '
+        f'<svg xmlns="http://www.w3.org/2000/svg" width="{width:g}" height="{height:g}" '
+        f'viewBox="0 0 {width:g} {height:g}" '
         'font-family="sans-serif" font-size="12">',
         '<defs><marker id="arrow" viewBox="0 0 8 8" refX="7" refY="4" markerWidth="7" markerHeight="7" orient="auto">'
         '<path d="M0 0L8 4L0 8z" fill="#555"/></marker></defs>',
-        f'<rect width="{width}" height="{height}" fill="white"/>',
+        f'<rect width="{width:g}" height="{height:g}" fill="white"/>',
         f'<text x="20" y="26" font-size="15" font-weight="bold">{escape(title)}</text>',
-        *(f'<text x="{x}" y="52" fill="#555">{text}</text>' for x, text in heads),
-        *left,
-        *right,
+        *(f'<text x="{x:g}" y="52" fill="#555">{text}</text>' for x, text in heads if text),
+        *drawn,
         "</svg>",
     ]
     return "\n".join(parts)

@@ -45,6 +45,11 @@ class Own:
     def key(self) -> tuple:
         return (self.base, self.tapes)
 
+    @property
+    def names_hold(self) -> bool:
+        """Whether the forward's arguments may be given by the names in its signature."""
+        return not _hands_on(self.base)
+
     def inputs(self) -> list[str]:
         return [name for name, parameter in self.signature.parameters.items() if parameter.kind not in _STARRED]
 
@@ -86,6 +91,24 @@ def _signature(base: type[nn.Module]) -> inspect.Signature:
     except (TypeError, ValueError):  # a forward written in C tells nothing: take whatever comes
         signature = inspect.signature(lambda self, *args, **kwargs: None)
     return signature.replace(parameters=list(signature.parameters.values())[1:])
+
+
+@functools.cache
+def _hands_on(base: type[nn.Module]) -> bool:
+    """Whether the forward is a wrapper that calls other functions than the one whose signature it shows.
+
+    Such as one that chooses among implementations, whose arguments may have other names.
+    """
+    wrapper = base.forward
+    shown = getattr(wrapper, "__wrapped__", None)
+    try:
+        held = inspect.getclosurevars(wrapper).nonlocals
+        tree = ast.parse(textwrap.dedent(inspect.getsource(wrapper.__code__)))
+    except (OSError, TypeError, SyntaxError, ValueError, AttributeError):
+        return False
+    names = {name for name, value in held.items() if value is shown}
+    called = {node.func.id for node in ast.walk(tree) if isinstance(node, ast.Call) and isinstance(node.func, ast.Name)}
+    return shown is not None and bool(names) and not names & called
 
 
 def _why_opaque(module: nn.Module, base: type[nn.Module], parameters: list[inspect.Parameter]) -> str:

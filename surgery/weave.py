@@ -118,6 +118,7 @@ class _Weaver:
             elif (
                 parameter.default is not parameter.empty
                 and not starred
+                and self.own.names_hold
                 and parameter.kind is not parameter.POSITIONAL_ONLY
             ):
                 named[name] = value  # decorators of forwards (transformers' own) look for options among the keywords

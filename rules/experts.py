@@ -1,0 +1,137 @@
+"""LoRA on experts that are held as stacks of matrices, one low-rank change an expert."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, Literal
+
+from torch import Tensor, nn
+
+from rules import _fields
+from rules._factored import factored
+from surgery import LiveSite, LowRank, Rule, Site, rule
+
+
+@rule("expert-lora")
+class ExpertLoraRule(Rule):
+    """W_e + (alpha / rank) · B_e A_e for every expert e of a parameter (experts, out, in).
+
+    >>> import torch
+    >>> from torch import nn
+    >>> from surgery import apply_rules
+    >>> from rules import ExpertLoraRule
+    >>> class Experts(nn.Module):
+    ...     def __init__(self):
+    ...         super().__init__()
+    ...         self.up = nn.Parameter(torch.randn(4, 16, 8))
+    ...     def forward(self, x, expert):
+    ...         return nn.functional.linear(x, self.up[expert])
+    >>> model = apply_rules(nn.Sequential(Experts()), [ExpertLoraRule("0", rank=2)])
+    >>> tuple(model[0].adapters.default.up_A.shape), tuple(model[0].adapters.default.up_B.shape)
+    ((4, 2, 8), (4, 16, 2))
+
+    Goes on modules that own parameters of three dimensions, such as the experts of Mixtral, Qwen-MoE and GPT-OSS in
+    transformers. Neither ΔW nor W + ΔW is made where the module's code picks experts and multiplies: there it is W's
+    product plus A's and B's, for the experts and tokens in question.
+
+    Fields, with PEFT's names: `parameters` (the end of target_parameters: which of the module's parameters; none: all
+    of three dimensions), `rank` (r), `alpha` (lora_alpha), `rslora` (use_rslora), `init` (init_lora_weights:
+    "kaiming" is True, "random" False, "gaussian"), `rank_pattern`, `alpha_pattern` (of `path.parameter`); `transposed`:
+    whether the parameter is (experts, in, out), by default what the module says in `is_transposed`, as PEFT reads it.
+    Tensors, in `dtype`, else the module's, else float32 where that is half precision: `<parameter>_A` (experts, rank,
+    in) and `<parameter>_B` (experts, out, rank). PEFT's lora_A is A as (experts · rank, in), its lora_B is
+    (out, rank · experts), with the experts innermost: `B.permute(1, 2, 0).flatten(1)`.
+
+    Raises `RuleError` for a value out of range. Source: Hu et al. 2021, arXiv:2106.09685; PEFT's target_parameters.
+    """
+
+    parameters: Sequence[str] = ()
+    rank: int = 8
+    alpha: float = 8
+    rslora: bool = False
+    init: Literal["kaiming", "gaussian", "random"] = "kaiming"
+    rank_pattern: Mapping[str, int] | None = None
+    alpha_pattern: Mapping[str, float] | None = None
+    transposed: bool | None = None
+    dtype: Any = None
+
+    def validate(self) -> None:
+        if isinstance(self.parameters, str) or not all(isinstance(name, str) for name in self.parameters):
+            raise self.bad("parameters", "a list of names")
+        _fields.patterns(self, "rank_pattern", "alpha_pattern")
+        if not all(type(rank) is int and rank >= 1 for rank in (self.rank, *(self.rank_pattern or {}).values())):
+            raise self.bad("rank_pattern" if self.rank_pattern else "rank", "a whole number from 1")
+        _fields.positive(self, "alpha")
+        if not all(type(a) in (int, float) and 0 < a < math.inf for a in (self.alpha_pattern or {}).values()):
+            raise self.bad("alpha_pattern", "a mapping to numbers above 0")
+        _fields.flag(self, "rslora")
+        _fields.one_of(self, "init", "kaiming", "gaussian", "random")
+        if self.transposed is not None:
+            _fields.flag(self, "transposed")
+        if self.dtype not in (None, "float16", "bfloat16", "float32", "float64"):
+            raise self.bad("dtype", "a floating-point dtype")
+
+    @property
+    def identity(self) -> bool:  # type: ignore[override]
+        return self.init != "random"
+
+    def check(self, module: nn.Module, path: str) -> str | None:
+        held = module._parameters
+        if not self.names(module):
+            return "it owns no parameter of three dimensions (experts, out, in)"
+        for name in self.names(module):
+            parameter = held.get(name)
+            if parameter is None:
+                return f"it owns no parameter {name!r}; it has {', '.join(held) or 'none'}"
+            if type(parameter) is not nn.Parameter or not parameter.dtype.itemsize > 1:
+                return f"its {name} is a {type(parameter).__name__} of {parameter.dtype}, which is packed"
+            if parameter.dim() != 3:
+                return f"its {name} is {tuple(parameter.shape)}: a stack of experts is (experts, out, in)"
+        return None
+
+    def review(self, paths: Sequence[str]) -> Iterable[str]:
+        if self.parameters:
+            changed = [f"{path}.{name}" for path in paths for name in self.parameters]
+            yield from _fields.idle(self, changed, "rank_pattern", "alpha_pattern")
+
+    def names(self, module: nn.Module) -> list[str]:
+        """The parameters of a module that are changed."""
+        held = module._parameters.items()
+        return list(self.parameters) or [name for name, held in held if held is not None and held.dim() == 3]
+
+    def rewrite(self, site: Site) -> None:
+        for name, (experts, out, inner), rank, scale in self._sizes(site):
+            A = site.param(f"{name}_A", (experts, rank, inner), _started(self.init, rank), dtype=self.dtype)
+            fill = _started("kaiming", rank) if self.init == "random" else 0.0
+            B = site.param(f"{name}_B", (experts, out, rank), fill, dtype=self.dtype)
+            left, right = (A.mT, B.mT) if self._turned(site.module) else (B, A)
+            site.replace(site.tensor(name), site.apply(factored, site.tensor(name), left, right, scale))
+
+    def merged(self, site: LiveSite) -> dict[str, LowRank]:
+        changes = {}
+        for name, (experts, *_), _, scale in self._sizes(site):
+            A, B = site.params[f"{name}_A"].detach(), site.params[f"{name}_B"].detach()
+            left, right = (A.mT, B.mT) if self._turned(site.module) else (B, A)
+            changes[name] = LowRank(left.flatten(0, 1), right.flatten(0, 1), scale, groups=experts)
+        return changes
+
+    def _sizes(self, site: Site | LiveSite) -> Iterable[tuple[str, tuple[int, int, int], int, float]]:
+        """Name, (experts, out, in), rank and scale of each parameter."""
+        for name in self.names(site.module):
+            experts, out, inner = site.module._parameters[name].shape  # type: ignore[union-attr]  # check saw it
+            path = f"{site.path}.{name}"
+            rank = int(_fields.first(self.rank_pattern, path, self.rank))
+            alpha = _fields.first(self.alpha_pattern, path, self.alpha)
+            size = (experts, inner, out) if self._turned(site.module) else (experts, out, inner)
+            yield name, size, rank, alpha / (math.sqrt(rank) if self.rslora else rank)
+
+    def _turned(self, module: nn.Module) -> bool:
+        return bool(getattr(module, "is_transposed", False)) if self.transposed is None else self.transposed
+
+
+def _started(init: str, rank: int) -> Callable[[Tensor], Any]:
+    """What fills a stack in place, each expert as LoRA's A."""
+    if init == "gaussian":
+        return lambda stack: nn.init.normal_(stack, std=1 / rank)
+    return lambda stack: nn.init.kaiming_uniform_(stack.flatten(0, 1), a=math.sqrt(5))
