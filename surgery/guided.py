@@ -32,6 +32,9 @@ from surgery.standins import Recorded, is_setting
 
 __all__ = ["trace", "traced"]
 
+# Calls of children: the node, the child, copies of the arguments.
+Calls = list[tuple[fx.Node, nn.Module, tuple, dict[str, Any]]]
+
 
 def trace(module: nn.Module, example_inputs: Any) -> fx.GraphModule:
     """The module's own forward as a graph, its children `call_module` leaves, for calls like this one.
@@ -66,26 +69,42 @@ def trace(module: nn.Module, example_inputs: Any) -> fx.GraphModule:
     return traced(module, *arguments(example_inputs))
 
 
-def traced(module: nn.Module, args: tuple, kwargs: Mapping[str, Any]) -> fx.GraphModule:
-    """`trace`, given the call's arguments."""
+def traced(
+    module: nn.Module, args: tuple, kwargs: Mapping[str, Any], calls: Calls | None = None, leaves: bool = True
+) -> fx.GraphModule:
+    """`trace`, given the call's arguments.
+
+    `calls` gets every call of a child, with copies of its arguments. Without `leaves`, functions looked up in a
+    registry are gone through rather than one node each.
+    """
     base: type[nn.Module] = getattr(module, "_surgery_base", type(module))
     with _undone(module):
         # With gradients, so that a region of the forward's own torch.no_grad shows. Where the forward looks at the
         # mode itself (nn.TransformerEncoderLayer has a fast path without), the graph is for the present mode alone.
         try:
-            return _proven(module, base, args, kwargs, gradients=True)
+            return _proven(module, base, args, kwargs, True, calls, leaves)
         except TraceError:
             if torch.is_grad_enabled():
                 raise
-            return _proven(module, base, args, kwargs, gradients=False)
+            return _proven(module, base, args, kwargs, False, calls, leaves)
 
 
 def _proven(
-    module: nn.Module, base: type[nn.Module], args: tuple, kwargs: Mapping[str, Any], gradients: bool
+    module: nn.Module,
+    base: type[nn.Module],
+    args: tuple,
+    kwargs: Mapping[str, Any],
+    gradients: bool,
+    calls: Calls | None,
+    leaves: bool,
 ) -> fx.GraphModule:
+    if calls is not None:
+        calls.clear()
     try:
         with torch.set_grad_enabled(gradients):
-            graph = _Recorder(module, base, bound=not gradients).record(args, kwargs)
+            recorder = _Recorder(module, base, bound=not gradients)
+            recorder.calls, recorder.leaves = calls, leaves
+            graph = recorder.record(args, kwargs)
         _verify(module, base, graph, args, dict(kwargs))
     except TraceError:
         raise
@@ -105,6 +124,8 @@ class _Recorder(Ledger, TorchFunctionMode):
         self.region = context(True)
         self.without_gradients: set[fx.Node] = set()
         self.drawn: tuple = ()
+        self.calls: Calls | None = None
+        self.leaves = True
 
     def record(self, args: tuple, kwargs: Mapping[str, Any]) -> fx.GraphModule:
         signature = inspect.signature(self.base.forward)
@@ -117,7 +138,7 @@ class _Recorder(Ledger, TorchFunctionMode):
                 fix="pass example_inputs as a tensor, a tuple of arguments, or a dict of keyword arguments",
             ) from error
         root = self.view_of(self.module)
-        forward = with_leaves(self.base.forward, self.call_function)
+        forward = with_leaves(self.base.forward, self.call_function) if self.leaves else self.base.forward
         try:
             positional, named = self.placeholders(signature, given.arguments, kwargs)
             self.drawn = _outside()
@@ -309,7 +330,14 @@ class _Recorder(Ledger, TorchFunctionMode):
         if not path:
             raise TraceError("the forward calls the module itself")
         self.check_draws()
+        given = None
+        if self.calls is not None:
+            with self.paused():
+                given = copied(self.real(args)), copied(self.real(kwargs))
         value = self.made("call_module", path, args, kwargs, self.real(child))
+        if self.calls is not None and given is not None:
+            node = next(node for node in reversed(self.graph.nodes) if node.op == "call_module")
+            self.calls.append((node, self.real(child), *given))
         self.drawn = _outside()  # what a child draws is its own affair
         return value
 
