@@ -75,7 +75,7 @@ _NAMES = {
 _SIGNATURES: dict[str, tuple[str, ...]] = {
     name: tuple(arguments.split())
     for name, arguments in {
-        "softmax": "input dim", "log_softmax": "input dim", "transpose": "input dim0 dim1", "permute": "input dims",
+        "softmax": "input dim", "log_softmax": "input dim", "transpose": "input dim0 dim1",
         "matmul": "input other", "mul": "input other", "add": "input other", "sub": "input other",
         "div": "input other", "pow": "input exponent", "linear": "input weight bias", "embedding": "input weight",
         "dropout": "input", "gelu": "input approximate", "silu": "input", "relu": "input", "sigmoid": "input",

@@ -62,8 +62,7 @@ class Structure:
     >>> found[0].bindings
     {'q': x, 'k': x, 'v': relu, 'mask': bias}
     >>> print(attention.find(fx.symbolic_trace(lambda x, b: torch.softmax(x @ x.mT / 2 + b, 0) @ x)).reason)
-    nearest miss, 2 of 6 operations: at softmax, argument 1 is 0, and not -1
-      in: softmax(add(…, mask), -1)
+    nearest miss, 3 of 6 operations: at truediv, div stands where mul(matmul(q, …), ANY) is asked
 
     The function's parameters are names that the match binds; one that occurs twice is one node. `ANY` is anything,
     `one_of` alternatives, `module_of` a call of a module, `having` asks for a dtype, a shape, a module. `+` and `*`
@@ -346,9 +345,9 @@ class _Search:
         index, node = place
         if self.known[place][0]:
             above = self.up_text(index)
-            return f"{head}: {node} fits, and is not used as asked\n  in: {above}"
-        index, node, why = self.failing(index, node)
-        return f"{head}: at {node}, {why}\n  in: {reading(self.parts, index)}"
+            return f"{head}: {node} fits, and no user of it fits {above}"
+        node, why = self.failing(index, node)
+        return f"{head}: at {node}, {why}"
 
     def up_text(self, index: int) -> str:
         above = next(iter(self.above[index]), index)
@@ -356,7 +355,7 @@ class _Search:
             above = self.above[above][0]
         return reading(self.parts, above)
 
-    def failing(self, index: int, operand: Any) -> tuple[int, Any, str]:
+    def failing(self, index: int, operand: Any) -> tuple[Any, str]:
         """Down the way that fits best, to the clause that fails."""
         owner = index, operand
         while True:
@@ -365,17 +364,17 @@ class _Search:
             if part.kind == "operation" and (node := self.reached(part, operand)) is not None:
                 owner = index, node
                 if why := part.mismatch(self.data[node]["operands"], self.data[node]["keywords"]):
-                    return index, node, why
+                    return node, f"{why} in {reading(self.parts, index)}"
                 if all(self.known[below][0] for below in ways[0]) and part.asks:
-                    return index, node, str(part.refusal(self.data[node]))
+                    return node, f"{part.refusal(self.data[node])} in {reading(self.parts, index)}"
             elif not ways:
                 wanted = reading(self.parts, index)
                 found = self.data[operand]["operation"] if self.has(operand) else repr(operand)
                 if self.has(operand):
-                    return index, operand, f"{found} stands where {wanted} is asked"
+                    return operand, f"{found} stands where {wanted} is asked"
                 above, node = owner
                 slot = next((i for i, below in self.parts[above].slotted() if below == index), "")
-                return above, node, f"argument {slot} is {found}, and not {wanted}".replace("  ", " ")
+                return node, f"argument {slot} is {found}, and not {wanted}, in {reading(self.parts, above)}"
             way = max(ways, key=lambda way: sum(self.known[below][1] for below in way))
             index, operand = next(below for below in way if not self.known[below][0])
 
