@@ -216,7 +216,7 @@ def _example(node: fx.Node) -> tuple[tuple[Any, ...] | None, torch.dtype | None]
     if "shape" in meta:
         return meta["shape"], meta.get("dtype")
     for key in ("tensor_meta", "val", "example_value"):
-        value = meta.get(key)
+        value: Any = meta.get(key)
         if isinstance(getattr(value, "dtype", None), torch.dtype):
             return tuple(value.shape), value.dtype
     return None, None

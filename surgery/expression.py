@@ -21,6 +21,11 @@ class Expression:
     def __init__(self, kind: str, of: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None):
         self.kind, self.of, self.args, self.kwargs = kind, of, args, dict(kwargs or {})
 
+    def __repr__(self) -> str:
+        if self.kind == "any":
+            return self.of or "ANY"
+        return f"{getattr(self.of, '__name__', self.of or self.kind)}(…)"
+
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__"):
             raise AttributeError(name)

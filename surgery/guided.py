@@ -36,7 +36,7 @@ __all__ = ["trace", "traced"]
 Calls = list[tuple[fx.Node, nn.Module, tuple, dict[str, Any]]]
 
 
-def trace(module: nn.Module, example_inputs: Any) -> fx.GraphModule:
+def trace(module: nn.Module, example_inputs: Any, *, leaves: bool = True) -> fx.GraphModule:
     """The module's own forward as a graph, its children `call_module` leaves, for calls like this one.
 
     >>> import torch
@@ -61,12 +61,14 @@ def trace(module: nn.Module, example_inputs: Any) -> fx.GraphModule:
     `example_inputs`: a tensor, a tuple of arguments or a dict of keyword arguments of this module. The graph is of
     the module's present mode, and has the bits of the forward on the example. Sizes stay free where the forward only
     computes with them; where it decided on one, on a setting or on an argument, the graph checks that it would decide
-    so again, and raises `TraceError` if not. Parameters and children are shared with the module, which is untouched.
+    so again, and raises `TraceError` if not. Functions looked up in a registry, such as an attention by its name, are
+    one node each; with `leaves=False`, what they do. Parameters and children are shared with the module, which is
+    untouched.
 
     Raises `TraceError` with file, line and source text of what can't be held: decisions on the content of tensors
     (`.item()`, `if x.sum() > 0`), state that the forward keeps on the module, tensors from outside it.
     """
-    return traced(module, *arguments(example_inputs))
+    return traced(module, *arguments(example_inputs), leaves=leaves)
 
 
 def traced(

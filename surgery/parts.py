@@ -27,7 +27,7 @@ class Part:
     kind: str  # operation, any, either, tuple, constant
     operation: str | None = None  # None: a call of a module, which `asks` tells
     operands: tuple[int, ...] = ()
-    slots: tuple[int, ...] | None = None  # the positions of the operands, where they are not the first ones
+    slots: tuple[int, ...] | None = None  # the positions of the operands; None: the first ones, and there are no others
     keywords: tuple[tuple[str, int], ...] = ()
     asks: Mapping[str, Any] = field(default_factory=dict)
     name: str | None = None
@@ -208,8 +208,7 @@ def _from_digraph(pattern: Any) -> list[Part]:
             slots = tuple(sorted(given))
             operands = tuple(given[slot] for slot in slots)
             data.pop("binding", None)
-            whole = slots == tuple(range(len(slots)))
-            parts.append(Part("operation", operation, operands, None if whole else slots, asks=data))
+            parts.append(Part("operation", operation, operands, slots, asks=data))
         known[node] = len(parts) - 1
     return parts
 

@@ -126,7 +126,8 @@ def spelled(
     >>> spelled("call_function", operator.truediv, ("x", 8), {})
     Spelled(operation='div', operands=('x', 8), keywords={})
     """
-    args, kwargs = frozen(args), {name: frozen(value) for name, value in kwargs.items()}
+    given: tuple[Any, ...] = frozen(args)
+    args, kwargs = given, {name: frozen(value) for name, value in kwargs.items()}
     if op == "call_module":
         kind = class_of(module) if module is not None else None
         if kind not in _LAYERS or module is None:

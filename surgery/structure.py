@@ -62,7 +62,7 @@ class Structure:
     >>> found[0].bindings
     {'q': x, 'k': x, 'v': relu, 'mask': bias}
     >>> print(attention.find(fx.symbolic_trace(lambda x, b: torch.softmax(x @ x.mT / 2 + b, 0) @ x)).reason)
-    nearest miss, 3 of 6 operations: at truediv, div stands where mul(matmul(q, …), ANY) is asked
+    nearest miss, 2 of 6 operations: at truediv, div stands where mul(matmul(q, …), ANY) is asked
 
     The function's parameters are names that the match binds; one that occurs twice is one node. `ANY` is anything,
     `one_of` alternatives, `module_of` a call of a module, `having` asks for a dtype, a shape, a module. `+` and `*`
@@ -174,9 +174,8 @@ class _Search:
         return [node for node in self.data if self.named(part, node)]
 
     def named(self, part: Part, node: Any) -> bool:
-        return part.operation == self.data[node]["operation"] if part.operation is not None else part.is_module(
-            self.data[node]
-        )  # fmt: skip
+        data = self.data[node]
+        return part.is_module(data) if part.operation is None else part.operation == data["operation"]
 
     # What fits ----------------------------------------------------------------------------------------------
 
@@ -201,13 +200,14 @@ class _Search:
         if part.kind == "constant":
             return not is_node(operand) and same_constant(part.value, operand), 0
         here = int(part.kind == "operation" and self.reached(part, operand) is not None)
-        best = (False, here)
+        best = (False, 0)
         for way in self.ways(index, operand):
-            answers = [self.known[below] for below in way]
-            ok = all(answer[0] for answer in answers)
-            best = max(best, (ok, here + sum(answer[1] for answer in answers)))
+            answers = [(self.known[below], self.parts[below[0]].kind == "constant") for below in way]
+            wrong = any(plain and not fits for (fits, _), plain in answers)  # an argument of its own is another
+            ok = all(fits for (fits, _), _ in answers)
+            best = max(best, (ok, here - wrong + sum(count for (_, count), _ in answers)))
         if best[0] and part.asks and part.refusal(self.data[self.reached(part, operand)]):
-            return False, best[1]
+            return False, best[1] - 1
         return best
 
     def ways(self, index: int, operand: Any) -> list[list[tuple[int, Any]]]:
@@ -280,10 +280,8 @@ class _Search:
             elif ok and part in bound:
                 ok = self.same(bound[part], operand)
                 if not ok:
-                    self.clash = (
-                        self.clash
-                        or f"{reading(self.parts, part)} would be {bound[part]} at one place and {operand} at another"
-                    )
+                    places = f"{bound[part]} at one place and {operand} at another"
+                    self.clash = self.clash or f"{reading(self.parts, part)} would be {places}"
             elif ok:
                 bound[part] = operand
                 made.append(part)
