@@ -14,6 +14,7 @@ from surgery.errors import (
     TraceError,
 )
 from surgery.exact import LowRank, Rows
+from surgery.exported import with_layers
 from surgery.expression import ANY, having, module_of, one_of
 from surgery.guided import trace
 from surgery.hidden import hidden_of
@@ -81,4 +82,5 @@ __all__ = [
     "trace",
     "trace_site",
     "unmerge",
+    "with_layers",
 ]

@@ -126,8 +126,8 @@ def spelled(
     >>> spelled("call_function", operator.truediv, ("x", 8), {})
     Spelled(operation='div', operands=('x', 8), keywords={})
     """
-    given: tuple[Any, ...] = frozen(args)
-    args, kwargs = given, {name: frozen(value) for name, value in kwargs.items()}
+    args = frozen(args)
+    kwargs = {name: frozen(value) for name, value in kwargs.items()}
     if op == "call_module":
         kind = class_of(module) if module is not None else None
         if kind not in _LAYERS or module is None:
@@ -140,8 +140,8 @@ def spelled(
     name = _name(target)
     if name == "in_region" and len(args) > 1:  # a call under the forward's own autocast or no_grad
         name, args = _name(args[1]), args[2:]
-    if name == "getattr" and args[1:] in (("mT",), ("mH",), ("T",), ("H",)):
-        name, args = args[1], args[:1]
+    if name == "getattr" and set(args[1:]) & {"mT", "mH", "T", "H"}:
+        name, args = str(tuple(args)[-1]), args[:1]
     if name == "square":
         name, args = "pow", (*args, 2)
     if name in ("add", "sub") and kwargs.get("alpha", 1) != 1:

@@ -293,7 +293,7 @@ def test_near_misses_are_told() -> None:
         assert not found and len(found) == 0
         return found.reason
 
-    assert "2 of 6" in reason(lambda q, k, v, m: torch.softmax(q @ k.mT / 8 + m, -1) @ v)
+    assert "3 of 6" in reason(lambda q, k, v, m: torch.softmax(q @ k.mT / 8 + m, -1) @ v)
     assert reason(lambda q, k, v, m: torch.softmax(q @ k.mT * 8 + m, 0) @ v) == (
         "nearest miss, 5 of 6 operations: at softmax, argument 1 is 0, and not -1, in softmax(add(…, mask), -1)"
     )
