@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import fx, nn
 
-from surgery.errors import TraceError
+from surgery.errors import SurgeryError, TraceError
 from surgery.example import arguments
 from surgery.guards import check_call, check_settings, require
 from surgery.guided import Calls, traced
@@ -39,8 +39,13 @@ def as_digraph(graph: fx.Graph | fx.GraphModule) -> networkx.DiGraph:
     """
     import networkx
 
+    inner = graph if isinstance(graph, fx.Graph) else getattr(graph, "graph", None)
+    if not isinstance(inner, fx.Graph):
+        raise SurgeryError(
+            f"a {type(graph).__name__} is no graph",
+            fix="pass trace(module, example_inputs), a graph of torch.fx, or graph_of(model, example_inputs)",
+        )
     found = networkx.DiGraph()
-    inner = graph if isinstance(graph, fx.Graph) else graph.graph
     owner = graph if isinstance(graph, nn.Module) else inner.owning_module
     for node in inner.nodes:
         module = _called(owner, node)

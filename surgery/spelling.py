@@ -140,8 +140,9 @@ def spelled(
     name = _name(target)
     if name == "in_region" and len(args) > 1:  # a call under the forward's own autocast or no_grad
         name, args = _name(args[1]), args[2:]
-    if name == "getattr" and set(args[1:]) & {"mT", "mH", "T", "H"}:
-        name, args = str(tuple(args)[-1]), args[:1]
+    attribute = next(iter(args[1:]), None)
+    if name == "getattr" and attribute in ("mT", "mH", "T", "H"):
+        name, args = attribute, args[:1]
     if name == "square":
         name, args = "pow", (*args, 2)
     if name in ("add", "sub") and kwargs.get("alpha", 1) != 1:

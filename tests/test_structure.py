@@ -285,6 +285,28 @@ def test_patterns_that_can_not_be() -> None:
         assert told in str(caught.value)
 
 
+def test_too_many_ways_to_read_a_pattern_are_refused() -> None:
+    def summed(values: list[Any]) -> Any:
+        total = values[0]
+        for value in values[1:]:
+            total = value * total + total
+        return total
+
+    graph = fx.Graph()
+    made = [fx.Proxy(graph.placeholder(f"x{i}"), GraphAppendingTracer(graph)) for i in range(30)]
+    graph.output(summed(made).node)
+    structure = Structure(lambda a, b: summed([a, b] * 15))
+    try:
+        assert not structure.find(graph)
+    except SurgeryError as error:
+        assert "too many ways" in str(error)
+
+
+def test_what_is_no_graph() -> None:
+    with pytest.raises(SurgeryError, match="a Linear is no graph"):
+        MATMUL.find(nn.Linear(2, 2))  # type: ignore[arg-type]
+
+
 def test_near_misses_are_told() -> None:
     scaled = Structure(lambda q, k, v, mask: torch.softmax(q @ k.mT * ANY + mask, -1) @ v)
 
