@@ -1,6 +1,7 @@
 """Declarative model surgery for PyTorch: rules match modules, rewrite their graphs, and are taken out to the bit."""
 
 from surgery.coverage import Coverage, coverage
+from surgery.digraph import as_digraph, graph_of
 from surgery.engine import apply_rules, explain, plan_rules, remove
 from surgery.errors import (
     MatchError,
@@ -13,6 +14,8 @@ from surgery.errors import (
     TraceError,
 )
 from surgery.exact import LowRank, Rows
+from surgery.exported import with_layers
+from surgery.expression import ANY, having, module_of, one_of
 from surgery.guided import trace
 from surgery.hidden import hidden_of
 from surgery.merge import MergeReport, merge, unmerge
@@ -23,17 +26,21 @@ from surgery.rule import Rule, rule, rules_from_json, rules_from_yaml, rules_to_
 from surgery.show import Summary, draw, show, summary
 from surgery.site import LiveSite, Site
 from surgery.state import adapter_state_dict, base_state_dict, load_adapter_state_dict, rules_of
+from surgery.structure import Found, Occurrence, Structure
 from surgery.tape import Value
 from surgery.view import call_own
 from surgery.weave import trace_site
 
 __all__ = [
+    "ANY",
     "Coverage",
+    "Found",
     "LiveSite",
     "LowRank",
     "MatchError",
     "MergeError",
     "MergeReport",
+    "Occurrence",
     "Pattern",
     "Plan",
     "PlanError",
@@ -42,6 +49,7 @@ __all__ = [
     "RuleError",
     "Site",
     "SiteError",
+    "Structure",
     "Summary",
     "SurgeryError",
     "SurgeryWarning",
@@ -50,14 +58,19 @@ __all__ = [
     "Value",
     "adapter_state_dict",
     "apply_rules",
+    "as_digraph",
     "base_state_dict",
     "call_own",
     "coverage",
     "draw",
     "explain",
+    "graph_of",
+    "having",
     "hidden_of",
     "load_adapter_state_dict",
     "merge",
+    "module_of",
+    "one_of",
     "plan_rules",
     "remove",
     "rule",
@@ -72,4 +85,5 @@ __all__ = [
     "trace",
     "trace_site",
     "unmerge",
+    "with_layers",
 ]

@@ -32,8 +32,11 @@ from surgery.standins import Recorded, is_setting
 
 __all__ = ["trace", "traced"]
 
+# Calls of children: the node, the child, copies of the arguments.
+Calls = list[tuple[fx.Node, nn.Module, tuple, dict[str, Any]]]
 
-def trace(module: nn.Module, example_inputs: Any) -> fx.GraphModule:
+
+def trace(module: nn.Module, example_inputs: Any, *, leaves: bool = True) -> fx.GraphModule:
     """The module's own forward as a graph, its children `call_module` leaves, for calls like this one.
 
     >>> import torch
@@ -58,16 +61,24 @@ def trace(module: nn.Module, example_inputs: Any) -> fx.GraphModule:
     `example_inputs`: a tensor, a tuple of arguments or a dict of keyword arguments of this module. The graph is of
     the module's present mode, and has the bits of the forward on the example. Sizes stay free where the forward only
     computes with them; where it decided on one, on a setting or on an argument, the graph checks that it would decide
-    so again, and raises `TraceError` if not. Parameters and children are shared with the module, which is untouched.
+    so again, and raises `TraceError` if not. Functions looked up in a registry, such as an attention by its name, are
+    one node each; with `leaves=False`, what they do. Parameters and children are shared with the module, which is
+    untouched.
 
     Raises `TraceError` with file, line and source text of what can't be held: decisions on the content of tensors
     (`.item()`, `if x.sum() > 0`), state that the forward keeps on the module, tensors from outside it.
     """
-    return traced(module, *arguments(example_inputs))
+    return traced(module, *arguments(example_inputs), leaves=leaves)
 
 
-def traced(module: nn.Module, args: tuple, kwargs: Mapping[str, Any]) -> fx.GraphModule:
-    """`trace`, given the call's arguments."""
+def traced(
+    module: nn.Module, args: tuple, kwargs: Mapping[str, Any], calls: Calls | None = None, leaves: bool = True
+) -> fx.GraphModule:
+    """`trace`, given the call's arguments.
+
+    `calls` gets every call of a child, with copies of its arguments. Without `leaves`, functions looked up in a
+    registry are gone through rather than one node each.
+    """
     base: type[nn.Module] = getattr(module, "_surgery_base", type(module))
     if type(module) is not base:
         raise TraceError(
@@ -78,19 +89,29 @@ def traced(module: nn.Module, args: tuple, kwargs: Mapping[str, Any]) -> fx.Grap
         # With gradients, so that a region of the forward's own torch.no_grad shows. Where the forward looks at the
         # mode itself (nn.TransformerEncoderLayer has a fast path without), the graph is for the present mode alone.
         try:
-            return _proven(module, base, args, kwargs, gradients=True)
+            return _proven(module, base, args, kwargs, True, calls, leaves)
         except TraceError:
             if torch.is_grad_enabled():
                 raise
-            return _proven(module, base, args, kwargs, gradients=False)
+            return _proven(module, base, args, kwargs, False, calls, leaves)
 
 
 def _proven(
-    module: nn.Module, base: type[nn.Module], args: tuple, kwargs: Mapping[str, Any], gradients: bool
+    module: nn.Module,
+    base: type[nn.Module],
+    args: tuple,
+    kwargs: Mapping[str, Any],
+    gradients: bool,
+    calls: Calls | None,
+    leaves: bool,
 ) -> fx.GraphModule:
+    if calls is not None:
+        calls.clear()
     try:
         with torch.set_grad_enabled(gradients):
-            graph = _Recorder(module, base, bound=not gradients).record(args, kwargs)
+            recorder = _Recorder(module, base, bound=not gradients)
+            recorder.calls, recorder.leaves = calls, leaves
+            graph = recorder.record(args, kwargs)
         _verify(module, base, graph, args, dict(kwargs))
     except TraceError as error:
         _check_runs(base, module, args, kwargs, error)
@@ -122,6 +143,8 @@ class _Recorder(Ledger, TorchFunctionMode):
         self.region = context(True)
         self.without_gradients: set[fx.Node] = set()
         self.drawn: tuple = ()
+        self.calls: Calls | None = None
+        self.leaves = True
 
     def record(self, args: tuple, kwargs: Mapping[str, Any]) -> fx.GraphModule:
         signature = inspect.signature(self.base.forward)
@@ -134,7 +157,7 @@ class _Recorder(Ledger, TorchFunctionMode):
                 fix="pass example_inputs as a tensor, a tuple of arguments, or a dict of keyword arguments",
             ) from error
         root = self.view_of(self.module)
-        forward = with_leaves(self.base.forward, self.call_function)
+        forward = with_leaves(self.base.forward, self.call_function) if self.leaves else self.base.forward
         try:
             positional, named = self.placeholders(signature, given.arguments, kwargs)
             self.drawn = _outside()
@@ -330,7 +353,14 @@ class _Recorder(Ledger, TorchFunctionMode):
         if not path:
             raise TraceError("the forward calls the module itself")
         self.check_draws()
+        given = None
+        if self.calls is not None:
+            with self.paused():
+                given = copied(self.real(args)), copied(self.real(kwargs))
         value = self.made("call_module", path, args, kwargs, self.real(child))
+        if self.calls is not None and given is not None:
+            node = next(node for node in reversed(self.graph.nodes) if node.op == "call_module")
+            self.calls.append((node, self.real(child), *given))
         self.drawn = _outside()  # what a child draws is its own affair
         return value
 

@@ -87,6 +87,11 @@ def reason_against(module: nn.Module) -> tuple[str, str] | None:
                 f"a forward was set on the instance ({getattr(forward, '__qualname__', forward)!s})",
                 "apply rules before whatever replaces forward (kernels, hooks)",
             )
+    if cls is nn.Module:
+        return (
+            "it only holds what is in it, and is never called",
+            "target what is in it; layers of a graph of torch.export are made anew by with_layers(model)",
+        )
     if isinstance(module, (nn.Sequential, nn.ModuleList, nn.ModuleDict)):
         return f"a {cls.__name__} iterates over its children, adapters included", "target its children, or its parent"
     state = site_state(module)

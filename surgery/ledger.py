@@ -94,6 +94,9 @@ class Ledger:
             )
         node = self.resolve(found[1]) if found is not None else self.graph.get_attr(str(name))
         self.known[id(tensor)] = (tensor, node)
+        if "shape" not in node.meta:
+            with self.paused():
+                node.meta["shape"], node.meta["dtype"] = tuple(tensor.shape), tensor.dtype
         if tensor.is_floating_point() and (node.op in _GIVEN or node.target in (getattr, operator.getitem)):
             self.activations.add(node)
         return node

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import cast
 
-from torch import nn
+from torch import fx, nn
 
 from surgery.errors import MatchError, near_misses
 from surgery.pattern import Candidate, Pattern, Targets, Verdict, as_pattern
@@ -168,6 +168,8 @@ def _nothing(tree: Tree, rule: Rule) -> MatchError:
         why = f"its targets match {len(by_target)} modules ({by_target[0]}, …) and exclude or layers leave none of them"
     elif rule.targets == ("all-linear",):
         why = "the model has no linear layer beside its output head"
+        if isinstance(tree.model, fx.GraphModule):
+            why += "; those of a graph of torch.export are made anew by with_layers(model)"
     else:
         misses = [
             near_misses(t, names) for t in _listed(rule.targets) if isinstance(t, str) and not t.startswith("re:")
