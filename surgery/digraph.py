@@ -13,7 +13,7 @@ from torch import Tensor, fx, nn
 from surgery.errors import SurgeryError, TraceError
 from surgery.example import arguments, outermost_calls
 from surgery.guards import check_call, check_settings, require
-from surgery.guided import Calls, traced
+from surgery.guided import Calls, traced, undone
 from surgery.spelling import Held, NodeName, class_of, flat, is_node, spelled
 
 if TYPE_CHECKING:
@@ -118,7 +118,9 @@ class _Flat:
 
     def beside(self, module: nn.Module, path: str, args: tuple, kwargs: dict[str, Any]) -> None:
         """The outermost modules that a refused one calls."""
-        for inner, child, given, named in outermost_calls(module, args, kwargs):
+        with undone(module):
+            found = outermost_calls(module, args, kwargs)
+        for inner, child, given, named in found:
             if _is_layer(child):
                 self.alone(child, _joined(path, inner), given)
             else:

@@ -64,7 +64,7 @@ def outermost_calls(
 ) -> list[tuple[str, nn.Module, tuple, dict[str, Any]]]:
     """The calls that a module itself makes of modules in it, in order: path, module, copies of the arguments.
 
-    It is run once more on copies, in its present mode, leaving no trace on it but what its forward leaves in buffers.
+    It is run once more on copies, in its present mode.
     """
     found: list[tuple[str, nn.Module, tuple, dict[str, Any]]] = []
     depth = 0
@@ -85,8 +85,7 @@ def outermost_calls(
             if inner is not module:
                 handles.append(inner.register_forward_pre_hook(partial(enter, path), with_kwargs=True))
                 handles.append(inner.register_forward_hook(leave))
-        with torch.random.fork_rng():
-            type(module).forward(module, *copied(args), **copied(kwargs))
+        type(module).forward(module, *copied(args), **copied(kwargs))
     finally:
         for handle in handles:
             handle.remove()

@@ -30,7 +30,7 @@ from surgery.ledger import Ledger
 from surgery.registries import with_leaves
 from surgery.standins import Recorded, is_setting
 
-__all__ = ["trace", "traced"]
+__all__ = ["trace", "traced", "undone"]
 
 # Calls of children: the node, the child, copies of the arguments.
 Calls = list[tuple[fx.Node, nn.Module, tuple, dict[str, Any]]]
@@ -80,7 +80,7 @@ def traced(
     registry are gone through rather than one node each.
     """
     base: type[nn.Module] = getattr(module, "_surgery_base", type(module))
-    with _undone(module):
+    with undone(module):
         # With gradients, so that a region of the forward's own torch.no_grad shows. Where the forward looks at the
         # mode itself (nn.TransformerEncoderLayer has a fast path without), the graph is for the present mode alone.
         try:
@@ -367,7 +367,7 @@ def _verify(module: nn.Module, base: type[nn.Module], graph: fx.GraphModule, arg
     outcomes = []
     for run in (graph, lambda *args, **kwargs: own(module, *args, **kwargs)):
         given = copied(args), copied(kwargs)
-        with _undone(module):
+        with undone(module):
             outcomes.append((run(*given[0], **given[1]), given))
     for index, told in enumerate(("gives another result than", "leaves its arguments in another state than")):
         if not equal(*(copied(outcome[index]) for outcome in outcomes)):
@@ -379,7 +379,7 @@ def _verify(module: nn.Module, base: type[nn.Module], graph: fx.GraphModule, arg
 
 
 @contextmanager
-def _undone(module: nn.Module) -> Iterator[None]:
+def undone(module: nn.Module) -> Iterator[None]:
     """Running the module leaves no trace: on buffers, instances, and what draws random numbers."""
     buffers = [(buffer, buffer.detach().clone()) for buffer in module.buffers()]
     states = [(inner.__dict__, dict(inner.__dict__), dict(inner._buffers)) for inner in module.modules()]

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import operator
+import os
 import random
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
@@ -20,6 +22,8 @@ from torch.fx.passes.shape_prop import ShapeProp
 from torch.fx.proxy import GraphAppendingTracer
 
 from surgery import ANY, Structure, SurgeryError, as_digraph, graph_of, having, module_of, one_of, trace
+from surgery.example import copied
+from surgery.testing import Snapshot
 from tests.benchmarks.patterns import attention_graph, pattern
 from tests.families import FAMILIES
 
@@ -388,6 +392,36 @@ def test_attention_in_one_module() -> None:
     (found,) = ATTENTION.find(trace(module, example, leaves=False))
     assert isinstance(found.root, fx.Node) and found.bindings["q"].args[0].args[0].target == "query"
     assert names(found.shared) == ["dropout"]  # the weights are returned as well
+
+
+SAMPLE = ("bert", "llama", "t5", "vit", "mamba", "deberta_v2", "swin", "whisper", "convnext", "clip", "longformer")
+NAMES = list(FAMILIES) if os.environ.get("ALL_FAMILIES") else [name for name in SAMPLE if name in FAMILIES]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_call_of_a_layer_is_a_node(name: str) -> None:
+    torch.manual_seed(0)
+    model, inputs = FAMILIES[name].make().eval(), FAMILIES[name].inputs()
+    calls: Counter[str] = Counter()
+    paths = {module: path for path, module in model.named_modules()}
+
+    def count(module: nn.Module, args: Any) -> None:
+        calls[paths[module]] += 1
+
+    layers = [module for module in model.modules() if type(module) in (nn.Linear, nn.LayerNorm, nn.Conv2d)]
+    with torch.no_grad():
+        handles = [layer.register_forward_pre_hook(count) for layer in layers]
+        torch.manual_seed(1)
+        model(**copied(inputs))
+        for handle in handles:
+            handle.remove()
+        torch.manual_seed(1)
+        before = Snapshot(model)
+        graph = graph_of(model, inputs)
+    assert not before.differences(model)
+    assert networkx.is_directed_acyclic_graph(graph)
+    found = Counter(data["path"] for _, data in graph.nodes(data=True) if data["op"] == "call_module")
+    assert calls and {path: found[path] for path in calls} == dict(calls)
 
 
 # A whole call ---------------------------------------------------------------------------------------------------
