@@ -8,12 +8,12 @@ from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import fx, nn
+from torch import Tensor, fx, nn
 
 from surgery.errors import SurgeryError, TraceError
-from surgery.example import arguments
+from surgery.example import arguments, outermost_calls
 from surgery.guards import check_call, check_settings, require
-from surgery.guided import Calls, traced
+from surgery.guided import Calls, traced, undone
 from surgery.spelling import Held, NodeName, class_of, flat, is_node, spelled
 
 if TYPE_CHECKING:
@@ -101,17 +101,39 @@ class _Flat:
         self.graph = graph
         self.counts: dict[str, int] = {}
 
-    def whole(self, model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+    def whole(self, model: nn.Module, args: tuple, kwargs: dict[str, Any], path: str = "") -> None:
+        """A module with inputs and an output of its own."""
         calls: Calls = []
         try:
             made = traced(model, args, kwargs, calls, leaves=False)
         except TraceError as error:
+            name = NodeName(self.unique(path or class_of(model).__name__))
             self.graph.add_node(
-                NodeName(class_of(model).__name__), op="call_module", target="", operation=class_of(model).__name__,
-                operands=(), keywords={}, path="", type=class_of(model), shape=None, dtype=None, reason=_told(error),
+                name, op="call_module", target=path, operation=class_of(model).__name__, operands=(), keywords={},
+                path=path, type=class_of(model), shape=None, dtype=None, reason=_told(error),
             )  # fmt: skip
-            return
-        self.inside(model, "", made.graph, calls, None)
+            self.beside(model, path, args, kwargs)
+        else:
+            self.inside(model, path, made.graph, calls, None)
+
+    def beside(self, module: nn.Module, path: str, args: tuple, kwargs: dict[str, Any]) -> None:
+        """The outermost modules that a refused one calls."""
+        with undone(module):
+            found = outermost_calls(module, args, kwargs)
+        for inner, child, given, named in found:
+            if _is_layer(child):
+                self.alone(child, _joined(path, inner), given)
+            else:
+                self.whole(child, given, named, _joined(path, inner))
+
+    def alone(self, layer: nn.Module, path: str, args: tuple) -> None:
+        """One node, and its inputs."""
+        graph, values = fx.Graph(), {}
+        for index, value in enumerate(args):
+            source = graph.placeholder(f"input_{index}")
+            source.meta |= {"shape": tuple(value.shape), "dtype": value.dtype} if isinstance(value, Tensor) else {}
+            values[source] = self.node(source, path, layer, values)
+        self.node(graph.call_module("layer", tuple(values)), path, layer, values, layer)
 
     def inside(
         self, module: nn.Module, path: str, graph: fx.Graph, calls: Calls, given: Mapping[str, Any] | None
@@ -149,7 +171,7 @@ class _Flat:
 
     def child(self, node: fx.Node, path: str, values: dict, child: nn.Module, args: tuple, kwargs: dict) -> Any:
         inner = _joined(path, str(node.target))
-        if class_of(child).__module__.startswith("torch.nn.") and not child._modules.keys() - {"adapters"}:
+        if _is_layer(child):
             return self.node(node, inner, child, values, child)
         calls: Calls = []
         try:
@@ -157,6 +179,7 @@ class _Flat:
         except TraceError as error:
             name = self.node(node, inner, child, values, child)
             self.graph.nodes[name]["reason"] = _told(error)
+            self.beside(child, inner, args, kwargs)
             return name
         signature = inspect.signature(class_of(child).forward)
         given = signature.bind(None, *_mapped(node.args, values), **_mapped(dict(node.kwargs), values))
@@ -166,6 +189,10 @@ class _Flat:
     def unique(self, name: str) -> str:
         self.counts[name] = count = self.counts.get(name, 0) + 1
         return name if count == 1 and name not in self.graph else f"{name}#{count}"
+
+
+def _is_layer(module: nn.Module) -> bool:
+    return class_of(module).__module__.startswith("torch.nn.") and not module._modules.keys() - {"adapters"}
 
 
 def _unpacked(node: fx.Node, values: dict[fx.Node, Any]) -> tuple[bool, Any]:

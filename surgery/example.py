@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ from surgery.errors import SurgeryError, TraceError
 from surgery.trace import Own
 from surgery.weave import woven
 
-__all__ = ["Observation", "call", "equal", "observe", "random_state"]
+__all__ = ["Observation", "call", "equal", "observe", "outermost_calls", "random_state"]
 
 
 class Observation:
@@ -52,6 +53,39 @@ def observe(model: nn.Module, example_inputs: Any, watched: Iterable[nn.Module])
             handles.append(module.register_forward_pre_hook(enter, with_kwargs=True))
             handles.append(module.register_forward_hook(leave, with_kwargs=True))
         found.output = call(model, example_inputs)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return found
+
+
+def outermost_calls(
+    module: nn.Module, args: tuple, kwargs: dict[str, Any]
+) -> list[tuple[str, nn.Module, tuple, dict[str, Any]]]:
+    """The calls that a module itself makes of modules in it, in order: path, module, copies of the arguments.
+
+    It is run once more on copies, in its present mode.
+    """
+    found: list[tuple[str, nn.Module, tuple, dict[str, Any]]] = []
+    depth = 0
+    handles = []
+
+    def enter(path: str, inner: nn.Module, args: tuple, kwargs: dict) -> None:
+        nonlocal depth
+        if depth == 0:
+            found.append((path, inner, copied(args), copied(kwargs)))
+        depth += 1
+
+    def leave(inner: nn.Module, args: tuple, output: Any) -> None:
+        nonlocal depth
+        depth -= 1
+
+    try:
+        for path, inner in module.named_modules():
+            if inner is not module:
+                handles.append(inner.register_forward_pre_hook(partial(enter, path), with_kwargs=True))
+                handles.append(inner.register_forward_hook(leave))
+        type(module).forward(module, *copied(args), **copied(kwargs))
     finally:
         for handle in handles:
             handle.remove()

@@ -30,7 +30,7 @@ from surgery.ledger import Ledger
 from surgery.registries import with_leaves
 from surgery.standins import Recorded, is_setting
 
-__all__ = ["trace", "traced"]
+__all__ = ["trace", "traced", "undone"]
 
 # Calls of children: the node, the child, copies of the arguments.
 Calls = list[tuple[fx.Node, nn.Module, tuple, dict[str, Any]]]
@@ -85,7 +85,7 @@ def traced(
             f"this {base.__name__} is rewritten by rules, and its own forward is not what runs",
             fix="trace what it is part of, where it is one node with its adapters; or remove them first",
         )
-    with _undone(module):
+    with undone(module):
         # With gradients, so that a region of the forward's own torch.no_grad shows. Where the forward looks at the
         # mode itself (nn.TransformerEncoderLayer has a fast path without), the graph is for the present mode alone.
         try:
@@ -124,7 +124,7 @@ def _proven(
 def _check_runs(base: Any, module: nn.Module, args: tuple, kwargs: Mapping[str, Any], refused: TraceError) -> None:
     """Say so where it is the forward itself that fails on the example."""
     try:
-        with torch.no_grad(), _undone(module):
+        with torch.no_grad(), undone(module):
             base.forward(module, *copied(args), **copied(dict(kwargs)))
     except Exception as error:
         raise TraceError(
@@ -388,7 +388,7 @@ def _verify(module: nn.Module, base: type[nn.Module], graph: fx.GraphModule, arg
     outcomes = []
     for run in (graph, lambda *args, **kwargs: own(module, *args, **kwargs)):
         given = copied(args), copied(kwargs)
-        with _undone(module):
+        with undone(module):
             outcomes.append((run(*given[0], **given[1]), given))
     for index, told in enumerate(("gives another result than", "leaves its arguments in another state than")):
         if not equal(*(copied(outcome[index]) for outcome in outcomes)):
@@ -400,7 +400,7 @@ def _verify(module: nn.Module, base: type[nn.Module], graph: fx.GraphModule, arg
 
 
 @contextmanager
-def _undone(module: nn.Module) -> Iterator[None]:
+def undone(module: nn.Module) -> Iterator[None]:
     """Running the module leaves no trace: on buffers, instances, and what draws random numbers."""
     buffers = [(buffer, buffer.detach().clone()) for buffer in module.buffers()]
     states = [(inner.__dict__, dict(inner.__dict__), dict(inner._buffers)) for inner in module.modules()]

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import operator
+import os
 import random
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
@@ -20,6 +22,8 @@ from torch.fx.passes.shape_prop import ShapeProp
 from torch.fx.proxy import GraphAppendingTracer
 
 from surgery import ANY, Structure, SurgeryError, as_digraph, graph_of, having, module_of, one_of, trace
+from surgery.example import copied
+from surgery.testing import Snapshot
 from tests.benchmarks.patterns import attention_graph, pattern
 from tests.families import FAMILIES
 
@@ -285,21 +289,13 @@ def test_patterns_that_can_not_be() -> None:
         assert told in str(caught.value)
 
 
-def test_too_many_ways_to_read_a_pattern_are_refused() -> None:
-    def summed(values: list[Any]) -> Any:
-        total = values[0]
-        for value in values[1:]:
-            total = value * total + total
-        return total
-
-    graph = fx.Graph()
-    made = [fx.Proxy(graph.placeholder(f"x{i}"), GraphAppendingTracer(graph)) for i in range(30)]
-    graph.output(summed(made).node)
-    structure = Structure(lambda a, b: summed([a, b] * 15))
-    try:
-        assert not structure.find(graph)
-    except SurgeryError as error:
-        assert "too many ways" in str(error)
+def test_too_many_ways_to_read_a_pattern_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    structure = Structure(lambda a, b: (a + b) * (b + a) * (a + b))
+    graph = traced(lambda x, y, z: (x + y) * (y + z) * (z + x))
+    assert "at one place" in structure.find(graph).reason
+    monkeypatch.setattr("surgery.structure._STEPS", 5)
+    with pytest.raises(SurgeryError, match="too many ways"):
+        structure.find(graph)
 
 
 def test_what_is_no_graph() -> None:
@@ -398,6 +394,36 @@ def test_attention_in_one_module() -> None:
     assert names(found.shared) == ["dropout"]  # the weights are returned as well
 
 
+SAMPLE = ("bert", "llama", "t5", "vit", "mamba", "deberta_v2", "swin", "whisper", "convnext", "clip", "longformer")
+NAMES = list(FAMILIES) if os.environ.get("ALL_FAMILIES") else [name for name in SAMPLE if name in FAMILIES]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_call_of_a_layer_is_a_node(name: str) -> None:
+    torch.manual_seed(0)
+    model, inputs = FAMILIES[name].make().eval(), FAMILIES[name].inputs()
+    calls: Counter[str] = Counter()
+    paths = {module: path for path, module in model.named_modules()}
+
+    def count(module: nn.Module, args: Any) -> None:
+        calls[paths[module]] += 1
+
+    layers = [module for module in model.modules() if type(module) in (nn.Linear, nn.LayerNorm, nn.Conv2d)]
+    with torch.no_grad():
+        handles = [layer.register_forward_pre_hook(count) for layer in layers]
+        torch.manual_seed(1)
+        model(**copied(inputs))
+        for handle in handles:
+            handle.remove()
+        torch.manual_seed(1)
+        before = Snapshot(model)
+        graph = graph_of(model, inputs)
+    assert not before.differences(model)
+    assert networkx.is_directed_acyclic_graph(graph)
+    found = Counter(data["path"] for _, data in graph.nodes(data=True) if data["op"] == "call_module")
+    assert calls and {path: found[path] for path in calls} == dict(calls)
+
+
 # A whole call ---------------------------------------------------------------------------------------------------
 
 
@@ -427,25 +453,29 @@ class _Whole(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         out = self.pair(x, z=x.exp())
-        return self.refused(out["first"] + out["rest"][1]) + self.pair(out["rest"][0], z=x)["first"]
+        return self.refused((out["first"] + out["rest"][1]).abs()) + self.pair(out["rest"][0], z=x)["first"]
 
 
 def test_a_whole_call_is_one_graph() -> None:
     graph = graph_of(_Whole(), torch.randn(3, 4))
     assert networkx.is_directed_acyclic_graph(graph)
     paths = [name for name, data in graph.nodes(data=True) if data["operation"] == "linear"]
-    assert paths == ["pair.net.up", "pair.net.down", "pair.net.up#2", "pair.net.down#2"]
+    assert paths == ["pair.net.up", "pair.net.down", "refused.inner", "pair.net.up#2", "pair.net.down#2"]
     refused = graph.nodes["refused"]
     assert "decides on the content" in refused["reason"] and refused["type"] is _Refused
-    assert list(graph.predecessors("refused")) == ["add"] and graph.nodes["add"]["path"] == ""
+    assert list(graph.predecessors("refused")) == ["abs_1"] and graph.nodes["add"]["path"] == ""
     # Packs of values are gone: what is taken out of them is the value itself.
     assert set(graph.predecessors("add")) == {"pair.mul", "exp"}
     assert set(graph.predecessors("pair.net.norm#2")) == {"pair.relu"}
     assert graph.nodes["pair.net.up"]["shape"] == (3, 8) and graph.nodes["pair.net.add"]["type"] is _Net
     residual = Structure(lambda x: x + module_of(nn.Linear, ANY))
     assert [str(o.root) for o in residual.find(graph)] == ["pair.net.add", "pair.net.add#2"]
-    only = graph_of(_Refused(), torch.randn(2, 4))
-    assert len(only) == 1 and "decides on the content" in only.nodes["_Refused"]["reason"]
+    refused_model = _Refused()
+    only = graph_of(refused_model, torch.ones(2, 4))
+    assert "decides on the content" in only.nodes["_Refused"]["reason"]
+    assert list(only) == ["_Refused", "inner.input_0", "inner"] and list(only.edges) == [("inner.input_0", "inner")]
+    assert only.nodes["inner"]["operation"] == "linear" and only.nodes["inner.input_0"]["shape"] == (2, 4)
+    assert not refused_model.inner._forward_hooks and not refused_model.inner._forward_pre_hooks
 
 
 def test_importing_surgery_does_not_import_networkx() -> None:
