@@ -554,3 +554,36 @@ def test_families(name: str) -> None:
     assert all(row.reason for row in found.rows if row.status == "refused")
     if name in SAMPLE:
         assert found.equal_share == 1.0, str(found)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_families_in_another_batch(name: str) -> None:
+    """Traced with one batch and run with one twice as large: the forward's bits, or a guard, and nothing else."""
+    pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    family = FAMILIES[name]
+    model, inputs = family.make().eval(), family.inputs()
+    double = {key: torch.cat([v, v]) if isinstance(v, Tensor) and v.dim() else v for key, v in inputs.items()}
+    modules = list({type(module): module for module in model.modules()}.values())
+    seen = observe(model, inputs, modules)
+    try:
+        larger = observe(model, double, modules)
+    except SurgeryError:
+        pytest.skip("the model takes no other batch")
+    same_bits = 0
+    for module in modules:
+        if not (seen.reached(module) and larger.reached(module)):
+            continue
+        with torch.no_grad():
+            try:
+                graph = traced(module, *seen.calls[id(module)][:2])
+                args, kwargs, _ = larger.calls[id(module)]
+                torch.manual_seed(1)
+                found = graph(*copied(args), **copied(kwargs))
+            except TraceError:
+                continue
+            torch.manual_seed(1)
+            expected = type(module).forward(module, *copied(args), **copied(kwargs))
+        assert equal(copied(found), copied(expected)), type(module).__name__
+        same_bits += 1
+    assert same_bits > 0
