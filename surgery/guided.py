@@ -403,7 +403,10 @@ def _verify(module: nn.Module, base: type[nn.Module], graph: fx.GraphModule, arg
 def undone(module: nn.Module) -> Iterator[None]:
     """Running the module leaves no trace: on buffers, instances, and what draws random numbers."""
     buffers = [(buffer, buffer.detach().clone()) for buffer in module.buffers()]
-    states = [(inner.__dict__, dict(inner.__dict__), dict(inner._buffers)) for inner in module.modules()]
+    states = [
+        (inner.__dict__, dict(inner.__dict__), dict(inner._buffers), set(inner._non_persistent_buffers_set))
+        for inner in module.modules()
+    ]
     numpy = sys.modules.get("numpy")
     drawn = random.getstate(), numpy.random.get_state() if numpy is not None else None
     try:
@@ -413,11 +416,12 @@ def undone(module: nn.Module) -> Iterator[None]:
         random.setstate(drawn[0])
         if numpy is not None:
             numpy.random.set_state(drawn[1])
-        for state, before, held in states:
+        for state, before, held, passing in states:
             state.clear()
             state.update(before)
             state["_buffers"].clear()
             state["_buffers"].update(held)
+            state["_non_persistent_buffers_set"].update(passing)  # setting a buffer makes it persistent
         with torch.no_grad():
             for buffer, kept in buffers:
                 if not torch.equal(buffer, kept):

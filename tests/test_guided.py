@@ -94,6 +94,22 @@ def test_gradients_are_the_forwards() -> None:
     assert all(torch.equal(one, other) for one, other in zip(expected, found, strict=True))
 
 
+def test_buffers_that_are_not_saved_stay_so() -> None:
+    class Held(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer("mean", torch.ones(3), persistent=False)
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.mean = self.mean.type_as(x)
+            return x - self.mean
+
+    module = Held()
+    before = Snapshot(module)
+    coverage(module, torch.randn(2, 3))
+    assert not before.differences(module) and not module.state_dict()
+
+
 def test_another_kind_of_call_is_told() -> None:
     block = Block().eval()
     graph = trace(block, torch.randn(2, 3, 8))
