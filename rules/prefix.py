@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from rules._attention import extend, may_write_attention, written_attention
 from rules._fields import whole
 from surgery import Rule, Site, SiteError, Targets, rule, takes_functions
 
@@ -64,29 +65,36 @@ class PrefixRule(Rule):
         return self.gate
 
     def expand(self, module: nn.Module, path: str) -> Iterable[tuple[str, nn.Module]]:
-        if self.targets == (EVERYWHERE,) and not takes_functions(module):
+        if self.targets == (EVERYWHERE,) and not takes_functions(module) and not may_write_attention(module):
             return []
         return [(path, module)]
 
-    def check(self, module: nn.Module, path: str) -> str | None:
-        return None if takes_functions(module) else "its forward takes no attention function from a registry"
-
     def rewrite(self, site: Site) -> Any:
-        shape = site.shape_of("key")
-        heads = site.shape_of("gate")
+        if takes_functions(site.module):
+            return self._around(site)
+        found = written_attention(site)
+        if not found.own and self.targets == (EVERYWHERE,):
+            return NotImplemented
+        shapes = [(found.heads, self.length, size) for size in found.sizes]
+        key, value, gate = self._tensors(site, *shapes, (found.queries,))
+        return extend(site, found, key, value, gate)
+
+    def _around(self, site: Site) -> Any:
+        shape, heads = site.shape_of("key"), site.shape_of("gate")
         if shape is None:
             seen = self._seen(site)
             if seen is None:
                 return NotImplemented
             query, key = seen
             shape, heads = (key.shape[1], self.length, key.shape[3]), (query.shape[1],)
-        init: Any = _normal if self.init == "random" else 0.0
-        prefix = [site.param(name, shape, init) for name in ("key", "value")]
-        if self.gate:
-            site.around(gated, *prefix, site.param("gate", heads or ()))
-        else:
-            site.around(prefixed, *prefix)
+        key, value, gate = self._tensors(site, shape, shape, heads)
+        site.around(*(prefixed, key, value) if gate is None else (gated, key, value, gate))
         return None
+
+    def _tensors(self, site: Site, key: Any, value: Any, heads: Any) -> tuple[Tensor, Tensor, Tensor | None]:
+        init: Any = _normal if self.init == "random" else 0.0
+        made = site.param("key", key, init), site.param("value", value, init)
+        return (*made, site.param("gate", heads) if self.gate else None)
 
     def _seen(self, site: Site) -> tuple[Tensor, Tensor] | None:
         """Queries and keys of the example call, (batch, heads, positions, size); None: pass a cross-attention over."""
@@ -123,6 +131,7 @@ def prefixed(before_key: Tensor, before_value: Tensor) -> Callable[..., Any]:
     def attend(attention: Any, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any = None,
                *args: Any, **kwargs: Any) -> Any:  # fmt: skip
         mask = _widened(attention, module, query, key, attention_mask, before_key.shape[-2], kwargs)
+        kwargs = _with_wider_biases(query, key, before_key.shape[-2], kwargs)
         keys = torch.cat([_spread(before_key, key), key], -2)
         values = torch.cat([_spread(before_value, value), value], -2)
         return attention(module, query, keys, values, mask, *args, **kwargs)
@@ -162,6 +171,16 @@ def _widened(attention: Any, module: nn.Module, query: Tensor, key: Tensor, mask
     columns = mask.new_ones(*mask.shape[:-1], length) if mask.dtype == torch.bool or mask.dim() == 2 else None
     columns = mask.new_zeros(*mask.shape[:-1], length) if columns is None else columns
     return torch.cat([columns, mask], -1)
+
+
+def _with_wider_biases(query: Tensor, key: Tensor, length: int, kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Biases that are added to the scores, one for each key (T5's position_bias): none for the prefix."""
+    for name, value in kwargs.items():
+        if not isinstance(value, Tensor) or value.dim() != 4 or value.shape[-1] != key.shape[-2]:
+            continue
+        if value.is_floating_point() and value.shape[-2] in (query.shape[-2], 1) and "bias" in name:
+            kwargs = {**kwargs, name: torch.cat([value.new_zeros(*value.shape[:-1], length), value], -1)}
+    return kwargs
 
 
 def _is_eager(attention: Any) -> bool:

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 __all__ = ["as_digraph", "graph_of"]
 
 
-def as_digraph(graph: fx.Graph | fx.GraphModule) -> networkx.DiGraph:
+def as_digraph(graph: fx.Graph | fx.GraphModule, module: nn.Module | None = None) -> networkx.DiGraph:
     """A graph of torch.fx as a `networkx.DiGraph`: its nodes are the `fx.Node`s, edges go from values to their users.
 
     >>> import torch
@@ -35,7 +35,8 @@ def as_digraph(graph: fx.Graph | fx.GraphModule) -> networkx.DiGraph:
     Attributes of a node: `op` and `target` as in fx; `operation`, `operands` and `keywords`, the operation in one
     spelling and what it is given; `path` and `type`, of the module that it calls; `shape` and `dtype` of the example,
     where known (`trace`, `torch.export`, and `torch.fx.passes.shape_prop` note them), else None. Attribute of an edge:
-    `slots`, the positions of the operand.
+    `slots`, the positions of the operand. `module` is the one that a graph without an owner is of, as a rule's
+    `site.module` is for `site.graph`: its children are what the graph calls.
     """
     import networkx
 
@@ -46,7 +47,7 @@ def as_digraph(graph: fx.Graph | fx.GraphModule) -> networkx.DiGraph:
             fix="pass trace(module, example_inputs), a graph of torch.fx, or graph_of(model, example_inputs)",
         )
     found = networkx.DiGraph()
-    owner = graph if isinstance(graph, nn.Module) else inner.owning_module
+    owner = module or (graph if isinstance(graph, nn.Module) else inner.owning_module)
     for node in inner.nodes:
         module = _called(owner, node)
         told = spelled(node.op, node.target, node.args, node.kwargs, module, _rank(node))

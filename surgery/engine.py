@@ -40,6 +40,7 @@ from surgery.state import (
     tensors_of,
 )
 from surgery.trace import Own, own_forward
+from surgery.variants import varied_class
 from surgery.weave import Layer
 
 __all__ = ["apply_rules", "explain", "plan_rules", "remove"]
@@ -166,7 +167,13 @@ def _insert(step: Step, plan: Plan, journal: Journal) -> None:
     if state is None:
         state = module.__dict__[_SITE] = SiteState(step.path, type(module))
         journal.undo(module.__dict__.pop, _SITE)
-    applied = Applied(plan.adapter, step.rule, layer=Layer(plan.adapter, step.rule.label, step.tape))
+    applied = Applied(
+        plan.adapter,
+        step.rule,
+        tensors=tuple(spec.name for spec in step.specs),
+        inside=step.inside,
+        layer=Layer(plan.adapter, step.rule.label, step.tape),
+    )
     device = _device_of(module)
     made = {spec.name: (_made(spec, device), spec.buffer) for spec in step.specs}
     if made:
@@ -212,7 +219,10 @@ def _install(module: nn.Module, journal: Journal | None, own: Own | None = None)
         applied for applied in state.applied if state.merged is None or applied.adapter not in state.merged.adapters
     ]
     cls = state.base
-    if live:
+    state.variants.clear()
+    if any(applied.inside for applied in live):
+        cls = varied_class(state.base, live)
+    elif live:
         own = own or own_forward(module, state.base)
         layers = [applied.layer or layer_of(applied, module, state.path, own) for applied in live]
         try:

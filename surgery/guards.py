@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from surgery.errors import TraceError
 
-__all__ = ["Region", "check_call", "check_settings", "context", "in_region", "require", "structure_of"]
+__all__ = ["Region", "check_call", "check_settings", "context", "in_region", "require", "same_settings",
+           "structure_of"]  # fmt: skip
 
 _AGAIN = "trace the module with this call as example_inputs"
 
@@ -29,15 +30,28 @@ def require(found: Any, expected: Any, where: str) -> None:
 def check_settings(module: nn.Module, held: tuple[tuple[tuple[Any, ...], Any], ...]) -> None:
     """Raise `TraceError` if a setting that the forward read was changed since: `training`, `config.use_cache`, …"""
     for path, expected in held:
-        found: Any = module
-        for part in path:
-            keyed = type(found) in (dict, list, tuple)
-            found = found[part] if keyed or not isinstance(part, str) else getattr(found, part)
+        found = _setting(module, path)
         if found != expected:
             raise TraceError(
                 f"{'.'.join(map(str, path))} was {expected!r} when the module was traced, and is {found!r} now",
                 fix="trace the module again",
             )
+
+
+def same_settings(module: nn.Module, held: tuple[tuple[tuple[Any, ...], Any], ...]) -> bool:
+    """Whether a module's settings are those."""
+    try:
+        return all(_setting(module, path) == expected for path, expected in held)
+    except (AttributeError, LookupError):
+        return False
+
+
+def _setting(module: nn.Module, path: tuple[Any, ...]) -> Any:
+    found: Any = module
+    for part in path:
+        keyed = type(found) in (dict, list, tuple)
+        found = found[part] if keyed or not isinstance(part, str) else getattr(found, part)
+    return found
 
 
 def check_call(context_then: tuple, structure: dict[str, Any], given: dict[str, Any]) -> None:

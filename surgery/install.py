@@ -25,7 +25,7 @@ from surgery.state import site_state
 from surgery.trace import Own
 from surgery.weave import Layer, woven
 
-__all__ = ["generated_class", "reason_against", "swap"]
+__all__ = ["Recipe", "body_of", "class_of", "generated_class", "reason_against", "signature_source", "swap", "told"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -54,7 +54,7 @@ def generated_class(own: Own, layers: Sequence[Layer]) -> type[nn.Module]:
     key = (own.key, tuple(layers))
     found = _classes.get(key)
     if found is None:
-        found = _class_of(_written(own, layers))
+        found = class_of(_written(own, layers))
         _classes[key] = found
     return found
 
@@ -126,10 +126,10 @@ def _written(own: Own, layers: Sequence[Layer]) -> Recipe:
     alike = own.tapes is None or own.tapes[0] is own.tapes[1]
     bodies, names = [], {}
     for training in (False,) if alike else (False, True):
-        lines, found = _body(woven(own, layers, training))
+        lines, found = body_of(woven(own, layers, training))
         bodies.append(lines)
         names.update(found)
-    signature, defaults = _signature(own.signature)
+    signature, defaults = signature_source(own.signature)
     names.update(defaults, _surgery_told=told)
     lines = [f"def forward({signature}):", "    try:"]
     if alike or bodies[0] == bodies[1]:
@@ -142,7 +142,7 @@ def _written(own: Own, layers: Sequence[Layer]) -> Recipe:
     return Recipe(own.base, "\n".join(lines) + "\n", names, label)
 
 
-def _body(graph: fx.Graph) -> tuple[list[str], dict[str, Any]]:
+def body_of(graph: fx.Graph) -> tuple[list[str], dict[str, Any]]:
     """The statements of a graph's code, with the rule that each one comes from."""
     code = graph.python_code("self")
     lines = code.src.rstrip().split("\n")
@@ -156,7 +156,7 @@ def _body(graph: fx.Graph) -> tuple[list[str], dict[str, Any]]:
     return [line for line in body if line.strip()], dict(code.globals)
 
 
-def _signature(signature: inspect.Signature) -> tuple[str, dict[str, Any]]:
+def signature_source(signature: inspect.Signature) -> tuple[str, dict[str, Any]]:
     defaults = {}
     parameters = [inspect.Parameter("self", inspect.Parameter.POSITIONAL_ONLY)]
     for parameter in signature.parameters.values():
@@ -184,7 +184,7 @@ class _Name:
 # Making the class -------------------------------------------------------------------------------------------
 
 
-def _class_of(recipe: Recipe) -> type[nn.Module]:
+def class_of(recipe: Recipe) -> type[nn.Module]:
     key = (recipe.base, recipe.source)
     found = _by_source.get(key)
     if found is not None:
@@ -243,7 +243,7 @@ def _reduce_ex(self: nn.Module, protocol: Any) -> Any:
 
 
 def _revived(recipe: Recipe, *args: Any) -> nn.Module:
-    cls = _class_of(recipe)
+    cls = class_of(recipe)
     return cls.__new__(cls, *args)
 
 

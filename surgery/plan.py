@@ -191,14 +191,14 @@ def _add_step(plan: Plan, rule: Rule, match: Match, read_past: list[Bypass], fas
     state = site_state(module)
     try:
         own = own_forward(module, state.base if state else type(module))
-        tape, specs = recorded(rule, module, path, plan.adapter, own, lambda: plan.example_of(module))
+        made = recorded(rule, module, path, plan.adapter, own, lambda: plan.example_of(module))
     except SurgeryError as error:
         plan.problems.append(error)
         return
     except PassedOver:
         plan.passed.append(path)
         return
-    plan.steps.append(Step(rule, path, module, match.aliases, own, tape, specs))
+    plan.steps.append(Step(rule, path, module, match.aliases, made.own, made.tape, made.specs, made.inside))
 
 
 def _read_around(plan: Plan, rule: Rule, path: str, read_past: list[Bypass]) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from torch import nn
 
@@ -15,7 +16,7 @@ from surgery.tape import Tape, Value
 from surgery.trace import Own
 from surgery.weave import Layer
 
-__all__ = ["PassedOver", "Step", "layer_of", "recorded"]
+__all__ = ["PassedOver", "Recorded", "Step", "layer_of", "recorded"]
 
 
 @dataclass(frozen=True)
@@ -29,6 +30,7 @@ class Step:
     own: Own
     tape: Tape
     specs: tuple[ParamSpec, ...]
+    inside: bool = False
 
     @property
     def added(self) -> int:
@@ -39,14 +41,21 @@ class Step:
         return sum(math.prod(spec.shape) for spec in self.specs if spec.trainable)
 
 
+class Recorded(NamedTuple):
+    """A rewrite as a tape, the tensors it asks for, and whether it looks into the forward, held as `own`."""
+
+    tape: Tape
+    specs: tuple[ParamSpec, ...]
+    own: Own
+    inside: bool
+
+
 class PassedOver(Exception):
     """A rule has nothing to do at a site, though its targets match it."""
 
 
-def recorded(
-    rule: Rule, module: nn.Module, path: str, adapter: str, own: Own, example: Example = None
-) -> tuple[Tape, tuple[ParamSpec, ...]]:
-    """A rule's rewrite of a site as a tape, and the tensors it asks for; `PassedOver` for NotImplemented."""
+def recorded(rule: Rule, module: nn.Module, path: str, adapter: str, own: Own, example: Example = None) -> Recorded:
+    """A rule's rewrite of a site; `PassedOver` for NotImplemented."""
     site = Site(module, path, adapter, rule.label, own, example)
     with running(rule, "rewrite", path):
         output = rule.rewrite(site)
@@ -66,12 +75,17 @@ def recorded(
             where=path,
             fix="return the new output, or use site.replace(old, new)",
         )
-    return site.tape.finished(), tuple(site.specs.values())
+    return Recorded(site.tape.finished(), tuple(site.specs.values()), site.own, site.inside)
 
 
 def layer_of(applied: Applied, module: nn.Module, path: str, own: Own) -> Layer:
-    """The edits of a rule that is on a site already, recorded anew where its record was copied or unpickled."""
+    """The edits of a rule that is on a site already, recorded anew where its record was copied or unpickled.
+
+    A rule that looks into the forward is recorded for each kind of call; so without one, nothing is known of it.
+    """
+    if applied.layer is None and applied.inside:
+        return Layer(applied.adapter, applied.rule.label, Tape(path).finished())
     if applied.layer is None:
-        tape, _ = recorded(applied.rule, module, path, applied.adapter, own)
+        tape = recorded(applied.rule, module, path, applied.adapter, own).tape
         applied.layer = Layer(applied.adapter, applied.rule.label, tape)
     return applied.layer

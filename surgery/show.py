@@ -10,11 +10,11 @@ from typing import Any
 from torch import fx, nn
 
 from surgery.errors import MatchError, near_misses
-from surgery.recording import recorded
 from surgery.state import SiteState, is_adapter_key, model_state, site_state, sites, tensors_of
 from surgery.table import table
-from surgery.trace import Own, own_forward
-from surgery.weave import Layer, woven
+from surgery.trace import own_forward
+from surgery.variants import held_own, layer_at
+from surgery.weave import woven
 
 __all__ = ["Summary", "draw", "show", "summary"]
 
@@ -73,10 +73,8 @@ def summary(model: nn.Module) -> Summary:
     for _, module, state in sites(model):
         merged.update(dict.fromkeys(state.merged.adapters if state.merged else ()))
         for applied in state.applied:
-            own = own_forward(module, state.base)
-            _, specs = recorded(applied.rule, module, state.path, applied.adapter, own)
             held = tensors_of(module, applied.adapter)
-            mine = [held[spec.name] for spec in specs if spec.name in held]
+            mine = [held[name] for name in applied.tensors if name in held]
             row = counts[applied.adapter, applied.rule.label]
             row[0] += 1
             row[1] += sum(tensor.numel() for tensor in mine if isinstance(tensor, nn.Parameter))
@@ -104,13 +102,15 @@ def show(model: nn.Module, path: str = "") -> str:
     def forward(self, input):
         ...
 
-    `MatchError` where the model has no such module, or no rule is live on it.
+    Where rules look into the forward, it is followed by the code for each kind of call met so far. `MatchError` where
+    the model has no such module, or no rule is live on it.
     """
-    module = _site_at(model, path)[0]
+    module, state = _site_at(model, path)
     recipe = vars(type(module)).get("_surgery_recipe")
     if recipe is None:
         raise MatchError("no rule is live here", where=path, why=f"{type(module).__name__} runs its own forward")
-    return f"# {path or '(the model itself)'}: {recipe.label}\n{recipe.source}".rstrip()
+    sources = [recipe.source, *(variant.source for kind in state.variants.values() for variant in kind)]
+    return f"# {path or '(the model itself)'}: {recipe.label}\n" + "\n\n".join(map(str.rstrip, sources))
 
 
 def draw(model: nn.Module, path: str = "", *, before: bool = True) -> str:
@@ -125,16 +125,12 @@ def draw(model: nn.Module, path: str = "", *, before: bool = True) -> str:
     `before=False` leaves the own graph out. `MatchError` as `show`.
     """
     module, state = _site_at(model, path)
-    own = own_forward(module, state.base)
-    layers = [_layer(module, state, applied, own) for applied in state.applied]
+    own = held_own(module, state) if any(applied.inside for applied in state.applied) else None
+    own = own or own_forward(module, state.base)
+    layers = [layer_at(applied, module, state, own) for applied in state.applied]
     title = f"{path or type(module).__name__} ({type(module).__name__})"
     shown = {"before": [], "after": layers} if before else {"": layers}
     return _svg(title, {head: woven(own, some, module.training, lowered=False) for head, some in shown.items()})
-
-
-def _layer(module: nn.Module, state: SiteState, applied: Any, own: Own) -> Layer:
-    tape, _ = recorded(applied.rule, module, state.path, applied.adapter, own)
-    return Layer(applied.adapter, applied.rule.label, tape)
 
 
 def _site_at(model: nn.Module, path: str) -> tuple[nn.Module, SiteState]:

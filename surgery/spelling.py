@@ -76,7 +76,8 @@ _SIGNATURES: dict[str, tuple[str, ...]] = {
     name: tuple(arguments.split())
     for name, arguments in {
         "softmax": "input dim", "log_softmax": "input dim", "transpose": "input dim0 dim1",
-        "matmul": "input other", "mul": "input other", "add": "input other", "sub": "input other",
+        "matmul": "input other", "baddbmm": "input batch1 batch2", "mul": "input other",
+        "add": "input other", "sub": "input other",
         "div": "input other", "pow": "input exponent", "linear": "input weight bias", "embedding": "input weight",
         "dropout": "input", "gelu": "input approximate", "silu": "input", "relu": "input", "sigmoid": "input",
         "tanh": "input", "exp": "input", "rsqrt": "input", "sqrt": "input", "neg": "input", "erf": "input",

@@ -54,12 +54,15 @@ class Adapters(nn.Module):
 class Applied:
     """One rule at one site. `changed` holds what its initialisation did to the base's own parameters.
 
-    `layer` holds its edits, which are recorded anew where it is None: in copies and after unpickling.
+    `layer` holds its edits, which are recorded anew where it is None: in copies and after unpickling. `tensors` are the
+    names of those it asked for. `inside`: it edits what is inside the forward, anew for each kind of call.
     """
 
     adapter: str
     rule: Rule
     changed: list[Any] = field(default_factory=list)
+    tensors: tuple[str, ...] = ()
+    inside: bool = False
     layer: Layer | None = field(default=None, compare=False, repr=False)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -77,12 +80,19 @@ class Merged:
 
 @dataclass
 class SiteState:
-    """A site's record: its path in the model, its own class, and the rules on it in the order they came."""
+    """A site's record: its path in the model, its own class, and the rules on it in the order they came.
+
+    `variants`: where rules look into the forward, its forms for the kinds of calls met so far. Copies make their own.
+    """
 
     path: str
     base: type[nn.Module]
     applied: list[Applied] = field(default_factory=list)
     merged: Merged | None = None
+    variants: dict[Any, list[Any]] = field(default_factory=dict, compare=False, repr=False)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "variants": {}}
 
 
 @dataclass

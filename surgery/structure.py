@@ -42,6 +42,11 @@ class Occurrence:
     bindings: Mapping[str, Any]
     shared: tuple[Any, ...] = ()
 
+    def mapped(self, shown: Callable[[Any], Any]) -> Occurrence:
+        """The same with other things in the place of nodes: values, for rules."""
+        bindings = {name: shown(value) for name, value in self.bindings.items()}
+        return Occurrence(shown(self.root), shown(self.nodes), bindings, shown(self.shared))
+
 
 class Found(list[Occurrence]):
     """The occurrences, in the graph's order. Empty, it is falsy, and `reason` says how far the nearest miss went."""

@@ -23,7 +23,11 @@ __all__ = ["Tape", "Value"]
 
 
 class Ref(NamedTuple):
-    """A value by what it is: ("input", name), ("output", ""), ("state", path), ("param", name), ("op", step)."""
+    """A value by what it is: ("input", name), ("output", ""), ("state", path), ("param", name), ("op", step).
+
+    In a forward that is held as a graph also ("inside", node), what an operation's result is at present, and
+    ("made", node), what the operation itself gives, before what rules put in its place.
+    """
 
     kind: str
     key: str | int
@@ -31,8 +35,8 @@ class Ref(NamedTuple):
 
 class Step(NamedTuple):
     """One edit. kind: "function", "method", "attribute", "module" (a child), "own" (the site's own operation once more:
-    args its inputs, kwargs its tensors), "around" (what makes a function around those from registries), or "replace"
-    (args: what is replaced, by what)."""
+    args its inputs, kwargs its tensors), "around" (what makes a function around those from registries, or around one
+    operation), or "replace" (args: what is replaced, by what)."""
 
     kind: str
     target: Any
@@ -58,8 +62,8 @@ class Tape:
     def replace(self, old: Value, new: Any) -> None:
         self.steps.append(Step("replace", None, (ref_of(old), self._frozen(new)), ()))
 
-    def around(self, function: Callable[..., Any], values: tuple) -> None:
-        self.steps.append(Step("around", function, self._frozen(values), ()))
+    def around(self, function: Callable[..., Any], values: tuple, at: Value | None = None) -> None:
+        self.steps.append(Step("around", function, self._frozen(values), self._frozen({"at": at})))
 
     def finished(self) -> Tape:
         """The one tape that stands for all equal ones: comparing and hashing it then cost nothing."""

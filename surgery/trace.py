@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
+from torch import fx, nn
 
 from surgery.errors import SurgeryError, TraceError
 from surgery.pattern import qualified_name
@@ -30,12 +30,14 @@ __all__ = ["Own", "own_forward", "recorded_own"]
 @dataclass(frozen=True)
 class Own:
     """A module's own forward. `tapes` holds one tape for evaluation and one for training; the same where they are
-    equal. No tapes: the site is opaque, its base one call to the class's own forward, and `why` says why."""
+    equal. No tapes: the site is opaque, its base one call to the class's own forward, and `why` says why; unless it
+    is `held` as a graph of the operations of calls of one kind (`surgery.variants`)."""
 
     base: type[nn.Module]
     signature: inspect.Signature
     tapes: tuple[Tape, Tape] | None
     why: str = ""
+    held: fx.Graph | None = None
 
     @property
     def opaque(self) -> bool:
@@ -43,7 +45,7 @@ class Own:
 
     @property
     def key(self) -> tuple:
-        return (self.base, self.tapes)
+        return (self.base, self.tapes, self.held)
 
     @property
     def names_hold(self) -> bool:
@@ -68,13 +70,13 @@ def own_forward(module: nn.Module, base: type[nn.Module]) -> Own:
 def recorded_own(module: nn.Module) -> Own:
     """The module's forward as a graph in its present mode, whether or not a site would keep it so; or `TraceError`."""
     base = getattr(module, "_surgery_base", type(module))
-    signature = _signature(base)
+    signature = signature_of(base)
     tape = _recorded(module, base, signature, module.training)
     return Own(base, signature, (tape, tape))
 
 
 def _own_forward(module: nn.Module, base: type[nn.Module]) -> Own:
-    signature = _signature(base)
+    signature = signature_of(base)
     why = _why_opaque(module, base, list(signature.parameters.values()))
     if not why:
         try:
@@ -85,7 +87,7 @@ def _own_forward(module: nn.Module, base: type[nn.Module]) -> Own:
     return Own(base, signature, None, why)
 
 
-def _signature(base: type[nn.Module]) -> inspect.Signature:
+def signature_of(base: type[nn.Module]) -> inspect.Signature:
     try:
         signature = inspect.signature(base.forward)
     except (TypeError, ValueError):  # a forward written in C tells nothing: take whatever comes

@@ -7,6 +7,8 @@ out where nothing needs it, so no fx node is ever erased, moved or re-inserted.
 
 from __future__ import annotations
 
+import functools
+import operator
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -41,6 +43,7 @@ class _Term:
     origin: str = ""
     node: fx.Node | None = None
     open: bool = False
+    around: bool = False  # a call of `called_around`
 
 
 def woven(own: Own, layers: Sequence[Layer], training: bool, lowered: bool = True) -> fx.Graph:
@@ -57,6 +60,18 @@ def woven(own: Own, layers: Sequence[Layer], training: bool, lowered: bool = Tru
     if lowered:
         lower(graph)
     return graph
+
+
+def woven_held(own: Own, layers: Sequence[Layer]) -> tuple[fx.Graph, dict[str, Any]]:
+    """The graph of a forward that is held as operations, with the layers' edits inside it; and the functions it keeps.
+
+    Its first input, before the forward's own, is the mapping of what the graph keeps.
+    """
+    weaver = _Weaver(own)
+    weaver.base(False)
+    for layer in layers:
+        weaver.edit(layer)
+    return weaver.written(), weaver.kept
 
 
 def trace_site(module: nn.Module) -> fx.GraphModule:
@@ -87,17 +102,46 @@ class _Weaver:
         self.terms: list[_Term] = []
         self.effects: list[_Term] = []  # terms whose result nobody uses: run for what they do
         self.call: _Term | None = None  # an opaque site's call of its base
+        self.kept: dict[str, Any] = {}  # functions that rules put others around
 
     def base(self, training: bool) -> None:
         self.training = training
         for name in self.own.signature.parameters:
             self.now[Ref("input", name)] = self._term("placeholder", name)
-        if self.own.tapes is None:
+        if self.own.held is not None:
+            self.effects = self._unused(self._operations(self.own.held))
+        elif self.own.tapes is None:
             self.call = self._opaque({}, {})
             self.now[Ref("output", "")] = self.call
         else:
             self.effects = self._unused(self._play(self.own.tapes[training], "", ""))
         self.now[Ref("base", "")] = self.now[Ref("output", "")]
+
+    def _operations(self, graph: fx.Graph) -> list[_Term]:
+        """The operations of a traced graph. A rule knows each as ("inside", the name of its node)."""
+        terms: dict[fx.Node, Any] = {}
+        for node in graph.nodes:
+            args, kwargs = _with_terms(node.args, terms), _with_terms(node.kwargs, terms)
+            if node.op == "output":
+                self.now[Ref("output", "")] = args[0]
+                continue
+            if node.op == "placeholder":
+                terms[node] = self.now[Ref("input", str(node.target).lstrip("*"))]
+            elif node.op == "get_attr" and str(node.target).startswith("_kept_"):
+                terms[node] = self._kept(str(node.target))
+            elif node.op == "get_attr":
+                terms[node] = self._state(self.now, str(node.target))
+            else:
+                terms[node] = self._term(node.op, node.target, args, kwargs)
+                self.now[Ref("made", node.name)] = terms[node]
+            self.now[Ref("inside", node.name)] = terms[node]
+        return [term for node, term in terms.items() if node.op.startswith("call_")]
+
+    def _kept(self, name: str) -> _Term:
+        ref = Ref("input", _KEPT)
+        if ref not in self.now:
+            self.now[ref] = self._term("placeholder", _KEPT)
+        return self._term("call_function", operator.getitem, (self.now[ref], name))
 
     def _unused(self, made: list[_Term]) -> list[_Term]:
         used = {id(inner) for term in self.terms for inner in _terms_in((term.args, term.kwargs))}
@@ -189,7 +233,8 @@ class _Weaver:
             if step.kind == "replace":
                 self._replace(step, resolve, earlier)
             elif step.kind == "around":
-                self._around(self._term("call_function", step.target, thawed(step.args, resolve), origin=origin))
+                values, at = thawed(step.args, resolve), thawed(step.kwargs, resolve)["at"]
+                self._around(self._term("call_function", step.target, values, origin=origin), at)
             elif step.kind == "own":
                 ops[index] = self._again(thawed(step.args, resolve), thawed(step.kwargs, resolve), origin)
             else:
@@ -198,11 +243,26 @@ class _Weaver:
                 made.append(ops[index])
         return made
 
-    def _around(self, made: _Term) -> None:
-        if self.call is None:
+    def _around(self, made: _Term, at: _Term | None) -> None:
+        if at is not None:
+            self._wrap(at, made)
+        elif self.own.held is not None:
+            for term in [term for term in self.terms if _takes_module(term)]:
+                self._wrap(term, made)
+        elif self.call is not None:
+            inner, around = self.call.args[:6], self.call.args[6:] or ((),)
+            self.call.args = (*inner, (*around[0], made))
+        else:
             raise SiteError("a forward that is held as operations takes no functions from a registry")
-        inner, around = self.call.args[:6], self.call.args[6:] or ((),)
-        self.call.args = (*inner, (*around[0], made))
+
+    def _wrap(self, term: _Term, made: _Term) -> None:
+        """Put what `made` gives around the function that a term calls."""
+        if not term.around:
+            name = f"_around_{len(self.kept)}"
+            self.kept[name] = term.target
+            function = self._kept(name)
+            term.target, term.args, term.around = called_around, (function, (), *term.args), True
+        term.args = (term.args[0], (*term.args[1], made), *term.args[2:])
 
     def _replace(self, step: Step, resolve: Any, earlier: list[_Term]) -> None:
         ref, frozen = step.args
@@ -238,6 +298,10 @@ class _Weaver:
     def written(self) -> fx.Graph:
         graph = fx.Graph()
         inputs = {term.target: term for term in self.terms if term.op == "placeholder"}
+        if self.own.held is not None:
+            kept = graph.placeholder(_KEPT)
+            if _KEPT in inputs:
+                inputs[_KEPT].node = kept
         for name, parameter in self.own.signature.parameters.items():
             starred = {parameter.VAR_POSITIONAL: "*", parameter.VAR_KEYWORD: "**"}.get(parameter.kind, "")
             inputs[name].node = graph.placeholder(starred + name, default_value=parameter.default)
@@ -273,6 +337,39 @@ class _Weaver:
             term.node = graph.create_node(term.op, term.target, args, kwargs)
             term.node.meta["surgery"] = term.origin
         return term.node
+
+
+def called_around(function: Any, around: tuple, *args: Any, **kwargs: Any) -> Any:
+    """`function(*args)` with functions around it, the last one outermost."""
+    for outer in around:
+        function = functools.partial(outer, function)
+    return function(*args, **kwargs)
+
+
+def _takes_module(term: _Term) -> bool:
+    """Whether it calls a function from a registry: the only ones in a traced graph that are given a module."""
+    if term.op != "call_function" or term.origin:
+        return False
+    args = term.args[2:] if term.around else term.args
+    first = args[0] if args else None
+    return isinstance(first, _Term) and (first.op, first.target) == ("get_attr", "_surgery_self")
+
+
+def _with_terms(value: Any, terms: dict[fx.Node, Any]) -> Any:
+    """Arguments of a node of fx, which come in containers of its own, in plain ones with terms."""
+    if isinstance(value, fx.Node):
+        return terms[value]
+    if isinstance(value, (tuple, list)):
+        items = [_with_terms(item, terms) for item in value]
+        return tuple(items) if isinstance(value, tuple) else items
+    if isinstance(value, dict):
+        return {key: _with_terms(item, terms) for key, item in value.items()}
+    if isinstance(value, slice):
+        return slice(*(_with_terms(item, terms) for item in (value.start, value.stop, value.step)))
+    return value
+
+
+_KEPT = "_surgery_kept"
 
 
 def _node_of(step: Step, args: Any) -> tuple[str, Any, Any]:

@@ -1,0 +1,272 @@
+"""Attention that a forward writes out itself, by a softmax or by torch's function: found by its structure, not by name.
+
+    scores = q kᵀ, scaled, biased and masked        prefix scores = q Pkᵀ, scaled alike, not masked
+    weights = softmax(scores)                       one softmax over both
+    context = dropout(weights) v                    + dropout(prefix weights) Pv
+
+So masks, biases and whatever else has one column a key stay as they are, whichever they are.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, fx, nn
+
+from surgery import Site, SiteError, as_digraph
+
+__all__ = ["Written", "extend", "may_write_attention", "written_attention"]
+
+
+class Written(NamedTuple):
+    """One attention in a graph: its nodes, and of how many heads and which sizes keys and values are."""
+
+    root: fx.Node  # the result
+    query: fx.Node
+    heads: int
+    sizes: tuple[int, int]
+    queries: int  # heads of the queries
+    to_scores: tuple[fx.Node, ...] = ()  # from the product of queries and keys to what the softmax takes
+    to_context: tuple[fx.Node, ...] = ()  # from the softmax to the product with the values
+    own: bool = True  # keys come from where the queries come from
+
+
+def may_write_attention(module: nn.Module) -> bool:
+    """Whether the module's own code names a softmax or torch's attention. Cheap: asked before anything is traced."""
+    kinds = type(module).__mro__
+    methods = (value for kind in kinds[: kinds.index(nn.Module)] for value in vars(kind).values() if callable(value))
+    codes = (getattr(inspect.unwrap(method), "__code__", None) for method in methods)
+    names = {name for code in codes if code is not None for name in _names(code)}
+    return bool(names & _NAMES) or any(isinstance(child, nn.Softmax) for child in module.children())
+
+
+def written_attention(site: Site) -> Written:
+    """The one attention that the site's forward writes out. `SiteError` where it is none, several, or another form."""
+    graph = as_digraph(site.graph, site.module)
+    found: list[Written | str] = []
+    for node, data in graph.nodes(data=True):
+        if data["operation"] == "scaled_dot_product_attention":
+            found.append(_called(graph, node))
+        if data["operation"] == "softmax" and _over_last(data):
+            found += [_softmaxed(graph, node, way) for way in _ways_to_context(graph, node)]
+    if len(found) != 1 or isinstance(found[0], str):
+        why = found[0] if len(found) == 1 else f"it computes {len(found) or 'no'} products of a softmax and values"
+        raise SiteError(
+            f"{site.label} finds no attention that it can extend in this {site.base_class.__name__}",
+            where=site.path,
+            why=str(why),
+            fix="target modules that compute one softmax(q kᵀ) v, or call scaled_dot_product_attention",
+        )
+    return found[0]
+
+
+def _over_last(data: Any) -> bool:
+    dim = data["operands"][1] if len(data["operands"]) > 1 else None
+    return data["shape"] is not None and dim in (-1, len(data["shape"]) - 1)
+
+
+def _called(graph: Any, node: fx.Node) -> Written | str:
+    query, key, value = graph.nodes[node]["operands"][:3]
+    shapes = [graph.nodes[operand]["shape"] for operand in (query, key, value)]
+    if any(shape is None or len(shape) != 4 for shape in shapes):
+        return "its queries, keys and values are not (batch, heads, positions, size)"
+    return Written(node, query, shapes[1][1], (shapes[1][3], shapes[2][3]), shapes[0][1], own=_is_own(graph, key))
+
+
+def _softmaxed(graph: Any, softmax: fx.Node, after: list[fx.Node]) -> Written | str:
+    scores, value = graph.nodes[softmax]["operands"][0], graph.nodes[after[-1]]["operands"][1]
+    ways = list(_ways_to_product(graph, scores)) if isinstance(scores, fx.Node) else []
+    if len(ways) != 1:
+        return f"{len(ways) or 'no'} products of queries and keys lead to the softmax"
+    if any(user is not softmax for user in scores.users):
+        return "what the softmax takes is used elsewhere, too"
+    product = graph.nodes[ways[0][0]]
+    query, key = product["operands"][1:3] if product["operation"] == "baddbmm" else product["operands"][:2]
+    q, k, v = (graph.nodes[node]["shape"] for node in (query, key, value))
+    if any(_factor(graph, node)[-1:] not in ((), (1,)) for node in (*ways[0], *after)):
+        return "its scores are multiplied by a number for each key"
+    heads = [shape[-3] if len(shape) > 3 else _heads(graph, query, shape[0]) for shape in (q, k)]
+    if len({len(shape) for shape in (q, k, v)}) > 1 or len(q) < 3 or None in heads:
+        return "batch and heads can't be told apart"
+    sizes = k[-2], v[-1]
+    return Written(after[-1], query, heads[1], sizes, heads[0], tuple(ways[0]), tuple(after), _is_own(graph, key))
+
+
+def _ways_to_context(graph: Any, softmax: fx.Node) -> Iterator[list[fx.Node]]:
+    """The ways from a softmax to products with values."""
+    waiting = [[softmax]]
+    while waiting:
+        way = waiting.pop()
+        for user in graph.successors(way[-1]):
+            data = graph.nodes[user]
+            if data["operation"] == "matmul" and data["operands"][0] is way[-1]:
+                yield [*way, user]
+            elif data["operation"] in (*_ALONG, "mul", "view") and data["operands"][0] is way[-1] and len(way) < 12:
+                waiting.append([*way, user])
+
+
+def _ways_to_product(graph: Any, node: fx.Node) -> Iterator[list[fx.Node]]:
+    """The ways from products of queries and keys to these scores, each in the order of computation."""
+    waiting = [[node]]
+    while waiting:
+        way = waiting.pop()
+        data = graph.nodes[way[0]]
+        if data["operation"] in _PRODUCTS:
+            yield way
+        elif data["operation"] in _ON_THE_WAY and len(way) < 30:
+            waiting += [[operand, *way] for operand in data["operands"] if isinstance(operand, fx.Node)]
+
+
+def _factor(graph: Any, node: fx.Node) -> tuple[int, ...]:
+    """The shape of what scores are multiplied by, where that is a tensor."""
+    if graph.nodes[node]["operation"] not in ("mul", "div"):
+        return ()
+    operands = [operand for operand in graph.nodes[node]["operands"] if isinstance(operand, fx.Node)]
+    shapes = [shape for operand in operands[1:] if (shape := graph.nodes[operand]["shape"]) is not None]
+    return shapes[0] if shapes else ()
+
+
+def _heads(graph: Any, query: fx.Node, rows: int) -> int | None:
+    """How many heads are in (batch · heads, positions, size), if it was (batch, heads, positions, size) before."""
+    node = query
+    for _ in range(12):
+        data = graph.nodes[node]
+        operands = [operand for operand in data["operands"] if isinstance(operand, fx.Node)]
+        if not operands:
+            return None
+        before = graph.nodes[operands[0]]["shape"]
+        if data["operation"] == "view" and before is not None and len(before) == 4:
+            return before[1] if before[0] * before[1] == rows else None
+        if data["operation"] not in (*_ALONG, "mul", "div", "mT", "transpose", "view"):
+            return None
+        node = operands[0]
+    return None
+
+
+def _is_own(graph: Any, key: fx.Node) -> bool:
+    """Whether the keys come from the first input that holds activations, as the queries do."""
+    import networkx
+
+    inputs = [node for node, data in graph.nodes(data=True) if data["operation"] == "placeholder"]
+    hidden = next((node for node in inputs if (dtype := graph.nodes[node]["dtype"]) and dtype.is_floating_point), None)
+    return hidden is not None and networkx.has_path(graph, hidden, key)
+
+
+# Extending it -------------------------------------------------------------------------------------------------
+
+
+def extend(site: Site, found: Written, key: Tensor, value: Tensor, gate: Tensor | None) -> None:
+    """Put a prefix into the attention; behind a gate, with a softmax of its own."""
+    if not found.to_scores:
+        site.around(
+            *(extended, key, value) if gate is None else (extended_apart, key, value, gate), at=site.at(found.root)
+        )
+        return
+    product, *rest = found.to_scores
+    alpha = product.kwargs.get("alpha", 1.0)
+    alpha = site.at(alpha) if isinstance(alpha, fx.Node) else alpha
+    scores = site.apply(products, site.at(found.query), key, alpha)
+    for before, node in zip(found.to_scores, rest, strict=False):
+        scores = _likewise(site, node, before, scores)
+    softmax, *rest = found.to_context
+    taken = site.at(found.to_scores[-1])
+    if gate is None:
+        site.replace(taken, torch.cat([taken, scores], -1))
+        weights = site.apply(columns_after, site.base(site.at(softmax)), taken, scores)
+        site.replace(site.at(softmax), site.apply(columns_before, site.at(softmax), taken))
+    else:
+        weights = site.again(site.at(softmax), {found.to_scores[-1]: scores})
+    for before, node in zip(found.to_context, rest[:-1], strict=False):
+        weights = _likewise(site, node, before, weights)
+    context = site.at(found.root)
+    return site.replace(context, context + site.apply(weighted, weights, value, gate))
+
+
+def _likewise(site: Site, node: fx.Node, before: fx.Node, scores: Tensor) -> Tensor:
+    """What was done to the scores on the way, done to the prefix's; masks and biases are for the text."""
+    operation = as_digraph(node.graph, site.module).nodes[node]["operation"]
+    if operation == "view":
+        return site.apply(shaped_like, scores, site.at(node))
+    if operation in _FOR_THE_TEXT:
+        return scores
+    return site.again(site.at(node), {before: scores})
+
+
+def products(query: Tensor, key: Tensor, alpha: float) -> Tensor:
+    """Scores of the prefix: (…, heads, queries, length)."""
+    scores = query @ _for_rows(key, query).mT
+    return scores if alpha == 1.0 else scores * alpha
+
+
+def weighted(weights: Tensor, value: Tensor, gate: Tensor | None) -> Tensor:
+    """What the prefix adds to the context."""
+    found = weights @ _for_rows(value, weights)
+    return found if gate is None else found * _for_rows(gate.tanh().view(-1, 1, 1), found)
+
+
+def _for_rows(tensor: Tensor, like: Tensor) -> Tensor:
+    """(heads, …) for activations (…, heads, positions, size), or (batch · heads, positions, size)."""
+    tensor = tensor.to(like.dtype)
+    return tensor if like.dim() > 3 else tensor.repeat(like.shape[0] // tensor.shape[0], 1, 1)
+
+
+def columns_after(weights: Tensor, scores: Tensor, more: Tensor) -> Tensor:
+    return weights[..., scores.shape[-1] : scores.shape[-1] + more.shape[-1]]
+
+
+def columns_before(weights: Tensor, scores: Tensor) -> Tensor:
+    return weights[..., : scores.shape[-1]]
+
+
+def shaped_like(scores: Tensor, other: Tensor) -> Tensor:
+    return scores.reshape(*other.shape[:-1], scores.shape[-1])
+
+
+def extended(key: Tensor, value: Tensor) -> Callable[..., Any]:
+    """scaled_dot_product_attention with a prefix that every query sees."""
+
+    def attend(attention: Any, query: Tensor, keys: Tensor, values: Tensor, attn_mask: Any = None,
+               dropout_p: float = 0.0, is_causal: bool = False, **kwargs: Any) -> Tensor:  # fmt: skip
+        if is_causal:  # which counts from the first key, so that it can't be said of a longer list
+            attn_mask = torch.ones(query.shape[-2], keys.shape[-2], dtype=torch.bool, device=query.device).tril()
+        if attn_mask is not None:
+            shape = (*attn_mask.shape[:-1], key.shape[-2])
+            seen = attn_mask.new_ones(shape) if attn_mask.dtype == torch.bool else attn_mask.new_zeros(shape)
+            attn_mask = torch.cat([seen, attn_mask], -1)
+        keys, values = (torch.cat([_for_batch(a, b), b], -2) for a, b in ((key, keys), (value, values)))
+        return attention(query, keys, values, attn_mask=attn_mask, dropout_p=dropout_p, **kwargs)
+
+    return attend
+
+
+def extended_apart(key: Tensor, value: Tensor, gate: Tensor) -> Callable[..., Any]:
+    """scaled_dot_product_attention and, behind a gate, a second one to the prefix."""
+
+    def attend(attention: Any, query: Tensor, keys: Tensor, values: Tensor, attn_mask: Any = None,
+               dropout_p: float = 0.0, is_causal: bool = False, **kwargs: Any) -> Tensor:  # fmt: skip
+        output = attention(query, keys, values, attn_mask, dropout_p, is_causal, **kwargs)
+        beside = attention(query, _for_batch(key, keys), _for_batch(value, values), dropout_p=dropout_p, **kwargs)
+        return output + gate.tanh().to(output.dtype).view(-1, 1, 1) * beside
+
+    return attend
+
+
+def _for_batch(tensor: Tensor, like: Tensor) -> Tensor:
+    return tensor.to(like.dtype).expand(like.shape[0], -1, -1, -1)
+
+
+def _names(code: Any) -> Iterator[str]:
+    yield from code.co_names
+    for constant in code.co_consts:
+        if hasattr(constant, "co_names"):
+            yield from _names(constant)
+
+
+_NAMES = frozenset({"softmax", "scaled_dot_product_attention"})
+_PRODUCTS = frozenset({"matmul", "baddbmm"})
+_ALONG = frozenset("to contiguous float double half bfloat16 type type_as clone detach dropout".split())
+_FOR_THE_TEXT = frozenset("add sub masked_fill where clamp clamp_min max maximum min minimum".split())
+_ON_THE_WAY = _ALONG | _FOR_THE_TEXT | frozenset("mul div tanh view".split())
