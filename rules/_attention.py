@@ -9,6 +9,7 @@ So masks, biases and whatever else has one column a key stay as they are, whiche
 
 from __future__ import annotations
 
+import dis
 import inspect
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
@@ -16,7 +17,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, fx, nn
 
-from surgery import Site, SiteError, as_digraph
+from surgery import Site, SiteError, as_digraph, class_of
 
 __all__ = ["Written", "extend", "may_write_attention", "written_attention"]
 
@@ -35,12 +36,25 @@ class Written(NamedTuple):
 
 
 def may_write_attention(module: nn.Module) -> bool:
-    """Whether the module's own code names a softmax or torch's attention. Cheap: asked before anything is traced."""
-    kinds = type(module).__mro__
-    methods = (value for kind in kinds[: kinds.index(nn.Module)] for value in vars(kind).values() if callable(value))
-    codes = (getattr(inspect.unwrap(method), "__code__", None) for method in methods)
-    names = {name for code in codes if code is not None for name in _names(code)}
-    return bool(names & _NAMES) or any(isinstance(child, nn.Softmax) for child in module.children())
+    """Whether the module's own code names a softmax and a product, or torch's attention; asked before any tracing."""
+    names = {name.lower() for name in _names(class_of(module), "forward", set())}
+    softmax = "softmax" in names or any(isinstance(child, nn.Softmax) for child in module.children())
+    return "scaled_dot_product_attention" in names or softmax and bool(names & _NAMED)
+
+
+def _names(kind: type, method: str, seen: set[str]) -> set[str]:
+    """What a method's code names, and the methods of the class that it names."""
+    seen.add(method)
+    code = getattr(inspect.unwrap(getattr(kind, method)), "__code__", None)
+    names: set[str] = set()
+    waiting = [code] if code is not None else []
+    while waiting:
+        code = waiting.pop()
+        names.update(code.co_names)
+        names.update("matmul" for step in dis.get_instructions(code) if step.argrepr in ("@", "@="))
+        waiting += [constant for constant in code.co_consts if inspect.iscode(constant)]
+    own = [name for name in names - seen if inspect.isfunction(inspect.getattr_static(kind, name, None))]
+    return names.union(*(_names(kind, name, seen) for name in own if not hasattr(nn.Module, name)))
 
 
 def written_attention(site: Site) -> Written:
@@ -89,10 +103,10 @@ def _softmaxed(graph: Any, softmax: fx.Node, after: list[fx.Node]) -> Written | 
     if any(_factor(graph, node)[-1:] not in ((), (1,)) for node in (*ways[0], *after)):
         return "its scores are multiplied by a number for each key"
     heads = [shape[-3] if len(shape) > 3 else _heads(graph, query, shape[0]) for shape in (q, k)]
-    if len({len(shape) for shape in (q, k, v)}) > 1 or len(q) < 3 or None in heads:
-        return "batch and heads can't be told apart"
-    sizes = k[-2], v[-1]
-    return Written(after[-1], query, heads[1], sizes, heads[0], tuple(ways[0]), tuple(after), _is_own(graph, key))
+    if len({len(shape) for shape in (q, k, v)}) > 1 or len(q) < 3 or heads[0] is None or heads[1] is None:
+        return "batch and heads can't be told apart (an example of another batch size may help)"
+    sizes, own = (k[-2], v[-1]), _is_own(graph, key)
+    return Written(after[-1], query, heads[1], sizes, heads[0], tuple(ways[0]), tuple(after), own)
 
 
 def _ways_to_context(graph: Any, softmax: fx.Node) -> Iterator[list[fx.Node]]:
@@ -130,8 +144,11 @@ def _factor(graph: Any, node: fx.Node) -> tuple[int, ...]:
 
 
 def _heads(graph: Any, query: fx.Node, rows: int) -> int | None:
-    """How many heads are in (batch · heads, positions, size), if it was (batch, heads, positions, size) before."""
-    node = query
+    """How many heads are in (batch · heads, positions, size), if it was (batch, heads, positions, size) before.
+
+    With as many heads as rows in the example, which of them comes first can't be told.
+    """
+    node, batch = query, graph.nodes[hidden]["shape"][0] if (hidden := _hidden(graph)) is not None else None
     for _ in range(12):
         data = graph.nodes[node]
         operands = [operand for operand in data["operands"] if isinstance(operand, fx.Node)]
@@ -139,7 +156,8 @@ def _heads(graph: Any, query: fx.Node, rows: int) -> int | None:
             return None
         before = graph.nodes[operands[0]]["shape"]
         if data["operation"] == "view" and before is not None and len(before) == 4:
-            return before[1] if before[0] * before[1] == rows else None
+            told = before[0] == batch and before[1] != batch and before[0] * before[1] == rows
+            return before[1] if told else None
         if data["operation"] not in (*_ALONG, "mul", "div", "mT", "transpose", "view"):
             return None
         node = operands[0]
@@ -150,9 +168,14 @@ def _is_own(graph: Any, key: fx.Node) -> bool:
     """Whether the keys come from the first input that holds activations, as the queries do."""
     import networkx
 
-    inputs = [node for node, data in graph.nodes(data=True) if data["operation"] == "placeholder"]
-    hidden = next((node for node in inputs if (dtype := graph.nodes[node]["dtype"]) and dtype.is_floating_point), None)
+    hidden = _hidden(graph)
     return hidden is not None and networkx.has_path(graph, hidden, key)
+
+
+def _hidden(graph: Any) -> fx.Node | None:
+    """The first input that holds activations."""
+    inputs = [node for node, data in graph.nodes(data=True) if data["operation"] == "placeholder"]
+    return next((node for node in inputs if (dtype := graph.nodes[node]["dtype"]) and dtype.is_floating_point), None)
 
 
 # Extending it -------------------------------------------------------------------------------------------------
@@ -161,10 +184,8 @@ def _is_own(graph: Any, key: fx.Node) -> bool:
 def extend(site: Site, found: Written, key: Tensor, value: Tensor, gate: Tensor | None) -> None:
     """Put a prefix into the attention; behind a gate, with a softmax of its own."""
     if not found.to_scores:
-        site.around(
-            *(extended, key, value) if gate is None else (extended_apart, key, value, gate), at=site.at(found.root)
-        )
-        return
+        at = site.at(found.root)
+        return site.around(extended, key, value, at=at) if gate is None else site.around(apart, key, value, gate, at=at)
     product, *rest = found.to_scores
     alpha = product.kwargs.get("alpha", 1.0)
     alpha = site.at(alpha) if isinstance(alpha, fx.Node) else alpha
@@ -242,7 +263,7 @@ def extended(key: Tensor, value: Tensor) -> Callable[..., Any]:
     return attend
 
 
-def extended_apart(key: Tensor, value: Tensor, gate: Tensor) -> Callable[..., Any]:
+def apart(key: Tensor, value: Tensor, gate: Tensor) -> Callable[..., Any]:
     """scaled_dot_product_attention and, behind a gate, a second one to the prefix."""
 
     def attend(attention: Any, query: Tensor, keys: Tensor, values: Tensor, attn_mask: Any = None,
@@ -258,15 +279,8 @@ def _for_batch(tensor: Tensor, like: Tensor) -> Tensor:
     return tensor.to(like.dtype).expand(like.shape[0], -1, -1, -1)
 
 
-def _names(code: Any) -> Iterator[str]:
-    yield from code.co_names
-    for constant in code.co_consts:
-        if hasattr(constant, "co_names"):
-            yield from _names(constant)
-
-
-_NAMES = frozenset({"softmax", "scaled_dot_product_attention"})
 _PRODUCTS = frozenset({"matmul", "baddbmm"})
+_NAMED = _PRODUCTS | {"bmm", "einsum"}
 _ALONG = frozenset("to contiguous float double half bfloat16 type type_as clone detach dropout".split())
 _FOR_THE_TEXT = frozenset("add sub masked_fill where clamp clamp_min max maximum min minimum".split())
 _ON_THE_WAY = _ALONG | _FOR_THE_TEXT | frozenset("mul div tanh view".split())

@@ -13,7 +13,7 @@ from rules._attention import extend, may_write_attention, written_attention
 from rules._fields import whole
 from surgery import Rule, Site, SiteError, Targets, rule, takes_functions
 
-EVERYWHERE = "re:.*"
+EVERYWHERE = ("", "re:.*")  # the model itself, and all in it
 
 
 @rule("prefix")
@@ -65,7 +65,7 @@ class PrefixRule(Rule):
         return self.gate
 
     def expand(self, module: nn.Module, path: str) -> Iterable[tuple[str, nn.Module]]:
-        if self.targets == (EVERYWHERE,) and not takes_functions(module) and not may_write_attention(module):
+        if self.targets == EVERYWHERE and not takes_functions(module) and not may_write_attention(module):
             return []
         return [(path, module)]
 
@@ -73,10 +73,10 @@ class PrefixRule(Rule):
         if takes_functions(site.module):
             return self._around(site)
         found = written_attention(site)
-        if not found.own and self.targets == (EVERYWHERE,):
+        if not found.own and self.targets == EVERYWHERE:
             return NotImplemented
-        shapes = [(found.heads, self.length, size) for size in found.sizes]
-        key, value, gate = self._tensors(site, *shapes, (found.queries,))
+        keys, values = ((found.heads, self.length, size) for size in found.sizes)
+        key, value, gate = self._tensors(site, keys, values, (found.queries,))
         return extend(site, found, key, value, gate)
 
     def _around(self, site: Site) -> Any:
@@ -88,8 +88,7 @@ class PrefixRule(Rule):
             query, key = seen
             shape, heads = (key.shape[1], self.length, key.shape[3]), (query.shape[1],)
         key, value, gate = self._tensors(site, shape, shape, heads)
-        site.around(*(prefixed, key, value) if gate is None else (gated, key, value, gate))
-        return None
+        return site.around(prefixed, key, value) if gate is None else site.around(gated, key, value, gate)
 
     def _tensors(self, site: Site, key: Any, value: Any, heads: Any) -> tuple[Tensor, Tensor, Tensor | None]:
         init: Any = _normal if self.init == "random" else 0.0
@@ -113,7 +112,7 @@ class PrefixRule(Rule):
             raise SiteError(f"{self.label} finds no attention in the example call", where=site.path)
         _, query, key = found[0][1][:3]
         own = torch.autograd.grad(key.sum(), hidden, allow_unused=True)[0] is not None
-        return (query, key) if own or self.targets != (EVERYWHERE,) else None
+        return (query, key) if own or self.targets != EVERYWHERE else None
 
 
 def _differentiable(args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any], Tensor]:

@@ -25,6 +25,7 @@ from surgery.registries import takes_functions
 from surgery.rule import Rule, rule, rules_from_json, rules_from_yaml, rules_to_json, rules_to_yaml
 from surgery.show import Summary, draw, show, summary
 from surgery.site import LiveSite, Site
+from surgery.spelling import class_of
 from surgery.state import adapter_state_dict, base_state_dict, load_adapter_state_dict, rules_of
 from surgery.structure import Found, Occurrence, Structure
 from surgery.tape import Value
@@ -61,6 +62,7 @@ __all__ = [
     "as_digraph",
     "base_state_dict",
     "call_own",
+    "class_of",
     "coverage",
     "draw",
     "explain",

@@ -15,7 +15,7 @@ from surgery.errors import SurgeryError, TraceError
 from surgery.trace import Own
 from surgery.weave import woven
 
-__all__ = ["Observation", "call", "equal", "observe", "outermost_calls", "random_state"]
+__all__ = ["Observation", "call", "equal", "evaluating", "observe", "outermost_calls", "random_state"]
 
 
 class Observation:
@@ -99,7 +99,7 @@ def call(model: nn.Module, example_inputs: Any, random: list[Tensor] | None = No
     two calls are to draw the same.
     """
     args, kwargs = arguments(example_inputs)
-    with torch.no_grad(), torch.random.fork_rng(), _evaluating(model):
+    with torch.no_grad(), torch.random.fork_rng(), evaluating(model):
         if random is not None:
             torch.set_rng_state(random[0])
             torch.cuda.set_rng_state_all(random[1:])
@@ -140,7 +140,7 @@ def verify_graph(module: nn.Module, own: Own, given: tuple[tuple, dict, Any], pa
     bound = own.signature.bind(*args, **kwargs)
     bound.apply_defaults()
     graph = fx.GraphModule(module, woven(own, [], training=False))
-    with torch.no_grad(), _evaluating(module):
+    with torch.no_grad(), evaluating(module):
         with torch.random.fork_rng():
             found = graph(*copied(tuple(bound.arguments.values())))
         with torch.random.fork_rng():
@@ -155,7 +155,7 @@ def verify_graph(module: nn.Module, own: Own, given: tuple[tuple, dict, Any], pa
 
 
 @contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
+def evaluating(model: nn.Module) -> Iterator[None]:
     """Evaluation mode, and nothing asks for gradients: torch.matmul picks its kernel by a weight's `requires_grad`, so
     a base gives other last bits before it is frozen than after."""
     modes = [(module, module.training) for module in model.modules()]

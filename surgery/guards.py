@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from surgery.errors import TraceError
 
-__all__ = ["Region", "check_call", "check_settings", "context", "in_region", "require", "same_settings",
+__all__ = ["Region", "check_call", "check_settings", "context", "differs", "in_region", "require", "same_settings",
            "structure_of"]  # fmt: skip
 
 _AGAIN = "trace the module with this call as example_inputs"
@@ -19,12 +19,19 @@ _AGAIN = "trace the module with this call as example_inputs"
 
 def require(found: Any, expected: Any, where: str) -> None:
     """Raise `TraceError` unless Python would decide at `where` as it did in the traced call."""
-    if found != expected:
+    if differs(found, expected):
         raise TraceError(
             f"this graph is for calls where {expected!r} is decided, and this one gives {found!r}",
             where=where,
             fix=_AGAIN,
         )
+
+
+def differs(found: Any, expected: Any) -> bool:
+    """Whether a decision is another one. Symbolic comparisons, under torch.compile, are asked for their truth."""
+    if expected is True:
+        return not found
+    return bool(found) if expected is False else found != expected
 
 
 def check_settings(module: nn.Module, held: tuple[tuple[tuple[Any, ...], Any], ...]) -> None:

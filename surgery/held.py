@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from surgery.errors import TraceError
-from surgery.guards import check_call, check_settings, context, require, same_settings, structure_of
+from surgery.guards import check_call, check_settings, context, differs, require, same_settings, structure_of
 from surgery.guided import traced
 from surgery.trace import Own
 from surgery.view import view
@@ -42,8 +42,10 @@ class Otherwise(Exception):
     """A call decides otherwise than the one that its graph is of. `late`: something was written or drawn before."""
 
     def __init__(self, found: Any, expected: Any, where: str, late: bool):
-        super().__init__(f"{found!r} is decided instead of {expected!r}")
-        self.where, self.late = where, late
+        self.found, self.expected, self.where, self.late = found, expected, where, late
+
+    def __str__(self) -> str:
+        return f"{self.found!r} is decided instead of {self.expected!r}"
 
 
 def hold(module: nn.Module, own: Own, args: tuple, kwargs: dict[str, Any]) -> Own:
@@ -161,7 +163,7 @@ def _sizes(node: fx.Node) -> bool:
 
 def decide(found: Any, expected: Any, where: str, late: bool) -> None:
     """Raise `Otherwise` unless Python would decide as in the traced call."""
-    if found != expected:
+    if differs(found, expected):
         raise Otherwise(found, expected, where, late)
 
 
@@ -191,8 +193,9 @@ def _leaves_a_trace(node: fx.Node, training: bool) -> bool:
     """Whether running a node twice may differ from running it once: it writes, draws, or calls what we don't know."""
     if node.op == "call_method":
         name = str(node.target)
-        reads = name in _READS or name.startswith(("get_", "is_", "has_"))
-        return not reads and not hasattr(Tensor, name) or name.endswith("_")
+        if isinstance(node.args[0], fx.Node) and "shape" in node.args[0].meta:  # a tensor's
+            return name.endswith("_")
+        return name not in _READS and not name.startswith(("get_", "is_", "has_"))
     if node.op == "call_function":
         name = getattr(node.target, "__name__", "")
         return name.rstrip("_") in _WRITES or name.endswith("_") and not name.endswith("__") or "drop" in name

@@ -12,6 +12,7 @@ from torch import Tensor, fx, nn
 
 from surgery.digraph import as_digraph
 from surgery.errors import SiteError, near_misses
+from surgery.example import evaluating
 from surgery.held import hold, plain
 from surgery.hidden import hidden_of, with_hidden
 from surgery.match import RESERVED
@@ -220,7 +221,8 @@ class Site(_Place):
                     why="which operations a forward consists of is found by running it once",
                     fix="pass example_inputs to apply_rules",
                 )
-            self.own = hold(self.module, self.own, *example)
+            with torch.no_grad(), evaluating(self.module):  # as the example was seen
+                self.own = hold(self.module, self.own, *example)
         self.inside = True
         assert self.own.held is not None
         self._nodes = {node.name: node for node in self.own.held.nodes}

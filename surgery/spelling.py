@@ -244,5 +244,13 @@ def flat(value: Any) -> Iterator[Any]:
 
 
 def class_of(module: nn.Module) -> type[nn.Module]:
-    """A module's own class, also while rules are live on it."""
+    """A module's own class, also while rules are live on it.
+
+    >>> from torch import nn
+    >>> from surgery import apply_rules, class_of
+    >>> from rules import LoraRule
+    >>> layer = apply_rules(nn.Linear(4, 4), LoraRule(nn.Linear, rank=2))
+    >>> type(layer) is nn.Linear, class_of(layer) is nn.Linear
+    (False, True)
+    """
     return getattr(module, "_surgery_base", type(module))

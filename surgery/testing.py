@@ -87,7 +87,7 @@ def assert_reversible(
     applied()
     remove(model)
     check("apply → remove")
-    if all(step.rule.mergeable for step in make_plan(model, rules, "default").steps):
+    if all(step.rule.mergeable for step in make_plan(model, rules, "default", example_inputs).steps):
         applied()
         live = None if example_inputs is None else call(model, example_inputs, random)
         merge(model)

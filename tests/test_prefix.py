@@ -281,7 +281,7 @@ def test_refusals() -> None:
     before = Snapshot(model)
     with pytest.raises(PlanError, match="needs example_inputs"):
         apply_rules(model, [PrefixRule()])
-    with pytest.raises(PlanError, match="no attention function"):
+    with pytest.raises(PlanError, match="no products of a softmax and values"):
         apply_rules(model, [PrefixRule("q_proj")], example_inputs={"input_ids": IDS})
     with pytest.raises(PlanError, match="nothing to do"):
         apply_rules(nn.Sequential(nn.Linear(4, 4)), [PrefixRule()], example_inputs=torch.ones(2, 4))

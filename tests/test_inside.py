@@ -1,0 +1,398 @@
+"""Rules that look into a forward: what they edit there holds in every kind of call, and comes out without a trace."""
+
+from __future__ import annotations
+
+import copy
+import io
+import math
+import threading
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, fx, nn
+
+import surgery.held
+from rules import LoraRule
+from surgery import (
+    PlanError,
+    Rule,
+    SiteError,
+    Structure,
+    SurgeryError,
+    TraceError,
+    apply_rules,
+    draw,
+    merge,
+    remove,
+    rule,
+    show,
+    summary,
+)
+from surgery.testing import Snapshot, assert_reversible
+
+PROBABILITIES = Structure(lambda scores: torch.softmax(scores, -1))
+GELU = Structure(lambda x: F.gelu(x))
+
+
+@rule("test-temper")
+class TemperRule(Rule):
+    """A trained temperature for each head inside the softmax of an attention."""
+
+    identity = True
+    why_not_merged = "the softmax of scaled scores is no change of a weight"
+
+    def rewrite(self, site: Any) -> Any:
+        found = site.find(PROBABILITIES)
+        if not found:
+            return NotImplemented
+        for weights in found:
+            scores = weights.bindings["scores"]
+            site.replace(scores, scores * site.param("temper", (site.module.heads, 1, 1), 1.0))
+        return None
+
+
+@rule("test-swish")
+class SwishRule(Rule):
+    """x · sigmoid(βx) in the place of a gelu."""
+
+    why_not_merged = "an activation is no weight"
+
+    def rewrite(self, site: Any) -> Any:
+        for gelu in site.find(GELU):
+            x = gelu.bindings["x"]
+            site.replace(gelu.root, x * torch.sigmoid(x * site.param("beta", (1,), 1.702)))
+
+
+class Cache:
+    """What a call keeps for the next one."""
+
+    def __init__(self) -> None:
+        self.held: Tensor | None = None
+        self.calls = 0
+
+    def add(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        self.held = x if self.held is None else torch.cat([self.held, x], 1)
+        return self.held
+
+
+class Attention(nn.Module):
+    def __init__(self, width: int = 8, heads: int = 2, drop: float = 0.0):
+        super().__init__()
+        self.qkv, self.out, self.heads = nn.Linear(width, 3 * width), nn.Linear(width, width), heads
+        self.drop = nn.Dropout(drop)
+
+    def forward(self, x: Tensor, mask: Tensor | None = None, cache: Any = None, temper: Any = None) -> Tensor:
+        b, n, _ = x.shape
+        q, k, v = (part.view(b, n, self.heads, -1).transpose(1, 2) for part in self.qkv(x).chunk(3, -1))
+        if cache is not None:
+            k = cache.add(k)
+        scores = q @ k.mT / math.sqrt(q.shape[-1])
+        if mask is not None:
+            scores = scores.masked_fill(mask, -1e4)
+        if n > 6:
+            scores = scores - 1.0
+        if temper is not None:
+            scores = scores * temper
+        return self.out((self.drop(torch.softmax(scores, -1)) @ v).transpose(1, 2).reshape(b, n, -1))
+
+
+class Mlp(nn.Module):
+    def __init__(self, width: int = 8):
+        super().__init__()
+        self.up, self.down = nn.Linear(width, 2 * width), nn.Linear(2 * width, width)
+
+    def forward(self, x: Tensor, scale: float = 1.0) -> Tensor:
+        return self.down(F.gelu(self.up(x))) * scale
+
+
+class Block(nn.Module):
+    def __init__(self, drop: float = 0.0):
+        super().__init__()
+        self.attention, self.mlp = Attention(drop=drop), Mlp()
+
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        x = x + self.attention(x, mask)
+        return x + self.mlp(x)
+
+
+class Tower(nn.Module):
+    def __init__(self, depth: int = 2, drop: float = 0.0):
+        super().__init__()
+        self.blocks: Any = nn.ModuleList(Block(drop) for _ in range(depth))
+
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        for block in self.blocks:
+            x = block(x, mask)
+        return x
+
+
+def head(tower: nn.Module) -> Any:
+    return tower.get_submodule("blocks.0")
+
+
+RULES = [TemperRule(Attention), SwishRule(Mlp)]
+X = torch.randn(2, 5, 8)
+MASK = torch.ones(5, 5, dtype=torch.bool).triu(1)
+
+
+def tempered(model: nn.Module) -> nn.Module:
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith("temper"):
+                parameter.copy_(torch.linspace(0.5, 2.0, parameter.numel()).view_as(parameter))
+    return model
+
+
+def plainly(block: Block, x: Tensor, mask: Tensor | None = None) -> Tensor:
+    """What a tempered block has to give, through the own forward's argument and plain torch."""
+    module: Any = block.attention
+    x = x + Attention.forward(module, x, mask, temper=module.adapters.default.temper)
+    up = block.mlp.up(x)
+    return x + block.mlp.down(up * torch.sigmoid(1.702 * up))
+
+
+def test_every_kind_of_call_is_edited() -> None:
+    tower = Tower()
+    tempered(apply_rules(tower, RULES, example_inputs=X))
+    long = torch.randn(3, 9, 8)
+    for training in (False, True):
+        tower.train(training)
+        for x, mask in ((X, None), (X, MASK), (long, None), (X, MASK), (X[:1], None)):
+            expected = x
+            for block in tower.blocks:
+                expected = plainly(block, expected, mask)  # type: ignore[arg-type]
+            torch.testing.assert_close(tower(x, mask), expected, rtol=1e-5, atol=1e-6)
+    tower(X).sum().backward()
+    assert all(p.grad is not None for name, p in tower.named_parameters() if "adapters" in name)
+
+
+def test_everything_comes_back() -> None:
+    assert_reversible(Tower(), RULES, example_inputs=X)
+
+
+def test_beside_other_rules_in_any_order() -> None:
+    tower = Tower().eval()
+    before, snapshot = tower(X), Snapshot(tower)
+    apply_rules(tower, [LoraRule(["qkv", "up"], rank=2), TemperRule(Attention)], adapter="a", example_inputs=X)
+    apply_rules(tower, [TemperRule(Attention), SwishRule(Mlp)], adapter="b", example_inputs=X)
+    with torch.no_grad():
+        for name, parameter in tower.named_parameters():
+            if name.endswith("temper"):
+                parameter.fill_(1.5 if ".a." in name else 0.5)
+    attention: Any = head(tower).attention
+    twice = Attention.forward(attention, X, temper=0.75)
+    torch.testing.assert_close(attention(X), twice, rtol=1e-5, atol=1e-6)
+    with pytest.raises(SurgeryError, match="closed form|merged"):
+        merge(tower)
+    remove(tower, "a")
+    once = Attention.forward(attention, X, temper=0.5)
+    torch.testing.assert_close(attention(X), once, rtol=1e-5, atol=1e-6)
+    remove(tower)
+    assert snapshot.differences(tower) == [] and torch.equal(tower(X), before)
+
+
+def test_alike_modules_share_one_trace(monkeypatch: pytest.MonkeyPatch) -> None:
+    held = surgery.held
+    seen: list[str] = []
+    real = held.traced
+
+    def counted(module: nn.Module, *args: Any) -> Any:
+        seen.append(type(module).__name__)
+        return real(module, *args)
+
+    monkeypatch.setattr(held, "traced", counted)
+    held._known.clear()
+    tower = Tower(32)
+    apply_rules(tower, TemperRule(Attention), example_inputs=X)
+    assert seen == ["Attention"]  # by the plan; the check of the rewritten model uses it, too
+    tower.eval()(X)
+    tower(X, MASK)
+    assert len(seen) == 3  # with gradients; with a mask
+    sites: list[Any] = [block.attention.__dict__["_surgery_site"] for block in tower.blocks]
+    assert len({id(form.run) for site in sites for forms in site.variants.values() for form in forms}) <= 3
+
+
+def test_copies_and_pickles_go_on() -> None:
+    tower = tempered(apply_rules(Tower(), RULES, example_inputs=X)).eval()
+    expected = tower(X)
+    stored = io.BytesIO()
+    torch.save(tower, stored)
+    stored.seek(0)
+    for other in (copy.deepcopy(tower), torch.load(stored, weights_only=False)):
+        assert torch.equal(other(X), expected) and torch.equal(other(X, MASK), tower(X, MASK))
+        assert summary(other).rows == summary(tower).rows
+        remove(other)
+        assert not any("adapters" in name for name in other.state_dict())
+
+
+def test_dtypes_autocast_and_inference_mode() -> None:
+    tower = tempered(apply_rules(Tower(), RULES, example_inputs=X)).eval()
+    with torch.inference_mode():
+        first = tower(X, MASK)
+    torch.testing.assert_close(first, tower(X, MASK))
+    with torch.autocast("cpu", torch.bfloat16):
+        torch.testing.assert_close(tower(X).float(), tower.float()(X).float(), rtol=0.1, atol=0.1)
+    double = copy.deepcopy(tower).double()
+    torch.testing.assert_close(double(X.double()).float(), tower(X), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_gradient_checkpointing_may_meet_a_new_kind_of_call(reentrant: bool) -> None:
+    from torch.utils.checkpoint import checkpoint
+
+    tower = tempered(apply_rules(Tower(drop=0.2), RULES, example_inputs=X)).train()
+    x = X.clone().requires_grad_()
+    torch.manual_seed(0)
+    out = checkpoint(head(tower), x, MASK, use_reentrant=reentrant)
+    out.sum().backward()
+    found = head(tower).attention.adapters.default.temper.grad.clone()
+    tower.zero_grad()
+    torch.manual_seed(0)
+    again = head(tower)(X, MASK)
+    again.sum().backward()
+    assert torch.equal(out, again)
+    torch.testing.assert_close(found, head(tower).attention.adapters.default.temper.grad)
+
+
+def test_a_new_kind_of_call_leaves_no_trace() -> None:
+    tower = apply_rules(Tower(drop=0.5), RULES, example_inputs=X).train()
+    torch.manual_seed(3)
+    first = tower(X, MASK)
+    state = torch.get_rng_state()
+    torch.manual_seed(3)
+    assert torch.equal(tower(X, MASK), first) and torch.equal(torch.get_rng_state(), state)
+    cache = Cache()
+    head(tower).attention(X, None, cache)
+    assert cache.calls == 1  # what is written to an argument is written once
+
+
+def test_compile_and_export() -> None:
+    tower = tempered(apply_rules(Tower(), RULES, example_inputs=X)).eval()
+    expected = tower(X)
+    compiled = torch.compile(tower, fullgraph=True, backend="eager")
+    assert torch.equal(compiled(X), expected)
+    dims = ({0: torch.export.Dim("batch"), 1: torch.export.Dim("length", max=6)}, None)
+    program = torch.export.export(tower, (X, None), dynamic_shapes=dims, strict=True)
+    x = torch.randn(3, 4, 8)
+    torch.testing.assert_close(program.module()(x, None), tower(x))
+    surgery.held._known.clear()  # other tests may have met this kind of call
+    with pytest.raises(Exception, match="new kind of call"):
+        torch.export.export(tower, (X, MASK))
+
+
+def test_threads_may_meet_a_kind_of_call_at_once() -> None:
+    tower = tempered(apply_rules(Tower(), RULES, example_inputs=X)).eval()
+    inputs = [torch.randn(2, n, 8) for n in (3, 4, 5, 8)]
+    found: dict[int, Tensor] = {}
+
+    def work(index: int) -> None:
+        with torch.no_grad():
+            found[index] = tower(inputs[index])
+
+    threads = [threading.Thread(target=work, args=(index,)) for index in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for index, x in enumerate(inputs):
+        torch.testing.assert_close(found[index], tower(x))
+
+
+def test_a_graph_module_of_the_user() -> None:
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.up, self.down = nn.Linear(8, 16), nn.Linear(16, 8)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.down(F.gelu(self.up(x)))
+
+    model = fx.symbolic_trace(Net())
+    before = model(X)
+    apply_rules(model, [SwishRule(""), LoraRule("up", rank=2)], example_inputs=X)
+    up = model.get_submodule("up")(X)
+    torch.testing.assert_close(model(X), model.get_submodule("down")(up * torch.sigmoid(1.702 * up)))
+    remove(model)
+    assert torch.equal(model(X), before)
+
+
+def test_show_and_draw_tell_what_runs() -> None:
+    tower = apply_rules(Tower(), RULES, example_inputs=X)
+    code = show(tower, "blocks.0.attention")
+    assert "softmax" in code and "# TemperRule [default]" in code and "masked_fill" not in code
+    tower(X, MASK)
+    assert "masked_fill" in show(tower, "blocks.0.attention")
+    assert "temper" in draw(tower, "blocks.0.attention")
+
+
+# Refusals -----------------------------------------------------------------------------------------------------
+
+
+def test_an_example_is_asked_for() -> None:
+    tower = Tower()
+    snapshot = Snapshot(tower)
+    with pytest.raises(PlanError, match="needs example_inputs"):
+        apply_rules(tower, TemperRule(Attention))
+    with pytest.raises(PlanError, match="nothing to do"):
+        apply_rules(tower, TemperRule(Mlp), example_inputs=X)
+    assert snapshot.differences(tower) == []
+
+
+def test_what_can_t_be_a_graph_is_refused() -> None:
+    class Picky(Attention):
+        def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+            return super().forward(x if x.sum() > 0 else -x)
+
+    model = nn.Sequential(Picky())
+    with pytest.raises(PlanError, match="content of a tensor"):
+        apply_rules(model, TemperRule("0"), example_inputs=X)
+
+
+def test_a_call_without_what_the_rule_edits_is_an_error() -> None:
+    class Sometimes(Mlp):
+        def forward(self, x: Tensor, scale: float = 1.0, linear: bool = False) -> Tensor:
+            return self.down(self.up(x)) if linear else super().forward(x, scale)
+
+    model = Sometimes()
+    apply_rules(model, SwishRule(Sometimes), example_inputs=X)
+    model(X, 2.0)
+    with pytest.raises(SiteError, match="does not find in this call|changes nothing"):
+        model(X, linear=True)
+
+
+def test_too_many_ways_to_decide_are_an_error() -> None:
+    class Rolling(Mlp):
+        def forward(self, x: Tensor, scale: float = 1.0) -> Tensor:
+            for _ in range(x.shape[1]):
+                x = F.gelu(x)
+            return x
+
+    model = Rolling()
+    apply_rules(model, SwishOnceRule(Rolling), example_inputs=X)
+    with pytest.raises(TraceError, match="more than 32 ways"):
+        for length in range(1, 40):
+            model(torch.randn(1, length, 8))
+
+
+@rule("test-swish-once")
+class SwishOnceRule(Rule):
+    def rewrite(self, site: Any) -> Any:
+        gelu = site.find(GELU)[0]
+        site.replace(gelu.root, gelu.root * site.param("scale", (1,), 1.0))
+
+
+def test_a_late_decision_is_told() -> None:
+    class Late(Mlp):
+        def forward(self, x: Tensor, cache: Any = None) -> Tensor:
+            kept = cache.add(F.gelu(x))
+            return kept + 1.0 if kept.shape[1] > 6 else kept
+
+    model = Late()
+    apply_rules(model, SwishOnceRule(Late), example_inputs=(X, Cache()))
+    cache = Cache()
+    model(X, cache)
+    with pytest.raises(TraceError, match="when it has written"):
+        model(X, cache)

@@ -1,0 +1,370 @@
+"""PrefixRule on attention that a forward writes out: each way to write it, beside plain arithmetic."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from rules import LoraRule, PrefixRule
+from surgery import PlanError, apply_rules, remove
+from surgery.testing import Snapshot, assert_reversible
+
+CLOSE: dict[str, Any] = {"rtol": 1e-5, "atol": 2e-6}
+WIDTH, HEADS, SIZE = 12, 3, 4
+
+
+class Base(nn.Module):
+    """Self-attention; how the three become a context is each subclass's own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.q, self.k, self.v = nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, WIDTH)
+        self.out, self.drop = nn.Linear(WIDTH, WIDTH), nn.Dropout(0.0)
+
+    def heads(self, x: Tensor) -> Tensor:
+        return x.view(x.shape[0], -1, HEADS, SIZE).transpose(1, 2)
+
+
+def merged(context: Tensor) -> Tensor:
+    return context.transpose(1, 2).reshape(context.shape[0], -1, WIDTH)
+
+
+class Plain(Base):
+    def forward(self, x: Tensor, mask: Tensor | None = None, other: Tensor | None = None) -> Any:
+        q, k, v = self.heads(self.q(x)), self.heads(self.k(x if other is None else other)), self.heads(self.v(x))
+        scores = q @ k.mT / SIZE**0.5
+        if mask is not None:
+            scores = scores + mask
+        weights = F.softmax(scores, dim=-1, dtype=torch.float32).to(q.dtype)
+        return self.out(merged(self.drop(weights) @ v)), weights
+
+
+class ScaledQueries(Base):
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        q, k, v = self.heads(self.q(x)) / SIZE**0.5, self.heads(self.k(x)), self.heads(self.v(x))
+        scores = torch.matmul(q, k.transpose(-1, -2))
+        if mask is not None:
+            scores = torch.max(scores + mask, torch.tensor(torch.finfo(scores.dtype).min))
+        return self.out(merged(F.dropout(nn.Softmax(dim=-1)(scores), 0.0, self.training) @ v))
+
+
+class Flat(Base):
+    """Batch and heads in one dimension, as fairseq has them."""
+
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        b, n, _ = x.shape
+        q, k, v = (self.heads(part(x)).reshape(b * HEADS, n, SIZE) for part in (self.q, self.k, self.v))
+        scores = torch.bmm(q * SIZE**-0.5, k.transpose(1, 2))
+        if mask is not None:
+            scores = (scores.view(b, HEADS, n, n) + mask).view(b * HEADS, n, n)
+        context = torch.bmm(self.drop(torch.softmax(scores, -1)), v)
+        return self.out(merged(context.view(b, HEADS, n, SIZE)))
+
+
+class Biased(Base):
+    """One product with the bias, the scale and the scores in it, as Bloom has it."""
+
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        b, n, _ = x.shape
+        q, k, v = (self.heads(part(x)).reshape(b * HEADS, n, SIZE) for part in (self.q, self.k, self.v))
+        bias = torch.zeros(b * HEADS, 1, n)
+        scores = bias.baddbmm(batch1=q, batch2=k.transpose(1, 2), beta=1.0, alpha=SIZE**-0.5).view(b, HEADS, n, n)
+        if mask is not None:
+            scores = scores.masked_fill(mask < 0, torch.finfo(scores.dtype).min)
+        weights = scores.softmax(dim=-1).view(b * HEADS, n, n)
+        return self.out(merged(torch.bmm(weights, v).view(b, HEADS, n, SIZE)))
+
+
+class Called(Base):
+    def forward(self, x: Tensor, mask: Tensor | None = None, causal: bool = False) -> Tensor:
+        q, k, v = self.heads(self.q(x)), self.heads(self.k(x)), self.heads(self.v(x))
+        return self.out(merged(F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal)))
+
+
+def expected(model: Base, x: Tensor, mask: Tensor | None = None) -> Tensor:
+    """softmax(q [Pk; k]ᵀ / √d + [0 | mask]) [Pv; v]."""
+    held: Any = model.get_submodule("adapters.default")
+    q, k, v = (model.heads(part(x)) for part in (model.q, model.k, model.v))
+    unit = SIZE**0.5 if isinstance(model, ScaledQueries) else 1.0
+    scale = 1.0 if isinstance(model, ScaledQueries) else SIZE**-0.5
+    key, value = (tensor.expand(x.shape[0], -1, -1, -1) for tensor in (held.key, held.value))
+    wide = torch.zeros(1, 1, x.shape[1], key.shape[-2] + x.shape[1])
+    if mask is not None:
+        wide[..., key.shape[-2] :] = mask
+    scores = torch.cat([q / unit @ key.mT * scale, q @ k.mT / SIZE**0.5], -1) + wide
+    return model.out(merged(scores.softmax(-1) @ torch.cat([value, v], -2)))
+
+
+def first(output: Any) -> Tensor:
+    return output[0] if isinstance(output, tuple) else output
+
+
+FORMS = [Plain, ScaledQueries, Flat, Biased, Called]
+X = torch.randn(2, 5, WIDTH)
+CAUSAL = torch.full((5, 5), -1e9).triu(1)
+
+
+def stirred(model: nn.Module) -> nn.Module:
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "adapters" in name:
+                parameter.copy_(torch.randn(parameter.shape, generator=generator))
+    return model
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_it_is_attention_with_more_keys(form: type[Base]) -> None:
+    model = form()
+    before = first(model(X))
+    stirred(apply_rules(model, PrefixRule(length=3), example_inputs=X))
+    assert model.adapters.default.key.shape == (HEADS, 3, SIZE)  # type: ignore[union-attr]
+    for training in (True, False):
+        model.train(training)
+        for x, mask in ((X, None), (X, CAUSAL), (torch.randn(4, 7, WIDTH), None)):
+            torch.testing.assert_close(first(model(x, mask)), expected(model, x, mask), **CLOSE)
+    first(model(X)).sum().backward()
+    assert all(parameter.grad is not None for name, parameter in model.named_parameters() if "adapters" in name)
+    remove(model)
+    assert torch.equal(first(model(X)), before)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_removal_is_exact(form: type[Base]) -> None:
+    assert_reversible(form(), [PrefixRule(length=2), LoraRule("v", rank=2)], example_inputs=X)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_prefixes_stack_and_leave_in_any_order(form: type[Base]) -> None:
+    model = form().eval()
+    before, snapshot = first(model(X)), Snapshot(model)
+    apply_rules(model, PrefixRule(length=3), adapter="default", example_inputs=X)
+    apply_rules(model, PrefixRule(length=2), adapter="b", example_inputs=X)
+    stirred(model)
+    both = first(model(X, CAUSAL))
+    joined = form().eval()
+    joined.load_state_dict(model.state_dict(), strict=False)
+    apply_rules(joined, PrefixRule(length=5), example_inputs=X)
+    held: Any = model.adapters
+    with torch.no_grad():
+        for name in ("key", "value"):
+            tensors = [getattr(held.default, name), getattr(held.b, name)]
+            getattr(joined.adapters.default, name).copy_(torch.cat(tensors, -2))  # type: ignore[union-attr]
+    torch.testing.assert_close(both, first(joined(X, CAUSAL)), **CLOSE)
+    remove(model, "b")
+    torch.testing.assert_close(first(model(X, CAUSAL)), expected(model, X, CAUSAL), **CLOSE)
+    remove(model)
+    assert snapshot.differences(model) == [] and torch.equal(first(model(X)), before)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_a_gate_has_a_softmax_of_its_own(form: type[Base]) -> None:
+    model = form().eval()
+    before = first(model(X, CAUSAL))
+    apply_rules(model, PrefixRule(length=3, gate=True), example_inputs=X)
+    assert torch.equal(first(model(X, CAUSAL)), before)
+    stirred(model)
+    held: Any = model.adapters.default  # type: ignore[union-attr]
+    q = model.heads(model.q(X)) / SIZE**0.5
+    beside = (q @ held.key.mT).softmax(-1) @ held.value * held.gate.tanh().view(-1, 1, 1)
+    added = F.linear(merged(beside), model.out.weight)
+    torch.testing.assert_close(first(model(X, CAUSAL)), before + added, **CLOSE)
+
+
+def test_a_causal_call_of_torch_s_own_function() -> None:
+    model = stirred(apply_rules(Called(), PrefixRule(length=3), example_inputs=X)).eval()
+    torch.testing.assert_close(model(X, causal=True), expected(model, X, CAUSAL), **CLOSE)  # type: ignore[arg-type]
+
+
+def test_weights_that_are_returned_are_those_of_the_text() -> None:
+    model = stirred(apply_rules(Plain(), PrefixRule(length=3), example_inputs=X)).eval()
+    weights = model(X)[1]
+    assert weights.shape == (2, HEADS, 5, 5) and bool((weights.sum(-1) < 1).all())
+
+
+def test_cross_attention_is_passed_over_unless_named() -> None:
+    class Cross(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.attention = Plain()
+
+        def forward(self, x: Tensor, y: Tensor) -> Tensor:
+            return self.attention(x, None, y)[0]
+
+    class Both(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.mine, self.theirs = Plain(), Cross()
+
+        def forward(self, x: Tensor, y: Tensor) -> Tensor:
+            return self.theirs(self.mine(x)[0], y)
+
+    class KeysFromOther(Plain):
+        def forward(self, x: Tensor, mask: Tensor | None = None, other: Tensor | None = None) -> Any:
+            assert other is not None
+            q, k, v = self.heads(self.q(x)), self.heads(self.k(other)), self.heads(self.v(other))
+            return (self.out(merged((q @ k.mT).softmax(-1) @ v)),)
+
+    model = Both()
+    model.theirs.attention = KeysFromOther()
+    y = torch.randn(2, 9, WIDTH)
+    apply_rules(model, PrefixRule(length=2), example_inputs=(X, y))
+    assert {name for name, p in model.named_parameters() if p.requires_grad} == {
+        "mine.adapters.default.key",
+        "mine.adapters.default.value",
+    }
+    apply_rules(model, PrefixRule("theirs.attention", length=2), adapter="cross", example_inputs=(X, y))
+    assert hasattr(model.theirs.attention, "adapters")
+
+
+def other_ways() -> dict[str, Callable[[], nn.Module]]:
+    class Einsum(Base):
+        def forward(self, x: Tensor) -> Tensor:
+            q, k, v = self.heads(self.q(x)), self.heads(self.k(x)), self.heads(self.v(x))
+            return self.out(merged(torch.einsum("bhqd,bhkd->bhqk", q, k).softmax(-1) @ v))
+
+    class PerKey(Base):
+        def forward(self, x: Tensor) -> Tensor:
+            q, k, v = self.heads(self.q(x)), self.heads(self.k(x)), self.heads(self.v(x))
+            return self.out(merged((q @ k.mT * torch.ones(x.shape[1])).softmax(-1) @ v))
+
+    class Twice(Base):
+        def forward(self, x: Tensor) -> Tensor:
+            q, k, v = self.heads(self.q(x)), self.heads(self.k(x)), self.heads(self.v(x))
+            return self.out(merged((q @ k.mT).softmax(-1) @ v + (k @ q.mT).softmax(-1) @ v))
+
+    class Interleaved(Base):
+        """Heads before the batch: told apart by no shape, so refused."""
+
+        def forward(self, x: Tensor) -> Tensor:
+            b, n, _ = x.shape
+            q, k, v = (self.heads(p(x)).transpose(0, 1).reshape(b * HEADS, n, SIZE) for p in (self.q, self.k, self.v))
+            context = torch.bmm(torch.bmm(q, k.mT).softmax(-1), v).view(HEADS, b, n, SIZE).transpose(0, 1)
+            return self.out(merged(context))
+
+    return {"einsum": Einsum, "a factor for each key": PerKey, "two": Twice, "heads first": Interleaved}
+
+
+@pytest.mark.parametrize("name", other_ways())
+def test_other_forms_are_refused(name: str) -> None:
+    model = other_ways()[name]()
+    snapshot = Snapshot(model)
+    with pytest.raises(PlanError, match="finds no attention that it can extend"):
+        apply_rules(model, PrefixRule(length=2), example_inputs=X)
+    assert snapshot.differences(model) == []
+
+
+# transformers -------------------------------------------------------------------------------------------------
+
+transformers = pytest.importorskip("transformers")
+IDS = torch.tensor([[5, 3, 9, 2, 7, 1], [4, 8, 6, 2, 1, 3]])
+PADDED = torch.tensor([[0, 0, 1, 1, 1, 1], [1, 1, 1, 1, 1, 1]])
+
+
+def deberta() -> Any:
+    config = transformers.DebertaV2Config(
+        vocab_size=20, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=32,
+        relative_attention=True, pos_att_type=["c2p", "p2c"], position_buckets=8, initializer_range=0.3,
+    )  # fmt: skip
+    return transformers.DebertaV2Model(config)
+
+
+def gptj() -> Any:
+    config = transformers.GPTJConfig(vocab_size=20, n_embd=32, n_layer=2, n_head=4, rotary_dim=4, initializer_range=0.3)
+    return transformers.GPTJForCausalLM(config)
+
+
+def bloom() -> Any:
+    config = transformers.BloomConfig(vocab_size=20, hidden_size=32, n_layer=2, n_head=4, initializer_range=0.3)
+    return transformers.BloomForCausalLM(config)
+
+
+def falcon() -> Any:
+    config = transformers.FalconConfig(vocab_size=20, hidden_size=32, num_hidden_layers=2, num_attention_heads=4)
+    return transformers.FalconForCausalLM(config)
+
+
+def xglm() -> Any:
+    config = transformers.XGLMConfig(vocab_size=20, d_model=32, num_layers=2, attention_heads=4, ffn_dim=32)
+    return transformers.XGLMForCausalLM(config)
+
+
+MODELS: dict[str, Callable[[], Any]] = {"gptj": gptj, "bloom": bloom, "falcon": falcon, "xglm": xglm}
+
+
+def test_deberta_beside_its_own_forward_with_a_wider_softmax(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = deberta().eval()
+    stirred(apply_rules(model, PrefixRule("layer.0.attention.self", length=3), example_inputs={"input_ids": IDS}))
+    site: Any = model.encoder.layer[0].attention.self
+    given: dict[str, Any] = {"input_ids": IDS, "attention_mask": PADDED}
+    found = model(**given).last_hidden_state
+
+    held, real, seen = site.adapters.default, F.softmax, {}
+    site.query_proj.register_forward_hook(lambda module, args, output: seen.update(query=output))
+
+    def wider(scores: Tensor, dim: int = -1, **kwargs: Any) -> Tensor:
+        if "query" not in seen:
+            return real(scores, dim, **kwargs)
+        query = seen.pop("query").view(2, 6, 4, 8).transpose(1, 2)
+        weights = real(torch.cat([query @ held.key.mT, scores.view(2, 4, 6, 6)], -1), -1)
+        seen["added"] = (weights[..., :3] @ held.value).transpose(1, 2).reshape(2, 6, 32)
+        return weights[..., 3:].reshape(scores.shape)
+
+    class Untouched(type(site)._surgery_base):  # type: ignore[misc]
+        def forward(self, *args: Any, **kwargs: Any) -> Any:
+            context, *rest = super().forward(*args, **kwargs)
+            return (context + seen.pop("added"), *rest)
+
+    site.__class__ = Untouched
+    monkeypatch.setattr(torch.nn.functional, "softmax", wider)
+    torch.testing.assert_close(model(**given).last_hidden_state, found, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_generating_with_and_without_a_cache(name: str) -> None:
+    model = MODELS[name]().eval()
+    before = model(IDS).logits
+    stirred(apply_rules(model, PrefixRule(length=3), example_inputs={"input_ids": IDS}))
+    given: dict[str, Any] = {"attention_mask": PADDED, "max_new_tokens": 6, "pad_token_id": 0, "do_sample": False}
+    with_cache = model.generate(IDS, use_cache=True, **given)
+    assert torch.equal(with_cache, model.generate(IDS, use_cache=False, **given))
+    beams = model.generate(IDS, use_cache=True, num_beams=3, **given)
+    assert torch.equal(beams, model.generate(IDS, use_cache=False, num_beams=3, **given))
+    remove(model)
+    assert torch.equal(model(IDS).logits, before)
+
+
+@pytest.mark.parametrize("make", [deberta, gptj, bloom])
+def test_gradient_checkpointing_reaches_every_tensor(make: Callable[[], Any]) -> None:
+    model = make()
+    apply_rules(
+        model,
+        [PrefixRule(length=3), LoraRule("re:.*(query|key|value|q_proj|v_proj).*", rank=2)],
+        example_inputs={"input_ids": IDS},
+    )
+    stirred(model).train()
+    model.config.use_cache = False
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+
+    def gradients() -> dict[str, Tensor]:
+        model.zero_grad()
+        model(input_ids=IDS, attention_mask=PADDED)[0].square().mean().backward()
+        return {name: p.grad.clone() for name, p in model.named_parameters() if p.requires_grad}
+
+    plainly = gradients()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    again = gradients()
+    for name, gradient in plainly.items():
+        torch.testing.assert_close(again[name], gradient, rtol=1e-4, atol=1e-6, msg=name)
+    assert math.isfinite(sum(float(gradient.sum()) for gradient in plainly.values()))
