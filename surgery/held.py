@@ -14,12 +14,13 @@ import torch
 from torch import Tensor, fx, nn
 
 from surgery.errors import TraceError
-from surgery.guards import check_call, check_settings, context, differs, require, same_settings, structure_of
+from surgery.guards import check_call, check_settings, differs, require, same_settings
 from surgery.guided import traced
+from surgery.kinds import kind_of_call
 from surgery.trace import Own
 from surgery.view import view
 
-__all__ = ["Held", "Otherwise", "hold", "held_forwards", "kind_of_call", "new_held", "plain"]
+__all__ = ["Held", "Otherwise", "hold", "held_forwards", "new_held", "plain"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -58,11 +59,6 @@ def hold(module: nn.Module, own: Own, args: tuple, kwargs: dict[str, Any]) -> Ow
         if found.fits(module) and same_settings(module, found.numbers):
             return replace(own, tapes=None, held=found.graph)
     return replace(own, tapes=None, held=new_held(module, own, given, kind).graph)
-
-
-def kind_of_call(module: nn.Module, given: tuple) -> tuple:
-    """What a graph is for: the module's mode, autocast, gradients, which arguments are None, their ranks and dtypes."""
-    return (module.training, *context(True), *[structure_of(value) for value in given])
 
 
 def held_forwards(module: nn.Module, own: Own, kind: tuple) -> list[Held]:

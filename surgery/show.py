@@ -109,7 +109,7 @@ def show(model: nn.Module, path: str = "") -> str:
     recipe = vars(type(module)).get("_surgery_recipe")
     if recipe is None:
         raise MatchError("no rule is live here", where=path, why=f"{type(module).__name__} runs its own forward")
-    sources = [recipe.source, *(variant.source for kind in state.variants.values() for variant in kind)]
+    sources = [recipe.source, *(variant.source for variant in reversed(state.variants))]
     return f"# {path or '(the model itself)'}: {recipe.label}\n" + "\n\n".join(map(str.rstrip, sources))
 
 

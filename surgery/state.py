@@ -89,10 +89,10 @@ class SiteState:
     base: type[nn.Module]
     applied: list[Applied] = field(default_factory=list)
     merged: Merged | None = None
-    variants: dict[Any, list[Any]] = field(default_factory=dict, compare=False, repr=False)
+    variants: list[Any] = field(default_factory=list, compare=False, repr=False)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "variants": {}}
+        return {**self.__dict__, "variants": []}
 
 
 @dataclass

@@ -16,8 +16,9 @@ from weakref import WeakValueDictionary
 from torch import fx, nn
 
 from surgery.errors import SiteError, TraceError
-from surgery.held import Held, Otherwise, held_forwards, kind_of_call, new_held
+from surgery.held import Held, Otherwise, held_forwards, new_held
 from surgery.install import Recipe, body_of, class_of, signature_source, told
+from surgery.kinds import kind_of_call, test_of_kind
 from surgery.recording import PassedOver, layer_of, recorded
 from surgery.state import Applied, SiteState
 from surgery.trace import Own, own_forward, signature_of
@@ -30,8 +31,10 @@ LIMIT = 32  # forms of one site for calls of one kind, which decide otherwise on
 
 @dataclass(frozen=True, eq=False)
 class Variant:
-    """A forward for calls of one kind: `run(module, kept, …)`."""
+    """A forward for calls of one kind, told by `fits(module, …)`: `run(module, kept, …)`."""
 
+    kind: tuple
+    fits: Callable[..., bool]
     held: Held
     run: Callable[..., Any]
     kept: Mapping[str, Any]
@@ -59,42 +62,42 @@ def varied_class(base: type[nn.Module], live: Sequence[Applied]) -> type[nn.Modu
 def varied(module: nn.Module, given: tuple) -> Any:
     """The rewritten forward of a site, for this call."""
     state: SiteState = module.__dict__["_surgery_site"]
-    kind = kind_of_call(module, given)
-    for variant in state.variants.get(kind, ()):
-        if variant.held.fits(module):
+    for variant in state.variants:
+        if variant.fits(module, *given):
             try:
                 return variant.run(module, variant.kept, *given)
             except Otherwise as other:
                 _check_early(other, module)
-    return _anew(module, state, kind, given)
+    return _anew(module, state, given)
 
 
-def _anew(module: nn.Module, state: SiteState, kind: tuple, given: tuple) -> Any:
+def _anew(module: nn.Module, state: SiteState, given: tuple) -> Any:
     """Make a variant of a graph that modules like this one have already, or of a new one."""
-    own = own_forward(module, state.base)
-    mine = state.variants.setdefault(kind, [])
+    own, kind = own_forward(module, state.base), kind_of_call(module, given)
+    known = [variant.held for variant in state.variants if variant.kind == kind]
     for held in list(held_forwards(module, own, kind)):
-        if held.fits(module) and all(variant.held is not held for variant in mine):
-            variant = _variant(module, state, own, held)
+        if held.fits(module) and not any(held is other for other in known):
             try:
-                found = variant.run(module, variant.kept, *given)
+                return _run_anew(module, state, own, held, kind, given)
             except Otherwise as other:
                 _check_early(other, module)
-                continue
-            mine.insert(0, variant)
-            return found
-    if len(mine) >= LIMIT:
+    if len(known) >= LIMIT:
         raise TraceError(
             f"{own.base.__name__}.forward decides on sizes in more than {LIMIT} ways",
             why="rules look into it, and each way has a graph of its own",
             fix="call it with fewer different sizes (pad to a multiple)",
         )
-    variant = _variant(module, state, own, new_held(module, own, given, kind))
-    mine.insert(0, variant)
     try:
-        return variant.run(module, variant.kept, *given)
+        return _run_anew(module, state, own, new_held(module, own, given, kind), kind, given)
     except Otherwise as other:  # the graph is of this very call
         raise TraceError(f"{own.base.__name__}.forward decides by something that changes", where=other.where) from other
+
+
+def _run_anew(module: nn.Module, state: SiteState, own: Own, held: Held, kind: tuple, given: tuple) -> Any:
+    variant = _variant(module, state, own, held, kind, given)
+    found = variant.run(module, variant.kept, *given)
+    state.variants.insert(0, variant)
+    return found
 
 
 def _check_early(other: Otherwise, module: nn.Module) -> None:
@@ -107,19 +110,21 @@ def _check_early(other: Otherwise, module: nn.Module) -> None:
         ) from other
 
 
-def _variant(module: nn.Module, state: SiteState, own: Own, held: Held) -> Variant:
+def _variant(module: nn.Module, state: SiteState, own: Own, held: Held, kind: tuple, given: tuple) -> Variant:
     own = replace(own, tapes=None, held=held.graph)
     merged = state.merged.adapters if state.merged is not None else ()
     layers = [layer_at(applied, module, state, own) for applied in state.applied if applied.adapter not in merged]
     graph, around = woven_held(own, layers)
     run, source = _function(graph, f"{own.base.__name__} + " + ", ".join(f"{x.label} [{x.adapter}]" for x in layers))
-    return Variant(held, run, {**held.kept, **around}, source)
+    fits = test_of_kind(module, given, held.settings)
+    return Variant(kind, fits, held, run, {**held.kept, **around}, source)
 
 
 def held_own(module: nn.Module, state: SiteState) -> Own | None:
     """The forward of such a site as it is held for the kind of call met last, or None before any call."""
-    graphs = [variant.held.graph for kind in state.variants.values() for variant in kind]
-    return replace(own_forward(module, state.base), tapes=None, held=graphs[-1]) if graphs else None
+    if not state.variants:
+        return None
+    return replace(own_forward(module, state.base), tapes=None, held=state.variants[0].held.graph)
 
 
 def layer_at(applied: Applied, module: nn.Module, state: SiteState, own: Own) -> Layer:
