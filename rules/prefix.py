@@ -31,15 +31,17 @@ class PrefixRule(Rule):
     >>> model.layers[0].self_attn.adapters.default.key.shape
     torch.Size([2, 5, 4])
 
-    Goes on attention modules that take their attention function from a registry, as transformers' do (sdpa, eager);
-    without targets, on every self-attention: where the keys come from the same input as the queries. Cross-attentions
-    are named in `targets`. Needs `example_inputs`: a call shows the keys' shape.
+    Goes on attention modules that take their attention function from a registry, as transformers' do (sdpa, eager),
+    that call scaled_dot_product_attention, or that write softmax(q kᵀ) v out; without targets, on every self-attention:
+    where the keys come from the same input as the queries. Cross-attentions are named in `targets`. Needs
+    `example_inputs`: a call shows the keys' shape.
 
     Fields: `length` (PEFT's num_virtual_tokens); `init` "random" (normal, deviation 0.02) or "zero"; `gate`: the prefix
     has a softmax of its own, and what it gives is added times tanh of one trained number a head, zero at the start
     (LLaMA-Adapter; PEFT's AdaptionPromptConfig). Tensors: `key`, `value` (key heads, length, size), `gate` (heads).
 
     The mask is widened by columns that every query sees; a causal attention without a mask gets its mask written out.
+    Where attention is written out, the prefix's scores stand beside the text's under one softmax.
     Positions stay those of the text: prefixes have none, and a rotation is not applied to them. Caches hold the text
     alone. There is no merged form: a prefix is no change of a weight.
 
