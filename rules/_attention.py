@@ -60,12 +60,14 @@ def _names(kind: type, method: str, seen: set[str]) -> set[str]:
 def written_attention(site: Site) -> Written:
     """The one attention that the site's forward writes out. `SiteError` where it is none, several, or another form."""
     graph = as_digraph(site.graph, site.module)
+    graph.graph["same"] = _same_inputs(site)
+    known = None if (held := site.shape_of("key")) is None else held[0]
     found: list[Written | str] = []
     for node, data in graph.nodes(data=True):
         if data["operation"] == "scaled_dot_product_attention":
             found.append(_called(graph, node))
         if data["operation"] == "softmax" and _over_last(data):
-            found += [_softmaxed(graph, node, way) for way in _ways_to_context(graph, node)]
+            found += [_softmaxed(graph, node, way, known) for way in _ways_to_context(graph, node)]
     if len(found) != 1 or isinstance(found[0], str):
         why = found[0] if len(found) == 1 else f"it computes {len(found) or 'no'} products of a softmax and values"
         raise SiteError(
@@ -87,25 +89,25 @@ def _called(graph: Any, node: fx.Node) -> Written | str:
     shapes = [graph.nodes[operand]["shape"] for operand in (query, key, value)]
     if any(shape is None or len(shape) != 4 for shape in shapes):
         return "its queries, keys and values are not (batch, heads, positions, size)"
-    return Written(node, query, shapes[1][1], (shapes[1][3], shapes[2][3]), shapes[0][1], own=_is_own(graph, key))
+    return Written(
+        node, query, shapes[1][1], (shapes[1][3], shapes[2][3]), shapes[0][1], own=_is_own(graph, query, key)
+    )
 
 
-def _softmaxed(graph: Any, softmax: fx.Node, after: list[fx.Node]) -> Written | str:
+def _softmaxed(graph: Any, softmax: fx.Node, after: list[fx.Node], known: int | None) -> Written | str:
     scores, value = graph.nodes[softmax]["operands"][0], graph.nodes[after[-1]]["operands"][1]
     ways = list(_ways_to_product(graph, scores)) if isinstance(scores, fx.Node) else []
     if len(ways) != 1:
         return f"{len(ways) or 'no'} products of queries and keys lead to the softmax"
-    if any(user is not softmax for user in scores.users):
-        return "what the softmax takes is used elsewhere, too"
     product = graph.nodes[ways[0][0]]
     query, key = product["operands"][1:3] if product["operation"] == "baddbmm" else product["operands"][:2]
     q, k, v = (graph.nodes[node]["shape"] for node in (query, key, value))
     if any(_factor(graph, node)[-1:] not in ((), (1,)) for node in (*ways[0], *after)):
         return "its scores are multiplied by a number for each key"
-    heads = [shape[-3] if len(shape) > 3 else _heads(graph, query, shape[0]) for shape in (q, k)]
-    if len({len(shape) for shape in (q, k, v)}) > 1 or len(q) < 3 or heads[0] is None or heads[1] is None:
+    heads = [shape[-3] if len(shape) > 3 else known or _heads(graph, query, shape[0]) for shape in (q, k)]
+    if len(q) != len(k) or min(len(q), len(v)) < 3 or heads[0] is None or heads[1] is None:
         return "batch and heads can't be told apart (an example of another batch size may help)"
-    sizes, own = (k[-2], v[-1]), _is_own(graph, key)
+    sizes, own = (k[-2], v[-1]), _is_own(graph, query, key)
     return Written(after[-1], query, heads[1], sizes, heads[0], tuple(ways[0]), tuple(after), own)
 
 
@@ -164,12 +166,30 @@ def _heads(graph: Any, query: fx.Node, rows: int) -> int | None:
     return None
 
 
-def _is_own(graph: Any, key: fx.Node) -> bool:
-    """Whether the keys come from the first input that holds activations, as the queries do."""
+def _is_own(graph: Any, query: fx.Node, key: fx.Node) -> bool:
+    """Whether the keys come from an input that the queries come from, or that was given the same."""
     import networkx
 
-    hidden = _hidden(graph)
-    return hidden is not None and networkx.has_path(graph, hidden, key)
+    inputs = [
+        {node.name for node in networkx.ancestors(graph, end) if node.op == "placeholder"} for end in (query, key)
+    ]
+    same = graph.graph["same"]
+    return any(
+        one in inputs[1] or same.get(one, one) in {same.get(other, other) for other in inputs[1]} for one in inputs[0]
+    )
+
+
+def _same_inputs(site: Site) -> dict[str, str]:
+    """Inputs that hold equal activations in the example, each with one name that stands for all of them."""
+    example = site.example
+    if example is None:
+        return {}
+    given = inspect.signature(class_of(site.module).forward).bind(site.module, *example[0], **example[1]).arguments
+    held = {name: value for name, value in given.items() if isinstance(value, Tensor) and value.is_floating_point()}
+    return {
+        name: next(other for other in held if held[other].shape == value.shape and torch.equal(held[other], value))
+        for name, value in held.items()
+    }
 
 
 def _hidden(graph: Any) -> fx.Node | None:
@@ -195,7 +215,7 @@ def extend(site: Site, found: Written, key: Tensor, value: Tensor, gate: Tensor 
     softmax, *rest = found.to_context
     taken = site.at(found.to_scores[-1])
     if gate is None:
-        site.replace(taken, torch.cat([taken, scores], -1))
+        site.replace(taken, torch.cat([taken, scores], -1), only=[site.at(softmax)])
         weights = site.apply(columns_after, site.base(site.at(softmax)), taken, scores)
         site.replace(site.at(softmax), site.apply(columns_before, site.at(softmax), taken))
     else:

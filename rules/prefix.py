@@ -72,24 +72,26 @@ class PrefixRule(Rule):
         return [(path, module)]
 
     def rewrite(self, site: Site) -> Any:
+        if site.unreached and self.targets == EVERYWHERE:
+            return NotImplemented
         if takes_functions(site.module):
             return self._around(site)
         found = written_attention(site)
-        if not found.own and self.targets == EVERYWHERE:
+        if not found.own and self.targets == EVERYWHERE and site.shape_of("key") is None:
             return NotImplemented
         keys, values = ((found.heads, self.length, size) for size in found.sizes)
         key, value, gate = self._tensors(site, keys, values, (found.queries,))
         return extend(site, found, key, value, gate)
 
     def _around(self, site: Site) -> Any:
-        shape, heads = site.shape_of("key"), site.shape_of("gate")
-        if shape is None:
+        shapes: Any = [site.shape_of(name) for name in ("key", "value", "gate")]
+        if shapes[0] is None:
             seen = self._seen(site)
             if seen is None:
                 return NotImplemented
-            query, key = seen
-            shape, heads = (key.shape[1], self.length, key.shape[3]), (query.shape[1],)
-        key, value, gate = self._tensors(site, shape, shape, heads)
+            query, *held = seen
+            shapes = [*((one.shape[1], self.length, one.shape[3]) for one in held), (query.shape[1],)]
+        key, value, gate = self._tensors(site, *shapes)
         return site.around(prefixed, key, value) if gate is None else site.around(gated, key, value, gate)
 
     def _tensors(self, site: Site, key: Any, value: Any, heads: Any) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -97,8 +99,8 @@ class PrefixRule(Rule):
         made = site.param("key", key, init), site.param("value", value, init)
         return (*made, site.param("gate", heads) if self.gate else None)
 
-    def _seen(self, site: Site) -> tuple[Tensor, Tensor] | None:
-        """Queries and keys of the example call, (batch, heads, positions, size); None: pass a cross-attention over."""
+    def _seen(self, site: Site) -> tuple[Tensor, Tensor, Tensor] | None:
+        """Queries, keys, values of the example, (batch, heads, positions, size); None: pass a cross-attention over."""
         example = site.example
         if example is None:
             raise SiteError(
@@ -112,18 +114,26 @@ class PrefixRule(Rule):
             found = site.calls_inside(args, kwargs)
         if not found:
             raise SiteError(f"{self.label} finds no attention in the example call", where=site.path)
-        _, query, key = found[0][1][:3]
+        _, query, key, value = found[0][1][:4]
         own = torch.autograd.grad(key.sum(), hidden, allow_unused=True)[0] is not None
-        return (query, key) if own or self.targets != EVERYWHERE else None
+        return (query, key, value) if own or self.targets != EVERYWHERE else None
 
 
 def _differentiable(args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any], Tensor]:
-    """The same arguments with the first floating-point tensor, the hidden state, as a leaf that gradients go to."""
-    for value in (*args, *kwargs.values()):
-        if isinstance(value, Tensor) and value.is_floating_point():
-            leaf = value.requires_grad_()
-            return args, kwargs, leaf
-    raise SiteError("a PrefixRule needs a module that is called with hidden states")
+    """The same arguments with the first floating-point tensor, the hidden state, as a leaf that gradients go to.
+
+    An argument that holds the same is the same: queries, keys and values may be given one by one.
+    """
+    given = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor) and value.is_floating_point()]
+    if not given:
+        raise SiteError("a PrefixRule needs a module that is called with hidden states")
+    leaf = given[0].requires_grad_()
+
+    def one(value: Any) -> Any:
+        alike = isinstance(value, Tensor) and value.shape == leaf.shape and value.dtype == leaf.dtype
+        return leaf if alike and torch.equal(value, leaf) else value
+
+    return tuple(map(one, args)), {name: one(value) for name, value in kwargs.items()}, leaf
 
 
 def prefixed(before_key: Tensor, before_value: Tensor) -> Callable[..., Any]:

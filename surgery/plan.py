@@ -191,7 +191,8 @@ def _add_step(plan: Plan, rule: Rule, match: Match, read_past: list[Bypass], fas
     state = site_state(module)
     try:
         own = own_forward(module, state.base if state else type(module))
-        made = recorded(rule, module, path, plan.adapter, own, lambda: plan.example_of(module))
+        example = None if plan.example_inputs is None else lambda: plan.example_of(module)
+        made = recorded(rule, module, path, plan.adapter, own, example)
     except SurgeryError as error:
         plan.problems.append(error)
         return

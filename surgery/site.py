@@ -18,7 +18,7 @@ from surgery.hidden import hidden_of, with_hidden
 from surgery.match import RESERVED
 from surgery.registries import takes_functions
 from surgery.structure import Found, Structure
-from surgery.tape import Tape, Value, ref_of
+from surgery.tape import Ref, Tape, Value, ref_of
 from surgery.trace import Own
 from surgery.view import calls_inside, hidden_reference
 
@@ -214,6 +214,12 @@ class Site(_Place):
         """
         if self.own.held is None:
             example = self.example
+            if self.unreached:
+                raise SiteError(
+                    f"{self.label} looks into the forward, which the example call never reaches",
+                    where=self.path,
+                    fix="exclude it, or pass an example that uses it",
+                )
             if example is None:
                 raise SiteError(
                     f"{self.label} looks into the forward, and needs example_inputs",
@@ -300,6 +306,11 @@ class Site(_Place):
         """Copies of the module's own arguments in the example call, (args, kwargs); None without an example."""
         return self._example() if self._example is not None else None
 
+    @property
+    def unreached(self) -> bool:
+        """Whether there is an example call that never reaches this module."""
+        return self._example is not None and self._example() is None
+
     def calls_inside(self, args: tuple, kwargs: Mapping[str, Any]) -> list[tuple[Any, tuple, dict[str, Any]]]:
         """Run the module's own forward; its calls of functions from registries: (function, args, kwargs)."""
         return calls_inside(self.module, args, kwargs)
@@ -365,12 +376,15 @@ class Site(_Place):
         """A tensor of the adapter that is saved with it and not trained, such as a running mean."""
         return self._declare(name, value, 0.0, None, False, buffer=True)
 
-    def replace(self, old: Tensor, new: Any) -> None:
+    def replace(self, old: Tensor, new: Any, *, only: Sequence[Tensor] = ()) -> None:
         """Put `new` in the place of `old` for everything that used it before this rule: a parameter, an input, a value.
+
+        `only`: values inside the forward; then it is replaced as an operand of the operations that make them, and
+        stays what it is for all others.
 
         Raises `SiteError` where the module's forward would not see another value in a parameter's place.
         """
-        self.tape.replace(cast(Value, old), new)
+        self.tape.replace(cast(Value, old), new, tuple([Ref("made", self.node_of(user).name) for user in only]))
         ref = self.tape.steps[-1].args[0]
         if ref.kind == "state":
             self._check_editable(str(ref.key))

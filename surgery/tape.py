@@ -36,7 +36,7 @@ class Ref(NamedTuple):
 class Step(NamedTuple):
     """One edit. kind: "function", "method", "attribute", "module" (a child), "own" (the site's own operation once more:
     args its inputs, kwargs its tensors), "around" (what makes a function around those from registries, or around one
-    operation), or "replace" (args: what is replaced, by what)."""
+    operation), or "replace" (args: what is replaced, by what; kwargs: operations in which alone it is)."""
 
     kind: str
     target: Any
@@ -59,8 +59,8 @@ class Tape:
         self.steps.append(Step(kind, target, self._frozen(args), self._frozen(kwargs) if kwargs else _NOTHING))
         return Value(self, Ref("op", len(self.steps) - 1))
 
-    def replace(self, old: Value, new: Any) -> None:
-        self.steps.append(Step("replace", None, (ref_of(old), self._frozen(new)), ()))
+    def replace(self, old: Value, new: Any, only: tuple[Ref, ...] = ()) -> None:
+        self.steps.append(Step("replace", None, (ref_of(old), self._frozen(new)), only))
 
     def around(self, function: Callable[..., Any], values: tuple, at: Value | None = None) -> None:
         self.steps.append(Step("around", function, self._frozen(values), self._frozen({"at": at})))

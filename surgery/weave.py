@@ -271,13 +271,15 @@ class _Weaver:
             self.now[ref] = new
             return
         old = resolve(ref)
-        for term in earlier:
+        only = [resolve(user) for user in step.kwargs]
+        for term in only or earlier:
             term.args, term.kwargs = _swapped(term.args, old, new), _swapped(term.kwargs, old, new)
         if ref.kind == "state" and self.call is not None:
             itself, tensors, *rest = self.call.args
             self.call.args = (itself, {**tensors, str(ref.key): new}, *rest)
-        output = Ref("output", "")
-        self.now[output] = _swapped(self.now[output], old, new)
+        if not only:
+            output = Ref("output", "")
+            self.now[output] = _swapped(self.now[output], old, new)
         self.now[ref] = new
 
     def _state(self, seen: dict[Ref, Any], path: str) -> Any:
