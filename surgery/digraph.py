@@ -13,7 +13,9 @@ from torch import Tensor, fx, nn
 from surgery.errors import SurgeryError, TraceError
 from surgery.example import arguments, outermost_calls
 from surgery.guards import check_call, check_settings, require
-from surgery.guided import Calls, traced, undone
+from surgery.guided import traced
+from surgery.proof import undone
+from surgery.recorder import Calls
 from surgery.spelling import Held, NodeName, class_of, flat, is_node, spelled
 
 if TYPE_CHECKING:
