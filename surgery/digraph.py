@@ -12,7 +12,7 @@ from torch import Tensor, fx, nn
 
 from surgery.errors import SurgeryError, TraceError
 from surgery.example import arguments, outermost_calls
-from surgery.guards import check_call, check_settings, require
+from surgery.guards import check_call, check_parts, check_settings, require
 from surgery.guided import traced
 from surgery.proof import undone
 from surgery.recorder import Calls
@@ -264,4 +264,4 @@ def _told(error: TraceError) -> str:
     return f"{error.why or error.what}" + (f" ({error.where})" if error.where else "")
 
 
-_LEFT_OUT: frozenset[Callable[..., Any]] = frozenset({check_call, check_settings, require})
+_LEFT_OUT: frozenset[Callable[..., Any]] = frozenset({check_call, check_parts, check_settings, require})

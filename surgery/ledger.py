@@ -18,12 +18,12 @@ import torch
 from torch import Tensor, fx, nn
 
 from surgery.errors import TraceError
-from surgery.guards import require
+from surgery.guards import check_parts, parts_of, require
 from surgery.numbers import Number, Real, plain
-from surgery.standins import Recorded, is_setting, viewing
+from surgery.standins import Recorded, RecordedList, is_setting, viewing
 from surgery.view import view
 
-__all__ = ["Ledger"]
+__all__ = ["Ledger", "line"]
 
 
 class Ledger:
@@ -61,7 +61,7 @@ class Ledger:
             return self.tensor_node(value)
         if kind in (Number, Real):
             return self.number_node(value)
-        if kind is Recorded:
+        if kind in _RECORDED:
             return value._node
         if isinstance(value, nn.Module):
             return self.graph.get_attr(self.path_of(value) or "_surgery_self")
@@ -143,7 +143,7 @@ class Ledger:
             return not self.is_constant(self.tensor_node(value))
         if type(value) in (Number, Real) or depth > 6:
             return False  # numbers are copied as plain ones, with a guard
-        if type(value) is Recorded:
+        if type(value) in _RECORDED:
             return value._settled is None
         items: Any = value.values() if isinstance(value, dict) else value if isinstance(value, (tuple, list)) else ()
         if hasattr(value, "__dict__") and not isinstance(value, (type, types.ModuleType, types.FunctionType)):
@@ -201,6 +201,8 @@ class Ledger:
         kwargs = kwargs or {}
         with self.paused():
             value = function(*self.real(args), **self.real(kwargs))
+        if not isinstance(value, int) and not is_setting(value):
+            raise TraceError("the forward goes through what can't be compared with that of another call")
         op, target = "call_function", function
         if isinstance(function, types.MethodDescriptorType):
             op, target = "call_method", function.__name__
@@ -208,7 +210,12 @@ class Ledger:
         return value
 
     def guard(self, node: fx.Node, value: Any) -> fx.Node:
-        return self.graph.call_function(require, (node, value, _line()))
+        return self.graph.call_function(require, (node, value, line()))
+
+    def guard_parts(self, value: Any, node: fx.Node, deep: bool = False) -> None:
+        with self.paused():
+            parts = parts_of(value, deep)
+        self.graph.call_function(check_parts, (node, parts, line(), deep))
 
     def size(self, tensor: Tensor, dim: int) -> Any:
         return self.number(tensor.shape[dim], _size, (tensor, dim))
@@ -245,9 +252,30 @@ class Ledger:
             return wrapped
         if isinstance(value, nn.Module):
             return self.view_of(value)
-        if is_setting(value):
-            return value
-        return Recorded(self, self.resolve(node), value)
+        return value if is_setting(value) else self.recorded(value, node)
+
+    def recorded(self, value: Any, node: Any, settled: tuple[Any, ...] | None = None) -> Any:
+        """An object as the forward sees it, whose own state is that of the real one."""
+        kind = RecordedList if isinstance(value, list) else Recorded
+        return kind(self, self.resolve(node), value, settled)
+
+    def foreign(self, value: Any, node: fx.Node) -> Any:
+        """What an object of the user's holds or gives. Python may decide on what it is, so that is checked."""
+        compared = is_setting(value) and not isinstance(value, (bool, str, type(None), *_CHANGEABLE))
+        if compared:
+            self.guard(node, value)
+        elif isinstance(value, bool) or not isinstance(value, int):
+            self.guard_parts(value, node)
+        return value if compared else self.part(value, node)
+
+    def part(self, value: Any, node: Any) -> Any:
+        """Lists and dicts stay those of the object: what is written to them and read from them is recorded."""
+        if isinstance(value, _CHANGEABLE):
+            return self.recorded(value, node)
+        if isinstance(value, tuple) and not isinstance(value, torch.Size):
+            items = [self.part(item, self.lazy(node, index)) for index, item in enumerate(value)]
+            return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
+        return self.wrap(value, node)
 
     def lazy(self, node: Any, key: Any) -> Callable[[], fx.Node]:
         return lambda: self.graph.call_function(operator.getitem, (self.resolve(node), key))
@@ -257,7 +285,7 @@ class Ledger:
         kind: Any = type(value)
         if kind in (Number, Real):
             return value.value
-        if kind is Recorded:
+        if kind in _RECORDED:
             return value._real
         if isinstance(value, nn.Module):
             return object.__getattribute__(value, "__dict__").get("_surgery_real", value)
@@ -325,7 +353,7 @@ class Ledger:
         if isinstance(value, (type, types.FunctionType, types.BuiltinFunctionType, types.MethodType)):
             return value
         if id(value) not in self.known:
-            self.register(value, Recorded(self, self.graph.get_attr(target), value, where))
+            self.register(value, self.recorded(value, self.graph.get_attr(target), where))
         return self.known[id(value)][1]
 
     def listed(self, item: Any, target: str, index: int) -> Any:
@@ -345,11 +373,8 @@ class Ledger:
         if settled is not None and isinstance(value, int):
             self.values[node] = value
         if settled is not None and not isinstance(value, (Tensor, int, nn.Module)):
-            return Recorded(self, node, value, settled)
-        if is_setting(value):
-            self.guard(node, value)
-            return value
-        return self.wrap(value, node)
+            return self.recorded(value, node, settled)
+        return self.foreign(value, node)
 
 
 class _Template:
@@ -366,7 +391,7 @@ def _size(tensor: Tensor, dim: int) -> int:
     return tensor.shape[dim]
 
 
-def _line() -> str:
+def line() -> str:
     """The line of the user's code that decides."""
     frame = sys._getframe(1)
     while frame.f_back is not None and frame.f_code.co_filename.startswith(_HERE):
@@ -374,6 +399,8 @@ def _line() -> str:
     return f"{frame.f_code.co_filename}:{frame.f_lineno}"
 
 
+_RECORDED = (Recorded, RecordedList)
+_CHANGEABLE = (list, dict, set)
 _GIVEN = ("placeholder", "get_attr")
 _CONSTANT = (bool, int, float, str, complex, torch.dtype, torch.memory_format, torch.layout, type(...), range)
 _HERE = __file__.rpartition("ledger.py")[0]

@@ -20,7 +20,7 @@ from surgery.guards import check_call, check_settings, context, in_region, struc
 from surgery.ledger import Ledger
 from surgery.proof import refusal
 from surgery.registries import with_leaves
-from surgery.standins import Recorded, is_setting
+from surgery.standins import Recorded, RecordedList, call_object, is_setting
 
 __all__ = ["Calls", "Recorder"]
 
@@ -111,7 +111,7 @@ class Recorder(Ledger, TorchFunctionMode):
             return {key: self.received(item, self.lazy(node, key)) for key, item in value.items()}
         if is_setting(value) or isinstance(value, (int, type, types.FunctionType)):
             return value  # part of the structure that is checked
-        return Recorded(self, self.resolve(node), value)
+        return self.recorded(value, node)
 
     def finished(self) -> fx.GraphModule:
         first = next(node for node in self.graph.nodes if node.op != "placeholder")
@@ -211,8 +211,10 @@ class Recorder(Ledger, TorchFunctionMode):
             raise TraceError("the forward calls an autograd function of its own, whose backward a graph would lose")
         return node
 
-    def made(self, op: str, target: Any, args: tuple, kwargs: dict, run: Callable[..., Any]) -> Any:
-        """One node, run for its value."""
+    def made(
+        self, op: str, target: Any, args: tuple, kwargs: dict, run: Callable[..., Any], foreign: bool = False
+    ) -> Any:
+        """One node, run for its value. `foreign`: an object of the user's gives it."""
         nodes = self.node(args), self.node(kwargs)  # before the real ones: what is handed on is copied here
         given, named = self.real(args), self.real(kwargs)
         with self.paused():
@@ -236,13 +238,32 @@ class Recorder(Ledger, TorchFunctionMode):
             self.guard(self.graph.call_function(len, (node,)), len(value))
         if op == "call_module" or target in _DRAWS or any(n in self.activations for n in node.all_input_nodes):
             self.activations.add(node)
+        if foreign:
+            return self.foreign(value, node)
+        if type(value) is bool:
+            self.guard(node, value)
+        elif op == "call_module" and not isinstance(value, Tensor):
+            self.guard_parts(value, node, deep=True)
         return self.wrap(value, node)
 
     def call_function(self, function: Any, args: tuple, kwargs: dict) -> Any:
         return self.made("call_function", function, args, kwargs, function)
 
+    def call_object(self, owner: Recorded | RecordedList, args: tuple, kwargs: dict) -> Any:
+        return self.made("call_function", call_object, (owner, *args), kwargs, call_object, foreign=True)
+
     def effect(self, function: Any, args: tuple) -> None:
+        """Something that is done to a tensor or an object."""
+        if type(args[0]) in (Recorded, RecordedList):
+            self.check_writable(args[0])
         self.made("call_function", function, args, {}, function)
+
+    def check_writable(self, owner: Recorded | RecordedList) -> None:
+        if owner._settled is not None:
+            raise TraceError(
+                f"the forward changes {'.'.join(map(str, owner._settled))} of the module",
+                why="a graph holds what is computed, not what is remembered between calls",
+            )
 
     def call_module(self, child: nn.Module, args: tuple, kwargs: dict) -> Any:
         path = self.path_of(child)
@@ -264,15 +285,17 @@ class Recorder(Ledger, TorchFunctionMode):
         if _outside() != self.drawn:
             raise TraceError("the forward draws random numbers outside of torch, which no graph can repeat")
 
-    def call_method(self, owner: Recorded, name: str, /, *args: Any, **kwargs: Any) -> Any:
+    def call_method(self, owner: Recorded | RecordedList, name: str, /, *args: Any, **kwargs: Any) -> Any:
         def run(real: Any, *args: Any, **kwargs: Any) -> Any:
             return getattr(real, name)(*args, **kwargs)
 
+        if name in _CHANGES and isinstance(owner._real, (list, dict, set)):
+            self.check_writable(owner)
         if owner._settled is not None:
             with self.paused():
                 if run(owner._real, *self.real(args), **self.real(kwargs)) is owner._real:
                     return owner  # a config that is asked for the part of it that it is itself
-        return self.made("call_method", name, (owner, *args), kwargs, run)
+        return self.made("call_method", name, (owner, *args), kwargs, run, foreign=True)
 
 
 def _outside() -> tuple:
@@ -295,6 +318,9 @@ def _by_mask(target: Any, args: tuple) -> bool:
     return any(isinstance(key, Tensor) and key.dtype in (torch.bool, torch.uint8) for key in keys)
 
 
+# Methods of lists, dicts and sets.
+_CHANGES = frozenset({"append", "extend", "insert", "pop", "popitem", "remove", "discard", "clear", "reverse", "sort",
+                      "setdefault", "update", "add"})  # fmt: skip
 _PURE = frozenset({getattr, operator.getitem, operator.add, operator.sub, operator.mul, operator.floordiv,
                    operator.truediv, operator.mod, operator.neg, Tensor.numel})  # fmt: skip
 _TRUTH = {Tensor.__bool__: operator.truth, Tensor.__contains__: operator.contains}
