@@ -111,7 +111,16 @@ def _uses(model: nn.Module, example_inputs: Any) -> dict[type[nn.Module], list[U
             ways.add(way)
             uses.append((module, copied(args), copied(kwargs)))
 
-    handles = [module.register_forward_pre_hook(enter, with_kwargs=True) for _, module in base_modules(model)]
+    compiled = [module for module in model.modules() if isinstance(module, torch.jit.ScriptModule)]
+    inside = {id(inner) for module in compiled for inner in module.modules() if inner is not module}
+    handles = []
+    for _, module in base_modules(model):
+        if id(module) in inside:
+            continue
+        if isinstance(module, torch.jit.ScriptModule):  # its calls can't be watched
+            found.setdefault(class_of(module), []).append((module, (), {}))
+        else:
+            handles.append(module.register_forward_pre_hook(enter, with_kwargs=True))
     try:
         call(model, example_inputs)
     finally:

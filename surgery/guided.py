@@ -72,6 +72,12 @@ def traced(
             f"this {base.__name__} is rewritten by rules, and its own forward is not what runs",
             fix="trace what it is part of, where it is one node with its adapters; or remove them first",
         )
+    if isinstance(module, torch.jit.ScriptModule):
+        raise TraceError(
+            f"this {getattr(module, 'original_name', base.__name__)} is a TorchScript module",
+            why="it is compiled already: there is no Python forward that could be run and seen",
+            fix="load its weights into the Python code that it was made from",
+        )
     with undone(module):
         # With gradients, so that a region of the forward's own torch.no_grad shows. Where the forward looks at the
         # mode itself (nn.TransformerEncoderLayer has a fast path without), the graph is for the present mode alone.

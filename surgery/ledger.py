@@ -308,14 +308,16 @@ class Ledger:
             return module
         found = self.views.get(id(module))
         if found is None:
-            base = getattr(module, "_surgery_base", type(module))
-            found = self.views[id(module)] = view(module, viewing(base), {})
+            # Nothing can be seen in a compiled module; a forward that calls it is refused.
+            shown = nn.Module() if isinstance(module, torch.jit.ScriptModule) else module
+            base = getattr(shown, "_surgery_base", type(shown))
+            found = self.views[id(module)] = view(shown, viewing(base), {})
             held: dict[str, Any] = object.__getattribute__(found, "__dict__")
             held["_surgery_real"], held["_surgery_recorder"] = module, self
             held["_modules"] = {
                 name: child and self.view_of(child)
-                for name, child in module._modules.items()
-                if name != "adapters" or base is type(module)
+                for name, child in shown._modules.items()
+                if name != "adapters" or base is type(shown)
             }
             self.states.append((found, dict(held)))
         return found

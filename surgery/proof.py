@@ -43,6 +43,7 @@ def undone(module: nn.Module) -> Iterator[None]:
     states = [
         (inner.__dict__, dict(inner.__dict__), dict(inner._buffers), set(inner._non_persistent_buffers_set))
         for inner in module.modules()
+        if not isinstance(inner, torch.jit.ScriptModule)  # called by no forward that is traced
     ]
     numpy = sys.modules.get("numpy")
     drawn = random.getstate(), numpy.random.get_state() if numpy is not None else None

@@ -269,6 +269,11 @@ class Recorder(Ledger, TorchFunctionMode):
         path = self.path_of(child)
         if not path:
             raise TraceError("the forward calls the module itself")
+        if isinstance(self.real(child), torch.jit.ScriptModule):
+            raise TraceError(
+                f"the forward calls {path}, a TorchScript module",
+                why="what it remembers between calls can't be told, nor put back as it was",
+            )
         self.check_draws()
         given = None
         if self.calls is not None:
