@@ -20,6 +20,7 @@ __all__ = [
     "in_region",
     "parts_of",
     "require",
+    "setting_of",
     "structure_of",
 ]
 
@@ -40,15 +41,21 @@ def require(found: Any, expected: Any, where: str) -> None:
 def check_settings(module: nn.Module, held: tuple[tuple[tuple[Any, ...], Any], ...]) -> None:
     """Raise `TraceError` if a setting that the forward read was changed since: `training`, `config.use_cache`, …"""
     for path, expected in held:
-        found: Any = module
-        for part in path:
-            keyed = type(found) in (dict, list, tuple)
-            found = found[part] if keyed or not isinstance(part, str) else getattr(found, part)
+        found = setting_of(module, path)
         if found != expected:
             raise TraceError(
                 f"{'.'.join(map(str, path))} was {expected!r} when the module was traced, and is {found!r} now",
                 fix="trace the module again",
             )
+
+
+def setting_of(module: nn.Module, path: tuple[Any, ...]) -> Any:
+    """What a module holds under a path of attributes and keys."""
+    found: Any = module
+    for part in path:
+        keyed = type(found) in (dict, list, tuple)
+        found = found[part] if keyed or not isinstance(part, str) else getattr(found, part)
+    return found
 
 
 def check_call(context_then: tuple, structure: dict[str, Any], given: dict[str, Any]) -> None:

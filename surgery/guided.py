@@ -78,15 +78,14 @@ def traced(
             why="it is compiled already: there is no Python forward that could be run and seen",
             fix="load its weights into the Python code that it was made from",
         )
-    with undone(module):
-        # With gradients, so that a region of the forward's own torch.no_grad shows. Where the forward looks at the
-        # mode itself (nn.TransformerEncoderLayer has a fast path without), the graph is for the present mode alone.
-        try:
-            return _proven(module, base, args, kwargs, True, calls, leaves)
-        except TraceError:
-            if torch.is_grad_enabled():
-                raise
-            return _proven(module, base, args, kwargs, False, calls, leaves)
+    # With gradients, so that a region of the forward's own torch.no_grad shows. Where the forward looks at the mode
+    # itself (nn.TransformerEncoderLayer has a fast path without), the graph is for the present mode alone.
+    try:
+        return _proven(module, base, args, kwargs, True, calls, leaves)
+    except TraceError:
+        if torch.is_grad_enabled():
+            raise
+        return _proven(module, base, args, kwargs, False, calls, leaves)
 
 
 def _proven(
@@ -101,7 +100,7 @@ def _proven(
     if calls is not None:
         calls.clear()
     try:
-        with torch.set_grad_enabled(gradients):
+        with torch.set_grad_enabled(gradients), undone(module):
             recorder = Recorder(module, base, bound=not gradients)
             recorder.calls, recorder.leaves = calls, leaves
             graph = recorder.record(args, kwargs)

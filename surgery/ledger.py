@@ -12,13 +12,13 @@ import sys
 import types
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, fx, nn
 
 from surgery.errors import TraceError
-from surgery.guards import check_parts, parts_of, require
+from surgery.guards import check_parts, parts_of, require, setting_of
 from surgery.numbers import Number, Real, plain
 from surgery.standins import Recorded, RecordedList, is_setting, viewing
 from surgery.view import view
@@ -333,6 +333,24 @@ class Ledger:
             now = object.__getattribute__(found, "__dict__")
             if now.keys() != before.keys() or any(now[key] is not before[key] for key in before):
                 raise TraceError(f"the forward changes the state of {self.path_of(found) or 'the module'}")
+        if changed := self.put_back():
+            self.refuse_change(changed)
+
+    def put_back(self) -> tuple[Any, ...] | None:
+        """Lists and dicts of plain values become what they were when they were read; one that was not so."""
+        changed = None
+        for path, before in self.settings.items():
+            if isinstance(before, _CHANGEABLE) and (now := setting_of(self.module, path)) != before:
+                changed = path
+                now.clear()
+                now.extend(before) if isinstance(now, list) else now.update(before)
+        return changed
+
+    def refuse_change(self, path: tuple[Any, ...]) -> NoReturn:
+        raise TraceError(
+            f"the forward changes {'.'.join(map(str, path))} of the module",
+            why="a graph holds what is computed, not what is remembered between calls",
+        )
 
     def attribute(self, owner: nn.Module, name: str, value: Any) -> Any:
         """A setting of a module, as the forward reads it."""

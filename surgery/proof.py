@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 import random
 import sys
@@ -45,6 +46,12 @@ def undone(module: nn.Module) -> Iterator[None]:
         for inner in module.modules()
         if not isinstance(inner, torch.jit.ScriptModule)  # called by no forward that is traced
     ]
+    lists = [
+        (value, copy.copy(value))
+        for _, state, _, _ in states
+        for name, value in state.items()
+        if type(value) in (list, dict, set) and name not in _TORCHS
+    ]
     numpy = sys.modules.get("numpy")
     drawn = random.getstate(), numpy.random.get_state() if numpy is not None else None
     try:
@@ -60,14 +67,26 @@ def undone(module: nn.Module) -> Iterator[None]:
             state["_buffers"].clear()
             state["_buffers"].update(held)
             state["_non_persistent_buffers_set"].update(passing)  # setting a buffer makes it persistent
+        for value, before in lists:
+            if _items(value) != _items(before):
+                value.clear()
+                value.extend(before) if isinstance(value, list) else value.update(before)
         with torch.no_grad():
             for buffer, kept in buffers:
                 if not torch.equal(buffer, kept):
                     buffer.copy_(kept)
 
 
+def _items(value: Any) -> list[Any]:
+    """What is in a list, dict or set, by identity."""
+    pairs = value.items() if isinstance(value, dict) else enumerate(value)
+    return [(key, id(item)) for key, item in pairs]
+
+
 def check_runs(base: Any, module: nn.Module, args: tuple, kwargs: Mapping[str, Any], refused: TraceError) -> None:
     """Say so where it is the forward itself that fails on the example."""
+    if isinstance(refused.__cause__, TraceError):
+        return  # refused for what it does: it is not to do that again
     try:
         with torch.no_grad(), undone(module):
             base.forward(module, *copied(args), **copied(dict(kwargs)))
@@ -91,4 +110,5 @@ def refusal(error: Exception, base: type[nn.Module]) -> TraceError:
 
 
 _FIX = "its children can be traced by themselves; rules that need no graph of it work all the same"
+_TORCHS = frozenset(nn.Module().__dict__)
 _HERE = __file__.rpartition("proof.py")[0]

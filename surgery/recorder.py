@@ -63,6 +63,7 @@ class Recorder(Ledger, TorchFunctionMode):
             self.check_unchanged()
             self.graph.output(self.node(output))
         except Exception as error:
+            self.put_back()
             raise refusal(error, self.base) from error
         return self.finished()
 
@@ -260,10 +261,7 @@ class Recorder(Ledger, TorchFunctionMode):
 
     def check_writable(self, owner: Recorded | RecordedList) -> None:
         if owner._settled is not None:
-            raise TraceError(
-                f"the forward changes {'.'.join(map(str, owner._settled))} of the module",
-                why="a graph holds what is computed, not what is remembered between calls",
-            )
+            self.refuse_change(owner._settled)
 
     def call_module(self, child: nn.Module, args: tuple, kwargs: dict) -> Any:
         path = self.path_of(child)
