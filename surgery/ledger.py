@@ -12,16 +12,15 @@ import sys
 import types
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 
 from surgery.errors import TraceError
-from surgery.guards import check_parts, parts_of, require, setting_of
+from surgery.guards import check_parts, parts_of, require
 from surgery.numbers import Number, Real, plain
-from surgery.standins import Recorded, RecordedList, is_setting, viewing
-from surgery.view import view
+from surgery.standins import Recorded, RecordedList, is_setting
 
 __all__ = ["Ledger", "line"]
 
@@ -29,19 +28,18 @@ __all__ = ["Ledger", "line"]
 class Ledger:
     """The graph being written, and what each value of the call is in it."""
 
+    view_of: Callable[[nn.Module], nn.Module]  # of `Reader`
+
     def __init__(self, module: nn.Module):
         self.module = module
         self.graph = fx.Graph()
         self.known: dict[int, tuple[Any, Any]] = {}  # id → (the object, kept alive; its node, or how to make one)
         self.keeps: dict[str, Any] = {}  # objects that the graph keeps, by the name of their get_attr
         self.clones: dict[int, Any] = {}  # what the real functions get in the place of objects the forward made
-        self.views: dict[int, nn.Module] = {}
-        self.states: list[tuple[nn.Module, dict[str, Any]]] = []
         self.paths = {id(inner): path for path, inner in reversed(list(module.named_modules()))}
         named = (*module.named_parameters(remove_duplicate=False), *module.named_buffers(remove_duplicate=False))
         self.tensors = {id(tensor): name for name, tensor in reversed(named)}
-        self.settings: dict[tuple[Any, ...], Any] = {}  # what was read from the module and is no tensor
-        self.values: dict[fx.Node, Any] = {}  # numbers among it
+        self.values: dict[fx.Node, Any] = {}  # numbers that were read from the module
         self.numbers: dict[Any, fx.Node] = {}  # one node for equal computations on numbers
         self.activations: set[fx.Node] = set()  # nodes that hold activations, parameters or random draws
         self.by_content: set[fx.Node] = set()  # nodes whose sizes depend on the content of tensors
@@ -100,6 +98,12 @@ class Ledger:
         if tensor.is_floating_point() and (node.op in _GIVEN or node.target in (getattr, operator.getitem)):
             self.activations.add(node)
         return node
+
+    def path_of(self, module: nn.Module) -> str:
+        real = self.real(module)
+        if id(real) not in self.paths:
+            raise TraceError(f"the forward uses a {type(real).__name__} that is no child of the module")
+        return self.paths[id(real)]
 
     def resolve(self, node: Any) -> fx.Node:
         return node if isinstance(node, fx.Node) else node()
@@ -259,24 +263,6 @@ class Ledger:
         kind = RecordedList if isinstance(value, list) else Recorded
         return kind(self, self.resolve(node), value, settled)
 
-    def foreign(self, value: Any, node: fx.Node) -> Any:
-        """What an object of the user's holds or gives. Python may decide on what it is, so that is checked."""
-        compared = is_setting(value) and not isinstance(value, (bool, str, type(None), *_CHANGEABLE))
-        if compared:
-            self.guard(node, value)
-        elif isinstance(value, bool) or not isinstance(value, int):
-            self.guard_parts(value, node)
-        return value if compared else self.part(value, node)
-
-    def part(self, value: Any, node: Any) -> Any:
-        """Lists and dicts stay those of the object: what is written to them and read from them is recorded."""
-        if isinstance(value, _CHANGEABLE):
-            return self.recorded(value, node)
-        if isinstance(value, tuple) and not isinstance(value, torch.Size):
-            items = [self.part(item, self.lazy(node, index)) for index, item in enumerate(value)]
-            return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
-        return self.wrap(value, node)
-
     def lazy(self, node: Any, key: Any) -> Callable[[], fx.Node]:
         return lambda: self.graph.call_function(operator.getitem, (self.resolve(node), key))
 
@@ -299,102 +285,6 @@ class Ledger:
             items = [self.real(item) for item in value]
             return kind(*items) if hasattr(value, "_fields") else kind(items)
         return self.clones.get(id(value), value)
-
-    # Modules and their settings -----------------------------------------------------------------------------
-
-    def view_of(self, module: nn.Module) -> nn.Module:
-        state = object.__getattribute__(module, "__dict__")
-        if "_surgery_recorder" in state:
-            return module
-        found = self.views.get(id(module))
-        if found is None:
-            # Nothing can be seen in a compiled module; a forward that calls it is refused.
-            shown = nn.Module() if isinstance(module, torch.jit.ScriptModule) else module
-            base = getattr(shown, "_surgery_base", type(shown))
-            found = self.views[id(module)] = view(shown, viewing(base), {})
-            held: dict[str, Any] = object.__getattribute__(found, "__dict__")
-            held["_surgery_real"], held["_surgery_recorder"] = module, self
-            held["_modules"] = {
-                name: child and self.view_of(child)
-                for name, child in shown._modules.items()
-                if name != "adapters" or base is type(shown)
-            }
-            self.states.append((found, dict(held)))
-        return found
-
-    def path_of(self, module: nn.Module) -> str:
-        real = self.real(module)
-        if id(real) not in self.paths:
-            raise TraceError(f"the forward uses a {type(real).__name__} that is no child of the module")
-        return self.paths[id(real)]
-
-    def check_unchanged(self) -> None:
-        for found, before in self.states:
-            now = object.__getattribute__(found, "__dict__")
-            if now.keys() != before.keys() or any(now[key] is not before[key] for key in before):
-                raise TraceError(f"the forward changes the state of {self.path_of(found) or 'the module'}")
-        if changed := self.put_back():
-            self.refuse_change(changed)
-
-    def put_back(self) -> tuple[Any, ...] | None:
-        """Lists and dicts of plain values become what they were when they were read; one that was not so."""
-        changed = None
-        for path, before in self.settings.items():
-            if isinstance(before, _CHANGEABLE) and (now := setting_of(self.module, path)) != before:
-                changed = path
-                now.clear()
-                now.extend(before) if isinstance(now, list) else now.update(before)
-        return changed
-
-    def refuse_change(self, path: tuple[Any, ...]) -> NoReturn:
-        raise TraceError(
-            f"the forward changes {'.'.join(map(str, path))} of the module",
-            why="a graph holds what is computed, not what is remembered between calls",
-        )
-
-    def attribute(self, owner: nn.Module, name: str, value: Any) -> Any:
-        """A setting of a module, as the forward reads it."""
-        path = self.path_of(owner)
-        where = (*path.split("."), name) if path else (name,)
-        target = ".".join(where)
-        if is_setting(value):
-            self.settings[where] = copy.copy(value)
-            return value
-        if isinstance(value, int):
-            node = self.graph.get_attr(target)
-            self.values[node] = value
-            return Number(self, value, node)
-        if isinstance(value, Tensor):
-            return value if id(value) in self.known else self.register(value, lambda: self.graph.get_attr(target))
-        if isinstance(value, nn.Module):
-            return self.view_of(value)
-        if type(value) in (tuple, list):
-            return type(value)([self.listed(item, target, index) for index, item in enumerate(value)])
-        if isinstance(value, (type, types.FunctionType, types.BuiltinFunctionType, types.MethodType)):
-            return value
-        if id(value) not in self.known:
-            self.register(value, self.recorded(value, self.graph.get_attr(target), where))
-        return self.known[id(value)][1]
-
-    def listed(self, item: Any, target: str, index: int) -> Any:
-        if isinstance(item, nn.Module):
-            return self.view_of(item)
-        if isinstance(item, Tensor) and id(item) not in self.tensors and id(item) not in self.known:
-            return self.register(item, self.lazy(lambda: self.graph.get_attr(target), index))
-        return item
-
-    def item(self, owner: Recorded, function: Any, key: Any, value: Any) -> Any:
-        """What a recorded object holds under a name or key."""
-        settled = (*owner._settled, key) if owner._settled is not None and isinstance(key, (str, int)) else None
-        if settled is not None and is_setting(value):
-            self.settings[settled] = copy.copy(value)
-            return value
-        node = self.graph.call_function(function, (owner._node, self.node(key)))
-        if settled is not None and isinstance(value, int):
-            self.values[node] = value
-        if settled is not None and not isinstance(value, (Tensor, int, nn.Module)):
-            return self.recorded(value, node, settled)
-        return self.foreign(value, node)
 
 
 class _Template:
@@ -420,7 +310,6 @@ def line() -> str:
 
 
 _RECORDED = (Recorded, RecordedList)
-_CHANGEABLE = (list, dict, set)
 _GIVEN = ("placeholder", "get_attr")
 _CONSTANT = (bool, int, float, str, complex, torch.dtype, torch.memory_format, torch.layout, type(...), range)
 _HERE = __file__.rpartition("ledger.py")[0]

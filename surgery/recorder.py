@@ -17,8 +17,8 @@ from torch.overrides import TorchFunctionMode
 from surgery.errors import TraceError
 from surgery.example import copied
 from surgery.guards import check_call, check_settings, context, in_region, structure_of
-from surgery.ledger import Ledger
 from surgery.proof import refusal
+from surgery.reading import Reader
 from surgery.registries import with_leaves
 from surgery.standins import Recorded, RecordedList, call_object, is_setting
 
@@ -28,11 +28,11 @@ __all__ = ["Calls", "Recorder"]
 Calls = list[tuple[fx.Node, nn.Module, tuple, dict[str, Any]]]
 
 
-class Recorder(Ledger, TorchFunctionMode):
+class Recorder(Reader, TorchFunctionMode):
     """One run of the forward, and the graph of it."""
 
     def __init__(self, module: nn.Module, base: type[nn.Module], bound: bool):
-        Ledger.__init__(self, module)
+        Reader.__init__(self, module)
         TorchFunctionMode.__init__(self)
         self.base = base
         self.bound = bound  # whether the graph is for one gradient mode alone

@@ -580,27 +580,33 @@ def test_what_is_written_to_and_read_from_an_argument(name: str) -> None:
             graph(x, copied(unlike))
 
 
-@pytest.mark.parametrize("where", ["its object", "its object's tensors", "itself", "then fails"])
+@pytest.mark.parametrize("where", ["its object", "its object's tensors", "itself", "its layers", "then fails"])
 def test_what_is_written_to_a_held_object_is_refused(where: str) -> None:
     class Counts(nn.Module):
         def __init__(self) -> None:
             super().__init__()
             self.notes = Notes(1)
             self.done = {"n": 0}
+            self.layers: list[Any] = [nn.Identity()]
 
         def forward(self, x: Tensor) -> Tensor:
             if where == "its object":
                 self.notes.done["n"] = x.shape[0]
             elif where == "its object's tensors":
                 self.notes.kept.append(x)
+            elif where == "its layers":
+                self.layers.append(x)
             else:
                 self.done["n"] = 5
             return x if where != "then fails" or x.sum() > 0 else -x
 
     module = Counts()
-    with pytest.raises(TraceError, match="changes (notes.kept|notes.done|done) of the module|content of a tensor"):
+    with pytest.raises(
+        TraceError, match="changes (notes.kept|notes.done|done|layers) of the module|content of a tensor"
+    ):
         trace(module, torch.randn(2, 3))
     assert not module.notes.done and len(module.notes.kept) == 1 and module.done == {"n": 0}
+    assert len(module.layers) == 1
 
 
 def test_what_a_child_gives_is_checked() -> None:
