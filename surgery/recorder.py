@@ -151,6 +151,8 @@ class Recorder(Reader, TorchFunctionMode):
                 return False
             if not any(self.tensor_node(arg) in self.activations for arg in args if isinstance(arg, Tensor)):
                 return self.decided(_TRUTH[func], args)  # a mask or token numbers: it says what kind of call this is
+        if func is Tensor.item and self.tensor_node(first).target == "_is_all_true":
+            return self.decided(Tensor.item, args)  # `torch._check_tensor_all`: where it fails, so does the forward
         if func in _CONTENT:
             raise TraceError(
                 f"the forward decides on the content of a tensor ({name.strip('_')})",

@@ -427,6 +427,19 @@ def test_a_decision_on_a_mask_is_one_on_the_kind_of_call() -> None:
             graph(x, other)
 
 
+def test_a_check_of_all_of_a_tensor_is_one_in_the_graph() -> None:
+    class Checked(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            torch._check_tensor_all(x * 2 >= 0, lambda: "negative")
+            return x + 1
+
+    module = Checked()
+    graph = trace(module, torch.ones(3))
+    same(module, graph, torch.rand(5))
+    with pytest.raises(TraceError, match="True is decided"):
+        graph(-torch.ones(3))
+
+
 def test_a_function_from_a_registry_is_one_node() -> None:
     transformers = pytest.importorskip("transformers")
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
