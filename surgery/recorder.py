@@ -38,6 +38,7 @@ class Recorder(Reader, TorchFunctionMode):
         self.bound = bound  # whether the graph is for one gradient mode alone
         self.region = context(True)
         self.without_gradients: set[fx.Node] = set()
+        self.checked: set[fx.Node] = set()  # tensors whose rank and dtype the graph checks
         self.drawn: tuple = ()
         self.calls: Calls | None = None
         self.leaves = True
@@ -168,6 +169,8 @@ class Recorder(Reader, TorchFunctionMode):
         if func is Tensor.is_contiguous:  # it may depend on sizes
             return self.decided(func, args, kwargs)
         if func in _FACTS:
+            if isinstance(first, Tensor) and func is not Tensor.__hash__:
+                self.typed(first)
             return func(*self.real(args), **self.real(kwargs))
         if func is Tensor.__setitem__:
             return self.effect(operator.setitem, args)
@@ -185,7 +188,18 @@ class Recorder(Reader, TorchFunctionMode):
         if name == "shape":
             return self.shape(tensor)
         value = func(tensor)
-        return self.wrap(value, self.graph.call_function(getattr, (node, name))) if isinstance(value, Tensor) else value
+        if isinstance(value, Tensor):
+            return self.wrap(value, self.graph.call_function(getattr, (node, name)))
+        if name in ("dtype", "ndim"):
+            self.typed(tensor)
+        return value
+
+    def typed(self, tensor: Tensor) -> None:
+        """Python goes by rank and dtype. Those of arguments are checked already; the module's own may change."""
+        node = self.tensor_node(tensor)
+        if node.op != "placeholder" and node not in self.checked:
+            self.checked.add(node)
+            self.guard_parts(tensor, node)
 
     def shape(self, tensor: Tensor) -> torch.Size:
         return torch.Size([self.size(tensor, dim) for dim in range(tensor.dim())])  # type: ignore[misc]

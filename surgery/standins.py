@@ -96,7 +96,11 @@ class _Recording:
             raise AttributeError(name)
         recorder = self._recorder
         with recorder.paused():
-            value = getattr(self._real, name)
+            value = getattr(self._real, name, _MISSING)
+        if value is _MISSING:
+            if not name.startswith("__"):
+                recorder.decided(hasattr, (self, name))
+            raise AttributeError(f"{type(self._real).__name__!r} object has no attribute {name!r}")
         if isinstance(self._real, dict) and name in _VIEWS:
             return functools.partial(_VIEWS[name], self)
         if isinstance(value, (types.MethodType, types.BuiltinMethodType, functools.partial)):
@@ -160,6 +164,7 @@ class _Recording:
         return self._real
 
 
+_MISSING = object()
 _FIELDS = ("_node", "_real", "_recorder", "_settled")
 _VIEWS: dict[str, Callable[[Any], list]] = {
     "keys": list,

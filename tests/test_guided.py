@@ -427,6 +427,24 @@ def test_a_decision_on_a_mask_is_one_on_the_kind_of_call() -> None:
             graph(x, other)
 
 
+def test_the_dtype_that_a_forward_goes_by_is_checked() -> None:
+    class Filled(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.embed = nn.Embedding(5, 4)
+
+        def forward(self, ids: Tensor) -> Tensor:
+            x = self.embed(ids)
+            return x.masked_fill(x > 0, torch.finfo(x.dtype).min)
+
+    module = Filled()
+    graph = trace(module, torch.tensor([1, 2]))
+    same(module, graph, torch.tensor([3, 1, 1]))
+    module.bfloat16()
+    with pytest.raises(TraceError, match="float32 is found, and this one gives a tensor of rank 2 and torch.bfloat16"):
+        graph(torch.tensor([1, 2]))
+
+
 def test_a_check_of_all_of_a_tensor_is_one_in_the_graph() -> None:
     class Checked(nn.Module):
         def forward(self, x: Tensor) -> Tensor:
@@ -495,6 +513,8 @@ class Notes:
         torch.manual_seed(kept)
         self.kept = [torch.randn(2, 3) for _ in range(kept)]
         self.done: dict[Any, Any] = dict(done)
+        if kept > 1:
+            self.more = True
         self.pair: tuple[Tensor, Tensor | None] = (torch.ones(3), torch.zeros(3) if kept > 1 else None)
 
     def full(self) -> bool:
@@ -569,6 +589,7 @@ WITH_NOTES: dict[str, tuple[Any, Notes, Notes | None, Notes | None]] = {
     "sliced": (lambda x, notes: torch.cat(notes.kept[1:]), Notes(2), Notes(3), None),
     "asked": (lambda x, notes: x if notes.full() else -x, Notes(1), Notes(0), Notes(2)),
     "none or not": (lambda x, notes: x if notes.last() is None else -x, Notes(1), Notes(0), Notes(2)),
+    "missing": (lambda x, notes: x if hasattr(notes, "more") else -x, Notes(1), Notes(0), Notes(2)),
     "a pair": (lambda x, notes: x if notes.pair[1] is None else -x, Notes(1), Notes(0), Notes(2)),
 }
 
