@@ -1,4 +1,8 @@
-"""Which module classes of a model can be held as graphs, and why the others can't: over the modules a call reaches."""
+"""Which module classes of a model can be held as graphs, and why the others can't: over the modules a call reaches.
+
+A class may be used in several ways in one call, as self- and as cross-attention or with and without a position bias:
+one module is tried for each way, and a class is held only if all of them are.
+"""
 
 from __future__ import annotations
 
@@ -9,16 +13,21 @@ import torch
 from torch import nn
 
 from surgery.errors import TraceError
-from surgery.example import observe
+from surgery.example import call, copied
+from surgery.guards import parts_of
 from surgery.guided import traced
 from surgery.match import base_modules
+from surgery.spelling import class_of
 from surgery.table import table
 
 __all__ = ["Coverage", "CoverageRow", "coverage"]
 
 
 class CoverageRow(NamedTuple):
-    """One module class: the first path it has, its name, and whether its graph gives the forward's bits."""
+    """One module class: a path it has, its name, and whether its graph gives the forward's bits.
+
+    The path is that of the class's first module called, or of the first one refused.
+    """
 
     path: str
     type: str
@@ -60,7 +69,7 @@ _HEAD = ["path", "type", "status", "reason"]
 
 
 def coverage(model: nn.Module, example_inputs: Any) -> Coverage:
-    """Trace one module of every class that a call of the model reaches, and compare each graph with its forward.
+    """Trace modules of every class that a call of the model reaches, and compare each graph with its forward.
 
     >>> import torch
     >>> from torch import nn
@@ -74,23 +83,64 @@ def coverage(model: nn.Module, example_inputs: Any) -> Coverage:
 
     "equal" means: in the model's present mode the graph has the forward's bits on the module's own part of the call,
     and leaves its arguments (a KV cache) in the same state. "refused" comes with its reason. There is no third: a
-    graph that differs is refused. The model is untouched. Raises `SurgeryError` where the call itself fails.
+    graph that differs is refused. One module of a class is tried for each way in which the call uses the class (other
+    arguments None, other flags, other children), up to eight, and one that is refused refuses the class. The model is
+    untouched. Raises `SurgeryError` where the call itself fails.
     """
-    first: dict[type[nn.Module], tuple[str, nn.Module]] = {}
-    for path, module in base_modules(model):
-        first.setdefault(getattr(module, "_surgery_base", type(module)), (path, module))
-    seen = observe(model, example_inputs, [module for _, module in first.values()])
-    return Coverage(
-        tuple(_row(path, kind, module, seen) for kind, (path, module) in first.items() if seen.reached(module))
-    )
+    paths = {id(module): path for path, module in reversed(list(base_modules(model)))}
+    order = {class_of(module): None for _, module in base_modules(model)}
+    uses = _uses(model, example_inputs)
+    return Coverage(tuple(_row(kind, uses[kind], paths) for kind in order if kind in uses))
 
 
-def _row(path: str, kind: type[nn.Module], module: nn.Module, seen: Any) -> CoverageRow:
-    args, kwargs, _ = seen.calls[id(module)]
+# A module, and the arguments of one call of it.
+Use = tuple[nn.Module, tuple, dict[str, Any]]
+_MOST = 8
+
+
+def _uses(model: nn.Module, example_inputs: Any) -> dict[type[nn.Module], list[Use]]:
+    """For each class, one call for each way in which it is used."""
+    found: dict[type[nn.Module], list[Use]] = {}
+    ways: set[Any] = set()
+
+    def enter(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        kind = class_of(module)
+        way = kind, parts_of(args, deep=True), parts_of(kwargs, deep=True), _kind_of(module)
+        uses = found.setdefault(kind, [])
+        if len(uses) < _MOST and way not in ways:
+            ways.add(way)
+            uses.append((module, copied(args), copied(kwargs)))
+
+    compiled = [module for module in model.modules() if isinstance(module, torch.jit.ScriptModule)]
+    inside = {id(inner) for module in compiled for inner in module.modules() if inner is not module}
+    handles = []
+    for _, module in base_modules(model):
+        if id(module) in inside:
+            continue
+        if isinstance(module, torch.jit.ScriptModule):  # its calls can't be watched
+            found.setdefault(class_of(module), []).append((module, (), {}))
+        else:
+            handles.append(module.register_forward_pre_hook(enter, with_kwargs=True))
     try:
-        with torch.no_grad():
-            traced(module, args, kwargs)
-    except TraceError as error:
-        where = "" if error.where is None else f" ({error.where})"
-        return CoverageRow(path, kind.__name__, "refused", f"{error.why}{where}")
-    return CoverageRow(path, kind.__name__, "equal", "")
+        call(model, example_inputs)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return found
+
+
+def _kind_of(module: nn.Module) -> tuple:
+    """How modules of one class may differ in what their forward does: in flags and words, and in their children."""
+    flags = [(name, value) for name, value in vars(module).items() if isinstance(value, (bool, str, type(None)))]
+    return tuple(flags), tuple((name, type(child)) for name, child in module._modules.items() if not name.isdigit())
+
+
+def _row(kind: type[nn.Module], uses: list[Use], paths: dict[int, str]) -> CoverageRow:
+    for module, args, kwargs in uses:
+        try:
+            with torch.no_grad():
+                traced(module, args, kwargs)
+        except TraceError as error:
+            where = "" if error.where is None else f" ({error.where})"
+            return CoverageRow(paths[id(module)], kind.__name__, "refused", f"{error.why}{where}")
+    return CoverageRow(paths[id(uses[0][0])], kind.__name__, "equal", "")

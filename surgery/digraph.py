@@ -12,8 +12,10 @@ from torch import Tensor, fx, nn
 
 from surgery.errors import SurgeryError, TraceError
 from surgery.example import arguments, outermost_calls
-from surgery.guards import check_call, check_settings, require
-from surgery.guided import Calls, traced, undone
+from surgery.guards import check_call, check_parts, check_settings, require
+from surgery.guided import traced
+from surgery.proof import undone
+from surgery.recorder import Calls
 from surgery.spelling import Held, NodeName, class_of, flat, is_node, spelled
 
 if TYPE_CHECKING:
@@ -263,4 +265,4 @@ def _told(error: TraceError) -> str:
     return f"{error.why or error.what}" + (f" ({error.where})" if error.where else "")
 
 
-_LEFT_OUT: frozenset[Callable[..., Any]] = frozenset({check_call, check_settings, require})
+_LEFT_OUT: frozenset[Callable[..., Any]] = frozenset({check_call, check_parts, check_settings, require})

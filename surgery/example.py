@@ -82,7 +82,7 @@ def outermost_calls(
 
     try:
         for path, inner in module.named_modules():
-            if inner is not module:
+            if inner is not module and not isinstance(inner, torch.jit.ScriptModule):
                 handles.append(inner.register_forward_pre_hook(partial(enter, path), with_kwargs=True))
                 handles.append(inner.register_forward_hook(leave))
         type(module).forward(module, *copied(args), **copied(kwargs))

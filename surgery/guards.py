@@ -11,8 +11,20 @@ from torch import Tensor, nn
 
 from surgery.errors import TraceError
 
-__all__ = ["Region", "check_call", "check_settings", "context", "differs", "in_region", "require", "same_settings",
-           "structure_of"]  # fmt: skip
+__all__ = [
+    "Region",
+    "check_call",
+    "check_parts",
+    "check_settings",
+    "context",
+    "differs",
+    "in_region",
+    "parts_of",
+    "require",
+    "same_settings",
+    "setting_of",
+    "structure_of",
+]
 
 _AGAIN = "trace the module with this call as example_inputs"
 
@@ -20,8 +32,9 @@ _AGAIN = "trace the module with this call as example_inputs"
 def require(found: Any, expected: Any, where: str) -> None:
     """Raise `TraceError` unless Python would decide at `where` as it did in the traced call."""
     if differs(found, expected):
+        given = "a tensor" if isinstance(found, Tensor) else repr(found)
         raise TraceError(
-            f"this graph is for calls where {expected!r} is decided, and this one gives {found!r}",
+            f"this graph is for calls where {expected!r} is decided, and this one gives {given}",
             where=where,
             fix=_AGAIN,
         )
@@ -29,15 +42,25 @@ def require(found: Any, expected: Any, where: str) -> None:
 
 def differs(found: Any, expected: Any) -> bool:
     """Whether a decision is another one. Symbolic comparisons, under torch.compile, are asked for their truth."""
+    if isinstance(found, Tensor):
+        return True
     if expected is True:
         return not found
     return bool(found) if expected is False else found != expected
 
 
+def same_settings(module: nn.Module, held: tuple[tuple[tuple[Any, ...], Any], ...]) -> bool:
+    """Whether a module's settings are those."""
+    try:
+        return all(setting_of(module, path) == expected for path, expected in held)
+    except (AttributeError, LookupError):
+        return False
+
+
 def check_settings(module: nn.Module, held: tuple[tuple[tuple[Any, ...], Any], ...]) -> None:
     """Raise `TraceError` if a setting that the forward read was changed since: `training`, `config.use_cache`, …"""
     for path, expected in held:
-        found = _setting(module, path)
+        found = setting_of(module, path)
         if found != expected:
             raise TraceError(
                 f"{'.'.join(map(str, path))} was {expected!r} when the module was traced, and is {found!r} now",
@@ -45,15 +68,8 @@ def check_settings(module: nn.Module, held: tuple[tuple[tuple[Any, ...], Any], .
             )
 
 
-def same_settings(module: nn.Module, held: tuple[tuple[tuple[Any, ...], Any], ...]) -> bool:
-    """Whether a module's settings are those."""
-    try:
-        return all(_setting(module, path) == expected for path, expected in held)
-    except (AttributeError, LookupError):
-        return False
-
-
-def _setting(module: nn.Module, path: tuple[Any, ...]) -> Any:
+def setting_of(module: nn.Module, path: tuple[Any, ...]) -> Any:
+    """What a module holds under a path of attributes and keys."""
     found: Any = module
     for part in path:
         keyed = type(found) in (dict, list, tuple)
@@ -74,6 +90,31 @@ def check_call(context_then: tuple, structure: dict[str, Any], given: dict[str, 
             )
 
 
+def check_parts(found: Any, parts: Any, where: str, deep: bool = False) -> None:
+    """Raise `TraceError` unless an object or a child gave something of the same parts as in the traced call."""
+    now = parts_of(found, deep)
+    if now != parts:
+        raise TraceError(
+            f"this graph is for calls where {_told(parts)} is found, and this one gives {_told(now)}",
+            where=where,
+            fix=_AGAIN,
+        )
+
+
+def parts_of(value: Any, deep: bool = False) -> tuple:
+    """What Python sees in a value that an object or a child gives: types, ranks, what is None; numbers are free.
+
+    What can be changed later, a list or a dict, is looked into only if `deep`.
+    """
+    if isinstance(value, _NUMBERS) and not isinstance(value, bool):
+        return ("number",)
+    if isinstance(value, tuple) and not isinstance(value, torch.Size) or deep and isinstance(value, list):
+        return (type(value).__name__, *(parts_of(item, deep) for item in value))
+    if deep and isinstance(value, dict):
+        return (type(value).__name__, *((key, parts_of(item, deep)) for key, item in value.items()))
+    return ("object", _name_of(type(value))) if isinstance(value, (dict, list)) else structure_of(value)
+
+
 def structure_of(value: Any) -> Any:
     """What a graph depends on in an argument: which parts are None, plain values, ranks, dtypes."""
     if isinstance(value, Tensor):
@@ -88,13 +129,24 @@ def structure_of(value: Any) -> Any:
         return ("value", value)
     if isinstance(value, (torch.dtype, torch.device)):
         return ("value", str(value))
-    return ("object", f"{type(value).__module__}.{type(value).__qualname__}")
+    return ("object", _name_of(type(value)))
+
+
+def _name_of(kind: type) -> str:
+    return f"{kind.__module__}.{kind.__qualname__}"
+
+
+_NUMBERS = (int, float, torch.SymInt, torch.SymFloat)
 
 
 def _told(structure: Any) -> str:
     kind, *rest = structure
     if kind == "value":
         return repr(rest[0])
+    if kind == "object":
+        return f"a {rest[0].removeprefix('builtins.')}"
+    if not rest:
+        return f"a {kind}"
     return f"a {kind} of rank {rest[0]} and {rest[1]}" if kind == "tensor" else f"a {kind} {tuple(rest)}"
 
 

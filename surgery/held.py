@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from surgery.errors import TraceError
-from surgery.guards import check_call, check_settings, differs, require, same_settings
+from surgery.guards import check_call, check_parts, check_settings, differs, parts_of, require, same_settings
 from surgery.guided import traced
 from surgery.kinds import kind_of_call
 from surgery.trace import Own
@@ -141,8 +141,8 @@ def _settled(traced: fx.GraphModule, training: bool) -> Held:
     late = False
     for node in graph.nodes:
         late = late or _leaves_a_trace(node, training)
-        if node.target is require:
-            node.target, node.args = decide, (*node.args, late)
+        if node.target in _DECIDING:
+            node.target, node.args = _DECIDING[node.target], (*node.args, late)
     for node in reversed(list(graph.nodes)):
         if node.op == "get_attr" and not node.users:
             graph.erase_node(node)
@@ -161,6 +161,16 @@ def decide(found: Any, expected: Any, where: str, late: bool) -> None:
     """Raise `Otherwise` unless Python would decide as in the traced call."""
     if differs(found, expected):
         raise Otherwise(found, expected, where, late)
+
+
+def decide_parts(found: Any, parts: Any, where: str, *more: bool) -> None:
+    """Raise `Otherwise` unless something has the parts that it has in the traced call."""
+    *deep, late = more
+    if parts_of(found, *deep) != parts:
+        raise Otherwise(parts_of(found, *deep), parts, where, late)
+
+
+_DECIDING = {require: decide, check_parts: decide_parts}
 
 
 def _moved_up(node: fx.Node, graph: fx.Graph) -> None:

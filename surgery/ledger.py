@@ -18,16 +18,17 @@ import torch
 from torch import Tensor, fx, nn
 
 from surgery.errors import TraceError
-from surgery.guards import require
+from surgery.guards import check_parts, parts_of, require
 from surgery.numbers import Number, Real, plain
-from surgery.standins import Recorded, is_setting, viewing
-from surgery.view import view
+from surgery.standins import Recorded, RecordedList, is_setting
 
-__all__ = ["Ledger"]
+__all__ = ["Ledger", "line"]
 
 
 class Ledger:
     """The graph being written, and what each value of the call is in it."""
+
+    view_of: Callable[[nn.Module], nn.Module]  # of `Reader`
 
     def __init__(self, module: nn.Module):
         self.module = module
@@ -35,13 +36,10 @@ class Ledger:
         self.known: dict[int, tuple[Any, Any]] = {}  # id → (the object, kept alive; its node, or how to make one)
         self.keeps: dict[str, Any] = {}  # objects that the graph keeps, by the name of their get_attr
         self.clones: dict[int, Any] = {}  # what the real functions get in the place of objects the forward made
-        self.views: dict[int, nn.Module] = {}
-        self.states: list[tuple[nn.Module, dict[str, Any]]] = []
         self.paths = {id(inner): path for path, inner in reversed(list(module.named_modules()))}
         named = (*module.named_parameters(remove_duplicate=False), *module.named_buffers(remove_duplicate=False))
         self.tensors = {id(tensor): name for name, tensor in reversed(named)}
-        self.settings: dict[tuple[Any, ...], Any] = {}  # what was read from the module and is no tensor
-        self.values: dict[fx.Node, Any] = {}  # numbers among it
+        self.values: dict[fx.Node, Any] = {}  # numbers that were read from the module
         self.numbers: dict[Any, fx.Node] = {}  # one node for equal computations on numbers
         self.activations: set[fx.Node] = set()  # nodes that hold activations, parameters or random draws
         self.by_content: set[fx.Node] = set()  # nodes whose sizes depend on the content of tensors
@@ -61,7 +59,7 @@ class Ledger:
             return self.tensor_node(value)
         if kind in (Number, Real):
             return self.number_node(value)
-        if kind is Recorded:
+        if kind in _RECORDED:
             return value._node
         if isinstance(value, nn.Module):
             return self.graph.get_attr(self.path_of(value) or "_surgery_self")
@@ -100,6 +98,12 @@ class Ledger:
         if tensor.is_floating_point() and (node.op in _GIVEN or node.target in (getattr, operator.getitem)):
             self.activations.add(node)
         return node
+
+    def path_of(self, module: nn.Module) -> str:
+        real = self.real(module)
+        if id(real) not in self.paths:
+            raise TraceError(f"the forward uses a {type(real).__name__} that is no child of the module")
+        return self.paths[id(real)]
 
     def resolve(self, node: Any) -> fx.Node:
         return node if isinstance(node, fx.Node) else node()
@@ -143,7 +147,7 @@ class Ledger:
             return not self.is_constant(self.tensor_node(value))
         if type(value) in (Number, Real) or depth > 6:
             return False  # numbers are copied as plain ones, with a guard
-        if type(value) is Recorded:
+        if type(value) in _RECORDED:
             return value._settled is None
         items: Any = value.values() if isinstance(value, dict) else value if isinstance(value, (tuple, list)) else ()
         if hasattr(value, "__dict__") and not isinstance(value, (type, types.ModuleType, types.FunctionType)):
@@ -201,6 +205,8 @@ class Ledger:
         kwargs = kwargs or {}
         with self.paused():
             value = function(*self.real(args), **self.real(kwargs))
+        if not isinstance(value, int) and not is_setting(value):
+            raise TraceError("the forward goes through what can't be compared with that of another call")
         op, target = "call_function", function
         if isinstance(function, types.MethodDescriptorType):
             op, target = "call_method", function.__name__
@@ -208,7 +214,12 @@ class Ledger:
         return value
 
     def guard(self, node: fx.Node, value: Any) -> fx.Node:
-        return self.graph.call_function(require, (node, value, _line()))
+        return self.graph.call_function(require, (node, value, line()))
+
+    def guard_parts(self, value: Any, node: fx.Node, deep: bool = False) -> None:
+        with self.paused():
+            parts = parts_of(value, deep)
+        self.graph.call_function(check_parts, (node, parts, line(), deep))
 
     def size(self, tensor: Tensor, dim: int) -> Any:
         return self.number(tensor.shape[dim], _size, (tensor, dim))
@@ -245,9 +256,12 @@ class Ledger:
             return wrapped
         if isinstance(value, nn.Module):
             return self.view_of(value)
-        if is_setting(value):
-            return value
-        return Recorded(self, self.resolve(node), value)
+        return value if is_setting(value) else self.recorded(value, node)
+
+    def recorded(self, value: Any, node: Any, settled: tuple[Any, ...] | None = None) -> Any:
+        """An object as the forward sees it, whose own state is that of the real one."""
+        kind = RecordedList if isinstance(value, list) else Recorded
+        return kind(self, self.resolve(node), value, settled)
 
     def lazy(self, node: Any, key: Any) -> Callable[[], fx.Node]:
         return lambda: self.graph.call_function(operator.getitem, (self.resolve(node), key))
@@ -257,7 +271,7 @@ class Ledger:
         kind: Any = type(value)
         if kind in (Number, Real):
             return value.value
-        if kind is Recorded:
+        if kind in _RECORDED:
             return value._real
         if isinstance(value, nn.Module):
             return object.__getattribute__(value, "__dict__").get("_surgery_real", value)
@@ -271,85 +285,6 @@ class Ledger:
             items = [self.real(item) for item in value]
             return kind(*items) if hasattr(value, "_fields") else kind(items)
         return self.clones.get(id(value), value)
-
-    # Modules and their settings -----------------------------------------------------------------------------
-
-    def view_of(self, module: nn.Module) -> nn.Module:
-        state = object.__getattribute__(module, "__dict__")
-        if "_surgery_recorder" in state:
-            return module
-        found = self.views.get(id(module))
-        if found is None:
-            base = getattr(module, "_surgery_base", type(module))
-            found = self.views[id(module)] = view(module, viewing(base), {})
-            held: dict[str, Any] = object.__getattribute__(found, "__dict__")
-            held["_surgery_real"], held["_surgery_recorder"] = module, self
-            held["_modules"] = {
-                name: child and self.view_of(child)
-                for name, child in module._modules.items()
-                if name != "adapters" or base is type(module)
-            }
-            self.states.append((found, dict(held)))
-        return found
-
-    def path_of(self, module: nn.Module) -> str:
-        real = self.real(module)
-        if id(real) not in self.paths:
-            raise TraceError(f"the forward uses a {type(real).__name__} that is no child of the module")
-        return self.paths[id(real)]
-
-    def check_unchanged(self) -> None:
-        for found, before in self.states:
-            now = object.__getattribute__(found, "__dict__")
-            if now.keys() != before.keys() or any(now[key] is not before[key] for key in before):
-                raise TraceError(f"the forward changes the state of {self.path_of(found) or 'the module'}")
-
-    def attribute(self, owner: nn.Module, name: str, value: Any) -> Any:
-        """A setting of a module, as the forward reads it."""
-        path = self.path_of(owner)
-        where = (*path.split("."), name) if path else (name,)
-        target = ".".join(where)
-        if is_setting(value):
-            self.settings[where] = copy.copy(value)
-            return value
-        if isinstance(value, int):
-            node = self.graph.get_attr(target)
-            self.values[node] = value
-            return Number(self, value, node)
-        if isinstance(value, Tensor):
-            return value if id(value) in self.known else self.register(value, lambda: self.graph.get_attr(target))
-        if isinstance(value, nn.Module):
-            return self.view_of(value)
-        if type(value) in (tuple, list):
-            return type(value)([self.listed(item, target, index) for index, item in enumerate(value)])
-        if isinstance(value, (type, types.FunctionType, types.BuiltinFunctionType, types.MethodType)):
-            return value
-        if id(value) not in self.known:
-            self.register(value, Recorded(self, self.graph.get_attr(target), value, where))
-        return self.known[id(value)][1]
-
-    def listed(self, item: Any, target: str, index: int) -> Any:
-        if isinstance(item, nn.Module):
-            return self.view_of(item)
-        if isinstance(item, Tensor) and id(item) not in self.tensors and id(item) not in self.known:
-            return self.register(item, self.lazy(lambda: self.graph.get_attr(target), index))
-        return item
-
-    def item(self, owner: Recorded, function: Any, key: Any, value: Any) -> Any:
-        """What a recorded object holds under a name or key."""
-        settled = (*owner._settled, key) if owner._settled is not None and isinstance(key, (str, int)) else None
-        if settled is not None and is_setting(value):
-            self.settings[settled] = copy.copy(value)
-            return value
-        node = self.graph.call_function(function, (owner._node, self.node(key)))
-        if settled is not None and isinstance(value, int):
-            self.values[node] = value
-        if settled is not None and not isinstance(value, (Tensor, int, nn.Module)):
-            return Recorded(self, node, value, settled)
-        if is_setting(value):
-            self.guard(node, value)
-            return value
-        return self.wrap(value, node)
 
 
 class _Template:
@@ -366,7 +301,7 @@ def _size(tensor: Tensor, dim: int) -> int:
     return tensor.shape[dim]
 
 
-def _line() -> str:
+def line() -> str:
     """The line of the user's code that decides."""
     frame = sys._getframe(1)
     while frame.f_back is not None and frame.f_code.co_filename.startswith(_HERE):
@@ -374,6 +309,7 @@ def _line() -> str:
     return f"{frame.f_code.co_filename}:{frame.f_lineno}"
 
 
+_RECORDED = (Recorded, RecordedList)
 _GIVEN = ("placeholder", "get_attr")
 _CONSTANT = (bool, int, float, str, complex, torch.dtype, torch.memory_format, torch.layout, type(...), range)
 _HERE = __file__.rpartition("ledger.py")[0]

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 from torch.autograd import forward_ad
 
-__all__ = ["lower", "low_rank_linear", "same_dtype", "tensor_of"]
+__all__ = ["in_dtype", "lower", "low_rank_linear", "same_dtype", "tensor_of"]
 
 # A, B, scale, the chance of dropout, and whether it drops: y + linear(linear(dropout(x), A), B) * scale
 Branch = tuple[Tensor, Tensor, float, float, bool]
@@ -31,6 +31,13 @@ def same_dtype(new: Any, old: Any) -> Any:
         if new.is_floating_point() and old.is_floating_point():
             return new.to(old.dtype)
     return new
+
+
+def in_dtype(value: Any, dtype: torch.dtype) -> Any:
+    """A floating-point tensor in a dtype; anything else as it is."""
+    if isinstance(value, Tensor) and value.dtype != dtype and value.is_floating_point():
+        return value.to(dtype)
+    return value
 
 
 def tensor_of(site: nn.Module, name: str, adapter: str | None = None) -> Tensor:

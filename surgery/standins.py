@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from surgery.errors import TraceError
 
-__all__ = ["Recorded", "call_object", "is_setting", "viewing"]
+__all__ = ["Recorded", "RecordedList", "call_object", "is_setting", "viewing"]
 
 _SETTINGS = (bool, str, float, type(None), bytes)
 
@@ -71,16 +71,17 @@ def viewing(cls: type[nn.Module]) -> type[nn.Module]:
 _OWN = frozenset(nn.Module().__dict__) - {"training"} | {"_surgery_recorder"}
 
 
-class Recorded:
-    """An object that is no tensor: what is done with it is recorded, and done with the real one for its values.
+class _Recording:
+    """What is done with an object is recorded, and done with the real one for its values."""
 
-    `settled`: it hangs on the module (a config), so that the settings read from it hold until somebody changes them;
-    they are compared once, at the beginning. Otherwise they are compared where they are read.
-    """
+    __slots__ = ()
 
-    __slots__ = ("_node", "_real", "_recorder", "_settled")
+    _recorder: Any
+    _node: Any
+    _real: Any
+    _settled: tuple[Any, ...] | None
 
-    def __init__(self, recorder: Any, node: Any, real: Any, settled: tuple[str, ...] | None = None):
+    def __init__(self, recorder: Any, node: Any, real: Any, settled: tuple[Any, ...] | None = None):
         object.__setattr__(self, "_recorder", recorder)
         object.__setattr__(self, "_node", node)
         object.__setattr__(self, "_real", real)
@@ -91,9 +92,17 @@ class Recorded:
         return type(self._real)
 
     def __getattr__(self, name: str) -> Any:
+        if name in _FIELDS:  # of an object that somebody makes without us, to copy it
+            raise AttributeError(name)
         recorder = self._recorder
         with recorder.paused():
-            value = getattr(self._real, name)
+            value = getattr(self._real, name, _MISSING)
+        if value is _MISSING:
+            if not name.startswith("__"):
+                recorder.decided(hasattr, (self, name))
+            raise AttributeError(f"{type(self._real).__name__!r} object has no attribute {name!r}")
+        if isinstance(self._real, dict) and name in _VIEWS:
+            return functools.partial(_VIEWS[name], self)
         if isinstance(value, (types.MethodType, types.BuiltinMethodType, functools.partial)):
             return functools.partial(recorder.call_method, self, name)
         if isinstance(value, (type, types.FunctionType)):
@@ -103,6 +112,9 @@ class Recorded:
     def __setattr__(self, name: str, value: Any) -> None:
         self._recorder.effect(setattr, (self, name, value))
 
+    def __delattr__(self, name: str) -> None:
+        self._recorder.effect(delattr, (self, name))
+
     def __getitem__(self, key: Any) -> Any:
         with self._recorder.paused():
             value = self._real[self._recorder.real(key)]
@@ -110,6 +122,9 @@ class Recorded:
 
     def __setitem__(self, key: Any, value: Any) -> None:
         self._recorder.effect(operator.setitem, (self, key, value))
+
+    def __delitem__(self, key: Any) -> None:
+        self._recorder.effect(operator.delitem, (self, key))
 
     def __len__(self) -> int:
         return self._recorder.decided(len, (self,))
@@ -130,20 +145,78 @@ class Recorded:
         return id(self._real)
 
     def __iter__(self) -> Any:
-        if hasattr(type(self._real), "keys"):
-            with self._recorder.paused():
-                keys = list(self._real)
-            self._recorder.decided(list, (self,))
-            return iter(keys)
+        if hasattr(type(self._real), "keys") or not hasattr(type(self._real), "__getitem__"):
+            return iter(self._recorder.decided(list, (self,)))  # names and plain values, by which Python goes
         return iter([self[index] for index in range(len(self))])
 
+    def __reversed__(self) -> Any:
+        return iter(list(self)[::-1])
+
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return self._recorder.call_function(call_object, (self, *args), kwargs)
+        return self._recorder.call_object(self, args, kwargs)
+
+    def __copy__(self) -> Any:
+        raise TraceError(f"the forward copies a {type(self._real).__name__}")
 
     def __deepcopy__(self, memo: dict) -> Any:
         if self._settled is None:
             raise TraceError(f"the forward copies a {type(self._real).__name__}")
         return self._real
+
+
+_MISSING = object()
+_FIELDS = ("_node", "_real", "_recorder", "_settled")
+_VIEWS: dict[str, Callable[[Any], list]] = {
+    "keys": list,
+    "values": lambda held: [held[key] for key in held],
+    "items": lambda held: [(key, held[key]) for key in held],
+}
+
+
+class Recorded(_Recording):
+    """An object that is no tensor: what is done with it is recorded, and done with the real one for its values.
+
+    `settled`: it hangs on the module (a config), so that the settings read from it hold until somebody changes them;
+    they are compared once, at the beginning. Otherwise they are compared where they are read.
+    """
+
+    __slots__ = _FIELDS
+
+
+class RecordedList(_Recording, list):
+    """A list of such an object. Torch takes only true lists, so it is one; its own items are never looked at."""
+
+    __slots__ = _FIELDS
+
+    def __init__(self, recorder: Any, node: Any, real: list, settled: tuple[Any, ...] | None = None):
+        list.__init__(self, real)
+        _Recording.__init__(self, recorder, node, real, settled)
+
+    def __add__(self, other: Any) -> Any:
+        return [*self, *other]
+
+    def __radd__(self, other: Any) -> Any:
+        return [*other, *self]
+
+    def __iadd__(self, other: Any) -> Any:
+        self._recorder.effect(operator.iadd, (self, other))
+        return self
+
+    def __mul__(self, times: Any) -> Any:
+        return list(self) * times
+
+    __rmul__ = __mul__
+
+    def copy(self) -> list:
+        return list(self)
+
+
+def _method(name: str) -> Any:
+    return lambda self, *args, **kwargs: self._recorder.call_method(self, name, *args, **kwargs)
+
+
+for _name in ("append", "extend", "insert", "pop", "remove", "clear", "reverse", "sort", "index", "count"):
+    setattr(RecordedList, _name, _method(_name))
 
 
 def call_object(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:

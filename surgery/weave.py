@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 from torch import fx, nn
 
 from surgery.errors import SiteError
-from surgery.lowering import lower, same_dtype
+from surgery.lowering import in_dtype, lower, same_dtype
 from surgery.tape import Ref, Step, Tape, thawed
 from surgery.trace import Own, recorded_own
 from surgery.view import base_forward
@@ -271,6 +271,8 @@ class _Weaver:
             self.now[ref] = new
             return
         old = resolve(ref)
+        if ref.kind == "inside":
+            new = self._in_dtype_of(str(ref.key), new, old)
         only = [resolve(user) for user in step.kwargs]
         for term in only or earlier:
             term.args, term.kwargs = _swapped(term.args, old, new), _swapped(term.kwargs, old, new)
@@ -281,6 +283,14 @@ class _Weaver:
             output = Ref("output", "")
             self.now[output] = _swapped(self.now[output], old, new)
         self.now[ref] = new
+
+    def _in_dtype_of(self, name: str, new: Any, old: _Term) -> Any:
+        """A value inside a forward keeps its dtype, whatever precision an adapter computes in: code may go by it."""
+        node = next(node for node in self.own.held.nodes if node.name == name) if self.own.held is not None else None
+        dtype = node.meta.get("dtype") if node is not None else None
+        if dtype is None or not dtype.is_floating_point or not isinstance(new, _Term):
+            return new
+        return self._term("call_function", in_dtype, (new, dtype), origin=new.origin or old.origin)
 
     def _state(self, seen: dict[Ref, Any], path: str) -> Any:
         ref = Ref("state", path)

@@ -21,6 +21,7 @@ from surgery.example import copied, equal, observe
 from surgery.guided import traced
 from surgery.testing import Snapshot
 from tests.families import FAMILIES
+from tests.others import OTHERS, silero, silero_compiled
 
 SAMPLE = ("bert", "llama", "gpt2", "t5", "vit", "mixtral", "whisper", "clip", "deberta_v2", "swin", "mamba", "convnext")
 NAMES = list(FAMILIES) if os.environ.get("ALL_FAMILIES") else [name for name in SAMPLE if name in FAMILIES]
@@ -426,6 +427,37 @@ def test_a_decision_on_a_mask_is_one_on_the_kind_of_call() -> None:
             graph(x, other)
 
 
+def test_the_dtype_that_a_forward_goes_by_is_checked() -> None:
+    class Filled(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.embed = nn.Embedding(5, 4)
+
+        def forward(self, ids: Tensor) -> Tensor:
+            x = self.embed(ids)
+            return x.masked_fill(x > 0, torch.finfo(x.dtype).min)
+
+    module = Filled()
+    graph = trace(module, torch.tensor([1, 2]))
+    same(module, graph, torch.tensor([3, 1, 1]))
+    module.bfloat16()
+    with pytest.raises(TraceError, match="float32 is found, and this one gives a tensor of rank 2 and torch.bfloat16"):
+        graph(torch.tensor([1, 2]))
+
+
+def test_a_check_of_all_of_a_tensor_is_one_in_the_graph() -> None:
+    class Checked(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            torch._check_tensor_all(x * 2 >= 0, lambda: "negative")
+            return x + 1
+
+    module = Checked()
+    graph = trace(module, torch.ones(3))
+    same(module, graph, torch.rand(5))
+    with pytest.raises(TraceError, match="True is decided"):
+        graph(-torch.ones(3))
+
+
 def test_a_function_from_a_registry_is_one_node() -> None:
     transformers = pytest.importorskip("transformers")
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -474,6 +506,215 @@ def test_attention_with_masks_and_caches(side: str, cached: bool) -> None:
         assert coverage(model, copied(inputs)).equal_share == 1.0
 
 
+class Notes:
+    """A cache that keeps what it is given in a list, in dicts, and by number of layer."""
+
+    def __init__(self, kept: int = 0, **done: Any) -> None:
+        torch.manual_seed(kept)
+        self.kept = [torch.randn(2, 3) for _ in range(kept)]
+        self.done: dict[Any, Any] = dict(done)
+        if kept > 1:
+            self.more = True
+        self.pair: tuple[Tensor, Tensor | None] = (torch.ones(3), torch.zeros(3) if kept > 1 else None)
+
+    def full(self) -> bool:
+        return len(self.kept) > 1
+
+    def last(self) -> Tensor | None:
+        return self.kept[-1] if self.full() else None
+
+
+def _counted(x: Tensor, notes: Notes) -> Tensor:
+    notes.done["n"] = notes.done.get("n", 0) + x.shape[0]
+    return x * notes.done["n"]
+
+
+def _marked(x: Tensor, notes: Notes) -> Tensor:
+    was = notes.done.get("seen")
+    notes.done["seen"] = True
+    return x * 2 if was else x + notes.done["seen"]
+
+
+def _through_other_names(x: Tensor, notes: Notes) -> Tensor:
+    kept, done = notes.kept, notes.done
+    kept.append(x)
+    done["also"] = kept
+    kept.append(x + 1)
+    return torch.cat(done["also"])
+
+
+def _appended(x: Tensor, notes: Notes) -> Tensor:
+    notes.kept.append(x)
+    notes.kept += [x + 1]
+    return torch.stack(notes.kept) + notes.kept[-1]
+
+
+def _replaced(x: Tensor, notes: Notes) -> Tensor:
+    for index, one in enumerate(notes.kept):
+        notes.kept[index] = one + x
+    return notes.kept[0]
+
+
+def _filled(x: Tensor, notes: Notes) -> Tensor:
+    if "key" not in notes.done:
+        notes.done["key"] = x
+    return notes.done["key"] + notes.done.setdefault("other", x + 1)
+
+
+def _dropped(x: Tensor, notes: Notes) -> Tensor:
+    del notes.done["n"]
+    return x + notes.kept.pop(0)
+
+
+def _gone_through(x: Tensor, notes: Notes) -> Tensor:
+    for key, value in notes.done.items():
+        x = x + value if key == "n" else x - value
+    return x
+
+
+# What a forward does with a cache; how it is when traced, in another call of the same kind, and in one of another kind.
+WITH_NOTES: dict[str, tuple[Any, Notes, Notes | None, Notes | None]] = {
+    "counted": (_counted, Notes(), Notes(n=5), None),
+    "marked": (_marked, Notes(), Notes(other=1), Notes(seen=True)),
+    "marked again": (_marked, Notes(seen=True), Notes(seen=True, n=1), Notes(seen=False)),
+    "through other names": (_through_other_names, Notes(1), Notes(3), None),
+    "appended": (_appended, Notes(1), Notes(2), None),
+    "replaced": (_replaced, Notes(2), None, Notes(3)),
+    "filled": (_filled, Notes(), Notes(n=1), Notes(key=torch.ones(3))),
+    "dropped": (_dropped, Notes(1, n=1), Notes(2, n=3, m=1), None),
+    "gone through": (_gone_through, Notes(n=1), Notes(n=2), Notes(m=2)),
+    "concatenated": (lambda x, notes: torch.cat(notes.kept) + x.sum(), Notes(1), Notes(3), None),
+    "unpacked": (lambda x, notes: torch.cat([x, *notes.kept]), Notes(1), None, Notes(2)),
+    "added": (lambda x, notes: torch.cat([x] + notes.kept), Notes(1), None, Notes(2)),
+    "sliced": (lambda x, notes: torch.cat(notes.kept[1:]), Notes(2), Notes(3), None),
+    "asked": (lambda x, notes: x if notes.full() else -x, Notes(1), Notes(0), Notes(2)),
+    "none or not": (lambda x, notes: x if notes.last() is None else -x, Notes(1), Notes(0), Notes(2)),
+    "missing": (lambda x, notes: x if hasattr(notes, "more") else -x, Notes(1), Notes(0), Notes(2)),
+    "a pair": (lambda x, notes: x if notes.pair[1] is None else -x, Notes(1), Notes(0), Notes(2)),
+}
+
+
+@pytest.mark.parametrize("name", WITH_NOTES)
+def test_what_is_written_to_and_read_from_an_argument(name: str) -> None:
+    does, notes, like, unlike = WITH_NOTES[name]
+
+    class Uses(nn.Module):
+        def forward(self, x: Tensor, notes: Notes) -> Tensor:
+            return does(x, notes)
+
+    module, x = Uses(), torch.randn(2, 3)
+    before = copied(notes)
+    graph = trace(module, (x, notes))
+    assert equal(before, notes)
+    same(module, graph, x, notes)
+    if like is not None:
+        same(module, graph, torch.randn(2, 3), like)
+    if unlike is not None:
+        with pytest.raises(TraceError, match="this graph is for calls where"):
+            graph(x, copied(unlike))
+
+
+@pytest.mark.parametrize("where", ["its object", "its object's tensors", "itself", "its layers", "then fails"])
+def test_what_is_written_to_a_held_object_is_refused(where: str) -> None:
+    class Counts(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.notes = Notes(1)
+            self.done = {"n": 0}
+            self.layers: list[Any] = [nn.Identity()]
+
+        def forward(self, x: Tensor) -> Tensor:
+            if where == "its object":
+                self.notes.done["n"] = x.shape[0]
+            elif where == "its object's tensors":
+                self.notes.kept.append(x)
+            elif where == "its layers":
+                self.layers.append(x)
+            else:
+                self.done["n"] = 5
+            return x if where != "then fails" or x.sum() > 0 else -x
+
+    module = Counts()
+    with pytest.raises(
+        TraceError, match="changes (notes.kept|notes.done|done|layers) of the module|content of a tensor"
+    ):
+        trace(module, torch.randn(2, 3))
+    assert not module.notes.done and len(module.notes.kept) == 1 and module.done == {"n": 0}
+    assert len(module.layers) == 1
+
+
+def test_what_a_child_gives_is_checked() -> None:
+    class Weighs(nn.Module):
+        with_weights = False
+
+        def forward(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
+            return x + 1, x.softmax(-1) if self.with_weights else None
+
+    class Parent(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.child = Weighs()
+
+        def forward(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
+            return self.child(x)
+
+    module, x = Parent(), torch.randn(2, 3)
+    graph = trace(module, x)
+    same(module, graph, torch.randn(4, 5))
+    module.child.with_weights = True
+    with pytest.raises(TraceError, match="this graph is for calls where"):
+        graph(x)
+
+
+@pytest.mark.parametrize("name", ["t5", "bart", "pegasus", "whisper"])
+def test_cross_attention_fills_its_cache_once(name: str) -> None:
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    model, inputs = FAMILIES[name].make().eval(), FAMILIES[name].inputs()
+    caches = [transformers.DynamicCache(config=model.config) for _ in range(2)]
+    first = {**inputs, "use_cache": True, "past_key_values": transformers.EncoderDecoderCache(*caches)}
+    filled = copied(first)
+    with torch.no_grad():
+        model(**filled)
+    second = {**filled, "decoder_input_ids": inputs["decoder_input_ids"][:, -1:]}
+    named = [module for module in model.modules() if "Attention" in type(module).__name__]
+    attentions = [module for module in named if not any(inner in named for inner in module.children())]
+    steps = [observe(model, copied(step), attentions) for step in (first, second)]
+    crossed = 0
+    for module in attentions:
+        if not steps[0].reached(module):
+            continue
+        calls = [step.calls[id(module)][:2] for step in steps if step.reached(module)]
+        graphs = [traced(module, *call) for call in calls]
+        for graph, (args, kwargs) in zip(graphs, calls, strict=True):
+            same(module, graph, *args, **kwargs)
+        if kwargs.get("key_value_states") is not None and kwargs.get("past_key_values") is not None:
+            crossed += 1
+            for graph, (args, kwargs) in zip(graphs, reversed(calls), strict=True):
+                with pytest.raises(TraceError, match="is found, and this one gives"):
+                    graph(*copied(args), **copied(kwargs))
+    assert crossed == 2
+    assert coverage(model, copied(first)).equal_share == coverage(model, copied(second)).equal_share == 1.0
+
+
+@pytest.mark.parametrize("names", [["layer", "other"], ["other", "layer"]])
+def test_coverage_tries_each_way_in_which_a_class_is_used(names: list[str]) -> None:
+    class Layer(nn.Module):
+        def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
+            return x if context is None else x * context.sum().item()
+
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layers = nn.ModuleDict({name: Layer() for name in names})
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.layers["other"](self.layers["layer"](x), x)
+
+    rows = {row.type: row for row in coverage(Model(), torch.randn(2, 3)).rows}
+    assert (rows["Layer"].status, rows["Layer"].path) == ("refused", "layers.other") and rows["Model"].status == "equal"
+
+
 def test_a_rewritten_module_is_traced_with_its_adapters() -> None:
     from rules import LoraRule
 
@@ -483,51 +724,47 @@ def test_a_rewritten_module_is_traced_with_its_adapters() -> None:
     same(block, trace(block, x), x)
 
 
-def others() -> dict[str, Any]:
-    """Models that are not transformers', and what they are called with."""
-    found: dict[str, Any] = {
-        "Transformer": lambda: (
-            nn.Transformer(16, 2, 1, 1, 32, batch_first=True),
-            (torch.randn(2, 5, 16), torch.randn(2, 3, 16)),
-        ),
-        "LSTM": lambda: (nn.Sequential(nn.LSTM(4, 8)), torch.randn(5, 2, 4)),
-        "GRU": lambda: (nn.GRU(4, 8, bidirectional=True), torch.randn(5, 2, 4)),
-        "MultiheadAttention": lambda: (nn.MultiheadAttention(8, 2), (torch.randn(3, 2, 8),) * 3),
-        "diffusers UNet": unet,
-        "EfficientNet-Lite0": efficientnet,
-    }
-    return found
-
-
-def unet() -> tuple[nn.Module, Any]:
-    diffusers = pytest.importorskip("diffusers")
-    model = diffusers.UNet2DConditionModel(
-        sample_size=8,
-        in_channels=4,
-        out_channels=4,
-        layers_per_block=1,
-        block_out_channels=(8, 16),
-        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
-        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
-        cross_attention_dim=8,
-        attention_head_dim=4,
-        norm_num_groups=4,
-    )
-    return model, (torch.randn(1, 4, 8, 8), torch.tensor(3), torch.randn(1, 5, 8))
-
-
-def efficientnet() -> tuple[nn.Module, Any]:
-    package = pytest.importorskip("efficientnet_lite_pytorch")
-    return package.EfficientNet.from_name("efficientnet-lite0"), torch.randn(1, 3, 64, 64)
-
-
 @pytest.mark.filterwarnings("ignore")  # of the packages' own
-@pytest.mark.parametrize("name", others())
+@pytest.mark.parametrize("name", OTHERS)
 def test_other_models(name: str) -> None:
-    model, inputs = others()[name]()
+    try:
+        model, inputs = OTHERS[name]()
+    except ModuleNotFoundError as missing:
+        pytest.skip(str(missing))
     for mode in (False, True):
         found = coverage(model.train(mode), inputs)
         assert found.rows and found.equal_share == 1.0, str(found)
+
+
+@pytest.mark.filterwarnings("ignore")  # of torch.jit, which is on its way out
+def test_a_compiled_module_is_refused() -> None:
+    compiled = torch.jit.script(nn.Sequential(nn.Linear(4, 4), nn.ReLU()))
+    x = torch.randn(2, 4)
+    with pytest.raises(TraceError, match="TorchScript"):
+        trace(compiled, x)
+    (row,) = coverage(compiled, x).rows
+    assert row.status == "refused" and "compiled already" in row.reason
+    model = nn.Sequential(nn.Linear(4, 4), compiled, nn.Tanh())
+    rows = {row.type: row for row in coverage(model, x).rows}
+    assert {name: row.status for name, row in rows.items()} == {
+        "Sequential": "refused",
+        "Linear": "equal",
+        "RecursiveScriptModule": "refused",
+        "Tanh": "equal",
+    }
+    assert "calls 1, a TorchScript module" in rows["Sequential"].reason
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_silero_vad() -> None:
+    try:
+        (compiled, inputs), (model, (x, state)) = silero_compiled(), silero()
+    except ModuleNotFoundError as missing:
+        pytest.skip(str(missing))
+    assert coverage(compiled, inputs).equal_share == 0.0
+    for found, expected in zip(model(x, state), compiled._model(x, state), strict=True):
+        torch.testing.assert_close(found, expected)
+    same(model, trace(model, (x, state)), x[:1], state[:, :1])
 
 
 def test_a_rewritten_module_by_itself_is_refused() -> None:
