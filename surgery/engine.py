@@ -166,7 +166,7 @@ def _insert(step: Step, plan: Plan, journal: Journal) -> None:
     if state is None:
         state = module.__dict__[_SITE] = SiteState(step.path, type(module))
         journal.undo(module.__dict__.pop, _SITE)
-    applied = Applied(plan.adapter, step.rule, layer=Layer(plan.adapter, step.rule.label, step.tape))
+    applied = Applied(plan.adapter, step.rule, layer=Layer(plan.adapter, step.rule.label, step.tape), facts=step.facts)
     device = _device_of(module)
     made = {spec.name: (_made(spec, device), spec.buffer) for spec in step.specs}
     if made:

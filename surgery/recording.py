@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 from torch import nn
 
@@ -29,6 +30,7 @@ class Step:
     own: Own
     tape: Tape
     specs: tuple[ParamSpec, ...]
+    facts: dict[str, Any] = field(default_factory=dict)
 
     @property
     def added(self) -> int:
@@ -44,10 +46,20 @@ class PassedOver(Exception):
 
 
 def recorded(
-    rule: Rule, module: nn.Module, path: str, adapter: str, own: Own, example: Example = None
+    rule: Rule,
+    module: nn.Module,
+    path: str,
+    adapter: str,
+    own: Own,
+    example: Example = None,
+    owners: tuple[nn.Module, ...] = (),
+    facts: dict[str, Any] | None = None,
 ) -> tuple[Tape, tuple[ParamSpec, ...]]:
-    """A rule's rewrite of a site as a tape, and the tensors it asks for; `PassedOver` for NotImplemented."""
-    site = Site(module, path, adapter, rule.label, own, example)
+    """A rule's rewrite of a site as a tape, and the tensors it asks for; `PassedOver` for NotImplemented.
+
+    `facts` are those found when the rule was applied; what it finds anew is put there.
+    """
+    site = Site(module, path, adapter, rule.label, own, example, owners, facts)
     with running(rule, "rewrite", path):
         output = rule.rewrite(site)
     if output is NotImplemented:
@@ -72,6 +84,6 @@ def recorded(
 def layer_of(applied: Applied, module: nn.Module, path: str, own: Own) -> Layer:
     """The edits of a rule that is on a site already, recorded anew where its record was copied or unpickled."""
     if applied.layer is None:
-        tape, _ = recorded(applied.rule, module, path, applied.adapter, own)
+        tape, _ = recorded(applied.rule, module, path, applied.adapter, own, facts=applied.facts)
         applied.layer = Layer(applied.adapter, applied.rule.label, tape)
     return applied.layer

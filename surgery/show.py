@@ -74,7 +74,7 @@ def summary(model: nn.Module) -> Summary:
         merged.update(dict.fromkeys(state.merged.adapters if state.merged else ()))
         for applied in state.applied:
             own = own_forward(module, state.base)
-            _, specs = recorded(applied.rule, module, state.path, applied.adapter, own)
+            _, specs = recorded(applied.rule, module, state.path, applied.adapter, own, facts=applied.facts)
             held = tensors_of(module, applied.adapter)
             mine = [held[spec.name] for spec in specs if spec.name in held]
             row = counts[applied.adapter, applied.rule.label]
@@ -133,7 +133,7 @@ def draw(model: nn.Module, path: str = "", *, before: bool = True) -> str:
 
 
 def _layer(module: nn.Module, state: SiteState, applied: Any, own: Own) -> Layer:
-    tape, _ = recorded(applied.rule, module, state.path, applied.adapter, own)
+    tape, _ = recorded(applied.rule, module, state.path, applied.adapter, own, facts=applied.facts)
     return Layer(applied.adapter, applied.rule.label, tape)
 
 

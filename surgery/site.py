@@ -11,9 +11,12 @@ import torch
 from torch import Tensor, nn
 
 from surgery.errors import SiteError, near_misses
+from surgery.example import call
 from surgery.hidden import hidden_of, with_hidden
 from surgery.match import RESERVED
 from surgery.registries import takes_functions
+from surgery.rule import Rule
+from surgery.state import site_state
 from surgery.tape import Tape, Value
 from surgery.trace import Own
 from surgery.view import calls_inside, hidden_reference
@@ -108,10 +111,21 @@ class Site(_Place):
     `site.module` is the module itself, for its sizes and settings.
     """
 
-    def __init__(self, module: nn.Module, path: str, adapter: str, label: str, own: Own, example: Example = None):
+    def __init__(
+        self,
+        module: nn.Module,
+        path: str,
+        adapter: str,
+        label: str,
+        own: Own,
+        example: Example = None,
+        owners: tuple[nn.Module, ...] = (),
+        facts: dict[str, Any] | None = None,
+    ):
         super().__init__(module, path, adapter)
         self.label, self.own = label, own
-        self._example = example
+        self._example, self._owners = example, owners
+        self.facts: dict[str, Any] = {} if facts is None else facts
         self.tape = Tape(path or type(module).__name__)
         self.specs: dict[str, ParamSpec] = {}
 
@@ -195,6 +209,30 @@ class Site(_Place):
     def example(self) -> tuple[tuple, dict[str, Any]] | None:
         """Copies of the module's own arguments in the example call, (args, kwargs); None without an example."""
         return self._example() if self._example is not None else None
+
+    @property
+    def owners(self) -> tuple[nn.Module, ...]:
+        """The modules that this one is in, the model first. Known while planning: keep what you read with `fact`."""
+        return self._owners
+
+    @property
+    def rules(self) -> tuple[Rule, ...]:
+        """The rules that are on the module already, those of other adapters."""
+        state = site_state(self.module)
+        return tuple(a.rule for a in state.applied if a.adapter != self.adapter) if state is not None else ()
+
+    def fact(self, name: str, find: Callable[[], Any]) -> Any:
+        """What `find()` finds out about the module while planning: plain data, kept with the site and its copies.
+
+        A copied or unpickled site records its rules anew, with no model around it and no example: it has its facts.
+        """
+        if name not in self.facts:
+            self.facts[name] = find()
+        return self.facts[name]
+
+    def run(self, **inputs: Any) -> Any:
+        """Call the module as it is at present: in evaluation mode, without gradients, leaving no trace. For `fact`."""
+        return call(self.module, inputs)
 
     def calls_inside(self, args: tuple, kwargs: Mapping[str, Any]) -> list[tuple[Any, tuple, dict[str, Any]]]:
         """Run the module's own forward; its calls of functions from registries: (function, args, kwargs)."""

@@ -54,13 +54,15 @@ class Adapters(nn.Module):
 class Applied:
     """One rule at one site. `changed` holds what its initialisation did to the base's own parameters.
 
-    `layer` holds its edits, which are recorded anew where it is None: in copies and after unpickling.
+    `layer` holds its edits, which are recorded anew where it is None: in copies and after unpickling. `facts` is what
+    the rule found out about the module (`Site.fact`).
     """
 
     adapter: str
     rule: Rule
     changed: list[Any] = field(default_factory=list)
     layer: Layer | None = field(default=None, compare=False, repr=False)
+    facts: dict[str, Any] = field(default_factory=dict)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "layer": None}
