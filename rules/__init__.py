@@ -19,6 +19,7 @@ from rules.miss import MissRule
 from rules.norm import NormRule
 from rules.oft import OftRule
 from rules.prefix import PrefixRule
+from rules.prompt import PromptRule
 from rules.randlora import RandLoraRule
 from rules.reft import ReftRule
 from rules.replace import ReplaceRule
@@ -48,6 +49,7 @@ __all__ = [
     "NormRule",
     "OftRule",
     "PrefixRule",
+    "PromptRule",
     "RandLoraRule",
     "RankAllocator",
     "ReftRule",
