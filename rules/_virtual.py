@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from surgery import SiteError, hidden_of
+from surgery import Site, SiteError, hidden_of
 
 Inputs = dict[str, Any]
 
@@ -64,7 +64,9 @@ def put_in(module: Any, prompt: Tensor, given: Inputs, rest: str, adapter: str, 
         changed["position_ids"] = _positions(positions, count, after, first, mask, (seen or 0) - count + length)
     steps = inputs.get("cache_position")
     if steps is not None:
-        changed["cache_position"] = _spliced(steps + count, torch.arange(count).to(steps), 0, 0) if first else steps + count
+        changed["cache_position"] = (
+            _spliced(steps + count, torch.arange(count).to(steps), 0, 0) if first else steps + count
+        )
     if first:
         if embeds is None:
             embeds = module.get_input_embeddings()(ids)
@@ -196,7 +198,9 @@ def _positions(positions: Tensor, count: int, after: int, first: bool, mask: Any
     if mask is None and bool((positions.diff(dim=-1) != 1).any()):
         raise _error("its position_ids are those of packed sequences", "give each sequence a row, and a mask")
     start = positions[..., after - 1 : after] + 1 if after else positions.new_zeros(())
-    rows = (start + torch.arange(count, device=positions.device, dtype=positions.dtype)).expand(*positions.shape[:-1], -1)
+    rows = (start + torch.arange(count, device=positions.device, dtype=positions.dtype)).expand(
+        *positions.shape[:-1], -1
+    )
     shifted = torch.cat([positions[..., :after], positions[..., after:] + count], -1) if after else positions + count
     return _spliced(shifted, rows, after, -1)
 
@@ -228,33 +232,47 @@ def _error(why: str, fix: str) -> SiteError:
 # What a model is, found while planning -----------------------------------------------------------------------------
 
 
+def starred(site: Site) -> str | None:
+    """The name of the forward's ** argument."""
+    return next((name for name, p in site.own.signature.parameters.items() if p.kind is p.VAR_KEYWORD), None)
+
+
 def takes_text(module: nn.Module) -> bool:
     return _takes(module, "input_ids", "inputs_embeds", "attention_mask") and hasattr(module, "get_input_embeddings")
 
 
 def hosts(module: nn.Module, path: str) -> Iterator[tuple[str, nn.Module]]:
-    """The innermost modules that take a text, as ids or embedded, with its mask."""
-    for name, inner in module.named_modules(prefix=path):
-        if takes_text(inner) and not any(takes_text(other) for other in inner.modules() if other is not inner):
+    """The innermost modules in this one that take a text, as ids or embedded, with its mask; no decoder of two."""
+    owners = tuple(inner for inner in module.modules() if _has_both(inner))
+    return ((name, inner) for name, inner in _innermost(module, path) if role_of(inner, owners) != "decoder")
+
+
+def decoders(module: nn.Module, path: str) -> Iterator[tuple[str, nn.Module]]:
+    """Those that look at an encoder's states through a mask."""
+    owners = tuple(inner for inner in module.modules() if _has_both(inner))
+    for name, inner in _innermost(module, path):
+        if _takes(inner, "encoder_hidden_states", "encoder_attention_mask") and role_of(inner, owners) == "decoder":
             yield name, inner
 
 
 def role_of(module: nn.Module, owners: tuple[nn.Module, ...]) -> str:
     """ "encoder" or "decoder" of a model that has both, or "alone"."""
     for owner in owners:
-        if _takes(owner, "encoder_outputs") and hasattr(owner, "get_encoder"):
+        if owner is not module and _has_both(owner) and any(inner is module for inner in owner.modules()):
             encoder = owner.get_encoder()  # type: ignore[operator]
-            return "encoder" if encoder is not owner and module in set(encoder.modules()) else "decoder"
+            inside = encoder is not owner and any(inner is module for inner in encoder.modules())
+            return "encoder" if inside else "decoder"
     return "alone"
 
 
-def decoders(module: nn.Module, path: str) -> Iterator[tuple[str, nn.Module]]:
-    """The modules of an encoder-decoder that look at its encoder's states through a mask."""
-    if _takes(module, "encoder_outputs") and hasattr(module, "get_encoder"):
-        for name, inner in hosts(module, path):
-            takes = _takes(inner, "encoder_hidden_states", "encoder_attention_mask")
-            if takes and role_of(inner, (module,)) == "decoder":
-                yield name, inner
+def _innermost(module: nn.Module, path: str) -> Iterator[tuple[str, nn.Module]]:
+    for name, inner in module.named_modules(prefix=path):
+        if takes_text(inner) and not any(takes_text(other) for other in inner.modules() if other is not inner):
+            yield name, inner
+
+
+def _has_both(module: nn.Module) -> bool:
+    return _takes(module, "encoder_outputs") and hasattr(module, "get_encoder")
 
 
 def _takes(module: nn.Module, *names: str) -> bool:

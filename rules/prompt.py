@@ -14,7 +14,7 @@ from rules import _encoder, _fields, _virtual
 from rules._hidden import features_of
 from surgery import Rule, Site, SiteError, SurgeryError, Targets, rule
 
-EVERYWHERE = "re:.*"
+THE_MODEL = ""  # the path of the model itself
 
 
 @rule("prompt")
@@ -48,7 +48,7 @@ class PromptRule(Rule):
     Sources: Lester et al. 2021, arXiv:2104.08691; Liu et al. 2021, arXiv:2103.10385; Jia et al. 2022, arXiv:2203.12119.
     """
 
-    targets: Targets = field(default=EVERYWHERE, kw_only=False)
+    targets: Targets = field(default=THE_MODEL, kw_only=False)
     length: int = 20
     init: Literal["random", "vocab", "text"] = "random"
     text_ids: Sequence[int] = ()
@@ -73,36 +73,35 @@ class PromptRule(Rule):
 
     def expand(self, module: nn.Module, path: str) -> Iterable[tuple[str, nn.Module]]:
         found = list(_virtual.hosts(module, path))
-        return found if found or self.targets == (EVERYWHERE,) else [(path, module)]
+        return found if found or self.targets == (THE_MODEL,) else [(path, module)]
 
     def companions(self) -> Iterable[Rule]:
         return [PromptMemoryRule(length=self.length)]
 
     def rewrite(self, site: Site) -> Any:
         role = site.fact("role", lambda: self._role(site))
-        if role == "decoder" and self.targets == (EVERYWHERE,):
-            return NotImplemented
         if any(isinstance(other, PromptRule) and other.after != self.after for other in site.rules):
             raise SiteError("two prompts at one module need the same `after`", where=site.path)
         if role == "layer":
             return site.with_hidden(site.apply(_virtual.put_after, site.output, self.virtual(site), self.after or 0))
         seen = site.fact("seen", lambda: self._seen(site))
         after = int(seen["pooled"]) if self.after is None else self.after
-        starred = [name for name, p in site.own.signature.parameters.items() if p.kind is p.VAR_KEYWORD]
-        rest = starred[0] if starred else ""
+        rest = _virtual.starred(site) or ""
         made: Any = site.apply(
             _virtual.put_in, site.this, self.virtual(site), dict(site.inputs), rest, site.adapter, after, seen["left"]
         )
+        new = made[0]
         for name in site.inputs:
             if name in _virtual.CHANGED or name == rest:
-                site.replace(site.inputs[name], made[0][name])
+                site.replace(site.inputs[name], new[name])
         if role == "encoder":
             return None  # what its decoder looks at, virtual tokens included
         return site.apply(_virtual.take_out, site.output, made[1], site.adapter, after)
 
     def virtual(self, site: Site) -> Tensor:
         """The virtual tokens as a value of the graph, (length, features)."""
-        prompt = site.param("prompt", (self.length, width := site.fact("width", lambda: self._width(site))), self._start(site))
+        width = site.fact("width", lambda: self._width(site))
+        prompt = site.param("prompt", (self.length, width), self._start(site))
         if self.encoder is None:
             return prompt
         shapes = _encoder.specs(self.encoder, width, self.encoder_size or width, self.encoder_layers)
@@ -110,15 +109,15 @@ class PromptRule(Rule):
         return site.apply(_encoder.encoded, prompt, tensors, self.encoder_dropout, site.training)
 
     def _role(self, site: Site) -> str:
-        """What the module is to the model: "encoder", "decoder", "alone", or a "layer" that knows of no text."""
+        """What the module is in the model: "encoder", "decoder", "alone", or a "layer" that knows of no text."""
         if _virtual.takes_text(site.module):
             return _virtual.role_of(site.module, site.owners)
-        if any(_virtual.takes_text(owner) for owner in site.owners):
+        if any(map(_virtual.takes_text, (*site.owners, *site.module.modules()))):
             raise SiteError(
                 f"{self.label} goes on the module that takes the text's mask",
                 where=site.path,
-                why="in here, the mask and the positions would not follow",
-                fix="target a module around it, or give no targets",
+                why="here, the mask and the positions would not follow",
+                fix="target that module: without targets it is found",
             )
         return "layer"
 
@@ -134,7 +133,9 @@ class PromptRule(Rule):
             more = {name: value for name, value in given.items() if name not in _virtual.CHANGED and value is not None}
             seen = _virtual.probed(functools.partial(site.run, **more), embedding, given.get("input_ids"))
         if seen["why"]:
-            raise SiteError(f"{self.label} can't go on this {site.base_class.__name__}", where=site.path, why=seen["why"])
+            raise SiteError(
+                f"{self.label} can't go on this {site.base_class.__name__}", where=site.path, why=seen["why"]
+            )
         return seen
 
     def _width(self, site: Site) -> int:
@@ -164,7 +165,7 @@ class PromptRule(Rule):
 class PromptMemoryRule(Rule):
     """What a decoder's mask of its encoder's states needs where these hold virtual tokens. Comes with a PromptRule."""
 
-    targets: Targets = field(default=EVERYWHERE, kw_only=False)
+    targets: Targets = field(default=THE_MODEL, kw_only=False)
     length: int = 20
     why_not_merged = PromptRule.why_not_merged
 
