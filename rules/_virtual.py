@@ -6,15 +6,14 @@ tokens already. What can't be made right is a `SiteError`.
 
 from __future__ import annotations
 
-import functools
-import inspect
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from surgery import Site, SiteError, hidden_of
+from surgery import SiteError, hidden_of
 
 Inputs = dict[str, Any]
 
@@ -22,51 +21,42 @@ Inputs = dict[str, Any]
 CHANGED = ("input_ids", "inputs_embeds", "attention_mask", "position_ids", "cache_position", "token_type_ids")
 _CACHES = ("past_key_values", "cache_params")
 _MARK = "_surgery_prompts"
+# How many virtual tokens an adapter put into a cache, and by how much the text's positions lag behind its tokens: 0 but
+# for images, whose tokens share positions. None: not known, while compiling.
+Mark = tuple[int, int | None]
 
 
-def put_in(module: Any, prompt: Tensor, given: Inputs, rest: str, adapter: str, after: int, left: bool):
-    """The inputs with virtual tokens, and how many this call puts in: none where the cache has them from before.
+def put_in(module: Any, prompt: Tensor, given: Inputs, rest: str, adapter: str, after: int, left: bool) -> Any:
+    """The inputs with virtual tokens, and what this call puts in: None where the cache has them from before.
 
     `given`: the forward's arguments by name, `rest` the name of its ** argument; `left`: whether padding may be left.
     """
     inputs = {**given, **(given[rest] if rest else {})}
-    inputs.pop(rest, None)
     ids, embeds = inputs["input_ids"], inputs["inputs_embeds"]
     if (ids is None) == (embeds is None):
-        return given, 0  # the forward has its own words for that
+        return given, None  # the forward has its own words for that
     text = embeds if ids is None else ids
     if text.dim() != (2 if embeds is None else 3):
         raise _error(f"the text is {tuple(text.shape)}", "one sequence a row: (batch, tokens)")
-    _refuse_unknown(inputs)
-    count, length = prompt.shape[-2], text.shape[1]
-    cache = _cache_in(inputs)
-    seen = _seen(cache)
-    first = seen is None
-    marks: dict[str, int] = getattr(cache, _MARK, {})
-    if not first and adapter not in marks:
-        raise _error("the cache was filled without the virtual tokens", "start with an empty cache")
-    if first and length < after:
-        raise _error(f"the first call has {length} tokens, fewer than after={after}", "give the text's start at once")
-    mask = inputs["attention_mask"]
-    if not (mask is None or isinstance(mask, Tensor) and mask.dim() == 2):
-        mask = _flat(mask, cache, length + (0 if seen is None else seen - sum(marks.values())), length)
-    if mask is not None:
-        if not left and bool((mask[:, 0] == 0).any()):
-            raise _error(
-                "the text is padded on the left, and this model's positions then depend on token ids",
-                "pad on the right: tokenizer.padding_side = 'right'",
-            )
-        mask = _spliced(mask, mask.new_ones(mask.shape[0], count), after, 1)
-    _check_room(cache, (seen or 0) + length + (count if first else 0))
+    _refuse_unknown(inputs, rest)
+    past = _Past.of(inputs, adapter, text.shape[1])
+    count, first = prompt.shape[-2], past.empty
+    past.check_room(past.seen + text.shape[1] + (count if first else 0))
+    if first and text.shape[1] < after:
+        raise _error(f"the first call has {text.shape[1]} tokens, fewer than after={after}", "give the text's start")
+    mask = _mask(inputs["attention_mask"], past, left)
     changed: Inputs = {"attention_mask": mask}
-    positions = inputs.get("position_ids")
-    if positions is not None:
-        changed["position_ids"] = _positions(positions, count, after, first, mask, (seen or 0) - count + length)
-    steps = inputs.get("cache_position")
-    if steps is not None:
-        changed["cache_position"] = (
-            _spliced(steps + count, torch.arange(count).to(steps), 0, 0) if first else steps + count
-        )
+    if mask is not None:
+        changed["attention_mask"] = _spliced(mask, mask.new_ones(mask.shape[0], count), after, 1)
+    elif not first and "position_ids" not in given and past.seen and past.new > 1:
+        raise _error("it can't be told from the call which tokens the cache has already", "give an attention_mask")
+    lag: int | None = 0
+    if inputs.get("position_ids") is not None:
+        lag = _lag(inputs["position_ids"], past)
+        changed["position_ids"] = _positions(inputs["position_ids"], count, after, past, mask is None)
+    if inputs.get("cache_position") is not None:
+        steps = inputs["cache_position"] + count
+        changed["cache_position"] = torch.cat([torch.arange(count).to(steps), steps]) if first else steps
     if first:
         if embeds is None:
             embeds = module.get_input_embeddings()(ids)
@@ -75,20 +65,20 @@ def put_in(module: Any, prompt: Tensor, given: Inputs, rest: str, adapter: str, 
         types = inputs.get("token_type_ids")
         if types is not None:
             changed["token_type_ids"] = _spliced(types, types.new_zeros(*types.shape[:-1], count), after, -1)
-        _mark(cache, adapter, count)
+        _mark(past.cache, adapter, (count, lag))
     new = {name: changed.get(name, value) for name, value in given.items()}
     if rest:
         new[rest] = {name: changed.get(name, value) for name, value in given[rest].items() if name != "task_ids"}
-    return new, count if first else 0
+    return new, (count, lag) if first else None
 
 
-def take_out(output: Any, count: int, adapter: str, after: int) -> Any:
+def take_out(output: Any, made: Mark | None, adapter: str, after: int) -> Any:
     """The output without the virtual tokens' positions; the cache, which keeps them, remembers whose they are."""
-    if not count:
+    if made is None:
         return output
     for cache in _caches_of(output):
-        _mark(cache, adapter, count)
-    hidden = hidden_of(output)
+        _mark(cache, adapter, made)
+    count, hidden = made[0], hidden_of(output)
     if hidden.dim() != 3 or hidden.shape[1] < count + after:
         raise _error(f"the model returns {tuple(hidden.shape)}", "its output must have a position for each token")
     return _without(output, count, hidden.shape[1], after)
@@ -130,79 +120,128 @@ def _for_rows(prompt: Tensor, batch: int) -> Tensor:
     return prompt.expand(batch, -1, -1)
 
 
-def _mark(cache: Any, adapter: str, count: int) -> None:
+def _mark(cache: Any, adapter: str, made: Mark) -> None:
+    """Write down on a cache that it holds an adapter's virtual tokens, in the order in which adapters put them in."""
     if cache is not None:
-        setattr(cache, _MARK, {**getattr(cache, _MARK, {}), adapter: count})
+        marks = {name: mark for name, mark in getattr(cache, _MARK, {}).items() if name != adapter}
+        setattr(cache, _MARK, {**marks, adapter: made})
 
 
-def _refuse_unknown(inputs: Inputs) -> None:
+def _refuse_unknown(inputs: Inputs, rest: str) -> None:
     """Tensors whose columns may be tokens: the image's places in the text, lengths of packed sequences, boxes, …"""
     for name, value in inputs.items():
-        if name in CHANGED or name in _CACHES or name == "task_ids" or name.startswith("encoder_"):
+        if name in CHANGED or name in _CACHES or name in ("task_ids", rest) or name.startswith("encoder_"):
             continue
         items = value if isinstance(value, (tuple, list)) else (value,)
         if any(isinstance(item, Tensor) and item.dim() > 0 for item in items):
             raise _error(f"it is called with {name}", "what virtual tokens are to that is not known: leave it out")
 
 
-def _cache_in(inputs: Inputs) -> Any:
-    found = next((inputs[name] for name in _CACHES if inputs.get(name) is not None), None)
-    if found is not None and not hasattr(found, "get_seq_length"):
-        raise _error(f"its cache is a {type(found).__name__}", "one that tells its length is needed: get_seq_length()")
-    return found
+@dataclass
+class _Past:
+    """What a call's cache says: whether it is empty, how many positions it holds, the virtual ones included, how many
+    tokens are new, how many of text there are with them (None: not known), and how positions lag."""
+
+    cache: Any
+    empty: bool
+    seen: int
+    new: int
+    text: int | None
+    lag: int | None = None
+
+    @staticmethod
+    def of(inputs: Inputs, adapter: str, new: int) -> _Past:
+        cache = next((inputs[name] for name in _CACHES if inputs.get(name) is not None), None)
+        if cache is None:
+            return _Past(None, True, 0, new, new)
+        if not hasattr(cache, "get_seq_length"):
+            raise _error(f"its cache is a {type(cache).__name__}", "one that tells its length: get_seq_length()")
+        recurrent = list(getattr(cache, "is_linear", ()))
+        seen = 0 if recurrent and all(recurrent) else int(cache.get_seq_length())  # such states count no positions
+        if not seen and not (any(recurrent) and cache.has_previous_state()):
+            return _Past(cache, True, 0, new, new)
+        marks: dict[str, Mark] = getattr(cache, _MARK, {})
+        if adapter not in marks:
+            raise _error("the cache was filled without the virtual tokens", "start with an empty cache")
+        # To this rule, what earlier ones put in is text.
+        later = list(marks.values())[list(marks).index(adapter) :]
+        text = seen + new - sum(count for count, _ in later) if seen else None
+        return _Past(cache, False, seen, new, text, marks[adapter][1])
+
+    def check_room(self, needed: int) -> None:
+        if not hasattr(self.cache, "get_max_length") or all(self.cache.is_sliding or (True,)):
+            return
+        room = self.cache.get_max_length()
+        if 0 <= room < needed:
+            raise _error(
+                f"the cache has room for {room} positions, and {needed} are needed",
+                "virtual tokens take room: give past_key_values=StaticCache(config, max_cache_len=…)",
+            )
 
 
-def _seen(cache: Any) -> int | None:
-    """How many positions a cache holds, virtual ones included; None where it holds nothing yet."""
-    if cache is None:
+def _mask(mask: Any, past: _Past, left: bool) -> Tensor | None:
+    """The text's mask, 2-D."""
+    if mask is None:
         return None
-    length = int(cache.get_seq_length())
-    if length == 0 and any(getattr(cache, "is_linear", ())) and cache.has_previous_state():
-        return 0  # recurrent states alone count no positions
-    return length or None
-
-
-def _check_room(cache: Any, needed: int) -> None:
-    if not hasattr(cache, "get_max_length") or all(cache.is_sliding or (True,)):
-        return
-    room = cache.get_max_length()
-    if 0 <= room < needed:
+    if not isinstance(mask, Tensor) or mask.dim() != 2:
+        mask = _flat(mask, past)
+    if past.text is not None and mask.shape[1] != past.text:
         raise _error(
-            f"the cache has room for {room} positions, and {needed} are needed",
-            "virtual tokens take room: give past_key_values=StaticCache(config, max_cache_len=…)",
+            f"its mask is of {mask.shape[1]} tokens, and with those in the cache there are {past.text}",
+            "code that goes on from a filled cache may have counted its virtual tokens as text: give the new tokens "
+            "alone, with the mask of all",
         )
+    if not left and bool((mask[:, 0] == 0).any()):
+        raise _error(
+            "the text is padded on the left, and this model's positions then depend on token ids",
+            "pad on the right: tokenizer.padding_side = 'right'",
+        )
+    return mask
 
 
-def _flat(mask: Any, cache: Any, text: int, length: int) -> Tensor:
+def _flat(mask: Any, past: _Past) -> Tensor:
     """The 2-D mask that a causal 4-D one was made from; with it the model makes its own, for virtual tokens, too."""
     wanted = "a 2-D mask (batch, tokens) can be widened"
     if not isinstance(mask, Tensor) or mask.dim() != 4 or mask.shape[1] != 1:
         raise _error(f"its mask is {type(mask).__name__} {tuple(getattr(mask, 'shape', ()))}", wanted)
-    if cache is None or any(cache.is_sliding) or mask.shape[-1] < text or mask.shape[-2] != length:
+    if past.cache is None or past.text is None or any(past.cache.is_sliding) or mask.shape[-1] < past.text:
         raise _error(f"its mask is {tuple(mask.shape)}", wanted)
-    seen = (mask if mask.dtype == torch.bool else mask == 0)[:, 0, :, :text]
+    seen = (mask if mask.dtype == torch.bool else mask == 0)[:, 0, :, : past.text]
     columns = seen[:, -1]
-    order = torch.ones(length, text, dtype=torch.bool, device=mask.device).tril(text - length)
-    real = columns[:, text - length :].unsqueeze(-1)  # what a row of padding sees is of no account
-    if bool(((seen != (columns.unsqueeze(1) & order)) & real).any()):
+    order = torch.ones(past.new, past.text, dtype=torch.bool, device=mask.device).tril(past.text - past.new)
+    real = columns[:, past.text - past.new :].unsqueeze(-1)  # what a row of padding sees is of no account
+    if mask.shape[-2] != past.new or bool(((seen != (columns.unsqueeze(1) & order)) & real).any()):
         raise _error("its 4-D mask is not causal with padding", wanted)
     return columns.long()
 
 
-def _positions(positions: Tensor, count: int, after: int, first: bool, mask: Any, bound: int) -> Tensor:
-    if not first:
-        # Code around this module may have counted the cache's virtual tokens already; then they would count twice.
-        if not torch.compiler.is_compiling() and bound > 0 and int(positions.max()) >= bound:
-            raise _error("its position_ids count the virtual tokens in the cache", "give positions of the text alone")
+def _lag(positions: Tensor, past: _Past) -> int | None:
+    """By how much positions lag behind tokens; an error where that is no longer what it was.
+
+    Code around this module may take the cache's virtual tokens for text, in what it hands on of a text or in positions.
+    """
+    if past.text is None or torch.compiler.is_compiling():
+        return None
+    lag = past.text - 1 - int(positions.max())
+    if past.lag is not None and lag != past.lag:
+        raise _error(
+            f"its position_ids end at {past.text - 1 - lag}, and with the text in the cache they should end at "
+            f"{past.text - 1 - past.lag}",
+            "give positions of the text alone; where generate goes on from a filled cache, the new tokens alone, with "
+            "the mask of all",
+        )
+    return lag
+
+
+def _positions(positions: Tensor, count: int, after: int, past: _Past, unmasked: bool) -> Tensor:
+    if not past.empty:
         return positions + count
-    if mask is None and bool((positions.diff(dim=-1) != 1).any()):
+    if unmasked and bool((positions.diff(dim=-1) != 1).any()):
         raise _error("its position_ids are those of packed sequences", "give each sequence a row, and a mask")
     start = positions[..., after - 1 : after] + 1 if after else positions.new_zeros(())
-    rows = (start + torch.arange(count, device=positions.device, dtype=positions.dtype)).expand(
-        *positions.shape[:-1], -1
-    )
+    rows = start + torch.arange(count, device=positions.device, dtype=positions.dtype)
     shifted = torch.cat([positions[..., :after], positions[..., after:] + count], -1) if after else positions + count
-    return _spliced(shifted, rows, after, -1)
+    return _spliced(shifted, rows.expand(*positions.shape[:-1], -1), after, -1)
 
 
 def _without(value: Any, count: int, total: int, after: int) -> Any:
@@ -227,94 +266,3 @@ def _caches_of(output: Any) -> Iterator[Any]:
 
 def _error(why: str, fix: str) -> SiteError:
     return SiteError("virtual tokens can't be put into this call", why=why, fix=fix)
-
-
-# What a model is, found while planning -----------------------------------------------------------------------------
-
-
-def starred(site: Site) -> str | None:
-    """The name of the forward's ** argument."""
-    return next((name for name, p in site.own.signature.parameters.items() if p.kind is p.VAR_KEYWORD), None)
-
-
-def takes_text(module: nn.Module) -> bool:
-    return _takes(module, "input_ids", "inputs_embeds", "attention_mask") and hasattr(module, "get_input_embeddings")
-
-
-def hosts(module: nn.Module, path: str) -> Iterator[tuple[str, nn.Module]]:
-    """The innermost modules in this one that take a text, as ids or embedded, with its mask; no decoder of two."""
-    owners = tuple(inner for inner in module.modules() if _has_both(inner))
-    return ((name, inner) for name, inner in _innermost(module, path) if role_of(inner, owners) != "decoder")
-
-
-def decoders(module: nn.Module, path: str) -> Iterator[tuple[str, nn.Module]]:
-    """Those that look at an encoder's states through a mask."""
-    owners = tuple(inner for inner in module.modules() if _has_both(inner))
-    for name, inner in _innermost(module, path):
-        if _takes(inner, "encoder_hidden_states", "encoder_attention_mask") and role_of(inner, owners) == "decoder":
-            yield name, inner
-
-
-def role_of(module: nn.Module, owners: tuple[nn.Module, ...]) -> str:
-    """ "encoder" or "decoder" of a model that has both, or "alone"."""
-    for owner in owners:
-        if owner is not module and _has_both(owner) and any(inner is module for inner in owner.modules()):
-            encoder = owner.get_encoder()  # type: ignore[operator]
-            inside = encoder is not owner and any(inner is module for inner in encoder.modules())
-            return "encoder" if inside else "decoder"
-    return "alone"
-
-
-def _innermost(module: nn.Module, path: str) -> Iterator[tuple[str, nn.Module]]:
-    for name, inner in module.named_modules(prefix=path):
-        if takes_text(inner) and not any(takes_text(other) for other in inner.modules() if other is not inner):
-            yield name, inner
-
-
-def _has_both(module: nn.Module) -> bool:
-    return _takes(module, "encoder_outputs") and hasattr(module, "get_encoder")
-
-
-def _takes(module: nn.Module, *names: str) -> bool:
-    return set(names) <= _arguments(getattr(module, "_surgery_base", type(module)))
-
-
-@functools.lru_cache(1024)
-def _arguments(kind: type[nn.Module]) -> frozenset[str]:
-    try:
-        return frozenset(inspect.signature(kind.forward).parameters)
-    except (TypeError, ValueError):
-        return frozenset()
-
-
-def probed(run: Callable[..., Any], embedding: nn.Module, ids: Tensor | None = None) -> dict[str, Any]:
-    """What short calls show of a text model, or `why` it can't be given embeddings for ids.
-
-    `width`: of its embeddings; `pooled`: whether it returns a vector of the whole beside the hidden states; `left`:
-    whether padding on the left is the same to it for embeddings as for ids.
-    """
-    padding = getattr(embedding, "padding_idx", None)
-    weight = next(embedding.parameters())
-    if ids is None:
-        rows = [row for row in range(min(weight.shape[0], 8)) if row != padding]
-        ids = torch.tensor([(rows * 4)[:4]], device=weight.device)
-    given, embeds = run(input_ids=ids), embedding(ids).detach()
-    hidden = hidden_of(given)
-    found = {"why": "", "width": embeds.shape[-1], "left": True}
-    if hidden.dim() != 3 or hidden.shape[1] != ids.shape[1]:
-        return {**found, "why": f"for {ids.shape[1]} tokens it returns {tuple(hidden.shape)}"}
-    if not _same(hidden, hidden_of(run(inputs_embeds=embeds))):
-        return {**found, "why": "given inputs_embeds, it computes something else than for the ids that they embed"}
-    values = given.values() if isinstance(given, Mapping) else given if isinstance(given, (tuple, list)) else ()
-    found["pooled"] = any(isinstance(value, Tensor) and value.shape == hidden[:, 0].shape for value in values)
-    if padding is not None:
-        ids, mask = ids.clone(), torch.ones_like(ids)
-        ids[:, 0], mask[:, 0] = padding, 0
-        as_ids = hidden_of(run(input_ids=ids, attention_mask=mask))
-        embedded = hidden_of(run(inputs_embeds=embedding(ids).detach(), attention_mask=mask))
-        found["left"] = _same(as_ids[:, 1:], embedded[:, 1:])
-    return found
-
-
-def _same(one: Tensor, other: Tensor) -> bool:
-    return one.is_meta or one.shape == other.shape and torch.equal(one, other)

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rules import _fields, _virtual
+from rules import _fields, _texts
 from rules.prompt import PromptRule
 from surgery import Site, SiteError, rule
 
@@ -56,7 +56,7 @@ class MultitaskPromptRule(PromptRule):
         prompt = super().virtual(site)
         columns = site.param("columns", (self.tasks, self.length, self.ranks), _normal)
         rows = site.param("rows", (self.tasks, self.ranks, site.facts["width"]), _normal)
-        rest = _virtual.starred(site)
+        rest = _texts.starred(site)
         given = site.inputs[rest] if rest else None
         return site.apply(scaled, prompt, columns, rows, given, self.task)
 

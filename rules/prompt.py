@@ -10,9 +10,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from rules import _encoder, _fields, _virtual
+from rules import _encoder, _fields, _texts, _virtual
 from rules._hidden import features_of
-from surgery import Rule, Site, SiteError, SurgeryError, Targets, rule
+from surgery import Rule, Site, SiteError, SurgeryError, Targets, hidden_of, rule
 
 THE_MODEL = ""  # the path of the model itself
 
@@ -37,8 +37,8 @@ class PromptRule(Rule):
     care. A cache holds the virtual tokens once. On another module that is named, they go into its output, which
     stays longer (VPT-shallow on a vision model's embeddings).
 
-    Fields: `length` (PEFT's num_virtual_tokens); `init` (prompt_tuning_init): "random", normal with deviation 1, "vocab",
-    rows of the embedding, or "text", those of `text_ids`, repeated or cut; `after`: how many of the text's tokens stay
+    Fields: `length` (PEFT's num_virtual_tokens); `init` (prompt_tuning_init): "random", normal with deviation 1,
+    "vocab", rows of the embedding, or "text", those of `text_ids`, repeated or cut; `after`: how many of the text's tokens stay
     before the virtual ones, by default 1 where the module pools its first token, else 0; `encoder`
     (encoder_reparameterization_type) "mlp" or "lstm", `encoder_size` (encoder_hidden_size), `encoder_layers` and
     `encoder_dropout` (of an lstm): P is that network's output (p-tuning), until `fold_prompts`. Tensors: `prompt`
@@ -72,7 +72,7 @@ class PromptRule(Rule):
             raise self.bad("text_ids", "right: init='text' needs token ids, and nothing else takes them")
 
     def expand(self, module: nn.Module, path: str) -> Iterable[tuple[str, nn.Module]]:
-        found = list(_virtual.hosts(module, path))
+        found = list(_texts.hosts(module, path))
         return found if found or self.targets == (THE_MODEL,) else [(path, module)]
 
     def companions(self) -> Iterable[Rule]:
@@ -86,7 +86,7 @@ class PromptRule(Rule):
             return site.with_hidden(site.apply(_virtual.put_after, site.output, self.virtual(site), self.after or 0))
         seen = site.fact("seen", lambda: self._seen(site))
         after = int(seen["pooled"]) if self.after is None else self.after
-        rest = _virtual.starred(site) or ""
+        rest = _texts.starred(site) or ""
         made: Any = site.apply(
             _virtual.put_in, site.this, self.virtual(site), dict(site.inputs), rest, site.adapter, after, seen["left"]
         )
@@ -110,9 +110,9 @@ class PromptRule(Rule):
 
     def _role(self, site: Site) -> str:
         """What the module is in the model: "encoder", "decoder", "alone", or a "layer" that knows of no text."""
-        if _virtual.takes_text(site.module):
-            return _virtual.role_of(site.module, site.owners)
-        if any(map(_virtual.takes_text, (*site.owners, *site.module.modules()))):
+        if _texts.takes_text(site.module):
+            return _texts.role_of(site.module, site.owners)
+        if any(map(_texts.takes_text, (*site.owners, *site.module.modules()))):
             raise SiteError(
                 f"{self.label} goes on the module that takes the text's mask",
                 where=site.path,
@@ -124,14 +124,13 @@ class PromptRule(Rule):
     def _seen(self, site: Site) -> dict[str, Any]:
         embedding = site.module.get_input_embeddings()  # type: ignore[operator]
         try:
-            seen = _virtual.probed(site.run, embedding)
-        except SurgeryError:
-            if site.example is None:
+            seen = _texts.probed(site.run, embedding)
+        except SurgeryError:  # it needs more than a text: as in the example, then
+            given = _texts.example_of(site)
+            if given is None:
                 raise
-            args, kwargs = site.example
-            given = site.own.signature.bind(*args, **kwargs).arguments
             more = {name: value for name, value in given.items() if name not in _virtual.CHANGED and value is not None}
-            seen = _virtual.probed(functools.partial(site.run, **more), embedding, given.get("input_ids"))
+            seen = _texts.probed(functools.partial(site.run, **more), embedding, given.get("input_ids"))
         if seen["why"]:
             raise SiteError(
                 f"{self.label} can't go on this {site.base_class.__name__}", where=site.path, why=seen["why"]
@@ -141,10 +140,17 @@ class PromptRule(Rule):
     def _width(self, site: Site) -> int:
         if site.facts["role"] != "layer":
             return site.facts["seen"]["width"]
-        found = features_of(site.module, None)
-        if isinstance(found, str) or self.init != "random":
-            why = found if isinstance(found, str) else f"init={self.init!r} needs an embedding of tokens"
+        why, found = "", features_of(site.module, None)
+        if self.init != "random" or self.after is None:
+            why = "init='random', and `after`, are for modules that know of no text"
+        elif isinstance(found, str):
+            given = _texts.example_of(site)
+            hidden = None if given is None else hidden_of(site.run(**given))
+            why = "it does not say how wide its output is: give example_inputs" if hidden is None else ""
+            found = 0 if hidden is None else hidden.shape[-1]
+        if why:
             raise SiteError(f"{self.label} can't go on this {site.base_class.__name__}", where=site.path, why=why)
+        assert isinstance(found, int)
         return found
 
     def _start(self, site: Site) -> Any:
@@ -170,7 +176,7 @@ class PromptMemoryRule(Rule):
     why_not_merged = PromptRule.why_not_merged
 
     def expand(self, module: nn.Module, path: str) -> Iterable[tuple[str, nn.Module]]:
-        return _virtual.decoders(module, path)
+        return _texts.decoders(module, path)
 
     def rewrite(self, site: Site) -> None:
         states, mask = site.inputs["encoder_hidden_states"], site.inputs["encoder_attention_mask"]
