@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from surgery import Site, hidden_of
+from rules._hidden import features_of
+from rules._virtual import CHANGED
+from surgery import Site, SiteError, SurgeryError, hidden_of
 
 
 def starred(site: Site) -> str | None:
@@ -75,6 +77,73 @@ def _arguments(kind: type[nn.Module]) -> frozenset[str]:
         return frozenset(inspect.signature(kind.forward).parameters)
     except (TypeError, ValueError):
         return frozenset()
+
+
+def role(site: Site) -> str:
+    """What the module is in the model: "encoder", "decoder", "alone", or a "layer" that knows of no text."""
+    if takes_text(site.module):
+        return role_of(site.module, site.owners)
+    if any(map(takes_text, (*site.owners, *site.module.modules()))):
+        raise SiteError(
+            f"{site.label} goes on the module that takes the text's mask",
+            where=site.path,
+            why="here, the mask and the positions would not follow",
+            fix="target that module: without targets it is found",
+        )
+    return "layer"
+
+
+def seen(site: Site) -> dict[str, Any]:
+    """What short calls of a text model show (`probed`)."""
+    embedding = site.module.get_input_embeddings()  # type: ignore[operator]
+    try:
+        found = probed(site.run, embedding)
+    except SurgeryError:  # it needs more than a text: as in the example, then
+        given = example_of(site)
+        if given is None:
+            raise
+        more = {name: value for name, value in given.items() if name not in CHANGED and value is not None}
+        found = probed(functools.partial(site.run, **more), embedding, given.get("input_ids"))
+    if found["why"]:
+        raise _refused(site, found["why"])
+    return found
+
+
+def width(site: Site, random: bool, after: int | None) -> int:
+    """How wide a text's embeddings are, or the output of a module that knows of no text."""
+    if site.facts["role"] != "layer":
+        return site.facts["seen"]["width"]
+    if not random:
+        raise _refused(site, "it has no embedding of tokens to start from: init='random'")
+    if after is None:
+        raise _refused(site, "say how many of its tokens stay first: after=1 keeps a class token's place, else 0")
+    told = features_of(site.module, None)
+    if isinstance(told, int):
+        return told
+    given = example_of(site)
+    if given is None:
+        raise _refused(site, "it does not say how wide its output is: give example_inputs")
+    return hidden_of(site.run(**given)).shape[-1]
+
+
+def start(site: Site, init: str, ids: Sequence[int]) -> Callable[[Tensor], Any]:
+    """What fills a prompt: numbers as torch's Embedding starts from, or rows of the module's own embedding."""
+    if init == "random":
+        return nn.init.normal_
+    embedding = site.module.get_input_embeddings()  # type: ignore[operator]
+
+    def fill(tensor: Tensor) -> None:
+        if init == "vocab":
+            chosen = torch.randint(next(embedding.parameters()).shape[0], tensor.shape[:1])
+        else:
+            chosen = torch.tensor(ids).repeat(-(-len(tensor) // len(ids)))[: len(tensor)]
+        tensor.copy_(embedding(chosen.to(tensor.device)))
+
+    return fill
+
+
+def _refused(site: Site, why: str) -> SiteError:
+    return SiteError(f"{site.label} can't go on this {site.base_class.__name__}", where=site.path, why=why)
 
 
 def probed(run: Callable[..., Any], embedding: nn.Module, ids: Tensor | None = None) -> dict[str, Any]:

@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Iterable, Sequence
 from dataclasses import field
 from typing import Any, Literal
 
-import torch
 from torch import Tensor, nn
 
 from rules import _encoder, _fields, _texts, _virtual
-from rules._hidden import features_of
-from surgery import Rule, Site, SiteError, SurgeryError, Targets, hidden_of, rule
-
-THE_MODEL = ""  # the path of the model itself
+from rules.memory import THE_MODEL, PromptMemoryRule
+from surgery import Rule, Site, SiteError, Targets, rule
 
 
 @rule("prompt")
@@ -38,8 +34,8 @@ class PromptRule(Rule):
     stays longer (VPT-shallow on a vision model's embeddings).
 
     Fields: `length` (PEFT's num_virtual_tokens); `init` (prompt_tuning_init): "random", normal with deviation 1,
-    "vocab", rows of the embedding, or "text", those of `text_ids`, repeated or cut; `after`: how many of the text's tokens stay
-    before the virtual ones, by default 1 where the module pools its first token, else 0; `encoder`
+    "vocab", rows of the embedding, or "text", those of `text_ids`, repeated or cut; `after`: how many of the text's
+    tokens stay before the virtual ones, by default 1 where the module pools its first token, else 0; `encoder`
     (encoder_reparameterization_type) "mlp" or "lstm", `encoder_size` (encoder_hidden_size), `encoder_layers` and
     `encoder_dropout` (of an lstm): P is that network's output (p-tuning), until `fold_prompts`. Tensors: `prompt`
     (length, features), and the encoder's. There is no merged form: tokens are no change of a weight.
@@ -79,12 +75,12 @@ class PromptRule(Rule):
         return [PromptMemoryRule(length=self.length)]
 
     def rewrite(self, site: Site) -> Any:
-        role = site.fact("role", lambda: self._role(site))
+        role = site.fact("role", lambda: _texts.role(site))
         if any(isinstance(other, PromptRule) and other.after != self.after for other in site.rules):
             raise SiteError("two prompts at one module need the same `after`", where=site.path)
         if role == "layer":
             return site.with_hidden(site.apply(_virtual.put_after, site.output, self.virtual(site), self.after or 0))
-        seen = site.fact("seen", lambda: self._seen(site))
+        seen = site.fact("seen", lambda: _texts.seen(site))
         after = int(seen["pooled"]) if self.after is None else self.after
         rest = _texts.starred(site) or ""
         made: Any = site.apply(
@@ -100,84 +96,10 @@ class PromptRule(Rule):
 
     def virtual(self, site: Site) -> Tensor:
         """The virtual tokens as a value of the graph, (length, features)."""
-        width = site.fact("width", lambda: self._width(site))
-        prompt = site.param("prompt", (self.length, width), self._start(site))
+        width = site.fact("width", lambda: _texts.width(site, self.init == "random", self.after))
+        prompt = site.param("prompt", (self.length, width), _texts.start(site, self.init, self.text_ids))
         if self.encoder is None:
             return prompt
         shapes = _encoder.specs(self.encoder, width, self.encoder_size or width, self.encoder_layers)
         tensors = {name: site.param(name, shape, _encoder.uniform(bound)) for name, shape, bound in shapes}
         return site.apply(_encoder.encoded, prompt, tensors, self.encoder_dropout, site.training)
-
-    def _role(self, site: Site) -> str:
-        """What the module is in the model: "encoder", "decoder", "alone", or a "layer" that knows of no text."""
-        if _texts.takes_text(site.module):
-            return _texts.role_of(site.module, site.owners)
-        if any(map(_texts.takes_text, (*site.owners, *site.module.modules()))):
-            raise SiteError(
-                f"{self.label} goes on the module that takes the text's mask",
-                where=site.path,
-                why="here, the mask and the positions would not follow",
-                fix="target that module: without targets it is found",
-            )
-        return "layer"
-
-    def _seen(self, site: Site) -> dict[str, Any]:
-        embedding = site.module.get_input_embeddings()  # type: ignore[operator]
-        try:
-            seen = _texts.probed(site.run, embedding)
-        except SurgeryError:  # it needs more than a text: as in the example, then
-            given = _texts.example_of(site)
-            if given is None:
-                raise
-            more = {name: value for name, value in given.items() if name not in _virtual.CHANGED and value is not None}
-            seen = _texts.probed(functools.partial(site.run, **more), embedding, given.get("input_ids"))
-        if seen["why"]:
-            raise SiteError(
-                f"{self.label} can't go on this {site.base_class.__name__}", where=site.path, why=seen["why"]
-            )
-        return seen
-
-    def _width(self, site: Site) -> int:
-        if site.facts["role"] != "layer":
-            return site.facts["seen"]["width"]
-        why, found = "", features_of(site.module, None)
-        if self.init != "random" or self.after is None:
-            why = "init='random', and `after`, are for modules that know of no text"
-        elif isinstance(found, str):
-            given = _texts.example_of(site)
-            hidden = None if given is None else hidden_of(site.run(**given))
-            why = "it does not say how wide its output is: give example_inputs" if hidden is None else ""
-            found = 0 if hidden is None else hidden.shape[-1]
-        if why:
-            raise SiteError(f"{self.label} can't go on this {site.base_class.__name__}", where=site.path, why=why)
-        assert isinstance(found, int)
-        return found
-
-    def _start(self, site: Site) -> Any:
-        if self.init == "random":
-            return nn.init.normal_  # as torch's Embedding starts
-        embedding = site.module.get_input_embeddings()  # type: ignore[operator]
-
-        def fill(tensor: Tensor) -> None:
-            rows = next(embedding.parameters()).shape[0]
-            ids = torch.tensor(self.text_ids).repeat(-(-self.length // max(len(self.text_ids), 1)))[: self.length]
-            ids = torch.randint(rows, (self.length,)) if self.init == "vocab" else ids
-            tensor.copy_(embedding(ids.to(tensor.device)))
-
-        return fill
-
-
-@rule("prompt-memory")
-class PromptMemoryRule(Rule):
-    """What a decoder's mask of its encoder's states needs where these hold virtual tokens. Comes with a PromptRule."""
-
-    targets: Targets = field(default=THE_MODEL, kw_only=False)
-    length: int = 20
-    why_not_merged = PromptRule.why_not_merged
-
-    def expand(self, module: nn.Module, path: str) -> Iterable[tuple[str, nn.Module]]:
-        return _texts.decoders(module, path)
-
-    def rewrite(self, site: Site) -> None:
-        states, mask = site.inputs["encoder_hidden_states"], site.inputs["encoder_attention_mask"]
-        site.replace(mask, site.apply(_virtual.widened, states, mask, self.length))
