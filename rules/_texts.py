@@ -95,7 +95,10 @@ def role(site: Site) -> str:
 
 def seen(site: Site) -> dict[str, Any]:
     """What short calls of a text model show (`probed`)."""
-    embedding = site.module.get_input_embeddings()  # type: ignore[operator]
+    try:
+        embedding = site.module.get_input_embeddings()  # type: ignore[operator]
+    except NotImplementedError as error:
+        raise _refused(site, "it does not tell its embedding of tokens: get_input_embeddings()") from error
     try:
         found = probed(site.run, embedding)
     except SurgeryError:  # it needs more than a text: as in the example, then
@@ -157,8 +160,10 @@ def probed(run: Callable[..., Any], embedding: nn.Module, ids: Tensor | None = N
     if ids is None:
         rows = [row for row in range(min(weight.shape[0], 8)) if row != padding]
         ids = torch.tensor([(rows * 4)[:4]], device=weight.device)
-    given, embeds = run(input_ids=ids), embedding(ids).detach()
-    hidden = hidden_of(given)
+    given, embeds = run(input_ids=ids), embedding(ids)
+    if not isinstance(embeds, Tensor):
+        return {"why": f"its embedding returns a {type(embeds).__name__}"}
+    embeds, hidden = embeds.detach(), hidden_of(given)
     found = {"why": "", "width": embeds.shape[-1], "left": True}
     if hidden.dim() != 3 or hidden.shape[1] != ids.shape[1]:
         return {**found, "why": f"for {ids.shape[1]} tokens it returns {tuple(hidden.shape)}"}

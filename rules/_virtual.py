@@ -238,7 +238,8 @@ def _positions(positions: Tensor, count: int, after: int, past: _Past, unmasked:
         return positions + count
     if unmasked and bool((positions.diff(dim=-1) != 1).any()):
         raise _error("its position_ids are those of packed sequences", "give each sequence a row, and a mask")
-    start = positions[..., after - 1 : after] + 1 if after else positions.new_zeros(())
+    # They take the text's first positions, and the text those behind: some models count from 1.
+    start = positions[..., after - 1 : after] + 1 if after else positions.amin(-1, keepdim=True)
     rows = start + torch.arange(count, device=positions.device, dtype=positions.dtype)
     shifted = torch.cat([positions[..., :after], positions[..., after:] + count], -1) if after else positions + count
     return _spliced(shifted, rows.expand(*positions.shape[:-1], -1), after, -1)

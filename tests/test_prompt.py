@@ -203,6 +203,9 @@ def test_positions_token_types_and_embeddings_that_the_call_gives() -> None:
     wide = torch.cat([torch.arange(N).expand(2, -1), spread + N], 1)
     expected = by_hand(model, IDS, mask, position_ids=wide).logits[:, N:]
     assert torch.equal(logits(model, IDS, attention_mask=mask, position_ids=spread), expected)
+    from_one = torch.arange(1, 7)[None]  # as some models count
+    expected = by_hand(model, IDS, position_ids=torch.arange(1, 7 + N)[None]).logits[:, N:]
+    assert torch.equal(logits(model, IDS, position_ids=from_one), expected)
     embeds = model.get_input_embeddings()(IDS)
     assert torch.equal(logits(model, inputs_embeds=embeds), logits(model, IDS))
     model = adapted(bert_tokens())
@@ -653,6 +656,9 @@ def test_refused_models() -> None:
     with pytest.raises(PlanError, match="something else than for the ids"):
         apply_rules(model, [PromptRule()])
     assert before.differences(model) == []
+    canine = transformers.CanineModel(transformers.CanineConfig(**{**SMALL, "num_hidden_layers": 1}))
+    with pytest.raises(PlanError, match="does not tell its embedding"):
+        apply_rules(canine, [PromptRule()])
     wrong: list[dict[str, Any]] = [
         {"length": 0}, {"init": "zero"}, {"init": "text"}, {"text_ids": [1]}, {"encoder": "gru"}, {"after": -1},
         {"encoder_dropout": 1.0}, {"encoder_layers": 0}, {"encoder_size": 0}, {"text_ids": ["a"], "init": "text"},
