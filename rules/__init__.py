@@ -9,6 +9,7 @@ from rules.c3a import C3aRule
 from rules.capture import Captured, CaptureRule, captured
 from rules.experts import ExpertLoraRule
 from rules.fit import fit_direction
+from rules.fold import fold_prompts
 from rules.fourier import FourierRule
 from rules.hra import HraRule
 from rules.ia3 import IA3Rule
@@ -16,9 +17,11 @@ from rules.loha import LohaRule
 from rules.lokr import LokrRule
 from rules.lora import LoraRule
 from rules.miss import MissRule
+from rules.multitask import MultitaskPromptRule, task_of
 from rules.norm import NormRule
 from rules.oft import OftRule
 from rules.prefix import PrefixRule
+from rules.prompt import PromptRule
 from rules.randlora import RandLoraRule
 from rules.reft import ReftRule
 from rules.replace import ReplaceRule
@@ -45,9 +48,11 @@ __all__ = [
     "LokrRule",
     "LoraRule",
     "MissRule",
+    "MultitaskPromptRule",
     "NormRule",
     "OftRule",
     "PrefixRule",
+    "PromptRule",
     "RandLoraRule",
     "RankAllocator",
     "ReftRule",
@@ -60,5 +65,7 @@ __all__ = [
     "VeraRule",
     "captured",
     "fit_direction",
+    "fold_prompts",
     "orthogonal_loss",
+    "task_of",
 ]

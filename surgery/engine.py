@@ -173,6 +173,7 @@ def _insert(step: Step, plan: Plan, journal: Journal) -> None:
         tensors=tuple(spec.name for spec in step.specs),
         inside=step.inside,
         layer=Layer(plan.adapter, step.rule.label, step.tape),
+        facts=step.facts,
     )
     device = _device_of(module)
     made = {spec.name: (_made(spec, device), spec.buffer) for spec in step.specs}

@@ -64,6 +64,11 @@ class Plan:
         found = self.seen[kind]
         return copied(found.calls[id(module)][:2]) if found.reached(module) else None
 
+    def owners_of(self, path: str) -> tuple[nn.Module, ...]:
+        """The modules on the way to a path, the model first."""
+        names = path.split(".") if path else []
+        return tuple(self.model.get_submodule(".".join(names[:depth])) for depth in range(len(names)))
+
     def raise_problems(self) -> None:
         if self.problems:
             raise PlanError(self.problems) from next((p.__cause__ for p in self.problems if p.__cause__), None)
@@ -191,15 +196,17 @@ def _add_step(plan: Plan, rule: Rule, match: Match, read_past: list[Bypass], fas
     state = site_state(module)
     try:
         own = own_forward(module, state.base if state else type(module))
+        facts: dict[str, Any] = {}
+        owners = plan.owners_of(path)
         example = None if plan.example_inputs is None else lambda: plan.example_of(module)
-        made = recorded(rule, module, path, plan.adapter, own, example)
+        made = recorded(rule, module, path, plan.adapter, own, example, owners, facts)
     except SurgeryError as error:
         plan.problems.append(error)
         return
     except PassedOver:
         plan.passed.append(path)
         return
-    plan.steps.append(Step(rule, path, module, match.aliases, made.own, made.tape, made.specs, made.inside))
+    plan.steps.append(Step(rule, path, module, match.aliases, made.own, made.tape, made.specs, made.inside, facts))
 
 
 def _read_around(plan: Plan, rule: Rule, path: str, read_past: list[Bypass]) -> bool:

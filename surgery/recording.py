@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
-from typing import NamedTuple
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
 
 from torch import nn
 
@@ -31,6 +31,7 @@ class Step:
     tape: Tape
     specs: tuple[ParamSpec, ...]
     inside: bool = False
+    facts: dict[str, Any] = field(default_factory=dict)
 
     @property
     def added(self) -> int:
@@ -54,9 +55,21 @@ class PassedOver(Exception):
     """A rule has nothing to do at a site, though its targets match it."""
 
 
-def recorded(rule: Rule, module: nn.Module, path: str, adapter: str, own: Own, example: Example = None) -> Recorded:
-    """A rule's rewrite of a site; `PassedOver` for NotImplemented."""
-    site = Site(module, path, adapter, rule.label, own, example)
+def recorded(
+    rule: Rule,
+    module: nn.Module,
+    path: str,
+    adapter: str,
+    own: Own,
+    example: Example = None,
+    owners: tuple[nn.Module, ...] = (),
+    facts: dict[str, Any] | None = None,
+) -> Recorded:
+    """A rule's rewrite of a site; `PassedOver` for NotImplemented.
+
+    `facts` are those found when the rule was applied; what it finds anew is put there.
+    """
+    site = Site(module, path, adapter, rule.label, own, example, owners, facts)
     with running(rule, "rewrite", path):
         output = rule.rewrite(site)
     if output is NotImplemented:
@@ -86,6 +99,6 @@ def layer_of(applied: Applied, module: nn.Module, path: str, own: Own) -> Layer:
     if applied.layer is None and applied.inside:
         return Layer(applied.adapter, applied.rule.label, Tape(path).finished())
     if applied.layer is None:
-        tape = recorded(applied.rule, module, path, applied.adapter, own).tape
+        tape = recorded(applied.rule, module, path, applied.adapter, own, facts=applied.facts).tape
         applied.layer = Layer(applied.adapter, applied.rule.label, tape)
     return applied.layer

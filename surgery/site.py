@@ -12,11 +12,13 @@ from torch import Tensor, fx, nn
 
 from surgery.digraph import as_digraph
 from surgery.errors import SiteError, near_misses
-from surgery.example import evaluating
+from surgery.example import call, evaluating
 from surgery.held import hold, plain
 from surgery.hidden import hidden_of, with_hidden
 from surgery.match import RESERVED
 from surgery.registries import takes_functions
+from surgery.rule import Rule
+from surgery.state import site_state
 from surgery.structure import Found, Structure
 from surgery.tape import Ref, Tape, Value, ref_of
 from surgery.trace import Own
@@ -112,10 +114,21 @@ class Site(_Place):
     `site.module` is the module itself, for its sizes and settings.
     """
 
-    def __init__(self, module: nn.Module, path: str, adapter: str, label: str, own: Own, example: Example = None):
+    def __init__(
+        self,
+        module: nn.Module,
+        path: str,
+        adapter: str,
+        label: str,
+        own: Own,
+        example: Example = None,
+        owners: tuple[nn.Module, ...] = (),
+        facts: dict[str, Any] | None = None,
+    ):
         super().__init__(module, path, adapter)
         self.label, self.own = label, own
-        self._example = example
+        self._example, self._owners = example, owners
+        self.facts: dict[str, Any] = {} if facts is None else facts
         self.inside = False  # whether the rule looks into the forward
         self._nodes: dict[str | int, fx.Node] = {}
         self.tape = Tape(path or type(module).__name__)
@@ -310,6 +323,30 @@ class Site(_Place):
     def unreached(self) -> bool:
         """Whether there is an example call that never reaches this module."""
         return self._example is not None and self._example() is None
+
+    @property
+    def owners(self) -> tuple[nn.Module, ...]:
+        """The modules that this one is in, the model first. Known while planning: keep what you read with `fact`."""
+        return self._owners
+
+    @property
+    def rules(self) -> tuple[Rule, ...]:
+        """The rules that are on the module already, those of other adapters."""
+        state = site_state(self.module)
+        return tuple(a.rule for a in state.applied if a.adapter != self.adapter) if state is not None else ()
+
+    def fact(self, name: str, find: Callable[[], Any]) -> Any:
+        """What `find()` finds out about the module while planning: plain data, kept with the site and its copies.
+
+        A copied or unpickled site records its rules anew, with no model around it and no example: it has its facts.
+        """
+        if name not in self.facts:
+            self.facts[name] = find()
+        return self.facts[name]
+
+    def run(self, **inputs: Any) -> Any:
+        """Call the module as it is at present: in evaluation mode, without gradients, leaving no trace. For `fact`."""
+        return call(self.module, inputs)
 
     def calls_inside(self, args: tuple, kwargs: Mapping[str, Any]) -> list[tuple[Any, tuple, dict[str, Any]]]:
         """Run the module's own forward; its calls of functions from registries: (function, args, kwargs)."""

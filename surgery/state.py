@@ -55,7 +55,8 @@ class Applied:
     """One rule at one site. `changed` holds what its initialisation did to the base's own parameters.
 
     `layer` holds its edits, which are recorded anew where it is None: in copies and after unpickling. `tensors` are the
-    names of those it asked for. `inside`: it edits what is inside the forward, anew for each kind of call.
+    names of those it asked for. `inside`: it edits what is inside the forward, anew for each kind of call. `facts` is
+    what the rule found out about the module (`Site.fact`).
     """
 
     adapter: str
@@ -64,6 +65,7 @@ class Applied:
     tensors: tuple[str, ...] = ()
     inside: bool = False
     layer: Layer | None = field(default=None, compare=False, repr=False)
+    facts: dict[str, Any] = field(default_factory=dict)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "layer": None}

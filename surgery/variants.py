@@ -132,7 +132,7 @@ def layer_at(applied: Applied, module: nn.Module, state: SiteState, own: Own) ->
     if not applied.inside or own.held is None:
         return layer_of(applied, module, state.path, own)
     try:
-        made = recorded(applied.rule, module, state.path, applied.adapter, own)
+        made = recorded(applied.rule, module, state.path, applied.adapter, own, facts=applied.facts)
     except PassedOver:
         made = None
     if made is None or {spec.name for spec in made.specs} != set(applied.tensors):

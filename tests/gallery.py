@@ -50,6 +50,22 @@ class Attention(nn.Module):
         return ATTENTIONS["eager"](self, q, k, v, mask)[0].flatten(2)
 
 
+class Text(nn.Module):
+    """Takes a text as ids or embedded."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.words = nn.Embedding(10, 8)
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.words
+
+    def forward(
+        self, input_ids: Tensor | None = None, attention_mask: Tensor | None = None, inputs_embeds: Tensor | None = None
+    ) -> Tensor:
+        return (self.words(input_ids) if inputs_embeds is None else inputs_embeds).cumsum(1)
+
+
 def linear() -> nn.Module:
     return nn.Linear(8, 8)
 
@@ -63,6 +79,8 @@ SHOWN: dict[str, tuple[Rule, Callable[[], nn.Module]]] = {
     "NormRule": (rules.NormRule("m"), lambda: nn.LayerNorm(8)),
     "TokensRule": (rules.TokensRule("m", tokens=[2, 7]), lambda: nn.Embedding(10, 8)),
     "PrefixRule": (rules.PrefixRule("m", length=2), Attention),
+    "PromptRule": (rules.PromptRule("m", length=2), Text),
+    "MultitaskPromptRule": (rules.MultitaskPromptRule("m", length=2, tasks=3), Text),
     "IA3Rule": (rules.IA3Rule("m"), linear),
     "VeraRule": (rules.VeraRule("m", rank=2), linear),
     "LohaRule": (rules.LohaRule("m", rank=2), linear),

@@ -1,0 +1,184 @@
+"""What virtual tokens need to know of a model, found while planning: which modules take a text, and how they do."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from rules._hidden import features_of
+from rules._virtual import CHANGED
+from surgery import Site, SiteError, SurgeryError, hidden_of
+
+
+def starred(site: Site) -> str | None:
+    """The name of the forward's ** argument."""
+    return next((name for name, p in site.own.signature.parameters.items() if p.kind is p.VAR_KEYWORD), None)
+
+
+def takes_text(module: nn.Module) -> bool:
+    return _takes(module, "input_ids", "inputs_embeds", "attention_mask") and hasattr(module, "get_input_embeddings")
+
+
+def hosts(module: nn.Module, path: str) -> Iterator[tuple[str, nn.Module]]:
+    """The innermost modules in this one that take a text, as ids or embedded, with its mask; no decoder of two."""
+    owners = tuple(inner for inner in module.modules() if _has_both(inner))
+    return ((name, inner) for name, inner in _innermost(module, path) if role_of(inner, owners) != "decoder")
+
+
+def decoders(module: nn.Module, path: str) -> Iterator[tuple[str, nn.Module]]:
+    """Those that look at an encoder's states through a mask."""
+    owners = tuple(inner for inner in module.modules() if _has_both(inner))
+    for name, inner in _innermost(module, path):
+        if _takes(inner, "encoder_hidden_states", "encoder_attention_mask") and role_of(inner, owners) == "decoder":
+            yield name, inner
+
+
+def role_of(module: nn.Module, owners: tuple[nn.Module, ...]) -> str:
+    """ "encoder" or "decoder" of a model that has both, or "alone"."""
+    for owner in owners:
+        if owner is not module and _has_both(owner) and any(inner is module for inner in owner.modules()):
+            encoder = owner.get_encoder()  # type: ignore[operator]
+            inside = encoder is not owner and any(inner is module for inner in encoder.modules())
+            return "encoder" if inside else "decoder"
+    return "alone"
+
+
+def _innermost(module: nn.Module, path: str) -> Iterator[tuple[str, nn.Module]]:
+    for name, inner in module.named_modules(prefix=path):
+        if takes_text(inner) and not any(takes_text(other) for other in inner.modules() if other is not inner):
+            yield name, inner
+
+
+def example_of(site: Site) -> dict[str, Any] | None:
+    """The module's arguments in the example call, by name; None without an example."""
+    if site.example is None:
+        return None
+    args, kwargs = site.example
+    given = dict(site.own.signature.bind(*args, **kwargs).arguments)
+    return {**given, **given.pop(starred(site) or "", {})}
+
+
+def _has_both(module: nn.Module) -> bool:
+    return _takes(module, "encoder_outputs") and hasattr(module, "get_encoder")
+
+
+def _takes(module: nn.Module, *names: str) -> bool:
+    return set(names) <= _arguments(getattr(module, "_surgery_base", type(module)))
+
+
+@functools.lru_cache(1024)
+def _arguments(kind: type[nn.Module]) -> frozenset[str]:
+    try:
+        return frozenset(inspect.signature(kind.forward).parameters)
+    except (TypeError, ValueError):
+        return frozenset()
+
+
+def role(site: Site) -> str:
+    """What the module is in the model: "encoder", "decoder", "alone", or a "layer" that knows of no text."""
+    if takes_text(site.module):
+        return role_of(site.module, site.owners)
+    if any(map(takes_text, (*site.owners, *site.module.modules()))):
+        raise SiteError(
+            f"{site.label} goes on the module that takes the text's mask",
+            where=site.path,
+            why="here, the mask and the positions would not follow",
+            fix="target that module: without targets it is found",
+        )
+    return "layer"
+
+
+def seen(site: Site) -> dict[str, Any]:
+    """What short calls of a text model show (`probed`)."""
+    try:
+        embedding = site.module.get_input_embeddings()  # type: ignore[operator]
+    except NotImplementedError as error:
+        raise _refused(site, "it does not tell its embedding of tokens: get_input_embeddings()") from error
+    try:
+        found = probed(site.run, embedding)
+    except SurgeryError:  # it needs more than a text: as in the example, then
+        given = example_of(site)
+        if given is None:
+            raise
+        more = {name: value for name, value in given.items() if name not in CHANGED and value is not None}
+        found = probed(functools.partial(site.run, **more), embedding, given.get("input_ids"))
+    if found["why"]:
+        raise _refused(site, found["why"])
+    return found
+
+
+def width(site: Site, random: bool, after: int | None) -> int:
+    """How wide a text's embeddings are, or the output of a module that knows of no text."""
+    if site.facts["role"] != "layer":
+        return site.facts["seen"]["width"]
+    if not random:
+        raise _refused(site, "it has no embedding of tokens to start from: init='random'")
+    if after is None:
+        raise _refused(site, "say how many of its tokens stay first: after=1 keeps a class token's place, else 0")
+    told = features_of(site.module, None)
+    if isinstance(told, int):
+        return told
+    given = example_of(site)
+    if given is None:
+        raise _refused(site, "it does not say how wide its output is: give example_inputs")
+    return hidden_of(site.run(**given)).shape[-1]
+
+
+def start(site: Site, init: str, ids: Sequence[int]) -> Callable[[Tensor], Any]:
+    """What fills a prompt: numbers as torch's Embedding starts from, or rows of the module's own embedding."""
+    if init == "random":
+        return nn.init.normal_
+    embedding = site.module.get_input_embeddings()  # type: ignore[operator]
+
+    def fill(tensor: Tensor) -> None:
+        if init == "vocab":
+            chosen = torch.randint(next(embedding.parameters()).shape[0], tensor.shape[:1])
+        else:
+            chosen = torch.tensor(ids).repeat(-(-len(tensor) // len(ids)))[: len(tensor)]
+        tensor.copy_(embedding(chosen.to(tensor.device)))
+
+    return fill
+
+
+def _refused(site: Site, why: str) -> SiteError:
+    return SiteError(f"{site.label} can't go on this {site.base_class.__name__}", where=site.path, why=why)
+
+
+def probed(run: Callable[..., Any], embedding: nn.Module, ids: Tensor | None = None) -> dict[str, Any]:
+    """What short calls show of a text model, or `why` it can't be given embeddings for ids.
+
+    `width`: of its embeddings; `pooled`: whether it returns a vector of the whole beside the hidden states; `left`:
+    whether padding on the left is the same to it for embeddings as for ids.
+    """
+    padding = getattr(embedding, "padding_idx", None)
+    weight = next(embedding.parameters())
+    if ids is None:
+        rows = [row for row in range(min(weight.shape[0], 8)) if row != padding]
+        ids = torch.tensor([(rows * 4)[:4]], device=weight.device)
+    given, embeds = run(input_ids=ids), embedding(ids)
+    if not isinstance(embeds, Tensor):
+        return {"why": f"its embedding returns a {type(embeds).__name__}"}
+    embeds, hidden = embeds.detach(), hidden_of(given)
+    found = {"why": "", "width": embeds.shape[-1], "left": True}
+    if hidden.dim() != 3 or hidden.shape[1] != ids.shape[1]:
+        return {**found, "why": f"for {ids.shape[1]} tokens it returns {tuple(hidden.shape)}"}
+    if not _same(hidden, hidden_of(run(inputs_embeds=embeds))):
+        return {**found, "why": "given inputs_embeds, it computes something else than for the ids that they embed"}
+    values = given.values() if isinstance(given, Mapping) else given if isinstance(given, (tuple, list)) else ()
+    found["pooled"] = any(isinstance(value, Tensor) and value.shape == hidden[:, 0].shape for value in values)
+    if padding is not None:
+        ids, mask = ids.clone(), torch.ones_like(ids)
+        ids[:, 0], mask[:, 0] = padding, 0
+        as_ids = hidden_of(run(input_ids=ids, attention_mask=mask))
+        embedded = hidden_of(run(inputs_embeds=embedding(ids).detach(), attention_mask=mask))
+        found["left"] = _same(as_ids[:, 1:], embedded[:, 1:])
+    return found
+
+
+def _same(one: Tensor, other: Tensor) -> bool:
+    return one.is_meta or one.shape == other.shape and torch.equal(one, other)

@@ -1,0 +1,48 @@
+"""Prompts without the networks that they were trained with."""
+
+from __future__ import annotations
+
+from typing import Any, TypeVar
+
+import torch
+from torch import nn
+
+from rules import _encoder
+from rules.prompt import PromptRule
+from surgery import SurgeryError, adapter_state_dict, apply_rules, load_adapter_state_dict, remove, rules_of
+
+M = TypeVar("M", bound=nn.Module)
+
+
+def fold_prompts(model: M, adapter: str = "default", *, example_inputs: Any = None) -> M:
+    """Put what a PromptRule's encoder makes in the place of its prompt and its encoder, as PEFT does when it saves.
+
+    >>> from transformers import LlamaConfig, LlamaForCausalLM
+    >>> from rules import PromptRule, fold_prompts
+    >>> from surgery import apply_rules, rules_of
+    >>> sizes = dict(hidden_size=16, num_hidden_layers=2, num_attention_heads=4)
+    >>> model = LlamaForCausalLM(LlamaConfig(vocab_size=30, intermediate_size=32, **sizes))
+    >>> _ = fold_prompts(apply_rules(model, [PromptRule(length=5, encoder="mlp")]))
+    >>> rules_of(model)[0].encoder, list(model.model.adapters.default.tensors())
+    (None, ['prompt'])
+
+    The model computes the same, and saves `prompt` alone. The adapter is removed and made anew, other rules of it with
+    their tensors; `example_inputs` for rules that need them. `SurgeryError` beside other adapters: fold first.
+    """
+    rules = rules_of(model, adapter)
+    if rules_of(model) != rules:
+        raise SurgeryError("prompts are folded in the model's only adapter", fix="fold before applying others")
+    if not any(isinstance(rule, PromptRule) and rule.encoder for rule in rules):
+        raise SurgeryError(f"no prompt of {adapter!r} has an encoder", fix="there is nothing to fold")
+    tensors = {name: tensor.clone() for name, tensor in adapter_state_dict(model, adapter).items()}
+    for name in [name for name in tensors if name.rpartition(".")[2] == "mlp_0_weight"]:
+        site = name.removesuffix("mlp_0_weight")
+        encoder = {key: key.removeprefix(site) for key in tensors if key.startswith((site + "mlp_", site + "lstm_"))}
+        with torch.no_grad():
+            made = {short: tensors.pop(key) for key, short in encoder.items()}
+            tensors[site + "prompt"] = _encoder.encoded(tensors[site + "prompt"], made, 0.0, False)
+    remove(model, adapter)
+    plain = [rule.replace(encoder=None) if isinstance(rule, PromptRule) else rule for rule in rules]
+    apply_rules(model, plain, adapter=adapter, example_inputs=example_inputs)
+    load_adapter_state_dict(model, tensors, adapter)
+    return model

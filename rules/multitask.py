@@ -1,0 +1,98 @@
+"""Multitask prompt tuning: one prompt for all tasks, scaled elementwise by a low-rank matrix of each."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from rules import _fields, _texts
+from rules.prompt import PromptRule
+from surgery import Site, SiteError, rule
+
+
+@rule("multitask-prompt")
+class MultitaskPromptRule(PromptRule):
+    """[P ∘ (C_t R_t); e(x)]: a prompt P that all tasks share, times a low-rank matrix of the task t.
+
+    >>> import torch
+    >>> from transformers import LlamaConfig, LlamaForCausalLM
+    >>> from rules import MultitaskPromptRule, task_of
+    >>> from surgery import apply_rules
+    >>> sizes = dict(hidden_size=16, num_hidden_layers=2, num_attention_heads=4)
+    >>> model = LlamaForCausalLM(LlamaConfig(vocab_size=30, intermediate_size=32, **sizes))
+    >>> _ = apply_rules(model, [MultitaskPromptRule(length=5, tasks=3)])
+    >>> {name: tuple(tensor.shape) for name, tensor in model.model.adapters.default.tensors().items()}
+    {'prompt': (5, 16), 'columns': (3, 5, 1), 'rows': (3, 1, 16)}
+    >>> with task_of([2, 0]):  # of the first row, and of the second
+    ...     output = model(torch.tensor([[1, 2, 3], [4, 5, 6]]))
+
+    As PromptRule, with `tasks` (PEFT's num_tasks), `ranks` (num_ranks) and `task`: the one where a call names none. A
+    call names its tasks by `task_ids`, (batch), where the model hands further keywords on to its inner modules (such
+    as a Trainer's batch), and everywhere, `generate` included, by `task_of`. Tensors beside `prompt`: `columns`
+    (tasks, length, ranks) and `rows` (tasks, ranks, features), PEFT's prefix_task_cols and prefix_task_rows.
+
+    Raises `SiteError` for a call without a task. Source: Wang et al. 2023, arXiv:2303.02861.
+    """
+
+    tasks: int = 1
+    ranks: int = 1
+    task: int | None = None
+
+    def validate(self) -> None:
+        super().validate()
+        _fields.whole(self, "tasks", "ranks")
+        _fields.whole(self, "task", least=0, optional=True)
+        if self.task is not None and self.task >= self.tasks:
+            raise self.bad("task", f"one of {self.tasks} tasks, from 0")
+        if self.encoder is not None:
+            raise self.bad("encoder", "None: there is none beside tasks")
+
+    def virtual(self, site: Site) -> Tensor:
+        prompt = super().virtual(site)
+        columns = site.param("columns", (self.tasks, self.length, self.ranks), _normal)
+        rows = site.param("rows", (self.tasks, self.ranks, site.facts["width"]), _normal)
+        rest = _texts.starred(site)
+        given = site.inputs[rest] if rest else None
+        return site.apply(scaled, prompt, columns, rows, given, self.task)
+
+
+@contextmanager
+def task_of(ids: int | list[int] | Tensor) -> Iterator[None]:
+    """Calls in this context are of this task, or of these, one a row: for rules that have tasks.
+
+    >>> from rules import task_of
+    >>> with task_of(1):
+    ...     pass  # model.generate(…)
+    """
+    token = _now.set(ids)
+    try:
+        yield
+    finally:
+        _now.reset(token)
+
+
+def scaled(prompt: Tensor, columns: Tensor, rows: Tensor, given: Any, task: int | None) -> Tensor:
+    """The prompt of each row's task: (rows or 1, length, features)."""
+    ids = (given or {}).get("task_ids")
+    ids = _now.get() if ids is None else ids
+    ids = task if ids is None else ids
+    if ids is None:
+        raise SiteError(
+            "a call names no task",
+            why=f"the prompt is of {len(columns)} tasks",
+            fix="with task_of(…):, task_ids= in the call, or the rule's `task`",
+        )
+    chosen = torch.as_tensor(ids, device=columns.device).reshape(-1)
+    return prompt * (columns[chosen] @ rows[chosen])
+
+
+def _normal(tensor: Tensor) -> None:
+    nn.init.normal_(tensor, std=0.02)
+
+
+_now: ContextVar[Any] = ContextVar("task", default=None)

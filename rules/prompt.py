@@ -1,0 +1,105 @@
+"""Prompts: trained virtual tokens before a text's own. Prompt tuning and p-tuning."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import field
+from typing import Any, Literal
+
+from torch import Tensor, nn
+
+from rules import _encoder, _fields, _texts, _virtual
+from rules.memory import THE_MODEL, PromptMemoryRule
+from surgery import Rule, Site, SiteError, Targets, rule
+
+
+@rule("prompt")
+class PromptRule(Rule):
+    """[P; e(x)]: `length` trained virtual tokens P before the embeddings of a text.
+
+    >>> import torch
+    >>> from transformers import LlamaConfig, LlamaForCausalLM
+    >>> from rules import PromptRule
+    >>> from surgery import apply_rules
+    >>> sizes = dict(hidden_size=16, num_hidden_layers=2, num_attention_heads=4)
+    >>> model = LlamaForCausalLM(LlamaConfig(vocab_size=30, intermediate_size=32, **sizes))
+    >>> _ = apply_rules(model, [PromptRule(length=5)])
+    >>> model.model.adapters.default.prompt.shape, model(torch.tensor([[1, 2, 3]])).logits.shape
+    (torch.Size([5, 16]), torch.Size([1, 3, 30]))
+
+    Goes on the innermost module that takes `input_ids` or `inputs_embeds` with an `attention_mask`, found in what the
+    targets name, and without targets in the model; of an encoder-decoder on the encoder. Masks, positions and token
+    types are made longer; what the module returns is as long as the text, so labels, heads and `generate` need no
+    care. A cache holds the virtual tokens once. On another module that is named, they go into its output, which
+    stays longer (VPT-shallow on a vision model's embeddings).
+
+    Fields: `length` (PEFT's num_virtual_tokens); `init` (prompt_tuning_init): "random", normal with deviation 1,
+    "vocab", rows of the embedding, or "text", those of `text_ids`, repeated or cut; `after`: how many of the text's
+    tokens stay before the virtual ones, by default 1 where the module pools its first token, else 0; `encoder`
+    (encoder_reparameterization_type) "mlp" or "lstm", `encoder_size` (encoder_hidden_size), `encoder_layers` and
+    `encoder_dropout` (of an lstm): P is that network's output (p-tuning), until `fold_prompts`. Tensors: `prompt`
+    (length, features), and the encoder's. There is no merged form: tokens are no change of a weight.
+
+    Raises `SiteError` where a call can't be made longer right, such as with masks that are prepared outside.
+    Sources: Lester et al. 2021, arXiv:2104.08691; Liu et al. 2021, arXiv:2103.10385; Jia et al. 2022, arXiv:2203.12119.
+    """
+
+    targets: Targets = field(default=THE_MODEL, kw_only=False)
+    length: int = 20
+    init: Literal["random", "vocab", "text"] = "random"
+    text_ids: Sequence[int] = ()
+    after: int | None = None
+    encoder: Literal["mlp", "lstm"] | None = None
+    encoder_size: int | None = None
+    encoder_layers: int = 2
+    encoder_dropout: float = 0.0
+    why_not_merged = "virtual tokens are no change of a weight"
+
+    def validate(self) -> None:
+        _fields.whole(self, "length", "encoder_layers")
+        _fields.whole(self, "encoder_size", optional=True)
+        _fields.whole(self, "after", least=0, optional=True)
+        _fields.one_of(self, "init", "random", "vocab", "text")
+        _fields.one_of(self, "encoder", None, "mlp", "lstm")
+        _fields.chance(self, "encoder_dropout")
+        if not all(type(token) is int and token >= 0 for token in self.text_ids):
+            raise self.bad("text_ids", "a list of token ids")
+        if (self.init == "text") != bool(self.text_ids):
+            raise self.bad("text_ids", "right: init='text' needs token ids, and nothing else takes them")
+
+    def expand(self, module: nn.Module, path: str) -> Iterable[tuple[str, nn.Module]]:
+        found = list(_texts.hosts(module, path))
+        return found if found or self.targets == (THE_MODEL,) else [(path, module)]
+
+    def companions(self) -> Iterable[Rule]:
+        return [PromptMemoryRule(length=self.length)]
+
+    def rewrite(self, site: Site) -> Any:
+        role = site.fact("role", lambda: _texts.role(site))
+        if any(isinstance(other, PromptRule) and other.after != self.after for other in site.rules):
+            raise SiteError("two prompts at one module need the same `after`", where=site.path)
+        if role == "layer":
+            return site.with_hidden(site.apply(_virtual.put_after, site.output, self.virtual(site), self.after or 0))
+        seen = site.fact("seen", lambda: _texts.seen(site))
+        after = int(seen["pooled"]) if self.after is None else self.after
+        rest = _texts.starred(site) or ""
+        made: Any = site.apply(
+            _virtual.put_in, site.this, self.virtual(site), dict(site.inputs), rest, site.adapter, after, seen["left"]
+        )
+        new = made[0]
+        for name in site.inputs:
+            if name in _virtual.CHANGED or name == rest:
+                site.replace(site.inputs[name], new[name])
+        if role == "encoder":
+            return None  # what its decoder looks at, virtual tokens included
+        return site.apply(_virtual.take_out, site.output, made[1], site.adapter, after)
+
+    def virtual(self, site: Site) -> Tensor:
+        """The virtual tokens as a value of the graph, (length, features)."""
+        width = site.fact("width", lambda: _texts.width(site, self.init == "random", self.after))
+        prompt = site.param("prompt", (self.length, width), _texts.start(site, self.init, self.text_ids))
+        if self.encoder is None:
+            return prompt
+        shapes = _encoder.specs(self.encoder, width, self.encoder_size or width, self.encoder_layers)
+        tensors = {name: site.param(name, shape, _encoder.uniform(bound)) for name, shape, bound in shapes}
+        return site.apply(_encoder.encoded, prompt, tensors, self.encoder_dropout, site.training)
