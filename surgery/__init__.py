@@ -1,9 +1,12 @@
 """Declarative model surgery for PyTorch: rules match modules, rewrite their graphs, and are taken out to the bit."""
 
+from surgery.checkpoint import Entry as PeftEntry
+from surgery.checkpoint import LoadReport, load_adapter, load_adapters, save_adapter
 from surgery.coverage import Coverage, coverage
 from surgery.digraph import as_digraph, graph_of
 from surgery.engine import apply_rules, explain, plan_rules, remove
 from surgery.errors import (
+    LoadError,
     MatchError,
     MergeError,
     PlanError,
@@ -19,6 +22,7 @@ from surgery.expression import ANY, having, module_of, one_of
 from surgery.guided import trace
 from surgery.hidden import hidden_of
 from surgery.merge import MergeReport, merge, unmerge
+from surgery.peft_format import PeftConfig, PeftMethod, PeftPart, PeftPlace, peft_method
 from surgery.pattern import Pattern, Targets
 from surgery.plan import Plan
 from surgery.registries import takes_functions
@@ -36,12 +40,19 @@ __all__ = [
     "Coverage",
     "Found",
     "LiveSite",
+    "LoadError",
+    "LoadReport",
     "LowRank",
     "MatchError",
     "MergeError",
     "MergeReport",
     "Occurrence",
     "Pattern",
+    "PeftConfig",
+    "PeftEntry",
+    "PeftMethod",
+    "PeftPart",
+    "PeftPlace",
     "Plan",
     "PlanError",
     "Rows",
@@ -67,10 +78,13 @@ __all__ = [
     "graph_of",
     "having",
     "hidden_of",
+    "load_adapter",
     "load_adapter_state_dict",
+    "load_adapters",
     "merge",
     "module_of",
     "one_of",
+    "peft_method",
     "plan_rules",
     "remove",
     "rule",
@@ -79,6 +93,7 @@ __all__ = [
     "rules_of",
     "rules_to_json",
     "rules_to_yaml",
+    "save_adapter",
     "show",
     "summary",
     "takes_functions",
