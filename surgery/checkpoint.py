@@ -54,6 +54,7 @@ class Stored:
     metadata: Mapping[str, Any] = field(default_factory=dict)
     licence: str | None = None
     notes: list[str] = field(default_factory=list)
+    ignored: tuple[str, ...] = ()
 
 
 @dataclass
@@ -231,8 +232,9 @@ def load_adapter(
     values: list[tuple[Step, str, Entry]] = []
     if plan is not None:
         problems += plan.problems
-        if plan:
-            values = _found(plan, stored, report, finite)
+        values = _found(plan, stored, report, finite)
+        if problems:
+            report.unexpected = []  # of rules that could not be read or placed
     report.base = differences(model, stored.base)
     if strict:
         problems += [_problem(text) for text in report.problems()]
@@ -304,7 +306,7 @@ def _found(plan: Plan, stored: Stored, report: LoadReport, finite: bool) -> list
             else:
                 found.append((step, spec.name, entry))
     report.missing = list(dict.fromkeys(report.missing))
-    report.unexpected = [key for key in file.shapes if key not in used]
+    report.unexpected = [key for key in file.shapes if key not in used and key not in stored.ignored]
     return found
 
 
@@ -313,7 +315,7 @@ def _misfit(file: TensorFile, entry: Entry, shape: tuple[int, ...], dtype: torch
     given, numbers = file.shapes[entry.key], file.dtypes[entry.key]
     try:
         read = tuple(entry.read(torch.empty(given, dtype=numbers, device="meta")).shape)
-    except (RuntimeError, IndexError, ValueError, TypeError):
+    except Exception:  # a rule's reshaping of a shape that it did not expect
         read = None
     if read != shape:
         return f"is {given}, which does not give the {shape} of this model"
@@ -321,8 +323,11 @@ def _misfit(file: TensorFile, entry: Entry, shape: tuple[int, ...], dtype: torch
         return f"holds {str(numbers).removeprefix('torch.')}, and {str(dtype).removeprefix('torch.')} is needed"
     try:
         tensor = file.read(entry.key)
+        entry.read(tensor)
         if finite and numbers.is_floating_point and not bool(torch.isfinite(tensor.float()).all()):
             return "holds NaN or infinity"
+    except SurgeryError as error:
+        return f"can't be taken over: {error.why or error.what}"
     except Exception as error:  # the file changed, or is not what its header says
         return f"can't be read: {str(error)[:200]}"
     return None
@@ -414,7 +419,7 @@ def _opened(model: nn.Module, place: Path) -> Stored:
 
     found = read(model, settings, file)
     extra = {"base": told.get("base"), **_labels(told)}
-    return Stored(found.rules, file, found.entry, found.problems, notes=found.notes, **extra)
+    return Stored(found.rules, file, found.entry, found.problems, notes=found.notes, ignored=found.ignored, **extra)
 
 
 def _told(file: TensorFile) -> dict[str, Any]:

@@ -1,7 +1,7 @@
 """PEFT's files, in and out: what all of its methods share. What is a method's own stands beside its rule.
 
 A method is a `PeftMethod`: which rule it is, its fields and tensors under PEFT's names. It is found by PEFT's name of it
-(peft_type) among those registered, else through the entry point group `surgery.peft`, whose modules register theirs.
+(peft_type) among those registered; a package that offers rules (entry points `surgery.rules`) registers its own.
 """
 
 from __future__ import annotations
@@ -41,6 +41,7 @@ class PeftConfig:
         self.data, self.model, self.file = dict(data), model, file
         self.modules = Modules.of(model)
         self.left = set(self.data) - SILENT
+        self.notes: list[str] = []
 
     def take(self, name: str, default: Any = None) -> Any:
         """A field's value; the default where it is absent or null."""
@@ -87,6 +88,9 @@ class PeftPlace:
     config: Mapping[str, Any]
 
 
+Placed = Sequence[tuple[Rule, Sequence[str]]]
+
+
 class PeftPart:
     """How the tensors of one kind of rule are called in PEFT's files.
 
@@ -99,7 +103,7 @@ class PeftPart:
     tensors: ClassVar[Mapping[str, str]] = {}
     made: ClassVar[tuple[str, ...]] = ()
 
-    def entries(self, place: PeftPlace) -> Mapping[str, Entry]:
+    def entries(self, place: PeftPlace) -> dict[str, Entry]:
         """Where each tensor stands: a key relative to the module's path, or, after "/", to the whole file."""
         return {name: Entry(self.tensors[name]) for name in place.names if name in self.tensors}
 
@@ -107,8 +111,8 @@ class PeftPart:
         """The rules that a configuration asks for beside the method's own, by a field of this part's."""
         return ()
 
-    def write(self, rules: Sequence[Rule], modules: Modules, on: Mapping[Rule, Sequence[str]]) -> dict[str, Any]:
-        """The configuration's fields for these rules, which are on these paths."""
+    def write(self, placed: Placed, modules: Modules) -> dict[str, Any]:
+        """The configuration's fields for these rules, each with the paths it is on."""
         raise NotImplementedError
 
 
@@ -124,6 +128,7 @@ class PeftMethod(PeftPart):
     init_field: ClassVar[str] = "init_weights"
     inits: ClassVar[Mapping[Any, str]] = {True: "identity", False: "random"}
     defaults: ClassVar[Mapping[str, Any]] = {}
+    passed_over: ClassVar[tuple[str, ...]] = ()  # ends of keys that change no result
     marks: ClassVar[tuple[str, ...]] = ()  # what PEFT's keys have after a path, to find the paths by
 
     def read(self, config: PeftConfig) -> Iterable[Rule]:
@@ -142,23 +147,23 @@ class PeftMethod(PeftPart):
         """Fields of the rule that are no plain copies, and fields of PEFT's that only one value can be held of."""
         return {}
 
-    def write(self, rules: Sequence[Rule], modules: Modules, on: Mapping[Rule, Sequence[str]]) -> dict[str, Any]:
-        if len(rules) != 1:
-            raise _unsaid(f"{len(rules)} {rules[0].label}s", "PEFT's format holds one")
-        rule = rules[0]
+    def write(self, placed: Placed, modules: Modules) -> dict[str, Any]:
+        (rule, paths), *more = placed
+        if more:
+            raise _unsaid(f"{len(placed)} {rule.label}s", "it holds one")
         config = {theirs: _plain(getattr(rule, ours)) for theirs, ours in self.fields.items()}
         if self.inits and "init" in {field.name for field in fields(rule)}:
             starts = {ours: theirs for theirs, ours in reversed(self.inits.items())}
             if rule.init not in starts:  # type: ignore[attr-defined]
                 raise _unsaid(f"{rule.label}(init={rule.init!r})", "it changes the base in a way PEFT can't repeat")  # type: ignore[attr-defined]
             config[self.init_field] = starts[rule.init]  # type: ignore[attr-defined]
-        return {**config, **self.said(rule), **fields_of(rule, modules, on[rule])}
+        return {**config, **self.said(rule), **fields_of(rule, modules, paths)}
 
     def said(self, rule: Rule) -> dict[str, Any]:
         """The inverse of `further`."""
         return {}
 
-    def joined(self, key: str, tensors: Sequence[Tensor]) -> Tensor:
+    def joined(self, key: str, tensors: Sequence[Tensor], sites: Sequence[nn.Module]) -> Tensor:
         """One tensor of the file for those of several sites that share it; each came through its `write`."""
         return _one(key, tensors)
 
@@ -177,7 +182,7 @@ def peft_method(cls: type[PeftPart]) -> type[PeftPart]:
 
 
 def _load() -> None:
-    for entry in metadata.entry_points(group="surgery.peft"):
+    for entry in metadata.entry_points(group="surgery.rules"):
         entry.load()
 
 
@@ -212,6 +217,7 @@ class Read:
     entry: Callable[[Plan, Step, str], Entry | None]
     problems: list[SurgeryError] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    ignored: tuple[str, ...] = ()
 
 
 def read(model: nn.Module, config: Any, file: TensorFile) -> Read:
@@ -248,7 +254,8 @@ def read(model: nn.Module, config: Any, file: TensorFile) -> Read:
         key = _absolute(step.path, found[name].key)
         return found[name]._replace(key=keys.get(key, key))
 
-    return Read(rules, entry, problems)
+    ignored = tuple(key for key in file.shapes if key.endswith(method.passed_over or ("\n",)))
+    return Read(rules, entry, problems, given.notes, ignored)
 
 
 def _absolute(path: str, key: str) -> str:
@@ -275,14 +282,11 @@ def written(model: nn.Module, adapter: str) -> tuple[dict[str, Any], dict[str, T
         for applied in state.applied
         if applied.adapter == adapter
     ]
-    on: dict[Rule, list[str]] = {}
-    for path, _, rule in placed:
-        on.setdefault(rule, []).append(path)
     config: dict[str, Any] = {"peft_type": methods[0]}
     for part in dict.fromkeys(parts):
         mine = [rule for rule, other in zip(rules, parts, strict=True) if other is part]
         assert part is not None
-        said = part.write(mine, modules, {rule: on.get(rule, []) for rule in mine})
+        said = part.write([(rule, [path for path, _, other in placed if other == rule]) for rule in mine], modules)
         clash = [name for name in said if config.get(name, said[name]) != said[name] and config[name] not in ([], {}, 0)]
         if clash and "target_parameters" in {*config, *said} and not set(clash) <= {"target_modules", "lora_dropout"}:
             raise _unsaid(" and ".join(rule.label for rule in rules), f"they differ in {', '.join(clash)}")
@@ -310,8 +314,11 @@ def _tensors(
         for name, entry in part.entries(place).items():
             if name not in part.made and name in held:
                 found.setdefault(_absolute(path, entry.key), []).append(entry.write(whole(held[name].detach())))
-    joined = next((part.joined for _, _, rule in placed if isinstance(part := _part(rule), PeftMethod)), _one)
-    return {key: joined(key, tensors) for key, tensors in found.items()}
+    method = next((part for _, _, rule in placed if isinstance(part := _part(rule), PeftMethod)), None)
+    if method is None:
+        return {key: _one(key, tensors) for key, tensors in found.items()}
+    on = [module for _, module, rule in placed if _part(rule) is method]
+    return {key: method.joined(key, tensors, on) for key, tensors in found.items()}
 
 
 def _one(key: str, tensors: Sequence[Tensor]) -> Tensor:

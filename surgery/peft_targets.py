@@ -132,7 +132,7 @@ def fields_of(rule: Rule, modules: Modules, paths: Sequence[str]) -> dict[str, A
         kept = {**said, "layers_to_transform": list(layers) if layers is not None else None}  # type: ignore[arg-type]
     listed = {"target_modules": sorted(wanted)}
     for fields in (kept, listed):
-        if fields and None not in fields.get("target_modules", [None]) and chosen_by(fields, modules) == wanted:
+        if fields.get("target_modules") and chosen_by(fields, modules) == wanted:
             return {name: value for name, value in fields.items() if value is not None}
     return {"target_modules": regular(sorted(wanted)).removeprefix("re:")}
 
@@ -141,4 +141,4 @@ def _said(targets: Any) -> Any:
     if len(targets) == 1 and targets[0].startswith("re:"):
         return targets[0].removeprefix("re:")
     plain = not any(target.startswith("re:") or target == "all-linear" for target in targets)
-    return list(targets) if plain else [None] if targets else []
+    return list(targets) if plain else None

@@ -29,7 +29,7 @@ class AdaLora(PeftMethod):
         config.only("use_dora", False), config.only("lora_bias", False)
         return {}
 
-    def entries(self, place: PeftPlace) -> Mapping[str, PeftEntry]:
+    def entries(self, place: PeftPlace) -> dict[str, PeftEntry]:
         kept = _kept(place)
         if kept is None:
             return super().entries(place)

@@ -40,13 +40,16 @@ class ExpertLora(PeftPart):
                 patterns[field] = {k: v for k, v in held.items() if any(fits(k, path) for path in full)} or None
             yield ExpertLoraRule(targets=config.regular(paths), parameters=parameters, **given, **patterns)
 
-    def entries(self, place: PeftPlace) -> Mapping[str, PeftEntry]:
+    def entries(self, place: PeftPlace) -> dict[str, PeftEntry]:
         held = [name for name in place.module._parameters if f"{name}_A" in place.names]
         found = {}
         for i, name in enumerate(held):  # PEFT wraps the module once for each, the first innermost
             stack = place.module._parameters[name]
             assert stack is not None
             experts, inner = len(stack), "base_layer." * (len(held) - 1 - i)
+            if stack.dim() == 2:
+                found |= {f"{name}_{which}": PeftEntry(f"{inner}lora_{which}.weight") for which in "AB"}
+                continue
             found[f"{name}_A"] = PeftEntry(
                 f"{inner}lora_A.weight", lambda A, e=experts: A.unflatten(0, (e, -1)), lambda A: A.flatten(0, 1)
             )
@@ -57,14 +60,14 @@ class ExpertLora(PeftPart):
             )
         return found
 
-    def write(self, rules: Sequence[Rule], modules: Any, on: Mapping[Rule, Sequence[str]]) -> dict[str, Any]:
-        found = [rule for rule in rules if isinstance(rule, ExpertLoraRule)]
+    def write(self, placed: Any, modules: Any) -> dict[str, Any]:
+        found = [rule for rule, _ in placed]
         first = found[0]
         alike = ("rank", "alpha", "rslora", "rank_pattern", "alpha_pattern")
         if any(getattr(rule, name) != getattr(first, name) for rule in found for name in alike):
             raise SurgeryError("PEFT's format can't hold ExpertLoraRules that differ in more than targets",
                                fix='save_adapter(…, format="surgery")')  # fmt: skip
-        named = [f"{p}.{n}" for rule in found for p in on[rule] for n in rule.names(modules.by_path[p])]
+        named = [f"{p}.{n}" for rule, paths in placed for p in paths for n in rule.names(modules.by_path[p])]
         config: dict[str, Any] = {theirs: getattr(first, ours) for theirs, ours in FIELDS.items()}
         patterns = {"rank_pattern": dict(first.rank_pattern or {}), "alpha_pattern": dict(first.alpha_pattern or {})}
         config |= patterns | {"target_parameters": named, "lora_dropout": 0.0, "target_modules": []}

@@ -27,13 +27,13 @@ class Trained(PeftPart):
         if paths:  # PEFT passes over names that fit none: its classification task adds "score" and "classifier"
             yield TrainRule(targets=config.regular(paths))
 
-    def entries(self, place: PeftPlace) -> Mapping[str, PeftEntry]:
+    def entries(self, place: PeftPlace) -> dict[str, PeftEntry]:
         names = dict(place.module.named_parameters()) | dict(place.module.named_buffers())
         by_name = {name.replace(".", "_"): name for name in names}
         return {name: PeftEntry(by_name[name]) for name in place.names if name in by_name}
 
-    def write(self, rules: Sequence[Rule], modules: Any, on: Mapping[Rule, Sequence[str]]) -> dict[str, Any]:
-        paths = [path for rule in rules for path in on[rule]]
+    def write(self, placed: Any, modules: Any) -> dict[str, Any]:
+        paths = [path for _, inner in placed for path in inner]
         if set(_ending(modules.by_path, paths)) != set(paths):
             raise SurgeryError("PEFT's format can't hold this TrainRule", why="PEFT would train further modules, too")
         return {"modules_to_save": paths}
@@ -58,7 +58,7 @@ class Tokens(PeftPart):
         for name, ids in given.items():
             yield TokensRule(targets=config.regular(_with_tied(config.modules.by_path, name)), tokens=list(ids))
 
-    def entries(self, place: PeftPlace) -> Mapping[str, PeftEntry]:
+    def entries(self, place: PeftPlace) -> dict[str, PeftEntry]:
         asked = place.config.get("trainable_token_indices")
         assert isinstance(place.rule, TokensRule)
         if isinstance(asked, dict):
@@ -74,13 +74,13 @@ class Tokens(PeftPart):
 
     made = ("index",)
 
-    def write(self, rules: Sequence[Rule], modules: Any, on: Mapping[Rule, Sequence[str]]) -> dict[str, Any]:
+    def write(self, placed: Any, modules: Any) -> dict[str, Any]:
         found: dict[str, list[int]] = {}
-        for rule in rules:
+        for rule, paths in placed:
             assert isinstance(rule, TokensRule)
-            for path in on[rule]:
+            for path in paths:
                 tied = _with_tied(modules.by_path, path)
-                if not set(tied) <= set(on[rule]):
+                if not set(tied) <= set(paths):
                     raise SurgeryError("PEFT's format can't hold tokens of one of two tied modules", where=path)
                 found[tied[0]] = sorted(rule.tokens)
         return {"trainable_token_indices": found}
@@ -107,7 +107,7 @@ class Biases(PeftPart):
 
     rule = BiasRule
 
-    def entries(self, place: PeftPlace) -> Mapping[str, PeftEntry]:
+    def entries(self, place: PeftPlace) -> dict[str, PeftEntry]:
         names = {name.replace(".", "_"): name for name, _ in place.module.named_parameters()}
         found = {}
         for name in place.names:
@@ -117,5 +117,5 @@ class Biases(PeftPart):
             found[name] = PeftEntry(full)
         return found
 
-    def write(self, rules: Sequence[Rule], modules: Any, on: Mapping[Rule, Sequence[str]]) -> dict[str, Any]:
+    def write(self, placed: Any, modules: Any) -> dict[str, Any]:
         raise SurgeryError("PEFT's format can't hold a BiasRule of its own", fix='LoraRule(…, bias="all")')

@@ -6,9 +6,9 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
-from rules._fields import fits
 from rules.lora import LoraRule
 from surgery import PeftConfig, PeftEntry, PeftMethod, PeftPlace, Rule, SurgeryError, peft_method
 
@@ -21,7 +21,7 @@ class Lora(PeftMethod):
     init_field = "init_lora_weights"
     inits = {
         True: "kaiming", False: "random", "gaussian": "gaussian", "orthogonal": "orthogonal", "eva": "kaiming",
-        "pissa": "pissa", "olora": "olora",
+        "pissa": "pissa", "olora": "olora", "mica": "kaiming",
     }  # fmt: skip
     fields = {
         "r": "rank", "lora_alpha": "alpha", "use_rslora": "rslora", "lora_dropout": "dropout", "use_dora": "dora",
@@ -30,6 +30,7 @@ class Lora(PeftMethod):
     tensors = {
         "A": "lora_A.weight", "B": "lora_B.weight", "B_bias": "lora_B.bias", "magnitude": "lora_magnitude_vector",
     }  # fmt: skip
+    passed_over = ("lora_velora_embed",)
     marks = ("lora_A.weight", "lora_embedding_A")
 
     def read(self, config: PeftConfig) -> Iterable[Rule]:
@@ -42,43 +43,64 @@ class Lora(PeftMethod):
         config.take("fan_in_fan_out")  # how a weight lies is the module's own affair
         if config.take("use_qalora") is not None and config.data["use_qalora"]:
             raise config.refuse("use_qalora", "it pools the input of quantised layers")
-        paths, found = config.targeted(), {}
-        for name in ("rank_pattern", "alpha_pattern"):  # PEFT passes over what fits no module
-            given = config.take(name, {})
-            found[name] = {key: value for key, value in given.items() if any(fits(key, path) for path in paths)} or None
-        return found
+        if config.take("velora_config"):
+            config.notes.append("velora_config is passed over: VeLoRA saves memory while training, which is not done here")
+        if config.data.get("init_lora_weights") == "mica":
+            config.notes.append("MiCA trains A alone; here B is trained, too")
+        return {name: config.fitting(name) for name in ("rank_pattern", "alpha_pattern")}
 
-    def entries(self, place: PeftPlace) -> Mapping[str, PeftEntry]:
+    def entries(self, place: PeftPlace) -> dict[str, PeftEntry]:
         if isinstance(place.module, nn.MultiheadAttention):
             return _attention(place)
         if isinstance(place.module, nn.Embedding):
             return {**super().entries(place), **{name: PeftEntry(f"lora_embedding_{name}") for name in "AB"}}
-        return super().entries(place)
+        groups = getattr(place.module, "groups", 1)
+        return super().entries(place) | ({"A": _by_group(groups)} if groups != 1 else {})
 
-    def write(self, rules: Sequence[Rule], modules: Any, on: Mapping[Rule, Sequence[str]]) -> dict[str, Any]:
-        found = [rule for rule in rules if isinstance(rule, LoraRule)]
-        one = found[0] if len(found) == 1 else _as_one(found, on)
-        paths = [path for rule in found for path in on[rule]]
+    def write(self, placed: Any, modules: Any) -> dict[str, Any]:
+        one = placed[0][0] if len(placed) == 1 else _as_one(placed)
+        paths = [path for _, inner in placed for path in inner]
         for path in paths:
-            if one.rank_at(path) % getattr(modules.by_path[path], "groups", 1):
-                raise _unsaid("a rank that a convolution's groups don't divide", path)
-        return super().write([one], modules, {one: paths})
+            groups = getattr(modules.by_path[path], "groups", 1)
+            if one.rank_at(path) % groups or (groups > 1 and one.dora):
+                raise _unsaid("DoRA, or a rank that the groups don't divide, on a convolution with groups", path)
+        return super().write([(one, paths)], modules)
 
     def said(self, rule: Rule) -> dict[str, Any]:
         assert isinstance(rule, LoraRule)
         return {"rank_pattern": dict(rule.rank_pattern or {}), "alpha_pattern": dict(rule.alpha_pattern or {})}
 
 
-def _as_one(rules: Sequence[LoraRule], on: Mapping[Rule, Sequence[str]]) -> LoraRule:
+def _as_one(placed: Sequence[tuple[LoraRule, Sequence[str]]]) -> LoraRule:
     """Several rules that differ in rank and alpha as one with patterns of paths."""
-    first, same = rules[0], ("dropout", "dora", "lora_bias", "bias", "rslora", "init")
-    if any(getattr(rule, name) != getattr(first, name) for rule in rules for name in same):
+    (first, _), same = placed[0], ("dropout", "dora", "lora_bias", "bias", "rslora", "init")
+    if any(getattr(rule, name) != getattr(first, name) for rule, _ in placed for name in same):
         raise _unsaid("LoraRules that differ in more than targets, rank and alpha")
-    paths = {path: rule for rule in rules for path in on[rule]}
-    ranks = {re.escape(path): rule.rank_at(path) for path, rule in paths.items()}
-    alphas = {re.escape(path): rule.alpha_at(path) for path, rule in paths.items()}
-    targets = "re:" + "|".join(map(re.escape, paths))
+    by_path = {path: rule for rule, paths in placed for path in paths}
+    ranks = {re.escape(path): rule.rank_at(path) for path, rule in by_path.items()}
+    alphas = {re.escape(path): rule.alpha_at(path) for path, rule in by_path.items()}
+    targets = "re:" + "|".join(map(re.escape, by_path))
     return first.replace(targets=targets, exclude=(), layers=None, rank_pattern=ranks, alpha_pattern=alphas)
+
+
+def _by_group(groups: int) -> PeftEntry:
+    """PEFT's A looks at all channels of a convolution with groups. Ours is such a one, zero outside its group."""
+
+    def read(A: Tensor) -> Tensor:
+        blocks = A.unflatten(0, (groups, -1)).unflatten(2, (groups, -1))  # (groups, rank / groups, groups, in / groups, …)
+        own = torch.stack([blocks[i, :, i] for i in range(groups)])
+        if not A.is_meta and int(blocks.count_nonzero()) > int(own.count_nonzero()):
+            raise _unread("it looks at all channels of a convolution with groups: no kernel with groups does that")
+        return own.flatten(0, 1)
+
+    def write(A: Tensor) -> Tensor:
+        own = A.unflatten(0, (groups, -1))
+        blocks = own.new_zeros(groups, own.shape[1], groups, *own.shape[2:])
+        for i in range(groups):
+            blocks[i, :, i] = own[i]
+        return blocks.flatten(2, 3).flatten(0, 1)
+
+    return PeftEntry("lora_A.weight", read, write)
 
 
 def _attention(place: PeftPlace) -> dict[str, PeftEntry]:
@@ -88,6 +110,10 @@ def _attention(place: PeftPlace) -> dict[str, PeftEntry]:
     twice = PeftEntry("base_layer.out_proj.lora_B.weight", lambda B: B * 2, lambda B: B / 2)
     inner, outer = PeftEntry("lora_B.weight"), PeftEntry("base_layer.out_proj.lora_A.weight")
     return {"A": PeftEntry("lora_A.weight"), "B": inner, "out_A": outer, "out_B": twice}
+
+
+def _unread(why: str) -> SurgeryError:
+    return SurgeryError("PEFT's lora_A can't be held exactly", why=why)
 
 
 def _unsaid(what: str, where: str | None = None) -> SurgeryError:

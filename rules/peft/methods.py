@@ -63,16 +63,15 @@ class Ia3(PeftMethod):
         fed = [path for path in config.targeted() if any(path.endswith(name) for name in given)]  # as PEFT: no dot
         return {"feedforward": config.regular(fed) if fed else ()}
 
-    def entries(self, place: PeftPlace) -> Mapping[str, PeftEntry]:
+    def entries(self, place: PeftPlace) -> dict[str, PeftEntry]:
         assert isinstance(place.rule, IA3Rule)
         kernel = len(_maps.sizes(_maps.linear_map(place.module, *_maps.NAMES))) - 2  # type: ignore[arg-type]
         shape = (1, -1, *(1,) * kernel) if kernel else (1, -1) if place.rule.feeds(place.path) else (-1, 1)
         return {"scale": PeftEntry("ia3_l", lambda l: l.flatten(), lambda s: s.view(shape))}
 
-    def write(self, rules: Any, modules: Any, on: Any) -> dict[str, Any]:
-        fed = [path for rule in rules for path in on[rule] if rule.feeds(path)]
-        pattern = _regular(fed) if fed else []
-        return {**super().write(rules, modules, on), "feedforward_modules": pattern}
+    def write(self, placed: Any, modules: Any) -> dict[str, Any]:
+        fed = [path for rule, paths in placed for path in paths if rule.feeds(path)]
+        return {**super().write(placed, modules), "feedforward_modules": _regular(fed) if fed else []}
 
 
 @peft_method
@@ -107,7 +106,7 @@ class Boft(PeftMethod):
         config.take("fan_in_fan_out"), config.only("bias", "none")
         return {}
 
-    def entries(self, place: PeftPlace) -> Mapping[str, PeftEntry]:
+    def entries(self, place: PeftPlace) -> dict[str, PeftEntry]:
         turned = isinstance(place.module, nn.Conv2d)
         scale = PeftEntry("boft_s", lambda s: s.reshape(-1, 1), lambda s: s.t() if turned else s)
         return {"R": PeftEntry("boft_R"), "s": scale}
@@ -184,7 +183,7 @@ class Shira(PeftMethod):
         config.take("fan_in_fan_out"), config.take("mask_type")  # the file holds the places
         return {}
 
-    def entries(self, place: PeftPlace) -> Mapping[str, PeftEntry]:
+    def entries(self, place: PeftPlace) -> dict[str, PeftEntry]:
         import torch
 
         weight: Any = place.module.weight
@@ -206,7 +205,7 @@ class Shira(PeftMethod):
 class Norm(PeftMethod):
     peft_type, rule, inits = "LN_TUNING", NormRule, {True: ""}
 
-    def entries(self, place: PeftPlace) -> Mapping[str, PeftEntry]:
+    def entries(self, place: PeftPlace) -> dict[str, PeftEntry]:
         return {name: PeftEntry(f"ln_tuning_layers.{name}") for name in place.names}
 
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from rules import _maps
 from rules.randlora import RandLoraRule
@@ -26,9 +26,14 @@ class _Projected(PeftMethod):
     def said(self, rule: Any) -> dict[str, Any]:
         return {"save_projection": True}
 
-    def joined(self, key: str, tensors: Sequence[Tensor]) -> Tensor:
-        """The smallest tensor that each site's is a corner of."""
-        most = tensors[0].new_zeros([max(sizes) for sizes in zip(*(t.shape for t in tensors), strict=True)])
+    def size(self, key: str, tensors: Sequence[Tensor], sites: Sequence[nn.Module]) -> list[int]:
+        return [max(sizes) for sizes in zip(*(tensor.shape for tensor in tensors), strict=True)]
+
+    def joined(self, key: str, tensors: Sequence[Tensor], sites: Sequence[nn.Module]) -> Tensor:
+        """A tensor that each site's is a corner of."""
+        if "base_model.model." in key:
+            return super().joined(key, tensors, sites)
+        most = tensors[0].new_zeros(self.size(key, tensors, sites))
         corners = [tuple(slice(size) for size in tensor.shape) for tensor in tensors]
         for corner, tensor in zip(corners, tensors, strict=True):
             most[corner] = tensor
@@ -47,7 +52,7 @@ class Vera(_Projected):
     fields = {name: name for name in ("d_initial", "projection_prng_key")} | {"r": "rank", "vera_dropout": "dropout"}
     tensors = {"d": "vera_lambda_d", "b": "vera_lambda_b"}
 
-    def entries(self, place: PeftPlace) -> Mapping[str, PeftEntry]:
+    def entries(self, place: PeftPlace) -> dict[str, PeftEntry]:
         out, inner = _maps.sizes(_maps.linear_map(place.module, *_maps.NAMES))  # type: ignore[arg-type]
         A = PeftEntry("/base_model.vera_A", lambda A: A[:, :inner])
         return {**super().entries(place), "A": A, "B": PeftEntry("/base_model.vera_B", lambda B: B[:out])}
@@ -61,12 +66,13 @@ class RandLora(_Projected):
     }  # fmt: skip
     tensors = {"lambda_": "randlora_lambda", "gamma": "randlora_gamma"}
     inits = {}
+    passed_over = (".randlora_A", ".randlora_B")  # PEFT writes them for each site, too
 
     def further(self, config: PeftConfig) -> dict[str, Any]:
         config.take("init_weights")
         return super().further(config)
 
-    def entries(self, place: PeftPlace) -> Mapping[str, PeftEntry]:
+    def entries(self, place: PeftPlace) -> dict[str, PeftEntry]:
         sizes = _maps.sizes(_maps.linear_map(place.module, *_maps.NAMES))  # type: ignore[arg-type]
         small, large = min(sizes), max(sizes)
         assert isinstance(place.rule, RandLoraRule)
@@ -76,3 +82,10 @@ class RandLora(_Projected):
             "A": PeftEntry("/base_model.randlora_A", lambda A: A[:, :, :small]),
             "B": PeftEntry("/base_model.randlora_B", lambda B: B[:large, :n]),
         }
+
+    def size(self, key: str, tensors: Sequence[Tensor], sites: Sequence[nn.Module]) -> list[int]:
+        # PEFT takes the largest out and the largest in of all sites, and of these two the smaller and the larger.
+        sizes = [_maps.sizes(_maps.linear_map(site, *_maps.NAMES)) for site in sites]  # type: ignore[arg-type]
+        small, large = sorted((max(out for out, _ in sizes), max(inner for _, inner in sizes)))
+        rank = tensors[0].shape[0] if key.endswith("A") else tensors[0].shape[-1]
+        return [rank, 1, small] if key.endswith("A") else [large, -(-small // rank), rank]
