@@ -32,8 +32,8 @@ class ExpertLoraRule(Rule):
     ((4, 2, 8), (4, 16, 2))
 
     Goes on modules that own parameters of three dimensions, such as the experts of Mixtral, Qwen-MoE and GPT-OSS in
-    transformers, and on matrices (out, in) that `parameters` names. Neither ΔW nor W + ΔW is made where the module's code picks experts and multiplies: there it is W's
-    product plus A's and B's, for the experts and tokens in question.
+    transformers, and on matrices (out, in) that `parameters` names. Neither ΔW nor W + ΔW is made where the module's
+    code picks experts and multiplies: there it is W's product plus A's and B's, for the experts and tokens in question.
 
     Fields, with PEFT's names: `parameters` (the end of target_parameters: which of the module's parameters; none: all
     of three dimensions), `rank` (r), `alpha` (lora_alpha), `rslora` (use_rslora), `init` (init_lora_weights:

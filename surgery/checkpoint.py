@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import json
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -16,45 +16,17 @@ from torch import Tensor, nn
 from surgery import files
 from surgery.engine import apply_rules, remove
 from surgery.errors import LoadError, PlanError, RuleError, SurgeryError, SurgeryWarning
-from surgery.files import TensorFile, open_tensors, parse_json, put_away, read_json
+from surgery.files import TensorFile
 from surgery.fingerprint import differences, fingerprint
 from surgery.match import RESERVED
 from surgery.plan import Plan, make_plan
 from surgery.recording import Step
 from surgery.rule import Rule
 from surgery.site import LiveSite, held
-from surgery.state import adapter_names, adapter_state_dict, require_state, rules_of, sites, tensors_of
+from surgery.state import adapter_names, adapter_state_dict, require_state, rules_of, sites, tensors_of, whole
+from surgery.stored import NAME, OLD, PEFT, SURGERY, VERSION, Entry, Stored, names_in, stored_adapter, tensor_key
 
-__all__ = ["Entry", "LoadReport", "load_adapter", "load_adapters", "save_adapter"]
-
-SURGERY = ("adapter.safetensors", "rules.json")
-PEFT = ("adapter_model.safetensors", "adapter_config.json")
-OLD = "adapter_model.bin"
-BARE = ("pytorch_lora_weights.safetensors", "pytorch_lora_weights.bin")  # diffusers': tensors without settings
-NAME, VERSION = "model-surgery adapter", 1
-
-
-class Entry(NamedTuple):
-    """Where a tensor of an adapter stands in a file, and how the two are turned into each other."""
-
-    key: str
-    read: Callable[[Tensor], Tensor] = lambda tensor: tensor
-    write: Callable[[Tensor], Tensor] = lambda tensor: tensor
-
-
-@dataclass(frozen=True)
-class Stored:
-    """An adapter in files, its tensors not yet read. `entry` is None for what follows from a rule's fields alone."""
-
-    rules: list[Rule]
-    file: TensorFile
-    entry: Callable[[Plan, Step, str], Entry | None]
-    problems: list[SurgeryError] = field(default_factory=list)
-    base: Any = None
-    metadata: Mapping[str, Any] = field(default_factory=dict)
-    licence: str | None = None
-    notes: list[str] = field(default_factory=list)
-    ignored: tuple[str, ...] = ()
+__all__ = ["LoadReport", "load_adapter", "load_adapters", "save_adapter"]
 
 
 @dataclass
@@ -151,13 +123,13 @@ def _put(
     extra: Mapping[str, Any],
     gone: tuple[str, ...],
 ) -> Path:
-    folder, text = Path(folder), json.dumps(settings, indent=2, sort_keys=not extra == {}) + "\n"
+    folder, text = Path(folder), json.dumps(settings, indent=2, sort_keys=bool(extra)) + "\n"
     if _rank() == 0:
         told = {"format": "pt", "surgery": json.dumps({"settings": settings, **extra})}
         writer = partial(files.write_safetensors, tensors=tensors, metadata=told)
         files.replace_files(folder, (names[0], writer), (names[1], text.encode()), gone)
-    if _rank() is not None and torch.distributed.is_initialized():
-        torch.distributed.barrier()
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.barrier()  # no process reads what the first has not written
     return folder
 
 
@@ -169,11 +141,6 @@ def _rank() -> int:
 def _whole(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Sharded tensors gathered, which all processes take part in."""
     return {key: whole(tensor) for key, tensor in tensors.items()}
-
-
-def whole(tensor: Tensor) -> Tensor:
-    gather: Any = getattr(tensor, "full_tensor", None)
-    return gather() if gather is not None else tensor
 
 
 def _data(metadata: Mapping[str, Any] | None) -> dict[str, Any]:
@@ -245,11 +212,11 @@ def load_adapter(
     with torch.random.fork_rng(devices=[]):  # the starting values drawn here are overwritten
         apply_rules(model, stored.rules, adapter=adapter, example_inputs=example_inputs)
     try:
-        _fill(model, adapter, values, stored.file)
+        _fill(plan, values, stored.file)
     except BaseException:
         remove(model, adapter)
         raise
-    report.loaded = [_key(step.path, name) for step, name, _ in values]
+    report.loaded = [tensor_key(step.path, name) for step, name, _ in values]
     return report
 
 
@@ -270,9 +237,9 @@ def load_adapters(model: nn.Module, folder: str | Path, **options: Any) -> dict[
     tells what is wrong with any of them, and none stays on the model.
     """
     folder = Path(folder)
-    found = {"default": folder} if _names_in(folder) else {}
+    found = {"default": folder} if names_in(folder) else {}
     if folder.is_dir():
-        found |= {inner.name: inner for inner in sorted(folder.iterdir()) if inner.is_dir() and _names_in(inner)}
+        found |= {inner.name: inner for inner in sorted(folder.iterdir()) if inner.is_dir() and names_in(inner)}
     if not found:
         raise LoadError([_problem(f"{folder} holds no adapters", fix="name a folder of folders of adapters")])
     reports, problems = dict[str, LoadReport](), list[SurgeryError]()
@@ -333,31 +300,39 @@ def _misfit(file: TensorFile, entry: Entry, shape: tuple[int, ...], dtype: torch
     return None
 
 
-def _fill(model: nn.Module, adapter: str, values: list[tuple[Step, str, Entry]], file: TensorFile) -> None:
+def _fill(plan: Plan, values: list[tuple[Step, str, Entry]], file: TensorFile) -> None:
+    filled = {(id(step), name) for step, name, _ in values}
     with torch.no_grad():
-        for module in {id(step.module): step.module for step, _, _ in values}.values():
-            _realise(module, adapter)
+        for step in plan.steps:
+            _realise(step, plan.adapter, {spec.name for spec in step.specs if (id(step), spec.name) not in filled})
         for step, name, entry in values:
-            tensors_of(step.module, adapter)[name].copy_(entry.read(file.read(entry.key)))
+            tensors_of(step.module, plan.adapter)[name].copy_(entry.read(file.read(entry.key)))
 
 
-def _realise(module: nn.Module, adapter: str) -> None:
-    """Tensors on the meta device, made there beside a base that has no numbers yet, are made anew on the CPU."""
-    box: Any = module._modules[RESERVED]._modules[adapter]  # type: ignore[union-attr]
-    meta = [name for name, tensor in box.tensors().items() if tensor.is_meta]
-    for name in meta:
-        old = box.tensors()[name]
-        new = torch.zeros_like(old, device="cpu")
-        if name in box._parameters:
-            box._parameters[name] = nn.Parameter(new, requires_grad=old.requires_grad)
+def _realise(step: Step, adapter: str, others: set[str]) -> None:
+    """Tensors on the meta device, made there beside a base that has no numbers yet, are made anew on the CPU.
+
+    `others` are those that no file fills: they get the values that their rule starts with.
+    """
+    box: Any = step.module._modules[RESERVED]._modules[adapter] if step.specs else None  # type: ignore[union-attr]
+    meta = [spec for spec in step.specs if box.tensors()[spec.name].is_meta]
+    for spec in meta:
+        old = box.tensors()[spec.name]
+        new = torch.empty_like(old, device="cpu")
+        spec.fill(new)
+        if spec.buffer:
+            box._buffers[spec.name] = new
         else:
-            box._buffers[name] = new
-    if meta:
-        _ = LiveSite, held
+            box._parameters[spec.name] = nn.Parameter(new, requires_grad=old.requires_grad)
+    if meta and others:
+        module = step.module
+        step.rule.initialise(LiveSite(module, step.path, adapter, box.tensors(), lambda name, _: _own(module, name)))
 
 
-def _key(path: str, name: str) -> str:
-    return ".".join(filter(None, (path, RESERVED, name)))
+def _own(module: nn.Module, name: str) -> Tensor:
+    found = held(module, name)
+    assert found is not None, name
+    return found
 
 
 def _problem(text: str, **details: Any) -> SurgeryError:
@@ -370,108 +345,3 @@ def _counted(keys: Sequence[str]) -> str:
 
 def _listed(keys: Sequence[str], most: int = 8) -> str:
     return ", ".join(key[:200] for key in keys[:most]) + (", …" if len(keys) > most else "")
-
-
-# Finding the files --------------------------------------------------------------------------------------------
-
-
-def stored_adapter(model: nn.Module, source: str | Path, subfolder: str | None, revision: str | None) -> Stored:
-    """The adapter in a folder, a file, or a repository of the hub."""
-    place = Path(source)
-    try:
-        if not place.exists():
-            from surgery.hub import fetched
-
-            place = fetched(str(source), subfolder, revision)
-        elif subfolder:
-            place = place / subfolder
-        return _opened(model, place)
-    except LoadError:
-        raise
-    except SurgeryError as error:
-        error.where = error.where or str(source)
-        raise LoadError([error]) from error
-
-
-def _names_in(folder: Path) -> tuple[str, str | None] | None:
-    """The names of the tensors and the settings of the adapter in a folder, or None."""
-    for tensors, settings in (SURGERY, PEFT, (OLD, PEFT[1]), *((bare, None) for bare in BARE)):
-        if (folder / tensors).is_file():
-            return tensors, settings
-    return None
-
-
-def _opened(model: nn.Module, place: Path) -> Stored:
-    if place.is_dir():
-        names = _names_in(place)
-        if names is None:
-            listed = ", ".join((SURGERY[0], PEFT[0], OLD, *BARE))
-            raise SurgeryError("there is no adapter in this folder", why=f"it holds none of {listed}")
-    else:
-        settings = {SURGERY[0]: SURGERY[1], PEFT[0]: PEFT[1], OLD: PEFT[1]}.get(place.name)
-        names, place = (place.name, settings), place.parent
-    file = open_tensors(place / names[0])
-    told = _told(file)
-    settings = _settings(place, names[1], told)
-    if isinstance(settings, dict) and settings.get("format") == NAME:
-        return _own(settings, file)
-    from surgery.peft_format import read
-
-    found = read(model, settings, file)
-    extra = {"base": told.get("base"), **_labels(told)}
-    return Stored(found.rules, file, found.entry, found.problems, notes=found.notes, ignored=found.ignored, **extra)
-
-
-def _told(file: TensorFile) -> dict[str, Any]:
-    """What `save_adapter` wrote into the tensors' own file."""
-    if "surgery" not in file.metadata:
-        return {}
-    told = parse_json(file.metadata["surgery"], "the metadata of the tensors")
-    return told if isinstance(told, dict) else {}
-
-
-def _settings(place: Path, name: str | None, told: Mapping[str, Any]) -> Any:
-    """The settings beside the tensors; where a save was killed half-way, those in the tensors' file, or the old ones."""
-    if name is None:
-        return None
-    if (place / name).is_file():
-        return read_json(place / name)
-    if "settings" in told:
-        return told["settings"]
-    if (place / put_away(name)).is_file():
-        return read_json(place / put_away(name))
-    if name == SURGERY[1]:
-        raise SurgeryError(f"there is no {name} beside the tensors", fix="copy both files")
-    return None
-
-
-def _labels(told: Mapping[str, Any]) -> dict[str, Any]:
-    metadata, licence = told.get("metadata"), told.get("licence")
-    return {
-        "metadata": metadata if isinstance(metadata, dict) else {},
-        "licence": licence if isinstance(licence, str) else None,
-    }
-
-
-def _own(settings: Mapping[str, Any], file: TensorFile) -> Stored:
-    version, listed = settings.get("version"), settings.get("rules")
-    if type(version) is not int or version < 1:
-        raise SurgeryError(f"its version {version!r} is no version of the format")
-    if version > VERSION:
-        raise SurgeryError(f"it has version {version} of the format", why="a later release wrote it", fix="update")
-    rules, problems = list[Rule](), list[SurgeryError]()
-    for data in _rules_in(listed):
-        try:
-            rules.append(Rule.from_dict(data))
-        except SurgeryError as error:
-            problems.append(error)
-        except Exception as error:  # fields of any type may meet a rule's own checks
-            problems.append(RuleError(f"{str(data)[:200]} is no rule", why=f"{type(error).__name__}: {error}"))
-    entry: Any = lambda plan, step, name: Entry(_key(step.path, name))  # noqa: E731
-    return Stored(rules, file, entry, problems, settings.get("base"), **_labels(settings))
-
-
-def _rules_in(listed: Any) -> Iterator[Any]:
-    if not isinstance(listed, list) or not listed:
-        raise SurgeryError("its settings list no rules")
-    yield from listed

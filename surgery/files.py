@@ -51,7 +51,7 @@ def write_safetensors(file: BinaryIO, tensors: Mapping[str, Tensor], metadata: M
     for tensor in tensors.values():
         flat = tensor.detach().cpu().contiguous().reshape(-1)
         if flat.numel():
-            file.write(memoryview(flat.view(torch.uint8).numpy()))
+            file.write(flat.view(torch.uint8).numpy().data)
 
 
 Writer = Callable[[BinaryIO], None]
@@ -99,7 +99,10 @@ def put_away(name: str) -> str:
 
 
 def _bytes(content: bytes) -> Writer:
-    return lambda file: file.write(content) and None
+    def write(file: BinaryIO) -> None:
+        file.write(content)
+
+    return write
 
 
 def _sync(folder: Path) -> None:
@@ -239,7 +242,9 @@ def _open_pickle(path: Path) -> TensorFile:
     except SurgeryError:
         raise
     except Exception as error:  # pickle, zip and torch have errors of many kinds
-        raise SurgeryError(f"{path.name} can't be read as tensors", why=f"{type(error).__name__}: {error}"[:300]) from None
+        raise SurgeryError(
+            f"{path.name} can't be read as tensors", why=f"{type(error).__name__}: {error}"[:300]
+        ) from None
     if not isinstance(held, dict) or not all(isinstance(key, str) and _is_plain(held[key]) for key in held):
         raise SurgeryError(f"{path.name} holds more than tensors by name")
     return TensorFile(
@@ -251,4 +256,6 @@ def _open_pickle(path: Path) -> TensorFile:
 
 
 def _is_plain(value: Any) -> bool:
-    return type(value) in (Tensor, torch.nn.Parameter) and value.layout is torch.strided and value.dtype in DTYPES.values()
+    return (
+        type(value) in (Tensor, torch.nn.Parameter) and value.layout is torch.strided and value.dtype in DTYPES.values()
+    )

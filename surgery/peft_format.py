@@ -1,7 +1,7 @@
 """PEFT's files, in and out: what all of its methods share. What is a method's own stands beside its rule.
 
-A method is a `PeftMethod`: which rule it is, its fields and tensors under PEFT's names. It is found by PEFT's name of it
-(peft_type) among those registered; a package that offers rules (entry points `surgery.rules`) registers its own.
+A method is a `PeftMethod`: which rule it is, its fields and tensors under PEFT's names. It is found by its peft_type
+among those registered; a package that offers rules (entry points `surgery.rules`) registers its own.
 """
 
 from __future__ import annotations
@@ -10,19 +10,19 @@ import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from importlib import metadata
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from surgery.checkpoint import Entry, whole
 from surgery.errors import RuleError, SurgeryError, near_misses
 from surgery.files import TensorFile
 from surgery.peft_targets import Modules, choose, chosen_by, fields_of, regular
 from surgery.plan import Plan
 from surgery.recording import Step
 from surgery.rule import Rule
-from surgery.state import rules_of, sites, tensors_of
+from surgery.state import rules_of, sites, tensors_of, whole
+from surgery.stored import Entry
 
 __all__ = ["PeftConfig", "PeftMethod", "PeftPart", "PeftPlace", "peft_method"]
 
@@ -66,6 +66,10 @@ class PeftConfig:
     def refuse(self, name: str, why: str, fix: str | None = None) -> SurgeryError:
         return SurgeryError(f"PEFT's {name}={str(self.data.get(name))[:100]!r} can't be held exactly", why=why, fix=fix)
 
+    def silent(self, *names: str) -> None:
+        """Fields that say nothing about what this method computes."""
+        self.left -= set(names)
+
     def only(self, name: str, *values: Any, why: str = "there is nothing like it here") -> None:
         if self.take(name, values[0]) not in values:
             raise self.refuse(name, why)
@@ -88,6 +92,7 @@ class PeftPlace:
     config: Mapping[str, Any]
 
 
+P = TypeVar("P", bound="PeftPart")
 Placed = Sequence[tuple[Rule, Sequence[str]]]
 
 
@@ -153,7 +158,7 @@ class PeftMethod(PeftPart):
             raise _unsaid(f"{len(placed)} {rule.label}s", "it holds one")
         config = {theirs: _plain(getattr(rule, ours)) for theirs, ours in self.fields.items()}
         if self.inits and "init" in {field.name for field in fields(rule)}:
-            starts = {ours: theirs for theirs, ours in reversed(self.inits.items())}
+            starts = {ours: theirs for theirs, ours in reversed(list(self.inits.items()))}
             if rule.init not in starts:  # type: ignore[attr-defined]
                 raise _unsaid(f"{rule.label}(init={rule.init!r})", "it changes the base in a way PEFT can't repeat")  # type: ignore[attr-defined]
             config[self.init_field] = starts[rule.init]  # type: ignore[attr-defined]
@@ -172,7 +177,7 @@ _parts: dict[type[Rule], PeftPart] = {}
 _methods: dict[str, PeftMethod] = {}
 
 
-def peft_method(cls: type[PeftPart]) -> type[PeftPart]:
+def peft_method(cls: type[P]) -> type[P]:
     """Register a `PeftMethod`, or a `PeftPart` that goes with any method, for reading and writing PEFT's files."""
     made = cls()
     _parts[made.rule] = made
@@ -287,10 +292,13 @@ def written(model: nn.Module, adapter: str) -> tuple[dict[str, Any], dict[str, T
         mine = [rule for rule, other in zip(rules, parts, strict=True) if other is part]
         assert part is not None
         said = part.write([(rule, [path for path, _, other in placed if other == rule]) for rule in mine], modules)
-        clash = [name for name in said if config.get(name, said[name]) != said[name] and config[name] not in ([], {}, 0)]
+        clash = [
+            name for name in said if config.get(name, said[name]) != said[name] and config[name] not in ([], {}, 0)
+        ]
         if clash and "target_parameters" in {*config, *said} and not set(clash) <= {"target_modules", "lora_dropout"}:
             raise _unsaid(" and ".join(rule.label for rule in rules), f"they differ in {', '.join(clash)}")
         config = {**said, **config} if "target_modules" in config else {**config, **said}
+    config.setdefault("target_modules", [])
     config |= {"inference_mode": True, "task_type": None, "auto_mapping": None, "revision": None}
     config["base_model_name_or_path"] = getattr(getattr(model, "config", None), "_name_or_path", None) or None
     if chosen_by(config, modules) != {path for path, _, r in placed if isinstance(_part(r), PeftMethod)}:
@@ -314,8 +322,8 @@ def _tensors(
         for name, entry in part.entries(place).items():
             if name not in part.made and name in held:
                 found.setdefault(_absolute(path, entry.key), []).append(entry.write(whole(held[name].detach())))
-    method = next((part for _, _, rule in placed if isinstance(part := _part(rule), PeftMethod)), None)
-    if method is None:
+    method = next((_part(rule) for _, _, rule in placed if isinstance(_part(rule), PeftMethod)), None)
+    if not isinstance(method, PeftMethod):
         return {key: _one(key, tensors) for key, tensors in found.items()}
     on = [module for _, module, rule in placed if _part(rule) is method]
     return {key: method.joined(key, tensors, on) for key, tensors in found.items()}

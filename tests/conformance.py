@@ -11,7 +11,6 @@ A row is a configuration of PEFT's on a small model. Its cells:
 from __future__ import annotations
 
 import copy
-import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -38,7 +37,7 @@ def conv1d(out: int, inner: int) -> nn.Module:
 class Chain(nn.Module):
     """Named layers one after the other, with a tanh between them; the input of `flat` is made flat."""
 
-    def __init__(self, view: tuple[int, ...] = (), flat: str = "", **layers: nn.Module):
+    def __init__(self, view: tuple[int, ...] = (), flat: str = "", **layers: Any):
         super().__init__()
         self.view, self.flat = view, flat
         for name, layer in layers.items():
@@ -86,7 +85,7 @@ class Experts(nn.Module):
         return out
 
 
-def two() -> dict[str, nn.Module]:
+def two() -> dict[str, Any]:
     return {"lin0": nn.Linear(8, 8), "lin1": nn.Linear(8, 8)}
 
 
@@ -116,11 +115,14 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], Callable[[], Any]]] = {
     ),
     "Conv1D": (lambda: Chain(conv1d=conv1d(16, 8), lin0=nn.Linear(16, 8)), numbers(5, 8)),
     "Conv1d": (lambda: Chain((1, 10), "lin0", conv1d=nn.Conv1d(1, 1, 2), lin0=nn.Linear(9, 2)), numbers(9, 10)),
-    "Conv1d of kernel 1": (lambda: Chain((3, 10), "lin0", conv1d=nn.Conv1d(3, 10, 1), lin0=nn.Linear(100, 2)), numbers(9, 30)),
+    "Conv1d of kernel 1": (
+        lambda: Chain((3, 10), "lin0", conv1d=nn.Conv1d(3, 10, 1), lin0=nn.Linear(100, 2)), numbers(9, 30),
+    ),
     "Conv2d": (lambda: Chain((5, 3, 3), "lin0", conv2d=nn.Conv2d(5, 10, 3), lin0=nn.Linear(10, 2)), numbers(2, 45)),
     "Conv2d 1x1": (lambda: Chain((1, 3, 3), "lin0", conv2d=nn.Conv2d(1, 10, 1), lin0=nn.Linear(90, 2)), numbers(2, 9)),
     "Conv2d groups": (
-        lambda: Chain((16, 3, 3), "lin0", conv2d=nn.Conv2d(16, 16, 3, groups=8), lin0=nn.Linear(16, 2)), numbers(2, 144),
+        lambda: Chain((16, 3, 3), "lin0", conv2d=nn.Conv2d(16, 16, 3, groups=8), lin0=nn.Linear(16, 2)),
+        numbers(2, 144),
     ),
     "Conv2d groups, padded": (
         lambda: Chain((16, 6, 6), "lin0", conv2d=nn.Conv2d(16, 32, 3, padding=1, groups=2), lin0=nn.Linear(1152, 2)),
@@ -147,7 +149,6 @@ class Row:
     model: str
     fields: dict[str, Any] = field(default_factory=dict)
     refused: tuple[str, str] | None = None
-    without: dict[str, str] = field(default_factory=dict)  # cells that can't be had, each with its reason
     note: str = ""
 
     @property
@@ -161,7 +162,6 @@ def lora(model: str, *targets: str, **fields: Any) -> Row:
 
 
 PARTS = {"lin0": ["lin0"], "lin1": ["lin1"], "both": ["lin0", "lin1"]}
-NO_MERGE = {"merged": "dropped"}
 TWICE = "PEFT adds the change of `out_proj` twice; it is read and written so that the function is the same"
 
 
@@ -321,7 +321,8 @@ def check(row: Row, folder: Path) -> dict[str, str]:
     with torch.no_grad():
         expected = call(theirs)
     theirs.save_pretrained(folder / "theirs")
-    before, wrong = Snapshot(model), dict.fromkeys(CELLS, "")
+    before = Snapshot(model)
+    wrong: dict[str, str] = dict.fromkeys(CELLS, "")
     plain = call(model).detach()
     assert not near(plain, expected), "the adapter does nothing"
     if row.refused:
@@ -329,8 +330,8 @@ def check(row: Row, folder: Path) -> dict[str, str]:
             load_adapter(model, folder / "theirs")
         except SurgeryError as error:
             told = row.refused[0] in str(error) and not before.differences(model)
-            return dict.fromkeys(CELLS, "" if told else f"another error: {error}")
-        return dict.fromkeys(CELLS, "was not refused")
+            return dict.fromkeys([*CELLS], "" if told else f"another error: {error}")
+        return dict.fromkeys([*CELLS], "was not refused")
     load_adapter(model, folder / "theirs")
     with torch.no_grad():
         wrong["load"] = "" if near(call(model), expected) else "another output"
@@ -344,7 +345,3 @@ def check(row: Row, folder: Path) -> dict[str, str]:
     with torch.no_grad():
         wrong["save"] = "" if near(call(again), expected) else "another output"
     return wrong
-
-
-def quiet() -> warnings.catch_warnings:
-    return warnings.catch_warnings()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -23,10 +23,9 @@ class AdaLora(PeftMethod):
     inits = {}
 
     def further(self, config: PeftConfig) -> dict[str, Any]:
-        for name in ("r", "rank_pattern", "alpha_pattern", "init_lora_weights", "fan_in_fan_out", "use_rslora"):
-            config.take(name)  # r is not used by PEFT, and the file holds the tensors, whatever they started as
+        # PEFT does not use r, and the file holds the tensors, whatever they started as.
+        config.silent("r", "rank_pattern", "alpha_pattern", "init_lora_weights", "fan_in_fan_out", "use_rslora")
         config.only("bias", "none")
-        config.only("use_dora", False), config.only("lora_bias", False)
         return {}
 
     def entries(self, place: PeftPlace) -> dict[str, PeftEntry]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable
 from typing import Any
 
 from rules._fields import fits
@@ -70,6 +70,6 @@ class ExpertLora(PeftPart):
         named = [f"{p}.{n}" for rule, paths in placed for p in paths for n in rule.names(modules.by_path[p])]
         config: dict[str, Any] = {theirs: getattr(first, ours) for theirs, ours in FIELDS.items()}
         patterns = {"rank_pattern": dict(first.rank_pattern or {}), "alpha_pattern": dict(first.alpha_pattern or {})}
-        config |= patterns | {"target_parameters": named, "lora_dropout": 0.0, "target_modules": []}
+        config |= patterns | {"target_parameters": named}
         config[Lora.init_field] = {"random": False, "gaussian": "gaussian"}.get(first.init, True)
         return config

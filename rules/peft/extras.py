@@ -47,7 +47,7 @@ def _ending(modules: Mapping[str, nn.Module], names: Sequence[str]) -> list[str]
 
 @peft_method
 class Tokens(PeftPart):
-    rule = TokensRule
+    rule, made = TokensRule, ("index",)
 
     def read(self, config: PeftConfig) -> Iterable[Rule]:
         given = config.take("trainable_token_indices")
@@ -63,10 +63,14 @@ class Tokens(PeftPart):
         assert isinstance(place.rule, TokensRule)
         if isinstance(asked, dict):
             tied = _with_tied(place.modules.by_path, place.path)
-            asked = next((ids for name, ids in asked.items() if set(_with_tied(place.modules.by_path, name)) & set(tied)), None)
+            asked = next(
+                (ids for name, ids in asked.items() if set(_with_tied(place.modules.by_path, name)) & set(tied)), None
+            )
         order = torch.tensor(asked or sorted(place.rule.tokens)).argsort()
         weight: Any = place.module.weight
-        first = next(path for path, module in place.modules.by_path.items() if getattr(module, "weight", None) is weight)
+        first = next(
+            path for path, module in place.modules.by_path.items() if getattr(module, "weight", None) is weight
+        )
         key = f"/base_model.model.{first}.token_adapter.trainable_tokens_delta"
         return {
             "rows": PeftEntry(key, lambda rows: rows[order], lambda rows: rows[order.argsort()]),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -44,7 +44,9 @@ class Lora(PeftMethod):
         if config.take("use_qalora") is not None and config.data["use_qalora"]:
             raise config.refuse("use_qalora", "it pools the input of quantised layers")
         if config.take("velora_config"):
-            config.notes.append("velora_config is passed over: VeLoRA saves memory while training, which is not done here")
+            config.notes.append(
+                "velora_config is passed over: VeLoRA saves memory while training, which is not done here"
+            )
         if config.data.get("init_lora_weights") == "mica":
             config.notes.append("MiCA trains A alone; here B is trained, too")
         return {name: config.fitting(name) for name in ("rank_pattern", "alpha_pattern")}
@@ -87,7 +89,9 @@ def _by_group(groups: int) -> PeftEntry:
     """PEFT's A looks at all channels of a convolution with groups. Ours is such a one, zero outside its group."""
 
     def read(A: Tensor) -> Tensor:
-        blocks = A.unflatten(0, (groups, -1)).unflatten(2, (groups, -1))  # (groups, rank / groups, groups, in / groups, …)
+        blocks = A.unflatten(0, (groups, -1)).unflatten(
+            2, (groups, -1)
+        )  # (groups, rank / groups, groups, in / groups, …)
         own = torch.stack([blocks[i, :, i] for i in range(groups)])
         if not A.is_meta and int(blocks.count_nonzero()) > int(own.count_nonzero()):
             raise _unread("it looks at all channels of a convolution with groups: no kernel with groups does that")

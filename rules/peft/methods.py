@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 from torch import nn
@@ -56,7 +55,7 @@ class Ia3(PeftMethod):
     init_field, tensors = "init_ia3_weights", {"scale": "ia3_l"}
 
     def further(self, config: PeftConfig) -> dict[str, Any]:
-        config.take("fan_in_fan_out")
+        config.silent("fan_in_fan_out")
         given = config.take("feedforward_modules", ())
         if isinstance(given, str):
             return {"feedforward": f"re:{given}"}
@@ -67,7 +66,7 @@ class Ia3(PeftMethod):
         assert isinstance(place.rule, IA3Rule)
         kernel = len(_maps.sizes(_maps.linear_map(place.module, *_maps.NAMES))) - 2  # type: ignore[arg-type]
         shape = (1, -1, *(1,) * kernel) if kernel else (1, -1) if place.rule.feeds(place.path) else (-1, 1)
-        return {"scale": PeftEntry("ia3_l", lambda l: l.flatten(), lambda s: s.view(shape))}
+        return {"scale": PeftEntry("ia3_l", lambda held: held.flatten(), lambda scale: scale.view(shape))}
 
     def write(self, placed: Any, modules: Any) -> dict[str, Any]:
         fed = [path for rule, paths in placed for path in paths if rule.feeds(path)]
@@ -84,7 +83,7 @@ class Oft(PeftMethod):
     }  # fmt: skip
 
     def further(self, config: PeftConfig) -> dict[str, Any]:
-        config.take("fan_in_fan_out"), config.take("module_dropout")  # the latter does nothing in PEFT
+        config.silent("fan_in_fan_out", "module_dropout")  # the latter does nothing in PEFT
         config.only("bias", "none")
         if "use_cayley_neumann" not in config.data:  # OFT of before PEFT 0.16: R holds whole blocks, on another side
             raise config.refuse("use_cayley_neumann", "the file is of PEFT before 0.16, whose OFT was another")
@@ -103,7 +102,8 @@ class Boft(PeftMethod):
     }  # fmt: skip
 
     def further(self, config: PeftConfig) -> dict[str, Any]:
-        config.take("fan_in_fan_out"), config.only("bias", "none")
+        config.silent("fan_in_fan_out")
+        config.only("bias", "none")
         return {}
 
     def entries(self, place: PeftPlace) -> dict[str, PeftEntry]:
@@ -167,7 +167,8 @@ class Fourier(PeftMethod):
     tensors = {"spectrum": "fourierft_spectrum"}
 
     def further(self, config: PeftConfig) -> dict[str, Any]:
-        config.take("fan_in_fan_out"), config.only("bias", "none")
+        config.silent("fan_in_fan_out")
+        config.only("bias", "none")
         if config.fitting("n_frequency_pattern"):
             raise config.refuse("n_frequency_pattern", "a FourierRule has one number of frequencies")
         return {}
@@ -180,7 +181,7 @@ class Shira(PeftMethod):
     tensors = {"values": "shira_weight"}
 
     def further(self, config: PeftConfig) -> dict[str, Any]:
-        config.take("fan_in_fan_out"), config.take("mask_type")  # the file holds the places
+        config.silent("fan_in_fan_out", "mask_type")  # the file holds the places
         return {}
 
     def entries(self, place: PeftPlace) -> dict[str, PeftEntry]:
@@ -213,5 +214,3 @@ def _regular(paths: Any) -> str:
     import re
 
     return "|".join(map(re.escape, paths))
-
-

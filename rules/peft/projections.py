@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -16,7 +16,8 @@ from surgery import PeftConfig, PeftEntry, PeftMethod, PeftPlace, SurgeryError, 
 
 class _Projected(PeftMethod):
     def further(self, config: PeftConfig) -> dict[str, Any]:
-        config.take("fan_in_fan_out"), config.only("bias", "none")
+        config.silent("fan_in_fan_out")
+        config.only("bias", "none")
         if not config.take("save_projection", True):
             raise config.refuse(
                 "save_projection", "the random matrices are not in the file", "save it with save_projection=True"
@@ -69,7 +70,7 @@ class RandLora(_Projected):
     passed_over = (".randlora_A", ".randlora_B")  # PEFT writes them for each site, too
 
     def further(self, config: PeftConfig) -> dict[str, Any]:
-        config.take("init_weights")
+        config.silent("init_weights")
         return super().further(config)
 
     def entries(self, place: PeftPlace) -> dict[str, PeftEntry]:
