@@ -86,7 +86,8 @@ class ExpertLoraRule(Rule):
                 return f"it owns no parameter {name!r}; it has {', '.join(held) or 'none'}"
             if type(parameter) is not nn.Parameter or not parameter.dtype.itemsize > 1:
                 return f"its {name} is a {type(parameter).__name__} of {parameter.dtype}, which is packed"
-            if parameter.dim() not in (2, 3):
+            matrix = parameter.dim() == 2 and "bias" not in name
+            if parameter.dim() != 3 and not matrix:
                 return f"its {name} is {tuple(parameter.shape)}: a stack of experts is (experts, out, in)"
         return None
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from surgery import files
-from surgery.engine import apply_rules, remove
+from surgery.engine import carry_out, remove
 from surgery.errors import LoadError, PlanError, RuleError, SurgeryError, SurgeryWarning
 from surgery.files import TensorFile
 from surgery.fingerprint import differences, fingerprint
@@ -210,7 +210,7 @@ def load_adapter(
     for note in [*stored.notes, *([] if strict else report.problems())]:
         warnings.warn(note, SurgeryWarning, stacklevel=2)
     with torch.random.fork_rng(devices=[]):  # the starting values drawn here are overwritten
-        apply_rules(model, stored.rules, adapter=adapter, example_inputs=example_inputs)
+        carry_out(plan, stored.rules, example_inputs, stacklevel=3)
     try:
         _fill(plan, values, stored.file)
     except BaseException:
@@ -319,7 +319,8 @@ def _realise(step: Step, adapter: str, others: set[str]) -> None:
     for spec in meta:
         old = box.tensors()[spec.name]
         new = torch.empty_like(old, device="cpu")
-        spec.fill(new)
+        if spec.name in others:
+            spec.fill(new)
         if spec.buffer:
             box._buffers[spec.name] = new
         else:

@@ -13,6 +13,7 @@ import os
 import zipfile
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -187,7 +188,8 @@ def _open_safetensors(path: Path) -> TensorFile:
     except (SafetensorError, OSError, ValueError) as error:
         raise SurgeryError(f"{path.name} is damaged", why=str(error)[:200]) from None
     shapes = {key: tuple(entry["shape"]) for key, entry in header.items()}
-    return TensorFile(shapes, {k: DTYPES[entry["dtype"]] for k, entry in header.items()}, metadata, file.get_tensor)
+    dtypes = {key: DTYPES[entry["dtype"]] for key, entry in header.items()}
+    return TensorFile(shapes, dtypes, metadata, cache(file.get_tensor))  # what is kept are views of the mapped file
 
 
 def _header(path: Path) -> tuple[dict[str, Any], dict[str, str]]:

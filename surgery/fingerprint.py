@@ -45,9 +45,7 @@ def differences(model: nn.Module, expected: Any) -> list[str]:
             told.append(f"{name} has other values")
     if told:
         compared = len([name for name in numbers if name in own])
-        return [
-            f"it was made on another base: {len(told)} of {compared} weights compared differ; {'; '.join(told[:3])}"
-        ]
+        return [f"it was made on another base: {len(told)} of {compared} weights differ ({'; '.join(told[:3])})"]
     return []
 
 

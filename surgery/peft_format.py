@@ -7,8 +7,9 @@ among those registered; a package that offers rules (entry points `surgery.rules
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass, field, fields
+from functools import cached_property
 from importlib import metadata
 from typing import Any, ClassVar, TypeVar
 
@@ -49,13 +50,14 @@ class PeftConfig:
         value = self.data.get(name)
         return default if value is None else value
 
+    @cached_property
     def targeted(self) -> set[str]:
         """The paths that the configuration means."""
         return chosen_by(self.data, self.modules)
 
     def fitting(self, name: str) -> dict[str, Any] | None:
         """A mapping from patterns of paths, without those that fit no target: PEFT passes over them."""
-        given, paths = self.take(name, {}), self.targeted()
+        given, paths = self.take(name, {}), self.targeted
         return {key: v for key, v in given.items() if any(re.match(rf"(.*\.)?({key})$", p) for p in paths)} or None
 
     @staticmethod
@@ -87,7 +89,7 @@ class PeftPlace:
     module: nn.Module
     rule: Rule
     names: tuple[str, ...]
-    main: frozenset[str]
+    main: Set[str]
     modules: Modules
     config: Mapping[str, Any]
 
@@ -192,10 +194,11 @@ def _load() -> None:
 
 
 def _method(name: Any) -> PeftMethod:
-    if name not in _methods:
-        _load()
-    if isinstance(name, str) and name in _methods:
-        return _methods[name]
+    if isinstance(name, str):
+        if name not in _methods:
+            _load()
+        if name in _methods:
+            return _methods[name]
     raise SurgeryError(
         f"PEFT's {str(name)[:60]!r} is not among the methods that can be read here",
         why=near_misses(str(name)[:60], _methods) or f"they are {', '.join(sorted(_methods))}",
@@ -245,22 +248,34 @@ def read(model: nn.Module, config: Any, file: TensorFile) -> Read:
             problems.append(error)
         except Exception as error:  # fields of a file may have any type
             problems.append(RuleError("the configuration can't be read", why=f"{type(error).__name__}: {error}"[:300]))
-    problems += given.untaken()
+    if not problems:  # else no one came to the further fields
+        problems += given.untaken()
+
+    found: dict[int, Mapping[str, Entry | None]] = {}  # by step, of the plan that is asked about
+    main = set[str]()
 
     def entry(plan: Plan, step: Step, name: str) -> Entry | None:
-        part = _part(step.rule)
-        if part is None:
-            return Entry(_absolute(step.path, name))
-        if name in part.made:
-            return None
-        main = frozenset(s.path for s in plan.steps if _is_main(s.rule))
-        names = tuple(spec.name for spec in step.specs)
-        found = part.entries(PeftPlace(step.path, step.module, step.rule, names, main, given.modules, config))
-        key = _absolute(step.path, found[name].key)
-        return found[name]._replace(key=keys.get(key, key))
+        if not found:
+            main.update(s.path for s in plan.steps if _is_main(s.rule))
+        if id(step) not in found:
+            found[id(step)] = _of_step(step, keys, main, given)
+        return found[id(step)][name]
 
     ignored = tuple(key for key in file.shapes if key.endswith(method.passed_over or ("\n",)))
     return Read(rules, entry, problems, given.notes, ignored)
+
+
+def _of_step(step: Step, keys: Mapping[str, str], main: Set[str], config: PeftConfig) -> dict[str, Entry | None]:
+    """Where the file has each tensor of a step; None for what follows from the rule's fields."""
+    part, names = _part(step.rule), tuple(spec.name for spec in step.specs)
+    assert part is not None
+    entries = part.entries(PeftPlace(step.path, step.module, step.rule, names, main, config.modules, config.data))
+    found: dict[str, Entry | None] = dict.fromkeys(names)
+    for name in names:
+        if name not in part.made:
+            key = _absolute(step.path, entries[name].key)
+            found[name] = entries[name]._replace(key=keys.get(key, key))
+    return found
 
 
 def _absolute(path: str, key: str) -> str:

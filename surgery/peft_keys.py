@@ -39,7 +39,7 @@ def keys_of(model: nn.Module, file: TensorFile) -> dict[str, str]:
 
 
 def _spelt(key: str, before: str) -> str:
-    key = key.removeprefix(before).replace(".processor.", ".")
+    key = re.sub(r"(^|\.)processor\.", r"\1", key.removeprefix(before))
     for pattern, suffix in _SPELLINGS:
         key = pattern.sub(suffix, key)
     return re.sub(r"\.to_out\.lora_", ".to_out.0.lora_", key)

@@ -91,7 +91,7 @@ def choose(config: PeftConfig, kind: type[R], given: Mapping[str, Any], marks: t
         return kind(targets="all-linear", exclude=_words(exclude), **given)
     if not targets:
         return kind(targets=regular(_by_keys(config, marks)), **given)
-    wanted = chosen_by(config.data, config.modules)
+    wanted = config.targeted
     words = _words(targets)
     short = kind(targets=words, exclude=_words(exclude), layers=layers or None, **given)
     same = not config.data.get("layers_pattern") and config.modules.matched(short) == wanted

@@ -59,7 +59,7 @@ class Ia3(PeftMethod):
         given = config.take("feedforward_modules", ())
         if isinstance(given, str):
             return {"feedforward": f"re:{given}"}
-        fed = [path for path in config.targeted() if any(path.endswith(name) for name in given)]  # as PEFT: no dot
+        fed = [path for path in config.targeted if any(path.endswith(name) for name in given)]  # as PEFT: no dot
         return {"feedforward": config.regular(fed) if fed else ()}
 
     def entries(self, place: PeftPlace) -> dict[str, PeftEntry]:
@@ -87,7 +87,7 @@ class Oft(PeftMethod):
         config.only("bias", "none")
         if "use_cayley_neumann" not in config.data:  # OFT of before PEFT 0.16: R holds whole blocks, on another side
             raise config.refuse("use_cayley_neumann", "the file is of PEFT before 0.16, whose OFT was another")
-        if any(isinstance(config.modules.by_path[path], nn.Conv2d) for path in config.targeted()):
+        if any(isinstance(config.modules.by_path[path], nn.Conv2d) for path in config.targeted):
             raise config.refuse("target_modules", "PEFT's OFT of a Conv2d adds overlapping patches: no turned weight")
         return {}
 
