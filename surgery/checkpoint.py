@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -163,6 +164,7 @@ def load_adapter(
     strict: bool = True,
     finite: bool = True,
     example_inputs: Any = None,
+    trust: bool = False,
     subfolder: str | None = None,
     revision: str | None = None,
 ) -> LoadReport:
@@ -183,8 +185,8 @@ def load_adapter(
 
     `source` is a folder or file of `save_adapter`'s or PEFT's (also `.bin` and diffusers' LoRA files), or the name of
     a repository on the hub (with `revision`); `subfolder` is looked for in it. Rules are made by their registered
-    names; no code and no path comes from a file, and pickle files are read with `weights_only`. `finite`: NaN and
-    infinity are a problem. `example_inputs` as in `apply_rules`; prefixes need it.
+    names; no code and no path comes from a file, and pickle files are read with `weights_only`. A rule that names code
+    to import, as a ReplaceRule does, is taken with `trust=True` alone. `finite`: NaN and infinity are a problem. `example_inputs` as in `apply_rules`; prefixes need it.
 
     Whole or nothing: missing, unexpected and misshapen tensors, a damaged file, a rule or format of a later version,
     another base, and whatever `plan_rules` objects to are told at once in a `LoadError`, the model as it was.
@@ -193,15 +195,17 @@ def load_adapter(
     made on the CPU, and stay when `load_state_dict(…, assign=True)` fills the base.
     """
     stored = stored_adapter(model, source, subfolder, revision)
-    plan = make_plan(model, stored.rules, adapter, example_inputs) if stored.rules else None
     report = LoadReport(adapter, stored.rules, metadata=stored.metadata, licence=stored.licence)
-    problems = list(stored.problems)
+    problems = [*stored.problems, *([] if trust else map(_distrusted, (rule for rule in stored.rules if rule.imports)))]
+    known = [rule for rule in stored.rules if trust or not rule.imports]
+    plan = make_plan(model, known, adapter, example_inputs) if known else None
     values: list[tuple[Step, str, Entry]] = []
     if plan is not None:
         problems += plan.problems
         values = _found(plan, stored, report, finite)
         if problems:
             report.unexpected = []  # of rules that could not be read or placed
+        problems += _too_large(plan, values, stored.file)
     report.base = differences(model, stored.base)
     if strict:
         problems += [_problem(text) for text in report.problems()]
@@ -275,6 +279,23 @@ def _found(plan: Plan, stored: Stored, report: LoadReport, finite: bool) -> list
     report.missing = list(dict.fromkeys(report.missing))
     report.unexpected = [key for key in file.shapes if key not in used and key not in stored.ignored]
     return found
+
+
+def _distrusted(rule: Rule) -> SurgeryError:
+    return RuleError(
+        f"a {rule.label} is not taken from a file",
+        why="its fields name code to import and run",
+        fix="load_adapter(…, trust=True), if you know who made the file",
+    )
+
+
+def _too_large(plan: Plan, values: list[tuple[Step, str, Entry]], file: TensorFile) -> Iterator[SurgeryError]:
+    """Tensors that the file does not hold are made all the same where a load is not strict; not of any size."""
+    filled = {(id(step), name) for step, name, _ in values}
+    specs = [spec for step in plan.steps for spec in step.specs if (id(step), spec.name) not in filled]
+    size = sum(math.prod(spec.shape) for spec in specs)
+    if size > (1 << 24) + 4 * sum(map(math.prod, file.shapes.values())):
+        yield _problem(f"its rules ask for {size:,} numbers that the file does not hold")
 
 
 def _misfit(file: TensorFile, entry: Entry, shape: tuple[int, ...], dtype: torch.dtype, finite: bool) -> str | None:

@@ -42,7 +42,7 @@ def _spelt(key: str, before: str) -> str:
     key = re.sub(r"(^|\.)processor\.", r"\1", key.removeprefix(before))
     for pattern, suffix in _SPELLINGS:
         key = pattern.sub(suffix, key)
-    return re.sub(r"\.to_out\.lora_", ".to_out.0.lora_", key)
+    return re.sub(r"(^|\.)to_out\.lora_", r"\1to_out.0.lora_", key)
 
 
 def _known(key: str, paths: set[str]) -> bool:
