@@ -226,7 +226,9 @@ def _fits(entry: Any, space: int) -> bool:
 
 def _open_pickle(path: Path) -> TensorFile:
     """PyTorch's own format, of tensors alone: with `weights_only`, and only where nothing in it is compressed."""
-    if not zipfile.is_zipfile(path):
+    with open(path, "rb") as file:
+        zipped = file.read(4) == b"PK\x03\x04"
+    if not zipped:
         raise SurgeryError(
             f"{path.name} is damaged, or was written by a PyTorch before 1.6",
             fix="load it with torch and save it as safetensors",

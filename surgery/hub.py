@@ -45,7 +45,6 @@ def push_adapter(
     can't be saved or the hub refuses.
     """
     from huggingface_hub import HfApi
-    from huggingface_hub.errors import HfHubHTTPError
 
     with tempfile.TemporaryDirectory() as place:
         folder = save_adapter(model, place, adapter, format=format, metadata=metadata, licence=licence)
@@ -58,8 +57,8 @@ def push_adapter(
                 repo_id=repo_id, folder_path=folder, revision=revision,
                 commit_message=message or f"The adapter {adapter}",
             )  # fmt: skip
-        except (HfHubHTTPError, OSError, ValueError) as error:
-            raise _failed(repo_id, error) from error
+        except Exception as error:  # of the hub, of its client, of the network
+            raise _failed(f"the adapter was not pushed to {repo_id}", error) from error
     return str(done.commit_url)
 
 
@@ -96,19 +95,18 @@ def fetched(repo_id: str, subfolder: str | None, revision: str | None) -> Path:
     if not _REPOSITORY.fullmatch(repo_id):
         raise SurgeryError(f"there is no {repo_id}", fix="name a folder, a file, or a repository of the hub")
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError
 
     inside = f"{subfolder}/" if subfolder else ""
     try:
         place = snapshot_download(repo_id, revision=revision, allow_patterns=[inside + name for name in FILES])
-    except (HfHubHTTPError, OSError, ValueError) as error:
-        raise _failed(repo_id, error) from error
+    except Exception as error:  # of the hub, of its client, of the network
+        raise _failed(f"there is no folder {repo_id!r}, and the hub has not answered", error) from error
     return Path(place) / inside
 
 
-def _failed(repo_id: str, error: Exception) -> SurgeryError:
+def _failed(what: str, error: Exception) -> SurgeryError:
     return SurgeryError(
-        f"there is no folder {repo_id!r}, and the hub has not answered",
+        what,
         why=f"{type(error).__name__}: {str(error).strip()[:300]}",
         fix="check the name, the network, and `HF_ENDPOINT`, `HF_TOKEN`, `HF_HUB_OFFLINE`",
     )

@@ -136,6 +136,7 @@ class PeftMethod(PeftPart):
     inits: ClassVar[Mapping[Any, str]] = {True: "identity", False: "random"}
     defaults: ClassVar[Mapping[str, Any]] = {}
     passed_over: ClassVar[tuple[str, ...]] = ()  # ends of keys that change no result
+    targeted: ClassVar[bool] = True  # whether its configuration names modules
     marks: ClassVar[tuple[str, ...]] = ()  # what PEFT's keys have after a path, to find the paths by
 
     def read(self, config: PeftConfig) -> Iterable[Rule]:
@@ -303,6 +304,7 @@ def written(model: nn.Module, adapter: str) -> tuple[dict[str, Any], dict[str, T
         if applied.adapter == adapter
     ]
     config: dict[str, Any] = {"peft_type": methods[0]}
+    targeted = _methods[str(methods[0])].targeted
     for part in dict.fromkeys(parts):
         mine = [rule for rule, other in zip(rules, parts, strict=True) if other is part]
         assert part is not None
@@ -313,10 +315,10 @@ def written(model: nn.Module, adapter: str) -> tuple[dict[str, Any], dict[str, T
         if clash and "target_parameters" in {*config, *said} and not set(clash) <= {"target_modules", "lora_dropout"}:
             raise _unsaid(" and ".join(rule.label for rule in rules), f"they differ in {', '.join(clash)}")
         config = {**said, **config} if "target_modules" in config else {**config, **said}
-    config.setdefault("target_modules", [])
-    config |= {"inference_mode": True, "task_type": None, "auto_mapping": None, "revision": None}
+    common = {"inference_mode": True, "task_type": None, "auto_mapping": None, "revision": None}
+    config = common | ({"target_modules": []} if targeted else {}) | config
     config["base_model_name_or_path"] = getattr(getattr(model, "config", None), "_name_or_path", None) or None
-    if chosen_by(config, modules) != {path for path, _, r in placed if isinstance(_part(r), PeftMethod)}:
+    if targeted and chosen_by(config, modules) != {path for path, _, r in placed if isinstance(_part(r), PeftMethod)}:
         raise _unsaid(rules[0].label, "PEFT would find other modules by these targets")
     return config, _tensors(model, adapter, placed, modules, config)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import random
 import signal
 import subprocess
@@ -109,7 +110,9 @@ def forged(content: bytes, chance: random.Random) -> bytes:
         elif what == 2:
             entry["dtype"] = chance.choice(["F64", "F16", "I64", "BOOL", "F4", "", 3, "BF16", "F8_E4M3"])
         elif what == 3:
-            header[chance.choice(["../x", "", "a" * 5000, "base_model.model.lin0.lora_A.weight", "__metadata__"])] = entry
+            header[chance.choice(["../x", "", "a" * 5000, "base_model.model.lin0.lora_A.weight", "__metadata__"])] = (
+                entry
+            )
         elif what == 4:
             del header[key]
         elif what == 5:
@@ -151,14 +154,18 @@ def mistyped(content: bytes, chance: random.Random) -> bytes:
 # Saves that are killed ----------------------------------------------------------------------------------------
 
 
-def save_for_ever(folder: str) -> None:
-    """Save two adapters in turn into one folder; run in a process of its own, to be killed."""
+def saves(folder: str) -> None:
+    """A process that, for each line it reads, starts a child which saves two adapters in turn into one folder."""
     pair = [versioned(0), versioned(1)]
-    print("ready", flush=True)
-    turn = 0
-    while True:
-        save_adapter(pair[turn % 2], folder, format="peft" if turn % 3 else "surgery")
-        turn += 1
+    for _ in sys.stdin:
+        child = os.fork()
+        turn = 0
+        while not child:
+            save_adapter(pair[turn % 2], folder, format="peft" if turn % 3 else "surgery")
+            turn += 1
+        print(child, flush=True)
+        os.waitpid(child, 0)
+        print("gone", flush=True)
 
 
 def versioned(which: int) -> nn.Module:
@@ -172,21 +179,20 @@ def versioned(which: int) -> nn.Module:
 
 def kill_saves(folder: Path, times: int, seen: Callable[[Path], None], chance: random.Random) -> None:
     """Start saving, kill it at a random moment, and look at the folder; again and again."""
-    for _ in range(times):
-        process = subprocess.Popen(
-            [sys.executable, "-c", f"from tests.damage import save_for_ever; save_for_ever({str(folder)!r})"],
-            stdout=subprocess.PIPE,
-            cwd=Path(__file__).parent.parent,
-        )
-        try:
-            assert process.stdout is not None and process.stdout.readline() == b"ready\n"
-            deadline = time.monotonic() + 60
-            while not any(folder.glob("adapter*.safetensors")) and time.monotonic() < deadline:
-                time.sleep(0.001)
-            time.sleep(chance.random() * 0.05)
-        finally:
-            process.send_signal(signal.SIGKILL)
-            process.wait()
-            assert process.stdout is not None
-            process.stdout.close()
-        seen(folder)
+    command = [sys.executable, "-c", f"from tests.damage import saves; saves({str(folder)!r})"]
+    root = Path(__file__).parent.parent
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, cwd=root, text=True) as process:
+        assert process.stdin is not None and process.stdout is not None
+        for _ in range(times):
+            print("next", file=process.stdin, flush=True)
+            child = int(process.stdout.readline())
+            try:
+                deadline = time.monotonic() + 60
+                while not any(folder.glob("adapter*.safetensors")) and time.monotonic() < deadline:
+                    time.sleep(0.001)
+                time.sleep(chance.random() * 0.05)
+            finally:
+                os.kill(child, signal.SIGKILL)
+            assert process.stdout.readline() == "gone\n"
+            seen(folder)
+        process.stdin.close()
