@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -185,8 +185,9 @@ def load_adapter(
 
     `source` is a folder or file of `save_adapter`'s or PEFT's (also `.bin` and diffusers' LoRA files), or the name of
     a repository on the hub (with `revision`); `subfolder` is looked for in it. Rules are made by their registered
-    names; no code and no path comes from a file, and pickle files are read with `weights_only`. A rule that names code
-    to import, as a ReplaceRule does, is taken with `trust=True` alone. `finite`: NaN and infinity are a problem. `example_inputs` as in `apply_rules`; prefixes need it.
+    names; no code and no path comes from a file, and pickle files are read with `weights_only`. A rule that names
+    code to import, as a ReplaceRule does, is taken with `trust=True` alone. `finite`: NaN and infinity are a problem.
+    `example_inputs` as in `apply_rules`; prefixes need it.
 
     Whole or nothing: missing, unexpected and misshapen tensors, a damaged file, a rule or format of a later version,
     another base, and whatever `plan_rules` objects to are told at once in a `LoadError`, the model as it was.

@@ -283,7 +283,7 @@ def _prefixes() -> Iterator[Row]:
     common = {"task_type": "CAUSAL_LM"}
     note = "no change of a weight; the prefix's keys are turned back by its length"
     for model, fields in (
-        ("llama", {"num_virtual_tokens": 4}), ("llama", {"num_virtual_tokens": 1}), ("llama", {"num_virtual_tokens": 9}),
+        *(("llama", {"num_virtual_tokens": length}) for length in (4, 1, 9)),
         ("llama", {"num_virtual_tokens": 3, "prefix_projection": True, "encoder_hidden_size": 12}),
         ("mixtral", {"num_virtual_tokens": 4}),
     ):  # fmt: skip

@@ -1,4 +1,4 @@
-"""Damaged adapter files: bytes flipped, files cut, headers forged, settings of the wrong type. And saves to be killed."""
+"""Damaged adapter files: bytes flipped, files cut, headers forged, settings of wrong types. And saves to be killed."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ KINDS: dict[str, tuple[list[Rule], str]] = {
     "tokens": ([LoraRule("lin0", rank=2, dora=True), TokensRule("emb", tokens=[3, 1])], "peft"),
     "oft": ([OftRule("lin0", block_size=4)], "peft"),
     "vera": ([VeraRule("lin0", rank=3)], "peft"),
-    "stack": ([LoraRule("lin0", rank=2, bias="all"), ReftRule("lin1", rank=2), TokensRule("emb", tokens=[5])], "surgery"),
+    "stack": ([LoraRule("lin0", rank=2, bias="all"), ReftRule("lin1"), TokensRule("emb", tokens=[5])], "surgery"),
 }  # fmt: skip
 
 

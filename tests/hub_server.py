@@ -93,7 +93,8 @@ class Hub(BaseHTTPRequestHandler):
 
     @property
     def url(self) -> str:
-        return f"http://127.0.0.1:{self.server.server_address[1]}"
+        address: Any = self.server.server_address
+        return f"http://127.0.0.1:{address[1]}"
 
     def commit(self, name: str) -> str:
         whole = b"".join(path.encode() + content for path, content in sorted(self.held[name].items()))

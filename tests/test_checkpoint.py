@@ -82,17 +82,15 @@ def trained(*rules: Rule, seed: int = 0, **kwargs: Any) -> Any:
     return model
 
 
-LINEAR = {
-    kind.__name__: kind("1", **fields)
-    for kind, fields in (
-        (LoraRule, {"rank": 2, "dora": True}), (IA3Rule, {}), (VeraRule, {"rank": 4}), (LohaRule, {"rank": 2}),
-        (LokrRule, {"rank": 1}), (OftRule, {"block_size": 4}), (BoftRule, {}), (HraRule, {"rank": 2}),
-        (RoadRule, {"group_size": 4}), (MissRule, {"rank": 2}), (BottleneckRule, {"size": 3}), (ReftRule, {"rank": 2}),
-        (SteerRule, {"direction": [0.5] * 16}), (AdaLoraRule, {"rank": 3}), (FourierRule, {"n_frequency": 9}),
-        (ShiraRule, {"rank": 1}), (C3aRule, {"block_size": 4}), (RandLoraRule, {"rank": 2}), (TrainRule, {}),
-        (BiasRule, {}),
-    )
-}  # fmt: skip
+KINDS: list[tuple[Any, dict[str, Any]]] = [
+    (LoraRule, {"rank": 2, "dora": True}), (IA3Rule, {}), (VeraRule, {"rank": 4}), (LohaRule, {"rank": 2}),
+    (LokrRule, {"rank": 1}), (OftRule, {"block_size": 4}), (BoftRule, {}), (HraRule, {"rank": 2}),
+    (RoadRule, {"group_size": 4}), (MissRule, {"rank": 2}), (BottleneckRule, {"size": 3}), (ReftRule, {"rank": 2}),
+    (SteerRule, {"direction": [0.5] * 16}), (AdaLoraRule, {"rank": 3}), (FourierRule, {"n_frequency": 9}),
+    (ShiraRule, {"rank": 1}), (C3aRule, {"block_size": 4}), (RandLoraRule, {"rank": 2}), (TrainRule, {}),
+    (BiasRule, {}),
+]  # fmt: skip
+LINEAR: dict[str, Rule] = {kind.__name__: kind("1", **fields) for kind, fields in KINDS}
 EVERY: dict[str, list[Rule]] = {
     **{name: [rule] for name, rule in LINEAR.items()},
     "NormRule": [NormRule()],
@@ -413,8 +411,15 @@ def test_a_folder_of_many(tmp_path: Path) -> None:
         load_adapters(model, tmp_path / "notes")
 
 
-@pytest.mark.parametrize("rule", [LoraRule("1", rank=2, dora=True), FourierRule("1", n_frequency=9),
-                                  OftRule("1", block_size=4), TokensRule("0", tokens=[3])], ids=lambda r: r.name)  # fmt: skip
+ON_META: list[Rule] = [
+    LoraRule("1", rank=2, dora=True),
+    FourierRule("1", n_frequency=9),
+    OftRule("1", block_size=4),
+    TokensRule("0", tokens=[3]),
+]
+
+
+@pytest.mark.parametrize("rule", ON_META, ids=lambda rule: rule.name)
 @pytest.mark.parametrize("format", ["peft", "surgery"])
 def test_a_base_on_the_meta_device(rule: Rule, format: Any, tmp_path: Path) -> None:
     if rule.name == "tokens" and format == "peft":

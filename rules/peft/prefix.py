@@ -79,7 +79,7 @@ def _head_size(module: Any) -> int:
 
 
 def _rotary(model: nn.Module) -> nn.Module | None:
-    """The one module that gives a model's rotary positions, where there is one whose angles are the same at any length."""
+    """The one module that gives a model's rotary positions, if its angles are the same at any length."""
     found = [module for module in model.modules() if "RotaryEmbedding" in type(module).__name__]
     if len(found) != 1 or list(inspect.signature(type(found[0]).forward).parameters)[1:] != ["x", "position_ids"]:
         return None
@@ -88,7 +88,7 @@ def _rotary(model: nn.Module) -> nn.Module | None:
 
 def _why_not(model: nn.Module) -> str | None:
     if _rotary(model) is None:
-        return "PEFT's prefix shifts the text's positions, which a rotation of its keys makes up for on rotary models alone"
+        return "it shifts the text's positions, which a rotation of its keys makes up for on rotary models alone"
     return None
 
 
