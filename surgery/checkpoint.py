@@ -95,6 +95,8 @@ def save_adapter(
     if format not in ("auto", "peft", "surgery"):
         raise SurgeryError(f"there is no format {format!r}", fix='"peft", "surgery", or "auto" for the first that fits')
     adapter_names(require_state(model), adapter)
+    if Path(folder).exists() and not Path(folder).is_dir():
+        raise SurgeryError(f"{folder} is no folder", fix="an adapter is saved into a folder of its own")
     extra = {"base": fingerprint(model), "licence": licence, "metadata": _data(metadata)}
     if format != "surgery":
         from surgery.peft_format import written

@@ -159,6 +159,8 @@ class PeftMethod(PeftPart):
         (rule, paths), *more = placed
         if more:
             raise _unsaid(f"{len(placed)} {rule.label}s", "it holds one")
+        if getattr(rule, "dtype", None) not in (None, "float32"):
+            raise _unsaid(f"{rule.label}(dtype={rule.dtype!r})", "PEFT computes in float32")  # type: ignore[attr-defined]
         config = {theirs: _plain(getattr(rule, ours)) for theirs, ours in self.fields.items()}
         if self.inits and "init" in {field.name for field in fields(rule)}:
             starts = {ours: theirs for theirs, ours in reversed(list(self.inits.items()))}

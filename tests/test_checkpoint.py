@@ -33,6 +33,7 @@ from rules import (
     OftRule,
     RandLoraRule,
     ReftRule,
+    ReplaceRule,
     RoadRule,
     ShiraRule,
     SteerRule,
@@ -42,6 +43,7 @@ from rules import (
 )
 from surgery import (
     LoadError,
+    PlanError,
     Rule,
     RuleError,
     SurgeryError,
@@ -137,6 +139,7 @@ def test_pefts_format_where_it_holds_the_adapter_and_else_the_own(tmp_path: Path
         ([LoraRule("1", rank=2), BiasRule("3")], "BiasRule"),
         ([LoraRule("1", rank=2), LoraRule("3", rank=2, dora=True)], "differ"),
         ([VeraRule("1", rank=2), VeraRule("3", rank=2)], "2 VeraRules"),
+        ([LoraRule("1", rank=2, dtype="bfloat16")], "dtype='bfloat16'"),
         ([VeraRule(["1", "3"], rank=2)], "projections of their own"),
     ],
     ids=str,
@@ -572,6 +575,27 @@ def test_what_can_not_be_held_is_refused_by_its_name(config: dict[str, Any], mat
         "base_model.model.1.lora_B.weight": torch.zeros(16, 2),
     }
     refused(put(tmp_path / "a", held, config), match)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_model_with_pefts_layers_is_refused(tmp_path: Path) -> None:
+    tiny: Any = pytest.importorskip("tests.tiny", reason="needs transformers")
+    peft: Any = pytest.importorskip("peft")
+    folder = save_adapter(apply_rules(tiny.bert()[0], [LoraRule("query", rank=2)]), tmp_path)
+    theirs = tiny.bert()[0]
+    theirs.add_adapter(peft.LoraConfig(target_modules=["query"]))
+    with pytest.raises(LoadError, match="holds adapters of PEFT's"):
+        load_adapter(theirs, folder)
+    with pytest.raises(PlanError, match="this is PEFT's PeftModel"):
+        apply_rules(peft.get_peft_model(tiny.bert()[0], peft.LoraConfig(target_modules=["query"])), [LoraRule("query")])
+
+
+def test_code_is_not_taken_from_a_file(tmp_path: Path) -> None:
+    before = apply_rules(model_of(), [ReplaceRule("2", by="torch.nn.RMSNorm", kwargs={"normalized_shape": 16})])
+    folder = save_adapter(before, tmp_path)
+    refused(folder, "a ReplaceRule is not taken from a file")
+    assert load_adapter(model := model_of(), folder, trust=True)
+    assert torch.equal(model(X), before(X))
 
 
 # Merged checkpoints -------------------------------------------------------------------------------------------

@@ -63,6 +63,8 @@ class ExpertLora(PeftPart):
     def write(self, placed: Any, modules: Any) -> dict[str, Any]:
         found = [rule for rule, _ in placed]
         first = found[0]
+        if first.dtype not in (None, "float32"):
+            raise SurgeryError(f"PEFT's format can't hold ExpertLoraRule(dtype={first.dtype!r})")
         alike = ("rank", "alpha", "rslora", "rank_pattern", "alpha_pattern")
         if any(getattr(rule, name) != getattr(first, name) for rule in found for name in alike):
             raise SurgeryError("PEFT's format can't hold ExpertLoraRules that differ in more than targets",
