@@ -211,10 +211,11 @@ def load_adapter(
         problems += _too_large(plan, values, stored.file)
     report.base = differences(model, stored.base)
     if strict:
-        problems += [_problem(text) for text in report.problems()]
+        problems += [*stored.unheld, *(_problem(text) for text in report.problems())]
     if problems or plan is None:
         raise LoadError(problems or [RuleError("the files hold no rules")])
-    for note in [*stored.notes, *([] if strict else report.problems())]:
+    loose = [] if strict else [*map(str, stored.unheld), *report.problems()]
+    for note in [*stored.notes, *loose]:
         warnings.warn(note, SurgeryWarning, stacklevel=2)
     with torch.random.fork_rng(devices=[]):  # the starting values drawn here are overwritten
         carry_out(plan, stored.rules, example_inputs, stacklevel=3)
@@ -267,7 +268,11 @@ def _found(plan: Plan, stored: Stored, report: LoadReport, finite: bool) -> list
     file, used, found = stored.file, set[str](), list[tuple[Step, str, Entry]]()
     for step in plan.steps:
         for spec in step.specs:
-            entry = stored.entry(plan, step, spec.name)
+            try:
+                entry = stored.entry(plan, step, spec.name)
+            except Exception as error:  # settings of a file may say anything
+                report.misfits.append(f"{step.path}: {spec.name} can't be looked for: {error}"[:400])
+                continue
             if entry is None:
                 continue
             if entry.key not in file.shapes:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence, Set
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, fields
 from functools import cached_property
 from importlib import metadata
 from typing import Any, ClassVar, TypeVar
@@ -127,20 +127,19 @@ class PeftMethod(PeftPart):
     """One of PEFT's methods. `fields`: PEFT's name → the rule's, of the same meaning and value.
 
     `inits`: what PEFT's `init_field` says of how tensors start → the rule's `init`; of a saved adapter the start is
-    past, but for those that change the base. `defaults`: PEFT's defaults where they differ from the rule's.
+    past, but for those that change the base. A field that is absent or null is the rule's default, which is PEFT's.
     """
 
     peft_type: ClassVar[str | None]
     fields: ClassVar[Mapping[str, str]] = {}
     init_field: ClassVar[str] = "init_weights"
     inits: ClassVar[Mapping[Any, str]] = {True: "identity", False: "random"}
-    defaults: ClassVar[Mapping[str, Any]] = {}
     passed_over: ClassVar[tuple[str, ...]] = ()  # ends of keys that change no result
     targeted: ClassVar[bool] = True  # whether its configuration names modules
     marks: ClassVar[tuple[str, ...]] = ()  # what PEFT's keys have after a path, to find the paths by
 
     def read(self, config: PeftConfig) -> Iterable[Rule]:
-        given = {ours: config.take(theirs, self.defaults.get(theirs)) for theirs, ours in self.fields.items()}
+        given = {ours: config.take(theirs) for theirs, ours in self.fields.items()}
         given = {name: value for name, value in given.items() if value is not None and value != {}}
         names = {field.name for field in fields(self.rule)}
         start = config.take(self.init_field, True)
@@ -226,9 +225,10 @@ def _is_main(rule: Rule) -> bool:
 class Read:
     rules: list[Rule]
     entry: Callable[[Plan, Step, str], Entry | None]
-    problems: list[SurgeryError] = field(default_factory=list)
-    notes: list[str] = field(default_factory=list)
-    ignored: tuple[str, ...] = ()
+    problems: list[SurgeryError]
+    unheld: list[SurgeryError]
+    notes: list[str]
+    ignored: tuple[str, ...]
 
 
 def read(model: nn.Module, config: Any, file: TensorFile) -> Read:
@@ -251,8 +251,7 @@ def read(model: nn.Module, config: Any, file: TensorFile) -> Read:
             problems.append(error)
         except Exception as error:  # fields of a file may have any type
             problems.append(RuleError("the configuration can't be read", why=f"{type(error).__name__}: {error}"[:300]))
-    if not problems:  # else no one came to the further fields
-        problems += given.untaken()
+    unheld = [] if problems else given.untaken()  # else no one came to the further fields
 
     found: dict[int, Mapping[str, Entry | None]] = {}  # by step, of the plan that is asked about
     main = set[str]()
@@ -265,7 +264,7 @@ def read(model: nn.Module, config: Any, file: TensorFile) -> Read:
         return found[id(step)][name]
 
     ignored = tuple(key for key in file.shapes if key.endswith(method.passed_over or ("\n",)))
-    return Read(rules, entry, problems, given.notes, ignored)
+    return Read(rules, entry, problems, unheld, given.notes, ignored)
 
 
 def _of_step(step: Step, keys: Mapping[str, str], main: Set[str], config: PeftConfig) -> dict[str, Entry | None]:
@@ -311,12 +310,12 @@ def written(model: nn.Module, adapter: str) -> tuple[dict[str, Any], dict[str, T
         mine = [rule for rule, other in zip(rules, parts, strict=True) if other is part]
         assert part is not None
         said = part.write([(rule, [path for path, _, other in placed if other == rule]) for rule in mine], modules)
-        clash = [
-            name for name in said if config.get(name, said[name]) != said[name] and config[name] not in ([], {}, 0)
-        ]
-        if clash and "target_parameters" in {*config, *said} and not set(clash) <= {"target_modules", "lora_dropout"}:
+        for name in [name for name in ("rank_pattern", "alpha_pattern") if name in config and name in said]:
+            said[name] = {**config[name], **said[name]}  # each names its own paths
+        clash = [name for name in said if config.get(name, said[name]) != said[name] and "pattern" not in name]
+        if clash:
             raise _unsaid(" and ".join(rule.label for rule in rules), f"they differ in {', '.join(clash)}")
-        config = {**said, **config} if "target_modules" in config else {**config, **said}
+        config |= said
     common = {"inference_mode": True, "task_type": None, "auto_mapping": None, "revision": None}
     config = common | ({"target_modules": []} if targeted else {}) | config
     config["base_model_name_or_path"] = getattr(getattr(model, "config", None), "_name_or_path", None) or None

@@ -35,7 +35,10 @@ class Entry(NamedTuple):
 
 @dataclass(frozen=True)
 class Stored:
-    """An adapter in files, its tensors not yet read. `entry` is None for what follows from a rule's fields alone."""
+    """An adapter in files, its tensors not yet read. `entry` is None for what follows from a rule's fields alone.
+
+    `unheld` are settings that no rule has a field for, `notes` what to know, `ignored` keys that change no result.
+    """
 
     rules: list[Rule]
     file: TensorFile
@@ -44,6 +47,7 @@ class Stored:
     base: Any = None
     metadata: Mapping[str, Any] = field(default_factory=dict)
     licence: str | None = None
+    unheld: list[SurgeryError] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     ignored: tuple[str, ...] = ()
 
@@ -96,7 +100,8 @@ def _opened(model: nn.Module, place: Path) -> Stored:
 
     found = read(model, settings, file)
     extra = {"base": told.get("base"), **_labels(told)}
-    return Stored(found.rules, file, found.entry, found.problems, notes=found.notes, ignored=found.ignored, **extra)
+    told_by = {"unheld": found.unheld, "notes": found.notes, "ignored": found.ignored}
+    return Stored(found.rules, file, found.entry, found.problems, **told_by, **extra)
 
 
 def _told(file: TensorFile) -> dict[str, Any]:

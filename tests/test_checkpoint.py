@@ -22,6 +22,7 @@ from rules import (
     BoftRule,
     BottleneckRule,
     C3aRule,
+    ExpertLoraRule,
     FourierRule,
     HraRule,
     IA3Rule,
@@ -354,6 +355,39 @@ def test_what_fits_is_loaded_where_it_need_not_be_strict(tmp_path: Path) -> None
     assert report.loaded == ["1.adapters.B", "3.adapters.A"] and "another base" in str(report)
     assert torch.equal(model[3].adapters.default.A, kept["3.adapters.A"])
     assert not model[3].adapters.default.B.any()  # as it starts
+
+
+def test_fields_of_tomorrow_are_passed_over_where_it_need_not_be_strict(tmp_path: Path) -> None:
+    folder = save_adapter(before := trained(LoraRule("1", rank=2)), tmp_path)
+    config = json.loads((folder / "adapter_config.json").read_text())
+    (folder / "adapter_config.json").write_text(json.dumps({**config, "a_field_of_tomorrow": 3}))
+    refused(folder, "a_field_of_tomorrow='3' can't be held")
+    with pytest.warns(SurgeryWarning, match="a_field_of_tomorrow"):
+        load_adapter(model := model_of(), folder, strict=False)
+    assert torch.equal(model(X), before(X))
+
+
+def test_lora_on_modules_and_on_experts_is_one_of_pefts(tmp_path: Path) -> None:
+    class Stack(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            self.up, self.lin = nn.Parameter(torch.randn(3, 8, 8)), nn.Linear(8, 8)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.lin(torch.tanh(nn.functional.linear(x, self.up[1])))
+
+    def made(**fields: Any) -> Any:
+        inner = nn.ModuleDict({"body": Stack()})
+        rules = [LoraRule("lin", rank=2), ExpertLoraRule("body", rank=2, **fields)]
+        train(apply_rules(inner, rules))
+        return inner
+
+    before, x = made(rank_pattern={"up": 3}), torch.randn(2, 8)
+    load_adapter(model := nn.ModuleDict({"body": Stack()}), save_adapter(before, tmp_path / "a", format="peft"))
+    assert torch.equal(model["body"](x), before["body"](x))
+    with pytest.raises(SurgeryError, match="differ in lora_alpha"):
+        save_adapter(made(alpha=3), tmp_path / "b", format="peft")
 
 
 def test_an_error_while_filling_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
