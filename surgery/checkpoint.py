@@ -217,7 +217,7 @@ def load_adapter(
     loose = [] if strict else [*map(str, stored.unheld), *report.problems()]
     for note in [*stored.notes, *loose]:
         warnings.warn(note, SurgeryWarning, stacklevel=2)
-    with torch.random.fork_rng(devices=[]):  # the starting values drawn here are overwritten
+    with torch.random.fork_rng(devices=_gpus(plan)):  # the starting values drawn here are overwritten
         carry_out(plan, stored.rules, example_inputs, stacklevel=3)
     try:
         _fill(plan, values, stored.file)
@@ -287,6 +287,11 @@ def _found(plan: Plan, stored: Stored, report: LoadReport, finite: bool) -> list
     report.missing = list(dict.fromkeys(report.missing))
     report.unexpected = [key for key in file.shapes if key not in used and key not in stored.ignored]
     return found
+
+
+def _gpus(plan: Plan) -> list[int]:
+    used = {tensor.device for step in plan.steps for tensor in step.module.parameters(recurse=False)}
+    return sorted(device.index or 0 for device in used if device.type == "cuda")
 
 
 def _distrusted(rule: Rule) -> SurgeryError:

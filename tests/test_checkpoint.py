@@ -6,6 +6,8 @@ import copy
 import json
 import pickle
 import re
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -683,3 +685,9 @@ def test_a_model_that_can_not_save_itself(tmp_path: Path) -> None:
         save_adapter(trained(LoraRule(Pattern.where(lambda m: isinstance(m, nn.Linear)), rank=2)), tmp_path / "a",
                      format="surgery")  # fmt: skip
     assert not (tmp_path / "a").exists()
+
+
+def test_importing_the_package_brings_no_formats() -> None:
+    late = ("safetensors", "huggingface_hub", "rules")
+    code = f"import sys, surgery; sys.exit(any(name in sys.modules for name in {late}))"
+    assert subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parent.parent).returncode == 0
