@@ -218,7 +218,12 @@ def load_adapter(
     for note in [*stored.notes, *loose]:
         warnings.warn(note, SurgeryWarning, stacklevel=2)
     with torch.random.fork_rng(devices=_gpus(plan)):  # the starting values drawn here are overwritten
-        carry_out(plan, stored.rules, example_inputs, stacklevel=3)
+        try:
+            carry_out(plan, stored.rules, example_inputs, stacklevel=3)
+        except (SurgeryError, Warning):
+            raise
+        except Exception as error:  # a field of a file may be in range and still be no starting value
+            raise LoadError([_problem("its rules can't be applied", why=f"{type(error).__name__}: {error}")]) from error
     try:
         _fill(plan, values, stored.file)
     except BaseException:

@@ -413,6 +413,13 @@ def test_loading_does_not_touch_the_random_numbers(tmp_path: Path) -> None:
     assert torch.equal(torch.get_rng_state(), before)
 
 
+def test_a_value_that_is_no_start_is_refused(tmp_path: Path) -> None:
+    folder = save_adapter(trained(VeraRule("1", rank=2)), tmp_path, format="peft")
+    config = json.loads((folder / "adapter_config.json").read_text())
+    (folder / "adapter_config.json").write_text(json.dumps({**config, "d_initial": 1e308}))
+    refused(folder, "its rules can't be applied")
+
+
 def test_names_in_a_file_are_no_paths(tmp_path: Path) -> None:
     folder = save_adapter(trained(LoraRule("1", rank=2)), tmp_path / "a", format="surgery")
 
