@@ -1,5 +1,5 @@
 """Damaged files are refused or loaded whole; killed saves leave the old adapter or the new one. A sample of both;
-`make damage` runs 10,000 files and 200 kills."""
+`make damage` runs 10,000 files and 200 kills, with another DAMAGE_SEED others."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from surgery.testing import Snapshot
 from tests import damage
 
 ALL = bool(os.environ.get("ALL_DAMAGE"))
+SEED = int(os.environ.get("DAMAGE_SEED", "0"))
 FILES, KILLS = (10_000, 200) if ALL else (300, 20)
 MOST_SECONDS, MOST_BYTES = 2.0, 200 << 20
 
@@ -26,7 +27,7 @@ def test_a_damaged_file_is_refused_or_loaded_whole(tmp_path: Path) -> None:
     originals = damage.originals(tmp_path)
     model = damage.model()
     before = Snapshot(model)
-    chance, outcomes, slowest, peak = random.Random(0), {"refused": 0, "loaded": 0}, 0.0, memory()
+    chance, outcomes, slowest, peak = random.Random(SEED), {"refused": 0, "loaded": 0}, 0.0, memory()
     for number in range(FILES):
         kind = chance.choice(sorted(originals))
         folder = tmp_path / "damaged"
