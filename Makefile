@@ -14,7 +14,7 @@ export HF_HUB_OFFLINE = 1
 export TOKENIZERS_PARALLELISM = false
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test families coverage lint bench docs-test gallery wheel-test clean
+.PHONY: help demo test families coverage lint bench docs-test gallery peers damage wheel-test clean
 
 help: ## List the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -35,6 +35,12 @@ coverage: $(VENV)/.dev ## Trace every module class of every model family and wri
 
 gallery: $(VENV)/.dev ## Draw the pictures of docs/rules.md, one a rule
 	$(BIN)/python -m tests.gallery $(ARGS)
+
+peers: $(VENV)/.dev ## Take PEFT's checkpoints both ways, row by row, and write the table of docs/peers.md
+	$(BIN)/python -m tests.conformance_report $(ARGS)
+
+damage: $(VENV)/.dev ## Load 10,000 damaged adapter files and kill 200 saves, of which make test runs a sample
+	ALL_DAMAGE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/test_damage.py $(ARGS)
 
 lint: $(VENV)/.dev ## Check style and types
 	$(BIN)/ruff check .

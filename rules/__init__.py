@@ -1,5 +1,6 @@
 """The rule library: one method a file, built on surgery's public names alone."""
 
+import rules.peft  # noqa: F401, I001  # how PEFT writes what is here: it needs the rules above
 from rules.adalora import AdaLoraRule
 from rules.allocate import RankAllocator, orthogonal_loss
 from rules.bias import BiasRule

@@ -87,5 +87,5 @@ def _orthogonal(A: Tensor, B: Tensor) -> None:
 
 
 def _niter(name: str) -> int | None:
-    found = re.fullmatch(r"pissa_niter_(\d+)", name)
+    found = re.fullmatch(r"pissa_niter_(\d{1,3})", name)
     return int(found[1]) if found else None

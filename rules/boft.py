@@ -63,7 +63,8 @@ class BoftRule(Rule):
         if isinstance(size, str):
             return size
         blocks = math.prod(_maps.sizes(found)[1:]) // size
-        if self.n_butterfly_factor > 1 and (size % 2 or blocks % 2 ** (self.n_butterfly_factor - 1)):
+        factors = self.n_butterfly_factor
+        if factors > 1 and (size % 2 or factors > blocks.bit_length() or blocks % 2 ** (factors - 1)):
             return f"{self.n_butterfly_factor} butterfly factors can't be had of {blocks} blocks of {size}"
         return None
 

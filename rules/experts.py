@@ -32,8 +32,8 @@ class ExpertLoraRule(Rule):
     ((4, 2, 8), (4, 16, 2))
 
     Goes on modules that own parameters of three dimensions, such as the experts of Mixtral, Qwen-MoE and GPT-OSS in
-    transformers. Neither ΔW nor W + ΔW is made where the module's code picks experts and multiplies: there it is W's
-    product plus A's and B's, for the experts and tokens in question.
+    transformers, and on matrices (out, in) that `parameters` names. Neither ΔW nor W + ΔW is made where the module's
+    code picks experts and multiplies: there it is W's product plus A's and B's, for the experts and tokens in question.
 
     Fields, with PEFT's names: `parameters` (the end of target_parameters: which of the module's parameters; none: all
     of three dimensions), `rank` (r), `alpha` (lora_alpha), `rslora` (use_rslora), `init` (init_lora_weights:
@@ -86,7 +86,8 @@ class ExpertLoraRule(Rule):
                 return f"it owns no parameter {name!r}; it has {', '.join(held) or 'none'}"
             if type(parameter) is not nn.Parameter or not parameter.dtype.itemsize > 1:
                 return f"its {name} is a {type(parameter).__name__} of {parameter.dtype}, which is packed"
-            if parameter.dim() != 3:
+            matrix = parameter.dim() == 2 and "bias" not in name
+            if parameter.dim() != 3 and not matrix:
                 return f"its {name} is {tuple(parameter.shape)}: a stack of experts is (experts, out, in)"
         return None
 
@@ -101,29 +102,29 @@ class ExpertLoraRule(Rule):
         return list(self.parameters) or [name for name, held in held if held is not None and held.dim() == 3]
 
     def rewrite(self, site: Site) -> None:
-        for name, (experts, out, inner), rank, scale in self._sizes(site):
-            A = site.param(f"{name}_A", (experts, rank, inner), _started(self.init, rank), dtype=self.dtype)
+        for name, (*experts, out, inner), rank, scale in self._sizes(site):
+            A = site.param(f"{name}_A", (*experts, rank, inner), _started(self.init, rank), dtype=self.dtype)
             fill = _started("kaiming", rank) if self.init == "random" else 0.0
-            B = site.param(f"{name}_B", (experts, out, rank), fill, dtype=self.dtype)
+            B = site.param(f"{name}_B", (*experts, out, rank), fill, dtype=self.dtype)
             left, right = (A.mT, B.mT) if self._turned(site.module) else (B, A)
             site.replace(site.tensor(name), site.apply(factored, site.tensor(name), left, right, scale))
 
     def merged(self, site: LiveSite) -> dict[str, LowRank]:
         changes = {}
-        for name, (experts, *_), _, scale in self._sizes(site):
+        for name, (*experts, _, _), _, scale in self._sizes(site):
             A, B = site.params[f"{name}_A"].detach(), site.params[f"{name}_B"].detach()
             left, right = (A.mT, B.mT) if self._turned(site.module) else (B, A)
-            changes[name] = LowRank(left.flatten(0, 1), right.flatten(0, 1), scale, groups=experts)
+            changes[name] = LowRank(left.flatten(0, -2), right.flatten(0, -2), scale, groups=math.prod(experts))
         return changes
 
-    def _sizes(self, site: Site | LiveSite) -> Iterable[tuple[str, tuple[int, int, int], int, float]]:
-        """Name, (experts, out, in), rank and scale of each parameter."""
+    def _sizes(self, site: Site | LiveSite) -> Iterable[tuple[str, tuple[int, ...], int, float]]:
+        """Name, (experts, out, in) or (out, in), rank and scale of each parameter."""
         for name in self.names(site.module):
-            experts, out, inner = site.module._parameters[name].shape  # type: ignore[union-attr]  # check saw it
+            *experts, out, inner = site.module._parameters[name].shape  # type: ignore[union-attr]  # check saw it
             path = f"{site.path}.{name}"
             rank = int(_fields.first(self.rank_pattern, path, self.rank))
             alpha = _fields.first(self.alpha_pattern, path, self.alpha)
-            size = (experts, inner, out) if self._turned(site.module) else (experts, out, inner)
+            size = (*experts, inner, out) if self._turned(site.module) else (*experts, out, inner)
             yield name, size, rank, alpha / (math.sqrt(rank) if self.rslora else rank)
 
     def _turned(self, module: nn.Module) -> bool:
@@ -134,4 +135,4 @@ def _started(init: str, rank: int) -> Callable[[Tensor], Any]:
     """What fills a stack in place, each expert as LoRA's A."""
     if init == "gaussian":
         return lambda stack: nn.init.normal_(stack, std=1 / rank)
-    return lambda stack: nn.init.kaiming_uniform_(stack.flatten(0, 1), a=math.sqrt(5))
+    return lambda stack: nn.init.kaiming_uniform_(stack.flatten(0, -2), a=math.sqrt(5))

@@ -55,7 +55,7 @@ class IA3Rule(Rule):
                 yield f"feedforward has {name!r}, which fits none of its {len(paths)} sites"
 
     def rewrite(self, site: Site) -> Tensor | None:
-        layout, fed = _maps.at(site), self._feeds(site.path)
+        layout, fed = _maps.at(site), self.feeds(site.path)
         size = site.in_features if fed else site.out_features
         scale = site.param("scale", (size,), nn.init.normal_ if self.init == "random" else 1.0)
         if layout.weight_space:
@@ -74,14 +74,14 @@ class IA3Rule(Rule):
         return {name: scaled(name, site.tensor(name)).to(site.tensor(name).dtype) for name in self._scaled(site)}
 
     def _scaled(self, site: Site | LiveSite) -> list[str]:
-        held = ["weight"] if self._feeds(site.path) else ["weight", "bias"]
+        held = ["weight"] if self.feeds(site.path) else ["weight", "bias"]
         return [name for name in held if site.module._parameters.get(name) is not None]
 
     def _times(self, site: Site | LiveSite, name: str, old: Tensor, scale: Tensor) -> Tensor:
         layout = _maps.at(site)
         if name == "bias":
             return old * scale
-        if not self._feeds(site.path):
+        if not self.feeds(site.path):
             return old * _maps.each_output(layout, scale)
         if layout.parts[0].turned:
             return old * scale.unsqueeze(-1)
@@ -90,7 +90,7 @@ class IA3Rule(Rule):
         per_group = scale.view(groups, 1, size).expand(groups, out // groups, size)
         return old * torch.reshape(per_group, (out, size, *(1,) * len(kernel)))
 
-    def _feeds(self, path: str) -> bool:
+    def feeds(self, path: str) -> bool:
         return any(Pattern.name(name).match(path, nn.Identity()) for name in self._names())
 
     def _names(self) -> Sequence[str]:

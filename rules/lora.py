@@ -82,9 +82,12 @@ class LoraRule(Rule):
     def rank_at(self, path: str) -> int:
         return int(_fields.first(self.rank_pattern, path, self.rank))
 
+    def alpha_at(self, path: str) -> float:
+        return _fields.first(self.alpha_pattern, path, self.alpha)
+
     def scale_at(self, path: str) -> float:
         rank = self.rank_at(path)
-        return _fields.first(self.alpha_pattern, path, self.alpha) / (math.sqrt(rank) if self.rslora else rank)
+        return self.alpha_at(path) / (math.sqrt(rank) if self.rslora else rank)
 
     def check(self, module: nn.Module, path: str) -> str | None:
         layout = layout_of(module, self.rank_at(path))

@@ -52,6 +52,8 @@ class OftRule(Rule):
         _fields.flag(self, "block_share", "coft", "use_cayley_neumann")
         _fields.positive(self, "eps")
         _fields.whole(self, "num_cayley_neumann_terms")
+        if self.num_cayley_neumann_terms > 100:  # each is a product of matrices
+            raise self.bad("num_cayley_neumann_terms", "at most 100")
         _fields.one_of(self, "init", "identity", "random")
 
     @property

@@ -40,7 +40,7 @@ class ReplaceRule(Rule):
     kwargs: Mapping[str, Any] | None = None
     inherit: bool = False
 
-    exclusive = True
+    exclusive = imports = True
     why_not_merged = "it puts another computation in the module's place, which its weights can't hold"
 
     def validate(self) -> None:

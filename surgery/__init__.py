@@ -1,9 +1,11 @@
 """Declarative model surgery for PyTorch: rules match modules, rewrite their graphs, and are taken out to the bit."""
 
+from surgery.checkpoint import LoadReport, load_adapter, load_adapters, save_adapter
 from surgery.coverage import Coverage, coverage
 from surgery.digraph import as_digraph, graph_of
 from surgery.engine import apply_rules, explain, plan_rules, remove
 from surgery.errors import (
+    LoadError,
     MatchError,
     MergeError,
     PlanError,
@@ -18,8 +20,11 @@ from surgery.exported import with_layers
 from surgery.expression import ANY, having, module_of, one_of
 from surgery.guided import trace
 from surgery.hidden import hidden_of
+from surgery.hub import push_adapter
 from surgery.merge import MergeReport, merge, unmerge
+from surgery.merged import merge_to
 from surgery.pattern import Pattern, Targets
+from surgery.peft_format import PeftConfig, PeftMethod, PeftPart, PeftPlace, peft_method
 from surgery.plan import Plan
 from surgery.registries import takes_functions
 from surgery.rule import Rule, rule, rules_from_json, rules_from_yaml, rules_to_json, rules_to_yaml
@@ -27,6 +32,7 @@ from surgery.show import Summary, draw, show, summary
 from surgery.site import LiveSite, Site
 from surgery.spelling import class_of
 from surgery.state import adapter_state_dict, base_state_dict, load_adapter_state_dict, rules_of
+from surgery.stored import Entry as PeftEntry
 from surgery.structure import Found, Occurrence, Structure
 from surgery.tape import Value
 from surgery.view import call_own
@@ -37,12 +43,19 @@ __all__ = [
     "Coverage",
     "Found",
     "LiveSite",
+    "LoadError",
+    "LoadReport",
     "LowRank",
     "MatchError",
     "MergeError",
     "MergeReport",
     "Occurrence",
     "Pattern",
+    "PeftConfig",
+    "PeftEntry",
+    "PeftMethod",
+    "PeftPart",
+    "PeftPlace",
     "Plan",
     "PlanError",
     "Rows",
@@ -69,11 +82,16 @@ __all__ = [
     "graph_of",
     "having",
     "hidden_of",
+    "load_adapter",
     "load_adapter_state_dict",
+    "load_adapters",
     "merge",
+    "merge_to",
     "module_of",
     "one_of",
+    "peft_method",
     "plan_rules",
+    "push_adapter",
     "remove",
     "rule",
     "rules_from_json",
@@ -81,6 +99,7 @@ __all__ = [
     "rules_of",
     "rules_to_json",
     "rules_to_yaml",
+    "save_adapter",
     "show",
     "summary",
     "takes_functions",

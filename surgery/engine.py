@@ -73,19 +73,7 @@ def apply_rules(model: M, rules: Sequence[Rule] | Rule, *, adapter: str = "defau
 
     All or nothing: raises `SurgeryError` (`PlanError` where several things are wrong) with the model as it was.
     """
-    plan = make_plan(model, rules, adapter, example_inputs)
-    plan.raise_problems()
-    for warning in plan.warnings:
-        warnings.warn(warning, SurgeryWarning, stacklevel=2)
-    with Journal() as journal:
-        with torch.no_grad():
-            for step in plan.steps:
-                _insert(step, plan, journal)
-        for step in {id(step.module): step for step in plan.steps}.values():
-            _install(step.module, journal, step.own)
-        _record(model, plan, rules, journal)
-        if plan.observation is not None:
-            _check_output(plan, example_inputs)
+    carry_out(make_plan(model, rules, adapter, example_inputs), rules, example_inputs, stacklevel=3)
     return model
 
 
@@ -155,6 +143,22 @@ def remove(model: M, adapter: str | Sequence[str] | None = None, *, check: bool 
         else:
             hf.ignore_on_save(model, state)
     return model
+
+
+def carry_out(plan: Plan, rules: Sequence[Rule] | Rule, example_inputs: Any = None, stacklevel: int = 2) -> None:
+    """Do what a plan of these rules says, which was made of this model as it is now."""
+    plan.raise_problems()
+    for warning in plan.warnings:
+        warnings.warn(warning, SurgeryWarning, stacklevel=stacklevel)
+    with Journal() as journal:
+        with torch.no_grad():
+            for step in plan.steps:
+                _insert(step, plan, journal)
+        for step in {id(step.module): step for step in plan.steps}.values():
+            _install(step.module, journal, step.own)
+        _record(plan.model, plan, rules, journal)
+        if plan.observation is not None:
+            _check_output(plan, example_inputs)
 
 
 # Applying -----------------------------------------------------------------------------------------------------

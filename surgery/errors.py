@@ -6,6 +6,7 @@ import difflib
 from collections.abc import Iterable
 
 __all__ = [
+    "LoadError",
     "MatchError",
     "MergeError",
     "PlanError",
@@ -84,6 +85,10 @@ class PlanError(SurgeryError):
             return str(self.problems[0])
         parts = [f"{i}. {problem}".replace("\n", "\n   ") for i, problem in enumerate(self.problems, 1)]
         return "\n".join([self.what + ":", *parts])
+
+
+class LoadError(PlanError):
+    """Everything that keeps an adapter's files from being loaded into a model, at once."""
 
 
 def _rebuild(cls: type[SurgeryError], state: dict) -> SurgeryError:

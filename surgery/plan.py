@@ -243,11 +243,25 @@ def _switch(module: nn.Module) -> tuple[str, Any] | None:
     return switch if switch is not None and getattr(module, switch[0]) != switch[1] else None
 
 
+def _pefts(model: nn.Module) -> list[SurgeryError]:
+    """PEFT's own layers in a model: put there by transformers' `load_adapter` or `add_adapter`, or by PEFT itself."""
+    wrapped = any(cls.__module__.startswith("peft.") for cls in type(model).__mro__)
+    if not wrapped and not getattr(model, "_hf_peft_config_loaded", False):
+        return []
+    return [
+        SurgeryError(
+            "this is PEFT's PeftModel" if wrapped else "this model holds adapters of PEFT's",
+            why="PEFT put layers of its own in the place of the model's" if wrapped else "transformers put them there",
+            fix="load the model anew, and PEFT's checkpoint on it by surgery.load_adapter(model, folder)",
+        )
+    ]
+
+
 def _objections(model: nn.Module, rules: list[Rule], adapter: str) -> list[SurgeryError]:
     """What is wrong before any module is looked at."""
     if not isinstance(model, nn.Module):
         return [SurgeryError(f"{type(model).__name__} is no model", fix="pass a torch.nn.Module")]
-    found: list[SurgeryError] = []
+    found: list[SurgeryError] = _pefts(model)
     if not rules:
         found.append(RuleError("there are no rules to apply"))
     for rule in rules:

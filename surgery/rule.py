@@ -50,8 +50,10 @@ class Rule:
     Hooks, all optional but `rewrite`: `check` (why a module can't take the rule), `expand` (a container's inner
     sites), `companions` (further rules), `initialise`, `merged`. Class attributes: `identity = True` promises an
     unchanged output at initialisation, which the engine checks on the example call; `exclusive = True` bars
-    other rules of the same adapter from its sites; `linear = True` says that it adds to the output what is linear in
-    the input, so that `merge` derives ΔW from it; `why_not_merged` is the reason where there is no `merged`.
+    other rules of the same adapter from its sites; `imports = True` says that its fields name code to import, so
+    that `load_adapter` takes it from a file only when told to trust it; `linear = True` says that it adds to the
+    output what is linear in the input, so that `merge` derives ΔW from it; `why_not_merged` is the reason where
+    there is no `merged`.
 
     Raises `RuleError` for an unknown field, or a value that `validate` refuses.
     """
@@ -67,6 +69,7 @@ class Rule:
     identity: ClassVar[bool] = False
     exclusive: ClassVar[bool] = False
     linear: ClassVar[bool] = False
+    imports: ClassVar[bool] = False
     why_not_merged: ClassVar[str] = "the rule says nothing about merging (it has no `merged`)"
 
     def __post_init__(self) -> None:

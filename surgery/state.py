@@ -162,6 +162,12 @@ def tensors_of(module: nn.Module, adapter: str) -> dict[str, Tensor]:
     return found.tensors() if isinstance(found, AdapterTensors) else {}
 
 
+def whole(tensor: Tensor) -> Tensor:
+    """A tensor gathered where it is sharded, which all its processes take part in."""
+    gather: Any = getattr(tensor, "full_tensor", None)
+    return gather() if gather is not None else tensor
+
+
 def attach(module: nn.Module, adapter: str, tensors: Mapping[str, tuple[Tensor, bool]], where: str) -> None:
     """Give a site an adapter's tensors: name → (tensor, is it a buffer)."""
     held = module._modules.get(RESERVED)

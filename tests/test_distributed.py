@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from rules import LoraRule
-from surgery import SurgeryError, apply_rules, remove
+from surgery import SurgeryError, apply_rules, load_adapter, remove, save_adapter
 
 tiny: Any = pytest.importorskip("tests.tiny", reason="needs transformers")
 
@@ -51,6 +51,7 @@ def worker(rank: int, store: str, errors: Any) -> None:
         for check in (ddp, fsdp2, fsdp2_of_single_sites, fsdp2_in_half_precision):
             check(rank)
             dist.barrier()
+        fsdp2_saves_the_whole_adapter(rank, Path(store).parent)
     except BaseException:
         errors.put(f"rank {rank}:\n{traceback.format_exc()}")
         raise
@@ -145,3 +146,17 @@ def fsdp2_of_single_sites(rank: int) -> None:
 
 def fsdp2_in_half_precision(rank: int) -> None:
     sharded_as(rank, lambda model: model.model.layers, slack=2e-2, dtype=torch.bfloat16)
+
+
+def fsdp2_saves_the_whole_adapter(rank: int, folder: Path) -> None:
+    model = sharded_as(rank, lambda model: model.model.layers)
+    plain, batch = patient()
+    with torch.no_grad():
+        expected = plain(**batch).logits
+    remove(plain)
+    for format in ("peft", "surgery"):
+        save_adapter(model, folder / format, format=format)  # type: ignore[arg-type]
+        load_adapter(plain, folder / format)
+        with torch.no_grad():
+            assert torch.equal(plain(**batch).logits, expected)
+        remove(plain)

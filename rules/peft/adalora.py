@@ -1,0 +1,60 @@
+"""AdaLoRA in PEFT's files, where sites that lost directions while training are stored without them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rules.adalora import AdaLoraRule
+from surgery import PeftConfig, PeftEntry, PeftMethod, PeftPlace, peft_method
+
+
+@peft_method
+class AdaLora(PeftMethod):
+    peft_type, rule = "ADALORA", AdaLoraRule
+    fields = {"init_r": "rank", "lora_alpha": "alpha", "lora_dropout": "dropout"} | {
+        name: name
+        for name in ("target_r", "tinit", "tfinal", "deltaT", "total_step", "beta1", "beta2", "orth_reg_weight")
+    }
+    tensors = {name: f"lora_{name}" for name in "AEB"}
+    inits = {}
+
+    def further(self, config: PeftConfig) -> dict[str, Any]:
+        # PEFT does not use r, and the file holds the tensors, whatever they started as.
+        config.silent("r", "rank_pattern", "alpha_pattern", "init_lora_weights", "fan_in_fan_out", "use_rslora")
+        config.only("bias", "none")
+        return {}
+
+    def entries(self, place: PeftPlace) -> dict[str, PeftEntry]:
+        kept = _kept(place)
+        if kept is None:
+            return super().entries(place)
+        assert isinstance(place.rule, AdaLoraRule)
+        rank = place.rule.rank
+        rows, columns = _spread(kept, rank, 0), _spread(kept, rank, 1)
+        return {"A": PeftEntry("lora_A", rows), "E": PeftEntry("lora_E", rows), "B": PeftEntry("lora_B", columns)}
+
+
+def _kept(place: PeftPlace) -> list[int] | None:
+    """Which directions of a site are left, by rank_pattern; None for all."""
+    for name, flags in (place.config.get("rank_pattern") or {}).items():
+        if name.rpartition(".")[0] == place.path and isinstance(flags, list):
+            flat = [bool(flag[0] if isinstance(flag, list) else flag) for flag in flags]
+            return None if all(flat) else [i for i, flag in enumerate(flat) if flag]
+    return None
+
+
+def _spread(kept: list[int], rank: int, dim: int) -> Callable[[Tensor], Tensor]:
+    """The directions that are left in their places, and zeros in the others: they add nothing, and the scale stays."""
+
+    def read(tensor: Tensor) -> Tensor:
+        shape = list(tensor.shape)
+        if shape[dim] != len(kept) or max(kept, default=-1) >= rank:
+            raise ValueError("the file has other directions than its rank_pattern")
+        shape[dim] = rank
+        return tensor.new_zeros(shape).index_copy(dim, torch.tensor(kept, device=tensor.device).long(), tensor)
+
+    return read

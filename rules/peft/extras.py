@@ -1,0 +1,125 @@
+"""What goes with any of PEFT's methods: modules_to_save, trainable_token_indices, and the biases that LoRA trains."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from rules.bias import BiasRule
+from rules.tokens import TokensRule
+from rules.train import TrainRule
+from surgery import PeftConfig, PeftEntry, PeftPart, PeftPlace, Rule, SurgeryError, peft_method
+
+
+@peft_method
+class Trained(PeftPart):
+    rule = TrainRule
+
+    def read(self, config: PeftConfig) -> Iterable[Rule]:
+        names = config.take("modules_to_save") or ()
+        if isinstance(names, str) or not all(isinstance(name, str) for name in names):
+            raise SurgeryError("PEFT's modules_to_save is no list of names")
+        paths = _ending(config.modules.by_path, names)
+        if paths:  # PEFT passes over names that fit none: its classification task adds "score" and "classifier"
+            yield TrainRule(targets=config.regular(paths))
+
+    def entries(self, place: PeftPlace) -> dict[str, PeftEntry]:
+        names = dict(place.module.named_parameters()) | dict(place.module.named_buffers())
+        by_name = {name.replace(".", "_"): name for name in names}
+        return {name: PeftEntry(by_name[name]) for name in place.names if name in by_name}
+
+    def write(self, placed: Any, modules: Any) -> dict[str, Any]:
+        paths = [path for _, inner in placed for path in inner]
+        if set(_ending(modules.by_path, paths)) != set(paths):
+            raise SurgeryError("PEFT's format can't hold this TrainRule", why="PEFT would train further modules, too")
+        return {"modules_to_save": paths}
+
+
+def _ending(modules: Mapping[str, nn.Module], names: Sequence[str]) -> list[str]:
+    """The modules that PEFT means: those whose path ends so, with no dot asked for, and the outermost alone."""
+    found = [path for path in modules if any(path.endswith(name) for name in names)]
+    return [path for path in found if not any(path.startswith(f"{other}.") for other in found)]
+
+
+@peft_method
+class Tokens(PeftPart):
+    rule, made = TokensRule, ("index",)
+
+    def read(self, config: PeftConfig) -> Iterable[Rule]:
+        given = config.take("trainable_token_indices")
+        if not given:
+            return
+        if isinstance(given, list):
+            given = {_embedding(config): given}
+        for name, ids in given.items():
+            yield TokensRule(targets=config.regular(_with_tied(config.modules.by_path, name)), tokens=list(ids))
+
+    def entries(self, place: PeftPlace) -> dict[str, PeftEntry]:
+        asked = place.config.get("trainable_token_indices")
+        assert isinstance(place.rule, TokensRule)
+        if isinstance(asked, dict):
+            tied = _with_tied(place.modules.by_path, place.path)
+            asked = next(
+                (ids for name, ids in asked.items() if set(_with_tied(place.modules.by_path, name)) & set(tied)), None
+            )
+        order = torch.tensor(asked or sorted(place.rule.tokens)).argsort()
+        weight: Any = place.module.weight
+        first = next(
+            path for path, module in place.modules.by_path.items() if getattr(module, "weight", None) is weight
+        )
+        key = f"/base_model.model.{first}.token_adapter.trainable_tokens_delta"
+        return {
+            "rows": PeftEntry(key, lambda rows: rows[order], lambda rows: rows[order.argsort()]),
+        }
+
+    made = ("index",)
+
+    def write(self, placed: Any, modules: Any) -> dict[str, Any]:
+        found: dict[str, list[int]] = {}
+        for rule, paths in placed:
+            assert isinstance(rule, TokensRule)
+            for path in paths:
+                tied = _with_tied(modules.by_path, path)
+                if not set(tied) <= set(paths):
+                    raise SurgeryError("PEFT's format can't hold tokens of one of two tied modules", where=path)
+                found[tied[0]] = sorted(rule.tokens)
+        return {"trainable_token_indices": found}
+
+
+def _with_tied(modules: Mapping[str, nn.Module], name: str) -> list[str]:
+    """The modules of a name, and those that hold the same weight: PEFT changes their rows, too."""
+    named = [path for path in modules if path == name or path.endswith(f".{name}")]
+    weights = {id(getattr(modules[path], "weight", None)) for path in named}
+    return [path for path, module in modules.items() if id(module._parameters.get("weight")) in weights]
+
+
+def _embedding(config: PeftConfig) -> str:
+    try:
+        module = config.model.get_input_embeddings()  # type: ignore[operator]
+        return next(path for path, other in config.modules.by_path.items() if other is module)
+    except (AttributeError, NotImplementedError, StopIteration):
+        return "embed_tokens"
+
+
+@peft_method
+class Biases(PeftPart):
+    """Written and read by LoRA's field `bias`, of which they are companions."""
+
+    rule = BiasRule
+
+    def entries(self, place: PeftPlace) -> dict[str, PeftEntry]:
+        names = {name.replace(".", "_"): name for name, _ in place.module.named_parameters()}
+        found = {}
+        for name in place.names:
+            full = names[name] if name in names else name
+            if place.path in place.main:  # PEFT's layer stands around the module
+                full = "base_layer." + re.sub(r"^out_proj\.", "out_proj.base_layer.", full)
+            found[name] = PeftEntry(full)
+        return found
+
+    def write(self, placed: Any, modules: Any) -> dict[str, Any]:
+        raise SurgeryError("PEFT's format can't hold a BiasRule of its own", fix='LoraRule(…, bias="all")')

@@ -1,0 +1,124 @@
+"""LoRA in PEFT's files."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from rules.lora import LoraRule
+from surgery import PeftConfig, PeftEntry, PeftMethod, PeftPlace, Rule, SurgeryError, peft_method
+
+SURGERY = 'save_adapter(…, format="surgery") holds any rules'
+
+
+@peft_method
+class Lora(PeftMethod):
+    peft_type, rule = "LORA", LoraRule
+    init_field = "init_lora_weights"
+    inits = {
+        True: "kaiming", False: "random", "gaussian": "gaussian", "orthogonal": "orthogonal", "eva": "kaiming",
+        "pissa": "pissa", "olora": "olora", "mica": "kaiming",
+    }  # fmt: skip
+    fields = {
+        "r": "rank", "lora_alpha": "alpha", "use_rslora": "rslora", "lora_dropout": "dropout", "use_dora": "dora",
+        "lora_bias": "lora_bias", "bias": "bias",
+    }  # fmt: skip
+    tensors = {
+        "A": "lora_A.weight", "B": "lora_B.weight", "B_bias": "lora_B.bias", "magnitude": "lora_magnitude_vector",
+    }  # fmt: skip
+    passed_over = ("lora_velora_embed",)
+    marks = ("lora_A.weight", "lora_embedding_A")
+
+    def read(self, config: PeftConfig) -> Iterable[Rule]:
+        if config.data.get("target_parameters") and not config.data.get("target_modules"):
+            config.take("target_modules")
+            return []
+        return super().read(config)
+
+    def further(self, config: PeftConfig) -> dict[str, Any]:
+        config.take("fan_in_fan_out")  # how a weight lies is the module's own affair
+        if config.take("use_qalora") is not None and config.data["use_qalora"]:
+            raise config.refuse("use_qalora", "it pools the input of quantised layers")
+        if config.take("velora_config"):
+            config.notes.append(
+                "velora_config is passed over: VeLoRA saves memory while training, which is not done here"
+            )
+        if config.data.get("init_lora_weights") == "mica":
+            config.notes.append("MiCA trains A alone; here B is trained, too")
+        return {name: config.fitting(name) for name in ("rank_pattern", "alpha_pattern")}
+
+    def entries(self, place: PeftPlace) -> dict[str, PeftEntry]:
+        if isinstance(place.module, nn.MultiheadAttention):
+            return _attention(place)
+        if isinstance(place.module, nn.Embedding):
+            return {**super().entries(place), **{name: PeftEntry(f"lora_embedding_{name}") for name in "AB"}}
+        groups = getattr(place.module, "groups", 1)
+        return super().entries(place) | ({"A": _by_group(groups)} if groups != 1 else {})
+
+    def write(self, placed: Any, modules: Any) -> dict[str, Any]:
+        one = placed[0][0] if len(placed) == 1 else _as_one(placed)
+        paths = [path for _, inner in placed for path in inner]
+        for path in paths:
+            groups = getattr(modules.by_path[path], "groups", 1)
+            if one.rank_at(path) % groups or (groups > 1 and one.dora):
+                raise _unsaid("DoRA, or a rank that the groups don't divide, on a convolution with groups", path)
+        return super().write([(one, paths)], modules)
+
+    def said(self, rule: Rule) -> dict[str, Any]:
+        assert isinstance(rule, LoraRule)
+        return {"rank_pattern": dict(rule.rank_pattern or {}), "alpha_pattern": dict(rule.alpha_pattern or {})}
+
+
+def _as_one(placed: Sequence[tuple[LoraRule, Sequence[str]]]) -> LoraRule:
+    """Several rules that differ in rank and alpha as one with patterns of paths."""
+    (first, _), same = placed[0], ("dropout", "dora", "lora_bias", "bias", "rslora", "init")
+    if any(getattr(rule, name) != getattr(first, name) for rule, _ in placed for name in same):
+        raise _unsaid("LoraRules that differ in more than targets, rank and alpha")
+    by_path = {path: rule for rule, paths in placed for path in paths}
+    ranks = {re.escape(path): rule.rank_at(path) for path, rule in by_path.items()}
+    alphas = {re.escape(path): rule.alpha_at(path) for path, rule in by_path.items()}
+    targets = "re:" + "|".join(map(re.escape, by_path))
+    return first.replace(targets=targets, exclude=(), layers=None, rank_pattern=ranks, alpha_pattern=alphas)
+
+
+def _by_group(groups: int) -> PeftEntry:
+    """PEFT's A looks at all channels of a convolution with groups. Ours is such a one, zero outside its group."""
+
+    def read(A: Tensor) -> Tensor:
+        blocks = A.unflatten(0, (groups, -1)).unflatten(
+            2, (groups, -1)
+        )  # (groups, rank / groups, groups, in / groups, …)
+        own = torch.stack([blocks[i, :, i] for i in range(groups)])
+        if not A.is_meta and int(blocks.count_nonzero()) > int(own.count_nonzero()):
+            raise _unread("it looks at all channels of a convolution with groups: no kernel with groups does that")
+        return own.flatten(0, 1)
+
+    def write(A: Tensor) -> Tensor:
+        own = A.unflatten(0, (groups, -1))
+        blocks = own.new_zeros(groups, own.shape[1], groups, *own.shape[2:])
+        for i in range(groups):
+            blocks[i, :, i] = own[i]
+        return blocks.flatten(2, 3).flatten(0, 1)
+
+    return PeftEntry("lora_A.weight", read, write)
+
+
+def _attention(place: PeftPlace) -> dict[str, PeftEntry]:
+    if not {"A", "out_A"} <= set(place.names) or "magnitude" in place.names:
+        raise _unsaid("LoRA on an attention with sizes of its own for key and value, or with DoRA", place.path)
+    # PEFT (to 0.21.2) adds the change of the output map twice, live and merged: what it trained is twice the file's B.
+    twice = PeftEntry("base_layer.out_proj.lora_B.weight", lambda B: B * 2, lambda B: B / 2)
+    inner, outer = PeftEntry("lora_B.weight"), PeftEntry("base_layer.out_proj.lora_A.weight")
+    return {"A": PeftEntry("lora_A.weight"), "B": inner, "out_A": outer, "out_B": twice}
+
+
+def _unread(why: str) -> SurgeryError:
+    return SurgeryError("PEFT's lora_A can't be held exactly", why=why)
+
+
+def _unsaid(what: str, where: str | None = None) -> SurgeryError:
+    return SurgeryError(f"PEFT's format can't hold {what}", where=where, fix=SURGERY)

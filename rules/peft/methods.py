@@ -1,0 +1,216 @@
+"""Methods whose tensors stand in PEFT's files as they are here, or nearly so: each a table of names."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from rules import _maps
+from rules.boft import BoftRule
+from rules.c3a import C3aRule
+from rules.fourier import FourierRule
+from rules.hra import HraRule
+from rules.ia3 import IA3Rule
+from rules.loha import LohaRule
+from rules.lokr import LokrRule
+from rules.miss import MissRule
+from rules.norm import NormRule
+from rules.oft import OftRule
+from rules.road import RoadRule
+from rules.shira import ShiraRule
+from surgery import PeftConfig, PeftEntry, PeftMethod, PeftPlace, Rule, peft_method
+
+LYCORIS = {
+    "r": "rank", "alpha": "alpha", "rank_dropout": "rank_dropout", "module_dropout": "module_dropout",
+    "use_effective_conv2d": "use_effective_conv2d",
+}  # fmt: skip
+
+
+class _Patterned(PeftMethod):
+    def further(self, config: PeftConfig) -> dict[str, Any]:
+        return {name: config.fitting(name) for name in ("rank_pattern", "alpha_pattern")}
+
+    def said(self, rule: Rule) -> dict[str, Any]:
+        return {name: dict(getattr(rule, name) or {}) for name in ("rank_pattern", "alpha_pattern")}
+
+
+@peft_method
+class Loha(_Patterned):
+    peft_type, rule, fields = "LOHA", LohaRule, LYCORIS
+    tensors = {name: f"hada_{name}" for name in ("t1", "w1_a", "w1_b", "t2", "w2_a", "w2_b")}
+
+
+@peft_method
+class Lokr(_Patterned):
+    peft_type, rule = "LOKR", LokrRule
+    fields = {name: name for name in ("decompose_both", "decompose_factor", "rank_dropout_scale")} | LYCORIS
+    tensors = {name: f"lokr_{name}" for name in ("w1", "w1_a", "w1_b", "w2", "w2_a", "w2_b", "t2")}
+    inits = {True: "identity", "lycoris": "lycoris", False: "random"}
+
+
+@peft_method
+class Ia3(PeftMethod):
+    peft_type, rule = "IA3", IA3Rule
+    init_field, tensors = "init_ia3_weights", {"scale": "ia3_l"}
+
+    def further(self, config: PeftConfig) -> dict[str, Any]:
+        config.silent("fan_in_fan_out")
+        given = config.take("feedforward_modules", ())
+        if isinstance(given, str):
+            return {"feedforward": f"re:{given}"}
+        fed = [path for path in config.targeted if any(path.endswith(name) for name in given)]  # as PEFT: no dot
+        return {"feedforward": config.regular(fed) if fed else ()}
+
+    def entries(self, place: PeftPlace) -> dict[str, PeftEntry]:
+        assert isinstance(place.rule, IA3Rule)
+        kernel = len(_maps.sizes(_maps.linear_map(place.module, *_maps.NAMES))) - 2  # type: ignore[arg-type]
+        shape = (1, -1, *(1,) * kernel) if kernel else (1, -1) if place.rule.feeds(place.path) else (-1, 1)
+        return {"scale": PeftEntry("ia3_l", lambda held: held.flatten(), lambda scale: scale.view(shape))}
+
+    def write(self, placed: Any, modules: Any) -> dict[str, Any]:
+        fed = [path for rule, paths in placed for path in paths if rule.feeds(path)]
+        return {**super().write(placed, modules), "feedforward_modules": _regular(fed) if fed else []}
+
+
+@peft_method
+class Oft(PeftMethod):
+    peft_type, rule = "OFT", OftRule
+    tensors, made = {"R": "oft_R.weight"}, ("index",)
+    fields = {
+        "oft_block_size": "block_size", "r": "blocks", "block_share": "block_share", "coft": "coft", "eps": "eps",
+        "use_cayley_neumann": "use_cayley_neumann", "num_cayley_neumann_terms": "num_cayley_neumann_terms",
+    }  # fmt: skip
+
+    def further(self, config: PeftConfig) -> dict[str, Any]:
+        config.silent("fan_in_fan_out", "module_dropout")  # the latter does nothing in PEFT
+        config.only("bias", "none")
+        if "use_cayley_neumann" not in config.data:  # OFT of before PEFT 0.16: R holds whole blocks, on another side
+            raise config.refuse("use_cayley_neumann", "the file is of PEFT before 0.16, whose OFT was another")
+        if any(isinstance(config.modules.by_path[path], nn.Conv2d) for path in config.targeted):
+            raise config.refuse("target_modules", "PEFT's OFT of a Conv2d adds overlapping patches: no turned weight")
+        return {}
+
+
+@peft_method
+class Boft(PeftMethod):
+    peft_type, rule = "BOFT", BoftRule
+    tensors = {"R": "boft_R", "s": "boft_s"}
+    fields = {
+        "boft_block_size": "block_size", "boft_block_num": "blocks", "boft_dropout": "dropout",
+        "boft_n_butterfly_factor": "n_butterfly_factor",
+    }  # fmt: skip
+
+    def further(self, config: PeftConfig) -> dict[str, Any]:
+        config.silent("fan_in_fan_out")
+        config.only("bias", "none")
+        return {}
+
+    def entries(self, place: PeftPlace) -> dict[str, PeftEntry]:
+        turned = isinstance(place.module, nn.Conv2d)
+        scale = PeftEntry("boft_s", lambda s: s.reshape(-1, 1), lambda s: s.t() if turned else s)
+        return {"R": PeftEntry("boft_R"), "s": scale}
+
+
+@peft_method
+class Hra(PeftMethod):
+    peft_type, rule = "HRA", HraRule
+    fields, tensors = {"r": "rank", "apply_GS": "apply_GS"}, {"u": "hra_u"}
+
+    def further(self, config: PeftConfig) -> dict[str, Any]:
+        config.only("bias", "none")
+        return {}
+
+
+@peft_method
+class Road(PeftMethod):
+    peft_type, rule = "ROAD", RoadRule
+    fields = {"variant": "variant", "group_size": "group_size"}
+    tensors = {"theta": "road_theta", "alpha": "road_alpha"}
+
+
+@peft_method
+class Miss(PeftMethod):
+    peft_type, rule = "MISS", MissRule
+    fields = {"r": "rank", "mini_r": "mini_r", "miss_dropout": "dropout"}
+    tensors = {"block": "miss_block"}
+    inits = {True: "identity", False: "random", "mini": "identity", "bat": "identity"}
+
+    def further(self, config: PeftConfig) -> dict[str, Any]:
+        config.only("bias", "none")
+        start = config.take("init_weights", True)
+        return {"variant": start if isinstance(start, str) else "miss"}
+
+    def said(self, rule: Rule) -> dict[str, Any]:
+        assert isinstance(rule, MissRule)
+        return {} if rule.variant == "miss" else {"init_weights": rule.variant}
+
+
+@peft_method
+class C3a(PeftMethod):
+    peft_type, rule = "C3A", C3aRule
+    fields, tensors = {"block_size": "block_size"}, {"kernel": "c3a_kernel"}
+    inits = {True: "identity", **{name: name for name in ("xavier_uniform", "kaiming_uniform", "gaussian")}}
+    inits |= {False: "xavier_uniform"}
+
+    def further(self, config: PeftConfig) -> dict[str, Any]:
+        config.only("bias", "none")
+        if config.fitting("block_size_pattern"):
+            raise config.refuse("block_size_pattern", "a C3aRule has one block size")
+        return {}
+
+
+@peft_method
+class Fourier(PeftMethod):
+    peft_type, rule, made = "FOURIERFT", FourierRule, ("index",)
+    fields = {"n_frequency": "n_frequency", "scaling": "scaling", "random_loc_seed": "random_loc_seed"}
+    tensors = {"spectrum": "fourierft_spectrum"}
+
+    def further(self, config: PeftConfig) -> dict[str, Any]:
+        config.silent("fan_in_fan_out")
+        config.only("bias", "none")
+        if config.fitting("n_frequency_pattern"):
+            raise config.refuse("n_frequency_pattern", "a FourierRule has one number of frequencies")
+        return {}
+
+
+@peft_method
+class Shira(PeftMethod):
+    peft_type, rule = "SHIRA", ShiraRule
+    fields = {"r": "rank", "random_seed": "random_seed"}
+    tensors = {"values": "shira_weight"}
+
+    def further(self, config: PeftConfig) -> dict[str, Any]:
+        config.silent("fan_in_fan_out", "mask_type")  # the file holds the places
+        return {}
+
+    def entries(self, place: PeftPlace) -> dict[str, PeftEntry]:
+        import torch
+
+        weight: Any = place.module.weight
+        turned = not isinstance(place.module, nn.Linear)
+        inner = weight.shape[0] if turned else weight.shape[1]
+
+        def read(pairs: Any) -> Any:
+            rows, columns = pairs.flip(0) if turned else pairs
+            return rows.long() * inner + columns.long()
+
+        def write(index: Any) -> Any:
+            pairs = torch.stack([index // inner, index % inner]).int()
+            return pairs.flip(0) if turned else pairs
+
+        return {"values": PeftEntry("shira_weight"), "index": PeftEntry("shira_indices", read, write)}
+
+
+@peft_method
+class Norm(PeftMethod):
+    peft_type, rule, inits = "LN_TUNING", NormRule, {True: ""}
+
+    def entries(self, place: PeftPlace) -> dict[str, PeftEntry]:
+        return {name: PeftEntry(f"ln_tuning_layers.{name}") for name in place.names}
+
+
+def _regular(paths: Any) -> str:
+    import re
+
+    return "|".join(map(re.escape, paths))

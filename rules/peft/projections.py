@@ -1,0 +1,92 @@
+"""VeRA and RandLoRA in PEFT's files: one pair of random matrices for the model, of which each site takes a corner."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from rules import _maps
+from rules.randlora import RandLoraRule
+from rules.vera import VeraRule
+from surgery import PeftConfig, PeftEntry, PeftMethod, PeftPlace, SurgeryError, peft_method
+
+
+class _Projected(PeftMethod):
+    def further(self, config: PeftConfig) -> dict[str, Any]:
+        config.silent("fan_in_fan_out")
+        config.only("bias", "none")
+        if not config.take("save_projection", True):
+            raise config.refuse(
+                "save_projection", "the random matrices are not in the file", "save it with save_projection=True"
+            )
+        return {}
+
+    def said(self, rule: Any) -> dict[str, Any]:
+        return {"save_projection": True}
+
+    def size(self, key: str, tensors: Sequence[Tensor], sites: Sequence[nn.Module]) -> list[int]:
+        return [max(sizes) for sizes in zip(*(tensor.shape for tensor in tensors), strict=True)]
+
+    def joined(self, key: str, tensors: Sequence[Tensor], sites: Sequence[nn.Module]) -> Tensor:
+        """A tensor that each site's is a corner of."""
+        if "base_model.model." in key:
+            return super().joined(key, tensors, sites)
+        most = tensors[0].new_zeros(self.size(key, tensors, sites))
+        corners = [tuple(slice(size) for size in tensor.shape) for tensor in tensors]
+        for corner, tensor in zip(corners, tensors, strict=True):
+            most[corner] = tensor
+        if not all(torch.equal(most[corner], tensor) for corner, tensor in zip(corners, tensors, strict=True)):
+            raise SurgeryError(
+                f"PEFT's format can't hold projections of their own for each size of site ({key})",
+                why="its sites take corners of one pair of matrices; those made here are drawn for each size",
+                fix='save_adapter(…, format="surgery")',
+            )
+        return most
+
+
+@peft_method
+class Vera(_Projected):
+    peft_type, rule = "VERA", VeraRule
+    fields = {name: name for name in ("d_initial", "projection_prng_key")} | {"r": "rank", "vera_dropout": "dropout"}
+    tensors = {"d": "vera_lambda_d", "b": "vera_lambda_b"}
+
+    def entries(self, place: PeftPlace) -> dict[str, PeftEntry]:
+        out, inner = _maps.sizes(_maps.linear_map(place.module, *_maps.NAMES))  # type: ignore[arg-type]
+        A = PeftEntry("/base_model.vera_A", lambda A: A[:, :inner])
+        return {**super().entries(place), "A": A, "B": PeftEntry("/base_model.vera_B", lambda B: B[:out])}
+
+
+@peft_method
+class RandLora(_Projected):
+    peft_type, rule = "RANDLORA", RandLoraRule
+    fields = {name: name for name in ("projection_prng_key", "sparse", "very_sparse")} | {
+        "r": "rank", "randlora_alpha": "alpha", "randlora_dropout": "dropout",
+    }  # fmt: skip
+    tensors = {"lambda_": "randlora_lambda", "gamma": "randlora_gamma"}
+    inits = {}
+    passed_over = (".randlora_A", ".randlora_B")  # PEFT writes them for each site, too
+
+    def further(self, config: PeftConfig) -> dict[str, Any]:
+        config.silent("init_weights")
+        return super().further(config)
+
+    def entries(self, place: PeftPlace) -> dict[str, PeftEntry]:
+        sizes = _maps.sizes(_maps.linear_map(place.module, *_maps.NAMES))  # type: ignore[arg-type]
+        small, large = min(sizes), max(sizes)
+        assert isinstance(place.rule, RandLoraRule)
+        n = -(-small // place.rule.rank)
+        return {
+            **super().entries(place),
+            "A": PeftEntry("/base_model.randlora_A", lambda A: A[:, :, :small]),
+            "B": PeftEntry("/base_model.randlora_B", lambda B: B[:large, :n]),
+        }
+
+    def size(self, key: str, tensors: Sequence[Tensor], sites: Sequence[nn.Module]) -> list[int]:
+        # PEFT takes the largest out and the largest in of all sites, and of these two the smaller and the larger.
+        sizes = [_maps.sizes(_maps.linear_map(site, *_maps.NAMES)) for site in sites]  # type: ignore[arg-type]
+        small, large = sorted((max(out for out, _ in sizes), max(inner for _, inner in sizes)))
+        rank = tensors[0].shape[0] if key.endswith("A") else tensors[0].shape[-1]
+        return [rank, 1, small] if key.endswith("A") else [large, -(-small // rank), rank]

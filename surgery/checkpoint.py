@@ -1,0 +1,387 @@
+"""Adapters in files: saved with the rules that made them, loaded whole or not at all."""
+
+from __future__ import annotations
+
+import json
+import math
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from surgery import files
+from surgery.engine import carry_out, remove
+from surgery.errors import LoadError, PlanError, RuleError, SurgeryError, SurgeryWarning
+from surgery.files import TensorFile
+from surgery.fingerprint import differences, fingerprint
+from surgery.match import RESERVED
+from surgery.plan import Plan, make_plan
+from surgery.recording import Step
+from surgery.rule import Rule
+from surgery.site import LiveSite, held
+from surgery.state import adapter_names, adapter_state_dict, require_state, rules_of, sites, tensors_of, whole
+from surgery.stored import NAME, OLD, PEFT, SURGERY, VERSION, Entry, Stored, names_in, stored_adapter, tensor_key
+
+__all__ = ["LoadReport", "load_adapter", "load_adapters", "save_adapter"]
+
+
+@dataclass
+class LoadReport:
+    """What a load did: the rules applied, and by key what was `loaded`, `missing`, `unexpected` or did not fit.
+
+    Truth is that everything fitted, which `load_adapter` demands unless it is told otherwise by `strict=False`.
+    """
+
+    adapter: str
+    rules: list[Rule] = field(default_factory=list)
+    loaded: list[str] = field(default_factory=list)
+    missing: list[str] = field(default_factory=list)
+    unexpected: list[str] = field(default_factory=list)
+    misfits: list[str] = field(default_factory=list)
+    base: list[str] = field(default_factory=list)
+    metadata: Mapping[str, Any] = field(default_factory=dict)
+    licence: str | None = None
+
+    def __bool__(self) -> bool:
+        return not (self.missing or self.unexpected or self.misfits or self.base)
+
+    def __str__(self) -> str:
+        lines = [f"adapter {self.adapter!r}: {len(self.loaded)} tensors loaded"]
+        return "\n".join([*lines, *(f"  {problem}" for problem in self.problems())])
+
+    def problems(self) -> list[str]:
+        """What did not fit, one line a kind."""
+        kinds = {"missing": self.missing, "not of this adapter": self.unexpected}
+        told = [f"{_counted(keys)} {kind}: {_listed(keys)}" for kind, keys in kinds.items() if keys]
+        return [*told, *self.misfits, *self.base]
+
+
+# Saving -------------------------------------------------------------------------------------------------------
+
+
+def save_adapter(
+    model: nn.Module,
+    folder: str | Path,
+    adapter: str = "default",
+    *,
+    format: Literal["auto", "peft", "surgery"] = "auto",
+    metadata: Mapping[str, Any] | None = None,
+    licence: str | None = None,
+) -> Path:
+    """Write an adapter into a folder: its tensors, and the rules that made it. The base is not written.
+
+    >>> import tempfile
+    >>> from torch import nn
+    >>> from surgery import apply_rules, load_adapter, save_adapter
+    >>> from rules import LoraRule
+    >>> model = apply_rules(nn.Sequential(nn.Linear(4, 4)), [LoraRule("0", rank=2)])
+    >>> folder = save_adapter(model, tempfile.mkdtemp())
+    >>> sorted(file.name for file in folder.iterdir())
+    ['adapter_config.json', 'adapter_model.safetensors']
+
+    `format` "peft" is what PEFT reads; "surgery" (`adapter.safetensors` and `rules.json`) holds any rules; "auto" is
+    the first wherever it holds the adapter exactly, else the second. `metadata` is any data of JSON, `licence` a name;
+    both come back in the report of `load_adapter`. A merged adapter is saved as it was trained.
+
+    The folder is made where it is absent; other files in it stay. Killed at any moment, it holds the adapter that was
+    there before or this one, whole. Where processes share a sharded model, all of them call this, and the first writes.
+    Raises `SurgeryError` where PEFT's format can't hold the adapter, or a rule holds what is no data.
+    """
+    if format not in ("auto", "peft", "surgery"):
+        raise SurgeryError(f"there is no format {format!r}", fix='"peft", "surgery", or "auto" for the first that fits')
+    adapter_names(require_state(model), adapter)
+    if Path(folder).exists() and not Path(folder).is_dir():
+        raise SurgeryError(f"{folder} is no folder", fix="an adapter is saved into a folder of its own")
+    extra = {"base": fingerprint(model), "licence": licence, "metadata": _data(metadata)}
+    if format != "surgery":
+        from surgery.peft_format import written
+
+        try:
+            config, tensors = written(model, adapter)
+        except SurgeryError:
+            if format == "peft":
+                raise
+        else:
+            return _put(folder, PEFT, tensors, config, extra, (*SURGERY, OLD))
+    settings = {
+        "format": NAME,
+        "version": VERSION,
+        "rules": [rule.to_dict() for rule in rules_of(model, adapter)],
+        "sites": [path for path, module, _ in sites(model) if tensors_of(module, adapter)],
+        **extra,
+    }
+    return _put(folder, SURGERY, _whole(adapter_state_dict(model, adapter)), settings, {}, (*PEFT, OLD))
+
+
+def _put(
+    folder: str | Path,
+    names: tuple[str, str],
+    tensors: Mapping[str, Tensor],
+    settings: Mapping[str, Any],
+    extra: Mapping[str, Any],
+    gone: tuple[str, ...],
+) -> Path:
+    folder, text = Path(folder), json.dumps(settings, indent=2, sort_keys=bool(extra)) + "\n"
+    if _rank() == 0:
+        told = {"format": "pt", "surgery": json.dumps({"settings": settings, **extra})}
+        writer = partial(files.write_safetensors, tensors=tensors, metadata=told)
+        files.replace_files(folder, (names[0], writer), (names[1], text.encode()), gone)
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.barrier()  # no process reads what the first has not written
+    return folder
+
+
+def _rank() -> int:
+    distributed = torch.distributed
+    return distributed.get_rank() if distributed.is_available() and distributed.is_initialized() else 0
+
+
+def _whole(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Sharded tensors gathered, which all processes take part in."""
+    return {key: whole(tensor) for key, tensor in tensors.items()}
+
+
+def _data(metadata: Mapping[str, Any] | None) -> dict[str, Any]:
+    try:
+        return json.loads(json.dumps(dict(metadata or {}), allow_nan=False))
+    except (TypeError, ValueError) as error:
+        raise SurgeryError(
+            "the metadata can't be written", why=str(error), fix="numbers, strings, lists and mappings"
+        ) from None
+
+
+# Loading ------------------------------------------------------------------------------------------------------
+
+
+def load_adapter(
+    model: nn.Module,
+    source: str | Path,
+    adapter: str = "default",
+    *,
+    strict: bool = True,
+    finite: bool = True,
+    example_inputs: Any = None,
+    trust: bool = False,
+    subfolder: str | None = None,
+    revision: str | None = None,
+) -> LoadReport:
+    """Put a saved adapter on a model: apply its rules, and fill their tensors from the files.
+
+    >>> import tempfile
+    >>> import torch
+    >>> from torch import nn
+    >>> from surgery import apply_rules, load_adapter, remove, save_adapter
+    >>> from rules import LoraRule
+    >>> model = apply_rules(nn.Sequential(nn.Linear(4, 4)), [LoraRule("0", rank=2, init="random")])
+    >>> x = torch.ones(1, 4)
+    >>> adapted, folder = model(x), save_adapter(model, tempfile.mkdtemp())
+    >>> print(load_adapter(remove(model), folder))
+    adapter 'default': 2 tensors loaded
+    >>> torch.equal(model(x), adapted)
+    True
+
+    `source` is a folder or file of `save_adapter`'s or PEFT's (also `.bin` and diffusers' LoRA files), or the name of
+    a repository on the hub (with `revision`); `subfolder` is looked for in it. Rules are made by their registered
+    names; no code and no path comes from a file, and pickle files are read with `weights_only`. A rule that names
+    code to import, as a ReplaceRule does, is taken with `trust=True` alone. `finite`: NaN and infinity are a problem.
+    `example_inputs` as in `apply_rules`; prefixes need it.
+
+    Whole or nothing: missing, unexpected and misshapen tensors, a damaged file, a rule or format of a later version,
+    another base, and whatever `plan_rules` objects to are told at once in a `LoadError`, the model as it was.
+    `strict=False` loads what fits, and the report tells the rest: missing tensors keep the values their rule starts
+    with. Tensors go to their site's device, in the dtype the rule gives them; on a base on the meta device they are
+    made on the CPU, and stay when `load_state_dict(…, assign=True)` fills the base.
+    """
+    stored = stored_adapter(model, source, subfolder, revision)
+    report = LoadReport(adapter, stored.rules, metadata=stored.metadata, licence=stored.licence)
+    problems = [*stored.problems, *([] if trust else map(_distrusted, (rule for rule in stored.rules if rule.imports)))]
+    known = [rule for rule in stored.rules if trust or not rule.imports]
+    plan = make_plan(model, known, adapter, example_inputs) if known else None
+    values: list[tuple[Step, str, Entry]] = []
+    if plan is not None:
+        problems += plan.problems
+        values = _found(plan, stored, report, finite)
+        if problems:
+            report.unexpected = []  # of rules that could not be read or placed
+        problems += _too_large(plan, values, stored.file)
+    report.base = differences(model, stored.base)
+    if strict:
+        problems += [*stored.unheld, *(_problem(text) for text in report.problems())]
+    if problems or plan is None:
+        raise LoadError(problems or [RuleError("the files hold no rules")])
+    loose = [] if strict else [*map(str, stored.unheld), *report.problems()]
+    for note in [*stored.notes, *loose]:
+        warnings.warn(note, SurgeryWarning, stacklevel=2)
+    with torch.random.fork_rng(devices=_gpus(plan)):  # the starting values drawn here are overwritten
+        try:
+            carry_out(plan, stored.rules, example_inputs, stacklevel=3)
+        except (SurgeryError, Warning):
+            raise
+        except Exception as error:  # a field of a file may be in range and still be no starting value
+            raise LoadError([_problem("its rules can't be applied", why=f"{type(error).__name__}: {error}")]) from error
+    try:
+        _fill(plan, values, stored.file)
+    except BaseException:
+        remove(model, adapter)
+        raise
+    report.loaded = [tensor_key(step.path, name) for step, name, _ in values]
+    return report
+
+
+def load_adapters(model: nn.Module, folder: str | Path, **options: Any) -> dict[str, LoadReport]:
+    """Load every adapter in a folder of many, each under its subfolder's name: PEFT's and ours side by side.
+
+    >>> import tempfile
+    >>> from torch import nn
+    >>> from surgery import apply_rules, load_adapters, remove, save_adapter
+    >>> from rules import LoraRule
+    >>> model, folder = nn.Sequential(nn.Linear(4, 4)), tempfile.mkdtemp()
+    >>> for name in ("news", "mail"):
+    ...     _ = save_adapter(apply_rules(model, [LoraRule("0", rank=2)], adapter=name), f"{folder}/{name}", name)
+    >>> list(load_adapters(remove(model), folder))
+    ['mail', 'news']
+
+    Files in the folder itself are the adapter "default". `options` are `load_adapter`'s. All or none: a `LoadError`
+    tells what is wrong with any of them, and none stays on the model.
+    """
+    folder = Path(folder)
+    found = {"default": folder} if names_in(folder) else {}
+    if folder.is_dir():
+        found |= {inner.name: inner for inner in sorted(folder.iterdir()) if inner.is_dir() and names_in(inner)}
+    if not found:
+        raise LoadError([_problem(f"{folder} holds no adapters", fix="name a folder of folders of adapters")])
+    reports, problems = dict[str, LoadReport](), list[SurgeryError]()
+    for name, inner in found.items():
+        try:
+            reports[name] = load_adapter(model, inner, name, **options)
+        except PlanError as error:
+            problems += [_problem(str(problem), where=str(inner)) for problem in error.problems]
+    if problems:
+        for name in reports:
+            remove(model, name)
+        raise LoadError(problems)
+    return reports
+
+
+def _found(plan: Plan, stored: Stored, report: LoadReport, finite: bool) -> list[tuple[Step, str, Entry]]:
+    """The tensors of a plan that the file holds in their shapes; the report is told of all others."""
+    file, used, found = stored.file, set[str](), list[tuple[Step, str, Entry]]()
+    for step in plan.steps:
+        for spec in step.specs:
+            try:
+                entry = stored.entry(plan, step, spec.name)
+            except Exception as error:  # settings of a file may say anything
+                report.misfits.append(f"{step.path}: {spec.name} can't be looked for: {error}"[:400])
+                continue
+            if entry is None:
+                continue
+            if entry.key not in file.shapes:
+                report.missing.append(entry.key)
+                continue
+            used.add(entry.key)
+            misfit = _misfit(file, entry, spec.shape, spec.dtype, finite)
+            if misfit:
+                report.misfits.append(f"{entry.key} {misfit}")
+            else:
+                found.append((step, spec.name, entry))
+    report.missing = list(dict.fromkeys(report.missing))
+    report.unexpected = [key for key in file.shapes if key not in used and key not in stored.ignored]
+    return found
+
+
+def _gpus(plan: Plan) -> list[int]:
+    used = {tensor.device for step in plan.steps for tensor in step.module.parameters(recurse=False)}
+    return sorted(device.index or 0 for device in used if device.type == "cuda")
+
+
+def _distrusted(rule: Rule) -> SurgeryError:
+    return RuleError(
+        f"a {rule.label} is not taken from a file",
+        why="its fields name code to import and run",
+        fix="load_adapter(…, trust=True), if you know who made the file",
+    )
+
+
+def _too_large(plan: Plan, values: list[tuple[Step, str, Entry]], file: TensorFile) -> Iterator[SurgeryError]:
+    """Tensors that the file does not hold are made all the same where a load is not strict; not of any size."""
+    filled = {(id(step), name) for step, name, _ in values}
+    specs = [spec for step in plan.steps for spec in step.specs if (id(step), spec.name) not in filled]
+    size = sum(math.prod(spec.shape) for spec in specs)
+    if size > (1 << 24) + 4 * sum(map(math.prod, file.shapes.values())):
+        yield _problem(f"its rules ask for {size:,} numbers that the file does not hold")
+
+
+def _misfit(file: TensorFile, entry: Entry, shape: tuple[int, ...], dtype: torch.dtype, finite: bool) -> str | None:
+    """Why a stored tensor can't be a rule's; its shape is tried on the meta device before a number is read."""
+    given, numbers = file.shapes[entry.key], file.dtypes[entry.key]
+    try:
+        read = tuple(entry.read(torch.empty(given, dtype=numbers, device="meta")).shape)
+    except Exception:  # a rule's reshaping of a shape that it did not expect
+        read = None
+    if read != shape:
+        return f"is {given}, which does not give the {shape} of this model"
+    if numbers.is_floating_point != dtype.is_floating_point:
+        return f"holds {str(numbers).removeprefix('torch.')}, and {str(dtype).removeprefix('torch.')} is needed"
+    try:
+        tensor = file.read(entry.key)
+        entry.read(tensor)
+        if finite and numbers.is_floating_point and not bool(torch.isfinite(tensor.float()).all()):
+            return "holds NaN or infinity"
+    except SurgeryError as error:
+        return f"can't be taken over: {error.why or error.what}"
+    except Exception as error:  # the file changed, or is not what its header says
+        return f"can't be read: {str(error)[:200]}"
+    return None
+
+
+def _fill(plan: Plan, values: list[tuple[Step, str, Entry]], file: TensorFile) -> None:
+    filled = {(id(step), name) for step, name, _ in values}
+    with torch.no_grad():
+        for step in plan.steps:
+            _realise(step, plan.adapter, {spec.name for spec in step.specs if (id(step), spec.name) not in filled})
+        for step, name, entry in values:
+            tensors_of(step.module, plan.adapter)[name].copy_(entry.read(file.read(entry.key)))
+
+
+def _realise(step: Step, adapter: str, others: set[str]) -> None:
+    """Tensors on the meta device, made there beside a base that has no numbers yet, are made anew on the CPU.
+
+    `others` are those that no file fills: they get the values that their rule starts with.
+    """
+    box: Any = step.module._modules[RESERVED]._modules[adapter] if step.specs else None  # type: ignore[union-attr]
+    meta = [spec for spec in step.specs if box.tensors()[spec.name].is_meta]
+    for spec in meta:
+        old = box.tensors()[spec.name]
+        new = torch.empty_like(old, device="cpu")
+        if spec.name in others:
+            spec.fill(new)
+        if spec.buffer:
+            box._buffers[spec.name] = new
+        else:
+            box._parameters[spec.name] = nn.Parameter(new, requires_grad=old.requires_grad)
+    if meta and others:
+        module = step.module
+        step.rule.initialise(LiveSite(module, step.path, adapter, box.tensors(), lambda name, _: _own(module, name)))
+
+
+def _own(module: nn.Module, name: str) -> Tensor:
+    found = held(module, name)
+    assert found is not None, name
+    return found
+
+
+def _problem(text: str, **details: Any) -> SurgeryError:
+    return SurgeryError(text, **details)
+
+
+def _counted(keys: Sequence[str]) -> str:
+    return "one tensor is" if len(keys) == 1 else f"{len(keys)} tensors are"
+
+
+def _listed(keys: Sequence[str], most: int = 8) -> str:
+    return ", ".join(key[:200] for key in keys[:most]) + (", …" if len(keys) > most else "")

@@ -1,0 +1,82 @@
+"""What tells one base from another: a few numbers of its weights, which survive another precision."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from surgery.match import base_modules
+from surgery.state import site_state, sites
+
+__all__ = ["differences", "fingerprint"]
+
+TENSORS, NUMBERS = 16, 16
+_SLACK = 2.0**-7  # two roundings to bfloat16; fine-tuning moves some of 256 weights by more
+
+
+def fingerprint(model: nn.Module) -> dict[str, Any]:
+    """Sixteen numbers of each of sixteen parameters, spread over the model. Parameters that an adapter changed at its
+    start, or by merging, are left out, as are packed, sharded and meta ones."""
+    held = list(_comparable(model))
+    matrices = [item for item in held if item[1].dim() > 1] or held  # biases and norms are alike everywhere
+    chosen = [matrices[i] for i in _spread(len(matrices), TENSORS)]
+    return {
+        "class": type(model).__name__,
+        "numbers": {name: {"shape": list(tensor.shape), "values": _numbers(tensor)} for name, tensor in chosen},
+    }
+
+
+def differences(model: nn.Module, expected: Any) -> list[str]:
+    """How a base differs from the one whose fingerprint this is; nothing where it can't be told."""
+    numbers = expected.get("numbers") if isinstance(expected, Mapping) else None
+    if not isinstance(numbers, Mapping):
+        return []
+    own, told = dict(_comparable(model)), []
+    for name, held in list(numbers.items())[:TENSORS]:
+        if name not in own or not isinstance(held, Mapping):
+            continue
+        values, found = held.get("values"), _numbers(own[name])
+        if list(own[name].shape) != held.get("shape"):
+            told.append(f"{name} is {tuple(own[name].shape)} here and was {held.get('shape')}")
+        elif isinstance(values, list) and not all(map(_near, values, found)):
+            told.append(f"{name} has other values")
+    if told:
+        compared = len([name for name in numbers if name in own])
+        return [f"it was made on another base: {len(told)} of {compared} weights differ ({'; '.join(told[:3])})"]
+    return []
+
+
+def _comparable(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    seen: set[int] = set()
+    merged = tuple(f"{path}." if path else "" for path, _, state in sites(model) if state.merged is not None)
+    for path, module in base_modules(model):
+        state = site_state(module)
+        changed = {name for applied in state.applied for name, _ in applied.changed} if state is not None else set()
+        if f"{path}.".startswith(merged):
+            continue
+        for name, tensor in module._parameters.items():
+            if tensor is None or name in changed or id(tensor) in seen or not tensor.numel():
+                continue
+            seen.add(id(tensor))
+            plain = type(tensor) is nn.Parameter and not tensor.is_meta
+            if plain and tensor.dtype in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
+                yield ".".join(filter(None, (path, name))), tensor
+
+
+def _spread(count: int, most: int) -> list[int]:
+    return sorted({i * (count - 1) // max(1, most - 1) for i in range(most)}) if count else []
+
+
+def _numbers(tensor: Tensor) -> list[float]:
+    flat = tensor.detach().reshape(-1)
+    at = torch.tensor(_spread(flat.numel(), NUMBERS), device=flat.device)
+    return [float(f"{number:.6g}") for number in flat[at].double().tolist()]
+
+
+def _near(expected: Any, found: float) -> bool:
+    if type(expected) not in (int, float):
+        return False
+    return abs(expected - found) <= _SLACK * max(abs(expected), abs(found)) + 1e-6

@@ -1,0 +1,112 @@
+"""Adapters on the hub: pushed with a model card, and fetched by a repository's name. Through huggingface_hub alone."""
+
+from __future__ import annotations
+
+import re
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+from torch import nn
+
+from surgery.checkpoint import save_adapter
+from surgery.errors import SurgeryError
+from surgery.state import rules_of, sites, tensors_of
+from surgery.stored import BARE, OLD, PEFT, SURGERY
+
+__all__ = ["fetched", "push_adapter"]
+
+FILES = (*SURGERY, *PEFT, OLD, *BARE)
+_REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
+
+
+def push_adapter(
+    model: nn.Module,
+    repo_id: str,
+    adapter: str = "default",
+    *,
+    format: Literal["auto", "peft", "surgery"] = "auto",
+    metadata: Mapping[str, Any] | None = None,
+    licence: str | None = None,
+    private: bool | None = None,
+    token: str | None = None,
+    revision: str | None = None,
+    message: str | None = None,
+) -> str:
+    """Save an adapter into a repository of the hub, with a model card; gives the address of the commit.
+
+        push_adapter(model, "me/topics", licence="apache-2.0", metadata={"accuracy": 0.97})
+        load_adapter(other, "me/topics")
+
+    The repository is made where it is absent. The card tells the base, the rules, their counts of parameters, and
+    `metadata`, such as figures. `format`, `metadata` and `licence` are `save_adapter`'s; `token`, `private` and
+    `revision` are huggingface_hub's, which asks the endpoint in `HF_ENDPOINT`. Raises `SurgeryError` where the adapter
+    can't be saved or the hub refuses.
+    """
+    from huggingface_hub import HfApi
+
+    with tempfile.TemporaryDirectory() as place:
+        folder = save_adapter(model, place, adapter, format=format, metadata=metadata, licence=licence)
+        card = card_of(model, adapter, repo_id, peft=(folder / PEFT[0]).exists(), metadata=metadata, licence=licence)
+        (folder / "README.md").write_text(card, encoding="utf-8")
+        api = HfApi(token=token)
+        try:
+            api.create_repo(repo_id, private=private, exist_ok=True)
+            done = api.upload_folder(
+                repo_id=repo_id, folder_path=folder, revision=revision,
+                commit_message=message or f"The adapter {adapter}",
+            )  # fmt: skip
+        except Exception as error:  # of the hub, of its client, of the network
+            raise _failed(f"the adapter was not pushed to {repo_id}", error) from error
+    return str(done.commit_url)
+
+
+def card_of(
+    model: nn.Module, adapter: str, repo_id: str, *, peft: bool, metadata: Mapping[str, Any] | None, licence: str | None
+) -> str:
+    """A model card: what the adapter is, and how it is loaded."""
+    base = getattr(getattr(model, "config", None), "_name_or_path", None) or ""
+    held = [tensors_of(module, adapter) for _, module, _ in sites(model)]
+    count = sum(tensor.numel() for tensors in held for tensor in tensors.values())
+    head = {"library_name": "peft" if peft else "model-surgery", "base_model": base, "license": licence}
+    lines = ["---", *(f"{key}: {_quoted(value)}" for key, value in head.items() if value), "tags:", "- model-surgery"]
+    lines += ["---", "", f"# {repo_id.rpartition('/')[2]}", ""]
+    lines += [f"An adapter for {f'`{base}`' if base else f'a `{type(model).__name__}`'}: {count:,} numbers on "
+              f"{sum(map(bool, held))} modules.", ""]  # fmt: skip
+    lines += ["```python", "from surgery import load_adapter", "", f'load_adapter(model, "{repo_id}")', "```", ""]
+    lines += ["## Rules", "", *(f"    {rule}" for rule in rules_of(model, adapter)), ""]
+    if metadata:
+        lines += ["## Figures", "", "| | |", "|---|---|"]
+        lines += [f"| {_cell(key)} | {_cell(value)} |" for key, value in metadata.items()]
+    return "\n".join(lines) + "\n"
+
+
+def _quoted(value: str) -> str:
+    return value if re.fullmatch(r"[\w./-]+", value) else '"' + value.replace("\\", "").replace('"', "") + '"'
+
+
+def _cell(value: Any) -> str:
+    return str(value).replace("|", "\\|").replace("\n", " ")
+
+
+def fetched(repo_id: str, subfolder: str | None, revision: str | None) -> Path:
+    """The folder to which a repository's adapter was brought, or in which it was already."""
+    if not _REPOSITORY.fullmatch(repo_id):
+        raise SurgeryError(f"there is no {repo_id}", fix="name a folder, a file, or a repository of the hub")
+    from huggingface_hub import snapshot_download
+
+    inside = f"{subfolder}/" if subfolder else ""
+    try:
+        place = snapshot_download(repo_id, revision=revision, allow_patterns=[inside + name for name in FILES])
+    except Exception as error:  # of the hub, of its client, of the network
+        raise _failed(f"there is no folder {repo_id!r}, and the hub has not answered", error) from error
+    return Path(place) / inside
+
+
+def _failed(what: str, error: Exception) -> SurgeryError:
+    return SurgeryError(
+        what,
+        why=f"{type(error).__name__}: {str(error).strip()[:300]}",
+        fix="check the name, the network, and `HF_ENDPOINT`, `HF_TOKEN`, `HF_HUB_OFFLINE`",
+    )

@@ -1,0 +1,91 @@
+"""The merged model as an ordinary checkpoint, which needs nothing of this package."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from surgery.errors import SurgeryError
+from surgery.merge import merge, unmerge
+from surgery.state import require_state
+
+__all__ = ["merge_to"]
+
+TOKENIZERS = ("tokenizer*", "vocab*", "merges.txt", "special_tokens_map.json", "added_tokens.json", "spiece.model",
+              "*preprocessor_config.json", "chat_template*", "sentencepiece*")  # fmt: skip
+
+
+def merge_to(
+    model: nn.Module,
+    folder: str | Path,
+    adapter: str | Sequence[str] | None = None,
+    *,
+    untie: bool = False,
+    tokenizer: Any = None,
+) -> Path:
+    """Write the model with an adapter (or several, or all) folded in, as a plain checkpoint of transformers.
+
+        merge_to(model, "merged")
+        AutoModelForCausalLM.from_pretrained("merged")      # without this package
+
+    For models with `save_pretrained`; config and generation config go along, and `tokenizer` (or a processor), by
+    default the files of the folder that the model was loaded from. The model is merged for the time of writing and
+    unmerged after it, whatever happens: to the bit what it was. `untie=True` is `merge`'s, for a head that shares the
+    embedding's weight; the checkpoint then says that they are not tied. Files of these names in the folder are
+    replaced one by one when all are written.
+
+    Raises `SurgeryError` for a model without `save_pretrained` and whatever `merge` refuses, and writes nothing then.
+    """
+    require_state(model)
+    save: Any = getattr(model, "save_pretrained", None)
+    if save is None:
+        raise SurgeryError(
+            f"{type(model).__name__} has no save_pretrained",
+            why="merge_to writes checkpoints of transformers",
+            fix="merge(model), then save base_state_dict(model) in your own way",
+        )
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    merge(model, adapter, untie=untie)
+    place = Path(tempfile.mkdtemp(prefix=".surgery-", dir=folder))
+    try:
+        save(place)
+        _say_untied(model, place / "config.json")
+        if tokenizer is not None:
+            tokenizer.save_pretrained(place)
+        else:
+            _copy_tokenizer(model, place)
+        for file in sorted(place.iterdir()):
+            os.replace(file, folder / file.name)
+    finally:
+        unmerge(model)
+        shutil.rmtree(place, ignore_errors=True)
+    return folder
+
+
+def _say_untied(model: Any, config: Path) -> None:
+    """A head that was given a weight of its own must not be tied again when the checkpoint is loaded."""
+    head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
+    if head is None or embedding is None or head.weight is embedding.weight or not config.exists():
+        return
+    held = json.loads(config.read_text(encoding="utf-8"))
+    for part in (held, *(inner for inner in held.values() if isinstance(inner, dict))):
+        if part is held or "tie_word_embeddings" in part:
+            part["tie_word_embeddings"] = False
+    config.write_text(json.dumps(held, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def _copy_tokenizer(model: Any, place: Path) -> None:
+    source = Path(getattr(getattr(model, "config", None), "_name_or_path", "") or "")
+    if str(source) not in ("", ".") and source.is_dir():
+        for pattern in TOKENIZERS:
+            for file in source.glob(pattern):
+                if file.is_file():
+                    shutil.copyfile(file, place / file.name)

@@ -1,0 +1,365 @@
+"""PEFT's files, in and out: what all of its methods share. What is a method's own stands beside its rule.
+
+A method is a `PeftMethod`: which rule it is, its fields and tensors under PEFT's names. It is found by its peft_type
+among those registered; a package that offers rules (entry points `surgery.rules`) registers its own.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence, Set
+from dataclasses import dataclass, fields
+from functools import cached_property
+from importlib import metadata
+from typing import Any, ClassVar, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from surgery.errors import RuleError, SurgeryError, near_misses
+from surgery.files import TensorFile
+from surgery.peft_targets import Modules, choose, chosen_by, fields_of, regular
+from surgery.plan import Plan
+from surgery.recording import Step
+from surgery.rule import Rule
+from surgery.state import rules_of, sites, tensors_of, whole
+from surgery.stored import Entry
+
+__all__ = ["PeftConfig", "PeftMethod", "PeftPart", "PeftPlace", "peft_method"]
+
+PREFIX = "base_model.model."
+# Fields that say nothing about what an adapter computes.
+SILENT = frozenset(
+    "peft_type peft_version task_type inference_mode auto_mapping base_model_name_or_path revision megatron_core "
+    "runtime_config loftq_config eva_config qalora_group_size _library_name low_cpu_mem_usage".split()
+)
+
+
+class PeftConfig:
+    """A configuration as it was read: what no one takes and that says something is refused in the end."""
+
+    def __init__(self, data: Mapping[str, Any], model: nn.Module, file: TensorFile | None = None):
+        self.data, self.model, self.file = dict(data), model, file
+        self.modules = Modules.of(model)
+        self.left = set(self.data) - SILENT
+        self.notes: list[str] = []
+
+    def take(self, name: str, default: Any = None) -> Any:
+        """A field's value; the default where it is absent or null."""
+        self.left.discard(name)
+        value = self.data.get(name)
+        return default if value is None else value
+
+    @cached_property
+    def targeted(self) -> set[str]:
+        """The paths that the configuration means."""
+        return chosen_by(self.data, self.modules)
+
+    def fitting(self, name: str) -> dict[str, Any] | None:
+        """A mapping from patterns of paths, without those that fit no target: PEFT passes over them."""
+        given, paths = self.take(name, {}), self.targeted
+        return {key: v for key, v in given.items() if any(re.match(rf"(.*\.)?({key})$", p) for p in paths)} or None
+
+    @staticmethod
+    def regular(paths: Sequence[str]) -> str:
+        """A target for exactly these paths."""
+        return regular(paths)
+
+    def refuse(self, name: str, why: str, fix: str | None = None) -> SurgeryError:
+        return SurgeryError(f"PEFT's {name}={str(self.data.get(name))[:100]!r} can't be held exactly", why=why, fix=fix)
+
+    def silent(self, *names: str) -> None:
+        """Fields that say nothing about what this method computes."""
+        self.left -= set(names)
+
+    def only(self, name: str, *values: Any, why: str = "there is nothing like it here") -> None:
+        if self.take(name, values[0]) not in values:
+            raise self.refuse(name, why)
+
+    def untaken(self) -> list[SurgeryError]:
+        said = sorted(name for name in self.left if self.data[name] not in (None, False, "", [], {}, "none", 0))
+        return [self.refuse(name, "no rule here has such a field") for name in said]
+
+
+@dataclass(frozen=True)
+class PeftPlace:
+    """One rule at one module, as its tensors are looked for: `main` are the paths that the method itself is on."""
+
+    path: str
+    module: nn.Module
+    rule: Rule
+    names: tuple[str, ...]
+    main: Set[str]
+    modules: Modules
+    config: Mapping[str, Any]
+
+
+P = TypeVar("P", bound="PeftPart")
+Placed = Sequence[tuple[Rule, Sequence[str]]]
+
+
+class PeftPart:
+    """How the tensors of one kind of rule are called in PEFT's files.
+
+    `tensors`: the rule's name of a tensor → what follows the module's path in PEFT's key, where the numbers are the
+    same. `made`: tensors that PEFT does not write, since they follow from the fields.
+    """
+
+    rule: ClassVar[type[Rule]]
+    peft_type: ClassVar[str | None] = None  # of what belongs to one method
+    tensors: ClassVar[Mapping[str, str]] = {}
+    made: ClassVar[tuple[str, ...]] = ()
+
+    def entries(self, place: PeftPlace) -> dict[str, Entry]:
+        """Where each tensor stands: a key relative to the module's path, or, after "/", to the whole file."""
+        return {name: Entry(self.tensors[name]) for name in place.names if name in self.tensors}
+
+    def read(self, config: PeftConfig) -> Iterable[Rule]:
+        """The rules that a configuration asks for beside the method's own, by a field of this part's."""
+        return ()
+
+    def write(self, placed: Placed, modules: Modules) -> dict[str, Any]:
+        """The configuration's fields for these rules, each with the paths it is on."""
+        raise NotImplementedError
+
+
+class PeftMethod(PeftPart):
+    """One of PEFT's methods. `fields`: PEFT's name → the rule's, of the same meaning and value.
+
+    `inits`: what PEFT's `init_field` says of how tensors start → the rule's `init`; of a saved adapter the start is
+    past, but for those that change the base. A field that is absent or null is the rule's default, which is PEFT's.
+    """
+
+    peft_type: ClassVar[str | None]
+    fields: ClassVar[Mapping[str, str]] = {}
+    init_field: ClassVar[str] = "init_weights"
+    inits: ClassVar[Mapping[Any, str]] = {True: "identity", False: "random"}
+    passed_over: ClassVar[tuple[str, ...]] = ()  # ends of keys that change no result
+    targeted: ClassVar[bool] = True  # whether its configuration names modules
+    marks: ClassVar[tuple[str, ...]] = ()  # what PEFT's keys have after a path, to find the paths by
+
+    def read(self, config: PeftConfig) -> Iterable[Rule]:
+        given = {ours: config.take(theirs) for theirs, ours in self.fields.items()}
+        given = {name: value for name, value in given.items() if value is not None and value != {}}
+        names = {field.name for field in fields(self.rule)}
+        start = config.take(self.init_field, True)
+        if "init" in names:
+            if not isinstance(start, (bool, str)) or start not in self.inits:
+                raise config.refuse(self.init_field, "it changes more than an adapter's own tensors")
+            given["init"] = self.inits[start]
+        given |= self.further(config)
+        return [choose(config, self.rule, given, self.marks or tuple(self.tensors.values()))]
+
+    def further(self, config: PeftConfig) -> dict[str, Any]:
+        """Fields of the rule that are no plain copies, and fields of PEFT's that only one value can be held of."""
+        return {}
+
+    def write(self, placed: Placed, modules: Modules) -> dict[str, Any]:
+        (rule, paths), *more = placed
+        if more:
+            raise _unsaid(f"{len(placed)} {rule.label}s", "it holds one")
+        if getattr(rule, "dtype", None) not in (None, "float32"):
+            raise _unsaid(f"{rule.label}(dtype={rule.dtype!r})", "PEFT computes in float32")  # type: ignore[attr-defined]
+        config = {theirs: _plain(getattr(rule, ours)) for theirs, ours in self.fields.items()}
+        if self.inits and "init" in {field.name for field in fields(rule)}:
+            starts = {ours: theirs for theirs, ours in reversed(list(self.inits.items()))}
+            if rule.init not in starts:  # type: ignore[attr-defined]
+                raise _unsaid(f"{rule.label}(init={rule.init!r})", "it changes the base in a way PEFT can't repeat")  # type: ignore[attr-defined]
+            config[self.init_field] = starts[rule.init]  # type: ignore[attr-defined]
+        return {**config, **self.said(rule), **fields_of(rule, modules, paths)}
+
+    def said(self, rule: Rule) -> dict[str, Any]:
+        """The inverse of `further`."""
+        return {}
+
+    def joined(self, key: str, tensors: Sequence[Tensor], sites: Sequence[nn.Module]) -> Tensor:
+        """One tensor of the file for those of several sites that share it; each came through its `write`."""
+        return _one(key, tensors)
+
+
+_parts: dict[type[Rule], PeftPart] = {}
+_methods: dict[str, PeftMethod] = {}
+
+
+def peft_method(cls: type[P]) -> type[P]:
+    """Register a `PeftMethod`, or a `PeftPart` that goes with any method, for reading and writing PEFT's files."""
+    made = cls()
+    _parts[made.rule] = made
+    if isinstance(made, PeftMethod):
+        _methods[str(made.peft_type)] = made
+    return cls
+
+
+def _load() -> None:
+    for entry in metadata.entry_points(group="surgery.rules"):
+        entry.load()
+
+
+def _method(name: Any) -> PeftMethod:
+    if isinstance(name, str):
+        if name not in _methods:
+            _load()
+        if name in _methods:
+            return _methods[name]
+    raise SurgeryError(
+        f"PEFT's {str(name)[:60]!r} is not among the methods that can be read here",
+        why=near_misses(str(name)[:60], _methods) or f"they are {', '.join(sorted(_methods))}",
+    )
+
+
+def _part(rule: Rule) -> PeftPart | None:
+    if not _parts:
+        _load()
+    return next((_parts[cls] for cls in type(rule).__mro__ if cls in _parts), None)
+
+
+def _is_main(rule: Rule) -> bool:
+    part = _part(rule)
+    return part is not None and part.peft_type is not None
+
+
+# Reading ------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Read:
+    rules: list[Rule]
+    entry: Callable[[Plan, Step, str], Entry | None]
+    problems: list[SurgeryError]
+    unheld: list[SurgeryError]
+    notes: list[str]
+    ignored: tuple[str, ...]
+
+
+def read(model: nn.Module, config: Any, file: TensorFile) -> Read:
+    """The rules of an adapter in PEFT's files, and where their tensors are."""
+    from surgery.peft_keys import keys_of, settings_of
+
+    keys = keys_of(model, file)
+    if config is None:
+        config = settings_of(model, file, keys)
+    if not isinstance(config, dict):
+        raise SurgeryError("the adapter's configuration is no mapping")
+    given = PeftConfig(config, model, TensorFile({k: file.shapes[v] for k, v in keys.items()}, {}, {}, file.read))
+    rules, problems = list[Rule](), list[SurgeryError]()
+    method = _method(config.get("peft_type"))
+    extras = [part for part in _parts.values() if not isinstance(part, PeftMethod)]
+    for part in (method, *extras):
+        try:
+            rules += part.read(given)
+        except SurgeryError as error:
+            problems.append(error)
+        except Exception as error:  # fields of a file may have any type
+            problems.append(RuleError("the configuration can't be read", why=f"{type(error).__name__}: {error}"[:300]))
+    unheld = [] if problems else given.untaken()  # else no one came to the further fields
+
+    found: dict[int, Mapping[str, Entry | None]] = {}  # by step, of the plan that is asked about
+    main = set[str]()
+
+    def entry(plan: Plan, step: Step, name: str) -> Entry | None:
+        if not found:
+            main.update(s.path for s in plan.steps if _is_main(s.rule))
+        if id(step) not in found:
+            found[id(step)] = _of_step(step, keys, main, given)
+        return found[id(step)][name]
+
+    ignored = tuple(key for key in file.shapes if key.endswith(method.passed_over or ("\n",)))
+    return Read(rules, entry, problems, unheld, given.notes, ignored)
+
+
+def _of_step(step: Step, keys: Mapping[str, str], main: Set[str], config: PeftConfig) -> dict[str, Entry | None]:
+    """Where the file has each tensor of a step; None for what follows from the rule's fields."""
+    part, names = _part(step.rule), tuple(spec.name for spec in step.specs)
+    assert part is not None
+    entries = part.entries(PeftPlace(step.path, step.module, step.rule, names, main, config.modules, config.data))
+    found: dict[str, Entry | None] = dict.fromkeys(names)
+    for name in names:
+        if name not in part.made:
+            key = _absolute(step.path, entries[name].key)
+            found[name] = entries[name]._replace(key=keys.get(key, key))
+    return found
+
+
+def _absolute(path: str, key: str) -> str:
+    return key[1:] if key.startswith("/") else f"{PREFIX}{path}.{key}" if path else f"{PREFIX}{key}"
+
+
+# Writing ------------------------------------------------------------------------------------------------------
+
+
+def written(model: nn.Module, adapter: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """An adapter as PEFT's configuration and tensors; `SurgeryError` where that would not be the same adapter."""
+    rules, modules = rules_of(model, adapter), Modules.of(model)
+    parts = [_part(rule) for rule in rules]
+    for rule, part in zip(rules, parts, strict=True):
+        if part is None:
+            raise _unsaid(rule.label, "PEFT has nothing like it")
+    methods = list(dict.fromkeys(part.peft_type for part in parts if part is not None and part.peft_type))
+    if len(methods) != 1:
+        what = "PEFT needs a method beside them" if not methods else f"they are {len(methods)} methods of PEFT's"
+        raise _unsaid(" and ".join(dict.fromkeys(rule.label for rule in rules)), what)
+    placed = [
+        (path, module, applied.rule)
+        for path, module, state in sites(model)
+        for applied in state.applied
+        if applied.adapter == adapter
+    ]
+    config: dict[str, Any] = {"peft_type": methods[0]}
+    targeted = _methods[str(methods[0])].targeted
+    for part in dict.fromkeys(parts):
+        mine = [rule for rule, other in zip(rules, parts, strict=True) if other is part]
+        assert part is not None
+        said = part.write([(rule, [path for path, _, other in placed if other == rule]) for rule in mine], modules)
+        for name in [name for name in ("rank_pattern", "alpha_pattern") if name in config and name in said]:
+            said[name] = {**config[name], **said[name]}  # each names its own paths
+        clash = [name for name in said if config.get(name, said[name]) != said[name] and "pattern" not in name]
+        if clash:
+            raise _unsaid(" and ".join(rule.label for rule in rules), f"they differ in {', '.join(clash)}")
+        config |= said
+    common = {"inference_mode": True, "task_type": None, "auto_mapping": None, "revision": None}
+    config = common | ({"target_modules": []} if targeted else {}) | config
+    config["base_model_name_or_path"] = getattr(getattr(model, "config", None), "_name_or_path", None) or None
+    if targeted and chosen_by(config, modules) != {path for path, _, r in placed if isinstance(_part(r), PeftMethod)}:
+        raise _unsaid(rules[0].label, "PEFT would find other modules by these targets")
+    return config, _tensors(model, adapter, placed, modules, config)
+
+
+def _tensors(
+    model: nn.Module,
+    adapter: str,
+    placed: list[tuple[str, nn.Module, Rule]],
+    modules: Modules,
+    config: Mapping[str, Any],
+) -> dict[str, Tensor]:
+    main = frozenset(path for path, _, rule in placed if _is_main(rule))
+    found: dict[str, list[Tensor]] = {}
+    for path, module, rule in placed:
+        part, held = _part(rule), tensors_of(module, adapter)
+        assert part is not None
+        place = PeftPlace(path, module, rule, tuple(held), main, modules, config)
+        for name, entry in part.entries(place).items():
+            if name not in part.made and name in held:
+                found.setdefault(_absolute(path, entry.key), []).append(entry.write(whole(held[name].detach())))
+    method = next((_part(rule) for _, _, rule in placed if isinstance(_part(rule), PeftMethod)), None)
+    if not isinstance(method, PeftMethod):
+        return {key: _one(key, tensors) for key, tensors in found.items()}
+    on = [module for _, module, rule in placed if _part(rule) is method]
+    return {key: method.joined(key, tensors, on) for key, tensors in found.items()}
+
+
+def _one(key: str, tensors: Sequence[Tensor]) -> Tensor:
+    if any(tensor.shape != tensors[0].shape or not torch.equal(tensor, tensors[0]) for tensor in tensors[1:]):
+        raise _unsaid(f"sites with tensors of their own for {key}", "PEFT's sites share one")
+    return tensors[0]
+
+
+def _unsaid(what: str, why: str) -> SurgeryError:
+    return SurgeryError(
+        f"PEFT's format can't hold {what}", why=why, fix='save_adapter(…, format="surgery") holds any rules'
+    )
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, tuple):
+        return [_plain(item) for item in value]
+    return {key: _plain(item) for key, item in value.items()} if isinstance(value, Mapping) else value

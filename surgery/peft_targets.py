@@ -1,0 +1,144 @@
+"""Which modules PEFT's configuration means, as PEFT reads it, and the same said by a rule's targets."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from torch import nn
+
+from surgery.errors import MatchError, SurgeryError
+from surgery.match import Tree, base_modules, matches
+from surgery.rule import Rule
+
+if TYPE_CHECKING:
+    from surgery.peft_format import PeftConfig
+
+__all__ = ["Modules", "choose", "chosen_by", "fields_of", "regular"]
+
+R = TypeVar("R", bound=Rule)
+
+
+@dataclass(frozen=True)
+class Modules:
+    """A model's modules by path, each once, as `named_modules` lists them."""
+
+    model: nn.Module
+    by_path: Mapping[str, nn.Module]
+
+    @staticmethod
+    def of(model: nn.Module) -> Modules:
+        return Modules(model, {path: module for path, module in base_modules(model) if path})
+
+    @cached_property
+    def tree(self) -> Tree:
+        return Tree.of(self.model)
+
+    def matched(self, rule: Rule) -> set[str]:
+        try:
+            return {match.path for match in matches(self.tree, rule)}
+        except MatchError:
+            return set()
+
+
+def chosen_by(config: Mapping[str, Any], modules: Modules) -> set[str]:
+    """The paths that `target_modules` and the fields around it mean; empty where they name none."""
+    targets = config.get("target_modules")
+    if not targets:
+        return set()
+    return {path for path in modules.by_path if not _excluded(config, path) and _targeted(config, targets, path)}
+
+
+def _excluded(config: Mapping[str, Any], path: str) -> bool:
+    exclude = config.get("exclude_modules")
+    if isinstance(exclude, str) and exclude and re.fullmatch(exclude, path):
+        return True
+    if not isinstance(exclude, str) and exclude and _named(exclude, path):
+        return True
+    return any(re.match(rf"(^|.*\.){name}($|\..*)", path) for name in config.get("modules_to_save") or ())
+
+
+def _named(names: Sequence[str], path: str) -> bool:
+    return any(path == name or path.endswith(f".{name}") for name in names)
+
+
+def _targeted(config: Mapping[str, Any], targets: Any, path: str) -> bool:
+    if isinstance(targets, str):
+        return re.fullmatch(targets, path) is not None
+    if not _named(targets, path):
+        return False
+    layers, patterns = config.get("layers_to_transform"), config.get("layers_pattern") or ()
+    if layers is None or layers == []:
+        return True
+    forms = [rf"(?:^|.*?\.){p}\.(?P<idx>\d+)\." for p in ([patterns] if isinstance(patterns, str) else patterns)]
+    hits = (re.match(form, path) for form in forms or [r".*?\.[^.]*\.(?P<idx>\d+)\."])
+    hit = next((hit for hit in hits if hit), None)
+    return hit is not None and int(hit["idx"]) in ([layers] if isinstance(layers, int) else layers)
+
+
+def choose(config: PeftConfig, kind: type[R], given: Mapping[str, Any], marks: tuple[str, ...]) -> R:
+    """The rule on the modules that a configuration means: in its own words where they mean the same here."""
+    targets, exclude = config.take("target_modules"), config.take("exclude_modules")
+    layers, _ = config.take("layers_to_transform"), config.take("layers_pattern")
+    for name, value in (("target_modules", targets), ("exclude_modules", exclude)):
+        plain = isinstance(value, (str, type(None))) or isinstance(value, list) and all(map(_is_text, value))
+        if not plain:
+            raise SurgeryError(f"PEFT's {name} is no text and no list of names")
+    if targets == "all-linear":
+        return kind(targets="all-linear", exclude=_words(exclude), **given)
+    if not targets:
+        return kind(targets=regular(_by_keys(config, marks)), **given)
+    wanted = config.targeted
+    words = _words(targets)
+    short = kind(targets=words, exclude=_words(exclude), layers=layers or None, **given)
+    same = not config.data.get("layers_pattern") and config.modules.matched(short) == wanted
+    return short if same or not wanted else kind(targets=regular(sorted(wanted)), **given)
+
+
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str)
+
+
+def _words(value: Any) -> Any:
+    """Targets as a rule says them: of PEFT's, a single text is a regular expression."""
+    return f"re:{value}" if isinstance(value, str) and value else value or ()
+
+
+def regular(paths: Sequence[str]) -> str:
+    """A regular expression for exactly these paths."""
+    return "re:" + "|".join(map(re.escape, paths))
+
+
+def _by_keys(config: PeftConfig, marks: tuple[str, ...]) -> list[str]:
+    """Without targets PEFT asks a table of architectures; the file's own keys say where the adapter is."""
+    found = {}
+    for key in config.file.shapes if config.file is not None else ():
+        for mark in marks:
+            path = key.removeprefix("base_model.model.").removesuffix(f".{mark}")
+            if path in config.modules.by_path:
+                found[path] = None
+    return list(found)
+
+
+def fields_of(rule: Rule, modules: Modules, paths: Sequence[str]) -> dict[str, Any]:
+    """`target_modules` and the fields around it, for a rule that is on these paths."""
+    wanted, kept = set(paths), {}
+    targets, exclude, layers = rule.targets, rule.exclude, rule.layers
+    if all(map(_is_text, (*targets, *exclude))):  # type: ignore[misc]
+        said = {"target_modules": _said(targets), "exclude_modules": _said(exclude) or None}
+        kept = {**said, "layers_to_transform": list(layers) if layers is not None else None}  # type: ignore[arg-type]
+    listed = {"target_modules": sorted(wanted)}
+    for fields in (kept, listed):
+        if fields.get("target_modules") and chosen_by(fields, modules) == wanted:
+            return {name: value for name, value in fields.items() if value is not None}
+    return {"target_modules": regular(sorted(wanted)).removeprefix("re:")}
+
+
+def _said(targets: Any) -> Any:
+    if len(targets) == 1 and targets[0].startswith("re:"):
+        return targets[0].removeprefix("re:")
+    plain = not any(target.startswith("re:") or target == "all-linear" for target in targets)
+    return list(targets) if plain else None

@@ -1,0 +1,159 @@
+"""An adapter in files, as it is found: which format it is in, its rules, and where each tensor stands."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from torch import Tensor, nn
+
+from surgery.errors import LoadError, RuleError, SurgeryError
+from surgery.files import TensorFile, open_tensors, parse_json, put_away, read_json
+from surgery.match import RESERVED
+from surgery.plan import Plan
+from surgery.recording import Step
+from surgery.rule import Rule
+
+__all__ = ["Entry", "Stored", "names_in", "stored_adapter", "tensor_key"]
+
+SURGERY = ("adapter.safetensors", "rules.json")
+PEFT = ("adapter_model.safetensors", "adapter_config.json")
+OLD = "adapter_model.bin"
+BARE = ("pytorch_lora_weights.safetensors", "pytorch_lora_weights.bin")  # diffusers': tensors without settings
+NAME, VERSION = "model-surgery adapter", 1
+
+
+class Entry(NamedTuple):
+    """Where a tensor of an adapter stands in a file, and how the two are turned into each other."""
+
+    key: str
+    read: Callable[[Tensor], Tensor] = lambda tensor: tensor
+    write: Callable[[Tensor], Tensor] = lambda tensor: tensor
+
+
+@dataclass(frozen=True)
+class Stored:
+    """An adapter in files, its tensors not yet read. `entry` is None for what follows from a rule's fields alone.
+
+    `unheld` are settings that no rule has a field for, `notes` what to know, `ignored` keys that change no result.
+    """
+
+    rules: list[Rule]
+    file: TensorFile
+    entry: Callable[[Plan, Step, str], Entry | None]
+    problems: list[SurgeryError] = field(default_factory=list)
+    base: Any = None
+    metadata: Mapping[str, Any] = field(default_factory=dict)
+    licence: str | None = None
+    unheld: list[SurgeryError] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    ignored: tuple[str, ...] = ()
+
+
+def tensor_key(path: str, name: str) -> str:
+    return ".".join(filter(None, (path, RESERVED, name)))
+
+
+def stored_adapter(model: nn.Module, source: str | Path, subfolder: str | None, revision: str | None) -> Stored:
+    """The adapter in a folder, a file, or a repository of the hub."""
+    place = Path(source)
+    try:
+        if not place.exists():
+            from surgery.hub import fetched
+
+            place = fetched(str(source), subfolder, revision)
+        elif subfolder:
+            place = place / subfolder
+        return _opened(model, place)
+    except LoadError:
+        raise
+    except SurgeryError as error:
+        error.where = error.where or str(source)
+        raise LoadError([error]) from error
+
+
+def names_in(folder: Path) -> tuple[str, str | None] | None:
+    """The names of the tensors and the settings of the adapter in a folder, or None."""
+    for tensors, settings in (SURGERY, PEFT, (OLD, PEFT[1]), *((bare, None) for bare in BARE)):
+        if (folder / tensors).is_file():
+            return tensors, settings
+    return None
+
+
+def _opened(model: nn.Module, place: Path) -> Stored:
+    if place.is_dir():
+        names = names_in(place)
+        if names is None:
+            listed = ", ".join((SURGERY[0], PEFT[0], OLD, *BARE))
+            raise SurgeryError("there is no adapter in this folder", why=f"it holds none of {listed}")
+    else:
+        settings = {SURGERY[0]: SURGERY[1], PEFT[0]: PEFT[1], OLD: PEFT[1]}.get(place.name)
+        names, place = (place.name, settings), place.parent
+    file = open_tensors(place / names[0])
+    told = _told(file)
+    settings = _settings(place, names[1], told)
+    if isinstance(settings, dict) and settings.get("format") == NAME:
+        return _of_surgery(settings, file)
+    from surgery.peft_format import read
+
+    found = read(model, settings, file)
+    extra = {"base": told.get("base"), **_labels(told)}
+    told_by = {"unheld": found.unheld, "notes": found.notes, "ignored": found.ignored}
+    return Stored(found.rules, file, found.entry, found.problems, **told_by, **extra)
+
+
+def _told(file: TensorFile) -> dict[str, Any]:
+    """What `save_adapter` wrote into the tensors' own file."""
+    if "surgery" not in file.metadata:
+        return {}
+    told = parse_json(file.metadata["surgery"], "the metadata of the tensors")
+    return told if isinstance(told, dict) else {}
+
+
+def _settings(place: Path, name: str | None, told: Mapping[str, Any]) -> Any:
+    """The settings beside the tensors; where a save was killed half-way, those in the tensors' file, or the old."""
+    if name is None:
+        return None
+    if (place / name).is_file():
+        return read_json(place / name)
+    if "settings" in told:
+        return told["settings"]
+    if (place / put_away(name)).is_file():
+        return read_json(place / put_away(name))
+    if name == SURGERY[1]:
+        raise SurgeryError(f"there is no {name} beside the tensors", fix="copy both files")
+    return None
+
+
+def _labels(told: Mapping[str, Any]) -> dict[str, Any]:
+    metadata, licence = told.get("metadata"), told.get("licence")
+    return {
+        "metadata": metadata if isinstance(metadata, dict) else {},
+        "licence": licence if isinstance(licence, str) else None,
+    }
+
+
+def _of_surgery(settings: Mapping[str, Any], file: TensorFile) -> Stored:
+    version, listed = settings.get("version"), settings.get("rules")
+    if type(version) is not int or version < 1:
+        raise SurgeryError(f"its version {version!r} is no version of the format")
+    if version > VERSION:
+        raise SurgeryError(f"it has version {version} of the format", why="a later release wrote it", fix="update")
+    rules, problems = list[Rule](), list[SurgeryError]()
+    for data in _rules_in(listed):
+        try:
+            rules.append(Rule.from_dict(data))
+        except SurgeryError as error:
+            problems.append(error)
+        except Exception as error:  # fields of any type may meet a rule's own checks
+            problems.append(RuleError(f"{str(data)[:200]} is no rule", why=f"{type(error).__name__}: {error}"))
+    entry: Any = lambda plan, step, name: Entry(tensor_key(step.path, name))  # noqa: E731
+    return Stored(rules, file, entry, problems, settings.get("base"), **_labels(settings))
+
+
+def _rules_in(listed: Any) -> Iterator[Any]:
+    if not isinstance(listed, list) or not listed:
+        raise SurgeryError("its settings list no rules")
+    yield from listed
