@@ -9,6 +9,7 @@ from rules.c3a import C3aRule
 from rules.capture import Captured, CaptureRule, captured
 from rules.experts import ExpertLoraRule
 from rules.fit import fit_direction
+from rules.fit_prefix import fit_prefix
 from rules.fourier import FourierRule
 from rules.hra import HraRule
 from rules.ia3 import IA3Rule
@@ -60,5 +61,6 @@ __all__ = [
     "VeraRule",
     "captured",
     "fit_direction",
+    "fit_prefix",
     "orthogonal_loss",
 ]

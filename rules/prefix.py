@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import field
 from typing import Any
 
@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from rules._fields import whole
-from surgery import Rule, Site, SiteError, Targets, rule, takes_functions
+from rules._prefix import folded_tensors, for_one_query, heard, keys_and_values, shape_held, widened_bias
+from surgery import LiveSite, Rule, Site, SiteError, Targets, rule, takes_functions
 
 EVERYWHERE = "re:.*"
 
@@ -48,12 +49,14 @@ class PrefixRule(Rule):
 
     targets: Targets = field(default=EVERYWHERE, kw_only=False)
     length: int = 20
+    projection: int | None = None
     init: str = "random"
     gate: bool = False
     why_not_merged = "a prefix is keys and values beside the text's, and no change of a weight"
 
     def validate(self) -> None:
         whole(self, "length")
+        whole(self, "projection", optional=True)
         if self.init not in ("random", "zero"):
             raise self.bad("init", "'random' or 'zero'")
         if type(self.gate) is not bool:
@@ -72,7 +75,7 @@ class PrefixRule(Rule):
         return None if takes_functions(module) else "its forward takes no attention function from a registry"
 
     def rewrite(self, site: Site) -> Any:
-        shape = site.shape_of("key")
+        shape = shape_held(site, self.length)
         heads = site.shape_of("gate")
         if shape is None:
             seen = self._seen(site)
@@ -80,13 +83,15 @@ class PrefixRule(Rule):
                 return NotImplemented
             query, key = seen
             shape, heads = (key.shape[1], self.length, key.shape[3]), (query.shape[1],)
-        init: Any = _normal if self.init == "random" else 0.0
-        prefix = [site.param(name, shape, init) for name in ("key", "value")]
+        prefix = keys_and_values(site, shape, self.init, self.projection)
         if self.gate:
             site.around(gated, *prefix, site.param("gate", heads or ()))
         else:
             site.around(prefixed, *prefix)
         return None
+
+    def folded(self, site: LiveSite) -> tuple[Rule, Mapping[str, Tensor]]:
+        return (self, site.params) if self.projection is None else (self.replace(projection=None), folded_tensors(site))
 
     def _seen(self, site: Site) -> tuple[Tensor, Tensor] | None:
         """Queries and keys of the example call, (batch, heads, positions, size); None: pass a cross-attention over."""
@@ -122,7 +127,14 @@ def prefixed(before_key: Tensor, before_value: Tensor) -> Callable[..., Any]:
 
     def attend(attention: Any, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any = None,
                *args: Any, **kwargs: Any) -> Any:  # fmt: skip
+        if heard(before_key, key, value):
+            return attention(module, query, key, value, attention_mask, *args, **kwargs)
+        if not args:
+            output = for_one_query(attention, query, key, value, attention_mask, (before_key, before_value), kwargs)
+            if output is not None:
+                return output, None
         mask = _widened(attention, module, query, key, attention_mask, before_key.shape[-2], kwargs)
+        kwargs = widened_bias(kwargs, before_key.shape[-2])
         keys = torch.cat([_spread(before_key, key), key], -2)
         values = torch.cat([_spread(before_value, value), value], -2)
         return attention(module, query, keys, values, mask, *args, **kwargs)
@@ -136,10 +148,13 @@ def gated(before_key: Tensor, before_value: Tensor, gate: Tensor) -> Callable[..
     def attend(attention: Any, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any = None,
                *args: Any, **kwargs: Any) -> Any:  # fmt: skip
         output, *rest = attention(module, query, key, value, attention_mask, *args, **kwargs)
+        if heard(before_key, key, value):
+            return (output, *rest)
         # Every query sees the prefix: said by a mask, or a causal attention would put its own there.
         mask = torch.ones(1, 1, query.shape[-2], before_key.shape[-2], dtype=torch.bool, device=query.device)
         prefix = _spread(before_key, key), _spread(before_value, value)
-        beside = attention(module, query, *prefix, None if _is_eager(attention) else mask, *args, **kwargs)[0]
+        alone = {**kwargs, "position_bias": None} if "position_bias" in kwargs else kwargs  # it has no positions
+        beside = attention(module, query, *prefix, None if _is_eager(attention) else mask, *args, **alone)[0]
         return (output + gate.tanh().to(output.dtype).view(1, 1, -1, 1) * beside, *rest)
 
     return attend
@@ -151,8 +166,8 @@ def _widened(attention: Any, module: nn.Module, query: Tensor, key: Tensor, mask
         causal = getattr(module, "is_causal", True) if causal is None else causal
         if not causal or query.shape[-2] == 1 or _is_eager(attention):
             return None  # every query sees every key, and so it stays
-        seen = torch.ones(query.shape[-2], key.shape[-2], dtype=torch.bool, device=query.device).tril()
-        mask = seen.view(1, 1, *seen.shape)  # as scaled_dot_product_attention's is_causal counts, from the first key
+        seen = torch.ones(query.shape[-2], length + key.shape[-2], dtype=torch.bool, device=query.device).tril(length)
+        return seen.view(1, 1, *seen.shape)  # as scaled_dot_product_attention's is_causal counts, from the first key
     if not isinstance(mask, Tensor) or mask.dim() not in (2, 4):
         raise SiteError(
             "a prefix can't widen this attention's mask",
@@ -173,7 +188,3 @@ def _is_eager(attention: Any) -> bool:
 
 def _spread(tensor: Tensor, like: Tensor) -> Tensor:
     return tensor.to(like.dtype).unsqueeze(0).expand(like.shape[0], -1, -1, -1)
-
-
-def _normal(tensor: Tensor) -> None:
-    nn.init.normal_(tensor, std=0.02)

@@ -21,6 +21,7 @@ from surgery.hidden import hidden_of
 from surgery.merge import MergeReport, merge, unmerge
 from surgery.pattern import Pattern, Targets
 from surgery.plan import Plan
+from surgery.plainer import folded_adapter
 from surgery.registries import takes_functions
 from surgery.rule import Rule, rule, rules_from_json, rules_from_yaml, rules_to_json, rules_to_yaml
 from surgery.show import Summary, draw, show, summary
@@ -64,6 +65,7 @@ __all__ = [
     "coverage",
     "draw",
     "explain",
+    "folded_adapter",
     "graph_of",
     "having",
     "hidden_of",
