@@ -20,8 +20,8 @@ from surgery.guided import trace
 from surgery.hidden import hidden_of
 from surgery.merge import MergeReport, merge, unmerge
 from surgery.pattern import Pattern, Targets
-from surgery.plan import Plan
 from surgery.plainer import folded_adapter
+from surgery.plan import Plan
 from surgery.registries import takes_functions
 from surgery.rule import Rule, rule, rules_from_json, rules_from_yaml, rules_to_json, rules_to_yaml
 from surgery.show import Summary, draw, show, summary

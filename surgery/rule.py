@@ -50,8 +50,8 @@ class Rule:
     Hooks, all optional but `rewrite`: `check` (why a module can't take the rule), `expand` (a container's inner
     sites), `companions` (further rules), `initialise`, `merged`, `folded`. Class attributes: `identity = True`
     promises an unchanged output at initialisation, which the engine checks on the example call; `exclusive = True`
-    bars other rules of the same adapter from its sites; `linear = True` says that it adds to the output what is linear in
-    the input, so that `merge` derives ΔW from it; `why_not_merged` is the reason where there is no `merged`.
+    bars other rules of the same adapter from its sites; `linear = True` says that it adds to the output what is linear
+    in the input, so that `merge` derives ΔW from it; `why_not_merged` is the reason where there is no `merged`.
 
     Raises `RuleError` for an unknown field, or a value that `validate` refuses.
     """
