@@ -35,9 +35,12 @@ class PrefixRule(Rule):
     without targets, on every self-attention: where the keys come from the same input as the queries. Cross-attentions
     are named in `targets`. Needs `example_inputs`: a call shows the keys' shape.
 
-    Fields: `length` (PEFT's num_virtual_tokens); `init` "random" (normal, deviation 0.02) or "zero"; `gate`: the prefix
+    Fields: `length` (PEFT's num_virtual_tokens); `projection`: the width of an MLP that makes keys and values (PEFT's
+    prefix_projection, encoder_hidden_size), taken out by `folded_adapter`; `init` "random" (normal, deviation 0.02; an
+    MLP as torch's layers) or "zero"; a text: `fit_prefix`; `gate`: the prefix
     has a softmax of its own, and what it gives is added times tanh of one trained number a head, zero at the start
-    (LLaMA-Adapter; PEFT's AdaptionPromptConfig). Tensors: `key`, `value` (key heads, length, size), `gate` (heads).
+    (LLaMA-Adapter; PEFT's AdaptionPromptConfig). Tensors: `key`, `value` (key heads, length, size), `gate` (heads); for
+    an MLP `embedding`, `inner`, `inner_bias`, `outer`, `outer_bias`.
 
     The mask is widened by columns that every query sees; a causal attention without a mask gets its mask written out.
     Positions stay those of the text: prefixes have none, and a rotation is not applied to them. Caches hold the text
