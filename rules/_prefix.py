@@ -68,7 +68,7 @@ def _as_linear(inputs: int) -> Callable[[Tensor], Tensor]:
 # Attending to it ----------------------------------------------------------------------------------------------
 
 # While prefixes are fitted: the id of a prefix's own keys → what takes the keys and values of the text.
-listeners: dict[int, Callable[[Tensor, Tensor], None]] = {}
+listeners: dict[int, Callable[[Tensor, Tensor], Any]] = {}
 
 _WORTHWHILE = 1 << 18  # entries of the keys
 

@@ -76,7 +76,9 @@ def _prefixes(model: nn.Module, adapter: str) -> dict[str, dict[str, Tensor]]:
             fix="fit a PrefixRule without one, or take the MLP out: folded_adapter(model)",
         )
     owners = [key.removesuffix(KEY) for key in adapter_state_dict(model, adapter) if key.endswith(KEY)]
-    found = {path: dict(model.get_submodule(f"{path}adapters.{adapter}").named_parameters()) for path in owners}
+    found: dict[str, dict[str, Tensor]] = {
+        path: dict(model.get_submodule(f"{path}adapters.{adapter}").named_parameters()) for path in owners
+    }
     return {path.rstrip("."): held for path, held in found.items() if "value" in held}
 
 
