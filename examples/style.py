@@ -3,7 +3,7 @@
 The prefix starts as the keys and values of a passage (`fit_prefix`). Each variant is trained anew, on other plays than
 the one it is measured on; after each everything is removed, and the model has the bits that it was loaded with.
 
-    python examples/style.py                       # about six minutes on two cores
+    python examples/style.py                       # three to four minutes on two cores
     python examples/style.py --steps 2 --batch 1
 """
 
@@ -27,7 +27,7 @@ BEGINNING = "HAMLET.\nO, that this night"
 def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seed", type=int, default=0, help="of the initial values and the order (default 0)")
-    parser.add_argument("--steps", type=int, default=20, help="training steps of each variant (default 20)")
+    parser.add_argument("--steps", type=int, default=14, help="training steps of each variant (default 14)")
     parser.add_argument("--batch", type=int, default=4, help="passages in a training step (default 4)")
     parser.add_argument("--tokens", type=int, default=128, help="tokens of a passage (default 128)")
     parser.add_argument("--length", type=int, default=20, help="length of the prefix (default 20)")
