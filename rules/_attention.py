@@ -61,7 +61,7 @@ def written_attention(site: Site) -> Written:
     """The one attention that the site's forward writes out. `SiteError` where it is none, several, or another form."""
     graph = as_digraph(site.graph, site.module)
     graph.graph["same"] = _same_inputs(site)
-    known = None if (held := site.shape_of("key")) is None else held[0]
+    known = next((shape[0] for name in ("key", "value") if (shape := site.shape_of(name))), None)
     found: list[Written | str] = []
     for node, data in graph.nodes(data=True):
         if data["operation"] == "scaled_dot_product_attention":

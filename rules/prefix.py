@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import field
 from typing import Any
 
@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from rules._attention import extend, may_write_attention, written_attention
 from rules._fields import whole
-from surgery import Rule, Site, SiteError, Targets, rule, takes_functions
+from rules._prefix import folded_tensors, for_one_query, heard, keys_and_values, shape_held, widened_bias
+from surgery import LiveSite, Rule, Site, SiteError, Targets, rule, takes_functions
 
 EVERYWHERE = ("", "re:.*")  # the model itself, and all in it
 
@@ -36,9 +37,12 @@ class PrefixRule(Rule):
     where the keys come from the same input as the queries. Cross-attentions are named in `targets`. Needs
     `example_inputs`: a call shows the keys' shape.
 
-    Fields: `length` (PEFT's num_virtual_tokens); `init` "random" (normal, deviation 0.02) or "zero"; `gate`: the prefix
+    Fields: `length` (PEFT's num_virtual_tokens); `projection`: the width of an MLP that makes keys and values (PEFT's
+    prefix_projection, encoder_hidden_size), taken out by `folded_adapter`; `init` "random" (normal, deviation 0.02; an
+    MLP as torch's layers) or "zero"; a text: `fit_prefix`; `gate`: the prefix
     has a softmax of its own, and what it gives is added times tanh of one trained number a head, zero at the start
-    (LLaMA-Adapter; PEFT's AdaptionPromptConfig). Tensors: `key`, `value` (key heads, length, size), `gate` (heads).
+    (LLaMA-Adapter; PEFT's AdaptionPromptConfig). Tensors: `key`, `value` (key heads, length, size), `gate` (heads); for
+    an MLP `embedding`, `inner`, `inner_bias`, `outer`, `outer_bias`.
 
     The mask is widened by columns that every query sees; a causal attention without a mask gets its mask written out.
     Where attention is written out, the prefix's scores stand beside the text's under one softmax.
@@ -51,12 +55,14 @@ class PrefixRule(Rule):
 
     targets: Targets = field(default=EVERYWHERE, kw_only=False)
     length: int = 20
+    projection: int | None = None
     init: str = "random"
     gate: bool = False
     why_not_merged = "a prefix is keys and values beside the text's, and no change of a weight"
 
     def validate(self) -> None:
         whole(self, "length")
+        whole(self, "projection", optional=True)
         if self.init not in ("random", "zero"):
             raise self.bad("init", "'random' or 'zero'")
         if type(self.gate) is not bool:
@@ -77,27 +83,27 @@ class PrefixRule(Rule):
         if takes_functions(site.module):
             return self._around(site)
         found = written_attention(site)
-        if not found.own and self.targets == EVERYWHERE and site.shape_of("key") is None:
+        if not found.own and self.targets == EVERYWHERE and shape_held(site, self.length) is None:
             return NotImplemented
-        keys, values = ((found.heads, self.length, size) for size in found.sizes)
-        key, value, gate = self._tensors(site, keys, values, (found.queries,))
-        return extend(site, found, key, value, gate)
+        shapes = [(found.heads, self.length, size) for size in found.sizes]
+        key, value = keys_and_values(site, shapes, self.init, self.projection)
+        return extend(site, found, key, value, site.param("gate", (found.queries,)) if self.gate else None)
 
     def _around(self, site: Site) -> Any:
-        shapes: Any = [site.shape_of(name) for name in ("key", "value", "gate")]
-        if shapes[0] is None:
+        shapes, heads = shape_held(site, self.length), site.shape_of("gate")
+        if shapes is None:
             seen = self._seen(site)
             if seen is None:
                 return NotImplemented
             query, *held = seen
-            shapes = [*((one.shape[1], self.length, one.shape[3]) for one in held), (query.shape[1],)]
-        key, value, gate = self._tensors(site, *shapes)
-        return site.around(prefixed, key, value) if gate is None else site.around(gated, key, value, gate)
+            shapes, heads = [(one.shape[1], self.length, one.shape[3]) for one in held], (query.shape[1],)
+        key, value = keys_and_values(site, shapes, self.init, self.projection)
+        if self.gate:
+            return site.around(gated, key, value, site.param("gate", heads or ()))
+        return site.around(prefixed, key, value)
 
-    def _tensors(self, site: Site, key: Any, value: Any, heads: Any) -> tuple[Tensor, Tensor, Tensor | None]:
-        init: Any = _normal if self.init == "random" else 0.0
-        made = site.param("key", key, init), site.param("value", value, init)
-        return (*made, site.param("gate", heads) if self.gate else None)
+    def folded(self, site: LiveSite) -> tuple[Rule, Mapping[str, Tensor]]:
+        return (self, site.params) if self.projection is None else (self.replace(projection=None), folded_tensors(site))
 
     def _seen(self, site: Site) -> tuple[Tensor, Tensor, Tensor] | None:
         """Queries, keys, values of the example, (batch, heads, positions, size); None: pass a cross-attention over."""
@@ -141,8 +147,14 @@ def prefixed(before_key: Tensor, before_value: Tensor) -> Callable[..., Any]:
 
     def attend(attention: Any, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any = None,
                *args: Any, **kwargs: Any) -> Any:  # fmt: skip
+        if heard(before_key, key, value):
+            return attention(module, query, key, value, attention_mask, *args, **kwargs)
+        if not args:
+            output = for_one_query(attention, query, key, value, attention_mask, (before_key, before_value), kwargs)
+            if output is not None:
+                return output, None
         mask = _widened(attention, module, query, key, attention_mask, before_key.shape[-2], kwargs)
-        kwargs = _with_wider_biases(query, key, before_key.shape[-2], kwargs)
+        kwargs = widened_bias(kwargs, before_key.shape[-2])
         keys = torch.cat([_spread(before_key, key), key], -2)
         values = torch.cat([_spread(before_value, value), value], -2)
         return attention(module, query, keys, values, mask, *args, **kwargs)
@@ -156,10 +168,13 @@ def gated(before_key: Tensor, before_value: Tensor, gate: Tensor) -> Callable[..
     def attend(attention: Any, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any = None,
                *args: Any, **kwargs: Any) -> Any:  # fmt: skip
         output, *rest = attention(module, query, key, value, attention_mask, *args, **kwargs)
+        if heard(before_key, key, value):
+            return (output, *rest)
         # Every query sees the prefix: said by a mask, or a causal attention would put its own there.
         mask = torch.ones(1, 1, query.shape[-2], before_key.shape[-2], dtype=torch.bool, device=query.device)
         prefix = _spread(before_key, key), _spread(before_value, value)
-        beside = attention(module, query, *prefix, None if _is_eager(attention) else mask, *args, **kwargs)[0]
+        alone = {**kwargs, "position_bias": None} if "position_bias" in kwargs else kwargs  # it has no positions
+        beside = attention(module, query, *prefix, None if _is_eager(attention) else mask, *args, **alone)[0]
         return (output + gate.tanh().to(output.dtype).view(1, 1, -1, 1) * beside, *rest)
 
     return attend
@@ -171,8 +186,8 @@ def _widened(attention: Any, module: nn.Module, query: Tensor, key: Tensor, mask
         causal = getattr(module, "is_causal", True) if causal is None else causal
         if not causal or query.shape[-2] == 1 or _is_eager(attention):
             return None  # every query sees every key, and so it stays
-        seen = torch.ones(query.shape[-2], key.shape[-2], dtype=torch.bool, device=query.device).tril()
-        mask = seen.view(1, 1, *seen.shape)  # as scaled_dot_product_attention's is_causal counts, from the first key
+        seen = torch.ones(query.shape[-2], length + key.shape[-2], dtype=torch.bool, device=query.device).tril(length)
+        return seen.view(1, 1, *seen.shape)  # as scaled_dot_product_attention's is_causal counts, from the first key
     if not isinstance(mask, Tensor) or mask.dim() not in (2, 4):
         raise SiteError(
             "a prefix can't widen this attention's mask",
@@ -184,16 +199,6 @@ def _widened(attention: Any, module: nn.Module, query: Tensor, key: Tensor, mask
     return torch.cat([columns, mask], -1)
 
 
-def _with_wider_biases(query: Tensor, key: Tensor, length: int, kwargs: dict[str, Any]) -> dict[str, Any]:
-    """Biases that are added to the scores, one for each key (T5's position_bias): none for the prefix."""
-    for name, value in kwargs.items():
-        if not isinstance(value, Tensor) or value.dim() != 4 or value.shape[-1] != key.shape[-2]:
-            continue
-        if value.is_floating_point() and value.shape[-2] in (query.shape[-2], 1) and "bias" in name:
-            kwargs = {**kwargs, name: torch.cat([value.new_zeros(*value.shape[:-1], length), value], -1)}
-    return kwargs
-
-
 def _is_eager(attention: Any) -> bool:
     """Whether an attention without a mask lets every query see every key, be it causal or not."""
     while hasattr(attention, "args") and hasattr(attention, "func"):  # other prefixes around it
@@ -203,7 +208,3 @@ def _is_eager(attention: Any) -> bool:
 
 def _spread(tensor: Tensor, like: Tensor) -> Tensor:
     return tensor.to(like.dtype).unsqueeze(0).expand(like.shape[0], -1, -1, -1)
-
-
-def _normal(tensor: Tensor) -> None:
-    nn.init.normal_(tensor, std=0.02)

@@ -25,6 +25,7 @@ from surgery.merge import MergeReport, merge, unmerge
 from surgery.merged import merge_to
 from surgery.pattern import Pattern, Targets
 from surgery.peft_format import PeftConfig, PeftMethod, PeftPart, PeftPlace, peft_method
+from surgery.plainer import folded_adapter
 from surgery.plan import Plan
 from surgery.registries import takes_functions
 from surgery.rule import Rule, rule, rules_from_json, rules_from_yaml, rules_to_json, rules_to_yaml
@@ -79,6 +80,7 @@ __all__ = [
     "coverage",
     "draw",
     "explain",
+    "folded_adapter",
     "graph_of",
     "having",
     "hidden_of",

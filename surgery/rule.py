@@ -48,10 +48,10 @@ class Rule:
     it must match). All but `targets` are given by name.
 
     Hooks, all optional but `rewrite`: `check` (why a module can't take the rule), `expand` (a container's inner
-    sites), `companions` (further rules), `initialise`, `merged`. Class attributes: `identity = True` promises an
-    unchanged output at initialisation, which the engine checks on the example call; `exclusive = True` bars
-    other rules of the same adapter from its sites; `imports = True` says that its fields name code to import, so
-    that `load_adapter` takes it from a file only when told to trust it; `linear = True` says that it adds to the
+    sites), `companions` (further rules), `initialise`, `merged`, `folded`. Class attributes: `identity = True`
+    promises an unchanged output at initialisation, which the engine checks on the example call; `exclusive = True`
+    bars other rules of the same adapter from its sites; `imports = True` says that its fields name code to import,
+    so that `load_adapter` takes it from a file only when told to trust it; `linear = True` says that it adds to the
     output what is linear in the input, so that `merge` derives ΔW from it; `why_not_merged` is the reason where
     there is no `merged`.
 
@@ -120,6 +120,14 @@ class Rule:
         from surgery.linear import derived
 
         return derived(self, site)
+
+    def folded(self, site: LiveSite) -> tuple[Rule, Mapping[str, Tensor]]:
+        """A plainer rule that computes the same, and the adapter's tensors at this site as it wants them.
+
+        For tensors that only training needs, such as a prefix's MLP. `site.params` holds all that the adapter has at
+        the site; what comes back takes their place. By default the rule itself, with them.
+        """
+        return self, site.params
 
     # What the engine and reports use ------------------------------------------------------------------------
 

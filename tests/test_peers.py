@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from rules import LoraRule, TokensRule, TrainRule
+from rules import LoraRule, PrefixRule, TokensRule, TrainRule
 from surgery import PlanError, SurgeryError, apply_rules, base_state_dict, merge, plan_rules, remove, summary, unmerge
 from surgery.testing import Snapshot
 
@@ -351,6 +351,34 @@ def test_pefts_prefix_fails_with_gradient_checkpointing() -> None:
     theirs.gradient_checkpointing_enable()
     with pytest.raises((RuntimeError, ValueError)):
         theirs(input_ids=torch.tensor([[1, 2, 3]]))
+
+
+def small_encoder(name: str) -> tuple[Any, dict[str, Tensor]]:
+    import transformers
+
+    if name == "ViT":
+        sizes: dict[str, Any] = dict(hidden_size=16, intermediate_size=16, num_hidden_layers=2, num_attention_heads=4)
+        config = transformers.ViTConfig(image_size=8, patch_size=4, **sizes)
+        return transformers.ViTForImageClassification(config), {"pixel_values": torch.randn(2, 3, 8, 8)}
+    config = transformers.DistilBertConfig(dim=16, hidden_dim=16, vocab_size=20, n_layers=2, n_heads=4)
+    return transformers.DistilBertForSequenceClassification(config), {"input_ids": torch.tensor([[1, 2, 3]])}
+
+
+@reproduced
+@pytest.mark.parametrize("name", ["ViT", "DistilBERT"])
+def test_pefts_prefix_fails_for_encoders_without_a_cache(name: str) -> None:
+    model, inputs = small_encoder(name)
+    model.eval()
+    prefix = peft.PrefixTuningConfig(
+        task_type="SEQ_CLS", num_virtual_tokens=3, token_dim=16, num_layers=2, num_attention_heads=4
+    )
+    with pytest.raises((AttributeError, ValueError), match="vocab_size|past key values"):
+        peft.get_peft_model(copy.deepcopy(model), prefix)(**inputs)
+    before, expected = Snapshot(model), model(**inputs).logits
+    apply_rules(model, [PrefixRule(length=3)], example_inputs=inputs)
+    found = model(**inputs).logits
+    assert found.requires_grad and not torch.equal(found, expected)
+    assert before.differences(remove(model)) == []
 
 
 @reproduced

@@ -57,7 +57,7 @@ class Prefix(PeftMethod):
     def write(self, placed: Any, modules: Any) -> dict[str, Any]:
         (rule, paths), *more = placed
         why = _why_not(modules.model) or ("it has a gate" if rule.gate else "") or ("there are two" if more else "")
-        if rule.targets != (EVERYWHERE,) or not type(modules.model).__name__.endswith("ForCausalLM"):
+        if rule.targets != EVERYWHERE or not type(modules.model).__name__.endswith("ForCausalLM"):
             why = why or "PEFT's is on every layer of a causal language model"
         if why:
             raise SurgeryError("PEFT's format can't hold this PrefixRule", why=why,

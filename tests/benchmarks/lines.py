@@ -141,11 +141,11 @@ def _forwards(found: dict[str, Any], ids: Tensor) -> dict[str, Work]:
     return {key: partial(model, input_ids=ids) for key, model in found.items()}
 
 
-def _decoder(model: Any, token: Tensor) -> Work:
+def _decoder(model: Any, token: Tensor, length: int = 128) -> Work:
     from transformers import DynamicCache
 
     past: Any = DynamicCache()
-    model(input_ids=token.expand(1, 128), past_key_values=past)
+    model(input_ids=token.expand(1, length), past_key_values=past)
 
     def step() -> None:
         model(input_ids=token, past_key_values=past)
@@ -180,6 +180,38 @@ def _saved_bytes(model: nn.Module, given: Tensor) -> int:
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         model(inputs_embeds=given).last_hidden_state.square().mean()
     return sum(held.values())
+
+
+# Prefixes -----------------------------------------------------------------------------------------------------
+
+
+def prefix(setting: Setting) -> Iterator[Row]:
+    for name, base in _bases(setting, models.decoder):
+        found = {"ours": models.our_prefix(twin(base), 20), "peft": models.their_prefix(twin(base), 20)}
+        with torch.no_grad():
+            times = interleaved(setting, _forwards(found, _ids(setting, 1, 128)))
+        work = f"prefix of 20, forward, 128 tokens: {name}"
+        yield Row(work, "PEFT", 1.0, times.ratio("ours", "peft"), 1.0, times.seconds("ours"))
+        ids = _ids(setting, 4, 128)
+        times = interleaved(setting, {key: partial(_prefix_step, model.train(), ids) for key, model in found.items()})
+        work = f"prefix of 20, training step: {name}"
+        yield Row(work, "PEFT", 1.0, times.ratio("ours", "peft"), 1.0, times.seconds("ours"))
+        found["ours"].eval()
+        for length in (128,) if setting.quick else (128, 1024):
+            with torch.no_grad():
+                token = _ids(setting, 1, 1)
+                works = {"base": _decoder(base, token, length + 20), "ours": _decoder(found["ours"], token, length)}
+                times = interleaved(setting, works)
+            work = f"prefix of 20, decode one token after {length:,} (base: after {length + 20:,}): {name}"
+            yield Row(work, "base", 1.1, times.ratio("ours", "base"), None, times.seconds("ours"))
+    deep = models.decoder(setting.device, torch.float32, layers=32)
+    times = collected(["ours"], 3, lambda _: once(partial(models.our_prefix, twin(deep), 20)))
+    yield Row("prefix of 20, seconds to put it on 32 layers, 512 wide", "", 1.0, times.seconds("ours"))
+
+
+def _prefix_step(model: nn.Module, ids: Tensor) -> None:
+    model.zero_grad(set_to_none=True)
+    model(input_ids=ids).logits.square().mean().backward()
 
 
 # Merging ------------------------------------------------------------------------------------------------------
@@ -259,6 +291,7 @@ LINES: dict[str, Callable[[Setting], Iterator[Row]]] = {
     "decode": decode,
     "train": train,
     "saved": saved,
+    "prefix": prefix,
     "merge": merging,
     "merged": merged,
     "import": importing,

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from rules import LoraRule
+from rules import LoraRule, PrefixRule
 from surgery import apply_rules
 
 LETTERS = list("qkvogud")
@@ -70,7 +70,22 @@ def _llama(layers: int, hidden: int, inner: int, heads: int, device: str, dtype:
     return _frozen(LlamaModel(config), device, dtype)
 
 
-_NAMES = {minilm: "MiniLM, 384 wide", llama: "Llama, 1,024 wide", small_llama: "Llama, 576 wide"}
+def decoder(device: str, dtype: torch.dtype, layers: int = 12) -> nn.Module:
+    """A Llama of 12 layers of 512, with its head: PEFT's prefixes go on whole language models."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(
+        hidden_size=512, num_hidden_layers=layers, num_attention_heads=8, intermediate_size=1408, vocab_size=1000
+    )
+    return _frozen(LlamaForCausalLM(config), device, dtype)
+
+
+_NAMES = {
+    minilm: "MiniLM, 384 wide",
+    llama: "Llama, 1,024 wide",
+    small_llama: "Llama, 576 wide",
+    decoder: "12 layers, 512 wide",
+}
 
 
 def named(make: Any, dtype: torch.dtype) -> str:
@@ -102,6 +117,20 @@ def theirs(model: nn.Module, adapter: str = "default", **fields: Any) -> Any:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         return peft.get_peft_model(model, config, adapter_name=adapter)  # type: ignore[arg-type]
+
+
+def our_prefix(model: nn.Module, length: int) -> Any:
+    example = {"input_ids": torch.ones(1, 16, dtype=torch.long, device=next(model.parameters()).device)}
+    return apply_rules(model, [PrefixRule(length=length)], example_inputs=example)
+
+
+def their_prefix(model: nn.Module, length: int) -> Any:
+    import peft
+
+    config = peft.PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=length)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return peft.get_peft_model(model, config)  # type: ignore[arg-type]
 
 
 def disturb(model: nn.Module, share: float = 0.03, seed: int = 0) -> None:

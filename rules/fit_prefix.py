@@ -1,0 +1,100 @@
+"""Prefixes that start as a text: its keys and values at every site."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from rules._prefix import listeners
+from surgery import RuleError, adapter_state_dict, rules_of
+
+KEY = "adapters.key"
+
+
+def fit_prefix(model: nn.Module, example_inputs: Any, adapter: str = "default") -> None:
+    """Set an adapter's prefixes to the keys and values that a text has at their sites, at its first positions.
+
+    >>> import torch
+    >>> from transformers import LlamaConfig, LlamaModel
+    >>> from rules import PrefixRule, fit_prefix
+    >>> from surgery import apply_rules
+    >>> sizes = dict(hidden_size=16, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2)
+    >>> model = LlamaModel(LlamaConfig(vocab_size=30, intermediate_size=32, **sizes)).eval()
+    >>> text, more = torch.tensor([[1, 2, 3]]), torch.tensor([[4, 5]])
+    >>> whole = model(torch.cat([text, more], 1)).last_hidden_state
+    >>> _ = apply_rules(model, [PrefixRule(length=3)], example_inputs={"input_ids": text})
+    >>> fit_prefix(model, {"input_ids": text})
+    >>> after = model(more, position_ids=torch.tensor([[3, 4]])).last_hidden_state
+    >>> torch.testing.assert_close(after, whole[:, 3:])
+
+    `example_inputs` is one call of the model, as in `apply_rules`: one text, as long as the prefix or longer. Keys
+    are taken as they enter the attention: in a rotary model, rotated at the text's positions. So a causal model with
+    the prefix goes on, from the position after it, as with the text before it. The call is made in evaluation mode
+    with all that is on the model but this adapter's prefixes; where it reaches a site several times, the first counts.
+
+    Raises `RuleError` for an adapter without prefixes, prefixes with a projection (fold them first), several texts,
+    padding, a text that is too short, or one that does not reach every site; the prefixes are then as they were.
+    Source: Li & Liang 2021, arXiv:2101.00190, section 7.4: activations of real words start a prefix well.
+    """
+    boxes = _prefixes(model, adapter)
+    mask = example_inputs.get("attention_mask") if isinstance(example_inputs, Mapping) else None
+    if mask is not None and not bool(mask.all()):
+        raise RuleError("the text is padded", why="padded positions would be in the prefix", fix="leave padding out")
+    found: dict[str, tuple[Tensor, Tensor]] = {}
+    modes = [(module, module.training) for module in model.modules()]
+    for path, held in boxes.items():
+        listeners[id(held["key"])] = lambda key, value, path=path: found.setdefault(path, (key, value))
+    try:
+        model.eval()
+        with torch.no_grad():
+            _call(model, example_inputs)
+    finally:
+        for held in boxes.values():
+            listeners.pop(id(held["key"]), None)
+        for module, mode in modes:
+            module.training = mode
+    for path, held in boxes.items():
+        _check(path, held["key"], found.get(path))
+    with torch.no_grad():
+        for path, held in boxes.items():
+            for name, tensor in zip(("key", "value"), found[path], strict=True):
+                held[name].copy_(tensor[0, :, : held[name].shape[-2]])
+
+
+def _prefixes(model: nn.Module, adapter: str) -> dict[str, dict[str, Tensor]]:
+    """The prefixes' own tensors by the paths of their sites."""
+    rules = [rule for rule in rules_of(model, adapter) if rule.name == "prefix"]
+    if not rules:
+        raise RuleError(f"the adapter {adapter!r} has no PrefixRule")
+    if any(getattr(rule, "projection", None) for rule in rules):
+        raise RuleError(
+            "a prefix with a projection can't be fitted",
+            why="its keys and values are made by an MLP",
+            fix="fit a PrefixRule without one, or take the MLP out: folded_adapter(model)",
+        )
+    owners = [key.removesuffix(KEY) for key in adapter_state_dict(model, adapter) if key.endswith(KEY)]
+    found: dict[str, dict[str, Tensor]] = {
+        path: dict(model.get_submodule(f"{path}adapters.{adapter}").named_parameters()) for path in owners
+    }
+    return {path.rstrip("."): held for path, held in found.items() if "value" in held}
+
+
+def _check(path: str, key: Tensor, taken: tuple[Tensor, Tensor] | None) -> None:
+    if taken is None:
+        raise RuleError("the text does not reach the prefix", where=path, fix="give inputs that use the module")
+    rows, _, positions, _ = taken[0].shape
+    if rows != 1:
+        raise RuleError(f"{rows} texts, where one is wanted", where=path, fix="give one text, in a batch of one")
+    if positions < key.shape[-2]:
+        why = f"it has {positions} keys here, and the prefix {key.shape[-2]}"
+        raise RuleError("the text is too short", where=path, why=why, fix="give a longer text, or a smaller length")
+
+
+def _call(model: nn.Module, given: Any) -> None:
+    if isinstance(given, Mapping):
+        model(**given)
+    else:
+        model(*given if isinstance(given, (tuple, list)) else (given,))

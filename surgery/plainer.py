@@ -1,0 +1,57 @@
+"""Adapters as they are to be kept: without the tensors that only training needs."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from surgery.errors import RuleError
+from surgery.match import RESERVED
+from surgery.rule import Rule, running
+from surgery.site import LiveSite, held
+from surgery.state import adapter_names, require_state, sites, tensors_of
+
+__all__ = ["folded_adapter"]
+
+
+def folded_adapter(model: nn.Module, adapter: str = "default") -> tuple[list[Rule], dict[str, Tensor]]:
+    """An adapter's rules and tensors, plainer ones where its rules have such (`Rule.folded`); the model is untouched.
+
+    >>> import torch
+    >>> from transformers import LlamaConfig, LlamaModel
+    >>> from rules import PrefixRule
+    >>> from surgery import apply_rules, folded_adapter, load_adapter_state_dict, remove
+    >>> sizes = dict(hidden_size=16, num_hidden_layers=1, num_attention_heads=4, num_key_value_heads=2)
+    >>> model = LlamaModel(LlamaConfig(vocab_size=30, intermediate_size=32, **sizes))
+    >>> example = {"input_ids": torch.tensor([[1, 2, 3]])}
+    >>> _ = apply_rules(model, [PrefixRule(length=5, projection=8)], example_inputs=example)
+    >>> rules, tensors = folded_adapter(model)
+    >>> {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    {'layers.0.self_attn.adapters.key': (2, 5, 4), 'layers.0.self_attn.adapters.value': (2, 5, 4)}
+
+    To go on with them: `remove(model)`, `apply_rules(model, rules, …)`, `load_adapter_state_dict(model, tensors)`.
+    Tensors that are kept as they are share the model's memory. Raises `SurgeryError` for an unknown adapter,
+    `RuleError` where a rule is folded into different ones at its sites.
+    """
+    state = require_state(model)
+    adapter_names(state, adapter)
+    plainer: list[tuple[Rule, Rule]] = []
+    tensors: dict[str, Tensor] = {}
+    for path, module, site in sites(model):
+        found = dict(tensors_of(module, adapter))
+        for applied in (one for one in site.applied if one.adapter == adapter):
+            live = LiveSite(module, path, adapter, found, lambda name, _, module=module: _tensor(module, name))
+            with running(applied.rule, "folded", path):
+                rule, kept = applied.rule.folded(live)
+            if next((new for old, new in plainer if old == applied.rule), rule) != rule:
+                raise RuleError(f"{applied.rule.label}.folded gives different rules at different sites", where=path)
+            plainer.append((applied.rule, rule))
+            found = dict(kept)
+        for name, tensor in found.items():
+            tensors[".".join(filter(None, (path, RESERVED, name)))] = tensor.detach()
+    return [next((new for old, new in plainer if old == rule), rule) for rule in state.adapters[adapter]], tensors
+
+
+def _tensor(module: nn.Module, name: str) -> Tensor:
+    found = held(module, name)
+    assert found is not None, name
+    return found
