@@ -36,10 +36,10 @@ the prefix before a copy of it, which takes less time than the many small operat
 """
 
 PREFIX = (
-    "attention gets tensors of the same shapes, strides and masks as PEFT's, and the operations are as many to within "
-    "a few: making the mask in every layer, 25 µs, is 0.2 % of the forward. PEFT beside itself differs by up to 1.5 % "
-    "in one process, and other runs gave 1.01 and 1.03 forward, 0.98 and 0.99 for training: at the limit of what is "
-    "measured here, and not below PEFT."
+    "attention gets tensors of the same shapes, strides and masks as PEFT's, and the operations are as many to within"
+    " a few: making the mask in every layer, 25 µs, is 0.2 % of the forward. PEFT beside itself differs by up to 1.5 "
+    "% in one process, and other runs gave 1.01 and 1.03 forward, 0.98 and 0.99 for training: at the limit of what is"
+    " measured here, and not below PEFT."
 )
 
 WHY = {
