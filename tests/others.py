@@ -24,9 +24,8 @@ def transformer() -> Made:
 
 
 def unet() -> Made:
-    from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
-
-    model = UNet2DConditionModel(
+    module = importlib.import_module("diffusers.models.unets.unet_2d_condition")  # it need not be installed
+    model = module.UNet2DConditionModel(
         sample_size=8,
         in_channels=4,
         out_channels=4,

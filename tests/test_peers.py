@@ -360,12 +360,16 @@ def small_encoder(name: str) -> tuple[Any, dict[str, Tensor]]:
         sizes: dict[str, Any] = dict(hidden_size=16, intermediate_size=16, num_hidden_layers=2, num_attention_heads=4)
         config = transformers.ViTConfig(image_size=8, patch_size=4, **sizes)
         return transformers.ViTForImageClassification(config), {"pixel_values": torch.randn(2, 3, 8, 8)}
+    if name == "DeBERTa-v2":
+        sizes = dict(hidden_size=16, intermediate_size=16, num_hidden_layers=2, num_attention_heads=4)
+        deberta = transformers.DebertaV2Config(vocab_size=20, relative_attention=True, pos_att_type=["c2p"], **sizes)
+        return transformers.DebertaV2ForSequenceClassification(deberta), {"input_ids": torch.tensor([[1, 2, 3]])}
     config = transformers.DistilBertConfig(dim=16, hidden_dim=16, vocab_size=20, n_layers=2, n_heads=4)
     return transformers.DistilBertForSequenceClassification(config), {"input_ids": torch.tensor([[1, 2, 3]])}
 
 
 @reproduced
-@pytest.mark.parametrize("name", ["ViT", "DistilBERT"])
+@pytest.mark.parametrize("name", ["ViT", "DistilBERT", "DeBERTa-v2"])
 def test_pefts_prefix_fails_for_encoders_without_a_cache(name: str) -> None:
     model, inputs = small_encoder(name)
     model.eval()

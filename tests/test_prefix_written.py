@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -368,3 +369,29 @@ def test_gradient_checkpointing_reaches_every_tensor(make: Callable[[], Any]) ->
     for name, gradient in plainly.items():
         torch.testing.assert_close(again[name], gradient, rtol=1e-4, atol=1e-6, msg=name)
     assert math.isfinite(sum(float(gradient.sum()) for gradient in plainly.values()))
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")  # the settings have new names in the latest transformers
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_trainer(checkpointing: bool, tmp_path: Path) -> None:
+    pytest.importorskip("accelerate", reason="the Trainer needs accelerate")
+    config = deberta().config
+    config.num_labels = 2
+    model = transformers.DebertaV2ForSequenceClassification(config).eval()
+    given: dict[str, Any] = {"input_ids": IDS, "attention_mask": PADDED}
+    before, snapshot = model(**given).logits, Snapshot(model)
+    apply_rules(model, [PrefixRule(length=3)], example_inputs=given)
+    texts = [{"input_ids": IDS[i % 2], "attention_mask": PADDED[i % 2], "labels": i % 2} for i in range(16)]
+    settings = transformers.TrainingArguments(
+        output_dir=str(tmp_path), per_device_train_batch_size=4, num_train_epochs=4, learning_rate=3e-2,
+        logging_steps=1, report_to=[], save_strategy="no", use_cpu=True, disable_tqdm=True,
+        gradient_checkpointing=checkpointing, gradient_checkpointing_kwargs={"use_reentrant": False},
+    )  # fmt: skip
+    trainer = transformers.Trainer(model=model, args=settings, train_dataset=texts)
+    trainer.train()
+    losses = [line["loss"] for line in trainer.state.log_history if "loss" in line]
+    assert losses[-1] < losses[0]
+    remove(model.eval())
+    if not checkpointing:  # which leaves a hook of transformers' own on the embeddings
+        assert [found for found in snapshot.differences(model) if "config" not in found] == []
+    assert torch.equal(model(**given).logits, before)
