@@ -1,4 +1,4 @@
-"""What a prefix is made of, and how one query attends to it without a copy of what it stands before."""
+"""What a prefix is made of, and how attention functions attend to it."""
 
 from __future__ import annotations
 
@@ -68,6 +68,23 @@ def _as_linear(inputs: int) -> Callable[[Tensor], Tensor]:
     return partial(nn.init.uniform_, a=-(inputs**-0.5), b=inputs**-0.5)
 
 
+def differentiable(args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any], Tensor]:
+    """The same arguments with the first floating-point tensor, the hidden state, as a leaf that gradients go to.
+
+    An argument that holds the same is the same: queries, keys and values may be given one by one.
+    """
+    given = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor) and value.is_floating_point()]
+    if not given:
+        raise SiteError("a PrefixRule needs a module that is called with hidden states")
+    leaf = given[0].requires_grad_()
+
+    def one(value: Any) -> Any:
+        alike = isinstance(value, Tensor) and value.shape == leaf.shape and value.dtype == leaf.dtype
+        return leaf if alike and torch.equal(value, leaf) else value
+
+    return tuple(map(one, args)), {name: one(value) for name, value in kwargs.items()}, leaf
+
+
 # Attending to it ----------------------------------------------------------------------------------------------
 
 # While prefixes are fitted: the id of a prefix's own keys → what takes the keys and values of the text.
@@ -119,3 +136,71 @@ def for_one_query(
     length = first.shape[-2]
     found = weights[..., :length] @ last + weights[..., length:] @ value
     return found.reshape(len(found), -1, 1, value.shape[-1]).transpose(1, 2).contiguous()
+
+
+def prefixed(before_key: Tensor, before_value: Tensor) -> Callable[..., Any]:
+    """What runs in the place of an attention function: the same with a prefix before the keys and values."""
+
+    def attend(attention: Any, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any = None,
+               *args: Any, **kwargs: Any) -> Any:  # fmt: skip
+        if heard(before_key, key, value):
+            return attention(module, query, key, value, attention_mask, *args, **kwargs)
+        if not args:
+            output = for_one_query(attention, query, key, value, attention_mask, (before_key, before_value), kwargs)
+            if output is not None:
+                return output, None
+        mask = _widened(attention, module, query, key, attention_mask, before_key.shape[-2], kwargs)
+        kwargs = widened_bias(kwargs, before_key.shape[-2])
+        keys = torch.cat([_spread(before_key, key), key], -2)
+        values = torch.cat([_spread(before_value, value), value], -2)
+        return attention(module, query, keys, values, mask, *args, **kwargs)
+
+    return attend
+
+
+def gated(before_key: Tensor, before_value: Tensor, gate: Tensor) -> Callable[..., Any]:
+    """What runs in the place of an attention function: the same and, behind a gate, a second call to the prefix."""
+
+    def attend(attention: Any, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any = None,
+               *args: Any, **kwargs: Any) -> Any:  # fmt: skip
+        output, *rest = attention(module, query, key, value, attention_mask, *args, **kwargs)
+        if heard(before_key, key, value):
+            return (output, *rest)
+        # Every query sees the prefix: said by a mask, or a causal attention would put its own there.
+        mask = torch.ones(1, 1, query.shape[-2], before_key.shape[-2], dtype=torch.bool, device=query.device)
+        prefix = _spread(before_key, key), _spread(before_value, value)
+        alone = {**kwargs, "position_bias": None} if "position_bias" in kwargs else kwargs  # it has no positions
+        beside = attention(module, query, *prefix, None if _is_eager(attention) else mask, *args, **alone)[0]
+        return (output + gate.tanh().to(output.dtype).view(1, 1, -1, 1) * beside, *rest)
+
+    return attend
+
+
+def _widened(attention: Any, module: nn.Module, query: Tensor, key: Tensor, mask: Any, length: int, kwargs: Any) -> Any:
+    if mask is None:
+        causal = kwargs.get("is_causal")
+        causal = getattr(module, "is_causal", True) if causal is None else causal
+        if not causal or query.shape[-2] == 1 or _is_eager(attention):
+            return None  # every query sees every key, and so it stays
+        seen = torch.ones(query.shape[-2], length + key.shape[-2], dtype=torch.bool, device=query.device).tril(length)
+        return seen.view(1, 1, *seen.shape)  # as scaled_dot_product_attention's is_causal counts, from the first key
+    if not isinstance(mask, Tensor) or mask.dim() not in (2, 4):
+        raise SiteError(
+            "a prefix can't widen this attention's mask",
+            why=f"it is {type(mask).__name__}, and a tensor (batch, heads, queries, keys) was expected",
+            fix='load the model with attn_implementation="sdpa" or "eager"',
+        )
+    columns = mask.new_ones(*mask.shape[:-1], length) if mask.dtype == torch.bool or mask.dim() == 2 else None
+    columns = mask.new_zeros(*mask.shape[:-1], length) if columns is None else columns
+    return torch.cat([columns, mask], -1)
+
+
+def _is_eager(attention: Any) -> bool:
+    """Whether an attention without a mask lets every query see every key, be it causal or not."""
+    while hasattr(attention, "args") and hasattr(attention, "func"):  # other prefixes around it
+        attention = attention.args[0]
+    return getattr(attention, "__name__", "").startswith("eager")
+
+
+def _spread(tensor: Tensor, like: Tensor) -> Tensor:
+    return tensor.to(like.dtype).unsqueeze(0).expand(like.shape[0], -1, -1, -1)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import field
 from typing import Any
 
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from rules._attention import extend, may_write_attention, written_attention
 from rules._fields import whole
-from rules._prefix import folded_tensors, for_one_query, heard, keys_and_values, shape_held, widened_bias
+from rules._prefix import differentiable, folded_tensors, gated, keys_and_values, prefixed, shape_held
 from surgery import LiveSite, Rule, Site, SiteError, Targets, rule, takes_functions
 
 EVERYWHERE = ("", "re:.*")  # the model itself, and all in it
@@ -116,95 +116,10 @@ class PrefixRule(Rule):
                 fix="pass example_inputs to apply_rules",
             )
         with torch.enable_grad():
-            args, kwargs, hidden = _differentiable(*example)
+            args, kwargs, hidden = differentiable(*example)
             found = site.calls_inside(args, kwargs)
         if not found:
             raise SiteError(f"{self.label} finds no attention in the example call", where=site.path)
         _, query, key, value = found[0][1][:4]
         own = torch.autograd.grad(key.sum(), hidden, allow_unused=True)[0] is not None
         return (query, key, value) if own or self.targets != EVERYWHERE else None
-
-
-def _differentiable(args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any], Tensor]:
-    """The same arguments with the first floating-point tensor, the hidden state, as a leaf that gradients go to.
-
-    An argument that holds the same is the same: queries, keys and values may be given one by one.
-    """
-    given = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor) and value.is_floating_point()]
-    if not given:
-        raise SiteError("a PrefixRule needs a module that is called with hidden states")
-    leaf = given[0].requires_grad_()
-
-    def one(value: Any) -> Any:
-        alike = isinstance(value, Tensor) and value.shape == leaf.shape and value.dtype == leaf.dtype
-        return leaf if alike and torch.equal(value, leaf) else value
-
-    return tuple(map(one, args)), {name: one(value) for name, value in kwargs.items()}, leaf
-
-
-def prefixed(before_key: Tensor, before_value: Tensor) -> Callable[..., Any]:
-    """What runs in the place of an attention function: the same with a prefix before the keys and values."""
-
-    def attend(attention: Any, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any = None,
-               *args: Any, **kwargs: Any) -> Any:  # fmt: skip
-        if heard(before_key, key, value):
-            return attention(module, query, key, value, attention_mask, *args, **kwargs)
-        if not args:
-            output = for_one_query(attention, query, key, value, attention_mask, (before_key, before_value), kwargs)
-            if output is not None:
-                return output, None
-        mask = _widened(attention, module, query, key, attention_mask, before_key.shape[-2], kwargs)
-        kwargs = widened_bias(kwargs, before_key.shape[-2])
-        keys = torch.cat([_spread(before_key, key), key], -2)
-        values = torch.cat([_spread(before_value, value), value], -2)
-        return attention(module, query, keys, values, mask, *args, **kwargs)
-
-    return attend
-
-
-def gated(before_key: Tensor, before_value: Tensor, gate: Tensor) -> Callable[..., Any]:
-    """What runs in the place of an attention function: the same and, behind a gate, a second call to the prefix."""
-
-    def attend(attention: Any, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any = None,
-               *args: Any, **kwargs: Any) -> Any:  # fmt: skip
-        output, *rest = attention(module, query, key, value, attention_mask, *args, **kwargs)
-        if heard(before_key, key, value):
-            return (output, *rest)
-        # Every query sees the prefix: said by a mask, or a causal attention would put its own there.
-        mask = torch.ones(1, 1, query.shape[-2], before_key.shape[-2], dtype=torch.bool, device=query.device)
-        prefix = _spread(before_key, key), _spread(before_value, value)
-        alone = {**kwargs, "position_bias": None} if "position_bias" in kwargs else kwargs  # it has no positions
-        beside = attention(module, query, *prefix, None if _is_eager(attention) else mask, *args, **alone)[0]
-        return (output + gate.tanh().to(output.dtype).view(1, 1, -1, 1) * beside, *rest)
-
-    return attend
-
-
-def _widened(attention: Any, module: nn.Module, query: Tensor, key: Tensor, mask: Any, length: int, kwargs: Any) -> Any:
-    if mask is None:
-        causal = kwargs.get("is_causal")
-        causal = getattr(module, "is_causal", True) if causal is None else causal
-        if not causal or query.shape[-2] == 1 or _is_eager(attention):
-            return None  # every query sees every key, and so it stays
-        seen = torch.ones(query.shape[-2], length + key.shape[-2], dtype=torch.bool, device=query.device).tril(length)
-        return seen.view(1, 1, *seen.shape)  # as scaled_dot_product_attention's is_causal counts, from the first key
-    if not isinstance(mask, Tensor) or mask.dim() not in (2, 4):
-        raise SiteError(
-            "a prefix can't widen this attention's mask",
-            why=f"it is {type(mask).__name__}, and a tensor (batch, heads, queries, keys) was expected",
-            fix='load the model with attn_implementation="sdpa" or "eager"',
-        )
-    columns = mask.new_ones(*mask.shape[:-1], length) if mask.dtype == torch.bool or mask.dim() == 2 else None
-    columns = mask.new_zeros(*mask.shape[:-1], length) if columns is None else columns
-    return torch.cat([columns, mask], -1)
-
-
-def _is_eager(attention: Any) -> bool:
-    """Whether an attention without a mask lets every query see every key, be it causal or not."""
-    while hasattr(attention, "args") and hasattr(attention, "func"):  # other prefixes around it
-        attention = attention.args[0]
-    return getattr(attention, "__name__", "").startswith("eager")
-
-
-def _spread(tensor: Tensor, like: Tensor) -> Tensor:
-    return tensor.to(like.dtype).unsqueeze(0).expand(like.shape[0], -1, -1, -1)
