@@ -1,5 +1,6 @@
 """Declarative model surgery for PyTorch: rules match modules, rewrite their graphs, and are taken out to the bit."""
 
+from surgery.activation import Adapter, activate, active, adapters, deactivate, using
 from surgery.checkpoint import LoadReport, load_adapter, load_adapters, save_adapter
 from surgery.coverage import Coverage, coverage
 from surgery.digraph import as_digraph, graph_of
@@ -41,6 +42,7 @@ from surgery.weave import trace_site
 
 __all__ = [
     "ANY",
+    "Adapter",
     "Coverage",
     "Found",
     "LiveSite",
@@ -71,13 +73,17 @@ __all__ = [
     "Targets",
     "TraceError",
     "Value",
+    "activate",
+    "active",
     "adapter_state_dict",
+    "adapters",
     "apply_rules",
     "as_digraph",
     "base_state_dict",
     "call_own",
     "class_of",
     "coverage",
+    "deactivate",
     "draw",
     "explain",
     "folded_adapter",
@@ -108,5 +114,6 @@ __all__ = [
     "trace",
     "trace_site",
     "unmerge",
+    "using",
     "with_layers",
 ]

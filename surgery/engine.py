@@ -138,6 +138,8 @@ def remove(model: M, adapter: str | Sequence[str] | None = None, *, check: bool 
             _take_out(module, site, names, check, journal)
         for name in names:
             del state.adapters[name]
+            state.places.pop(name, None)
+            state.idle.discard(name)
         if not state.adapters:
             _restore(model, state)
         else:
@@ -155,7 +157,7 @@ def carry_out(plan: Plan, rules: Sequence[Rule] | Rule, example_inputs: Any = No
             for step in plan.steps:
                 _insert(step, plan, journal)
         for step in {id(step.module): step for step in plan.steps}.values():
-            _install(step.module, journal, step.own)
+            install(step.module, journal, step.own)
         _record(plan.model, plan, rules, journal)
         if plan.observation is not None:
             _check_output(plan, example_inputs)
@@ -215,30 +217,41 @@ def _own(module: nn.Module, name: str) -> Tensor:
     return found
 
 
-def _install(module: nn.Module, journal: Journal | None, own: Own | None = None) -> None:
-    """Give a site the class of the rules that are live on it; its own class where none is."""
+def install(module: nn.Module, journal: Journal | None, own: Own | None = None, known: bool = False) -> None:
+    """Give a site the class of the rules that are live on it; its own class where none is.
+
+    `known`: the site's rules are those of before, and so are the classes for those of them that are live.
+    """
     state = site_state(module)
     assert state is not None
-    before = type(module)
-    live = [
-        applied for applied in state.applied if state.merged is None or applied.adapter not in state.merged.adapters
-    ]
-    cls = state.base
+    before, live = type(module), state.live()
     state.variants.clear()
-    if any(applied.inside for applied in live):
-        cls = varied_class(state.base, live)
-    elif live:
-        own = own or own_forward(module, state.base)
-        layers = [applied.layer or layer_of(applied, module, state.path, own) for applied in live]
-        try:
-            cls = generated_class(own, layers)
-        except SiteError as error:  # equal edits are woven once for all their sites, so weaving knows no path
-            error.where = error.where or state.path
-            raise
+    key = tuple(id(applied) for applied in live)
+    cls = state.classes.get(key) if known else None
+    if cls is None:
+        cls = _class_for(module, state, live, own)
+    if known:
+        state.classes[key] = cls
+    else:
+        state.classes.clear()
     if cls is not before:
         swap(module, cls)
         if journal is not None:
             journal.undo(swap, module, before)
+
+
+def _class_for(module: nn.Module, state: SiteState, live: list[Applied], own: Own | None) -> type[nn.Module]:
+    if not live:
+        return state.base
+    if any(applied.inside for applied in live):
+        return varied_class(state.base, live)
+    own = own or own_forward(module, state.base)
+    layers = [applied.layer or layer_of(applied, module, state.path, own) for applied in live]
+    try:
+        return generated_class(own, layers)
+    except SiteError as error:  # equal edits are woven once for all their sites, so weaving knows no path
+        error.where = error.where or state.path
+        raise
 
 
 def _record(model: nn.Module, plan: Plan, rules: Sequence[Rule] | Rule, journal: Journal) -> None:
@@ -254,6 +267,8 @@ def _record(model: nn.Module, plan: Plan, rules: Sequence[Rule] | Rule, journal:
                 parameter.requires_grad_(False)
     state.adapters[plan.adapter] = (rules,) if isinstance(rules, Rule) else tuple(rules)
     journal.undo(state.adapters.pop, plan.adapter)
+    state.places[plan.adapter] = list({id(step.module): step.module for step in plan.steps}.values())
+    journal.undo(state.places.pop, plan.adapter)
     for path, (name, value) in plan.switches.items():
         reader = model.get_submodule(path)
         if not any(path == old for old, _, _ in state.switched):
@@ -319,7 +334,7 @@ def _take_out(module: nn.Module, site: SiteState, names: list[str], check: bool,
     before = list(site.applied)
     site.applied[:] = [applied for applied in site.applied if applied.adapter not in names]
     journal.undo(site.applied.__setitem__, slice(None), before)
-    _install(module, journal)
+    install(module, journal)
     # From here on nothing can fail: the records were verified, and the rest is taking things out of dicts.
     for applied in reversed(gone):
         for name, record in reversed(applied.changed):

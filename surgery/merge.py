@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from surgery.engine import _install
+from surgery.engine import install
 from surgery.errors import MergeError, PlanError, SurgeryError
 from surgery.exact import LowRank, Rows, unfold
 from surgery.folding import Keep, SiteFolding, check_foldable, owners, verify_records
@@ -72,6 +72,8 @@ def merge(
     """
     state = require_state(model)
     names = adapter_names(state, adapter)
+    if adapter is None:
+        names = [name for name in names if name not in state.idle]
     found = [
         (path, module, site) for path, module, site in sites(model) if any(a.adapter in names for a in site.applied)
     ]
@@ -110,7 +112,7 @@ def unmerge(model: M, *, check: bool = True) -> M:
             for name, parameter in merged.tied.items():
                 _owner(module, name)._parameters[name.rpartition(".")[2]] = parameter
             site.merged = None
-            _install(module, None)
+            install(module, None)
     return model
 
 
@@ -139,7 +141,7 @@ def _merge_site(
     merged.folds = folding.finish()
     site.merged = merged
     journal.undo(setattr, site, "merged", None)
-    _install(module, journal)
+    install(module, journal)
 
 
 def _check_finite(

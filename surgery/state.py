@@ -56,7 +56,8 @@ class Applied:
 
     `layer` holds its edits, which are recorded anew where it is None: in copies and after unpickling. `tensors` are the
     names of those it asked for. `inside`: it edits what is inside the forward, anew for each kind of call. `facts` is
-    what the rule found out about the module (`Site.fact`).
+    what the rule found out about the module (`Site.fact`). `live`: its edits are in the forward; where they are not,
+    `flags` holds the `requires_grad` of its tensors.
     """
 
     adapter: str
@@ -64,6 +65,8 @@ class Applied:
     changed: list[Any] = field(default_factory=list)
     tensors: tuple[str, ...] = ()
     inside: bool = False
+    live: bool = True
+    flags: dict[str, bool] = field(default_factory=dict)
     layer: Layer | None = field(default=None, compare=False, repr=False)
     facts: dict[str, Any] = field(default_factory=dict)
 
@@ -84,7 +87,8 @@ class Merged:
 class SiteState:
     """A site's record: its path in the model, its own class, and the rules on it in the order they came.
 
-    `variants`: where rules look into the forward, its forms for the kinds of calls met so far. Copies make their own.
+    `variants`: where rules look into the forward, its forms for the kinds of calls met so far; `classes`: those made so
+    far, by which rules are live. Copies make their own.
     """
 
     path: str
@@ -92,9 +96,15 @@ class SiteState:
     applied: list[Applied] = field(default_factory=list)
     merged: Merged | None = None
     variants: list[Any] = field(default_factory=list, compare=False, repr=False)
+    classes: dict[tuple[int, ...], type[nn.Module]] = field(default_factory=dict, compare=False, repr=False)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "variants": []}
+        return {**self.__dict__, "variants": [], "classes": {}}
+
+    def live(self) -> list[Applied]:
+        """The rules whose edits are to be in the forward."""
+        merged = self.merged.adapters if self.merged is not None else ()
+        return [applied for applied in self.applied if applied.live and applied.adapter not in merged]
 
 
 @dataclass
@@ -107,6 +117,8 @@ class ModelState:
     )  # requires_grad of the base's parameters before the first adapter
     ignored_on_save: list[tuple[str, Any]] = field(default_factory=list)
     switched: list[tuple[str, str, Any]] = field(default_factory=list)  # (module, attribute, original value)
+    places: dict[str, list[nn.Module]] = field(default_factory=dict)  # the sites of each adapter
+    idle: set[str] = field(default_factory=set)  # adapters that are not live
 
 
 _MODEL, _SITE = "_surgery_model", "_surgery_site"

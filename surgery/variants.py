@@ -112,8 +112,7 @@ def _check_early(other: Otherwise, module: nn.Module) -> None:
 
 def _variant(module: nn.Module, state: SiteState, own: Own, held: Held, kind: tuple, given: tuple) -> Variant:
     own = replace(own, tapes=None, held=held.graph)
-    merged = state.merged.adapters if state.merged is not None else ()
-    layers = [layer_at(applied, module, state, own) for applied in state.applied if applied.adapter not in merged]
+    layers = [layer_at(applied, module, state, own) for applied in state.live()]
     graph, around = woven_held(own, layers)
     run, source = _function(graph, f"{own.base.__name__} + " + ", ".join(f"{x.label} [{x.adapter}]" for x in layers))
     fits = test_of_kind(module, given, held.settings)

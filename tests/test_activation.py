@@ -1,0 +1,194 @@
+"""Which adapters are live: the numbers of plain arithmetic, the base's bits where none is, and what trains."""
+
+from __future__ import annotations
+
+import copy
+import io
+import threading
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from rules import IA3Rule, LoraRule, PrefixRule
+from surgery import (
+    SurgeryError,
+    activate,
+    active,
+    adapters,
+    apply_rules,
+    class_of,
+    deactivate,
+    merge,
+    remove,
+    summary,
+    unmerge,
+    using,
+)
+from surgery.testing import Snapshot
+from tests.test_prefix_written import Plain
+
+X = torch.randn(3, 8)
+CLOSE: dict[str, Any] = {"rtol": 1e-5, "atol": 1e-6}
+
+
+def model_with(*names: str) -> nn.Module:
+    model = nn.Sequential(nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 4)).eval()
+    for index, name in enumerate(names):
+        targets = ["0", "2"] if index % 2 == 0 else ["0"]  # the last layer has not all of them
+        apply_rules(model, LoraRule(targets, rank=2 + index, alpha=4, init="random"), adapter=name)
+    return model
+
+
+def expected(model: nn.Module, *names: str) -> Tensor:
+    x = X
+    for layer in model:  # type: ignore[union-attr]
+        if not isinstance(layer, nn.Linear):
+            x = layer(x)
+            continue
+        weight = layer.weight
+        for name in names:
+            box: Any = layer.adapters._modules.get(name)  # type: ignore[union-attr]
+            if box is not None:
+                weight = weight + box.B @ box.A * (4 / box.A.shape[0])
+        x = nn.functional.linear(x, weight, layer.bias)
+    return x
+
+
+def test_the_live_ones_count() -> None:
+    model = model_with("a", "b", "c")
+    plain = expected(model)
+    assert active(model) == ("a", "b", "c")
+    for names in (["a"], ["b"], ["c", "a"], ["b", "c"], [], ["a", "b", "c"]):
+        activate(model, names)
+        torch.testing.assert_close(model(X), expected(model, *names), **CLOSE)
+        assert set(active(model)) == set(names)
+        for key, parameter in model.named_parameters():
+            owner = key.split(".")[-2] if "adapters" in key else None
+            assert parameter.requires_grad == (owner in names), key
+    deactivate(model)
+    assert torch.equal(model(X), plain) and all(class_of(m) is type(m) for m in model.modules())
+    activate(model, "b")
+    assert type(model.get_submodule("2")) is nn.Linear  # it has no tensors of b
+    found = adapters(model)
+    assert found["b"].live and not found["a"].live and found["a"].sites == ("0", "2") and found["b"].sites == ("0",)
+
+
+def test_using_restores_also_after_errors() -> None:
+    model = model_with("a", "b")
+    activate(model, "a")
+    before = model(X)
+    with pytest.raises(ValueError), using(model, "b"):
+        torch.testing.assert_close(model(X), expected(model, "b"), **CLOSE)
+        with using(model, None):
+            assert active(model) == ()
+        assert active(model) == ("b",)
+        raise ValueError
+    assert active(model) == ("a",) and torch.equal(model(X), before)
+
+
+def test_flags_that_were_set_by_hand_come_back() -> None:
+    model = model_with("a", "b")
+    model.get_parameter("0.adapters.a.A").requires_grad_(False)
+    activate(model, "b")
+    activate(model, ["a", "b"])
+    assert not model.get_parameter("0.adapters.a.A").requires_grad
+    assert model.get_parameter("0.adapters.a.B").requires_grad
+
+
+def test_removing_in_any_order() -> None:
+    for live in (["a"], ["b", "c"], []):
+        for order in (["a", "b", "c"], ["c", "a", "b"]):
+            model = nn.Sequential(nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 4)).eval()
+            snapshot, before = Snapshot(model), model(X)
+            for name in ("a", "b", "c"):
+                apply_rules(model, [LoraRule(["0", "2"], rank=2), IA3Rule("0")][: 1 + (name == "b")], adapter=name)
+            activate(model, live)
+            for name in order:
+                remove(model, name)
+                assert set(active(model)) == set(live) - set(order[: order.index(name) + 1]) if name != order[-1] else 1
+            assert snapshot.differences(model) == [] and torch.equal(model(X), before)
+
+
+def test_copies_remember_and_go_on() -> None:
+    model = model_with("a", "b")
+    activate(model, "b")
+    stored = io.BytesIO()
+    torch.save(model, stored)
+    stored.seek(0)
+    for other in (copy.deepcopy(model), torch.load(stored, weights_only=False)):
+        assert active(other) == ("b",) and torch.equal(other(X), model(X))
+        activate(other, "a")
+        torch.testing.assert_close(other(X), expected(model, "a"), **CLOSE)
+        assert active(model) == ("b",)
+        remove(other)
+        assert not any("adapters" in key for key in other.state_dict())
+
+
+def test_merging_takes_the_live_ones() -> None:
+    model = model_with("a", "b")
+    activate(model, "b")
+    live = model(X)
+    merge(model)
+    torch.testing.assert_close(model(X), live, **CLOSE)
+    assert adapters(model)["b"].merged and not adapters(model)["a"].merged
+    with pytest.raises(SurgeryError, match="merged"):
+        activate(model, "a")
+    assert torch.equal(unmerge(model)(X), live) and active(model) == ("b",)
+    assert summary(model).trainable == adapters(model)["b"].parameters
+
+
+def test_rules_that_look_inside() -> None:
+    model, x = Plain().eval(), torch.randn(2, 5, 12)
+    before = model(x)[0]
+    for name in ("a", "b"):
+        apply_rules(model, PrefixRule(length=2), adapter=name, example_inputs=x)
+    both = model(x)[0]
+    activate(model, "a")
+    alone = model(x)[0]
+    assert not torch.equal(alone, both)
+    remove(model, "b")
+    assert torch.equal(model(x)[0], alone)
+    assert torch.equal(deactivate(model)(x)[0], before)
+
+
+def test_a_new_adapter_is_live_beside_idle_ones() -> None:
+    model = model_with("a")
+    deactivate(model)
+    apply_rules(model, LoraRule("0", rank=2, alpha=4, init="random"), adapter="b")
+    assert active(model) == ("b",)
+    torch.testing.assert_close(model(X), expected(model, "b"), **CLOSE)
+
+
+def test_threads_do_not_mix() -> None:
+    model = model_with("a", "b")
+    problems: list[str] = []
+
+    def other() -> None:
+        for use in (lambda: activate(model, "b"), lambda: using(model, "b").__enter__()):
+            try:
+                use()
+            except SurgeryError as error:
+                problems.append(error.what)
+
+    with using(model, "a"):
+        thread = threading.Thread(target=other)
+        thread.start()
+        thread.join()
+        assert active(model) == ("a",)
+    assert problems == ["another thread is using adapters of this model"] * 2
+    activate(model, "b")
+
+
+def test_refusals() -> None:
+    model = model_with("topics", "style")
+    with pytest.raises(SurgeryError, match="topics"):
+        activate(model, "topic")
+    assert active(model) == ("topics", "style")
+    pissa = apply_rules(nn.Sequential(nn.Linear(8, 8)), LoraRule("0", rank=2, init="pissa"), adapter="p")
+    with pytest.raises(SurgeryError, match="can't be idle"):
+        deactivate(pissa)
+    assert active(pissa) == ("p",)
+    with pytest.raises(SurgeryError, match="no rules were applied"):
+        active(nn.Linear(2, 2))
