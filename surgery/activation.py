@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TypeVar
 from weakref import WeakKeyDictionary
 
-from torch import nn
+from torch import Tensor, nn
 
 from surgery.engine import install
 from surgery.errors import SurgeryError
 from surgery.install import reason_against
 from surgery.journal import Journal
 from surgery.rule import Rule
-from surgery.state import ModelState, adapter_names, require_state, site_state, tensors_of
+from surgery.state import Applied, ModelState, adapter_names, require_state, site_state, tensors_of
 
 __all__ = ["Adapter", "activate", "active", "adapters", "deactivate", "using"]
 
@@ -108,10 +108,10 @@ def adapters(model: nn.Module) -> dict[str, Adapter]:
     return {
         name: Adapter(
             rules,
-            tuple(paths[id(site)] for site in state.places[name] if id(site) in paths),
-            sum(t.numel() for s in state.places[name] for t in tensors_of(s, name).values() if type(t) is nn.Parameter),
+            tuple(paths[id(site)] for site, _ in state.places[name] if id(site) in paths),
+            sum(t.numel() for s, _ in state.places[name] for t in tensors_of(s, name).values() if _is_trained(t)),
             name not in state.idle,
-            any((held := site_state(s)) and held.merged and name in held.merged.adapters for s in state.places[name]),
+            any(_is_merged(site, name) for site, _ in state.places[name]),
         )
         for name, rules in state.adapters.items()
     }
@@ -164,44 +164,66 @@ def _check_owner(model: nn.Module) -> None:
 
 
 def _switch(model: nn.Module, names: set[str]) -> None:
-    state = require_state(model)
+    state, key = require_state(model), frozenset(names)
     changed = [name for name in state.adapters if (name in names) == (name in state.idle)]
-    places = {id(module): module for name in changed for module in state.places[name]}.values()
+    places = {id(module): module for name in changed for module, _ in state.places[name]}.values()
     for module in places:
-        _check(module, set(changed) - names)
+        _check(module)
+    for name in changed:
+        if name not in names:
+            _check_leaving(state, name)
     with Journal() as journal:
+        for name in changed:
+            journal.undo(_set_live, state, name, name not in names)
+            _set_live(state, name, name in names)
         for module in places:
-            held = site_state(module)
-            assert held is not None
-            for applied in held.applied:
-                if applied.live != (applied.adapter in names):
-                    journal.undo(setattr, applied, "live", applied.live)
-                    applied.live = not applied.live
-            install(module, journal, known=True)
+            install(module, journal, known=key)
         _set_idle(state, names, journal)
         for name in changed:
-            for module in state.places[name]:
-                _set_flags(module, name, name in names)
+            for module, rules in state.places[name]:
+                _set_flags(tensors_of(module, name), rules, name in names)
 
 
-def _check(module: nn.Module, leaving: set[str]) -> None:
+def _set_live(state: ModelState, name: str, live: bool) -> None:
+    for _, rules in state.places[name]:
+        for applied in rules:
+            applied.live = live
+
+
+def _check(module: nn.Module) -> None:
     held = site_state(module)
     if held is None:
         raise SurgeryError("a site of this model has lost its record", fix="copy models with copy.deepcopy")
     if held.merged is not None:
         why = f"its weights hold {', '.join(held.merged.adapters)}"
         raise SurgeryError("the model is merged", where=held.path, why=why, fix="unmerge(model) first")
-    for applied in held.applied:
-        if applied.changed and applied.adapter in leaving:
-            raise SurgeryError(
-                f"the adapter {applied.adapter!r} can't be idle",
-                where=held.path,
-                why=f"{applied.rule.label} changed the base's weights at its start, which hold only with it",
-                fix="remove it; or start it so that the base stays as it is",
-            )
+    if "forward" not in module.__dict__ and (type(module) is held.base or "_surgery_recipe" in vars(type(module))):
+        return
     refused = reason_against(module)
     if refused is not None:
         raise SurgeryError("the site can't be given another class", where=held.path, why=refused[0], fix=refused[1])
+
+
+def _check_leaving(state: ModelState, name: str) -> None:
+    for module, rules in state.places[name]:
+        for applied in rules:
+            if applied.changed:
+                held = site_state(module)
+                raise SurgeryError(
+                    f"the adapter {name!r} can't be idle",
+                    where=held.path if held is not None else None,
+                    why=f"{applied.rule.label} changed the base's weights at its start, which hold only with it",
+                    fix="remove it; or start it so that the base stays as it is",
+                )
+
+
+def _is_trained(tensor: Tensor) -> bool:
+    return isinstance(tensor, nn.Parameter)
+
+
+def _is_merged(module: nn.Module, name: str) -> bool:
+    held = site_state(module)
+    return held is not None and held.merged is not None and name in held.merged.adapters
 
 
 def _set_idle(state: ModelState, names: set[str], journal: Journal) -> None:
@@ -212,23 +234,18 @@ def _set_idle(state: ModelState, names: set[str], journal: Journal) -> None:
     state.idle.update(set(state.adapters) - names)
 
 
-def _set_flags(module: nn.Module, adapter: str, live: bool) -> None:
+def _set_flags(tensors: Mapping[str, Tensor], rules: list[Applied], live: bool) -> None:
     """Only live adapters train."""
-    held = site_state(module)
-    assert held is not None
-    tensors = tensors_of(module, adapter)
-    for applied in held.applied:
-        if applied.adapter != adapter:
-            continue
+    for applied in rules:
         for name in applied.tensors:
             tensor = tensors.get(name)
-            if type(tensor) is not nn.Parameter:
+            if tensor is None or not _is_trained(tensor):
                 continue
             if live:
-                tensor.requires_grad_(applied.flags.pop(name, tensor.requires_grad))
+                tensor.requires_grad = applied.flags.pop(name, tensor.requires_grad)
             elif name not in applied.flags:
                 applied.flags[name] = tensor.requires_grad
-                tensor.requires_grad_(False)
+                tensor.requires_grad = False
 
 
 _claim = threading.Lock()

@@ -217,21 +217,23 @@ def _own(module: nn.Module, name: str) -> Tensor:
     return found
 
 
-def install(module: nn.Module, journal: Journal | None, own: Own | None = None, known: bool = False) -> None:
+def install(
+    module: nn.Module, journal: Journal | None, own: Own | None = None, known: frozenset[str] | None = None
+) -> None:
     """Give a site the class of the rules that are live on it; its own class where none is.
 
-    `known`: the site's rules are those of before, and so are the classes for those of them that are live.
+    `known`: the live adapters, where the site's rules are those of before, and so are the classes it had for them.
     """
     state = site_state(module)
     assert state is not None
-    before, live = type(module), state.live()
-    state.variants.clear()
-    key = tuple(id(applied) for applied in live)
-    cls = state.classes.get(key) if known else None
+    before = type(module)
+    if state.variants:
+        state.variants.clear()
+    cls = state.classes.get(known) if known is not None else None
     if cls is None:
-        cls = _class_for(module, state, live, own)
-    if known:
-        state.classes[key] = cls
+        cls = _class_for(module, state, state.live(), own)
+    if known is not None:
+        state.classes[known] = cls
     else:
         state.classes.clear()
     if cls is not before:
@@ -267,7 +269,8 @@ def _record(model: nn.Module, plan: Plan, rules: Sequence[Rule] | Rule, journal:
                 parameter.requires_grad_(False)
     state.adapters[plan.adapter] = (rules,) if isinstance(rules, Rule) else tuple(rules)
     journal.undo(state.adapters.pop, plan.adapter)
-    state.places[plan.adapter] = list({id(step.module): step.module for step in plan.steps}.values())
+    touched = {id(step.module): step.module for step in plan.steps}.values()
+    state.places[plan.adapter] = [(module, _rules_at(module, plan.adapter)) for module in touched]
     journal.undo(state.places.pop, plan.adapter)
     for path, (name, value) in plan.switches.items():
         reader = model.get_submodule(path)
@@ -277,6 +280,11 @@ def _record(model: nn.Module, plan: Plan, rules: Sequence[Rule] | Rule, journal:
             journal.undo(setattr, reader, name, getattr(reader, name))
             setattr(reader, name, value)
     hf.prepare(model, state, journal)
+
+
+def _rules_at(module: nn.Module, adapter: str) -> list[Applied]:
+    held = site_state(module)
+    return [applied for applied in held.applied if applied.adapter == adapter] if held is not None else []
 
 
 def _check_output(plan: Plan, example_inputs: Any) -> None:

@@ -88,7 +88,7 @@ class SiteState:
     """A site's record: its path in the model, its own class, and the rules on it in the order they came.
 
     `variants`: where rules look into the forward, its forms for the kinds of calls met so far; `classes`: those made so
-    far, by which rules are live. Copies make their own.
+    far, by which adapters are live. Copies make their own.
     """
 
     path: str
@@ -96,7 +96,7 @@ class SiteState:
     applied: list[Applied] = field(default_factory=list)
     merged: Merged | None = None
     variants: list[Any] = field(default_factory=list, compare=False, repr=False)
-    classes: dict[tuple[int, ...], type[nn.Module]] = field(default_factory=dict, compare=False, repr=False)
+    classes: dict[frozenset[str], type[nn.Module]] = field(default_factory=dict, compare=False, repr=False)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "variants": [], "classes": {}}
@@ -117,7 +117,7 @@ class ModelState:
     )  # requires_grad of the base's parameters before the first adapter
     ignored_on_save: list[tuple[str, Any]] = field(default_factory=list)
     switched: list[tuple[str, str, Any]] = field(default_factory=list)  # (module, attribute, original value)
-    places: dict[str, list[nn.Module]] = field(default_factory=dict)  # the sites of each adapter
+    places: dict[str, list[tuple[nn.Module, list[Applied]]]] = field(default_factory=dict)  # of each adapter
     idle: set[str] = field(default_factory=set)  # adapters that are not live
 
 
