@@ -10,6 +10,7 @@ So masks, biases and whatever else has one column a key stay as they are, whiche
 from __future__ import annotations
 
 import dis
+import functools
 import inspect
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
@@ -25,6 +26,7 @@ __all__ = ["Written", "extend", "may_write_attention", "written_attention"]
 class Written(NamedTuple):
     """One attention in a graph: its nodes, and of how many heads and which sizes keys and values are."""
 
+    graph: Any  # as a networkx.DiGraph
     root: fx.Node  # the result
     query: fx.Node
     heads: int
@@ -37,9 +39,14 @@ class Written(NamedTuple):
 
 def may_write_attention(module: nn.Module) -> bool:
     """Whether the module's own code names a softmax and a product, or torch's attention; asked before any tracing."""
-    names = {name.lower() for name in _names(class_of(module), "forward", set())}
+    names = _named_by(class_of(module))
     softmax = "softmax" in names or any(isinstance(child, nn.Softmax) for child in module.children())
     return "scaled_dot_product_attention" in names or softmax and bool(names & _NAMED)
+
+
+@functools.cache
+def _named_by(kind: type[nn.Module]) -> frozenset[str]:
+    return frozenset(name.lower() for name in _names(kind, "forward", set()))
 
 
 def _names(kind: type, method: str, seen: set[str]) -> set[str]:
@@ -89,9 +96,8 @@ def _called(graph: Any, node: fx.Node) -> Written | str:
     shapes = [graph.nodes[operand]["shape"] for operand in (query, key, value)]
     if any(shape is None or len(shape) != 4 for shape in shapes):
         return "its queries, keys and values are not (batch, heads, positions, size)"
-    return Written(
-        node, query, shapes[1][1], (shapes[1][3], shapes[2][3]), shapes[0][1], own=_is_own(graph, query, key)
-    )
+    sizes, own = (shapes[1][3], shapes[2][3]), _is_own(graph, query, key)
+    return Written(graph, node, query, shapes[1][1], sizes, shapes[0][1], own=own)
 
 
 def _softmaxed(graph: Any, softmax: fx.Node, after: list[fx.Node], known: int | None) -> Written | str:
@@ -108,7 +114,7 @@ def _softmaxed(graph: Any, softmax: fx.Node, after: list[fx.Node], known: int | 
     if len(q) != len(k) or min(len(q), len(v)) < 3 or heads[0] is None or heads[1] is None:
         return "batch and heads can't be told apart (an example of another batch size may help)"
     sizes, own = (k[-2], v[-1]), _is_own(graph, query, key)
-    return Written(after[-1], query, heads[1], sizes, heads[0], tuple(ways[0]), tuple(after), own)
+    return Written(graph, after[-1], query, heads[1], sizes, heads[0], tuple(ways[0]), tuple(after), own)
 
 
 def _ways_to_context(graph: Any, softmax: fx.Node) -> Iterator[list[fx.Node]]:
@@ -211,7 +217,7 @@ def extend(site: Site, found: Written, key: Tensor, value: Tensor, gate: Tensor 
     alpha = site.at(alpha) if isinstance(alpha, fx.Node) else alpha
     scores = site.apply(products, site.at(found.query), key, alpha)
     for before, node in zip(found.to_scores, rest, strict=False):
-        scores = _likewise(site, node, before, scores)
+        scores = _likewise(site, found.graph, node, before, scores)
     softmax, *rest = found.to_context
     taken = site.at(found.to_scores[-1])
     if gate is None:
@@ -221,19 +227,30 @@ def extend(site: Site, found: Written, key: Tensor, value: Tensor, gate: Tensor 
     else:
         weights = site.again(site.at(softmax), {found.to_scores[-1]: scores})
     for before, node in zip(found.to_context, rest[:-1], strict=False):
-        weights = _likewise(site, node, before, weights)
+        weights = _likewise(site, found.graph, node, before, weights)
     context = site.at(found.root)
     return site.replace(context, context + site.apply(weighted, weights, value, gate))
 
 
-def _likewise(site: Site, node: fx.Node, before: fx.Node, scores: Tensor) -> Tensor:
+def _likewise(site: Site, graph: Any, node: fx.Node, before: fx.Node, scores: Tensor) -> Tensor:
     """What was done to the scores on the way, done to the prefix's; masks and biases are for the text."""
-    operation = as_digraph(node.graph, site.module).nodes[node]["operation"]
+    operation = graph.nodes[node]["operation"]
     if operation == "view":
         return site.apply(shaped_like, scores, site.at(node))
-    if operation in _FOR_THE_TEXT:
+    if operation in _FOR_THE_TEXT and not _shifts_all(graph, node, before):
         return scores
     return site.again(site.at(node), {before: scores})
+
+
+def _shifts_all(graph: Any, node: fx.Node, before: fx.Node) -> bool:
+    """Whether an addition is of the same for every key, so that it holds for the prefix, too."""
+    data = graph.nodes[node]
+    others = [other for other in data["operands"] if isinstance(other, fx.Node) and other is not before]
+    shapes = [graph.nodes[other]["shape"] for other in others]
+    keys = graph.nodes[before]["shape"][-1]  # one key: a mask has one column, too
+    return data["operation"] in ("add", "sub") and all(
+        s is not None and s[-1:] in ((), (1,)) and keys > 1 for s in shapes
+    )
 
 
 def products(query: Tensor, key: Tensor, alpha: float) -> Tensor:

@@ -107,14 +107,7 @@ class PrefixRule(Rule):
 
     def _seen(self, site: Site) -> tuple[Tensor, Tensor, Tensor] | None:
         """Queries, keys, values of the example, (batch, heads, positions, size); None: pass a cross-attention over."""
-        example = site.example
-        if example is None:
-            raise SiteError(
-                f"{self.label} needs example_inputs",
-                where=site.path,
-                why="a call shows which shape an attention's keys have",
-                fix="pass example_inputs to apply_rules",
-            )
+        example = site.needed_example("a call shows which shape an attention's keys have")
         with torch.enable_grad():
             args, kwargs, hidden = differentiable(*example)
             found = site.calls_inside(args, kwargs)

@@ -11,7 +11,7 @@ from weakref import WeakKeyDictionary
 
 from torch import Tensor, nn
 
-from surgery.engine import install
+from surgery.engine import install_live
 from surgery.errors import SurgeryError
 from surgery.install import reason_against
 from surgery.journal import Journal
@@ -177,7 +177,11 @@ def _switch(model: nn.Module, names: set[str]) -> None:
             journal.undo(_set_live, state, name, name not in names)
             _set_live(state, name, name in names)
         for module in places:
-            install(module, journal, known=key)
+            install_live(module, journal, known=key)
+        for path, name, before, live in state.switched:
+            reader = model.get_submodule(path)
+            journal.undo(setattr, reader, name, getattr(reader, name))
+            setattr(reader, name, live if names else before)
         _set_idle(state, names, journal)
         for name in changed:
             for module, rules in state.places[name]:

@@ -157,7 +157,7 @@ def carry_out(plan: Plan, rules: Sequence[Rule] | Rule, example_inputs: Any = No
             for step in plan.steps:
                 _insert(step, plan, journal)
         for step in {id(step.module): step for step in plan.steps}.values():
-            install(step.module, journal, step.own)
+            install_live(step.module, journal, step.own)
         _record(plan.model, plan, rules, journal)
         if plan.observation is not None:
             _check_output(plan, example_inputs)
@@ -217,7 +217,7 @@ def _own(module: nn.Module, name: str) -> Tensor:
     return found
 
 
-def install(
+def install_live(
     module: nn.Module, journal: Journal | None, own: Own | None = None, known: frozenset[str] | None = None
 ) -> None:
     """Give a site the class of the rules that are live on it; its own class where none is.
@@ -274,11 +274,11 @@ def _record(model: nn.Module, plan: Plan, rules: Sequence[Rule] | Rule, journal:
     journal.undo(state.places.pop, plan.adapter)
     for path, (name, value) in plan.switches.items():
         reader = model.get_submodule(path)
-        if not any(path == old for old, _, _ in state.switched):
-            state.switched.append((path, name, getattr(reader, name)))
+        if not any(path == old for old, *_ in state.switched):
+            state.switched.append((path, name, getattr(reader, name), value))
             journal.undo(state.switched.pop)
-            journal.undo(setattr, reader, name, getattr(reader, name))
-            setattr(reader, name, value)
+        journal.undo(setattr, reader, name, getattr(reader, name))
+        setattr(reader, name, value)
     hf.prepare(model, state, journal)
 
 
@@ -342,7 +342,7 @@ def _take_out(module: nn.Module, site: SiteState, names: list[str], check: bool,
     before = list(site.applied)
     site.applied[:] = [applied for applied in site.applied if applied.adapter not in names]
     journal.undo(site.applied.__setitem__, slice(None), before)
-    install(module, journal)
+    install_live(module, journal)
     # From here on nothing can fail: the records were verified, and the rest is taking things out of dicts.
     for applied in reversed(gone):
         for name, record in reversed(applied.changed):
@@ -356,7 +356,7 @@ def _take_out(module: nn.Module, site: SiteState, names: list[str], check: bool,
 def _restore(model: nn.Module, state: ModelState) -> None:
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(state.flags.get(name, parameter.requires_grad))
-    for path, name, value in state.switched:
+    for path, name, value, _ in state.switched:
         setattr(model.get_submodule(path), name, value)
     hf.restore(model, state)
     del model.__dict__[_MODEL]

@@ -19,8 +19,9 @@ from surgery.guided import traced
 from surgery.kinds import kind_of_call
 from surgery.trace import Own
 from surgery.view import view
+from surgery.weave import plain
 
-__all__ = ["Held", "Otherwise", "hold", "held_forwards", "new_held", "plain"]
+__all__ = ["Held", "Otherwise", "hold", "held_forwards", "new_held"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -82,20 +83,6 @@ def new_held(module: nn.Module, own: Own, given: tuple, kind: tuple) -> Held:
     found = _settled(graph, module.training)
     held_forwards(module, own, kind).append(found)
     return found
-
-
-def plain(value: Any, shown: Callable[[fx.Node], Any]) -> Any:
-    """An argument of a node of fx in plain containers, with what `shown` gives for nodes."""
-    if isinstance(value, fx.Node):
-        return shown(value)
-    if isinstance(value, (tuple, list)):
-        items = [plain(item, shown) for item in value]
-        return tuple(items) if isinstance(value, tuple) else items
-    if isinstance(value, dict):
-        return {key: plain(item, shown) for key, item in value.items()}
-    if isinstance(value, slice):
-        return slice(*(plain(item, shown) for item in (value.start, value.stop, value.step)))
-    return value
 
 
 def _as_call(own: Own, given: tuple) -> tuple[tuple, dict[str, Any]]:

@@ -25,7 +25,7 @@ from surgery.state import site_state
 from surgery.trace import Own
 from surgery.weave import Layer, woven
 
-__all__ = ["Recipe", "body_of", "class_of", "generated_class", "reason_against", "signature_source", "swap", "told"]
+__all__ = ["Recipe", "body_of", "class_from", "generated_class", "reason_against", "signature_source", "swap", "told"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -54,7 +54,7 @@ def generated_class(own: Own, layers: Sequence[Layer]) -> type[nn.Module]:
     key = (own.key, tuple(layers))
     found = _classes.get(key)
     if found is None:
-        found = class_of(_written(own, layers))
+        found = class_from(_written(own, layers))
         _classes[key] = found
     return found
 
@@ -184,7 +184,7 @@ class _Name:
 # Making the class -------------------------------------------------------------------------------------------
 
 
-def class_of(recipe: Recipe) -> type[nn.Module]:
+def class_from(recipe: Recipe) -> type[nn.Module]:
     key = (recipe.base, recipe.source)
     found = _by_source.get(key)
     if found is not None:
@@ -243,7 +243,7 @@ def _reduce_ex(self: nn.Module, protocol: Any) -> Any:
 
 
 def _revived(recipe: Recipe, *args: Any) -> nn.Module:
-    cls = class_of(recipe)
+    cls = class_from(recipe)
     return cls.__new__(cls, *args)
 
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from surgery.guards import context, structure_of
 
-__all__ = ["kind_of_call", "test_of_kind"]
+__all__ = ["kind_of_call", "predicate_of_kind"]
 
 
 def kind_of_call(module: nn.Module, given: tuple) -> tuple:
@@ -18,7 +18,7 @@ def kind_of_call(module: nn.Module, given: tuple) -> tuple:
     return (module.training, *context(True), *[structure_of(value) for value in given])
 
 
-def test_of_kind(module: nn.Module, given: tuple, settings: Iterable[tuple[tuple, Any]]) -> Callable[..., bool]:
+def predicate_of_kind(module: nn.Module, given: tuple, settings: Iterable[tuple[tuple, Any]]) -> Callable[..., bool]:
     """A function that says of `(module, *arguments)` whether a call is of the kind of this one, in a few microseconds.
 
     It also asks for the module's settings, pairs of a path and a value.

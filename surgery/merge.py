@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from surgery.engine import install
+from surgery.engine import install_live
 from surgery.errors import MergeError, PlanError, SurgeryError
 from surgery.exact import LowRank, Rows, unfold
 from surgery.folding import Keep, SiteFolding, check_foldable, owners, verify_records
@@ -112,7 +112,7 @@ def unmerge(model: M, *, check: bool = True) -> M:
             for name, parameter in merged.tied.items():
                 _owner(module, name)._parameters[name.rpartition(".")[2]] = parameter
             site.merged = None
-            install(module, None)
+            install_live(module, None)
     return model
 
 
@@ -141,7 +141,7 @@ def _merge_site(
     merged.folds = folding.finish()
     site.merged = merged
     journal.undo(setattr, site, "merged", None)
-    install(module, journal)
+    install_live(module, journal)
 
 
 def _check_finite(

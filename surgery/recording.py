@@ -16,7 +16,7 @@ from surgery.tape import Tape, Value
 from surgery.trace import Own
 from surgery.weave import Layer
 
-__all__ = ["PassedOver", "Recorded", "Step", "layer_of", "recorded"]
+__all__ = ["PassedOver", "Recording", "Step", "layer_of", "recorded"]
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ class Step:
         return sum(math.prod(spec.shape) for spec in self.specs if spec.trainable)
 
 
-class Recorded(NamedTuple):
+class Recording(NamedTuple):
     """A rewrite as a tape, the tensors it asks for, and whether it looks into the forward, held as `own`."""
 
     tape: Tape
@@ -64,7 +64,7 @@ def recorded(
     example: Example = None,
     owners: tuple[nn.Module, ...] = (),
     facts: dict[str, Any] | None = None,
-) -> Recorded:
+) -> Recording:
     """A rule's rewrite of a site; `PassedOver` for NotImplemented.
 
     `facts` are those found when the rule was applied; what it finds anew is put there.
@@ -88,7 +88,7 @@ def recorded(
             where=path,
             fix="return the new output, or use site.replace(old, new)",
         )
-    return Recorded(site.tape.finished(), tuple(site.specs.values()), site.own, site.inside)
+    return Recording(site.tape.finished(), tuple(site.specs.values()), site.own, site.inside)
 
 
 def layer_of(applied: Applied, module: nn.Module, path: str, own: Own) -> Layer:

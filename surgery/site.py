@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -10,16 +11,14 @@ from typing import Any, cast
 import torch
 from torch import Tensor, fx, nn
 
-from surgery.digraph import as_digraph
 from surgery.errors import SiteError, near_misses
-from surgery.example import call, evaluating
-from surgery.held import hold, plain
+from surgery.example import call
 from surgery.hidden import hidden_of, with_hidden
+from surgery.inside import Inside, held
 from surgery.match import RESERVED
 from surgery.registries import takes_functions
 from surgery.rule import Rule
 from surgery.state import site_state
-from surgery.structure import Found, Structure
 from surgery.tape import Ref, Tape, Value, ref_of
 from surgery.trace import Own
 from surgery.view import calls_inside, hidden_reference
@@ -95,7 +94,7 @@ class _Place:
         )
 
 
-class Site(_Place):
+class Site(_Place, Inside):
     """One module while a rule rewrites it: `input`, `output` and parameters are values to compute with.
 
     >>> from torch import nn
@@ -215,106 +214,7 @@ class Site(_Place):
         self._named(function)
         self.tape.around(function, values, cast(Value, at))
 
-    # Inside the forward -------------------------------------------------------------------------------------
-
-    @property
-    def graph(self) -> fx.Graph:
-        """The module's own forward as a graph, for calls like the one at hand: to be read, not to be changed.
-
-        Its shapes and dtypes (`node.meta`) are the example's. A rule that looks at it is asked again for each kind of
-        call: in training and in evaluation, with a mask and without one. Needs `example_inputs`. Raises `TraceError`
-        where the forward can't be held in a graph, `SiteError` without an example.
-        """
-        if self.own.held is None:
-            example = self.example
-            if self.unreached:
-                raise SiteError(
-                    f"{self.label} looks into the forward, which the example call never reaches",
-                    where=self.path,
-                    fix="exclude it, or pass an example that uses it",
-                )
-            if example is None:
-                raise SiteError(
-                    f"{self.label} looks into the forward, and needs example_inputs",
-                    where=self.path,
-                    why="which operations a forward consists of is found by running it once",
-                    fix="pass example_inputs to apply_rules",
-                )
-            with torch.no_grad(), evaluating(self.module):  # as the example was seen
-                self.own = hold(self.module, self.own, *example)
-        self.inside = True
-        assert self.own.held is not None
-        self._nodes = {node.name: node for node in self.own.held.nodes}
-        return self.own.held
-
-    def find(self, structure: Structure) -> Found:
-        """Where a structure occurs inside the forward; nodes and bindings are values to compute with and to `replace`.
-
-        >>> import torch
-        >>> from torch import nn
-        >>> from surgery import Rule, Structure, apply_rules, rule
-        >>> GELU = Structure(lambda x: torch.nn.functional.gelu(x))
-        >>> @rule("doc-swish")
-        ... class SwishRule(Rule):
-        ...     def rewrite(self, site):
-        ...         for gelu in site.find(GELU):
-        ...             x = gelu.bindings["x"]
-        ...             site.replace(gelu.root, x * torch.sigmoid(x))
-        >>> class Mlp(nn.Module):
-        ...     def __init__(self):
-        ...         super().__init__()
-        ...         self.up, self.down = nn.Linear(4, 8), nn.Linear(8, 4)
-        ...     def forward(self, x, scale=1.0):
-        ...         return self.down(torch.nn.functional.gelu(self.up(x))) * scale
-        >>> mlp, x = Mlp(), torch.randn(2, 4)
-        >>> _ = apply_rules(mlp, SwishRule(Mlp), example_inputs=x)
-        >>> torch.equal(mlp(x), mlp.down(torch.nn.functional.silu(mlp.up(x)))), torch.allclose(mlp(x, 2.0), 2 * mlp(x))
-        (False, True)
-
-        Empty where there is none, with the `reason`. Raises what `graph` raises.
-        """
-        found = structure.find(as_digraph(self.graph, self.module))
-        return Found([occurrence.mapped(self._shown) for occurrence in found], found.reason)
-
-    def at(self, node: fx.Node) -> Tensor:
-        """The value of a node of `graph`: what it is at present, edits of earlier rules included."""
-        if node.op == "placeholder":
-            return self._value("input", str(node.target).lstrip("*"))
-        if node.op == "get_attr" and held(self.module, str(node.target)) is not None:
-            return self._value("state", str(node.target))
-        return self._value("inside", node.name)
-
-    def node_of(self, value: Tensor) -> fx.Node:
-        """The node of a value that `find` or `at` gave."""
-        ref = ref_of(cast(Value, value))
-        found = self._nodes.get(ref.key) if ref.kind in ("inside", "made") else None
-        if found is None:
-            named = {"input": "placeholder", "state": "get_attr"}.get(ref.kind)
-            alike = (n for n in self._nodes.values() if n.op == named and str(n.target).lstrip("*") == ref.key)
-            found = next(alike, None)
-        if found is None:
-            raise SiteError(f"{value!r} is no value inside the forward", where=self.path)
-        return found
-
-    def base(self, value: Tensor) -> Tensor:
-        """What an operation inside the forward itself gives, before what any rule put in its place."""
-        return self._value("made", self.node_of(value).name)
-
-    def again(self, value: Tensor, swaps: Mapping[Any, Any]) -> Tensor:
-        """The operation that makes `value` once more, with other operands: pairs of an operand's value or node, and
-        what stands in its place."""
-        node = self.node_of(value)
-        others = {old if isinstance(old, fx.Node) else self.node_of(old): new for old, new in swaps.items()}
-        given = [plain(part, lambda n: others.get(n, self.at(n))) for part in (node.args, node.kwargs)]
-        kinds = {"call_function": "function", "call_method": "method", "call_module": "module"}
-        if node.op not in kinds:
-            raise SiteError(f"{value!r} is made by no operation", where=self.path)
-        return cast(Tensor, self.tape.call(kinds[node.op], node.target, *given))
-
-    def _shown(self, value: Any) -> Any:
-        return plain(value, self.at)
-
-    @property
+    @functools.cached_property
     def example(self) -> tuple[tuple, dict[str, Any]] | None:
         """Copies of the module's own arguments in the example call, (args, kwargs); None without an example."""
         return self._example() if self._example is not None else None
@@ -322,7 +222,19 @@ class Site(_Place):
     @property
     def unreached(self) -> bool:
         """Whether there is an example call that never reaches this module."""
-        return self._example is not None and self._example() is None
+        return self._example is not None and self.example is None
+
+    def needed_example(self, why: str) -> tuple[tuple, dict[str, Any]]:
+        """`example`, by a rule that can't go without; `SiteError` with this reason where there is none."""
+        if self.unreached:
+            fix = "exclude it, or pass an example that uses it"
+            raise SiteError(
+                f"the example call never reaches a target of {self.label}", where=self.path, why=why, fix=fix
+            )
+        if self.example is None:
+            fix = "pass example_inputs to apply_rules"
+            raise SiteError(f"{self.label} needs example_inputs", where=self.path, why=why, fix=fix)
+        return self.example
 
     @property
     def owners(self) -> tuple[nn.Module, ...]:
@@ -500,20 +412,6 @@ class LiveSite(_Place):
     def folded(self, name: str) -> bool:
         """Whether something was folded into a parameter before this rule's turn."""
         return self._source(name, False) is not self._source(name, True)
-
-
-def held(module: nn.Module, name: str) -> Tensor | None:
-    """A parameter or buffer by dotted name, or None."""
-    if name in module._parameters:
-        return module._parameters[name]
-    *path, last = name.split(".")
-    owner: nn.Module | None = module
-    for part in path:
-        owner = owner._modules.get(part) if owner is not None else None
-    if owner is None:
-        return None
-    found = owner._parameters.get(last)
-    return found if found is not None else owner._buffers.get(last)
 
 
 def _constant(value: float) -> Fill:

@@ -116,7 +116,7 @@ class ModelState:
         default_factory=dict
     )  # requires_grad of the base's parameters before the first adapter
     ignored_on_save: list[tuple[str, Any]] = field(default_factory=list)
-    switched: list[tuple[str, str, Any]] = field(default_factory=list)  # (module, attribute, original value)
+    switched: list[tuple[str, str, Any, Any]] = field(default_factory=list)  # (module, attribute, before, while live)
     places: dict[str, list[tuple[nn.Module, list[Applied]]]] = field(default_factory=dict)  # of each adapter
     idle: set[str] = field(default_factory=set)  # adapters that are not live
 

@@ -17,8 +17,8 @@ from torch import fx, nn
 
 from surgery.errors import SiteError, TraceError
 from surgery.held import Held, Otherwise, held_forwards, new_held
-from surgery.install import Recipe, body_of, class_of, signature_source, told
-from surgery.kinds import kind_of_call, test_of_kind
+from surgery.install import Recipe, body_of, class_from, signature_source, told
+from surgery.kinds import kind_of_call, predicate_of_kind
 from surgery.recording import PassedOver, layer_of, recorded
 from surgery.state import Applied, SiteState
 from surgery.trace import Own, own_forward, signature_of
@@ -54,7 +54,7 @@ def varied_class(base: type[nn.Module], live: Sequence[Applied]) -> type[nn.Modu
         "        raise _surgery_told(error, self)",
     ]
     label = f"{base.__name__} + " + ", ".join(f"{applied.rule.label} [{applied.adapter}]" for applied in live)
-    return class_of(
+    return class_from(
         Recipe(base, "\n".join(lines) + "\n", {**names, "_surgery_varied": varied, "_surgery_told": told}, label)
     )
 
@@ -115,7 +115,7 @@ def _variant(module: nn.Module, state: SiteState, own: Own, held: Held, kind: tu
     layers = [layer_at(applied, module, state, own) for applied in state.live()]
     graph, around = woven_held(own, layers)
     run, source = _function(graph, f"{own.base.__name__} + " + ", ".join(f"{x.label} [{x.adapter}]" for x in layers))
-    fits = test_of_kind(module, given, held.settings)
+    fits = predicate_of_kind(module, given, held.settings)
     return Variant(kind, fits, held, run, {**held.kept, **around}, source)
 
 

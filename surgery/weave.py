@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 import operator
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -21,7 +21,7 @@ from surgery.tape import Ref, Step, Tape, thawed
 from surgery.trace import Own, recorded_own
 from surgery.view import base_forward
 
-__all__ = ["Layer", "trace_site", "woven"]
+__all__ = ["Layer", "called_around", "plain", "trace_site", "woven", "woven_held"]
 
 
 class Layer(NamedTuple):
@@ -121,7 +121,7 @@ class _Weaver:
         """The operations of a traced graph. A rule knows each as ("inside", the name of its node)."""
         terms: dict[fx.Node, Any] = {}
         for node in graph.nodes:
-            args, kwargs = _with_terms(node.args, terms), _with_terms(node.kwargs, terms)
+            args, kwargs = plain(node.args, terms.__getitem__), plain(node.kwargs, terms.__getitem__)
             if node.op == "output":
                 self.now[Ref("output", "")] = args[0]
                 continue
@@ -367,17 +367,17 @@ def _takes_module(term: _Term) -> bool:
     return isinstance(first, _Term) and (first.op, first.target) == ("get_attr", "_surgery_self")
 
 
-def _with_terms(value: Any, terms: dict[fx.Node, Any]) -> Any:
-    """Arguments of a node of fx, which come in containers of its own, in plain ones with terms."""
+def plain(value: Any, shown: Callable[[fx.Node], Any]) -> Any:
+    """An argument of a node of fx in plain containers, with what `shown` gives for nodes."""
     if isinstance(value, fx.Node):
-        return terms[value]
+        return shown(value)
     if isinstance(value, (tuple, list)):
-        items = [_with_terms(item, terms) for item in value]
+        items = [plain(item, shown) for item in value]
         return tuple(items) if isinstance(value, tuple) else items
     if isinstance(value, dict):
-        return {key: _with_terms(item, terms) for key, item in value.items()}
+        return {key: plain(item, shown) for key, item in value.items()}
     if isinstance(value, slice):
-        return slice(*(_with_terms(item, terms) for item in (value.start, value.stop, value.step)))
+        return slice(*(plain(item, shown) for item in (value.start, value.stop, value.step)))
     return value
 
 

@@ -83,6 +83,17 @@ class Biased(Base):
         return self.out(merged(torch.bmm(weights, v).view(b, HEADS, n, SIZE)))
 
 
+class Shifted(Base):
+    """Numbers that are added for every key alike, which a softmax does not see."""
+
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        q, k, v = self.heads(self.q(x)), self.heads(self.k(x)), self.heads(self.v(x))
+        scores = q @ k.mT / SIZE**0.5 - 1.5 + x[:, None, :, :1]
+        if mask is not None:
+            scores = scores + mask
+        return self.out(merged(scores.softmax(-1) @ v))
+
+
 class Called(Base):
     def forward(self, x: Tensor, mask: Tensor | None = None, causal: bool = False) -> Tensor:
         q, k, v = self.heads(self.q(x)), self.heads(self.k(x)), self.heads(self.v(x))
@@ -107,7 +118,7 @@ def first(output: Any) -> Tensor:
     return output[0] if isinstance(output, tuple) else output
 
 
-FORMS = [Plain, ScaledQueries, Flat, Biased, Called]
+FORMS = [Plain, ScaledQueries, Flat, Biased, Shifted, Called]
 X = torch.randn(2, 5, WIDTH)
 CAUSAL = torch.full((5, 5), -1e9).triu(1)
 

@@ -1,0 +1,136 @@
+"""A site from inside: the operations of its forward, as values to compute with and to replace."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, cast
+
+import torch
+from torch import Tensor, fx, nn
+
+from surgery.digraph import as_digraph
+from surgery.errors import SiteError
+from surgery.example import evaluating
+from surgery.held import hold
+from surgery.structure import Found, Structure
+from surgery.tape import Tape, Value, ref_of
+from surgery.trace import Own
+from surgery.weave import plain
+
+__all__ = ["Inside", "held"]
+
+
+class Inside:
+    """The part of a `Site` that looks into its forward."""
+
+    module: nn.Module
+    path: str
+    label: str
+    own: Own
+    tape: Tape
+    inside: bool
+    _nodes: dict[str | int, fx.Node]
+
+    def needed_example(self, why: str) -> tuple[tuple, dict[str, Any]]:
+        raise NotImplementedError
+
+    def _value(self, kind: str, key: str) -> Tensor:
+        raise NotImplementedError
+
+    @property
+    def graph(self) -> fx.Graph:
+        """The module's own forward as a graph, for calls like the one at hand: to be read, not to be changed.
+
+        Its shapes and dtypes (`node.meta`) are the example's. A rule that looks at it is asked again for each kind of
+        call: in training and in evaluation, with a mask and without one. Needs `example_inputs`. Raises `TraceError`
+        where the forward can't be held in a graph, `SiteError` without an example.
+        """
+        if self.own.held is None:
+            example = self.needed_example("which operations a forward consists of is found by running it once")
+            with torch.no_grad(), evaluating(self.module):  # as the example was seen
+                self.own = hold(self.module, self.own, *example)
+        self.inside = True
+        assert self.own.held is not None
+        self._nodes = {node.name: node for node in self.own.held.nodes}
+        return self.own.held
+
+    def find(self, structure: Structure) -> Found:
+        """Where a structure occurs inside the forward; nodes and bindings are values to compute with and to `replace`.
+
+        >>> import torch
+        >>> from torch import nn
+        >>> from surgery import Rule, Structure, apply_rules, rule
+        >>> GELU = Structure(lambda x: torch.nn.functional.gelu(x))
+        >>> @rule("doc-swish")
+        ... class SwishRule(Rule):
+        ...     def rewrite(self, site):
+        ...         for gelu in site.find(GELU):
+        ...             x = gelu.bindings["x"]
+        ...             site.replace(gelu.root, x * torch.sigmoid(x))
+        >>> class Mlp(nn.Module):
+        ...     def __init__(self):
+        ...         super().__init__()
+        ...         self.up, self.down = nn.Linear(4, 8), nn.Linear(8, 4)
+        ...     def forward(self, x, scale=1.0):
+        ...         return self.down(torch.nn.functional.gelu(self.up(x))) * scale
+        >>> mlp, x = Mlp(), torch.randn(2, 4)
+        >>> _ = apply_rules(mlp, SwishRule(Mlp), example_inputs=x)
+        >>> torch.equal(mlp(x), mlp.down(torch.nn.functional.silu(mlp.up(x)))), torch.allclose(mlp(x, 2.0), 2 * mlp(x))
+        (False, True)
+
+        Empty where there is none, with the `reason`. Raises what `graph` raises.
+        """
+        found = structure.find(as_digraph(self.graph, self.module))
+        return Found([occurrence.mapped(self._shown) for occurrence in found], found.reason)
+
+    def at(self, node: fx.Node) -> Tensor:
+        """The value of a node of `graph`: what it is at present, edits of earlier rules included."""
+        if node.op == "placeholder":
+            return self._value("input", str(node.target).lstrip("*"))
+        if node.op == "get_attr" and held(self.module, str(node.target)) is not None:
+            return self._value("state", str(node.target))
+        return self._value("inside", node.name)
+
+    def node_of(self, value: Tensor) -> fx.Node:
+        """The node of a value that `find` or `at` gave."""
+        ref = ref_of(cast(Value, value))
+        found = self._nodes.get(ref.key) if ref.kind in ("inside", "made") else None
+        if found is None:
+            named = {"input": "placeholder", "state": "get_attr"}.get(ref.kind)
+            alike = (n for n in self._nodes.values() if n.op == named and str(n.target).lstrip("*") == ref.key)
+            found = next(alike, None)
+        if found is None:
+            raise SiteError(f"{value!r} is no value inside the forward", where=self.path)
+        return found
+
+    def base(self, value: Tensor) -> Tensor:
+        """What an operation inside the forward itself gives, before what any rule put in its place."""
+        return self._value("made", self.node_of(value).name)
+
+    def again(self, value: Tensor, swaps: Mapping[Any, Any]) -> Tensor:
+        """The operation that makes `value` once more, with other operands: pairs of an operand's value or node, and
+        what stands in its place."""
+        node = self.node_of(value)
+        others = {old if isinstance(old, fx.Node) else self.node_of(old): new for old, new in swaps.items()}
+        given = [plain(part, lambda n: others.get(n, self.at(n))) for part in (node.args, node.kwargs)]
+        kinds = {"call_function": "function", "call_method": "method", "call_module": "module"}
+        if node.op not in kinds:
+            raise SiteError(f"{value!r} is made by no operation", where=self.path)
+        return cast(Tensor, self.tape.call(kinds[node.op], node.target, *given))
+
+    def _shown(self, value: Any) -> Any:
+        return plain(value, self.at)
+
+
+def held(module: nn.Module, name: str) -> Tensor | None:
+    """A parameter or buffer by dotted name, or None."""
+    if name in module._parameters:
+        return module._parameters[name]
+    *path, last = name.split(".")
+    owner: nn.Module | None = module
+    for part in path:
+        owner = owner._modules.get(part) if owner is not None else None
+    if owner is None:
+        return None
+    found = owner._parameters.get(last)
+    return found if found is not None else owner._buffers.get(last)
