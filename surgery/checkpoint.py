@@ -23,9 +23,10 @@ from surgery.match import RESERVED
 from surgery.plan import Plan, make_plan
 from surgery.recording import Step
 from surgery.rule import Rule
-from surgery.site import LiveSite, held
+from surgery.site import LiveSite
 from surgery.state import adapter_names, adapter_state_dict, require_state, rules_of, sites, tensors_of, whole
 from surgery.stored import NAME, OLD, PEFT, SURGERY, VERSION, Entry, Stored, names_in, stored_adapter, tensor_key
+from surgery.view import tensor_at
 
 __all__ = ["LoadReport", "load_adapter", "load_adapters", "save_adapter"]
 
@@ -366,13 +367,9 @@ def _realise(step: Step, adapter: str, others: set[str]) -> None:
             box._parameters[spec.name] = nn.Parameter(new, requires_grad=old.requires_grad)
     if meta and others:
         module = step.module
-        step.rule.initialise(LiveSite(module, step.path, adapter, box.tensors(), lambda name, _: _own(module, name)))
-
-
-def _own(module: nn.Module, name: str) -> Tensor:
-    found = held(module, name)
-    assert found is not None, name
-    return found
+        step.rule.initialise(
+            LiveSite(module, step.path, adapter, box.tensors(), lambda name, _: tensor_at(module, name))
+        )
 
 
 def _problem(text: str, **details: Any) -> SurgeryError:

@@ -22,7 +22,7 @@ from surgery.pattern import Verdict
 from surgery.plan import Plan, make_plan
 from surgery.recording import Step, layer_of
 from surgery.rule import Rule, running
-from surgery.site import LiveSite, ParamSpec, held
+from surgery.site import LiveSite, ParamSpec
 from surgery.state import (
     _MODEL,
     _SITE,
@@ -41,6 +41,7 @@ from surgery.state import (
 )
 from surgery.trace import Own, own_forward
 from surgery.variants import varied_class
+from surgery.view import tensor_at
 from surgery.weave import Layer
 
 __all__ = ["apply_rules", "explain", "plan_rules", "remove"]
@@ -189,14 +190,14 @@ def _insert(step: Step, plan: Plan, journal: Journal) -> None:
     state.applied.append(applied)
     journal.undo(state.applied.pop)
     live = LiveSite(
-        module, step.path, plan.adapter, tensors_of(module, plan.adapter), lambda name, _: _own(module, name)
+        module, step.path, plan.adapter, tensors_of(module, plan.adapter), lambda name, _: tensor_at(module, name)
     )
     with running(step.rule, "initialise", step.path):
         changes = dict(step.rule.initialise(live) or {})
     for name, change in changes.items():
         check_foldable(plan.model, module, name, change, step.path)
         record = fold_into(module, name, change, keep="record", where=step.path)
-        journal.undo(unfold, _own(module, name), record)
+        journal.undo(unfold, tensor_at(module, name), record)
         applied.changed.append((name, record))
 
 
@@ -209,12 +210,6 @@ def _made(spec: ParamSpec, device: torch.device | None) -> Tensor:
     tensor = torch.empty(spec.shape, dtype=spec.dtype, device=device)
     spec.fill(tensor)
     return tensor if spec.buffer else nn.Parameter(tensor, requires_grad=spec.trainable)
-
-
-def _own(module: nn.Module, name: str) -> Tensor:
-    found = held(module, name)
-    assert found is not None, name
-    return found
 
 
 def install_live(
@@ -334,7 +329,7 @@ def _check_removable(path: str, module: nn.Module, site: SiteState, names: list[
             staying |= changed
     gone = [applied for applied in site.applied if applied.adapter in names]
     if check:
-        verify_records([(_own(module, name), record) for a in gone for name, record in a.changed], path)
+        verify_records([(tensor_at(module, name), record) for a in gone for name, record in a.changed], path)
 
 
 def _take_out(module: nn.Module, site: SiteState, names: list[str], check: bool, journal: Journal) -> None:
@@ -346,7 +341,7 @@ def _take_out(module: nn.Module, site: SiteState, names: list[str], check: bool,
     # From here on nothing can fail: the records were verified, and the rest is taking things out of dicts.
     for applied in reversed(gone):
         for name, record in reversed(applied.changed):
-            unfold(_own(module, name), record, check=check, where=site.path)
+            unfold(tensor_at(module, name), record, check=check, where=site.path)
     for name in {applied.adapter for applied in gone}:
         detach(module, name)
     if not site.applied:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from surgery.errors import MergeError
 from surgery.exact import Change, LowRank, Record, checksum, fold, unfold
 from surgery.match import base_modules
-from surgery.site import held
+from surgery.view import held, tensor_at
 
 __all__ = ["Fold", "SiteFolding", "check_foldable", "fold_into", "owners", "verify_records"]
 
@@ -54,8 +54,7 @@ def check_foldable(
 
 
 def fold_into(module: nn.Module, name: str, change: Change, *, keep: Keep, where: str) -> Record:
-    tensor = held(module, name)
-    assert tensor is not None
+    tensor = tensor_at(module, name)
     if isinstance(change, Tensor) and change.shape != tensor.shape:
         raise MergeError(f"a new {name} has the shape {tuple(change.shape)}, not {tuple(tensor.shape)}", where=where)
     return fold(tensor, change, keep=keep, where=where)
@@ -129,9 +128,9 @@ class SiteFolding:
     def _tensor(self, name: str) -> Tensor:
         if self._trial is not None:
             if name not in self._trial:
-                self._trial[name] = _held(self.module, name).detach().clone()
+                self._trial[name] = tensor_at(self.module, name).detach().clone()
             return self._trial[name]
-        return _held(self.module, name)
+        return tensor_at(self.module, name)
 
     def _flush(self, name: str) -> None:
         pending = self._pending.pop(name, None)
@@ -145,10 +144,3 @@ class SiteFolding:
                 f"a merged {name} has the shape {tuple(change.shape)}, not {tuple(tensor.shape)}", where=self.where
             )
         self.done.append((name, fold(tensor, change, keep=self.keep, where=self.where)))
-
-
-def _held(module: nn.Module, name: str) -> Tensor:
-    found = held(module, name)
-    if found is None:
-        raise MergeError(f"{type(module).__name__} has no tensor {name!r} to fold into")
-    return found

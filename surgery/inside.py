@@ -15,9 +15,10 @@ from surgery.held import hold
 from surgery.structure import Found, Structure
 from surgery.tape import Tape, Value, ref_of
 from surgery.trace import Own
+from surgery.view import held
 from surgery.weave import plain
 
-__all__ = ["Inside", "held"]
+__all__ = ["Inside"]
 
 
 class Inside:
@@ -120,17 +121,3 @@ class Inside:
 
     def _shown(self, value: Any) -> Any:
         return plain(value, self.at)
-
-
-def held(module: nn.Module, name: str) -> Tensor | None:
-    """A parameter or buffer by dotted name, or None."""
-    if name in module._parameters:
-        return module._parameters[name]
-    *path, last = name.split(".")
-    owner: nn.Module | None = module
-    for part in path:
-        owner = owner._modules.get(part) if owner is not None else None
-    if owner is None:
-        return None
-    found = owner._parameters.get(last)
-    return found if found is not None else owner._buffers.get(last)

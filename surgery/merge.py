@@ -17,9 +17,10 @@ from surgery.install import reason_against
 from surgery.journal import Journal
 from surgery.recording import layer_of
 from surgery.rule import running
-from surgery.site import LiveSite, held
+from surgery.site import LiveSite
 from surgery.state import Applied, Merged, SiteState, adapter_names, require_state, sites, tensors_of
 from surgery.trace import own_forward
+from surgery.view import tensor_at
 
 __all__ = ["MergeReport", "merge", "unmerge"]
 
@@ -88,7 +89,7 @@ def merge(
         with Journal() as journal:
             for path, module, site in found:
                 _merge_site(model, path, module, site, names, keep, untie, journal)
-    folds = [(_held(module, name), record) for _, module, site in found for name, record in _merged(site).folds]
+    folds = [(tensor_at(module, name), record) for _, module, site in found for name, record in _merged(site).folds]
     entries = {id(tensor): tensor.numel() for tensor, _ in folds}
     return MergeReport(tuple(names), len(found), sum(record.nbytes for _, record in folds), sum(entries.values()))
 
@@ -103,12 +104,12 @@ def unmerge(model: M, *, check: bool = True) -> M:
     found = [(path, module, site) for path, module, site in sites(model) if site.merged is not None]
     if check:
         for path, module, site in found:
-            verify_records([(_held(module, name), record) for name, record in _merged(site).folds], path)
+            verify_records([(tensor_at(module, name), record) for name, record in _merged(site).folds], path)
     with torch.no_grad():
         for path, module, site in found:
             merged = _merged(site)
             for name, record in reversed(merged.folds):
-                unfold(_held(module, name), record, check=check, where=path, verified=check)
+                unfold(tensor_at(module, name), record, check=check, where=path, verified=check)
             for name, parameter in merged.tied.items():
                 _owner(module, name)._parameters[name.rpartition(".")[2]] = parameter
             site.merged = None
@@ -183,7 +184,7 @@ def _changes(module: nn.Module, site: SiteState, names: list[str], folding: Site
 
 
 def _untie(model: nn.Module, module: nn.Module, name: str, merged: Merged, journal: Journal) -> None:
-    parameter = _held(module, name)
+    parameter = tensor_at(module, name)
     if not isinstance(parameter, nn.Parameter) or len(owners(model, parameter)) < 2:
         return
     held_by, last = _owner(module, name)._parameters, name.rpartition(".")[2]
@@ -238,10 +239,3 @@ def _merged(site: SiteState) -> Merged:
 
 def _owner(module: nn.Module, name: str) -> nn.Module:
     return module.get_submodule(name.rpartition(".")[0])
-
-
-def _held(module: nn.Module, name: str) -> Tensor:
-    tensor = held(module, name)
-    if tensor is None:
-        raise MergeError(f"{type(module).__name__} has no tensor {name!r}")
-    return tensor

@@ -7,8 +7,9 @@ from torch import Tensor, nn
 from surgery.errors import RuleError
 from surgery.match import RESERVED
 from surgery.rule import Rule, running
-from surgery.site import LiveSite, held
+from surgery.site import LiveSite
 from surgery.state import adapter_names, require_state, sites, tensors_of
+from surgery.view import held
 
 __all__ = ["folded_adapter"]
 

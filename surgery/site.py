@@ -14,14 +14,14 @@ from torch import Tensor, fx, nn
 from surgery.errors import SiteError, near_misses
 from surgery.example import call
 from surgery.hidden import hidden_of, with_hidden
-from surgery.inside import Inside, held
+from surgery.inside import Inside
 from surgery.match import RESERVED
 from surgery.registries import takes_functions
 from surgery.rule import Rule
 from surgery.state import site_state
 from surgery.tape import Ref, Tape, Value, ref_of
 from surgery.trace import Own
-from surgery.view import calls_inside, hidden_reference
+from surgery.view import calls_inside, held, hidden_reference
 
 __all__ = ["LiveSite", "ParamSpec", "Site", "Tensors"]
 

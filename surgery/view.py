@@ -16,9 +16,10 @@ from weakref import WeakKeyDictionary
 
 from torch import Tensor, nn
 
+from surgery.errors import SurgeryError
 from surgery.registries import with_leaves
 
-__all__ = ["base_forward", "call_own", "calls_inside", "hidden_reference", "view"]
+__all__ = ["base_forward", "call_own", "calls_inside", "held", "hidden_reference", "tensor_at", "view"]
 
 # What runs in the place of the functions that a forward takes from registries; gets each as its first argument.
 Around = Callable[..., Any]
@@ -106,7 +107,7 @@ def view(module: nn.Module, cls: type[nn.Module], tensors: Mapping[str, Tensor |
     for name, value in list(state.items()):
         # LSTM and its kin run on a list of their own parameters, kept beside the named ones.
         if isinstance(value, list) and value and isinstance(value[0], Tensor):
-            swapped = {id(held): own[key] for key in own if (held := _held(module, key)) is not None}
+            swapped = {id(old): own[key] for key in own if (old := held(module, key)) is not None}
             state[name] = [swapped.get(id(item), item) for item in value]
     children = {name.partition(".")[0] for name in tensors if "." in name}
     if children:
@@ -120,18 +121,35 @@ def view(module: nn.Module, cls: type[nn.Module], tensors: Mapping[str, Tensor |
     return shown
 
 
-def _held(module: nn.Module, name: str) -> Tensor | None:
-    found = module._parameters.get(name)
-    return found if found is not None else module._buffers.get(name)
+def held(module: nn.Module, name: str) -> Tensor | None:
+    """A parameter or buffer by dotted name, or None."""
+    if name in module._parameters:
+        return module._parameters[name]
+    *path, last = name.split(".")
+    owner: nn.Module | None = module
+    for part in path:
+        owner = owner._modules.get(part) if owner is not None else None
+    if owner is None:
+        return None
+    found = owner._parameters.get(last)
+    return found if found is not None else owner._buffers.get(last)
+
+
+def tensor_at(module: nn.Module, name: str) -> Tensor:
+    """A parameter or buffer by dotted name, which is known to be there."""
+    found = held(module, name)
+    if found is None:
+        raise SurgeryError(f"{type(module).__name__} has no tensor {name!r}")
+    return found
 
 
 def hidden_reference(module: nn.Module, name: str) -> str | None:
     """The attribute that holds a parameter where a view can't put another in its place, or None."""
-    held = _held(module, name)
+    tensor = held(module, name)
     for attribute, value in module.__dict__.items():
         if attribute.startswith(("_parameters", "_buffers", "_modules")) or isinstance(value, list):
             continue
         items = value.values() if isinstance(value, dict) else value if isinstance(value, tuple) else (value,)
-        if any(item is held for item in items):
+        if any(item is tensor for item in items):
             return attribute
     return None
