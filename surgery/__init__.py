@@ -1,7 +1,11 @@
 """Declarative model surgery for PyTorch: rules match modules, rewrite their graphs, and are taken out to the bit."""
 
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
 from surgery.activation import Adapter, activate, active, adapters, deactivate, using
-from surgery.checkpoint import LoadReport, load_adapter, load_adapters, save_adapter
 from surgery.coverage import Coverage, coverage
 from surgery.digraph import as_digraph, graph_of
 from surgery.engine import apply_rules, explain, plan_rules, remove
@@ -17,16 +21,11 @@ from surgery.errors import (
     TraceError,
 )
 from surgery.exact import LowRank, Rows
-from surgery.exported import with_layers
 from surgery.expression import ANY, having, module_of, one_of
 from surgery.guided import trace
 from surgery.hidden import hidden_of
-from surgery.hub import push_adapter
 from surgery.merge import MergeReport, merge, unmerge
-from surgery.merged import merge_to
 from surgery.pattern import Pattern, Targets
-from surgery.peft_format import PeftConfig, PeftMethod, PeftPart, PeftPlace, peft_method
-from surgery.plainer import folded_adapter
 from surgery.plan import Plan
 from surgery.registries import takes_functions
 from surgery.rule import Rule, rule, rules_from_json, rules_from_yaml, rules_to_json, rules_to_yaml
@@ -34,11 +33,46 @@ from surgery.show import Summary, draw, show, summary
 from surgery.site import LiveSite, Site
 from surgery.spelling import class_of
 from surgery.state import adapter_state_dict, base_state_dict, load_adapter_state_dict, rules_of
-from surgery.stored import Entry as PeftEntry
 from surgery.structure import Found, Occurrence, Structure
 from surgery.tape import Value
 from surgery.view import call_own
 from surgery.weave import trace_site
+
+if TYPE_CHECKING:
+    from surgery.checkpoint import LoadReport, load_adapter, load_adapters, save_adapter
+    from surgery.exported import with_layers
+    from surgery.hub import push_adapter
+    from surgery.merged import merge_to
+    from surgery.peft_format import PeftConfig, PeftMethod, PeftPart, PeftPlace, peft_method
+    from surgery.plainer import folded_adapter
+    from surgery.stored import Entry as PeftEntry
+
+# Imported when they are first asked for.
+_LATER = {
+    "LoadReport": ("surgery.checkpoint", "LoadReport"),
+    "load_adapter": ("surgery.checkpoint", "load_adapter"),
+    "load_adapters": ("surgery.checkpoint", "load_adapters"),
+    "save_adapter": ("surgery.checkpoint", "save_adapter"),
+    "with_layers": ("surgery.exported", "with_layers"),
+    "push_adapter": ("surgery.hub", "push_adapter"),
+    "merge_to": ("surgery.merged", "merge_to"),
+    "PeftConfig": ("surgery.peft_format", "PeftConfig"),
+    "PeftMethod": ("surgery.peft_format", "PeftMethod"),
+    "PeftPart": ("surgery.peft_format", "PeftPart"),
+    "PeftPlace": ("surgery.peft_format", "PeftPlace"),
+    "peft_method": ("surgery.peft_format", "peft_method"),
+    "folded_adapter": ("surgery.plainer", "folded_adapter"),
+    "PeftEntry": ("surgery.stored", "Entry"),
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _LATER:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    module, attribute = _LATER[name]
+    found = globals()[name] = getattr(importlib.import_module(module), attribute)
+    return found
+
 
 __all__ = [
     "ANY",
