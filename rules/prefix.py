@@ -58,6 +58,7 @@ class PrefixRule(Rule):
     projection: int | None = None
     init: str = "random"
     gate: bool = False
+    scalable = False
     why_not_merged = "a prefix is keys and values beside the text's, and no change of a weight"
 
     def validate(self) -> None:

@@ -53,6 +53,7 @@ class PromptRule(Rule):
     encoder_size: int | None = None
     encoder_layers: int = 2
     encoder_dropout: float = 0.0
+    scalable = False
     why_not_merged = "virtual tokens are no change of a weight"
 
     def validate(self) -> None:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from surgery import hf
+from surgery.claims import check_free
 from surgery.errors import SiteError, SurgeryError, SurgeryWarning
 from surgery.exact import unfold
 from surgery.example import call, equal
@@ -129,6 +130,7 @@ def remove(model: M, adapter: str | Sequence[str] | None = None, *, check: bool 
     """
     state = require_state(model)
     names = adapter_names(state, adapter)
+    check_free(model)
     found = [
         (path, module, site) for path, module, site in sites(model) if any(a.adapter in names for a in site.applied)
     ]
@@ -141,6 +143,7 @@ def remove(model: M, adapter: str | Sequence[str] | None = None, *, check: bool 
             del state.adapters[name]
             state.places.pop(name, None)
             state.idle.discard(name)
+            state.weights.pop(name, None)
         if not state.adapters:
             _restore(model, state)
         else:
@@ -151,6 +154,7 @@ def remove(model: M, adapter: str | Sequence[str] | None = None, *, check: bool 
 def carry_out(plan: Plan, rules: Sequence[Rule] | Rule, example_inputs: Any = None, stacklevel: int = 2) -> None:
     """Do what a plan of these rules says, which was made of this model as it is now."""
     plan.raise_problems()
+    check_free(plan.model)
     for warning in plan.warnings:
         warnings.warn(warning, SurgeryWarning, stacklevel=stacklevel)
     with Journal() as journal:
@@ -212,29 +216,23 @@ def _made(spec: ParamSpec, device: torch.device | None) -> Tensor:
     return tensor if spec.buffer else nn.Parameter(tensor, requires_grad=spec.trainable)
 
 
-def install_live(
-    module: nn.Module, journal: Journal | None, own: Own | None = None, known: frozenset[str] | None = None
-) -> None:
-    """Give a site the class of the rules that are live on it; its own class where none is.
-
-    `known`: the live adapters, where the site's rules are those of before, and so are the classes it had for them.
-    """
+def install_live(module: nn.Module, journal: Journal | None, own: Own | None = None) -> None:
+    """Give a site the class of the rules that are live on it; its own class where none is."""
     state = site_state(module)
     assert state is not None
     before = type(module)
-    if state.variants:
-        state.variants.clear()
-    cls = state.classes.get(known) if known is not None else None
-    if cls is None:
-        cls = _class_for(module, state, state.live(), own)
-    if known is not None:
-        state.classes[known] = cls
-    else:
-        state.classes.clear()
+    state.variants.clear()
+    state.classes.clear()
+    cls = class_of_live(module, state, own)
     if cls is not before:
         swap(module, cls)
         if journal is not None:
             journal.undo(swap, module, before)
+
+
+def class_of_live(module: nn.Module, state: SiteState, own: Own | None = None) -> type[nn.Module]:
+    """The class of the rules that are live on a site."""
+    return _class_for(module, state, state.live(), own)
 
 
 def _class_for(module: nn.Module, state: SiteState, live: list[Applied], own: Own | None) -> type[nn.Module]:
@@ -243,7 +241,7 @@ def _class_for(module: nn.Module, state: SiteState, live: list[Applied], own: Ow
     if any(applied.inside for applied in live):
         return varied_class(state.base, live)
     own = own or own_forward(module, state.base)
-    layers = [applied.layer or layer_of(applied, module, state.path, own) for applied in live]
+    layers = [layer_of(applied, module, state.path, own) for applied in live]
     try:
         return generated_class(own, layers)
     except SiteError as error:  # equal edits are woven once for all their sites, so weaving knows no path

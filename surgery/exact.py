@@ -9,17 +9,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
 from torch import Tensor
 
-from surgery._lowrank import LowRank, Product, has_float64, scratch
+from surgery._lowrank import LowRank, Product, compute_dtype, has_float64, scratch
 from surgery._record import INTEGERS, Corrections, Record, checksum
 from surgery.errors import MergeError
 
-__all__ = ["Change", "LowRank", "Record", "Rows", "checksum", "fold", "folded", "unfold"]
+__all__ = ["Change", "LowRank", "Record", "Rows", "checksum", "fold", "folded", "unfold", "weighted"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -110,6 +110,22 @@ def folded(weight: Tensor, change: Change) -> Tensor:
             new[change.index.to(new.device)] = change.values.to(new.device, new.dtype)
             return new
         return new.copy_(change)
+
+
+def weighted(change: Change, tensor: Tensor, weight: float) -> Change:
+    """A change of `tensor`, multiplied by a number."""
+    if isinstance(change, LowRank) and change.gain is None:
+        return replace(change, scale=change.scale * weight)
+    with torch.no_grad():
+        if isinstance(change, Rows):
+            old = tensor[change.index.to(tensor.device)]
+            return Rows(change.index, _between(old, change.values, weight))
+        return _between(tensor, folded(tensor, change) if isinstance(change, LowRank) else change, weight)
+
+
+def _between(old: Tensor, new: Tensor, weight: float) -> Tensor:
+    wide = compute_dtype(old.dtype)
+    return torch.lerp(old.detach().to(wide), new.to(old.device, wide), weight).to(old.dtype)
 
 
 class _Arithmetic:

@@ -25,7 +25,17 @@ from surgery.state import site_state
 from surgery.trace import Own
 from surgery.weave import Layer, woven
 
-__all__ = ["Recipe", "body_of", "class_from", "generated_class", "reason_against", "signature_source", "swap", "told"]
+__all__ = [
+    "BOUND",
+    "Recipe",
+    "body_of",
+    "class_from",
+    "generated_class",
+    "reason_against",
+    "signature_source",
+    "swap",
+    "told",
+]
 
 
 @dataclass(frozen=True, eq=False)
@@ -63,7 +73,7 @@ def swap(module: nn.Module, cls: type[nn.Module]) -> None:
     """Give a module another class, and let forwards bound on the instance follow."""
     before = type(module)
     module.__class__ = cls
-    for name in _BOUND:
+    for name in BOUND:
         bound = module.__dict__.get(name)
         if _is_bound(bound, module, before):
             module.__dict__[name] = types.MethodType(cls.forward, module)
@@ -289,7 +299,7 @@ def _by_name(value: Any) -> Any:
     return value
 
 
-_BOUND = ("forward", "_old_forward")
+BOUND = frozenset({"forward", "_old_forward"})
 _numbers = itertools.count(1)
 _classes: weakref.WeakValueDictionary[tuple, type[nn.Module]] = weakref.WeakValueDictionary()
 _by_source: weakref.WeakValueDictionary[tuple, type[nn.Module]] = weakref.WeakValueDictionary()

@@ -11,7 +11,7 @@ torch.jit.trace (they do their own fusing), autocast, mixed precision, torch.fun
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -19,7 +19,9 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 from torch.autograd import forward_ad
 
-__all__ = ["in_dtype", "lower", "low_rank_linear", "same_dtype", "tensor_of"]
+from surgery.errors import SiteError
+
+__all__ = ["in_dtype", "lower", "low_rank_linear", "same_dtype", "tensor_of", "weighted"]
 
 # A, B, scale, the chance of dropout, and whether it drops: y + linear(linear(dropout(x), A), B) * scale
 Branch = tuple[Tensor, Tensor, float, float, bool]
@@ -38,6 +40,31 @@ def in_dtype(value: Any, dtype: torch.dtype) -> Any:
     if isinstance(value, Tensor) and value.dtype != dtype and value.is_floating_point():
         return value.to(dtype)
     return value
+
+
+def weighted(old: Any, new: Any, weight: float) -> Any:
+    """`new`, with its difference from `old` multiplied; in tuples, lists and mappings, each tensor of it."""
+    if new is old or new is None:
+        return new
+    if isinstance(new, Tensor):
+        if not (isinstance(old, Tensor) and old.shape == new.shape and new.is_floating_point()):
+            raise SiteError(
+                f"an adapter's weight is {weight}, and what it changes can't be multiplied",
+                why=f"a tensor {tuple(new.shape)} of {new.dtype} stands in the place of {_told(old)}",
+                fix="activate it with weight 1, or say scalable = False in the rule",
+            )
+        return torch.lerp(old.to(new.dtype), new, weight)
+    if isinstance(new, (tuple, list)):
+        items = [weighted(one, other, weight) for one, other in zip(old, new, strict=True)]
+        return type(new)(*items) if hasattr(new, "_fields") else type(new)(items)
+    if isinstance(new, Mapping):
+        found = {name: weighted(old[name], value, weight) for name, value in new.items()}
+        return found if type(new) is dict else type(new)(**found)  # type: ignore[call-arg]
+    return new
+
+
+def _told(value: Any) -> str:
+    return f"one {tuple(value.shape)} of {value.dtype}" if isinstance(value, Tensor) else f"a {type(value).__name__}"
 
 
 def tensor_of(site: nn.Module, name: str, adapter: str | None = None) -> Tensor:

@@ -9,9 +9,10 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
+from surgery.claims import check_free
 from surgery.engine import install_live
 from surgery.errors import MergeError, PlanError, SurgeryError
-from surgery.exact import LowRank, Rows, unfold
+from surgery.exact import LowRank, Rows, unfold, weighted
 from surgery.folding import Keep, SiteFolding, check_foldable, owners, verify_records
 from surgery.install import reason_against
 from surgery.journal import Journal
@@ -73,6 +74,7 @@ def merge(
     """
     state = require_state(model)
     names = adapter_names(state, adapter)
+    check_free(model)
     if adapter is None:
         names = [name for name in names if name not in state.idle]
     found = [
@@ -101,6 +103,7 @@ def unmerge(model: M, *, check: bool = True) -> M:
     `check=False` takes the fold out all the same, as well as it can be. Not merged: nothing happens.
     """
     require_state(model)
+    check_free(model)
     found = [(path, module, site) for path, module, site in sites(model) if site.merged is not None]
     if check:
         for path, module, site in found:
@@ -180,6 +183,8 @@ def _changes(module: nn.Module, site: SiteState, names: list[str], folding: Site
             for name, change in changes.items():
                 if not isinstance(change, (LowRank, Rows, Tensor)):
                     raise TypeError(f"{name} is given a {type(change).__name__}, not a tensor, LowRank or Rows")
+        if applied.weight != 1.0:
+            changes = {name: weighted(change, live.tensor(name), applied.weight) for name, change in changes.items()}
         yield changes
 
 

@@ -101,4 +101,4 @@ def layer_of(applied: Applied, module: nn.Module, path: str, own: Own) -> Layer:
     if applied.layer is None:
         tape = recorded(applied.rule, module, path, applied.adapter, own, facts=applied.facts).tape
         applied.layer = Layer(applied.adapter, applied.rule.label, tape)
-    return applied.layer
+    return applied.layer if applied.weight == 1.0 else applied.layer._replace(weight=applied.weight)

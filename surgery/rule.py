@@ -52,8 +52,8 @@ class Rule:
     promises an unchanged output at initialisation, which the engine checks on the example call; `exclusive = True`
     bars other rules of the same adapter from its sites; `imports = True` says that its fields name code to import,
     so that `load_adapter` takes it from a file only when told to trust it; `linear = True` says that it adds to the
-    output what is linear in the input, so that `merge` derives ΔW from it; `why_not_merged` is the reason where
-    there is no `merged`.
+    output what is linear in the input, so that `merge` derives ΔW from it; `scalable = False` says that what it changes
+    can't be multiplied, so that it has no weights but 1; `why_not_merged` is the reason where there is no `merged`.
 
     Raises `RuleError` for an unknown field, or a value that `validate` refuses.
     """
@@ -70,6 +70,7 @@ class Rule:
     exclusive: ClassVar[bool] = False
     linear: ClassVar[bool] = False
     imports: ClassVar[bool] = False
+    scalable: ClassVar[bool] = True
     why_not_merged: ClassVar[str] = "the rule says nothing about merging (it has no `merged`)"
 
     def __post_init__(self) -> None:

@@ -56,8 +56,8 @@ class Applied:
 
     `layer` holds its edits, which are recorded anew where it is None: in copies and after unpickling. `tensors` are the
     names of those it asked for. `inside`: it edits what is inside the forward, anew for each kind of call. `facts` is
-    what the rule found out about the module (`Site.fact`). `live`: its edits are in the forward; where they are not,
-    `flags` holds the `requires_grad` of its tensors.
+    what the rule found out about the module (`Site.fact`). `live`: its edits are in the forward, what they change times
+    `weight`; where they are not, `flags` holds the `requires_grad` of its tensors.
     """
 
     adapter: str
@@ -66,9 +66,16 @@ class Applied:
     tensors: tuple[str, ...] = ()
     inside: bool = False
     live: bool = True
+    weight: float = 1.0
     flags: dict[str, bool] = field(default_factory=dict)
     layer: Layer | None = field(default=None, compare=False, repr=False)
     facts: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def scalable(self) -> bool:
+        """Whether what it changes can be multiplied. Functions around others can't."""
+        around = self.layer is not None and any(step.kind == "around" for step in self.layer.tape.steps)
+        return self.rule.scalable and not around
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "layer": None}
@@ -88,7 +95,7 @@ class SiteState:
     """A site's record: its path in the model, its own class, and the rules on it in the order they came.
 
     `variants`: where rules look into the forward, its forms for the kinds of calls met so far; `classes`: those made so
-    far, by which adapters are live. Copies make their own.
+    far, by which adapters are live with which weights. Copies make their own.
     """
 
     path: str
@@ -96,7 +103,9 @@ class SiteState:
     applied: list[Applied] = field(default_factory=list)
     merged: Merged | None = None
     variants: list[Any] = field(default_factory=list, compare=False, repr=False)
-    classes: dict[frozenset[str], type[nn.Module]] = field(default_factory=dict, compare=False, repr=False)
+    classes: dict[frozenset[tuple[str, float]], type[nn.Module]] = field(
+        default_factory=dict, compare=False, repr=False
+    )
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "variants": [], "classes": {}}
@@ -119,6 +128,7 @@ class ModelState:
     switched: list[tuple[str, str, Any, Any]] = field(default_factory=list)  # (module, attribute, before, while live)
     places: dict[str, list[tuple[nn.Module, list[Applied]]]] = field(default_factory=dict)  # of each adapter
     idle: set[str] = field(default_factory=set)  # adapters that are not live
+    weights: dict[str, float] = field(default_factory=dict)  # of live adapters, where it is not 1
 
 
 _MODEL, _SITE = "_surgery_model", "_surgery_site"

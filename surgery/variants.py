@@ -141,7 +141,7 @@ def layer_at(applied: Applied, module: nn.Module, state: SiteState, own: Own) ->
             why="the forward does something else in calls of this kind",
             fix="call the model as in the example, or exclude this module",
         )
-    return Layer(applied.adapter, applied.rule.label, made.tape)
+    return Layer(applied.adapter, applied.rule.label, made.tape, applied.weight)
 
 
 def _function(graph: fx.Graph, label: str) -> tuple[Callable[..., Any], str]:

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 from torch import fx, nn
 
 from surgery.errors import SiteError
-from surgery.lowering import in_dtype, lower, same_dtype
+from surgery.lowering import in_dtype, lower, same_dtype, weighted
 from surgery.tape import Ref, Step, Tape, thawed
 from surgery.trace import Own, recorded_own
 from surgery.view import base_forward
@@ -25,11 +25,12 @@ __all__ = ["Layer", "called_around", "plain", "trace_site", "woven", "woven_held
 
 
 class Layer(NamedTuple):
-    """One rule's edits at a site, under its adapter's name."""
+    """One rule's edits at a site, under its adapter's name. What they change is multiplied by `weight`."""
 
     adapter: str
     label: str
     tape: Tape
+    weight: float = 1.0
 
 
 @dataclass(eq=False)
@@ -199,7 +200,7 @@ class _Weaver:
     def edit(self, layer: Layer) -> None:
         origin = f"{layer.label} [{layer.adapter}]"
         before = self.now[Ref("output", "")]
-        made = self._play(layer.tape, layer.adapter, origin)
+        made = self._play(layer.tape, layer.adapter, origin, layer.weight)
         if in_place := [term for term in made if _in_place(term)]:
             self.effects += self._unused(in_place)
         after = self.now[Ref("output", "")]
@@ -207,7 +208,7 @@ class _Weaver:
             # A module's output keeps its dtype, whatever precision an adapter computes in.
             self.now[Ref("output", "")] = self._term("call_function", same_dtype, (after, before), origin=origin)
 
-    def _play(self, tape: Tape, adapter: str, origin: str) -> list[_Term]:
+    def _play(self, tape: Tape, adapter: str, origin: str, weight: float = 1.0) -> list[_Term]:
         """Run a tape's steps. All it names is what stood there before the tape; `replace` acts on what came before."""
         seen = dict(self.now)
         earlier = list(self.terms)
@@ -231,7 +232,7 @@ class _Weaver:
         ops: dict[str | int, Any] = {}
         for index, step in enumerate(tape.steps):
             if step.kind == "replace":
-                self._replace(step, resolve, earlier)
+                self._replace(step, resolve, earlier, weight)
             elif step.kind == "around":
                 values, at = thawed(step.args, resolve), thawed(step.kwargs, resolve)["at"]
                 self._around(self._term("call_function", step.target, values, origin=origin), at)
@@ -264,9 +265,11 @@ class _Weaver:
             term.target, term.args, term.around = called_around, (function, (), *term.args), True
         term.args = (term.args[0], (*term.args[1], made), *term.args[2:])
 
-    def _replace(self, step: Step, resolve: Any, earlier: list[_Term]) -> None:
+    def _replace(self, step: Step, resolve: Any, earlier: list[_Term], weight: float) -> None:
         ref, frozen = step.args
         new = thawed(frozen, resolve)
+        if weight != 1.0:
+            new = self._weighted(resolve(ref), new, weight)
         if ref == Ref("output", ""):
             self.now[ref] = new
             return
@@ -283,6 +286,18 @@ class _Weaver:
             output = Ref("output", "")
             self.now[output] = _swapped(self.now[output], old, new)
         self.now[ref] = new
+
+    def _weighted(self, old: Any, new: Any, weight: float) -> Any:
+        """`new` with what it changes of `old` multiplied; a sum stays a sum, so that fast forms are found in it."""
+        if isinstance(new, _Term) and new.target is operator.add and sum(item is old for item in new.args) == 1:
+            added = next(item for item in new.args if item is not old)
+            scale: Any = weight
+            if isinstance(added, _Term) and added.target is operator.mul and type(added.args[1]) in (int, float):
+                added, scale = added.args[0], added.args[1] * weight
+            change = self._term("call_function", operator.mul, (added, scale), origin=new.origin)
+            return self._term("call_function", operator.add, (old, change), origin=new.origin)
+        origin = new.origin if isinstance(new, _Term) else ""
+        return self._term("call_function", weighted, (old, new, weight), origin=origin)
 
     def _in_dtype_of(self, name: str, new: Any, old: _Term) -> Any:
         """A value inside a forward keeps its dtype, whatever precision an adapter computes in: code may go by it."""

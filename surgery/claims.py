@@ -1,0 +1,73 @@
+"""Who may change which adapters a model runs with: while a block of `using` or `route` is open, others are refused."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from weakref import WeakKeyDictionary
+
+from torch import nn
+
+from surgery.errors import SurgeryError
+
+__all__ = ["check_free", "claimed", "routing"]
+
+
+@contextmanager
+def claimed(model: nn.Module) -> Iterator[None]:
+    """This thread alone changes the model inside the block; blocks of one thread may be nested."""
+    me = threading.get_ident()
+    with _lock:
+        check_free(model)
+        depth = _owners.get(model, (me, 0))[1]
+        _owners[model] = (me, depth + 1)
+    try:
+        yield
+    finally:
+        with _lock:
+            if depth:
+                _owners[model] = (me, depth)
+            else:
+                del _owners[model]
+
+
+@contextmanager
+def routing(model: nn.Module) -> Iterator[None]:
+    """Nobody changes the model inside the block; any number of threads may be in one."""
+    with _lock:
+        _check_owner(model)
+        _routed[model] = _routed.get(model, 0) + 1
+    try:
+        yield
+    finally:
+        with _lock:
+            _routed[model] -= 1
+            if not _routed[model]:
+                del _routed[model]
+
+
+def check_free(model: nn.Module) -> None:
+    """`SurgeryError` where this thread may not change the model now."""
+    _check_owner(model)
+    if model in _routed:
+        raise SurgeryError(
+            "the model's adapters are routed",
+            why="a block of route(model, …) is open, in this thread or another, and runs what is there now",
+            fix="leave the block first",
+        )
+
+
+def _check_owner(model: nn.Module) -> None:
+    owner = _owners.get(model)
+    if owner is not None and owner[0] != threading.get_ident():
+        raise SurgeryError(
+            "another thread is using adapters of this model",
+            why="a model has one set of live adapters for all threads",
+            fix="wait for it, give each thread a copy of the model, or route rows to adapters in each thread: route",
+        )
+
+
+_lock = threading.RLock()
+_owners: WeakKeyDictionary[nn.Module, tuple[int, int]] = WeakKeyDictionary()
+_routed: WeakKeyDictionary[nn.Module, int] = WeakKeyDictionary()
