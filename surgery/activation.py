@@ -169,8 +169,8 @@ def _weighted(state: ModelState, adapter: str | Sequence[str], weights: Weights)
         if left := [name for name in weights if name not in names]:
             raise SurgeryError(f"there is a weight for {left[0]!r}, which is not to be live", fix="name it, too")
     else:
-        single = weights is not None and not isinstance(weights, Sequence)
-        given = [1.0] * len(names) if weights is None else [weights] if single else list(weights)  # type: ignore[arg-type]
+        alone = [weights] if isinstance(weights, (int, float)) else weights
+        given = [1.0] * len(names) if alone is None else list(alone)
     if len(given) != len(names):
         raise SurgeryError(f"there are {len(given)} weights for {len(names)} adapters", fix="give one for each")
     for name, weight in zip(names, given, strict=True):

@@ -598,7 +598,8 @@ def test_every_stack_computes_its_own_unlowered_graph(name: str, training: bool)
         return parts
 
     for one, other in zip(run(layer, True), run(plain, True), strict=True):
-        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-3)  # sums of squares of values up to hundreds
+        # Sums of squares of values up to hundreds: rounding goes by the largest.
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5 * max(100.0, float(other.abs().max())))
     for one, other in zip(run(layer, False), run(plain, False), strict=True):
         torch.testing.assert_close(one, other, **CLOSE)
     remove(layer)
