@@ -45,6 +45,7 @@ if TYPE_CHECKING:
     from surgery.merged import merge_to
     from surgery.peft_format import PeftConfig, PeftMethod, PeftPart, PeftPlace, peft_method
     from surgery.plainer import folded_adapter
+    from surgery.routing import route
     from surgery.stored import Entry as PeftEntry
 
 # Imported when they are first asked for.
@@ -63,6 +64,7 @@ _LATER = {
     "peft_method": ("surgery.peft_format", "peft_method"),
     "folded_adapter": ("surgery.plainer", "folded_adapter"),
     "PeftEntry": ("surgery.stored", "Entry"),
+    "route": ("surgery.routing", "route"),
 }
 
 
@@ -135,6 +137,7 @@ __all__ = [
     "plan_rules",
     "push_adapter",
     "remove",
+    "route",
     "rule",
     "rules_from_json",
     "rules_from_yaml",
