@@ -24,6 +24,7 @@ from surgery.exact import LowRank, Rows
 from surgery.expression import ANY, having, module_of, one_of
 from surgery.guided import trace
 from surgery.hidden import hidden_of
+from surgery.members import Member
 from surgery.merge import MergeReport, merge, unmerge
 from surgery.pattern import Pattern, Targets
 from surgery.plan import Plan
@@ -86,6 +87,7 @@ __all__ = [
     "LoadReport",
     "LowRank",
     "MatchError",
+    "Member",
     "MergeError",
     "MergeReport",
     "Occurrence",

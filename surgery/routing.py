@@ -97,7 +97,7 @@ class _Routing:
         _check_routable(state, self.names, self.alone)
         self.plans: dict[int, Plan | None] = {}
         for module, site in zip(self.modules, held, strict=True):
-            needed = any(routes_itself(one.rule) for one in site.applied if one.adapter in given)
+            needed = any(routes_itself(one.rule) for one in site.applied if one.adapter in given)  # and may object
             self.plans[id(module)] = plan_of(self, module, site) if needed else None  # else at the first call
 
     def plan(self, module: nn.Module) -> Plan:
@@ -147,12 +147,12 @@ def _check_routable(state: ModelState, names: Sequence[str], alone: bool) -> Non
                 why = None
                 if applied.changed and not (alone and name in names):
                     why = f"{applied.rule.label} changed the base's weights at its start, and rows without it need them"
-                elif name in names and not routes_itself(applied.rule):
-                    if applied.inside:
-                        why = "it looks into the forward"
-                    elif not alone and not applied.rule.routable:
+                elif name in names and applied.inside:
+                    why = "it looks into the forward, which has a graph for each kind of call"
+                elif name in names and not alone and not routes_itself(applied.rule):
+                    if not applied.rule.routable:
                         why = "it can't work on some rows of a batch alone"
-                    elif not alone and any(step.kind == "around" for step in _steps(applied)):
+                    elif any(step.kind == "around" for step in _steps(applied)):
                         why = "it puts functions around others, and does not say how for several adapters (`routed`)"
                 if why:
                     site = site_state(module)

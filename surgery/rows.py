@@ -26,6 +26,9 @@ class Rows:
         self.count = len(self.names)
         self._known: dict[tuple, Any] = {}
 
+    def __getitem__(self, name: str) -> _Of:
+        return _Of(self, name)
+
     def of(self, name: str, size: int, device: torch.device) -> Tensor:
         """The indices of an adapter's rows, in order."""
         key = (name, size, device)
@@ -54,6 +57,17 @@ class Rows:
         times = size // self.count
         first = torch.tensor(rows, dtype=torch.long, device=device).unsqueeze(1) * times
         return (first + torch.arange(times, device=device)).flatten()
+
+
+class _Of:
+    """The rows of one adapter, as a rule that routes itself sees them."""
+
+    def __init__(self, rows: Rows, name: str):
+        self.rows, self.name = rows, name
+
+    def of(self, size: int, device: torch.device) -> Tensor:
+        """Their indices in a dimension of this size."""
+        return self.rows.of(self.name, size, device)
 
 
 def taken(value: Any, rows: Rows, names: tuple[str, ...] | str, size: int) -> Any:

@@ -549,9 +549,65 @@ def test_rows_with_heads_of_other_sizes_are_told() -> None:
         assert model(torch.randn(2, 8)).shape == (2, 4)
 
 
-def test_prefixes_in_registry_attentions_wait_for_their_own_rewrite() -> None:
-    model, example = tiny.llama()
+PREFIXES = {
+    "lengths": (PrefixRule(length=3), PrefixRule(length=5)),
+    "gate": (PrefixRule(length=3, gate=True), PrefixRule(length=4)),
+    "gates": (PrefixRule(length=3, gate=True), PrefixRule(length=4, gate=True)),
+    "projection": (PrefixRule(length=3, projection=8), PrefixRule(length=4)),
+    "beside lora": (PrefixRule(length=3), LoraRule(["q_proj", "query", "c_attn", "q"], rank=2, init="random")),
+}
+
+
+@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
+@pytest.mark.parametrize("kind", PREFIXES)
+@pytest.mark.parametrize("family", ["llama", "bert", "gpt2", "t5"])
+@pytest.mark.filterwarnings("ignore:.*targets has")
+def test_prefixes(family: str, kind: str, implementation: str) -> None:
+    made: Any = getattr(tiny, family)()
+    model, example = made
+    model.eval().set_attn_implementation(implementation)
+    before = Snapshot(model)
+    for name, rules in zip("ab", PREFIXES[kind], strict=True):
+        apply_rules(model, rules, adapter=name, example_inputs=example)
+    disturbed(model)
+    names: list[str | None] = ["a", None, "b", "b"]
+    given = rows_of(example, len(names))
+    if family != "t5":
+        mask = torch.ones(given["input_ids"].shape, dtype=torch.long)
+        mask[1, -2:] = mask[3, -1:] = 0
+        given["attention_mask"] = mask
+    with torch.no_grad():
+        with route(model, names):
+            mixed = _first(model(**given))
+        for row, name in enumerate(names):
+            one = {key: v[row : row + 1] if isinstance(v, Tensor) else v for key, v in given.items()}
+            with using(model, name):
+                expected = _first(model(**one))
+            kept = slice(None) if mixed.dim() < 3 or family == "t5" else given["attention_mask"][row] == 1
+            torch.testing.assert_close(mixed[row][kept], expected[0][kept], rtol=1e-4, atol=1e-5)
+    assert not before.differences(remove(model))
+
+
+def test_prefixes_are_trained_and_generate() -> None:
+    model: Any = tiny.llama()[0].eval()
+    ids = torch.randint(3, 60, (3, 5))
+    for name, length in (("a", 3), ("b", 5)):
+        apply_rules(model, PrefixRule(length=length), adapter=name, example_inputs={"input_ids": ids})
+    disturbed(model)
+    options = {"max_new_tokens": 5, "do_sample": False, "num_beams": 2, "pad_token_id": 0, "eos_token_id": None}
+    names: list[str | None] = ["a", None, "b"]
+    with route(model, names):
+        mixed = model.generate(ids, **options)
+        model(ids, labels=ids).loss.backward()
+    assert all(p.grad is not None and bool(p.grad.any()) for n, p in model.named_parameters() if "adapters" in n)
+    for row, name in enumerate(names):
+        with using(model, name):
+            assert torch.equal(mixed[row], model.generate(ids[row : row + 1], **options)[0])
+
+
+def test_prefixes_in_attention_that_is_written_out_are_refused() -> None:
+    model, example = tiny.deberta()
     apply_rules(model, PrefixRule(length=3), adapter="a", example_inputs=example)
-    with route(model, ["a"]), torch.no_grad():
-        routed = model(**rows_of(example, 1))
-    torch.testing.assert_close(_first(routed), _first(model(**rows_of(example, 1))), **CLOSE)
+    for names in (["a", None], ["a"]):
+        with pytest.raises(SurgeryError, match=r"PrefixRule \[a\] can't be routed"):
+            route(model, names).__enter__()
