@@ -181,9 +181,11 @@ class PeftMethod(PeftPart):
         """One tensor of the file for those of several sites that share it; each came through its `write`."""
         return only_one(key, tensors)
 
-    def rest(self, config: Mapping[str, Any], keys: Set[str], modules: Modules) -> dict[str, Tensor]:
-        """What else PEFT wants in a file of this configuration with these keys, by key."""
-        return {}
+    def completed(
+        self, config: dict[str, Any], tensors: dict[str, Tensor], modules: Modules
+    ) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        """The configuration and the file's tensors, with what else PEFT wants there."""
+        return config, tensors
 
 
 _parts: dict[type[Rule], PeftPart] = {}

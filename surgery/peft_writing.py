@@ -63,8 +63,7 @@ def written(model: nn.Module, adapter: str, exact: bool = False) -> tuple[dict[s
     on = {one.path for one in placed if isinstance(part_of(one.rule), PeftMethod)}
     if method.targeted and chosen_by(config, modules) != on:
         raise unsaid(rules[0].label, "PEFT would find other modules by these targets")
-    found = _tensors(placed, tensors, method, modules, config)
-    return config, found | method.rest(config, found.keys(), modules)
+    return method.completed(config, _tensors(placed, tensors, method, modules, config), modules)
 
 
 class _Placed(NamedTuple):
