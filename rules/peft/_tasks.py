@@ -57,7 +57,7 @@ def with_head(
 
 def sizes_of(model: nn.Module) -> dict[str, int]:
     """Numbers that PEFT wants in a prompt's configuration and does not use for one."""
-    config = getattr(model, "config", None)
+    config: Any = getattr(model, "config", None)
     config = config.get_text_config() if hasattr(config, "get_text_config") else config
     asked = {"num_layers": "num_hidden_layers", "num_attention_heads": "num_attention_heads"}
     return {name: int(getattr(config, ours, None) or 1) for name, ours in asked.items()}

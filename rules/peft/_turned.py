@@ -57,7 +57,7 @@ def _rotary(model: nn.Module) -> nn.Module | None:
 
 def _windowed(model: nn.Module) -> bool:
     """Whether there are layers in which late tokens don't see the first ones."""
-    config = getattr(model, "config", None)
+    config: Any = getattr(model, "config", None)
     config = config.get_text_config() if hasattr(config, "get_text_config") else config
     kinds = getattr(config, "layer_types", None)
     if kinds:
