@@ -46,6 +46,7 @@ if TYPE_CHECKING:
     from surgery.peft_format import PeftConfig, PeftMethod, PeftPart, PeftPlace, peft_method
     from surgery.plainer import folded_adapter
     from surgery.stored import Entry as PeftEntry
+    from surgery.swap import SwapReport, hotswap, pad_rank
 
 # Imported when they are first asked for.
 _LATER = {
@@ -54,6 +55,9 @@ _LATER = {
     "load_adapters": ("surgery.checkpoint", "load_adapters"),
     "save_adapter": ("surgery.checkpoint", "save_adapter"),
     "with_layers": ("surgery.exported", "with_layers"),
+    "SwapReport": ("surgery.swap", "SwapReport"),
+    "hotswap": ("surgery.swap", "hotswap"),
+    "pad_rank": ("surgery.swap", "pad_rank"),
     "push_adapter": ("surgery.hub", "push_adapter"),
     "merge_to": ("surgery.merged", "merge_to"),
     "PeftConfig": ("surgery.peft_format", "PeftConfig"),
@@ -104,6 +108,7 @@ __all__ = [
     "Summary",
     "SurgeryError",
     "SurgeryWarning",
+    "SwapReport",
     "Targets",
     "TraceError",
     "Value",
@@ -124,6 +129,7 @@ __all__ = [
     "graph_of",
     "having",
     "hidden_of",
+    "hotswap",
     "load_adapter",
     "load_adapter_state_dict",
     "load_adapters",
@@ -131,6 +137,7 @@ __all__ = [
     "merge_to",
     "module_of",
     "one_of",
+    "pad_rank",
     "peft_method",
     "plan_rules",
     "push_adapter",
