@@ -231,9 +231,11 @@ class Making:
     def _checked(self, one: Living, made: Any, rule: Rule) -> dict[str, Tensor]:
         made = dict(made)
         for name, tensor in one.tensors.items():
-            if name not in made or made[name].shape != tensor.shape:
-                found = tuple(made[name].shape) if name in made else "missing"
-                raise RuleError(f"{rule.label} gives no {name} for this site: {found}, not {tuple(tensor.shape)}")
+            found = tuple(made[name].shape) if name in made else None
+            if found != tuple(tensor.shape):
+                what = f"{rule.label} has no {name} here" if found is None else f"{rule.label}'s {name} is {found} here"
+                why = f"the tensor in the model is {tuple(tensor.shape)}"
+                raise RuleError(what, why=why, fix="load it as an adapter of its own: load_adapter")
         return made
 
     def _held(self, name: str, made: Tensor, tensor: Tensor) -> Tensor:
