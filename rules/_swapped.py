@@ -105,9 +105,10 @@ def scaled(tensor: Tensor, ratio: float, site: LiveSite) -> Tensor:
     """The tensor times what one scale is of another: rounded once where that is no power of two, which is noted."""
     if ratio == 1:
         return tensor
-    if math.frexp(ratio)[0] != 0.5:
-        bits = {torch.float64: 53, torch.float32: 24, torch.float16: 11, torch.bfloat16: 8}.get(tensor.dtype)
-        site.notes.append(f"multiplied by {ratio:.6g} for another scale, rounded to {bits} bits")
+    if math.frexp(ratio)[0] == 0.5:
+        return tensor * ratio
+    bits = {torch.float64: 53, torch.float32: 24, torch.float16: 11, torch.bfloat16: 8}.get(tensor.dtype)
+    site.notes.append(f"multiplied by {ratio:.6g} for another scale, rounded to {bits} bits")
     wide = torch.float32 if tensor.device.type == "mps" else torch.float64
     return (tensor.to(wide) * ratio).to(tensor.dtype)
 

@@ -155,7 +155,7 @@ class Making:
         self.problems: list[SurgeryError] = []
         self.idle: list[str] = []
         self.notes: dict[str, int] = {}
-        self._refused: set[int] = set()  # rules that were found to change the base: once is enough
+        self._asked = set[tuple[int, type]]()  # whether a rule changes the base is asked once for a kind of module
 
     def tensors(self) -> list[tuple[Tensor, Tensor]]:
         """Pairs of a live tensor and what is to stand in it."""
@@ -209,15 +209,17 @@ class Making:
                 made[spec.name].copy_(entries[spec.name].read(self.file.read(entries[spec.name].key)))
             else:
                 spec.fill(made[spec.name])
-        if type(rule).initialise is not Rule.initialise and id(rule) not in self._refused:
+        lacking = [spec.name for spec in step.specs if spec.name not in entries]
+        kind = (id(rule), type(step.module))
+        if type(rule).initialise is not Rule.initialise and (lacking or kind not in self._asked):
+            self._asked.add(kind)
             trial = {name: tensor.clone() for name, tensor in made.items()}
             with running(rule, "initialise", step.path):
                 changes = rule.initialise(LiveSite(step.module, step.path, self.plan.adapter, trial, _tensor(step)))
             if changes:
-                self._refused.add(id(rule))
                 why = f"{rule.label} changes the base's weights at its start, which compiled code would not see"
                 raise SiteError("these weights hold only with another base", why=why, fix="load it with load_adapter")
-            made |= {name: tensor for name, tensor in trial.items() if name not in entries}
+            made |= {name: trial[name] for name in lacking}
         return made
 
     def _device(self, step: Step) -> torch.device | None:
