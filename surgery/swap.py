@@ -102,9 +102,9 @@ def hotswap(
     stored = _stored(model, source, adapter, rules, subfolder, revision)
     report = SwapReport(adapter, stored.rules, metadata=stored.metadata, licence=stored.licence)
     problems = [*stored.problems, *([] if trust else map(_distrusted, (rule for rule in stored.rules if rule.imports)))]
-    plan = incoming(model, [rule for rule in stored.rules if trust or not rule.imports], adapter, live)
-    problems += plan.problems
+    plan, doubtful = incoming(model, [rule for rule in stored.rules if trust or not rule.imports], adapter, live)
     values = _found(plan, stored, report, finite)
+    problems += [*plan.problems, *(doubtful if strict and report.unexpected else ())]
     making = Making(plan, live, values, stored.file, finite)
     pairs = [] if problems else making.tensors()
     if problems:

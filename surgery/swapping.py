@@ -69,19 +69,27 @@ def living(model: nn.Module, state: ModelState, adapter: str) -> Lives:
 # What comes in ------------------------------------------------------------------------------------------------
 
 
-def incoming(model: nn.Module, rules: list[Rule], adapter: str, live: Lives) -> Plan:
-    """New rules, each at the sites of a rule of its kind that is there, with the tensors that they ask for."""
-    plan, taken = Plan(model, adapter), set[tuple[int, type[Rule]]]()
+def incoming(model: nn.Module, rules: list[Rule], adapter: str, live: Lives) -> tuple[Plan, list[SurgeryError]]:
+    """New rules, each at the sites of a rule of its kind that is there, with the tensors that they ask for.
+
+    Beside the plan what is wrong if the new adapter has tensors that are not in it: its rules match sites at which
+    there is none of their kind, and perhaps, as a prefix at a cross-attention, they have nothing to do there.
+    """
+    plan, taken, doubtful = Plan(model, adapter), set[tuple[int, type[Rule]]](), list[SurgeryError]()
     if not rules:
-        return plan
+        return plan, doubtful
     for rule, match in _placed(Tree.of(model), rules, plan.problems):
         key = (id(match.module), type(rule))
         path = match.path or ROOT
         if key not in live or key in taken:
             has = "has one of them already" if key in taken else "has none"
-            why = f"at this {_kind(match.module)} the adapter {adapter!r} {has}"
-            what, fix = f"there is no place for a {rule.label}", "load it as an adapter of its own: load_adapter"
-            plan.problems.append(SiteError(what, where=path, why=why, fix=fix))
+            why, fix = f"at this {_kind(match.module)} the adapter {adapter!r} {has}", "load it by load_adapter"
+            problem = SiteError(f"there is no place for a {rule.label}", where=path, why=why, fix=fix)
+            goes = key in taken or _goes(rule, match, adapter)
+            if goes:
+                plan.problems.append(problem)
+            elif goes is None:
+                doubtful.append(problem)
             continue
         taken.add(key)
         try:
@@ -91,7 +99,20 @@ def incoming(model: nn.Module, rules: list[Rule], adapter: str, live: Lives) -> 
         except SurgeryError as error:
             error.where = error.where or path
             plan.problems.append(error)
-    return plan
+    return plan, doubtful
+
+
+def _goes(rule: Rule, match: Match, adapter: str) -> bool | None:
+    """Whether a rule has something to do at a site; None where only an example call could tell."""
+    state = site_state(match.module)
+    try:
+        own = own_forward(match.module, state.base if state is not None else type(match.module))
+        recorded(rule, match.module, match.path, adapter, own)
+    except PassedOver:
+        return False
+    except SurgeryError:
+        return None
+    return True
 
 
 def _placed(tree: Tree, rules: list[Rule], problems: list[SurgeryError]) -> Iterator[tuple[Rule, Match]]:

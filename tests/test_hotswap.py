@@ -596,6 +596,22 @@ def test_prefixes_of_one_length(tmp_path: Path) -> None:
     assert same(bits(one), before)
 
 
+def test_a_rule_that_passes_sites_over(tmp_path: Path) -> None:
+    """A prefix leaves cross-attentions out, which only a call shows; a swap needs none."""
+    base, inputs = tiny.t5()
+    base.eval()
+    models = [
+        apply_rules(copy.deepcopy(base), PrefixRule(length=3), adapter="a", example_inputs=inputs) for _ in range(2)
+    ]
+    hotswap(models[0], "a", save_adapter(models[1], tmp_path, "a"))
+    assert torch.equal(output(models[0], inputs), output(models[1], inputs))
+    tensors = dict(adapter_state_dict(models[1], "a"))
+    path = "decoder.block.0.layer.1.EncDecAttention"
+    with pytest.raises(LoadError, match="no place for a PrefixRule") as told:
+        hotswap(models[0], "a", tensors | {f"{path}.adapters.key": torch.zeros(4, 3, 8)})
+    assert any(path in str(problem) for problem in told.value.problems)
+
+
 def test_a_rule_inside_a_forward(tmp_path: Path) -> None:
     base, inputs = tiny.distilbert()
     base.eval()
