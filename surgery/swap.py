@@ -9,20 +9,26 @@ import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
+import torch
 from torch import Tensor, nn
 
 from surgery.checkpoint import LoadReport, _distrusted, _found
 from surgery.engine import install_live
-from surgery.errors import LoadError, RuleError, SurgeryError, SurgeryWarning
+from surgery.errors import LoadError, RuleError, SiteError, SurgeryError, SurgeryWarning
 from surgery.files import TensorFile
 from surgery.fingerprint import differences
 from surgery.journal import Journal
-from surgery.rule import Rule
+from surgery.match import RESERVED
+from surgery.recording import Step
+from surgery.rule import Rule, running
+from surgery.site import LiveSite
 from surgery.state import require_state, rules_of
 from surgery.stored import Entry, Stored, stored_adapter, tensor_key
-from surgery.swapping import Making, copied, grown, incoming, living, put, put_in
+from surgery.swapping import Living, Making, copied, incoming, living, put, step_for
+from surgery.view import tensor_at
+from surgery.weave import Layer
 
 __all__ = ["SwapReport", "hotswap", "pad_rank"]
 
@@ -150,18 +156,51 @@ def pad_rank(model: M, adapter: str, rank: int) -> M:
     state = require_state(inner)
     live = living(inner, state, adapter)
     wider = {id(rule): rule.padded(rank) for rule in state.adapters[adapter]}
-    found = [(one, made) for one in live.values() if (made := grown(one, adapter, rank, wider)) is not None]
+    found = [(one, made) for one in live.values() if (made := _grown(one, adapter, rank, wider)) is not None]
     if not found:
         kinds = ", ".join(dict.fromkeys(rule.label for rule in state.adapters[adapter]))
         raise RuleError(f"the adapter {adapter!r} has no rank to pad", why=f"its rules: {kinds}")
     with Journal() as journal:
         for one, (step, tensors) in found:
-            put_in(one, adapter, step, tensors, journal)
+            _put_in(one, adapter, step, tensors, journal)
         for module in {id(one.module): one.module for one, _ in found}.values():
             install_live(module, journal)
         journal.undo(state.adapters.__setitem__, adapter, state.adapters[adapter])
         state.adapters[adapter] = tuple(wider[id(rule)] for rule in state.adapters[adapter])
     return model
+
+
+def _grown(one: Living, adapter: str, rank: int, known: dict[int, Rule]) -> tuple[Step, dict[str, Tensor]] | None:
+    """A living rule with room for a rank: its step, and its tensors in their new sizes; None where it has no rank.
+
+    `known`: what rules became, by their id.
+    """
+    rule = one.applied.rule
+    wider = known[id(rule)] if id(rule) in known else rule.padded(rank)
+    if wider is rule:
+        return None
+    if any(hasattr(tensor, "device_mesh") for tensor in one.tensors.values()):
+        raise SiteError("its tensors are sharded", where=one.path, fix="pad before fully_shard")
+    step = step_for(wider, one.path, one, adapter)
+    params = {name: tensor.detach() for name, tensor in one.tensors.items()}
+    site = LiveSite(one.module, one.path, adapter, params, lambda name, _: tensor_at(one.module, name))
+    with torch.inference_mode(False), torch.no_grad(), running(rule, "swapped", one.path):
+        return step, dict(rule.swapped(wider, site))
+
+
+def _put_in(one: Living, adapter: str, step: Step, tensors: dict[str, Tensor], journal: Journal) -> None:
+    """Put the wider rule and its tensors in the place of the old; those of the same size stay."""
+    box: Any = one.module._modules[RESERVED]._modules[adapter]  # type: ignore[union-attr]
+    for name, old in one.tensors.items():
+        if tensors[name].shape != old.shape:
+            held = box._parameters if name in box._parameters else box._buffers
+            journal.undo(held.__setitem__, name, old)
+            new = tensors[name].to(old.dtype)
+            held[name] = nn.Parameter(new, requires_grad=old.requires_grad) if held is box._parameters else new
+    applied = one.applied
+    journal.undo(applied.__dict__.update, dict(applied.__dict__))
+    applied.rule, applied.facts = step.rule, step.facts
+    applied.layer = Layer(adapter, step.rule.label, step.tape)
 
 
 def _stored(

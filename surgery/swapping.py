@@ -11,8 +11,7 @@ from torch import Tensor, nn
 
 from surgery.errors import MatchError, RuleError, SiteError, SurgeryError
 from surgery.files import TensorFile
-from surgery.journal import Journal
-from surgery.match import RESERVED, Match, Tree, matches
+from surgery.match import Match, Tree, matches
 from surgery.plan import Plan, _with_companions
 from surgery.recording import PassedOver, Step, layer_of, recorded
 from surgery.rule import Rule, running
@@ -21,7 +20,6 @@ from surgery.state import Applied, ModelState, adapter_names, site_state, sites,
 from surgery.stored import Entry
 from surgery.trace import own_forward
 from surgery.view import tensor_at
-from surgery.weave import Layer
 
 __all__ = ["Living", "Making", "incoming", "living"]
 
@@ -307,39 +305,3 @@ def put(tensor: Tensor, new: Tensor) -> None:
         new = distribute_tensor(new.to(tensor.device), mesh, sharded.placements)
     with torch.inference_mode(tensor.is_inference()), torch.no_grad():
         tensor.detach().copy_(new)
-
-
-# More room ----------------------------------------------------------------------------------------------------
-
-
-def grown(one: Living, adapter: str, rank: int, known: dict[int, Rule]) -> tuple[Step, dict[str, Tensor]] | None:
-    """A living rule with room for a rank: its step, and its tensors in their new sizes; None where it has no rank.
-
-    `known`: what rules became, by their id.
-    """
-    rule = one.applied.rule
-    wider = known[id(rule)] if id(rule) in known else rule.padded(rank)
-    if wider is rule:
-        return None
-    if any(hasattr(tensor, "device_mesh") for tensor in one.tensors.values()):
-        raise SiteError("its tensors are sharded", where=one.path, fix="pad before fully_shard")
-    step = step_for(wider, one.path, one, adapter)
-    params = {name: tensor.detach() for name, tensor in one.tensors.items()}
-    site = LiveSite(one.module, one.path, adapter, params, _tensor(step))
-    with torch.no_grad(), running(rule, "swapped", one.path):
-        return step, dict(rule.swapped(wider, site))
-
-
-def put_in(one: Living, adapter: str, step: Step, tensors: dict[str, Tensor], journal: Journal) -> None:
-    """Put the wider rule and its tensors in the place of the old; those of the same size stay."""
-    box: Any = one.module._modules[RESERVED]._modules[adapter]  # type: ignore[union-attr]
-    for name, old in one.tensors.items():
-        if tensors[name].shape != old.shape:
-            held = box._parameters if name in box._parameters else box._buffers
-            journal.undo(held.__setitem__, name, old)
-            new = tensors[name].to(old.dtype)
-            held[name] = nn.Parameter(new, requires_grad=old.requires_grad) if held is box._parameters else new
-    applied = one.applied
-    journal.undo(applied.__dict__.update, dict(applied.__dict__))
-    applied.rule, applied.facts = step.rule, step.facts
-    applied.layer = Layer(adapter, step.rule.label, step.tape)

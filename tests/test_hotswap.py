@@ -325,6 +325,8 @@ def test_in_inference_mode() -> None:
     with torch.inference_mode():
         hotswap(plain, "a", wanted)  # and tensors of training from inside
     assert same(bits(plain), wanted)
+    with torch.inference_mode():
+        pad_rank(plain, "a", 6)
     plain(X).sum().backward()
     assert all(p.grad is not None for n, p in plain.named_parameters() if ".adapters." in n)
 
