@@ -385,7 +385,7 @@ class LiveSite(_Place):
     """One module with the rule's tensors in place, for `Rule.initialise` and `Rule.merged`.
 
     `params` holds the adapter's tensors by name; `weight`, `bias` and `tensor(name)` are the module's own, with
-    what was folded in before; `base(name)` is a parameter as it was before any merging.
+    what was folded in before; `base(name)` is a parameter as it was before any merging; `notes` is for `swapped`.
     """
 
     def __init__(
@@ -393,6 +393,7 @@ class LiveSite(_Place):
     ):
         super().__init__(module, path, adapter)
         self.params = params
+        self.notes: list[str] = []  # what `Rule.swapped` has to tell
         self._source = source
 
     @property

@@ -118,8 +118,9 @@ class Biases(PeftPart):
     def entries(self, place: PeftPlace) -> dict[str, PeftEntry]:
         names = {name.replace(".", "_"): name for name, _ in place.module.named_parameters()}
         found = {}
-        for name in place.names:
-            full = names[name] if name in names else name
+        for name, full in names.items():
+            if name not in place.names:  # another rule's at the same module
+                continue
             if place.path in place.main:  # PEFT's layer stands around the module
                 full = "base_layer." + re.sub(r"^out_proj\.", "out_proj.base_layer.", full)
             found[name] = PeftEntry(full)
