@@ -439,7 +439,7 @@ def in_peft(row: Row, model: nn.Module) -> Any:
     """PEFT's form of a copy of the model, its adapter as if it were trained."""
     import peft
 
-    given = dict(row.fields)
+    given = copy.deepcopy(row.fields)  # PEFT adds to its lists
     for name, value in given.items():
         if isinstance(value, str) and name.endswith("_config"):
             given[name] = eval(value.replace("(", "Config(", 1), vars(peft) | vars(peft.tuners.lora.config))  # noqa: S307
