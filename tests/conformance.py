@@ -342,8 +342,22 @@ def _prefixes() -> Iterator[Row]:
     window = "its prefix leaves the window of attention as the text goes on"
     yield Row("PrefixTuning", "MistralForCausalLM sliding_window=4", {"num_virtual_tokens": 4, **common},
               ("peft_type", window))  # fmt: skip
-    shifted = "the text's learned positions are shifted by the prefix's length"
-    yield Row("PrefixTuning", "gpt2", {"num_virtual_tokens": 4, **common}, ("peft_type", shifted))
+    note = "no change of a weight; the text's learned positions are shifted by the prefix's length"
+    for model, fields in (
+        ("gpt2", {"num_virtual_tokens": 4}),
+        ("gpt2", {"num_virtual_tokens": 3, "prefix_projection": True, "encoder_hidden_size": 12}),
+        ("GPT2ForSequenceClassification num_labels=3", {"num_virtual_tokens": 4, "task_type": "SEQ_CLS"}),
+        ("bert", {"num_virtual_tokens": 4, "task_type": "SEQ_CLS"}),
+        ("RobertaForTokenClassification", {"num_virtual_tokens": 4, "task_type": "TOKEN_CLS"}),
+        ("ElectraForQuestionAnswering", {"num_virtual_tokens": 4, "task_type": "QUESTION_ANS"}),
+    ):
+        yield Row("PrefixTuning", model, {**common, **fields}, note=note, unmerged=True)
+    positions = "positions that are neither rotary nor those of one plain embedding"
+    for model in ("BloomForCausalLM", "OPTForCausalLM ffn_dim=48, word_embed_proj_dim=32"):
+        yield Row("PrefixTuning", model, {"num_virtual_tokens": 4, **common}, ("peft_type", positions))
+    decoder = "encoder-decoders have a prefix in the decoder alone"
+    yield Row("PrefixTuning", "t5", {"num_virtual_tokens": 4, "task_type": "SEQ_2_SEQ_LM"},
+              ("num_transformer_submodules", decoder))  # fmt: skip
 
 
 PROMPT = "no change of a weight; the text's outputs are compared"
@@ -425,7 +439,7 @@ def in_peft(row: Row, model: nn.Module) -> Any:
     """PEFT's form of a copy of the model, its adapter as if it were trained."""
     import peft
 
-    given = dict(row.fields)
+    given = copy.deepcopy(row.fields)  # PEFT adds to its lists
     for name, value in given.items():
         if isinstance(value, str) and name.endswith("_config"):
             given[name] = eval(value.replace("(", "Config(", 1), vars(peft) | vars(peft.tuners.lora.config))  # noqa: S307

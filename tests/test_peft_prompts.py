@@ -16,7 +16,18 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from rules import AdaptionRule, IA3Rule, LoraRule, MultitaskPromptRule, PrefixRule, PromptRule, TokensRule, TrainRule
+from rules import (
+    AdaptionRule,
+    IA3Rule,
+    LoraRule,
+    MultitaskPromptRule,
+    PrefixRule,
+    PromptRule,
+    TokensRule,
+    TrainRule,
+    fit_prefix,
+)
+from rules.positions import ShiftedRule
 from surgery import (
     LoadError,
     PlanError,
@@ -335,7 +346,7 @@ UNREAD: dict[str, tuple[Any, dict[str, Any], str]] = {
     "too many layers": (llama, OLD["adaption"][1] | {"adapter_layers": 4}, "adapter_layers='4'"),
     "no number of layers": (llama, OLD["adaption"][1] | {"adapter_layers": "2"}, "adapter_layers='2'"),
     "a bias": (lambda: llama(attention_bias=True), OLD["adaption"][1], "target_modules='self_attn'"),
-    "learned positions": (gpt2, OLD["prefix"][1], "peft_type='PREFIX_TUNING'"),
+    "other positions": (lambda: made(Row("", "BloomForCausalLM"))[0], OLD["prefix"][1], "peft_type='PREFIX_TUNING'"),
     "a decoder's prefix": (llama, OLD["prefix"][1] | {"num_transformer_submodules": 2}, "num_transformer_submodules"),
 }  # fmt: skip
 
@@ -386,7 +397,7 @@ UNWRITTEN: dict[str, tuple[Any, list[Any], str]] = {
     "a head beside": (llama, [AdaptionRule("self_attn"), TrainRule("lm_head")], "no modules_to_save"),
     "a gated prefix": (llama, [PrefixRule(gate=True)], "gate"),
     "a few layers": (llama, [PrefixRule(layers=[0])], "every layer"),
-    "positions": (gpt2, [PrefixRule()], "shifts the text's positions"),
+    "positions": (gpt2, [PrefixRule()], "shift='transformer.wpe'"),
 }  # fmt: skip
 
 
@@ -413,3 +424,50 @@ def test_a_head_is_written_once(tmp_path: Path) -> None:
     assert json.loads((folder / "adapter_config.json").read_text())["modules_to_save"] == ["classifier"]
     load_adapter(other := remove(copy.deepcopy(model)), folder)
     assert torch.equal(other(**TEXT).logits, model(**TEXT).logits)
+
+
+# Shifted positions ----------------------------------------------------------------------------------------------
+
+
+def test_a_prefix_that_shifts_positions_is_a_cache_before_the_text() -> None:
+    """The untouched model, called with the prefix in its cache: positions, padding and steps of decoding follow."""
+    model = gpt2()
+    base = copy.deepcopy(model)
+    apply_rules(model, PrefixRule(length=3, shift="transformer.wpe"), example_inputs=TEXT)
+    held = adapter_state_dict(model)
+    names = [[f"transformer.h.{i}.attn.adapters.{name}" for name in ("key", "value")] for i in range(3)]
+    pairs = [tuple(held[name].expand(2, -1, -1, -1).clone() for name in both) for both in names]
+    mask = torch.cat([torch.ones(2, 3, dtype=torch.long), TEXT["attention_mask"]], 1)
+    cache = transformers.DynamicCache(pairs)
+    expected = base(input_ids=IDS, attention_mask=mask, past_key_values=cache).logits
+    assert torch.equal(model(**TEXT).logits, expected)
+    given = {**TEXT, "position_ids": torch.arange(6).expand(2, -1)}
+    assert torch.equal(model(**given).logits, expected)
+    settings: dict[str, Any] = {"max_new_tokens": 4, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+    assert torch.equal(model.generate(**TEXT, **settings), model.generate(**TEXT, **settings, use_cache=False))
+    assert torch.equal(pickle.loads(pickle.dumps(model))(**TEXT).logits, expected)
+    assert torch.equal(remove(model)(**TEXT).logits, base(**TEXT).logits)
+    assert_reversible(model, [PrefixRule(length=3, shift="transformer.wpe")], example_inputs=TEXT)
+
+
+def test_padding_keeps_its_row() -> None:
+    embedding = nn.Sequential(nn.Embedding(9, 2, padding_idx=1))
+    positions, table = torch.tensor([[2, 3, 1]]), embedding[0].weight  # type: ignore[union-attr]
+    apply_rules(embedding, ShiftedRule("0", by=4))
+    assert torch.equal(embedding(positions), table[torch.tensor([[6, 7, 1]])])  # type: ignore[index]
+
+
+def test_a_text_becomes_a_prefix_that_shifts_positions() -> None:
+    model, text, more = gpt2("Model"), IDS[:1, :3], IDS[:1, 3:]
+    whole = model(torch.cat([text, more], 1)).last_hidden_state
+    apply_rules(model, PrefixRule(length=3, shift="wpe"), example_inputs={"input_ids": text})
+    fit_prefix(model, {"input_ids": text})
+    torch.testing.assert_close(model(more).last_hidden_state, whole[:, 3:])
+
+
+def test_what_can_not_be_shifted() -> None:
+    with pytest.raises(RuleError, match="shift"):
+        PrefixRule(shift=3)  # type: ignore[arg-type]
+    for shift, told in (("lm_head", "no plain nn.Embedding"), ("wpe2", "no such module")):
+        with pytest.raises(PlanError, match=told):
+            apply_rules(gpt2(), PrefixRule(length=2, shift=shift), example_inputs=TEXT)

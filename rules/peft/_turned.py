@@ -11,20 +11,29 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from rules.peft._learned import learned
 from surgery import SurgeryError, class_of
 
 TURN = "apply_rotary_pos_emb"
 
 
-def why_not(model: nn.Module) -> str | None:
-    """Why a rotation of a prefix's keys does not make up for a shift of the text's positions, if it does not."""
-    if _rotary(model) is None:
-        return "it shifts the text's positions, which a rotation of its keys makes up for on rotary models alone"
+def why_not(model: nn.Module) -> tuple[str | None, str | None]:
+    """Why the shift of a text's positions by PEFT's prefix can't be had here, and the embedding that can be shifted.
+
+    On rotary models there is none: a rotation of the prefix's keys makes up for it.
+    """
+    shift = None if _rotary(model) is not None or _windowed(model) else learned(model)
+    return _why_not(model, shift), shift
+
+
+def _why_not(model: nn.Module, shift: str | None) -> str | None:
+    if _windowed(model):
+        return "its prefix leaves the window of attention as the text goes on, and stays in sight here"
+    if _rotary(model) is None and shift is None:
+        return "it shifts the text's positions, and here these are neither rotary nor those of one plain embedding"
     unknown = [kind.__name__ for kind in {class_of(module) for module in model.modules()} if _condition(kind) == ""]
     if unknown:
         return f"how {unknown[0]} turns its queries and keys, which would make up for shifted positions, is not known"
-    if _windowed(model):
-        return "its prefix leaves the window of attention as the text goes on, and stays in sight here"
     return None
 
 
@@ -33,11 +42,13 @@ def turned(model: nn.Module, module: nn.Module, key: Tensor, way: int) -> Tensor
     kind = class_of(module)
     turn = getattr(sys.modules[kind.__module__], TURN, None)
     condition = _condition(kind)
+    rotary: Any = _rotary(model)
+    if rotary is None:
+        return key  # positions are shifted
     if turn is None or condition in ("", "none"):
         raise SurgeryError("PEFT's prefix can't be held exactly", why=f"how {kind.__name__} turns keys is not known")
     if key.is_meta or (condition and not getattr(module, condition)):
         return key
-    rotary: Any = _rotary(model)
     length = key.shape[1]
     x = key.float().unsqueeze(0)
     cos, sin = rotary(x, torch.full((1, length), length, device=key.device))
@@ -62,6 +73,8 @@ def _windowed(model: nn.Module) -> bool:
     kinds = getattr(config, "layer_types", None)
     if kinds:
         return not set(kinds) <= {"full_attention"}
+    if "local" in (getattr(config, "attention_layers", None) or ()):
+        return True
     windows = [getattr(config, name, None) for name in ("sliding_window", "attention_chunk_size")]
     longest = getattr(config, "max_position_embeddings", None)
     return any(type(size) is int and (type(longest) is not int or size < longest) for size in windows)

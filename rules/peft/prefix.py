@@ -30,10 +30,10 @@ class Prefix(PeftMethod):
         config.silent("token_dim", "num_layers", "num_attention_heads", "encoder_hidden_size", "init_weights")
         config.silent("prefix_projection")  # the file holds what the projection made
         config.only("num_transformer_submodules", 1, None, why="encoder-decoders have a prefix in the decoder alone")
-        why = why_not(config.model)
+        why, shift = why_not(config.model)
         if why:
             raise config.refuse("peft_type", why)
-        return [PrefixRule(length=config.take("num_virtual_tokens", 0))]
+        return [PrefixRule(length=config.take("num_virtual_tokens", 0), shift=shift)]
 
     def entries(self, place: PeftPlace) -> dict[str, PeftEntry]:
         assert isinstance(place.rule, PrefixRule)
@@ -62,7 +62,10 @@ class Prefix(PeftMethod):
     def write(self, placed: Any, modules: Any) -> dict[str, Any]:
         (rule, paths), *more = placed
         task = task_of(modules)
-        why = why_not(modules.model) or ("it has a gate" if rule.gate else "") or ("there are two" if more else "")
+        why, shift = why_not(modules.model)
+        if not why and rule.shift != shift:
+            why = f"PEFT shifts the text's positions: PrefixRule(shift={shift!r}) is like its"
+        why = why or ("it has a gate" if rule.gate else "") or ("there are two" if more else "")
         if rule.targets != EVERYWHERE or rule.exclude or rule.layers is not None or task is None:
             why = why or "PEFT's is on every layer of a model of transformers"
         if why:
