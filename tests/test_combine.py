@@ -349,7 +349,8 @@ def copies(model: nn.Module, rule: Rule | list[Rule], *names: str, **more: Any) 
 @pytest.mark.parametrize(
     "rule",
     [C3aRule("0", block_size=2), MissRule("0", rank=3), FourierRule("0", n_frequency=7),
-     ShiraRule("0", rank=1, random_seed=3), SteerRule("0"), TokensRule("0", tokens=[1, 3]), TrainRule("0"), BiasRule("0")],
+     ShiraRule("0", rank=1, random_seed=3), SteerRule("0"),
+     TokensRule("0", tokens=[1, 3]), TrainRule("0"), BiasRule("0")],
     ids=lambda rule: type(rule).__name__,
 )  # fmt: skip
 def test_changes_that_are_linear_in_their_tensors_add_up(rule: Rule) -> None:

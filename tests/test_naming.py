@@ -88,7 +88,7 @@ def test_all_but_the_name_stays(live: tuple[str, ...]) -> None:
         old = parameters[key.replace(".new.", ".b.")]
         assert parameter is old and parameter.requires_grad == old.requires_grad
     assert torch.equal(model(X), before)
-    assert "adapters.b" not in show(model, "0") and "[b]" not in show(model, "0")
+    assert not live or ("adapters.b" not in show(model, "0") and "[b]" not in show(model, "0"))
     assert all(any(p is q for q in optimizer.param_groups[0]["params"]) for p in model.parameters())
     activate(model, "new")
     activate(model, "a")
@@ -148,6 +148,7 @@ def test_a_rule_that_wrote_its_adapter_down_and_one_inside_a_forward() -> None:
     assert torch.equal(twin(x)[0], activate(model, "b")(x)[0])
 
 
+@torch.no_grad()
 def test_a_filled_cache_knows_a_renamed_prompt() -> None:
     model, inputs = llama()
     model.eval()
@@ -174,7 +175,7 @@ def test_a_filled_cache_knows_a_renamed_prompt() -> None:
 
 def test_save_pretrained_leaves_renamed_and_copied_out(tmp_path: Any) -> None:
     model, _ = llama()
-    keys = set(model.state_dict())
+    before, keys = Snapshot(model), set(model.state_dict())
     apply_rules(model, LoraRule(["q_proj"], rank=2), adapter="a")
     rename_adapter(model, "a", "b")
     copy_adapter(model, "b", "c")
@@ -184,7 +185,7 @@ def test_save_pretrained_leaves_renamed_and_copied_out(tmp_path: Any) -> None:
     with safe_open(tmp_path / "model.safetensors", "pt") as file:
         assert set(file.keys()) <= keys
     remove(model)
-    assert "_keys_to_ignore_on_save" not in model.__dict__
+    assert before.differences(model) == []
 
 
 def test_saved_under_the_new_name(tmp_path: Any) -> None:
@@ -223,7 +224,7 @@ def test_a_failed_renaming_is_undone(monkeypatch: pytest.MonkeyPatch) -> None:
     def failing(self: Any, site: Any) -> Any:
         nonlocal calls
         calls += 1
-        if calls == 3:
+        if calls == 2:
             raise ValueError("no")
         return rewrite(self, site)
 
@@ -377,10 +378,14 @@ def random_model(draw: random.Random) -> nn.Module:
 
 
 def random_rules(draw: random.Random) -> list[Rule]:
-    lora = LoraRule(draw.choice([[nn.Linear], "re:.*", ["1", "2"], [nn.Embedding]]) if False else [nn.Linear],
-                    exclude=draw.choice([(), ["1"], ["2"]]) if draw.random() < 0.3 else (),
-                    rank=draw.choice([1, 2]), alpha=draw.choice([1, 3]), dora=draw.random() < 0.2,
-                    init="random")  # fmt: skip
+    lora = LoraRule(
+        draw.choice([nn.Linear, [nn.Linear, nn.Embedding]]),
+        exclude=draw.choice([(), ["1"], ["2"]]) if draw.random() < 0.3 else (),
+        rank=draw.choice([1, 2]),
+        alpha=draw.choice([1, 3]),
+        dora=draw.random() < 0.2,
+        init="random",
+    )
     others: list[Rule] = [
         IA3Rule([nn.Linear], init="random"),
         TokensRule("0", tokens=[draw.randrange(4), 5]),
