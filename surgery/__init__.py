@@ -41,7 +41,7 @@ from surgery.weave import trace_site
 if TYPE_CHECKING:
     from surgery.blend import Combination, Share
     from surgery.checkpoint import LoadReport, load_adapter, load_adapters, save_adapter
-    from surgery.combine import combine
+    from surgery.combining import combine
     from surgery.exported import with_layers
     from surgery.hub import push_adapter
     from surgery.merged import merge_to
@@ -58,7 +58,7 @@ _LATER = {
     "load_adapter": ("surgery.checkpoint", "load_adapter"),
     "load_adapters": ("surgery.checkpoint", "load_adapters"),
     "save_adapter": ("surgery.checkpoint", "save_adapter"),
-    "combine": ("surgery.combine", "combine"),
+    "combine": ("surgery.combining", "combine"),
     "with_layers": ("surgery.exported", "with_layers"),
     "push_adapter": ("surgery.hub", "push_adapter"),
     "merge_to": ("surgery.merged", "merge_to"),

@@ -380,7 +380,7 @@ def random_model(draw: random.Random) -> nn.Module:
 def random_rules(draw: random.Random) -> list[Rule]:
     lora = LoraRule(
         draw.choice([nn.Linear, [nn.Linear, nn.Embedding]]),
-        exclude=draw.choice([(), ["1"], ["2"]]) if draw.random() < 0.3 else (),
+        exclude=["1"] if draw.random() < 0.2 else (),
         rank=draw.choice([1, 2]),
         alpha=draw.choice([1, 3]),
         dora=draw.random() < 0.2,
@@ -429,7 +429,7 @@ def test_any_sequence_leaves_the_base_as_it_was(seed: int) -> None:
                 method = draw.choice(["linear", "cat", "svd", "ties", "dare_ties_svd"])
                 now, within = model(ids), Snapshot(model)
                 try:
-                    combine(model, chosen, new, method, **({"density": 0.6} if "ties" in method else {}))
+                    combine(model, chosen, new, method, density=0.6 if "ties" in method else None)
                 except SurgeryError:
                     assert within.differences(model) == []
                     continue
