@@ -45,6 +45,7 @@ from surgery import (
     adapters,
     apply_rules,
     combine,
+    copy_adapter,
     deactivate,
     load_adapter,
     merge,
@@ -688,6 +689,27 @@ def test_merged_models_and_changed_bases_are_refused() -> None:
         combine(model, {"a": 1.0, "p": 1.0}, "z")
     combine(model, {"a": 1.0}, "z")
     assert list(adapters(model)) == ["a", "b", "p", "z"]
+
+
+@pytest.mark.parametrize("method", ["linear", "cat", "svd", "ties"])
+def test_numbers_that_are_not_finite_are_refused(method: str) -> None:
+    model = pair()
+    model.get_parameter("2.adapters.b.A").data[0, 0] = float("nan")
+    before = Snapshot(model)
+    with pytest.raises(PlanError, match=r"'b' holds numbers(.|\n)*where: 2(.|\n)*A of its LoraRule"):
+        combine(model, {"a": 0.5, "b": 0.5}, "z", method, density=0.5 if method == "ties" else None)
+    assert before.differences(model) == []
+    combine(model, {"a": 0.5}, "z", method, density=0.5 if method == "ties" else None)
+
+
+def test_made_in_inference_mode_they_train() -> None:
+    model = pair()
+    with torch.inference_mode():
+        combine(model, {"a": 0.5, "b": 0.5}, "z")
+        copy_adapter(model, "a", "y")
+    activate(model, ["z", "y"])
+    model(torch.randn(2, 8)).sum().backward()
+    assert all(p.grad is not None for n, p in model.named_parameters() if ".z." in n or ".y." in n)
 
 
 def test_a_failure_on_the_way_leaves_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
