@@ -24,6 +24,7 @@ from surgery.exact import LowRank, Rows
 from surgery.expression import ANY, having, module_of, one_of
 from surgery.guided import trace
 from surgery.hidden import hidden_of
+from surgery.members import Member
 from surgery.merge import MergeReport, merge, unmerge
 from surgery.pattern import Pattern, Targets
 from surgery.plan import Plan
@@ -48,6 +49,7 @@ if TYPE_CHECKING:
     from surgery.naming import copy_adapter, rename_adapter
     from surgery.peft_format import PeftConfig, PeftMethod, PeftPart, PeftPlace, peft_method
     from surgery.plainer import folded_adapter
+    from surgery.routing import route
     from surgery.stored import Entry as PeftEntry
 
 # Imported when they are first asked for.
@@ -71,6 +73,7 @@ _LATER = {
     "peft_method": ("surgery.peft_format", "peft_method"),
     "folded_adapter": ("surgery.plainer", "folded_adapter"),
     "PeftEntry": ("surgery.stored", "Entry"),
+    "route": ("surgery.routing", "route"),
 }
 
 
@@ -93,6 +96,7 @@ __all__ = [
     "LoadReport",
     "LowRank",
     "MatchError",
+    "Member",
     "MergeError",
     "MergeReport",
     "Occurrence",
@@ -148,6 +152,7 @@ __all__ = [
     "push_adapter",
     "remove",
     "rename_adapter",
+    "route",
     "rule",
     "rules_from_json",
     "rules_from_yaml",
