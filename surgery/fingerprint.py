@@ -55,12 +55,13 @@ def _comparable(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     merged = tuple(f"{path}." if path else "" for path, _, state in sites(model) if state.merged is not None)
     for path, module in base_modules(model):
         state = site_state(module)
-        changed = {name for applied in state.applied for name, _ in applied.changed} if state is not None else set()
-        replaced = {name for a in state.applied if a.rule.exclusive for name in a.tensors} if state is not None else set()
+        here = state.applied if state is not None else []
+        left_out = {name for applied in here for name, _ in applied.changed}
+        left_out |= {name for applied in here if applied.rule.exclusive for name in applied.tensors}
         if f"{path}.".startswith(merged):
             continue
         for name, tensor in module._parameters.items():
-            if tensor is None or name in changed | replaced or id(tensor) in seen or not tensor.numel():
+            if tensor is None or name in left_out or id(tensor) in seen or not tensor.numel():
                 continue
             seen.add(id(tensor))
             plain = type(tensor) is nn.Parameter and not tensor.is_meta
