@@ -22,7 +22,7 @@ from surgery.peft_targets import Modules, choose, chosen_by, fields_of, regular
 from surgery.plan import Plan
 from surgery.recording import Step
 from surgery.rule import Rule
-from surgery.state import rules_of, sites, tensors_of, whole
+from surgery.state import rules_of, site_state, sites, tensors_of, whole
 from surgery.stored import Entry, tensor_key
 
 __all__ = ["PeftConfig", "PeftMethod", "PeftPart", "PeftPlace", "peft_method"]
@@ -354,9 +354,10 @@ def _entries(
     """Of each tensor of an adapter: its name in the model, its key in PEFT's file, how it is turned, and the tensor."""
     main = frozenset(path for path, _, rule in placed if _is_main(rule))
     for path, module, rule in placed:
-        part, held = _part(rule), tensors_of(module, adapter)
-        assert part is not None
-        place = PeftPlace(path, module, rule, tuple(held), main, modules, config)
+        part, held, site = _part(rule), tensors_of(module, adapter), site_state(module)
+        assert part is not None and site is not None
+        own = next(applied.tensors for applied in site.applied if applied.adapter == adapter and applied.rule == rule)
+        place = PeftPlace(path, module, rule, own, main, modules, config)
         for name, entry in part.entries(place).items():
             if name not in part.made and name in held:
                 yield tensor_key(path, f"{adapter}.{name}"), _absolute(path, entry.key), entry, held[name]

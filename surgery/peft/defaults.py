@@ -8,6 +8,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from torch import nn
+
+from surgery.errors import SurgeryError
+from surgery.match import base_modules
+
 __all__ = ["heads_of", "with_defaults"]
 
 Table = Mapping[str, str]
@@ -95,20 +100,41 @@ _DIFFERENT: Mapping[str, Table] = {  # from most methods'
 }  # fmt: skip
 
 
-def with_defaults(config: Mapping[str, Any], model: Any) -> dict[str, Any]:
+def with_defaults(config: Mapping[str, Any], model: nn.Module) -> dict[str, Any]:
     """The configuration's fields, with PEFT's targets for this kind of model where it names none."""
     found, kind = dict(config), _model_type(model)
-    if "target_modules" not in found or found.get("target_modules") is not None or found.get("target_parameters"):
-        return found
     method = str(found["peft_type"])
-    table = _OTHERS.get(method, _MOST)
-    targets = _looked_up(_DIFFERENT.get(method, {}), kind) or _looked_up(table, kind)
-    if targets is not None:
-        pattern = len(targets) == 1 and "*" in targets[0]
-        found["target_modules"] = targets[0] if pattern else targets
-        if method == "IA3" and found.get("feedforward_modules") is None:
-            found["feedforward_modules"] = _looked_up(_FED, kind) or []
+    if "target_modules" not in found or method == "ADAPTION_PROMPT":
+        return found
+    if method == "IA3" and found.get("feedforward_modules") is None:
+        found["feedforward_modules"] = _looked_up(_FED, kind) or []
+    if found["target_modules"] == "all-linear":
+        found["target_modules"] = _all_linear(model, found)
+    if found["target_modules"] is None and not found.get("target_parameters"):
+        targets = _looked_up(_DIFFERENT.get(method, {}), kind) or _looked_up(_OTHERS.get(method, _MOST), kind)
+        if targets is None:
+            raise SurgeryError(
+                "the configuration names no targets", why=f"PEFT has none by itself for {method} on {kind!r}",
+                fix='target_modules=[…]: names of modules, or "all-linear"',
+            )  # fmt: skip
+        found["target_modules"] = targets[0] if "*" in targets[0] else targets
     return found
+
+
+def _all_linear(model: Any, config: Mapping[str, Any]) -> Any:
+    """PEFT leaves a classifier out for SEQ_CLS alone; the engine's word leaves out every head."""
+    modules = dict(base_modules(model))
+    heads = [getattr(model, name, None) for name in ("score", "classifier", "qa_outputs")]
+    output = getattr(model, "get_output_embeddings", lambda: None)()
+    inner = {id(module) for head in heads if isinstance(head, nn.Module) for module in head.modules()}
+    attends = any(isinstance(module, nn.MultiheadAttention) for module in modules.values())
+    if output is not None or not inner or config.get("task_type") == "SEQ_CLS" or attends:
+        return "all-linear"
+    return [path for path, module in modules.items() if isinstance(module, nn.Linear) or _named(module, "Conv1D")]
+
+
+def _named(module: nn.Module, name: str) -> bool:
+    return any(cls.__name__ == name and cls.__module__.startswith("transformers.") for cls in type(module).__mro__)
 
 
 def heads_of(task: str | None) -> list[str]:

@@ -14,6 +14,7 @@ from surgery.checkpoint import put_peft
 from surgery.errors import SurgeryError
 from surgery.fingerprint import fingerprint
 from surgery.peft_format import SILENT, written
+from surgery.spelling import class_of
 from surgery.state import adapter_names, is_adapter_key, require_state, whole
 
 __all__ = ["push", "save"]
@@ -38,7 +39,7 @@ def save(
     for name, (config, tensors) in found.items():
         place = folder if name == "default" else folder / name
         place.mkdir(parents=True, exist_ok=True)
-        put_peft(place, _said(facade.peft_config.get(name), config), tensors, extra)
+        put_peft(place, _said(base, facade.peft_config.get(name), config), tensors, extra)
     if kept is not None:
         from safetensors.torch import save_file
 
@@ -56,13 +57,19 @@ def push(facade: Any, repo_id: str, *, message: str | None, **options: Any) -> s
         return upload(place, repo_id, message=message or "Upload of adapters", **options)
 
 
-def _said(given: Any, config: Mapping[str, Any]) -> dict[str, Any]:
+def _said(model: Any, given: Any, config: Mapping[str, Any]) -> dict[str, Any]:
     """The whole configuration: what the adapter is by its rules, the rest by the one it came with."""
-    if given is None:
-        return dict(config)
-    own = given.to_dict()
+    own = {} if given is None else given.to_dict()
     told = {name: value for name, value in own.items() if name in SILENT and value is not None}
-    return {**own, **config, **told, "inference_mode": True}
+    said = {**own, **config, **told, "inference_mode": True}
+    if said.get("task_type") is None:  # by which PEFT finds the base's class
+        said["auto_mapping"] = {
+            "base_model_class": class_of(model).__name__,
+            "parent_library": class_of(model).__module__,
+        }
+    if said.get("peft_version", "") is None:  # PEFT takes an absent one for an old one, and fails on null
+        del said["peft_version"]
+    return said
 
 
 def _trained(model: Any, state: Mapping[str, Tensor] | None) -> dict[str, Tensor]:
