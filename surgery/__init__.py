@@ -41,6 +41,7 @@ from surgery.weave import trace_site
 if TYPE_CHECKING:
     from surgery.checkpoint import LoadReport, load_adapter, load_adapters, save_adapter
     from surgery.exported import with_layers
+    from surgery.for_good import forget
     from surgery.hub import push_adapter
     from surgery.merged import merge_to
     from surgery.peft_format import PeftConfig, PeftMethod, PeftPart, PeftPlace, peft_method
@@ -54,6 +55,7 @@ _LATER = {
     "load_adapters": ("surgery.checkpoint", "load_adapters"),
     "save_adapter": ("surgery.checkpoint", "save_adapter"),
     "with_layers": ("surgery.exported", "with_layers"),
+    "forget": ("surgery.for_good", "forget"),
     "push_adapter": ("surgery.hub", "push_adapter"),
     "merge_to": ("surgery.merged", "merge_to"),
     "PeftConfig": ("surgery.peft_format", "PeftConfig"),
@@ -121,6 +123,7 @@ __all__ = [
     "draw",
     "explain",
     "folded_adapter",
+    "forget",
     "graph_of",
     "having",
     "hidden_of",

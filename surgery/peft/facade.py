@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import copy
+import functools
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
 from importlib import import_module
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import nn
@@ -25,7 +26,10 @@ class LoadResult(NamedTuple):
     unexpected_keys: list[str]
 
 
-class Facade:
+_Seen: Any = nn.Module if TYPE_CHECKING else object  # what type checkers take it for, as isinstance does
+
+
+class Facade(_Seen):
     """Passes for the model: `isinstance` holds, attributes are read from it and set on it, calls are its calls.
 
     It is no module of its own: what walks over modules walks over the model's, under the model's names.
@@ -66,7 +70,8 @@ class Facade:
     def __getattr__(self, name: str) -> Any:  # what is not found otherwise
         if name in Facade.__slots__:
             raise AttributeError(name)
-        return getattr(self._base, name)
+        found = getattr(self._base, name)
+        return _giving(self, found) if name in _THEMSELVES else found
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name in Facade.__slots__:
@@ -117,6 +122,22 @@ class Facade:
 
     def _held(self) -> tuple[Any, ...]:
         return tuple(getattr(self, name) for name in Facade.__slots__[1:])
+
+
+# Methods of modules that give the module back: of a façade they give the façade, for `model = model.to(device)`.
+_THEMSELVES = frozenset(
+    "apply bfloat16 cpu cuda double eval float half ipu mtia requires_grad_ share_memory to to_empty train type "
+    "xpu".split()
+)
+
+
+def _giving(facade: Facade, method: Any) -> Any:
+    @functools.wraps(method)
+    def called(*args: Any, **kwargs: Any) -> Any:
+        found = method(*args, **kwargs)
+        return facade if found is facade._base else found
+
+    return called
 
 
 def _made(kind: type[Facade], *held: Any) -> Facade:

@@ -14,7 +14,7 @@ from torch import nn
 from surgery.checkpoint import load_adapter
 from surgery.engine import apply_rules, remove
 from surgery.errors import SurgeryError, SurgeryWarning
-from surgery.forget import forget
+from surgery.for_good import forget
 from surgery.merge import merge, unmerge
 from surgery.peft.config import PeftConfig
 from surgery.peft.defaults import with_defaults

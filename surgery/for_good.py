@@ -48,14 +48,14 @@ def forget(model: M) -> M:
     for path, _, site in found:
         _check(path, site)
     untied = [
-        (module.get_submodule(name.rpartition(".")[0])._parameters[name.rpartition(".")[2]], before)
+        (module.get_parameter(name), before)
         for _, module, site in found
         if site.merged is not None
         for name, before in site.merged.tied.items()
     ]
     called = {id(parameter): name for name, parameter in model.named_parameters()}
     for own, before in untied:  # the flag that it gets back is that of the one it was
-        state.flags[called[id(own)]] = state.flags.get(called.get(id(before), ""), before.requires_grad)
+        state.flags[called[id(own)]] = state.flags.get(called.get(id(before), ""), bool(before.requires_grad))
     # From here on nothing can fail: classes are those of what is live already, and the rest is taken out of dicts.
     for _, module, site in found:
         gone = {applied.adapter for applied in site.applied} & set(names)
