@@ -11,6 +11,7 @@ import os
 import pickle
 import subprocess
 import sys
+import types
 import warnings
 from pathlib import Path
 from typing import Any
@@ -252,7 +253,7 @@ def test_it_passes_for_the_model() -> None:
     names = [name for name, _ in base.named_parameters()]
     model: Any = ours.get_peft_model(base, ours.LoraConfig(r=2, target_modules=["query"]))
     assert isinstance(model, nn.Module) and isinstance(model, kind) and isinstance(model, ours.PeftModel)
-    assert type(base) is kind and model.get_base_model() is base is model.base_model.model is model.model
+    assert type(base) is kind and model.get_base_model() is base is model.base_model.model
     assert torch.equal(out(model, example), expected)
     assert [name for name, _ in model.named_parameters() if ".adapters." not in name] == names
     assert model.config is base.config and list(model.state_dict()) == list(base.state_dict())
@@ -292,6 +293,13 @@ def test_compiled() -> None:
         torch.testing.assert_close(compiled(**example).logits, out(model, example))
     names = [name for name, _ in compiled.named_parameters()]
     assert names[0].removeprefix("_orig_mod.") == next(iter(dict(model.named_parameters())))
+
+
+def test_exported() -> None:
+    model, example, _ = two(ours)
+    program: Any = torch.export.export(model, (), {**example, "use_cache": False})
+    torch.testing.assert_close(program.module()(**example, use_cache=False).logits, out(model, example))
+    assert model.model.layers is model.get_base_model().model.layers  # names are the model's own
 
 
 @quiet
@@ -560,6 +568,33 @@ def test_weighted_adapters() -> None:
     assert mine.peft_config["both"].r == theirs.peft_config["both"].r == 6
     with pytest.raises(SurgeryError, match="1 weights for 2 adapters"):
         mine.add_weighted_adapter(["default", "other"], [1.0], "third")
+
+
+def test_rows_with_adapters_of_their_own() -> None:
+    if not hasattr(surgery, "route"):
+        pytest.skip("surgery has no route")
+    theirs, example, _ = two(peft)
+    mine, _, _ = two(ours)
+    same_adapters(theirs, mine)
+    rows = {**example, "adapter_names": ["other", "__base__"]}
+    torch.testing.assert_close(out(mine, rows), out(theirs, rows), **CLOSE)
+    ids: dict[str, Any] = {"input_ids": example["input_ids"], "max_new_tokens": 4, "do_sample": False}
+    ids["adapter_names"] = ["default", "other"]
+    assert torch.equal(mine.generate(**ids), theirs.generate(**ids))
+    with pytest.raises(SurgeryError, match="othr"):
+        mine(**example, adapter_names=["othr", "default"])
+
+
+def test_the_trainer_takes_a_quantised_model_with_adapters() -> None:
+    from transformers.trainer_utils import validate_quantization_for_training
+
+    model, _, base = two(ours)
+    base.is_quantized = True
+    base.hf_quantizer = types.SimpleNamespace(is_trainable=True, is_qat_trainable=False)
+    validate_quantization_for_training(model)
+    with pytest.raises(ValueError, match="purely quantized"):
+        validate_quantization_for_training(base)
+    assert surgery.active(model) == ("default",)  # and it is no adapter of PEFT's
 
 
 def test_a_quantised_model_is_made_ready() -> None:

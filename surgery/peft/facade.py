@@ -110,9 +110,9 @@ class Facade(_Seen):
         return Tuner(self)
 
     @property
-    def model(self) -> Any:
-        """The model, as in PEFT."""
-        return self._base
+    def _hf_peft_config_loaded(self) -> bool:
+        """What the Trainer asks of quantised models: whether there is an adapter to train."""
+        return bool(getattr(self._base, "is_quantized", False) and self._configs)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
         return _made(type(self), *copy.deepcopy(self._held(), memo))
