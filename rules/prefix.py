@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import field
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from rules._attention import extend, may_write_attention, written_attention
 from rules._fields import whole
 from rules._prefix import differentiable, folded_tensors, gated, keys_and_values, prefixed, shape_held
-from surgery import LiveSite, Rule, Site, SiteError, Targets, rule, takes_functions
+from rules._prefix_rows import mixed
+from surgery import LiveSite, Member, Rule, Site, SiteError, Targets, rule, takes_functions
 
 EVERYWHERE = ("", "re:.*")  # the model itself, and all in it
 
@@ -103,6 +104,15 @@ class PrefixRule(Rule):
             return site.around(gated, key, value, site.param("gate", heads or ()))
         return site.around(prefixed, key, value)
 
+    @classmethod
+    def routed(cls, sites: Sequence[Member]) -> None:
+        members: list[Any] = []
+        for site in sites:
+            rule, gate = cast(PrefixRule, site.rule), site.shape_of("gate")
+            key, value = keys_and_values(site, shape_held(site, rule.length) or [], rule.init, rule.projection)
+            members.append((site.rows, key, value, None if gate is None else site.param("gate", gate)))
+        sites[0].around(mixed, *members)
+
     def folded(self, site: LiveSite) -> tuple[Rule, Mapping[str, Tensor]]:
         return (self, site.params) if self.projection is None else (self.replace(projection=None), folded_tensors(site))
 
@@ -115,5 +125,6 @@ class PrefixRule(Rule):
         if not found:
             raise SiteError(f"{self.label} finds no attention in the example call", where=site.path)
         _, query, key, value = found[0][1][:4]
-        own = torch.autograd.grad(key.sum(), hidden, allow_unused=True)[0] is not None
+        # Nothing but the hidden state may ask for gradients: the base is frozen where it has adapters already.
+        own = key.requires_grad and torch.autograd.grad(key.sum(), hidden, allow_unused=True)[0] is not None
         return (query, key, value) if own or self.targets != EVERYWHERE else None

@@ -24,6 +24,7 @@ from surgery.exact import LowRank, Rows
 from surgery.expression import ANY, having, module_of, one_of
 from surgery.guided import trace
 from surgery.hidden import hidden_of
+from surgery.members import Member
 from surgery.merge import MergeReport, merge, unmerge
 from surgery.pattern import Pattern, Targets
 from surgery.plan import Plan
@@ -46,6 +47,7 @@ if TYPE_CHECKING:
     from surgery.merged import merge_to
     from surgery.peft_format import PeftConfig, PeftMethod, PeftPart, PeftPlace, peft_method
     from surgery.plainer import folded_adapter
+    from surgery.routing import route
     from surgery.stored import Entry as PeftEntry
 
 # Imported when they are first asked for.
@@ -65,6 +67,7 @@ _LATER = {
     "peft_method": ("surgery.peft_format", "peft_method"),
     "folded_adapter": ("surgery.plainer", "folded_adapter"),
     "PeftEntry": ("surgery.stored", "Entry"),
+    "route": ("surgery.routing", "route"),
 }
 
 
@@ -86,6 +89,7 @@ __all__ = [
     "LoadReport",
     "LowRank",
     "MatchError",
+    "Member",
     "MergeError",
     "MergeReport",
     "Occurrence",
@@ -138,6 +142,7 @@ __all__ = [
     "plan_rules",
     "push_adapter",
     "remove",
+    "route",
     "rule",
     "rules_from_json",
     "rules_from_yaml",

@@ -19,6 +19,7 @@ from surgery.pattern import Pattern, Targets, normalised, qualified_name
 
 if TYPE_CHECKING:
     from surgery.exact import Change
+    from surgery.members import Member
     from surgery.site import LiveSite, Site
 
 __all__ = ["Rule", "rule", "rules_from_json", "rules_from_yaml", "rules_to_json", "rules_to_yaml"]
@@ -53,7 +54,8 @@ class Rule:
     bars other rules of the same adapter from its sites; `imports = True` says that its fields name code to import,
     so that `load_adapter` takes it from a file only when told to trust it; `linear = True` says that it adds to the
     output what is linear in the input, so that `merge` derives ΔW from it; `scalable = False` says that what it changes
-    can't be multiplied, so that it has no weights but 1; `why_not_merged` is the reason where there is no `merged`.
+    can't be multiplied, so that it has no weights but 1; `routable = False` that it can't work on some rows of a batch
+    alone; `why_not_merged` is the reason where there is no `merged`.
 
     Raises `RuleError` for an unknown field, or a value that `validate` refuses.
     """
@@ -71,6 +73,7 @@ class Rule:
     linear: ClassVar[bool] = False
     imports: ClassVar[bool] = False
     scalable: ClassVar[bool] = True
+    routable: ClassVar[bool] = True
     why_not_merged: ClassVar[str] = "the rule says nothing about merging (it has no `merged`)"
 
     def __post_init__(self) -> None:
@@ -121,6 +124,16 @@ class Rule:
         from surgery.linear import derived
 
         return derived(self, site)
+
+    @classmethod
+    def routed(cls, sites: Sequence[Member]) -> Tensor | None:
+        """The rewrite for several adapters in one batch, each for its own rows; all their rules are of this class.
+
+        Only for rules that can't be run on each adapter's rows by themselves, such as those that put functions around
+        others. `sites` are one site as each adapter sees it: `site.rule`, `site.param(…)` and, at a call,
+        `site.rows.of(size, device)`; what one of them records (`around`, `replace`) is done once for all.
+        """
+        raise NotImplementedError
 
     def folded(self, site: LiveSite) -> tuple[Rule, Mapping[str, Tensor]]:
         """A plainer rule that computes the same, and the adapter's tensors at this site as it wants them.

@@ -95,7 +95,8 @@ class SiteState:
     """A site's record: its path in the model, its own class, and the rules on it in the order they came.
 
     `variants`: where rules look into the forward, its forms for the kinds of calls met so far; `classes`: those made so
-    far, by which adapters are live with which weights. Copies make their own.
+    far, by which adapters are live with which weights. Copies make their own. `layouts`: what is known of the rows of a
+    batch in the module's input, by its number of dimensions (`surgery.layout`).
     """
 
     path: str
@@ -103,12 +104,11 @@ class SiteState:
     applied: list[Applied] = field(default_factory=list)
     merged: Merged | None = None
     variants: list[Any] = field(default_factory=list, compare=False, repr=False)
-    classes: dict[frozenset[tuple[str, float]], type[nn.Module]] = field(
-        default_factory=dict, compare=False, repr=False
-    )
+    classes: dict[Any, Any] = field(default_factory=dict, compare=False, repr=False)
+    layouts: dict[int, int] = field(default_factory=dict, compare=False, repr=False)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "variants": [], "classes": {}}
+        return {**self.__dict__, "variants": [], "classes": {}, "layouts": {}}
 
     def live(self) -> list[Applied]:
         """The rules whose edits are to be in the forward."""
