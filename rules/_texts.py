@@ -26,13 +26,13 @@ def takes_text(module: nn.Module) -> bool:
 
 def hosts(module: nn.Module, path: str) -> Iterator[tuple[str, nn.Module]]:
     """The innermost modules in this one that take a text, as ids or embedded, with its mask; no decoder of two."""
-    owners = tuple(inner for inner in module.modules() if _has_both(inner))
+    owners = tuple(inner for inner in module.modules() if has_both(inner))
     return ((name, inner) for name, inner in _innermost(module, path) if role_of(inner, owners) != "decoder")
 
 
 def decoders(module: nn.Module, path: str) -> Iterator[tuple[str, nn.Module]]:
     """Those that look at an encoder's states through a mask."""
-    owners = tuple(inner for inner in module.modules() if _has_both(inner))
+    owners = tuple(inner for inner in module.modules() if has_both(inner))
     for name, inner in _innermost(module, path):
         if _takes(inner, "encoder_hidden_states", "encoder_attention_mask") and role_of(inner, owners) == "decoder":
             yield name, inner
@@ -41,7 +41,7 @@ def decoders(module: nn.Module, path: str) -> Iterator[tuple[str, nn.Module]]:
 def role_of(module: nn.Module, owners: tuple[nn.Module, ...]) -> str:
     """ "encoder" or "decoder" of a model that has both, or "alone"."""
     for owner in owners:
-        if owner is not module and _has_both(owner) and any(inner is module for inner in owner.modules()):
+        if owner is not module and has_both(owner) and any(inner is module for inner in owner.modules()):
             encoder = owner.get_encoder()  # type: ignore[operator]
             inside = encoder is not owner and any(inner is module for inner in encoder.modules())
             return "encoder" if inside else "decoder"
@@ -63,8 +63,19 @@ def example_of(site: Site) -> dict[str, Any] | None:
     return {**given, **given.pop(starred(site) or "", {})}
 
 
-def _has_both(module: nn.Module) -> bool:
+def has_both(module: nn.Module) -> bool:
     return _takes(module, "encoder_outputs") and hasattr(module, "get_encoder")
+
+
+def reads_padding(model: nn.Module) -> bool:
+    """Whether code around the text's module looks for padding: heads that take the text's last token, by its id."""
+    forward = inspect.unwrap(getattr(model, "_surgery_base", type(model)).forward)
+    names = getattr(getattr(forward, "__code__", None), "co_names", ())
+    return "pad_token_id" in names and takes_text(model) and not has_both(model) and bool(_inner_hosts(model))
+
+
+def _inner_hosts(model: nn.Module) -> list[str]:
+    return [path for path, _ in _innermost(model, "") if path]
 
 
 def _takes(module: nn.Module, *names: str) -> bool:

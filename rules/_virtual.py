@@ -72,12 +72,17 @@ def put_in(module: Any, prompt: Tensor, given: Inputs, rest: str, adapter: str, 
     return new, (count, lag) if first else None
 
 
-def take_out(output: Any, made: Mark | None, adapter: str, after: int) -> Any:
-    """The output without the virtual tokens' positions; the cache, which keeps them, remembers whose they are."""
+def take_out(output: Any, made: Mark | None, adapter: str, after: int | None) -> Any:
+    """The output without the virtual tokens' positions; the cache, which keeps them, remembers whose they are.
+
+    `after`: how many of the text's tokens stand before them; None: they stay.
+    """
     if made is None:
         return output
     for cache in _caches_of(output):
         _mark(cache, adapter, made)
+    if after is None:
+        return output
     count, hidden = made[0], hidden_of(output)
     if hidden.dim() != 3 or hidden.shape[1] < count + after:
         raise _error(f"the model returns {tuple(hidden.shape)}", "its output must have a position for each token")

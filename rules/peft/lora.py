@@ -18,6 +18,7 @@ SURGERY = 'save_adapter(…, format="surgery") holds any rules'
 @peft_method
 class Lora(PeftMethod):
     peft_type, rule = "LORA", LoraRule
+    lacks = ()
     init_field = "init_lora_weights"
     inits = {
         True: "kaiming", False: "random", "gaussian": "gaussian", "orthogonal": "orthogonal", "eva": "kaiming",

@@ -189,7 +189,7 @@ def half_precision(model: nn.Module) -> bool:
 
 def example_of(model: Any, config: Any) -> Any:
     """An example call of a model of transformers, for methods that ask for one."""
-    if not (config.is_prompt_learning or config.is_adaption_prompt):
+    if config.method not in ("PREFIX_TUNING", "ADAPTION_PROMPT"):
         return None
     example = getattr(model, "dummy_inputs", None)
     if not isinstance(example, dict):

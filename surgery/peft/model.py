@@ -19,10 +19,10 @@ from surgery.merge import merge, unmerge
 from surgery.peft.config import PeftConfig
 from surgery.peft.defaults import with_defaults
 from surgery.peft.facade import LoadResult, example_of, half_precision, numbers_in
-from surgery.peft.fresh import fill, rules_for, tensors_in
+from surgery.peft.fresh import refill, rules_for
 from surgery.peft.live import Adapted
 from surgery.peft.saving import push, save
-from surgery.peft_format import written
+from surgery.peft_writing import written
 from surgery.state import model_state
 
 __all__ = [
@@ -114,8 +114,7 @@ class PeftModel(Adapted):
             raise SurgeryError("key_mapping is not supported", fix="rename the file's tensors before they are loaded")
         state = model_state(self._base)
         if state is not None and adapter_name in state.adapters:
-            tensors = tensors_in(self._base, model_id, subfolder, revision)
-            result = LoadResult(*fill(self._base, adapter_name, tensors))
+            result = LoadResult(*refill(self._base, adapter_name, model_id, subfolder, revision))
         else:
             config = PeftConfig.from_pretrained(model_id, subfolder, revision=revision)
             config.inference_mode = not is_trainable
