@@ -39,6 +39,8 @@ class HiddenIdsRule(Rule):
     """A model that is given its text's embeddings for the ids, so that its head sees none. Comes with a PromptRule."""
 
     targets: Targets = field(default=THE_MODEL, kw_only=False)
+    scalable = False
+    routable = False
     why_not_merged = "it changes what the model is called with"
 
     def expand(self, module: nn.Module, path: str) -> Iterable[tuple[str, nn.Module]]:
