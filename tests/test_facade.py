@@ -624,6 +624,7 @@ def test_weighted_adapters() -> None:
         model.set_adapter("both")
     torch.testing.assert_close(out(mine, example), out(theirs, example), **CLOSE)
     assert mine.peft_config["both"].r == theirs.peft_config["both"].r == 6
+    assert line(mine) == line(theirs)
     with pytest.raises(SurgeryError, match="1 weights for 2 adapters"):
         mine.add_weighted_adapter(["default", "other"], [1.0], "third")
 

@@ -166,12 +166,14 @@ class Tuner:
 
 
 def trained(model: nn.Module, adapter: str) -> tuple[str, ...]:
-    """The names in the model of an adapter's tensors that train."""
+    """The names in the model of an adapter's tensors that train, or will when it is live."""
     return tuple(
         tensor_key(path, f"{adapter}.{name}")
-        for path, module, _ in sites(model)
+        for path, module, site in sites(model)
+        for applied in site.applied
+        if applied.adapter == adapter
         for name, tensor in tensors_of(module, adapter).items()
-        if tensor.requires_grad
+        if name in applied.tensors and (tensor.requires_grad or applied.flags.get(name))
     )
 
 

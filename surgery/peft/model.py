@@ -149,15 +149,13 @@ class PeftModel(Adapted):
         density: float | None = None, majority_sign_method: str = "total",
     ) -> None:  # fmt: skip
         """A new adapter that combines others: `surgery.combine`. It is not active."""
-        if svd_clamp is not None:
-            raise SurgeryError("svd_clamp is not supported", fix="leave it out: what is combined is not clamped")
         if len(adapters) != len(weights):
             raise SurgeryError(f"there are {len(weights)} weights for {len(adapters)} adapters", fix="give one each")
         combine: Any = import_module("surgery").combine
         before, given = self.active_adapters, dict(zip(adapters, weights, strict=True))
         combine(
             self._base, given, into=adapter_name, method=combination_type, rank=svd_rank, density=density,
-            majority_sign=majority_sign_method,
+            majority_sign=majority_sign_method, clamp=svd_clamp,
         )  # fmt: skip
         self._joined(adapter_name, PeftConfig.from_dict(written(self._base, adapter_name)[0]))
         self._enter([] if self._off is not None else before)
