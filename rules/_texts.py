@@ -110,17 +110,27 @@ def seen(site: Site) -> dict[str, Any]:
         embedding = site.module.get_input_embeddings()  # type: ignore[operator]
     except NotImplementedError as error:
         raise _refused(site, "it does not tell its embedding of tokens: get_input_embeddings()") from error
+    run: Callable[..., Any] = site.run
     try:
-        found = probed(site.run, embedding)
+        found = probed(run, embedding)
     except SurgeryError:  # it needs more than a text: as in the example, then
         given = example_of(site)
         if given is None:
             raise
         more = {name: value for name, value in given.items() if name not in CHANGED and value is not None}
-        found = probed(functools.partial(site.run, **more), embedding, given.get("input_ids"))
+        run = functools.partial(site.run, **more)
+        found = probed(run, embedding, given.get("input_ids"))
     if found["why"]:
         raise _refused(site, found["why"])
+    found["counted"] = _takes(site.module, "position_ids") and counted(run, embedding)
     return found
+
+
+def after_of(site: Site, after: int | None) -> int:
+    """How many of a text's tokens stay before the virtual ones."""
+    if after is None and site.facts["role"] != "layer":
+        return int(site.facts["seen"]["pooled"])
+    return after or 0
 
 
 def width(site: Site, random: bool, after: int | None) -> int:
@@ -189,6 +199,24 @@ def probed(run: Callable[..., Any], embedding: nn.Module, ids: Tensor | None = N
         embedded = hidden_of(run(inputs_embeds=embedding(ids).detach(), attention_mask=mask))
         found["left"] = _same(as_ids[:, 1:], embedded[:, 1:])
     return found
+
+
+def counted(run: Callable[..., Any], embedding: nn.Module) -> bool:
+    """Whether a text's positions are 0, 1, 2, … where a call gives none, be there padding on the left or not."""
+    padding = getattr(embedding, "padding_idx", None)
+    weight = next(embedding.parameters())
+    rows = [row for row in range(min(weight.shape[0], 8)) if row != padding]
+    ids = torch.tensor([(rows * 4)[:4]], device=weight.device)
+    mask = torch.ones_like(ids)
+    mask[:, 0] = 0
+    positions = torch.arange(4, device=ids.device).unsqueeze(0)
+    try:
+        return all(
+            _same(hidden_of(run(**given))[:, 1:], hidden_of(run(**given, position_ids=positions))[:, 1:])
+            for given in ({"input_ids": ids}, {"input_ids": ids, "attention_mask": mask})
+        )
+    except SurgeryError:
+        return False
 
 
 def _same(one: Tensor, other: Tensor) -> bool:

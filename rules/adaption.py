@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from rules import _fields
 from rules._hidden import features_of
-from surgery import Rule, Site, SiteError, rule, takes_functions
+from surgery import Member, Rule, Site, SiteError, rule, takes_functions
 
 
 @rule("adaption-prompt")
@@ -61,6 +61,19 @@ class AdaptionRule(Rule):
             return site.around(beside, prompt, gate)
         return site.with_hidden(site.apply(added, site.this, site.hidden, site.input, prompt, gate))
 
+    @classmethod
+    def routed(cls, sites: Sequence[Member]) -> None:
+        if not all(cast(AdaptionRule, site.rule).mapped for site in sites):
+            why = "mapped=False is made of what the attention returns"
+            raise SiteError("these prompts can't be routed in one batch", where=sites[0].path, why=why)
+        members = []
+        for site in sites:
+            rule = cast(AdaptionRule, site.rule)
+            members.append(
+                (site.rows, site.param("prompt", (rule.length, rule._width(site))), site.param("gate", (1,)))
+            )
+        sites[0].around(beside_rows, *members)
+
     def _width(self, site: Site) -> int:
         """How wide the input of the module's maps is."""
         why = None
@@ -89,6 +102,22 @@ def beside(prompt: Tensor, gate: Tensor) -> Callable[..., Any]:
         output, *rest = attention(module, query, key, value, *args, **kwargs)
         sizes = query.shape[-1], value.shape[-1]
         return (output + found(query, *made_by(module, prompt, *sizes), gate).to(output.dtype), *rest)
+
+    return attend
+
+
+def beside_rows(*members: Any) -> Callable[..., Any]:
+    """As `beside`, for several adapters' rows."""
+
+    def attend(
+        attention: Any, module: Any, query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any
+    ) -> Any:
+        output, *rest = attention(module, query, key, value, *args, **kwargs)
+        for rows, prompt, gate in members:
+            index = rows.of(len(query), query.device)
+            more = found(query[index], *made_by(module, prompt, query.shape[-1], value.shape[-1]), gate)
+            output = output.index_add(0, index, more.to(output.dtype))
+        return (output, *rest)
 
     return attend
 

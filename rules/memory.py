@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import field
-from typing import Any
+from typing import Any, cast
 
 from torch import Tensor, nn
 
 from rules import _texts, _virtual
-from surgery import Rule, Site, Targets, rule
+from surgery import Member, Rule, Site, Targets, rule
 
 THE_MODEL = ""  # the path of the model itself
 
@@ -32,6 +32,12 @@ class PromptMemoryRule(Rule):
     def rewrite(self, site: Site) -> None:
         states, mask = site.inputs["encoder_hidden_states"], site.inputs["encoder_attention_mask"]
         site.replace(mask, site.apply(_virtual.widened, states, mask, self.length))
+
+    @classmethod
+    def routed(cls, sites: Sequence[Member]) -> None:
+        states, mask = sites[0].inputs["encoder_hidden_states"], sites[0].inputs["encoder_attention_mask"]
+        length = max(cast(PromptMemoryRule, site.rule).length for site in sites)  # the encoder wants them equally long
+        sites[0].replace(mask, sites[0].apply(_virtual.widened, states, mask, length))
 
 
 @rule("prompt-hidden-ids")

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import field
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
 
-from rules import _encoder, _fields, _texts, _virtual
+from rules import _encoder, _fields, _prompt_rows, _texts, _virtual
 from rules.memory import THE_MODEL, HiddenIdsRule, PromptMemoryRule
-from surgery import LiveSite, Rule, Site, SiteError, Targets, rule
+from surgery import LiveSite, Member, Rule, Site, SiteError, Targets, rule
 
 
 @rule("prompt")
@@ -88,18 +88,35 @@ class PromptRule(Rule):
         if role == "layer":
             return site.with_hidden(site.apply(_virtual.put_after, site.output, self.virtual(site), self.after or 0))
         seen = site.fact("seen", lambda: _texts.seen(site))
-        after = int(seen["pooled"]) if self.after is None else self.after
+        after = _texts.after_of(site, self.after)
         rest = _texts.starred(site) or ""
         made: Any = site.apply(
             _virtual.put_in, site.this, self.virtual(site), dict(site.inputs), rest, site.adapter, after, seen["left"]
         )
-        new = made[0]
-        for name in site.inputs:
-            if name in _virtual.CHANGED or name == rest:
-                site.replace(site.inputs[name], new[name])
+        _put(site, made[0], rest)
         if role == "encoder":
             return None  # what its decoder looks at, virtual tokens included
         return site.apply(_virtual.take_out, site.output, made[1], site.adapter, None if self.whole else after)
+
+    @classmethod
+    def routed(cls, sites: Sequence[Member]) -> Any:
+        site, rules = sites[0], [cast(PromptRule, one.rule) for one in sites]
+        told = {(_texts.after_of(one, rule.after), rule.whole) for one, rule in zip(sites, rules, strict=True)}
+        if len(told) > 1:
+            why = "they differ in `after` or `whole`"
+            raise SiteError("these prompts can't be routed in one batch", where=site.path, why=why)
+        (after, whole) = told.pop()
+        members = [(one.rows, rule.virtual(one)) for one, rule in zip(sites, rules, strict=True)]
+        if site.facts["role"] == "layer":
+            return site.with_hidden(site.apply(_prompt_rows.put_after, site.output, after, *members))
+        seen, rest = site.facts["seen"], _texts.starred(site) or ""
+        counted = seen.get("counted", False) and not whole
+        given = site.this, dict(site.inputs), rest, after, seen["left"], counted
+        made: Any = site.apply(_prompt_rows.put_in, *given, *members)
+        _put(site, made[0], rest)
+        if site.facts["role"] == "encoder":
+            return None
+        return site.apply(_virtual.take_out, site.output, made[1], made[2], None if whole else after)
 
     def folded(self, site: LiveSite) -> tuple[Rule, Mapping[str, Tensor]]:
         if self.encoder is None:
@@ -119,3 +136,9 @@ class PromptRule(Rule):
         shapes = _encoder.specs(self.encoder, width, self.encoder_size or width, self.encoder_layers)
         tensors = {name: site.param(name, shape, _encoder.uniform(bound)) for name, shape, bound in shapes}
         return site.apply(_encoder.encoded, prompt, tensors, self.encoder_dropout, site.training)
+
+
+def _put(site: Site, new: Any, rest: str) -> None:
+    for name in site.inputs:
+        if name in _virtual.CHANGED or name == rest:
+            site.replace(site.inputs[name], new[name])
