@@ -44,6 +44,7 @@ if TYPE_CHECKING:
     from surgery.checkpoint import LoadReport, load_adapter, load_adapters, save_adapter
     from surgery.combining import combine
     from surgery.exported import with_layers
+    from surgery.for_good import forget
     from surgery.hub import push_adapter
     from surgery.merged import merge_to
     from surgery.naming import copy_adapter, rename_adapter
@@ -63,6 +64,7 @@ _LATER = {
     "save_adapter": ("surgery.checkpoint", "save_adapter"),
     "combine": ("surgery.combining", "combine"),
     "with_layers": ("surgery.exported", "with_layers"),
+    "forget": ("surgery.for_good", "forget"),
     "SwapReport": ("surgery.swap", "SwapReport"),
     "hotswap": ("surgery.swap", "hotswap"),
     "pad_rank": ("surgery.swap", "pad_rank"),
@@ -142,6 +144,7 @@ __all__ = [
     "draw",
     "explain",
     "folded_adapter",
+    "forget",
     "graph_of",
     "having",
     "hidden_of",
