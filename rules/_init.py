@@ -47,12 +47,17 @@ def fill(name: str, which: str, layout: Layout) -> Callable[[Tensor], Any]:
     return _kaiming
 
 
+def together(name: str) -> bool:
+    """Whether A and B need each other or the weight to start."""
+    return name in ("orthogonal", "olora") or name.startswith("pissa")
+
+
 def fill_jointly(name: str, part: Part, weight: Tensor, A: Tensor, B: Tensor, scale: float) -> bool:
     """Fill A and B where they need each other or the weight; whether scale · B A is to be taken off the weight."""
+    if not together(name):
+        return False
     if name == "orthogonal":
         _orthogonal(A, B)
-        return False
-    if name != "olora" and not name.startswith("pissa"):
         return False
     matrix = (weight.t() if part.turned else weight).detach().to(torch.float32)
     rank = A.shape[0]

@@ -89,6 +89,9 @@ class LoraRule(Rule):
         rank = self.rank_at(path)
         return self.alpha_at(path) / (math.sqrt(rank) if self.rslora else rank)
 
+    def alike(self, path: str) -> tuple[int, float]:
+        return self.rank_at(path), self.alpha_at(path)
+
     def check(self, module: nn.Module, path: str) -> str | None:
         layout = layout_of(module, self.rank_at(path))
         if isinstance(layout, str):
@@ -141,6 +144,8 @@ class LoraRule(Rule):
         return (gain - 1) * base + gain * branch
 
     def initialise(self, site: LiveSite) -> Mapping[str, LowRank] | None:
+        if not (self.dora or _init.together(self.init)):
+            return None
         scale, changes = self.scale_at(site.path), {}
         for part in self._layout(site).parts:
             A, B = site.params[part.prefix + "A"], site.params[part.prefix + "B"]

@@ -36,6 +36,8 @@ def _at_site(steps: list[Step]) -> list[SurgeryError]:
     standing = site_state(module)
     claims: dict[Ref, str] = {}
     editing = any(_replaced_state(step.tape) for step in steps)
+    if len(steps) == 1 and not editing:
+        return found
     for applied in standing.applied if standing and editing else []:
         for ref in _replaced_state(layer_of(applied, module, path, steps[0].own).tape):
             claims[ref] = f"{applied.rule.label} [{applied.adapter}]"

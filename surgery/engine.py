@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, TypeVar
 
 import torch
@@ -38,6 +38,7 @@ from surgery.state import (
     require_state,
     site_state,
     sites,
+    split,
     tensors_of,
 )
 from surgery.trace import Own, own_forward
@@ -129,13 +130,12 @@ def remove(model: M, adapter: str | Sequence[str] | None = None, *, check: bool 
     at the start, and that was changed since, is found by checksum; `check=False` takes the change out all the same.
     """
     state = require_state(model)
-    names = adapter_names(state, adapter)
+    names = list(dict.fromkeys(adapter_names(state, adapter)))
     check_free(model)
-    found = [
-        (path, module, site) for path, module, site in sites(model) if any(a.adapter in names for a in site.applied)
-    ]
+    found = list(_sites_of(model, state, names))
     for path, module, site in found:
         _check_removable(path, module, site, names, check)
+    keys = hf.keys_of(model, state, names)
     with Journal() as journal:
         for _, module, site in found:
             _take_out(module, site, names, check, journal)
@@ -147,7 +147,7 @@ def remove(model: M, adapter: str | Sequence[str] | None = None, *, check: bool 
         if not state.adapters:
             _restore(model, state)
         else:
-            hf.ignore_on_save(model, state)
+            hf.unlist(model, state, keys)
     return model
 
 
@@ -272,12 +272,12 @@ def _record(model: nn.Module, plan: Plan, rules: Sequence[Rule] | Rule, journal:
             journal.undo(state.switched.pop)
         journal.undo(setattr, reader, name, getattr(reader, name))
         setattr(reader, name, value)
-    hf.prepare(model, state, journal)
+    hf.prepare(model, state, plan.adapter, journal)
 
 
 def _rules_at(module: nn.Module, adapter: str) -> list[Applied]:
     held = site_state(module)
-    return [applied for applied in held.applied if applied.adapter == adapter] if held is not None else []
+    return split(held.applied, [adapter])[0] if held is not None else []
 
 
 def _check_output(plan: Plan, example_inputs: Any) -> None:
@@ -305,6 +305,14 @@ def _check_output(plan: Plan, example_inputs: Any) -> None:
 # Removing -----------------------------------------------------------------------------------------------------
 
 
+def _sites_of(model: nn.Module, state: ModelState, names: Sequence[str]) -> Iterator[tuple[str, nn.Module, SiteState]]:
+    """The sites that these adapters are on. All rules of a site are gone through only where it is none by the record."""
+    placed = {id(module) for name in names for module, _ in state.places.get(name, ())}
+    for path, module, site in sites(model):
+        if id(module) in placed or any(applied.adapter in names for applied in site.applied):
+            yield path, module, site
+
+
 def _check_removable(path: str, module: nn.Module, site: SiteState, names: list[str], check: bool) -> None:
     if site.merged is not None:
         held = ", ".join(site.merged.adapters)
@@ -312,6 +320,9 @@ def _check_removable(path: str, module: nn.Module, site: SiteState, names: list[
     refused = reason_against(module)
     if refused is not None:
         raise SiteError("the site can't be given its class back", where=path, why=refused[0], fix=refused[1])
+    gone, _ = split(site.applied, names)
+    if not any(applied.changed for applied in gone):
+        return
     staying: set[str] = set()
     for applied in reversed(site.applied):
         changed = {name for name, _ in applied.changed}
@@ -325,17 +336,18 @@ def _check_removable(path: str, module: nn.Module, site: SiteState, names: list[
             )
         if applied.adapter not in names:
             staying |= changed
-    gone = [applied for applied in site.applied if applied.adapter in names]
     if check:
         verify_records([(tensor_at(module, name), record) for a in gone for name, record in a.changed], path)
 
 
 def _take_out(module: nn.Module, site: SiteState, names: list[str], check: bool, journal: Journal) -> None:
-    gone = [applied for applied in site.applied if applied.adapter in names]
     before = list(site.applied)
-    site.applied[:] = [applied for applied in site.applied if applied.adapter not in names]
+    gone, site.applied[:] = split(before, names)
     journal.undo(site.applied.__setitem__, slice(None), before)
-    install_live(module, journal)
+    if any(applied.live for applied in gone):
+        install_live(module, journal)
+    else:
+        site.classes.clear()  # another adapter may come under the same name
     # From here on nothing can fail: the records were verified, and the rest is taking things out of dicts.
     for applied in reversed(gone):
         for name, record in reversed(applied.changed):

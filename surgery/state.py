@@ -7,7 +7,7 @@ pickle, and nothing is kept in a table beside the model.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -114,6 +114,20 @@ class SiteState:
         """The rules whose edits are to be in the forward."""
         merged = self.merged.adapters if self.merged is not None else ()
         return [applied for applied in self.applied if applied.live and applied.adapter not in merged]
+
+
+def split(applied: Sequence[Applied], names: Collection[str]) -> tuple[list[Applied], list[Applied]]:
+    """The rules of these adapters among those of a site, and the others."""
+    if len(names) != 1:
+        return [one for one in applied if one.adapter in names], [one for one in applied if one.adapter not in names]
+    (name,) = names
+    stop = len(applied)  # an adapter's stand together, most often last: none of many others is looked at
+    while stop and applied[stop - 1].adapter != name:
+        stop -= 1
+    start = stop
+    while start and applied[start - 1].adapter == name:
+        start -= 1
+    return [*applied[start:stop]], [*applied[:start], *applied[stop:]]
 
 
 @dataclass
