@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from surgery.match import base_modules
-from surgery.state import site_state, sites
+from surgery.state import site_state
 
 __all__ = ["differences", "fingerprint"]
 
@@ -53,8 +53,9 @@ def differences(model: nn.Module, expected: Any) -> list[str]:
 def _comparable(model: nn.Module, asked: Collection[str] | None = None) -> Iterator[tuple[str, Tensor]]:
     """What can be compared, each under its first name. `asked`: of those under these names alone."""
     seen: set[int] = set()
-    merged = tuple(f"{path}." if path else "" for path, _, state in sites(model) if state.merged is not None)
     modules = dict(base_modules(model))
+    records = [(path, state) for path, module in modules.items() if (state := site_state(module)) is not None]
+    merged = tuple([f"{path}." if path else "" for path, state in records if state.merged is not None])
     wanted = None if asked is None else {id(tensor) for name in asked for tensor in _called(modules, name)}
     for path, module in modules.items():
         if f"{path}.".startswith(merged):

@@ -95,7 +95,8 @@ class SiteState:
     """A site's record: its path in the model, its own class, and the rules on it in the order they came.
 
     `variants`: where rules look into the forward, its forms for the kinds of calls met so far; `classes`: those made so
-    far, by which adapters are live with which weights. Copies make their own.
+    far, by which adapters are live with which weights; `woven`: the class it was given last, with its edits, where they
+    are known (`surgery.living`). Copies make their own.
     """
 
     path: str
@@ -103,31 +104,39 @@ class SiteState:
     applied: list[Applied] = field(default_factory=list)
     merged: Merged | None = None
     variants: list[Any] = field(default_factory=list, compare=False, repr=False)
-    classes: dict[frozenset[tuple[str, float]], type[nn.Module]] = field(
-        default_factory=dict, compare=False, repr=False
-    )
+    classes: dict[frozenset[tuple[str, float]], Any] = field(default_factory=dict, compare=False, repr=False)
+    woven: Any = field(default=None, compare=False, repr=False)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "variants": [], "classes": {}}
+        return {**self.__dict__, "variants": [], "classes": {}, "woven": None}
+
+    def of(self, adapters: Collection[str]) -> list[tuple[int, Applied]]:
+        """The rules of these adapters, with their places. One adapter's stand together, and most often last: many
+        others are not looked at."""
+        if len(adapters) != 1:
+            return [(index, one) for index, one in enumerate(self.applied) if one.adapter in adapters]
+        found: list[tuple[int, Applied]] = []
+        for index in range(len(self.applied) - 1, -1, -1):
+            if self.applied[index].adapter in adapters:
+                found.append((index, self.applied[index]))
+            elif found:
+                break
+        return found[::-1]
+
+    def take_out(self, adapters: Collection[str]) -> list[tuple[int, Applied]]:
+        found = self.of(adapters)
+        for index, _ in reversed(found):
+            del self.applied[index]
+        return found
+
+    def put_back(self, found: list[tuple[int, Applied]]) -> None:
+        for index, applied in found:
+            self.applied.insert(index, applied)
 
     def live(self) -> list[Applied]:
         """The rules whose edits are to be in the forward."""
         merged = self.merged.adapters if self.merged is not None else ()
         return [applied for applied in self.applied if applied.live and applied.adapter not in merged]
-
-
-def split(applied: Sequence[Applied], names: Collection[str]) -> tuple[list[Applied], list[Applied]]:
-    """The rules of these adapters among those of a site, and the others."""
-    if len(names) != 1:
-        return [one for one in applied if one.adapter in names], [one for one in applied if one.adapter not in names]
-    (name,) = names
-    stop = len(applied)  # an adapter's stand together, most often last: none of many others is looked at
-    while stop and applied[stop - 1].adapter != name:
-        stop -= 1
-    start = stop
-    while start and applied[start - 1].adapter == name:
-        start -= 1
-    return [*applied[start:stop]], [*applied[:start], *applied[stop:]]
 
 
 @dataclass
