@@ -23,7 +23,7 @@ from surgery.match import RESERVED
 from surgery.plan import Plan, make_plan
 from surgery.recording import Step
 from surgery.rule import Rule
-from surgery.site import LiveSite
+from surgery.site import LiveSite, ParamSpec
 from surgery.state import adapter_names, adapter_state_dict, require_state, rules_of, sites, tensors_of, whole
 from surgery.stored import (
     NAME,
@@ -230,8 +230,8 @@ def load_adapter(
     loose = [] if strict else [*map(str, stored.unheld), *report.problems()]
     for note in [*stored.notes, *loose]:
         warnings.warn(note, SurgeryWarning, stacklevel=2)
-    # With an example the model is first run as its rules start it, which is what they promise something of.
-    given = _given(plan, values, stored.file) if example_inputs is None else {}
+    # An example is first run with what the rules start with: it is of that that they promise something.
+    given = _given(plan, values, stored.file) if example_inputs is None else None
     with torch.random.fork_rng(devices=_gpus(plan)):  # the starting values drawn here are overwritten
         try:
             carry_out(plan, stored.rules, example_inputs, stacklevel=3, given=given)
@@ -359,10 +359,22 @@ def _misfit(file: TensorFile, entry: Entry, shape: tuple[int, ...], dtype: torch
 
 
 def _given(plan: Plan, values: list[tuple[Step, str, Entry]], file: TensorFile) -> Given:
-    """What tensors are to be made with: at steps that the file fills, as others' starts may depend on each other."""
-    found = {(id(step), name): partial(_value, file, entry) for step, name, entry in values}
-    lacking = {id(step) for step in plan.steps for spec in step.specs if (id(step), spec.name) not in found}
-    return {place: value for place, value in found.items() if place[0] not in lacking} if lacking else found
+    """Tensors start with the file's values, which are cheaper to have than those that a rule draws.
+
+    What many sites share is drawn once, so that a rule which can't start is found. Nor are values given to a site of
+    which the file lacks some: a rule may make one tensor from another's start.
+    """
+    known = {(id(step), name): entry for step, name, entry in values}
+    lacking = {id(step) for step in plan.steps for spec in step.specs if (id(step), spec.name) not in known}
+    drawn: set[int] = set()
+
+    def given(step: Step, spec: ParamSpec) -> Tensor | None:
+        if id(spec) not in drawn or id(step) in lacking:
+            drawn.add(id(spec))
+            return None
+        return _value(file, known[id(step), spec.name])
+
+    return given
 
 
 def _value(file: TensorFile, entry: Entry) -> Tensor:

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import itertools
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from types import MappingProxyType
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeVar
 
 import torch
@@ -49,7 +48,7 @@ from surgery.weave import Layer
 __all__ = ["apply_rules", "explain", "plan_rules", "remove"]
 
 M = TypeVar("M", bound=nn.Module)
-Given = Mapping[tuple[int, str], Callable[[], Tensor]]
+Given = Callable[[Step, ParamSpec], Tensor | None]
 
 
 def apply_rules(model: M, rules: Sequence[Rule] | Rule, *, adapter: str = "default", example_inputs: Any = None) -> M:
@@ -138,9 +137,9 @@ def remove(model: M, adapter: str | Sequence[str] | None = None, *, check: bool 
         _check_removable(path, module, site, names, check)
     keys = hf.keys_of(model, state, names)
     with Journal() as journal:
-        shared = Shared(journal)
+        shared, going = Shared(journal), frozenset(names)
         for _, module, site in found:
-            _take_out(module, site, frozenset(names), check, shared)
+            _take_out(module, site, going, check, shared)
         for name in names:
             del state.adapters[name]
             state.places.pop(name, None)
@@ -158,11 +157,11 @@ def carry_out(
     rules: Sequence[Rule] | Rule,
     example_inputs: Any = None,
     stacklevel: int = 2,
-    given: Given = MappingProxyType({}),
+    given: Given | None = None,
 ) -> None:
     """Do what a plan of these rules says, which was made of this model as it is now.
 
-    `given`: what tensors start with instead of what the rule says, by the step's id and the tensor's name.
+    `given`: what a tensor starts with, or None where it starts as its rule says.
     """
     plan.raise_problems()
     check_free(plan.model)
@@ -181,7 +180,7 @@ def carry_out(
 # Applying -----------------------------------------------------------------------------------------------------
 
 
-def _insert(step: Step, plan: Plan, given: Given, journal: Journal) -> None:
+def _insert(step: Step, plan: Plan, given: Given | None, journal: Journal) -> None:
     """Put a rule's tensors on its site and let it initialise them; the forward is still the old one."""
     module = step.module
     state = site_state(module)
@@ -197,7 +196,7 @@ def _insert(step: Step, plan: Plan, given: Given, journal: Journal) -> None:
         facts=step.facts,
     )
     device = _device_of(module)
-    made = {spec.name: (_made(spec, device, given.get((id(step), spec.name))), spec.buffer) for spec in step.specs}
+    made = {spec.name: (_made(spec, device, given and given(step, spec)), spec.buffer) for spec in step.specs}
     if made:
         attach(module, plan.adapter, made, step.path)
         journal.undo(detach, module, plan.adapter, list(made))
@@ -220,12 +219,12 @@ def _device_of(module: nn.Module) -> torch.device | None:
     return next((tensor.device for tensor in itertools.chain(own, module.parameters(), module.buffers())), None)
 
 
-def _made(spec: ParamSpec, device: torch.device | None, value: Callable[[], Tensor] | None) -> Tensor:
+def _made(spec: ParamSpec, device: torch.device | None, value: Tensor | None) -> Tensor:
     tensor = torch.empty(spec.shape, dtype=spec.dtype, device=device)
     if value is None:
         spec.fill(tensor)
     else:
-        tensor.copy_(value())
+        tensor.copy_(value)
     return tensor if spec.buffer else nn.Parameter(tensor, requires_grad=spec.trainable)
 
 
@@ -311,7 +310,7 @@ def _check_removable(path: str, module: nn.Module, site: SiteState, names: list[
     if refused is not None:
         raise SiteError("the site can't be given its class back", where=path, why=refused[0], fix=refused[1])
     gone = [applied for _, applied in site.of(names)]
-    if not any(applied.changed for applied in gone):
+    if not any([applied.changed for applied in gone]):
         return
     staying: set[str] = set()
     for applied in reversed(site.applied):
@@ -334,13 +333,12 @@ def _take_out(module: nn.Module, site: SiteState, names: frozenset[str], check: 
     found = site.take_out(names)
     shared.journal.undo(site.put_back, found)
     gone = [applied for _, applied in found]
-    live = any(applied.live for applied in gone)
-    if live and site.woven is not None and all(layer.adapter in names for layer in site.woven.layers):
-        shared.install(module, names)
-    elif live:
-        shared.install(module, names, own_forward(module, site.base))
-    else:
+    if not any([applied.live for applied in gone]):
         site.classes.clear()  # another adapter may come under the same name
+    elif site.woven is not None and site.woven.within(names):
+        shared.install(module, names)
+    else:
+        shared.install(module, names, own_forward(module, site.base))
     # From here on nothing can fail: the records were verified, and the rest is taking things out of dicts.
     for applied in reversed(gone):
         for name, record in reversed(applied.changed):

@@ -205,8 +205,7 @@ def _open_safetensors(path: Path) -> TensorFile:
 
 def _mapped(path: Path) -> Tensor:
     """The bytes of a file, read from it where they are looked at. What is written to them does not go into the file."""
-    size = path.stat().st_size
-    return torch.empty(0, dtype=torch.uint8).set_(torch.UntypedStorage.from_file(str(path), False, size))
+    return torch.from_file(str(path), shared=False, size=path.stat().st_size, dtype=torch.uint8)
 
 
 def _sound(data: Tensor, dtypes: set[torch.dtype]) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Hashable
+from collections.abc import Collection, Hashable
 from dataclasses import dataclass
 
 from torch import nn
@@ -28,8 +28,12 @@ class Woven:
     layers: tuple[Layer, ...]
 
     @staticmethod
-    def of(cls: type[nn.Module], layers: tuple[Layer, ...]) -> Woven:
-        return _known.setdefault((cls, layers), Woven(cls, layers))
+    def of(kind: type[nn.Module], layers: tuple[Layer, ...]) -> Woven:
+        return _known.setdefault((kind, layers), Woven(kind, layers))
+
+    def within(self, adapters: Collection[str]) -> bool:
+        """Whether all of its edits are these adapters'."""
+        return all(layer.adapter in adapters for layer in self.layers)
 
 
 def install_live(module: nn.Module, journal: Journal | None, own: Own | None = None) -> None:

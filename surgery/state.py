@@ -240,11 +240,11 @@ def detach(module: nn.Module, adapter: str, names: list[str] | None = None) -> N
     box = held._modules.get(adapter) if held is not None else None
     if held is None or box is None:
         return
-    for name in names if names is not None else [*box._parameters, *box._buffers]:
+    for name in names or ():
         box._parameters.pop(name, None)
         box._buffers.pop(name, None)
         box._non_persistent_buffers_set.discard(name)
-    if not box._parameters and not box._buffers:
+    if names is None or not (box._parameters or box._buffers):
         del held._modules[adapter]
     if not held._modules:
         del module._modules[RESERVED]
