@@ -9,7 +9,7 @@ from typing import Any, Literal
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from rules import _fields, _init
+from rules import _fields, _init, _paths
 from rules._layouts import Layout, Part, column_norm, layout_of
 from rules.bias import EVERYWHERE, BiasesOf, BiasRule
 from surgery import LiveSite, LowRank, Rule, Site, rule
@@ -80,10 +80,10 @@ class LoraRule(Rule):
         return not self.dora
 
     def rank_at(self, path: str) -> int:
-        return int(_fields.first(self.rank_pattern, path, self.rank))
+        return int(_paths.first(self.rank_pattern, path, self.rank))
 
     def alpha_at(self, path: str) -> float:
-        return _fields.first(self.alpha_pattern, path, self.alpha)
+        return _paths.first(self.alpha_pattern, path, self.alpha)
 
     def scale_at(self, path: str) -> float:
         rank = self.rank_at(path)
