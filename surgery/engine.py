@@ -41,7 +41,6 @@ from surgery.state import (
     sites,
     tensors_of,
 )
-from surgery.trace import own_forward
 from surgery.view import tensor_at
 from surgery.weave import Layer
 
@@ -333,12 +332,10 @@ def _take_out(module: nn.Module, site: SiteState, names: frozenset[str], check: 
     found = site.take_out(names)
     shared.journal.undo(site.put_back, found)
     gone = [applied for _, applied in found]
-    if not any([applied.live for applied in gone]):
-        site.classes.clear()  # another adapter may come under the same name
-    elif site.woven is not None and site.woven.within(names):
+    if any([applied.live for applied in gone]):
         shared.install(module, names)
     else:
-        shared.install(module, names, own_forward(module, site.base))
+        site.classes.clear()  # another adapter may come under the same name
     # From here on nothing can fail: the records were verified, and the rest is taking things out of dicts.
     for applied in reversed(gone):
         for name, record in reversed(applied.changed):

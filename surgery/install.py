@@ -120,7 +120,8 @@ def reason_against(module: nn.Module) -> tuple[str, str] | None:
             "accelerate has offloaded its weights, which are absent between calls",
             "load the model without offloading",
         )
-    if any(type(p) is not nn.Parameter and hasattr(p, "device_mesh") for p in module._parameters.values()):
+    packed = [tensor for tensor in module._parameters.values() if type(tensor) is not nn.Parameter]
+    if any(hasattr(tensor, "device_mesh") for tensor in packed):
         return "its parameters are sharded (DTensor)", "apply rules before fully_shard"
     return None
 

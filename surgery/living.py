@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Collection, Hashable
+from collections.abc import Hashable
 from dataclasses import dataclass
 
 from torch import nn
@@ -22,18 +22,15 @@ __all__ = ["Shared", "Woven", "class_of_live", "install_live"]
 
 @dataclass(frozen=True, eq=False)
 class Woven:
-    """A class and the edits in its forward. What is equal is one object, so that comparing it costs nothing."""
+    """A class, the edits in its forward, and the own forward they were made in. What is equal is one object."""
 
     cls: type[nn.Module]
-    layers: tuple[Layer, ...]
+    layers: tuple[Layer, ...] = ()
+    own: Own | None = None
 
     @staticmethod
-    def of(kind: type[nn.Module], layers: tuple[Layer, ...]) -> Woven:
-        return _known.setdefault((kind, layers), Woven(kind, layers))
-
-    def within(self, adapters: Collection[str]) -> bool:
-        """Whether all of its edits are these adapters'."""
-        return all(layer.adapter in adapters for layer in self.layers)
+    def of(kind: type[nn.Module], layers: tuple[Layer, ...] = (), own: Own | None = None) -> Woven:
+        return _known.setdefault((kind, layers, own and own.key), Woven(kind, layers, own))
 
 
 def install_live(module: nn.Module, journal: Journal | None, own: Own | None = None) -> None:
@@ -49,7 +46,7 @@ def class_of_live(module: nn.Module, state: SiteState, own: Own | None = None) -
     live = state.live()
     cls = _class_for(module, state, live, own)
     if not live:
-        state.woven = Woven.of(cls, ())
+        state.woven = Woven.of(cls)
     return cls
 
 
@@ -65,7 +62,7 @@ def _class_for(module: nn.Module, state: SiteState, live: list[Applied], own: Ow
     except SiteError as error:  # equal edits are woven once for all their sites, so weaving knows no path
         error.where = error.where or state.path
         raise
-    state.woven = Woven.of(cls, layers)
+    state.woven = Woven.of(cls, layers, own)
     return cls
 
 
@@ -90,10 +87,7 @@ class Shared:
         self._after: dict[tuple, tuple[Woven, Own | None, Woven]] = {}  # holds what its keys are the ids of
 
     def install(self, module: nn.Module, change: Hashable, own: Own | None = None) -> None:
-        """`install_live` after a `change` that is equal where sites get or lose equal edits.
-
-        Without `own` nothing may be live after it, or the site's own forward is found here.
-        """
+        """`install_live` after a `change` that is equal where sites get or lose equal edits."""
         state = site_state(module)
         assert state is not None
         before: Woven | None = state.woven
@@ -103,7 +97,7 @@ class Shared:
         key = (id(before), id(own), change)
         found = self._after.get(key)
         if found is None:
-            cls = class_of_live(module, state, own)
+            cls = class_of_live(module, state, own or before.own)
             if state.woven is not None:
                 self._after[key] = (before, own, state.woven)
         else:
