@@ -76,7 +76,7 @@ def stacked(setting: Setting) -> Iterator[Row]:
     for what, seconds, peft, aim in (
         (f"adapter #{others + 1} beside {others} others", spent["add"], added, 0.03),
         (f"load adapter #{others + 2} from PEFT's files", beyond["load"], loaded, 0.03),
-        (f"remove adapter #{others + 2}", beyond["remove"], gone, 0.1),
+        (f"remove adapter #{others + 2}", beyond["remove"], gone, 0.03),
     ):
         yield Row(f"{what} {beside} (PEFT: {peft:.1f} s)", "PEFT", aim, seconds / peft, 1.0, seconds)
 

@@ -53,7 +53,8 @@ WHY = {
     "layer it takes 0.7 of the time of the layer's product, for PEFT, too. Masks from random bytes would take a fifth "
     "of it, and would not be those that the same seed gives to `F.dropout`, which these are.",
     "adapter #": "what remains is making two tensors and their records at each site, 60 microseconds.",
-    "remove adapter #": "PEFT deletes from dictionaries; here each site is given another class, 20 microseconds.",
+    "remove adapter #": "PEFT takes entries from dictionaries; here every site is checked and gets another class, 15 "
+    "microseconds.",
     "remove one": "what is looked at does not grow, but the processor's caches hold less of it.",
     "merge + unmerge": "a copy is new memory, and for large weights half of the time goes by until the system has "
     "handed out its pages, where PEFT reuses its own; a checksum that tells a changed weight before it is lost takes "
