@@ -170,7 +170,7 @@ def gated(before_key: Tensor, before_value: Tensor, gate: Tensor) -> Callable[..
         mask = torch.ones(1, 1, query.shape[-2], before_key.shape[-2], dtype=torch.bool, device=query.device)
         prefix = _spread(before_key, key), _spread(before_value, value)
         alone = {**kwargs, "position_bias": None} if "position_bias" in kwargs else kwargs  # it has no positions
-        beside = attention(module, query, *prefix, None if _is_eager(attention) else mask, *args, **alone)[0]
+        beside = attention(module, query, *prefix, None if is_eager(attention) else mask, *args, **alone)[0]
         return (output + gate.tanh().to(output.dtype).view(1, 1, -1, 1) * beside, *rest)
 
     return attend
@@ -180,7 +180,7 @@ def _widened(attention: Any, module: nn.Module, query: Tensor, key: Tensor, mask
     if mask is None:
         causal = kwargs.get("is_causal")
         causal = getattr(module, "is_causal", True) if causal is None else causal
-        if not causal or query.shape[-2] == 1 or _is_eager(attention):
+        if not causal or query.shape[-2] == 1 or is_eager(attention):
             return None  # every query sees every key, and so it stays
         seen = torch.ones(query.shape[-2], length + key.shape[-2], dtype=torch.bool, device=query.device).tril(length)
         return seen.view(1, 1, *seen.shape)  # as scaled_dot_product_attention's is_causal counts, from the first key
@@ -195,7 +195,7 @@ def _widened(attention: Any, module: nn.Module, query: Tensor, key: Tensor, mask
     return torch.cat([columns, mask], -1)
 
 
-def _is_eager(attention: Any) -> bool:
+def is_eager(attention: Any) -> bool:
     """Whether an attention without a mask lets every query see every key, be it causal or not."""
     while hasattr(attention, "args") and hasattr(attention, "func"):  # other prefixes around it
         attention = attention.args[0]

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 from torch import Tensor, nn
 
-from rules import _fields, _paths
+from rules import _combined, _fields, _paths, _swapped
 from rules._factored import factored
-from surgery import LiveSite, LowRank, Rule, Site, rule
+from surgery import Combination, LiveSite, LowRank, Rule, Share, Site, rule
 
 
 @rule("expert-lora")
@@ -116,6 +117,52 @@ class ExpertLoraRule(Rule):
             left, right = (A.mT, B.mT) if self._turned(site.module) else (B, A)
             changes[name] = LowRank(left.flatten(0, -2), right.flatten(0, -2), scale, groups=math.prod(experts))
         return changes
+
+    def swapped(self, live: Rule, site: LiveSite) -> dict[str, Tensor]:
+        assert isinstance(live, ExpertLoraRule)
+        held = ("rank", "alpha", "rslora", "rank_pattern", "alpha_pattern", "dtype", "parameters", "transposed")
+        _swapped.check(self, live, *held)
+        made, scales = dict(site.params), {name: scale for name, _, _, scale in self._sizes(site)}
+        if not scales.keys() <= set(live.names(site.module)) or self._turned(site.module) != live._turned(site.module):
+            _swapped.check(self, live, *held[:-2])
+        for name, (*experts, out, inner), rank, scale in live._sizes(site):
+            A, B = f"{name}_A", f"{name}_B"
+            if name in scales:
+                made[B] = _swapped.scaled(made[B], scales[name] / scale, site)
+            else:  # of fewer parameters: at the others it does nothing
+                like = next(iter(site.params.values()))
+                made |= {A: like.new_zeros(*experts, rank, inner), B: like.new_zeros(*experts, out, rank)}
+        return made
+
+    def combined(self, shares: Sequence[Share], how: Combination) -> tuple[Rule, Mapping[str, Tensor]]:
+        """As LoRA's, for each parameter of those that any of them changes."""
+        if how.untouched(shares):
+            return self, shares[0].params
+        how.agree(shares, "parameters", "rank", "alpha", "rslora", "rank_pattern", "alpha_pattern", "dtype")
+        among = [cast(ExpertLoraRule, rule) for rule in how.rules]
+        most = max(rank for rule in among for rank in (rule.rank, *(rule.rank_pattern or {}).values()))
+        found, ranks = dict[str, Tensor](), dict[str, int]()
+        sizes = [{size[0]: size[2:] for size in cast(ExpertLoraRule, s.rule)._sizes(s.site)} for s in shares]
+        for name in dict.fromkeys(name for held in sizes for name in held):
+            here = [(share, *held[name]) for share, held in zip(shares, sizes, strict=True) if name in held]
+            some, held_ranks, scales = zip(*here, strict=True)
+            ranks[name] = rank = _combined.rank_of(how, some, held_ranks, most)
+            ups, downs = ([share.params[f"{name}_{which}"].detach() for share in some] for which in "BA")
+            found[f"{name}_B"], found[f"{name}_A"] = _combined.factors(how, some, scales, ups, downs, rank)
+        rank = max(ranks.values())
+        others = {name: r for name, r in ranks.items() if r != rank}
+        full = {f"^{re.escape(f'{shares[0].site.path}.{name}')}": r for name, r in others.items()} or None
+        rules = [cast(ExpertLoraRule, share.rule) for share in shares]
+        rule = self.replace(
+            parameters=self.parameters if len({rule.parameters for rule in rules}) == 1 else tuple(ranks),
+            rank=rank,
+            alpha=rank,
+            rslora=False,
+            rank_pattern=full,
+            alpha_pattern=full,
+            dtype=self.dtype if len({rule.dtype for rule in rules}) == 1 else None,
+        )
+        return rule, found
 
     def _sizes(self, site: Site | LiveSite) -> Iterable[tuple[str, tuple[int, ...], int, float]]:
         """Name, (experts, out, in) or (out, in), rank and scale of each parameter."""

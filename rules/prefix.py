@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import field
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
+from rules import _combined
 from rules._attention import extend, may_write_attention, written_attention
 from rules._fields import whole
 from rules._prefix import differentiable, folded_tensors, gated, keys_and_values, prefixed, shape_held
-from surgery import LiveSite, Rule, Site, SiteError, Targets, rule, takes_functions
+from rules._prefix_rows import mixed
+from rules.positions import ShiftedRule, known
+from surgery import Combination, LiveSite, Member, Rule, Share, Site, SiteError, Targets, rule, takes_functions
 
 EVERYWHERE = ("", "re:.*")  # the model itself, and all in it
 
@@ -46,8 +49,9 @@ class PrefixRule(Rule):
 
     The mask is widened by columns that every query sees; a causal attention without a mask gets its mask written out.
     Where attention is written out, the prefix's scores stand beside the text's under one softmax.
-    Positions stay those of the text: prefixes have none, and a rotation is not applied to them. Caches hold the text
-    alone. There is no merged form: a prefix is no change of a weight.
+    Positions stay those of the text: prefixes have none, and a rotation is not applied to them. `shift`: the path of an
+    nn.Embedding of positions, which is given them `length` later, as with PEFT's prefixes. Caches hold the text alone.
+    There is no merged form: a prefix is no change of a weight.
 
     Raises `SiteError` without an example, or for a module that is no such attention; when called, for masks that are
     no tensors (flex attention). Sources: Li & Liang 2021, arXiv:2101.00190; Zhang et al. 2023, arXiv:2303.16199.
@@ -58,6 +62,7 @@ class PrefixRule(Rule):
     projection: int | None = None
     init: str = "random"
     gate: bool = False
+    shift: str | None = None
     scalable = False
     why_not_merged = "a prefix is keys and values beside the text's, and no change of a weight"
 
@@ -68,6 +73,8 @@ class PrefixRule(Rule):
             raise self.bad("init", "'random' or 'zero'")
         if type(self.gate) is not bool:
             raise self.bad("gate", "true or false")
+        if self.shift is not None and (type(self.shift) is not str or not self.shift):
+            raise self.bad("shift", "the path of an embedding")
 
     @property
     def identity(self) -> bool:  # type: ignore[override]
@@ -78,9 +85,14 @@ class PrefixRule(Rule):
             return []
         return [(path, module)]
 
+    def companions(self) -> Iterable[Rule]:
+        return [] if self.shift is None else [ShiftedRule(self.shift, by=self.length)]
+
     def rewrite(self, site: Site) -> Any:
         if site.unreached and self.targets == EVERYWHERE:
             return NotImplemented
+        if self.shift is not None:
+            site.fact("shift", lambda: known(site, self.shift or ""))
         if takes_functions(site.module):
             return self._around(site)
         found = written_attention(site)
@@ -103,8 +115,22 @@ class PrefixRule(Rule):
             return site.around(gated, key, value, site.param("gate", heads or ()))
         return site.around(prefixed, key, value)
 
+    @classmethod
+    def routed(cls, sites: Sequence[Member]) -> None:
+        members: list[Any] = []
+        for site in sites:
+            rule, gate = cast(PrefixRule, site.rule), site.shape_of("gate")
+            key, value = keys_and_values(site, shape_held(site, rule.length) or [], rule.init, rule.projection)
+            members.append((site.rows, key, value, None if gate is None else site.param("gate", gate)))
+        sites[0].around(mixed, *members)
+
     def folded(self, site: LiveSite) -> tuple[Rule, Mapping[str, Tensor]]:
         return (self, site.params) if self.projection is None else (self.replace(projection=None), folded_tensors(site))
+
+    def combined(self, shares: Sequence[Share], how: Combination) -> tuple[Rule, _combined.Tensors]:
+        if self.projection is not None and not how.untouched(shares):
+            raise how.refusal(shares, "its keys and values are made by an MLP", "folded_adapter takes the MLP out")
+        return _combined.averaged(self, shares, how)
 
     def _seen(self, site: Site) -> tuple[Tensor, Tensor, Tensor] | None:
         """Queries, keys, values of the example, (batch, heads, positions, size); None: pass a cross-attention over."""
@@ -115,5 +141,6 @@ class PrefixRule(Rule):
         if not found:
             raise SiteError(f"{self.label} finds no attention in the example call", where=site.path)
         _, query, key, value = found[0][1][:4]
-        own = torch.autograd.grad(key.sum(), hidden, allow_unused=True)[0] is not None
+        # Nothing but the hidden state may ask for gradients: the base is frozen where it has adapters already.
+        own = key.requires_grad and torch.autograd.grad(key.sum(), hidden, allow_unused=True)[0] is not None
         return (query, key, value) if own or self.targets != EVERYWHERE else None

@@ -24,6 +24,7 @@ from surgery.exact import LowRank, Rows
 from surgery.expression import ANY, having, module_of, one_of
 from surgery.guided import trace
 from surgery.hidden import hidden_of
+from surgery.members import Member
 from surgery.merge import MergeReport, merge, unmerge
 from surgery.pattern import Pattern, Targets
 from surgery.plan import Plan
@@ -39,23 +40,38 @@ from surgery.view import call_own
 from surgery.weave import trace_site
 
 if TYPE_CHECKING:
+    from surgery.blend import Combination, Share
     from surgery.checkpoint import LoadReport, load_adapter, load_adapters, save_adapter
+    from surgery.combining import combine
     from surgery.exported import with_layers
+    from surgery.for_good import forget
     from surgery.hub import push_adapter
     from surgery.merged import merge_to
+    from surgery.naming import copy_adapter, rename_adapter
     from surgery.peft_format import PeftConfig, PeftMethod, PeftPart, PeftPlace, peft_method
     from surgery.plainer import folded_adapter
+    from surgery.routing import route
     from surgery.stored import Entry as PeftEntry
+    from surgery.swap import SwapReport, hotswap, pad_rank
 
 # Imported when they are first asked for.
 _LATER = {
+    "Combination": ("surgery.blend", "Combination"),
+    "Share": ("surgery.blend", "Share"),
     "LoadReport": ("surgery.checkpoint", "LoadReport"),
     "load_adapter": ("surgery.checkpoint", "load_adapter"),
     "load_adapters": ("surgery.checkpoint", "load_adapters"),
     "save_adapter": ("surgery.checkpoint", "save_adapter"),
+    "combine": ("surgery.combining", "combine"),
     "with_layers": ("surgery.exported", "with_layers"),
+    "forget": ("surgery.for_good", "forget"),
+    "SwapReport": ("surgery.swap", "SwapReport"),
+    "hotswap": ("surgery.swap", "hotswap"),
+    "pad_rank": ("surgery.swap", "pad_rank"),
     "push_adapter": ("surgery.hub", "push_adapter"),
     "merge_to": ("surgery.merged", "merge_to"),
+    "copy_adapter": ("surgery.naming", "copy_adapter"),
+    "rename_adapter": ("surgery.naming", "rename_adapter"),
     "PeftConfig": ("surgery.peft_format", "PeftConfig"),
     "PeftMethod": ("surgery.peft_format", "PeftMethod"),
     "PeftPart": ("surgery.peft_format", "PeftPart"),
@@ -63,6 +79,7 @@ _LATER = {
     "peft_method": ("surgery.peft_format", "peft_method"),
     "folded_adapter": ("surgery.plainer", "folded_adapter"),
     "PeftEntry": ("surgery.stored", "Entry"),
+    "route": ("surgery.routing", "route"),
 }
 
 
@@ -77,6 +94,7 @@ def __getattr__(name: str) -> Any:
 __all__ = [
     "ANY",
     "Adapter",
+    "Combination",
     "Coverage",
     "Found",
     "LiveSite",
@@ -84,6 +102,7 @@ __all__ = [
     "LoadReport",
     "LowRank",
     "MatchError",
+    "Member",
     "MergeError",
     "MergeReport",
     "Occurrence",
@@ -98,12 +117,14 @@ __all__ = [
     "Rows",
     "Rule",
     "RuleError",
+    "Share",
     "Site",
     "SiteError",
     "Structure",
     "Summary",
     "SurgeryError",
     "SurgeryWarning",
+    "SwapReport",
     "Targets",
     "TraceError",
     "Value",
@@ -116,14 +137,18 @@ __all__ = [
     "base_state_dict",
     "call_own",
     "class_of",
+    "combine",
+    "copy_adapter",
     "coverage",
     "deactivate",
     "draw",
     "explain",
     "folded_adapter",
+    "forget",
     "graph_of",
     "having",
     "hidden_of",
+    "hotswap",
     "load_adapter",
     "load_adapter_state_dict",
     "load_adapters",
@@ -131,10 +156,13 @@ __all__ = [
     "merge_to",
     "module_of",
     "one_of",
+    "pad_rank",
     "peft_method",
     "plan_rules",
     "push_adapter",
     "remove",
+    "rename_adapter",
+    "route",
     "rule",
     "rules_from_json",
     "rules_from_yaml",

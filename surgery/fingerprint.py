@@ -19,7 +19,8 @@ _SLACK = 2.0**-7  # two roundings to bfloat16; fine-tuning moves some of 256 wei
 
 def fingerprint(model: nn.Module) -> dict[str, Any]:
     """Sixteen numbers of each of sixteen parameters, spread over the model. Parameters that an adapter changed at its
-    start, or by merging, are left out, as are packed, sharded and meta ones."""
+    start, or by merging, are left out, and those that it has its own in the place of (a new head's numbers are chance);
+    as are packed, sharded and meta ones."""
     held = list(_comparable(model))
     matrices = [item for item in held if item[1].dim() > 1] or held  # biases and norms are alike everywhere
     chosen = [matrices[i] for i in _spread(len(matrices), TENSORS)]
@@ -79,8 +80,11 @@ def _called(modules: Mapping[str, nn.Module], name: str) -> list[Tensor]:
 
 
 def _left_out(module: nn.Module) -> set[str]:
+    """Parameters that an adapter changed, or that are a new module's own."""
     state = site_state(module)
-    return {name for applied in state.applied for name, _ in applied.changed} if state is not None else set()
+    here = state.applied if state is not None else []
+    changed = {name for applied in here for name, _ in applied.changed}
+    return changed | {name for applied in here if applied.rule.exclusive for name in applied.tensors}
 
 
 def _spread(count: int, most: int) -> list[int]:

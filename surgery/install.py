@@ -247,13 +247,13 @@ def _reduce_ex(self: nn.Module, protocol: Any) -> Any:
         return made
     function, args, *rest = made
     if function is copyreg.__newobj__ and args[0] is cls:  # type: ignore[attr-defined]
-        return (_revived, (recipe, *args[1:]), *rest)
+        return (revived, (recipe, *args[1:]), *rest)
     if function is copyreg._reconstructor and args[0] is cls:  # type: ignore[attr-defined]
-        return (_revived, (recipe,), *rest)
+        return (revived, (recipe,), *rest)
     return made
 
 
-def _revived(recipe: Recipe, *args: Any) -> nn.Module:
+def revived(recipe: Recipe, *args: Any) -> nn.Module:
     cls = class_from(recipe)
     return cls.__new__(cls, *args)
 

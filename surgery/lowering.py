@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -21,7 +21,16 @@ from torch.autograd import forward_ad
 
 from surgery.errors import SiteError
 
-__all__ = ["in_dtype", "lower", "low_rank_linear", "same_dtype", "tensor_of", "weighted"]
+__all__ = [
+    "LowRankEdit",
+    "in_dtype",
+    "low_rank_edit",
+    "lower",
+    "low_rank_linear",
+    "same_dtype",
+    "tensor_of",
+    "weighted",
+]
 
 # A, B, scale, the chance of dropout, and whether it drops: y + linear(linear(dropout(x), A), B) * scale
 Branch = tuple[Tensor, Tensor, float, float, bool]
@@ -265,6 +274,33 @@ def lower(graph: fx.Graph) -> None:
         for tensor in dict.fromkeys(tensor for call in calls for tensor in call.all_input_nodes):
             _find_fast(graph, site, tensor)
     graph.eliminate_dead_code(is_impure_node=lambda node: node.op in ("placeholder", "output") or _effect(node))
+
+
+class LowRankEdit(NamedTuple):
+    """A layer's whole edit of an output y: y + linear(linear(dropout(x), A), B) * scale, by the names of its parts."""
+
+    input: str
+    A: str
+    B: str
+    scale: float
+    dropout: float
+
+
+def low_rank_edit(graph: fx.Graph, output: str) -> LowRankEdit | None:
+    """What a graph of `woven_edit` does to its input `output`, where that is one low-rank branch and nothing else."""
+    made = graph.output_node().args[0]
+    add = made.args[0] if isinstance(made, fx.Node) and made.target is same_dtype else made
+    if not (isinstance(add, fx.Node) and add.target is operator.add and len(add.args) == 2):
+        return None
+    y, scaled = add.args
+    branch = _branch(scaled)
+    if branch is None or not (isinstance(y, fx.Node) and y.op == "placeholder" and y.target == output):
+        return None
+    x, A, B, scale, p, _ = branch
+    held = [str(node.target).split(".") for node in (A, B) if node.op == "get_attr"]
+    if x.op != "placeholder" or [path[:1] for path in held] != [["adapters"]] * 2:
+        return None
+    return LowRankEdit(str(x.target), held[0][-1], held[1][-1], scale, p)
 
 
 def _branch(scaled: Any) -> tuple | None:

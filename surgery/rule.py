@@ -18,7 +18,9 @@ from surgery.errors import RuleError, SiteError, SurgeryError, near_misses
 from surgery.pattern import Pattern, Targets, normalised, qualified_name
 
 if TYPE_CHECKING:
+    from surgery.blend import Combination, Share
     from surgery.exact import Change
+    from surgery.members import Member
     from surgery.site import LiveSite, Site
 
 __all__ = ["Rule", "rule", "rules_from_json", "rules_from_yaml", "rules_to_json", "rules_to_yaml"]
@@ -49,12 +51,14 @@ class Rule:
 
     Hooks, all optional but `rewrite`: `check` (why a module can't take the rule), `alike` (modules that need not be
     asked about one by one), `expand` (a container's inner sites), `companions` (further rules), `initialise`, `merged`,
-    `folded`. Class attributes: `identity = True` promises an unchanged output at initialisation, which the engine
-    checks on the example call; `exclusive = True` bars other rules of the same adapter from its sites; `imports = True`
-    says that its fields name code to import, so that `load_adapter` takes it from a file only when told to trust it;
-    `linear = True` says that it adds to the output what is linear in the input, so that `merge` derives ΔW from it;
-    `scalable = False` says that what it changes can't be multiplied, so that it has no weights but 1; `why_not_merged`
-    is the reason where there is no `merged`.
+    `folded`, `combined`; for `route` `routed`; for `hotswap` `swapped`, `neutral` and `padded`. Class attributes:
+    `identity = True` promises an unchanged output at initialisation, which the engine checks on the example call;
+    `exclusive = True` bars other rules of the same adapter from its sites; `imports = True` says that its fields name
+    code to import, so that `load_adapter` takes it from a file only when told to trust it; `linear = True` says that it
+    adds to the output what is linear in the input, so that `merge` derives ΔW from it; `scalable = False` says that
+    what it changes can't be multiplied, so that it has no weights but 1; `routable = False` that it can't work on some
+    rows of a batch alone; `why_not_merged` and `why_not_combined` are the reasons where there is no `merged` or no
+    `combined`.
 
     Raises `RuleError` for an unknown field, or a value that `validate` refuses.
     """
@@ -72,7 +76,9 @@ class Rule:
     linear: ClassVar[bool] = False
     imports: ClassVar[bool] = False
     scalable: ClassVar[bool] = True
+    routable: ClassVar[bool] = True
     why_not_merged: ClassVar[str] = "the rule says nothing about merging (it has no `merged`)"
+    why_not_combined: ClassVar[str] = "a sum of its tensors is no sum of what they do"
 
     def __post_init__(self) -> None:
         put = object.__setattr__
@@ -133,6 +139,16 @@ class Rule:
 
         return derived(self, site)
 
+    @classmethod
+    def routed(cls, sites: Sequence[Member]) -> Tensor | None:
+        """The rewrite for several adapters in one batch, each for its own rows; all their rules are of this class.
+
+        Only for rules that can't be run on each adapter's rows by themselves, such as those that put functions around
+        others. `sites` are one site as each adapter sees it: `site.rule`, `site.param(…)` and, at a call,
+        `site.rows.of(size, device)`; what one of them records (`around`, `replace`) is done once for all.
+        """
+        raise NotImplementedError
+
     def folded(self, site: LiveSite) -> tuple[Rule, Mapping[str, Tensor]]:
         """A plainer rule that computes the same, and the adapter's tensors at this site as it wants them.
 
@@ -140,6 +156,48 @@ class Rule:
         the site; what comes back takes their place. By default the rule itself, with them.
         """
         return self, site.params
+
+    def swapped(self, live: Rule, site: LiveSite) -> Mapping[str, Tensor]:
+        """This rule's tensors, `site.params`, as `live` wants them to compute the same: a rule of its kind in the code.
+
+        For `hotswap`, where the two make different code or tensors of different shapes, and for `pad_rank`. What is
+        rounded or left out on the way goes to `site.notes`. By default a `RuleError` that names the fields.
+        """
+        told = [f"{name}={getattr(live, name)!r} there, {getattr(self, name)!r} here" for name in self.differing(live)]
+        raise RuleError(
+            f"a {self.label} can't take the place of one with other code",
+            why=", ".join(told) or "its tensors have other shapes",
+            fix="load it as an adapter of its own: load_adapter",
+        )
+
+    def neutral(self, site: LiveSite) -> Mapping[str, Tensor] | None:
+        """Tensors with which the rule does nothing at a site, for `hotswap`; None where none are known.
+
+        `site.params` are those that it starts with: by default these, where `identity` holds.
+        """
+        return site.params if self.identity else None
+
+    def padded(self, rank: int) -> Rule:
+        """The rule with tensors that have room for this rank, for `pad_rank`; by default itself, which has none."""
+        return self
+
+    def combined(self, shares: Sequence[Share], how: Combination) -> tuple[Rule, Mapping[str, Tensor]]:
+        """One rule and its tensors at a site for those of several adapters, each with a weight (`combine`).
+
+        `shares`: what each adapter has there, its rule of this kind (this one is the first's) and the tensors;
+        `how.sum` adds tensors up as the method says, and `how.refusal` is the error where it can't be done.
+        """
+        if how.untouched(shares):
+            return self, shares[0].params
+        raise how.refusal(shares, self.why_not_combined)
+
+    def united(self, rules: Mapping[str, Rule]) -> Mapping[str, Rule]:
+        """The same rules by path, those of `combined`, with as few different ones as may be; they differ in targets."""
+        return rules
+
+    def alone(self) -> Rule:
+        """The same rule without companions."""
+        return self
 
     # What the engine and reports use ------------------------------------------------------------------------
 
@@ -155,6 +213,12 @@ class Rule:
     @property
     def mergeable(self) -> bool:
         return self.linear or type(self).merged is not Rule.merged
+
+    def differing(self, other: Rule) -> list[str]:
+        """The fields in which another rule of its kind differs, but for where the two go and how they start."""
+        aside = {field.name for field in fields(Rule)} | {"init"}
+        mine = [field.name for field in fields(self) if field.name not in aside]
+        return [name for name in mine if getattr(self, name) != getattr(other, name)]
 
     def bad(self, field: str, wanted: str) -> RuleError:
         return RuleError(f"{self.label}: {field}={getattr(self, field)!r} is not {wanted}")

@@ -24,7 +24,7 @@ from surgery.state import Applied, SiteState
 from surgery.trace import Own, own_forward, signature_of
 from surgery.weave import Layer, woven_held
 
-__all__ = ["LIMIT", "held_own", "layer_at", "varied", "varied_class"]
+__all__ = ["LIMIT", "function_of", "held_own", "layer_at", "varied", "varied_class"]
 
 LIMIT = 32  # forms of one site for calls of one kind, which decide otherwise on sizes
 
@@ -114,7 +114,7 @@ def _variant(module: nn.Module, state: SiteState, own: Own, held: Held, kind: tu
     own = replace(own, tapes=None, held=held.graph)
     layers = [layer_at(applied, module, state, own) for applied in state.live()]
     graph, around = woven_held(own, layers)
-    run, source = _function(graph, f"{own.base.__name__} + " + ", ".join(f"{x.label} [{x.adapter}]" for x in layers))
+    run, source = function_of(graph, f"{own.base.__name__} + " + ", ".join(f"{x.label} [{x.adapter}]" for x in layers))
     fits = predicate_of_kind(module, given, held.settings)
     return Variant(kind, fits, held, run, {**held.kept, **around}, source)
 
@@ -144,7 +144,7 @@ def layer_at(applied: Applied, module: nn.Module, state: SiteState, own: Own) ->
     return Layer(applied.adapter, applied.rule.label, made.tape, applied.weight)
 
 
-def _function(graph: fx.Graph, label: str) -> tuple[Callable[..., Any], str]:
+def function_of(graph: fx.Graph, label: str) -> tuple[Callable[..., Any], str]:
     """A graph's code as a function, the same one for equal code."""
     lines, names = body_of(graph)
     inputs = [str(node.target).lstrip("*") for node in graph.nodes if node.op == "placeholder"]

@@ -21,7 +21,7 @@ from surgery.tape import Ref, Step, Tape, thawed
 from surgery.trace import Own, recorded_own
 from surgery.view import base_forward
 
-__all__ = ["Layer", "called_around", "plain", "trace_site", "woven", "woven_held"]
+__all__ = ["Layer", "called_around", "plain", "trace_site", "woven", "woven_edit", "woven_held"]
 
 
 class Layer(NamedTuple):
@@ -75,6 +75,18 @@ def woven_held(own: Own, layers: Sequence[Layer]) -> tuple[fx.Graph, dict[str, A
     return weaver.written(), weaver.kept
 
 
+def woven_edit(own: Own, layers: Sequence[Layer], training: bool) -> fx.Graph:
+    """What the layers make of a site's output, as a graph of its own; its first input is that output.
+
+    The last input but for the forward's own, where layers ask for it, is what tells which rows are whose.
+    """
+    weaver = _Weaver(own)
+    weaver.beside(training)
+    for layer in layers:
+        weaver.edit(layer)
+    return weaver.written()
+
+
 def trace_site(module: nn.Module) -> fx.GraphModule:
     """The module's own forward as a graph; its children are `call_module` leaves, its parameters shared.
 
@@ -118,6 +130,12 @@ class _Weaver:
             self.effects = self._unused(self._play(self.own.tapes[training], "", ""))
         self.now[Ref("base", "")] = self.now[Ref("output", "")]
 
+    def beside(self, training: bool) -> None:
+        self.training = training
+        for name in self.own.signature.parameters:
+            self.now[Ref("input", name)] = self._term("placeholder", name)
+        self.now[Ref("output", "")] = self.now[Ref("base", "")] = self._before(OUTPUT)
+
     def _operations(self, graph: fx.Graph) -> list[_Term]:
         """The operations of a traced graph. A rule knows each as ("inside", the name of its node)."""
         terms: dict[fx.Node, Any] = {}
@@ -139,10 +157,14 @@ class _Weaver:
         return [term for node, term in terms.items() if node.op.startswith("call_")]
 
     def _kept(self, name: str) -> _Term:
-        ref = Ref("input", _KEPT)
+        return self._term("call_function", operator.getitem, (self._before(KEPT), name))
+
+    def _before(self, name: str) -> _Term:
+        """An input that comes before the forward's own."""
+        ref = Ref("input", name)
         if ref not in self.now:
-            self.now[ref] = self._term("placeholder", _KEPT)
-        return self._term("call_function", operator.getitem, (self.now[ref], name))
+            self.now[ref] = self._term("placeholder", name)
+        return self.now[ref]
 
     def _unused(self, made: list[_Term]) -> list[_Term]:
         used = {id(inner) for term in self.terms for inner in _terms_in((term.args, term.kwargs))}
@@ -223,6 +245,8 @@ class _Weaver:
                 return self._state(seen, str(ref.key))
             if ref.kind == "training":
                 return self._state(seen, "training")
+            if ref.kind == "rows":
+                return self._term("call_function", operator.getitem, (self._before(ROWS), ref.key))
             if ref.kind == "this":
                 return self._state(seen, "_surgery_self")
             if ref not in seen:
@@ -325,10 +349,11 @@ class _Weaver:
     def written(self) -> fx.Graph:
         graph = fx.Graph()
         inputs = {term.target: term for term in self.terms if term.op == "placeholder"}
-        if self.own.held is not None:
-            kept = graph.placeholder(_KEPT)
-            if _KEPT in inputs:
-                inputs[_KEPT].node = kept
+        for name in (ROWS, OUTPUT, KEPT):
+            if name in inputs:
+                inputs[name].node = graph.placeholder(name)
+            elif name == KEPT and self.own.held is not None:
+                graph.placeholder(name)
         for name, parameter in self.own.signature.parameters.items():
             starred = {parameter.VAR_POSITIONAL: "*", parameter.VAR_KEYWORD: "**"}.get(parameter.kind, "")
             inputs[name].node = graph.placeholder(starred + name, default_value=parameter.default)
@@ -405,7 +430,8 @@ def plain(value: Any, shown: Callable[[fx.Node], Any]) -> Any:
     return value
 
 
-_KEPT = "_surgery_kept"
+# Inputs that come before a forward's own: what tells which rows are whose, the output, functions and objects it keeps.
+ROWS, OUTPUT, KEPT = "_surgery_rows", "_surgery_output", "_surgery_kept"
 
 
 def _node_of(step: Step, args: Any) -> tuple[str, Any, Any]:
