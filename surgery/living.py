@@ -54,11 +54,13 @@ def class_of_live(module: nn.Module, state: SiteState, own: Own | None = None) -
 def _class_for(module: nn.Module, state: SiteState, live: list[Applied], own: Own | None) -> type[nn.Module]:
     if not live:
         return state.base
-    own = own or own_forward(module, state.base)
-    if len(live) > 1 and (problem := hidden(live, module, state.path, own)) is not None:
-        raise problem
+    if len(live) > 1:
+        own = own or own_forward(module, state.base)
+        if (problem := hidden(live, module, state.path, own)) is not None:
+            raise problem
     if any(applied.inside for applied in live):
         return varied_class(state.base, live)
+    own = own or own_forward(module, state.base)
     layers = tuple([layer_of(applied, module, state.path, own) for applied in live])
     try:
         cls = generated_class(own, layers)

@@ -57,7 +57,7 @@ class Stored:
 
 
 def tensor_key(path: str, name: str) -> str:
-    return f"{path}.{RESERVED}.{name}" if path else f"{RESERVED}.{name}"
+    return ".".join(filter(None, (path, RESERVED, name)))
 
 
 def stored_adapter(model: nn.Module, source: str | Path, subfolder: str | None, revision: str | None) -> Stored:
