@@ -212,8 +212,9 @@ class _LowRank:
         self.places = [place for place, _ in found]  # the rows that have a branch here
         self.whose = [who for _, who in found]
         self.banked = len(self.places) <= 2 * len(branches)
-        # Tensors of inference mode do not count their changes.
-        self.counted = [tensor for tensor in (*self.A, *self.B) if not tensor.is_inference()]
+        # Tensors of inference mode do not count their changes. Aliases share the count, and lie side by side in memory:
+        # the parameters, scattered, took a quarter of what routing one token costs, for being looked at.
+        self.counted = [tensor.detach() for tensor in (*self.A, *self.B) if not tensor.is_inference()]
         self.bank: tuple[Tensor, Tensor] | None = None
         self.made = -1
         self.at: Tensor | None = None
@@ -232,7 +233,7 @@ class _LowRank:
             rows = rows.index_select(0, self._at(x.device))
         if rows.dtype is not A.dtype and not is_autocast():
             rows = rows.to(A.dtype)
-        down = torch.bmm(rows, A.mT)
+        down = torch.bmm(rows, A)
         free = not torch.is_grad_enabled() and not some and down.dtype is y.dtype and y.is_contiguous()
         if free:  # nobody has seen y yet
             y.view(count, -1, y.shape[-1]).baddbmm_(down, B.to(down.dtype))
@@ -263,7 +264,7 @@ class _LowRank:
         return self.at
 
     def _bank(self) -> tuple[Tensor, Tensor]:
-        """A (rows, r, in) and scaled Bᵀ (rows, r, out), ranks filled up with zeros."""
+        """Aᵀ (rows, in, r), a view of A, and scaled Bᵀ (rows, r, out), ranks filled up with zeros."""
         if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (*self.A, *self.B)):
             return self._stacked()
         made = sum(map(_version, self.counted))
@@ -285,9 +286,9 @@ class _LowRank:
         scales = torch.tensor(self.scales, dtype=dtype, device=Bs[0].device).view(-1, 1, 1)
         A, B = torch.stack(As), torch.stack(Bs).mT * scales
         if self.whose == list(range(len(self.A))):
-            return A, B.contiguous()
+            return A.mT, B.contiguous()
         whose = torch.tensor(self.whose, device=A.device)
-        return A.index_select(0, whose), B.index_select(0, whose)
+        return A.index_select(0, whose).mT, B.index_select(0, whose)
 
 
 _version = attrgetter("_version")  # a number that changes with every change in place
