@@ -53,6 +53,8 @@ WHY = {
     "layer it takes 0.7 of the time of the layer's product, for PEFT, too. Masks from random bytes would take a fifth "
     "of it, and would not be those that the same seed gives to `F.dropout`, which these are.",
     "adapter #": "what remains is planning and recording the rule at each site, a quarter of a millisecond.",
+    "switch to": "two thirds of it is setting `requires_grad` of both adapters' tensors, which lie apart in memory; "
+    "PEFT's time for the same differs by half from run to run.",
     "merge + unmerge": "a copy is new memory, and for large weights half of the time goes by until the system has "
     "handed out its pages, where PEFT reuses its own; a checksum that tells a changed weight before it is lost takes "
     "another fifth. PEFT's pair does neither, and does not give the weights back.",
