@@ -51,14 +51,19 @@ def rows(setting: Setting) -> Iterator[Row]:
                 times = interleaved(setting, works)
             work = f"{count} rows, an adapter each of rank 8, one token: {name}"
             yield Row(work, "base", 1.3, *(times.ratio(key, "base") for key in ("ours", "peft")), times.seconds("ours"))
-            entered = collected(["ours"], setting.rounds, lambda _: once(partial(_entered, mine, names, token)))
+            entered = collected(["ours"], setting.rounds, partial(_begun, mine, names, token))
         spent = entered.seconds("ours") - times.seconds("ours")
         yield Row(f"{count} rows, seconds to enter a block, its first token aside: {name}", "", 0.1, spent)
 
 
-def _entered(model: nn.Module, names: list[str], token: torch.Tensor) -> None:
-    with route(model, names):
-        model(input_ids=token)
+def _begun(model: nn.Module, names: list[str], token: torch.Tensor, _: str) -> float:
+    """Seconds of a block and one token in it."""
+
+    def work() -> None:
+        with route(model, names):
+            model(input_ids=token)
+
+    return once(work)
 
 
 LINES: dict[str, Callable[[Setting], Iterator[Row]]] = {"switch": switch, "rows": rows}
