@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 
 import torch
 from torch import Tensor, nn
 
-from rules import _fields, _maps
+from rules import _fields, _maps, _swapped
 from surgery import LiveSite, Pattern, Rule, Site, rule
 
 
@@ -72,6 +72,12 @@ class IA3Rule(Rule):
     def merged(self, site: LiveSite) -> dict[str, Tensor]:
         scaled = partial(self._times, site, scale=site.params["scale"].detach())
         return {name: scaled(name, site.tensor(name)).to(site.tensor(name).dtype) for name in self._scaled(site)}
+
+    def swapped(self, live: Rule, site: LiveSite) -> Mapping[str, Tensor]:
+        assert isinstance(live, IA3Rule)
+        alike = self.feeds(site.path) == live.feeds(site.path)  # which may be said in other words
+        _swapped.check(self, live, *(["feedforward"] if alike else []))
+        return site.params
 
     def _scaled(self, site: Site | LiveSite) -> list[str]:
         held = ["weight"] if self.feeds(site.path) else ["weight", "bias"]

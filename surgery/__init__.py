@@ -48,6 +48,7 @@ if TYPE_CHECKING:
     from surgery.plainer import folded_adapter
     from surgery.routing import route
     from surgery.stored import Entry as PeftEntry
+    from surgery.swap import SwapReport, hotswap, pad_rank
 
 # Imported when they are first asked for.
 _LATER = {
@@ -56,6 +57,9 @@ _LATER = {
     "load_adapters": ("surgery.checkpoint", "load_adapters"),
     "save_adapter": ("surgery.checkpoint", "save_adapter"),
     "with_layers": ("surgery.exported", "with_layers"),
+    "SwapReport": ("surgery.swap", "SwapReport"),
+    "hotswap": ("surgery.swap", "hotswap"),
+    "pad_rank": ("surgery.swap", "pad_rank"),
     "push_adapter": ("surgery.hub", "push_adapter"),
     "merge_to": ("surgery.merged", "merge_to"),
     "PeftConfig": ("surgery.peft_format", "PeftConfig"),
@@ -108,6 +112,7 @@ __all__ = [
     "Summary",
     "SurgeryError",
     "SurgeryWarning",
+    "SwapReport",
     "Targets",
     "TraceError",
     "Value",
@@ -128,6 +133,7 @@ __all__ = [
     "graph_of",
     "having",
     "hidden_of",
+    "hotswap",
     "load_adapter",
     "load_adapter_state_dict",
     "load_adapters",
@@ -135,6 +141,7 @@ __all__ = [
     "merge_to",
     "module_of",
     "one_of",
+    "pad_rank",
     "peft_method",
     "plan_rules",
     "push_adapter",

@@ -162,6 +162,14 @@ def test_several_lora_rules_are_one_of_pefts(tmp_path: Path) -> None:
     assert config["rank_pattern"] == {"1": 2, "3": 4} and config["alpha_pattern"] == {"1": 3, "3": 5}
 
 
+@pytest.mark.parametrize("bias", ["all", "lora_only"])
+def test_biases_beside_lora_at_one_module(bias: Any, tmp_path: Path) -> None:
+    """In PEFT's format, too, each rule writes its own tensors of a site that they share, and no other's."""
+    before = trained(LoraRule("1", rank=2, bias=bias))
+    load_adapter(model := model_of(), save_adapter(before, tmp_path / "a", format="peft"))
+    assert torch.equal(model(X), before(X))
+
+
 def test_metadata_and_licence(tmp_path: Path) -> None:
     told = {"accuracy": 0.97, "by": ["me"]}
     for format in ("peft", "surgery"):
