@@ -50,7 +50,8 @@ def rows(setting: Setting) -> Iterator[Row]:
             with route(mine, names):
                 times = interleaved(setting, works)
             work = f"{count} rows, an adapter each of rank 8, one token: {name}"
-            yield Row(work, "base", 1.3, *(times.ratio(key, "base") for key in ("ours", "peft")), times.seconds("ours"))
+            ratios = times.ratio("ours", "base"), times.ratio("peft", "base")
+            yield Row(work, "base", 1.3, *ratios, times.seconds("ours"))
             entered = collected(["ours"], setting.rounds, partial(_begun, mine, names, token))
         spent = entered.seconds("ours") - times.seconds("ours")
         yield Row(f"{count} rows, seconds to enter a block, its first token aside: {name}", "", 0.1, spent)
