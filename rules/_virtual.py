@@ -39,7 +39,8 @@ def put_in(
     """The inputs with virtual tokens, and what this call puts in: None where the cache has them from before.
 
     `given`: the forward's arguments by name, `rest` the name of its ** argument; `left`: whether padding may be left;
-    `real`: (batch, length), 1 where a row has a virtual token, and 0 where it only fills up.
+    `adapter`: the adapter's mark, which stays when it is renamed; `real`: (batch, length), 1 where a row has a virtual
+    token, and 0 where it only fills up.
     """
     inputs = {**given, **(given[rest] if rest else {})}
     ids, embeds = inputs["input_ids"], inputs["inputs_embeds"]

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from rules import _fields, _init, _swapped
-from rules._layouts import Layout, Part, column_norm, layout_of
+from rules import _fields, _init, _lora_combined, _swapped
+from rules._layouts import Layout, Part, column_norm, gain_of, layout_of
 from rules.bias import EVERYWHERE, BiasesOf, BiasRule
-from surgery import LiveSite, LowRank, Rule, Site, rule
+from surgery import Combination, LiveSite, LowRank, Rule, Share, Site, rule
 
 
 @rule("lora")
@@ -88,6 +88,10 @@ class LoraRule(Rule):
     def rank_at(self, path: str) -> int:
         return int(_fields.first(self.rank_pattern, path, self.rank))
 
+    def room_at(self, path: str) -> int:
+        """The rank that the tensors have room for, and may use after a `hotswap`."""
+        return self.max_rank or self.rank_at(path)
+
     def alpha_at(self, path: str) -> float:
         return _fields.first(self.alpha_pattern, path, self.alpha)
 
@@ -129,7 +133,7 @@ class LoraRule(Rule):
             gain = None
             if self.dora:
                 magnitude = site.param(part.prefix + "magnitude", part.magnitude, dtype=self.dtype)
-                gain = _gain(part, magnitude, site.tensor(part.weight).to(A.dtype) + part.delta(A, B) * scale)
+                gain = gain_of(part, magnitude, site.tensor(part.weight).to(A.dtype) + part.delta(A, B) * scale)
             if not layout.weight_space:
                 return site.output + self._branch(site, layout, A, B, gain, scale)
             weight = site.tensor(part.weight)
@@ -180,7 +184,7 @@ class LoraRule(Rule):
         in_weight = self.layout(site).weight_space
         base = (site.tensor(part.weight) if in_weight else site.base(part.weight)).detach().to(A.dtype)
         changed = base + part.delta(A, B) * scale
-        gain = _gain(part, site.params[part.prefix + "magnitude"].detach(), changed)
+        gain = gain_of(part, site.params[part.prefix + "magnitude"].detach(), changed)
         if in_weight or not site.folded(part.weight):
             return part.low_rank(A, B, scale, gain)
         weight = site.tensor(part.weight)  # a branch rescales the base alone, not what other branches added
@@ -196,9 +200,18 @@ class LoraRule(Rule):
     def padded(self, rank: int) -> LoraRule:
         return self.replace(max_rank=rank)
 
+    def combined(self, shares: Sequence[Share], how: Combination) -> tuple[Rule, Mapping[str, Tensor]]:
+        return _lora_combined.combined(shares, how)
+
+    def united(self, rules: Mapping[str, Rule]) -> Mapping[str, Rule]:
+        return _lora_combined.united(cast("Mapping[str, LoraRule]", rules))
+
+    def alone(self) -> Rule:
+        return self.replace(bias="none")
+
     def layout(self, site: Site | LiveSite) -> Layout:
         """How A and B lie on the module, with all their room."""
-        return _sure(layout_of(site.module, self.max_rank or self.rank_at(site.path)))
+        return _sure(layout_of(site.module, self.room_at(site.path)))
 
     def _used(self, site: Site) -> Layout:
         """How they would lie with room for their own rank alone."""
@@ -208,13 +221,3 @@ class LoraRule(Rule):
 def _sure(layout: Layout | str) -> Layout:
     assert isinstance(layout, Layout), layout
     return layout
-
-
-def _gain(part: Part, magnitude: Tensor, weight: Tensor) -> Tensor:
-    """DoRA's magnitude over the norm of the changed weight, which the paper holds constant in the backward.
-
-    A feature whose weight is all zero has no direction to scale: its gain is 1, so that A and B can give it one.
-    """
-    norm = column_norm(part, weight).detach()
-    zero = norm.eq(0)
-    return (magnitude / norm.masked_fill(zero, 1.0)).masked_fill(zero, 1.0).view(part.against_weight)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from rules import _fields, _texts
 from rules.prompt import PromptRule
-from surgery import Member, Site, SiteError, rule
+from surgery import Combination, Member, Rule, Share, Site, SiteError, rule
 
 
 @rule("multitask-prompt")
@@ -56,6 +56,9 @@ class MultitaskPromptRule(PromptRule):
     def routed(cls, sites: Sequence[Member]) -> Any:
         why = "its tasks are named for all rows of a batch"
         raise SiteError(f"a {cls.__name__} can't be routed", where=sites[0].path, why=why, fix="task_of: one a row")
+
+    def combined(self, shares: Sequence[Share], how: Combination) -> tuple[Rule, Mapping[str, Tensor]]:
+        return Rule.combined(self, shares, how)
 
     def virtual(self, site: Site) -> Tensor:
         prompt = super().virtual(site)

@@ -9,9 +9,9 @@ from typing import Any, Literal, cast
 import torch
 from torch import Tensor, nn
 
-from rules import _encoder, _fields, _prompt_rows, _texts, _virtual
+from rules import _combined, _encoder, _fields, _prompt_rows, _texts, _virtual
 from rules.memory import THE_MODEL, HiddenIdsRule, PromptMemoryRule
-from surgery import LiveSite, Member, Rule, Site, SiteError, Targets, rule
+from surgery import Combination, LiveSite, Member, Rule, Share, Site, SiteError, Targets, rule
 
 
 @rule("prompt")
@@ -91,12 +91,12 @@ class PromptRule(Rule):
         after = _texts.after_of(site, self.after)
         rest = _texts.starred(site) or ""
         made: Any = site.apply(
-            _virtual.put_in, site.this, self.virtual(site), dict(site.inputs), rest, site.adapter, after, seen["left"]
+            _virtual.put_in, site.this, self.virtual(site), dict(site.inputs), rest, site.mark, after, seen["left"]
         )
         _put(site, made[0], rest)
         if role == "encoder":
             return None  # what its decoder looks at, virtual tokens included
-        return site.apply(_virtual.take_out, site.output, made[1], site.adapter, None if self.whole else after)
+        return site.apply(_virtual.take_out, site.output, made[1], site.mark, None if self.whole else after)
 
     @classmethod
     def routed(cls, sites: Sequence[Member]) -> Any:
@@ -136,6 +136,11 @@ class PromptRule(Rule):
         shapes = _encoder.specs(self.encoder, width, self.encoder_size or width, self.encoder_layers)
         tensors = {name: site.param(name, shape, _encoder.uniform(bound)) for name, shape, bound in shapes}
         return site.apply(_encoder.encoded, prompt, tensors, self.encoder_dropout, site.training)
+
+    def combined(self, shares: Sequence[Share], how: Combination) -> tuple[Rule, _combined.Tensors]:
+        if self.encoder is not None and not how.untouched(shares):
+            raise how.refusal(shares, "its virtual tokens are made by an encoder", "fold_prompts takes the encoder out")
+        return _combined.averaged(self, shares, how, "text_ids", "encoder_size", "encoder_layers", "encoder_dropout")
 
 
 def _put(site: Site, new: Any, rest: str) -> None:

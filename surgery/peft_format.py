@@ -155,6 +155,10 @@ class PeftMethod(PeftPart):
         given |= self.further(config)
         return [choose(config, self.rule, given, self.marks or tuple(self.tensors.values()))]
 
+    def start(self, config: PeftConfig) -> Iterable[Rule]:
+        """The rules of a new adapter, whose tensors are yet to be made: those of a saved one, unless it says else."""
+        return self.read(config)
+
     def further(self, config: PeftConfig) -> dict[str, Any]:
         """Fields of the rule that are no plain copies, and fields of PEFT's that only one value can be held of."""
         return {}
@@ -252,17 +256,8 @@ def read(model: nn.Module, config: Any, file: TensorFile) -> Read:
     if not isinstance(config, dict):
         raise SurgeryError("the adapter's configuration is no mapping")
     given = PeftConfig(config, model, TensorFile({k: file.shapes[v] for k, v in keys.items()}, {}, {}, file.read))
-    rules, problems = list[Rule](), list[SurgeryError]()
     method = method_of(config.get("peft_type"))
-    extras = [part for part in _parts.values() if not isinstance(part, PeftMethod)]
-    for part in (method, *extras):
-        try:
-            rules += part.read(given)
-        except SurgeryError as error:
-            problems.append(error)
-        except Exception as error:  # fields of a file may have any type
-            problems.append(RuleError("the configuration can't be read", why=f"{type(error).__name__}: {error}"[:300]))
-    unheld = [] if problems else given.untaken()  # else no one came to the further fields
+    rules, problems, unheld = asked_for(given, method.read)
 
     found: dict[int, Mapping[str, Entry | None]] = {}  # by step, of the plan that is asked about
     main = set[str]()
@@ -276,6 +271,21 @@ def read(model: nn.Module, config: Any, file: TensorFile) -> Read:
 
     ignored = tuple(key for key in file.shapes if key.endswith(method.passed_over or ("\n",)))
     return Read(rules, entry, problems, unheld, given.notes, ignored)
+
+
+def asked_for(
+    given: PeftConfig, main: Callable[[PeftConfig], Iterable[Rule]]
+) -> tuple[list[Rule], list[SurgeryError], list[SurgeryError]]:
+    """The rules that a configuration asks for, what is wrong with it, and what of it no rule holds."""
+    rules, problems = list[Rule](), list[SurgeryError]()
+    for part in (main, *(part.read for part in _parts.values() if not isinstance(part, PeftMethod))):
+        try:
+            rules += part(given)
+        except SurgeryError as error:
+            problems.append(error)
+        except Exception as error:  # fields of a file may have any type
+            problems.append(RuleError("the configuration can't be read", why=f"{type(error).__name__}: {error}"[:300]))
+    return rules, problems, [] if problems else given.untaken()  # else no one came to the further fields
 
 
 def _of_step(

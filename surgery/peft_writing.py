@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
@@ -12,16 +12,57 @@ from surgery.peft_targets import Modules, chosen_by
 from surgery.plainer import folded_adapter
 from surgery.rule import Rule
 from surgery.state import rules_of, sites, whole
-from surgery.stored import tensor_key
+from surgery.stored import Entry, tensor_key
 
-__all__ = ["written"]
+__all__ = ["Described", "described", "written"]
 
 
-def written(model: nn.Module, adapter: str, exact: bool = False) -> tuple[dict[str, Any], dict[str, Tensor]]:
+def written(
+    model: nn.Module, adapter: str, exact: bool = False, state: Mapping[str, Tensor] | None = None
+) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """An adapter as PEFT's configuration and tensors; `SurgeryError` where that would not be the same adapter.
 
     Networks that only training needs are left out, as PEFT leaves them out; with `exact` that is an error, too.
+    `state`: the model's state dict, where its tensors were gathered from elsewhere.
     """
+    found = described(model, adapter, exact)
+    tensors = _tensors(found, _gathered(found.tensors, adapter, state or {}))
+    return found.method.completed(found.config, tensors, found.modules)
+
+
+class Described(NamedTuple):
+    """An adapter in PEFT's words: its configuration, where its rules are, and the tensors that are to be kept."""
+
+    config: dict[str, Any]
+    placed: Sequence[_Placed]
+    tensors: Mapping[str, Tensor]
+    method: PeftMethod
+    modules: Modules
+
+    def entries(self, names: Iterable[str]) -> Iterator[tuple[str, str, Entry]]:
+        """Of tensors of these names (`adapter_state_dict`'s): the name, the key in PEFT's file, how it is turned."""
+        main = frozenset(one.path for one in self.placed if is_main(one.rule))
+        said, by_site, names = set[str](), dict[str, list[str]](), list(names)
+        for key in names:
+            box, _, name = key.rpartition(".")
+            by_site.setdefault(box, []).append(name)
+        for path, module, rule, facts in self.placed:
+            part, box = part_of(rule), tensor_key(path, "")
+            if part is None:
+                continue  # what comes with a rule, and has no tensors: any would be told below
+            held = by_site.get(box, [])
+            place = PeftPlace(path, module, rule, tuple(held), main, self.modules, self.config, facts)
+            for name, entry in part.entries(place).items():
+                if name not in part.made and name in held:
+                    yield f"{box}.{name}", absolute(path, entry.key, self.method.prefix), entry
+                    said.add(f"{box}.{name}")
+            said.update(f"{box}.{name}" for name in part.made)
+        unplaced = sorted(set(names) - said)
+        if unplaced:
+            raise unsaid(f"the tensor {unplaced[0]}", "its files have no place for it")
+
+
+def described(model: nn.Module, adapter: str, exact: bool = False) -> Described:
     kept, modules = rules_of(model, adapter), Modules.of(model)
     rules, tensors = folded_adapter(model, adapter)
     plainer = list(zip(kept, rules, strict=True))
@@ -63,7 +104,7 @@ def written(model: nn.Module, adapter: str, exact: bool = False) -> tuple[dict[s
     on = {one.path for one in placed if isinstance(part_of(one.rule), PeftMethod)}
     if method.targeted and chosen_by(config, modules) != on:
         raise unsaid(rules[0].label, "PEFT would find other modules by these targets")
-    return method.completed(config, _tensors(placed, tensors, method, modules, config), modules)
+    return Described(config, placed, tensors, method, modules)
 
 
 class _Placed(NamedTuple):
@@ -73,33 +114,17 @@ class _Placed(NamedTuple):
     facts: Mapping[str, Any]
 
 
-def _tensors(
-    placed: Sequence[_Placed],
-    tensors: Mapping[str, Tensor],
-    method: PeftMethod,
-    modules: Modules,
-    config: Mapping[str, Any],
-) -> dict[str, Tensor]:
-    main = frozenset(one.path for one in placed if is_main(one.rule))
+def _tensors(adapter: Described, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     found: dict[str, list[Tensor]] = {}
-    said, by_site = set[str](), dict[str, dict[str, Tensor]]()
-    for key, tensor in tensors.items():
+    for name, key, entry in adapter.entries(tensors):
+        found.setdefault(key, []).append(entry.write(whole(tensors[name].detach())))
+    on = [one.module for one in adapter.placed if part_of(one.rule) is adapter.method]
+    return {key: adapter.method.joined(key, together, on) for key, together in found.items()}
+
+
+def _gathered(tensors: Mapping[str, Tensor], adapter: str, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def full(key: str) -> str:
         box, _, name = key.rpartition(".")
-        by_site.setdefault(box, {})[name] = tensor
-    for path, module, rule, facts in placed:
-        part, box = part_of(rule), tensor_key(path, "")
-        if part is None:
-            continue  # what comes with a rule, and has no tensors: any would be told below
-        held = by_site.get(box, {})
-        place = PeftPlace(path, module, rule, tuple(held), main, modules, config, facts)
-        for name, entry in part.entries(place).items():
-            if name not in part.made and name in held:
-                key = absolute(path, entry.key, method.prefix)
-                found.setdefault(key, []).append(entry.write(whole(held[name].detach())))
-                said.add(f"{box}.{name}")
-        said.update(f"{box}.{name}" for name in part.made)
-    unplaced = sorted(tensors.keys() - said)
-    if unplaced:
-        raise unsaid(f"the tensor {unplaced[0]}", "its files have no place for it")
-    on = [one.module for one in placed if part_of(one.rule) is method]
-    return {key: method.joined(key, together, on) for key, together in found.items()}
+        return f"{box}.{adapter}.{name}"
+
+    return {key: state.get(full(key), tensor) for key, tensor in tensors.items()}

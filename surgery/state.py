@@ -132,6 +132,7 @@ class ModelState:
 
 
 _MODEL, _SITE = "_surgery_model", "_surgery_site"
+MARK = "mark"  # the fact that is an adapter's own, which copies of it don't share
 
 
 def model_state(model: nn.Module) -> ModelState | None:
@@ -154,6 +155,12 @@ def require_state(model: nn.Module) -> ModelState:
     """The model's record. `SurgeryError` where no rules were applied to this very module."""
     state = model_state(model)
     if state is not None:
+        if model.__dict__.get("_hf_peft_config_loaded"):  # said by transformers' load_adapter and add_adapter
+            raise SurgeryError(
+                "PEFT's adapters came onto this model after its own",
+                why="model.load_adapter and model.add_adapter of transformers put PEFT's layers around its sites",
+                fix="load the model anew, and PEFT's checkpoints by surgery.load_adapter(model, folder)",
+            )
         return state
     inner = [path for path, module in model.named_modules() if model_state(module) is not None]
     raise SurgeryError(
@@ -175,6 +182,18 @@ def adapter_names(state: ModelState, adapter: str | Sequence[str] | None) -> lis
                 why=near_misses(str(name), state.adapters) or f"the model's adapters: {', '.join(state.adapters)}",
             )
     return names
+
+
+def name_problem(state: ModelState | None, adapter: Any) -> SurgeryError | None:
+    """Why a new adapter can't be called so, or None."""
+    if not isinstance(adapter, str) or not adapter or "." in adapter or hasattr(nn.Module(), adapter):
+        why = "its tensors are named <site>.adapters.<adapter>.<name>"
+        fix = "a word without dots that nn.Module does not use"
+        return SurgeryError(f"{adapter!r} can't name an adapter", why=why, fix=fix)
+    if state is not None and adapter in state.adapters:
+        fix = "choose another name, or remove(model, name) first"
+        return SurgeryError(f"there is an adapter {adapter!r} already", fix=fix)
+    return None
 
 
 def tensors_of(module: nn.Module, adapter: str) -> dict[str, Tensor]:

@@ -279,6 +279,27 @@ def test_another_base(tmp_path: Path) -> None:
             assert load_adapter(model_of(dtype=dtype), folder)  # the same in another precision
 
 
+def test_another_base_can_be_allowed(tmp_path: Path) -> None:
+    folder = save_adapter(trained(LoraRule("1", rank=2)), tmp_path)
+    model = model_of(seed=1)
+    with pytest.warns(SurgeryWarning, match="made on another base"):
+        report = load_adapter(model, folder, same_base=False)
+    assert report.base and report.loaded == ["1.adapters.A", "1.adapters.B"]
+    other = nn.Sequential(nn.Embedding(20, 8), nn.Linear(8, 9))
+    with pytest.raises(LoadError, match="does not give"):
+        load_adapter(other, folder, same_base=False)
+
+
+def test_a_new_head_is_no_other_base(tmp_path: Path) -> None:
+    """The base's own head was chance where the adapter was trained, and is another chance where it is loaded."""
+    before = trained(LoraRule("1", rank=2), TrainRule("3"))
+    folder = save_adapter(before, tmp_path)
+    model = model_of()
+    nn.init.normal_(model[3].weight)
+    assert load_adapter(model, folder)
+    assert torch.equal(model(X), before(X))
+
+
 def test_a_rule_or_a_format_from_the_future(tmp_path: Path) -> None:
     folder = save_adapter(trained(LoraRule("1", rank=2), ReftRule("3", rank=1)), tmp_path)
     settings = json.loads((folder / "rules.json").read_text())

@@ -118,9 +118,8 @@ class Biases(PeftPart):
     def entries(self, place: PeftPlace) -> dict[str, PeftEntry]:
         names = {name.replace(".", "_"): name for name, _ in place.module.named_parameters()}
         found = {}
-        for name, full in names.items():
-            if name not in place.names:  # another rule's at the same module
-                continue
+        for name in (name for name in place.names if name in names):  # the site may have LoRA's tensors, too
+            full = names[name]
             if place.path in place.main:  # PEFT's layer stands around the module
                 full = "base_layer." + re.sub(r"^out_proj\.", "out_proj.base_layer.", full)
             found[name] = PeftEntry(full)

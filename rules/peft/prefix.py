@@ -7,6 +7,7 @@ are turned back by its length n, and the output is PEFT's.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -34,6 +35,15 @@ class Prefix(PeftMethod):
         if why:
             raise config.refuse("peft_type", why)
         return [PrefixRule(length=config.take("num_virtual_tokens", 0), shift=shift)]
+
+    def start(self, config: PeftConfig) -> Iterable[Rule]:
+        config.silent("token_dim", "num_layers", "num_attention_heads", "num_transformer_submodules", "init_weights")
+        width = config.take("encoder_hidden_size") if config.take("prefix_projection", False) else None
+        config.silent("encoder_hidden_size")
+        if width is None and config.data.get("prefix_projection"):
+            width = next(module for module in config.model.modules() if isinstance(module, nn.Embedding)).embedding_dim
+        exclude = _encoder(config)  # of an encoder-decoder PEFT's prefix is in the decoder alone
+        return [PrefixRule(length=config.take("num_virtual_tokens", 0), projection=width, exclude=exclude)]
 
     def entries(self, place: PeftPlace) -> dict[str, PeftEntry]:
         assert isinstance(place.rule, PrefixRule)
@@ -85,3 +95,11 @@ class Prefix(PeftMethod):
 
     def joined(self, key: str, tensors: Sequence[Tensor], sites: Sequence[nn.Module]) -> Tensor:
         return torch.stack(list(tensors), 1).flatten(1) if key == KEY else super().joined(key, tensors, sites)
+
+
+def _encoder(config: PeftConfig) -> Sequence[str]:
+    model: Any = config.model
+    if not getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+        return ()
+    encoder = model.get_encoder()
+    return [rf"re:{re.escape(path)}\..*" for path, module in config.modules.by_path.items() if module is encoder]

@@ -40,6 +40,18 @@ class _Prompts(PeftMethod):
         return [self.made_of(config, {"length": config.take("num_virtual_tokens", 0), "after": 0,
                                       "whole": _classifies(model)})]  # fmt: skip
 
+    def start(self, config: PeftConfig) -> Iterable[Rule]:
+        return [rule.replace(**self.begun(config.data)) for rule in self.read(config)]
+
+    def begun(self, data: Mapping[str, Any]) -> dict[str, Any]:
+        """Fields that tell of the start alone, and of the network."""
+        start = data.get("prompt_tuning_init") or "RANDOM"
+        if start == "TEXT":
+            return {"init": "text", "text_ids": _text_ids(data)}
+        if start not in ("RANDOM", "SAMPLE_VOCAB"):
+            raise SurgeryError(f"PEFT's prompt_tuning_init={start!r} can't be held", why="there is no such start here")
+        return {"init": {"RANDOM": "random", "SAMPLE_VOCAB": "vocab"}[start]}
+
     def made_of(self, config: PeftConfig, given: dict[str, Any]) -> Rule:
         return PromptRule(**given)
 
@@ -87,6 +99,12 @@ def submodules(config: Mapping[str, Any]) -> int:
 class PTuning(_Prompts):
     peft_type, rule = "P_TUNING", PromptRule
 
+    def begun(self, data: Mapping[str, Any]) -> dict[str, Any]:
+        fields = {"layers": data.get("encoder_num_layers"), "dropout": data.get("encoder_dropout")}
+        given = {f"encoder_{name}": value for name, value in fields.items() if value is not None}
+        kind = str(data.get("encoder_reparameterization_type") or "MLP").lower()
+        return {"encoder": kind, "encoder_size": data.get("encoder_hidden_size"), **given}
+
 
 @peft_method
 class PromptTuning(_Prompts):  # after p-tuning: what is written is without a network, and so this
@@ -124,6 +142,17 @@ def _classifies(model: Any) -> bool:
     by_position = ("ForMaskedLM", "ForTokenClassification", "ForQuestionAnswering", "Model")
     known = class_of(model).__name__.endswith(by_position) or hasattr(model, "prepare_inputs_for_generation")
     return not known and not _texts.has_both(model) and all(path for path, _ in _texts.hosts(model, ""))
+
+
+def _text_ids(data: Mapping[str, Any]) -> list[int]:
+    """The start's text in token ids, by the tokenizer that the configuration names."""
+    from transformers import AutoTokenizer
+
+    name, text = data.get("tokenizer_name_or_path"), data.get("prompt_tuning_init_text")
+    if not name or not text:
+        raise SurgeryError("a prompt that starts as a text needs it, and a tokenizer",
+                           fix="prompt_tuning_init_text=…, tokenizer_name_or_path=…")  # fmt: skip
+    return list(AutoTokenizer.from_pretrained(name, **(data.get("tokenizer_kwargs") or {}))(text)["input_ids"])
 
 
 _WITHOUT_TASKS = ("QUESTION_ANS", "FEATURE_EXTRACTION")
