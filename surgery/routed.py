@@ -204,6 +204,7 @@ class _LowRank:
     ):
         self.base: Any = base
         self.routing, self.input = routing, own.inputs()[0]
+        self.names = tuple(branches)
         self.scales = [branch.scale for branch in branches.values()]
         self.drops = [branch.dropout for branch in branches.values()]
         held = [(tensors_of(module, name), branch) for name, branch in branches.items()]
@@ -236,29 +237,33 @@ class _LowRank:
         if rows.dtype is not A.dtype and not is_autocast():
             rows = rows.to(A.dtype)
         down = torch.bmm(rows, A)
-        free = not torch.is_grad_enabled() and not some and down.dtype is y.dtype and y.is_contiguous()
-        if free:  # nobody has seen y yet
+        if some:
+            return self._added(y, [(self._at(y.device), torch.bmm(down, B))])
+        if _unseen(y) and down.dtype is y.dtype:
             y.view(count, -1, y.shape[-1]).baddbmm_(down, B.to(down.dtype))
             return y
-        up = torch.bmm(down, B).to(y.dtype)
-        if some:
-            whole = y.view(count, -1, y.shape[-1]).index_add(0, self._at(y.device), up)
-            return whole.view(y.shape)
-        return y + up.view(y.shape)
+        return y + torch.bmm(down, B).to(y.dtype).view(y.shape)
 
     def _each(self, module: nn.Module, x: Tensor, y: Tensor) -> Tensor:
-        count = self.routing.rows.count
-        given, made = x.reshape(count, -1, x.shape[-1]), y.reshape(count, -1, y.shape[-1])
-        ups, order = [], []
-        for i, (A, B) in enumerate(zip(self.A, self.B, strict=True)):
-            rows = [place for place, who in zip(self.places, self.whose, strict=True) if who == i]
-            index = torch.tensor(rows, device=x.device)
+        rows = self.routing.rows
+        given, ups = x.reshape(rows.count, -1, x.shape[-1]), []
+        for name, A, B, scale, drop in zip(self.names, self.A, self.B, self.scales, self.drops, strict=True):
+            index = rows.of(name, rows.count, x.device)
             branch = given.index_select(0, index).to(A.dtype)
-            if module.training and self.drops[i]:
-                branch = F.dropout(branch, self.drops[i], True)
-            ups.append((F.linear(F.linear(branch, A), B) * self.scales[i]).to(y.dtype))
-            order.append(index)
-        return made.index_add(0, torch.cat(order), torch.cat(ups)).view(y.shape)
+            if module.training and drop:
+                branch = F.dropout(branch, drop, True)
+            ups.append((index, F.linear(F.linear(branch, A) * scale, B)))
+        return self._added(y, ups)
+
+    def _added(self, y: Tensor, ups: list[tuple[Tensor, Tensor]]) -> Tensor:
+        """The output with something added to some of its rows."""
+        rows = y.reshape(self.routing.rows.count, -1, y.shape[-1])
+        if _unseen(y):
+            for index, up in ups:
+                rows.index_add_(0, index, up.to(y.dtype))
+            return y
+        index, up = (torch.cat(parts) for parts in zip(*ups, strict=True))
+        return rows.index_add(0, index, up.to(y.dtype)).view(y.shape)
 
     def _at(self, device: torch.device) -> Tensor:
         if self.at is None or self.at.device != device:
@@ -291,6 +296,11 @@ class _LowRank:
             return A.mT, B.contiguous()
         whose = torch.tensor(self.whose, device=A.device)
         return A.index_select(0, whose).mT, B.index_select(0, whose)
+
+
+def _unseen(y: Tensor) -> bool:
+    """Whether an output that a forward has just made may be added to in place."""
+    return not torch.is_grad_enabled() and y.is_contiguous()
 
 
 _version = attrgetter("_version")  # a number that changes with every change in place
