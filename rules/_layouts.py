@@ -65,6 +65,16 @@ def column_norm(part: Part, weight: Tensor) -> Tensor:
     return torch.linalg.vector_norm(weight, dim=dims).view(part.magnitude)
 
 
+def gain_of(part: Part, magnitude: Tensor, weight: Tensor) -> Tensor:
+    """DoRA's magnitude over the norm of the changed weight, which the paper holds constant in the backward.
+
+    A feature whose weight is all zero has no direction to scale: its gain is 1, so that A and B can give it one.
+    """
+    norm = column_norm(part, weight).detach()
+    zero = norm.eq(0)
+    return (magnitude / norm.masked_fill(zero, 1.0)).masked_fill(zero, 1.0).view(part.against_weight)
+
+
 @dataclass(frozen=True)
 class Layout:
     """The parts of LoRA on a module and how its branch is computed, or why the weight itself is edited instead."""

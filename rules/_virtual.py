@@ -29,7 +29,8 @@ Mark = tuple[int, int | None]
 def put_in(module: Any, prompt: Tensor, given: Inputs, rest: str, adapter: str, after: int, left: bool) -> Any:
     """The inputs with virtual tokens, and what this call puts in: None where the cache has them from before.
 
-    `given`: the forward's arguments by name, `rest` the name of its ** argument; `left`: whether padding may be left.
+    `given`: the forward's arguments by name, `rest` the name of its ** argument; `left`: whether padding may be left;
+    `adapter`: the adapter's mark, which stays when it is renamed.
     """
     inputs = {**given, **(given[rest] if rest else {})}
     ids, embeds = inputs["input_ids"], inputs["inputs_embeds"]

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import cast
+
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from rules import _delta, _fields
-from surgery import LiveSite, LowRank, Rule, Site, rule
+from rules import _combined, _delta, _fields
+from surgery import Combination, LiveSite, LowRank, Rule, Share, Site, rule
 
 
 @rule("adalora")
@@ -78,6 +81,21 @@ class AdaLoraRule(Rule):
         A, E, B = (site.params[name].detach() for name in "AEB")
         A = A * E
         return {"weight": LowRank(A.t(), B.t(), self.scale) if _delta.turned(site) else LowRank(B, A, self.scale)}
+
+    def combined(self, shares: Sequence[Share], how: Combination) -> tuple[Rule, _combined.Tensors]:
+        if how.untouched(shares):
+            return self, shares[0].params
+        if how.method != "cat" and not how.by_matrix:
+            raise how.refusal(shares, "sums of its three factors are no sum of their product", "method='cat', or 'svd'")
+        rules = [cast(AdaLoraRule, share.rule) for share in shares]
+        most = max(cast(AdaLoraRule, rule).rank for rule in how.rules)
+        rank = _combined.rank_of(how, shares, [rule.rank for rule in rules], most)
+        rule = self.replace(rank=rank, alpha=rank, target_r=min(self.target_r, rank))
+        ups = [share.params["B"].detach() for share in shares]
+        downs = [(share.params["A"] * share.params["E"]).detach() for share in shares]
+        up, down = _combined.factors(how, shares, [rule.scale for rule in rules], ups, downs, rank)
+        sizes = down.norm(dim=1, keepdim=True)  # E: of rows that are not all zero, their size
+        return rule, {"A": down / sizes.masked_fill(sizes == 0, 1.0), "E": sizes / rule.scale, "B": up}
 
 
 def _normal(tensor: Tensor) -> Tensor:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import field
 
 from torch import Tensor, nn
 
-from rules.train import merged_all, own_tensors, replace_all
-from surgery import LiveSite, Rule, Site, Targets, rule
+from rules._combined import Tensors
+from rules.train import combined_all, merged_all, own_tensors, replace_all
+from surgery import Combination, LiveSite, Rule, Share, Site, Targets, rule
 
 EVERYWHERE = "re:.*"
 
@@ -43,6 +44,9 @@ class BiasRule(Rule):
 
     def merged(self, site: LiveSite) -> dict[str, Tensor]:
         return merged_all(site)
+
+    def combined(self, shares: Sequence[Share], how: Combination) -> tuple[Rule, Tensors]:
+        return combined_all(self, shares, how)
 
 
 class BiasesOf(BiasRule):

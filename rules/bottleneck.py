@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from rules import _fields
+from rules import _combined, _fields
 from rules._hidden import features_of
-from surgery import Rule, Site, rule
+from surgery import Combination, Rule, Share, Site, rule
 
 _ACTIVATIONS = {"relu": F.relu, "gelu": F.gelu, "silu": F.silu, "tanh": torch.tanh}
 
@@ -73,3 +74,6 @@ class BottleneckRule(Rule):
         if self.dropout:
             h = F.dropout(h, self.dropout, site.training)  # type: ignore[arg-type]  # the flag as it is at each call
         return site.with_hidden(hidden + F.linear(h, up, up_bias) * self.scale)
+
+    def combined(self, shares: Sequence[Share], how: Combination) -> tuple[Rule, _combined.Tensors]:
+        return _combined.averaged(self, shares, how)

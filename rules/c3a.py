@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from rules import _delta, _fields
-from surgery import Rule, Site, rule
+from rules import _combined, _delta, _fields
+from surgery import Combination, Rule, Share, Site, rule
 
 
 @rule("c3a")
@@ -58,6 +59,9 @@ class C3aRule(Rule):
         x = site.input.to(kernel.dtype).unflatten(-1, (inner // size, size))
         spectrum = torch.einsum("...nb,mnb->...mb", torch.fft.ifft(x), torch.fft.fft(kernel))
         return site.output + torch.fft.fft(spectrum).real.flatten(-2) / inner
+
+    def combined(self, shares: Sequence[Share], how: Combination) -> tuple[Rule, _combined.Tensors]:
+        return _combined.linear_in_tensors(self, shares, how)
 
     def _start(self, out: int, inner: int) -> Any:
         if self.init == "gaussian":

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 from torch import Tensor, nn
 
-from rules import _fields
+from rules import _combined, _fields
 from rules._factored import factored
-from surgery import LiveSite, LowRank, Rule, Site, rule
+from surgery import Combination, LiveSite, LowRank, Rule, Share, Site, rule
 
 
 @rule("expert-lora")
@@ -116,6 +117,36 @@ class ExpertLoraRule(Rule):
             left, right = (A.mT, B.mT) if self._turned(site.module) else (B, A)
             changes[name] = LowRank(left.flatten(0, -2), right.flatten(0, -2), scale, groups=math.prod(experts))
         return changes
+
+    def combined(self, shares: Sequence[Share], how: Combination) -> tuple[Rule, Mapping[str, Tensor]]:
+        """As LoRA's, for each parameter of those that any of them changes."""
+        if how.untouched(shares):
+            return self, shares[0].params
+        how.agree(shares, "parameters", "rank", "alpha", "rslora", "rank_pattern", "alpha_pattern", "dtype")
+        among = [cast(ExpertLoraRule, rule) for rule in how.rules]
+        most = max(rank for rule in among for rank in (rule.rank, *(rule.rank_pattern or {}).values()))
+        found, ranks = dict[str, Tensor](), dict[str, int]()
+        sizes = [{size[0]: size[2:] for size in cast(ExpertLoraRule, s.rule)._sizes(s.site)} for s in shares]
+        for name in dict.fromkeys(name for held in sizes for name in held):
+            here = [(share, *held[name]) for share, held in zip(shares, sizes, strict=True) if name in held]
+            some, held_ranks, scales = zip(*here, strict=True)
+            ranks[name] = rank = _combined.rank_of(how, some, held_ranks, most)
+            ups, downs = ([share.params[f"{name}_{which}"].detach() for share in some] for which in "BA")
+            found[f"{name}_B"], found[f"{name}_A"] = _combined.factors(how, some, scales, ups, downs, rank)
+        rank = max(ranks.values())
+        others = {name: r for name, r in ranks.items() if r != rank}
+        full = {f"^{re.escape(f'{shares[0].site.path}.{name}')}": r for name, r in others.items()} or None
+        rules = [cast(ExpertLoraRule, share.rule) for share in shares]
+        rule = self.replace(
+            parameters=self.parameters if len({rule.parameters for rule in rules}) == 1 else tuple(ranks),
+            rank=rank,
+            alpha=rank,
+            rslora=False,
+            rank_pattern=full,
+            alpha_pattern=full,
+            dtype=self.dtype if len({rule.dtype for rule in rules}) == 1 else None,
+        )
+        return rule, found
 
     def _sizes(self, site: Site | LiveSite) -> Iterable[tuple[str, tuple[int, ...], int, float]]:
         """Name, (experts, out, in) or (out, in), rank and scale of each parameter."""

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from rules import _delta, _fields
-from surgery import LiveSite, Rule, Site, rule
+from rules import _combined, _delta, _fields
+from surgery import Combination, LiveSite, Rule, Share, Site, rule
 
 
 @rule("fourier")
@@ -65,3 +66,6 @@ class FourierRule(Rule):
         out, inner = _delta.sizes(site)
         draw = torch.Generator().manual_seed(self.random_loc_seed)
         site.params["index"].copy_(torch.randperm(out * inner, generator=draw)[: self.n_frequency])
+
+    def combined(self, shares: Sequence[Share], how: Combination) -> tuple[Rule, _combined.Tensors]:
+        return _combined.linear_in_tensors(self, shares, how)

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import re
+from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
+from typing import cast
 
 import torch
 from torch import Tensor, nn
 
 from rules import _fields, _maps
-from surgery import LiveSite, Pattern, Rule, Site, rule
+from surgery import Combination, LiveSite, Pattern, Rule, Share, Site, rule
 
 
 @rule("ia3")
@@ -72,6 +74,27 @@ class IA3Rule(Rule):
     def merged(self, site: LiveSite) -> dict[str, Tensor]:
         scaled = partial(self._times, site, scale=site.params["scale"].detach())
         return {name: scaled(name, site.tensor(name)).to(site.tensor(name).dtype) for name in self._scaled(site)}
+
+    def combined(self, shares: Sequence[Share], how: Combination) -> tuple[Rule, Mapping[str, Tensor]]:
+        if how.untouched(shares) and not how.lacking(shares):
+            return self, shares[0].params
+        if how.method != "linear":
+            raise how.refusal(shares, "its numbers multiply, and are added up as they are", "method='linear'")
+        path, rules = shares[0].site.path, [cast(IA3Rule, share.rule) for share in shares]
+        fed = self.feeds(path)
+        if any(rule.feeds(path) != fed for rule in rules):
+            raise how.refusal(shares, "one scales the input (feedforward), another the output", "exclude it from one")
+        scale = how.sum([share.params["scale"] for share in shares], [share.weight for share in shares])
+        alike = all(cast(IA3Rule, rule).feedforward == self.feedforward for rule in how.rules)
+        rule = self if alike else self.replace(feedforward="re:.*" if fed else ())
+        return rule, {"scale": scale + how.lacking(shares)}  # to be absent is to be all ones
+
+    def united(self, rules: Mapping[str, Rule]) -> Mapping[str, Rule]:
+        found = {path: cast(IA3Rule, rule) for path, rule in rules.items()}
+        if all(rule.feedforward == self.feedforward for rule in found.values()):
+            return rules
+        fed = [re.escape(path) for path, rule in found.items() if rule.feeds(path)]
+        return {path: rule.replace(feedforward="re:" + "|".join(fed)) for path, rule in found.items()}
 
     def _scaled(self, site: Site | LiveSite) -> list[str]:
         held = ["weight"] if self.feeds(site.path) else ["weight", "bias"]

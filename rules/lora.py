@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from rules import _fields, _init
-from rules._layouts import Layout, Part, column_norm, layout_of
+from rules import _fields, _init, _lora_combined
+from rules._layouts import Layout, Part, column_norm, gain_of, layout_of
 from rules.bias import EVERYWHERE, BiasesOf, BiasRule
-from surgery import LiveSite, LowRank, Rule, Site, rule
+from surgery import Combination, LiveSite, LowRank, Rule, Share, Site, rule
 
 
 @rule("lora")
@@ -118,7 +118,7 @@ class LoraRule(Rule):
             gain = None
             if self.dora:
                 magnitude = site.param(part.prefix + "magnitude", part.magnitude, dtype=self.dtype)
-                gain = _gain(part, magnitude, site.tensor(part.weight).to(A.dtype) + part.delta(A, B) * scale)
+                gain = gain_of(part, magnitude, site.tensor(part.weight).to(A.dtype) + part.delta(A, B) * scale)
             if not layout.weight_space:
                 return site.output + self._branch(site, layout, A, B, gain, scale)
             weight = site.tensor(part.weight)
@@ -169,23 +169,22 @@ class LoraRule(Rule):
         in_weight = self._layout(site).weight_space
         base = (site.tensor(part.weight) if in_weight else site.base(part.weight)).detach().to(A.dtype)
         changed = base + part.delta(A, B) * scale
-        gain = _gain(part, site.params[part.prefix + "magnitude"].detach(), changed)
+        gain = gain_of(part, site.params[part.prefix + "magnitude"].detach(), changed)
         if in_weight or not site.folded(part.weight):
             return part.low_rank(A, B, scale, gain)
         weight = site.tensor(part.weight)  # a branch rescales the base alone, not what other branches added
         return (weight + (gain * changed - base)).to(weight.dtype)
 
+    def combined(self, shares: Sequence[Share], how: Combination) -> tuple[Rule, Mapping[str, Tensor]]:
+        return _lora_combined.combined(shares, how)
+
+    def united(self, rules: Mapping[str, Rule]) -> Mapping[str, Rule]:
+        return _lora_combined.united(cast("Mapping[str, LoraRule]", rules))
+
+    def alone(self) -> Rule:
+        return self.replace(bias="none")
+
     def _layout(self, site: Site | LiveSite) -> Layout:
         layout = layout_of(site.module, self.rank_at(site.path))
         assert isinstance(layout, Layout), layout
         return layout
-
-
-def _gain(part: Part, magnitude: Tensor, weight: Tensor) -> Tensor:
-    """DoRA's magnitude over the norm of the changed weight, which the paper holds constant in the backward.
-
-    A feature whose weight is all zero has no direction to scale: its gain is 1, so that A and B can give it one.
-    """
-    norm = column_norm(part, weight).detach()
-    zero = norm.eq(0)
-    return (magnitude / norm.masked_fill(zero, 1.0)).masked_fill(zero, 1.0).view(part.against_weight)

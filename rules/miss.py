@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from rules import _fields, _maps
-from surgery import LiveSite, LowRank, Rule, Site, rule
+from rules import _combined, _fields, _maps
+from surgery import Combination, LiveSite, LowRank, Rule, Share, Site, rule
 
 
 @rule("miss")
@@ -92,6 +93,11 @@ class MissRule(Rule):
         ]
         whole = self._whole(block, out)
         return {"weight": LowRank(pieces.t(), whole) if layout.parts[0].turned else LowRank(whole.t(), pieces)}
+
+    def combined(self, shares: Sequence[Share], how: Combination) -> tuple[Rule, _combined.Tensors]:
+        if self.variant == "bat" and not how.untouched(shares):
+            raise how.refusal(shares, "variant='bat' multiplies the weight by its tensors")
+        return _combined.linear_in_tensors(self, shares, how)
 
     def _whole(self, block: Tensor, out: int) -> Tensor:
         return block.repeat(1, out // self.mini_r) if self.variant == "mini" else block

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from rules import _fields, _texts
 from rules.prompt import PromptRule
-from surgery import Site, SiteError, rule
+from surgery import Combination, Rule, Share, Site, SiteError, rule
 
 
 @rule("multitask-prompt")
@@ -51,6 +51,9 @@ class MultitaskPromptRule(PromptRule):
             raise self.bad("task", f"one of {self.tasks} tasks, from 0")
         if self.encoder is not None:
             raise self.bad("encoder", "None: there is none beside tasks")
+
+    def combined(self, shares: Sequence[Share], how: Combination) -> tuple[Rule, Mapping[str, Tensor]]:
+        return Rule.combined(self, shares, how)
 
     def virtual(self, site: Site) -> Tensor:
         prompt = super().virtual(site)

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import field
 
 from torch import Tensor, nn
 
+from rules._combined import Tensors
 from rules.bias import EVERYWHERE
-from rules.train import merged_all, own_tensors, replace_all
-from surgery import LiveSite, Rule, Site, Targets, rule
+from rules.train import combined_all, merged_all, own_tensors, replace_all
+from surgery import Combination, LiveSite, Rule, Share, Site, Targets, rule
 
 
 @rule("norm")
@@ -44,6 +45,9 @@ class NormRule(Rule):
 
     def merged(self, site: LiveSite) -> dict[str, Tensor]:
         return merged_all(site)
+
+    def combined(self, shares: Sequence[Share], how: Combination) -> tuple[Rule, Tensors]:
+        return combined_all(self, shares, how)
 
 
 def is_norm(module: nn.Module) -> bool:

@@ -9,11 +9,23 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from rules import _combined
 from rules._attention import extend, may_write_attention, written_attention
 from rules._fields import whole
 from rules._prefix import differentiable, folded_tensors, gated, keys_and_values, prefixed, shape_held
 from rules._prefix_rows import mixed
-from surgery import LiveSite, Member, Rule, Site, SiteError, Targets, rule, takes_functions
+from surgery import (
+    Combination,
+    LiveSite,
+    Member,
+    Rule,
+    Share,
+    Site,
+    SiteError,
+    Targets,
+    rule,
+    takes_functions,
+)
 
 EVERYWHERE = ("", "re:.*")  # the model itself, and all in it
 
@@ -115,6 +127,11 @@ class PrefixRule(Rule):
 
     def folded(self, site: LiveSite) -> tuple[Rule, Mapping[str, Tensor]]:
         return (self, site.params) if self.projection is None else (self.replace(projection=None), folded_tensors(site))
+
+    def combined(self, shares: Sequence[Share], how: Combination) -> tuple[Rule, _combined.Tensors]:
+        if self.projection is not None and not how.untouched(shares):
+            raise how.refusal(shares, "its keys and values are made by an MLP", "folded_adapter takes the MLP out")
+        return _combined.averaged(self, shares, how)
 
     def _seen(self, site: Site) -> tuple[Tensor, Tensor, Tensor] | None:
         """Queries, keys, values of the example, (batch, heads, positions, size); None: pass a cross-attention over."""

@@ -8,9 +8,9 @@ from typing import Any, Literal
 
 from torch import Tensor, nn
 
-from rules import _encoder, _fields, _texts, _virtual
+from rules import _combined, _encoder, _fields, _texts, _virtual
 from rules.memory import THE_MODEL, PromptMemoryRule
-from surgery import Rule, Site, SiteError, Targets, rule
+from surgery import Combination, Rule, Share, Site, SiteError, Targets, rule
 
 
 @rule("prompt")
@@ -85,7 +85,7 @@ class PromptRule(Rule):
         after = int(seen["pooled"]) if self.after is None else self.after
         rest = _texts.starred(site) or ""
         made: Any = site.apply(
-            _virtual.put_in, site.this, self.virtual(site), dict(site.inputs), rest, site.adapter, after, seen["left"]
+            _virtual.put_in, site.this, self.virtual(site), dict(site.inputs), rest, site.mark, after, seen["left"]
         )
         new = made[0]
         for name in site.inputs:
@@ -93,7 +93,7 @@ class PromptRule(Rule):
                 site.replace(site.inputs[name], new[name])
         if role == "encoder":
             return None  # what its decoder looks at, virtual tokens included
-        return site.apply(_virtual.take_out, site.output, made[1], site.adapter, after)
+        return site.apply(_virtual.take_out, site.output, made[1], site.mark, after)
 
     def virtual(self, site: Site) -> Tensor:
         """The virtual tokens as a value of the graph, (length, features)."""
@@ -104,3 +104,8 @@ class PromptRule(Rule):
         shapes = _encoder.specs(self.encoder, width, self.encoder_size or width, self.encoder_layers)
         tensors = {name: site.param(name, shape, _encoder.uniform(bound)) for name, shape, bound in shapes}
         return site.apply(_encoder.encoded, prompt, tensors, self.encoder_dropout, site.training)
+
+    def combined(self, shares: Sequence[Share], how: Combination) -> tuple[Rule, _combined.Tensors]:
+        if self.encoder is not None and not how.untouched(shares):
+            raise how.refusal(shares, "its virtual tokens are made by an encoder", "fold_prompts takes the encoder out")
+        return _combined.averaged(self, shares, how, "text_ids", "encoder_size", "encoder_layers", "encoder_dropout")

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
-from rules import _delta, _fields
-from surgery import LiveSite, Rule, Site, rule
+from rules import _combined, _delta, _fields
+from surgery import Combination, LiveSite, Rule, Share, Site, rule
 
 
 @rule("shira")
@@ -62,6 +63,9 @@ class ShiraRule(Rule):
     def merged(self, site: LiveSite) -> dict[str, Tensor]:
         values, index = site.params["values"].detach(), site.params["index"]
         return {"weight": self._changed(site, site.weight.detach(), values, index)}
+
+    def combined(self, shares: Sequence[Share], how: Combination) -> tuple[Rule, _combined.Tensors]:
+        return _combined.linear_in_tensors(self, shares, how)
 
     def _changed(self, site: Site | LiveSite, weight: Tensor, values: Tensor, index: Tensor) -> Tensor:
         rows = weight.t() if _delta.turned(site) else weight

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from rules import _fields
+from rules import _combined, _fields
 from rules._hidden import at_positions, features_of, positions_of
-from surgery import Rule, Site, rule
+from surgery import Combination, Rule, Share, Site, rule
 
 
 @rule("steer")
@@ -73,6 +73,9 @@ class SteerRule(Rule):
         hidden, chosen = site.hidden, positions_of(self.positions)
         new = (hidden + added).to(hidden.dtype)
         return site.with_hidden(new if chosen is None else site.apply(at_positions, new, hidden, *chosen))
+
+    def combined(self, shares: Sequence[Share], how: Combination) -> tuple[Rule, _combined.Tensors]:
+        return _combined.linear_in_tensors(self, shares, how, "direction", "trainable")
 
 
 def _numbers(direction: Any) -> Any:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from surgery import LiveSite, Rows, Rule, Site, rule
+from surgery import Combination, LiveSite, Rows, Rule, Share, Site, rule
 
 
 @rule("tokens")
@@ -57,3 +57,17 @@ class TokensRule(Rule):
 
     def merged(self, site: LiveSite) -> dict[str, Rows]:
         return {"weight": Rows(site.params["index"], site.params["rows"].detach())}
+
+    def combined(self, shares: Sequence[Share], how: Combination) -> tuple[Rule, Mapping[str, Tensor]]:
+        """W + Σ w (T − W) for the rows that any of them has; the others' are the base's."""
+        if how.untouched(shares):
+            return self, shares[0].params
+        weight: Tensor = shares[0].site.weight.detach()
+        index = torch.cat([share.params["index"] for share in shares]).unique()
+        base = weight[index].to(torch.promote_types(weight.dtype, torch.float32))
+        moves = []
+        for share in shares:
+            at = torch.searchsorted(index, share.params["index"])
+            moves.append(base.index_copy(0, at, share.params["rows"].detach().to(base.dtype)) - base)
+        rows = base + how.sum(moves, [share.weight for share in shares])
+        return self.replace(tokens=tuple(index.tolist())), {"rows": rows, "index": index}

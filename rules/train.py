@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
+from typing import TypeVar
 
 from torch import Tensor, nn
 
-from surgery import LiveSite, Rule, Site, rule
+from rules import _combined
+from surgery import Combination, LiveSite, Rule, Share, Site, rule
+
+R = TypeVar("R", bound=Rule)
 
 
 @rule("train")
@@ -39,6 +43,9 @@ class TrainRule(Rule):
 
     def merged(self, site: LiveSite) -> dict[str, Tensor]:
         return merged_all(site)
+
+    def combined(self, shares: Sequence[Share], how: Combination) -> tuple[Rule, _combined.Tensors]:
+        return combined_all(self, shares, how)
 
 
 def owners_of_tensors(module: nn.Module, path: str) -> Iterator[tuple[str, nn.Module]]:
@@ -86,3 +93,9 @@ def merged_all(site: LiveSite) -> dict[str, Tensor]:
         for key, tensor in site.params.items()
         if key in by_name
     }
+
+
+def combined_all(rule: R, shares: Sequence[Share], how: Combination) -> tuple[R, _combined.Tensors]:
+    """The adapters' copies as one: W + Σ w (T − W)."""
+    base = {name.replace(".", "_"): tensor for name, tensor in own_tensors(shares[0].site.module)}
+    return _combined.moved(base, rule, shares, how)

@@ -40,10 +40,13 @@ from surgery.view import call_own
 from surgery.weave import trace_site
 
 if TYPE_CHECKING:
+    from surgery.blend import Combination, Share
     from surgery.checkpoint import LoadReport, load_adapter, load_adapters, save_adapter
+    from surgery.combine import combine
     from surgery.exported import with_layers
     from surgery.hub import push_adapter
     from surgery.merged import merge_to
+    from surgery.naming import copy_adapter, rename_adapter
     from surgery.peft_format import PeftConfig, PeftMethod, PeftPart, PeftPlace, peft_method
     from surgery.plainer import folded_adapter
     from surgery.routing import route
@@ -51,13 +54,18 @@ if TYPE_CHECKING:
 
 # Imported when they are first asked for.
 _LATER = {
+    "Combination": ("surgery.blend", "Combination"),
+    "Share": ("surgery.blend", "Share"),
     "LoadReport": ("surgery.checkpoint", "LoadReport"),
     "load_adapter": ("surgery.checkpoint", "load_adapter"),
     "load_adapters": ("surgery.checkpoint", "load_adapters"),
     "save_adapter": ("surgery.checkpoint", "save_adapter"),
+    "combine": ("surgery.combine", "combine"),
     "with_layers": ("surgery.exported", "with_layers"),
     "push_adapter": ("surgery.hub", "push_adapter"),
     "merge_to": ("surgery.merged", "merge_to"),
+    "copy_adapter": ("surgery.naming", "copy_adapter"),
+    "rename_adapter": ("surgery.naming", "rename_adapter"),
     "PeftConfig": ("surgery.peft_format", "PeftConfig"),
     "PeftMethod": ("surgery.peft_format", "PeftMethod"),
     "PeftPart": ("surgery.peft_format", "PeftPart"),
@@ -80,6 +88,7 @@ def __getattr__(name: str) -> Any:
 __all__ = [
     "ANY",
     "Adapter",
+    "Combination",
     "Coverage",
     "Found",
     "LiveSite",
@@ -102,6 +111,7 @@ __all__ = [
     "Rows",
     "Rule",
     "RuleError",
+    "Share",
     "Site",
     "SiteError",
     "Structure",
@@ -120,6 +130,8 @@ __all__ = [
     "base_state_dict",
     "call_own",
     "class_of",
+    "combine",
+    "copy_adapter",
     "coverage",
     "deactivate",
     "draw",
@@ -139,6 +151,7 @@ __all__ = [
     "plan_rules",
     "push_adapter",
     "remove",
+    "rename_adapter",
     "route",
     "rule",
     "rules_from_json",

@@ -11,7 +11,7 @@ from torch import nn
 
 from surgery.errors import SurgeryError
 
-__all__ = ["check_free", "claimed", "routing"]
+__all__ = ["check_free", "check_unclaimed", "claimed", "routing"]
 
 
 @contextmanager
@@ -56,6 +56,14 @@ def check_free(model: nn.Module) -> None:
             why="a block of route(model, …) is open, in this thread or another, and runs what is there now",
             fix="leave the block first",
         )
+
+
+def check_unclaimed(model: nn.Module) -> None:
+    """`SurgeryError` while any block is open, this thread's own included: on leaving it names adapters."""
+    check_free(model)
+    if model in _owners:
+        why = "on leaving the block, those from before are made live again by their names"
+        raise SurgeryError("a block of using(model, …) is open", why=why, fix="leave the block first")
 
 
 def _check_owner(model: nn.Module) -> None:

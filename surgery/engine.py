@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from surgery import hf
 from surgery.claims import check_free
+from surgery.clash import hidden
 from surgery.errors import SiteError, SurgeryError, SurgeryWarning
 from surgery.exact import unfold
 from surgery.example import call, equal
@@ -238,6 +239,10 @@ def class_of_live(module: nn.Module, state: SiteState, own: Own | None = None) -
 def _class_for(module: nn.Module, state: SiteState, live: list[Applied], own: Own | None) -> type[nn.Module]:
     if not live:
         return state.base
+    if len(live) > 1:
+        own = own or own_forward(module, state.base)
+        if (problem := hidden(live, module, state.path, own)) is not None:
+            raise problem
     if any(applied.inside for applied in live):
         return varied_class(state.base, live)
     own = own or own_forward(module, state.base)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from surgery.claims import check_free
+from surgery.clash import hidden
 from surgery.engine import install_live
 from surgery.errors import MergeError, PlanError, SurgeryError
 from surgery.exact import LowRank, Rows, unfold, weighted
@@ -209,14 +210,18 @@ def _objections(path: str, module: nn.Module, site: SiteState, names: list[str])
         if not rule.mergeable:
             why = rule.why_not_merged
             found.append(MergeError(f"{rule.label} can't be merged", where=path, why=why, fix="keep it unmerged"))
-    if len(chosen) < len(site.applied) and not all(applied.rule.additive for applied in site.applied):
-        others = ", ".join(f"{a.rule.label} [{a.adapter}]" for a in site.applied if a not in chosen)
+    counting = [applied for applied in site.applied if applied.live or applied.adapter in names]  # idle ones do nothing
+    if len(chosen) < len(counting) and not all(applied.rule.additive for applied in counting):
+        others = ", ".join(f"{a.rule.label} [{a.adapter}]" for a in counting if a.adapter not in names)
         why = f"{others} is on the same site, and what it does depends on the order"
         found.append(
             MergeError(
                 "part of a stack can't be merged here", where=path, why=why, fix="merge all adapters: merge(model)"
             )
         )
+    if not found and len(chosen) > 1:
+        problem = hidden(chosen, module, site.path, own_forward(module, site.base))
+        found += [problem] if problem is not None else []
     if not found:
         found += _packed(path, module, site, chosen)
     return found

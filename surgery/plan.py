@@ -16,7 +16,7 @@ from surgery.install import reason_against
 from surgery.match import Match, Tree, idle_targets, matches
 from surgery.recording import PassedOver, Step, recorded
 from surgery.rule import Rule, running
-from surgery.state import model_state, site_state, sites
+from surgery.state import model_state, name_problem, site_state, sites
 from surgery.table import table
 from surgery.trace import own_forward
 
@@ -268,20 +268,8 @@ def _objections(model: nn.Module, rules: list[Rule], adapter: str) -> list[Surge
         if not isinstance(rule, Rule):
             hint = "rules are made from their class: LoraRule(targets=…)"
             found.append(RuleError(f"{rule!r} is no rule", fix=hint))
-    if not isinstance(adapter, str) or not adapter or "." in adapter or hasattr(nn.Module(), adapter):
-        why = "its tensors are named <site>.adapters.<adapter>.<name>"
-        found.append(
-            SurgeryError(
-                f"{adapter!r} can't name an adapter", why=why, fix="a word without dots that nn.Module does not use"
-            )
-        )
     state = model_state(model)
-    if state is not None and adapter in state.adapters:
-        found.append(
-            SurgeryError(
-                f"there is an adapter {adapter!r} already", fix="choose another name, or remove(model, name) first"
-            )
-        )
+    found += [problem] if (problem := name_problem(state, adapter)) else []
     for path, _, site in sites(model):
         if site.merged is not None:
             why = f"its weights hold {', '.join(site.merged.adapters)}"

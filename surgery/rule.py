@@ -18,6 +18,7 @@ from surgery.errors import RuleError, SiteError, SurgeryError, near_misses
 from surgery.pattern import Pattern, Targets, normalised, qualified_name
 
 if TYPE_CHECKING:
+    from surgery.blend import Combination, Share
     from surgery.exact import Change
     from surgery.members import Member
     from surgery.site import LiveSite, Site
@@ -49,13 +50,14 @@ class Rule:
     it must match). All but `targets` are given by name.
 
     Hooks, all optional but `rewrite`: `check` (why a module can't take the rule), `expand` (a container's inner
-    sites), `companions` (further rules), `initialise`, `merged`, `folded`. Class attributes: `identity = True`
-    promises an unchanged output at initialisation, which the engine checks on the example call; `exclusive = True`
-    bars other rules of the same adapter from its sites; `imports = True` says that its fields name code to import,
-    so that `load_adapter` takes it from a file only when told to trust it; `linear = True` says that it adds to the
-    output what is linear in the input, so that `merge` derives ΔW from it; `scalable = False` says that what it changes
-    can't be multiplied, so that it has no weights but 1; `routable = False` that it can't work on some rows of a batch
-    alone; `why_not_merged` is the reason where there is no `merged`.
+    sites), `companions` (further rules), `initialise`, `merged`, `folded`, `combined`. Class attributes:
+    `identity = True` promises an unchanged output at initialisation, which the engine checks on the example call;
+    `exclusive = True` bars other rules of the same adapter from its sites; `imports = True` says that its fields name
+    code to import, so that `load_adapter` takes it from a file only when told to trust it; `linear = True` says that it
+    adds to the output what is linear in the input, so that `merge` derives ΔW from it; `scalable = False` says that
+    what it changes can't be multiplied, so that it has no weights but 1; `routable = False` that it can't work on some
+    rows of a batch alone; `why_not_merged` and `why_not_combined` are the reasons where there is no `merged` or no
+    `combined`.
 
     Raises `RuleError` for an unknown field, or a value that `validate` refuses.
     """
@@ -75,6 +77,7 @@ class Rule:
     scalable: ClassVar[bool] = True
     routable: ClassVar[bool] = True
     why_not_merged: ClassVar[str] = "the rule says nothing about merging (it has no `merged`)"
+    why_not_combined: ClassVar[str] = "a sum of its tensors is no sum of what they do"
 
     def __post_init__(self) -> None:
         put = object.__setattr__
@@ -142,6 +145,24 @@ class Rule:
         the site; what comes back takes their place. By default the rule itself, with them.
         """
         return self, site.params
+
+    def combined(self, shares: Sequence[Share], how: Combination) -> tuple[Rule, Mapping[str, Tensor]]:
+        """One rule and its tensors at a site for those of several adapters, each with a weight (`combine`).
+
+        `shares`: what each adapter has there, its rule of this kind (this one is the first's) and the tensors;
+        `how.sum` adds tensors up as the method says, and `how.refusal` is the error where it can't be done.
+        """
+        if how.untouched(shares):
+            return self, shares[0].params
+        raise how.refusal(shares, self.why_not_combined)
+
+    def united(self, rules: Mapping[str, Rule]) -> Mapping[str, Rule]:
+        """The same rules by path, those of `combined`, with as few different ones as may be; they differ in targets."""
+        return rules
+
+    def alone(self) -> Rule:
+        """The same rule without companions."""
+        return self
 
     # What the engine and reports use ------------------------------------------------------------------------
 

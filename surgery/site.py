@@ -7,6 +7,7 @@ import itertools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
+from uuid import uuid4
 
 import torch
 from torch import Tensor, fx, nn
@@ -18,7 +19,7 @@ from surgery.inside import Inside
 from surgery.match import RESERVED
 from surgery.registries import takes_functions
 from surgery.rule import Rule
-from surgery.state import site_state
+from surgery.state import MARK, site_state
 from surgery.tape import Ref, Tape, Value, ref_of
 from surgery.trace import Own
 from surgery.view import calls_inside, held, hidden_reference
@@ -255,6 +256,14 @@ class Site(_Place, Inside):
         if name not in self.facts:
             self.facts[name] = find()
         return self.facts[name]
+
+    @property
+    def mark(self) -> str:
+        """A word for this adapter at this module that no other has, to leave on what outlives a call, such as a cache.
+
+        It is the same after the adapter was renamed, and another for a copy of it.
+        """
+        return self.fact(MARK, lambda: uuid4().hex)
 
     def run(self, **inputs: Any) -> Any:
         """Call the module as it is at present: in evaluation mode, without gradients, leaving no trace. For `fact`."""

@@ -132,6 +132,7 @@ class ModelState:
 
 
 _MODEL, _SITE = "_surgery_model", "_surgery_site"
+MARK = "mark"  # the fact that is an adapter's own, which copies of it don't share
 
 
 def model_state(model: nn.Module) -> ModelState | None:
@@ -175,6 +176,18 @@ def adapter_names(state: ModelState, adapter: str | Sequence[str] | None) -> lis
                 why=near_misses(str(name), state.adapters) or f"the model's adapters: {', '.join(state.adapters)}",
             )
     return names
+
+
+def name_problem(state: ModelState | None, adapter: Any) -> SurgeryError | None:
+    """Why a new adapter can't be called so, or None."""
+    if not isinstance(adapter, str) or not adapter or "." in adapter or hasattr(nn.Module(), adapter):
+        why = "its tensors are named <site>.adapters.<adapter>.<name>"
+        fix = "a word without dots that nn.Module does not use"
+        return SurgeryError(f"{adapter!r} can't name an adapter", why=why, fix=fix)
+    if state is not None and adapter in state.adapters:
+        fix = "choose another name, or remove(model, name) first"
+        return SurgeryError(f"there is an adapter {adapter!r} already", fix=fix)
+    return None
 
 
 def tensors_of(module: nn.Module, adapter: str) -> dict[str, Tensor]:

@@ -1,0 +1,126 @@
+"""What rules have in common where adapters are combined: sums of low-rank factors, of tensors, and of copies."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+
+from surgery import Combination, Rule, Share
+
+Tensors = Mapping[str, Tensor]
+R = TypeVar("R", bound=Rule)
+
+
+# Low rank -----------------------------------------------------------------------------------------------------
+
+
+def factors(
+    how: Combination,
+    shares: Sequence[Share],
+    scales: Sequence[float],
+    ups: Sequence[Tensor],
+    downs: Sequence[Tensor],
+    rank: int,
+    deltas: Sequence[Tensor] | None = None,
+) -> tuple[Tensor, Tensor]:
+    """The result's factors (…, out, rank), (…, rank, in) for Σ weight · scale · up @ down, combined as `how` says.
+
+    `deltas`: matrices (…, out, in), scale included, where they are no products of the factors alone.
+    """
+    amounts = [share.weight * scale for share, scale in zip(shares, scales, strict=True)]
+    if how.method == "cat":
+        down = torch.cat([down * amount for down, amount in zip(downs, amounts, strict=True)], -2)
+        up, lacking = torch.cat(list(ups), -1), rank - down.shape[-2]
+        return torch.nn.functional.pad(up, (0, lacking)), torch.nn.functional.pad(down, (0, 0, 0, lacking))
+    if not how.by_matrix:
+        roots = [math.sqrt(abs(amount)) for amount in amounts]
+        down = how.sum(downs, [math.copysign(root, amount) for root, amount in zip(roots, amounts, strict=True)])
+        return how.sum(ups, roots), down
+    if how.method == "svd" and deltas is None:
+        down = torch.cat([down * amount for down, amount in zip(downs, amounts, strict=True)], -2)
+        return how.largest_of_product(torch.cat(list(ups), -1), down, rank)
+    if deltas is None:
+        wide = [torch.promote_types(up.dtype, torch.float32) for up in ups]
+        terms = zip(ups, downs, scales, wide, strict=True)
+        deltas = [up.to(dtype) @ down.to(dtype) * scale for up, down, scale, dtype in terms]
+    return how.largest(how.sum(deltas, [share.weight for share in shares]), rank)
+
+
+def rank_of(how: Combination, shares: Sequence[Share], here: Sequence[int], most: int) -> int:
+    """The result's rank at a site: of adapters with these ranks there, `most` being the largest anywhere."""
+    if how.by_matrix:
+        return how.rank or most
+    if how.method == "cat":
+        return sum(here)
+    if len(set(here)) > 1:
+        told = ", ".join(f"{rank} in {share.adapter!r}" for rank, share in zip(here, shares, strict=True))
+        raise how.refusal(
+            shares, f"it needs equal ranks, and they are {told}", "method='cat', or 'svd', takes any ranks"
+        )
+    return here[0]
+
+
+# Tensors ------------------------------------------------------------------------------------------------------
+
+
+def linear_in_tensors(rule: R, shares: Sequence[Share], how: Combination, *free: str) -> tuple[R, Tensors]:
+    """For rules whose change is linear in their tensors: the sum of these makes the sum of the changes.
+
+    `free`: fields that say how the tensors start, and no more.
+    """
+    how.agree(shares, *free)
+    found: dict[str, Tensor] = {}
+    for name, first in shares[0].params.items():
+        held = [share.params[name] for share in shares]
+        if not isinstance(first, torch.nn.Parameter):
+            if not all(torch.equal(first, other.to(first.device)) for other in held):
+                raise how.refusal(shares, f"their {name} differs, by which the numbers have their places")
+            found[name] = first
+        else:
+            found[name] = how.sum(held, [share.weight for share in shares])
+    return rule, found
+
+
+def averaged(rule: R, shares: Sequence[Share], how: Combination, *free: str) -> tuple[R, Tensors]:
+    """For rules whose change is not linear in their tensors, which may be averaged all the same: "linear" alone."""
+    if how.untouched(shares):
+        return rule, shares[0].params
+    if how.method != "linear":
+        raise how.refusal(shares, "its tensors are averaged as they are, or not at all", "method='linear'")
+    how.agree(shares, *free)
+    for share in shares[1:]:
+        for name, tensor in shares[0].params.items():
+            if share.params[name].shape != tensor.shape:
+                raise how.refusal(shares, f"{name} is {tuple(tensor.shape)} and {tuple(share.params[name].shape)}")
+    weights = [share.weight for share in shares]
+    return rule, {name: how.sum([s.params[name] for s in shares], weights) for name in shares[0].params}
+
+
+def moved(base: Mapping[str, Tensor], rule: R, shares: Sequence[Share], how: Combination) -> tuple[R, Tensors]:
+    """For copies of the base's tensors: W + Σ w (T − W). `base`: W under the names of the copies.
+
+    Statistics, which are buffers, become a mean by the weights' sizes: a variance must stay one.
+    """
+    if how.untouched(shares):
+        return rule, shares[0].params
+    found: dict[str, Tensor] = {}
+    for name in dict.fromkeys(name for share in shares for name in share.params):
+        held = [(share.weight, share.params[name]) for share in shares if name in share.params]
+        weights = [weight for weight, _ in held]
+        first = held[0][1]
+        if isinstance(first, torch.nn.Parameter) and first.is_floating_point():
+            old = base[name].detach()
+            old = old.to(torch.promote_types(old.dtype, torch.float32))
+            found[name] = old + how.sum([tensor.to(old.device, old.dtype) - old for _, tensor in held], weights)
+        elif first.is_floating_point():
+            sizes = [abs(weight) for weight in weights] if any(weights) else [1.0] * len(held)
+            wide = torch.promote_types(first.dtype, torch.float32)
+            parts = [t.to(wide) * (size / sum(sizes)) for size, (_, t) in zip(sizes, held, strict=True)]
+            found[name] = torch.stack(parts).sum(0)
+        else:
+            found[name] = max(held, key=lambda pair: abs(pair[0]))[1]
+    return rule, found

@@ -1,0 +1,153 @@
+"""LoRA's part in `combine`: the factors of each adapter at a site, and the rule that the result is."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, cast
+
+import torch
+from torch import Tensor
+
+from rules import _combined
+from rules._layouts import Layout, Part, gain_of, layout_of
+from surgery import Combination, Rule, Share
+
+if TYPE_CHECKING:
+    from rules.lora import LoraRule
+
+_STARTS = ("kaiming", "gaussian", "random")  # of any rank, and they leave the base as it is
+
+
+def combined(shares: Sequence[Share], how: Combination) -> tuple[Rule, _combined.Tensors]:
+    rules = [cast("LoraRule", share.rule) for share in shares]
+    dora = next((share for share, rule in zip(shares, rules, strict=True) if rule.dora), None)
+    if dora is not None and how.untouched(shares):
+        return rules[0], shares[0].params
+    if dora is not None and not how.by_matrix:
+        why = f"DoRA in {dora.adapter!r} rescales the whole weight: its ΔW is of no low rank"
+        raise how.refusal(shares, why, "method='svd', with as high a rank as you like, takes its ΔW as a matrix")
+    if any(rule.dora and rule.lora_bias for rule in rules):
+        raise how.refusal(shares, "DoRA rescales what lora_bias adds, too, which no bias of the result can hold")
+
+    module, path = shares[0].site.module, shares[0].site.path
+    layouts = [cast(Layout, layout_of(module, rule.rank_at(path))) for rule in rules]
+    rank = _rank(how, shares, rules, layouts)
+    layout = layout_of(module, rank)
+    rule = _rule(rules, how, rank, layout)
+    if isinstance(layout, str) or (why := rule.check(module, path)):
+        raise how.refusal(shares, layout if isinstance(layout, str) else str(why))
+    found: dict[str, Tensor] = {}
+    for index, part in enumerate(layout.parts):
+        parts = [layout.parts[index] for layout in layouts]
+        up, down = _factors(how, shares, rules, parts, part, rank)
+        found[part.prefix + "A"] = down.reshape(part.A)
+        found[part.prefix + "B"] = up.reshape(part.B)
+    biased = [(share, rule) for share, rule in zip(shares, rules, strict=True) if rule.lora_bias]
+    if biased:
+        added = [share.params["B_bias"] * rule.scale_at(path) for share, rule in biased]
+        found["B_bias"] = how.sum(added, [share.weight for share, _ in biased])
+    return rule, found
+
+
+def _rank(how: Combination, shares: Sequence[Share], rules: Sequence[LoraRule], layouts: Sequence[Layout]) -> int:
+    among = cast("Sequence[LoraRule]", how.rules)
+    largest = max(rank for rule in among for rank in (rule.rank, *(rule.rank_pattern or {}).values()))
+    rank = _combined.rank_of(how, shares, [rule.rank_at(shares[0].site.path) for rule in rules], largest)
+    groups = getattr(shares[0].site.module, "groups", 1)
+    divided = all(layout.parts[0].groups == groups for layout in layouts)
+    # By a rank that the groups divide, each group would have a part of it alone: a sum of others has no place there.
+    return rank + 1 if how.method == "cat" and not divided and rank % groups == 0 else rank
+
+
+def _rule(rules: Sequence[LoraRule], how: Combination, rank: int, layout: Layout | str) -> LoraRule:
+    """The rule of the result, whose scale is 1."""
+    first, among = rules[0], cast("Sequence[LoraRule]", how.rules)
+    return first.replace(
+        rank=rank,
+        alpha=rank,
+        dropout=0.0 if isinstance(layout, Layout) and layout.weight_space else first.dropout,
+        bias=first.bias if len({rule.bias for rule in among}) == 1 else "none",
+        lora_bias=any(rule.lora_bias for rule in rules),
+        rslora=False,
+        dora=False,
+        init=first.init if first.init in _STARTS else "kaiming",
+        rank_pattern=None,
+        alpha_pattern=None,
+        dtype=first.dtype if len({rule.dtype for rule in rules}) == 1 else None,
+    )
+
+
+def _factors(
+    how: Combination,
+    shares: Sequence[Share],
+    rules: Sequence[LoraRule],
+    parts: Sequence[Part],
+    part: Part,
+    rank: int,
+) -> tuple[Tensor, Tensor]:
+    path = shares[0].site.path
+    scales = [rule.scale_at(path) for rule in rules]
+    tensors = [tuple(share.params[part.prefix + name].detach() for name in "AB") for share in shares]
+
+    # Where factors are common to all groups of a convolution, and the result has each group's own, ΔW is made.
+    whole = any(rule.dora for rule in rules) or any(one.groups < part.groups for one in parts)
+    if whole or (how.by_matrix and how.method != "svd"):
+        given = zip(shares, rules, parts, tensors, scales, strict=True)
+        deltas = [_delta(*one, part.groups) for one in given]
+        return _combined.factors(how, shares, scales, [], [], rank // part.groups, deltas)
+    made = [_matrices(one, A, B, part.groups) for one, (A, B) in zip(parts, tensors, strict=True)]
+    ups, downs = [up for up, _ in made], [down for _, down in made]
+    return _combined.factors(how, shares, scales, ups, downs, rank // part.groups)
+
+
+def _matrices(part: Part, A: Tensor, B: Tensor, groups: int) -> tuple[Tensor, Tensor]:
+    """(groups, out, rank) and (groups, rank, in), one pair a group; with groups=1, one pair for all of them."""
+    up, down = B.flatten(1), A.flatten(1)
+    if part.groups > groups:
+        return torch.block_diag(*up.chunk(part.groups)).unsqueeze(0), down.unsqueeze(0)
+    return up.unflatten(0, (groups, -1)), down.unflatten(0, (groups, -1))
+
+
+def _delta(share: Share, rule: LoraRule, part: Part, tensors: tuple[Tensor, ...], scale: float, groups: int) -> Tensor:
+    """ΔW as (groups, out, in)."""
+    A, B = (tensor.to(torch.promote_types(tensor.dtype, torch.float32)) for tensor in tensors)
+    delta = part.delta(A, B) * scale
+    if rule.dora:
+        base = share.site.tensor(part.weight).detach().to(A.dtype)
+        changed = base + delta
+        delta = gain_of(part, share.params[part.prefix + "magnitude"].detach(), changed) * changed - base
+    rows = delta.t() if part.turned else delta.flatten(1)
+    return rows.unflatten(0, (groups, -1))
+
+
+def united(rules: Mapping[str, LoraRule]) -> Mapping[str, Rule]:
+    """Rules that differ in ranks and alphas alone as one with patterns of whole paths."""
+    plain = {"rank": 1, "alpha": 1, "rank_pattern": None, "alpha_pattern": None, "targets": ()}
+    plain |= {"exclude": (), "layers": None, "expect": None}
+    groups: list[tuple[LoraRule, list[str]]] = []
+    for path, rule in rules.items():
+        bare = rule.replace(**plain)
+        paths = next((paths for other, paths in groups if other == bare), None)
+        if paths is None:
+            groups.append((bare, paths := []))
+        paths.append(path)
+    found: dict[str, Rule] = {}
+    for bare, paths in groups:
+        ranks = {path: rules[path].rank_at(path) for path in paths}
+        alphas = {path: rules[path].alpha_at(path) for path in paths}
+        (rank, rank_pattern), (alpha, alpha_pattern) = _patterns(ranks), _patterns(alphas)
+        one = bare.replace(rank=rank, alpha=alpha, rank_pattern=rank_pattern, alpha_pattern=alpha_pattern)
+        found |= dict.fromkeys(paths, one if len(groups) == 1 else one.alone())
+    return {path: found[path] for path in rules}
+
+
+def _patterns(values: Mapping[str, float]) -> tuple[float, dict[str, float] | None]:
+    """The commonest value, and patterns of whole paths for the others."""
+    common = Counter(values.values()).most_common(1)[0][0]
+    others: dict[float, list[str]] = {}
+    for path, value in values.items():
+        if value != common:
+            others.setdefault(value, []).append(re.escape(path))
+    return common, {f"^(?:{'|'.join(paths)})": value for value, paths in others.items()} or None

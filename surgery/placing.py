@@ -1,0 +1,95 @@
+"""An adapter whose tensors are there already is put on its sites: no targets are looked for, and nothing is drawn."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor, nn
+
+from surgery import hf
+from surgery.clash import clashes
+from surgery.errors import PlanError, SiteError, SurgeryError
+from surgery.journal import Journal
+from surgery.recording import PassedOver, Step, recorded
+from surgery.rule import Rule
+from surgery.state import Applied, ModelState, SiteState, attach, detach, require_state, site_state
+from surgery.trace import own_forward
+from surgery.weave import Layer
+
+__all__ = ["Placed", "put"]
+
+
+@dataclass
+class Placed:
+    """One rule at one site with its tensors: name → (tensor, is it a buffer).
+
+    `flags`: the `requires_grad` they have while they are live, where it is not what the rule says.
+    """
+
+    module: nn.Module
+    rule: Rule
+    tensors: Mapping[str, tuple[Tensor, bool]]
+    facts: dict[str, Any] = field(default_factory=dict)
+    inside: bool = False
+    flags: Mapping[str, bool] = field(default_factory=dict)
+
+
+def put(model: nn.Module, adapter: str, rules: Sequence[Rule], placed: Iterable[Placed]) -> None:
+    """Give a model an idle adapter of these rules: what it computes stays what it is. All or nothing.
+
+    Each rule is recorded at its site, by the facts that are known of it, and asked whether these are its tensors.
+    """
+    state = require_state(model)
+    with Journal() as journal:
+        steps, places = list[Step](), dict[int, tuple[nn.Module, list[Applied]]]()
+        for one in placed:
+            site = site_state(one.module)
+            assert site is not None
+            steps += _put(one, adapter, site, journal)
+            places.setdefault(id(one.module), (one.module, []))[1].append(site.applied[-1])
+        if problems := clashes(steps, beside=False):
+            raise PlanError(problems)
+        journal.undo(_forget, model, state, adapter)
+        state.adapters[adapter] = tuple(rules)
+        state.places[adapter] = list(places.values())
+        state.idle.add(adapter)
+        hf.ignore_on_save(model, state)
+
+
+def _put(one: Placed, adapter: str, site: SiteState, journal: Journal) -> list[Step]:
+    module, path = one.module, site.path
+    if one.tensors:
+        attach(module, adapter, one.tensors, path)
+        journal.undo(detach, module, adapter, list(one.tensors))
+    applied = Applied(adapter, one.rule, tensors=tuple(one.tensors), inside=one.inside, live=False, facts=one.facts)
+    trained = {name: tensor.requires_grad for name, (tensor, buffer) in one.tensors.items() if not buffer}
+    steps = []
+    if not one.inside:  # else it is recorded for each kind of call
+        own = own_forward(module, site.base)
+        try:
+            made = recorded(one.rule, module, path, adapter, own, facts=one.facts)
+        except PassedOver:
+            raise SiteError(f"{one.rule.label} finds nothing to do here", where=path) from None
+        wanted = {spec.name: spec.shape for spec in made.specs}
+        found = {name: tuple(tensor.shape) for name, (tensor, _) in one.tensors.items()}
+        if wanted != found:
+            raise SurgeryError(f"{one.rule.label} asks for {wanted}, and is given {found}", where=path)
+        applied.layer = Layer(adapter, one.rule.label, made.tape)
+        trained = {spec.name: spec.trainable for spec in made.specs if not spec.buffer}
+        steps.append(Step(one.rule, path, module, (), made.own, made.tape, made.specs, False, one.facts))
+    for name, (tensor, buffer) in one.tensors.items():
+        if not buffer:
+            applied.flags[name] = one.flags.get(name, trained[name])
+            tensor.requires_grad_(False)
+    site.applied.append(applied)
+    journal.undo(site.applied.pop)
+    return steps
+
+
+def _forget(model: nn.Module, state: ModelState, adapter: str) -> None:
+    state.adapters.pop(adapter, None)
+    state.places.pop(adapter, None)
+    state.idle.discard(adapter)
+    hf.ignore_on_save(model, state)
