@@ -108,7 +108,7 @@ def save_adapter(
             if format == "peft":
                 raise
         else:
-            return _put(folder, PEFT, tensors, config, extra, (*SURGERY, OLD))
+            return put_peft(folder, config, tensors, extra)
     settings = {
         "format": NAME,
         "version": VERSION,
@@ -117,6 +117,13 @@ def save_adapter(
         **extra,
     }
     return _put(folder, SURGERY, _whole(adapter_state_dict(model, adapter)), settings, {}, (*PEFT, OLD))
+
+
+def put_peft(
+    folder: str | Path, config: Mapping[str, Any], tensors: Mapping[str, Tensor], extra: Mapping[str, Any]
+) -> Path:
+    """Write PEFT's two files; `extra` goes into the tensors' own, where PEFT passes over it."""
+    return _put(folder, PEFT, tensors, config, extra, (*SURGERY, OLD))
 
 
 def _put(
@@ -165,6 +172,7 @@ def load_adapter(
     adapter: str = "default",
     *,
     strict: bool = True,
+    same_base: bool = True,
     finite: bool = True,
     example_inputs: Any = None,
     trust: bool = False,
@@ -195,8 +203,9 @@ def load_adapter(
     Whole or nothing: missing, unexpected and misshapen tensors, a damaged file, a rule or format of a later version,
     another base, and whatever `plan_rules` objects to are told at once in a `LoadError`, the model as it was.
     `strict=False` loads what fits, and the report tells the rest: missing tensors keep the values their rule starts
-    with. Tensors go to their site's device, in the dtype the rule gives them; on a base on the meta device they are
-    made on the CPU, and stay when `load_state_dict(…, assign=True)` fills the base.
+    with. `same_base=False`: another base is a warning. Tensors go to their site's device, in the dtype the rule gives
+    them; on a base on the meta device they are made on the CPU, and stay when `load_state_dict(…, assign=True)` fills
+    the base.
     """
     stored = stored_adapter(model, source, subfolder, revision)
     report = LoadReport(adapter, stored.rules, metadata=stored.metadata, licence=stored.licence)
@@ -212,10 +221,11 @@ def load_adapter(
         problems += _too_large(plan, values, stored.file)
     report.base = differences(model, stored.base)
     if strict:
-        problems += [*stored.unheld, *(_problem(text) for text in report.problems())]
+        told = report.problems() if same_base else [text for text in report.problems() if text not in report.base]
+        problems += [*stored.unheld, *map(_problem, told)]
     if problems or plan is None:
         raise LoadError(problems or [RuleError("the files hold no rules")])
-    loose = [] if strict else [*map(str, stored.unheld), *report.problems()]
+    loose = report.base if strict else [*map(str, stored.unheld), *report.problems()]  # the base: see above
     for note in [*stored.notes, *loose]:
         warnings.warn(note, SurgeryWarning, stacklevel=2)
     with torch.random.fork_rng(devices=_gpus(plan)):  # the starting values drawn here are overwritten

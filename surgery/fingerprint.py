@@ -19,7 +19,8 @@ _SLACK = 2.0**-7  # two roundings to bfloat16; fine-tuning moves some of 256 wei
 
 def fingerprint(model: nn.Module) -> dict[str, Any]:
     """Sixteen numbers of each of sixteen parameters, spread over the model. Parameters that an adapter changed at its
-    start, or by merging, are left out, as are packed, sharded and meta ones."""
+    start, or by merging, are left out, and those that it has its own in the place of (a new head's numbers are chance);
+    as are packed, sharded and meta ones."""
     held = list(_comparable(model))
     matrices = [item for item in held if item[1].dim() > 1] or held  # biases and norms are alike everywhere
     chosen = [matrices[i] for i in _spread(len(matrices), TENSORS)]
@@ -54,11 +55,13 @@ def _comparable(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     merged = tuple(f"{path}." if path else "" for path, _, state in sites(model) if state.merged is not None)
     for path, module in base_modules(model):
         state = site_state(module)
-        changed = {name for applied in state.applied for name, _ in applied.changed} if state is not None else set()
+        here = state.applied if state is not None else []
+        left_out = {name for applied in here for name, _ in applied.changed}
+        left_out |= {name for applied in here if applied.rule.exclusive for name in applied.tensors}
         if f"{path}.".startswith(merged):
             continue
         for name, tensor in module._parameters.items():
-            if tensor is None or name in changed or id(tensor) in seen or not tensor.numel():
+            if tensor is None or name in left_out or id(tensor) in seen or not tensor.numel():
                 continue
             seen.add(id(tensor))
             plain = type(tensor) is nn.Parameter and not tensor.is_meta

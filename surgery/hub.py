@@ -44,21 +44,26 @@ def push_adapter(
     `revision` are huggingface_hub's, which asks the endpoint in `HF_ENDPOINT`. Raises `SurgeryError` where the adapter
     can't be saved or the hub refuses.
     """
-    from huggingface_hub import HfApi
-
     with tempfile.TemporaryDirectory() as place:
         folder = save_adapter(model, place, adapter, format=format, metadata=metadata, licence=licence)
         card = card_of(model, adapter, repo_id, peft=(folder / PEFT[0]).exists(), metadata=metadata, licence=licence)
         (folder / "README.md").write_text(card, encoding="utf-8")
-        api = HfApi(token=token)
-        try:
-            api.create_repo(repo_id, private=private, exist_ok=True)
-            done = api.upload_folder(
-                repo_id=repo_id, folder_path=folder, revision=revision,
-                commit_message=message or f"The adapter {adapter}",
-            )  # fmt: skip
-        except Exception as error:  # of the hub, of its client, of the network
-            raise _failed(f"the adapter was not pushed to {repo_id}", error) from error
+        said = message or f"The adapter {adapter}"
+        return upload(folder, repo_id, private=private, token=token, revision=revision, message=said)
+
+
+def upload(
+    folder: str | Path, repo_id: str, *, private: bool | None, token: str | None, revision: str | None, message: str
+) -> str:
+    """Push a folder as one commit; gives its address."""
+    from huggingface_hub import HfApi
+
+    api = HfApi(token=token)
+    try:
+        api.create_repo(repo_id, private=private, exist_ok=True)
+        done = api.upload_folder(repo_id=repo_id, folder_path=folder, revision=revision, commit_message=message)
+    except Exception as error:  # of the hub, of its client, of the network
+        raise _failed(f"the adapter was not pushed to {repo_id}", error) from error
     return str(done.commit_url)
 
 

@@ -7,7 +7,7 @@ among those registered; a package that offers rules (entry points `surgery.rules
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence, Set
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, fields
 from functools import cached_property
 from importlib import metadata
@@ -22,8 +22,8 @@ from surgery.peft_targets import Modules, choose, chosen_by, fields_of, regular
 from surgery.plan import Plan
 from surgery.recording import Step
 from surgery.rule import Rule
-from surgery.state import rules_of, sites, tensors_of, whole
-from surgery.stored import Entry
+from surgery.state import rules_of, site_state, sites, tensors_of, whole
+from surgery.stored import Entry, tensor_key
 
 __all__ = ["PeftConfig", "PeftMethod", "PeftPart", "PeftPlace", "peft_method"]
 
@@ -150,6 +150,10 @@ class PeftMethod(PeftPart):
         given |= self.further(config)
         return [choose(config, self.rule, given, self.marks or tuple(self.tensors.values()))]
 
+    def start(self, config: PeftConfig) -> Iterable[Rule]:
+        """The rules of a new adapter, whose tensors are yet to be made: those of a saved one, unless it says else."""
+        return self.read(config)
+
     def further(self, config: PeftConfig) -> dict[str, Any]:
         """Fields of the rule that are no plain copies, and fields of PEFT's that only one value can be held of."""
         return {}
@@ -241,17 +245,8 @@ def read(model: nn.Module, config: Any, file: TensorFile) -> Read:
     if not isinstance(config, dict):
         raise SurgeryError("the adapter's configuration is no mapping")
     given = PeftConfig(config, model, TensorFile({k: file.shapes[v] for k, v in keys.items()}, {}, {}, file.read))
-    rules, problems = list[Rule](), list[SurgeryError]()
     method = _method(config.get("peft_type"))
-    extras = [part for part in _parts.values() if not isinstance(part, PeftMethod)]
-    for part in (method, *extras):
-        try:
-            rules += part.read(given)
-        except SurgeryError as error:
-            problems.append(error)
-        except Exception as error:  # fields of a file may have any type
-            problems.append(RuleError("the configuration can't be read", why=f"{type(error).__name__}: {error}"[:300]))
-    unheld = [] if problems else given.untaken()  # else no one came to the further fields
+    rules, problems, unheld = _rules(given, method.read)
 
     found: dict[int, Mapping[str, Entry | None]] = {}  # by step, of the plan that is asked about
     main = set[str]()
@@ -265,6 +260,21 @@ def read(model: nn.Module, config: Any, file: TensorFile) -> Read:
 
     ignored = tuple(key for key in file.shapes if key.endswith(method.passed_over or ("\n",)))
     return Read(rules, entry, problems, unheld, given.notes, ignored)
+
+
+def _rules(
+    given: PeftConfig, main: Callable[[PeftConfig], Iterable[Rule]]
+) -> tuple[list[Rule], list[SurgeryError], list[SurgeryError]]:
+    """The rules that a configuration asks for, what is wrong with it, and what of it no rule holds."""
+    rules, problems = list[Rule](), list[SurgeryError]()
+    for part in (main, *(part.read for part in _parts.values() if not isinstance(part, PeftMethod))):
+        try:
+            rules += part(given)
+        except SurgeryError as error:
+            problems.append(error)
+        except Exception as error:  # fields of a file may have any type
+            problems.append(RuleError("the configuration can't be read", why=f"{type(error).__name__}: {error}"[:300]))
+    return rules, problems, [] if problems else given.untaken()  # else no one came to the further fields
 
 
 def _of_step(step: Step, keys: Mapping[str, str], main: Set[str], config: PeftConfig) -> dict[str, Entry | None]:
@@ -287,8 +297,22 @@ def _absolute(path: str, key: str) -> str:
 # Writing ------------------------------------------------------------------------------------------------------
 
 
-def written(model: nn.Module, adapter: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """An adapter as PEFT's configuration and tensors; `SurgeryError` where that would not be the same adapter."""
+def written(
+    model: nn.Module, adapter: str, state: Mapping[str, Tensor] | None = None
+) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """An adapter as PEFT's configuration and tensors; `SurgeryError` where that would not be the same adapter.
+
+    `state`: the model's state dict, where its tensors have been gathered from elsewhere.
+    """
+    config, placed, modules = _configured(model, adapter)
+    return config, _tensors(model, adapter, placed, modules, config, state)
+
+
+Applications = list[tuple[str, nn.Module, Rule]]
+
+
+def _configured(model: nn.Module, adapter: str) -> tuple[dict[str, Any], Applications, Modules]:
+    """PEFT's configuration of an adapter, and where its rules are."""
     rules, modules = rules_of(model, adapter), Modules.of(model)
     parts = [_part(rule) for rule in rules]
     for rule, part in zip(rules, parts, strict=True):
@@ -321,25 +345,36 @@ def written(model: nn.Module, adapter: str) -> tuple[dict[str, Any], dict[str, T
     config["base_model_name_or_path"] = getattr(getattr(model, "config", None), "_name_or_path", None) or None
     if targeted and chosen_by(config, modules) != {path for path, _, r in placed if isinstance(_part(r), PeftMethod)}:
         raise _unsaid(rules[0].label, "PEFT would find other modules by these targets")
-    return config, _tensors(model, adapter, placed, modules, config)
+    return config, placed, modules
+
+
+def _entries(
+    adapter: str, placed: Applications, modules: Modules, config: Mapping[str, Any]
+) -> Iterator[tuple[str, str, Entry, Tensor]]:
+    """Of each tensor of an adapter: its name in the model, its key in PEFT's file, how it is turned, and the tensor."""
+    main = frozenset(path for path, _, rule in placed if _is_main(rule))
+    for path, module, rule in placed:
+        part, held, site = _part(rule), tensors_of(module, adapter), site_state(module)
+        assert part is not None and site is not None
+        own = next(applied.tensors for applied in site.applied if applied.adapter == adapter and applied.rule == rule)
+        place = PeftPlace(path, module, rule, own, main, modules, config)
+        for name, entry in part.entries(place).items():
+            if name not in part.made and name in held:
+                yield tensor_key(path, f"{adapter}.{name}"), _absolute(path, entry.key), entry, held[name]
 
 
 def _tensors(
     model: nn.Module,
     adapter: str,
-    placed: list[tuple[str, nn.Module, Rule]],
+    placed: Applications,
     modules: Modules,
     config: Mapping[str, Any],
+    state: Mapping[str, Tensor] | None,
 ) -> dict[str, Tensor]:
-    main = frozenset(path for path, _, rule in placed if _is_main(rule))
     found: dict[str, list[Tensor]] = {}
-    for path, module, rule in placed:
-        part, held = _part(rule), tensors_of(module, adapter)
-        assert part is not None
-        place = PeftPlace(path, module, rule, tuple(held), main, modules, config)
-        for name, entry in part.entries(place).items():
-            if name not in part.made and name in held:
-                found.setdefault(_absolute(path, entry.key), []).append(entry.write(whole(held[name].detach())))
+    for name, key, entry, own in _entries(adapter, placed, modules, config):
+        tensor = own if state is None or name not in state else state[name]
+        found.setdefault(key, []).append(entry.write(whole(tensor.detach())))
     method = next((_part(rule) for _, _, rule in placed if isinstance(_part(rule), PeftMethod)), None)
     if not isinstance(method, PeftMethod):
         return {key: _one(key, tensors) for key, tensors in found.items()}

@@ -246,7 +246,7 @@ def _switch(module: nn.Module) -> tuple[str, Any] | None:
 def _pefts(model: nn.Module) -> list[SurgeryError]:
     """PEFT's own layers in a model: put there by transformers' `load_adapter` or `add_adapter`, or by PEFT itself."""
     wrapped = any(cls.__module__.startswith("peft.") for cls in type(model).__mro__)
-    if not wrapped and not getattr(model, "_hf_peft_config_loaded", False):
+    if not wrapped and not model.__dict__.get("_hf_peft_config_loaded"):
         return []
     return [
         SurgeryError(

@@ -155,6 +155,12 @@ def require_state(model: nn.Module) -> ModelState:
     """The model's record. `SurgeryError` where no rules were applied to this very module."""
     state = model_state(model)
     if state is not None:
+        if model.__dict__.get("_hf_peft_config_loaded"):  # said by transformers' load_adapter and add_adapter
+            raise SurgeryError(
+                "PEFT's adapters came onto this model after its own",
+                why="model.load_adapter and model.add_adapter of transformers put PEFT's layers around its sites",
+                fix="load the model anew, and PEFT's checkpoints by surgery.load_adapter(model, folder)",
+            )
         return state
     inner = [path for path, module in model.named_modules() if model_state(module) is not None]
     raise SurgeryError(

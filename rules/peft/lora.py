@@ -39,6 +39,11 @@ class Lora(PeftMethod):
             return []
         return super().read(config)
 
+    def start(self, config: PeftConfig) -> Iterable[Rule]:
+        if config.data.get("init_lora_weights") in ("eva", "mica"):  # of a saved adapter it is past
+            raise config.refuse("init_lora_weights", "there is no such start here")
+        return self.read(config)
+
     def further(self, config: PeftConfig) -> dict[str, Any]:
         config.take("fan_in_fan_out")  # how a weight lies is the module's own affair
         if config.take("use_qalora") is not None and config.data["use_qalora"]:

@@ -32,6 +32,14 @@ class Prefix(PeftMethod):
             raise config.refuse("peft_type", why)
         return [PrefixRule(length=config.take("num_virtual_tokens", 0))]
 
+    def start(self, config: PeftConfig) -> Iterable[Rule]:
+        config.silent("token_dim", "num_layers", "num_attention_heads", "num_transformer_submodules", "init_weights")
+        width = config.take("encoder_hidden_size") if config.take("prefix_projection", False) else None
+        config.silent("encoder_hidden_size")
+        if width is None and config.data.get("prefix_projection"):
+            width = next(module for module in config.model.modules() if isinstance(module, nn.Embedding)).embedding_dim
+        return [PrefixRule(length=config.take("num_virtual_tokens", 0), projection=width)]
+
     def entries(self, place: PeftPlace) -> dict[str, PeftEntry]:
         assert isinstance(place.rule, PrefixRule)
         length, layers = place.rule.length, [path for path in place.modules.by_path if path in place.main]

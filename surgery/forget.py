@@ -1,0 +1,110 @@
+"""A merge made final: the weights keep what was folded in, and the adapters are gone."""
+
+from __future__ import annotations
+
+from typing import Any, TypeVar
+
+from torch import nn
+
+from surgery import hf
+from surgery.claims import check_free
+from surgery.engine import _restore
+from surgery.errors import MergeError, SurgeryError
+from surgery.state import _SITE, SiteState, detach, require_state, sites
+
+__all__ = ["forget"]
+
+M = TypeVar("M", bound=nn.Module)
+
+
+def forget(model: M) -> M:
+    """Make a merge final: the merged adapters are gone, their changes stay in the weights; the same model comes back.
+
+    >>> import torch
+    >>> from torch import nn
+    >>> from surgery import apply_rules, forget, merge
+    >>> from rules import LoraRule
+    >>> model = apply_rules(nn.Sequential(nn.Linear(8, 8)), LoraRule("0", rank=2, init="random"))
+    >>> x = torch.ones(1, 8)
+    >>> adapted, _ = model(x), merge(model)
+    >>> plain = forget(model)
+    >>> torch.allclose(plain(x), adapted, atol=1e-6), list(plain.state_dict())
+    (True, ['0.weight', '0.bias'])
+
+    Nothing that was kept for `unmerge` stays, so this has no way back. Adapters that are not merged stay, and with the
+    last one go all traces, as with `remove`: `requires_grad` flags are those from before the first. A weight that the
+    merge untied (`untie=True`) stays untied, and a config of transformers is told so.
+
+    All or nothing. Raises `SurgeryError` where nothing is merged, `MergeError` where an adapter that stays changed a
+    weight at its start (PiSSA) which a fold lies on: only `unmerge` could take that adapter out later. PEFT:
+    `merge_and_unload`.
+    """
+    state = require_state(model)
+    check_free(model)
+    found = [(path, module, site) for path, module, site in sites(model) if site.merged is not None]
+    if not found:
+        raise SurgeryError("nothing is merged", fix="merge(model) first; remove(model) takes adapters off unmerged")
+    names = [name for name in state.adapters if any(name in _names(site) for _, _, site in found)]
+    for path, _, site in found:
+        _check(path, site)
+    untied = [
+        (module.get_submodule(name.rpartition(".")[0])._parameters[name.rpartition(".")[2]], before)
+        for _, module, site in found
+        if site.merged is not None
+        for name, before in site.merged.tied.items()
+    ]
+    called = {id(parameter): name for name, parameter in model.named_parameters()}
+    for own, before in untied:  # the flag that it gets back is that of the one it was
+        state.flags[called[id(own)]] = state.flags.get(called.get(id(before), ""), before.requires_grad)
+    # From here on nothing can fail: classes are those of what is live already, and the rest is taken out of dicts.
+    for _, module, site in found:
+        gone = {applied.adapter for applied in site.applied} & set(names)
+        site.applied[:] = [applied for applied in site.applied if applied.adapter not in gone]
+        site.merged = None
+        site.classes.clear()  # they were made under names that another adapter may have one day
+        for name in gone:
+            detach(module, name)
+        if not site.applied:
+            del module.__dict__[_SITE]
+    for name in names:
+        del state.adapters[name]
+        state.places.pop(name, None)
+        state.weights.pop(name, None)
+        state.idle.discard(name)
+    if state.adapters:
+        hf.ignore_on_save(model, state)
+    else:
+        _restore(model, state)
+    if untied:
+        _say_untied(model)
+    return model
+
+
+def _names(site: SiteState) -> tuple[str, ...]:
+    return site.merged.adapters if site.merged is not None else ()
+
+
+def _check(path: str, site: SiteState) -> None:
+    assert site.merged is not None
+    folded = {name for name, _ in site.merged.folds}
+    for applied in site.applied:
+        if applied.adapter not in site.merged.adapters and folded & {name for name, _ in applied.changed}:
+            raise MergeError(
+                f"the merge of {', '.join(site.merged.adapters)} can't be final",
+                where=path,
+                why=f"{applied.rule.label} [{applied.adapter}], which stays, changed a weight that it was folded into",
+                fix=f"unmerge(model), then remove {applied.adapter!r}, or merge it, too",
+            )
+
+
+def _say_untied(model: Any) -> None:
+    """So that a checkpoint of it is not tied again when it is loaded."""
+    head = getattr(model, "get_output_embeddings", lambda: None)()
+    embedding = getattr(model, "get_input_embeddings", lambda: None)()
+    config = getattr(model, "config", None)
+    if head is None or embedding is None or config is None or head.weight is embedding.weight:
+        return
+    text = getattr(config, "get_text_config", lambda: config)()
+    for part in (config, text):
+        if getattr(part, "tie_word_embeddings", False):
+            part.tie_word_embeddings = False

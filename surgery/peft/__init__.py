@@ -1,0 +1,114 @@
+"""PEFT's names for code that can't be changed yet: `from surgery.peft import LoraConfig, get_peft_model, PeftModel`.
+
+A façade: what `get_peft_model` gives stands before the model and hands everything on to it. The model inside stays
+itself, with its own class and names; all that is done to it is done by the engine's verbs. docs/from-peft.md tells how
+to move to those.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor, nn
+
+from surgery.errors import SurgeryError
+from surgery.peft import auto, configs, model
+from surgery.peft.auto import *  # noqa: F403
+from surgery.peft.config import PeftConfig, PeftType, TaskType
+from surgery.peft.configs import *  # noqa: F403
+from surgery.peft.facade import Facade, LoadResult
+from surgery.peft.fresh import fill
+from surgery.peft.kbit import prepare_model_for_kbit_training
+from surgery.peft.model import *  # noqa: F403
+from surgery.peft.model import PeftModel, class_for
+from surgery.peft_format import written
+from surgery.state import adapter_names, require_state
+
+__all__ = [
+    "PeftConfig",
+    "PeftType",
+    "TaskType",
+    "get_peft_model",
+    "get_peft_model_state_dict",
+    "inject_adapter_in_model",
+    "prepare_model_for_kbit_training",
+    "set_peft_model_state_dict",
+]
+__all__ += auto.__all__
+__all__ += configs.__all__
+__all__ += model.__all__
+
+
+def get_peft_model(
+    model: nn.Module, peft_config: Any, adapter_name: str = "default", mixed: bool = False,
+    autocast_adapter_dtype: bool = True, revision: str | None = None, low_cpu_mem_usage: bool = False,
+    *, example_inputs: Any = None,
+) -> PeftModel:  # fmt: skip
+    """Put an adapter on a model by PEFT's configuration, and give a façade before it.
+
+    >>> from torch import nn
+    >>> from surgery.peft import LoraConfig, get_peft_model
+    >>> base = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 2))
+    >>> model = get_peft_model(base, LoraConfig(r=2, target_modules=["0"], modules_to_save=["2"]))
+    >>> [name for name, p in model.named_parameters() if p.requires_grad]  # doctest: +NORMALIZE_WHITESPACE
+    ['0.adapters.default.A', '0.adapters.default.B', '2.adapters.default.weight', '2.adapters.default.bias']
+
+    `peft_config`: one of this module's, or PEFT's own. `example_inputs` as in `apply_rules`; for prefixes and prompts
+    on models of transformers there is one without. All or nothing: raises `SurgeryError` for what can't be held
+    exactly (a `PlanError` where several things are wrong), with the model as it was.
+    """
+    config = copy.copy(peft_config)
+    if revision is not None:
+        config.revision = revision
+    kind = class_for(getattr(getattr(config, "task_type", None), "value", getattr(config, "task_type", None)))
+    return kind(model, config, adapter_name, example_inputs=example_inputs,
+                autocast_adapter_dtype=autocast_adapter_dtype)  # fmt: skip
+
+
+def inject_adapter_in_model(
+    peft_config: Any, model: nn.Module, adapter_name: str = "default", low_cpu_mem_usage: bool = False,
+    state_dict: Any = None,
+) -> Any:  # fmt: skip
+    """Put an adapter on a model by PEFT's configuration; the model itself comes back, without a façade.
+
+    >>> from torch import nn
+    >>> from surgery.peft import LoraConfig, inject_adapter_in_model
+    >>> base = nn.Sequential(nn.Linear(8, 8))
+    >>> inject_adapter_in_model(LoraConfig(r=2, target_modules=["0"]), base) is base
+    True
+    """
+    if state_dict is not None:
+        raise SurgeryError("targets are not taken from a state_dict", fix="name them in target_modules")
+    return PeftModel(model, peft_config, adapter_name).get_base_model()
+
+
+def get_peft_model_state_dict(
+    model: nn.Module, state_dict: Mapping[str, Tensor] | None = None, adapter_name: str = "default", **options: Any
+) -> dict[str, Tensor]:
+    """An adapter's tensors under PEFT's keys, of a façade or of a model itself.
+
+    >>> from torch import nn
+    >>> from surgery.peft import LoraConfig, get_peft_model, get_peft_model_state_dict
+    >>> model = get_peft_model(nn.Sequential(nn.Linear(8, 8)), LoraConfig(r=2, target_modules=["0"]))
+    >>> list(get_peft_model_state_dict(model))
+    ['base_model.model.0.lora_A.weight', 'base_model.model.0.lora_B.weight']
+
+    `state_dict`: the model's, where its tensors were gathered from elsewhere.
+    """
+    base = Facade.inside(model)
+    adapter_names(require_state(base), adapter_name)
+    return written(base, adapter_name, state_dict)[1]
+
+
+def set_peft_model_state_dict(
+    model: nn.Module, peft_model_state_dict: Mapping[str, Tensor], adapter_name: str = "default", **options: Any
+) -> LoadResult:
+    """Copy tensors under PEFT's keys into an adapter that is there: which were missing, and which are none of its.
+
+    All or nothing: a tensor of another shape is a `LoadError`, with the adapter as it was.
+    """
+    base = Facade.inside(model)
+    adapter_names(require_state(base), adapter_name)
+    return LoadResult(*fill(base, adapter_name, peft_model_state_dict))

@@ -1,0 +1,35 @@
+"""A quantised model made ready for training, as PEFT does it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+__all__ = ["prepare_model_for_kbit_training"]
+
+
+def prepare_model_for_kbit_training(
+    model: Any, use_gradient_checkpointing: bool = True, gradient_checkpointing_kwargs: dict[str, Any] | None = None
+) -> Any:
+    """Freeze a quantised model, keep what is not packed in float32, and turn gradient checkpointing on.
+
+    >>> import torch
+    >>> from torch import nn
+    >>> from surgery.peft import prepare_model_for_kbit_training
+    >>> model = prepare_model_for_kbit_training(nn.Sequential(nn.Linear(4, 4).bfloat16()), False)
+    >>> model[0].weight.dtype, model[0].weight.requires_grad
+    (torch.float32, False)
+
+    Only models of transformers have gradient checkpointing; that the input requires gradients is seen to when an
+    adapter is put on.
+    """
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
+        if type(parameter) is nn.Parameter and parameter.dtype in (torch.float16, torch.bfloat16):
+            parameter.data = parameter.data.float()
+    enable = getattr(model, "gradient_checkpointing_enable", None)
+    if use_gradient_checkpointing and enable is not None:
+        enable(gradient_checkpointing_kwargs=gradient_checkpointing_kwargs or {"use_reentrant": True})
+    return model
