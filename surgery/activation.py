@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from surgery.claims import check_free, claimed
 from surgery.errors import SurgeryError
 from surgery.rule import Rule
-from surgery.state import ModelState, adapter_names, require_state, site_state, tensors_of
+from surgery.state import ModelState, adapter_names, model_state, require_state, site_state, tensors_of
 from surgery.switching import switch, weights_now
 
 __all__ = ["Adapter", "activate", "active", "adapters", "deactivate", "using"]
@@ -157,7 +157,9 @@ def using(model: nn.Module, adapter: str | Sequence[str] | None, weights: Weight
             switch(model, live)
             yield
         finally:
-            switch(model, {name: weight for name, weight in before.items() if name in state.adapters})
+            now = model_state(model)
+            if now is not None:  # else the last one was removed inside
+                switch(model, {name: weight for name, weight in before.items() if name in now.adapters})
 
 
 def _weighted(state: ModelState, adapter: str | Sequence[str], weights: Weights) -> dict[str, float]:

@@ -314,7 +314,7 @@ def clash(entries: Sequence[Entry]) -> bool:
 
 def _run(module: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     if isinstance(module, nn.Embedding):
-        return weight[x]
+        return F.embedding(x, weight, module.padding_idx)  # no gradient for the padding
     if isinstance(module, nn.LayerNorm):
         return F.layer_norm(x, module.normalized_shape, weight, bias, module.eps)
     if isinstance(module, nn.Conv1d):
@@ -324,7 +324,7 @@ def _run(module: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 def _branch(module: Any, x: Tensor, A: Tensor, B: Tensor) -> Tensor:
     if isinstance(module, nn.Embedding):
-        return A.t()[x] @ B.t()
+        return F.embedding(x, A.t(), module.padding_idx) @ B.t()
     if isinstance(module, nn.Conv1d):
         return F.conv1d(F.conv1d(x.to(A.dtype), A, padding=1, groups=module.groups), B, groups=module.groups)
     return x.to(A.dtype) @ A.t() @ B.t()

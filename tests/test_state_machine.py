@@ -9,6 +9,7 @@ import copy
 import io
 import os
 import shutil
+import sys
 import tempfile
 import threading
 from collections import Counter
@@ -180,14 +181,17 @@ class Adapters(RuleBasedStateMachine):
 
     def attempt(self, problem: str, step: Callable[[], Any]) -> bool:
         """Do it; or see it refused with everything as it was."""
+        what = sys._getframe(1).f_code.co_name
         if not problem:
             step()
             DONE["done"] += 1
+            DONE[what] += 1
             return True
         before, told, output = Snapshot(self.model), self.report(), self.run()
         with pytest.raises(SurgeryError):
             step()
         DONE["refused"] += 1
+        DONE["no " + what] += 1
         assert not before.differences(self.model), f"refused ({problem}), and changed"
         assert self.report() == told and torch.equal(self.run(), output)
         return False
@@ -370,6 +374,7 @@ class Adapters(RuleBasedStateMachine):
             self.switched(live)
 
     def switched(self, live: dict[str, float]) -> None:
+        self.unmerged = None
         for name, held in self.shadow.adapters.items():
             held.live, held.weight = name in live, live.get(name, 1.0)
 
@@ -447,7 +452,7 @@ class Adapters(RuleBasedStateMachine):
         output = self.run()
         if self.attempt(problem, lambda: merge(self.model, named, keep=keep, untie=untie, safe=safe)):
             self.shadow.merged = tuple(name for name in self.shadow.adapters if name in names)
-            self.unmerged = output if set(names) <= set(self.shadow.live()) else None
+            self.unmerged = output if names and set(names) <= set(self.shadow.live()) else None
             classes = [type(self.model.get_submodule(path)) for path in self.shadow.merged_paths()]
             if set(self.shadow.live()) <= set(names):
                 assert all(cls.__module__.startswith("torch.nn") for cls in classes)
@@ -496,6 +501,7 @@ class Adapters(RuleBasedStateMachine):
         for name in merged:
             del shadow.adapters[name]
         shadow.merged = ()
+        self.saved.clear()  # they were made on another base
         self.identities()
 
     # Adapters change ----------------------------------------------------------------------------------------------
@@ -558,6 +564,7 @@ class Adapters(RuleBasedStateMachine):
             self.gone(names)
 
     def gone(self, names: list[str]) -> None:
+        self.unmerged = None
         for name in names:
             for entry in self.shadow.adapters.pop(name).entries:
                 key, others = f"{entry.path}.weight", self.shadow.adapters.values()
