@@ -2,6 +2,7 @@
 
 import rules.peft  # noqa: F401, I001  # how PEFT writes what is here: it needs the rules above
 from rules.adalora import AdaLoraRule
+from rules.adaption import AdaptionRule
 from rules.allocate import RankAllocator, orthogonal_loss
 from rules.bias import BiasRule
 from rules.boft import BoftRule
@@ -36,6 +37,7 @@ from rules.vera import VeraRule
 
 __all__ = [
     "AdaLoraRule",
+    "AdaptionRule",
     "BiasRule",
     "BoftRule",
     "BottleneckRule",

@@ -32,7 +32,7 @@ def combined(shares: Sequence[Share], how: Combination) -> tuple[Rule, _combined
         raise how.refusal(shares, "DoRA rescales what lora_bias adds, too, which no bias of the result can hold")
 
     module, path = shares[0].site.module, shares[0].site.path
-    layouts = [cast(Layout, layout_of(module, rule.rank_at(path))) for rule in rules]
+    layouts = [cast(Layout, layout_of(module, rule.room_at(path))) for rule in rules]
     rank = _rank(how, shares, rules, layouts)
     layout = layout_of(module, rank)
     rule = _rule(rules, how, rank, layout)
@@ -53,8 +53,8 @@ def combined(shares: Sequence[Share], how: Combination) -> tuple[Rule, _combined
 
 def _rank(how: Combination, shares: Sequence[Share], rules: Sequence[LoraRule], layouts: Sequence[Layout]) -> int:
     among = cast("Sequence[LoraRule]", how.rules)
-    largest = max(rank for rule in among for rank in (rule.rank, *(rule.rank_pattern or {}).values()))
-    rank = _combined.rank_of(how, shares, [rule.rank_at(shares[0].site.path) for rule in rules], largest)
+    largest = max(rank for rule in among for rank in (rule.max_rank or rule.rank, *(rule.rank_pattern or {}).values()))
+    rank = _combined.rank_of(how, shares, [rule.room_at(shares[0].site.path) for rule in rules], largest)
     groups = getattr(shares[0].site.module, "groups", 1)
     divided = all(layout.parts[0].groups == groups for layout in layouts)
     # By a rank that the groups divide, each group would have a part of it alone: a sum of others has no place there.
@@ -67,6 +67,7 @@ def _rule(rules: Sequence[LoraRule], how: Combination, rank: int, layout: Layout
     return first.replace(
         rank=rank,
         alpha=rank,
+        max_rank=None,
         dropout=0.0 if isinstance(layout, Layout) and layout.weight_space else first.dropout,
         bias=first.bias if len({rule.bias for rule in among}) == 1 else "none",
         lora_bias=any(rule.lora_bias for rule in rules),

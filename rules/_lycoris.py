@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rules import _fields, _maps
+from rules import _fields, _maps, _swapped
 from surgery import LiveSite, Rule, Site
 
 
@@ -95,6 +95,12 @@ class DeltaRule(Rule):
 
     def merged(self, site: LiveSite) -> dict[str, Any]:
         return _maps.added(site, self._scaled(site, {name: tensor.detach() for name, tensor in site.params.items()}))
+
+    def swapped(self, live: Rule, site: LiveSite) -> dict[str, Tensor]:
+        assert isinstance(live, DeltaRule)
+        _swapped.check(self, live, "rank", "alpha", "rank_pattern", "alpha_pattern", "rank_dropout", "module_dropout")
+        first, ratio = next(iter(site.params)), self.scale_at(site.path) / live.scale_at(site.path)
+        return {**site.params, first: _swapped.scaled(site.params[first], ratio, site)}
 
     def _scaled(self, site: Site | LiveSite, held: Mapping[str, Tensor]) -> Tensor:
         first = next(iter(held))  # Δ is linear in each of its tensors, and a small one is scaled faster

@@ -26,13 +26,13 @@ def takes_text(module: nn.Module) -> bool:
 
 def hosts(module: nn.Module, path: str) -> Iterator[tuple[str, nn.Module]]:
     """The innermost modules in this one that take a text, as ids or embedded, with its mask; no decoder of two."""
-    owners = tuple(inner for inner in module.modules() if _has_both(inner))
+    owners = tuple(inner for inner in module.modules() if has_both(inner))
     return ((name, inner) for name, inner in _innermost(module, path) if role_of(inner, owners) != "decoder")
 
 
 def decoders(module: nn.Module, path: str) -> Iterator[tuple[str, nn.Module]]:
     """Those that look at an encoder's states through a mask."""
-    owners = tuple(inner for inner in module.modules() if _has_both(inner))
+    owners = tuple(inner for inner in module.modules() if has_both(inner))
     for name, inner in _innermost(module, path):
         if _takes(inner, "encoder_hidden_states", "encoder_attention_mask") and role_of(inner, owners) == "decoder":
             yield name, inner
@@ -41,7 +41,7 @@ def decoders(module: nn.Module, path: str) -> Iterator[tuple[str, nn.Module]]:
 def role_of(module: nn.Module, owners: tuple[nn.Module, ...]) -> str:
     """ "encoder" or "decoder" of a model that has both, or "alone"."""
     for owner in owners:
-        if owner is not module and _has_both(owner) and any(inner is module for inner in owner.modules()):
+        if owner is not module and has_both(owner) and any(inner is module for inner in owner.modules()):
             encoder = owner.get_encoder()  # type: ignore[operator]
             inside = encoder is not owner and any(inner is module for inner in encoder.modules())
             return "encoder" if inside else "decoder"
@@ -63,8 +63,19 @@ def example_of(site: Site) -> dict[str, Any] | None:
     return {**given, **given.pop(starred(site) or "", {})}
 
 
-def _has_both(module: nn.Module) -> bool:
+def has_both(module: nn.Module) -> bool:
     return _takes(module, "encoder_outputs") and hasattr(module, "get_encoder")
+
+
+def reads_padding(model: nn.Module) -> bool:
+    """Whether code around the text's module looks for padding: heads that take the text's last token, by its id."""
+    forward = inspect.unwrap(getattr(model, "_surgery_base", type(model)).forward)
+    names = getattr(getattr(forward, "__code__", None), "co_names", ())
+    return "pad_token_id" in names and takes_text(model) and not has_both(model) and bool(_inner_hosts(model))
+
+
+def _inner_hosts(model: nn.Module) -> list[str]:
+    return [path for path, _ in _innermost(model, "") if path]
 
 
 def _takes(module: nn.Module, *names: str) -> bool:
@@ -99,17 +110,27 @@ def seen(site: Site) -> dict[str, Any]:
         embedding = site.module.get_input_embeddings()  # type: ignore[operator]
     except NotImplementedError as error:
         raise _refused(site, "it does not tell its embedding of tokens: get_input_embeddings()") from error
+    run: Callable[..., Any] = site.run
     try:
-        found = probed(site.run, embedding)
+        found = probed(run, embedding)
     except SurgeryError:  # it needs more than a text: as in the example, then
         given = example_of(site)
         if given is None:
             raise
         more = {name: value for name, value in given.items() if name not in CHANGED and value is not None}
-        found = probed(functools.partial(site.run, **more), embedding, given.get("input_ids"))
+        run = functools.partial(site.run, **more)
+        found = probed(run, embedding, given.get("input_ids"))
     if found["why"]:
         raise _refused(site, found["why"])
+    found["counted"] = _takes(site.module, "position_ids") and counted(run, embedding)
     return found
+
+
+def after_of(site: Site, after: int | None) -> int:
+    """How many of a text's tokens stay before the virtual ones."""
+    if after is None and site.facts["role"] != "layer":
+        return int(site.facts["seen"]["pooled"])
+    return after or 0
 
 
 def width(site: Site, random: bool, after: int | None) -> int:
@@ -178,6 +199,24 @@ def probed(run: Callable[..., Any], embedding: nn.Module, ids: Tensor | None = N
         embedded = hidden_of(run(inputs_embeds=embedding(ids).detach(), attention_mask=mask))
         found["left"] = _same(as_ids[:, 1:], embedded[:, 1:])
     return found
+
+
+def counted(run: Callable[..., Any], embedding: nn.Module) -> bool:
+    """Whether a text's positions are 0, 1, 2, … where a call gives none, be there padding on the left or not."""
+    padding = getattr(embedding, "padding_idx", None)
+    weight = next(embedding.parameters())
+    rows = [row for row in range(min(weight.shape[0], 8)) if row != padding]
+    ids = torch.tensor([(rows * 4)[:4]], device=weight.device)
+    mask = torch.ones_like(ids)
+    mask[:, 0] = 0
+    positions = torch.arange(4, device=ids.device).unsqueeze(0)
+    try:
+        return all(
+            _same(hidden_of(run(**given))[:, 1:], hidden_of(run(**given, position_ids=positions))[:, 1:])
+            for given in ({"input_ids": ids}, {"input_ids": ids, "attention_mask": mask})
+        )
+    except SurgeryError:
+        return False
 
 
 def _same(one: Tensor, other: Tensor) -> bool:

@@ -26,11 +26,21 @@ _MARK = "_surgery_prompts"
 Mark = tuple[int, int | None]
 
 
-def put_in(module: Any, prompt: Tensor, given: Inputs, rest: str, adapter: str, after: int, left: bool) -> Any:
+def put_in(
+    module: Any,
+    prompt: Tensor,
+    given: Inputs,
+    rest: str,
+    adapter: str,
+    after: int,
+    left: bool,
+    real: Tensor | None = None,
+) -> Any:
     """The inputs with virtual tokens, and what this call puts in: None where the cache has them from before.
 
     `given`: the forward's arguments by name, `rest` the name of its ** argument; `left`: whether padding may be left;
-    `adapter`: the adapter's mark, which stays when it is renamed.
+    `adapter`: the adapter's mark, which stays when it is renamed; `real`: (batch, length), 1 where a row has a virtual
+    token, and 0 where it only fills up.
     """
     inputs = {**given, **(given[rest] if rest else {})}
     ids, embeds = inputs["input_ids"], inputs["inputs_embeds"]
@@ -46,15 +56,19 @@ def put_in(module: Any, prompt: Tensor, given: Inputs, rest: str, adapter: str, 
     if first and text.shape[1] < after:
         raise _error(f"the first call has {text.shape[1]} tokens, fewer than after={after}", "give the text's start")
     mask = _mask(inputs["attention_mask"], past, left)
+    positions = inputs.get("position_ids")
+    if real is not None:
+        mask, positions = _told(mask, positions, past, text)
     changed: Inputs = {"attention_mask": mask}
     if mask is not None:
-        changed["attention_mask"] = _spliced(mask, mask.new_ones(mask.shape[0], count), after, 1)
+        columns = mask.new_ones(mask.shape[0], count) if real is None else real.to(mask)
+        changed["attention_mask"] = _spliced(mask, columns, after, 1)
     elif not first and "position_ids" not in given and past.seen and past.new > 1:
         raise _error("it can't be told from the call which tokens the cache has already", "give an attention_mask")
     lag: int | None = 0
-    if inputs.get("position_ids") is not None:
-        lag = _lag(inputs["position_ids"], past)
-        changed["position_ids"] = _positions(inputs["position_ids"], count, after, past, mask is None)
+    if positions is not None:
+        lag = _lag(positions, past)
+        changed["position_ids"] = _positions(positions, count, after, past, mask is None, real)
     if inputs.get("cache_position") is not None:
         steps = inputs["cache_position"] + count
         changed["cache_position"] = torch.cat([torch.arange(count).to(steps), steps]) if first else steps
@@ -73,12 +87,17 @@ def put_in(module: Any, prompt: Tensor, given: Inputs, rest: str, adapter: str, 
     return new, (count, lag) if first else None
 
 
-def take_out(output: Any, made: Mark | None, adapter: str, after: int) -> Any:
-    """The output without the virtual tokens' positions; the cache, which keeps them, remembers whose they are."""
+def take_out(output: Any, made: Mark | None, adapter: str, after: int | None) -> Any:
+    """The output without the virtual tokens' positions; the cache, which keeps them, remembers whose they are.
+
+    `after`: how many of the text's tokens stand before them; None: they stay.
+    """
     if made is None:
         return output
     for cache in _caches_of(output):
         _mark(cache, adapter, made)
+    if after is None:
+        return output
     count, hidden = made[0], hidden_of(output)
     if hidden.dim() != 3 or hidden.shape[1] < count + after:
         raise _error(f"the model returns {tuple(hidden.shape)}", "its output must have a position for each token")
@@ -234,7 +253,22 @@ def _lag(positions: Tensor, past: _Past) -> int | None:
     return lag
 
 
-def _positions(positions: Tensor, count: int, after: int, past: _Past, unmasked: bool) -> Tensor:
+def _told(mask: Tensor | None, positions: Tensor | None, past: _Past, text: Tensor) -> tuple[Tensor, Tensor]:
+    """The text's mask and positions, where a call leaves them out: rows with fewer virtual tokens need them."""
+    if past.text is None:
+        raise _error("it can't be told how long the text is", "route rows whose prompts are equally long")
+    if mask is None:
+        mask = torch.ones(len(text), past.text, dtype=torch.long, device=text.device)
+    if positions is None:
+        positions = torch.arange(past.text - past.new, past.text, device=text.device).expand(len(text), -1)
+    return mask, positions
+
+
+def _positions(
+    positions: Tensor, count: int, after: int, past: _Past, unmasked: bool, real: Tensor | None = None
+) -> Tensor:
+    if real is not None:
+        return _positions_of_rows(positions, after, past, real.to(positions))
     if not past.empty:
         return positions + count
     if unmasked and bool((positions.diff(dim=-1) != 1).any()):
@@ -244,6 +278,17 @@ def _positions(positions: Tensor, count: int, after: int, past: _Past, unmasked:
     rows = start + torch.arange(count, device=positions.device, dtype=positions.dtype)
     shifted = torch.cat([positions[..., :after], positions[..., after:] + count], -1) if after else positions + count
     return _spliced(shifted, rows.expand(*positions.shape[:-1], -1), after, -1)
+
+
+def _positions_of_rows(positions: Tensor, after: int, past: _Past, real: Tensor) -> Tensor:
+    """As `_positions`, of rows that have virtual tokens of their own number: 1 in `real`."""
+    count = real.sum(-1, keepdim=True)
+    positions = positions.expand(len(real), -1)
+    if not past.empty:
+        return positions + count
+    start = positions[..., after - 1 : after] + 1 if after else positions.amin(-1, keepdim=True)
+    rows = start + (real.cumsum(-1) - 1).clamp_min(0)
+    return _spliced(torch.cat([positions[..., :after], positions[..., after:] + count], -1), rows, after, -1)
 
 
 def _without(value: Any, count: int, total: int, after: int) -> Any:

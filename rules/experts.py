@@ -9,7 +9,7 @@ from typing import Any, Literal, cast
 
 from torch import Tensor, nn
 
-from rules import _combined, _fields
+from rules import _combined, _fields, _swapped
 from rules._factored import factored
 from surgery import Combination, LiveSite, LowRank, Rule, Share, Site, rule
 
@@ -117,6 +117,22 @@ class ExpertLoraRule(Rule):
             left, right = (A.mT, B.mT) if self._turned(site.module) else (B, A)
             changes[name] = LowRank(left.flatten(0, -2), right.flatten(0, -2), scale, groups=math.prod(experts))
         return changes
+
+    def swapped(self, live: Rule, site: LiveSite) -> dict[str, Tensor]:
+        assert isinstance(live, ExpertLoraRule)
+        held = ("rank", "alpha", "rslora", "rank_pattern", "alpha_pattern", "dtype", "parameters", "transposed")
+        _swapped.check(self, live, *held)
+        made, scales = dict(site.params), {name: scale for name, _, _, scale in self._sizes(site)}
+        if not scales.keys() <= set(live.names(site.module)) or self._turned(site.module) != live._turned(site.module):
+            _swapped.check(self, live, *held[:-2])
+        for name, (*experts, out, inner), rank, scale in live._sizes(site):
+            A, B = f"{name}_A", f"{name}_B"
+            if name in scales:
+                made[B] = _swapped.scaled(made[B], scales[name] / scale, site)
+            else:  # of fewer parameters: at the others it does nothing
+                like = next(iter(site.params.values()))
+                made |= {A: like.new_zeros(*experts, rank, inner), B: like.new_zeros(*experts, out, rank)}
+        return made
 
     def combined(self, shares: Sequence[Share], how: Combination) -> tuple[Rule, Mapping[str, Tensor]]:
         """As LoRA's, for each parameter of those that any of them changes."""

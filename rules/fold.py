@@ -4,12 +4,10 @@ from __future__ import annotations
 
 from typing import Any, TypeVar
 
-import torch
 from torch import nn
 
-from rules import _encoder
 from rules.prompt import PromptRule
-from surgery import SurgeryError, adapter_state_dict, apply_rules, load_adapter_state_dict, remove, rules_of
+from surgery import SurgeryError, apply_rules, folded_adapter, load_adapter_state_dict, remove, rules_of
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -34,15 +32,8 @@ def fold_prompts(model: M, adapter: str = "default", *, example_inputs: Any = No
         raise SurgeryError("prompts are folded in the model's only adapter", fix="fold before applying others")
     if not any(isinstance(rule, PromptRule) and rule.encoder for rule in rules):
         raise SurgeryError(f"no prompt of {adapter!r} has an encoder", fix="there is nothing to fold")
-    tensors = {name: tensor.clone() for name, tensor in adapter_state_dict(model, adapter).items()}
-    for name in [name for name in tensors if name.rpartition(".")[2] == "mlp_0_weight"]:
-        site = name.removesuffix("mlp_0_weight")
-        encoder = {key: key.removeprefix(site) for key in tensors if key.startswith((site + "mlp_", site + "lstm_"))}
-        with torch.no_grad():
-            made = {short: tensors.pop(key) for key, short in encoder.items()}
-            tensors[site + "prompt"] = _encoder.encoded(tensors[site + "prompt"], made, 0.0, False)
+    plain, tensors = folded_adapter(model, adapter)
     remove(model, adapter)
-    plain = [rule.replace(encoder=None) if isinstance(rule, PromptRule) else rule for rule in rules]
     apply_rules(model, plain, adapter=adapter, example_inputs=example_inputs)
     load_adapter_state_dict(model, tensors, adapter)
     return model

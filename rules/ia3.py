@@ -10,7 +10,7 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from rules import _fields, _maps
+from rules import _fields, _maps, _swapped
 from surgery import Combination, LiveSite, Pattern, Rule, Share, Site, rule
 
 
@@ -74,6 +74,12 @@ class IA3Rule(Rule):
     def merged(self, site: LiveSite) -> dict[str, Tensor]:
         scaled = partial(self._times, site, scale=site.params["scale"].detach())
         return {name: scaled(name, site.tensor(name)).to(site.tensor(name).dtype) for name in self._scaled(site)}
+
+    def swapped(self, live: Rule, site: LiveSite) -> Mapping[str, Tensor]:
+        assert isinstance(live, IA3Rule)
+        alike = self.feeds(site.path) == live.feeds(site.path)  # which may be said in other words
+        _swapped.check(self, live, *(["feedforward"] if alike else []))
+        return site.params
 
     def combined(self, shares: Sequence[Share], how: Combination) -> tuple[Rule, Mapping[str, Tensor]]:
         if how.untouched(shares) and not how.lacking(shares):

@@ -9,7 +9,7 @@ from typing import Any, Literal, cast
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from rules import _fields, _init, _lora_combined
+from rules import _fields, _init, _lora_combined, _swapped
 from rules._layouts import Layout, Part, column_norm, gain_of, layout_of
 from rules.bias import EVERYWHERE, BiasesOf, BiasRule
 from surgery import Combination, LiveSite, LowRank, Rule, Share, Site, rule
@@ -37,7 +37,8 @@ class LoraRule(Rule):
     an Embedding's indices take none); `bias` "none", "all" (every bias of the model is trained) or "lora_only"
     (the targets'); `lora_bias` (a bias on B); `rslora` (use_rslora: alpha / sqrt(rank)); `dora` (use_dora);
     `init` (init_lora_weights): "kaiming" (True), "gaussian", "orthogonal", "pissa", "pissa_niter_N", "olora", or
-    "random" (False: B is not zero); `rank_pattern`, `alpha_pattern`: path suffix or regular expression → value.
+    "random" (False: B is not zero); `rank_pattern`, `alpha_pattern`: path suffix or regular expression → value;
+    `max_rank`: A and B have room for this rank, zero beyond the rule's own, for `hotswap` to use.
     Defaults are PEFT's. PiSSA and OLoRA change the base's weight at the start; `remove` gives its bits back.
 
     Raises `RuleError` for a value out of range; a module that can't take the rule is a problem of the plan.
@@ -54,6 +55,7 @@ class LoraRule(Rule):
     init: str = "kaiming"
     rank_pattern: Mapping[str, int] | None = None
     alpha_pattern: Mapping[str, float] | None = None
+    max_rank: int | None = None
     dtype: Any = None
 
     def validate(self) -> None:
@@ -61,6 +63,10 @@ class LoraRule(Rule):
         ranks, alphas = dict(self.rank_pattern or {}), dict(self.alpha_pattern or {})
         if not all(type(value) is int and value >= 1 for value in (self.rank, *ranks.values())):
             raise self.bad("rank_pattern" if ranks else "rank", "a whole number from 1")
+        if self.max_rank is not None and (
+            type(self.max_rank) is not int or self.max_rank < max(self.rank, *ranks.values(), 1)
+        ):
+            raise self.bad("max_rank", "a whole number from the rule's ranks up, or None")
         if not all(type(value) in (int, float) and 0 < value < math.inf for value in (self.alpha, *alphas.values())):
             raise self.bad("alpha_pattern" if alphas else "alpha", "a number above 0")
         _fields.chance(self, "dropout")
@@ -82,6 +88,10 @@ class LoraRule(Rule):
     def rank_at(self, path: str) -> int:
         return int(_fields.first(self.rank_pattern, path, self.rank))
 
+    def room_at(self, path: str) -> int:
+        """The rank that the tensors have room for, and may use after a `hotswap`."""
+        return self.max_rank or self.rank_at(path)
+
     def alpha_at(self, path: str) -> float:
         return _fields.first(self.alpha_pattern, path, self.alpha)
 
@@ -90,16 +100,19 @@ class LoraRule(Rule):
         return self.alpha_at(path) / (math.sqrt(rank) if self.rslora else rank)
 
     def check(self, module: nn.Module, path: str) -> str | None:
-        layout = layout_of(module, self.rank_at(path))
-        if isinstance(layout, str):
-            return layout
+        used = layout_of(module, self.rank_at(path))
+        layout = used if self.max_rank is None else layout_of(module, self.max_rank)
+        if isinstance(layout, str) or isinstance(used, str):
+            return str(layout)
+        if used.parts[0].groups != layout.parts[0].groups:
+            return f"its groups divide one of rank {self.rank_at(path)} and max_rank {self.max_rank}, and not the other"
         if self.dropout and layout.weight_space:
             return f"dropout={self.dropout} has no input to act on: {layout.why}; give it a rule with dropout=0"
         if self.lora_bias and (layout.weight_space or layout.kind == "embedding"):
             return "lora_bias needs a map with an output bias of its own"
         if self.dora and layout.packed:
             return "DoRA needs the weight's norm, and the weight is packed"
-        return _init.why_not(self.init, layout)
+        return _init.why_not(self.init, used)
 
     def review(self, paths: Sequence[str]) -> Iterable[str]:
         return _fields.idle(self, paths, "rank_pattern", "alpha_pattern")
@@ -111,10 +124,12 @@ class LoraRule(Rule):
             yield BiasesOf(targets=self.targets, exclude=self.exclude, layers=self.layers)
 
     def rewrite(self, site: Site) -> Tensor | None:
-        layout, scale = self._layout(site), self.scale_at(site.path)
-        for part in layout.parts:
-            A = site.param(part.prefix + "A", part.A, _init.fill(self.init, "A", layout), dtype=self.dtype)
-            B = site.param(part.prefix + "B", part.B, _init.fill(self.init, "B", layout), dtype=self.dtype)
+        layout, scale = self.layout(site), self.scale_at(site.path)
+        starts = [_init.fill(self.init, which, layout) for which in "AB"]
+        for part, used in zip(layout.parts, self._used(site).parts, strict=True):
+            fills = [_swapped.filled(start, which, used, part) for start, which in zip(starts, "AB", strict=True)]
+            A = site.param(part.prefix + "A", part.A, fills[0], dtype=self.dtype)
+            B = site.param(part.prefix + "B", part.B, fills[1], dtype=self.dtype)
             gain = None
             if self.dora:
                 magnitude = site.param(part.prefix + "magnitude", part.magnitude, dtype=self.dtype)
@@ -142,10 +157,10 @@ class LoraRule(Rule):
 
     def initialise(self, site: LiveSite) -> Mapping[str, LowRank] | None:
         scale, changes = self.scale_at(site.path), {}
-        for part in self._layout(site).parts:
+        for part in self.layout(site).parts:
             A, B = site.params[part.prefix + "A"], site.params[part.prefix + "B"]
-            weight = site.tensor(part.weight)
-            if _init.fill_jointly(self.init, part, weight, A, B, scale):
+            weight, rank = site.tensor(part.weight), self.rank_at(site.path)
+            if _init.fill_jointly(self.init, part, weight, A[:rank], B[:, :rank], scale):
                 changes[part.weight] = change = part.low_rank(A, B, -scale)
                 weight = weight + change.delta(part.shape).to(weight.device)
             if self.dora:
@@ -155,7 +170,7 @@ class LoraRule(Rule):
 
     def merged(self, site: LiveSite) -> dict[str, LowRank | Tensor]:
         scale, changes = self.scale_at(site.path), {}
-        for part in self._layout(site).parts:
+        for part in self.layout(site).parts:
             A, B = (site.params[part.prefix + name].detach() for name in "AB")
             changes[part.weight] = part.low_rank(A, B, scale)
             if self.dora:
@@ -166,7 +181,7 @@ class LoraRule(Rule):
         return changes
 
     def _rescaled(self, site: LiveSite, part: Part, A: Tensor, B: Tensor, scale: float) -> LowRank | Tensor:
-        in_weight = self._layout(site).weight_space
+        in_weight = self.layout(site).weight_space
         base = (site.tensor(part.weight) if in_weight else site.base(part.weight)).detach().to(A.dtype)
         changed = base + part.delta(A, B) * scale
         gain = gain_of(part, site.params[part.prefix + "magnitude"].detach(), changed)
@@ -174,6 +189,16 @@ class LoraRule(Rule):
             return part.low_rank(A, B, scale, gain)
         weight = site.tensor(part.weight)  # a branch rescales the base alone, not what other branches added
         return (weight + (gain * changed - base)).to(weight.dtype)
+
+    def swapped(self, live: Rule, site: LiveSite) -> dict[str, Tensor]:
+        return _swapped.tensors(self, live, site)
+
+    def neutral(self, site: LiveSite) -> dict[str, Tensor]:
+        zeros = {name: tensor.zero_() for name, tensor in site.params.items() if not name.endswith("magnitude")}
+        return _swapped.completed(self, site, zeros)
+
+    def padded(self, rank: int) -> LoraRule:
+        return self.replace(max_rank=rank)
 
     def combined(self, shares: Sequence[Share], how: Combination) -> tuple[Rule, Mapping[str, Tensor]]:
         return _lora_combined.combined(shares, how)
@@ -184,7 +209,15 @@ class LoraRule(Rule):
     def alone(self) -> Rule:
         return self.replace(bias="none")
 
-    def _layout(self, site: Site | LiveSite) -> Layout:
-        layout = layout_of(site.module, self.rank_at(site.path))
-        assert isinstance(layout, Layout), layout
-        return layout
+    def layout(self, site: Site | LiveSite) -> Layout:
+        """How A and B lie on the module, with all their room."""
+        return _sure(layout_of(site.module, self.room_at(site.path)))
+
+    def _used(self, site: Site) -> Layout:
+        """How they would lie with room for their own rank alone."""
+        return self.layout(site) if self.max_rank is None else _sure(layout_of(site.module, self.rank_at(site.path)))
+
+
+def _sure(layout: Layout | str) -> Layout:
+    assert isinstance(layout, Layout), layout
+    return layout

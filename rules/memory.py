@@ -1,14 +1,15 @@
-"""What an encoder-decoder needs where its encoder's states hold virtual tokens."""
+"""What a model needs around the module that virtual tokens go into."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import field
+from typing import Any, cast
 
-from torch import nn
+from torch import Tensor, nn
 
 from rules import _texts, _virtual
-from surgery import Rule, Site, Targets, rule
+from surgery import Member, Rule, Site, Targets, rule
 
 THE_MODEL = ""  # the path of the model itself
 
@@ -31,3 +32,33 @@ class PromptMemoryRule(Rule):
     def rewrite(self, site: Site) -> None:
         states, mask = site.inputs["encoder_hidden_states"], site.inputs["encoder_attention_mask"]
         site.replace(mask, site.apply(_virtual.widened, states, mask, self.length))
+
+    @classmethod
+    def routed(cls, sites: Sequence[Member]) -> None:
+        states, mask = sites[0].inputs["encoder_hidden_states"], sites[0].inputs["encoder_attention_mask"]
+        length = max(cast(PromptMemoryRule, site.rule).length for site in sites)  # the encoder wants them equally long
+        sites[0].replace(mask, sites[0].apply(_virtual.widened, states, mask, length))
+
+
+@rule("prompt-hidden-ids")
+class HiddenIdsRule(Rule):
+    """A model that is given its text's embeddings for the ids, so that its head sees none. Comes with a PromptRule."""
+
+    targets: Targets = field(default=THE_MODEL, kw_only=False)
+    scalable = False
+    routable = False
+    why_not_merged = "it changes what the model is called with"
+
+    def expand(self, module: nn.Module, path: str) -> Iterable[tuple[str, nn.Module]]:
+        return [(path, module)] if _texts.reads_padding(module) else []
+
+    def rewrite(self, site: Site) -> None:
+        ids, embeds = site.inputs["input_ids"], site.inputs["inputs_embeds"]
+        made: Any = site.apply(embedded, site.this, ids, embeds)
+        site.replace(ids, made[0])
+        site.replace(embeds, made[1])
+
+
+def embedded(module: Any, ids: Tensor | None, embeds: Tensor | None) -> tuple[None, Tensor | None]:
+    """A text without its ids."""
+    return None, embeds if ids is None else module.get_input_embeddings()(ids)

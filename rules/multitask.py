@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from rules import _fields, _texts
 from rules.prompt import PromptRule
-from surgery import Combination, Rule, Share, Site, SiteError, rule
+from surgery import Combination, Member, Rule, Share, Site, SiteError, rule
 
 
 @rule("multitask-prompt")
@@ -51,6 +51,11 @@ class MultitaskPromptRule(PromptRule):
             raise self.bad("task", f"one of {self.tasks} tasks, from 0")
         if self.encoder is not None:
             raise self.bad("encoder", "None: there is none beside tasks")
+
+    @classmethod
+    def routed(cls, sites: Sequence[Member]) -> Any:
+        why = "its tasks are named for all rows of a batch"
+        raise SiteError(f"a {cls.__name__} can't be routed", where=sites[0].path, why=why, fix="task_of: one a row")
 
     def combined(self, shares: Sequence[Share], how: Combination) -> tuple[Rule, Mapping[str, Tensor]]:
         return Rule.combined(self, shares, how)

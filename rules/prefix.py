@@ -14,18 +14,8 @@ from rules._attention import extend, may_write_attention, written_attention
 from rules._fields import whole
 from rules._prefix import differentiable, folded_tensors, gated, keys_and_values, prefixed, shape_held
 from rules._prefix_rows import mixed
-from surgery import (
-    Combination,
-    LiveSite,
-    Member,
-    Rule,
-    Share,
-    Site,
-    SiteError,
-    Targets,
-    rule,
-    takes_functions,
-)
+from rules.positions import ShiftedRule, known
+from surgery import Combination, LiveSite, Member, Rule, Share, Site, SiteError, Targets, rule, takes_functions
 
 EVERYWHERE = ("", "re:.*")  # the model itself, and all in it
 
@@ -59,8 +49,9 @@ class PrefixRule(Rule):
 
     The mask is widened by columns that every query sees; a causal attention without a mask gets its mask written out.
     Where attention is written out, the prefix's scores stand beside the text's under one softmax.
-    Positions stay those of the text: prefixes have none, and a rotation is not applied to them. Caches hold the text
-    alone. There is no merged form: a prefix is no change of a weight.
+    Positions stay those of the text: prefixes have none, and a rotation is not applied to them. `shift`: the path of an
+    nn.Embedding of positions, which is given them `length` later, as with PEFT's prefixes. Caches hold the text alone.
+    There is no merged form: a prefix is no change of a weight.
 
     Raises `SiteError` without an example, or for a module that is no such attention; when called, for masks that are
     no tensors (flex attention). Sources: Li & Liang 2021, arXiv:2101.00190; Zhang et al. 2023, arXiv:2303.16199.
@@ -71,6 +62,7 @@ class PrefixRule(Rule):
     projection: int | None = None
     init: str = "random"
     gate: bool = False
+    shift: str | None = None
     scalable = False
     why_not_merged = "a prefix is keys and values beside the text's, and no change of a weight"
 
@@ -81,6 +73,8 @@ class PrefixRule(Rule):
             raise self.bad("init", "'random' or 'zero'")
         if type(self.gate) is not bool:
             raise self.bad("gate", "true or false")
+        if self.shift is not None and (type(self.shift) is not str or not self.shift):
+            raise self.bad("shift", "the path of an embedding")
 
     @property
     def identity(self) -> bool:  # type: ignore[override]
@@ -91,9 +85,14 @@ class PrefixRule(Rule):
             return []
         return [(path, module)]
 
+    def companions(self) -> Iterable[Rule]:
+        return [] if self.shift is None else [ShiftedRule(self.shift, by=self.length)]
+
     def rewrite(self, site: Site) -> Any:
         if site.unreached and self.targets == EVERYWHERE:
             return NotImplemented
+        if self.shift is not None:
+            site.fact("shift", lambda: known(site, self.shift or ""))
         if takes_functions(site.module):
             return self._around(site)
         found = written_attention(site)

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import field
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
+import torch
 from torch import Tensor, nn
 
-from rules import _combined, _encoder, _fields, _texts, _virtual
-from rules.memory import THE_MODEL, PromptMemoryRule
-from surgery import Combination, Rule, Share, Site, SiteError, Targets, rule
+from rules import _combined, _encoder, _fields, _prompt_rows, _texts, _virtual
+from rules.memory import THE_MODEL, HiddenIdsRule, PromptMemoryRule
+from surgery import Combination, LiveSite, Member, Rule, Share, Site, SiteError, Targets, rule
 
 
 @rule("prompt")
@@ -35,7 +36,9 @@ class PromptRule(Rule):
 
     Fields: `length` (PEFT's num_virtual_tokens); `init` (prompt_tuning_init): "random", normal with deviation 1,
     "vocab", rows of the embedding, or "text", those of `text_ids`, repeated or cut; `after`: how many of the text's
-    tokens stay before the virtual ones, by default 1 where the module pools its first token, else 0; `encoder`
+    tokens stay before the virtual ones, by default 1 where the module pools its first token, else 0; `whole`: what
+    is around that module sees the virtual tokens, too, as PEFT's classifiers do: outputs keep their positions, and a
+    head that looks for padding in token ids is given none and takes the last position; `encoder`
     (encoder_reparameterization_type) "mlp" or "lstm", `encoder_size` (encoder_hidden_size), `encoder_layers` and
     `encoder_dropout` (of an lstm): P is that network's output (p-tuning), until `fold_prompts`. Tensors: `prompt`
     (length, features), and the encoder's. There is no merged form: tokens are no change of a weight.
@@ -53,6 +56,7 @@ class PromptRule(Rule):
     encoder_size: int | None = None
     encoder_layers: int = 2
     encoder_dropout: float = 0.0
+    whole: bool = False
     scalable = False
     why_not_merged = "virtual tokens are no change of a weight"
 
@@ -63,6 +67,8 @@ class PromptRule(Rule):
         _fields.one_of(self, "init", "random", "vocab", "text")
         _fields.one_of(self, "encoder", None, "mlp", "lstm")
         _fields.chance(self, "encoder_dropout")
+        if type(self.whole) is not bool:
+            raise self.bad("whole", "true or false")
         if not all(type(token) is int and token >= 0 for token in self.text_ids):
             raise self.bad("text_ids", "a list of token ids")
         if (self.init == "text") != bool(self.text_ids):
@@ -73,7 +79,7 @@ class PromptRule(Rule):
         return found if found or self.targets == (THE_MODEL,) else [(path, module)]
 
     def companions(self) -> Iterable[Rule]:
-        return [PromptMemoryRule(length=self.length)]
+        return [PromptMemoryRule(length=self.length), *([HiddenIdsRule()] if self.whole else ())]
 
     def rewrite(self, site: Site) -> Any:
         role = site.fact("role", lambda: _texts.role(site))
@@ -82,18 +88,44 @@ class PromptRule(Rule):
         if role == "layer":
             return site.with_hidden(site.apply(_virtual.put_after, site.output, self.virtual(site), self.after or 0))
         seen = site.fact("seen", lambda: _texts.seen(site))
-        after = int(seen["pooled"]) if self.after is None else self.after
+        after = _texts.after_of(site, self.after)
         rest = _texts.starred(site) or ""
         made: Any = site.apply(
             _virtual.put_in, site.this, self.virtual(site), dict(site.inputs), rest, site.mark, after, seen["left"]
         )
-        new = made[0]
-        for name in site.inputs:
-            if name in _virtual.CHANGED or name == rest:
-                site.replace(site.inputs[name], new[name])
+        _put(site, made[0], rest)
         if role == "encoder":
             return None  # what its decoder looks at, virtual tokens included
-        return site.apply(_virtual.take_out, site.output, made[1], site.mark, after)
+        return site.apply(_virtual.take_out, site.output, made[1], site.mark, None if self.whole else after)
+
+    @classmethod
+    def routed(cls, sites: Sequence[Member]) -> Any:
+        site, rules = sites[0], [cast(PromptRule, one.rule) for one in sites]
+        told = {(_texts.after_of(one, rule.after), rule.whole) for one, rule in zip(sites, rules, strict=True)}
+        if len(told) > 1:
+            why = "they differ in `after` or `whole`"
+            raise SiteError("these prompts can't be routed in one batch", where=site.path, why=why)
+        (after, whole) = told.pop()
+        members = [(one.rows, rule.virtual(one)) for one, rule in zip(sites, rules, strict=True)]
+        if site.facts["role"] == "layer":
+            return site.with_hidden(site.apply(_prompt_rows.put_after, site.output, after, *members))
+        seen, rest = site.facts["seen"], _texts.starred(site) or ""
+        counted = seen.get("counted", False) and not whole
+        given = site.this, dict(site.inputs), rest, after, seen["left"], counted
+        made: Any = site.apply(_prompt_rows.put_in, *given, *members)
+        _put(site, made[0], rest)
+        if site.facts["role"] == "encoder":
+            return None
+        return site.apply(_virtual.take_out, site.output, made[1], made[2], None if whole else after)
+
+    def folded(self, site: LiveSite) -> tuple[Rule, Mapping[str, Tensor]]:
+        if self.encoder is None:
+            return self, site.params
+        network = {name: tensor for name, tensor in site.params.items() if name.startswith(("mlp_", "lstm_"))}
+        with torch.no_grad():
+            prompt = _encoder.encoded(site.params["prompt"], network, 0.0, False)
+        kept = {name: tensor for name, tensor in site.params.items() if name not in network}
+        return self.replace(encoder=None), {**kept, "prompt": prompt}
 
     def virtual(self, site: Site) -> Tensor:
         """The virtual tokens as a value of the graph, (length, features)."""
@@ -109,3 +141,9 @@ class PromptRule(Rule):
         if self.encoder is not None and not how.untouched(shares):
             raise how.refusal(shares, "its virtual tokens are made by an encoder", "fold_prompts takes the encoder out")
         return _combined.averaged(self, shares, how, "text_ids", "encoder_size", "encoder_layers", "encoder_dropout")
+
+
+def _put(site: Site, new: Any, rest: str) -> None:
+    for name in site.inputs:
+        if name in _virtual.CHANGED or name == rest:
+            site.replace(site.inputs[name], new[name])

@@ -42,8 +42,9 @@ from surgery.weave import trace_site
 if TYPE_CHECKING:
     from surgery.blend import Combination, Share
     from surgery.checkpoint import LoadReport, load_adapter, load_adapters, save_adapter
-    from surgery.combine import combine
+    from surgery.combining import combine
     from surgery.exported import with_layers
+    from surgery.for_good import forget
     from surgery.hub import push_adapter
     from surgery.merged import merge_to
     from surgery.naming import copy_adapter, rename_adapter
@@ -51,6 +52,7 @@ if TYPE_CHECKING:
     from surgery.plainer import folded_adapter
     from surgery.routing import route
     from surgery.stored import Entry as PeftEntry
+    from surgery.swap import SwapReport, hotswap, pad_rank
 
 # Imported when they are first asked for.
 _LATER = {
@@ -60,8 +62,12 @@ _LATER = {
     "load_adapter": ("surgery.checkpoint", "load_adapter"),
     "load_adapters": ("surgery.checkpoint", "load_adapters"),
     "save_adapter": ("surgery.checkpoint", "save_adapter"),
-    "combine": ("surgery.combine", "combine"),
+    "combine": ("surgery.combining", "combine"),
     "with_layers": ("surgery.exported", "with_layers"),
+    "forget": ("surgery.for_good", "forget"),
+    "SwapReport": ("surgery.swap", "SwapReport"),
+    "hotswap": ("surgery.swap", "hotswap"),
+    "pad_rank": ("surgery.swap", "pad_rank"),
     "push_adapter": ("surgery.hub", "push_adapter"),
     "merge_to": ("surgery.merged", "merge_to"),
     "copy_adapter": ("surgery.naming", "copy_adapter"),
@@ -118,6 +124,7 @@ __all__ = [
     "Summary",
     "SurgeryError",
     "SurgeryWarning",
+    "SwapReport",
     "Targets",
     "TraceError",
     "Value",
@@ -137,9 +144,11 @@ __all__ = [
     "draw",
     "explain",
     "folded_adapter",
+    "forget",
     "graph_of",
     "having",
     "hidden_of",
+    "hotswap",
     "load_adapter",
     "load_adapter_state_dict",
     "load_adapters",
@@ -147,6 +156,7 @@ __all__ = [
     "merge_to",
     "module_of",
     "one_of",
+    "pad_rank",
     "peft_method",
     "plan_rules",
     "push_adapter",

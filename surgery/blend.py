@@ -26,7 +26,21 @@ _START = frozenset(("targets", "exclude", "layers", "expect", "init", "dropout")
 
 @dataclass(frozen=True, eq=False)
 class Share:
-    """What one adapter has at a site: its rule, the rule's tensors, and the weight of the adapter."""
+    """What one adapter has at a site: its rule, the rule's tensors, and the weight of the adapter.
+
+    >>> from torch import nn
+    >>> from rules import IA3Rule
+    >>> from surgery import Share, apply_rules, combine
+    >>> def told(self, shares, how):
+    ...     print([(share.adapter, share.weight, list(share.params)) for share in shares])
+    ...     return self, shares[0].params
+    >>> kind = type("ToldRule", (IA3Rule,), {"combined": told})
+    >>> model = nn.Sequential(nn.Linear(2, 2))
+    >>> for name in ("a", "b"):
+    ...     _ = apply_rules(model, kind("0"), adapter=name)
+    >>> _ = combine(model, {"a": 0.7, "b": 0.3}, "c")
+    [('a', 0.7, ['scale']), ('b', 0.3, ['scale'])]
+    """
 
     weight: float
     rule: Rule
@@ -41,6 +55,12 @@ class Share:
 @dataclass(frozen=True, eq=False)
 class Combination:
     """How adapters are combined, for `Rule.combined`.
+
+    >>> import torch
+    >>> from surgery import Combination
+    >>> how = Combination("ties", {"a": 0.7, "b": 0.3})
+    >>> how.sum([torch.tensor([1.0, -2.0]), torch.tensor([3.0, 1.0])], [0.7, 0.3])  # by entry, of the sign with more
+    tensor([ 0.8000, -1.4000])
 
     `method` is one of PEFT's names, `weights` those of all adapters, also of those that are not at a site, `rules` all
     rules of the kind in question. `rank` is what was asked for, if anything was.

@@ -100,10 +100,10 @@ def save_adapter(
         raise SurgeryError(f"{folder} is no folder", fix="an adapter is saved into a folder of its own")
     extra = {"base": fingerprint(model), "licence": licence, "metadata": _data(metadata)}
     if format != "surgery":
-        from surgery.peft_format import written
+        from surgery.peft_writing import written
 
         try:
-            config, tensors = written(model, adapter)
+            config, tensors = written(model, adapter, exact=format == "auto")
         except SurgeryError:
             if format == "peft":
                 raise

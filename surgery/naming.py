@@ -6,6 +6,7 @@ import copy
 from collections.abc import MutableMapping
 from typing import Any, TypeVar
 
+import torch
 from torch import Tensor, nn
 
 from surgery import hf
@@ -98,7 +99,8 @@ def copy_adapter(model: M, adapter: str, new: str) -> M:
         raise problem
     check_whole(state, old, "be copied")
     made: dict[int, Tensor] = {}  # tensors that serve several sites serve several of the copy's
-    placed = [_copied(module, applied, made) for module, rules in state.places[old] for applied in rules]
+    with torch.inference_mode(False):  # the copy is to be trained
+        placed = [_copied(module, applied, made) for module, rules in state.places[old] for applied in rules]
     put(model, new, state.adapters[old], placed)
     return model
 

@@ -1,4 +1,4 @@
-"""PEFT's files, in and out: what all of its methods share. What is a method's own stands beside its rule.
+"""PEFT's files: what all of its methods share, and how they are read. What is a method's own stands beside its rule.
 
 A method is a `PeftMethod`: which rule it is, its fields and tensors under PEFT's names. It is found by its peft_type
 among those registered; a package that offers rules (entry points `surgery.rules`) registers its own.
@@ -7,8 +7,8 @@ among those registered; a package that offers rules (entry points `surgery.rules
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
-from dataclasses import dataclass, fields
+from collections.abc import Callable, Iterable, Mapping, Sequence, Set
+from dataclasses import dataclass, field, fields
 from functools import cached_property
 from importlib import metadata
 from typing import Any, ClassVar, TypeVar
@@ -22,8 +22,7 @@ from surgery.peft_targets import Modules, choose, chosen_by, fields_of, regular
 from surgery.plan import Plan
 from surgery.recording import Step
 from surgery.rule import Rule
-from surgery.state import rules_of, site_state, sites, tensors_of, whole
-from surgery.stored import Entry, tensor_key
+from surgery.stored import Entry
 
 __all__ = ["PeftConfig", "PeftMethod", "PeftPart", "PeftPlace", "peft_method"]
 
@@ -83,7 +82,10 @@ class PeftConfig:
 
 @dataclass(frozen=True)
 class PeftPlace:
-    """One rule at one module, as its tensors are looked for: `main` are the paths that the method itself is on."""
+    """One rule at one module, as its tensors are looked for: `main` are the paths that the method itself is on.
+
+    `facts`: what the rule found out about the module (`Site.fact`).
+    """
 
     path: str
     module: nn.Module
@@ -92,6 +94,7 @@ class PeftPlace:
     main: Set[str]
     modules: Modules
     config: Mapping[str, Any]
+    facts: Mapping[str, Any] = field(default_factory=dict)
 
 
 P = TypeVar("P", bound="PeftPart")
@@ -137,6 +140,8 @@ class PeftMethod(PeftPart):
     passed_over: ClassVar[tuple[str, ...]] = ()  # ends of keys that change no result
     targeted: ClassVar[bool] = True  # whether its configuration names modules
     marks: ClassVar[tuple[str, ...]] = ()  # what PEFT's keys have after a path, to find the paths by
+    prefix: ClassVar[str] = PREFIX  # what its keys have before a path
+    lacks: ClassVar[tuple[str, ...]] = ("trainable_token_indices",)  # fields of other parts that PEFT's has not
 
     def read(self, config: PeftConfig) -> Iterable[Rule]:
         given = {ours: config.take(theirs) for theirs, ours in self.fields.items()}
@@ -161,14 +166,14 @@ class PeftMethod(PeftPart):
     def write(self, placed: Placed, modules: Modules) -> dict[str, Any]:
         (rule, paths), *more = placed
         if more:
-            raise _unsaid(f"{len(placed)} {rule.label}s", "it holds one")
+            raise unsaid(f"{len(placed)} {rule.label}s", "it holds one")
         if getattr(rule, "dtype", None) not in (None, "float32"):
-            raise _unsaid(f"{rule.label}(dtype={rule.dtype!r})", "PEFT computes in float32")  # type: ignore[attr-defined]
+            raise unsaid(f"{rule.label}(dtype={rule.dtype!r})", "PEFT computes in float32")  # type: ignore[attr-defined]
         config = {theirs: _plain(getattr(rule, ours)) for theirs, ours in self.fields.items()}
         if self.inits and "init" in {field.name for field in fields(rule)}:
             starts = {ours: theirs for theirs, ours in reversed(list(self.inits.items()))}
             if rule.init not in starts:  # type: ignore[attr-defined]
-                raise _unsaid(f"{rule.label}(init={rule.init!r})", "it changes the base in a way PEFT can't repeat")  # type: ignore[attr-defined]
+                raise unsaid(f"{rule.label}(init={rule.init!r})", "it changes the base in a way PEFT can't repeat")  # type: ignore[attr-defined]
             config[self.init_field] = starts[rule.init]  # type: ignore[attr-defined]
         return {**config, **self.said(rule), **fields_of(rule, modules, paths)}
 
@@ -178,7 +183,13 @@ class PeftMethod(PeftPart):
 
     def joined(self, key: str, tensors: Sequence[Tensor], sites: Sequence[nn.Module]) -> Tensor:
         """One tensor of the file for those of several sites that share it; each came through its `write`."""
-        return _one(key, tensors)
+        return only_one(key, tensors)
+
+    def completed(
+        self, config: dict[str, Any], tensors: dict[str, Tensor], modules: Modules
+    ) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        """The configuration and the file's tensors, with what else PEFT wants there."""
+        return config, tensors
 
 
 _parts: dict[type[Rule], PeftPart] = {}
@@ -199,7 +210,7 @@ def _load() -> None:
         entry.load()
 
 
-def _method(name: Any) -> PeftMethod:
+def method_of(name: Any) -> PeftMethod:
     if isinstance(name, str):
         if name not in _methods:
             _load()
@@ -211,14 +222,14 @@ def _method(name: Any) -> PeftMethod:
     )
 
 
-def _part(rule: Rule) -> PeftPart | None:
+def part_of(rule: Rule) -> PeftPart | None:
     if not _parts:
         _load()
     return next((_parts[cls] for cls in type(rule).__mro__ if cls in _parts), None)
 
 
-def _is_main(rule: Rule) -> bool:
-    part = _part(rule)
+def is_main(rule: Rule) -> bool:
+    part = part_of(rule)
     return part is not None and part.peft_type is not None
 
 
@@ -245,24 +256,24 @@ def read(model: nn.Module, config: Any, file: TensorFile) -> Read:
     if not isinstance(config, dict):
         raise SurgeryError("the adapter's configuration is no mapping")
     given = PeftConfig(config, model, TensorFile({k: file.shapes[v] for k, v in keys.items()}, {}, {}, file.read))
-    method = _method(config.get("peft_type"))
-    rules, problems, unheld = _rules(given, method.read)
+    method = method_of(config.get("peft_type"))
+    rules, problems, unheld = asked_for(given, method.read)
 
     found: dict[int, Mapping[str, Entry | None]] = {}  # by step, of the plan that is asked about
     main = set[str]()
 
     def entry(plan: Plan, step: Step, name: str) -> Entry | None:
         if not found:
-            main.update(s.path for s in plan.steps if _is_main(s.rule))
+            main.update(s.path for s in plan.steps if is_main(s.rule))
         if id(step) not in found:
-            found[id(step)] = _of_step(step, keys, main, given)
+            found[id(step)] = _of_step(step, keys, main, given, method.prefix)
         return found[id(step)][name]
 
     ignored = tuple(key for key in file.shapes if key.endswith(method.passed_over or ("\n",)))
     return Read(rules, entry, problems, unheld, given.notes, ignored)
 
 
-def _rules(
+def asked_for(
     given: PeftConfig, main: Callable[[PeftConfig], Iterable[Rule]]
 ) -> tuple[list[Rule], list[SurgeryError], list[SurgeryError]]:
     """The rules that a configuration asks for, what is wrong with it, and what of it no rule holds."""
@@ -277,118 +288,33 @@ def _rules(
     return rules, problems, [] if problems else given.untaken()  # else no one came to the further fields
 
 
-def _of_step(step: Step, keys: Mapping[str, str], main: Set[str], config: PeftConfig) -> dict[str, Entry | None]:
+def _of_step(
+    step: Step, keys: Mapping[str, str], main: Set[str], config: PeftConfig, prefix: str
+) -> dict[str, Entry | None]:
     """Where the file has each tensor of a step; None for what follows from the rule's fields."""
-    part, names = _part(step.rule), tuple(spec.name for spec in step.specs)
+    part, names = part_of(step.rule), tuple(spec.name for spec in step.specs)
     assert part is not None
-    entries = part.entries(PeftPlace(step.path, step.module, step.rule, names, main, config.modules, config.data))
+    place = PeftPlace(step.path, step.module, step.rule, names, main, config.modules, config.data, step.facts)
+    entries = part.entries(place)
     found: dict[str, Entry | None] = dict.fromkeys(names)
     for name in names:
         if name not in part.made:
-            key = _absolute(step.path, entries[name].key)
+            key = absolute(step.path, entries[name].key, prefix)
             found[name] = entries[name]._replace(key=keys.get(key, key))
     return found
 
 
-def _absolute(path: str, key: str) -> str:
-    return key[1:] if key.startswith("/") else f"{PREFIX}{path}.{key}" if path else f"{PREFIX}{key}"
+def absolute(path: str, key: str, prefix: str) -> str:
+    return key[1:] if key.startswith("/") else f"{prefix}{path}.{key}" if path else f"{prefix}{key}"
 
 
-# Writing ------------------------------------------------------------------------------------------------------
-
-
-def written(
-    model: nn.Module, adapter: str, state: Mapping[str, Tensor] | None = None
-) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """An adapter as PEFT's configuration and tensors; `SurgeryError` where that would not be the same adapter.
-
-    `state`: the model's state dict, where its tensors have been gathered from elsewhere.
-    """
-    config, placed, modules = _configured(model, adapter)
-    return config, _tensors(model, adapter, placed, modules, config, state)
-
-
-Applications = list[tuple[str, nn.Module, Rule]]
-
-
-def _configured(model: nn.Module, adapter: str) -> tuple[dict[str, Any], Applications, Modules]:
-    """PEFT's configuration of an adapter, and where its rules are."""
-    rules, modules = rules_of(model, adapter), Modules.of(model)
-    parts = [_part(rule) for rule in rules]
-    for rule, part in zip(rules, parts, strict=True):
-        if part is None:
-            raise _unsaid(rule.label, "PEFT has nothing like it")
-    methods = list(dict.fromkeys(part.peft_type for part in parts if part is not None and part.peft_type))
-    if len(methods) != 1:
-        what = "PEFT needs a method beside them" if not methods else f"they are {len(methods)} methods of PEFT's"
-        raise _unsaid(" and ".join(dict.fromkeys(rule.label for rule in rules)), what)
-    placed = [
-        (path, module, applied.rule)
-        for path, module, state in sites(model)
-        for applied in state.applied
-        if applied.adapter == adapter
-    ]
-    config: dict[str, Any] = {"peft_type": methods[0]}
-    targeted = _methods[str(methods[0])].targeted
-    for part in dict.fromkeys(parts):
-        mine = [rule for rule, other in zip(rules, parts, strict=True) if other is part]
-        assert part is not None
-        said = part.write([(rule, [path for path, _, other in placed if other == rule]) for rule in mine], modules)
-        for name in [name for name in ("rank_pattern", "alpha_pattern") if name in config and name in said]:
-            said[name] = {**config[name], **said[name]}  # each names its own paths
-        clash = [name for name in said if config.get(name, said[name]) != said[name] and "pattern" not in name]
-        if clash:
-            raise _unsaid(" and ".join(rule.label for rule in rules), f"they differ in {', '.join(clash)}")
-        config |= said
-    common = {"inference_mode": True, "task_type": None, "auto_mapping": None, "revision": None}
-    config = common | ({"target_modules": []} if targeted else {}) | config
-    config["base_model_name_or_path"] = getattr(getattr(model, "config", None), "_name_or_path", None) or None
-    if targeted and chosen_by(config, modules) != {path for path, _, r in placed if isinstance(_part(r), PeftMethod)}:
-        raise _unsaid(rules[0].label, "PEFT would find other modules by these targets")
-    return config, placed, modules
-
-
-def _entries(
-    adapter: str, placed: Applications, modules: Modules, config: Mapping[str, Any]
-) -> Iterator[tuple[str, str, Entry, Tensor]]:
-    """Of each tensor of an adapter: its name in the model, its key in PEFT's file, how it is turned, and the tensor."""
-    main = frozenset(path for path, _, rule in placed if _is_main(rule))
-    for path, module, rule in placed:
-        part, held, site = _part(rule), tensors_of(module, adapter), site_state(module)
-        assert part is not None and site is not None
-        own = next(applied.tensors for applied in site.applied if applied.adapter == adapter and applied.rule == rule)
-        place = PeftPlace(path, module, rule, own, main, modules, config)
-        for name, entry in part.entries(place).items():
-            if name not in part.made and name in held:
-                yield tensor_key(path, f"{adapter}.{name}"), _absolute(path, entry.key), entry, held[name]
-
-
-def _tensors(
-    model: nn.Module,
-    adapter: str,
-    placed: Applications,
-    modules: Modules,
-    config: Mapping[str, Any],
-    state: Mapping[str, Tensor] | None,
-) -> dict[str, Tensor]:
-    found: dict[str, list[Tensor]] = {}
-    for name, key, entry, own in _entries(adapter, placed, modules, config):
-        tensor = own if state is None or name not in state else state[name]
-        found.setdefault(key, []).append(entry.write(whole(tensor.detach())))
-    method = next((_part(rule) for _, _, rule in placed if isinstance(_part(rule), PeftMethod)), None)
-    if not isinstance(method, PeftMethod):
-        return {key: _one(key, tensors) for key, tensors in found.items()}
-    on = [module for _, module, rule in placed if _part(rule) is method]
-    return {key: method.joined(key, tensors, on) for key, tensors in found.items()}
-
-
-def _one(key: str, tensors: Sequence[Tensor]) -> Tensor:
+def only_one(key: str, tensors: Sequence[Tensor]) -> Tensor:
     if any(tensor.shape != tensors[0].shape or not torch.equal(tensor, tensors[0]) for tensor in tensors[1:]):
-        raise _unsaid(f"sites with tensors of their own for {key}", "PEFT's sites share one")
+        raise unsaid(f"sites with tensors of their own for {key}", "PEFT's sites share one")
     return tensors[0]
 
 
-def _unsaid(what: str, why: str) -> SurgeryError:
+def unsaid(what: str, why: str) -> SurgeryError:
     return SurgeryError(
         f"PEFT's format can't hold {what}", why=why, fix='save_adapter(…, format="surgery") holds any rules'
     )

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from surgery import hf
 from surgery.clash import clashes
 from surgery.errors import PlanError, SiteError, SurgeryError
+from surgery.install import reason_against
 from surgery.journal import Journal
 from surgery.recording import PassedOver, Step, recorded
 from surgery.rule import Rule
@@ -47,6 +48,9 @@ def put(model: nn.Module, adapter: str, rules: Sequence[Rule], placed: Iterable[
         for one in placed:
             site = site_state(one.module)
             assert site is not None
+            if (refused := reason_against(one.module)) is not None:
+                what = "the site can't have another adapter"
+                raise SurgeryError(what, where=site.path, why=refused[0], fix=refused[1])
             steps += _put(one, adapter, site, journal)
             places.setdefault(id(one.module), (one.module, []))[1].append(site.applied[-1])
         if problems := clashes(steps, beside=False):

@@ -26,7 +26,7 @@ from surgery.state import Applied, SiteState, tensors_of
 from surgery.tape import Tape
 from surgery.trace import Own, own_forward
 from surgery.variants import function_of
-from surgery.weave import OUTPUT, Layer, woven, woven_edit
+from surgery.weave import OUTPUT, ROWS, Layer, woven, woven_edit
 
 __all__ = ["Plan", "plan_of"]
 
@@ -85,12 +85,14 @@ class _Together:
     """Rules that route themselves: one forward, which is told whose rows are which."""
 
     def __init__(self, own: Own, layer: Layer, rows: Rows):
-        self.own, self.rows = own, rows
-        forms = [function_of(woven(own, [layer], mode, lowered=False), layer.label)[0] for mode in (False, True)]
-        self.forms = forms
+        self.own = own
+        graphs = [woven(own, [layer], mode, lowered=False) for mode in (False, True)]
+        asks = any(node.target == ROWS for node in graphs[0].nodes if node.op == "placeholder")
+        self.first = (rows,) if asks else ()
+        self.forms = [function_of(graph, layer.label)[0] for graph in graphs]
 
     def __call__(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Any:
-        return self.forms[module.training](module, self.rows, *_bound(self.own, args, kwargs).values())
+        return self.forms[module.training](module, *self.first, *_bound(self.own, args, kwargs).values())
 
 
 # Edits by rows ------------------------------------------------------------------------------------------------

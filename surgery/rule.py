@@ -50,14 +50,14 @@ class Rule:
     it must match). All but `targets` are given by name.
 
     Hooks, all optional but `rewrite`: `check` (why a module can't take the rule), `expand` (a container's inner
-    sites), `companions` (further rules), `initialise`, `merged`, `folded`, `combined`. Class attributes:
-    `identity = True` promises an unchanged output at initialisation, which the engine checks on the example call;
-    `exclusive = True` bars other rules of the same adapter from its sites; `imports = True` says that its fields name
-    code to import, so that `load_adapter` takes it from a file only when told to trust it; `linear = True` says that it
-    adds to the output what is linear in the input, so that `merge` derives ΔW from it; `scalable = False` says that
-    what it changes can't be multiplied, so that it has no weights but 1; `routable = False` that it can't work on some
-    rows of a batch alone; `why_not_merged` and `why_not_combined` are the reasons where there is no `merged` or no
-    `combined`.
+    sites), `companions` (further rules), `initialise`, `merged`, `folded`, `combined`; for `route` `routed`; for
+    `hotswap` `swapped`, `neutral` and `padded`. Class attributes: `identity = True` promises an unchanged output at
+    initialisation, which the engine checks on the example call; `exclusive = True` bars other rules of the same adapter
+    from its sites; `imports = True` says that its fields name code to import, so that `load_adapter` takes it from a
+    file only when told to trust it; `linear = True` says that it adds to the output what is linear in the input, so
+    that `merge` derives ΔW from it; `scalable = False` says that what it changes can't be multiplied, so that it has no
+    weights but 1; `routable = False` that it can't work on some rows of a batch alone; `why_not_merged` and
+    `why_not_combined` are the reasons where there is no `merged` or no `combined`.
 
     Raises `RuleError` for an unknown field, or a value that `validate` refuses.
     """
@@ -146,6 +146,30 @@ class Rule:
         """
         return self, site.params
 
+    def swapped(self, live: Rule, site: LiveSite) -> Mapping[str, Tensor]:
+        """This rule's tensors, `site.params`, as `live` wants them to compute the same: a rule of its kind in the code.
+
+        For `hotswap`, where the two make different code or tensors of different shapes, and for `pad_rank`. What is
+        rounded or left out on the way goes to `site.notes`. By default a `RuleError` that names the fields.
+        """
+        told = [f"{name}={getattr(live, name)!r} there, {getattr(self, name)!r} here" for name in self.differing(live)]
+        raise RuleError(
+            f"a {self.label} can't take the place of one with other code",
+            why=", ".join(told) or "its tensors have other shapes",
+            fix="load it as an adapter of its own: load_adapter",
+        )
+
+    def neutral(self, site: LiveSite) -> Mapping[str, Tensor] | None:
+        """Tensors with which the rule does nothing at a site, for `hotswap`; None where none are known.
+
+        `site.params` are those that it starts with: by default these, where `identity` holds.
+        """
+        return site.params if self.identity else None
+
+    def padded(self, rank: int) -> Rule:
+        """The rule with tensors that have room for this rank, for `pad_rank`; by default itself, which has none."""
+        return self
+
     def combined(self, shares: Sequence[Share], how: Combination) -> tuple[Rule, Mapping[str, Tensor]]:
         """One rule and its tensors at a site for those of several adapters, each with a weight (`combine`).
 
@@ -178,6 +202,12 @@ class Rule:
     @property
     def mergeable(self) -> bool:
         return self.linear or type(self).merged is not Rule.merged
+
+    def differing(self, other: Rule) -> list[str]:
+        """The fields in which another rule of its kind differs, but for where the two go and how they start."""
+        aside = {field.name for field in fields(Rule)} | {"init"}
+        mine = [field.name for field in fields(self) if field.name not in aside]
+        return [name for name in mine if getattr(self, name) != getattr(other, name)]
 
     def bad(self, field: str, wanted: str) -> RuleError:
         return RuleError(f"{self.label}: {field}={getattr(self, field)!r} is not {wanted}")

@@ -22,7 +22,7 @@ from surgery.rule import Rule
 from surgery.state import MARK, site_state
 from surgery.tape import Ref, Tape, Value, ref_of
 from surgery.trace import Own
-from surgery.view import calls_inside, held, hidden_reference
+from surgery.view import calls_inside, held, hidden_reference, view
 
 __all__ = ["LiveSite", "ParamSpec", "Site", "Tensors"]
 
@@ -193,7 +193,7 @@ class Site(_Place, Inside):
         """The module that is being called, as a value: of a copied or unpickled model, the copy's own."""
         return cast(nn.Module, self.tape.value("this", ""))
 
-    def around(self, function: Callable[..., Any], *values: Tensor, at: Tensor | None = None) -> None:
+    def around(self, function: Callable[..., Any], *values: Any, at: Tensor | None = None) -> None:
         """Put a function around the one that makes `at`, or each one that the own forward takes from a registry.
 
         transformers' attentions take theirs from such a registry: sdpa, eager, … At each call `function(*values)` makes
@@ -266,8 +266,10 @@ class Site(_Place, Inside):
         return self.fact(MARK, lambda: uuid4().hex)
 
     def run(self, **inputs: Any) -> Any:
-        """Call the module as it is at present: in evaluation mode, without gradients, leaving no trace. For `fact`."""
-        return call(self.module, inputs)
+        """Call the module's own forward, without what rules did to it: in evaluation mode, without gradients, leaving
+        no trace. For `fact`."""
+        rewritten = type(self.module) is not self.base_class
+        return call(view(self.module, self.base_class, {}) if rewritten else self.module, inputs)
 
     def calls_inside(self, args: tuple, kwargs: Mapping[str, Any]) -> list[tuple[Any, tuple, dict[str, Any]]]:
         """Run the module's own forward; its calls of functions from registries: (function, args, kwargs)."""
@@ -392,7 +394,7 @@ class LiveSite(_Place):
     """One module with the rule's tensors in place, for `Rule.initialise` and `Rule.merged`.
 
     `params` holds the adapter's tensors by name; `weight`, `bias` and `tensor(name)` are the module's own, with
-    what was folded in before; `base(name)` is a parameter as it was before any merging.
+    what was folded in before; `base(name)` is a parameter as it was before any merging; `notes` is for `swapped`.
     """
 
     def __init__(
@@ -400,6 +402,7 @@ class LiveSite(_Place):
     ):
         super().__init__(module, path, adapter)
         self.params = params
+        self.notes: list[str] = []  # what `Rule.swapped` has to tell
         self._source = source
 
     @property

@@ -6,6 +6,9 @@ A row is a configuration of PEFT's on a small model. Its cells:
 - `merged`: … merged here, too
 - `removed`: … and without the adapter the model is the base to the bit
 - `save`: saved here in PEFT's format, PEFT loads it and gives the same output
+
+"The same" is to within 1e-6 of the largest output, where that is above 1. Of a model with a prompt PEFT returns the
+virtual tokens' outputs before the text's; those of the text are compared.
 """
 
 from __future__ import annotations
@@ -13,6 +16,7 @@ from __future__ import annotations
 import copy
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,6 +25,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from rules import task_of
 from surgery import SurgeryError, load_adapter, merge, remove, save_adapter, unmerge
 from surgery.testing import Snapshot
 
@@ -135,14 +140,49 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], Callable[[], Any]]] = {
 }  # fmt: skip
 
 
+SIZES: dict[str, Any] = {
+    "vocab_size": 99, "hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4, "intermediate_size": 48,
+    "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "max_position_embeddings": 64,
+}  # fmt: skip
+KINDS: dict[str, dict[str, Any]] = {
+    "Llama": {"num_key_value_heads": 2}, "Mistral": {"num_key_value_heads": 1, "sliding_window": None},
+    "GPT2": {"n_inner": 48}, "Roberta": {"pad_token_id": 1, "bos_token_id": 0}, "GPTNeoX": {"rotary_pct": 0.5},
+    "Qwen2": {"num_key_value_heads": 2},
+}  # fmt: skip
+
+
 def _family(name: str) -> tuple[nn.Module, Any]:
+    """A small model of a class of transformers, or of a family of tests/tiny.py, and a padded text for it."""
+    import transformers
+
     from tests import tiny
 
-    return tiny.FAMILIES[name]()
+    if name in tiny.FAMILIES:
+        return tiny.FAMILIES[name]()
+    name, _, given = name.partition(" ")
+    kind = name.removesuffix("Model").removesuffix("LMHead").partition("For")[0]
+    more = {**SIZES, **KINDS.get(kind, {}), **(eval(f"dict({given})") if given else {})}  # noqa: S307
+    config = getattr(transformers, f"{kind}Config")(**more)
+    inputs = tiny._text()
+    inputs["input_ids"] = inputs["input_ids"].masked_fill(inputs["attention_mask"] == 0, more["pad_token_id"])
+    return getattr(transformers, name)(config), inputs
 
 
 def _family_inputs(row: Row) -> Any:
     return _family(row.model)[1]
+
+
+def twice(base: nn.Module, file: dict[str, Tensor]) -> nn.Module:
+    """The base with LoRA's changes in its weights by plain arithmetic, that of an attention's output map twice."""
+    model, scale = copy.deepcopy(base), 1.0  # PEFT's defaults: alpha 8, rank 8
+    with torch.no_grad():
+        for key in [key for key in file if key.endswith("lora_A.weight")]:
+            change = scale * file[key.replace("lora_A", "lora_B")] @ file[key]
+            path = key.removeprefix("base_model.model.").removesuffix(".lora_A.weight").replace("base_layer.", "")
+            module: Any = model.get_submodule(path)
+            weight = module.in_proj_weight if isinstance(module, nn.MultiheadAttention) else module.weight
+            weight += change * (2 if path.endswith("out_proj") else 1)
+    return model
 
 
 @dataclass(frozen=True)
@@ -155,6 +195,8 @@ class Row:
     refused: tuple[str, str] | None = None
     note: str = ""
     unmerged: bool = False  # there is no merged form
+    by_hand: Callable[[nn.Module, dict[str, Tensor]], nn.Module] | None = None  # the reference, from base and file
+    held: str = "✓"  # what the table's cells say
 
     @property
     def name(self) -> str:
@@ -167,7 +209,11 @@ def lora(model: str, *targets: str, **fields: Any) -> Row:
 
 
 PARTS = {"lin0": ["lin0"], "lin1": ["lin1"], "both": ["lin0", "lin1"]}
-TWICE = "PEFT adds the change of `out_proj` twice; it is read and written so that the function is the same"
+TWICE = (
+    "of `out_proj`, to which PEFT adds its change twice: B is doubled when it is read, halved when it is written. The "
+    "reference is plain arithmetic: W + 2Δ there, W + Δ elsewhere"
+)
+DOUBLE: dict[str, Any] = {"note": TWICE, "by_hand": twice, "held": "✓ W + 2Δ"}
 
 
 def _lora() -> Iterator[Row]:
@@ -200,8 +246,8 @@ def _lora() -> Iterator[Row]:
     yield lora("MLP", "lin0", "lin1", lora_bias=True, lora_alpha=32)
     yield lora("Conv2d", "conv2d", lora_bias=True, lora_alpha=32)
     yield lora("Conv3d", "conv3d", lora_bias=True, lora_alpha=32)
-    yield Row("Lora", "MHA", {"target_modules": ["mha"]}, note=TWICE)
-    yield Row("Lora", "MHA", {"target_modules": ["mha", "lin0"]}, note=TWICE)
+    yield Row("Lora", "MHA", {"target_modules": ["mha"]}, **DOUBLE)
+    yield Row("Lora", "MHA", {"target_modules": ["mha", "lin0"]}, **DOUBLE)
     yield Row("Lora", "Matrices", {"target_parameters": ["lin0.weight"]})
     yield lora("MLP", "lin0", target_parameters=["lin1.weight"])
     drawn = "its matrices are drawn anew at each call"
@@ -286,13 +332,76 @@ def _prefixes() -> Iterator[Row]:
         *(("llama", {"num_virtual_tokens": length}) for length in (4, 1, 9)),
         ("llama", {"num_virtual_tokens": 3, "prefix_projection": True, "encoder_hidden_size": 12}),
         ("mixtral", {"num_virtual_tokens": 4}),
+        ("GPTNeoXForCausalLM", {"num_virtual_tokens": 4}),
+        ("LlamaForSequenceClassification num_labels=3", {"num_virtual_tokens": 4, "task_type": "SEQ_CLS"}),
+        ("LlamaForTokenClassification", {"num_virtual_tokens": 4, "task_type": "TOKEN_CLS"}),
+        ("Qwen2ForQuestionAnswering", {"num_virtual_tokens": 4, "task_type": "QUESTION_ANS"}),
+        ("LlamaModel", {"num_virtual_tokens": 4, "task_type": "FEATURE_EXTRACTION"}),
     ):  # fmt: skip
-        yield Row("PrefixTuning", model, {**fields, **common}, note=note, unmerged=True)
-    shifted = "the text's learned positions are shifted by the prefix's length"
-    yield Row("PrefixTuning", "gpt2", {"num_virtual_tokens": 4, **common}, ("peft_type", shifted))
+        yield Row("PrefixTuning", model, {**common, **fields}, note=note, unmerged=True)
+    window = "its prefix leaves the window of attention as the text goes on"
+    yield Row("PrefixTuning", "MistralForCausalLM sliding_window=4", {"num_virtual_tokens": 4, **common},
+              ("peft_type", window))  # fmt: skip
+    note = "no change of a weight; the text's learned positions are shifted by the prefix's length"
+    for model, fields in (
+        ("gpt2", {"num_virtual_tokens": 4}),
+        ("gpt2", {"num_virtual_tokens": 3, "prefix_projection": True, "encoder_hidden_size": 12}),
+        ("GPT2ForSequenceClassification num_labels=3", {"num_virtual_tokens": 4, "task_type": "SEQ_CLS"}),
+        ("bert", {"num_virtual_tokens": 4, "task_type": "SEQ_CLS"}),
+        ("RobertaForTokenClassification", {"num_virtual_tokens": 4, "task_type": "TOKEN_CLS"}),
+        ("ElectraForQuestionAnswering", {"num_virtual_tokens": 4, "task_type": "QUESTION_ANS"}),
+    ):
+        yield Row("PrefixTuning", model, {**common, **fields}, note=note, unmerged=True)
+    positions = "positions that are neither rotary nor those of one plain embedding"
+    for model in ("BloomForCausalLM", "OPTForCausalLM ffn_dim=48, word_embed_proj_dim=32"):
+        yield Row("PrefixTuning", model, {"num_virtual_tokens": 4, **common}, ("peft_type", positions))
+    decoder = "encoder-decoders have a prefix in the decoder alone"
+    yield Row("PrefixTuning", "t5", {"num_virtual_tokens": 4, "task_type": "SEQ_2_SEQ_LM"},
+              ("num_transformer_submodules", decoder))  # fmt: skip
 
 
-ROWS = [*_lora(), *_others(), *_prefixes()]
+PROMPT = "no change of a weight; the text's outputs are compared"
+HEAD = "no change of a weight; the head sees the virtual tokens"
+NETWORK = "no change of a weight; the file holds what the network made"
+
+
+def _prompts() -> Iterator[Row]:
+    texts = (
+        ("llama", "CAUSAL_LM", PROMPT), ("gpt2", "CAUSAL_LM", PROMPT), ("t5", "SEQ_2_SEQ_LM", PROMPT),
+        ("BertForTokenClassification", "TOKEN_CLS", PROMPT), ("RobertaForQuestionAnswering", "QUESTION_ANS", PROMPT),
+        ("BertModel", "FEATURE_EXTRACTION", PROMPT), ("bert", "SEQ_CLS", HEAD),
+        ("RobertaForSequenceClassification num_labels=3", "SEQ_CLS", HEAD),
+        ("GPT2ForSequenceClassification num_labels=3", "SEQ_CLS", HEAD),
+        ("LlamaForSequenceClassification num_labels=3", "SEQ_CLS", HEAD),
+    )  # fmt: skip
+    for model, task, note in texts:
+        yield Row("PromptTuning", model, {"num_virtual_tokens": 4, "task_type": task}, note=note, unmerged=True)
+    more = {"num_transformer_submodules": 1, "task_type": "SEQ_2_SEQ_LM"}
+    yield Row("PromptTuning", "t5", {"num_virtual_tokens": 4, **more}, note=PROMPT, unmerged=True)
+    saved = {"task_type": "CAUSAL_LM", "modules_to_save": ["lm_head"]}
+    yield Row("PromptTuning", "llama", {"num_virtual_tokens": 1, **saved}, note=PROMPT, unmerged=True)
+    for model, task, _ in texts[:8:2]:
+        for kind, size in (("MLP", 12), ("LSTM", 8)):
+            fields = {"encoder_reparameterization_type": kind, "encoder_hidden_size": size, "task_type": task}
+            yield Row("PromptEncoder", model, {"num_virtual_tokens": 4, **fields}, note=NETWORK, unmerged=True)
+    tasks = {"num_virtual_tokens": 4, "num_tasks": 3, "num_ranks": 2}
+    for model, task, note in (*texts[:2], texts[3], *texts[6:]):
+        yield Row("MultitaskPromptTuning", model, {**tasks, "task_type": task}, note=note, unmerged=True)
+    decoder = "PEFT prompts the decoder, too, while training, and not when it generates"
+    yield Row("MultitaskPromptTuning", "t5", {**tasks, "task_type": "SEQ_2_SEQ_LM"},
+              ("num_transformer_submodules", decoder))  # fmt: skip
+    gate = "no change of a weight"
+    for model, layers, task in (("llama", 2, "CAUSAL_LM"), ("LlamaForCausalLM", 1, None), ("LlamaModel", 2, None),
+                                ("MistralForCausalLM", 2, "CAUSAL_LM"), ("gpt2", 2, "CAUSAL_LM"),
+                                ("GPT2LMHeadModel", 1, None), ("LlamaForSequenceClassification", 3, None)):  # fmt: skip
+        fields = {"adapter_len": 3, "adapter_layers": layers, **({"task_type": task} if task else {})}
+        yield Row("AdaptionPrompt", model, fields, note=gate, unmerged=True)
+    bias = "PEFT adds the bias of the attention's output map once more"
+    yield Row("AdaptionPrompt", "LlamaForCausalLM attention_bias=True", {"adapter_len": 3, "adapter_layers": 2},
+              ("target_modules", bias))  # fmt: skip
+
+
+ROWS = [*_lora(), *_others(), *_prefixes(), *_prompts()]
 IDS = [f"{row.method}-{i}-{row.model}" for i, row in enumerate(ROWS)]
 
 
@@ -302,14 +411,35 @@ def made(row: Row) -> tuple[nn.Module, Callable[[nn.Module], Tensor]]:
         model, example = MODELS[row.model][0](), MODELS[row.model][1]()
         return model.eval(), lambda m: m(example)
     model, inputs = _family(row.model)
-    return model.eval(), lambda m: m(**inputs).logits
+    if row.fields.get("num_tasks") and row.model == "t5":
+        inputs["labels"] = inputs.pop("decoder_input_ids")
+    tasks = torch.tensor([2, 0]) if row.fields.get("num_tasks") else None
+
+    def call(m: nn.Module) -> Tensor:
+        if tasks is not None and type(m).__module__.startswith("peft."):
+            return _result(m(**inputs, task_ids=tasks))
+        with nullcontext() if tasks is None else task_of(tasks):
+            return _result(m(**inputs))
+
+    return model.eval(), call
+
+
+def _result(output: Any) -> Tensor:
+    if "start_logits" in output:
+        return torch.stack([output["start_logits"], output["end_logits"]], -1)
+    return output["logits"] if "logits" in output else output["last_hidden_state"]
+
+
+def of_text(output: Tensor, plain: Tensor) -> Tensor:
+    """What PEFT returns for the text: the end, where it returns something for virtual tokens, too."""
+    return output[:, output.shape[1] - plain.shape[1] :] if output.dim() == plain.dim() == 3 else output
 
 
 def in_peft(row: Row, model: nn.Module) -> Any:
     """PEFT's form of a copy of the model, its adapter as if it were trained."""
     import peft
 
-    given = dict(row.fields)
+    given = copy.deepcopy(row.fields)  # PEFT adds to its lists
     for name, value in given.items():
         if isinstance(value, str) and name.endswith("_config"):
             given[name] = eval(value.replace("(", "Config(", 1), vars(peft) | vars(peft.tuners.lora.config))  # noqa: S307
@@ -333,15 +463,20 @@ def near(found: Tensor, expected: Tensor) -> bool:
 def check(row: Row, folder: Path) -> dict[str, str]:
     """Every cell of a row: "" where it holds, else what is wrong."""
     import peft
+    from safetensors.torch import load_file
 
     model, call = made(row)
     theirs = in_peft(row, model)
-    with torch.no_grad():
-        expected = call(theirs)
     theirs.save_pretrained(folder / "theirs")
+    with torch.no_grad():
+        plain = call(model)
+        expected = of_text(call(theirs), plain)
+        if row.by_hand is not None:
+            found, file = expected, load_file(folder / "theirs/adapter_model.safetensors")
+            expected = call(row.by_hand(model, file))
+            assert near(found, expected), "PEFT's own is another"
     before = Snapshot(model)
     wrong: dict[str, str] = dict.fromkeys(CELLS, "")
-    plain = call(model).detach()
     assert not near(plain, expected), "the adapter does nothing"
     if row.refused:
         try:
@@ -363,5 +498,5 @@ def check(row: Row, folder: Path) -> dict[str, str]:
     wrong["removed"] = "; ".join(before.differences(model)[:3])
     again = peft.PeftModel.from_pretrained(copy.deepcopy(model), str(folder / "ours")).eval()
     with torch.no_grad():
-        wrong["save"] = "" if near(call(again), expected) else "another output"
+        wrong["save"] = "" if near(of_text(call(again), plain), expected) else "another output"
     return wrong

@@ -25,7 +25,8 @@ def table(results: Mapping[int, Mapping[str, str]]) -> str:
         if row.refused:
             cells, note = ["refused"] * len(CELLS), f"`{row.refused[0]}`: {row.refused[1]}"
         else:
-            cells, note = [f"✗ {held[cell]}" if held.get(cell) else "✓" for cell in CELLS], row.note
+            said = {cell: "✓" if cell == "removed" else row.held for cell in CELLS}
+            cells, note = [f"✗ {held[cell]}" if held.get(cell) else said[cell] for cell in CELLS], row.note
             cells = [cell if not row.unmerged or i != CELLS.index("merged") else "–" for i, cell in enumerate(cells)]
         if any(held.values()) and row.refused:
             cells = ["✗"] * len(CELLS)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import OrderedDict
 from collections.abc import Callable
 from pathlib import Path
@@ -50,6 +51,19 @@ class Attention(nn.Module):
         return ATTENTIONS["eager"](self, q, k, v, mask)[0].flatten(2)
 
 
+class Mapped(Attention):
+    """… with maps of its own for queries, keys and values."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.q_proj, self.k_proj, self.v_proj = (nn.Linear(8, 8) for _ in range(3))
+
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        maps = (self.q_proj, self.k_proj, self.v_proj)
+        q, k, v = (part(x).unflatten(-1, (2, 4)).transpose(1, 2) for part in maps)
+        return ATTENTIONS["eager"](self, q, k, v, mask)[0].flatten(2)
+
+
 class Text(nn.Module):
     """Takes a text as ids or embedded."""
 
@@ -79,6 +93,7 @@ SHOWN: dict[str, tuple[Rule, Callable[[], nn.Module]]] = {
     "NormRule": (rules.NormRule("m"), lambda: nn.LayerNorm(8)),
     "TokensRule": (rules.TokensRule("m", tokens=[2, 7]), lambda: nn.Embedding(10, 8)),
     "PrefixRule": (rules.PrefixRule("m", length=2), Attention),
+    "AdaptionRule": (rules.AdaptionRule("m", length=2), Mapped),
     "PromptRule": (rules.PromptRule("m", length=2), Text),
     "MultitaskPromptRule": (rules.MultitaskPromptRule("m", length=2, tasks=3), Text),
     "IA3Rule": (rules.IA3Rule("m"), linear),
@@ -111,7 +126,8 @@ def pictures() -> dict[str, str]:
     found = {}
     for name, (rule, make) in SHOWN.items():
         model = nn.Sequential(OrderedDict(m=make())).eval()
-        found[name] = draw(apply_rules(model, [rule], example_inputs=EXAMPLES.get(name)), "m", before=False)
+        picture = draw(apply_rules(model, [rule], example_inputs=EXAMPLES.get(name)), "m", before=False)
+        found[name] = re.sub(r"\b(?=[0-9]*[a-f])[0-9a-f]{12,}…?", "mark", picture)  # `Site.mark`, another one each time
     return found
 
 

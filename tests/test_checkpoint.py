@@ -162,6 +162,14 @@ def test_several_lora_rules_are_one_of_pefts(tmp_path: Path) -> None:
     assert config["rank_pattern"] == {"1": 2, "3": 4} and config["alpha_pattern"] == {"1": 3, "3": 5}
 
 
+@pytest.mark.parametrize("bias", ["all", "lora_only"])
+def test_biases_beside_lora_at_one_module(bias: Any, tmp_path: Path) -> None:
+    """In PEFT's format, too, each rule writes its own tensors of a site that they share, and no other's."""
+    before = trained(LoraRule("1", rank=2, bias=bias))
+    load_adapter(model := model_of(), save_adapter(before, tmp_path / "a", format="peft"))
+    assert torch.equal(model(X), before(X))
+
+
 def test_metadata_and_licence(tmp_path: Path) -> None:
     told = {"accuracy": 0.97, "by": ["me"]}
     for format in ("peft", "surgery"):
@@ -269,6 +277,27 @@ def test_another_base(tmp_path: Path) -> None:
         refused(folder, "made on another base: . of . weights differ", model_of(seed=1))
         for dtype in (torch.bfloat16, torch.float16, torch.float64):
             assert load_adapter(model_of(dtype=dtype), folder)  # the same in another precision
+
+
+def test_another_base_can_be_allowed(tmp_path: Path) -> None:
+    folder = save_adapter(trained(LoraRule("1", rank=2)), tmp_path)
+    model = model_of(seed=1)
+    with pytest.warns(SurgeryWarning, match="made on another base"):
+        report = load_adapter(model, folder, same_base=False)
+    assert report.base and report.loaded == ["1.adapters.A", "1.adapters.B"]
+    other = nn.Sequential(nn.Embedding(20, 8), nn.Linear(8, 9))
+    with pytest.raises(LoadError, match="does not give"):
+        load_adapter(other, folder, same_base=False)
+
+
+def test_a_new_head_is_no_other_base(tmp_path: Path) -> None:
+    """The base's own head was chance where the adapter was trained, and is another chance where it is loaded."""
+    before = trained(LoraRule("1", rank=2), TrainRule("3"))
+    folder = save_adapter(before, tmp_path)
+    model = model_of()
+    nn.init.normal_(model[3].weight)
+    assert load_adapter(model, folder)
+    assert torch.equal(model(X), before(X))
 
 
 def test_a_rule_or_a_format_from_the_future(tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from rules import LoraRule
-from surgery import SurgeryError, apply_rules, load_adapter, remove, save_adapter
+from surgery import SurgeryError, apply_rules, hotswap, load_adapter, pad_rank, remove, save_adapter
 
 tiny: Any = pytest.importorskip("tests.tiny", reason="needs transformers")
 
@@ -52,6 +52,7 @@ def worker(rank: int, store: str, errors: Any) -> None:
             check(rank)
             dist.barrier()
         fsdp2_saves_the_whole_adapter(rank, Path(store).parent)
+        fsdp2_takes_new_weights(rank, Path(store).parent)
     except BaseException:
         errors.put(f"rank {rank}:\n{traceback.format_exc()}")
         raise
@@ -160,3 +161,23 @@ def fsdp2_saves_the_whole_adapter(rank: int, folder: Path) -> None:
         with torch.no_grad():
             assert torch.equal(plain(**batch).logits, expected)
         remove(plain)
+
+
+def fsdp2_takes_new_weights(rank: int, folder: Path) -> None:
+    """Each process its part; sites that nothing came for do nothing."""
+    for targets in ("all-linear", ["q_proj"]):
+        other, batch = patient()
+        remove(other)
+        torch.manual_seed(1)
+        apply_rules(other, LoraRule(targets, rank=2, alpha=3, init="random"))
+        source = save_adapter(other, folder / "new")
+        model = sharded_as(rank, lambda model: model.model.layers)
+        hotswap(model, "default", source)
+        with torch.no_grad():
+            torch.testing.assert_close(model(**batch).logits, other(**batch).logits)
+    try:
+        pad_rank(model, "default", 8)
+    except SurgeryError as error:
+        assert "sharded" in str(error), error
+    else:
+        raise AssertionError("sharded tensors were padded")

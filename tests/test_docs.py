@@ -24,6 +24,7 @@ import torch
 
 import rules
 import surgery
+import surgery.peft
 import surgery.testing
 import surgery.trainer
 
@@ -111,7 +112,8 @@ def rows(name: str) -> dict[str, str]:
 
 def test_every_public_name_is_in_the_reference() -> None:
     listed = rows("docs/reference.md")
-    modules: dict[str, Any] = {"surgery.testing": surgery.testing, "surgery.trainer": surgery.trainer}
+    named = (surgery.testing, surgery.trainer, surgery.peft)
+    modules: dict[str, Any] = {module.__name__: module for module in named}
     public = {*surgery.__all__, *rules.__all__}
     public |= {f"{path}.{name}" for path, module in modules.items() for name in module.__all__}
     assert public <= listed.keys(), public - listed.keys()

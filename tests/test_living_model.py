@@ -477,12 +477,12 @@ def test_compile(name: str, training: bool) -> None:
         compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
         expected, found = model(x), compiled(x)
     torch.testing.assert_close(found, expected)  # run eagerly, the branch has a form that rounds once less
-    expected.square().sum().backward()
+    expected.tanh().sum().backward()  # of squares after a LayerNorm the sum is always the same, and its gradient noise
     gradients = {key: p.grad for key, p in adapters_of(model).items()}
     model.zero_grad()
-    found.square().sum().backward()
+    found.tanh().sum().backward()
     for key, parameter in adapters_of(model).items():
-        torch.testing.assert_close(parameter.grad, gradients[key], msg=key)
+        torch.testing.assert_close(parameter.grad, gradients[key], rtol=1e-4, atol=1e-5, msg=key)
 
 
 @pytest.mark.parametrize("strict", [True, False], ids=["strict", "not strict"])

@@ -17,7 +17,7 @@ from surgery import PlanError, RuleError, SiteError, apply_rules, merge, remove,
 from surgery.testing import Snapshot
 
 transformers = pytest.importorskip("transformers")
-CLOSE: dict[str, Any] = {"rtol": 1e-5, "atol": 2e-6}  # sums of the same products in another order
+CLOSE: dict[str, Any] = {"rtol": 1e-5, "atol": 5e-6}  # sums of the same products in another order
 IDS = torch.tensor([[5, 3, 9, 2, 7, 1], [4, 8, 6, 2, 1, 3]])
 
 

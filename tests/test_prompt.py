@@ -171,6 +171,11 @@ def logits(model: Any, *args: Any, **inputs: Any) -> Tensor:
 # The numbers ------------------------------------------------------------------------------------------------------
 
 
+def alike(found: Tensor, expected: Tensor) -> None:
+    """The head runs on the text's positions alone, by hand on all: a kernel for another shape rounds otherwise."""
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
+
+
 @pytest.mark.parametrize("side", ["none", "left", "right"])
 @pytest.mark.parametrize("kind", ["sdpa", "eager"])
 @pytest.mark.parametrize("name", DECODERS)
@@ -179,7 +184,7 @@ def test_a_decoder_is_the_untouched_one_with_more_embeddings(name: str, kind: st
     expected = by_hand(model, IDS, **masks(side)).logits[:, N:]
     found = logits(model, IDS, **masks(side))
     assert found.shape == (2, 6, 20)
-    assert torch.equal(found, expected)
+    alike(found, expected)
     with torch.no_grad():
         box(host(model)).prompt.mul_(-1)
     assert (logits(model, IDS, **masks(side)) - found).abs().max() > 0.01
@@ -193,7 +198,7 @@ def test_an_encoder_is_the_untouched_one_with_more_embeddings(name: str, side: s
         with pytest.raises(SiteError, match="padded on the left"):
             model(IDS, **masks(side))
         return
-    assert torch.equal(logits(model, IDS, **masks(side)), by_hand(model, IDS, **masks(side)).logits[:, N:])
+    alike(logits(model, IDS, **masks(side)), by_hand(model, IDS, **masks(side)).logits[:, N:])
 
 
 def test_positions_token_types_and_embeddings_that_the_call_gives() -> None:
@@ -202,16 +207,16 @@ def test_positions_token_types_and_embeddings_that_the_call_gives() -> None:
     mask = torch.tensor([[1] * 6, [0, 0, 1, 1, 1, 1]])
     wide = torch.cat([torch.arange(N).expand(2, -1), spread + N], 1)
     expected = by_hand(model, IDS, mask, position_ids=wide).logits[:, N:]
-    assert torch.equal(logits(model, IDS, attention_mask=mask, position_ids=spread), expected)
+    alike(logits(model, IDS, attention_mask=mask, position_ids=spread), expected)
     from_one = torch.arange(1, 7)[None]  # as some models count
     expected = by_hand(model, IDS, position_ids=torch.arange(1, 7 + N)[None]).logits[:, N:]
-    assert torch.equal(logits(model, IDS, position_ids=from_one), expected)
+    alike(logits(model, IDS, position_ids=from_one), expected)
     embeds = model.get_input_embeddings()(IDS)
     assert torch.equal(logits(model, inputs_embeds=embeds), logits(model, IDS))
     model = adapted(bert_tokens())
     types = torch.tensor([[0, 0, 1, 1, 1, 1]] * 2)
     expected = by_hand(model, IDS, token_type_ids=torch.cat([types.new_zeros(2, N), types], 1)).logits[:, N:]
-    assert torch.equal(logits(model, IDS, token_type_ids=types), expected)
+    alike(logits(model, IDS, token_type_ids=types), expected)
     for wrong in ({}, {"input_ids": IDS, "inputs_embeds": embeds}):
         with pytest.raises(ValueError, match="input_ids"):
             model(**wrong)

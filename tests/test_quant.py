@@ -17,7 +17,7 @@ from surgery import PlanError, Rule, Site, apply_rules, merge, plan_rules, remov
 from surgery.testing import Snapshot
 
 Load = Callable[[str], ModuleType]
-SIZES = (64, 32, 16)
+SIZES = (64, 64, 32)  # on some CPUs 4-bit kernels want multiples of 32
 
 
 def plain() -> nn.Sequential:
@@ -118,28 +118,33 @@ def test_forward_and_gradients_are_plain_arithmetic(build: Callable[..., Any], o
 def test_the_branch_is_added_to_the_kernels_own_output(build: Callable[..., Any], optional: Load) -> None:
     model, _ = build(optional)
     x = torch.randn(8, SIZES[0])
-    base = model[0](x)
-    apply_rules(model, [LORA], example_inputs=x)
-    held = model[0].adapters.default
-    assert held.A.dtype == held.B.dtype == torch.float32
-    torch.testing.assert_close(model[0](x), base + 1.5 * F.linear(F.linear(x, held.A), held.B))
+    with torch.no_grad():  # on some CPUs another kernel where gradients are asked for, which rounds otherwise
+        base = model.eval()[0](x)
+        apply_rules(model, [LORA], example_inputs=x)
+        held = model[0].adapters.default
+        assert held.A.dtype == held.B.dtype == torch.float32
+        torch.testing.assert_close(model[0](x), base + 1.5 * F.linear(F.linear(x, held.A), held.B))
 
 
 @every_kind
 def test_in_and_out_to_the_bit(build: Callable[..., Any], optional: Load) -> None:
     model, _ = build(optional)
     x = torch.randn(8, SIZES[0])
-    base = model.eval()(x)  # bitsandbytes sets up its buffers at the first call, and rounds otherwise in training
+    with torch.no_grad():  # bitsandbytes rounds otherwise in training, and on some CPUs where gradients are asked for
+        base = model.eval()(x)
     before = Snapshot(model)
     state = copy.deepcopy(model.state_dict())
     plan = plan_rules(model, [LoraRule(["0", "2"], rank=4)], example_inputs=x)
-    assert [step["kind"] for step in plan.to_dict()["steps"]] == ["opaque", "opaque"] and plan.added == 4 * (96 + 48)
+    assert [step["kind"] for step in plan.to_dict()["steps"]] == ["opaque", "opaque"]
+    assert plan.added == 4 * (SIZES[0] + 2 * SIZES[1] + SIZES[2])
     apply_rules(model, [LoraRule(["0", "2"], rank=4, dropout=0.1)], example_inputs=x)
-    assert torch.equal(model(x), base)
+    with torch.no_grad():
+        assert torch.equal(model(x), base)
     remove(model)
     assert before.differences(model) == []
     assert list(model.state_dict()) == list(state)
-    assert torch.equal(model(x), base)
+    with torch.no_grad():
+        assert torch.equal(model(x), base)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -205,11 +210,11 @@ def test_rules_on_the_weight_are_refused_with_the_reason(
 def test_the_bias_is_an_ordinary_parameter(build: Callable[..., Any], optional: Load) -> None:
     model, _ = build(optional)
     x = torch.randn(8, SIZES[0])
-    base = model[0](x)
-    apply_rules(model, [BiasRule("0")], example_inputs=x)
-    assert torch.equal(model[0](x), base)
-    with torch.no_grad():
+    with torch.no_grad():  # on some CPUs another kernel where gradients are asked for
+        base = model.eval()[0](x)
+        apply_rules(model, [BiasRule("0")], example_inputs=x)
+        assert torch.equal(model[0](x), base)
         model[0].adapters.default.bias += 1
-    torch.testing.assert_close(model[0](x), base + 1)
+        torch.testing.assert_close(model[0](x), base + 1)
     model[0](x).sum().backward()
     assert model[0].adapters.default.bias.grad is not None

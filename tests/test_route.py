@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from rules import (
+    AdaptionRule,
     BottleneckRule,
     IA3Rule,
     LohaRule,
@@ -22,6 +23,7 @@ from rules import (
     NormRule,
     OftRule,
     PrefixRule,
+    PromptRule,
     TokensRule,
     TrainRule,
     VeraRule,
@@ -611,3 +613,94 @@ def test_prefixes_in_attention_that_is_written_out_are_refused() -> None:
     for names in (["a", None], ["a"]):
         with pytest.raises(SurgeryError, match=r"PrefixRule \[a\] can't be routed"):
             route(model, names).__enter__()
+
+
+def checked_rows(model: Any, given: dict[str, Any], names: list[str | None]) -> None:
+    with torch.no_grad():
+        with route(model, names):
+            mixed = _first(model(**given))
+        for row, name in enumerate(names):
+            one = {key: v[row : row + 1] if isinstance(v, Tensor) else v for key, v in given.items()}
+            with using(model, name):
+                expected = _first(model(**one))
+            kept: Any = slice(None)
+            if mixed.dim() > 2 and "attention_mask" in given:
+                kept = given["attention_mask"][row] == 1
+            torch.testing.assert_close(mixed[row][kept], expected[0][kept], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "bert", "distilbert"])
+@pytest.mark.parametrize("padding", ["none", "left", "right"])
+def test_prompts(family: str, padding: str) -> None:
+    model, example = getattr(tiny, family)()
+    model.eval()
+    before = Snapshot(model)
+    apply_rules(model, PromptRule(length=3), adapter="a")
+    apply_rules(model, PromptRule(length=5, encoder="mlp"), adapter="b")
+    disturbed(model)
+    names: list[str | None] = ["a", None, "b", "b"]
+    given = {"input_ids": rows_of(example, len(names))["input_ids"]}
+    if padding != "none":
+        mask = torch.ones(given["input_ids"].shape, dtype=torch.long)
+        mask[1, -2:] = mask[3, -1:] = 0
+        given["attention_mask"] = mask.flip(-1) if padding == "left" else mask
+    if family == "distilbert" and padding != "none":
+        given["attention_mask"][:, 0] = 1  # its head looks at the first token
+    if family == "bert" and padding == "left":
+        given["attention_mask"][:, 0] = 1
+    checked_rows(model, given, names)
+    assert not before.differences(remove(model))
+
+
+def test_prompts_of_equal_length_in_an_encoder_decoder() -> None:
+    model, example = tiny.t5()
+    model.eval()
+    for name in ("a", "b"):
+        apply_rules(model, PromptRule(length=3), adapter=name)
+    disturbed(model)
+    given = rows_of(example, 3)
+    given["attention_mask"] = torch.ones_like(given["input_ids"])
+    given["attention_mask"][1, -2:] = 0
+    with torch.no_grad():
+        with route(model, ["a", "b", "a"]):
+            mixed = _first(model(**given))
+        for row, name in enumerate("aba"):
+            with using(model, name):
+                one = {key: v[row : row + 1] if isinstance(v, Tensor) else v for key, v in given.items()}
+                torch.testing.assert_close(mixed[row], _first(model(**one))[0], rtol=1e-4, atol=1e-5)
+        with route(model, ["a", None, "b"]), pytest.raises(SurgeryError, match="with and without virtual tokens"):
+            model(**given)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+@pytest.mark.parametrize("beams", [1, 2])
+def test_prompts_generate(family: str, beams: int) -> None:
+    model: Any = getattr(tiny, family)()[0].eval()
+    for name, length in (("a", 3), ("b", 5)):
+        apply_rules(model, PromptRule(length=length), adapter=name)
+    ids = torch.randint(3, 60, (3, 5))
+    options = {"max_new_tokens": 5, "do_sample": False, "num_beams": beams, "pad_token_id": 0, "eos_token_id": None}
+    mask = torch.ones_like(ids)
+    mask[2, :2] = 0
+    names: list[str | None] = ["a", None, "b"]
+    with route(model, names):
+        mixed = model.generate(ids, attention_mask=mask, **options)
+    for row, name in enumerate(names):
+        with using(model, name):
+            one = model.generate(ids[row : row + 1], attention_mask=mask[row : row + 1], **options)
+        assert torch.equal(mixed[row], one[0])
+
+
+def test_adaption_prompts_and_their_limits() -> None:
+    model, example = tiny.llama()
+    model.eval()
+    for name, length in (("a", 3), ("b", 5)):
+        apply_rules(model, AdaptionRule("self_attn", length=length), adapter=name)
+    disturbed(model)
+    given = {"input_ids": rows_of(example, 3)["input_ids"]}
+    checked_rows(model, given, ["a", None, "b"])
+    other, example = tiny.gpt2()
+    for name in ("a", "b"):
+        apply_rules(other, AdaptionRule("attn", length=3, mapped=False), adapter=name)
+    with pytest.raises(SurgeryError, match="can't be routed in one batch"):
+        route(other, ["a", "b"]).__enter__()

@@ -71,7 +71,7 @@ def test_the_wheel_holds_the_two_packages_and_nothing_else(wheel: Path) -> None:
     assert {name.split("/")[0] for name in names if ".dist-info" not in name} == {"surgery", "rules"}
     expected = {
         str(file.relative_to(ROOT))
-        for package in ("surgery", "rules", "rules/peft")
+        for package in ("surgery", "surgery/peft", "rules", "rules/peft")
         for file in ROOT.glob(f"{package}/*.py*")
     }
     assert expected <= set(names) and {"surgery/py.typed", "rules/py.typed"} <= set(names)

@@ -1,5 +1,5 @@
 """How PEFT writes what the rules are: tables of names, beside the rules. Importing this registers them all."""
 
-from rules.peft import adalora, experts, extras, lora, methods, prefix, projections
+from rules.peft import adalora, adaption, experts, extras, lora, methods, prefix, projections, prompts
 
-__all__ = ["adalora", "experts", "extras", "lora", "methods", "prefix", "projections"]
+__all__ = ["adalora", "adaption", "experts", "extras", "lora", "methods", "prefix", "projections", "prompts"]

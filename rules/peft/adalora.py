@@ -15,6 +15,7 @@ from surgery import PeftConfig, PeftEntry, PeftMethod, PeftPlace, peft_method
 @peft_method
 class AdaLora(PeftMethod):
     peft_type, rule = "ADALORA", AdaLoraRule
+    lacks = ()
     fields = {"init_r": "rank", "lora_alpha": "alpha", "lora_dropout": "dropout"} | {
         name: name
         for name in ("target_r", "tinit", "tfinal", "deltaT", "total_step", "beta1", "beta2", "orth_reg_weight")

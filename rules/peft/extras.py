@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import nn
 
 from rules.bias import BiasRule
+from rules.peft._tasks import HEADS, ending
 from rules.tokens import TokensRule
 from rules.train import TrainRule
 from surgery import PeftConfig, PeftEntry, PeftPart, PeftPlace, Rule, SurgeryError, peft_method
@@ -23,7 +24,7 @@ class Trained(PeftPart):
         names = config.take("modules_to_save") or ()
         if isinstance(names, str) or not all(isinstance(name, str) for name in names):
             raise SurgeryError("PEFT's modules_to_save is no list of names")
-        paths = _ending(config.modules.by_path, names)
+        paths = ending(config.modules.by_path, [*names, *_heads(config)])
         if paths:  # PEFT passes over names that fit none: its classification task adds "score" and "classifier"
             yield TrainRule(targets=config.regular(paths))
 
@@ -34,15 +35,18 @@ class Trained(PeftPart):
 
     def write(self, placed: Any, modules: Any) -> dict[str, Any]:
         paths = [path for _, inner in placed for path in inner]
-        if set(_ending(modules.by_path, paths)) != set(paths):
+        if set(ending(modules.by_path, paths)) != set(paths):
             raise SurgeryError("PEFT's format can't hold this TrainRule", why="PEFT would train further modules, too")
         return {"modules_to_save": paths}
 
 
-def _ending(modules: Mapping[str, nn.Module], names: Sequence[str]) -> list[str]:
-    """The modules that PEFT means: those whose path ends so, with no dot asked for, and the outermost alone."""
-    found = [path for path in modules if any(path.endswith(name) for name in names)]
-    return [path for path in found if not any(path.startswith(f"{other}.") for other in found)]
+def _heads(config: PeftConfig) -> list[str]:
+    """The heads that are in the file because of its task: PEFT up to 0.6 did not name them in the configuration."""
+    task, held = config.data.get("task_type"), config.file.shapes if config.file is not None else ()
+    heads = ending(config.modules.by_path, HEADS.get(task, ()) if isinstance(task, str) else ())
+    starts = [(path, f"{start}{path}.") for path in heads for start in ("base_model.model.", "base_model.")]
+    names = {path: [name for name, _ in config.modules.by_path[path].named_parameters()] for path in heads}
+    return [path for path, start in starts if any(start + name in held for name in names[path])]
 
 
 @peft_method
@@ -114,8 +118,8 @@ class Biases(PeftPart):
     def entries(self, place: PeftPlace) -> dict[str, PeftEntry]:
         names = {name.replace(".", "_"): name for name, _ in place.module.named_parameters()}
         found = {}
-        for name in place.names:
-            full = names[name] if name in names else name
+        for name in (name for name in place.names if name in names):  # the site may have LoRA's tensors, too
+            full = names[name]
             if place.path in place.main:  # PEFT's layer stands around the module
                 full = "base_layer." + re.sub(r"^out_proj\.", "out_proj.base_layer.", full)
             found[name] = PeftEntry(full)

@@ -18,6 +18,7 @@ SURGERY = 'save_adapter(…, format="surgery") holds any rules'
 @peft_method
 class Lora(PeftMethod):
     peft_type, rule = "LORA", LoraRule
+    lacks = ()
     init_field = "init_lora_weights"
     inits = {
         True: "kaiming", False: "random", "gaussian": "gaussian", "orthogonal": "orthogonal", "eva": "kaiming",
@@ -65,6 +66,7 @@ class Lora(PeftMethod):
         return super().entries(place) | ({"A": _by_group(groups)} if groups != 1 else {})
 
     def write(self, placed: Any, modules: Any) -> dict[str, Any]:
+        placed = [(rule if rule.max_rank is None else _filled(rule, paths), paths) for rule, paths in placed]
         one = placed[0][0] if len(placed) == 1 else _as_one(placed)
         paths = [path for _, inner in placed for path in inner]
         for path in paths:
@@ -88,6 +90,21 @@ def _as_one(placed: Sequence[tuple[LoraRule, Sequence[str]]]) -> LoraRule:
     alphas = {re.escape(path): rule.alpha_at(path) for path, rule in by_path.items()}
     targets = "re:" + "|".join(map(re.escape, by_path))
     return first.replace(targets=targets, exclude=(), layers=None, rank_pattern=ranks, alpha_pattern=alphas)
+
+
+def _filled(rule: LoraRule, paths: Sequence[str]) -> LoraRule:
+    """A rule with more room than rank as one that uses all of it, at the same scale."""
+    rank = rule.max_rank
+    assert rank is not None
+    alphas = {path: rule.scale_at(path) * rank for path in paths}
+    alpha = alphas[paths[0]] if paths else rule.alpha
+    others = {re.escape(path): value for path, value in alphas.items() if value != alpha}
+    plain = {"rank_pattern": None, "rslora": False, "max_rank": None}
+    made = rule.replace(rank=rank, alpha=alpha, alpha_pattern=others or None, **plain)
+    for path in paths:
+        if made.scale_at(path) != rule.scale_at(path):
+            raise _unsaid(f"the scale of max_rank={rank} to the last bit", path)
+    return made
 
 
 def _by_group(groups: int) -> PeftEntry:

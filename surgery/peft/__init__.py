@@ -23,7 +23,7 @@ from surgery.peft.fresh import fill
 from surgery.peft.kbit import prepare_model_for_kbit_training
 from surgery.peft.model import *  # noqa: F403
 from surgery.peft.model import PeftModel, class_for
-from surgery.peft_format import written
+from surgery.peft_writing import written
 from surgery.state import adapter_names, require_state
 
 __all__ = [
@@ -99,7 +99,7 @@ def get_peft_model_state_dict(
     """
     base = Facade.inside(model)
     adapter_names(require_state(base), adapter_name)
-    return written(base, adapter_name, state_dict)[1]
+    return written(base, adapter_name, state=state_dict)[1]
 
 
 def set_peft_model_state_dict(

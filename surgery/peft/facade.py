@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import copy
+import functools
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
 from importlib import import_module
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import nn
@@ -25,7 +26,10 @@ class LoadResult(NamedTuple):
     unexpected_keys: list[str]
 
 
-class Facade:
+_Seen: Any = nn.Module if TYPE_CHECKING else object  # what type checkers take it for, as isinstance does
+
+
+class Facade(_Seen):
     """Passes for the model: `isinstance` holds, attributes are read from it and set on it, calls are its calls.
 
     It is no module of its own: what walks over modules walks over the model's, under the model's names.
@@ -66,7 +70,8 @@ class Facade:
     def __getattr__(self, name: str) -> Any:  # what is not found otherwise
         if name in Facade.__slots__:
             raise AttributeError(name)
-        return getattr(self._base, name)
+        found = getattr(self._base, name)
+        return _giving(self, found) if name in _THEMSELVES else found
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name in Facade.__slots__:
@@ -105,9 +110,9 @@ class Facade:
         return Tuner(self)
 
     @property
-    def model(self) -> Any:
-        """The model, as in PEFT."""
-        return self._base
+    def _hf_peft_config_loaded(self) -> bool:
+        """What the Trainer asks of quantised models: whether there is an adapter to train."""
+        return bool(getattr(self._base, "is_quantized", False) and self._configs)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
         return _made(type(self), *copy.deepcopy(self._held(), memo))
@@ -117,6 +122,22 @@ class Facade:
 
     def _held(self) -> tuple[Any, ...]:
         return tuple(getattr(self, name) for name in Facade.__slots__[1:])
+
+
+# Methods of modules that give the module back: of a façade they give the façade, for `model = model.to(device)`.
+_THEMSELVES = frozenset(
+    "apply bfloat16 cpu cuda double eval float half ipu mtia requires_grad_ share_memory to to_empty train type "
+    "xpu".split()
+)
+
+
+def _giving(facade: Facade, method: Any) -> Any:
+    @functools.wraps(method)
+    def called(*args: Any, **kwargs: Any) -> Any:
+        found = method(*args, **kwargs)
+        return facade if found is facade._base else found
+
+    return called
 
 
 def _made(kind: type[Facade], *held: Any) -> Facade:
@@ -145,12 +166,14 @@ class Tuner:
 
 
 def trained(model: nn.Module, adapter: str) -> tuple[str, ...]:
-    """The names in the model of an adapter's tensors that train."""
+    """The names in the model of an adapter's tensors that train, or will when it is live."""
     return tuple(
         tensor_key(path, f"{adapter}.{name}")
-        for path, module, _ in sites(model)
+        for path, module, site in sites(model)
+        for applied in site.applied
+        if applied.adapter == adapter
         for name, tensor in tensors_of(module, adapter).items()
-        if tensor.requires_grad
+        if name in applied.tensors and (tensor.requires_grad or applied.flags.get(name))
     )
 
 
@@ -168,7 +191,7 @@ def half_precision(model: nn.Module) -> bool:
 
 def example_of(model: Any, config: Any) -> Any:
     """An example call of a model of transformers, for methods that ask for one."""
-    if not (config.is_prompt_learning or config.is_adaption_prompt):
+    if config.method not in ("PREFIX_TUNING", "ADAPTION_PROMPT"):
         return None
     example = getattr(model, "dummy_inputs", None)
     if not isinstance(example, dict):

@@ -12,18 +12,20 @@ from torch import Tensor, nn
 
 from surgery.errors import LoadError, PlanError, SurgeryError, SurgeryWarning
 from surgery.files import open_tensors
-from surgery.peft_format import PeftConfig, _configured, _entries, _method, _rules
+from surgery.peft_format import PeftConfig, asked_for, method_of
 from surgery.peft_keys import keys_of
+from surgery.peft_writing import described
 from surgery.rule import Rule
+from surgery.state import adapter_state_dict, load_adapter_state_dict
 from surgery.stored import SURGERY, names_in
 
-__all__ = ["fill", "rules_for", "tensors_in"]
+__all__ = ["fill", "refill", "rules_for"]
 
 
 def rules_for(model: nn.Module, config: Mapping[str, Any]) -> list[Rule]:
     """The rules of a new adapter by PEFT's configuration. `PlanError` with everything that can't be held."""
     given = PeftConfig(config, model)
-    rules, problems, unheld = _rules(given, _method(config.get("peft_type")).start)
+    rules, problems, unheld = asked_for(given, method_of(config.get("peft_type")).start)
     if problems or unheld:
         raise PlanError([*problems, *unheld])
     for note in given.notes:
@@ -33,9 +35,10 @@ def rules_for(model: nn.Module, config: Mapping[str, Any]) -> list[Rule]:
 
 def fill(model: nn.Module, adapter: str, tensors: Mapping[str, Tensor]) -> tuple[list[str], list[str]]:
     """Copy tensors under PEFT's keys into an adapter: which are missing, and which are none of its. All or nothing."""
-    config, placed, modules = _configured(model, adapter)
+    found, live = described(model, adapter, exact=True), adapter_state_dict(model, adapter)
     values, missing, used, problems = list[tuple[Tensor, Tensor]](), list[str](), set[str](), list[SurgeryError]()
-    for _, key, entry, own in _entries(adapter, placed, modules, config):
+    for name, key, entry in found.entries(live):
+        own = live[name]  # shares the model's memory
         if key not in tensors:
             missing.append(key)
             continue
@@ -54,12 +57,14 @@ def fill(model: nn.Module, adapter: str, tensors: Mapping[str, Tensor]) -> tuple
     with torch.no_grad():
         for own, value in values:
             own.copy_(value)
-    passed_over = _method(config["peft_type"]).passed_over or ("\n",)
+    passed_over = found.method.passed_over or ("\n",)
     return list(dict.fromkeys(missing)), [k for k in tensors if k not in used and not k.endswith(passed_over)]
 
 
-def tensors_in(model: nn.Module, source: str | Path, subfolder: str | None, revision: str | None) -> dict[str, Tensor]:
-    """The tensors of an adapter in PEFT's files, under PEFT's keys of today."""
+def refill(
+    model: nn.Module, adapter: str, source: str | Path, subfolder: str | None, revision: str | None
+) -> tuple[list[str], list[str]]:
+    """The tensors of a folder or repository into an adapter that is there: which are missing, which none of its."""
     place = Path(source)
     if not place.exists():
         from surgery.hub import fetched
@@ -68,7 +73,10 @@ def tensors_in(model: nn.Module, source: str | Path, subfolder: str | None, revi
     elif subfolder:
         place = place / subfolder
     names = names_in(place)
-    if names is None or names[0] == SURGERY[0]:
-        raise SurgeryError("there is no adapter in PEFT's format in this folder", where=str(place))
+    if names is None:
+        raise SurgeryError("there is no adapter in this folder", where=str(place))
     file = open_tensors(place / names[0])
-    return {key: file.read(name) for key, name in keys_of(model, file).items()}
+    if names[0] == SURGERY[0]:
+        load_adapter_state_dict(model, {key: file.read(key) for key in file.shapes}, adapter)
+        return [], []
+    return fill(model, adapter, {key: file.read(name) for key, name in keys_of(model, file).items()})

@@ -117,7 +117,7 @@ class Adapted(Facade):
         """A configuration of PEFT's or ours as one of ours, with the heads that go with its task."""
         if not hasattr(given, "to_dict"):
             raise SurgeryError(f"{given!r} is no configuration", fix="pass a LoraConfig, or another of its kind")
-        config = copy.copy(given) if isinstance(given, PeftConfig) else PeftConfig.from_dict(given.to_dict())
+        config: Any = copy.copy(given) if isinstance(given, PeftConfig) else PeftConfig.from_dict(given.to_dict())
         heads = heads_of(self._task or config.task_type)
         if heads and hasattr(config, "modules_to_save"):
             config.modules_to_save = list(dict.fromkeys([*(config.modules_to_save or []), *heads]))

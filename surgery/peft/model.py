@@ -14,15 +14,15 @@ from torch import nn
 from surgery.checkpoint import load_adapter
 from surgery.engine import apply_rules, remove
 from surgery.errors import SurgeryError, SurgeryWarning
-from surgery.forget import forget
+from surgery.for_good import forget
 from surgery.merge import merge, unmerge
 from surgery.peft.config import PeftConfig
 from surgery.peft.defaults import with_defaults
 from surgery.peft.facade import LoadResult, example_of, half_precision, numbers_in
-from surgery.peft.fresh import fill, rules_for, tensors_in
+from surgery.peft.fresh import refill, rules_for
 from surgery.peft.live import Adapted
 from surgery.peft.saving import push, save
-from surgery.peft_format import written
+from surgery.peft_writing import written
 from surgery.state import model_state
 
 __all__ = [
@@ -114,8 +114,7 @@ class PeftModel(Adapted):
             raise SurgeryError("key_mapping is not supported", fix="rename the file's tensors before they are loaded")
         state = model_state(self._base)
         if state is not None and adapter_name in state.adapters:
-            tensors = tensors_in(self._base, model_id, subfolder, revision)
-            result = LoadResult(*fill(self._base, adapter_name, tensors))
+            result = LoadResult(*refill(self._base, adapter_name, model_id, subfolder, revision))
         else:
             config = PeftConfig.from_pretrained(model_id, subfolder, revision=revision)
             config.inference_mode = not is_trainable
@@ -150,15 +149,13 @@ class PeftModel(Adapted):
         density: float | None = None, majority_sign_method: str = "total",
     ) -> None:  # fmt: skip
         """A new adapter that combines others: `surgery.combine`. It is not active."""
-        if svd_clamp is not None:
-            raise SurgeryError("svd_clamp is not supported", fix="leave it out: what is combined is not clamped")
         if len(adapters) != len(weights):
             raise SurgeryError(f"there are {len(weights)} weights for {len(adapters)} adapters", fix="give one each")
         combine: Any = import_module("surgery").combine
         before, given = self.active_adapters, dict(zip(adapters, weights, strict=True))
         combine(
             self._base, given, into=adapter_name, method=combination_type, rank=svd_rank, density=density,
-            majority_sign=majority_sign_method,
+            majority_sign=majority_sign_method, clamp=svd_clamp,
         )  # fmt: skip
         self._joined(adapter_name, PeftConfig.from_dict(written(self._base, adapter_name)[0]))
         self._enter([] if self._off is not None else before)

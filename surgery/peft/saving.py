@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import copy
 import re
 import tempfile
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
-from surgery.checkpoint import put_peft
-from surgery.errors import SurgeryError
+from surgery.checkpoint import put_peft, save_adapter
+from surgery.errors import SurgeryError, SurgeryWarning
 from surgery.fingerprint import fingerprint
-from surgery.peft_format import SILENT, written
+from surgery.peft_format import SILENT
+from surgery.peft_writing import written
 from surgery.spelling import class_of
 from surgery.state import adapter_names, is_adapter_key, require_state, whole
 
@@ -31,7 +34,7 @@ def save(
     chosen = list(facade.peft_config) if names is None else adapter_names(require_state(base), list(names))
     if not chosen:
         raise SurgeryError("there is no adapter to save", fix="the model itself: get_base_model().save_pretrained(…)")
-    found = {name: written(base, name, state) for name in chosen}  # all of them, before any is in a file
+    found = {name: _written(base, name, state) for name in chosen}  # all of them, before any is in a file
     extra = {"base": fingerprint(base), "licence": None, "metadata": {}}
     kept = _trained(base, state) if CHECKPOINT.fullmatch(folder.resolve().name) else None
     if not writes:
@@ -39,11 +42,31 @@ def save(
     for name, (config, tensors) in found.items():
         place = folder if name == "default" else folder / name
         place.mkdir(parents=True, exist_ok=True)
-        put_peft(place, _said(base, facade.peft_config.get(name), config), tensors, extra)
+        given = facade.peft_config.get(name)
+        if tensors is not None:
+            put_peft(place, _said(base, given, config), tensors, extra)
+            continue
+        save_adapter(base, place, name, format="surgery")
+        if given is not None:
+            given = copy.copy(given)
+            given.inference_mode = True
+            given.save_pretrained(place)  # PEFT finds no tensors beside it
     if kept is not None:
         from safetensors.torch import save_file
 
         save_file(kept, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def _written(
+    model: Any, name: str, state: Mapping[str, Tensor] | None
+) -> tuple[dict[str, Any], dict[str, Tensor] | None]:
+    """PEFT's form of an adapter; without tensors where it has none that is the same adapter."""
+    try:
+        return written(model, name, state=state)
+    except SurgeryError as error:
+        why = f"{error.what}: {error.why}; it is written in a format of its own"
+        warnings.warn(why, SurgeryWarning, stacklevel=4)
+        return {}, None
 
 
 def push(facade: Any, repo_id: str, *, message: str | None, **options: Any) -> str:

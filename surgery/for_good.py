@@ -48,7 +48,7 @@ def forget(model: M) -> M:
     for path, _, site in found:
         _check(path, site)
     untied = [
-        (module.get_submodule(name.rpartition(".")[0])._parameters[name.rpartition(".")[2]], before)
+        (module.get_parameter(name), before)
         for _, module, site in found
         if site.merged is not None
         for name, before in site.merged.tied.items()

@@ -72,7 +72,7 @@ def combine(
 
     All or nothing. Raises `SurgeryError` for an unknown adapter, a name that is taken, weights that are no finite
     numbers, a method or a value that does not go with it, a merged model, an adapter that changed the base's weights
-    (PiSSA), and `PlanError` with all rules that can't be combined so, each with a site and what to do.
+    (PiSSA), and `PlanError` with all rules that can't be combined so, or hold NaN, each with a site and what to do.
     PEFT: `add_weighted_adapter`. Sources: Yadav et al. 2023 (TIES), arXiv:2306.01708; Yu et al. 2023 (DARE),
     arXiv:2311.03099.
     """
@@ -84,14 +84,15 @@ def combine(
     for name in how.weights:
         check_whole(state, name, "be combined")
     found = list(_kinds(model, state, how))
-    with torch.no_grad():
+    with torch.inference_mode(False), torch.no_grad():  # the tensors made here are to be trained
         for kind in found:
             kind.combine(how)
     if problems := [problem for kind in found for problem in kind.problems]:
         raise PlanError(problems)
     rules = _rules(model, found)
     order = {id(applied): index for index, applied in enumerate(a for _, _, site in sites(model) for a in site.applied)}
-    placed = [(min(order[id(one)] for one, _ in at.found), new) for kind in found for at, new in kind.placed()]
+    with torch.inference_mode(False):
+        placed = [(min(order[id(one)] for one, _ in at.found), new) for kind in found for at, new in kind.placed()]
     put(model, into, rules, [new for _, new in sorted(placed, key=lambda pair: pair[0])])
     return model
 
@@ -126,6 +127,8 @@ class _Kind:
         for at in self.at:
             shares = [share for _, share in at.found]
             try:
+                for share in shares:
+                    _check_finite(share)
                 with running(shares[0].rule, "combined", at.path):
                     at.rule, at.tensors = shares[0].rule.combined(shares, how)
             except SurgeryError as error:
@@ -140,6 +143,17 @@ class _Kind:
             facts = {name: copy.deepcopy(fact) for name, fact in first.facts.items() if name != MARK}
             made = {name: _like(name, tensor, shares) for name, tensor in at.tensors.items()}
             yield at, Placed(at.module, at.rule, made, facts, first.inside)
+
+
+def _check_finite(share: Share) -> None:
+    for name, tensor in share.params.items():
+        if tensor.is_floating_point() and not tensor.is_meta and not bool(torch.isfinite(tensor).all()):
+            raise SurgeryError(
+                f"the adapter {share.adapter!r} holds numbers that are not finite",
+                where=share.site.path,
+                why=f"{name} of its {share.rule.label} has NaN or infinity in it",
+                fix="load the adapter anew",
+            )
 
 
 def _like(name: str, tensor: Tensor, shares: Sequence[Share]) -> tuple[Tensor, bool]:

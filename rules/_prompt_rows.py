@@ -1,0 +1,64 @@
+"""Virtual tokens of several adapters in one batch: each row its own, shorter ones filled up before them and masked."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from rules import _virtual
+from surgery import SiteError, hidden_of
+
+# Whose rows they are, and the virtual tokens (length, features).
+One = tuple[Any, Tensor]
+
+
+def put_in(module: Any, given: dict[str, Any], rest: str, after: int, left: bool, counted: bool, *members: One) -> Any:
+    """As `_virtual.put_in`, and the name under which a cache knows what is in it.
+
+    `counted`: whether the model's positions are the tokens' own numbers, so that they can be given where a call leaves
+    them out.
+    """
+    ids, embeds = given["input_ids"], given["inputs_embeds"]
+    text = ids if embeds is None else embeds
+    if text is None:
+        return given, None, ""
+    prompt, real, name = stacked(len(text), text.device, *members)
+    if real is not None and not counted:
+        raise _unequal("this model's positions can't be given for each row")
+    return *_virtual.put_in(module, prompt, given, rest, name, after, left, real), name
+
+
+def put_after(output: Any, after: int, *members: One) -> Tensor:
+    """As `_virtual.put_after`."""
+    hidden = hidden_of(output)
+    prompt, real, _ = stacked(len(hidden), hidden.device, *members)
+    if real is not None:
+        raise _unequal("what a module returns has no mask")
+    return _virtual.put_after(output, prompt, after)
+
+
+def stacked(batch: int, device: torch.device, *members: One) -> tuple[Tensor, Tensor | None, str]:
+    """The rows' virtual tokens, (batch, length, features); which of them are real, or None where all are; a name."""
+    length = max(len(prompt) for _, prompt in members)
+    first = members[0][1]
+    whole = first.new_zeros(batch, length, first.shape[-1])
+    real = torch.zeros(batch, length, dtype=torch.long, device=device)
+    for rows, prompt in members:
+        index = rows.of(batch, device)
+        padded = F.pad(prompt.to(whole.dtype), (0, 0, length - len(prompt), 0))
+        whole = whole.index_copy(0, index, padded.expand(len(index), -1, -1))
+        real[index, length - len(prompt) :] = 1
+    names = members[0][0].rows.names
+    equal = all(name is not None for name in names) and len({len(prompt) for _, prompt in members}) == 1
+    return whole, None if equal else real, f"rows of {', '.join(name or '-' for name in names)}"
+
+
+def _unequal(why: str) -> SiteError:
+    return SiteError(
+        "rows with and without virtual tokens, or of different numbers of them, can't be routed together here",
+        why=why,
+        fix="route rows whose prompts are equally long in batches of their own",
+    )

@@ -1,0 +1,154 @@
+"""Adaption prompts: virtual tokens that an attention makes keys and values of by its own maps, behind a gate."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from rules import _fields
+from rules._hidden import features_of
+from surgery import Member, Rule, Site, SiteError, rule, takes_functions
+
+
+@rule("adaption-prompt")
+class AdaptionRule(Rule):
+    """Wo (attention(q, k, v) + g · softmax(q (P Wkᵀ)ᵀ / √d) P Wvᵀ): `length` trained tokens P behind a trained gate g.
+
+    >>> import torch
+    >>> from transformers import LlamaConfig, LlamaModel
+    >>> from rules import AdaptionRule
+    >>> from surgery import apply_rules
+    >>> sizes = dict(hidden_size=16, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2)
+    >>> model = LlamaModel(LlamaConfig(vocab_size=30, intermediate_size=32, **sizes))
+    >>> ids = torch.tensor([[1, 2, 3]])
+    >>> before = model(ids).last_hidden_state
+    >>> _ = apply_rules(model, [AdaptionRule("self_attn", length=5, layers=[2, 3])])
+    >>> model.layers[3].self_attn.adapters.default.prompt.shape, torch.equal(model(ids).last_hidden_state, before)
+    (torch.Size([5, 16]), True)
+
+    LLaMA-Adapter as PEFT has it. On attention modules of transformers with `k_proj` and `v_proj`, or a `c_attn` for all
+    three. P's keys and values are made by these maps at each call, with whatever other rules do to them, and take no
+    positions; every query sees them, under a softmax of their own. A PrefixRule with a gate trains keys and values
+    themselves, and a gate for each head.
+
+    Fields: `length` (PEFT's adapter_len); `mapped`: what P gives goes through the attention's output map, as on Llama
+    and Mistral; False: it is added to what the attention returns, PEFT's way on GPT-2. Tensors: `prompt` (length,
+    features), normal with deviation 1, and `gate` (1), zero. There is no merged form: P is no change of a weight.
+
+    Raises `SiteError` for modules without these maps or, `mapped`, that take no attention function from a registry.
+    Source: Zhang et al. 2023, arXiv:2303.16199.
+    """
+
+    length: int = 10
+    mapped: bool = True
+    identity = True
+    why_not_merged = "virtual tokens are no change of a weight"
+
+    def validate(self) -> None:
+        _fields.whole(self, "length")
+        if type(self.mapped) is not bool:
+            raise self.bad("mapped", "true or false")
+
+    def rewrite(self, site: Site) -> Any:
+        width = self._width(site)
+        prompt = site.param("prompt", (self.length, width), nn.init.normal_)
+        gate = site.param("gate", (1,))
+        if self.mapped:
+            return site.around(beside, prompt, gate)
+        return site.with_hidden(site.apply(added, site.this, site.hidden, site.input, prompt, gate))
+
+    @classmethod
+    def routed(cls, sites: Sequence[Member]) -> None:
+        if not all(cast(AdaptionRule, site.rule).mapped for site in sites):
+            why = "mapped=False is made of what the attention returns"
+            raise SiteError("these prompts can't be routed in one batch", where=sites[0].path, why=why)
+        members = []
+        for site in sites:
+            rule = cast(AdaptionRule, site.rule)
+            members.append(
+                (site.rows, site.param("prompt", (rule.length, rule._width(site))), site.param("gate", (1,)))
+            )
+        sites[0].around(beside_rows, *members)
+
+    def _width(self, site: Site) -> int:
+        """How wide the input of the module's maps is."""
+        why = None
+        fused, key = (site.module._modules.get(name) for name in ("c_attn", "k_proj"))
+        if fused is None and (key is None or "v_proj" not in site.module._modules):
+            why = "it has no maps k_proj and v_proj, nor one c_attn"
+        elif self.mapped and not takes_functions(site.module):
+            why = "it takes no attention function from a registry"
+        elif not self.mapped and fused is None:
+            why = "without positions, only the query of a c_attn is known: mapped=True"
+        elif getattr(site.module, "is_cross_attention", False):
+            why = "it looks at another text"
+        width = features_of(key or fused, None, "input") if why is None else why  # type: ignore[arg-type]
+        if isinstance(width, str):
+            label = f"{self.label} can't go on this {site.base_class.__name__}"
+            raise SiteError(label, where=site.path, why=width, fix="target self-attentions")
+        return width
+
+
+def beside(prompt: Tensor, gate: Tensor) -> Callable[..., Any]:
+    """What runs in the place of an attention function: the same, and what the queries find in the prompt."""
+
+    def attend(
+        attention: Any, module: Any, query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any
+    ) -> Any:
+        output, *rest = attention(module, query, key, value, *args, **kwargs)
+        sizes = query.shape[-1], value.shape[-1]
+        return (output + found(query, *made_by(module, prompt, *sizes), gate).to(output.dtype), *rest)
+
+    return attend
+
+
+def beside_rows(*members: Any) -> Callable[..., Any]:
+    """As `beside`, for several adapters' rows."""
+
+    def attend(
+        attention: Any, module: Any, query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any
+    ) -> Any:
+        output, *rest = attention(module, query, key, value, *args, **kwargs)
+        for rows, prompt, gate in members:
+            index = rows.of(len(query), query.device)
+            more = found(query[index], *made_by(module, prompt, query.shape[-1], value.shape[-1]), gate)
+            output = output.index_add(0, index, more.to(output.dtype))
+        return (output, *rest)
+
+    return attend
+
+
+def added(module: Any, hidden: Tensor, x: Tensor, prompt: Tensor, gate: Tensor) -> Tensor:
+    """What an attention with one map for all three returns, and what its queries find in the prompt."""
+    query = module.c_attn(x).chunk(3, -1)[0]
+    query = query.unflatten(-1, (-1, module.head_dim)).transpose(1, 2)
+    more = found(query, *made_by(module, prompt, module.head_dim, module.head_dim), gate)
+    return hidden + more.flatten(2).to(hidden.dtype)
+
+
+def made_by(module: Any, prompt: Tensor, key_size: int, value_size: int) -> tuple[Tensor, Tensor]:
+    """The prompt's keys and values, (1, heads, length, size), by the module's own maps."""
+    maps = module._modules
+    first = maps.get("k_proj") or maps["c_attn"]
+    weight = next(iter(first.parameters()))
+    tokens = (prompt.to(weight.dtype) if weight.is_floating_point() else prompt).unsqueeze(0)
+    if "k_proj" in maps:
+        key, value = module.k_proj(tokens), module.v_proj(tokens)
+    else:
+        key, value = module.c_attn(tokens).chunk(3, -1)[1:]
+    pairs = ((key, key_size), (value, value_size))
+    key, value = (one.unflatten(-1, (-1, size)).transpose(1, 2) for one, size in pairs)
+    return key, value
+
+
+def found(query: Tensor, key: Tensor, value: Tensor, gate: Tensor) -> Tensor:
+    """gate · softmax(q kᵀ / √d) v, (batch, positions, heads, size); the softmax in float32."""
+    shared = query.shape[1] // key.shape[1]
+    key, value = (one.to(query.dtype).repeat_interleave(shared, 1) for one in (key, value))
+    scores = query @ key.mT / math.sqrt(query.shape[-1])
+    weights = gate.to(query.dtype) * scores.softmax(-1, dtype=torch.float32).to(query.dtype)
+    return (weights @ value).transpose(1, 2)

@@ -1,0 +1,85 @@
+"""The embedding that a model's positions go through, found by calls: where PEFT's prefix shifts them, and no more."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from rules import _texts
+from surgery import class_of
+
+LENGTH = 3
+
+
+def learned(model: nn.Module) -> str | None:
+    """The path of the embedding that positions go through, if a cache before a text does nothing but shift them.
+
+    A text is put into a cache, and called after itself: of the embeddings one must be given positions that are later
+    by its length; the order of what is in the cache must not matter, as it does to biases of relative positions.
+    """
+    found = [(path, module) for path, module in _texts.hosts(model, "")]
+    if len(found) != 1 or any("rotary" in name for module in model.modules() for name in _names(module)):
+        return None
+    path, host = found[0]
+    try:
+        cache = _empty()
+        with _still(model), torch.no_grad():
+            ids = torch.arange(LENGTH, device=next(model.parameters()).device)[None] + 4
+            first, _ = _called(host, ids, cache)
+            held = [(layer.keys, layer.values) for layer in cache.layers]
+            second, output = _called(host, ids, _empty(held))
+            other = _called(host, ids, _empty([(key.flip(2), value.flip(2)) for key, value in held]))[1]
+            without = _called(host, ids, _empty())[1]
+        moved = [name for name in first if not torch.equal(first[name], second[name])]
+        alone = len(moved) == 1 and torch.equal(first[moved[0]] + LENGTH, second[moved[0]])
+        near = max(1e-5, 8 * torch.finfo(output.dtype).eps)  # another order of a sum
+        alone = alone and torch.allclose(output, other, rtol=near, atol=near) and not torch.equal(output, without)
+    except Exception:  # a model that takes no cache, in any of the ways not to
+        return None
+    return ".".join(filter(None, (path, moved[0]))) if alone else None
+
+
+def _names(module: nn.Module) -> tuple[str, ...]:
+    return getattr(getattr(class_of(module).forward, "__code__", None), "co_names", ())
+
+
+def _empty(held: Any = ()) -> Any:
+    from transformers import DynamicCache
+
+    cache = DynamicCache()
+    for i, (key, value) in enumerate(held):
+        cache.update(key.clone(), value.clone(), i)
+    return cache
+
+
+def _called(host: Any, ids: Tensor, cache: Any) -> tuple[dict[str, Tensor], Tensor]:
+    """What the plain embeddings inside were given, and the hidden state."""
+    seen: dict[str, Tensor] = {}
+    handles = [
+        module.register_forward_pre_hook(lambda _, args, name=name: seen.update({name: args[0].clone()}))
+        for name, module in host.named_modules()
+        if class_of(module).forward is nn.Embedding.forward
+    ]
+    mask = ids.new_ones(1, LENGTH + cache.get_seq_length())
+    try:
+        output = host(input_ids=ids, attention_mask=mask, past_key_values=cache)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return seen, output[0]
+
+
+@contextmanager
+def _still(model: nn.Module) -> Iterator[None]:
+    """In evaluation mode for a while."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode

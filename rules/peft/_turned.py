@@ -1,0 +1,99 @@
+"""Keys of rotary models, turned as the model turns them: what makes up for the positions that PEFT gives a prefix."""
+
+from __future__ import annotations
+
+import ast
+import inspect
+import sys
+import textwrap
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from rules.peft._learned import learned
+from surgery import SurgeryError, class_of
+
+TURN = "apply_rotary_pos_emb"
+
+
+def why_not(model: nn.Module) -> tuple[str | None, str | None]:
+    """Why the shift of a text's positions by PEFT's prefix can't be had here, and the embedding that can be shifted.
+
+    On rotary models there is none: a rotation of the prefix's keys makes up for it.
+    """
+    shift = None if _rotary(model) is not None or _windowed(model) else learned(model)
+    return _why_not(model, shift), shift
+
+
+def _why_not(model: nn.Module, shift: str | None) -> str | None:
+    if _windowed(model):
+        return "its prefix leaves the window of attention as the text goes on, and stays in sight here"
+    if _rotary(model) is None and shift is None:
+        return "it shifts the text's positions, and here these are neither rotary nor those of one plain embedding"
+    unknown = [kind.__name__ for kind in {class_of(module) for module in model.modules()} if _condition(kind) == ""]
+    if unknown:
+        return f"how {unknown[0]} turns its queries and keys, which would make up for shifted positions, is not known"
+    return None
+
+
+def turned(model: nn.Module, module: nn.Module, key: Tensor, way: int) -> Tensor:
+    """Keys (heads, length, size) turned by their number of positions, forth or back."""
+    kind = class_of(module)
+    turn = getattr(sys.modules[kind.__module__], TURN, None)
+    condition = _condition(kind)
+    rotary: Any = _rotary(model)
+    if rotary is None:
+        return key  # positions are shifted
+    if turn is None or condition in ("", "none"):
+        raise SurgeryError("PEFT's prefix can't be held exactly", why=f"how {kind.__name__} turns keys is not known")
+    if key.is_meta or (condition and not getattr(module, condition)):
+        return key
+    length = key.shape[1]
+    x = key.float().unsqueeze(0)
+    cos, sin = rotary(x, torch.full((1, length), length, device=key.device))
+    scale = getattr(rotary, "attention_scaling", 1.0)
+    size = getattr(module, "rotary_ndims", x.shape[-1])  # some turn the first part of a head alone
+    _, first = turn(x[..., :size], x[..., :size], cos / scale, way * sin / scale)
+    return torch.cat([first, x[..., size:]], -1)[0].to(key.dtype)
+
+
+def _rotary(model: nn.Module) -> nn.Module | None:
+    """The one module that gives a model's rotary positions, if its angles are the same at any length."""
+    found = [module for module in model.modules() if "RotaryEmbedding" in type(module).__name__]
+    if len(found) != 1 or list(inspect.signature(type(found[0]).forward).parameters)[1:] != ["x", "position_ids"]:
+        return None
+    return None if getattr(found[0], "rope_type", "default") in ("dynamic", "longrope") else found[0]
+
+
+def _windowed(model: nn.Module) -> bool:
+    """Whether there are layers in which late tokens don't see the first ones."""
+    config: Any = getattr(model, "config", None)
+    config = config.get_text_config() if hasattr(config, "get_text_config") else config
+    kinds = getattr(config, "layer_types", None)
+    if kinds:
+        return not set(kinds) <= {"full_attention"}
+    if "local" in (getattr(config, "attention_layers", None) or ()):
+        return True
+    windows = [getattr(config, name, None) for name in ("sliding_window", "attention_chunk_size")]
+    longest = getattr(config, "max_position_embeddings", None)
+    return any(type(size) is int and (type(longest) is not int or size < longest) for size in windows)
+
+
+def _condition(kind: type[nn.Module]) -> str | None:
+    """The flag under which a forward turns keys. None: it always does; "none": it never does; "": that is not known."""
+    code = getattr(inspect.unwrap(kind.forward), "__code__", None)
+    if code is None or TURN not in code.co_names:
+        return "none"
+    if any("attn_scale" in name for name in code.co_names):  # queries scaled by their position
+        return ""
+    try:
+        tree = ast.parse(textwrap.dedent(inspect.getsource(inspect.unwrap(kind.forward))))
+    except (OSError, TypeError, SyntaxError):
+        return ""
+    branches = [node for node in ast.walk(tree) if isinstance(node, ast.If) and TURN in ast.unparse(node)]
+    tests = {ast.unparse(node.test) for node in branches}
+    if not tests:
+        return None
+    flag = tests.pop()
+    return flag.removeprefix("self.") if not tests and flag.removeprefix("self.").isidentifier() else ""

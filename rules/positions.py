@@ -1,0 +1,41 @@
+"""What a model needs whose text's learned positions begin later: PEFT's prefixes take the first ones."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from rules._prefix import listeners
+from surgery import Rule, Site, SiteError, class_of, rule
+
+
+@rule("shifted-positions")
+class ShiftedRule(Rule):
+    """An embedding of positions, given them `by` later; padding's, if it has a row, stays. Comes with a PrefixRule."""
+
+    by: int = 0
+    scalable = False
+    routable = False  # positions are mostly one row for the whole batch
+    why_not_merged = "it changes which positions are embedded"
+
+    def rewrite(self, site: Site) -> None:
+        if class_of(site.module).forward is not nn.Embedding.forward:
+            label = f"a prefix can't shift the positions of a {site.base_class.__name__}"
+            raise SiteError(label, where=site.path, why="it is no plain nn.Embedding")
+        padding = getattr(site.module, "padding_idx", None)
+        site.replace(site.input, site.apply(shifted, site.input, self.by, padding))
+
+
+def known(site: Site, name: str) -> bool:
+    """Whether the model has such a module; an error where it has not: what comes with a rule may match nothing."""
+    model = (*site.owners, site.module)[0]
+    if not any(f".{path}".endswith(f".{name}") for path, _ in model.named_modules()):
+        raise SiteError(f"{site.label} shifts the positions of {name}, and there is no such module", where=site.path)
+    return True
+
+
+def shifted(positions: Tensor, by: int, padding: int | None) -> Tensor:
+    """The positions of a text behind a prefix; those of a text that is to become one, as they are."""
+    if listeners:
+        return positions
+    later = positions + by
+    return later if padding is None else later.where(positions != padding, positions)

@@ -1,0 +1,130 @@
+"""Adapters as PEFT's files: the configuration and the tensors, or why these can't be the same adapter."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+from torch import Tensor, nn
+
+from surgery.peft_format import PeftMethod, PeftPlace, absolute, is_main, method_of, part_of, unsaid
+from surgery.peft_targets import Modules, chosen_by
+from surgery.plainer import folded_adapter
+from surgery.rule import Rule
+from surgery.state import rules_of, sites, whole
+from surgery.stored import Entry, tensor_key
+
+__all__ = ["Described", "described", "written"]
+
+
+def written(
+    model: nn.Module, adapter: str, exact: bool = False, state: Mapping[str, Tensor] | None = None
+) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """An adapter as PEFT's configuration and tensors; `SurgeryError` where that would not be the same adapter.
+
+    Networks that only training needs are left out, as PEFT leaves them out; with `exact` that is an error, too.
+    `state`: the model's state dict, where its tensors were gathered from elsewhere.
+    """
+    found = described(model, adapter, exact)
+    tensors = _tensors(found, _gathered(found.tensors, adapter, state or {}))
+    return found.method.completed(found.config, tensors, found.modules)
+
+
+class Described(NamedTuple):
+    """An adapter in PEFT's words: its configuration, where its rules are, and the tensors that are to be kept."""
+
+    config: dict[str, Any]
+    placed: Sequence[_Placed]
+    tensors: Mapping[str, Tensor]
+    method: PeftMethod
+    modules: Modules
+
+    def entries(self, names: Iterable[str]) -> Iterator[tuple[str, str, Entry]]:
+        """Of tensors of these names (`adapter_state_dict`'s): the name, the key in PEFT's file, how it is turned."""
+        main = frozenset(one.path for one in self.placed if is_main(one.rule))
+        said, by_site, names = set[str](), dict[str, list[str]](), list(names)
+        for key in names:
+            box, _, name = key.rpartition(".")
+            by_site.setdefault(box, []).append(name)
+        for path, module, rule, facts in self.placed:
+            part, box = part_of(rule), tensor_key(path, "")
+            if part is None:
+                continue  # what comes with a rule, and has no tensors: any would be told below
+            held = by_site.get(box, [])
+            place = PeftPlace(path, module, rule, tuple(held), main, self.modules, self.config, facts)
+            for name, entry in part.entries(place).items():
+                if name not in part.made and name in held:
+                    yield f"{box}.{name}", absolute(path, entry.key, self.method.prefix), entry
+                    said.add(f"{box}.{name}")
+            said.update(f"{box}.{name}" for name in part.made)
+        unplaced = sorted(set(names) - said)
+        if unplaced:
+            raise unsaid(f"the tensor {unplaced[0]}", "its files have no place for it")
+
+
+def described(model: nn.Module, adapter: str, exact: bool = False) -> Described:
+    kept, modules = rules_of(model, adapter), Modules.of(model)
+    rules, tensors = folded_adapter(model, adapter)
+    plainer = list(zip(kept, rules, strict=True))
+    if exact and rules != kept:
+        lost = next(rule.label for rule, plain in plainer if rule != plain)
+        raise unsaid(f"{lost} with the network that makes its tensors", "PEFT's file holds what the network made")
+    parts = [part_of(rule) for rule in rules]
+    for rule, part in zip(rules, parts, strict=True):
+        if part is None:
+            raise unsaid(rule.label, "PEFT has nothing like it")
+    methods = list(dict.fromkeys(part.peft_type for part in parts if part is not None and part.peft_type))
+    if len(methods) != 1:
+        what = "PEFT needs a method beside them" if not methods else f"they are {len(methods)} methods of PEFT's"
+        raise unsaid(" and ".join(dict.fromkeys(rule.label for rule in rules)), what)
+    placed = [
+        _Placed(path, module, next((plain for rule, plain in plainer if rule == on.rule), on.rule), on.facts)
+        for path, module, state in sites(model)
+        for on in state.applied
+        if on.adapter == adapter
+    ]
+    config: dict[str, Any] = {"peft_type": methods[0]}
+    method = method_of(methods[0])
+    for part in dict.fromkeys(parts):
+        mine = [rule for rule, other in zip(rules, parts, strict=True) if other is part]
+        assert part is not None
+        said = part.write([(rule, [one.path for one in placed if one.rule == rule]) for rule in mine], modules)
+        for name in [name for name in ("rank_pattern", "alpha_pattern") if name in config and name in said]:
+            said[name] = {**config[name], **said[name]}  # each names its own paths
+        clash = [name for name in said if config.get(name, said[name]) != said[name] and "pattern" not in name]
+        if clash:
+            raise unsaid(" and ".join(rule.label for rule in rules), f"they differ in {', '.join(clash)}")
+        lacking = [name for name in said if name in method.lacks]
+        if lacking:
+            raise unsaid(" and ".join(rule.label for rule in rules), f"PEFT has no {lacking[0]} with {methods[0]}")
+        config |= said
+    common = {"inference_mode": True, "task_type": None, "auto_mapping": None, "revision": None}
+    config = common | ({"target_modules": []} if method.targeted else {}) | config
+    config["base_model_name_or_path"] = getattr(getattr(model, "config", None), "_name_or_path", None) or None
+    on = {one.path for one in placed if isinstance(part_of(one.rule), PeftMethod)}
+    if method.targeted and chosen_by(config, modules) != on:
+        raise unsaid(rules[0].label, "PEFT would find other modules by these targets")
+    return Described(config, placed, tensors, method, modules)
+
+
+class _Placed(NamedTuple):
+    path: str
+    module: nn.Module
+    rule: Rule
+    facts: Mapping[str, Any]
+
+
+def _tensors(adapter: Described, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    found: dict[str, list[Tensor]] = {}
+    for name, key, entry in adapter.entries(tensors):
+        found.setdefault(key, []).append(entry.write(whole(tensors[name].detach())))
+    on = [one.module for one in adapter.placed if part_of(one.rule) is adapter.method]
+    return {key: adapter.method.joined(key, together, on) for key, together in found.items()}
+
+
+def _gathered(tensors: Mapping[str, Tensor], adapter: str, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def full(key: str) -> str:
+        box, _, name = key.rpartition(".")
+        return f"{box}.{adapter}.{name}"
+
+    return {key: state.get(full(key), tensor) for key, tensor in tensors.items()}
