@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, TypeVar
 
 from torch import nn
@@ -79,9 +80,7 @@ def forget(model: M) -> M:
     return model
 
 
-def _flags(
-    model: nn.Module, noted: dict[str, bool], untied: list[tuple[nn.Parameter | None, nn.Parameter]]
-) -> dict[str, bool]:
+def _flags(model: nn.Module, noted: dict[str, bool], untied: Sequence[tuple[Any, nn.Parameter]]) -> dict[str, bool]:
     """The flags that untied parameters get back: those of the one they were, which was noted under one of its names."""
     called: dict[int, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):

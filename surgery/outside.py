@@ -1,6 +1,6 @@
 """A copy or a pickle that is made inside of `route` is of the model outside: without what the block put on it.
 
-What stands here for a module's `__reduce_ex__`, which copy and pickle alike look up on the object itself, leaves it out.
+It is left out by what stands for a module's `__reduce_ex__`, which copy and pickle look up on the object itself.
 """
 
 from __future__ import annotations

@@ -27,7 +27,7 @@ from surgery.outside import Lent, hide_hooks, show_hooks
 from surgery.routed import Plan, plan_of
 from surgery.rows import Rows
 from surgery.state import ModelState, adapter_names, require_state, site_state
-from surgery.switching import check_settled
+from surgery.switching import check_none_merged, check_settled
 
 __all__ = ["route"]
 
@@ -95,6 +95,7 @@ class _Routing:
         touched = [name for name in state.adapters if name in given or name not in state.idle]
         self.modules = list({id(m): m for name in touched for m, _ in state.places[name]}.values())
         held = [check_settled(module) for module in self.modules]
+        check_none_merged(state)
         _check_routable(state, self.names, self.alone)
         self.plans: dict[int, Plan | None] = {}
         for module, site in zip(self.modules, held, strict=True):

@@ -191,7 +191,7 @@ def name_problem(state: ModelState | None, adapter: Any) -> SurgeryError | None:
         why = "its tensors are named <site>.adapters.<adapter>.<name>"
         fix = "a word without dots that nn.Module does not use"
         return SurgeryError(f"{adapter!r} can't name an adapter", why=why, fix=fix)
-    if keyword.iskeyword(adapter) or not adapter.isprintable() or set(adapter) & set("\"\\"):
+    if keyword.iskeyword(adapter) or not adapter.isprintable() or set(adapter) & set('"\\'):
         why = "it stands in generated code, where keywords, quotes and unprintable characters mean something"
         return SurgeryError(f"{adapter!r} can't name an adapter", why=why, fix="another word")
     if state is not None and adapter in state.adapters:

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -75,8 +76,8 @@ def model(seed: int, fresh: bool) -> nn.Module:
 def trainer(seed: int, folder: Path, fresh: bool, *callbacks: Any) -> Any:
     settings = transformers.TrainingArguments(
         str(folder), max_steps=STEPS, save_steps=2, logging_steps=1, learning_rate=1e-2, seed=seed, warmup_steps=2,
-        lr_scheduler_type="cosine", gradient_accumulation_steps=ACCUMULATED, per_device_train_batch_size=4, report_to=[],
-        use_cpu=True, disable_tqdm=True, dataloader_pin_memory=False, save_total_limit=2,
+        lr_scheduler_type="cosine", gradient_accumulation_steps=ACCUMULATED, per_device_train_batch_size=4,
+        report_to=[], use_cpu=True, disable_tqdm=True, dataloader_pin_memory=False, save_total_limit=2,
     )  # fmt: skip
     return transformers.Trainer(
         model=model(seed, fresh),
@@ -132,13 +133,13 @@ class Server:
         assert self.process.stdout is not None
         return self.process.stdout.readline().strip()
 
-    def run(self, seed: int, folder: Path, seconds: float | None = None) -> str:
-        """Begin or go on; kill it after so many seconds. How it ended."""
+    def run(self, seed: int, folder: Path, wait: Callable[[], Any] | None = None) -> str:
+        """Begin or go on; kill it when the wait is over. How it ended."""
         assert self.process.stdin is not None
         print(f"{seed} {folder}", file=self.process.stdin, flush=True)
         child = int(self._line())
-        if seconds is not None:
-            time.sleep(seconds)
+        if wait is not None:
+            wait()
             os.kill(child, signal.SIGKILL)
         return self._line()
 
@@ -146,14 +147,28 @@ class Server:
         self.process.communicate()
 
 
-def killed_run(server: Server, seed: int, folder: Path, whole: float, kills: int, chance: random.Random) -> dict[str, int]:
-    """A run that is killed so many times at random moments, of which an uninterrupted one takes `whole` seconds."""
+def killed_run(
+    server: Server, seed: int, folder: Path, whole: float, kills: int, chance: random.Random
+) -> dict[str, int]:
+    """A run that is killed so many times, of which an uninterrupted one takes `whole` seconds. How often half-way."""
     told = {"killed": 0, "half": 0}
-    while told["killed"] < kills and server.run(seed, folder, chance.random() * whole) == "killed":
+
+    def while_it_saves() -> None:
+        """When a new checkpoint has appeared, which takes some milliseconds to be written."""
+        before, deadline = set(folder.glob("checkpoint-*")), time.monotonic() + whole
+        while set(folder.glob("checkpoint-*")) <= before and time.monotonic() < deadline:
+            time.sleep(0.0005)
+        time.sleep(chance.random() * 0.03)
+
+    def at_any_moment() -> None:
+        time.sleep(chance.random() * whole)
+
+    waits = [while_it_saves, at_any_moment]
+    while told["killed"] < kills and server.run(seed, folder, waits[told["killed"] % 2]) == "killed":
         told["killed"] += 1
-        there = {str(place) for place in folder.glob("checkpoint-*")}
         last = last_checkpoint(folder)
-        told["half"] += any(last is None or int(p.rsplit("-")[-1]) > int(last.rsplit("-")[-1]) for p in there)
+        there = [int(place.name.rpartition("-")[2]) for place in folder.glob("checkpoint-*")]
+        told["half"] += bool(there) and (last is None or max(there) > int(last.rpartition("-")[2]))
     if not (folder / "result.pt").exists():
         assert server.run(seed, folder) == "ended 0"
     return told

@@ -6,6 +6,7 @@ float64 by the formulas of the papers: W x + Σ weight · scale · B A x, and so
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from types import SimpleNamespace
@@ -117,7 +118,9 @@ class Shadow:
 
     def _site(self, path: str, here: list[tuple[Entry, float]], x: Tensor, leaves: Mapping[int, Tensor]) -> Tensor:
         module: Any = self.plain.get_submodule(path)
-        own = {name: self.moved.get(f"{path}.{name}", p).detach().double() for name, p in module.named_parameters()}
+        parameters: dict[str, Tensor] = dict(module.named_parameters())
+        moved = {n: self.moved[f"{path}.{n}"] for n in parameters if f"{path}.{n}" in self.moved}
+        own = {name: tensor.detach().double() for name, tensor in {**parameters, **moved}.items()}
         held = {id(e): {n: leaves.get(id(t), t.double()) for n, t in e.tensors.items()} for e, _ in here}
         for entry, weight in here:
             if entry.kind == "train":
@@ -153,8 +156,10 @@ class Shadow:
     def merged_paths(self) -> set[str]:
         return {path for name in self.merged for path in self.adapters[name].paths}
 
-    def cannot_switch(self, live: Weights) -> str:
+    def cannot_switch(self, live: Weights, asked: bool = True) -> str:
         before = self.live()
+        if asked and any(not self.adapters[name].live for name in self.merged):
+            return "merged, and not to be live"
         changing = [name for name in self.adapters if before.get(name) != live.get(name)]
         if any(self.adapters[name].paths & self.merged_paths() for name in changing):
             return "merged"
@@ -213,7 +218,7 @@ class Shadow:
     def cannot_route(self, names: Sequence[str | None]) -> str:
         given = {name for name in names if name is not None}
         touched = [name for name, held in self.adapters.items() if name in given or held.live]
-        if any(self.adapters[name].paths & self.merged_paths() for name in touched):
+        if any(self.adapters[name].paths & self.merged_paths() for name in [*touched, *self.merged]):
             return "merged"
         for name, held in self.adapters.items():
             if held.changed and not (len(set(names)) == 1 and name in given):
@@ -265,7 +270,9 @@ class Shadow:
     def _absent(self, weights: Weights, like: Entry) -> float:
         """The sum of the weights of adapters that have nothing of this kind there."""
         at = (like.kind, like.path)
-        return sum(w for name, w in weights.items() if at not in {(e.kind, e.path) for e in self.adapters[name].entries})
+        return sum(
+            w for name, w in weights.items() if at not in {(e.kind, e.path) for e in self.adapters[name].entries}
+        )
 
     def combined_entries(self, weights: Weights) -> list[Entry]:
         """One for each kind and site, in the order in which the adapters' own are at the sites; without tensors."""
@@ -281,8 +288,8 @@ class Shadow:
         if entry.kind == "lora" and not entry.dora:
             if method == "linear":
                 for name in "AB":
-                    signs = [(1 if w * e.scale >= 0 or name == "B" else -1) for w, e in found]
-                    terms = [s * abs(w * e.scale) ** 0.5 * e.tensors[name].double() for s, (w, e) in zip(signs, found)]
+                    roots = [math.copysign(abs(w * e.scale) ** 0.5, w if name == "A" else 1) for w, e in found]
+                    terms = [root * e.tensors[name].double() for root, (_, e) in zip(roots, found, strict=True)]
                     yield name, t[name], torch.stack(terms).sum(0)
             elif not any(e.dora for _, e in found) and (method == "cat" or entry.rank >= sum(e.rank for _, e in found)):
                 module = self.plain.get_submodule(entry.path)
@@ -295,7 +302,11 @@ class Shadow:
         elif entry.kind == "train":
             for name, p in self.plain.get_submodule(entry.path).named_parameters():
                 base = self.moved.get(f"{entry.path}.{name}", p).detach().double()
-                yield name, t[name], base + torch.stack([w * (e.tensors[name].double() - base) for w, e in found]).sum(0)
+                yield (
+                    name,
+                    t[name],
+                    base + torch.stack([w * (e.tensors[name].double() - base) for w, e in found]).sum(0),
+                )
         elif entry.kind == "ia3":
             scales = torch.stack([w * e.tensors["scale"].double() for w, e in found])
             yield "scale", t["scale"], scales.sum(0) + self._absent(weights, entry)
@@ -337,4 +348,3 @@ def _inputs(module: Any) -> Tensor:
     if isinstance(module, nn.Conv1d):
         return torch.eye(3 * WIDTH, dtype=torch.float64).view(-1, WIDTH, 3)
     return torch.eye(module.in_features, dtype=torch.float64)
-

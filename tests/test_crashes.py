@@ -63,6 +63,20 @@ def test_a_run_that_fails_and_goes_on(wholes: Any, tmp_path: Path) -> None:
     print(f"{CRASHES} runs failed {crashed} times")
 
 
+def test_half_a_checkpoint_is_passed_over(wholes: Any, tmp_path: Path) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        crashes.run(SEED, tmp_path, crashes.Crash(9))
+    assert crashes.last_checkpoint(tmp_path) == str(tmp_path / "checkpoint-4")
+    weights = tmp_path / "checkpoint-4" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:5000])
+    (tmp_path / "checkpoint-4" / "trainer_state.json").write_text('{"best_global_step": nu')
+    (tmp_path / "checkpoint-8").mkdir()
+    (tmp_path / "checkpoint-x").mkdir()
+    assert crashes.last_checkpoint(tmp_path) == str(tmp_path / "checkpoint-2")
+    same(crashes.run(SEED, tmp_path), wholes[SEED][0])
+    assert crashes.last_checkpoint(tmp_path / "none") is None
+
+
 @pytest.mark.skipif(sys.platform == "win32", reason="there is no SIGKILL")
 def test_a_run_that_is_killed_and_goes_on(wholes: Any, tmp_path: Path) -> None:
     chance, server = random.Random(SEED), crashes.Server()
