@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from rules import _paths
 from surgery import Rule
 
 
@@ -61,29 +61,12 @@ def patterns(rule: Rule, *fields: str) -> None:
     """Each a mapping from path suffixes or regular expressions, as PEFT's rank_pattern, or None."""
     for field in fields:
         held = getattr(rule, field)
-        if held is not None and not (isinstance(held, Mapping) and all(map(_compiles, held))):
+        if held is not None and not (isinstance(held, Mapping) and all(map(_paths.compiles, held))):
             raise rule.bad(field, "a mapping from path suffixes or regular expressions")
-
-
-def first(held: Mapping[str, Any] | None, path: str, default: Any) -> Any:
-    """The value of the first pattern that fits the path."""
-    return next((value for key, value in (held or {}).items() if fits(key, path)), default)
-
-
-def fits(key: str, path: str) -> bool:
-    return re.match(rf"(.*\.)?({key})$", path) is not None  # as PEFT reads rank_pattern
 
 
 def idle(rule: Rule, paths: Sequence[str], *fields: str) -> Iterable[str]:
     """The patterns that fit none of a rule's sites, as `Rule.review` tells them."""
     for field in fields:
-        for key in getattr(rule, field) or {}:
-            if not any(fits(key, path) for path in paths):
-                yield f"{field} has {key!r}, which fits none of its {len(paths)} sites"
-
-
-def _compiles(pattern: Any) -> bool:
-    try:
-        return isinstance(pattern, str) and re.compile(pattern) is not None
-    except re.error:
-        return False
+        for key in _paths.unused(getattr(rule, field) or {}, paths):
+            yield f"{field} has {key!r}, which fits none of its {len(paths)} sites"

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rules import _fields, _maps, _swapped
+from rules import _fields, _maps, _paths, _swapped
 from surgery import LiveSite, Rule, Site
 
 
@@ -63,10 +63,10 @@ class DeltaRule(Rule):
         return True
 
     def scale_at(self, path: str) -> float:
-        return _fields.first(self.alpha_pattern, path, self.alpha) / self.rank_at(path)
+        return _paths.first(self.alpha_pattern, path, self.alpha) / self.rank_at(path)
 
     def rank_at(self, path: str) -> int:
-        return _fields.first(self.rank_pattern, path, self.rank)
+        return _paths.first(self.rank_pattern, path, self.rank)
 
     def review(self, paths: Sequence[str]) -> Iterable[str]:
         return _fields.idle(self, paths, "rank_pattern", "alpha_pattern")

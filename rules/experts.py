@@ -9,7 +9,7 @@ from typing import Any, Literal, cast
 
 from torch import Tensor, nn
 
-from rules import _combined, _fields, _swapped
+from rules import _combined, _fields, _paths, _swapped
 from rules._factored import factored
 from surgery import Combination, LiveSite, LowRank, Rule, Share, Site, rule
 
@@ -169,8 +169,8 @@ class ExpertLoraRule(Rule):
         for name in self.names(site.module):
             *experts, out, inner = site.module._parameters[name].shape  # type: ignore[union-attr]  # check saw it
             path = f"{site.path}.{name}"
-            rank = int(_fields.first(self.rank_pattern, path, self.rank))
-            alpha = _fields.first(self.alpha_pattern, path, self.alpha)
+            rank = int(_paths.first(self.rank_pattern, path, self.rank))
+            alpha = _paths.first(self.alpha_pattern, path, self.alpha)
             size = (*experts, inner, out) if self._turned(site.module) else (*experts, out, inner)
             yield name, size, rank, alpha / (math.sqrt(rank) if self.rslora else rank)
 

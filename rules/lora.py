@@ -9,7 +9,7 @@ from typing import Any, Literal, cast
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from rules import _fields, _init, _lora_combined, _swapped
+from rules import _fields, _init, _lora_combined, _paths, _swapped
 from rules._layouts import Layout, Part, column_norm, gain_of, layout_of
 from rules.bias import EVERYWHERE, BiasesOf, BiasRule
 from surgery import Combination, LiveSite, LowRank, Rule, Share, Site, rule
@@ -86,18 +86,21 @@ class LoraRule(Rule):
         return not self.dora
 
     def rank_at(self, path: str) -> int:
-        return int(_fields.first(self.rank_pattern, path, self.rank))
+        return int(_paths.first(self.rank_pattern, path, self.rank))
 
     def room_at(self, path: str) -> int:
         """The rank that the tensors have room for, and may use after a `hotswap`."""
         return self.max_rank or self.rank_at(path)
 
     def alpha_at(self, path: str) -> float:
-        return _fields.first(self.alpha_pattern, path, self.alpha)
+        return _paths.first(self.alpha_pattern, path, self.alpha)
 
     def scale_at(self, path: str) -> float:
         rank = self.rank_at(path)
         return self.alpha_at(path) / (math.sqrt(rank) if self.rslora else rank)
+
+    def alike(self, path: str) -> tuple[int, float]:
+        return self.rank_at(path), self.alpha_at(path)
 
     def check(self, module: nn.Module, path: str) -> str | None:
         used = layout_of(module, self.rank_at(path))
@@ -156,6 +159,8 @@ class LoraRule(Rule):
         return (gain - 1) * base + gain * branch
 
     def initialise(self, site: LiveSite) -> Mapping[str, LowRank] | None:
+        if not (self.dora or _init.together(self.init)):
+            return None
         scale, changes = self.scale_at(site.path), {}
         for part in self.layout(site).parts:
             A, B = site.params[part.prefix + "A"], site.params[part.prefix + "B"]

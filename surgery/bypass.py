@@ -60,8 +60,9 @@ def bypasses(model: nn.Module) -> dict[str, list[Bypass]]:
     paths = {id(module): path for path, module in modules}
     found: dict[str, list[Bypass]] = {path: [] for path in paths.values()}
     for path, module in modules:
-        for place in _Search(paths, path, module).places():
-            found[place.path].append(place)
+        if _leads(_own_class(module)):
+            for place in _Search(paths, path, module).places():
+                found[place.path].append(place)
     return {path: list(dict.fromkeys(places)) for path, places in found.items() if places}
 
 
@@ -106,6 +107,11 @@ def fastpath_switch(module: nn.Module) -> tuple[str, Any] | None:
     return ("use_nested_tensor", False) if isinstance(module, nn.TransformerEncoder) else None
 
 
+def _own_class(module: nn.Module) -> type[nn.Module]:
+    cls = type(module)
+    return getattr(cls, "_surgery_base", cls)  # a site's own code is its base's
+
+
 class _Held(NamedTuple):
     path: str
     module: nn.Module
@@ -117,8 +123,7 @@ class _Held(NamedTuple):
 
     @property
     def cls(self) -> type[nn.Module]:
-        cls = type(self.module)
-        return getattr(cls, "_surgery_base", cls)  # a site's own code is its base's
+        return _own_class(self.module)
 
 
 class _Parameter(NamedTuple):
@@ -271,9 +276,10 @@ _found_leads: weakref.WeakKeyDictionary[type, set[str]] = weakref.WeakKeyDiction
 
 def _leads(cls: type[nn.Module]) -> set[str]:
     """The attributes over which the forward of a class may come to another module's parameters; `*`: over any."""
-    if cls not in _found_leads:
-        _found_leads[cls] = _Leads(cls).names
-    return _found_leads[cls]
+    found = _found_leads.get(cls)
+    if found is None:
+        found = _found_leads[cls] = _Leads(cls).names
+    return found
 
 
 class _Leads:

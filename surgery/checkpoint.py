@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from surgery import files
-from surgery.engine import carry_out, remove
+from surgery.engine import Given, carry_out, remove
 from surgery.errors import LoadError, PlanError, RuleError, SurgeryError, SurgeryWarning
 from surgery.files import TensorFile
 from surgery.fingerprint import differences, fingerprint
@@ -23,9 +23,21 @@ from surgery.match import RESERVED
 from surgery.plan import Plan, make_plan
 from surgery.recording import Step
 from surgery.rule import Rule
-from surgery.site import LiveSite
+from surgery.site import LiveSite, ParamSpec
 from surgery.state import adapter_names, adapter_state_dict, require_state, rules_of, sites, tensors_of, whole
-from surgery.stored import NAME, OLD, PEFT, SURGERY, VERSION, Entry, Stored, names_in, stored_adapter, tensor_key
+from surgery.stored import (
+    NAME,
+    OLD,
+    PEFT,
+    SURGERY,
+    VERSION,
+    Entry,
+    Stored,
+    as_it_is,
+    names_in,
+    stored_adapter,
+    tensor_key,
+)
 from surgery.view import tensor_at
 
 __all__ = ["LoadReport", "load_adapter", "load_adapters", "save_adapter"]
@@ -228,9 +240,11 @@ def load_adapter(
     loose = report.base if strict else [*map(str, stored.unheld), *report.problems()]  # the base: see above
     for note in [*stored.notes, *loose]:
         warnings.warn(note, SurgeryWarning, stacklevel=2)
+    # An example is first run with what the rules start with: it is of that that they promise something.
+    given = _given(plan, values, stored.file) if example_inputs is None else None
     with torch.random.fork_rng(devices=_gpus(plan)):  # the starting values drawn here are overwritten
         try:
-            carry_out(plan, stored.rules, example_inputs, stacklevel=3)
+            carry_out(plan, stored.rules, example_inputs, stacklevel=3, given=given)
         except (SurgeryError, Warning):
             raise
         except Exception as error:  # a field of a file may be in range and still be no starting value
@@ -306,7 +320,8 @@ def _found(plan: Plan, stored: Stored, report: LoadReport, finite: bool) -> list
 
 
 def _gpus(plan: Plan) -> list[int]:
-    used = {tensor.device for step in plan.steps for tensor in step.module.parameters(recurse=False)}
+    held = (tensor for step in plan.steps for tensor in step.module._parameters.values())
+    used = {tensor.device for tensor in held if tensor is not None}
     return sorted(device.index or 0 for device in used if device.type == "cuda")
 
 
@@ -330,8 +345,9 @@ def _too_large(plan: Plan, values: list[tuple[Step, str, Entry]], file: TensorFi
 def _misfit(file: TensorFile, entry: Entry, shape: tuple[int, ...], dtype: torch.dtype, finite: bool) -> str | None:
     """Why a stored tensor can't be a rule's; its shape is tried on the meta device before a number is read."""
     given, numbers = file.shapes[entry.key], file.dtypes[entry.key]
+    plain = entry.read is as_it_is
     try:
-        read = tuple(entry.read(torch.empty(given, dtype=numbers, device="meta")).shape)
+        read = given if plain else tuple(entry.read(torch.empty(given, dtype=numbers, device="meta")).shape)
     except Exception:  # a rule's reshaping of a shape that it did not expect
         read = None
     if read != shape:
@@ -340,8 +356,10 @@ def _misfit(file: TensorFile, entry: Entry, shape: tuple[int, ...], dtype: torch
         return f"holds {str(numbers).removeprefix('torch.')}, and {str(dtype).removeprefix('torch.')} is needed"
     try:
         tensor = file.read(entry.key)
-        entry.read(tensor)
-        if finite and numbers.is_floating_point and not bool(torch.isfinite(tensor.float()).all()):
+        if not plain:
+            entry.read(tensor)
+        checked = finite and numbers.is_floating_point and not file.sound()
+        if checked and not bool(torch.isfinite(tensor.float()).all()):
             return "holds NaN or infinity"
     except SurgeryError as error:
         return f"can't be taken over: {error.why or error.what}"
@@ -350,13 +368,38 @@ def _misfit(file: TensorFile, entry: Entry, shape: tuple[int, ...], dtype: torch
     return None
 
 
+def _given(plan: Plan, values: list[tuple[Step, str, Entry]], file: TensorFile) -> Given:
+    """Tensors start with the file's values, which are cheaper to have than those that a rule draws.
+
+    What many sites share is drawn once, so that a rule which can't start is found. Nor are values given to a site of
+    which the file lacks some: a rule may make one tensor from another's start.
+    """
+    known = {(id(step), name): entry for step, name, entry in values}
+    lacking = {id(step) for step in plan.steps for spec in step.specs if (id(step), spec.name) not in known}
+    drawn: set[int] = set()
+
+    def given(step: Step, spec: ParamSpec) -> Tensor | None:
+        if id(spec) not in drawn or id(step) in lacking:
+            drawn.add(id(spec))
+            return None
+        return _value(file, known[id(step), spec.name])
+
+    return given
+
+
+def _value(file: TensorFile, entry: Entry) -> Tensor:
+    return entry.read(file.read(entry.key))
+
+
 def _fill(plan: Plan, values: list[tuple[Step, str, Entry]], file: TensorFile) -> None:
     filled = {(id(step), name) for step, name, _ in values}
     with torch.no_grad():
         for step in plan.steps:
-            _realise(step, plan.adapter, {spec.name for spec in step.specs if (id(step), spec.name) not in filled})
+            if any(tensor.is_meta for tensor in tensors_of(step.module, plan.adapter).values()):
+                _realise(step, plan.adapter, {spec.name for spec in step.specs if (id(step), spec.name) not in filled})
+        held = {id(step): tensors_of(step.module, plan.adapter) for step in plan.steps}
         for step, name, entry in values:
-            tensors_of(step.module, plan.adapter)[name].copy_(entry.read(file.read(entry.key)))
+            held[id(step)][name].copy_(_value(file, entry))
 
 
 def _realise(step: Step, adapter: str, others: set[str]) -> None:

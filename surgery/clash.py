@@ -42,6 +42,8 @@ def _at_site(steps: list[Step], beside: bool) -> list[SurgeryError]:
     standing = site_state(module)
     claims: dict[Ref, str] = {}
     editing = any(_replaced_state(step.tape) for step in steps)
+    if len(steps) == 1 and not editing:
+        return found
     for applied in standing.applied if standing and editing and beside else []:
         if applied.live:
             for ref in _replaced_state(layer_of(applied, module, path, steps[0].own).tape):

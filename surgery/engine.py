@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeVar
 
 import torch
@@ -12,17 +12,17 @@ from torch import Tensor, nn
 
 from surgery import hf
 from surgery.claims import check_free
-from surgery.clash import hidden
 from surgery.errors import SiteError, SurgeryError, SurgeryWarning
 from surgery.exact import unfold
 from surgery.example import call, equal
 from surgery.folding import check_foldable, fold_into, verify_records
-from surgery.install import generated_class, reason_against, swap
+from surgery.install import reason_against
 from surgery.journal import Journal
+from surgery.living import Shared
 from surgery.match import Tree, verdict_of
 from surgery.pattern import Verdict
 from surgery.plan import Plan, make_plan
-from surgery.recording import Step, layer_of
+from surgery.recording import Step
 from surgery.rule import Rule, running
 from surgery.site import LiveSite, ParamSpec
 from surgery.state import (
@@ -41,14 +41,13 @@ from surgery.state import (
     sites,
     tensors_of,
 )
-from surgery.trace import Own, own_forward
-from surgery.variants import varied_class
 from surgery.view import tensor_at
 from surgery.weave import Layer
 
 __all__ = ["apply_rules", "explain", "plan_rules", "remove"]
 
 M = TypeVar("M", bound=nn.Module)
+Given = Callable[[Step, ParamSpec], Tensor | None]
 
 
 def apply_rules(model: M, rules: Sequence[Rule] | Rule, *, adapter: str = "default", example_inputs: Any = None) -> M:
@@ -130,16 +129,16 @@ def remove(model: M, adapter: str | Sequence[str] | None = None, *, check: bool 
     at the start, and that was changed since, is found by checksum; `check=False` takes the change out all the same.
     """
     state = require_state(model)
-    names = adapter_names(state, adapter)
+    names = list(dict.fromkeys(adapter_names(state, adapter)))
     check_free(model)
-    found = [
-        (path, module, site) for path, module, site in sites(model) if any(a.adapter in names for a in site.applied)
-    ]
+    found = list(_sites_of(model, state, names))
     for path, module, site in found:
         _check_removable(path, module, site, names, check)
+    keys = hf.keys_of(model, state, names)
     with Journal() as journal:
+        shared, going = Shared(journal), frozenset(names)
         for _, module, site in found:
-            _take_out(module, site, names, check, journal)
+            _take_out(module, site, going, check, shared)
         for name in names:
             del state.adapters[name]
             state.places.pop(name, None)
@@ -148,12 +147,21 @@ def remove(model: M, adapter: str | Sequence[str] | None = None, *, check: bool 
         if not state.adapters:
             _restore(model, state)
         else:
-            hf.ignore_on_save(model, state)
+            hf.unlist(model, state, keys)
     return model
 
 
-def carry_out(plan: Plan, rules: Sequence[Rule] | Rule, example_inputs: Any = None, stacklevel: int = 2) -> None:
-    """Do what a plan of these rules says, which was made of this model as it is now."""
+def carry_out(
+    plan: Plan,
+    rules: Sequence[Rule] | Rule,
+    example_inputs: Any = None,
+    stacklevel: int = 2,
+    given: Given | None = None,
+) -> None:
+    """Do what a plan of these rules says, which was made of this model as it is now.
+
+    `given`: what a tensor starts with, or None where it starts as its rule says.
+    """
     plan.raise_problems()
     check_free(plan.model)
     for warning in plan.warnings:
@@ -161,9 +169,8 @@ def carry_out(plan: Plan, rules: Sequence[Rule] | Rule, example_inputs: Any = No
     with Journal() as journal:
         with torch.no_grad():
             for step in plan.steps:
-                _insert(step, plan, journal)
-        for step in {id(step.module): step for step in plan.steps}.values():
-            install_live(step.module, journal, step.own)
+                _insert(step, plan, given, journal)
+        _install(plan, journal)
         _record(plan.model, plan, rules, journal)
         if plan.observation is not None:
             _check_output(plan, example_inputs)
@@ -172,7 +179,7 @@ def carry_out(plan: Plan, rules: Sequence[Rule] | Rule, example_inputs: Any = No
 # Applying -----------------------------------------------------------------------------------------------------
 
 
-def _insert(step: Step, plan: Plan, journal: Journal) -> None:
+def _insert(step: Step, plan: Plan, given: Given | None, journal: Journal) -> None:
     """Put a rule's tensors on its site and let it initialise them; the forward is still the old one."""
     module = step.module
     state = site_state(module)
@@ -188,7 +195,7 @@ def _insert(step: Step, plan: Plan, journal: Journal) -> None:
         facts=step.facts,
     )
     device = _device_of(module)
-    made = {spec.name: (_made(spec, device), spec.buffer) for spec in step.specs}
+    made = {spec.name: (_made(spec, device, given and given(step, spec)), spec.buffer) for spec in step.specs}
     if made:
         attach(module, plan.adapter, made, step.path)
         journal.undo(detach, module, plan.adapter, list(made))
@@ -211,47 +218,23 @@ def _device_of(module: nn.Module) -> torch.device | None:
     return next((tensor.device for tensor in itertools.chain(own, module.parameters(), module.buffers())), None)
 
 
-def _made(spec: ParamSpec, device: torch.device | None) -> Tensor:
+def _made(spec: ParamSpec, device: torch.device | None, value: Tensor | None) -> Tensor:
     tensor = torch.empty(spec.shape, dtype=spec.dtype, device=device)
-    spec.fill(tensor)
+    if value is None:
+        spec.fill(tensor)
+    else:
+        tensor.copy_(value)
     return tensor if spec.buffer else nn.Parameter(tensor, requires_grad=spec.trainable)
 
 
-def install_live(module: nn.Module, journal: Journal | None, own: Own | None = None) -> None:
-    """Give a site the class of the rules that are live on it; its own class where none is."""
-    state = site_state(module)
-    assert state is not None
-    before = type(module)
-    state.variants.clear()
-    state.classes.clear()
-    cls = class_of_live(module, state, own)
-    if cls is not before:
-        swap(module, cls)
-        if journal is not None:
-            journal.undo(swap, module, before)
-
-
-def class_of_live(module: nn.Module, state: SiteState, own: Own | None = None) -> type[nn.Module]:
-    """The class of the rules that are live on a site."""
-    return _class_for(module, state, state.live(), own)
-
-
-def _class_for(module: nn.Module, state: SiteState, live: list[Applied], own: Own | None) -> type[nn.Module]:
-    if not live:
-        return state.base
-    if len(live) > 1:
-        own = own or own_forward(module, state.base)
-        if (problem := hidden(live, module, state.path, own)) is not None:
-            raise problem
-    if any(applied.inside for applied in live):
-        return varied_class(state.base, live)
-    own = own or own_forward(module, state.base)
-    layers = [layer_of(applied, module, state.path, own) for applied in live]
-    try:
-        return generated_class(own, layers)
-    except SiteError as error:  # equal edits are woven once for all their sites, so weaving knows no path
-        error.where = error.where or state.path
-        raise
+def _install(plan: Plan, journal: Journal) -> None:
+    """Give the sites their classes. What one plan brings to sites is the same where its tapes are the same objects."""
+    coming: dict[int, list[Step]] = {}
+    for step in plan.steps:
+        coming.setdefault(id(step.module), []).append(step)
+    shared = Shared(journal)
+    for steps in coming.values():
+        shared.install(steps[0].module, tuple([(id(step.rule), id(step.tape)) for step in steps]), steps[0].own)
 
 
 def _record(model: nn.Module, plan: Plan, rules: Sequence[Rule] | Rule, journal: Journal) -> None:
@@ -277,12 +260,12 @@ def _record(model: nn.Module, plan: Plan, rules: Sequence[Rule] | Rule, journal:
             journal.undo(state.switched.pop)
         journal.undo(setattr, reader, name, getattr(reader, name))
         setattr(reader, name, value)
-    hf.prepare(model, state, journal)
+    hf.prepare(model, state, plan.adapter, journal)
 
 
 def _rules_at(module: nn.Module, adapter: str) -> list[Applied]:
     held = site_state(module)
-    return [applied for applied in held.applied if applied.adapter == adapter] if held is not None else []
+    return [applied for _, applied in held.of((adapter,))] if held is not None else []
 
 
 def _check_output(plan: Plan, example_inputs: Any) -> None:
@@ -310,6 +293,14 @@ def _check_output(plan: Plan, example_inputs: Any) -> None:
 # Removing -----------------------------------------------------------------------------------------------------
 
 
+def _sites_of(model: nn.Module, state: ModelState, names: Sequence[str]) -> Iterator[tuple[str, nn.Module, SiteState]]:
+    """The sites that these adapters are on. Of a site that is none by the record, all rules are gone through."""
+    placed = {id(module) for name in names for module, _ in state.places.get(name, ())}
+    for path, module, site in sites(model):
+        if id(module) in placed or any(applied.adapter in names for applied in site.applied):
+            yield path, module, site
+
+
 def _check_removable(path: str, module: nn.Module, site: SiteState, names: list[str], check: bool) -> None:
     if site.merged is not None:
         held = ", ".join(site.merged.adapters)
@@ -317,6 +308,9 @@ def _check_removable(path: str, module: nn.Module, site: SiteState, names: list[
     refused = reason_against(module)
     if refused is not None:
         raise SiteError("the site can't be given its class back", where=path, why=refused[0], fix=refused[1])
+    gone = [applied for _, applied in site.of(names)]
+    if not any([applied.changed for applied in gone]):
+        return
     staying: set[str] = set()
     for applied in reversed(site.applied):
         changed = {name for name, _ in applied.changed}
@@ -330,17 +324,18 @@ def _check_removable(path: str, module: nn.Module, site: SiteState, names: list[
             )
         if applied.adapter not in names:
             staying |= changed
-    gone = [applied for applied in site.applied if applied.adapter in names]
     if check:
         verify_records([(tensor_at(module, name), record) for a in gone for name, record in a.changed], path)
 
 
-def _take_out(module: nn.Module, site: SiteState, names: list[str], check: bool, journal: Journal) -> None:
-    gone = [applied for applied in site.applied if applied.adapter in names]
-    before = list(site.applied)
-    site.applied[:] = [applied for applied in site.applied if applied.adapter not in names]
-    journal.undo(site.applied.__setitem__, slice(None), before)
-    install_live(module, journal)
+def _take_out(module: nn.Module, site: SiteState, names: frozenset[str], check: bool, shared: Shared) -> None:
+    found = site.take_out(names)
+    shared.journal.undo(site.put_back, found)
+    gone = [applied for _, applied in found]
+    if any([applied.live for applied in gone]):
+        shared.install(module, names)
+    else:
+        site.classes.clear()  # another adapter may come under the same name
     # From here on nothing can fail: the records were verified, and the rest is taking things out of dicts.
     for applied in reversed(gone):
         for name, record in reversed(applied.changed):

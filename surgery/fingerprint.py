@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from surgery.match import base_modules
-from surgery.state import site_state, sites
+from surgery.state import site_state
 
 __all__ = ["differences", "fingerprint"]
 
@@ -35,8 +35,9 @@ def differences(model: nn.Module, expected: Any) -> list[str]:
     numbers = expected.get("numbers") if isinstance(expected, Mapping) else None
     if not isinstance(numbers, Mapping):
         return []
-    own, told = dict(_comparable(model)), []
-    for name, held in list(numbers.items())[:TENSORS]:
+    asked = dict(list(numbers.items())[:TENSORS])
+    own, told = dict(_comparable(model, asked)), []
+    for name, held in asked.items():
         if name not in own or not isinstance(held, Mapping):
             continue
         values, found = held.get("values"), _numbers(own[name])
@@ -50,23 +51,40 @@ def differences(model: nn.Module, expected: Any) -> list[str]:
     return []
 
 
-def _comparable(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+def _comparable(model: nn.Module, asked: Collection[str] | None = None) -> Iterator[tuple[str, Tensor]]:
+    """What can be compared, each under its first name. `asked`: of those under these names alone."""
     seen: set[int] = set()
-    merged = tuple(f"{path}." if path else "" for path, _, state in sites(model) if state.merged is not None)
-    for path, module in base_modules(model):
-        state = site_state(module)
-        here = state.applied if state is not None else []
-        left_out = {name for applied in here for name, _ in applied.changed}
-        left_out |= {name for applied in here if applied.rule.exclusive for name in applied.tensors}
+    modules = dict(base_modules(model))
+    records = [(path, state) for path, module in modules.items() if (state := site_state(module)) is not None]
+    merged = tuple([f"{path}." if path else "" for path, state in records if state.merged is not None])
+    wanted = None if asked is None else {id(tensor) for name in asked for tensor in _called(modules, name)}
+    for path, module in modules.items():
         if f"{path}.".startswith(merged):
             continue
         for name, tensor in module._parameters.items():
-            if tensor is None or name in left_out or id(tensor) in seen or not tensor.numel():
+            if tensor is None or id(tensor) in seen or (wanted is not None and id(tensor) not in wanted):
+                continue
+            if name in _left_out(module) or not tensor.numel():
                 continue
             seen.add(id(tensor))
             plain = type(tensor) is nn.Parameter and not tensor.is_meta
             if plain and tensor.dtype in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
                 yield ".".join(filter(None, (path, name))), tensor
+
+
+def _called(modules: Mapping[str, nn.Module], name: str) -> list[Tensor]:
+    path, _, last = name.rpartition(".")
+    owner = modules.get(path)
+    held = owner._parameters.items() if owner is not None else ()
+    return [tensor for own, tensor in held if own == last and tensor is not None]
+
+
+def _left_out(module: nn.Module) -> set[str]:
+    """Parameters that an adapter's start changed, or that an adapter has its own of."""
+    state = site_state(module)
+    here = state.applied if state is not None else []
+    changed = {name for applied in here for name, _ in applied.changed}
+    return changed | {name for applied in here if applied.rule.exclusive for name in applied.tensors}
 
 
 def _spread(count: int, most: int) -> list[int]:

@@ -8,30 +8,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Collection, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from surgery.journal import Journal
-from surgery.match import RESERVED, base_modules, is_adapters
-from surgery.state import ModelState
+from surgery.match import RESERVED, base_modules, every_path, is_adapters
+from surgery.state import ModelState, tensors_of
 
-__all__ = ["ignore_on_save", "prepare", "restore"]
+__all__ = ["ignore_on_save", "keys_of", "prepare", "restore", "unlist"]
 
 _IGNORED = "_keys_to_ignore_on_save"
 
 
-def prepare(model: nn.Module, state: ModelState, journal: Journal) -> None:
-    """After adapters came: leave them out of `save_pretrained`, and keep reentrant checkpointing trainable."""
+def prepare(model: nn.Module, state: ModelState, adapter: str, journal: Journal) -> None:
+    """After an adapter came: leave it out of `save_pretrained`, and keep reentrant checkpointing trainable."""
     if not state.ignored_on_save:
         state.ignored_on_save = [(path, module.__dict__.get(_IGNORED, _ABSENT)) for path, module in _savers(model)]
         journal.undo(restore_ignored, model, state)
+        ignore_on_save(model, state)
     else:
-        journal.undo(ignore_on_save, model, state)
-    ignore_on_save(model, state)
-    for embedding in _embeddings(model):
+        keys = keys_of(model, state, [adapter])
+        journal.undo(unlist, model, state, keys)
+        _change(model, state, keys, set.update)
+    for embedding in _embeddings(model, state):
         if not any(isinstance(hook, InputsRequireGrad) for hook in embedding._forward_hooks.values()):
             handle = embedding.register_forward_hook(InputsRequireGrad(model))
             journal.undo(handle.remove)
@@ -43,6 +45,28 @@ def ignore_on_save(model: nn.Module, state: ModelState) -> None:
         saver = model.get_submodule(path)
         kept = getattr(type(saver), _IGNORED, None) if original == _ABSENT else original
         setattr(saver, _IGNORED, {*(kept or ()), *_adapter_keys(saver), _NEVER_MISSING})
+
+
+Keys = list[tuple[nn.Module, list[str]]]
+
+
+def keys_of(model: nn.Module, state: ModelState, adapters: Collection[str]) -> Keys:
+    """The keys of these adapters' tensors in each module that lists what `save_pretrained` leaves out."""
+    savers = [model.get_submodule(path) for path, _ in state.ignored_on_save]
+    return [(saver, list(_adapter_keys(saver, adapters))) for saver in savers]
+
+
+def unlist(model: nn.Module, state: ModelState, keys: Keys) -> None:
+    """Take from the lists what adapters that went had there, and look at no others."""
+    _change(model, state, keys, set.difference_update)
+
+
+def _change(model: nn.Module, state: ModelState, keys: Keys, change: Callable[[set[str], list[str]], None]) -> None:
+    for saver, names in keys:
+        listed = saver.__dict__.get(_IGNORED)
+        if not isinstance(listed, set) or _NEVER_MISSING not in listed:  # put back meanwhile (`AdapterCheckpoints`)
+            return ignore_on_save(model, state)
+        change(listed, names)
 
 
 def restore(model: nn.Module, state: ModelState) -> None:
@@ -64,7 +88,7 @@ class InputsRequireGrad:
         if torch.compiler.is_compiling() or not (module.training and torch.is_grad_enabled()):
             return
         if isinstance(output, Tensor) and output.is_floating_point() and not output.requires_grad:
-            if any(part.__dict__.get("gradient_checkpointing") for part in self.model.modules()):
+            if any(part.__dict__.get("gradient_checkpointing") for _, part in base_modules(self.model)):
                 output.requires_grad_(True)
 
 
@@ -83,11 +107,11 @@ def _savers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
             yield path, module
 
 
-def _embeddings(model: nn.Module) -> Iterator[nn.Module]:
+def _embeddings(model: nn.Module, state: ModelState) -> Iterator[nn.Module]:
     seen: set[int] = set()
-    for _, module in _savers(model):
+    for path, _ in state.ignored_on_save:
         try:
-            found = module.get_input_embeddings()  # type: ignore[operator]
+            found = model.get_submodule(path).get_input_embeddings()  # type: ignore[operator]
         except (AttributeError, NotImplementedError):
             continue
         if isinstance(found, nn.Module) and id(found) not in seen:
@@ -95,12 +119,13 @@ def _embeddings(model: nn.Module) -> Iterator[nn.Module]:
             yield found
 
 
-def _adapter_keys(module: nn.Module) -> Iterator[str]:
-    for path, inner in module.named_modules(remove_duplicate=False):
+def _adapter_keys(module: nn.Module, adapters: Collection[str] | None = None) -> Iterator[str]:
+    for path, inner in every_path(module):
         held = inner._modules[RESERVED] if RESERVED in inner._modules else None
         if held is not None and is_adapters(held):
-            for name in held.state_dict():
-                yield ".".join(filter(None, (path, RESERVED, name)))
+            for adapter in held._modules if adapters is None else [name for name in adapters if name in held._modules]:
+                for name in tensors_of(inner, adapter):
+                    yield ".".join(filter(None, (path, RESERVED, adapter, name)))
 
 
 _ABSENT = "(no attribute of its own)"

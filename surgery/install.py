@@ -18,6 +18,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import fx, nn
 
 from surgery.pattern import qualified_name
@@ -72,17 +73,16 @@ def generated_class(own: Own, layers: Sequence[Layer]) -> type[nn.Module]:
 def swap(module: nn.Module, cls: type[nn.Module]) -> None:
     """Give a module another class, and let forwards bound on the instance follow."""
     before = type(module)
-    module.__class__ = cls
-    for name in BOUND:
-        bound = module.__dict__.get(name)
-        if _is_bound(bound, module, before):
+    _set_class(module, "__class__", cls)
+    for name in BOUND & module.__dict__.keys():
+        if _is_bound(module.__dict__[name], module, before):
             module.__dict__[name] = types.MethodType(cls.forward, module)
 
 
 def reason_against(module: nn.Module) -> tuple[str, str] | None:
     """Why a new class would not be seen or can't be given (why, what to do), or None."""
     cls = type(module)
-    if any(base.__name__ == "ScriptModule" for base in cls.__mro__):
+    if isinstance(module, torch.jit.ScriptModule):
         return "it is a TorchScript module, compiled already", "apply rules before torch.jit"
     if "parametrizations" in module._modules:
         names = ", ".join(module._modules["parametrizations"]._modules)  # type: ignore[union-attr]
@@ -120,7 +120,8 @@ def reason_against(module: nn.Module) -> tuple[str, str] | None:
             "accelerate has offloaded its weights, which are absent between calls",
             "load the model without offloading",
         )
-    if any(hasattr(tensor, "device_mesh") for tensor in module._parameters.values()):
+    packed = [tensor for tensor in module._parameters.values() if type(tensor) is not nn.Parameter]
+    if any(hasattr(tensor, "device_mesh") for tensor in packed):
         return "its parameters are sharded (DTensor)", "apply rules before fully_shard"
     return None
 
@@ -300,6 +301,7 @@ def _by_name(value: Any) -> Any:
 
 
 BOUND = frozenset({"forward", "_old_forward"})
+_set_class = object.__setattr__  # nn.Module's own looks for tensors first, and takes twenty times as long
 _numbers = itertools.count(1)
 _classes: weakref.WeakValueDictionary[tuple, type[nn.Module]] = weakref.WeakValueDictionary()
 _by_source: weakref.WeakValueDictionary[tuple, type[nn.Module]] = weakref.WeakValueDictionary()

@@ -108,8 +108,9 @@ def _seen(model: nn.Module, modules: Sequence[nn.Module], given: Given) -> dict[
     found: dict[int, list[tuple[int, Tensor]]] = {}
     me = threading.get_ident()
 
-    def enter(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-        value = next((v for v in (*args, *kwargs.values()) if isinstance(v, Tensor) and v.dim()), None)
+    def enter(module: nn.Module, args: tuple, kwargs: Any = None) -> None:
+        # In other threads it may be called before torch has noted that it takes keywords.
+        value = next((v for v in (*args, *(kwargs or {}).values()) if isinstance(v, Tensor) and v.dim()), None)
         if value is not None and threading.get_ident() == me:
             flat = value.detach().reshape(len(value), -1) if value.numel() else value.reshape(len(value), 0)
             step = max(1, flat.shape[1] // _COLUMNS)
@@ -138,24 +139,26 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
 
 def _some_rows(given: Given, batch: int) -> tuple[Given, Given]:
     """The arguments with rows of the batch and others made from them, and with the last one first; caches left out."""
+    draw = torch.Generator().manual_seed(0)  # its own: other threads draw from torch's
+    known: dict[int, tuple[Tensor, Tensor]] = {}
 
-    def chosen(value: Tensor, by: int) -> Tensor:
+    def chosen(value: Tensor, which: int) -> Tensor:
         if not value.dim() or len(value) != batch:
             return value
-        first, last = value[0], value[-1]
-        return torch.stack([first, _other(last, 1), _other(first, 2), _other(first, 3)]).roll(by, 0)
+        if id(value) not in known:
+            first, last = value[0], value[-1]
+            rows = torch.stack([first, _other(last, 1, draw), _other(first, 2, draw), _other(first, 3, draw)])
+            known[id(value)] = (rows, rows.roll(1, 0))
+        return known[id(value)][which]
 
-    with torch.random.fork_rng():
-        state = torch.get_rng_state()
-        one = _mapped(given, lambda value: chosen(value, 0))
-        torch.set_rng_state(state)
-        return one, _mapped(given, lambda value: chosen(value, 1))
+    return _mapped(given, lambda value: chosen(value, 0)), _mapped(given, lambda value: chosen(value, 1))
 
 
-def _other(row: Tensor, by: int) -> Tensor:
+def _other(row: Tensor, by: int, draw: torch.Generator) -> Tensor:
     """Another row: other numbers, or other tokens of those that there must be, too. Masks stay."""
     if row.is_floating_point():
-        return row + torch.randn_like(row) * max(1e-3, float(row.abs().max()))
+        noise = torch.randn(row.shape, generator=draw).to(row.device, row.dtype)
+        return row + noise * max(1e-3, float(row.abs().max()))
     if row.dtype == torch.long and not bool((row <= 1).all()):
         return (row + by) % (row.max() + 1)
     return row

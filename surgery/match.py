@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from typing import cast
 
 from torch import fx, nn
@@ -40,15 +41,22 @@ class Tree:
     def of(model: nn.Module) -> Tree:
         paths: dict[int, list[str]] = {}
         modules: dict[str, nn.Module] = {}
-        for path, module in _walk(model):
+        for path, module in every_path(model):
             modules[path] = module
             paths.setdefault(id(module), []).append(path)
         return Tree(model, paths, modules, frozenset(_heads(model)))
 
+    def candidate(self, path: str) -> Candidate:
+        parent = self.modules[path.rpartition(".")[0]] if path else None
+        return Candidate(path, self.modules[path], self.heads, parent)
+
     def candidates(self, module: nn.Module) -> Iterator[Candidate]:
-        for path in self.paths[id(module)]:
-            parent = self.modules[path.rpartition(".")[0]] if path else None
-            yield Candidate(path, module, self.heads, parent)
+        return map(self.candidate, self.paths[id(module)])
+
+    @cached_property
+    def endings(self) -> frozenset[str]:
+        """Every name that fits some path."""
+        return frozenset(ending for path in self.modules for ending in endings(path))
 
     def distinct(self) -> Iterator[nn.Module]:
         for paths in self.paths.values():
@@ -61,12 +69,14 @@ def matches(tree: Tree, rule: Rule) -> list[Match]:
     Raises `MatchError` where nothing matches, or where `expect` says another number than was found.
     """
     found = []
-    asked = _Asked.of(rule)
-    for module in tree.distinct():
-        hits = [candidate.path for candidate in tree.candidates(module) if _verdict(candidate, asked, False)]
-        if hits:
-            others = tuple(path for path in tree.paths[id(module)] if path != hits[0])
-            found.append(Match(hits[0], module, others))
+    targeted, excluded = _asking(tree, rule.targets), _asking(tree, rule.exclude)
+    layers = cast("tuple[int, ...] | None", rule.layers)
+    for paths in tree.paths.values():
+        for hit in filter(targeted, paths):
+            if not excluded(hit) and (layers is None or _layer(hit, layers)):
+                others = tuple([path for path in paths if path != hit])
+                found.append(Match(hit, tree.modules[hit], others))
+                break
     if not found and rule.expect != 0:
         raise _nothing(tree, rule)
     if rule.expect is not None and len(found) != rule.expect:
@@ -85,8 +95,7 @@ def idle_targets(tree: Tree, rule: Rule) -> list[str]:
     listed = {field: _listed(getattr(rule, field)) for field in ("targets", "exclude")}
     told = []
     for field, target in ((field, target) for field, targets in listed.items() for target in targets):
-        pattern = as_pattern(target)
-        if not any(pattern.verdict(c) for module in tree.distinct() for c in tree.candidates(module)):
+        if not _fits_any(tree, target):
             names = {part for path in tree.modules for part in (path, path.rpartition(".")[2]) if part} | {"all-linear"}
             near = near_misses(target, names) if isinstance(target, str) and not target.startswith("re:") else None
             told.append(
@@ -102,31 +111,41 @@ def verdict_of(tree: Tree, rule: Rule, path: str) -> Verdict:
         raise MatchError(
             f"the model has no module {path!r}", why=near_misses(path, tree.modules), fix="see model.named_modules()"
         )
-    module = tree.modules[path]
-    parent = tree.modules[path.rpartition(".")[0]] if path else None
-    return _verdict(Candidate(path, module, tree.heads, parent), _Asked.of(rule))
+    return _verdict(tree.candidate(path), rule)
 
 
-@dataclass(frozen=True)
-class _Asked:
-    """A rule's question, its targets read once for the whole model."""
-
-    rule: Rule
-    targets: tuple[Pattern, ...]
-    exclude: tuple[Pattern, ...]
-
-    @staticmethod
-    def of(rule: Rule) -> _Asked:
-        targets, exclude = (tuple(map(as_pattern, _listed(listed))) for listed in (rule.targets, rule.exclude))
-        return _Asked(rule, targets, exclude)
+def endings(path: str) -> Iterator[str]:
+    """The names that fit a path: all of it, and what follows each of its dots."""
+    yield path
+    dot = path.find(".")
+    while dot >= 0:
+        yield path[dot + 1 :]
+        dot = path.find(".", dot + 1)
 
 
-def _verdict(candidate: Candidate, asked: _Asked, every_reason: bool = True) -> Verdict:
-    rule = asked.rule
-    parts = [_any_of("targets", candidate, asked.targets, every_reason)]
+def _asking(tree: Tree, targets: Targets) -> Callable[[str], bool]:
+    """Whether one of these targets fits a path of the model: what `_verdict` says, without the reasons."""
+    listed = _listed(targets)
+    if all(isinstance(target, str) and target != "all-linear" for target in listed):
+        names = {name for name in listed if not name.startswith("re:")}
+        forms = [re.compile(name[3:]).fullmatch for name in listed if name.startswith("re:")]
+        return lambda path: not names.isdisjoint(endings(path)) or (path != "" and any(form(path) for form in forms))
+    patterns = list(map(as_pattern, listed))
+    return lambda path: any(pattern.verdict(tree.candidate(path)) for pattern in patterns)
+
+
+def _fits_any(tree: Tree, target: str | Pattern) -> bool:
+    if isinstance(target, str) and target != "all-linear" and not target.startswith("re:"):
+        return target in tree.endings
+    return any(map(_asking(tree, (target,)), tree.modules))
+
+
+def _verdict(candidate: Candidate, rule: Rule) -> Verdict:
+    targets, exclude = (tuple(map(as_pattern, _listed(listed))) for listed in (rule.targets, rule.exclude))
+    parts = [_any_of("targets", candidate, targets)]
     if parts[0] or not rule.targets:
         if rule.exclude:
-            out = _any_of("exclude", candidate, asked.exclude, every_reason)
+            out = _any_of("exclude", candidate, exclude)
             parts.append(Verdict(not out, "exclude", f"excluded: {out.reason}" if out else "not excluded", out.parts))
         if rule.layers is not None:
             parts.append(_layer(candidate.path, cast(tuple, rule.layers)))
@@ -135,12 +154,8 @@ def _verdict(candidate: Candidate, asked: _Asked, every_reason: bool = True) -> 
     return Verdict(not failed, f"{rule.label} at {candidate.path or '(the model itself)'}", reason, tuple(parts))
 
 
-def _any_of(label: str, candidate: Candidate, targets: tuple[Pattern, ...], every_reason: bool) -> Verdict:
-    found: list[Verdict] = []
-    for target in targets:
-        found.append(target.verdict(candidate))
-        if found[-1] and not every_reason:
-            break
+def _any_of(label: str, candidate: Candidate, targets: tuple[Pattern, ...]) -> Verdict:
+    found = [target.verdict(candidate) for target in targets]
     holds = [part.clause for part in found if part]
     return Verdict(bool(holds), label, ", ".join(holds) or "no target matches", tuple(found))
 
@@ -195,7 +210,9 @@ def _shown(targets: tuple) -> str:
     return "[" + ", ".join(repr(t) if isinstance(t, str) else str(t) for t in targets) + "]"
 
 
-def _walk(model: nn.Module, path: str = "", above: frozenset[int] = frozenset()) -> Iterator[tuple[str, nn.Module]]:
+def every_path(
+    model: nn.Module, path: str = "", above: frozenset[int] = frozenset()
+) -> Iterator[tuple[str, nn.Module]]:
     """`named_modules` with every path of a shared module, and without the tensors of adapters."""
     if id(model) in above:
         return
@@ -203,7 +220,7 @@ def _walk(model: nn.Module, path: str = "", above: frozenset[int] = frozenset())
     below = above | {id(model)}
     for name, child in model._modules.items():
         if child is not None and not (name == RESERVED and is_adapters(child)):
-            yield from _walk(child, f"{path}.{name}" if path else name, below)
+            yield from every_path(child, f"{path}.{name}" if path else name, below)
 
 
 def base_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:

@@ -11,12 +11,12 @@ from torch import Tensor, nn
 
 from surgery.claims import check_free
 from surgery.clash import hidden
-from surgery.engine import install_live
 from surgery.errors import MergeError, PlanError, SurgeryError
 from surgery.exact import LowRank, Rows, unfold, weighted
 from surgery.folding import Keep, SiteFolding, check_foldable, owners, verify_records
 from surgery.install import reason_against
 from surgery.journal import Journal
+from surgery.living import install_live
 from surgery.recording import layer_of
 from surgery.rule import running
 from surgery.site import LiveSite

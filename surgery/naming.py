@@ -11,10 +11,10 @@ from torch import Tensor, nn
 
 from surgery import hf
 from surgery.claims import check_free, check_unclaimed
-from surgery.engine import install_live
 from surgery.errors import SurgeryError
 from surgery.install import reason_against
 from surgery.journal import Journal
+from surgery.living import install_live
 from surgery.match import RESERVED
 from surgery.placing import Placed, put
 from surgery.state import (

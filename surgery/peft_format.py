@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from surgery.errors import RuleError, SurgeryError, near_misses
 from surgery.files import TensorFile
+from surgery.match import endings
 from surgery.peft_targets import Modules, choose, chosen_by, fields_of, regular
 from surgery.plan import Plan
 from surgery.recording import Step
@@ -57,7 +58,15 @@ class PeftConfig:
     def fitting(self, name: str) -> dict[str, Any] | None:
         """A mapping from patterns of paths, without those that fit no target: PEFT passes over them."""
         given, paths = self.take(name, {}), self.targeted
-        return {key: v for key, v in given.items() if any(re.match(rf"(.*\.)?({key})$", p) for p in paths)} or None
+        named = {ending for path in paths for ending in endings(path)} if given else set()
+
+        def fits(key: str) -> bool:
+            plain = re.fullmatch(r"(?:[\w.\-]|\\\W)*", key)  # there may be one for each path
+            if plain and re.sub(r"\\(\W)", r"\1", key) in named:
+                return True
+            return any(map(re.compile(rf"(.*\.)?({key})$").match, paths))
+
+        return {key: value for key, value in given.items() if fits(key)} or None
 
     @staticmethod
     def regular(paths: Sequence[str]) -> str:

@@ -25,10 +25,10 @@ _BEFORE = ("", "unet.", "transformer.", "text_encoder.", "text_encoder_2.", "pri
 
 def keys_of(model: nn.Module, file: TensorFile) -> dict[str, str]:
     """PEFT's key of today → the key in the file."""
-    paths = {path for path, _ in base_modules(model)}
     held = [key for key in file.shapes]
     if "prompt_embeddings" in held or any(key.startswith("base_model.") for key in held):
         return {key: key for key in held}
+    paths = {path for path, _ in base_modules(model)}
     before = max(_BEFORE, key=lambda text: sum(_known(_spelt(key, text), paths) for key in held))
     found: dict[str, str] = {}
     for key in held:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from torch import nn
 
 from surgery.errors import MatchError, SurgeryError
-from surgery.match import Tree, base_modules, matches
+from surgery.match import Tree, base_modules, endings, matches
 from surgery.rule import Rule
 
 if TYPE_CHECKING:
@@ -49,27 +49,29 @@ def chosen_by(config: Mapping[str, Any], modules: Modules) -> set[str]:
     targets = config.get("target_modules")
     if not targets:
         return set()
-    return {path for path in modules.by_path if not _excluded(config, path) and _targeted(config, targets, path)}
-
-
-def _excluded(config: Mapping[str, Any], path: str) -> bool:
     exclude = config.get("exclude_modules")
-    if isinstance(exclude, str) and exclude and re.fullmatch(exclude, path):
-        return True
-    if not isinstance(exclude, str) and exclude and _named(exclude, path):
-        return True
-    return any(re.match(rf"(^|.*\.){name}($|\..*)", path) for name in config.get("modules_to_save") or ())
+    targeted, excluded = _asking(targets), _asking(exclude or ())
+    saved = [re.compile(rf"(^|.*\.){name}($|\..*)").match for name in config.get("modules_to_save") or ()]
+    return {
+        path
+        for path in modules.by_path
+        if targeted(path)
+        and not excluded(path)
+        and not any(held(path) for held in saved)
+        and (isinstance(targets, str) or _in_layers(config, path))
+    }
 
 
-def _named(names: Sequence[str], path: str) -> bool:
-    return any(path == name or path.endswith(f".{name}") for name in names)
-
-
-def _targeted(config: Mapping[str, Any], targets: Any, path: str) -> bool:
+def _asking(targets: str | Sequence[str]) -> Callable[[str], bool]:
+    """Whether a path is meant: by a regular expression, or by names that are its endings."""
     if isinstance(targets, str):
-        return re.fullmatch(targets, path) is not None
-    if not _named(targets, path):
-        return False
+        form = re.compile(targets)
+        return lambda path: form.fullmatch(path) is not None
+    names = {name for name in targets if isinstance(name, str)}
+    return lambda path: not names.isdisjoint(endings(path))
+
+
+def _in_layers(config: Mapping[str, Any], path: str) -> bool:
     layers, patterns = config.get("layers_to_transform"), config.get("layers_pattern") or ()
     if layers is None or layers == []:
         return True

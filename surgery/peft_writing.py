@@ -7,12 +7,13 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
+from surgery.match import RESERVED
 from surgery.peft_format import PeftMethod, PeftPlace, absolute, is_main, method_of, part_of, unsaid
 from surgery.peft_targets import Modules, chosen_by
 from surgery.plainer import folded_adapter
 from surgery.rule import Rule
 from surgery.state import rules_of, sites, whole
-from surgery.stored import Entry, tensor_key
+from surgery.stored import Entry
 
 __all__ = ["Described", "described", "written"]
 
@@ -47,7 +48,7 @@ class Described(NamedTuple):
             box, _, name = key.rpartition(".")
             by_site.setdefault(box, []).append(name)
         for path, module, rule, facts in self.placed:
-            part, box = part_of(rule), tensor_key(path, "")
+            part, box = part_of(rule), f"{path}.{RESERVED}" if path else RESERVED
             if part is None:
                 continue  # what comes with a rule, and has no tensors: any would be told below
             held = by_site.get(box, [])

@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from torch import nn
 
+from surgery.alike import likeness
 from surgery.bypass import Bypass, bypasses, fastpath_switch
 from surgery.clash import clashes
 from surgery.errors import MatchError, PlanError, RuleError, SiteError, SurgeryError
 from surgery.example import Observation, copied, observe, verify_graph
 from surgery.install import reason_against
 from surgery.match import Match, Tree, idle_targets, matches
-from surgery.recording import PassedOver, Step, recorded
+from surgery.recording import PassedOver, Recording, Step, recorded
 from surgery.rule import Rule, running
 from surgery.state import model_state, name_problem, site_state, sites
 from surgery.table import table
@@ -140,8 +141,7 @@ def make_plan(model: nn.Module, rules: Sequence[Rule] | Rule, adapter: str, exam
         seen: dict[int, Match] = {}
         for match in found:
             try:
-                with running(rule, "expand", match.path):
-                    inner = list(rule.expand(match.module, match.path))
+                inner = _inner(rule, match)
             except SurgeryError as error:
                 plan.problems.append(error)
                 continue
@@ -151,9 +151,10 @@ def make_plan(model: nn.Module, rules: Sequence[Rule] | Rule, adapter: str, exam
             listed = ", ".join(match.path for match in found[:3])
             plan.problems.append(MatchError(f"{rule.label} finds nothing to do in what it matches", where=listed))
         plan.problems += [RuleError(f"{rule.label}: {why}") for why in rule.review([m.path for m in seen.values()])]
+        made: dict[Hashable, Recording] = {}
         for match in seen.values():
-            past = [bypass for path in tree.paths[id(match.module)] for bypass in read_past.get(path, [])]
-            _add_step(plan, rule, match, past, fast)
+            past = [bypass for path in (match.path, *match.aliases) for bypass in read_past.get(path, ())]
+            _add_step(plan, rule, match, past, fast, made)
         if seen and not may_miss and len(plan.passed) == len(seen):
             listed = ", ".join(plan.passed[:3])
             plan.problems.append(MatchError(f"{rule.label} finds nothing to do in what it matches", where=listed))
@@ -171,7 +172,22 @@ def _with_companions(rules: Iterable[Rule]) -> Iterable[tuple[Rule, bool]]:
             yield companion, True
 
 
-def _add_step(plan: Plan, rule: Rule, match: Match, read_past: list[Bypass], fast: dict[str, tuple[str, Any]]) -> None:
+def _inner(rule: Rule, match: Match) -> list[tuple[str, nn.Module]]:
+    if type(rule).expand is Rule.expand:
+        return [(match.path, match.module)]
+    with running(rule, "expand", match.path):
+        return list(rule.expand(match.module, match.path))
+
+
+def _add_step(
+    plan: Plan,
+    rule: Rule,
+    match: Match,
+    read_past: list[Bypass],
+    fast: dict[str, tuple[str, Any]],
+    known: dict[Hashable, Recording],
+) -> None:
+    """Plan one rule at one site. `known`: what it records, by what sites have in common for which it is the same."""
     path, module = match.path, match.module
     refused = reason_against(module)
     if refused is not None:
@@ -180,26 +196,29 @@ def _add_step(plan: Plan, rule: Rule, match: Match, read_past: list[Bypass], fas
         )
         plan.problems.append(problem)
         return
+    state = site_state(module)
+    base = state.base if state else type(module)
     try:
-        with running(rule, "check", path):
-            why = rule.check(module, path)
+        like = likeness(rule, module, path, base)
+        made = known.get(like) if like is not None else None
+        if made is None and (why := _objection(rule, module, path)):
+            raise SiteError(f"{rule.label} can't go on this {type(module).__name__}", where=path, why=why)
     except SurgeryError as error:
         plan.problems.append(error)
-        return
-    if why:
-        plan.problems.append(SiteError(f"{rule.label} can't go on this {type(module).__name__}", where=path, why=why))
         return
     if read_past and not _read_around(plan, rule, path, read_past):
         return
     if fast:
         _switch_fast_paths(plan, path, fast)
-    state = site_state(module)
+    facts: dict[str, Any] = {}
     try:
-        own = own_forward(module, state.base if state else type(module))
-        facts: dict[str, Any] = {}
-        owners = plan.owners_of(path)
-        example = None if plan.example_inputs is None else lambda: plan.example_of(module)
-        made = recorded(rule, module, path, plan.adapter, own, example, owners, facts)
+        if made is None:
+            own = own_forward(module, base)
+            owners = plan.owners_of(path)
+            example = None if plan.example_inputs is None else lambda: plan.example_of(module)
+            made = recorded(rule, module, path, plan.adapter, own, example, owners, facts)
+            if like is not None and not made.inside and not facts:
+                known[like] = made
     except SurgeryError as error:
         plan.problems.append(error)
         return
@@ -207,6 +226,11 @@ def _add_step(plan: Plan, rule: Rule, match: Match, read_past: list[Bypass], fas
         plan.passed.append(path)
         return
     plan.steps.append(Step(rule, path, module, match.aliases, made.own, made.tape, made.specs, made.inside, facts))
+
+
+def _objection(rule: Rule, module: nn.Module, path: str) -> str | None:
+    with running(rule, "check", path):
+        return rule.check(module, path)
 
 
 def _read_around(plan: Plan, rule: Rule, path: str, read_past: list[Bypass]) -> bool:

@@ -192,10 +192,11 @@ def _generating() -> bool:
     return False
 
 
-def _entered(model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+def _entered(model: nn.Module, args: tuple, kwargs: Any = None) -> None:
+    # In a thread that routes nothing it may be called before torch has noted that it takes keywords.
     for routing in here.routings:
         if routing.model is model:
-            routing.enter(args, kwargs)
+            routing.enter(args, kwargs or {})
 
 
 def _left(model: nn.Module, args: Any, output: Any) -> None:

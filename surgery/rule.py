@@ -5,10 +5,10 @@ from __future__ import annotations
 import dataclasses
 import json
 import traceback
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass, fields
 from importlib import metadata
+from types import TracebackType
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar, cast, dataclass_transform
 
 import torch
@@ -49,15 +49,16 @@ class Rule:
     `exclude` (PEFT's exclude_modules), `layers` (PEFT's layers_to_transform: indices), `expect` (how many modules
     it must match). All but `targets` are given by name.
 
-    Hooks, all optional but `rewrite`: `check` (why a module can't take the rule), `expand` (a container's inner
-    sites), `companions` (further rules), `initialise`, `merged`, `folded`, `combined`; for `route` `routed`; for
-    `hotswap` `swapped`, `neutral` and `padded`. Class attributes: `identity = True` promises an unchanged output at
-    initialisation, which the engine checks on the example call; `exclusive = True` bars other rules of the same adapter
-    from its sites; `imports = True` says that its fields name code to import, so that `load_adapter` takes it from a
-    file only when told to trust it; `linear = True` says that it adds to the output what is linear in the input, so
-    that `merge` derives ΔW from it; `scalable = False` says that what it changes can't be multiplied, so that it has no
-    weights but 1; `routable = False` that it can't work on some rows of a batch alone; `why_not_merged` and
-    `why_not_combined` are the reasons where there is no `merged` or no `combined`.
+    Hooks, all optional but `rewrite`: `check` (why a module can't take the rule), `alike` (modules that need not be
+    asked about one by one), `expand` (a container's inner sites), `companions` (further rules), `initialise`, `merged`,
+    `folded`, `combined`; for `route` `routed`; for `hotswap` `swapped`, `neutral` and `padded`. Class attributes:
+    `identity = True` promises an unchanged output at initialisation, which the engine checks on the example call;
+    `exclusive = True` bars other rules of the same adapter from its sites; `imports = True` says that its fields name
+    code to import, so that `load_adapter` takes it from a file only when told to trust it; `linear = True` says that it
+    adds to the output what is linear in the input, so that `merge` derives ΔW from it; `scalable = False` says that
+    what it changes can't be multiplied, so that it has no weights but 1; `routable = False` that it can't work on some
+    rows of a batch alone; `why_not_merged` and `why_not_combined` are the reasons where there is no `merged` or no
+    `combined`.
 
     Raises `RuleError` for an unknown field, or a value that `validate` refuses.
     """
@@ -112,6 +113,16 @@ class Rule:
     def companions(self) -> Iterable[Rule]:
         """Further rules that come with this one, under the same adapter. They may match nothing."""
         return ()
+
+    def alike(self, path: str) -> Hashable | None:
+        """What `check` and `rewrite` take from a path, where the module's kind is all else that they look at.
+
+        Its kind: its class, plain settings (numbers, texts), and the shapes and dtypes of its own tensors; neither
+        their values nor what is around it, an example, or other rules. Modules without children that are of one kind
+        and have equal answers here are asked about once, which makes plans fast. None, the default: each is asked
+        about. A subclass does not inherit the answer: its own hooks may look at more.
+        """
+        return None
 
     def rewrite(self, site: Site) -> Tensor | None:
         """Plain PyTorch on the site's values; returns the module's new output, or None after `site.replace`."""
@@ -335,18 +346,24 @@ def _yaml() -> Any:
     return yaml
 
 
-@contextmanager
-def running(rule: Rule, hook: str, path: str) -> Iterator[None]:
+class running:
     """A rule's own code at a site: what it raises is told with the rule, the hook and the path."""
-    try:
-        yield
-    except SurgeryError:
-        raise
-    except Exception as error:
-        last = traceback.extract_tb(error.__traceback__)[-1]
+
+    __slots__ = ("hook", "path", "rule")
+
+    def __init__(self, rule: Rule, hook: str, path: str):
+        self.rule, self.hook, self.path = rule, hook, path
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None):
+        if not isinstance(error, Exception) or isinstance(error, SurgeryError):
+            return
+        last = traceback.extract_tb(trace)[-1]
         raise SiteError(
-            f"{rule.label}.{hook} fails",
-            where=path or "(the model itself)",
+            f"{self.rule.label}.{self.hook} fails",
+            where=self.path or "(the model itself)",
             why=f"{type(error).__name__}: {error} ({last.filename}:{last.lineno}: {last.line})",
             fix="correct the rule's own code",
         ) from error

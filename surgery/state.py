@@ -8,7 +8,7 @@ pickle, and nothing is kept in a table beside the model.
 from __future__ import annotations
 
 import keyword
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -96,8 +96,9 @@ class SiteState:
     """A site's record: its path in the model, its own class, and the rules on it in the order they came.
 
     `variants`: where rules look into the forward, its forms for the kinds of calls met so far; `classes`: those made so
-    far, by which adapters are live with which weights. Copies make their own. `layouts`: what is known of the rows of a
-    batch in the module's input, by its number of dimensions (`surgery.layout`).
+    far, by which adapters are live with which weights; `woven`: the class it was given last, with its edits, where they
+    are known (`surgery.living`); `layouts`: what is known of the rows of a batch in the module's input, by its number
+    of dimensions (`surgery.layout`). Copies make their own.
     """
 
     path: str
@@ -106,10 +107,34 @@ class SiteState:
     merged: Merged | None = None
     variants: list[Any] = field(default_factory=list, compare=False, repr=False)
     classes: dict[Any, Any] = field(default_factory=dict, compare=False, repr=False)
+    woven: Any = field(default=None, compare=False, repr=False)
     layouts: dict[int, int] = field(default_factory=dict, compare=False, repr=False)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "variants": [], "classes": {}, "layouts": {}}
+        return {**self.__dict__, "variants": [], "classes": {}, "woven": None, "layouts": {}}
+
+    def of(self, adapters: Collection[str]) -> list[tuple[int, Applied]]:
+        """The rules of these adapters, with their places. One adapter's stand together, and most often last: many
+        others are not looked at."""
+        if len(adapters) != 1:
+            return [(index, one) for index, one in enumerate(self.applied) if one.adapter in adapters]
+        found: list[tuple[int, Applied]] = []
+        for index in range(len(self.applied) - 1, -1, -1):
+            if self.applied[index].adapter in adapters:
+                found.append((index, self.applied[index]))
+            elif found:
+                break
+        return found[::-1]
+
+    def take_out(self, adapters: Collection[str]) -> list[tuple[int, Applied]]:
+        found = self.of(adapters)
+        for index, _ in reversed(found):
+            del self.applied[index]
+        return found
+
+    def put_back(self, found: list[tuple[int, Applied]]) -> None:
+        for index, applied in found:
+            self.applied.insert(index, applied)
 
     def live(self) -> list[Applied]:
         """The rules whose edits are to be in the forward."""
@@ -240,11 +265,11 @@ def detach(module: nn.Module, adapter: str, names: list[str] | None = None) -> N
     box = held._modules.get(adapter) if held is not None else None
     if held is None or box is None:
         return
-    for name in names if names is not None else [*box._parameters, *box._buffers]:
+    for name in names or ():
         box._parameters.pop(name, None)
         box._buffers.pop(name, None)
         box._non_persistent_buffers_set.discard(name)
-    if not box._parameters and not box._buffers:
+    if names is None or not (box._parameters or box._buffers):
         del held._modules[adapter]
     if not held._modules:
         del module._modules[RESERVED]

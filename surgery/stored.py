@@ -16,7 +16,7 @@ from surgery.plan import Plan
 from surgery.recording import Step
 from surgery.rule import Rule
 
-__all__ = ["Entry", "Stored", "names_in", "stored_adapter", "tensor_key"]
+__all__ = ["Entry", "Stored", "as_it_is", "names_in", "stored_adapter", "tensor_key"]
 
 SURGERY = ("adapter.safetensors", "rules.json")
 PEFT = ("adapter_model.safetensors", "adapter_config.json")
@@ -25,12 +25,16 @@ BARE = ("pytorch_lora_weights.safetensors", "pytorch_lora_weights.bin")  # diffu
 NAME, VERSION = "model-surgery adapter", 1
 
 
+def as_it_is(tensor: Tensor) -> Tensor:
+    return tensor
+
+
 class Entry(NamedTuple):
     """Where a tensor of an adapter stands in a file, and how the two are turned into each other."""
 
     key: str
-    read: Callable[[Tensor], Tensor] = lambda tensor: tensor
-    write: Callable[[Tensor], Tensor] = lambda tensor: tensor
+    read: Callable[[Tensor], Tensor] = as_it_is
+    write: Callable[[Tensor], Tensor] = as_it_is
 
 
 @dataclass(frozen=True)

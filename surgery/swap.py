@@ -16,11 +16,11 @@ from torch import Tensor, nn
 
 from surgery.checkpoint import LoadReport, _distrusted, _found
 from surgery.claims import check_free
-from surgery.engine import install_live
 from surgery.errors import LoadError, RuleError, SiteError, SurgeryError, SurgeryWarning
 from surgery.files import TensorFile
 from surgery.fingerprint import differences
 from surgery.journal import Journal
+from surgery.living import install_live
 from surgery.match import RESERVED
 from surgery.recording import Step
 from surgery.rule import Rule, running

@@ -6,10 +6,10 @@ from collections.abc import Iterable, Mapping
 
 from torch import Tensor, nn
 
-from surgery.engine import class_of_live
 from surgery.errors import SurgeryError
 from surgery.install import BOUND, reason_against, swap
 from surgery.journal import Journal
+from surgery.living import class_of_live
 from surgery.match import RESERVED
 from surgery.state import _SITE, Applied, ModelState, SiteState, require_state
 
@@ -33,7 +33,7 @@ def switch(model: nn.Module, live: Mapping[str, float]) -> None:
         journal.undo(_note, state, changed, before)
         _note(state, changed, live)
         swapped: list[tuple[nn.Module, type[nn.Module]]] = []
-        journal.undo(_swap_back, swapped)
+        journal.undo(_swap_back, swapped, held)
         key = frozenset(live.items())
         for module, site in zip(places, held, strict=True):
             _install(module, site, key, swapped)
@@ -70,12 +70,13 @@ def _install(
     key: frozenset[tuple[str, float]],
     swapped: list[tuple[nn.Module, type[nn.Module]]],
 ) -> None:
-    cls = site.classes.get(key)
-    if cls is None:
-        cls = class_of_live(module, site)
+    found = site.classes.get(key)
+    if found is None:
+        found = class_of_live(module, site), site.woven
         if len(site.classes) >= _CLASSES:
             site.classes.clear()
-        site.classes[key] = cls
+        site.classes[key] = found
+    cls, site.woven = found
     if site.variants:
         site.variants.clear()
     before = module.__class__
@@ -87,9 +88,11 @@ def _install(
             swap(module, cls)
 
 
-def _swap_back(swapped: list[tuple[nn.Module, type[nn.Module]]]) -> None:
+def _swap_back(swapped: list[tuple[nn.Module, type[nn.Module]]], held: Iterable[SiteState]) -> None:
     for module, before in reversed(swapped):
         swap(module, before)
+    for site in held:
+        site.woven = None
 
 
 def check_settled(module: nn.Module) -> SiteState:

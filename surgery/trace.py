@@ -24,7 +24,7 @@ from surgery.pattern import qualified_name
 from surgery.tape import Tape, Value
 from surgery.view import view
 
-__all__ = ["Own", "own_forward", "recorded_own"]
+__all__ = ["Own", "own_forward", "recorded_own", "settings_of"]
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,7 @@ class Own:
 
 def own_forward(module: nn.Module, base: type[nn.Module]) -> Own:
     """The own forward of a site, from the cache where a module of the same class and attributes was seen."""
-    key = _fingerprint(module, base)
+    key = settings_of(module, base)
     found = _cache.get(key) if key is not None else None
     if found is None:
         found = _own_forward(module, base)
@@ -266,7 +266,7 @@ class _Leaf:
         return self._wrapped(item, names.get(id(item), str(key)))
 
 
-def _fingerprint(module: nn.Module, base: type[nn.Module]) -> tuple | None:
+def settings_of(module: nn.Module, base: type[nn.Module]) -> tuple | None:
     """What a forward's graph can depend on, or None where an attribute can't be compared (then nothing is cached)."""
     parts: list[Any] = [base]
     for name, value in module.__dict__.items():
@@ -278,13 +278,14 @@ def _fingerprint(module: nn.Module, base: type[nn.Module]) -> tuple | None:
             return None
         parts.append((name, type(value), value))
     for held in (module._parameters, module._buffers):
-        parts.append(tuple((name, type(tensor)) for name, tensor in held.items()))
-    parts.append(tuple((name, type(child)) for name, child in module._modules.items() if name != "adapters"))
+        parts.append(tuple([(name, type(tensor)) for name, tensor in held.items()]))
+    parts.append(tuple([(name, type(child)) for name, child in module._modules.items() if name != "adapters"]))
+    found = tuple(parts)
     try:
-        hash(tuple(parts))
+        hash(found)
     except TypeError:
         return None
-    return tuple(parts)
+    return found
 
 
 _SIMPLE = (int, float, str, type(None), tuple, torch.dtype, torch.device)

@@ -377,17 +377,26 @@ class _Weaver:
         return _mapped(value, lambda term: self._write(term, graph))
 
     def _write(self, term: _Term, graph: fx.Graph) -> fx.Node:
-        if term.node is None:
-            if term.open:
-                raise SiteError(
-                    f"{term.origin or 'an edit'} needs a value that is made from itself",
-                    why="a value was replaced by something computed after it",
-                    fix="compute the new value from the inputs, or replace the output instead",
-                )
-            term.open = True
-            args, kwargs = self._nodes(term.args, graph), self._nodes(term.kwargs, graph)
-            term.node = graph.create_node(term.op, term.target, args, kwargs)
-            term.node.meta["surgery"] = term.origin
+        waiting = [term]  # not by recursion: each live adapter adds to what the one before it made
+        while waiting:
+            now = waiting[-1]
+            lacking = [] if now.node is not None else [t for t in _terms_in((now.args, now.kwargs)) if t.node is None]
+            if lacking:
+                if around := next((other for other in lacking if other.open), None):
+                    raise SiteError(
+                        f"{around.origin or 'an edit'} needs a value that is made from itself",
+                        why="a value was replaced by something computed after it",
+                        fix="compute the new value from the inputs, or replace the output instead",
+                    )
+                now.open = True
+                waiting += reversed(lacking)
+                continue
+            waiting.pop()
+            if now.node is None:
+                args, kwargs = (_mapped(value, lambda made: made.node) for value in (now.args, now.kwargs))
+                now.node = graph.create_node(now.op, now.target, args, kwargs)
+                now.node.meta["surgery"] = now.origin
+        assert term.node is not None
         return term.node
 
 

@@ -442,6 +442,56 @@ def test_loading_does_not_touch_the_random_numbers(tmp_path: Path) -> None:
     assert torch.equal(torch.get_rng_state(), before)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_the_one_number_that_is_none_is_found(dtype: torch.dtype, tmp_path: Path) -> None:
+    """Whether the tensors are of one dtype, so that they are looked at all at once, or of several."""
+    for mixed in (False, True):
+        folder = save_adapter(trained(LoraRule(["1", "3"], rank=2)), tmp_path / str(mixed), format="surgery")
+
+        def change(tensors: dict[str, Tensor], mixed: bool = mixed) -> None:
+            tensors.update({key: tensor.to(dtype) for key, tensor in tensors.items() if not mixed or key[0] == "3"})
+            tensors["3.adapters.B"][-1, -1] = -torch.inf
+
+        spoilt(folder, change)
+        assert len(refused(folder, "3.adapters.B holds NaN or infinity").problems) == 1
+        assert load_adapter(model := model_of(), folder, finite=False) and model[3].adapters.default.B[-1, -1].isinf()
+
+
+def test_tensors_stand_anywhere_in_a_file(tmp_path: Path) -> None:
+    """One of an odd number of bytes is before one of eight-byte numbers: no view of the file is aligned for it."""
+    folder = save_adapter(trained(LoraRule(["1", "3"], rank=1)), tmp_path, format="surgery")
+    (path,) = folder.glob("*.safetensors")
+    with safetensors.safe_open(str(path), "pt") as file:
+        metadata, tensors = file.metadata(), {key: file.get_tensor(key).clone() for key in file.keys()}
+    odd, values = b"\1\2\3", {key: tensor.double() for key, tensor in tensors.items()}
+    header: dict[str, Any] = {"__metadata__": metadata, "odd": {"dtype": "U8", "shape": [3], "data_offsets": [0, 3]}}
+    data = odd
+    for key, tensor in values.items():
+        where = [len(data), len(data) + tensor.numel() * 8]
+        header[key] = {"dtype": "F64", "shape": list(tensor.shape), "data_offsets": where}
+        data += tensor.numpy().tobytes()
+    text = json.dumps(header).encode()
+    path.write_bytes(len(text).to_bytes(8, "little") + text + data)
+    with pytest.warns(SurgeryWarning, match="not of this adapter: odd"):
+        load_adapter(model := model_of(), folder, strict=False)
+    for key, tensor in adapter_state_dict(model).items():
+        assert torch.equal(tensor, tensors[key]), key
+
+
+def test_what_a_file_lacks_starts_from_what_its_rule_starts_with(tmp_path: Path) -> None:
+    """DoRA's magnitude follows from A and B as they start, not from those of the file."""
+    folder = save_adapter(trained(LoraRule(["1", "3"], rank=2, dora=True)), tmp_path, format="surgery")
+
+    def change(tensors: dict[str, Tensor]) -> None:
+        del tensors["3.adapters.magnitude"]
+
+    spoilt(folder, change)
+    with pytest.warns(SurgeryWarning, match=r"missing: 3\.adapters\.magnitude"):
+        load_adapter(model := model_of(), folder, strict=False)
+    assert torch.equal(model[3].adapters.default.magnitude, torch.linalg.vector_norm(model_of()[3].weight, dim=1))
+    assert model[3].adapters.default.B.any()
+
+
 def test_a_value_that_is_no_start_is_refused(tmp_path: Path) -> None:
     folder = save_adapter(trained(VeraRule("1", rank=2)), tmp_path, format="peft")
     config = json.loads((folder / "adapter_config.json").read_text())

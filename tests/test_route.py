@@ -5,8 +5,10 @@ from __future__ import annotations
 import copy
 import gc
 import io
+import sys
 import threading
 import weakref
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -354,7 +356,18 @@ def test_memory_is_freed() -> None:
     assert [ref() for ref in bank] == [None, None] and here.plans is None and not here.routings
 
 
-def test_threads() -> None:
+@pytest.fixture
+def hasty() -> Iterator[None]:
+    """Threads take turns after a few steps."""
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(1e-5)
+    yield
+    sys.setswitchinterval(before)
+
+
+@pytest.mark.parametrize("trial", range(5))
+@pytest.mark.usefixtures("hasty")
+def test_threads(trial: int) -> None:
     model = two_layers()
     for index in range(4):
         apply_rules(model, LoraRule(["0", "2"], rank=2, init="random"), adapter=f"a{index}")

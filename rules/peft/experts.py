@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
-from rules._fields import fits
+from rules._paths import fits
 from rules.experts import ExpertLoraRule
 from rules.peft.lora import Lora
 from surgery import PeftConfig, PeftEntry, PeftPart, PeftPlace, Rule, SurgeryError, peft_method

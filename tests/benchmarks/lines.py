@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from surgery import merge, remove, unmerge
+from surgery import activate, load_adapter, merge, remove, save_adapter, unmerge
 from tests.benchmarks import models
 from tests.benchmarks.models import disturb, ours, theirs, twin
 from tests.benchmarks.timing import Setting, Times, Work, collected, interleaved, once, process_seconds
@@ -55,21 +55,61 @@ def _put(put: dict[str, Callable[[nn.Module], Any]], base: nn.Module, name: str)
 
 
 def stacked(setting: Setting) -> Iterator[Row]:
+    """One more adapter beside many: added, loaded from PEFT's files, and removed."""
     layers, others = (8, 7) if setting.quick else (128, 31)
     base = models.Stack(layers, 16).to(setting.device)
     mine, their = twin(base), theirs(twin(base), "a0")
-    ours(mine, "a0")
-    for index in range(1, others):
+    for index in range(others):
         ours(mine, f"a{index}")
+    activate(mine, "a0")  # as PEFT's are: one is live
     for index in range(1, others):
         their.add_adapter(f"a{index}", their.peft_config["a0"])
-    spent = []
-    for _ in range(3):
-        spent.append(once(lambda: ours(mine, "last")))
-        remove(mine, "last")
-    peft = once(lambda: their.add_adapter("last", their.peft_config["a0"]))
-    work = f"adapter #{others + 1} beside {others} others on {layers * 7} Linears (PEFT: {peft:.1f} s)"
-    yield Row(work, "PEFT", 0.03, median(spent) / peft, 1.0, median(spent))
+    beside = f"on {layers * 7} Linears"
+    with TemporaryDirectory() as folder:
+        their.save_pretrained(folder, selected_adapters=["a0"])
+        spent = _cycles(mine, f"{folder}/a0", 3 if setting.quick else 5)
+        added = once(lambda: their.add_adapter("last", their.peft_config["a0"]))
+        activate(ours(mine, "last"), "a0")
+        loaded = once(lambda: their.load_adapter(f"{folder}/a0", "loaded"))
+        beyond = _cycles(mine, f"{folder}/a0", 3 if setting.quick else 5)
+    gone = once(lambda: their.delete_adapter("loaded"))
+    for what, seconds, peft, aim in (
+        (f"adapter #{others + 1} beside {others} others", spent["add"], added, 0.03),
+        (f"load adapter #{others + 2} from PEFT's files", beyond["load"], loaded, 0.03),
+        (f"remove adapter #{others + 2}", beyond["remove"], gone, 0.03),
+    ):
+        yield Row(f"{what} {beside} (PEFT: {peft:.1f} s)", "PEFT", aim, seconds / peft, 1.0, seconds)
+
+
+def flat(setting: Setting) -> Iterator[Row]:
+    """The same with many adapters there and with one, of which one is live."""
+    layers, many = (8, 10) if setting.quick else (128, 100)
+    base = models.Stack(layers, 16).to(setting.device)
+    few, full = twin(base), twin(base)
+    with TemporaryDirectory() as folder:
+        for model, count in ((few, 1), (full, many)):
+            for index in range(count):
+                activate(ours(model, f"a{index}"), "a0")
+        save_adapter(few, folder, "a0", format="peft")
+        spent: dict[str, list[float]] = {}
+        for _ in range(1 if setting.quick else setting.rounds):
+            one, other = (_cycles(model, folder, 1) for model in (few, full))
+            for what in one:
+                spent.setdefault(what, []).append(other[what] / one[what])
+    for what, said in (("add", "add an adapter"), ("load", "load one from PEFT's files"), ("remove", "remove one")):
+        work = f"{said} beside {many} others on {layers * 7} Linears, to beside one"
+        yield Row(work, "one", 1.1, median(spent[what]))
+
+
+def _cycles(model: nn.Module, folder: str, rounds: int) -> dict[str, float]:
+    """Seconds to add one more adapter, to remove it, and to load it from a folder."""
+    spent: dict[str, list[float]] = {"add": [], "load": [], "remove": []}
+    for _ in range(rounds):
+        spent["add"].append(once(lambda: ours(model, "one more")))
+        spent["remove"].append(once(lambda: remove(model, "one more")))
+        spent["load"].append(once(lambda: load_adapter(model, folder, "one more")))
+        remove(model, "one more")
+    return {what: median(times) for what, times in spent.items()}
 
 
 # Running ------------------------------------------------------------------------------------------------------
@@ -287,6 +327,7 @@ def importing(setting: Setting) -> Iterator[Row]:
 LINES: dict[str, Callable[[Setting], Iterator[Row]]] = {
     "inject": inject,
     "stacked": stacked,
+    "flat": flat,
     "forward": forward,
     "decode": decode,
     "train": train,

@@ -1,0 +1,82 @@
+"""Values by patterns of paths, as PEFT's rank_pattern: path suffixes or regular expressions, some or thousands."""
+
+from __future__ import annotations
+
+import functools
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+
+def first(held: Mapping[str, Any] | None, path: str, default: Any) -> Any:
+    """The value of the first pattern that fits the path."""
+    if not held:
+        return default
+    key = _patterns(tuple(held)).first(path)
+    return default if key is None else held[key]
+
+
+def fits(key: str, path: str) -> bool:
+    return _form(key)(path) is not None
+
+
+def unused(held: Iterable[str], paths: Sequence[str]) -> list[str]:
+    """The patterns that fit none of the paths."""
+    named = {ending for path in paths for ending in _endings(path)}
+    return [key for key in held if _text(key)[0] not in named and not any(map(_form(key), paths))]
+
+
+def compiles(pattern: Any) -> bool:
+    try:
+        return isinstance(pattern, str) and (_text(pattern)[0] is not None or re.compile(pattern) is not None)
+    except re.error:
+        return False
+
+
+@functools.lru_cache(maxsize=32)
+def _patterns(keys: tuple[str, ...]) -> _Patterns:
+    return _Patterns(keys)
+
+
+class _Patterns:
+    """Patterns in their order. Those that are plain names, as all may be, are looked up and not tried in turn."""
+
+    def __init__(self, keys: tuple[str, ...]):
+        self.keys = keys
+        self.forms: list[tuple[int, Callable[[str], Any]]] = []
+        self.names: dict[tuple[int, ...], dict[str, int]] = {}  # by where dots are that stand for any character
+        for index, key in enumerate(keys):
+            text, dots = _text(key)
+            if text is None:
+                self.forms.append((index, _form(key)))
+            else:
+                self.names.setdefault((len(text), *dots), {}).setdefault(text, index)
+
+    def first(self, path: str) -> str | None:
+        found = [next((index for index, form in self.forms if form(path)), len(self.keys))]
+        for ending in _endings(path):
+            for (size, *dots), named in self.names.items():
+                if size == len(ending):
+                    text = list(ending)
+                    for dot in dots:
+                        text[dot] = "."
+                    found += [named[name]] if (name := "".join(text)) in named else []
+        return self.keys[min(found)] if min(found) < len(self.keys) else None
+
+
+def _text(key: str) -> tuple[str | None, list[int]]:
+    """What a pattern of plain characters and dots fits, and where its dots are that are not escaped; or None."""
+    if not re.fullmatch(r"(?:[\w.\-]|\\\W)*", key):
+        return None, []
+    pieces = re.findall(r"\\\W|.", key)
+    return "".join(piece[-1] for piece in pieces), [index for index, piece in enumerate(pieces) if piece == "."]
+
+
+@functools.lru_cache(maxsize=4096)
+def _form(key: str) -> Callable[[str], Any]:
+    return re.compile(rf"(.*\.)?({key})$").match  # as PEFT reads rank_pattern
+
+
+def _endings(path: str) -> Iterable[str]:
+    parts = path.split(".")
+    return (".".join(parts[index:]) for index in range(len(parts)))

@@ -1,0 +1,114 @@
+"""Which class a site has: its own, or one whose forward has the edits of the rules that are live on it."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Hashable
+from dataclasses import dataclass
+
+from torch import nn
+
+from surgery.clash import hidden
+from surgery.errors import SiteError
+from surgery.install import generated_class, swap
+from surgery.journal import Journal
+from surgery.recording import layer_of
+from surgery.state import Applied, SiteState, site_state
+from surgery.trace import Own, own_forward
+from surgery.variants import varied_class
+from surgery.weave import Layer
+
+__all__ = ["Shared", "Woven", "class_of_live", "install_live"]
+
+
+@dataclass(frozen=True, eq=False)
+class Woven:
+    """A class, the edits in its forward, and the own forward they were made in. What is equal is one object."""
+
+    cls: type[nn.Module]
+    layers: tuple[Layer, ...] = ()
+    own: Own | None = None
+
+    @staticmethod
+    def of(kind: type[nn.Module], layers: tuple[Layer, ...] = (), own: Own | None = None) -> Woven:
+        return _known.setdefault((kind, layers, own and own.key), Woven(kind, layers, own))
+
+
+def install_live(module: nn.Module, journal: Journal | None, own: Own | None = None) -> None:
+    """Give a site the class of the rules that are live on it; its own class where none is."""
+    state = site_state(module)
+    assert state is not None
+    _install(module, state, class_of_live(module, state, own), journal)
+
+
+def class_of_live(module: nn.Module, state: SiteState, own: Own | None = None) -> type[nn.Module]:
+    """The class of the rules that are live on a site."""
+    state.woven = None
+    live = state.live()
+    cls = _class_for(module, state, live, own)
+    if not live:
+        state.woven = Woven.of(cls)
+    return cls
+
+
+def _class_for(module: nn.Module, state: SiteState, live: list[Applied], own: Own | None) -> type[nn.Module]:
+    if not live:
+        return state.base
+    if len(live) > 1:
+        own = own or own_forward(module, state.base)
+        if (problem := hidden(live, module, state.path, own)) is not None:
+            raise problem
+    if any(applied.inside for applied in live):
+        return varied_class(state.base, live)
+    own = own or own_forward(module, state.base)
+    layers = tuple([layer_of(applied, module, state.path, own) for applied in live])
+    try:
+        cls = generated_class(own, layers)
+    except SiteError as error:  # equal edits are woven once for all their sites, so weaving knows no path
+        error.where = error.where or state.path
+        raise
+    state.woven = Woven.of(cls, layers, own)
+    return cls
+
+
+def _install(module: nn.Module, state: SiteState, cls: type[nn.Module], journal: Journal | None) -> None:
+    before = type(module)
+    state.variants.clear()
+    state.classes.clear()
+    if cls is not before:
+        swap(module, cls)
+        if journal is not None:
+            journal.undo(swap, module, before)
+
+
+class Shared:
+    """One change of the rules at many sites: what had the same edits before has the same after, found once for all.
+
+    So the many rules that may be live on a site are gone through once, and those that are not live never.
+    """
+
+    def __init__(self, journal: Journal):
+        self.journal = journal
+        self._after: dict[tuple, tuple[Woven, Own | None, Woven]] = {}  # holds what its keys are the ids of
+
+    def install(self, module: nn.Module, change: Hashable, own: Own | None = None) -> None:
+        """`install_live` after a `change` that is equal where sites get or lose equal edits."""
+        state = site_state(module)
+        assert state is not None
+        before: Woven | None = state.woven
+        self.journal.undo(setattr, state, "woven", before)
+        if before is None or before.cls is not type(module):
+            return install_live(module, self.journal, own)
+        key = (id(before), id(own), change)
+        found = self._after.get(key)
+        if found is None:
+            cls = class_of_live(module, state, own or before.own)
+            if state.woven is not None:
+                self._after[key] = (before, own, state.woven)
+        else:
+            state.woven = found[2]
+            cls = state.woven.cls
+        _install(module, state, cls, self.journal)
+
+
+_known: weakref.WeakValueDictionary[tuple, Woven] = weakref.WeakValueDictionary()
