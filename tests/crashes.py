@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -140,7 +141,8 @@ class Server:
         child = int(self._line())
         if wait is not None:
             wait()
-            os.kill(child, signal.SIGKILL)
+            with suppress(ProcessLookupError):  # it may have come to its end by itself
+                os.kill(child, signal.SIGKILL)
         return self._line()
 
     def close(self) -> None:

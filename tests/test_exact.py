@@ -189,7 +189,9 @@ def test_fold_then_unfold_gives_back_the_bits(case, keep, pickled):
     expected = folded(weight, change)
     record = fold(weight, change, keep=keep)
     if keep == "record":
-        assert torch.equal(bits(weight), bits(expected))
+        nan = weight.isnan()  # torch rounds them to one NaN or another, by how many numbers it rounds at once
+        assert torch.equal(nan, expected.isnan())
+        assert torch.equal(bits(weight.masked_fill(nan, 0)), bits(expected.masked_fill(nan, 0)))
     if pickled:
         record = pickle.loads(pickle.dumps(record))
     assert weight.stride() == strides
