@@ -5,6 +5,9 @@ VENV ?= .venv
 DEVICE ?= cpu
 JOBS ?= 2
 ARGS ?=
+STATES ?= 3000
+STATES_SEED ?= 1
+CRASHES ?= 30
 
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --quiet --disable-pip-version-check
@@ -14,7 +17,7 @@ export HF_HUB_OFFLINE = 1
 export TOKENIZERS_PARALLELISM = false
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test families coverage lint bench docs-test gallery peers damage wheel-test clean
+.PHONY: help demo test families coverage lint bench docs-test gallery peers damage states crashes wheel-test clean
 
 help: ## List the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -41,6 +44,12 @@ peers: $(VENV)/.dev ## Take PEFT's checkpoints both ways, row by row, and write 
 
 damage: $(VENV)/.dev ## Load 10,000 damaged adapter files and kill 200 saves, of which make test runs a sample
 	ALL_DAMAGE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/test_damage.py $(ARGS)
+
+states: $(VENV)/.dev ## Take adapters through STATES random sequences of steps, of which make test runs 100; STATES_SEED=1, 2, …
+	STATES=$(STATES) STATES_SEED=$(STATES_SEED) OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/test_state_machine.py -s $(ARGS)
+
+crashes: $(VENV)/.dev ## Interrupt and kill CRASHES of the Trainer's runs of each kind, of which make test runs 4
+	CRASHES=$(CRASHES) OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/test_crashes.py -s $(ARGS)
 
 lint: $(VENV)/.dev ## Check style and types
 	$(BIN)/ruff check .

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from surgery.claims import check_free, claimed
 from surgery.errors import SurgeryError
 from surgery.rule import Rule
-from surgery.state import ModelState, adapter_names, require_state, site_state, tensors_of
-from surgery.switching import switch, weights_now
+from surgery.state import ModelState, adapter_names, model_state, require_state, site_state, tensors_of
+from surgery.switching import check_none_merged, switch, weights_now
 
 __all__ = ["Adapter", "activate", "active", "adapters", "deactivate", "using"]
 
@@ -68,8 +68,10 @@ def activate(model: M, adapter: str | Sequence[str], weights: Weights = None) ->
     for a merged model, for an adapter that changed the base's weights at its start (PiSSA), which can be removed but
     not be idle, while another thread is in `using`, and inside of `route`. PEFT: `set_adapter`, `set_scale`.
     """
-    live = _weighted(require_state(model), adapter, weights)
+    state = require_state(model)
+    live = _weighted(state, adapter, weights)
     check_free(model)
+    check_none_merged(state)
     switch(model, live)
     return model
 
@@ -86,8 +88,8 @@ def deactivate(model: M) -> M:
 
     PEFT: `disable_adapter_layers`.
     """
-    require_state(model)
     check_free(model)
+    check_none_merged(require_state(model))
     switch(model, {})
     return model
 
@@ -153,11 +155,14 @@ def using(model: nn.Module, adapter: str | Sequence[str] | None, weights: Weight
     live = _weighted(state, [] if adapter is None else adapter, weights)
     with claimed(model):
         before = weights_now(state)
+        check_none_merged(state)
         try:
             switch(model, live)
             yield
         finally:
-            switch(model, {name: weight for name, weight in before.items() if name in state.adapters})
+            now = model_state(model)
+            if now is not None:  # else the last one was removed inside
+                switch(model, {name: weight for name, weight in before.items() if name in now.adapters})
 
 
 def _weighted(state: ModelState, adapter: str | Sequence[str], weights: Weights) -> dict[str, float]:

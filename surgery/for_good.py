@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, TypeVar
 
 from torch import nn
@@ -53,9 +54,7 @@ def forget(model: M) -> M:
         if site.merged is not None
         for name, before in site.merged.tied.items()
     ]
-    called = {id(parameter): name for name, parameter in model.named_parameters()}
-    for own, before in untied:  # the flag that it gets back is that of the one it was
-        state.flags[called[id(own)]] = state.flags.get(called.get(id(before), ""), bool(before.requires_grad))
+    flags = _flags(model, state.flags, untied)
     # From here on nothing can fail: classes are those of what is live already, and the rest is taken out of dicts.
     for _, module, site in found:
         gone = {applied.adapter for applied in site.applied} & set(names)
@@ -71,6 +70,7 @@ def forget(model: M) -> M:
         state.places.pop(name, None)
         state.weights.pop(name, None)
         state.idle.discard(name)
+    state.flags |= flags
     if state.adapters:
         hf.ignore_on_save(model, state)
     else:
@@ -78,6 +78,21 @@ def forget(model: M) -> M:
     if untied:
         _say_untied(model)
     return model
+
+
+def _flags(model: nn.Module, noted: dict[str, bool], untied: Sequence[tuple[Any, nn.Parameter]]) -> dict[str, bool]:
+    """The flags that untied parameters get back: those of the one they were, which was noted under one of its names."""
+    called: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        called.setdefault(id(parameter), []).append(name)
+    names = {id(before): called.get(id(before), []) for _, before in untied}
+    for own, before in untied:
+        names[id(before)] = [*names[id(before)], *called[id(own)]]
+    found: dict[str, bool] = {}
+    for one in names.values():
+        flag = next((noted[name] for name in one if name in noted), None)
+        found |= {} if flag is None else dict.fromkeys(one, flag)
+    return found
 
 
 def _names(site: SiteState) -> tuple[str, ...]:

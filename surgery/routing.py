@@ -23,10 +23,11 @@ from surgery.here import here
 from surgery.install import swap
 from surgery.layout import prove
 from surgery.members import routes_itself
+from surgery.outside import Lent, hide_hooks, show_hooks
 from surgery.routed import Plan, plan_of
 from surgery.rows import Rows
 from surgery.state import ModelState, adapter_names, require_state, site_state
-from surgery.switching import check_settled, set_flags
+from surgery.switching import check_none_merged, check_settled
 
 __all__ = ["route"]
 
@@ -94,6 +95,7 @@ class _Routing:
         touched = [name for name in state.adapters if name in given or name not in state.idle]
         self.modules = list({id(m): m for name in touched for m, _ in state.places[name]}.values())
         held = [check_settled(module) for module in self.modules]
+        check_none_merged(state)
         _check_routable(state, self.names, self.alone)
         self.plans: dict[int, Plan | None] = {}
         for module, site in zip(self.modules, held, strict=True):
@@ -232,6 +234,7 @@ class _Shared:
         self.routings: list[_Routing] = []
         self.sites: dict[int, int] = {}
         self.trained: dict[str, int] = {}
+        self.lent = Lent()
         self.handles: list[Any] = []
         self.switched: list[tuple[nn.Module, str, Any]] = []
 
@@ -243,6 +246,7 @@ class _Shared:
                 model.register_forward_pre_hook(_entered, with_kwargs=True),
                 model.register_forward_hook(_left, always_call=True),
             ]
+            hide_hooks(model, [handle.id for handle in self.handles])
             for path, name, _, live in state.switched:
                 reader = model.get_submodule(path)
                 self.switched.append((reader, name, getattr(reader, name)))
@@ -258,21 +262,23 @@ class _Shared:
             self.trained[name] = count + 1
             if not count and name in state.idle:
                 for module, rules in state.places[name]:
-                    set_flags(module, name, rules, True)
+                    self.lent.lend(module, name, rules)
 
     def leave(self, routing: _Routing) -> None:
-        state = require_state(routing.model)
+        model = routing.model
+        state = require_state(model)
         for name in routing.names:
             self.trained[name] -= 1
             if not self.trained[name] and name in state.idle:
                 for module, rules in state.places[name]:
-                    set_flags(module, name, rules, False)
+                    self.lent.take_back(module, name, rules)
         for module in routing.modules:
             self.sites[id(module)] -= 1
             if not self.sites[id(module)]:
                 swap(module, type(module).__bases__[0])
         self.routings.remove(routing)
         if not self.routings:
+            show_hooks(model)
             for handle in self.handles:
                 handle.remove()
             for reader, name, value in self.switched:
@@ -345,8 +351,12 @@ def _reduce_ex(self: nn.Module, protocol: Any) -> Any:
             from surgery.install import revived
 
             return (revived, (recipe, *args[1:]), *rest)
-        return (function, (own, *args[1:]), *rest)
+        return (_new, (own, *args[1:]), *rest)  # by its name, pickle would want the object's present class
     return made
+
+
+def _new(cls: type, *args: Any) -> Any:
+    return cls.__new__(cls, *args)
 
 
 _lock = threading.RLock()

@@ -7,6 +7,7 @@ pickle, and nothing is kept in a table beside the model.
 
 from __future__ import annotations
 
+import keyword
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -215,6 +216,9 @@ def name_problem(state: ModelState | None, adapter: Any) -> SurgeryError | None:
         why = "its tensors are named <site>.adapters.<adapter>.<name>"
         fix = "a word without dots that nn.Module does not use"
         return SurgeryError(f"{adapter!r} can't name an adapter", why=why, fix=fix)
+    if keyword.iskeyword(adapter) or not adapter.isprintable() or set(adapter) & set('"\\'):
+        why = "it stands in generated code, where keywords, quotes and unprintable characters mean something"
+        return SurgeryError(f"{adapter!r} can't name an adapter", why=why, fix="another word")
     if state is not None and adapter in state.adapters:
         fix = "choose another name, or remove(model, name) first"
         return SurgeryError(f"there is an adapter {adapter!r} already", fix=fix)

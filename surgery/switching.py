@@ -13,7 +13,7 @@ from surgery.living import class_of_live
 from surgery.match import RESERVED
 from surgery.state import _SITE, Applied, ModelState, SiteState, require_state
 
-__all__ = ["check_settled", "set_flags", "switch", "weights_now"]
+__all__ = ["check_none_merged", "check_settled", "set_flags", "switch", "weights_now"]
 
 _CLASSES = 256  # kept at a site, one for each set of live adapters met
 _set_class = object.__setattr__  # nn.Module's own looks for tensors first, and takes twenty times as long
@@ -110,6 +110,15 @@ def check_settled(module: nn.Module) -> SiteState:
     if refused is not None:
         raise SurgeryError("the site can't be given another class", where=held.path, why=refused[0], fix=refused[1])
     return held
+
+
+def check_none_merged(state: ModelState) -> None:
+    """`SurgeryError` where the base's weights hold an adapter that is not live, and so would count all the same."""
+    for name in state.idle:
+        for module, _ in state.places[name][:1]:  # an adapter is merged at all its sites
+            held: SiteState | None = module.__dict__.get(_SITE)
+            if held is not None and held.merged is not None and name in held.merged.adapters:
+                check_settled(module)
 
 
 def _check_change(state: ModelState, name: str, weight: float | None) -> None:

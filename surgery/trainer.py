@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import re
+from pathlib import Path
 from typing import Any
 
 from torch import nn
@@ -10,7 +13,7 @@ from transformers import TrainerCallback
 from surgery import hf
 from surgery.state import model_state
 
-__all__ = ["AdapterCheckpoints"]
+__all__ = ["AdapterCheckpoints", "last_checkpoint"]
 
 
 class AdapterCheckpoints(TrainerCallback):
@@ -22,7 +25,8 @@ class AdapterCheckpoints(TrainerCallback):
     `save_pretrained` of a rewritten model writes the base alone, and the Trainer saves its checkpoints with it. From
     the start of training to its end this callback has the adapters' tensors written, too, under their names in the
     model; the Trainer's own loading puts them back when it resumes, and the run goes on with the bits of one that
-    was never interrupted. After training, `save_pretrained` writes the base alone again.
+    was never interrupted. After training, `save_pretrained` writes the base alone again. All adapters are written, also
+    those that are idle or frozen. A process that was killed may have left half a checkpoint: see `last_checkpoint`.
     """
 
     def on_train_begin(
@@ -36,3 +40,31 @@ class AdapterCheckpoints(TrainerCallback):
         found = model_state(model) if model is not None else None
         if model is not None and found is not None:
             hf.ignore_on_save(model, found)
+
+
+def last_checkpoint(folder: str | Path) -> str | None:
+    """The last of a Trainer's checkpoints that was written whole, or None.
+
+    >>> import tempfile
+    >>> from pathlib import Path
+    >>> from surgery.trainer import last_checkpoint
+    >>> folder = Path(tempfile.mkdtemp())
+    >>> for step, state in ((2, '{"global_step": 2}'), (4, '{"global_s')):
+    ...     (folder / f"checkpoint-{step}").mkdir()
+    ...     _ = (folder / f"checkpoint-{step}" / "trainer_state.json").write_text(state)
+    >>> Path(last_checkpoint(folder)).name
+    'checkpoint-2'
+
+    For runs that may be killed at any moment: `trainer.train(resume_from_checkpoint=last_checkpoint(folder))`, where
+    `resume_from_checkpoint=True` takes the last one there is, whole or not. The Trainer writes its state last, so a
+    checkpoint is whole where that can be read.
+    """
+    found: dict[int, str] = {}
+    for place in Path(folder).glob("checkpoint-*"):
+        number = re.fullmatch(r"checkpoint-(\d+)", place.name)
+        try:
+            if number and isinstance(json.loads((place / "trainer_state.json").read_text(encoding="utf-8")), dict):
+                found[int(number[1])] = str(place)
+        except (OSError, ValueError):
+            continue
+    return found[max(found)] if found else None

@@ -22,6 +22,7 @@ from surgery import (
     deactivate,
     merge,
     remove,
+    route,
     summary,
     unmerge,
     using,
@@ -86,6 +87,40 @@ def test_using_restores_also_after_errors() -> None:
         assert active(model) == ("b",)
         raise ValueError
     assert active(model) == ("a",) and torch.equal(model(X), before)
+
+
+def test_an_idle_adapter_that_is_merged_counts_all_the_same() -> None:
+    """The base's weights hold it, so nothing gives the base, or others alone, before it is taken out."""
+    model = model_with("a", "b")
+    deactivate(model)
+    plain = model(X)
+    merge(model, "a")
+    before, merged = Snapshot(model), model(X)
+    assert not torch.equal(plain, merged)
+    with pytest.raises(SurgeryError, match="unmerge"), using(model, None):
+        pass
+    with pytest.raises(SurgeryError, match="unmerge"), route(model, [None] * len(X)):
+        pass
+    for name in ("a", "b"):
+        with pytest.raises(SurgeryError, match="unmerge"):
+            activate(model, name)
+    with pytest.raises(SurgeryError, match="unmerge"):
+        deactivate(model)
+    assert before.differences(model) == [] and torch.equal(model(X), merged)
+    assert torch.equal(unmerge(model)(X), plain)
+
+
+def test_all_adapters_are_removed_inside_of_using() -> None:
+    model = model_with("a", "b")
+    with using(model, "a"):
+        remove(model)
+    assert not vars(model).get("_surgery_model")
+    apply_rules(model, LoraRule("0", rank=2), adapter="a")
+    with using(model, None):
+        remove(model)
+        apply_rules(model, LoraRule("0", rank=2), adapter="a")  # another one, of a name that was live before
+        apply_rules(model, LoraRule("0", rank=2), adapter="c")
+    assert active(model) == ("a",)
 
 
 def test_flags_that_were_set_by_hand_come_back() -> None:

@@ -138,3 +138,18 @@ def test_a_tied_head_stays_untied(tmp_path: Any) -> None:
     loaded = type(model).from_pretrained(tmp_path).eval()
     assert torch.equal(loaded(**example).logits, model(**example).logits)
     assert base_state_dict(loaded).keys() == model.state_dict().keys()
+
+
+@pytest.mark.parametrize("places", [["embed"], ["head"], ["embed", "head"]])
+@pytest.mark.parametrize("trained", [True, False])
+def test_untied_weights_get_the_flag_of_the_one_they_were(places: list[str], trained: bool) -> None:
+    model: Any = nn.ModuleDict({"embed": nn.Embedding(9, 4), "head": nn.Linear(4, 9, bias=False)})
+    model.head.weight = model.embed.weight.requires_grad_(trained)
+    apply_rules(model, LoraRule(places, rank=2, init="random"), adapter="a")
+    apply_rules(model, LoraRule(places, rank=2, init="random"), adapter="b")
+    merge(model, "a", untie=True)
+    forget(model)
+    assert model.head.weight is not model.embed.weight
+    assert not model.head.weight.requires_grad and not model.embed.weight.requires_grad
+    remove(model)
+    assert model.head.weight.requires_grad == model.embed.weight.requires_grad == trained

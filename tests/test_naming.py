@@ -217,6 +217,27 @@ def test_renaming_is_refused() -> None:
     assert rename_adapter(model, "a", "a") is model and before.differences(model) == []
 
 
+@pytest.mark.parametrize("name", ["class", "None", 'a"', "a\\", "a\nb", "a\u2028b"])
+def test_names_that_generated_code_can_not_hold(name: str) -> None:
+    model, plain = three(), nn.Sequential(nn.Linear(8, 8))
+    before = Snapshot(model)
+    with pytest.raises(SurgeryError, match="can't name"):
+        rename_adapter(model, "a", name)
+    with pytest.raises(SurgeryError, match="can't name"):
+        copy_adapter(model, "a", name)
+    with pytest.raises(SurgeryError, match="can't name"):
+        apply_rules(plain, LoraRule("0"), adapter=name)
+    assert before.differences(model) == [] and not vars(plain).get("_surgery_model")
+
+
+@pytest.mark.parametrize("name", ["a b", "1", "it's", "é", "a-b", "#", "{x}", "print(1)"])
+def test_names_that_it_can(name: str) -> None:
+    model = apply_rules(nn.Sequential(nn.Linear(8, 8)), LoraRule("0", rank=2, init="random"), adapter=name)
+    held: Any = model[0].adapters._modules[name]  # type: ignore[union-attr]
+    wanted = torch.nn.functional.linear(X, model[0].weight + 4 * held.B @ held.A, model[0].bias)  # type: ignore[union-attr]
+    torch.testing.assert_close(model(X), wanted)
+
+
 def test_a_failed_renaming_is_undone(monkeypatch: pytest.MonkeyPatch) -> None:
     model = three()
     before, output, calls = Snapshot(model), model(X), 0

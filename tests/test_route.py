@@ -461,6 +461,49 @@ def test_copies_made_inside_are_of_the_model_outside() -> None:
             torch.testing.assert_close(other(x), expected, **CLOSE)
 
 
+@pytest.mark.parametrize("how", ["deepcopy", "pickle"])
+def test_copies_made_inside_have_nothing_of_the_block(how: str) -> None:
+    model: Any = two_layers()
+    for name in ("a", "b"):
+        apply_rules(model, LoraRule(["0", "2"], rank=2, init="random"), adapter=name)
+    activate(model, "a")
+    outside = copied(model, how)
+    with route(model, ["a", "b"]):
+        assert model[0].adapters.b.A.requires_grad
+        inside, site = copied(model, how), copied(model[0], how)
+        assert model[0].adapters.b.A.requires_grad
+    deactivate(model)
+    bare = copied(model, how)
+    with route(model, ["a", "b"]):  # at sites that have their own class outside
+        bare_inside = copied(model, how)
+    for found, wanted in ((inside, outside), (bare_inside, bare)):
+        assert not unlike(found, wanted)
+        activate(found, "b")
+        assert all(p.requires_grad for name, p in found.named_parameters() if ".b." in name)
+        remove(found)
+        assert not found._forward_hooks and not found._forward_pre_hooks
+    assert type(site) is type(outside[0]) and not site.adapters.b.A.requires_grad
+
+
+def copied(model: Any, how: str) -> Any:
+    if how == "deepcopy":
+        return copy.deepcopy(model)
+    buffer = io.BytesIO()
+    torch.save(model, buffer)
+    buffer.seek(0)
+    return torch.load(buffer, weights_only=False)
+
+
+def unlike(found: nn.Module, wanted: nn.Module) -> list[str]:
+    """As `Snapshot.differences`, for two models: whatever their tensors' identities."""
+    before, now = Snapshot(wanted), Snapshot(found)
+    told = {line.rpartition(" is (")[0] or line for line in before.differences(found)}
+    for name, fact in before.facts.items():
+        if name.startswith("parameter ") and fact[1:] == now.facts[name][1:]:
+            told.discard(name)
+    return sorted(told)
+
+
 def test_two_models_at_once() -> None:
     one, two = two_layers(), two_layers()
     for model in (one, two):
