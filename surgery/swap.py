@@ -1,6 +1,6 @@
 """New weights into the tensors that an adapter has: no class, shape or address changes, nothing is compiled anew.
 
-All that is new is worked out and checked beside the model (`swapping.py`); then it is copied into the live tensors.
+All that is new is worked out and checked beside the model (`incoming.py`); then it is copied into the live tensors.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from surgery.claims import check_free
 from surgery.errors import LoadError, RuleError, SiteError, SurgeryError, SurgeryWarning
 from surgery.files import TensorFile
 from surgery.fingerprint import differences
+from surgery.incoming import Living, Making, copied, incoming, living, put, step_for
 from surgery.journal import Journal
 from surgery.living import install_live
 from surgery.match import RESERVED
@@ -27,7 +28,6 @@ from surgery.rule import Rule, running
 from surgery.site import LiveSite
 from surgery.state import require_state, rules_of
 from surgery.stored import Entry, Stored, stored_adapter, tensor_key
-from surgery.swapping import Living, Making, copied, incoming, living, put, step_for
 from surgery.view import tensor_at
 from surgery.weave import Layer
 
