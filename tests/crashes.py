@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import random
 import signal
@@ -140,7 +141,8 @@ class Server:
         child = int(self._line())
         if wait is not None:
             wait()
-            os.kill(child, signal.SIGKILL)
+            with contextlib.suppress(ProcessLookupError):  # it came to its end before
+                os.kill(child, signal.SIGKILL)
         return self._line()
 
     def close(self) -> None:
