@@ -1,4 +1,4 @@
-"""What the examples share: where the packaged weights lie, hashes of tensors, and the picture they write."""
+"""What the examples share: where the packaged weights lie, hashes of tensors, tables, and the picture they write."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import re
 import sys
 import time
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -83,6 +83,17 @@ def sha256_of_file(path: Path) -> str:
 
 def size(count: float) -> str:
     return f"{count / 1e6:.2f} MB"
+
+
+def shown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """Print a table."""
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(*head, box=None)
+    for row in rows:
+        table.add_row(*row)
+    Console(width=110).print(table)
 
 
 def picture(path: Path, title: str, curves: Iterable[tuple[str, list[float], list[float]]], graph: str) -> None:

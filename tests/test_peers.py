@@ -14,7 +14,20 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from rules import LoraRule, PrefixRule, TokensRule, TrainRule
-from surgery import PlanError, SurgeryError, apply_rules, base_state_dict, merge, plan_rules, remove, summary, unmerge
+from surgery import (
+    PlanError,
+    SurgeryError,
+    apply_rules,
+    base_state_dict,
+    load_adapter,
+    merge,
+    plan_rules,
+    remove,
+    route,
+    summary,
+    unmerge,
+    using,
+)
 from surgery.testing import Snapshot
 
 with warnings.catch_warnings():
@@ -520,3 +533,46 @@ def quiet() -> Iterator[None]:
     logging.disable(logging.WARNING)
     yield
     logging.disable(logging.NOTSET)
+
+
+def two_of_pefts(tmp_path: Any, **of_b: Any) -> tuple[Any, Any]:
+    """A model with PEFT's adapters a and b, and a copy of its base with the same ones."""
+    model, _ = tiny.bert()
+    base = copy.deepcopy(model)
+    fields = {"init_lora_weights": False, "lora_alpha": ALPHA}
+    theirs = peft.get_peft_model(model, peft.LoraConfig(target_modules=["query", "value"], r=2, **fields), "a")
+    theirs.add_adapter("b", peft.LoraConfig(target_modules=["query", "dense"], r=3, **fields, **of_b))
+    theirs.save_pretrained(str(tmp_path))
+    for name in ("a", "b"):
+        load_adapter(base, tmp_path / name, name)
+    return theirs.eval(), base.eval()
+
+
+def test_rows_of_a_batch_are_pefts(tmp_path: Any) -> None:
+    theirs, ours = two_of_pefts(tmp_path)
+    ids = torch.randint(3, 50, (4, 6))
+    names = ["a", "__base__", "b", "a"]
+    with torch.no_grad(), route(ours, [None if name == "__base__" else name for name in names]):
+        found = ours(input_ids=ids).logits
+    with torch.no_grad():
+        expected = theirs(input_ids=ids, adapter_names=names).logits
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
+
+
+@reproduced
+def test_peft_routes_no_training_and_no_dora(tmp_path: Any) -> None:
+    theirs, ours = two_of_pefts(tmp_path, use_dora=True)
+    ids = torch.randint(3, 50, (3, 6))
+    names: list[str | None] = ["a", None, "b"]
+    for training, why in ((False, "DoRA"), (True, "training mode")):
+        with pytest.raises(ValueError, match=why):
+            theirs.train(training)(input_ids=ids, adapter_names=["a", "__base__", "b"])
+    with route(ours.train(), names):
+        ours(input_ids=ids).logits.sum().backward()
+    assert all(p.grad is not None for name, p in ours.named_parameters() if ".adapters." in name)
+    ours.eval()
+    with torch.no_grad(), route(ours, names):
+        mixed = ours(input_ids=ids).logits
+    for row, name in enumerate(names):
+        with torch.no_grad(), using(ours, name):
+            torch.testing.assert_close(mixed[row], ours(input_ids=ids[row : row + 1]).logits[0], rtol=1e-5, atol=1e-6)

@@ -116,14 +116,14 @@ def _cycles(model: nn.Module, folder: str, rounds: int) -> dict[str, float]:
 
 
 def forward(setting: Setting) -> Iterator[Row]:
-    for name, base in _bases(setting, models.llama, models.minilm):
+    for name, base in bases(setting, models.llama, models.minilm):
         works = _forwards(_three(base), _ids(setting, 1, 128))
         with torch.no_grad():
             yield _beside_base(f"forward, rank 8, 128 tokens: {name}", 1.07, interleaved(setting, works))
 
 
 def decode(setting: Setting) -> Iterator[Row]:
-    for name, base in _bases(setting, models.llama, models.small_llama):
+    for name, base in bases(setting, models.llama, models.small_llama):
         token = _ids(setting, 1, 1)
         with torch.no_grad():
             works = {key: _decoder(model, token) for key, model in _three(base).items()}
@@ -132,7 +132,7 @@ def decode(setting: Setting) -> Iterator[Row]:
 
 def train(setting: Setting) -> Iterator[Row]:
     for dropout, aim in ((0.0, 1.13), (0.1, 1.3)):
-        for name, base in _bases(setting, models.llama, models.minilm):
+        for name, base in bases(setting, models.llama, models.minilm):
             given = _embedded(setting, base)
             works = {k: partial(_step, m, given) for k, m in _three(base, True, dropout).items()}
             times = interleaved(setting, works)
@@ -140,7 +140,7 @@ def train(setting: Setting) -> Iterator[Row]:
 
 
 def saved(setting: Setting) -> Iterator[Row]:
-    for name, base in _bases(setting, models.llama, models.minilm):
+    for name, base in bases(setting, models.llama, models.minilm):
         given = _embedded(setting, base)
         sizes = {key: _saved_bytes(model, given) for key, model in _three(base, True, 0.1).items()}
         work = f"saved for backward, dropout 0.1: {name} (base {sizes['base'] / sizes['peft']:.2f})"
@@ -150,7 +150,7 @@ def saved(setting: Setting) -> Iterator[Row]:
 Make = Callable[[str, torch.dtype], nn.Module]
 
 
-def _bases(setting: Setting, *makes: Make) -> Iterator[tuple[str, nn.Module]]:
+def bases(setting: Setting, *makes: Make) -> Iterator[tuple[str, nn.Module]]:
     """The frozen models with their names; on a GPU in bfloat16, too."""
     for make in makes:
         for dtype in (torch.float32, torch.bfloat16) if setting.cuda else (torch.float32,):
@@ -226,7 +226,7 @@ def _saved_bytes(model: nn.Module, given: Tensor) -> int:
 
 
 def prefix(setting: Setting) -> Iterator[Row]:
-    for name, base in _bases(setting, models.decoder):
+    for name, base in bases(setting, models.decoder):
         found = {"ours": models.our_prefix(twin(base), 20), "peft": models.their_prefix(twin(base), 20)}
         with torch.no_grad():
             times = interleaved(setting, _forwards(found, _ids(setting, 1, 128)))
@@ -302,7 +302,7 @@ def _changed(model: nn.Module, base: nn.Module) -> float:
 
 
 def merged(setting: Setting) -> Iterator[Row]:
-    for name, base in _bases(setting, models.llama, models.minilm):
+    for name, base in bases(setting, models.llama, models.minilm):
         found = {"base": base, "ours": ours(deepcopy(base)), "peft": theirs(deepcopy(base))}
         merge(found["ours"])
         found["peft"].merge_adapter()

@@ -119,6 +119,33 @@ def theirs(model: nn.Module, adapter: str = "default", **fields: Any) -> Any:
         return peft.get_peft_model(model, config, adapter_name=adapter)  # type: ignore[arg-type]
 
 
+def many(model: nn.Module, count: int) -> nn.Module:
+    """The model with `count` adapters, a0 and on, away from zero."""
+    for index in range(count):
+        ours(model, f"a{index}", init="random")
+    return model
+
+
+def many_of_theirs(model: nn.Module, count: int) -> Any:
+    """The same in PEFT's wrapper."""
+    found = theirs(model, "a0", init_lora_weights=False)
+    for index in range(1, count):
+        found.add_adapter(f"a{index}", found.peft_config["a0"])
+    return found
+
+
+def stack_of_theirs(layers: int, size: int, count: int) -> Any:
+    """A `Stack` with many of PEFT's adapters. To add them there takes minutes; so each layer gets its own, in the same
+    order, in which their tensors come to lie in memory."""
+    found = [theirs(Stack(1, size), "a0", init_lora_weights=False) for _ in range(layers)]
+    for index in range(1, count):
+        for layer in found:
+            layer.add_adapter(f"a{index}", layer.peft_config["a0"])
+    whole = found[0]
+    whole.base_model.model.layers.extend([layer.base_model.model.layers[0] for layer in found[1:]])
+    return whole
+
+
 def our_prefix(model: nn.Module, length: int) -> Any:
     example = {"input_ids": torch.ones(1, 16, dtype=torch.long, device=next(model.parameters()).device)}
     return apply_rules(model, [PrefixRule(length=length)], example_inputs=example)

@@ -56,6 +56,8 @@ WHY = {
     "remove adapter #": "PEFT takes entries from dictionaries; here every site is checked and gets another class, 15 "
     "microseconds.",
     "remove one": "what is looked at does not grow, but the processor's caches hold less of it.",
+    "switch to": "two thirds of it is setting `requires_grad` of both adapters' tensors, which lie apart in memory; "
+    "PEFT's time for the same differs by half from run to run.",
     "merge + unmerge": "a copy is new memory, and for large weights half of the time goes by until the system has "
     "handed out its pages, where PEFT reuses its own; a checksum that tells a changed weight before it is lost takes "
     "another fifth. PEFT's pair does neither, and does not give the weights back.",
