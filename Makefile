@@ -45,7 +45,7 @@ peers: $(VENV)/.dev ## Take PEFT's checkpoints both ways, row by row, and write 
 damage: $(VENV)/.dev ## Load 10,000 damaged adapter files and kill 200 saves, of which make test runs a sample
 	ALL_DAMAGE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/test_damage.py $(ARGS)
 
-states: $(VENV)/.dev ## Take adapters through STATES random sequences of steps, of which make test runs 100; STATES_SEED=1, 2, …
+states: $(VENV)/.dev ## Take adapters through STATES random sequences of steps, of which make test runs 200; STATES_SEED=1, 2, …
 	STATES=$(STATES) STATES_SEED=$(STATES_SEED) OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/test_state_machine.py -s $(ARGS)
 
 crashes: $(VENV)/.dev ## Interrupt and kill CRASHES of the Trainer's runs of each kind, of which make test runs 4

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import random
 import signal
@@ -9,7 +10,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -141,7 +141,7 @@ class Server:
         child = int(self._line())
         if wait is not None:
             wait()
-            with suppress(ProcessLookupError):  # it may have come to its end by itself
+            with contextlib.suppress(ProcessLookupError):  # it came to its end before
                 os.kill(child, signal.SIGKILL)
         return self._line()
 

@@ -52,7 +52,7 @@ from surgery import rule as surgery_rule
 from surgery.testing import Snapshot
 from tests.shadow import LINEAR, SITES, Body, Entry, Held, Shadow
 
-EXAMPLES, STEPS = int(os.environ.get("STATES", "100")), 40
+EXAMPLES, STEPS = int(os.environ.get("STATES", "200")), 40
 SEED = int(os.environ.get("STATES_SEED", "0"))
 NAMES = ["a", "b", "c", "a b", "'1'"]
 BAD_NAMES = ["", "x.y", "forward", "class", 'a"', "a\nb", None, 3]
