@@ -66,16 +66,17 @@ def route(model: nn.Module, adapters: Sequence[str | None], *, check: bool = Tru
     state = require_state(model)
     if any(one.model is model for one in here.routings):
         raise SurgeryError("a block of route(model, …) is open in this thread", fix="leave it first")
-    routing = _Routing(model, state, adapters, check)
-    with claims.routing(model), _installed(routing):
-        before = here.plans
-        here.routings = (*here.routings, routing)
-        here.plans = {**before, **routing.plans} if before else routing.plans
-        try:
-            yield
-        finally:
-            here.routings, here.plans = here.routings[:-1], before
-            routing.plans.clear()
+    with claims.routing(model):
+        routing = _Routing(model, state, adapters, check)
+        with _installed(routing):
+            before = here.plans
+            here.routings = (*here.routings, routing)
+            here.plans = {**before, **routing.plans} if before else routing.plans
+            try:
+                yield
+            finally:
+                here.routings, here.plans = here.routings[:-1], before
+                routing.plans.clear()
 
 
 class _Routing:
@@ -87,10 +88,13 @@ class _Routing:
         given = [name for name in adapters if name is not None]
         adapter_names(state, given)
         self.model, self.check = model, check
+        self.entries = tuple(_entries(model))
         self.rows = Rows(adapters)
         self.names = tuple(name for name in state.adapters if name in given)
         self.alone = len(set(adapters)) == 1
-        self.batch: int | None = None  # rows of the call of the model that is running
+        # Of the call that is running: the model or its encoder, which `generate` calls by itself, rows and arguments.
+        self.entry: nn.Module | None = None
+        self.batch: int | None = None
         self.given: tuple[tuple, dict[str, Any]] | None = None
         touched = [name for name in state.adapters if name in given or name not in state.idle]
         self.modules = list({id(m): m for name in touched for m, _ in state.places[name]}.values())
@@ -111,18 +115,21 @@ class _Routing:
             here.plans[id(module)] = found
         return found
 
-    def enter(self, args: tuple, kwargs: dict[str, Any]) -> None:
-        """The model is called."""
+    def enter(self, entry: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        """The model is called, or its encoder."""
+        if self.entry is not None and entry is not self.model:
+            return
         size = _batch_of(args, kwargs)
         if size is not None and size != self.rows.count and not (size % self.rows.count == 0 and _generating()):
             raise SurgeryError(
                 f"{self.rows.count} adapters are named, and the call has {size} rows",
                 fix="name one adapter, or None, for each row",
             )
-        self.batch, self.given = size, (args, kwargs)
+        self.entry, self.batch, self.given = entry, size, (args, kwargs)
 
-    def leave(self) -> None:
-        self.batch = self.given = None
+    def leave(self, entry: nn.Module) -> None:
+        if entry is self.entry:
+            self.entry = self.batch = self.given = None
 
     def size_of(self, module: nn.Module, value: Tensor) -> int:
         """The size of a tensor's first dimension, once it is known that the rows of the batch come first in it."""
@@ -130,7 +137,7 @@ class _Routing:
         batch = self.batch or self.rows.count
         told = size == batch and value.dim() > 2 and size not in value.shape[1:-1]
         if not told and self.check and size and size % self.rows.count == 0:
-            prove(self.model, self.modules, module, tuple(value.shape), batch, self.given)
+            prove(self.entry or self.model, self.modules, module, tuple(value.shape), batch, self.given)
         if not size or size % self.rows.count:
             raise SurgeryError(
                 f"{self.rows.count} adapters are named, and a module is called with {tuple(value.shape)}",
@@ -192,17 +199,27 @@ def _generating() -> bool:
     return False
 
 
-def _entered(model: nn.Module, args: tuple, kwargs: Any = None) -> None:
+def _entries(model: nn.Module) -> Iterator[nn.Module]:
+    """What is called with a batch: the model, and its encoder, where it has one."""
+    yield model
+    try:
+        encoder = model.get_encoder()  # type: ignore[operator]
+    except (AttributeError, NotImplementedError, TypeError):
+        return
+    if isinstance(encoder, nn.Module) and encoder is not model and any(encoder is inner for inner in model.modules()):
+        yield encoder
+
+
+def _entered(entry: nn.Module, args: tuple, kwargs: Any = None) -> None:
     # In a thread that routes nothing it may be called before torch has noted that it takes keywords.
     for routing in here.routings:
-        if routing.model is model:
-            routing.enter(args, kwargs or {})
+        if any(entry is known for known in routing.entries):
+            routing.enter(entry, args, kwargs or {})
 
 
-def _left(model: nn.Module, args: Any, output: Any) -> None:
+def _left(entry: nn.Module, args: Any, output: Any) -> None:
     for routing in here.routings:
-        if routing.model is model:
-            routing.leave()
+        routing.leave(entry)
 
 
 _TEXTS = ("input_ids", "inputs_embeds", "pixel_values", "input_features", "input_values", "decoder_input_ids")
@@ -242,11 +259,13 @@ class _Shared:
         model = routing.model
         state = require_state(model)
         if not self.routings:
-            self.handles = [
-                model.register_forward_pre_hook(_entered, with_kwargs=True),
-                model.register_forward_hook(_left, always_call=True),
-            ]
-            hide_hooks(model, [handle.id for handle in self.handles])
+            for entry in routing.entries:
+                handles = [
+                    entry.register_forward_pre_hook(_entered, with_kwargs=True),
+                    entry.register_forward_hook(_left, always_call=True),
+                ]
+                hide_hooks(entry, [handle.id for handle in handles])
+                self.handles += handles
             for path, name, _, live in state.switched:
                 reader = model.get_submodule(path)
                 self.switched.append((reader, name, getattr(reader, name)))
@@ -278,7 +297,8 @@ class _Shared:
                 swap(module, type(module).__bases__[0])
         self.routings.remove(routing)
         if not self.routings:
-            show_hooks(model)
+            for entry in routing.entries:
+                show_hooks(entry)
             for handle in self.handles:
                 handle.remove()
             for reader, name, value in self.switched:
