@@ -761,3 +761,26 @@ def test_adaption_prompts_and_their_limits() -> None:
         apply_rules(other, AdaptionRule("attn", length=3, mapped=False), adapter=name)
     with pytest.raises(SurgeryError, match="can't be routed in one batch"):
         route(other, ["a", "b"]).__enter__()
+
+
+@pytest.mark.filterwarnings("ignore")  # torch.compile's own, of graphs that it breaks
+def test_compiled_models_follow() -> None:
+    model = two_layers()
+    for name in ("a", "b"):
+        apply_rules(model, LoraRule(["0", "2"], rank=2, init="random"), adapter=name)
+    x = torch.randn(2, 8)
+    live = model(x)
+    torch._dynamo.reset()
+    compiled = torch.compile(model, backend="eager")
+    pairs: list[list[str | None]] = [["a", "b"], ["b", "a"], [None, "b"], ["a", "a"]]
+    expected = [alone(model, x, names) for names in pairs]
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(x), live, **CLOSE)
+        for names, rows in zip(pairs * 2, expected * 2, strict=True):
+            with route(model, names):
+                torch.testing.assert_close(compiled(x), rows, **CLOSE)
+        with route(model, ["a", "b"]):
+            compiled(x)
+            model.get_parameter("0.adapters.a.B").add_(1.0)
+            torch.testing.assert_close(compiled(x), model(x), **CLOSE)
+        torch.testing.assert_close(compiled(x), model(x), **CLOSE)
