@@ -69,7 +69,7 @@ def activate(model: M, adapter: str | Sequence[str], weights: Weights = None) ->
     not be idle, while another thread is in `using`, and inside of `route`. PEFT: `set_adapter`, `set_scale`.
     """
     state = require_state(model)
-    live = _weighted(state, adapter, weights)
+    live = _asked_for(state, adapter, weights)
     check_free(model)
     check_none_merged(state)
     switch(model, live)
@@ -152,7 +152,7 @@ def using(model: nn.Module, adapter: str | Sequence[str] | None, weights: Weight
     PEFT: `disable_adapter()`, and `set_adapter` twice.
     """
     state = require_state(model)
-    live = _weighted(state, [] if adapter is None else adapter, weights)
+    live = _asked_for(state, [] if adapter is None else adapter, weights)
     with claimed(model):
         before = weights_now(state)
         check_none_merged(state)
@@ -165,7 +165,7 @@ def using(model: nn.Module, adapter: str | Sequence[str] | None, weights: Weight
                 switch(model, {name: weight for name, weight in before.items() if name in now.adapters})
 
 
-def _weighted(state: ModelState, adapter: str | Sequence[str], weights: Weights) -> dict[str, float]:
+def _asked_for(state: ModelState, adapter: str | Sequence[str], weights: Weights) -> dict[str, float]:
     """The adapters that are to be live, with their weights."""
     names = adapter_names(state, adapter)
     if isinstance(weights, Mapping):

@@ -154,6 +154,7 @@ class _ByRows:
         self.base: Any = base
         self.own, self.routing, self.edits = own, routing, edits
         self.names = tuple(edits)
+        self.covered = set(routing.rows.names) <= set(edits)  # every row has edits here
 
     def __call__(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Any:
         given, rows = _bound(self.own, args, kwargs), self.routing.rows
@@ -167,7 +168,8 @@ class _ByRows:
                 fix="put it into evaluation mode",
             )
         size = self.routing.size_of(module, main)
-        output = self.base.forward(module, *args, **kwargs)
+        shared = not self.covered or any(edit.cls is None for edit in self.edits.values())
+        output = self.base.forward(module, *args, **kwargs) if shared else None
         parts = []
         for name, edit in self.edits.items():
             take = partial(taken, rows=rows, names=name, size=size)
@@ -175,7 +177,9 @@ class _ByRows:
                 parts.append(edit(module, output, given, take))
             else:
                 parts.append(edit.cls.forward(module, *take(list(args)), **take(kwargs)))
-        return joined([*parts, taken(output, rows, self.names, size)], rows, self.names)
+        if not self.covered:
+            parts.append(taken(output, rows, self.names, size))
+        return joined(parts, rows, self.names)
 
 
 def _bound(own: Own, args: tuple, kwargs: dict[str, Any]) -> dict[str, Any]:
@@ -190,8 +194,9 @@ def _bound(own: Own, args: tuple, kwargs: dict[str, Any]) -> dict[str, Any]:
 class _LowRank:
     """y + (x Aᵢᵀ) Bᵢᵀ sᵢ for each row's adapter i, all rows at once.
 
-    Where each adapter has few rows, a bank holds A and B once a row, for two batched products; kept from call to call
-    where nothing of it trains. With many rows an adapter, or dropout, each adapter's rows go through plain products.
+    A bank holds A and B once a row, filled up to the largest rank, for two batched products; it is kept from call to
+    call where nothing of it trains. Where it would be larger than two copies of the adapters, for many rows have the
+    same one or ranks differ much, and with dropout, each adapter's rows go through plain products.
     """
 
     def __init__(
@@ -214,7 +219,9 @@ class _LowRank:
         found = [(place, index[name]) for place, name in enumerate(routing.rows.names) if name in index]  # type: ignore[index]
         self.places = [place for place, _ in found]  # the rows that have a branch here
         self.whose = [who for _, who in found]
-        self.banked = len(self.places) <= 2 * len(branches)
+        ranks = [len(A) for A in self.A]
+        self.banked = len(self.places) * max(ranks) <= 2 * sum(ranks)
+        self.makes = not own.opaque  # a forward that is only called may keep what it returns
         # Tensors of inference mode do not count their changes. Aliases share the count, and lie side by side in memory:
         # the parameters, scattered, took a quarter of what routing one token costs, for being looked at.
         self.counted = [tensor.detach() for tensor in (*self.A, *self.B) if not tensor.is_inference()]
@@ -239,7 +246,7 @@ class _LowRank:
         down = torch.bmm(rows, A)
         if some:
             return self._added(y, [(self._at(y.device), torch.bmm(down, B))])
-        if _unseen(y) and down.dtype is y.dtype:
+        if self._unseen(y) and down.dtype is y.dtype:
             y.view(count, -1, y.shape[-1]).baddbmm_(down, B.to(down.dtype))
             return y
         return y + torch.bmm(down, B).to(y.dtype).view(y.shape)
@@ -258,12 +265,16 @@ class _LowRank:
     def _added(self, y: Tensor, ups: list[tuple[Tensor, Tensor]]) -> Tensor:
         """The output with something added to some of its rows."""
         rows = y.reshape(self.routing.rows.count, -1, y.shape[-1])
-        if _unseen(y):
+        if self._unseen(y):
             for index, up in ups:
                 rows.index_add_(0, index, up.to(y.dtype))
             return y
         index, up = (torch.cat(parts) for parts in zip(*ups, strict=True))
         return rows.index_add(0, index, up.to(y.dtype)).view(y.shape)
+
+    def _unseen(self, y: Tensor) -> bool:
+        """Whether the output that the forward has just made may be added to in place."""
+        return self.makes and not torch.is_grad_enabled() and y.is_contiguous()
 
     def _at(self, device: torch.device) -> Tensor:
         if self.at is None or self.at.device != device:
@@ -296,11 +307,6 @@ class _LowRank:
             return A.mT, B.contiguous()
         whose = torch.tensor(self.whose, device=A.device)
         return A.index_select(0, whose).mT, B.index_select(0, whose)
-
-
-def _unseen(y: Tensor) -> bool:
-    """Whether an output that a forward has just made may be added to in place."""
-    return not torch.is_grad_enabled() and y.is_contiguous()
 
 
 _version = attrgetter("_version")  # a number that changes with every change in place

@@ -56,11 +56,12 @@ def route(model: nn.Module, adapters: Sequence[str | None], *, check: bool = Tru
     apply, activate, merge or remove.
 
     Low-rank branches of all rows run as two batched products; other rules on each adapter's rows by themselves. A
-    block keeps, for each site with low-rank branches, at most two copies of its adapters' tensors, and frees them.
+    block keeps, for each site with low-rank branches, at most two copies of its adapters' tensors, and frees them. It
+    makes them anew when a tensor was changed, but for changes through `.data`, which torch does not count.
 
     Raises `SurgeryError` before anything runs for an unknown name, a call of another number of rows, a merged model,
     or a rule that can't be routed. `check=False` does without the proof that a batch's rows come first in a module's
-    input, which is made, where shapes alone don't tell, by running two rows of the batch in both orders.
+    input, which is made, where shapes alone don't tell, by running a few rows in two orders.
     PEFT: `adapter_names` of a forward.
     """
     state = require_state(model)

@@ -13,7 +13,7 @@ from surgery.living import class_of_live
 from surgery.match import RESERVED
 from surgery.state import _SITE, Applied, ModelState, SiteState, require_state
 
-__all__ = ["check_none_merged", "check_settled", "set_flags", "switch", "weights_now"]
+__all__ = ["check_none_merged", "check_settled", "switch", "weights_now"]
 
 _CLASSES = 256  # kept at a site, one for each set of live adapters met
 _set_class = object.__setattr__  # nn.Module's own looks for tensors first, and takes twenty times as long
@@ -43,7 +43,7 @@ def switch(model: nn.Module, live: Mapping[str, float]) -> None:
             setattr(reader, name, value if live else without)
         for name in entered:
             for module, rules in state.places[name]:
-                set_flags(module, name, rules, name in live)
+                _set_flags(module, name, rules, name in live)
 
 
 def weights_now(state: ModelState) -> dict[str, float]:
@@ -139,7 +139,7 @@ def _check_change(state: ModelState, name: str, weight: float | None) -> None:
                 raise SurgeryError(what, where=check_settled(module).path, why=why, fix=fix)
 
 
-def set_flags(module: nn.Module, name: str, rules: list[Applied], live: bool) -> None:
+def _set_flags(module: nn.Module, name: str, rules: list[Applied], live: bool) -> None:
     """Only live adapters train."""
     held = module._modules.get(RESERVED)
     box = held._modules.get(name) if held is not None else None

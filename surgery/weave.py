@@ -76,10 +76,8 @@ def woven_held(own: Own, layers: Sequence[Layer]) -> tuple[fx.Graph, dict[str, A
 
 
 def woven_edit(own: Own, layers: Sequence[Layer], training: bool) -> fx.Graph:
-    """What the layers make of a site's output, as a graph of its own; its first input is that output.
-
-    The last input but for the forward's own, where layers ask for it, is what tells which rows are whose.
-    """
+    """What the layers make of a site's output, as a graph of its own; its first input, before the forward's, is that
+    output."""
     weaver = _Weaver(own)
     weaver.beside(training)
     for layer in layers:

@@ -41,6 +41,7 @@ from surgery import (
     merge,
     remove,
     route,
+    rule,
     unmerge,
     using,
 )
@@ -601,11 +602,75 @@ def test_what_is_wrong_is_told_before_anything_runs() -> None:
         model(torch.randn(2, 8))
 
 
-def test_rows_with_heads_of_other_sizes_are_told() -> None:
+@rule("test-wider")
+class WiderRule(Rule):
+    """An output twice as wide."""
+
+    def rewrite(self, site: Any) -> Tensor:
+        return torch.cat([site.output, site.output], -1)
+
+
+def test_rows_of_other_sizes_are_told() -> None:
     model = two_layers()
-    apply_rules(model, TrainRule("2"), adapter="a")
-    with route(model, ["a", None]):
-        assert model(torch.randn(2, 8)).shape == (2, 4)
+    apply_rules(model, WiderRule("2"), adapter="a")
+    with route(model, ["a", None]), pytest.raises(SurgeryError, match="rows of different shapes"):
+        model(torch.randn(2, 8))
+
+
+class Remembers(nn.Linear):
+    """A layer whose forward keeps what it returns."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.last = super().forward(x)
+        return self.last
+
+
+def test_what_a_forward_keeps_is_not_written_to() -> None:
+    model = nn.Sequential(Remembers(8, 8)).eval()
+    layer: Any = model[0]
+    for name in ("a", "b"):
+        apply_rules(model, LoraRule("0", rank=2, init="random"), adapter=name)
+    x = torch.randn(2, 8)
+    with torch.no_grad():
+        base = F.linear(x, layer.weight, layer.bias)
+        for names in (["a", "b"], ["a", None]):
+            with route(model, names):
+                assert not torch.allclose(model(x), base, atol=1e-3)
+                torch.testing.assert_close(layer.last, base, **CLOSE)
+
+
+def test_ranks_that_differ_much_make_no_large_bank() -> None:
+    model = two_layers()
+    names: list[str | None] = []
+    for index, rank in enumerate((1, 1, 1, 1, 1, 8)):
+        names.append(f"a{index}")
+        apply_rules(model, LoraRule("0", rank=rank, init="random"), adapter=f"a{index}")
+    from surgery.here import here
+
+    x = torch.randn(6, 8)
+    expected = alone(model, x, names)
+    with torch.no_grad(), route(model, names):
+        torch.testing.assert_close(model(x), expected, **CLOSE)
+        plan: Any = here.plans[id(model.get_submodule("0"))]  # type: ignore[index]
+        assert plan.bank is None
+
+
+def test_a_forward_is_not_run_for_rows_that_have_their_own() -> None:
+    model = two_layers()
+    for name in ("a", "b"):
+        apply_rules(model, OftRule("0", block_size=4), adapter=name)
+        activate(model, [])
+    rows: list[int] = []
+
+    def count(self: Any, x: Tensor) -> Tensor:
+        rows.append(len(x))
+        return F.linear(x, self.weight, self.bias)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(nn.Linear, "forward", count)
+        with route(model, ["a", "b", "a"]):
+            model(torch.randn(3, 8))
+    assert rows.count(3) == 1  # of the other layer
 
 
 PREFIXES = {

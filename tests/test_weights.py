@@ -132,7 +132,7 @@ def test_other_places() -> None:
         activate(model, "default", 0.5)
         live = model(ids)
         assert not torch.allclose(live, plain, atol=1e-4) or type(rules) is TokensRule
-        if all(rule.mergeable for rule in [rules]):
+        if rules.mergeable:
             merge(model)
             torch.testing.assert_close(model(ids), live, **CLOSE)
         assert not (unmerge(model) and before.differences(remove(model)))
