@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from rules import _fields, _init, _lora_combined, _paths, _swapped
 from rules._layouts import Layout, Part, column_norm, gain_of, layout_of
 from rules.bias import EVERYWHERE, BiasesOf, BiasRule
+from rules.slots import low_rank_slot, low_rank_tensors
 from surgery import Combination, LiveSite, LowRank, Rule, Share, Site, rule
 
 
@@ -201,6 +202,18 @@ class LoraRule(Rule):
     def neutral(self, site: LiveSite) -> dict[str, Tensor]:
         zeros = {name: tensor.zero_() for name, tensor in site.params.items() if not name.endswith("magnitude")}
         return _swapped.completed(self, site, zeros)
+
+    slot_kind = "lora"
+
+    @classmethod
+    def slot(cls, rules: Sequence[Rule], module: nn.Module, path: str) -> Rule | None:
+        return low_rank_slot(rules, module, path)
+
+    def slotted(self, slot: Rule, site: LiveSite) -> dict[str, Tensor]:
+        found = low_rank_tensors(slot, site, self.merged(site), site.changed)
+        if self.lora_bias:
+            found["B_bias"] = site.params["B_bias"].detach() * self.scale_at(site.path)
+        return found
 
     def padded(self, rank: int) -> LoraRule:
         return self.replace(max_rank=rank)

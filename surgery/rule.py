@@ -181,6 +181,33 @@ class Rule:
         """The rule with tensors that have room for this rank, for `pad_rank`; by default itself, which has none."""
         return self
 
+    slot_kind: ClassVar[str | None] = None
+    zeros_are_none: ClassVar[bool] = True
+
+    @classmethod
+    def slot(cls, rules: Sequence[Rule], module: nn.Module, path: str) -> Rule | None:
+        """The rule of a slot that holds what any of these do at a module, for `export_onnx(adapters="slots")`, or None.
+
+        `rules`: those of several adapters, all of this `slot_kind`. The slot's rule is inserted as any other, its
+        tensors become inputs of the exported graph, and by default they are what it starts with: `free` axes empty,
+        the others as `initialise` leaves them, which must change nothing.
+        """
+        return None
+
+    def free(self, tensor: str) -> tuple[int, str] | None:
+        """Of a slot's rule: the axis of a tensor that may have any size at run time, and a word for it ("rank").
+
+        Where the words of two tensors of a site are the same, so are the sizes.
+        """
+        return None
+
+    def slotted(self, slot: Rule, site: LiveSite) -> Mapping[str, Tensor]:
+        """This rule's tensors, `site.params`, as a slot's rule wants them; by default themselves.
+
+        Numbers of the rule that the slot does not have, such as a scale, are folded into them.
+        """
+        return site.params
+
     def combined(self, shares: Sequence[Share], how: Combination) -> tuple[Rule, Mapping[str, Tensor]]:
         """One rule and its tensors at a site for those of several adapters, each with a weight (`combine`).
 

@@ -403,6 +403,7 @@ class LiveSite(_Place):
         super().__init__(module, path, adapter)
         self.params = params
         self.notes: list[str] = []  # what `Rule.swapped` has to tell
+        self.changed: dict[str, Any] = {}  # for `Rule.slotted`: how the rule's start changed the base's parameters
         self._source = source
 
     @property

@@ -1,0 +1,54 @@
+"""A model to export from: a copy that shares the model's memory, so that the model itself is never touched."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+
+from surgery.errors import SurgeryError
+from surgery.state import sites
+
+__all__ = ["sharing_copy"]
+
+
+def sharing_copy(model: nn.Module, *, folding: bool = False) -> nn.Module:
+    """A copy in evaluation mode whose tensors are the model's own memory.
+
+    Weights that are written to in place have memory of their own: those of sites that an adapter changed at its start,
+    that are merged, or (`folding`) that are about to be.
+    """
+    own = {id(tensor) for tensor in _written(model, folding)}
+    memo: dict[int, object] = {}
+    for tensor in (*model.parameters(), *model.buffers()):
+        if id(tensor) not in own:
+            memo[id(tensor)] = _shared(tensor)
+    try:
+        with torch.no_grad():
+            found = copy.deepcopy(model, memo)
+    except Exception as error:
+        raise SurgeryError(
+            f"this {type(model).__name__} can't be copied",
+            why=f"{type(error).__name__}: {error}"[:300],
+            fix="export works on a copy that shares the model's memory: let copy.deepcopy(model) succeed",
+        ) from error
+    for parameter in found.parameters():
+        if parameter.is_floating_point():
+            parameter.requires_grad_(False)
+    return found.eval()
+
+
+def _shared(tensor: Tensor) -> Tensor:
+    """The same numbers in an object of its own, whose flags may change."""
+    if type(tensor) is nn.Parameter:
+        return nn.Parameter(tensor.detach(), requires_grad=False)
+    return tensor.detach() if type(tensor) is Tensor else tensor  # packed ones are shared as they are
+
+
+def _written(model: nn.Module, folding: bool) -> Iterator[Tensor]:
+    for _, module, site in sites(model):
+        if folding or site.merged is not None or any(applied.changed for applied in site.applied):
+            yield from module.parameters()
+            yield from module.buffers()

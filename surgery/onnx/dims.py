@@ -1,0 +1,166 @@
+"""Which dimensions of an export are free, and what they are called."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from surgery.errors import SurgeryError, near_misses
+from surgery.onnx.given import Given, is_cache, leaves_of
+
+__all__ = ["Dynamic", "axes_of", "dynamic_shapes", "example_for_tracing", "rename_dims"]
+
+Dynamic = bool | Mapping[str, Mapping[int, str]]
+Axes = dict[str, dict[int, str]]  # input → axis → name
+
+
+def axes_of(given: Given, dynamic: Dynamic) -> Axes:
+    """What is free in each tensor of a call, with names: `batch` first; the positions of a text or a cache.
+
+    Pictures keep their sizes. A mapping says it itself: input → axis → name.
+    """
+    tensors = {name: leaf for name, leaf in leaves_of(given.values) if isinstance(leaf, Tensor)}
+    if dynamic is False:
+        return {}
+    if dynamic is not True:
+        return _said(dynamic, tensors)
+    caches = {name for name, value in given.values.items() if is_cache(value)}
+    found: Axes = {}
+    for name, tensor in tensors.items():
+        if tensor.dim():
+            root = name.partition(".")[0]
+            found[name] = _of_cache(name, tensor) if root in caches else _axes(root, tensor, bool(caches), tensors)
+    return found
+
+
+def _said(dynamic: Mapping[str, Mapping[int, str]], tensors: Mapping[str, Tensor]) -> Axes:
+    for name, axes in dynamic.items():
+        if name not in tensors:
+            why = near_misses(name, tensors) or f"they are {', '.join(tensors)}"
+            raise SurgeryError(f"dynamic names {name!r}, which is no input", why=why)
+        for axis, said in axes.items():
+            if type(axis) is not int or not 0 <= axis < tensors[name].dim() or not isinstance(said, str) or not said:
+                raise SurgeryError(
+                    f"dynamic[{name!r}] has {axis!r}: {said!r}",
+                    why=f"{name} has {tensors[name].dim()} dimensions",
+                    fix='{"input_ids": {0: "batch", 1: "sequence"}}',
+                )
+    return {name: dict(axes) for name, axes in dynamic.items()}
+
+
+def _of_cache(name: str, tensor: Tensor) -> dict[int, str]:
+    return {0: "batch", 2: "past"} if tensor.dim() == 4 else {0: "batch"}
+
+
+def _axes(name: str, tensor: Tensor, cached: bool, tensors: Mapping[str, Tensor]) -> dict[int, str]:
+    side = "decoder_" if name.startswith("decoder_") else ""
+    text = not tensor.is_floating_point()
+    if tensor.dim() == 1 and name in ("cache_position", "position_ids"):
+        return {0: f"{side}sequence"}
+    if tensor.dim() == 1 or (tensor.dim() > 3 and "mask" not in name):
+        return {0: "batch"}
+    positions = f"{side}sequence"
+    if text and tensor.dim() == 2:
+        ids = tensors.get(f"{side}input_ids", tensors.get("inputs_embeds"))
+        longer = cached and "mask" in name and ids is not None and ids.shape[1] != tensor.shape[1]
+        return {0: "batch", 1: "total" if longer else positions}
+    if tensor.dim() == 4:  # a mask over queries and keys
+        return {0: "batch", 2: positions, 3: "total" if cached else positions}
+    if tensor.dim() == 2:
+        return {0: "batch", 1: positions}
+    if text:
+        return {0: "batch", 1: positions, 2: f"{name}_size"}
+    return {0: "batch", 1: positions, 2: f"{name}_size"}
+
+
+def example_for_tracing(given: Given, axes: Axes) -> Given:
+    """The call with two rows where it has one: a size of one would be taken for a constant."""
+
+    def sizes(name: str, tensor: Tensor) -> tuple[int, ...]:
+        free = axes.get(name, {})
+        return tuple(2 if size == 1 and free.get(dim) == "batch" else size for dim, size in enumerate(tensor.shape))
+
+    return given.resized(sizes)
+
+
+def dynamic_shapes(given: Given, axes: Axes) -> dict[str, Any]:
+    """The same for torch.export. What the model itself asks to be constant becomes so there."""
+    auto = torch.export.Dim.AUTO
+    leaves = iter(leaves_of(given.values))
+    found: dict[str, Any] = {}
+    for name, value in given.values.items():
+        if isinstance(value, (str, int, float, bool)):
+            next(leaves)
+            found[name] = None
+            continue
+        flat, spec = pytree.tree_flatten(value)
+        shapes = [_shape(leaf, dict.fromkeys(axes.get(next(leaves)[0], {}), auto)) for leaf in flat]
+        if isinstance(value, Tensor):
+            found[name] = shapes[0]
+        elif type(value) in (dict, list, tuple):
+            found[name] = pytree.tree_unflatten(shapes, spec)
+        else:
+            found[name] = _nested(value, iter(shapes))
+    return found
+
+
+def _shape(leaf: Any, free: dict[int, Any]) -> Any:
+    return free if isinstance(leaf, Tensor) else None
+
+
+def _nested(value: Any, shapes: Any) -> Any:
+    """Caches are lists to torch.export, of as many levels as their own classes' flattening makes."""
+    if isinstance(value, Tensor) or value is None or type(value) not in pytree.SUPPORTED_NODES:
+        return next(shapes)
+    children, _ = pytree.SUPPORTED_NODES[type(value)].flatten_fn(value)
+    made = [_nested(child, shapes) for child in children]
+    return tuple(made) if type(value) is tuple else dict(zip(value, made, strict=True)) if type(value) is dict else made
+
+
+def rename_dims(model: Any, axes: Mapping[str, Mapping[int, str]]) -> dict[str, dict[int, str]]:
+    """Give the symbols of an ONNX graph these names (input → axis → name); which of them came out free."""
+    import onnx_ir as ir
+
+    names: dict[str, str] = {}
+    free: dict[str, dict[int, str]] = {}
+    for value in model.graph.inputs:
+        for axis, name in axes.get(value.name, {}).items():
+            dim = value.shape[axis] if value.shape is not None and axis < len(value.shape) else None
+            if isinstance(dim, ir.SymbolicDim) and dim.value is not None and not _number(dim.value):
+                taken = names.get(dim.value)
+                if taken is None or (name == "batch" and taken != "batch"):
+                    names[dim.value] = name
+                free.setdefault(value.name, {})[axis] = name
+    for value in _values(model):
+        if value.shape is not None:
+            for axis, dim in enumerate(value.shape):
+                if isinstance(dim, ir.SymbolicDim) and isinstance(dim.value, str):
+                    value.shape[axis] = _renamed(dim.value, names)
+    for value in model.graph.inputs:
+        for axis in list(free.get(value.name, {})):
+            free[value.name][axis] = str(value.shape[axis].value)
+    return free
+
+
+def _values(model: Any) -> Any:
+    seen: set[int] = set()
+    for graph in model.graphs():
+        for value in (*graph.inputs, *graph.initializers.values(), *(out for node in graph for out in node.outputs)):
+            if id(value) not in seen:
+                seen.add(id(value))
+                yield value
+
+
+def _number(text: Any) -> bool:
+    return isinstance(text, int) or str(text).isdigit()
+
+
+def _renamed(text: str, names: Mapping[str, str]) -> Any:
+    if _number(text):
+        return int(text)
+    return re.sub(r"[A-Za-z_]\w*", lambda found: names.get(found[0], found[0]), text)

@@ -1,0 +1,107 @@
+"""What is done to an exported graph: names of the model's own, marks of the rules, slots with their defaults."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import onnx_ir as ir
+from torch import Tensor
+
+from surgery.errors import SurgeryError
+
+__all__ = ["add_defaults", "make_constants", "mark_rules", "name_weights", "require_inputs", "tidy"]
+
+FOLDED, SCOPES = "pkg.onnxscript.optimizer.folded_from", "pkg.torch.onnx.name_scopes"
+TRACE = "pkg.torch.onnx.stack_trace"
+
+
+def require_inputs(model: ir.Model, names: Iterable[str], after: str) -> None:
+    """`SurgeryError` where a pass has taken a slot away."""
+    there = {value.name for value in model.graph.inputs}
+    if lost := [name for name in names if name not in there]:
+        raise SurgeryError(f"slots were lost by {after}", why=", ".join(lost[:4]), fix="optimize=False, or report it")
+
+
+def name_weights(model: ir.Model, parameters: Mapping[str, Any]) -> None:
+    """Weights that optimisation turned get their own names back; `surgery.layout` says how they lie."""
+    graph = model.graph
+    for name, value in list(graph.initializers.items()):
+        source = _source(value.metadata_props.get(FOLDED))
+        if source is None or source not in parameters or source in graph.initializers:
+            continue
+        tensor, shape = parameters[source], tuple(value.const_value.shape) if value.const_value is not None else ()
+        if shape == tuple(tensor.shape[::-1]) and tensor.dim() == 2 and shape:
+            value.metadata_props["surgery.layout"] = "transposed"
+        elif shape != tuple(tensor.shape):
+            continue
+        graph.initializers.pop(name)
+        value.name = source
+        graph.initializers[source] = value
+
+
+def _source(told: str | None) -> str | None:
+    try:
+        found = ast.literal_eval(told) if told else None
+    except (ValueError, SyntaxError):
+        return None
+    return found[0] if isinstance(found, list) and len(found) == 1 and isinstance(found[0], str) else None
+
+
+def mark_rules(model: ir.Model, sites: Mapping[str, Mapping[str, str]]) -> None:
+    """Note on each node that a rule put in which rule and where (`surgery.rule`, `surgery.site`); Netron shows it.
+
+    Those are what a site computes from the adapter's tensors. `sites`: path → tensor's name → rule.
+    """
+    owners = {name: (path, label) for path, named in sites.items() for name, label in named.items()}
+    given = {id(value): owners[value.name] for value in model.graph.inputs if value.name in owners}
+    for node in model.graph:
+        path = _module(node)
+        found = [given[id(value)] for value in node.inputs if value is not None and id(value) in given]
+        labels = dict.fromkeys(label for owner, label in found if owner == path)
+        if labels:
+            node.metadata_props["surgery.rule"] = ", ".join(labels)
+            node.metadata_props["surgery.site"] = path
+            given.update({id(value): (path, ", ".join(labels)) for value in node.outputs})
+
+
+def _module(node: ir.Node) -> str:
+    """The path of the module whose forward a node comes from."""
+    try:
+        scopes = ast.literal_eval(node.metadata_props.get(SCOPES, "[]"))
+    except (ValueError, SyntaxError):
+        return ""
+    return str(scopes[-2]) if len(scopes) > 1 else ""
+
+
+def add_defaults(model: ir.Model, defaults: Mapping[str, Tensor], required: Iterable[str] = ()) -> None:
+    """Give slots the values they have when nobody feeds them, which makes the inputs optional."""
+    required = set(required)
+    for value in model.graph.inputs:
+        tensor = defaults.get(value.name or "")
+        if tensor is not None and value.name not in required:
+            value.const_value = _tensor(tensor, value.name or "")
+            model.graph.initializers[value.name] = value
+
+
+def make_constants(model: ir.Model, tensors: Mapping[str, Tensor]) -> None:
+    """Inputs become initialisers under their own names: they were inputs so that no pass would fold them."""
+    for value in list(model.graph.inputs):
+        if value.name in tensors:
+            value.const_value = _tensor(tensors[value.name], value.name)
+            model.graph.inputs.remove(value)
+            model.graph.initializers[value.name] = value
+
+
+def _tensor(tensor: Tensor, name: str) -> Any:
+    from onnx_ir.tensor_adapters import TorchTensor
+
+    return TorchTensor(tensor.detach().cpu().contiguous(), name=name)
+
+
+def tidy(model: ir.Model) -> None:
+    """Leave out what tells of the exporting machine: stack traces with its paths."""
+    for graph in model.graphs():
+        for node in graph:
+            node.metadata_props.pop(TRACE, None)

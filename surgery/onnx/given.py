@@ -1,0 +1,149 @@
+"""The example call that an export is made from: its arguments by name, and the same call at other sizes."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from surgery.errors import SurgeryError
+from surgery.example import arguments, copied
+
+__all__ = ["Given", "is_cache", "is_transformers", "leaves_of"]
+
+STARRED = "input_"  # of a forward that takes any number of arguments, each by its place
+
+
+@dataclass
+class Given:
+    """Arguments by name, in the forward's order; `placed`: those that are handed on by their place."""
+
+    values: dict[str, Any]
+    placed: tuple[str, ...] = field(default=())
+
+    @classmethod
+    def of(cls, model: nn.Module, example_inputs: Any) -> Given:
+        """`SurgeryError` where the model's forward does not take these arguments."""
+        args, kwargs = arguments(example_inputs)
+        signature = inspect.signature(model.forward)
+        try:
+            bound = signature.bind(*args, **kwargs)
+        except TypeError as error:
+            raise SurgeryError(
+                f"{type(model).__name__}.forward does not take these example inputs",
+                why=str(error),
+                fix="pass a tensor, a tuple of arguments, or a dict of keyword arguments",
+            ) from None
+        values: dict[str, Any] = {}
+        placed: list[str] = []
+        for name, value in bound.arguments.items():
+            kind = signature.parameters[name].kind
+            if kind is inspect.Parameter.VAR_POSITIONAL:
+                starred = {f"{STARRED}{len(placed) + i}": one for i, one in enumerate(value)}
+                values.update(starred)
+                placed += starred
+            elif kind is inspect.Parameter.VAR_KEYWORD:
+                values.update(value)
+            else:
+                values[name] = value
+                if kind is inspect.Parameter.POSITIONAL_ONLY or _starred(signature):
+                    placed.append(name)
+        if "labels" in values or "future_values" in values:
+            raise SurgeryError(
+                "the example has labels", why="a loss is nothing to export", fix="leave them out of example_inputs"
+            )
+        found = {name: copied(value) for name, value in values.items() if value is not None}
+        if not any(isinstance(leaf, Tensor) for _, leaf in leaves_of(found)):
+            raise SurgeryError("the example has no tensors", fix="pass what the model is called with")
+        return cls(found, tuple(name for name in placed if name in found))
+
+    def call(self, forward: Callable[..., Any], values: Mapping[str, Any] | None = None) -> Any:
+        """Call a forward with these arguments, or with others of the same names."""
+        given = self.values if values is None else values
+        return forward(
+            *(given[name] for name in self.placed), **{k: v for k, v in given.items() if k not in self.placed}
+        )
+
+    @property
+    def example(self) -> Any:
+        """As `apply_rules` takes an example."""
+        return tuple(self.values.values()) if set(self.placed) == set(self.values) else dict(self.values)
+
+    def copy(self) -> dict[str, Any]:
+        return {name: copied(value) for name, value in self.values.items()}
+
+    def resized(self, sizes: Callable[[str, Tensor], tuple[int, ...]]) -> Given:
+        """The same call with tensors of other sizes: repeated, or cut."""
+
+        def sized(name: str, value: Any) -> Any:
+            if isinstance(value, Tensor):
+                return _sized(value, sizes(name, value))
+            if isinstance(value, (str, int, float, bool)):
+                return value
+            return _mapped(value, name, sized)
+
+        with torch.no_grad():
+            return Given({name: sized(name, value) for name, value in self.values.items()}, self.placed)
+
+
+def _starred(signature: inspect.Signature) -> bool:
+    return any(one.kind is inspect.Parameter.VAR_POSITIONAL for one in signature.parameters.values())
+
+
+def _sized(tensor: Tensor, sizes: tuple[int, ...]) -> Tensor:
+    for dim, size in enumerate(sizes):
+        if size != tensor.shape[dim]:
+            if not tensor.shape[dim]:
+                tensor = tensor.new_zeros((*tensor.shape[:dim], size, *tensor.shape[dim + 1 :]))
+            else:
+                at = torch.arange(size, device=tensor.device) % tensor.shape[dim]
+                tensor = tensor.index_select(dim, at)
+    return tensor.contiguous()
+
+
+def _mapped(value: Any, name: str, sized: Callable[[str, Any], Any]) -> Any:
+    """A container with its tensors changed: what pytree knows, caches of transformers included."""
+    register_caches()
+    leaves, spec = pytree.tree_flatten(value)
+    return pytree.tree_unflatten([sized(f"{name}.{i}", leaf) for i, leaf in enumerate(leaves)], spec)
+
+
+def leaves_of(values: Mapping[str, Any]) -> list[tuple[str, Any]]:
+    """The arguments' tensors with their names; those of a container have numbers."""
+    found: list[tuple[str, Any]] = []
+    for name, value in values.items():
+        if isinstance(value, (Tensor, str, int, float, bool)):
+            found.append((name, value))
+        else:
+            register_caches()
+            found += [(f"{name}.{i}", leaf) for i, leaf in enumerate(pytree.tree_leaves(value))]
+    return found
+
+
+def is_transformers(model: nn.Module) -> bool:
+    return any(cls.__module__ == "transformers.modeling_utils" for cls in type(model).__mro__)
+
+
+def is_cache(value: Any) -> bool:
+    return type(value).__name__.endswith("Cache")
+
+
+def register_caches() -> None:
+    """Let pytree look into transformers' caches, as its exporter does."""
+    import sys
+
+    if "transformers" in sys.modules:
+        from transformers.cache_utils import Cache
+        from transformers.exporters.exporter_dynamo import register_pytree_node
+
+        waiting: list[type] = [Cache]
+        while waiting:
+            kind = waiting.pop()
+            if kind not in pytree.SUPPORTED_NODES:
+                register_pytree_node(kind)
+            waiting += kind.__subclasses__()

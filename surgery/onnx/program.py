@@ -1,0 +1,269 @@
+"""From a model and an example call to an ONNX graph, with some of the model's tensors as inputs of the graph."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import inspect
+import io
+import logging
+import re
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from surgery.errors import SurgeryError
+from surgery.onnx.given import Given, is_transformers, leaves_of, register_caches
+
+__all__ = ["Lifted", "Program", "SLOTS", "program_of"]
+
+SLOTS = "surgery_slots"  # the argument that carries lifted tensors
+
+
+@dataclass
+class Lifted:
+    """A tensor of an adapter that is an input of the graph; `free`: the axis of any size, such as a rank."""
+
+    name: str
+    box: nn.Module
+    key: str
+    tensor: Tensor
+    free: int | None = None
+
+    @classmethod
+    def out_of(cls, name: str, box: nn.Module, key: str, free: int | None = None) -> Lifted:
+        """Take a tensor out of the module that holds it, until a call brings it back."""
+        held: Any = box._parameters if key in box._parameters else box._buffers
+        tensor = held.pop(key)
+        box._buffers[key] = None  # what looks for it finds a place
+        return cls(name, box, key, tensor.detach(), free)
+
+
+@dataclass
+class Program:
+    """The graph, and which of its inputs are the example's tensors; the others are the lifted ones."""
+
+    model: Any  # onnx_ir.Model
+    inputs: dict[str, str]  # the example's tensors → inputs of the graph
+
+
+def program_of(
+    model: nn.Module,
+    given: Given,
+    lifted: Sequence[Lifted],
+    shapes: Mapping[str, Any],
+    *,
+    opset: int | None,
+    optimize: bool,
+    optimize_for: str | None,
+) -> Program:
+    """Export the model, which is a copy that may be changed. `SurgeryError` where it can't be."""
+    names = [name for name, leaf in leaves_of(given.values) if isinstance(leaf, Tensor)]
+    inputs = dict(given.copy())
+    dynamic = dict(shapes)
+    if lifted:
+        inputs[SLOTS] = {one.name: one.tensor for one in lifted}
+        auto = torch.export.Dim.AUTO
+        dynamic[SLOTS] = {one.name: {} if one.free is None else {one.free: auto} for one in lifted}
+    export = _by_transformers if is_transformers(model) else _by_torch
+    with _forward_with(model, given, lifted), _quiet(), names_kept(), torch.no_grad():
+        try:
+            made = export(model, inputs, dynamic, opset, optimize)
+            if optimize_for == "ort":
+                fused(made)
+        except Exception as error:
+            raise SurgeryError(
+                f"this {type(model).__name__} can't be exported",
+                where=_place(error),
+                why=f"{type(error).__name__}: {_first_lines(error)}",
+                fix="torch.export.export(model, …) on the plain model tells more; dynamic=False fixes all sizes",
+            ) from error
+    graph = made.graph
+    taken = [value for value in graph.inputs if not value.name.startswith(f"{SLOTS}.")]
+    for value in graph.inputs:
+        value.name = value.name.removeprefix(f"{SLOTS}.")
+    if len(taken) != len(names) or len(graph.inputs) - len(taken) != len(lifted):
+        missing = {one.name for one in lifted} - {value.name for value in graph.inputs}
+        raise SurgeryError(
+            "the exported graph has other inputs than the call",
+            why=f"it has {len(graph.inputs)} for {len(names) + len(lifted)}; missing: {', '.join(sorted(missing)[:3])}",
+        )
+    _name_cache(graph)
+    for value, name in zip(taken, names, strict=True):
+        if "." not in name:
+            value.name = name
+    return Program(made, {name: value.name for name, value in zip(names, taken, strict=True)})
+
+
+# The forward that is exported -----------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def _forward_with(model: nn.Module, given: Given, lifted: Sequence[Lifted]) -> Iterator[None]:
+    """A forward that takes the lifted tensors as an argument and puts them where they belong for the call.
+
+    It is set on the instance: nothing stands around the model, so the graph's names are the model's.
+    """
+    own = model.forward
+
+    @functools.wraps(own)
+    def forward(**values: Any) -> Any:
+        brought = values.pop(SLOTS, {})
+        for one in lifted:
+            one.box._buffers[one.key] = brought[one.name]
+        try:
+            return given.call(own, values)
+        finally:
+            for one in lifted:
+                one.box._buffers[one.key] = None
+
+    kind = inspect.Parameter.POSITIONAL_OR_KEYWORD
+    names = [*given.values, *([SLOTS] if lifted else [])]
+    forward.__signature__ = inspect.Signature([inspect.Parameter(name, kind) for name in names])  # type: ignore[attr-defined]
+    model.__dict__["forward"] = forward
+    try:
+        yield
+    finally:
+        model.__dict__.pop("forward", None)
+
+
+def _by_transformers(model: nn.Module, inputs: dict[str, Any], shapes: Any, opset: int | None, optimize: bool) -> Any:
+    """Its exporter knows caches, and what of its models torch can't export as they stand."""
+    from transformers.exporters import OnnxConfig, OnnxExporter
+
+    register_caches()
+    flags = {name: value for name, value in inputs.items() if isinstance(value, (bool, str))}
+    free = {name: value for name, value in shapes.items() if name not in flags}
+    config = OnnxConfig(dynamic=True, dynamic_shapes=free, opset_version=opset, optimize=optimize)
+    return OnnxExporter().export(model, inputs, config).program  # type: ignore[arg-type]
+
+
+def _by_torch(model: nn.Module, inputs: dict[str, Any], shapes: Any, opset: int | None, optimize: bool) -> Any:
+    exported = torch.export.export(model, (), inputs, dynamic_shapes=shapes, strict=False)
+    names = [name for name, leaf in leaves_of(inputs) if isinstance(leaf, Tensor) and not name.startswith(SLOTS)]
+    names += [f"{SLOTS}.{name}" for name in inputs.get(SLOTS, {})]
+    outputs = _output_names(exported)
+    program: Any = torch.onnx.export(
+        exported, (), kwargs=inputs, input_names=names, opset_version=opset, optimize=optimize, verbose=False
+    )
+    for value, name in zip(program.model.graph.outputs, outputs, strict=False):
+        if not value.is_graph_input():
+            value.name = name
+    return program.model
+
+
+def _output_names(exported: Any) -> list[str]:
+    """By what the model returns: a tensor is `output`, of a mapping each has its key, of a tuple its place."""
+    spec = exported.call_spec.out_spec
+    dummy = torch.utils._pytree.tree_unflatten(list(range(spec.num_leaves)), spec)
+    paths, _ = torch.utils._pytree.tree_flatten_with_path(dummy)
+    names = []
+    for path, _ in paths:
+        keys = [str(getattr(key, "key", getattr(key, "idx", getattr(key, "name", "")))) for key in path]
+        text = "_".join(keys)
+        names.append("output" if not text else f"output_{text}" if text[0].isdigit() else text)
+    return names
+
+
+# What is done to passes and to what they print -------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def names_kept() -> Iterator[None]:
+    """Optimisation folds equal small constants into one; parameters keep their names and stay several."""
+    import onnx_ir.passes.common as passes
+
+    own = passes.DeduplicateInitializersPass
+
+    class Kept(own):  # type: ignore[misc, valid-type]
+        def call(self, model: Any) -> Any:
+            held = [(graph, _parameters(graph)) for graph in model.graphs()]
+            for graph, found in held:
+                for name in found:
+                    graph.initializers.pop(name)
+            try:
+                return super().call(model)
+            finally:
+                for graph, found in held:
+                    graph.initializers.update(found)
+
+    passes.DeduplicateInitializersPass = Kept  # type: ignore[misc]
+    try:
+        yield
+    finally:
+        passes.DeduplicateInitializersPass = own  # type: ignore[misc]
+
+
+def _parameters(graph: Any) -> dict[str, Any]:
+    kind = "pkg.torch.export.graph_signature.InputSpec.kind"
+    folded = "pkg.onnxscript.optimizer.folded_from"
+    return {
+        name: value
+        for name, value in graph.initializers.items()
+        if value.metadata_props.get(kind) == "PARAMETER" or _weight_of(value.metadata_props.get(folded, ""))
+    }
+
+
+def _weight_of(told: str) -> str | None:
+    found = re.fullmatch(r"\['([\w.]+\.[\w.]+)'\]", told)
+    return found[1] if found else None
+
+
+def fused(model: Any) -> None:
+    """onnxruntime's own operations for attention and normalisation, by transformers' rewriting."""
+    from transformers.exporters.onnxruntime_fusions import fuse_for_onnxruntime
+
+    fuse_for_onnxruntime(model, "cpu")
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Exporters print what they do, and warn of what is in hand here."""
+    held = {
+        name: logging.getLogger(name)
+        for name in ("transformers", "torch.onnx", "torch.export", "onnxscript", "onnx_ir")
+    }
+    levels = {name: logger.level for name, logger in held.items()}
+    try:
+        for logger in held.values():
+            logger.setLevel(logging.CRITICAL)
+        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        for name, logger in held.items():
+            logger.setLevel(levels[name])
+
+
+_CACHE = re.compile(
+    r"(?:input\.|output\.)?past_key_values\.(?:(self|cross)_attention_cache\.)?layers\.(\d+)\.(key|value)s"
+)
+
+
+def _name_cache(graph: Any) -> None:
+    """The names that serving programs know: past_key_values.0.key comes in, present.0.key goes out."""
+    for values, stem in ((graph.inputs, "past_key_values"), (graph.outputs, "present")):
+        for value in values:
+            found = _CACHE.fullmatch(value.name or "")
+            if found:
+                side = {"self": "decoder.", "cross": "encoder.", None: ""}[found[1]]
+                value.name = f"{stem}.{found[2]}.{side}{found[3]}"
+            else:
+                value.name = re.sub(r"^(input|output)\.", "", value.name or "")
+
+
+def _first_lines(error: BaseException) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return " ".join(lines[:3])[:400] or "no reason given"
+
+
+def _place(error: BaseException) -> str | None:
+    cause = error
+    while cause.__cause__ is not None:
+        cause = cause.__cause__
+    note = next((note for note in getattr(cause, "__notes__", []) if note.startswith("at the site")), None)
+    return note.removeprefix("at the site ")[:200] if note else None
