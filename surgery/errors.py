@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable
+from typing import Any
 
 __all__ = [
     "LoadError",
     "MatchError",
     "MergeError",
+    "ParityError",
     "PlanError",
     "RuleError",
     "SiteError",
@@ -70,6 +72,12 @@ class SiteError(SurgeryError):
 
 class MergeError(SurgeryError):
     """A merge that can't be done, or a base weight that changed while it was merged."""
+
+
+class ParityError(SurgeryError):
+    """An exported file that does not compute what the model does: `report` has every comparison."""
+
+    report: Any = None
 
 
 class PlanError(SurgeryError):

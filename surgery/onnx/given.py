@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,7 +14,7 @@ from torch.utils import _pytree as pytree
 from surgery.errors import SurgeryError
 from surgery.example import arguments, copied
 
-__all__ = ["Given", "is_cache", "is_transformers", "leaves_of"]
+__all__ = ["Given", "array_of", "arrays_of", "is_cache", "is_transformers", "leaves_of", "outputs_of"]
 
 STARRED = "input_"  # of a forward that takes any number of arguments, each by its place
 
@@ -147,3 +147,35 @@ def register_caches() -> None:
             if kind not in pytree.SUPPORTED_NODES:
                 register_pytree_node(kind)
             waiting += kind.__subclasses__()
+
+
+def arrays_of(given: Given, inputs: Sequence[str]) -> dict[str, Any]:
+    """A call's tensors as arrays, by the names of the graph's inputs."""
+    tensors = [leaf for _, leaf in leaves_of(given.values) if isinstance(leaf, Tensor)]
+    return {name: array_of(tensor) for name, tensor in zip(inputs, tensors, strict=True)}
+
+
+def array_of(tensor: Tensor) -> Any:
+    """A tensor as a numpy array; bfloat16, which numpy does not know, in that of ml_dtypes."""
+    tensor = tensor.detach().cpu()
+    if tensor.dtype == torch.bfloat16:
+        import ml_dtypes
+
+        return tensor.view(torch.uint16).numpy().view(ml_dtypes.bfloat16)
+    return tensor.numpy()
+
+
+def outputs_of(output: Any) -> list[Tensor]:
+    """What a model returned, flat, in the order of an exported graph's outputs."""
+    if isinstance(output, Tensor):
+        return [output]
+    register_caches()
+    if _from_transformers(output):
+        from transformers.exporters.utils import get_leaf_tensors
+
+        return list(get_leaf_tensors(output).values())
+    return [leaf for leaf in pytree.tree_leaves(output) if isinstance(leaf, Tensor)]
+
+
+def _from_transformers(output: Any) -> bool:
+    return any(cls.__module__.startswith("transformers.") for cls in type(output).__mro__)
