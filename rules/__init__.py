@@ -12,7 +12,7 @@ from rules.capture import Captured, CaptureRule, captured
 from rules.experts import ExpertLoraRule
 from rules.fit import fit_direction
 from rules.fold import fold_prompts
-from rules.fit_prefix import fit_prefix
+from rules.fitted_prefix import fit_prefix
 from rules.fourier import FourierRule
 from rules.hra import HraRule
 from rules.ia3 import IA3Rule

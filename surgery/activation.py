@@ -10,9 +10,9 @@ from typing import TypeVar
 
 from torch import Tensor, nn
 
+from surgery.base_rule import Rule
 from surgery.claims import check_free, claimed
 from surgery.errors import SurgeryError
-from surgery.rule import Rule
 from surgery.state import ModelState, adapter_names, model_state, require_state, site_state, tensors_of
 from surgery.switching import check_none_merged, switch, weights_now
 

@@ -6,9 +6,10 @@ from collections.abc import Hashable
 
 from torch import nn
 
+from surgery.base_rule import Rule
+from surgery.hooks import running
 from surgery.match import RESERVED
-from surgery.rule import Rule, running
-from surgery.trace import settings_of
+from surgery.own import settings_of
 
 __all__ = ["likeness"]
 

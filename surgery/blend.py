@@ -12,7 +12,7 @@ from torch import Tensor
 from surgery.errors import SiteError
 
 if TYPE_CHECKING:
-    from surgery.rule import Rule
+    from surgery.base_rule import Rule
     from surgery.site import LiveSite
 
 __all__ = ["METHODS", "Combination", "Share", "joint_dtype"]

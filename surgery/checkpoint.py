@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from surgery import files
+from surgery.base_rule import Rule
 from surgery.engine import Given, carry_out, remove
 from surgery.errors import LoadError, RuleError, SurgeryError, SurgeryWarning
 from surgery.files import TensorFile
@@ -22,7 +23,6 @@ from surgery.fingerprint import differences, fingerprint
 from surgery.match import RESERVED
 from surgery.plan import Plan, make_plan
 from surgery.recording import Step
-from surgery.rule import Rule
 from surgery.site import LiveSite, ParamSpec
 from surgery.state import adapter_names, adapter_state_dict, require_state, rules_of, sites, tensors_of, whole
 from surgery.stored import (

@@ -10,10 +10,10 @@ from torch import nn
 
 from surgery.errors import SiteError, SurgeryError
 from surgery.match import RESERVED, is_adapters
+from surgery.own import Own
 from surgery.recording import Step, layer_of
 from surgery.state import Applied, site_state
 from surgery.tape import Ref, Tape
-from surgery.trace import Own
 
 __all__ = ["clashes", "hidden"]
 

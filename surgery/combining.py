@@ -11,14 +11,15 @@ import torch
 from torch import Tensor, nn
 
 from surgery.asked import asked
+from surgery.base_rule import Rule
 from surgery.blend import Combination, Share, joint_dtype
 from surgery.claims import check_free
 from surgery.errors import MatchError, PlanError, SiteError, SurgeryError
+from surgery.hooks import running
 from surgery.match import Tree, matches
 from surgery.naming import check_whole
 from surgery.peft_targets import regular
 from surgery.placing import Placed, put
-from surgery.rule import Rule, running
 from surgery.site import LiveSite
 from surgery.state import MARK, Applied, ModelState, name_problem, require_state, sites, tensors_of
 from surgery.view import tensor_at

@@ -11,11 +11,13 @@ import torch
 from torch import Tensor, nn
 
 from surgery import hf
+from surgery.base_rule import Rule
 from surgery.claims import check_free
 from surgery.errors import SiteError, SurgeryError, SurgeryWarning
 from surgery.exact import unfold
 from surgery.example import call, equal
 from surgery.folding import check_foldable, fold_into, verify_records
+from surgery.hooks import running
 from surgery.install import reason_against
 from surgery.journal import Journal
 from surgery.living import Shared
@@ -23,7 +25,6 @@ from surgery.match import Tree, verdict_of
 from surgery.pattern import Verdict
 from surgery.plan import Plan, make_plan
 from surgery.recording import Step
-from surgery.rule import Rule, running
 from surgery.site import LiveSite, ParamSpec
 from surgery.state import (
     _MODEL,

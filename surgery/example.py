@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from surgery.errors import SurgeryError, TraceError
-from surgery.trace import Own
+from surgery.own import Own
 from surgery.weave import woven
 
 __all__ = ["Observation", "call", "equal", "evaluating", "observe", "outermost_calls", "random_state"]

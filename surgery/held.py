@@ -17,7 +17,7 @@ from surgery.errors import TraceError
 from surgery.guards import check_call, check_parts, check_settings, differs, parts_of, require, same_settings
 from surgery.guided import traced
 from surgery.kinds import kind_of_call
-from surgery.trace import Own
+from surgery.own import Own
 from surgery.view import view
 from surgery.weave import plain
 

@@ -9,16 +9,17 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from surgery.base_rule import Rule
 from surgery.errors import MatchError, RuleError, SiteError, SurgeryError
 from surgery.files import TensorFile
+from surgery.hooks import running
 from surgery.match import Match, Tree, matches
+from surgery.own import own_forward
 from surgery.plan import Plan, _with_companions
 from surgery.recording import PassedOver, Step, layer_of, recorded
-from surgery.rule import Rule, running
 from surgery.site import LiveSite, ParamSpec
 from surgery.state import Applied, ModelState, adapter_names, site_state, sites, tensors_of
 from surgery.stored import Entry
-from surgery.trace import own_forward
 from surgery.view import tensor_at
 
 __all__ = ["Living", "Making", "incoming", "living"]

@@ -12,9 +12,9 @@ from surgery.digraph import as_digraph
 from surgery.errors import SiteError
 from surgery.example import evaluating
 from surgery.held import hold
+from surgery.own import Own
 from surgery.structure import Found, Structure
 from surgery.tape import Tape, Value, ref_of
-from surgery.trace import Own
 from surgery.view import held
 from surgery.weave import plain
 

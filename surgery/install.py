@@ -21,9 +21,9 @@ from typing import Any
 import torch
 from torch import fx, nn
 
+from surgery.own import Own
 from surgery.pattern import qualified_name
 from surgery.state import site_state
-from surgery.trace import Own
 from surgery.weave import Layer, woven
 
 __all__ = [

@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from surgery.base_rule import Rule
 from surgery.errors import MergeError
 from surgery.pattern import qualified_name
-from surgery.rule import Rule
 from surgery.site import LiveSite, _Place
 from surgery.view import call_own
 

@@ -12,9 +12,9 @@ from surgery.clash import hidden
 from surgery.errors import SiteError
 from surgery.install import generated_class, swap
 from surgery.journal import Journal
+from surgery.own import Own, own_forward
 from surgery.recording import layer_of
 from surgery.state import Applied, SiteState, site_state
-from surgery.trace import Own, own_forward
 from surgery.variants import varied_class
 from surgery.weave import Layer
 

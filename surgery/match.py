@@ -10,9 +10,9 @@ from typing import cast
 
 from torch import fx, nn
 
+from surgery.base_rule import Rule
 from surgery.errors import MatchError, near_misses
 from surgery.pattern import Candidate, Pattern, Targets, Verdict, as_pattern
-from surgery.rule import Rule
 
 __all__ = ["Match", "matches", "verdict_of"]
 

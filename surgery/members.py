@@ -6,13 +6,14 @@ from typing import Any, cast
 
 from torch import Tensor, nn
 
+from surgery.base_rule import Rule
 from surgery.errors import SiteError
+from surgery.hooks import running
 from surgery.match import RESERVED
-from surgery.rule import Rule, running
+from surgery.own import Own
 from surgery.site import Site
 from surgery.state import Applied
 from surgery.tape import Value
-from surgery.trace import Own
 from surgery.weave import Layer
 
 __all__ = ["Member", "routes_itself", "routed_layer"]

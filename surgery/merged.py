@@ -13,7 +13,7 @@ from typing import Any
 from torch import nn
 
 from surgery.errors import SurgeryError
-from surgery.merge import merge, unmerge
+from surgery.merging import merge, unmerge
 from surgery.state import require_state
 
 __all__ = ["merge_to"]

@@ -16,13 +16,13 @@ from typing import Any, ClassVar, TypeVar
 import torch
 from torch import Tensor, nn
 
+from surgery.base_rule import Rule
 from surgery.errors import RuleError, SurgeryError, near_misses
 from surgery.files import TensorFile
 from surgery.match import endings
 from surgery.peft_targets import Modules, choose, chosen_by, fields_of, regular
 from surgery.plan import Plan
 from surgery.recording import Step
-from surgery.rule import Rule
 from surgery.stored import Entry
 
 __all__ = ["PeftConfig", "PeftMethod", "PeftPart", "PeftPlace", "peft_method"]

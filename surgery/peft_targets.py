@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from torch import nn
 
+from surgery.base_rule import Rule
 from surgery.errors import MatchError, SurgeryError
 from surgery.match import Tree, base_modules, endings, matches
-from surgery.rule import Rule
 
 if TYPE_CHECKING:
     from surgery.peft_format import PeftConfig

@@ -7,11 +7,11 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
+from surgery.base_rule import Rule
 from surgery.match import RESERVED
 from surgery.peft_format import PeftMethod, PeftPlace, absolute, is_main, method_of, part_of, unsaid
 from surgery.peft_targets import Modules, chosen_by
 from surgery.plainer import folded_adapter
-from surgery.rule import Rule
 from surgery.state import rules_of, sites, whole
 from surgery.stored import Entry
 

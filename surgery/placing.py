@@ -9,14 +9,14 @@ from typing import Any
 from torch import Tensor, nn
 
 from surgery import hf
+from surgery.base_rule import Rule
 from surgery.clash import clashes
 from surgery.errors import PlanError, SiteError, SurgeryError
 from surgery.install import reason_against
 from surgery.journal import Journal
+from surgery.own import own_forward
 from surgery.recording import PassedOver, Step, recorded
-from surgery.rule import Rule
 from surgery.state import Applied, ModelState, SiteState, attach, detach, require_state, site_state
-from surgery.trace import own_forward
 from surgery.weave import Layer
 
 __all__ = ["Placed", "put"]

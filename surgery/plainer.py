@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
+from surgery.base_rule import Rule
 from surgery.errors import RuleError
+from surgery.hooks import running
 from surgery.match import RESERVED
-from surgery.rule import Rule, running
 from surgery.site import LiveSite
 from surgery.state import adapter_names, require_state, sites, tensors_of
 from surgery.view import held

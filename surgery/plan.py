@@ -9,17 +9,18 @@ from typing import Any
 from torch import nn
 
 from surgery.alike import likeness
+from surgery.base_rule import Rule
 from surgery.bypass import Bypass, bypasses, fastpath_switch
 from surgery.clash import clashes
 from surgery.errors import MatchError, PlanError, RuleError, SiteError, SurgeryError
 from surgery.example import Observation, copied, observe, verify_graph
+from surgery.hooks import running
 from surgery.install import reason_against
 from surgery.match import Match, Tree, idle_targets, matches
+from surgery.own import own_forward
 from surgery.recording import PassedOver, Recording, Step, recorded
-from surgery.rule import Rule, running
 from surgery.state import model_state, name_problem, site_state, sites
 from surgery.table import table
-from surgery.trace import own_forward
 
 __all__ = ["Plan", "make_plan"]
 

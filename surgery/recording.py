@@ -8,12 +8,13 @@ from typing import Any, NamedTuple
 
 from torch import nn
 
+from surgery.base_rule import Rule
 from surgery.errors import SiteError
-from surgery.rule import Rule, running
+from surgery.hooks import running
+from surgery.own import Own
 from surgery.site import Example, ParamSpec, Site
 from surgery.state import Applied
 from surgery.tape import Tape, Value
-from surgery.trace import Own
 from surgery.weave import Layer
 
 __all__ = ["PassedOver", "Recording", "Step", "layer_of", "recorded"]

@@ -12,16 +12,16 @@ from uuid import uuid4
 import torch
 from torch import Tensor, fx, nn
 
+from surgery.base_rule import Rule
 from surgery.errors import SiteError, near_misses
 from surgery.example import call
 from surgery.hidden import hidden_of, with_hidden
 from surgery.inside import Inside
 from surgery.match import RESERVED
+from surgery.own import Own
 from surgery.registries import takes_functions
-from surgery.rule import Rule
 from surgery.state import MARK, site_state
 from surgery.tape import Ref, Tape, Value, ref_of
-from surgery.trace import Own
 from surgery.view import calls_inside, held, hidden_reference, view
 
 __all__ = ["LiveSite", "ParamSpec", "Site", "Tensors"]

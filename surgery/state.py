@@ -15,9 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from surgery.base_rule import Rule
 from surgery.errors import SiteError, SurgeryError, near_misses
 from surgery.match import RESERVED, base_modules
-from surgery.rule import Rule
 from surgery.weave import Layer
 
 __all__ = ["AdapterTensors", "Adapters", "ModelState", "SiteState"]

@@ -9,14 +9,14 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
+from surgery.base_rule import Rule
 from surgery.errors import LoadError, RuleError, SurgeryError
 from surgery.files import TensorFile, open_tensors, parse_json, put_away, read_json
 from surgery.match import RESERVED
 from surgery.plan import Plan
 from surgery.recording import Step
-from surgery.rule import Rule
 
-__all__ = ["Entry", "Stored", "as_it_is", "names_in", "stored_adapter", "tensor_key"]
+__all__ = ["Entry", "PeftEntry", "Stored", "as_it_is", "names_in", "stored_adapter", "tensor_key"]
 
 SURGERY = ("adapter.safetensors", "rules.json")
 PEFT = ("adapter_model.safetensors", "adapter_config.json")
@@ -35,6 +35,9 @@ class Entry(NamedTuple):
     key: str
     read: Callable[[Tensor], Tensor] = as_it_is
     write: Callable[[Tensor], Tensor] = as_it_is
+
+
+PeftEntry = Entry  # its public name: whoever brings a PEFT method makes them
 
 
 @dataclass(frozen=True)

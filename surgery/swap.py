@@ -14,17 +14,18 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
+from surgery.base_rule import Rule
 from surgery.checkpoint import LoadReport, _distrusted, _found
 from surgery.claims import check_free
 from surgery.errors import LoadError, RuleError, SiteError, SurgeryError, SurgeryWarning
 from surgery.files import TensorFile
 from surgery.fingerprint import differences
+from surgery.hooks import running
 from surgery.incoming import Living, Making, copied, incoming, living, put, step_for
 from surgery.journal import Journal
 from surgery.living import install_live
 from surgery.match import RESERVED
 from surgery.recording import Step
-from surgery.rule import Rule, running
 from surgery.site import LiveSite
 from surgery.state import require_state, rules_of
 from surgery.stored import Entry, Stored, stored_adapter, tensor_key

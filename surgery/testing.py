@@ -8,12 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from surgery.base_rule import Rule
 from surgery.engine import apply_rules, remove
 from surgery.errors import SurgeryError
 from surgery.example import call, equal, random_state
-from surgery.merge import merge, unmerge
+from surgery.merging import merge, unmerge
 from surgery.plan import make_plan
-from surgery.rule import Rule
 from surgery.state import adapter_state_dict
 
 __all__ = ["Snapshot", "assert_equivalent", "assert_reversible"]

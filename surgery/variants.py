@@ -19,9 +19,9 @@ from surgery.errors import SiteError, TraceError
 from surgery.held import Held, Otherwise, held_forwards, new_held
 from surgery.install import Recipe, body_of, class_from, signature_source, told
 from surgery.kinds import kind_of_call, predicate_of_kind
+from surgery.own import Own, own_forward, signature_of
 from surgery.recording import PassedOver, layer_of, recorded
 from surgery.state import Applied, SiteState
-from surgery.trace import Own, own_forward, signature_of
 from surgery.weave import Layer, woven_held
 
 __all__ = ["LIMIT", "function_of", "held_own", "layer_at", "varied", "varied_class"]

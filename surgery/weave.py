@@ -17,8 +17,8 @@ from torch import fx, nn
 
 from surgery.errors import SiteError
 from surgery.lowering import in_dtype, lower, same_dtype, weighted
+from surgery.own import Own, recorded_own
 from surgery.tape import Ref, Step, Tape, thawed
-from surgery.trace import Own, recorded_own
 from surgery.view import base_forward
 
 __all__ = ["Layer", "called_around", "plain", "trace_site", "woven", "woven_edit", "woven_held"]

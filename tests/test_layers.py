@@ -1,14 +1,62 @@
-"""The engine never imports the rule library."""
+"""The engine never imports the rule library, and nothing before it is asked for."""
 
 from __future__ import annotations
 
 import ast
+import subprocess
+import sys
 from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+import rules
+import surgery
+
+ROOT = Path(__file__).parent.parent
 
 
 def test_surgery_never_imports_rules() -> None:
-    for file in (Path(__file__).parent.parent / "surgery").glob("*.py"):
+    for file in (ROOT / "surgery").rglob("*.py"):
         for node in ast.walk(ast.parse(file.read_text())):
             names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
             names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
             assert not any(name.split(".")[0] == "rules" for name in names), file
+
+
+@pytest.mark.parametrize("package", [surgery, rules], ids=lambda package: package.__name__)
+def test_no_public_name_is_a_submodules(package: ModuleType) -> None:
+    """Importing a submodule puts it on its package: the name would be one thing before and another after."""
+    folder = ROOT / package.__name__
+    submodules = {file.stem for file in folder.glob("*.py")} | {file.parent.name for file in folder.glob("*/*.py")}
+    assert not submodules & set(package.__all__)
+
+
+@pytest.mark.parametrize("stub", sorted(ROOT.glob("surgery/**/*.pyi")), ids=lambda stub: stub.parent.name)
+def test_all_names_of_a_lazy_package_are_listed_once_and_there(stub: Path) -> None:
+    tree = ast.parse(stub.read_text())
+    imported = [alias.name for node in tree.body if isinstance(node, ast.ImportFrom) for alias in node.names]
+    (listed,) = [n.value for n in tree.body if isinstance(n, (ast.Assign, ast.AnnAssign)) and n.value is not None]
+    assert sorted(imported) == sorted(ast.literal_eval(listed)) and len(imported) == len(set(imported))
+    name = ".".join(stub.parent.relative_to(ROOT).parts)
+    package = __import__(name, fromlist=["__all__"])
+    assert sorted(package.__all__) == sorted(imported) and all(hasattr(package, name) for name in imported)
+
+
+def test_any_file_of_the_engine_can_be_imported_first() -> None:
+    """Nothing else has imported them in an order that works; torch is there, so that this takes no time."""
+    code = """
+import importlib, os, pathlib, sys, torch
+for file in sorted(pathlib.Path("surgery").glob("*.py")):
+    child = os.fork()
+    if child == 0:
+        importlib.import_module(f"surgery.{file.stem}")
+        os._exit(0)
+    assert os.waitpid(child, 0)[1] == 0, file
+"""
+    subprocess.run([sys.executable, "-W", "ignore", "-c", code], cwd=ROOT, check=True)
+
+
+def test_torch_is_imported_when_it_is_needed() -> None:
+    code = "import sys; sys.modules['torch'] = None; import surgery, surgery.errors, surgery.onnx; surgery.LoadError"
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)

@@ -17,9 +17,9 @@ from torch.utils.checkpoint import checkpoint
 from rules import LoraRule
 from surgery import Rule, Site, apply_rules, remove, rule, show
 from surgery.lowering import low_rank_linear, lower, tensor_of
+from surgery.own import own_forward
 from surgery.recording import layer_of
 from surgery.state import site_state
-from surgery.trace import own_forward
 from surgery.weave import woven
 
 # Two orders of summing products of this size in float32 differ by a few roundings of their largest terms.

@@ -71,7 +71,7 @@ def test_the_wheel_holds_the_two_packages_and_nothing_else(wheel: Path) -> None:
     assert {name.split("/")[0] for name in names if ".dist-info" not in name} == {"surgery", "rules"}
     expected = {
         str(file.relative_to(ROOT))
-        for package in ("surgery", "surgery/peft", "rules", "rules/peft")
+        for package in ("surgery", "surgery/onnx", "surgery/peft", "rules", "rules/peft")
         for file in ROOT.glob(f"{package}/*.py*")
     }
     assert expected <= set(names) and {"surgery/py.typed", "rules/py.typed"} <= set(names)
@@ -122,7 +122,7 @@ from importlib.metadata import metadata, requires
 about = metadata("model-surgery")
 assert about["License-Expression"] == "Apache-2.0" and about["Requires-Python"] == ">=3.11"
 needed = {text.split(">")[0] for text in requires("model-surgery") if "extra" not in text}
-assert needed == {"torch", "safetensors", "networkx", "transformers"}, needed
+assert needed == {"torch", "safetensors", "networkx", "transformers", "lazy_loader"}, needed
 assert about.get_payload().startswith("# model-surgery")
 """
     run(python, "-I", "-c", code, folder=tmp_path)

@@ -10,12 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from surgery.base_rule import Rule
 from surgery.errors import LoadError, PlanError, SurgeryError, SurgeryWarning
 from surgery.files import open_tensors
 from surgery.peft_format import PeftConfig, asked_for, method_of
 from surgery.peft_keys import keys_of
 from surgery.peft_writing import described
-from surgery.rule import Rule
 from surgery.state import adapter_state_dict, load_adapter_state_dict
 from surgery.stored import SURGERY, names_in
 

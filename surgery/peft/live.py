@@ -11,7 +11,7 @@ from typing import Any
 from surgery.activation import activate, active, deactivate, using
 from surgery.engine import remove
 from surgery.errors import SurgeryError, SurgeryWarning
-from surgery.merge import unmerge
+from surgery.merging import unmerge
 from surgery.peft.config import PeftConfig
 from surgery.peft.defaults import heads_of
 from surgery.peft.facade import Facade, trained

@@ -15,7 +15,7 @@ from surgery.checkpoint import load_adapter
 from surgery.engine import apply_rules, remove
 from surgery.errors import SurgeryError, SurgeryWarning
 from surgery.for_good import forget
-from surgery.merge import merge, unmerge
+from surgery.merging import merge, unmerge
 from surgery.peft.config import PeftConfig
 from surgery.peft.defaults import with_defaults
 from surgery.peft.facade import LoadResult, example_of, half_precision, numbers_in

@@ -10,9 +10,9 @@ from typing import Any
 from torch import fx, nn
 
 from surgery.errors import MatchError, near_misses
+from surgery.own import own_forward
 from surgery.state import SiteState, is_adapter_key, model_state, site_state, sites, tensors_of
 from surgery.table import table
-from surgery.trace import own_forward
 from surgery.variants import held_own, layer_at
 from surgery.weave import woven
 

@@ -14,14 +14,14 @@ from surgery.clash import hidden
 from surgery.errors import MergeError, PlanError, SurgeryError
 from surgery.exact import LowRank, Rows, unfold, weighted
 from surgery.folding import Keep, SiteFolding, check_foldable, owners, verify_records
+from surgery.hooks import running
 from surgery.install import reason_against
 from surgery.journal import Journal
 from surgery.living import install_live
+from surgery.own import own_forward
 from surgery.recording import layer_of
-from surgery.rule import running
 from surgery.site import LiveSite
 from surgery.state import Applied, Merged, SiteState, adapter_names, require_state, sites, tensors_of
-from surgery.trace import own_forward
 from surgery.view import tensor_at
 
 __all__ = ["MergeReport", "merge", "unmerge"]

@@ -1,0 +1,37 @@
+"""A rule's own code, run so that what it raises is told with its place."""
+
+from __future__ import annotations
+
+import traceback
+from types import TracebackType
+from typing import TYPE_CHECKING
+
+from surgery.errors import SiteError, SurgeryError
+
+if TYPE_CHECKING:
+    from surgery.base_rule import Rule
+
+__all__ = ["running"]
+
+
+class running:
+    """A rule's own code at a site: what it raises is told with the rule, the hook and the path."""
+
+    __slots__ = ("hook", "path", "rule")
+
+    def __init__(self, rule: Rule, hook: str, path: str):
+        self.rule, self.hook, self.path = rule, hook, path
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None):
+        if not isinstance(error, Exception) or isinstance(error, SurgeryError):
+            return
+        last = traceback.extract_tb(trace)[-1]
+        raise SiteError(
+            f"{self.rule.label}.{self.hook} fails",
+            where=self.path or "(the model itself)",
+            why=f"{type(error).__name__}: {error} ({last.filename}:{last.lineno}: {last.line})",
+            fix="correct the rule's own code",
+        ) from error
