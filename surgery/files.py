@@ -21,15 +21,15 @@ import torch
 from torch import Tensor
 
 from surgery.errors import SurgeryError
+from surgery.plain_json import parse_json
 
-__all__ = ["TensorFile", "open_tensors", "read_json", "replace_files", "write_safetensors"]
+__all__ = ["TensorFile", "open_tensors", "replace_files", "write_safetensors"]
 
 DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
     "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8,
     "BOOL": torch.bool, "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
 }  # fmt: skip
-MOST_JSON = 8 << 20  # bytes of settings; adapters' have some thousands
 MOST_HEADER = 32 << 20
 
 
@@ -150,27 +150,6 @@ class TensorFile:
     metadata: Mapping[str, str]
     read: Callable[[str], Tensor]
     sound: Callable[[], bool] = lambda: False
-
-
-def read_json(path: Path) -> Any:
-    """The data in a file of settings; `SurgeryError` where it is no JSON, or too large to be one."""
-    try:
-        if path.stat().st_size > MOST_JSON:
-            raise SurgeryError(f"{path.name} is too large", why=f"{path.stat().st_size} bytes of settings")
-        return parse_json(path.read_bytes(), path.name)
-    except OSError as error:
-        raise SurgeryError(f"{path.name} can't be read", why=str(error)) from None
-
-
-def parse_json(text: bytes | str, what: str) -> Any:
-    try:
-        return json.loads(text, parse_constant=_no_number)
-    except (ValueError, RecursionError) as error:
-        raise SurgeryError(f"{what} is no JSON", why=str(error)[:200] or type(error).__name__) from None
-
-
-def _no_number(name: str) -> Any:
-    raise ValueError(f"{name} is no number of JSON")
 
 
 def open_tensors(path: Path) -> TensorFile:

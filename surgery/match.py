@@ -12,6 +12,7 @@ from torch import fx, nn
 
 from surgery.base_rule import Rule
 from surgery.errors import MatchError, near_misses
+from surgery.paths import endings
 from surgery.pattern import Candidate, Pattern, Targets, Verdict, as_pattern
 
 __all__ = ["Match", "matches", "verdict_of"]
@@ -112,15 +113,6 @@ def verdict_of(tree: Tree, rule: Rule, path: str) -> Verdict:
             f"the model has no module {path!r}", why=near_misses(path, tree.modules), fix="see model.named_modules()"
         )
     return _verdict(tree.candidate(path), rule)
-
-
-def endings(path: str) -> Iterator[str]:
-    """The names that fit a path: all of it, and what follows each of its dots."""
-    yield path
-    dot = path.find(".")
-    while dot >= 0:
-        yield path[dot + 1 :]
-        dot = path.find(".", dot + 1)
 
 
 def _asking(tree: Tree, targets: Targets) -> Callable[[str], bool]:

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from surgery.base_rule import Rule
 from surgery.errors import RuleError, SurgeryError, near_misses
 from surgery.files import TensorFile
-from surgery.match import endings
+from surgery.paths import endings
 from surgery.peft_targets import Modules, choose, chosen_by, fields_of, regular
 from surgery.plan import Plan
 from surgery.recording import Step

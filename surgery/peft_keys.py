@@ -10,47 +10,14 @@ from torch import nn
 from surgery.errors import SurgeryError
 from surgery.files import TensorFile
 from surgery.match import base_modules
+from surgery.peft_spelling import of_today
 
 __all__ = ["keys_of", "settings_of"]
-
-PREFIX = "base_model.model."
-_SPELLINGS = (
-    (re.compile(r"\.lora\.down\.weight$|_lora\.down\.weight$"), ".lora_A.weight"),
-    (re.compile(r"\.lora\.up\.weight$|_lora\.up\.weight$"), ".lora_B.weight"),
-    (re.compile(r"\.lora_A\.default\.weight$"), ".lora_A.weight"),
-    (re.compile(r"\.lora_B\.default\.weight$"), ".lora_B.weight"),
-)  # diffusers' layers of old, and its files that were written with an adapter's name
-_BEFORE = ("", "unet.", "transformer.", "text_encoder.", "text_encoder_2.", "prior.")
 
 
 def keys_of(model: nn.Module, file: TensorFile) -> dict[str, str]:
     """PEFT's key of today → the key in the file."""
-    held = [key for key in file.shapes]
-    if "prompt_embeddings" in held or any(key.startswith("base_model.") for key in held):
-        return {key: key for key in held}
-    paths = {path for path, _ in base_modules(model)}
-    before = max(_BEFORE, key=lambda text: sum(_known(_spelt(key, text), paths) for key in held))
-    found: dict[str, str] = {}
-    for key in held:
-        found.setdefault(PREFIX + _spelt(key, before), key)
-    if len(found) != len(held):
-        raise SurgeryError("two tensors of the file have the same name here")
-    return found
-
-
-def _spelt(key: str, before: str) -> str:
-    key = re.sub(r"(^|\.)processor\.", r"\1", key.removeprefix(before))
-    for pattern, suffix in _SPELLINGS:
-        key = pattern.sub(suffix, key)
-    return re.sub(r"(^|\.)to_out\.lora_", r"\1to_out.0.lora_", key)
-
-
-def _known(key: str, paths: set[str]) -> bool:
-    while key:
-        key = key.rpartition(".")[0]
-        if key in paths:
-            return key != ""
-    return False
+    return of_today(list(file.shapes), lambda: {path for path, _ in base_modules(model)})
 
 
 def settings_of(model: nn.Module, file: TensorFile, keys: dict[str, str]) -> dict[str, Any]:

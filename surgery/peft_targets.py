@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -12,7 +12,8 @@ from torch import nn
 
 from surgery.base_rule import Rule
 from surgery.errors import MatchError, SurgeryError
-from surgery.match import Tree, base_modules, endings, matches
+from surgery.match import Tree, base_modules, matches
+from surgery.paths import chosen
 
 if TYPE_CHECKING:
     from surgery.peft_format import PeftConfig
@@ -46,39 +47,7 @@ class Modules:
 
 def chosen_by(config: Mapping[str, Any], modules: Modules) -> set[str]:
     """The paths that `target_modules` and the fields around it mean; empty where they name none."""
-    targets = config.get("target_modules")
-    if not targets:
-        return set()
-    exclude = config.get("exclude_modules")
-    targeted, excluded = _asking(targets), _asking(exclude or ())
-    saved = [re.compile(rf"(^|.*\.){name}($|\..*)").match for name in config.get("modules_to_save") or ()]
-    return {
-        path
-        for path in modules.by_path
-        if targeted(path)
-        and not excluded(path)
-        and not any(held(path) for held in saved)
-        and (isinstance(targets, str) or _in_layers(config, path))
-    }
-
-
-def _asking(targets: str | Sequence[str]) -> Callable[[str], bool]:
-    """Whether a path is meant: by a regular expression, or by names that are its endings."""
-    if isinstance(targets, str):
-        form = re.compile(targets)
-        return lambda path: form.fullmatch(path) is not None
-    names = {name for name in targets if isinstance(name, str)}
-    return lambda path: not names.isdisjoint(endings(path))
-
-
-def _in_layers(config: Mapping[str, Any], path: str) -> bool:
-    layers, patterns = config.get("layers_to_transform"), config.get("layers_pattern") or ()
-    if layers is None or layers == []:
-        return True
-    forms = [rf"(?:^|.*?\.){p}\.(?P<idx>\d+)\." for p in ([patterns] if isinstance(patterns, str) else patterns)]
-    hits = (re.match(form, path) for form in forms or [r".*?\.[^.]*\.(?P<idx>\d+)\."])
-    hit = next((hit for hit in hits if hit), None)
-    return hit is not None and int(hit["idx"]) in ([layers] if isinstance(layers, int) else layers)
+    return chosen(config, modules.by_path)
 
 
 def choose(config: PeftConfig, kind: type[R], given: Mapping[str, Any], marks: tuple[str, ...]) -> R:

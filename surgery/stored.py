@@ -11,8 +11,9 @@ from torch import Tensor, nn
 
 from surgery.base_rule import Rule
 from surgery.errors import LoadError, RuleError, SurgeryError
-from surgery.files import TensorFile, open_tensors, parse_json, put_away, read_json
+from surgery.files import TensorFile, open_tensors, put_away
 from surgery.match import RESERVED
+from surgery.plain_json import parse_json, read_json
 from surgery.plan import Plan
 from surgery.recording import Step
 

@@ -110,7 +110,7 @@ class PeftConfig:
     @classmethod
     def from_pretrained(cls, source: str | Path, subfolder: str | None = None, **options: Any) -> PeftConfig:
         """The configuration in a folder or a repository of the hub (with `revision`)."""
-        from surgery.files import read_json
+        from surgery.plain_json import read_json
 
         place = Path(source) / (subfolder or "")
         if not Path(source).exists():

@@ -1,0 +1,92 @@
+"""Whether an adapter's tensors are what the slots of a file hold."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from surgery.errors import LoadError, SurgeryError, near_misses
+from surgery.onnx.dtypes import widened
+
+if TYPE_CHECKING:
+    from surgery.onnx.manifest import Manifest, Slot
+
+__all__ = ["listed", "problems_of"]
+
+
+def problems_of(manifest: Manifest, tensors: Mapping[str, np.ndarray]) -> list[SurgeryError]:
+    """One error for each unknown name, each site of which a part is given, and each tensor that does not fit."""
+    if not manifest.slots:
+        why = f'it was exported with adapters="{manifest.adapters}"'
+        return [SurgeryError("the file has no slots for adapters", why=why, fix='export_onnx(…, adapters="slots")')]
+    found = list(_unknown(manifest, tensors))
+    found += _halves(manifest, tensors)
+    sizes: dict[str, tuple[int, str]] = {}
+    for name, slot in manifest.by_name.items():
+        if name in tensors:
+            found += _misfit(manifest, slot, tensors[name], sizes)
+    if not tensors:
+        found.append(SurgeryError("the adapter has no tensors"))
+    return found
+
+
+def listed(what: str, problems: list[SurgeryError], where: str | None = None) -> LoadError:
+    """All of them as one error."""
+    error = LoadError(problems)
+    error.what, error.where = f"{what}: {error.what.split(',')[0]}", where
+    if len(problems) == 1:
+        only = problems[0]
+        error.problems = [SurgeryError(f"{what}: {only.what}", where=only.where, why=only.why, fix=only.fix)]
+    return error
+
+
+def _unknown(manifest: Manifest, tensors: Mapping[str, np.ndarray]) -> Iterator[SurgeryError]:
+    for name in tensors:
+        if name not in manifest.by_name:
+            why = near_misses(str(name), manifest.by_name) or f"it has {len(manifest.slots)} others"
+            yield SurgeryError(f"the file has no slot {name!r}", why=why)
+
+
+def _halves(manifest: Manifest, tensors: Mapping[str, np.ndarray]) -> Iterator[SurgeryError]:
+    for (site, _), slots in manifest.groups.items():
+        given = [slot.tensor for slot in slots if slot.name in tensors]
+        lacking = [slot.tensor for slot in slots if slot.name not in tensors]
+        if given and lacking:
+            why = f"there is {', '.join(given)} and no {', '.join(lacking)}"
+            yield SurgeryError("the adapter has a part of a site", where=site, why=why)
+
+
+def _misfit(
+    manifest: Manifest, slot: Slot, tensor: np.ndarray, sizes: dict[str, tuple[int, str]]
+) -> Iterator[SurgeryError]:
+    if not isinstance(tensor, np.ndarray):
+        yield SurgeryError("a tensor is no numpy array", where=slot.name, why=f"it is {type(tensor).__name__}")
+        return
+    if tensor.dtype.name != slot.dtype:
+        fix = f".astype({slot.dtype!r})" if slot.dtype != "bfloat16" else ".astype(ml_dtypes.bfloat16)"
+        why = f"it is {tensor.dtype.name}, and the slot {slot.dtype}"
+        yield SurgeryError("a tensor has another dtype", where=slot.name, why=why, fix=fix)
+        return
+    fixed = [(size, own) for size, own in zip(tensor.shape, slot.shape, strict=False) if own is not None]
+    if tensor.ndim != len(slot.shape) or any(size != own for size, own in fixed):
+        why = f"it is {tensor.shape}, and the slot {_shape(slot)}"
+        yield SurgeryError("a tensor has another shape", where=slot.name, why=why)
+        return
+    for axis in slot.free:
+        size = tensor.shape[axis]
+        if size == 0 and manifest.empty == "zeros1":
+            yield SurgeryError(
+                "a tensor is empty", where=slot.name, why='the file is for runtimes without such: "zeros1"'
+            )
+        known, first = sizes.setdefault(slot.dim or slot.name, (size, slot.name))
+        if known != size:
+            why = f"its rank is {size}, and that of {first} is {known}"
+            yield SurgeryError("two tensors of a site have different ranks", where=slot.name, why=why)
+    if tensor.dtype.kind in "fV" and not np.isfinite(widened(tensor)).all():
+        yield SurgeryError("a tensor has numbers that are not finite", where=slot.name)
+
+
+def _shape(slot: Slot) -> str:
+    return "(" + ", ".join("any" if size is None else str(size) for size in slot.shape) + ")"

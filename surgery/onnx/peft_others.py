@@ -1,0 +1,132 @@
+"""IA³, prefixes and fully trained modules of PEFT's checkpoints as the tensors of slots."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from surgery.errors import SurgeryError
+from surgery.onnx.dtypes import widened
+
+if TYPE_CHECKING:
+    from surgery.onnx.convert import Making
+
+__all__ = ["ia3", "prefix", "trained"]
+
+
+def ia3(making: Making) -> None:
+    """One number a feature, of what comes out or, in feedforward modules, of what goes in."""
+    making.problems += making.checkpoint.unsaid("feedforward_modules", "init_ia3_weights")
+    for key in [key for key in making.left if key == "ia3_l" or key.endswith(".ia3_l")]:
+        path, scale = key.removesuffix("ia3_l").removesuffix("."), widened(making.left.pop(key))
+        with making.noting(path):
+            rule = making.rule_of(path, "ia3")
+            fed = _fed(making.checkpoint.config.get("feedforward_modules") or (), path)
+            if fed != any(_fits(text, path) for text in _texts(rule.get("feedforward"))):
+                there, here = ("what goes in", "what comes out")[:: 1 if fed else -1]
+                raise SurgeryError(f"the checkpoint scales {there} here, and the slot {here}")
+            making.put(path, "ia3", {"scale": scale.reshape(-1)})
+
+
+def _fed(told: Any, path: str) -> bool:
+    """As PEFT asks: an expression for the whole path, or endings, with no dot before them."""
+    return re.fullmatch(told, path) is not None if isinstance(told, str) else any(map(path.endswith, told))
+
+
+def _texts(value: Any) -> list[str]:
+    return [value] if isinstance(value, str) else [one for one in value or () if isinstance(one, str)]
+
+
+def _fits(text: str, path: str) -> bool:
+    """As a rule's targets are read: an ending at a dot, or after `re:` an expression for the whole path."""
+    if text.startswith("re:"):
+        return re.fullmatch(text.removeprefix("re:"), path) is not None
+    return text != "" and (path == text or path.endswith(f".{text}"))
+
+
+# Prefixes -----------------------------------------------------------------------------------------------------
+
+
+def prefix(making: Making) -> None:
+    """Keys and values of all layers stand in one matrix, a row a virtual token: (length, layers · 2 · heads · size).
+
+    PEFT's prefix takes positions, and ours none; with rotary positions its keys are turned back by its length, by the
+    angles that the manifest gives for the site under `turn`.
+    """
+    held = making.checkpoint
+    ours = ("num_virtual_tokens", "token_dim", "num_layers", "num_attention_heads", "num_transformer_submodules")
+    making.problems += held.unsaid(*ours, "encoder_hidden_size", "prefix_projection", "init_weights")
+    matrix = making.left.pop("prompt_embeddings", None)
+    sites = [site for site, rule in making.manifest.groups if rule == "prefix"]
+    with making.noting("prompt_embeddings"):
+        if matrix is None or not sites:
+            raise SurgeryError(
+                "the checkpoint has no prefix" if matrix is None else "the file has no slots for a prefix"
+            )
+        if held.config.get("num_transformer_submodules") not in (None, 1):
+            raise SurgeryError("PEFT's num_transformer_submodules is not 1", why="it is an encoder-decoder's prefix")
+        layers = held.config.get("num_layers", len(sites))
+        if layers != len(sites) or matrix.ndim != 2 or matrix.shape[1] % (2 * len(sites)):
+            why = f"it is {matrix.shape} for {layers} layers, and the file has {len(sites)} sites"
+            raise SurgeryError("the prefix does not fit the file", why=why)
+        parts = widened(matrix).reshape(len(matrix), 2 * len(sites), -1)
+        for i, path in enumerate(sites):
+            with making.noting(path):
+                _place_prefix(making, path, parts[:, 2 * i], parts[:, 2 * i + 1])
+
+
+def _place_prefix(making: Making, path: str, keys: np.ndarray, values: np.ndarray) -> None:
+    slots = making.slots(path, "prefix")
+    if "gate" in slots:
+        raise SurgeryError("the slot's prefix has a gate, and PEFT's none")
+    found = {}
+    for name, flat in (("key", keys), ("value", values)):
+        slot = slots.get(name)
+        heads, _, size = slot.shape if slot is not None and len(slot.shape) == 3 else (None, None, None)
+        if not heads or not size or flat.shape[1] != heads * size:
+            raise SurgeryError(f"the prefix's {name}s don't fit the slot", why=f"{flat.shape[1]} numbers a token")
+        found[name] = flat.reshape(len(flat), heads, size).transpose(1, 0, 2)
+    site = making.site_of(path, "prefix")
+    if "turn" not in site:
+        why = "PEFT's prefix shifts the text's positions, and the file does not say what makes up for that"
+        raise SurgeryError("PEFT's prefix can't be converted here", why=why, fix="load_adapter and export_adapter")
+    if site["turn"] is not None:
+        found["key"] = _turned(found["key"], site["turn"])
+    making.put(path, "prefix", found)
+
+
+def _turned(key: np.ndarray, turn: Any) -> np.ndarray:
+    """Keys (heads, length, size) turned back by their number of positions."""
+    told = turn if isinstance(turn, Mapping) else {}
+    angles, pairs = told.get("frequencies"), told.get("pairs")
+    good = isinstance(angles, list) and all(type(one) in (int, float) for one in angles)
+    if not good or pairs not in ("halves", "neighbours") or 2 * len(angles) > key.shape[-1]:  # type: ignore[arg-type]
+        raise SurgeryError("the manifest's turn is none", why=f"{turn!r}"[:200])
+    count, by = len(angles), np.array(angles, np.float64) * key.shape[1]  # type: ignore[arg-type]
+    first = slice(0, count) if pairs == "halves" else slice(0, 2 * count, 2)
+    second = slice(count, 2 * count) if pairs == "halves" else slice(1, 2 * count, 2)
+    found = key.astype(np.float64)
+    x, y = found[..., first].copy(), found[..., second].copy()
+    found[..., first] = x * np.cos(by) + y * np.sin(by)
+    found[..., second] = y * np.cos(by) - x * np.sin(by)
+    return found
+
+
+# Modules that are trained whole -------------------------------------------------------------------------------
+
+
+def trained(making: Making) -> None:
+    """What is left are parameters under their own names: of modules_to_save, or biases beside a LoRA."""
+    kinds = ("train", "bias", "norm")
+    for key in list(making.left):
+        path, _, name = key.replace(".base_layer.", ".").rpartition(".")
+        name, owner = name.replace(".", "_"), path
+        kind = next((one for one in kinds if name in making.manifest_slots(owner, one)), None)
+        if kind is None and name == "num_batches_tracked":  # of a BatchNorm: only training reads it
+            del making.left[key]
+        if kind is not None:
+            with making.noting(path):
+                making.put(owner, kind, {name: making.left.pop(key)})

@@ -1,0 +1,46 @@
+"""Single weights of an ONNX file, in the shape that the model's module has them in."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from surgery.errors import SurgeryError
+
+__all__ = ["Weights"]
+
+LAYOUT = "surgery.layout"
+
+
+class Weights:
+    """The initialisers of a file by the model's names; read when they are asked for."""
+
+    def __init__(self, path: Path):
+        try:
+            import onnx
+        except ImportError:
+            why, fix = "DoRA's gains are made with the base's weights", "pip install onnx"
+            raise SurgeryError("the onnx package is missing", why=why, fix=fix) from None
+        self.onnx, self.folder = onnx, path.parent
+        try:
+            graph = onnx.load(str(path), load_external_data=False).graph
+        except Exception as error:  # protobuf's own
+            raise SurgeryError(f"{path.name} is no ONNX file", why=str(error)[:200]) from None
+        self.held: dict[str, Any] = {one.name: one for one in graph.initializer}
+        told = [*graph.initializer, *graph.value_info]
+        self.turned = {
+            one.name for one in told for p in one.metadata_props if (p.key, p.value) == (LAYOUT, "transposed")
+        }
+
+    def __getitem__(self, name: str) -> np.ndarray:
+        """`SurgeryError` where the file has it under another name, or in another form."""
+        if name not in self.held:
+            fix = "export_adapter, which has the model's weights"
+            raise SurgeryError("the file has no weight of this name", where=name, why="it was folded away", fix=fix)
+        found = self.onnx.numpy_helper.to_array(self.held[name], base_dir=str(self.folder))
+        if found.dtype.kind not in "fV":
+            raise SurgeryError("the weight is quantised", where=name, why=f"it is {found.dtype.name}")
+        found = found.astype(np.float64)
+        return found.T if name in self.turned else found

@@ -1,0 +1,60 @@
+"""Paths of modules, and which of them PEFT's configuration means. Needs no torch."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+__all__ = ["chosen", "endings", "patterned"]
+
+
+def endings(path: str) -> Iterator[str]:
+    """The names that fit a path: all of it, and what follows each of its dots."""
+    yield path
+    dot = path.find(".")
+    while dot >= 0:
+        yield path[dot + 1 :]
+        dot = path.find(".", dot + 1)
+
+
+def chosen(config: Mapping[str, Any], paths: Iterable[str]) -> set[str]:
+    """Those that PEFT's `target_modules` and the fields around it mean; none where they name none."""
+    targets = config.get("target_modules")
+    if not targets:
+        return set()
+    exclude = config.get("exclude_modules")
+    targeted, excluded = _asking(targets), _asking(exclude or ())
+    saved = [re.compile(rf"(^|.*\.){name}($|\..*)").match for name in config.get("modules_to_save") or ()]
+    return {
+        path
+        for path in paths
+        if targeted(path)
+        and not excluded(path)
+        and not any(held(path) for held in saved)
+        and (isinstance(targets, str) or _in_layers(config, path))
+    }
+
+
+def patterned(patterns: Mapping[str, Any] | None, path: str, default: Any) -> Any:
+    """The value of the first of PEFT's patterns (rank_pattern) that fits a path."""
+    return next((v for key, v in (patterns or {}).items() if re.match(rf"(.*\.)?({key})$", path)), default)
+
+
+def _asking(targets: str | Sequence[str]) -> Callable[[str], bool]:
+    """Whether a path is meant: by a regular expression, or by names that are its endings."""
+    if isinstance(targets, str):
+        form = re.compile(targets)
+        return lambda path: form.fullmatch(path) is not None
+    names = {name for name in targets if isinstance(name, str)}
+    return lambda path: not names.isdisjoint(endings(path))
+
+
+def _in_layers(config: Mapping[str, Any], path: str) -> bool:
+    layers, patterns = config.get("layers_to_transform"), config.get("layers_pattern") or ()
+    if layers is None or layers == []:
+        return True
+    forms = [rf"(?:^|.*?\.){p}\.(?P<idx>\d+)\." for p in ([patterns] if isinstance(patterns, str) else patterns)]
+    hits = (re.match(form, path) for form in forms or [r".*?\.[^.]*\.(?P<idx>\d+)\."])
+    hit = next((hit for hit in hits if hit), None)
+    return hit is not None and int(hit["idx"]) in ([layers] if isinstance(layers, int) else layers)
