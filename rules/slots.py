@@ -16,7 +16,7 @@ __all__ = ["LowRankSlotRule", "low_rank_slot", "low_rank_tensors"]
 
 @rule("low-rank-slot")
 class LowRankSlotRule(Rule):
-    """y = gain ⊙ (W x + B A x) + b + B_bias, with factors of any rank: of none, and with a gain of ones, it is the base.
+    """y = gain ⊙ (W x + B A x) + b + B_bias, with factors of any rank: with none it is the base.
 
     >>> import torch
     >>> from torch import nn
