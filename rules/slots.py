@@ -65,6 +65,15 @@ class LowRankSlotRule(Rule):
         prefix, name = tensor[:-1], tensor[-1]
         return ({"A": 0, "B": 1}[name], f"{prefix}rank") if name in "AB" and prefix in ("", *_PARTS) else None
 
+    def unslotted(self, tensors: Mapping[str, Tensor]) -> tuple[Rule, Mapping[str, Tensor]]:
+        from rules.lora import LoraRule
+
+        rank = next(len(tensor) for name, tensor in tensors.items() if name.endswith("A"))
+        if any(bool((tensor != 1).any()) for name, tensor in tensors.items() if name.endswith("gain")):
+            return self.replace(rank=rank), tensors
+        kept = {name: tensor for name, tensor in tensors.items() if not name.endswith("gain")}
+        return LoraRule(rank=rank, alpha=rank, lora_bias=self.bias), kept
+
 
 _PARTS = ("q_", "k_", "v_", "out_")
 
