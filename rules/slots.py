@@ -16,7 +16,7 @@ __all__ = ["LowRankSlotRule", "low_rank_slot", "low_rank_tensors"]
 
 @rule("low-rank-slot")
 class LowRankSlotRule(Rule):
-    """y = gain ⊙ (W x + B A x) + b + B_bias, with factors of any rank: of none, and with a gain of ones, it is the base.
+    """y = gain ⊙ (W x + B A x) + b + B_bias, with factors of any rank: with none it is the base.
 
     >>> import torch
     >>> from torch import nn
@@ -64,6 +64,15 @@ class LowRankSlotRule(Rule):
     def free(self, tensor: str) -> tuple[int, str] | None:
         prefix, name = tensor[:-1], tensor[-1]
         return ({"A": 0, "B": 1}[name], f"{prefix}rank") if name in "AB" and prefix in ("", *_PARTS) else None
+
+    def unslotted(self, tensors: Mapping[str, Tensor]) -> tuple[Rule, Mapping[str, Tensor]]:
+        from rules.lora import LoraRule
+
+        rank = next(len(tensor) for name, tensor in tensors.items() if name.endswith("A"))
+        if any(bool((tensor != 1).any()) for name, tensor in tensors.items() if name.endswith("gain")):
+            return self.replace(rank=rank), tensors
+        kept = {name: tensor for name, tensor in tensors.items() if not name.endswith("gain")}
+        return LoraRule(rank=rank, alpha=rank, lora_bias=self.bias), kept
 
 
 _PARTS = ("q_", "k_", "v_", "out_")

@@ -13,6 +13,7 @@ from .errors import (
     LoadError,
     MatchError,
     MergeError,
+    ParityError,
     PlanError,
     RuleError,
     SiteError,
@@ -33,6 +34,8 @@ from .merged import merge_to
 from .merging import MergeReport, merge, unmerge
 from .named_rules import rule, rules_from_json, rules_from_yaml, rules_to_json, rules_to_yaml
 from .naming import copy_adapter, rename_adapter
+from .onnx.export import ExportReport, export_onnx
+from .onnx.parity import ParityReport, verify_onnx
 from .pattern import Pattern, Targets
 from .peft_format import PeftConfig, PeftMethod, PeftPart, PeftPlace, peft_method
 from .plainer import folded_adapter
@@ -55,6 +58,7 @@ __all__ = [
     "Adapter",
     "Combination",
     "Coverage",
+    "ExportReport",
     "Found",
     "LiveSite",
     "LoadError",
@@ -65,6 +69,8 @@ __all__ = [
     "MergeError",
     "MergeReport",
     "Occurrence",
+    "ParityError",
+    "ParityReport",
     "Pattern",
     "PeftConfig",
     "PeftEntry",
@@ -102,6 +108,7 @@ __all__ = [
     "deactivate",
     "draw",
     "explain",
+    "export_onnx",
     "folded_adapter",
     "forget",
     "graph_of",
@@ -136,5 +143,6 @@ __all__ = [
     "trace_site",
     "unmerge",
     "using",
+    "verify_onnx",
     "with_layers",
 ]

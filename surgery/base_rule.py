@@ -204,6 +204,10 @@ class Rule:
         """
         return site.params
 
+    def unslotted(self, tensors: Mapping[str, Tensor]) -> tuple[Rule, Mapping[str, Tensor]]:
+        """Of a slot's rule: the rule, and its tensors, that these in a slot of it are; `slotted` the other way."""
+        return self, tensors
+
     def combined(self, shares: Sequence[Share], how: Combination) -> tuple[Rule, Mapping[str, Tensor]]:
         """One rule and its tensors at a site for those of several adapters, each with a weight (`combine`).
 

@@ -179,7 +179,7 @@ def _data(metadata: Mapping[str, Any] | None) -> dict[str, Any]:
 
 def load_adapter(
     model: nn.Module,
-    source: str | Path,
+    source: str | Path | Stored,
     adapter: str = "default",
     *,
     strict: bool = True,
@@ -206,9 +206,10 @@ def load_adapter(
     True
 
     `source` is a folder or file of `save_adapter`'s or PEFT's (also `.bin` and diffusers' LoRA files), or the name of
-    a repository on the hub (with `revision`); `subfolder` is looked for in it. Rules are made by their registered
-    names; no code and no path comes from a file, and pickle files are read with `weights_only`. A rule that names
-    code to import, as a ReplaceRule does, is taken with `trust=True` alone. `finite`: NaN and infinity are a problem.
+    a repository on the hub (with `revision`); `subfolder` is looked for in it. It may be what `import_adapter` read,
+    too. Rules are made by their registered names; no code and no path comes from a file, and pickle files are read with
+    `weights_only`. A rule that names code to import, as a ReplaceRule does, is taken with `trust=True` alone. `finite`:
+    NaN and infinity are a problem.
     `example_inputs` as in `apply_rules`; prefixes need it.
 
     Whole or nothing: missing, unexpected and misshapen tensors, a damaged file, a rule or format of a later version,

@@ -64,8 +64,12 @@ def tensor_key(path: str, name: str) -> str:
     return ".".join(filter(None, (path, RESERVED, name)))
 
 
-def stored_adapter(model: nn.Module, source: str | Path, subfolder: str | None, revision: str | None) -> Stored:
-    """The adapter in a folder, a file, or a repository of the hub."""
+def stored_adapter(
+    model: nn.Module, source: str | Path | Stored, subfolder: str | None, revision: str | None
+) -> Stored:
+    """The adapter in a folder, a file, or a repository of the hub; or one that was read already."""
+    if isinstance(source, Stored):
+        return source
     place = Path(source)
     try:
         if not place.exists():

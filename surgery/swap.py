@@ -59,7 +59,7 @@ class SwapReport(LoadReport):
 def hotswap(
     model: nn.Module,
     adapter: str,
-    source: str | Path | Mapping[str, Tensor],
+    source: str | Path | Stored | Mapping[str, Tensor],
     *,
     rules: Sequence[Rule] | Rule | None = None,
     strict: bool = True,
@@ -209,7 +209,7 @@ def _put_in(one: Living, adapter: str, step: Step, tensors: dict[str, Tensor], j
 
 def _stored(
     model: nn.Module,
-    source: str | Path | Mapping[str, Tensor],
+    source: str | Path | Stored | Mapping[str, Tensor],
     adapter: str,
     rules: Sequence[Rule] | Rule | None,
     subfolder: str | None,

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from surgery.errors import SurgeryError
-from surgery.state import sites
+from surgery.state import _MODEL, _SITE, sites
 
 __all__ = ["sharing_copy"]
 
@@ -34,6 +34,7 @@ def sharing_copy(model: nn.Module, *, folding: bool = False) -> nn.Module:
             why=f"{type(error).__name__}: {error}"[:300],
             fix="export works on a copy that shares the model's memory: let copy.deepcopy(model) succeed",
         ) from error
+    _bring_records(model, found, memo)
     for parameter in found.parameters():
         if parameter.is_floating_point():
             parameter.requires_grad_(False)
@@ -52,3 +53,13 @@ def _written(model: nn.Module, folding: bool) -> Iterator[Tensor]:
         if folding or site.merged is not None or any(applied.changed for applied in site.applied):
             yield from module.parameters()
             yield from module.buffers()
+
+
+def _bring_records(model: nn.Module, found: nn.Module, memo: Mapping[int, object]) -> None:
+    """A GraphModule's own deepcopy leaves records behind that others take along."""
+    for path, module in model.named_modules():
+        if isinstance(module, fx.GraphModule):
+            for name in (_MODEL, _SITE):
+                record = module.__dict__.get(name)
+                if record is not None:
+                    found.get_submodule(path).__dict__[name] = memo[id(record)]

@@ -1,4 +1,4 @@
-"""Greedy decoding, token for token: the live model reads the whole text anew for each, the file goes on from its cache."""
+"""Greedy decoding, token for token: the model reads the whole text anew for each, the file goes on from its cache."""
 
 from __future__ import annotations
 
@@ -14,6 +14,8 @@ from torch import Tensor, nn
 from surgery.onnx.given import Given
 
 __all__ = ["Decoded", "decode"]
+
+_LONGEST = 64  # positions of the example that are read anew for each token
 
 TIE = 1e-3  # two logits nearer than this are a tie, which rounding decides
 
@@ -37,3 +39,42 @@ class Decoded:
         told = "a tie" if self.ok else f"{self.gap:.1e} apart"
         at = next(i for i, pair in enumerate(zip(self.expected, self.found, strict=True)) if pair[0] != pair[1])
         return f"{self.adapter}: tokens differ from the {at + 1}. on ({told}): {self.expected} and {self.found}"
+
+
+def decode(
+    reference: nn.Module,
+    given: Given,
+    path: str | Path,
+    manifest: Any,
+    adapter: str,
+    fed: Mapping[str, Any],
+    tokens: int,
+) -> Decoded | None:
+    """Decode the example's first row; None where the file is no decoder's that takes and gives a cache."""
+    ids = given.values.get("input_ids")
+    if not manifest.cache or "logits" not in manifest.outputs or not isinstance(ids, Tensor) or ids.dim() != 2:
+        return None
+    if set(manifest.inputs) - {one["past"] for one in manifest.cache} - {"input_ids", "attention_mask"}:
+        return None
+    from surgery.onnx.runner import OnnxRunner
+
+    row = ids[:1, :_LONGEST]
+    expected, gaps = _greedy(reference, row, tokens)
+    runner = OnnxRunner(path)
+    runner.load(adapter, fed)
+    found = runner.generate({"input_ids": row.cpu().numpy()}, max_new_tokens=tokens, adapter=adapter if fed else None)
+    new = tuple(int(one) for one in np.asarray(found)[0, row.shape[1] :])
+    parted = next((i for i, pair in enumerate(zip(expected, new, strict=True)) if pair[0] != pair[1]), None)
+    return Decoded(adapter, expected, new, gaps[parted] if parted is not None else 0.0)
+
+
+def _greedy(model: nn.Module, ids: Tensor, tokens: int) -> tuple[tuple[int, ...], list[float]]:
+    """The tokens, and for each how far the best one's logit is from the second's, of the logits' spread."""
+    text, gaps = ids, []
+    with torch.no_grad():
+        for _ in range(tokens):
+            logits = model(input_ids=text, attention_mask=torch.ones_like(text), use_cache=False).logits[0, -1].double()
+            best = logits.topk(2).values
+            gaps.append(float((best[0] - best[1]) / max(1.0, float(logits.abs().max()))))
+            text = torch.cat([text, logits.argmax().view(1, 1)], dim=1)
+    return tuple(text[0, ids.shape[1] :].tolist()), gaps

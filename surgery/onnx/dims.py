@@ -13,7 +13,7 @@ from torch.utils import _pytree as pytree
 from surgery.errors import SurgeryError, near_misses
 from surgery.onnx.given import Given, is_cache, leaves_of
 
-__all__ = ["Dynamic", "axes_of", "dynamic_shapes", "example_for_tracing", "rename_dims"]
+__all__ = ["Axes", "Dynamic", "axes_of", "dynamic_shapes", "example_for_tracing", "rename_dims"]
 
 Dynamic = bool | Mapping[str, Mapping[int, str]]
 Axes = dict[str, dict[int, str]]  # input → axis → name

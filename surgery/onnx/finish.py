@@ -80,15 +80,15 @@ def add_defaults(model: ir.Model, defaults: Mapping[str, Tensor], required: Iter
     required = set(required)
     for value in model.graph.inputs:
         tensor = defaults.get(value.name or "")
-        if tensor is not None and value.name not in required:
-            value.const_value = _tensor(tensor, value.name or "")
+        if tensor is not None and value.name and value.name not in required:
+            value.const_value = _tensor(tensor, value.name)
             model.graph.initializers[value.name] = value
 
 
 def make_constants(model: ir.Model, tensors: Mapping[str, Tensor]) -> None:
     """Inputs become initialisers under their own names: they were inputs so that no pass would fold them."""
     for value in list(model.graph.inputs):
-        if value.name in tensors:
+        if value.name and value.name in tensors:
             value.const_value = _tensor(tensors[value.name], value.name)
             model.graph.inputs.remove(value)
             model.graph.initializers[value.name] = value

@@ -14,7 +14,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
+from torch.utils import _pytree as pytree
 
 from surgery.errors import SurgeryError
 from surgery.onnx.given import Given, is_transformers, leaves_of, register_caches
@@ -56,12 +57,9 @@ def program_of(
     given: Given,
     lifted: Sequence[Lifted],
     shapes: Mapping[str, Any],
-    *,
-    opset: int | None,
-    optimize: bool,
-    optimize_for: str | None,
+    how: Any,
 ) -> Program:
-    """Export the model, which is a copy that may be changed. `SurgeryError` where it can't be."""
+    """Export the model, which is a copy that may be changed. `SurgeryError` where not. `how`: its `Settings`."""
     names = [name for name, leaf in leaves_of(given.values) if isinstance(leaf, Tensor)]
     inputs = dict(given.copy())
     dynamic = dict(shapes)
@@ -70,10 +68,10 @@ def program_of(
         auto = torch.export.Dim.AUTO
         dynamic[SLOTS] = {one.name: {} if one.free is None else {one.free: auto} for one in lifted}
     export = _by_transformers if is_transformers(model) else _by_torch
-    with _forward_with(model, given, lifted), _quiet(), names_kept(), torch.no_grad():
+    with _forward_with(model, given, lifted) as exported, _quiet(), names_kept(), torch.no_grad():
         try:
-            made = export(model, inputs, dynamic, opset, optimize)
-            if optimize_for == "ort":
+            made = export(exported, inputs, dynamic, how.opset, how.optimize)
+            if how.optimize_for == "ort":
                 fused(made)
         except Exception as error:
             raise SurgeryError(
@@ -103,7 +101,7 @@ def program_of(
 
 
 @contextlib.contextmanager
-def _forward_with(model: nn.Module, given: Given, lifted: Sequence[Lifted]) -> Iterator[None]:
+def _forward_with(model: nn.Module, given: Given, lifted: Sequence[Lifted]) -> Iterator[nn.Module]:
     """A forward that takes the lifted tensors as an argument and puts them where they belong for the call.
 
     It is set on the instance: nothing stands around the model, so the graph's names are the model's.
@@ -124,16 +122,26 @@ def _forward_with(model: nn.Module, given: Given, lifted: Sequence[Lifted]) -> I
     kind = inspect.Parameter.POSITIONAL_OR_KEYWORD
     names = [*given.values, *([SLOTS] if lifted else [])]
     forward.__signature__ = inspect.Signature([inspect.Parameter(name, kind) for name in names])  # type: ignore[attr-defined]
-    model.__dict__["forward"] = forward
+    taken = _shell(model) if isinstance(model, fx.GraphModule) else model
+    taken.__dict__["forward"] = forward
     try:
-        yield
+        yield taken
     finally:
-        model.__dict__.pop("forward", None)
+        taken.__dict__.pop("forward", None)
+
+
+def _shell(model: nn.Module) -> nn.Module:
+    """A module with the same children and tensors: of a GraphModule torch.export runs the graph, and no forward."""
+    found = nn.Module()
+    for name in ("_modules", "_parameters", "_buffers"):
+        found.__dict__[name] = model.__dict__[name]
+    return found.eval()
 
 
 def _by_transformers(model: nn.Module, inputs: dict[str, Any], shapes: Any, opset: int | None, optimize: bool) -> Any:
     """Its exporter knows caches, and what of its models torch can't export as they stand."""
-    from transformers.exporters import OnnxConfig, OnnxExporter
+    from transformers.exporters.configs import OnnxConfig
+    from transformers.exporters.exporter_onnx import OnnxExporter
 
     register_caches()
     flags = {name: value for name, value in inputs.items() if isinstance(value, (bool, str))}
@@ -159,8 +167,8 @@ def _by_torch(model: nn.Module, inputs: dict[str, Any], shapes: Any, opset: int 
 def _output_names(exported: Any) -> list[str]:
     """By what the model returns: a tensor is `output`, of a mapping each has its key, of a tuple its place."""
     spec = exported.call_spec.out_spec
-    dummy = torch.utils._pytree.tree_unflatten(list(range(spec.num_leaves)), spec)
-    paths, _ = torch.utils._pytree.tree_flatten_with_path(dummy)
+    dummy = pytree.tree_unflatten(list(range(spec.num_leaves)), spec)
+    paths, _ = pytree.tree_flatten_with_path(dummy)
     names = []
     for path, _ in paths:
         keys = [str(getattr(key, "key", getattr(key, "idx", getattr(key, "name", "")))) for key in path]

@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from surgery.base_rule import Rule
 from surgery.engine import apply_rules, remove
 from surgery.errors import SurgeryError
+from surgery.hooks import running
 from surgery.match import RESERVED
-from surgery.merge import unmerge
+from surgery.merging import unmerge
 from surgery.onnx.given import Given
 from surgery.onnx.program import Lifted
 from surgery.peft_targets import regular
-from surgery.rule import Rule, running
 from surgery.site import LiveSite
 from surgery.state import (
     adapter_names,
@@ -58,7 +59,7 @@ class Placing:
     rules: list[Rule] = field(default_factory=list)
     sites: list[SlotSite] = field(default_factory=list)
     notices: list[str] = field(default_factory=list)
-    constant: bool = False
+    constants: dict[str, list[str]] = field(default_factory=dict)  # adapter → names of its rules that are constants
 
     def free(self) -> dict[str, int | None]:
         """Each tensor's free axis, by its full name."""
@@ -84,7 +85,6 @@ def put_slots(copy: nn.Module, names: Sequence[str], slot: str, given: Given, *,
     remove(copy, check=False)
     if left:
         _put_constants(copy, left, given.example)
-        placing.constant = True
     placing.rules = _grouped(wanted)
     try:
         apply_rules(copy, placing.rules, adapter=slot)
@@ -98,17 +98,20 @@ def lift(copy: nn.Module, adapter: str, free: Mapping[str, int | None] | None = 
     """Take an adapter's tensors out of a copy, to be inputs of the graph."""
     found = []
     for path, module, _ in sites(copy):
-        box: Any = module._modules[RESERVED]._modules.get(adapter) if RESERVED in module._modules else None  # type: ignore[union-attr]
-        for key in tensors_of(module, adapter) if box is not None else ():
+        for key in tensors_of(module, adapter):
+            box: Any = module.get_submodule(f"{RESERVED}.{adapter}")
             name = ".".join(filter(None, (path, RESERVED, adapter, key)))
             found.append(Lifted.out_of(name, box, key, (free or {}).get(name)))
     return found
 
 
-def slot_tensors(model: nn.Module, adapter: str, slot_rules: Mapping[str, Rule], slot: str) -> dict[str, Tensor]:
+def slot_tensors(
+    model: nn.Module, adapter: str, slot_rules: Mapping[str, Rule], slot: str, left_out: Collection[str] = ()
+) -> dict[str, Tensor]:
     """An adapter's tensors as the slots at its sites want them, by the slots' names: scales folded in, exact shapes.
 
-    `slot_rules`: path:kind → the slot's rule. `SurgeryError` that lists what has no slot.
+    `slot_rules`: path:kind → the slot's rule. `left_out`: names of rules that the file holds as constants.
+    `SurgeryError` that lists what has no slot.
     """
     adapter_names(require_state(model), adapter)
     found: dict[str, Tensor] = {}
@@ -117,6 +120,8 @@ def slot_tensors(model: nn.Module, adapter: str, slot_rules: Mapping[str, Rule],
         held = tensors_of(module, adapter)
         for applied in (one for one in site.applied if one.adapter == adapter):
             rule = slot_rules.get(f"{path}:{applied.rule.slot_kind}")
+            if rule is None and applied.rule.name in left_out:
+                continue
             if rule is None:
                 problems.append(f"{applied.rule.label} at {path or 'the model itself'}")
                 continue
@@ -167,6 +172,7 @@ def _wanted(
             told = "a constant of the file, for all adapters" if live else "left out, since it is not live"
             placing.notices.append(f"{label} of {name!r} ({len(paths)} sites) can't be a slot: {told}")
             if live:
+                placing.constants.setdefault(name, []).append(kind)
                 tensors = adapter_state_dict(copy, name)
                 here = {key: t.clone() for key, t in tensors.items() if key.rpartition(f".{RESERVED}.")[0] in paths}
                 left += [(rule, here) for rule in rules]

@@ -1,0 +1,105 @@
+"""The manifest of an exported file: what a program that runs it has to know, as plain data."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from importlib import metadata
+from typing import Any
+
+from torch import Tensor, nn
+
+from surgery.base_rule import Rule
+from surgery.errors import SurgeryError
+from surgery.fingerprint import fingerprint
+from surgery.onnx.prepare import Prepared, Settings
+from surgery.onnx.program import Program
+from surgery.onnx.slots import SlotSite
+
+__all__ = ["manifest_of"]
+
+
+def manifest_of(
+    program: Program, prepared: Prepared, model: nn.Module, free: Mapping[str, Mapping[int, str]], how: Settings
+) -> dict[str, Any]:
+    """`free`: input of the graph → axis → name."""
+    made = program.model
+    inputs = list(program.inputs.values())
+    outputs = [value.name for value in made.graph.outputs]
+    slotted = prepared.sites if how.adapters == "slots" else []
+    sites = [
+        {
+            "site": one.path,
+            "rule": one.kind,
+            "module": one.module,
+            "slots": [one.full(key) for key in one.tensors],
+            "by": prepared.rules.index(one.rule),
+        }
+        for one in slotted
+    ]
+    return {
+        "format": "model-surgery/onnx",
+        "version": 1,
+        "adapters": how.adapters,
+        "slots_as": how.slots_as,
+        "empty": how.empty,
+        "slot": how.slot,
+        "slots": [_slot(one, key) for one in slotted for key in one.tensors],
+        "sites": sites,
+        "constants": prepared.constants,
+        "rules": [_plain(rule) for rule in prepared.rules],
+        "base": fingerprint(model),
+        "opset": made.opset_imports.get("", 0),
+        "inputs": inputs,
+        "outputs": outputs,
+        "free": {
+            name: {str(axis): dim for axis, dim in found.items()} for name, found in free.items() if name in inputs
+        },
+        "cache": _cache(inputs, outputs),
+        "versions": _versions(),
+    }
+
+
+def _slot(one: SlotSite, key: str) -> dict[str, Any]:
+    axis, tensor = one.tensors[key]
+    shape: list[int | None] = list(tensor.shape)
+    if axis is not None:
+        shape[axis[0]] = None
+    return {
+        "name": one.full(key),
+        "site": one.path,
+        "module": one.module,
+        "rule": one.kind,
+        "tensor": key,
+        "shape": shape,
+        "free": [] if axis is None else [axis[0]],
+        "dim": None if axis is None else ".".join(filter(None, (one.path, axis[1]))),
+        "dtype": str(tensor.dtype).removeprefix("torch."),
+        "default": "empty" if axis is not None else _told(tensor),
+    }
+
+
+def _told(tensor: Tensor) -> str:
+    return "zeros" if not tensor.any() else "ones" if bool((tensor == 1).all()) else "base"
+
+
+def _plain(rule: Rule) -> Any:
+    try:
+        return rule.to_dict()
+    except SurgeryError:  # a condition in Python, which nothing in the file needs
+        return {"rule": rule.name, "version": rule.version}
+
+
+def _cache(inputs: Sequence[str], outputs: Sequence[str]) -> list[dict[str, str]]:
+    """Which output is the next call's input."""
+    pairs = [(name, name.replace("past_key_values.", "present.", 1)) for name in inputs]
+    return [{"past": past, "present": present} for past, present in pairs if past != present and present in outputs]
+
+
+def _versions() -> dict[str, str]:
+    found = {}
+    for name in ("model-surgery", "torch", "transformers", "onnx", "onnxscript", "onnxruntime"):
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return found

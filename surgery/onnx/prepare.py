@@ -1,0 +1,141 @@
+"""The copy that is exported: with adapters folded in, with their tensors as inputs, or with slots in their place."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from surgery.activation import activate, active
+from surgery.base_rule import Rule
+from surgery.errors import SurgeryError
+from surgery.merging import merge, unmerge
+from surgery.onnx.copies import sharing_copy
+from surgery.onnx.given import Given
+from surgery.onnx.program import Lifted
+from surgery.onnx.slots import SlotSite, lift, put_slots, slot_sites
+from surgery.state import adapter_names, model_state, require_state, sites
+
+__all__ = ["PREPARE", "Prepared", "Settings"]
+
+OPSETS = range(18, 26)
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How a model is exported; see `export_onnx`. Raises `SurgeryError` for what it can't be."""
+
+    adapters: str = "merged"
+    slot: str = "slot"
+    slots_as: str = "overridable"
+    empty: str = "rank0"
+    opset: int | None = None
+    optimize: bool = True
+    optimize_for: str | None = None
+    strict: bool = False
+
+    def __post_init__(self) -> None:
+        for name, allowed in (
+            ("adapters", tuple(PREPARE)),
+            ("slots_as", ("overridable", "inputs")),
+            ("empty", ("rank0", "zeros1")),
+            ("optimize_for", (None, "ort")),
+        ):
+            if (value := getattr(self, name)) not in allowed:
+                raise SurgeryError(f"{name}={value!r} is none of {', '.join(map(repr, allowed))}")
+        if self.opset is not None and self.opset not in OPSETS:
+            why = "the exporter writes no older ones" if type(self.opset) is int and self.opset < OPSETS[0] else None
+            raise SurgeryError(f"opset={self.opset!r} is none from {OPSETS[0]} to {OPSETS[-1]}", why=why)
+        if self.optimize_for and not self.optimize:
+            raise SurgeryError(f"optimize_for={self.optimize_for!r} needs optimize=True")
+        if not isinstance(self.slot, str) or not self.slot.isidentifier():
+            raise SurgeryError(f"slot={self.slot!r} is no word that can name an adapter")
+
+
+@dataclass
+class Prepared:
+    """A copy to export from: tensors that become inputs, what slots are by default, and what was told on the way."""
+
+    model: nn.Module
+    lifted: list[Lifted] = field(default_factory=list)
+    defaults: dict[str, Tensor] = field(default_factory=dict)
+    sites: list[SlotSite] = field(default_factory=list)
+    rules: list[Rule] = field(default_factory=list)
+    notices: list[str] = field(default_factory=list)
+    constants: dict[str, list[str]] = field(default_factory=dict)
+
+    def dims(self) -> dict[str, dict[int, str]]:
+        """The free axis of each slot, with its name in the graph."""
+        return {
+            one.full(key): {axis[0]: ".".join(filter(None, (one.path, axis[1])))}
+            for one in self.sites
+            for key, (axis, _) in one.tensors.items()
+            if axis is not None
+        }
+
+    def marks(self) -> dict[str, dict[str, str]]:
+        """Which rule put in each tensor, by site."""
+        found: dict[str, dict[str, str]] = {}
+        for one in self.sites:
+            names = {one.full(key): one.rule.label for key in one.tensors}
+            found.setdefault(one.path, {}).update(names)
+        return found
+
+
+def _merged(model: nn.Module, given: Given, names: Any, how: Settings) -> Prepared:
+    """With the live adapters in its weights (or those of `names`)."""
+    state = model_state(model)
+    if state is None:
+        return Prepared(sharing_copy(model))
+    copy = sharing_copy(model, folding=True)
+    wanted = adapter_names(state, names) if names is not None else [n for n in state.adapters if n not in state.idle]
+    if names is not None or not any(site.merged is not None for _, _, site in sites(copy)):
+        unmerge(copy)
+        if wanted:
+            merge(copy, wanted, untie=True)
+    return Prepared(copy, rules=[rule for name in wanted for rule in state.adapters[name]])
+
+
+def _constant(model: nn.Module, given: Given, names: Any, how: Settings) -> Prepared:
+    """With the live adapters as they are (or those of `names`), their tensors as initialisers of the graph."""
+    if model_state(model) is None:
+        return Prepared(sharing_copy(model))
+    copy = sharing_copy(model)
+    unmerge(copy)
+    if names is not None:
+        activate(copy, names)
+    wanted = active(copy)
+    found = [site for name in wanted for site in slot_sites(copy, name)]
+    lifted = [one for name in wanted for one in lift(copy, name)]
+    state = require_state(copy)
+    rules = [rule for name in wanted for rule in state.adapters[name]]
+    return Prepared(copy, lifted, {one.name: one.tensor for one in lifted}, found, rules)
+
+
+def _slots(model: nn.Module, given: Given, names: Any, how: Settings) -> Prepared:
+    """With slots in the place of all adapters (or those of `names`)."""
+    if model_state(model) is None:
+        fix = 'apply_rules(model, …), once for each adapter; or adapters="merged"'
+        raise SurgeryError("there is nothing to make slots of", why="no rules were applied to this model", fix=fix)
+    copy = sharing_copy(model)
+    chosen = adapter_names(require_state(copy), names)
+    placing = put_slots(copy, chosen, how.slot, given, strict=how.strict)
+    lifted = lift(copy, how.slot, placing.free())
+    if how.empty == "zeros1" and (full := [rule.label for rule in placing.rules if not rule.zeros_are_none]):
+        why = "one position of zeros is seen as any other"
+        raise SurgeryError(f"empty='zeros1' leaves {', '.join(full)} with an effect", why=why, fix="empty='rank0'")
+    defaults = {one.name: _default(one, how.empty) for one in lifted}
+    return Prepared(copy, lifted, defaults, placing.sites, placing.rules, placing.notices, placing.constants)
+
+
+PREPARE = {"merged": _merged, "constant": _constant, "slots": _slots}
+
+
+def _default(one: Lifted, empty: str) -> Tensor:
+    """Nothing along the free axis (or, where a runtime can't multiply that, one of zeros); else as the rule starts."""
+    if one.free is None:
+        return one.tensor
+    part = one.tensor.narrow(one.free, 0, 0 if empty == "rank0" else 1)
+    return part if empty == "rank0" else torch.zeros_like(part)
