@@ -246,6 +246,7 @@ class OnnxRunner:
 
 def _session(path: Path, providers: Sequence[Any] | None, threads: int | None) -> onnxruntime.InferenceSession:
     options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3  # else it warns of each slot that it is no constant
     if threads is not None:
         if type(threads) is not int or threads < 1:
             raise SurgeryError(f"threads={threads!r} is no number of threads")
