@@ -38,7 +38,9 @@ def as_one_operation() -> Iterator[None]:
 
 def translations() -> dict[Any, Any]:
     """How it is written in ONNX, for `torch.onnx.export`."""
-    from onnxscript import opset18 as op
+    from onnxscript import opset18
+
+    op: Any = opset18
 
     def written(x: Any, A: Any, B: Any) -> Any:
         down = op.MatMul(x, op.Transpose(A, perm=[1, 0]))
