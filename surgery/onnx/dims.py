@@ -137,10 +137,8 @@ def rename_dims(model: Any, axes: Mapping[str, Mapping[int, str]]) -> dict[str, 
                     names[dim.value] = name
                 free.setdefault(value.name, {})[axis] = name
     for value in _values(model):
-        if value.shape is not None:
-            for axis, dim in enumerate(value.shape):
-                if isinstance(dim, ir.SymbolicDim) and isinstance(dim.value, str):
-                    value.shape[axis] = _renamed(dim.value, names)
+        if value.shape is not None and any(isinstance(dim, ir.SymbolicDim) for dim in value.shape):
+            value.shape = ir.Shape([_renamed(dim, names) for dim in value.shape])
     for value in model.graph.inputs:
         for axis in list(free.get(value.name, {})):
             free[value.name][axis] = str(value.shape[axis].value)
@@ -160,7 +158,10 @@ def _number(text: Any) -> bool:
     return isinstance(text, int) or str(text).isdigit()
 
 
-def _renamed(text: str, names: Mapping[str, str]) -> Any:
+def _renamed(dim: Any, names: Mapping[str, str]) -> Any:
+    text = getattr(dim, "value", dim)
+    if text is None or isinstance(text, int):
+        return text
     if _number(text):
         return int(text)
     return re.sub(r"[A-Za-z_]\w*", lambda found: names.get(found[0], found[0]), text)
