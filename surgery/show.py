@@ -66,7 +66,8 @@ def summary(model: nn.Module) -> Summary:
     adapter  rule      sites  added  trainable
     default  LoraRule      1     32         32
 
-    `total` is the base and what was added. Works on an untouched model, too.
+    `total` is the base and what was added; of packed parameters the numbers that they stand for are counted, as PEFT
+    does. Works on an untouched model, too.
     """
     counts: dict[tuple[str, str], list[int]] = defaultdict(lambda: [0, 0, 0])
     merged: dict[str, None] = {}
@@ -82,12 +83,17 @@ def summary(model: nn.Module) -> Summary:
     parameters = list(model.named_parameters())
     known = model_state(model) is not None
     return Summary(
-        trainable=sum(p.numel() for _, p in parameters if p.requires_grad),
+        trainable=sum(_numbers_in(p) for _, p in parameters if p.requires_grad),
         added=sum(p.numel() for name, p in parameters if known and is_adapter_key(model, name)),
-        total=sum(p.numel() for _, p in parameters),
+        total=sum(_numbers_in(p) for _, p in parameters),
         rows=tuple((adapter, rule, *map(int, row)) for (adapter, rule), row in counts.items()),  # type: ignore[misc]
         merged=tuple(merged),
     )
+
+
+def _numbers_in(parameter: Any) -> int:
+    count = parameter.numel() or getattr(parameter, "ds_numel", 0)  # DeepSpeed keeps it elsewhere
+    return count * 2 * parameter.element_size() if type(parameter).__name__ == "Params4bit" else count
 
 
 def show(model: nn.Module, path: str = "") -> str:

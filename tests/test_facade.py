@@ -161,11 +161,11 @@ def test_the_targets_by_default_are_pefts() -> None:
         for model_type, targets in getattr(constants, table, {}).items():
             model: Any = nn.Module()
             model.config = {"model_type": model_type}
-            found = with_defaults(kind().to_dict(), model)
-            assert found["target_modules"] == targets, (table, model_type)
+            found: Any = with_defaults(kind(), model)
+            assert found.target_modules == (targets if isinstance(targets, str) else set(targets)), (table, model_type)
             if kind.method == "IA3":
                 fed = constants.TRANSFORMERS_MODELS_TO_IA3_FEEDFORWARD_MODULES_MAPPING[model_type]
-                assert found["feedforward_modules"] == fed
+                assert found.feedforward_modules == fed
     with pytest.raises(SurgeryError, match="names no targets"):
         ours.get_peft_model(nn.Sequential(nn.Linear(2, 2)), ours.LoraConfig())
 
