@@ -171,7 +171,7 @@ def using(model: nn.Module, adapter: str | Sequence[str] | None, weights: Weight
         check_none_merged(state)
         try:
             switch(model, live)
-            state.resting = before or resting
+            state.resting = dict(before or resting)
             yield
         finally:
             now = model_state(model)

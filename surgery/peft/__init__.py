@@ -7,7 +7,6 @@ to move to those.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping
 from typing import Any
 
@@ -19,7 +18,7 @@ from surgery.peft.config import PeftConfig, PeftType, TaskType
 from surgery.peft.configs import *  # noqa: F403
 from surgery.peft.facade import inside
 from surgery.peft.kbit import prepare_model_for_kbit_training
-from surgery.peft.model import LoadResult, PeftModel, class_for
+from surgery.peft.model import LoadResult, PeftModel
 from surgery.peft.tasks import *  # noqa: F403
 from surgery.peft_writing import taken_over, written
 from surgery.state import adapter_names, load_adapter_state_dict, require_state
@@ -56,10 +55,9 @@ def get_peft_model(
     raises `SurgeryError` for what can't be held exactly (a `PlanError` where several things are wrong), with the model
     as it was.
     """
-    config = copy.copy(peft_config)
-    if options.get("revision") is not None:
-        config.revision = options["revision"]
-    return class_for(getattr(config, "task_type", None))(model, config, adapter_name, **options)
+    made = PeftModel(model, peft_config, adapter_name, **options)
+    made.peft_config[adapter_name].revision = options.get("revision") or made.peft_config[adapter_name].revision
+    return made
 
 
 def inject_adapter_in_model(

@@ -5,10 +5,11 @@ from __future__ import annotations
 import re
 import tempfile
 import warnings
+from collections import namedtuple
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import nn
@@ -27,17 +28,10 @@ from surgery.state import adapter_names as named
 from surgery.state import model_state, require_state
 from surgery.switching import set_trained
 
-__all__ = ["LoadResult", "PeftModel", "class_for"]
+__all__ = ["LoadResult", "PeftModel"]
 
 Names = str | Sequence[str]
-_KINDS: dict[str, type[PeftModel]] = {}
-
-
-class LoadResult(NamedTuple):
-    """Keys that an adapter has and the tensors did not, and the other way round."""
-
-    missing_keys: list[str]
-    unexpected_keys: list[str]
+LoadResult = namedtuple("LoadResult", ["missing_keys", "unexpected_keys"])
 
 
 class PeftModel(Facade):
@@ -64,18 +58,14 @@ class PeftModel(Facade):
     __slots__ = ()
     _task: str | None = None
 
-    def __init_subclass__(cls) -> None:
-        if cls._task is not None:
-            _KINDS[cls._task] = cls
-
-    def __new__(cls, model: nn.Module, *args: Any, **options: Any) -> PeftModel:
-        return facade(cls, model, {})
+    def __new__(cls, model: nn.Module, peft_config: Any, *args: Any, **options: Any) -> PeftModel:
+        task = getattr(peft_config, "task_type", None)
+        kinds = [kind for kind in PeftModel.__subclasses__() if cls is PeftModel and task and kind._task == task]
+        return facade((*kinds, cls)[0], model, {})
 
     def __init__(self, model: nn.Module, peft_config: Any, adapter_name: str = "default", **options: Any):
         self.add_adapter(adapter_name, peft_config, **options)
         surgery.activate(self._base, adapter_name, train=not self._configs[adapter_name].inference_mode)
-
-    # What there is
 
     def get_base_model(self) -> Any:
         """The model itself: the object that was given."""
@@ -125,8 +115,6 @@ class PeftModel(Facade):
         few, most = self.get_nb_trainable_parameters()
         print(f"trainable params: {few:,d} || all params: {most:,d} || trainable%: {100 * few / max(most, 1):.4f}")
 
-    # Which are active
-
     def set_adapter(self, adapter_name: Names, inference_mode: bool = False) -> None:
         """Make these adapters live and trainable, and no others; `inference_mode`: live, and frozen."""
         self._unmerged("set_adapter")
@@ -160,15 +148,16 @@ class PeftModel(Facade):
         if disabled:
             surgery.deactivate(self._base)
 
-    # Coming and going
+    def add_adapter(self, adapter_name: str, peft_config: Any, **options: Any) -> None:
+        """A new adapter by a configuration. It is not active, as in PEFT, unless it is the only one.
 
-    def add_adapter(self, adapter_name: str, peft_config: Any, *, example_inputs: Any = None, **options: Any) -> None:
-        """A new adapter by a configuration. It is not active, as in PEFT, unless it is the only one."""
+        `options`: `example_inputs`, as in `apply_rules`; of transformers' models there is one without.
+        """
         half = any(parameter.dtype in (torch.float16, torch.bfloat16) for parameter in self._base.parameters())
         if half and not options.get("autocast_adapter_dtype", True):
             warnings.warn("adapters are kept in float32 beside half precision", SurgeryWarning, stacklevel=2)
         config = with_defaults(peft_config, self._base, self._task)
-        rules, example = rules_by(self._base, config.to_dict()), self._example(config, example_inputs)
+        rules, example = rules_by(self._base, config.to_dict()), self._example(config, options)
         with beside(self._base, adapter_name):
             surgery.apply_rules(self._base, rules, adapter=adapter_name, example_inputs=example)
         self._configs[adapter_name] = config
@@ -181,16 +170,14 @@ class PeftModel(Facade):
         """
         if options.get("key_mapping"):
             raise SurgeryError("key_mapping is not supported", fix="rename the file's tensors before they are loaded")
-        told: dict[str, Any] = {"same_base": False, **{name: options.get(name) for name in ("subfolder", "revision")}}
+        told: dict[str, Any] = {name: options.get(name) for name in ("subfolder", "revision")} | {"same_base": False}
         if adapter_name in self._configs:
             report = surgery.hotswap(self._base, adapter_name, model_id, **told)
         else:
-            config = PeftConfig.from_pretrained(model_id, **options)
-            if options.get("config") is not None:
-                config = with_defaults(options["config"], self._base, self._task)
-                told["config"] = config.to_dict()
+            given = options.get("config") and with_defaults(options["config"], self._base, self._task)
+            config = given or PeftConfig.from_pretrained(model_id, **options)
             config.inference_mode = not is_trainable
-            told["example_inputs"] = self._example(config, options.get("example_inputs"))
+            told |= {"config": given and given.to_dict(), "example_inputs": self._example(config, options)}
             with beside(self._base, adapter_name):
                 report = surgery.load_adapter(self._base, model_id, adapter_name, **told)
             self._configs[adapter_name] = config
@@ -204,7 +191,7 @@ class PeftModel(Facade):
     ) -> PeftModel:
         """A model with an adapter from a folder or a repository; `options` as for `load_adapter`."""
         config = options.get("config") or PeftConfig.from_pretrained(model_id, **options)
-        made: PeftModel = facade(class_for(config.task_type) if cls is PeftModel else cls, model, {})
+        made = cls.__new__(cls, model, config)
         made.load_adapter(model_id, adapter_name, is_trainable, **options)
         surgery.activate(made._base, adapter_name, train=is_trainable)
         return made
@@ -233,11 +220,9 @@ class PeftModel(Facade):
         surgery.combine(self._base, given, into=adapter_name, majority_sign=majority_sign_method, **how)
         self._configs[adapter_name] = PeftConfig.from_dict(written(self._base, adapter_name)[0])
 
-    def _example(self, config: Any, given: Any) -> Any:
-        shown = given is None and config.method in ("PREFIX_TUNING", "ADAPTION_PROMPT")
-        return dummy(self._base) if shown else given
-
-    # Merging
+    def _example(self, config: Any, options: Mapping[str, Any]) -> Any:
+        given = options.get("example_inputs")
+        return dummy(self._base) if given is None and config.method in ("PREFIX_TUNING", "ADAPTION_PROMPT") else given
 
     def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
         """Fold adapters (the active ones) into the weights; `unmerge_adapter` takes them out to the bit."""
@@ -270,8 +255,6 @@ class PeftModel(Facade):
         if surgery.summary(self._base).merged:
             warnings.warn(f"{verb}: the model is merged, and is unmerged first", SurgeryWarning, stacklevel=3)
             surgery.unmerge(self._base)
-
-    # Files
 
     def save_pretrained(
         self, save_directory: str | Path, safe_serialization: bool = True, selected_adapters: Any = None, **options: Any
@@ -306,10 +289,9 @@ class PeftModel(Facade):
         """Push what `save_pretrained` writes, with a model card; gives the commit's address."""
         with tempfile.TemporaryDirectory() as place:
             self.save_pretrained(place)
-            card = card_of(self._base, next(iter(self._configs)), repo_id, peft=True, metadata=None, licence=None)
-            (Path(place) / "README.md").write_text(card, encoding="utf-8")
-            where = {name: options.get(name) for name in ("private", "token", "revision")}
-            return upload(place, repo_id, message=commit_message, **where)
+            card = card_of(self._base, next(iter(self._configs)), repo_id, peft=True)
+            where = {name: options[name] for name in ("private", "token", "revision") if name in options}
+            return upload(place, repo_id, card, commit_message, **where)
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
         """The model's own; of a checkpoint of adapters, frozen tensors of the base are not missing."""
@@ -326,7 +308,3 @@ class _Tuner(PeftModel):
     @property
     def model(self) -> Any:
         return self._base
-
-
-def class_for(task: Any) -> type[PeftModel]:
-    return _KINDS.get(task, PeftModel)
