@@ -20,6 +20,9 @@ from surgery.stored import Entry
 __all__ = ["Described", "described", "taken_over", "written"]
 
 
+_CHOOSING = ("exclude_modules", "layers_pattern", "layers_to_transform")
+
+
 def written(
     model: nn.Module,
     adapter: str,
@@ -35,9 +38,15 @@ def written(
     """
     found = described(model, adapter, exact, state)
     config, tensors = found.method.completed(found.config, _tensors(found), found.modules)
-    told = {name: value for name, value in (said or {}).items() if name in SILENT and value is not None}
-    config = {**(said or {}), **config, **told, "inference_mode": True}
-    if config["task_type"] is None:  # PEFT then finds the base's class by this
+    said = {} if said is None else said
+    told = {name: value for name, value in said.items() if name in SILENT and value is not None}
+    chosen = dict.fromkeys(
+        name for name in _CHOOSING if name in said
+    )  # else they would choose among the rules' targets
+    config = {**said, **chosen, **config, **told, "inference_mode": True}
+    if "peft_type" in told:  # a whole configuration has all the fields that there are
+        config = {name: value for name, value in config.items() if name in said}
+    if config.get("task_type") is None:  # PEFT then finds the base's class by this
         kind = class_of(model)
         config["auto_mapping"] = {"base_model_class": kind.__name__, "parent_library": kind.__module__}
     if config.get("peft_version", "") is None:  # PEFT takes an absent one for an old one, and fails on null

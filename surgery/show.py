@@ -10,7 +10,7 @@ from typing import Any
 from torch import fx, nn
 
 from surgery.errors import MatchError, near_misses
-from surgery.state import SiteState, is_adapter_key, model_state, site_state, sites, tensors_of
+from surgery.state import SiteState, is_adapter_key, merged_adapters, model_state, site_state, sites, tensors_of
 from surgery.table import table
 from surgery.trace import own_forward
 from surgery.variants import held_own, layer_at
@@ -70,9 +70,7 @@ def summary(model: nn.Module) -> Summary:
     does. Works on an untouched model, too.
     """
     counts: dict[tuple[str, str], list[int]] = defaultdict(lambda: [0, 0, 0])
-    merged: dict[str, None] = {}
     for _, module, state in sites(model):
-        merged.update(dict.fromkeys(state.merged.adapters if state.merged else ()))
         for applied in state.applied:
             held = tensors_of(module, applied.adapter)
             mine = [held[name] for name in applied.tensors if name in held]
@@ -87,7 +85,7 @@ def summary(model: nn.Module) -> Summary:
         added=sum(p.numel() for name, p in parameters if known and is_adapter_key(model, name)),
         total=sum(_numbers_in(p) for _, p in parameters),
         rows=tuple((adapter, rule, *map(int, row)) for (adapter, rule), row in counts.items()),  # type: ignore[misc]
-        merged=tuple(merged),
+        merged=tuple(merged_adapters(model)),
     )
 
 

@@ -179,6 +179,11 @@ def sites(model: nn.Module) -> Iterator[tuple[str, nn.Module, SiteState]]:
             yield path, module, state
 
 
+def merged_adapters(model: nn.Module) -> list[str]:
+    """The adapters that the base's weights hold."""
+    return list({name: None for _, _, site in sites(model) if site.merged for name in site.merged.adapters})
+
+
 def require_state(model: nn.Module) -> ModelState:
     """The model's record. `SurgeryError` where no rules were applied to this very module."""
     state = model_state(model)

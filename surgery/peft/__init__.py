@@ -13,8 +13,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from surgery.errors import SurgeryError
-from surgery.peft import configs, tasks
-from surgery.peft.config import PeftConfig, PeftType, TaskType
+from surgery.peft import config, configs, tasks
+from surgery.peft.config import *  # noqa: F403
 from surgery.peft.configs import *  # noqa: F403
 from surgery.peft.facade import inside
 from surgery.peft.kbit import prepare_model_for_kbit_training
@@ -24,16 +24,14 @@ from surgery.peft_writing import taken_over, written
 from surgery.state import adapter_names, load_adapter_state_dict, require_state
 
 __all__ = [
-    "PeftConfig",
     "PeftModel",
-    "PeftType",
-    "TaskType",
     "get_peft_model",
     "get_peft_model_state_dict",
     "inject_adapter_in_model",
     "prepare_model_for_kbit_training",
     "set_peft_model_state_dict",
 ]
+__all__ += config.__all__
 __all__ += configs.__all__
 __all__ += tasks.__all__
 

@@ -25,7 +25,7 @@ from surgery.peft.facade import Facade, facade
 from surgery.peft_format import rules_by
 from surgery.peft_writing import written
 from surgery.state import adapter_names as named
-from surgery.state import model_state, require_state
+from surgery.state import merged_adapters, model_state, require_state
 from surgery.switching import set_trained
 
 __all__ = ["LoadResult", "PeftModel"]
@@ -61,7 +61,7 @@ class PeftModel(Facade):
     def __new__(cls, model: nn.Module, peft_config: Any, *args: Any, **options: Any) -> PeftModel:
         task = getattr(peft_config, "task_type", None)
         kinds = [kind for kind in PeftModel.__subclasses__() if cls is PeftModel and task and kind._task == task]
-        return facade((*kinds, cls)[0], model, {})
+        return facade((*kinds, cls)[0], model, getattr(model, "_configs", {}))
 
     def __init__(self, model: nn.Module, peft_config: Any, adapter_name: str = "default", **options: Any):
         self.add_adapter(adapter_name, peft_config, **options)
@@ -235,7 +235,7 @@ class PeftModel(Facade):
         self, progressbar: bool = False, safe_merge: bool = False, adapter_names: list[str] | None = None
     ) -> Any:
         """The plain model with adapters (the active ones) in its weights, for good; all others are gone, too."""
-        if not surgery.summary(self._base).merged:
+        if not merged_adapters(self._base):
             self.merge_adapter(adapter_names, safe_merge)
         try:
             surgery.forget(self._base)
@@ -252,7 +252,7 @@ class PeftModel(Facade):
         return self._base
 
     def _unmerged(self, verb: str) -> None:
-        if surgery.summary(self._base).merged:
+        if merged_adapters(self._base):
             warnings.warn(f"{verb}: the model is merged, and is unmerged first", SurgeryWarning, stacklevel=3)
             surgery.unmerge(self._base)
 
