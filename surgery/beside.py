@@ -7,9 +7,10 @@ from contextlib import contextmanager
 
 from torch import nn
 
+from surgery.claims import check_free
 from surgery.engine import remove
 from surgery.state import ModelState, model_state
-from surgery.switching import switch, weights_now
+from surgery.switching import check_none_merged, switch, weights_now
 
 __all__ = ["beside"]
 
@@ -25,6 +26,8 @@ def beside(model: nn.Module, adapter: str) -> Iterator[None]:
     if state is None:
         yield
         return
+    check_free(model)
+    check_none_merged(state)
     before, known = weights_now(state), set(state.adapters)
     switch(model, {name: weight for name, weight in before.items() if _changed_the_base(state, name)})
     try:

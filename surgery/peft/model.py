@@ -46,10 +46,9 @@ class PeftModel(Facade):
     >>> isinstance(model, PeftModel), isinstance(model, nn.Sequential), model.get_base_model() is base
     (True, True, True)
 
-    Whatever it has not itself it hands on to the model: calls, attributes, methods, what is set on it. It passes for an
-    instance of the model's class, so the Trainer, accelerate and pipelines take it for the model. `state_dict()` and
-    `named_parameters()` have the model's own names, with those of the adapters' tensors
-    (`<site>.adapters.<adapter>.A`), and not PEFT's; the files that `save_pretrained` writes are PEFT's.
+    Whatever it has not itself it hands on to the model, whose class it says is its own: so the Trainer, accelerate and
+    pipelines take it for the model. `state_dict()` and `named_parameters()` have the model's own names, with those of
+    the adapters' tensors (`<site>.adapters.<adapter>.A`); the files that `save_pretrained` writes have PEFT's.
 
     Raises `SurgeryError` for what is not there and for a configuration that can't be held exactly, with the model as it
     was. `options` are PEFT's; those that change where tensors are made, and not what is computed, are passed over.
@@ -218,7 +217,11 @@ class PeftModel(Facade):
         how: dict[str, Any] = {"method": combination_type, "rank": svd_rank, "density": density, "clamp": svd_clamp}
         given = dict(zip(adapters, weights, strict=True))
         surgery.combine(self._base, given, into=adapter_name, majority_sign=majority_sign_method, **how)
-        self._configs[adapter_name] = PeftConfig.from_dict(written(self._base, adapter_name)[0])
+        try:
+            self._configs[adapter_name] = PeftConfig.from_dict(written(self._base, adapter_name)[0])
+        except SurgeryError:
+            surgery.remove(self._base, adapter_name)
+            raise
 
     def _example(self, config: Any, options: Mapping[str, Any]) -> Any:
         given = options.get("example_inputs")
@@ -231,9 +234,7 @@ class PeftModel(Facade):
     def unmerge_adapter(self) -> None:
         surgery.unmerge(self._base)
 
-    def merge_and_unload(
-        self, progressbar: bool = False, safe_merge: bool = False, adapter_names: list[str] | None = None
-    ) -> Any:
+    def merge_and_unload(self, progressbar: bool = False, safe_merge: bool = False, adapter_names: Any = None) -> Any:
         """The plain model with adapters (the active ones) in its weights, for good; all others are gone, too."""
         if not merged_adapters(self._base):
             self.merge_adapter(adapter_names, safe_merge)
