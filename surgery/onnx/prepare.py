@@ -79,7 +79,7 @@ class Prepared:
         """Which rule put in each tensor, by site."""
         found: dict[str, dict[str, str]] = {}
         for one in self.sites:
-            names = {one.full(key): one.rule.label for key in one.tensors}
+            names = {one.full(key): one.label for key in one.tensors}
             found.setdefault(one.path, {}).update(names)
         return found
 
