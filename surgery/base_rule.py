@@ -201,6 +201,13 @@ class Rule:
         """
         return None
 
+    def slot_notes(self, model: nn.Module, module: nn.Module) -> Mapping[str, Any]:
+        """Of a slot's rule: what else is to be said of a site, as plain data, in the exported file's manifest.
+
+        For what makes adapters of files without the model at hand, such as `convert_peft`.
+        """
+        return {}
+
     def slotted(self, slot: Rule, site: LiveSite) -> Mapping[str, Tensor]:
         """This rule's tensors, `site.params`, as a slot's rule wants them; by default themselves.
 

@@ -68,14 +68,14 @@ class Build:
         """Slots of a rule at a site: tensor → shape, or (shape, dtype), or a default array. Gives their names."""
         named = {}
         for tensor, told in tensors.items():
-            dtype, default = "float32", "zeros"
+            dtype, default, held = "float32", "zeros", np.zeros(0)
             if isinstance(told, np.ndarray):
                 shape, held, default = list(told.shape), told, "base"
             else:
                 shape, dtype, default = (*told, default)[:3] if isinstance(told, tuple) else (told, dtype, default)
                 free = [axis for axis, size in enumerate(shape) if size is None]
                 default = "empty" if free else default
-                size = [(0 if self.empty == "rank0" else 1) if one is None else one for one in shape]
+                size: Any = [(0 if self.empty == "rank0" else 1) if one is None else one for one in shape]
                 held = (np.ones if default == "ones" else np.zeros)(size, np.float32)
             free = [axis for axis, size in enumerate(shape) if size is None]
             name = ".".join(filter(None, (path, "adapters.slot", tensor)))

@@ -382,8 +382,8 @@ def test_slots_for_more_than_the_adapter_has_stay_neutral(tmp_path: Path) -> Non
 
 
 def test_dora_finds_weights_that_stand_transposed(tmp_path: Path) -> None:
-    square = nn.Sequential(nn.Linear(5, 5, bias=False))
-    weight = square[0].weight.detach().numpy().copy()
+    square = nn.Sequential(linear := nn.Linear(5, 5, bias=False))
+    weight = linear.weight.detach().numpy().copy()
     build = Build(turned={"0.weight"})
     build.output(
         build.linear(build.input("x", "float32", ["b", 5]), "0", weight, slots=True, gain=True),
@@ -454,7 +454,7 @@ def test_embeddings_convolutions_attention_and_trained_modules(tmp_path: Path) -
         plain.table.weight += (held[slot("table", "B")] @ held[slot("table", "A")]).T
         A, B = held[slot("conv", "A")], held[slot("conv", "B")]
         plain.conv.weight += (B.flatten(1) @ A.flatten(1)).view(6, 4, 3, 3)
-        plain.attn.in_proj_weight += held[slot("attn", "B")] @ held[slot("attn", "A")]
+        plain.attn.get_parameter("in_proj_weight").add_(held[slot("attn", "B")] @ held[slot("attn", "A")])
         plain.attn.out_proj.weight += held[slot("attn", "out_B")] @ held[slot("attn", "out_A")]
     for path in ("head", "norm"):
         own = {name: held[slot(path, name)] for name in ("weight", "bias")}
@@ -552,7 +552,7 @@ def test_prefixes_are_cut_up_and_turned_back(tmp_path: Path, turn: str) -> None:
     from transformers.models.cohere.modeling_cohere import apply_rotary_pos_emb as neighbours
     from transformers.models.llama.modeling_llama import apply_rotary_pos_emb as halves
 
-    sizes = {"vocab_size": 20, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 4}
+    sizes: dict[str, Any] = {"vocab_size": 20, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 4}
     model = LlamaForCausalLM(LlamaConfig(**sizes, num_key_value_heads=2, intermediate_size=16))
     made = peft_on(model, peft.PrefixTuningConfig(num_virtual_tokens=3, task_type="CAUSAL_LM"), tmp_path / "peft")
     frequencies = [1.0, 0.01]
@@ -636,3 +636,117 @@ def changed(folder: Path, without: str = "\n", **fields: Any) -> None:
     with safe_open(folder / "adapter_model.safetensors", "pt") as file:
         held = {key: file.get_tensor(key) for key in file.keys() if without not in key}
     save_file(held, folder / "adapter_model.safetensors")
+
+
+# With files of export_onnx ----------------------------------------------------------------------------------------
+
+
+def exported(model: nn.Module, rules: Any, inputs: dict[str, torch.Tensor], folder: Path) -> Path:
+    """A file with slots for such rules."""
+    pytest.importorskip("onnxscript")
+    from surgery import apply_rules
+    from surgery.onnx import export_onnx
+
+    made = apply_rules(copy.deepcopy(model).eval(), rules, example_inputs=inputs)
+    export_onnx(made, folder / "model.onnx", inputs, adapters="slots", verify=False)
+    return folder / "model.onnx"
+
+
+def check_peft(made: Any, file: Path, inputs: dict[str, torch.Tensor], folder: Path, slack: float = 2e-4) -> None:
+    """The checkpoint in the folder, converted for the file, is PEFT's model."""
+    runner = OnnxRunner(file)
+    runner.load("a", convert_peft(folder / "peft", file, folder / "a.onnx_adapter"))
+    names = set(runner.manifest.inputs)
+    given = {name: value.numpy() for name, value in inputs.items() if name in names}
+    with torch.no_grad(), quietly():
+        expected = made(**inputs).logits.numpy()
+    assert np.abs(runner.run(given)["logits"] - expected).max() > 1e-2
+    np.testing.assert_allclose(runner.run(given, "a")["logits"], expected, atol=slack, rtol=1e-3)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("rank", [4, 3], ids=["groups divide it", "they don't"])
+def test_convolutions_with_groups_of_an_exported_model(tmp_path: Path, rank: int) -> None:
+    from rules import LoraRule
+    from surgery import apply_rules
+    from surgery.onnx import export_adapter
+
+    model, x = nn.Sequential(nn.Conv2d(4, 6, 3, groups=2)), torch.randn(2, 4, 6, 6)
+    file = exported(model, [LoraRule("0", rank=rank)], {"input": x}, tmp_path)
+    made = apply_rules(model.eval(), [LoraRule("0", rank=2 * rank, init="random")])
+    runner = OnnxRunner(file)
+    runner.load("a", export_adapter(made, "default", file, tmp_path / "a.onnx_adapter"))
+    found = runner.run({"input": x.numpy()}, "a")["output"]
+    np.testing.assert_allclose(found, made(x).detach().numpy(), atol=1e-4, rtol=1e-4)
+
+
+def tiny_gpt2() -> tuple[nn.Module, dict[str, torch.Tensor]]:
+    from transformers import GPT2Config, GPT2ForSequenceClassification
+
+    sizes: dict[str, Any] = {
+        "vocab_size": 30,
+        "n_embd": 16,
+        "n_layer": 2,
+        "n_head": 2,
+        "n_positions": 32,
+        "pad_token_id": 0,
+    }
+    model = GPT2ForSequenceClassification(GPT2Config(**sizes, use_cache=False, initializer_range=0.3)).eval()
+    ids = torch.randint(1, 30, (3, 7))
+    return model, {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_dora_heads_and_tokens_for_an_exported_gpt2(tmp_path: Path) -> None:
+    """Conv1Ds, whose weights lie the other way, and the exporter's own turning of weights."""
+    from rules import LoraRule, TokensRule, TrainRule
+
+    model, inputs = tiny_gpt2()
+    targets = {"target_modules": ["c_attn", "c_proj", "c_fc"], "rank_pattern": {"h.1.*c_proj": 2}}
+    further = {"modules_to_save": ["score"], "trainable_token_indices": {"wte": [7, 3, 11]}, "task_type": "SEQ_CLS"}
+    made = peft_on(copy.deepcopy(model), lora(**targets, **further, use_dora=True), tmp_path / "peft")
+    rules = [
+        LoraRule(["c_attn", "c_proj", "c_fc"], rank=3, dora=True),
+        TrainRule("score"),
+        TokensRule("wte", tokens=[1]),
+    ]
+    check_peft(made, exported(model, rules, inputs, tmp_path), inputs, tmp_path)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_trained_biases_for_slots_of_whole_modules(tmp_path: Path) -> None:
+    """What the checkpoint has no weight for has the base's, which stands in the file."""
+    from rules import LoraRule, TrainRule
+
+    model, inputs = tiny_gpt2()
+    made = peft_on(copy.deepcopy(model), lora(target_modules=["c_fc"], bias="lora_only"), tmp_path / "peft")
+    rules = [LoraRule("c_fc", rank=3), TrainRule("c_proj")]
+    file = exported(model, rules, inputs, tmp_path)
+    with pytest.raises(LoadError, match="no slot for a tensor of the checkpoint"):
+        convert_peft(tmp_path / "peft", file, tmp_path / "a.onnx_adapter")
+    rules = [LoraRule("c_fc", rank=3, bias="lora_only")]
+    check_peft(made, exported(model, rules, inputs, tmp_path), inputs, tmp_path)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("family", ["gpt2", "llama", "gpt_neox", "cohere"])
+def test_prefixes_for_exported_decoders(tmp_path: Path, family: str) -> None:
+    """Positions that are learned, rotary, rotary in a part of each head, and rotary in neighbouring pairs."""
+    import transformers
+
+    from rules import PrefixRule
+
+    peft = peft_of()
+    sizes: dict[str, Any] = {"vocab_size": 30, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    sizes |= {"intermediate_size": 32, "max_position_embeddings": 64, "initializer_range": 0.2, "use_cache": False}
+    kinds = {"gpt2": "GPT2", "llama": "Llama", "gpt_neox": "GPTNeoX", "cohere": "Cohere"}
+    config = getattr(transformers, f"{kinds[family]}Config")(**sizes)
+    model = getattr(transformers, f"{kinds[family]}{'LMHeadModel' if family == 'gpt2' else 'ForCausalLM'}")(config)
+    ids = torch.randint(1, 30, (3, 6))
+    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    config = peft.PrefixTuningConfig(num_virtual_tokens=4, task_type="CAUSAL_LM")
+    rules = [PrefixRule(length=2, shift="wpe" if family == "gpt2" else None)]
+    file = exported(model.eval(), rules, inputs, tmp_path)
+    with torch.no_grad():
+        made = peft_on(model, config, tmp_path / "peft")
+    check_peft(made, file, inputs, tmp_path)
