@@ -61,7 +61,8 @@ def decode(
     row = ids[:1, :_LONGEST]
     expected, gaps = _greedy(reference, row, tokens)
     runner = OnnxRunner(path)
-    runner.load(adapter, fed)
+    if fed:
+        runner.load(adapter, fed)
     found = runner.generate({"input_ids": row.cpu().numpy()}, max_new_tokens=tokens, adapter=adapter if fed else None)
     new = tuple(int(one) for one in np.asarray(found)[0, row.shape[1] :])
     parted = next((i for i, pair in enumerate(zip(expected, new, strict=True)) if pair[0] != pair[1]), None)
