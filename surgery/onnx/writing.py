@@ -15,7 +15,7 @@ import onnx_ir as ir
 
 from surgery.errors import SurgeryError
 
-__all__ = ["MANIFEST", "SIDECAR", "written"]
+__all__ = ["MANIFEST", "SIDECAR", "size_of", "written"]
 
 MANIFEST = "surgery.manifest"  # among the file's metadata
 SIDECAR = ".manifest.json"
@@ -59,6 +59,11 @@ def written(
             (path.parent / data).unlink(missing_ok=True)  # of an older file of this name
     finally:
         shutil.rmtree(place, ignore_errors=True)
+
+
+def size_of(path: Path) -> int:
+    """Bytes of a file and of the weights beside it."""
+    return sum(one.stat().st_size for one in (path, path.with_name(f"{path.name}.data")) if one.exists())
 
 
 def _nbytes(value: ir.Value) -> int:
