@@ -11,10 +11,12 @@ from typing import Any, Literal
 from torch import nn
 
 from surgery.errors import SurgeryError
+from surgery.onnx.defaults import write_defaults
 from surgery.onnx.describe import manifest_of
 from surgery.onnx.dims import Axes, Dynamic, axes_of, dynamic_shapes, example_for_tracing, rename_dims
 from surgery.onnx.finish import add_defaults, make_constants, mark_rules, name_weights, require_inputs, tidy
-from surgery.onnx.given import Given
+from surgery.onnx.given import Given, array_of
+from surgery.onnx.manifest import Manifest
 from surgery.onnx.parity import ParityReport, verify_onnx
 from surgery.onnx.prepare import PREPARE, Prepared, Settings
 from surgery.onnx.program import Program, program_of
@@ -68,6 +70,9 @@ def export_onnx(
     manifest = _finish(program, prepared, model, axes, how)
     seconds, parity = time.perf_counter() - started, None
     with written(program.model, Path(path), manifest, external_data) as place:
+        if adapters == "slots" and slots_as == "inputs":
+            arrays = {name: array_of(tensor) for name, tensor in prepared.defaults.items()}
+            write_defaults(place, arrays, Manifest.of(manifest))
         if verify:
             parity = verify_onnx(place, model, example_inputs, names, atol=atol)
     return ExportReport(Path(path), manifest, prepared.notices, seconds, Path(path).stat().st_size, parity)
