@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 from collections.abc import Iterator, Mapping
 
@@ -11,7 +12,7 @@ from torch import Tensor, fx, nn
 from surgery.errors import SurgeryError
 from surgery.state import _MODEL, _SITE, sites
 
-__all__ = ["sharing_copy"]
+__all__ = ["sharing_copy", "traced_path"]
 
 
 def sharing_copy(model: nn.Module, *, folding: bool = False) -> nn.Module:
@@ -63,3 +64,17 @@ def _bring_records(model: nn.Module, found: nn.Module, memo: Mapping[int, object
                 record = module.__dict__.get(name)
                 if record is not None:
                     found.get_submodule(path).__dict__[name] = memo[id(record)]
+
+
+@contextlib.contextmanager
+def traced_path() -> Iterator[None]:
+    """Without the kernel that nn.TransformerEncoder has for evaluation alone, which can't be exported.
+
+    That one writes zeros at padded positions, where the path that training takes, and the file, has numbers.
+    """
+    before = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(before)

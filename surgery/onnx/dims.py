@@ -12,8 +12,9 @@ from torch.utils import _pytree as pytree
 
 from surgery.errors import SurgeryError, near_misses
 from surgery.onnx.given import Given, is_cache, leaves_of
+from surgery.onnx.sizes import sized, sizes_of, summed
 
-__all__ = ["Axes", "Dynamic", "axes_of", "dynamic_shapes", "example_for_tracing", "rename_dims"]
+__all__ = ["Axes", "Dynamic", "axes_of", "dynamic_shapes", "examples_for_tracing", "fixed_dims", "rename_dims"]
 
 Dynamic = bool | Mapping[str, Mapping[int, str]]
 Axes = dict[str, dict[int, str]]  # input → axis → name
@@ -35,10 +36,36 @@ def axes_of(given: Given, dynamic: Dynamic) -> Axes:
         if tensor.dim():
             root = name.partition(".")[0]
             found[name] = _of_cache(name, tensor) if root in caches else _axes(root, tensor, bool(caches), tensors)
+    return _apart(found, tensors)
+
+
+def _apart(axes: Axes, tensors: Mapping[str, Tensor]) -> Axes:
+    """Sizes that need not be one have names of their own; where tracing finds that they are, one name is left.
+
+    What belongs to a text has its sizes, unless the example shows others. Runtimes reuse memory by these names.
+    """
+    taken: dict[str, tuple[bool, int]] = {}
+    found: Axes = {}
+    for name, free in axes.items():
+        found[name] = {}
+        for axis, dim in free.items():
+            one = (_is_text(name, tensors[name]), tensors[name].shape[axis])
+            same = dim not in taken or (one[0] and taken[dim] == one)
+            taken.setdefault(dim, one)
+            found[name][axis] = dim if same else own_dim(name, dim)
     return found
 
 
+def _is_text(name: str, tensor: Tensor) -> bool:
+    return not tensor.is_floating_point() or bool(re.search("mask|embeds|encoder|past_key_values", name))
+
+
+def own_dim(name: str, dim: str) -> str:
+    return re.sub(r"\W", "_", f"{name}_{dim}")
+
+
 def _said(dynamic: Mapping[str, Mapping[int, str]], tensors: Mapping[str, Tensor]) -> Axes:
+    sizes: dict[str, int] = {}
     for name, axes in dynamic.items():
         if name not in tensors:
             why = near_misses(name, tensors) or f"they are {', '.join(tensors)}"
@@ -50,11 +77,15 @@ def _said(dynamic: Mapping[str, Mapping[int, str]], tensors: Mapping[str, Tensor
                     why=f"{name} has {tensors[name].dim()} dimensions",
                     fix='{"input_ids": {0: "batch", 1: "sequence"}}',
                 )
+            if sizes.setdefault(said, size := tensors[name].shape[axis]) != size:
+                why = f"sizes of one name are one size, and the example has {sizes[said]} and {size}"
+                raise SurgeryError(f"dynamic[{name!r}] has {axis!r}: {said!r}", why=why)
     return {name: dict(axes) for name, axes in dynamic.items()}
 
 
 def _of_cache(name: str, tensor: Tensor) -> dict[int, str]:
-    return {0: "batch", 2: "past"} if tensor.dim() == 4 else {0: "batch"}
+    past = "sequence" if ".encoder." in name else "past"
+    return {0: "batch", 2: past} if tensor.dim() == 4 else {0: "batch"}
 
 
 def _axes(name: str, tensor: Tensor, cached: bool, tensors: Mapping[str, Tensor]) -> dict[int, str]:
@@ -72,20 +103,17 @@ def _axes(name: str, tensor: Tensor, cached: bool, tensors: Mapping[str, Tensor]
     if tensor.dim() == 4:  # a mask over queries and keys
         return {0: "batch", 2: positions, 3: "total" if cached else positions}
     if tensor.dim() == 2:
-        return {0: "batch", 1: positions}
-    if text:
-        return {0: "batch", 1: positions, 2: f"{name}_size"}
-    return {0: "batch", 1: positions, 2: f"{name}_size"}
+        return {0: "batch", 1: positions if "mask" in name or name == "input_values" else own_dim(name, "size")}
+    return {0: "batch", 1: positions, 2: own_dim(name, "size")}
 
 
-def example_for_tracing(given: Given, axes: Axes) -> Given:
-    """The call with two rows where it has one: a size of one would be taken for a constant."""
-
-    def sizes(name: str, tensor: Tensor) -> tuple[int, ...]:
-        free = axes.get(name, {})
-        return tuple(2 if size == 1 and free.get(dim) == "batch" else size for dim, size in enumerate(tensor.shape))
-
-    return given.resized(sizes)
+def examples_for_tracing(given: Given, axes: Axes) -> list[Given]:
+    """The call with two where it has one, which would be taken for a constant: everywhere, or in the batch alone."""
+    sizes = sizes_of(given, axes)
+    ones = [name for name, size in sizes.items() if size == 1]
+    asked = [ones, [name for name in ones if name.endswith("batch")], []]
+    found = [sized(given, axes, summed({**sizes, **dict.fromkeys(two, 2)}, sizes)) for two in asked if two]
+    return [*found, given]
 
 
 def dynamic_shapes(given: Given, axes: Axes) -> dict[str, Any]:
@@ -132,10 +160,8 @@ def rename_dims(model: Any, axes: Mapping[str, Mapping[int, str]]) -> dict[str, 
         for axis, name in axes.get(value.name, {}).items():
             dim = value.shape[axis] if value.shape is not None and axis < len(value.shape) else None
             if isinstance(dim, ir.SymbolicDim) and dim.value is not None and not _number(dim.value):
-                taken = names.get(dim.value)
-                if taken is None or (name == "batch" and taken != "batch"):
-                    names[dim.value] = name
                 free.setdefault(value.name, {})[axis] = name
+                names.setdefault(dim.value, name)  # no name for a sum of others
     for value in _values(model):
         if value.shape is not None and any(isinstance(dim, ir.SymbolicDim) for dim in value.shape):
             value.shape = ir.Shape([_renamed(dim, names) for dim in value.shape])
@@ -143,6 +169,18 @@ def rename_dims(model: Any, axes: Mapping[str, Mapping[int, str]]) -> dict[str, 
         for axis in list(free.get(value.name, {})):
             free[value.name][axis] = str(value.shape[axis].value)
     return free
+
+
+def fixed_dims(given: Given, axes: Axes, free: Mapping[str, Mapping[int, str]]) -> list[str]:
+    """What was asked to be free, and came out fixed. Sizes that have no name of their own are not told."""
+    told = []
+    for name, leaf in leaves_of(given.values):
+        for axis, dim in axes.get(name, {}).items() if isinstance(leaf, Tensor) else ():
+            if axis not in free.get(name, {}) and not dim.endswith("_size"):
+                size = leaf.shape[axis]
+                why = "; give an example with more" if size < 2 else ": the model allows no other"
+                told.append(f"{name} is fixed at {size} along axis {axis} ({dim}){why}")
+    return told
 
 
 def _values(model: Any) -> Any:
@@ -159,9 +197,8 @@ def _number(text: Any) -> bool:
 
 
 def _renamed(dim: Any, names: Mapping[str, str]) -> Any:
-    text = getattr(dim, "value", dim)
-    if text is None or isinstance(text, int):
-        return text
-    if _number(text):
-        return int(text)
-    return re.sub(r"[A-Za-z_]\w*", lambda found: names.get(found[0], found[0]), text)
+    if isinstance(dim, int) or dim.value is None:
+        return dim
+    if _number(dim.value):
+        return int(dim.value)
+    return re.sub(r"[A-Za-z_]\w*", lambda found: names.get(found[0], found[0]), dim.value)

@@ -2,25 +2,30 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
 from torch import nn
 
 from surgery.errors import SurgeryError
+from surgery.onnx.caching import with_cache
+from surgery.onnx.copies import sharing_copy, traced_path
 from surgery.onnx.defaults import write_defaults
 from surgery.onnx.describe import manifest_of
-from surgery.onnx.dims import Axes, Dynamic, axes_of, dynamic_shapes, example_for_tracing, rename_dims
-from surgery.onnx.finish import add_defaults, make_constants, mark_rules, name_weights, require_inputs, tidy
+from surgery.onnx.dims import Axes, Dynamic, axes_of, dynamic_shapes, examples_for_tracing, fixed_dims, rename_dims
+from surgery.onnx.finish import add_defaults, make_constants, mark_rules, require_inputs, tidy
 from surgery.onnx.given import Given, array_of
 from surgery.onnx.manifest import Manifest
+from surgery.onnx.names import name_weights
 from surgery.onnx.parity import ParityReport, verify_onnx
 from surgery.onnx.prepare import PREPARE, Prepared, Settings
 from surgery.onnx.program import Program, program_of
-from surgery.onnx.writing import written
+from surgery.onnx.writing import size_of, written
 
 __all__ = ["ExportReport", "export_onnx"]
 
@@ -53,6 +58,7 @@ def export_onnx(
     optimize_for: Literal["ort"] | None = None,
     external_data: bool | int | None = None,
     strict: bool = False,
+    cache: bool = False,
     verify: bool = True,
     atol: float | None = None,
 ) -> ExportReport:
@@ -62,24 +68,43 @@ def export_onnx(
     """
     started = time.perf_counter()
     how = Settings(adapters, slot, slots_as, empty, opset, optimize, optimize_for, strict)
-    given = Given.of(model, example_inputs)
+    given = Given.of(model, with_cache(model, example_inputs) if cache else example_inputs)
     axes = axes_of(given, dynamic)
+    traced = _to_trace(model, given, axes)
     prepared = PREPARE[adapters](model, given, names, how)
-    traced = example_for_tracing(given, axes)
-    program = program_of(prepared.model, traced, prepared.lifted, dynamic_shapes(traced, axes), how)
-    manifest = _finish(program, prepared, model, axes, how)
+    with traced_path():
+        program = program_of(prepared.model, traced, prepared.lifted, dynamic_shapes(traced, axes), how)
+    manifest, free = _finish(program, prepared, model, axes, how)
+    notices = [*prepared.notices, *fixed_dims(traced, axes, free), *_told_apart(model)]
     seconds, parity = time.perf_counter() - started, None
     with written(program.model, Path(path), manifest, external_data) as place:
         if adapters == "slots" and slots_as == "inputs":
             arrays = {name: array_of(tensor) for name, tensor in prepared.defaults.items()}
             write_defaults(place, arrays, Manifest.of(manifest))
         if verify:
-            parity = verify_onnx(place, model, example_inputs, names, atol=atol)
-    return ExportReport(Path(path), manifest, prepared.notices, seconds, Path(path).stat().st_size, parity)
+            parity = verify_onnx(place, model, given, names, atol=atol)
+    return ExportReport(Path(path), manifest, notices, seconds, size_of(Path(path)), parity)
 
 
-def _finish(program: Program, prepared: Prepared, model: nn.Module, axes: Axes, how: Settings) -> dict[str, Any]:
-    """Names, marks and defaults; gives the manifest."""
+def _to_trace(model: nn.Module, given: Given, axes: Axes) -> Given:
+    """The example with two of what it has one of, as far as the model takes that."""
+    examples = examples_for_tracing(given, axes)
+    copy = sharing_copy(model) if len(examples) > 1 else model
+    for one in examples[:-1]:
+        with contextlib.suppress(Exception), torch.no_grad(), torch.random.fork_rng(), traced_path():
+            one.call(copy, one.copy())
+            return one
+    return examples[-1]
+
+
+def _told_apart(model: nn.Module) -> list[str]:
+    quick = [path for path, one in model.named_modules() if getattr(one, "enable_nested_tensor", False) is True]
+    zeros = "torch's own kernel for evaluation writes zeros at padded positions, and the file what training computes"
+    return [f"{path or 'the model'}: {zeros}" for path in quick]
+
+
+def _finish(program: Program, prepared: Prepared, model: nn.Module, axes: Axes, how: Settings) -> Any:
+    """Names, marks and defaults; gives the manifest, and which of the call's tensors have free sizes."""
     made = program.model
     names = [one.name for one in prepared.lifted]
     require_inputs(made, names, "optimisation")
@@ -99,4 +124,5 @@ def _finish(program: Program, prepared: Prepared, model: nn.Module, axes: Axes, 
         required = names if how.slots_as == "inputs" else ()
         add_defaults(made, prepared.defaults, required)
     tidy(made)
-    return manifest_of(program, prepared, model, free, how)
+    by_input = {name: free.get(value, {}) for name, value in program.inputs.items()}
+    return manifest_of(program, prepared, model, free, how), by_input

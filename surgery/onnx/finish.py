@@ -11,9 +11,9 @@ from torch import Tensor
 
 from surgery.errors import SurgeryError
 
-__all__ = ["add_defaults", "make_constants", "mark_rules", "name_weights", "require_inputs", "tidy"]
+__all__ = ["add_defaults", "make_constants", "mark_rules", "require_inputs", "tidy"]
 
-FOLDED, SCOPES = "pkg.onnxscript.optimizer.folded_from", "pkg.torch.onnx.name_scopes"
+SCOPES = "pkg.torch.onnx.name_scopes"
 TRACE = "pkg.torch.onnx.stack_trace"
 
 
@@ -22,31 +22,6 @@ def require_inputs(model: ir.Model, names: Iterable[str], after: str) -> None:
     there = {value.name for value in model.graph.inputs}
     if lost := [name for name in names if name not in there]:
         raise SurgeryError(f"slots were lost by {after}", why=", ".join(lost[:4]), fix="optimize=False, or report it")
-
-
-def name_weights(model: ir.Model, parameters: Mapping[str, Any]) -> None:
-    """Weights that optimisation turned get their own names back; `surgery.layout` says how they lie."""
-    graph = model.graph
-    for name, value in list(graph.initializers.items()):
-        source = _source(value.metadata_props.get(FOLDED))
-        if source is None or source not in parameters or source in graph.initializers:
-            continue
-        tensor, shape = parameters[source], tuple(value.const_value.shape) if value.const_value is not None else ()
-        if shape == tuple(tensor.shape[::-1]) and tensor.dim() == 2 and shape:
-            value.metadata_props["surgery.layout"] = "transposed"
-        elif shape != tuple(tensor.shape):
-            continue
-        graph.initializers.pop(name)
-        value.name = source
-        graph.initializers[source] = value
-
-
-def _source(told: str | None) -> str | None:
-    try:
-        found = ast.literal_eval(told) if told else None
-    except (ValueError, SyntaxError):
-        return None
-    return found[0] if isinstance(found, list) and len(found) == 1 and isinstance(found[0], str) else None
 
 
 def mark_rules(model: ir.Model, sites: Mapping[str, Mapping[str, str]]) -> None:

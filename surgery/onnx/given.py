@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import inspect
+import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, is_dataclass
 from typing import Any
 
 import torch
@@ -14,7 +15,9 @@ from torch.utils import _pytree as pytree
 from surgery.errors import SurgeryError
 from surgery.example import arguments, copied
 
-__all__ = ["Given", "array_of", "arrays_of", "is_cache", "is_transformers", "leaves_of", "outputs_of"]
+__all__ = [
+    "Given", "array_of", "arrays_of", "cache_name", "is_cache", "is_transformers", "leaves_of", "outputs_of", "plain",
+]  # fmt: skip
 
 STARRED = "input_"  # of a forward that takes any number of arguments, each by its place
 
@@ -29,6 +32,8 @@ class Given:
     @classmethod
     def of(cls, model: nn.Module, example_inputs: Any) -> Given:
         """`SurgeryError` where the model's forward does not take these arguments."""
+        if isinstance(example_inputs, Given):
+            return example_inputs
         args, kwargs = arguments(example_inputs)
         signature = inspect.signature(model.forward)
         try:
@@ -108,21 +113,45 @@ def _sized(tensor: Tensor, sizes: tuple[int, ...]) -> Tensor:
 
 def _mapped(value: Any, name: str, sized: Callable[[str, Any], Any]) -> Any:
     """A container with its tensors changed: what pytree knows, caches of transformers included."""
-    register_caches()
-    leaves, spec = pytree.tree_flatten(value)
-    return pytree.tree_unflatten([sized(f"{name}.{i}", leaf) for i, leaf in enumerate(leaves)], spec)
+    named = _named(name, value)
+    _, spec = pytree.tree_flatten(value)
+    return pytree.tree_unflatten([sized(path, leaf) for path, leaf in named], spec)
 
 
 def leaves_of(values: Mapping[str, Any]) -> list[tuple[str, Any]]:
-    """The arguments' tensors with their names; those of a container have numbers."""
-    found: list[tuple[str, Any]] = []
-    for name, value in values.items():
-        if isinstance(value, (Tensor, str, int, float, bool)):
-            found.append((name, value))
-        else:
-            register_caches()
-            found += [(f"{name}.{i}", leaf) for i, leaf in enumerate(pytree.tree_leaves(value))]
-    return found
+    """The arguments' tensors with their names, such as `ids`, `masks.left`, `past_key_values.0.key`."""
+    return [found for name, value in values.items() for found in _named(name, value)]
+
+
+def _named(name: str, value: Any) -> list[tuple[str, Any]]:
+    if value is None or isinstance(value, (Tensor, str, int, float, bool)):
+        return [(name, value)]
+    if isinstance(value, dict):
+        return [found for key, item in value.items() for found in _named(f"{name}.{key}", item)]
+    if isinstance(value, (list, tuple)):
+        return [found for i, item in enumerate(value) for found in _named(f"{name}.{i}", item)]
+    register_caches()
+    leaves = pytree.tree_leaves(value)
+    if len(leaves) == 1 and leaves[0] is value:
+        return [(name, value)]
+    paths: dict[int, str] = {}
+    if _from_transformers(value):
+        from transformers.exporters.utils import get_leaf_tensors
+
+        paths = {id(tensor): cache_name(f"{name}.{path}") for path, tensor in get_leaf_tensors(value).items()}
+    return [(paths.get(id(leaf), f"{name}.{i}"), leaf) for i, leaf in enumerate(leaves)]
+
+
+_CACHED = re.compile(r"(?:past_key_values|present)\.(?:(self|cross)_attention_cache\.)?layers\.(\d+)\.(key|value)s")
+
+
+def cache_name(name: str) -> str:
+    """As serving programs know them: past_key_values.0.key; of an encoder-decoder, past_key_values.0.encoder.key."""
+    found = _CACHED.fullmatch(name)
+    if found is None:
+        return name
+    side = {"self": "decoder.", "cross": "encoder.", None: ""}[found[1]]
+    return f"{name.partition('.')[0]}.{found[2]}.{side}{found[3]}"
 
 
 def is_transformers(model: nn.Module) -> bool:
@@ -174,8 +203,18 @@ def outputs_of(output: Any) -> list[Tensor]:
         from transformers.exporters.utils import get_leaf_tensors
 
         return list(get_leaf_tensors(output).values())
+    output = plain(output)
     return [leaf for leaf in pytree.tree_leaves(output) if isinstance(leaf, Tensor)]
 
 
 def _from_transformers(output: Any) -> bool:
     return any(cls.__module__.startswith("transformers.") for cls in type(output).__mro__)
+
+
+def plain(output: Any) -> Any:
+    """What a model returned without dataclasses, which torch.export does not look into: their fields by name."""
+    if is_dataclass(output) and not isinstance(output, type) and type(output) not in pytree.SUPPORTED_NODES:
+        return {one.name: plain(getattr(output, one.name)) for one in fields(output)}
+    if type(output) in (list, tuple):
+        return type(output)(plain(item) for item in output)
+    return {key: plain(item) for key, item in output.items()} if type(output) is dict else output

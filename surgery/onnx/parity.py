@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +14,17 @@ from torch import Tensor, nn
 from surgery.activation import activate, active, deactivate
 from surgery.errors import ParityError
 from surgery.merging import unmerge
+from surgery.onnx.adapters import read_adapter
 from surgery.onnx.carried import slot_arrays
-from surgery.onnx.copies import sharing_copy
-from surgery.onnx.decoding import Decoded, decode
+from surgery.onnx.copies import sharing_copy, traced_path
+from surgery.onnx.decoding import decode
+from surgery.onnx.defaults import defaults_of
 from surgery.onnx.given import Given, arrays_of, outputs_of
+from surgery.onnx.holding import check_file, check_weights, opened, ran
+from surgery.onnx.manifest import Manifest, read_manifest
+from surgery.onnx.report import Compared, ParityReport, parity_error
 from surgery.onnx.sizes import other_sizes
 from surgery.state import adapter_names, model_state, require_state
-from surgery.table import table
 
 __all__ = ["ParityReport", "TOLERANCES", "verify_onnx"]
 
@@ -30,216 +33,198 @@ __all__ = ["ParityReport", "TOLERANCES", "verify_onnx"]
 TOLERANCES = {"float32": 1e-4, "float16": 2e-2, "bfloat16": 1e-1, "float64": 1e-4}
 TOKENS = 8
 
-
-@dataclass(frozen=True)
-class Compared:
-    """One output of one call: the largest difference, divided by the output's largest number where that is above 1."""
-
-    adapter: str
-    sizes: str
-    optimiser: bool
-    output: str
-    difference: float
-    tolerance: float
-
-    @property
-    def ok(self) -> bool:
-        return self.difference <= self.tolerance
+Adapters = str | Sequence[str] | Mapping[str, str | Path] | None
 
 
 @dataclass
-class ParityReport:
-    """All that was compared; prints as a table.
+class Reference:
+    """What the file has to compute: a name, the model that computes it, what is fed into the slots; `compared`: or
+    only what the adapters' effect is measured from."""
 
-    `decoded`: greedy decoding, token for token; `notices`: what could not be compared.
-    """
-
-    path: str
-    compared: list[Compared] = field(default_factory=list)
-    decoded: list[Decoded] = field(default_factory=list)
-    notices: list[str] = field(default_factory=list)
-
-    @property
-    def ok(self) -> bool:
-        return all(one.ok for one in (*self.compared, *self.decoded))
-
-    @property
-    def worst(self) -> Compared | None:
-        """The comparison that is nearest to its tolerance, or farthest above."""
-        return max(self.compared, key=lambda one: _order(one.difference / one.tolerance), default=None)
-
-    def to_json(self) -> str:
-        data = {"path": self.path, "ok": self.ok, "notices": self.notices}
-        data["compared"] = [{**asdict(one), "ok": one.ok} for one in self.compared]
-        data["decoded"] = [{**asdict(one), "ok": one.ok} for one in self.decoded]
-        return json.dumps(data, indent=2)
-
-    def __str__(self) -> str:
-        head = ["adapter", "sizes", "largest difference", "of output", "tolerance", ""]
-        rows: list[list[str]] = []
-        groups: dict[tuple[str, str], list[Compared]] = {}
-        for one in self.compared:
-            groups.setdefault((one.adapter, one.sizes), []).append(one)
-        for (adapter, sizes), found in groups.items():
-            most = max(found, key=lambda one: _order(one.difference))
-            told = "equal" if most.ok else "DIFFERS"
-            rows.append([adapter, sizes, f"{most.difference:.1e}", most.output, f"{most.tolerance:.0e}", told])
-        lines = [table(head, rows)]
-        lines += [str(one) for one in self.decoded]
-        return "\n".join([*lines, *(f"not compared: {one}" for one in self.notices)])
+    name: str
+    model: nn.Module
+    fed: Mapping[str, np.ndarray]
+    compared: bool = True
 
 
 def verify_onnx(
     path: str | Path,
     model: nn.Module,
     example_inputs: Any,
-    adapters: str | Sequence[str] | None = None,
+    adapters: Adapters = None,
     *,
     atol: float | None = None,
     providers: Sequence[str] | None = None,
 ) -> ParityReport:
     """Compare an exported file with the live model it was made of.
 
-    To be written.
-    """
-    from surgery.onnx.manifest import read_manifest
+    >>> import tempfile, torch
+    >>> from torch import nn
+    >>> from rules import LoraRule
+    >>> from surgery import apply_rules, export_onnx, verify_onnx
+    >>> model, x = nn.Sequential(nn.Linear(4, 2)), torch.ones(3, 4)
+    >>> model = apply_rules(model, LoraRule("0", rank=2, init="random"), adapter="red")
+    >>> folder = tempfile.TemporaryDirectory()
+    >>> file = export_onnx(model, f"{folder.name}/model.onnx", x, adapters="slots", verify=False).path
+    >>> report = verify_onnx(file, model, x)
+    >>> report.ok, sorted({one.adapter for one in report.compared})
+    (True, ['base', 'red'])
 
+    Compared are: the weights in the file that have the model's names, to the bit; the outputs without an adapter and
+    with each (`adapters`: those of these names; or name → `.onnx_adapter` file, to compare what the files hold with the
+    model's adapters), as the example has them and at other sizes of what is free, with onnxruntime's optimiser and
+    without; of decoders with a cache also eight tokens of greedy decoding. Differences are measured by the largest
+    number of an output where that is above 1, and NaNs and infinities have to be in the same places. `atol`: what is
+    allowed instead of `TOLERANCES`, for floating point. `report.moved` is how much each adapter changes the outputs:
+    where that is within the tolerance, a notice says that the comparison tells nothing of it.
+
+    Raises `ParityError` that names the worst output, with all comparisons as its `report`; `SurgeryError` for a file
+    without a manifest, and where onnxruntime has no kernels for it. The model is only read.
+    """
     manifest = read_manifest(path)
     given = Given.of(model, example_inputs)
     report = ParityReport(str(path))
-    _check_file(path, manifest)
-    sessions = {level: _session(path, level, providers) for level in (True, False)}
-    calls = list(other_sizes(given, manifest.inputs, manifest.free))
-    for name, reference, fed in _references(model, manifest, adapters, report):
-        for group in calls:
-            sizes, call = group[0]
-            for sizes, call in group:  # noqa: B007
-                expected = _expected(reference, call)
-                if expected is not None:
-                    break
-            else:
-                report.notices.append(f"{name} at {group[0][0]}: the model itself can't be called so")
-                continue
-            for level, session in sessions.items():
-                found = session.run(None, {**arrays_of(call, manifest.inputs), **fed})
-                report.compared += _compared(name, sizes, level, manifest.outputs, expected, found, atol)
-        decoded = decode(reference, given, path, manifest, name, fed, TOKENS)
-        report.decoded += [decoded] if decoded is not None else []
+    names = list(adapters) if isinstance(adapters, Mapping) else adapters
+    report.weights = check_weights(path, manifest, model, given, names)
+    sessions = {level: opened(path, level, providers) for level in (True, False)}
+    check_file(path, manifest, sessions[True])
+    calls = other_sizes(given, manifest.inputs, manifest.free)
+    drawn: set[int] | None = None
+    first: list[Tensor] | None = None
+    with traced_path():
+        for one in _references(model, manifest, adapters, report):
+            for at, group in enumerate(calls):
+                found = next(((s, c, e) for s, c in group if (e := _expected(one.model, c)) is not None), None)
+                if found is None:
+                    report.notices.append(f"{one.name} at {group[0][0]}: the model itself can't be called so")
+                    continue
+                sizes, call, expected = found
+                if drawn is None:
+                    drawn = _drawn(one.model, call, expected, manifest.outputs, report)
+                if at == 0:
+                    first = _effect(one.name, first, expected, drawn, report)
+                for level, session in sessions.items() if one.compared else ():
+                    outputs = ran(session, {**arrays_of(call, manifest.inputs), **one.fed}, f"{one.name}, {sizes}")
+                    report.compared += _compared(one.name, sizes, level, manifest, expected, outputs, atol, drawn)
+            if one.compared and not drawn:
+                decoded = decode(one.model, given, path, manifest, one.name, one.fed, TOKENS)
+                report.decoded += [decoded] if decoded is not None else []
     if not report.ok:
-        raise _error(report)
+        raise parity_error(report)
+    _weigh(report)
     return report
 
 
-def _references(
-    model: nn.Module, manifest: Any, adapters: Any, report: ParityReport
-) -> Iterator[tuple[str, nn.Module, dict[str, np.ndarray]]]:
-    """What the file has to compute: a name, the model that computes it, and what is fed into the slots."""
+def _references(model: nn.Module, manifest: Manifest, adapters: Adapters, report: ParityReport) -> Iterator[Reference]:
     state = model_state(model)
-    if state is None:
-        yield "base", sharing_copy(model), {}
-        return
     copy = sharing_copy(model)
-    unmerge(copy)
-    if manifest.adapters != "slots":
-        wanted = adapter_names(state, adapters) if adapters is not None else list(active(copy))
-        activate(copy, wanted)
-        yield " + ".join(wanted) or "base", copy, {}
+    if state is None:
+        yield Reference("base", copy, {})
         return
+    unmerge(copy)
+    names = list(adapters) if isinstance(adapters, Mapping) else adapters
+    if manifest.adapters != "slots":
+        wanted = adapter_names(state, names) if names is not None else list(active(copy))
+        deactivate(copy)
+        yield Reference("base", copy, {}, compared=not wanted)
+        if wanted:
+            activate(copy, wanted)
+            yield Reference(" + ".join(wanted), copy, {})
+        return
+    defaults = defaults_of(report.path, manifest) if manifest.slots_as == "inputs" else {}
+    fed = {name: array for name, array in defaults.items() if array is not None}
     constants = list(manifest.constants)
-    names = adapter_names(require_state(copy), adapters)
+    deactivate(copy)
     if constants:
         report.notices.append(f"the file without an adapter: it holds what has no slot of {', '.join(constants)}")
-    else:
-        deactivate(copy)
-        yield "base", copy, {}
-    for name in names:
+    elif lacking := [name for name, array in defaults.items() if array is None]:
+        report.notices.append(f"the file without an adapter: nothing stands beside it for {', '.join(lacking[:3])}")
+    yield Reference("base", copy, fed, compared=not constants and len(fed) == len(defaults))
+    for name in adapter_names(require_state(copy), names):
         if constants and constants != [name]:
             report.notices.append(f"{name}: the file holds what has no slot of {', '.join(constants)}")
             continue
+        file = adapters[name] if isinstance(adapters, Mapping) else None
         activate(copy, name)
-        yield name, copy, slot_arrays(copy, name, manifest)
+        arrays = slot_arrays(copy, name, manifest) if file is None else read_adapter(file, manifest)
+        yield Reference(name, copy, {**fed, **arrays})
 
 
-def _expected(reference: nn.Module, call: Given) -> list[Tensor] | None:
-    with torch.no_grad():
+def _expected(reference: nn.Module, call: Given, seed: int = 0) -> list[Tensor] | None:
+    with torch.no_grad(), torch.random.fork_rng():
+        torch.manual_seed(seed)
         try:
-            return outputs_of(call.call(reference, call.copy()))
+            return [one.detach().clone() for one in outputs_of(call.call(reference, call.copy()))]
         except Exception:  # such as positions past the last one
             return None
+
+
+def _drawn(
+    model: nn.Module, call: Given, expected: list[Tensor], outputs: Sequence[str], report: ParityReport
+) -> set[int]:
+    """Which outputs are drawn at random: the file draws other numbers."""
+    again = _expected(model, call, seed=1) or []
+    found = {i for i, (one, other) in enumerate(zip(expected, again, strict=False)) if difference(one, other)}
+    if found and len(found) == len(expected):
+        raise ParityError(
+            "the file can't be compared with the model",
+            why="two calls of the model itself differ: it draws random numbers in evaluation mode",
+            fix="verify=False writes it as it is",
+        )
+    report.notices += [f"{outputs[i]}: the model draws it at random" for i in sorted(found) if i < len(outputs)]
+    return found
+
+
+def _effect(
+    name: str, first: list[Tensor] | None, expected: list[Tensor], drawn: Collection[int], report: ParityReport
+) -> list[Tensor]:
+    """Note how far an adapter takes the outputs from the base's, which come first."""
+    if first is None:
+        return expected
+    pairs = [pair for i, pair in enumerate(zip(first, expected, strict=False)) if i not in drawn]
+    report.moved[name] = max((difference(base, one) for base, one in pairs if base.is_floating_point()), default=0.0)
+    return first
+
+
+def _weigh(report: ParityReport) -> None:
+    for name, moved in report.moved.items():
+        allowed = max((one.tolerance for one in report.compared if one.adapter == name), default=0.0)
+        if moved <= allowed:
+            why = "that they are equal tells nothing of it"
+            report.notices.append(f"{name} moves the outputs by {moved:.1e}, within the tolerance: {why}")
 
 
 def _compared(
     name: str,
     sizes: str,
     level: bool,
-    outputs: Sequence[str],
+    manifest: Manifest,
     expected: list[Tensor],
     found: list[Any],
     atol: float | None,
+    drawn: Collection[int],
 ) -> list[Compared]:
     if len(expected) != len(found):
         raise ParityError(f"the file has {len(found)} outputs, and the model {len(expected)}", where=name)
     made = []
-    for output, want, have in zip(outputs, expected, found, strict=True):
-        tolerance = atol if atol is not None else TOLERANCES.get(str(want.dtype).removeprefix("torch."), 0.0)
-        made.append(Compared(name, sizes, level, output, difference(want, have), tolerance))
+    for i, (output, want, have) in enumerate(zip(manifest.outputs, expected, found, strict=True)):
+        allowed = TOLERANCES.get(str(want.dtype).removeprefix("torch."), 0.0)
+        tolerance = atol if atol is not None and allowed else allowed
+        if i not in drawn:
+            made.append(Compared(name, sizes, level, output, difference(want, have), tolerance))
     return made
 
 
 def difference(want: Tensor, have: Any) -> float:
     """The largest difference, of the largest number where that is above 1; infinite where shapes or NaNs differ."""
-    expected, found = want.detach().cpu().double().numpy(), np.asarray(have).astype(np.float64)
+    expected = want.detach().cpu().double().numpy()
+    found = have.detach().cpu().double().numpy() if isinstance(have, Tensor) else np.asarray(have).astype(np.float64)
     if expected.shape != found.shape or not np.array_equal(np.isnan(expected), np.isnan(found)):
         return float("inf")
     finite = np.isfinite(expected)
-    if not np.array_equal(expected[~finite & ~np.isnan(expected)], found[~finite & ~np.isnan(found)]):
+    if not np.array_equal(expected[~finite], found[~finite], equal_nan=True) or not np.isfinite(found[finite]).all():
         return float("inf")
     if not finite.any():
         return 0.0
-    return float(np.abs(expected - found)[finite].max() / max(1.0, np.abs(expected[finite]).max()))
-
-
-def _check_file(path: str | Path, manifest: Any) -> None:
-    """The graph by onnx's own checker, and whether all slots are there."""
-    import onnx
-
-    try:
-        onnx.checker.check_model(str(path), full_check=True)
-    except Exception as error:
-        raise ParityError("onnx.checker refuses the file", where=str(path), why=str(error)[:400]) from error
-
-
-def _session(path: str | Path, optimised: bool, providers: Sequence[str] | None) -> Any:
-    import onnxruntime
-
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = 3  # it warns of each slot that it is no constant
-    levels = onnxruntime.GraphOptimizationLevel
-    options.graph_optimization_level = levels.ORT_ENABLE_ALL if optimised else levels.ORT_DISABLE_ALL
-    try:
-        return onnxruntime.InferenceSession(str(path), options, list(providers or ["CPUExecutionProvider"]))
-    except Exception as error:
-        raise ParityError("onnxruntime can't open the file", where=str(path), why=str(error)[:400]) from error
-
-
-def _error(report: ParityReport) -> ParityError:
-    failed = [one for one in report.decoded if not one.ok]
-    worst = report.worst
-    if worst is not None and not worst.ok:
-        mode = "optimised" if worst.optimiser else "as written"
-        error = ParityError(
-            "the exported file does not compute what the model does",
-            where=f"{worst.output}, adapter {worst.adapter}, {worst.sizes}, run {mode}",
-            why=f"the largest difference is {worst.difference:.2e}, and {worst.tolerance:.0e} is allowed",
-            fix="optimize=False tells whether optimisation does it; atol= allows more; verify=False writes it as it is",
-        )
-    else:
-        error = ParityError(
-            "the exported file decodes other tokens than the model", where=failed[0].adapter, why=str(failed[0])
-        )
-    error.report = report
-    return error
-
-
-def _order(ratio: float) -> float:
-    return float("inf") if ratio != ratio else ratio
+    expected, found = expected[finite], found[finite]
+    return float(np.abs(expected - found).max() / max(1.0, np.abs(expected).max()))

@@ -19,8 +19,9 @@ from torch.utils import _pytree as pytree
 
 from surgery.errors import SurgeryError
 from surgery.example import copied
-from surgery.onnx.given import Given, is_cache, is_transformers, leaves_of, register_caches
+from surgery.onnx.given import Given, cache_name, is_cache, is_transformers, leaves_of, plain, register_caches
 from surgery.onnx.low_rank import as_one_operation, translations
+from surgery.onnx.names import names_kept
 
 __all__ = ["Lifted", "Program", "SLOTS", "program_of"]
 
@@ -92,10 +93,9 @@ def program_of(
             "the exported graph has other inputs than the call",
             why=f"it has {len(graph.inputs)} for {len(names) + len(lifted)}; missing: {', '.join(sorted(missing)[:3])}",
         )
-    _name_cache(graph)
     for value, name in zip(taken, names, strict=True):
-        if "." not in name:
-            value.name = name
+        value.name = name
+    _name_outputs(graph)
     return Program(made, {name: value.name for name, value in zip(names, taken, strict=True)})
 
 
@@ -116,7 +116,7 @@ def _forward_with(model: nn.Module, given: Given, lifted: Sequence[Lifted]) -> I
         for one in lifted:
             one.box._buffers[one.key] = brought[one.name]
         try:
-            return given.call(own, values)
+            return plain(given.call(own, values))
         finally:
             for one in lifted:
                 one.box._buffers[one.key] = None
@@ -223,47 +223,6 @@ def _output_names(exported: Any) -> list[str]:
 # What is done to passes and to what they print -------------------------------------------------------------------
 
 
-@contextlib.contextmanager
-def names_kept() -> Iterator[None]:
-    """Optimisation folds equal small constants into one; parameters keep their names and stay several."""
-    import onnx_ir.passes.common as passes
-
-    own = passes.DeduplicateInitializersPass
-
-    class Kept(own):  # type: ignore[misc, valid-type]
-        def call(self, model: Any) -> Any:
-            held = [(graph, _parameters(graph)) for graph in model.graphs()]
-            for graph, found in held:
-                for name in found:
-                    graph.initializers.pop(name)
-            try:
-                return super().call(model)
-            finally:
-                for graph, found in held:
-                    graph.initializers.update(found)
-
-    passes.DeduplicateInitializersPass = Kept  # type: ignore[misc]
-    try:
-        yield
-    finally:
-        passes.DeduplicateInitializersPass = own  # type: ignore[misc]
-
-
-def _parameters(graph: Any) -> dict[str, Any]:
-    kind = "pkg.torch.export.graph_signature.InputSpec.kind"
-    folded = "pkg.onnxscript.optimizer.folded_from"
-    return {
-        name: value
-        for name, value in graph.initializers.items()
-        if value.metadata_props.get(kind) == "PARAMETER" or _weight_of(value.metadata_props.get(folded, ""))
-    }
-
-
-def _weight_of(told: str) -> str | None:
-    found = re.fullmatch(r"\['([\w.]+\.[\w.]+)'\]", told)
-    return found[1] if found else None
-
-
 def fused(model: Any) -> None:
     """onnxruntime's own operations for attention and normalisation, by transformers' rewriting."""
     from transformers.exporters.onnxruntime_fusions import fuse_for_onnxruntime
@@ -290,21 +249,11 @@ def _quiet() -> Iterator[None]:
             logger.setLevel(levels[name])
 
 
-_CACHE = re.compile(
-    r"(?:input\.|output\.)?past_key_values\.(?:(self|cross)_attention_cache\.)?layers\.(\d+)\.(key|value)s"
-)
-
-
-def _name_cache(graph: Any) -> None:
-    """The names that serving programs know: past_key_values.0.key comes in, present.0.key goes out."""
-    for values, stem in ((graph.inputs, "past_key_values"), (graph.outputs, "present")):
-        for value in values:
-            found = _CACHE.fullmatch(value.name or "")
-            if found:
-                side = {"self": "decoder.", "cross": "encoder.", None: ""}[found[1]]
-                value.name = f"{stem}.{found[2]}.{side}{found[3]}"
-            else:
-                value.name = re.sub(r"^(input|output)\.", "", value.name or "")
+def _name_outputs(graph: Any) -> None:
+    """What comes out of a cache is `present`, and what goes in `past_key_values`."""
+    for value in graph.outputs:
+        name = re.sub(r"^output\.", "", value.name or "")
+        value.name = cache_name(re.sub(r"^past_key_values\.", "present.", name))
 
 
 def _first_lines(error: BaseException) -> str:

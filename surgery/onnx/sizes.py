@@ -9,7 +9,7 @@ from torch import Tensor
 
 from surgery.onnx.given import Given, leaves_of
 
-__all__ = ["other_sizes", "sizes_of"]
+__all__ = ["other_sizes", "sized", "sizes_of", "summed"]
 
 Free = Mapping[str, Mapping[int, str]]  # input of the graph → axis → name
 _MORE = {"batch": 1, "past": 2, "decoder_sequence": 1}
@@ -27,10 +27,10 @@ def other_sizes(given: Given, inputs: Sequence[str], free: Free) -> list[list[tu
     if sizes:
         more = {name: size + _MORE.get(name, 3) for name, size in sizes.items()}
         less = {name: size + 1 if name == "batch" else max(2, size // 2) for name, size in sizes.items()}
-        asked.append([_summed(more, sizes), _summed(less, sizes)])
+        asked.append([summed(more, sizes), summed(less, sizes)])
     if "past" in sizes:
-        asked.append([_summed({**sizes, "past": 0}, sizes)])
-    return [[(_told(one), _sized(given, by_leaf, one)) for one in group] for group in asked]
+        asked.append([summed({**sizes, "past": 0}, sizes)])
+    return [[(_told(one), sized(given, by_leaf, one)) for one in group] for group in asked]
 
 
 def sizes_of(given: Given, free: Free) -> dict[str, int]:
@@ -42,14 +42,15 @@ def sizes_of(given: Given, free: Free) -> dict[str, int]:
     return found
 
 
-def _summed(new: dict[str, int], old: Mapping[str, int]) -> dict[str, int]:
+def summed(new: dict[str, int], old: Mapping[str, int]) -> dict[str, int]:
     """A mask's length follows from those of the cache and the text."""
-    if {"total", "past", "sequence"} <= old.keys() and old["total"] == old["past"] + old["sequence"]:
-        new["total"] = new["past"] + new["sequence"]
+    for text in ("sequence", "decoder_sequence"):
+        if {"total", "past", text} <= old.keys() and old["total"] == old["past"] + old[text]:
+            new["total"] = new["past"] + new[text]
     return new
 
 
-def _sized(given: Given, free: Free, sizes: Mapping[str, int]) -> Given:
+def sized(given: Given, free: Free, sizes: Mapping[str, int]) -> Given:
     def asked(name: str, tensor: Tensor) -> tuple[int, ...]:
         shape = list(tensor.shape)
         for axis, dim in free.get(name, {}).items():

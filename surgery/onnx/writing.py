@@ -16,7 +16,7 @@ import onnx_ir as ir
 from surgery.errors import SurgeryError
 from surgery.onnx.defaults import DEFAULTS
 
-__all__ = ["MANIFEST", "SIDECAR", "written"]
+__all__ = ["MANIFEST", "SIDECAR", "size_of", "written"]
 
 MANIFEST = "surgery.manifest"  # among the file's metadata
 SIDECAR = ".manifest.json"
@@ -60,6 +60,11 @@ def written(
                 (path.parent / one.name).unlink(missing_ok=True)  # of an older file of this name
     finally:
         shutil.rmtree(place, ignore_errors=True)
+
+
+def size_of(path: Path) -> int:
+    """Bytes of a file and of the weights beside it."""
+    return sum(one.stat().st_size for one in (path, path.with_name(f"{path.name}.data")) if one.exists())
 
 
 def _nbytes(value: ir.Value) -> int:

@@ -1,0 +1,101 @@
+"""What a comparison of an exported file with its model found."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, field
+from typing import TYPE_CHECKING
+
+from surgery.errors import ParityError
+from surgery.table import table
+
+if TYPE_CHECKING:
+    from surgery.onnx.decoding import Decoded
+
+__all__ = ["Compared", "ParityReport", "parity_error"]
+
+
+@dataclass(frozen=True)
+class Compared:
+    """One output of one call: the largest difference, divided by the output's largest number where that is above 1."""
+
+    adapter: str
+    sizes: str
+    optimiser: bool
+    output: str
+    difference: float
+    tolerance: float
+
+    @property
+    def ok(self) -> bool:
+        return self.difference <= self.tolerance
+
+    @property
+    def ratio(self) -> float:
+        """Of the difference to the tolerance; whole numbers and truths have none."""
+        return self.difference / self.tolerance if self.tolerance else 0.0 if self.ok else float("inf")
+
+
+@dataclass
+class ParityReport:
+    """All that was compared; prints as a table.
+
+    `moved`: how much each adapter changes the outputs; `weights`: how many tensors of the file are the model's to the
+    bit; `decoded`: greedy decoding, token for token; `notices`: what could not be compared.
+    """
+
+    path: str
+    compared: list[Compared] = field(default_factory=list)
+    decoded: list[Decoded] = field(default_factory=list)
+    notices: list[str] = field(default_factory=list)
+    moved: dict[str, float] = field(default_factory=dict)
+    weights: int = 0
+
+    @property
+    def ok(self) -> bool:
+        return all(one.ok for one in (*self.compared, *self.decoded))
+
+    @property
+    def worst(self) -> Compared | None:
+        """The comparison that is nearest to its tolerance, or farthest above."""
+        return max(self.compared, key=lambda one: one.ratio, default=None)
+
+    def to_json(self) -> str:
+        data = {"path": self.path, "ok": self.ok, "notices": self.notices, "moved": self.moved}
+        data["compared"] = [{**asdict(one), "ok": one.ok} for one in self.compared]
+        data["decoded"] = [{**asdict(one), "ok": one.ok} for one in self.decoded]
+        return json.dumps(data, indent=2)
+
+    def __str__(self) -> str:
+        head = ["adapter", "moves", "sizes", "largest difference", "of output", "tolerance", ""]
+        rows: list[list[str]] = []
+        groups: dict[tuple[str, str], list[Compared]] = {}
+        for one in self.compared:
+            groups.setdefault((one.adapter, one.sizes), []).append(one)
+        for (adapter, sizes), found in groups.items():
+            most = max(found, key=lambda one: (one.ratio, one.difference))
+            moves = f"{self.moved[adapter]:.1e}" if adapter in self.moved else ""
+            told = "equal" if most.ok else "DIFFERS"
+            rows.append([adapter, moves, sizes, f"{most.difference:.1e}", most.output, f"{most.tolerance:.0e}", told])
+        lines = [table(head, rows)]
+        lines += [str(one) for one in self.decoded]
+        return "\n".join([*lines, *(f"not compared: {one}" for one in self.notices)])
+
+
+def parity_error(report: ParityReport) -> ParityError:
+    failed = [one for one in report.decoded if not one.ok]
+    worst = report.worst
+    if worst is not None and not worst.ok:
+        mode = "optimised" if worst.optimiser else "as written"
+        error = ParityError(
+            "the exported file does not compute what the model does",
+            where=f"{worst.output}, adapter {worst.adapter}, {worst.sizes}, run {mode}",
+            why=f"the largest difference is {worst.difference:.2e}, and {worst.tolerance:.0e} is allowed",
+            fix="optimize=False tells whether optimisation does it; atol= allows more; verify=False writes it as it is",
+        )
+    else:
+        error = ParityError(
+            "the exported file decodes other tokens than the model", where=failed[0].adapter, why=str(failed[0])
+        )
+    error.report = report
+    return error
