@@ -15,10 +15,12 @@ from torch import nn
 from surgery.errors import SurgeryError
 from surgery.onnx.caching import with_cache
 from surgery.onnx.copies import sharing_copy, traced_path
+from surgery.onnx.defaults import write_defaults
 from surgery.onnx.describe import manifest_of
 from surgery.onnx.dims import Axes, Dynamic, axes_of, dynamic_shapes, examples_for_tracing, fixed_dims, rename_dims
 from surgery.onnx.finish import add_defaults, make_constants, mark_rules, require_inputs, tidy
-from surgery.onnx.given import Given
+from surgery.onnx.given import Given, array_of
+from surgery.onnx.manifest import Manifest
 from surgery.onnx.names import name_weights
 from surgery.onnx.parity import ParityReport, verify_onnx
 from surgery.onnx.prepare import PREPARE, Prepared, Settings
@@ -76,6 +78,9 @@ def export_onnx(
     notices = [*prepared.notices, *fixed_dims(traced, axes, free), *_told_apart(model)]
     seconds, parity = time.perf_counter() - started, None
     with written(program.model, Path(path), manifest, external_data) as place:
+        if adapters == "slots" and slots_as == "inputs":
+            arrays = {name: array_of(tensor) for name, tensor in prepared.defaults.items()}
+            write_defaults(place, arrays, Manifest.of(manifest))
         if verify:
             parity = verify_onnx(place, model, given, names, atol=atol)
     return ExportReport(Path(path), manifest, notices, seconds, size_of(Path(path)), parity)
