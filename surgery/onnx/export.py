@@ -126,7 +126,7 @@ def export_onnx(
 
 
 def _to_trace(model: nn.Module, given: Given, axes: Axes) -> Given:
-    """The example with two of what it has one of, as far as the model takes that."""
+    """The example with several of what it has one of, as far as the model takes that."""
     examples = examples_for_tracing(given, axes)
     copy = sharing_copy(model) if len(examples) > 1 else model
     for one in examples[:-1]:
