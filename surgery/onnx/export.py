@@ -15,10 +15,12 @@ from torch import nn
 from surgery.errors import SurgeryError
 from surgery.onnx.caching import with_cache
 from surgery.onnx.copies import sharing_copy, traced_path
+from surgery.onnx.defaults import write_defaults
 from surgery.onnx.describe import manifest_of
 from surgery.onnx.dims import Axes, Dynamic, axes_of, dynamic_shapes, examples_for_tracing, fixed_dims, rename_dims
 from surgery.onnx.finish import add_defaults, make_constants, mark_rules, require_inputs, tidy
-from surgery.onnx.given import Given
+from surgery.onnx.given import Given, array_of
+from surgery.onnx.manifest import Manifest
 from surgery.onnx.names import name_weights
 from surgery.onnx.parity import ParityReport, verify_onnx
 from surgery.onnx.prepare import PREPARE, Prepared, Settings
@@ -38,6 +40,13 @@ class ExportReport:
     seconds: float = 0.0
     nbytes: int = 0
     parity: ParityReport | None = None
+
+    def __str__(self) -> str:
+        manifest, slots = self.manifest, len(self.manifest["slots"])
+        told = f", {slots} slots at {len(manifest['sites'])} sites" if slots else ""
+        what = f"{self.path.name}: {self.nbytes:,} bytes, opset {manifest['opset']}, {manifest['adapters']}{told}"
+        lines = [f"{what}; {self.seconds:.1f} s", *(f"note: {one}" for one in self.notices)]
+        return "\n".join([*lines, *([str(self.parity)] if self.parity is not None else [])])
 
 
 def export_onnx(
@@ -60,9 +69,41 @@ def export_onnx(
     verify: bool = True,
     atol: float | None = None,
 ) -> ExportReport:
-    """Write a model as ONNX.
+    """Write a model as ONNX, compared with the live model before the file is put in its place.
 
-    To be written.
+    >>> import tempfile, torch
+    >>> from torch import nn
+    >>> from rules import LoraRule
+    >>> from surgery import apply_rules, export_onnx
+    >>> model = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 2))
+    >>> for name, rank in (("red", 2), ("blue", 4)):
+    ...     _ = apply_rules(model, LoraRule(["0", "2"], rank=rank, init="random"), adapter=name)
+    >>> file = f"{tempfile.mkdtemp()}/model.onnx"
+    >>> report = export_onnx(model, file, torch.ones(3, 8), adapters="slots")
+    >>> [slot["name"] for slot in report.manifest["slots"][:2]], report.parity.ok
+    (['0.adapters.slot.A', '0.adapters.slot.B'], True)
+
+    `example_inputs`: a tensor, a tuple of arguments or a dict of keyword arguments. The model, rewritten or plain, is
+    not touched: a copy that shares its memory is exported, in evaluation mode. `adapters` says how:
+
+    - "merged": the live ones (or `names`) folded into the weights; the graph is the base's own.
+    - "constant": the live ones (or `names`) as they are, each tensor an initialiser
+      `<site>.adapters.<adapter>.<tensor>` of its own shape.
+    - "slots": in the place of all (or `names`) stand slots `<site>.adapters.<slot>.<tensor>`, optional inputs of any
+      rank, site by site, that change nothing where they are not fed. `export_adapter` makes files for them, of these
+      adapters and of later ones, and `OnnxRunner` runs them. What has no slot is a constant where it is live, which
+      `report.notices` tells, and with `strict` an error. `slots_as="inputs"`: they must be fed, for runtimes that can
+      feed no others; `empty="zeros1"`: of rank 1, for runtimes without tensors of no size.
+
+    `dynamic`: free sizes: True for those of a batch and of texts and caches, False for none, or a mapping input →
+    axis → name. What came out fixed is in the notices. `cache=True` gives a decoder's file a cache in and out. `opset`
+    18 to 25, by default the exporter's; `optimize_for="ort"` fuses attention and norms into onnxruntime's own
+    operations; `external_data`: weights beside the graph, always, never, from so many bytes on, or (None) from 1.5 GiB.
+    `verify`: see `verify_onnx`, which has the tolerances; `atol` stands in for them. A manifest stands in the file's
+    metadata and beside it, as `<file>.manifest.json`. `report` prints as tables.
+
+    Raises `SurgeryError` where the model can't be exported, `ParityError` where the file computes something else;
+    what was at `path` is then as it was.
     """
     started = time.perf_counter()
     how = Settings(adapters, slot, slots_as, empty, opset, optimize, optimize_for, strict)
@@ -76,6 +117,9 @@ def export_onnx(
     notices = [*prepared.notices, *fixed_dims(traced, axes, free), *_told_apart(model)]
     seconds, parity = time.perf_counter() - started, None
     with written(program.model, Path(path), manifest, external_data) as place:
+        if adapters == "slots" and slots_as == "inputs":
+            arrays = {name: array_of(tensor) for name, tensor in prepared.defaults.items()}
+            write_defaults(place, arrays, Manifest.of(manifest))
         if verify:
             parity = verify_onnx(place, model, given, names, atol=atol)
     return ExportReport(Path(path), manifest, notices, seconds, size_of(Path(path)), parity)

@@ -18,6 +18,7 @@ from surgery.onnx.adapters import read_adapter
 from surgery.onnx.carried import slot_arrays
 from surgery.onnx.copies import sharing_copy, traced_path
 from surgery.onnx.decoding import decode
+from surgery.onnx.defaults import defaults_of
 from surgery.onnx.given import Given, arrays_of, outputs_of
 from surgery.onnx.holding import check_file, check_weights, opened, ran
 from surgery.onnx.manifest import Manifest, read_manifest
@@ -130,14 +131,15 @@ def _references(model: nn.Module, manifest: Manifest, adapters: Adapters, report
             activate(copy, wanted)
             yield Reference(" + ".join(wanted), copy, {})
         return
-    defaults = {slot.name: manifest.default(slot) for slot in manifest.slots} if manifest.slots_as == "inputs" else {}
+    defaults = defaults_of(report.path, manifest) if manifest.slots_as == "inputs" else {}
+    fed = {name: array for name, array in defaults.items() if array is not None}
     constants = list(manifest.constants)
     deactivate(copy)
     if constants:
         report.notices.append(f"the file without an adapter: it holds what has no slot of {', '.join(constants)}")
     elif lacking := [name for name, array in defaults.items() if array is None]:
-        report.notices.append(f"the file without an adapter: nothing stands in it for {', '.join(lacking[:3])}")
-    yield Reference("base", copy, defaults, compared=not constants and not any(v is None for v in defaults.values()))
+        report.notices.append(f"the file without an adapter: nothing stands beside it for {', '.join(lacking[:3])}")
+    yield Reference("base", copy, fed, compared=not constants and len(fed) == len(defaults))
     for name in adapter_names(require_state(copy), names):
         if constants and constants != [name]:
             report.notices.append(f"{name}: the file holds what has no slot of {', '.join(constants)}")
@@ -145,7 +147,7 @@ def _references(model: nn.Module, manifest: Manifest, adapters: Adapters, report
         file = adapters[name] if isinstance(adapters, Mapping) else None
         activate(copy, name)
         arrays = slot_arrays(copy, name, manifest) if file is None else read_adapter(file, manifest)
-        yield Reference(name, copy, {**{key: v for key, v in defaults.items() if v is not None}, **arrays})
+        yield Reference(name, copy, {**fed, **arrays})
 
 
 def _expected(reference: nn.Module, call: Given, seed: int = 0) -> list[Tensor] | None:

@@ -14,6 +14,7 @@ import onnxruntime
 
 from surgery.errors import SurgeryError, near_misses
 from surgery.onnx.adapters import read_adapter
+from surgery.onnx.defaults import DEFAULTS, defaults_of
 from surgery.onnx.dtypes import array_of_value, value_of
 from surgery.onnx.feeds import Feeds, Input
 from surgery.onnx.fitting import listed
@@ -74,14 +75,15 @@ class OnnxRunner:
             [one for name, one in inputs.items() if name not in slots],
             [one for name, one in further.items() if name not in slots],
         )
-        self._defaults = {name: self._default(name) for name in slots if name in inputs}
+        self._defaults = self._required([name for name in slots if name in inputs])
         self._loaded: Mapping[str, _Loaded] = {}  # replaced, never changed: a call has it as it was when it began
         self._lock = threading.Lock()
         self.takes_padding = False  # whether texts that are padded on their left were seen to come out right
 
-    def _default(self, name: str) -> Any:
-        array = self.manifest.default(self.manifest.by_name[name])
-        return None if array is None else value_of(array)
+    def _required(self, names: Sequence[str]) -> dict[str, Any]:
+        """What slots that must be fed are without an adapter; None where that is not known."""
+        held = defaults_of(self.path, self.manifest) if names else {}
+        return {name: None if (array := held[name]) is None else value_of(array) for name in names}
 
     # Adapters -------------------------------------------------------------------------------------------------
 
@@ -144,7 +146,7 @@ class OnnxRunner:
         for one in chosen:
             values.update(one.values)
         if lacking := [name for name, value in values.items() if value is None]:
-            why = "there is nothing in the file to take in its place"
+            why = f"what the base has there stands in {self.path.name}{DEFAULTS}, which is missing"
             raise SurgeryError("the slots need an adapter", where=", ".join(lacking[:3]), why=why)
         return values
 

@@ -14,6 +14,7 @@ from typing import Any
 import onnx_ir as ir
 
 from surgery.errors import SurgeryError
+from surgery.onnx.defaults import DEFAULTS
 
 __all__ = ["MANIFEST", "SIDECAR", "size_of", "written"]
 
@@ -50,13 +51,13 @@ def written(
         side = file.with_name(path.name + SIDECAR)
         side.write_text(json.dumps(manifest, indent=2, sort_keys=True) + "\n", encoding="utf-8")
         yield file
-        made = [place / data, side, file]  # the graph last: it is what is opened
+        made = [place / data, place / f"{path.name}{DEFAULTS}", side, file]  # the graph last: it is what is opened
         for one in made:
             if one.exists():
                 _synced(one)
                 os.replace(one, path.parent / one.name)
-        if not beside:
-            (path.parent / data).unlink(missing_ok=True)  # of an older file of this name
+            else:
+                (path.parent / one.name).unlink(missing_ok=True)  # of an older file of this name
     finally:
         shutil.rmtree(place, ignore_errors=True)
 
