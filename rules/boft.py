@@ -6,10 +6,10 @@ import math
 from functools import partial
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from rules import _fields, _maps
+from rules._solving import cayley
 from surgery import LiveSite, Rule, Site, rule
 
 
@@ -77,15 +77,14 @@ class BoftRule(Rule):
         Q = 0.5 * (R - R.transpose(-1, -2))
         if self.dropout:
             Q = Q * _maps.kept(site, R[..., :1, :1], self.dropout)
-        site.replace(site.weight, self._changed(layout, site.weight, Q, s))
+        site.replace(site.weight, self._changed(layout, site.weight, site.apply(cayley, Q), s))
 
     def merged(self, site: LiveSite) -> dict[str, Any]:
         R, s = site.params["R"].detach(), site.params["s"].detach()
-        return {"weight": self._changed(_maps.at(site), site.weight, 0.5 * (R - R.transpose(-1, -2)), s)}
+        return {"weight": self._changed(_maps.at(site), site.weight, cayley(0.5 * (R - R.transpose(-1, -2))), s)}
 
-    def _changed(self, layout: Any, weight: Tensor, Q: Tensor, s: Tensor) -> Tensor:
-        eye = torch.diag_embed(torch.ones_like(Q[..., 0]))
-        turns = torch.linalg.solve(eye + Q, eye - Q, left=False).transpose(-1, -2)
+    def _changed(self, layout: Any, weight: Tensor, rotations: Tensor, s: Tensor) -> Tensor:
+        turns = rotations.transpose(-1, -2)
         rows, (size, _) = _maps.rows_of(layout, weight).to(s.dtype), self._sizes(layout)
         for i in range(self.n_butterfly_factor):
             apart, half = 2**i, size // 2

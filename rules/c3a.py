@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Any, Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from rules import _combined, _delta, _fields
@@ -27,7 +28,7 @@ class C3aRule(Rule):
     Goes on Linear, transformers' Conv1D and quantised Linears (unmerged). `kernel` is (out / b, in / b, b): a row
     of each block, in float32 (or the module's float64), as the transform needs it. `block_size` must divide both
     sizes. `init` (init_weights): "xavier_uniform", "kaiming_uniform", "gaussian" or "identity" (True: zero). Defaults
-    are PEFT's. ONNX has no einsum of complex numbers: merge before such an export.
+    are PEFT's. An exported graph has C itself, since ONNX has no products of complex numbers.
 
     A size that is not divided is a problem of the plan. Source: Chen et al. 2024, arXiv:2407.19342; PEFT's C3AConfig.
     """
@@ -56,9 +57,7 @@ class C3aRule(Rule):
         out, inner = _delta.sizes(site)
         size = self.block_size
         kernel = site.param("kernel", (out // size, inner // size, size), self._start(out, inner))
-        x = site.input.to(kernel.dtype).unflatten(-1, (inner // size, size))
-        spectrum = torch.einsum("...nb,mnb->...mb", torch.fft.ifft(x), torch.fft.fft(kernel))
-        return site.output + torch.fft.fft(spectrum).real.flatten(-2) / inner
+        return site.output + site.apply(convolved, site.input.to(kernel.dtype), kernel) / inner
 
     def combined(self, shares: Sequence[Share], how: Combination) -> tuple[Rule, _combined.Tensors]:
         return _combined.linear_in_tensors(self, shares, how)
@@ -68,3 +67,15 @@ class C3aRule(Rule):
             return nn.init.normal_
         bound = {"identity": 0.0, "kaiming_uniform": math.sqrt(1 / inner)}.get(self.init, math.sqrt(6 / (inner + out)))
         return lambda kernel: nn.init.uniform_(kernel, -bound, bound)
+
+
+def convolved(x: Tensor, kernel: Tensor) -> Tensor:
+    """C x: block (m, n) of C has in row i and column j the number kernel[m, n, (j - i) mod b]."""
+    size = kernel.shape[-1]
+    if torch.compiler.is_exporting():
+        at = torch.arange(size, device=kernel.device)
+        blocks = kernel[:, :, (at - at.unsqueeze(-1)) % size]
+        return F.linear(x, blocks.transpose(1, 2).reshape(blocks.shape[0] * size, -1))
+    x = x.unflatten(-1, (-1, size))
+    spectrum = torch.einsum("...nb,mnb->...mb", torch.fft.ifft(x), torch.fft.fft(kernel))
+    return torch.fft.fft(spectrum).real.flatten(-2)

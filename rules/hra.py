@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import math
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from rules import _fields, _maps
+from rules._solving import orthonormal_columns, upper_inverse
 from surgery import LiveSite, LowRank, Rule, Site, rule
 
 
@@ -55,25 +57,27 @@ class HraRule(Rule):
         shape = (math.prod(_maps.sizes(_maps.at(site))[1:]), self.rank)
         paired = self.init == "identity" and self.rank % 2 == 0 and not self.apply_GS
         u = site.param("u", shape, _pairs if paired else partial(nn.init.kaiming_uniform_, a=math.sqrt(5)))
-        U, T = self._factors(u)
+        made: Any = site.apply(factors, u, self.apply_GS)
+        U, T = made[0], made[1]
         # w - (w U) T Uᵀ for rows of the weight, x - (x U) Tᵀ Uᵀ for rows of inputs
         _maps.turn(site, lambda rows, back: rows - rows @ U @ (T if back else T.t()) @ U.t(), u.dtype)
 
     def merged(self, site: LiveSite) -> dict[str, LowRank]:
         layout = _maps.at(site)
-        U, T = self._factors(site.params["u"].detach())
+        U, T = factors(site.params["u"].detach(), self.apply_GS)
         up = _maps.rows_of(layout, site.weight).to(U.dtype) @ U @ T
         turned = layout.parts[0].turned
         return {"weight": LowRank(U, up.t(), -1.0) if turned else LowRank(up, U.t(), -1.0)}
 
-    def _factors(self, u: Tensor) -> tuple[Tensor, Tensor]:
-        """Unit vectors U (in, rank) and the small matrix T of I - U T Uᵀ."""
-        eye = torch.diag_embed(torch.ones_like(u[0]))
-        if self.apply_GS:
-            return torch.linalg.qr(u)[0], 2 * eye
-        U = u / torch.linalg.vector_norm(u, dim=0)
-        between = (U.t() @ U).to(u.dtype).triu(1)  # autocast would leave it in half precision
-        return U, torch.linalg.solve_triangular(eye / 2 + between, eye, upper=True)
+
+def factors(u: Tensor, orthogonal: bool) -> tuple[Tensor, Tensor]:
+    """Unit vectors U (in, rank) and the small matrix T of I - U T Uᵀ."""
+    eye = torch.diag_embed(torch.ones_like(u[0]))
+    if orthogonal:
+        return orthonormal_columns(u), 2 * eye
+    U = u / torch.linalg.vector_norm(u, dim=0)
+    between = (U.t() @ U).to(u.dtype).triu(1)  # autocast would leave it in half precision
+    return U, upper_inverse(eye / 2 + between)
 
 
 def _pairs(u: Tensor) -> None:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from rules import _fields, _maps
+from rules._solving import cayley
 from surgery import LiveSite, Rule, Site, rule
 
 
@@ -75,7 +76,7 @@ class OftRule(Rule):
         index[rows, columns] = torch.arange(len(rows))
         shape = (1 if self.block_share else width // size, len(rows))
         R = site.param("R", shape, partial(nn.init.normal_, std=0.1) if self.init == "random" else 0.0)
-        turned = partial(_turned, rotation=self._rotation(R, site.buffer("index", index), shape[0]))
+        turned = partial(_turned, rotation=self._rotation(R, site.buffer("index", index), shape[0], site.apply))
         _maps.turn(site, turned, R.dtype)
 
     def merged(self, site: LiveSite) -> dict[str, Any]:
@@ -84,17 +85,17 @@ class OftRule(Rule):
             site, partial(_turned, rotation=self._rotation(R, site.params["index"], len(R))), R.dtype
         )
 
-    def _rotation(self, R: Tensor, index: Tensor, blocks: int) -> Tensor:
-        """(blocks, size, size), for rows x of a block: x R."""
+    def _rotation(self, R: Tensor, index: Tensor, blocks: int, apply: Any = None) -> Tensor:
+        """(blocks, size, size), for rows x of a block: x R. `apply`: calls a function of values in a graph."""
         if self.coft:
             norm = (R * R).sum(-1, keepdim=True).mul(2).sqrt()  # of Q, where each number stands twice
             most = self.eps / math.sqrt(blocks)
             R = R + (R * (most / norm.clamp(min=most)) - R).detach()
         entries = R[:, index]
         Q = entries.triu(1) - entries.triu(1).transpose(-1, -2)
-        eye = torch.diag_embed(torch.ones_like(Q[..., 0]))
         if not self.use_cayley_neumann:
-            return torch.linalg.solve(eye + Q, eye - Q, left=False)
+            return cayley(Q) if apply is None else apply(cayley, Q)
+        eye = torch.diag_embed(torch.ones_like(Q[..., 0]))
         last = {1: 0, 2: 1}.get(self.num_cayley_neumann_terms, max(3, self.num_cayley_neumann_terms - 1))  # as in PEFT
         power, total = Q, eye
         for n in range(1, last + 1):

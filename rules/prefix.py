@@ -142,6 +142,11 @@ class PrefixRule(Rule):
     def unslotted(self, tensors: Mapping[str, Tensor]) -> tuple[Rule, Mapping[str, Tensor]]:
         return self.replace(length=tensors["key"].shape[1]), tensors
 
+    def slot_notes(self, model: nn.Module, module: nn.Module) -> Mapping[str, Any]:
+        from rules.peft._turned import turn_of
+
+        return turn_of(model, module)
+
     def slotted(self, slot: Rule, site: LiveSite) -> Mapping[str, Tensor]:
         if cast(PrefixRule, slot).gate != self.gate:
             why = "behind a gate a prefix has a softmax of its own"

@@ -59,6 +59,7 @@ class PromptRule(Rule):
     whole: bool = False
     scalable = False
     why_not_merged = "virtual tokens are no change of a weight"
+    why_no_slot = "how many virtual tokens there are is in the masks, positions and outputs of the whole graph"
 
     def validate(self) -> None:
         _fields.whole(self, "length", "encoder_layers")

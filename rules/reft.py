@@ -6,12 +6,12 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import cast
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from rules import _fields
 from rules._hidden import at_positions, features_of, positions_of
+from rules._solving import orthonormal_rows
 from surgery import LiveSite, Rule, Site, SiteError, rule
 
 
@@ -126,17 +126,3 @@ class ReftSlotRule(Rule):
 
     def unslotted(self, tensors: Mapping[str, Tensor]) -> tuple[Rule, Mapping[str, Tensor]]:
         return ReftRule(rank=len(tensors["R"]), positions=self.positions, features=self.features), tensors
-
-
-def orthonormal_rows(raw: Tensor) -> Tensor:
-    """What Gram and Schmidt make of rows, each twice for rounding's sake; orthonormal ones stay as they are.
-
-    A QR decomposition would be the same, but ONNX has none.
-    """
-    rows: list[Tensor] = []
-    for row in raw.unbind(0):
-        for _ in range(2 if rows else 0):
-            others = torch.stack(rows)
-            row = row - (others @ row) @ others
-        rows.append(row / row.square().sum().sqrt())
-    return torch.stack(rows)

@@ -89,7 +89,11 @@ class LowRankSlotRule(Rule):
 
     def free(self, tensor: str) -> tuple[int, str] | None:
         prefix, name = tensor[:-1], tensor[-1]
-        return ({"A": 0, "B": 1}[name], f"{prefix}rank") if name in "AB" and prefix in ("", *_PARTS) else None
+        if name not in "AB" or prefix not in ("", *_PARTS):
+            return None
+        # Where a convolution has groups, B holds one group's share of the rank. Without groups `rank` is 2.
+        word = "rank" if name == "A" or self.rank == 2 else "rank_of_a_group"
+        return {"A": 0, "B": 1}[name], f"{prefix}{word}"
 
     def unslotted(self, tensors: Mapping[str, Tensor]) -> tuple[Rule, Mapping[str, Tensor]]:
         from rules.lora import LoraRule

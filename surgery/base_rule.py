@@ -180,7 +180,7 @@ class Rule:
     # Of a rule that slots may hold: their kind, or why there is none. Of a slot's rule: whether zeros in its tensors
     # are as good as none, and whether it puts a parameter in the base's place, which comes before all other edits.
     slot_kind: ClassVar[str | None] = None
-    why_no_slot: ClassVar[str] = "no slot of its kind takes it here"
+    why_no_slot: ClassVar[str] = "it has no form that adapters could share"
     zeros_are_none: ClassVar[bool] = True
     slot_first: ClassVar[bool] = False
 
@@ -200,6 +200,13 @@ class Rule:
         Where the words of two tensors of a site are the same, so are the sizes.
         """
         return None
+
+    def slot_notes(self, model: nn.Module, module: nn.Module) -> Mapping[str, Any]:
+        """Of a slot's rule: what else is to be said of a site, as plain data, in the exported file's manifest.
+
+        For what makes adapters of files without the model at hand, such as `convert_peft`.
+        """
+        return {}
 
     def slotted(self, slot: Rule, site: LiveSite) -> Mapping[str, Tensor]:
         """This rule's tensors, `site.params`, as a slot's rule wants them; by default themselves.

@@ -31,7 +31,12 @@ import surgery.trainer
 
 ROOT = Path(__file__).parent.parent
 PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")])
-NEEDS = {"README.md": ("accelerate",), "docs/rules.md": ("yaml",), "docs/patterns.md": ("yaml",)}
+NEEDS = {
+    "README.md": ("accelerate",),
+    "docs/onnx.md": ("onnxscript", "onnxruntime"),
+    "docs/rules.md": ("yaml",),
+    "docs/patterns.md": ("yaml",),
+}
 TEXT = {str(page.relative_to(ROOT)): page.read_text(encoding="utf-8") for page in PAGES}
 
 

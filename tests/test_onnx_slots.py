@@ -23,7 +23,8 @@ from rules import (
     TokensRule,
     TrainRule,
 )
-from surgery import SurgeryError, activate, adapter_state_dict, apply_rules, using
+from surgery import SurgeryError, activate, adapter_state_dict, apply_rules, load_adapter, using
+from surgery.onnx.carried import export_adapter, import_adapter
 from surgery.state import load_adapter_state_dict
 from tests.slots import Exported, adapted, check_slots, outputs, plain, same
 
@@ -83,6 +84,12 @@ def test_one_file_for_adapters_of_many_kinds(tmp_path: Path) -> None:
         "NormRule, BiasRule" in marks["norm"] and "SteerRule" in marks["down"] and "Slot" not in "".join(marks.values())
     )
     check_slots(exported, base, [ids(5, 9), ids(2, 1)])
+    for name in rules:  # and back into a model, by rules that are the slots' or make the same
+        file = export_adapter(model, name, exported.report.path, tmp_path / f"{name}.onnx_adapter")
+        loaded = plain(base)
+        load_adapter(loaded, import_adapter(file, exported.report.path))
+        with using(model, name):
+            same(outputs(loaded, exported.inputs), outputs(model, exported.inputs))
     more: dict[str, Any] = {
         "rows": TokensRule(["word"], tokens=[1, 2, 5, 8, 13]),
         "wide": BottleneckRule(["down"], size=9, activation="gelu"),
@@ -120,7 +127,10 @@ def test_adapters_that_differ_where_a_slot_has_one_word(tmp_path: Path) -> None:
     model = adapted(text(), rules)
     exported = Exported(model, ids(3, 7), tmp_path)
     assert {(one["site"], one["rule"]) for one in exported.manifest["sites"]} == {("head", "lora")}
-    assert len(exported.report.notices) == 8 and all("left out" in told for told in exported.report.notices)
+    assert len(exported.report.notices) == 9 and all("left out" in told for told in exported.report.notices)
+    said = " ".join(exported.report.notices)
+    assert "IA3Rule of 'c' (1 sites) can't be a slot: the adapters' rules stand there in orders" in said
+    assert "IA3Rule of 'a' (1 sites) can't be a slot: in some adapters it scales the module's input" in said
     with pytest.raises(SurgeryError, match="needs slots that the file does not have") as caught:
         exported.tensors("c")
     assert "IA3Rule at up, LoraRule at up" in str(caught.value)

@@ -98,6 +98,17 @@ assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dic
     run(python, "-I", "-c", code, folder=tmp_path)
 
 
+def test_the_runner_needs_no_torch(python: Path, tmp_path: Path) -> None:
+    pytest.importorskip("onnxruntime")
+    code = """
+import sys
+sys.modules["torch"] = None
+from surgery.onnx import OnnxRunner, convert_peft, read_adapter
+assert not {"transformers", "onnx", "networkx"} & set(sys.modules)
+"""
+    run(python, "-I", "-c", code, folder=tmp_path)
+
+
 def test_rules_are_found_by_name_without_importing_them(python: Path, tmp_path: Path) -> None:
     code = """
 import sys

@@ -58,6 +58,37 @@ def turned(model: nn.Module, module: nn.Module, key: Tensor, way: int) -> Tensor
     return torch.cat([first, x[..., size:]], -1)[0].to(key.dtype)
 
 
+def turn_of(model: nn.Module, module: nn.Module) -> dict[str, Any]:
+    """How keys are turned, in numbers: `{"turn": {"frequencies": …, "pairs": …}}`, None where they aren't.
+
+    Component i and its partner, half of the turned ones further ("halves") or the next ("neighbours"), are turned by
+    the i-th frequency for each position. Nothing where no turn makes up for the shift by PEFT's prefix, or that is not
+    known.
+    """
+    why, shift = why_not(model)
+    if why or shift is not None:
+        return {}
+    size = getattr(module, "head_dim", getattr(module, "head_size", None))  # in GPT-NeoX
+    if _condition(class_of(module)) == "none" or type(size) is not int:
+        return {}
+    whole = torch.eye(size, dtype=torch.float32).unsqueeze(1)  # a head for each component, of one position
+    matrix = turned(model, module, whole, 1)[:, 0].double()
+    if bool((matrix == torch.eye(size)).all()):
+        return {"turn": None}
+    count = int((matrix - matrix.diagonal().diag()).count_nonzero()) // 2  # the cosine of a small angle is 1
+    for pairs, first, apart in (("halves", torch.arange(count), count), ("neighbours", torch.arange(count) * 2, 1)):
+        second = first + apart
+        angles = torch.atan2(matrix[first, second], matrix[first, first])
+        if int(second.max()) >= size:
+            continue
+        made = torch.eye(size, dtype=torch.float64)
+        made[first, first] = made[second, second] = angles.cos()
+        made[first, second], made[second, first] = angles.sin(), -angles.sin()
+        if torch.allclose(made, matrix, atol=1e-6):
+            return {"turn": {"frequencies": angles.tolist(), "pairs": pairs}}
+    return {}
+
+
 def _rotary(model: nn.Module) -> nn.Module | None:
     """The one module that gives a model's rotary positions, if its angles are the same at any length."""
     found = [module for module in model.modules() if "RotaryEmbedding" in type(module).__name__]

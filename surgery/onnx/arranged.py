@@ -30,12 +30,12 @@ class Left:
 @dataclass
 class Arranged:
     """`slots`: rules by site; `labels`: the adapters' own rules in each, by site and kind; `left`: what stays; `none`:
-    the paths of what is no slot, by adapter and rule."""
+    the paths of what is no slot, by adapter, rule and reason."""
 
     slots: dict[str, Kinds] = field(default_factory=dict)
     labels: dict[tuple[str, str], str] = field(default_factory=dict)
     left: list[Left] = field(default_factory=list)
-    none: dict[tuple[str, type[Rule]], list[str]] = field(default_factory=dict)
+    none: dict[tuple[str, type[Rule], str], list[str]] = field(default_factory=dict)
 
     def rules(self) -> list[Rule]:
         """As few rules as may be: those that are equal but for their targets are one, where no site's order minds."""
@@ -55,7 +55,7 @@ def arranged(copy: nn.Module, state: ModelState, names: Sequence[str]) -> Arrang
     live = [name for name in names if name not in state.idle]
     for path, module, site in sites(copy):
         here = [applied for applied in site.applied if applied.adapter in names]
-        kinds, after = _at(here, module, path, live)
+        kinds, after, why = _at(here, module, path, live)
         if kinds:
             found.slots[path] = kinds
         for kind in kinds:
@@ -63,7 +63,9 @@ def arranged(copy: nn.Module, state: ModelState, names: Sequence[str]) -> Arrang
         for applied in here:
             if applied.rule.slot_kind in kinds:
                 continue
-            found.none.setdefault((applied.adapter, type(applied.rule)), []).append(path)
+            rule = applied.rule
+            reason = why.get(rule.slot_kind or "", type(rule).why_no_slot)
+            found.none.setdefault((applied.adapter, type(rule), reason), []).append(path)
             if applied.adapter in live:
                 _leave(found.left, applied, path, id(applied) in after)
     found.left = [one for one in found.left if not _comes_along(one, found.left)]
@@ -79,12 +81,14 @@ def labels_of(rules: Iterator[Rule] | Collection[Rule]) -> str:
     return ", ".join(dict.fromkeys(rule.label for rule in rules))
 
 
-def _at(here: list[Applied], module: nn.Module, path: str, live: Sequence[str]) -> tuple[Kinds, set[int]]:
-    """The slots at a site, and which of the other rules come after them.
+def _at(
+    here: list[Applied], module: nn.Module, path: str, live: Sequence[str]
+) -> tuple[Kinds, set[int], dict[str, str]]:
+    """The slots at a site, which of the other rules come after them, and why kinds have none.
 
     The adapters' rules stand in an order there, and the slots must stand in one that is all of theirs.
     """
-    offered = _offered(here, module, path)
+    offered, why = _offered(here, module, path)
     while True:
         after, barred = set[int](), None
         orders: list[list[str]] = []
@@ -102,25 +106,28 @@ def _at(here: list[Applied], module: nn.Module, path: str, live: Sequence[str]) 
             orders.append(order)
         found = _joined(orders, offered)
         if barred is None and len(found) == len(offered):
-            return found, after
+            return found, after, why
         for kind in [barred] if barred is not None else [kind for kind in offered if kind not in found]:
             del offered[kind]
+            why[kind] = "the adapters' rules stand there in orders that no one order holds"
 
 
-def _offered(here: list[Applied], module: nn.Module, path: str) -> Kinds:
+def _offered(here: list[Applied], module: nn.Module, path: str) -> tuple[Kinds, dict[str, str]]:
     by_kind: dict[str, list[Applied]] = {}
     for applied in here:
         if applied.rule.slot_kind is not None:
             by_kind.setdefault(applied.rule.slot_kind, []).append(applied)
     offered: Kinds = {}
+    why: dict[str, str] = {}
     for kind, group in by_kind.items():
         if len({one.adapter for one in group}) < len(group):
-            continue  # two rules of one adapter, for one place
+            why[kind] = "an adapter has two rules for one slot there"
+            continue
         with running(group[0].rule, "slot", path):
             made = type(group[0].rule).slot([one.rule for one in group], module, path)
         if made is not None:
             offered[kind] = bare(made)
-    return offered
+    return offered, why
 
 
 def _joined(orders: list[list[str]], offered: Kinds) -> Kinds:

@@ -82,14 +82,14 @@ def import_adapter(path: str | Path, onnx_path: str | Path) -> Stored:
     """
     manifest = Manifest.read(onnx_path)
     arrays = read_adapter(path, manifest)
-    rules, tensors = list[tuple[Rule, list[str]]](), dict[str, Tensor]()
-    for site, slot, named in _sites(manifest, arrays):
+    rules, tensors = list[tuple[int, Rule, list[str]]](), dict[str, Tensor]()
+    for place, site, slot, named in _sites(manifest, arrays):
         with running(slot, "unslotted", site):
             rule, found = slot.unslotted({key: _tensor(array) for key, array in named.items()})
         bare = rule.replace(targets=(), exclude=(), layers=None, expect=None)
-        same = next((paths for other, paths in rules if other == bare), None)
+        same = next((paths for at, other, paths in rules if at == place and other == bare), None)
         if same is None:
-            rules.append((bare, same := []))
+            rules.append((place, bare, same := []))
         same.append(site)
         tensors.update({tensor_key(site, key): tensor for key, tensor in found.items()})
     file = TensorFile(
@@ -98,7 +98,7 @@ def import_adapter(path: str | Path, onnx_path: str | Path) -> Stored:
         {},
         tensors.__getitem__,
     )
-    made = [rule.replace(targets=regular(paths)) for rule, paths in rules]
+    made = [rule.replace(targets=regular(paths)) for _, rule, paths in rules]
     return Stored(made, file, lambda plan, step, name: Entry(tensor_key(step.path, name)), base=dict(manifest.base))
 
 
@@ -116,13 +116,15 @@ def _rules_of(manifest: Manifest) -> dict[tuple[str, str], Rule]:
     return {(one["site"], one["rule"]): rules[one["by"]] for one in manifest.sites}
 
 
-def _sites(manifest: Manifest, arrays: Mapping[str, Any]) -> Iterator[tuple[str, Rule, dict[str, Any]]]:
-    """The sites that an adapter has something for: path, the slot's rule, its arrays."""
+def _sites(manifest: Manifest, arrays: Mapping[str, Any]) -> Iterator[tuple[int, str, Rule, dict[str, Any]]]:
+    """The sites that an adapter has something for: the place of the slot's rule among all, in whose order they were
+    put in, and the path, the rule, its arrays."""
     rules = _rules_of(manifest)
-    for (site, kind), slots in manifest.groups.items():
+    places = {(one["site"], one["rule"]): one["by"] for one in manifest.sites}
+    for (site, kind), slots in sorted(manifest.groups.items(), key=lambda group: places[group[0]]):
         named = {slot.tensor: arrays[slot.name] for slot in slots if slot.name in arrays}
         if named:
-            yield site, rules[site, kind], named
+            yield places[site, kind], site, rules[site, kind], named
 
 
 def _tensor(array: Any) -> Tensor:

@@ -17,7 +17,7 @@ from surgery.onnx.fitting import listed
 from surgery.onnx.manifest import Manifest, Slot
 from surgery.onnx.peft_folder import Checkpoint, read_checkpoint
 from surgery.onnx.peft_lora import lora
-from surgery.onnx.peft_others import ia3, prefix, trained
+from surgery.onnx.peft_others import ia3, prefix, tokens, trained
 from surgery.onnx.weights import Weights
 
 __all__ = ["convert_peft"]
@@ -30,7 +30,8 @@ def convert_peft(folder: str | Path, onnx_path: str | Path, out_path: str | Path
 
     `onnx_path`: a file that `export_onnx(…, adapters="slots")` wrote. Of PEFT's methods: LoRA with rank_pattern,
     alpha_pattern, rsLoRA, lora_bias, and DoRA (whose gains are made with the weights in the file: needs the onnx
-    package), IA³, prefixes; with any of them modules_to_save and trained biases, where the file has slots for them.
+    package), IA³, prefixes; with any of them modules_to_save, trained biases and trainable_token_indices, where the
+    file has slots for them.
     Scales are folded into B. Half-precision checkpoints are computed with in float32.
 
     Gives `out_path`. Raises `LoadError` that lists all that the file has no place for, and then writes nothing.
@@ -50,6 +51,7 @@ def convert_peft(folder: str | Path, onnx_path: str | Path, out_path: str | Path
     else:
         with making.noting("the configuration"):
             _METHODS[kind](making)
+        tokens(making)
         trained(making)
         making.complete()
         problems = making.problems + [_placeless(manifest, key) for key in making.left]
@@ -131,6 +133,7 @@ class Making:
         for slots in self.manifest.groups.values():
             if any(slot.name in self.found for slot in slots):
                 for slot in slots:
-                    made = self.manifest.default(slot) if slot.default in ("zeros", "ones") else None
-                    if slot.name not in self.found and made is not None:
-                        self.found[slot.name] = made
+                    if slot.name not in self.found and slot.default != "empty":
+                        with self.noting(slot.name):
+                            made = self.manifest.default(slot)
+                            self.found[slot.name] = self.weights.stored(slot.name) if made is None else made

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from surgery.base_rule import Rule
 from surgery.errors import SurgeryError
 from surgery.fingerprint import fingerprint
+from surgery.hooks import running
 from surgery.onnx.prepare import Prepared, Settings
 from surgery.onnx.program import Program
 from surgery.onnx.slots import SlotSite
@@ -33,6 +34,7 @@ def manifest_of(
             "module": one.module,
             "slots": [one.full(key) for key in one.tensors],
             "by": prepared.rules.index(one.rule),
+            **_notes(one, model),
         }
         for one in slotted
     ]
@@ -57,6 +59,11 @@ def manifest_of(
         "cache": _cache(inputs, outputs),
         "versions": _versions(),
     }
+
+
+def _notes(one: SlotSite, model: nn.Module) -> Mapping[str, Any]:
+    with running(one.rule, "slot_notes", one.path):
+        return one.rule.slot_notes(model, model.get_submodule(one.path))
 
 
 def _slot(one: SlotSite, key: str) -> dict[str, Any]:

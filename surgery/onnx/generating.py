@@ -148,7 +148,7 @@ class Decoder:
 
     def _check_padding(self, texts: Texts, logits: np.ndarray) -> None:
         """A file that counts positions by itself may count the padding: the row with the most is read without it."""
-        if texts.mask.all() or POSITIONS in self.inputs:
+        if self.runner.takes_padding or texts.mask.all() or POSITIONS in self.inputs:
             return
         row = int(texts.mask.sum(-1).argmin())
         kept = texts.mask[row].astype(bool)
@@ -164,6 +164,7 @@ class Decoder:
             why = f"it takes no {POSITIONS}, and counts the padding"
             fix = f"export it with {POSITIONS} among the example inputs, or give it texts of one length"
             raise SurgeryError("this file can't continue texts that are padded on their left", why=why, fix=fix)
+        self.runner.takes_padding = True
 
     @property
     def inputs_are_wide(self) -> bool:

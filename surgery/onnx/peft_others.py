@@ -53,8 +53,9 @@ def _fits(text: str, path: str) -> bool:
 def prefix(making: Making) -> None:
     """Keys and values of all layers stand in one matrix, a row a virtual token: (length, layers · 2 · heads · size).
 
-    PEFT's prefix takes positions, and ours none; with rotary positions its keys are turned back by its length, by the
-    angles that the manifest gives for the site under `turn`.
+    PEFT's prefix takes positions, and ours none. Where the file has a slot that shifts the embedding of positions, the
+    text's are shifted as PEFT's; with rotary positions the prefix's keys are turned back by its length, by the angles
+    that the manifest gives for the site under `turn`.
     """
     held = making.checkpoint
     ours = ("num_virtual_tokens", "token_dim", "num_layers", "num_attention_heads", "num_transformer_submodules")
@@ -72,13 +73,16 @@ def prefix(making: Making) -> None:
         if layers != len(sites) or matrix.ndim != 2 or matrix.shape[1] % (2 * len(sites)):
             why = f"it is {matrix.shape} for {layers} layers, and the file has {len(sites)} sites"
             raise SurgeryError("the prefix does not fit the file", why=why)
+        shifts = [site for site, rule in making.manifest.groups if rule == "shift"]
+        for path in shifts:
+            making.put(path, "shift", {"by": np.array([len(matrix)])})
         parts = widened(matrix).reshape(len(matrix), 2 * len(sites), -1)
         for i, path in enumerate(sites):
             with making.noting(path):
-                _place_prefix(making, path, parts[:, 2 * i], parts[:, 2 * i + 1])
+                _place_prefix(making, path, parts[:, 2 * i], parts[:, 2 * i + 1], bool(shifts))
 
 
-def _place_prefix(making: Making, path: str, keys: np.ndarray, values: np.ndarray) -> None:
+def _place_prefix(making: Making, path: str, keys: np.ndarray, values: np.ndarray, shifted: bool) -> None:
     slots = making.slots(path, "prefix")
     if "gate" in slots:
         raise SurgeryError("the slot's prefix has a gate, and PEFT's none")
@@ -90,10 +94,10 @@ def _place_prefix(making: Making, path: str, keys: np.ndarray, values: np.ndarra
             raise SurgeryError(f"the prefix's {name}s don't fit the slot", why=f"{flat.shape[1]} numbers a token")
         found[name] = flat.reshape(len(flat), heads, size).transpose(1, 0, 2)
     site = making.site_of(path, "prefix")
-    if "turn" not in site:
+    if "turn" not in site and not shifted:
         why = "PEFT's prefix shifts the text's positions, and the file does not say what makes up for that"
         raise SurgeryError("PEFT's prefix can't be converted here", why=why, fix="load_adapter and export_adapter")
-    if site["turn"] is not None:
+    if site.get("turn") is not None:
         found["key"] = _turned(found["key"], site["turn"])
     making.put(path, "prefix", found)
 
@@ -120,13 +124,34 @@ def _turned(key: np.ndarray, turn: Any) -> np.ndarray:
 
 def trained(making: Making) -> None:
     """What is left are parameters under their own names: of modules_to_save, or biases beside a LoRA."""
-    kinds = ("train", "bias", "norm")
     for key in list(making.left):
-        path, _, name = key.replace(".base_layer.", ".").rpartition(".")
-        name, owner = name.replace(".", "_"), path
-        kind = next((one for one in kinds if name in making.manifest_slots(owner, one)), None)
-        if kind is None and name == "num_batches_tracked":  # of a BatchNorm: only training reads it
-            del making.left[key]
-        if kind is not None:
-            with making.noting(path):
-                making.put(owner, kind, {name: making.left.pop(key)})
+        names = key.replace(".base_layer.", ".").split(".")
+        for cut in range(len(names) - 1, -1, -1):  # an attention's slots are those of its inner map, too
+            path, name = ".".join(names[:cut]), "_".join(names[cut:])
+            if name in making.manifest_slots(path, "train"):
+                with making.noting(path):
+                    making.put(path, "train", {name: making.left.pop(key)})
+                break
+        else:
+            if names[-1] == "num_batches_tracked":  # of a BatchNorm: only training reads it
+                del making.left[key]
+
+
+def tokens(making: Making) -> None:
+    """trainable_token_indices: the rows of some tokens, in the order in which the configuration lists them."""
+    end = ".token_adapter.trainable_tokens_delta"
+    given: Any = making.checkpoint.config.get("trainable_token_indices") or {}
+    found = {key.removesuffix(end): key for key in making.left if key.endswith(end)}
+    sites = [site for site, rule in making.manifest.groups if rule == "tokens"]
+    if found and set(sites) - set(found):
+        why = "whether they hold the same weight, whose rows PEFT changes for all of them, can't be told"
+        fix = "load_adapter and export_adapter"
+        what = "the file has slots for tokens of further modules"
+        making.problems.append(SurgeryError(what, where=", ".join(sites), why=why, fix=fix))
+    for path, key in found.items():
+        with making.noting(path):
+            ids = given if isinstance(given, list) else next(ids for name, ids in given.items() if _fits(name, path))
+            index, rows = np.array(ids, np.int64), making.left.pop(key)
+            if len(set(ids)) != len(ids) or index.ndim != 1 or len(rows) != len(index) or (index < 0).any():
+                raise SurgeryError("the tokens' rows don't fit their numbers", why=f"{rows.shape}, for {len(ids)}")
+            making.put(path, "tokens", {"rows": widened(rows), "index": index})

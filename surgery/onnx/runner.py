@@ -78,6 +78,7 @@ class OnnxRunner:
         self._defaults = self._required([name for name in slots if name in inputs])
         self._loaded: Mapping[str, _Loaded] = {}  # replaced, never changed: a call has it as it was when it began
         self._lock = threading.Lock()
+        self.takes_padding = False  # whether texts that are padded on their left were seen to come out right
 
     def _required(self, names: Sequence[str]) -> dict[str, Any]:
         """What slots that must be fed are without an adapter; None where that is not known."""

@@ -85,13 +85,14 @@ def put_slots(copy: nn.Module, names: Sequence[str], slot: str, given: Given, *,
     unmerge(copy)
     state = require_state(copy)
     found = arranged(copy, state, names)
-    for (name, kind), paths in found.none.items():
+    for (name, kind, reason), paths in found.none.items():
         live = name not in state.idle
         told = "a constant of the file, for all adapters" if live else "left out, since it is not live"
-        why = f"{kind.__name__} of {name!r} ({len(paths)} sites) can't be a slot: {kind.why_no_slot}; it is {told}"
+        why = f"{kind.__name__} of {name!r} ({len(paths)} sites) can't be a slot: {reason}; it is {told}"
         placing.notices.append(why)
         if live:
-            placing.constants.setdefault(name, []).append(kind.name)
+            held = placing.constants.setdefault(name, [])
+            held += [kind.name] if kind.name not in held else []
     if strict and placing.notices:
         raise SurgeryError(
             "not every rule can be a slot",

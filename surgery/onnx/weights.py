@@ -21,7 +21,7 @@ class Weights:
         try:
             import onnx
         except ImportError:
-            why, fix = "DoRA's gains are made with the base's weights", "pip install onnx"
+            why, fix = "the checkpoint can't be converted without weights of the base", "pip install onnx"
             raise SurgeryError("the onnx package is missing", why=why, fix=fix) from None
         self.onnx, self.folder = onnx, path.parent
         try:
@@ -34,12 +34,18 @@ class Weights:
             one.name for one in told for p in one.metadata_props if (p.key, p.value) == (LAYOUT, "transposed")
         }
 
+    def stored(self, name: str) -> np.ndarray:
+        """An initialiser as it stands in the file."""
+        if name not in self.held:
+            raise SurgeryError("the file has no initialiser of this name", where=name)
+        return self.onnx.numpy_helper.to_array(self.held[name], base_dir=str(self.folder))
+
     def __getitem__(self, name: str) -> np.ndarray:
         """`SurgeryError` where the file has it under another name, or in another form."""
         if name not in self.held:
             fix = "export_adapter, which has the model's weights"
             raise SurgeryError("the file has no weight of this name", where=name, why="it was folded away", fix=fix)
-        found = self.onnx.numpy_helper.to_array(self.held[name], base_dir=str(self.folder))
+        found = self.stored(name)
         if found.dtype.kind not in "fV":
             raise SurgeryError("the weight is quantised", where=name, why=f"it is {found.dtype.name}")
         found = found.astype(np.float64)

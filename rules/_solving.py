@@ -1,0 +1,57 @@
+"""Inverses and orthonormal vectors, in operations that ONNX has where a graph is exported: it has no solve or QR."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+__all__ = ["cayley", "orthonormal_columns", "orthonormal_rows", "upper_inverse"]
+
+
+def cayley(Q: Tensor) -> Tensor:
+    """(I - Q) (I + Q)⁻¹ of skew-symmetric matrices (…, n, n): rotations."""
+    eye = torch.diag_embed(torch.ones_like(Q[..., 0]))
+    if not torch.compiler.is_exporting():
+        return torch.linalg.solve(eye + Q, eye - Q, left=False)
+    # Gauss and Jordan's elimination, a column at a time. No pivots are looked for: xᵀ (I + Q) x is xᵀ x, so that
+    # what is left in each step has a diagonal of at least 1.
+    inverse, left = eye, eye + Q
+    for k in range(Q.shape[-1]):
+        pivot = left[..., k : k + 1, k : k + 1]
+        factor = left[..., :, k : k + 1] - eye[..., :, k : k + 1]
+        row, other = left[..., k : k + 1, :] / pivot, inverse[..., k : k + 1, :] / pivot
+        left, inverse = left - factor * row, inverse - factor * other
+    return (eye - Q) @ inverse
+
+
+def upper_inverse(U: Tensor) -> Tensor:
+    """The inverse of an upper triangular matrix."""
+    eye = torch.diag_embed(torch.ones_like(U[0]))
+    if not torch.compiler.is_exporting():
+        return torch.linalg.solve_triangular(U, eye, upper=True)
+    rows: list[Tensor] = []  # from the last
+    for k in reversed(range(len(U))):
+        row = eye[k : k + 1]
+        if rows:
+            row = row - U[k : k + 1, k + 1 :] @ torch.cat(rows[::-1])
+        rows.append(row / U[k : k + 1, k : k + 1])
+    return torch.cat(rows[::-1])
+
+
+def orthonormal_columns(u: Tensor) -> Tensor:
+    """Gram and Schmidt's orthonormal vectors of columns; where it is not exported, up to their signs."""
+    return orthonormal_rows(u.t()).t() if torch.compiler.is_exporting() else torch.linalg.qr(u)[0]
+
+
+def orthonormal_rows(raw: Tensor) -> Tensor:
+    """What Gram and Schmidt make of rows, each twice for rounding's sake; orthonormal ones stay as they are.
+
+    A QR decomposition would be the same, but ONNX has none.
+    """
+    rows: list[Tensor] = []
+    for row in raw.unbind(0):
+        for _ in range(2 if rows else 0):
+            others = torch.stack(rows)
+            row = row - (others @ row) @ others
+        rows.append(row / row.square().sum().sqrt())
+    return torch.stack(rows)
