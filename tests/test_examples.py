@@ -105,7 +105,7 @@ def test_topics(tmp_path: Path, packaged: Callable[[str], Path]) -> None:
     words = ("--limit", "40", "--epochs", "1", "--tokens", "8", "--batch", "10", "--out", str(tmp_path / "out"))
     found, said = run("topics", tmp_path, packaged, *words)
     assert found["same"] and found["difference"] < 1e-3 and found["onnx"] == found["after"]
-    assert "the same bits" in said
+    assert "the same bits" in said and "equal" in said and "DIFFERS" not in said
     written = {file.name for file in (tmp_path / "out").iterdir()}
     assert {"adapter.safetensors", "topics.onnx", "topics.svg"} <= written
 
