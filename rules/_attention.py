@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, fx, nn
 
+from rules._prefix import written_out
 from surgery import Site, SiteError, as_digraph, class_of
 
 __all__ = ["Written", "extend", "may_write_attention", "written_attention"]
@@ -306,7 +307,10 @@ def apart(key: Tensor, value: Tensor, gate: Tensor) -> Callable[..., Any]:
     def attend(attention: Any, query: Tensor, keys: Tensor, values: Tensor, attn_mask: Any = None,
                dropout_p: float = 0.0, is_causal: bool = False, **kwargs: Any) -> Tensor:  # fmt: skip
         output = attention(query, keys, values, attn_mask, dropout_p, is_causal, **kwargs)
-        beside = attention(query, _for_batch(key, keys), _for_batch(value, values), dropout_p=dropout_p, **kwargs)
+        if torch.compiler.is_exporting():
+            beside = written_out(query, key, value, kwargs.get("scale")).transpose(1, 2)
+        else:
+            beside = attention(query, _for_batch(key, keys), _for_batch(value, values), dropout_p=dropout_p, **kwargs)
         return output + gate.tanh().to(output.dtype).view(-1, 1, 1) * beside
 
     return attend

@@ -53,10 +53,12 @@ def at_positions(new: Tensor, old: Tensor, first: int, last: int) -> Tensor:
     A call with a single position is a step of decoding with a cache: the prompt was before it, so it is left alone.
     """
     length = old.shape[-2]
-    if length == 1:
+    exporting = torch.compiler.is_exporting()  # then the length is free, and is asked for when the graph runs
+    if not exporting and length == 1:
         return old
     at = torch.arange(length, device=old.device)
-    return torch.where(((at < first) | (at >= length - last)).unsqueeze(-1), new, old)
+    chosen = (at < first) | (at >= length - last)
+    return torch.where((chosen & (at[-1:] > 0) if exporting else chosen).unsqueeze(-1), new, old)
 
 
 def chosen_positions(hidden: Tensor, first: int, last: int) -> Tensor:

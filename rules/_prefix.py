@@ -166,6 +166,9 @@ def gated(before_key: Tensor, before_value: Tensor, gate: Tensor) -> Callable[..
         output, *rest = attention(module, query, key, value, attention_mask, *args, **kwargs)
         if heard(before_key, key, value):
             return (output, *rest)
+        if torch.compiler.is_exporting() and not any(kwargs.get(name) is not None for name in _OF_SOFTMAX):
+            beside = written_out(query, before_key, before_value, kwargs.get("scaling")).to(output.dtype)
+            return (output + gate.tanh().to(output.dtype).view(1, 1, -1, 1) * beside, *rest)
         # Every query sees the prefix: said by a mask, or a causal attention would put its own there.
         mask = torch.ones(1, 1, query.shape[-2], before_key.shape[-2], dtype=torch.bool, device=query.device)
         prefix = _spread(before_key, key), _spread(before_value, value)
@@ -176,14 +179,31 @@ def gated(before_key: Tensor, before_value: Tensor, gate: Tensor) -> Callable[..
     return attend
 
 
+_OF_SOFTMAX = ("softcap", "s_aux")  # what an attention function may be told that changes its scores
+
+
+def written_out(query: Tensor, key: Tensor, value: Tensor, scaling: float | None) -> Tensor:
+    """softmax(q kᵀ) v of a prefix alone, (batch, queries, heads, size), for a graph in which its length is free.
+
+    An attention that is exported may reshape keys, and to ONNX a length of none would mean the one that was there.
+    """
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    shared = query.unflatten(1, (key.shape[0], -1)) * scale  # the queries of a key's head
+    scores = shared @ key.to(query.dtype).unsqueeze(1).mT
+    weights = scores.softmax(-1, dtype=torch.float32).to(query.dtype)
+    return (weights @ value.to(query.dtype).unsqueeze(1)).flatten(1, 2).transpose(1, 2)
+
+
 def _widened(attention: Any, module: nn.Module, query: Tensor, key: Tensor, mask: Any, length: int, kwargs: Any) -> Any:
     if mask is None:
         causal = kwargs.get("is_causal")
         causal = getattr(module, "is_causal", True) if causal is None else causal
         if not causal or query.shape[-2] == 1 or is_eager(attention):
             return None  # every query sees every key, and so it stays
-        seen = torch.ones(query.shape[-2], length + key.shape[-2], dtype=torch.bool, device=query.device).tril(length)
-        return seen.view(1, 1, *seen.shape)  # as scaled_dot_product_attention's is_causal counts, from the first key
+        # As scaled_dot_product_attention's is_causal counts, from the first key. No `tril(length)`: to an exporter its
+        # diagonal is a constant, and the length of a slot is none.
+        keys = torch.arange(length + key.shape[-2], device=query.device)
+        return (keys <= torch.arange(query.shape[-2], device=query.device).unsqueeze(-1) + length)[None, None]
     if not isinstance(mask, Tensor) or mask.dim() not in (2, 4):
         raise SiteError(
             "a prefix can't widen this attention's mask",

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from rules import _combined, _delta, _fields
+from rules.slots import low_rank_slot, low_rank_tensors
 from surgery import Combination, LiveSite, LowRank, Rule, Share, Site, rule
 
 
@@ -81,6 +82,15 @@ class AdaLoraRule(Rule):
         A, E, B = (site.params[name].detach() for name in "AEB")
         A = A * E
         return {"weight": LowRank(A.t(), B.t(), self.scale) if _delta.turned(site) else LowRank(B, A, self.scale)}
+
+    slot_kind = "lora"
+
+    @classmethod
+    def slot(cls, rules: Sequence[Rule], module: nn.Module, path: str) -> Rule | None:
+        return low_rank_slot(rules, module, path)
+
+    def slotted(self, slot: Rule, site: LiveSite) -> dict[str, Tensor]:
+        return low_rank_tensors(slot, site, self.merged(site))
 
     def combined(self, shares: Sequence[Share], how: Combination) -> tuple[Rule, _combined.Tensors]:
         if how.untouched(shares):

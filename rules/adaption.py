@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, cast
 
 import torch
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from rules import _fields
 from rules._hidden import features_of
-from surgery import Member, Rule, Site, SiteError, rule, takes_functions
+from surgery import LiveSite, Member, Rule, Site, SiteError, rule, takes_functions
 
 
 @rule("adaption-prompt")
@@ -73,6 +73,26 @@ class AdaptionRule(Rule):
                 (site.rows, site.param("prompt", (rule.length, rule._width(site))), site.param("gate", (1,)))
             )
         sites[0].around(beside_rows, *members)
+
+    slot_kind = "adaption-prompt"
+    why_no_slot = "the adapters differ in whether the output map takes what the prompt gives"
+
+    @classmethod
+    def slot(cls, rules: Sequence[Rule], module: nn.Module, path: str) -> Rule | None:
+        mapped = {cast(AdaptionRule, one).mapped for one in rules}
+        return AdaptionRule(length=2, mapped=mapped.pop()) if len(mapped) == 1 else None
+
+    def free(self, tensor: str) -> tuple[int, str] | None:
+        return (0, "length") if tensor == "prompt" else None
+
+    def unslotted(self, tensors: Mapping[str, Tensor]) -> tuple[Rule, Mapping[str, Tensor]]:
+        return self.replace(length=len(tensors["prompt"])), tensors
+
+    def slotted(self, slot: Rule, site: LiveSite) -> Mapping[str, Tensor]:
+        if cast(AdaptionRule, slot).mapped != self.mapped:
+            fix = "export the model again with this adapter on it"
+            raise SiteError("the slot adds its prompt elsewhere", where=site.path, fix=fix)
+        return site.params
 
     def _width(self, site: Site) -> int:
         """How wide the input of the module's maps is."""

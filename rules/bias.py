@@ -8,7 +8,7 @@ from dataclasses import field
 from torch import Tensor, nn
 
 from rules._combined import Tensors
-from rules.train import combined_all, merged_all, own_tensors, replace_all
+from rules.train import combined_all, copies_slot, copies_slotted, merged_all, names_of, own_tensors, replace_all
 from surgery import Combination, LiveSite, Rule, Share, Site, Targets, rule
 
 EVERYWHERE = "re:.*"
@@ -40,10 +40,22 @@ class BiasRule(Rule):
         return None if biases(module) else "it has no bias"
 
     def rewrite(self, site: Site) -> None:
-        replace_all(site, biases(site.module))
+        replace_all(site, self.trained(site.module))
+
+    def trained(self, module: nn.Module) -> list[str]:
+        return biases(module)
 
     def merged(self, site: LiveSite) -> dict[str, Tensor]:
         return merged_all(site)
+
+    slot_kind = "train"
+
+    @classmethod
+    def slot(cls, rules: Sequence[Rule], module: nn.Module, path: str) -> Rule | None:
+        return copies_slot([name for one in rules for name in names_of(one, module)], module)
+
+    def slotted(self, slot: Rule, site: LiveSite) -> dict[str, Tensor]:
+        return copies_slotted(slot, site)
 
     def combined(self, shares: Sequence[Share], how: Combination) -> tuple[Rule, Tensors]:
         return combined_all(self, shares, how)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Literal
+from collections.abc import Mapping, Sequence
+from typing import Literal, cast
 
 import torch
 import torch.nn.functional as F
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from rules import _combined, _fields
 from rules._hidden import features_of
-from surgery import Combination, Rule, Share, Site, rule
+from surgery import Combination, LiveSite, Rule, Share, Site, SiteError, rule
 
 _ACTIVATIONS = {"relu": F.relu, "gelu": F.gelu, "silu": F.silu, "tanh": torch.tanh}
 
@@ -74,6 +74,31 @@ class BottleneckRule(Rule):
         if self.dropout:
             h = F.dropout(h, self.dropout, site.training)  # type: ignore[arg-type]  # the flag as it is at each call
         return site.with_hidden(hidden + F.linear(h, up, up_bias) * self.scale)
+
+    slot_kind = "bottleneck"
+    why_no_slot = "the adapters differ in activation or placement"
+
+    @classmethod
+    def slot(cls, rules: Sequence[Rule], module: nn.Module, path: str) -> Rule | None:
+        held = [cast(BottleneckRule, one) for one in rules]
+        if len({(one.activation, one.placement) for one in held}) > 1:
+            return None
+        features = next((one.features for one in held if one.features is not None), None)
+        return BottleneckRule(size=2, activation=held[0].activation, placement=held[0].placement, features=features)
+
+    def free(self, tensor: str) -> tuple[int, str] | None:
+        return {"down": (0, "size"), "down_bias": (0, "size"), "up": (1, "size")}.get(tensor)
+
+    def unslotted(self, tensors: Mapping[str, Tensor]) -> tuple[Rule, Mapping[str, Tensor]]:
+        return self.replace(size=len(tensors["down"])), tensors
+
+    def slotted(self, slot: Rule, site: LiveSite) -> Mapping[str, Tensor]:
+        held = cast(BottleneckRule, slot)
+        if (held.activation, held.placement) != (self.activation, self.placement):
+            fix = "export the model again with this adapter on it"
+            raise SiteError("the slot has another activation or placement", where=site.path, fix=fix)
+        scaled = {name: site.params[name] * self.scale for name in ("up", "up_bias")}
+        return {**site.params, **scaled}
 
     def combined(self, shares: Sequence[Share], how: Combination) -> tuple[Rule, _combined.Tensors]:
         return _combined.averaged(self, shares, how)

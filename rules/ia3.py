@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from rules import _fields, _maps, _swapped
-from surgery import Combination, LiveSite, Pattern, Rule, Share, Site, rule
+from surgery import Combination, LiveSite, Pattern, Rule, Share, Site, SiteError, rule
 
 
 @rule("ia3")
@@ -101,6 +101,20 @@ class IA3Rule(Rule):
             return rules
         fed = [re.escape(path) for path, rule in found.items() if rule.feeds(path)]
         return {path: rule.replace(feedforward="re:" + "|".join(fed)) for path, rule in found.items()}
+
+    slot_kind = "ia3"
+    why_no_slot = "in some adapters it scales the module's input, in others its output"
+
+    @classmethod
+    def slot(cls, rules: Sequence[Rule], module: nn.Module, path: str) -> Rule | None:
+        fed = {cast(IA3Rule, one).feeds(path) for one in rules}
+        return IA3Rule(feedforward="re:.*" if fed.pop() else ()) if len(fed) == 1 else None
+
+    def slotted(self, slot: Rule, site: LiveSite) -> Mapping[str, Tensor]:
+        if cast(IA3Rule, slot).feeds(site.path) != self.feeds(site.path):
+            fix = "export the model again with this adapter on it"
+            raise SiteError("the slot scales the other side of the module", where=site.path, fix=fix)
+        return site.params
 
     def _scaled(self, site: Site | LiveSite) -> list[str]:
         held = ["weight"] if self.feeds(site.path) else ["weight", "bias"]

@@ -175,15 +175,21 @@ class LoraRule(Rule):
         return changes
 
     def merged(self, site: LiveSite) -> dict[str, LowRank | Tensor]:
-        scale, changes = self.scale_at(site.path), {}
+        changes = self._changes(site)
+        if self.lora_bias:
+            bias = site.bias
+            added = site.params["B_bias"].detach() * self.scale_at(site.path)
+            changes["bias"] = (bias + added).to(bias.dtype)
+        return changes
+
+    def _changes(self, site: LiveSite) -> dict[str, LowRank | Tensor]:
+        """Of the weights."""
+        scale, changes = self.scale_at(site.path), dict[str, LowRank | Tensor]()
         for part in self.layout(site).parts:
             A, B = (site.params[part.prefix + name].detach() for name in "AB")
             changes[part.weight] = part.low_rank(A, B, scale)
             if self.dora:
                 changes[part.weight] = self._rescaled(site, part, A, B, scale)
-        if self.lora_bias:
-            bias = site.bias
-            changes["bias"] = (bias + site.params["B_bias"].detach() * scale).to(bias.dtype)
         return changes
 
     def _rescaled(self, site: LiveSite, part: Part, A: Tensor, B: Tensor, scale: float) -> LowRank | Tensor:
@@ -210,10 +216,8 @@ class LoraRule(Rule):
         return low_rank_slot(rules, module, path)
 
     def slotted(self, slot: Rule, site: LiveSite) -> dict[str, Tensor]:
-        found = low_rank_tensors(slot, site, self.merged(site), site.changed)
-        if self.lora_bias:
-            found["B_bias"] = site.params["B_bias"].detach() * self.scale_at(site.path)
-        return found
+        bias = site.params["B_bias"] * self.scale_at(site.path) if self.lora_bias else None
+        return low_rank_tensors(slot, site, self._changes(site), bias)
 
     def padded(self, rank: int) -> LoraRule:
         return self.replace(max_rank=rank)

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from rules import _combined, _fields, _maps
+from rules.slots import low_rank_slot, low_rank_tensors
 from surgery import Combination, LiveSite, LowRank, Rule, Share, Site, rule
 
 
@@ -93,6 +94,19 @@ class MissRule(Rule):
         ]
         whole = self._whole(block, out)
         return {"weight": LowRank(pieces.t(), whole) if layout.parts[0].turned else LowRank(whole.t(), pieces)}
+
+    @property
+    def slot_kind(self) -> str | None:  # type: ignore[override]
+        return None if self.variant == "bat" else "lora"
+
+    why_no_slot = "variant='bat' multiplies the weight by its tensors"
+
+    @classmethod
+    def slot(cls, rules: Sequence[Rule], module: nn.Module, path: str) -> Rule | None:
+        return low_rank_slot(rules, module, path)
+
+    def slotted(self, slot: Rule, site: LiveSite) -> dict[str, Tensor]:
+        return low_rank_tensors(slot, site, self.merged(site))
 
     def combined(self, shares: Sequence[Share], how: Combination) -> tuple[Rule, _combined.Tensors]:
         if self.variant == "bat" and not how.untouched(shares):

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+
+import torch
 from torch import Tensor, nn
 
 from rules._prefix import listeners
-from surgery import Rule, Site, SiteError, class_of, rule
+from surgery import LiveSite, Rule, Site, SiteError, class_of, rule
 
 
 @rule("shifted-positions")
@@ -24,6 +27,31 @@ class ShiftedRule(Rule):
         padding = getattr(site.module, "padding_idx", None)
         site.replace(site.input, site.apply(shifted, site.input, self.by, padding))
 
+    slot_kind = "shift"
+
+    @classmethod
+    def slot(cls, rules: Sequence[Rule], module: nn.Module, path: str) -> Rule | None:
+        return ShiftSlotRule()
+
+    def slotted(self, slot: Rule, site: LiveSite) -> dict[str, Tensor]:
+        return {"by": torch.tensor([self.by])}
+
+
+@rule("shift-slot")
+class ShiftSlotRule(Rule):
+    """An embedding of positions, given them later by a number that is a tensor, zero at first: ShiftedRule's slot."""
+
+    scalable = False
+    identity = True
+    slot_kind = "shift"
+
+    def rewrite(self, site: Site) -> None:
+        by, padding = site.buffer("by", torch.zeros(1, dtype=torch.long)), getattr(site.module, "padding_idx", None)
+        site.replace(site.input, site.apply(shifted, site.input, by, padding))
+
+    def unslotted(self, tensors: Mapping[str, Tensor]) -> tuple[Rule, Mapping[str, Tensor]]:
+        return ShiftedRule(by=int(tensors["by"])), {}
+
 
 def known(site: Site, name: str) -> bool:
     """Whether the model has such a module; an error where it has not: what comes with a rule may match nothing."""
@@ -33,7 +61,7 @@ def known(site: Site, name: str) -> bool:
     return True
 
 
-def shifted(positions: Tensor, by: int, padding: int | None) -> Tensor:
+def shifted(positions: Tensor, by: int | Tensor, padding: int | None) -> Tensor:
     """The positions of a text behind a prefix; those of a text that is to become one, as they are."""
     if listeners:
         return positions

@@ -127,6 +127,28 @@ class PrefixRule(Rule):
     def folded(self, site: LiveSite) -> tuple[Rule, Mapping[str, Tensor]]:
         return (self, site.params) if self.projection is None else (self.replace(projection=None), folded_tensors(site))
 
+    slot_kind = "prefix"
+    why_no_slot = "some adapters have a gate, and others none"
+    zeros_are_none = False  # a key of zeros takes its share of the softmax
+
+    @classmethod
+    def slot(cls, rules: Sequence[Rule], module: nn.Module, path: str) -> Rule | None:
+        gated = {cast(PrefixRule, one).gate for one in rules}
+        return PrefixRule(length=2, init="zero", gate=gated.pop()) if len(gated) == 1 else None
+
+    def free(self, tensor: str) -> tuple[int, str] | None:
+        return (1, "length") if tensor in ("key", "value") else None
+
+    def unslotted(self, tensors: Mapping[str, Tensor]) -> tuple[Rule, Mapping[str, Tensor]]:
+        return self.replace(length=tensors["key"].shape[1]), tensors
+
+    def slotted(self, slot: Rule, site: LiveSite) -> Mapping[str, Tensor]:
+        if cast(PrefixRule, slot).gate != self.gate:
+            why = "behind a gate a prefix has a softmax of its own"
+            fix = "export the model again with this adapter on it"
+            raise SiteError("the prefix's slot differs in its gate", where=site.path, why=why, fix=fix)
+        return self.folded(site)[1]
+
     def combined(self, shares: Sequence[Share], how: Combination) -> tuple[Rule, _combined.Tensors]:
         if self.projection is not None and not how.untouched(shares):
             raise how.refusal(shares, "its keys and values are made by an MLP", "folded_adapter takes the MLP out")

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from rules import _delta, _fields
-from surgery import LiveSite, Rule, Site, rule
+from rules.slots import low_rank_slot, low_rank_tensors
+from surgery import LiveSite, LowRank, Rule, Site, rule
 
 
 @rule("randlora")
@@ -61,9 +63,8 @@ class RandLoraRule(Rule):
         scales = site.param("lambda_", (rank, n)), site.param("gamma", (n, small), 1 / max(n, small))
         nothing = torch.zeros((), dtype=site.dtype)  # the bases are drawn by `initialise`
         A = site.buffer("A", nothing.expand(rank, 1, small))
-        B = site.buffer("B", nothing.expand(large, n, rank)).flatten(1)
-        A = (scales[0].unsqueeze(-1) * A * scales[1]).flatten(0, 1)
-        down, up = (A, B) if small == inner else (B.t(), A.t())
+        B = site.buffer("B", nothing.expand(large, n, rank))
+        down, up = _factors(*scales, A, B, small == inner)
         x = site.input.to(A.dtype)
         if self.dropout:
             x = F.dropout(x, self.dropout, site.training)  # type: ignore[arg-type]  # the flag as it is at each call
@@ -80,3 +81,23 @@ class RandLoraRule(Rule):
             else:
                 drawn = drawn * 2 - 1
             base.copy_(drawn / drawn.std())
+
+    slot_kind = "lora"
+
+    @classmethod
+    def slot(cls, rules: Sequence[Rule], module: nn.Module, path: str) -> Rule | None:
+        return low_rank_slot(rules, module, path)
+
+    def slotted(self, slot: Rule, site: LiveSite) -> dict[str, Tensor]:
+        out, inner = _delta.sizes(site)
+        rows, columns, A, B = (site.params[name] for name in ("lambda_", "gamma", "A", "B"))
+        down, up = _factors(rows, columns, A, B, min(out, inner) == inner)
+        scale = self.alpha / self.rank
+        change = LowRank(down.t(), up.t(), scale) if _delta.turned(site) else LowRank(up, down, scale)
+        return low_rank_tensors(slot, site, {"weight": change})
+
+
+def _factors(rows: Tensor, columns: Tensor, A: Tensor, B: Tensor, narrow: bool) -> tuple[Tensor, Tensor]:
+    """What maps down and up: (n · rank, in) and (out, n · rank); `narrow`: whether in is the smaller size."""
+    small, large = (rows.unsqueeze(-1) * A * columns).flatten(0, 1), B.flatten(1)
+    return (small, large) if narrow else (large.t(), small.t())

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping, Sequence
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -10,7 +12,7 @@ from torch import Tensor, nn
 
 from rules import _fields
 from rules._hidden import at_positions, features_of, positions_of
-from surgery import Rule, Site, rule
+from surgery import LiveSite, Rule, Site, SiteError, rule
 
 
 @rule("reft")
@@ -69,6 +71,61 @@ class ReftRule(Rule):
             edit = F.dropout(edit, self.dropout, site.training)  # type: ignore[arg-type]  # as it is at each call
         new, chosen = (h + edit).to(hidden.dtype), positions_of(self.positions)
         return site.with_hidden(new if chosen is None else site.apply(at_positions, new, hidden, *chosen))
+
+    slot_kind = "reft"
+    why_no_slot = "the adapters edit other positions"
+
+    @classmethod
+    def slot(cls, rules: Sequence[Rule], module: nn.Module, path: str) -> Rule | None:
+        held = [cast(ReftRule, one) for one in rules]
+        if len({one.positions for one in held}) > 1:
+            return None
+        features = next((one.features for one in held if one.features is not None), None)
+        return ReftSlotRule(positions=held[0].positions, features=features)
+
+    def slotted(self, slot: Rule, site: LiveSite) -> dict[str, Tensor]:
+        if cast(ReftSlotRule, slot).positions != self.positions:
+            fix = "export the model again with this adapter on it"
+            raise SiteError("the slot edits other positions", where=site.path, fix=fix)
+        return {**site.params, "R": orthonormal_rows(site.params["R"])}
+
+
+@rule("reft-slot")
+class ReftSlotRule(Rule):
+    """h + Rᵀ (W h + b − R h), with R as it is given: what ReftRule becomes in a slot, of any rank.
+
+    >>> from torch import nn
+    >>> from rules.reft import ReftSlotRule
+    >>> from surgery import apply_rules
+    >>> model = apply_rules(nn.Sequential(nn.Linear(4, 3)), [ReftSlotRule("0")])
+    >>> {name: tuple(tensor.shape) for name, tensor in model[0].adapters.default.tensors().items()}
+    {'R': (2, 3), 'W': (2, 3), 'b': (2,)}
+
+    All start at zero, which changes nothing. Fields and dtypes are ReftRule's.
+    """
+
+    positions: str = "all"
+    features: int | None = None
+    identity = True
+    slot_kind = "reft"
+
+    def check(self, module: nn.Module, path: str) -> str | None:
+        found = features_of(module, self.features)
+        return found if isinstance(found, str) else None
+
+    def rewrite(self, site: Site) -> Tensor:
+        size = cast(int, features_of(site.module, self.features))
+        R, W, b = site.param("R", (2, size)), site.param("W", (2, size)), site.param("b", (2,))
+        hidden, chosen = site.hidden, positions_of(self.positions)
+        h = hidden.to(W.dtype)
+        new = (h + (F.linear(h, W, b) - F.linear(h, R)) @ R).to(hidden.dtype)
+        return site.with_hidden(new if chosen is None else site.apply(at_positions, new, hidden, *chosen))
+
+    def free(self, tensor: str) -> tuple[int, str] | None:
+        return (0, "rank")
+
+    def unslotted(self, tensors: Mapping[str, Tensor]) -> tuple[Rule, Mapping[str, Tensor]]:
+        return ReftRule(rank=len(tensors["R"]), positions=self.positions, features=self.features), tensors
 
 
 def orthonormal_rows(raw: Tensor) -> Tensor:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from rules._layouts import Layout, Part, layout_of
@@ -16,7 +17,7 @@ __all__ = ["LowRankSlotRule", "low_rank_slot", "low_rank_tensors"]
 
 @rule("low-rank-slot")
 class LowRankSlotRule(Rule):
-    """y = gain ⊙ (W x + B A x) + b + B_bias, with factors of any rank: with none it is the base.
+    """y = gain ⊙ (W x + B A x + B_bias) + b, with factors of any rank: of none, with a gain of ones, it is the base.
 
     >>> import torch
     >>> from torch import nn
@@ -27,39 +28,64 @@ class LowRankSlotRule(Rule):
     {'A': (2, 4), 'B': (3, 2), 'gain': (3,)}
 
     Made by `export_onnx` for LoRA and rules that are folded into the same form; A and B lie as LoraRule's do, with its
-    scale in B. `gain`: one number an output feature (DoRA); `bias`: one on B. dtypes are LoraRule's.
+    scale in B. `gain`: one number an output feature (DoRA); `bias`: one on B; `dtype`: as LoraRule's. `rank` is what it
+    is exported with, and whether the groups of a convolution divide it is all that counts later.
     """
 
     rank: int = 2
     gain: bool = False
     bias: bool = False
+    dtype: Any = None
     identity = True
     slot_kind = "lora"
 
+    def alike(self, path: str) -> tuple[()]:
+        return ()
+
     def check(self, module: nn.Module, path: str) -> str | None:
         layout = layout_of(module, self.rank)
-        return layout if isinstance(layout, str) else None
+        if isinstance(layout, str):
+            return layout
+        own = getattr(type(module), "_surgery_base", type(module)).forward
+        if len(layout.parts[0].shape) == 5 and not (own is nn.Conv3d.forward and module.padding_mode == "zeros"):
+            return "its Conv3d is no plain one"
+        return None
 
     def rewrite(self, site: Site) -> Tensor | None:
         layout = _layout(site.module, self.rank)
         for part in layout.parts:
-            A, B = site.param(part.prefix + "A", part.A), site.param(part.prefix + "B", part.B)
-            gain = site.param(part.prefix + "gain", (part.out,), 1.0) if self.gain else None
+            A = site.param(part.prefix + "A", part.A, dtype=self.dtype)
+            B = site.param(part.prefix + "B", part.B, dtype=self.dtype)
+            gain = site.param(part.prefix + "gain", (part.out,), 1.0, dtype=self.dtype) if self.gain else None
             if not layout.weight_space:
                 return site.output + self._branch(site, layout, A, B, gain)
             weight = site.tensor(part.weight)
             changed = weight.to(A.dtype) + part.delta(A, B)
             changed = changed if gain is None else changed * gain.view(part.against_weight)
             site.replace(weight, changed.to(weight.dtype))
+            if self.bias:
+                added = self._bias(site, layout)
+                return site.output + layout.on_output(added if gain is None else added * gain)
         return None
 
+    def _bias(self, site: Site, layout: Layout) -> Tensor:
+        return site.param("B_bias", (layout.parts[0].out,), dtype=self.dtype)
+
     def _branch(self, site: Site, layout: Layout, A: Tensor, B: Tensor, gain: Tensor | None) -> Tensor:
-        bias = site.param("B_bias", (layout.parts[0].out,)) if self.bias else None
-        branch = layout.up(layout.down(site, layout.cast(site.input, A), A), B, bias)
+        bias = self._bias(site, layout) if self.bias else None
+        branch = layout.up(self._down(site, layout, A), B, bias)
         if gain is None:
-            return branch
+            return branch * 1.0  # the form that has a faster one
         gain = layout.on_output(gain)
         return (gain - 1) * layout.without_bias(site) + gain * branch
+
+    def _down(self, site: Site, layout: Layout, A: Tensor) -> Tensor:
+        x, module = layout.cast(site.input, A), cast(Any, site.module)
+        if len(layout.parts[0].shape) != 5:
+            return layout.down(site, x, A)
+        # Without a bias torch.onnx makes one for a Conv3d, of a wrong shape where the channels are free (0.7.2).
+        none = torch.zeros_like(A.flatten(1)[:, 0])
+        return F.conv3d(x, A, none, module.stride, module.padding, module.dilation, module.groups)
 
     def free(self, tensor: str) -> tuple[int, str] | None:
         prefix, name = tensor[:-1], tensor[-1]
@@ -72,7 +98,7 @@ class LowRankSlotRule(Rule):
         if any(bool((tensor != 1).any()) for name, tensor in tensors.items() if name.endswith("gain")):
             return self.replace(rank=rank), tensors
         kept = {name: tensor for name, tensor in tensors.items() if not name.endswith("gain")}
-        return LoraRule(rank=rank, alpha=rank, lora_bias=self.bias), kept
+        return LoraRule(rank=rank, alpha=rank, lora_bias=self.bias, dtype=self.dtype), kept
 
 
 _PARTS = ("q_", "k_", "v_", "out_")
@@ -85,7 +111,8 @@ def low_rank_slot(rules: Sequence[Rule], module: nn.Module, path: str) -> Rule |
     rank = 2 * groups if all(one % groups == 0 for one in ranks) else groups + 1
     gain = any(getattr(one, "dora", False) for one in rules)
     bias = any(getattr(one, "lora_bias", False) for one in rules)
-    made = LowRankSlotRule(rank=rank, gain=gain, bias=bias)
+    dtypes = {getattr(one, "dtype", None) for one in rules}
+    made = LowRankSlotRule(rank=rank, gain=gain, bias=bias, dtype=dtypes.pop() if len(dtypes) == 1 else None)
     return made if made.check(module, path) is None else None
 
 
@@ -94,30 +121,42 @@ def _rank(one: Any, path: str) -> int:
 
 
 def low_rank_tensors(
-    slot: Rule, site: LiveSite, changes: Mapping[str, Any], started: Mapping[str, Any] | None = None
+    slot: Rule, site: LiveSite, changes: Mapping[str, Any], bias: Tensor | None = None
 ) -> dict[str, Tensor]:
-    """A and B, and a gain, for a slot from changes of the module's weights, as `merged` gives them.
+    """A and B, and a gain, for a slot from changes of the module's weights, as `merged` gives them; `bias`: one on B.
 
-    `started`: what the rule's start changed in them (PiSSA), which belongs to the adapter where the base is the file's.
+    What the rule's start changed in the weights (PiSSA) belongs to the adapter where the base is the file's.
     """
     assert isinstance(slot, LowRankSlotRule)
+    dtype = getattr(torch, slot.dtype) if slot.dtype else site.dtype
     found: dict[str, Tensor] = {}
     for part in _layout(site.module, slot.rank).parts:
         change = changes[part.weight]
-        assert isinstance(change, LowRank)
-        factors = [change, *([started[part.weight]] if started and part.weight in started else [])]
+        factors = [change, *([site.changed[part.weight]] if part.weight in site.changed else [])]
         if not all(isinstance(one, LowRank) for one in factors):
             raise SiteError("what the adapter changed at its start was kept as a copy", where=site.path)
-        A = torch.cat([_factors(part, one)[0] for one in factors])
-        B = torch.cat([_factors(part, one)[1].to(A.dtype) for one in factors], dim=1)
+        if change.groups < part.groups:
+            why = f"in the file each rank belongs to one of the {part.groups} groups of the convolution"
+            raise _unfit(site, f"a rank of {len(change.A)} that its groups don't divide", why)
+        if change.gain is not None and not slot.gain:
+            raise _unfit(site, "a gain (DoRA)", "no adapter had one when the file was exported")
+        pairs = [_factors(part, one) for one in factors]
+        A = torch.cat([A.unflatten(0, (change.groups, -1)) for A, _ in pairs], dim=1).flatten(0, 1)
+        B = torch.cat([B.to(A.dtype) for _, B in pairs], dim=1)
         found[part.prefix + "A"], found[part.prefix + "B"] = _laid(part, A, B, change.groups)
         if slot.gain:
-            gain = change.gain
             ones = torch.ones(part.out, dtype=A.dtype, device=A.device)
-            found[part.prefix + "gain"] = ones if gain is None else gain.reshape(-1).to(A.dtype)
+            found[part.prefix + "gain"] = ones if change.gain is None else change.gain.reshape(-1)
+    if bias is not None and not slot.bias:
+        raise _unfit(site, "a bias on B", "no adapter had one when the file was exported")
     if slot.bias:
-        found["B_bias"] = torch.zeros(len(found["B"]), dtype=found["B"].dtype, device=found["B"].device)
-    return found
+        found["B_bias"] = found["B"].new_zeros(len(found["B"])) if bias is None else bias
+    return {name: tensor.detach().to(dtype) for name, tensor in found.items()}
+
+
+def _unfit(site: LiveSite, what: str, why: str) -> SiteError:
+    fix = "export the model again with this adapter on it"
+    return SiteError(f"the adapter has {what}, and its slot has none", where=site.path, why=why, fix=fix)
 
 
 def _factors(part: Part, change: LowRank) -> tuple[Tensor, Tensor]:

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from rules import _combined, _fields
 from rules._hidden import at_positions, features_of, positions_of
-from surgery import Combination, Rule, Share, Site, rule
+from surgery import Combination, LiveSite, Rule, Share, Site, SiteError, rule
 
 
 @rule("steer")
@@ -73,6 +73,23 @@ class SteerRule(Rule):
         hidden, chosen = site.hidden, positions_of(self.positions)
         new = (hidden + added).to(hidden.dtype)
         return site.with_hidden(new if chosen is None else site.apply(at_positions, new, hidden, *chosen))
+
+    slot_kind = "steer"
+    why_no_slot = "the adapters steer at other positions"
+
+    @classmethod
+    def slot(cls, rules: Sequence[Rule], module: nn.Module, path: str) -> Rule | None:
+        held = [cast(SteerRule, one) for one in rules]
+        if len({one.positions for one in held}) > 1:
+            return None
+        sizes = [one.features or len(one.direction_at(path) or ()) for one in held]
+        return SteerRule(positions=held[0].positions, features=max(sizes) or None)
+
+    def slotted(self, slot: Rule, site: LiveSite) -> Mapping[str, Tensor]:
+        if cast(SteerRule, slot).positions != self.positions:
+            fix = "export the model again with this adapter on it"
+            raise SiteError("the slot steers at other positions", where=site.path, fix=fix)
+        return {"direction": site.params["direction"] * self.scale}
 
     def combined(self, shares: Sequence[Share], how: Combination) -> tuple[Rule, _combined.Tensors]:
         return _combined.linear_in_tensors(self, shares, how, "direction", "trainable")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -46,8 +47,7 @@ class TokensRule(Rule):
         weight: Tensor = site.module.weight  # type: ignore[assignment]
         rows = site.param("rows", weight.detach()[ids.to(weight.device)])
         index = site.buffer("index", ids)
-        plain = site.base_class.forward is nn.Embedding.forward and site.module.max_norm is None
-        if not plain:
+        if not _looks_up(site):
             site.replace(site.weight, site.weight.index_copy(0, index, rows.to(site.weight.dtype)))
             return None
         # Looking up a few rows is cheaper than copying the matrix: where a token is one of ours, take our row.
@@ -57,6 +57,12 @@ class TokensRule(Rule):
 
     def merged(self, site: LiveSite) -> dict[str, Rows]:
         return {"weight": Rows(site.params["index"], site.params["rows"].detach())}
+
+    slot_kind = "tokens"
+
+    @classmethod
+    def slot(cls, rules: Sequence[Rule], module: nn.Module, path: str) -> Rule | None:
+        return TokensSlotRule()
 
     def combined(self, shares: Sequence[Share], how: Combination) -> tuple[Rule, Mapping[str, Tensor]]:
         """W + Σ w (T − W) for the rows that any of them has; the others' are the base's."""
@@ -71,3 +77,43 @@ class TokensRule(Rule):
             moves.append(base.index_copy(0, at, share.params["rows"].detach().to(base.dtype)) - base)
         rows = base + how.sum(moves, [share.weight for share in shares])
         return self.replace(tokens=tuple(index.tolist())), {"rows": rows, "index": index}
+
+
+@rule("tokens-slot")
+class TokensSlotRule(Rule):
+    """Rows of an embedding or a head in the base's place: what TokensRule becomes in a slot, for any number of tokens.
+
+    >>> from torch import nn
+    >>> from rules.tokens import TokensSlotRule
+    >>> from surgery import apply_rules
+    >>> model = apply_rules(nn.Sequential(nn.Embedding(9, 4)), [TokensSlotRule("0")])
+    >>> {name: tuple(tensor.shape) for name, tensor in model[0].adapters.default.tensors().items()}
+    {'rows': (2, 4), 'index': (2,)}
+
+    `index` holds distinct row numbers. A plain Embedding compares them with the ids; elsewhere the weight is edited.
+    """
+
+    slot_kind = "tokens"
+    zeros_are_none = False
+
+    def rewrite(self, site: Site) -> Tensor | None:
+        weight: Tensor = site.module.weight  # type: ignore[assignment]
+        rows, index = site.param("rows", weight.detach()[:2]), site.buffer("index", torch.arange(2))
+        if not _looks_up(site):
+            site.replace(site.weight, site.weight.index_copy(0, index, rows.to(site.weight.dtype)))
+            return None
+        # A search among none, or the largest of none, is an error to some runtimes; a product and a sum are zero.
+        ours = (site.input.unsqueeze(-1) == index).to(rows.dtype)
+        found = (ours @ rows).to(site.output.dtype)
+        return torch.where(ours.sum(-1, keepdim=True) > 0, found, site.output)
+
+    def free(self, tensor: str) -> tuple[int, str] | None:
+        return (0, "tokens")
+
+    def unslotted(self, tensors: Mapping[str, Tensor]) -> tuple[Rule, Mapping[str, Tensor]]:
+        return TokensRule(tokens=tuple(tensors["index"].tolist())), tensors
+
+
+def _looks_up(site: Site) -> bool:
+    module: Any = site.module
+    return site.base_class.forward is nn.Embedding.forward and module.max_norm is None

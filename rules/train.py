@@ -8,7 +8,7 @@ from typing import TypeVar
 from torch import Tensor, nn
 
 from rules import _combined
-from surgery import Combination, LiveSite, Rule, Share, Site, rule
+from surgery import Combination, LiveSite, Rule, Share, Site, SiteError, rule
 
 R = TypeVar("R", bound=Rule)
 
@@ -44,8 +44,66 @@ class TrainRule(Rule):
     def merged(self, site: LiveSite) -> dict[str, Tensor]:
         return merged_all(site)
 
+    slot_kind = "train"
+
+    @classmethod
+    def slot(cls, rules: Sequence[Rule], module: nn.Module, path: str) -> Rule | None:
+        return copies_slot([name for one in rules for name in names_of(one, module)], module)
+
+    def slotted(self, slot: Rule, site: LiveSite) -> dict[str, Tensor]:
+        return copies_slotted(slot, site)
+
     def combined(self, shares: Sequence[Share], how: Combination) -> tuple[Rule, _combined.Tensors]:
         return combined_all(self, shares, how)
+
+
+@rule("train-slot")
+class CopiesSlotRule(Rule):
+    """Some of a module's tensors, each in the place of the base's: what TrainRule and its like become in a slot.
+
+    >>> from torch import nn
+    >>> from rules.train import CopiesSlotRule
+    >>> from surgery import apply_rules
+    >>> model = apply_rules(nn.Sequential(nn.Linear(4, 2)), [CopiesSlotRule("0", names=["bias"])])
+    >>> [name for name, _ in model[0].adapters.default.named_parameters()]
+    ['bias']
+
+    They start as the base's. `names`: with dots, of a child; shapes and dtypes are the base's.
+    """
+
+    names: Sequence[str] = ()
+    identity = True
+    slot_kind = "train"
+    slot_first = True
+    zeros_are_none = True
+
+    def rewrite(self, site: Site) -> None:
+        replace_all(site, self.names)
+
+
+def names_of(one: Rule, module: nn.Module) -> Iterable[str]:
+    """The module's tensors that a rule has copies of."""
+    chosen = getattr(one, "trained", None)  # BiasRule's
+    return chosen(module) if chosen is not None else [name for name, _ in own_tensors(module)]
+
+
+def copies_slot(names: Iterable[str], module: nn.Module) -> Rule:
+    """The slot for these of a module's tensors. Counters are left out: they count batches while training."""
+    wanted = set(names)
+    kept = [name for name, tensor in own_tensors(module) if name in wanted and tensor.is_floating_point()]
+    return CopiesSlotRule(names=tuple(kept))
+
+
+def copies_slotted(slot: Rule, site: LiveSite) -> dict[str, Tensor]:
+    """An adapter's copies for a slot, and the base's own tensors where it has none."""
+    assert isinstance(slot, CopiesSlotRule)
+    floating = {key for key, tensor in site.params.items() if tensor.is_floating_point()}
+    own = {name: name.replace(".", "_") for name, _ in own_tensors(site.module)}
+    if more := sorted((floating & set(own.values())) - {own[name] for name in slot.names}):
+        fix = "export the model again with this adapter on it"
+        raise SiteError(f"the slot has no {', '.join(more)}", where=site.path, fix=fix)
+    found = {own[name]: site.params.get(own[name], site.tensor(name)) for name in slot.names}
+    return {name: tensor.detach() for name, tensor in found.items()}
 
 
 def owners_of_tensors(module: nn.Module, path: str) -> Iterator[tuple[str, nn.Module]]:

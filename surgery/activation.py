@@ -14,7 +14,7 @@ from surgery.base_rule import Rule
 from surgery.claims import check_free, claimed
 from surgery.errors import SurgeryError
 from surgery.state import ModelState, adapter_names, model_state, require_state, site_state, tensors_of
-from surgery.switching import check_none_merged, switch, weights_now
+from surgery.switching import check_none_merged, set_trained, switch, weights_now
 
 __all__ = ["Adapter", "activate", "active", "adapters", "deactivate", "using"]
 
@@ -39,8 +39,10 @@ class Adapter:
 Weights = float | Sequence[float] | Mapping[str, float] | None
 
 
-def activate(model: M, adapter: str | Sequence[str], weights: Weights = None) -> M:
-    """Make these adapters live, and no others; the same model comes back.
+def activate(
+    model: M, adapter: str | Sequence[str] | None = None, weights: Weights = None, *, train: bool | None = None
+) -> M:
+    """Make these adapters live, and no others; the same model comes back. None: those that `deactivate` found live.
 
     >>> import torch
     >>> from torch import nn
@@ -61,18 +63,25 @@ def activate(model: M, adapter: str | Sequence[str], weights: Weights = None) ->
     parameter is multiplied by its weight, so that LoRA's branch counts as much; `merge` folds it in so. Rules whose
     change is no difference of numbers (prefixes, prompts) have the weight 1.
 
-    Only live adapters train: the others' tensors stop requiring gradients, and get their flags back with `activate`. A
-    site that no live adapter touches has its own class. The edits of several stand in the order they were applied in.
+    Only live adapters train: the others' tensors stop requiring gradients, and get their flags back with `activate`.
+    `train`: False makes these live and frozen, until True lets all train that their rules train. A site that no live
+    adapter touches has its own class. The edits of several stand in the order they were applied in.
 
     All or nothing. Raises `SurgeryError` for an unknown adapter, for a weight that is no finite number or can't be had,
     for a merged model, for an adapter that changed the base's weights at its start (PiSSA), which can be removed but
     not be idle, while another thread is in `using`, and inside of `route`. PEFT: `set_adapter`, `set_scale`.
     """
     state = require_state(model)
+    if adapter is None:
+        live = state.resting or weights_now(state)
+        adapter, weights = list(live), live if weights is None else weights
     live = _asked_for(state, adapter, weights)
     check_free(model)
     check_none_merged(state)
     switch(model, live)
+    state.resting = {}
+    if train is not None:
+        set_trained(state, live, train)
     return model
 
 
@@ -80,17 +89,21 @@ def deactivate(model: M) -> M:
     """Make no adapter live: the model gives the base's bits, and every site has its own class. See `activate`.
 
     >>> from torch import nn
-    >>> from surgery import apply_rules, deactivate
+    >>> from surgery import activate, active, apply_rules, deactivate
     >>> from rules import LoraRule
     >>> model = deactivate(apply_rules(nn.Sequential(nn.Linear(8, 8)), LoraRule("0", rank=2)))
-    >>> type(model[0]) is nn.Linear
-    True
+    >>> type(model[0]) is nn.Linear, active(activate(model))
+    (True, ('default',))
 
-    PEFT: `disable_adapter_layers`.
+    `activate(model)` makes those live again that were, with their weights. PEFT: `disable_adapter_layers`,
+    `enable_adapter_layers`.
     """
+    state = require_state(model)
     check_free(model)
-    check_none_merged(require_state(model))
+    check_none_merged(state)
+    live = weights_now(state)
     switch(model, {})
+    state.resting = live or state.resting
     return model
 
 
@@ -154,15 +167,17 @@ def using(model: nn.Module, adapter: str | Sequence[str] | None, weights: Weight
     state = require_state(model)
     live = _asked_for(state, [] if adapter is None else adapter, weights)
     with claimed(model):
-        before = weights_now(state)
+        before, resting = weights_now(state), state.resting
         check_none_merged(state)
         try:
             switch(model, live)
+            state.resting = dict(before or resting)
             yield
         finally:
             now = model_state(model)
             if now is not None:  # else the last one was removed inside
                 switch(model, {name: weight for name, weight in before.items() if name in now.adapters})
+                now.resting = {name: weight for name, weight in resting.items() if name in now.adapters}
 
 
 def _asked_for(state: ModelState, adapter: str | Sequence[str], weights: Weights) -> dict[str, float]:

@@ -177,8 +177,12 @@ class Rule:
         """The rule with tensors that have room for this rank, for `pad_rank`; by default itself, which has none."""
         return self
 
+    # Of a rule that slots may hold: their kind, or why there is none. Of a slot's rule: whether zeros in its tensors
+    # are as good as none, and whether it puts a parameter in the base's place, which comes before all other edits.
     slot_kind: ClassVar[str | None] = None
+    why_no_slot: ClassVar[str] = "no slot of its kind takes it here"
     zeros_are_none: ClassVar[bool] = True
+    slot_first: ClassVar[bool] = False
 
     @classmethod
     def slot(cls, rules: Sequence[Rule], module: nn.Module, path: str) -> Rule | None:

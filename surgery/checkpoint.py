@@ -84,6 +84,8 @@ def save_adapter(
     format: Literal["auto", "peft", "surgery"] = "auto",
     metadata: Mapping[str, Any] | None = None,
     licence: str | None = None,
+    config: Mapping[str, Any] | None = None,
+    state_dict: Mapping[str, Tensor] | None = None,
 ) -> Path:
     """Write an adapter into a folder: its tensors, and the rules that made it. The base is not written.
 
@@ -98,11 +100,13 @@ def save_adapter(
 
     `format` "peft" is what PEFT reads; "surgery" (`adapter.safetensors` and `rules.json`) holds any rules; "auto" is
     the first wherever it holds the adapter exactly, else the second. `metadata` is any data of JSON, `licence` a name;
-    both come back in the report of `load_adapter`. A merged adapter is saved as it was trained.
+    both come back in the report of `load_adapter`. `config`: what PEFT's configuration is to say that is in no rule,
+    such as `{"task_type": "SEQ_CLS"}`. A merged adapter is saved as it was trained.
 
     The folder is made where it is absent; other files in it stay. Killed at any moment, it holds the adapter that was
-    there before or this one, whole. Where processes share a sharded model, all of them call this, and the first writes.
-    Raises `SurgeryError` where PEFT's format can't hold the adapter, or a rule holds what is no data.
+    there before or this one, whole. Where processes share a sharded model, all of them call this, and the first writes;
+    or one alone, with a `state_dict` that was gathered elsewhere (accelerate's `get_state_dict`). Raises `SurgeryError`
+    where PEFT's format can't hold the adapter, or a rule holds what is no data.
     """
     if format not in ("auto", "peft", "surgery"):
         raise SurgeryError(f"there is no format {format!r}", fix='"peft", "surgery", or "auto" for the first that fits')
@@ -110,16 +114,17 @@ def save_adapter(
     if Path(folder).exists() and not Path(folder).is_dir():
         raise SurgeryError(f"{folder} is no folder", fix="an adapter is saved into a folder of its own")
     extra = {"base": fingerprint(model), "licence": licence, "metadata": _data(metadata)}
+    alone = state_dict is not None
     if format != "surgery":
         from surgery.peft_writing import written
 
         try:
-            config, tensors = written(model, adapter, exact=format == "auto")
+            said, tensors = written(model, adapter, format == "auto", state_dict, config)
         except SurgeryError:
             if format == "peft":
                 raise
         else:
-            return put_peft(folder, config, tensors, extra)
+            return _put(folder, PEFT, tensors, said, extra, (*SURGERY, OLD), alone)
     settings = {
         "format": NAME,
         "version": VERSION,
@@ -127,14 +132,8 @@ def save_adapter(
         "sites": [path for path, module, _ in sites(model) if tensors_of(module, adapter)],
         **extra,
     }
-    return _put(folder, SURGERY, _whole(adapter_state_dict(model, adapter)), settings, {}, (*PEFT, OLD))
-
-
-def put_peft(
-    folder: str | Path, config: Mapping[str, Any], tensors: Mapping[str, Tensor], extra: Mapping[str, Any]
-) -> Path:
-    """Write PEFT's two files; `extra` goes into the tensors' own, where PEFT passes over it."""
-    return _put(folder, PEFT, tensors, config, extra, (*SURGERY, OLD))
+    tensors = _whole(adapter_state_dict(model, adapter, state_dict))
+    return _put(folder, SURGERY, tensors, settings, {}, (*PEFT, OLD), alone)
 
 
 def _put(
@@ -144,13 +143,15 @@ def _put(
     settings: Mapping[str, Any],
     extra: Mapping[str, Any],
     gone: tuple[str, ...],
+    alone: bool,
 ) -> Path:
+    """Write two files; `extra` goes into the tensors' own, where PEFT passes over it."""
     folder, text = Path(folder), json.dumps(settings, indent=2, sort_keys=bool(extra)) + "\n"
-    if _rank() == 0:
+    if alone or _rank() == 0:
         told = {"format": "pt", "surgery": json.dumps({"settings": settings, **extra})}
         writer = partial(files.write_safetensors, tensors=tensors, metadata=told)
         files.replace_files(folder, (names[0], writer), (names[1], text.encode()), gone)
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
+    if not alone and torch.distributed.is_available() and torch.distributed.is_initialized():
         torch.distributed.barrier()  # no process reads what the first has not written
     return folder
 
@@ -189,6 +190,7 @@ def load_adapter(
     trust: bool = False,
     subfolder: str | None = None,
     revision: str | None = None,
+    config: Mapping[str, Any] | None = None,
 ) -> LoadReport:
     """Put a saved adapter on a model: apply its rules, and fill their tensors from the files.
 
@@ -205,12 +207,12 @@ def load_adapter(
     >>> torch.equal(model(x), adapted)
     True
 
-    `source` is a folder or file of `save_adapter`'s or PEFT's (also `.bin` and diffusers' LoRA files), or the name of
-    a repository on the hub (with `revision`); `subfolder` is looked for in it. It may be what `import_adapter` read,
-    too. Rules are made by their registered names; no code and no path comes from a file, and pickle files are read with
+    `source` is a folder or file of `save_adapter`'s or PEFT's (also `.bin` and diffusers' LoRA files), or the name of a
+    repository on the hub (with `revision`); `subfolder` is looked for in it. It may be what `import_adapter` read, too.
+    Rules are made by their registered names; no code and no path comes from a file, and pickle files are read with
     `weights_only`. A rule that names code to import, as a ReplaceRule does, is taken with `trust=True` alone. `finite`:
-    NaN and infinity are a problem.
-    `example_inputs` as in `apply_rules`; prefixes need it.
+    NaN and infinity are a problem. `example_inputs` as in `apply_rules`; prefixes need it. `config` stands in for
+    PEFT's `adapter_config.json`.
 
     Whole or nothing: missing, unexpected and misshapen tensors, a damaged file, a rule or format of a later version,
     another base, and whatever `plan_rules` objects to are told at once in a `LoadError`, the model as it was.
@@ -219,7 +221,7 @@ def load_adapter(
     them; on a base on the meta device they are made on the CPU, and stay when `load_state_dict(…, assign=True)` fills
     the base.
     """
-    stored = stored_adapter(model, source, subfolder, revision)
+    stored = stored_adapter(model, source, subfolder, revision, config)
     report = LoadReport(adapter, stored.rules, metadata=stored.metadata, licence=stored.licence)
     problems = [*stored.problems, *([] if trust else map(_distrusted, (rule for rule in stored.rules if rule.imports)))]
     known = [rule for rule in stored.rules if trust or not rule.imports]

@@ -145,6 +145,7 @@ def remove(model: M, adapter: str | Sequence[str] | None = None, *, check: bool 
             state.places.pop(name, None)
             state.idle.discard(name)
             state.weights.pop(name, None)
+            state.resting.pop(name, None)
         if not state.adapters:
             _restore(model, state)
         else:
@@ -191,6 +192,7 @@ def _insert(step: Step, plan: Plan, given: Given | None, journal: Journal) -> No
         plan.adapter,
         step.rule,
         tensors=tuple(spec.name for spec in step.specs),
+        trained=tuple(spec.name for spec in step.specs if spec.trainable and not spec.buffer),
         inside=step.inside,
         layer=Layer(plan.adapter, step.rule.label, step.tape),
         facts=step.facts,

@@ -15,7 +15,7 @@ from surgery.errors import SurgeryError, TraceError
 from surgery.own import Own
 from surgery.weave import woven
 
-__all__ = ["Observation", "call", "equal", "evaluating", "observe", "outermost_calls", "random_state"]
+__all__ = ["Observation", "call", "dummy", "equal", "evaluating", "observe", "outermost_calls", "random_state"]
 
 
 class Observation:
@@ -113,6 +113,18 @@ def call(model: nn.Module, example_inputs: Any, random: list[Tensor] | None = No
                 why=f"{type(error).__name__}: {error}",
                 fix="pass example_inputs as a tensor, a tuple of arguments, or a dict of keyword arguments",
             ) from error
+
+
+def dummy(model: Any) -> dict[str, Tensor] | None:
+    """The example call that a model of transformers offers of itself, on its device; None for others."""
+    given = getattr(model, "dummy_inputs", None)
+    if not isinstance(given, dict):
+        return None
+    device = next((parameter.device for parameter in model.parameters()), None)
+    found = {name: tensor.to(device) for name, tensor in given.items() if isinstance(tensor, Tensor)}
+    if getattr(model.config, "is_encoder_decoder", False) and "input_ids" in found:
+        found.setdefault("decoder_input_ids", found["input_ids"])
+    return found
 
 
 def random_state() -> list[Tensor]:

@@ -69,6 +69,7 @@ def forget(model: M) -> M:
         del state.adapters[name]
         state.places.pop(name, None)
         state.weights.pop(name, None)
+        state.resting.pop(name, None)
         state.idle.discard(name)
     state.flags |= flags
     if state.adapters:

@@ -47,16 +47,24 @@ def push_adapter(
     with tempfile.TemporaryDirectory() as place:
         folder = save_adapter(model, place, adapter, format=format, metadata=metadata, licence=licence)
         card = card_of(model, adapter, repo_id, peft=(folder / PEFT[0]).exists(), metadata=metadata, licence=licence)
-        (folder / "README.md").write_text(card, encoding="utf-8")
         said = message or f"The adapter {adapter}"
-        return upload(folder, repo_id, private=private, token=token, revision=revision, message=said)
+        return upload(folder, repo_id, card, said, private=private, token=token, revision=revision)
 
 
 def upload(
-    folder: str | Path, repo_id: str, *, private: bool | None, token: str | None, revision: str | None, message: str
+    folder: str | Path,
+    repo_id: str,
+    card: str,
+    message: str,
+    *,
+    private: Any = None,
+    token: Any = None,
+    revision: Any = None,
 ) -> str:
-    """Push a folder as one commit; gives its address."""
+    """Push a folder and its model card as one commit; gives its address."""
     from huggingface_hub import HfApi
+
+    (Path(folder) / "README.md").write_text(card, encoding="utf-8")
 
     api = HfApi(token=token)
     try:
@@ -68,7 +76,13 @@ def upload(
 
 
 def card_of(
-    model: nn.Module, adapter: str, repo_id: str, *, peft: bool, metadata: Mapping[str, Any] | None, licence: str | None
+    model: nn.Module,
+    adapter: str,
+    repo_id: str,
+    *,
+    peft: bool,
+    metadata: Mapping[str, Any] | None = None,
+    licence: str | None = None,
 ) -> str:
     """A model card: what the adapter is, and how it is loaded."""
     base = getattr(getattr(model, "config", None), "_name_or_path", None) or ""

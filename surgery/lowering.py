@@ -11,7 +11,8 @@ torch.jit.trace (they do their own fusing), autocast, mixed precision, torch.fun
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -23,6 +24,7 @@ from surgery.errors import SiteError
 
 __all__ = [
     "LowRankEdit",
+    "branches_by",
     "in_dtype",
     "low_rank_edit",
     "lower",
@@ -114,8 +116,23 @@ def _plain(x: Tensor, weight: Tensor, bias: Tensor | None, branches: tuple[Branc
         branch = x.to(A.dtype)
         if training and p > 0.0:
             branch = F.dropout(branch, p, True)
-        y = same_dtype(y + F.linear(F.linear(branch, A), B) * scale, y)
+        branch = F.linear(F.linear(branch, A), B) if _one is None else _one(branch, A, B)
+        y = same_dtype(y + (branch if scale == 1.0 else branch * scale), y)
     return y
+
+
+_one: Callable[[Tensor, Tensor, Tensor], Tensor] | None = None  # linear(linear(x, A), B), while a model is exported
+
+
+@contextmanager
+def branches_by(operation: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Iterator[None]:
+    """Plain forms inside of the block compute a branch by one operation, for an exporter that knows it."""
+    global _one
+    before, _one = _one, operation
+    try:
+        yield
+    finally:
+        _one = before
 
 
 def _fast(x: Tensor, weight: Tensor, bias: Tensor | None, branches: tuple[Branch, ...]) -> bool:

@@ -151,7 +151,7 @@ def _rename(model: nn.Module, state: ModelState, old: str, new: str) -> None:
             held.merged.adapters = tuple(new if name == old else name for name in held.merged.adapters)
         held.classes.clear()
         held.variants.clear()
-    for named in (state.adapters, state.places, state.weights):
+    for named in (state.adapters, state.places, state.weights, state.resting):
         _rekey(named, old, new)
     if old in state.idle:
         state.idle.symmetric_difference_update((old, new))
@@ -181,4 +181,4 @@ def _copied(module: nn.Module, applied: Applied, made: dict[int, Tensor]) -> Pla
         if trained:
             flags[name] = applied.flags.get(name, tensor.requires_grad)
     facts = {name: copy.deepcopy(fact) for name, fact in applied.facts.items() if name != MARK}
-    return Placed(module, applied.rule, tensors, facts, applied.inside, flags)
+    return Placed(module, applied.rule, tensors, facts, applied.inside, flags, applied.trained)

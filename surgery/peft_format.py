@@ -7,6 +7,7 @@ among those registered; a package that offers rules (entry points `surgery.rules
 from __future__ import annotations
 
 import re
+import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass, field, fields
 from functools import cached_property
@@ -17,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from surgery.base_rule import Rule
-from surgery.errors import RuleError, SurgeryError, near_misses
+from surgery.errors import PlanError, RuleError, SurgeryError, SurgeryWarning, near_misses
 from surgery.files import TensorFile
 from surgery.paths import endings
 from surgery.peft_targets import Modules, choose, chosen_by, fields_of, regular
@@ -280,6 +281,17 @@ def read(model: nn.Module, config: Any, file: TensorFile) -> Read:
 
     ignored = tuple(key for key in file.shapes if key.endswith(method.passed_over or ("\n",)))
     return Read(rules, entry, problems, unheld, given.notes, ignored)
+
+
+def rules_by(model: nn.Module, config: Mapping[str, Any]) -> list[Rule]:
+    """The rules of a new adapter by PEFT's configuration. `PlanError` with everything that can't be held."""
+    given = PeftConfig(config, model)
+    rules, problems, unheld = asked_for(given, method_of(config.get("peft_type")).start)
+    if problems or unheld:
+        raise PlanError([*problems, *unheld])
+    for note in given.notes:
+        warnings.warn(note, SurgeryWarning, stacklevel=4)
+    return rules
 
 
 def asked_for(

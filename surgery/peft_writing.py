@@ -8,27 +8,77 @@ from typing import Any, NamedTuple
 from torch import Tensor, nn
 
 from surgery.base_rule import Rule
+from surgery.errors import LoadError, SurgeryError
 from surgery.match import RESERVED
-from surgery.peft_format import PeftMethod, PeftPlace, absolute, is_main, method_of, part_of, unsaid
+from surgery.peft_format import SILENT, PeftMethod, PeftPlace, absolute, is_main, method_of, part_of, unsaid
 from surgery.peft_targets import Modules, chosen_by
 from surgery.plainer import folded_adapter
-from surgery.state import rules_of, sites, whole
+from surgery.spelling import class_of
+from surgery.state import adapter_state_dict, rules_of, sites, whole
 from surgery.stored import Entry
 
-__all__ = ["Described", "described", "written"]
+__all__ = ["Described", "described", "taken_over", "written"]
+
+
+_CHOOSING = ("exclude_modules", "layers_pattern", "layers_to_transform")
 
 
 def written(
-    model: nn.Module, adapter: str, exact: bool = False, state: Mapping[str, Tensor] | None = None
+    model: nn.Module,
+    adapter: str,
+    exact: bool = False,
+    state: Mapping[str, Tensor] | None = None,
+    said: Mapping[str, Any] | None = None,
 ) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """An adapter as PEFT's configuration and tensors; `SurgeryError` where that would not be the same adapter.
 
     Networks that only training needs are left out, as PEFT leaves them out; with `exact` that is an error, too.
-    `state`: the model's state dict, where its tensors were gathered from elsewhere.
+    `state`: the model's state dict, where its tensors were gathered from elsewhere. `said`: a configuration that the
+    adapter came with, of which stays what its rules don't say.
     """
-    found = described(model, adapter, exact)
-    tensors = _tensors(found, _gathered(found.tensors, adapter, state or {}))
-    return found.method.completed(found.config, tensors, found.modules)
+    found = described(model, adapter, exact, state)
+    config, tensors = found.method.completed(found.config, _tensors(found), found.modules)
+    said = {} if said is None else said
+    told = {name: value for name, value in said.items() if name in SILENT and value is not None}
+    chosen = dict.fromkeys(
+        name for name in _CHOOSING if name in said
+    )  # else they would choose among the rules' targets
+    config = {**said, **chosen, **config, **told, "inference_mode": True}
+    if "peft_type" in told:  # a whole configuration has all the fields that there are
+        config = {name: value for name, value in config.items() if name in said}
+    if config.get("task_type") is None:  # PEFT then finds the base's class by this
+        kind = class_of(model)
+        config["auto_mapping"] = {"base_model_class": kind.__name__, "parent_library": kind.__module__}
+    if config.get("peft_version", "") is None:  # PEFT takes an absent one for an old one, and fails on null
+        del config["peft_version"]
+    return config, tensors
+
+
+def taken_over(
+    model: nn.Module, adapter: str, tensors: Mapping[str, Tensor]
+) -> tuple[dict[str, Tensor], list[str], list[str]]:
+    """Tensors under PEFT's keys as those of an adapter that is there, for `load_adapter_state_dict`: its own where none
+    came. Then which keys are missing, and which are none of its."""
+    found, values = described(model, adapter, exact=True), adapter_state_dict(model, adapter)
+    missing, known, problems = dict[str, None](), set[str](), list[SurgeryError]()
+    for name, key, entry in found.entries(list(values)):
+        known.add(key)
+        if key not in tensors:
+            missing[key] = None
+            continue
+        try:
+            value = entry.read(tensors[key])
+            why = f"{tuple(tensors[key].shape)} does not give the {tuple(values[name].shape)} of this model"
+        except Exception as error:  # a reshaping of a shape that it did not expect
+            value, why = None, f"{type(error).__name__}: {error}"[:300]
+        if value is None or value.shape != values[name].shape:
+            problems.append(SurgeryError(f"{key} does not fit", why=why))
+        else:
+            values[name] = value
+    if problems:
+        raise LoadError(problems)
+    passed_over = found.method.passed_over or ("\n",)
+    return values, list(missing), [key for key in tensors if key not in known and not key.endswith(passed_over)]
 
 
 class Described(NamedTuple):
@@ -63,9 +113,11 @@ class Described(NamedTuple):
             raise unsaid(f"the tensor {unplaced[0]}", "its files have no place for it")
 
 
-def described(model: nn.Module, adapter: str, exact: bool = False) -> Described:
+def described(
+    model: nn.Module, adapter: str, exact: bool = False, state: Mapping[str, Tensor] | None = None
+) -> Described:
     kept, modules = rules_of(model, adapter), Modules.of(model)
-    rules, tensors = folded_adapter(model, adapter)
+    rules, tensors = folded_adapter(model, adapter, state)
     plainer = list(zip(kept, rules, strict=True))
     if exact and rules != kept:
         lost = next(rule.label for rule, plain in plainer if rule != plain)
@@ -115,17 +167,9 @@ class _Placed(NamedTuple):
     facts: Mapping[str, Any]
 
 
-def _tensors(adapter: Described, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def _tensors(adapter: Described) -> dict[str, Tensor]:
     found: dict[str, list[Tensor]] = {}
-    for name, key, entry in adapter.entries(tensors):
-        found.setdefault(key, []).append(entry.write(whole(tensors[name].detach())))
+    for name, key, entry in adapter.entries(adapter.tensors):
+        found.setdefault(key, []).append(entry.write(whole(adapter.tensors[name].detach())))
     on = [one.module for one in adapter.placed if part_of(one.rule) is adapter.method]
     return {key: adapter.method.joined(key, together, on) for key, together in found.items()}
-
-
-def _gathered(tensors: Mapping[str, Tensor], adapter: str, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    def full(key: str) -> str:
-        box, _, name = key.rpartition(".")
-        return f"{box}.{adapter}.{name}"
-
-    return {key: state.get(full(key), tensor) for key, tensor in tensors.items()}

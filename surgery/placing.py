@@ -26,7 +26,8 @@ __all__ = ["Placed", "put"]
 class Placed:
     """One rule at one site with its tensors: name → (tensor, is it a buffer).
 
-    `flags`: the `requires_grad` they have while they are live, where it is not what the rule says.
+    `flags`: the `requires_grad` they have while they are live, where it is not what the rule says; `trained`: which are
+    to be trained, where the rule is not asked.
     """
 
     module: nn.Module
@@ -35,6 +36,7 @@ class Placed:
     facts: dict[str, Any] = field(default_factory=dict)
     inside: bool = False
     flags: Mapping[str, bool] = field(default_factory=dict)
+    trained: tuple[str, ...] = ()
 
 
 def put(model: nn.Module, adapter: str, rules: Sequence[Rule], placed: Iterable[Placed]) -> None:
@@ -83,6 +85,7 @@ def _put(one: Placed, adapter: str, site: SiteState, journal: Journal) -> list[S
         applied.layer = Layer(adapter, one.rule.label, made.tape)
         trained = {spec.name: spec.trainable for spec in made.specs if not spec.buffer}
         steps.append(Step(one.rule, path, module, (), made.own, made.tape, made.specs, False, one.facts))
+    applied.trained = one.trained or tuple(name for name, flag in trained.items() if flag)
     for name, (tensor, buffer) in one.tensors.items():
         if not buffer:
             applied.flags[name] = one.flags.get(name, trained[name])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from torch import Tensor, nn
 
 from surgery.base_rule import Rule
@@ -15,7 +17,9 @@ from surgery.view import held
 __all__ = ["folded_adapter"]
 
 
-def folded_adapter(model: nn.Module, adapter: str = "default") -> tuple[list[Rule], dict[str, Tensor]]:
+def folded_adapter(
+    model: nn.Module, adapter: str = "default", state_dict: Mapping[str, Tensor] | None = None
+) -> tuple[list[Rule], dict[str, Tensor]]:
     """An adapter's rules and tensors, plainer ones where its rules have such (`Rule.folded`); the model is untouched.
 
     >>> import torch
@@ -31,15 +35,15 @@ def folded_adapter(model: nn.Module, adapter: str = "default") -> tuple[list[Rul
     {'layers.0.self_attn.adapters.key': (2, 5, 4), 'layers.0.self_attn.adapters.value': (2, 5, 4)}
 
     To go on with them: `remove(model)`, `apply_rules(model, rules, …)`, `load_adapter_state_dict(model, tensors)`.
-    Tensors that are kept as they are share the model's memory. Raises `SurgeryError` for an unknown adapter,
-    `RuleError` where a rule is folded into different ones at its sites.
+    Tensors that are kept as they are share the model's memory. `state_dict` as for `adapter_state_dict`. Raises
+    `SurgeryError` for an unknown adapter, `RuleError` where a rule is folded into different ones at its sites.
     """
     state = require_state(model)
     adapter_names(state, adapter)
     plainer: list[tuple[Rule, Rule]] = []
     tensors: dict[str, Tensor] = {}
     for path, module, site in sites(model):
-        found = dict(tensors_of(module, adapter))
+        found = dict(tensors_of(module, adapter, path, state_dict))
         for applied in (one for one in site.applied if one.adapter == adapter):
             live = LiveSite(module, path, adapter, found, lambda name, _, module=module: _tensor(module, name))
             with running(applied.rule, "folded", path):

@@ -11,7 +11,7 @@ from torch import fx, nn
 
 from surgery.errors import MatchError, near_misses
 from surgery.own import own_forward
-from surgery.state import SiteState, is_adapter_key, model_state, site_state, sites, tensors_of
+from surgery.state import SiteState, is_adapter_key, merged_adapters, model_state, site_state, sites, tensors_of
 from surgery.table import table
 from surgery.variants import held_own, layer_at
 from surgery.weave import woven
@@ -66,12 +66,11 @@ def summary(model: nn.Module) -> Summary:
     adapter  rule      sites  added  trainable
     default  LoraRule      1     32         32
 
-    `total` is the base and what was added. Works on an untouched model, too.
+    `total` is the base and what was added; of packed parameters the numbers that they stand for are counted, as PEFT
+    does. Works on an untouched model, too.
     """
     counts: dict[tuple[str, str], list[int]] = defaultdict(lambda: [0, 0, 0])
-    merged: dict[str, None] = {}
     for _, module, state in sites(model):
-        merged.update(dict.fromkeys(state.merged.adapters if state.merged else ()))
         for applied in state.applied:
             held = tensors_of(module, applied.adapter)
             mine = [held[name] for name in applied.tensors if name in held]
@@ -82,12 +81,17 @@ def summary(model: nn.Module) -> Summary:
     parameters = list(model.named_parameters())
     known = model_state(model) is not None
     return Summary(
-        trainable=sum(p.numel() for _, p in parameters if p.requires_grad),
+        trainable=sum(_numbers_in(p) for _, p in parameters if p.requires_grad),
         added=sum(p.numel() for name, p in parameters if known and is_adapter_key(model, name)),
-        total=sum(p.numel() for _, p in parameters),
+        total=sum(_numbers_in(p) for _, p in parameters),
         rows=tuple((adapter, rule, *map(int, row)) for (adapter, rule), row in counts.items()),  # type: ignore[misc]
-        merged=tuple(merged),
+        merged=tuple(merged_adapters(model)),
     )
+
+
+def _numbers_in(parameter: Any) -> int:
+    count = parameter.numel() or getattr(parameter, "ds_numel", 0)  # DeepSpeed keeps it elsewhere
+    return count * 2 * parameter.element_size() if type(parameter).__name__ == "Params4bit" else count
 
 
 def show(model: nn.Module, path: str = "") -> str:

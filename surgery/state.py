@@ -56,15 +56,16 @@ class Applied:
     """One rule at one site. `changed` holds what its initialisation did to the base's own parameters.
 
     `layer` holds its edits, which are recorded anew where it is None: in copies and after unpickling. `tensors` are the
-    names of those it asked for. `inside`: it edits what is inside the forward, anew for each kind of call. `facts` is
-    what the rule found out about the module (`Site.fact`). `live`: its edits are in the forward, what they change times
-    `weight`; where they are not, `flags` holds the `requires_grad` of its tensors.
+    names of those it asked for, `trained` of those to be trained. `inside`: it edits what is inside the forward, anew
+    for each kind of call. `facts` is what the rule found out about the module (`Site.fact`). `live`: its edits are in
+    the forward, what they change times `weight`; where they are not, `flags` holds the `requires_grad` of its tensors.
     """
 
     adapter: str
     rule: Rule
     changed: list[Any] = field(default_factory=list)
     tensors: tuple[str, ...] = ()
+    trained: tuple[str, ...] = ()
     inside: bool = False
     live: bool = True
     weight: float = 1.0
@@ -155,6 +156,7 @@ class ModelState:
     places: dict[str, list[tuple[nn.Module, list[Applied]]]] = field(default_factory=dict)  # of each adapter
     idle: set[str] = field(default_factory=set)  # adapters that are not live
     weights: dict[str, float] = field(default_factory=dict)  # of live adapters, where it is not 1
+    resting: dict[str, float] = field(default_factory=dict)  # what was live before `deactivate`, until `activate`
 
 
 _MODEL, _SITE = "_surgery_model", "_surgery_site"
@@ -175,6 +177,11 @@ def sites(model: nn.Module) -> Iterator[tuple[str, nn.Module, SiteState]]:
         state = site_state(module)
         if state is not None:
             yield path, module, state
+
+
+def merged_adapters(model: nn.Module) -> list[str]:
+    """The adapters that the base's weights hold."""
+    return list({name: None for _, _, site in sites(model) if site.merged for name in site.merged.adapters})
 
 
 def require_state(model: nn.Module) -> ModelState:
@@ -225,11 +232,17 @@ def name_problem(state: ModelState | None, adapter: Any) -> SurgeryError | None:
     return None
 
 
-def tensors_of(module: nn.Module, adapter: str) -> dict[str, Tensor]:
-    """An adapter's tensors at a site; empty where it has none there."""
+def tensors_of(
+    module: nn.Module, adapter: str, path: str = "", state_dict: Mapping[str, Tensor] | None = None
+) -> dict[str, Tensor]:
+    """An adapter's tensors at a site, as a state dict of the model's has them, if given; empty where it has none."""
     held = module._modules.get(RESERVED)
-    found = held._modules.get(adapter) if held is not None else None
-    return found.tensors() if isinstance(found, AdapterTensors) else {}
+    box = held._modules.get(adapter) if held is not None else None
+    found = box.tensors() if isinstance(box, AdapterTensors) else {}
+    if state_dict is None:
+        return found
+    inside = ".".join(filter(None, (path, RESERVED, adapter)))
+    return {name: state_dict.get(f"{inside}.{name}", tensor) for name, tensor in found.items()}
 
 
 def whole(tensor: Tensor) -> Tensor:
@@ -302,7 +315,9 @@ def base_state_dict(model: nn.Module) -> dict[str, Tensor]:
     return {key: tensor for key, tensor in model.state_dict().items() if not is_adapter_key(model, key)}
 
 
-def adapter_state_dict(model: nn.Module, adapter: str = "default") -> dict[str, Tensor]:
+def adapter_state_dict(
+    model: nn.Module, adapter: str = "default", state_dict: Mapping[str, Tensor] | None = None
+) -> dict[str, Tensor]:
     """An adapter's tensors, under the names they have in the model, without the adapter's own name.
 
     >>> from torch import nn
@@ -312,12 +327,13 @@ def adapter_state_dict(model: nn.Module, adapter: str = "default") -> dict[str, 
     >>> {key: tuple(tensor.shape) for key, tensor in adapter_state_dict(model, "topics").items()}
     {'0.adapters.A': (2, 4), '0.adapters.B': (4, 2)}
 
-    The tensors are detached and share the model's memory. `SurgeryError` for an unknown adapter.
+    The tensors are detached and share the model's memory. `state_dict`: the model's, to take them from where it was
+    gathered elsewhere (FSDP, DeepSpeed). `SurgeryError` for an unknown adapter.
     """
     adapter_names(require_state(model), adapter)
     found = {}
     for path, module, _ in sites(model):
-        for name, tensor in tensors_of(module, adapter).items():
+        for name, tensor in tensors_of(module, adapter, path, state_dict).items():
             found[".".join(filter(None, (path, RESERVED, name)))] = tensor.detach()
     return found
 

@@ -65,9 +65,13 @@ def tensor_key(path: str, name: str) -> str:
 
 
 def stored_adapter(
-    model: nn.Module, source: str | Path | Stored, subfolder: str | None, revision: str | None
+    model: nn.Module,
+    source: str | Path | Stored,
+    subfolder: str | None,
+    revision: str | None,
+    config: Mapping[str, Any] | None = None,
 ) -> Stored:
-    """The adapter in a folder, a file, or a repository of the hub; or one that was read already."""
+    """The adapter in a folder, a file, or a repository of the hub; `config` stands in for PEFT's beside the tensors."""
     if isinstance(source, Stored):
         return source
     place = Path(source)
@@ -78,7 +82,7 @@ def stored_adapter(
             place = fetched(str(source), subfolder, revision)
         elif subfolder:
             place = place / subfolder
-        return _opened(model, place)
+        return _opened(model, place, config)
     except LoadError:
         raise
     except SurgeryError as error:
@@ -94,7 +98,7 @@ def names_in(folder: Path) -> tuple[str, str | None] | None:
     return None
 
 
-def _opened(model: nn.Module, place: Path) -> Stored:
+def _opened(model: nn.Module, place: Path, config: Mapping[str, Any] | None) -> Stored:
     if place.is_dir():
         names = names_in(place)
         if names is None:
@@ -105,7 +109,7 @@ def _opened(model: nn.Module, place: Path) -> Stored:
         names, place = (place.name, settings), place.parent
     file = open_tensors(place / names[0])
     told = _told(file)
-    settings = _settings(place, names[1], told)
+    settings = _settings(place, names[1], told) if config is None or names[0] == SURGERY[0] else dict(config)
     if isinstance(settings, dict) and settings.get("format") == NAME:
         return _of_surgery(settings, file)
     from surgery.peft_format import read

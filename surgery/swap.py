@@ -63,6 +63,7 @@ def hotswap(
     *,
     rules: Sequence[Rule] | Rule | None = None,
     strict: bool = True,
+    same_base: bool = True,
     finite: bool = True,
     trust: bool = False,
     subfolder: str | None = None,
@@ -86,9 +87,9 @@ def hotswap(
     >>> torch.allclose(compiled(x), wanted, atol=1e-6), model[0].adapters.a.B is tensor
     (True, True)
 
-    `source` is whatever `load_adapter` takes, in either format, and read with the same checks (`finite`, `trust`,
-    `subfolder`, `revision`); or tensors as `adapter_state_dict` gives them, of the adapter's own rules, or of `rules`.
-    A compiled model may be given itself.
+    `source` is whatever `load_adapter` takes, in either format, and read with the same checks (`same_base`, `finite`,
+    `trust`, `subfolder`, `revision`); or tensors as `adapter_state_dict` gives them, of the adapter's own rules, or of
+    `rules`. A compiled model may be given itself.
 
     The new adapter may be on fewer sites: at the others this one then does nothing. Its rules have to be the kinds that
     are there. If they make other code, the rule itself turns the tensors into those that do the same in the code that
@@ -121,10 +122,11 @@ def hotswap(
     report.base = differences(model, stored.base)
     problems += making.problems
     if strict:
-        problems += [*stored.unheld, *(SurgeryError(text) for text in report.problems())]
+        told = report.problems() if same_base else [text for text in report.problems() if text not in report.base]
+        problems += [*stored.unheld, *map(SurgeryError, told)]
     if problems or not stored.rules:
         raise LoadError(problems or [RuleError("the files hold no rules")])
-    loose = [] if strict else [*map(str, stored.unheld), *report.problems()]
+    loose = report.base if strict else [*map(str, stored.unheld), *report.problems()]
     for note in [*stored.notes, *loose]:
         warnings.warn(note, SurgeryWarning, stacklevel=2)
     with Journal() as journal:

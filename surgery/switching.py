@@ -11,9 +11,9 @@ from surgery.install import BOUND, reason_against, swap
 from surgery.journal import Journal
 from surgery.living import class_of_live
 from surgery.match import RESERVED
-from surgery.state import _SITE, Applied, ModelState, SiteState, require_state
+from surgery.state import _SITE, Applied, ModelState, SiteState, require_state, tensors_of
 
-__all__ = ["check_none_merged", "check_settled", "switch", "weights_now"]
+__all__ = ["check_none_merged", "check_settled", "set_trained", "switch", "weights_now"]
 
 _CLASSES = 256  # kept at a site, one for each set of live adapters met
 _set_class = object.__setattr__  # nn.Module's own looks for tensors first, and takes twenty times as long
@@ -49,6 +49,19 @@ def switch(model: nn.Module, live: Mapping[str, float]) -> None:
 def weights_now(state: ModelState) -> dict[str, float]:
     """The live adapters with their weights."""
     return {name: state.weights.get(name, 1.0) for name in state.adapters if name not in state.idle}
+
+
+def set_trained(state: ModelState, adapters: Iterable[str], train: bool) -> None:
+    """Whether adapters train while they are live: the tensors that their rules have for that."""
+    for name in adapters:
+        for module, rules in state.places[name]:
+            held = tensors_of(module, name)
+            for applied in rules:
+                for key in applied.trained:
+                    if applied.live:
+                        held[key].requires_grad_(train)
+                    else:
+                        applied.flags[key] = train
 
 
 def _note(state: ModelState, changed: Iterable[str], live: Mapping[str, float]) -> None:

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+from safetensors.torch import save_file
+from torch import Tensor, nn
 from transformers import TrainerCallback
 
 from surgery import hf
-from surgery.state import model_state
+from surgery.state import is_adapter_key, model_state, whole
 
-__all__ = ["AdapterCheckpoints", "last_checkpoint"]
+__all__ = ["AdapterCheckpoints", "last_checkpoint", "save_trained"]
 
 
 class AdapterCheckpoints(TrainerCallback):
@@ -40,6 +42,30 @@ class AdapterCheckpoints(TrainerCallback):
         found = model_state(model) if model is not None else None
         if model is not None and found is not None:
             hf.ignore_on_save(model, found)
+
+
+def save_trained(model: nn.Module, folder: str | Path, state_dict: Mapping[str, Tensor] | None = None) -> None:
+    """Write `model.safetensors` with all that training changes: a model's tensors but the frozen ones of its base.
+
+    >>> import tempfile
+    >>> from safetensors.torch import load_file
+    >>> from torch import nn
+    >>> from rules import LoraRule
+    >>> from surgery import apply_rules
+    >>> from surgery.trainer import save_trained
+    >>> folder = tempfile.mkdtemp()
+    >>> save_trained(apply_rules(nn.Sequential(nn.Linear(4, 4)), LoraRule("0", rank=2)), folder)
+    >>> sorted(load_file(f"{folder}/model.safetensors"))
+    ['0.adapters.default.A', '0.adapters.default.B']
+
+    For checkpoints without the base: `load_state_dict(…, strict=False)` puts it back. `state_dict`: the model's, where
+    it was gathered from elsewhere.
+    """
+    frozen = {name for name, parameter in model.named_parameters() if not parameter.requires_grad}
+    held = model.state_dict() if state_dict is None else state_dict
+    kept = {name: t for name, t in held.items() if name not in frozen or is_adapter_key(model, name)}
+    tensors = {name: whole(tensor.detach()).cpu().contiguous().clone() for name, tensor in kept.items()}
+    save_file(tensors, Path(folder) / "model.safetensors", metadata={"format": "pt"})
 
 
 def last_checkpoint(folder: str | Path) -> str | None:

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from rules import IA3Rule, LoraRule, PrefixRule
+from rules import IA3Rule, LoraRule, PrefixRule, SteerRule
 from surgery import (
     SurgeryError,
     activate,
@@ -19,9 +19,11 @@ from surgery import (
     adapters,
     apply_rules,
     class_of,
+    copy_adapter,
     deactivate,
     merge,
     remove,
+    rename_adapter,
     route,
     summary,
     unmerge,
@@ -130,6 +132,51 @@ def test_flags_that_were_set_by_hand_come_back() -> None:
     activate(model, ["a", "b"])
     assert not model.get_parameter("0.adapters.a.A").requires_grad
     assert model.get_parameter("0.adapters.a.B").requires_grad
+
+
+def trained(model: nn.Module) -> set[str]:
+    return {name.split(".")[2] for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+
+def test_adapters_are_live_and_frozen() -> None:
+    model = model_with("a", "b")
+    wanted = expected(model, "a")
+    assert torch.allclose(activate(model, "a", train=False)(X), wanted, **CLOSE) and trained(model) == set()
+    assert trained(activate(model, "b")) == {"b"}
+    assert trained(activate(model, ["a", "b"])) == {"b"}  # a stays frozen until it is told otherwise
+    for name, parameter in model.named_parameters():
+        if ".adapters." in name:
+            parameter.requires_grad_(False)
+    assert trained(activate(model, ["a", "b"], train=True)) == {"a", "b"}
+    apply_rules(model, SteerRule("0", direction=[1.0] * 8), adapter="steer")  # a tensor that its rule does not train
+    assert trained(activate(model, ["a", "steer"], train=True)) == {"a"}
+    for name in ("steer", "a"):
+        copy_adapter(model, name, f"{name}2")
+    assert trained(activate(model, ["a2", "steer2"], train=True)) == {"a2"}
+
+
+def test_what_was_live_comes_back() -> None:
+    model = model_with("a", "b", "c")
+    activate(model, ["a", "b"], weights=[0.5, 1.0])
+    output = model(X)
+    deactivate(deactivate(model))
+    assert active(model) == () and torch.equal(activate(model)(X), output)
+    assert adapters(model)["a"].weight == 0.5
+    assert active(activate(model)) == ("a", "b")  # nothing was deactivated since
+    deactivate(model)
+    with using(model, "c"):
+        activate(model)
+        assert active(model) == ("a", "b")
+    with using(model, "c"):
+        pass
+    assert active(model) == () and active(activate(model)) == ("a", "b")
+    with using(model, None):
+        assert torch.equal(activate(model)(X), output)
+    deactivate(model)
+    remove(model, "a")
+    rename_adapter(model, "b", "d")
+    for copied in (model, copy.deepcopy(model)):
+        assert active(activate(copied)) == ("d",)
 
 
 def test_removing_in_any_order() -> None:

@@ -182,6 +182,26 @@ def test_metadata_and_licence(tmp_path: Path) -> None:
         save_adapter(trained(LoraRule("1")), tmp_path / "a", metadata={"x": torch.ones(1)})
 
 
+def test_what_pefts_configuration_says_beside_the_rules(tmp_path: Path) -> None:
+    model = apply_rules(nn.Sequential(nn.Linear(4, 4)), LoraRule("0", rank=2, alpha=2, init="random"))
+    gathered = {key: tensor * 2 for key, tensor in model.state_dict().items()}
+    save_adapter(model, tmp_path, config={"task_type": "SEQ_CLS", "r": 7}, state_dict=gathered)
+    config = json.loads((tmp_path / "adapter_config.json").read_text())
+    assert (config["task_type"], config["r"], config["auto_mapping"]) == ("SEQ_CLS", 2, None)
+    held = safetensors.torch.load_file(tmp_path / "adapter_model.safetensors")
+    doubled = model.get_parameter("0.adapters.default.A") * 2
+    assert torch.equal(held["base_model.model.0.lora_A.weight"], doubled)
+    read = remove(copy.deepcopy(model))
+    load_adapter(read, tmp_path, config={**config, "lora_alpha": 6})
+    assert rules_of(read)[0].alpha == 6  # type: ignore[attr-defined]
+    assert torch.equal(read.get_parameter("0.adapters.default.A"), doubled)
+    save_adapter(model, tmp_path, format="surgery", state_dict=gathered)
+    assert torch.equal(safetensors.torch.load_file(tmp_path / "adapter.safetensors")["0.adapters.A"], doubled)
+    save_adapter(model, tmp_path)
+    config = json.loads((tmp_path / "adapter_config.json").read_text())
+    assert config["auto_mapping"] == {"base_model_class": "Sequential", "parent_library": "torch.nn.modules.container"}
+
+
 def test_a_merged_adapter_is_saved_as_it_was_trained(tmp_path: Path) -> None:
     before = trained(LoraRule("1", rank=2))
     expected = before(X)

@@ -24,6 +24,7 @@ import torch
 
 import rules
 import surgery
+import surgery.onnx
 import surgery.peft
 import surgery.testing
 import surgery.trainer
@@ -112,10 +113,11 @@ def rows(name: str) -> dict[str, str]:
 
 def test_every_public_name_is_in_the_reference() -> None:
     listed = rows("docs/reference.md")
-    named = (surgery.testing, surgery.trainer, surgery.peft)
+    named = (surgery.testing, surgery.trainer, surgery.peft, surgery.onnx)
     modules: dict[str, Any] = {module.__name__: module for module in named}
     public = {*surgery.__all__, *rules.__all__}
     public |= {f"{path}.{name}" for path, module in modules.items() for name in module.__all__}
+    public -= {f"surgery.onnx.{name}" for name in surgery.__all__}  # the same
     assert public <= listed.keys(), public - listed.keys()
     assert all(listed[name] for name in public)
     assert {name for name in listed if re.fullmatch(r"[\w.]+", name)} - {"name"} == public

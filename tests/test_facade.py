@@ -161,11 +161,11 @@ def test_the_targets_by_default_are_pefts() -> None:
         for model_type, targets in getattr(constants, table, {}).items():
             model: Any = nn.Module()
             model.config = {"model_type": model_type}
-            found = with_defaults(kind().to_dict(), model)
-            assert found["target_modules"] == targets, (table, model_type)
+            found: Any = with_defaults(kind(), model)
+            assert found.target_modules == (targets if isinstance(targets, str) else set(targets)), (table, model_type)
             if kind.method == "IA3":
                 fed = constants.TRANSFORMERS_MODELS_TO_IA3_FEEDFORWARD_MODULES_MAPPING[model_type]
-                assert found["feedforward_modules"] == fed
+                assert found.feedforward_modules == fed
     with pytest.raises(SurgeryError, match="names no targets"):
         ours.get_peft_model(nn.Sequential(nn.Linear(2, 2)), ours.LoraConfig())
 
@@ -553,6 +553,61 @@ def test_folders_of_several_adapters(tmp_path: Path) -> None:
 
 
 @quiet
+def test_adapters_with_heads_of_their_own(tmp_path: Path) -> None:
+    base, example = bert()
+    config = ours.LoraConfig(task_type="SEQ_CLS", r=2, init_lora_weights=False)
+    model = ours.get_peft_model(copy.deepcopy(base), config)
+    model.add_adapter("other", config)
+    assert model.active_adapter == "default"
+    expected = {}
+    for seed, name in enumerate(("default", "other")):
+        model.set_adapter(name)
+        expected[name] = out(moved(model.eval(), seed), example)
+    model.save_pretrained(tmp_path)
+    for library in (peft, ours):
+        read = library.PeftModel.from_pretrained(copy.deepcopy(base), tmp_path)
+        read.load_adapter(tmp_path / "other", "other")
+        for name in ("other", "default"):
+            read.set_adapter(name)
+            torch.testing.assert_close(out(read.eval(), example), expected[name], **CLOSE)
+
+
+@quiet
+def test_targets_by_default_in_some_layers_alone(tmp_path: Path) -> None:
+    base, example = llama()
+    fields = {"layers_to_transform": [1], "layers_pattern": "layers", "init_lora_weights": False}
+    model = ours.get_peft_model(copy.deepcopy(base), ours.LoraConfig(task_type="CAUSAL_LM", **fields)).eval()
+    model.save_pretrained(tmp_path)
+    read = peft.PeftModel.from_pretrained(base, tmp_path)
+    torch.testing.assert_close(out(read, example), out(model, example), **CLOSE)
+
+
+def test_prompts_by_pefts_names_for_their_starts(tmp_path: Path) -> None:
+    base, example = llama()
+    kind = ours.PromptEncoderReparameterizationType.MLP
+    fields: dict[str, Any] = {"task_type": "CAUSAL_LM", "num_virtual_tokens": 3, "encoder_hidden_size": 8}
+    model = ours.get_peft_model(base, ours.PromptEncoderConfig(encoder_reparameterization_type=kind, **fields)).eval()
+    model.save_pretrained(tmp_path, state_dict=model.state_dict())  # what the encoder makes of them, and no others
+    read = ours.PeftModel.from_pretrained(llama()[0], tmp_path)
+    torch.testing.assert_close(out(read, example), out(model, example), **CLOSE)
+    assert isinstance(read.peft_config["default"], ours.PromptEncoderConfig)
+    vocab = ours.PromptTuningConfig(
+        task_type="CAUSAL_LM", num_virtual_tokens=3, prompt_tuning_init=ours.PromptTuningInit.SAMPLE_VOCAB
+    )
+    assert ours.get_peft_model(llama()[0], vocab).peft_config["default"].prompt_tuning_init == "SAMPLE_VOCAB"
+
+
+def test_a_second_facade_knows_the_first_ones_adapters() -> None:
+    model, _, base = two(ours)
+    config = ours.LoraConfig(r=2, target_modules=["k_proj"])
+    with pytest.raises(SurgeryError, match="an adapter 'default' already"):
+        ours.get_peft_model(model, config)
+    again = ours.get_peft_model(model, config, "third")
+    assert list(again.peft_config) == list(model.peft_config) == ["default", "other", "third"]
+    assert again.get_base_model() is base and again.active_adapters == model.active_adapters == ["third"]
+
+
+@quiet
 def test_loading(tmp_path: Path) -> None:
     mine, example, _ = two(ours)
     mine.save_pretrained(tmp_path)
@@ -570,6 +625,14 @@ def test_loading(tmp_path: Path) -> None:
     with pytest.warns(SurgeryWarning, match="another base"):
         other = ours.PeftModel.from_pretrained(llama(seed=9)[0], tmp_path)
     assert other.active_adapter == "default"
+    moved(other)
+    with pytest.warns(SurgeryWarning, match="another base"):
+        other.load_adapter(tmp_path, "default")
+    halved = {"r": 4, "lora_alpha": 4, "target_modules": ["q_proj", "v_proj"]}  # in the place of the folder's own
+    given = ours.PeftModel.from_pretrained(llama()[0], tmp_path, config=ours.LoraConfig(**halved))
+    theirs = peft.PeftModel.from_pretrained(llama()[0], tmp_path, config=peft.LoraConfig(**halved))
+    torch.testing.assert_close(out(given, example), out(theirs, example), **CLOSE)
+    assert not torch.allclose(out(given, example), expected, **CLOSE)
     plain = llama()[0]
     before = Snapshot(plain)
     (tmp_path / "adapter_model.safetensors").write_bytes(b"\0" * 40)

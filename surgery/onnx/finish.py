@@ -21,7 +21,11 @@ def require_inputs(model: ir.Model, names: Iterable[str], after: str) -> None:
     """`SurgeryError` where a pass has taken a slot away."""
     there = {value.name for value in model.graph.inputs}
     if lost := [name for name in names if name not in there]:
-        raise SurgeryError(f"slots were lost by {after}", why=", ".join(lost[:4]), fix="optimize=False, or report it")
+        raise SurgeryError(
+            f"slots were lost by {after}",
+            why=", ".join(name.removeprefix("surgery_slots.") for name in lost[:4]),
+            fix="optimize=False, or report it",
+        )
 
 
 def mark_rules(model: ir.Model, sites: Mapping[str, Mapping[str, str]]) -> None:
@@ -29,16 +33,18 @@ def mark_rules(model: ir.Model, sites: Mapping[str, Mapping[str, str]]) -> None:
 
     Those are what a site computes from the adapter's tensors. `sites`: path → tensor's name → rule.
     """
-    owners = {name: (path, label) for path, named in sites.items() for name, label in named.items()}
+    owners: dict[str, tuple[str, tuple[str, ...]]] = {
+        name: (path, (label,)) for path, named in sites.items() for name, label in named.items()
+    }
     given = {id(value): owners[value.name] for value in model.graph.inputs if value.name in owners}
     for node in model.graph:
         path = _module(node)
         found = [given[id(value)] for value in node.inputs if value is not None and id(value) in given]
-        labels = dict.fromkeys(label for owner, label in found if owner == path)
+        labels = tuple(dict.fromkeys(label for owner, several in found if owner == path for label in several))
         if labels:
-            node.metadata_props["surgery.rule"] = ", ".join(labels)
+            node.metadata_props["surgery.rule"] = ", ".join(dict.fromkeys(", ".join(labels).split(", ")))
             node.metadata_props["surgery.site"] = path
-            given.update({id(value): (path, ", ".join(labels)) for value in node.outputs})
+            given.update({id(value): (path, labels) for value in node.outputs})
 
 
 def _module(node: ir.Node) -> str:

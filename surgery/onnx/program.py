@@ -9,7 +9,7 @@ import io
 import logging
 import re
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,7 +18,10 @@ from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
 from surgery.errors import SurgeryError
-from surgery.onnx.given import Given, cache_name, is_transformers, leaves_of, plain, register_caches
+from surgery.example import copied
+from surgery.onnx.finish import require_inputs
+from surgery.onnx.given import Given, cache_name, is_cache, is_transformers, leaves_of, plain, register_caches
+from surgery.onnx.low_rank import as_one_operation, translations
 from surgery.onnx.names import names_kept
 
 __all__ = ["Lifted", "Program", "SLOTS", "program_of"]
@@ -68,12 +71,17 @@ def program_of(
         inputs[SLOTS] = {one.name: one.tensor for one in lifted}
         auto = torch.export.Dim.AUTO
         dynamic[SLOTS] = {one.name: {} if one.free is None else {one.free: auto} for one in lifted}
-    export = _by_transformers if is_transformers(model) else _by_torch
-    with _forward_with(model, given, lifted) as exported, _quiet(), names_kept(), torch.no_grad():
+    with _forward_with(model, given, lifted) as exported, _quiet(), names_kept(), as_one_operation(), torch.no_grad():
         try:
+            export = _exporter(exported, inputs)
             made = export(exported, inputs, dynamic, how.opset, how.optimize)
+            slots = [f"{SLOTS}.{one.name}" for one in lifted]
+            require_inputs(made, slots, "the exporter's passes")
             if how.optimize_for == "ort":
                 fused(made)
+                require_inputs(made, slots, "onnxruntime's fusions")
+        except SurgeryError:
+            raise
         except Exception as error:
             raise SurgeryError(
                 f"this {type(model).__name__} can't be exported",
@@ -138,8 +146,35 @@ def _shell(model: nn.Module) -> nn.Module:
     return found.eval()
 
 
+def _exporter(model: nn.Module, inputs: dict[str, Any]) -> Callable[..., Any]:
+    """transformers' exporter where there are caches, which torch's does not know; it takes twice as long."""
+    if not is_transformers(model):
+        return _by_torch
+    found = model(**{name: copied(value) for name, value in inputs.items()})
+    if any(is_cache(one) for one in (*inputs.values(), *_values(found))):
+        return _by_transformers
+    return _by_either
+
+
+def _values(output: Any) -> list[Any]:
+    return list(output.values()) if isinstance(output, Mapping) else list(output) if isinstance(output, tuple) else []
+
+
+def _by_either(model: nn.Module, inputs: dict[str, Any], shapes: Any, opset: int | None, optimize: bool) -> Any:
+    """torch's exporter on a model of transformers, with the latter's patches: rows that are masked as a whole, …"""
+    from transformers.exporters import exporter_onnx  # noqa: F401  # whose patches they are
+    from transformers.exporters.utils import apply_patches
+
+    try:
+        with apply_patches("onnx"):
+            return _by_torch(model, inputs, shapes, opset, optimize)
+    except Exception:  # there is more that it mends
+        return _by_transformers(model, inputs, shapes, opset, optimize)
+
+
 def _by_transformers(model: nn.Module, inputs: dict[str, Any], shapes: Any, opset: int | None, optimize: bool) -> Any:
     """Its exporter knows caches, and what of its models torch can't export as they stand."""
+    from transformers.exporters import exporter_onnx
     from transformers.exporters.configs import OnnxConfig
     from transformers.exporters.exporter_onnx import OnnxExporter
 
@@ -147,7 +182,14 @@ def _by_transformers(model: nn.Module, inputs: dict[str, Any], shapes: Any, opse
     flags = {name: value for name, value in inputs.items() if isinstance(value, (bool, str))}
     free = {name: value for name, value in shapes.items() if name not in flags}
     config = OnnxConfig(dynamic=True, dynamic_shapes=free, opset_version=opset, optimize=optimize)
-    return OnnxExporter().export(model, inputs, config).program  # type: ignore[arg-type]
+    table: dict[Any, Any] = exporter_onnx._ONNX_TRANSLATION_TABLE
+    own = translations()
+    table.update(own)
+    try:
+        return OnnxExporter().export(model, inputs, config).program  # type: ignore[arg-type]
+    finally:
+        for operation in own:
+            table.pop(operation, None)
 
 
 def _by_torch(model: nn.Module, inputs: dict[str, Any], shapes: Any, opset: int | None, optimize: bool) -> Any:
@@ -156,7 +198,14 @@ def _by_torch(model: nn.Module, inputs: dict[str, Any], shapes: Any, opset: int 
     names += [f"{SLOTS}.{name}" for name in inputs.get(SLOTS, {})]
     outputs = _output_names(exported)
     program: Any = torch.onnx.export(
-        exported, (), kwargs=inputs, input_names=names, opset_version=opset, optimize=optimize, verbose=False
+        exported,
+        (),
+        kwargs=inputs,
+        input_names=names,
+        opset_version=opset,
+        optimize=optimize,
+        verbose=False,
+        custom_translation_table=translations(),
     )
     for value, name in zip(program.model.graph.outputs, outputs, strict=False):
         if not value.is_graph_input():
@@ -172,7 +221,7 @@ def _output_names(exported: Any) -> list[str]:
     names = []
     for path, _ in paths:
         keys = [str(getattr(key, "key", getattr(key, "idx", getattr(key, "name", "")))) for key in path]
-        text = "_".join(keys)
+        text = ".".join(keys)
         names.append("output" if not text else f"output_{text}" if text[0].isdigit() else text)
     return names
 

@@ -41,13 +41,13 @@ class OnnxRunner:
     >>> from surgery.onnx import OnnxRunner, export_adapter, export_onnx
     >>> model, x = nn.Sequential(nn.Linear(4, 2)), numpy.ones((1, 4), numpy.float32)
     >>> model = apply_rules(model, [LoraRule("0", rank=2, init="random")], adapter="red")
-    >>> folder = tempfile.TemporaryDirectory()
-    >>> file = f"{folder.name}/model.onnx"
+    >>> folder = tempfile.mkdtemp()
+    >>> file = f"{folder}/model.onnx"
     >>> import torch
     >>> _ = export_onnx(model, file, torch.ones(1, 4), adapters="slots")
-    >>> _ = export_adapter(model, "red", file, f"{folder.name}/red.onnx_adapter")
+    >>> _ = export_adapter(model, "red", file, f"{folder}/red.onnx_adapter")
     >>> runner = OnnxRunner(file)
-    >>> runner.load("red", f"{folder.name}/red.onnx_adapter")
+    >>> runner.load("red", f"{folder}/red.onnx_adapter")
     >>> name = runner.manifest.inputs[0]
     >>> bool((runner.run({name: x}, adapter="red")["output"] != runner.run({name: x})["output"]).any())
     True
@@ -246,6 +246,7 @@ class OnnxRunner:
 
 def _session(path: Path, providers: Sequence[Any] | None, threads: int | None) -> onnxruntime.InferenceSession:
     options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3  # else it warns of each slot that it is no constant
     if threads is not None:
         if type(threads) is not int or threads < 1:
             raise SurgeryError(f"threads={threads!r} is no number of threads")

@@ -4,25 +4,32 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cache, partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from surgery.activation import activate
 from surgery.base_rule import Rule
 from surgery.engine import apply_rules, remove
 from surgery.errors import SurgeryError
+from surgery.exact import unfold
 from surgery.hooks import running
 from surgery.match import RESERVED
 from surgery.merging import unmerge
+from surgery.onnx.arranged import Left, arranged
 from surgery.onnx.given import Given
 from surgery.onnx.program import Lifted
 from surgery.peft_targets import regular
 from surgery.site import LiveSite
 from surgery.state import (
+    ModelState,
+    SiteState,
     adapter_names,
     adapter_state_dict,
     load_adapter_state_dict,
+    model_state,
     require_state,
     sites,
     tensors_of,
@@ -31,18 +38,21 @@ from surgery.view import tensor_at
 
 __all__ = ["Placing", "SlotSite", "lift", "put_slots", "slot_sites", "slot_tensors"]
 
-CONSTANT = "constant"  # the adapter of rules that have no slot
+CONSTANT = "constant"  # begins the name of the adapters of rules that have no slot
+
+Tensors = dict[str, tuple[tuple[int, str] | None, Tensor]]  # name → its free axis with a word for it, and the default
 
 
 @dataclass
 class SlotSite:
-    """A site with slots: of which rule, and which tensors with which free axis and default."""
+    """A site with slots: their rule, each tensor with its free axis and default, and the label of their own rules."""
 
     path: str
     adapter: str
     rule: Rule
     module: str
-    tensors: dict[str, tuple[tuple[int, str] | None, Tensor]]
+    tensors: Tensors
+    label: str
 
     @property
     def kind(self) -> str:
@@ -69,29 +79,83 @@ class Placing:
 def put_slots(copy: nn.Module, names: Sequence[str], slot: str, given: Given, *, strict: bool) -> Placing:
     """Put slots for these adapters on a copy of the model, in the place of all its adapters.
 
-    What has no slot and is live stays, as an adapter of its own with fixed tensors; `strict` refuses it.
+    What has no slot and is live stays, as adapters of their own with fixed tensors; `strict` refuses it.
     """
     placing = Placing()
     unmerge(copy)
-    wanted, left = _wanted(copy, names, placing)
+    state = require_state(copy)
+    found = arranged(copy, state, names)
+    for (name, kind), paths in found.none.items():
+        live = name not in state.idle
+        told = "a constant of the file, for all adapters" if live else "left out, since it is not live"
+        why = f"{kind.__name__} of {name!r} ({len(paths)} sites) can't be a slot: {kind.why_no_slot}; it is {told}"
+        placing.notices.append(why)
+        if live:
+            placing.constants.setdefault(name, []).append(kind.name)
     if strict and placing.notices:
         raise SurgeryError(
             "not every rule can be a slot",
             why="; ".join(placing.notices[:8]),
             fix="strict=False exports them as constants",
         )
-    if not wanted:
+    if not found.slots:
         raise SurgeryError("none of the adapters' rules can be a slot", why="; ".join(placing.notices[:8]) or None)
+    constants = [_Constant.of(copy, state, left) for left in found.left]
+    placing.notices += _changed_at_start(copy, names)
     remove(copy, check=False)
-    if left:
-        _put_constants(copy, left, given.example)
-    placing.rules = _grouped(wanted)
-    try:
-        apply_rules(copy, placing.rules, adapter=slot)
-    except SurgeryError:  # some rules look at a call first
-        apply_rules(copy, placing.rules, adapter=slot, example_inputs=given.example)
-    placing.sites = list(slot_sites(copy, slot))
+    for one in (one for one in constants if not one.after):
+        one.put(copy, given)
+    placing.rules = found.rules()
+    _apply(copy, placing.rules, slot, given)
+    for one in (one for one in constants if one.after):
+        one.put(copy, given)
+    if any(one.weight != 1.0 for one in constants):
+        activate(copy, [slot, *(one.name for one in constants)], {one.name: one.weight for one in constants})
+    placing.sites = list(slot_sites(copy, slot, found.labels))
     return placing
+
+
+def _apply(copy: nn.Module, rules: Sequence[Rule], adapter: str, given: Given) -> None:
+    try:
+        apply_rules(copy, rules, adapter=adapter)
+    except SurgeryError:  # some rules look at a call first
+        apply_rules(copy, rules, adapter=adapter, example_inputs=given.example)
+
+
+@dataclass
+class _Constant:
+    """A rule that stays as it is, as an adapter of its own."""
+
+    name: str
+    rule: Rule
+    tensors: dict[str, Tensor]
+    after: bool
+    weight: float
+
+    @classmethod
+    def of(cls, copy: nn.Module, state: ModelState, left: Left) -> _Constant:
+        """With its tensors, before the adapters are taken off the copy."""
+        tensors = {key: tensor.clone() for key, tensor in adapter_state_dict(copy, left.adapter).items()}
+        end = "_after" if left.after else ""
+        name = f"{CONSTANT}_{left.adapter}_{left.rule.name.replace('-', '_')}{end}"
+        rule = left.rule.replace(targets=regular(left.paths))
+        return cls(name, rule, tensors, left.after, state.weights.get(left.adapter, 1.0))
+
+    def put(self, copy: nn.Module, given: Given) -> None:
+        taken = require_state(copy).adapters if model_state(copy) is not None else {}
+        self.name = next(name for name in (self.name + "_" * i for i in range(99)) if name not in taken)
+        _apply(copy, [self.rule], self.name, given)
+        own = adapter_state_dict(copy, self.name)
+        load_adapter_state_dict(copy, {key: self.tensors[key] for key in own}, self.name)
+
+
+def _changed_at_start(copy: nn.Module, names: Sequence[str]) -> list[str]:
+    """In the file the base is the model's own; in the model it is what an adapter's start made of it."""
+    changing = {one.adapter for _, _, site in sites(copy) for one in site.applied if one.changed}
+    if not changing or len(names) < 2:
+        return []
+    told = ", ".join(map(repr, sorted(changing)))
+    return [f"{told} changed base weights at its start: in the file the others run on the base as it was before"]
 
 
 def lift(copy: nn.Module, adapter: str, free: Mapping[str, int | None] | None = None) -> list[Lifted]:
@@ -125,7 +189,8 @@ def slot_tensors(
             if rule is None:
                 problems.append(f"{applied.rule.label} at {path or 'the model itself'}")
                 continue
-            live = LiveSite(module, path, adapter, held, lambda name, _, module=module: tensor_at(module, name))
+            source = cache(partial(_base_tensor, module, site, adapter))
+            live = LiveSite(module, path, adapter, held, lambda name, _, source=source: source(name))
             live.changed = {name: record.change for name, record in applied.changed}
             with torch.no_grad(), running(applied.rule, "slotted", path):
                 made = applied.rule.slotted(rule, live)
@@ -140,68 +205,46 @@ def slot_tensors(
     return found
 
 
-def _wanted(
-    copy: nn.Module, names: Sequence[str], placing: Placing
-) -> tuple[list[tuple[str, Rule]], list[tuple[Rule, dict[str, Tensor]]]]:
-    """The slots' rules with their paths, and what stays constant: (rule, its tensors by full name)."""
-    state = require_state(copy)
-    wanted: list[tuple[str, Rule]] = []
-    none: dict[tuple[str, str], set[str]] = {}
+def _base_tensor(module: nn.Module, site: SiteState, adapter: str, name: str) -> Tensor:
+    """A parameter as an adapter alone finds it: nothing merged, and not as others' starts left it (PiSSA)."""
+    tensor = tensor_at(module, name)
+    records = [record for one in site.applied if one.adapter != adapter for at, record in one.changed if at == name]
+    records += [record for at, record in (site.merged.folds if site.merged is not None else ()) if at == name]
+    if records:
+        tensor = tensor.detach().clone()
+        for record in reversed(records):
+            unfold(tensor, record, check=False)
+    return tensor
+
+
+def slot_sites(copy: nn.Module, slot: str, labels: Mapping[tuple[str, str], str] | None = None) -> Iterator[SlotSite]:
+    """Where an adapter's tensors are; `labels`: by site and kind, of the rules whose slots they are."""
     for path, module, site in sites(copy):
-        by_kind: dict[str | None, list[Rule]] = {}
-        for applied in site.applied:
-            if applied.adapter in names:
-                by_kind.setdefault(applied.rule.slot_kind, []).append(applied.rule)
-        for kind, rules in by_kind.items():
-            made = None
-            if kind is not None:
-                with running(rules[0], "slot", path):
-                    made = type(rules[0]).slot(rules, module, path)
-            if made is not None:
-                wanted.append((path, made))
-            else:
-                for rule in rules:
-                    none.setdefault((rule.name, rule.label), set()).add(path)
-    left: list[tuple[Rule, dict[str, Tensor]]] = []
-    for (kind, label), paths in none.items():
-        for name in names:
-            rules = [rule for rule in state.adapters[name] if rule.name == kind]
-            if not rules:
-                continue
-            live = name not in state.idle
-            told = "a constant of the file, for all adapters" if live else "left out, since it is not live"
-            placing.notices.append(f"{label} of {name!r} ({len(paths)} sites) can't be a slot: {told}")
-            if live:
-                placing.constants.setdefault(name, []).append(kind)
-                tensors = adapter_state_dict(copy, name)
-                here = {key: t.clone() for key, t in tensors.items() if key.rpartition(f".{RESERVED}.")[0] in paths}
-                left += [(rule, here) for rule in rules]
-    return wanted, left
-
-
-def _put_constants(copy: nn.Module, kept: Sequence[tuple[Rule, Mapping[str, Tensor]]], example: Any) -> None:
-    apply_rules(copy, [rule.alone() for rule, _ in kept], adapter=CONSTANT, example_inputs=example)
-    tensors = {key: tensor for _, held in kept for key, tensor in held.items()}
-    own = adapter_state_dict(copy, CONSTANT)
-    load_adapter_state_dict(copy, {key: tensors.get(key, tensor) for key, tensor in own.items()}, CONSTANT)
-
-
-def _grouped(wanted: Sequence[tuple[str, Rule]]) -> list[Rule]:
-    """As few rules as may be: those that are equal but for their targets are one."""
-    groups: list[tuple[Rule, list[str]]] = []
-    for path, rule in wanted:
-        bare = rule.replace(targets=(), exclude=(), layers=None, expect=None)
-        same = next((paths for other, paths in groups if other == bare), None)
-        if same is None:
-            groups.append((bare, same := []))
-        same.append(path)
-    return [rule.replace(targets=regular(paths)) for rule, paths in groups]
-
-
-def slot_sites(copy: nn.Module, slot: str) -> Iterator[SlotSite]:
-    """Where an adapter's tensors are."""
-    for path, module, site in sites(copy):
-        held = tensors_of(module, slot)
+        held, taken = tensors_of(module, slot), set[str]()
         for applied in (one for one in site.applied if one.adapter == slot):
-            tensors = {key: (applied.rule.free(key), held[key]) for key in applied.tensors}
-            yield SlotSite(path, slot, applied.rule, site.base.__name__, tensors)
+            rule = applied.rule
+            free = _told_apart(
+                {key: (rule.free(key), held[key]) for key in applied.tensors}, taken, str(rule.slot_kind)
+            )
+            taken |= {axis[1] for axis, _ in free.values() if axis is not None}
+            label = (labels or {}).get((path, rule.slot_kind or ""), rule.label)
+            yield SlotSite(path, slot, rule, site.base.__name__, free, label)
+
+
+def _told_apart(tensors: Tensors, taken: Collection[str], kind: str) -> Tensors:
+    """Words for free sizes that no other slot of the site has, and of which each is of one size.
+
+    A convolution's groups make one: A has ranks for all of them, B for one.
+    """
+    sizes: dict[str, int] = {}
+    for axis, tensor in tensors.values():
+        if axis is not None:
+            sizes[axis[1]] = min(tensor.shape[axis[0]], sizes.get(axis[1], 1 << 62))
+    found: Tensors = {}
+    for key, (axis, tensor) in tensors.items():
+        if axis is not None:
+            at, word = axis
+            more = "" if tensor.shape[at] == sizes[word] else "_of_all"
+            axis = at, (f"{kind}_{word}" if word in taken else word) + more
+        found[key] = axis, tensor
+    return found

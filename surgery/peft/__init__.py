@@ -7,45 +7,38 @@ to move to those.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor, nn
 
 from surgery.errors import SurgeryError
-from surgery.peft import auto, configs, model
-from surgery.peft.auto import *  # noqa: F403
-from surgery.peft.config import PeftConfig, PeftType, TaskType
+from surgery.peft import config, configs, tasks
+from surgery.peft.config import *  # noqa: F403
 from surgery.peft.configs import *  # noqa: F403
-from surgery.peft.facade import Facade, LoadResult
-from surgery.peft.fresh import fill
+from surgery.peft.facade import inside
 from surgery.peft.kbit import prepare_model_for_kbit_training
-from surgery.peft.model import *  # noqa: F403
-from surgery.peft.model import PeftModel, class_for
-from surgery.peft_writing import written
-from surgery.state import adapter_names, require_state
+from surgery.peft.model import LoadResult, PeftModel
+from surgery.peft.tasks import *  # noqa: F403
+from surgery.peft_writing import taken_over, written
+from surgery.state import adapter_names, load_adapter_state_dict, require_state
 
 __all__ = [
-    "PeftConfig",
-    "PeftType",
-    "TaskType",
+    "PeftModel",
     "get_peft_model",
     "get_peft_model_state_dict",
     "inject_adapter_in_model",
     "prepare_model_for_kbit_training",
     "set_peft_model_state_dict",
 ]
-__all__ += auto.__all__
+__all__ += config.__all__
 __all__ += configs.__all__
-__all__ += model.__all__
+__all__ += tasks.__all__
 
 
 def get_peft_model(
-    model: nn.Module, peft_config: Any, adapter_name: str = "default", mixed: bool = False,
-    autocast_adapter_dtype: bool = True, revision: str | None = None, low_cpu_mem_usage: bool = False,
-    *, example_inputs: Any = None,
-) -> PeftModel:  # fmt: skip
+    model: nn.Module, peft_config: Any, adapter_name: str = "default", mixed: bool = False, **options: Any
+) -> PeftModel:
     """Put an adapter on a model by PEFT's configuration, and give a façade before it.
 
     >>> from torch import nn
@@ -55,22 +48,19 @@ def get_peft_model(
     >>> [name for name, p in model.named_parameters() if p.requires_grad]  # doctest: +NORMALIZE_WHITESPACE
     ['0.adapters.default.A', '0.adapters.default.B', '2.adapters.default.weight', '2.adapters.default.bias']
 
-    `peft_config`: one of this module's, or PEFT's own. `example_inputs` as in `apply_rules`; for prefixes and prompts
-    on models of transformers there is one without. All or nothing: raises `SurgeryError` for what can't be held
-    exactly (a `PlanError` where several things are wrong), with the model as it was.
+    `peft_config`: one of this module's, or PEFT's own. `options`: `example_inputs` as in `apply_rules`, which prefixes
+    need on models that are not of transformers; `revision`; PEFT's `autocast_adapter_dtype` and others. All or nothing:
+    raises `SurgeryError` for what can't be held exactly (a `PlanError` where several things are wrong), with the model
+    as it was.
     """
-    config = copy.copy(peft_config)
-    if revision is not None:
-        config.revision = revision
-    kind = class_for(getattr(getattr(config, "task_type", None), "value", getattr(config, "task_type", None)))
-    return kind(model, config, adapter_name, example_inputs=example_inputs,
-                autocast_adapter_dtype=autocast_adapter_dtype)  # fmt: skip
+    made = PeftModel(model, peft_config, adapter_name, **options)
+    made.peft_config[adapter_name].revision = options.get("revision") or made.peft_config[adapter_name].revision
+    return made
 
 
 def inject_adapter_in_model(
-    peft_config: Any, model: nn.Module, adapter_name: str = "default", low_cpu_mem_usage: bool = False,
-    state_dict: Any = None,
-) -> Any:  # fmt: skip
+    peft_config: Any, model: nn.Module, adapter_name: str = "default", *, state_dict: Any = None, **options: Any
+) -> Any:
     """Put an adapter on a model by PEFT's configuration; the model itself comes back, without a façade.
 
     >>> from torch import nn
@@ -97,7 +87,7 @@ def get_peft_model_state_dict(
 
     `state_dict`: the model's, where its tensors were gathered from elsewhere.
     """
-    base = Facade.inside(model)
+    base = inside(model)
     adapter_names(require_state(base), adapter_name)
     return written(base, adapter_name, state=state_dict)[1]
 
@@ -109,6 +99,8 @@ def set_peft_model_state_dict(
 
     All or nothing: a tensor of another shape is a `LoadError`, with the adapter as it was.
     """
-    base = Facade.inside(model)
+    base = inside(model)
     adapter_names(require_state(base), adapter_name)
-    return LoadResult(*fill(base, adapter_name, peft_model_state_dict))
+    tensors, missing, unexpected = taken_over(base, adapter_name, peft_model_state_dict)
+    load_adapter_state_dict(base, tensors, adapter_name)
+    return LoadResult(missing, unexpected)

@@ -13,7 +13,14 @@ from typing import Any, ClassVar
 from surgery.errors import RuleError, SurgeryError, SurgeryWarning, near_misses
 from surgery.stored import PEFT
 
-__all__ = ["PeftConfig", "PeftType", "TaskType"]
+__all__ = [
+    "MultitaskPromptTuningInit",
+    "PeftConfig",
+    "PeftType",
+    "PromptEncoderReparameterizationType",
+    "PromptTuningInit",
+    "TaskType",
+]
 
 
 class TaskType(StrEnum):
@@ -25,6 +32,31 @@ class TaskType(StrEnum):
     TOKEN_CLS = "TOKEN_CLS"
     QUESTION_ANS = "QUESTION_ANS"
     FEATURE_EXTRACTION = "FEATURE_EXTRACTION"
+
+
+class PromptTuningInit(StrEnum):
+    """How a prompt starts."""
+
+    TEXT = "TEXT"
+    SAMPLE_VOCAB = "SAMPLE_VOCAB"
+    RANDOM = "RANDOM"
+
+
+class MultitaskPromptTuningInit(StrEnum):
+    """How a prompt of several tasks starts; from files of trained ones, it is refused."""
+
+    TEXT = "TEXT"
+    RANDOM = "RANDOM"
+    AVERAGE_SOURCE_TASKS = "AVERAGE_SOURCE_TASKS"
+    EXACT_SOURCE_TASK = "EXACT_SOURCE_TASK"
+    ONLY_SOURCE_SHARED = "ONLY_SOURCE_SHARED"
+
+
+class PromptEncoderReparameterizationType(StrEnum):
+    """The network of P-tuning."""
+
+    MLP = "MLP"
+    LSTM = "LSTM"
 
 
 class PeftType(StrEnum):

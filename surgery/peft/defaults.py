@@ -12,8 +12,9 @@ from torch import nn
 
 from surgery.errors import SurgeryError
 from surgery.match import base_modules
+from surgery.peft.config import PeftConfig
 
-__all__ = ["heads_of", "with_defaults"]
+__all__ = ["with_defaults"]
 
 Table = Mapping[str, str]
 
@@ -93,6 +94,11 @@ _NORMS: Table = {
     "gemma3_text",
     "post_attention_layernorm": "qwen2 qwen3",
 }
+_HEADS = {  # new ones, which PEFT trains by itself
+    "SEQ_CLS": ["classifier", "score"],
+    "TOKEN_CLS": ["classifier", "score"],
+    "QUESTION_ANS": ["qa_outputs"],
+}
 _OTHERS: Mapping[str, Table] = {"ADALORA": _ADALORA, "IA3": _IA3, "LN_TUNING": _NORMS}
 _PROJECTIONS: Table = {"mlp.c_proj": "gpt2 gpt_bigcode"}
 _DIFFERENT: Mapping[str, Table] = {  # from most methods'
@@ -100,10 +106,22 @@ _DIFFERENT: Mapping[str, Table] = {  # from most methods'
 }  # fmt: skip
 
 
-def with_defaults(config: Mapping[str, Any], model: nn.Module) -> dict[str, Any]:
-    """The configuration's fields, with PEFT's targets for this kind of model where it names none."""
-    found, kind = dict(config), _model_type(model)
-    method = str(found["peft_type"])
+def with_defaults(config: Any, model: Any, task: str | None = None) -> PeftConfig:
+    """A configuration, PEFT's own or one of ours, as one of ours with what PEFT fills in by itself: targets for this
+    kind of model, heads that go with the task, and the base's name."""
+    if not hasattr(config, "to_dict"):
+        raise SurgeryError(f"{config!r} is no configuration", fix="pass a LoraConfig, or another of its kind")
+    found = PeftConfig.from_dict(config.to_dict()).to_dict()
+    heads = _HEADS.get(task or found["task_type"], [])
+    if heads and "modules_to_save" in found:
+        found["modules_to_save"] = list(dict.fromkeys([*(found["modules_to_save"] or []), *heads]))
+    name = getattr(getattr(model, "config", None), "_name_or_path", None)
+    found["base_model_name_or_path"] = found["base_model_name_or_path"] or name or None
+    return PeftConfig.from_dict(_targeted(found, model))
+
+
+def _targeted(found: dict[str, Any], model: nn.Module) -> dict[str, Any]:
+    method, kind = str(found["peft_type"]), _model_type(model)
     if "target_modules" not in found or method == "ADAPTION_PROMPT":
         return found
     if method == "IA3" and found.get("feedforward_modules") is None:
@@ -135,13 +153,6 @@ def _all_linear(model: Any, config: Mapping[str, Any]) -> Any:
 
 def _named(module: nn.Module, name: str) -> bool:
     return any(cls.__name__ == name and cls.__module__.startswith("transformers.") for cls in type(module).__mro__)
-
-
-def heads_of(task: str | None) -> list[str]:
-    """The new heads that PEFT trains by itself for a task."""
-    if task in ("SEQ_CLS", "TOKEN_CLS"):
-        return ["classifier", "score"]
-    return ["qa_outputs"] if task == "QUESTION_ANS" else []
 
 
 def _looked_up(table: Table, kind: str) -> list[str] | None:

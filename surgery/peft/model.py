@@ -2,41 +2,39 @@
 
 from __future__ import annotations
 
-import copy
+import re
+import tempfile
 import warnings
-from collections.abc import Mapping
-from importlib import import_module
+from collections import namedtuple
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
-from surgery.checkpoint import load_adapter
-from surgery.engine import apply_rules, remove
+import surgery
+from surgery.beside import beside
 from surgery.errors import SurgeryError, SurgeryWarning
-from surgery.for_good import forget
-from surgery.merging import merge, unmerge
+from surgery.example import dummy
+from surgery.hub import card_of, upload
 from surgery.peft.config import PeftConfig
 from surgery.peft.defaults import with_defaults
-from surgery.peft.facade import LoadResult, example_of, half_precision, numbers_in
-from surgery.peft.fresh import refill, rules_for
-from surgery.peft.live import Adapted
-from surgery.peft.saving import push, save
+from surgery.peft.facade import Facade, facade
+from surgery.peft_format import rules_by
 from surgery.peft_writing import written
-from surgery.state import model_state
+from surgery.state import adapter_names as named
+from surgery.state import merged_adapters, model_state, require_state
+from surgery.switching import set_trained
 
-__all__ = [
-    "PeftModel",
-    "PeftModelForCausalLM",
-    "PeftModelForFeatureExtraction",
-    "PeftModelForQuestionAnswering",
-    "PeftModelForSeq2SeqLM",
-    "PeftModelForSequenceClassification",
-    "PeftModelForTokenClassification",
-]
+__all__ = ["LoadResult", "PeftModel"]
+
+Names = str | Sequence[str]
+LoadResult = namedtuple("LoadResult", ["missing_keys", "unexpected_keys"])
 
 
-class PeftModel(Adapted):
+class PeftModel(Facade):
     """A model with adapters under PEFT's names.
 
     >>> from torch import nn
@@ -48,100 +46,165 @@ class PeftModel(Adapted):
     >>> isinstance(model, PeftModel), isinstance(model, nn.Sequential), model.get_base_model() is base
     (True, True, True)
 
-    Whatever it has not itself it hands on to the model: calls, attributes, methods, what is set on it. It passes for an
-    instance of the model's class, so the Trainer, accelerate and pipelines take it for the model. `state_dict()` and
-    `named_parameters()` have the model's own names, with those of the adapters' tensors
-    (`<site>.adapters.<adapter>.A`), and not PEFT's; the files that `save_pretrained` writes are PEFT's.
+    Whatever it has not itself it hands on to the model, whose class it says is its own: so the Trainer, accelerate and
+    pipelines take it for the model. `state_dict()` and `named_parameters()` have the model's own names, with those of
+    the adapters' tensors (`<site>.adapters.<adapter>.A`); the files that `save_pretrained` writes have PEFT's.
 
     Raises `SurgeryError` for what is not there and for a configuration that can't be held exactly, with the model as it
-    was. Options of PEFT's that change where tensors are made, and not what is computed, are taken and passed over.
+    was. `options` are PEFT's; those that change where tensors are made, and not what is computed, are passed over.
     """
 
     __slots__ = ()
+    _task: str | None = None
 
-    def __init__(
-        self, model: nn.Module, peft_config: Any, adapter_name: str = "default", *, example_inputs: Any = None,
-        autocast_adapter_dtype: bool = True, low_cpu_mem_usage: bool = False,
-    ):  # fmt: skip
-        self._begin(model)
-        self.add_adapter(
-            adapter_name, peft_config, example_inputs=example_inputs, autocast_adapter_dtype=autocast_adapter_dtype
-        )
-        self._enter([adapter_name])
+    def __new__(cls, model: nn.Module, peft_config: Any, *args: Any, **options: Any) -> PeftModel:
+        task = getattr(peft_config, "task_type", None)
+        kinds = [kind for kind in PeftModel.__subclasses__() if cls is PeftModel and task and kind._task == task]
+        return facade((*kinds, cls)[0], model, getattr(model, "_configs", {}))
 
-    # What there is ------------------------------------------------------------------------------------------------
+    def __init__(self, model: nn.Module, peft_config: Any, adapter_name: str = "default", **options: Any):
+        self.add_adapter(adapter_name, peft_config, **options)
+        surgery.activate(self._base, adapter_name, train=not self._configs[adapter_name].inference_mode)
 
     def get_base_model(self) -> Any:
         """The model itself: the object that was given."""
         return self._base
 
+    @property
+    def base_model(self) -> Any:
+        """PEFT's tuner: it has the façade's methods, and the model as its `model`."""
+        return facade(_Tuner, self._base, self._configs)
+
+    @property
+    def peft_config(self) -> dict[str, Any]:
+        """The configurations by adapter."""
+        return self._configs
+
+    @property
+    def active_adapters(self) -> list[str]:
+        """In PEFT, adapters stay active while they are disabled; the engine knows live ones."""
+        state = model_state(self._base)
+        return [] if state is None else list(surgery.active(self._base) or state.resting)
+
+    @property
+    def active_adapter(self) -> Any:
+        """The active adapter's name; a list where there are several."""
+        names = self.active_adapters
+        return names[0] if len(names) == 1 else names
+
+    @property
+    def active_peft_config(self) -> Any:
+        return self._configs.get(next(iter(self.active_adapters), ""))
+
+    @property
+    def peft_type(self) -> Any:
+        return getattr(self.active_peft_config, "peft_type", None)
+
+    @property
+    def _hf_peft_config_loaded(self) -> bool:
+        """What the Trainer asks of quantised models: whether there is an adapter to train."""
+        return bool(getattr(self._base, "is_quantized", False) and self._configs)
+
     def get_nb_trainable_parameters(self) -> tuple[int, int]:
         """How many numbers are trained, and how many there are."""
-        sizes = [(numbers_in(p), p.requires_grad) for p in self._base.parameters()]
-        return sum(size for size, flag in sizes if flag), sum(size for size, _ in sizes)
+        found = surgery.summary(self._base)
+        return found.trainable, found.total
 
     def print_trainable_parameters(self) -> None:
         few, most = self.get_nb_trainable_parameters()
         print(f"trainable params: {few:,d} || all params: {most:,d} || trainable%: {100 * few / max(most, 1):.4f}")
 
-    # Coming and going ---------------------------------------------------------------------------------------------
+    def set_adapter(self, adapter_name: Names, inference_mode: bool = False) -> None:
+        """Make these adapters live and trainable, and no others; `inference_mode`: live, and frozen."""
+        self._unmerged("set_adapter")
+        self._enter(adapter_name, self._disabled, train=not inference_mode)
 
-    def add_adapter(
-        self, adapter_name: str, peft_config: Any, low_cpu_mem_usage: bool = False, autocast_adapter_dtype: bool = True,
-        *, example_inputs: Any = None,
-    ) -> None:  # fmt: skip
-        """A new adapter by a configuration. It is not active, as in PEFT, unless it is the only one."""
-        if not autocast_adapter_dtype and half_precision(self._base):
-            warnings.warn("adapters are kept in float32 beside half precision", SurgeryWarning, stacklevel=2)
-        config = self._prepared(peft_config)
-        data = with_defaults(config.to_dict(), self._base)
-        rules = rules_for(self._base, data)
-        example = example_of(self._base, config) if example_inputs is None else example_inputs
-        with self._joining(adapter_name, config):
-            apply_rules(self._base, rules, adapter=adapter_name, example_inputs=example)
+    def set_requires_grad(self, adapter_names: Names, requires_grad: bool = True) -> None:
+        state = require_state(self._base)
+        set_trained(state, named(state, adapter_names), requires_grad)
 
-    def load_adapter(
-        self, model_id: str | Path, adapter_name: str, is_trainable: bool = False, torch_device: Any = None,
-        autocast_adapter_dtype: bool = True, ephemeral_gpu_offload: bool = False, low_cpu_mem_usage: bool = False,
-        key_mapping: Any = None, *, example_inputs: Any = None, subfolder: str | None = None,
-        revision: str | None = None, **options: Any,
-    ) -> LoadResult:  # fmt: skip
-        """An adapter from a folder or a repository; into an adapter that is there, its tensors alone.
+    def disable_adapter(self) -> AbstractContextManager[None]:
+        """A context in which the model gives the base's bits."""
+        self._unmerged("disable_adapter")
+        return surgery.using(self._base, None) if self.active_adapters else nullcontext()
 
-        What does not fit is a `LoadError`, the model as it was; another base is a warning.
+    def disable_adapter_layers(self) -> None:
+        """The base's bits, until `enable_adapter_layers`."""
+        self._unmerged("disable_adapter_layers")
+        if self.active_adapters:
+            surgery.deactivate(self._base)
+
+    def enable_adapter_layers(self) -> None:
+        if self._disabled:
+            surgery.activate(self._base)
+
+    @property
+    def _disabled(self) -> bool:
+        return bool(self.active_adapters) and not surgery.active(self._base)
+
+    def _enter(self, names: Names, disabled: bool, train: bool | None = None) -> None:
+        surgery.activate(self._base, names, train=train)
+        if disabled:
+            surgery.deactivate(self._base)
+
+    def add_adapter(self, adapter_name: str, peft_config: Any, **options: Any) -> None:
+        """A new adapter by a configuration. It is not active, as in PEFT, unless it is the only one.
+
+        `options`: `example_inputs`, as in `apply_rules`; of transformers' models there is one without.
         """
-        if key_mapping:
+        half = any(parameter.dtype in (torch.float16, torch.bfloat16) for parameter in self._base.parameters())
+        if half and not options.get("autocast_adapter_dtype", True):
+            warnings.warn("adapters are kept in float32 beside half precision", SurgeryWarning, stacklevel=2)
+        config = with_defaults(peft_config, self._base, self._task)
+        rules, example = rules_by(self._base, config.to_dict()), self._example(config, options)
+        with beside(self._base, adapter_name):
+            surgery.apply_rules(self._base, rules, adapter=adapter_name, example_inputs=example)
+        self._configs[adapter_name] = config
+
+    def load_adapter(self, model_id: Any, adapter_name: str, is_trainable: bool = False, **options: Any) -> LoadResult:
+        """An adapter from a folder or a repository; into one that is there, `surgery.hotswap` brings it.
+
+        `options`: `subfolder`, `revision`, `example_inputs`, and a `config` that stands in for the one beside the
+        tensors. What does not fit is a `LoadError`, the model as it was; another base is a warning.
+        """
+        if options.get("key_mapping"):
             raise SurgeryError("key_mapping is not supported", fix="rename the file's tensors before they are loaded")
-        state = model_state(self._base)
-        if state is not None and adapter_name in state.adapters:
-            result = LoadResult(*refill(self._base, adapter_name, model_id, subfolder, revision))
+        told: dict[str, Any] = {name: options.get(name) for name in ("subfolder", "revision")} | {"same_base": False}
+        if adapter_name in self._configs:
+            report = surgery.hotswap(self._base, adapter_name, model_id, **told)
         else:
-            config = PeftConfig.from_pretrained(model_id, subfolder, revision=revision)
+            given = options.get("config") and with_defaults(options["config"], self._base, self._task)
+            config = given or PeftConfig.from_pretrained(model_id, **options)
             config.inference_mode = not is_trainable
-            example = example_of(self._base, config) if example_inputs is None else example_inputs
-            with self._joining(adapter_name, config):
-                load_adapter(
-                    self._base, model_id, adapter_name, same_base=False, example_inputs=example, subfolder=subfolder,
-                    revision=revision,
-                )  # fmt: skip
-            result = LoadResult([], [])
+            told |= {"config": given and given.to_dict(), "example_inputs": self._example(config, options)}
+            with beside(self._base, adapter_name):
+                report = surgery.load_adapter(self._base, model_id, adapter_name, **told)
+            self._configs[adapter_name] = config
         if not is_trainable:
             self._base.eval()
-        return result
+        return LoadResult(report.missing, report.unexpected)
+
+    @classmethod
+    def from_pretrained(
+        cls, model: Any, model_id: Any, adapter_name: str = "default", is_trainable: bool = False, **options: Any
+    ) -> PeftModel:
+        """A model with an adapter from a folder or a repository; `options` as for `load_adapter`."""
+        config = options.get("config") or PeftConfig.from_pretrained(model_id, **options)
+        made = cls.__new__(cls, model, config)
+        made.load_adapter(model_id, adapter_name, is_trainable, **options)
+        surgery.activate(made._base, adapter_name, train=is_trainable)
+        return made
 
     def delete_adapter(self, adapter_name: str) -> None:
         """Take an adapter out. Where it was the active one, the first of the others is active."""
-        names = self.active_adapters
-        remove(self._base, adapter_name)
-        self._dropped(adapter_name)
-        state, left = model_state(self._base), [name for name in names if name != adapter_name]
-        if state is not None and not left and names:
-            left = list(state.adapters)[:1]
-            warnings.warn(f"{adapter_name} was active; now {left[0]} is", SurgeryWarning, stacklevel=2)
-        if self._off is not None:
-            self._off = tuple(left) if state is not None else None
-        elif state is not None:
-            self._enter(left)
+        alone, disabled = self.active_adapters == [adapter_name], self._disabled
+        surgery.remove(self._base, adapter_name)
+        self._configs.pop(adapter_name, None)
+        state = model_state(self._base)
+        if alone and state is not None:
+            first = next(iter(state.adapters))
+            warnings.warn(f"{adapter_name} was active; now {first} is", SurgeryWarning, stacklevel=2)
+            self._enter(first, disabled)
 
     def add_weighted_adapter(
         self, adapters: list[str], weights: list[float], adapter_name: str, combination_type: str = "svd",
@@ -151,52 +214,52 @@ class PeftModel(Adapted):
         """A new adapter that combines others: `surgery.combine`. It is not active."""
         if len(adapters) != len(weights):
             raise SurgeryError(f"there are {len(weights)} weights for {len(adapters)} adapters", fix="give one each")
-        combine: Any = import_module("surgery").combine
-        before, given = self.active_adapters, dict(zip(adapters, weights, strict=True))
-        combine(
-            self._base, given, into=adapter_name, method=combination_type, rank=svd_rank, density=density,
-            majority_sign=majority_sign_method, clamp=svd_clamp,
-        )  # fmt: skip
-        self._joined(adapter_name, PeftConfig.from_dict(written(self._base, adapter_name)[0]))
-        self._enter([] if self._off is not None else before)
+        how: dict[str, Any] = {"method": combination_type, "rank": svd_rank, "density": density, "clamp": svd_clamp}
+        given = dict(zip(adapters, weights, strict=True))
+        surgery.combine(self._base, given, into=adapter_name, majority_sign=majority_sign_method, **how)
+        try:
+            self._configs[adapter_name] = PeftConfig.from_dict(written(self._base, adapter_name)[0])
+        except SurgeryError:
+            surgery.remove(self._base, adapter_name)
+            raise
 
-    # Merging ------------------------------------------------------------------------------------------------------
+    def _example(self, config: Any, options: Mapping[str, Any]) -> Any:
+        given = options.get("example_inputs")
+        return dummy(self._base) if given is None and config.method in ("PREFIX_TUNING", "ADAPTION_PROMPT") else given
 
     def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
         """Fold adapters (the active ones) into the weights; `unmerge_adapter` takes them out to the bit."""
-        merge(self._base, adapter_names or self.active_adapters, safe=safe_merge, untie=True)
+        surgery.merge(self._base, adapter_names or self.active_adapters, safe=safe_merge, untie=True)
 
     def unmerge_adapter(self) -> None:
-        unmerge(self._base)
+        surgery.unmerge(self._base)
 
-    def merge_and_unload(
-        self, progressbar: bool = False, safe_merge: bool = False, adapter_names: list[str] | None = None
-    ) -> Any:
+    def merge_and_unload(self, progressbar: bool = False, safe_merge: bool = False, adapter_names: Any = None) -> Any:
         """The plain model with adapters (the active ones) in its weights, for good; all others are gone, too."""
-        if not self._merged():
+        if not merged_adapters(self._base):
             self.merge_adapter(adapter_names, safe_merge)
         try:
-            forget(self._base)
+            surgery.forget(self._base)
         except SurgeryError:
-            unmerge(self._base)
+            surgery.unmerge(self._base)
             raise
         return self.unload()
 
     def unload(self) -> Any:
         """The base as it was before the first adapter: bits, classes and `requires_grad` flags."""
         if model_state(self._base) is not None:
-            unmerge(self._base)
-            remove(self._base)
+            surgery.remove(surgery.unmerge(self._base))
         self._configs.clear()
-        self._off = None
         return self._base
 
-    # Files --------------------------------------------------------------------------------------------------------
+    def _unmerged(self, verb: str) -> None:
+        if merged_adapters(self._base):
+            warnings.warn(f"{verb}: the model is merged, and is unmerged first", SurgeryWarning, stacklevel=3)
+            surgery.unmerge(self._base)
 
     def save_pretrained(
-        self, save_directory: str | Path, safe_serialization: bool = True, selected_adapters: list[str] | None = None,
-        save_embedding_layers: Any = "auto", is_main_process: bool = True, **options: Any,
-    ) -> None:  # fmt: skip
+        self, save_directory: str | Path, safe_serialization: bool = True, selected_adapters: Any = None, **options: Any
+    ) -> None:
         """PEFT's folder: the adapter "default" in it, each other in a subfolder of its name.
 
         In a folder `checkpoint-<number>`, which a Trainer makes, a `model.safetensors` stands beside them, with all
@@ -204,94 +267,45 @@ class PeftModel(Adapted):
         """
         if not safe_serialization:
             warnings.warn("pickle files are not written: safetensors it is", SurgeryWarning, stacklevel=2)
-        save(self, save_directory, selected_adapters, is_main_process, options.get("state_dict"))
+        if not options.get("is_main_process", True):
+            return
+        folder, tensors = Path(save_directory), options.get("state_dict") or self._base.state_dict()
+        for name in named(require_state(self._base), selected_adapters):
+            place, config = folder if name == "default" else folder / name, self._configs.get(name)
+            told: dict[str, Any] = {"config": config and config.to_dict(), "state_dict": tensors}
+            try:
+                surgery.save_adapter(self._base, place, name, format="peft", **told)
+            except SurgeryError as error:
+                why = f"{error.what}: {error.why}; it is written in a format of its own"
+                warnings.warn(why, SurgeryWarning, stacklevel=2)
+                surgery.save_adapter(self._base, place, name, format="surgery", **told)
+                if config is not None:  # PEFT finds no tensors beside it
+                    config.save_pretrained(place)
+        if re.fullmatch(r"checkpoint-\d+", folder.resolve().name):
+            from surgery.trainer import save_trained
 
-    def push_to_hub(
-        self, repo_id: str, commit_message: str | None = None, private: bool | None = None, token: Any = None,
-        revision: str | None = None, **options: Any,
-    ) -> str:  # fmt: skip
+            save_trained(self._base, folder, tensors)
+
+    def push_to_hub(self, repo_id: str, commit_message: str = "Upload of adapters", **options: Any) -> str:
         """Push what `save_pretrained` writes, with a model card; gives the commit's address."""
-        return push(self, repo_id, private=private, token=token, revision=revision, message=commit_message)
-
-    @classmethod
-    def from_pretrained(
-        cls, model: nn.Module, model_id: str | Path, adapter_name: str = "default", is_trainable: bool = False,
-        config: Any = None, *, example_inputs: Any = None, **options: Any,
-    ) -> PeftModel:  # fmt: skip
-        """A model with an adapter from a folder or a repository. `config` stands in for the one that is there."""
-        kind = config if config is not None else PeftConfig.from_pretrained(model_id, **placed(options))
-        made = object.__new__(class_for(kind.task_type) if cls is PeftModel else cls)
-        made._begin(model)
-        if config is not None:
-            given = copy.copy(config)
-            given.inference_mode = not is_trainable
-            made.add_adapter(adapter_name, given, example_inputs=example_inputs)
-        try:
-            made.load_adapter(model_id, adapter_name, is_trainable, example_inputs=example_inputs, **options)
-        except SurgeryError:
-            if config is not None:
-                made.delete_adapter(adapter_name)
-            raise
-        made._enter([adapter_name])
-        return made
+        with tempfile.TemporaryDirectory() as place:
+            self.save_pretrained(place)
+            card = card_of(self._base, next(iter(self._configs)), repo_id, peft=True)
+            where = {name: options[name] for name in ("private", "token", "revision") if name in options}
+            return upload(place, repo_id, card, commit_message, **where)
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
         """The model's own; of a checkpoint of adapters, frozen tensors of the base are not missing."""
         result = self._base.load_state_dict(state_dict, strict, assign)
-        flags = {name: parameter.requires_grad for name, parameter in self._base.named_parameters()}
         if any(".adapters." in key for key in state_dict):
-            result.missing_keys[:] = [key for key in result.missing_keys if flags.get(key, True)]
+            frozen = {name for name, parameter in self._base.named_parameters() if not parameter.requires_grad}
+            result.missing_keys[:] = [key for key in result.missing_keys if key not in frozen]
         return result
 
 
-class PeftModelForSequenceClassification(PeftModel):
-    """A `PeftModel` whose head, `classifier` or `score`, is trained, too."""
-
+class _Tuner(PeftModel):
     __slots__ = ()
-    _task = "SEQ_CLS"
 
-
-class PeftModelForTokenClassification(PeftModel):
-    """A `PeftModel` whose head, `classifier` or `score`, is trained, too."""
-
-    __slots__ = ()
-    _task = "TOKEN_CLS"
-
-
-class PeftModelForQuestionAnswering(PeftModel):
-    """A `PeftModel` whose head, `qa_outputs`, is trained, too."""
-
-    __slots__ = ()
-    _task = "QUESTION_ANS"
-
-
-class PeftModelForCausalLM(PeftModel):
-    """A `PeftModel` of a causal language model."""
-
-    __slots__ = ()
-    _task = "CAUSAL_LM"
-
-
-class PeftModelForSeq2SeqLM(PeftModel):
-    """A `PeftModel` of an encoder-decoder."""
-
-    __slots__ = ()
-    _task = "SEQ_2_SEQ_LM"
-
-
-class PeftModelForFeatureExtraction(PeftModel):
-    """A `PeftModel` of a model without a head."""
-
-    __slots__ = ()
-    _task = "FEATURE_EXTRACTION"
-
-
-_CLASSES = {str(kind._task): kind for kind in PeftModel.__subclasses__()}
-
-
-def class_for(task: Any) -> type[PeftModel]:
-    return _CLASSES.get(str(task), PeftModel)
-
-
-def placed(options: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: options.get(name) for name in ("subfolder", "revision")}
+    @property
+    def model(self) -> Any:
+        return self._base

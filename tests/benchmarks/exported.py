@@ -26,8 +26,8 @@ def onnx(setting: Setting) -> Iterator[Row]:
     tokens = 8 if setting.quick else 64
     for name, base in bases(setting, models.minilm, models.llama):
         base.eval()
-        if hasattr(base.config, "use_cache"):
-            base.config.use_cache = False
+        config: Any = base.config
+        config.use_cache = False
         given = {"input_ids": torch.randint(0, 1000, (1, tokens))}
         model = apply_rules(twin(base), [LoraRule("all-linear", rank=8, init="random")], adapter="a").eval()
         with TemporaryDirectory() as folder:

@@ -1,0 +1,44 @@
+"""A new adapter beside those that are live, and idle itself."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from torch import nn
+
+from surgery.claims import check_free
+from surgery.engine import remove
+from surgery.state import ModelState, model_state
+from surgery.switching import check_none_merged, switch, weights_now
+
+__all__ = ["beside"]
+
+
+@contextmanager
+def beside(model: nn.Module, adapter: str) -> Iterator[None]:
+    """The adapter that is put on inside the block is idle afterwards, and what was live is; a model's first stays live.
+
+    Meanwhile no others are live, but those that can't be idle (PiSSA): so it may be one that is never live with them,
+    such as a head of its own (TrainRule). All or nothing: where it can't be idle, it is gone again.
+    """
+    state = model_state(model)
+    if state is None:
+        yield
+        return
+    check_free(model)
+    check_none_merged(state)
+    before, known = weights_now(state), set(state.adapters)
+    switch(model, {name: weight for name, weight in before.items() if _changed_the_base(state, name)})
+    try:
+        yield
+        switch(model, before)
+    except BaseException:
+        if adapter in state.adapters and adapter not in known:
+            remove(model, adapter)
+        switch(model, before)
+        raise
+
+
+def _changed_the_base(state: ModelState, adapter: str) -> bool:
+    return any(applied.changed for _, rules in state.places[adapter] for applied in rules)
