@@ -38,9 +38,9 @@ def adapted(model: nn.Module, targets: Any, *ranks: int, alpha: float = 5) -> nn
 
 
 def by_hand(model: nn.Module, adapter: str) -> dict[str, np.ndarray]:
-    """LoRA's tensors for the slots of a file, from what the rules say: B is multiplied by alpha / rank."""
+    """LoRA's tensors for the slots of a file, from what the rules say: B is multiplied by alpha / rank, or / √rank."""
     scales = {
-        path: applied.rule.alpha / applied.rule.rank
+        path: applied.rule.alpha / applied.rule.rank ** (0.5 if applied.rule.rslora else 1)
         for path, _, site in sites(model)
         for applied in site.applied
         if applied.adapter == adapter
