@@ -12,7 +12,7 @@ from surgery.hooks import running
 from surgery.peft_targets import regular
 from surgery.state import Applied, ModelState, sites
 
-__all__ = ["Arranged", "Left", "arranged", "bare", "labels_of"]
+__all__ = ["Arranged", "Left", "arranged", "bare", "exactly", "labels_of"]
 
 Kinds = dict[str, Rule]  # the slots of a site in their order: kind → rule
 
@@ -46,7 +46,13 @@ class Arranged:
                 if same is None:
                     groups.append((place, rule, same := []))
                 same.append(path)
-        return [rule.replace(targets=regular(paths)) for _, rule, paths in sorted(groups, key=lambda group: group[0])]
+        return [rule.replace(targets=exactly(paths)) for _, rule, paths in sorted(groups, key=lambda group: group[0])]
+
+
+def exactly(paths: Sequence[str]) -> str | list[str]:
+    """Targets for these modules alone; no expression means the model itself."""
+    inner = [path for path in paths if path]
+    return regular(inner) if len(inner) == len(paths) else ["", *([regular(inner)] if inner else [])]
 
 
 def arranged(copy: nn.Module, state: ModelState, names: Sequence[str]) -> Arranged:

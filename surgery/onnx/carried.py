@@ -15,10 +15,10 @@ from surgery.files import TensorFile
 from surgery.fingerprint import differences
 from surgery.hooks import running
 from surgery.onnx.adapters import read_adapter, write_adapter
+from surgery.onnx.arranged import exactly
 from surgery.onnx.given import array_of
 from surgery.onnx.manifest import Manifest
 from surgery.onnx.slots import slot_tensors
-from surgery.peft_targets import regular
 from surgery.stored import Entry, Stored, tensor_key
 
 __all__ = ["export_adapter", "import_adapter", "slot_arrays"]
@@ -98,7 +98,7 @@ def import_adapter(path: str | Path, onnx_path: str | Path) -> Stored:
         {},
         tensors.__getitem__,
     )
-    made = [rule.replace(targets=regular(paths)) for _, rule, paths in rules]
+    made = [rule.replace(targets=exactly(paths)) for _, rule, paths in rules]
     return Stored(made, file, lambda plan, step, name: Entry(tensor_key(step.path, name)), base=dict(manifest.base))
 
 

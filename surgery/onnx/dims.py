@@ -200,8 +200,9 @@ def _number(text: Any) -> bool:
 
 
 def _renamed(dim: Any, names: Mapping[str, str]) -> Any:
-    if isinstance(dim, int) or dim.value is None:
-        return dim
-    if _number(dim.value):
-        return int(dim.value)
-    return re.sub(r"[A-Za-z_]\w*", lambda found: names.get(found[0], found[0]), dim.value)
+    text = getattr(dim, "value", dim)
+    if text is None or isinstance(text, int):
+        return text
+    if _number(text):
+        return int(text)
+    return re.sub(r"[A-Za-z_]\w*", lambda found: names.get(found[0], found[0]), text)

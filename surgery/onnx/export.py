@@ -32,7 +32,8 @@ __all__ = ["ExportReport", "export_onnx"]
 
 @dataclass
 class ExportReport:
-    """What an export did: the file, its manifest, what was told on the way, how long it took, and the comparison."""
+    """What an export did: the file, its manifest, what was told on the way, the seconds it took without the comparison,
+    the bytes that were written, and the comparison."""
 
     path: Path
     manifest: Any
@@ -146,7 +147,6 @@ def _finish(program: Program, prepared: Prepared, model: nn.Module, axes: Axes, 
     """Names, marks and defaults; gives the manifest, and which of the call's tensors have free sizes."""
     made = program.model
     names = [one.name for one in prepared.lifted]
-    require_inputs(made, names, "optimisation")
     name_weights(made, dict(prepared.model.named_parameters(remove_duplicate=False)))
     named = {program.inputs[name]: free for name, free in axes.items()}
     own = {} if how.adapters == "constant" else prepared.dims()
@@ -163,5 +163,6 @@ def _finish(program: Program, prepared: Prepared, model: nn.Module, axes: Axes, 
         required = names if how.slots_as == "inputs" else ()
         add_defaults(made, prepared.defaults, required)
     tidy(made)
+    require_inputs(made, () if how.adapters == "constant" else names, "naming")
     by_input = {name: free.get(value, {}) for name, value in program.inputs.items()}
     return manifest_of(program, prepared, model, free, how), by_input

@@ -21,7 +21,11 @@ def require_inputs(model: ir.Model, names: Iterable[str], after: str) -> None:
     """`SurgeryError` where a pass has taken a slot away."""
     there = {value.name for value in model.graph.inputs}
     if lost := [name for name in names if name not in there]:
-        raise SurgeryError(f"slots were lost by {after}", why=", ".join(lost[:4]), fix="optimize=False, or report it")
+        raise SurgeryError(
+            f"slots were lost by {after}",
+            why=", ".join(name.removeprefix("surgery_slots.") for name in lost[:4]),
+            fix="optimize=False, or report it",
+        )
 
 
 def mark_rules(model: ir.Model, sites: Mapping[str, Mapping[str, str]]) -> None:

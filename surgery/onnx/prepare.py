@@ -126,8 +126,15 @@ def _slots(model: nn.Module, given: Given, names: Any, how: Settings) -> Prepare
     if how.empty == "zeros1" and (full := [rule.label for rule in placing.rules if not rule.zeros_are_none]):
         why = "one position of zeros is seen as any other"
         raise SurgeryError(f"empty='zeros1' leaves {', '.join(full)} with an effect", why=why, fix="empty='rank0'")
+    if how.empty == "zeros1" and (grouped := [one.path for one in placing.sites if _groups(copy, one.path) > 1]):
+        why = "the rank of a grouped convolution is a multiple of its groups, and no 1"
+        raise SurgeryError("empty='zeros1' can't be had", where=", ".join(grouped[:3]), why=why, fix="empty='rank0'")
     defaults = {one.name: _default(one, how.empty) for one in lifted}
     return Prepared(copy, lifted, defaults, placing.sites, placing.rules, placing.notices, placing.constants)
+
+
+def _groups(copy: nn.Module, path: str) -> int:
+    return getattr(copy.get_submodule(path), "groups", 1)
 
 
 PREPARE = {"merged": _merged, "constant": _constant, "slots": _slots}

@@ -19,6 +19,7 @@ from torch.utils import _pytree as pytree
 
 from surgery.errors import SurgeryError
 from surgery.example import copied
+from surgery.onnx.finish import require_inputs
 from surgery.onnx.given import Given, cache_name, is_cache, is_transformers, leaves_of, plain, register_caches
 from surgery.onnx.low_rank import as_one_operation
 from surgery.onnx.names import names_kept
@@ -75,8 +76,13 @@ def program_of(
         try:
             export = _exporter(exported, inputs)
             made = export(exported, inputs, dynamic, how.opset, how.optimize)
+            slots = [f"{SLOTS}.{one.name}" for one in lifted]
+            require_inputs(made, slots, "the exporter's passes")
             if how.optimize_for == "ort":
                 fused(made)
+                require_inputs(made, slots, "onnxruntime's fusions")
+        except SurgeryError:
+            raise
         except Exception as error:
             raise SurgeryError(
                 f"this {type(model).__name__} can't be exported",
@@ -216,7 +222,7 @@ def _output_names(exported: Any) -> list[str]:
     names = []
     for path, _ in paths:
         keys = [str(getattr(key, "key", getattr(key, "idx", getattr(key, "name", "")))) for key in path]
-        text = "_".join(keys)
+        text = ".".join(keys)
         names.append("output" if not text else f"output_{text}" if text[0].isdigit() else text)
     return names
 

@@ -18,10 +18,9 @@ from surgery.exact import unfold
 from surgery.hooks import running
 from surgery.match import RESERVED
 from surgery.merging import unmerge
-from surgery.onnx.arranged import Left, arranged
+from surgery.onnx.arranged import Left, arranged, exactly
 from surgery.onnx.given import Given
 from surgery.onnx.program import Lifted
-from surgery.peft_targets import regular
 from surgery.site import LiveSite
 from surgery.state import (
     ModelState,
@@ -139,7 +138,7 @@ class _Constant:
         tensors = {key: tensor.clone() for key, tensor in adapter_state_dict(copy, left.adapter).items()}
         end = "_after" if left.after else ""
         name = f"{CONSTANT}_{left.adapter}_{left.rule.name.replace('-', '_')}{end}"
-        rule = left.rule.replace(targets=regular(left.paths))
+        rule = left.rule.replace(targets=exactly(left.paths))
         return cls(name, rule, tensors, left.after, state.weights.get(left.adapter, 1.0))
 
     def put(self, copy: nn.Module, given: Given) -> None:
