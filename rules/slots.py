@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, cast
+from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from rules._layouts import Layout, Part, layout_of
@@ -44,12 +43,7 @@ class LowRankSlotRule(Rule):
 
     def check(self, module: nn.Module, path: str) -> str | None:
         layout = layout_of(module, self.rank)
-        if isinstance(layout, str):
-            return layout
-        own = getattr(type(module), "_surgery_base", type(module)).forward
-        if len(layout.parts[0].shape) == 5 and not (own is nn.Conv3d.forward and module.padding_mode == "zeros"):
-            return "its Conv3d is no plain one"
-        return None
+        return layout if isinstance(layout, str) else None
 
     def rewrite(self, site: Site) -> Tensor | None:
         layout = _layout(site.module, self.rank)
@@ -73,19 +67,11 @@ class LowRankSlotRule(Rule):
 
     def _branch(self, site: Site, layout: Layout, A: Tensor, B: Tensor, gain: Tensor | None) -> Tensor:
         bias = self._bias(site, layout) if self.bias else None
-        branch = layout.up(self._down(site, layout, A), B, bias)
+        branch = layout.up(layout.down(site, layout.cast(site.input, A), A), B, bias)
         if gain is None:
             return branch * 1.0  # the form that has a faster one
         gain = layout.on_output(gain)
         return (gain - 1) * layout.without_bias(site) + gain * branch
-
-    def _down(self, site: Site, layout: Layout, A: Tensor) -> Tensor:
-        x, module = layout.cast(site.input, A), cast(Any, site.module)
-        if len(layout.parts[0].shape) != 5:
-            return layout.down(site, x, A)
-        # Without a bias torch.onnx makes one for a Conv3d, of a wrong shape where the channels are free (0.7.2).
-        none = torch.zeros_like(A.flatten(1)[:, 0])
-        return F.conv3d(x, A, none, module.stride, module.padding, module.dilation, module.groups)
 
     def free(self, tensor: str) -> tuple[int, str] | None:
         prefix, name = tensor[:-1], tensor[-1]

@@ -32,7 +32,7 @@ _BITS = 0x7FFFFFFF
 def write_adapter(path: str | Path, tensors: Mapping[str, np.ndarray], manifest: Manifest) -> Path:
     """Write an adapter's tensors, by the names of a file's slots, as an `.onnx_adapter` file.
 
-    Any program that uses onnxruntime can load it. A process that is killed leaves the old file or the new one.
+    Any program that uses onnxruntime can load it. It is written under another name and then renamed.
     Raises `LoadError` with all that keeps the tensors from being this file's (`Manifest.check`); nothing is written.
     """
     from onnxruntime import AdapterFormat

@@ -108,11 +108,14 @@ def _axes(name: str, tensor: Tensor, cached: bool, tensors: Mapping[str, Tensor]
 
 
 def examples_for_tracing(given: Given, axes: Axes) -> list[Given]:
-    """The call with two where it has one, which would be taken for a constant: everywhere, or in the batch alone."""
+    """The call with five where it has one, which would be taken for a constant: everywhere, or in the batch alone.
+
+    Five and not two, since few models have another size of five: strides that are equal by chance fix sizes, too.
+    """
     sizes = sizes_of(given, axes)
     ones = [name for name, size in sizes.items() if size == 1]
     asked = [ones, [name for name in ones if name.endswith("batch")], []]
-    found = [sized(given, axes, summed({**sizes, **dict.fromkeys(two, 2)}, sizes)) for two in asked if two]
+    found = [sized(given, axes, summed({**sizes, **dict.fromkeys(free, 5)}, sizes)) for free in asked if free]
     return [*found, given]
 
 

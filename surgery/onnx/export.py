@@ -41,6 +41,13 @@ class ExportReport:
     nbytes: int = 0
     parity: ParityReport | None = None
 
+    def __str__(self) -> str:
+        manifest, slots = self.manifest, len(self.manifest["slots"])
+        told = f", {slots} slots at {len(manifest['sites'])} sites" if slots else ""
+        what = f"{self.path.name}: {self.nbytes:,} bytes, opset {manifest['opset']}, {manifest['adapters']}{told}"
+        lines = [f"{what}; {self.seconds:.1f} s", *(f"note: {one}" for one in self.notices)]
+        return "\n".join([*lines, *([str(self.parity)] if self.parity is not None else [])])
+
 
 def export_onnx(
     model: nn.Module,
@@ -62,9 +69,41 @@ def export_onnx(
     verify: bool = True,
     atol: float | None = None,
 ) -> ExportReport:
-    """Write a model as ONNX.
+    """Write a model as ONNX, compared with the live model before the file is put in its place.
 
-    To be written.
+    >>> import tempfile, torch
+    >>> from torch import nn
+    >>> from rules import LoraRule
+    >>> from surgery import apply_rules, export_onnx
+    >>> model = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 2))
+    >>> for name, rank in (("red", 2), ("blue", 4)):
+    ...     _ = apply_rules(model, LoraRule(["0", "2"], rank=rank, init="random"), adapter=name)
+    >>> file = f"{tempfile.mkdtemp()}/model.onnx"
+    >>> report = export_onnx(model, file, torch.ones(3, 8), adapters="slots")
+    >>> [slot["name"] for slot in report.manifest["slots"][:2]], report.parity.ok
+    (['0.adapters.slot.A', '0.adapters.slot.B'], True)
+
+    `example_inputs`: a tensor, a tuple of arguments or a dict of keyword arguments. The model, rewritten or plain, is
+    not touched: a copy that shares its memory is exported, in evaluation mode. `adapters` says how:
+
+    - "merged": the live ones (or `names`) folded into the weights; the graph is the base's own.
+    - "constant": the live ones (or `names`) as they are, each tensor an initialiser
+      `<site>.adapters.<adapter>.<tensor>` of its own shape.
+    - "slots": in the place of all (or `names`) stand slots `<site>.adapters.<slot>.<tensor>`, optional inputs of any
+      rank, site by site, that change nothing where they are not fed. `export_adapter` makes files for them, of these
+      adapters and of later ones, and `OnnxRunner` runs them. What has no slot is a constant where it is live, which
+      `report.notices` tells, and with `strict` an error. `slots_as="inputs"`: they must be fed, for runtimes that can
+      feed no others; `empty="zeros1"`: of rank 1, for runtimes without tensors of no size.
+
+    `dynamic`: free sizes: True for those of a batch and of texts and caches, False for none, or a mapping input →
+    axis → name. What came out fixed is in the notices. `cache=True` gives a decoder's file a cache in and out. `opset`
+    18 to 25, by default the exporter's; `optimize_for="ort"` fuses attention and norms into onnxruntime's own
+    operations; `external_data`: weights beside the graph, always, never, from so many bytes on, or (None) from 1.5 GiB.
+    `verify`: see `verify_onnx`, which has the tolerances; `atol` stands in for them. A manifest stands in the file's
+    metadata and beside it, as `<file>.manifest.json`. `report` prints as tables.
+
+    Raises `SurgeryError` where the model can't be exported, `ParityError` where the file computes something else;
+    what was at `path` is then as it was.
     """
     started = time.perf_counter()
     how = Settings(adapters, slot, slots_as, empty, opset, optimize, optimize_for, strict)
@@ -87,7 +126,7 @@ def export_onnx(
 
 
 def _to_trace(model: nn.Module, given: Given, axes: Axes) -> Given:
-    """The example with two of what it has one of, as far as the model takes that."""
+    """The example with several of what it has one of, as far as the model takes that."""
     examples = examples_for_tracing(given, axes)
     copy = sharing_copy(model) if len(examples) > 1 else model
     for one in examples[:-1]:

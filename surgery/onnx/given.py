@@ -213,8 +213,9 @@ def _from_transformers(output: Any) -> bool:
 
 def plain(output: Any) -> Any:
     """What a model returned without dataclasses, which torch.export does not look into: their fields by name."""
-    if is_dataclass(output) and not isinstance(output, type) and type(output) not in pytree.SUPPORTED_NODES:
-        return {one.name: plain(getattr(output, one.name)) for one in fields(output)}
+    record: Any = output
+    if is_dataclass(record) and not isinstance(record, type) and type(record) not in pytree.SUPPORTED_NODES:
+        return {one.name: plain(getattr(record, one.name)) for one in fields(record)}
     if type(output) in (list, tuple):
         return type(output)(plain(item) for item in output)
     return {key: plain(item) for key, item in output.items()} if type(output) is dict else output

@@ -20,8 +20,9 @@ from torch.utils import _pytree as pytree
 from surgery.errors import SurgeryError
 from surgery.example import copied
 from surgery.onnx.given import Given, cache_name, is_cache, is_transformers, leaves_of, plain, register_caches
-from surgery.onnx.low_rank import as_one_operation, translations
+from surgery.onnx.low_rank import as_one_operation
 from surgery.onnx.names import names_kept
+from surgery.onnx.translated import translations
 
 __all__ = ["Lifted", "Program", "SLOTS", "program_of"]
 
