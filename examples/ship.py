@@ -150,12 +150,13 @@ def serving(args: argparse.Namespace) -> Iterator[int]:
     words = [str(args.out), "--port", str(port), "--tokens", str(args.tokens)]
     server = subprocess.Popen([sys.executable, str(Path(__file__).with_name("serve.py")), *words])
     try:
-        for _ in range(600):
+        until = time.monotonic() + 180
+        while True:
             with contextlib.suppress(OSError):
                 socket.create_connection(("127.0.0.1", port), timeout=1).close()
                 break
-            if server.poll() is not None:
-                raise SystemExit("the server did not start")
+            if server.poll() is not None or time.monotonic() > until:
+                sys.exit("the server did not start")
             time.sleep(0.1)
         yield port
     finally:
