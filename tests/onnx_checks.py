@@ -39,12 +39,10 @@ def adapted(model: nn.Module, targets: Any, *ranks: int, alpha: float = 5) -> nn
 
 def by_hand(model: nn.Module, adapter: str) -> dict[str, np.ndarray]:
     """LoRA's tensors for the slots of a file, from what the rules say: B is multiplied by alpha / rank, or / √rank."""
-    scales = {
-        path: applied.rule.alpha / applied.rule.rank ** (0.5 if applied.rule.rslora else 1)
-        for path, _, site in sites(model)
-        for applied in site.applied
-        if applied.adapter == adapter
+    rules: dict[str, Any] = {
+        path: applied.rule for path, _, site in sites(model) for applied in site.applied if applied.adapter == adapter
     }
+    scales = {path: rule.alpha / rule.rank ** (0.5 if rule.rslora else 1) for path, rule in rules.items()}
     found = {}
     for name, tensor in adapter_state_dict(model, adapter).items():
         path, key = name.split(f"adapters.{adapter}.") if f"adapters.{adapter}." in name else name.split("adapters.")

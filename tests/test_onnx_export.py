@@ -280,7 +280,7 @@ class Branches(Line):
 
 @pytest.mark.parametrize("adapters", ["merged", "constant", "slots"])
 def test_a_model_that_cant_be_exported_is_untouched(adapters: Any, tmp_path: Path) -> None:
-    model = adapted(Branches(), ["a"], 2)
+    model: Any = adapted(Branches(), ["a"], 2)
     model.a.train()
     model.a.register_forward_hook(lambda *_: None)
     before = Snapshot(model)
