@@ -40,7 +40,7 @@ def adapted(model: nn.Module, targets: Any, *ranks: int, alpha: float = 5) -> nn
 def by_hand(model: nn.Module, adapter: str) -> dict[str, np.ndarray]:
     """LoRA's tensors for the slots of a file, from what the rules say: B is multiplied by alpha / rank, or / √rank."""
     scales = {
-        path: applied.rule.alpha / applied.rule.rank ** (0.5 if applied.rule.rslora else 1)
+        path: _scale(applied.rule)
         for path, _, site in sites(model)
         for applied in site.applied
         if applied.adapter == adapter
@@ -51,6 +51,10 @@ def by_hand(model: nn.Module, adapter: str) -> dict[str, np.ndarray]:
         scale = scales[path.rstrip(".")] if key == "B" else 1.0
         found[f"{path}adapters.slot.{key}"] = (tensor * scale).numpy()
     return found
+
+
+def _scale(rule: Any) -> float:
+    return rule.alpha / rule.rank ** (0.5 if rule.rslora else 1)
 
 
 def expected(model: nn.Module, example: Any) -> list[Tensor]:

@@ -69,8 +69,8 @@ def export_onnx(
     >>> from surgery import apply_rules, export_onnx
     >>> model, x = nn.Sequential(nn.Linear(4, 2)), torch.ones(3, 4)
     >>> model = apply_rules(model, LoraRule("0", rank=2, init="random"), adapter="red")
-    >>> folder = tempfile.TemporaryDirectory()
-    >>> report = export_onnx(model, f"{folder.name}/model.onnx", x, adapters="slots")
+    >>> folder = tempfile.mkdtemp()
+    >>> report = export_onnx(model, f"{folder}/model.onnx", x, adapters="slots")
     >>> [slot["name"] for slot in report.manifest["slots"]], report.manifest["free"]
     (['0.adapters.slot.A', '0.adapters.slot.B'], {'input': {'0': 'batch'}})
     >>> report.parity.ok

@@ -65,8 +65,8 @@ def verify_onnx(
     >>> from surgery import apply_rules, export_onnx, verify_onnx
     >>> model, x = nn.Sequential(nn.Linear(4, 2)), torch.ones(3, 4)
     >>> model = apply_rules(model, LoraRule("0", rank=2, init="random"), adapter="red")
-    >>> folder = tempfile.TemporaryDirectory()
-    >>> file = export_onnx(model, f"{folder.name}/model.onnx", x, adapters="slots", verify=False).path
+    >>> folder = tempfile.mkdtemp()
+    >>> file = export_onnx(model, f"{folder}/model.onnx", x, adapters="slots", verify=False).path
     >>> report = verify_onnx(file, model, x)
     >>> report.ok, sorted({one.adapter for one in report.compared})
     (True, ['base', 'red'])
@@ -132,14 +132,17 @@ def _references(model: nn.Module, manifest: Manifest, adapters: Adapters, report
             activate(copy, wanted)
             yield Reference(" + ".join(wanted), copy, {})
         return
-    defaults = {slot.name: manifest.default(slot) for slot in manifest.slots} if manifest.slots_as == "inputs" else {}
+    required = manifest.slots if manifest.slots_as == "inputs" else ()
+    told = {slot.name: manifest.default(slot) for slot in required}
+    defaults = {name: array for name, array in told.items() if array is not None}
+    lacking = [name for name in told if name not in defaults]
     constants = list(manifest.constants)
     deactivate(copy)
     if constants:
         report.notices.append(f"the file without an adapter: it holds what has no slot of {', '.join(constants)}")
-    elif lacking := [name for name, array in defaults.items() if array is None]:
+    elif lacking:
         report.notices.append(f"the file without an adapter: nothing stands in it for {', '.join(lacking[:3])}")
-    yield Reference("base", copy, defaults, compared=not constants and not any(v is None for v in defaults.values()))
+    yield Reference("base", copy, defaults, compared=not constants and not lacking)
     for name in adapter_names(require_state(copy), names):
         if constants and constants != [name]:
             report.notices.append(f"{name}: the file holds what has no slot of {', '.join(constants)}")
@@ -147,7 +150,7 @@ def _references(model: nn.Module, manifest: Manifest, adapters: Adapters, report
         file = adapters[name] if isinstance(adapters, Mapping) else None
         activate(copy, name)
         arrays = slot_arrays(copy, name, manifest) if file is None else read_adapter(file, manifest)
-        yield Reference(name, copy, {**{key: v for key, v in defaults.items() if v is not None}, **arrays})
+        yield Reference(name, copy, {**defaults, **arrays})
 
 
 def _expected(reference: nn.Module, call: Given, seed: int = 0) -> list[Tensor] | None:
