@@ -102,7 +102,7 @@ class Encoder(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
-        self.encoder, self.head = nn.TransformerEncoder(layer, 2), nn.Linear(8, 3)
+        self.encoder, self.head = nn.TransformerEncoder(layer, 1), nn.Linear(8, 3)
 
     def forward(self, x: Tensor, mask: Tensor) -> Tensor:
         return self.head(self.encoder(x, src_key_padding_mask=mask))

@@ -140,7 +140,7 @@ def test_merged_is_the_bases_own_graph_and_the_live_model_is_untouched(tmp_path:
 
 
 def test_a_model_that_is_merged_stays_so(tmp_path: Path) -> None:
-    model, x = net(2, 4)
+    model, x = adapted(nn.Sequential(nn.Linear(8, 4)), ["0"], 2, 4), torch.randn(2, 8)
     merge(model, "a")
     wanted = expected(model, x)
     before = Snapshot(model)
@@ -148,7 +148,7 @@ def test_a_model_that_is_merged_stays_so(tmp_path: Path) -> None:
         report = export_onnx(model, tmp_path / f"{adapters}.onnx", x, adapters=adapters)
         assert report.parity is not None and report.parity.ok
         assert before.differences(model) == []
-    assert_near(session(tmp_path / "merged.onnx").run(None, {"x": x.numpy()}), wanted)
+    assert_near(session(tmp_path / "merged.onnx").run(None, {"input": x.numpy()}), wanted)
 
 
 def test_constants_are_initialisers_under_their_own_names(tmp_path: Path) -> None:
@@ -280,9 +280,9 @@ class Branches(Line):
 
 @pytest.mark.parametrize("adapters", ["merged", "constant", "slots"])
 def test_a_model_that_cant_be_exported_is_untouched(adapters: Any, tmp_path: Path) -> None:
-    model: Any = adapted(Branches(), ["a"], 2)
-    model.a.train()
-    model.a.register_forward_hook(lambda *_: None)
+    model = adapted(Branches(), ["a"], 2)
+    layer = model.get_submodule("a").train()
+    layer.register_forward_hook(lambda *_: None)
     before = Snapshot(model)
     with pytest.raises(SurgeryError, match="can't be exported"):
         export_onnx(model, tmp_path / "m.onnx", torch.randn(2, 4), adapters=adapters)

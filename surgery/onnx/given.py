@@ -213,9 +213,11 @@ def _from_transformers(output: Any) -> bool:
 
 def plain(output: Any) -> Any:
     """What a model returned without dataclasses, which torch.export does not look into: their fields by name."""
-    record: Any = output
-    if is_dataclass(record) and not isinstance(record, type) and type(record) not in pytree.SUPPORTED_NODES:
-        return {one.name: plain(getattr(record, one.name)) for one in fields(record)}
-    if type(output) in (list, tuple):
-        return type(output)(plain(item) for item in output)
-    return {key: plain(item) for key, item in output.items()} if type(output) is dict else output
+    kind: Any = type(output)
+    if kind is dict:
+        return {key: plain(item) for key, item in output.items()}
+    if kind in (list, tuple):
+        return kind(plain(item) for item in output)
+    if is_dataclass(kind) and kind not in pytree.SUPPORTED_NODES:
+        return {one.name: plain(getattr(output, one.name)) for one in fields(kind)}
+    return output
