@@ -51,10 +51,6 @@ def by_hand(model: nn.Module, adapter: str) -> dict[str, np.ndarray]:
     return found
 
 
-def _scale(rule: Any) -> float:
-    return rule.alpha / rule.rank ** (0.5 if rule.rslora else 1)
-
-
 def expected(model: nn.Module, example: Any) -> list[Tensor]:
     """What the live model returns, flat."""
     given = Given.of(model, example)
