@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from surgery.errors import SurgeryError
-from surgery.state import sites, tensors_of
+from surgery.state import Applied, box_of, sites, tensors_of
 from surgery.stored import tensor_key
 
 __all__ = ["Facade", "LoadResult", "example_of", "half_precision", "numbers_in", "trained"]
@@ -173,8 +173,14 @@ def trained(model: nn.Module, adapter: str) -> tuple[str, ...]:
         for applied in site.applied
         if applied.adapter == adapter
         for name, tensor in tensors_of(module, adapter).items()
-        if name in applied.tensors and (tensor.requires_grad or applied.flags.get(name))
+        if name in applied.tensors and (tensor.requires_grad or _rests(module, applied, name))
     )
+
+
+def _rests(module: nn.Module, applied: Applied, name: str) -> bool:
+    """Whether a tensor does not train because its adapter is idle."""
+    box = box_of(module, applied.adapter)
+    return not applied.live and box is not None and name in box._parameters and name not in box.still
 
 
 def numbers_in(parameter: Any) -> int:
