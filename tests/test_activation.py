@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import io
 import threading
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -19,8 +20,10 @@ from surgery import (
     adapters,
     apply_rules,
     class_of,
+    copy_adapter,
     deactivate,
     merge,
+    pad_rank,
     remove,
     route,
     summary,
@@ -40,6 +43,10 @@ def model_with(*names: str) -> nn.Module:
         targets = ["0", "2"] if index % 2 == 0 else ["0"]  # the last layer has not all of them
         apply_rules(model, LoraRule(targets, rank=2 + index, alpha=4, init="random"), adapter=name)
     return model
+
+
+def trained(model: nn.Module) -> set[str]:
+    return {name for name, tensor in model.named_parameters(remove_duplicate=False) if tensor.requires_grad}
 
 
 def expected(model: nn.Module, *names: str) -> Tensor:
@@ -130,6 +137,63 @@ def test_flags_that_were_set_by_hand_come_back() -> None:
     activate(model, ["a", "b"])
     assert not model.get_parameter("0.adapters.a.A").requires_grad
     assert model.get_parameter("0.adapters.a.B").requires_grad
+
+
+def _loaded(model: nn.Module) -> None:
+    model.load_state_dict(copy.deepcopy(model.state_dict()), assign=True)
+
+
+def _overwritten(model: nn.Module) -> None:
+    torch.__future__.set_overwrite_module_params_on_conversion(True)
+    try:
+        model.double().float()
+    finally:
+        torch.__future__.set_overwrite_module_params_on_conversion(False)
+
+
+def _padded(model: nn.Module) -> None:
+    for name in ("a", "b"):
+        pad_rank(model, name, 6)
+
+
+def _in_other_dictionaries(model: nn.Module) -> None:  # as DeepSpeed keeps parameters
+    for module in model.modules():
+        held = {k: t for k, t in module._parameters.items() if t is not None}
+        module._parameters = {k: nn.Parameter(t.detach().clone(), t.requires_grad) for k, t in held.items()}
+
+
+@pytest.mark.parametrize("replace", [_loaded, _overwritten, _padded, _in_other_dictionaries, copy.deepcopy])
+@pytest.mark.parametrize("first", ["a", "b"])
+def test_tensors_that_were_replaced_follow_the_switch(replace: Callable[[nn.Module], Any], first: str) -> None:
+    model = model_with("a", "b")
+    for name in ("a", "b"):
+        model.get_parameter(f"0.adapters.{name}.B").requires_grad_(False)
+    wanted = {
+        "a": {"0.adapters.a.A", "2.adapters.a.A", "2.adapters.a.B"},
+        "b": {"0.adapters.b.A"},
+    }
+    activate(model, first)
+    before = model.get_parameter("0.adapters.a.B")
+    model = replace(model) or model
+    assert model.get_parameter("0.adapters.a.B") is not before
+    assert trained(model) == wanted[first]
+    for name in ("a", "b", "a", "b"):
+        assert trained(activate(model, name)) == wanted[name]
+    assert trained(activate(model, ["a", "b"])) == wanted["a"] | wanted["b"]
+    assert trained(deactivate(model)) == set()
+
+
+def test_a_tensor_of_several_sites_follows_the_switch() -> None:
+    model: Any = model_with("a", "b")
+    model[2].adapters.a.B = nn.Parameter(torch.zeros(4, 2))
+    model[2].adapters.a.A = model[0].adapters.a.A
+    wanted = {name for name, _ in model.named_parameters(remove_duplicate=False) if ".a." in name}
+    activate(model, "b")
+    assert not any(".a." in name for name in trained(model))
+    assert trained(copy_adapter(activate(model, "a"), "a", "c")) == wanted
+    activate(model, "c")
+    assert model[2].adapters.c.A is model[0].adapters.c.A
+    assert trained(model) == {name.replace(".a.", ".c.") for name in wanted}
 
 
 def test_removing_in_any_order() -> None:
