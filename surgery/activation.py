@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from surgery.base_rule import Rule
 from surgery.claims import check_free, claimed
 from surgery.errors import SurgeryError
-from surgery.state import ModelState, adapter_names, model_state, require_state, site_state, tensors_of
+from surgery.state import ModelState, adapter_names, model_state, require_state, site_state
 from surgery.switching import check_none_merged, set_trained, switch, weights_now
 
 __all__ = ["Adapter", "activate", "active", "adapters", "deactivate", "using"]
@@ -117,7 +117,7 @@ def active(model: nn.Module) -> tuple[str, ...]:
     ('default',)
     """
     state = require_state(model)
-    return tuple(name for name in state.adapters if name not in state.idle)
+    return tuple(weights_now(state))
 
 
 def adapters(model: nn.Module) -> dict[str, Adapter]:
@@ -135,11 +135,11 @@ def adapters(model: nn.Module) -> dict[str, Adapter]:
     return {
         name: Adapter(
             rules,
-            tuple(paths[id(site)] for site, _ in state.places[name] if id(site) in paths),
-            sum(t.numel() for s, _ in state.places[name] for t in tensors_of(s, name).values() if _is_trained(t)),
-            name not in state.idle,
-            any(_is_merged(site, name) for site, _ in state.places[name]),
-            state.weights.get(name, 1.0),
+            tuple(paths[id(site)] for site in state.places[name].modules if id(site) in paths),
+            sum(t.numel() for box in state.places[name].boxes for t in box.tensors().values() if _is_trained(t)),
+            state.standing[name].live,
+            any(_is_merged(site, name) for site in state.places[name].modules),
+            state.standing[name].weight,
         )
         for name, rules in state.adapters.items()
     }

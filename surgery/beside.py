@@ -9,7 +9,7 @@ from torch import nn
 
 from surgery.claims import check_free
 from surgery.engine import remove
-from surgery.state import ModelState, model_state
+from surgery.state import model_state
 from surgery.switching import check_none_merged, switch, weights_now
 
 __all__ = ["beside"]
@@ -29,7 +29,7 @@ def beside(model: nn.Module, adapter: str) -> Iterator[None]:
     check_free(model)
     check_none_merged(state)
     before, known = weights_now(state), set(state.adapters)
-    switch(model, {name: weight for name, weight in before.items() if _changed_the_base(state, name)})
+    switch(model, {name: weight for name, weight in before.items() if state.standing[name].in_base})
     try:
         yield
         switch(model, before)
@@ -38,7 +38,3 @@ def beside(model: nn.Module, adapter: str) -> Iterator[None]:
             remove(model, adapter)
         switch(model, before)
         raise
-
-
-def _changed_the_base(state: ModelState, adapter: str) -> bool:
-    return any(applied.changed for _, rules in state.places[adapter] for applied in rules)

@@ -31,7 +31,9 @@ from surgery.state import (
     _SITE,
     Applied,
     ModelState,
+    Places,
     SiteState,
+    Standing,
     adapter_names,
     attach,
     detach,
@@ -141,11 +143,7 @@ def remove(model: M, adapter: str | Sequence[str] | None = None, *, check: bool 
         for _, module, site in found:
             _take_out(module, site, going, check, shared)
         for name in names:
-            del state.adapters[name]
-            state.places.pop(name, None)
-            state.idle.discard(name)
-            state.weights.pop(name, None)
-            state.resting.pop(name, None)
+            state.forget(name)
         if not state.adapters:
             _restore(model, state)
         else:
@@ -168,12 +166,13 @@ def carry_out(
     check_free(plan.model)
     for warning in plan.warnings:
         warnings.warn(warning, SurgeryWarning, stacklevel=stacklevel)
+    standing = Standing()
     with Journal() as journal:
         with torch.no_grad():
             for step in plan.steps:
-                _insert(step, plan, given, journal)
+                _insert(step, plan, standing, given, journal)
         _install(plan, journal)
-        _record(plan.model, plan, rules, journal)
+        _record(plan.model, plan, rules, standing, journal)
         if plan.observation is not None:
             _check_output(plan, example_inputs)
 
@@ -181,7 +180,7 @@ def carry_out(
 # Applying -----------------------------------------------------------------------------------------------------
 
 
-def _insert(step: Step, plan: Plan, given: Given | None, journal: Journal) -> None:
+def _insert(step: Step, plan: Plan, standing: Standing, given: Given | None, journal: Journal) -> None:
     """Put a rule's tensors on its site and let it initialise them; the forward is still the old one."""
     module = step.module
     state = site_state(module)
@@ -191,6 +190,7 @@ def _insert(step: Step, plan: Plan, given: Given | None, journal: Journal) -> No
     applied = Applied(
         plan.adapter,
         step.rule,
+        standing,
         tensors=tuple(spec.name for spec in step.specs),
         trained=tuple(spec.name for spec in step.specs if spec.trainable and not spec.buffer),
         inside=step.inside,
@@ -214,6 +214,7 @@ def _insert(step: Step, plan: Plan, given: Given | None, journal: Journal) -> No
         record = fold_into(module, name, change, keep="record", where=step.path)
         journal.undo(unfold, tensor_at(module, name), record)
         applied.changed.append((name, record))
+        standing.in_base = True
 
 
 def _device_of(module: nn.Module) -> torch.device | None:
@@ -240,7 +241,7 @@ def _install(plan: Plan, journal: Journal) -> None:
         shared.install(steps[0].module, tuple([(id(step.rule), id(step.tape)) for step in steps]), steps[0].own)
 
 
-def _record(model: nn.Module, plan: Plan, rules: Sequence[Rule] | Rule, journal: Journal) -> None:
+def _record(model: nn.Module, plan: Plan, rules: Sequence[Rule] | Rule, standing: Standing, journal: Journal) -> None:
     """Freeze the base and write down, on the model, what has to be put back when the last adapter goes."""
     state = model_state(model)
     if state is None:
@@ -252,10 +253,10 @@ def _record(model: nn.Module, plan: Plan, rules: Sequence[Rule] | Rule, journal:
                 journal.undo(parameter.requires_grad_, parameter.requires_grad)
                 parameter.requires_grad_(False)
     state.adapters[plan.adapter] = (rules,) if isinstance(rules, Rule) else tuple(rules)
-    journal.undo(state.adapters.pop, plan.adapter)
+    state.standing[plan.adapter] = standing
+    journal.undo(state.forget, plan.adapter)
     touched = {id(step.module): step.module for step in plan.steps}.values()
-    state.places[plan.adapter] = [(module, _rules_at(module, plan.adapter)) for module in touched]
-    journal.undo(state.places.pop, plan.adapter)
+    state.places[plan.adapter] = Places.of(plan.adapter, [(m, _rules_at(m, plan.adapter)) for m in touched])
     for path, (name, value) in plan.switches.items():
         reader = model.get_submodule(path)
         if not any(path == old for old, *_ in state.switched):
@@ -298,7 +299,7 @@ def _check_output(plan: Plan, example_inputs: Any) -> None:
 
 def _sites_of(model: nn.Module, state: ModelState, names: Sequence[str]) -> Iterator[tuple[str, nn.Module, SiteState]]:
     """The sites that these adapters are on. Of a site that is none by the record, all rules are gone through."""
-    placed = {id(module) for name in names for module, _ in state.places.get(name, ())}
+    placed = {id(module) for name in names for module in state.places[name].modules}
     for path, module, site in sites(model):
         if id(module) in placed or any(applied.adapter in names for applied in site.applied):
             yield path, module, site

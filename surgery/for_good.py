@@ -66,11 +66,7 @@ def forget(model: M) -> M:
         if not site.applied:
             del module.__dict__[_SITE]
     for name in names:
-        del state.adapters[name]
-        state.places.pop(name, None)
-        state.weights.pop(name, None)
-        state.resting.pop(name, None)
-        state.idle.discard(name)
+        state.forget(name)
     state.flags |= flags
     if state.adapters:
         hf.ignore_on_save(model, state)

@@ -77,7 +77,7 @@ def merge(
     names = adapter_names(state, adapter)
     check_free(model)
     if adapter is None:
-        names = [name for name in names if name not in state.idle]
+        names = [name for name in names if state.standing[name].live]
     found = [
         (path, module, site) for path, module, site in sites(model) if any(a.adapter in names for a in site.applied)
     ]

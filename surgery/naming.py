@@ -22,10 +22,10 @@ from surgery.state import (
     Applied,
     ModelState,
     adapter_names,
+    box_of,
     name_problem,
     require_state,
     site_state,
-    tensors_of,
 )
 
 __all__ = ["check_whole", "copy_adapter", "rename_adapter"]
@@ -151,10 +151,8 @@ def _rename(model: nn.Module, state: ModelState, old: str, new: str) -> None:
             held.merged.adapters = tuple(new if name == old else name for name in held.merged.adapters)
         held.classes.clear()
         held.variants.clear()
-    for named in (state.adapters, state.places, state.weights, state.resting):
+    for named in (state.adapters, state.places, state.standing, state.resting):
         _rekey(named, old, new)
-    if old in state.idle:
-        state.idle.symmetric_difference_update((old, new))
     hf.ignore_on_save(model, state)
 
 
@@ -169,7 +167,8 @@ def _rekey(mapping: MutableMapping[str, Any], old: str, new: str) -> None:
 
 
 def _copied(module: nn.Module, applied: Applied, made: dict[int, Tensor]) -> Placed:
-    held = tensors_of(module, applied.adapter)
+    box = box_of(module, applied.adapter)
+    held = box.tensors() if box is not None else {}
     tensors, flags = dict[str, tuple[Tensor, bool]](), dict[str, bool]()
     for name in applied.tensors:
         tensor = held[name]
@@ -179,6 +178,6 @@ def _copied(module: nn.Module, applied: Applied, made: dict[int, Tensor]) -> Pla
             made[id(tensor)] = nn.Parameter(clone, requires_grad=False) if trained else clone
         tensors[name] = (made[id(tensor)], not trained)
         if trained:
-            flags[name] = applied.flags.get(name, tensor.requires_grad)
+            flags[name] = tensor.requires_grad if box is None or applied.live else name not in box.still
     facts = {name: copy.deepcopy(fact) for name, fact in applied.facts.items() if name != MARK}
     return Placed(module, applied.rule, tensors, facts, applied.inside, flags, applied.trained)

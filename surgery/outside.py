@@ -11,8 +11,7 @@ from typing import Any
 
 from torch import nn
 
-from surgery.match import RESERVED
-from surgery.state import Applied
+from surgery.state import AdapterTensors
 
 __all__ = ["Lent", "hide_hooks", "show_hooks"]
 
@@ -34,13 +33,13 @@ class Lent:
     def __init__(self) -> None:
         self._outside: dict[int, nn.Parameter] = {}
 
-    def lend(self, module: nn.Module, name: str, rules: list[Applied]) -> None:
-        for box, parameter in _trained(module, name, rules):
+    def lend(self, box: AdapterTensors) -> None:
+        for parameter in _trained(box):
             parameter.requires_grad_(True)
             box.__dict__[_REDUCE] = functools.partial(_idle, box, self)
 
-    def take_back(self, module: nn.Module, name: str, rules: list[Applied]) -> None:
-        for box, parameter in _trained(module, name, rules):
+    def take_back(self, box: AdapterTensors) -> None:
+        for parameter in _trained(box):
             parameter.requires_grad_(False)
             box.__dict__.pop(_REDUCE, None)
             self._outside.pop(id(parameter), None)
@@ -53,13 +52,8 @@ class Lent:
         return found
 
 
-def _trained(module: nn.Module, name: str, rules: list[Applied]) -> list[tuple[nn.Module, nn.Parameter]]:
-    held = module._modules.get(RESERVED)
-    box = held._modules.get(name) if held is not None else None
-    if box is None:
-        return []
-    flags = [key for applied in rules for key, flag in applied.flags.items() if flag]
-    return [(box, parameter) for key in flags if (parameter := box._parameters.get(key)) is not None]
+def _trained(box: AdapterTensors) -> list[nn.Parameter]:
+    return [tensor for key, tensor in box._parameters.items() if tensor is not None and key not in box.still]
 
 
 def _reduced(module: nn.Module, protocol: Any) -> tuple[Any, Any, Any, tuple]:

@@ -16,7 +16,18 @@ from surgery.install import reason_against
 from surgery.journal import Journal
 from surgery.own import own_forward
 from surgery.recording import PassedOver, Step, recorded
-from surgery.state import Applied, ModelState, SiteState, attach, detach, require_state, site_state
+from surgery.state import (
+    Applied,
+    ModelState,
+    Places,
+    SiteState,
+    Standing,
+    attach,
+    box_of,
+    detach,
+    require_state,
+    site_state,
+)
 from surgery.weave import Layer
 
 __all__ = ["Placed", "put"]
@@ -45,6 +56,7 @@ def put(model: nn.Module, adapter: str, rules: Sequence[Rule], placed: Iterable[
     Each rule is recorded at its site, by the facts that are known of it, and asked whether these are its tensors.
     """
     state = require_state(model)
+    standing = Standing(live=False)
     with Journal() as journal:
         steps, places = list[Step](), dict[int, tuple[nn.Module, list[Applied]]]()
         for one in placed:
@@ -53,23 +65,23 @@ def put(model: nn.Module, adapter: str, rules: Sequence[Rule], placed: Iterable[
             if (refused := reason_against(one.module)) is not None:
                 what = "the site can't have another adapter"
                 raise SurgeryError(what, where=site.path, why=refused[0], fix=refused[1])
-            steps += _put(one, adapter, site, journal)
+            steps += _put(one, adapter, standing, site, journal)
             places.setdefault(id(one.module), (one.module, []))[1].append(site.applied[-1])
         if problems := clashes(steps, beside=False):
             raise PlanError(problems)
         journal.undo(_forget, model, state, adapter)
         state.adapters[adapter] = tuple(rules)
-        state.places[adapter] = list(places.values())
-        state.idle.add(adapter)
+        state.places[adapter] = Places.of(adapter, places.values())
+        state.standing[adapter] = standing
         hf.ignore_on_save(model, state)
 
 
-def _put(one: Placed, adapter: str, site: SiteState, journal: Journal) -> list[Step]:
+def _put(one: Placed, adapter: str, standing: Standing, site: SiteState, journal: Journal) -> list[Step]:
     module, path = one.module, site.path
     if one.tensors:
         attach(module, adapter, one.tensors, path)
         journal.undo(detach, module, adapter, list(one.tensors))
-    applied = Applied(adapter, one.rule, tensors=tuple(one.tensors), inside=one.inside, live=False, facts=one.facts)
+    applied = Applied(adapter, one.rule, standing, tensors=tuple(one.tensors), inside=one.inside, facts=one.facts)
     trained = {name: tensor.requires_grad for name, (tensor, buffer) in one.tensors.items() if not buffer}
     steps = []
     if not one.inside:  # else it is recorded for each kind of call
@@ -86,9 +98,11 @@ def _put(one: Placed, adapter: str, site: SiteState, journal: Journal) -> list[S
         trained = {spec.name: spec.trainable for spec in made.specs if not spec.buffer}
         steps.append(Step(one.rule, path, module, (), made.own, made.tape, made.specs, False, one.facts))
     applied.trained = one.trained or tuple(name for name, flag in trained.items() if flag)
-    for name, (tensor, buffer) in one.tensors.items():
+    box = box_of(module, adapter)
+    if box is not None:
+        box.still |= {name for name, flag in trained.items() if not one.flags.get(name, flag)}
+    for tensor, buffer in one.tensors.values():
         if not buffer:
-            applied.flags[name] = one.flags.get(name, trained[name])
             tensor.requires_grad_(False)
     site.applied.append(applied)
     journal.undo(site.applied.pop)
@@ -96,7 +110,5 @@ def _put(one: Placed, adapter: str, site: SiteState, journal: Journal) -> list[S
 
 
 def _forget(model: nn.Module, state: ModelState, adapter: str) -> None:
-    state.adapters.pop(adapter, None)
-    state.places.pop(adapter, None)
-    state.idle.discard(adapter)
+    state.forget(adapter)
     hf.ignore_on_save(model, state)

@@ -97,8 +97,8 @@ class _Routing:
         self.entry: nn.Module | None = None
         self.batch: int | None = None
         self.given: tuple[tuple, dict[str, Any]] | None = None
-        touched = [name for name in state.adapters if name in given or name not in state.idle]
-        self.modules = list({id(m): m for name in touched for m, _ in state.places[name]}.values())
+        touched = [name for name in state.adapters if name in given or state.standing[name].live]
+        self.modules = list({id(m): m for name in touched for m in state.places[name].modules}.values())
         held = [check_settled(module) for module in self.modules]
         check_none_merged(state)
         _check_routable(state, self.names, self.alone)
@@ -280,18 +280,18 @@ class _Shared:
         for name in routing.names:
             count = self.trained.get(name, 0)
             self.trained[name] = count + 1
-            if not count and name in state.idle:
-                for module, rules in state.places[name]:
-                    self.lent.lend(module, name, rules)
+            if not count and not state.standing[name].live:
+                for box in state.places[name].boxes:
+                    self.lent.lend(box)
 
     def leave(self, routing: _Routing) -> None:
         model = routing.model
         state = require_state(model)
         for name in routing.names:
             self.trained[name] -= 1
-            if not self.trained[name] and name in state.idle:
-                for module, rules in state.places[name]:
-                    self.lent.take_back(module, name, rules)
+            if not self.trained[name] and not state.standing[name].live:
+                for box in state.places[name].boxes:
+                    self.lent.take_back(box)
         for module in routing.modules:
             self.sites[id(module)] -= 1
             if not self.sites[id(module)]:

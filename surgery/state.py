@@ -8,7 +8,7 @@ pickle, and nothing is kept in a table beside the model.
 from __future__ import annotations
 
 import keyword
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,7 +20,7 @@ from surgery.errors import SiteError, SurgeryError, near_misses
 from surgery.match import RESERVED, base_modules
 from surgery.weave import Layer
 
-__all__ = ["AdapterTensors", "Adapters", "ModelState", "SiteState"]
+__all__ = ["AdapterTensors", "Adapters", "ModelState", "SiteState", "Standing"]
 
 
 class AdapterTensors(nn.Module):
@@ -28,7 +28,12 @@ class AdapterTensors(nn.Module):
 
     They are used by the site's forward, never by a call of this module, so a hook that brings them here before such a
     call would leave the site with tensors that have no data; torch computes with those without a word.
+
+    While the adapter is idle none of its parameters requires gradients; `still` names those that don't either while it
+    is live. Names, since tensors are replaced (by `load_state_dict(assign=True)`, `.to()`, sharding, more rank).
     """
+
+    still: frozenset[str] = frozenset()
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name == "_hf_hook" and any(getattr(hook, "offload", False) for hook in getattr(value, "hooks", [value])):
@@ -52,26 +57,44 @@ class Adapters(nn.Module):
 
 
 @dataclass
+class Standing:
+    """What holds for an adapter as a whole. Its rules share it, so that a switch is written down in one place.
+
+    `live`: its edits are in the forwards, what they change times `weight`. `in_base`: one of its rules changed the
+    base's own parameters at the start.
+    """
+
+    live: bool = True
+    weight: float = 1.0
+    in_base: bool = False
+
+
+@dataclass
 class Applied:
     """One rule at one site. `changed` holds what its initialisation did to the base's own parameters.
 
     `layer` holds its edits, which are recorded anew where it is None: in copies and after unpickling. `tensors` are the
     names of those it asked for, `trained` of those to be trained. `inside`: it edits what is inside the forward, anew
-    for each kind of call. `facts` is what the rule found out about the module (`Site.fact`). `live`: its edits are in
-    the forward, what they change times `weight`; where they are not, `flags` holds the `requires_grad` of its tensors.
+    for each kind of call. `facts` is what the rule found out about the module (`Site.fact`).
     """
 
     adapter: str
     rule: Rule
+    standing: Standing
     changed: list[Any] = field(default_factory=list)
     tensors: tuple[str, ...] = ()
     trained: tuple[str, ...] = ()
     inside: bool = False
-    live: bool = True
-    weight: float = 1.0
-    flags: dict[str, bool] = field(default_factory=dict)
     layer: Layer | None = field(default=None, compare=False, repr=False)
     facts: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def live(self) -> bool:
+        return self.standing.live
+
+    @property
+    def weight(self) -> float:
+        return self.standing.weight
 
     @property
     def scalable(self) -> bool:
@@ -144,8 +167,37 @@ class SiteState:
 
 
 @dataclass
+class Places:
+    """Where an adapter is: its sites, its rules at each, and what holds its tensors at those where it has any.
+
+    Lists of their own, since a switch goes through all sites, and it is far from a module to its adapter's tensors.
+    """
+
+    modules: list[nn.Module] = field(default_factory=list)
+    rules: list[list[Applied]] = field(default_factory=list)
+    boxes: list[AdapterTensors] = field(default_factory=list)
+
+    @staticmethod
+    def of(adapter: str, rules: Iterable[tuple[nn.Module, list[Applied]]]) -> Places:
+        found = Places()
+        for module, here in rules:
+            found.modules.append(module)
+            found.rules.append(here)
+            if (box := box_of(module, adapter)) is not None:
+                found.boxes.append(box)
+        return found
+
+    def __iter__(self) -> Iterator[tuple[nn.Module, list[Applied]]]:
+        return zip(self.modules, self.rules, strict=True)
+
+
+@dataclass
 class ModelState:
-    """A model's record: the rules of each adapter, and what has to be put back when the last one goes."""
+    """A model's record: the rules of each adapter, and what has to be put back when the last one goes.
+
+    `places`: the sites of each adapter; `keys`: the sets of live adapters met so far, one object for those that are
+    equal, so that sites compare no more than that.
+    """
 
     adapters: dict[str, tuple[Rule, ...]] = field(default_factory=dict)
     flags: dict[str, bool] = field(
@@ -153,10 +205,23 @@ class ModelState:
     )  # requires_grad of the base's parameters before the first adapter
     ignored_on_save: list[tuple[str, Any]] = field(default_factory=list)
     switched: list[tuple[str, str, Any, Any]] = field(default_factory=list)  # (module, attribute, before, while live)
-    places: dict[str, list[tuple[nn.Module, list[Applied]]]] = field(default_factory=dict)  # of each adapter
-    idle: set[str] = field(default_factory=set)  # adapters that are not live
-    weights: dict[str, float] = field(default_factory=dict)  # of live adapters, where it is not 1
+    places: dict[str, Places] = field(default_factory=dict)
+    standing: dict[str, Standing] = field(default_factory=dict)
     resting: dict[str, float] = field(default_factory=dict)  # what was live before `deactivate`, until `activate`
+    keys: dict[frozenset, frozenset] = field(default_factory=dict, compare=False, repr=False)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "keys": {}}
+
+    @property
+    def idle(self) -> list[str]:
+        """The adapters that are not live."""
+        return [name for name, standing in self.standing.items() if not standing.live]
+
+    def forget(self, adapter: str) -> None:
+        """Nothing is said of an adapter any more."""
+        for named in (self.adapters, self.places, self.standing, self.resting):
+            named.pop(adapter, None)
 
 
 _MODEL, _SITE = "_surgery_model", "_surgery_site"
@@ -236,13 +301,19 @@ def tensors_of(
     module: nn.Module, adapter: str, path: str = "", state_dict: Mapping[str, Tensor] | None = None
 ) -> dict[str, Tensor]:
     """An adapter's tensors at a site, as a state dict of the model's has them, if given; empty where it has none."""
-    held = module._modules.get(RESERVED)
-    box = held._modules.get(adapter) if held is not None else None
-    found = box.tensors() if isinstance(box, AdapterTensors) else {}
+    box = box_of(module, adapter)
+    found = box.tensors() if box is not None else {}
     if state_dict is None:
         return found
     inside = ".".join(filter(None, (path, RESERVED, adapter)))
     return {name: state_dict.get(f"{inside}.{name}", tensor) for name, tensor in found.items()}
+
+
+def box_of(module: nn.Module, adapter: str) -> AdapterTensors | None:
+    """What holds an adapter's tensors at a site."""
+    held = module._modules.get(RESERVED)
+    found = held._modules.get(adapter) if held is not None else None
+    return found if isinstance(found, AdapterTensors) else None
 
 
 def whole(tensor: Tensor) -> Tensor:

@@ -1,22 +1,28 @@
-"""From one set of live adapters to another: at the sites of those that change alone, by classes made once."""
+"""From one set of live adapters to another: at the sites of those that change alone, by classes made once.
+
+There may be a thousand sites, and what lies at them is in no cache of the processor by the time another adapter is
+wanted. So the loops here go straight to what they change, and call nothing for a site that is as it should be.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import itertools
+from collections.abc import Iterable, Mapping, Sequence
 
-from torch import Tensor, nn
+from torch import nn
 
 from surgery.errors import SurgeryError
-from surgery.install import BOUND, reason_against, swap
+from surgery.install import reason_against, swap
 from surgery.journal import Journal
 from surgery.living import class_of_live
-from surgery.match import RESERVED
-from surgery.state import _SITE, Applied, ModelState, SiteState, require_state, tensors_of
+from surgery.state import _SITE, AdapterTensors, ModelState, SiteState, box_of, require_state
 
 __all__ = ["check_none_merged", "check_settled", "set_trained", "switch", "weights_now"]
 
 _CLASSES = 256  # kept at a site, one for each set of live adapters met
 _set_class = object.__setattr__  # nn.Module's own looks for tensors first, and takes twenty times as long
+
+Found = list[tuple[nn.Module, SiteState, type[nn.Module]]]  # sites with their records and the classes they have
 
 
 def switch(model: nn.Module, live: Mapping[str, float]) -> None:
@@ -24,88 +30,86 @@ def switch(model: nn.Module, live: Mapping[str, float]) -> None:
     state = require_state(model)
     before = weights_now(state)
     changed = [name for name in state.adapters if before.get(name) != live.get(name)]
-    places = list({id(module): module for name in changed for module, _ in state.places[name]}.values())
-    held = [check_settled(module) for module in places]
+    modules = dict.fromkeys(itertools.chain.from_iterable(state.places[name].modules for name in changed))
+    found, bound = _settled(modules)
     for name in changed:
         _check_change(state, name, live.get(name))
-    entered = [name for name in changed if (name in before) != (name in live)]
     with Journal() as journal:
         journal.undo(_note, state, changed, before)
         _note(state, changed, live)
-        swapped: list[tuple[nn.Module, type[nn.Module]]] = []
-        journal.undo(_swap_back, swapped, held)
-        key = frozenset(live.items())
-        for module, site in zip(places, held, strict=True):
-            _install(module, site, key, swapped)
+        journal.undo(_swap_back, found)
+        _install(found, bound, _key(state, live))
         for path, name, without, value in state.switched:
             reader = model.get_submodule(path)
             journal.undo(setattr, reader, name, getattr(reader, name))
             setattr(reader, name, value if live else without)
-        for name in entered:
-            for module, rules in state.places[name]:
-                _set_flags(module, name, rules, name in live)
+        for name in changed:
+            if name not in live:
+                _rest(state.places[name].boxes)
+            elif name not in before:
+                _train(state.places[name].boxes)
 
 
 def weights_now(state: ModelState) -> dict[str, float]:
     """The live adapters with their weights."""
-    return {name: state.weights.get(name, 1.0) for name in state.adapters if name not in state.idle}
-
-
-def set_trained(state: ModelState, adapters: Iterable[str], train: bool) -> None:
-    """Whether adapters train while they are live: the tensors that their rules have for that."""
-    for name in adapters:
-        for module, rules in state.places[name]:
-            held = tensors_of(module, name)
-            for applied in rules:
-                for key in applied.trained:
-                    if applied.live:
-                        held[key].requires_grad_(train)
-                    else:
-                        applied.flags[key] = train
+    return {name: standing.weight for name in state.adapters if (standing := state.standing[name]).live}
 
 
 def _note(state: ModelState, changed: Iterable[str], live: Mapping[str, float]) -> None:
     for name in changed:
-        weight = live.get(name)
-        (state.idle.add if weight is None else state.idle.discard)(name)
-        if weight is None or weight == 1.0:
-            state.weights.pop(name, None)
-        else:
-            state.weights[name] = weight
-        for _, rules in state.places[name]:
-            for applied in rules:
-                applied.live, applied.weight = weight is not None, 1.0 if weight is None else weight
+        standing = state.standing[name]
+        standing.live, standing.weight = name in live, live.get(name, 1.0)
 
 
-def _install(
-    module: nn.Module,
-    site: SiteState,
-    key: frozenset[tuple[str, float]],
-    swapped: list[tuple[nn.Module, type[nn.Module]]],
-) -> None:
-    found = site.classes.get(key)
-    if found is None:
-        found = class_of_live(module, site), site.woven
-        if len(site.classes) >= _CLASSES:
-            site.classes.clear()
-        site.classes[key] = found
-    cls, site.woven = found
-    if site.variants:
-        site.variants.clear()
-    before = module.__class__
-    if cls is not before:
-        swapped.append((module, before))
-        if BOUND.isdisjoint(module.__dict__):
-            _set_class(module, "__class__", cls)
-        else:
-            swap(module, cls)
+def _key(state: ModelState, live: Mapping[str, float]) -> frozenset[tuple[str, float]]:
+    """The set of live adapters as one object, by which sites find their class."""
+    key = frozenset(live.items())
+    if len(state.keys) >= _CLASSES and key not in state.keys:
+        state.keys.clear()
+    return state.keys.setdefault(key, key)
 
 
-def _swap_back(swapped: list[tuple[nn.Module, type[nn.Module]]], held: Iterable[SiteState]) -> None:
-    for module, before in reversed(swapped):
-        swap(module, before)
-    for site in held:
+def _install(found: Found, bound: set[int], key: frozenset[tuple[str, float]]) -> None:
+    for module, site, before in found:
+        known = site.classes.get(key)
+        if known is None:
+            known = class_of_live(module, site), site.woven
+            if len(site.classes) >= _CLASSES:
+                site.classes.clear()
+            site.classes[key] = known
+        cls, site.woven = known
+        if site.variants:
+            site.variants.clear()
+        if cls is not before:
+            if bound and id(module) in bound:
+                swap(module, cls)
+            else:
+                _set_class(module, "__class__", cls)
+
+
+def _swap_back(found: Found) -> None:
+    for module, site, before in found:
+        if module.__class__ is not before:
+            swap(module, before)
         site.woven = None
+
+
+def _settled(modules: Iterable[nn.Module]) -> tuple[Found, set[int]]:
+    """`check_settled` of all; and which have a forward bound on the instance, by their ids."""
+    found, bound = Found(), set[int]()
+    generated: set[type] = set()
+    for module in modules:
+        own, cls = module.__dict__, module.__class__
+        site: SiteState | None = own.get(_SITE)
+        plain = "forward" not in own and "_old_forward" not in own  # BOUND
+        if not plain:
+            bound.add(id(module))
+        if site is None or site.merged is not None or not plain or (cls is not site.base and cls not in generated):
+            site = check_settled(module)
+            if "_surgery_recipe" in cls.__dict__:
+                generated.add(cls)
+        found.append((module, site, cls))
+    return found, bound
 
 
 def check_settled(module: nn.Module) -> SiteState:
@@ -128,7 +132,7 @@ def check_settled(module: nn.Module) -> SiteState:
 def check_none_merged(state: ModelState) -> None:
     """`SurgeryError` where the base's weights hold an adapter that is not live, and so would count all the same."""
     for name in state.idle:
-        for module, _ in state.places[name][:1]:  # an adapter is merged at all its sites
+        for module in state.places[name].modules[:1]:  # an adapter is merged at all its sites
             held: SiteState | None = module.__dict__.get(_SITE)
             if held is not None and held.merged is not None and name in held.merged.adapters:
                 check_settled(module)
@@ -136,7 +140,7 @@ def check_none_merged(state: ModelState) -> None:
 
 def _check_change(state: ModelState, name: str, weight: float | None) -> None:
     """Whether an adapter may be idle (None), or have this weight."""
-    if weight == 1.0:
+    if weight == 1.0 or (weight is None and not state.standing[name].in_base):
         return
     for module, rules in state.places[name]:
         for applied in rules:
@@ -152,21 +156,42 @@ def _check_change(state: ModelState, name: str, weight: float | None) -> None:
                 raise SurgeryError(what, where=check_settled(module).path, why=why, fix=fix)
 
 
-def _set_flags(module: nn.Module, name: str, rules: list[Applied], live: bool) -> None:
-    """Only live adapters train."""
-    held = module._modules.get(RESERVED)
-    box = held._modules.get(name) if held is not None else None
-    tensors: Mapping[str, Tensor | None] = box._parameters if box is not None else {}
-    for applied in rules:
-        flags = applied.flags
-        if live:
-            for key, flag in flags.items():
-                if flag and (tensor := tensors.get(key)) is not None:
-                    tensor.requires_grad = True
-            flags.clear()
-            continue
-        for key in applied.tensors:
-            tensor = tensors.get(key)
-            if tensor is not None and key not in flags:
-                flags[key] = tensor.requires_grad
-                tensor.requires_grad = False
+# Only live adapters train -------------------------------------------------------------------------------------
+
+
+def _rest(boxes: Sequence[AdapterTensors]) -> None:
+    for box in boxes:
+        still = []
+        for name, tensor in box._parameters.items():
+            if tensor is not None:
+                if tensor.requires_grad:
+                    tensor.requires_grad = False
+                else:
+                    still.append(name)
+        if still:
+            box.still = frozenset(still)
+
+
+def _train(boxes: Sequence[AdapterTensors]) -> None:
+    for box in boxes:
+        still = box.still
+        for name, tensor in box._parameters.items():
+            if tensor is not None and name not in still:
+                tensor.requires_grad = True
+        if still:
+            box.still = frozenset()
+
+
+def set_trained(state: ModelState, adapters: Iterable[str], train: bool) -> None:
+    """Whether adapters train while they are live: the tensors that their rules have for that."""
+    for name in adapters:
+        for module, rules in state.places[name]:
+            names = [key for applied in rules for key in applied.trained]
+            if (box := box_of(module, name)) is None:
+                continue
+            if not state.standing[name].live:
+                box.still = box.still.difference(names) if train else box.still.union(names)
+                continue
+            held = box.tensors()
+            for key in names:
+                held[key].requires_grad_(train)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import io
 import threading
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -22,6 +23,7 @@ from surgery import (
     copy_adapter,
     deactivate,
     merge,
+    pad_rank,
     remove,
     rename_adapter,
     route,
@@ -29,6 +31,8 @@ from surgery import (
     unmerge,
     using,
 )
+from surgery.state import require_state
+from surgery.switching import set_trained
 from surgery.testing import Snapshot
 from tests.test_prefix_written import Plain
 
@@ -42,6 +46,10 @@ def model_with(*names: str) -> nn.Module:
         targets = ["0", "2"] if index % 2 == 0 else ["0"]  # the last layer has not all of them
         apply_rules(model, LoraRule(targets, rank=2 + index, alpha=4, init="random"), adapter=name)
     return model
+
+
+def trained(model: nn.Module) -> set[str]:
+    return {name for name, tensor in model.named_parameters(remove_duplicate=False) if tensor.requires_grad}
 
 
 def expected(model: nn.Module, *names: str) -> Tensor:
@@ -134,25 +142,27 @@ def test_flags_that_were_set_by_hand_come_back() -> None:
     assert model.get_parameter("0.adapters.a.B").requires_grad
 
 
-def trained(model: nn.Module) -> set[str]:
-    return {name.split(".")[2] for name, parameter in model.named_parameters() if parameter.requires_grad}
+def training(model: nn.Module) -> set[str]:
+    return {name.split(".")[2] for name in trained(model)}
 
 
 def test_adapters_are_live_and_frozen() -> None:
     model = model_with("a", "b")
     wanted = expected(model, "a")
-    assert torch.allclose(activate(model, "a", train=False)(X), wanted, **CLOSE) and trained(model) == set()
-    assert trained(activate(model, "b")) == {"b"}
-    assert trained(activate(model, ["a", "b"])) == {"b"}  # a stays frozen until it is told otherwise
+    assert torch.allclose(activate(model, "a", train=False)(X), wanted, **CLOSE) and training(model) == set()
+    assert training(activate(model, "b")) == {"b"}
+    assert training(activate(model, ["a", "b"])) == {"b"}  # a stays frozen until it is told otherwise
     for name, parameter in model.named_parameters():
         if ".adapters." in name:
             parameter.requires_grad_(False)
-    assert trained(activate(model, ["a", "b"], train=True)) == {"a", "b"}
+    assert training(activate(model, ["a", "b"], train=True)) == {"a", "b"}
+    set_trained(require_state(activate(model, "a")), ["b"], False)  # which is idle
+    assert training(activate(model, "b")) == set() and training(activate(model, "b", train=True)) == {"b"}
     apply_rules(model, SteerRule("0", direction=[1.0] * 8), adapter="steer")  # a tensor that its rule does not train
-    assert trained(activate(model, ["a", "steer"], train=True)) == {"a"}
+    assert training(activate(model, ["a", "steer"], train=True)) == {"a"}
     for name in ("steer", "a"):
         copy_adapter(model, name, f"{name}2")
-    assert trained(activate(model, ["a2", "steer2"], train=True)) == {"a2"}
+    assert training(activate(model, ["a2", "steer2"], train=True)) == {"a2"}
 
 
 def test_what_was_live_comes_back() -> None:
@@ -177,6 +187,63 @@ def test_what_was_live_comes_back() -> None:
     rename_adapter(model, "b", "d")
     for copied in (model, copy.deepcopy(model)):
         assert active(activate(copied)) == ("d",)
+
+
+def _loaded(model: nn.Module) -> None:
+    model.load_state_dict(copy.deepcopy(model.state_dict()), assign=True)
+
+
+def _overwritten(model: nn.Module) -> None:
+    torch.__future__.set_overwrite_module_params_on_conversion(True)
+    try:
+        model.double().float()
+    finally:
+        torch.__future__.set_overwrite_module_params_on_conversion(False)
+
+
+def _padded(model: nn.Module) -> None:
+    for name in ("a", "b"):
+        pad_rank(model, name, 6)
+
+
+def _in_other_dictionaries(model: nn.Module) -> None:  # as DeepSpeed keeps parameters
+    for module in model.modules():
+        held = {k: t for k, t in module._parameters.items() if t is not None}
+        module._parameters = {k: nn.Parameter(t.detach().clone(), t.requires_grad) for k, t in held.items()}
+
+
+@pytest.mark.parametrize("replace", [_loaded, _overwritten, _padded, _in_other_dictionaries, copy.deepcopy])
+@pytest.mark.parametrize("first", ["a", "b"])
+def test_tensors_that_were_replaced_follow_the_switch(replace: Callable[[nn.Module], Any], first: str) -> None:
+    model = model_with("a", "b")
+    for name in ("a", "b"):
+        model.get_parameter(f"0.adapters.{name}.B").requires_grad_(False)
+    wanted = {
+        "a": {"0.adapters.a.A", "2.adapters.a.A", "2.adapters.a.B"},
+        "b": {"0.adapters.b.A"},
+    }
+    activate(model, first)
+    before = model.get_parameter("0.adapters.a.B")
+    model = replace(model) or model
+    assert model.get_parameter("0.adapters.a.B") is not before
+    assert trained(model) == wanted[first]
+    for name in ("a", "b", "a", "b"):
+        assert trained(activate(model, name)) == wanted[name]
+    assert trained(activate(model, ["a", "b"])) == wanted["a"] | wanted["b"]
+    assert trained(deactivate(model)) == set()
+
+
+def test_a_tensor_of_several_sites_follows_the_switch() -> None:
+    model: Any = model_with("a", "b")
+    model[2].adapters.a.B = nn.Parameter(torch.zeros(4, 2))
+    model[2].adapters.a.A = model[0].adapters.a.A
+    wanted = {name for name, _ in model.named_parameters(remove_duplicate=False) if ".a." in name}
+    activate(model, "b")
+    assert not any(".a." in name for name in trained(model))
+    assert trained(copy_adapter(activate(model, "a"), "a", "c")) == wanted
+    activate(model, "c")
+    assert model[2].adapters.c.A is model[0].adapters.c.A
+    assert trained(model) == {name.replace(".a.", ".c.") for name in wanted}
 
 
 def test_removing_in_any_order() -> None:

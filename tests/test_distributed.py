@@ -14,7 +14,17 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from rules import LoraRule
-from surgery import SurgeryError, apply_rules, hotswap, load_adapter, pad_rank, remove, save_adapter
+from surgery import (
+    SurgeryError,
+    activate,
+    apply_rules,
+    deactivate,
+    hotswap,
+    load_adapter,
+    pad_rank,
+    remove,
+    save_adapter,
+)
 
 tiny: Any = pytest.importorskip("tests.tiny", reason="needs transformers")
 
@@ -138,6 +148,10 @@ def fsdp2(rank: int) -> None:
         else:
             raise AssertionError("a sharded model was rewritten")
     assert kinds == [type(module) for module in model.modules()]
+    # A switch finds the sharded tensors, which have taken the others' places.
+    for trains in (False, True):
+        held = adapters_of(activate(model, "default") if trains else deactivate(model)).values()
+        assert {(hasattr(tensor, "device_mesh"), tensor.requires_grad) for tensor in held} == {(True, trains)}
 
 
 def fsdp2_of_single_sites(rank: int) -> None:

@@ -58,7 +58,7 @@ def exactly(paths: Sequence[str]) -> str | list[str]:
 def arranged(copy: nn.Module, state: ModelState, names: Sequence[str]) -> Arranged:
     """The slots that these adapters need, and the rules of live ones that can't be in one."""
     found = Arranged()
-    live = [name for name in names if name not in state.idle]
+    live = [name for name in names if state.standing[name].live]
     for path, module, site in sites(copy):
         here = [applied for applied in site.applied if applied.adapter in names]
         kinds, after, why = _at(here, module, path, live)

@@ -90,7 +90,7 @@ def _merged(model: nn.Module, given: Given, names: Any, how: Settings) -> Prepar
     if state is None:
         return Prepared(sharing_copy(model))
     copy = sharing_copy(model, folding=True)
-    wanted = adapter_names(state, names) if names is not None else [n for n in state.adapters if n not in state.idle]
+    wanted = adapter_names(state, names) if names is not None else list(active(model))
     if names is not None or not any(site.merged is not None for _, _, site in sites(copy)):
         unmerge(copy)
         if wanted:

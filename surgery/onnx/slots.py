@@ -85,7 +85,7 @@ def put_slots(copy: nn.Module, names: Sequence[str], slot: str, given: Given, *,
     state = require_state(copy)
     found = arranged(copy, state, names)
     for (name, kind, reason), paths in found.none.items():
-        live = name not in state.idle
+        live = state.standing[name].live
         told = "a constant of the file, for all adapters" if live else "left out, since it is not live"
         why = f"{kind.__name__} of {name!r} ({len(paths)} sites) can't be a slot: {reason}; it is {told}"
         placing.notices.append(why)
@@ -139,7 +139,7 @@ class _Constant:
         end = "_after" if left.after else ""
         name = f"{CONSTANT}_{left.adapter}_{left.rule.name.replace('-', '_')}{end}"
         rule = left.rule.replace(targets=exactly(left.paths))
-        return cls(name, rule, tensors, left.after, state.weights.get(left.adapter, 1.0))
+        return cls(name, rule, tensors, left.after, state.standing[left.adapter].weight)
 
     def put(self, copy: nn.Module, given: Given) -> None:
         taken = require_state(copy).adapters if model_state(copy) is not None else {}
