@@ -134,7 +134,7 @@ def smollm2(packaged: Callable[[str], Path]) -> tuple[nn.Module, Any]:
     auto = tiny.transformers
     tokens = auto.AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
     model = auto.AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name)
-    return model.float(), dict(tokens(["The town lay in the valley, and its river"], return_tensors="pt"))
+    return model, dict(tokens(["The town lay in the valley, and its river"], return_tensors="pt"))
 
 
 ATTENTION = ["q_proj", "v_proj"]
