@@ -49,10 +49,16 @@ def packaged(name: str) -> Path:
     return Path(next(iter(spec.submodule_search_locations)))
 
 
-def written(made: Sequence[Sequence[str]]) -> None:
+def written(made: Sequence[Sequence[str]], asked: bool) -> None:
+    """The page's table anew; where some rows were asked for, the others stay."""
     before, _, rest = PAGE.read_text(encoding="utf-8").partition(MARKS[0])
-    new = before + MARKS[0] + page(made) + "\n" + MARKS[1] + rest.partition(MARKS[1])[2]
-    PAGE.write_text(new, encoding="utf-8")
+    old, _, after = rest.partition(MARKS[1])
+    new = page(made).splitlines()
+    if asked:
+        names = {row[0] for row in made}
+        kept = [line for line in old.splitlines() if line.split(" | ")[0].removeprefix("| ") not in names]
+        new = [*kept, *new[2:]]
+    PAGE.write_text(before + MARKS[0] + "\n".join(new) + "\n" + MARKS[1] + after, encoding="utf-8")
 
 
 def main(asked: Sequence[str]) -> int:
@@ -73,8 +79,7 @@ def main(asked: Sequence[str]) -> int:
                 told = f"{type(error).__name__}: {' '.join(str(error).split())}"[:300]
                 made.append([row.name, str(dict(row.how)), "", "", "", f"✗ {told}".replace("|", "\\|"), ""])
                 wrong += 1
-        if not asked:
-            written(made)
+        written(made, bool(asked))
         print(f"{row}: {told}, {time.perf_counter() - started:.0f} s", flush=True)
     print(f"{len(made)} comparisons, {wrong} rows that do not hold")
     return int(wrong > 0)
