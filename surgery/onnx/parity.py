@@ -28,11 +28,11 @@ from surgery.state import adapter_names, model_state, require_state
 
 __all__ = ["ParityReport", "TOLERANCES", "verify_onnx"]
 
-# What rounding in another order comes to, of the largest number of an output. float32: real models come to some 1e-6
-# (docs/onnx.md has them all), and the last bits of an unlucky sum to a few times that; a wrong scale or weight is
-# hundreds of times as much. float64 has parts in float32 in most models. The half precisions keep 11 and 8 bits, and
-# are rounded between operations that the other side fuses: some tens of their last bit.
-TOLERANCES = {"float32": 2e-5, "float64": 2e-5, "float16": 2e-2, "bfloat16": 1e-1}
+# What rounding in another order comes to, of the largest number of an output. float32: 6e-6 and less in real and random
+# models (docs/onnx.md has them all) but for the deepest, EfficientNet-Lite0 with random LoRA on every convolution, with
+# 1.5e-5; a wrong scale or weight is hundreds of times as much. float64 has parts in float32 in most models. The half
+# precisions keep 11 and 8 bits, and are rounded between operations that the other side fuses: some tens of their last.
+TOLERANCES = {"float32": 5e-5, "float64": 5e-5, "float16": 2e-2, "bfloat16": 1e-1}
 TOKENS = 8
 
 Adapters = str | Sequence[str] | Mapping[str, str | Path] | None
