@@ -104,13 +104,60 @@ def take_out(output: Any, made: Mark | None, adapter: str, after: int | None) ->
     return _without(output, count, hidden.shape[1], after)
 
 
-def widened(states: Tensor | None, mask: Tensor | None, count: int) -> Tensor | None:
-    """The mask of an encoder's states, with columns for virtual tokens that it does not know of."""
-    if states is None or mask is None or states.shape[1] - mask.shape[-1] < count:
+def put_any(module: Any, prompt: Tensor, given: Inputs, rest: str, after: int) -> Inputs:
+    """As `put_in`, in the graph of an exported file: of any number of virtual tokens, none included, at any step.
+
+    A mask is of the text alone: what it lacks of the cache, the text and the new virtual tokens are virtual ones.
+    """
+    inputs = {**given, **(given[rest] if rest else {})}
+    ids, embeds = inputs["input_ids"], inputs["inputs_embeds"]
+    if (ids is None) == (embeds is None):
+        return given
+    _refuse_unknown(inputs, rest)
+    embeds = module.get_input_embeddings()(ids) if embeds is None else embeds
+    batch, new, count = embeds.shape[0], embeds.shape[1], prompt.shape[0]
+    cache = next((inputs[name] for name in _CACHES if inputs.get(name) is not None), None)
+    if cache is not None and (after or any(getattr(cache, "is_linear", ()))):
+        raise _error("it goes on from a cache", "export it without one")
+    mask, positions, steps = (inputs.get(name) for name in ("attention_mask", "position_ids", "cache_position"))
+    changed: Inputs = {"input_ids": None, "attention_mask": mask}
+    lacking = count
+    if mask is not None:
+        if not isinstance(mask, Tensor) or mask.dim() != 2:
+            raise _error("its mask is not (batch, tokens)", "give it a 2-D mask")
+        lacking = (0 if cache is None else cache.get_seq_length()) + new + count - mask.shape[1]
+        changed["attention_mask"] = _spliced(mask, mask.new_ones(batch, lacking), after, 1)
+    elif cache is not None and (positions is not None or steps is not None):
+        raise _error("without a mask it can't be told which tokens a cache has", "give it an attention_mask")
+    rows = _for_rows(prompt.to(embeds.device, embeds.dtype), batch)
+    changed["inputs_embeds"] = _spliced(embeds, rows, after, 1)
+    if positions is not None:
+        start = positions[..., after - 1 : after] + 1 if after else positions.amin(-1, keepdim=True)
+        first = start + torch.arange(count, device=positions.device, dtype=positions.dtype)
+        later = torch.cat([positions[..., :after], positions[..., after:] + lacking], -1)
+        changed["position_ids"] = _spliced(later, first.expand(*positions.shape[:-1], -1), after, -1)
+    if steps is not None:
+        changed["cache_position"] = torch.cat([torch.arange(count).to(steps), steps + lacking])
+    if (types := inputs.get("token_type_ids")) is not None:
+        changed["token_type_ids"] = _spliced(types, types.new_zeros(*types.shape[:-1], count), after, -1)
+    found = {name: changed.get(name, value) for name, value in given.items()}
+    if rest:
+        found[rest] = {name: changed.get(name, value) for name, value in given[rest].items()}
+    return found
+
+
+def take_any(output: Any, prompt: Tensor, after: int) -> Any:
+    """The output without the positions that `put_any` put in; a cache keeps them."""
+    return _without(output, prompt.shape[0], hidden_of(output).shape[1], after)
+
+
+def widened(states: Tensor | None, mask: Tensor | None, count: int | None) -> Tensor | None:
+    """The mask of an encoder's states, with columns for virtual tokens that it does not know of; None: any number."""
+    if states is None or mask is None or (count is not None and states.shape[1] - mask.shape[-1] < count):
         return mask
     if mask.dim() != 2:
         raise _error("the mask of the encoder's states has no columns for the virtual tokens", "give it as 2-D")
-    return _spliced(mask, mask.new_ones(mask.shape[0], count), 0, 1)
+    return _spliced(mask, mask.new_ones(mask.shape[0], states.shape[1] - mask.shape[-1]), 0, 1)
 
 
 def put_after(output: Any, prompt: Tensor, after: int) -> Tensor:

@@ -9,6 +9,7 @@ from typing import Any, cast
 from torch import Tensor, nn
 
 from rules import _texts, _virtual
+from rules.prompt_slots import PromptMemorySlotRule
 from surgery import Member, Rule, Site, Targets, rule
 
 THE_MODEL = ""  # the path of the model itself
@@ -32,6 +33,12 @@ class PromptMemoryRule(Rule):
     def rewrite(self, site: Site) -> None:
         states, mask = site.inputs["encoder_hidden_states"], site.inputs["encoder_attention_mask"]
         site.replace(mask, site.apply(_virtual.widened, states, mask, self.length))
+
+    slot_kind = "prompt-memory"
+
+    @classmethod
+    def slot(cls, rules: Sequence[Rule], module: nn.Module, path: str) -> Rule | None:
+        return PromptMemorySlotRule()
 
     @classmethod
     def routed(cls, sites: Sequence[Member]) -> None:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from rules import _fields, _texts
 from rules.prompt import PromptRule
-from surgery import Combination, Member, Rule, Share, Site, SiteError, rule
+from surgery import Combination, LiveSite, Member, Rule, Share, Site, SiteError, rule
 
 
 @rule("multitask-prompt")
@@ -59,6 +59,16 @@ class MultitaskPromptRule(PromptRule):
 
     def combined(self, shares: Sequence[Share], how: Combination) -> tuple[Rule, Mapping[str, Tensor]]:
         return Rule.combined(self, shares, how)
+
+    @property
+    def slot_kind(self) -> str | None:  # type: ignore[override]
+        return None if self.task is None else "prompt"
+
+    why_no_slot = "a call names its task; one adapter a task (`task`) has one"
+
+    def slotted(self, slot: Rule, site: LiveSite) -> Mapping[str, Tensor]:
+        found = super().slotted(slot, site)
+        return {"prompt": scaled(found["prompt"], site.params["columns"], site.params["rows"], None, self.task)[0]}
 
     def virtual(self, site: Site) -> Tensor:
         prompt = super().virtual(site)

@@ -9,9 +9,10 @@ from typing import Any, Literal, cast
 import torch
 from torch import Tensor, nn
 
-from rules import _combined, _encoder, _fields, _prompt_rows, _texts, _virtual
+from rules import _combined, _encoder, _fields, _prompt_rows, _texts, _virtual, prompt_slots
 from rules.memory import THE_MODEL, HiddenIdsRule, PromptMemoryRule
 from surgery import Combination, LiveSite, Member, Rule, Share, Site, SiteError, Targets, rule
+from surgery.state import site_state
 
 
 @rule("prompt")
@@ -59,7 +60,8 @@ class PromptRule(Rule):
     whole: bool = False
     scalable = False
     why_not_merged = "virtual tokens are no change of a weight"
-    why_no_slot = "how many virtual tokens there are is in the masks, positions and outputs of the whole graph"
+    slot_kind = "prompt"
+    why_no_slot = "the adapters differ in `after` or `whole`, or positions or a head need the text's token ids"
 
     def validate(self) -> None:
         _fields.whole(self, "length", "encoder_layers")
@@ -128,8 +130,22 @@ class PromptRule(Rule):
         kept = {name: tensor for name, tensor in site.params.items() if name not in network}
         return self.replace(encoder=None), {**kept, "prompt": prompt}
 
+    @classmethod
+    def slot(cls, rules: Sequence[Rule], module: nn.Module, path: str) -> Rule | None:
+        state = site_state(module)
+        facts = next((one.facts for one in state.applied if one.rule is rules[0]), None) if state is not None else None
+        return prompt_slots.slot_of([cast(PromptRule, one) for one in rules], facts)
+
+    def slotted(self, slot: Rule, site: LiveSite) -> Mapping[str, Tensor]:
+        held = cast(prompt_slots.PromptSlotRule, slot)
+        if self.whole != held.whole or self.after not in (None, held.after):
+            fix = "export the model again with this adapter on it"
+            raise SiteError("the slot's virtual tokens stand elsewhere in the text", where=site.path, fix=fix)
+        return {"prompt": self.folded(site)[1]["prompt"]}
+
     def virtual(self, site: Site) -> Tensor:
         """The virtual tokens as a value of the graph, (length, features)."""
+        site.fact("padded", lambda: any(map(_texts.reads_padding, site.owners)))
         width = site.fact("width", lambda: _texts.width(site, self.init == "random", self.after))
         prompt = site.param("prompt", (self.length, width), _texts.start(site, self.init, self.text_ids))
         if self.encoder is None:

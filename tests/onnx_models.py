@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from rules import LoraRule, PrefixRule
+from rules import LoraRule, PrefixRule, PromptRule
 from surgery import ParityReport, Rule, SurgeryError, apply_rules, export_onnx
 from surgery.onnx.given import leaves_of
 from tests import tiny
@@ -155,6 +155,8 @@ FURTHER = [
     Row("DistilBERT", tiny.distilbert, lora(["q_lin", "v_lin"], 2, 5)),
     Row("Llama without a cache", without_cache(padded_llama), lora(ATTENTION, 2, 5)),
     Row("Llama, a prefix and LoRA", tiny.llama, {"prefix": [PrefixRule("self_attn", length=3)], **lora(ATTENTION, 3)},
+        {"cache": True}),
+    Row("Llama, a prompt and LoRA", tiny.llama, {"prompt": [PromptRule(length=3)], **lora(ATTENTION, 3)},
         {"cache": True}),
     Row("Whisper", tiny.whisper, lora(ATTENTION, 2, 5)),
     Row("EfficientNet-Lite0, real weights", efficientnet, lora([nn.Conv2d, nn.Linear], 8, 4), real=True),

@@ -17,12 +17,12 @@ from surgery.onnx.fitting import listed
 from surgery.onnx.manifest import Manifest, Slot
 from surgery.onnx.peft_folder import Checkpoint, read_checkpoint
 from surgery.onnx.peft_lora import lora
-from surgery.onnx.peft_others import ia3, prefix, tokens, trained
+from surgery.onnx.peft_others import ia3, prefix, prompt, tokens, trained
 from surgery.onnx.weights import Weights
 
 __all__ = ["convert_peft"]
 
-_METHODS = {"LORA": lora, "IA3": ia3, "PREFIX_TUNING": prefix}
+_METHODS = {"LORA": lora, "IA3": ia3, "PREFIX_TUNING": prefix, "PROMPT_TUNING": prompt, "P_TUNING": prompt}
 
 
 def convert_peft(folder: str | Path, onnx_path: str | Path, out_path: str | Path) -> Path:
@@ -30,8 +30,8 @@ def convert_peft(folder: str | Path, onnx_path: str | Path, out_path: str | Path
 
     `onnx_path`: a file that `export_onnx(…, adapters="slots")` wrote. Of PEFT's methods: LoRA with rank_pattern,
     alpha_pattern, rsLoRA, lora_bias, and DoRA (whose gains are made with the weights in the file: needs the onnx
-    package), IA³, prefixes; with any of them modules_to_save, trained biases and trainable_token_indices, where the
-    file has slots for them.
+    package), IA³, prefixes, prompt tuning, p-tuning; with any of them modules_to_save, trained biases and
+    trainable_token_indices, where the file has slots for them.
     Scales are folded into B. Half-precision checkpoints are computed with in float32.
 
     Gives `out_path`. Raises `LoadError` that lists all that the file has no place for, and then writes nothing.

@@ -1,4 +1,4 @@
-"""IA³, prefixes and fully trained modules of PEFT's checkpoints as the tensors of slots."""
+"""IA³, prefixes, prompts and fully trained modules of PEFT's checkpoints as the tensors of slots."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from surgery.onnx.dtypes import widened
 if TYPE_CHECKING:
     from surgery.onnx.convert import Making
 
-__all__ = ["ia3", "prefix", "trained"]
+__all__ = ["ia3", "prefix", "prompt", "tokens", "trained"]
 
 
 def ia3(making: Making) -> None:
@@ -117,6 +117,31 @@ def _turned(key: np.ndarray, turn: Any) -> np.ndarray:
     found[..., first] = x * np.cos(by) + y * np.sin(by)
     found[..., second] = y * np.cos(by) - x * np.sin(by)
     return found
+
+
+def prompt(making: Making) -> None:
+    """Virtual tokens before a text, a row each; of an encoder-decoder PEFT keeps as many rows again, and uses none.
+
+    Of p-tuning a checkpoint holds what the network made.
+    """
+    held = making.checkpoint
+    matrix, length = making.left.pop("prompt_embeddings", None), held.config.get("num_virtual_tokens")
+    sites = [site for site, rule in making.manifest.groups if rule == "prompt"]
+    with making.noting("prompt_embeddings"):
+        if matrix is None or not sites:
+            raise SurgeryError(
+                "the checkpoint has no prompt" if matrix is None else "the file has no slot for a prompt"
+            )
+        if len(sites) > 1 or matrix.ndim != 2 or type(length) is not int or not 0 < length <= len(matrix):
+            why = f"it is {matrix.shape} for {length!r} virtual tokens, and the file has {len(sites)} places"
+            raise SurgeryError("the prompt does not fit the file", why=why)
+        rule = making.rule_of(sites[0], "prompt")
+        if rule.get("after", 0) != 0:
+            raise SurgeryError("PEFT's virtual tokens stand before the text's first, and the slot's behind it")
+        if rule.get("whole", False) != (held.config.get("task_type") == "SEQ_CLS"):
+            why = "its classifiers see the virtual tokens, and its other outputs do not: PromptRule's `whole`"
+            raise SurgeryError("the slot's virtual tokens are not PEFT's", why=why)
+        making.put(sites[0], "prompt", {"prompt": widened(matrix[:length])})
 
 
 # Modules that are trained whole -------------------------------------------------------------------------------

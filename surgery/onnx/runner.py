@@ -15,7 +15,7 @@ import onnxruntime
 from surgery.errors import SurgeryError, near_misses
 from surgery.onnx.adapters import read_adapter
 from surgery.onnx.defaults import DEFAULTS, defaults_of
-from surgery.onnx.dtypes import array_of_value, value_of
+from surgery.onnx.dtypes import array_of_value, dtype_of, value_of
 from surgery.onnx.feeds import Feeds, Input
 from surgery.onnx.fitting import listed
 from surgery.onnx.manifest import Manifest
@@ -76,6 +76,8 @@ class OnnxRunner:
             [one for name, one in further.items() if name not in slots],
         )
         self._defaults = self._required([name for name in slots if name in inputs])
+        self._pasts = [one["past"] for one in self.manifest.cache]
+        self._once = self._in_caches()
         self._loaded: Mapping[str, _Loaded] = {}  # replaced, never changed: a call has it as it was when it began
         self._lock = threading.Lock()
         self.takes_padding = False  # whether texts that are padded on their left were seen to come out right
@@ -84,6 +86,12 @@ class OnnxRunner:
         """What slots that must be fed are without an adapter; None where that is not known."""
         held = defaults_of(self.path, self.manifest) if names else {}
         return {name: None if (array := held[name]) is None else value_of(array) for name in names}
+
+    def _in_caches(self) -> dict[str, Any]:
+        """Virtual tokens, which a cache holds from the first call on, as they are given at the later ones: none."""
+        prompts = [slot for slot in self.manifest.slots if slot.rule == "prompt"] if self._pasts else []
+        none = {slot.name: np.zeros([size or 0 for size in slot.shape], dtype_of(slot.dtype)) for slot in prompts}
+        return {name: value_of(array) for name, array in none.items()}
 
     # Adapters -------------------------------------------------------------------------------------------------
 
@@ -170,8 +178,11 @@ class OnnxRunner:
 
     def run_values(self, values: Mapping[str, Any], names: Sequence[str]) -> dict[str, Any]:
         """Run the graph on OrtValues, the slots' among them; gives OrtValues."""
+        values = dict(values)
+        if self._once and any(0 not in values[name].shape() for name in self._pasts if name in values):
+            values.update({name: empty for name, empty in self._once.items() if name in values})
         try:
-            found = self.session.run_with_ort_values(list(names), dict(values))
+            found = self.session.run_with_ort_values(list(names), values)
         except Exception as error:  # onnxruntime's have no class of their own in common
             raise SurgeryError("onnxruntime can't run this", why=_first_line(error)) from error
         return dict(zip(names, found, strict=True))

@@ -1,0 +1,78 @@
+"""What prompts become in an exported file: virtual tokens of any number at run time, none without an adapter."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor, nn
+
+from rules import _texts, _virtual
+from surgery import Rule, Site, rule
+
+if TYPE_CHECKING:
+    from rules.prompt import PromptRule
+
+
+@rule("prompt-slot")
+class PromptSlotRule(Rule):
+    """[P; e(x)] with P as it is given, of any length: PromptRule's slot, on the module that it found.
+
+    Fields: `after`, a number, and `whole` are PromptRule's; `width` of the embeddings. With a cache, a mask is of the
+    text alone at each step, as the live model's, and P is given at the first step and empty at the later ones.
+    """
+
+    after: int = 0
+    width: int = 1
+    whole: bool = False
+    scalable = False
+    why_not_merged = "virtual tokens are no change of a weight"
+    slot_kind = "prompt"
+    zeros_are_none = False  # a virtual token of zeros is one
+
+    def rewrite(self, site: Site) -> Any:
+        role = site.fact("role", lambda: _texts.role(site))
+        prompt = site.param("prompt", (2, self.width), nn.init.zeros_)
+        if role == "layer":
+            return site.with_hidden(site.apply(_virtual.put_after, site.output, prompt, self.after))
+        rest = _texts.starred(site) or ""
+        new: Any = site.apply(_virtual.put_any, site.this, prompt, dict(site.inputs), rest, self.after)
+        for name in site.inputs:
+            if name in _virtual.CHANGED or name == rest:
+                site.replace(site.inputs[name], new[name])
+        if role == "encoder" or self.whole:
+            return None
+        return site.apply(_virtual.take_any, site.output, prompt, self.after)
+
+    def free(self, tensor: str) -> tuple[int, str] | None:
+        return 0, "length"
+
+    def unslotted(self, tensors: Mapping[str, Tensor]) -> tuple[Rule, Mapping[str, Tensor]]:
+        from rules.prompt import PromptRule
+
+        return PromptRule(length=len(tensors["prompt"]), after=self.after, whole=self.whole), tensors
+
+
+@rule("prompt-memory-slot")
+class PromptMemorySlotRule(Rule):
+    """A decoder's mask of its encoder's states, with a column for each virtual token that they have: of any number."""
+
+    scalable = False
+    why_not_merged = "virtual tokens are no change of a weight"
+    slot_kind = "prompt-memory"
+
+    def rewrite(self, site: Site) -> None:
+        states, mask = site.inputs["encoder_hidden_states"], site.inputs["encoder_attention_mask"]
+        site.replace(mask, site.apply(_virtual.widened, states, mask, None))
+
+
+def slot_of(rules: Sequence[PromptRule], facts: Mapping[str, Any] | None) -> PromptSlotRule | None:
+    """The slot that holds any of these prompts of one module, of which `facts` were found when they were put there."""
+    if facts is None or len({(one.after, one.whole) for one in rules}) > 1:
+        return None
+    after, whole = rules[0].after, rules[0].whole
+    seen = facts.get("seen", {"pooled": False, "left": True})
+    # Where positions hang on token ids, or a head looks for padding in them, ids can't be left out without an adapter.
+    if not seen["left"] or (whole and facts["padded"]):
+        return None
+    return PromptSlotRule(after=int(seen["pooled"]) if after is None else after, width=facts["width"], whole=whole)
