@@ -123,8 +123,8 @@ def low_rank_tensors(
     for part in _layout(site.module, slot.rank).parts:
         change = changes[part.weight]
         factors = [change, *([site.changed[part.weight]] if part.weight in site.changed else [])]
-        if not all(isinstance(one, LowRank) for one in factors):
-            raise SiteError("what the adapter changed at its start was kept as a copy", where=site.path)
+        if not all(isinstance(one, LowRank) and one.groups == change.groups for one in factors):
+            raise SiteError("what the adapter changed at its start can't be said in its groups", where=site.path)
         if change.groups < part.groups:
             why = f"in the file each rank belongs to one of the {part.groups} groups of the convolution"
             raise _unfit(site, f"a rank of {len(change.A)} that its groups don't divide", why)

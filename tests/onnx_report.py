@@ -56,7 +56,7 @@ def written(made: Sequence[Sequence[str]], asked: bool) -> None:
     new = page(made).splitlines()
     if asked:
         names = {row[0] for row in made}
-        kept = [line for line in old.splitlines() if line.split(" | ")[0].removeprefix("| ") not in names]
+        kept = [line for line in old.splitlines() if line and line.split(" | ")[0].removeprefix("| ") not in names]
         new = [*kept, *new[2:]]
     PAGE.write_text(before + MARKS[0] + "\n".join(new) + "\n" + MARKS[1] + after, encoding="utf-8")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,15 @@ import torch
 from torch import nn
 
 from rules import LoraRule
-from surgery import SurgeryError, apply_rules, export_onnx, load_adapter, verify_onnx
+from surgery import (
+    SurgeryError,
+    adapter_state_dict,
+    apply_rules,
+    export_onnx,
+    load_adapter,
+    load_adapter_state_dict,
+    verify_onnx,
+)
 from surgery.errors import ParityError
 from surgery.onnx import OnnxRunner, convert_peft, export_adapter
 from surgery.onnx.parity import difference
@@ -152,6 +161,30 @@ def test_how_much_each_adapter_moves_is_told(tmp_path: Path) -> None:
     assert report is not None and report.moved["fresh"] == 0 and report.moved["trained"] > 0.01
     assert [one for one in report.notices if one.startswith("fresh moves the outputs by 0.0e+00")]
     assert not any("trained" in one for one in report.notices) and "tells nothing of it" in str(report)
+
+
+@pytest.mark.parametrize("order", [("red", "blue"), ("blue", "red")])
+@pytest.mark.parametrize("how", ["slots", "merged", "constant"])
+def test_an_adapter_that_changed_the_base_at_its_start(how: Any, order: tuple[str, str], tmp_path: Path) -> None:
+    """PiSSA can't be idle: the others are compared, merged and exported on the base as it was before."""
+    base, x = nn.Sequential(nn.Linear(8, 6)).eval(), torch.randn(4, 8)
+    model, alone = copy.deepcopy(base), {name: copy.deepcopy(base) for name in order}
+    for name in order:
+        rule = LoraRule("0", rank=3, init="pissa" if name == "red" else "random")
+        apply_rules(alone[name], rule, adapter=name)
+        apply_rules(model, rule, adapter=name)
+        tensors = {key: tensor * 1.5 for key, tensor in adapter_state_dict(alone[name], name).items()}
+        load_adapter_state_dict(alone[name], tensors, name)
+        load_adapter_state_dict(model, tensors, name)
+    for name in order:
+        report = export_onnx(model, tmp_path / "m.onnx", x, adapters=how, names=None if how == "slots" else name)
+        runner, fed = OnnxRunner(report.path), None
+        if how == "slots":
+            assert {one.adapter for one in report.parity.compared} == {"base", *order}  # type: ignore[union-attr]
+            assert_near([runner.run({"input": x.numpy()})["output"]], expected(base, x))
+            runner.load(name, export_adapter(model, name, report.path, tmp_path / "a.onnx_adapter"))
+            fed = name
+        assert_near([runner.run({"input": x.numpy()}, fed)["output"]], expected(alone[name], x))
 
 
 def test_outputs_that_are_drawn_are_not_compared(tmp_path: Path) -> None:

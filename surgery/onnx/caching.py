@@ -7,12 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from surgery.activation import deactivate
 from surgery.errors import SurgeryError
-from surgery.merging import unmerge
-from surgery.onnx.copies import sharing_copy
+from surgery.onnx.copies import leave_live, sharing_copy
 from surgery.onnx.given import Given, is_cache
-from surgery.state import model_state
 
 __all__ = ["with_cache"]
 
@@ -59,7 +56,6 @@ def with_cache(model: nn.Module, example_inputs: Any) -> dict[str, Any]:
 
 def _past(model: nn.Module, inputs: dict[str, Any]) -> Any:
     copy = sharing_copy(model)
-    if model_state(copy) is not None:
-        deactivate(unmerge(copy))
+    leave_live(copy, ())
     with torch.no_grad(), torch.random.fork_rng():
         return getattr(copy(**inputs), "past_key_values", None)

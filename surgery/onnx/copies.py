@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor, fx, nn
 
+from surgery.activation import activate, deactivate
+from surgery.engine import remove
 from surgery.errors import SurgeryError
-from surgery.state import _MODEL, _SITE, sites
+from surgery.merging import unmerge
+from surgery.state import _MODEL, _SITE, model_state, sites
 
-__all__ = ["sharing_copy", "traced_path"]
+__all__ = ["changing", "leave_live", "sharing_copy", "traced_path"]
 
 
 def sharing_copy(model: nn.Module, *, folding: bool = False) -> nn.Module:
@@ -40,6 +43,22 @@ def sharing_copy(model: nn.Module, *, folding: bool = False) -> nn.Module:
         if parameter.is_floating_point():
             parameter.requires_grad_(False)
     return found.eval()
+
+
+def changing(model: nn.Module) -> list[str]:
+    """The adapters that changed base weights at their start (PiSSA), and so are live as long as they are there."""
+    return list(dict.fromkeys(one.adapter for _, _, site in sites(model) for one in site.applied if one.changed))
+
+
+def leave_live(copy: nn.Module, names: Sequence[str]) -> None:
+    """On a copy, let these adapters be live alone, unmerged; others that can't be idle are taken off it."""
+    if model_state(copy) is None:
+        return
+    unmerge(copy)
+    if gone := [name for name in changing(copy) if name not in names]:
+        remove(copy, gone, check=False)
+    if model_state(copy) is not None:
+        activate(copy, list(names)) if names else deactivate(copy)
 
 
 def _shared(tensor: Tensor) -> Tensor:

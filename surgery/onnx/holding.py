@@ -9,15 +9,16 @@ from typing import Any
 import numpy as np
 from torch import Tensor, nn
 
+from surgery.activation import active
 from surgery.engine import remove
 from surgery.errors import ParityError, SurgeryError
 from surgery.merging import unmerge
-from surgery.onnx.copies import sharing_copy
+from surgery.onnx.copies import leave_live, sharing_copy
 from surgery.onnx.given import Given, array_of
 from surgery.onnx.manifest import Manifest
 from surgery.onnx.names import LAYOUT
 from surgery.onnx.prepare import PREPARE, Settings
-from surgery.state import model_state
+from surgery.state import adapter_names, model_state, require_state
 
 __all__ = ["check_file", "check_weights", "opened", "ran"]
 
@@ -53,9 +54,11 @@ def check_weights(path: str | Path, manifest: Manifest, model: nn.Module, given:
     elif manifest.adapters == "merged":
         source = PREPARE["merged"](model, given, names, Settings()).model
     else:
-        source = unmerge(sharing_copy(model))
+        source = sharing_copy(model)  # some adapters change weights at their start
         if manifest.adapters == "slots":
-            remove(source, check=False)  # of which some change weights at their start
+            remove(unmerge(source), check=False)
+        else:
+            leave_live(source, adapter_names(require_state(source), names) if names is not None else active(source))
     held: Mapping[str, Any] = ir.load(str(path)).graph.initializers
     slots = {slot.name for slot in manifest.slots}
     count, wrong = 0, list[str]()

@@ -11,12 +11,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from surgery.activation import activate, active, deactivate
-from surgery.errors import ParityError
+from surgery.activation import active
+from surgery.errors import ParityError, SurgeryError
 from surgery.merging import unmerge
 from surgery.onnx.adapters import read_adapter
 from surgery.onnx.carried import slot_arrays
-from surgery.onnx.copies import sharing_copy, traced_path
+from surgery.onnx.copies import changing, leave_live, sharing_copy, traced_path
 from surgery.onnx.decoding import decode
 from surgery.onnx.defaults import defaults_of
 from surgery.onnx.given import Given, arrays_of, outputs_of
@@ -24,7 +24,7 @@ from surgery.onnx.holding import check_file, check_weights, opened, ran
 from surgery.onnx.manifest import Manifest, read_manifest
 from surgery.onnx.report import Compared, ParityReport, parity_error
 from surgery.onnx.sizes import other_sizes
-from surgery.state import adapter_names, model_state, require_state
+from surgery.state import adapter_names, model_state
 
 __all__ = ["ParityReport", "TOLERANCES", "verify_onnx"]
 
@@ -125,33 +125,47 @@ def _references(model: nn.Module, manifest: Manifest, adapters: Adapters, report
     if state is None:
         yield Reference("base", copy, {})
         return
-    unmerge(copy)
+    only = _Only(model, unmerge(copy))
     names = list(adapters) if isinstance(adapters, Mapping) else adapters
     if manifest.adapters != "slots":
         wanted = adapter_names(state, names) if names is not None else list(active(copy))
-        deactivate(copy)
-        yield Reference("base", copy, {}, compared=not wanted)
+        yield Reference("base", only(), {}, compared=not wanted)
         if wanted:
-            activate(copy, wanted)
-            yield Reference(" + ".join(wanted), copy, {})
+            yield Reference(" + ".join(wanted), only(*wanted), {})
         return
     defaults = defaults_of(report.path, manifest) if manifest.slots_as == "inputs" else {}
     fed = {name: array for name, array in defaults.items() if array is not None}
     constants = list(manifest.constants)
-    deactivate(copy)
     if constants:
         report.notices.append(f"the file without an adapter: it holds what has no slot of {', '.join(constants)}")
     elif lacking := [name for name, array in defaults.items() if array is None]:
         report.notices.append(f"the file without an adapter: nothing stands beside it for {', '.join(lacking[:3])}")
-    yield Reference("base", copy, fed, compared=not constants and len(fed) == len(defaults))
-    for name in adapter_names(require_state(copy), names):
+    yield Reference("base", only(), fed, compared=not constants and len(fed) == len(defaults))
+    for name in adapter_names(state, names):
         if constants and constants != [name]:
             report.notices.append(f"{name}: the file holds what has no slot of {', '.join(constants)}")
             continue
         file = adapters[name] if isinstance(adapters, Mapping) else None
-        activate(copy, name)
+        try:
+            alone = only(name)
+        except SurgeryError as error:  # what changed the base's weights after it can't be taken off without it
+            report.notices.append(f"{name} can't be compared: {error.what}, {error.why}")
+            continue
         arrays = slot_arrays(copy, name, manifest) if file is None else read_adapter(file, manifest)
-        yield Reference(name, copy, {**fed, **arrays})
+        yield Reference(name, alone, {**fed, **arrays})
+
+
+@dataclass
+class _Only:
+    """The model with some adapters alone; without those that changed the base at their start, as the file's base is."""
+
+    model: nn.Module
+    copy: nn.Module
+
+    def __call__(self, *names: str) -> nn.Module:
+        made = sharing_copy(self.model) if changing(self.copy) else self.copy
+        leave_live(made, names)
+        return made
 
 
 def _expected(reference: nn.Module, call: Given, seed: int = 0) -> list[Tensor] | None:

@@ -8,11 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from surgery.activation import activate, active
+from surgery.activation import active
 from surgery.base_rule import Rule
 from surgery.errors import SurgeryError
-from surgery.merging import merge, unmerge
-from surgery.onnx.copies import sharing_copy
+from surgery.merging import merge
+from surgery.onnx.copies import leave_live, sharing_copy
 from surgery.onnx.given import Given
 from surgery.onnx.program import Lifted
 from surgery.onnx.slots import SlotSite, lift, put_slots, slot_sites
@@ -92,7 +92,7 @@ def _merged(model: nn.Module, given: Given, names: Any, how: Settings) -> Prepar
     copy = sharing_copy(model, folding=True)
     wanted = adapter_names(state, names) if names is not None else list(active(model))
     if names is not None or not any(site.merged is not None for _, _, site in sites(copy)):
-        unmerge(copy)
+        leave_live(copy, wanted)
         if wanted:
             merge(copy, wanted, untie=True)
     return Prepared(copy, rules=[rule for name in wanted for rule in state.adapters[name]])
@@ -103,9 +103,7 @@ def _constant(model: nn.Module, given: Given, names: Any, how: Settings) -> Prep
     if model_state(model) is None:
         return Prepared(sharing_copy(model))
     copy = sharing_copy(model)
-    unmerge(copy)
-    if names is not None:
-        activate(copy, names)
+    leave_live(copy, adapter_names(require_state(copy), names) if names is not None else active(copy))
     wanted = active(copy)
     found = [site for name in wanted for site in slot_sites(copy, name)]
     lifted = [one for name in wanted for one in lift(copy, name)]

@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from surgery._lowrank import LowRank
+from surgery._record import Record
 from surgery.activation import activate
 from surgery.base_rule import Rule
 from surgery.engine import apply_rules, remove
@@ -19,6 +21,7 @@ from surgery.hooks import running
 from surgery.match import RESERVED
 from surgery.merging import unmerge
 from surgery.onnx.arranged import Left, arranged, exactly
+from surgery.onnx.copies import changing
 from surgery.onnx.given import Given
 from surgery.onnx.program import Lifted
 from surgery.site import LiveSite
@@ -151,10 +154,9 @@ class _Constant:
 
 def _changed_at_start(copy: nn.Module, names: Sequence[str]) -> list[str]:
     """In the file the base is the model's own; in the model it is what an adapter's start made of it."""
-    changing = {one.adapter for _, _, site in sites(copy) for one in site.applied if one.changed}
-    if not changing or len(names) < 2:
+    if not (found := changing(copy)) or len(names) < 2:
         return []
-    told = ", ".join(map(repr, sorted(changing)))
+    told = ", ".join(map(repr, sorted(found)))
     return [f"{told} changed base weights at its start: in the file the others run on the base as it was before"]
 
 
@@ -191,7 +193,7 @@ def slot_tensors(
                 continue
             source = cache(partial(_base_tensor, module, site, adapter))
             live = LiveSite(module, path, adapter, held, lambda name, _, source=source: source(name))
-            live.changed = {name: record.change for name, record in applied.changed}
+            live.changed = {name: _started(record, source(name)) for name, record in applied.changed}
             with torch.no_grad(), running(applied.rule, "slotted", path):
                 made = applied.rule.slotted(rule, live)
             for key, tensor in made.items():
@@ -203,6 +205,16 @@ def slot_tensors(
             fix="export the model again with this adapter on it",
         )
     return found
+
+
+def _started(record: Record, now: Tensor) -> LowRank | None:
+    """How an adapter's start changed a weight, in factors; where the weight itself was kept, they are found anew."""
+    if record.change is not None or record.kept is None:
+        return record.change
+    U, S, Vh = torch.linalg.svd((now.double().cpu() - record.kept.double().cpu()).flatten(1), full_matrices=False)
+    rank = int((S > S[0] * 1e-7).sum())
+    dtype = torch.promote_types(now.dtype, torch.float32)
+    return LowRank((U[:, :rank] * S[:rank]).to(now.device, dtype), Vh[:rank].to(now.device, dtype))
 
 
 def _base_tensor(module: nn.Module, site: SiteState, adapter: str, name: str) -> Tensor:
