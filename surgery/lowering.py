@@ -24,8 +24,8 @@ from surgery.errors import SiteError
 
 __all__ = [
     "LowRankEdit",
-    "branches_by",
     "in_dtype",
+    "layers_by",
     "low_rank_edit",
     "lower",
     "low_rank_linear",
@@ -111,22 +111,27 @@ def low_rank_linear(x: Tensor, weight: Tensor, bias: Tensor | None, *branches: B
 
 
 def _plain(x: Tensor, weight: Tensor, bias: Tensor | None, branches: tuple[Branch, ...]) -> Tensor:
+    if _one is not None and not any(training and p > 0.0 for _, _, _, p, training in branches):
+        factors = [tensor for A, B, *_ in branches for tensor in (A, B)]
+        return _one(x, weight, bias, factors, [scale for _, _, scale, *_ in branches])
     y = F.linear(x, weight, bias)
     for A, B, scale, p, training in branches:
         branch = x.to(A.dtype)
         if training and p > 0.0:
             branch = F.dropout(branch, p, True)
-        branch = F.linear(F.linear(branch, A), B) if _one is None else _one(branch, A, B)
+        branch = F.linear(F.linear(branch, A), B)
         y = same_dtype(y + (branch if scale == 1.0 else branch * scale), y)
     return y
 
 
-_one: Callable[[Tensor, Tensor, Tensor], Tensor] | None = None  # linear(linear(x, A), B), while a model is exported
+# The layer with its branches as one operation, (x, weight, bias, [A, B, A, B, …], scales), while a model is exported.
+One = Callable[[Tensor, Tensor, Tensor | None, list[Tensor], list[float]], Tensor]
+_one: One | None = None
 
 
 @contextmanager
-def branches_by(operation: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Iterator[None]:
-    """Plain forms inside of the block compute a branch by one operation, for an exporter that knows it."""
+def layers_by(operation: One) -> Iterator[None]:
+    """Plain forms inside of the block are one operation each, for an exporter that knows it."""
     global _one
     before, _one = _one, operation
     try:
