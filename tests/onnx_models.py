@@ -14,6 +14,7 @@ from rules import LoraRule, PrefixRule, PromptRule
 from surgery import ParityReport, Rule, SurgeryError, apply_rules, export_onnx
 from surgery.onnx.given import leaves_of
 from tests import tiny
+from tests.families import FAMILIES
 
 Build = Callable[..., tuple[nn.Module, Any]]
 
@@ -86,6 +87,11 @@ def padded_llama() -> tuple[nn.Module, Any]:
     return model, {**given, "attention_mask": torch.tensor([[0, 0, 0, 1, 1, 1, 1], [1] * 7])}
 
 
+def mistral() -> tuple[nn.Module, Any]:
+    family = FAMILIES["mistral"]
+    return family.make(), family.inputs()
+
+
 def encoder_of_whisper() -> tuple[nn.Module, Any]:
     model, given = tiny.whisper()
     return model.get_encoder(), {"input_features": given["input_features"]}  # type: ignore[operator]
@@ -156,6 +162,7 @@ FURTHER = [
     Row("Llama without a cache", without_cache(padded_llama), lora(ATTENTION, 2, 5)),
     Row("Llama, a prefix and LoRA", tiny.llama, {"prefix": [PrefixRule("self_attn", length=3)], **lora(ATTENTION, 3)},
         {"cache": True}),
+    Row("Mistral, whose window is shorter than the text", mistral, lora(ATTENTION, 2, 5), {"cache": True}),
     Row("Llama, a prompt and LoRA", tiny.llama, {"prompt": [PromptRule(length=3)], **lora(ATTENTION, 3)},
         {"cache": True}),
     Row("Whisper", tiny.whisper, lora(ATTENTION, 2, 5)),

@@ -8,8 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from surgery.errors import SurgeryError
-from surgery.onnx.copies import leave_live, sharing_copy
+from surgery.onnx.copies import leave_live, sharing_copy, traced_path
 from surgery.onnx.given import Given, is_cache
+from surgery.onnx.windows import whole
 
 __all__ = ["with_cache"]
 
@@ -51,11 +52,11 @@ def with_cache(model: nn.Module, example_inputs: Any) -> dict[str, Any]:
     if past is None or not is_cache(past):
         fix = "export it without, or put what it keeps into example_inputs"
         raise SurgeryError(f"this {type(model).__name__} gives no cache", why="it has no past_key_values", fix=fix)
-    return {**rest, "past_key_values": past, "use_cache": True}
+    return {**rest, "past_key_values": whole(past), "use_cache": True}
 
 
 def _past(model: nn.Module, inputs: dict[str, Any]) -> Any:
     copy = sharing_copy(model)
     leave_live(copy, ())
-    with torch.no_grad(), torch.random.fork_rng():
+    with torch.no_grad(), torch.random.fork_rng(), traced_path():
         return getattr(copy(**inputs), "past_key_values", None)

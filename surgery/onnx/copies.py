@@ -13,6 +13,7 @@ from surgery.activation import activate, deactivate
 from surgery.engine import remove
 from surgery.errors import SurgeryError
 from surgery.merging import unmerge
+from surgery.onnx.windows import whole_windows
 from surgery.state import _MODEL, _SITE, model_state, sites
 
 __all__ = ["changing", "leave_live", "sharing_copy", "traced_path"]
@@ -89,11 +90,13 @@ def _bring_records(model: nn.Module, found: nn.Module, memo: Mapping[int, object
 def traced_path() -> Iterator[None]:
     """Without the kernel that nn.TransformerEncoder has for evaluation alone, which can't be exported.
 
-    That one writes zeros at padded positions, where the path that training takes, and the file, has numbers.
+    That one writes zeros at padded positions, where the path that training takes, and the file, has numbers. And
+    with caches that keep all positions (`whole_windows`).
     """
     before = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
     try:
-        yield
+        with whole_windows():
+            yield
     finally:
         torch.backends.mha.set_fastpath_enabled(before)

@@ -14,6 +14,7 @@ from torch.utils import _pytree as pytree
 
 from surgery.errors import SurgeryError
 from surgery.example import arguments, copied
+from surgery.onnx.windows import whole
 
 __all__ = [
     "Given", "array_of", "arrays_of", "cache_name", "is_cache", "is_transformers", "leaves_of", "outputs_of", "plain",
@@ -62,7 +63,7 @@ class Given:
             raise SurgeryError(
                 "the example has labels", why="a loss is nothing to export", fix="leave them out of example_inputs"
             )
-        found = {name: copied(value) for name, value in values.items() if value is not None}
+        found = {name: copied(whole(value)) for name, value in values.items() if value is not None}
         if not any(isinstance(leaf, Tensor) for _, leaf in leaves_of(found)):
             raise SurgeryError("the example has no tensors", fix="pass what the model is called with")
         return cls(found, tuple(name for name in placed if name in found))
@@ -199,6 +200,7 @@ def outputs_of(output: Any) -> list[Tensor]:
     if isinstance(output, Tensor):
         return [output]
     register_caches()
+    output = whole(output)
     if _from_transformers(output):
         from transformers.exporters.utils import get_leaf_tensors
 

@@ -115,7 +115,10 @@ def ran(session: Any, feeds: Mapping[str, Any], where: str) -> list[Any]:
         return session.run(None, dict(feeds))
     except Exception as error:
         raise _no_kernels(error) or ParityError(
-            "onnxruntime can't run the file", where=where, why=_short(error)
+            "onnxruntime can't run the file",
+            where=where,
+            why=_short(error),
+            fix="where it runs at the example's sizes alone, the model's code has made a number of one: dynamic=False",
         ) from error
 
 

@@ -24,6 +24,7 @@ from surgery.onnx.given import Given, cache_name, is_cache, is_transformers, lea
 from surgery.onnx.low_rank import as_one_operation
 from surgery.onnx.names import names_kept
 from surgery.onnx.translated import translations
+from surgery.onnx.windows import whole
 
 __all__ = ["Lifted", "Program", "SLOTS", "program_of"]
 
@@ -123,7 +124,7 @@ def _forward_with(model: nn.Module, given: Given, lifted: Sequence[Lifted]) -> I
         for one in lifted:
             one.box._buffers[one.key] = brought[one.name]
         try:
-            return plain(given.call(own, values))
+            return plain(whole(given.call(own, values)))
         finally:
             for one in lifted:
                 one.box._buffers[one.key] = None

@@ -1,0 +1,87 @@
+"""Sliding windows: in an exported file their caches keep the whole text, as others do, and the mask does the rest.
+
+transformers' layers of a cache that keep a window count positions in Python and cut to the window, which a graph would
+have at the example's length for good. Its exporter traces them so, too; here the live model that is compared has them
+alike, and they are plain layers in what goes in and comes out.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import sys
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from surgery.errors import SurgeryError
+
+__all__ = ["whole", "whole_windows"]
+
+_COUNTING = ("update", "get_mask_sizes", "get_seq_length")
+
+
+@contextlib.contextmanager
+def whole_windows() -> Iterator[None]:
+    """Models that are called inside of the block keep all positions in their caches."""
+    caches: Any = sys.modules.get("transformers.cache_utils")
+    sliding = getattr(caches, "DynamicSlidingWindowLayer", None)
+    if sliding is None:
+        yield
+        return
+    own = {name: sliding.__dict__.get(name) for name in _COUNTING}
+    for name in _COUNTING:
+        setattr(sliding, name, getattr(caches.DynamicLayer, name))
+    try:
+        yield
+    finally:
+        for name, method in own.items():
+            delattr(sliding, name) if method is None else setattr(sliding, name, method)
+
+
+def whole(value: Any) -> Any:
+    """A value, such as an argument or what a model returns, whose caches have plain layers for those of a window."""
+    if type(value) in (tuple, list):
+        return type(value)(whole(one) for one in value)
+    if isinstance(value, Mapping):
+        changed = {key: made for key, one in value.items() if (made := whole(one)) is not one}
+        if changed and type(value) is dict:
+            return {**value, **changed}
+        for key, made in changed.items():
+            value[key] = made  # type: ignore[index]  # a ModelOutput, which is this call's own
+        return value
+    parts = {name: whole(part) for name in _PARTS if (part := getattr(value, name, None)) is not None}
+    layers = [_plain(one) for one in getattr(value, "layers", ()) if _is_cache(value)]
+    if all(one is getattr(value, name) for name, one in parts.items()) and not any(
+        made is not one for made, one in zip(layers, getattr(value, "layers", ()), strict=False)
+    ):
+        return value
+    found = copy.copy(value)
+    found.__dict__.update(parts)
+    if layers:
+        found.layers = layers
+    return found
+
+
+_PARTS = ("self_attention_cache", "cross_attention_cache")
+
+
+def _is_cache(value: Any) -> bool:
+    return type(value).__name__.endswith("Cache")
+
+
+def _plain(layer: Any) -> Any:
+    if type(layer).__name__ != "DynamicSlidingWindowLayer":
+        return layer
+    from transformers.cache_utils import DynamicLayer
+
+    found = DynamicLayer()
+    if layer.is_initialized:
+        seen, kept = layer.cumulative_length, layer.keys.shape[-2]
+        if seen > kept:  # 0 where it was filled inside of `whole_windows`
+            why = f"it has the last {kept} of {seen} positions, and a file's cache has them all"
+            raise SurgeryError(
+                "the example's cache keeps a window", why=why, fix="cache=True makes one for the example"
+            )
+        found.lazy_initialization(layer.keys, layer.values)
+        found.keys, found.values = layer.keys, layer.values
+    return found
