@@ -145,6 +145,16 @@ def test_every_hook_of_a_rule_is_told() -> None:
     assert hooks <= in_code(TEXT["docs/rules.md"]) | in_code(TEXT["docs/patterns.md"]), hooks
 
 
+def test_every_rule_is_in_the_table_of_slots() -> None:
+    text = (ROOT / "docs/onnx.md").read_text(encoding="utf-8")
+    section = text.partition("### Which rules have a slot\n")[2].partition("\n## ")[0]
+    table, _, below = section.rpartition("|\n")
+    kinds = {name: kind for name in rules.__all__ if issubclass(kind := getattr(rules, name), surgery.Rule)}
+    held = {name for name, kind in kinds.items() if kind.slot_kind is not None}
+    assert set(re.findall(r"`(\w+Rule)`", table)) == held
+    assert set(re.findall(r"`(\w+Rule)`", below)) | {"CaptureRule"} == set(kinds) - held
+
+
 def test_every_field_of_pefts_config_is_told() -> None:
     peft = optional_peft()
     told = in_code(TEXT["README.md"])
