@@ -19,7 +19,7 @@ export HF_HUB_OFFLINE = 1
 export TOKENIZERS_PARALLELISM = false
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test families coverage lint bench docs-test gallery peers onnx damage states crashes wheel-test web web-test clean
+.PHONY: help demo test families coverage lint bench docs-test gallery peers onnx onnx-families damage states crashes wheel-test web web-test clean
 
 help: ## List the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -48,6 +48,9 @@ peers: $(VENV)/.dev ## Take PEFT's checkpoints both ways, row by row, and write 
 onnx: $(VENV)/.dev ## Export every model of tests/onnx_models.py, test it, and write the table of docs/onnx.md
 	ALL_ONNX=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/test_onnx_models.py tests/test_onnx_export.py tests/test_onnx_parity.py -n $(JOBS)
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.onnx_report $(ARGS)
+
+onnx-families: $(VENV)/.dev ## Export all model families with slots, and write docs/onnx-families.md
+	JOBS=$(JOBS) OMP_NUM_THREADS=1 $(BIN)/python -m tests.onnx_families $(ARGS)
 
 damage: $(VENV)/.dev ## Load 10,000 damaged adapter files and kill 200 saves, of which make test runs a sample
 	ALL_DAMAGE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/test_damage.py $(ARGS)

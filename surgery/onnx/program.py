@@ -241,15 +241,15 @@ def fused(model: Any) -> None:
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
     """Exporters print what they do, and warn of what is in hand here."""
-    held = {
-        name: logging.getLogger(name)
-        for name in ("transformers", "torch.onnx", "torch.export", "onnxscript", "onnx_ir")
-    }
+    names = ("transformers", "torch.onnx", "torch.export", "torch.fx.experimental", "onnxscript", "onnx_ir")
+    symbols = "torch.fx.experimental.symbolic_shapes"  # it has a level of its own
+    held = {name: logging.getLogger(name) for name in (*names, symbols)}
     levels = {name: logger.level for name, logger in held.items()}
     try:
         for logger in held.values():
             logger.setLevel(logging.CRITICAL)
-        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+        silent = io.StringIO()  # a graph that can't be exported is printed, thousands of lines of it
+        with warnings.catch_warnings(), contextlib.redirect_stdout(silent), contextlib.redirect_stderr(silent):
             warnings.simplefilter("ignore")
             yield
     finally:
