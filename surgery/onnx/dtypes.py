@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import ctypes
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
 
 from surgery.errors import SurgeryError
 
-__all__ = ["NAMES", "array_of_value", "dtype_of", "name_of", "value_of", "widened"]
+__all__ = ["NAMES", "array_of_value", "dtype_of", "name_of", "told", "value_of", "widened"]
 
 BF16 = 16  # its number in ONNX: numpy has no such type of its own
 NAMES = {
@@ -33,6 +34,12 @@ def dtype_of(name: str) -> np.dtype:
     return np.dtype(name)
 
 
+@lru_cache
+def told(dtype: np.dtype) -> str:
+    """The name of one of numpy's types, which numpy itself makes anew each time."""
+    return dtype.name
+
+
 def name_of(runtime: str) -> str | None:
     """The name of a type as onnxruntime says it, `tensor(float)`; None for what is no tensor of numbers."""
     return _BY_RUNTIME.get(runtime)
@@ -43,7 +50,7 @@ def value_of(array: np.ndarray) -> Any:
     import onnxruntime
 
     array = np.ascontiguousarray(array) if array.ndim else array
-    if array.dtype.name == "bfloat16":
+    if told(array.dtype) == "bfloat16":
         return onnxruntime.OrtValue.ortvalue_from_numpy_with_onnx_type(array, BF16)
     return onnxruntime.OrtValue.ortvalue_from_numpy(array)
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from surgery.errors import LoadError, SurgeryError, near_misses
-from surgery.onnx.dtypes import widened
+from surgery.onnx.dtypes import told, widened
 
 if TYPE_CHECKING:
     from surgery.onnx.manifest import Manifest, Slot
@@ -64,9 +64,10 @@ def _misfit(
     if not isinstance(tensor, np.ndarray):
         yield SurgeryError("a tensor is no numpy array", where=slot.name, why=f"it is {type(tensor).__name__}")
         return
-    if tensor.dtype.name != slot.dtype:
+    kind = told(tensor.dtype)
+    if kind != slot.dtype:
         fix = f".astype({slot.dtype!r})" if slot.dtype != "bfloat16" else ".astype(ml_dtypes.bfloat16)"
-        why = f"it is {tensor.dtype.name}, and the slot {slot.dtype}"
+        why = f"it is {kind}, and the slot {slot.dtype}"
         yield SurgeryError("a tensor has another dtype", where=slot.name, why=why, fix=fix)
         return
     fixed = [(size, own) for size, own in zip(tensor.shape, slot.shape, strict=False) if own is not None]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
@@ -175,6 +176,12 @@ class Manifest:
             for one in self.sites
             if one["slots"]
         }
+
+    @cached_property
+    def digest(self) -> bytes:
+        """Of the base and the slots' names, shapes and types: files of one digest take the same adapters."""
+        slots = sorted((slot.name, slot.shape, slot.dtype) for slot in self.slots)
+        return hashlib.sha256(json.dumps([_plain(self.base), slots], sort_keys=True).encode()).digest()
 
     def default(self, slot: Slot) -> np.ndarray | None:
         """What a slot holds without an adapter; None for the base's own numbers, which the file has."""

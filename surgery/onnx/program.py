@@ -164,14 +164,33 @@ def _values(output: Any) -> list[Any]:
 
 def _by_either(model: nn.Module, inputs: dict[str, Any], shapes: Any, opset: int | None, optimize: bool) -> Any:
     """torch's exporter on a model of transformers, with the latter's patches: rows that are masked as a whole, …"""
-    from transformers.exporters import exporter_onnx  # noqa: F401  # whose patches they are
-    from transformers.exporters.utils import apply_patches
+    for patches in (_patched(_SLOW), _patched()):
+        try:
+            with patches:
+                return _by_torch(model, inputs, shapes, opset, optimize)
+        except Exception:  # there is more that it mends
+            continue
+    return _by_transformers(model, inputs, shapes, opset, optimize)
 
+
+# Copies of what lies otherwise in memory, which a few models need to be exported at all: half of the time of tracing.
+_SLOW = ("torch.reshape", "torch.Tensor.reshape", "torch.Tensor.view")
+
+
+@contextlib.contextmanager
+def _patched(without: Sequence[str] = ()) -> Iterator[None]:
+    from transformers.exporters import exporter_onnx, utils  # noqa: F401  # the former's patches they are
+
+    known: Any = getattr(utils, "_PATCHES", {})
+    own = known.get("onnx", [])
+    if without and own:
+        known["onnx"] = [one for one in own if f"{one[0]}.{one[1]}" not in without]
     try:
-        with apply_patches("onnx"):
-            return _by_torch(model, inputs, shapes, opset, optimize)
-    except Exception:  # there is more that it mends
-        return _by_transformers(model, inputs, shapes, opset, optimize)
+        with utils.apply_patches("onnx"):
+            yield
+    finally:
+        if without and own:
+            known["onnx"] = own
 
 
 def _by_transformers(model: nn.Module, inputs: dict[str, Any], shapes: Any, opset: int | None, optimize: bool) -> Any:
