@@ -233,7 +233,7 @@ class Site(_Place, Inside):
                 f"the example call never reaches a target of {self.label}", where=self.path, why=why, fix=fix
             )
         if self.example is None:
-            fix = "pass example_inputs to apply_rules"
+            fix = "pass example_inputs: apply_rules and load_adapter take them"
             raise SiteError(f"{self.label} needs example_inputs", where=self.path, why=why, fix=fix)
         return self.example
 

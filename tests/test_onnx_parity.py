@@ -12,11 +12,13 @@ import pytest
 import torch
 from torch import nn
 
-from rules import LoraRule
+from rules import LoraRule, TrainRule
 from surgery import (
     SurgeryError,
     adapter_state_dict,
+    adapters,
     apply_rules,
+    deactivate,
     export_onnx,
     load_adapter,
     load_adapter_state_dict,
@@ -25,6 +27,7 @@ from surgery import (
 from surgery.errors import ParityError
 from surgery.onnx import OnnxRunner, convert_peft, export_adapter
 from surgery.onnx.parity import difference
+from tests import tiny
 from tests.onnx_checks import TOLERANCE, adapted, assert_near, by_hand, expected, session
 from tests.onnx_plain import Drawing, Line, Net
 
@@ -278,3 +281,61 @@ def test_a_file_that_is_no_export_is_told(tmp_path: Path) -> None:
     onnx.save(onnx.helper.make_model(graph), str(tmp_path / "m.onnx"))
     with pytest.raises(SurgeryError, match="no manifest"):
         verify_onnx(tmp_path / "m.onnx", Line(), torch.randn(2, 4))
+
+
+# What it is called with ---------------------------------------------------------------------------------------------
+
+
+def test_a_file_with_a_cache_is_compared_by_the_example_of_its_export(tmp_path: Path) -> None:
+    model, example = tiny.llama()
+    adapted(model, ["q_proj"], 2)
+    example = {"input_ids": example["input_ids"], "attention_mask": torch.ones_like(example["input_ids"])}
+    example["position_ids"] = torch.arange(example["input_ids"].shape[1]).expand_as(example["input_ids"]).contiguous()
+    report = export_onnx(model, tmp_path / "m.onnx", example, adapters="slots", cache=True)
+    assert report.parity is not None and [one.adapter for one in report.parity.decoded] == ["base", "a"]
+    file = export_adapter(model, "a", report.path, tmp_path / "a.onnx_adapter")
+    found = verify_onnx(report.path, model, example, {"a": file})
+    assert [one.adapter for one in found.decoded] == ["base", "a"] and len(found.compared) == len(
+        report.parity.compared
+    )
+    with pytest.raises(SurgeryError, match="(?s)not those of the file.*it takes|the file takes"):
+        verify_onnx(report.path, model, {"input_ids": example["input_ids"]})
+    with pytest.raises(SurgeryError, match="(?s)'b' can't be compared.*load_adapter"):
+        verify_onnx(report.path, model, example, {"b": file})
+
+
+def test_a_text_of_one_length_is_not_decoded(tmp_path: Path) -> None:
+    model, example = tiny.llama()
+    report = export_onnx(model, tmp_path / "m.onnx", example, cache=True, dynamic=False)
+    assert report.parity is not None and not report.parity.decoded
+    assert "base: not decoded, since the text's length is fixed" in report.parity.notices
+
+
+def test_weights_that_were_left_behind(tmp_path: Path) -> None:
+    model, x = nn.Sequential(nn.Linear(4, 3)).eval(), torch.randn(2, 4)
+    (tmp_path / "moved").mkdir()
+    path = export_onnx(model, tmp_path / "m.onnx", x, external_data=True).path.rename(tmp_path / "moved/m.onnx")
+    with pytest.raises(SurgeryError, match="(?s)weights are missing.*m.onnx.data"):
+        verify_onnx(path, model, x)
+    with pytest.raises(SurgeryError, match="(?s)can't open m.onnx.*beside it"):
+        OnnxRunner(path)
+
+
+def test_defaults_that_were_left_behind(tmp_path: Path) -> None:
+    model, x = nn.Sequential(nn.Linear(4, 3), nn.Linear(3, 2)).eval(), torch.randn(2, 4)
+    for name, rule in (("a", TrainRule("0")), ("b", LoraRule("1", rank=2, init="random"))):
+        apply_rules(model, rule, adapter=name)
+        deactivate(model)
+    path = export_onnx(model, tmp_path / "m.onnx", x, adapters="slots", slots_as="inputs").path
+    (tmp_path / "m.onnx.defaults.onnx_adapter").unlink()
+    report = verify_onnx(path, model, x)
+    assert {one.adapter for one in report.compared} == {"a"}
+    assert [one for one in report.notices if one.startswith("b: nothing stands beside the file for 0.adapters.slot.")]
+
+
+def test_an_adapter_of_another_name(exported: Any, tmp_path: Path) -> None:
+    model, x, path = exported
+    names = list(adapters(model))[:2]
+    file = export_adapter(model, names[1], path, tmp_path / "other.onnx_adapter")
+    with pytest.raises(ParityError, match="look whether the adapter's file was made of"):
+        verify_onnx(path, model, x, {names[0]: file})

@@ -68,8 +68,9 @@ def read_adapter(path: str | Path, manifest: Manifest) -> dict[str, np.ndarray]:
     except SurgeryError as error:
         raise listed(f"{path.name} can't be used", [error]) from None
     except Exception as error:  # onnxruntime has none of its own for this
-        why = " ".join(str(error).split())[-200:]
-        raise listed(f"{path.name} can't be used", [SurgeryError("it is no adapter, or damaged", why=why)]) from None
+        why, fix = "onnxruntime finds none in it", "export_adapter and convert_peft write them"
+        problem = SurgeryError("it is no adapter, or damaged", why=why, fix=fix)
+        raise listed(f"{path.name} can't be used", [problem]) from error
     if sum_ != checksum(tensors):
         fix = "write it again: export_adapter, convert_peft or write_adapter; other programs' have no checksum"
         problems.append(SurgeryError("it is damaged", why="its checksum is that of other tensors", fix=fix))

@@ -58,7 +58,7 @@ def convert_peft(folder: str | Path, onnx_path: str | Path, out_path: str | Path
         problems += manifest.check(making.found) if not problems else []
         making.problems = problems
     if making.problems:
-        raise listed(f"{name} can't be converted", making.problems)
+        raise listed(f"{name} can't be converted", sorted(making.problems, key=lambda one: one.where or ""))
     return write_adapter(out_path, making.found, manifest)
 
 
@@ -101,7 +101,7 @@ class Making:
         found = self.manifest_slots(path, rule)
         if not found:
             sites = [site for site, kind in self.manifest.groups if kind == rule]
-            why = near_misses(path, sites) or f"it has {len(sites)} such sites"
+            why = f"it has {len(sites)}, such as {sites[0]}" if sites else "it has none of that kind"
             fix = "export it with an adapter that is on this module, too"
             raise SurgeryError(f"the file has no {rule} slot for a module", where=path, why=why, fix=fix)
         return found

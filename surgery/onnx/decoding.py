@@ -15,6 +15,7 @@ from surgery.onnx.given import Given
 
 __all__ = ["Decoded", "decode"]
 
+_MADE = {"input_ids", "attention_mask", "position_ids", "cache_position"}  # what a runner makes of a text
 _LONGEST = 64  # positions of the example that are read anew for each token
 
 TIE = 1e-3  # two logits nearer than this are a tie, which rounding decides
@@ -49,13 +50,17 @@ def decode(
     adapter: str,
     fed: Mapping[str, Any],
     tokens: int,
-) -> Decoded | None:
-    """Decode the example's first row; None where the file is no decoder's that takes and gives a cache."""
+) -> Decoded | str | None:
+    """Decode the example's first row; None where the file is no decoder's that takes and gives a cache, and why not
+    where that can't be called with a text alone."""
     ids = given.values.get("input_ids")
     if not manifest.cache or "logits" not in manifest.outputs or not isinstance(ids, Tensor) or ids.dim() != 2:
         return None
-    if set(manifest.inputs) - {one["past"] for one in manifest.cache} - {"input_ids", "attention_mask"}:
-        return None
+    further = set(manifest.inputs) - {one["past"] for one in manifest.cache} - _MADE
+    if further:
+        return f"not decoded, since it also takes {', '.join(sorted(further)[:3])}"
+    if 1 not in manifest.free.get("input_ids", {}):
+        return "not decoded, since the text's length is fixed"
     from surgery.onnx.runner import OnnxRunner
 
     row = ids[:1, :_LONGEST]

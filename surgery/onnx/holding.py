@@ -60,6 +60,7 @@ def check_weights(path: str | Path, manifest: Manifest, model: nn.Module, given:
         else:
             leave_live(source, adapter_names(require_state(source), names) if names is not None else active(source))
     held: Mapping[str, Any] = ir.load(str(path)).graph.initializers
+    require_data(path, held)
     slots = {slot.name for slot in manifest.slots}
     count, wrong = 0, list[str]()
     for name, tensor in _tensors(source):
@@ -80,6 +81,15 @@ def check_weights(path: str | Path, manifest: Manifest, model: nn.Module, given:
             fix="export the model again",
         )
     return count
+
+
+def require_data(path: str | Path, held: Mapping[str, Any]) -> None:
+    """`SurgeryError` where weights that stand in a file of their own aren't beside the graph."""
+    for value in held.values():
+        place = getattr(value.const_value, "path", None)
+        if place is not None and not Path(place).is_file():
+            fix = f"put {Path(place).name} beside it: they belong together, under the names they were written with"
+            raise SurgeryError("the file's weights are missing", where=str(path), why=f"there is no {place}", fix=fix)
 
 
 def _tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
@@ -118,7 +128,8 @@ def ran(session: Any, feeds: Mapping[str, Any], where: str) -> list[Any]:
             "onnxruntime can't run the file",
             where=where,
             why=_short(error),
-            fix="where it runs at the example's sizes alone, the model's code has made a number of one: dynamic=False",
+            fix="where it runs at the example's sizes alone, one that should be free is fixed: name them all in "
+            "dynamic=, or fix all with dynamic=False",
         ) from error
 
 
@@ -128,8 +139,8 @@ def _no_kernels(error: Exception) -> SurgeryError | None:
     return SurgeryError(
         "onnxruntime can't run this file here, so it was not compared",
         why=_short(error),
-        fix="verify=False writes it for another machine or provider; the CPU has few kernels for bfloat16: float32 "
-        "or float16 run everywhere",
+        fix="verify=False writes it for another machine or provider; the CPU has few kernels for bfloat16 and float64: "
+        "float32 and float16 run everywhere",
     )
 
 

@@ -11,6 +11,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from surgery import lowering
@@ -22,8 +23,10 @@ __all__ = ["as_one_operation", "translations"]
 def low_rank_linear(
     x: Tensor, weight: Tensor, bias: Tensor | None, factors: Sequence[Tensor], scales: Sequence[float]
 ) -> Tensor:
-    branches = [(A, B, scale, 0.0, False) for A, B, scale in zip(factors[::2], factors[1::2], scales, strict=True)]
-    return lowering.low_rank_linear(x, weight, bias, *branches)
+    y = F.linear(x, weight, bias)
+    for A, B, scale in zip(factors[::2], factors[1::2], scales, strict=True):
+        y = lowering.same_dtype(y + F.linear(F.linear(x.to(A.dtype), A), B) * scale, y)
+    return y
 
 
 @low_rank_linear.register_fake

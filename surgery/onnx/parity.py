@@ -15,11 +15,12 @@ from surgery.activation import active
 from surgery.errors import ParityError, SurgeryError
 from surgery.merging import unmerge
 from surgery.onnx.adapters import read_adapter
+from surgery.onnx.caching import with_cache
 from surgery.onnx.carried import slot_arrays
 from surgery.onnx.copies import changing, leave_live, sharing_copy, traced_path
-from surgery.onnx.decoding import decode
+from surgery.onnx.decoding import Decoded, decode
 from surgery.onnx.defaults import defaults_of
-from surgery.onnx.given import Given, arrays_of, outputs_of
+from surgery.onnx.given import Given, arrays_of, leaves_of, outputs_of
 from surgery.onnx.holding import check_file, check_weights, opened, ran
 from surgery.onnx.manifest import Manifest, read_manifest
 from surgery.onnx.report import Compared, ParityReport, parity_error
@@ -84,9 +85,10 @@ def verify_onnx(
     without a manifest, and where onnxruntime has no kernels for it. The model is only read.
     """
     manifest = read_manifest(path)
-    given = Given.of(model, example_inputs)
+    given = _called(manifest, model, example_inputs)
     report = ParityReport(str(path))
     names = list(adapters) if isinstance(adapters, Mapping) else adapters
+    _require_adapters(model, adapters)
     report.weights = check_weights(path, manifest, model, given, names)
     sessions = {level: opened(path, level, providers) for level in (True, False)}
     check_file(path, manifest, sessions[True])
@@ -112,11 +114,37 @@ def verify_onnx(
                     report.compared += _compared(one.name, sizes, level, manifest, expected, outputs, atol, drawn)
             if one.compared and not drawn:
                 decoded = decode(one.model, given, path, manifest, one.name, one.fed, TOKENS)
-                report.decoded += [decoded] if decoded is not None else []
+                report.decoded += [decoded] if isinstance(decoded, Decoded) else []
+                report.notices += [f"{one.name}: {decoded}"] if isinstance(decoded, str) else []
     if not report.ok:
-        raise parity_error(report)
+        raise parity_error(report, list(adapters) if isinstance(adapters, Mapping) else ())
     _weigh(report)
     return report
+
+
+def _called(manifest: Manifest, model: nn.Module, example_inputs: Any) -> Given:
+    """The example as the file takes it: where that is with a cache, the text's first half goes into one."""
+    given = Given.of(model, example_inputs)
+    if (
+        manifest.cache
+        and "past_key_values" not in given.values
+        and any("past_key_values" in n for n in manifest.inputs)
+    ):
+        given = Given.of(model, with_cache(model, given.example))
+    names = [name for name, leaf in leaves_of(given.values) if isinstance(leaf, Tensor)]
+    if len(names) != len(manifest.inputs):
+        why = f"they have {', '.join(names)}, and the file takes {', '.join(manifest.inputs)}"
+        raise SurgeryError("the example inputs are not those of the file", why=why, fix="give those of the export")
+    return given
+
+
+def _require_adapters(model: nn.Module, adapters: Adapters) -> None:
+    state = model_state(model)
+    for name in adapters if isinstance(adapters, Mapping) else ():
+        if state is None or name not in state.adapters:
+            why = "a file is compared with the live model's adapter of that name, and the model has none"
+            fix = f"load_adapter(model, …, {name!r}) first"
+            raise SurgeryError(f"the adapter {name!r} can't be compared", why=why, fix=fix)
 
 
 def _references(model: nn.Module, manifest: Manifest, adapters: Adapters, report: ParityReport) -> Iterator[Reference]:
@@ -152,6 +180,9 @@ def _references(model: nn.Module, manifest: Manifest, adapters: Adapters, report
             report.notices.append(f"{name} can't be compared: {error.what}, {error.why}")
             continue
         arrays = slot_arrays(copy, name, manifest) if file is None else read_adapter(file, manifest)
+        if lost := [slot for slot in defaults if slot not in fed and slot not in arrays]:
+            report.notices.append(f"{name}: nothing stands beside the file for {', '.join(lost[:3])}")
+            continue
         yield Reference(name, alone, {**fed, **arrays})
 
 

@@ -46,8 +46,8 @@ class Settings:
             if (value := getattr(self, name)) not in allowed:
                 raise SurgeryError(f"{name}={value!r} is none of {', '.join(map(repr, allowed))}")
         if self.opset is not None and self.opset not in OPSETS:
-            why = "the exporter writes no older ones" if type(self.opset) is int and self.opset < OPSETS[0] else None
-            raise SurgeryError(f"opset={self.opset!r} is none from {OPSETS[0]} to {OPSETS[-1]}", why=why)
+            why = f"the exporter writes {OPSETS[0]} to {OPSETS[-1]}"
+            raise SurgeryError(f"opset={self.opset!r} can't be written", why=why, fix="one of these, or None")
         if self.optimize_for and not self.optimize:
             raise SurgeryError(f"optimize_for={self.optimize_for!r} needs optimize=True")
         if not isinstance(self.slot, str) or not self.slot.isidentifier():

@@ -195,7 +195,7 @@ def _patched(without: Sequence[str] = ()) -> Iterator[None]:
 
 def _by_transformers(model: nn.Module, inputs: dict[str, Any], shapes: Any, opset: int | None, optimize: bool) -> Any:
     """Its exporter knows caches, and what of its models torch can't export as they stand."""
-    from transformers.exporters import exporter_onnx
+    from transformers.exporters import exporter_onnx, utils
     from transformers.exporters.configs import OnnxConfig
     from transformers.exporters.exporter_onnx import OnnxExporter
 
@@ -206,9 +206,12 @@ def _by_transformers(model: nn.Module, inputs: dict[str, Any], shapes: Any, opse
     table: dict[Any, Any] = exporter_onnx._ONNX_TRANSLATION_TABLE
     own = translations()
     table.update(own)
+    cast = getattr(utils, "cast_leaf_tensors", None)
+    utils.cast_leaf_tensors = lambda given, **_: given  # adapters of a half-precision model are in float32
     try:
         return OnnxExporter().export(model, inputs, config).program  # type: ignore[arg-type]
     finally:
+        utils.cast_leaf_tensors = cast  # type: ignore[assignment]
         for operation in own:
             table.pop(operation, None)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING
 
@@ -82,16 +83,20 @@ class ParityReport:
         return "\n".join([*lines, *(f"not compared: {one}" for one in self.notices)])
 
 
-def parity_error(report: ParityReport) -> ParityError:
+def parity_error(report: ParityReport, files: Sequence[str] = ()) -> ParityError:
+    """`files`: adapters that were read from files."""
     failed = [one for one in report.decoded if not one.ok]
     worst = report.worst
     if worst is not None and not worst.ok:
         mode = "optimised" if worst.optimiser else "as written"
+        fix = "optimize=False tells whether optimisation does it; atol= allows more; verify=False writes it as it is"
+        if worst.adapter in files:
+            fix = f"look whether the adapter's file was made of the {worst.adapter!r} that the model has"
         error = ParityError(
             "the exported file does not compute what the model does",
             where=f"{worst.output}, adapter {worst.adapter}, {worst.sizes}, run {mode}",
             why=f"the largest difference is {worst.difference:.2e}, and {worst.tolerance:.0e} is allowed",
-            fix="optimize=False tells whether optimisation does it; atol= allows more; verify=False writes it as it is",
+            fix=fix,
         )
     else:
         error = ParityError(

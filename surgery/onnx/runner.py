@@ -276,7 +276,9 @@ def _session(path: Path, providers: Sequence[Any] | None, threads: int | None) -
     try:
         return onnxruntime.InferenceSession(str(path), options, providers=list(providers or ["CPUExecutionProvider"]))
     except Exception as error:
-        raise SurgeryError(f"onnxruntime can't open {path.name}", why=_first_line(error)) from error
+        told = "its weights stand in a file beside it, under the name they were written with"
+        fix = told if "data" in str(error) else None
+        raise SurgeryError(f"onnxruntime can't open {path.name}", why=_first_line(error), fix=fix) from error
 
 
 def _first_line(error: Exception) -> str:
