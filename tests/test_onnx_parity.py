@@ -312,7 +312,7 @@ def test_a_text_of_one_length_is_not_decoded(tmp_path: Path) -> None:
 
 
 def test_weights_that_were_left_behind(tmp_path: Path) -> None:
-    model, x = nn.Sequential(nn.Linear(4, 3)).eval(), torch.randn(2, 4)
+    model, x = nn.Sequential(nn.Linear(64, 64)).eval(), torch.randn(2, 64)
     (tmp_path / "moved").mkdir()
     path = export_onnx(model, tmp_path / "m.onnx", x, external_data=True).path.rename(tmp_path / "moved/m.onnx")
     with pytest.raises(SurgeryError, match="(?s)weights are missing.*m.onnx.data"):
