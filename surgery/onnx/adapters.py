@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from surgery.errors import SurgeryError
-from surgery.onnx.dtypes import array_of_value, name_of, told, value_of
+from surgery.onnx.dtypes import NAMES, array_of_value, name_of, told, value_of
 from surgery.onnx.fitting import listed
 from surgery.onnx.manifest import Manifest
 
@@ -53,6 +53,11 @@ def read_adapter(path: str | Path, manifest: Manifest) -> dict[str, np.ndarray]:
     Raises `LoadError` with all that is wrong: a file of another kind or a damaged one, one for another base or for
     other slots, tensors that don't fit (`Manifest.check`).
     """
+    return {name: array_of_value(value) for name, value in opened(path, manifest).items()}
+
+
+def opened(path: str | Path, manifest: Manifest) -> dict[str, Any]:
+    """As `read_adapter`, as OrtValues: in the memory that onnxruntime read the file into, and that each keeps."""
     from onnxruntime import AdapterFormat
 
     path = Path(path)
@@ -61,7 +66,8 @@ def read_adapter(path: str | Path, manifest: Manifest) -> dict[str, np.ndarray]:
         with open(path, "rb"):
             pass
         held = AdapterFormat.read_adapter(str(path))  # type: ignore[arg-type]
-        tensors = {name: _array(name, value) for name, value in held.get_parameters().items()}
+        values = held.get_parameters()
+        tensors = {name: _array(name, value) for name, value in values.items()}
         about, sum_ = held.get_model_version(), held.get_adapter_version()
     except OSError as error:
         raise listed(f"{path.name} can't be read", [SurgeryError(str(error))]) from None
@@ -79,14 +85,17 @@ def read_adapter(path: str | Path, manifest: Manifest) -> dict[str, np.ndarray]:
         problems.append(SurgeryError("it was made for another base, or for a file with other slots", fix=fix))
     if problems := problems + manifest.check(tensors):
         raise listed(f"{path.name} can't be used", problems)
-    return tensors
+    for value in values.values():
+        value.surgery_held = held  # type: ignore[attr-defined]
+    return values
 
 
 def _array(name: str, value: Any) -> np.ndarray:
+    """The numbers where they are, and not a copy, but for bfloat16."""
     kind = value.data_type()
     if name_of(kind) is None:  # of texts, onnxruntime would follow what the file says are their addresses
         raise SurgeryError("it is no adapter, or damaged", where=name[:200], why=f"a {kind} is no tensor of numbers")
-    return array_of_value(value)
+    return array_of_value(value) if kind == NAMES["bfloat16"] else value.numpy()
 
 
 def model_version(manifest: Manifest) -> int:

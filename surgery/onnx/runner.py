@@ -13,7 +13,7 @@ import numpy as np
 import onnxruntime
 
 from surgery.errors import SurgeryError, near_misses
-from surgery.onnx.adapters import read_adapter
+from surgery.onnx.adapters import opened
 from surgery.onnx.defaults import DEFAULTS, defaults_of
 from surgery.onnx.dtypes import array_of_value, dtype_of, value_of
 from surgery.onnx.feeds import Feeds, Input
@@ -112,10 +112,11 @@ class OnnxRunner:
             tensors = {key: np.array(value) for key, value in source.items()}
             if problems := self.manifest.check(tensors):
                 raise listed(f"the adapter {name!r} can't be loaded", problems)
+            values = {key: value_of(tensor) for key, tensor in tensors.items()}
         else:
-            tensors = read_adapter(Path(source), self.manifest)
-        sites = frozenset((slot.site, slot.rule) for key in tensors for slot in [self.manifest.by_name[key]])
-        made = _Loaded(name, {key: value_of(tensor) for key, tensor in tensors.items()}, sites)
+            values = opened(Path(source), self.manifest)
+        sites = frozenset((slot.site, slot.rule) for key in values for slot in [self.manifest.by_name[key]])
+        made = _Loaded(name, values, sites)
         with self._lock:
             if name in self._loaded and not replace:
                 fix = "another name; unload it first; or replace=True"
