@@ -362,3 +362,17 @@ def test_the_manifest_stands_in_the_file_and_beside_it(tmp_path: Path) -> None:
     told = {one.key: one.value for one in onnx.load(str(report.path)).metadata_props}
     assert json.loads(told["surgery.manifest"]) == report.manifest
     assert json.loads((tmp_path / "m.onnx.manifest.json").read_text()) == report.manifest
+
+
+def test_a_cache_that_has_lost_what_left_its_window(tmp_path: Path) -> None:
+    """A file's cache has the whole text; the live model's, with a window of four, the last three positions."""
+    from tests.families import FAMILIES
+
+    model, example = FAMILIES["mistral"].make().eval(), FAMILIES["mistral"].inputs()
+    ids = example["input_ids"]
+    with torch.no_grad():
+        past = model(input_ids=ids[:, :5]).past_key_values
+    given = {"input_ids": ids[:, 5:], "attention_mask": torch.ones_like(ids), "past_key_values": past}
+    with pytest.raises(SurgeryError, match="(?s)keeps a window.*last 3 of 5 positions.*cache=True"):
+        export_onnx(model, tmp_path / "m.onnx", given)
+    assert type(past.layers[0]).__name__ == "DynamicSlidingWindowLayer" and not list(tmp_path.iterdir())

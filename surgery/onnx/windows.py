@@ -49,28 +49,27 @@ def whole(value: Any) -> Any:
         for key, made in changed.items():
             value[key] = made  # type: ignore[index]  # a ModelOutput, which is this call's own
         return value
-    parts = {name: whole(part) for name in _PARTS if (part := getattr(value, name, None)) is not None}
-    layers = [_plain(one) for one in getattr(value, "layers", ()) if _is_cache(value)]
-    if all(one is getattr(value, name) for name, one in parts.items()) and not any(
-        made is not one for made, one in zip(layers, getattr(value, "layers", ()), strict=False)
-    ):
-        return value
-    found = copy.copy(value)
-    found.__dict__.update(parts)
-    if layers:
-        found.layers = layers
-    return found
+    return _whole_cache(value) if type(value).__name__.endswith("Cache") else value
 
 
 _PARTS = ("self_attention_cache", "cross_attention_cache")
+_WINDOW = "DynamicSlidingWindowLayer"
 
 
-def _is_cache(value: Any) -> bool:
-    return type(value).__name__.endswith("Cache")
+def _whole_cache(cache: Any) -> Any:
+    held = {name: part for name in _PARTS if (part := getattr(cache, name, None)) is not None}
+    changed = {name: made for name, part in held.items() if (made := _whole_cache(part)) is not part}
+    if not held and any(type(one).__name__ == _WINDOW for one in getattr(cache, "layers", ())):
+        changed["layers"] = [_plain(one) for one in cache.layers]
+    if not changed:
+        return cache
+    found = copy.copy(cache)
+    found.__dict__.update(changed)
+    return found
 
 
 def _plain(layer: Any) -> Any:
-    if type(layer).__name__ != "DynamicSlidingWindowLayer":
+    if type(layer).__name__ != _WINDOW:
         return layer
     from transformers.cache_utils import DynamicLayer
 
