@@ -68,7 +68,7 @@ def test_positions_and_types_that_are_given(tmp_path: Path) -> None:
     )
 
 
-@pytest.mark.parametrize("family", ["llama", "gpt2", "llama, padded"])
+@pytest.mark.parametrize("family", ["gpt2", "llama, padded"])
 def test_a_decoder_goes_on_from_its_cache(family: str, tmp_path: Path) -> None:
     family, _, padded = family.partition(", ")
     model, inputs = getattr(tiny, family)()
@@ -84,7 +84,7 @@ def test_a_decoder_goes_on_from_its_cache(family: str, tmp_path: Path) -> None:
         inputs["position_ids"] = torch.arange(6).expand_as(ids).contiguous()
     report = export_onnx(model, tmp_path / "m.onnx", inputs, adapters="slots", cache=True)
     assert report.parity is not None
-    assert {one.adapter for one in report.parity.decoded} == (set() if padded else {"base", "a", "b"})
+    assert {one.adapter for one in report.parity.decoded} == {"base", "a", "b"}
     runner = OnnxRunner(report.path)
     mask = torch.tensor([[0, 0, 1, 1, 1, 1], [1] * 6]) if padded else torch.ones_like(ids)
     for name in "ab":
