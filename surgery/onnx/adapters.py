@@ -83,7 +83,7 @@ def opened(path: str | Path, manifest: Manifest) -> dict[str, Any]:
     elif about != model_version(manifest):
         fix = "make it for this file: export_adapter or convert_peft"
         problems.append(SurgeryError("it was made for another base, or for a file with other slots", fix=fix))
-    if problems := problems + manifest.check(tensors):
+    if problems := problems + manifest.check(tensors, finite=not problems):  # as they were when they were written
         raise listed(f"{path.name} can't be used", problems)
     for value in values.values():
         value.surgery_held = held  # type: ignore[attr-defined]

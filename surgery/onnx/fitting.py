@@ -16,8 +16,11 @@ if TYPE_CHECKING:
 __all__ = ["listed", "problems_of"]
 
 
-def problems_of(manifest: Manifest, tensors: Mapping[str, np.ndarray]) -> list[SurgeryError]:
-    """One error for each unknown name, each site of which a part is given, and each tensor that does not fit."""
+def problems_of(manifest: Manifest, tensors: Mapping[str, np.ndarray], finite: bool = False) -> list[SurgeryError]:
+    """One error for each unknown name, each site of which a part is given, and each tensor that does not fit.
+
+    `finite`: that all numbers are is known, since they are those that were written.
+    """
     if not manifest.slots:
         why = f'it was exported with adapters="{manifest.adapters}"'
         return [SurgeryError("the file has no slots for adapters", why=why, fix='export_onnx(…, adapters="slots")')]
@@ -26,7 +29,7 @@ def problems_of(manifest: Manifest, tensors: Mapping[str, np.ndarray]) -> list[S
     sizes: dict[str, tuple[int, str]] = {}
     for name, slot in manifest.by_name.items():
         if name in tensors:
-            found += _misfit(manifest, slot, tensors[name], sizes)
+            found += _misfit(manifest, slot, tensors[name], sizes, finite)
     if not tensors:
         found.append(SurgeryError("the adapter has no tensors"))
     return found
@@ -59,7 +62,7 @@ def _halves(manifest: Manifest, tensors: Mapping[str, np.ndarray]) -> Iterator[S
 
 
 def _misfit(
-    manifest: Manifest, slot: Slot, tensor: np.ndarray, sizes: dict[str, tuple[int, str]]
+    manifest: Manifest, slot: Slot, tensor: np.ndarray, sizes: dict[str, tuple[int, str]], finite: bool
 ) -> Iterator[SurgeryError]:
     if not isinstance(tensor, np.ndarray):
         yield SurgeryError("a tensor is no numpy array", where=slot.name, why=f"it is {type(tensor).__name__}")
@@ -85,7 +88,7 @@ def _misfit(
         if known != size:
             why = f"its rank is {size}, and that of {first} is {known}"
             yield SurgeryError("two tensors of a site have different ranks", where=slot.name, why=why)
-    if tensor.dtype.kind in "fV" and not np.isfinite(widened(tensor)).all():
+    if not finite and tensor.dtype.kind in "fV" and not np.isfinite(widened(tensor)).all():
         yield SurgeryError("a tensor has numbers that are not finite", where=slot.name)
 
 

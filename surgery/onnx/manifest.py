@@ -191,11 +191,14 @@ class Manifest:
         shape = [none if size is None else size for size in slot.shape]
         return (np.ones if slot.default == "ones" else np.zeros)(shape, dtype_of(slot.dtype))
 
-    def check(self, tensors: Mapping[str, np.ndarray]) -> list[SurgeryError]:
-        """All that keeps an adapter's tensors from being this file's: one error each, none where they fit."""
+    def check(self, tensors: Mapping[str, np.ndarray], *, finite: bool = False) -> list[SurgeryError]:
+        """All that keeps an adapter's tensors from being this file's: one error each, none where they fit.
+
+        `finite`: that all their numbers are is known, and not looked at.
+        """
         from surgery.onnx.fitting import problems_of
 
-        return problems_of(self, tensors)
+        return problems_of(self, tensors, finite)
 
 
 def read_manifest(source: Any) -> Manifest:
