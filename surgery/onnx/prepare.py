@@ -128,7 +128,7 @@ def _slots(model: nn.Module, given: Given, names: Any, how: Settings) -> Prepare
     copy = sharing_copy(model)
     chosen = adapter_names(require_state(copy), names)
     placing = put_slots(copy, chosen, how.slot, given, strict=how.strict)
-    lifted = lift(copy, how.slot, placing.free())
+    lifted = lift(copy, how.slot, placing.free(), placing.factors())
     if how.empty == "zeros1" and (full := [rule.label for rule in placing.rules if not rule.zeros_are_none]):
         why = "one position of zeros is seen as any other"
         raise SurgeryError(f"empty='zeros1' leaves {', '.join(full)} with an effect", why=why, fix="empty='rank0'")

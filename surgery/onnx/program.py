@@ -23,6 +23,7 @@ from surgery.onnx.finish import require_inputs
 from surgery.onnx.given import Given, cache_name, is_cache, is_transformers, leaves_of, plain, register_caches
 from surgery.onnx.low_rank import as_one_operation
 from surgery.onnx.names import names_kept
+from surgery.onnx.ranks import free_ranks
 from surgery.onnx.translated import translations
 from surgery.onnx.windows import whole
 
@@ -33,21 +34,23 @@ SLOTS = "surgery_slots"  # the argument that carries lifted tensors
 
 @dataclass
 class Lifted:
-    """A tensor of an adapter that is an input of the graph; `free`: the axis of any size, such as a rank."""
+    """A tensor of an adapter that is an input of the graph; `free`: the axis of any size, such as a rank; `factor`:
+    whether it is likely to be nothing but a factor of a product."""
 
     name: str
     box: nn.Module
     key: str
     tensor: Tensor
     free: int | None = None
+    factor: bool = False
 
     @classmethod
-    def out_of(cls, name: str, box: nn.Module, key: str, free: int | None = None) -> Lifted:
+    def out_of(cls, name: str, box: nn.Module, key: str, free: int | None = None, factor: bool = False) -> Lifted:
         """Take a tensor out of the module that holds it, until a call brings it back."""
         held: Any = box._parameters if key in box._parameters else box._buffers
         tensor = held.pop(key)
         box._buffers[key] = None  # what looks for it finds a place
-        return cls(name, box, key, tensor.detach(), free)
+        return cls(name, box, key, tensor.detach(), free, factor)
 
 
 @dataclass
@@ -66,13 +69,30 @@ def program_of(
     how: Any,
 ) -> Program:
     """Export the model, which is a copy that may be changed. `SurgeryError` where not. `how`: its `Settings`."""
+    factors = [one for one in lifted if one.factor]
+    if factors:
+        program = _program_of(model, given, lifted, shapes, how, factors)
+        if free_ranks(program.model, {one.name: one.free for one in factors}):
+            return program
+    return _program_of(model, given, lifted, shapes, how)
+
+
+def _program_of(
+    model: nn.Module,
+    given: Given,
+    lifted: Sequence[Lifted],
+    shapes: Mapping[str, Any],
+    how: Any,
+    fixed: Sequence[Lifted] = (),
+) -> Program:
+    """`fixed`: tensors whose free axis is traced at its size, which takes half as long as a symbol."""
     names = [name for name, leaf in leaves_of(given.values) if isinstance(leaf, Tensor)]
     inputs = dict(given.copy())
     dynamic = dict(shapes)
     if lifted:
         inputs[SLOTS] = {one.name: one.tensor for one in lifted}
-        auto = torch.export.Dim.AUTO
-        dynamic[SLOTS] = {one.name: {} if one.free is None else {one.free: auto} for one in lifted}
+        auto, still = torch.export.Dim.AUTO, {one.name for one in fixed}
+        dynamic[SLOTS] = {one.name: {} if one.free is None or one.name in still else {one.free: auto} for one in lifted}
     with _forward_with(model, given, lifted) as exported, _quiet(), names_kept(), as_one_operation(), torch.no_grad():
         try:
             export = _exporter(exported, inputs)
