@@ -65,12 +65,14 @@ WHY = {
     "prefix of 20, forward": PREFIX,
     "prefix of 20, training": PREFIX,
     "import": "importing the engine's own modules.",
+    "onnxruntime, 64 tokens, merged": "noise: the graph is the base's own, operation for operation "
+    "(`test_merged_is_the_bases_own_graph`).",
     "onnxruntime, 64 tokens, slots, rank 8": "three operations a layer stand beside two; 384 wide, 4 % of "
     "the arithmetic, and matrices eight wide run at half the speed of the layer's own. Wider models come closer.",
     "onnxruntime, milliseconds to load": "each tensor is looked at, ten microseconds: its type, its shape, whether "
     "all its numbers are finite, and a checksum; what onnxruntime itself does to read the file is a third of it.",
-    "exporting with slots": "the graph has seven operations more for each slotted layer, and torch.export, its "
-    "decompositions and onnxscript's optimiser look at each several times; two hundredths are not theirs.",
+    "exporting with slots": "the graph has five operations and two inputs more for each slotted layer, which "
+    "torch.export, its decompositions and onnxscript's optimiser look at; two hundredths are not theirs.",
 }
 
 
