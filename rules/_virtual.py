@@ -132,10 +132,7 @@ def put_any(module: Any, prompt: Tensor, given: Inputs, rest: str, after: int) -
     rows = _for_rows(prompt.to(embeds.device, embeds.dtype), batch)
     changed["inputs_embeds"] = _spliced(embeds, rows, after, 1)
     if positions is not None:
-        start = positions[..., after - 1 : after] + 1 if after else positions.amin(-1, keepdim=True)
-        first = start + torch.arange(count, device=positions.device, dtype=positions.dtype)
-        later = torch.cat([positions[..., :after], positions[..., after:] + lacking], -1)
-        changed["position_ids"] = _spliced(later, first.expand(*positions.shape[:-1], -1), after, -1)
+        changed["position_ids"] = _numbered(positions, count, after, lacking)
     if steps is not None:
         changed["cache_position"] = torch.cat([torch.arange(count).to(steps), steps + lacking])
     if (types := inputs.get("token_type_ids")) is not None:
@@ -320,10 +317,14 @@ def _positions(
         return positions + count
     if unmasked and bool((positions.diff(dim=-1) != 1).any()):
         raise _error("its position_ids are those of packed sequences", "give each sequence a row, and a mask")
-    # They take the text's first positions, and the text those behind: some models count from 1.
+    return _numbered(positions, count, after, count)
+
+
+def _numbered(positions: Tensor, count: int, after: int, by: int) -> Tensor:
+    """Virtual tokens take the text's first positions, and the text those `by` behind: some models count from 1."""
     start = positions[..., after - 1 : after] + 1 if after else positions.amin(-1, keepdim=True)
     rows = start + torch.arange(count, device=positions.device, dtype=positions.dtype)
-    shifted = torch.cat([positions[..., :after], positions[..., after:] + count], -1) if after else positions + count
+    shifted = torch.cat([positions[..., :after], positions[..., after:] + by], -1) if after else positions + by
     return _spliced(shifted, rows.expand(*positions.shape[:-1], -1), after, -1)
 
 

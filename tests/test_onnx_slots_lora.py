@@ -137,3 +137,22 @@ def test_adapters_are_in_the_dtypes_of_the_live_model(dtype: torch.dtype, tmp_pa
     exported = Exported(chosen, x, tmp_path)
     assert json.dumps(exported.manifest["slots"]).count(str(dtype).removeprefix("torch.")) == 2
     check_slots(exported, base, [], 4e-3 if dtype == torch.float16 else 1e-12)
+
+
+@pytest.mark.parametrize("more", [False, True])
+def test_ranks_are_freed_of_what_is_a_factor_alone(more: bool) -> None:
+    """An input that something else reads, too, keeps the size that it was traced at, and the graph is left alone."""
+    import onnx
+    import onnx_ir as ir
+
+    from surgery.onnx.ranks import free_ranks
+
+    nodes = [onnx.helper.make_node("Transpose", ["A"], ["t"]), onnx.helper.make_node("MatMul", ["x", "t"], ["y"])]
+    nodes += [onnx.helper.make_node("Shape", ["A"], ["size"])] if more else []
+    shapes = {"A": [2, 4], "x": [3, 4]}
+    given = [onnx.helper.make_tensor_value_info(name, 1, shape) for name, shape in shapes.items()]
+    graph = onnx.helper.make_graph(nodes, "g", given, [onnx.helper.make_tensor_value_info("y", 1, None)])
+    model = ir.serde.deserialize_model(onnx.helper.make_model(graph))
+    assert free_ranks(model, {"A": 0}) is not more
+    first = model.graph.inputs[0].shape
+    assert first is not None and first[1] == 4 and (first[0] == 2) is more

@@ -115,15 +115,10 @@ def _constant(model: nn.Module, given: Given, names: Any, how: Settings) -> Prep
 def _slots(model: nn.Module, given: Given, names: Any, how: Settings) -> Prepared:
     """With slots in the place of all adapters (or those of `names`)."""
     if model_state(model) is None:
-        why, fix = (
-            "no rules were applied to this model",
-            'apply_rules(model, …), once for each adapter; or adapters="merged"',
-        )
+        why = "no rules were applied to this model"
+        fix = 'apply_rules(model, …), once for each adapter; or adapters="merged"'
         if type(model).__module__.startswith("peft."):
-            why, fix = (
-                "it is PEFT's own model",
-                "save_pretrained(folder), then load_adapter(base, folder) on the base model",
-            )
+            why, fix = "it is PEFT's own model", "save_pretrained(folder), then load_adapter(base model, folder)"
         raise SurgeryError("there is nothing to make slots of", why=why, fix=fix)
     copy = sharing_copy(model)
     chosen = adapter_names(require_state(copy), names)

@@ -85,7 +85,7 @@ def _program_of(
     how: Any,
     fixed: Sequence[Lifted] = (),
 ) -> Program:
-    """`fixed`: tensors whose free axis is traced at its size, which takes half as long as a symbol."""
+    """`fixed`: tensors whose free axis is traced at its size, which takes less time than a symbol."""
     names = [name for name, leaf in leaves_of(given.values) if isinstance(leaf, Tensor)]
     inputs = dict(given.copy())
     dynamic = dict(shapes)
@@ -193,7 +193,7 @@ def _by_either(model: nn.Module, inputs: dict[str, Any], shapes: Any, opset: int
     return _by_transformers(model, inputs, shapes, opset, optimize)
 
 
-# Copies of what lies otherwise in memory, which a few models need to be exported at all: half of the time of tracing.
+# Copies of what lies otherwise in memory, which few models need to be exported at all: a third of tracing's time.
 _SLOW = ("torch.reshape", "torch.Tensor.reshape", "torch.Tensor.view")
 
 

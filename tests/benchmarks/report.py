@@ -69,8 +69,8 @@ WHY = {
     "(`test_merged_is_the_bases_own_graph`).",
     "onnxruntime, 64 tokens, slots, rank 8": "three operations a layer stand beside two; 384 wide, 4 % of "
     "the arithmetic, and matrices eight wide run at half the speed of the layer's own. Wider models come closer.",
-    "onnxruntime, milliseconds to load": "each tensor is looked at, ten microseconds: its type, its shape, whether "
-    "all its numbers are finite, and a checksum; what onnxruntime itself does to read the file is a third of it.",
+    "onnxruntime, milliseconds to load": "each tensor is looked at, some microseconds: its type, its shape, and a "
+    "checksum; what onnxruntime itself does to read the file is a third of it.",
     "exporting with slots": "the graph has five operations and two inputs more for each slotted layer, which "
     "torch.export, its decompositions and onnxscript's optimiser look at; two hundredths are not theirs.",
 }
