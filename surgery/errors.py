@@ -75,9 +75,13 @@ class MergeError(SurgeryError):
 
 
 class ParityError(SurgeryError):
-    """An exported file that does not compute what the model does: `report` has every comparison."""
+    """An exported file that does not compute what the model does: `report` has every comparison.
+
+    `elsewhere`: at the example's own sizes it does.
+    """
 
     report: Any = None
+    elsewhere: bool = False
 
 
 class PlanError(SurgeryError):

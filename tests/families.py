@@ -677,8 +677,11 @@ _add(
     text_config={**LLAMA, "model_type": "llama"}, vision_config={**CLIP_VISION, "model_type": "clip_vision_model"},
     image_token_id=98, image_token_index=98,
 )
+# Its processor gives the types (1: what is to be written). Without them transformers takes all of the text to be seen
+# by all of it where it can leave out the mask, and causally where it can't, as in a graph of any length.
 _add(
-    _MM, "paligemma", "PaliGemmaForConditionalGeneration", _with_image_tokens(98, 4), image_token_id=98,
+    _MM, "paligemma", "PaliGemmaForConditionalGeneration",
+    lambda: {**_with_image_tokens(98, 4)(), "token_type_ids": torch.tensor([[0] * 6 + [1] * 2] * 2)}, image_token_id=98,
     image_token_index=98, text_config={**LLAMA_8, "model_type": "gemma"}, projection_dim=32, hidden_size=32,
     vision_config={**CLIP_VISION, "model_type": "siglip_vision_model", "projection_dim": 32},
 )

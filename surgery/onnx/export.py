@@ -12,12 +12,21 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from surgery.errors import SurgeryError
+from surgery.errors import ParityError, SurgeryError
 from surgery.onnx.caching import with_cache
 from surgery.onnx.copies import sharing_copy, traced_path
 from surgery.onnx.defaults import write_defaults
 from surgery.onnx.describe import manifest_of
-from surgery.onnx.dims import Axes, Dynamic, axes_of, dynamic_shapes, examples_for_tracing, fixed_dims, rename_dims
+from surgery.onnx.dims import (
+    Axes,
+    Dynamic,
+    axes_of,
+    dynamic_shapes,
+    examples_for_tracing,
+    fixed_dims,
+    of_other_lengths,
+    rename_dims,
+)
 from surgery.onnx.finish import add_defaults, make_constants, mark_rules, require_inputs, tidy
 from surgery.onnx.given import Given, array_of
 from surgery.onnx.manifest import Manifest
@@ -106,29 +115,40 @@ def export_onnx(
     Raises `SurgeryError` where the model can't be exported, `ParityError` where the file computes something else;
     what was at `path` is then as it was.
     """
-    started = time.perf_counter()
     how = Settings(adapters, slot, slots_as, empty, opset, optimize, optimize_for, strict)
     given = Given.of(model, with_cache(model, example_inputs) if cache else example_inputs)
     axes = axes_of(given, dynamic)
-    traced = _to_trace(model, given, axes)
-    prepared = PREPARE[adapters](model, given, names, how)
-    with traced_path():
-        program = program_of(prepared.model, traced, prepared.lifted, dynamic_shapes(traced, axes), how)
-    manifest, free = _finish(program, prepared, model, axes, how)
-    notices = [*prepared.notices, *fixed_dims(traced, axes, free), *_told_apart(model)]
-    seconds, parity = time.perf_counter() - started, None
-    with written(program.model, Path(path), manifest, external_data) as place:
-        if adapters == "slots" and slots_as == "inputs":
-            arrays = {name: array_of(tensor) for name, tensor in prepared.defaults.items()}
-            write_defaults(place, arrays, Manifest.of(manifest))
-        if verify:
-            parity = verify_onnx(place, model, given, names, atol=atol)
-    return ExportReport(Path(path), manifest, notices, seconds, size_of(Path(path)), parity)
+
+    def exported(traced: Given) -> ExportReport:
+        started = time.perf_counter()
+        prepared = PREPARE[adapters](model, given, names, how)
+        with traced_path():
+            program = program_of(prepared.model, traced, prepared.lifted, dynamic_shapes(traced, axes), how)
+        manifest, free = _finish(program, prepared, model, axes, how)
+        notices = [*prepared.notices, *fixed_dims(traced, axes, free), *_told_apart(model)]
+        seconds, parity = time.perf_counter() - started, None
+        with written(program.model, Path(path), manifest, external_data) as place:
+            if adapters == "slots" and slots_as == "inputs":
+                arrays = {name: array_of(tensor) for name, tensor in prepared.defaults.items()}
+                write_defaults(place, arrays, Manifest.of(manifest))
+            if verify:
+                parity = verify_onnx(place, model, given, names, atol=atol)
+        return ExportReport(Path(path), manifest, notices, seconds, size_of(Path(path)), parity)
+
+    traced = _to_trace(model, examples_for_tracing(given, axes))
+    try:
+        return exported(traced)
+    except ParityError as error:
+        other = of_other_lengths(traced, axes)
+        if not error.elsewhere or _to_trace(model, [other, traced]) is traced:
+            raise
+        with contextlib.suppress(SurgeryError):
+            return exported(other)
+        raise
 
 
-def _to_trace(model: nn.Module, given: Given, axes: Axes) -> Given:
-    """The example with several of what it has one of, as far as the model takes that."""
-    examples = examples_for_tracing(given, axes)
+def _to_trace(model: nn.Module, examples: Sequence[Given]) -> Given:
+    """The first of these that the model can be called with, or the last."""
     copy = sharing_copy(model) if len(examples) > 1 else model
     for one in examples[:-1]:
         with contextlib.suppress(Exception), torch.no_grad(), torch.random.fork_rng(), traced_path():

@@ -103,4 +103,5 @@ def parity_error(report: ParityReport, files: Sequence[str] = ()) -> ParityError
             "the exported file decodes other tokens than the model", where=failed[0].adapter, why=str(failed[0])
         )
     error.report = report
+    error.elsewhere = all(one.ok for one in report.compared if one.sizes == report.compared[0].sizes)
     return error

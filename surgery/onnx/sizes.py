@@ -16,7 +16,8 @@ _MORE = {"batch": 1, "past": 2, "decoder_sequence": 1}
 
 
 def other_sizes(given: Given, inputs: Sequence[str], free: Free) -> list[list[tuple[str, Given]]]:
-    """The call as it is, then at other sizes, each with a smaller one in case that the model has too few positions.
+    """The call as it is, then at other sizes: larger ones; smaller, in case that the model has too few positions; and
+    with every batch doubled, in case that it has to have so many images for so many texts.
 
     A cache is also tried with nothing in it, as a decoder begins.
     """
@@ -27,7 +28,8 @@ def other_sizes(given: Given, inputs: Sequence[str], free: Free) -> list[list[tu
     if sizes:
         more = {name: size + _MORE.get(name, 3) for name, size in sizes.items()}
         less = {name: size + 1 if name == "batch" else max(2, size // 2) for name, size in sizes.items()}
-        asked.append([summed(more, sizes), summed(less, sizes)])
+        twice = {name: 2 * size if name.split("_")[-1] == "batch" else size for name, size in sizes.items()}
+        asked.append([summed(more, sizes), summed(less, sizes), *([twice] if twice != sizes else [])])
     if "past" in sizes:
         asked.append([summed({**sizes, "past": 0}, sizes)])
     return [[(_told(one), sized(given, by_leaf, one)) for one in group] for group in asked]

@@ -1,0 +1,80 @@
+"""Sizes that are free in fact: models that ask of one what depends on another, or whose graphs follow the example's."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from rules import LoraRule
+from surgery import apply_rules, export_onnx
+from surgery.errors import ParityError
+
+pytest.importorskip("onnx")
+
+
+class Chunked(nn.Module):
+    """Sums within chunks of four positions, the last one filled up, as state-space models compute."""
+
+    def __init__(self, strict: bool = False) -> None:
+        super().__init__()
+        self.embed, self.out, self.strict = nn.Embedding(9, 8), nn.Linear(8, 3), strict
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        hidden = self.embed(input_ids)
+        batch, length, width = hidden.shape
+        missing = -length % 4
+        hidden = F.pad(hidden, (0, 0, 0, missing)).view(batch, -1, 4, width).cumsum(2).reshape(batch, -1, width)
+        if missing:
+            hidden = hidden[:, :length]
+        if self.strict:  # two graphs that are not one
+            hidden = hidden * 2 if length % 2 else hidden + 1
+        return self.out(hidden)
+
+
+class Illustrated(nn.Module):
+    """As many pictures as texts, and in each text two places for what is seen in its picture."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.seen, self.out = nn.Embedding(9, 8), nn.Linear(16, 16), nn.Linear(8, 3)
+
+    def forward(self, input_ids: Tensor, pixel_values: Tensor) -> Tensor:
+        places = (input_ids == 8).unsqueeze(-1)
+        seen = self.seen(pixel_values.flatten(1)).view(-1, 2, 8)
+        if not torch.compiler.is_exporting() and int(places.sum()) != 2 * len(pixel_values):
+            raise ValueError("two places a picture")
+        return self.out(self.embed(input_ids).masked_scatter(places, seen))
+
+
+def sizes(report: Any, adapter: str) -> set[str]:
+    return {one.sizes for one in report.parity.compared if one.adapter == adapter}
+
+
+@pytest.mark.parametrize("length", [8, 7])
+def test_a_text_that_fills_its_last_chunk_is_an_example_too(length: int, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = apply_rules(Chunked(), LoraRule("out", rank=2, init="random"), adapter="a")
+    ids = torch.randint(9, (2, length))
+    report = export_onnx(model, tmp_path / "m.onnx", {"input_ids": ids}, adapters="slots")
+    assert sizes(report, "a") == {f"batch 2, sequence {length}", f"batch 3, sequence {length + 3}"}
+
+
+def test_what_no_example_makes_free_is_refused_with_the_first_reason(tmp_path: Path) -> None:
+    ids = torch.randint(9, (2, 8))
+    with pytest.raises(ParityError, match="sequence 11") as caught:
+        export_onnx(Chunked(strict=True), tmp_path / "m.onnx", {"input_ids": ids})
+    assert caught.value.elsewhere and not list(tmp_path.iterdir())
+
+
+def test_so_many_pictures_for_so_many_texts(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = apply_rules(Illustrated(), LoraRule(["seen", "out"], rank=2, init="random"), adapter="a")
+    example = {"input_ids": torch.tensor([[8, 8, 1, 2, 3]] * 2), "pixel_values": torch.randn(2, 1, 4, 4)}
+    report = export_onnx(model, tmp_path / "m.onnx", example, adapters="slots")
+    assert any("batch 4" in one for one in sizes(report, "a")), report.parity
+    assert not report.parity.notices  # pyright: ignore[reportOptionalMemberAccess]
