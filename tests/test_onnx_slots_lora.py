@@ -5,12 +5,18 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import onnx_ir
+import onnxruntime
 import pytest
 import torch
 from torch import Tensor, nn
 
 from rules import AdaLoraRule, LoraRule, MissRule, RandLoraRule, VeraRule
 from surgery import SiteError, activate, apply_rules, merge
+from surgery.lowering import low_rank_linear
+from surgery.onnx.given import Given
+from surgery.onnx.prepare import Settings
+from surgery.onnx.program import Lifted, program_of, told_apart
 from tests.slots import Exported, adapted, check_slots, outputs, plain, same, shaken
 
 Conv1D = pytest.importorskip("transformers.pytorch_utils").Conv1D
@@ -139,20 +145,30 @@ def test_adapters_are_in_the_dtypes_of_the_live_model(dtype: torch.dtype, tmp_pa
     check_slots(exported, base, [], 4e-3 if dtype == torch.float16 else 1e-12)
 
 
+class Looked(nn.Module):
+    """A layer with a branch, and where `more` something else that looks at one of its factors."""
+
+    def __init__(self, more: bool) -> None:
+        super().__init__()
+        self.weight, self.A, self.B = (nn.Parameter(torch.randn(shape)) for shape in ((6, 4), (2, 4), (6, 2)))
+        self.more = more
+
+    def forward(self, input: Tensor) -> Tensor:
+        y = low_rank_linear(input, self.weight, None, (self.A, self.B, 0.5, 0.0, False))
+        return y + self.A.sum() if self.more else y
+
+
 @pytest.mark.parametrize("more", [False, True])
-def test_ranks_are_freed_of_what_is_a_factor_alone(more: bool) -> None:
-    """An input that something else reads, too, keeps the size that it was traced at, and the graph is left alone."""
-    import onnx
-    import onnx_ir as ir
-
-    from surgery.onnx.ranks import free_ranks
-
-    nodes = [onnx.helper.make_node("Transpose", ["A"], ["t"]), onnx.helper.make_node("MatMul", ["x", "t"], ["y"])]
-    nodes += [onnx.helper.make_node("Shape", ["A"], ["size"])] if more else []
-    shapes = {"A": [2, 4], "x": [3, 4]}
-    given = [onnx.helper.make_tensor_value_info(name, 1, shape) for name, shape in shapes.items()]
-    graph = onnx.helper.make_graph(nodes, "g", given, [onnx.helper.make_tensor_value_info("y", 1, None)])
-    model = ir.serde.deserialize_model(onnx.helper.make_model(graph))
-    assert free_ranks(model, {"A": 0}) is not more
-    first = model.graph.inputs[0].shape
-    assert first is not None and first[1] == 4 and (first[0] == 2) is more
+def test_factors_are_in_the_graph_by_name_until_its_end_unless_something_else_looks_at_them(more: bool) -> None:
+    model, x = Looked(more), torch.randn(3, 4)
+    expected, given = model(x), Given.of(model, x)
+    lifted = [Lifted.out_of(name, model, name, axis, True) for name, axis in (("A", 0), ("B", 1))]
+    named, brought = told_apart(model, given, lifted)
+    assert [len(named), len(brought)] == ([0, 2] if more else [2, 0])
+    program = program_of(model, given, lifted, {"input": {}}, Settings())
+    inputs = {value.name: value.shape for value in program.model.graph.inputs}
+    assert list(inputs) == ["input", "A", "B"] and not isinstance(inputs["A"][0], int)
+    assert {node.domain for node in program.model.graph} <= {"", "ai.onnx"} and "" in program.model.opset_imports
+    session = onnxruntime.InferenceSession(onnx_ir.to_proto(program.model).SerializeToString())
+    feeds = {"input": x.numpy(), **{one.name: one.tensor.numpy() for one in lifted}}
+    assert torch.allclose(torch.from_numpy(session.run(None, feeds)[0]), expected, atol=1e-5)

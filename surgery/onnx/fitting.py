@@ -25,7 +25,8 @@ def problems_of(manifest: Manifest, tensors: Mapping[str, np.ndarray], finite: b
         why = f'it was exported with adapters="{manifest.adapters}"'
         return [SurgeryError("the file has no slots for adapters", why=why, fix='export_onnx(…, adapters="slots")')]
     found = list(_unknown(manifest, tensors))
-    found += _halves(manifest, tensors)
+    if len(tensors) != len(manifest.slots) or found:
+        found += _halves(manifest, tensors)
     sizes: dict[str, tuple[int, str]] = {}
     for name, slot in manifest.by_name.items():
         if name in tensors:
@@ -73,13 +74,14 @@ def _misfit(
         why = f"it is {kind}, and the slot {slot.dtype}"
         yield SurgeryError("a tensor has another dtype", where=slot.name, why=why, fix=fix)
         return
-    fixed = [(size, own) for size, own in zip(tensor.shape, slot.shape, strict=False) if own is not None]
-    if tensor.ndim != len(slot.shape) or any(size != own for size, own in fixed):
+    at = slot.free[0] if slot.free else len(slot.shape)
+    said = tensor.shape[:at] + (None,) * len(slot.free) + tensor.shape[at + 1 :]
+    if said != slot.shape or tensor.ndim != len(slot.shape):
         why = f"it is {tensor.shape}, and the slot {_shape(slot)}"
         yield SurgeryError("a tensor has another shape", where=slot.name, why=why)
         return
-    for axis in slot.free:
-        size = tensor.shape[axis]
+    if slot.free:
+        size = tensor.shape[at]
         if size == 0 and manifest.empty == "zeros1":
             yield SurgeryError(
                 "a tensor is empty", where=slot.name, why='the file is for runtimes without such: "zeros1"'

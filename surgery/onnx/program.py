@@ -21,13 +21,12 @@ from surgery.errors import SurgeryError
 from surgery.example import copied
 from surgery.onnx.finish import require_inputs
 from surgery.onnx.given import Given, cache_name, is_cache, is_transformers, leaves_of, plain, register_caches
-from surgery.onnx.low_rank import as_one_operation
+from surgery.onnx.low_rank import Factor, by_name, written_out
 from surgery.onnx.names import names_kept
-from surgery.onnx.ranks import free_ranks
 from surgery.onnx.translated import translations
 from surgery.onnx.windows import whole
 
-__all__ = ["Lifted", "Program", "SLOTS", "program_of"]
+__all__ = ["Lifted", "Program", "SLOTS", "program_of", "told_apart"]
 
 SLOTS = "surgery_slots"  # the argument that carries lifted tensors
 
@@ -35,7 +34,7 @@ SLOTS = "surgery_slots"  # the argument that carries lifted tensors
 @dataclass
 class Lifted:
     """A tensor of an adapter that is an input of the graph; `free`: the axis of any size, such as a rank; `factor`:
-    whether it is likely to be nothing but a factor of a product."""
+    whether it is likely to be nothing but a factor of a linear layer's branch."""
 
     name: str
     box: nn.Module
@@ -69,35 +68,20 @@ def program_of(
     how: Any,
 ) -> Program:
     """Export the model, which is a copy that may be changed. `SurgeryError` where not. `how`: its `Settings`."""
-    factors = [one for one in lifted if one.factor]
-    if factors:
-        program = _program_of(model, given, lifted, shapes, how, factors)
-        if free_ranks(program.model, {one.name: one.free for one in factors}):
-            return program
-    return _program_of(model, given, lifted, shapes, how)
-
-
-def _program_of(
-    model: nn.Module,
-    given: Given,
-    lifted: Sequence[Lifted],
-    shapes: Mapping[str, Any],
-    how: Any,
-    fixed: Sequence[Lifted] = (),
-) -> Program:
-    """`fixed`: tensors whose free axis is traced at its size, which takes less time than a symbol."""
     names = [name for name, leaf in leaves_of(given.values) if isinstance(leaf, Tensor)]
+    named, brought = told_apart(model, given, lifted)
     inputs = dict(given.copy())
     dynamic = dict(shapes)
-    if lifted:
-        inputs[SLOTS] = {one.name: one.tensor for one in lifted}
-        auto, still = torch.export.Dim.AUTO, {one.name for one in fixed}
-        dynamic[SLOTS] = {one.name: {} if one.free is None or one.name in still else {one.free: auto} for one in lifted}
-    with _forward_with(model, given, lifted) as exported, _quiet(), names_kept(), as_one_operation(), torch.no_grad():
+    if brought:
+        inputs[SLOTS] = {one.name: one.tensor for one in brought}
+        auto = torch.export.Dim.AUTO
+        dynamic[SLOTS] = {one.name: {} if one.free is None else {one.free: auto} for one in brought}
+    with _forward_with(model, given, brought) as exported, _quiet(), names_kept(), _by_name(named), torch.no_grad():
         try:
             export = _exporter(exported, inputs)
             made = export(exported, inputs, dynamic, how.opset, how.optimize)
             slots = [f"{SLOTS}.{one.name}" for one in lifted]
+            _bring(made, named, slots)
             require_inputs(made, slots, "the exporter's passes")
             if how.optimize_for == "ort":
                 fused(made)
@@ -125,6 +109,53 @@ def _program_of(
         value.name = name
     _name_outputs(graph)
     return Program(made, {name: value.name for name, value in zip(names, taken, strict=True)})
+
+
+# Factors that the graph gets at the end ---------------------------------------------------------------------------
+
+
+def told_apart(model: nn.Module, given: Given, lifted: Sequence[Lifted]) -> tuple[list[Lifted], list[Lifted]]:
+    """Those at which a call shows that linear layers' branches alone look, all that may be so or none; the others."""
+    likely, others = [one for one in lifted if one.factor], [one for one in lifted if not one.factor]
+    if likely:
+        inputs = {**given.copy(), **({SLOTS: {one.name: one.tensor for one in others}} if others else {})}
+        with _forward_with(model, given, others) as called, _by_name(likely), torch.random.fork_rng(), torch.no_grad():
+            with contextlib.suppress(Exception):
+                called(**inputs)
+                return likely, others
+    return [], list(lifted)
+
+
+@contextlib.contextmanager
+def _by_name(named: Sequence[Lifted]) -> Iterator[None]:
+    """What the forward looks for in their places has their names alone."""
+    for one in named:
+        one.box.__dict__[one.key] = Factor(one.name, one.tensor.dtype)
+    try:
+        with by_name():
+            yield
+    finally:
+        for one in named:
+            del one.box.__dict__[one.key]
+
+
+def _bring(made: Any, named: Sequence[Lifted], order: Sequence[str]) -> None:
+    """Give the graph the inputs that it has by name so far; all slots' stand in this order after the others."""
+    import onnx_ir as ir
+    from onnx_ir.tensor_adapters import from_torch_dtype
+
+    found = {}
+    for one in named:
+        shape = [f"{one.name}.rank" if axis == one.free else size for axis, size in enumerate(one.tensor.shape)]
+        kind = ir.TensorType(from_torch_dtype(one.tensor.dtype))
+        found[one.name] = ir.Value(name=f"{SLOTS}.{one.name}", shape=ir.Shape(shape), type=kind)
+    written_out(made, found)
+    inputs = made.graph.inputs
+    held = {value.name: value for value in [*inputs, *found.values()]}
+    slots = [held[name] for name in order if name in held]
+    others = [value for value in inputs if value.name not in set(order)]
+    inputs.clear()
+    inputs.extend([*others, *slots])
 
 
 # The forward that is exported -----------------------------------------------------------------------------------

@@ -115,7 +115,8 @@ class OnnxRunner:
             values = {key: value_of(tensor) for key, tensor in tensors.items()}
         else:
             values = opened(Path(source), self.manifest)
-        sites = frozenset((slot.site, slot.rule) for key in values for slot in [self.manifest.by_name[key]])
+        slots = self.manifest.by_name
+        sites = frozenset([(slots[key].site, slots[key].rule) for key in values])
         made = _Loaded(name, values, sites)
         with self._lock:
             if name in self._loaded and not replace:
