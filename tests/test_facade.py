@@ -424,6 +424,8 @@ def test_switching() -> None:
     check()
     mine.set_adapter("default", inference_mode=True)
     assert not any(parameter.requires_grad for parameter in mine.parameters())
+    with surgery.route(base, ["other", "default"]), pytest.raises(surgery.SurgeryError, match="are routed"):
+        mine.set_requires_grad("other")
     mine.set_requires_grad("default")
     assert mine.get_nb_trainable_parameters()[0] > 0
     assert mine.active_peft_config is mine.peft_config["default"] and mine.peft_type == "LORA"

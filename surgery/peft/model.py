@@ -16,6 +16,7 @@ from torch import nn
 
 import surgery
 from surgery.beside import beside
+from surgery.claims import check_free
 from surgery.errors import SurgeryError, SurgeryWarning
 from surgery.example import dummy
 from surgery.hub import card_of, upload
@@ -120,6 +121,7 @@ class PeftModel(Facade):
         self._enter(adapter_name, self._disabled, train=not inference_mode)
 
     def set_requires_grad(self, adapter_names: Names, requires_grad: bool = True) -> None:
+        check_free(self._base)
         state = require_state(self._base)
         set_trained(state, named(state, adapter_names), requires_grad)
 
