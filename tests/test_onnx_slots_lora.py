@@ -16,7 +16,7 @@ from surgery import SiteError, activate, apply_rules, merge
 from surgery.lowering import low_rank_linear
 from surgery.onnx.given import Given
 from surgery.onnx.prepare import Settings
-from surgery.onnx.program import Lifted, program_of, told_apart
+from surgery.onnx.program import Lifted, program_of, split_factors
 from tests.slots import Exported, adapted, check_slots, outputs, plain, same, shaken
 
 Conv1D = pytest.importorskip("transformers.pytorch_utils").Conv1D
@@ -163,7 +163,7 @@ def test_factors_are_in_the_graph_by_name_until_its_end_unless_something_else_lo
     model, x = Looked(more), torch.randn(3, 4)
     expected, given = model(x), Given.of(model, x)
     lifted = [Lifted.out_of(name, model, name, axis, True) for name, axis in (("A", 0), ("B", 1))]
-    named, brought = told_apart(model, given, lifted)
+    named, brought = split_factors(model, given, lifted)
     assert [len(named), len(brought)] == ([0, 2] if more else [2, 0])
     program = program_of(model, given, lifted, {"input": {}}, Settings())
     inputs = {value.name: value.shape for value in program.model.graph.inputs}

@@ -50,8 +50,8 @@ def _(
 
 
 @contextlib.contextmanager
-def by_name() -> Iterator[None]:
-    """In forwards inside of the block linear layers with branches take `Factor`s."""
+def by_name(lifted: Sequence[Any]) -> Iterator[None]:
+    """Forwards inside of the block find `Factor`s in the places of these tensors, and linear layers take them."""
 
     def layer(x: Tensor, weight: Tensor, bias: Tensor | None, factors: list[Any], scales: list[float]) -> Tensor:
         pairs: list[tuple[Any, Any, float]] = list(zip(factors[::2], factors[1::2], scales, strict=True))
@@ -66,8 +66,14 @@ def by_name() -> Iterator[None]:
                 y = lowering.same_dtype(y + F.linear(F.linear(x.to(A.dtype), A), B) * scale, y)
         return y
 
-    with lowering.layers_by(layer):
-        yield
+    for one in lifted:
+        one.box.__dict__[one.key] = Factor(one.name, one.tensor.dtype)
+    try:
+        with lowering.layers_by(layer):
+            yield
+    finally:
+        for one in lifted:
+            del one.box.__dict__[one.key]
 
 
 def translations() -> dict[Any, Any]:

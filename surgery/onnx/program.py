@@ -21,12 +21,12 @@ from surgery.errors import SurgeryError
 from surgery.example import copied
 from surgery.onnx.finish import require_inputs
 from surgery.onnx.given import Given, cache_name, is_cache, is_transformers, leaves_of, plain, register_caches
-from surgery.onnx.low_rank import Factor, by_name, written_out
+from surgery.onnx.low_rank import by_name, written_out
 from surgery.onnx.names import names_kept
 from surgery.onnx.translated import translations
 from surgery.onnx.windows import whole
 
-__all__ = ["Lifted", "Program", "SLOTS", "program_of", "told_apart"]
+__all__ = ["Lifted", "Program", "SLOTS", "program_of", "split_factors"]
 
 SLOTS = "surgery_slots"  # the argument that carries lifted tensors
 
@@ -69,14 +69,14 @@ def program_of(
 ) -> Program:
     """Export the model, which is a copy that may be changed. `SurgeryError` where not. `how`: its `Settings`."""
     names = [name for name, leaf in leaves_of(given.values) if isinstance(leaf, Tensor)]
-    named, brought = told_apart(model, given, lifted)
+    named, brought = split_factors(model, given, lifted)
     inputs = dict(given.copy())
     dynamic = dict(shapes)
     if brought:
         inputs[SLOTS] = {one.name: one.tensor for one in brought}
         auto = torch.export.Dim.AUTO
         dynamic[SLOTS] = {one.name: {} if one.free is None else {one.free: auto} for one in brought}
-    with _forward_with(model, given, brought) as exported, _quiet(), names_kept(), _by_name(named), torch.no_grad():
+    with _forward_with(model, given, brought) as exported, _quiet(), names_kept(), by_name(named), torch.no_grad():
         try:
             export = _exporter(exported, inputs)
             made = export(exported, inputs, dynamic, how.opset, how.optimize)
@@ -114,29 +114,16 @@ def program_of(
 # Factors that the graph gets at the end ---------------------------------------------------------------------------
 
 
-def told_apart(model: nn.Module, given: Given, lifted: Sequence[Lifted]) -> tuple[list[Lifted], list[Lifted]]:
+def split_factors(model: nn.Module, given: Given, lifted: Sequence[Lifted]) -> tuple[list[Lifted], list[Lifted]]:
     """Those at which a call shows that linear layers' branches alone look, all that may be so or none; the others."""
     likely, others = [one for one in lifted if one.factor], [one for one in lifted if not one.factor]
     if likely:
         inputs = {**given.copy(), **({SLOTS: {one.name: one.tensor for one in others}} if others else {})}
-        with _forward_with(model, given, others) as called, _by_name(likely), torch.random.fork_rng(), torch.no_grad():
+        with _forward_with(model, given, others) as called, by_name(likely), torch.random.fork_rng(), torch.no_grad():
             with contextlib.suppress(Exception):
                 called(**inputs)
                 return likely, others
     return [], list(lifted)
-
-
-@contextlib.contextmanager
-def _by_name(named: Sequence[Lifted]) -> Iterator[None]:
-    """What the forward looks for in their places has their names alone."""
-    for one in named:
-        one.box.__dict__[one.key] = Factor(one.name, one.tensor.dtype)
-    try:
-        with by_name():
-            yield
-    finally:
-        for one in named:
-            del one.box.__dict__[one.key]
 
 
 def _bring(made: Any, named: Sequence[Lifted], order: Sequence[str]) -> None:
