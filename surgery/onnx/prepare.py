@@ -15,7 +15,7 @@ from surgery.merging import merge
 from surgery.onnx.copies import leave_live, sharing_copy
 from surgery.onnx.given import Given
 from surgery.onnx.program import Lifted
-from surgery.onnx.slots import SlotSite, lift, put_slots, slot_sites
+from surgery.onnx.slots import SlotSite, factors, lift, put_slots, slot_sites
 from surgery.state import adapter_names, model_state, require_state, sites
 
 __all__ = ["PREPARE", "Prepared", "Settings"]
@@ -106,7 +106,7 @@ def _constant(model: nn.Module, given: Given, names: Any, how: Settings) -> Prep
     leave_live(copy, adapter_names(require_state(copy), names) if names is not None else active(copy))
     wanted = active(copy)
     found = [site for name in wanted for site in slot_sites(copy, name)]
-    lifted = [one for name in wanted for one in lift(copy, name)]
+    lifted = [one for name in wanted for one in lift(copy, name, {}, factors(found))]
     state = require_state(copy)
     rules = [rule for name in wanted for rule in state.adapters[name]]
     return Prepared(copy, lifted, {one.name: one.tensor for one in lifted}, found, rules)
@@ -123,7 +123,7 @@ def _slots(model: nn.Module, given: Given, names: Any, how: Settings) -> Prepare
     copy = sharing_copy(model)
     chosen = adapter_names(require_state(copy), names)
     placing = put_slots(copy, chosen, how.slot, given, strict=how.strict)
-    lifted = lift(copy, how.slot, placing.free(), placing.factors())
+    lifted = lift(copy, how.slot, placing.free(), factors(placing.sites))
     if how.empty == "zeros1" and (full := [rule.label for rule in placing.rules if not rule.zeros_are_none]):
         why = "one position of zeros is seen as any other"
         raise SurgeryError(f"empty='zeros1' leaves {', '.join(full)} with an effect", why=why, fix="empty='rank0'")

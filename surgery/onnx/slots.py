@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache, partial
 from typing import Any
@@ -38,7 +38,7 @@ from surgery.state import (
 )
 from surgery.view import tensor_at
 
-__all__ = ["Placing", "SlotSite", "lift", "put_slots", "slot_sites", "slot_tensors"]
+__all__ = ["Placing", "SlotSite", "factors", "lift", "put_slots", "slot_sites", "slot_tensors"]
 
 CONSTANT = "constant"  # begins the name of the adapters of rules that have no slot
 
@@ -77,10 +77,11 @@ class Placing:
         """Each tensor's free axis, by its full name."""
         return {one.full(key): axis and axis[0] for one in self.sites for key, (axis, _) in one.tensors.items()}
 
-    def factors(self) -> set[str]:
-        """The low-rank factors of linear layers, by their full names."""
-        linear = [one for one in self.sites if (one.kind, one.module) == ("lora", "Linear")]
-        return {one.full(key) for one in linear if set(one.tensors) == {"A", "B"} for key in one.tensors}
+
+def factors(found: Iterable[SlotSite]) -> set[str]:
+    """The low-rank factors of linear layers, by their full names."""
+    linear = [one for one in found if (one.kind, one.module) == ("lora", "Linear")]
+    return {one.full(key) for one in linear if set(one.tensors) == {"A", "B"} for key in one.tensors}
 
 
 def put_slots(copy: nn.Module, names: Sequence[str], slot: str, given: Given, *, strict: bool) -> Placing:
@@ -165,16 +166,14 @@ def _changed_at_start(copy: nn.Module, names: Sequence[str]) -> list[str]:
     return [f"{told} changed base weights at its start: in the file the others run on the base as it was before"]
 
 
-def lift(
-    copy: nn.Module, adapter: str, free: Mapping[str, int | None] | None = None, factors: Collection[str] = ()
-) -> list[Lifted]:
+def lift(copy: nn.Module, adapter: str, free: Mapping[str, int | None], factors: Collection[str]) -> list[Lifted]:
     """Take an adapter's tensors out of a copy, to be inputs of the graph; `factors`: those that seem to be no more."""
     found = []
     for path, module, _ in sites(copy):
         for key in tensors_of(module, adapter):
             box: Any = module.get_submodule(f"{RESERVED}.{adapter}")
             name = ".".join(filter(None, (path, RESERVED, adapter, key)))
-            found.append(Lifted.out_of(name, box, key, (free or {}).get(name), name in factors))
+            found.append(Lifted.out_of(name, box, key, free.get(name), name in factors))
     return found
 
 
