@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from rules import _fields, _maps, _paths, _swapped
-from surgery import LiveSite, Rule, Site
+from rules.slots import low_rank_slot, low_rank_tensors
+from surgery import LiveSite, LowRank, Rule, Site
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,6 +29,7 @@ class DeltaRule(Rule):
     alpha_pattern: Mapping[str, float] | None = None
 
     rank_dropout_scale = True  # whether rank dropout keeps the mean of what it leaves
+    slot_kind = "lora"
 
     def shapes(self, size: tuple[int, ...], rank: int) -> dict[str, tuple[int, ...]]:
         """The tensors of a map of this size, (out, in, *kernel)."""
@@ -39,6 +41,10 @@ class DeltaRule(Rule):
 
     def delta(self, held: Mapping[str, Tensor]) -> Tensor:
         """Δ, linear in each tensor, of as many entries as the weight in the order of its (out, in, *kernel)."""
+        raise NotImplementedError
+
+    def halves(self, held: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+        """Δ in two factors, (out, r) and (r, in/groups · kernel), of whatever rank."""
         raise NotImplementedError
 
     def validate(self) -> None:
@@ -95,6 +101,24 @@ class DeltaRule(Rule):
 
     def merged(self, site: LiveSite) -> dict[str, Any]:
         return _maps.added(site, self._scaled(site, {name: tensor.detach() for name, tensor in site.params.items()}))
+
+    @classmethod
+    def slot(cls, rules: Sequence[Rule], module: nn.Module, path: str) -> Rule | None:
+        return low_rank_slot(rules, module, path)
+
+    def room_at(self, path: str) -> int:
+        return 1  # no rank belongs to one of a convolution's groups
+
+    def slotted(self, slot: Rule, site: LiveSite) -> dict[str, Tensor]:
+        held = {name: tensor.detach() for name, tensor in site.params.items()}
+        part, (left, right) = _maps.at(site).parts[0], self.halves(held)
+        most = min(len(left), right.shape[1])
+        if left.shape[1] > most:
+            delta, one = left @ right, torch.eye(most, dtype=left.dtype, device=left.device)
+            left, right = (delta, one) if most == right.shape[1] else (one, delta)
+        scale = self.scale_at(site.path)
+        change = LowRank(right.t(), left.t(), scale) if part.turned else LowRank(left, right, scale)
+        return low_rank_tensors(slot, site, {part.weight: change})
 
     def swapped(self, live: Rule, site: LiveSite) -> dict[str, Tensor]:
         assert isinstance(live, DeltaRule)

@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from rules import _fields
@@ -56,3 +57,19 @@ class LohaRule(DeltaRule):
                 *(held[n] for n in ("t2", "w2_a", "w2_b"))
             )
         return (held["w1_a"] @ held["w1_b"]) * (held["w2_a"] @ held["w2_b"])
+
+    def halves(self, held: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+        first, second = (self._thin(held, number) for number in "12")
+        return _pairs(first[0].t(), second[0].t()).t(), _pairs(first[1], second[1])
+
+    def _thin(self, held: Mapping[str, Tensor], number: str) -> tuple[Tensor, Tensor]:
+        """One of the two matrices in factors."""
+        a, b = held[f"w{number}_a"], held[f"w{number}_b"]
+        if "t1" not in held:
+            return a, b
+        return a.t(), torch.einsum("ij...,jq->iq...", held[f"t{number}"], b).flatten(1)
+
+
+def _pairs(a: Tensor, b: Tensor) -> Tensor:
+    """The products of each row of one with each of the other."""
+    return (a.unsqueeze(1) * b.unsqueeze(0)).flatten(0, 1)

@@ -73,6 +73,23 @@ class LokrRule(DeltaRule):
             w2 = held["w2_a"] @ held["w2_b"]
         return torch.kron(w1, w2.flatten(1))
 
+    def halves(self, held: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+        first = _thin(held["w1"]) if "w1" in held else (held["w1_a"], held["w1_b"])
+        if "w2" in held:
+            second = _thin(held["w2"].flatten(1))
+        elif "t2" in held:
+            inner = torch.einsum("ij...,jq->iq...", held["t2"], held["w2_b"])
+            second = held["w2_a"].t().clone(memory_format=torch.contiguous_format), inner.flatten(1)
+        else:
+            second = held["w2_a"], held["w2_b"]
+        return torch.kron(first[0], second[0]), torch.kron(first[1], second[1])
+
+
+def _thin(matrix: Tensor) -> tuple[Tensor, Tensor]:
+    """A matrix as a product of itself and ones, of the smaller of its sizes."""
+    one = torch.eye(min(matrix.shape), dtype=matrix.dtype, device=matrix.device)
+    return (matrix, one) if matrix.shape[1] <= matrix.shape[0] else (one, matrix)
+
 
 def factors(features: int, factor: int) -> tuple[int, int]:
     """Two divisors, the smaller first: `factor` and its partner where it divides, else the nearest to each other whose

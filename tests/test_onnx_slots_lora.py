@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from rules import AdaLoraRule, LoraRule, MissRule, RandLoraRule, VeraRule
+from rules import AdaLoraRule, LohaRule, LokrRule, LoraRule, MissRule, RandLoraRule, VeraRule
 from surgery import SiteError, activate, apply_rules, merge
 from surgery.lowering import low_rank_linear
 from surgery.onnx.given import Given
@@ -117,6 +117,26 @@ def test_methods_that_are_low_rank_changes_share_the_slot(tmp_path: Path) -> Non
     bat = adapted(plain(base), {"z": MissRule(["up"], rank=4, variant="bat")})
     with pytest.raises(Exception, match="none of the adapters' rules can be a slot"):
         Exported(bat, {"x": torch.randn(3, 8)}, tmp_path)
+
+
+def test_products_of_low_rank_matrices_are_of_low_rank(tmp_path: Path) -> None:
+    """LoHa's rank is its rank squared, LoKr's the product of two: or, where that is more, the smaller of its sizes."""
+    names = ["linear", "turned", "one", "depth", "two", "three"]
+    model = Maps()
+    base = plain(model)
+    rules = {
+        "loha": LohaRule(names, rank=2, alpha=3),
+        "kernels": LohaRule(names, rank=3, use_effective_conv2d=True),
+        "lokr": LokrRule(names, rank=2),
+        "both": LokrRule(names, rank=1, use_effective_conv2d=True, decompose_both=True),
+        "whole": LokrRule(names, rank=32, alpha=5),
+        "lora": LoraRule(names, rank=8),
+    }
+    exported = Exported(adapted(model, rules), inputs(3, 7), tmp_path)
+    assert exported.report.notices == []
+    check_slots(exported, base, [inputs(5, 9)])
+    ranks = {name: exported.tensors(name)["linear.adapters.slot.A"].shape[0] for name in rules}
+    assert ranks == {"loha": 4, "kernels": 6, "lokr": 6, "both": 2, "whole": 6, "lora": 8}
 
 
 def test_what_a_start_changed_in_the_base_belongs_to_the_adapter(tmp_path: Path) -> None:

@@ -57,6 +57,7 @@ def manifest_of(
             name: {str(axis): dim for axis, dim in found.items()} for name, found in free.items() if name in inputs
         },
         "cache": _cache(inputs, outputs),
+        "half": any(str(value.dtype) == "FLOAT16" for value in made.graph.initializers.values()),
         "versions": _versions(),
     }
 

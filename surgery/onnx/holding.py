@@ -101,12 +101,14 @@ def opened(path: str | Path, optimised: bool, providers: Sequence[str] | None = 
     """A session of onnxruntime, with its optimiser or without."""
     import onnxruntime
 
+    from surgery.onnx.sessions import session
+
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3  # it warns of each slot that it is no constant
     levels = onnxruntime.GraphOptimizationLevel
     options.graph_optimization_level = levels.ORT_ENABLE_ALL if optimised else levels.ORT_DISABLE_ALL
     try:
-        return onnxruntime.InferenceSession(str(path), options, list(providers or ["CPUExecutionProvider"]))
+        return session(Path(path), options, providers)
     except Exception as error:
         raise _no_kernels(error) or ParityError(
             "onnxruntime can't open the file", where=str(path), why=_short(error)

@@ -19,6 +19,7 @@ from surgery.onnx.dtypes import array_of_value, dtype_of, value_of
 from surgery.onnx.feeds import Feeds, Input
 from surgery.onnx.fitting import listed
 from surgery.onnx.manifest import Manifest
+from surgery.onnx.sessions import session
 
 __all__ = ["OnnxRunner"]
 
@@ -276,7 +277,7 @@ def _session(path: Path, providers: Sequence[Any] | None, threads: int | None) -
     if not path.is_file():
         raise SurgeryError(f"there is no file {path}")
     try:
-        return onnxruntime.InferenceSession(str(path), options, providers=list(providers or ["CPUExecutionProvider"]))
+        return session(path, options, providers)
     except Exception as error:
         told = "its weights stand in a file beside it, under the name they were written with"
         fix = told if "data" in str(error) else None
