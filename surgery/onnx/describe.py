@@ -12,6 +12,7 @@ from surgery.base_rule import Rule
 from surgery.errors import SurgeryError
 from surgery.fingerprint import fingerprint
 from surgery.hooks import running
+from surgery.onnx.manifest import HALF
 from surgery.onnx.prepare import Prepared, Settings
 from surgery.onnx.program import Program
 from surgery.onnx.slots import SlotSite
@@ -57,7 +58,7 @@ def manifest_of(
             name: {str(axis): dim for axis, dim in found.items()} for name, found in free.items() if name in inputs
         },
         "cache": _cache(inputs, outputs),
-        "half": any(str(value.dtype) == "FLOAT16" for value in made.graph.initializers.values()),
+        HALF: any(str(value.dtype) == "FLOAT16" for value in made.graph.initializers.values()),
         "versions": _versions(),
     }
 

@@ -17,11 +17,12 @@ from surgery.onnx.dtypes import NAMES, dtype_of
 from surgery.onnx.metadata import metadata_of
 from surgery.plain_json import parse_json
 
-__all__ = ["FORMAT", "KEY", "SIDECAR", "Manifest", "Slot", "read_manifest"]
+__all__ = ["FORMAT", "HALF", "KEY", "SIDECAR", "Manifest", "Slot", "read_manifest"]
 
 FORMAT, VERSION = "model-surgery/onnx", 1
 KEY = "surgery.manifest"  # among the metadata of the ONNX file
 SIDECAR = ".manifest.json"
+HALF = "half"  # whether there are weights in float16, for who opens the file
 _MOST = 64 << 20  # bytes of a sidecar
 _DEFAULTS = ("empty", "zeros", "ones", "base")
 # What it has, and of which type; the last four may be absent.

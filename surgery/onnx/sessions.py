@@ -9,11 +9,9 @@ from typing import Any
 import onnxruntime
 
 from surgery.errors import SurgeryError
-from surgery.onnx.manifest import Manifest
+from surgery.onnx.manifest import HALF, Manifest
 
-__all__ = ["HALF", "session"]
-
-HALF = "half"  # in the manifest of a file that has weights in float16
+__all__ = ["session"]
 
 
 def session(path: Path, options: Any, providers: Sequence[Any] | None) -> onnxruntime.InferenceSession:
