@@ -376,3 +376,22 @@ def test_a_cache_that_has_lost_what_left_its_window(tmp_path: Path) -> None:
     with pytest.raises(SurgeryError, match="(?s)keeps a window.*last 3 of 5 positions.*cache=True"):
         export_onnx(model, tmp_path / "m.onnx", given)
     assert type(past.layers[0]).__name__ == "DynamicSlidingWindowLayer" and not list(tmp_path.iterdir())
+
+
+class Placed(nn.Module):
+    """Positions that are looked up in a weight itself, which is square."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table, self.a = nn.Parameter(torch.randn(8, 8)), nn.Linear(8, 8)
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        return self.a(self.table[ids])
+
+
+def test_a_weight_that_is_indexed_keeps_its_name_and_layout(tmp_path: Path) -> None:
+    """Indexing is written with a transposition that changes nothing, and a square weight looks the same turned."""
+    model = adapted(Placed(), ["a"], 2)
+    report = export_onnx(model, tmp_path / "m.onnx", torch.randint(8, (3, 5)), adapters="slots")
+    assert_weights(model, report.path)
+    assert report.parity is not None and report.parity.weights == 3

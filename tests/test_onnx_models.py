@@ -59,7 +59,8 @@ def test_models(row: Row, tmp_path: Path, packaged: Find) -> None:
         return
     assert_slots(report.path, report.manifest)
     if not row.how.get("optimize_for"):
-        assert_weights(model, report.path)
+        spared = [name for name, _ in model.named_parameters() if "encoder_outputs" in example and "encoder." in name]
+        assert_weights(model, report.path, spared)
     run, inputs = session(report.path), report.manifest["inputs"]
     for given in (example, one_more(example)) if "past_key_values" not in example else ():
         call = cached(model, given, row.how)

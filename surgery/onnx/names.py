@@ -86,7 +86,13 @@ def _may_fold(node: ir.Node, weights: Collection[str]) -> bool | None:
     value = node.inputs[0]
     once = value is not None and value.name in weights and len(value.uses()) == 1
     flat = value is not None and value.shape is not None and len(value.shape) == 2
-    return None if node.op_type == "Transpose" and once and flat else False
+    return None if node.op_type == "Transpose" and _turns(node) and once and flat else False
+
+
+def _turns(node: ir.Node) -> bool:
+    """Or leaves its input as it is, as where a weight is indexed by positions."""
+    given = node.attributes.get("perm")
+    return given is None or list(given.as_ints()) == [1, 0]
 
 
 def name_weights(model: ir.Model, parameters: Mapping[str, Any]) -> None:
