@@ -100,8 +100,8 @@ def written(made: dict[str, list[str]]) -> None:
     before, _, table = text.partition(MARK)
     old = [[cell.strip() for cell in row.strip("| \n").split(" | ")] for row in table.splitlines() if " | " in row]
     rows = {row[0]: row for row in old if row[0] in FAMILIES} | made
-    ordered = [rows[name] for name in FAMILIES if name in rows]
-    equal = sum(row[-2] != "✗" for row in ordered)
+    ordered = [[*rows[name], *[""] * (len(HEAD) - len(rows[name]))] for name in FAMILIES if name in rows]
+    equal = sum(row[HEAD.index("largest difference")] != "✗" for row in ordered)
     lines = [f"{equal} of {len(ordered)} families are exported, and equal.", ""]
     lines += [f"| {' | '.join(HEAD)} |", "|---" * len(HEAD) + "|", *(f"| {' | '.join(row)} |" for row in ordered)]
     PAGE.write_text(before + MARK + "\n".join(lines) + "\n", encoding="utf-8")

@@ -395,3 +395,15 @@ def test_a_weight_that_is_indexed_keeps_its_name_and_layout(tmp_path: Path) -> N
     report = export_onnx(model, tmp_path / "m.onnx", torch.randint(8, (3, 5)), adapters="slots")
     assert_weights(model, report.path)
     assert report.parity is not None and report.parity.weights == 3
+
+
+def test_a_text_without_a_mask_has_none_in_the_graph(tmp_path: Path) -> None:
+    """As transformers itself leaves it out where all is looked at by all; some of its models can't take one."""
+    from tests import tiny
+
+    model, example = tiny.bert()
+    adapted(model.eval(), "query", 2)
+    export_onnx(model, tmp_path / "none.onnx", {"input_ids": example["input_ids"]}, adapters="slots")
+    export_onnx(model, tmp_path / "one.onnx", {**example, "attention_mask": torch.ones_like(example["input_ids"])})
+    where = ("", "Where")
+    assert where not in operations(tmp_path / "none.onnx") and where in operations(tmp_path / "one.onnx")

@@ -8,6 +8,7 @@ import inspect
 import io
 import logging
 import re
+import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -76,7 +77,14 @@ def program_of(
         inputs[SLOTS] = {one.name: one.tensor for one in brought}
         auto = torch.export.Dim.AUTO
         dynamic[SLOTS] = {one.name: {} if one.free is None else {one.free: auto} for one in brought}
-    with _forward_with(model, given, brought) as exported, _quiet(), names_kept(), by_name(named), torch.no_grad():
+    with (
+        _forward_with(model, given, brought) as exported,
+        _quiet(),
+        _no_idle_masks(),
+        names_kept(),
+        by_name(named),
+        torch.no_grad(),
+    ):
         try:
             export = _exporter(exported, inputs)
             made = export(exported, inputs, dynamic, how.opset, how.optimize)
@@ -229,6 +237,30 @@ def _patched(without: Sequence[str] = ()) -> Iterator[None]:
     finally:
         if without and own:
             known["onnx"] = own
+
+
+@contextlib.contextmanager
+def _no_idle_masks() -> Iterator[None]:
+    """Attention of all positions to all, without padding, has no mask in the graph, as it has none when it is called.
+
+    transformers makes one while it is traced; some of its models can't take that.
+    """
+    masks: Any = sys.modules.get("transformers.masking_utils")
+    own = getattr(masks, "_ignore_bidirectional_mask_sdpa", None)
+    if own is None:
+        yield
+        return
+
+    def ignored(padding_mask: Any, kv_length: Any, local_attention_size: Any = None) -> Any:
+        return (
+            padding_mask is None and local_attention_size is None or own(padding_mask, kv_length, local_attention_size)
+        )
+
+    masks._ignore_bidirectional_mask_sdpa = ignored
+    try:
+        yield
+    finally:
+        masks._ignore_bidirectional_mask_sdpa = own
 
 
 def _by_transformers(model: nn.Module, inputs: dict[str, Any], shapes: Any, opset: int | None, optimize: bool) -> Any:
