@@ -1,11 +1,12 @@
 // Asks the page in headless Chromium: node check.mjs URL < {"texts": […], "names": […]} prints each adapter's scores.
 
 import chromium from "@sparticuz/chromium";
-import { existsSync, mkdtempSync, readFileSync, renameSync } from "node:fs";
+import { existsSync, mkdtempSync, renameSync } from "node:fs";
+import { text } from "node:stream/consumers";
 import { fileURLToPath } from "node:url";
 import puppeteer from "puppeteer-core";
 
-const { texts, names } = JSON.parse(readFileSync(0, "utf-8"));
+const { texts, names } = JSON.parse(await text(process.stdin));
 const url = new URL(process.argv[2]);
 const home = fileURLToPath(new URL("node_modules/.chromium", import.meta.url));
 
