@@ -104,11 +104,13 @@ def model_version(manifest: Manifest) -> int:
 
 
 def checksum(tensors: Mapping[str, np.ndarray]) -> int:
-    held = [(name, told(tensors[name].dtype), np.ascontiguousarray(tensors[name])) for name in sorted(tensors)]
-    found = zlib.crc32("".join([f"{name}\0{kind}\0{tensor.shape}\0" for name, kind, tensor in held]).encode())
-    for _, kind, tensor in held:
-        numbers: Any = tensor.reshape(-1).view(np.uint8) if kind == "bfloat16" else tensor
-        found = zlib.crc32(numbers, found)
+    found = 0
+    for name in sorted(tensors):
+        tensor = np.ascontiguousarray(tensors[name])
+        kind = told(tensor.dtype)
+        found = zlib.crc32(f"{name}\0{kind}\0{tensor.shape}\0".encode(), found)
+        held: Any = tensor.reshape(-1).view(np.uint8) if kind == "bfloat16" else tensor
+        found = zlib.crc32(held, found)
     return found & _BITS
 
 
