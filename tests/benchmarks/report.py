@@ -70,9 +70,8 @@ WHY = {
     "onnxruntime, 64 tokens, slots, rank 8": "three operations a layer stand beside two; 384 wide, 4 % of "
     "the arithmetic, and matrices eight wide run at half the speed of the layer's own. Wider models come closer.",
     "onnxruntime, milliseconds to load": "each tensor is looked at, some microseconds: its type, its shape, and a "
-    "checksum; what onnxruntime itself does to read the file is a third of it.",
-    "exporting with slots": "the graph has five operations and two inputs more for each slotted layer, which "
-    "torch.export, its decompositions and onnxscript's optimiser look at; two hundredths are not theirs.",
+    "checksum; what onnxruntime itself does to read the file is a fourth of it, and the checksum a third.",
+    "exporting with slots": "the branches are one operation a layer while it is traced, and products at the end.",
 }
 
 
