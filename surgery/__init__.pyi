@@ -45,7 +45,7 @@ from .routing import route
 from .showing import Summary, draw, show, summary
 from .site import LiveSite, Site
 from .spelling import class_of
-from .state import adapter_state_dict, base_state_dict, load_adapter_state_dict, rules_of
+from .state_dicts import adapter_state_dict, base_state_dict, load_adapter_state_dict, rules_of
 from .stored import PeftEntry
 from .structure import Found, Occurrence, Structure
 from .swap import SwapReport, hotswap, pad_rank

@@ -24,7 +24,8 @@ from surgery.match import RESERVED
 from surgery.plan import Plan, make_plan
 from surgery.recording import Step
 from surgery.site import LiveSite, ParamSpec
-from surgery.state import adapter_names, adapter_state_dict, require_state, rules_of, sites, tensors_of, whole
+from surgery.state import adapter_names, require_state, sites, tensors_of, whole
+from surgery.state_dicts import adapter_state_dict, rules_of
 from surgery.stored import (
     NAME,
     OLD,

@@ -12,7 +12,8 @@ from torch import nn
 
 from surgery.checkpoint import save_adapter
 from surgery.errors import SurgeryError
-from surgery.state import rules_of, sites, tensors_of
+from surgery.state import sites, tensors_of
+from surgery.state_dicts import rules_of
 from surgery.stored import BARE, OLD, PEFT, SURGERY
 
 __all__ = ["fetched", "push_adapter"]

@@ -14,7 +14,8 @@ from surgery.peft_format import SILENT, PeftMethod, PeftPlace, absolute, is_main
 from surgery.peft_targets import Modules, chosen_by
 from surgery.plainer import folded_adapter
 from surgery.spelling import class_of
-from surgery.state import adapter_state_dict, rules_of, sites, whole
+from surgery.state import sites, whole
+from surgery.state_dicts import adapter_state_dict, rules_of
 from surgery.stored import Entry
 
 __all__ = ["Described", "described", "taken_over", "written"]

@@ -12,7 +12,6 @@ from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from surgery.base_rule import Rule
@@ -368,94 +367,3 @@ def is_adapter_key(model: nn.Module, key: str) -> bool:
         # Asked with `in`: the children of a ScriptModule are kept in something that has no `get`.
         module = module._modules[part] if module is not None and part in module._modules else None
     return False
-
-
-def base_state_dict(model: nn.Module) -> dict[str, Tensor]:
-    """The base's own tensors under their own keys, adapters left out.
-
-    >>> from torch import nn
-    >>> from surgery import apply_rules, base_state_dict
-    >>> from rules import LoraRule
-    >>> model = apply_rules(nn.Sequential(nn.Linear(4, 4)), [LoraRule("0", rank=2)])
-    >>> list(base_state_dict(model))
-    ['0.weight', '0.bias']
-
-    The keys, their order and the tensors are those of `model.state_dict()` before any rule; while an adapter is
-    merged, they are the merged weights. Loads into the plain model with `strict=True`.
-    """
-    return {key: tensor for key, tensor in model.state_dict().items() if not is_adapter_key(model, key)}
-
-
-def adapter_state_dict(
-    model: nn.Module, adapter: str = "default", state_dict: Mapping[str, Tensor] | None = None
-) -> dict[str, Tensor]:
-    """An adapter's tensors, under the names they have in the model, without the adapter's own name.
-
-    >>> from torch import nn
-    >>> from surgery import adapter_state_dict, apply_rules
-    >>> from rules import LoraRule
-    >>> model = apply_rules(nn.Sequential(nn.Linear(4, 4)), [LoraRule("0", rank=2)], adapter="topics")
-    >>> {key: tuple(tensor.shape) for key, tensor in adapter_state_dict(model, "topics").items()}
-    {'0.adapters.A': (2, 4), '0.adapters.B': (4, 2)}
-
-    The tensors are detached and share the model's memory. `state_dict`: the model's, to take them from where it was
-    gathered elsewhere (FSDP, DeepSpeed). `SurgeryError` for an unknown adapter.
-    """
-    adapter_names(require_state(model), adapter)
-    found = {}
-    for path, module, _ in sites(model):
-        for name, tensor in tensors_of(module, adapter, path, state_dict).items():
-            found[".".join(filter(None, (path, RESERVED, name)))] = tensor.detach()
-    return found
-
-
-def load_adapter_state_dict(model: nn.Module, tensors: Mapping[str, Tensor], adapter: str = "default") -> None:
-    """Copy tensors, as `adapter_state_dict` gives them, into an adapter that its rules have made on a model.
-
-    >>> from torch import nn
-    >>> from surgery import adapter_state_dict, apply_rules, load_adapter_state_dict, rules_of
-    >>> from rules import LoraRule
-    >>> trained = apply_rules(nn.Sequential(nn.Linear(4, 4)), [LoraRule("0", rank=2, init="random")])
-    >>> model = apply_rules(nn.Sequential(nn.Linear(4, 4)), rules_of(trained))
-    >>> load_adapter_state_dict(model, adapter_state_dict(trained))
-    >>> bool((model[0].adapters.default.B == trained[0].adapters.default.B).all())
-    True
-
-    dtypes and devices stay the model's. All or nothing: raises `SurgeryError` that lists every tensor that is missing,
-    unknown or of another shape. What an initialisation changed in the base (PiSSA) is not in these tensors, so such a
-    model is to be made from the same base with the same rules.
-    """
-    own = adapter_state_dict(model, adapter)
-    problems = [f"{key} is missing" for key in own if key not in tensors]
-    problems += [f"{key} is unknown: {near_misses(key, own) or 'no such site'}" for key in tensors if key not in own]
-    for key in own.keys() & tensors.keys():
-        if own[key].shape != tensors[key].shape:
-            problems.append(f"{key} is {tuple(tensors[key].shape)}, and {tuple(own[key].shape)} here")
-    if problems:
-        raise SurgeryError(
-            f"the tensors do not fit the adapter {adapter!r}",
-            why="; ".join(problems[:8]) + ("; …" if len(problems) > 8 else ""),
-            fix="apply the rules that they were trained with: rules_of, rules_to_json",
-        )
-    with torch.no_grad():
-        for key, tensor in own.items():
-            tensor.copy_(tensors[key])
-
-
-def rules_of(model: nn.Module, adapter: str | None = None) -> list[Rule]:
-    """The rules that made an adapter (or all of them, in the order they were applied).
-
-    >>> from torch import nn
-    >>> from surgery import apply_rules, rules_of
-    >>> from rules import LoraRule
-    >>> model = apply_rules(nn.Sequential(nn.Linear(4, 4)), [LoraRule("0", rank=2)])
-    >>> rules_of(model) == [LoraRule("0", rank=2)]
-    True
-
-    An untouched model has none. `SurgeryError` for an unknown adapter.
-    """
-    state = model_state(model)
-    if state is None and adapter is None:
-        return []
-    state = require_state(model)
-    return [rule for name in adapter_names(state, adapter) for rule in state.adapters[name]]

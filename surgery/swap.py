@@ -27,7 +27,8 @@ from surgery.living import install_live
 from surgery.match import RESERVED
 from surgery.recording import Step
 from surgery.site import LiveSite
-from surgery.state import require_state, rules_of
+from surgery.state import require_state
+from surgery.state_dicts import rules_of
 from surgery.stored import Entry, Stored, stored_adapter, tensor_key
 from surgery.view import tensor_at
 from surgery.weave import Layer

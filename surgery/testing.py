@@ -14,7 +14,7 @@ from surgery.errors import SurgeryError
 from surgery.example import call, equal, random_state
 from surgery.merging import merge, unmerge
 from surgery.plan import make_plan
-from surgery.state import adapter_state_dict
+from surgery.state_dicts import adapter_state_dict
 
 __all__ = ["Snapshot", "assert_equivalent", "assert_reversible"]
 

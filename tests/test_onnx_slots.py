@@ -25,7 +25,7 @@ from rules import (
 )
 from surgery import SurgeryError, activate, adapter_state_dict, apply_rules, load_adapter, using
 from surgery.onnx.carried import export_adapter, import_adapter
-from surgery.state import load_adapter_state_dict
+from surgery.state_dicts import load_adapter_state_dict
 from tests.slots import Exported, adapted, check_slots, outputs, plain, same
 
 

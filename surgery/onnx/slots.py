@@ -25,17 +25,8 @@ from surgery.onnx.copies import changing
 from surgery.onnx.given import Given
 from surgery.onnx.program import Lifted
 from surgery.site import LiveSite
-from surgery.state import (
-    ModelState,
-    SiteState,
-    adapter_names,
-    adapter_state_dict,
-    load_adapter_state_dict,
-    model_state,
-    require_state,
-    sites,
-    tensors_of,
-)
+from surgery.state import ModelState, SiteState, adapter_names, model_state, require_state, sites, tensors_of
+from surgery.state_dicts import adapter_state_dict, load_adapter_state_dict
 from surgery.view import tensor_at
 
 __all__ = ["Placing", "SlotSite", "factors", "lift", "put_slots", "slot_sites", "slot_tensors"]

@@ -21,7 +21,8 @@ from surgery.peft.kbit import prepare_model_for_kbit_training
 from surgery.peft.model import LoadResult, PeftModel
 from surgery.peft.tasks import *  # noqa: F403
 from surgery.peft_writing import taken_over, written
-from surgery.state import adapter_names, load_adapter_state_dict, require_state
+from surgery.state import adapter_names, require_state
+from surgery.state_dicts import load_adapter_state_dict
 
 __all__ = [
     "PeftModel",
