@@ -26,14 +26,20 @@ def chosen(config: Mapping[str, Any], paths: Iterable[str]) -> set[str]:
     exclude = config.get("exclude_modules")
     targeted, excluded = _asking(targets), _asking(exclude or ())
     saved = [re.compile(rf"(^|.*\.){name}($|\..*)").match for name in config.get("modules_to_save") or ()]
+    whole = paths_of(targets)  # PEFT asks for a layer only where a name is the end of a path
     return {
         path
         for path in paths
         if targeted(path)
         and not excluded(path)
         and not any(held(path) for held in saved)
-        and (isinstance(targets, str) or _in_layers(config, path))
+        and (isinstance(targets, str) or path in whole or _in_layers(config, path))
     }
+
+
+def paths_of(targets: str | Sequence[str]) -> set[str]:
+    """The names of a list that may be whole paths; a single text is an expression."""
+    return set() if isinstance(targets, str) else {name for name in targets if isinstance(name, str)}
 
 
 def patterned(patterns: Mapping[str, Any] | None, path: str, default: Any) -> Any:
@@ -46,7 +52,7 @@ def _asking(targets: str | Sequence[str]) -> Callable[[str], bool]:
     if isinstance(targets, str):
         form = re.compile(targets)
         return lambda path: form.fullmatch(path) is not None
-    names = {name for name in targets if isinstance(name, str)}
+    names = paths_of(targets)
     return lambda path: not names.isdisjoint(endings(path))
 
 

@@ -14,6 +14,7 @@ from surgery.base_rule import Rule
 from surgery.errors import MatchError, SurgeryError
 from surgery.match import Tree, base_modules, matches
 from surgery.paths import chosen
+from surgery.pattern import as_pattern
 
 if TYPE_CHECKING:
     from surgery.peft_format import PeftConfig
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
 __all__ = ["Modules", "choose", "chosen_by", "fields_of", "regular"]
 
 R = TypeVar("R", bound=Rule)
+ALL = "all-linear"
 
 
 @dataclass(frozen=True)
@@ -38,6 +40,12 @@ class Modules:
     def tree(self) -> Tree:
         return Tree.of(self.model)
 
+    @cached_property
+    def linear(self) -> list[str]:
+        """What "all-linear" means, without the model's output head."""
+        pattern = as_pattern(ALL)
+        return [path for path in self.by_path if pattern.verdict(self.tree.candidate(path))]
+
     def matched(self, rule: Rule) -> set[str]:
         try:
             return {match.path for match in matches(self.tree, rule)}
@@ -47,7 +55,13 @@ class Modules:
 
 def chosen_by(config: Mapping[str, Any], modules: Modules) -> set[str]:
     """The paths that `target_modules` and the fields around it mean; empty where they name none."""
+    if _is_all(config.get("target_modules")):
+        return chosen({**config, "target_modules": ".*"}, modules.linear)
     return chosen(config, modules.by_path)
+
+
+def _is_all(targets: Any) -> bool:
+    return isinstance(targets, str) and targets.lower() == ALL
 
 
 def choose(config: PeftConfig, kind: type[R], given: Mapping[str, Any], marks: tuple[str, ...]) -> R:
@@ -58,15 +72,44 @@ def choose(config: PeftConfig, kind: type[R], given: Mapping[str, Any], marks: t
         plain = isinstance(value, (str, type(None))) or isinstance(value, list) and all(map(_is_text, value))
         if not plain:
             raise SurgeryError(f"PEFT's {name} is no text and no list of names")
-    if targets == "all-linear":
-        return kind(targets="all-linear", exclude=_words(exclude), **given)
+    if layers not in (None, []) and isinstance(targets, str):
+        raise config.refuse(
+            "layers_to_transform", "PEFT takes layers with a list of names alone", "name them in the text"
+        )
+    if config.data.get("layers_pattern") and layers is None:
+        raise config.refuse(
+            "layers_pattern", "PEFT takes it with layers_to_transform alone", "say which layers are meant"
+        )
+    if _is_all(targets):
+        short = kind(targets=ALL, exclude=_words(exclude), **given)
+        wanted = config.targeted
+        return short if config.modules.matched(short) == wanted else kind(targets=regular(sorted(wanted)), **given)
     if not targets:
         return kind(targets=regular(_by_keys(config, marks)), **given)
     wanted = config.targeted
-    words = _words(targets)
-    short = kind(targets=words, exclude=_words(exclude), layers=layers or None, **given)
-    same = not config.data.get("layers_pattern") and config.modules.matched(short) == wanted
+    if not all(map(_plain, targets if isinstance(targets, list) else ())):  # in a list PEFT has names alone
+        return kind(targets=regular(sorted(wanted)), **given)
+    short = kind(targets=_words(targets), exclude=_words(exclude), layers=layers or None, **given)
+    found = config.modules.matched(short)
+    if not wanted and found:
+        raise _none_left(config, sorted(found))
+    same = not config.data.get("layers_pattern") and found == wanted
     return short if same or not wanted else kind(targets=regular(sorted(wanted)), **given)
+
+
+def _none_left(config: PeftConfig, found: Sequence[str]) -> MatchError:
+    """The targets fit modules here, and the fields around them leave none of these."""
+    around = ("exclude_modules", "layers_to_transform", "layers_pattern", "modules_to_save")
+    said = ", ".join(f"{name}={config.data[name]!r}" for name in around if config.data.get(name) not in (None, [], ""))
+    return MatchError(
+        f"PEFT's target_modules={str(config.data.get('target_modules'))[:100]} leave no module",
+        why=f"they fit {found[0]}{', …' if len(found) > 1 else ''}, which {said[:200]} leaves out",
+        fix="correct these fields",
+    )
+
+
+def _plain(name: str) -> bool:
+    return name != ALL and not name.startswith("re:")
 
 
 def _is_text(value: Any) -> bool:
@@ -111,5 +154,4 @@ def fields_of(rule: Rule, modules: Modules, paths: Sequence[str]) -> dict[str, A
 def _said(targets: Any) -> Any:
     if len(targets) == 1 and targets[0].startswith("re:"):
         return targets[0].removeprefix("re:")
-    plain = not any(target.startswith("re:") or target == "all-linear" for target in targets)
-    return list(targets) if plain else None
+    return list(targets) if all(map(_plain, targets)) else None

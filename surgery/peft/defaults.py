@@ -126,7 +126,7 @@ def _targeted(found: dict[str, Any], model: nn.Module) -> dict[str, Any]:
         return found
     if method == "IA3" and found.get("feedforward_modules") is None:
         found["feedforward_modules"] = _looked_up(_FED, kind) or []
-    if found["target_modules"] == "all-linear":
+    if isinstance(found["target_modules"], str) and found["target_modules"].lower() == "all-linear":
         found["target_modules"] = _all_linear(model, found)
     if found["target_modules"] is None and not found.get("target_parameters"):
         targets = _looked_up(_DIFFERENT.get(method, {}), kind) or _looked_up(_OTHERS.get(method, _MOST), kind)
