@@ -22,6 +22,7 @@ from surgery.install import reason_against
 from surgery.journal import Journal
 from surgery.living import Shared
 from surgery.match import Tree, verdict_of
+from surgery.owners import Owners
 from surgery.pattern import Verdict
 from surgery.plan import Plan, make_plan
 from surgery.recording import Step
@@ -166,11 +167,11 @@ def carry_out(
     check_free(plan.model)
     for warning in plan.warnings:
         warnings.warn(warning, SurgeryWarning, stacklevel=stacklevel)
-    standing = Standing()
+    standing, owners = Standing(), Owners(plan.model)
     with Journal() as journal:
         with torch.no_grad():
             for step in plan.steps:
-                _insert(step, plan, standing, given, journal)
+                _insert(step, plan, standing, owners, given, journal)
         _install(plan, journal)
         _record(plan.model, plan, rules, standing, journal)
         if plan.observation is not None:
@@ -180,7 +181,7 @@ def carry_out(
 # Applying -----------------------------------------------------------------------------------------------------
 
 
-def _insert(step: Step, plan: Plan, standing: Standing, given: Given | None, journal: Journal) -> None:
+def _insert(step: Step, plan: Plan, standing: Standing, owners: Owners, given: Given | None, journal: Journal) -> None:
     """Put a rule's tensors on its site and let it initialise them; the forward is still the old one."""
     module = step.module
     state = site_state(module)
@@ -210,7 +211,7 @@ def _insert(step: Step, plan: Plan, standing: Standing, given: Given | None, jou
     with running(step.rule, "initialise", step.path):
         changes = dict(step.rule.initialise(live) or {})
     for name, change in changes.items():
-        check_foldable(plan.model, module, name, change, step.path)
+        check_foldable(owners, module, name, change, step.path)
         record = fold_into(module, name, change, keep="record", where=step.path)
         journal.undo(unfold, tensor_at(module, name), record)
         applied.changed.append((name, record))

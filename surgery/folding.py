@@ -9,27 +9,17 @@ from torch import Tensor, nn
 
 from surgery.errors import MergeError
 from surgery.exact import Change, LowRank, Record, checksum, fold, unfold
-from surgery.match import base_modules
+from surgery.owners import Owners
 from surgery.view import held, tensor_at
 
-__all__ = ["Fold", "SiteFolding", "check_foldable", "fold_into", "owners", "verify_records"]
+__all__ = ["Fold", "SiteFolding", "check_foldable", "fold_into", "verify_records"]
 
 Keep = Literal["record", "copy"]
 Fold = tuple[str, Record]
 
 
-def owners(model: nn.Module, parameter: Tensor) -> list[str]:
-    """The distinct modules that hold this parameter object, by name; aliases of one module count once."""
-    found: dict[tuple[int, str], str] = {}
-    for path, module in base_modules(model):
-        for name, tensor in module._parameters.items():
-            if tensor is parameter:
-                found.setdefault((id(module), name), f"{path}.{name}" if path else name)
-    return list(found.values())
-
-
 def check_foldable(
-    model: nn.Module, module: nn.Module, name: str, change: Change, where: str, untie: bool = False
+    owners: Owners, module: nn.Module, name: str, change: Change, where: str, untie: bool = False
 ) -> None:
     """`MergeError` where a parameter can't take a change: absent, packed, sharded, or shared with another module."""
     parameter = held(module, name)
@@ -44,7 +34,7 @@ def check_foldable(
             why=f"it is a {kind}: packed, quantised or sharded",
             fix="keep the adapter unmerged",
         )
-    if not untie and isinstance(parameter, nn.Parameter) and len(shared := owners(model, parameter)) > 1:
+    if not untie and isinstance(parameter, nn.Parameter) and len(shared := owners.of(parameter)) > 1:
         raise MergeError(
             f"folding into this {name} would change another module",
             where=where,

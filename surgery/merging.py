@@ -13,12 +13,13 @@ from surgery.claims import check_free
 from surgery.clash import hidden
 from surgery.errors import MergeError, PlanError, SurgeryError
 from surgery.exact import LowRank, Rows, unfold, weighted
-from surgery.folding import Keep, SiteFolding, check_foldable, owners, verify_records
+from surgery.folding import Keep, SiteFolding, check_foldable, verify_records
 from surgery.hooks import running
 from surgery.install import reason_against
 from surgery.journal import Journal
 from surgery.living import install_live
 from surgery.own import own_forward
+from surgery.owners import Owners
 from surgery.recording import layer_of
 from surgery.site import LiveSite
 from surgery.state import Applied, Merged, SiteState, adapter_names, require_state, sites, tensors_of
@@ -85,13 +86,14 @@ def merge(
     problems += [_already(path, site) for path, _, site in sites(model) if site.merged is not None][:1]
     if problems:
         raise PlanError(problems)
+    owners = Owners(model)
     with torch.no_grad():
         if safe:
             for path, module, site in found:
-                _check_finite(model, path, module, site, names, untie)
+                _check_finite(owners, path, module, site, names, untie)
         with Journal() as journal:
             for path, module, site in found:
-                _merge_site(model, path, module, site, names, keep, untie, journal)
+                _merge_site(owners, path, module, site, names, keep, untie, journal)
     folds = [(tensor_at(module, name), record) for _, module, site in found for name, record in _merged(site).folds]
     entries = {id(tensor): tensor.numel() for tensor, _ in folds}
     return MergeReport(tuple(names), len(found), sum(record.nbytes for _, record in folds), sum(entries.values()))
@@ -125,7 +127,7 @@ def unmerge(model: M, *, check: bool = True) -> M:
 
 
 def _merge_site(
-    model: nn.Module,
+    owners: Owners,
     path: str,
     module: nn.Module,
     site: SiteState,
@@ -139,9 +141,9 @@ def _merge_site(
     journal.undo(folding.undo)
     for changes in _changes(module, site, names, folding):
         for name, change in changes.items():
-            check_foldable(model, module, name, change, path, untie)
+            check_foldable(owners, module, name, change, path, untie)
             if untie and name not in merged.tied:
-                _untie(model, module, name, merged, journal)
+                _untie(owners, module, name, merged, journal)
             folding.add(name, change)
     merged.folds = folding.finish()
     site.merged = merged
@@ -149,13 +151,11 @@ def _merge_site(
     install_live(module, journal)
 
 
-def _check_finite(
-    model: nn.Module, path: str, module: nn.Module, site: SiteState, names: list[str], untie: bool
-) -> None:
+def _check_finite(owners: Owners, path: str, module: nn.Module, site: SiteState, names: list[str], untie: bool) -> None:
     folding = SiteFolding(module, path, "copy", dry=True)
     for changes in _changes(module, site, names, folding):
         for name, change in changes.items():
-            check_foldable(model, module, name, change, path, untie)
+            check_foldable(owners, module, name, change, path, untie)
             folding.add(name, change)
     broken = folding.finite()
     if broken is not None:
@@ -189,14 +189,16 @@ def _changes(module: nn.Module, site: SiteState, names: list[str], folding: Site
         yield changes
 
 
-def _untie(model: nn.Module, module: nn.Module, name: str, merged: Merged, journal: Journal) -> None:
+def _untie(owners: Owners, module: nn.Module, name: str, merged: Merged, journal: Journal) -> None:
     parameter = tensor_at(module, name)
-    if not isinstance(parameter, nn.Parameter) or len(owners(model, parameter)) < 2:
+    if not isinstance(parameter, nn.Parameter) or len(owners.of(parameter)) < 2:
         return
-    held_by, last = _owner(module, name)._parameters, name.rpartition(".")[2]
-    held_by[last] = nn.Parameter(parameter.detach().clone(), requires_grad=parameter.requires_grad)
+    owner, last = _owner(module, name), name.rpartition(".")[2]
+    own = nn.Parameter(parameter.detach().clone(), requires_grad=parameter.requires_grad)
+    owner._parameters[last] = own
+    owners.replaced(owner, last, parameter, own)
     merged.tied[name] = parameter
-    journal.undo(held_by.__setitem__, last, parameter)
+    journal.undo(owner._parameters.__setitem__, last, parameter)
 
 
 def _objections(path: str, module: nn.Module, site: SiteState, names: list[str]) -> list[SurgeryError]:
