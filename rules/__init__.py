@@ -74,3 +74,7 @@ __all__ = [
     "orthogonal_loss",
     "task_of",
 ]
+
+
+def __dir__() -> list[str]:
+    return __all__  # without the modules, for those who complete names

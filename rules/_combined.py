@@ -52,10 +52,10 @@ def factors(
 
 def rank_of(how: Combination, shares: Sequence[Share], here: Sequence[int], most: int) -> int:
     """The result's rank at a site: of adapters with these ranks there, `most` being the largest anywhere."""
+    if how.whole:
+        return sum(here)
     if how.by_matrix:
         return how.rank or most
-    if how.method == "cat":
-        return sum(here)
     if len(set(here)) > 1:
         told = ", ".join(f"{rank} in {share.adapter!r}" for rank, share in zip(here, shares, strict=True))
         raise how.refusal(
@@ -86,10 +86,10 @@ def linear_in_tensors(rule: R, shares: Sequence[Share], how: Combination, *free:
 
 
 def averaged(rule: R, shares: Sequence[Share], how: Combination, *free: str) -> tuple[R, Tensors]:
-    """For rules whose change is not linear in their tensors, which may be averaged all the same: "linear" alone."""
+    """For rules without a ΔW, whose tensors may be averaged all the same: by "linear", and by the default."""
     if how.untouched(shares):
         return rule, shares[0].params
-    if how.method != "linear":
+    if how.method != "linear" and not (how.method == "svd" and how.rank is None):
         raise how.refusal(shares, "its tensors are averaged as they are, or not at all", "method='linear'")
     how.agree(shares, *free)
     for share in shares[1:]:

@@ -54,11 +54,13 @@ def combined(shares: Sequence[Share], how: Combination) -> tuple[Rule, _combined
 def _rank(how: Combination, shares: Sequence[Share], rules: Sequence[LoraRule], layouts: Sequence[Layout]) -> int:
     among = cast("Sequence[LoraRule]", how.rules)
     largest = max(rank for rule in among for rank in (rule.max_rank or rule.rank, *(rule.rank_pattern or {}).values()))
+    if how.method == "svd" and any(rule.dora for rule in rules):  # its ΔW is not of the ranks' sum
+        return how.rank or largest
     rank = _combined.rank_of(how, shares, [rule.room_at(shares[0].site.path) for rule in rules], largest)
     groups = getattr(shares[0].site.module, "groups", 1)
     divided = all(layout.parts[0].groups == groups for layout in layouts)
     # By a rank that the groups divide, each group would have a part of it alone: a sum of others has no place there.
-    return rank + 1 if how.method == "cat" and not divided and rank % groups == 0 else rank
+    return rank + 1 if how.whole and not divided and rank % groups == 0 else rank
 
 
 def _rule(rules: Sequence[LoraRule], how: Combination, rank: int, layout: Layout | str) -> LoraRule:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 from torch import Tensor, nn
 
@@ -41,7 +41,7 @@ class BoftRule(Rule):
     blocks: int = 0
     n_butterfly_factor: int = 1
     dropout: float = 0.0
-    init: str = "identity"
+    init: Literal["identity", "random"] = "identity"
 
     def validate(self) -> None:
         _fields.either(self, "block_size", "blocks")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -39,7 +39,7 @@ class HraRule(Rule):
 
     rank: int = 8
     apply_GS: bool = False
-    init: str = "identity"
+    init: Literal["identity", "random"] = "identity"
 
     def validate(self) -> None:
         _fields.whole(self, "rank")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
-from typing import cast
+from typing import Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -36,7 +36,7 @@ class IA3Rule(Rule):
     """
 
     feedforward: str | Sequence[str] = ()
-    init: str = "identity"
+    init: Literal["identity", "random"] = "identity"
 
     def validate(self) -> None:
         _fields.one_of(self, "init", "identity", "random")
@@ -84,16 +84,19 @@ class IA3Rule(Rule):
     def combined(self, shares: Sequence[Share], how: Combination) -> tuple[Rule, Mapping[str, Tensor]]:
         if how.untouched(shares) and not how.lacking(shares):
             return self, shares[0].params
-        if how.method != "linear":
-            raise how.refusal(shares, "its numbers multiply, and are added up as they are", "method='linear'")
+        if not how.plain:
+            why = "its numbers multiply, and nothing of them is pruned"
+            raise how.refusal(shares, why, "method='svd', 'cat' or 'linear'")
         path, rules = shares[0].site.path, [cast(IA3Rule, share.rule) for share in shares]
         fed = self.feeds(path)
         if any(rule.feeds(path) != fed for rule in rules):
             raise how.refusal(shares, "one scales the input (feedforward), another the output", "exclude it from one")
         scale = how.sum([share.params["scale"] for share in shares], [share.weight for share in shares])
+        # "linear" is PEFT's Σ w s, where an adapter that is absent counts as ones. Σ w ΔW is 1 + Σ w (s − 1).
+        scale += how.lacking(shares) if how.method == "linear" else 1 - sum(share.weight for share in shares)
         alike = all(cast(IA3Rule, rule).feedforward == self.feedforward for rule in how.rules)
         rule = self if alike else self.replace(feedforward="re:.*" if fed else ())
-        return rule, {"scale": scale + how.lacking(shares)}  # to be absent is to be all ones
+        return rule, {"scale": scale}
 
     def united(self, rules: Mapping[str, Rule]) -> Mapping[str, Rule]:
         found = {path: cast(IA3Rule, rule) for path, rule in rules.items()}

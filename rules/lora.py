@@ -53,7 +53,7 @@ class LoraRule(Rule):
     lora_bias: bool = False
     rslora: bool = False
     dora: bool = False
-    init: str = "kaiming"
+    init: Literal["kaiming", "gaussian", "orthogonal", "pissa", "olora", "random"] | str = "kaiming"
     rank_pattern: Mapping[str, int] | None = None
     alpha_pattern: Mapping[str, float] | None = None
     max_rank: int | None = None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -40,8 +40,8 @@ class MissRule(Rule):
     rank: int = 64
     mini_r: int = 1
     dropout: float = 0.0
-    variant: str = "miss"
-    init: str = "identity"
+    variant: Literal["miss", "mini", "bat"] = "miss"
+    init: Literal["identity", "random"] = "identity"
 
     def validate(self) -> None:
         _fields.whole(self, "rank", "mini_r")

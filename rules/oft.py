@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -46,7 +46,7 @@ class OftRule(Rule):
     eps: float = 6e-5
     use_cayley_neumann: bool = True
     num_cayley_neumann_terms: int = 5
-    init: str = "identity"
+    init: Literal["identity", "random"] = "identity"
 
     def validate(self) -> None:
         _fields.either(self, "block_size", "blocks")

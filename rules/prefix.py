@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import field
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -60,7 +60,7 @@ class PrefixRule(Rule):
     targets: Targets = field(default=EVERYWHERE, kw_only=False)
     length: int = 20
     projection: int | None = None
-    init: str = "random"
+    init: Literal["random", "zero"] = "random"
     gate: bool = False
     shift: str | None = None
     scalable = False

@@ -29,8 +29,8 @@ class ReplaceRule(Rule):
 
     `by`: the qualified name of an nn.Module class (or the class), made with `kwargs`: plain data. Or a module, whose
     tensors are copied; such a rule can't be written. `inherit`: tensors start as those of the module that has the
-    same name and shape. The other module's tensors are the adapter's, with `_` for a dot, trained where it trains
-    them; in the dtype of LoRA's.
+    same name and shape. The other module's tensors are the adapter's, with `_` for a dot, in the dtype of LoRA's.
+    `trainable`: whether its parameters train; None, the default, keeps the `requires_grad` that each of them has.
 
     For modules with one input, and replacements whose forward is straight PyTorch: one that branches on values, or
     remembers something between calls, is a problem of the plan.
@@ -39,6 +39,7 @@ class ReplaceRule(Rule):
     by: Any = None
     kwargs: Mapping[str, Any] | None = None
     inherit: bool = False
+    trainable: bool | None = None
 
     exclusive = imports = True
     why_not_merged = "it puts another computation in the module's place, which its weights can't hold"
@@ -51,6 +52,8 @@ class ReplaceRule(Rule):
                 raise self.bad("kwargs", "for a module that is made already")
         elif not isinstance(self.by, str) or not all(part.isidentifier() for part in self.by.split(".")):
             raise self.bad("by", "the qualified name of a class of nn.Module, or a module")
+        if self.trainable not in (None, True, False):
+            raise self.bad("trainable", "true, false or None")
         if not isinstance(self.kwargs, (Mapping, type(None))):
             raise self.bad("kwargs", "a mapping")
 
@@ -83,7 +86,8 @@ class ReplaceRule(Rule):
         for name, tensor in _tensors(other).items():
             dtype = site.dtype if tensor.is_floating_point() else tensor.dtype
             start = functools.partial(fill, name=name)
-            trained = isinstance(tensor, nn.Parameter) and tensor.requires_grad
+            trained = tensor.requires_grad if self.trainable is None else self.trainable
+            trained = trained and isinstance(tensor, nn.Parameter) and tensor.is_floating_point()
             word = name.replace(".", "_")
             word = word if word.isidentifier() else f"_{word}"  # a Sequential's begin with a number
             held[name] = site.param(word, tensor.shape, start, dtype=dtype, trainable=trained)

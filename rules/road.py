@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -32,9 +33,9 @@ class RoadRule(Rule):
     Raises `RuleError` for a value out of range. Source: Liao & Monz 2024, arXiv:2409.00119; PEFT's RoadConfig.
     """
 
-    variant: str = "road_1"
+    variant: Literal["road_1", "road_2", "road_4"] = "road_1"
     group_size: int = 64
-    init: str = "identity"
+    init: Literal["identity", "random"] = "identity"
 
     def validate(self) -> None:
         _fields.one_of(self, "variant", "road_1", "road_2", "road_4")

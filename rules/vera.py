@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -44,7 +45,7 @@ class VeraRule(Rule):
     dropout: float = 0.0
     d_initial: float = 0.1
     projection_prng_key: int = 0
-    init: str = "identity"
+    init: Literal["identity", "random"] = "identity"
 
     def validate(self) -> None:
         _fields.whole(self, "rank")

@@ -53,6 +53,8 @@ from .tape import Value
 from .view import call_own
 from .weave import trace_site
 
+__version__: str
+
 __all__ = [
     "ANY",
     "Adapter",

@@ -281,7 +281,7 @@ class Rule:
     def from_dict(data: Mapping[str, Any]) -> Rule:
         """The rule that `to_dict` wrote. `RuleError` for an unknown rule or field, or a version from the future."""
         if not isinstance(data, Mapping) or not isinstance(data.get("rule"), str):
-            raise RuleError(f"{data!r} is no rule", why='a rule is a mapping with a name under "rule"')
+            raise RuleError(f"{data!r} is not a rule", why='a rule is a mapping with a name under "rule"')
         from surgery.named_rules import registered
 
         cls = registered(data["rule"])

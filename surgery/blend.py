@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -15,12 +15,13 @@ if TYPE_CHECKING:
     from surgery.base_rule import Rule
     from surgery.site import LiveSite
 
-__all__ = ["METHODS", "Combination", "Share", "joint_dtype"]
+__all__ = ["METHODS", "Combination", "Method", "Share", "joint_dtype"]
 
-METHODS = (
+Method = Literal[
     "linear", "cat", "svd", "ties", "ties_svd", "dare", "dare_linear", "dare_linear_svd", "dare_ties", "dare_ties_svd",
     "magnitude_prune", "magnitude_prune_svd",
-)  # fmt: skip
+]  # fmt: skip
+METHODS: tuple[str, ...] = get_args(Method)
 _START = frozenset(("targets", "exclude", "layers", "expect", "init", "dropout"))  # say nothing of what is computed
 
 
@@ -81,6 +82,11 @@ class Combination:
         return self.method.endswith("svd")
 
     @property
+    def whole(self) -> bool:
+        """Whether the result has as many ranks as all the adapters together, and so loses nothing of Σ w ΔW."""
+        return self.method == "cat" or (self.method == "svd" and self.rank is None)
+
+    @property
     def plain(self) -> bool:
         """Whether a sum is a sum: nothing is pruned."""
         return self.method in ("linear", "cat", "svd")
@@ -124,7 +130,12 @@ class Combination:
     def untouched(self, shares: Sequence[Share]) -> bool:
         """Whether what is asked for is there already: one adapter with weight 1, or equal rules without tensors."""
         if any(share.params for share in shares):
-            return len(shares) == 1 and shares[0].weight == 1 and self.method in ("linear", "cat")
+            return (
+                len(shares) == 1
+                and shares[0].weight == 1
+                and self.method in ("linear", "cat", "svd")
+                and self.rank is None
+            )
         self.agree(shares)
         return True
 

@@ -5,14 +5,14 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, TypeVar, cast
+from typing import Any, Literal, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
 
 from surgery.asked import asked
 from surgery.base_rule import Rule
-from surgery.blend import Combination, Share, joint_dtype
+from surgery.blend import Combination, Method, Share, joint_dtype
 from surgery.claims import check_free
 from surgery.errors import MatchError, PlanError, SiteError, SurgeryError
 from surgery.hooks import running
@@ -33,11 +33,11 @@ def combine(
     model: M,
     weights: Mapping[str, float],
     into: str,
-    method: str = "linear",
+    method: Method = "svd",
     *,
     rank: int | None = None,
     density: float | None = None,
-    majority_sign: str = "total",
+    majority_sign: Literal["total", "frequency"] = "total",
     clamp: float | None = None,
     seed: int | torch.Generator | None = None,
 ) -> M:
@@ -52,14 +52,16 @@ def combine(
     ...     _ = apply_rules(model, LoraRule("0", rank=2, init="random"), adapter=name)
     >>> x = torch.randn(3, 8)
     >>> both = activate(model, ["a", "b"], weights=[0.7, -0.3])(x)
-    >>> _ = combine(model, {"a": 0.7, "b": -0.3}, "c", method="cat")
+    >>> _ = combine(model, {"a": 0.7, "b": -0.3}, "c")
     >>> torch.allclose(activate(model, "c")(x), both, atol=1e-5), rules_of(model, "c")[0].rank
     (True, 4)
 
     The new adapter is idle until `activate(model, into)`, and then like any other: it trains, merges, saves and loads.
     `method`, of LoRA's ΔW = s B A with the scale s and the weight w:
 
-    - "cat": Σ w ΔW exactly; the ranks add up. "svd": the best approximation of Σ w ΔW of rank `rank`.
+    - "svd", the default: the singular values and vectors of Σ w ΔW. Without `rank` the ranks add up, and the result is
+      Σ w ΔW; with `rank` it is the best approximation of that rank.
+    - "cat": the factors side by side, which is Σ w ΔW too; the ranks add up.
     - "linear": A = Σ ±√|w s| A and B = Σ √|w s| B, where w < 0 makes A's sign: PEFT's. Of equal ranks. This is not
       Σ w ΔW, for it holds products of one adapter's A with another's B.
     - "magnitude_prune", "ties", "dare_linear" (or "dare"), "dare_ties": "linear" of pruned tensors; followed by "_svd",
@@ -67,7 +69,8 @@ def combine(
       values ("total") or by their number ("frequency"). "dare…" draws what stays, from `seed` (a number or a generator;
       None: torch's own).
 
-    `rank` is for "svd" and its like; by default the largest of all. `clamp`: these clip their result at this quantile
+    `rank` is for "svd" and the methods that end in "_svd", which take the largest rank of all by default, as does
+    "svd" of DoRA, whose ΔW does not have a low rank. `clamp`: these clip their result at this quantile
     (PEFT's svd_clamp). At a site that only some have, the others add nothing. Other rules say themselves how they are
     combined; copies of the base's tensors (TrainRule, …) become W + Σ w (T − W), pruned as the method says.
 

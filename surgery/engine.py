@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import itertools
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from surgery import hf
+from surgery.arguments import rule_problem
 from surgery.base_rule import Rule
 from surgery.claims import check_free
 from surgery.errors import SiteError, SurgeryError, SurgeryWarning
@@ -54,7 +55,7 @@ M = TypeVar("M", bound=nn.Module)
 Given = Callable[[Step, ParamSpec], Tensor | None]
 
 
-def apply_rules(model: M, rules: Sequence[Rule] | Rule, *, adapter: str = "default", example_inputs: Any = None) -> M:
+def apply_rules(model: M, rules: Iterable[Rule] | Rule, *, adapter: str = "default", example_inputs: Any = None) -> M:
     """Rewrite a model in place by rules; the same object comes back, adapted.
 
     >>> import torch
@@ -79,12 +80,12 @@ def apply_rules(model: M, rules: Sequence[Rule] | Rule, *, adapter: str = "defau
 
     All or nothing: raises `SurgeryError` (`PlanError` where several things are wrong) with the model as it was.
     """
-    carry_out(make_plan(model, rules, adapter, example_inputs), rules, example_inputs, stacklevel=3)
+    carry_out(make_plan(model, rules, adapter, example_inputs), example_inputs, stacklevel=3)
     return model
 
 
 def plan_rules(
-    model: nn.Module, rules: Sequence[Rule] | Rule, *, adapter: str = "default", example_inputs: Any = None
+    model: nn.Module, rules: Iterable[Rule] | Rule, *, adapter: str = "default", example_inputs: Any = None
 ) -> Plan:
     """What `apply_rules` would do, and every reason why it would refuse; touches nothing.
 
@@ -112,6 +113,8 @@ def explain(model: nn.Module, rule: Rule, path: str) -> Verdict:
 
     `MatchError` with near misses where the model has no such path.
     """
+    if not isinstance(rule, Rule):
+        raise rule_problem(rule)
     return verdict_of(Tree.of(model), rule, path)
 
 
@@ -154,12 +157,11 @@ def remove(model: M, adapter: str | Sequence[str] | None = None, *, check: bool 
 
 def carry_out(
     plan: Plan,
-    rules: Sequence[Rule] | Rule,
     example_inputs: Any = None,
     stacklevel: int = 2,
     given: Given | None = None,
 ) -> None:
-    """Do what a plan of these rules says, which was made of this model as it is now.
+    """Do what a plan says, which was made of this model as it is now.
 
     `given`: what a tensor starts with, or None where it starts as its rule says.
     """
@@ -173,7 +175,7 @@ def carry_out(
             for step in plan.steps:
                 _insert(step, plan, standing, owners, given, journal)
         _install(plan, journal)
-        _record(plan.model, plan, rules, standing, journal)
+        _record(plan.model, plan, standing, journal)
         if plan.observation is not None:
             _check_output(plan, example_inputs)
 
@@ -242,7 +244,7 @@ def _install(plan: Plan, journal: Journal) -> None:
         shared.install(steps[0].module, tuple([(id(step.rule), id(step.tape)) for step in steps]), steps[0].own)
 
 
-def _record(model: nn.Module, plan: Plan, rules: Sequence[Rule] | Rule, standing: Standing, journal: Journal) -> None:
+def _record(model: nn.Module, plan: Plan, standing: Standing, journal: Journal) -> None:
     """Freeze the base and write down, on the model, what has to be put back when the last adapter goes."""
     state = model_state(model)
     if state is None:
@@ -253,7 +255,7 @@ def _record(model: nn.Module, plan: Plan, rules: Sequence[Rule] | Rule, standing
                 state.flags[name] = parameter.requires_grad
                 journal.undo(parameter.requires_grad_, parameter.requires_grad)
                 parameter.requires_grad_(False)
-    state.adapters[plan.adapter] = (rules,) if isinstance(rules, Rule) else tuple(rules)
+    state.adapters[plan.adapter] = plan.rules
     state.standing[plan.adapter] = standing
     journal.undo(state.forget, plan.adapter)
     touched = {id(step.module): step.module for step in plan.steps}.values()

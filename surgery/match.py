@@ -14,6 +14,7 @@ from surgery.base_rule import Rule
 from surgery.errors import MatchError, near_misses
 from surgery.paths import endings
 from surgery.pattern import Candidate, Pattern, Targets, Verdict, as_pattern
+from surgery.type_names import type_hint
 
 __all__ = ["Match", "matches", "verdict_of"]
 
@@ -97,8 +98,7 @@ def idle_targets(tree: Tree, rule: Rule) -> list[str]:
     told = []
     for field, target in ((field, target) for field, targets in listed.items() for target in targets):
         if not _fits_any(tree, target):
-            names = {part for path in tree.modules for part in (path, path.rpartition(".")[2]) if part} | {"all-linear"}
-            near = near_misses(target, names) if isinstance(target, str) and not target.startswith("re:") else None
+            near = type_hint(target, tree.distinct()) or _near_names(tree, target)
             told.append(
                 f"{rule.label}: {field} has {target!r}, which no module of the model fits"
                 + (f"; {near}" if near else "")
@@ -164,7 +164,6 @@ def _nothing(tree: Tree, rule: Rule) -> MatchError:
         return MatchError(
             f"{rule.label} has no targets", why="targets is empty", fix='name modules, types, or "all-linear"'
         )
-    names = {part for path in tree.modules for part in (path, path.rpartition(".")[2]) if part} | {"all-linear"}
     tried = [as_pattern(target) for target in _listed(rule.targets)]
     by_target = [
         module.path
@@ -178,9 +177,7 @@ def _nothing(tree: Tree, rule: Rule) -> MatchError:
         if isinstance(tree.model, fx.GraphModule):
             why += "; those of a graph of torch.export are made anew by with_layers(model)"
     else:
-        misses = [
-            near_misses(t, names) for t in _listed(rule.targets) if isinstance(t, str) and not t.startswith("re:")
-        ]
+        misses = [type_hint(t, tree.distinct()) or _near_names(tree, t) for t in _listed(rule.targets)]
         words = [t for t in _listed(rule.targets) if isinstance(t, str)]
         if any(set(word) & set("*+?()[]|\\^$") and not word.startswith("re:") for word in words):
             misses = ["a regular expression begins with 're:'"]
@@ -192,6 +189,13 @@ def _nothing(tree: Tree, rule: Rule) -> MatchError:
         why=why,
         fix="correct the targets; explain(model, rule, path) says why a module does not match",
     )
+
+
+def _near_names(tree: Tree, target: str | Pattern) -> str | None:
+    if not isinstance(target, str) or target.startswith("re:"):
+        return None
+    names = {part for path in tree.modules for part in (path, path.rpartition(".")[2]) if part} | {"all-linear"}
+    return near_misses(target, names)
 
 
 def _listed(targets: Targets) -> tuple:

@@ -9,6 +9,7 @@ from dataclasses import dataclass, fields
 from importlib import metadata
 from typing import Any, TypeVar, dataclass_transform
 
+from surgery.arguments import path_problem
 from surgery.base_rule import Rule
 from surgery.errors import RuleError, near_misses
 from surgery.pattern import qualified_name
@@ -65,10 +66,12 @@ def rules_to_json(rules: Iterable[Rule]) -> str:
 
 def rules_from_json(text: str) -> list[Rule]:
     """The rules in JSON text; `RuleError` for anything that is not a list of known rules. See `rules_to_json`."""
+    if (problem := path_problem(text, "rules_from_json", "JSON")) is not None:
+        raise problem
     try:
         data = json.loads(text)
-    except ValueError as error:
-        raise RuleError("the rules are no JSON", why=str(error)) from None
+    except (ValueError, TypeError) as error:
+        raise RuleError("the rules are not JSON", why=str(error), fix="pass what rules_to_json wrote") from None
     return _rules(data)
 
 
@@ -79,17 +82,20 @@ def rules_to_yaml(rules: Iterable[Rule]) -> str:
 
 def rules_from_yaml(text: str) -> list[Rule]:
     """The rules in YAML text, read with `safe_load`. Needs PyYAML (extra `yaml`). See `rules_from_json`."""
+    if (problem := path_problem(text, "rules_from_yaml", "YAML")) is not None:
+        raise problem
     yaml = _yaml()
     try:
         data = yaml.safe_load(text)
     except yaml.YAMLError as error:
-        raise RuleError("the rules are no YAML", why=str(error)) from None
+        raise RuleError("the rules are not YAML", why=str(error), fix="pass what rules_to_yaml wrote") from None
     return _rules(data)
 
 
 def _rules(data: Any) -> list[Rule]:
     if not isinstance(data, list):
-        raise RuleError("rules are a list of mappings", why=f"this is {type(data).__name__}")
+        why = f"this is a {type(data).__name__}"
+        raise RuleError("rules are a list of mappings", why=why, fix="write each rule as - rule: NAME, and its fields")
     return [Rule.from_dict(one) for one in data]
 
 

@@ -109,7 +109,7 @@ class Pattern:
             return (_All if kind == "all" else _Any)(tuple(Pattern.from_dict(part) for part in value))
         if kind == "not" and isinstance(value, Mapping):
             return _Not(Pattern.from_dict(value))
-        raise RuleError(f"{kind!r}: {value!r} is no pattern", fix=_FORMS)
+        raise RuleError(f"{kind!r}: {value!r} is not a pattern", fix=_FORMS)
 
     def __and__(self, other: Pattern) -> Pattern:
         return _All(_flat(_All, self) + _flat(_All, other))
@@ -331,7 +331,12 @@ def _entry(target: Any) -> str | Pattern:
         return target
     if isinstance(target, type) and issubclass(target, nn.Module):
         return Pattern.type(target)
-    raise RuleError(f"{target!r} is no target", fix='use a name, a module type, a Pattern, or "all-linear"')
+    raise RuleError(f"{target!r} is not a target", fix='use a name, a module type, a Pattern, or "all-linear"')
+
+
+def type_named(target: str | Pattern) -> str | None:
+    """The name of the class that a `Pattern.type` asks for; None for any other target."""
+    return target.of if isinstance(target, _Type) else None
 
 
 def qualified_name(cls: type) -> str:

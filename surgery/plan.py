@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterable, Sequence
+from collections.abc import Hashable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
 from torch import nn
 
 from surgery.alike import likeness
+from surgery.arguments import model_problem, rules_in
 from surgery.base_rule import Rule
 from surgery.bypass import Bypass, bypasses, fastpath_switch
 from surgery.clash import clashes
@@ -19,7 +20,7 @@ from surgery.install import reason_against
 from surgery.match import Match, Tree, idle_targets, matches
 from surgery.own import own_forward
 from surgery.recording import PassedOver, Recording, Step, recorded
-from surgery.state import model_state, name_problem, site_state, sites
+from surgery.state import is_adapter_key, model_state, name_problem, site_state, sites
 from surgery.table import table
 
 __all__ = ["Plan", "make_plan"]
@@ -35,6 +36,7 @@ class Plan:
 
     model: nn.Module
     adapter: str
+    rules: tuple[Rule, ...] = ()
     steps: list[Step] = field(default_factory=list)
     problems: list[SurgeryError] = field(default_factory=list)
     switches: dict[str, tuple[str, Any]] = field(default_factory=dict)
@@ -54,6 +56,16 @@ class Plan:
     @property
     def trainable(self) -> int:
         return sum(step.trainable for step in self.steps)
+
+    @property
+    def notes(self) -> list[str]:
+        """What to know before applying that is neither a problem nor a warning."""
+        if not self.steps or self.trainable or _trains(self.model):
+            return []
+        return [
+            "nothing is left to train: the base is frozen, and these rules add no parameter that trains; "
+            "add a rule that trains, or unfreeze base parameters after applying"
+        ]
 
     def example_of(self, module: nn.Module) -> tuple[tuple, dict[str, Any]] | None:
         """Copies of a module's own arguments in the example call; one call for all of a class."""
@@ -76,7 +88,7 @@ class Plan:
             raise PlanError(self.problems) from next((p.__cause__ for p in self.problems if p.__cause__), None)
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain data: adapter, steps (rule, site, type, aliases, kind, tensors), counts and problems."""
+        """Plain data: adapter, steps (rule, site, type, aliases, kind, tensors), counts, notes, warnings, problems."""
         return {
             "adapter": self.adapter,
             "steps": [
@@ -95,6 +107,7 @@ class Plan:
             ],
             "added": self.added,
             "trainable": self.trainable,
+            "notes": self.notes,
             "warnings": list(self.warnings),
             "problems": [str(problem) for problem in self.problems],
         }
@@ -116,6 +129,7 @@ class Plan:
         parts += [f"shared: {line}" for line in dict.fromkeys(shared)]
         switched = [(".".join(filter(None, (path, name))), value) for path, (name, value) in self.switches.items()]
         parts += [f"set while adapted: {name} = {value!r}" for name, value in switched]
+        parts += [f"note: {note}" for note in self.notes]
         parts += [f"warning: {warning}" for warning in self.warnings]
         parts += [f"problem: {problem}" for problem in self.problems]
         return "\n".join(parts)
@@ -123,15 +137,15 @@ class Plan:
     __repr__ = __str__
 
 
-def make_plan(model: nn.Module, rules: Sequence[Rule] | Rule, adapter: str, example_inputs: Any = None) -> Plan:
-    plan = Plan(model, adapter, example_inputs=example_inputs)
-    rules = [rules] if isinstance(rules, Rule) else list(rules)
-    plan.problems += _objections(model, rules, adapter)
+def make_plan(model: nn.Module, rules: Iterable[Rule] | Rule, adapter: str, example_inputs: Any = None) -> Plan:
+    listed, problems = rules_in(rules)
+    plan = Plan(model, adapter, listed, example_inputs=example_inputs)
+    plan.problems += [problem] if (problem := model_problem(model)) else problems + _objections(model, adapter)
     if plan.problems:
         return plan
     tree, read_past = Tree.of(model), bypasses(model)
     fast = {path: switch for path, module in tree.modules.items() if (switch := _switch(module)) is not None}
-    for rule, may_miss in _with_companions(rules):
+    for rule, may_miss in _with_companions(listed):
         try:
             found = matches(tree, rule)
             plan.warnings += [] if may_miss else idle_targets(tree, rule)
@@ -164,6 +178,11 @@ def make_plan(model: nn.Module, rules: Sequence[Rule] | Rule, adapter: str, exam
     if example_inputs is not None and not plan.problems:
         _check_example(plan, example_inputs)
     return plan
+
+
+def _trains(model: nn.Module) -> bool:
+    """Whether an adapter that is on the model has parameters that train."""
+    return any(parameter.requires_grad and is_adapter_key(model, name) for name, parameter in model.named_parameters())
 
 
 def _with_companions(rules: Iterable[Rule]) -> Iterable[tuple[Rule, bool]]:
@@ -282,17 +301,9 @@ def _pefts(model: nn.Module) -> list[SurgeryError]:
     ]
 
 
-def _objections(model: nn.Module, rules: list[Rule], adapter: str) -> list[SurgeryError]:
-    """What is wrong before any module is looked at."""
-    if not isinstance(model, nn.Module):
-        return [SurgeryError(f"{type(model).__name__} is no model", fix="pass a torch.nn.Module")]
+def _objections(model: nn.Module, adapter: str) -> list[SurgeryError]:
+    """What is wrong with the model and the adapter's name, before any module is looked at."""
     found: list[SurgeryError] = _pefts(model)
-    if not rules:
-        found.append(RuleError("there are no rules to apply"))
-    for rule in rules:
-        if not isinstance(rule, Rule):
-            hint = "rules are made from their class: LoraRule(targets=…)"
-            found.append(RuleError(f"{rule!r} is no rule", fix=hint))
     state = model_state(model)
     found += [problem] if (problem := name_problem(state, adapter)) else []
     for path, _, site in sites(model):

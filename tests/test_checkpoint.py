@@ -331,7 +331,7 @@ def test_a_rule_or_a_format_from_the_future(tmp_path: Path) -> None:
         (lambda d: d.update(version=2), "version 2 of the format"),
         (lambda d: d.update(rules=[]), "list no rules"),
         (lambda d: d.update(rules=3), "list no rules"),
-        (lambda d: d["rules"].__setitem__(1, 3), "is no rule"),
+        (lambda d: d["rules"].__setitem__(1, 3), "is not a rule"),
     ):
         changed = copy.deepcopy(settings)
         change(changed)

@@ -160,6 +160,7 @@ def test_every_method_gives_pefts_numbers(
     monkeypatch.setattr(torch, "bernoulli", drawn)
     density: dict[str, Any] = {} if method in ("linear", "cat", "svd") else {"density": 0.6}
     chosen: dict[str, Any] = {} if "ties" not in method else {"majority_sign": sign}
+    chosen |= {"rank": 4} if method == "svd" else {}  # PEFT's default, the largest rank
     combine(ours, WEIGHTS, "z", method, **density, **chosen)
     theirs.base_model.add_weighted_adapter(
         list(WEIGHTS), list(WEIGHTS.values()), "z", method, majority_sign_method=sign, **density
@@ -176,7 +177,7 @@ def test_every_method_gives_pefts_numbers(
 @pytest.mark.parametrize("method", ["linear", "cat", "svd"])
 def test_negative_weights_give_pefts_numbers(peft: Any, method: str) -> None:
     theirs, ours = in_both(peft, (4, 4), EVERYWHERE[:2])
-    combine(ours, {"a": 1.5, "b": -0.8}, "z", method)
+    combine(ours, {"a": 1.5, "b": -0.8}, "z", cast(Any, method), rank=4 if method == "svd" else None)
     theirs.base_model.add_weighted_adapter(["a", "b"], [1.5, -0.8], "z", method)
     for path in PATHS:
         expected = theirs.get_submodule(f"base_model.model.{path}").get_delta_weight("z").detach()
@@ -210,9 +211,22 @@ def test_ia3_gives_pefts_numbers(peft: Any) -> None:
             ours.get_parameter(f"{path}.adapters.{name}.scale").data.copy_(layer.ia3_l[name].data.flatten())
     theirs.base_model.add_weighted_adapter(["a", "b"], [0.6, 0.5], "z")
     theirs.set_adapter("z")
-    combine(ours, {"a": 0.6, "b": 0.5}, "z")
+    combine(ours, {"a": 0.6, "b": 0.5}, "z", "linear")
     x = torch.randn(3, 8)
     torch.testing.assert_close(activate(ours, "z")(x), theirs(x), **CLOSE)
+
+
+@pytest.mark.parametrize("fed", [(), "0"])
+def test_the_default_gives_ia3_the_sum_of_its_changes(fed: Any) -> None:
+    model = nn.Sequential(nn.Linear(8, 6))
+    for name in "ab":
+        apply_rules(model, IA3Rule("0", feedforward=fed, init="random"), adapter=name)
+    deactivate(model)
+    x = torch.randn(3, 8)
+    base = model(x)
+    change = sum(w * (activate(model, name)(x) - base) for name, w in (("a", 0.7), ("b", -0.3)))
+    combine(model, {"a": 0.7, "b": -0.3}, "z")
+    torch.testing.assert_close(activate(model, "z")(x), base + change, **CLOSE)
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -288,7 +302,7 @@ def test_cat_and_svd_are_the_sum(method: str, weights: dict[str, float], ranks: 
         apply_rules(model, rule, adapter=name)
     x = torch.randn(2, 5, 8)
     before = model(x)
-    combine(model, weights, "z", method, rank=30 if method == "svd" else None)
+    combine(model, weights, "z", cast(Any, method))
     assert torch.equal(model(x), before) and "z" not in active(model)
     each = {name: changes(model, name) for name in weights}
     for name, found in changes(model, "z").items():
@@ -310,8 +324,9 @@ def test_svd_is_the_best_of_its_rank() -> None:
         rest = torch.linalg.svdvals(total)[rank:]
         torch.testing.assert_close(left.norm(), rest.norm(), rtol=1e-4, atol=1e-5)
         assert rules_of(model, f"r{rank}")[0].rank == rank  # type: ignore[attr-defined]
-    combine(model, {"a": 1.0, "b": 1.0}, "default", "svd")
-    assert rules_of(model, "default")[0].rank == 4  # type: ignore[attr-defined]  # the largest of both
+    combine(model, {"a": 0.5, "b": -2.0}, "default")
+    assert rules_of(model, "default")[0].rank == 7  # type: ignore[attr-defined]  # all of both: nothing is lost
+    torch.testing.assert_close(weight_change(model, "0", "default"), total, rtol=1e-4, atol=1e-5)
 
 
 def test_dora_is_taken_as_a_matrix() -> None:
@@ -512,10 +527,10 @@ def test_prompts_and_prefixes_need_no_example() -> None:
     for key, tensor in adapter_state_dict(model, "again").items():
         tensor.copy_(values[key])
     assert torch.equal(model(**inputs).logits, own)
-    for method in ("cat", "svd"):
-        combine(model, {"again": 1.0}, "copy" + method, "cat")  # one alone, as it is
+    combine(model, {"again": 1.0}, "copy", "cat")  # one alone, as it is
+    for method, rank in (("cat", None), ("svd", 4)):
         with pytest.raises(PlanError, match="PromptRule can't be combined"):
-            combine(model, {"again": 0.5}, "z", method)
+            combine(model, {"again": 0.5}, "z", cast(Any, method), rank=rank)
 
 
 def test_what_has_no_sum_is_refused_with_rule_and_site() -> None:

@@ -576,3 +576,15 @@ def test_peft_routes_no_training_and_no_dora(tmp_path: Any) -> None:
     for row, name in enumerate(names):
         with torch.no_grad(), using(ours, name):
             torch.testing.assert_close(mixed[row], ours(input_ids=ids[row : row + 1]).logits[0], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.skipif(metadata.version("peft") != VERSION, reason=f"the page lists the methods of PEFT {VERSION}")
+def test_the_page_lists_the_methods_that_only_peft_has() -> None:
+    from pathlib import Path
+
+    from surgery.peft.config import PeftConfig
+
+    page = Path(__file__).parent.parent.joinpath("docs", "peers.md").read_text().split("## What only PEFT has")[1]
+    listed = {name.strip().replace("-", "").upper() for name in page.split("Methods:")[1].split(".")[0].split(",")}
+    only = {kind.value for kind in peft.PeftType} - set(PeftConfig.kinds)  # type: ignore[arg-type]
+    assert listed == only - {"TRAINABLE_TOKENS"}

@@ -229,9 +229,9 @@ def test_rules_of_a_model() -> None:
 @pytest.mark.parametrize(
     "text, words",
     [
-        ("{", "no JSON"),
+        ("{", "not JSON"),
         ("{}", "list"),
-        ('[{"targets": ["a"]}]', "no rule"),
+        ('[{"targets": ["a"]}]', "not a rule"),
         ('[{"rule": "lroa"}]', "did you mean .*'lora'"),
         ('[{"rule": "lora", "version": 99}]', "newer"),
         ('[{"rule": "lora", "version": "1"}]', "version"),
@@ -240,7 +240,7 @@ def test_rules_of_a_model() -> None:
         ('[{"rule": "lora", "targets": [[1]]}]', "target"),
         ('[{"rule": "lora", "rank": "8"}]', "rank"),
         ('[{"rule": "lora", "rank_pattern": [1]}]', "rank_pattern"),
-        ("[7]", "no rule"),
+        ("[7]", "not a rule"),
     ],
 )
 def test_unreadable_rules(text: str, words: str) -> None:

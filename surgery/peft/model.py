@@ -216,6 +216,11 @@ class PeftModel(Facade):
         """A new adapter that combines others: `surgery.combine`. It is not active."""
         if len(adapters) != len(weights):
             raise SurgeryError(f"there are {len(weights)} weights for {len(adapters)} adapters", fix="give one each")
+        chosen = [self._configs[name] for name in adapters if name in self._configs]
+        if chosen and all(config.method == "IA3" for config in chosen):
+            combination_type = "linear"  # the one way of PEFT's IA3, which takes no such argument
+        if combination_type == "svd" and svd_rank is None:
+            svd_rank = max(map(_largest_rank, chosen), default=0) or None
         how: dict[str, Any] = {"method": combination_type, "rank": svd_rank, "density": density, "clamp": svd_clamp}
         given = dict(zip(adapters, weights, strict=True))
         surgery.combine(self._base, given, into=adapter_name, majority_sign=majority_sign_method, **how)
@@ -311,3 +316,8 @@ class _Tuner(PeftModel):
     @property
     def model(self) -> Any:
         return self._base
+
+
+def _largest_rank(config: Any) -> int:
+    """PEFT's default for the rank of a combination: the largest that a configuration has anywhere."""
+    return max([getattr(config, "r", 0) or 0, *(getattr(config, "rank_pattern", None) or {}).values()])
