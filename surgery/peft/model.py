@@ -222,8 +222,9 @@ class PeftModel(Facade):
         if combination_type == "svd" and svd_rank is None:
             svd_rank = max(map(_largest_rank, chosen), default=0) or None
         how: dict[str, Any] = {"method": combination_type, "rank": svd_rank, "density": density, "clamp": svd_clamp}
+        how["majority_sign"] = majority_sign_method
         given = dict(zip(adapters, weights, strict=True))
-        surgery.combine(self._base, given, into=adapter_name, majority_sign=majority_sign_method, **how)
+        surgery.combine(self._base, given, into=adapter_name, **how)
         try:
             self._configs[adapter_name] = PeftConfig.from_dict(written(self._base, adapter_name)[0])
         except SurgeryError:
