@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from surgery.base_rule import Rule
 from surgery.claims import check_free, claimed
 from surgery.errors import SurgeryError
+from surgery.match import base_modules
 from surgery.state import ModelState, adapter_names, model_state, require_state, site_state
 from surgery.switching import check_none_merged, set_trained, switch, weights_now
 
@@ -131,7 +132,7 @@ def adapters(model: nn.Module) -> dict[str, Adapter]:
     (('0',), 32, True)
     """
     state = require_state(model)
-    paths = {id(module): path for path, module in model.named_modules()}
+    paths = {id(module): path for path, module in base_modules(model)}
     return {
         name: Adapter(
             rules,

@@ -19,6 +19,7 @@ from torch import nn
 from surgery.match import base_modules
 from surgery.pattern import qualified_name
 from surgery.reads import CALL, WRAP, Chain, Facts, facts_of
+from surgery.wrapped import submodule, unwrapped
 
 __all__ = ["Bypass", "bypasses", "bypasses_of", "fastpath_switch"]
 
@@ -77,14 +78,13 @@ def bypasses_of(model: nn.Module, path: str, aliases: Iterable[str] = ()) -> lis
     `aliases` are the other paths of a shared module: what stands above those is read too. For many paths of one
     model `bypasses` is faster. Raises AttributeError where the model has no such path.
     """
-    target = model.get_submodule(path)
+    target = submodule(model, path)
     above: dict[int, tuple[str, nn.Module]] = {}
     for name in (path, *aliases):
-        parts, reader = name.split(".") if name else [], model
+        parts, reader = name.split(".") if name else [], unwrapped(model)
         for depth, part in enumerate(parts):
             above.setdefault(id(reader), (".".join(parts[:depth]), reader))
-            child = reader._modules.get(part)
-            reader = child if child is not None else reader.get_submodule(part)
+            reader = submodule(reader, part)
     paths = {id(target): path, **{key: name for key, (name, _) in above.items()}}
     searches = [_Search(paths, name, reader, target) for name, reader in above.values()]
     return list(dict.fromkeys(place for search in searches for place in search.places()))
@@ -119,7 +119,7 @@ class _Held(NamedTuple):
 
     def child(self, name: str) -> Iterator[_Held]:
         if (module := self.module._modules[name]) is not None:
-            yield _Held(f"{self.path}.{name}" if self.path else name, module, self.own)
+            yield _Held(f"{self.path}.{name}" if self.path else name, unwrapped(module), self.own)
 
     @property
     def cls(self) -> type[nn.Module]:

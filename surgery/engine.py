@@ -38,8 +38,8 @@ from surgery.state import (
     Standing,
     adapter_names,
     attach,
+    base_parameters,
     detach,
-    is_adapter_key,
     model_state,
     require_state,
     site_state,
@@ -48,6 +48,7 @@ from surgery.state import (
 )
 from surgery.view import tensor_at
 from surgery.weave import Layer
+from surgery.wrapped import submodule
 
 __all__ = ["apply_rules", "explain", "plan_rules", "remove"]
 
@@ -250,18 +251,18 @@ def _record(model: nn.Module, plan: Plan, standing: Standing, journal: Journal) 
     if state is None:
         state = model.__dict__[_MODEL] = ModelState()
         journal.undo(model.__dict__.pop, _MODEL)
-        for name, parameter in model.named_parameters():
-            if not is_adapter_key(model, name):
-                state.flags[name] = parameter.requires_grad
-                journal.undo(parameter.requires_grad_, parameter.requires_grad)
-                parameter.requires_grad_(False)
+        found = list(base_parameters(model))
+        state.flags = {name: parameter.requires_grad for name, parameter in found}
+        for _, parameter in found:
+            journal.undo(parameter.requires_grad_, parameter.requires_grad)
+            parameter.requires_grad_(False)
     state.adapters[plan.adapter] = plan.rules
     state.standing[plan.adapter] = standing
     journal.undo(state.forget, plan.adapter)
     touched = {id(step.module): step.module for step in plan.steps}.values()
     state.places[plan.adapter] = Places.of(plan.adapter, [(m, _rules_at(m, plan.adapter)) for m in touched])
     for path, (name, value) in plan.switches.items():
-        reader = model.get_submodule(path)
+        reader = submodule(model, path)
         if not any(path == old for old, *_ in state.switched):
             state.switched.append((path, name, getattr(reader, name), value))
             journal.undo(state.switched.pop)
@@ -354,9 +355,9 @@ def _take_out(module: nn.Module, site: SiteState, names: frozenset[str], check: 
 
 
 def _restore(model: nn.Module, state: ModelState) -> None:
-    for name, parameter in model.named_parameters():
+    for name, parameter in base_parameters(model):
         parameter.requires_grad_(state.flags.get(name, parameter.requires_grad))
     for path, name, value, _ in state.switched:
-        setattr(model.get_submodule(path), name, value)
+        setattr(submodule(model, path), name, value)
     hf.restore(model, state)
     del model.__dict__[_MODEL]

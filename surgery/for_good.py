@@ -11,7 +11,7 @@ from surgery import hf
 from surgery.claims import check_free
 from surgery.engine import _restore
 from surgery.errors import MergeError, SurgeryError
-from surgery.state import _SITE, SiteState, detach, require_state, sites
+from surgery.state import _SITE, SiteState, base_parameters, detach, require_state, sites
 
 __all__ = ["forget"]
 
@@ -80,7 +80,7 @@ def forget(model: M) -> M:
 def _flags(model: nn.Module, noted: dict[str, bool], untied: Sequence[tuple[Any, nn.Parameter]]) -> dict[str, bool]:
     """The flags that untied parameters get back: those of the one they were, which was noted under one of its names."""
     called: dict[int, list[str]] = {}
-    for name, parameter in model.named_parameters(remove_duplicate=False):
+    for name, parameter in base_parameters(model):
         called.setdefault(id(parameter), []).append(name)
     names = {id(before): called.get(id(before), []) for _, before in untied}
     for own, before in untied:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from surgery.journal import Journal
 from surgery.match import RESERVED, base_modules, every_path, is_adapters
 from surgery.state import ModelState, tensors_of
+from surgery.wrapped import submodule
 
 __all__ = ["ignore_on_save", "keys_of", "prepare", "restore", "unlist"]
 
@@ -42,7 +43,7 @@ def prepare(model: nn.Module, state: ModelState, adapter: str, journal: Journal)
 def ignore_on_save(model: nn.Module, state: ModelState) -> None:
     """List the present adapters' tensors beside the keys that the model itself leaves out."""
     for path, original in state.ignored_on_save:
-        saver = model.get_submodule(path)
+        saver = submodule(model, path)
         kept = getattr(type(saver), _IGNORED, None) if original == _ABSENT else original
         setattr(saver, _IGNORED, {*(kept or ()), *_adapter_keys(saver), _NEVER_MISSING})
 
@@ -52,7 +53,7 @@ Keys = list[tuple[nn.Module, list[str]]]
 
 def keys_of(model: nn.Module, state: ModelState, adapters: Collection[str]) -> Keys:
     """The keys of these adapters' tensors in each module that lists what `save_pretrained` leaves out."""
-    savers = [model.get_submodule(path) for path, _ in state.ignored_on_save]
+    savers = [submodule(model, path) for path, _ in state.ignored_on_save]
     return [(saver, list(_adapter_keys(saver, adapters))) for saver in savers]
 
 
@@ -94,7 +95,7 @@ class InputsRequireGrad:
 
 def restore_ignored(model: nn.Module, state: ModelState) -> None:
     for path, original in state.ignored_on_save:
-        saver = model.get_submodule(path)
+        saver = submodule(model, path)
         if original == _ABSENT:
             saver.__dict__.pop(_IGNORED, None)
         else:
@@ -111,7 +112,7 @@ def _embeddings(model: nn.Module, state: ModelState) -> Iterator[nn.Module]:
     seen: set[int] = set()
     for path, _ in state.ignored_on_save:
         try:
-            found = model.get_submodule(path).get_input_embeddings()  # type: ignore[operator]
+            found = submodule(model, path).get_input_embeddings()  # type: ignore[operator]
         except (AttributeError, NotImplementedError):
             continue
         if isinstance(found, nn.Module) and id(found) not in seen:

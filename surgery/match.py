@@ -15,6 +15,7 @@ from surgery.errors import MatchError, near_misses
 from surgery.paths import endings
 from surgery.pattern import Candidate, Pattern, Targets, Verdict, as_pattern
 from surgery.type_names import type_hint
+from surgery.wrapped import inner_of, unwrapped
 
 __all__ = ["Match", "matches", "verdict_of"]
 
@@ -209,7 +210,8 @@ def _shown(targets: tuple) -> str:
 def every_path(
     model: nn.Module, path: str = "", above: frozenset[int] = frozenset()
 ) -> Iterator[tuple[str, nn.Module]]:
-    """`named_modules` with every path of a shared module, and without the tensors of adapters."""
+    """`named_modules` with every path of a shared module, and without wrappers and the tensors of adapters."""
+    model = unwrapped(model)
     if id(model) in above:
         return
     yield path, model
@@ -220,11 +222,16 @@ def every_path(
 
 
 def base_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """`model.named_modules()` without what holds adapters' tensors: many adapters don't make a walk long."""
+    """`model.named_modules()` without what holds adapters' tensors: many adapters don't make a walk long.
+
+    A wrapper (checkpoint_wrapper, torch.compile) is passed over, and so is its segment of the names.
+    """
     seen: set[nn.Module] = set()
     waiting: list[tuple[str, nn.Module]] = [("", model)]
     while waiting:
         path, module = waiting.pop()
+        while (inner := inner_of(module)) is not None:
+            module = inner
         if module not in seen:
             seen.add(module)
             yield path, module

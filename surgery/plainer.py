@@ -12,6 +12,7 @@ from surgery.hooks import running
 from surgery.match import RESERVED
 from surgery.site import LiveSite
 from surgery.state import adapter_names, require_state, sites, tensors_of
+from surgery.state_dicts import given_tensors
 from surgery.view import held
 
 __all__ = ["folded_adapter"]
@@ -42,6 +43,7 @@ def folded_adapter(
     adapter_names(state, adapter)
     plainer: list[tuple[Rule, Rule]] = []
     tensors: dict[str, Tensor] = {}
+    state_dict = given_tensors(model, adapter, state_dict)
     for path, module, site in sites(model):
         found = dict(tensors_of(module, adapter, path, state_dict))
         for applied in (one for one in site.applied if one.adapter == adapter):

@@ -22,6 +22,7 @@ from surgery.own import own_forward
 from surgery.recording import PassedOver, Recording, Step, recorded
 from surgery.state import is_adapter_key, model_state, name_problem, site_state, sites
 from surgery.table import table
+from surgery.wrapped import submodule, unwrapped
 
 __all__ = ["Plan", "make_plan"]
 
@@ -81,7 +82,7 @@ class Plan:
     def owners_of(self, path: str) -> tuple[nn.Module, ...]:
         """The modules on the way to a path, the model first."""
         names = path.split(".") if path else []
-        return tuple(self.model.get_submodule(".".join(names[:depth])) for depth in range(len(names)))
+        return tuple(submodule(self.model, ".".join(names[:depth])) for depth in range(len(names)))
 
     def raise_problems(self) -> None:
         if self.problems:
@@ -138,6 +139,7 @@ class Plan:
 
 
 def make_plan(model: nn.Module, rules: Iterable[Rule] | Rule, adapter: str, example_inputs: Any = None) -> Plan:
+    model = unwrapped(model)
     listed, problems = rules_in(rules)
     plan = Plan(model, adapter, listed, example_inputs=example_inputs)
     plan.problems += [problem] if (problem := model_problem(model)) else problems + _objections(model, adapter)
@@ -256,7 +258,7 @@ def _objection(rule: Rule, module: nn.Module, path: str) -> str | None:
 def _read_around(plan: Plan, rule: Rule, path: str, read_past: list[Bypass]) -> bool:
     """Deal with code that reads a site's parameters past its forward; whether the rule can go there all the same."""
     for bypass in read_past:
-        if bypass.in_fast_path and fastpath_switch(plan.model.get_submodule(bypass.reader)):
+        if bypass.in_fast_path and fastpath_switch(submodule(plan.model, bypass.reader)):
             continue  # that code is switched off
         place = f"{bypass.reader_type} reads its {bypass.parameter} directly, at {bypass.file}:{bypass.line}"
         if bypass.conditional:

@@ -28,6 +28,7 @@ from surgery.routed import Plan, plan_of
 from surgery.rows import Rows
 from surgery.state import ModelState, adapter_names, require_state, site_state
 from surgery.switching import check_none_merged, check_settled
+from surgery.wrapped import submodule
 
 __all__ = ["route"]
 
@@ -268,7 +269,7 @@ class _Shared:
                 hide_hooks(entry, [handle.id for handle in handles])
                 self.handles += handles
             for path, name, _, live in state.switched:
-                reader = model.get_submodule(path)
+                reader = submodule(model, path)
                 self.switched.append((reader, name, getattr(reader, name)))
                 setattr(reader, name, live)
         self.routings.append(routing)

@@ -18,6 +18,7 @@ from surgery.base_rule import Rule
 from surgery.errors import SiteError, SurgeryError, near_misses
 from surgery.match import RESERVED, base_modules
 from surgery.weave import Layer
+from surgery.wrapped import child_of
 
 __all__ = ["AdapterTensors", "Adapters", "ModelState", "SiteState", "Standing"]
 
@@ -243,6 +244,14 @@ def sites(model: nn.Module) -> Iterator[tuple[str, nn.Module, SiteState]]:
             yield path, module, state
 
 
+def base_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    """The base's own parameters under every name that a module has for them, wrappers' segments left out."""
+    for path, module in base_modules(model):
+        for name, parameter in module._parameters.items():
+            if parameter is not None:
+                yield f"{path}.{name}" if path else name, parameter
+
+
 def merged_adapters(model: nn.Module) -> list[str]:
     """The adapters that the base's weights hold."""
     return list({name: None for _, _, site in sites(model) if site.merged for name in site.merged.adapters})
@@ -305,7 +314,7 @@ def tensors_of(
     if state_dict is None:
         return found
     inside = ".".join(filter(None, (path, RESERVED, adapter)))
-    return {name: state_dict.get(f"{inside}.{name}", tensor) for name, tensor in found.items()}
+    return {name: state_dict[f"{inside}.{name}"] for name in found}
 
 
 def box_of(module: nn.Module, adapter: str) -> AdapterTensors | None:
@@ -364,6 +373,5 @@ def is_adapter_key(model: nn.Module, key: str) -> bool:
     for part in key.split("."):
         if isinstance(module, Adapters):
             return True
-        # Asked with `in`: the children of a ScriptModule are kept in something that has no `get`.
-        module = module._modules[part] if module is not None and part in module._modules else None
+        module = child_of(module, part) if module is not None else None
     return False

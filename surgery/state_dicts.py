@@ -11,6 +11,7 @@ from surgery.base_rule import Rule
 from surgery.errors import SurgeryError, near_misses
 from surgery.match import RESERVED
 from surgery.state import adapter_names, is_adapter_key, model_state, require_state, sites, tensors_of
+from surgery.wrapped import taken_from
 
 __all__ = ["adapter_state_dict", "base_state_dict", "load_adapter_state_dict", "rules_of"]
 
@@ -44,14 +45,26 @@ def adapter_state_dict(
     {'0.adapters.A': (2, 4), '0.adapters.B': (4, 2)}
 
     The tensors are detached and share the model's memory. `state_dict`: the model's, to take them from where it was
-    gathered elsewhere (FSDP, DeepSpeed). `SurgeryError` for an unknown adapter.
+    gathered elsewhere (FSDP, DeepSpeed); its keys may have the segments of wrappers (`module.`, `_orig_mod.`).
+    `SurgeryError` for an unknown adapter, and for a state dict that lacks a tensor of the adapter.
     """
     adapter_names(require_state(model), adapter)
-    found = {}
+    found, state_dict = {}, given_tensors(model, adapter, state_dict)
     for path, module, _ in sites(model):
         for name, tensor in tensors_of(module, adapter, path, state_dict).items():
             found[".".join(filter(None, (path, RESERVED, name)))] = tensor.detach()
     return found
+
+
+def given_tensors(
+    model: nn.Module, adapter: str, state_dict: Mapping[str, Tensor] | None
+) -> Mapping[str, Tensor] | None:
+    """The adapter's tensors in a state dict that was given, under the names of this model; None where none was."""
+    if state_dict is None:
+        return None
+    insides = [(".".join(filter(None, (path, RESERVED, adapter))), module) for path, module, _ in sites(model)]
+    names = [f"{inside}.{name}" for inside, module in insides for name in tensors_of(module, adapter)]
+    return taken_from(state_dict, names)
 
 
 def load_adapter_state_dict(model: nn.Module, tensors: Mapping[str, Tensor], adapter: str = "default") -> None:
