@@ -6,6 +6,8 @@ from typing import Any
 
 from torch import nn
 
+from rules import _own_maps
+from rules._layouts import OTHERWISE
 from surgery import LiveSite, Site
 
 
@@ -15,9 +17,9 @@ def why_no_map(module: nn.Module) -> str | None:
     names = [f"{cls.__module__}.{cls.__name__}" for cls in base.__mro__]
     if not isinstance(module, nn.Linear) and "transformers.pytorch_utils.Conv1D" not in names:
         return "it goes on Linear and transformers' Conv1D"
-    plain = not isinstance(module, nn.Linear) or base.forward is nn.Linear.forward
-    packed = type(module._parameters.get("weight")) is not nn.Parameter
-    return None if plain or packed else "its forward is not a plain linear map of its input"
+    if isinstance(module, nn.Linear) and type(module._parameters.get("weight")) is not nn.Parameter:
+        return _own_maps.why_not_packed(module)
+    return None if _own_maps.torchs_own(module) else OTHERWISE
 
 
 def sizes(place: Site | LiveSite | nn.Module) -> tuple[int, int]:

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from surgery import LowRank, Site, call_own
+from rules import _own_maps
+from surgery import LowRank, Site
 
 CONVOLUTIONS = {nn.Conv1d: F.conv1d, nn.Conv2d: F.conv2d, nn.Conv3d: F.conv3d}
 
@@ -83,6 +84,7 @@ class Layout:
     parts: tuple[Part, ...]
     packed: bool = False
     why: str = ""  # why there is no branch, where there is none
+    scaled: bool = False  # the forward is c · (W g(x) + b), with a number and a function of its own around the map
 
     @property
     def weight_space(self) -> bool:
@@ -90,6 +92,17 @@ class Layout:
 
     def cast(self, x: Tensor, A: Tensor) -> Tensor:
         return x if self.kind == "embedding" else x.to(A.dtype)
+
+    @property
+    def plain(self) -> bool:
+        """Whether the module is W x + b and nothing else, so that a rule may turn its input or look at its bias."""
+        return not (self.why or self.scaled)
+
+    def takes_bias(self, module: nn.Module) -> bool:
+        """Whether a change can have a bias: added to the output or, where something is around the map, to its own."""
+        if self.kind in ("attention", "embedding"):
+            return False
+        return self.plain or type(module._parameters.get("bias")) is nn.Parameter
 
     def down(self, site: Site, x: Tensor, A: Tensor) -> Tensor:
         """A x: the module's own operation, with all its settings, with A in the weight's place."""
@@ -111,13 +124,17 @@ class Layout:
 
     def base(self, site: Site, x: Tensor) -> Tensor:
         """W x without the bias, on an input that dropout went over."""
+        if self.kind == "embedding":
+            return site.call(x)
         weight = site.weight.to(x.dtype)
         return F.linear(x, weight.t()) if self.kind == "conv1d" else site.call(x, weight=weight, bias=None)
 
     def without_bias(self, site: Site) -> Tensor:
-        """W x without the bias, from the output that is there already."""
+        """W x without the bias, from the output that is there already where the bias can be told in it."""
         if site.module._parameters.get("bias") is None:
             return site.base_output
+        if self.scaled:
+            return site.call(site.input, bias=None)
         return site.base_output - self.on_output(site.bias)
 
 
@@ -132,6 +149,8 @@ def layout_of(module: nn.Module, rank: int) -> Layout | str:
             return "LoRA goes on maps of one matrix; for a stack of experts' matrices there is ExpertLoraRule"
         return "LoRA goes on Linear, Embedding, Conv1d/2d/3d, transformers' Conv1D and MultiheadAttention"
     if type(weight) is not nn.Parameter:
+        if why := _own_maps.why_not_packed(module):
+            return why
         if kind != "linear":
             return f"its weight is a {type(weight).__name__}"
         linear: Any = module  # quantised layers have Linear's sizes
@@ -144,8 +163,7 @@ def layout_of(module: nn.Module, rank: int) -> Layout | str:
         return "its max_norm rescales rows in place at each call"
     turned = kind != "linear"
     out, inner = (shape[1], shape[0]) if turned else shape
-    layout = Layout(kind, (Part("weight", "", shape, (rank, inner), (out, rank), turned),))
-    return layout if kind == "conv1d" or _branches(module, layout) else Layout(kind, layout.parts, why=_OTHERWISE)
+    return _formed(module, Layout(kind, (Part("weight", "", shape, (rank, inner), (out, rank), turned),)))
 
 
 def _convolution(module: Any, rank: int, shape: tuple[int, ...]) -> Layout:
@@ -154,8 +172,7 @@ def _convolution(module: Any, rank: int, shape: tuple[int, ...]) -> Layout:
         part = Part("weight", "", shape, (rank, *shape[1:]), (shape[0], rank, *ones))
         return Layout("convolution", (part,), why=f"its {module.groups} groups don't divide the rank {rank}")
     part = Part("weight", "", shape, (rank, *shape[1:]), (shape[0], rank // module.groups, *ones), groups=module.groups)
-    layout = Layout("convolution", (part,))
-    return layout if _branches(module, layout) else Layout("convolution", (part,), why=_OTHERWISE)
+    return _formed(module, Layout("convolution", (part,)))
 
 
 def _attention(module: Any, rank: int) -> Iterator[Part]:
@@ -178,59 +195,31 @@ def _kind(module: nn.Module) -> str | None:
     return "conv1d" if "transformers.pytorch_utils.Conv1D" in names else None
 
 
-_STRAIGHT = (nn.Linear.forward, nn.Embedding.forward, *(cls.forward for cls in CONVOLUTIONS))
-_OTHERWISE = "its forward is not a plain linear map of its input"
+OTHERWISE = "its forward is not a plain linear map of its input"
 
 
-def _branches(module: nn.Module, layout: Layout) -> bool:
-    """Whether running the module's own forward with A as the weight, then B, is the forward with B A as the weight.
-
-    So it is for torch's own layers. A subclass with a forward of its own is tried on a small input: scaled
-    embeddings and same-padding convolutions pass, standardised weights and built-in activations don't.
-    """
-    base = getattr(type(module), "_surgery_base", type(module))
-    if base.forward in _STRAIGHT:
-        return True
-    part, draw = layout.parts[0], torch.Generator().manual_seed(0)
-    weight = module._parameters["weight"]
-    assert weight is not None
-
-    def random(*shape: int) -> Tensor:
-        return torch.randn(*shape, generator=draw).to(weight.device, weight.dtype)
-
-    groups = part.groups
-    A = random(2 * groups, *part.A[1:])
-    B = random(3 * groups, 2, *part.B[2:])
-    small = Part(
-        "weight",
-        "",
-        (3 * groups, *part.A[1:]) if not part.turned else (part.A[1], 3),
-        A.shape,
-        B.shape,
-        part.turned,
-        groups,
-    )
-    try:
-        x = _sample(module, layout, random)
-        named: dict[str, Any] = {} if layout.kind == "embedding" else {"bias": None}
-        with torch.no_grad():
-            down = call_own(module, x, weight=A.t() if part.turned else A, **named)
-            once = Layout(layout.kind, (small,)).up(down, B)
-            whole = call_own(module, x, weight=small.delta(A, B), **named)
-        return once.shape == whole.shape and torch.allclose(
-            once, whole, rtol=_SLACK, atol=_SLACK * float(whole.abs().max())
-        )
-    except Exception:  # whatever such a forward does with tensors it did not expect
-        return False
+def _formed(module: nn.Module, layout: Layout) -> Layout:
+    """The layout with what the module's own forward makes of the map."""
+    if _own_maps.torchs_own(module):
+        return layout
+    if layout.kind == "conv1d":  # its forward runs with a weight of its own sizes alone
+        return replace(layout, why=OTHERWISE)
+    part, held = layout.parts[0], module._parameters["weight"]
+    assert held is not None
+    shape = (2 * part.groups, *part.A[1:])
+    small = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(held.device, held.dtype)
+    small = small.t() if part.turned else small
+    form = _own_maps.form_of(module, small, lambda: _samples(module, layout, small))
+    return replace(layout, why=OTHERWISE) if form == "other" else replace(layout, scaled=form == "scaled")
 
 
-_SLACK = 0.02  # two half-precision roundings apart; a forward that is no linear map is off by its own size
-
-
-def _sample(module: Any, layout: Layout, random: Any) -> Tensor:
+def _samples(module: Any, layout: Layout, like: Tensor) -> list[Tensor]:
+    """Inputs of the shapes that such a module is called with."""
     if layout.kind == "embedding":
-        return torch.arange(min(4, module.num_embeddings), device=module.weight.device).view(1, -1)
-    if layout.kind == "convolution":
-        sizes = [(size - 1) * step + 5 for size, step in zip(module.kernel_size, module.dilation, strict=True)]
-        return random(1, module.in_channels, *sizes)
-    return random(2, module.in_features)
+        ids = torch.arange(min(4, module.num_embeddings), device=like.device)
+        return [ids, ids.view(1, -1)]
+    if layout.kind == "linear":
+        return [like.new_ones(*before, module.in_features) for before in ((), (2,), (1, 3), (1, 1, 2))]
+    sizes = [(size - 1) * step for size, step in zip(module.kernel_size, module.dilation, strict=True)]
+    found = [like.new_ones(module.in_channels, *(size + more for size in sizes)) for more in (4, 5)]
+    return [*found, *(x.unsqueeze(0) for x in found)]

@@ -53,17 +53,28 @@ def each_output(layout: Layout, scale: Tensor) -> Tensor:
     return scale.view(layout.parts[0].against_weight)
 
 
-def add(site: Site, delta: Tensor) -> Tensor | None:
+def add(site: Site, delta: Tensor, dropout: float = 0.0) -> Tensor | None:
     """W + Δ, with Δ (out, in, *kernel): a second pass of the module's own operation with Δ as its weight.
 
-    Where the module's forward is not a plain map the weight itself is edited, which in half precision rounds Δ, too.
+    `dropout`: on the input of that pass. Where the module's forward is not a plain map the weight itself is edited,
+    which in half precision rounds Δ, too.
     """
     layout = at(site)
     if not layout.weight_space:
-        return site.output + layout.down(site, site.input.to(delta.dtype), delta)
+        x = site.input.to(delta.dtype)
+        if dropout:
+            x = F.dropout(x, dropout, site.training)  # type: ignore[arg-type]  # the flag as it is at each call
+        return site.output + layout.down(site, x, delta)
     weight = site.weight
-    site.replace(weight, (weight.to(delta.dtype) + delta).to(weight.dtype))
+    site.replace(weight, (weight.to(delta.dtype) + from_rows(layout, delta.flatten(1))).to(weight.dtype))
     return None
+
+
+def why_no_dropout(layout: Layout, dropout: float) -> str | None:
+    """Why a branch's dropout has nothing to act on, where the weight itself is edited."""
+    if not dropout or not layout.weight_space:
+        return None
+    return f"dropout={dropout} has no input to act on: {layout.why}; give it a rule with dropout=0"
 
 
 def added(site: LiveSite, delta: Tensor) -> dict[str, Any]:
@@ -94,7 +105,7 @@ def turned_weight(site: LiveSite, turned: Callable[[Tensor, bool], Tensor], dtyp
 
 def turns_input(site: Site | LiveSite) -> bool:
     layout = at(site)
-    return layout.packed or layout.kind == "conv1d" or site.base_class.forward is nn.Linear.forward
+    return layout.packed or layout.kind == "conv1d" and layout.plain or site.base_class.forward is nn.Linear.forward
 
 
 def by_block(rows: Tensor, blocks: Tensor) -> Tensor:

@@ -60,7 +60,7 @@ class IA3Rule(Rule):
         layout, fed = _maps.at(site), self.feeds(site.path)
         size = site.in_features if fed else site.out_features
         scale = site.param("scale", (size,), nn.init.normal_ if self.init == "random" else 1.0)
-        if layout.weight_space:
+        if layout.weight_space or (fed and not layout.plain):  # what is around the map may come before the input
             for name in self._scaled(site):
                 old = site.tensor(name)
                 site.replace(old, self._times(site, name, old, scale).to(old.dtype))

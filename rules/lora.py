@@ -110,9 +110,9 @@ class LoraRule(Rule):
             return str(layout)
         if used.parts[0].groups != layout.parts[0].groups:
             return f"its groups divide one of rank {self.rank_at(path)} and max_rank {self.max_rank}, and not the other"
-        if self.dropout and layout.weight_space:
+        if self.dropout and layout.weight_space and layout.kind != "embedding":  # whose indices take none
             return f"dropout={self.dropout} has no input to act on: {layout.why}; give it a rule with dropout=0"
-        if self.lora_bias and (layout.weight_space or layout.kind == "embedding"):
+        if self.lora_bias and not layout.takes_bias(module):
             return "lora_bias needs a map with an output bias of its own"
         if self.dora and layout.packed:
             return "DoRA needs the weight's norm, and the weight is packed"
@@ -144,10 +144,21 @@ class LoraRule(Rule):
             changed = weight.to(A.dtype) + part.delta(A, B) * scale
             changed = changed if gain is None else changed * gain
             site.replace(weight, changed.to(weight.dtype))
+            if self.lora_bias:
+                self._bias(site, layout, gain, scale)
+        return None
+
+    def _bias(self, site: Site, layout: Layout, gain: Tensor | None, scale: float) -> Tensor | None:
+        """The bias on B, or None where it was added to the module's own: what is around its map is around that."""
+        added = site.param("B_bias", (layout.parts[0].out,), dtype=self.dtype)
+        if layout.plain:
+            return added
+        added = added * scale if gain is None else added * scale * gain.view(-1)
+        site.replace(site.bias, (site.bias + added).to(site.bias.dtype))
         return None
 
     def _branch(self, site: Site, layout: Layout, A: Tensor, B: Tensor, gain: Tensor | None, scale: float) -> Tensor:
-        bias = site.param("B_bias", (layout.parts[0].out,), dtype=self.dtype) if self.lora_bias else None
+        bias = self._bias(site, layout, gain, scale) if self.lora_bias else None
         x = layout.cast(site.input, A)
         dropping = self.dropout > 0 and layout.kind != "embedding"
         if dropping:
@@ -177,8 +188,9 @@ class LoraRule(Rule):
     def merged(self, site: LiveSite) -> dict[str, LowRank | Tensor]:
         changes = self._changes(site)
         if self.lora_bias:
-            bias = site.bias
-            added = site.params["B_bias"].detach() * self.scale_at(site.path)
+            bias, added = site.bias, site.params["B_bias"].detach() * self.scale_at(site.path)
+            if self.dora:
+                added = added * self._gain(site, self.layout(site).parts[0]).view(-1)
             changes["bias"] = (bias + added).to(bias.dtype)
         return changes
 
@@ -194,13 +206,23 @@ class LoraRule(Rule):
 
     def _rescaled(self, site: LiveSite, part: Part, A: Tensor, B: Tensor, scale: float) -> LowRank | Tensor:
         in_weight = self.layout(site).weight_space
-        base = (site.tensor(part.weight) if in_weight else site.base(part.weight)).detach().to(A.dtype)
+        base = self._starting(site, part, A)
         changed = base + part.delta(A, B) * scale
-        gain = gain_of(part, site.params[part.prefix + "magnitude"].detach(), changed)
+        gain = self._gain(site, part)
         if in_weight or not site.folded(part.weight):
             return part.low_rank(A, B, scale, gain)
         weight = site.tensor(part.weight)  # a branch rescales the base alone, not what other branches added
         return (weight + (gain * changed - base)).to(weight.dtype)
+
+    def _starting(self, site: LiveSite, part: Part, A: Tensor) -> Tensor:
+        """The weight that DoRA rescales."""
+        in_weight = self.layout(site).weight_space
+        return (site.tensor(part.weight) if in_weight else site.base(part.weight)).detach().to(A.dtype)
+
+    def _gain(self, site: LiveSite, part: Part) -> Tensor:
+        A, B, magnitude = (site.params[part.prefix + name].detach() for name in ("A", "B", "magnitude"))
+        changed = self._starting(site, part, A) + part.delta(A, B) * self.scale_at(site.path)
+        return gain_of(part, magnitude, changed)
 
     def swapped(self, live: Rule, site: LiveSite) -> dict[str, Tensor]:
         return _swapped.tensors(self, live, site)

@@ -68,7 +68,9 @@ class MissRule(Rule):
             return f"pieces of rank={self.rank} can't be cut out of its {out} outputs and {inner} inputs"
         if self.variant == "mini" and out % self.mini_r:
             return f"mini_r={self.mini_r} does not divide its {out} outputs"
-        return "variant='bat' multiplies the weight, and it is packed" if bat and found.packed else found.why or None
+        if bat and found.packed:
+            return "variant='bat' multiplies the weight, and it is packed"
+        return _maps.why_no_dropout(found, self.dropout)
 
     def rewrite(self, site: Site) -> Tensor | None:
         out, r = site.out_features, self.rank
@@ -79,6 +81,8 @@ class MissRule(Rule):
             site.replace(site.weight, self._bat(site, site.weight, block))
             return None
         inner = _maps.sizes(_maps.at(site))[1]
+        if not _maps.at(site).plain:
+            return _maps.add(site, self._whole(block, out).t().repeat(1, -(-inner // r))[:, :inner], self.dropout)
         x = F.pad(site.input.to(block.dtype), (0, -inner % r))
         if self.dropout:
             x = F.dropout(x, self.dropout, site.training)  # type: ignore[arg-type]  # the flag as it is at each call

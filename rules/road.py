@@ -49,23 +49,30 @@ class RoadRule(Rule):
 
     def check(self, module: nn.Module, path: str) -> str | None:
         found = _maps.linear_map(module, "linear", "conv1d")
-        if isinstance(found, str) or found.why:
-            return found if isinstance(found, str) else found.why
+        if isinstance(found, str):
+            return found
         out = _maps.sizes(found)[0]
         return f"group_size={self.group_size} does not divide its {out} outputs" if out % self.group_size else None
 
-    def rewrite(self, site: Site) -> Tensor:
+    def rewrite(self, site: Site) -> Tensor | None:
         size = {"road_1": site.out_features // 2, "road_2": site.out_features, "road_4": site.out_features * 2}
         random = self.init == "random"
         theta = site.param("theta", (size[self.variant],), partial(nn.init.normal_, std=0.5) if random else 0.0)
         alpha = site.param(
             "alpha", (size[self.variant],), partial(nn.init.normal_, mean=1.0, std=0.5) if random else 1.0
         )
-        return self._turned(site.output.to(theta.dtype), theta, alpha)
+        if not _maps.at(site).weight_space:
+            return self._turned(site.output.to(theta.dtype), theta, alpha)
+        for name, new in self._parameters(site, theta, alpha).items():
+            site.replace(site.tensor(name), new)
+        return None
 
     def merged(self, site: LiveSite) -> dict[str, Tensor]:
+        return self._parameters(site, site.params["theta"].detach(), site.params["alpha"].detach())
+
+    def _parameters(self, site: Site | LiveSite, theta: Tensor, alpha: Tensor) -> dict[str, Tensor]:
+        """The module's own, turned."""
         layout, changed = _maps.at(site), {}
-        theta, alpha = site.params["theta"].detach(), site.params["alpha"].detach()
         rows = _maps.rows_of(layout, site.weight).to(theta.dtype)
         changed["weight"] = _maps.from_rows(layout, self._turned(rows.t(), theta, alpha).t()).to(site.weight.dtype)
         if site.module._parameters.get("bias") is not None:

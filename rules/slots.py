@@ -43,7 +43,9 @@ class LowRankSlotRule(Rule):
 
     def check(self, module: nn.Module, path: str) -> str | None:
         layout = layout_of(module, self.rank)
-        return layout if isinstance(layout, str) else None
+        if isinstance(layout, str):
+            return layout
+        return None if not self.bias or layout.takes_bias(module) else "it has no bias to add one to"
 
     def rewrite(self, site: Site) -> Tensor | None:
         layout = _layout(site.module, self.rank)
@@ -58,15 +60,19 @@ class LowRankSlotRule(Rule):
             changed = changed if gain is None else changed * gain.view(part.against_weight)
             site.replace(weight, changed.to(weight.dtype))
             if self.bias:
-                added = self._bias(site, layout)
-                return site.output + layout.on_output(added if gain is None else added * gain)
+                self._bias(site, layout, gain)
         return None
 
-    def _bias(self, site: Site, layout: Layout) -> Tensor:
-        return site.param("B_bias", (layout.parts[0].out,), dtype=self.dtype)
+    def _bias(self, site: Site, layout: Layout, gain: Tensor | None) -> Tensor | None:
+        added = site.param("B_bias", (layout.parts[0].out,), dtype=self.dtype)
+        if layout.plain:
+            return added
+        added = added if gain is None else added * gain
+        site.replace(site.bias, (site.bias + added).to(site.bias.dtype))
+        return None
 
     def _branch(self, site: Site, layout: Layout, A: Tensor, B: Tensor, gain: Tensor | None) -> Tensor:
-        bias = self._bias(site, layout) if self.bias else None
+        bias = self._bias(site, layout, gain) if self.bias else None
         branch = layout.up(layout.down(site, layout.cast(site.input, A), A), B, bias)
         if gain is None:
             return branch * 1.0  # the form that has a faster one

@@ -65,9 +65,9 @@ class VeraRule(Rule):
 
     def check(self, module: nn.Module, path: str) -> str | None:
         found = _maps.linear_map(module, "linear", "conv1d")
-        return found if isinstance(found, str) else found.why or None
+        return found if isinstance(found, str) else _maps.why_no_dropout(found, self.dropout)
 
-    def rewrite(self, site: Site) -> Tensor:
+    def rewrite(self, site: Site) -> Tensor | None:
         out, inner = _maps.sizes(_maps.at(site))
         random = self.init == "random"
         d = site.param("d", (self.rank,), nn.init.normal_ if random else self.d_initial)
@@ -76,6 +76,8 @@ class VeraRule(Rule):
             (), dtype=site.dtype
         )  # only the shape counts: `initialise` draws, once the plan is carried out
         A, B = site.buffer("A", zero.expand(self.rank, inner)), site.buffer("B", zero.expand(out, self.rank))
+        if not _maps.at(site).plain:
+            return _maps.add(site, (b.unsqueeze(-1) * B) @ (d.unsqueeze(-1) * A), self.dropout)
         x = site.input.to(d.dtype)
         if self.dropout:
             x = F.dropout(x, self.dropout, site.training)  # type: ignore[arg-type]  # the flag as it is at each call

@@ -158,7 +158,8 @@ class _ByRows:
 
     def __call__(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Any:
         given, rows = _bound(self.own, args, kwargs), self.routing.rows
-        main = next((value for value in given.values() if isinstance(value, Tensor) and value.dim()), None)
+        passed = (*args, *kwargs.values())
+        main = next((value for value in passed if isinstance(value, Tensor) and value.dim()), None)
         if main is None:
             raise SurgeryError(f"a {self.base.__name__} that is routed is called with nothing that has rows")
         if module.training and getattr(module, "running_mean", None) is not None:

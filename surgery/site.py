@@ -20,6 +20,7 @@ from surgery.inside import Inside
 from surgery.match import RESERVED
 from surgery.own import Own
 from surgery.registries import takes_functions
+from surgery.starred import FIRST, hidden_first
 from surgery.state import MARK, site_state
 from surgery.tape import Ref, Tape, Value, ref_of
 from surgery.view import calls_inside, held, hidden_reference, view
@@ -140,9 +141,7 @@ class Site(_Place, Inside):
         names = list(self.own.signature.parameters)
         if not names:
             raise SiteError("the module's forward takes no input", where=self.path)
-        parameter = self.own.signature.parameters[names[0]]
-        value = self._value("input", names[0])
-        return value[0] if parameter.kind is parameter.VAR_POSITIONAL else value
+        return self._value("input", FIRST if hidden_first(self.own.signature) else names[0])
 
     @property
     def inputs(self) -> Mapping[str, Tensor]:
@@ -285,7 +284,7 @@ class Site(_Place, Inside):
 
         All of the module's settings hold (stride, padding, groups, …); a tensor given as None is left out.
         """
-        name = next(iter(self.own.signature.parameters))
+        name = FIRST if hidden_first(self.own.signature) else next(iter(self.own.signature.parameters))
         return cast(Tensor, self.tape.call("own", None, {name: input}, tensors))
 
     @property

@@ -18,6 +18,7 @@ from torch import fx, nn
 from surgery.errors import SiteError
 from surgery.lowering import in_dtype, lower, same_dtype, weighted
 from surgery.own import Own, recorded_own
+from surgery.starred import FIRST, first_given, first_names, hidden_first, starred_of, with_first
 from surgery.tape import Ref, Step, Tape, thawed
 from surgery.view import base_forward
 
@@ -116,9 +117,7 @@ class _Weaver:
         self.kept: dict[str, Any] = {}  # functions that rules put others around
 
     def base(self, training: bool) -> None:
-        self.training = training
-        for name in self.own.signature.parameters:
-            self.now[Ref("input", name)] = self._term("placeholder", name)
+        self._inputs(training)
         if self.own.held is not None:
             self.effects = self._unused(self._operations(self.own.held))
         elif self.own.tapes is None:
@@ -129,10 +128,34 @@ class _Weaver:
         self.now[Ref("base", "")] = self.now[Ref("output", "")]
 
     def beside(self, training: bool) -> None:
+        self._inputs(training)
+        self.now[Ref("output", "")] = self.now[Ref("base", "")] = self._before(OUTPUT)
+
+    def _inputs(self, training: bool) -> None:
         self.training = training
         for name in self.own.signature.parameters:
             self.now[Ref("input", name)] = self._term("placeholder", name)
-        self.now[Ref("output", "")] = self.now[Ref("base", "")] = self._before(OUTPUT)
+        if hidden_first(self.own.signature):
+            given = (first_names(self.own.base), *self._starred())
+            self.now[Ref("input", FIRST)] = self._term("call_function", first_given, given)
+
+    def _starred(self) -> tuple[Any, Any]:
+        """What the forward's `*args` and `**kwargs` are at present."""
+        names = starred_of(self.own.signature)
+        return (
+            self.now[Ref("input", names["*"])] if "*" in names else (),
+            self.now[Ref("input", names["**"])] if "**" in names else {},
+        )
+
+    def _with_first(self, new: Any, origin: str) -> dict[str, _Term]:
+        """The forward's `*args` and `**kwargs` with another first input, by their names."""
+        values = (first_names(self.own.base), new, *self._starred())
+        given = self._term("call_function", with_first, values, origin=origin)
+        at = {"*": 0, "**": 1}
+        return {
+            name: self._term("call_function", operator.getitem, (given, at[star]), origin=origin)
+            for star, name in starred_of(self.own.signature).items()
+        }
 
     def _operations(self, graph: fx.Graph) -> list[_Term]:
         """The operations of a traced graph. A rule knows each as ("inside", the name of its node)."""
@@ -171,6 +194,8 @@ class _Weaver:
 
     def _opaque(self, inputs: dict[str, Any], tensors: dict[str, Any], origin: str = "") -> _Term:
         positional, more, named, extra = [], (), {}, {}
+        if FIRST in inputs:
+            inputs = {**inputs, **self._with_first(inputs[FIRST], origin)}
         starred = any(p.kind is p.VAR_POSITIONAL for p in self.own.signature.parameters.values())
         for name, parameter in self.own.signature.parameters.items():
             value = inputs.get(name, self.now[Ref("input", name)])
@@ -308,6 +333,12 @@ class _Weaver:
             output = Ref("output", "")
             self.now[output] = _swapped(self.now[output], old, new)
         self.now[ref] = new
+        if ref == Ref("input", FIRST):
+            for name, given in self._with_first(new, new.origin if isinstance(new, _Term) else "").items():
+                before = self.now[Ref("input", name)]
+                for term in (term for term in earlier if term.target is not first_given):
+                    term.args, term.kwargs = _swapped(term.args, before, given), _swapped(term.kwargs, before, given)
+                self.now[Ref("input", name)] = given
 
     def _weighted(self, old: Any, new: Any, weight: float) -> Any:
         """`new` with what it changes of `old` multiplied; a sum stays a sum, so that fast forms are found in it."""

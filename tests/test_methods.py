@@ -235,13 +235,14 @@ PEFTS: dict[type[Rule], tuple[str, Mapping[str, str]]] = {
 }
 LINEARS = ("Linear", "Linear3d")
 PLAIN = (*LINEARS, "Conv1D")
+OWN = (*PLAIN, "Activated")  # with a forward of its own, whose weight is edited
 IMAGES = ("Conv2d", "Conv2d-1x1", "Conv2d-groups")
 SCALED = (*PLAIN, "Conv2d", "Conv2d-groups", "Conv3d")
 BOTH: dict[str, Any] = {"decompose_both": True, "decompose_factor": 4, "use_effective_conv2d": True}
 METHODS: dict[str, Method] = {
     "ia3": Method(IA3Rule("m"), ia3, SCALED, {"feedforward_modules": []}),
     "ia3-feedforward": Method(IA3Rule("m", feedforward="m"), ia3, SCALED, {"feedforward_modules": ["m"]}),
-    "vera": Method(VeraRule("m", rank=5), vera, PLAIN, {"r": 5}, layers=PLAIN),
+    "vera": Method(VeraRule("m", rank=5), vera, PLAIN, {"r": 5}, layers=OWN),
     "loha": Method(LohaRule("m", rank=3, alpha=2), loha, (*LINEARS, "Conv1d", *IMAGES), {"r": 3, "alpha": 2}),
     "loha-effective": Method(
         LohaRule("m", rank=3, use_effective_conv2d=True),
@@ -277,14 +278,14 @@ METHODS: dict[str, Method] = {
     ),
     "hra": Method(HraRule("m", rank=4), hra, (*LINEARS, "Conv2d", "Conv2d-1x1"), {"r": 4}),
     "hra-gs": Method(HraRule("m", rank=3, apply_GS=True), hra, ("Linear", "Conv2d"), {"r": 3, "apply_GS": True}),
-    "miss": Method(MissRule("m", rank=4), miss, LINEARS, {"r": 4}, layers=PLAIN),
-    "miss-uneven": Method(MissRule("m", rank=5), miss, LINEARS, {"r": 5}, layers=PLAIN),
+    "miss": Method(MissRule("m", rank=4), miss, LINEARS, {"r": 4}, layers=OWN),
+    "miss-uneven": Method(MissRule("m", rank=5), miss, LINEARS, {"r": 5}, layers=OWN),
     "miss-mini": Method(
         MissRule("m", rank=4, variant="mini", mini_r=2),
         miss,
         LINEARS,
         {"r": 4, "mini_r": 2, "init_weights": "mini"},
-        layers=PLAIN,
+        layers=OWN,
     ),
     "miss-bat": Method(
         MissRule("m", rank=4, variant="bat"), miss, LINEARS, {"r": 4, "init_weights": "bat"}, layers=PLAIN
@@ -295,7 +296,7 @@ METHODS: dict[str, Method] = {
             road,
             LINEARS,
             {"variant": variant, "group_size": 4},
-            layers=PLAIN,
+            layers=OWN,
         )
         for variant in ("road_1", "road_2", "road_4")
     },
@@ -747,7 +748,7 @@ def test_a_field_out_of_range_is_told(kind: type[Rule], bad: dict[str, Any]) -> 
         *((METHODS[name].rule, nn.LayerNorm(4), "it goes on") for name in METHODS),
         (VeraRule("m"), nn.Conv2d(4, 4, 1), "it goes on Linear and transformers' Conv1D"),
         (RoadRule("m", group_size=8), nn.Linear(4, 12), "does not divide its 12 outputs"),
-        (RoadRule("m", group_size=4), Activated(4, 12), "not a plain linear map"),
+        (VeraRule("m", dropout=0.1), Activated(4, 12), "no input to act on: its forward is not a plain linear map"),
         (OftRule("m"), nn.Linear(50, 4), "does not divide the 50 numbers .* 25 does"),
         (OftRule("m", block_size=0, blocks=3), nn.Linear(50, 4), "blocks=3"),
         (BoftRule("m", n_butterfly_factor=3), nn.Linear(24, 4), "3 butterfly factors"),
