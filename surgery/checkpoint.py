@@ -21,6 +21,7 @@ from surgery.errors import LoadError, RuleError, SurgeryError, SurgeryWarning
 from surgery.files import TensorFile
 from surgery.fingerprint import differences, fingerprint
 from surgery.match import RESERVED
+from surgery.origin import other_model
 from surgery.plan import Plan, make_plan
 from surgery.recording import Step
 from surgery.site import LiveSite, ParamSpec
@@ -47,6 +48,8 @@ __all__ = ["LoadReport", "load_adapter", "save_adapter"]
 class LoadReport:
     """What a load did: the rules applied, and by key what was `loaded`, `missing`, `unexpected` or did not fit.
 
+    `assumed`: what the files do not say and were taken to mean, such as a scale or the paths of modules.
+
     Truth is that everything fitted, which `load_adapter` demands unless it is told otherwise by `strict=False`.
     """
 
@@ -59,19 +62,20 @@ class LoadReport:
     base: list[str] = field(default_factory=list)
     metadata: Mapping[str, Any] = field(default_factory=dict)
     licence: str | None = None
+    assumed: list[str] = field(default_factory=list)
 
     def __bool__(self) -> bool:
         return not (self.missing or self.unexpected or self.misfits or self.base)
 
     def __str__(self) -> str:
         lines = [f"adapter {self.adapter!r}: {len(self.loaded)} tensors loaded"]
-        return "\n".join([*lines, *(f"  {problem}" for problem in self.problems())])
+        return "\n".join([*lines, *(f"  {text}" for text in [*self.problems(), *self.assumed])])
 
     def problems(self) -> list[str]:
         """What did not fit, one line a kind."""
         kinds = {"missing": self.missing, "not of this adapter": self.unexpected}
         told = [f"{_counted(keys)} {kind}: {_listed(keys)}" for kind, keys in kinds.items() if keys]
-        return [*told, *self.misfits, *self.base]
+        return [*told, *_grouped(self.misfits), *self.base]
 
 
 # Saving -------------------------------------------------------------------------------------------------------
@@ -192,6 +196,7 @@ def load_adapter(
     subfolder: str | None = None,
     revision: str | None = None,
     config: Mapping[str, Any] | None = None,
+    component: str | None = None,
 ) -> LoadReport:
     """Put a saved adapter on a model: apply its rules, and fill their tensors from the files.
 
@@ -213,7 +218,8 @@ def load_adapter(
     Rules are made by their registered names; no code and no path comes from a file, and pickle files are read with
     `weights_only`. A rule that names code to import, as a ReplaceRule does, is taken with `trust=True` alone. `finite`:
     NaN and infinity are a problem. `example_inputs` as in `apply_rules`; prefixes need it. `config` stands in for
-    PEFT's `adapter_config.json`.
+    PEFT's `adapter_config.json`. `component`: whose adapter to take of a diffusers file that holds several ("unet"),
+    where the model's paths and sizes do not tell.
 
     Whole or nothing: missing, unexpected and misshapen tensors, a damaged file, a rule or format of a later version,
     another base, and whatever `plan_rules` objects to are told at once in a `LoadError`, the model as it was.
@@ -222,8 +228,9 @@ def load_adapter(
     them; on a base on the meta device they are made on the CPU, and stay when `load_state_dict(…, assign=True)` fills
     the base.
     """
-    stored = stored_adapter(model, source, subfolder, revision, config)
+    stored = stored_adapter(model, source, subfolder, revision, config, component)
     report = LoadReport(adapter, stored.rules, metadata=stored.metadata, licence=stored.licence)
+    report.assumed = stored.assumed
     problems = [*stored.problems, *([] if trust else map(_distrusted, (rule for rule in stored.rules if rule.imports)))]
     known = [rule for rule in stored.rules if trust or not rule.imports]
     plan = make_plan(model, known, adapter, example_inputs) if known else None
@@ -239,7 +246,7 @@ def load_adapter(
         told = report.problems() if same_base else [text for text in report.problems() if text not in report.base]
         problems += [*stored.unheld, *map(_problem, told)]
     if problems or plan is None:
-        raise LoadError(problems or [RuleError("the files hold no rules")])
+        raise LoadError([*(problems or [RuleError("the files hold no rules")]), *other_model(model, stored.origin)])
     loose = report.base if strict else [*map(str, stored.unheld), *report.problems()]  # the base: see above
     for note in [*stored.notes, *loose]:
         warnings.warn(note, SurgeryWarning, stacklevel=2)
@@ -395,6 +402,18 @@ def _realise(step: Step, adapter: str, others: set[str]) -> None:
 
 def _problem(text: str, **details: Any) -> SurgeryError:
     return SurgeryError(text, **details)
+
+
+def _grouped(misfits: Sequence[str], most: int = 5) -> list[str]:
+    """Lines about tensors; those of many that end alike are one, with two examples."""
+    alike: dict[str, list[str]] = {}
+    for line in misfits:
+        alike.setdefault(line.partition(" ")[2], []).append(line)
+    told = []
+    for why, lines in alike.items():
+        names = [line.partition(" ")[0] for line in lines[:2]]
+        told += lines if len(lines) <= most else [f"{len(lines)} tensors, such as {' and '.join(names)}: each {why}"]
+    return told
 
 
 def _counted(keys: Sequence[str]) -> str:

@@ -21,14 +21,12 @@ from surgery.base_rule import Rule
 from surgery.errors import PlanError, RuleError, SurgeryError, SurgeryWarning, near_misses
 from surgery.files import TensorFile
 from surgery.paths import endings
-from surgery.peft_targets import Modules, choose, chosen_by, fields_of, regular
-from surgery.plan import Plan
-from surgery.recording import Step
+from surgery.peft_spelling import PREFIX
+from surgery.peft_targets import Modules, by_keys, choose, chosen_by, fields_of, regular
 from surgery.stored import Entry
 
 __all__ = ["PeftConfig", "PeftMethod", "PeftPart", "PeftPlace", "peft_method"]
 
-PREFIX = "base_model.model."
 # Fields that say nothing about what an adapter computes.
 SILENT = frozenset(
     "peft_type peft_version task_type inference_mode auto_mapping base_model_name_or_path revision megatron_core "
@@ -44,6 +42,7 @@ class PeftConfig:
         self.modules = Modules.of(model)
         self.left = set(self.data) - SILENT
         self.notes: list[str] = []
+        self.marks: tuple[str, ...] = ()  # what the method's keys have after a path
 
     def take(self, name: str, default: Any = None) -> Any:
         """A field's value; the default where it is absent or null."""
@@ -53,7 +52,9 @@ class PeftConfig:
 
     @cached_property
     def targeted(self) -> set[str]:
-        """The paths that the configuration means."""
+        """The paths that the configuration means; where it names none, those of the file's keys."""
+        if not self.data.get("target_modules"):
+            return set(by_keys(self.file.shapes if self.file is not None else (), self.modules, self.marks))
         return chosen_by(self.data, self.modules)
 
     def fitting(self, name: str) -> dict[str, Any] | None:
@@ -154,6 +155,7 @@ class PeftMethod(PeftPart):
     lacks: ClassVar[tuple[str, ...]] = ("trainable_token_indices",)  # fields of other parts that PEFT's has not
 
     def read(self, config: PeftConfig) -> Iterable[Rule]:
+        config.marks = self.marks or tuple(self.tensors.values())
         given = {ours: config.take(theirs) for theirs, ours in self.fields.items()}
         given = {name: value for name, value in given.items() if value is not None and value != {}}
         names = {field.name for field in fields(self.rule)}
@@ -163,7 +165,7 @@ class PeftMethod(PeftPart):
                 raise config.refuse(self.init_field, "it changes more than an adapter's own tensors")
             given["init"] = self.inits[start]
         given |= self.further(config)
-        return [choose(config, self.rule, given, self.marks or tuple(self.tensors.values()))]
+        return [choose(config, self.rule, given)]
 
     def start(self, config: PeftConfig) -> Iterable[Rule]:
         """The rules of a new adapter, whose tensors are yet to be made: those of a saved one, unless it says else."""
@@ -246,43 +248,6 @@ def is_main(rule: Rule) -> bool:
 # Reading ------------------------------------------------------------------------------------------------------
 
 
-@dataclass
-class Read:
-    rules: list[Rule]
-    entry: Callable[[Plan, Step, str], Entry | None]
-    problems: list[SurgeryError]
-    unheld: list[SurgeryError]
-    notes: list[str]
-    ignored: tuple[str, ...]
-
-
-def read(model: nn.Module, config: Any, file: TensorFile) -> Read:
-    """The rules of an adapter in PEFT's files, and where their tensors are."""
-    from surgery.peft_keys import keys_of, settings_of
-
-    keys = keys_of(model, file)
-    if config is None:
-        config = settings_of(model, file, keys)
-    if not isinstance(config, dict):
-        raise SurgeryError("the adapter's configuration is no mapping")
-    given = PeftConfig(config, model, TensorFile({k: file.shapes[v] for k, v in keys.items()}, {}, {}, file.read))
-    method = method_of(config.get("peft_type"))
-    rules, problems, unheld = asked_for(given, method.read)
-
-    found: dict[int, Mapping[str, Entry | None]] = {}  # by step, of the plan that is asked about
-    main = set[str]()
-
-    def entry(plan: Plan, step: Step, name: str) -> Entry | None:
-        if not found:
-            main.update(s.path for s in plan.steps if is_main(s.rule))
-        if id(step) not in found:
-            found[id(step)] = _of_step(step, keys, main, given, method.prefix)
-        return found[id(step)][name]
-
-    ignored = tuple(key for key in file.shapes if key.endswith(method.passed_over or ("\n",)))
-    return Read(rules, entry, problems, unheld, given.notes, ignored)
-
-
 def rules_by(model: nn.Module, config: Mapping[str, Any]) -> list[Rule]:
     """The rules of a new adapter by PEFT's configuration. `PlanError` with everything that can't be held."""
     given = PeftConfig(config, model)
@@ -307,22 +272,6 @@ def asked_for(
         except Exception as error:  # fields of a file may have any type
             problems.append(RuleError("the configuration can't be read", why=f"{type(error).__name__}: {error}"[:300]))
     return rules, problems, [] if problems else given.untaken()  # else no one came to the further fields
-
-
-def _of_step(
-    step: Step, keys: Mapping[str, str], main: Set[str], config: PeftConfig, prefix: str
-) -> dict[str, Entry | None]:
-    """Where the file has each tensor of a step; None for what follows from the rule's fields."""
-    part, names = part_of(step.rule), tuple(spec.name for spec in step.specs)
-    assert part is not None
-    place = PeftPlace(step.path, step.module, step.rule, names, main, config.modules, config.data, step.facts)
-    entries = part.entries(place)
-    found: dict[str, Entry | None] = dict.fromkeys(names)
-    for name in names:
-        if name not in part.made:
-            key = absolute(step.path, entries[name].key, prefix)
-            found[name] = entries[name]._replace(key=keys.get(key, key))
-    return found
 
 
 def absolute(path: str, key: str, prefix: str) -> str:

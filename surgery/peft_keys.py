@@ -1,39 +1,44 @@
-"""The keys of PEFT's files, under every name they have been written by, and settings for files that have none."""
+"""The keys of PEFT's files for a model, under every name they have been written by."""
 
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from typing import Any
 
 from torch import nn
 
-from surgery.errors import SurgeryError
 from surgery.files import TensorFile
 from surgery.match import base_modules
-from surgery.peft_spelling import of_today
+from surgery.paths import patterned
+from surgery.peft_spelling import Spelt, of_today
 
-__all__ = ["keys_of", "settings_of"]
-
-
-def keys_of(model: nn.Module, file: TensorFile) -> dict[str, str]:
-    """PEFT's key of today → the key in the file."""
-    return of_today(list(file.shapes), lambda: {path for path, _ in base_modules(model)})
+__all__ = ["keys_of", "moved"]
 
 
-def settings_of(model: nn.Module, file: TensorFile, keys: dict[str, str]) -> dict[str, Any]:
-    """A configuration for tensors without one (diffusers' LoRA files): the ranks are in the shapes."""
-    ranks = {}
-    for key in keys:
-        hit = re.fullmatch(r"base_model\.model\.(.+)\.lora_A\.weight", key)
-        if hit:
-            ranks[hit[1]] = file.shapes[keys[key]][0] if file.shapes[keys[key]] else 0
-    if not ranks:
-        raise SurgeryError("there is no adapter_config.json beside the tensors", why="and they are no LoRA's")
-    alphas = [key for key in keys if key.endswith(".alpha")]
-    if alphas:
-        raise SurgeryError("the file has an alpha for each layer and no adapter_config.json", where=alphas[0])
-    usual = max(set(ranks.values()), key=list(ranks.values()).count)
-    others = {re.escape(path): rank for path, rank in ranks.items() if rank != usual}
-    targets = "|".join(map(re.escape, ranks))
-    config: dict[str, Any] = {"peft_type": "LORA", "r": usual, "lora_alpha": usual, "target_modules": targets}
-    return {**config, "rank_pattern": others, "alpha_pattern": dict(others)}
+def keys_of(model: nn.Module, file: TensorFile, component: str | None = None) -> Spelt:
+    """The keys of a file under today's names, at the paths of this model."""
+    modules = dict(base_modules(model))
+
+    def fits(key: str, path: str) -> bool:
+        weight, shape = getattr(modules[path], "weight", None), file.shapes[key]
+        return weight is not None and bool(shape) and any(size in weight.shape for size in shape)
+
+    return of_today(list(file.shapes), lambda: modules.keys() - {""}, component, fits)
+
+
+def moved(config: Mapping[str, Any], spelt: Spelt) -> dict[str, Any]:
+    """A configuration whose paths are those of the file, for a model that has these modules at others.
+
+    The targets are left to the file's keys; patterns of ranks are asked under the file's paths.
+    """
+    if not spelt.moved or "target_modules" not in config:
+        return dict(config)
+    found = {**config, "target_modules": None}
+    found |= dict.fromkeys(config.keys() & {"exclude_modules", "layers_to_transform", "layers_pattern"})
+    for name in ("rank_pattern", "alpha_pattern"):
+        given = config.get(name)
+        if isinstance(given, dict) and given:
+            values = {here: patterned(given, there, None) for there, here in spelt.moved.items()}
+            found[name] = {re.escape(path): value for path, value in values.items() if value is not None} | given
+    return found

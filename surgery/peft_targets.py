@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -15,6 +15,7 @@ from surgery.errors import MatchError, SurgeryError
 from surgery.match import Tree, base_modules, matches
 from surgery.paths import chosen
 from surgery.pattern import as_pattern
+from surgery.peft_spelling import PREFIX
 
 if TYPE_CHECKING:
     from surgery.peft_format import PeftConfig
@@ -64,7 +65,7 @@ def _is_all(targets: Any) -> bool:
     return isinstance(targets, str) and targets.lower() == ALL
 
 
-def choose(config: PeftConfig, kind: type[R], given: Mapping[str, Any], marks: tuple[str, ...]) -> R:
+def choose(config: PeftConfig, kind: type[R], given: Mapping[str, Any]) -> R:
     """The rule on the modules that a configuration means: in its own words where they mean the same here."""
     targets, exclude = config.take("target_modules"), config.take("exclude_modules")
     layers, _ = config.take("layers_to_transform"), config.take("layers_pattern")
@@ -85,7 +86,7 @@ def choose(config: PeftConfig, kind: type[R], given: Mapping[str, Any], marks: t
         wanted = config.targeted
         return short if config.modules.matched(short) == wanted else kind(targets=regular(sorted(wanted)), **given)
     if not targets:
-        return kind(targets=regular(_by_keys(config, marks)), **given)
+        return kind(targets=regular(sorted(config.targeted)), **given)
     wanted = config.targeted
     if not all(map(_plain, targets if isinstance(targets, list) else ())):  # in a list PEFT has names alone
         return kind(targets=regular(sorted(wanted)), **given)
@@ -126,15 +127,11 @@ def regular(paths: Sequence[str]) -> str:
     return "re:" + "|".join(map(re.escape, paths))
 
 
-def _by_keys(config: PeftConfig, marks: tuple[str, ...]) -> list[str]:
+def by_keys(keys: Iterable[str], modules: Modules, marks: tuple[str, ...]) -> list[str]:
     """Without targets PEFT asks a table of architectures; the file's own keys say where the adapter is."""
-    found = {}
-    for key in config.file.shapes if config.file is not None else ():
-        for mark in marks:
-            path = key.removeprefix("base_model.model.").removesuffix(f".{mark}")
-            if path in config.modules.by_path:
-                found[path] = None
-    return list(found)
+    ends = tuple(f".{mark}" for mark in marks)
+    paths = (key.removeprefix(PREFIX).removesuffix(end) for key in keys for end in ends if key.endswith(end))
+    return list(dict.fromkeys(path for path in paths if path in modules.by_path))
 
 
 def fields_of(rule: Rule, modules: Modules, paths: Sequence[str]) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from surgery.base_rule import Rule
 from surgery.errors import LoadError, RuleError, SurgeryError
 from surgery.files import TensorFile, open_tensors, put_away
 from surgery.match import RESERVED
+from surgery.origin import origin_of
 from surgery.plain_json import parse_json, read_json
 from surgery.plan import Plan
 from surgery.recording import Step
@@ -45,7 +46,8 @@ PeftEntry = Entry  # its public name: whoever brings a PEFT method makes them
 class Stored:
     """An adapter in files, its tensors not yet read. `entry` is None for what follows from a rule's fields alone.
 
-    `unheld` are settings that no rule has a field for, `notes` what to know, `ignored` keys that change no result.
+    `unheld` are settings that no rule has a field for, `notes` what to know, `assumed` what the files were taken to
+    mean, `ignored` keys that change no result. `origin`: what the files say of the model that they were made for.
     """
 
     rules: list[Rule]
@@ -58,6 +60,8 @@ class Stored:
     unheld: list[SurgeryError] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     ignored: tuple[str, ...] = ()
+    assumed: list[str] = field(default_factory=list)
+    origin: Mapping[str, Any] = field(default_factory=dict)
 
 
 def tensor_key(path: str, name: str) -> str:
@@ -70,8 +74,11 @@ def stored_adapter(
     subfolder: str | None,
     revision: str | None,
     config: Mapping[str, Any] | None = None,
+    component: str | None = None,
 ) -> Stored:
-    """The adapter in a folder, a file, or a repository of the hub; `config` stands in for PEFT's beside the tensors."""
+    """The adapter in a folder, a file, or a repository of the hub; `config` stands in for PEFT's beside the tensors.
+
+    `component`: whose, in a file of a pipeline's."""
     if isinstance(source, Stored):
         return source
     place = Path(source)
@@ -82,7 +89,7 @@ def stored_adapter(
             place = fetched(str(source), subfolder, revision)
         elif subfolder:
             place = place / subfolder
-        return _opened(model, place, config)
+        return _opened(model, place, config, component)
     except LoadError:
         raise
     except SurgeryError as error:
@@ -98,7 +105,7 @@ def names_in(folder: Path) -> tuple[str, str | None] | None:
     return None
 
 
-def _opened(model: nn.Module, place: Path, config: Mapping[str, Any] | None) -> Stored:
+def _opened(model: nn.Module, place: Path, config: Mapping[str, Any] | None, component: str | None) -> Stored:
     if place.is_dir():
         names = names_in(place)
         if names is None:
@@ -112,11 +119,11 @@ def _opened(model: nn.Module, place: Path, config: Mapping[str, Any] | None) -> 
     settings = _settings(place, names[1], told) if config is None or names[0] == SURGERY[0] else dict(config)
     if isinstance(settings, dict) and settings.get("format") == NAME:
         return _of_surgery(settings, file)
-    from surgery.peft_format import read
+    from surgery.peft_reading import read
 
-    found = read(model, settings, file)
-    extra = {"base": told.get("base"), **_labels(told)}
-    told_by = {"unheld": found.unheld, "notes": found.notes, "ignored": found.ignored}
+    found = read(model, settings, file, component)
+    extra = {"base": told.get("base"), "origin": origin_of(settings, told.get("base")), **_labels(told)}
+    told_by = {"unheld": found.unheld, "notes": found.notes, "ignored": found.ignored, "assumed": found.assumed}
     return Stored(found.rules, file, found.entry, found.problems, **told_by, **extra)
 
 
@@ -166,7 +173,8 @@ def _of_surgery(settings: Mapping[str, Any], file: TensorFile) -> Stored:
         except Exception as error:  # fields of any type may meet a rule's own checks
             problems.append(RuleError(f"{str(data)[:200]} is no rule", why=f"{type(error).__name__}: {error}"))
     entry: Any = lambda plan, step, name: Entry(tensor_key(step.path, name))  # noqa: E731
-    return Stored(rules, file, entry, problems, settings.get("base"), **_labels(settings))
+    origin = origin_of({}, settings.get("base"))
+    return Stored(rules, file, entry, problems, settings.get("base"), origin=origin, **_labels(settings))
 
 
 def _rules_in(listed: Any) -> Iterator[Any]:

@@ -25,6 +25,7 @@ from surgery.incoming import Living, Making, copied, incoming, living, put, step
 from surgery.journal import Journal
 from surgery.living import install_live
 from surgery.match import RESERVED
+from surgery.origin import other_model
 from surgery.recording import Step
 from surgery.site import LiveSite
 from surgery.state import require_state
@@ -54,7 +55,7 @@ class SwapReport(LoadReport):
         if self.idle:
             lines.append(f"  nothing came for {_places(len(self.idle))}: {', '.join(self.idle[:6])}")
         lines += [f"  {note} ({_places(count)})" for note, count in self.notes.items()]
-        return "\n".join([*lines, *(f"  {problem}" for problem in self.problems())])
+        return "\n".join([*lines, *(f"  {text}" for text in [*self.problems(), *self.assumed])])
 
 
 def hotswap(
@@ -126,7 +127,7 @@ def hotswap(
         told = report.problems() if same_base else [text for text in report.problems() if text not in report.base]
         problems += [*stored.unheld, *map(SurgeryError, told)]
     if problems or not stored.rules:
-        raise LoadError(problems or [RuleError("the files hold no rules")])
+        raise LoadError([*(problems or [RuleError("the files hold no rules")]), *other_model(model, stored.origin)])
     loose = report.base if strict else [*map(str, stored.unheld), *report.problems()]
     for note in [*stored.notes, *loose]:
         warnings.warn(note, SurgeryWarning, stacklevel=2)
@@ -135,7 +136,7 @@ def hotswap(
             journal.undo(put, tensor, copied(tensor))
             put(tensor, new)
     report.loaded = [tensor_key(step.path, name) for step, name, _ in values]
-    report.idle, report.notes = making.idle, making.notes
+    report.idle, report.notes, report.assumed = making.idle, making.notes, stored.assumed
     return report
 
 

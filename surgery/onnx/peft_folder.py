@@ -79,7 +79,7 @@ def read_checkpoint(folder: str | Path, sites: Collection[str]) -> Checkpoint:
     if not isinstance(config, dict) or not isinstance(config.get("peft_type"), str):
         raise SurgeryError(f"{CONFIG} is no configuration of PEFT's", why="it has no peft_type")
     held = _tensors(folder / TENSORS)
-    known = of_today(list(held), lambda: sites)
+    known = of_today(list(held), lambda: sites).keys
     tensors: dict[str, np.ndarray] = {}
     for key, theirs in known.items():
         short = _short(key)
