@@ -14,7 +14,8 @@ from surgery.base_rule import Rule
 from surgery.claims import check_free, claimed
 from surgery.errors import SurgeryError
 from surgery.match import base_modules
-from surgery.state import ModelState, adapter_names, model_state, require_state, site_state
+from surgery.root import rewritten
+from surgery.state import ModelState, adapter_names, model_state, site_state
 from surgery.switching import check_none_merged, set_trained, switch, weights_now
 
 __all__ = ["Adapter", "activate", "active", "adapters", "deactivate", "using"]
@@ -72,14 +73,14 @@ def activate(
     for a merged model, for an adapter that changed the base's weights at its start (PiSSA), which can be removed but
     not be idle, while another thread is in `using`, and inside of `route`. PEFT: `set_adapter`, `set_scale`.
     """
-    state = require_state(model)
+    root, state = rewritten(model)
     if adapter is None:
         live = state.resting or weights_now(state)
         adapter, weights = list(live), live if weights is None else weights
     live = _asked_for(state, adapter, weights)
-    check_free(model)
+    check_free(root)
     check_none_merged(state)
-    switch(model, live)
+    switch(root, live)
     state.resting = {}
     if train is not None:
         set_trained(state, live, train)
@@ -99,11 +100,11 @@ def deactivate(model: M) -> M:
     `activate(model)` makes those live again that were, with their weights. PEFT: `disable_adapter_layers`,
     `enable_adapter_layers`.
     """
-    state = require_state(model)
-    check_free(model)
+    root, state = rewritten(model)
+    check_free(root)
     check_none_merged(state)
     live = weights_now(state)
-    switch(model, {})
+    switch(root, {})
     state.resting = live or state.resting
     return model
 
@@ -117,8 +118,7 @@ def active(model: nn.Module) -> tuple[str, ...]:
     >>> active(apply_rules(nn.Sequential(nn.Linear(8, 8)), LoraRule("0", rank=2)))
     ('default',)
     """
-    state = require_state(model)
-    return tuple(weights_now(state))
+    return tuple(weights_now(rewritten(model)[1]))
 
 
 def adapters(model: nn.Module) -> dict[str, Adapter]:
@@ -131,8 +131,8 @@ def adapters(model: nn.Module) -> dict[str, Adapter]:
     >>> found["a"].sites, found["a"].parameters, found["a"].live
     (('0',), 32, True)
     """
-    state = require_state(model)
-    paths = {id(module): path for path, module in base_modules(model)}
+    root, state = rewritten(model)
+    paths = {id(module): path for path, module in base_modules(root)}
     return {
         name: Adapter(
             rules,
@@ -165,19 +165,19 @@ def using(model: nn.Module, adapter: str | Sequence[str] | None, weights: Weight
     meanwhile gets a `SurgeryError`; see `route` for threads with adapters of their own.
     PEFT: `disable_adapter()`, and `set_adapter` twice.
     """
-    state = require_state(model)
+    root, state = rewritten(model)
     live = _asked_for(state, [] if adapter is None else adapter, weights)
-    with claimed(model):
+    with claimed(root):
         before, resting = weights_now(state), state.resting
         check_none_merged(state)
         try:
-            switch(model, live)
+            switch(root, live)
             state.resting = dict(before or resting)
             yield
         finally:
-            now = model_state(model)
+            now = model_state(root)
             if now is not None:  # else the last one was removed inside
-                switch(model, {name: weight for name, weight in before.items() if name in now.adapters})
+                switch(root, {name: weight for name, weight in before.items() if name in now.adapters})
                 now.resting = {name: weight for name, weight in resting.items() if name in now.adapters}
 
 

@@ -11,6 +11,7 @@ from surgery.claims import check_free
 from surgery.engine import remove
 from surgery.state import model_state
 from surgery.switching import check_none_merged, switch, weights_now
+from surgery.wrapped import unwrapped
 
 __all__ = ["beside"]
 
@@ -22,6 +23,7 @@ def beside(model: nn.Module, adapter: str) -> Iterator[None]:
     Meanwhile no others are live, but those that can't be idle (PiSSA): so it may be one that is never live with them,
     such as a head of its own (TrainRule). All or nothing: where it can't be idle, it is gone again.
     """
+    model = unwrapped(model)
     state = model_state(model)
     if state is None:
         yield

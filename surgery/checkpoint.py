@@ -21,11 +21,13 @@ from surgery.errors import LoadError, RuleError, SurgeryError, SurgeryWarning
 from surgery.files import TensorFile
 from surgery.fingerprint import differences, fingerprint
 from surgery.match import RESERVED
+from surgery.moved import check_meant
 from surgery.origin import other_model
 from surgery.plan import Plan, make_plan
 from surgery.recording import Step
+from surgery.root import rewritten
 from surgery.site import LiveSite, ParamSpec
-from surgery.state import adapter_names, require_state, sites, tensors_of, whole
+from surgery.state import adapter_names, sites, tensors_of, whole
 from surgery.state_dicts import adapter_state_dict, rules_of
 from surgery.stored import (
     NAME,
@@ -40,6 +42,7 @@ from surgery.stored import (
     tensor_key,
 )
 from surgery.view import tensor_at
+from surgery.wrapped import unwrapped
 
 __all__ = ["LoadReport", "load_adapter", "save_adapter"]
 
@@ -115,7 +118,9 @@ def save_adapter(
     """
     if format not in ("auto", "peft", "surgery"):
         raise SurgeryError(f"there is no format {format!r}", fix='"peft", "surgery", or "auto" for the first that fits')
-    adapter_names(require_state(model), adapter)
+    model, state = rewritten(model)
+    adapter_names(state, adapter)
+    check_meant(model, state, adapter)
     if Path(folder).exists() and not Path(folder).is_dir():
         raise SurgeryError(f"{folder} is no folder", fix="an adapter is saved into a folder of its own")
     extra = {"base": fingerprint(model), "licence": licence, "metadata": _data(metadata)}
@@ -228,6 +233,7 @@ def load_adapter(
     them; on a base on the meta device they are made on the CPU, and stay when `load_state_dict(…, assign=True)` fills
     the base.
     """
+    model = unwrapped(model)
     stored = stored_adapter(model, source, subfolder, revision, config, component)
     report = LoadReport(adapter, stored.rules, metadata=stored.metadata, licence=stored.licence)
     report.assumed = stored.assumed

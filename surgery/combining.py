@@ -20,8 +20,9 @@ from surgery.match import Tree, matches
 from surgery.naming import check_whole
 from surgery.peft_targets import regular
 from surgery.placing import Placed, put
+from surgery.root import rewritten
 from surgery.site import LiveSite
-from surgery.state import MARK, Applied, ModelState, name_problem, require_state, sites, tensors_of
+from surgery.state import MARK, Applied, ModelState, name_problem, sites, tensors_of
 from surgery.view import tensor_at
 
 __all__ = ["combine"]
@@ -80,24 +81,24 @@ def combine(
     PEFT: `add_weighted_adapter`. Sources: Yadav et al. 2023 (TIES), arXiv:2306.01708; Yu et al. 2023 (DARE),
     arXiv:2311.03099.
     """
-    state = require_state(model)
+    root, state = rewritten(model)
     how = asked(state, weights, method, rank, density, majority_sign, clamp, seed)
-    check_free(model)
+    check_free(root)
     if (problem := name_problem(state, into)) is not None:
         raise problem
     for name in how.weights:
         check_whole(state, name, "be combined")
-    found = list(_kinds(model, state, how))
+    found = list(_kinds(root, state, how))
     with torch.inference_mode(False), torch.no_grad():  # the tensors made here are to be trained
         for kind in found:
             kind.combine(how)
     if problems := [problem for kind in found for problem in kind.problems]:
         raise PlanError(problems)
-    rules = _rules(model, found)
-    order = {id(applied): index for index, applied in enumerate(a for _, _, site in sites(model) for a in site.applied)}
+    rules = _rules(root, found)
+    order = {id(applied): index for index, applied in enumerate(a for _, _, site in sites(root) for a in site.applied)}
     with torch.inference_mode(False):
         placed = [(min(order[id(one)] for one, _ in at.found), new) for kind in found for at, new in kind.placed()]
-    put(model, into, rules, [new for _, new in sorted(placed, key=lambda pair: pair[0])])
+    put(root, into, rules, [new for _, new in sorted(placed, key=lambda pair: pair[0])])
     return model
 
 

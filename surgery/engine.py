@@ -18,15 +18,18 @@ from surgery.errors import SiteError, SurgeryError, SurgeryWarning
 from surgery.exact import unfold
 from surgery.example import call, equal
 from surgery.folding import check_foldable, fold_into, verify_records
+from surgery.following import unwatch, watch
 from surgery.hooks import running
 from surgery.install import reason_against
 from surgery.journal import Journal
+from surgery.links import there
 from surgery.living import Shared
 from surgery.match import Tree, verdict_of
 from surgery.owners import Owners
 from surgery.pattern import Verdict
 from surgery.plan import Plan, make_plan
 from surgery.recording import Step
+from surgery.root import rewritten, with_lost
 from surgery.site import LiveSite, ParamSpec
 from surgery.state import (
     _MODEL,
@@ -41,14 +44,12 @@ from surgery.state import (
     base_parameters,
     detach,
     model_state,
-    require_state,
     site_state,
-    sites,
     tensors_of,
 )
 from surgery.view import tensor_at
 from surgery.weave import Layer
-from surgery.wrapped import submodule
+from surgery.wrapped import submodule, unwrapped
 
 __all__ = ["apply_rules", "explain", "plan_rules", "remove"]
 
@@ -116,7 +117,7 @@ def explain(model: nn.Module, rule: Rule, path: str) -> Verdict:
     """
     if not isinstance(rule, Rule):
         raise rule_problem(rule)
-    return verdict_of(Tree.of(model), rule, path)
+    return verdict_of(Tree.of(unwrapped(model)), rule, path)
 
 
 def remove(model: M, adapter: str | Sequence[str] | None = None, *, check: bool = True) -> M:
@@ -134,15 +135,16 @@ def remove(model: M, adapter: str | Sequence[str] | None = None, *, check: bool 
     With the last adapter go all traces: classes, parameters, `requires_grad` flags, key order and hooks are those
     from before the first. Raises `SurgeryError` for an unknown adapter, a merged model, or where a later adapter's
     initialisation sits on top of a base weight that this one changed. A base weight that PiSSA or its like changed
-    at the start, and that was changed since, is found by checksum; `check=False` takes the change out all the same.
+    at the start, and that was changed since, is found by checksum; `check=False` takes the change out all the same, and
+    takes rules off what is left of a model where modules were replaced since.
     """
-    state = require_state(model)
+    root, state = rewritten(model, lost=not check)
     names = list(dict.fromkeys(adapter_names(state, adapter)))
-    check_free(model)
-    found = list(_sites_of(model, state, names))
+    check_free(root)
+    found = list(_sites_of(root, state, names))
     for path, module, site in found:
         _check_removable(path, module, site, names, check)
-    keys = hf.keys_of(model, state, names)
+    keys = hf.keys_of(root, state, names)
     with Journal() as journal:
         shared, going = Shared(journal), frozenset(names)
         for _, module, site in found:
@@ -150,9 +152,9 @@ def remove(model: M, adapter: str | Sequence[str] | None = None, *, check: bool 
         for name in names:
             state.forget(name)
         if not state.adapters:
-            _restore(model, state)
+            _restore(root, state)
         else:
-            hf.unlist(model, state, keys)
+            hf.unlist(root, state, keys)
     return model
 
 
@@ -260,7 +262,8 @@ def _record(model: nn.Module, plan: Plan, standing: Standing, journal: Journal) 
     state.standing[plan.adapter] = standing
     journal.undo(state.forget, plan.adapter)
     touched = {id(step.module): step.module for step in plan.steps}.values()
-    state.places[plan.adapter] = Places.of(plan.adapter, [(m, _rules_at(m, plan.adapter)) for m in touched])
+    state.place(plan.adapter, Places.of(plan.adapter, [(m, _rules_at(m, plan.adapter)) for m in touched]))
+    watch(model, state, journal)
     for path, (name, value) in plan.switches.items():
         reader = submodule(model, path)
         if not any(path == old for old, *_ in state.switched):
@@ -304,7 +307,7 @@ def _check_output(plan: Plan, example_inputs: Any) -> None:
 def _sites_of(model: nn.Module, state: ModelState, names: Sequence[str]) -> Iterator[tuple[str, nn.Module, SiteState]]:
     """The sites that these adapters are on. Of a site that is none by the record, all rules are gone through."""
     placed = {id(module) for name in names for module in state.places[name].modules}
-    for path, module, site in sites(model):
+    for path, module, site in with_lost(model, state):
         if id(module) in placed or any(applied.adapter in names for applied in site.applied):
             yield path, module, site
 
@@ -358,6 +361,8 @@ def _restore(model: nn.Module, state: ModelState) -> None:
     for name, parameter in base_parameters(model):
         parameter.requires_grad_(state.flags.get(name, parameter.requires_grad))
     for path, name, value, _ in state.switched:
-        setattr(submodule(model, path), name, value)
+        if (reader := there(model, path)) is not None:
+            setattr(reader, name, value)
     hf.restore(model, state)
+    unwatch(model)
     del model.__dict__[_MODEL]

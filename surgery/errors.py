@@ -109,6 +109,17 @@ def _rebuild(cls: type[SurgeryError], state: dict) -> SurgeryError:
     return error
 
 
+def listed(things: Iterable[str], noun: str = "sites") -> str:
+    """Up to five as they are; of more, how many there are and two of them.
+
+    >>> listed(["a", "b", "c"]), listed(map(str, range(210)))
+    ('a, b, c', '210 sites, such as 0, 1')
+    """
+    things = list(things)
+    few = len(things) <= 5
+    return ", ".join(things) if few else f"{len(things):,} {noun}, such as {', '.join(things[:2])}"
+
+
 def near_misses(word: str, options: Iterable[str], limit: int = 3) -> str | None:
     """`"did you mean 'query'?"`, or None where nothing is near."""
     pool = list(dict.fromkeys(options))

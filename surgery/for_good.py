@@ -11,7 +11,8 @@ from surgery import hf
 from surgery.claims import check_free
 from surgery.engine import _restore
 from surgery.errors import MergeError, SurgeryError
-from surgery.state import _SITE, SiteState, base_parameters, detach, require_state, sites
+from surgery.root import rewritten
+from surgery.state import _SITE, SiteState, base_parameters, detach, sites
 
 __all__ = ["forget"]
 
@@ -40,9 +41,9 @@ def forget(model: M) -> M:
     weight at its start (PiSSA) which a fold lies on: only `unmerge` could take that adapter out later. PEFT:
     `merge_and_unload`.
     """
-    state = require_state(model)
-    check_free(model)
-    found = [(path, module, site) for path, module, site in sites(model) if site.merged is not None]
+    root, state = rewritten(model)
+    check_free(root)
+    found = [(path, module, site) for path, module, site in sites(root) if site.merged is not None]
     if not found:
         raise SurgeryError("nothing is merged", fix="merge(model) first; remove(model) takes adapters off unmerged")
     names = [name for name in state.adapters if any(name in _names(site) for _, _, site in found)]
@@ -54,7 +55,7 @@ def forget(model: M) -> M:
         if site.merged is not None
         for name, before in site.merged.tied.items()
     ]
-    flags = _flags(model, state.flags, untied)
+    flags = _flags(root, state.flags, untied)
     # From here on nothing can fail: classes are those of what is live already, and the rest is taken out of dicts.
     for _, module, site in found:
         gone = {applied.adapter for applied in site.applied} & set(names)
@@ -69,11 +70,11 @@ def forget(model: M) -> M:
         state.forget(name)
     state.flags |= flags
     if state.adapters:
-        hf.ignore_on_save(model, state)
+        hf.ignore_on_save(root, state)
     else:
-        _restore(model, state)
+        _restore(root, state)
     if untied:
-        _say_untied(model)
+        _say_untied(root)
     return model
 
 

@@ -4,6 +4,7 @@
 - Reentrant gradient checkpointing needs an input that requires gradients, and a frozen embedding gives none.
   transformers asks for them itself where the input is token ids, but not for images and sound (ViT, Whisper): a hook
   on the input embeddings does so while checkpointing is on (PEFT's enable_input_require_grads).
+- `resize_token_embeddings` makes the embedding and the head anew: adapters on them grow along (`surgery.resizing`).
 """
 
 from __future__ import annotations
@@ -15,7 +16,9 @@ import torch
 from torch import Tensor, nn
 
 from surgery.journal import Journal
+from surgery.links import there
 from surgery.match import RESERVED, base_modules, every_path, is_adapters
+from surgery.resizing import follow_resizing, leave_resizing
 from surgery.state import ModelState, tensors_of
 from surgery.wrapped import submodule
 
@@ -34,6 +37,9 @@ def prepare(model: nn.Module, state: ModelState, adapter: str, journal: Journal)
         keys = keys_of(model, state, [adapter])
         journal.undo(unlist, model, state, keys)
         _change(model, state, keys, set.update)
+    for path, _ in state.ignored_on_save:
+        if (part := there(model, path)) is not None:
+            follow_resizing(part, model, journal)
     for embedding in _embeddings(model, state):
         if not any(isinstance(hook, InputsRequireGrad) for hook in embedding._forward_hooks.values()):
             handle = embedding.register_forward_hook(InputsRequireGrad(model))
@@ -43,7 +49,8 @@ def prepare(model: nn.Module, state: ModelState, adapter: str, journal: Journal)
 def ignore_on_save(model: nn.Module, state: ModelState) -> None:
     """List the present adapters' tensors beside the keys that the model itself leaves out."""
     for path, original in state.ignored_on_save:
-        saver = submodule(model, path)
+        if (saver := there(model, path)) is None:
+            continue
         kept = getattr(type(saver), _IGNORED, None) if original == _ABSENT else original
         setattr(saver, _IGNORED, {*(kept or ()), *_adapter_keys(saver), _NEVER_MISSING})
 
@@ -53,8 +60,8 @@ Keys = list[tuple[nn.Module, list[str]]]
 
 def keys_of(model: nn.Module, state: ModelState, adapters: Collection[str]) -> Keys:
     """The keys of these adapters' tensors in each module that lists what `save_pretrained` leaves out."""
-    savers = [submodule(model, path) for path, _ in state.ignored_on_save]
-    return [(saver, list(_adapter_keys(saver, adapters))) for saver in savers]
+    savers = [there(model, path) for path, _ in state.ignored_on_save]
+    return [(saver, list(_adapter_keys(saver, adapters))) for saver in savers if saver is not None]
 
 
 def unlist(model: nn.Module, state: ModelState, keys: Keys) -> None:
@@ -74,6 +81,7 @@ def restore(model: nn.Module, state: ModelState) -> None:
     """After the last adapter went: attributes and hooks as they were."""
     restore_ignored(model, state)
     for module in model.modules():
+        leave_resizing(module)
         for key, hook in list(module._forward_hooks.items()):
             if isinstance(hook, InputsRequireGrad):
                 del module._forward_hooks[key]
@@ -95,7 +103,8 @@ class InputsRequireGrad:
 
 def restore_ignored(model: nn.Module, state: ModelState) -> None:
     for path, original in state.ignored_on_save:
-        saver = submodule(model, path)
+        if (saver := there(model, path)) is None:
+            continue
         if original == _ABSENT:
             saver.__dict__.pop(_IGNORED, None)
         else:

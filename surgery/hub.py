@@ -12,6 +12,7 @@ from torch import nn
 
 from surgery.checkpoint import save_adapter
 from surgery.errors import SurgeryError
+from surgery.root import rewritten
 from surgery.state import sites, tensors_of
 from surgery.state_dicts import rules_of
 from surgery.stored import BARE, OLD, PEFT, SURGERY
@@ -45,6 +46,7 @@ def push_adapter(
     `revision` are huggingface_hub's, which asks the endpoint in `HF_ENDPOINT`. Raises `SurgeryError` where the adapter
     can't be saved or the hub refuses.
     """
+    model, _ = rewritten(model)
     with tempfile.TemporaryDirectory() as place:
         folder = save_adapter(model, place, adapter, format=format, metadata=metadata, licence=licence)
         card = card_of(model, adapter, repo_id, peft=(folder / PEFT[0]).exists(), metadata=metadata, licence=licence)

@@ -22,7 +22,7 @@ from surgery.state import Applied, ModelState, adapter_names, site_state, sites,
 from surgery.stored import Entry
 from surgery.view import tensor_at
 
-__all__ = ["Living", "Making", "incoming", "living"]
+__all__ = ["Living", "Making", "incoming", "living", "placed", "step_for"]
 
 Value = tuple[Step, str, Entry]
 ROOT = "(the model itself)"
@@ -77,7 +77,7 @@ def incoming(model: nn.Module, rules: list[Rule], adapter: str, live: Lives) -> 
     plan, taken, doubtful = Plan(model, adapter), set[tuple[int, type[Rule]]](), list[SurgeryError]()
     if not rules:
         return plan, doubtful
-    for rule, match in _placed(Tree.of(model), rules, plan.problems):
+    for rule, match in placed(Tree.of(model), rules, plan.problems):
         key = (id(match.module), type(rule))
         path = match.path or ROOT
         if key not in live or key in taken:
@@ -114,7 +114,7 @@ def _goes(rule: Rule, match: Match, adapter: str) -> bool | None:
     return True
 
 
-def _placed(tree: Tree, rules: list[Rule], problems: list[SurgeryError]) -> Iterator[tuple[Rule, Match]]:
+def placed(tree: Tree, rules: list[Rule], problems: list[SurgeryError]) -> Iterator[tuple[Rule, Match]]:
     for rule, may_miss in _with_companions(rules):
         seen: dict[int, Match] = {}
         try:

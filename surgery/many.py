@@ -15,6 +15,7 @@ from surgery.errors import LoadError, PlanError, SurgeryError, near_misses
 from surgery.state import model_state
 from surgery.stored import names_in
 from surgery.switching import weights_now
+from surgery.wrapped import unwrapped
 
 __all__ = ["load_adapters"]
 
@@ -45,7 +46,7 @@ def load_adapters(
     All or none: a `LoadError` tells what is wrong with any of them; none stays on the model, and what was live is.
     Raises `SurgeryError` for a name in `live` that is neither there nor in the folder.
     """
-    folder = Path(folder)
+    model, folder = unwrapped(model), Path(folder)
     found = {"default": folder} if names_in(folder) else {}
     if folder.is_dir():
         found |= {inner.name: inner for inner in sorted(folder.iterdir()) if inner.is_dir() and names_in(inner)}

@@ -221,10 +221,11 @@ def every_path(
             yield from every_path(child, f"{path}.{name}" if path else name, below)
 
 
-def base_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+def base_modules(model: nn.Module, stop: str = "") -> Iterator[tuple[str, nn.Module]]:
     """`model.named_modules()` without what holds adapters' tensors: many adapters don't make a walk long.
 
-    A wrapper (checkpoint_wrapper, torch.compile) is passed over, and so is its segment of the names.
+    A wrapper (checkpoint_wrapper, torch.compile) is passed over, and so is its segment of the names. `stop`: modules
+    below the model that have this attribute of their own are left out, with all that is in them.
     """
     seen: set[nn.Module] = set()
     waiting: list[tuple[str, nn.Module]] = [("", model)]
@@ -232,7 +233,7 @@ def base_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
         path, module = waiting.pop()
         while (inner := inner_of(module)) is not None:
             module = inner
-        if module not in seen:
+        if module not in seen and not (stop and path and stop in module.__dict__):
             seen.add(module)
             yield path, module
             for name, child in reversed(module._modules.items()):

@@ -12,9 +12,9 @@ from typing import Any
 
 from torch import nn
 
-from surgery.errors import SurgeryError
+from surgery.errors import SurgeryError, listed
 from surgery.merging import merge, unmerge
-from surgery.state import require_state
+from surgery.root import records_in, rewritten
 
 __all__ = ["merge_to"]
 
@@ -43,7 +43,14 @@ def merge_to(
 
     Raises `SurgeryError` for a model without `save_pretrained` and whatever `merge` refuses, and writes nothing then.
     """
-    require_state(model)
+    model, _ = rewritten(model)
+    if inner := records_in(model, below=True):
+        raise SurgeryError(
+            "part of this model has rules of its own",
+            where=listed(inner, "parts"),
+            why="a plain checkpoint would be without them",
+            fix="merge and forget those first",
+        )
     save: Any = getattr(model, "save_pretrained", None)
     if save is None:
         raise SurgeryError(

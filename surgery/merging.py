@@ -21,8 +21,9 @@ from surgery.living import install_live
 from surgery.own import own_forward
 from surgery.owners import Owners
 from surgery.recording import layer_of
+from surgery.root import rewritten, with_lost
 from surgery.site import LiveSite
-from surgery.state import Applied, Merged, SiteState, adapter_names, require_state, sites, tensors_of
+from surgery.state import Applied, Merged, SiteState, adapter_names, sites, tensors_of
 from surgery.view import tensor_at
 
 __all__ = ["MergeReport", "merge", "unmerge"]
@@ -74,7 +75,7 @@ def merge(
     Raises `MergeError` (or `PlanError` with one for each site) where a rule has no closed form, a weight is shared,
     packed or sharded, or the model is merged already; the model is then as it was.
     """
-    state = require_state(model)
+    model, state = rewritten(model)
     names = adapter_names(state, adapter)
     check_free(model)
     if adapter is None:
@@ -105,9 +106,9 @@ def unmerge(model: M, *, check: bool = True) -> M:
     A base weight that changed while merged is a `MergeError`, found by checksum before anything is touched;
     `check=False` takes the fold out all the same, as well as it can be. Not merged: nothing happens.
     """
-    require_state(model)
-    check_free(model)
-    found = [(path, module, site) for path, module, site in sites(model) if site.merged is not None]
+    root, state = rewritten(model, lost=not check)
+    check_free(root)
+    found = [(path, module, site) for path, module, site in with_lost(root, state) if site.merged is not None]
     if check:
         for path, module, site in found:
             verify_records([(tensor_at(module, name), record) for name, record in _merged(site).folds], path)

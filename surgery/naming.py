@@ -17,6 +17,7 @@ from surgery.journal import Journal
 from surgery.living import install_live
 from surgery.match import RESERVED
 from surgery.placing import Placed, put
+from surgery.root import rewritten
 from surgery.state import (
     MARK,
     Applied,
@@ -24,7 +25,6 @@ from surgery.state import (
     adapter_names,
     box_of,
     name_problem,
-    require_state,
     site_state,
 )
 
@@ -51,11 +51,11 @@ def rename_adapter(model: M, adapter: str, new: str) -> M:
     All or nothing. Raises `SurgeryError` for an unknown adapter, a name that is taken or can't be one, inside of
     `using` and `route`, and where a site can't be given another class. The same name: nothing happens.
     """
-    state = require_state(model)
+    root, state = rewritten(model)
     old = _one(state, adapter)
     if new == old:
         return model
-    check_unclaimed(model)
+    check_unclaimed(root)
     if (problem := name_problem(state, new)) is not None:
         raise problem
     renewed = [module for module, rules in state.places[old] if _runs(module, rules)]
@@ -65,8 +65,8 @@ def rename_adapter(model: M, adapter: str, new: str) -> M:
             where = held.path if held is not None else None
             raise SurgeryError("the site can't be given another class", where=where, why=refused[0], fix=refused[1])
     with Journal() as journal:
-        journal.undo(_rename, model, state, new, old)
-        _rename(model, state, old, new)
+        journal.undo(_rename, root, state, new, old)
+        _rename(root, state, old, new)
         for module in renewed:
             install_live(module, journal)
     return model
@@ -92,16 +92,16 @@ def copy_adapter(model: M, adapter: str, new: str) -> M:
     All or nothing. Raises `SurgeryError` for an unknown adapter, a name that is taken or can't be one, for an adapter
     that changed the base's weights at its start (PiSSA), and while others use the model.
     """
-    state = require_state(model)
+    root, state = rewritten(model)
     old = _one(state, adapter)
-    check_free(model)
+    check_free(root)
     if (problem := name_problem(state, new)) is not None:
         raise problem
     check_whole(state, old, "be copied")
     made: dict[int, Tensor] = {}  # tensors that serve several sites serve several of the copy's
     with torch.inference_mode(False):  # the copy is to be trained
         placed = [_copied(module, applied, made) for module, rules in state.places[old] for applied in rules]
-    put(model, new, state.adapters[old], placed)
+    put(root, new, state.adapters[old], placed)
     return model
 
 

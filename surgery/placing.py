@@ -71,7 +71,7 @@ def put(model: nn.Module, adapter: str, rules: Sequence[Rule], placed: Iterable[
             raise PlanError(problems)
         journal.undo(_forget, model, state, adapter)
         state.adapters[adapter] = tuple(rules)
-        state.places[adapter] = Places.of(adapter, places.values())
+        state.place(adapter, Places.of(adapter, places.values()))
         state.standing[adapter] = standing
         hf.ignore_on_save(model, state)
 

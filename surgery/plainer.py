@@ -10,8 +10,9 @@ from surgery.base_rule import Rule
 from surgery.errors import RuleError
 from surgery.hooks import running
 from surgery.match import RESERVED
+from surgery.root import rewritten
 from surgery.site import LiveSite
-from surgery.state import adapter_names, require_state, sites, tensors_of
+from surgery.state import adapter_names, sites, tensors_of
 from surgery.state_dicts import given_tensors
 from surgery.view import held
 
@@ -39,12 +40,12 @@ def folded_adapter(
     Tensors that are kept as they are share the model's memory. `state_dict` as for `adapter_state_dict`. Raises
     `SurgeryError` for an unknown adapter, `RuleError` where a rule is folded into different ones at its sites.
     """
-    state = require_state(model)
+    root, state = rewritten(model)
     adapter_names(state, adapter)
     plainer: list[tuple[Rule, Rule]] = []
     tensors: dict[str, Tensor] = {}
-    state_dict = given_tensors(model, adapter, state_dict)
-    for path, module, site in sites(model):
+    state_dict = given_tensors(root, adapter, state_dict)
+    for path, module, site in sites(root):
         found = dict(tensors_of(module, adapter, path, state_dict))
         for applied in (one for one in site.applied if one.adapter == adapter):
             live = LiveSite(module, path, adapter, found, lambda name, _, module=module: _tensor(module, name))

@@ -13,13 +13,14 @@ from surgery.arguments import model_problem, rules_in
 from surgery.base_rule import Rule
 from surgery.bypass import Bypass, bypasses, fastpath_switch
 from surgery.clash import clashes
-from surgery.errors import MatchError, PlanError, RuleError, SiteError, SurgeryError
+from surgery.errors import MatchError, PlanError, RuleError, SiteError, SurgeryError, listed
 from surgery.example import Observation, copied, observe, verify_graph
 from surgery.hooks import running
 from surgery.install import reason_against
 from surgery.match import Match, Tree, idle_targets, matches
 from surgery.own import own_forward
 from surgery.recording import PassedOver, Recording, Step, recorded
+from surgery.root import records_in, rewritten
 from surgery.state import is_adapter_key, model_state, name_problem, site_state, sites
 from surgery.table import table
 from surgery.wrapped import submodule, unwrapped
@@ -306,23 +307,26 @@ def _pefts(model: nn.Module) -> list[SurgeryError]:
 def _objections(model: nn.Module, adapter: str) -> list[SurgeryError]:
     """What is wrong with the model and the adapter's name, before any module is looked at."""
     found: list[SurgeryError] = _pefts(model)
-    state = model_state(model)
+    state, inner = model_state(model), records_in(model, below=True)
     found += [problem] if (problem := name_problem(state, adapter)) else []
+    if inner:
+        found.append(
+            SurgeryError(
+                "part of this model has rules of its own",
+                where=listed(inner, "parts"),
+                why="each model keeps one record of its rules",
+                fix="apply to the same module as before, or remove those first",
+            )
+        )
+    elif state is not None or any(True for _ in sites(model)):
+        try:
+            rewritten(model)
+        except SurgeryError as error:
+            found.append(error)
     for path, _, site in sites(model):
         if site.merged is not None:
             why = f"its weights hold {', '.join(site.merged.adapters)}"
             found.append(SurgeryError("the model is merged", where=path, why=why, fix="unmerge(model) first"))
-            break
-        if state is None:
-            why = "each model keeps one record of its rules"
-            found.append(
-                SurgeryError(
-                    "part of this model has rules of its own",
-                    where=path,
-                    why=why,
-                    fix="apply to the same module as before, or remove those first",
-                )
-            )
             break
     return found
 

@@ -24,6 +24,7 @@ from surgery.install import swap
 from surgery.layout import prove
 from surgery.members import routes_itself
 from surgery.outside import Lent, hide_hooks, show_hooks
+from surgery.root import rewritten
 from surgery.routed import Plan, plan_of
 from surgery.rows import Rows
 from surgery.state import ModelState, adapter_names, require_state, site_state
@@ -65,7 +66,7 @@ def route(model: nn.Module, adapters: Sequence[str | None], *, check: bool = Tru
     input, which is made, where shapes alone don't tell, by running a few rows in two orders.
     PEFT: `adapter_names` of a forward.
     """
-    state = require_state(model)
+    model, state = rewritten(model)
     if any(one.model is model for one in here.routings):
         raise SurgeryError("a block of route(model, …) is open in this thread", fix="leave it first")
     with claims.routing(model):

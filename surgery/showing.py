@@ -9,12 +9,15 @@ from typing import Any
 
 from torch import fx, nn
 
-from surgery.errors import MatchError, near_misses
+from surgery.errors import MatchError, listed, near_misses
+from surgery.links import there
 from surgery.own import own_forward
-from surgery.state import SiteState, is_adapter_key, merged_adapters, model_state, site_state, sites, tensors_of
+from surgery.root import check_all_present, records_in
+from surgery.state import SiteState, is_adapter_key, merged_adapters, site_state, sites, tensors_of
 from surgery.table import table
 from surgery.variants import held_own, layer_at
 from surgery.weave import woven
+from surgery.wrapped import unwrapped
 
 __all__ = ["Summary", "draw", "show", "summary"]
 
@@ -26,7 +29,7 @@ class Summary:
     trainable: int
     added: int
     total: int
-    rows: tuple[tuple[str, str, int, int, int], ...]  # adapter, rule, sites, added, trainable
+    rows: tuple[tuple[str, str, int, int, int, str], ...]  # adapter, rule, sites, added, trainable, state
     merged: tuple[str, ...]
 
     def __str__(self) -> str:
@@ -34,10 +37,10 @@ class Summary:
         head = (
             f"trainable {self.trainable:,} || added {self.added:,} || total {self.total:,} || trainable {share:.4f} %"
         )
-        rows = [[a, rule, f"{n:,}", f"{added:,}", f"{trained:,}"] for a, rule, n, added, trained in self.rows]
+        rows = [[a, rule, f"{n:,}", f"{added:,}", f"{trained:,}", s] for a, rule, n, added, trained, s in self.rows]
         parts = [head]
         if rows:
-            parts.append(table(["adapter", "rule", "sites", "added", "trainable"], rows))
+            parts.append(table(["adapter", "rule", "sites", "added", "trainable", "state"], rows))
         if self.merged:
             parts.append(f"merged: {', '.join(self.merged)}")
         return "\n".join(parts)
@@ -45,7 +48,7 @@ class Summary:
     __repr__ = __str__
 
     def to_dict(self) -> dict[str, Any]:
-        names = ("adapter", "rule", "sites", "added", "trainable")
+        names = ("adapter", "rule", "sites", "added", "trainable", "state")
         return {
             "trainable": self.trainable,
             "added": self.added,
@@ -63,30 +66,49 @@ def summary(model: nn.Module) -> Summary:
     >>> from rules import LoraRule
     >>> print(summary(apply_rules(nn.Sequential(nn.Linear(8, 8)), [LoraRule("0", rank=2)])))
     trainable 32 || added 32 || total 104 || trainable 30.7692 %
-    adapter  rule      sites  added  trainable
-    default  LoraRule      1     32         32
+    adapter  rule      sites  added  trainable  state
+    default  LoraRule      1     32         32  live
 
     `total` is the base and what was added; of packed parameters the numbers that they stand for are counted, as PEFT
-    does. Works on an untouched model, too.
+    does. `state`: live (with its weight where that is not 1), idle or merged. Works on an untouched model, on a part of
+    a rewritten one, and on one whose parts were rewritten by themselves: adapters are listed with the path.
     """
+    check_all_present(model)
+    rows: list[tuple[str, str, int, int, int, str]] = []
+    merged: list[str] = []
+    records = records_in(unwrapped(model), nested=True) or {"": model}
+    for path, root in records.items():
+        begin = f"{path}: " if path and len(records) > 1 else ""
+        rows += [(begin + row[0], *row[1:]) for row in _rows(root)]
+        merged += [begin + name for name in merged_adapters(root)]
+    parameters = list(model.named_parameters())
+    return Summary(
+        trainable=sum(_numbers_in(p) for _, p in parameters if p.requires_grad),
+        added=sum(p.numel() for name, p in parameters if rows and is_adapter_key(model, name)),
+        total=sum(_numbers_in(p) for _, p in parameters),
+        rows=tuple(rows),
+        merged=tuple(merged),
+    )
+
+
+def _rows(root: nn.Module) -> list[tuple[str, str, int, int, int, str]]:
+    """Each adapter's rules with their sites and numbers, and what the adapter is now."""
     counts: dict[tuple[str, str], list[int]] = defaultdict(lambda: [0, 0, 0])
-    for _, module, state in sites(model):
-        for applied in state.applied:
-            held = tensors_of(module, applied.adapter)
-            mine = [held[name] for name in applied.tensors if name in held]
-            row = counts[applied.adapter, applied.rule.label]
+    states: dict[str, str] = {}
+    for _, module, site in sites(root):
+        for applied in site.applied:
+            name, held = applied.adapter, tensors_of(module, applied.adapter)
+            mine = [held[key] for key in applied.tensors if key in held]
+            row = counts[name, applied.rule.label]
             row[0] += 1
             row[1] += sum(tensor.numel() for tensor in mine if isinstance(tensor, nn.Parameter))
             row[2] += sum(tensor.numel() for tensor in mine if tensor.requires_grad)
-    parameters = list(model.named_parameters())
-    known = model_state(model) is not None
-    return Summary(
-        trainable=sum(_numbers_in(p) for _, p in parameters if p.requires_grad),
-        added=sum(p.numel() for name, p in parameters if known and is_adapter_key(model, name)),
-        total=sum(_numbers_in(p) for _, p in parameters),
-        rows=tuple((adapter, rule, *map(int, row)) for (adapter, rule), row in counts.items()),  # type: ignore[misc]
-        merged=tuple(merged_adapters(model)),
-    )
+            if site.merged is not None and name in site.merged.adapters:
+                states[name] = "merged"
+            elif name not in states:
+                live = "live" if applied.weight == 1.0 else f"live × {applied.weight:g}"
+                states[name] = live if applied.live else "idle"
+    return [(name, rule, *row, states[name]) for (name, rule), row in counts.items()]  # type: ignore[misc]
 
 
 def _numbers_in(parameter: Any) -> int:
@@ -138,15 +160,17 @@ def draw(model: nn.Module, path: str = "", *, before: bool = True) -> str:
 
 
 def _site_at(model: nn.Module, path: str) -> tuple[nn.Module, SiteState]:
+    check_all_present(model)
     modules = dict(model.named_modules(remove_duplicate=False))
+    below = list(records_in(model).values())
+    if (path not in modules or site_state(modules[path]) is None) and len(below) == 1 and there(below[0], path):
+        modules = dict(below[0].named_modules(remove_duplicate=False))  # a path in what is wrapped
     if path not in modules:
         raise MatchError(f"the model has no module {path!r}", why=near_misses(path, modules))
     state = site_state(modules[path])
     if state is None:
-        where = [found for found, _, _ in sites(model)][:3]
-        raise MatchError(
-            "no rule was applied here", where=path, why=f"sites are {', '.join(where)}, …" if where else None
-        )
+        where = [found for found, _, _ in sites(below[0] if len(below) == 1 else model)]
+        raise MatchError("no rule was applied here", where=path, why=f"sites are {listed(where)}" if where else None)
     return modules[path], state
 
 

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from surgery.base_rule import Rule
 from surgery.errors import SiteError, SurgeryError, near_misses
+from surgery.links import Links
 from surgery.match import RESERVED, base_modules
 from surgery.weave import Layer
 from surgery.wrapped import child_of
@@ -196,7 +197,8 @@ class ModelState:
     """A model's record: the rules of each adapter, and what has to be put back when the last one goes.
 
     `places`: the sites of each adapter; `keys`: the sets of live adapters met so far, one object for those that are
-    equal, so that sites compare no more than that.
+    equal, so that sites compare no more than that; `links`: how the sites hang in the model (None: unknown), and
+    `unlinked`: those that came since.
     """
 
     adapters: dict[str, tuple[Rule, ...]] = field(default_factory=dict)
@@ -209,9 +211,23 @@ class ModelState:
     standing: dict[str, Standing] = field(default_factory=dict)
     resting: dict[str, float] = field(default_factory=dict)  # what was live before `deactivate`, until `activate`
     keys: dict[frozenset, frozenset] = field(default_factory=dict, compare=False, repr=False)
+    links: Links | None = field(default=None, compare=False, repr=False)
+    unlinked: list[nn.Module] = field(default_factory=list, compare=False, repr=False)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "keys": {}}
+        return {**self.__dict__, "keys": {}, "links": None, "unlinked": []}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update({"links": None, "unlinked": [], **state})
+
+    def place(self, adapter: str, places: Places) -> None:
+        """Write down where an adapter is."""
+        self.places[adapter] = places
+        self.unlinked += places.modules
+
+    def sites(self) -> list[nn.Module]:
+        """The modules that any adapter is on, as written down; each once."""
+        return list({id(module): module for places in self.places.values() for module in places.modules}.values())
 
     @property
     def idle(self) -> list[str]:
@@ -237,8 +253,11 @@ def site_state(module: nn.Module) -> SiteState | None:
 
 
 def sites(model: nn.Module) -> Iterator[tuple[str, nn.Module, SiteState]]:
-    """The rewritten modules of a model with their present paths, each once."""
-    for path, module in base_modules(model):
+    """The rewritten modules of a model with their present paths, each once.
+
+    A part of it that was rewritten by itself has sites of its own, which are none of these.
+    """
+    for path, module in base_modules(model, stop=_MODEL):
         state = site_state(module)
         if state is not None:
             yield path, module, state
@@ -258,22 +277,17 @@ def merged_adapters(model: nn.Module) -> list[str]:
 
 
 def require_state(model: nn.Module) -> ModelState:
-    """The model's record. `SurgeryError` where no rules were applied to this very module."""
+    """The record of this very module, which has one."""
     state = model_state(model)
-    if state is not None:
-        if model.__dict__.get("_hf_peft_config_loaded"):  # said by transformers' load_adapter and add_adapter
-            raise SurgeryError(
-                "PEFT's adapters came onto this model after its own",
-                why="model.load_adapter and model.add_adapter of transformers put PEFT's layers around its sites",
-                fix="load the model anew, and PEFT's checkpoints by surgery.load_adapter(model, folder)",
-            )
-        return state
-    inner = [path for path, module in model.named_modules() if model_state(module) is not None]
-    raise SurgeryError(
-        "no rules were applied to this module",
-        why=f"they were applied to its child {inner[0]!r}" if inner else "it has no adapters",
-        fix="apply rules first, or pass the module that apply_rules was called with",
-    )
+    if state is None:
+        raise SurgeryError("no rules were applied to this module", fix="apply rules first")
+    if model.__dict__.get("_hf_peft_config_loaded"):  # said by transformers' load_adapter and add_adapter
+        raise SurgeryError(
+            "PEFT's adapters came onto this model after its own",
+            why="model.load_adapter and model.add_adapter of transformers put PEFT's layers around its sites",
+            fix="load the model anew, and PEFT's checkpoints by surgery.load_adapter(model, folder)",
+        )
+    return state
 
 
 def adapter_names(state: ModelState, adapter: str | Sequence[str] | None) -> list[str]:

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from surgery.base_rule import Rule
 from surgery.errors import SurgeryError, near_misses
 from surgery.match import RESERVED
-from surgery.state import adapter_names, is_adapter_key, model_state, require_state, sites, tensors_of
+from surgery.root import check_all_present, records_in, rewritten
+from surgery.state import adapter_names, is_adapter_key, sites, tensors_of
 from surgery.wrapped import taken_from
 
 __all__ = ["adapter_state_dict", "base_state_dict", "load_adapter_state_dict", "rules_of"]
@@ -29,6 +30,7 @@ def base_state_dict(model: nn.Module) -> dict[str, Tensor]:
     The keys, their order and the tensors are those of `model.state_dict()` before any rule; while an adapter is
     merged, they are the merged weights. Loads into the plain model with `strict=True`.
     """
+    check_all_present(model)
     return {key: tensor for key, tensor in model.state_dict().items() if not is_adapter_key(model, key)}
 
 
@@ -48,9 +50,10 @@ def adapter_state_dict(
     gathered elsewhere (FSDP, DeepSpeed); its keys may have the segments of wrappers (`module.`, `_orig_mod.`).
     `SurgeryError` for an unknown adapter, and for a state dict that lacks a tensor of the adapter.
     """
-    adapter_names(require_state(model), adapter)
-    found, state_dict = {}, given_tensors(model, adapter, state_dict)
-    for path, module, _ in sites(model):
+    root, state = rewritten(model)
+    adapter_names(state, adapter)
+    found, state_dict = {}, given_tensors(root, adapter, state_dict)
+    for path, module, _ in sites(root):
         for name, tensor in tensors_of(module, adapter, path, state_dict).items():
             found[".".join(filter(None, (path, RESERVED, name)))] = tensor.detach()
     return found
@@ -112,8 +115,7 @@ def rules_of(model: nn.Module, adapter: str | None = None) -> list[Rule]:
 
     An untouched model has none. `SurgeryError` for an unknown adapter.
     """
-    state = model_state(model)
-    if state is None and adapter is None:
+    if adapter is None and not records_in(model) and not any(True for _ in sites(model)):
         return []
-    state = require_state(model)
+    _, state = rewritten(model)
     return [rule for name in adapter_names(state, adapter) for rule in state.adapters[name]]

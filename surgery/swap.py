@@ -27,8 +27,8 @@ from surgery.living import install_live
 from surgery.match import RESERVED
 from surgery.origin import other_model
 from surgery.recording import Step
+from surgery.root import rewritten
 from surgery.site import LiveSite
-from surgery.state import require_state
 from surgery.state_dicts import rules_of
 from surgery.stored import Entry, Stored, stored_adapter, tensor_key
 from surgery.view import tensor_at
@@ -108,9 +108,9 @@ def hotswap(
     `strict=False` as in `load_adapter`. Raises `SurgeryError` where the adapter is unknown or merged, or began by
     changing the base's weights (PiSSA). PEFT: `hotswap_adapter`, for LoRA.
     """
-    model = getattr(model, "_orig_mod", model)
+    model, state = rewritten(model)
     check_free(model)
-    live = living(model, require_state(model), adapter)
+    live = living(model, state, adapter)
     stored = _stored(model, source, adapter, rules, subfolder, revision)
     report = SwapReport(adapter, stored.rules, metadata=stored.metadata, licence=stored.licence)
     problems = [*stored.problems, *([] if trust else map(_distrusted, (rule for rule in stored.rules if rule.imports)))]
@@ -159,10 +159,9 @@ def pad_rank(model: M, adapter: str, rank: int) -> M:
     where none of its rules has a rank or one uses more than this, `SiteError` for sharded tensors. PEFT:
     `prepare_model_for_compiled_hotswap(target_rank=…)`.
     """
-    inner: nn.Module = getattr(model, "_orig_mod", model)
-    state = require_state(inner)
-    check_free(inner)
-    live = living(inner, state, adapter)
+    root, state = rewritten(model)
+    check_free(root)
+    live = living(root, state, adapter)
     wider = {id(rule): rule.padded(rank) for rule in state.adapters[adapter]}
     found = [(one, made) for one in live.values() if (made := _grown(one, adapter, rank, wider)) is not None]
     if not found:

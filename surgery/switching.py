@@ -14,9 +14,9 @@ from torch import nn
 from surgery.errors import SurgeryError
 from surgery.install import reason_against, swap
 from surgery.journal import Journal
+from surgery.links import there
 from surgery.living import class_of_live
 from surgery.state import _SITE, AdapterTensors, ModelState, SiteState, box_of, require_state
-from surgery.wrapped import submodule
 
 __all__ = ["check_none_merged", "check_settled", "set_trained", "switch", "weights_now"]
 
@@ -41,9 +41,9 @@ def switch(model: nn.Module, live: Mapping[str, float]) -> None:
         journal.undo(_swap_back, found)
         _install(found, bound, _key(state, live))
         for path, name, without, value in state.switched:
-            reader = submodule(model, path)
-            journal.undo(setattr, reader, name, getattr(reader, name))
-            setattr(reader, name, value if live else without)
+            if (reader := there(model, path)) is not None:
+                journal.undo(setattr, reader, name, getattr(reader, name))
+                setattr(reader, name, value if live else without)
         for name in changed:
             if name not in live:
                 _rest(state.places[name].boxes)

@@ -21,7 +21,8 @@ from surgery.peft.kbit import prepare_model_for_kbit_training
 from surgery.peft.model import LoadResult, PeftModel
 from surgery.peft.tasks import *  # noqa: F403
 from surgery.peft_writing import taken_over, written
-from surgery.state import adapter_names, require_state
+from surgery.root import rewritten
+from surgery.state import adapter_names
 from surgery.state_dicts import load_adapter_state_dict
 
 __all__ = [
@@ -89,7 +90,7 @@ def get_peft_model_state_dict(
     `state_dict`: the model's, where its tensors were gathered from elsewhere.
     """
     base = inside(model)
-    adapter_names(require_state(base), adapter_name)
+    adapter_names(rewritten(base)[1], adapter_name)
     return written(base, adapter_name, state=state_dict)[1]
 
 
@@ -101,7 +102,7 @@ def set_peft_model_state_dict(
     All or nothing: a tensor of another shape is a `LoadError`, with the adapter as it was.
     """
     base = inside(model)
-    adapter_names(require_state(base), adapter_name)
+    adapter_names(rewritten(base)[1], adapter_name)
     tensors, missing, unexpected = taken_over(base, adapter_name, peft_model_state_dict)
     load_adapter_state_dict(base, tensors, adapter_name)
     return LoadResult(missing, unexpected)

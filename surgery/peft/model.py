@@ -25,9 +25,11 @@ from surgery.peft.defaults import with_defaults
 from surgery.peft.facade import Facade, facade
 from surgery.peft_format import rules_by
 from surgery.peft_writing import written
+from surgery.root import rewritten, root_of
 from surgery.state import adapter_names as named
-from surgery.state import merged_adapters, model_state, require_state
+from surgery.state import merged_adapters, model_state
 from surgery.switching import set_trained
+from surgery.wrapped import unwrapped
 
 __all__ = ["LoadResult", "PeftModel"]
 
@@ -84,7 +86,7 @@ class PeftModel(Facade):
     @property
     def active_adapters(self) -> list[str]:
         """In PEFT, adapters stay active while they are disabled; the engine knows live ones."""
-        state = model_state(self._base)
+        state = model_state(unwrapped(self._base))
         return [] if state is None else list(surgery.active(self._base) or state.resting)
 
     @property
@@ -121,8 +123,8 @@ class PeftModel(Facade):
         self._enter(adapter_name, self._disabled, train=not inference_mode)
 
     def set_requires_grad(self, adapter_names: Names, requires_grad: bool = True) -> None:
-        check_free(self._base)
-        state = require_state(self._base)
+        check_free(root_of(self._base))
+        state = rewritten(self._base)[1]
         set_trained(state, named(state, adapter_names), requires_grad)
 
     def disable_adapter(self) -> AbstractContextManager[None]:
@@ -202,7 +204,7 @@ class PeftModel(Facade):
         alone, disabled = self.active_adapters == [adapter_name], self._disabled
         surgery.remove(self._base, adapter_name)
         self._configs.pop(adapter_name, None)
-        state = model_state(self._base)
+        state = model_state(unwrapped(self._base))
         if alone and state is not None:
             first = next(iter(state.adapters))
             warnings.warn(f"{adapter_name} was active; now {first} is", SurgeryWarning, stacklevel=2)
@@ -244,7 +246,7 @@ class PeftModel(Facade):
 
     def merge_and_unload(self, progressbar: bool = False, safe_merge: bool = False, adapter_names: Any = None) -> Any:
         """The plain model with adapters (the active ones) in its weights, for good; all others are gone, too."""
-        if not merged_adapters(self._base):
+        if not merged_adapters(unwrapped(self._base)):
             self.merge_adapter(adapter_names, safe_merge)
         try:
             surgery.forget(self._base)
@@ -255,13 +257,13 @@ class PeftModel(Facade):
 
     def unload(self) -> Any:
         """The base as it was before the first adapter: bits, classes and `requires_grad` flags."""
-        if model_state(self._base) is not None:
+        if model_state(unwrapped(self._base)) is not None:
             surgery.remove(surgery.unmerge(self._base))
         self._configs.clear()
         return self._base
 
     def _unmerged(self, verb: str) -> None:
-        if merged_adapters(self._base):
+        if merged_adapters(unwrapped(self._base)):
             warnings.warn(f"{verb}: the model is merged, and is unmerged first", SurgeryWarning, stacklevel=3)
             surgery.unmerge(self._base)
 
@@ -278,7 +280,7 @@ class PeftModel(Facade):
         if not options.get("is_main_process", True):
             return
         folder, tensors = Path(save_directory), options.get("state_dict") or self._base.state_dict()
-        for name in named(require_state(self._base), selected_adapters):
+        for name in named(rewritten(self._base)[1], selected_adapters):
             place, config = folder if name == "default" else folder / name, self._configs.get(name)
             told: dict[str, Any] = {"config": config and config.to_dict(), "state_dict": tensors}
             try:
