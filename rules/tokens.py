@@ -24,7 +24,8 @@ class TokensRule(Rule):
     torch.Size([2, 8])
 
     `tokens`: distinct row numbers. Goes on Embedding and, for a head, on Linear. `rows` is (tokens, dim) in the
-    base's dtype and starts as the base's rows. Source: PEFT's trainable_token_indices, TrainableTokensConfig.
+    base's dtype and starts as the base's rows. An embedding and a head that share their weight share `rows`, too, where
+    one rule names both. Source: PEFT's trainable_token_indices, TrainableTokensConfig.
     """
 
     tokens: Sequence[int] = ()
@@ -45,7 +46,7 @@ class TokensRule(Rule):
     def rewrite(self, site: Site) -> Tensor | None:
         ids = torch.tensor(sorted(self.tokens))
         weight: Tensor = site.module.weight  # type: ignore[assignment]
-        rows = site.param("rows", weight.detach()[ids.to(weight.device)])
+        rows = site.param("rows", weight.detach()[ids.to(weight.device)], tied=weight)
         index = site.buffer("index", ids)
         if not _looks_up(site):
             site.replace(site.weight, site.weight.index_copy(0, index, rows.to(site.weight.dtype)))

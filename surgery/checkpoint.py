@@ -277,6 +277,7 @@ def load_adapter(
 def _found(plan: Plan, stored: Stored, report: LoadReport, finite: bool) -> list[tuple[Step, str, Entry]]:
     """The tensors of a plan that the file holds in their shapes; the report is told of all others."""
     file, used, found = stored.file, set[str](), list[tuple[Step, str, Entry]]()
+    shared: dict[Any, str] = {}
     for step in plan.steps:
         for spec in step.specs:
             try:
@@ -291,6 +292,10 @@ def _found(plan: Plan, stored: Stored, report: LoadReport, finite: bool) -> list
                 continue
             used.add(entry.key)
             misfit = _misfit(file, entry, spec.shape, spec.dtype, finite)
+            tie = spec.tie(step.rule)
+            first = entry.key if tie is None else shared.setdefault(tie, entry.key)
+            if not misfit and first != entry.key and not torch.equal(file.read(first), file.read(entry.key)):
+                misfit = f"is not {first}, and here the two modules share their weight and what is trained of it"
             if misfit:
                 report.misfits.append(f"{entry.key} {misfit}")
             else:
@@ -373,17 +378,18 @@ def _value(file: TensorFile, entry: Entry) -> Tensor:
 
 
 def _fill(plan: Plan, values: list[tuple[Step, str, Entry]], file: TensorFile) -> None:
-    filled = {(id(step), name) for step, name, _ in values}
+    filled, made = {(id(step), name) for step, name, _ in values}, dict[int, nn.Parameter]()
     with torch.no_grad():
         for step in plan.steps:
             if any(tensor.is_meta for tensor in tensors_of(step.module, plan.adapter).values()):
-                _realise(step, plan.adapter, {spec.name for spec in step.specs if (id(step), spec.name) not in filled})
+                left = {spec.name for spec in step.specs if (id(step), spec.name) not in filled}
+                _realise(step, plan.adapter, left, made)
         held = {id(step): tensors_of(step.module, plan.adapter) for step in plan.steps}
         for step, name, entry in values:
             held[id(step)][name].copy_(_value(file, entry))
 
 
-def _realise(step: Step, adapter: str, others: set[str]) -> None:
+def _realise(step: Step, adapter: str, others: set[str], made: dict[int, nn.Parameter]) -> None:
     """Tensors on the meta device, made there beside a base that has no numbers yet, are made anew on the CPU.
 
     `others` are those that no file fills: they get the values that their rule starts with.
@@ -398,7 +404,8 @@ def _realise(step: Step, adapter: str, others: set[str]) -> None:
         if spec.buffer:
             box._buffers[spec.name] = new
         else:
-            box._parameters[spec.name] = nn.Parameter(new, requires_grad=old.requires_grad)
+            made.setdefault(id(old), nn.Parameter(new, requires_grad=old.requires_grad))
+            box._parameters[spec.name] = made[id(old)]  # sites may share it
     if meta and others:
         module = step.module
         step.rule.initialise(

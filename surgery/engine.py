@@ -172,11 +172,11 @@ def carry_out(
     check_free(plan.model)
     for warning in plan.warnings:
         warnings.warn(warning, SurgeryWarning, stacklevel=stacklevel)
-    standing, owners = Standing(), Owners(plan.model)
+    standing, owners, tied = Standing(), Owners(plan.model), dict[Any, Tensor]()
     with Journal() as journal:
         with torch.no_grad():
             for step in plan.steps:
-                _insert(step, plan, standing, owners, given, journal)
+                _insert(step, plan, standing, owners, given, tied, journal)
         _install(plan, journal)
         _record(plan.model, plan, standing, journal)
         if plan.observation is not None:
@@ -186,7 +186,15 @@ def carry_out(
 # Applying -----------------------------------------------------------------------------------------------------
 
 
-def _insert(step: Step, plan: Plan, standing: Standing, owners: Owners, given: Given | None, journal: Journal) -> None:
+def _insert(
+    step: Step,
+    plan: Plan,
+    standing: Standing,
+    owners: Owners,
+    given: Given | None,
+    tied: dict[Any, Tensor],
+    journal: Journal,
+) -> None:
     """Put a rule's tensors on its site and let it initialise them; the forward is still the old one."""
     module = step.module
     state = site_state(module)
@@ -204,7 +212,13 @@ def _insert(step: Step, plan: Plan, standing: Standing, owners: Owners, given: G
         facts=step.facts,
     )
     device = _device_of(module)
-    made = {spec.name: (_made(spec, device, given and given(step, spec)), spec.buffer) for spec in step.specs}
+    made = dict[str, tuple[Tensor, bool]]()
+    for spec in step.specs:
+        tie = spec.tie(step.rule)
+        tensor = tied[tie] if tie in tied else _made(spec, device, given and given(step, spec))
+        made[spec.name] = tensor, spec.buffer
+        if tie is not None:
+            tied[tie] = tensor
     if made:
         attach(module, plan.adapter, made, step.path)
         journal.undo(detach, module, plan.adapter, list(made))

@@ -23,6 +23,7 @@ from surgery.state import (
     SiteState,
     Standing,
     attach,
+    attach_again,
     box_of,
     detach,
     require_state,
@@ -58,14 +59,14 @@ def put(model: nn.Module, adapter: str, rules: Sequence[Rule], placed: Iterable[
     state = require_state(model)
     standing = Standing(live=False)
     with Journal() as journal:
-        steps, places = list[Step](), dict[int, tuple[nn.Module, list[Applied]]]()
+        steps, places, tied = list[Step](), dict[int, tuple[nn.Module, list[Applied]]](), dict[Any, Tensor]()
         for one in placed:
             site = site_state(one.module)
             assert site is not None
             if (refused := reason_against(one.module)) is not None:
                 what = "the site can't have another adapter"
                 raise SurgeryError(what, where=site.path, why=refused[0], fix=refused[1])
-            steps += _put(one, adapter, standing, site, journal)
+            steps += _put(one, adapter, standing, site, tied, journal)
             places.setdefault(id(one.module), (one.module, []))[1].append(site.applied[-1])
         if problems := clashes(steps, beside=False):
             raise PlanError(problems)
@@ -76,7 +77,9 @@ def put(model: nn.Module, adapter: str, rules: Sequence[Rule], placed: Iterable[
         hf.ignore_on_save(model, state)
 
 
-def _put(one: Placed, adapter: str, standing: Standing, site: SiteState, journal: Journal) -> list[Step]:
+def _put(
+    one: Placed, adapter: str, standing: Standing, site: SiteState, tied: dict[Any, Tensor], journal: Journal
+) -> list[Step]:
     module, path = one.module, site.path
     if one.tensors:
         attach(module, adapter, one.tensors, path)
@@ -94,6 +97,9 @@ def _put(one: Placed, adapter: str, standing: Standing, site: SiteState, journal
         found = {name: tuple(tensor.shape) for name, (tensor, _) in one.tensors.items()}
         if wanted != found:
             raise SurgeryError(f"{one.rule.label} asks for {wanted}, and is given {found}", where=path)
+        for spec in made.specs:
+            if (tie := spec.tie(one.rule)) is not None:
+                attach_again(module, adapter, spec.name, tied.setdefault(tie, one.tensors[spec.name][0]))
         applied.layer = Layer(adapter, one.rule.label, made.tape)
         trained = {spec.name: spec.trainable for spec in made.specs if not spec.buffer}
         steps.append(Step(one.rule, path, module, (), made.own, made.tape, made.specs, False, one.facts))

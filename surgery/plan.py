@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Hashable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
@@ -57,7 +58,9 @@ class Plan:
 
     @property
     def trainable(self) -> int:
-        return sum(step.trainable for step in self.steps)
+        shared = {tie: spec for step in self.steps for spec in step.specs if (tie := spec.tie(step.rule)) is not None}
+        own = (spec for step in self.steps for spec in step.specs if spec.tied is None)
+        return sum(math.prod(spec.shape) for spec in (*own, *shared.values()) if spec.trainable)
 
     @property
     def notes(self) -> list[str]:

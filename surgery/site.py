@@ -43,6 +43,11 @@ class ParamSpec:
     fill: Fill
     trainable: bool
     buffer: bool
+    tied: Tensor | None = None  # sites of a rule at which this is the same tensor have one between them
+
+    def tie(self, rule: Rule) -> tuple[int, str, int] | None:
+        """What is equal of the sites that share this tensor; None where each has its own."""
+        return None if self.tied is None else (id(rule), self.name, id(self.tied))
 
 
 class _Place:
@@ -322,14 +327,16 @@ class Site(_Place, Inside):
         *,
         dtype: torch.dtype | str | None = None,
         trainable: bool = True,
+        tied: Tensor | None = None,
     ) -> Tensor:
         """A tensor of the adapter, named `<site>.adapters.<adapter>.<name>`: a trained parameter by default.
 
         `value` is its initial tensor, or its shape; then `init` is a number, or a function that fills a tensor in
         place (`nn.init.xavier_uniform_`). A shape's dtype is the module's, or float32 where that is half precision
         or quantised (PEFT's autocast_adapter_dtype). It is made on the module's device, when the plan is carried out.
+        `tied`: sites of this rule that give the same tensor here share one parameter, as modules with tied weights do.
         """
-        return self._declare(name, value, init, dtype, trainable, buffer=False)
+        return self._declare(name, value, init, dtype, trainable, buffer=False, tied=tied)
 
     def buffer(self, name: str, value: Tensor) -> Tensor:
         """A tensor of the adapter that is saved with it and not trained, such as a running mean."""
@@ -368,7 +375,9 @@ class Site(_Place, Inside):
                 fix="use a rule that works on the module's inputs and outputs",
             )
 
-    def _declare(self, name: str, value: Any, init: Any, dtype: Any, trainable: bool, buffer: bool) -> Tensor:
+    def _declare(
+        self, name: str, value: Any, init: Any, dtype: Any, trainable: bool, buffer: bool, tied: Tensor | None = None
+    ) -> Tensor:
         if not name.isidentifier() or hasattr(nn.Module, name) or name in _TAKEN:
             raise SiteError(f"{name!r} can't name a tensor", where=self.path, fix="use a plain identifier")
         if name in self.specs:
@@ -385,7 +394,7 @@ class Site(_Place, Inside):
         if dtype is not None:
             made = getattr(torch, dtype) if isinstance(dtype, str) else dtype
         trained = trainable and (made.is_floating_point or made.is_complex)
-        self.specs[name] = ParamSpec(name, shape, made, fill, trained, buffer)
+        self.specs[name] = ParamSpec(name, shape, made, fill, trained, buffer, tied)
         return self._value("param", name)
 
 

@@ -365,6 +365,13 @@ def attach(module: nn.Module, adapter: str, tensors: Mapping[str, tuple[Tensor, 
             box._parameters[name] = tensor  # type: ignore[assignment]
 
 
+def attach_again(module: nn.Module, adapter: str, name: str, parameter: Tensor) -> None:
+    """Another parameter in the place of one that an adapter has at a site."""
+    box = box_of(module, adapter)
+    assert box is not None and name in box._parameters, name
+    box._parameters[name] = parameter  # type: ignore[assignment]
+
+
 def detach(module: nn.Module, adapter: str, names: list[str] | None = None) -> None:
     """Take an adapter's tensors from a site (or some of them), and the holder with the last."""
     held = module._modules.get(RESERVED)

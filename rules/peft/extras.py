@@ -1,17 +1,13 @@
-"""What goes with any of PEFT's methods: modules_to_save, trainable_token_indices, and the biases that LoRA trains."""
+"""What goes with any of PEFT's methods: modules_to_save, and the biases that LoRA trains."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from typing import Any
-
-import torch
-from torch import nn
 
 from rules.bias import BiasRule
 from rules.peft._tasks import HEADS, ending
-from rules.tokens import TokensRule
 from rules.train import TrainRule
 from surgery import PeftConfig, PeftEntry, PeftPart, PeftPlace, Rule, SurgeryError, peft_method
 
@@ -47,66 +43,6 @@ def _heads(config: PeftConfig) -> list[str]:
     starts = [(path, f"{start}{path}.") for path in heads for start in ("base_model.model.", "base_model.")]
     names = {path: [name for name, _ in config.modules.by_path[path].named_parameters()] for path in heads}
     return [path for path, start in starts if any(start + name in held for name in names[path])]
-
-
-@peft_method
-class Tokens(PeftPart):
-    rule, made = TokensRule, ("index",)
-
-    def read(self, config: PeftConfig) -> Iterable[Rule]:
-        given = config.take("trainable_token_indices")
-        if not given:
-            return
-        if isinstance(given, list):
-            given = {_embedding(config): given}
-        for name, ids in given.items():
-            yield TokensRule(targets=config.regular(_with_tied(config.modules.by_path, name)), tokens=list(ids))
-
-    def entries(self, place: PeftPlace) -> dict[str, PeftEntry]:
-        asked = place.config.get("trainable_token_indices")
-        assert isinstance(place.rule, TokensRule)
-        if isinstance(asked, dict):
-            tied = _with_tied(place.modules.by_path, place.path)
-            asked = next(
-                (ids for name, ids in asked.items() if set(_with_tied(place.modules.by_path, name)) & set(tied)), None
-            )
-        order = torch.tensor(asked or sorted(place.rule.tokens)).argsort()
-        weight: Any = place.module.weight
-        first = next(
-            path for path, module in place.modules.by_path.items() if getattr(module, "weight", None) is weight
-        )
-        key = f"/base_model.model.{first}.token_adapter.trainable_tokens_delta"
-        return {
-            "rows": PeftEntry(key, lambda rows: rows[order], lambda rows: rows[order.argsort()]),
-        }
-
-    made = ("index",)
-
-    def write(self, placed: Any, modules: Any) -> dict[str, Any]:
-        found: dict[str, list[int]] = {}
-        for rule, paths in placed:
-            assert isinstance(rule, TokensRule)
-            for path in paths:
-                tied = _with_tied(modules.by_path, path)
-                if not set(tied) <= set(paths):
-                    raise SurgeryError("PEFT's format can't hold tokens of one of two tied modules", where=path)
-                found[tied[0]] = sorted(rule.tokens)
-        return {"trainable_token_indices": found}
-
-
-def _with_tied(modules: Mapping[str, nn.Module], name: str) -> list[str]:
-    """The modules of a name, and those that hold the same weight: PEFT changes their rows, too."""
-    named = [path for path in modules if path == name or path.endswith(f".{name}")]
-    weights = {id(getattr(modules[path], "weight", None)) for path in named}
-    return [path for path, module in modules.items() if id(module._parameters.get("weight")) in weights]
-
-
-def _embedding(config: PeftConfig) -> str:
-    try:
-        module = config.model.get_input_embeddings()  # type: ignore[operator]
-        return next(path for path, other in config.modules.by_path.items() if other is module)
-    except (AttributeError, NotImplementedError, StopIteration):
-        return "embed_tokens"
 
 
 @peft_method

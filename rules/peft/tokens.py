@@ -1,0 +1,128 @@
+"""PEFT's trainable_token_indices: which modules' rows are trained, and which of them share their rows."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from rules.tokens import TokensRule
+from surgery import PeftConfig, PeftEntry, PeftPart, PeftPlace, Rule, SurgeryError, peft_method
+
+Groups = dict[tuple[str, ...], list[int]]  # the paths that share their rows → the rows
+
+
+@peft_method
+class Tokens(PeftPart):
+    rule, made = TokensRule, ("index",)
+
+    def read(self, config: PeftConfig) -> Iterable[Rule]:
+        given = config.take("trainable_token_indices")
+        if not given:
+            return
+        tying = bool(config.data.get("ensure_weight_tying")) and not _other_embeddings(config)
+        if tying:  # else no rule holds it
+            config.take("ensure_weight_tying")
+        for paths, ids in _groups(given, config.modules, tying).items():
+            yield TokensRule(targets=config.regular(paths), tokens=list(ids))
+
+    def entries(self, place: PeftPlace) -> dict[str, PeftEntry]:
+        given, embedding = place.config.get("trainable_token_indices"), _embedding(place.modules)
+        together = _sharing(place.modules.matched(place.rule), place)
+        path = embedding if embedding in together else place.path
+        ids: Any = given
+        if isinstance(given, dict):
+            ids = next((ids for name, ids in given.items() if str(path).endswith(name)), None)
+        assert isinstance(place.rule, TokensRule)
+        order = torch.tensor(ids or sorted(place.rule.tokens)).argsort()
+        key = f"/base_model.model.{path}.token_adapter.trainable_tokens_delta"
+        return {"rows": PeftEntry(key, lambda rows: rows[order], lambda rows: rows[order.argsort()])}
+
+    def write(self, placed: Any, modules: Any) -> dict[str, Any]:
+        embedding, wanted = _embedding(modules), Groups()
+        for rule, paths in placed:
+            assert isinstance(rule, TokensRule)
+            for path in paths:
+                alike = [p for p in paths if modules.by_path[p].weight is modules.by_path[path].weight]
+                wanted[tuple(sorted(alike, key=lambda p: (p != embedding, p)))] = sorted(rule.tokens)
+        given = {paths[0]: ids for paths, ids in wanted.items()}
+        found = {tuple(sorted(paths)): ids for paths, ids in _groups(given, modules, False).items()}
+        if found != {tuple(sorted(paths)): ids for paths, ids in wanted.items()}:
+            paths = next((paths for paths in wanted if tuple(sorted(paths)) not in found), next(iter(wanted)))
+            why = "PEFT would train the rows of other modules, or others together: of tied ones it has one copy"
+            raise SurgeryError("PEFT's format can't hold these TokensRules", where=" and ".join(paths), why=why)
+        return {"trainable_token_indices": given}
+
+
+def _groups(given: Any, modules: Any, tying: bool) -> Groups:
+    """Which modules have which rows trained, and which of them together, as PEFT reads its configuration.
+
+    A head that is tied to the embedding shares the embedding's rows, where these are trained and no others are given
+    for it. `tying`: PEFT's ensure_weight_tying.
+    """
+    embedding = _embedding(modules)
+    if isinstance(given, list):
+        given = {embedding or "embed_tokens": given}
+    tied, names = _tied(modules), list(given)
+    if embedding is not None and tied and len(names) > 1:
+        same = [name for name in names if embedding.endswith(name) or any(_means(name, path) for path in tied)]
+        differ = any(given[name] != given[same[0]] for name in same[1:])
+        if differ and tying:
+            raise SurgeryError(
+                "PEFT's ensure_weight_tying wants the same tokens of tied modules", where=", ".join(same)
+            )
+        if not differ and len(same) > 1:
+            given = {name: ids for name, ids in given.items() if name not in tied}
+        tied = [] if differ else tied
+    found, taken = Groups(), set[str]()
+    for name, ids in given.items():
+        paths = [path for path in modules.by_path if path.endswith(name) and path not in taken]
+        if not paths:
+            raise SurgeryError(f"the model has no module {name!r}, whose tokens are to be trained")
+        taken.update(paths)
+        for path in paths:
+            found[(path,)] = ids
+    if embedding is not None and (embedding,) in found and tied:
+        ids = found.pop((embedding,))
+        found[(embedding, *(path for path in tied if path not in taken))] = ids
+    return found
+
+
+def _means(name: str, path: str) -> bool:
+    return path.endswith(name) or name in path.split(".")
+
+
+def _embedding(modules: Any) -> str | None:
+    """The path of the model's input embeddings."""
+    try:
+        module = modules.model.get_input_embeddings()
+    except (AttributeError, NotImplementedError, TypeError):
+        return None
+    return next((path for path, other in modules.by_path.items() if other is module), None)
+
+
+def _tied(modules: Any) -> list[str]:
+    """The modules that the model's configuration ties to its embedding, and that hold its weight."""
+    config, embedding = getattr(modules.model, "config", None), _embedding(modules)
+    if embedding is None or not getattr(config, "tie_word_embeddings", False):
+        return []
+    return [path for path in _holding(modules.by_path, modules.by_path[embedding]) if path != embedding]
+
+
+def _holding(modules: Mapping[str, nn.Module], module: nn.Module) -> list[str]:
+    weight = module._parameters.get("weight")
+    return [path for path, other in modules.items() if weight is not None and other._parameters.get("weight") is weight]
+
+
+def _sharing(paths: Iterable[str], place: PeftPlace) -> set[str]:
+    """Of these paths, the ones that hold the weight of a rule's site."""
+    return set(paths) & set(_holding(place.modules.by_path, place.module))
+
+
+def _other_embeddings(config: PeftConfig) -> Sequence[str]:
+    """The embeddings and heads that the configuration adapts or saves as a whole."""
+    names = ("embed_tokens", "lm_head")
+    saved = config.data.get("modules_to_save") or ()
+    return [name for name in (*config.targeted, *saved) if str(name).rpartition(".")[2] in names]
