@@ -283,12 +283,19 @@ def _branches(settings: Any, saved: list[Any]) -> Iterator[tuple[float, float, T
 
 def lower(graph: fx.Graph) -> None:
     """Put the fast form in the place of every linear layer with low-rank branches that nothing else looks at."""
+    chains: dict[fx.Node, _Chain] = {}  # by each node that is the layer's output with the branches so far
     for add in list(graph.nodes):
         if add.op == "call_function" and add.target is operator.add and len(add.args) == 2:
             y, scaled = add.args
             branch = _branch(scaled)
-            if branch is not None and _private(y, add) and y.args[0] is branch[0]:
-                _put(graph, y, add, branch[1:])
+            if branch is None or not isinstance(y, fx.Node):
+                continue
+            chain = chains.get(y) or _Chain.of(y)
+            if chain is not None and chain.layer.args[0] is branch[0] and chain.private(add):
+                chain.extend(add, branch[1:])
+                chains.update(dict.fromkeys(chain.values, chain))
+    for chain in dict.fromkeys(chains.values()):
+        chain.put(graph)
     calls = graph.find_nodes(op="call_function", target=low_rank_linear)
     if calls:
         with graph.inserting_before(next(node for node in graph.nodes if node.op != "placeholder")):
@@ -353,37 +360,56 @@ def _is(node: Any, target: Any) -> bool:
     return isinstance(node, fx.Node) and node.target == target and len(node.users) == 1
 
 
-def _private(y: Any, add: fx.Node) -> bool:
-    """Whether y is a linear layer's output that only `add` uses, and could as well be made there."""
-    if not (isinstance(y, fx.Node) and y.op == "call_function" and not y.kwargs):
-        return False
-    if y.target is not low_rank_linear and not (y.target is F.linear and len(y.args) in (2, 3)):
-        return False
-    if not all(user is add or _casts(user, add, y) for user in y.users):
-        return False
-    between = y.next
-    while between is not add and not _effect(between):
-        between = between.next
-    return between is add
+class _Chain:
+    """A linear layer with the low-rank branches that are added to it one after the other: one call in the end.
+
+    `values`: the nodes that hold the layer's output with the branches so far: a sum, and its casts to the dtype of
+    the layer's output, which the fast form makes itself.
+    """
+
+    def __init__(self, layer: fx.Node):
+        self.layer = layer
+        self.branches: list[tuple] = []
+        self.values: list[fx.Node] = [layer]
+        self.between: list[fx.Node] = []  # sums and casts of earlier branches
+
+    @staticmethod
+    def of(y: fx.Node) -> _Chain | None:
+        linear = y.op == "call_function" and y.target is F.linear and not y.kwargs and len(y.args) in (2, 3)
+        return _Chain(y) if linear else None
+
+    def private(self, add: fx.Node) -> bool:
+        """Whether only `add` uses the output, which could as well be made there."""
+        users = {user for value in self.values for user in value.users if user not in self.values}
+        if not all(user is add or any(_casts(user, add, value) for value in self.values) for user in users):
+            return False
+        now = self.values[0].next
+        while now is not add and not _effect(now):
+            now = now.next
+        return now is add
+
+    def extend(self, add: fx.Node, branch: tuple) -> None:
+        before, self.values = self.values, [add]
+        self.values += [user for user in add.users if any(_casts(user, add, value) for value in before)]
+        self.branches.append(branch)
+        self.between += before
+
+    def put(self, graph: fx.Graph) -> None:
+        add = self.values[0]
+        args = (*self.layer.args, None) if len(self.layer.args) == 2 else self.layer.args
+        with graph.inserting_before(add):
+            fast = graph.call_function(low_rank_linear, (*args, *self.branches))
+        rules = [node.meta.get("surgery") for node in (*self.between, add)]
+        fast.meta["surgery"] = ", ".join(dict.fromkeys(filter(None, rules)))
+        for value in self.values:
+            value.replace_all_uses_with(fast)
+        for value in (*reversed(self.values), *reversed(self.between)):
+            graph.erase_node(value)
 
 
 def _casts(user: fx.Node, add: fx.Node, y: fx.Node) -> bool:
     """Whether it only gives the sum the dtype of y, which the fast form does itself."""
     return user.target is same_dtype and user.args == (add, y)
-
-
-def _put(graph: fx.Graph, y: fx.Node, add: fx.Node, branch: tuple) -> None:
-    args = (*y.args, None) if len(y.args) == 2 else y.args
-    with graph.inserting_before(add):
-        fast = graph.call_function(low_rank_linear, (*args, branch))
-    rules = [node.meta["surgery"] for node in (y, add) if node.meta.get("surgery")]
-    fast.meta["surgery"] = ", ".join(dict.fromkeys(rules))
-    for cast in [user for user in add.users if _casts(user, add, y)]:
-        cast.replace_all_uses_with(fast)
-        graph.erase_node(cast)
-    add.replace_all_uses_with(fast)
-    graph.erase_node(add)
-    graph.erase_node(y)
 
 
 def _find_fast(graph: fx.Graph, site: fx.Node, tensor: fx.Node) -> None:
