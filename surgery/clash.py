@@ -96,7 +96,7 @@ def hidden(applied: Iterable[Applied], module: nn.Module, path: str, own: Own) -
     claims: dict[Ref, Applied] = {}
     for one in applied:
         tape = layer_of(one, module, path, own).tape
-        for ref in _replaced_state(tape):
+        for ref in tape.on_state:
             other = claims.get(ref)
             if other is not None and other.adapter != one.adapter and _exclusive(tape, ref):
                 return SiteError(

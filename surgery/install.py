@@ -23,6 +23,7 @@ from torch import fx, nn
 
 from surgery.own import Own
 from surgery.pattern import qualified_name
+from surgery.pending import Unwritten, independent, settled, writing_forward
 from surgery.state import site_state
 from surgery.weave import Layer, woven
 
@@ -33,6 +34,7 @@ __all__ = [
     "class_from",
     "generated_class",
     "reason_against",
+    "recipe_of",
     "signature_source",
     "swap",
     "told",
@@ -65,9 +67,32 @@ def generated_class(own: Own, layers: Sequence[Layer]) -> type[nn.Module]:
     key = (own.key, tuple(layers))
     found = _classes.get(key)
     if found is None:
-        found = class_from(_written(own, layers))
+        later = len(layers) > AT_ONCE and independent({layer.tape for layer in layers})
+        found = _class_later(own, key[1]) if later else class_from(_written(own, layers))
         _classes[key] = found
     return found
+
+
+def _class_later(own: Own, layers: tuple[Layer, ...]) -> type[nn.Module]:
+    """A class that is written at its first call; that each of its layers can be written is tried now."""
+    for layer in [layer for layer in layers if own.key not in layer.tape.written]:
+        class_from(_written(own, (layer,)))
+    of: list[type[nn.Module]] = []
+    recipe = Unwritten(lambda cls: _write(cls, own, layers))
+    of.append(_class_of(own.base, writing_forward(own.signature, told, of), recipe))
+    return of[0]
+
+
+def _write(cls: type[nn.Module], own: Own, layers: tuple[Layer, ...]) -> None:
+    recipe = _written(own, layers)
+    cls._surgery_written, filename = _forward_of(recipe)  # type: ignore[assignment]
+    cls._surgery_recipe = recipe  # type: ignore[assignment]
+    weakref.finalize(cls, linecache.cache.pop, filename, None)
+
+
+def recipe_of(cls: type[nn.Module]) -> Recipe | None:
+    """What a generated class is made of; None for any other."""
+    return vars(settled(cls)).get("_surgery_recipe")
 
 
 def swap(module: nn.Module, cls: type[nn.Module]) -> None:
@@ -150,6 +175,8 @@ def _written(own: Own, layers: Sequence[Layer]) -> Recipe:
         lines += ["        else:", *("            " + line for line in bodies[0])]
     lines += ["    except Exception as error:", "        raise _surgery_told(error, self)"]
     label = f"{own.base.__name__} + " + ", ".join(f"{layer.label} [{layer.adapter}]" for layer in layers)
+    for layer in layers:
+        layer.tape.written.add(own.key)
     return Recipe(own.base, "\n".join(lines) + "\n", names, label)
 
 
@@ -200,32 +227,37 @@ def class_from(recipe: Recipe) -> type[nn.Module]:
     found = _by_source.get(key)
     if found is not None:
         return found
+    forward, filename = _forward_of(recipe)
+    cls = _by_source[key] = _class_of(recipe.base, forward, recipe)
+    weakref.finalize(cls, linecache.cache.pop, filename, None)
+    return cls
+
+
+def _class_of(base: type[nn.Module], forward: Any, recipe: Recipe | Unwritten) -> type[nn.Module]:
+    metaclass: Any = type(base)
+    names = {
+        "forward": forward,
+        "__module__": base.__module__,
+        "__qualname__": base.__qualname__,
+        "__doc__": base.__doc__,
+        "__reduce_ex__": _reduce_ex,
+        "_surgery_base": base,
+        "_surgery_recipe": recipe,
+        "_surgery_self": property(lambda self: self),
+    }
+    return metaclass(base.__name__, (base,), names)
+
+
+def _forward_of(recipe: Recipe) -> tuple[Any, str]:
+    """The forward of a source, and the name under which its lines are known."""
     filename = f"<surgery {next(_numbers)}: {recipe.label}>"
     space = dict(recipe.names)
     exec(compile(recipe.source, filename, "exec"), space)
     linecache.cache[filename] = (len(recipe.source), None, recipe.source.splitlines(True), filename)
-    forward = space["forward"]
-    base = recipe.base
+    forward, base = space["forward"], recipe.base
     forward.__module__, forward.__qualname__ = base.__module__, f"{base.__qualname__}.forward"
     forward.__doc__ = base.forward.__doc__
-    metaclass: Any = type(base)
-    cls: type[nn.Module] = metaclass(
-        base.__name__,
-        (base,),
-        {
-            "forward": forward,
-            "__module__": base.__module__,
-            "__qualname__": base.__qualname__,
-            "__doc__": base.__doc__,
-            "__reduce_ex__": _reduce_ex,
-            "_surgery_base": base,
-            "_surgery_recipe": recipe,
-            "_surgery_self": property(lambda self: self),
-        },
-    )
-    weakref.finalize(cls, linecache.cache.pop, filename, None)
-    _by_source[key] = cls
-    return cls
+    return forward, filename
 
 
 def told(error: Exception, module: nn.Module) -> Exception:
@@ -241,7 +273,7 @@ def told(error: Exception, module: nn.Module) -> Exception:
 
 def _reduce_ex(self: nn.Module, protocol: Any) -> Any:
     cls = type(self)
-    recipe = vars(cls).get("_surgery_recipe")
+    recipe = recipe_of(cls)
     made = self._surgery_base.__reduce_ex__(self, protocol)  # type: ignore[union-attr, arg-type, operator]
     if recipe is None or not isinstance(made, tuple):
         return made
@@ -300,6 +332,7 @@ def _by_name(value: Any) -> Any:
     return value
 
 
+AT_ONCE = 8  # rules on one site whose forward is written as soon as they are there
 BOUND = frozenset({"forward", "_old_forward"})
 _set_class = object.__setattr__  # nn.Module's own looks for tensors first, and takes twenty times as long
 _numbers = itertools.count(1)

@@ -54,14 +54,13 @@ def class_of_live(module: nn.Module, state: SiteState, own: Own | None = None) -
 def _class_for(module: nn.Module, state: SiteState, live: list[Applied], own: Own | None) -> type[nn.Module]:
     if not live:
         return state.base
-    if len(live) > 1:
-        own = own or own_forward(module, state.base)
-        if (problem := hidden(live, module, state.path, own)) is not None:
-            raise problem
-    if any(applied.inside for applied in live):
-        return varied_class(state.base, live)
     own = own or own_forward(module, state.base)
-    layers = tuple([layer_of(applied, module, state.path, own) for applied in live])
+    layers = tuple([_layer(applied) or layer_of(applied, module, state.path, own) for applied in live])
+    claiming = [applied for applied, layer in zip(live, layers, strict=True) if layer.tape.on_state]
+    if len(claiming) > 1 and (problem := hidden(claiming, module, state.path, own)) is not None:
+        raise problem
+    if any([applied.inside for applied in live]):
+        return varied_class(state.base, live)
     try:
         cls = generated_class(own, layers)
     except SiteError as error:  # equal edits are woven once for all their sites, so weaving knows no path
@@ -69,6 +68,11 @@ def _class_for(module: nn.Module, state: SiteState, live: list[Applied], own: Ow
         raise
     state.woven = Woven.of(cls, layers, own)
     return cls
+
+
+def _layer(applied: Applied) -> Layer | None:
+    """`layer_of` where it is there already: many live rules are gone through with each that comes."""
+    return applied.layer if applied.standing.weight == 1.0 else None
 
 
 def _install(module: nn.Module, state: SiteState, cls: type[nn.Module], journal: Journal | None) -> None:

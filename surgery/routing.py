@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from surgery import claims
 from surgery.errors import SurgeryError
 from surgery.here import here
-from surgery.install import swap
+from surgery.install import recipe_of, swap
 from surgery.layout import prove
 from surgery.members import routes_itself
 from surgery.outside import Lent, hide_hooks, show_hooks
@@ -333,7 +333,7 @@ def _asking(cls: type[nn.Module]) -> type[nn.Module]:
         "__doc__": cls.__doc__,
         "__reduce_ex__": _reduce_ex,
         "_surgery_base": getattr(cls, "_surgery_base", cls),
-        "_surgery_recipe": vars(cls).get("_surgery_recipe"),
+        "_surgery_recipe": recipe_of(cls),
         "_surgery_self": property(lambda self: self),
     }
     metaclass: Any = type(cls)
@@ -369,7 +369,7 @@ def _reduce_ex(self: nn.Module, protocol: Any) -> Any:
     made = own.__reduce_ex__(self, protocol)  # type: ignore[arg-type]
     function, args, *rest = made
     if function is copyreg.__newobj__ and args[0] is cls:  # type: ignore[attr-defined]
-        recipe = vars(own).get("_surgery_recipe")
+        recipe = recipe_of(own)
         if recipe is not None:
             from surgery.install import revived
 

@@ -10,6 +10,7 @@ from typing import Any
 from torch import fx, nn
 
 from surgery.errors import MatchError, listed, near_misses
+from surgery.install import recipe_of
 from surgery.links import there
 from surgery.own import own_forward
 from surgery.root import check_all_present, records_in
@@ -132,7 +133,7 @@ def show(model: nn.Module, path: str = "") -> str:
     the model has no such module, or no rule is live on it.
     """
     module, state = _site_at(model, path)
-    recipe = vars(type(module)).get("_surgery_recipe")
+    recipe = recipe_of(type(module))
     if recipe is None:
         raise MatchError("no rule is live here", where=path, why=f"{type(module).__name__} runs its own forward")
     sources = [recipe.source, *(variant.source for variant in reversed(state.variants))]

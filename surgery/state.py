@@ -164,7 +164,7 @@ class SiteState:
     def live(self) -> list[Applied]:
         """The rules whose edits are to be in the forward."""
         merged = self.merged.adapters if self.merged is not None else ()
-        return [applied for applied in self.applied if applied.live and applied.adapter not in merged]
+        return [applied for applied in self.applied if applied.standing.live and applied.adapter not in merged]
 
 
 @dataclass

@@ -8,10 +8,11 @@ can neither mis-wire the graph nor touch the model while it is being planned.
 
 from __future__ import annotations
 
+import functools
 import inspect
 import operator
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -51,6 +52,7 @@ class Tape:
         self.where = where
         self.strict = strict  # hasattr(value, name) is answered as a tensor would, for code not written for us
         self.steps: list[Step] = []
+        self.written: set[tuple] = set()  # the forwards, by their keys, that these edits could be written into
 
     def value(self, kind: str, key: str | int) -> Value:
         return Value(self, Ref(kind, key))
@@ -72,6 +74,21 @@ class Tape:
     def replaced(self) -> list[Ref]:
         """What this rewrite puts something else in the place of."""
         return [step.args[0] for step in self.steps if step.kind == "replace"]
+
+    @functools.cached_property
+    def within(self) -> frozenset[Ref]:
+        """What it puts something else in the place of inside of the site: all but the output."""
+        return frozenset(ref for ref in self.replaced() if ref.kind != "output")
+
+    @functools.cached_property
+    def mentions(self) -> frozenset[Ref]:
+        """Every value that its steps name."""
+        return frozenset(ref for step in self.steps for ref in (*refs_in(step.args), *refs_in(step.kwargs)))
+
+    @functools.cached_property
+    def on_state(self) -> tuple[Ref, ...]:
+        """The parameters and buffers that it puts something in the place of."""
+        return tuple(ref for ref in self.replaced() if ref.kind == "state")
 
     def _frozen(self, value: Any) -> Any:
         kind = type(value)
@@ -97,6 +114,15 @@ class Tape:
                 fix="give it a name: site.param(name, tensor, trainable=False)",
             )
         return ("constant", (kind, repr(value) if isinstance(value, float) else None, value))
+
+
+def refs_in(frozen: Any) -> Iterator[Ref]:
+    """The values named in what `Tape._frozen` froze."""
+    if isinstance(frozen, Ref):
+        yield frozen
+    elif isinstance(frozen, tuple) and frozen[:1] != ("constant",):
+        for item in frozen:
+            yield from refs_in(item)
 
 
 _NOTHING = ("dict", ())
