@@ -102,9 +102,10 @@ class Watch:
 
 
 def watch(model: nn.Module, state: ModelState, journal: Journal) -> None:
-    """Have rules on batch norms follow `convert_sync_batchnorm`."""
+    """Have rules on batch norms follow `convert_sync_batchnorm`: those of the adapter that came last."""
     watched = any(isinstance(hook, Watch) for hook in model._forward_pre_hooks.values())
-    if not watched and any(isinstance(module, _BATCH_NORM) for module in state.sites()):
+    last = next(reversed(state.places.values())).modules if state.places else ()
+    if not watched and any(isinstance(module, _BATCH_NORM) for module in last):
         journal.undo(model.register_forward_pre_hook(Watch(model)).remove)
 
 

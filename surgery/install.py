@@ -75,7 +75,8 @@ def generated_class(own: Own, layers: Sequence[Layer]) -> type[nn.Module]:
 
 def _class_later(own: Own, layers: tuple[Layer, ...]) -> type[nn.Module]:
     """A class that is written at its first call; that each of its layers can be written is tried now."""
-    for layer in [layer for layer in layers if own.key not in layer.tape.written]:
+    key = own.key
+    for layer in [layer for layer in layers if key not in layer.tape.written]:
         class_from(_written(own, (layer,)))
     of: list[type[nn.Module]] = []
     recipe = Unwritten(lambda cls: _write(cls, own, layers))

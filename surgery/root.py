@@ -9,6 +9,7 @@ from torch import nn
 from surgery.errors import SurgeryError, listed
 from surgery.following import follow
 from surgery.links import at_path, linked
+from surgery.match import RESERVED, is_adapters
 from surgery.state import ModelState, SiteState, model_state, require_state, site_state, sites
 from surgery.wrapped import unwrapped
 
@@ -78,7 +79,7 @@ def records_in(model: nn.Module, *, below: bool = False, nested: bool = False) -
             if not nested:
                 continue
         for name, child in reversed(module._modules.items()):
-            if child is not None:
+            if child is not None and not (name == RESERVED and is_adapters(child)):
                 waiting.append((f"{path}.{name}" if path else name, child))
     return found
 
