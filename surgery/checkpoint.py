@@ -27,7 +27,7 @@ from surgery.plan import Plan, make_plan
 from surgery.recording import Step
 from surgery.root import rewritten
 from surgery.site import LiveSite, ParamSpec
-from surgery.state import adapter_names, sites, tensors_of, whole
+from surgery.state import adapter_names, first_process, sites, tensors_of, whole
 from surgery.state_dicts import adapter_state_dict, rules_of
 from surgery.stored import (
     NAME,
@@ -157,18 +157,13 @@ def _put(
 ) -> Path:
     """Write two files; `extra` goes into the tensors' own, where PEFT passes over it."""
     folder, text = Path(folder), json.dumps(settings, indent=2, sort_keys=bool(extra)) + "\n"
-    if alone or _rank() == 0:
+    if alone or first_process():
         told = {"format": "pt", "surgery": json.dumps({"settings": settings, **extra})}
         writer = partial(files.write_safetensors, tensors=tensors, metadata=told)
         files.replace_files(folder, (names[0], writer), (names[1], text.encode()), gone)
     if not alone and torch.distributed.is_available() and torch.distributed.is_initialized():
         torch.distributed.barrier()  # no process reads what the first has not written
     return folder
-
-
-def _rank() -> int:
-    distributed = torch.distributed
-    return distributed.get_rank() if distributed.is_available() and distributed.is_initialized() else 0
 
 
 def _whole(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -1,6 +1,7 @@
 """What transformers' own code expects of a model that carries adapters. Works by attributes; imports nothing of it.
 
-- `save_pretrained` writes the base alone: `_keys_to_ignore_on_save` lists the adapters' tensors.
+- `save_pretrained` writes the base alone: `_keys_to_ignore_on_save` lists the adapters' tensors; and it says so, or
+  writes the adapters instead (`surgery.savers`).
 - Reentrant gradient checkpointing needs an input that requires gradients, and a frozen embedding gives none.
   transformers asks for them itself where the input is token ids, but not for images and sound (ViT, Whisper): a hook
   on the input embeddings does so while checkpointing is on (PEFT's enable_input_require_grads).
@@ -17,12 +18,13 @@ from torch import Tensor, nn
 
 from surgery.journal import Journal
 from surgery.links import there
-from surgery.match import RESERVED, base_modules, every_path, is_adapters
+from surgery.match import base_modules
 from surgery.resizing import follow_resizing, leave_resizing
-from surgery.state import ModelState, tensors_of
+from surgery.savers import adapter_keys, forgive_missing, give_back, take_over
+from surgery.state import ModelState
 from surgery.wrapped import submodule
 
-__all__ = ["ignore_on_save", "keys_of", "prepare", "restore", "unlist"]
+__all__ = ["ignore_on_save", "keys_of", "prepare", "restore", "save_adapters_alone", "unlist"]
 
 _IGNORED = "_keys_to_ignore_on_save"
 
@@ -52,7 +54,8 @@ def ignore_on_save(model: nn.Module, state: ModelState) -> None:
         if (saver := there(model, path)) is None:
             continue
         kept = getattr(type(saver), _IGNORED, None) if original == _ABSENT else original
-        setattr(saver, _IGNORED, {*(kept or ()), *_adapter_keys(saver), _NEVER_MISSING})
+        setattr(saver, _IGNORED, {*(kept or ()), *adapter_keys(saver), _NEVER_MISSING})
+        take_over(saver)
 
 
 Keys = list[tuple[nn.Module, list[str]]]
@@ -61,7 +64,7 @@ Keys = list[tuple[nn.Module, list[str]]]
 def keys_of(model: nn.Module, state: ModelState, adapters: Collection[str]) -> Keys:
     """The keys of these adapters' tensors in each module that lists what `save_pretrained` leaves out."""
     savers = [there(model, path) for path, _ in state.ignored_on_save]
-    return [(saver, list(_adapter_keys(saver, adapters))) for saver in savers if saver is not None]
+    return [(saver, list(adapter_keys(saver, adapters))) for saver in savers if saver is not None]
 
 
 def unlist(model: nn.Module, state: ModelState, keys: Keys) -> None:
@@ -72,14 +75,24 @@ def unlist(model: nn.Module, state: ModelState, keys: Keys) -> None:
 def _change(model: nn.Module, state: ModelState, keys: Keys, change: Callable[[set[str], list[str]], None]) -> None:
     for saver, names in keys:
         listed = saver.__dict__.get(_IGNORED)
-        if not isinstance(listed, set) or _NEVER_MISSING not in listed:  # put back meanwhile (`AdapterCheckpoints`)
+        if not isinstance(listed, set) or _NEVER_MISSING not in listed:  # set anew meanwhile
             return ignore_on_save(model, state)
         change(listed, names)
+
+
+def save_adapters_alone(model: nn.Module, state: ModelState) -> None:
+    """From now on `save_pretrained` writes the adapters and not the base, which checkpoints then don't miss."""
+    state.saves_adapters = True
+    if forgive_missing not in model._load_state_dict_post_hooks.values():
+        model.register_load_state_dict_post_hook(forgive_missing)
 
 
 def restore(model: nn.Module, state: ModelState) -> None:
     """After the last adapter went: attributes and hooks as they were."""
     restore_ignored(model, state)
+    for key, hook in list(model._load_state_dict_post_hooks.items()):
+        if hook is forgive_missing:
+            del model._load_state_dict_post_hooks[key]
     for module in model.modules():
         leave_resizing(module)
         for key, hook in list(module._forward_hooks.items()):
@@ -105,6 +118,7 @@ def restore_ignored(model: nn.Module, state: ModelState) -> None:
     for path, original in state.ignored_on_save:
         if (saver := there(model, path)) is None:
             continue
+        give_back(saver)
         if original == _ABSENT:
             saver.__dict__.pop(_IGNORED, None)
         else:
@@ -113,7 +127,7 @@ def restore_ignored(model: nn.Module, state: ModelState) -> None:
 
 def _savers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     for path, module in base_modules(model):
-        if hasattr(type(module), _IGNORED) and hasattr(module, "save_pretrained"):
+        if callable(getattr(type(module), "save_pretrained", None)):
             yield path, module
 
 
@@ -127,15 +141,6 @@ def _embeddings(model: nn.Module, state: ModelState) -> Iterator[nn.Module]:
         if isinstance(found, nn.Module) and id(found) not in seen:
             seen.add(id(found))
             yield found
-
-
-def _adapter_keys(module: nn.Module, adapters: Collection[str] | None = None) -> Iterator[str]:
-    for path, inner in every_path(module):
-        held = inner._modules[RESERVED] if RESERVED in inner._modules else None
-        if held is not None and is_adapters(held):
-            for adapter in held._modules if adapters is None else [name for name in adapters if name in held._modules]:
-                for name in tensors_of(inner, adapter):
-                    yield ".".join(filter(None, (path, RESERVED, adapter, name)))
 
 
 _ABSENT = "(no attribute of its own)"

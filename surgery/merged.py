@@ -15,6 +15,7 @@ from torch import nn
 from surgery.errors import SurgeryError, listed
 from surgery.merging import merge, unmerge
 from surgery.root import records_in, rewritten
+from surgery.savers import plain_saving
 
 __all__ = ["merge_to"]
 
@@ -51,7 +52,7 @@ def merge_to(
             why="a plain checkpoint would be without them",
             fix="merge and forget those first",
         )
-    save: Any = getattr(model, "save_pretrained", None)
+    save = plain_saving(model)
     if save is None:
         raise SurgeryError(
             f"{type(model).__name__} has no save_pretrained",

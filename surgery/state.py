@@ -12,6 +12,7 @@ from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from surgery.base_rule import Rule
@@ -209,6 +210,7 @@ class ModelState:
     switched: list[tuple[str, str, Any, Any]] = field(default_factory=list)  # (module, attribute, before, while live)
     places: dict[str, Places] = field(default_factory=dict)
     standing: dict[str, Standing] = field(default_factory=dict)
+    saves_adapters: bool = False  # `save_pretrained` writes the adapters and not the base (`AdapterCheckpoints`)
     resting: dict[str, float] = field(default_factory=dict)  # what was live before `deactivate`, until `activate`
     keys: dict[frozenset, frozenset] = field(default_factory=dict, compare=False, repr=False)
     links: Links | None = field(default=None, compare=False, repr=False)
@@ -342,6 +344,12 @@ def whole(tensor: Tensor) -> Tensor:
     """A tensor gathered where it is sharded, which all its processes take part in."""
     gather: Any = getattr(tensor, "full_tensor", None)
     return gather() if gather is not None else tensor
+
+
+def first_process() -> bool:
+    """Whether this is the process that writes files: the first of several, or the only one."""
+    distributed = torch.distributed
+    return not (distributed.is_available() and distributed.is_initialized()) or distributed.get_rank() == 0
 
 
 def attach(module: nn.Module, adapter: str, tensors: Mapping[str, tuple[Tensor, bool]], where: str) -> None:

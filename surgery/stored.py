@@ -109,8 +109,7 @@ def _opened(model: nn.Module, place: Path, config: Mapping[str, Any] | None, com
     if place.is_dir():
         names = names_in(place)
         if names is None:
-            listed = ", ".join((SURGERY[0], PEFT[0], OLD, *BARE))
-            raise SurgeryError("there is no adapter in this folder", why=f"it holds none of {listed}")
+            raise _no_adapter(place)
     else:
         settings = {SURGERY[0]: SURGERY[1], PEFT[0]: PEFT[1], OLD: PEFT[1]}.get(place.name)
         names, place = (place.name, settings), place.parent
@@ -125,6 +124,23 @@ def _opened(model: nn.Module, place: Path, config: Mapping[str, Any] | None, com
     extra = {"base": told.get("base"), "origin": origin_of(settings, told.get("base")), **_labels(told)}
     told_by = {"unheld": found.unheld, "notes": found.notes, "ignored": found.ignored, "assumed": found.assumed}
     return Stored(found.rules, file, found.entry, found.problems, **told_by, **extra)
+
+
+def _no_adapter(place: Path) -> SurgeryError:
+    what = "there is no adapter in this folder"
+    inner = sorted(folder.name for folder in place.iterdir() if folder.is_dir() and names_in(folder))
+    if inner:
+        fix = f"load_adapter(…, subfolder={inner[0]!r}); load_adapters(model, folder) takes them all"
+        return SurgeryError(f"{what} itself", why=f"its subfolders hold {', '.join(inner[:8])}", fix=fix)
+    whole = place / "model.safetensors"
+    if whole.is_file() and any(f".{RESERVED}." in f".{key}" for key in open_tensors(whole).shapes):
+        why = f"its {whole.name} is a model's state dict: it has the tensors of adapters and not their rules"
+        fix = (
+            "apply the rules that they were trained with, then model.load_state_dict(tensors, strict=False); a Trainer "
+        )
+        fix += "with callbacks=[AdapterCheckpoints()] writes folders that load_adapter opens"
+        return SurgeryError(what, why=why, fix=fix)
+    return SurgeryError(what, why=f"it holds none of {', '.join((SURGERY[0], PEFT[0], OLD, *BARE))}")
 
 
 def _told(file: TensorFile) -> dict[str, Any]:

@@ -4,68 +4,82 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import nn
 from transformers import TrainerCallback
 
 from surgery import hf
-from surgery.state import is_adapter_key, model_state, whole
+from surgery.match import base_modules
+from surgery.savers import left_out, save_folder, save_trained
+from surgery.state import ModelState, model_state
+from surgery.stored import PEFT, SURGERY, names_in
 
 __all__ = ["AdapterCheckpoints", "last_checkpoint", "save_trained"]
 
 
 class AdapterCheckpoints(TrainerCallback):
-    """A callback: while a Trainer trains, its checkpoints hold the adapters beside the base.
+    """A callback: a Trainer saves the model's adapters, and not its base.
 
         trainer = Trainer(model, args, callbacks=[AdapterCheckpoints()], …)
         trainer.train(resume_from_checkpoint=True)
+        trainer.save_model("topics")                     # load_adapter(model, "topics")
 
-    `save_pretrained` of a rewritten model writes the base alone, and the Trainer saves its checkpoints with it. From
-    the start of training to its end this callback has the adapters' tensors written, too, under their names in the
-    model; the Trainer's own loading puts them back when it resumes, and the run goes on with the bits of one that
-    was never interrupted. After training, `save_pretrained` writes the base alone again. All adapters are written, also
-    those that are idle or frozen. A process that was killed may have left half a checkpoint: see `last_checkpoint`.
+    Each checkpoint, what `trainer.save_model` and `push_to_hub` write, and from then on what the model's own
+    `save_pretrained` writes, is a folder that `load_adapter` opens, and PEFT where its format holds the adapter. One
+    adapter alone, or the one called "default", stands in the folder itself, others in subfolders of their names
+    (`load_adapters` opens all).
+
+    A checkpoint has a `model.safetensors`, too, with all tensors that training may change: those of all adapters, also
+    idle and frozen ones, and what trains of the base. The Trainer's own loading puts them back when it resumes, or
+    takes the best model at the end, and a resumed run has the bits of one that was never interrupted. No checkpoint
+    holds the frozen base: make the model as before, with the same rules, and resume. A merged model is written whole,
+    as transformers does. `remove(model)` ends all of this.
+
+    Give the callback to the Trainer's constructor. A process that was killed may have left half a checkpoint: see
+    `last_checkpoint`. A SurgeryWarning tells of tensors that train and belong to no adapter: the checkpoints have them,
+    what is saved at the end does not.
     """
+
+    def on_init_end(self, args: Any, state: Any, control: Any, model: nn.Module | None = None, **kwargs: Any) -> None:
+        for root, record in _rewritten(model):
+            hf.save_adapters_alone(root, record)
 
     def on_train_begin(
         self, args: Any, state: Any, control: Any, model: nn.Module | None = None, **kwargs: Any
     ) -> None:
-        found = model_state(model) if model is not None else None
-        if model is not None and found is not None:
-            hf.restore_ignored(model, found)
+        self.on_init_end(args, state, control, model)
 
-    def on_train_end(self, args: Any, state: Any, control: Any, model: nn.Module | None = None, **kwargs: Any) -> None:
-        found = model_state(model) if model is not None else None
-        if model is not None and found is not None:
-            hf.ignore_on_save(model, found)
+    def on_save(self, args: Any, state: Any, control: Any, model: nn.Module | None = None, **kwargs: Any) -> None:
+        """What has no `save_pretrained` that asks us is saved by the Trainer as a whole state dict."""
+        place = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+        for root, _ in _rewritten(model):
+            if root is model and hasattr(model, "save_pretrained"):
+                continue
+            if state.is_world_process_zero and place.is_dir() and (names := left_out(root)):
+                save_folder(root, place, names, root.state_dict(), trained=root is model)
+
+    def on_push_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """The Trainer pushes its output folder, and copies into it what it knows of the last checkpoint: not ours."""
+        place = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+        if state.is_world_process_zero and place.is_dir():
+            for folder in (place, *(inner for inner in place.iterdir() if inner.is_dir() and names_in(inner))):
+                into = Path(args.output_dir) / folder.relative_to(place)
+                into.mkdir(exist_ok=True)
+                for name in (*PEFT, *SURGERY):
+                    if (folder / name).is_file():
+                        shutil.copy(folder / name, into / name)
 
 
-def save_trained(model: nn.Module, folder: str | Path, state_dict: Mapping[str, Tensor] | None = None) -> None:
-    """Write `model.safetensors` with all that training changes: a model's tensors but the frozen ones of its base.
-
-    >>> import tempfile
-    >>> from safetensors.torch import load_file
-    >>> from torch import nn
-    >>> from rules import LoraRule
-    >>> from surgery import apply_rules
-    >>> from surgery.trainer import save_trained
-    >>> folder = tempfile.mkdtemp()
-    >>> save_trained(apply_rules(nn.Sequential(nn.Linear(4, 4)), LoraRule("0", rank=2)), folder)
-    >>> sorted(load_file(f"{folder}/model.safetensors"))
-    ['0.adapters.default.A', '0.adapters.default.B']
-
-    For checkpoints without the base: `load_state_dict(…, strict=False)` puts it back. `state_dict`: the model's, where
-    it was gathered from elsewhere.
-    """
-    frozen = {name for name, parameter in model.named_parameters() if not parameter.requires_grad}
-    held = model.state_dict() if state_dict is None else state_dict
-    kept = {name: t for name, t in held.items() if name not in frozen or is_adapter_key(model, name)}
-    tensors = {name: whole(tensor.detach()).cpu().contiguous().clone() for name, tensor in kept.items()}
-    save_file(tensors, Path(folder) / "model.safetensors", metadata={"format": "pt"})
+def _rewritten(model: nn.Module | None) -> Iterator[tuple[nn.Module, ModelState]]:
+    """The rewritten models in what the Trainer trains, most often that itself."""
+    for _, module in base_modules(model) if model is not None else ():
+        found = model_state(module)
+        if found is not None:
+            yield module, found
 
 
 def last_checkpoint(folder: str | Path) -> str | None:

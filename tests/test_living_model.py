@@ -29,6 +29,7 @@ from surgery import (
     Site,
     SiteError,
     SurgeryError,
+    SurgeryWarning,
     apply_rules,
     base_state_dict,
     merge,
@@ -210,7 +211,8 @@ def test_save_pretrained_writes_the_plain_model(family: str, tmp_path: Path) -> 
     apply_rules(model, [LORA, NormRule()])
     apply_rules(model, [LoraRule("all-linear", rank=2, init="random")], adapter="second")
     with no_word_from("transformers"):
-        model.save_pretrained(tmp_path)
+        with pytest.warns(SurgeryWarning, match="leaves out its adapters"):
+            model.save_pretrained(tmp_path)
         loaded, report = plain.from_pretrained(tmp_path, output_loading_info=True)
     assert not any(report.values()), report
     assert type(loaded) is plain and not adapters_of(loaded)
@@ -224,7 +226,8 @@ def test_save_pretrained_of_an_inner_model_and_of_a_merged_one(tmp_path: Path) -
     model.eval()
     base = copy.deepcopy(model)
     apply_rules(model, [LORA])
-    model.model.save_pretrained(tmp_path / "inner")  # the backbone alone
+    with pytest.warns(SurgeryWarning, match="leaves out its adapters"):
+        model.model.save_pretrained(tmp_path / "inner")  # the backbone alone
     inner, report = type(base.model).from_pretrained(tmp_path / "inner", output_loading_info=True)
     assert not any(report.values()), report
     assert all(torch.equal(t, base.model.state_dict()[name]) for name, t in inner.state_dict().items())

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import copy
 import logging
+import warnings
 from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +15,19 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
+import surgery.peft
 from rules import LoraRule, TrainRule
-from surgery import adapter_state_dict, apply_rules, base_state_dict, merge, remove, unmerge
+from surgery import (
+    SurgeryWarning,
+    adapter_state_dict,
+    apply_rules,
+    base_state_dict,
+    load_adapter,
+    merge,
+    merge_to,
+    remove,
+    unmerge,
+)
 from surgery.testing import Snapshot
 
 transformers: Any = pytest.importorskip("transformers")
@@ -46,7 +59,7 @@ def adapted() -> nn.Module:
     return apply_rules(tiny.bert()[0], RULES)
 
 
-def trainer_of(model: nn.Module, folder: Path, **settings: Any) -> Any:
+def trainer_of(model: nn.Module, folder: Path, callbacks: Any = None, **settings: Any) -> Any:
     chosen = {
         "max_steps": STEPS, "save_steps": 3, "logging_steps": 1, "learning_rate": 1e-2, "seed": 3,
         "per_device_train_batch_size": 4, "report_to": [], "use_cpu": True, "disable_tqdm": True,
@@ -57,7 +70,7 @@ def trainer_of(model: nn.Module, folder: Path, **settings: Any) -> Any:
         args=transformers.TrainingArguments(output_dir=str(folder), **chosen),
         train_dataset=Sentences(),
         eval_dataset=Sentences(),
-        callbacks=[AdapterCheckpoints()],
+        callbacks=[AdapterCheckpoints()] if callbacks is None else callbacks,
     )
 
 
@@ -83,12 +96,38 @@ def test_training_moves_the_adapter_and_leaves_the_base(run: tuple[Any, nn.Modul
     assert len(losses) == STEPS and losses[-1] < losses[0]
 
 
-def test_checkpoints_hold_the_adapter(run: tuple[Any, nn.Module, Path]) -> None:
-    trainer, _, folder = run
+def trains(model: nn.Module) -> set[str]:
+    return {name for name in model.state_dict() if ".adapters." in name}
+
+
+def test_checkpoints_hold_the_adapter_and_not_the_base(run: tuple[Any, nn.Module, Path]) -> None:
+    trainer, base, folder = run
     for step in (3, 6):
-        held = load_file(folder / f"checkpoint-{step}" / "model.safetensors")
-        assert held.keys() == trainer.model.state_dict().keys()
-    assert all(torch.equal(tensor, held[name]) for name, tensor in trainer.model.state_dict().items())
+        place = folder / f"checkpoint-{step}"
+        held = load_file(place / "model.safetensors")
+        assert held.keys() == trains(trainer.model)
+        assert not (place / "config.json").exists()
+        assert sum(file.stat().st_size for file in place.glob("*.safetensors")) < 60_000
+    assert all(torch.equal(tensor, trainer.model.state_dict()[name]) for name, tensor in held.items())
+    opened_by_all(trainer.model, base, folder / "checkpoint-6")
+
+
+def opened_by_all(model: Any, base: Any, place: Path) -> None:
+    """By us, by the façade, by PEFT: each gives the trained model's logits on the base from before."""
+    batch = {"input_ids": Sentences().ids}
+    with torch.no_grad():
+        expected = model.eval()(**batch).logits
+        plain = base.eval()(**batch).logits
+        assert (expected - plain).abs().max() > 0.05
+        load_adapter(ours := copy.deepcopy(base), place)
+        assert torch.equal(ours(**batch).logits, expected)
+        facade = surgery.peft.PeftModel.from_pretrained(copy.deepcopy(base), place)
+        assert torch.equal(facade.eval()(**batch).logits, expected)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # PEFT's own
+            peft: Any = pytest.importorskip("peft")
+            theirs = peft.PeftModel.from_pretrained(copy.deepcopy(base), str(place)).eval()
+        torch.testing.assert_close(theirs(**batch).logits, expected)
 
 
 def test_resuming_gives_the_bits_of_the_uninterrupted_run(run: tuple[Any, nn.Module, Path], tmp_path: Path) -> None:
@@ -107,14 +146,28 @@ def test_resuming_gives_the_bits_of_the_uninterrupted_run(run: tuple[Any, nn.Mod
     assert [line["loss"] for line in trainer.state.log_history if "loss" in line][3:] == late
 
 
-def test_after_training_the_base_alone_is_saved(run: tuple[Any, nn.Module, Path], tmp_path: Path) -> None:
+def test_after_training_the_adapter_is_saved(run: tuple[Any, nn.Module, Path], tmp_path: Path) -> None:
     trainer, base, _ = run
-    for folder, save in (("own", trainer.model.save_pretrained), ("trainer", trainer.save_model)):
-        save(tmp_path / folder)
-        plain: Any = type(base)
-        loaded, report = plain.from_pretrained(tmp_path / folder, output_loading_info=True)
-        assert not any(report.values()), report
-        assert all(torch.equal(tensor, loaded.state_dict()[name]) for name, tensor in base.state_dict().items())
+    for name, save in (("own", trainer.model.save_pretrained), ("trainer", trainer.save_model)):
+        save(tmp_path / name)
+        written = {file.name for file in (tmp_path / name).iterdir()}
+        assert written - {"training_args.bin"} == {"adapter_config.json", "adapter_model.safetensors"}
+        opened_by_all(trainer.model, base, tmp_path / name)
+
+
+def test_a_merged_model_is_saved_whole(run: tuple[Any, nn.Module, Path], tmp_path: Path) -> None:
+    trainer, base, _ = run
+    batch = {"input_ids": Sentences().ids}
+    with torch.no_grad():
+        expected = trainer.model.eval()(**batch).logits
+        merge(trainer.model)
+        trainer.save_model(tmp_path / "merged")
+        unmerge(trainer.model)
+        merge_to(trainer.model, tmp_path / "as well")
+        for name in ("merged", "as well"):
+            loaded, report = type(base).from_pretrained(tmp_path / name, output_loading_info=True)  # type: ignore[attr-defined]
+            assert not any(report.values()), report
+            torch.testing.assert_close(loaded.eval()(**batch).logits, expected)
 
 
 def test_evaluation_and_prediction(run: tuple[Any, nn.Module, Path]) -> None:
@@ -150,10 +203,12 @@ def test_resuming_without_the_callback_is_not_silent(tmp_path: Path) -> None:
             for resume in (None, str(folder / "checkpoint-3")):
                 trainer = trainer_of(adapted(), folder)
                 if not callback:
-                    trainer.remove_callback(AdapterCheckpoints)
-                trainer.train(resume_from_checkpoint=resume)
-            missing = [line for line in heard if "missing keys" in line and "adapters.default" in line]
+                    trainer = trainer_of(adapted(), folder, callbacks=[])
+                with nullcontext() if callback else pytest.warns(SurgeryWarning, match="leaves out its adapters"):
+                    trainer.train(resume_from_checkpoint=resume)
+            missing = [line for line in heard if "missing keys" in line]
             assert len(missing) == (0 if callback else 1), heard
+            assert all("adapters.default" in line for line in missing)
     finally:
         logging.getLogger("transformers").removeHandler(ear)
 
@@ -167,7 +222,8 @@ def test_activation_checkpointing_and_the_best_model(reentrant: bool, tmp_path: 
     )  # fmt: skip
     trainer.train()
     best = load_file(Path(trainer.state.best_model_checkpoint) / "model.safetensors")
-    assert all(torch.equal(tensor, best[name]) for name, tensor in model.state_dict().items())
+    assert best.keys() == trains(model)
+    assert all(torch.equal(tensor, model.state_dict()[name]) for name, tensor in best.items())
     assert trainer.evaluate()["eval_loss"] == pytest.approx(trainer.state.best_metric)
 
 
