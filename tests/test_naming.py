@@ -481,7 +481,7 @@ def test_any_sequence_leaves_the_base_as_it_was(seed: int) -> None:
                 assert torch.equal(model(ids), now)
             elif x < 0.8:
                 chosen = {name: draw.choice([-0.5, 0.3, 1.0]) for name in draw.sample(names, min(2, len(names)))}
-                method = draw.choice(["linear", "cat", "svd", "ties", "dare_ties_svd"])
+                method: Any = draw.choice(["linear", "cat", "svd", "ties", "dare_ties_svd"])
                 now, within = model(ids), Snapshot(model)
                 try:
                     combine(model, chosen, new, method, density=0.6 if "ties" in method else None)
