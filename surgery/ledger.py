@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import copy
 import operator
-import sys
 import types
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -18,11 +17,12 @@ import torch
 from torch import Tensor, fx, nn
 
 from surgery.errors import TraceError
+from surgery.frames import line_running
 from surgery.guards import check_parts, parts_of, require
 from surgery.numbers import Number, Real, plain
 from surgery.standins import Recorded, RecordedList, is_setting
 
-__all__ = ["Ledger", "line"]
+__all__ = ["Ledger"]
 
 
 class Ledger:
@@ -214,12 +214,12 @@ class Ledger:
         return value
 
     def guard(self, node: fx.Node, value: Any) -> fx.Node:
-        return self.graph.call_function(require, (node, value, line()))
+        return self.graph.call_function(require, (node, value, line_running()))
 
     def guard_parts(self, value: Any, node: fx.Node, deep: bool = False) -> None:
         with self.paused():
             parts = parts_of(value, deep)
-        self.graph.call_function(check_parts, (node, parts, line(), deep))
+        self.graph.call_function(check_parts, (node, parts, line_running(), deep))
 
     def size(self, tensor: Tensor, dim: int) -> Any:
         return self.number(tensor.shape[dim], _size, (tensor, dim))
@@ -301,15 +301,6 @@ def _size(tensor: Tensor, dim: int) -> int:
     return tensor.shape[dim]
 
 
-def line() -> str:
-    """The line of the user's code that decides."""
-    frame = sys._getframe(1)
-    while frame.f_back is not None and frame.f_code.co_filename.startswith(_HERE):
-        frame = frame.f_back
-    return f"{frame.f_code.co_filename}:{frame.f_lineno}"
-
-
 _RECORDED = (Recorded, RecordedList)
 _GIVEN = ("placeholder", "get_attr")
 _CONSTANT = (bool, int, float, str, complex, torch.dtype, torch.memory_format, torch.layout, type(...), range)
-_HERE = __file__.rpartition("ledger.py")[0]

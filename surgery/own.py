@@ -10,9 +10,7 @@ from __future__ import annotations
 import ast
 import functools
 import inspect
-import linecache
 import textwrap
-import traceback
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,6 +18,7 @@ import torch
 from torch import fx, nn
 
 from surgery.errors import SurgeryError, TraceError
+from surgery.frames import line_of, line_setting
 from surgery.pattern import qualified_name
 from surgery.tape import Tape, Value
 from surgery.view import view
@@ -201,6 +200,7 @@ def _recorded(module: nn.Module, base: type[nn.Module], signature: inspect.Signa
     if changed := [name for name, value in stand_in.__dict__.items() if before.get(name, stand_in) is not value]:
         raise TraceError(
             f"{base.__name__}.forward sets {', '.join(changed)} on the module",
+            where=line_setting(base.forward, changed[0]),
             why="a graph holds what is computed, not what is remembered between calls",
         )
     return tape
@@ -208,24 +208,15 @@ def _recorded(module: nn.Module, base: type[nn.Module], signature: inspect.Signa
 
 def _refusal(error: Exception, base: type[nn.Module]) -> TraceError:
     """The error of a trace, told at the line of the model's own code that led to it."""
-    frames = [f for f in traceback.extract_tb(error.__traceback__) if not _ours(f.filename)]
-    where = None
-    if frames:
-        line = frames[-1].line or linecache.getline(frames[-1].filename, frames[-1].lineno or 0).strip()
-        where = f"{frames[-1].filename}:{frames[-1].lineno}: {line}"
     why = error.what if isinstance(error, SurgeryError) else f"{type(error).__name__}: {error}"
     if isinstance(error, SurgeryError) and error.why:
         why = f"{why}: {error.why}"
     return TraceError(
         f"{base.__name__}.forward can't be held as a graph",
-        where=where,
+        where=line_of(error, base.forward),
         why=why,
         fix="rules that need only the module's inputs, outputs and parameters work without the graph",
     )
-
-
-def _ours(filename: str) -> bool:
-    return filename.startswith(_HERE)
 
 
 class _Leaf:
@@ -291,5 +282,4 @@ def settings_of(module: nn.Module, base: type[nn.Module]) -> tuple | None:
 _SIMPLE = (int, float, str, type(None), tuple, torch.dtype, torch.device)
 _NOT_READ = frozenset(nn.Module().__dict__)
 _STARRED = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
-_HERE = __file__.rpartition("trace.py")[0]
 _cache: dict[tuple, Own] = {}

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import copy
-import inspect
 import random
 import sys
-import traceback
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -16,6 +14,7 @@ from torch import fx, nn
 
 from surgery.errors import SurgeryError, TraceError
 from surgery.example import copied, equal
+from surgery.frames import line_of
 
 __all__ = ["check_runs", "refusal", "undone", "verify"]
 
@@ -97,18 +96,12 @@ def check_runs(base: Any, module: nn.Module, args: tuple, kwargs: Mapping[str, A
 
 
 def refusal(error: Exception, base: type[nn.Module]) -> TraceError:
-    frames = [frame for frame in traceback.extract_tb(error.__traceback__) if not frame.filename.startswith(_HERE)]
-    code = getattr(inspect.unwrap(base.forward), "__code__", None)
-    where = f"{code.co_filename}:{code.co_firstlineno}" if code else None
-    users = [frame for frame in frames if "/torch/" not in frame.filename] or frames
-    if users:
-        where = f"{users[-1].filename}:{users[-1].lineno}: {users[-1].line}"
     why = error.what if isinstance(error, SurgeryError) else f"{type(error).__name__}: {error}"
     if isinstance(error, SurgeryError) and error.why:
         why = f"{why}: {error.why}"
+    where = line_of(error, base.forward)
     return TraceError(f"{base.__name__}.forward can't be held as a graph", where=where, why=why, fix=_FIX)
 
 
 _FIX = "its children can be traced by themselves; rules that need no graph of it work all the same"
 _TORCHS = frozenset(nn.Module().__dict__)
-_HERE = __file__.rpartition("proof.py")[0]
