@@ -112,11 +112,11 @@ def moved(base: Mapping[str, Tensor], rule: R, shares: Sequence[Share], how: Com
         held = [(share.weight, share.params[name]) for share in shares if name in share.params]
         weights = [weight for weight, _ in held]
         first = held[0][1]
-        if isinstance(first, torch.nn.Parameter) and first.is_floating_point():
+        if isinstance(first, torch.nn.Parameter) and not _counts(first):
             old = base[name].detach()
             old = old.to(torch.promote_types(old.dtype, torch.float32))
             found[name] = old + how.sum([tensor.to(old.device, old.dtype) - old for _, tensor in held], weights)
-        elif first.is_floating_point():
+        elif not _counts(first):
             sizes = [abs(weight) for weight in weights] if any(weights) else [1.0] * len(held)
             wide = torch.promote_types(first.dtype, torch.float32)
             parts = [t.to(wide) * (size / sum(sizes)) for size, (_, t) in zip(sizes, held, strict=True)]
@@ -124,3 +124,8 @@ def moved(base: Mapping[str, Tensor], rule: R, shares: Sequence[Share], how: Com
         else:
             found[name] = max(held, key=lambda pair: abs(pair[0]))[1]
     return rule, found
+
+
+def _counts(tensor: Tensor) -> bool:
+    """Whether it holds whole numbers or flags."""
+    return not (tensor.is_floating_point() or tensor.is_complex())

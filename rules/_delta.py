@@ -17,7 +17,7 @@ def why_no_map(module: nn.Module) -> str | None:
     names = [f"{cls.__module__}.{cls.__name__}" for cls in base.__mro__]
     if not isinstance(module, nn.Linear) and "transformers.pytorch_utils.Conv1D" not in names:
         return "it goes on Linear and transformers' Conv1D"
-    if isinstance(module, nn.Linear) and type(module._parameters.get("weight")) is not nn.Parameter:
+    if isinstance(module, nn.Linear) and _own_maps.packed(module):
         return _own_maps.why_not_packed(module)
     return None if _own_maps.torchs_own(module) else OTHERWISE
 

@@ -20,7 +20,7 @@ def known(name: Any) -> bool:
     return isinstance(name, str) and (name in NAMES[:4] or name in NAMES[5:] or _niter(name) is not None)
 
 
-def why_not(name: str, layout: Layout) -> str | None:
+def why_not(name: str, layout: Layout, is_complex: bool = False) -> str | None:
     """Why these starting values can't be had on a module, or None."""
     if name in ("kaiming", "gaussian", "random"):
         return None
@@ -28,6 +28,8 @@ def why_not(name: str, layout: Layout) -> str | None:
         return f"init={name!r} is for Linear and Conv1D"
     part = layout.parts[0]
     rank = part.A[0]
+    if is_complex:
+        return f"init={name!r} works on real numbers, and the weight is complex"
     if name == "orthogonal":
         return None if rank % 2 == 0 else f"init='orthogonal' needs an even rank, not {rank}"
     if layout.packed:

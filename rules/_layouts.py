@@ -148,15 +148,18 @@ def layout_of(module: nn.Module, rank: int) -> Layout | str:
         if any(held is not None and held.dim() == 3 for held in module._parameters.values()):
             return "LoRA goes on maps of one matrix; for a stack of experts' matrices there is ExpertLoraRule"
         return "LoRA goes on Linear, Embedding, Conv1d/2d/3d, transformers' Conv1D and MultiheadAttention"
-    if type(weight) is not nn.Parameter:
+    if _own_maps.packed(module):
         if why := _own_maps.why_not_packed(module):
             return why
         if kind != "linear":
-            return f"its weight is a {type(weight).__name__}"
+            return f"its weight is a {type(weight).__name__} of {getattr(weight, 'dtype', None)}"
         linear: Any = module  # quantised layers have Linear's sizes
         size = (linear.out_features, linear.in_features)
         return Layout(kind, (Part("weight", "", size, (rank, size[1]), (size[0], rank)),), packed=True)
+    assert weight is not None
     shape = tuple(weight.shape)
+    if not (weight.is_floating_point() or weight.is_complex()):
+        return f"its weight is {weight.dtype}, which holds no changes of a number"
     if kind == "convolution":
         return _convolution(module, rank, shape)
     if kind == "embedding" and module.max_norm is not None:

@@ -10,7 +10,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from rules import _fields, _maps, _paths, _swapped
+from rules import _complex, _fields, _maps, _paths, _swapped
 from rules.slots import low_rank_slot, low_rank_tensors
 from surgery import LiveSite, LowRank, Rule, Site
 
@@ -78,6 +78,8 @@ class DeltaRule(Rule):
         return _fields.idle(self, paths, "rank_pattern", "alpha_pattern")
 
     def check(self, module: nn.Module, path: str) -> str | None:
+        if why := _complex.why_not(self, module):
+            return why
         found = _maps.linear_map(module, "linear", "conv1d", "convolution")
         return found if isinstance(found, str) else None
 

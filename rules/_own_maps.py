@@ -37,6 +37,15 @@ def torchs_own(module: nn.Module) -> bool:
     return False
 
 
+def packed(module: nn.Module) -> bool:
+    """Whether the weight is not the map's own numbers: of a class of its own, or in a dtype that a forward unpacks."""
+    weight = module._parameters.get("weight")
+    if type(weight) is not nn.Parameter:
+        return True
+    numbers = weight.is_floating_point() or weight.is_complex()
+    return not (numbers and weight.element_size() > 1) and not torchs_own(module)
+
+
 def why_not_packed(module: nn.Module) -> str | None:
     """Why a module whose weight is packed is not the plain map: somebody's forward does more than its base class's.
 

@@ -8,7 +8,7 @@ from typing import cast
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from rules import _combined, _delta, _fields
+from rules import _combined, _complex, _delta, _fields
 from rules.slots import low_rank_slot, low_rank_tensors
 from surgery import Combination, LiveSite, LowRank, Rule, Share, Site, rule
 
@@ -66,6 +66,8 @@ class AdaLoraRule(Rule):
         return self.alpha / (self.rank + 1e-5)
 
     def check(self, module: nn.Module, path: str) -> str | None:
+        if why := _complex.why_not(self, module):
+            return why
         return _delta.why_no_map(module)
 
     def rewrite(self, site: Site) -> Tensor:

@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from torch import Tensor, nn
 
-from rules import _fields, _maps
+from rules import _complex, _fields, _maps
 from rules._solving import cayley
 from surgery import LiveSite, Rule, Site, rule
 
@@ -54,6 +54,8 @@ class BoftRule(Rule):
         return self.init == "identity"
 
     def check(self, module: nn.Module, path: str) -> str | None:
+        if why := _complex.why_not(self, module):
+            return why
         found = _maps.linear_map(module, "linear", "conv1d", "convolution")
         if isinstance(found, str):
             return found

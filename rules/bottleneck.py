@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from rules import _combined, _fields
+from rules import _combined, _complex, _fields
 from rules._hidden import features_of
 from surgery import Combination, LiveSite, Rule, Share, Site, SiteError, rule
 
@@ -56,6 +56,8 @@ class BottleneckRule(Rule):
         _fields.chance(self, "dropout")
 
     def check(self, module: nn.Module, path: str) -> str | None:
+        if why := _complex.why_not(self, module, "its activation is one of real numbers"):
+            return why
         if self.placement == "parallel" and isinstance(module, nn.Embedding):
             return "its input are indices: placement='parallel' has nothing to run on"
         found = features_of(module, self.features)

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from rules import _combined, _delta, _fields
+from rules import _combined, _complex, _delta, _fields
 from surgery import Combination, Rule, Share, Site, rule
 
 
@@ -47,6 +47,8 @@ class C3aRule(Rule):
         return self.init == "identity"
 
     def check(self, module: nn.Module, path: str) -> str | None:
+        if why := _complex.why_not(self, module, "it takes the real part of a Fourier transform"):
+            return why
         if why := _delta.why_no_map(module):
             return why
         out, inner = _delta.sizes(module)

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from rules import _combined, _delta, _fields
+from rules import _combined, _complex, _delta, _fields
 from surgery import Combination, LiveSite, Rule, Share, Site, rule
 
 
@@ -51,6 +51,8 @@ class FourierRule(Rule):
         return self.init == "identity"
 
     def check(self, module: nn.Module, path: str) -> str | None:
+        if why := _complex.why_not(self, module, "it takes the real part of a Fourier transform"):
+            return why
         return _delta.why_no_map(module) or _delta.more_than_weight(module, self.n_frequency)
 
     def rewrite(self, site: Site) -> Tensor:

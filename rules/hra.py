@@ -9,7 +9,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from rules import _fields, _maps
+from rules import _complex, _fields, _maps
 from rules._solving import orthonormal_columns, upper_inverse
 from surgery import LiveSite, LowRank, Rule, Site, rule
 
@@ -47,6 +47,8 @@ class HraRule(Rule):
         _fields.one_of(self, "init", "identity", "random")
 
     def check(self, module: nn.Module, path: str) -> str | None:
+        if why := _complex.why_not(self, module, "Gram-Schmidt turns real vectors" if self.apply_GS else ""):
+            return why
         found = _maps.linear_map(module, "linear", "conv1d", "convolution")
         if isinstance(found, str):
             return found

@@ -10,7 +10,7 @@ from typing import Literal, cast
 import torch
 from torch import Tensor, nn
 
-from rules import _fields, _maps, _swapped
+from rules import _complex, _fields, _maps, _swapped
 from surgery import Combination, LiveSite, Pattern, Rule, Share, Site, SiteError, rule
 
 
@@ -48,6 +48,8 @@ class IA3Rule(Rule):
         return self.init == "identity"
 
     def check(self, module: nn.Module, path: str) -> str | None:
+        if why := _complex.why_not(self, module):
+            return why
         found = _maps.linear_map(module, "linear", "conv1d", "convolution")
         return found if isinstance(found, str) else None
 

@@ -9,7 +9,7 @@ from typing import Any, Literal, cast
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from rules import _fields, _init, _lora_combined, _paths, _swapped
+from rules import _complex, _fields, _init, _lora_combined, _paths, _swapped
 from rules._layouts import Layout, Part, column_norm, gain_of, layout_of
 from rules.bias import EVERYWHERE, BiasesOf, BiasRule
 from rules.slots import low_rank_slot, low_rank_tensors
@@ -104,6 +104,8 @@ class LoraRule(Rule):
         return self.rank_at(path), self.alpha_at(path)
 
     def check(self, module: nn.Module, path: str) -> str | None:
+        if why := _complex.why_not(self, module):
+            return why
         used = layout_of(module, self.rank_at(path))
         layout = used if self.max_rank is None else layout_of(module, self.max_rank)
         if isinstance(layout, str) or isinstance(used, str):
@@ -116,7 +118,9 @@ class LoraRule(Rule):
             return "lora_bias needs a map with an output bias of its own"
         if self.dora and layout.packed:
             return "DoRA needs the weight's norm, and the weight is packed"
-        return _init.why_not(self.init, used)
+        return _init.why_not(
+            self.init, used, any(p is not None and p.is_complex() for p in module._parameters.values())
+        )
 
     def review(self, paths: Sequence[str]) -> Iterable[str]:
         return _fields.idle(self, paths, "rank_pattern", "alpha_pattern")

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from rules import _combined, _fields, _maps
+from rules import _combined, _complex, _fields, _maps
 from rules.slots import low_rank_slot, low_rank_tensors
 from surgery import Combination, LiveSite, LowRank, Rule, Share, Site, rule
 
@@ -60,6 +60,8 @@ class MissRule(Rule):
         return self.variant != "bat"
 
     def check(self, module: nn.Module, path: str) -> str | None:
+        if why := _complex.why_not(self, module):
+            return why
         found = _maps.linear_map(module, "linear", "conv1d")
         if isinstance(found, str):
             return found

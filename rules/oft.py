@@ -9,7 +9,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from rules import _fields, _maps
+from rules import _complex, _fields, _maps
 from rules._solving import cayley
 from surgery import LiveSite, Rule, Site, rule
 
@@ -62,6 +62,8 @@ class OftRule(Rule):
         return self.init == "identity"
 
     def check(self, module: nn.Module, path: str) -> str | None:
+        if why := _complex.why_not(self, module, "coft bounds the size of real numbers" if self.coft else ""):
+            return why
         found = _maps.linear_map(module, "linear", "conv1d", "convolution")
         if isinstance(found, str):
             return found

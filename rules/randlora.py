@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from rules import _delta, _fields
+from rules import _complex, _delta, _fields
 from rules.slots import low_rank_slot, low_rank_tensors
 from surgery import LiveSite, LowRank, Rule, Site, rule
 
@@ -54,6 +54,8 @@ class RandLoraRule(Rule):
         _fields.one_of(self, "very_sparse", True, False)
 
     def check(self, module: nn.Module, path: str) -> str | None:
+        if why := _complex.why_not(self, module):
+            return why
         return _delta.why_no_map(module)
 
     def rewrite(self, site: Site) -> Tensor:

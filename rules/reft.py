@@ -9,7 +9,7 @@ from typing import cast
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from rules import _fields
+from rules import _complex, _fields
 from rules._hidden import at_positions, features_of, positions_of
 from rules._solving import orthonormal_rows
 from surgery import LiveSite, Rule, Site, SiteError, rule
@@ -52,6 +52,8 @@ class ReftRule(Rule):
             raise self.bad("positions", "'all', or such as 'f7+l7', 'f1' or 'l2'")
 
     def check(self, module: nn.Module, path: str) -> str | None:
+        if why := _complex.why_not(self, module, "its rotation is one of real numbers"):
+            return why
         found = features_of(module, self.features)
         if isinstance(found, str):
             return found

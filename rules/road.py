@@ -8,7 +8,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from rules import _fields, _maps
+from rules import _complex, _fields, _maps
 from surgery import LiveSite, Rule, Site, rule
 
 
@@ -48,6 +48,8 @@ class RoadRule(Rule):
         return self.init == "identity"
 
     def check(self, module: nn.Module, path: str) -> str | None:
+        if why := _complex.why_not(self, module):
+            return why
         found = _maps.linear_map(module, "linear", "conv1d")
         if isinstance(found, str):
             return found

@@ -8,7 +8,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from rules import _combined, _delta, _fields
+from rules import _combined, _complex, _delta, _fields
 from surgery import Combination, LiveSite, Rule, Share, Site, rule
 
 
@@ -46,6 +46,8 @@ class ShiraRule(Rule):
         return self.init == "identity"
 
     def check(self, module: nn.Module, path: str) -> str | None:
+        if why := _complex.why_not(self, module):
+            return why
         return _delta.why_no_map(module) or _delta.more_than_weight(module, self.rank * sum(_delta.sizes(module)))
 
     def rewrite(self, site: Site) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from rules import _complex
 from rules._layouts import Layout, Part, layout_of
 from surgery import LiveSite, LowRank, Rule, Site, SiteError, rule
 
@@ -42,6 +43,8 @@ class LowRankSlotRule(Rule):
         return ()
 
     def check(self, module: nn.Module, path: str) -> str | None:
+        if why := _complex.why_not(self, module):
+            return why
         layout = layout_of(module, self.rank)
         if isinstance(layout, str):
             return layout

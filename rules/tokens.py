@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from rules import _complex
 from surgery import Combination, LiveSite, Rows, Rule, Share, Site, rule
 
 
@@ -40,6 +41,8 @@ class TokensRule(Rule):
     def check(self, module: nn.Module, path: str) -> str | None:
         if not isinstance(module, (nn.Embedding, nn.Linear)):
             return "it is neither an Embedding nor a Linear"
+        if why := _complex.why_not(self, module):
+            return why
         last = max(self.tokens)
         return f"it has {len(module.weight)} rows, none of number {last}" if last >= len(module.weight) else None
 

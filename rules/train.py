@@ -7,7 +7,7 @@ from typing import TypeVar
 
 from torch import Tensor, nn
 
-from rules import _combined
+from rules import _combined, _complex
 from surgery import Combination, LiveSite, Rule, Share, Site, SiteError, rule
 
 R = TypeVar("R", bound=Rule)
@@ -36,6 +36,8 @@ class TrainRule(Rule):
         return owners_of_tensors(module, path)
 
     def check(self, module: nn.Module, path: str) -> str | None:
+        if why := _complex.why_not(self, module):
+            return why
         return None if dict(own_tensors(module)) else "it owns no parameters"
 
     def rewrite(self, site: Site) -> None:

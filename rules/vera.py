@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from rules import _fields, _maps
+from rules import _complex, _fields, _maps
 from rules.slots import low_rank_slot, low_rank_tensors
 from surgery import LiveSite, LowRank, Rule, Site, rule
 
@@ -64,6 +64,8 @@ class VeraRule(Rule):
         return self.init == "identity"
 
     def check(self, module: nn.Module, path: str) -> str | None:
+        if why := _complex.why_not(self, module):
+            return why
         found = _maps.linear_map(module, "linear", "conv1d")
         return found if isinstance(found, str) else _maps.why_no_dropout(found, self.dropout)
 

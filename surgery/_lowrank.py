@@ -56,12 +56,21 @@ class LowRank:
         float64 and right to about 1e-15, else float32. Raises MergeError where the factors don't fit the shape.
         """
         self.check(shape)
+        if self.B.is_complex() or self.A.is_complex():
+            return self.complex_delta(shape, self.B.device).to(self.B.dtype)
         device = self.B.device if has_float64(self.B.device) else torch.device("cpu")
         product = Product(self, shape, dtype, device)
         out = torch.empty(product.height, product.width, dtype=product.compute, device=device)
         for i, j in product.tiles():
             out[i:j] = product(i, j)
         return out.reshape(tuple(shape)).to(self.B.device)
+
+    def complex_delta(self, shape: Sequence[int], device: torch.device) -> Tensor:
+        """ΔW of complex factors in complex128: an ordinary product, whose bits may differ between machines."""
+        B, A = (factor.detach().to(device, torch.complex128) for factor in (self.B, self.A))
+        scale = self.scale.to(device).reshape(-1, 1) if isinstance(self.scale, Tensor) else self.scale
+        B, A = B.unflatten(0, (self.groups, -1)), (A * scale).unflatten(0, (self.groups, -1))
+        return (B @ A).reshape(tuple(shape))
 
     @staticmethod
     def join(changes: Sequence[LowRank]) -> LowRank:

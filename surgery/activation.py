@@ -183,6 +183,9 @@ def using(model: nn.Module, adapter: str | Sequence[str] | None, weights: Weight
 
 def _asked_for(state: ModelState, adapter: str | Sequence[str], weights: Weights) -> dict[str, float]:
     """The adapters that are to be live, with their weights."""
+    if isinstance(adapter, Mapping):
+        fix = "name them and give the mapping as weights: activate(model, list(weights), weights)"
+        raise SurgeryError("a mapping is given for the adapters' names", why="its values would be passed over", fix=fix)
     names = adapter_names(state, adapter)
     if isinstance(weights, Mapping):
         adapter_names(state, list(weights))

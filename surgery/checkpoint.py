@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from surgery import files
 from surgery.base_rule import Rule
+from surgery.complexes import is_number
 from surgery.engine import Given, carry_out, remove
 from surgery.errors import LoadError, RuleError, SurgeryError, SurgeryWarning
 from surgery.files import TensorFile
@@ -333,14 +334,14 @@ def _misfit(file: TensorFile, entry: Entry, shape: tuple[int, ...], dtype: torch
         read = None
     if read != shape:
         return f"is {given}, which does not give the {shape} of this model"
-    if numbers.is_floating_point != dtype.is_floating_point:
+    if (numbers.is_floating_point, numbers.is_complex) != (dtype.is_floating_point, dtype.is_complex):
         return f"holds {str(numbers).removeprefix('torch.')}, and {str(dtype).removeprefix('torch.')} is needed"
     try:
         tensor = file.read(entry.key)
         if not plain:
             entry.read(tensor)
-        checked = finite and numbers.is_floating_point and not file.sound()
-        if checked and not bool(torch.isfinite(tensor.float()).all()):
+        checked = finite and is_number(numbers) and not file.sound()
+        if checked and not bool(torch.isfinite(tensor if numbers.is_complex else tensor.float()).all()):
             return "holds NaN or infinity"
     except SurgeryError as error:
         return f"can't be taken over: {error.why or error.what}"

@@ -14,6 +14,7 @@ from surgery.asked import asked
 from surgery.base_rule import Rule
 from surgery.blend import Combination, Method, Share, joint_dtype
 from surgery.claims import check_free
+from surgery.complexes import is_number
 from surgery.errors import MatchError, PlanError, SiteError, SurgeryError
 from surgery.hooks import running
 from surgery.match import Tree, matches
@@ -152,7 +153,7 @@ class _Kind:
 
 def _check_finite(share: Share) -> None:
     for name, tensor in share.params.items():
-        if tensor.is_floating_point() and not tensor.is_meta and not bool(torch.isfinite(tensor).all()):
+        if is_number(tensor) and not tensor.is_meta and not bool(torch.isfinite(tensor).all()):
             raise SurgeryError(
                 f"the adapter {share.adapter!r} holds numbers that are not finite",
                 where=share.site.path,
@@ -168,7 +169,7 @@ def _like(name: str, tensor: Tensor, shares: Sequence[Share]) -> tuple[Tensor, b
     device = own[0].device if own else tensor.device
     new = torch.empty(tensor.shape, dtype=dtype, device=device).copy_(tensor.detach())
     buffer = bool(own) and not isinstance(own[0], nn.Parameter)
-    return (new, True) if buffer else (nn.Parameter(new, requires_grad=new.is_floating_point()), False)
+    return (new, True) if buffer else (nn.Parameter(new, requires_grad=is_number(new)), False)
 
 
 def _kinds(model: nn.Module, state: ModelState, how: Combination) -> Iterator[_Kind]:

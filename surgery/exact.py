@@ -44,10 +44,10 @@ def fold(weight: Tensor, change: Change, *, keep: Literal["record", "copy"] = "r
     True
 
     `change`: a LowRank; Rows; or a tensor, the weight's new value. float16, bfloat16 and float32 weights compute in
-    float32 and round once, float64 in float64. `keep="record"` keeps corrections for the few entries that arithmetic
-    alone would miss, or a copy where that is smaller (see `Record.kind`); `keep="copy"` always keeps a copy, is several
-    times as fast, and adds an ordinary float32 matmul. `where` names the weight in errors. Raises MergeError, with the
-    weight untouched, where shapes or dtypes don't fit.
+    float32 and round once, float64 in float64, complex ones in complex128. `keep="record"` keeps corrections for the
+    few entries that arithmetic alone would miss, or a copy where that is smaller or the weight is complex (see
+    `Record.kind`); `keep="copy"` always keeps a copy, is several times as fast, and adds an ordinary float32 matmul.
+    `where` names the weight in errors. Raises MergeError, with the weight untouched, where shapes or dtypes don't fit.
     """
     with torch.inference_mode(weight.is_inference()), torch.no_grad():
         _refuse(weight, change, where)
@@ -58,6 +58,8 @@ def fold(weight: Tensor, change: Change, *, keep: Literal["record", "copy"] = "r
             return Record("rows", weight.shape, weight.dtype, checksum(weight), index=index.cpu(), kept=kept)
         if isinstance(change, Tensor):
             return _fold_copy(weight, torch.empty_like(weight).copy_(change))
+        if weight.is_complex():  # its arithmetic has no record of what it misses
+            return _fold_copy(weight, _complex_value(weight, change))
         if weight.numel() and keep == "record":
             work = _workplace(weight, change)
             if record := _fold_record(work, change):
@@ -104,7 +106,7 @@ def folded(weight: Tensor, change: Change) -> Tensor:
     with torch.no_grad():
         _refuse(weight, change, "")
         if isinstance(change, LowRank):
-            return _new_value(weight, change)
+            return _complex_value(weight, change) if weight.is_complex() else _new_value(weight, change)
         new = weight.detach().clone()
         if isinstance(change, Rows):
             new[change.index.to(new.device)] = change.values.to(new.device, new.dtype)
@@ -124,7 +126,7 @@ def weighted(change: Change, tensor: Tensor, weight: float) -> Change:
 
 
 def _between(old: Tensor, new: Tensor, weight: float) -> Tensor:
-    wide = compute_dtype(old.dtype)
+    wide = old.dtype if old.is_complex() else compute_dtype(old.dtype)
     return torch.lerp(old.detach().to(wide), new.to(old.device, wide), weight).to(old.dtype)
 
 
@@ -216,6 +218,16 @@ def _new_value(weight: Tensor, change: LowRank, exact: bool = True) -> Tensor:
     return new if made is new else made.view(weight.shape)  # a view forgets the strides of single rows
 
 
+def _complex_value(weight: Tensor, change: LowRank) -> Tensor:
+    """gain ⊙ (W + ΔW) in complex128, rounded once."""
+    total = weight.detach().to(torch.complex128) + change.complex_delta(weight.shape, weight.device)
+    if change.gain is not None:
+        gain = change.gain.detach().to(weight.device, total.dtype)
+        by_row = gain.dim() == 1 and len(gain) == len(weight)
+        total = total * (gain.view(-1, *[1] * (weight.dim() - 1)) if by_row else gain)
+    return torch.empty_like(weight).copy_(total)
+
+
 def _fold_copy(weight: Tensor, new: Tensor) -> Record:
     record = Record("copy", weight.shape, weight.dtype, checksum(new))
     if _owns_storage(weight):
@@ -278,9 +290,12 @@ def _refuse(weight: Tensor, change: Change, where: str) -> None:
     if weight.is_meta or weight.layout != torch.strided:
         raise error("the weight has no plain memory to write to (meta or sparse)")
     if isinstance(change, LowRank):
-        if weight.dtype not in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
-            raise error(f"the weight is {weight.dtype}: low-rank changes need float16, bfloat16, float32 or float64")
+        if weight.dtype not in _FOLDABLE:
+            names = ", ".join(str(dtype).removeprefix("torch.") for dtype in _FOLDABLE)
+            raise error(f"the weight is {weight.dtype}: low-rank changes need one of {names}")
         change.check(weight.shape, where)
+        if not weight.is_complex() and (change.B.is_complex() or change.A.is_complex()):
+            raise error("its factors are complex, and the weight is real")
     elif isinstance(change, Rows):
         index, m = change.index, weight.shape[0] if weight.dim() else 0
         if index.dim() != 1 or change.values.shape != (len(index), *weight.shape[1:]):
@@ -289,3 +304,6 @@ def _refuse(weight: Tensor, change: Change, where: str) -> None:
             raise error(f"row numbers must differ from each other and lie in 0 … {m - 1}")
     elif change.shape != weight.shape:
         raise error(f"the weight is {tuple(weight.shape)}, its new value {tuple(change.shape)}")
+
+
+_FOLDABLE = (torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.complex64, torch.complex128)

@@ -28,7 +28,7 @@ __all__ = ["TensorFile", "open_tensors", "replace_files", "write_safetensors"]
 DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
     "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8,
-    "BOOL": torch.bool, "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
+    "BOOL": torch.bool, "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2, "C64": torch.complex64,
 }  # fmt: skip
 MOST_HEADER = 32 << 20
 
@@ -44,13 +44,14 @@ def write_safetensors(file: BinaryIO, tensors: Mapping[str, Tensor], metadata: M
     for key, tensor in tensors.items():
         start, end = end, end + tensor.numel() * tensor.element_size()
         if tensor.dtype not in names:
-            raise SurgeryError(f"the tensor {key!r} can't be saved", why=f"safetensors has no {tensor.dtype}")
+            fix = f"convert it to one of {', '.join(str(dtype).removeprefix('torch.') for dtype in names)}"
+            raise SurgeryError(f"the tensor {key!r} can't be saved", why=f"safetensors has no {tensor.dtype}", fix=fix)
         header[key] = {"dtype": names[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [start, end]}
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     file.write(len(text).to_bytes(8, "little") + text)
     for tensor in tensors.values():
-        flat = tensor.detach().cpu().contiguous().reshape(-1)
+        flat = tensor.detach().cpu().resolve_conj().contiguous().reshape(-1)
         if flat.numel():
             file.write(flat.view(torch.uint8).numpy().data)
 

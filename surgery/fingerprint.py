@@ -68,8 +68,11 @@ def _comparable(model: nn.Module, asked: Collection[str] | None = None) -> Itera
                 continue
             seen.add(id(tensor))
             plain = type(tensor) is nn.Parameter and not tensor.is_meta
-            if plain and tensor.dtype in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
+            if plain and tensor.dtype in _COMPARED:
                 yield ".".join(filter(None, (path, name))), tensor
+
+
+_COMPARED = (torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.complex64, torch.complex128)
 
 
 def _called(modules: Mapping[str, nn.Module], name: str) -> list[Tensor]:
@@ -92,7 +95,7 @@ def _spread(count: int, most: int) -> list[int]:
 
 
 def _numbers(tensor: Tensor) -> list[float]:
-    flat = tensor.detach().reshape(-1)
+    flat = (torch.view_as_real(tensor.detach()) if tensor.is_complex() else tensor.detach()).reshape(-1)
     at = torch.tensor(_spread(flat.numel(), NUMBERS), device=flat.device)
     return [float(f"{number:.6g}") for number in flat[at].double().tolist()]
 

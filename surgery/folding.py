@@ -7,6 +7,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from surgery.complexes import is_number
 from surgery.errors import MergeError
 from surgery.exact import Change, LowRank, Record, checksum, fold, unfold
 from surgery.owners import Owners
@@ -26,7 +27,7 @@ def check_foldable(
     if parameter is None:
         raise MergeError(f"{type(module).__name__} has no tensor {name!r} to fold into", where=where)
     packed = type(parameter) not in (nn.Parameter, Tensor)
-    if packed or (isinstance(change, LowRank) and not parameter.is_floating_point()):
+    if packed or (isinstance(change, LowRank) and not is_number(parameter)):
         kind = type(parameter).__name__ if packed else parameter.dtype
         raise MergeError(
             f"nothing can be folded into the {name} of this {type(module).__name__}",

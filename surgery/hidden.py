@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from surgery.errors import SiteError
+from surgery.lowering import same_dtype
 
 __all__ = ["hidden_of", "with_hidden"]
 
@@ -34,7 +35,7 @@ def with_hidden(output: Any, new: Tensor) -> Any:
 
 
 def _as(new: Tensor, old: Tensor) -> Tensor:
-    return new.to(old.dtype) if new.dtype != old.dtype and old.is_floating_point() else new
+    return same_dtype(new, old)
 
 
 def _place(output: Any) -> Any:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from surgery.base_rule import Rule
+from surgery.complexes import is_number
 from surgery.errors import MatchError, RuleError, SiteError, SurgeryError
 from surgery.files import TensorFile
 from surgery.hooks import running
@@ -262,7 +263,7 @@ class Making:
 
     def _held(self, name: str, made: Tensor, tensor: Tensor) -> Tensor:
         made = made.detach().to(tensor.dtype)
-        if self.finite and made.is_floating_point() and not bool(torch.isfinite(made).all()):
+        if self.finite and is_number(made) and not bool(torch.isfinite(made).all()):
             raise SiteError(f"its {name} has numbers that {str(tensor.dtype).removeprefix('torch.')} can't hold")
         return made
 

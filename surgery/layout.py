@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from surgery.complexes import is_number
 from surgery.errors import SurgeryError
 from surgery.example import copied
 from surgery.here import paused
@@ -114,7 +115,7 @@ def _seen(model: nn.Module, modules: Sequence[nn.Module], given: Given) -> dict[
         if value is not None and threading.get_ident() == me:
             flat = value.detach().reshape(len(value), -1) if value.numel() else value.reshape(len(value), 0)
             step = max(1, flat.shape[1] // _COLUMNS)
-            found.setdefault(id(module), []).append((value.dim(), flat[:, ::step].double().cpu()))
+            found.setdefault(id(module), []).append((value.dim(), _wide(flat[:, ::step]).cpu()))
 
     handles = [module.register_forward_pre_hook(enter, with_kwargs=True) for module in modules]
     try:
@@ -123,6 +124,10 @@ def _seen(model: nn.Module, modules: Sequence[nn.Module], given: Given) -> dict[
         for handle in handles:
             handle.remove()
     return found
+
+
+def _wide(value: Tensor) -> Tensor:
+    return value.to(torch.complex128) if value.is_complex() else value.double()
 
 
 @contextmanager
@@ -156,8 +161,9 @@ def _some_rows(given: Given, batch: int) -> tuple[Given, Given]:
 
 def _other(row: Tensor, by: int, draw: torch.Generator) -> Tensor:
     """Another row: other numbers, or other tokens of those that there must be, too. Masks stay."""
-    if row.is_floating_point():
-        noise = torch.randn(row.shape, generator=draw).to(row.device, row.dtype)
+    if is_number(row):
+        kind = torch.complex64 if row.is_complex() else torch.float32
+        noise = torch.randn(row.shape, generator=draw, dtype=kind).to(row.device, row.dtype)
         return row + noise * max(1e-3, float(row.abs().max()))
     if row.dtype == torch.long and not bool((row <= 1).all()):
         return (row + by) % (row.max() + 1)

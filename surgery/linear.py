@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from surgery.base_rule import Rule
+from surgery.complexes import is_number
 from surgery.errors import MergeError
 from surgery.pattern import qualified_name
 from surgery.site import LiveSite, _Place
@@ -26,6 +27,7 @@ def derived(rule: Rule, site: LiveSite) -> dict[str, Tensor]:
     weight = site.weight.detach()
     inner, out = weight.shape if turned else weight.t().shape
     double = torch.float64 if weight.device.type != "mps" else torch.float32
+    double = double.to_complex() if weight.is_complex() else double
     draw = torch.Generator().manual_seed(0)
 
     def contribution(x: Tensor, output: Tensor) -> Tensor:
@@ -33,7 +35,8 @@ def derived(rule: Rule, site: LiveSite) -> dict[str, Tensor]:
         return rule.rewrite(trial) - output  # type: ignore[operator]
 
     def random(size: int) -> Tensor:
-        return (torch.randn(3, size, generator=draw) * 10).to(weight.device, double)
+        kind = torch.complex64 if double.is_complex else torch.float32
+        return (torch.randn(3, size, generator=draw, dtype=kind) * 10).to(weight.device, double)
 
     identity = torch.eye(inner, dtype=double, device=weight.device)
     delta = contribution(identity, identity.new_zeros(inner, out)).to(double)
@@ -115,7 +118,7 @@ class _Trial(_Place):
 
     def _exact(self, tensor: Tensor) -> Tensor:
         tensor = tensor.detach()
-        return tensor.to(self.input.dtype) if tensor.is_floating_point() else tensor
+        return tensor.to(self.input.dtype) if is_number(tensor) else tensor
 
     def _refused(self, why: str, fix: str) -> MergeError:
         return MergeError(f"{self.rule.label} says that it is linear", where=self.path, why=why, fix=fix)

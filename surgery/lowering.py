@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 from torch.autograd import forward_ad
 
+from surgery.complexes import is_number
 from surgery.errors import SiteError
 
 __all__ = [
@@ -39,16 +40,21 @@ Branch = tuple[Tensor, Tensor, float, float, bool]
 
 
 def same_dtype(new: Any, old: Any) -> Any:
-    """`new` in the dtype of `old`, where both are floating-point tensors; anything else as it is."""
+    """`new` in the dtype of `old`, where both are floating-point or both complex tensors; anything else as it is."""
     if isinstance(new, Tensor) and isinstance(old, Tensor) and new.dtype != old.dtype:
-        if new.is_floating_point() and old.is_floating_point():
+        if is_number(new) and new.is_complex() == old.is_complex() and is_number(old):
             return new.to(old.dtype)
     return new
 
 
 def in_dtype(value: Any, dtype: torch.dtype) -> Any:
-    """A floating-point tensor in a dtype; anything else as it is."""
-    if isinstance(value, Tensor) and value.dtype != dtype and value.is_floating_point():
+    """A floating-point tensor in a dtype, a complex one in a complex dtype; anything else as it is."""
+    if (
+        isinstance(value, Tensor)
+        and value.dtype != dtype
+        and is_number(value)
+        and value.is_complex() == dtype.is_complex
+    ):
         return value.to(dtype)
     return value
 
@@ -58,7 +64,7 @@ def weighted(old: Any, new: Any, weight: float) -> Any:
     if new is old or new is None:
         return new
     if isinstance(new, Tensor):
-        if not (isinstance(old, Tensor) and old.shape == new.shape and new.is_floating_point()):
+        if not (isinstance(old, Tensor) and old.shape == new.shape and is_number(new)):
             raise SiteError(
                 f"an adapter's weight is {weight}, and what it changes can't be multiplied",
                 why=f"a tensor {tuple(new.shape)} of {new.dtype} stands in the place of {_told(old)}",

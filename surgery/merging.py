@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from surgery.claims import check_free
 from surgery.clash import hidden
+from surgery.complexes import narrow
 from surgery.errors import MergeError, PlanError, SurgeryError
 from surgery.exact import LowRank, Rows, unfold, weighted
 from surgery.folding import Keep, SiteFolding, check_foldable, verify_records
@@ -232,7 +233,7 @@ def _objections(path: str, module: nn.Module, site: SiteState, names: list[str])
 
 def _packed(path: str, module: nn.Module, site: SiteState, chosen: list[Applied]) -> list[SurgeryError]:
     weight = module._parameters.get("weight")
-    if weight is not None and (type(weight) is not nn.Parameter or not weight.is_floating_point()):
+    if weight is not None and (type(weight) is not nn.Parameter or narrow(weight)):
         why = f"its weight is a {type(weight).__name__} of {weight.dtype}: quantised, so a sum would be rounded away"
         return [MergeError(f"{chosen[0].rule.label} can't be merged here", where=path, why=why, fix="keep it unmerged")]
     return []

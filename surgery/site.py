@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from surgery.base_rule import Rule
+from surgery.complexes import filled_by_reals, is_number, narrow
 from surgery.errors import SiteError, near_misses
 from surgery.example import call
 from surgery.hidden import hidden_of, with_hidden
@@ -77,10 +78,13 @@ class _Place:
 
     @property
     def dtype(self) -> torch.dtype:
-        """The dtype of tensors made here by shape: the module's own, or float32 for half and quantised ones."""
+        """The dtype of tensors made here by shape: the module's own, or float32 for half and quantised ones.
+
+        Complex for a complex module.
+        """
         own = (tensor for tensor in self.module._parameters.values() if tensor is not None)
         first = next(itertools.chain(own, self.module.parameters()), None)
-        return first.dtype if first is not None and first.dtype in (torch.float32, torch.float64) else torch.float32
+        return first.dtype if first is not None and first.dtype in _WIDE else torch.float32
 
     def _size(self, *names: str) -> int:
         for name in names:
@@ -334,6 +338,7 @@ class Site(_Place, Inside):
         `value` is its initial tensor, or its shape; then `init` is a number, or a function that fills a tensor in
         place (`nn.init.xavier_uniform_`). A shape's dtype is the module's, or float32 where that is half precision
         or quantised (PEFT's autocast_adapter_dtype). It is made on the module's device, when the plan is carried out.
+        Of complex tensors `init` fills the real part, and the imaginary part is zero, as in PEFT.
         `tied`: sites of this rule that give the same tensor here share one parameter, as modules with tied weights do.
         """
         return self._declare(name, value, init, dtype, trainable, buffer=False, tied=tied)
@@ -365,6 +370,8 @@ class Site(_Place, Inside):
         why = None
         if type(tensor) not in (nn.Parameter, Tensor):
             why = f"its {name} is a {type(tensor).__name__}, which its own code unpacks"
+        elif isinstance(tensor, nn.Parameter) and narrow(tensor) and not _torchs(owner):
+            why = f"its {name} is {tensor.dtype}, which its own code unpacks"
         elif self.own.opaque and (reference := hidden_reference(owner, name.rpartition(".")[2])):
             why = f"its forward uses the tensor through its attribute {reference!r}"
         if why:
@@ -388,12 +395,12 @@ class Site(_Place, Inside):
             fill: Fill = lambda tensor: tensor.copy_(source)  # noqa: E731
         else:
             shape, made = tuple(int(size) for size in value), self.dtype
-            fill = init if callable(init) else _constant(float(init))
+            fill = filled_by_reals(init) if callable(init) else _constant(float(init))
         if any(size < 0 for size in shape):
             raise SiteError(f"the tensor {name!r} can't have the shape {shape}", where=self.path)
         if dtype is not None:
             made = getattr(torch, dtype) if isinstance(dtype, str) else dtype
-        trained = trainable and (made.is_floating_point or made.is_complex)
+        trained = trainable and is_number(made)
         self.specs[name] = ParamSpec(name, shape, made, fill, trained, buffer, tied)
         return self._value("param", name)
 
@@ -435,8 +442,15 @@ class LiveSite(_Place):
         return self._source(name, False) is not self._source(name, True)
 
 
+def _torchs(module: nn.Module) -> bool:
+    """Whether torch's own forward runs, which takes a parameter as it is."""
+    base = getattr(type(module), "_surgery_base", type(module))
+    return str(getattr(base.forward, "__module__", "")).startswith("torch.")
+
+
 def _constant(value: float) -> Fill:
     return lambda tensor: tensor.fill_(value)
 
 
+_WIDE = (torch.float32, torch.float64, torch.complex64, torch.complex128)
 _TAKEN = frozenset(nn.Module().__dict__)

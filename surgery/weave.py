@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 from torch import fx, nn
 
+from surgery.complexes import is_number
 from surgery.errors import SiteError
 from surgery.lowering import in_dtype, lower, same_dtype, weighted
 from surgery.own import Own, recorded_own
@@ -356,7 +357,7 @@ class _Weaver:
         """A value inside a forward keeps its dtype, whatever precision an adapter computes in: code may go by it."""
         node = next(node for node in self.own.held.nodes if node.name == name) if self.own.held is not None else None
         dtype = node.meta.get("dtype") if node is not None else None
-        if dtype is None or not dtype.is_floating_point or not isinstance(new, _Term):
+        if dtype is None or not is_number(dtype) or not isinstance(new, _Term):
             return new
         return self._term("call_function", in_dtype, (new, dtype), origin=new.origin or old.origin)
 

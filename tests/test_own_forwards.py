@@ -37,7 +37,20 @@ from rules import (
     TrainRule,
 )
 from rules.slots import LowRankSlotRule
-from surgery import MergeError, PlanError, Rule, activate, apply_rules, merge, plan_rules, remove, route, rule, unmerge
+from surgery import (
+    MergeError,
+    PlanError,
+    Rule,
+    SurgeryError,
+    activate,
+    apply_rules,
+    merge,
+    plan_rules,
+    remove,
+    route,
+    rule,
+    unmerge,
+)
 from surgery.testing import Snapshot
 from tests.test_methods import METHODS, Conv1D, Held, Method
 
@@ -436,7 +449,7 @@ def test_rules_on_the_input_where_it_is_starred(cls: Any, call: Any) -> None:
     torch.testing.assert_close(call(model[0], x), call(base, x + 2))
 
 
-@rule("test-shift-input")
+@rule("test-own-shift-input")
 class ShiftRule(Rule):
     by: float = 1.0
 
@@ -573,3 +586,59 @@ def test_a_forward_around_a_packed_weight_is_refused() -> None:
             problems = plan_rules(model, [one_rule]).problems
             assert bool(problems) == refused, (cls, one_rule)
             assert not refused or "does more than its base class's" in str(problems[0])
+
+
+class Scaled8(nn.Linear):
+    """As transformers' FP8Linear: one byte a number, and a scale."""
+
+    def __init__(self, inner: int, out: int):
+        super().__init__(inner, out)
+        self.scale = nn.Parameter(torch.tensor(0.5), requires_grad=False)
+        self.weight = nn.Parameter((self.weight.detach() / 0.5).to(torch.float8_e4m3fn), requires_grad=False)
+
+    def forward(self, input: Tensor) -> Tensor:
+        return F.linear(input, self.weight.to(input.dtype) * self.scale, self.bias)
+
+
+class Scaled8Whole(Scaled8):
+    def __init__(self, inner: int, out: int):
+        super().__init__(inner, out)
+        whole = (self.weight.detach().float() * 100).round().to(torch.int8)
+        self.weight = nn.Parameter(whole, requires_grad=False)
+
+
+NARROW = [LoraRule("m", rank=2), MissRule("m", rank=2), METHODS["vera"].rule, METHODS["loha"].rule, METHODS["hra"].rule]
+
+
+@pytest.mark.parametrize("cls", [Scaled8, Scaled8Whole])
+@pytest.mark.parametrize("made", [*NARROW, AdaLoraRule("m", rank=2, total_step=9)], ids=lambda made: made.label)
+def test_a_weight_of_one_byte_is_left_alone(cls: Any, made: Rule) -> None:
+    torch.manual_seed(0)
+    model: Any = Holder(cls(IN, OUT))
+    weight, bias = model.m.weight.to(torch.float32) * 0.5, model.m.bias
+    apply_rules(model, [made])
+    held = {name: tensor.detach() for name, tensor in model.m.adapters.default.tensors().items()}
+    with torch.no_grad():
+        for tensor in held.values():
+            if tensor.is_floating_point():
+                tensor.add_(torch.randn_like(tensor) * 0.1)
+    method = next(one for one in ALL.values() if type(one.rule) is type(made))
+    changed, _ = method.by_hand(weight, bias, held, made)
+    x = torch.randn(3, IN)
+    torch.testing.assert_close(model(x), F.linear(x, changed, bias), rtol=1e-4, atol=1e-4)
+    with pytest.raises(SurgeryError, match="quantised"):
+        merge(model)
+
+
+@pytest.mark.parametrize("name", ["boft", "miss-bat", "shira", "dora", "train", "tokens"])
+def test_a_weight_of_one_byte_is_not_edited(name: str) -> None:
+    (problem, *_) = plan_rules(Holder(Scaled8(IN, OUT)), [ALL[name].rule]).problems
+    assert "packed" in str(problem) or "which its own code unpacks" in str(problem)
+
+
+@pytest.mark.parametrize("make", [lambda: nn.Embedding(9, 4), lambda: nn.Linear(4, 4), lambda: nn.Conv1d(4, 4, 1)])
+def test_whole_numbers_take_no_change(make: Any) -> None:
+    module = make().requires_grad_(False)
+    module.weight = nn.Parameter(module.weight.to(torch.int32), requires_grad=False)
+    (problem,) = plan_rules(Holder(module), [LoraRule("m")]).problems
+    assert "its weight is torch.int32, which holds no changes" in str(problem)

@@ -1,0 +1,32 @@
+"""What methods can't do on a module of complex numbers."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from surgery import Rule
+
+_DROPPING = ("dropout", "rank_dropout", "module_dropout")
+
+
+def why_not(rule: Rule, module: nn.Module, real: str = "") -> str | None:
+    """Why a rule can't go on a module with complex parameters, or None. `real`: what it does with real numbers alone.
+
+    Where it can, its tensors are complex, as PEFT's are.
+    """
+    dtype = next((p.dtype for p in module._parameters.values() if p is not None and p.is_complex()), None)
+    if dtype is None:
+        return None
+    of = f"its parameters are {str(dtype).removeprefix('torch.')}, and"
+    if isinstance(module, nn.Embedding):
+        return f"{of} torch has no gradients for an Embedding of complex numbers"
+    if real:
+        return f"{of} {real}"
+    for name in _DROPPING:
+        if getattr(rule, name, 0.0):
+            return f"{of} torch has no dropout for complex numbers; give it a rule with {name}=0"
+    own = getattr(rule, "dtype", None)
+    if own is not None and not getattr(torch, str(own)).is_complex:
+        return f"{of} tensors in dtype={own!r} would drop the imaginary part of its input"
+    return None
