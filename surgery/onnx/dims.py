@@ -128,7 +128,7 @@ def of_other_lengths(given: Given, axes: Axes) -> Given:
     Tracing takes for always so what is so for the example: of a text that fills its last chunk, that none is padded.
     """
     sizes = sizes_of(given, axes)
-    more = {name: size if name.endswith("batch") else size + 1 for name, size in sizes.items()}
+    more = {name: size if name.endswith(("batch", "_size")) else size + 1 for name, size in sizes.items()}
     return sized(given, axes, summed(more, sizes))
 
 
@@ -210,7 +210,7 @@ def _with_more(given: Given, axes: Axes, dim: str) -> list[Given]:
     """The call with one more along a dimension: along it alone, and along all that are not batches."""
     sizes = sizes_of(given, axes)
     alone = sized(given, axes, summed({**sizes, dim: sizes[dim] + 1}, sizes))
-    return [alone, of_other_lengths(given, axes)]
+    return [alone] if dim.endswith(("batch", "_size")) else [alone, of_other_lengths(given, axes)]
 
 
 def _values(model: Any) -> Any:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import time
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -168,7 +169,9 @@ def _taking(model: nn.Module) -> Callable[[Given], bool]:
     def takes(example: Given) -> bool:
         copies.extend([] if copies else [sharing_copy(model)])
         with contextlib.suppress(Exception), torch.no_grad(), torch.random.fork_rng(), traced_path():
-            example.call(copies[0], example.copy())
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                example.call(copies[0], example.copy())
             return True
         return False
 
