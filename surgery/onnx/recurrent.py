@@ -53,7 +53,7 @@ def recurrent_layers() -> Iterator[None]:
     finally:
         for kind, own in _OWN.items():
             setattr(torch, kind, own)
-            vars(torch._VF).pop(kind, None)
+            torch._VF.__dict__.pop(kind, None)  # it hands on what it does not hold itself
 
 
 def _calling(kind: str, own: Callable[..., Any]) -> Callable[..., Any]:
