@@ -11,6 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from rules import IA3Rule, LoraRule, TrainRule
 from surgery import PlanError, SurgeryError, SurgeryWarning, apply_rules, merge, plan_rules, remove, unmerge
@@ -21,6 +22,8 @@ from tests.test_family_list import run, tensors
 
 
 class Owner(nn.Module):
+    config: Any
+
     def __init__(self, **settings: Any) -> None:
         super().__init__()
         self.inner = nn.Linear(4, 4)
@@ -108,7 +111,7 @@ class CalledByAName(Owner):
 
 class HandedOn(Owner):
     def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.inner.weight) if self.training else torch.utils.checkpoint.checkpoint(self.inner, x)
+        return F.linear(x, self.inner.weight) if self.training else checkpoint(self.inner, x, use_reentrant=False)
 
 
 class CalledFromAbove(nn.Module):
