@@ -29,6 +29,7 @@ from surgery.owners import Owners
 from surgery.pattern import Verdict
 from surgery.plan import Plan, make_plan
 from surgery.recording import Step
+from surgery.reducers import watch_gradients
 from surgery.root import rewritten, with_lost
 from surgery.site import LiveSite, ParamSpec
 from surgery.state import (
@@ -181,6 +182,8 @@ def carry_out(
         _record(plan.model, plan, standing, journal)
         if plan.observation is not None:
             _check_output(plan, example_inputs)
+    boxes = plan.model.__dict__[_MODEL].places[plan.adapter].boxes
+    watch_gradients(plan.adapter, (parameter for box in boxes for parameter in box.parameters()))
 
 
 # Applying -----------------------------------------------------------------------------------------------------

@@ -24,6 +24,7 @@ from surgery.install import recipe_of, swap
 from surgery.layout import prove
 from surgery.members import routes_itself
 from surgery.outside import Lent, hide_hooks, show_hooks
+from surgery.reducers import watch_gradients
 from surgery.root import rewritten
 from surgery.routed import Plan, plan_of
 from surgery.rows import Rows
@@ -285,6 +286,7 @@ class _Shared:
             if not count and not state.standing[name].live:
                 for box in state.places[name].boxes:
                     self.lent.lend(box)
+                    watch_gradients(name, box.parameters())
 
     def leave(self, routing: _Routing) -> None:
         model = routing.model

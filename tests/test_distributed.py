@@ -24,6 +24,7 @@ from surgery import (
     pad_rank,
     remove,
     save_adapter,
+    using,
 )
 
 tiny: Any = pytest.importorskip("tests.tiny", reason="needs transformers")
@@ -58,7 +59,7 @@ def worker(rank: int, store: str, errors: Any) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
     try:
-        for check in (ddp, fsdp2, fsdp2_of_single_sites, fsdp2_in_half_precision):
+        for check in (ddp, ddp_and_what_trains_later, fsdp2, fsdp2_of_single_sites, fsdp2_in_half_precision):
             check(rank)
             dist.barrier()
         fsdp2_saves_the_whole_adapter(rank, Path(store).parent)
@@ -110,6 +111,58 @@ def ddp(rank: int) -> None:
     assert all(p.grad is None for name, p in model.named_parameters() if ".adapters." not in name)
     remove(model)
     assert not adapters_of(model)
+
+
+def ddp_and_what_trains_later(rank: int) -> None:
+    """What DDP does not reduce is an error at its first gradient, on every process; what it reduces is equal on all."""
+    DDP = nn.parallel.DistributedDataParallel
+    ids = tiny.ids()[rank : rank + 1]
+
+    def step(model: Any) -> None:
+        model.zero_grad()
+        loss_of(model(input_ids=ids)).backward()
+
+    def drifts(model: Any) -> None:
+        try:
+            step(model)
+        except SurgeryError as error:
+            assert "DDP does not reduce the gradients of the adapter 'b'" in str(error), error
+        else:
+            raise AssertionError("gradients stayed with their process")
+
+    def agree(model: nn.Module) -> None:
+        for name, parameter in adapters_of(model).items():
+            if parameter.grad is not None:
+                there = [torch.empty_like(parameter.grad) for _ in range(2)]
+                dist.all_gather(there, parameter.grad)
+                assert torch.equal(*there), name
+
+    def two() -> Any:
+        model, _ = patient()
+        return apply_rules(model, [LoraRule("q_proj", rank=2, init="random")], adapter="b")
+
+    model = activate(two(), "default")
+    wrapped = DDP(model)
+    step(wrapped)
+    agree(model)
+    with using(model, "b"), torch.no_grad():
+        wrapped(input_ids=ids)
+    step(wrapped)
+    agree(model)
+    activate(model, "b")
+    drifts(wrapped)
+    del wrapped
+    step(DDP(activate(activate(model, "default"), "b")))
+    agree(model)
+    model = two()
+    wrapped = DDP(model, find_unused_parameters=True)
+    for names in ("default", "b", ["default", "b"]):
+        step(activate(model, names) and wrapped)
+        agree(model)
+    model, _ = patient()
+    wrapped = DDP(model)
+    apply_rules(model, [LoraRule("q_proj", rank=2, init="random")], adapter="b")
+    drifts(wrapped)
 
 
 def sharded_as(rank: int, modules: Any, slack: float = 0.0, **fields: Any) -> Any:
