@@ -17,13 +17,18 @@ from rules import LoraRule
 from surgery import (
     SurgeryError,
     activate,
+    adapter_state_dict,
     apply_rules,
+    combine,
     deactivate,
     hotswap,
     load_adapter,
+    load_adapter_state_dict,
+    merge,
     pad_rank,
     remove,
     save_adapter,
+    unmerge,
     using,
 )
 
@@ -42,7 +47,7 @@ def test_ddp_and_fsdp2_on_two_processes(tmp_path: Path) -> None:
     for process in workers:
         process.start()
     for process in workers:
-        process.join(120)
+        process.join(300)
     stuck = [process for process in workers if process.is_alive()]
     for process in stuck:
         process.kill()
@@ -64,6 +69,8 @@ def worker(rank: int, store: str, errors: Any) -> None:
             dist.barrier()
         fsdp2_saves_the_whole_adapter(rank, Path(store).parent)
         fsdp2_takes_new_weights(rank, Path(store).parent)
+        fsdp2_with_checkpointed_blocks(rank, Path(store).parent)
+        what_sharding_forbids(rank)
     except BaseException:
         errors.put(f"rank {rank}:\n{traceback.format_exc()}")
         raise
@@ -248,3 +255,89 @@ def fsdp2_takes_new_weights(rank: int, folder: Path) -> None:
         assert "sharded" in str(error), error
     else:
         raise AssertionError("sharded tensors were padded")
+
+
+def fsdp2_with_checkpointed_blocks(rank: int, folder: Path) -> None:
+    """What accelerate's fsdp_activation_checkpointing does: the first process saves alone, and waits for no other."""
+    from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+    from torch.distributed.fsdp import fully_shard
+
+    model, batch = patient()
+    with torch.no_grad():
+        expected = model(**batch).logits
+    layers = model.model.layers
+    for i, layer in enumerate(layers):
+        layers[i] = checkpoint_wrapper(layer)
+        fully_shard(layers[i])
+    fully_shard(model)
+    model(**batch).logits.sum().backward()
+    parts, whole = (get_model_state_dict(model, options=StateDictOptions(full_state_dict=full, cpu_offload=full))
+                    for full in (False, True))  # fmt: skip
+    if rank == 0:
+        save_adapter(model, folder / "alone", state_dict=whole)
+        save_adapter(model, folder / "prefixed", state_dict={f"module.{name}": t for name, t in whole.items()})
+        for wrong, why in ((parts, "is sharded"), ({}, "lacks 28 tensors")):
+            refused(lambda wrong=wrong: save_adapter(model, folder / "none", state_dict=wrong), why)
+    save_adapter(model, folder / "together")
+    assert not (folder / "none").exists()
+    for name in ("alone", "prefixed", "together"):
+        plain, _ = patient()
+        load_adapter(remove(plain), folder / name)
+        with torch.no_grad():
+            assert torch.equal(plain(**batch).logits, expected), name
+        dist.barrier()
+
+
+def refused(call: Any, why: str) -> None:
+    try:
+        call()
+    except SurgeryError as error:
+        assert why in str(error), error
+    else:
+        raise AssertionError(f"not refused: {why}")
+
+
+def what_sharding_forbids(rank: int) -> None:
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
+    from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
+
+    def net() -> Any:
+        torch.manual_seed(0)
+        return nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+
+    def adapted() -> Any:
+        return apply_rules(net(), [LoraRule("0", rank=2, init="random")])
+
+    x = torch.ones(1, 4)
+    model = adapted()
+    merge(model)
+    merged = model(x)
+    fully_shard(model)
+    refused(lambda: unmerge(model), "can't be unmerged")
+    assert torch.equal(model(x), merged)
+    model = fully_shard(adapted())
+    sharded: dict[str, Any] = {**adapter_state_dict(model)}
+    held = {name: tensor.full_tensor() * 0 + 0.5 for name, tensor in sharded.items()}
+    load_adapter_state_dict(model, held)
+    assert all(bool((tensor.full_tensor() == 0.5).all()) for tensor in sharded.values())
+    refused(lambda: combine(model, {"default": 1.0}, "sum"), "its parameters are sharded")
+
+    model = adapted()
+    before = model(x)
+    mesh = init_device_mesh("cpu", (2,))
+    refused(lambda: parallelize_module(model, mesh, {"0": ColwiseParallel()}), "can't split a rewritten Linear")
+    assert torch.equal(model(x), before)
+
+    def flat(model: Any, **settings: Any) -> Any:
+        return FullyShardedDataParallel(model, device_id=torch.device("cpu"), **settings)
+
+    for whole in (True, False):
+        wrapped = flat(net(), use_orig_params=whole)
+        refused(lambda wrapped=wrapped: apply_rules(wrapped, [LoraRule("0", rank=2)]), "parts of a flat one")
+    model = adapted()
+    wrapped = flat(model, use_orig_params=True)
+    assert torch.equal(wrapped(x), before)
+    for verb in (merge, remove, adapter_state_dict, lambda model: save_adapter(model, "none")):
+        refused(lambda verb=verb: verb(model), "flat")
