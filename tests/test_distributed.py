@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import multiprocessing
 import sys
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -71,6 +72,7 @@ def worker(rank: int, store: str, errors: Any) -> None:
         fsdp2_takes_new_weights(rank, Path(store).parent)
         fsdp2_with_checkpointed_blocks(rank, Path(store).parent)
         what_sharding_forbids(rank)
+        who_writes(rank, Path(store).parent)
     except BaseException:
         errors.put(f"rank {rank}:\n{traceback.format_exc()}")
         raise
@@ -272,8 +274,8 @@ def fsdp2_with_checkpointed_blocks(rank: int, folder: Path) -> None:
         fully_shard(layers[i])
     fully_shard(model)
     model(**batch).logits.sum().backward()
-    parts, whole = (get_model_state_dict(model, options=StateDictOptions(full_state_dict=full, cpu_offload=full))
-                    for full in (False, True))  # fmt: skip
+    parts: Any = get_model_state_dict(model)
+    whole: Any = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
     if rank == 0:
         save_adapter(model, folder / "alone", state_dict=whole)
         save_adapter(model, folder / "prefixed", state_dict={f"module.{name}": t for name, t in whole.items()})
@@ -318,8 +320,8 @@ def what_sharding_forbids(rank: int) -> None:
     refused(lambda: unmerge(model), "can't be unmerged")
     assert torch.equal(model(x), merged)
     model = fully_shard(adapted())
-    sharded: dict[str, Any] = {**adapter_state_dict(model)}
-    held = {name: tensor.full_tensor() * 0 + 0.5 for name, tensor in sharded.items()}
+    sharded: Any = adapter_state_dict(model)
+    held: Any = {name: tensor.full_tensor() * 0 + 0.5 for name, tensor in sharded.items()}
     load_adapter_state_dict(model, held)
     assert all(bool((tensor.full_tensor() == 0.5).all()) for tensor in sharded.values())
     refused(lambda: combine(model, {"default": 1.0}, "sum"), "its parameters are sharded")
@@ -341,3 +343,38 @@ def what_sharding_forbids(rank: int) -> None:
     assert torch.equal(wrapped(x), before)
     for verb in (merge, remove, adapter_state_dict, lambda model: save_adapter(model, "none")):
         refused(lambda verb=verb: verb(model), "flat")
+
+
+def who_writes(rank: int, folder: Path) -> None:
+    """The first process, which waits for none; each a part of its own is refused, or saved by itself."""
+
+    def stage() -> Any:
+        torch.manual_seed(0)
+        layers = nn.ModuleDict({str(i): nn.Linear(4, 4) for i in range(2)})
+        del layers[str(1 - rank)]
+        return apply_rules(layers, [LoraRule("all-linear", rank=2, init="random")])
+
+    model, _ = patient()
+    if rank == 0:  # as in `if accelerator.is_main_process:`
+        save_adapter(model, folder / "first")
+    assert save_adapter(model, folder / "both") and (folder / "both" / "adapter_model.safetensors").exists()
+    part = stage()
+    dist.barrier()
+    try:
+        save_adapter(part, folder / "stages")
+    except SurgeryError as error:
+        assert "a part of the adapter as if it were all" in str(error) and f"{1 - rank}.lora_A" in str(error), error
+    else:
+        assert rank == 0  # where the other came later
+    mine = save_adapter(part, folder / f"stage {rank}", state_dict=part.state_dict())
+    assert set(load_adapter(stage_of(part), mine).loaded)
+    if rank == 1:
+        from surgery import together
+
+        together.PATIENCE = timedelta(seconds=0.1)
+        refused(lambda: save_adapter(model, folder / "second"), "process 0, which writes, has not saved one")
+        together.PATIENCE = timedelta(seconds=120)
+
+
+def stage_of(part: Any) -> Any:
+    return remove(copy.deepcopy(part))
