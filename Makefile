@@ -8,6 +8,7 @@ ARGS ?=
 STATES ?= 3000
 STATES_SEED ?= 1
 CRASHES ?= 30
+FAILURES ?= 100
 
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --quiet --disable-pip-version-check
@@ -19,7 +20,7 @@ export HF_HUB_OFFLINE = 1
 export TOKENIZERS_PARALLELISM = false
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test families coverage lint bench docs-test gallery peers onnx onnx-families damage states crashes wheel-test web web-test clean
+.PHONY: help demo test families coverage lint bench docs-test gallery peers onnx onnx-families damage failures states crashes wheel-test web web-test clean
 
 help: ## List the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -54,6 +55,9 @@ onnx-families: $(VENV)/.dev ## Export all model families with slots, and write d
 
 damage: $(VENV)/.dev ## Load 10,000 damaged adapter files and kill 200 saves, of which make test runs a sample
 	ALL_DAMAGE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/test_damage.py $(ARGS)
+
+failures: $(VENV)/.dev ## Break every verb off at FAILURES calls and lines of its code, of which make test tries 12
+	FAILURES=$(FAILURES) OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/test_failures.py $(ARGS)
 
 states: $(VENV)/.dev ## Take adapters through STATES random sequences of steps, of which make test runs 200; STATES_SEED=1, 2, …
 	STATES=$(STATES) STATES_SEED=$(STATES_SEED) OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/test_state_machine.py -s $(ARGS)

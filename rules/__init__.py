@@ -30,6 +30,7 @@ from rules.reft import ReftRule
 from rules.replace import ReplaceRule
 from rules.road import RoadRule
 from rules.shira import ShiraRule
+from rules.statistics import StatisticsRule
 from rules.steer import SteerRule
 from rules.tokens import TokensRule
 from rules.train import TrainRule
@@ -63,6 +64,7 @@ __all__ = [
     "ReplaceRule",
     "RoadRule",
     "ShiraRule",
+    "StatisticsRule",
     "SteerRule",
     "TokensRule",
     "TrainRule",

@@ -2,12 +2,32 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
+from typing import TypeVar
+
 import torch
 from torch import Tensor
 
-__all__ = ["cayley", "orthonormal_columns", "orthonormal_rows", "upper_inverse"]
+__all__ = ["cayley", "in_single", "orthonormal_columns", "orthonormal_rows", "upper_inverse"]
+
+F = TypeVar("F", bound=Callable[..., Tensor])
 
 
+def in_single(function: F) -> F:
+    """The function in float32 for half precision, where LAPACK and Fourier transforms have no kernels."""
+
+    @functools.wraps(function)
+    def run(*tensors: Tensor) -> Tensor:
+        last = tensors[-1].dtype
+        if last in (torch.float16, torch.bfloat16):
+            return function(*[tensor.float() for tensor in tensors]).to(last)
+        return function(*tensors)
+
+    return run  # type: ignore[return-value]
+
+
+@in_single
 def cayley(Q: Tensor) -> Tensor:
     """(I - Q) (I + Q)⁻¹ of skew-symmetric matrices (…, n, n): rotations."""
     eye = torch.diag_embed(torch.ones_like(Q[..., 0]))
@@ -24,6 +44,7 @@ def cayley(Q: Tensor) -> Tensor:
     return (eye - Q) @ inverse
 
 
+@in_single
 def upper_inverse(U: Tensor) -> Tensor:
     """The inverse of an upper triangular matrix."""
     eye = torch.diag_embed(torch.ones_like(U[0]))
@@ -38,6 +59,7 @@ def upper_inverse(U: Tensor) -> Tensor:
     return torch.cat(rows[::-1])
 
 
+@in_single
 def orthonormal_columns(u: Tensor) -> Tensor:
     """Gram and Schmidt's orthonormal vectors of columns; where it is not exported, up to their signs."""
     return orthonormal_rows(u.t()).t() if torch.compiler.is_exporting() else torch.linalg.qr(u)[0]

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from rules import _combined, _complex, _delta, _fields
+from rules._solving import in_single
 from surgery import Combination, Rule, Share, Site, rule
 
 
@@ -71,6 +72,7 @@ class C3aRule(Rule):
         return lambda kernel: nn.init.uniform_(kernel, -bound, bound)
 
 
+@in_single
 def convolved(x: Tensor, kernel: Tensor) -> Tensor:
     """C x: block (m, n) of C has in row i and column j the number kernel[m, n, (j - i) mod b]."""
     size = kernel.shape[-1]

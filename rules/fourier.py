@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from rules import _combined, _complex, _delta, _fields
+from rules._solving import in_single
 from surgery import Combination, LiveSite, Rule, Share, Site, rule
 
 
@@ -61,7 +62,7 @@ class FourierRule(Rule):
         spectrum = site.param("spectrum", (self.n_frequency,), start)
         index = site.buffer("index", torch.zeros((), dtype=torch.long).expand(self.n_frequency))  # drawn at last
         S = spectrum.new_zeros(out * inner).index_copy(0, index, spectrum).view(out, inner)
-        delta = torch.fft.ifft2(S).real * self.scaling
+        delta = site.apply(transformed, S) * self.scaling
         return site.output + F.linear(site.input.to(delta.dtype), delta)
 
     def initialise(self, site: LiveSite) -> None:
@@ -71,3 +72,9 @@ class FourierRule(Rule):
 
     def combined(self, shares: Sequence[Share], how: Combination) -> tuple[Rule, _combined.Tensors]:
         return _combined.linear_in_tensors(self, shares, how)
+
+
+@in_single
+def transformed(S: Tensor) -> Tensor:
+    """The real part of the inverse Fourier transform."""
+    return torch.fft.ifft2(S).real

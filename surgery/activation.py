@@ -13,7 +13,9 @@ from torch import Tensor, nn
 from surgery.base_rule import Rule
 from surgery.claims import check_free, claimed
 from surgery.errors import SurgeryError
+from surgery.journal import Journal, surely
 from surgery.match import base_modules
+from surgery.neutral import neutral, verb
 from surgery.root import rewritten
 from surgery.state import ModelState, adapter_names, model_state, site_state
 from surgery.switching import check_none_merged, set_trained, switch, weights_now
@@ -41,6 +43,7 @@ class Adapter:
 Weights = float | Sequence[float] | Mapping[str, float] | None
 
 
+@verb
 def activate(
     model: M, adapter: str | Sequence[str] | None = None, weights: Weights = None, *, train: bool | None = None
 ) -> M:
@@ -80,13 +83,16 @@ def activate(
     live = _asked_for(state, adapter, weights)
     check_free(root)
     check_none_merged(state)
-    switch(root, live)
-    state.resting = {}
-    if train is not None:
-        set_trained(state, live, train)
+    with Journal() as journal:
+        switch(root, live)
+        journal.attribute(state, "resting")
+        state.resting = {}
+        if train is not None:
+            set_trained(state, live, train)
     return model
 
 
+@verb
 def deactivate(model: M) -> M:
     """Make no adapter live: the model gives the base's bits, and every site has its own class. See `activate`.
 
@@ -104,8 +110,10 @@ def deactivate(model: M) -> M:
     check_free(root)
     check_none_merged(state)
     live = weights_now(state)
-    switch(root, {})
-    state.resting = live or state.resting
+    with Journal() as journal:
+        switch(root, {})
+        journal.attribute(state, "resting")
+        state.resting = live or state.resting
     return model
 
 
@@ -171,14 +179,23 @@ def using(model: nn.Module, adapter: str | Sequence[str] | None, weights: Weight
         before, resting = weights_now(state), state.resting
         check_none_merged(state)
         try:
-            switch(root, live)
-            state.resting = dict(before or resting)
+            with neutral(root), Journal() as journal:
+                switch(root, live)
+                journal.attribute(state, "resting")
+                state.resting = dict(before or resting)
             yield
         finally:
-            now = model_state(root)
-            if now is not None:  # else the last one was removed inside
-                switch(root, {name: weight for name, weight in before.items() if name in now.adapters})
-                now.resting = {name: weight for name, weight in resting.items() if name in now.adapters}
+            surely(_put_back, root, before, resting)
+
+
+def _put_back(model: nn.Module, before: Mapping[str, float], resting: Mapping[str, float]) -> None:
+    """Those adapters are live again that were before a block, as far as they are still there."""
+    state = model_state(model)
+    if state is not None:  # else the last one was removed inside
+        with neutral(model), Journal() as journal:
+            switch(model, {name: weight for name, weight in before.items() if name in state.adapters})
+            journal.attribute(state, "resting")
+            state.resting = {name: weight for name, weight in resting.items() if name in state.adapters}
 
 
 def _asked_for(state: ModelState, adapter: str | Sequence[str], weights: Weights) -> dict[str, float]:

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from torch import nn
 
 from surgery.claims import check_free
-from surgery.engine import remove
+from surgery.journal import Journal
 from surgery.state import model_state
 from surgery.switching import check_none_merged, switch, weights_now
 from surgery.wrapped import unwrapped
@@ -17,8 +17,8 @@ __all__ = ["beside"]
 
 
 @contextmanager
-def beside(model: nn.Module, adapter: str) -> Iterator[None]:
-    """The adapter that is put on inside the block is idle afterwards, and what was live is; a model's first stays live.
+def beside(model: nn.Module) -> Iterator[None]:
+    """An adapter that is put on inside the block is idle afterwards, and what was live is; a model's first stays live.
 
     Meanwhile no others are live, but those that can't be idle (PiSSA): so it may be one that is never live with them,
     such as a head of its own (TrainRule). All or nothing: where it can't be idle, it is gone again.
@@ -30,13 +30,8 @@ def beside(model: nn.Module, adapter: str) -> Iterator[None]:
         return
     check_free(model)
     check_none_merged(state)
-    before, known = weights_now(state), set(state.adapters)
-    switch(model, {name: weight for name, weight in before.items() if state.standing[name].in_base})
-    try:
+    before = weights_now(state)
+    with Journal():  # what the verbs inside note, too
+        switch(model, {name: weight for name, weight in before.items() if state.standing[name].in_base})
         yield
         switch(model, before)
-    except BaseException:
-        if adapter in state.adapters and adapter not in known:
-            remove(model, adapter)
-        switch(model, before)
-        raise

@@ -6,7 +6,6 @@ import json
 import math
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -18,18 +17,19 @@ from torch import Tensor, nn
 from surgery import files
 from surgery.base_rule import Rule
 from surgery.complexes import is_number
-from surgery.engine import Given, carry_out, remove
+from surgery.engine import Given, carry_out
 from surgery.errors import LoadError, RuleError, SurgeryError, SurgeryWarning
 from surgery.files import TensorFile
 from surgery.fingerprint import differences, fingerprint
 from surgery.match import RESERVED
 from surgery.moved import check_meant
+from surgery.neutral import neutrally, verb
 from surgery.origin import other_model
 from surgery.plan import Plan, make_plan
 from surgery.recording import Step
 from surgery.root import rewritten
 from surgery.site import LiveSite, ParamSpec
-from surgery.state import adapter_names, sites, tensors_of, whole
+from surgery.state import adapter_names, first_process, sites, tensors_of, whole
 from surgery.state_dicts import adapter_state_dict, rules_of
 from surgery.stored import (
     NAME,
@@ -43,7 +43,6 @@ from surgery.stored import (
     stored_adapter,
     tensor_key,
 )
-from surgery.together import writing
 from surgery.view import tensor_at
 from surgery.wrapped import unwrapped
 
@@ -87,6 +86,7 @@ class LoadReport:
 # Saving -------------------------------------------------------------------------------------------------------
 
 
+@neutrally
 def save_adapter(
     model: nn.Module,
     folder: str | Path,
@@ -117,8 +117,7 @@ def save_adapter(
     The folder is made where it is absent; other files in it stay. Killed at any moment, it holds the adapter that was
     there before or this one, whole. Where processes share a sharded model, all of them call this, and the first writes;
     or one alone, with a `state_dict` that was gathered elsewhere (accelerate's `get_state_dict`). Raises `SurgeryError`
-    where PEFT's format can't hold the adapter, a rule holds what is no data, a state dict lacks a tensor or is sharded,
-    or other processes have other parts of the model (a pipeline's stages).
+    where PEFT's format can't hold the adapter, or a rule holds what is no data.
     """
     if format not in ("auto", "peft", "surgery"):
         raise SurgeryError(f"there is no format {format!r}", fix='"peft", "surgery", or "auto" for the first that fits')
@@ -161,11 +160,12 @@ def _put(
 ) -> Path:
     """Write two files; `extra` goes into the tensors' own, where PEFT passes over it."""
     folder, text = Path(folder), json.dumps(settings, indent=2, sort_keys=bool(extra)) + "\n"
-    with nullcontext(True) if alone else writing(folder, tensors) as writes:
-        if writes:
-            told = {"format": "pt", "surgery": json.dumps({"settings": settings, **extra})}
-            writer = partial(files.write_safetensors, tensors=tensors, metadata=told)
-            files.replace_files(folder, (names[0], writer), (names[1], text.encode()), gone)
+    if alone or first_process():
+        told = {"format": "pt", "surgery": json.dumps({"settings": settings, **extra})}
+        writer = partial(files.write_safetensors, tensors=tensors, metadata=told)
+        files.replace_files(folder, (names[0], writer), (names[1], text.encode()), gone)
+    if not alone and torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.barrier()  # no process reads what the first has not written
     return folder
 
 
@@ -186,6 +186,7 @@ def _data(metadata: Mapping[str, Any] | None) -> dict[str, Any]:
 # Loading ------------------------------------------------------------------------------------------------------
 
 
+@verb
 def load_adapter(
     model: nn.Module,
     source: str | Path | Stored,
@@ -253,21 +254,17 @@ def load_adapter(
         raise LoadError([*(problems or [RuleError("the files hold no rules")]), *other_model(model, stored.origin)])
     loose = report.base if strict else [*map(str, stored.unheld), *report.problems()]  # the base: see above
     for note in [*stored.notes, *loose]:
-        warnings.warn(note, SurgeryWarning, stacklevel=2)
+        warnings.warn(note, SurgeryWarning, stacklevel=3)
     # An example is first run with what the rules start with: it is of that that they promise something.
     given = _given(plan, values, stored.file) if example_inputs is None else None
     with torch.random.fork_rng(devices=_gpus(plan)):  # the starting values drawn here are overwritten
         try:
-            carry_out(plan, example_inputs, stacklevel=3, given=given)
+            carry_out(plan, example_inputs, stacklevel=4, given=given)
         except (SurgeryError, Warning):
             raise
         except Exception as error:  # a field of a file may be in range and still be no starting value
             raise LoadError([_problem("its rules can't be applied", why=f"{type(error).__name__}: {error}")]) from error
-    try:
-        _fill(plan, values, stored.file)
-    except BaseException:
-        remove(model, adapter)
-        raise
+    _fill(plan, values, stored.file)
     report.loaded = [tensor_key(step.path, name) for step, name, _ in values]
     return report
 

@@ -19,10 +19,10 @@ from surgery.errors import MatchError, PlanError, SiteError, SurgeryError
 from surgery.hooks import running
 from surgery.match import Tree, matches
 from surgery.naming import check_whole
+from surgery.neutral import verb
 from surgery.peft_targets import regular
 from surgery.placing import Placed, put
 from surgery.root import rewritten
-from surgery.sharded import sharding_of
 from surgery.site import LiveSite
 from surgery.state import MARK, Applied, ModelState, name_problem, sites, tensors_of
 from surgery.view import tensor_at
@@ -32,6 +32,7 @@ __all__ = ["combine"]
 M = TypeVar("M", bound=nn.Module)
 
 
+@verb
 def combine(
     model: M,
     weights: Mapping[str, float],
@@ -90,19 +91,15 @@ def combine(
         raise problem
     for name in how.weights:
         check_whole(state, name, "be combined")
-    for path, module, site in sites(root):
-        if site.of(list(how.weights)) and (refused := sharding_of(module)) is not None:
-            raise SiteError("adapters can't be combined here", where=path, why=refused[0], fix=refused[1])
     found = list(_kinds(root, state, how))
-    with torch.inference_mode(False), torch.no_grad():  # the tensors made here are to be trained
+    with torch.no_grad():
         for kind in found:
             kind.combine(how)
     if problems := [problem for kind in found for problem in kind.problems]:
         raise PlanError(problems)
     rules = _rules(root, found)
     order = {id(applied): index for index, applied in enumerate(a for _, _, site in sites(root) for a in site.applied)}
-    with torch.inference_mode(False):
-        placed = [(min(order[id(one)] for one, _ in at.found), new) for kind in found for at, new in kind.placed()]
+    placed = [(min(order[id(one)] for one, _ in at.found), new) for kind in found for at, new in kind.placed()]
     put(root, into, rules, [new for _, new in sorted(placed, key=lambda pair: pair[0])])
     return model
 

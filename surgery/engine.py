@@ -15,21 +15,22 @@ from surgery.arguments import rule_problem
 from surgery.base_rule import Rule
 from surgery.claims import check_free
 from surgery.errors import SiteError, SurgeryError, SurgeryWarning
-from surgery.exact import unfold
 from surgery.example import call, equal
+from surgery.flags import set_flag
 from surgery.folding import check_foldable, fold_into, verify_records
 from surgery.following import unwatch, watch
 from surgery.hooks import running
 from surgery.install import reason_against
 from surgery.journal import Journal
+from surgery.kept import keep_model, keep_site, take_out_fold
 from surgery.links import there
 from surgery.living import Shared
 from surgery.match import Tree, verdict_of
+from surgery.neutral import neutrally, verb
 from surgery.owners import Owners
 from surgery.pattern import Verdict
 from surgery.plan import Plan, make_plan
 from surgery.recording import Step
-from surgery.reducers import watch_gradients
 from surgery.root import rewritten, with_lost
 from surgery.site import LiveSite, ParamSpec
 from surgery.state import (
@@ -48,6 +49,7 @@ from surgery.state import (
     site_state,
     tensors_of,
 )
+from surgery.statistics import keep_statistics, restore_statistics
 from surgery.view import tensor_at
 from surgery.weave import Layer
 from surgery.wrapped import submodule, unwrapped
@@ -58,6 +60,7 @@ M = TypeVar("M", bound=nn.Module)
 Given = Callable[[Step, ParamSpec], Tensor | None]
 
 
+@verb
 def apply_rules(model: M, rules: Iterable[Rule] | Rule, *, adapter: str = "default", example_inputs: Any = None) -> M:
     """Rewrite a model in place by rules; the same object comes back, adapted.
 
@@ -83,10 +86,11 @@ def apply_rules(model: M, rules: Iterable[Rule] | Rule, *, adapter: str = "defau
 
     All or nothing: raises `SurgeryError` (`PlanError` where several things are wrong) with the model as it was.
     """
-    carry_out(make_plan(model, rules, adapter, example_inputs), example_inputs, stacklevel=3)
+    carry_out(make_plan(model, rules, adapter, example_inputs), example_inputs, stacklevel=4)
     return model
 
 
+@neutrally
 def plan_rules(
     model: nn.Module, rules: Iterable[Rule] | Rule, *, adapter: str = "default", example_inputs: Any = None
 ) -> Plan:
@@ -121,6 +125,7 @@ def explain(model: nn.Module, rule: Rule, path: str) -> Verdict:
     return verdict_of(Tree.of(unwrapped(model)), rule, path)
 
 
+@verb
 def remove(model: M, adapter: str | Sequence[str] | None = None, *, check: bool = True) -> M:
     """Take an adapter (or several, or all) away: the inverse of `apply_rules`, exact to the bit.
 
@@ -150,12 +155,13 @@ def remove(model: M, adapter: str | Sequence[str] | None = None, *, check: bool 
         shared, going = Shared(journal), frozenset(names)
         for _, module, site in found:
             _take_out(module, site, going, check, shared)
+        keep_model(journal, model, state)
         for name in names:
             state.forget(name)
         if not state.adapters:
-            _restore(root, state)
+            restore(root, state, journal)
         else:
-            hf.unlist(root, state, keys)
+            hf.unlist(root, state, keys, journal)
     return model
 
 
@@ -182,8 +188,6 @@ def carry_out(
         _record(plan.model, plan, standing, journal)
         if plan.observation is not None:
             _check_output(plan, example_inputs)
-    boxes = plan.model.__dict__[_MODEL].places[plan.adapter].boxes
-    watch_gradients(plan.adapter, (parameter for box in boxes for parameter in box.parameters()))
 
 
 # Applying -----------------------------------------------------------------------------------------------------
@@ -200,10 +204,10 @@ def _insert(
 ) -> None:
     """Put a rule's tensors on its site and let it initialise them; the forward is still the old one."""
     module = step.module
+    keep_site(journal, module, (plan.adapter,))
     state = site_state(module)
     if state is None:
         state = module.__dict__[_SITE] = SiteState(step.path, type(module))
-        journal.undo(module.__dict__.pop, _SITE)
     applied = Applied(
         plan.adapter,
         step.rule,
@@ -224,9 +228,7 @@ def _insert(
             tied[tie] = tensor
     if made:
         attach(module, plan.adapter, made, step.path)
-        journal.undo(detach, module, plan.adapter, list(made))
     state.applied.append(applied)
-    journal.undo(state.applied.pop)
     live = LiveSite(
         module, step.path, plan.adapter, tensors_of(module, plan.adapter), lambda name, _: tensor_at(module, name)
     )
@@ -234,8 +236,7 @@ def _insert(
         changes = dict(step.rule.initialise(live) or {})
     for name, change in changes.items():
         check_foldable(owners, module, name, change, step.path)
-        record = fold_into(module, name, change, keep="record", where=step.path)
-        journal.undo(unfold, tensor_at(module, name), record)
+        record = fold_into(module, name, change, keep="record", where=step.path, journal=journal)
         applied.changed.append((name, record))
         standing.in_base = True
 
@@ -267,17 +268,16 @@ def _install(plan: Plan, journal: Journal) -> None:
 def _record(model: nn.Module, plan: Plan, standing: Standing, journal: Journal) -> None:
     """Freeze the base and write down, on the model, what has to be put back when the last adapter goes."""
     state = model_state(model)
+    keep_model(journal, model, state)
     if state is None:
         state = model.__dict__[_MODEL] = ModelState()
-        journal.undo(model.__dict__.pop, _MODEL)
         found = list(base_parameters(model))
         state.flags = {name: parameter.requires_grad for name, parameter in found}
         for _, parameter in found:
-            journal.undo(parameter.requires_grad_, parameter.requires_grad)
-            parameter.requires_grad_(False)
+            set_flag(parameter, False, journal)
+        state.moving = keep_statistics(model, journal)
     state.adapters[plan.adapter] = plan.rules
     state.standing[plan.adapter] = standing
-    journal.undo(state.forget, plan.adapter)
     touched = {id(step.module): step.module for step in plan.steps}.values()
     state.place(plan.adapter, Places.of(plan.adapter, [(m, _rules_at(m, plan.adapter)) for m in touched]))
     watch(model, state, journal)
@@ -285,8 +285,7 @@ def _record(model: nn.Module, plan: Plan, standing: Standing, journal: Journal) 
         reader = submodule(model, path)
         if not any(path == old for old, *_ in state.switched):
             state.switched.append((path, name, getattr(reader, name), value))
-            journal.undo(state.switched.pop)
-        journal.undo(setattr, reader, name, getattr(reader, name))
+        journal.attribute(reader, name)
         setattr(reader, name, value)
     hf.prepare(model, state, plan.adapter, journal)
 
@@ -352,34 +351,34 @@ def _check_removable(path: str, module: nn.Module, site: SiteState, names: list[
             )
         if applied.adapter not in names:
             staying |= changed
-    if check:
-        verify_records([(tensor_at(module, name), record) for a in gone for name, record in a.changed], path)
+    verify_records([(tensor_at(module, name), record) for a in gone for name, record in a.changed], path, check)
 
 
 def _take_out(module: nn.Module, site: SiteState, names: frozenset[str], check: bool, shared: Shared) -> None:
-    found = site.take_out(names)
-    shared.journal.undo(site.put_back, found)
-    gone = [applied for _, applied in found]
+    keep_site(shared.journal, module)
+    gone = [applied for _, applied in site.take_out(names)]
     if any([applied.live for applied in gone]):
         shared.install(module, names)
     else:
         site.classes.clear()  # another adapter may come under the same name
-    # From here on nothing can fail: the records were verified, and the rest is taking things out of dicts.
     for applied in reversed(gone):
         for name, record in reversed(applied.changed):
-            unfold(tensor_at(module, name), record, check=check, where=site.path)
+            take_out_fold(shared.journal, tensor_at(module, name), record, check=check, where=site.path)
     for name in {applied.adapter for applied in gone}:
         detach(module, name)
     if not site.applied:
         del module.__dict__[_SITE]
 
 
-def _restore(model: nn.Module, state: ModelState) -> None:
+def restore(model: nn.Module, state: ModelState, journal: Journal) -> None:
+    """After the last adapter went: what was noted when the first came, and no record."""
     for name, parameter in base_parameters(model):
-        parameter.requires_grad_(state.flags.get(name, parameter.requires_grad))
+        set_flag(parameter, state.flags.get(name, parameter.requires_grad), journal)
     for path, name, value, _ in state.switched:
         if (reader := there(model, path)) is not None:
+            journal.attribute(reader, name)
             setattr(reader, name, value)
-    hf.restore(model, state)
-    unwatch(model)
+    restore_statistics(model, state.moving, journal)
+    hf.restore(model, state, journal)
+    unwatch(model, journal)
     del model.__dict__[_MODEL]

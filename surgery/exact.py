@@ -8,7 +8,7 @@ computed (`_lowrank.py`).
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -19,7 +19,7 @@ from surgery._lowrank import LowRank, Product, compute_dtype, has_float64, scrat
 from surgery._record import INTEGERS, Corrections, Record, checksum
 from surgery.errors import MergeError
 
-__all__ = ["Change", "LowRank", "Record", "Rows", "checksum", "fold", "folded", "unfold", "weighted"]
+__all__ = ["Change", "LowRank", "Record", "Rows", "checksum", "fold", "folded", "refold", "unfold", "weighted"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -33,7 +33,14 @@ class Rows:
 Change = LowRank | Rows | Tensor
 
 
-def fold(weight: Tensor, change: Change, *, keep: Literal["record", "copy"] = "record", where: str = "") -> Record:
+def fold(
+    weight: Tensor,
+    change: Change,
+    *,
+    keep: Literal["record", "copy"] = "record",
+    where: str = "",
+    note: Callable[[Record], None] = lambda record: None,
+) -> Record:
     """Fold `change` into `weight` in place; the Record it returns is the way back.
 
     >>> weight = torch.randn(64, 32)
@@ -47,27 +54,31 @@ def fold(weight: Tensor, change: Change, *, keep: Literal["record", "copy"] = "r
     float32 and round once, float64 in float64, complex ones in complex128. `keep="record"` keeps corrections for the
     few entries that arithmetic alone would miss, or a copy where that is smaller or the weight is complex (see
     `Record.kind`); `keep="copy"` always keeps a copy, is several times as fast, and adds an ordinary float32 matmul.
-    `where` names the weight in errors. Raises MergeError, with the weight untouched, where shapes or dtypes don't fit.
+    `where` names the weight in errors. `note` gets the record before the weight is written, in one step. Raises
+    MergeError, with the weight untouched, where shapes or dtypes don't fit.
     """
     with torch.inference_mode(weight.is_inference()), torch.no_grad():
         _refuse(weight, change, where)
         if isinstance(change, Rows):
             index = change.index.to(weight.device)
             kept = weight[index].cpu()
+            record = Record("rows", weight.shape, weight.dtype, 0, index=index.cpu(), kept=kept)
+            note(record)
             weight[index] = change.values.to(weight.device, weight.dtype)
-            return Record("rows", weight.shape, weight.dtype, checksum(weight), index=index.cpu(), kept=kept)
+            record.after = checksum(weight)
+            return record
         if isinstance(change, Tensor):
-            return _fold_copy(weight, torch.empty_like(weight).copy_(change))
+            return _fold_copy(weight, torch.empty_like(weight).copy_(change), note)
         if weight.is_complex():  # its arithmetic has no record of what it misses
-            return _fold_copy(weight, _complex_value(weight, change))
+            return _fold_copy(weight, _complex_value(weight, change), note)
         if weight.numel() and keep == "record":
-            work = _workplace(weight, change)
-            if record := _fold_record(work, change):
-                if work is not weight:
-                    weight.copy_(work)
+            if found := _fold_record(_workplace(weight, change), change):
+                record, made = found
+                note(record)
+                weight.copy_(made)
                 return record
-            return _fold_copy(weight, _new_value(weight, change))
-        return _fold_copy(weight, _new_value(weight, change, exact=False))
+            return _fold_copy(weight, _new_value(weight, change), note)
+        return _fold_copy(weight, _new_value(weight, change, exact=False), note)
 
 
 def unfold(weight: Tensor, record: Record, *, check: bool = True, where: str = "", verified: bool = False) -> None:
@@ -87,18 +98,31 @@ def unfold(weight: Tensor, record: Record, *, check: bool = True, where: str = "
         else:
             assert record.change is not None and record.corrections is not None
             work = _workplace(weight, record.change)
+            if work is weight:  # written in one step, and only if it is right
+                work = weight.detach().clone(memory_format=torch.contiguous_format)
             _Arithmetic(work, record.change).subtract()
             if intact:
-                record.corrections.apply(work.detach())
-            if work is not weight:
-                weight.copy_(work)
-            if check and checksum(weight) != record.before:
+                record.corrections.apply(work)
+            if check and checksum(work) != record.before:
                 raise MergeError(
                     "the weight did not come back to its original bits",
                     where=where or None,
                     why="this machine rounds differently from the one that merged (denormals flushed to zero?)",
                     fix="load the base weights again, or merge with keep='copy'",
                 )
+            weight.copy_(work)
+
+
+def refold(weight: Tensor, record: Record) -> None:
+    """Undo an `unfold` of a record with corrections: the bits that the fold wrote. Nothing where they are there."""
+    assert record.change is not None
+    with torch.inference_mode(weight.is_inference()), torch.no_grad():
+        if checksum(weight) == record.after:
+            return
+        made = _new_value(_workplace(weight, record.change), record.change)
+        if checksum(made) != record.after:
+            raise MergeError("the weight did not come back to the bits that the merge wrote")
+        weight.copy_(made)
 
 
 def folded(weight: Tensor, change: Change) -> Tensor:
@@ -162,23 +186,21 @@ class _Arithmetic:
         target = self.weight[i:j]
         target.copy_(rows.view(target.shape))
 
-    def subtract(self, stop: int | None = None) -> None:
-        """Undo the rows before `stop`."""
+    def subtract(self) -> None:
         for i, j, rows, delta in self.tiles():
-            if stop is not None and i >= stop:
-                return
             self.write(i, j, self.undo(i, j, rows, delta))
 
 
-def _fold_record(weight: Tensor, change: LowRank) -> Record | None:
-    """Fold with corrections, or None, the weight as it was, where they would take more room than a copy."""
+def _fold_record(weight: Tensor, change: LowRank) -> tuple[Record, Tensor] | None:
+    """The record with corrections and the new value, or None where they would take more room than a copy."""
     change = change.snapshot()
     budget = weight.numel() * weight.element_size() - change.nbytes
     work = _Arithmetic(weight, change)
     if budget <= 0 or not work.product.exact:
         return None
     integers, width = INTEGERS[weight.element_size()], work.product.width
-    before, corrections, done = checksum(weight), Corrections(), 0
+    before, corrections = checksum(weight), Corrections()
+    made = torch.empty_like(work.weight, memory_format=torch.contiguous_format)
     for i, j, old, delta in work.tiles():
         new = work.add(i, j, old, delta).to(old.dtype)
         back = work.undo(i, j, new, delta)
@@ -188,16 +210,14 @@ def _fold_record(weight: Tensor, change: LowRank) -> Record | None:
             corrections.add_nan(i * width, nan.flatten().nonzero().squeeze(1), want[nan])
             got[nan] = want[nan]
         corrections.add(i * width, want.flatten(), got.flatten())
-        work.write(i, j, new)
-        done = j
+        made[i:j].copy_(new.view(made[i:j].shape))
         if corrections.nbytes > budget:
-            break
+            return None
     corrections.close()
     if corrections.nbytes > budget:
-        work.subtract(done)
-        corrections.apply(work.weight)
         return None
-    return Record("record", weight.shape, weight.dtype, checksum(weight), before, change, corrections)
+    made = made.view(weight.shape)
+    return Record("record", weight.shape, weight.dtype, checksum(made), before, change, corrections), made
 
 
 def _new_value(weight: Tensor, change: LowRank, exact: bool = True) -> Tensor:
@@ -228,12 +248,15 @@ def _complex_value(weight: Tensor, change: LowRank) -> Tensor:
     return torch.empty_like(weight).copy_(total)
 
 
-def _fold_copy(weight: Tensor, new: Tensor) -> Record:
+def _fold_copy(weight: Tensor, new: Tensor, note: Callable[[Record], None]) -> Record:
     record = Record("copy", weight.shape, weight.dtype, checksum(new))
     if _owns_storage(weight):
-        record.kept, weight.data, record.swapped_for = weight.data, new, new.data_ptr()
+        record.kept, record.swapped_for = weight.data, new.data_ptr()
+        note(record)
+        weight.data = new
     else:
         record.kept = weight.detach().clone()
+        note(record)
         weight.copy_(new)
     return record
 

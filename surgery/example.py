@@ -12,6 +12,9 @@ import torch
 from torch import Tensor, fx, nn
 
 from surgery.errors import SurgeryError, TraceError
+from surgery.flags import set_flag
+from surgery.journal import surely
+from surgery.neutral import ambient
 from surgery.own import Own
 from surgery.weave import woven
 
@@ -99,7 +102,7 @@ def call(model: nn.Module, example_inputs: Any, random: list[Tensor] | None = No
     two calls are to draw the same.
     """
     args, kwargs = arguments(example_inputs)
-    with torch.no_grad(), torch.random.fork_rng(), evaluating(model):
+    with ambient(), torch.no_grad(), torch.random.fork_rng(), evaluating(model):
         if random is not None:
             torch.set_rng_state(random[0])
             torch.cuda.set_rng_state_all(random[1:])
@@ -152,7 +155,7 @@ def verify_graph(module: nn.Module, own: Own, given: tuple[tuple, dict, Any], pa
     bound = own.signature.bind(*args, **kwargs)
     bound.apply_defaults()
     graph = fx.GraphModule(module, woven(own, [], training=False))
-    with torch.no_grad(), evaluating(module):
+    with ambient(), torch.no_grad(), evaluating(module):
         with torch.random.fork_rng():
             found = graph(*copied(tuple(bound.arguments.values())))
         with torch.random.fork_rng():
@@ -172,17 +175,21 @@ def evaluating(model: nn.Module) -> Iterator[None]:
     a base gives other last bits before it is frozen than after."""
     modes = [(module, module.training) for module in model.modules()]
     asking = [parameter for parameter in model.parameters() if parameter.requires_grad]
+
+    def back() -> None:
+        for module, mode in modes:
+            module.training = mode
+        for parameter in asking:
+            set_flag(parameter, True)
+
     try:
         for module, _ in modes:
             module.training = False
         for parameter in asking:
-            parameter.requires_grad_(False)
+            set_flag(parameter, False)
         yield
     finally:
-        for module, mode in modes:
-            module.training = mode
-        for parameter in asking:
-            parameter.requires_grad_(True)
+        surely(back)
 
 
 def copied(value: Any) -> Any:

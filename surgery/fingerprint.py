@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from surgery.flags import is_lazy
 from surgery.match import base_modules
-from surgery.spelling import class_of
 from surgery.state import site_state
 
 __all__ = ["differences", "fingerprint"]
@@ -26,7 +26,7 @@ def fingerprint(model: nn.Module) -> dict[str, Any]:
     matrices = [item for item in held if item[1].dim() > 1] or held  # biases and norms are alike everywhere
     chosen = [matrices[i] for i in _spread(len(matrices), TENSORS)]
     return {
-        "class": class_of(model).__name__,
+        "class": type(model).__name__,
         "numbers": {name: {"shape": list(tensor.shape), "values": _numbers(tensor)} for name, tensor in chosen},
     }
 
@@ -65,7 +65,7 @@ def _comparable(model: nn.Module, asked: Collection[str] | None = None) -> Itera
         for name, tensor in module._parameters.items():
             if tensor is None or id(tensor) in seen or (wanted is not None and id(tensor) not in wanted):
                 continue
-            if name in _left_out(module) or not tensor.numel():
+            if name in _left_out(module) or is_lazy(tensor) or not tensor.numel():
                 continue
             seen.add(id(tensor))
             plain = type(tensor) is nn.Parameter and not tensor.is_meta

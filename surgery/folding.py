@@ -10,7 +10,10 @@ from torch import Tensor, nn
 from surgery.complexes import is_number
 from surgery.errors import MergeError
 from surgery.exact import Change, LowRank, Record, checksum, fold, unfold
+from surgery.journal import Journal
+from surgery.kept import keep_fold
 from surgery.owners import Owners
+from surgery.packed import UNPACKED, is_packed
 from surgery.view import held, tensor_at
 
 __all__ = ["Fold", "SiteFolding", "check_foldable", "fold_into", "verify_records"]
@@ -26,14 +29,14 @@ def check_foldable(
     parameter = held(module, name)
     if parameter is None:
         raise MergeError(f"{type(module).__name__} has no tensor {name!r} to fold into", where=where)
-    packed = type(parameter) not in (nn.Parameter, Tensor)
-    if packed or (isinstance(change, LowRank) and not is_number(parameter)):
-        kind = type(parameter).__name__ if packed else parameter.dtype
+    subclass = type(parameter) not in (nn.Parameter, Tensor)
+    if subclass or (isinstance(change, LowRank) and not is_number(parameter)):
+        kind = type(parameter).__name__ if subclass else parameter.dtype
         raise MergeError(
             f"nothing can be folded into the {name} of this {type(module).__name__}",
             where=where,
             why=f"it is a {kind}: packed, quantised or sharded",
-            fix="keep the adapter unmerged",
+            fix="keep the adapter unmerged" + (f", or {UNPACKED}" if is_packed(parameter) else ""),
         )
     if not untie and isinstance(parameter, nn.Parameter) and len(shared := owners.of(parameter)) > 1:
         raise MergeError(
@@ -44,18 +47,28 @@ def check_foldable(
         )
 
 
-def fold_into(module: nn.Module, name: str, change: Change, *, keep: Keep, where: str) -> Record:
+def fold_into(module: nn.Module, name: str, change: Change, *, keep: Keep, where: str, journal: Journal) -> Record:
     tensor = tensor_at(module, name)
     if isinstance(change, Tensor) and change.shape != tensor.shape:
         raise MergeError(f"a new {name} has the shape {tuple(change.shape)}, not {tuple(tensor.shape)}", where=where)
-    return fold(tensor, change, keep=keep, where=where)
+    return fold(tensor, change, keep=keep, where=where, note=keep_fold(journal, tensor))
 
 
-def verify_records(folds: list[tuple[Tensor, Record]], where: str) -> None:
-    """`MergeError` where a tensor no longer holds what its last fold left there; touches nothing."""
+def verify_records(folds: list[tuple[Tensor, Record]], where: str, check: bool = True) -> None:
+    """`MergeError` where a tensor no longer holds what its last fold left there, or is packed; touches nothing.
+
+    `check=False`: its bits don't matter.
+    """
     last: dict[int, tuple[Tensor, Record]] = {id(tensor): (tensor, record) for tensor, record in folds}
     for tensor, record in last.values():
-        if checksum(tensor) != record.after:
+        if is_packed(tensor) and tensor.dtype != record.dtype or type(tensor) not in (nn.Parameter, Tensor):
+            raise MergeError(
+                "the base's weight was quantised since a rule folded into it",
+                where=where,
+                why=f"it is a {type(tensor).__name__} now, and what was folded in can't be taken out of that",
+                fix="load the base anew",
+            )
+        if check and checksum(tensor) != record.after:
             raise MergeError(
                 "the base's weight changed since a rule folded into it",
                 where=where,
@@ -67,8 +80,8 @@ def verify_records(folds: list[tuple[Tensor, Record]], where: str) -> None:
 class SiteFolding:
     """The folds of one site in their order. Low-rank changes of neighbouring rules are joined: one rounding for all."""
 
-    def __init__(self, module: nn.Module, where: str, keep: Keep, dry: bool = False):
-        self.module, self.where = module, where
+    def __init__(self, module: nn.Module, where: str, keep: Keep, journal: Journal, dry: bool = False):
+        self.module, self.where, self.journal = module, where, journal
         self.keep: Keep = keep
         self.done: list[Fold] = []
         self._base = 0
@@ -106,11 +119,6 @@ class SiteFolding:
             self._flush(name)
         return self.done
 
-    def undo(self) -> None:
-        for name, record in reversed(self.done):
-            unfold(self._tensor(name), record, where=self.where)
-        self.done.clear()
-
     def finite(self) -> str | None:
         """The first tensor that is not finite after the folds, or None."""
         self.finish()
@@ -134,4 +142,5 @@ class SiteFolding:
             raise MergeError(
                 f"a merged {name} has the shape {tuple(change.shape)}, not {tuple(tensor.shape)}", where=self.where
             )
-        self.done.append((name, fold(tensor, change, keep=self.keep, where=self.where)))
+        note = keep_fold(self.journal, tensor)
+        self.done.append((name, fold(tensor, change, keep=self.keep, where=self.where, note=note)))

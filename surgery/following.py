@@ -11,6 +11,7 @@ from torch import nn
 from surgery.errors import SurgeryError
 from surgery.install import reason_against, swap
 from surgery.journal import Journal
+from surgery.kept import keep_site
 from surgery.links import at_path, linked
 from surgery.living import install_live
 from surgery.match import RESERVED
@@ -52,19 +53,12 @@ def move_record(state: ModelState, old: nn.Module, new: nn.Module, journal: Jour
     """Make another module the site of a record. What the rules did is recorded anew on it when it gets its class."""
     site = site_state(old)
     assert site is not None
-    before = dict(site.__dict__)
-    layers = [(applied, applied.layer) for applied in site.applied]
-
-    def undo() -> None:
-        for applied, layer in layers:
-            applied.layer = layer
-        site.__dict__.update(before)
-        new.__dict__.pop(_SITE, None)
-        old.__dict__[_SITE] = site
-        _replace(state, new, old)
-
-    journal.undo(undo)
-    journal.undo(swap, old, type(old))
+    for module in (old, new):
+        keep_site(journal, module)
+    for applied in site.applied:
+        journal.keep(applied.__dict__)
+    journal.keep(*[places.modules for places in state.places.values()], state.moving)
+    journal.attribute(state, "links")
     swap(old, site.base)
     del old.__dict__[_SITE]
     new.__dict__[_SITE] = site
@@ -75,8 +69,8 @@ def move_record(state: ModelState, old: nn.Module, new: nn.Module, journal: Jour
 
 
 def _replace(state: ModelState, old: nn.Module, new: nn.Module) -> None:
-    for places in state.places.values():
-        places.modules[:] = [new if module is old else module for module in places.modules]
+    for modules in (*[places.modules for places in state.places.values()], state.moving):
+        modules[:] = [new if module is old else module for module in modules]
     state.links = None
 
 
@@ -106,10 +100,12 @@ def watch(model: nn.Module, state: ModelState, journal: Journal) -> None:
     watched = any(isinstance(hook, Watch) for hook in model._forward_pre_hooks.values())
     last = next(reversed(state.places.values())).modules if state.places else ()
     if not watched and any(isinstance(module, _BATCH_NORM) for module in last):
-        journal.undo(model.register_forward_pre_hook(Watch(model)).remove)
+        journal.keep(model._forward_pre_hooks)
+        model.register_forward_pre_hook(Watch(model))
 
 
-def unwatch(model: nn.Module) -> None:
+def unwatch(model: nn.Module, journal: Journal) -> None:
     for key, hook in list(model._forward_pre_hooks.items()):
         if isinstance(hook, Watch):
+            journal.keep(model._forward_pre_hooks)
             del model._forward_pre_hooks[key]

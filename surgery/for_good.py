@@ -9,16 +9,21 @@ from torch import nn
 
 from surgery import hf
 from surgery.claims import check_free
-from surgery.engine import _restore
+from surgery.engine import restore
 from surgery.errors import MergeError, SurgeryError
+from surgery.journal import Journal
+from surgery.kept import keep_model, keep_site
+from surgery.neutral import verb
 from surgery.root import rewritten
 from surgery.state import _SITE, SiteState, base_parameters, detach, sites
+from surgery.statistics import forget_statistics, keep_statistics
 
 __all__ = ["forget"]
 
 M = TypeVar("M", bound=nn.Module)
 
 
+@verb
 def forget(model: M) -> M:
     """Make a merge final: the merged adapters are gone, their changes stay in the weights; the same model comes back.
 
@@ -55,26 +60,30 @@ def forget(model: M) -> M:
         if site.merged is not None
         for name, before in site.merged.tied.items()
     ]
-    flags = _flags(root, state.flags, untied)
-    # From here on nothing can fail: classes are those of what is live already, and the rest is taken out of dicts.
-    for _, module, site in found:
-        gone = {applied.adapter for applied in site.applied} & set(names)
-        site.applied[:] = [applied for applied in site.applied if applied.adapter not in gone]
-        site.merged = None
-        site.classes.clear()  # they were made under names that another adapter may have one day
-        for name in gone:
-            detach(module, name)
-        if not site.applied:
-            del module.__dict__[_SITE]
-    for name in names:
-        state.forget(name)
-    state.flags |= flags
-    if state.adapters:
-        hf.ignore_on_save(root, state)
-    else:
-        _restore(root, state)
-    if untied:
-        _say_untied(root)
+    flags, keys = _flags(root, state.flags, untied), hf.keys_of(root, state, names)
+    with Journal() as journal:
+        keep_model(journal, root, state)
+        for _, module, site in found:
+            keep_site(journal, module)
+            gone = {applied.adapter for applied in site.applied} & set(names)
+            site.applied[:] = [applied for applied in site.applied if applied.adapter not in gone]
+            site.merged = None
+            site.classes.clear()  # they were made under names that another adapter may have one day
+            for name in gone:
+                detach(module, name)
+            if not site.applied:
+                del module.__dict__[_SITE]
+        for name in names:
+            state.forget(name)
+        state.flags |= flags
+        forget_statistics(root, state.moving, journal)  # the base's are now those under the merged adapters
+        if state.adapters:
+            state.moving = keep_statistics(root, journal)
+            hf.unlist(root, state, keys, journal)
+        else:
+            restore(root, state, journal)
+        if untied:
+            _say_untied(root, journal)
     return model
 
 
@@ -110,7 +119,7 @@ def _check(path: str, site: SiteState) -> None:
             )
 
 
-def _say_untied(model: Any) -> None:
+def _say_untied(model: Any, journal: Journal) -> None:
     """So that a checkpoint of it is not tied again when it is loaded."""
     head = getattr(model, "get_output_embeddings", lambda: None)()
     embedding = getattr(model, "get_input_embeddings", lambda: None)()
@@ -120,4 +129,5 @@ def _say_untied(model: Any) -> None:
     text = getattr(config, "get_text_config", lambda: config)()
     for part in (config, text):
         if getattr(part, "tie_word_embeddings", False):
+            journal.attribute(part, "tie_word_embeddings")
             part.tie_word_embeddings = False

@@ -24,7 +24,7 @@ from surgery.savers import adapter_keys, forgive_missing, give_back, take_over
 from surgery.state import ModelState
 from surgery.wrapped import submodule
 
-__all__ = ["ignore_on_save", "keys_of", "prepare", "restore", "save_adapters_alone", "unlist"]
+__all__ = ["ignore_on_save", "keys_of", "list_on_save", "prepare", "restore", "save_adapters_alone", "unlist"]
 
 _IGNORED = "_keys_to_ignore_on_save"
 
@@ -36,16 +36,21 @@ def prepare(model: nn.Module, state: ModelState, adapter: str, journal: Journal)
         journal.undo(restore_ignored, model, state)
         ignore_on_save(model, state)
     else:
-        keys = keys_of(model, state, [adapter])
-        journal.undo(unlist, model, state, keys)
-        _change(model, state, keys, set.update)
+        list_on_save(model, state, adapter, journal)
     for path, _ in state.ignored_on_save:
         if (part := there(model, path)) is not None:
             follow_resizing(part, model, journal)
     for embedding in _embeddings(model, state):
         if not any(isinstance(hook, InputsRequireGrad) for hook in embedding._forward_hooks.values()):
-            handle = embedding.register_forward_hook(InputsRequireGrad(model))
-            journal.undo(handle.remove)
+            journal.keep(embedding._forward_hooks)
+            embedding.register_forward_hook(InputsRequireGrad(model))
+
+
+def list_on_save(model: nn.Module, state: ModelState, adapter: str, journal: Journal) -> None:
+    """Leave one more adapter out of `save_pretrained`."""
+    keys = keys_of(model, state, [adapter])
+    journal.undo(unlist, model, state, keys)
+    _change(model, state, keys, set.update)
 
 
 def ignore_on_save(model: nn.Module, state: ModelState) -> None:
@@ -67,8 +72,10 @@ def keys_of(model: nn.Module, state: ModelState, adapters: Collection[str]) -> K
     return [(saver, list(adapter_keys(saver, adapters))) for saver in savers if saver is not None]
 
 
-def unlist(model: nn.Module, state: ModelState, keys: Keys) -> None:
+def unlist(model: nn.Module, state: ModelState, keys: Keys, journal: Journal | None = None) -> None:
     """Take from the lists what adapters that went had there, and look at no others."""
+    if journal is not None:
+        journal.undo(_change, model, state, keys, set.update)
     _change(model, state, keys, set.difference_update)
 
 
@@ -87,16 +94,21 @@ def save_adapters_alone(model: nn.Module, state: ModelState) -> None:
         model.register_load_state_dict_post_hook(forgive_missing)
 
 
-def restore(model: nn.Module, state: ModelState) -> None:
+def restore(model: nn.Module, state: ModelState, journal: Journal) -> None:
     """After the last adapter went: attributes and hooks as they were."""
+    for path, _ in state.ignored_on_save:
+        if (saver := there(model, path)) is not None:
+            journal.keep(saver.__dict__)
     restore_ignored(model, state)
     for key, hook in list(model._load_state_dict_post_hooks.items()):
         if hook is forgive_missing:
+            journal.keep(model._load_state_dict_post_hooks)
             del model._load_state_dict_post_hooks[key]
     for module in model.modules():
-        leave_resizing(module)
+        leave_resizing(module, journal)
         for key, hook in list(module._forward_hooks.items()):
             if isinstance(hook, InputsRequireGrad):
+                journal.keep(module._forward_hooks)
                 del module._forward_hooks[key]
 
 

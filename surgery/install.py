@@ -21,10 +21,11 @@ from typing import Any
 import torch
 from torch import fx, nn
 
+from surgery.flags import lazy_in
 from surgery.own import Own
+from surgery.packed import quantised_later
 from surgery.pattern import qualified_name
 from surgery.pending import Unwritten, independent, settled, writing_forward
-from surgery.sharded import refuse_split, sharding_of
 from surgery.state import site_state
 from surgery.weave import Layer, woven
 
@@ -109,6 +110,9 @@ def swap(module: nn.Module, cls: type[nn.Module]) -> None:
 def reason_against(module: nn.Module) -> tuple[str, str] | None:
     """Why a new class would not be seen or can't be given (why, what to do), or None."""
     cls = type(module)
+    if isinstance(module, nn.modules.lazy.LazyModuleMixin) and module.has_uninitialized_params():  # type: ignore[misc]
+        names = ", ".join(lazy_in(module))
+        return f"its {names} has no shape before its first call", "run one batch through the model first: model(batch)"
     if isinstance(module, torch.jit.ScriptModule):
         return "it is a TorchScript module, compiled already", "apply rules before torch.jit"
     if "parametrizations" in module._modules:
@@ -147,7 +151,10 @@ def reason_against(module: nn.Module) -> tuple[str, str] | None:
             "accelerate has offloaded its weights, which are absent between calls",
             "load the model without offloading",
         )
-    return sharding_of(module)
+    packed = [tensor for tensor in module._parameters.values() if type(tensor) is not nn.Parameter]
+    if any(hasattr(tensor, "device_mesh") for tensor in packed):
+        return "its parameters are sharded (DTensor)", "apply rules before fully_shard"
+    return None
 
 
 def _is_bound(bound: Any, module: nn.Module, cls: type) -> bool:
@@ -240,7 +247,6 @@ def _class_of(base: type[nn.Module], forward: Any, recipe: Recipe | Unwritten) -
         "__qualname__": base.__qualname__,
         "__doc__": base.__doc__,
         "__reduce_ex__": _reduce_ex,
-        "register_parameter": _register_parameter,
         "_surgery_base": base,
         "_surgery_recipe": recipe,
         "_surgery_self": property(lambda self: self),
@@ -264,16 +270,14 @@ def told(error: Exception, module: nn.Module) -> Exception:
     """The error, with a note that says at which site and under which rules it came up."""
     state = site_state(module)
     if state is not None:
+        if (meant := quantised_later(module, state, error)) is not None:
+            meant.__cause__ = error
+            return meant
         rules = ", ".join(f"{applied.rule.label} [{applied.adapter}]" for applied in state.applied)
         error.add_note(
             f"at the site {state.path or '(the model itself)'}, a {type(module).__name__} rewritten by {rules}"
         )
     return error
-
-
-def _register_parameter(self: Any, name: str, param: nn.Parameter | None) -> None:
-    refuse_split(self, name, param)
-    type(self)._surgery_base.register_parameter(self, name, param)
 
 
 def _reduce_ex(self: nn.Module, protocol: Any) -> Any:

@@ -77,12 +77,20 @@ def _layer(applied: Applied) -> Layer | None:
 
 def _install(module: nn.Module, state: SiteState, cls: type[nn.Module], journal: Journal | None) -> None:
     before = type(module)
+    if journal is not None:
+        journal.undo(_back, module, state, before)
     state.variants.clear()
     state.classes.clear()
     if cls is not before:
         swap(module, cls)
-        if journal is not None:
-            journal.undo(swap, module, before)
+
+
+def _back(module: nn.Module, state: SiteState, before: type[nn.Module]) -> None:
+    """What a class was chosen from meanwhile is not kept: a call may have made some of it under other rules."""
+    state.variants.clear()
+    state.classes.clear()
+    if type(module) is not before:
+        swap(module, before)
 
 
 class Shared:
@@ -100,7 +108,7 @@ class Shared:
         state = site_state(module)
         assert state is not None
         before: Woven | None = state.woven
-        self.journal.undo(setattr, state, "woven", before)
+        self.journal.attribute(state, "woven")
         if before is None or before.cls is not type(module):
             return install_live(module, self.journal, own)
         key = (id(before), id(own), change)

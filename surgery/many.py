@@ -10,8 +10,8 @@ from torch import nn
 
 from surgery.activation import activate, deactivate
 from surgery.checkpoint import LoadReport, load_adapter
-from surgery.engine import remove
 from surgery.errors import LoadError, PlanError, SurgeryError, near_misses
+from surgery.neutral import verb
 from surgery.state import model_state
 from surgery.stored import names_in
 from surgery.switching import weights_now
@@ -20,6 +20,7 @@ from surgery.wrapped import unwrapped
 __all__ = ["load_adapters"]
 
 
+@verb
 def load_adapters(
     model: nn.Module, folder: str | Path, *, live: str | Sequence[str] | None = None, **options: Any
 ) -> dict[str, LoadReport]:
@@ -60,22 +61,15 @@ def load_adapters(
         why = near_misses(unknown[0], known) or f"there are {', '.join(known)}"
         raise SurgeryError(f"there is no adapter {unknown[0]!r}, which is to be live", why=why)
     reports, problems = dict[str, LoadReport](), list[SurgeryError]()
-    try:
-        for name, inner in found.items():
-            if wanted is not None and (reports or before):
-                deactivate(model)
-            try:
-                reports[name] = load_adapter(model, inner, name, **options)
-            except PlanError as error:
-                problems += [SurgeryError(str(problem), where=str(inner)) for problem in error.problems]
-        if problems:
-            raise LoadError(problems)
-        if wanted is not None:
-            activate(model, wanted)
-    except BaseException:
-        for name in reports:
-            remove(model, name)
-        if before and wanted is not None:
-            activate(model, list(before), before)
-        raise
+    for name, inner in found.items():
+        if wanted is not None and (reports or before):
+            deactivate(model)
+        try:
+            reports[name] = load_adapter(model, inner, name, **options)
+        except PlanError as error:
+            problems += [SurgeryError(str(problem), where=str(inner)) for problem in error.problems]
+    if problems:
+        raise LoadError(problems)
+    if wanted is not None:
+        activate(model, wanted)
     return reports

@@ -14,6 +14,7 @@ from torch import nn
 
 from surgery.errors import SurgeryError, listed
 from surgery.merging import merge, unmerge
+from surgery.neutral import verb
 from surgery.root import records_in, rewritten
 from surgery.savers import plain_saving
 
@@ -23,6 +24,7 @@ TOKENIZERS = ("tokenizer*", "vocab*", "merges.txt", "special_tokens_map.json", "
               "*preprocessor_config.json", "chat_template*", "sentencepiece*")  # fmt: skip
 
 
+@verb
 def merge_to(
     model: nn.Module,
     folder: str | Path,
@@ -61,9 +63,9 @@ def merge_to(
         )
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    merge(model, adapter, untie=untie)
     place = Path(tempfile.mkdtemp(prefix=".surgery-", dir=folder))
     try:
+        merge(model, adapter, untie=untie)
         save(place)
         _say_untied(model, place / "config.json")
         if tokenizer is not None:
@@ -72,8 +74,8 @@ def merge_to(
             _copy_tokenizer(model, place)
         for file in sorted(place.iterdir()):
             os.replace(file, folder / file.name)
-    finally:
         unmerge(model)
+    finally:
         shutil.rmtree(place, ignore_errors=True)
     return folder
 

@@ -11,19 +11,20 @@ from torch import Tensor, nn
 
 from surgery.claims import check_free
 from surgery.clash import hidden
-from surgery.complexes import narrow
 from surgery.errors import MergeError, PlanError, SurgeryError
-from surgery.exact import LowRank, Rows, unfold, weighted
+from surgery.exact import LowRank, Rows, weighted
 from surgery.folding import Keep, SiteFolding, check_foldable, verify_records
 from surgery.hooks import running
 from surgery.install import reason_against
 from surgery.journal import Journal
+from surgery.kept import keep_site, take_out_fold
 from surgery.living import install_live
+from surgery.neutral import verb
 from surgery.own import own_forward
 from surgery.owners import Owners
+from surgery.packed import UNPACKED, is_packed
 from surgery.recording import layer_of
 from surgery.root import rewritten, with_lost
-from surgery.sharded import sharding_of
 from surgery.site import LiveSite
 from surgery.state import Applied, Merged, SiteState, adapter_names, sites, tensors_of
 from surgery.view import tensor_at
@@ -47,6 +48,7 @@ class MergeReport:
         return f"merged {', '.join(self.adapters)} at {self.sites} sites; keeps {self.nbytes:,} bytes to unmerge{each}"
 
 
+@verb
 def merge(
     model: nn.Module,
     adapter: str | Sequence[str] | None = None,
@@ -102,6 +104,7 @@ def merge(
     return MergeReport(tuple(names), len(found), sum(record.nbytes for _, record in folds), sum(entries.values()))
 
 
+@verb
 def unmerge(model: M, *, check: bool = True) -> M:
     """Take out what `merge` folded in: the base's bits and the live adapters are as before. See `merge`.
 
@@ -112,22 +115,20 @@ def unmerge(model: M, *, check: bool = True) -> M:
     check_free(root)
     found = [(path, module, site) for path, module, site in with_lost(root, state) if site.merged is not None]
     for path, module, site in found:
-        if site.merged is not None and site.merged.folds and (refused := sharding_of(module)) is not None:
-            why = f"{refused[0]}; what the merge folded in was noted of whole ones"
-            fix = "unmerge(model) before sharding, or forget(model) to keep the weights as they are"
-            raise MergeError("the site can't be unmerged", where=path, why=why, fix=fix)
-    if check:
+        verify_records([(tensor_at(module, name), record) for name, record in _merged(site).folds], path, check)
+    with torch.no_grad(), Journal() as journal:
         for path, module, site in found:
-            verify_records([(tensor_at(module, name), record) for name, record in _merged(site).folds], path)
-    with torch.no_grad():
-        for path, module, site in found:
+            keep_site(journal, module)
             merged = _merged(site)
             for name, record in reversed(merged.folds):
-                unfold(tensor_at(module, name), record, check=check, where=path, verified=check)
+                tensor = tensor_at(module, name)
+                take_out_fold(journal, tensor, record, check=check, where=path, verified=check)
             for name, parameter in merged.tied.items():
-                _owner(module, name)._parameters[name.rpartition(".")[2]] = parameter
+                held_by = _owner(module, name)._parameters
+                journal.keep(held_by)
+                held_by[name.rpartition(".")[2]] = parameter
             site.merged = None
-            install_live(module, None)
+            install_live(module, journal)
     return model
 
 
@@ -144,9 +145,9 @@ def _merge_site(
     untie: bool,
     journal: Journal,
 ) -> None:
+    keep_site(journal, module)
     merged = Merged(tuple(names))
-    folding = SiteFolding(module, path, keep)
-    journal.undo(folding.undo)
+    folding = SiteFolding(module, path, keep, journal)
     for changes in _changes(module, site, names, folding):
         for name, change in changes.items():
             check_foldable(owners, module, name, change, path, untie)
@@ -155,12 +156,11 @@ def _merge_site(
             folding.add(name, change)
     merged.folds = folding.finish()
     site.merged = merged
-    journal.undo(setattr, site, "merged", None)
     install_live(module, journal)
 
 
 def _check_finite(owners: Owners, path: str, module: nn.Module, site: SiteState, names: list[str], untie: bool) -> None:
-    folding = SiteFolding(module, path, "copy", dry=True)
+    folding = SiteFolding(module, path, "copy", Journal(), dry=True)
     for changes in _changes(module, site, names, folding):
         for name, change in changes.items():
             check_foldable(owners, module, name, change, path, untie)
@@ -203,10 +203,10 @@ def _untie(owners: Owners, module: nn.Module, name: str, merged: Merged, journal
         return
     owner, last = _owner(module, name), name.rpartition(".")[2]
     own = nn.Parameter(parameter.detach().clone(), requires_grad=parameter.requires_grad)
+    journal.keep(owner._parameters)
     owner._parameters[last] = own
     owners.replaced(owner, last, parameter, own)
     merged.tied[name] = parameter
-    journal.undo(owner._parameters.__setitem__, last, parameter)
 
 
 def _objections(path: str, module: nn.Module, site: SiteState, names: list[str]) -> list[SurgeryError]:
@@ -239,10 +239,12 @@ def _objections(path: str, module: nn.Module, site: SiteState, names: list[str])
 
 def _packed(path: str, module: nn.Module, site: SiteState, chosen: list[Applied]) -> list[SurgeryError]:
     weight = module._parameters.get("weight")
-    if weight is not None and (type(weight) is not nn.Parameter or narrow(weight)):
-        why = f"its weight is a {type(weight).__name__} of {weight.dtype}: quantised, so a sum would be rounded away"
-        return [MergeError(f"{chosen[0].rule.label} can't be merged here", where=path, why=why, fix="keep it unmerged")]
-    return []
+    if weight is None or not (hasattr(weight, "device_mesh") or is_packed(weight)):
+        return []
+    why, fix = f"its weight is a {type(weight).__name__} of {weight.dtype}", "keep it unmerged"
+    if is_packed(weight):
+        why, fix = f"{why}: quantised, so a sum would be rounded away", f"keep it unmerged, or {UNPACKED}"
+    return [MergeError(f"{chosen[0].rule.label} can't be merged here", where=path, why=why, fix=fix)]
 
 
 def _already(path: str, site: SiteState) -> MergeError:

@@ -6,7 +6,6 @@ import copy
 from collections.abc import MutableMapping
 from typing import Any, TypeVar
 
-import torch
 from torch import Tensor, nn
 
 from surgery import hf
@@ -14,8 +13,10 @@ from surgery.claims import check_free, check_unclaimed
 from surgery.errors import SurgeryError
 from surgery.install import reason_against
 from surgery.journal import Journal
+from surgery.kept import keep_model, keep_site
 from surgery.living import install_live
 from surgery.match import RESERVED
+from surgery.neutral import verb
 from surgery.placing import Placed, put
 from surgery.root import rewritten
 from surgery.state import (
@@ -33,6 +34,7 @@ __all__ = ["check_whole", "copy_adapter", "rename_adapter"]
 M = TypeVar("M", bound=nn.Module)
 
 
+@verb
 def rename_adapter(model: M, adapter: str, new: str) -> M:
     """Give an adapter another name; the same model comes back, and computes the same to the bit.
 
@@ -65,13 +67,13 @@ def rename_adapter(model: M, adapter: str, new: str) -> M:
             where = held.path if held is not None else None
             raise SurgeryError("the site can't be given another class", where=where, why=refused[0], fix=refused[1])
     with Journal() as journal:
-        journal.undo(_rename, root, state, new, old)
-        _rename(root, state, old, new)
+        _rename(root, state, old, new, journal)
         for module in renewed:
             install_live(module, journal)
     return model
 
 
+@verb
 def copy_adapter(model: M, adapter: str, new: str) -> M:
     """Give a model a second adapter of the same rules and tensors, which goes its own way; the same model comes back.
 
@@ -99,8 +101,7 @@ def copy_adapter(model: M, adapter: str, new: str) -> M:
         raise problem
     check_whole(state, old, "be copied")
     made: dict[int, Tensor] = {}  # tensors that serve several sites serve several of the copy's
-    with torch.inference_mode(False):  # the copy is to be trained
-        placed = [_copied(module, applied, made) for module, rules in state.places[old] for applied in rules]
+    placed = [_copied(module, applied, made) for module, rules in state.places[old] for applied in rules]
     put(root, new, state.adapters[old], placed)
     return model
 
@@ -139,10 +140,15 @@ def _runs(module: nn.Module, rules: list[Applied]) -> bool:
     return any(applied is other for applied in rules for other in live)
 
 
-def _rename(model: nn.Module, state: ModelState, old: str, new: str) -> None:
+def _rename(model: nn.Module, state: ModelState, old: str, new: str, journal: Journal) -> None:
+    keep_model(journal, model, state)
+    keys = hf.keys_of(model, state, [old])
     for module, rules in state.places[old]:
         held, boxes = site_state(module), module._modules.get(RESERVED)
         assert held is not None
+        keep_site(journal, module)
+        for noted in (*rules, *filter(None, [held.merged])):
+            journal.keep(noted.__dict__)
         if boxes is not None:
             _rekey(boxes._modules, old, new)
         for applied in rules:
@@ -153,7 +159,8 @@ def _rename(model: nn.Module, state: ModelState, old: str, new: str) -> None:
         held.variants.clear()
     for named in (state.adapters, state.places, state.standing, state.resting):
         _rekey(named, old, new)
-    hf.ignore_on_save(model, state)
+    hf.unlist(model, state, keys, journal)
+    hf.list_on_save(model, state, new, journal)
 
 
 def _rekey(mapping: MutableMapping[str, Any], old: str, new: str) -> None:

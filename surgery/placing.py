@@ -14,18 +14,17 @@ from surgery.clash import clashes
 from surgery.errors import PlanError, SiteError, SurgeryError
 from surgery.install import reason_against
 from surgery.journal import Journal
+from surgery.kept import keep_model, keep_site
 from surgery.own import own_forward
 from surgery.recording import PassedOver, Step, recorded
 from surgery.state import (
     Applied,
-    ModelState,
     Places,
     SiteState,
     Standing,
     attach,
     attach_again,
     box_of,
-    detach,
     require_state,
     site_state,
 )
@@ -70,20 +69,20 @@ def put(model: nn.Module, adapter: str, rules: Sequence[Rule], placed: Iterable[
             places.setdefault(id(one.module), (one.module, []))[1].append(site.applied[-1])
         if problems := clashes(steps, beside=False):
             raise PlanError(problems)
-        journal.undo(_forget, model, state, adapter)
+        keep_model(journal, model, state)
         state.adapters[adapter] = tuple(rules)
         state.place(adapter, Places.of(adapter, places.values()))
         state.standing[adapter] = standing
-        hf.ignore_on_save(model, state)
+        hf.list_on_save(model, state, adapter, journal)
 
 
 def _put(
     one: Placed, adapter: str, standing: Standing, site: SiteState, tied: dict[Any, Tensor], journal: Journal
 ) -> list[Step]:
     module, path = one.module, site.path
+    keep_site(journal, module, (adapter,))
     if one.tensors:
         attach(module, adapter, one.tensors, path)
-        journal.undo(detach, module, adapter, list(one.tensors))
     applied = Applied(adapter, one.rule, standing, tensors=tuple(one.tensors), inside=one.inside, facts=one.facts)
     trained = {name: tensor.requires_grad for name, (tensor, buffer) in one.tensors.items() if not buffer}
     steps = []
@@ -111,10 +110,4 @@ def _put(
         if not buffer:
             tensor.requires_grad_(False)
     site.applied.append(applied)
-    journal.undo(site.applied.pop)
     return steps
-
-
-def _forget(model: nn.Module, state: ModelState, adapter: str) -> None:
-    state.forget(adapter)
-    hf.ignore_on_save(model, state)

@@ -16,15 +16,17 @@ from surgery.bypass import Bypass, bypasses, fastpath_switch
 from surgery.clash import clashes
 from surgery.errors import MatchError, PlanError, RuleError, SiteError, SurgeryError, listed
 from surgery.example import Observation, copied, observe, verify_graph
+from surgery.flags import lazy_in
 from surgery.hooks import running
 from surgery.install import reason_against
 from surgery.match import Match, Tree, idle_targets, matches
 from surgery.own import own_forward
+from surgery.packed import UNPACKED, packed_in
 from surgery.recording import PassedOver, Recording, Step, recorded
 from surgery.root import records_in, rewritten
 from surgery.state import is_adapter_key, model_state, name_problem, site_state, sites
+from surgery.statistics import moving, moving_modules
 from surgery.table import table
-from surgery.uncalled import never_called
 from surgery.wrapped import submodule, unwrapped
 
 __all__ = ["Plan", "make_plan"]
@@ -35,7 +37,8 @@ class Plan:
     """What `apply_rules` would do: its `steps`, and every problem at once.
 
     `print(plan)` shows a table; `to_dict()` gives plain data; truth is the absence of problems. `trainable` and
-    `added` count parameters; `switches` lists attributes set to keep an inference fast path from bypassing a site.
+    `added` count parameters; `switches` lists attributes set to keep an inference fast path from bypassing a site;
+    `statistics` the modules of the base whose running statistics training moves, which `remove` puts back.
     """
 
     model: nn.Module
@@ -49,6 +52,7 @@ class Plan:
     example_inputs: Any = None
     seen: dict[type, Observation] = field(default_factory=dict)
     passed: list[str] = field(default_factory=list)
+    statistics: list[str] = field(default_factory=list)
 
     def __bool__(self) -> bool:
         return not self.problems
@@ -114,6 +118,7 @@ class Plan:
             "added": self.added,
             "trainable": self.trainable,
             "notes": self.notes,
+            "statistics": list(self.statistics),
             "warnings": list(self.warnings),
             "problems": [str(problem) for problem in self.problems],
         }
@@ -136,6 +141,10 @@ class Plan:
         switched = [(".".join(filter(None, (path, name))), value) for path, (name, value) in self.switches.items()]
         parts += [f"set while adapted: {name} = {value!r}" for name, value in switched]
         parts += [f"note: {note}" for note in self.notes]
+        if self.statistics:
+            many = f"{len(self.statistics)} modules, such as " if len(self.statistics) > 2 else ""
+            listed = f"{many}{', '.join(path or '(the model itself)' for path in self.statistics[:2])}"
+            parts.append(f"training moves the running statistics of {listed}: remove puts them back")
         parts += [f"warning: {warning}" for warning in self.warnings]
         parts += [f"problem: {problem}" for problem in self.problems]
         return "\n".join(parts)
@@ -147,7 +156,9 @@ def make_plan(model: nn.Module, rules: Iterable[Rule] | Rule, adapter: str, exam
     model = unwrapped(model)
     listed, problems = rules_in(rules)
     plan = Plan(model, adapter, listed, example_inputs=example_inputs)
-    plan.problems += [problem] if (problem := model_problem(model)) else problems + _objections(model, adapter)
+    plan.problems += (
+        [problem] if (problem := model_problem(model)) else problems + _objections(model, adapter, example_inputs)
+    )
     if plan.problems:
         return plan
     tree, read_past = Tree.of(model), bypasses(model)
@@ -182,6 +193,7 @@ def make_plan(model: nn.Module, rules: Iterable[Rule] | Rule, adapter: str, exam
             plan.problems.append(MatchError(f"{rule.label} finds nothing to do in what it matches", where=listed))
         plan.passed.clear()
     plan.problems += clashes(plan.steps)
+    plan.statistics += _moved(plan)
     if example_inputs is not None and not plan.problems:
         _check_example(plan, example_inputs)
     return plan
@@ -190,6 +202,13 @@ def make_plan(model: nn.Module, rules: Iterable[Rule] | Rule, adapter: str, exam
 def _trains(model: nn.Module) -> bool:
     """Whether an adapter that is on the model has parameters that train."""
     return any(parameter.requires_grad and is_adapter_key(model, name) for name, parameter in model.named_parameters())
+
+
+def _moved(plan: Plan) -> list[str]:
+    """The modules with buffers that training moves, but for those that these rules put others in the place of."""
+    replaced = {(id(step.module), str(ref.key)) for step in plan.steps for ref in step.tape.replaced()}
+    modules = moving_modules(plan.model)
+    return [path for path, module in modules if any((id(module), name) not in replaced for name in moving(module))]
 
 
 def _with_companions(rules: Iterable[Rule]) -> Iterable[tuple[Rule, bool]]:
@@ -229,11 +248,12 @@ def _add_step(
         like = likeness(rule, module, path, base)
         made = known.get(like) if like is not None else None
         if made is None and (why := _objection(rule, module, path)):
-            raise SiteError(f"{rule.label} can't go on this {type(module).__name__}", where=path, why=why)
+            fix = UNPACKED if packed_in(module) and "packed" in why else None
+            raise SiteError(f"{rule.label} can't go on this {type(module).__name__}", where=path, why=why, fix=fix)
     except SurgeryError as error:
         plan.problems.append(error)
         return
-    if read_past and not _read_around(plan, rule, match, read_past):
+    if read_past and not _read_around(plan, rule, path, read_past):
         return
     if fast:
         _switch_fast_paths(plan, path, fast)
@@ -260,22 +280,20 @@ def _objection(rule: Rule, module: nn.Module, path: str) -> str | None:
         return rule.check(module, path)
 
 
-def _read_around(plan: Plan, rule: Rule, match: Match, read_past: list[Bypass]) -> bool:
+def _read_around(plan: Plan, rule: Rule, path: str, read_past: list[Bypass]) -> bool:
     """Deal with code that reads a site's parameters past its forward; whether the rule can go there all the same."""
-    path = match.path
     for bypass in read_past:
         if bypass.in_fast_path and fastpath_switch(submodule(plan.model, bypass.reader)):
             continue  # that code is switched off
         place = f"{bypass.reader_type} reads its {bypass.parameter} directly, at {bypass.file}:{bypass.line}"
-        uncalled = bypass.conditional and never_called(plan.model, (path, *match.aliases))
-        if bypass.conditional and not uncalled:
+        if bypass.conditional:
             plan.warnings.append(f"{rule.label} at {path} is bypassed on one branch: {place}: {bypass.source}")
             continue
         plan.problems.append(
             SiteError(
                 f"{rule.label} would be bypassed",
                 where=path,
-                why=f"{place}: {bypass.source}{'; no code calls the module' if uncalled else ''}",
+                why=f"{place}: {bypass.source}",
                 fix=f"target {bypass.reader or 'the model itself'!r}, exclude this module, or call it in that forward",
             )
         )
@@ -310,9 +328,18 @@ def _pefts(model: nn.Module) -> list[SurgeryError]:
     ]
 
 
-def _objections(model: nn.Module, adapter: str) -> list[SurgeryError]:
+def _objections(model: nn.Module, adapter: str, example_inputs: Any) -> list[SurgeryError]:
     """What is wrong with the model and the adapter's name, before any module is looked at."""
     found: list[SurgeryError] = _pefts(model)
+    if example_inputs is not None and (lazy := lazy_in(model)):
+        found.append(
+            SurgeryError(
+                "the example call would give the model parameters",
+                where=listed(lazy),
+                why="they have no shape before the first call, and planning touches nothing",
+                fix="run one batch through the model first: model(batch)",
+            )
+        )
     state, inner = model_state(model), records_in(model, below=True)
     found += [problem] if (problem := name_problem(state, adapter)) else []
     if inner:

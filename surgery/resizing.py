@@ -34,12 +34,13 @@ _KINDS = ("get_input_embeddings", "get_output_embeddings")
 def follow_resizing(part: nn.Module, root: nn.Module, journal: Journal) -> None:
     """Have a model of transformers tell its rules of a new vocabulary; `root`: the model that they were applied to."""
     if hasattr(type(part), _NAME) and _NAME not in part.__dict__:
+        journal.keep(part.__dict__)
         part.__dict__[_NAME] = _Resizing(part, root)
-        journal.undo(part.__dict__.pop, _NAME)
 
 
-def leave_resizing(part: nn.Module) -> None:
+def leave_resizing(part: nn.Module, journal: Journal) -> None:
     if isinstance(part.__dict__.get(_NAME), _Resizing):
+        journal.keep(part.__dict__)
         del part.__dict__[_NAME]
 
 

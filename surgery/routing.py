@@ -21,10 +21,11 @@ from surgery import claims
 from surgery.errors import SurgeryError
 from surgery.here import here
 from surgery.install import recipe_of, swap
+from surgery.journal import Journal, surely
 from surgery.layout import prove
 from surgery.members import routes_itself
+from surgery.neutral import neutral
 from surgery.outside import Lent, hide_hooks, show_hooks
-from surgery.reducers import watch_gradients
 from surgery.root import rewritten
 from surgery.routed import Plan, plan_of
 from surgery.rows import Rows
@@ -236,34 +237,36 @@ _TEXTS = ("input_ids", "inputs_embeds", "pixel_values", "input_features", "input
 def _installed(routing: _Routing) -> Iterator[None]:
     """Sites have a class that asks for plans, as long as one block needs it; adapters of the rows may train."""
     model = routing.model
-    with _lock:
-        shared = _models.setdefault(model, _Shared())
-        shared.enter(routing)
+    with _lock, neutral(model), Journal() as journal:
+        shared = _models.get(model) or _Shared()
+        shared.enter(routing, journal)
     try:
         yield
     finally:
         with _lock:
-            shared.leave(routing)
-            if not shared.routings:
-                del _models[model]
+            surely(shared.leave, routing)
 
 
 class _Shared:
-    """What the blocks on one model share: which there are, how many use a site or train an adapter, the hooks."""
+    """What the blocks on one model share: which there are, what they lend, the hooks."""
 
     def __init__(self) -> None:
         self.routings: list[_Routing] = []
-        self.sites: dict[int, int] = {}
-        self.trained: dict[str, int] = {}
         self.lent = Lent()
         self.handles: list[Any] = []
         self.switched: list[tuple[nn.Module, str, Any]] = []
 
-    def enter(self, routing: _Routing) -> None:
+    def enter(self, routing: _Routing, journal: Journal) -> None:
         model = routing.model
         state = require_state(model)
+        used, trained = self._needed(self.routings)
+        journal.undo(_drop, model)
+        journal.keep(self.routings, self.handles, self.switched)
+        _models[model] = self
         if not self.routings:
             for entry in routing.entries:
+                journal.keep(entry.__dict__, entry._forward_pre_hooks, entry._forward_pre_hooks_with_kwargs)
+                journal.keep(entry._forward_hooks, entry._forward_hooks_always_called)
                 handles = [
                     entry.register_forward_pre_hook(_entered, with_kwargs=True),
                     entry.register_forward_hook(_left, always_call=True),
@@ -273,41 +276,56 @@ class _Shared:
             for path, name, _, live in state.switched:
                 reader = submodule(model, path)
                 self.switched.append((reader, name, getattr(reader, name)))
+                journal.attribute(reader, name)
                 setattr(reader, name, live)
         self.routings.append(routing)
         for module in routing.modules:
-            count = self.sites.get(id(module), 0)
-            self.sites[id(module)] = count + 1
-            if not count:
+            if id(module) not in used:
+                journal.undo(_ask_no_more, module)
                 swap(module, _asking(type(module)))
         for name in routing.names:
-            count = self.trained.get(name, 0)
-            self.trained[name] = count + 1
-            if not count and not state.standing[name].live:
+            if name not in trained and not state.standing[name].live:
                 for box in state.places[name].boxes:
+                    journal.undo(self.lent.take_back, box)
                     self.lent.lend(box)
-                    watch_gradients(name, box.parameters())
 
     def leave(self, routing: _Routing) -> None:
         model = routing.model
         state = require_state(model)
+        left = [one for one in self.routings if one is not routing]
+        used, trained = self._needed(left)
         for name in routing.names:
-            self.trained[name] -= 1
-            if not self.trained[name] and not state.standing[name].live:
+            if name not in trained and not state.standing[name].live:
                 for box in state.places[name].boxes:
                     self.lent.take_back(box)
         for module in routing.modules:
-            self.sites[id(module)] -= 1
-            if not self.sites[id(module)]:
-                swap(module, type(module).__bases__[0])
-        self.routings.remove(routing)
-        if not self.routings:
+            if id(module) not in used:
+                _ask_no_more(module)
+        if not left:
             for entry in routing.entries:
                 show_hooks(entry)
             for handle in self.handles:
                 handle.remove()
             for reader, name, value in self.switched:
                 setattr(reader, name, value)
+        self.routings[:] = left
+        _drop(model)
+
+    def _needed(self, routings: Sequence[_Routing]) -> tuple[set[int], set[str]]:
+        """The sites that blocks use, by id, and the adapters."""
+        return {id(m) for one in routings for m in one.modules}, {name for one in routings for name in one.names}
+
+
+def _drop(model: nn.Module) -> None:
+    shared = _models.get(model)
+    if shared is not None and not shared.routings:
+        del _models[model]
+
+
+def _ask_no_more(module: nn.Module) -> None:
+    cls = type(module)
+    if "_surgery_asks" in vars(cls):
+        swap(module, cls.__bases__[0])
 
 
 def _asking(cls: type[nn.Module]) -> type[nn.Module]:
@@ -334,6 +352,7 @@ def _asking(cls: type[nn.Module]) -> type[nn.Module]:
         "__qualname__": cls.__qualname__,
         "__doc__": cls.__doc__,
         "__reduce_ex__": _reduce_ex,
+        "_surgery_asks": True,
         "_surgery_base": getattr(cls, "_surgery_base", cls),
         "_surgery_recipe": recipe_of(cls),
         "_surgery_self": property(lambda self: self),

@@ -10,6 +10,7 @@ from typing import Any
 from torch import fx, nn
 
 from surgery.errors import MatchError, listed, near_misses
+from surgery.flags import is_lazy
 from surgery.install import recipe_of
 from surgery.links import there
 from surgery.own import own_forward
@@ -113,6 +114,8 @@ def _rows(root: nn.Module) -> list[tuple[str, str, int, int, int, str]]:
 
 
 def _numbers_in(parameter: Any) -> int:
+    if is_lazy(parameter):
+        return 0
     count = parameter.numel() or getattr(parameter, "ds_numel", 0)  # DeepSpeed keeps it elsewhere
     return count * 2 * parameter.element_size() if type(parameter).__name__ == "Params4bit" else count
 

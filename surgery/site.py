@@ -20,6 +20,7 @@ from surgery.hidden import hidden_of, with_hidden
 from surgery.inside import Inside
 from surgery.match import RESERVED
 from surgery.own import Own
+from surgery.packed import UNPACKED, is_packed
 from surgery.registries import takes_functions
 from surgery.starred import FIRST, hidden_first
 from surgery.state import MARK, site_state
@@ -379,7 +380,8 @@ class Site(_Place, Inside):
                 f"{self.label} edits the {name} of a {type(self.module).__name__}, which can't be edited",
                 where=self.path,
                 why=why,
-                fix="use a rule that works on the module's inputs and outputs",
+                fix="use a rule that works on the module's inputs and outputs"
+                + (f"; or {UNPACKED}" if is_packed(tensor) else ""),
             )
 
     def _declare(

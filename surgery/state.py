@@ -211,6 +211,7 @@ class ModelState:
     places: dict[str, Places] = field(default_factory=dict)
     standing: dict[str, Standing] = field(default_factory=dict)
     saves_adapters: bool = False  # `save_pretrained` writes the adapters and not the base (`AdapterCheckpoints`)
+    moving: list[nn.Module] = field(default_factory=list)  # those whose running statistics the base gets back
     resting: dict[str, float] = field(default_factory=dict)  # what was live before `deactivate`, until `activate`
     keys: dict[frozenset, frozenset] = field(default_factory=dict, compare=False, repr=False)
     links: Links | None = field(default=None, compare=False, repr=False)
@@ -220,7 +221,7 @@ class ModelState:
         return {**self.__dict__, "keys": {}, "links": None, "unlinked": []}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update({"links": None, "unlinked": [], **state})
+        self.__dict__.update({"links": None, "unlinked": [], "moving": [], **state})
 
     def place(self, adapter: str, places: Places) -> None:
         """Write down where an adapter is."""

@@ -21,14 +21,15 @@ from surgery.errors import LoadError, RuleError, SiteError, SurgeryError, Surger
 from surgery.files import TensorFile
 from surgery.fingerprint import differences
 from surgery.hooks import running
-from surgery.incoming import Living, Making, copied, incoming, living, step_for
+from surgery.incoming import Living, Making, copied, incoming, living, put, step_for
 from surgery.journal import Journal
+from surgery.kept import keep_site
 from surgery.living import install_live
 from surgery.match import RESERVED
+from surgery.neutral import verb
 from surgery.origin import other_model
 from surgery.recording import Step
 from surgery.root import rewritten
-from surgery.sharded import is_flattened, put
 from surgery.site import LiveSite
 from surgery.state_dicts import rules_of
 from surgery.stored import Entry, Stored, stored_adapter, tensor_key
@@ -59,6 +60,7 @@ class SwapReport(LoadReport):
         return "\n".join([*lines, *(f"  {text}" for text in [*self.problems(), *self.assumed])])
 
 
+@verb
 def hotswap(
     model: nn.Module,
     adapter: str,
@@ -131,7 +133,7 @@ def hotswap(
         raise LoadError([*(problems or [RuleError("the files hold no rules")]), *other_model(model, stored.origin)])
     loose = report.base if strict else [*map(str, stored.unheld), *report.problems()]
     for note in [*stored.notes, *loose]:
-        warnings.warn(note, SurgeryWarning, stacklevel=2)
+        warnings.warn(note, SurgeryWarning, stacklevel=3)
     with Journal() as journal:
         for tensor, new in pairs:
             journal.undo(put, tensor, copied(tensor))
@@ -141,6 +143,7 @@ def hotswap(
     return report
 
 
+@verb
 def pad_rank(model: M, adapter: str, rank: int) -> M:
     """Give an adapter's tensors room for this rank, for `hotswap` to bring any up to it; the same model comes back.
 
@@ -173,7 +176,7 @@ def pad_rank(model: M, adapter: str, rank: int) -> M:
             _put_in(one, adapter, step, tensors, journal)
         for module in {id(one.module): one.module for one, _ in found}.values():
             install_live(module, journal)
-        journal.undo(state.adapters.__setitem__, adapter, state.adapters[adapter])
+        journal.keep(state.adapters)
         state.adapters[adapter] = tuple(wider[id(rule)] for rule in state.adapters[adapter])
     return model
 
@@ -187,26 +190,26 @@ def _grown(one: Living, adapter: str, rank: int, known: dict[int, Rule]) -> tupl
     wider = known[id(rule)] if id(rule) in known else rule.padded(rank)
     if wider is rule:
         return None
-    if any(hasattr(tensor, "device_mesh") or is_flattened(tensor) for tensor in one.tensors.values()):
+    if any(hasattr(tensor, "device_mesh") for tensor in one.tensors.values()):
         raise SiteError("its tensors are sharded", where=one.path, fix="pad before fully_shard")
     step = step_for(wider, one.path, one, adapter)
     params = {name: tensor.detach() for name, tensor in one.tensors.items()}
     site = LiveSite(one.module, one.path, adapter, params, lambda name, _: tensor_at(one.module, name))
-    with torch.inference_mode(False), torch.no_grad(), running(rule, "swapped", one.path):
+    with torch.no_grad(), running(rule, "swapped", one.path):
         return step, dict(rule.swapped(wider, site))
 
 
 def _put_in(one: Living, adapter: str, step: Step, tensors: dict[str, Tensor], journal: Journal) -> None:
     """Put the wider rule and its tensors in the place of the old; those of the same size stay."""
     box: Any = one.module._modules[RESERVED]._modules[adapter]  # type: ignore[union-attr]
+    keep_site(journal, one.module, (adapter,))
     for name, old in one.tensors.items():
         if tensors[name].shape != old.shape:
             held = box._parameters if name in box._parameters else box._buffers
-            journal.undo(held.__setitem__, name, old)
             new = tensors[name].to(old.dtype)
             held[name] = nn.Parameter(new, requires_grad=old.requires_grad) if held is box._parameters else new
     applied = one.applied
-    journal.undo(applied.__dict__.update, dict(applied.__dict__))
+    journal.keep(applied.__dict__)
     applied.rule, applied.facts = step.rule, step.facts
     applied.layer = Layer(adapter, step.rule.label, step.tape)
 

@@ -7,17 +7,17 @@ wanted. So the loops here go straight to what they change, and call nothing for 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
-from torch import Tensor, nn
+from torch import nn
 
 from surgery.errors import SurgeryError
 from surgery.install import reason_against, swap
 from surgery.journal import Journal
 from surgery.links import there
 from surgery.living import class_of_live
-from surgery.reducers import watch_gradients
 from surgery.state import _SITE, AdapterTensors, ModelState, SiteState, box_of, require_state
+from surgery.statistics import exchange
 
 __all__ = ["check_none_merged", "check_settled", "set_trained", "switch", "weights_now"]
 
@@ -38,19 +38,22 @@ def switch(model: nn.Module, live: Mapping[str, float]) -> None:
         _check_change(state, name, live.get(name))
     with Journal() as journal:
         journal.undo(_note, state, changed, before)
+        for name in changed:
+            journal.undo(_put_back, _noted(state.places[name].boxes))
         _note(state, changed, live)
         journal.undo(_swap_back, found)
         _install(found, bound, _key(state, live))
         for path, name, without, value in state.switched:
             if (reader := there(model, path)) is not None:
-                journal.undo(setattr, reader, name, getattr(reader, name))
+                journal.attribute(reader, name)
                 setattr(reader, name, value if live else without)
+        if state.moving and bool(before) != bool(live):
+            exchange(state.moving, journal, not live)
         for name in changed:
             if name not in live:
                 _rest(state.places[name].boxes)
             elif name not in before:
                 _train(state.places[name].boxes)
-                watch_gradients(name, _parameters(state.places[name].boxes))
 
 
 def weights_now(state: ModelState) -> dict[str, float]:
@@ -175,6 +178,20 @@ def _rest(boxes: Sequence[AdapterTensors]) -> None:
             box.still = frozenset(still)
 
 
+def _noted(boxes: Sequence[AdapterTensors]) -> list[tuple[AdapterTensors, frozenset[str], list[bool]]]:
+    """What `_rest` and `_train` change at these."""
+    return [(box, box.still, [t.requires_grad for t in box._parameters.values() if t is not None]) for box in boxes]
+
+
+def _put_back(noted: list[tuple[AdapterTensors, frozenset[str], list[bool]]]) -> None:
+    for box, still, flags in noted:
+        if box.still != still:
+            box.still = still
+        for tensor, flag in zip([t for t in box._parameters.values() if t is not None], flags, strict=True):
+            if tensor.requires_grad != flag:
+                tensor.requires_grad = flag
+
+
 def _train(boxes: Sequence[AdapterTensors]) -> None:
     for box in boxes:
         still = box.still
@@ -185,22 +202,18 @@ def _train(boxes: Sequence[AdapterTensors]) -> None:
             box.still = frozenset()
 
 
-def _parameters(boxes: Sequence[AdapterTensors]) -> Iterator[Tensor]:
-    return (tensor for box in boxes for tensor in box._parameters.values() if tensor is not None)
-
-
 def set_trained(state: ModelState, adapters: Iterable[str], train: bool) -> None:
     """Whether adapters train while they are live: the tensors that their rules have for that."""
-    for name in adapters:
-        for module, rules in state.places[name]:
-            names = [key for applied in rules for key in applied.trained]
-            if (box := box_of(module, name)) is None:
-                continue
-            if not state.standing[name].live:
-                box.still = box.still.difference(names) if train else box.still.union(names)
-                continue
-            held = box.tensors()
-            for key in names:
-                held[key].requires_grad_(train)
-        if train and state.standing[name].live:
-            watch_gradients(name, _parameters(state.places[name].boxes))
+    with Journal() as journal:
+        for name in adapters:
+            journal.undo(_put_back, _noted(state.places[name].boxes))
+            for module, rules in state.places[name]:
+                names = [key for applied in rules for key in applied.trained]
+                if (box := box_of(module, name)) is None:
+                    continue
+                if not state.standing[name].live:
+                    box.still = box.still.difference(names) if train else box.still.union(names)
+                    continue
+                held = box.tensors()
+                for key in names:
+                    held[key].requires_grad_(train)

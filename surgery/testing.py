@@ -12,6 +12,7 @@ from surgery.base_rule import Rule
 from surgery.engine import apply_rules, remove
 from surgery.errors import SurgeryError
 from surgery.example import call, equal, random_state
+from surgery.flags import is_lazy
 from surgery.merging import merge, unmerge
 from surgery.plan import make_plan
 from surgery.state_dicts import adapter_state_dict
@@ -155,7 +156,8 @@ def _disturbed(model: nn.Module, seed: int = 0) -> None:
 
 
 def _tensors(model: nn.Module) -> dict[str, Tensor]:
-    return {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    held = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    return {name: tensor for name, tensor in held.items() if not is_lazy(tensor)}
 
 
 def _bits(tensor: Tensor) -> Tensor:
@@ -175,7 +177,8 @@ def _facts(model: nn.Module) -> dict[str, Any]:
         for kind in ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"):
             facts[f"{kind[1:]} of {path!r}"] = tuple(id(hook) for hook in module.__dict__[kind].values())
     for name, parameter in model.named_parameters(remove_duplicate=False):
-        facts[f"parameter {name}"] = (id(parameter), parameter.requires_grad, parameter.dtype, tuple(parameter.shape))
+        shape = None if is_lazy(parameter) else tuple(parameter.shape)
+        facts[f"parameter {name}"] = (id(parameter), parameter.requires_grad, parameter.dtype, shape)
     for name, buffer in model.named_buffers(remove_duplicate=False):
-        facts[f"buffer {name}"] = (id(buffer), buffer.dtype, tuple(buffer.shape))
+        facts[f"buffer {name}"] = (id(buffer), buffer.dtype, None if is_lazy(buffer) else tuple(buffer.shape))
     return facts

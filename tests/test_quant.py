@@ -11,9 +11,40 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.utils import prune
 
-from rules import BiasRule, LoraRule, TrainRule
-from surgery import PlanError, Rule, Site, apply_rules, merge, plan_rules, remove, rule
+from rules import (
+    AdaLoraRule,
+    BiasRule,
+    BoftRule,
+    C3aRule,
+    FourierRule,
+    HraRule,
+    IA3Rule,
+    LohaRule,
+    LokrRule,
+    LoraRule,
+    MissRule,
+    OftRule,
+    RandLoraRule,
+    RoadRule,
+    ShiraRule,
+    TrainRule,
+    VeraRule,
+)
+from surgery import (
+    MergeError,
+    PlanError,
+    Rule,
+    Site,
+    SurgeryError,
+    apply_rules,
+    merge,
+    plan_rules,
+    remove,
+    rule,
+    unmerge,
+)
 from surgery.testing import Snapshot
 
 Load = Callable[[str], ModuleType]
@@ -173,6 +204,7 @@ def test_merging_is_refused_with_the_reason(build: Callable[..., Any], optional:
             merge(model, **settings)
         assert [problem.where for problem in caught.value.problems] == ["0", "2"]
         assert all("quantised" in str(problem.why) and problem.fix for problem in caught.value.problems)
+        assert all("merge_to(model, folder), and quantise" in str(problem.fix) for problem in caught.value.problems)
     assert before.differences(model) == [] and torch.equal(model(x), live)
 
 
@@ -203,6 +235,7 @@ def test_rules_on_the_weight_are_refused_with_the_reason(
         apply_rules(model, [weight_rule])
     (problem,) = caught.value.problems
     assert problem.where == "0" and says in str(problem) and problem.why
+    assert "merge_to(model, folder), and quantise what that writes" in str(problem.fix)
     assert before.differences(model) == []
 
 
@@ -218,3 +251,121 @@ def test_the_bias_is_an_ordinary_parameter(build: Callable[..., Any], optional: 
         torch.testing.assert_close(model[0](x), base + 1)
     model[0](x).sum().backward()
     assert model[0].adapters.default.bias.grad is not None
+
+
+# Bases that change their form after rules came ---------------------------------------------------------------
+
+
+T = ["0", "2"]
+# Whether a rule computes with the weight itself, so that a packed one is none that it could use.
+AFTER: dict[str, tuple[Rule, bool]] = {
+    "lora": (LORA, False),
+    "lora_bias": (LoraRule(T, rank=4, lora_bias=True, init="random"), False),
+    "dora": (LoraRule(T, rank=4, dora=True, init="random"), True),
+    "ia3": (IA3Rule(T), False),
+    "vera": (VeraRule(T, rank=4), False),
+    "loha": (LohaRule(T, rank=4), False),
+    "lokr": (LokrRule(T, rank=4), False),
+    "oft": (OftRule(T, block_size=4), False),
+    "boft": (BoftRule(T, block_size=4), True),
+    "hra": (HraRule(T, rank=4), False),
+    "miss": (MissRule(T, rank=4), False),
+    "bat": (MissRule(T, rank=4, variant="bat"), True),
+    "shira": (ShiraRule(T, rank=1), True),
+    "fourier": (FourierRule(T, n_frequency=10), False),
+    "c3a": (C3aRule(T, block_size=4), False),
+    "road": (RoadRule(T, group_size=4), False),
+    "randlora": (RandLoraRule(T, rank=4), False),
+    "adalora": (AdaLoraRule(T, rank=4), False),
+    "bias": (BiasRule("0"), False),
+    "train": (TrainRule(T), False),
+}
+
+
+def trained(chosen: Rule) -> Any:
+    torch.manual_seed(0)
+    model = apply_rules(plain().eval(), chosen)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if ".adapters." in name:
+                parameter.add_(torch.randn_like(parameter) * 0.05)
+    return model
+
+
+@pytest.mark.parametrize("name", AFTER)
+def test_a_base_that_is_quantised_after_a_rule_came(name: str, optional: Load) -> None:
+    quantization: Any = optional("torchao.quantization")
+    chosen, reads = AFTER[name]
+    model, x = trained(chosen), torch.randn(8, SIZES[0])
+    live = model(x).detach()
+    quantization.quantize_(model, quantization.Int8WeightOnlyConfig())
+    if reads:
+        with pytest.raises(SurgeryError, match="can't compute with a quantised weight") as caught:
+            model(x)
+        assert caught.value.where == "0" and "Int8Tensor now: it was quantised after" in str(caught.value.why)
+        assert "merge_to" in str(caught.value.fix) and caught.value.__cause__ is not None
+    else:
+        error = (model(x) - live).norm() / live.norm()
+        assert error < 2e-2  # 8 bits a number, rows by rows
+    quantised = model[0].weight
+    remove(model)
+    assert type(model[0]) is nn.Linear and model[0].weight is quantised
+
+
+def test_what_changed_the_weight_at_its_start_cant_be_taken_out_of_a_quantised_one(optional: Load) -> None:
+    quantization: Any = optional("torchao.quantization")
+    model = apply_rules(plain(), LoraRule("0", rank=4, init="pissa"))
+    quantization.quantize_(model, quantization.Int8WeightOnlyConfig())
+    before = Snapshot(model)
+    for check in (True, False):
+        with pytest.raises(MergeError, match="was quantised since a rule folded into it"):
+            remove(model, check=check)
+        assert not before.differences(model)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64], ids=str)
+@pytest.mark.parametrize("name", AFTER)
+def test_a_model_that_is_brought_to_another_precision_after_a_rule_came(name: str, dtype: torch.dtype) -> None:
+    model, x = trained(AFTER[name][0]), torch.randn(8, SIZES[0])
+    live = model(x).detach()
+    found = model.to(dtype)(x.to(dtype))
+    assert found.dtype == dtype
+    # Weights, inputs and sums are rounded to the dtype, a few times on the way.
+    slack = 8 * max(torch.finfo(dtype).eps, torch.finfo(torch.float32).eps)
+    assert (found.to(live.dtype) - live).norm() / live.norm() < slack
+    found.float().square().mean().backward()
+    grads = [p.grad for key, p in model.named_parameters() if ".adapters." in key and p.requires_grad]
+    assert grads and all(grad is not None for grad in grads)
+    assert dtype is torch.float16 or all(bool(grad.isfinite().all()) for grad in grads)  # a large scale overflows
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm. is deprecated")
+@pytest.mark.parametrize("kind", ["weight_norm", "weight_norm hook", "spectral_norm", "prune"])
+def test_a_weight_that_is_computed_anew_at_each_call_after_a_rule_came(kind: str) -> None:
+    model, x = trained(LORA), torch.randn(8, SIZES[0])
+    held, (_, down) = model[0].adapters.default, (model[0].weight.detach().clone(), model[2])
+    utils = torch.nn.utils
+    put: dict[str, Callable[[nn.Module], Any]] = {
+        "weight_norm": utils.parametrizations.weight_norm,
+        "weight_norm hook": utils.weight_norm,
+        "spectral_norm": utils.parametrizations.spectral_norm,
+        "prune": lambda module: prune.l1_unstructured(module, "weight", 0.5),
+    }
+    put[kind](model[0])
+    found = model(x)
+    hidden = torch.relu(F.linear(x, model[0].weight, model[0].bias) + 1.5 * x @ held.A.T @ held.B.T)
+    torch.testing.assert_close(found, down(hidden), rtol=1e-4, atol=1e-5)
+    with pytest.raises(SurgeryError, match="remove"):  # names what takes it off
+        merge(model)
+    with pytest.raises(SurgeryError, match="remove"):
+        remove(model)
+    if kind.endswith("hook"):
+        utils.remove_weight_norm(model[0])
+    elif kind == "prune":
+        prune.remove(model[0], "weight")
+    else:
+        utils.parametrize.remove_parametrizations(model[0], "weight")
+    again = model(x)
+    merge(model)
+    torch.testing.assert_close(model(x), again, rtol=1e-4, atol=1e-5)
+    assert type(remove(unmerge(model))[0]) is nn.Linear

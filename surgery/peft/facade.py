@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from torch import nn
 
 from surgery.errors import SurgeryError
+from surgery.journal import Journal
+from surgery.neutral import neutral
 from surgery.routing import route
 
-__all__ = ["Facade", "facade", "inside"]
+__all__ = ["Facade", "facade", "inside", "whole"]
 
+F = TypeVar("F", bound=Callable[..., Any])
 _Seen: Any = nn.Module if TYPE_CHECKING else object  # what type checkers take it for, as isinstance does
 # Methods of modules that give the module back: of a façade they give the façade, for `model = model.to(device)`.
 _THEMSELVES = frozenset(
@@ -33,6 +37,18 @@ def facade(kind: type[Facade], model: Any, configs: dict[str, Any]) -> Any:
     if not isinstance(made._base, nn.Module):
         raise SurgeryError(f"{type(model).__name__} is no model", fix="pass a torch.nn.Module")
     return made
+
+
+def whole(method: F) -> F:
+    """A method that changes the model: with the façade's configurations, all of it or nothing."""
+
+    @functools.wraps(method)
+    def run(self: Any, *args: Any, **kwargs: Any) -> Any:
+        with neutral(self._base), Journal() as journal:
+            journal.keep(self._configs)
+            return method(self, *args, **kwargs)
+
+    return run  # type: ignore[return-value]
 
 
 class Facade(_Seen):

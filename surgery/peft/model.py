@@ -22,7 +22,7 @@ from surgery.example import dummy
 from surgery.hub import card_of, upload
 from surgery.peft.config import PeftConfig
 from surgery.peft.defaults import with_defaults
-from surgery.peft.facade import Facade, facade
+from surgery.peft.facade import Facade, facade, whole
 from surgery.peft_format import rules_by
 from surgery.peft_writing import written
 from surgery.root import rewritten, root_of
@@ -117,11 +117,13 @@ class PeftModel(Facade):
         few, most = self.get_nb_trainable_parameters()
         print(f"trainable params: {few:,d} || all params: {most:,d} || trainable%: {100 * few / max(most, 1):.4f}")
 
+    @whole
     def set_adapter(self, adapter_name: Names, inference_mode: bool = False) -> None:
         """Make these adapters live and trainable, and no others; `inference_mode`: live, and frozen."""
         self._unmerged("set_adapter")
         self._enter(adapter_name, self._disabled, train=not inference_mode)
 
+    @whole
     def set_requires_grad(self, adapter_names: Names, requires_grad: bool = True) -> None:
         check_free(root_of(self._base))
         state = rewritten(self._base)[1]
@@ -132,12 +134,14 @@ class PeftModel(Facade):
         self._unmerged("disable_adapter")
         return surgery.using(self._base, None) if self.active_adapters else nullcontext()
 
+    @whole
     def disable_adapter_layers(self) -> None:
         """The base's bits, until `enable_adapter_layers`."""
         self._unmerged("disable_adapter_layers")
         if self.active_adapters:
             surgery.deactivate(self._base)
 
+    @whole
     def enable_adapter_layers(self) -> None:
         if self._disabled:
             surgery.activate(self._base)
@@ -151,6 +155,7 @@ class PeftModel(Facade):
         if disabled:
             surgery.deactivate(self._base)
 
+    @whole
     def add_adapter(self, adapter_name: str, peft_config: Any, **options: Any) -> None:
         """A new adapter by a configuration. It is not active, as in PEFT, unless it is the only one.
 
@@ -158,13 +163,14 @@ class PeftModel(Facade):
         """
         half = any(parameter.dtype in (torch.float16, torch.bfloat16) for parameter in self._base.parameters())
         if half and not options.get("autocast_adapter_dtype", True):
-            warnings.warn("adapters are kept in float32 beside half precision", SurgeryWarning, stacklevel=2)
+            warnings.warn("adapters are kept in float32 beside half precision", SurgeryWarning, stacklevel=3)
         config = with_defaults(peft_config, self._base, self._task)
         rules, example = rules_by(self._base, config.to_dict()), self._example(config, options)
-        with beside(self._base, adapter_name):
+        with beside(self._base):
             surgery.apply_rules(self._base, rules, adapter=adapter_name, example_inputs=example)
         self._configs[adapter_name] = config
 
+    @whole
     def load_adapter(self, model_id: Any, adapter_name: str, is_trainable: bool = False, **options: Any) -> LoadResult:
         """An adapter from a folder or a repository; into one that is there, `surgery.hotswap` brings it.
 
@@ -181,7 +187,7 @@ class PeftModel(Facade):
             config = given or PeftConfig.from_pretrained(model_id, **options)
             config.inference_mode = not is_trainable
             told |= {"config": given and given.to_dict(), "example_inputs": self._example(config, options)}
-            with beside(self._base, adapter_name):
+            with beside(self._base):
                 report = surgery.load_adapter(self._base, model_id, adapter_name, **told)
             self._configs[adapter_name] = config
         if not is_trainable:
@@ -199,6 +205,7 @@ class PeftModel(Facade):
         surgery.activate(made._base, adapter_name, train=is_trainable)
         return made
 
+    @whole
     def delete_adapter(self, adapter_name: str) -> None:
         """Take an adapter out. Where it was the active one, the first of the others is active."""
         alone, disabled = self.active_adapters == [adapter_name], self._disabled
@@ -207,9 +214,10 @@ class PeftModel(Facade):
         state = model_state(unwrapped(self._base))
         if alone and state is not None:
             first = next(iter(state.adapters))
-            warnings.warn(f"{adapter_name} was active; now {first} is", SurgeryWarning, stacklevel=2)
+            warnings.warn(f"{adapter_name} was active; now {first} is", SurgeryWarning, stacklevel=3)
             self._enter(first, disabled)
 
+    @whole
     def add_weighted_adapter(
         self, adapters: list[str], weights: list[float], adapter_name: str, combination_type: str = "svd",
         svd_rank: int | None = None, svd_clamp: Any = None, svd_full_matrices: bool = True, svd_driver: Any = None,
@@ -227,34 +235,30 @@ class PeftModel(Facade):
         how["majority_sign"] = majority_sign_method
         given = dict(zip(adapters, weights, strict=True))
         surgery.combine(self._base, given, into=adapter_name, **how)
-        try:
-            self._configs[adapter_name] = PeftConfig.from_dict(written(self._base, adapter_name)[0])
-        except SurgeryError:
-            surgery.remove(self._base, adapter_name)
-            raise
+        self._configs[adapter_name] = PeftConfig.from_dict(written(self._base, adapter_name)[0])
 
     def _example(self, config: Any, options: Mapping[str, Any]) -> Any:
         given = options.get("example_inputs")
         return dummy(self._base) if given is None and config.method in ("PREFIX_TUNING", "ADAPTION_PROMPT") else given
 
+    @whole
     def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
         """Fold adapters (the active ones) into the weights; `unmerge_adapter` takes them out to the bit."""
         surgery.merge(self._base, adapter_names or self.active_adapters, safe=safe_merge, untie=True)
 
+    @whole
     def unmerge_adapter(self) -> None:
         surgery.unmerge(self._base)
 
+    @whole
     def merge_and_unload(self, progressbar: bool = False, safe_merge: bool = False, adapter_names: Any = None) -> Any:
         """The plain model with adapters (the active ones) in its weights, for good; all others are gone, too."""
         if not merged_adapters(unwrapped(self._base)):
             self.merge_adapter(adapter_names, safe_merge)
-        try:
-            surgery.forget(self._base)
-        except SurgeryError:
-            surgery.unmerge(self._base)
-            raise
+        surgery.forget(self._base)
         return self.unload()
 
+    @whole
     def unload(self) -> Any:
         """The base as it was before the first adapter: bits, classes and `requires_grad` flags."""
         if model_state(unwrapped(self._base)) is not None:
@@ -264,7 +268,7 @@ class PeftModel(Facade):
 
     def _unmerged(self, verb: str) -> None:
         if merged_adapters(unwrapped(self._base)):
-            warnings.warn(f"{verb}: the model is merged, and is unmerged first", SurgeryWarning, stacklevel=3)
+            warnings.warn(f"{verb}: the model is merged, and is unmerged first", SurgeryWarning, stacklevel=4)
             surgery.unmerge(self._base)
 
     def save_pretrained(
