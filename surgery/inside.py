@@ -30,6 +30,7 @@ class Inside:
     own: Own
     tape: Tape
     inside: bool
+    missed: dict[Structure, str]  # what was looked for in vain, and why it is not there
     _nodes: dict[str | int, fx.Node]
 
     def needed_example(self, why: str) -> tuple[tuple, dict[str, Any]]:
@@ -82,6 +83,8 @@ class Inside:
         Empty where there is none, with the `reason`. Raises what `graph` raises.
         """
         found = structure.find(as_digraph(self.graph, self.module))
+        if not found:
+            self.missed[structure] = found.reason
         return Found([occurrence.mapped(self._shown) for occurrence in found], found.reason)
 
     def at(self, node: fx.Node) -> Tensor:

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 from torch import nn
 
 from surgery.base_rule import Rule
+from surgery.border import elsewhere
 from surgery.errors import SiteError
 from surgery.hooks import running
 from surgery.own import Own
@@ -84,12 +85,20 @@ def recorded(
             )
         site.replace(site.output, output)
     if not site.tape.replaced() and not any(step.kind in ("method", "around") for step in site.tape.steps):
-        raise SiteError(
-            f"{rule.label}.rewrite changes nothing",
-            where=path,
-            fix="return the new output, or use site.replace(old, new)",
-        )
+        raise _idle(rule, site)
     return Recording(site.tape.finished(), tuple(site.specs.values()), site.own, site.inside)
+
+
+def _idle(rule: Rule, site: Site) -> SiteError:
+    """The error of a rewrite without an edit: what it looked for in the forward, and where that is."""
+    what, fix = f"{rule.label}.rewrite changes nothing", "return the new output, or use site.replace(old, new)"
+    if not site.missed:
+        return SiteError(what, where=site.path, fix=fix)
+    structure, reason = next(iter(site.missed.items()))
+    example, graph = site.example, site.own.held
+    other = elsewhere(structure, site.module, graph, *example) if example is not None and graph is not None else ""
+    why = f"{structure} is not in {site.base_class.__name__}.forward: {reason}"
+    return SiteError(what, where=site.path, why=why, fix=other or "target a module whose own forward has it")
 
 
 def layer_of(applied: Applied, module: nn.Module, path: str, own: Own) -> Layer:

@@ -24,6 +24,7 @@ from surgery.packed import UNPACKED, is_packed
 from surgery.registries import takes_functions
 from surgery.starred import FIRST, hidden_first
 from surgery.state import MARK, site_state
+from surgery.structure import Structure
 from surgery.tape import Ref, Tape, Value, ref_of
 from surgery.view import calls_inside, held, hidden_reference, view
 
@@ -141,6 +142,7 @@ class Site(_Place, Inside):
         self._example, self._owners = example, owners
         self.facts: dict[str, Any] = {} if facts is None else facts
         self.inside = False  # whether the rule looks into the forward
+        self.missed: dict[Structure, str] = {}
         self._nodes: dict[str | int, fx.Node] = {}
         self.tape = Tape(path or type(module).__name__)
         self.specs: dict[str, ParamSpec] = {}

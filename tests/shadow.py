@@ -242,9 +242,9 @@ class Shadow:
             if lora and not (alone and lora[0].dora) and method == "linear" and len({e.rank for e in lora}) > 1:
                 return "ranks"
             if entry.kind == "ia3" and not (alone and not self._absent(weights, entry)):
-                if method != "linear" or len({e.fed for _, e in found}) > 1:
+                if len({e.fed for _, e in found}) > 1:
                     return "scales"
-            if entry.kind == "bottleneck" and not alone and (method != "linear" or len({e.fed for _, e in found}) > 1):
+            if entry.kind == "bottleneck" and not alone and (method == "cat" or len({e.fed for _, e in found}) > 1):
                 return "averages"
         return ""
 
