@@ -35,7 +35,7 @@ test: $(VENV)/.dev ## Run the tests, and the code in docstrings and docs
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests surgery rules --doctest-modules -n $(JOBS) --dist worksteal $(ARGS)
 
 families: $(VENV)/.dev ## Run the tests of all model families, of which `make test` runs a sample
-	ALL_FAMILIES=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/test_family_list.py tests/test_prefix_families.py tests/test_route_families.py -n $(JOBS) $(ARGS)
+	ALL_FAMILIES=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/test_family_list.py tests/test_prefix_families.py tests/test_prompt_families.py tests/test_route_families.py -n $(JOBS) $(ARGS)
 
 coverage: $(VENV)/.dev ## Trace every module class of every model family and write docs/coverage.md
 	$(BIN)/python -m tests.coverage_report $(ARGS)

@@ -15,7 +15,15 @@ from surgery import SiteError, hidden_of
 One = tuple[Any, Tensor]
 
 
-def put_in(module: Any, given: dict[str, Any], rest: str, after: int, left: bool, counted: bool, *members: One) -> Any:
+def put_in(
+    module: Any,
+    given: dict[str, Any],
+    rest: str,
+    after: int,
+    traits: tuple[bool, bool, bool],
+    counted: bool,
+    *members: One,
+) -> Any:
     """As `_virtual.put_in`, and the name under which a cache knows what is in it.
 
     `counted`: whether the model's positions are the tokens' own numbers, so that they can be given where a call leaves
@@ -28,7 +36,7 @@ def put_in(module: Any, given: dict[str, Any], rest: str, after: int, left: bool
     prompt, real, name = stacked(len(text), text.device, *members)
     if real is not None and not counted:
         raise _unequal("this model's positions can't be given for each row")
-    return *_virtual.put_in(module, prompt, given, rest, name, after, left, real), name
+    return *_virtual.put_in(module, prompt, given, rest, name, after, traits, real), name
 
 
 def put_after(output: Any, after: int, *members: One) -> Tensor:

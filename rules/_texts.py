@@ -123,7 +123,33 @@ def seen(site: Site) -> dict[str, Any]:
     if found["why"]:
         raise _refused(site, found["why"])
     found["counted"] = _takes(site.module, "position_ids") and counted(run, embedding)
-    return found
+    return found | padding(run, embedding)
+
+
+def padding(run: Callable[..., Any], embedding: nn.Module) -> dict[str, bool]:
+    """What padding does to a text that is given without positions.
+
+    `moves`: padding on its left changes nothing, as where positions are distances; `gaps`: nor does padding inside.
+    """
+    ids = _short(embedding)
+    try:
+        alone = hidden_of(run(input_ids=ids))
+        found = {}
+        for name, at in (("moves", 0), ("gaps", 1)):
+            order = [*range(at), *[3] * 2, *range(at, 4)]
+            kept = [*range(at), *range(at + 2, 6)]
+            mask = torch.zeros(1, 6, dtype=torch.long, device=ids.device)
+            mask[:, kept] = 1
+            found[name] = _near(hidden_of(run(input_ids=ids[:, order], attention_mask=mask))[:, kept], alone)
+        return found
+    except SurgeryError:
+        return {"moves": False, "gaps": False}
+
+
+def traits(site: Site) -> tuple[bool, bool, bool]:
+    """`left`, `moves` and `gaps` of `seen`."""
+    seen = site.facts["seen"]
+    return seen["left"], seen.get("moves", True), seen.get("gaps", True)
 
 
 def after_of(site: Site, after: int | None) -> int:
@@ -177,10 +203,7 @@ def probed(run: Callable[..., Any], embedding: nn.Module, ids: Tensor | None = N
     whether padding on the left is the same to it for embeddings as for ids.
     """
     padding = getattr(embedding, "padding_idx", None)
-    weight = next(embedding.parameters())
-    if ids is None:
-        rows = [row for row in range(min(weight.shape[0], 8)) if row != padding]
-        ids = torch.tensor([(rows * 4)[:4]], device=weight.device)
+    ids = _short(embedding) if ids is None else ids
     given, embeds = run(input_ids=ids), embedding(ids)
     if not isinstance(embeds, Tensor):
         return {"why": f"its embedding returns a {type(embeds).__name__}"}
@@ -203,10 +226,7 @@ def probed(run: Callable[..., Any], embedding: nn.Module, ids: Tensor | None = N
 
 def counted(run: Callable[..., Any], embedding: nn.Module) -> bool:
     """Whether a text's positions are 0, 1, 2, … where a call gives none, be there padding on the left or not."""
-    padding = getattr(embedding, "padding_idx", None)
-    weight = next(embedding.parameters())
-    rows = [row for row in range(min(weight.shape[0], 8)) if row != padding]
-    ids = torch.tensor([(rows * 4)[:4]], device=weight.device)
+    ids = _short(embedding)
     mask = torch.ones_like(ids)
     mask[:, 0] = 0
     positions = torch.arange(4, device=ids.device).unsqueeze(0)
@@ -217,6 +237,36 @@ def counted(run: Callable[..., Any], embedding: nn.Module) -> bool:
         )
     except SurgeryError:
         return False
+
+
+def encoder_moves(site: Site) -> bool:
+    """Of a decoder, `moves` of the encoder whose states it looks at."""
+
+    def found() -> bool:
+        owner: Any = next((one for one in site.owners if has_both(one)), None)
+        inside = () if owner is None else owner.get_encoder().modules()
+        encoder = next((one for one in inside if takes_text(one)), None)
+        if encoder is None:
+            return True
+        run = functools.partial(site.run, encoder)
+        return padding(run, encoder.get_input_embeddings())["moves"]  # type: ignore[operator]
+
+    return site.fact("moves", found)
+
+
+def _short(embedding: nn.Module) -> Tensor:
+    """Four tokens, none of which is the one for padding."""
+    weight = next(embedding.parameters())
+    rows = [row for row in range(min(weight.shape[0], 8)) if row != getattr(embedding, "padding_idx", None)]
+    return torch.tensor([(rows * 4)[:4]], device=weight.device)
+
+
+def _near(one: Tensor, other: Tensor) -> bool:
+    """Whether they differ by rounding alone, which is some hundredths in half precision."""
+    if one.is_meta or one.shape != other.shape:
+        return one.is_meta
+    near = 1e-3 if one.dtype in (torch.float32, torch.float64) else 0.05
+    return bool((one - other).float().norm() <= near * other.float().norm())
 
 
 def _same(one: Tensor, other: Tensor) -> bool:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from rules import _texts, _virtual
 from rules.prompt_slots import PromptMemorySlotRule
 from surgery import Member, Rule, Site, Targets, rule
+from surgery.state import site_state
 
 THE_MODEL = ""  # the path of the model itself
 
@@ -32,19 +33,22 @@ class PromptMemoryRule(Rule):
 
     def rewrite(self, site: Site) -> None:
         states, mask = site.inputs["encoder_hidden_states"], site.inputs["encoder_attention_mask"]
-        site.replace(mask, site.apply(_virtual.widened, states, mask, self.length))
+        site.replace(mask, site.apply(_virtual.widened, states, mask, self.length, _texts.encoder_moves(site)))
 
     slot_kind = "prompt-memory"
 
     @classmethod
     def slot(cls, rules: Sequence[Rule], module: nn.Module, path: str) -> Rule | None:
-        return PromptMemorySlotRule()
+        state = site_state(module)
+        facts = next((one.facts for one in state.applied if one.rule is rules[0]), {}) if state is not None else {}
+        return PromptMemorySlotRule(moves=facts.get("moves", True))
 
     @classmethod
     def routed(cls, sites: Sequence[Member]) -> None:
         states, mask = sites[0].inputs["encoder_hidden_states"], sites[0].inputs["encoder_attention_mask"]
         length = max(cast(PromptMemoryRule, site.rule).length for site in sites)  # the encoder wants them equally long
-        sites[0].replace(mask, sites[0].apply(_virtual.widened, states, mask, length))
+        moves = _texts.encoder_moves(sites[0])
+        sites[0].replace(mask, sites[0].apply(_virtual.widened, states, mask, length, moves))
 
 
 @rule("prompt-hidden-ids")

@@ -32,7 +32,8 @@ class PromptRule(Rule):
     Goes on the innermost module that takes `input_ids` or `inputs_embeds` with an `attention_mask`, found in what the
     targets name, and without targets in the model; of an encoder-decoder on the encoder. Masks, positions and token
     types are made longer; what the module returns is as long as the text, so labels, heads and `generate` need no
-    care. A cache holds the virtual tokens once. On another module that is named, they go into its output, which
+    care. Padding on the left stays first, so that a row of a batch has the numbers of the row alone. A cache holds the
+    virtual tokens once. On another module that is named, they go into its output, which
     stays longer (VPT-shallow on a vision model's embeddings).
 
     Fields: `length` (PEFT's num_virtual_tokens); `init` (prompt_tuning_init): "random", normal with deviation 1,
@@ -90,12 +91,11 @@ class PromptRule(Rule):
             raise SiteError("two prompts at one module need the same `after`", where=site.path)
         if role == "layer":
             return site.with_hidden(site.apply(_virtual.put_after, site.output, self.virtual(site), self.after or 0))
-        seen = site.fact("seen", lambda: _texts.seen(site))
+        site.fact("seen", lambda: _texts.seen(site))
         after = _texts.after_of(site, self.after)
         rest = _texts.starred(site) or ""
-        made: Any = site.apply(
-            _virtual.put_in, site.this, self.virtual(site), dict(site.inputs), rest, site.mark, after, seen["left"]
-        )
+        given = site.this, self.virtual(site), dict(site.inputs), rest, site.mark
+        made: Any = site.apply(_virtual.put_in, *given, after, _texts.traits(site))
         _put(site, made[0], rest)
         if role == "encoder":
             return None  # what its decoder looks at, virtual tokens included
@@ -114,7 +114,7 @@ class PromptRule(Rule):
             return site.with_hidden(site.apply(_prompt_rows.put_after, site.output, after, *members))
         seen, rest = site.facts["seen"], _texts.starred(site) or ""
         counted = seen.get("counted", False) and not whole
-        given = site.this, dict(site.inputs), rest, after, seen["left"], counted
+        given = site.this, dict(site.inputs), rest, after, _texts.traits(site), counted
         made: Any = site.apply(_prompt_rows.put_in, *given, *members)
         _put(site, made[0], rest)
         if site.facts["role"] == "encoder":

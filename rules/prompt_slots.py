@@ -18,13 +18,15 @@ if TYPE_CHECKING:
 class PromptSlotRule(Rule):
     """[P; e(x)] with P as it is given, of any length: PromptRule's slot, on the module that it found.
 
-    Fields: `after`, a number, and `whole` are PromptRule's; `width` of the embeddings. With a cache, a mask is of the
-    text alone at each step, as the live model's, and P is given at the first step and empty at the later ones.
+    Fields: `after`, a number, and `whole` are PromptRule's; `width` of the embeddings; `moves`: whether the model gives
+    a text padded on its left the numbers that it has alone, so that P stands behind padding. With a cache, a mask is
+    of the text alone at each step, as the live model's, and P is given at the first step and empty at the later ones.
     """
 
     after: int = 0
     width: int = 1
     whole: bool = False
+    moves: bool = True
     scalable = False
     why_not_merged = "virtual tokens are no change of a weight"
     slot_kind = "prompt"
@@ -36,13 +38,14 @@ class PromptSlotRule(Rule):
         if role == "layer":
             return site.with_hidden(site.apply(_virtual.put_after, site.output, prompt, self.after))
         rest = _texts.starred(site) or ""
-        new: Any = site.apply(_virtual.put_any, site.this, prompt, dict(site.inputs), rest, self.after)
+        made: Any = site.apply(_virtual.put_any, site.this, prompt, dict(site.inputs), rest, self.after, self.moves)
+        new, place = made[0], made[1]
         for name in site.inputs:
             if name in _virtual.CHANGED or name == rest:
                 site.replace(site.inputs[name], new[name])
         if role == "encoder" or self.whole:
             return None
-        return site.apply(_virtual.take_any, site.output, prompt, self.after)
+        return site.apply(_virtual.take_any, site.output, place)
 
     def free(self, tensor: str) -> tuple[int, str] | None:
         return 0, "length"
@@ -57,13 +60,14 @@ class PromptSlotRule(Rule):
 class PromptMemorySlotRule(Rule):
     """A decoder's mask of its encoder's states, with a column for each virtual token that they have: of any number."""
 
+    moves: bool = True  # whether they stand behind padding on the left
     scalable = False
     why_not_merged = "virtual tokens are no change of a weight"
     slot_kind = "prompt-memory"
 
     def rewrite(self, site: Site) -> None:
         states, mask = site.inputs["encoder_hidden_states"], site.inputs["encoder_attention_mask"]
-        site.replace(mask, site.apply(_virtual.widened, states, mask, None))
+        site.replace(mask, site.apply(_virtual.widened, states, mask, None, self.moves))
 
 
 def slot_of(rules: Sequence[PromptRule], facts: Mapping[str, Any] | None) -> PromptSlotRule | None:
@@ -75,4 +79,5 @@ def slot_of(rules: Sequence[PromptRule], facts: Mapping[str, Any] | None) -> Pro
     # Where positions hang on token ids, or a head looks for padding in them, ids can't be left out without an adapter.
     if not seen["left"] or (whole and facts["padded"]):
         return None
-    return PromptSlotRule(after=int(seen["pooled"]) if after is None else after, width=facts["width"], whole=whole)
+    after = int(seen["pooled"]) if after is None else after
+    return PromptSlotRule(after=after, width=facts["width"], whole=whole, moves=seen.get("moves", True))

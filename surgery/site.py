@@ -276,11 +276,12 @@ class Site(_Place, Inside):
         """
         return self.fact(MARK, lambda: uuid4().hex)
 
-    def run(self, **inputs: Any) -> Any:
+    def run(self, module: nn.Module | None = None, /, **inputs: Any) -> Any:
         """Call the module's own forward, without what rules did to it: in evaluation mode, without gradients, leaving
-        no trace. For `fact`."""
-        rewritten = type(self.module) is not self.base_class
-        return call(view(self.module, self.base_class, {}) if rewritten else self.module, inputs)
+        no trace. For `fact`. `module`: another one of the model's, in place of the site's."""
+        module = self.module if module is None else module
+        base = getattr(module, "_surgery_base", type(module))
+        return call(view(module, base, {}) if type(module) is not base else module, inputs)
 
     def calls_inside(self, args: tuple, kwargs: Mapping[str, Any]) -> list[tuple[Any, tuple, dict[str, Any]]]:
         """Run the module's own forward; its calls of functions from registries: (function, args, kwargs)."""

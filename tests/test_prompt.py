@@ -151,16 +151,43 @@ def masks(side: str) -> dict[str, Any]:
     return {"attention_mask": mask.flip(1) if side == "right" else mask}
 
 
-def by_hand(model: Any, ids: Tensor, attention_mask: Tensor | None = None, after: int = 0, **more: Any) -> Any:
-    """The untouched model, called with the prompt before (or among) its embeddings; not cut."""
+def by_hand(
+    model: Any, ids: Tensor, attention_mask: Tensor | None = None, after: int = 0, behind: bool = False, **more: Any
+) -> Any:
+    """The untouched model, called with the prompt before (or among) its embeddings; not cut.
+
+    `behind`: where the first row is padded on its left, its prompt stands behind that.
+    """
     other = plain(model)
     prompt = box(host(model)).prompt.expand(len(ids), -1, -1)
     embeds = other.get_input_embeddings()(ids)
+    if behind:
+        assert attention_mask is not None and not after
+        columns = ordered(attention_mask)
+        more["attention_mask"] = torch.cat([attention_mask.new_ones(len(ids), N), attention_mask], 1).gather(1, columns)
+        embeds = torch.cat([prompt, embeds], 1).gather(1, columns.unsqueeze(-1).expand(-1, -1, embeds.shape[-1]))
+        with torch.no_grad():
+            return other(inputs_embeds=embeds, **more)
     if attention_mask is not None:
         ones = attention_mask.new_ones(len(ids), N)
         more["attention_mask"] = torch.cat([attention_mask[:, :after], ones, attention_mask[:, after:]], 1)
     with torch.no_grad():
         return other(inputs_embeds=torch.cat([embeds[:, :after], prompt, embeds[:, after:]], 1), **more)
+
+
+def ordered(mask: Tensor) -> Tensor:
+    """Of columns of the prompt and the text, each row's padding on the left first, then the prompt."""
+    rows = []
+    for row in mask.tolist():
+        padding = (row + [1]).index(1)
+        rows.append([*range(N, N + padding), *range(N), *range(N + padding, N + len(row))])
+    return torch.tensor(rows)
+
+
+def text_of(made: Tensor, mask: Tensor) -> Tensor:
+    """What a model returns for `ordered` columns, at the text's."""
+    columns = ordered(mask).argsort(1)[:, N:]
+    return made.gather(1, columns.unsqueeze(-1).expand(-1, -1, made.shape[-1]))
 
 
 def logits(model: Any, *args: Any, **inputs: Any) -> Tensor:
@@ -181,7 +208,10 @@ def alike(found: Tensor, expected: Tensor) -> None:
 @pytest.mark.parametrize("name", DECODERS)
 def test_a_decoder_is_the_untouched_one_with_more_embeddings(name: str, kind: str, side: str) -> None:
     model = adapted(DECODERS[name](attn_implementation=kind))
-    expected = by_hand(model, IDS, **masks(side)).logits[:, N:]
+    if side == "left" and name != "gpt2":
+        expected = text_of(by_hand(model, IDS, **masks(side), behind=True).logits, masks(side)["attention_mask"])
+    else:  # to GPT-2 a text's positions are its columns, be they padding or not
+        expected = by_hand(model, IDS, **masks(side)).logits[:, N:]
     found = logits(model, IDS, **masks(side))
     assert found.shape == (2, 6, 20)
     alike(found, expected)
@@ -207,7 +237,12 @@ def test_positions_token_types_and_embeddings_that_the_call_gives() -> None:
     mask = torch.tensor([[1] * 6, [0, 0, 1, 1, 1, 1]])
     wide = torch.cat([torch.arange(N).expand(2, -1), spread + N], 1)
     expected = by_hand(model, IDS, mask, position_ids=wide).logits[:, N:]
-    alike(logits(model, IDS, attention_mask=mask, position_ids=spread), expected)
+    alike(
+        *(
+            (made * mask.unsqueeze(-1))
+            for made in (logits(model, IDS, attention_mask=mask, position_ids=spread), expected)
+        )
+    )
     from_one = torch.arange(1, 7)[None]  # as some models count
     expected = by_hand(model, IDS, position_ids=torch.arange(1, 7 + N)[None]).logits[:, N:]
     alike(logits(model, IDS, position_ids=from_one), expected)
@@ -249,8 +284,9 @@ def test_a_pooler_reads_the_texts_first_token() -> None:
 @pytest.mark.parametrize("name", BOTH)
 def test_an_encoder_decoder_sees_the_encoders_virtual_tokens(name: str, side: str) -> None:
     model = adapted(BOTH[name]())
+    behind = side == "left" and name == "t5"  # its positions are distances
     found = model(input_ids=IDS, labels=IDS, **masks(side))
-    expected = by_hand(model, IDS, labels=IDS, **masks(side))
+    expected = by_hand(model, IDS, labels=IDS, **masks(side), behind=behind)
     assert torch.equal(found.logits, expected.logits) and torch.equal(found.loss, expected.loss)
     assert found.encoder_last_hidden_state.shape[1] == 6 + N
     settings = {"max_new_tokens": 6, "do_sample": False, **masks(side)}
@@ -258,6 +294,9 @@ def test_an_encoder_decoder_sees_the_encoders_virtual_tokens(name: str, side: st
     prompt, other = box(host(model)).prompt, plain(model)
     embeds = torch.cat([prompt.expand(2, -1, -1), other.get_input_embeddings()(IDS)], 1)
     wide = torch.cat([mask.new_ones(2, N), mask], 1)
+    if behind:
+        embeds = embeds.gather(1, ordered(mask).unsqueeze(-1).expand(-1, -1, 32))
+        wide = wide.gather(1, ordered(mask))
     for more in ({"use_cache": True}, {"use_cache": False}, {"num_beams": 3}):
         one = model.generate(IDS, attention_mask=mask, **settings, **more)
         assert torch.equal(one, other.generate(inputs_embeds=embeds, attention_mask=wide, **settings, **more))
@@ -313,7 +352,11 @@ def test_generating(name: str) -> None:
     for side in ("left", "none"):
         mask = masks(side).get("attention_mask", torch.ones_like(IDS))
         settings = {"max_new_tokens": 10, "do_sample": False, "eos_token_id": None}
-        wide = {"inputs_embeds": embeds, "attention_mask": torch.cat([mask.new_ones(2, N), mask], 1)}
+        columns = ordered(mask)
+        wide = {
+            "inputs_embeds": embeds.gather(1, columns.unsqueeze(-1).expand(-1, -1, embeds.shape[-1])),
+            "attention_mask": torch.cat([mask.new_ones(2, N), mask], 1).gather(1, columns),
+        }
         for more in ({"use_cache": False}, {"use_cache": True}, {"num_beams": 3}, {"num_beams": 2, "use_cache": False}):
             found = model.generate(IDS, attention_mask=mask, **settings, **more)
             expected = other.generate(**wide, **settings, **more)

@@ -61,6 +61,14 @@ def llama() -> tuple[nn.Module, dict[str, Any]]:
     return transformers.LlamaForCausalLM(config), _text()
 
 
+def mistral() -> tuple[nn.Module, dict[str, Any]]:
+    """With a window that is shorter than a text."""
+    config = transformers.MistralConfig(
+        **_SMALL, **_TOKENS, num_key_value_heads=2, max_position_embeddings=64, sliding_window=4
+    )
+    return transformers.MistralForCausalLM(config), _text()
+
+
 def mixtral() -> tuple[nn.Module, dict[str, Any]]:
     config = transformers.MixtralConfig(
         **_SMALL, **_TOKENS, num_key_value_heads=2, num_local_experts=4, max_position_embeddings=64

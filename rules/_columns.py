@@ -1,0 +1,94 @@
+"""Columns of virtual tokens in a text's rows: behind each row's padding on the left, so that no padding parts the two.
+
+A window of attention, a recurrent state and distances between positions count every column, padding, too. Behind the
+padding a row's numbers are those of the row alone, as with a longer text that a tokenizer pads.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Place(NamedTuple):
+    """Where the virtual tokens stand: `count` columns behind `start` columns of text.
+
+    `start`: one number for all rows, or (batch, 1), one for each row.
+    """
+
+    count: int
+    start: int | Tensor
+
+    def put(self, text: Tensor, columns: Tensor, dim: int) -> Tensor:
+        """The text with `columns` in it. The batch is the dimension before `dim`."""
+        if isinstance(self.start, int):
+            if not self.start:
+                return torch.cat([columns, text], dim)
+            behind = text.narrow(dim, self.start, text.shape[dim] - self.start)
+            return torch.cat([text.narrow(dim, 0, self.start), columns, behind], dim)
+        both = torch.cat([columns, text], dim)
+        at = torch.arange(both.shape[dim], device=text.device)
+        source = torch.where(at < self.start, at + self.count, at - self.start)
+        return _taken(both, torch.where(at < self.start + self.count, source, at), dim, dim - 1)
+
+    def cut(self, made: Tensor, dim: int) -> Tensor:
+        """What `put` made, without the virtual tokens. The batch is the first dimension."""
+        left = made.shape[dim] - self.count
+        if isinstance(self.start, int):
+            if not self.start:
+                return made.narrow(dim, self.count, left).contiguous()
+            behind = made.narrow(dim, self.start + self.count, left - self.start)
+            return torch.cat([made.narrow(dim, 0, self.start), behind], dim)
+        at = torch.arange(left, device=made.device)
+        return _taken(made, torch.where(at < self.start, at, at + self.count), dim, 0)
+
+    def numbered(self, positions: Tensor, after: int, by: int | Tensor, steps: Tensor, seen: int = 0) -> Tensor:
+        """Positions of a text and its virtual tokens, which take the text's first ones: the text's follow `by` later.
+
+        `after`: how many of a row's own tokens stand before them; `steps`: the virtual tokens' own numbers, (count) or
+        (batch, count), and `by` a number or (batch, 1); `seen`: how many columns of the text came in earlier calls.
+        """
+        dim, start = positions.dim() - 1, self.start
+        if isinstance(start, int) and isinstance(by, int):
+            least = positions[..., start - 1 : start] + 1 if start else positions.amin(-1, keepdim=True)
+            later = torch.cat([positions[..., :start], positions[..., start:] + by], -1) if start else positions + by
+            return self.put(later, (least + steps).expand(*later.shape[:-1], -1), dim)
+        rows = max(one.shape[0] for one in (by, start) if isinstance(one, Tensor))
+        start = start - seen if isinstance(start, Tensor) else positions.new_full((rows, 1), start)
+        before = (start - 1 if after else start).clamp(0, positions.shape[-1] - 1)
+        least = _taken(positions, before.expand(rows, 1), dim, dim - 1) + bool(after)
+        at = torch.arange(positions.shape[-1], device=positions.device)
+        later = torch.where(at < start, positions, positions + by)
+        return Place(self.count, start.clamp_min(0)).put(later, (least + steps).expand(*later.shape[:-1], -1), dim)
+
+
+def place_of(mask: Tensor | None, count: int, after: int, first: int | None = None) -> Place:
+    """Where virtual tokens stand in a text with this mask: behind its padding on the left and `after` tokens more.
+
+    `first`: how many columns the text's first call had, which the virtual tokens can't stand behind.
+    """
+    if mask is None or not (torch.compiler.is_compiling() or padded_left(mask)):
+        return Place(count, after)
+    start = padding_of(mask) + after
+    return Place(count, start if first is None else start.clamp_max(first))
+
+
+def padded_left(mask: Tensor) -> bool:
+    return bool((mask[:, 0] == 0).any())
+
+
+def padding_of(mask: Tensor) -> Tensor:
+    """How many columns of padding each row begins with, (batch, 1)."""
+    return ((mask != 0).cumsum(1) == 0).sum(1, keepdim=True)
+
+
+def _taken(tensor: Tensor, columns: Tensor, dim: int, batch: int) -> Tensor:
+    """These columns of each row, (rows, columns)."""
+    shape = [1] * tensor.dim()
+    shape[batch], shape[dim] = columns.shape
+    whole = [columns.shape[0] if i == batch else size for i, size in enumerate(tensor.shape)]
+    tensor = tensor.expand(whole)
+    whole[dim] = columns.shape[1]
+    return tensor.gather(dim, columns.reshape(shape).expand(whole))

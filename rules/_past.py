@@ -1,0 +1,142 @@
+"""What a call's cache says of the text before, and what is written down on it of an adapter's virtual tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from rules._columns import padding_of
+from surgery import SiteError
+
+CACHES = ("past_key_values", "cache_params")
+_MARK = "_surgery_prompts"
+
+
+class Mark(NamedTuple):
+    """What a cache holds of an adapter: `count` virtual tokens, put into a text's first `first` columns.
+
+    `behind`: whether they stand behind padding on the left; `lag`: by how much the text's positions lag behind its
+    tokens, 0 but for padding and for images, whose tokens share positions (None: not known, as while compiling);
+    `mask`: the text's mask at the last call, where that gave it in another form.
+    """
+
+    count: int
+    first: int
+    behind: bool
+    lag: int | None = None
+    mask: Tensor | None = None
+
+
+def mark(cache: Any, adapter: str, made: Mark, first: bool = True) -> None:
+    """Write down on a cache that it holds an adapter's virtual tokens, in the order in which adapters put them in."""
+    if cache is None or torch.compiler.is_compiling() and not first:
+        return
+    marks = {name: one for name, one in getattr(cache, _MARK, {}).items() if not first or name != adapter}
+    mask = None if torch.compiler.is_compiling() else made.mask
+    setattr(cache, _MARK, {**marks, adapter: made._replace(mask=mask)})
+
+
+def error(why: str, fix: str) -> SiteError:
+    return SiteError("virtual tokens can't be put into this call", why=why, fix=fix)
+
+
+@dataclass
+class Past:
+    """What a call's cache says: whether it is empty, how many positions it holds, the virtual ones included, how many
+    tokens are new, how many of text there are with them (None: not known), and what is written down on it."""
+
+    cache: Any
+    empty: bool
+    seen: int
+    new: int
+    text: int | None
+    mark: Mark | None = None
+
+    @staticmethod
+    def of(inputs: Mapping[str, Any], adapter: str, new: int) -> Past:
+        cache = next((inputs[name] for name in CACHES if inputs.get(name) is not None), None)
+        if cache is None:
+            return Past(None, True, 0, new, new)
+        if not hasattr(cache, "get_seq_length"):
+            raise error(f"its cache is a {type(cache).__name__}", "one that tells its length: get_seq_length()")
+        recurrent = recurrent_layers(cache)
+        seen = 0 if recurrent and all(recurrent) else int(cache.get_seq_length())  # such states count no positions
+        if not seen and not (any(recurrent) and cache.has_previous_state()):
+            return Past(cache, True, 0, new, new)
+        marks: dict[str, Mark] = getattr(cache, _MARK, {})
+        if adapter not in marks:
+            raise error("the cache was filled without the virtual tokens", "start with an empty cache")
+        # To this rule, what earlier ones put in is text.
+        later = list(marks.values())[list(marks).index(adapter) :]
+        text = seen + new - sum(one.count for one in later) if seen else None
+        return Past(cache, False, seen, new, text, marks[adapter])
+
+    def room(self, module: nn.Module) -> int:
+        """How many positions the cache can hold; -1: any number."""
+        rooms = [room for room in [_room(layer, module) for layer in _layers(self.cache)] if room >= 0]
+        return min(rooms) if rooms else -1
+
+    def check_room(self, needed: int, module: nn.Module) -> None:
+        room = self.room(module)
+        if 0 <= room < needed:
+            raise error(
+                f"the cache has room for {room} positions, and {needed} are needed",
+                "virtual tokens take room: give past_key_values=StaticCache(config, max_cache_len=…)",
+            )
+
+    def check_gap(self, mask: Tensor, after: int, module: nn.Module, numbered: bool, gaps: bool) -> None:
+        """An error where padding came between virtual tokens and text, in a later call, and the model counts it.
+
+        `numbered`: whether the call gives positions; `gaps`: whether padding inside of a text changes nothing.
+        """
+        if self.mark is None or torch.compiler.is_compiling():
+            return
+        begin = padding_of(mask)
+        if not bool((begin + after > self.mark.first).any()):
+            return
+        layers = list(_layers(self.cache))
+        counted = any(getattr(one, "is_sliding", False) or hasattr(one, "conv_states") for one in layers)
+        if (numbered or gaps) and not (after or counted or _windows(module)):
+            return
+        raise error(
+            f"a row's text begins at column {int(begin.max())}, and the first call had {self.mark.first} columns: the "
+            "padding between its virtual tokens and its text would count as text",
+            "give the first call the start of each row's text: larger chunks, or rows of like length",
+        )
+
+
+def recurrent_layers(cache: Any) -> list[bool]:
+    """Which layers of a cache hold a state alone, which counts no positions."""
+    layers = getattr(cache, "layers", None)
+    if layers is None:
+        return list(getattr(cache, "is_linear", ()))
+    return [hasattr(layer, "conv_states") and not hasattr(layer, "get_seq_length") for layer in layers]
+
+
+def _layers(cache: Any) -> list[Any]:
+    return list(getattr(getattr(cache, "self_attention_cache", cache), "layers", ()))
+
+
+def _room(layer: Any, module: nn.Module) -> int:
+    """How many positions a layer of a cache can take; -1: any number, as one that forgets what has left its window."""
+    told = getattr(layer, "get_max_length", None)
+    room = int(told()) if told is not None else -1
+    if room < 0 or not getattr(layer, "is_sliding", False):
+        return room
+    if not hasattr(layer, "max_cache_len"):
+        return -1
+    windows = _windows(module)  # a static layer is made no larger than its window, nor than was asked for
+    return -1 if windows and room >= min(windows) else room
+
+
+_WINDOWS = ("sliding_window", "attention_chunk_size", "window_size", "attention_window", "local_attention")
+
+
+def _windows(module: nn.Module) -> list[int]:
+    config: Any = getattr(module, "config", None)
+    config = config.get_text_config() if hasattr(config, "get_text_config") else config
+    return [size for name in _WINDOWS if type(size := getattr(config, name, None)) is int]
