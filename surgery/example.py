@@ -16,7 +16,8 @@ from surgery.flags import set_flag
 from surgery.journal import surely
 from surgery.neutral import ambient
 from surgery.own import Own
-from surgery.weave import woven
+from surgery.repeated import refusal, repeated, writes
+from surgery.weave import Layer, woven
 
 __all__ = ["Observation", "call", "dummy", "equal", "evaluating", "observe", "outermost_calls", "random_state"]
 
@@ -167,6 +168,18 @@ def verify_graph(module: nn.Module, own: Own, given: tuple[tuple, dict, Any], pa
             why="something in the forward is not seen by tracing",
             fix="report the module; until then, target another one",
         )
+
+
+def written_twice(
+    module: nn.Module, own: Own, layer: Layer, given: tuple[tuple, dict, Any], path: str
+) -> SurgeryError | None:
+    """The objection to edits that run the module's own forward more than once, where it writes to what it is given."""
+    total = sum(node.target is repeated for node in woven(own, [layer], training=False).nodes)
+    if total < 2:
+        return None
+    with torch.no_grad(), torch.random.fork_rng(), evaluating(module):
+        what = writes(module, copied(given[0]), copied(given[1]))
+    return None if what is None else refusal(module, total, what, where=path)
 
 
 @contextmanager

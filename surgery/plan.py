@@ -15,7 +15,7 @@ from surgery.base_rule import Rule
 from surgery.bypass import Bypass, bypasses, fastpath_switch
 from surgery.clash import clashes
 from surgery.errors import MatchError, PlanError, RuleError, SiteError, SurgeryError, listed
-from surgery.example import Observation, copied, observe, verify_graph
+from surgery.example import Observation, copied, observe, verify_graph, written_twice
 from surgery.flags import lazy_in
 from surgery.hooks import running
 from surgery.install import reason_against
@@ -27,6 +27,8 @@ from surgery.root import records_in, rewritten
 from surgery.state import is_adapter_key, model_state, name_problem, site_state, sites
 from surgery.statistics import moving, moving_modules
 from surgery.table import table
+from surgery.tape import NOTHING
+from surgery.weave import Layer
 from surgery.wrapped import submodule, unwrapped
 
 __all__ = ["Plan", "make_plan"]
@@ -381,9 +383,20 @@ def _check_example(plan: Plan, example_inputs: Any) -> None:
                     fix="exclude it, or pass an example that uses it",
                 )
             )
+        elif (problem := _written_twice(step, plan)) is not None:
+            plan.problems.append(problem)
         elif not step.own.opaque and step.own.key not in verified and site_state(step.module) is None:
             verified.add(step.own.key)
             try:
                 verify_graph(step.module, step.own, plan.observation.calls[id(step.module)], step.path)
             except SurgeryError as error:
                 plan.problems.append(error)
+
+
+def _written_twice(step: Step, plan: Plan) -> SurgeryError | None:
+    """The objection to a rule that runs the module's forward more than once, where the example shows that it writes."""
+    if not step.own.opaque or not any(one.kind == "own" and one.kwargs == NOTHING for one in step.tape.steps):
+        return None
+    assert plan.observation is not None
+    layer = Layer(plan.adapter, step.rule.label, step.tape)
+    return written_twice(step.module, step.own, layer, plan.observation.calls[id(step.module)], step.path)

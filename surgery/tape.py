@@ -58,7 +58,7 @@ class Tape:
         return Value(self, Ref(kind, key))
 
     def call(self, kind: str, target: Any, args: Any, kwargs: dict[str, Any]) -> Value:
-        self.steps.append(Step(kind, target, self._frozen(args), self._frozen(kwargs) if kwargs else _NOTHING))
+        self.steps.append(Step(kind, target, self._frozen(args), self._frozen(kwargs) if kwargs else NOTHING))
         return Value(self, Ref("op", len(self.steps) - 1))
 
     def replace(self, old: Value, new: Any, only: tuple[Ref, ...] = ()) -> None:
@@ -125,7 +125,7 @@ def refs_in(frozen: Any) -> Iterator[Ref]:
             yield from refs_in(item)
 
 
-_NOTHING = ("dict", ())
+NOTHING = ("dict", ())
 _PLAIN = frozenset({int, float, bool, str, type(None)})
 _finished: weakref.WeakValueDictionary[tuple[Step, ...], Tape] = weakref.WeakValueDictionary()
 

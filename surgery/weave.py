@@ -13,12 +13,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
-from torch import fx, nn
+from torch import Tensor, fx, nn
 
 from surgery.complexes import is_number
 from surgery.errors import SiteError
 from surgery.lowering import in_dtype, lower, same_dtype, weighted
 from surgery.own import Own, recorded_own
+from surgery.repeated import Runs, repeated, repeated_method, repeated_module
 from surgery.starred import FIRST, first_given, first_names, hidden_first, starred_of, with_first
 from surgery.tape import Ref, Step, Tape, thawed
 from surgery.view import base_forward
@@ -395,6 +396,7 @@ class _Weaver:
             if id(term) not in needed:
                 needed[id(term)] = term
                 waiting += _terms_in((term.args, term.kwargs))
+        self._counted(needed)
         for term in self.terms:  # the base's operations keep their order, for what they write in place
             if id(term) in needed and not term.origin:
                 self._write(term, graph)
@@ -402,6 +404,29 @@ class _Weaver:
             self._write(term, graph)
         graph.output(self._nodes(output, graph))
         return graph
+
+    def _counted(self, needed: dict[int, _Term]) -> None:
+        """Let what edits run more than once see to it that it may: the own forward as it is, a module, an object."""
+        same: dict[tuple, list[_Term]] = {}
+        for term in needed.values():
+            if term.target is base_forward and (term is self.call or not term.args[1]):
+                same.setdefault((base_forward,), []).append(term)
+            elif term.op == "call_module" or term.op == "call_method" and not hasattr(Tensor, term.target):
+                same.setdefault((term.op, term.target), []).append(term)
+        for (kind, *_), runs in same.items():
+            origin = next((term.origin for term in runs if term.origin), "")
+            if len(runs) < 2 or not origin:  # what the forward itself does twice is the model's
+                continue
+            counter = self._term("call_function", Runs, (len(runs),), origin=origin)
+            for term in runs:
+                if kind is base_forward:
+                    term.target, term.args = repeated, (counter, *term.args)
+                    continue
+                path = term.target if kind == "call_module" else "_surgery_self"
+                given = (self._term("get_attr", path), *(() if kind == "call_module" else (term.target,)))
+                function = repeated_module if kind == "call_module" else repeated_method
+                term.op, term.target = "call_function", function
+                term.args, term.kwargs = (counter, *given, tuple(term.args), term.kwargs), {}
 
     def _nodes(self, value: Any, graph: fx.Graph) -> Any:
         return _mapped(value, lambda term: self._write(term, graph))
