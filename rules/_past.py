@@ -21,7 +21,8 @@ class Mark(NamedTuple):
 
     `behind`: whether they stand behind padding on the left; `lag`: by how much the text's positions lag behind its
     tokens, 0 but for padding and for images, whose tokens share positions (None: not known, as while compiling);
-    `mask`: the text's mask at the last call, where that gave it in another form.
+    `mask`: the text's mask at the last call, where that gave it in another form; `text`: all of the text, as a call
+    gives it, for as long as a row has had nothing but padding.
     """
 
     count: int
@@ -29,6 +30,7 @@ class Mark(NamedTuple):
     behind: bool
     lag: int | None = None
     mask: Tensor | None = None
+    text: dict[str, Tensor] | None = None
 
 
 def mark(cache: Any, adapter: str, made: Mark, first: bool = True) -> None:
@@ -36,8 +38,8 @@ def mark(cache: Any, adapter: str, made: Mark, first: bool = True) -> None:
     if cache is None or torch.compiler.is_compiling() and not first:
         return
     marks = {name: one for name, one in getattr(cache, _MARK, {}).items() if not first or name != adapter}
-    mask = None if torch.compiler.is_compiling() else made.mask
-    setattr(cache, _MARK, {**marks, adapter: made._replace(mask=mask)})
+    made = made._replace(mask=None) if torch.compiler.is_compiling() else made
+    setattr(cache, _MARK, {**marks, adapter: made})
 
 
 def error(why: str, fix: str) -> SiteError:
@@ -88,25 +90,52 @@ class Past:
                 "virtual tokens take room: give past_key_values=StaticCache(config, max_cache_len=…)",
             )
 
-    def check_gap(self, mask: Tensor, after: int, module: nn.Module, numbered: bool, gaps: bool) -> None:
-        """An error where padding came between virtual tokens and text, in a later call, and the model counts it.
+    def kept(self, call: Mapping[str, Any]) -> dict[str, Tensor]:
+        """The text so far; `call`: what this call gives of it."""
+        now = {name: one for name in PARTS if (one := call.get(name)) is not None}
+        return now if self.mark is None else self._joined(now)
+
+    def _joined(self, now: Mapping[str, Any]) -> dict[str, Tensor]:
+        """The text of earlier calls with that of this one; nothing where they don't go together."""
+        before = (self.mark.text if self.mark is not None else None) or {}
+        if any(now.get(name) is None for name in before):
+            return {}
+        return {name: torch.cat([one, now[name]], 1 if name == PARTS[0] else -1) for name, one in before.items()}
+
+    def late(self, mask: Tensor, after: int, module: nn.Module, numbered: bool, gaps: bool) -> bool:
+        """Whether a row's text begins in this call, behind padding that came after its virtual tokens, and the model
+        counts such padding.
 
         `numbered`: whether the call gives positions; `gaps`: whether padding inside of a text changes nothing.
         """
         if self.mark is None or torch.compiler.is_compiling():
-            return
+            return False
         begin = padding_of(mask)
-        if not bool((begin + after > self.mark.first).any()):
-            return
-        layers = list(_layers(self.cache))
-        counted = any(getattr(one, "is_sliding", False) or hasattr(one, "conv_states") for one in layers)
-        if (numbered or gaps) and not (after or counted or _windows(module)):
-            return
-        raise error(
-            f"a row's text begins at column {int(begin.max())}, and the first call had {self.mark.first} columns: the "
-            "padding between its virtual tokens and its text would count as text",
-            "give the first call the start of each row's text: larger chunks, or rows of like length",
-        )
+        if not bool(((begin + after > self.mark.first) & (begin < mask.shape[1])).any()):
+            return False
+        counted = any(getattr(one, "is_sliding", False) or hasattr(one, "conv_states") for one in _layers(self.cache))
+        return not (numbered or gaps) or bool(after) or counted or bool(_windows(module))
+
+    def again(self, call: Mapping[str, Any], mask: Tensor) -> dict[str, Any]:
+        """All of the text, for a call that begins anew: the cache is emptied, and each row gets its virtual tokens."""
+        assert self.mark is not None
+        text = self._joined(call)
+        if not text or len(getattr(self.cache, _MARK)) > 1 or not hasattr(self.cache, "reset"):
+            raise error(
+                f"a row's text begins at column {int(padding_of(mask).max())}, and the first call had "
+                f"{self.mark.first}: the padding between its virtual tokens and its text would count as text",
+                "give the first call the start of each row's text: larger chunks, or rows of like length",
+            )
+        self.cache.reset()
+        return {**text, "input_ids": None, "attention_mask": mask}
+
+
+PARTS = ("inputs_embeds", "position_ids", "token_type_ids")
+
+
+def waiting(mask: Tensor) -> bool:
+    """Whether a row has had nothing but padding."""
+    return not torch.compiler.is_compiling() and bool((padding_of(mask) == mask.shape[1]).any())
 
 
 def recurrent_layers(cache: Any) -> list[bool]:

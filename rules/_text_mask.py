@@ -30,7 +30,7 @@ def text_mask(mask: Any, past: Past, module: nn.Module, batch: int) -> Tensor | 
     made = {name: one for name, one in (mask.items() if isinstance(mask, Mapping) else [("", mask)]) if one is not None}
     four = {name: one for name, one in made.items() if isinstance(one, Tensor) and one.dim() == 4 and one.shape[1] == 1}
     flat = [one for one in made.values() if isinstance(one, Tensor) and one.dim() == 2]  # of recurrent layers
-    if past.cache is None or past.text is None or len(four) + len(flat) < len(made):
+    if past.text is None or len(four) + len(flat) < len(made):
         shapes = ", ".join(f"{type(one).__name__} {tuple(getattr(one, 'shape', ()))}" for one in made.values())
         raise error(f"its mask is {shapes or type(mask).__name__}", _WANTED)
     found = _read(four, past, batch, next((one.device for one in four.values()), None))
@@ -51,8 +51,7 @@ def _read(masks: Mapping[str, Tensor], past: Past, batch: int, device: Any) -> T
     found = torch.ones(batch, past.text, dtype=torch.long, device=device)
     known = torch.zeros(past.text, dtype=torch.bool)
     for name, mask in masks.items():
-        layer = _layer(name, past.cache)
-        begin = past.cache.get_mask_sizes(past.new, layer)[1]
+        begin = 0 if past.cache is None else past.cache.get_mask_sizes(past.new, _layer(name, past.cache))[1]
         seen = _seen(mask).any(2)[:, 0, : max(past.text - begin, 0)]
         fresh = ~known[begin : begin + seen.shape[1]]
         found[:, begin : begin + seen.shape[1]][:, fresh] = seen[:, fresh].long()

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from rules._columns import Place, padded_left, place_of
-from rules._past import CACHES, Mark, Past, error, mark
+from rules._past import CACHES, Mark, Past, error, mark, waiting
 from rules._text_mask import filled, text_mask
 from surgery import hidden_of
 
@@ -21,7 +21,7 @@ Inputs = dict[str, Any]
 
 # What a forward may be given beside the text: widened, shifted or passed on here. Other tensors are refused.
 CHANGED = ("input_ids", "inputs_embeds", "attention_mask", "position_ids", "cache_position", "token_type_ids")
-Made = tuple[Mark, Place]  # what a call puts in, and where
+Made = tuple[Mark, Place, int | None]  # what a call puts in, where, and its own columns where it began anew
 
 
 def put_in(
@@ -57,13 +57,20 @@ def put_in(
     mask = _mask(inputs["attention_mask"], past, left, module, len(text))
     positions = inputs.get("position_ids")
     made = past.mark or Mark(count, text.shape[1], moves or positions is not None)
+    if made.behind and mask is not None and past.late(mask, after, module, positions is not None, gaps):
+        anew = past.again({**inputs, "inputs_embeds": _embedded(module, ids, embeds)}, mask)
+        if inputs.get("cache_position") is not None:
+            anew["cache_position"] = torch.arange(mask.shape[1]).to(inputs["cache_position"])
+        call = {name: anew.get(name, value) for name, value in given.items()}
+        if rest:
+            call[rest] = {name: anew.get(name, value) for name, value in given[rest].items()}
+        changed, made = put_in(module, prompt, call, rest, adapter, after, traits, real)
+        return changed, (*made[:2], text.shape[1])
     if real is not None:
         mask, positions = _told(mask, positions, past, text)
     place = place_of(mask if made.behind else None, count, after, made.first)
     changed: Inputs = {"attention_mask": mask}
     if mask is not None:
-        if made.behind:
-            past.check_gap(mask, after, module, positions is not None, gaps)
         columns = mask.new_ones(mask.shape[0], count) if real is None else real.to(mask)
         changed["attention_mask"] = filled(place.put(mask, columns, 1), inputs["attention_mask"])
     elif not first and "position_ids" not in given and past.seen and past.new > 1:
@@ -75,12 +82,13 @@ def put_in(
     if inputs.get("cache_position") is not None:
         steps = inputs["cache_position"] + count
         changed["cache_position"] = torch.cat([torch.arange(count).to(steps), steps]) if first else steps
-    held = None if mask is inputs["attention_mask"] else mask
-    made = made._replace(lag=lag if made.lag is None else made.lag, mask=held)
+    lag, held = lag if made.lag is None else made.lag, None if mask is inputs["attention_mask"] else mask
+    wait = made.behind and mask is not None and waiting(mask)
+    kept = past.kept({**inputs, "inputs_embeds": _embedded(module, ids, embeds)}) if wait else None
+    made = made._replace(lag=lag, mask=held, text=kept)
     mark(past.cache, adapter, made, first)
     if first:
-        if embeds is None:
-            embeds = module.get_input_embeddings()(ids)
+        embeds = _embedded(module, ids, embeds)
         rows = _for_rows(prompt.to(embeds.device, embeds.dtype), embeds.shape[0])
         changed.update(input_ids=None, inputs_embeds=place.put(embeds, rows, 1))
         types = inputs.get("token_type_ids")
@@ -89,7 +97,7 @@ def put_in(
     new = {name: changed.get(name, value) for name, value in given.items()}
     if rest:
         new[rest] = {name: changed.get(name, value) for name, value in given[rest].items() if name != "task_ids"}
-    return new, (made, place) if first else None
+    return new, (made, place, None) if first else None
 
 
 def take_out(output: Any, made: Made | None, adapter: str, after: int | None) -> Any:
@@ -101,12 +109,15 @@ def take_out(output: Any, made: Made | None, adapter: str, after: int | None) ->
         return output
     for cache in _caches_of(output):
         mark(cache, adapter, made[0])
-    if after is None:
+    hidden, (held, place, new) = hidden_of(output), made
+    if after is not None:
+        if hidden.dim() != 3 or hidden.shape[1] < held.count + after:
+            raise error(f"the model returns {tuple(hidden.shape)}", "its output must have a position for each token")
+        output = _without(output, place, hidden.shape[1])
+    if new is None:
         return output
-    count, hidden = made[0].count, hidden_of(output)
-    if hidden.dim() != 3 or hidden.shape[1] < count + after:
-        raise error(f"the model returns {tuple(hidden.shape)}", "its output must have a position for each token")
-    return _without(output, made[1], hidden.shape[1])
+    length = hidden_of(output).shape[1]
+    return _without(output, Place(length - new, 0), length)
 
 
 def put_any(
@@ -121,7 +132,7 @@ def put_any(
     if (ids is None) == (embeds is None):
         return given, None
     _refuse_unknown(inputs, rest)
-    embeds = module.get_input_embeddings()(ids) if embeds is None else embeds
+    embeds = _embedded(module, ids, embeds)
     batch, new, count = embeds.shape[0], embeds.shape[1], prompt.shape[0]
     cache = next((inputs[name] for name in CACHES if inputs.get(name) is not None), None)
     if cache is not None and (after or any(getattr(cache, "is_linear", ()))):
@@ -182,6 +193,10 @@ def put_after(output: Any, prompt: Tensor, after: int) -> Tensor:
 
 
 # The parts -------------------------------------------------------------------------------------------------------
+
+
+def _embedded(module: Any, ids: Tensor | None, embeds: Tensor | None) -> Tensor:
+    return module.get_input_embeddings()(ids) if embeds is None else embeds
 
 
 def _for_rows(prompt: Tensor, batch: int) -> Tensor:

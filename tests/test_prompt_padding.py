@@ -124,6 +124,24 @@ def test_tasks_and_several_adapters_in_one_batch(family: str) -> None:
             )
 
 
+def test_a_text_for_a_model_of_images() -> None:
+    """Gemma 3's outer model hands on masks that it made, one for each kind of layer: they are read back."""
+    text = {**gemma3().config.to_dict(), "layer_types": ["sliding_attention", "full_attention"]}
+    images = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 4}
+    config = transformers.Gemma3Config(
+        text_config=text, vision_config={**images, "image_size": 16, "patch_size": 8}, mm_tokens_per_image=4,
+        image_token_index=19, boi_token_index=18, eoi_token_index=17, pad_token_id=0,
+    )  # fmt: skip
+    model = adapted(transformers.Gemma3ForConditionalGeneration(config))
+    mask = masks("left")["attention_mask"]
+    rows = [IDS[row : row + 1, mask[row].bool()] for row in range(2)]
+    expected = torch.cat([model.generate(row, use_cache=False, **SETTINGS)[:, row.shape[1] :] for row in rows])
+    for more in ({}, {"use_cache": False}):
+        assert torch.equal(model.generate(IDS, attention_mask=mask, **more, **SETTINGS)[:, 6:], expected)
+    with pytest.raises(SiteError, match="not what transformers makes"):
+        model(IDS, token_type_ids=torch.tensor([[0, 0, 1, 1, 0, 0]] * 2))  # an image's tokens see each other
+
+
 # Caches -----------------------------------------------------------------------------------------------------------
 
 
@@ -156,15 +174,42 @@ def test_beams_and_samples_of_a_padded_batch(family: str) -> None:
         assert torch.equal(found, torch.cat(expected))
 
 
-def test_chunks_of_nothing_but_padding() -> None:
+@pytest.mark.parametrize("family", MODELS)
+def test_chunks_of_nothing_but_padding(family: str) -> None:
+    """A row whose first chunks are padding gets its virtual tokens once its text begins."""
     mask = masks("left")["attention_mask"]
-    model = adapted(llama())
+    model = adapted(MODELS[family]())
     for ids, padding in ((IDS, mask), (IDS[:1], mask[:1])):
         expected = model.generate(ids, attention_mask=padding, **SETTINGS)
         for size in (1, 2):
             assert torch.equal(
                 model.generate(ids, attention_mask=padding, prefill_chunk_size=size, **SETTINGS), expected
             )
+    cache = transformers.StaticCache(config=model.config, max_cache_len=30)
+    given = {"attention_mask": mask, "prefill_chunk_size": 2, "past_key_values": cache, **SETTINGS}
+    if family == "mistral":  # of a static cache's masks only those of windows are there, none reaches the text
+        with pytest.raises(SiteError, match="a window alone"):
+            model.generate(IDS, **given)
+    else:
+        assert torch.equal(model.generate(IDS, **given), model.generate(IDS, attention_mask=mask, **SETTINGS))
+    outputs = []
+    for whole in (False, True):
+        remove(model)
+        adapted(model, whole=whole)
+        with torch.no_grad():
+            box(host(model)).prompt.fill_(0.5)
+        cache = transformers.DynamicCache(config=model.config)
+        calls = ((0, 2), (2, 3), (3, 6))
+        outputs.append(
+            [logits(model, IDS[:, a:b], attention_mask=mask[:, :b], past_key_values=cache) for a, b in calls]
+        )
+        assert [one.shape[1] for one in outputs[-1]] == [2 + whole * N, 1, 3]
+    torch.testing.assert_close(outputs[0][2], outputs[1][2], **CLOSE)
+    alike(torch.cat(outputs[0], 1), rows_alone(model, mask), mask)
+    if family == "mistral":
+        apply_rules(model, [PromptRule(length=2, whole=True)], adapter="second")
+        with pytest.raises(SiteError, match="larger chunks"):
+            model.generate(IDS, attention_mask=mask, prefill_chunk_size=1, **SETTINGS)
 
 
 def test_compiled() -> None:
