@@ -32,11 +32,12 @@ from rules.road import RoadRule
 from rules.shira import ShiraRule
 from rules.statistics import StatisticsRule
 from rules.steer import SteerRule
-from rules.tokens import TokensRule
+from rules.tokens import BaseRowsRule, TokensRule
 from rules.train import TrainRule
 from rules.vera import VeraRule
 
 __all__ = [
+    "BaseRowsRule",
     "AdaLoraRule",
     "AdaptionRule",
     "BiasRule",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -32,6 +32,8 @@ class TokensRule(Rule):
     tokens: Sequence[int] = ()
 
     identity = True
+    names: ClassVar[tuple[str, str]] = ("rows", "index")
+    trains: ClassVar[bool] = True
 
     def validate(self) -> None:
         ids = self.tokens
@@ -44,14 +46,16 @@ class TokensRule(Rule):
         if why := _complex.why_not(self, module):
             return why
         last = max(self.tokens)
-        return f"it has {len(module.weight)} rows, none of number {last}" if last >= len(module.weight) else None
+        fewer = f"it has {len(module.weight)} rows, none of number {last}: resize the embeddings first"
+        return fewer if last >= len(module.weight) else None
 
     def rewrite(self, site: Site) -> Tensor | None:
         ids = torch.tensor(sorted(self.tokens))
         weight: Tensor = site.module.weight  # type: ignore[assignment]
-        rows = site.param("rows", weight.detach()[ids.to(weight.device)], tied=weight)
-        index = site.buffer("index", ids)
-        if not _looks_up(site):
+        start, (name, numbers) = weight.detach()[ids.to(weight.device)], self.names
+        rows = site.param(name, start, trainable=self.trains, tied=weight)
+        index = site.buffer(numbers, ids)
+        if not self.looks_up(site):
             site.replace(site.weight, site.weight.index_copy(0, index, rows.to(site.weight.dtype)))
             return None
         # Looking up a few rows is cheaper than copying the matrix: where a token is one of ours, take our row.
@@ -59,8 +63,12 @@ class TokensRule(Rule):
         ours = (index[at] == site.input).unsqueeze(-1)
         return torch.where(ours, F.embedding(at, rows).to(site.output.dtype), site.output)
 
+    def looks_up(self, site: Site) -> bool:
+        return _looks_up(site)
+
     def merged(self, site: LiveSite) -> dict[str, Rows]:
-        return {"weight": Rows(site.params["index"], site.params["rows"].detach())}
+        rows, index = (site.params[name] for name in self.names)
+        return {"weight": Rows(index, rows.detach())}
 
     slot_kind = "tokens"
 
@@ -68,19 +76,50 @@ class TokensRule(Rule):
     def slot(cls, rules: Sequence[Rule], module: nn.Module, path: str) -> Rule | None:
         return TokensSlotRule()
 
+    def slotted(self, slot: Rule, site: LiveSite) -> dict[str, Tensor]:
+        return dict(zip(("rows", "index"), (site.params[name] for name in self.names), strict=True))
+
     def combined(self, shares: Sequence[Share], how: Combination) -> tuple[Rule, Mapping[str, Tensor]]:
         """W + Σ w (T − W) for the rows that any of them has; the others' are the base's."""
         if how.untouched(shares):
             return self, shares[0].params
         weight: Tensor = shares[0].site.weight.detach()
-        index = torch.cat([share.params["index"] for share in shares]).unique()
+        name, numbers = self.names
+        index = torch.cat([share.params[numbers] for share in shares]).unique()
         base = weight[index].to(torch.promote_types(weight.dtype, torch.float32))
         moves = []
         for share in shares:
-            at = torch.searchsorted(index, share.params["index"])
-            moves.append(base.index_copy(0, at, share.params["rows"].detach().to(base.dtype)) - base)
+            at = torch.searchsorted(index, share.params[numbers])
+            moves.append(base.index_copy(0, at, share.params[name].detach().to(base.dtype)) - base)
         rows = base + how.sum(moves, [share.weight for share in shares])
-        return self.replace(tokens=tuple(index.tolist())), {"rows": rows, "index": index}
+        return self.replace(tokens=tuple(index.tolist())), {name: rows, numbers: index}
+
+
+@rule("base-rows")
+class BaseRowsRule(TokensRule):
+    """Rows of an embedding or a head as they were where an adapter was made; they are not trained.
+
+    >>> from torch import nn
+    >>> from surgery import apply_rules
+    >>> from rules import BaseRowsRule
+    >>> model = apply_rules(nn.Sequential(nn.Embedding(100, 8)), [BaseRowsRule("0", tokens=[98, 99])])
+    >>> [(name, p.requires_grad) for name, p in model[0].adapters.default.named_parameters()]
+    [('base_rows', False)]
+
+    PEFT's files hold the base's embeddings where these are targets or were resized; what differs from the model's
+    becomes such rows, and the adapter's other rules go on top. `in_weight`: they are put into the weight at each call,
+    for rules that read it (DoRA), and not looked up. Source: PEFT's save_embedding_layers.
+    """
+
+    in_weight: bool = False
+    names = ("base_rows", "base_index")
+    trains = False
+
+    def looks_up(self, site: Site) -> bool:
+        return not self.in_weight and _looks_up(site)
+
+    def restores(self, name: str) -> bool:
+        return name == "weight"
 
 
 @rule("tokens-slot")

@@ -233,6 +233,10 @@ class Rule:
         """The same rules by path, those of `combined`, with as few different ones as may be; they differ in targets."""
         return rules
 
+    def restores(self, name: str) -> bool:
+        """Whether it puts a tensor of the base as it was where the adapter was made: then bases may differ in it."""
+        return False
+
     def alone(self) -> Rule:
         """The same rule without companions."""
         return self

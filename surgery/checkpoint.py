@@ -44,6 +44,7 @@ from surgery.stored import (
     tensor_key,
 )
 from surgery.view import tensor_at
+from surgery.vocabulary import other_vocabulary, resized, sizes_wanted
 from surgery.wrapped import unwrapped
 
 __all__ = ["LoadReport", "load_adapter", "save_adapter"]
@@ -97,6 +98,7 @@ def save_adapter(
     licence: str | None = None,
     config: Mapping[str, Any] | None = None,
     state_dict: Mapping[str, Tensor] | None = None,
+    save_embedding_layers: bool | Literal["auto"] = "auto",
 ) -> Path:
     """Write an adapter into a folder: its tensors, and the rules that made it. The base is not written.
 
@@ -112,7 +114,9 @@ def save_adapter(
     `format` "peft" is what PEFT reads; "surgery" (`adapter.safetensors` and `rules.json`) holds any rules; "auto" is
     the first wherever it holds the adapter exactly, else the second. `metadata` is any data of JSON, `licence` a name;
     both come back in the report of `load_adapter`. `config`: what PEFT's configuration is to say that is in no rule,
-    such as `{"task_type": "SEQ_CLS"}`. A merged adapter is saved as it was trained.
+    such as `{"task_type": "SEQ_CLS"}`. A merged adapter is saved as it was trained. `save_embedding_layers` (PEFT's):
+    whether PEFT's format has the base's embeddings, too; "auto", where "embed_tokens" or "lm_head" is a target, or the
+    vocabulary is not the one of the base of that name.
 
     The folder is made where it is absent; other files in it stay. Killed at any moment, it holds the adapter that was
     there before or this one, whole. Where processes share a sharded model, all of them call this, and the first writes;
@@ -132,7 +136,7 @@ def save_adapter(
         from surgery.peft_writing import written
 
         try:
-            said, tensors = written(model, adapter, format == "auto", state_dict, config)
+            said, tensors = written(model, adapter, format == "auto", state_dict, config, save_embedding_layers)
         except SurgeryError:
             if format == "peft":
                 raise
@@ -201,6 +205,7 @@ def load_adapter(
     revision: str | None = None,
     config: Mapping[str, Any] | None = None,
     component: str | None = None,
+    resize: bool = False,
 ) -> LoadReport:
     """Put a saved adapter on a model: apply its rules, and fill their tensors from the files.
 
@@ -223,7 +228,11 @@ def load_adapter(
     `weights_only`. A rule that names code to import, as a ReplaceRule does, is taken with `trust=True` alone. `finite`:
     NaN and infinity are a problem. `example_inputs` as in `apply_rules`; prefixes need it. `config` stands in for
     PEFT's `adapter_config.json`. `component`: whose adapter to take of a diffusers file that holds several ("unet"),
-    where the model's paths and sizes do not tell.
+    where the model's paths and sizes do not tell. `resize`: embeddings of another vocabulary than the files' are
+    resized first, by the model's `resize_token_embeddings`; they stay so when the adapter is removed.
+
+    Embeddings of the base that PEFT's files hold are compared with the model's. Rows that differ are a part of the
+    adapter, as a BaseRowsRule, and the report's `assumed` says so.
 
     Whole or nothing: missing, unexpected and misshapen tensors, a damaged file, a rule or format of a later version,
     another base, and whatever `plan_rules` objects to are told at once in a `LoadError`, the model as it was.
@@ -246,7 +255,14 @@ def load_adapter(
         if problems:
             report.unexpected = []  # of rules that could not be read or placed
         problems += _too_large(plan, values, stored.file)
-    report.base = differences(model, stored.base)
+    if sizes := sizes_wanted(model, plan, stored):
+        if resize and len(sizes) == 1 and hasattr(model, "resize_token_embeddings"):
+            again: dict[str, Any] = {"example_inputs": example_inputs, "config": config, "component": component}
+            again |= {"strict": strict, "same_base": same_base, "finite": finite, "trust": trust}
+            with resized(model, *sizes):
+                return load_adapter(model, source, adapter, subfolder=subfolder, revision=revision, **again)
+        problems.append(other_vocabulary(model, sizes))
+    report.base = differences(model, stored.base, _restored(plan))
     if strict:
         told = report.problems() if same_base else [text for text in report.problems() if text not in report.base]
         problems += [*stored.unheld, *map(_problem, told)]
@@ -298,6 +314,13 @@ def _found(plan: Plan, stored: Stored, report: LoadReport, finite: bool) -> list
     report.missing = list(dict.fromkeys(report.missing))
     report.unexpected = [key for key in file.shapes if key not in used and key not in stored.ignored]
     return found
+
+
+def _restored(plan: Plan | None) -> list[Tensor]:
+    """The base's tensors that the adapter puts as they were where it was made."""
+    steps = plan.steps if plan is not None else ()
+    held = ((step.rule, step.module._parameters) for step in steps)
+    return [tensor for rule, own in held for name, tensor in own.items() if tensor is not None and rule.restores(name)]
 
 
 def _gpus(plan: Plan) -> list[int]:

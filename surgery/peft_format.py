@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence, Set
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass, field, fields
 from functools import cached_property
 from importlib import metadata
@@ -43,6 +43,9 @@ class PeftConfig:
         self.left = set(self.data) - SILENT
         self.notes: list[str] = []
         self.marks: tuple[str, ...] = ()  # what the method's keys have after a path
+        self.assumed: list[str] = []  # what is to be told of the file
+        self.passed_over: list[str] = []  # keys that change no result, as those of the base's own tensors
+        self.vocabulary: set[int] = set()  # rows of the file's embeddings, where the model has another number
 
     def take(self, name: str, default: Any = None) -> Any:
         """A field's value; the default where it is absent or null."""
@@ -95,7 +98,7 @@ class PeftConfig:
 class PeftPlace:
     """One rule at one module, as its tensors are looked for: `main` are the paths that the method itself is on.
 
-    `facts`: what the rule found out about the module (`Site.fact`).
+    `facts`: what the rule found out about the module (`Site.fact`); `held`: the keys of the file that is read.
     """
 
     path: str
@@ -106,6 +109,13 @@ class PeftPlace:
     modules: Modules
     config: Mapping[str, Any]
     facts: Mapping[str, Any] = field(default_factory=dict)
+    held: Collection[str] = ()
+
+    def base(self, name: str) -> Tensor:
+        """A tensor of the module as the base has it, whatever is merged into it."""
+        from surgery.base_tensors import base_tensor
+
+        return base_tensor(self.module, name, self.path)
 
 
 P = TypeVar("P", bound="PeftPart")
@@ -130,6 +140,10 @@ class PeftPart:
 
     def read(self, config: PeftConfig) -> Iterable[Rule]:
         """The rules that a configuration asks for beside the method's own, by a field of this part's."""
+        return ()
+
+    def base(self, config: PeftConfig) -> Iterable[Rule]:
+        """Rules for tensors of the base that stand in the file: they go before all others."""
         return ()
 
     def write(self, placed: Placed, modules: Modules) -> dict[str, Any]:
@@ -264,9 +278,10 @@ def asked_for(
 ) -> tuple[list[Rule], list[SurgeryError], list[SurgeryError]]:
     """The rules that a configuration asks for, what is wrong with it, and what of it no rule holds."""
     rules, problems = list[Rule](), list[SurgeryError]()
-    for part in (main, *(part.read for part in _parts.values() if not isinstance(part, PeftMethod))):
+    beside = [part for part in _parts.values() if not isinstance(part, PeftMethod)]
+    for read in (*(part.base for part in beside), main, *(part.read for part in beside)):
         try:
-            rules += part(given)
+            rules += read(given)
         except SurgeryError as error:
             problems.append(error)
         except Exception as error:  # fields of a file may have any type

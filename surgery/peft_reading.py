@@ -31,6 +31,7 @@ class Read:
     notes: list[str]
     assumed: list[str]
     ignored: tuple[str, ...]
+    vocabulary: set[int]
 
 
 def read(model: nn.Module, config: Any, file: TensorFile, component: str | None = None) -> Read:
@@ -61,8 +62,9 @@ def read(model: nn.Module, config: Any, file: TensorFile, component: str | None 
         return placed[id(step)][name]
 
     ignored = tuple(key for key in file.shapes if key.endswith(method.passed_over or ("\n",)))
-    assumed += _told(spelt)
-    return Read(rules, entry, problems, unheld, given.notes, assumed, (*ignored, *beside, *spelt.others))
+    assumed += [*_told(spelt), *given.assumed]
+    ignored = (*ignored, *beside, *spelt.others, *(keys[key] for key in given.passed_over))
+    return Read(rules, entry, problems, unheld, given.notes, assumed, ignored, given.vocabulary)
 
 
 def _under(keys: Mapping[str, str], file: TensorFile) -> TensorFile:
@@ -89,7 +91,7 @@ def _of_step(
     """Where the file has each tensor of a step; None for what follows from the rule's fields."""
     part, names = part_of(step.rule), tuple(spec.name for spec in step.specs)
     assert part is not None
-    place = PeftPlace(step.path, step.module, step.rule, names, main, config.modules, config.data, step.facts)
+    place = PeftPlace(step.path, step.module, step.rule, names, main, config.modules, config.data, step.facts, keys)
     entries = part.entries(place)
     found: dict[str, Entry | None] = dict.fromkeys(names)
     for name in names:

@@ -73,8 +73,14 @@ def of_today(
     for key, text in written.items():
         if ".original_module." in text:  # what PEFT keeps beside a module that is trained
             others[key] = text
-        elif found.setdefault(moved.key(text), key) != key:
+            continue
+        first = found.setdefault(moved.key(text), key)
+        twice = next((each for each in (first, key) if ".modules_to_save." in each), None)
+        if first != key and twice is None:
             raise SurgeryError("two tensors of the file have the same name here", where=key)
+        if first != key:  # PEFT writes a module both ways where the vocabulary was resized
+            found[moved.key(text)] = first if twice == key else key
+            others[str(twice)] = text
     return Spelt(found, tuple(others), chosen, moved.made)
 
 

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from surgery.base_rule import Rule
 from surgery.errors import LoadError, SurgeryError
 from surgery.match import RESERVED
+from surgery.peft_embeddings import Save, embedding_tensors
 from surgery.peft_format import SILENT, PeftMethod, PeftPlace, absolute, is_main, method_of, part_of, unsaid
 from surgery.peft_targets import Modules, chosen_by
 from surgery.plainer import folded_adapter
@@ -30,12 +31,13 @@ def written(
     exact: bool = False,
     state: Mapping[str, Tensor] | None = None,
     said: Mapping[str, Any] | None = None,
+    save_embedding_layers: Save = "auto",
 ) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """An adapter as PEFT's configuration and tensors; `SurgeryError` where that would not be the same adapter.
 
     Networks that only training needs are left out, as PEFT leaves them out; with `exact` that is an error, too.
     `state`: the model's state dict, where its tensors were gathered from elsewhere. `said`: a configuration that the
-    adapter came with, of which stays what its rules don't say.
+    adapter came with, of which stays what its rules don't say. `save_embedding_layers`: PEFT's, which see there.
     """
     found = described(model, adapter, exact, state)
     config, tensors = found.method.completed(found.config, _tensors(found), found.modules)
@@ -52,7 +54,8 @@ def written(
         config["auto_mapping"] = {"base_model_class": kind.__name__, "parent_library": kind.__module__}
     if config.get("peft_version", "") is None:  # PEFT takes an absent one for an old one, and fails on null
         del config["peft_version"]
-    return config, tensors
+    main = {one.path for one in found.placed if is_main(one.rule)}
+    return config, {**embedding_tensors(config, found.modules, main, tensors, save_embedding_layers, state), **tensors}
 
 
 def taken_over(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Set
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -47,7 +47,8 @@ class Stored:
     """An adapter in files, its tensors not yet read. `entry` is None for what follows from a rule's fields alone.
 
     `unheld` are settings that no rule has a field for, `notes` what to know, `assumed` what the files were taken to
-    mean, `ignored` keys that change no result. `origin`: what the files say of the model that they were made for.
+    mean, `ignored` keys that change no result. `origin`: what the files say of the model that they were made for;
+    `vocabulary`: how many rows its embeddings had, where the model has another number.
     """
 
     rules: list[Rule]
@@ -62,6 +63,7 @@ class Stored:
     ignored: tuple[str, ...] = ()
     assumed: list[str] = field(default_factory=list)
     origin: Mapping[str, Any] = field(default_factory=dict)
+    vocabulary: Set[int] = frozenset()
 
 
 def tensor_key(path: str, name: str) -> str:
@@ -122,7 +124,13 @@ def _opened(model: nn.Module, place: Path, config: Mapping[str, Any] | None, com
 
     found = read(model, settings, file, component)
     extra = {"base": told.get("base"), "origin": origin_of(settings, told.get("base")), **_labels(told)}
-    told_by = {"unheld": found.unheld, "notes": found.notes, "ignored": found.ignored, "assumed": found.assumed}
+    told_by: dict[str, Any] = {
+        "unheld": found.unheld,
+        "notes": found.notes,
+        "ignored": found.ignored,
+        "assumed": found.assumed,
+    }
+    told_by["vocabulary"] = found.vocabulary
     return Stored(found.rules, file, found.entry, found.problems, **told_by, **extra)
 
 

@@ -93,6 +93,7 @@ SHOWN: dict[str, tuple[Rule, Callable[[], nn.Module]]] = {
     "NormRule": (rules.NormRule("m"), lambda: nn.LayerNorm(8)),
     "StatisticsRule": (rules.StatisticsRule("m"), lambda: nn.BatchNorm1d(8)),
     "TokensRule": (rules.TokensRule("m", tokens=[2, 7]), lambda: nn.Embedding(10, 8)),
+    "BaseRowsRule": (rules.BaseRowsRule("m", tokens=[2, 7]), lambda: nn.Embedding(10, 8)),
     "PrefixRule": (rules.PrefixRule("m", length=2), Attention),
     "AdaptionRule": (rules.AdaptionRule("m", length=2), Mapped),
     "PromptRule": (rules.PromptRule("m", length=2), Text),

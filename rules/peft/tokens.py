@@ -1,4 +1,7 @@
-"""PEFT's trainable_token_indices: which modules' rows are trained, and which of them share their rows."""
+"""PEFT's trainable_token_indices: which modules' rows are trained, and which of them share their rows.
+
+Rows of the base's own embeddings that stand in a file are a part beside it (`base_rows.py`).
+"""
 
 from __future__ import annotations
 
@@ -6,12 +9,31 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from rules.tokens import TokensRule
+from rules.peft.base_rows import base_key, base_rows
+from rules.tokens import BaseRowsRule, TokensRule
 from surgery import PeftConfig, PeftEntry, PeftPart, PeftPlace, Rule, SurgeryError, peft_method
 
+PREFIX = "base_model.model."
 Groups = dict[tuple[str, ...], list[int]]  # the paths that share their rows → the rows
+
+
+@peft_method
+class BaseRows(PeftPart):
+    """Read from the base's embeddings in a file, and written into them."""
+
+    rule, made = BaseRowsRule, ("base_index",)
+
+    def base(self, config: PeftConfig) -> Iterable[Rule]:
+        return base_rows(config)
+
+    def entries(self, place: PeftPlace) -> dict[str, PeftEntry]:
+        assert isinstance(place.rule, BaseRowsRule)
+        return {"base_rows": _of_base(place, place.rule)}
+
+    def write(self, placed: Any, modules: Any) -> dict[str, Any]:
+        return {}
 
 
 @peft_method
@@ -26,16 +48,17 @@ class Tokens(PeftPart):
         if tying:  # else no rule holds it
             config.take("ensure_weight_tying")
         for paths, ids in _groups(given, config.modules, tying).items():
+            config.passed_over += _repeated(config, paths)
             yield TokensRule(targets=config.regular(paths), tokens=list(ids))
 
     def entries(self, place: PeftPlace) -> dict[str, PeftEntry]:
+        assert isinstance(place.rule, TokensRule)
         given, embedding = place.config.get("trainable_token_indices"), _embedding(place.modules)
         together = _sharing(place.modules.matched(place.rule), place)
         path = embedding if embedding in together else place.path
         ids: Any = given
         if isinstance(given, dict):
             ids = next((ids for name, ids in given.items() if str(path).endswith(name)), None)
-        assert isinstance(place.rule, TokensRule)
         order = torch.tensor(ids or sorted(place.rule.tokens)).argsort()
         key = f"/base_model.model.{path}.token_adapter.trainable_tokens_delta"
         return {"rows": PeftEntry(key, lambda rows: rows[order], lambda rows: rows[order.argsort()])}
@@ -54,6 +77,31 @@ class Tokens(PeftPart):
             why = "PEFT would train the rows of other modules, or others together: of tied ones it has one copy"
             raise SurgeryError("PEFT's format can't hold these TokensRules", where=" and ".join(paths), why=why)
         return {"trainable_token_indices": given}
+
+
+def _of_base(place: PeftPlace, rule: BaseRowsRule) -> PeftEntry:
+    """Rows of the base: some of the whole matrix that the file has of the module, or of one that is tied to it."""
+    index, paths = torch.tensor(sorted(rule.tokens)), _holding(place.modules.by_path, place.module)
+    keys = [key for key in place.held if (hit := base_key(key, place.modules.by_path)) and hit[0] in paths]
+    path = next((path for path in paths if path in place.main), paths[0])
+    given = place.config.get("trainable_token_indices")
+    tokens = given and any(path in group for group in _groups(given, place.modules, False))
+    inside = ("token_adapter.base_layer." if tokens else "") + ("base_layer." if path in place.main else "")
+    key = keys[0] if keys else f"{PREFIX}{path}.{inside}weight"
+
+    def write(rows: Tensor) -> Tensor:
+        whole = place.base("weight")
+        return whole.index_copy(0, index.to(whole.device), rows.to(whole))
+
+    return PeftEntry(f"/{key}", lambda matrix: matrix[index], write)
+
+
+def _repeated(config: PeftConfig, paths: Sequence[str]) -> Iterable[str]:
+    """Keys of rows that PEFT writes once more of a tied head, beside those of the embedding that it reads."""
+    first, *others = (f"{PREFIX}{path}.token_adapter.trainable_tokens_delta" for path in paths)
+    file = config.file
+    if file is not None and first in file.shapes:
+        yield from (key for key in others if key in file.shapes and torch.equal(file.read(key), file.read(first)))
 
 
 def _groups(given: Any, modules: Any, tying: bool) -> Groups:

@@ -91,7 +91,8 @@ def get_peft_model_state_dict(
     """
     base = inside(model)
     adapter_names(rewritten(base)[1], adapter_name)
-    return written(base, adapter_name, state=state_dict)[1]
+    save = options.get("save_embedding_layers", "auto")
+    return written(base, adapter_name, state=state_dict, save_embedding_layers=save)[1]
 
 
 def set_peft_model_state_dict(

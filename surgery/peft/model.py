@@ -187,6 +187,7 @@ class PeftModel(Facade):
             config = given or PeftConfig.from_pretrained(model_id, **options)
             config.inference_mode = not is_trainable
             told |= {"config": given and given.to_dict(), "example_inputs": self._example(config, options)}
+            told["resize"] = bool(options.get("resize"))
             with beside(self._base):
                 report = surgery.load_adapter(self._base, model_id, adapter_name, **told)
             self._configs[adapter_name] = config
@@ -287,6 +288,7 @@ class PeftModel(Facade):
         for name in named(rewritten(self._base)[1], selected_adapters):
             place, config = folder if name == "default" else folder / name, self._configs.get(name)
             told: dict[str, Any] = {"config": config and config.to_dict(), "state_dict": tensors}
+            told["save_embedding_layers"] = options.get("save_embedding_layers", "auto")
             try:
                 surgery.save_adapter(self._base, place, name, format="peft", **told)
             except SurgeryError as error:
