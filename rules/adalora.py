@@ -65,6 +65,9 @@ class AdaLoraRule(Rule):
     def scale(self) -> float:
         return self.alpha / (self.rank + 1e-5)
 
+    def rank_at(self, path: str) -> int:
+        return self.rank
+
     def check(self, module: nn.Module, path: str) -> str | None:
         if why := _complex.why_not(self, module):
             return why

@@ -53,6 +53,9 @@ class RandLoraRule(Rule):
         _fields.one_of(self, "sparse", True, False)
         _fields.one_of(self, "very_sparse", True, False)
 
+    def rank_at(self, path: str) -> int:
+        return self.rank
+
     def check(self, module: nn.Module, path: str) -> str | None:
         if why := _complex.why_not(self, module):
             return why

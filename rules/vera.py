@@ -63,6 +63,9 @@ class VeraRule(Rule):
     def identity(self) -> bool:  # type: ignore[override]
         return self.init == "identity"
 
+    def rank_at(self, path: str) -> int:
+        return self.rank
+
     def check(self, module: nn.Module, path: str) -> str | None:
         if why := _complex.why_not(self, module):
             return why

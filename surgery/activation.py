@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from surgery.base_rule import Rule
 from surgery.claims import check_free, claimed
-from surgery.errors import SurgeryError
+from surgery.errors import SurgeryError, listed
 from surgery.journal import Journal, surely
 from surgery.match import base_modules
 from surgery.neutral import neutral, verb
@@ -38,6 +38,13 @@ class Adapter:
     live: bool
     merged: bool
     weight: float = 1.0
+
+    def __repr__(self) -> str:
+        """As a dataclass; of many sites and rules a few."""
+        rules = ", ".join(map(repr, self.rules)) if len(self.rules) <= 5 else listed(map(repr, self.rules), "rules")
+        sites = repr(self.sites) if len(self.sites) <= 5 else f"({listed(map(repr, self.sites))})"
+        told = f"parameters={self.parameters}, live={self.live}, merged={self.merged}, weight={self.weight}"
+        return f"Adapter(rules=({rules}{',' * (len(self.rules) == 1)}), sites={sites}, {told})"
 
 
 Weights = float | Sequence[float] | Mapping[str, float] | None

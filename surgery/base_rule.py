@@ -106,6 +106,10 @@ class Rule:
         """What is wrong with the rule seen over all its sites, such as a pattern that fits none of them."""
         return ()
 
+    def rank_at(self, path: str) -> int | None:
+        """The rank of the change of a weight at a module, which is told where it is more than the weight can have."""
+        return None
+
     def companions(self) -> Iterable[Rule]:
         """Further rules that come with this one, under the same adapter. They may match nothing."""
         return ()

@@ -30,6 +30,7 @@ from surgery.neutral import neutrally, verb
 from surgery.owners import Owners
 from surgery.pattern import Verdict
 from surgery.plan import Plan, make_plan
+from surgery.ranks import rank_warnings
 from surgery.recording import Step
 from surgery.root import rewritten, with_lost
 from surgery.site import LiveSite, ParamSpec
@@ -86,7 +87,9 @@ def apply_rules(model: M, rules: Iterable[Rule] | Rule, *, adapter: str = "defau
 
     All or nothing: raises `SurgeryError` (`PlanError` where several things are wrong) with the model as it was.
     """
-    carry_out(make_plan(model, rules, adapter, example_inputs), example_inputs, stacklevel=4)
+    plan = make_plan(model, rules, adapter, example_inputs)
+    plan.warnings += rank_warnings(plan.steps)
+    carry_out(plan, example_inputs, stacklevel=4)
     return model
 
 
@@ -104,7 +107,9 @@ def plan_rules(
     rule      site  type    tensors          trainable
     LoraRule     0  Linear  A[2, 8] B[8, 2]         32
     """
-    return make_plan(model, rules, adapter, example_inputs)
+    plan = make_plan(model, rules, adapter, example_inputs)
+    plan.warnings += rank_warnings(plan.steps)
+    return plan
 
 
 def explain(model: nn.Module, rule: Rule, path: str) -> Verdict:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+import re
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 __all__ = [
@@ -95,7 +96,10 @@ class PlanError(SurgeryError):
     def __str__(self) -> str:
         if len(self.problems) == 1:
             return str(self.problems[0])
-        parts = [f"{i}. {problem}".replace("\n", "\n   ") for i, problem in enumerate(self.problems, 1)]
+        told = grouped(self.problems)
+        if len(told) == 1:
+            return told[0]
+        parts = [f"{i}. {problem}".replace("\n", "\n   ") for i, problem in enumerate(told, 1)]
         return "\n".join([self.what + ":", *parts])
 
 
@@ -107,6 +111,55 @@ def _rebuild(cls: type[SurgeryError], state: dict) -> SurgeryError:
     error = cls.__new__(cls, state["what"])
     error.__dict__.update(state)
     return error
+
+
+def grouped(problems: Sequence[SurgeryError]) -> list[str]:
+    """Problems as texts. What is the same at many places is told once, with the places.
+
+    >>> print(*grouped([SurgeryError("no bias", where=f"layers.{i}", why=f"layers.{i} has none") for i in range(9)]))
+    no bias
+      where: 9 sites, such as layers.0, layers.1
+      why:   layers.0 has none
+    """
+    groups: dict[tuple, list[SurgeryError]] = {}
+    for problem in problems:
+        groups.setdefault(_reason(problem), []).append(problem)
+    told = list[str]()
+    for alike in groups.values():
+        if len(alike) > 5 or (len(alike) > 1 and len({_details(problem) for problem in alike}) == 1):
+            first = alike[0]
+            where = listed(dict.fromkeys(problem.where or "" for problem in alike)) or None
+            told.append(str(SurgeryError(first.what, where=where, why=first.why, fix=first.fix)))
+        else:
+            told += map(str, alike)
+    return told
+
+
+def told_once(texts: Sequence[str]) -> list[str]:
+    """Texts that differ in numbers alone, such as a layer's, as one: the first, with how many there are."""
+    groups: dict[str, list[str]] = {}
+    for text in texts:
+        groups.setdefault(re.sub(r"\d+", "#", text), []).append(text)
+    found = list[str]()
+    for alike in groups.values():
+        many = len(alike) > 5
+        found += [f"{alike[0]} (and {len(alike) - 1:,} more that differ in numbers)"] if many else alike
+    return found
+
+
+def _details(problem: SurgeryError) -> tuple[str, str, str]:
+    """What happened, why, and what to do, without the place."""
+    where = problem.where
+    texts = (problem.what, problem.why or "", problem.fix or "")
+    what, why, fix = (text.replace(where, "…") if where else text for text in texts)
+    return what, why, fix
+
+
+def _reason(problem: SurgeryError) -> tuple:
+    """Equal for problems that are the same at other places: their texts, where there is a place without numbers."""
+    if isinstance(problem, PlanError) or not problem.where:
+        return type(problem), str(problem)
+    return type(problem), *(re.sub(r"\d+", "#", text) for text in _details(problem))
 
 
 def listed(things: Iterable[str], noun: str = "sites") -> str:

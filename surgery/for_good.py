@@ -17,6 +17,8 @@ from surgery.neutral import verb
 from surgery.root import rewritten
 from surgery.state import _SITE, SiteState, base_parameters, detach, sites
 from surgery.statistics import forget_statistics, keep_statistics
+from surgery.ties import Untied
+from surgery.wrapped import submodule
 
 __all__ = ["forget"]
 
@@ -40,7 +42,7 @@ def forget(model: M) -> M:
 
     Nothing that was kept for `unmerge` stays, so this has no way back. Adapters that are not merged stay, and with the
     last one go all traces, as with `remove`: `requires_grad` flags are those from before the first. A weight that the
-    merge untied (`untie=True`) stays untied, and a config of transformers is told so.
+    merge untied (`untie=True`) stays untied, and a config of transformers goes on saying so.
 
     All or nothing. Raises `SurgeryError` where nothing is merged, `MergeError` where an adapter that stays changed a
     weight at its start (PiSSA) which a fold lies on: only `unmerge` could take that adapter out later. PEFT:
@@ -60,6 +62,7 @@ def forget(model: M) -> M:
         if site.merged is not None
         for name, before in site.merged.tied.items()
     ]
+    untied += [(submodule(root, path).get_parameter(name), before) for path, name, before in state.untied.parameters]
     flags, keys = _flags(root, state.flags, untied), hf.keys_of(root, state, names)
     with Journal() as journal:
         keep_model(journal, root, state)
@@ -76,14 +79,13 @@ def forget(model: M) -> M:
         for name in names:
             state.forget(name)
         state.flags |= flags
+        state.untied = Untied()
         forget_statistics(root, state.moving, journal)  # the base's are now those under the merged adapters
         if state.adapters:
             state.moving = keep_statistics(root, journal)
             hf.unlist(root, state, keys, journal)
         else:
             restore(root, state, journal)
-        if untied:
-            _say_untied(root, journal)
     return model
 
 
@@ -117,17 +119,3 @@ def _check(path: str, site: SiteState) -> None:
                 why=f"{applied.rule.label} [{applied.adapter}], which stays, changed a weight that it was folded into",
                 fix=f"unmerge(model), then remove {applied.adapter!r}, or merge it, too",
             )
-
-
-def _say_untied(model: Any, journal: Journal) -> None:
-    """So that a checkpoint of it is not tied again when it is loaded."""
-    head = getattr(model, "get_output_embeddings", lambda: None)()
-    embedding = getattr(model, "get_input_embeddings", lambda: None)()
-    config = getattr(model, "config", None)
-    if head is None or embedding is None or config is None or head.weight is embedding.weight:
-        return
-    text = getattr(config, "get_text_config", lambda: config)()
-    for part in (config, text):
-        if getattr(part, "tie_word_embeddings", False):
-            journal.attribute(part, "tie_word_embeddings")
-            part.tie_word_embeddings = False

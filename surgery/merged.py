@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import tempfile
@@ -13,7 +12,7 @@ from typing import Any
 from torch import nn
 
 from surgery.errors import SurgeryError, listed
-from surgery.merging import merge, unmerge
+from surgery.merging import merge, unmerged
 from surgery.neutral import verb
 from surgery.root import records_in, rewritten
 from surgery.savers import plain_saving
@@ -65,31 +64,27 @@ def merge_to(
     folder.mkdir(parents=True, exist_ok=True)
     place = Path(tempfile.mkdtemp(prefix=".surgery-", dir=folder))
     try:
-        merge(model, adapter, untie=untie)
+        _merge(model, adapter, untie)
         save(place)
-        _say_untied(model, place / "config.json")
         if tokenizer is not None:
             tokenizer.save_pretrained(place)
         else:
             _copy_tokenizer(model, place)
         for file in sorted(place.iterdir()):
             os.replace(file, folder / file.name)
-        unmerge(model)
+        unmerged(model)
     finally:
         shutil.rmtree(place, ignore_errors=True)
     return folder
 
 
-def _say_untied(model: Any, config: Path) -> None:
-    """A head that was given a weight of its own must not be tied again when the checkpoint is loaded."""
-    head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
-    if head is None or embedding is None or head.weight is embedding.weight or not config.exists():
-        return
-    held = json.loads(config.read_text(encoding="utf-8"))
-    for part in (held, *(inner for inner in held.values() if isinstance(inner, dict))):
-        if part is held or "tie_word_embeddings" in part:
-            part["tie_word_embeddings"] = False
-    config.write_text(json.dumps(held, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+def _merge(model: nn.Module, adapter: str | Sequence[str] | None, untie: bool) -> None:
+    try:
+        merge(model, adapter, untie=untie)
+    except SurgeryError as error:
+        for problem in (error, *getattr(error, "problems", ())):
+            problem.fix = problem.fix and problem.fix.replace("merge(model, untie=True)", "merge_to(…, untie=True)")
+        raise
 
 
 def _copy_tokenizer(model: Any, place: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 
 from surgery.claims import check_free
 from surgery.clash import hidden
-from surgery.errors import MergeError, PlanError, SurgeryError
+from surgery.errors import MergeError, PlanError, SurgeryError, SurgeryWarning
 from surgery.exact import LowRank, Rows, weighted
 from surgery.folding import Keep, SiteFolding, check_foldable, verify_records
 from surgery.hooks import running
@@ -27,6 +28,7 @@ from surgery.recording import layer_of
 from surgery.root import rewritten, with_lost
 from surgery.site import LiveSite
 from surgery.state import Applied, Merged, SiteState, adapter_names, sites, tensors_of
+from surgery.ties import Untied, retie, say_untied
 from surgery.view import tensor_at
 
 __all__ = ["MergeReport", "merge", "unmerge"]
@@ -73,11 +75,13 @@ def merge(
 
     `keep="record"` (default) keeps a small correction record (see `surgery.exact`) and is exact whatever the number
     of threads or the device; `keep="copy"` keeps the original weights, which is faster. `untie=True` gives a site
-    whose weight another module shares one of its own while merged. `safe=True` (PEFT's safe_merge) refuses results
-    that are not finite before anything is touched.
+    whose weight another module shares one of its own while merged; a model of transformers says meanwhile, in its
+    config and elsewhere, that nothing is tied, so that `tie_weights` and checkpoints keep it. `safe=True` (PEFT's
+    safe_merge) refuses results that are not finite before anything is touched.
 
     Raises `MergeError` (or `PlanError` with one for each site) where a rule has no closed form, a weight is shared,
-    packed or sharded, or the model is merged already; the model is then as it was.
+    packed or sharded, or the model is merged with other adapters; the model is then as it was. Where just these are
+    merged already, nothing happens, and a `SurgeryWarning` says so.
     """
     model, state = rewritten(model)
     names = adapter_names(state, adapter)
@@ -88,7 +92,12 @@ def merge(
         (path, module, site) for path, module, site in sites(model) if any(a.adapter in names for a in site.applied)
     ]
     problems = [problem for path, module, site in found for problem in _objections(path, module, site, names)]
-    problems += [_already(path, site) for path, _, site in sites(model) if site.merged is not None][:1]
+    merged = [(path, module, site) for path, module, site in sites(model) if site.merged is not None]
+    if merged and all(set(_merged(site).adapters) == set(names) for _, _, site in merged):
+        told = f"{', '.join(names)} {'is' if len(names) == 1 else 'are'} merged already: nothing happens"
+        warnings.warn(told, SurgeryWarning, stacklevel=3)
+        return _report(names, merged)
+    problems += [_already(path, site) for path, _, site in merged][:1]
     if problems:
         raise PlanError(problems)
     owners = Owners(model)
@@ -99,6 +108,13 @@ def merge(
         with Journal() as journal:
             for path, module, site in found:
                 _merge_site(owners, path, module, site, names, keep, untie, journal)
+            if any(_merged(site).tied for _, _, site in found):
+                journal.keep(state.__dict__)
+                state.untied = say_untied(model, journal)
+    return _report(names, found)
+
+
+def _report(names: Sequence[str], found: Sequence[tuple[str, nn.Module, SiteState]]) -> MergeReport:
     folds = [(tensor_at(module, name), record) for _, module, site in found for name, record in _merged(site).folds]
     entries = {id(tensor): tensor.numel() for tensor, _ in folds}
     return MergeReport(tuple(names), len(found), sum(record.nbytes for _, record in folds), sum(entries.values()))
@@ -109,10 +125,20 @@ def unmerge(model: M, *, check: bool = True) -> M:
     """Take out what `merge` folded in: the base's bits and the live adapters are as before. See `merge`.
 
     A base weight that changed while merged is a `MergeError`, found by checksum before anything is touched;
-    `check=False` takes the fold out all the same, as well as it can be. Not merged: nothing happens.
+    `check=False` takes the fold out all the same, as well as it can be. Where nothing is merged, nothing happens, and a
+    `SurgeryWarning` says so.
     """
     root, state = rewritten(model, lost=not check)
     check_free(root)
+    if not any(site.merged is not None for _, _, site in with_lost(root, state)):
+        warnings.warn("nothing is merged: nothing happens", SurgeryWarning, stacklevel=3)
+    return unmerged(model, check)
+
+
+@verb
+def unmerged(model: M, check: bool = True) -> M:
+    """The model with nothing merged, whether or not anything was."""
+    root, state = rewritten(model, lost=not check)
     found = [(path, module, site) for path, module, site in with_lost(root, state) if site.merged is not None]
     for path, module, site in found:
         verify_records([(tensor_at(module, name), record) for name, record in _merged(site).folds], path, check)
@@ -129,6 +155,9 @@ def unmerge(model: M, *, check: bool = True) -> M:
                 held_by[name.rpartition(".")[2]] = parameter
             site.merged = None
             install_live(module, journal)
+        journal.keep(state.__dict__)
+        retie(root, state.untied, journal)
+        state.untied = Untied()
     return model
 
 

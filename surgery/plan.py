@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Hashable, Iterable
+from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,7 +14,7 @@ from surgery.arguments import model_problem, rules_in
 from surgery.base_rule import Rule
 from surgery.bypass import Bypass, bypasses, fastpath_switch
 from surgery.clash import clashes
-from surgery.errors import MatchError, PlanError, RuleError, SiteError, SurgeryError, listed
+from surgery.errors import MatchError, PlanError, RuleError, SiteError, SurgeryError, listed, told_once
 from surgery.example import Observation, copied, observe, verify_graph, written_twice
 from surgery.flags import lazy_in
 from surgery.hooks import running
@@ -22,6 +22,7 @@ from surgery.install import reason_against
 from surgery.match import Match, Tree, idle_targets, matches
 from surgery.own import own_forward
 from surgery.packed import UNPACKED, packed_in
+from surgery.ranks import rank_notes
 from surgery.recording import PassedOver, Recording, Step, recorded
 from surgery.root import records_in, rewritten
 from surgery.state import is_adapter_key, model_state, name_problem, site_state, sites
@@ -72,11 +73,13 @@ class Plan:
     @property
     def notes(self) -> list[str]:
         """What to know before applying that is neither a problem nor a warning."""
+        told = rank_notes(self.steps)
         if not self.steps or self.trainable or _trains(self.model):
-            return []
+            return told
         return [
+            *told,
             "nothing is left to train: the base is frozen, and these rules add no parameter that trains; "
-            "add a rule that trains, or unfreeze base parameters after applying"
+            "add a rule that trains, or unfreeze base parameters after applying",
         ]
 
     def example_of(self, module: nn.Module) -> tuple[tuple, dict[str, Any]] | None:
@@ -126,20 +129,10 @@ class Plan:
         }
 
     def __str__(self) -> str:
-        rows = [
-            [
-                step.rule.label,
-                step.path or "(the model itself)",
-                type(step.module).__name__ + (" (opaque)" if step.own.opaque else ""),
-                " ".join(f"{spec.name}{list(spec.shape)}" for spec in step.specs),
-                f"{step.trainable:,}",
-            ]
-            for step in self.steps
-        ]
         head = f"adapter {self.adapter!r}: {len(self.steps)} edits, {self.trainable:,} trainable parameters"
-        parts = [head, table(["rule", "site", "type", "tensors", "trainable"], rows)]
+        parts = [head, table(["rule", "site", "type", "tensors", "trainable"], list(map(list, _rows(self.steps))))]
         shared = [f"{step.path} is also {', '.join(step.aliases)}" for step in self.steps if step.aliases]
-        parts += [f"shared: {line}" for line in dict.fromkeys(shared)]
+        parts += [f"shared: {line}" for line in told_once(list(dict.fromkeys(shared)))]
         switched = [(".".join(filter(None, (path, name))), value) for path, (name, value) in self.switches.items()]
         parts += [f"set while adapted: {name} = {value!r}" for name, value in switched]
         parts += [f"note: {note}" for note in self.notes]
@@ -196,9 +189,27 @@ def make_plan(model: nn.Module, rules: Iterable[Rule] | Rule, adapter: str, exam
         plan.passed.clear()
     plan.problems += clashes(plan.steps)
     plan.statistics += _moved(plan)
+    plan.warnings = told_once(plan.warnings)
     if example_inputs is not None and not plan.problems:
         _check_example(plan, example_inputs)
     return plan
+
+
+def _rows(steps: Sequence[Step]) -> list[tuple[str, str, str, str, str]]:
+    """The table of a plan: a row for each site; for more than five that get the same from one rule, one row."""
+    groups: dict[tuple, list[Step]] = {}
+    for step in steps:
+        kind = type(step.module).__name__ + (" (opaque)" if step.own.opaque else "")
+        tensors = " ".join(f"{spec.name}{list(spec.shape)}" for spec in step.specs)
+        groups.setdefault((id(step.rule), step.rule.label, kind, tensors), []).append(step)
+    rows: list[tuple[int, tuple[str, str, str, str, str]]] = []
+    order = {id(step): index for index, step in enumerate(steps)}
+    for (_, label, kind, tensors), alike in groups.items():
+        for some in [alike] if len(alike) > 5 else [[step] for step in alike]:
+            where = listed([step.path or "(the model itself)" for step in some])
+            trained = f"{sum(step.trainable for step in some):,}"
+            rows.append((order[id(some[0])], (label, where, kind, tensors, trained)))
+    return [row for _, row in sorted(rows)]
 
 
 def _trains(model: nn.Module) -> bool:

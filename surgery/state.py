@@ -19,6 +19,7 @@ from surgery.base_rule import Rule
 from surgery.errors import SiteError, SurgeryError, near_misses
 from surgery.links import Links
 from surgery.match import RESERVED, base_modules
+from surgery.ties import Untied
 from surgery.weave import Layer
 from surgery.wrapped import child_of
 
@@ -199,7 +200,7 @@ class ModelState:
 
     `places`: the sites of each adapter; `keys`: the sets of live adapters met so far, one object for those that are
     equal, so that sites compare no more than that; `links`: how the sites hang in the model (None: unknown), and
-    `unlinked`: those that came since.
+    `unlinked`: those that came since; `untied`: what a model of transformers said of its ties before a merge.
     """
 
     adapters: dict[str, tuple[Rule, ...]] = field(default_factory=dict)
@@ -216,12 +217,13 @@ class ModelState:
     keys: dict[frozenset, frozenset] = field(default_factory=dict, compare=False, repr=False)
     links: Links | None = field(default=None, compare=False, repr=False)
     unlinked: list[nn.Module] = field(default_factory=list, compare=False, repr=False)
+    untied: Untied = field(default_factory=Untied)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "keys": {}, "links": None, "unlinked": []}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update({"links": None, "unlinked": [], "moving": [], **state})
+        self.__dict__.update({"links": None, "unlinked": [], "moving": [], "untied": Untied(), **state})
 
     def place(self, adapter: str, places: Places) -> None:
         """Write down where an adapter is."""

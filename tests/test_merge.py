@@ -13,7 +13,19 @@ import torch
 from torch import Tensor, nn
 
 from rules import LoraRule, TrainRule
-from surgery import MergeError, PlanError, Rule, SurgeryError, apply_rules, merge, remove, rule, unmerge
+from surgery import (
+    MergeError,
+    MergeReport,
+    PlanError,
+    Rule,
+    SurgeryError,
+    SurgeryWarning,
+    apply_rules,
+    merge,
+    remove,
+    rule,
+    unmerge,
+)
 from surgery.testing import Snapshot, assert_equivalent, assert_reversible
 
 
@@ -79,13 +91,32 @@ def test_loading_other_weights_while_merged_is_found() -> None:
 def test_merging_twice_applying_and_removing_while_merged() -> None:
     model = adapted(16, 12)
     merge(model)
-    for act in (lambda: merge(model), lambda: remove(model), lambda: apply_rules(model, [TrainRule("0")], adapter="b")):
+    for act in (lambda: remove(model), lambda: apply_rules(model, [TrainRule("0")], adapter="b")):
         before = Snapshot(model)
         with pytest.raises(SurgeryError, match="merged"):
             act()
         assert not before.differences(model)
+    report, before = merged_again(model), Snapshot(model)
+    assert report.sites == 1 and report.nbytes and not before.differences(model)
     unmerge(model)
-    unmerge(model)  # nothing is merged: nothing happens
+    before = Snapshot(model)
+    with pytest.warns(SurgeryWarning, match="nothing is merged"):
+        unmerge(model)
+    assert not before.differences(model)
+
+
+def merged_again(model: nn.Module) -> MergeReport:
+    """As with PEFT, what is so already is no error; one word tells it."""
+    with pytest.warns(SurgeryWarning, match="merged already"):
+        return merge(model)
+
+
+def test_merging_others_while_merged_is_an_error() -> None:
+    model = apply_rules(adapted(16, 12), LoraRule("0", rank=2), adapter="b")
+    merge(model, "b")
+    for names in ("default", ["default", "b"]):
+        with pytest.raises(SurgeryError, match="merged already"):
+            merge(model, names)
 
 
 @pytest.mark.parametrize("dtype, value", [(torch.float32, float("nan")), (torch.float16, 1e5)])

@@ -12,7 +12,7 @@ from torch import Tensor, fx, nn
 from surgery.activation import activate, deactivate
 from surgery.engine import remove
 from surgery.errors import SurgeryError
-from surgery.merging import unmerge
+from surgery.merging import unmerged
 from surgery.onnx.windows import whole_windows
 from surgery.state import _MODEL, _SITE, model_state, sites
 
@@ -55,7 +55,7 @@ def leave_live(copy: nn.Module, names: Sequence[str]) -> None:
     """On a copy, let these adapters be live alone, unmerged; others that can't be idle are taken off it."""
     if model_state(copy) is None:
         return
-    unmerge(copy)
+    unmerged(copy)
     if gone := [name for name in changing(copy) if name not in names]:
         remove(copy, gone, check=False)
     if model_state(copy) is not None:

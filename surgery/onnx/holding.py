@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from surgery.activation import active
 from surgery.engine import remove
 from surgery.errors import ParityError, SurgeryError
-from surgery.merging import unmerge
+from surgery.merging import unmerged
 from surgery.onnx.copies import leave_live, sharing_copy
 from surgery.onnx.given import Given, array_of
 from surgery.onnx.manifest import Manifest
@@ -56,7 +56,7 @@ def check_weights(path: str | Path, manifest: Manifest, model: nn.Module, given:
     else:
         source = sharing_copy(model)  # some adapters change weights at their start
         if manifest.adapters == "slots":
-            remove(unmerge(source), check=False)
+            remove(unmerged(source), check=False)
         else:
             leave_live(source, adapter_names(require_state(source), names) if names is not None else active(source))
     held: Mapping[str, Any] = ir.load(str(path)).graph.initializers

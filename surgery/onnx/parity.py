@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from surgery.activation import active
 from surgery.errors import ParityError, SurgeryError
-from surgery.merging import unmerge
+from surgery.merging import unmerged
 from surgery.onnx.adapters import read_adapter
 from surgery.onnx.caching import with_cache
 from surgery.onnx.carried import slot_arrays
@@ -154,7 +154,7 @@ def _references(model: nn.Module, manifest: Manifest, adapters: Adapters, report
     if state is None:
         yield Reference("base", copy, {})
         return
-    only = _Only(model, unmerge(copy))
+    only = _Only(model, unmerged(copy))
     names = list(adapters) if isinstance(adapters, Mapping) else adapters
     if manifest.adapters != "slots":
         wanted = adapter_names(state, names) if names is not None else list(active(copy))

@@ -14,16 +14,17 @@ from surgery._lowrank import LowRank
 from surgery._record import Record
 from surgery.activation import activate
 from surgery.base_rule import Rule
-from surgery.engine import apply_rules, remove
+from surgery.engine import carry_out, remove
 from surgery.errors import SurgeryError
 from surgery.exact import unfold
 from surgery.hooks import running
 from surgery.match import RESERVED
-from surgery.merging import unmerge
+from surgery.merging import unmerged
 from surgery.onnx.arranged import Left, arranged, exactly
 from surgery.onnx.copies import changing
 from surgery.onnx.given import Given
 from surgery.onnx.program import Lifted
+from surgery.plan import make_plan
 from surgery.site import LiveSite
 from surgery.state import ModelState, SiteState, adapter_names, model_state, require_state, sites, tensors_of
 from surgery.state_dicts import adapter_state_dict, load_adapter_state_dict
@@ -81,7 +82,7 @@ def put_slots(copy: nn.Module, names: Sequence[str], slot: str, given: Given, *,
     What has no slot and is live stays, as adapters of their own with fixed tensors; `strict` refuses it.
     """
     placing = Placing()
-    unmerge(copy)
+    unmerged(copy)
     state = require_state(copy)
     found = arranged(copy, state, names)
     for (name, kind, reason), paths in found.none.items():
@@ -117,9 +118,9 @@ def put_slots(copy: nn.Module, names: Sequence[str], slot: str, given: Given, *,
 
 def _apply(copy: nn.Module, rules: Sequence[Rule], adapter: str, given: Given) -> None:
     try:
-        apply_rules(copy, rules, adapter=adapter)
+        carry_out(make_plan(copy, rules, adapter))
     except SurgeryError:  # some rules look at a call first
-        apply_rules(copy, rules, adapter=adapter, example_inputs=given.example)
+        carry_out(make_plan(copy, rules, adapter, given.example), given.example)
 
 
 @dataclass

@@ -20,6 +20,7 @@ from surgery.claims import check_free
 from surgery.errors import SurgeryError, SurgeryWarning
 from surgery.example import dummy
 from surgery.hub import card_of, upload
+from surgery.merging import unmerged
 from surgery.peft.config import PeftConfig
 from surgery.peft.defaults import with_defaults
 from surgery.peft.facade import Facade, facade, whole
@@ -263,7 +264,7 @@ class PeftModel(Facade):
     def unload(self) -> Any:
         """The base as it was before the first adapter: bits, classes and `requires_grad` flags."""
         if model_state(unwrapped(self._base)) is not None:
-            surgery.remove(surgery.unmerge(self._base))
+            surgery.remove(unmerged(self._base))
         self._configs.clear()
         return self._base
 

@@ -1,0 +1,63 @@
+"""Ranks that a weight's change cannot have: they cost memory and time, and change nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from torch import nn
+
+from surgery.base_rule import Rule
+from surgery.errors import listed
+from surgery.recording import Step
+
+__all__ = ["rank_notes", "rank_warnings"]
+
+High = tuple[Rule, list[tuple[str, int, tuple[int, int]]], bool]  # a rule, its sites of less, whether to warn
+
+
+def rank_warnings(steps: Sequence[Step]) -> list[str]:
+    """One for each rule with a rank that none of its weights can use, or that is more than one of them is wide."""
+    return [_told(rule, sites) for rule, sites, warns in _high(steps) if warns]
+
+
+def rank_notes(steps: Sequence[Step]) -> list[str]:
+    """One for each other rule that has such a weight among its sites, such as a head of two classes."""
+    return [_told(rule, sites) for rule, sites, warns in _high(steps) if not warns]
+
+
+def _high(steps: Sequence[Step]) -> Iterable[High]:
+    by_rule: dict[int, list[Step]] = {}
+    for step in steps:
+        by_rule.setdefault(id(step.rule), []).append(step)
+    for mine in by_rule.values():
+        rule, few, fit, wide = mine[0].rule, list[tuple[str, int, tuple[int, int]]](), set[int](), False
+        for step in mine:
+            rank, sizes = rule.rank_at(step.path), _sizes(step.module)
+            if rank is None:
+                continue
+            if sizes is None or rank <= min(sizes):
+                fit.add(rank)
+            else:
+                few.append((step.path, rank, sizes))
+                wide = wide or rank > max(sizes)
+        if few:
+            yield rule, few, wide or not {rank for _, rank, _ in few} <= fit
+
+
+def _told(rule: Rule, sites: Sequence[tuple[str, int, tuple[int, int]]]) -> str:
+    ranks, useful = {rank for _, rank, _ in sites}, {min(sizes) for _, _, sizes in sites}
+    most = f"{min(useful)}" if len(useful) == 1 else f"{min(useful)} to {max(useful)}, by their sizes"
+    asked = f"rank {min(ranks)}" if len(ranks) == 1 else f"ranks {min(ranks)} to {max(ranks)}"
+    where = listed([path or "the model itself" for path, _, _ in sites])
+    return f"{rule.label}: {asked} is more than the weights at {where} can use; the largest useful rank is {most}"
+
+
+def _sizes(module: Any) -> tuple[int, int] | None:
+    """The sizes of the matrix that a module's weight is; of packed ones those that it stands for."""
+    if isinstance(module, nn.Linear):
+        return module.out_features, module.in_features
+    weight = module._parameters.get("weight")
+    if weight is None or weight.dim() < 2 or not weight.is_floating_point():
+        return None
+    return weight.shape[0], weight[0].numel()
