@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import Any
+from dataclasses import fields
+from typing import Any, cast
 
 from torch import nn
 
@@ -31,10 +32,11 @@ def _high(steps: Sequence[Step]) -> Iterable[High]:
     for step in steps:
         by_rule.setdefault(id(step.rule), []).append(step)
     for mine in by_rule.values():
+        unasked = _unasked(mine[0].rule)
         rule, few, fit, wide = mine[0].rule, list[tuple[str, int, tuple[int, int]]](), set[int](), False
         for step in mine:
             rank, sizes = rule.rank_at(step.path), _sizes(step.module)
-            if rank is None:
+            if rank is None or rank == unasked:
                 continue
             if sizes is None or rank <= min(sizes):
                 fit.add(rank)
@@ -43,6 +45,11 @@ def _high(steps: Sequence[Step]) -> Iterable[High]:
                 wide = wide or rank > max(sizes)
         if few:
             yield rule, few, wide or not {rank for _, rank, _ in few} <= fit
+
+
+def _unasked(rule: Rule) -> Any:
+    """The rank that a rule has where nobody says one."""
+    return next((one.default for one in fields(cast(Any, rule)) if one.name == "rank"), None)
 
 
 def _told(rule: Rule, sites: Sequence[tuple[str, int, tuple[int, int]]]) -> str:

@@ -131,7 +131,7 @@ def test_one_warning_a_rule_and_none_for_ranks_that_fit() -> None:
     ]
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        apply_rules(deep(3), LoraRule("up", rank=8))
+        apply_rules(deep(3, 12), LoraRule("up", rank=12))
 
 
 def test_ranks_are_read_by_patterns_and_shapes() -> None:
@@ -143,11 +143,16 @@ def test_ranks_are_read_by_patterns_and_shapes() -> None:
 
 def test_a_small_head_among_others_is_a_note() -> None:
     model = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 2))
-    plan = plan_rules(model, LoraRule(nn.Linear, rank=8))
+    plan = plan_rules(model, LoraRule(nn.Linear, rank=4))
     assert not plan.warnings and plan.notes == [
-        "LoraRule: rank 8 is more than the weights at 1 can use; the largest useful rank is 2"
+        "LoraRule: rank 4 is more than the weights at 1 can use; the largest useful rank is 2"
     ]
     assert f"note: {plan.notes[0]}" in str(plan)
+
+
+def test_a_rank_that_nobody_chose_is_none_to_warn_of() -> None:
+    plan = plan_rules(nn.Sequential(nn.Linear(4, 2)), LoraRule("0"))
+    assert not plan.warnings and not plan.notes
 
 
 def test_no_warning_of_a_rank_comes_from_a_file() -> None:
