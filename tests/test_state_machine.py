@@ -315,7 +315,7 @@ class Adapters(RuleBasedStateMachine):
         method=st.sampled_from(["linear", "cat", "svd"]),
         into=st.sampled_from([*NAMES, *NAMES, *BAD_NAMES]),
     )
-    def combine(self, data: Any, method: str, into: Any) -> None:
+    def combine(self, data: Any, method: Any, into: Any) -> None:
         weights = {name: data.draw(WEIGHTS) for name in data.draw(some([*self.shadow.adapters, *self.shadow.adapters]))}
         problem = self.routed or self.shadow.cannot_combine(weights, into, method)
         if not self.attempt(problem, lambda: combine(self.model, weights, into, method)):
@@ -324,7 +324,7 @@ class Adapters(RuleBasedStateMachine):
         dropout = any(self.shadow.adapters[name].dropout for name in weights)
         for entry in entries:
             shares = self.shadow.shares(weights, entry)
-            alone = len(shares) == 1 and shares[0][0] == 1 and method != "svd"
+            alone = len(shares) == 1 and shares[0][0] == 1
             names = dict.fromkeys(name for _, e in shares for name in e.flags)
             if entry.kind == "lora" and not (alone and entry.dora):
                 names.pop("magnitude", None)
