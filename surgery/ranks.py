@@ -18,12 +18,12 @@ High = tuple[Rule, list[tuple[str, int, tuple[int, int]]], bool]  # a rule, its 
 
 
 def rank_warnings(steps: Sequence[Step]) -> list[str]:
-    """One for each rule with a rank that none of its weights can use, or that is more than one of them is wide."""
+    """One for each rule with a rank that is more than a weight's larger size: it was meant for other weights."""
     return [_told(rule, sites) for rule, sites, warns in _high(steps) if warns]
 
 
 def rank_notes(steps: Sequence[Step]) -> list[str]:
-    """One for each other rule that has such a weight among its sites, such as a head of two classes."""
+    """One for each other rule with a weight that can't use its rank, such as a head of two classes."""
     return [_told(rule, sites) for rule, sites, warns in _high(steps) if not warns]
 
 
@@ -33,18 +33,14 @@ def _high(steps: Sequence[Step]) -> Iterable[High]:
         by_rule.setdefault(id(step.rule), []).append(step)
     for mine in by_rule.values():
         unasked = _unasked(mine[0].rule)
-        rule, few, fit, wide = mine[0].rule, list[tuple[str, int, tuple[int, int]]](), set[int](), False
+        rule, few, wide = mine[0].rule, list[tuple[str, int, tuple[int, int]]](), False
         for step in mine:
             rank, sizes = rule.rank_at(step.path), _sizes(step.module)
-            if rank is None or rank == unasked:
-                continue
-            if sizes is None or rank <= min(sizes):
-                fit.add(rank)
-            else:
+            if rank is not None and rank != unasked and sizes is not None and rank > min(sizes):
                 few.append((step.path, rank, sizes))
                 wide = wide or rank > max(sizes)
         if few:
-            yield rule, few, wide or not {rank for _, rank, _ in few} <= fit
+            yield rule, few, wide
 
 
 def _unasked(rule: Rule) -> Any:

@@ -136,8 +136,8 @@ def test_one_warning_a_rule_and_none_for_ranks_that_fit() -> None:
 
 def test_ranks_are_read_by_patterns_and_shapes() -> None:
     model = nn.Sequential(nn.Conv2d(3, 16, 3), nn.Embedding(10, 4), nn.Linear(8, 8))
-    plan = plan_rules(model, LoraRule(["0", "1", "2"], rank=4, rank_pattern={"0": 20}))
-    assert len(plan.warnings) == 1 and "rank 20 is more than the weights at 0 can use" in plan.warnings[0]
+    plan = plan_rules(model, LoraRule(["0", "1", "2"], rank=4, rank_pattern={"0": 30}))
+    assert len(plan.warnings) == 1 and "rank 30 is more than the weights at 0 can use" in plan.warnings[0]
     assert "largest useful rank is 16" in plan.warnings[0]
 
 
