@@ -51,13 +51,13 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
 
     from rules import LoraRule, TrainRule
     from surgery import (
-        adapter_state_dict,
         apply_rules,
         draw,
         export_onnx,
         merge,
         plan_rules,
         remove,
+        save_adapter,
         show,
         summary,
         unmerge,
@@ -96,10 +96,9 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     logits = outputs(model, held_out)
     after = accuracy(logits, held_out)
     print(f"accuracy on the held-out half: {before:.1%} before, {after:.1%} after")
-    args.out.mkdir(parents=True, exist_ok=True)
-    save_file(adapter_state_dict(model), args.out / "adapter.safetensors")
-    stored = (args.out / "adapter.safetensors", weights / "model.safetensors")
-    adapter_size, base_size = (path.stat().st_size for path in stored)
+    saved = save_adapter(model, args.out / "adapter", metadata={"accuracy": after})
+    adapter_size = sum(file.stat().st_size for file in saved.iterdir())
+    base_size = (weights / "model.safetensors").stat().st_size
     print(f"adapter {size(adapter_size)} beside the base's {size(base_size)}: {adapter_size / base_size:.1%}")
     print(f"\nthe code that runs at one site:\n{show(model, SITE)}")
     graph = draw(model, SITE)
@@ -123,7 +122,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     remove(model)
     written = args.out / "removed.safetensors"
     save_file(as_in_file(model.bert), written, metadata={"format": "pt"})
-    hashes = [sha256_of_file(path) for path in (stored[1], written)]
+    hashes = [sha256_of_file(path) for path in (weights / "model.safetensors", written)]
     print(f"the file that was loaded  SHA-256 {hashes[0]}")
     print(f"the model, written again  SHA-256 {hashes[1]}")
     same = hashes[0] == hashes[1] and sha256(untrained) == sha256(model.classifier.state_dict())

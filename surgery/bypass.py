@@ -2,7 +2,7 @@
 
 Such a reading goes past whatever a rule has put into that forward. It is found in the source, without running the
 model, in two steps. `surgery.reads` reads one function by itself, once: what it uses and calls, as chains of
-attributes that begin at its arguments. `_Search` follows the chains through the live modules, from a forward on.
+attributes that begin at its arguments. `Search` follows the chains through the live modules, from a forward on.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 
 from torch import nn
 
+from surgery.decided import goes
 from surgery.match import base_modules
 from surgery.pattern import qualified_name
 from surgery.reads import CALL, WRAP, Chain, Facts, facts_of
@@ -62,7 +63,7 @@ def bypasses(model: nn.Module) -> dict[str, list[Bypass]]:
     found: dict[str, list[Bypass]] = {path: [] for path in paths.values()}
     for path, module in modules:
         if _leads(_own_class(module)):
-            for place in _Search(paths, path, module).places():
+            for place in Search(paths, path, module).places():
                 found[place.path].append(place)
     return {path: list(dict.fromkeys(places)) for path, places in found.items() if places}
 
@@ -86,7 +87,7 @@ def bypasses_of(model: nn.Module, path: str, aliases: Iterable[str] = ()) -> lis
             above.setdefault(id(reader), (".".join(parts[:depth]), reader))
             reader = submodule(reader, part)
     paths = {id(target): path, **{key: name for key, (name, _) in above.items()}}
-    searches = [_Search(paths, name, reader, target) for name, reader in above.values()]
+    searches = [Search(paths, name, reader, target) for name, reader in above.values()]
     return list(dict.fromkeys(place for search in searches for place in search.places()))
 
 
@@ -138,17 +139,22 @@ class _Function(NamedTuple):
     owner: _Held | None = None
 
 
-class _Search:
+class Search:
     """The readings that one module's forward leads to: of the parameters of `target`, or of anyone."""
 
     def __init__(self, paths: dict[int, str], path: str, module: nn.Module, target: nn.Module | None = None):
         self.paths, self.target, self.entry = paths, target, _Held(path, module)
+        self.ran: set[int] = set()  # modules that are called, or handed to what may call them
+        self.unsure: set[int] = set()  # modules that code has at hand which may call any child of theirs
         self.found: dict[tuple, bool] = {}
         self.done: set[tuple] = set()
         forward = _lookup(self.entry.cls.__mro__, "forward")
         if isinstance(forward, FunctionType) and self.promising():
-            facts = facts_of(forward)
-            self.run(facts, {name: [self.entry] for name in facts.parameters[:1]}, self.entry, True, True)
+            self.read(forward)
+
+    def read(self, method: FunctionType) -> None:
+        facts = facts_of(method)
+        self.run(facts, {name: [self.entry] for name in facts.parameters[:1]}, self.entry, True, True)
 
     def promising(self) -> bool:
         """Most classes read nothing of their children: told from what is known of the class, in microseconds."""
@@ -167,11 +173,16 @@ class _Search:
         if key in self.done or len(self.done) > 500:  # functions from one forward: far above any seen, far below a hang
             return
         self.done.add(key)
+        if facts.dynamic or not facts.lines:
+            self.unsure |= {id(thing.module) for held in given.values() for thing in held if isinstance(thing, _Held)}
         for chain, always in (*facts.uses, *((chain, True) for chain in facts.returns if returned)):
             self.use(self.things(chain, given, facts), reader, sure and always)
         for called, arguments, always in facts.calls:
             values = [(place, thing) for place, chain in arguments for thing in self.things(chain, given, facts)]
-            functions = [code for thing in self.things(called, given, facts) if (code := _called(thing, values))]
+            things = self.things(called, given, facts)
+            if _reached(facts, called, given):
+                self.ran.update(id(thing.module) for thing in things if isinstance(thing, _Held))
+            functions = [code for thing in things if (code := _called(thing, values))]
             for function in functions:
                 self.call(function, values, facts, reader, sure and always)
             if not functions:
@@ -200,6 +211,8 @@ class _Search:
 
     def use(self, things: Iterable[Any], reader: _Held, sure: bool) -> None:
         for thing in things:
+            if isinstance(thing, _Held):
+                self.ran.add(id(thing.module))
             if isinstance(thing, _Function) and thing.owner:  # handed on and called later: checkpoint(self.block, x)
                 self.call(thing, [], facts_of(thing.code), reader, sure)
             if not isinstance(thing, _Parameter) or thing.owner.own or thing.owner.module is self.entry.module:
@@ -259,6 +272,14 @@ class _Search:
                 yield from self.things(chain, {facts.parameters[0]: [function.owner]}, facts, depth + 1)
 
 
+def _reached(facts: Facts, called: Chain, given: dict[str, list]) -> bool:
+    """Whether a call comes to where this is called, as far as the module's settings tell."""
+    name = facts.parameters[0] if facts.parameters else ""
+    modules = [thing.module for thing in given.get(name, ()) if isinstance(thing, _Held)]
+    behind = facts.behind.get(called, ())
+    return len(modules) != 1 or not behind or any(goes(tests, name, modules[0]) for tests in behind)
+
+
 def _identity(thing: Any) -> tuple:
     return tuple(part if isinstance(part, str) else id(getattr(part, "module", part)) for part in thing)
 
@@ -283,7 +304,7 @@ def _leads(cls: type[nn.Module]) -> set[str]:
 
 
 class _Leads:
-    """What `_Search` may come to from a class, before there is a module: too much rather than too little."""
+    """What `Search` may come to from a class, before there is a module: too much rather than too little."""
 
     def __init__(self, cls: type[nn.Module]):
         self.cls, self.names = cls, set[str]()

@@ -6,6 +6,7 @@ import json
 import math
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -29,7 +30,7 @@ from surgery.plan import Plan, make_plan
 from surgery.recording import Step
 from surgery.root import rewritten
 from surgery.site import LiveSite, ParamSpec
-from surgery.state import adapter_names, first_process, sites, tensors_of, whole
+from surgery.state import adapter_names, sites, tensors_of, whole
 from surgery.state_dicts import adapter_state_dict, rules_of
 from surgery.stored import (
     NAME,
@@ -43,6 +44,7 @@ from surgery.stored import (
     stored_adapter,
     tensor_key,
 )
+from surgery.together import writing
 from surgery.view import tensor_at
 from surgery.vocabulary import other_vocabulary, resized, sizes_wanted
 from surgery.wrapped import unwrapped
@@ -121,7 +123,8 @@ def save_adapter(
     The folder is made where it is absent; other files in it stay. Killed at any moment, it holds the adapter that was
     there before or this one, whole. Where processes share a sharded model, all of them call this, and the first writes;
     or one alone, with a `state_dict` that was gathered elsewhere (accelerate's `get_state_dict`). Raises `SurgeryError`
-    where PEFT's format can't hold the adapter, or a rule holds what is no data.
+    where PEFT's format can't hold the adapter, a rule holds what is no data, a state dict lacks a tensor or is sharded,
+    or other processes have other parts of the model (a pipeline's stages).
     """
     if format not in ("auto", "peft", "surgery"):
         raise SurgeryError(f"there is no format {format!r}", fix='"peft", "surgery", or "auto" for the first that fits')
@@ -164,12 +167,11 @@ def _put(
 ) -> Path:
     """Write two files; `extra` goes into the tensors' own, where PEFT passes over it."""
     folder, text = Path(folder), json.dumps(settings, indent=2, sort_keys=bool(extra)) + "\n"
-    if alone or first_process():
-        told = {"format": "pt", "surgery": json.dumps({"settings": settings, **extra})}
-        writer = partial(files.write_safetensors, tensors=tensors, metadata=told)
-        files.replace_files(folder, (names[0], writer), (names[1], text.encode()), gone)
-    if not alone and torch.distributed.is_available() and torch.distributed.is_initialized():
-        torch.distributed.barrier()  # no process reads what the first has not written
+    with nullcontext(True) if alone else writing(folder, tensors) as writes:
+        if writes:
+            told = {"format": "pt", "surgery": json.dumps({"settings": settings, **extra})}
+            writer = partial(files.write_safetensors, tensors=tensors, metadata=told)
+            files.replace_files(folder, (names[0], writer), (names[1], text.encode()), gone)
     return folder
 
 

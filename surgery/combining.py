@@ -23,6 +23,7 @@ from surgery.neutral import verb
 from surgery.peft_targets import regular
 from surgery.placing import Placed, put
 from surgery.root import rewritten
+from surgery.sharded import sharding_of
 from surgery.site import LiveSite
 from surgery.state import MARK, Applied, ModelState, name_problem, sites, tensors_of
 from surgery.view import tensor_at
@@ -91,6 +92,9 @@ def combine(
         raise problem
     for name in how.weights:
         check_whole(state, name, "be combined")
+    for path, module, site in sites(root):
+        if site.of(list(how.weights)) and (refused := sharding_of(module)) is not None:
+            raise SiteError("adapters can't be combined here", where=path, why=refused[0], fix=refused[1])
     found = list(_kinds(root, state, how))
     with torch.no_grad():
         for kind in found:

@@ -32,6 +32,7 @@ from surgery.pattern import Verdict
 from surgery.plan import Plan, make_plan
 from surgery.ranks import rank_warnings
 from surgery.recording import Step
+from surgery.reducers import watch_gradients
 from surgery.root import rewritten, with_lost
 from surgery.site import LiveSite, ParamSpec
 from surgery.state import (
@@ -193,6 +194,8 @@ def carry_out(
         _record(plan.model, plan, standing, journal)
         if plan.observation is not None:
             _check_output(plan, example_inputs)
+    boxes = plan.model.__dict__[_MODEL].places[plan.adapter].boxes
+    watch_gradients(plan.adapter, (parameter for box in boxes for parameter in box.parameters()))
 
 
 # Applying -----------------------------------------------------------------------------------------------------

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from surgery.flags import is_lazy
 from surgery.match import base_modules
+from surgery.spelling import class_of
 from surgery.state import site_state
 
 __all__ = ["differences", "fingerprint"]
@@ -26,7 +27,7 @@ def fingerprint(model: nn.Module) -> dict[str, Any]:
     matrices = [item for item in held if item[1].dim() > 1] or held  # biases and norms are alike everywhere
     chosen = [matrices[i] for i in _spread(len(matrices), TENSORS)]
     return {
-        "class": type(model).__name__,
+        "class": class_of(model).__name__,
         "numbers": {name: {"shape": list(tensor.shape), "values": _numbers(tensor)} for name, tensor in chosen},
     }
 

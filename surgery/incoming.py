@@ -295,15 +295,3 @@ def _at_rest(rule: Rule) -> Rule:
 def copied(tensor: Tensor) -> Tensor:
     with torch.no_grad():
         return tensor.detach().clone()
-
-
-def put(tensor: Tensor, new: Tensor) -> None:
-    """Copy numbers into a live tensor, whatever mode it was made in, and where it is sharded each process its part."""
-    mesh: Any = getattr(tensor, "device_mesh", None)
-    if mesh is not None and not hasattr(new, "device_mesh"):
-        from torch.distributed.tensor import distribute_tensor
-
-        sharded: Any = tensor
-        new = distribute_tensor(new.to(tensor.device), mesh, sharded.placements)
-    with torch.inference_mode(tensor.is_inference()), torch.no_grad():
-        tensor.detach().copy_(new)

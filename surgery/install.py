@@ -26,6 +26,7 @@ from surgery.own import Own
 from surgery.packed import quantised_later
 from surgery.pattern import qualified_name
 from surgery.pending import Unwritten, independent, settled, writing_forward
+from surgery.sharded import refuse_split, sharding_of
 from surgery.state import site_state
 from surgery.weave import Layer, woven
 
@@ -151,10 +152,7 @@ def reason_against(module: nn.Module) -> tuple[str, str] | None:
             "accelerate has offloaded its weights, which are absent between calls",
             "load the model without offloading",
         )
-    packed = [tensor for tensor in module._parameters.values() if type(tensor) is not nn.Parameter]
-    if any(hasattr(tensor, "device_mesh") for tensor in packed):
-        return "its parameters are sharded (DTensor)", "apply rules before fully_shard"
-    return None
+    return sharding_of(module)
 
 
 def _is_bound(bound: Any, module: nn.Module, cls: type) -> bool:
@@ -247,6 +245,7 @@ def _class_of(base: type[nn.Module], forward: Any, recipe: Recipe | Unwritten) -
         "__qualname__": base.__qualname__,
         "__doc__": base.__doc__,
         "__reduce_ex__": _reduce_ex,
+        "register_parameter": _register_parameter,
         "_surgery_base": base,
         "_surgery_recipe": recipe,
         "_surgery_self": property(lambda self: self),
@@ -278,6 +277,11 @@ def told(error: Exception, module: nn.Module) -> Exception:
             f"at the site {state.path or '(the model itself)'}, a {type(module).__name__} rewritten by {rules}"
         )
     return error
+
+
+def _register_parameter(self: Any, name: str, param: nn.Parameter | None) -> None:
+    refuse_split(self, name, param)
+    type(self)._surgery_base.register_parameter(self, name, param)
 
 
 def _reduce_ex(self: nn.Module, protocol: Any) -> Any:

@@ -26,6 +26,7 @@ from surgery.owners import Owners
 from surgery.packed import UNPACKED, is_packed
 from surgery.recording import layer_of
 from surgery.root import rewritten, with_lost
+from surgery.sharded import sharding_of
 from surgery.site import LiveSite
 from surgery.state import Applied, Merged, SiteState, adapter_names, sites, tensors_of
 from surgery.ties import Untied, retie, say_untied
@@ -141,6 +142,10 @@ def unmerged(model: M, check: bool = True) -> M:
     root, state = rewritten(model, lost=not check)
     found = [(path, module, site) for path, module, site in with_lost(root, state) if site.merged is not None]
     for path, module, site in found:
+        if site.merged is not None and site.merged.folds and (refused := sharding_of(module)) is not None:
+            why = f"{refused[0]}; what the merge folded in was noted of whole ones"
+            fix = "unmerge(model) before sharding, or forget(model) to keep the weights as they are"
+            raise MergeError("the site can't be unmerged", where=path, why=why, fix=fix)
         verify_records([(tensor_at(module, name), record) for name, record in _merged(site).folds], path, check)
     with torch.no_grad(), Journal() as journal:
         for path, module, site in found:

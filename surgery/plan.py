@@ -29,6 +29,7 @@ from surgery.state import is_adapter_key, model_state, name_problem, site_state,
 from surgery.statistics import moving, moving_modules
 from surgery.table import table
 from surgery.tape import NOTHING
+from surgery.uncalled import never_called
 from surgery.weave import Layer
 from surgery.wrapped import submodule, unwrapped
 
@@ -266,7 +267,7 @@ def _add_step(
     except SurgeryError as error:
         plan.problems.append(error)
         return
-    if read_past and not _read_around(plan, rule, path, read_past):
+    if read_past and not _read_around(plan, rule, match, read_past):
         return
     if fast:
         _switch_fast_paths(plan, path, fast)
@@ -293,20 +294,22 @@ def _objection(rule: Rule, module: nn.Module, path: str) -> str | None:
         return rule.check(module, path)
 
 
-def _read_around(plan: Plan, rule: Rule, path: str, read_past: list[Bypass]) -> bool:
+def _read_around(plan: Plan, rule: Rule, match: Match, read_past: list[Bypass]) -> bool:
     """Deal with code that reads a site's parameters past its forward; whether the rule can go there all the same."""
+    path = match.path
     for bypass in read_past:
         if bypass.in_fast_path and fastpath_switch(submodule(plan.model, bypass.reader)):
             continue  # that code is switched off
         place = f"{bypass.reader_type} reads its {bypass.parameter} directly, at {bypass.file}:{bypass.line}"
-        if bypass.conditional:
+        uncalled = bypass.conditional and never_called(plan.model, (path, *match.aliases))
+        if bypass.conditional and not uncalled:
             plan.warnings.append(f"{rule.label} at {path} is bypassed on one branch: {place}: {bypass.source}")
             continue
         plan.problems.append(
             SiteError(
                 f"{rule.label} would be bypassed",
                 where=path,
-                why=f"{place}: {bypass.source}",
+                why=f"{place}: {bypass.source}{'; no code calls the module' if uncalled else ''}",
                 fix=f"target {bypass.reader or 'the model itself'!r}, exclude this module, or call it in that forward",
             )
         )

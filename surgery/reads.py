@@ -9,10 +9,13 @@ from __future__ import annotations
 import ast
 import inspect
 import weakref
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from types import FunctionType, ModuleType
 from typing import Any
+
+from surgery.decided import Tests
 
 __all__ = ["CALL", "WRAP", "Chain", "Facts", "facts_of"]
 
@@ -34,6 +37,17 @@ _INERT = set(
     " result_type has_torch_function has_torch_function_unary has_torch_function_variadic to type_as view_as expand_as"
     " reshape_as zeros_like ones_like empty_like full_like rand_like randn_like debug info warning warning_once".split()
 )
+# Ways to a module's children without their names.
+_ANY_CHILD = {
+    "_modules",
+    "__dict__",
+    "get_submodule",
+    "named_modules",
+    "modules",
+    "named_children",
+    "children",
+    "apply",
+}
 _SAME = {"list", "tuple", "set", "iter", "reversed", "sorted", "cast"}
 
 
@@ -45,9 +59,11 @@ class Facts:
     start: int = 0
     lines: tuple[str, ...] = ()
     decorated: bool = False
+    dynamic: bool = False  # it looks for attributes under names that are not in its source
     returns: Chains = _NONE
     uses: tuple[tuple[Chain, bool], ...] = ()  # and whether every run of the function comes there
     calls: tuple[tuple[Chain, tuple[tuple[int | str, Chain], ...], bool], ...] = ()
+    behind: dict[Chain, tuple[Tests, ...]] = field(default_factory=dict)  # of what is called: the tests around it
 
 
 _facts: weakref.WeakKeyDictionary[FunctionType, Facts] = weakref.WeakKeyDictionary()
@@ -70,6 +86,8 @@ class _Source:
         self.known = {**function.__globals__, **_cells(function)}
         self.uses: dict[Chain, None] = {}
         self.calls: dict[tuple, None] = {}
+        self.behind: dict[Chain, set[Tests]] = {}
+        self.tests: Tests = ()
         self.returns: set[Chain] = set()
         self.sure: set[tuple] = set()  # of uses and calls, those that the block being read always comes to
         try:
@@ -86,6 +104,7 @@ class _Source:
         self.facts.decorated = bool(found.decorator_list)
         self.facts.returns = frozenset(self.returns)
         self.facts.uses = tuple((chain, _plain(chain) in self.sure) for chain in self.uses)
+        self.facts.behind = {chain: tuple(tests) for chain, tests in self.behind.items()}
         self.facts.calls = tuple((called, given, _plain(called) in self.sure) for called, given in self.calls)
 
     def use(self, chains: Iterable[Chain]) -> Chains:
@@ -100,6 +119,17 @@ class _Source:
         before, self.sure = self.sure, set()
         found, inside, self.sure = read(), self.sure, before
         return found, inside
+
+    @contextmanager
+    def within(self, node: Any, name: str) -> Iterator[None]:
+        """A block of a statement, read with the test that leads to it."""
+        before = self.tests
+        if isinstance(node, ast.If):
+            self.tests = (*before, (node.test, name == "body"))
+        try:
+            yield
+        finally:
+            self.tests = before
 
     def block(self, body: list[Any], env: dict[str, Chains]) -> None:
         for node in body:
@@ -144,7 +174,8 @@ class _Source:
             if block := getattr(node, name, None):
                 branches.append(dict(env))
                 for _ in range(2 if isinstance(node, (ast.For, ast.AsyncFor, ast.While)) else 1):
-                    _, sure[name] = self.apart(lambda block=block: self.block(block, branches[-1]))
+                    with self.within(node, name):
+                        _, sure[name] = self.apart(lambda block=block: self.block(block, branches[-1]))
         self.sure |= sure["body"] & sure["orelse"] if isinstance(node, ast.If) else sure["body"] | sure["finalbody"]
         for name in {name for branch in branches for name in branch}:
             env[name] = frozenset().union(*(branch.get(name, _NONE) for branch in branches))
@@ -195,6 +226,7 @@ class _Source:
             case ast.Name(id=name):
                 return env[name] if name in env else _known(self.known.get(name))
             case ast.Attribute(value=value, attr=attr):
+                self.facts.dynamic |= attr in _ANY_CHILD
                 return _attribute(self.expr(value, env), attr, node.end_lineno or 0)
             case ast.Subscript(value=value, slice=index):
                 self.use(self.expr(index, env))
@@ -250,6 +282,7 @@ class _Source:
         if isinstance(node.func, ast.Name):
             if name == "getattr" and len(node.args) > 1:
                 attr = node.args[1].value if isinstance(node.args[1], ast.Constant) else None
+                self.facts.dynamic |= attr is None
                 return _attribute(first, attr, node.lineno) if isinstance(attr, str) else _NONE
             if name in _SAME:
                 return _union([held for _, held in arguments])
@@ -264,6 +297,7 @@ class _Source:
         followed = [chain for chain in called if isinstance(chain[0], str) or self.readable(chain[0])]
         for chain in followed:
             self.calls[chain, () if name in _INERT else given] = None
+            self.behind.setdefault(chain, set()).add(self.tests)
             self.sure.add(_plain(chain))
         if not followed and name not in _INERT:
             self.use(frozenset(chain for _, chain in given))

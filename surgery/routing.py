@@ -26,6 +26,7 @@ from surgery.layout import prove
 from surgery.members import routes_itself
 from surgery.neutral import neutral
 from surgery.outside import Lent, hide_hooks, show_hooks
+from surgery.reducers import watch_gradients
 from surgery.root import rewritten
 from surgery.routed import Plan, plan_of
 from surgery.rows import Rows
@@ -288,6 +289,7 @@ class _Shared:
                 for box in state.places[name].boxes:
                     journal.undo(self.lent.take_back, box)
                     self.lent.lend(box)
+                    watch_gradients(name, box.parameters())
 
     def leave(self, routing: _Routing) -> None:
         model = routing.model

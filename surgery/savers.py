@@ -210,14 +210,15 @@ def save_trained(model: nn.Module, folder: str | Path, state_dict: Mapping[str, 
     For checkpoints without the base: `load_state_dict(…, strict=False)` puts it back. Weights that an adapter changed
     at its start (PiSSA) are written, too. `state_dict`: the model's, where it was gathered from elsewhere.
     """
-    from safetensors.torch import save_file
+    from safetensors.torch import save
 
     held = model.state_dict() if state_dict is None else state_dict
     kept = kept_names(model)
     chosen = {key: t for key, t in held.items() if plain_name(key) in kept or plain_name(key).endswith("_extra_state")}
     tensors = {key: whole(t.detach()).cpu().contiguous().clone() for key, t in chosen.items() if isinstance(t, Tensor)}
     if state_dict is not None or first_process():
-        save_file(tensors, Path(folder) / "model.safetensors", metadata={"format": "pt", "surgery": _MARK})
+        written = save(tensors, metadata={"format": "pt", "surgery": _MARK})
+        (Path(folder) / "model.safetensors").write_bytes(written)  # which others may read: save_file's are 0600
 
 
 def kept_names(model: nn.Module) -> set[str]:

@@ -253,4 +253,7 @@ def class_of(module: nn.Module) -> type[nn.Module]:
     >>> type(layer) is nn.Linear, class_of(layer) is nn.Linear
     (False, True)
     """
-    return getattr(module, "_surgery_base", type(module))
+    cls = getattr(module, "_surgery_base", type(module))
+    while cls.__bases__ and cls.__bases__[0].__name__ == "FSDPModule":  # put on top of it by fully_shard
+        cls = cls.__bases__[1]
+    return cls

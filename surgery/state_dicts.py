@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-import torch
 from torch import Tensor, nn
 
 from surgery.base_rule import Rule
@@ -13,6 +12,7 @@ from surgery.journal import Journal
 from surgery.match import RESERVED
 from surgery.neutral import verb
 from surgery.root import check_all_present, records_in, rewritten
+from surgery.sharded import is_flattened, put
 from surgery.state import adapter_names, is_adapter_key, sites, tensors_of
 from surgery.wrapped import taken_from
 
@@ -66,6 +66,17 @@ def given_tensors(
 ) -> Mapping[str, Tensor] | None:
     """The adapter's tensors in a state dict that was given, under the names of this model; None where none was."""
     if state_dict is None:
+        flat = [
+            path for path, module, _ in sites(model) if any(map(is_flattened, tensors_of(module, adapter).values()))
+        ]
+        if flat:
+            raise SurgeryError(
+                f"the tensors of {adapter!r} are not whole here",
+                where=flat[0],
+                why="FSDP has made them parts of a flat parameter that is sharded",
+                fix="gather them on all processes, get_model_state_dict(model, options=StateDictOptions("
+                "full_state_dict=True)), and give them: state_dict=…",
+            )
         return None
     insides = [(".".join(filter(None, (path, RESERVED, adapter))), module) for path, module, _ in sites(model)]
     names = [f"{inside}.{name}" for inside, module in insides for name in tensors_of(module, adapter)]
@@ -101,10 +112,10 @@ def load_adapter_state_dict(model: nn.Module, tensors: Mapping[str, Tensor], ada
             why="; ".join(problems[:8]) + ("; …" if len(problems) > 8 else ""),
             fix="apply the rules that they were trained with: rules_of, rules_to_json",
         )
-    with torch.no_grad(), Journal() as journal:
+    with Journal() as journal:
         for key, tensor in own.items():
-            journal.undo(tensor.copy_, tensor.clone())
-            tensor.copy_(tensors[key])
+            journal.undo(put, tensor, tensor.clone())
+            put(tensor, tensors[key])
 
 
 def rules_of(model: nn.Module, adapter: str | None = None) -> list[Rule]:

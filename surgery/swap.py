@@ -21,7 +21,7 @@ from surgery.errors import LoadError, RuleError, SiteError, SurgeryError, Surger
 from surgery.files import TensorFile
 from surgery.fingerprint import differences
 from surgery.hooks import running
-from surgery.incoming import Living, Making, copied, incoming, living, put, step_for
+from surgery.incoming import Living, Making, copied, incoming, living, step_for
 from surgery.journal import Journal
 from surgery.kept import keep_site
 from surgery.living import install_live
@@ -30,6 +30,7 @@ from surgery.neutral import verb
 from surgery.origin import other_model
 from surgery.recording import Step
 from surgery.root import rewritten
+from surgery.sharded import is_flattened, put
 from surgery.site import LiveSite
 from surgery.state_dicts import rules_of
 from surgery.stored import Entry, Stored, stored_adapter, tensor_key
@@ -190,7 +191,7 @@ def _grown(one: Living, adapter: str, rank: int, known: dict[int, Rule]) -> tupl
     wider = known[id(rule)] if id(rule) in known else rule.padded(rank)
     if wider is rule:
         return None
-    if any(hasattr(tensor, "device_mesh") for tensor in one.tensors.values()):
+    if any(hasattr(tensor, "device_mesh") or is_flattened(tensor) for tensor in one.tensors.values()):
         raise SiteError("its tensors are sharded", where=one.path, fix="pad before fully_shard")
     step = step_for(wider, one.path, one, adapter)
     params = {name: tensor.detach() for name, tensor in one.tensors.items()}

@@ -7,15 +7,16 @@ wanted. So the loops here go straight to what they change, and call nothing for 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
-from torch import nn
+from torch import Tensor, nn
 
 from surgery.errors import SurgeryError
 from surgery.install import reason_against, swap
 from surgery.journal import Journal
 from surgery.links import there
 from surgery.living import class_of_live
+from surgery.reducers import watch_gradients
 from surgery.state import _SITE, AdapterTensors, ModelState, SiteState, box_of, require_state
 from surgery.statistics import exchange
 
@@ -54,6 +55,7 @@ def switch(model: nn.Module, live: Mapping[str, float]) -> None:
                 _rest(state.places[name].boxes)
             elif name not in before:
                 _train(state.places[name].boxes)
+                watch_gradients(name, _parameters(state.places[name].boxes))
 
 
 def weights_now(state: ModelState) -> dict[str, float]:
@@ -202,6 +204,10 @@ def _train(boxes: Sequence[AdapterTensors]) -> None:
             box.still = frozenset()
 
 
+def _parameters(boxes: Sequence[AdapterTensors]) -> Iterator[Tensor]:
+    return (tensor for box in boxes for tensor in box._parameters.values() if tensor is not None)
+
+
 def set_trained(state: ModelState, adapters: Iterable[str], train: bool) -> None:
     """Whether adapters train while they are live: the tensors that their rules have for that."""
     with Journal() as journal:
@@ -217,3 +223,5 @@ def set_trained(state: ModelState, adapters: Iterable[str], train: bool) -> None
                 held = box.tensors()
                 for key in names:
                     held[key].requires_grad_(train)
+            if train and state.standing[name].live:
+                watch_gradients(name, _parameters(state.places[name].boxes))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import multiprocessing
 import sys
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -17,13 +18,19 @@ from rules import LoraRule
 from surgery import (
     SurgeryError,
     activate,
+    adapter_state_dict,
     apply_rules,
+    combine,
     deactivate,
     hotswap,
     load_adapter,
+    load_adapter_state_dict,
+    merge,
     pad_rank,
     remove,
     save_adapter,
+    unmerge,
+    using,
 )
 
 tiny: Any = pytest.importorskip("tests.tiny", reason="needs transformers")
@@ -41,7 +48,7 @@ def test_ddp_and_fsdp2_on_two_processes(tmp_path: Path) -> None:
     for process in workers:
         process.start()
     for process in workers:
-        process.join(120)
+        process.join(300)
     stuck = [process for process in workers if process.is_alive()]
     for process in stuck:
         process.kill()
@@ -58,11 +65,14 @@ def worker(rank: int, store: str, errors: Any) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
     try:
-        for check in (ddp, fsdp2, fsdp2_of_single_sites, fsdp2_in_half_precision):
+        for check in (ddp, ddp_and_what_trains_later, fsdp2, fsdp2_of_single_sites, fsdp2_in_half_precision):
             check(rank)
             dist.barrier()
         fsdp2_saves_the_whole_adapter(rank, Path(store).parent)
         fsdp2_takes_new_weights(rank, Path(store).parent)
+        fsdp2_with_checkpointed_blocks(rank, Path(store).parent)
+        what_sharding_forbids(rank)
+        who_writes(rank, Path(store).parent)
     except BaseException:
         errors.put(f"rank {rank}:\n{traceback.format_exc()}")
         raise
@@ -110,6 +120,58 @@ def ddp(rank: int) -> None:
     assert all(p.grad is None for name, p in model.named_parameters() if ".adapters." not in name)
     remove(model)
     assert not adapters_of(model)
+
+
+def ddp_and_what_trains_later(rank: int) -> None:
+    """What DDP does not reduce is an error at its first gradient, on every process; what it reduces is equal on all."""
+    DDP = nn.parallel.DistributedDataParallel
+    ids = tiny.ids()[rank : rank + 1]
+
+    def step(model: Any) -> None:
+        model.zero_grad()
+        loss_of(model(input_ids=ids)).backward()
+
+    def drifts(model: Any) -> None:
+        try:
+            step(model)
+        except SurgeryError as error:
+            assert "DDP does not reduce the gradients of the adapter 'b'" in str(error), error
+        else:
+            raise AssertionError("gradients stayed with their process")
+
+    def agree(model: nn.Module) -> None:
+        for name, parameter in adapters_of(model).items():
+            if parameter.grad is not None:
+                there = [torch.empty_like(parameter.grad) for _ in range(2)]
+                dist.all_gather(there, parameter.grad)
+                assert torch.equal(*there), name
+
+    def two() -> Any:
+        model, _ = patient()
+        return apply_rules(model, [LoraRule("q_proj", rank=2, init="random")], adapter="b")
+
+    model = activate(two(), "default")
+    wrapped = DDP(model)
+    step(wrapped)
+    agree(model)
+    with using(model, "b"), torch.no_grad():
+        wrapped(input_ids=ids)
+    step(wrapped)
+    agree(model)
+    activate(model, "b")
+    drifts(wrapped)
+    del wrapped
+    step(DDP(activate(activate(model, "default"), "b")))
+    agree(model)
+    model = two()
+    wrapped = DDP(model, find_unused_parameters=True)
+    for names in ("default", "b", ["default", "b"]):
+        step(activate(model, names) and wrapped)
+        agree(model)
+    model, _ = patient()
+    wrapped = DDP(model)
+    apply_rules(model, [LoraRule("q_proj", rank=2, init="random")], adapter="b")
+    drifts(wrapped)
 
 
 def sharded_as(rank: int, modules: Any, slack: float = 0.0, **fields: Any) -> Any:
@@ -195,3 +257,124 @@ def fsdp2_takes_new_weights(rank: int, folder: Path) -> None:
         assert "sharded" in str(error), error
     else:
         raise AssertionError("sharded tensors were padded")
+
+
+def fsdp2_with_checkpointed_blocks(rank: int, folder: Path) -> None:
+    """What accelerate's fsdp_activation_checkpointing does: the first process saves alone, and waits for no other."""
+    from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+    from torch.distributed.fsdp import fully_shard
+
+    model, batch = patient()
+    with torch.no_grad():
+        expected = model(**batch).logits
+    layers = model.model.layers
+    for i, layer in enumerate(layers):
+        layers[i] = checkpoint_wrapper(layer)
+        fully_shard(layers[i])
+    fully_shard(model)
+    model(**batch).logits.sum().backward()
+    parts: Any = get_model_state_dict(model)
+    whole: Any = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+    if rank == 0:
+        save_adapter(model, folder / "alone", state_dict=whole)
+        save_adapter(model, folder / "prefixed", state_dict={f"module.{name}": t for name, t in whole.items()})
+        for wrong, why in ((parts, "is sharded"), ({}, "lacks 28 tensors")):
+            refused(lambda wrong=wrong: save_adapter(model, folder / "none", state_dict=wrong), why)
+    save_adapter(model, folder / "together")
+    assert not (folder / "none").exists()
+    for name in ("alone", "prefixed", "together"):
+        plain, _ = patient()
+        load_adapter(remove(plain), folder / name)
+        with torch.no_grad():
+            assert torch.equal(plain(**batch).logits, expected), name
+        dist.barrier()
+
+
+def refused(call: Any, why: str) -> None:
+    try:
+        call()
+    except SurgeryError as error:
+        assert why in str(error), error
+    else:
+        raise AssertionError(f"not refused: {why}")
+
+
+def what_sharding_forbids(rank: int) -> None:
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
+    from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
+
+    def net() -> Any:
+        torch.manual_seed(0)
+        return nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+
+    def adapted() -> Any:
+        return apply_rules(net(), [LoraRule("0", rank=2, init="random")])
+
+    x = torch.ones(1, 4)
+    model = adapted()
+    merge(model)
+    merged = model(x)
+    fully_shard(model)
+    refused(lambda: unmerge(model), "can't be unmerged")
+    assert torch.equal(model(x), merged)
+    model = fully_shard(adapted())
+    sharded: Any = adapter_state_dict(model)
+    held: Any = {name: tensor.full_tensor() * 0 + 0.5 for name, tensor in sharded.items()}
+    load_adapter_state_dict(model, held)
+    assert all(bool((tensor.full_tensor() == 0.5).all()) for tensor in sharded.values())
+    refused(lambda: combine(model, {"default": 1.0}, "sum"), "its parameters are sharded")
+
+    model = adapted()
+    before = model(x)
+    mesh = init_device_mesh("cpu", (2,))
+    refused(lambda: parallelize_module(model, mesh, {"0": ColwiseParallel()}), "can't split a rewritten Linear")
+    assert torch.equal(model(x), before)
+
+    def flat(model: Any, **settings: Any) -> Any:
+        return FullyShardedDataParallel(model, device_id=torch.device("cpu"), **settings)
+
+    for whole in (True, False):
+        wrapped = flat(net(), use_orig_params=whole)
+        refused(lambda wrapped=wrapped: apply_rules(wrapped, [LoraRule("0", rank=2)]), "parts of a flat one")
+    model = adapted()
+    wrapped = flat(model, use_orig_params=True)
+    assert torch.equal(wrapped(x), before)
+    for verb in (merge, remove, adapter_state_dict, lambda model: save_adapter(model, "none")):
+        refused(lambda verb=verb: verb(model), "flat")
+
+
+def who_writes(rank: int, folder: Path) -> None:
+    """The first process, which waits for none; each a part of its own is refused, or saved by itself."""
+
+    def stage() -> Any:
+        torch.manual_seed(0)
+        layers = nn.ModuleDict({str(i): nn.Linear(4, 4) for i in range(2)})
+        del layers[str(1 - rank)]
+        return apply_rules(layers, [LoraRule("all-linear", rank=2, init="random")])
+
+    model, _ = patient()
+    if rank == 0:  # as in `if accelerator.is_main_process:`
+        save_adapter(model, folder / "first")
+    assert save_adapter(model, folder / "both") and (folder / "both" / "adapter_model.safetensors").exists()
+    part = stage()
+    dist.barrier()
+    try:
+        save_adapter(part, folder / "stages")
+    except SurgeryError as error:
+        assert "a part of the adapter as if it were all" in str(error) and f"{1 - rank}.lora_A" in str(error), error
+    else:
+        assert rank == 0  # where the other came later
+    mine = save_adapter(part, folder / f"stage {rank}", state_dict=part.state_dict())
+    assert set(load_adapter(stage_of(part), mine).loaded)
+    if rank == 1:
+        from surgery import together
+
+        together.PATIENCE = timedelta(seconds=0.1)
+        refused(lambda: save_adapter(model, folder / "second"), "process 0, which writes, has not saved one")
+        together.PATIENCE = timedelta(seconds=120)
+
+
+def stage_of(part: Any) -> Any:
+    return remove(copy.deepcopy(part))

@@ -107,7 +107,9 @@ def test_topics(tmp_path: Path, packaged: Callable[[str], Path]) -> None:
     assert found["same"] and found["difference"] < 1e-3 and found["onnx"] == found["after"]
     assert "the same bits" in said and "equal" in said and "DIFFERS" not in said
     written = {file.name for file in (tmp_path / "out").iterdir()}
-    assert {"adapter.safetensors", "topics.onnx", "topics.svg"} <= written
+    assert {"adapter", "topics.onnx", "topics.svg"} <= written
+    saved = {file.name: file.stat().st_mode & 0o077 for file in (tmp_path / "out" / "adapter").iterdir()}
+    assert saved.keys() == {"adapter_config.json", "adapter_model.safetensors"} and len(set(saved.values())) == 1
 
 
 @pytest.mark.parametrize("peft", [True, False], ids=["beside PEFT", "without it"])
@@ -156,7 +158,8 @@ def test_vision(tmp_path: Path, packaged: Callable[[str], Path]) -> None:
     found, said = run("vision", tmp_path, packaged, *words)
     assert found["same"] and found["difference"] < 1e-2  # a few hundred roundings of float32 deep
     assert "the same bits" in said
-    assert {"adapter.safetensors", "vision.svg"} <= {file.name for file in (tmp_path / "out").iterdir()}
+    assert {"adapter", "vision.svg"} <= {file.name for file in (tmp_path / "out").iterdir()}
+    assert len(list((tmp_path / "out" / "adapter").iterdir())) == 2  # tensors and rules
 
 
 @pytest.mark.parametrize("mean", [False, True], ids=["every head", "mean"])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -128,7 +128,7 @@ def of_other_lengths(given: Given, axes: Axes) -> Given:
     Tracing takes for always so what is so for the example: of a text that fills its last chunk, that none is padded.
     """
     sizes = sizes_of(given, axes)
-    more = {name: size if name.endswith("batch") else size + 1 for name, size in sizes.items()}
+    more = {name: size if name.endswith(("batch", "_size")) else size + 1 for name, size in sizes.items()}
     return sized(given, axes, summed(more, sizes))
 
 
@@ -187,16 +187,30 @@ def rename_dims(model: Any, axes: Mapping[str, Mapping[int, str]]) -> dict[str, 
     return free
 
 
-def fixed_dims(given: Given, axes: Axes, free: Mapping[str, Mapping[int, str]]) -> list[str]:
-    """What was asked to be free, and came out fixed. Sizes that have no name of their own are not told."""
+def fixed_dims(
+    given: Given, axes: Axes, free: Mapping[str, Mapping[int, str]], takes: Callable[[Given], bool]
+) -> list[str]:
+    """What was asked to be free, and came out fixed. Sizes that have no name of their own are not told.
+
+    `takes`: whether the live model can be called so, which tells what tracing fixed from what the model does.
+    """
     told = []
     for name, leaf in leaves_of(given.values):
         for axis, dim in axes.get(name, {}).items() if isinstance(leaf, Tensor) else ():
             if axis not in free.get(name, {}) and not dim.endswith("_size"):
                 size = leaf.shape[axis]
                 why = "; give an example with more" if size < 2 else ": the model allows no other"
+                if size > 1 and any(map(takes, _with_more(given, axes, dim))):
+                    why = ": tracing fixed it, though the model takes others"
                 told.append(f"{name} is fixed at {size} along axis {axis} ({dim}){why}")
     return told
+
+
+def _with_more(given: Given, axes: Axes, dim: str) -> list[Given]:
+    """The call with one more along a dimension: along it alone, and along all that are not batches."""
+    sizes = sizes_of(given, axes)
+    alone = sized(given, axes, summed({**sizes, dim: sizes[dim] + 1}, sizes))
+    return [alone] if dim.endswith(("batch", "_size")) else [alone, of_other_lengths(given, axes)]
 
 
 def _values(model: Any) -> Any:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Sequence
+import warnings
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -12,7 +13,9 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
+from surgery.activation import active
 from surgery.errors import ParityError, SurgeryError
+from surgery.here import here
 from surgery.neutral import neutrally
 from surgery.onnx.caching import with_cache
 from surgery.onnx.copies import sharing_copy, traced_path
@@ -29,12 +32,14 @@ from surgery.onnx.dims import (
     rename_dims,
 )
 from surgery.onnx.finish import add_defaults, make_constants, mark_rules, require_inputs, tidy
+from surgery.onnx.generation import GENERATION, changed_logits, generation_of
 from surgery.onnx.given import Given, array_of
 from surgery.onnx.manifest import Manifest
 from surgery.onnx.names import name_weights
 from surgery.onnx.parity import ParityReport, verify_onnx
 from surgery.onnx.prepare import PREPARE, Prepared, Settings
 from surgery.onnx.program import Program, program_of
+from surgery.onnx.turns import in_turn
 from surgery.onnx.writing import size_of, written
 
 __all__ = ["ExportReport", "export_onnx"]
@@ -60,6 +65,7 @@ class ExportReport:
         return "\n".join([*lines, *([str(self.parity)] if self.parity is not None else [])])
 
 
+@in_turn
 @neutrally
 def export_onnx(
     model: nn.Module,
@@ -127,7 +133,10 @@ def export_onnx(
         with traced_path():
             program = program_of(prepared.model, traced, prepared.lifted, dynamic_shapes(traced, axes), how)
         manifest, free = _finish(program, prepared, model, axes, how)
-        notices = [*prepared.notices, *fixed_dims(traced, axes, free), *_told_apart(model)]
+        if "logits" in manifest["outputs"] and (generation := generation_of(model, given)):
+            manifest[GENERATION] = generation
+        notices = [*prepared.notices, *fixed_dims(traced, axes, free, _taking(model)), *_told_apart(model)]
+        notices += [*_routed(model), *_generated(model, manifest)]
         seconds, parity = time.perf_counter() - started, None
         with written(program.model, Path(path), manifest, external_data) as place:
             if adapters == "slots" and slots_as == "inputs":
@@ -151,12 +160,45 @@ def export_onnx(
 
 def _to_trace(model: nn.Module, examples: Sequence[Given]) -> Given:
     """The first of these that the model can be called with, or the last."""
-    copy = sharing_copy(model) if len(examples) > 1 else model
-    for one in examples[:-1]:
+    takes = _taking(model)
+    return next((one for one in examples[:-1] if takes(one)), examples[-1])
+
+
+def _taking(model: nn.Module) -> Callable[[Given], bool]:
+    """Whether a model can be called with an example; a copy of it is, made when it is first asked."""
+    copies: list[nn.Module] = []
+
+    def takes(example: Given) -> bool:
+        copies.extend([] if copies else [sharing_copy(model)])
         with contextlib.suppress(Exception), torch.no_grad(), torch.random.fork_rng(), traced_path():
-            one.call(copy, one.copy())
-            return one
-    return examples[-1]
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                example.call(copies[0], example.copy())
+            return True
+        return False
+
+    return takes
+
+
+def _routed(model: nn.Module) -> list[str]:
+    """A file has one set of adapters for all rows."""
+    if not any(one.model is model for one in here.routings):
+        return []
+    names = ", ".join(active(model)) or "none"
+    return [f"a block of route is open, and a file routes nothing: it is of the model outside of the block ({names})"]
+
+
+def _generated(model: nn.Module, manifest: Mapping[str, Any]) -> list[str]:
+    """What transformers' generate does that the file, or those who run it, don't."""
+    if "logits" not in manifest["outputs"] or "input_ids" not in manifest["inputs"]:
+        return []
+    found = manifest.get(GENERATION, {})
+    told = [f"{found['differs']}: OnnxRunner.generate refuses this file"] if "differs" in found else []
+    if settings := changed_logits(model):
+        told.append(
+            f"the model's generation config has {', '.join(settings)}, which generate applies and the file does not"
+        )
+    return told
 
 
 def _told_apart(model: nn.Module) -> list[str]:

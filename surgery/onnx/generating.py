@@ -50,6 +50,11 @@ class Decoder:
         if mask := self.inputs.get(MASK):
             _require(len(mask.shape) == 2, f"its {MASK} is no (batch, positions)")
         _require(set(self.cache) <= set(self.inputs), "the cache that its manifest tells of is not among its inputs")
+        generation = runner.manifest.further.get("generation") or {}
+        self.reread = generation.get("reread")  # the length at which transformers drops the cache
+        if differs := generation.get("differs"):
+            fix = "runner.run computes the forward, whose inputs you make yourself"
+            raise SurgeryError("this file can't continue texts as the model's generate does", why=differs, fix=fix)
         crossed = [name for name in self.cache if ".encoder." in name]
         _require(not crossed, "it is the decoder of an encoder-decoder, whose cache holds what an encoder made")
 
@@ -145,6 +150,9 @@ class Decoder:
         texts.ids = np.concatenate([texts.ids, new[:, None]], axis=1)
         texts.mask = np.concatenate([texts.mask, np.ones_like(texts.mask[:, :1])], axis=1)
         texts.positions = np.concatenate([texts.positions, texts.positions[:, -1:] + 1], axis=1)
+        if self.cache and self.reread and texts.read < self.reread <= texts.ids.shape[1]:
+            texts.read = 0
+            texts.past = {name: value_of(self._nothing(name, len(texts.ids))) for name in self.cache}
 
     def _check_padding(self, texts: Texts, logits: np.ndarray) -> None:
         """A file that counts positions by itself may count the padding: the row with the most is read without it."""

@@ -25,6 +25,7 @@ from surgery.onnx.holding import check_file, check_weights, opened, ran
 from surgery.onnx.manifest import Manifest, read_manifest
 from surgery.onnx.report import Compared, ParityReport, parity_error
 from surgery.onnx.sizes import other_sizes
+from surgery.onnx.turns import in_turn
 from surgery.state import adapter_names, model_state
 
 __all__ = ["ParityReport", "TOLERANCES", "verify_onnx"]
@@ -50,6 +51,7 @@ class Reference:
     compared: bool = True
 
 
+@in_turn
 def verify_onnx(
     path: str | Path,
     model: nn.Module,

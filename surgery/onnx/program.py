@@ -20,10 +20,12 @@ from torch.utils import _pytree as pytree
 
 from surgery.errors import SurgeryError
 from surgery.example import copied
+from surgery.onnx.failures import export_failure
 from surgery.onnx.finish import require_inputs
 from surgery.onnx.given import Given, cache_name, is_cache, is_transformers, leaves_of, plain, register_caches
 from surgery.onnx.low_rank import by_name, written_out
 from surgery.onnx.names import names_kept
+from surgery.onnx.recurrent import recurrent_layers
 from surgery.onnx.translated import translations
 from surgery.onnx.windows import whole
 
@@ -83,6 +85,7 @@ def program_of(
         _no_idle_masks(),
         names_kept(),
         by_name(named),
+        recurrent_layers(),
         torch.no_grad(),
     ):
         try:
@@ -97,12 +100,7 @@ def program_of(
         except SurgeryError:
             raise
         except Exception as error:
-            raise SurgeryError(
-                f"this {type(model).__name__} can't be exported",
-                where=_place(error),
-                why=f"{type(error).__name__}: {_first_lines(error)}",
-                fix="torch.export.export(model, …) on the plain model tells more; dynamic=False fixes all sizes",
-            ) from error
+            raise export_failure(model, error) from error
     graph = made.graph
     taken = [value for value in graph.inputs if not value.name.startswith(f"{SLOTS}.")]
     for value in graph.inputs:
@@ -333,7 +331,15 @@ def fused(model: Any) -> None:
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
     """Exporters print what they do, and warn of what is in hand here."""
-    names = ("transformers", "torch.onnx", "torch.export", "torch.fx.experimental", "onnxscript", "onnx_ir")
+    names = (
+        "transformers",
+        "torch.onnx",
+        "torch.export",
+        "torch._export",
+        "torch.fx.experimental",
+        "onnxscript",
+        "onnx_ir",
+    )
     symbols = "torch.fx.experimental.symbolic_shapes"  # it has a level of its own
     held = {name: logging.getLogger(name) for name in (*names, symbols)}
     levels = {name: logger.level for name, logger in held.items()}
@@ -354,16 +360,3 @@ def _name_outputs(graph: Any) -> None:
     for value in graph.outputs:
         name = re.sub(r"^output\.", "", value.name or "")
         value.name = cache_name(re.sub(r"^past_key_values\.", "present.", name))
-
-
-def _first_lines(error: BaseException) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return " ".join(lines[:3])[:400] or "no reason given"
-
-
-def _place(error: BaseException) -> str | None:
-    cause = error
-    while cause.__cause__ is not None:
-        cause = cause.__cause__
-    note = next((note for note in getattr(cause, "__notes__", []) if note.startswith("at the site")), None)
-    return note.removeprefix("at the site ")[:200] if note else None

@@ -69,9 +69,15 @@ class OnnxRunner:
         inputs = {node.name: Input.of(node) for node in self.session.get_inputs()}
         further = {node.name: Input.of(node) for node in self.session.get_overridable_initializers()}
         self._outputs = tuple(node.name for node in self.session.get_outputs())
+        seen = {**inputs, **further}
+        # A program that rewrote the file may have given its slots another precision, which its adapters don't know.
+        self._converted = {
+            name: seen[name].dtype for name, slot in slots.items() if name in seen and seen[name].dtype != slot.dtype
+        }
         if lost := [name for name in slots if name not in inputs and name not in further]:
             why = f"{len(lost)} of {len(slots)}, such as {lost[0]}: a program that rewrote it made them constants"
-            raise SurgeryError(f"{self.path.name} has lost its slots", why=why, fix="use the file as it was exported")
+            fix = 'export it with slots_as="inputs", which such programs keep; or use the file as it was exported'
+            raise SurgeryError(f"{self.path.name} has lost its slots", why=why, fix=fix)
         self.feeds = Feeds(
             [one for name, one in inputs.items() if name not in slots],
             [one for name, one in further.items() if name not in slots],
@@ -86,13 +92,27 @@ class OnnxRunner:
     def _required(self, names: Sequence[str]) -> dict[str, Any]:
         """What slots that must be fed are without an adapter; None where that is not known."""
         held = defaults_of(self.path, self.manifest) if names else {}
-        return {name: None if (array := held[name]) is None else value_of(array) for name in names}
+        return self._as_converted({name: None if (array := held[name]) is None else value_of(array) for name in names})
 
     def _in_caches(self) -> dict[str, Any]:
         """Virtual tokens, which a cache holds from the first call on, as they are given at the later ones: none."""
         prompts = [slot for slot in self.manifest.slots if slot.rule == "prompt"] if self._pasts else []
         none = {slot.name: np.zeros([size or 0 for size in slot.shape], dtype_of(slot.dtype)) for slot in prompts}
-        return {name: value_of(array) for name, array in none.items()}
+        return self._as_converted({name: value_of(array) for name, array in none.items()})
+
+    def _as_converted(self, values: dict[str, Any]) -> dict[str, Any]:
+        """OrtValues of slots in the precision that this file has."""
+        for name in self._converted.keys() & values.keys():
+            if values[name] is not None:
+                array, wanted = array_of_value(values[name]), dtype_of(self._converted[name])
+                with np.errstate(over="ignore"):
+                    made = array.astype(wanted)
+                if not np.isfinite(made.astype(np.float64)).all():
+                    why = f"the file was converted to {self._converted[name]}, which can't hold them"
+                    problem = SurgeryError("numbers are too large for the file", where=name, why=why)
+                    raise listed(f"{self.path.name} can't take these tensors", [problem])
+                values[name] = value_of(made)
+        return values
 
     # Adapters -------------------------------------------------------------------------------------------------
 
@@ -116,7 +136,7 @@ class OnnxRunner:
             values = {key: value_of(tensor) for key, tensor in tensors.items()}
         else:
             values = opened(Path(source), self.manifest)
-        slots = self.manifest.by_name
+        slots, values = self.manifest.by_name, self._as_converted(dict(values))
         sites = frozenset([(slots[key].site, slots[key].rule) for key in values])
         made = _Loaded(name, values, sites)
         with self._lock:

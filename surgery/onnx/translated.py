@@ -7,14 +7,14 @@ from typing import Any
 
 import torch
 
-from surgery.onnx import low_rank
+from surgery.onnx import low_rank, recurrent
 
 __all__ = ["translations"]
 
 
 def translations() -> dict[Any, Any]:
     """For `torch.onnx.export`."""
-    return {**low_rank.translations(), torch.ops.aten.conv3d.default: _conv3d()}
+    return {**low_rank.translations(), **recurrent.translations(), torch.ops.aten.conv3d.default: _conv3d()}
 
 
 def _conv3d() -> Any:

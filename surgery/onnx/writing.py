@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
 import shutil
@@ -39,27 +40,48 @@ def written(
     nbytes = sum(_nbytes(value) for graph in model.graphs() for value in graph.initializers.values())
     limit = LARGE if external_data is None else external_data
     beside = limit if isinstance(limit, bool) else nbytes >= limit
-    path.parent.mkdir(parents=True, exist_ok=True)
-    place = Path(tempfile.mkdtemp(prefix=".surgery-", dir=path.parent))
+    with _told(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        place = Path(tempfile.mkdtemp(prefix=".surgery-", dir=path.parent))
     try:
         file, data = place / path.name, f"{path.name}.data"
-        try:
-            ir.save(model, str(file), external_data=data if beside else None, size_threshold_bytes=ALONE)
-        except ValueError as error:
-            fix = "external_data=True keeps the weights in a file beside it"
-            raise SurgeryError("the graph can't be written", where=str(path), why=str(error)[:300], fix=fix) from error
         side = file.with_name(path.name + SIDECAR)
-        side.write_text(json.dumps(manifest, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+        with _told(path):
+            ir.save(model, str(file), external_data=data if beside else None, size_threshold_bytes=ALONE)
+            side.write_text(json.dumps(manifest, indent=2, sort_keys=True) + "\n", encoding="utf-8")
         yield file
         made = [place / data, place / f"{path.name}{DEFAULTS}", side, file]  # the graph last: it is what is opened
-        for one in made:
-            if one.exists():
-                _synced(one)
-                os.replace(one, path.parent / one.name)
-            else:
-                (path.parent / one.name).unlink(missing_ok=True)  # of an older file of this name
+        with _told(path):
+            for one in made:
+                if one.exists():
+                    _synced(one)
+                    os.replace(one, path.parent / one.name)
+                else:
+                    (path.parent / one.name).unlink(missing_ok=True)  # of an older file of this name
     finally:
         shutil.rmtree(place, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def _told(path: Path) -> Iterator[None]:
+    """What the disk or protobuf refuses, in words."""
+    try:
+        yield
+    except ValueError as error:
+        fix = "external_data=True keeps the weights in a file beside it"
+        raise SurgeryError("the graph can't be written", where=str(path), why=str(error)[:300], fix=fix) from error
+    except OSError as error:
+        why = error.strerror or str(error)
+        fix = _REMEDIES.get(error.errno or 0, "name a place that can be written to")
+        raise SurgeryError("the file can't be written", where=str(path), why=why, fix=fix) from error
+
+
+_REMEDIES = {
+    errno.ENOSPC: "free space on that disk, or name a place on another",
+    errno.EDQUOT: "free space of your quota, or name a place on another disk",
+    errno.EFBIG: "that disk or process allows no file so large: name another place; external_data=True keeps the "
+    "weights in a file of their own",
+}
 
 
 def size_of(path: Path) -> int:

@@ -1,0 +1,105 @@
+"""Which way an `if` in a forward goes, where the module's settings decide it as they are now."""
+
+from __future__ import annotations
+
+import ast
+import operator
+from typing import Any
+
+from torch import Tensor, nn
+
+__all__ = ["Tests", "goes"]
+
+# The tests that stand around a place in the source, and which way each must go to come there.
+Tests = tuple[tuple[ast.expr, bool], ...]
+
+
+class _Unknown(Exception):
+    """It depends on the call, or on what can't be looked at."""
+
+
+def goes(tests: Tests, name: str, module: nn.Module) -> bool:
+    """Whether a call can come to a place behind these tests, `name` being the module in them."""
+    for test, wanted in tests:
+        try:
+            if bool(_plain(_value(test, name, module))) is not wanted:
+                return False
+        except _Unknown:
+            continue
+    return True
+
+
+def _value(node: ast.expr, name: str, module: nn.Module) -> Any:
+    match node:
+        case ast.Constant(value=value):
+            return value
+        case ast.Name(id=root) if root == name:
+            return module
+        case ast.Attribute(value=owner, attr=attribute):
+            return _attribute(_value(owner, name, module), attribute)
+        case ast.UnaryOp(op=ast.Not(), operand=operand):
+            return not _plain(_value(operand, name, module))
+        case ast.BoolOp(op=kind, values=parts):
+            return _any(parts, name, module, isinstance(kind, ast.Or))
+        case ast.Call(func=ast.Name(id="hasattr"), args=[owner, ast.Constant(value=str(attribute))]):
+            return _has(_value(owner, name, module), attribute)
+        case ast.Call(func=ast.Name(id="getattr"), args=[owner, ast.Constant(value=str(attribute)), default]):
+            held = _value(owner, name, module)
+            return _attribute(held, attribute) if _has(held, attribute) else _value(default, name, module)
+        case ast.Compare(left=left, ops=[kind], comparators=[right]) if type(kind) in _COMPARED:
+            one, other = (_value(part, name, module) for part in (left, right))
+            if isinstance(kind, (ast.Is, ast.IsNot)):
+                return _COMPARED[type(kind)](one, other)
+            return _COMPARED[type(kind)](_plain(one), _plain(other))
+    raise _Unknown
+
+
+def _any(parts: list[ast.expr], name: str, module: nn.Module, wanted: bool) -> bool:
+    """`or` for True, `and` for False: one part that is so decides, whatever the others are."""
+    unknown = False
+    for part in parts:
+        try:
+            if bool(_plain(_value(part, name, module))) is wanted:
+                return wanted
+        except _Unknown:
+            unknown = True
+    if unknown:
+        raise _Unknown
+    return not wanted
+
+
+def _attribute(owner: Any, name: str) -> Any:
+    if name == "training" or isinstance(owner, Tensor):
+        raise _Unknown
+    if isinstance(owner, nn.Module):
+        for held in (owner.__dict__, owner._modules, owner._parameters, owner._buffers):
+            if name in held:
+                return held[name]
+        raise _Unknown  # a property is code
+    if not hasattr(owner, "__dict__"):
+        raise _Unknown
+    try:
+        return getattr(owner, name)
+    except Exception:
+        raise _Unknown from None
+
+
+def _has(owner: Any, name: str) -> bool:
+    if isinstance(owner, Tensor):
+        raise _Unknown
+    try:
+        return hasattr(owner, name)
+    except Exception:
+        raise _Unknown from None
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, (bool, int, float, str, type(None), list, tuple, dict)):
+        return value
+    raise _Unknown
+
+
+_COMPARED: dict[type, Any] = {
+    ast.Is: operator.is_, ast.IsNot: operator.is_not, ast.Eq: operator.eq, ast.NotEq: operator.ne,
+    ast.Lt: operator.lt, ast.LtE: operator.le, ast.Gt: operator.gt, ast.GtE: operator.ge,
+}  # fmt: skip

@@ -1,0 +1,128 @@
+"""Why a model can't be exported: the step of the exporter that failed, the operation, and where the model calls it."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from typing import Any
+
+from torch import fx
+
+from surgery.errors import SurgeryError
+
+__all__ = ["export_failure"]
+
+_COLOUR = re.compile(r"\x1b\[[0-9;]*m")
+_MISSING = re.compile(r"No ONNX function found for <OpOverload\(op='([^']+)', overload='([^']+)'\)>")
+_ADVICE = (
+    "For more information",
+    "For extended logs",
+    "If you suspect",
+    "For more debugging",
+    "For C++",
+    "The error above",
+)
+_STEPS = {
+    "TorchExportError": "tracing by torch.export",
+    "ConversionError": "writing the traced graph as ONNX",
+    "DispatchError": "writing the traced graph as ONNX",
+    "GraphConstructionError": "writing the traced graph as ONNX",
+}
+
+
+def export_failure(model: Any, error: BaseException) -> SurgeryError:
+    """The error that a caller of `export_onnx` sees for one of an exporter's."""
+    chain = list(_chain(error))
+    step = next(
+        (_STEPS[type(one).__name__] for one in chain if type(one).__name__ in _STEPS), _STEPS["TorchExportError"]
+    )
+    what = f"this {type(model).__name__} can't be exported: {step} failed"
+    node = next(filter(None, map(_node_of, chain)), None)
+    for one in chain:
+        if (found := _MISSING.search(str(one))) is not None:
+            name = _operation(node) or found[1].partition(".")[2].replace(".", "::")
+            via = "" if _short(found[1]) == name else f" (it becomes {found[1]} there)"
+            why = f"the exporter has no ONNX operation for {name}{via}"
+            return SurgeryError(what, where=_site_of(chain) or _place(node), why=why, fix=_instead(name))
+    last = chain[-1] if type(chain[0]).__name__ in _STEPS else chain[0]
+    fix = "torch.export.export(model, …) on the plain model tells more; dynamic=False fixes all sizes"
+    if "DataDependent" in type(last).__name__:
+        fix = "compute without a branch or a Python number that depends on values, such as torch.where"
+    where = _site_of(chain) or _place(node) or _called(last)
+    return SurgeryError(what, where=where, why=f"{type(last).__name__}: {_first_lines(last)}", fix=fix)
+
+
+def _chain(error: BaseException) -> Iterator[BaseException]:
+    seen: set[int] = set()
+    current: BaseException | None = error
+    while current is not None and id(current) not in seen:
+        seen.add(id(current))
+        yield current
+        current = current.__cause__
+
+
+def _node_of(error: BaseException) -> fx.Node | None:
+    """The node that an exporter was at."""
+    trace, found = error.__traceback__, None
+    while trace is not None:
+        node = trace.tb_frame.f_locals.get("node")
+        if isinstance(node, fx.Node) and node.op == "call_function":
+            found = node
+        trace = trace.tb_next
+    return found
+
+
+def _operation(node: fx.Node | None) -> str | None:
+    """The operation of the traced graph that a node comes from, before it was taken apart."""
+    if node is None:
+        return None
+    source = node.meta.get("from_node") or []
+    while source:
+        first = source[-1]
+        if getattr(first, "from_node", None):
+            source = first.from_node
+            continue
+        return _short(str(getattr(first, "target", "") or node.target))
+    return _short(str(node.target))
+
+
+def _short(name: str) -> str:
+    """`cumprod` for `aten.cumprod.default`."""
+    parts = name.removeprefix("torch.ops.").split(".")
+    return parts[1] if len(parts) > 1 else name
+
+
+def _place(node: fx.Node | None) -> str | None:
+    """The module that calls a node's operation, and the line."""
+    if node is None:
+        return None
+    stack = list((node.meta.get("nn_module_stack") or {}).values())
+    path = str(stack[-1][0]) if stack else ""
+    line = next((text for text in reversed(str(node.meta.get("stack_trace") or "").splitlines()) if "File" in text), "")
+    found = re.search(r'File "([^"]+)", line (\d+)', line)
+    at = f"{found[1].rpartition('/')[2]}:{found[2]}" if found else ""
+    return ", ".join(filter(None, (path or "the model itself", at)))
+
+
+def _called(error: BaseException) -> str | None:
+    """The line of the call that torch's text says it failed at."""
+    found = re.findall(r'File "([^"]+)", line (\d+), in', str(error))
+    return f"{found[-1][0].rpartition('/')[2]}:{found[-1][1]}" if found else None
+
+
+def _site_of(chain: list[BaseException]) -> str | None:
+    for one in reversed(chain):
+        for note in getattr(one, "__notes__", []):
+            if note.startswith("at the site"):
+                return note.removeprefix("at the site ")[:200]
+    return None
+
+
+def _instead(name: str) -> str:
+    return f"compute {name} of other operations in that module, or leave that part of the model out of the export"
+
+
+def _first_lines(error: BaseException) -> str:
+    lines = [line.strip() for line in _COLOUR.sub("", str(error)).splitlines() if line.strip()]
+    kept = [line for line in lines if not line.startswith(_ADVICE) and "step " not in line]
+    return " ".join(kept[:3])[:400] or "no reason given"
