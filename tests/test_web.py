@@ -31,8 +31,10 @@ def test_the_page_gives_the_scores_of_the_live_model(tmp_path: Path, packaged: C
     node()
     words = ["--steps", "1", "--batch", "2", "--texts", "3", "--tokens", "8", "--check"]
     found, said = run("page", tmp_path, packaged, *words, "--out", str(tmp_path / "out"))
+    if "skipped" in found:
+        pytest.skip(found["skipped"])
     assert found["ok"] and found["asked"] == 3 * 6, said
-    assert "HeadlessChrome" in found["browser"] and "asked of other machines: nothing" in said
+    assert "Chrome/" in found["browser"] and "asked of other machines: nothing" in said
     scores = [found["expected"][name] for name in found["expected"]]
     assert np.ptp(scores, axis=0).min() > 100 * found["apart"]  # the adapters say different things
 

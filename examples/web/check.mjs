@@ -1,13 +1,15 @@
 // Asks the page in headless Chromium: node check.mjs URL < {"texts": […], "names": […]} prints each adapter's scores.
+// Without a URL it says which browser it would take. It ends with 77 where no browser opens an empty page.
 
 import chromium from "@sparticuz/chromium";
-import { existsSync, mkdtempSync, renameSync } from "node:fs";
+import { accessSync, constants, existsSync, mkdtempSync, renameSync } from "node:fs";
+import { delimiter, join } from "node:path";
 import { text } from "node:stream/consumers";
 import { fileURLToPath } from "node:url";
 import puppeteer from "puppeteer-core";
 
-const { texts, names } = JSON.parse(await text(process.stdin));
-const url = new URL(process.argv[2]);
+const SKIPPED = 77;
+const PATIENCE = 60_000;
 const home = fileURLToPath(new URL("node_modules/.chromium", import.meta.url));
 
 /** The browser that the npm package carries, with its libraries and fonts, unpacked beside it the first time. */
@@ -25,14 +27,75 @@ async function unpacked() {
   return `${home}/chromium`;
 }
 
-const browser = await puppeteer.launch({
-  executablePath: process.env.CHROMIUM ?? (await unpacked()),
-  args: ["--no-sandbox", "--disable-dev-shm-usage", "--disable-gpu"],
-  headless: "shell",
-  env: { ...process.env, LD_LIBRARY_PATH: `${home}/al2023/lib`, FONTCONFIG_PATH: `${home}/fonts` },
-});
+function onPath(name) {
+  const places = (process.env.PATH ?? "").split(delimiter).map((folder) => join(folder, name));
+  return places.find((place) => {
+    try {
+      accessSync(place, constants.X_OK);
+      return true;
+    } catch {
+      return false;
+    }
+  });
+}
+
+/** The one that CHROMIUM names, the system's, each with its own libraries; and last the npm package's with those of it. */
+async function* browsers() {
+  const names = ["chromium", "chromium-browser", "google-chrome", "google-chrome-stable"];
+  const system = [process.env.CHROMIUM, ...names.map(onPath)].filter(Boolean);
+  for (const path of new Set(system)) yield { path, env: process.env };
+  const env = { ...process.env, LD_LIBRARY_PATH: `${home}/al2023/lib`, FONTCONFIG_PATH: `${home}/fonts` };
+  yield { path: await unpacked(), env };
+}
+
+const QUIET = [
+  "--disable-quic", "--no-first-run", "--disable-background-networking", "--disable-component-update", "--disable-sync",
+];
+
+/** Started with a user's folder of its own, and with an empty page open; an error where it can't do that. */
+async function opened({ path, env }) {
+  const args = ["--no-sandbox", "--disable-dev-shm-usage", "--disable-gpu", ...QUIET];
+  const browser = await puppeteer.launch({
+    executablePath: path, args, env, headless: "shell", timeout: PATIENCE, protocolTimeout: 2 * PATIENCE,
+  });
+  let waiting;
+  const late = new Promise((_, fail) => {
+    waiting = setTimeout(() => fail(new Error(`no answer in ${PATIENCE / 1000} s`)), PATIENCE);
+  });
+  try {
+    const empty = browser.newPage().then(async (page) => (await page.goto("about:blank"), page));
+    return { browser, page: await Promise.race([empty, late]) };
+  } catch (error) {
+    browser.process()?.kill("SIGKILL");
+    throw error;
+  } finally {
+    clearTimeout(waiting);
+  }
+}
+
+async function first() {
+  const reasons = [];
+  for await (const one of browsers()) {
+    try {
+      return { ...(await opened(one)), path: one.path };
+    } catch (error) {
+      reasons.push(`${one.path}: ${String(error.message).split("\n")[0]}`);
+    }
+  }
+  console.error(`no browser opens about:blank here: ${reasons.join("; ")}`);
+  process.exit(SKIPPED);
+}
+
+if (process.argv.length < 3) {
+  const { browser, path } = await first();
+  console.log(path);
+  await browser.close();
+  process.exit(0);
+}
+const { texts, names } = JSON.parse(await text(process.stdin));
+const url = new URL(process.argv[2]);
+const { browser, page } = await first();
 try {
-  const page = await browser.newPage();
   const elsewhere = [];
   page.on("request", (request) => {
     const to = new URL(request.url());
