@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +17,12 @@ from surgery import Rule, adapters, apply_rules, deactivate, using
 from surgery.onnx.carried import slot_arrays
 from surgery.onnx.export import export_onnx
 from surgery.onnx.manifest import Manifest
+from tests.near import Wanted, off
 
 Inputs = Mapping[str, Tensor]
 
-# float32: sums in another order than torch's, and scales that are in a factor and not behind it. Each is some ulps of
-# the largest term; outputs here are of the size 1 to 30.
+# float32: sums in another order than torch's, and scales that are in a factor and not behind it: some ulps of the
+# largest term. Of models that lose more by themselves, more is allowed (`near.py`).
 TOLERANCE = 2e-5
 
 
@@ -61,11 +62,12 @@ class Exported:
         return {site: "; ".join(sorted(rules)) for site, rules in found.items()}
 
 
-def outputs(model: nn.Module, inputs: Inputs) -> list[np.ndarray]:
-    with torch.no_grad():
-        found = model(**inputs)
-    leaves = tree_leaves(found)
-    return [leaf.numpy() for leaf in leaves if isinstance(leaf, Tensor)]
+def outputs(model: nn.Module, inputs: Inputs) -> Wanted[np.ndarray]:
+    def call(model: nn.Module, wide: Callable[[Tensor], Tensor]) -> list[Tensor]:
+        found = model(**{name: wide(value) if isinstance(value, Tensor) else value for name, value in inputs.items()})
+        return [leaf for leaf in tree_leaves(found) if isinstance(leaf, Tensor)]
+
+    return Wanted(model, call, lambda leaf: leaf.numpy())
 
 
 def shaken(model: nn.Module, size: float = 0.3) -> nn.Module:
@@ -89,8 +91,7 @@ def same(found: Sequence[np.ndarray], wanted: Sequence[np.ndarray], tolerance: f
     assert len(found) == len(wanted)
     for index, (have, want) in enumerate(zip(found, wanted, strict=True)):
         assert have.shape == want.shape, f"output {index}: {have.shape}, not {want.shape}"
-        off = float(np.abs(have.astype(np.float64) - want).max(initial=0.0))
-        assert off <= tolerance * max(1.0, float(np.abs(want).max(initial=0.0))), f"output {index} is {off:.2e} off"
+        assert (told := off(have, want, wanted, index, tolerance)) is None, told
 
 
 def check_slots(
@@ -103,9 +104,9 @@ def check_slots(
         for name in adapters(exported.model):
             with using(exported.model, name):
                 wanted = outputs(exported.model, inputs)
-            moved = any(np.abs(a - b).max() > 1e-3 for a, b in zip(wanted, plain, strict=True))
-            assert moved or inputs is not exported.inputs, f"{name} does nothing"
-            same(exported.run(inputs, exported.tensors(name)), wanted, tolerance)
+                moved = any(np.abs(a - b).max() > 1e-3 for a, b in zip(wanted, plain, strict=True))
+                assert moved or inputs is not exported.inputs, f"{name} does nothing"
+                same(exported.run(inputs, exported.tensors(name)), wanted, tolerance)
 
 
 def plain(model: nn.Module) -> nn.Module:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from rules import LoraRule, PrefixRule
 from surgery import PlanError, RuleError, SiteError, apply_rules, merge, remove, rules_from_json, rules_to_json
 from surgery.testing import Snapshot
+from tests.near import assert_as
 
 transformers = pytest.importorskip("transformers")
 CLOSE: dict[str, Any] = {"rtol": 1e-5, "atol": 5e-6}  # sums of the same products in another order
@@ -147,7 +148,7 @@ def test_it_is_attention_with_more_keys(name: str, kind: str, side: str, gate: b
     inputs = {"input_ids": IDS, **masks(side)}
     expected, found = logits(reference(model), **inputs), logits(model, **inputs)
     real = inputs["attention_mask"].bool() if side != "none" else torch.ones_like(IDS, dtype=torch.bool)
-    torch.testing.assert_close(found[real], expected[real], **CLOSE)
+    assert_as(found[real], expected[real], model, 5e-6, **inputs)
     with torch.no_grad():
         for module in attentions_of(model):
             box(module).value.add_(1.0)

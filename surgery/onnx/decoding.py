@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from surgery.onnx.comparing import TOLERANCES
 from surgery.onnx.given import Given
 
 __all__ = ["Decoded", "decode"]
@@ -18,21 +19,23 @@ __all__ = ["Decoded", "decode"]
 _MADE = {"input_ids", "attention_mask", "position_ids", "cache_position"}  # what a runner makes of a text
 _LONGEST = 64  # positions of the example that are read anew for each token
 
-TIE = 1e-3  # two logits nearer than this are a tie, which rounding decides
+TIE = 1e-3  # two logits nearer than this are a tie, which rounding decides; of half precisions, what they may be off
 
 
 @dataclass(frozen=True)
 class Decoded:
-    """What both decoded for one row of the example, and where they part; `gap`: how near the model's two best were."""
+    """What both decoded for one row of the example, and where they part; `gap`: how near the model's two best were,
+    `tie`: how near they may be to be a tie."""
 
     adapter: str
     expected: tuple[int, ...]
     found: tuple[int, ...]
     gap: float = 0.0
+    tie: float = TIE
 
     @property
     def ok(self) -> bool:
-        return self.expected == self.found or self.gap < TIE
+        return self.expected == self.found or self.gap < self.tie
 
     def __str__(self) -> str:
         if self.expected == self.found:
@@ -66,7 +69,7 @@ def decode(
     from surgery.onnx.runner import OnnxRunner
 
     row = ids[:1, :_LONGEST]
-    expected, gaps = _greedy(reference, row, tokens)
+    expected, gaps, tie = _greedy(reference, row, tokens)
     runner = OnnxRunner(path)
     if fed:
         runner.load(adapter, fed)
@@ -75,19 +78,22 @@ def decode(
     if new != expected and new == _from_cache(reference, row, tokens):
         expected = new  # a text read anew is not what a cache holds: rotations that change with the length
     parted = next((i for i, pair in enumerate(zip(expected, new, strict=True)) if pair[0] != pair[1]), None)
-    return Decoded(adapter, expected, new, gaps[parted] if parted is not None else 0.0)
+    return Decoded(adapter, expected, new, gaps[parted] if parted is not None else 0.0, tie)
 
 
-def _greedy(model: nn.Module, ids: Tensor, tokens: int) -> tuple[tuple[int, ...], list[float]]:
-    """The tokens, and for each how far the best one's logit is from the second's, of the logits' spread."""
-    text, gaps = ids, []
+def _greedy(model: nn.Module, ids: Tensor, tokens: int) -> tuple[tuple[int, ...], list[float], float]:
+    """The tokens, for each how far the best one's logit is from the second's, of the logits' spread, and what is a
+    tie: each of two logits may be off by the tolerance."""
+    text, gaps, tie = ids, [], TIE
     with torch.no_grad():
         for _ in range(tokens):
-            logits = model(input_ids=text, attention_mask=torch.ones_like(text), use_cache=False).logits[0, -1].double()
+            given = model(input_ids=text, attention_mask=torch.ones_like(text), use_cache=False).logits
+            tie = max(TIE, 2 * TOLERANCES.get(str(given.dtype).removeprefix("torch."), 0.0))
+            logits = given[0, -1].double()
             best = logits.topk(2).values
             gaps.append(float((best[0] - best[1]) / max(1.0, float(logits.abs().max()))))
             text = torch.cat([text, logits.argmax().view(1, 1)], dim=1)
-    return tuple(text[0, ids.shape[1] :].tolist()), gaps
+    return tuple(text[0, ids.shape[1] :].tolist()), gaps, tie
 
 
 def _from_cache(model: nn.Module, ids: Tensor, tokens: int) -> tuple[int, ...]:

@@ -85,16 +85,20 @@ class Given:
 
     def resized(self, sizes: Callable[[str, Tensor], tuple[int, ...]]) -> Given:
         """The same call with tensors of other sizes: repeated, or cut."""
+        return self.mapped(lambda name, tensor: _sized(tensor, sizes(name, tensor)))
 
-        def sized(name: str, value: Any) -> Any:
+    def mapped(self, change: Callable[[str, Tensor], Tensor]) -> Given:
+        """The same call with other tensors, each made of its name and what it was."""
+
+        def changed(name: str, value: Any) -> Any:
             if isinstance(value, Tensor):
-                return _sized(value, sizes(name, value))
+                return change(name, value)
             if isinstance(value, (str, int, float, bool)):
                 return value
-            return _mapped(value, name, sized)
+            return _mapped(value, name, changed)
 
         with torch.no_grad():
-            return Given({name: sized(name, value) for name, value in self.values.items()}, self.placed)
+            return Given({name: changed(name, value) for name, value in self.values.items()}, self.placed)
 
 
 def _starred(signature: inspect.Signature) -> bool:
@@ -112,11 +116,11 @@ def _sized(tensor: Tensor, sizes: tuple[int, ...]) -> Tensor:
     return tensor.contiguous()
 
 
-def _mapped(value: Any, name: str, sized: Callable[[str, Any], Any]) -> Any:
+def _mapped(value: Any, name: str, changed: Callable[[str, Any], Any]) -> Any:
     """A container with its tensors changed: what pytree knows, caches of transformers included."""
     named = _named(name, value)
     _, spec = pytree.tree_flatten(value)
-    return pytree.tree_unflatten([sized(path, leaf) for path, leaf in named], spec)
+    return pytree.tree_unflatten([changed(path, leaf) for path, leaf in named], spec)
 
 
 def leaves_of(values: Mapping[str, Any]) -> list[tuple[str, Any]]:

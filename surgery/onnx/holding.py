@@ -22,17 +22,21 @@ from surgery.state import adapter_names, model_state, require_state
 
 __all__ = ["check_file", "check_weights", "opened", "ran"]
 
+POOLING = 22  # the opset from which onnx leaves out a window that begins in the padding, as torch and onnxruntime do
 
-def check_file(path: str | Path, manifest: Manifest, session: Any) -> None:
-    """The graph by onnx's own checker, and whether all inputs, outputs and slots are there; `ParityError`."""
+
+def check_file(path: str | Path, manifest: Manifest, session: Any) -> list[str]:
+    """The graph by onnx's own checker, and whether all inputs, outputs and slots are there; `ParityError`. Gives what
+    there is to tell."""
     import onnx
 
+    told = list[str]()
     domains = {one.domain for one in onnx.load(str(path), load_external_data=False).opset_import}
     if "com.microsoft" not in domains:  # onnxruntime's own operations it does not know
         try:
             onnx.checker.check_model(str(path), full_check=True)
         except Exception as error:
-            raise ParityError("onnx.checker refuses the file", where=str(path), why=_short(error)) from error
+            told.append(_shapes_refused(path, manifest, error))
     inputs = {node.name for node in session.get_inputs()}
     fed = {node.name for node in session.get_overridable_initializers()} | inputs
     for what, wanted, there in (
@@ -43,6 +47,23 @@ def check_file(path: str | Path, manifest: Manifest, session: Any) -> None:
         if lost := [name for name in wanted if name not in there]:
             why = f"{', '.join(lost[:3])}{', …' if len(lost) > 3 else ''}"
             raise ParityError(f"the file lacks {what} that its manifest names", where=str(path), why=why)
+    return told
+
+
+def _shapes_refused(path: str | Path, manifest: Manifest, refused: Exception) -> str:
+    """A notice where onnx.checker takes the graph and refuses its shapes alone: whether those are right is seen when
+    onnxruntime runs it. `ParityError` for any other objection."""
+    import onnx
+
+    try:
+        if not isinstance(refused, onnx.shape_inference.InferenceError):
+            raise refused
+        onnx.checker.check_model(str(path))
+    except Exception as error:
+        raise ParityError("onnx.checker refuses the file", where=str(path), why=_short(error)) from error
+    pooled = manifest.opset < POOLING and "Pool" in str(refused)
+    newer = f"; with opset={POOLING} it takes them (ceil_mode)" if pooled else ""
+    return f"onnx.checker infers other shapes than onnxruntime computes: {_short(refused)}{newer}"
 
 
 def check_weights(path: str | Path, manifest: Manifest, model: nn.Module, given: Given, names: Any) -> int:

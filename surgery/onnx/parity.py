@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from torch import Tensor, nn
 
 from surgery.activation import active
@@ -17,24 +16,22 @@ from surgery.merging import unmerged
 from surgery.onnx.adapters import read_adapter
 from surgery.onnx.caching import with_cache
 from surgery.onnx.carried import slot_arrays
+from surgery.onnx.comparing import TOLERANCES, Call, Comparison, expected_of
 from surgery.onnx.copies import changing, leave_live, sharing_copy, traced_path
 from surgery.onnx.decoding import Decoded, decode
 from surgery.onnx.defaults import defaults_of
-from surgery.onnx.given import Given, arrays_of, leaves_of, outputs_of
+from surgery.onnx.given import Given, arrays_of, leaves_of
 from surgery.onnx.holding import check_file, check_weights, opened, ran
 from surgery.onnx.manifest import Manifest, read_manifest
 from surgery.onnx.report import Compared, ParityReport, parity_error
 from surgery.onnx.sizes import other_sizes
 from surgery.onnx.turns import in_turn
+from surgery.onnx.values import other_values
+from surgery.rounding import difference
 from surgery.state import adapter_names, model_state
 
 __all__ = ["ParityReport", "TOLERANCES", "verify_onnx"]
 
-# What rounding in another order comes to, of the largest number of an output. float32: 6e-6 and less in real and random
-# models (docs/onnx.md has them all) but for the deepest, EfficientNet-Lite0 with random LoRA on every convolution, with
-# 1.5e-5; a wrong scale or weight is hundreds of times as much. float64 has parts in float32 in most models. The half
-# precisions keep 11 and 8 bits, and are rounded between operations that the other side fuses: some tens of their last.
-TOLERANCES = {"float32": 5e-5, "float64": 5e-5, "float16": 2e-2, "bfloat16": 1e-1}
 TOKENS = 8
 
 Adapters = str | Sequence[str] | Mapping[str, str | Path] | None
@@ -77,11 +74,16 @@ def verify_onnx(
 
     Compared are: the weights in the file that have the model's names, to the bit; the outputs without an adapter and
     with each (`adapters`: those of these names; or name → `.onnx_adapter` file, to compare what the files hold with the
-    model's adapters), as the example has them and at other sizes of what is free, with onnxruntime's optimiser and
-    without; of decoders with a cache also eight tokens of greedy decoding. Differences are measured by the largest
-    number of an output where that is above 1, and NaNs and infinities have to be in the same places. `atol`: what is
-    allowed instead of `TOLERANCES`, for floating point. `report.moved` is how much each adapter changes the outputs:
-    where that is within the tolerance, a notice says that the comparison tells nothing of it.
+    model's adapters), as the example has them, at other sizes of what is free and with other values (padded texts,
+    masks with a row that lets nothing through, one token repeated, zeros, large numbers), with onnxruntime's optimiser
+    and without; of decoders with a cache also eight tokens of greedy decoding.
+
+    Differences are measured by the largest number of an output where that is above 1; NaNs and infinities have to be in
+    the same places. Allowed is what `TOLERANCES` has for the number type, and of a model that itself loses more, eight
+    times what it is off from the same model in float64 (up to `LARGEST`). `atol`: what is allowed instead, for floating
+    point. A difference that other values alone bring is a notice, but of padded texts an error. `report.moved` is how
+    much each adapter changes the outputs: where that is within the tolerance, a notice says that the comparison tells
+    nothing of it.
 
     Raises `ParityError` that names the worst output, with all comparisons as its `report`; `SurgeryError` for a file
     without a manifest, and where onnxruntime has no kernels for it. The model is only read.
@@ -93,32 +95,38 @@ def verify_onnx(
     _require_adapters(model, adapters)
     report.weights = check_weights(path, manifest, model, given, names)
     sessions = {level: opened(path, level, providers) for level in (True, False)}
-    check_file(path, manifest, sessions[True])
-    calls = other_sizes(given, manifest.inputs, manifest.free)
+    report.notices += check_file(path, manifest, sessions[True])
+    calls = _calls(given, manifest)
     drawn: set[int] | None = None
     first: dict[int, list[Tensor]] = {}
     with traced_path():
         for one in _references(model, manifest, adapters, report):
+            comparison = Comparison(one.name, one.model, manifest.outputs, atol)
             for at, group in enumerate(calls):
-                found = next(((s, c, e) for s, c in group if (e := _expected(one.model, c)) is not None), None)
+                found = next(((c, e) for c in group if (e := expected_of(one.model, c.given)) is not None), None)
                 if found is None:
-                    report.notices.append(f"{one.name} at {group[0][0]}: the model itself can't be called so")
+                    if not group[0].values:
+                        report.notices.append(f"{one.name} at {group[0].sizes}: the model itself can't be called so")
                     continue
-                sizes, call, expected = found
+                call, expected = found
                 if drawn is None:
-                    drawn = _drawn(one.model, call, expected, manifest.outputs, report)
+                    drawn = _drawn(one.model, call.given, expected, manifest.outputs, report)
                 if at not in first:  # the base, which comes first, or what can be called so when it can't
                     first[at] = expected
-                else:
+                elif not call.values:
                     _effect(one.name, first[at], expected, drawn, report)
+                comparison.drawn = drawn
                 for level, session in sessions.items() if one.compared else ():
-                    feeds = {**arrays_of(call, manifest.inputs), **one.fed}
+                    feeds = {**arrays_of(call.given, manifest.inputs), **one.fed}
                     try:
-                        outputs = ran(session, feeds, f"{one.name}, {sizes}")
+                        outputs = ran(session, feeds, f"{one.name}, {call.values or call.sizes}")
                     except ParityError as error:
+                        if call.edge:
+                            report.notices.append(f"{error.where}: onnxruntime can't run the file, {error.why}")
+                            continue
                         error.elsewhere = at > 0 and report.ok
                         raise
-                    report.compared += _compared(one.name, sizes, level, manifest, expected, outputs, atol, drawn)
+                    report.compared += comparison.of(call, level, expected, outputs)
             if one.compared and not drawn:
                 decoded = decode(one.model, given, path, manifest, one.name, one.fed, TOKENS)
                 report.decoded += [decoded] if isinstance(decoded, Decoded) else []
@@ -126,7 +134,17 @@ def verify_onnx(
     if not report.ok:
         raise parity_error(report, list(adapters) if isinstance(adapters, Mapping) else ())
     _weigh(report)
+    _tell_edges(report)
     return report
+
+
+def _calls(given: Given, manifest: Manifest) -> list[list[Call]]:
+    """The example at its sizes and at others, in groups of which the first that the model takes is compared; and with
+    other values."""
+    calls = other_sizes(given, manifest.inputs, manifest.free)
+    sizes, example = calls[0][0]
+    values = [Call(sizes, one.call, one.told, one.edge) for one in other_values(example)]
+    return [[Call(*one) for one in group] for group in calls] + [[one] for one in values]
 
 
 def _called(manifest: Manifest, model: nn.Module, example_inputs: Any) -> Given:
@@ -202,20 +220,11 @@ class _Only:
         return made
 
 
-def _expected(reference: nn.Module, call: Given, seed: int = 0) -> list[Tensor] | None:
-    with torch.no_grad(), torch.random.fork_rng():
-        torch.manual_seed(seed)
-        try:
-            return [one.detach().clone() for one in outputs_of(call.call(reference, call.copy()))]
-        except Exception:  # such as positions past the last one
-            return None
-
-
 def _drawn(
     model: nn.Module, call: Given, expected: list[Tensor], outputs: Sequence[str], report: ParityReport
 ) -> set[int]:
     """Which outputs are drawn at random: the file draws other numbers."""
-    again = _expected(model, call, seed=1) or []
+    again = expected_of(model, call, seed=1) or []
     found = {i for i, (one, other) in enumerate(zip(expected, again, strict=False)) if difference(one, other)}
     if found and len(found) == len(expected):
         raise ParityError(
@@ -236,45 +245,25 @@ def _effect(
     report.moved[name] = max([report.moved.get(name, 0.0), *far]) if far else float("inf")
 
 
+def _tell_edges(report: ParityReport) -> None:
+    """One notice for each kind of values at which the file parts from the model."""
+    apart: dict[str, list[Compared]] = {}
+    for one in report.compared:
+        if not one.ok:
+            apart.setdefault(one.values, []).append(one)
+    for values, found in apart.items():
+        most = max(found, key=lambda one: one.difference)
+        names = ", ".join(dict.fromkeys(one.adapter for one in found))
+        report.notices.append(
+            f"with {values} the file gives other numbers than the model ({names}: {most.output} is "
+            f"{most.difference:.1e} off); with the example's values it gives the model's"
+        )
+
+
 def _weigh(report: ParityReport) -> None:
     for name, moved in report.moved.items():
-        allowed = max((one.tolerance for one in report.compared if one.adapter == name), default=0.0)
+        own = [one.tolerance for one in report.compared if one.adapter == name and not one.edge]
+        allowed = max(own, default=0.0)
         if moved <= allowed:
             why = "that they are equal tells nothing of it"
             report.notices.append(f"{name} moves the outputs by {moved:.1e}, within the tolerance: {why}")
-
-
-def _compared(
-    name: str,
-    sizes: str,
-    level: bool,
-    manifest: Manifest,
-    expected: list[Tensor],
-    found: list[Any],
-    atol: float | None,
-    drawn: Collection[int],
-) -> list[Compared]:
-    if len(expected) != len(found):
-        raise ParityError(f"the file has {len(found)} outputs, and the model {len(expected)}", where=name)
-    made = []
-    for i, (output, want, have) in enumerate(zip(manifest.outputs, expected, found, strict=True)):
-        allowed = TOLERANCES.get(str(want.dtype).removeprefix("torch."), 0.0)
-        tolerance = atol if atol is not None and allowed else allowed
-        if i not in drawn:
-            made.append(Compared(name, sizes, level, output, difference(want, have), tolerance))
-    return made
-
-
-def difference(want: Tensor, have: Any) -> float:
-    """The largest difference, of the largest number where that is above 1; infinite where shapes or NaNs differ."""
-    expected = want.detach().cpu().double().numpy()
-    found = have.detach().cpu().double().numpy() if isinstance(have, Tensor) else np.asarray(have).astype(np.float64)
-    if expected.shape != found.shape or not np.array_equal(np.isnan(expected), np.isnan(found)):
-        return float("inf")
-    finite = np.isfinite(expected)
-    if not np.array_equal(expected[~finite], found[~finite], equal_nan=True) or not np.isfinite(found[finite]).all():
-        return float("inf")
-    if not finite.any():
-        return 0.0
-    expected, found = expected[finite], found[finite]
-    return float(np.abs(expected - found).max() / max(1.0, np.abs(expected).max()))

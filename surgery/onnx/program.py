@@ -20,13 +20,14 @@ from torch.utils import _pytree as pytree
 
 from surgery.errors import SurgeryError
 from surgery.example import copied
+from surgery.onnx.attention import REPLACED
 from surgery.onnx.failures import export_failure
 from surgery.onnx.finish import require_inputs
 from surgery.onnx.given import Given, cache_name, is_cache, is_transformers, leaves_of, plain, register_caches
 from surgery.onnx.low_rank import by_name, written_out
 from surgery.onnx.names import names_kept
 from surgery.onnx.recurrent import recurrent_layers
-from surgery.onnx.translated import translations
+from surgery.onnx.translated import replaced, translations
 from surgery.onnx.windows import whole
 
 __all__ = ["Lifted", "Program", "SLOTS", "program_of", "split_factors"]
@@ -90,7 +91,8 @@ def program_of(
     ):
         try:
             export = _exporter(exported, inputs)
-            made = export(exported, inputs, dynamic, how.opset, how.optimize)
+            with _patched_attention(how, exported):
+                made = export(exported, inputs, dynamic, how)
             slots = [f"{SLOTS}.{one.name}" for one in lifted]
             _bring(made, named, slots)
             require_inputs(made, slots, "the exporter's passes")
@@ -206,15 +208,15 @@ def _values(output: Any) -> list[Any]:
     return list(output.values()) if isinstance(output, Mapping) else list(output) if isinstance(output, tuple) else []
 
 
-def _by_either(model: nn.Module, inputs: dict[str, Any], shapes: Any, opset: int | None, optimize: bool) -> Any:
+def _by_either(model: nn.Module, inputs: dict[str, Any], shapes: Any, how: Any) -> Any:
     """torch's exporter on a model of transformers, with the latter's patches: rows that are masked as a whole, …"""
-    for patches in (_patched(_SLOW), _patched()):
+    for patches in (_patched([*_SLOW, *replaced(how)]), _patched(replaced(how))):
         try:
             with patches:
-                return _by_torch(model, inputs, shapes, opset, optimize)
+                return _by_torch(model, inputs, shapes, how)
         except Exception:  # there is more that it mends
             continue
-    return _by_transformers(model, inputs, shapes, opset, optimize)
+    return _by_transformers(model, inputs, shapes, how)
 
 
 # Copies of what lies otherwise in memory, which few models need to be exported at all: a third of tracing's time.
@@ -222,19 +224,33 @@ _SLOW = ("torch.reshape", "torch.Tensor.reshape", "torch.Tensor.view")
 
 
 @contextlib.contextmanager
-def _patched(without: Sequence[str] = ()) -> Iterator[None]:
+def _patched(without: Sequence[str]) -> Iterator[None]:
+    with _patches(lambda name: name not in without) as utils, utils.apply_patches("onnx"):
+        yield
+
+
+@contextlib.contextmanager
+def _patched_attention(how: Any, model: nn.Module) -> Iterator[None]:
+    """For onnxruntime's fusions a module that is not transformers' has attention rewritten as theirs have it."""
+    if replaced(how) or is_transformers(model):
+        yield
+        return
+    with _patches(lambda name: name == REPLACED) as utils, utils.apply_patches("onnx"):
+        yield
+
+
+@contextlib.contextmanager
+def _patches(kept: Callable[[str], bool]) -> Iterator[Any]:
+    """transformers' list of its patches with these alone, while the block runs; gives the module that has it."""
     from transformers.exporters import exporter_onnx, utils  # noqa: F401  # the former's patches they are
 
     known: Any = getattr(utils, "_PATCHES", {})
     own = known.get("onnx", [])
-    if without and own:
-        known["onnx"] = [one for one in own if f"{one[0]}.{one[1]}" not in without]
+    known["onnx"] = [one for one in own if kept(f"{one[0]}.{one[1]}")]
     try:
-        with utils.apply_patches("onnx"):
-            yield
+        yield utils
     finally:
-        if without and own:
-            known["onnx"] = own
+        known["onnx"] = own
 
 
 @contextlib.contextmanager
@@ -261,7 +277,7 @@ def _no_idle_masks() -> Iterator[None]:
         masks._ignore_bidirectional_mask_sdpa = own
 
 
-def _by_transformers(model: nn.Module, inputs: dict[str, Any], shapes: Any, opset: int | None, optimize: bool) -> Any:
+def _by_transformers(model: nn.Module, inputs: dict[str, Any], shapes: Any, how: Any) -> Any:
     """Its exporter knows caches, and what of its models torch can't export as they stand."""
     from transformers.exporters import exporter_onnx, utils
     from transformers.exporters.configs import OnnxConfig
@@ -270,21 +286,22 @@ def _by_transformers(model: nn.Module, inputs: dict[str, Any], shapes: Any, opse
     register_caches()
     flags = {name: value for name, value in inputs.items() if isinstance(value, (bool, str))}
     free = {name: value for name, value in shapes.items() if name not in flags}
-    config = OnnxConfig(dynamic=True, dynamic_shapes=free, opset_version=opset, optimize=optimize)
+    config = OnnxConfig(dynamic=True, dynamic_shapes=free, opset_version=how.opset, optimize=how.optimize)
     table: dict[Any, Any] = exporter_onnx._ONNX_TRANSLATION_TABLE
-    own = translations()
+    own = translations(how)
     table.update(own)
     cast = getattr(utils, "cast_leaf_tensors", None)
     utils.cast_leaf_tensors = lambda given, **_: given  # adapters of a half-precision model are in float32
     try:
-        return OnnxExporter().export(model, inputs, config).program  # type: ignore[arg-type]
+        with _patches(lambda name: name not in replaced(how)):
+            return OnnxExporter().export(model, inputs, config).program  # type: ignore[arg-type]
     finally:
         utils.cast_leaf_tensors = cast  # type: ignore[assignment]
         for operation in own:
             table.pop(operation, None)
 
 
-def _by_torch(model: nn.Module, inputs: dict[str, Any], shapes: Any, opset: int | None, optimize: bool) -> Any:
+def _by_torch(model: nn.Module, inputs: dict[str, Any], shapes: Any, how: Any) -> Any:
     exported = torch.export.export(model, (), inputs, dynamic_shapes=shapes, strict=False)
     names = [name for name, leaf in leaves_of(inputs) if isinstance(leaf, Tensor) and not name.startswith(SLOTS)]
     names += [f"{SLOTS}.{name}" for name in inputs.get(SLOTS, {})]
@@ -294,10 +311,10 @@ def _by_torch(model: nn.Module, inputs: dict[str, Any], shapes: Any, opset: int 
         (),
         kwargs=inputs,
         input_names=names,
-        opset_version=opset,
-        optimize=optimize,
+        opset_version=how.opset,
+        optimize=how.optimize,
         verbose=False,
-        custom_translation_table=translations(),
+        custom_translation_table=translations(how),
     )
     for value, name in zip(program.model.graph.outputs, outputs, strict=False):
         if not value.is_graph_input():

@@ -7,14 +7,23 @@ from typing import Any
 
 import torch
 
-from surgery.onnx import low_rank, recurrent
+from surgery.onnx import attention, low_rank, operators, recurrent
 
-__all__ = ["translations"]
+__all__ = ["OPSET", "replaced", "translations"]
+
+OPSET = 20  # what torch.onnx.export writes unless it is told
 
 
-def translations() -> dict[Any, Any]:
-    """For `torch.onnx.export`."""
-    return {**low_rank.translations(), **recurrent.translations(), torch.ops.aten.conv3d.default: _conv3d()}
+def translations(how: Any) -> dict[Any, Any]:
+    """For `torch.onnx.export`. `how`: the export's `Settings`."""
+    found = {**low_rank.translations(), **recurrent.translations(), **operators.translations()}
+    found[torch.ops.aten.conv3d.default] = _conv3d()
+    return {**found, **attention.translations(how.opset or OPSET)} if replaced(how) else found
+
+
+def replaced(how: Any) -> list[str]:
+    """transformers' patches in whose place there is a translation. onnxruntime's fusions look for theirs."""
+    return [] if how.optimize_for == "ort" else [attention.REPLACED]
 
 
 def _conv3d() -> Any:

@@ -1,0 +1,135 @@
+"""Operations whose numbers torch's exporter loses at some values: large ones, zeros, negative ones, whole ones."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+__all__ = ["translations"]
+
+
+def translations() -> dict[Any, Any]:
+    """For `torch.onnx.export`."""
+    aten = torch.ops.aten
+    return {
+        aten.log_sigmoid.default: _log_sigmoid,
+        aten.logaddexp.default: _logaddexp,
+        aten.atan2.default: _atan2,
+        aten.div.Tensor_mode: _div,
+        aten.div.Scalar_mode: _div,
+        aten.floor_divide.default: _floor_divide,
+        aten.floor_divide.Scalar: _floor_divide,
+        aten.remainder.Tensor: _remainder,
+        aten.remainder.Scalar: _remainder,
+        aten.avg_pool2d.default: _avg_pool(2),
+        aten.avg_pool3d.default: _avg_pool(3),
+    }
+
+
+def _op() -> Any:
+    from onnxscript import opset18
+
+    return opset18
+
+
+def _constant(number: float, like: Any) -> Any:
+    import onnx_ir as ir
+
+    return _op().Constant(value=ir.tensor(number, dtype=like.dtype))
+
+
+def _log_sigmoid(x: Any) -> Any:
+    """log(sigmoid(x)) is -inf below -88."""
+    op = _op()
+    return op.Neg(op.Softplus(op.Neg(x)))
+
+
+def _logaddexp(one: Any, other: Any) -> Any:
+    """log(exp(x) + exp(y)) is inf above 88."""
+    op = _op()
+    apart = op.Where(op.Equal(one, other), _constant(0.0, one), op.Abs(op.Sub(one, other)))  # inf - inf
+    return op.Add(op.Max(one, other), op.Softplus(op.Neg(apart)))
+
+
+def _atan2(y: Any, x: Any) -> Any:
+    """On the axes the quotient tells no side."""
+    op = _op()
+    zero, quarter, half = (_constant(number, y) for number in (0.0, math.pi / 2, math.pi))
+    below = op.Less(y, zero)
+    angle = op.Atan(op.Div(y, x))
+    left = op.Add(angle, op.Where(below, op.Neg(half), half))
+    upright = op.Where(op.Equal(y, zero), zero, op.Where(below, op.Neg(quarter), quarter))
+    return op.Where(op.Less(x, zero), left, op.Where(op.Equal(x, zero), upright, angle))
+
+
+def _div(one: Any, other: Any, rounding_mode: str | None = None) -> Any:
+    """Whole numbers without float32 in between, which holds 24 bits."""
+    one, other = _pair(one, other)
+    op = _op()
+    if rounding_mode == "floor":
+        return _floor_divide(one, other)
+    if one.dtype.is_integer():  # which ONNX divides towards zero
+        return op.Div(one, other)
+    found = op.Div(one, other)
+    return op.Mul(op.Sign(found), op.Floor(op.Abs(found))) if rounding_mode == "trunc" else found
+
+
+def _floor_divide(one: Any, other: Any) -> Any:
+    """As Python divides: 1 // 0.1 is 9."""
+    one, other = _pair(one, other)
+    op = _op()
+    zero = _constant(0, one)
+    if one.dtype.is_integer():
+        if not one.dtype.is_signed():
+            return op.Div(one, other)
+        rest = op.Sub(one, op.Mul(op.Div(one, other), other))
+        under = op.And(op.Not(op.Equal(rest, zero)), op.Not(op.Equal(op.Less(rest, zero), op.Less(other, zero))))
+        return op.Sub(op.Div(one, other), op.Cast(under, to=one.dtype))
+    rest = op.Mod(one, other, fmod=1)
+    under = op.And(op.Not(op.Equal(rest, zero)), op.Not(op.Equal(op.Less(rest, zero), op.Less(other, zero))))
+    whole = op.Sub(op.Div(op.Sub(one, rest), other), op.Cast(under, to=one.dtype))
+    lower = op.Floor(whole)
+    found = op.Add(lower, op.Cast(op.Greater(op.Sub(whole, lower), _constant(0.5, one)), to=one.dtype))
+    return op.Where(op.Equal(other, zero), op.Div(one, other), found)
+
+
+def _remainder(one: Any, other: Any) -> Any:
+    """What a division leaves, with the divisor's sign."""
+    one, other = _pair(one, other)
+    op = _op()
+    if one.dtype.is_integer():
+        return op.Mod(one, other)
+    zero, rest = _constant(0.0, one), op.Mod(one, other, fmod=1)
+    apart = op.And(op.Not(op.Equal(rest, zero)), op.Not(op.Equal(op.Less(rest, zero), op.Less(other, zero))))
+    return op.Where(apart, op.Add(rest, other), rest)
+
+
+def _pair(one: Any, other: Any) -> tuple[Any, Any]:
+    """Two tensors of one kind; a number takes the tensor's, but makes whole numbers floating where it is."""
+    import onnx_ir as ir
+
+    if isinstance(other, float) and one.dtype.is_integer():
+        one = _op().Cast(one, to=ir.DataType.FLOAT)
+    return one, _constant(other, one) if isinstance(other, (int, float)) else other
+
+
+def _avg_pool(rank: int) -> Any:
+    """An average by another divisor than the window's size."""
+
+    def written(
+        x: Any, kernel_size: Sequence[int], stride: Sequence[int] = (), padding: Sequence[int] = (0,),
+        ceil_mode: bool = False, count_include_pad: bool = True, divisor_override: int | None = None,
+    ) -> Any:  # fmt: skip
+        from onnxscript.function_libs.torch_lib.ops import nn
+
+        own = nn.aten_avg_pool2d if rank == 2 else nn.aten_avg_pool3d
+        if divisor_override is None:
+            return own(x, kernel_size, stride, padding, ceil_mode, count_include_pad)
+        window = math.prod([*kernel_size, *kernel_size, *kernel_size][:rank] if len(kernel_size) == 1 else kernel_size)
+        found = own(x, kernel_size, stride, padding, ceil_mode, True)
+        return _op().Mul(found, _constant(window / divisor_override, x))
+
+    return written
