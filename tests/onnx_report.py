@@ -30,7 +30,7 @@ def lines(row: Row, report: Any) -> list[list[str]]:
     told = ", ".join([str(how.pop("adapters", "slots")), *(f"{key}={value}" for key, value in how.items())])
     found = []
     for name in dict.fromkeys(one.adapter for one in parity.compared):
-        own = [one for one in parity.compared if one.adapter == name]
+        own = [one for one in parity.compared if one.adapter == name and not one.edge]
         moved = f"{parity.moved[name]:.1e}" if name in parity.moved else ""
         tokens = [len(one.expected) for one in parity.decoded if one.adapter == name and one.ok]
         most, sizes = max(one.difference for one in own), len({one.sizes for one in own})
