@@ -124,6 +124,29 @@ def test_softmax_over_nothing_is_nan_on_both_sides(tmp_path: Path) -> None:
         assert np.isnan(found[0, 1]).all() and np.isnan(found).sum() == 3
 
 
+def test_torchs_own_kernel_for_evaluation_is_told_where_it_gives_nan(tmp_path: Path) -> None:
+    class Masked(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a = nn.MultiheadAttention(8, 2, batch_first=True)
+
+        def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+            return self.a(x, x, x, key_padding_mask=mask, need_weights=False)[0]
+
+    model, x, mask = Masked().eval(), torch.randn(3, 5, 8), torch.zeros(3, 5, dtype=torch.bool)
+    report = export_onnx(model, tmp_path / "m.onnx", (x, mask))
+    assert report.parity is not None and report.parity.ok
+    (told,) = report.parity.notices
+    assert told.startswith("with masks with an empty row torch's own kernel")
+    mask = mask.clone()
+    mask[1] = True
+    with torch.no_grad():
+        assert model(x, mask)[1].isnan().all()
+    trained = model(x, mask).detach()  # with gradients: the path that training takes
+    for (found,) in run(report.path, x, mask):
+        np.testing.assert_allclose(found, trained.numpy(), rtol=0, atol=1e-6)
+
+
 @pytest.mark.parametrize("name", ["llama", "bert"])
 def test_padding_on_either_side_and_empty_texts(name: str, tmp_path: Path) -> None:
     """transformers' masks: a text with nothing in it, too, is what the live model gives."""

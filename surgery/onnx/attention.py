@@ -82,7 +82,7 @@ def _products(query: Any, key: Any, value: Any, mask: Any, is_causal: bool, scal
     elif mask is not None:
         last = op.Constant(value_ints=[-1])
         if _is_bool(mask):
-            passed = op.Greater(op.ReduceMax(op.Cast(mask, to=kind), last), constant(0.0))
+            passed = op.Cast(op.ReduceMax(op.Cast(mask, to=ir.DataType.INT32), last), to=ir.DataType.BOOL)
             mask = op.Where(mask, constant(0.0), constant(kind.min))
         else:
             passed = op.Greater(op.ReduceMax(mask, last), op.CastLike(constant(-math.inf), mask))

@@ -20,6 +20,7 @@ from surgery.onnx.comparing import TOLERANCES, Call, Comparison, expected_of
 from surgery.onnx.copies import changing, leave_live, sharing_copy, traced_path
 from surgery.onnx.decoding import Decoded, decode
 from surgery.onnx.defaults import defaults_of
+from surgery.onnx.fast_path import told_apart
 from surgery.onnx.given import Given, arrays_of, leaves_of
 from surgery.onnx.holding import check_file, check_weights, opened, ran
 from surgery.onnx.manifest import Manifest, read_manifest
@@ -100,7 +101,9 @@ def verify_onnx(
     drawn: set[int] | None = None
     first: dict[int, list[Tensor]] = {}
     with traced_path():
-        for one in _references(model, manifest, adapters, report):
+        for number, one in enumerate(_references(model, manifest, adapters, report)):
+            if not number:
+                report.notices += told_apart(one.model, [call for (call, *_) in calls if call.values])
             comparison = Comparison(one.name, one.model, manifest.outputs, atol)
             for at, group in enumerate(calls):
                 found = next(((c, e) for c in group if (e := expected_of(one.model, c.given)) is not None), None)
