@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from surgery import SiteError
+
 _OWN = ("out_features", "embedding_dim", "nf", "hidden_size", "embed_dim", "d_model")
 _CONFIG = ("hidden_size", "d_model", "n_embd", "dim")
 
@@ -35,6 +37,17 @@ def _width(norm: nn.Module) -> int | None:
     if weight is None or weight.dim() != 1 or isinstance(norm, nn.modules.batchnorm._NormBase):
         return None
     return weight.shape[0] if "Norm" in type(norm).__name__ else None
+
+
+def in_dtype_of(like: Tensor, hidden: Tensor) -> Tensor:
+    """A hidden state in the dtype of a rule's tensor. `SiteError` where that would drop its imaginary part."""
+    if hidden.is_complex() and not like.is_complex():
+        raise SiteError(
+            f"a hidden state of {hidden.dtype} meets an adapter of {like.dtype}",
+            why="its imaginary part would be dropped",
+            fix="take the module out of the rule's targets",
+        )
+    return hidden.to(like.dtype)
 
 
 def positions_of(text: Any) -> tuple[int, ...] | None:

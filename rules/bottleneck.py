@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from rules import _combined, _complex, _fields
-from rules._hidden import features_of
+from rules._hidden import features_of, in_dtype_of
 from surgery import Combination, LiveSite, Rule, Share, Site, SiteError, rule
 
 _ACTIVATIONS = {"relu": F.relu, "gelu": F.gelu, "silu": F.silu, "tanh": torch.tanh}
@@ -72,7 +72,7 @@ class BottleneckRule(Rule):
         up, up_bias = site.param("up", (out, self.size)), site.param("up_bias", (out,))
         hidden = site.hidden
         x = site.input if self.placement == "parallel" else hidden
-        h = _ACTIVATIONS[self.activation](F.linear(x.to(down.dtype), down, down_bias))
+        h = _ACTIVATIONS[self.activation](F.linear(site.apply(in_dtype_of, down, x), down, down_bias))
         if self.dropout:
             h = F.dropout(h, self.dropout, site.training)  # type: ignore[arg-type]  # the flag as it is at each call
         return site.with_hidden(hidden + F.linear(h, up, up_bias) * self.scale)

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from rules import _complex, _fields
-from rules._hidden import at_positions, features_of, positions_of
+from rules._hidden import at_positions, features_of, in_dtype_of, positions_of
 from rules._solving import orthonormal_rows
 from surgery import LiveSite, Rule, Site, SiteError, rule
 
@@ -67,7 +67,7 @@ class ReftRule(Rule):
         bound = 1 / math.sqrt(size)
         b = site.param("b", (self.rank,), lambda b: nn.init.uniform_(b, -bound, bound))
         hidden = site.hidden
-        h = hidden.to(W.dtype)
+        h = site.apply(in_dtype_of, W, hidden)
         edit = (F.linear(h, W, b) - F.linear(h, R)) @ R
         if self.dropout:
             edit = F.dropout(edit, self.dropout, site.training)  # type: ignore[arg-type]  # as it is at each call
@@ -119,7 +119,7 @@ class ReftSlotRule(Rule):
         size = cast(int, features_of(site.module, self.features))
         R, W, b = site.param("R", (2, size)), site.param("W", (2, size)), site.param("b", (2,))
         hidden, chosen = site.hidden, positions_of(self.positions)
-        h = hidden.to(W.dtype)
+        h = site.apply(in_dtype_of, W, hidden)
         new = (h + (F.linear(h, W, b) - F.linear(h, R)) @ R).to(hidden.dtype)
         return site.with_hidden(new if chosen is None else site.apply(at_positions, new, hidden, *chosen))
 

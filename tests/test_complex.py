@@ -34,6 +34,7 @@ from surgery import (
     MergeError,
     PlanError,
     Rule,
+    SiteError,
     SurgeryError,
     activate,
     apply_rules,
@@ -293,3 +294,24 @@ def test_ia3_in_half_precision_stays_as_it_was() -> None:
     model = Holder(nn.Linear(4, 4).to(torch.bfloat16))
     apply_rules(model, [IA3Rule("m")])
     assert model.get_parameter("m.adapters.default.scale").dtype == torch.float32
+
+
+class Mixed(nn.Module):
+    """Its first parameters are real, and its hidden state is complex."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.real, self.complex = nn.Linear(4, 4), nn.Linear(4, 4).to(torch.complex64)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.complex(self.real(x).to(torch.complex64))
+
+
+@pytest.mark.parametrize("made", [BottleneckRule(Mixed, features=4), ReftRule(Mixed, rank=2, features=4)])
+def test_a_complex_hidden_state_is_not_cast_to_real_numbers(made: Rule) -> None:
+    model = apply_rules(Mixed(), [made])
+    with pytest.raises(SiteError, match="its imaginary part would be dropped"):
+        model(torch.ones(2, 4))
+    remove(model)
+    apply_rules(model, [SteerRule(Mixed, direction=[1.0] * 4)])
+    assert model(torch.ones(2, 4)).dtype == torch.complex64
