@@ -183,7 +183,7 @@ def make_plan(model: nn.Module, rules: Iterable[Rule] | Rule, adapter: str, exam
         made: dict[Hashable, Recording] = {}
         for match in seen.values():
             past = [bypass for path in (match.path, *match.aliases) for bypass in read_past.get(path, ())]
-            _add_step(plan, rule, match, past, fast, made)
+            _add_step(plan, rule, match, past, may_miss, fast, made)
         if seen and not may_miss and len(plan.passed) == len(seen):
             listed = ", ".join(plan.passed[:3])
             plan.problems.append(MatchError(f"{rule.label} finds nothing to do in what it matches", where=listed))
@@ -244,6 +244,7 @@ def _add_step(
     rule: Rule,
     match: Match,
     read_past: list[Bypass],
+    may_miss: bool,
     fast: dict[str, tuple[str, Any]],
     known: dict[Hashable, Recording],
 ) -> None:
@@ -267,7 +268,7 @@ def _add_step(
     except SurgeryError as error:
         plan.problems.append(error)
         return
-    if read_past and not _read_around(plan, rule, match, read_past):
+    if read_past and not _read_around(plan, rule, match, read_past, may_miss):
         return
     if fast:
         _switch_fast_paths(plan, path, fast)
@@ -294,8 +295,11 @@ def _objection(rule: Rule, module: nn.Module, path: str) -> str | None:
         return rule.check(module, path)
 
 
-def _read_around(plan: Plan, rule: Rule, match: Match, read_past: list[Bypass]) -> bool:
-    """Deal with code that reads a site's parameters past its forward; whether the rule can go there all the same."""
+def _read_around(plan: Plan, rule: Rule, match: Match, read_past: list[Bypass], may_miss: bool) -> bool:
+    """Deal with code that reads a site's parameters past its forward; whether the rule can go there all the same.
+
+    `may_miss`: the rule came with another, and leaves out what it would do nothing at.
+    """
     path = match.path
     for bypass in read_past:
         if bypass.in_fast_path and fastpath_switch(submodule(plan.model, bypass.reader)):
@@ -305,6 +309,10 @@ def _read_around(plan: Plan, rule: Rule, match: Match, read_past: list[Bypass]) 
         if bypass.conditional and not uncalled:
             plan.warnings.append(f"{rule.label} at {path} is bypassed on one branch: {place}: {bypass.source}")
             continue
+        if may_miss:
+            if not any(place in warning for warning in plan.warnings):
+                plan.warnings.append(f"{rule.label} leaves out {path} and modules like it: {place}: {bypass.source}")
+            return False
         plan.problems.append(
             SiteError(
                 f"{rule.label} would be bypassed",

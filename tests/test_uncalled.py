@@ -191,6 +191,17 @@ def test_the_convolution_of_state_space_models(family: str) -> None:
     assert problem == "LoraRule would be bypassed"
 
 
+@pytest.mark.filterwarnings("ignore")
+def test_a_rule_that_comes_with_another_leaves_it_out() -> None:
+    """bias="all": where code reads a bias past its module, a copy of it would do nothing."""
+    model = FAMILIES["mamba2"].make()
+    plan = plan_rules(model, [LoraRule("in_proj", rank=2, bias="all")])
+    assert not plan.problems
+    (told,) = [warning for warning in plan.warnings if "leaves out" in warning]
+    assert told.startswith("BiasRule leaves out backbone.layers.0.mixer.conv1d and modules like it")
+    assert {step.path.rpartition(".")[2] for step in plan.steps if step.rule.label == "BiasRule"} == {"mixer"}
+
+
 EVERY = list(FAMILIES) if os.environ.get("ALL_FAMILIES") else ["bert", "falcon_mamba", "deformable_detr", "led"]
 
 
