@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from surgery import files
+from surgery.absent import without_values
 from surgery.base_rule import Rule
 from surgery.complexes import is_number
 from surgery.engine import Given, carry_out
@@ -131,6 +132,9 @@ def save_adapter(
     model, state = rewritten(model)
     adapter_names(state, adapter)
     check_meant(model, state, adapter)
+    if state_dict is None and any(map(without_values, state.places[adapter].boxes)):
+        why = "its tensors came from the meta device by to_empty"
+        raise SurgeryError(f"the adapter {adapter!r} has no values yet", why=why, fix="load them first")
     if Path(folder).exists() and not Path(folder).is_dir():
         raise SurgeryError(f"{folder} is no folder", fix="an adapter is saved into a folder of its own")
     extra = {"base": fingerprint(model), "licence": licence, "metadata": _data(metadata)}

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from surgery import hf
+from surgery.absent import watch_absent
 from surgery.arguments import rule_problem
 from surgery.base_rule import Rule
 from surgery.claims import check_free
@@ -46,6 +47,7 @@ from surgery.state import (
     adapter_names,
     attach,
     base_parameters,
+    box_of,
     detach,
     model_state,
     site_state,
@@ -236,6 +238,8 @@ def _insert(
             tied[tie] = tensor
     if made:
         attach(module, plan.adapter, made, step.path)
+        if any(tensor.is_meta for tensor, _ in made.values()) and (box := box_of(module, plan.adapter)) is not None:
+            watch_absent(module, box, journal)
     state.applied.append(applied)
     live = LiveSite(
         module, step.path, plan.adapter, tensors_of(module, plan.adapter), lambda name, _: tensor_at(module, name)

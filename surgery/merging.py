@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
+from surgery.absent import without_values
 from surgery.claims import check_free
 from surgery.clash import hidden
 from surgery.errors import MergeError, PlanError, SurgeryError, SurgeryWarning
@@ -28,7 +29,7 @@ from surgery.recording import layer_of
 from surgery.root import rewritten, with_lost
 from surgery.sharded import sharding_of
 from surgery.site import LiveSite
-from surgery.state import Applied, Merged, SiteState, adapter_names, sites, tensors_of
+from surgery.state import Applied, Merged, SiteState, adapter_names, box_of, sites, tensors_of
 from surgery.ties import Untied, retie, say_untied
 from surgery.view import tensor_at
 
@@ -249,6 +250,12 @@ def _objections(path: str, module: nn.Module, site: SiteState, names: list[str])
     if refused is not None:
         found.append(MergeError("the site can't be merged", where=path, why=refused[0], fix=refused[1]))
     chosen = [applied for applied in site.applied if applied.adapter in names]
+    for name in dict.fromkeys(applied.adapter for applied in chosen):
+        if (box := box_of(module, name)) is not None and without_values(box):
+            why = "its tensors came from the meta device by to_empty"
+            found.append(
+                MergeError(f"the adapter {name!r} has no values yet", where=path, why=why, fix="load them first")
+            )
     for applied in chosen:
         rule = applied.rule
         if not rule.mergeable:

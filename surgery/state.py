@@ -8,13 +8,14 @@ pickle, and nothing is kept in a table beside the model.
 from __future__ import annotations
 
 import keyword
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from surgery.absent import note_absent, unwatch_absent
 from surgery.base_rule import Rule
 from surgery.errors import SiteError, SurgeryError, near_misses
 from surgery.links import Links
@@ -47,6 +48,18 @@ class AdapterTensors(nn.Module):
                 fix="accelerate.hooks.remove_hook_from_submodules(model) takes off what it put on; don't offload",
             )
         super().__setattr__(name, value)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> AdapterTensors:
+        before, emptied = self.tensors(), getattr(fn, "__qualname__", "").startswith("Module.to_empty.")
+        super()._apply(fn, recurse)
+        note_absent(self, before, emptied)
+        return self
+
+    def reset_parameters(self) -> None:
+        """Where the tensors were made on the meta device: the values that their rules start with."""
+        from surgery.starting import start
+
+        start(self)
 
     def tensors(self) -> dict[str, Tensor]:
         held = {**self._parameters, **self._buffers}
@@ -397,6 +410,7 @@ def detach(module: nn.Module, adapter: str, names: list[str] | None = None) -> N
         del held._modules[adapter]
     if not held._modules:
         del module._modules[RESERVED]
+        unwatch_absent(module)
 
 
 def is_adapter_key(model: nn.Module, key: str) -> bool:

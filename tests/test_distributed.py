@@ -73,6 +73,7 @@ def worker(rank: int, store: str, errors: Any) -> None:
         fsdp2_with_checkpointed_blocks(rank, Path(store).parent)
         what_sharding_forbids(rank)
         who_writes(rank, Path(store).parent)
+        fsdp2_from_the_meta_device(rank)
     except BaseException:
         errors.put(f"rank {rank}:\n{traceback.format_exc()}")
         raise
@@ -378,3 +379,37 @@ def who_writes(rank: int, folder: Path) -> None:
 
 def stage_of(part: Any) -> Any:
     return remove(copy.deepcopy(part))
+
+
+def fsdp2_from_the_meta_device(rank: int) -> None:
+    """Applied on meta, sharded, given memory; then values from a state dict, or those that the rules start with."""
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
+    from torch.distributed.fsdp import fully_shard
+
+    def net(device: str = "cpu") -> Any:
+        torch.manual_seed(0)
+        with torch.device(device):
+            return nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+
+    def sharded() -> Any:
+        model = apply_rules(net("meta"), LoraRule("all-linear", rank=2))
+        fully_shard(model)
+        model.to_empty(device="cpu")
+        return model
+
+    x, whole = torch.ones(1, 4), StateDictOptions(full_state_dict=True, strict=False)
+    trained = apply_rules(net(), LoraRule("all-linear", rank=2, init="random"))
+    model = sharded()
+    set_model_state_dict(model, net().state_dict(), options=whole)
+    refused(lambda: model(x), "has no values yet")
+    model = sharded()
+    set_model_state_dict(model, trained.state_dict(), options=whole)
+    assert torch.equal(model(x), trained(x))
+    model = sharded()
+    for module in model.modules():
+        if hasattr(module, "reset_parameters"):
+            module.reset_parameters()
+    set_model_state_dict(model, net().state_dict(), options=whole)
+    assert torch.equal(model(x), net()(x))
+    model(x).sum().backward()
+    assert any(bool(p.grad.full_tensor().any()) for p in adapters_of(model).values())  # type: ignore[union-attr]

@@ -1,0 +1,118 @@
+"""Rules applied on the meta device: after to_empty an adapter has no values, and says so until it has."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from rules import IA3Rule, LoraRule, TrainRule, VeraRule
+from surgery import (
+    SurgeryError,
+    activate,
+    adapter_state_dict,
+    apply_rules,
+    deactivate,
+    load_adapter_state_dict,
+    merge,
+    remove,
+    save_adapter,
+)
+
+X = torch.ones(1, 4)
+
+
+def net(device: str = "cpu") -> Any:
+    torch.manual_seed(0)
+    with torch.device(device):
+        return nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 4))
+
+
+def empty(*rules: Any) -> Any:
+    """Applied on meta, given memory, and the base's weights."""
+    model = apply_rules(net("meta"), list(rules) or [LoraRule("all-linear", rank=2)])
+    model.to_empty(device="cpu")
+    model.load_state_dict(net().state_dict(), strict=False)
+    return model
+
+
+def test_a_call_is_refused_until_values_come(tmp_path: Path) -> None:
+    model = empty()
+    for call in (lambda: model(X), lambda: merge(model), lambda: save_adapter(model, tmp_path)):
+        with pytest.raises(SurgeryError, match="the adapter 'default' has no values yet"):
+            call()
+    assert all(bool(tensor.isnan().all()) for tensor in adapter_state_dict(model).values())
+    assert torch.equal(deactivate(model)(X), net()(X))
+    activate(model)
+    with pytest.raises(SurgeryError, match="no values"):
+        copy.deepcopy(model)(X)
+    model.double().float()  # goes through new tensors
+    with pytest.raises(SurgeryError, match="no values"):
+        model(X)
+    remove(model)
+    assert not model[0]._forward_pre_hooks and torch.equal(model(X), net()(X))
+
+
+@pytest.mark.parametrize("rule", [
+    LoraRule("all-linear", rank=2), LoraRule("all-linear", rank=2, dora=True), VeraRule("all-linear", rank=2),
+    IA3Rule("0"), TrainRule("2"),
+], ids=lambda rule: f"{rule.label}{getattr(rule, 'dora', '')}")  # fmt: skip
+def test_reset_parameters_gives_what_rules_start_with(rule: Any) -> None:
+    """As FSDP does it: each module that has it, children too; the base's own then come from a file."""
+    model = empty(rule)
+    boxes = [module for module in model.modules() if type(module).__name__ == "AdapterTensors"]
+    for box in boxes:
+        box.reset_parameters()
+    torch.testing.assert_close(model(X), net()(X))
+    assert not model[0]._forward_pre_hooks
+    started = apply_rules(net(), rule)
+    for (name, mine), theirs in zip(
+        adapter_state_dict(model).items(), adapter_state_dict(started).values(), strict=True
+    ):
+        drawn = isinstance(rule, LoraRule) and name.endswith("A")  # by chance, with the same spread
+        torch.testing.assert_close(
+            mine.abs().max() <= 0.5 if drawn else mine, theirs.abs().max() <= 0.5 if drawn else theirs
+        )
+    model(X).sum().backward()
+    assert all(p.grad is not None for name, p in model.named_parameters() if p.requires_grad and "adapters" in name)
+
+
+def test_values_that_come_in_other_ways() -> None:
+    trained = apply_rules(net(), LoraRule("all-linear", rank=2, init="random"))
+    expected = trained(X)
+
+    def by_hand(model: Any) -> None:
+        with torch.no_grad():
+            for name, tensor in adapter_state_dict(model).items():
+                tensor.copy_(adapter_state_dict(trained)[name])
+
+    ways = [
+        lambda model: model.load_state_dict(trained.state_dict()),
+        lambda model: model.load_state_dict(trained.state_dict(), assign=True),
+        lambda model: load_adapter_state_dict(model, adapter_state_dict(trained)),
+        by_hand,
+    ]
+    for way in ways:
+        model = empty()
+        way(model)
+        assert torch.equal(model(X), expected)
+    model = apply_rules(net("meta"), LoraRule("all-linear", rank=2))
+    model.load_state_dict(trained.state_dict(), assign=True)
+    assert torch.equal(model(X), expected)
+
+
+def test_tensors_with_values_that_are_emptied() -> None:
+    model = apply_rules(net(), LoraRule("0", rank=2))
+    before = {name: tensor.clone() for name, tensor in adapter_state_dict(model).items()}
+    model[0].adapters.default.reset_parameters()  # made with values, which stay
+    assert all(torch.equal(tensor, before[name]) for name, tensor in adapter_state_dict(model).items())
+    model.to(torch.float64).to(torch.float32)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in adapter_state_dict(model).items())
+    model.to_empty(device="cpu")
+    assert all(bool(tensor.isnan().all()) for tensor in adapter_state_dict(model).values())
+    with pytest.raises(SurgeryError, match="no values"):
+        merge(model)
