@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import multiprocessing
+import os
 import sys
 from datetime import timedelta
 from pathlib import Path
@@ -74,11 +75,13 @@ def worker(rank: int, store: str, errors: Any) -> None:
         what_sharding_forbids(rank)
         who_writes(rank, Path(store).parent)
         fsdp2_from_the_meta_device(rank)
+        dist.barrier()
     except BaseException:
         errors.put(f"rank {rank}:\n{traceback.format_exc()}")
         raise
     finally:
         dist.destroy_process_group()
+    os._exit(0)  # threads of torch's may still run, and end a process that takes its statics down with a signal
 
 
 def patient(dtype: torch.dtype = torch.float32) -> tuple[Any, dict[str, Tensor]]:
