@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from rules._layouts import Layout, Part
 
-NAMES = ("kaiming", "gaussian", "orthogonal", "pissa", "pissa_niter_N", "olora", "random")
+NAMES = ("kaiming", "gaussian", "orthogonal", "pissa", "pissa_niter_N", "olora", "random", "mica")
 
 
 def known(name: Any) -> bool:
@@ -24,7 +24,7 @@ def why_not(name: str, layout: Layout, is_complex: bool = False) -> str | None:
     """Why these starting values can't be had on a module, or None."""
     if name in ("kaiming", "gaussian", "random"):
         return None
-    if layout.kind not in ("linear", "conv1d"):
+    if layout.kind not in ("linear", "conv1d", *(["embedding"] if name == "mica" else [])):
         return f"init={name!r} is for Linear and Conv1D"
     part = layout.parts[0]
     rank = part.A[0]
@@ -33,7 +33,7 @@ def why_not(name: str, layout: Layout, is_complex: bool = False) -> str | None:
     if name == "orthogonal":
         return None if rank % 2 == 0 else f"init='orthogonal' needs an even rank, not {rank}"
     if layout.packed:
-        return f"init={name!r} changes the weight, and the weight is packed"
+        return f"init={name!r} takes the weight apart, and the weight is packed"
     if rank > min(part.shape):
         return f"init={name!r} takes {rank} directions of a weight that has {min(part.shape)}"
     return None
@@ -52,7 +52,12 @@ def fill(name: str, which: str, layout: Layout) -> Callable[[Tensor], Any]:
 
 def together(name: str) -> bool:
     """Whether A and B need each other or the weight to start."""
-    return name in ("orthogonal", "olora") or name.startswith("pissa")
+    return name in ("orthogonal", "olora", "mica") or name.startswith("pissa")
+
+
+def trains(name: str, which: str) -> bool:
+    """Whether A or B is trained: MiCA keeps the directions that it starts B with."""
+    return name != "mica" or which == "A"
 
 
 def fill_jointly(name: str, part: Part, weight: Tensor, A: Tensor, B: Tensor, scale: float) -> bool:
@@ -69,6 +74,10 @@ def fill_jointly(name: str, part: Part, weight: Tensor, A: Tensor, B: Tensor, sc
         A.copy_(r[:rank])
         B.copy_(q[:, :rank])
         return True
+    if name == "mica":  # the directions in which the weight does least
+        B.copy_(torch.linalg.svd(matrix, full_matrices=False)[0][:, -rank:])
+        A.zero_()
+        return False
     niter = _niter(name)
     if niter is None:
         u, s, vh = torch.linalg.svd(matrix, full_matrices=False)

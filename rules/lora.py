@@ -37,9 +37,10 @@ class LoraRule(Rule):
     Fields, with PEFT's names: `rank` (r), `alpha` (lora_alpha); `dropout` (lora_dropout, on the branch's input;
     an Embedding's indices take none); `bias` "none", "all" (every bias of the model is trained) or "lora_only"
     (the targets'); `lora_bias` (a bias on B); `rslora` (use_rslora: alpha / sqrt(rank)); `dora` (use_dora);
-    `init` (init_lora_weights): "kaiming" (True), "gaussian", "orthogonal", "pissa", "pissa_niter_N", "olora", or
-    "random" (False: B is not zero); `rank_pattern`, `alpha_pattern`: path suffix or regular expression → value;
-    `max_rank`: A and B have room for this rank, zero beyond the rule's own, for `hotswap` to use.
+    `init` (init_lora_weights): "kaiming" (True), "gaussian", "orthogonal", "pissa", "pissa_niter_N", "olora", "mica"
+    (B holds the weight's least directions and is not trained), or "random" (False: B is not zero);
+    `rank_pattern`, `alpha_pattern`: path suffix or regular expression → value; `max_rank`: A and B have room for
+    this rank, zero beyond the rule's own, for `hotswap` to use.
     Defaults are PEFT's. PiSSA and OLoRA change the base's weight at the start; `remove` gives its bits back.
 
     Raises `RuleError` for a value out of range; a module that can't take the rule is a problem of the plan.
@@ -53,7 +54,7 @@ class LoraRule(Rule):
     lora_bias: bool = False
     rslora: bool = False
     dora: bool = False
-    init: Literal["kaiming", "gaussian", "orthogonal", "pissa", "olora", "random"] | str = "kaiming"
+    init: Literal["kaiming", "gaussian", "orthogonal", "pissa", "olora", "mica", "random"] | str = "kaiming"
     rank_pattern: Mapping[str, int] | None = None
     alpha_pattern: Mapping[str, float] | None = None
     max_rank: int | None = None
@@ -80,7 +81,7 @@ class LoraRule(Rule):
 
     @property
     def identity(self) -> bool:  # type: ignore[override]
-        return self.init in ("kaiming", "gaussian")
+        return self.init in ("kaiming", "gaussian", "mica")
 
     @property
     def additive(self) -> bool:
@@ -137,7 +138,9 @@ class LoraRule(Rule):
         for part, used in zip(layout.parts, self._used(site).parts, strict=True):
             fills = [_swapped.filled(start, which, used, part) for start, which in zip(starts, "AB", strict=True)]
             A = site.param(part.prefix + "A", part.A, fills[0], dtype=self.dtype)
-            B = site.param(part.prefix + "B", part.B, fills[1], dtype=self.dtype)
+            B = site.param(
+                part.prefix + "B", part.B, fills[1], dtype=self.dtype, trainable=_init.trains(self.init, "B")
+            )
             gain = None
             if self.dora:
                 magnitude = site.param(part.prefix + "magnitude", part.magnitude, dtype=self.dtype)

@@ -26,10 +26,10 @@ _SPELLINGS = (
     (re.compile(r"\.lora\.up\.weight$|_lora\.up\.weight$"), ".lora_B.weight"),
     (re.compile(r"\.lora\.alpha$|_lora\.alpha$|\.lora_[AB]\.alpha$"), ".alpha"),
 )  # diffusers' layers of old
-_NAMED = re.compile(
-    r"\.(?:lora|hada|lokr|oft|boft|ia3|vera|randlora|road|hra|fourierft|shira|c3a|miss|bone|ln_tuning|trainable_tokens)"
-    r"_\w+\.(?!weight$|bias$|alpha$)([^.]+)(?:\.(?:weight|bias))?$"
-)  # an adapter's own name
+_METHODS = "lora hada lokr oft boft ia3 vera randlora road hra fourierft shira c3a miss bone ln_tuning trainable_tokens"
+_MARK = rf"\.(?:{'|'.join(_METHODS.split())})_\w+"
+_UNNAMED = re.compile(rf"{_MARK}(?:\.(?:weight|bias))?$")
+_NAMED = re.compile(rf"{_MARK}\.(?!weight$|bias$|alpha$)([^.]+)(?:\.(?:weight|bias))?$")  # an adapter's own name
 _DEEPEST = 4  # segments that follow a module's path, at most
 
 
@@ -153,6 +153,8 @@ def _unnamed(written: Mapping[str, str]) -> dict[str, str]:
     """Keys without the adapter's name, which a model's own state dict has in them."""
     hits = (_NAMED.search(text) for text in written.values())
     names = list(dict.fromkeys(hit[1] for hit in hits if hit))
+    if len(names) > 1 and any(_UNNAMED.search(text) for text in written.values()):
+        names = []  # they are tensors of a method: adapters' names would be in all keys
     if len(names) > 1:
         raise SurgeryError(
             f"the file holds the tensors of {len(names)} adapters: {', '.join(names[:5])}",

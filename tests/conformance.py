@@ -6,9 +6,11 @@ A row is a configuration of PEFT's on a small model. Its cells:
 - `merged`: … merged here, too
 - `removed`: … and without the adapter the model is the base to the bit
 - `save`: saved here in PEFT's format, PEFT loads it and gives the same output
+- `trained`: PEFT's adapter and the one loaded here, trained for some steps by one optimizer, give the same output
 
 "The same" is to within 1e-6 of the largest output, where that is above 1. Of a model with a prompt PEFT returns the
-virtual tokens' outputs before the text's; those of the text are compared.
+virtual tokens' outputs before the text's; those of the text are compared. After training it is to within a thousandth
+of how far training moved the output.
 """
 
 from __future__ import annotations
@@ -17,7 +19,7 @@ import copy
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,10 +28,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from rules import task_of
-from surgery import SurgeryError, load_adapter, merge, remove, save_adapter, unmerge
+from surgery import SurgeryError, load_adapter, merge, remove, save_adapter, summary, unmerge
 from surgery.testing import Snapshot
 
-CELLS = ("load", "merged", "removed", "save")
+CELLS = ("load", "merged", "removed", "save", "trained")
 SLACK = 1e-6
 
 
@@ -197,11 +199,26 @@ class Row:
     unmerged: bool = False  # there is no merged form
     by_hand: Callable[[nn.Module, dict[str, Tensor]], nn.Module] | None = None  # the reference, from base and file
     held: str = "✓"  # what the table's cells say
+    grown: int = 0  # how many words the vocabulary was made longer by
 
     @property
     def name(self) -> str:
         given = ", ".join(f"{key}={value!r}" for key, value in self.fields.items())
-        return f"{self.model}: {given}"
+        return f"{self.model}{f' with {self.grown} words more' if self.grown else ''}: {given}"
+
+    @property
+    def untrained(self) -> str:
+        """Why training is another in PEFT, by its arithmetic or since its file lacks what is trained."""
+        given = self.fields
+        if self.by_hand is not None:
+            return "half of what is trained here"
+        if self.method == "PromptEncoder" or given.get("prefix_projection"):
+            return "PEFT trains the network, which is not in its file"
+        if self.method == "LoHa" and given.get("use_effective_conv2d"):
+            return "PEFT's backward of w1_a takes the other factor's product"
+        if given.get("coft"):
+            return "PEFT writes the projected rotation back into the parameter"
+        return ""
 
 
 def lora(model: str, *targets: str, **fields: Any) -> Row:
@@ -274,6 +291,23 @@ def _lora() -> Iterator[Row]:
     yield lora("gpt2", "c_attn", fan_in_fan_out=True)
     yield lora("gpt2", "c_attn", trainable_token_indices=[5, 3])
     yield Row("Lora", "vit", {"target_modules": "all-linear", "exclude_modules": ["classifier"]})
+    tied, long = "LlamaForCausalLM tie_word_embeddings=True", {"task_type": "CAUSAL_LM"}
+    for model in ("LlamaForCausalLM", tied):
+        for targets in (["lm_head"], ["embed_tokens", "q_proj"], ["embed_tokens", "lm_head"]):
+            yield lora(model, *targets, **long)
+        yield lora(model, "q_proj", modules_to_save=["embed_tokens", "lm_head"])
+        for given in ([5, 3], {"embed_tokens": [5, 3], "lm_head": [5, 3]}, {"embed_tokens": [5], "lm_head": [7, 1]},
+                      {"lm_head": [5]}):  # fmt: skip
+            yield lora(model, "q_proj", trainable_token_indices=given)
+        yield replace(lora(model, "embed_tokens", "lm_head", **long), grown=2)
+        yield replace(lora(model, "q_proj", **long), grown=2)
+        yield replace(lora(model, "q_proj", trainable_token_indices=[99, 5]), grown=2)
+    yield lora("GPT2LMHeadModel", "wte")
+    yield lora("GPT2LMHeadModel", "lm_head", "c_attn", use_dora=True)
+    yield replace(lora("GPT2LMHeadModel", "c_attn"), grown=3)
+    yield lora("LlamaForSequenceClassification num_labels=3", "q_proj", task_type="SEQ_CLS")
+    yield lora("LlamaForSequenceClassification num_labels=3", "score")
+    yield lora("bert", "classifier", "query")
     yield lora("mixtral", "q_proj", target_parameters=["mlp.experts.gate_up_proj", "mlp.experts.down_proj"], r=2)
 
 
@@ -466,8 +500,11 @@ def check(row: Row, folder: Path) -> dict[str, str]:
     from safetensors.torch import load_file
 
     model, call = made(row)
-    theirs = in_peft(row, model)
-    theirs.save_pretrained(folder / "theirs")
+    base = copy.deepcopy(model)
+    for grown in (model, base) if row.grown else ():
+        grown.resize_token_embeddings(SIZES["vocab_size"] + row.grown)  # type: ignore[operator]
+    theirs = in_peft(row, base)
+    theirs.save_pretrained(folder / "theirs", save_embedding_layers=True if row.grown else "auto")
     with torch.no_grad():
         plain = call(model)
         expected = of_text(call(theirs), plain)
@@ -496,7 +533,43 @@ def check(row: Row, folder: Path) -> dict[str, str]:
     save_adapter(model, folder / "ours", format="peft")
     remove(model)
     wrong["removed"] = "; ".join(before.differences(model)[:3])
+    ours = copy.deepcopy(model)
     again = peft.PeftModel.from_pretrained(copy.deepcopy(model), str(folder / "ours")).eval()
     with torch.no_grad():
         wrong["save"] = "" if near(of_text(call(again), plain), expected) else "another output"
+    if not row.untrained:
+        load_adapter(ours, folder / "theirs", example_inputs=example)
+        wrong["trained"] = as_trained(ours, theirs, lambda m: of_text(call(m), plain), row.model != "t5")
     return wrong
+
+
+def as_trained(ours: nn.Module, theirs: nn.Module, call: Callable[[Any], Tensor], counted: bool) -> str:
+    """Whether the same steps of one optimizer from the same tensors lead to the same output; "" or what is wrong.
+
+    Of steps that scale each number by itself (Adam) an adapter with its coordinates turned would take others.
+    """
+    count = sum(parameter.numel() for parameter in theirs.parameters() if parameter.requires_grad)
+    if counted and summary(ours).trainable != count:
+        return f"{summary(ours).trainable} numbers are trained, {count} in PEFT"
+    first = call(theirs).detach()
+    rate = 0.3 / max(1e-12, sum(float(grad.pow(2).sum()) for grad in _grads(theirs, call).values()) ** 0.5)
+    for model in (theirs, ours):
+        optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], rate, momentum=0.9)
+        for _ in range(3):
+            for parameter, grad in _grads(model, call).items():
+                parameter.grad = grad
+            optimizer.step()
+    with torch.no_grad():
+        expected, found = call(theirs), call(ours)
+    moved, apart = float((expected - first).abs().max()), float((expected - found).abs().max())
+    if moved < 1e-4:
+        return "training does nothing"
+    return "" if apart <= max(1e-3 * moved, SLACK * float(expected.abs().max())) else f"{apart / moved:.0e} apart"
+
+
+def _grads(model: nn.Module, call: Callable[[Any], Tensor]) -> dict[Tensor, Tensor]:
+    output = call(model).float()
+    target = torch.linspace(-1, 1, output.numel()).reshape(output.shape)
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    grads = torch.autograd.grad((output - target).pow(2).mean(), trained, allow_unused=True)
+    return {parameter: grad for parameter, grad in zip(trained, grads, strict=True) if grad is not None}

@@ -19,15 +19,19 @@ MARKS = ("<!-- made by make peers -->\n", "<!-- end -->")
 
 def table(results: Mapping[int, Mapping[str, str]]) -> str:
     """A line a row; a cell that does not hold is ✗ with the reason."""
-    lines = ["| method | model: configuration | PEFT → here | … merged | … removed | here → PEFT | |", "|---" * 7 + "|"]
+    head = "| method | model: configuration | PEFT → here | … merged | … removed | here → PEFT | trained | |"
+    lines = [head, "|---" * 8 + "|"]
     for i, row in enumerate(ROWS):
         held = results.get(i, {})
         if row.refused:
             cells, note = ["refused"] * len(CELLS), f"`{row.refused[0]}`: {row.refused[1]}"
         else:
-            said = {cell: "✓" if cell == "removed" else row.held for cell in CELLS}
+            said = {cell: "✓" if cell in ("removed", "trained") else row.held for cell in CELLS}
+            if row.unmerged:
+                said["merged"] = "–"
+            if row.untrained:
+                said["trained"] = f"– {row.untrained}"
             cells, note = [f"✗ {held[cell]}" if held.get(cell) else said[cell] for cell in CELLS], row.note
-            cells = [cell if not row.unmerged or i != CELLS.index("merged") else "–" for i, cell in enumerate(cells)]
         if any(held.values()) and row.refused:
             cells = ["✗"] * len(CELLS)
         name = row.name.replace("|", "\\|").replace("_", "\\_").replace("*", "\\*")

@@ -156,6 +156,16 @@ def test_pissa_and_olora_start_as_in_peft(layer: str, init: str) -> None:
     assert_close(ours.m.weight, wrapped.base_layer.weight)
 
 
+@pytest.mark.parametrize("layer", ["Linear", "Embedding"])
+def test_mica_starts_as_in_peft_and_keeps_b(layer: str) -> None:
+    model = Holder(LAYERS[layer][0]())
+    theirs = in_peft(model, init_lora_weights="mica")
+    ours: Any = apply_rules(model, [LoraRule("m", rank=RANK, alpha=ALPHA, init="mica")])
+    for name, tensor in tensors_of(theirs.base_model.model.m).items():
+        assert_close(getattr(ours.m.adapters.default, name), tensor)
+    assert [name for name, tensor in ours.m.adapters.default.named_parameters() if tensor.requires_grad] == ["A"]
+
+
 @pytest.mark.parametrize("dora", [False, True], ids=["lora", "dora"])
 @pytest.mark.parametrize("layer", ["Linear", "Conv2d", "Conv1D"])
 def test_a_seed_drops_out_the_same_inputs_as_in_peft(layer: str, dora: bool) -> None:

@@ -22,7 +22,7 @@ class Lora(PeftMethod):
     init_field = "init_lora_weights"
     inits = {
         True: "kaiming", False: "random", "gaussian": "gaussian", "orthogonal": "orthogonal", "eva": "kaiming",
-        "pissa": "pissa", "olora": "olora", "mica": "kaiming",
+        "pissa": "pissa", "olora": "olora", "mica": "mica",
     }  # fmt: skip
     fields = {
         "r": "rank", "lora_alpha": "alpha", "use_rslora": "rslora", "lora_dropout": "dropout", "use_dora": "dora",
@@ -41,7 +41,7 @@ class Lora(PeftMethod):
         return super().read(config)
 
     def start(self, config: PeftConfig) -> Iterable[Rule]:
-        if config.data.get("init_lora_weights") in ("eva", "mica"):  # of a saved adapter it is past
+        if config.data.get("init_lora_weights") == "eva":  # of a saved adapter it is past
             raise config.refuse("init_lora_weights", "there is no such start here")
         return self.read(config)
 
@@ -53,8 +53,6 @@ class Lora(PeftMethod):
             config.notes.append(
                 "velora_config is passed over: VeLoRA saves memory while training, which is not done here"
             )
-        if config.data.get("init_lora_weights") == "mica":
-            config.notes.append("MiCA trains A alone; here B is trained, too")
         return {name: config.fitting(name) for name in ("rank_pattern", "alpha_pattern")}
 
     def entries(self, place: PeftPlace) -> dict[str, PeftEntry]:
