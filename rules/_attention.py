@@ -239,7 +239,8 @@ def _likewise(site: Site, graph: Any, node: fx.Node, before: fx.Node, scores: Te
     if operation == "view":
         return site.apply(shaped_like, scores, site.at(node))
     if operation in _FOR_THE_TEXT and not _shifts_all(graph, node, before):
-        return scores
+        bias = _from_the_end(graph, node, before) if operation == "add" else None
+        return scores if bias is None else site.apply(at_the_query, scores, site.at(bias))
     return site.again(site.at(node), {before: scores})
 
 
@@ -252,6 +253,28 @@ def _shifts_all(graph: Any, node: fx.Node, before: fx.Node) -> bool:
     return data["operation"] in ("add", "sub") and all(
         s is not None and s[-1:] in ((), (1,)) and keys > 1 for s in shapes
     )
+
+
+def _from_the_end(graph: Any, node: fx.Node, before: fx.Node) -> fx.Node | None:
+    """A bias for each key, the same for all queries, that counts from the last key: the end of a longer table (MPT's).
+
+    What it gives a key then hangs on how many keys come later, in the same call or with a cache.
+    """
+    for other in graph.nodes[node]["operands"]:
+        if not isinstance(other, fx.Node) or other is before or graph.nodes[other]["operation"] != "getitem":
+            continue
+        index, shape = graph.nodes[other]["operands"][1], graph.nodes[other]["shape"]
+        last = index[-1] if isinstance(index, tuple) else index
+        sliced = isinstance(last, tuple) and last[:1] == ("slice",) and last[1] not in (None, 0) and last[2] is None
+        if sliced and shape is not None and shape[-2:-1] == (1,):
+            return other
+    return None
+
+
+def at_the_query(scores: Tensor, bias: Tensor) -> Tensor:
+    """The prefix's scores with the bias of each query's own key: a prefix has no position, and is as near as can be."""
+    queries = scores.shape[-2]
+    return scores + bias.narrow(-1, bias.shape[-1] - queries, queries).mT
 
 
 def products(query: Tensor, key: Tensor, alpha: float) -> Tensor:
