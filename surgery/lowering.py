@@ -22,6 +22,7 @@ from torch.autograd import forward_ad
 
 from surgery.complexes import is_number
 from surgery.errors import SiteError
+from surgery.repeated import left_out
 
 __all__ = [
     "LowRankEdit",
@@ -432,4 +433,5 @@ def _find_fast(graph: fx.Graph, site: fx.Node, tensor: fx.Node) -> None:
 
 def _effect(node: fx.Node) -> bool:
     name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
-    return node.op in ("call_method", "call_module", "call_function") and name.endswith("_")
+    called = node.op in ("call_method", "call_module", "call_function")
+    return called and (name.endswith("_") or node.target is left_out)

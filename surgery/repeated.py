@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from surgery.errors import SiteError
 from surgery.view import base_forward
 
-__all__ = ["Runs", "refusal", "repeated", "repeated_method", "repeated_module", "writes"]
+__all__ = ["Runs", "left_out", "refusal", "repeated", "repeated_method", "repeated_module", "writes"]
 
 
 class Runs:
@@ -40,6 +40,25 @@ def repeated_module(runs: Runs, module: nn.Module, args: tuple, kwargs: Mapping[
 def repeated_method(runs: Runs, module: nn.Module, name: str, args: tuple, kwargs: Mapping[str, Any]) -> Any:
     """A method of an object that the forward is given, such as a cache."""
     return _run(runs, module, (args, kwargs), lambda: getattr(args[0], name)(*args[1:], **kwargs))
+
+
+def left_out(module: nn.Module, *given: Any) -> None:
+    """An error where a forward that no edit runs any more would write what tells a cache's length.
+
+    transformers reads it off the first layer of each kind; other layers may be left out, and attention to an encoder.
+    """
+    if any(isinstance(part, Mapping) and part.get("key_value_states") is not None for part in given):
+        return
+    for value in (value for part in given for value in _values(part) if hasattr(value, "get_seq_length")):
+        kinds = list(getattr(value, "is_sliding", ()))
+        for index in {i for inner in module.modules() if type(i := getattr(inner, "layer_idx", None)) is int}:
+            if index < len(kinds) and kinds.index(kinds[index]) == index or index == 0:
+                base = getattr(module, "_surgery_base", type(module))
+                raise SiteError(
+                    f"a rule leaves out the forward of this {base.__name__}, and the call has a cache",
+                    why=f"a {type(value).__name__} is as long as its layer {index}, which nothing is written to now",
+                    fix="call the model without a cache (use_cache=False), or leave out another layer",
+                )
 
 
 def _run(runs: Runs, module: nn.Module, given: tuple, call: Callable[[], Any]) -> Any:

@@ -19,7 +19,7 @@ from surgery.complexes import is_number
 from surgery.errors import SiteError
 from surgery.lowering import in_dtype, lower, same_dtype, weighted
 from surgery.own import Own, recorded_own
-from surgery.repeated import Runs, repeated, repeated_method, repeated_module
+from surgery.repeated import Runs, left_out, repeated, repeated_method, repeated_module
 from surgery.starred import FIRST, first_given, first_names, hidden_first, starred_of, with_first
 from surgery.tape import Ref, Step, Tape, thawed
 from surgery.view import base_forward
@@ -397,6 +397,9 @@ class _Weaver:
                 needed[id(term)] = term
                 waiting += _terms_in((term.args, term.kwargs))
         self._counted(needed)
+        if self.call is not None and id(self.call) not in needed and len(self.own.signature.parameters) > 1:
+            itself, _, *given = self.call.args[:6]
+            self.effects.append(self._term("call_function", left_out, (itself, *given)))
         for term in self.terms:  # the base's operations keep their order, for what they write in place
             if id(term) in needed and not term.origin:
                 self._write(term, graph)

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from rules import LoraRule
+from rules import LoraRule, ReplaceRule
 from surgery import PlanError, Rule, Site, SiteError, SurgeryError, apply_rules, merge, plan_rules, remove, rule
 from surgery.testing import Snapshot
 
@@ -241,3 +241,16 @@ def test_examples_and_merges_leave_a_given_cache_alone() -> None:
     merge(model)
     assert cache.get_seq_length() == 5
     assert all(torch.equal(a.keys, b.keys) for a, b in zip(cache.layers, held.layers, strict=True))
+
+
+def test_a_layer_that_is_left_out() -> None:
+    """A cache is as long as its first layer, which must be written to; others may be left out."""
+    ids = torch.tensor([[0, 0, 5, 3, 9], [4, 5, 6, 7, 8]])
+    for layer in (0, 1):
+        model = apply_rules(llama(), [ReplaceRule(f"re:model.layers.{layer}", by="torch.nn.Identity")])
+        expected = model.generate(ids, attention_mask=(ids > 0).long(), use_cache=False, **GREEDY)
+        if layer:
+            assert torch.equal(model.generate(ids, attention_mask=(ids > 0).long(), **GREEDY), expected)
+        else:
+            with pytest.raises(SiteError, match="leaves out the forward .* and the call has a cache"):
+                model.generate(ids, attention_mask=(ids > 0).long(), **GREEDY)
