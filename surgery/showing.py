@@ -13,6 +13,7 @@ from surgery.errors import MatchError, listed, near_misses
 from surgery.flags import is_lazy
 from surgery.install import recipe_of
 from surgery.links import there
+from surgery.match import every_path
 from surgery.own import own_forward
 from surgery.root import check_all_present, records_in
 from surgery.state import SiteState, is_adapter_key, merged_adapters, site_state, sites, tensors_of
@@ -165,10 +166,10 @@ def draw(model: nn.Module, path: str = "", *, before: bool = True) -> str:
 
 def _site_at(model: nn.Module, path: str) -> tuple[nn.Module, SiteState]:
     check_all_present(model)
-    modules = dict(model.named_modules(remove_duplicate=False))
+    modules = dict(model.named_modules(remove_duplicate=False)) | dict(every_path(model))  # with wrappers, and without
     below = list(records_in(model).values())
     if (path not in modules or site_state(modules[path]) is None) and len(below) == 1 and there(below[0], path):
-        modules = dict(below[0].named_modules(remove_duplicate=False))  # a path in what is wrapped
+        modules = dict(every_path(below[0]))  # a path in what is wrapped
     if path not in modules:
         raise MatchError(f"the model has no module {path!r}", why=near_misses(path, modules))
     state = site_state(modules[path])

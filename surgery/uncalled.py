@@ -10,6 +10,7 @@ from torch import nn
 
 from surgery.bypass import Search
 from surgery.match import base_modules
+from surgery.wrapped import submodule
 
 __all__ = ["never_called"]
 
@@ -34,8 +35,8 @@ def never_called(model: nn.Module, paths: Iterable[str]) -> bool:
     modules = dict(base_modules(model))
     known = {id(module): path for path, module in modules.items()}
     for path in paths:
-        target, parts = model.get_submodule(path), path.split(".")
-        owners = {above: model.get_submodule(above) for above in (".".join(parts[:n]) for n in range(len(parts)))}
+        target, parts = submodule(model, path), path.split(".")
+        owners = {above: submodule(model, above) for above in (".".join(parts[:n]) for n in range(len(parts)))}
         for above, owner in owners.items():
             if isinstance(owner, (nn.ModuleList, nn.ModuleDict)):  # whoever loops over it is above it
                 continue

@@ -26,6 +26,7 @@ from surgery import (
     merge,
     remove,
     save_adapter,
+    show,
     unmerge,
 )
 from surgery.testing import Snapshot
@@ -127,6 +128,7 @@ def test_rules_and_their_way_back_around_a_wrapper(name: str) -> None:
     assert not torch.equal(wrapped(X), before)
     assert not torch.equal(wrapped(X), deactivate(bare)(X))
     activate(bare)
+    assert show(bare, "layers.0.up").startswith("# layers.0.up: Linear + LoraRule")
     assert list(base_state_dict(bare)) == [key for key in bare.state_dict() if ".adapters." not in key]
     merge(bare)
     unmerge(bare)
