@@ -18,6 +18,7 @@ from surgery.onnx.adapters import read_adapter, write_adapter
 from surgery.onnx.arranged import exactly
 from surgery.onnx.given import array_of
 from surgery.onnx.manifest import Manifest
+from surgery.onnx.rooted import rooted
 from surgery.onnx.slots import slot_tensors
 from surgery.stored import Entry, Stored, tensor_key
 
@@ -48,7 +49,7 @@ def export_adapter(model: nn.Module, name: str, onnx_path: str | Path, out_path:
 
     Raises `LoadError` that lists what does not fit: another base than the file's, sites without a slot.
     """
-    manifest = Manifest.read(onnx_path)
+    model, manifest = rooted(model), Manifest.read(onnx_path)
     problems = [SurgeryError(told, where=str(onnx_path)) for told in differences(model, manifest.base)]
     try:
         arrays = slot_arrays(model, name, manifest)

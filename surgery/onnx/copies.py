@@ -14,6 +14,7 @@ from surgery.engine import remove
 from surgery.errors import SurgeryError
 from surgery.merging import unmerged
 from surgery.onnx.windows import whole_windows
+from surgery.root import records_in
 from surgery.state import _MODEL, _SITE, model_state, sites
 
 __all__ = ["changing", "leave_live", "sharing_copy", "traced_path"]
@@ -70,7 +71,8 @@ def _shared(tensor: Tensor) -> Tensor:
 
 
 def _written(model: nn.Module, folding: bool) -> Iterator[Tensor]:
-    for _, module, site in sites(model):
+    parts = records_in(model, nested=True) or {"": model}
+    for _, module, site in (found for part in parts.values() for found in sites(part)):
         if folding or site.merged is not None or any(applied.changed for applied in site.applied):
             yield from module.parameters()
             yield from module.buffers()

@@ -39,6 +39,7 @@ from surgery.onnx.names import name_weights
 from surgery.onnx.parity import ParityReport, verify_onnx
 from surgery.onnx.prepare import PREPARE, Prepared, Settings
 from surgery.onnx.program import Program, program_of
+from surgery.onnx.rooted import check_names, rooted
 from surgery.onnx.turns import in_turn
 from surgery.onnx.writing import size_of, written
 
@@ -102,7 +103,8 @@ def export_onnx(
     (['0.adapters.slot.A', '0.adapters.slot.B'], True)
 
     `example_inputs`: a tensor, a tuple of arguments or a dict of keyword arguments. The model, rewritten or plain, is
-    not touched: a copy that shares its memory is exported, in evaluation mode. `adapters` says how:
+    not touched: a copy that shares its memory is exported, in evaluation mode. A rewritten model may stand inside of
+    it, or in the wrapper of torch.compile, DataParallel or DistributedDataParallel. `adapters` says how:
 
     - "merged": the live ones (or `names`) folded into the weights; the graph is the base's own.
     - "constant": the live ones (or `names`) as they are, each tensor an initialiser
@@ -124,6 +126,8 @@ def export_onnx(
     what was at `path` is then as it was.
     """
     how = Settings(adapters, slot, slots_as, empty, opset, optimize, optimize_for, strict)
+    model = rooted(model)
+    check_names(model, names)
     given = Given.of(model, with_cache(model, example_inputs) if cache else example_inputs)
     axes = axes_of(given, dynamic)
 

@@ -70,10 +70,10 @@ def check_weights(path: str | Path, manifest: Manifest, model: nn.Module, given:
     """Every tensor of the file that has the name of one of the model's has its bits; how many those are."""
     import onnx_ir as ir
 
-    if model_state(model) is None:
-        source = sharing_copy(model)
-    elif manifest.adapters == "merged":
+    if manifest.adapters == "merged":
         source = PREPARE["merged"](model, given, names, Settings()).model
+    elif model_state(model) is None:
+        source = sharing_copy(model)
     else:
         source = sharing_copy(model)  # some adapters change weights at their start
         if manifest.adapters == "slots":

@@ -25,6 +25,7 @@ from surgery.onnx.given import Given, arrays_of, leaves_of
 from surgery.onnx.holding import check_file, check_weights, opened, ran
 from surgery.onnx.manifest import Manifest, read_manifest
 from surgery.onnx.report import Compared, ParityReport, parity_error
+from surgery.onnx.rooted import check_names, rooted
 from surgery.onnx.sizes import other_sizes
 from surgery.onnx.turns import in_turn
 from surgery.onnx.values import other_values
@@ -89,10 +90,12 @@ def verify_onnx(
     Raises `ParityError` that names the worst output, with all comparisons as its `report`; `SurgeryError` for a file
     without a manifest, and where onnxruntime has no kernels for it. The model is only read.
     """
+    model = rooted(model)
     manifest = read_manifest(path)
     given = _called(manifest, model, example_inputs)
     report = ParityReport(str(path))
     names = list(adapters) if isinstance(adapters, Mapping) else adapters
+    check_names(model, names)
     _require_adapters(model, adapters)
     report.weights = check_weights(path, manifest, model, given, names)
     sessions = {level: opened(path, level, providers) for level in (True, False)}

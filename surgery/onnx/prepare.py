@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -10,13 +11,14 @@ from torch import Tensor, nn
 
 from surgery.activation import active
 from surgery.base_rule import Rule
-from surgery.errors import SurgeryError
+from surgery.errors import SurgeryError, listed
 from surgery.merging import merge
 from surgery.onnx.copies import leave_live, sharing_copy
 from surgery.onnx.given import Given
 from surgery.onnx.program import Lifted
 from surgery.onnx.slots import SlotSite, factors, lift, put_slots, slot_sites
-from surgery.state import adapter_names, model_state, require_state, sites
+from surgery.root import records_in, root_of
+from surgery.state import adapter_names, merged_adapters, model_state, require_state, sites
 
 __all__ = ["PREPARE", "Prepared", "Settings"]
 
@@ -86,16 +88,36 @@ class Prepared:
 
 def _merged(model: nn.Module, given: Given, names: Any, how: Settings) -> Prepared:
     """With the live adapters in its weights (or those of `names`)."""
+    copy = sharing_copy(model, folding=True)
+    for part in records_in(copy, below=True, nested=True).values():  # parts that were rewritten by themselves
+        _fold(part, active(part))
     state = model_state(model)
     if state is None:
-        return Prepared(sharing_copy(model))
-    copy = sharing_copy(model, folding=True)
+        _check_plain(copy)
+        return Prepared(copy)
     wanted = adapter_names(state, names) if names is not None else list(active(model))
-    if names is not None or not any(site.merged is not None for _, _, site in sites(copy)):
+    if names is not None:
         leave_live(copy, wanted)
-        if wanted:
-            merge(copy, wanted, untie=True)
+    _fold(copy, wanted)
     return Prepared(copy, rules=[rule for name in wanted for rule in state.adapters[name]])
+
+
+def _check_plain(copy: nn.Module) -> None:
+    """`SurgeryError` where a part of a rewritten model has live adapters: the record to fold them by is outside."""
+    if live := [path for path, module, site in sites(copy) if type(module) is not site.base]:
+        raise SurgeryError(
+            "this is a part of a rewritten model, and its adapters are live",
+            where=listed(live),
+            why="the record of its rules is kept on the model that apply_rules was called with",
+            fix='merge(that model) first, then export the part; or adapters="constant"',
+        )
+
+
+def _fold(copy: nn.Module, wanted: Sequence[str]) -> None:
+    """Merge what is live, unless something is merged already."""
+    if wanted and not merged_adapters(copy):
+        leave_live(copy, wanted)
+        merge(copy, wanted, untie=True)
 
 
 def _constant(model: nn.Module, given: Given, names: Any, how: Settings) -> Prepared:
@@ -115,6 +137,8 @@ def _constant(model: nn.Module, given: Given, names: Any, how: Settings) -> Prep
 def _slots(model: nn.Module, given: Given, names: Any, how: Settings) -> Prepared:
     """With slots in the place of all adapters (or those of `names`)."""
     if model_state(model) is None:
+        if records_in(model) or any(True for _ in sites(model)):
+            root_of(model)  # names what was rewritten
         why = "no rules were applied to this model"
         fix = 'apply_rules(model, …), once for each adapter; or adapters="merged"'
         if type(model).__module__.startswith("peft."):

@@ -1,0 +1,165 @@
+"""Exports of what is around a rewritten model: adapters are chosen, folded and fed as for the model itself."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnxruntime
+import pytest
+import torch
+from torch import Tensor, nn
+
+from rules import LoraRule
+from surgery import SurgeryError, activate, apply_rules, deactivate, export_onnx, merge, using, verify_onnx
+from surgery.onnx import OnnxRunner, export_adapter
+
+
+def body() -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 8))
+
+
+def rewritten() -> nn.Sequential:
+    model = apply_rules(body(), LoraRule(["0", "2"], rank=2, init="random"), adapter="red")
+    return apply_rules(model, LoraRule("0", rank=4, init="random"), adapter="blue").eval()
+
+
+class Around(nn.Module):
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner, self.out = inner, nn.Linear(8, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.out(self.inner(x))
+
+
+AROUND: dict[str, Callable[[nn.Module], Any]] = {
+    "module": Around,
+    "compile": lambda inner: torch.compile(inner, backend="eager"),
+    "DataParallel": nn.DataParallel,
+}
+X = torch.randn(3, 8, generator=torch.Generator().manual_seed(1))
+
+
+def ran(path: Path) -> np.ndarray:
+    session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    return session.run(None, {session.get_inputs()[0].name: X.numpy()})[0]  # type: ignore[return-value]
+
+
+def live(outer: Any, *names: str) -> np.ndarray:
+    with using(outer, list(names)), torch.no_grad():
+        return outer(X).numpy()
+
+
+@pytest.mark.parametrize("kind, how", [(kind, "merged") for kind in AROUND] + [("module", "constant")])
+def test_names_are_heard(kind: str, how: Any, tmp_path: Path) -> None:
+    outer = AROUND[kind](rewritten()).eval()
+    for names, wanted in (("red", ["red"]), (None, ["red", "blue"])):
+        report = export_onnx(outer, tmp_path / "a.onnx", X, adapters=how, names=names, dynamic=False, verify=False)
+        # float32 sums in another order: what numbers of this size lose by it
+        np.testing.assert_allclose(ran(report.path), live(outer, *wanted), atol=1e-5)
+        assert (how == "merged") != any(".adapters." in name for name in weights(report.path))
+    assert verify_onnx(report.path, outer, X).ok
+    with pytest.raises(SurgeryError, match="no adapter 'nonsense'"):
+        export_onnx(outer, tmp_path / "b.onnx", X, adapters=how, names="nonsense")
+    assert not (tmp_path / "b.onnx").exists()
+
+
+def weights(path: Path) -> list[str]:
+    import onnx
+
+    return [one.name for one in onnx.load(str(path)).graph.initializer]
+
+
+@pytest.mark.parametrize("kind", ["module", "compile"])
+def test_slots(kind: str, tmp_path: Path) -> None:
+    outer = AROUND[kind](rewritten()).eval()
+    report = export_onnx(outer, tmp_path / "a.onnx", X, adapters="slots")
+    begin = "inner." if kind == "module" else ""
+    assert [slot["name"] for slot in report.manifest["slots"]][0] == f"{begin}0.adapters.slot.A"
+    runner = OnnxRunner(report.path)
+    for name in ("red", "blue"):
+        runner.load(name, export_adapter(outer, name, report.path, tmp_path / f"{name}.onnx_adapter"))
+        found = next(iter(runner.run({runner.manifest.inputs[0]: X.numpy()}, name).values()))
+        np.testing.assert_allclose(found, live(outer, name), atol=1e-5)
+    with torch.no_grad():
+        plain = next(iter(runner.run({runner.manifest.inputs[0]: X.numpy()}).values()))
+        np.testing.assert_allclose(plain, live(outer), atol=1e-5)
+
+
+def test_what_is_merged_or_idle_is_seen(tmp_path: Path) -> None:
+    inner = rewritten()
+    outer = Around(inner).eval()
+    activate(inner, "blue")
+    np.testing.assert_allclose(
+        ran(export_onnx(outer, tmp_path / "a.onnx", X, dynamic=False).path), live(outer, "blue"), atol=1e-5
+    )
+    merge(inner, "blue")
+    with torch.no_grad():
+        np.testing.assert_allclose(
+            ran(export_onnx(outer, tmp_path / "b.onnx", X, dynamic=False).path), outer(X).numpy(), atol=1e-5
+        )
+    assert inner[0].weight.requires_grad is False
+
+
+class Two(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.text, self.image = rewritten(), rewritten()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.text(x) + 2 * self.image(x)
+
+
+def test_several_rewritten_parts(tmp_path: Path) -> None:
+    model = Two().eval()
+    activate(model.text, "red")
+    deactivate(model.image)
+    kept = [tensor.clone() for tensor in model.state_dict().values()]
+    with torch.no_grad():
+        wanted = model(X).numpy()
+    path = export_onnx(model, tmp_path / "a.onnx", X, dynamic=False).path
+    np.testing.assert_allclose(ran(path), wanted, atol=1e-5)
+    assert not any(".adapters." in name for name in weights(path))
+    assert all(torch.equal(a, b) for a, b in zip(kept, model.state_dict().values(), strict=True))
+    for how, names in (("merged", "red"), ("constant", "red"), ("slots", None), ("slots", "red")):
+        with pytest.raises(SurgeryError, match="2 parts of this Two were rewritten"):
+            export_onnx(model, tmp_path / "b.onnx", X, adapters=how, names=names)  # type: ignore[arg-type]
+
+
+def test_a_part_that_was_rewritten_by_itself_is_folded_too(tmp_path: Path) -> None:
+    outer = Around(body()).eval()
+    apply_rules(outer, LoraRule("out", rank=2, init="random"))
+    apply_rules(outer.inner, LoraRule("0", rank=2, init="random"))
+    with torch.no_grad():
+        wanted = outer(X).numpy()
+    path = export_onnx(outer, tmp_path / "a.onnx", X, dynamic=False).path
+    np.testing.assert_allclose(ran(path), wanted, atol=1e-5)
+    assert not any(".adapters." in name for name in weights(path))
+
+
+def test_names_for_a_model_without_rules(tmp_path: Path) -> None:
+    with pytest.raises(SurgeryError, match="no rules were applied"):
+        export_onnx(body(), tmp_path / "a.onnx", X, names="red")
+    model = nn.Sequential(rewritten())
+    with pytest.raises(SurgeryError, match="a part of a rewritten model"):
+        export_onnx(model[0][0], tmp_path / "a.onnx", X, names="red")  # type: ignore[index]
+
+
+def test_a_part_of_a_rewritten_model(tmp_path: Path) -> None:
+    whole: Any = apply_rules(nn.Sequential(body()), LoraRule("0.0", rank=2, init="random")).eval()
+    part = whole[0]
+    with pytest.raises(SurgeryError, match="a part of a rewritten model, and its adapters are live"):
+        export_onnx(part, tmp_path / "a.onnx", X)
+    with pytest.raises(SurgeryError, match="a part of a rewritten model"):
+        export_onnx(part, tmp_path / "a.onnx", X, adapters="slots")
+    with torch.no_grad():
+        wanted = part(X).numpy()
+    np.testing.assert_allclose(
+        ran(export_onnx(part, tmp_path / "b.onnx", X, adapters="constant", dynamic=False).path), wanted, atol=1e-5
+    )
+    merge(whole)
+    np.testing.assert_allclose(ran(export_onnx(part, tmp_path / "c.onnx", X, dynamic=False).path), wanted, atol=1e-5)
