@@ -22,7 +22,7 @@ class VeraRule(Rule):
     >>> from torch import nn
     >>> from surgery import apply_rules
     >>> from rules import VeraRule
-    >>> model = apply_rules(nn.Sequential(nn.Linear(8, 6), nn.Linear(8, 6)), [VeraRule(nn.Linear, rank=16)])
+    >>> model = apply_rules(nn.Sequential(nn.Linear(8, 6), nn.Linear(8, 6)), [VeraRule(nn.Linear, rank=4)])
     >>> [name for name, p in model.named_parameters() if p.requires_grad][:2]
     ['0.adapters.default.d', '0.adapters.default.b']
     >>> bool((model[0].adapters.default.A == model[1].adapters.default.A).all())

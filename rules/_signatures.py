@@ -1,0 +1,88 @@
+"""How a forward that somebody wrote takes its inputs and calls its base class's, told from its source."""
+
+from __future__ import annotations
+
+import ast
+import inspect
+import textwrap
+from typing import Any
+
+from torch import nn
+
+PLAIN = (nn.Linear, nn.Embedding, nn.Conv1d, nn.Conv2d, nn.Conv3d)
+
+
+def takes_one_input(cls: type[nn.Module]) -> bool:
+    """Whether a call has one input, however it is given. Further ones may do anything to the map."""
+    for base in cls.__mro__:
+        if base in PLAIN:
+            return True
+        if "forward" not in vars(base):
+            continue
+        try:
+            parameters = list(inspect.signature(vars(base)["forward"]).parameters.values())[1:]
+        except (TypeError, ValueError):
+            return False
+        stars = {p.name for p in parameters if p.kind in (p.VAR_POSITIONAL, p.VAR_KEYWORD)}
+        named = [p for p in parameters if p.name not in stars]
+        if len(named) > 1 or any(p.kind is p.KEYWORD_ONLY for p in named):
+            return False
+        handed = _handed_on(vars(base)["forward"], stars) if stars else ""
+        if handed is None or (named and handed and "*" in handed):
+            return False
+        if not handed:
+            return bool(named) or "*" in {"*" for p in parameters if p.kind is p.VAR_POSITIONAL}
+    return False
+
+
+def _handed_on(forward: Any, stars: set[str]) -> str | None:
+    """Which of its starred inputs a forward hands on to its base class's: "", "*", "**", "***"; None where it uses
+    them in another way than that, or than by taking the first."""
+    try:
+        tree = ast.parse(textwrap.dedent(inspect.getsource(forward)))
+    except (OSError, TypeError, SyntaxError):
+        return None
+    allowed: set[int] = set()
+    found = ""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Call) and _is_supers(node.func):
+            for argument in node.args:
+                if isinstance(argument, ast.Starred):
+                    allowed.add(id(argument.value))
+                    found += "*"
+            for word in node.keywords:
+                if word.arg is None:
+                    allowed.add(id(word.value))
+                    found += "**"
+        if isinstance(node, ast.Subscript) and isinstance(node.slice, ast.Constant) and node.slice.value == 0:
+            allowed.add(id(node.value))
+    used = [node for node in ast.walk(tree) if isinstance(node, ast.Name) and node.id in stars]
+    return found if all(id(node) in allowed for node in used) else None
+
+
+def adds_to_supers(forward: Any) -> bool:
+    """Whether a forward calls its base class's and is more than that call."""
+    try:
+        tree = ast.parse(textwrap.dedent(inspect.getsource(forward)))
+    except (OSError, TypeError, SyntaxError):
+        return False
+    calls = [node for node in ast.walk(tree) if isinstance(node, ast.Call) and _is_supers(node.func)]
+    if not calls:
+        return False
+    body = getattr(tree.body[0], "body", [])
+    last = body[-1] if body else None
+    given = [*calls[0].args, *(word.value for word in calls[0].keywords)]
+    plain = all(isinstance(one.value if isinstance(one, ast.Starred) else one, ast.Name) for one in given)
+    texts = [node for node in body[:-1] if not (isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant))]
+    return bool(texts) or not (isinstance(last, ast.Return) and last.value is calls[0] and plain)
+
+
+def _is_supers(function: ast.expr) -> bool:
+    """`super().forward`, or `super(…).forward`."""
+    return (
+        isinstance(function, ast.Attribute)
+        and function.attr == "forward"
+        and isinstance(function.value, ast.Call)
+        and isinstance(function.value.func, ast.Name)
+        and function.value.func.id == "super"
+    )
