@@ -12,6 +12,7 @@ from rules.train import combined_all, copies_slot, copies_slotted, merged_all, n
 from surgery import Combination, LiveSite, Rule, Share, Site, Targets, rule
 
 EVERYWHERE = "re:.*"
+_OfAttention = nn.modules.linear.NonDynamicallyQuantizableLinear  # MultiheadAttention's out_proj, trained with it
 
 
 @rule("bias")
@@ -33,7 +34,7 @@ class BiasRule(Rule):
     identity = True
 
     def expand(self, module: nn.Module, path: str) -> Iterable[tuple[str, nn.Module]]:
-        chosen = self.targets != (EVERYWHERE,) or biases(module)
+        chosen = self.targets != (EVERYWHERE,) or (biases(module) and not isinstance(module, _OfAttention))
         return [(path, module)] if chosen else []
 
     def check(self, module: nn.Module, path: str) -> str | None:

@@ -242,3 +242,12 @@ def test_what_a_call_does_not_reach_is_live_as_it_is_merged_or_refused(family: s
             unmerge(model)
         remove(model)
     assert list(tensors(model(**inputs)))
+
+
+def test_the_output_map_of_an_attention_is_trained_with_it() -> None:
+    """bias="all": nn.MultiheadAttention runs out_proj's parameters in its own forward."""
+    model = nn.ModuleDict({"attention": nn.MultiheadAttention(8, 2), "up": nn.Linear(8, 8)})
+    plan = plan_rules(model, [LoraRule("up", rank=2, bias="all")])
+    assert not plan.problems and not plan.warnings
+    (step,) = [step for step in plan.steps if step.path == "attention"]
+    assert {spec.name for spec in step.specs} == {"in_proj_bias", "out_proj_bias"}
