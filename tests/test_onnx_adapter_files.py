@@ -372,6 +372,27 @@ def test_a_converted_lora_computes_what_peft_does(tmp_path: Path, fields: dict[s
     np.testing.assert_allclose(runner.run({"x": X})["y"], slotted.net_in_numpy(X), atol=1e-5)
 
 
+def test_the_bases_own_weight_in_a_checkpoint_must_be_the_files(tmp_path: Path) -> None:
+    """PEFT writes the base's embeddings beside an adapter that has them as targets."""
+    from safetensors.torch import load_file, save_file
+
+    file = slotted.net(tmp_path / "net.onnx")
+    made = peft_on(net := Net(), lora(), tmp_path / "peft")
+    held, path = (
+        load_file(str(tmp_path / "peft/adapter_model.safetensors")),
+        tmp_path / "peft/adapter_model.safetensors",
+    )
+    key, weight = "base_model.model.first.base_layer.weight", net.first.weight.detach().clone()
+    save_file({**held, key: weight.half()}, str(path))
+    runner = OnnxRunner(file)
+    runner.load("a", convert_peft(tmp_path / "peft", file, tmp_path / "a.onnx_adapter"))
+    expected = made(torch.from_numpy(X)).detach().numpy()
+    np.testing.assert_allclose(runner.run({"x": X}, "a")["y"], expected, atol=2e-5, rtol=1e-5)
+    save_file({**held, key: weight + 1}, str(path))
+    with pytest.raises(SurgeryError, match="other embeddings than the exported base"):
+        convert_peft(tmp_path / "peft", file, tmp_path / "b.onnx_adapter")
+
+
 def test_slots_for_more_than_the_adapter_has_stay_neutral(tmp_path: Path) -> None:
     file = slotted.net(tmp_path / "net.onnx", gain=True, b_bias=True)
     made = peft_on(Net(), lora(), tmp_path / "peft")

@@ -15,6 +15,7 @@ from surgery.onnx.adapters import write_adapter
 from surgery.onnx.dtypes import dtype_of
 from surgery.onnx.fitting import listed
 from surgery.onnx.manifest import Manifest, Slot
+from surgery.onnx.peft_base import base
 from surgery.onnx.peft_folder import Checkpoint, read_checkpoint
 from surgery.onnx.peft_lora import lora
 from surgery.onnx.peft_others import ia3, prefix, prompt, tokens, trained
@@ -53,6 +54,7 @@ def convert_peft(folder: str | Path, onnx_path: str | Path, out_path: str | Path
             _METHODS[kind](making)
         tokens(making)
         trained(making)
+        base(making)
         making.complete()
         problems = making.problems + [_placeless(manifest, key) for key in making.left]
         problems += manifest.check(making.found) if not problems else []
