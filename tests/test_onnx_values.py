@@ -217,6 +217,21 @@ def test_operations_at_their_edges(tmp_path: Path) -> None:
             np.testing.assert_allclose(have, want.numpy(), rtol=1e-6, atol=1e-6, err_msg=name)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float64])
+def test_operations_in_other_precisions(dtype: torch.dtype, tmp_path: Path) -> None:
+    class Mixed(nn.Module):
+        def forward(self, x: Tensor, y: Tensor) -> list[Tensor]:
+            whole = torch.div(x, y, rounding_mode="trunc")
+            return [F.logsigmoid(x), torch.logaddexp(x, y), x // y, x % y, whole]
+
+    x, y = torch.tensor([0.5, -200, 300, 7, -7.0]), torch.tensor([2.0, -201, 300, -2, 2])
+    export_onnx(Mixed(), tmp_path / "m.onnx", (torch.ones(5, dtype=dtype), torch.ones(5, dtype=dtype)), dynamic=False)
+    wanted = Mixed()(x.to(dtype), y.to(dtype))
+    for found in run(tmp_path / "m.onnx", x.to(dtype), y.to(dtype)):
+        for have, want in zip(found, wanted, strict=True):
+            np.testing.assert_allclose(have, want.numpy(), rtol=4 * torch.finfo(dtype).eps, atol=1e-7)
+
+
 # What can't be mended is told --------------------------------------------------------------------------------------
 
 

@@ -41,17 +41,25 @@ def _constant(number: float, like: Any) -> Any:
     return _op().Constant(value=ir.tensor(number, dtype=like.dtype))
 
 
+def _log1p_exp(x: Any, like: Any) -> Any:
+    """log(1 + exp(x)) of numbers that are not positive; onnxruntime's own operation has no float64."""
+    import onnx_ir as ir
+
+    op = _op()
+    return op.Log(op.Add(op.Exp(x), _constant(1.0, like))) if like.dtype == ir.DataType.DOUBLE else op.Softplus(x)
+
+
 def _log_sigmoid(x: Any) -> Any:
     """log(sigmoid(x)) is -inf below -88."""
     op = _op()
-    return op.Neg(op.Softplus(op.Neg(x)))
+    return op.Sub(op.Min(x, _constant(0.0, x)), _log1p_exp(op.Neg(op.Abs(x)), x))
 
 
 def _logaddexp(one: Any, other: Any) -> Any:
     """log(exp(x) + exp(y)) is inf above 88."""
     op = _op()
     apart = op.Where(op.Equal(one, other), _constant(0.0, one), op.Abs(op.Sub(one, other)))  # inf - inf
-    return op.Add(op.Max(one, other), op.Softplus(op.Neg(apart)))
+    return op.Add(op.Max(one, other), _log1p_exp(op.Neg(apart), one))
 
 
 def _atan2(y: Any, x: Any) -> Any:
