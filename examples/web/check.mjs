@@ -2,7 +2,7 @@
 // Without a URL it says which browser it would take. It ends with 77 where no browser opens an empty page.
 
 import chromium from "@sparticuz/chromium";
-import { accessSync, constants, existsSync, mkdtempSync, renameSync } from "node:fs";
+import { accessSync, constants, existsSync, mkdtempSync, renameSync, writeFileSync } from "node:fs";
 import { delimiter, join } from "node:path";
 import { text } from "node:stream/consumers";
 import { fileURLToPath } from "node:url";
@@ -24,6 +24,9 @@ async function unpacked() {
       value === undefined ? delete process.env[key] : (process.env[key] = value);
     renameSync(place, home);
   }
+  // Its own list of folders has none that is here, and without a font this browser ends at the first text.
+  const cache = `${home}/fonts-cache`;
+  writeFileSync(`${home}/fonts.conf`, `<fontconfig><dir>${home}/fonts/fonts</dir><cachedir>${cache}</cachedir></fontconfig>\n`);
   return `${home}/chromium`;
 }
 
@@ -44,7 +47,7 @@ async function* browsers() {
   const names = ["chromium", "chromium-browser", "google-chrome", "google-chrome-stable"];
   const system = [process.env.CHROMIUM, ...names.map(onPath)].filter(Boolean);
   for (const path of new Set(system)) yield { path, env: process.env };
-  const env = { ...process.env, LD_LIBRARY_PATH: `${home}/al2023/lib`, FONTCONFIG_PATH: `${home}/fonts` };
+  const env = { ...process.env, LD_LIBRARY_PATH: `${home}/al2023/lib`, FONTCONFIG_FILE: `${home}/fonts.conf` };
   yield { path: await unpacked(), env };
 }
 
@@ -56,7 +59,7 @@ const QUIET = [
 async function opened({ path, env }) {
   const args = ["--no-sandbox", "--disable-dev-shm-usage", "--disable-gpu", ...QUIET];
   const browser = await puppeteer.launch({
-    executablePath: path, args, env, headless: "shell", timeout: PATIENCE, protocolTimeout: 2 * PATIENCE,
+    executablePath: path, args, env, headless: "shell", timeout: PATIENCE, protocolTimeout: 5 * PATIENCE,
   });
   let waiting;
   const late = new Promise((_, fail) => {
