@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from rules import LoraRule
-from surgery import SurgeryError, activate, apply_rules, deactivate, export_onnx, merge, using, verify_onnx
+from surgery import SurgeryError, activate, apply_rules, deactivate, export_onnx, merge, route, using, verify_onnx
 from surgery.onnx import OnnxRunner, export_adapter
 
 
@@ -139,6 +139,15 @@ def test_a_part_that_was_rewritten_by_itself_is_folded_too(tmp_path: Path) -> No
     path = export_onnx(outer, tmp_path / "a.onnx", X, dynamic=False).path
     np.testing.assert_allclose(ran(path), wanted, atol=1e-5)
     assert not any(".adapters." in name for name in weights(path))
+
+
+def test_a_block_of_route_on_the_part_is_told(tmp_path: Path) -> None:
+    inner = rewritten()
+    outer = Around(inner).eval()
+    with route(inner, ["red", None, "blue"]):
+        report = export_onnx(outer, tmp_path / "a.onnx", X, dynamic=False, verify=False)
+    assert any("routes nothing" in note for note in report.notices)
+    np.testing.assert_allclose(ran(report.path), live(outer, "red", "blue"), atol=1e-5)
 
 
 def test_names_for_a_model_without_rules(tmp_path: Path) -> None:

@@ -42,6 +42,7 @@ from surgery.onnx.program import Program, program_of
 from surgery.onnx.rooted import check_names, rooted
 from surgery.onnx.turns import in_turn
 from surgery.onnx.writing import size_of, written
+from surgery.root import records_in
 
 __all__ = ["ExportReport", "export_onnx"]
 
@@ -126,7 +127,7 @@ def export_onnx(
     what was at `path` is then as it was.
     """
     how = Settings(adapters, slot, slots_as, empty, opset, optimize, optimize_for, strict)
-    model = rooted(model)
+    given_model, model = model, rooted(model)
     check_names(model, names)
     given = Given.of(model, with_cache(model, example_inputs) if cache else example_inputs)
     axes = axes_of(given, dynamic)
@@ -140,7 +141,7 @@ def export_onnx(
         if "logits" in manifest["outputs"] and (generation := generation_of(model, given)):
             manifest[GENERATION] = generation
         notices = [*prepared.notices, *fixed_dims(traced, axes, free, _taking(model)), *_told_apart(model)]
-        notices += [*_routed(model), *_generated(model, manifest)]
+        notices += [*_routed(given_model), *_generated(model, manifest)]
         seconds, parity = time.perf_counter() - started, None
         with written(program.model, Path(path), manifest, external_data) as place:
             if adapters == "slots" and slots_as == "inputs":
@@ -186,9 +187,10 @@ def _taking(model: nn.Module) -> Callable[[Given], bool]:
 
 def _routed(model: nn.Module) -> list[str]:
     """A file has one set of adapters for all rows."""
-    if not any(one.model is model for one in here.routings):
+    routed = [one.model for one in here.routings if any(one.model is part for part in records_in(model).values())]
+    if not routed:
         return []
-    names = ", ".join(active(model)) or "none"
+    names = ", ".join(name for part in routed for name in active(part)) or "none"
     return [f"a block of route is open, and a file routes nothing: it is of the model outside of the block ({names})"]
 
 
