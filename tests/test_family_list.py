@@ -38,8 +38,10 @@ NO_LINEAR: dict[str, type[nn.Module] | str] = {
 # Targets of "all-linear" whose weights the family's code reads past them: regular expressions.
 READ_PAST = {
     "mamba": r"mixer\.dt_proj",
+    "falcon_mamba": r"mixer\.dt_proj",  # it is called where the weights are quantised
+    "jamba": r"mamba\.dt_proj",
     "wavlm": r"attention\.[qkv]_proj|attention\.out_proj",  # F.multi_head_attention_forward
-    "layoutlmv3": r"encoder\.rel_pos_bias",
+    "layoutlmv3": r"encoder\.rel_pos_([xy]_)?bias",
 }
 
 # Targets that the example does not reach: a branch, an expert or an input that it does not use.
@@ -49,12 +51,9 @@ NOT_REACHED = {
     "led": r"_global",  # no global attention
     "switch_transformers": r"experts\.",
     "nllb_moe": r"experts\.",
-    "falcon_mamba": r"mixer\.dt_proj",
-    "jamba": r"mamba\.dt_proj",
     "flava": r"^(image|text)_projection",  # of the contrastive head
     "bridgetower": r"text_model\.pooler",
     "trocr": r"encoder_attn\.",  # a decoder by itself
-    "layoutlmv3": r"encoder\.rel_pos_[xy]_bias",
     "markuplm": r"xpath_unitseq2_embeddings",
 }
 
