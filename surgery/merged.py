@@ -16,6 +16,7 @@ from surgery.merging import merge, unmerged
 from surgery.neutral import verb
 from surgery.root import records_in, rewritten
 from surgery.savers import plain_saving
+from surgery.ties import why_not_said
 
 __all__ = ["merge_to"]
 
@@ -65,6 +66,8 @@ def merge_to(
     place = Path(tempfile.mkdtemp(prefix=".surgery-", dir=folder))
     try:
         _merge(model, adapter, untie)
+        if why := why_not_said(model):
+            raise SurgeryError("the checkpoint of this model can't hold untied weights", why=why, fix=_UNTIED)
         save(place)
         if tokenizer is not None:
             tokenizer.save_pretrained(place)
@@ -76,6 +79,9 @@ def merge_to(
     finally:
         shutil.rmtree(place, ignore_errors=True)
     return folder
+
+
+_UNTIED = "merge(model, untie=True) and go on with this model; or leave the tied modules out of the rule's targets"
 
 
 def _merge(model: nn.Module, adapter: str | Sequence[str] | None, untie: bool) -> None:

@@ -6,6 +6,7 @@ again, and so would whoever loads the checkpoint.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -16,7 +17,7 @@ from surgery.journal import Journal
 from surgery.links import there
 from surgery.match import base_modules
 
-__all__ = ["Untied", "retie", "say_untied"]
+__all__ = ["Untied", "retie", "say_untied", "why_not_said"]
 
 _FLAG, _KEYS, _ALL = "tie_word_embeddings", "_tied_weights_keys", "all_tied_weights_keys"
 _ABSENT = "(no attribute of its own)"
@@ -47,7 +48,7 @@ def say_untied(model: nn.Module, journal: Journal) -> Untied:
             continue
         for target, source in pairs.items():
             _part_ways(path, part, target, source, found, journal)
-        for inside, config in enumerate(_configs(part)):
+        for inside, config in enumerate(_configs(part) if not _computes_by_flag(part) else ()):
             if getattr(config, _FLAG, False):
                 found.flags.append((path, bool(inside)))
                 journal.attribute(config, _FLAG)
@@ -60,6 +61,30 @@ def say_untied(model: nn.Module, journal: Journal) -> Untied:
             if isinstance(held, dict) and any(begin + name in names for name in held):
                 _set(outer, owner, _ALL, {k: v for k, v in held.items() if begin + k not in names}, found, journal)
     return found
+
+
+def why_not_said(model: nn.Module) -> str | None:
+    """Why a checkpoint can't say that weights are no longer tied: a forward computes otherwise where they are not."""
+    for _, part in _parts(model):
+        broken = any(_tensor(part, a) is not _tensor(part, b) for a, b in _declared(part).items())
+        if broken and _computes_by_flag(part):
+            return f"{type(part).__name__}.forward computes otherwise where {_FLAG} is False"
+    return None
+
+
+def _declared(part: Any) -> dict[str, str]:
+    """What a part's class ties, whatever is said of it at present."""
+    keys = getattr(type(part), _KEYS, None)
+    return keys if isinstance(keys, dict) and getattr(part.config, _FLAG, False) else {}
+
+
+def _computes_by_flag(part: nn.Module) -> bool:
+    """Whether a forward asks the flag, as UMT5's does, which scales what its head gets where the weights are tied."""
+    base = getattr(type(part), "_surgery_base", type(part))
+    try:
+        return f".{_FLAG}" in inspect.getsource(inspect.unwrap(base.forward))
+    except (OSError, TypeError):
+        return False
 
 
 def retie(model: nn.Module, untied: Untied, journal: Journal) -> None:
