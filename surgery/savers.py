@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 import warnings
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -139,8 +139,7 @@ def _save_adapters(model: nn.Module, folder: Path, names: list[str], given: Mapp
     save_folder(model, folder, names, held if alone else None, trained=checkpoint)
     if main:
         rest = [] if checkpoint else [name for name, parameter in base_parameters(model) if parameter.requires_grad]
-        known = {plain_name(name) for name in model.state_dict()}
-        _tell(folder, rest + [key for key in tensors or () if plain_name(key) not in known])
+        _tell(folder, rest + _not_of(model, tensors or ()))
     if given.get("push_to_hub") and main:
         from surgery.hub import card_of, upload
 
@@ -176,6 +175,15 @@ def _is_marked(file: Path) -> bool:
         return file.is_file() and open_tensors(file).metadata.get("surgery") == _MARK
     except SurgeryError:
         return False
+
+
+def _not_of(model: nn.Module, keys: Iterable[str]) -> list[str]:
+    """The keys of a state dict whose tensors no module of the model has. Its own state dict is not asked for: that may
+    be a collective, and this process alone."""
+    inside = {plain_name(path) for path, _ in base_modules(model)} | {plain_name(key) for key in adapter_keys(model)}
+    inside |= {plain_name(name) for name, _ in base_parameters(model)}  # of quantised ones: weight.absmax
+    plain = ((key, plain_name(key)) for key in keys)
+    return [key for key, name in plain if name not in inside and name.rpartition(".")[0] not in inside]
 
 
 def _tell(folder: Path, rest: list[str]) -> None:

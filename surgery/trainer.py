@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -13,8 +14,10 @@ from torch import nn
 from transformers import TrainerCallback
 
 from surgery import hf
+from surgery.errors import SurgeryWarning
 from surgery.match import base_modules
 from surgery.savers import left_out, save_folder, save_trained
+from surgery.sharded import is_flattened
 from surgery.state import ModelState, model_state
 from surgery.stored import PEFT, SURGERY, names_in
 
@@ -59,7 +62,12 @@ class AdapterCheckpoints(TrainerCallback):
         for root, _ in _rewritten(model):
             if root is model and hasattr(model, "save_pretrained"):
                 continue
-            if state.is_world_process_zero and place.is_dir() and (names := left_out(root)):
+            if not (state.is_world_process_zero and place.is_dir() and (names := left_out(root))):
+                continue
+            if any(hasattr(tensor, "full_tensor") or is_flattened(tensor) for tensor in root.parameters()):
+                fix = "gather its state dict on all processes, then save_adapter(…, state_dict=…)"
+                warnings.warn(f"{place} has no adapter's folder: the model is sharded; {fix}", SurgeryWarning, 2)
+            else:
                 save_folder(root, place, names, root.state_dict(), trained=root is model)
 
     def on_push_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
