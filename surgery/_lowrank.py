@@ -199,6 +199,14 @@ def _split(factor: Tensor, dim: int, count: int) -> list[Tensor] | None:
     return summands
 
 
+def exact_parts(B: Tensor, A: Tensor) -> tuple[Tensor, Tensor] | None:
+    """Factors of many changes, (k, m, r) and (k, r, n) in float64, as `Product` rounds those of one; None where their
+    values don't allow it."""
+    parts = [_split(factor, dim, 1) for factor, dim in ((B, 2), (A, 1))]
+    found = [part[0] for part in parts if part is not None]
+    return (found[0], found[1]) if len(found) == 2 else None
+
+
 _memory = threading.local()
 
 

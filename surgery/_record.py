@@ -18,6 +18,7 @@ INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 # Corrections are packed so many at a time: the arrays stay in cache, and a dense record can't grow large before.
 _CHUNK = 1 << 15
+_FEW = 1 << 10  # corrections that are not compressed
 
 
 @dataclass(eq=False)
@@ -66,11 +67,20 @@ class Corrections:
     nbytes: int = 0
     _pending: list[tuple[np.ndarray, np.ndarray]] = field(default_factory=list, repr=False)
 
+    @staticmethod
+    def of(positions: np.ndarray, values: np.ndarray) -> Corrections:
+        """Those of a small weight, at once."""
+        found = Corrections()
+        if len(positions):
+            found._pending.append((positions, values))
+            found.close()
+        return found
+
     def add(self, start: int, want: Tensor, got: Tensor) -> None:
         """Take what differs between two flat tensors of bits, the first entry at flat position `start`."""
         if want.device.type == "cpu":  # numpy finds them four times as fast as torch
             wanted, gotten = want.numpy(), got.numpy()
-            positions = _nonzero(wanted != gotten)
+            positions = nonzero(wanted != gotten)
             values = wanted[positions] - gotten[positions]
         else:
             found = (want != got).nonzero().squeeze(1)
@@ -121,13 +131,17 @@ def _pack(positions: np.ndarray, values: np.ndarray) -> _Chunk:
     # The low bytes of long gaps are nearly noise: compressing them would take time and save little.
     plain = planes.pop(0).tobytes() if header[0][1] and positions[-1] - base > 12 * len(positions) else b""
     # Neighbouring bytes say nothing of each other: zlib's search for repeats, its slow part, is left out.
+    if len(positions) <= _FEW:  # setting a coder up takes longer than all the rest
+        rest = b"".join([plain, *(plane.tobytes() for plane in planes)])
+        return base, tuple(header), len(rest), rest
     coder = zlib.compressobj(1, zlib.DEFLATED, 15, 8, zlib.Z_RLE)
     return base, tuple(header), len(plain), b"".join([plain, *map(coder.compress, planes), coder.flush()])
 
 
 def _unpack(base: int, header: tuple[tuple[int, int], ...], plain: int, packed: bytes) -> tuple[np.ndarray, np.ndarray]:
     """Positions and values."""
-    data, streams, start = np.frombuffer(packed[:plain] + zlib.decompress(packed[plain:]), np.uint8), [], 0
+    rest = zlib.decompress(packed[plain:]) if len(packed) > plain else b""
+    data, streams, start = np.frombuffer(packed[:plain] + rest, np.uint8), [], 0
     for length, count in header:
         stream = np.zeros(length, np.int64)
         for k in range(count):
@@ -146,7 +160,7 @@ def _gaps(positions: np.ndarray, base: int) -> np.ndarray:
     return gaps
 
 
-def _nonzero(mask: np.ndarray) -> np.ndarray:
+def nonzero(mask: np.ndarray) -> np.ndarray:
     """np.flatnonzero, in two steps where its branch is mispredicted most: hits neither rare nor many."""
     if not 0.02 < np.count_nonzero(mask) / mask.size < 0.1:
         return np.flatnonzero(mask)
@@ -184,6 +198,18 @@ def checksum(tensor: Tensor) -> int:
     factors = _multipliers(len(sums))
     # Twice the second: two odd multiples of one changed bit might cancel.
     return (int(np.dot(sums[:m], factors[:m])) + 2 * int(np.dot(sums[m:], factors[m:]))) % 2**64
+
+
+def checksums(stack: Tensor) -> list[int]:
+    """`checksum` of each of many matrices, (k, m, n)."""
+    width = stack.element_size()
+    lanes = stack.view(INTEGERS[8 if stack.shape[2] * width % 8 == 0 else width])
+    sample = stack[:, ::16].view(INTEGERS[min(width, 4)])
+    rows, columns = lanes.sum(2, dtype=torch.int64), sample.sum(1, dtype=torch.int64)
+    sums, m = torch.cat([rows, columns], 1).numpy(), rows.shape[1]
+    factors = _multipliers(sums.shape[1])
+    first, second = (sums[:, :m] * factors[:m]).sum(1), (sums[:, m:] * factors[m:]).sum(1)
+    return [(a + 2 * b) % 2**64 for a, b in zip(first.tolist(), second.tolist(), strict=True)]
 
 
 @lru_cache(maxsize=16)

@@ -14,6 +14,7 @@ from surgery.asked import asked
 from surgery.base_rule import Rule
 from surgery.blend import Combination, Method, Share, joint_dtype
 from surgery.claims import check_free
+from surgery.collector import collector_waits
 from surgery.complexes import is_number
 from surgery.errors import MatchError, PlanError, SiteError, SurgeryError
 from surgery.hooks import running
@@ -95,14 +96,15 @@ def combine(
     for path, module, site in sites(root):
         if site.of(list(how.weights)) and (refused := sharding_of(module)) is not None:
             raise SiteError("adapters can't be combined here", where=path, why=refused[0], fix=refused[1])
-    found = list(_kinds(root, state, how))
-    with torch.no_grad():
+    with collector_waits(), torch.no_grad():
+        found = list(_kinds(root, state, how))
         for kind in found:
             kind.combine(how)
     if problems := [problem for kind in found for problem in kind.problems]:
         raise PlanError(problems)
     rules = _rules(root, found)
-    order = {id(applied): index for index, applied in enumerate(a for _, _, site in sites(root) for a in site.applied)}
+    at = state.rules_at(how.weights)
+    order = {id(one): index for index, one in enumerate(a for _, m, _ in sites(root) for a in at.get(id(m), ()))}
     placed = [(min(order[id(one)] for one, _ in at.found), new) for kind in found for at, new in kind.placed()]
     put(root, into, rules, [new for _, new in sorted(placed, key=lambda pair: pair[0])])
     return model
@@ -181,13 +183,14 @@ def _kinds(model: nn.Module, state: ModelState, how: Combination) -> Iterator[_K
     """The adapters' rules by kind, in the order in which the adapters have them; each with its sites."""
     listed = [rule for name, rules in state.adapters.items() if name in how.weights for rule in rules]
     at: dict[str, dict[int, _At]] = {rule.name: {} for rule in listed}
+    of = {name: state.rules_at((name,)) for name in how.weights}
     for path, module, site in sites(model):
         if site.merged is not None:
             why = f"its weights hold {', '.join(site.merged.adapters)}"
             raise SurgeryError("the model is merged", where=path, why=why, fix="unmerge(model) first")
         for name, weight in how.weights.items():
             held = tensors_of(module, name)
-            for applied in (one for one in site.applied if one.adapter == name):
+            for applied in of[name].get(id(module), ()):
                 live = LiveSite(module, site.path, name, held, lambda key, _, module=module: tensor_at(module, key))
                 params = {key: held[key] for key in applied.tensors}
                 share = Share(weight, applied.rule, live, params)

@@ -15,6 +15,7 @@ from surgery.absent import watch_absent
 from surgery.arguments import rule_problem
 from surgery.base_rule import Rule
 from surgery.claims import check_free
+from surgery.collector import collector_waits
 from surgery.errors import SiteError, SurgeryError, SurgeryWarning
 from surgery.example import call, equal
 from surgery.flags import set_flag
@@ -90,9 +91,10 @@ def apply_rules(model: M, rules: Iterable[Rule] | Rule, *, adapter: str = "defau
 
     All or nothing: raises `SurgeryError` (`PlanError` where several things are wrong) with the model as it was.
     """
-    plan = make_plan(model, rules, adapter, example_inputs)
-    plan.warnings += rank_warnings(plan.steps)
-    carry_out(plan, example_inputs, stacklevel=4)
+    with collector_waits():
+        plan = make_plan(model, rules, adapter, example_inputs)
+        plan.warnings += rank_warnings(plan.steps)
+        carry_out(plan, example_inputs, stacklevel=4)
     return model
 
 
@@ -110,7 +112,8 @@ def plan_rules(
     rule      site  type    tensors          trainable
     LoraRule     0  Linear  A[2, 8] B[8, 2]         32
     """
-    plan = make_plan(model, rules, adapter, example_inputs)
+    with collector_waits():
+        plan = make_plan(model, rules, adapter, example_inputs)
     plan.warnings += rank_warnings(plan.steps)
     return plan
 
@@ -335,7 +338,7 @@ def _check_output(plan: Plan, example_inputs: Any) -> None:
 def _sites_of(model: nn.Module, state: ModelState, names: Sequence[str]) -> Iterator[tuple[str, nn.Module, SiteState]]:
     """The sites that these adapters are on. Of a site that is none by the record, all rules are gone through."""
     placed = {id(module) for name in names for module in state.places[name].modules}
-    for path, module, site in with_lost(model, state):
+    for path, module, site in with_lost(model, state, names):
         if id(module) in placed or any(applied.adapter in names for applied in site.applied):
             yield path, module, site
 
@@ -350,8 +353,11 @@ def _check_removable(path: str, module: nn.Module, site: SiteState, names: list[
     gone = [applied for _, applied in site.of(names)]
     if not any([applied.changed for applied in gone]):
         return
-    staying: set[str] = set()
+    staying, left = set[str](), len(gone)
     for applied in reversed(site.applied):
+        if not left:
+            break
+        left -= applied.adapter in names
         changed = {name for name, _ in applied.changed}
         if applied.adapter in names and changed & staying:
             above = [a for a in site.applied if a.adapter not in names and changed & {name for name, _ in a.changed}]

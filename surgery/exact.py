@@ -58,7 +58,7 @@ def fold(
     MergeError, with the weight untouched, where shapes or dtypes don't fit.
     """
     with torch.inference_mode(weight.is_inference()), torch.no_grad():
-        _refuse(weight, change, where)
+        refuse(weight, change, where)
         if isinstance(change, Rows):
             index = change.index.to(weight.device)
             kept = weight[index].cpu()
@@ -68,17 +68,17 @@ def fold(
             record.after = checksum(weight)
             return record
         if isinstance(change, Tensor):
-            return _fold_copy(weight, torch.empty_like(weight).copy_(change), note)
+            return fold_copy(weight, torch.empty_like(weight).copy_(change), note)
         if weight.is_complex():  # its arithmetic has no record of what it misses
-            return _fold_copy(weight, _complex_value(weight, change), note)
+            return fold_copy(weight, _complex_value(weight, change), note)
         if weight.numel() and keep == "record":
             if found := _fold_record(_workplace(weight, change), change):
                 record, made = found
                 note(record)
                 weight.copy_(made)
                 return record
-            return _fold_copy(weight, _new_value(weight, change), note)
-        return _fold_copy(weight, _new_value(weight, change, exact=False), note)
+            return fold_copy(weight, _new_value(weight, change), note)
+        return fold_copy(weight, _new_value(weight, change, exact=False), note)
 
 
 def unfold(weight: Tensor, record: Record, *, check: bool = True, where: str = "", verified: bool = False) -> None:
@@ -128,7 +128,7 @@ def refold(weight: Tensor, record: Record) -> None:
 def folded(weight: Tensor, change: Change) -> Tensor:
     """What `fold` would write, without writing it."""
     with torch.no_grad():
-        _refuse(weight, change, "")
+        refuse(weight, change, "")
         if isinstance(change, LowRank):
             return _complex_value(weight, change) if weight.is_complex() else _new_value(weight, change)
         new = weight.detach().clone()
@@ -248,7 +248,7 @@ def _complex_value(weight: Tensor, change: LowRank) -> Tensor:
     return torch.empty_like(weight).copy_(total)
 
 
-def _fold_copy(weight: Tensor, new: Tensor, note: Callable[[Record], None]) -> Record:
+def fold_copy(weight: Tensor, new: Tensor, note: Callable[[Record], None]) -> Record:
     record = Record("copy", weight.shape, weight.dtype, checksum(new))
     if _owns_storage(weight):
         record.kept, record.swapped_for = weight.data, new.data_ptr()
@@ -306,7 +306,7 @@ def _intact(weight: Tensor, record: Record, check: bool, where: str) -> bool:
     return same
 
 
-def _refuse(weight: Tensor, change: Change, where: str) -> None:
+def refuse(weight: Tensor, change: Change, where: str) -> None:
     def error(why: str) -> MergeError:
         return MergeError("the change can't be folded into the weight", where=where or None, why=why)
 

@@ -62,7 +62,7 @@ def _comparable(model: nn.Module, asked: Collection[str] | None = None) -> Itera
     merged = tuple([f"{path}." if path else "" for path, state in records if state.merged is not None])
     wanted = None if asked is None else {id(tensor) for name in asked for tensor in _called(modules, name)}
     for path, module in modules.items():
-        if f"{path}.".startswith(merged):
+        if not module._parameters or f"{path}.".startswith(merged):
             continue
         for name, tensor in module._parameters.items():
             if tensor is None or id(tensor) in seen or (wanted is not None and id(tensor) not in wanted):
@@ -88,7 +88,8 @@ def _called(modules: Mapping[str, nn.Module], name: str) -> list[Tensor]:
 def _left_out(module: nn.Module) -> set[str]:
     """Parameters that an adapter's start changed, or that an adapter has its own of."""
     state = site_state(module)
-    here = state.applied if state is not None else []
+    found = state.applied if state is not None else []
+    here = [applied for applied in found if applied.changed or applied.rule.exclusive]
     changed = {name for applied in here for name, _ in applied.changed}
     return changed | {name for applied in here if applied.rule.exclusive for name in applied.tensors}
 

@@ -7,6 +7,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from surgery import folds
 from surgery.complexes import is_number
 from surgery.errors import MergeError
 from surgery.exact import Change, LowRank, Record, checksum, fold, unfold
@@ -16,7 +17,7 @@ from surgery.owners import Owners
 from surgery.packed import UNPACKED, is_packed
 from surgery.view import held, tensor_at
 
-__all__ = ["Fold", "SiteFolding", "check_foldable", "fold_into", "verify_records"]
+__all__ = ["Fold", "SiteFolding", "check_foldable", "fold_into", "fold_together", "verify_records"]
 
 Keep = Literal["record", "copy"]
 Fold = tuple[str, Record]
@@ -77,6 +78,18 @@ def verify_records(folds: list[tuple[Tensor, Record]], where: str, check: bool =
             )
 
 
+def fold_together(waiting: list[tuple[SiteFolding, str, LowRank]]) -> None:
+    """Do what `SiteFolding.finish_with` left."""
+    tensors = [folding.tensor(name) for folding, name, _ in waiting]
+    made = [
+        folds.Fold(tensor, change, folding.where, keep_fold(folding.journal, tensor))
+        for tensor, (folding, _, change) in zip(tensors, waiting, strict=True)
+    ]
+    for (folding, name, _), record in zip(waiting, folds.fold_all(made), strict=True):
+        folding.done.append((name, record))
+    waiting.clear()
+
+
 class SiteFolding:
     """The folds of one site in their order. Low-rank changes of neighbouring rules are joined: one rounding for all."""
 
@@ -92,7 +105,7 @@ class SiteFolding:
         """A tensor as the rule now folding finds it; or the base's, before anything was added to it."""
         self._flush(name)
         records = [record for done, record in self.done[self._base :] if done == name]
-        tensor = self._tensor(name)
+        tensor = self.tensor(name)
         if not base or not records:
             return tensor
         if records[0].kind == "copy":
@@ -119,12 +132,21 @@ class SiteFolding:
             self._flush(name)
         return self.done
 
+    def finish_with(self, others: list[tuple[SiteFolding, str, LowRank]]) -> list[Fold]:
+        """`finish`; or where all that is to be done is one low-rank change, leave it to `fold_together` with others."""
+        pending = [(name, change) for name, changes in self._pending.items() for change in changes]
+        if self.done or len(pending) != 1 or self.keep != "record":
+            return self.finish()
+        self._pending.clear()
+        others.append((self, *pending[0]))
+        return self.done  # filled then
+
     def finite(self) -> str | None:
         """The first tensor that is not finite after the folds, or None."""
         self.finish()
-        return next((name for name, _ in self.done if not torch.isfinite(self._tensor(name)).all()), None)
+        return next((name for name, _ in self.done if not torch.isfinite(self.tensor(name)).all()), None)
 
-    def _tensor(self, name: str) -> Tensor:
+    def tensor(self, name: str) -> Tensor:
         if self._trial is not None:
             if name not in self._trial:
                 self._trial[name] = tensor_at(self.module, name).detach().clone()
@@ -137,7 +159,7 @@ class SiteFolding:
             self._fold(name, LowRank.join(pending) if len(pending) > 1 else pending[0])
 
     def _fold(self, name: str, change: Any) -> None:
-        tensor = self._tensor(name)
+        tensor = self.tensor(name)
         if isinstance(change, Tensor) and change.shape != tensor.shape:
             raise MergeError(
                 f"a merged {name} has the shape {tuple(change.shape)}, not {tuple(tensor.shape)}", where=self.where

@@ -53,7 +53,8 @@ def forget(model: M) -> M:
     found = [(path, module, site) for path, module, site in sites(root) if site.merged is not None]
     if not found:
         raise SurgeryError("nothing is merged", fix="merge(model) first; remove(model) takes adapters off unmerged")
-    names = [name for name in state.adapters if any(name in _names(site) for _, _, site in found)]
+    merged = {name for _, _, site in found for name in _names(site)}
+    names = [name for name in state.adapters if name in merged]
     for path, _, site in found:
         _check(path, site)
     untied = [
@@ -68,8 +69,7 @@ def forget(model: M) -> M:
         keep_model(journal, root, state)
         for _, module, site in found:
             keep_site(journal, module)
-            gone = {applied.adapter for applied in site.applied} & set(names)
-            site.applied[:] = [applied for applied in site.applied if applied.adapter not in gone]
+            gone = {applied.adapter for _, applied in site.take_out(names)}
             site.merged = None
             site.classes.clear()  # they were made under names that another adapter may have one day
             for name in gone:
@@ -111,7 +111,7 @@ def _names(site: SiteState) -> tuple[str, ...]:
 def _check(path: str, site: SiteState) -> None:
     assert site.merged is not None
     folded = {name for name, _ in site.merged.folds}
-    for applied in site.applied:
+    for applied in [applied for applied in site.applied if applied.changed]:
         if applied.adapter not in site.merged.adapters and folded & {name for name, _ in applied.changed}:
             raise MergeError(
                 f"the merge of {', '.join(site.merged.adapters)} can't be final",

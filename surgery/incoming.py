@@ -47,8 +47,9 @@ def living(model: nn.Module, state: ModelState, adapter: str) -> Lives:
         raise SurgeryError(f"{adapter!r} is no adapter's name", fix="one adapter is changed at a time")
     adapter_names(state, adapter)
     found: Lives = {}
+    at = state.rules_at((adapter,))
     for path, module, site in sites(model):
-        rules = [applied for applied in site.applied if applied.adapter == adapter]
+        rules = at.get(id(module), [])
         if rules and site.merged is not None:
             why = f"its weights hold {', '.join(site.merged.adapters)}"
             raise SurgeryError("the model is merged", where=path or ROOT, why=why, fix="unmerge(model) first")

@@ -41,10 +41,12 @@ def install_live(module: nn.Module, journal: Journal | None, own: Own | None = N
     _install(module, state, class_of_live(module, state, own), journal)
 
 
-def class_of_live(module: nn.Module, state: SiteState, own: Own | None = None) -> type[nn.Module]:
-    """The class of the rules that are live on a site."""
+def class_of_live(
+    module: nn.Module, state: SiteState, own: Own | None = None, live: list[Applied] | None = None
+) -> type[nn.Module]:
+    """The class of the rules that are live on a site; `live`: these, where they are known."""
     state.woven = None
-    live = state.live()
+    live = state.live() if live is None else live
     cls = _class_for(module, state, live, own)
     if not live:
         state.woven = Woven.of(cls)

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import cast
 
@@ -39,6 +39,7 @@ class Tree:
     paths: dict[int, list[str]]
     modules: dict[str, nn.Module]
     heads: frozenset[int]
+    known: dict[tuple, frozenset[str]] = field(default_factory=dict, compare=False, repr=False)  # `hits`
 
     @staticmethod
     def of(model: nn.Module) -> Tree:
@@ -57,9 +58,51 @@ class Tree:
         return map(self.candidate, self.paths[id(module)])
 
     @cached_property
-    def endings(self) -> frozenset[str]:
-        """Every name that fits some path."""
-        return frozenset(ending for path in self.modules for ending in endings(path))
+    def endings(self) -> dict[str, list[str]]:
+        """Every name that fits some path, with the paths."""
+        found: dict[str, list[str]] = {}
+        for path in self.modules:
+            for ending in endings(path):
+                found.setdefault(ending, []).append(path)
+        return found
+
+    @cached_property
+    def layers(self) -> dict[int | None, set[str]]:
+        """The paths in each layer; None: those in none."""
+        found: dict[int | None, set[str]] = {}
+        for path in self.modules:
+            found.setdefault(_layer_of(path), set()).add(path)
+        return found
+
+    @cached_property
+    def order(self) -> dict[str, int]:
+        return {path: place for place, path in enumerate(self.modules)}
+
+    def hits(self, targets: Targets) -> frozenset[str]:
+        """The paths that one of these targets fits. Rules that share targets ask once."""
+        listed = _listed(targets)
+        try:
+            found = self.known.get(listed)
+        except TypeError:  # a pattern with a condition that can't be hashed
+            return self._hits(listed)
+        if found is None:
+            found = self.known[listed] = self._hits(listed)
+        return found
+
+    def _hits(self, listed: tuple) -> frozenset[str]:
+        if not all(isinstance(target, str) and target != "all-linear" for target in listed):
+            patterns = list(map(as_pattern, listed))
+            return frozenset(
+                path for path in self.modules if any(one.verdict(self.candidate(path)) for one in patterns)
+            )
+        found: set[str] = set()
+        for target in listed:
+            if target.startswith("re:"):
+                fits = re.compile(target[3:]).fullmatch
+                found.update([path for path in self.modules if path and fits(path)])
+            else:
+                found.update(self.endings.get(target, ()))
+        return frozenset(found)
 
     def distinct(self) -> Iterator[nn.Module]:
         for paths in self.paths.values():
@@ -71,15 +114,19 @@ def matches(tree: Tree, rule: Rule) -> list[Match]:
 
     Raises `MatchError` where nothing matches, or where `expect` says another number than was found.
     """
-    found = []
-    targeted, excluded = _asking(tree, rule.targets), _asking(tree, rule.exclude)
-    layers = cast("tuple[int, ...] | None", rule.layers)
-    for paths in tree.paths.values():
-        for hit in filter(targeted, paths):
-            if not excluded(hit) and (layers is None or _layer(hit, layers)):
-                others = tuple([path for path in paths if path != hit])
-                found.append(Match(hit, tree.modules[hit], others))
-                break
+    hits = tree.hits(rule.targets)
+    if rule.layers is not None:
+        inside = [tree.layers.get(layer, frozenset()) for layer in cast("tuple[int, ...]", rule.layers)]
+        hits = hits.intersection(frozenset().union(*inside))
+    if rule.exclude:
+        hits = hits.difference(tree.hits(rule.exclude))
+    chosen: dict[int, str] = {}
+    for hit in sorted(hits, key=tree.order.__getitem__):
+        chosen.setdefault(id(tree.modules[hit]), hit)
+    found = [
+        Match(hit, tree.modules[hit], tuple([path for path in tree.paths[key] if path != hit]))
+        for key, hit in sorted(chosen.items(), key=lambda item: tree.order[tree.paths[item[0]][0]])
+    ]
     if not found and rule.expect != 0:
         raise _nothing(tree, rule)
     if rule.expect is not None and len(found) != rule.expect:
@@ -95,13 +142,13 @@ def matches(tree: Tree, rule: Rule) -> list[Match]:
 
 def idle_targets(tree: Tree, rule: Rule) -> list[str]:
     """The entries of a rule's targets and exclude that fit no module at all, each with near misses."""
-    listed = {field: _listed(getattr(rule, field)) for field in ("targets", "exclude")}
+    listed = {name: _listed(getattr(rule, name)) for name in ("targets", "exclude")}
     told = []
-    for field, target in ((field, target) for field, targets in listed.items() for target in targets):
+    for name, target in ((name, target) for name, targets in listed.items() for target in targets):
         if not _fits_any(tree, target):
             near = type_hint(target, tree.distinct()) or _near_names(tree, target)
             told.append(
-                f"{rule.label}: {field} has {target!r}, which no module of the model fits"
+                f"{rule.label}: {name} has {target!r}, which no module of the model fits"
                 + (f"; {near}" if near else "")
             )
     return told
@@ -116,21 +163,10 @@ def verdict_of(tree: Tree, rule: Rule, path: str) -> Verdict:
     return _verdict(tree.candidate(path), rule)
 
 
-def _asking(tree: Tree, targets: Targets) -> Callable[[str], bool]:
-    """Whether one of these targets fits a path of the model: what `_verdict` says, without the reasons."""
-    listed = _listed(targets)
-    if all(isinstance(target, str) and target != "all-linear" for target in listed):
-        names = {name for name in listed if not name.startswith("re:")}
-        forms = [re.compile(name[3:]).fullmatch for name in listed if name.startswith("re:")]
-        return lambda path: not names.isdisjoint(endings(path)) or (path != "" and any(form(path) for form in forms))
-    patterns = list(map(as_pattern, listed))
-    return lambda path: any(pattern.verdict(tree.candidate(path)) for pattern in patterns)
-
-
 def _fits_any(tree: Tree, target: str | Pattern) -> bool:
     if isinstance(target, str) and target != "all-linear" and not target.startswith("re:"):
         return target in tree.endings
-    return any(map(_asking(tree, (target,)), tree.modules))
+    return bool(tree.hits((target,)))
 
 
 def _verdict(candidate: Candidate, rule: Rule) -> Verdict:
@@ -153,9 +189,13 @@ def _any_of(label: str, candidate: Candidate, targets: tuple[Pattern, ...]) -> V
     return Verdict(bool(holds), label, ", ".join(holds) or "no target matches", tuple(found))
 
 
+def _layer_of(path: str) -> int | None:
+    return next((int(part) for part in path.split(".") if part.isdecimal()), None)
+
+
 def _layer(path: str, layers: tuple[int, ...]) -> Verdict:
     # PEFT's layers_to_transform: the first number in the path is the layer's index.
-    index = next((int(part) for part in path.split(".") if re.fullmatch(r"\d+", part)), None)
+    index = _layer_of(path)
     shown = "no layer index in its path" if index is None else f"it is in layer {index}"
     return Verdict(index in layers, f"layers {list(layers)}", shown)
 

@@ -15,7 +15,7 @@ from surgery.claims import check_free
 from surgery.clash import hidden
 from surgery.errors import MergeError, PlanError, SurgeryError, SurgeryWarning
 from surgery.exact import LowRank, Rows, weighted
-from surgery.folding import Keep, SiteFolding, check_foldable, verify_records
+from surgery.folding import Keep, SiteFolding, check_foldable, fold_together, verify_records
 from surgery.hooks import running
 from surgery.install import reason_against
 from surgery.journal import Journal
@@ -90,10 +90,19 @@ def merge(
     check_free(model)
     if adapter is None:
         names = [name for name in names if state.standing[name].live]
-    found = [
-        (path, module, site) for path, module, site in sites(model) if any(a.adapter in names for a in site.applied)
+    live = [name for name, standing in state.standing.items() if standing.live]  # idle ones do nothing
+    counting = {*names, *live}
+    at, beside = state.rules_at(names), state.rules_at(counting)
+    for _, module, site in sites(model):
+        if id(module) not in beside:  # one that is none by the record, such as a copy of a layer
+            beside[id(module)] = [applied for applied in site.applied if applied.adapter in counting]
+            at[id(module)] = [applied for applied in site.applied if applied.adapter in names]
+    found = [(path, module, site) for path, module, site in sites(model) if at.get(id(module))]
+    problems = [
+        problem
+        for path, module, site in found
+        for problem in _objections(path, module, site, at[id(module)], beside[id(module)])
     ]
-    problems = [problem for path, module, site in found for problem in _objections(path, module, site, names)]
     merged = [(path, module, site) for path, module, site in sites(model) if site.merged is not None]
     if merged and all(set(_merged(site).adapters) == set(names) for _, _, site in merged):
         told = f"{', '.join(names)} {'is' if len(names) == 1 else 'are'} merged already: nothing happens"
@@ -102,14 +111,15 @@ def merge(
     problems += [_already(path, site) for path, _, site in merged][:1]
     if problems:
         raise PlanError(problems)
-    owners = Owners(model)
+    owners, waiting = Owners(model), list[Any]()
     with torch.no_grad():
         if safe:
             for path, module, site in found:
-                _check_finite(owners, path, module, site, names, untie)
+                _check_finite(owners, path, module, site, at[id(module)], untie)
         with Journal() as journal:
             for path, module, site in found:
-                _merge_site(owners, path, module, site, names, keep, untie, journal)
+                _merge_site(owners, path, module, site, names, at[id(module)], keep, untie, journal, waiting)
+            fold_together(waiting)
             if any(_merged(site).tied for _, _, site in found):
                 journal.keep(state.__dict__)
                 state.untied = say_untied(model, journal)
@@ -176,27 +186,31 @@ def _merge_site(
     module: nn.Module,
     site: SiteState,
     names: list[str],
+    chosen: list[Applied],
     keep: Keep,
     untie: bool,
     journal: Journal,
+    waiting: list[Any],
 ) -> None:
     keep_site(journal, module)
     merged = Merged(tuple(names))
     folding = SiteFolding(module, path, keep, journal)
-    for changes in _changes(module, site, names, folding):
+    for changes in _changes(module, site, chosen, folding):
         for name, change in changes.items():
             check_foldable(owners, module, name, change, path, untie)
             if untie and name not in merged.tied:
                 _untie(owners, module, name, merged, journal)
             folding.add(name, change)
-    merged.folds = folding.finish()
+    merged.folds = folding.finish_with(waiting)
     site.merged = merged
     install_live(module, journal)
 
 
-def _check_finite(owners: Owners, path: str, module: nn.Module, site: SiteState, names: list[str], untie: bool) -> None:
+def _check_finite(
+    owners: Owners, path: str, module: nn.Module, site: SiteState, chosen: list[Applied], untie: bool
+) -> None:
     folding = SiteFolding(module, path, "copy", Journal(), dry=True)
-    for changes in _changes(module, site, names, folding):
+    for changes in _changes(module, site, chosen, folding):
         for name, change in changes.items():
             check_foldable(owners, module, name, change, path, untie)
             folding.add(name, change)
@@ -210,12 +224,12 @@ def _check_finite(owners: Owners, path: str, module: nn.Module, site: SiteState,
         )
 
 
-def _changes(module: nn.Module, site: SiteState, names: list[str], folding: SiteFolding) -> Any:
+def _changes(module: nn.Module, site: SiteState, chosen: list[Applied], folding: SiteFolding) -> Any:
     # As in the graph: a rule that puts another parameter in the base's place acts before those that add to its output,
     # and one that changes the input acts on all of them, the last to come first.
     own = own_forward(module, site.base)
     replacing, adding, on_input = [], [], []
-    for applied in (applied for applied in site.applied if applied.adapter in names):
+    for applied in chosen:
         kinds = {ref.kind for ref in layer_of(applied, module, site.path, own).tape.replaced()}
         (replacing if kinds <= {"state"} else on_input if kinds == {"input"} else adding).append(applied)
     for index, applied in enumerate(replacing + adding + on_input[::-1]):
@@ -244,12 +258,14 @@ def _untie(owners: Owners, module: nn.Module, name: str, merged: Merged, journal
     merged.tied[name] = parameter
 
 
-def _objections(path: str, module: nn.Module, site: SiteState, names: list[str]) -> list[SurgeryError]:
+def _objections(
+    path: str, module: nn.Module, site: SiteState, chosen: list[Applied], counting: list[Applied]
+) -> list[SurgeryError]:
+    """Why these rules can't be merged at a site, where `counting` are they and what else is live there."""
     found: list[SurgeryError] = []
     refused = reason_against(module)
     if refused is not None:
         found.append(MergeError("the site can't be merged", where=path, why=refused[0], fix=refused[1]))
-    chosen = [applied for applied in site.applied if applied.adapter in names]
     for name in dict.fromkeys(applied.adapter for applied in chosen):
         if (box := box_of(module, name)) is not None and without_values(box):
             why = "its tensors came from the meta device by to_empty"
@@ -261,9 +277,10 @@ def _objections(path: str, module: nn.Module, site: SiteState, names: list[str])
         if not rule.mergeable:
             why = rule.why_not_merged
             found.append(MergeError(f"{rule.label} can't be merged", where=path, why=why, fix="keep it unmerged"))
-    counting = [applied for applied in site.applied if applied.live or applied.adapter in names]  # idle ones do nothing
     if len(chosen) < len(counting) and not all(applied.rule.additive for applied in counting):
-        others = ", ".join(f"{a.rule.label} [{a.adapter}]" for a in counting if a.adapter not in names)
+        others = ", ".join(
+            f"{a.rule.label} [{a.adapter}]" for a in counting if a.adapter not in {one.adapter for one in chosen}
+        )
         why = f"{others} is on the same site, and what it does depends on the order"
         found.append(
             MergeError(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import MutableMapping
 from typing import Any, TypeVar
 
 from torch import Tensor, nn
@@ -136,8 +135,8 @@ def _runs(module: nn.Module, rules: list[Applied]) -> bool:
     held = site_state(module)
     if held is None:
         raise SurgeryError("a site of this model has lost its record", fix="copy models with copy.deepcopy")
-    live = held.live()
-    return any(applied is other for applied in rules for other in live)
+    merged = held.merged.adapters if held.merged is not None else ()
+    return any(applied.live and applied.adapter not in merged for applied in rules)
 
 
 def _rename(model: nn.Module, state: ModelState, old: str, new: str, journal: Journal) -> None:
@@ -163,8 +162,13 @@ def _rename(model: nn.Module, state: ModelState, old: str, new: str, journal: Jo
     hf.list_on_save(model, state, new, journal)
 
 
-def _rekey(mapping: MutableMapping[str, Any], old: str, new: str) -> None:
+def _rekey(mapping: dict[str, Any], old: str, new: str) -> None:
     """The same mapping, in its order, with another key."""
+    if old not in mapping:
+        return
+    if next(reversed(mapping)) == old:  # none comes after it
+        mapping[new] = mapping.pop(old)
+        return
     items = [(new if key == old else key, value) for key, value in mapping.items()]
     mapping.clear()
     mapping.update(items)

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 from torch import Tensor, nn
 
 from surgery.base_rule import Rule
+from surgery.equal_rules import ByRule
 from surgery.errors import LoadError, SurgeryError
 from surgery.match import RESERVED
 from surgery.peft_embeddings import Save, embedding_tensors
@@ -15,7 +16,7 @@ from surgery.peft_format import SILENT, PeftMethod, PeftPlace, absolute, is_main
 from surgery.peft_targets import Modules, chosen_by
 from surgery.plainer import folded_adapter
 from surgery.spelling import class_of
-from surgery.state import sites, whole
+from surgery.state import require_state, sites, whole
 from surgery.state_dicts import adapter_state_dict, rules_of
 from surgery.stored import Entry
 
@@ -134,18 +135,23 @@ def described(
     if len(methods) != 1:
         what = "PEFT needs a method beside them" if not methods else f"they are {len(methods)} methods of PEFT's"
         raise unsaid(" and ".join(dict.fromkeys(rule.label for rule in rules)), what)
+    known, at_site = ByRule[Rule](), require_state(model).rules_at((adapter,))
+    for rule, plain in plainer:
+        known.get(rule, lambda plain=plain: plain)
     placed = [
-        _Placed(path, module, next((plain for rule, plain in plainer if rule == on.rule), on.rule), on.facts)
-        for path, module, state in sites(model)
-        for on in state.applied
-        if on.adapter == adapter
+        _Placed(path, module, known.get(on.rule, lambda on=on: on.rule), on.facts)
+        for path, module, _ in sites(model)
+        for on in at_site.get(id(module), ())
     ]
+    at = ByRule[list[str]]()
+    for one in placed:
+        at.get(one.rule, list).append(one.path)
     config: dict[str, Any] = {"peft_type": methods[0]}
     method = method_of(methods[0])
     for part in dict.fromkeys(parts):
         mine = [rule for rule, other in zip(rules, parts, strict=True) if other is part]
         assert part is not None
-        said = part.write([(rule, [one.path for one in placed if one.rule == rule]) for rule in mine], modules)
+        said = part.write([(rule, at.get(rule, list)) for rule in mine], modules)
         for name in [name for name in ("rank_pattern", "alpha_pattern") if name in config and name in said]:
             said[name] = {**config[name], **said[name]}  # each names its own paths
         clash = [name for name in said if config.get(name, said[name]) != said[name] and "pattern" not in name]

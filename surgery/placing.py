@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from surgery import hf
 from surgery.base_rule import Rule
 from surgery.clash import clashes
+from surgery.collector import collector_waits
 from surgery.errors import PlanError, SiteError, SurgeryError
 from surgery.install import reason_against
 from surgery.journal import Journal
@@ -57,7 +58,7 @@ def put(model: nn.Module, adapter: str, rules: Sequence[Rule], placed: Iterable[
     """
     state = require_state(model)
     standing = Standing(live=False)
-    with Journal() as journal:
+    with Journal() as journal, collector_waits():
         steps, places, tied = list[Step](), dict[int, tuple[nn.Module, list[Applied]]](), dict[Any, Tensor]()
         for one in placed:
             site = site_state(one.module)

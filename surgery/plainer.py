@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from torch import Tensor, nn
 
 from surgery.base_rule import Rule
+from surgery.equal_rules import ByRule
 from surgery.errors import RuleError
 from surgery.hooks import running
 from surgery.match import RESERVED
@@ -42,22 +43,22 @@ def folded_adapter(
     """
     root, state = rewritten(model)
     adapter_names(state, adapter)
-    plainer: list[tuple[Rule, Rule]] = []
+    plainer = ByRule[Rule]()
     tensors: dict[str, Tensor] = {}
     state_dict = given_tensors(root, adapter, state_dict)
-    for path, module, site in sites(root):
+    at = state.rules_at((adapter,))
+    for path, module, _ in sites(root):
         found = dict(tensors_of(module, adapter, path, state_dict))
-        for applied in (one for one in site.applied if one.adapter == adapter):
+        for applied in at.get(id(module), ()):
             live = LiveSite(module, path, adapter, found, lambda name, _, module=module: _tensor(module, name))
             with running(applied.rule, "folded", path):
                 rule, kept = applied.rule.folded(live)
-            if next((new for old, new in plainer if old == applied.rule), rule) != rule:
+            if plainer.get(applied.rule, lambda rule=rule: rule) != rule:
                 raise RuleError(f"{applied.rule.label}.folded gives different rules at different sites", where=path)
-            plainer.append((applied.rule, rule))
             found = dict(kept)
         for name, tensor in found.items():
             tensors[".".join(filter(None, (path, RESERVED, name)))] = tensor.detach()
-    return [next((new for old, new in plainer if old == rule), rule) for rule in state.adapters[adapter]], tensors
+    return [plainer.get(rule, lambda rule=rule: rule) for rule in state.adapters[adapter]], tensors
 
 
 def _tensor(module: nn.Module, name: str) -> Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 from torch import nn
 
@@ -101,9 +101,12 @@ def check_present(root: nn.Module, state: ModelState) -> None:
             raise _lost(root, left)
 
 
-def with_lost(root: nn.Module, state: ModelState) -> Iterator[tuple[str, nn.Module, SiteState]]:
-    """`sites`, and after them those that are no longer in the model, by their former paths."""
-    left = {id(module): module for module in state.sites()}
+def with_lost(
+    root: nn.Module, state: ModelState, adapters: Iterable[str] | None = None
+) -> Iterator[tuple[str, nn.Module, SiteState]]:
+    """`sites`, and after them those (of these adapters) that are no longer in the model, by their former paths."""
+    recorded = state.sites() if adapters is None else [m for name in adapters for m in state.places[name].modules]
+    left = {id(module): module for module in recorded}
     for path, module, site in sites(root):
         left.pop(id(module), None)
         yield path, module, site

@@ -102,14 +102,15 @@ class _Routing:
         self.entry: nn.Module | None = None
         self.batch: int | None = None
         self.given: tuple[tuple, dict[str, Any]] | None = None
-        touched = [name for name in state.adapters if name in given or state.standing[name].live]
+        touched = [name for name, one in state.standing.items() if one.live or name in self.names]
         self.modules = list({id(m): m for name in touched for m in state.places[name].modules}.values())
         held = [check_settled(module) for module in self.modules]
         check_none_merged(state)
         _check_routable(state, self.names, self.alone)
         self.plans: dict[int, Plan | None] = {}
+        rules = state.rules_at(set(given))
         for module, site in zip(self.modules, held, strict=True):
-            needed = any(routes_itself(one.rule) for one in site.applied if one.adapter in given)  # and may object
+            needed = any(routes_itself(one.rule) for one in rules.get(id(module), ()))  # and may object
             self.plans[id(module)] = plan_of(self, module, site) if needed else None  # else at the first call
 
     def plan(self, module: nn.Module) -> Plan:
@@ -156,8 +157,10 @@ class _Routing:
 
 def _check_routable(state: ModelState, names: Sequence[str], alone: bool) -> None:
     """Whether all rules of these adapters can work on rows, and no adapter holds the base's weights."""
-    for name, places in state.places.items():
-        for module, rules in places:
+    for name, standing in state.standing.items():
+        if name not in names and not standing.in_base:
+            continue
+        for module, rules in state.places[name]:
             for applied in rules:
                 why = None
                 if applied.changed and not (alone and name in names):

@@ -7,8 +7,11 @@ pickle, and nothing is kept in a table beside the model.
 
 from __future__ import annotations
 
+import itertools
 import keyword
+import threading
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -70,6 +73,26 @@ class Adapters(nn.Module):
     """The child of a site that holds its adapters' tensors, one `AdapterTensors` each."""
 
     _surgery_adapters = True
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        """As any module's; nothing inside of a block of `base_alone`."""
+        if not getattr(_left_out, "now", False):
+            return super().state_dict(*args, **kwargs)
+        destination = kwargs.get("destination", args[0] if args else None)
+        return {} if destination is None else destination
+
+
+@contextmanager
+def base_alone() -> Iterator[None]:
+    """A state dict that this thread takes inside of the block has no adapters in it: they are not gone through."""
+    before, _left_out.now = getattr(_left_out, "now", False), True
+    try:
+        yield
+    finally:
+        _left_out.now = before
+
+
+_left_out = threading.local()
 
 
 @dataclass
@@ -245,7 +268,16 @@ class ModelState:
 
     def sites(self) -> list[nn.Module]:
         """The modules that any adapter is on, as written down; each once."""
-        return list({id(module): module for places in self.places.values() for module in places.modules}.values())
+        return list(dict.fromkeys(itertools.chain.from_iterable([places.modules for places in self.places.values()])))
+
+    def rules_at(self, adapters: Collection[str]) -> dict[int, list[Applied]]:
+        """These adapters' rules at each of their sites, by its id, in the order they were applied; others are not
+        looked at."""
+        found: dict[int, list[Applied]] = {}
+        for name in [name for name in self.adapters if name in adapters]:
+            for module, rules in self.places[name]:
+                found.setdefault(id(module), []).extend(rules)
+        return found
 
     @property
     def idle(self) -> list[str]:

@@ -13,7 +13,7 @@ from surgery.match import RESERVED
 from surgery.neutral import verb
 from surgery.root import check_all_present, records_in, rewritten
 from surgery.sharded import is_flattened, put
-from surgery.state import adapter_names, is_adapter_key, sites, tensors_of
+from surgery.state import adapter_names, base_alone, is_adapter_key, sites, tensors_of
 from surgery.wrapped import taken_from
 
 __all__ = ["adapter_state_dict", "base_state_dict", "load_adapter_state_dict", "rules_of"]
@@ -33,7 +33,9 @@ def base_state_dict(model: nn.Module) -> dict[str, Tensor]:
     merged, they are the merged weights. Loads into the plain model with `strict=True`.
     """
     check_all_present(model)
-    return {key: tensor for key, tensor in model.state_dict().items() if not is_adapter_key(model, key)}
+    with base_alone():
+        found = model.state_dict()
+    return {key: tensor for key, tensor in found.items() if not is_adapter_key(model, key)}
 
 
 def adapter_state_dict(

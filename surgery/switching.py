@@ -7,7 +7,7 @@ wanted. So the loops here go straight to what they change, and call nothing for 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 from torch import Tensor, nn
 
@@ -17,7 +17,7 @@ from surgery.journal import Journal
 from surgery.links import there
 from surgery.living import class_of_live
 from surgery.reducers import watch_gradients
-from surgery.state import _SITE, AdapterTensors, ModelState, SiteState, box_of, require_state
+from surgery.state import _SITE, AdapterTensors, Applied, ModelState, SiteState, box_of, require_state
 from surgery.statistics import exchange
 
 __all__ = ["check_none_merged", "check_settled", "set_trained", "switch", "weights_now"]
@@ -43,7 +43,7 @@ def switch(model: nn.Module, live: Mapping[str, float]) -> None:
             journal.undo(_put_back, _noted(state.places[name].boxes))
         _note(state, changed, live)
         journal.undo(_swap_back, found)
-        _install(found, bound, _key(state, live))
+        _install(found, bound, _key(state, live), lambda: state.rules_at(live))
         for path, name, without, value in state.switched:
             if (reader := there(model, path)) is not None:
                 journal.attribute(reader, name)
@@ -77,11 +77,18 @@ def _key(state: ModelState, live: Mapping[str, float]) -> frozenset[tuple[str, f
     return state.keys.setdefault(key, key)
 
 
-def _install(found: Found, bound: set[int], key: frozenset[tuple[str, float]]) -> None:
+def _install(
+    found: Found,
+    bound: set[int],
+    key: frozenset[tuple[str, float]],
+    rules_at: Callable[[], dict[int, list[Applied]]],
+) -> None:
+    rules: dict[int, list[Applied]] | None = None
     for module, site, before in found:
         known = site.classes.get(key)
         if known is None:
-            known = class_of_live(module, site), site.woven
+            rules = rules_at() if rules is None else rules
+            known = class_of_live(module, site, live=rules.get(id(module), [])), site.woven
             if len(site.classes) >= _CLASSES:
                 site.classes.clear()
             site.classes[key] = known
@@ -139,11 +146,12 @@ def check_settled(module: nn.Module) -> SiteState:
 
 def check_none_merged(state: ModelState) -> None:
     """`SurgeryError` where the base's weights hold an adapter that is not live, and so would count all the same."""
-    for name in state.idle:
-        for module in state.places[name].modules[:1]:  # an adapter is merged at all its sites
-            held: SiteState | None = module.__dict__.get(_SITE)
-            if held is not None and held.merged is not None and name in held.merged.adapters:
-                check_settled(module)
+    idle = state.idle
+    first = [state.places[name].modules[:1] for name in idle]  # an adapter is merged at all its sites
+    for module in dict.fromkeys(itertools.chain.from_iterable(first)):
+        held: SiteState | None = module.__dict__.get(_SITE)
+        if held is not None and held.merged is not None and not set(idle).isdisjoint(held.merged.adapters):
+            check_settled(module)
 
 
 def _check_change(state: ModelState, name: str, weight: float | None) -> None:

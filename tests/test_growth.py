@@ -3,26 +3,35 @@
 from __future__ import annotations
 
 import gc
+import pickle
 import sys
+import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
 
+import rules
+import surgery
 from rules import LoraRule
-from surgery import MergeError, PlanError, apply_rules, merge, unmerge
+from surgery import LowRank, MergeError, PlanError, apply_rules, merge, unmerge
+from surgery._record import _pack, _unpack
+from surgery.exact import fold, unfold
+from surgery.folds import Fold, fold_all
 from surgery.state import site_state
 from surgery.testing import Snapshot
 from tests.benchmarks import verbs
 
+OURS = tuple(f"{Path(package.__file__).parent}/" for package in (surgery, rules))  # type: ignore[arg-type]
 Counts = dict[str, dict[int, int]]  # lines run, by verb and size
 
 
 def lines_of(work: Callable[[], Any]) -> int:
-    """How many lines of Python run in a call, those of torch's own included."""
+    """How many lines of the engine and of rules run in a call."""
     count = 0
 
     def inside(frame: Any, event: str, argument: Any) -> Any:
@@ -32,7 +41,7 @@ def lines_of(work: Callable[[], Any]) -> int:
 
     before = sys.gettrace()
     gc.disable()  # what it would call belongs to no verb
-    sys.settrace(lambda *_: inside)
+    sys.settrace(lambda frame, *_: inside if frame.f_code.co_filename.startswith(OURS) else None)
     try:
         work()
     finally:
@@ -64,8 +73,15 @@ def by_layers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Counts]:
 def test_work_is_in_proportion_to_the_layers(by_layers: Counts) -> None:
     """From 4 to 8 layers a verb's work grows by twice as much as from 2 to 4."""
     slopes = {verb: (at[8] - at[4]) / (2 * (at[4] - at[2])) for verb, at in by_layers.items()}
-    assert min(slopes.values()) > 0.9, slopes
-    assert not {verb: round(slope, 3) for verb, slope in slopes.items() if "one a layer" not in verb and slope > 1.02}
+    assert min(slopes.values()) > 0.5, slopes
+    assert not {verb: round(slope, 3) for verb, slope in slopes.items() if slope > 1.1}
+
+
+def test_idle_adapters_are_passed_over(tmp_path: Path) -> None:
+    """One more on 14 sites adds no more than one look at it a site, and some more, where not all are written."""
+    found = counted(lambda adapters: verbs.made(2, adapters), [4, 10], tmp_path)
+    slopes = {verb: (at[10] - at[4]) / 6 for verb, at in found.items() if verb not in verbs.WHOLE}
+    assert not {verb: slope for verb, slope in slopes.items() if slope > 1.5 * 14}
 
 
 # What one map of a model's parameters has to know ---------------------------------------------------------------
@@ -108,3 +124,66 @@ def test_a_start_in_a_shared_weight_is_refused() -> None:
     model = Tied()
     with pytest.raises((PlanError, MergeError), match="one parameter serves"):
         apply_rules(model, LoraRule(["a"], rank=2, init="pissa"))
+
+
+# Small weights are folded many at once ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+@pytest.mark.parametrize(("shape", "rank"), [((24, 40), 2), ((8, 8), 4), ((5, 7), 1), ((6, 3, 5), 2), ((33, 17), 3)])
+def test_folds_of_many_weights_have_the_bits_of_each_alone(
+    dtype: torch.dtype, shape: tuple[int, ...], rank: int
+) -> None:
+    def change(size: float) -> LowRank:
+        return LowRank(torch.randn(shape[0], rank) * size, torch.randn(rank, *shape[1:]).flatten(1), 0.7)
+
+    weights = [torch.randn(shape).to(dtype) for _ in range(6)]
+    weights[2][0] = float("inf")
+    weights[3].flatten()[1] = float("nan")
+    changes = [change(size) for size in (0.01, 0.1, 0.1, 0.1, 30.0, 0.0)]
+    alone, together = ([weight.clone() for weight in weights] for _ in range(2))
+    for chosen in ([0, 1, 4, 5], [2, 3]):  # what is not finite is done by itself, and so is what it stands with
+        expected = [fold(alone[index], changes[index]) for index in chosen]
+        records = fold_all([Fold(together[index], changes[index], "here") for index in chosen])
+        for index, one, other in zip(chosen, records, expected, strict=True):
+            assert equal_bits(together[index], alone[index]) and one.kind == other.kind
+            assert (one.before, one.after, one.nbytes) == (other.before, other.after, other.nbytes)
+            unfold(together[index], pickle.loads(pickle.dumps(one)))
+            assert equal_bits(together[index], weights[index])
+            unfold(together[index].copy_(alone[index]), other)
+            assert equal_bits(together[index], weights[index])
+
+
+def equal_bits(one: torch.Tensor, other: torch.Tensor) -> bool:
+    return torch.equal(one.contiguous().view(torch.uint8), other.contiguous().view(torch.uint8))
+
+
+def test_weights_that_share_memory_are_folded_in_turn() -> None:
+    weight, change = torch.randn(8, 16), LowRank(torch.randn(8, 2), torch.randn(2, 16))
+    expected = weight + 3 * (change.B @ change.A)
+    fold_all([Fold(weight.view(8, 16), change, "") for _ in range(3)])
+    torch.testing.assert_close(weight, expected)
+
+
+def test_compressed_corrections_are_read() -> None:
+    """As earlier versions wrote few ones, too."""
+    positions, values = np.array([3, 4, 90, 70000]), np.array([1, -1, 5, -300])
+    base, header, plain, packed = _pack(positions, values)
+    assert plain == len(packed)
+    for old in ((base, header, 0, zlib.compress(packed)), (base, header, plain, packed)):
+        found = _unpack(*old)
+        assert found[0].tolist() == positions.tolist() and found[1].tolist() == values.tolist()
+
+
+def test_a_merge_of_many_is_undone_where_one_is_refused() -> None:
+    model = verbs.Layers(3, 8)
+    apply_rules(model, verbs.rule())
+    with torch.no_grad():
+        model.layers[2].d.adapters.default.A[0, 0] = float("nan")  # type: ignore[union-attr, index, operator]
+    before = Snapshot(model)
+    with pytest.raises(MergeError):
+        merge(model, safe=True)
+    assert not before.differences(model)
+    merge(model)
+    unmerge(model)
+    assert not before.differences(model)
