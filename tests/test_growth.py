@@ -78,10 +78,10 @@ def test_work_is_in_proportion_to_the_layers(by_layers: Counts) -> None:
 
 
 def test_idle_adapters_are_passed_over(tmp_path: Path) -> None:
-    """One more on 14 sites adds no more than one look at it a site, and some more, where not all are written."""
+    """One more on 14 sites adds no more than a few looks at it a site, where not all are written."""
     found = counted(lambda adapters: verbs.made(2, adapters), [4, 10], tmp_path)
     slopes = {verb: (at[10] - at[4]) / 6 for verb, at in found.items() if verb not in verbs.WHOLE}
-    assert not {verb: slope for verb, slope in slopes.items() if slope > 1.5 * 14}
+    assert not {verb: slope for verb, slope in slopes.items() if slope > 3 * 14}
 
 
 # What one map of a model's parameters has to know ---------------------------------------------------------------
