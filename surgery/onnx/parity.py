@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from surgery.activation import active
 from surgery.errors import ParityError, SurgeryError
 from surgery.merging import unmerged
+from surgery.neutral import neutrally
 from surgery.onnx.adapters import read_adapter
 from surgery.onnx.caching import with_cache
 from surgery.onnx.carried import slot_arrays
@@ -51,6 +52,7 @@ class Reference:
 
 
 @in_turn
+@neutrally
 def verify_onnx(
     path: str | Path,
     model: nn.Module,
