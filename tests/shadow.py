@@ -309,7 +309,9 @@ class Shadow:
                 )
         elif entry.kind == "ia3":
             scales = torch.stack([w * e.tensors["scale"].double() for w, e in found])
-            yield "scale", t["scale"], scales.sum(0) + self._absent(weights, entry)
+            sum_of_changes = 1 - sum(w for w, _ in found)  # 1 + Σ w (s − 1); "linear" is PEFT's Σ w s
+            more = self._absent(weights, entry) if method == "linear" else sum_of_changes
+            yield "scale", t["scale"], scales.sum(0) + more
         elif entry.kind == "bottleneck":
             for name, tensor in t.items():
                 yield name, tensor, torch.stack([w * e.tensors[name].double() for w, e in found]).sum(0)
