@@ -146,16 +146,20 @@ def _rename(model: nn.Module, state: ModelState, old: str, new: str, journal: Jo
         held, boxes = site_state(module), module._modules.get(RESERVED)
         assert held is not None
         keep_site(journal, module)
-        for noted in (*rules, *filter(None, [held.merged])):
-            journal.keep(noted.__dict__)
+        for applied in rules:
+            journal.keep(applied.__dict__)
         if boxes is not None:
             _rekey(boxes._modules, old, new)
         for applied in rules:
             applied.adapter, applied.layer = new, None  # recorded anew: a rule may have written its name down
-        if held.merged is not None:
-            held.merged.adapters = tuple(new if name == old else name for name in held.merged.adapters)
         held.classes.clear()
         held.variants.clear()
+    here = [site.merged for module in state.places[old].modules if (site := site_state(module)) is not None]
+    everywhere = state.sites() if any(here) else []  # those of others that are merged with it, too
+    for merged in (site.merged for module in everywhere if (site := site_state(module)) is not None):
+        if merged is not None and old in merged.adapters:
+            journal.keep(merged.__dict__)
+            merged.adapters = tuple(new if name == old else name for name in merged.adapters)
     for named in (state.adapters, state.places, state.standing, state.resting):
         _rekey(named, old, new)
     hf.unlist(model, state, keys, journal)

@@ -519,3 +519,16 @@ def rules_origin(model: nn.Module, new: str, names: list[str]) -> str:
         if (held := adapter_state_dict(model, name)).keys() == mine.keys()
         and all(torch.equal(held[key], mine[key]) for key in mine) and rules_of(model, name) == rules_of(model, new)
     )  # fmt: skip
+
+
+def test_a_merged_adapter_is_renamed_at_the_sites_of_those_merged_with_it() -> None:
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    apply_rules(model, LoraRule("0", rank=2, init="random"), adapter="a")
+    apply_rules(model, LoraRule(["0", "1"], rank=2, init="random"), adapter="b")
+    merge(model)
+    rename_adapter(model, "a", "c")
+    copy_adapter(model, "b", "a")
+    assert {name: found.merged for name, found in adapters(model).items()} == {"c": True, "b": True, "a": False}
+    with pytest.warns(SurgeryWarning, match="merged already: nothing happens"):
+        merge(model)
+    assert active(unmerge(model)) == ("c", "b")
