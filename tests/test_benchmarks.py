@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.benchmarks import report, several
+from tests.benchmarks import growth, report, several
 from tests.benchmarks.lines import LINES, Row
 from tests.benchmarks.timing import Setting
 
@@ -24,6 +24,13 @@ def test_many_adapters_run() -> None:
     assert "on 56 Linears" in switched.work and 0 < switched.figure
     routed = list(several.LINES["rows"](setting))
     assert [row.to for row in routed] == ["base", "", "base", ""] and all(row.peft for row in routed[::2])
+
+
+def test_growth_is_told_by_its_exponent() -> None:
+    spent = {"a": {1: 0.5, 10: 0.5, 100: 0.5}, "b": {1: 1.0, 10: 10.0, 100: 100.0}, "c": {1: 1.0, 10: 31.6, 100: 1e3}}
+    rows = list(growth._rows("layers", spent, dict.fromkeys(spent, 0.9)))
+    assert [row.work.rpartition(": ")[2] for row in rows] == ["c", "b"]
+    assert rows[0].figure == pytest.approx(1.5, abs=1e-3) and rows[1].figure == pytest.approx(1.0)
 
 
 def test_the_page_keeps_other_devices_and_tells_what_is_missed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

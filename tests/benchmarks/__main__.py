@@ -12,11 +12,11 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import torch  # noqa: E402
 
-from tests.benchmarks import exported, lines, report, several  # noqa: E402
+from tests.benchmarks import exported, growth, lines, report, several  # noqa: E402
 from tests.benchmarks.lines import Row  # noqa: E402
 from tests.benchmarks.timing import Setting  # noqa: E402
 
-LINES = {**lines.LINES, **several.LINES, **exported.LINES}
+LINES = {**lines.LINES, **several.LINES, **exported.LINES, **growth.LINES}
 
 
 def main() -> None:

@@ -51,6 +51,11 @@ def llama(device: str, dtype: torch.dtype) -> nn.Module:
     return _llama(4, 1024, 2816, 16, device, dtype)
 
 
+def compiled_llama(device: str, dtype: torch.dtype) -> nn.Module:
+    """A Llama of 3 layers of 512."""
+    return _llama(3, 512, 1408, 8, device, dtype)
+
+
 def small_llama(device: str, dtype: torch.dtype) -> nn.Module:
     """The shape of SmolLM2-135M, 6 layers of 576."""
     return _llama(6, 576, 1536, 9, device, dtype)
@@ -84,6 +89,7 @@ _NAMES = {
     minilm: "MiniLM, 384 wide",
     llama: "Llama, 1,024 wide",
     small_llama: "Llama, 576 wide",
+    compiled_llama: "Llama, 512 wide",
     decoder: "12 layers, 512 wide",
 }
 
@@ -96,6 +102,7 @@ TARGETS = {
     "BertModel": ["query", "key", "value", "dense"],
     "LlamaModel": ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"],
     "Stack": LETTERS,
+    "Layers": LETTERS,  # of `verbs`
 }
 
 

@@ -1,0 +1,111 @@
+"""The lines of the table on growth: how a verb's time grows with the layers, and with adapters that it is not about."""
+
+from __future__ import annotations
+
+import gc
+import math
+import time
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import torch
+from torch import nn
+
+from surgery import merge, unmerge
+from tests.benchmarks import models, verbs
+from tests.benchmarks.lines import Row, bases
+from tests.benchmarks.models import disturb, theirs, twin
+from tests.benchmarks.timing import Setting, interleaved
+
+Seconds = dict[str, dict[int, float]]  # by verb and size
+
+
+def growth(setting: Setting) -> Iterator[Row]:
+    layers = (2, 4, 8) if setting.quick else (32, 128, 512)
+    counts = (1, 3) if setting.quick else (1, 10, 100, 300)
+    rounds = 1 if setting.quick else 2
+    spent = _spent({size: verbs.made(size, 2) for size in layers}, rounds)
+    yield from _rows("layers", spent, dict.fromkeys(spent, 1.05))
+    spent = _spent({size: verbs.made(2 if setting.quick else 4, size) for size in counts}, rounds)
+    yield from _rows("adapters", spent, {verb: 1.05 if verb in verbs.WHOLE else 0.1 for verb in spent})
+    size, width = layers[-1], 64
+    mine, their = models.ours(verbs.Layers(size, width)), theirs(verbs.Layers(size, width))
+    disturb(mine)
+    disturb(their)
+
+    with torch.no_grad():
+        ratios = []
+        for _ in range(1 if setting.quick else 5):
+            ratios.append(_once(partial(merge, mine)) / _once(their.merge_adapter))
+            unmerge(mine)
+            their.unmerge_adapter()
+    work = f"merge in record mode, {size} layers of 7 Linears, {width} wide"
+    yield Row(work, "PEFT", 2.0, min(ratios), 1.0)
+
+
+def _rows(of: str, spent: Seconds, aims: dict[str, float]) -> Iterator[Row]:
+    """The exponents of all verbs by least squares; a row for the largest of those with one aim, and for what misses."""
+    found = {verb: _exponent(at) for verb, at in spent.items()}
+    for aim in dict.fromkeys(aims.values()):
+        of_this = {verb: exponent for verb, exponent in found.items() if aims[verb] == aim}
+        worst = max(of_this, key=lambda verb: of_this[verb])
+        sizes = " / ".join(map(str, spent[worst]))
+        yield Row(f"growth with {sizes} {of}, the largest of {len(of_this)} verbs' exponents: {worst}", "", aim,
+                  of_this[worst])  # fmt: skip
+        for verb, exponent in of_this.items():
+            if exponent > aim and verb != worst:
+                yield Row(f"growth with {sizes} {of}: {verb}", "", aim, exponent)
+
+
+def _exponent(at: dict[int, float]) -> float:
+    x, y = [math.log(size) for size in at], [math.log(max(seconds, 1e-9)) for seconds in at.values()]
+    mean = sum(x) / len(x)
+    return sum((a - mean) * b for a, b in zip(x, y, strict=True)) / sum((a - mean) ** 2 for a in x)
+
+
+def _spent(made: dict[int, verbs.Layers], rounds: int) -> Seconds:
+    """CPU seconds of each verb at each size, the least of some rounds after one that is not counted."""
+    found: Seconds = {}
+    for index in range(rounds + 1):
+        for size, model in made.items():
+            with TemporaryDirectory() as folder:
+                for verb, work in verbs.steps(model, Path(folder)):
+                    seconds = _once(work)
+                    if verb and index:
+                        at = found.setdefault(verb, {})
+                        at[size] = min(at.get(size, seconds), seconds)
+    return found
+
+
+def _once(work: Callable[[], object]) -> float:
+    gc.collect()
+    begin = time.process_time()
+    work()
+    return time.process_time() - begin
+
+
+def compiled(setting: Setting) -> Iterator[Row]:
+    """A training step, compiled: the same model, ours and PEFT's, each beside the compiled base."""
+    for name, base in bases(setting, models.compiled_llama):
+        embedding: nn.Module = base.get_input_embeddings()  # type: ignore[operator]
+        ids = torch.randint(0, 1000, (4, 128), device=setting.device)
+        given = embedding(ids).detach().requires_grad_(True)
+        found = {"base": twin(base), "ours": models.ours(twin(base)), "peft": theirs(twin(base))}
+        works = {}
+        for key, model in found.items():
+            disturb(model.train())
+            works[key] = partial(_step, torch.compile(model), model, given)
+        times = interleaved(setting, works)
+        ratios = times.ratio("ours", "base"), times.ratio("peft", "base")
+        yield Row(f"training step, compiled: {name}", "compiled base", 1.25, *ratios, below_peft=True)
+
+
+def _step(run: Callable[..., object], model: nn.Module, given: torch.Tensor) -> None:
+    model.zero_grad(set_to_none=True)
+    given.grad = None
+    run(inputs_embeds=given).last_hidden_state.square().mean().backward()  # type: ignore[attr-defined]
+
+
+LINES: dict[str, Callable[[Setting], Iterator[Row]]] = {"growth": growth, "compiled": compiled}
