@@ -97,5 +97,6 @@ def _together(folds: Sequence[Fold]) -> Sequence[Record | None]:
             records[index] = record = Record(*found)  # type: ignore[arg-type]
             folds[index].note(record)
             written.append(index)
-    torch._foreach_copy_([weights[index] for index in written], [rows[index] for index in written])  # type: ignore[attr-defined]
+    if written:
+        torch._foreach_copy_([weights[index] for index in written], [rows[index] for index in written])  # type: ignore[attr-defined]
     return records

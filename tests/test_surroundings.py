@@ -46,6 +46,7 @@ from rules import (
 from surgery import (
     Rule,
     SurgeryError,
+    SurgeryWarning,
     activate,
     adapter_state_dict,
     apply_rules,
@@ -213,7 +214,7 @@ def life(chosen: Rule, around: Callable[[], AbstractContextManager[Any]], whole:
         with around():
             try:
                 work()
-            except SurgeryError as error:
+            except (SurgeryError, SurgeryWarning) as error:  # warnings are errors here
                 found.append(str(error))
         found.append(bits(model))
 
