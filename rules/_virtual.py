@@ -54,7 +54,7 @@ def put_in(
     if first and text.shape[1] < after:
         raise error(f"the first call has {text.shape[1]} tokens, fewer than after={after}", "give the text's start")
     left, moves, gaps = traits
-    mask = _mask(inputs["attention_mask"], past, left, module, len(text))
+    mask = _mask(inputs["attention_mask"], past, left, module, text.shape[0])
     positions = inputs.get("position_ids")
     made = past.mark or Mark(count, text.shape[1], moves or positions is not None)
     if made.behind and mask is not None and past.late(mask, after, module, positions is not None, gaps):
@@ -260,9 +260,9 @@ def _told(mask: Tensor | None, positions: Tensor | None, past: Past, text: Tenso
     if past.text is None:
         raise error("it can't be told how long the text is", "route rows whose prompts are equally long")
     if mask is None:
-        mask = torch.ones(len(text), past.text, dtype=torch.long, device=text.device)
+        mask = torch.ones(text.shape[0], past.text, dtype=torch.long, device=text.device)
     if positions is None:
-        positions = torch.arange(past.text - past.new, past.text, device=text.device).expand(len(text), -1)
+        positions = torch.arange(past.text - past.new, past.text, device=text.device).expand(text.shape[0], -1)
     return mask, positions
 
 

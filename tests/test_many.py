@@ -290,7 +290,12 @@ def test_whatever_came_and_went_the_live_ones_count(seed: int) -> None:
             deactivate(model)
         elif what == "copy":
             model = draw.choice([copy.deepcopy, lambda one: pickle.loads(pickle.dumps(one))])(model)
-        elif what == "merge" and made and not any(isinstance(made[one], TrainRule) for one in active(model)):
+        elif (
+            what == "merge"
+            and made
+            and active(model)
+            and not any(isinstance(made[one], TrainRule) for one in active(model))
+        ):
             merge(model)
             unmerge(model)
         live = active(model) if made else ()

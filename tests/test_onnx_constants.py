@@ -87,6 +87,7 @@ def each(*named: dict[str, Rule]) -> nn.Module:
 def test_all_rules_are_tried_here_or_with_a_model() -> None:
     tried = {type(rule) for rule in (*MERGEABLE.values(), *OTHERS.values())}
     tried |= {rules.NormRule, rules.ExpertLoraRule, rules.BaseRowsRule}  # the last is a TokensRule
+    tried |= {rules.StatisticsRule}  # it changes what training moves, and no graph
     tried |= {rules.PrefixRule, rules.PromptRule, rules.AdaptionRule, rules.MultitaskPromptRule}  # below
     offered = {
         kind for name in rules.__all__ if isinstance(kind := getattr(rules, name), type) and issubclass(kind, Rule)

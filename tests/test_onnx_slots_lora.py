@@ -54,6 +54,7 @@ def inputs(batch: int, length: int) -> dict[str, Tensor]:
     return {"x": torch.randn(batch, length, 8), "ids": torch.randint(0, 11, (batch, length))}
 
 
+@pytest.mark.filterwarnings("ignore:.*more than the weights")  # ranks that no weight can use, on purpose
 def test_every_layout_of_ranks_that_groups_divide(tmp_path: Path) -> None:
     model = Maps()
     base = plain(model)
@@ -74,6 +75,7 @@ def test_every_layout_of_ranks_that_groups_divide(tmp_path: Path) -> None:
         exported.tensors("z", gained)
 
 
+@pytest.mark.filterwarnings("ignore:.*more than the weights")  # ranks that no weight can use, on purpose
 def test_ranks_that_groups_do_not_divide_gains_and_biases(tmp_path: Path) -> None:
     """The slot without groups takes factors with groups; what has no gain gets ones; lora_only's biases are copies."""
     model = Maps()
@@ -119,6 +121,7 @@ def test_methods_that_are_low_rank_changes_share_the_slot(tmp_path: Path) -> Non
         Exported(bat, {"x": torch.randn(3, 8)}, tmp_path)
 
 
+@pytest.mark.filterwarnings("ignore:.*more than the weights")  # ranks that no weight can use, on purpose
 def test_products_of_low_rank_matrices_are_of_low_rank(tmp_path: Path) -> None:
     """LoHa's rank is its rank squared, LoKr's the product of two: or, where that is more, the smaller of its sizes."""
     names = ["linear", "turned", "one", "depth", "two", "three"]

@@ -218,8 +218,8 @@ class ScaledWeight(Rule):
     "weight_rule, says",
     [
         (LoraRule("0", rank=4, dora=True), "DoRA needs the weight's norm, and the weight is packed"),
-        (LoraRule("0", rank=4, init="pissa"), "changes the weight, and the weight is packed"),
-        (LoraRule("0", rank=4, init="olora"), "changes the weight, and the weight is packed"),
+        (LoraRule("0", rank=4, init="pissa"), "takes the weight apart, and the weight is packed"),
+        (LoraRule("0", rank=4, init="olora"), "takes the weight apart, and the weight is packed"),
         (TrainRule("0"), "edits the weight of a"),
         (ScaledWeight("0"), "edits the weight of a"),
     ],
