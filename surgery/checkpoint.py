@@ -213,6 +213,7 @@ def load_adapter(
     config: Mapping[str, Any] | None = None,
     component: str | None = None,
     resize: bool = False,
+    freeze: bool | None = None,
 ) -> LoadReport:
     """Put a saved adapter on a model: apply its rules, and fill their tensors from the files.
 
@@ -233,7 +234,7 @@ def load_adapter(
     repository on the hub (with `revision`); `subfolder` is looked for in it. It may be what `import_adapter` read, too.
     Rules are made by their registered names; no code and no path comes from a file, and pickle files are read with
     `weights_only`. A rule that names code to import, as a ReplaceRule does, is taken with `trust=True` alone. `finite`:
-    NaN and infinity are a problem. `example_inputs` as in `apply_rules`; prefixes need it. `config` stands in for
+    NaN and infinity are a problem. `example_inputs` and `freeze` as in `apply_rules`; prefixes need an example. `config` stands in for
     PEFT's `adapter_config.json`. `component`: whose adapter to take of a diffusers file that holds several ("unet"),
     where the model's paths and sizes do not tell. `resize`: embeddings of another vocabulary than the files' are
     resized first, by the model's `resize_token_embeddings`; they stay so when the adapter is removed.
@@ -255,7 +256,7 @@ def load_adapter(
     problems = [*stored.problems, *([] if trust else map(_distrusted, (rule for rule in stored.rules if rule.imports)))]
     known = [rule for rule in stored.rules if trust or not rule.imports]
     with collector_waits():
-        plan = make_plan(model, known, adapter, example_inputs) if known else None
+        plan = make_plan(model, known, adapter, example_inputs, freeze) if known else None
     values: list[tuple[Step, str, Entry]] = []
     if plan is not None:
         problems += plan.problems
@@ -266,7 +267,7 @@ def load_adapter(
     if sizes := sizes_wanted(model, plan, stored):
         if resize and len(sizes) == 1 and hasattr(model, "resize_token_embeddings"):
             again: dict[str, Any] = {"example_inputs": example_inputs, "config": config, "component": component}
-            again |= {"strict": strict, "same_base": same_base, "finite": finite, "trust": trust}
+            again |= {"strict": strict, "same_base": same_base, "finite": finite, "trust": trust, "freeze": freeze}
             with resized(model, *sizes):
                 return load_adapter(model, source, adapter, subfolder=subfolder, revision=revision, **again)
         problems.append(other_vocabulary(model, sizes))

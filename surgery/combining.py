@@ -106,7 +106,7 @@ def combine(
     at = state.rules_at(how.weights)
     order = {id(one): index for index, one in enumerate(a for _, m, _ in sites(root) for a in at.get(id(m), ()))}
     placed = [(min(order[id(one)] for one, _ in at.found), new) for kind in found for at, new in kind.placed()]
-    put(root, into, rules, [new for _, new in sorted(placed, key=lambda pair: pair[0])])
+    put(root, into, rules, [new for _, new in sorted(placed, key=lambda pair: pair[0])], how.weights)
     return model
 
 

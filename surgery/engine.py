@@ -18,9 +18,9 @@ from surgery.claims import check_free
 from surgery.collector import collector_waits
 from surgery.errors import SiteError, SurgeryError, SurgeryWarning
 from surgery.example import call, equal
-from surgery.flags import set_flag
 from surgery.folding import check_foldable, fold_into, verify_records
 from surgery.following import unwatch, watch
+from surgery.freezing import freeze_base, thaw_base
 from surgery.hooks import running
 from surgery.install import reason_against
 from surgery.journal import Journal
@@ -47,14 +47,12 @@ from surgery.state import (
     Standing,
     adapter_names,
     attach,
-    base_parameters,
     box_of,
     detach,
     model_state,
     site_state,
     tensors_of,
 )
-from surgery.statistics import keep_statistics, restore_statistics
 from surgery.view import tensor_at
 from surgery.weave import Layer
 from surgery.wrapped import submodule, unwrapped
@@ -66,7 +64,14 @@ Given = Callable[[Step, ParamSpec], Tensor | None]
 
 
 @verb
-def apply_rules(model: M, rules: Iterable[Rule] | Rule, *, adapter: str = "default", example_inputs: Any = None) -> M:
+def apply_rules(
+    model: M,
+    rules: Iterable[Rule] | Rule,
+    *,
+    adapter: str = "default",
+    example_inputs: Any = None,
+    freeze: bool | None = None,
+) -> M:
     """Rewrite a model in place by rules; the same object comes back, adapted.
 
     >>> import torch
@@ -84,15 +89,18 @@ def apply_rules(model: M, rules: Iterable[Rule] | Rule, *, adapter: str = "defau
     ['0.adapters.default.A', '0.adapters.default.B']
     >>> _ = remove(model)
 
-    Applying stacks: adapters there before stay live. The base's parameters stop requiring gradients, as in PEFT;
-    `remove` gives their flags back. `example_inputs` (a tensor, a tuple of arguments or a dict of keyword arguments)
+    Applying stacks: adapters there before stay live.
+
+    `freeze`: whether the base's parameters stop requiring gradients, until `remove` gives their flags back. None, the
+    default: where the rules bring parameters that train, as in PEFT; rules that only look (`CaptureRule`) leave the
+    base as it trains. False: base and adapter train together. `example_inputs` (a tensor, a tuple of arguments or a dict of keyword arguments)
     is run once before anything is touched: targets that it never reaches are reported, held graphs are compared with
     the forwards they stand for, and rules that promise an unchanged output at the start are held to it.
 
     All or nothing: raises `SurgeryError` (`PlanError` where several things are wrong) with the model as it was.
     """
     with collector_waits():
-        plan = make_plan(model, rules, adapter, example_inputs)
+        plan = make_plan(model, rules, adapter, example_inputs, freeze)
         plan.warnings += rank_warnings(plan.steps)
         carry_out(plan, example_inputs, stacklevel=4)
     return model
@@ -100,7 +108,12 @@ def apply_rules(model: M, rules: Iterable[Rule] | Rule, *, adapter: str = "defau
 
 @neutrally
 def plan_rules(
-    model: nn.Module, rules: Iterable[Rule] | Rule, *, adapter: str = "default", example_inputs: Any = None
+    model: nn.Module,
+    rules: Iterable[Rule] | Rule,
+    *,
+    adapter: str = "default",
+    example_inputs: Any = None,
+    freeze: bool | None = None,
 ) -> Plan:
     """What `apply_rules` would do, and every reason why it would refuse; touches nothing.
 
@@ -108,12 +121,12 @@ def plan_rules(
     >>> from surgery import plan_rules
     >>> from rules import LoraRule
     >>> print(plan_rules(nn.Sequential(nn.Linear(8, 8)), [LoraRule("0", rank=2)]))
-    adapter 'default': 1 edits, 32 trainable parameters
+    adapter 'default': 1 edits, 32 trainable parameters; the base is frozen
     rule      site  type    tensors          trainable
     LoraRule     0  Linear  A[2, 8] B[8, 2]         32
     """
     with collector_waits():
-        plan = make_plan(model, rules, adapter, example_inputs)
+        plan = make_plan(model, rules, adapter, example_inputs, freeze)
     plan.warnings += rank_warnings(plan.steps)
     return plan
 
@@ -149,8 +162,8 @@ def remove(model: M, adapter: str | Sequence[str] | None = None, *, check: bool 
     >>> model[0].weight is weight, type(model[0]) is kind, weight.requires_grad
     (True, True, True)
 
-    With the last adapter go all traces: classes, parameters, `requires_grad` flags, key order and hooks are those
-    from before the first. Raises `SurgeryError` for an unknown adapter, a merged model, or where a later adapter's
+    With the last adapter go all traces: classes, parameters, key order and hooks are those from before the first; with
+    the last one that froze the base, its `requires_grad` flags are those from before it was frozen. Raises `SurgeryError` for an unknown adapter, a merged model, or where a later adapter's
     initialisation sits on top of a base weight that this one changed. A base weight that PiSSA or its like changed
     at the start, and that was changed since, is found by checksum; `check=False` takes the change out all the same, and
     takes rules off what is left of a model where modules were replaced since.
@@ -169,6 +182,7 @@ def remove(model: M, adapter: str | Sequence[str] | None = None, *, check: bool 
         keep_model(journal, model, state)
         for name in names:
             state.forget(name)
+        thaw_base(root, state, journal)
         if not state.adapters:
             restore(root, state, journal)
         else:
@@ -190,7 +204,7 @@ def carry_out(
     check_free(plan.model)
     for warning in plan.warnings:
         warnings.warn(warning, SurgeryWarning, stacklevel=stacklevel)
-    standing, owners, tied = Standing(), Owners(plan.model), dict[Any, Tensor]()
+    standing, owners, tied = Standing(freezes=plan.freezes), Owners(plan.model), dict[Any, Tensor]()
     with Journal() as journal:
         with torch.no_grad():
             for step in plan.steps:
@@ -281,16 +295,12 @@ def _install(plan: Plan, journal: Journal) -> None:
 
 
 def _record(model: nn.Module, plan: Plan, standing: Standing, journal: Journal) -> None:
-    """Freeze the base and write down, on the model, what has to be put back when the last adapter goes."""
+    """Freeze the base and write down, on the model, what has to be put back when adapters go."""
     state = model_state(model)
     keep_model(journal, model, state)
     if state is None:
         state = model.__dict__[_MODEL] = ModelState()
-        found = list(base_parameters(model))
-        state.flags = {name: parameter.requires_grad for name, parameter in found}
-        for _, parameter in found:
-            set_flag(parameter, False, journal)
-        state.moving = keep_statistics(model, journal)
+    freeze_base(plan, state, journal)
     state.adapters[plan.adapter] = plan.rules
     state.standing[plan.adapter] = standing
     touched = {id(step.module): step.module for step in plan.steps}.values()
@@ -390,13 +400,10 @@ def _take_out(module: nn.Module, site: SiteState, names: frozenset[str], check: 
 
 def restore(model: nn.Module, state: ModelState, journal: Journal) -> None:
     """After the last adapter went: what was noted when the first came, and no record."""
-    for name, parameter in base_parameters(model):
-        set_flag(parameter, state.flags.get(name, parameter.requires_grad), journal)
     for path, name, value, _ in state.switched:
         if (reader := there(model, path)) is not None:
             journal.attribute(reader, name)
             setattr(reader, name, value)
-    restore_statistics(model, state.moving, journal)
     hf.restore(model, state, journal)
     unwatch(model, journal)
     del model.__dict__[_MODEL]

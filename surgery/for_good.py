@@ -11,6 +11,7 @@ from surgery import hf
 from surgery.claims import check_free
 from surgery.engine import restore
 from surgery.errors import MergeError, SurgeryError
+from surgery.freezing import thaw_base
 from surgery.journal import Journal
 from surgery.kept import keep_model, keep_site
 from surgery.neutral import verb
@@ -41,7 +42,7 @@ def forget(model: M) -> M:
     (True, ['0.weight', '0.bias'])
 
     Nothing that was kept for `unmerge` stays, so this has no way back. Adapters that are not merged stay, and with the
-    last one go all traces, as with `remove`: `requires_grad` flags are those from before the first. A weight that the
+    last one go all traces, as with `remove`, and `requires_grad` flags are those from before. A weight that the
     merge untied (`untie=True`) stays untied, and a config of transformers goes on saying so.
 
     All or nothing. Raises `SurgeryError` where nothing is merged, `MergeError` where an adapter that stays changed a
@@ -81,8 +82,9 @@ def forget(model: M) -> M:
         state.flags |= flags
         state.untied = Untied()
         forget_statistics(root, state.moving, journal)  # the base's are now those under the merged adapters
+        state.moving = keep_statistics(root, journal) if state.freezing else []
+        thaw_base(root, state, journal)
         if state.adapters:
-            state.moving = keep_statistics(root, journal)
             hf.unlist(root, state, keys, journal)
         else:
             restore(root, state, journal)

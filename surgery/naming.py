@@ -101,7 +101,7 @@ def copy_adapter(model: M, adapter: str, new: str) -> M:
     check_whole(state, old, "be copied")
     made: dict[int, Tensor] = {}  # tensors that serve several sites serve several of the copy's
     placed = [_copied(module, applied, made) for module, rules in state.places[old] for applied in rules]
-    put(root, new, state.adapters[old], placed)
+    put(root, new, state.adapters[old], placed, [old])
     return model
 
 

@@ -51,13 +51,16 @@ class Placed:
     trained: tuple[str, ...] = ()
 
 
-def put(model: nn.Module, adapter: str, rules: Sequence[Rule], placed: Iterable[Placed]) -> None:
+def put(
+    model: nn.Module, adapter: str, rules: Sequence[Rule], placed: Iterable[Placed], sources: Iterable[str]
+) -> None:
     """Give a model an idle adapter of these rules: what it computes stays what it is. All or nothing.
 
+    It freezes the base where one of its `sources`, the adapters it is made from, does.
     Each rule is recorded at its site, by the facts that are known of it, and asked whether these are its tensors.
     """
     state = require_state(model)
-    standing = Standing(live=False)
+    standing = Standing(live=False, freezes=any(state.standing[name].freezes for name in sources))
     with Journal() as journal, collector_waits():
         steps, places, tied = list[Step](), dict[int, tuple[nn.Module, list[Applied]]](), dict[Any, Tensor]()
         for one in placed:

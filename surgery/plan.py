@@ -42,7 +42,8 @@ class Plan:
 
     `print(plan)` shows a table; `to_dict()` gives plain data; truth is the absence of problems. `trainable` and
     `added` count parameters; `switches` lists attributes set to keep an inference fast path from bypassing a site;
-    `statistics` the modules of the base whose running statistics training moves, which `remove` puts back.
+    `statistics` the modules of the base whose running statistics training moves, which `remove` puts back. `freeze` is
+    what the call asked for, `freezes` whether the adapter freezes the base.
     """
 
     model: nn.Module
@@ -54,6 +55,7 @@ class Plan:
     warnings: list[str] = field(default_factory=list)
     observation: Observation | None = None
     example_inputs: Any = None
+    freeze: bool | None = None
     seen: dict[type, Observation] = field(default_factory=dict)
     passed: list[str] = field(default_factory=list)
     statistics: list[str] = field(default_factory=list)
@@ -72,10 +74,24 @@ class Plan:
         return sum(math.prod(spec.shape) for spec in (*own, *shared.values()) if spec.trainable)
 
     @property
+    def freezes(self) -> bool:
+        """Whether the base is frozen for this adapter: as the call says, or else where a rule trains something."""
+        if self.freeze is not None:
+            return self.freeze
+        return any(spec.trainable for step in self.steps for spec in step.specs)
+
+    @property
+    def frozen_by(self) -> list[str]:
+        """The adapters that freeze the base already."""
+        state = model_state(self.model)
+        return state.freezing if state is not None else []
+
+    @property
     def notes(self) -> list[str]:
         """What to know before applying that is neither a problem nor a warning."""
         told = rank_notes(self.steps)
-        if not self.steps or self.trainable or _trains(self.model):
+        frozen = self.freezes or self.frozen_by
+        if not self.steps or self.trainable or not frozen or _trains(self.model):
             return told
         return [
             *told,
@@ -123,6 +139,7 @@ class Plan:
             ],
             "added": self.added,
             "trainable": self.trainable,
+            "freezes": self.freezes,
             "notes": self.notes,
             "statistics": list(self.statistics),
             "warnings": list(self.warnings),
@@ -131,6 +148,7 @@ class Plan:
 
     def __str__(self) -> str:
         head = f"adapter {self.adapter!r}: {len(self.steps)} edits, {self.trainable:,} trainable parameters"
+        head += f"; the base {self._base_told()}"
         parts = [head, table(["rule", "site", "type", "tensors", "trainable"], list(map(list, _rows(self.steps))))]
         shared = [f"{step.path} is also {', '.join(step.aliases)}" for step in self.steps if step.aliases]
         parts += [f"shared: {line}" for line in told_once(list(dict.fromkeys(shared)))]
@@ -147,11 +165,25 @@ class Plan:
 
     __repr__ = __str__
 
+    def _base_told(self) -> str:
+        if self.freezes:
+            return "is frozen"
+        by = listed(self.frozen_by, "adapters")
+        return f"stays frozen by {by}" if by else "is not frozen"
 
-def make_plan(model: nn.Module, rules: Iterable[Rule] | Rule, adapter: str, example_inputs: Any = None) -> Plan:
+
+def make_plan(
+    model: nn.Module,
+    rules: Iterable[Rule] | Rule,
+    adapter: str,
+    example_inputs: Any = None,
+    freeze: bool | None = None,
+) -> Plan:
     model = unwrapped(model)
     listed, problems = rules_in(rules)
-    plan = Plan(model, adapter, listed, example_inputs=example_inputs)
+    if freeze not in (True, False, None):
+        problems.append(SurgeryError(f"freeze={freeze!r} is not True, False or None"))
+    plan = Plan(model, adapter, listed, example_inputs=example_inputs, freeze=freeze)
     plan.problems += (
         [problem] if (problem := model_problem(model)) else problems + _objections(model, adapter, example_inputs)
     )
@@ -189,7 +221,7 @@ def make_plan(model: nn.Module, rules: Iterable[Rule] | Rule, adapter: str, exam
             plan.problems.append(MatchError(f"{rule.label} finds nothing to do in what it matches", where=listed))
         plan.passed.clear()
     plan.problems += clashes(plan.steps)
-    plan.statistics += _moved(plan)
+    plan.statistics += _moved(plan) if plan.freezes or plan.frozen_by else []
     plan.warnings = told_once(plan.warnings)
     if example_inputs is not None and not plan.problems:
         _check_example(plan, example_inputs)

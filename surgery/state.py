@@ -100,12 +100,13 @@ class Standing:
     """What holds for an adapter as a whole. Its rules share it, so that a switch is written down in one place.
 
     `live`: its edits are in the forwards, what they change times `weight`. `in_base`: one of its rules changed the
-    base's own parameters at the start.
+    base's own parameters at the start. `freezes`: the base is frozen for as long as the adapter is there.
     """
 
     live: bool = True
     weight: float = 1.0
     in_base: bool = False
+    freezes: bool = True
 
 
 @dataclass
@@ -240,9 +241,7 @@ class ModelState:
     """
 
     adapters: dict[str, tuple[Rule, ...]] = field(default_factory=dict)
-    flags: dict[str, bool] = field(
-        default_factory=dict
-    )  # requires_grad of the base's parameters before the first adapter
+    flags: dict[str, bool] = field(default_factory=dict)  # requires_grad of the base's parameters before it was frozen
     ignored_on_save: list[tuple[str, Any]] = field(default_factory=list)
     switched: list[tuple[str, str, Any, Any]] = field(default_factory=list)  # (module, attribute, before, while live)
     places: dict[str, Places] = field(default_factory=dict)
@@ -278,6 +277,11 @@ class ModelState:
             for module, rules in self.places[name]:
                 found.setdefault(id(module), []).extend(rules)
         return found
+
+    @property
+    def freezing(self) -> list[str]:
+        """The adapters that freeze the base."""
+        return [name for name, standing in self.standing.items() if standing.freezes]
 
     @property
     def idle(self) -> list[str]:

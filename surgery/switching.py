@@ -48,8 +48,9 @@ def switch(model: nn.Module, live: Mapping[str, float]) -> None:
             if (reader := there(model, path)) is not None:
                 journal.attribute(reader, name)
                 setattr(reader, name, value if live else without)
-        if state.moving and bool(before) != bool(live):
-            exchange(state.moving, journal, not live)
+        frozen, freezes = (any(state.standing[name].freezes for name in names) for names in (before, live))
+        if state.moving and frozen != freezes:
+            exchange(state.moving, journal, not freezes)
         for name in changed:
             if name not in live:
                 _rest(state.places[name].boxes)

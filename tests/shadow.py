@@ -77,6 +77,7 @@ class Held:
     live: bool = True
     weight: float = 1.0
     dropout: bool = False
+    freezes: bool = True
 
     @property
     def changed(self) -> bool:

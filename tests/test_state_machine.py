@@ -157,6 +157,7 @@ class Adapters(RuleBasedStateMachine):
         number=st.integers(0, 999),
         first=stacks(),
         second=stacks(),
+        freeze=st.sampled_from([None, False, False]),
     )
     def begin(
         self,
@@ -168,6 +169,7 @@ class Adapters(RuleBasedStateMachine):
         number: int,
         first: Stack,
         second: Stack,
+        freeze: bool | None,
     ) -> None:
         torch.manual_seed(number)
         self.model: Any = Body(tied, groups, padding).to(dtype)
@@ -181,7 +183,7 @@ class Adapters(RuleBasedStateMachine):
         self.unmerged: Tensor | None = None  # the output from before the merge, while nothing else changed
         self.identities()
         self.checked = True
-        self.apply("a", first)
+        self.apply("a", first, freeze)
         self.apply("b", second)
 
     # How steps are made -------------------------------------------------------------------------------------------
@@ -241,14 +243,14 @@ class Adapters(RuleBasedStateMachine):
             if len(state) == 2:
                 self.ids["embed.weight"] = self.ids["head.weight"] = -1
 
-    def adopt(self, name: str, entries: list[Entry], live: bool, dropout: bool) -> None:
+    def adopt(self, name: str, entries: list[Entry], live: bool, dropout: bool, freezes: bool = True) -> None:
         """A new adapter's tensors, as they now are: just these, and no others."""
         found = adapter_state_dict(self.model, name)
         wanted = {f"{e.path}.adapters.{n}" for e in entries for n in e.flags}
         assert found.keys() == wanted, (found.keys(), wanted)
         for entry in entries:
             entry.tensors = {n: found[f"{entry.path}.adapters.{n}"].clone() for n in entry.flags}
-        self.shadow.adapters[name] = Held(entries, live, 1.0, dropout)
+        self.shadow.adapters[name] = Held(entries, live, 1.0, dropout, freezes)
 
     def disturb(self, name: str, amount: float = 0.3) -> None:
         found = adapter_state_dict(self.model, name)
@@ -279,16 +281,20 @@ class Adapters(RuleBasedStateMachine):
 
     # Adapters come ------------------------------------------------------------------------------------------------
 
-    @rule(name=st.sampled_from([*NAMES, *NAMES, *BAD_NAMES]), stack=stacks())
-    def apply_rules(self, name: Any, stack: Stack) -> None:
-        self.apply(name, stack)
+    @rule(
+        name=st.sampled_from([*NAMES, *NAMES, *BAD_NAMES]),
+        stack=stacks(),
+        freeze=st.sampled_from([None, None, False, True]),
+    )
+    def apply_rules(self, name: Any, stack: Stack, freeze: bool | None) -> None:
+        self.apply(name, stack, freeze)
 
-    def apply(self, name: Any, stack: Stack) -> None:
+    def apply(self, name: Any, stack: Stack, freeze: bool | None = None) -> None:
         entries = [entry.copied() for entry in stack.entries]
         problem = self.routed or self.shadow.cannot_apply(name, entries)
-        if self.attempt(problem, lambda: apply_rules(self.model, stack.rules, adapter=name)):
+        if self.attempt(problem, lambda: apply_rules(self.model, stack.rules, adapter=name, freeze=freeze)):
             self.started(entries)
-            self.adopt(name, entries, True, stack.dropout)
+            self.adopt(name, entries, True, stack.dropout, freeze is not False)
             self.disturb(name)
 
     @rule(at=st.sampled_from(["rewrite", "initialise"]), name=st.sampled_from(NAMES))
@@ -331,7 +337,8 @@ class Adapters(RuleBasedStateMachine):
                 entry.scale, entry.dora = 1.0, False
                 entry.rank = found[f"{entry.path}.adapters.A"].shape[0]
             entry.flags = dict.fromkeys(names, True)
-        self.adopt(into, entries, False, dropout)
+        freezes = any(self.shadow.adapters[name].freezes for name in weights)
+        self.adopt(into, entries, False, dropout, freezes)
         for entry in entries:
             for what, have, want in self.shadow.sums(weights, entry, method):
                 near(have, want, self.dtype, f"{what} at {entry.path}")
@@ -679,8 +686,9 @@ class Adapters(RuleBasedStateMachine):
         for key, tensor in base.items():
             if key.partition(".")[0] not in shadow.merged_paths():
                 assert torch.equal(tensor, shadow.moved[key] if key in shadow.moved else plain[key]), key
-        if shadow.adapters:
-            assert not any(flag for name, flag in flags.items() if ".adapters." not in name)
+        frozen = any(held.freezes for held in shadow.adapters.values())
+        for name, parameter in shadow.plain.named_parameters():
+            assert flags[name] == (parameter.requires_grad and not frozen), name
 
     def teardown(self) -> None:
         if not hasattr(self, "checked"):

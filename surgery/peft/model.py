@@ -168,7 +168,7 @@ class PeftModel(Facade):
         config = with_defaults(peft_config, self._base, self._task)
         rules, example = rules_by(self._base, config.to_dict()), self._example(config, options)
         with beside(self._base):
-            surgery.apply_rules(self._base, rules, adapter=adapter_name, example_inputs=example)
+            surgery.apply_rules(self._base, rules, adapter=adapter_name, example_inputs=example, freeze=True)
         self._configs[adapter_name] = config
 
     @whole
@@ -188,7 +188,7 @@ class PeftModel(Facade):
             config = given or PeftConfig.from_pretrained(model_id, **options)
             config.inference_mode = not is_trainable
             told |= {"config": given and given.to_dict(), "example_inputs": self._example(config, options)}
-            told["resize"] = bool(options.get("resize"))
+            told |= {"resize": bool(options.get("resize")), "freeze": True}  # PEFT freezes the base with any adapter
             with beside(self._base):
                 report = surgery.load_adapter(self._base, model_id, adapter_name, **told)
             self._configs[adapter_name] = config
