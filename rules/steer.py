@@ -24,7 +24,7 @@ class SteerRule(Rule):
     >>> model = nn.Sequential(nn.Linear(3, 2))
     >>> before = model(torch.ones(1, 3)).detach()
     >>> _ = apply_rules(model, [SteerRule("0", direction=[1.0, -1.0], scale=0.5)])
-    >>> model(torch.ones(1, 3)) - before
+    >>> model(torch.ones(1, 3)).detach() - before
     tensor([[ 0.5000, -0.5000]])
 
     Goes on any module that returns a hidden state, (…, length, features), alone or first in a tuple or ModelOutput.

@@ -234,9 +234,9 @@ def load_adapter(
     repository on the hub (with `revision`); `subfolder` is looked for in it. It may be what `import_adapter` read, too.
     Rules are made by their registered names; no code and no path comes from a file, and pickle files are read with
     `weights_only`. A rule that names code to import, as a ReplaceRule does, is taken with `trust=True` alone. `finite`:
-    NaN and infinity are a problem. `example_inputs` and `freeze` as in `apply_rules`; prefixes need an example. `config` stands in for
-    PEFT's `adapter_config.json`. `component`: whose adapter to take of a diffusers file that holds several ("unet"),
-    where the model's paths and sizes do not tell. `resize`: embeddings of another vocabulary than the files' are
+    NaN and infinity are a problem. `example_inputs` and `freeze` as in `apply_rules`; prefixes need an example.
+    `config` stands in for PEFT's `adapter_config.json`. `component`: whose adapter to take of a diffusers file that
+    holds several ("unet"), where the model's paths and sizes do not tell. `resize`: embeddings of another vocabulary than the files' are
     resized first, by the model's `resize_token_embeddings`; they stay so when the adapter is removed.
 
     Embeddings of the base that PEFT's files hold are compared with the model's. Rows that differ are a part of the

@@ -93,9 +93,11 @@ def apply_rules(
 
     `freeze`: whether the base's parameters stop requiring gradients, until `remove` gives their flags back. None, the
     default: where the rules bring parameters that train, as in PEFT; rules that only look (`CaptureRule`) leave the
-    base as it trains. False: base and adapter train together. `example_inputs` (a tensor, a tuple of arguments or a dict of keyword arguments)
-    is run once before anything is touched: targets that it never reaches are reported, held graphs are compared with
-    the forwards they stand for, and rules that promise an unchanged output at the start are held to it.
+    base as it trains. False: base and adapter train together.
+
+    `example_inputs` (a tensor, a tuple of arguments or a dict of keyword arguments) is run once before anything is
+    touched: targets that it never reaches are reported, held graphs are compared with the forwards they stand for, and
+    rules that promise an unchanged output at the start are held to it.
 
     All or nothing: raises `SurgeryError` (`PlanError` where several things are wrong) with the model as it was.
     """
@@ -163,10 +165,12 @@ def remove(model: M, adapter: str | Sequence[str] | None = None, *, check: bool 
     (True, True, True)
 
     With the last adapter go all traces: classes, parameters, key order and hooks are those from before the first; with
-    the last one that froze the base, its `requires_grad` flags are those from before it was frozen. Raises `SurgeryError` for an unknown adapter, a merged model, or where a later adapter's
-    initialisation sits on top of a base weight that this one changed. A base weight that PiSSA or its like changed
-    at the start, and that was changed since, is found by checksum; `check=False` takes the change out all the same, and
-    takes rules off what is left of a model where modules were replaced since.
+    the last one that froze the base, its `requires_grad` flags are those from before it was frozen.
+
+    Raises `SurgeryError` for an unknown adapter, a merged model, or where a later adapter's initialisation sits on top
+    of a base weight that this one changed. A base weight that PiSSA or its like changed at the start, and that was
+    changed since, is found by checksum; `check=False` takes the change out all the same, and takes rules off what is
+    left of a model where modules were replaced since.
     """
     root, state = rewritten(model, lost=not check)
     names = list(dict.fromkeys(adapter_names(state, adapter)))
