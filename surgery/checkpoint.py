@@ -236,8 +236,9 @@ def load_adapter(
     `weights_only`. A rule that names code to import, as a ReplaceRule does, is taken with `trust=True` alone. `finite`:
     NaN and infinity are a problem. `example_inputs` and `freeze` as in `apply_rules`; prefixes need an example.
     `config` stands in for PEFT's `adapter_config.json`. `component`: whose adapter to take of a diffusers file that
-    holds several ("unet"), where the model's paths and sizes do not tell. `resize`: embeddings of another vocabulary than the files' are
-    resized first, by the model's `resize_token_embeddings`; they stay so when the adapter is removed.
+    holds several ("unet"), where the model's paths and sizes do not tell.
+    `resize`: embeddings of another vocabulary than the files' are resized first, by the model's
+    `resize_token_embeddings`; they stay so when the adapter is removed.
 
     Embeddings of the base that PEFT's files hold are compared with the model's. Rows that differ are a part of the
     adapter, as a BaseRowsRule, and the report's `assumed` says so.
