@@ -23,7 +23,7 @@ from .errors import (
 )
 from .exact import LowRank, Rows
 from .exported import with_layers
-from .expression import ANY, having, module_of, one_of
+from .expression import ANY, Const, having, maybe, module_of, one_of
 from .for_good import forget
 from .guided import trace
 from .hidden import hidden_of
@@ -59,6 +59,7 @@ __all__ = [
     "ANY",
     "Adapter",
     "Combination",
+    "Const",
     "Coverage",
     "ExportReport",
     "Found",
@@ -120,6 +121,7 @@ __all__ = [
     "load_adapter",
     "load_adapter_state_dict",
     "load_adapters",
+    "maybe",
     "merge",
     "merge_to",
     "module_of",

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from surgery.errors import SurgeryError
 
-__all__ = ["ANY", "Expression", "having", "module_of", "one_of", "variable"]
+__all__ = ["ANY", "Const", "Expression", "having", "maybe", "module_of", "one_of", "variable"]
 
 
 class Expression:
@@ -24,12 +24,16 @@ class Expression:
     def __repr__(self) -> str:
         if self.kind == "any":
             return self.of or "ANY"
+        if self.kind == "const":
+            return f"Const({self.of or ''})"
         return f"{getattr(self.of, '__name__', self.of or self.kind)}(…)"
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__"):
             raise AttributeError(name)
-        if name in ("mT", "T", "mH", "H"):
+        if name in ("T", "H"):
+            name = "m" + name  # of matrices: torch gives .T and .H for these alone
+        if name in ("mT", "mH", "values", "indices"):
             return Expression("call_function", getattr, (self, name))
         return lambda *args, **kwargs: Expression("call_method", name, (self, *args), kwargs)
 
@@ -88,21 +92,67 @@ def one_of(*alternatives: Any) -> Any:
     return Expression("either", None, alternatives)
 
 
-def module_of(kind: type[nn.Module] | str, *args: Any) -> Any:
-    """In a `Structure`: a call of a module of this class (or a subclass), given by its name as well.
+def maybe(value: Any) -> Any:
+    """In a `Structure`: this operation or, where it is not there, its first operand by itself.
+
+    >>> import torch
+    >>> from torch import fx
+    >>> from surgery import Const, Structure, maybe
+    >>> def attention(q, k, v, mask, scale=Const()):
+    ...     scores = maybe(q @ k.mT * scale)
+    ...     return torch.softmax(maybe(scores + mask), -1) @ v
+    >>> graph = fx.symbolic_trace(lambda x, mask: torch.softmax(mask + x @ x.mT, -1) @ x)
+    >>> Structure(attention).find(graph)[0].bindings
+    {'q': x, 'k': x, 'v': x, 'mask': mask}
+
+    Names that only the operation has are bound where it is there: `bindings.get("scale")`.
+    """
+    first = value
+    while isinstance(first, Expression) and first.kind in ("having", "either"):
+        first = first.args[0]
+    operand = first.args[0] if isinstance(first, Expression) and first.args else None
+    if not isinstance(operand, Expression):
+        raise _wrong("has a maybe of something that is not an operation", "write maybe(scores + mask)")
+    return one_of(value, operand)
+
+
+def Const(name: str | None = None, where: Callable[[Any], bool] | None = None) -> Any:
+    """In a `Structure`: a plain value that stands in the code: a number, a string, None, a dtype, a tuple of these.
+
+    >>> import torch
+    >>> from torch import fx
+    >>> from surgery import Const, Structure
+    >>> scaled = Structure(lambda x, scale=Const(): torch.softmax(x * scale, Const("dim")))
+    >>> found = scaled.find(fx.symbolic_trace(lambda x: torch.softmax(0.5 * x, dim=-1)))
+    >>> found[0].bindings
+    {'x': x, 'scale': 0.5, 'dim': -1}
+
+    `name`: the match binds the value by it. As the default of a parameter, a Const has the parameter's name. `where`:
+    a function of the value; only values for which it is true fit. A number that is computed from sizes at each call is
+    not a constant.
+    """
+    return Expression("const", name, (where,))
+
+
+def module_of(kind: type[nn.Module] | str, *args: Any, subclasses: bool = False) -> Any:
+    """In a `Structure`: a call of a module of exactly this class, which may be given by its name.
 
     >>> from torch import nn
     >>> from surgery import Structure, module_of
     >>> mlp = Structure(lambda x: module_of(nn.Linear, module_of("NewGELUActivation", module_of(nn.Linear, x))))
+    >>> norm = Structure(lambda x: module_of(nn.Module, x, subclasses=True))
+
+    `subclasses`: subclasses fit as well. They may compute something else: timm's `BatchNormAct2d` is a `BatchNorm2d`
+    with an activation behind it. Where only a subclass stands in the graph, `Found.reason` says so.
     """
-    return Expression("module", kind, args)
+    return Expression("module", kind, args, {"subclasses": subclasses})
 
 
 def having(value: Any, **asked: Any) -> Any:
     """In a `Structure`: a value whose node has these attributes, of those that `as_digraph` gives.
 
-    `dtype`, `shape` (a tuple in which ANY is any size), `type` (of the module: a class or its name), `path` (of the
-    module: what the same string means as a target), `op`, `target`.
+    `dtype`, `shape` (a tuple in which ANY is any size), `type` (of the module: exactly this class, or its name; with
+    `subclasses=True` subclasses, too), `path` (of the module: what the same string means as a target), `op`, `target`.
 
     >>> import torch
     >>> from surgery import Structure, having

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 from surgery.parts import reading
@@ -11,6 +12,26 @@ __all__ = ["nearest_miss"]
 
 
 def nearest_miss(search: Search) -> str:
+    """The deepest partial match, and the clause at which it ends; and modules left out for their exact class."""
+    return "; ".join([_nearest(search), *_subclasses(search)])
+
+
+def _subclasses(search: Search) -> Iterator[str]:
+    """A module that would fit by its base class."""
+    for part in search.parts:
+        if part.operation is not None or part.kind != "operation" or part.asks.get("subclasses"):
+            continue
+        for node, data in search.data.items():
+            if part.is_module(data, subclasses=True) and not part.is_module(data):
+                wanted = getattr(part.asks["type"], "__name__", part.asks["type"])
+                yield (
+                    f"{data['path'] or node} is a {data['type'].__name__}, a subclass of {wanted}: "
+                    f"module_of({wanted}, …, subclasses=True) takes subclasses"
+                )
+                break
+
+
+def _nearest(search: Search) -> str:
     """The deepest partial match, and the clause at which it ends."""
     total = sum(part.kind == "operation" for part in search.parts)
     best: tuple[int, int, int] | None = None
@@ -49,7 +70,8 @@ def _failing(search: Search, index: int, operand: Any) -> tuple[Any, str]:
         ways = search.ways(index, operand)
         if part.kind == "operation" and (node := search.reached(part, operand)) is not None:
             owner = index, node
-            if why := part.mismatch(search.data[node]["operands"], search.data[node]["keywords"]):
+            told = search.told(node, part.operation)
+            if told is not None and (why := part.mismatch(told.operands, told.keywords)):
                 return node, f"{why} in {reading(search.parts, index)}"
             if all(search.known[below][0] for below in ways[0]) and part.asks:
                 return node, f"{part.refusal(search.data[node])} in {reading(search.parts, index)}"

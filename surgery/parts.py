@@ -5,26 +5,27 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 from torch import fx, nn
 
+from surgery.equivalents import EXPANDED, GATHERED, Meaning, expanded, gathered
 from surgery.errors import SurgeryError
 from surgery.expression import ANY, Expression, variable
 from surgery.pattern import Pattern, qualified_name
-from surgery.spelling import Dim, Held, NodeName, spelled
+from surgery.spelling import PASSING, Dim, Held, Implied, NodeName, flat, spelled
 
 if TYPE_CHECKING:
     import networkx
 
-__all__ = ["Part", "parts_of", "reading", "same_constant"]
+__all__ = ["Part", "is_constant", "parts_of", "reading", "same_constant"]
 
 
 @dataclass(frozen=True)
 class Part:
     """One part of a pattern; its operands are other parts, by their index, all before its own."""
 
-    kind: str  # operation, any, either, tuple, constant
+    kind: str  # operation, any, either, tuple, constant (a given one), const (some constant)
     operation: str | None = None  # None: a call of a module, which `asks` tells
     operands: tuple[int, ...] = ()
     slots: tuple[int, ...] | None = None  # the positions of the operands; None: the first ones, and there are no others
@@ -55,15 +56,18 @@ class Part:
         missing = [name for name, _ in self.keywords if name not in keywords]
         return f"it has no argument {missing[0]}" if missing else None
 
-    def is_module(self, data: Mapping[str, Any]) -> bool:
-        return data["op"] == "call_module" and _is_type(data["type"], self.asks["type"])
+    def is_module(self, data: Mapping[str, Any], subclasses: bool = False) -> bool:
+        subclasses = subclasses or self.asks.get("subclasses", False)
+        return data["op"] == "call_module" and _is_type(data["type"], self.asks["type"], subclasses)
 
     def refusal(self, data: Mapping[str, Any]) -> str | None:
         """The first attribute of a node that is not as asked."""
         for key, wanted in self.asks.items():
             found = data.get(key)
+            if key == "subclasses":
+                continue
             if key == "type":
-                ok = _is_type(found, wanted)
+                ok = _is_type(found, wanted, self.asks.get("subclasses", False))
             elif key == "path":
                 ok = found is not None and bool(Pattern.name(wanted).match(found, _NOTHING))
             elif key == "shape":
@@ -78,13 +82,19 @@ class Part:
 
 
 _NOTHING = nn.Module()
-_TENSORS = (fx.Node, NodeName, Held)
+_TENSORS = (fx.Node, NodeName, Held, Implied)
 
 
-def _is_type(found: type | None, wanted: type | str) -> bool:
-    if found is None or isinstance(wanted, type):
-        return found is not None and issubclass(found, cast(type, wanted))
-    return any(wanted in (cls.__name__, qualified_name(cls)) for cls in found.__mro__)
+def _is_type(found: type | None, wanted: type | str, subclasses: bool) -> bool:
+    if found is None:
+        return False
+    classes = found.__mro__ if subclasses else (found,)
+    return any(wanted in (cls, cls.__name__, qualified_name(cls)) for cls in classes)
+
+
+def is_constant(operand: Any) -> bool:
+    """Whether an operand is a plain value: no node, no tensor that a layer holds, nor anything with such in it."""
+    return not any(isinstance(item, _TENSORS) for item in flat(operand))
 
 
 def same_constant(wanted: Any, found: Any) -> bool:
@@ -99,9 +109,10 @@ def parts_of(pattern: Callable[..., Any] | networkx.DiGraph) -> tuple[list[Part]
     """A pattern's parts, the result last, and the names that it binds."""
     names: list[str] = []
     if callable(pattern):
-        names = list(inspect.signature(pattern).parameters)
-        values = {name: variable(name) for name in names}
+        parameters = inspect.signature(pattern).parameters
+        values = {name: _named(name, parameter.default) for name, parameter in parameters.items()}
         parts = _from_expression(pattern(**values))
+        names = [*parameters, *(part.name for part in parts if part.name is not None and part.name not in parameters)]
     elif hasattr(pattern, "predecessors"):
         parts = _from_digraph(pattern)
         names = [part.name for part in parts if part.name is not None]
@@ -118,7 +129,8 @@ def _from_expression(root: Any) -> list[Part]:
     """Without recursion: an expression is added once all that it is made of is there."""
     parts: list[Part] = []
     known: dict[Any, int] = {}
-    waiting: list[tuple[Any, Any]] = [(root, None)]  # values, and what was asked of them by `having`
+    alive: list[_Needs] = []  # what `known` tells by its id stays
+    waiting: list[tuple[Any, Any]] = [(root, None)]  # values, and what has to be there before them
     while waiting:
         value, needs = waiting.pop()
         key = _key(value)
@@ -126,6 +138,7 @@ def _from_expression(root: Any) -> list[Part]:
             continue
         if needs is None:
             needs = _needs(value)
+            alive.append(needs)
             waiting.append((value, needs))
             waiting.extend((inner, None) for inner in needs.inner if _key(inner) not in known)
             continue
@@ -137,7 +150,8 @@ def _from_expression(root: Any) -> list[Part]:
 
 def _key(value: Any) -> Any:
     if isinstance(value, Expression):
-        return ("expression", id(value))
+        named = value.kind == "const" and value.of is not None
+        return ("const", value.of) if named else ("expression", id(value))
     if isinstance(value, tuple):
         return ("tuple", *map(_key, value))
     return ("constant", type(value), value)
@@ -149,6 +163,13 @@ class _Needs:
     part: Callable[[list[Part], tuple[int, ...]], Part]
 
 
+def _named(name: str, default: Any) -> Expression:
+    """The value that a pattern's function gets for a parameter: one that is a Const by default is bound as such."""
+    if isinstance(default, Expression) and default.kind == "const":
+        return Expression("const", name, default.args)
+    return variable(name)
+
+
 def _needs(value: Any) -> _Needs:
     """What has to be there before a value's part, and how the part is made then."""
     if isinstance(value, tuple):
@@ -157,24 +178,76 @@ def _needs(value: Any) -> _Needs:
         return _Needs((), lambda _, below: Part("constant", value=value))
     if value.kind == "any":
         return _Needs((), lambda _, below: Part("any", name=value.of))
+    if value.kind == "const":
+        return _Needs((), lambda _, below: Part("const", name=value.of, value=value.args[0]))
     if value.kind == "either":
         return _Needs(value.args, lambda _, below: Part("either", operands=below))
     if value.kind == "module":
-        return _Needs(value.args, lambda _, below: Part("operation", None, below, asks={"type": value.of}))
+        asks = {"type": value.of, **value.kwargs}
+        return _Needs(value.args, lambda _, below: Part("operation", None, below, asks=asks))
     if value.kind == "having":
-        return _Needs(value.args, lambda parts, below: _asking(parts[below[0]], value.of))
+        return _Needs(value.args, lambda parts, below: _asking(parts, below[0], value.of))
     told = spelled(value.kind, value.of, value.args, value.kwargs)
+    if told.operation in EXPANDED and told.operation != "linear":  # graphs know a linear as such
+        meaning = expanded(told.operation, told.operands)
+        if meaning is not None:
+            return _Needs((_written(meaning),), lambda parts, below: parts[below[0]])
     names = tuple(told.keywords)
     count = len(told.operands)
 
-    def made(_: list[Part], below: tuple[int, ...]) -> Part:
+    def made(parts: list[Part], below: tuple[int, ...]) -> Part:
         named = tuple(zip(names, below[count:], strict=True))
+        meaning = gathered(told.operation, below, _Below(parts)) if told.operation in GATHERED else None
+        if meaning is not None and not named:
+            return Part("operation", meaning.operation, meaning.operands)
         return Part("operation", told.operation, below[:count], keywords=named)
 
     return _Needs((*told.operands, *told.keywords.values()), made)
 
 
-def _asking(part: Part, asks: Mapping[str, Any]) -> Part:
+def _written(meaning: Any) -> Any:
+    """A meaning as an expression."""
+    if not isinstance(meaning, Meaning):
+        return meaning
+    return Expression("call_method", meaning.operation, tuple(_written(operand) for operand in meaning.operands))
+
+
+class _Below:
+    """A pattern's parts, as `gathered` looks at them: operands are their indices."""
+
+    def __init__(self, parts: list[Part]):
+        self.parts = parts
+
+    def read(self, operand: int, operation: str) -> Meaning | None:
+        part = self.parts[operand]
+        while part.operation in PASSING and part.operation != operation and part.operands:
+            part = self.parts[part.operands[0]]
+        fits = part.kind == "operation" and part.operation == operation and not part.asks and not part.keywords
+        return Meaning(operation, part.operands) if fits else None
+
+    def plain(self, operand: int) -> Any:
+        part = self.parts[operand]
+        return part.value if part.kind == "constant" else operand
+
+    def same(self, one: Any, other: Any) -> bool:
+        return one == other
+
+    def items(self, operand: int) -> tuple[int, ...] | None:
+        part = self.parts[operand]
+        return part.operands if part.kind == "tuple" else None
+
+    def is_weight(self, operand: int, rank: int) -> bool:
+        return False  # a pattern that writes a linear out is found in linears: they are expanded in graphs
+
+
+def _asking(parts: list[Part], index: int, asks: Mapping[str, Any]) -> Part:
+    part = parts[index]
+    if part.kind == "either":
+        below = []
+        for inner in part.operands:
+            parts.append(_asking(parts, inner, asks))
+            below.append(len(parts) - 1)
+        return Part("either", operands=tuple(below))
     if part.kind != "operation":
         raise SurgeryError("having asks about an operation's node", fix="write having(torch.softmax(x, -1), dtype=…)")
     return Part(**{**vars(part), "asks": {**part.asks, **asks}})
@@ -239,6 +312,8 @@ def reading(parts: list[Part], index: int, depth: int = 2) -> str:
     part = parts[index]
     if part.kind == "any":
         return part.name or "ANY"
+    if part.kind == "const":
+        return f"Const({part.name or ''})"
     if part.kind == "constant":
         return repr(part.value)
     if depth == 0:

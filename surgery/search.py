@@ -6,8 +6,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-from surgery.parts import Part, same_constant
-from surgery.spelling import COMMUTATIVE, PASSING, is_node
+from surgery.equivalents import EXPANDED, GATHERED, Meaning, expanded, gathered
+from surgery.parts import Part, is_constant, same_constant
+from surgery.spelling import COMMUTATIVE, PASSING, Dim, Implied, Spelled, is_node
 
 __all__ = ["Search"]
 
@@ -31,6 +32,100 @@ class Search:
             for child in part.children():
                 self.above[child].append(index)
         self.sources: dict[Any, Any] = {}
+        self.further: dict[Any, dict[str, Meaning]] = {}  # what nodes mean besides the operation that they are
+        self.implied: dict[Any, list[Any]] = {}  # users of nodes that the graph has no edge for
+        self._understand()
+
+    # What nodes mean ----------------------------------------------------------------------------------------
+
+    def _understand(self) -> None:
+        for operation in EXPANDED & self.by_operation.keys():
+            for node in list(self.by_operation[operation]):
+                meaning = expanded(operation, self.data[node]["operands"])
+                if meaning is not None:
+                    self._note(node, Meaning(meaning.operation, self._with_nodes(meaning.operands, node)))
+        found = []
+        for operation in GATHERED & self.by_operation.keys():
+            for node in self.by_operation[operation]:
+                told = self.told(node, operation)
+                meaning = None if told is None or told.keywords else gathered(operation, told.operands, self)
+                if meaning is not None:
+                    found.append((node, meaning))
+        for node, meaning in found:
+            self._note(node, meaning)
+
+    def _note(self, node: Any, meaning: Meaning) -> None:
+        self.further.setdefault(node, {})[meaning.operation] = meaning
+        self.by_operation.setdefault(meaning.operation, []).append(node)
+        for operand in meaning.operands:
+            if self.has(operand):
+                self.implied.setdefault(operand, []).append(node)
+
+    def _with_nodes(self, operands: tuple[Any, ...], owner: Any) -> tuple[Any, ...]:
+        """Operands with a node of its own in the place of each meaning."""
+        made = []
+        for operand in operands:
+            if isinstance(operand, Meaning):
+                node = Implied(operand.operation, owner)
+                given = self._with_nodes(operand.operands, node)
+                self.data[node] = {**_NO_NODE, "operation": operand.operation, "operands": given}
+                self.order[node] = self.order[node.node]
+                self.by_operation.setdefault(operand.operation, []).append(node)
+                for below in given:
+                    if self.has(below):
+                        self.implied.setdefault(below, []).append(node)
+                operand = node
+            made.append(operand)
+        return tuple(made)
+
+    def told(self, node: Any, operation: str | None) -> Spelled | None:
+        """What a node is given as this operation; None where it can't be read as such."""
+        data = self.data[node]
+        if operation is None or data["operation"] == operation:
+            return Spelled(data["operation"], data["operands"], data["keywords"])
+        meaning = self.further.get(node, {}).get(operation)
+        return None if meaning is None else Spelled(operation, meaning.operands, {})
+
+    def within(self, node: Any, operation: str | None) -> tuple[Any, ...]:
+        """The nodes besides its own that a node takes to be this operation."""
+        if operation is None or self.data[node]["operation"] == operation:
+            return ()
+        return self.further[node][operation].within
+
+    def users(self, node: Any) -> list[Any]:
+        own = [node.owner] if isinstance(node, Implied) else list(self.graph.successors(node))
+        return own + [user for user in self.implied.get(node, ()) if user not in own]
+
+    # As `gathered` asks.
+
+    def read(self, operand: Any, operation: str) -> Meaning | None:
+        passed = []
+        while self.has(operand):
+            passed.append(operand)
+            told = self.told(operand, operation)
+            if told is not None:
+                return None if told.keywords else Meaning(operation, told.operands, tuple(passed))
+            operand = self.passed(operand)
+        return None
+
+    def plain(self, operand: Any) -> Any:
+        return operand
+
+    def same(self, one: Any, other: Any) -> bool:
+        if self.has(one) and self.has(other):
+            return self.source(one) is self.source(other) or self.source(one) == self.source(other)
+        if self.has(one) or self.has(other):
+            return False
+        return other.is_dim(one) if isinstance(other, Dim) else same_constant(other, one)
+
+    def items(self, operand: Any) -> tuple[Any, ...] | None:
+        return operand if isinstance(operand, tuple) else None
+
+    def is_weight(self, operand: Any, rank: int) -> bool:
+        if not self.has(operand):
+            return False
+        data = self.data[self.source(operand)]
+        return data["op"] == "get_attr" if data["shape"] is None else len(data["shape"]) == rank
 
     # Where to look ------------------------------------------------------------------------------------------
 
@@ -57,7 +152,7 @@ class Search:
                 if pair not in seen:
                     seen.add(pair)
                     starts.append(pair)
-        return sorted(found, key=self.order.__getitem__)
+        return sorted((node for node in found if not isinstance(node, Implied)), key=self.order.__getitem__)
 
     def up(self, index: int, node: Any) -> Iterator[tuple[int, Any]]:
         for above in self.above[index]:
@@ -65,10 +160,10 @@ class Search:
             if part.kind != "operation":
                 yield above, node
                 continue
-            for user in self.graph.successors(node):
+            for user in self.users(node):
                 if self.named(part, user):
                     yield above, user
-        for user in self.graph.successors(node):
+        for user in self.users(node):
             if self.data[user]["operation"] in PASSING:
                 yield index, user
 
@@ -91,7 +186,9 @@ class Search:
 
     def named(self, part: Part, node: Any) -> bool:
         data = self.data[node]
-        return part.is_module(data) if part.operation is None else part.operation == data["operation"]
+        if part.operation is None:
+            return part.is_module(data)
+        return part.operation == data["operation"] or part.operation in self.further.get(node, ())
 
     # What fits ----------------------------------------------------------------------------------------------
 
@@ -112,13 +209,15 @@ class Search:
     def judged(self, index: int, operand: Any) -> tuple[bool, int]:
         part = self.parts[index]
         if part.kind == "any":
-            return True, 0
+            return part.name is None or not isinstance(operand, Implied), 0  # nothing could stand for it
+        if part.kind == "const":
+            return is_constant(operand) and _suits(part.value, operand), 0
         if part.kind == "constant":
             return not is_node(operand) and same_constant(part.value, operand), 0
         here = int(part.kind == "operation" and self.reached(part, operand) is not None)
         best = (False, 0)
         for way in self.ways(index, operand):
-            answers = [(self.known[below], self.parts[below[0]].kind == "constant") for below in way]
+            answers = [(self.known[below], self.parts[below[0]].kind in ("constant", "const")) for below in way]
             wrong = any(plain and not fits for (fits, _), plain in answers)  # an argument of its own is another
             ok = all(fits for (fits, _), _ in answers)
             best = max(best, (ok, here - wrong + sum(count for (_, count), _ in answers)))
@@ -136,8 +235,9 @@ class Search:
             return [list(zip(part.operands, operand, strict=True))] if fits else []
         if part.kind != "operation" or (node := self.reached(part, operand)) is None:
             return []
-        data = self.data[node]
-        given, keywords = data["operands"], data["keywords"]
+        told = self.told(node, part.operation)
+        assert told is not None
+        given, keywords = told.operands, told.keywords
         if part.mismatch(given, keywords):
             return []
         named = [(below, keywords[name]) for name, below in part.keywords]
@@ -162,7 +262,7 @@ class Search:
         return operand if self.named(part, operand) else None
 
     def has(self, operand: Any) -> bool:
-        return is_node(operand) and operand in self.data
+        return (isinstance(operand, Implied) or is_node(operand)) and operand in self.data
 
     def passed(self, node: Any) -> Any:
         """What a node hands on, or None."""
@@ -178,3 +278,16 @@ class Search:
         found = self.sources.get(node, node)
         self.sources.update(dict.fromkeys(path, found))
         return found
+
+
+def _suits(where: Any, value: Any) -> bool:
+    """Whether a value is as a `Const` asks; one that its function can't be asked about is not."""
+    try:
+        return where is None or bool(where(int(value) if isinstance(value, Dim) else value))
+    except (TypeError, ValueError):
+        return False
+
+
+_NO_NODE: dict[str, Any] = {
+    "op": "implied", "target": None, "keywords": {}, "path": None, "type": None, "shape": None, "dtype": None
+}  # fmt: skip

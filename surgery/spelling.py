@@ -12,11 +12,14 @@ from typing import Any, NamedTuple
 import torch
 from torch import fx, nn
 
+from surgery.equivalents import equation_of
+
 __all__ = [
     "COMMUTATIVE",
     "PASSING",
     "Dim",
     "Held",
+    "Implied",
     "NodeName",
     "Spelled",
     "class_of",
@@ -52,6 +55,25 @@ class NodeName(str):
     """A node of a flat graph; an operand of this class is one, and other strings are plain values."""
 
 
+class Implied:
+    """An operation that a node means without a node of its own, such as the transpose in an einsum."""
+
+    __slots__ = ("operation", "owner")
+
+    def __init__(self, operation: str, owner: Any):
+        self.operation, self.owner = operation, owner
+
+    def __str__(self) -> str:
+        return f"{self.operation} in {self.node}"
+
+    @property
+    def node(self) -> Any:
+        found = self.owner
+        while isinstance(found, Implied):
+            found = found.owner
+        return found
+
+
 def is_node(operand: Any) -> bool:
     return isinstance(operand, (fx.Node, NodeName))
 
@@ -60,7 +82,7 @@ def is_node(operand: Any) -> bool:
 PASSING = frozenset(
     "dropout to contiguous float double half bfloat16 type type_as clone detach alias identity lift_fresh_copy".split()
 )
-COMMUTATIVE = frozenset({"add", "mul"})
+COMMUTATIVE = frozenset("add mul maximum minimum eq ne and or xor logical_and logical_or logical_xor".split())
 
 _NAMES = {
     "truediv": "div", "true_divide": "div", "divide": "div", "multiply": "mul", "subtract": "sub", "bmm": "matmul",
@@ -68,7 +90,9 @@ _NAMES = {
     "concat": "cat", "concatenate": "cat", "unsafe_view": "view", "absolute": "abs", "negative": "neg", "t": "mT",
     "adjoint": "mH", "swish": "silu",
     "special_log_softmax": "log_softmax", "iadd": "add", "isub": "sub", "imul": "mul", "itruediv": "div",
-    "imatmul": "matmul", "ipow": "pow", "clip": "clamp", "reshape": "view",
+    "imatmul": "matmul", "ipow": "pow", "clip": "clamp", "reshape": "view", "mv": "matmul", "dot": "matmul",
+    "iand": "and", "ior": "or", "ixor": "xor", "bitwise_and": "and", "bitwise_or": "or", "bitwise_xor": "xor",
+    "special_logsumexp": "logsumexp",
 }  # fmt: skip
 
 # The arguments that patterns ask about, in their order; what is not named here (a dtype, an eps) is left out.
@@ -76,20 +100,23 @@ _SIGNATURES: dict[str, tuple[str, ...]] = {
     name: tuple(arguments.split())
     for name, arguments in {
         "softmax": "input dim", "log_softmax": "input dim", "transpose": "input dim0 dim1",
-        "matmul": "input other", "baddbmm": "input batch1 batch2", "mul": "input other",
-        "add": "input other", "sub": "input other",
+        "matmul": "input other", "mul": "input other",
+        "addmm": "input mat1 other beta alpha", "addmv": "input mat vec beta alpha",
+        "baddbmm": "input batch1 batch2 beta alpha", "addbmm": "input batch1 batch2 beta alpha",
+        "add": "input other", "sub": "input other", "maximum": "input other", "minimum": "input other",
         "div": "input other", "pow": "input exponent", "linear": "input weight bias", "embedding": "input weight",
         "dropout": "input", "gelu": "input approximate", "silu": "input", "relu": "input", "sigmoid": "input",
         "tanh": "input", "exp": "input", "rsqrt": "input", "sqrt": "input", "neg": "input", "erf": "input",
         "layer_norm": "input normalized_shape weight bias eps", "rms_norm": "input normalized_shape weight eps",
-        "mean": "input dim keepdim", "sum": "input dim keepdim", "var": "input dim", "cat": "tensors dim",
+        "mean": "input dim keepdim", "sum": "input dim keepdim", "var": "input dim", "amax": "input dim keepdim",
+        "max": "input dim keepdim", "logsumexp": "input dim keepdim", "cat": "tensors dim",
         "unsqueeze": "input dim", "squeeze": "input dim", "masked_fill": "input mask value",
         "where": "condition input other", "chunk": "input chunks dim", "split": "input split_size dim",
         "scaled_dot_product_attention": "query key value attn_mask dropout_p is_causal",
     }.items()
 }  # fmt: skip
 _OTHER_NAMES = {"self": "input", "q": "query", "split_size_or_sections": "split_size", "split_sizes": "split_size",
-                "mat2": "other", "indices": "input"}  # fmt: skip
+                "mat2": "other", "tensor": "other", "indices": "input"}  # fmt: skip
 _DEFAULTS = {("gelu", "approximate"): "none", ("cat", "dim"): 0}
 _DIMS = frozenset({"dim", "dim0", "dim1"})
 
@@ -146,6 +173,12 @@ def spelled(
         name, args = attribute, args[:1]
     if name == "square":
         name, args = "pow", (*args, 2)
+    if name == "rsub" and len(args) > 1:  # what torch.rsub subtracts comes first
+        name, args = "sub", (args[1], args[0], *args[2:])
+    if name in ("max", "min") and ("other" in kwargs or len(args) == 2 and not isinstance(args[1], int)):
+        name += "imum"  # of two tensors
+    if name == "einsum" and args:
+        args = (equation_of(args[0]), *(args[1] if len(args) == 2 and isinstance(args[1], tuple) else args[1:]))
     if name in ("add", "sub") and kwargs.get("alpha", 1) != 1:
         name += "_scaled"
     if name in ("view", "permute") and len(args) == 2 and isinstance(args[1], tuple):

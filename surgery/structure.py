@@ -20,7 +20,7 @@ from surgery.errors import SurgeryError
 from surgery.miss import nearest_miss
 from surgery.parts import parts_of, reading, same_constant
 from surgery.search import Search
-from surgery.spelling import is_node
+from surgery.spelling import PASSING, Dim, Implied, is_node
 
 if TYPE_CHECKING:
     import networkx
@@ -34,18 +34,20 @@ class Occurrence:
 
     `nodes`: the nodes of its operations and of what is passed through between them, in the graph's order. `bindings`:
     what the pattern's names stand for, nodes or plain values. `root`: the node of the result. `shared`: those nodes
-    but the root that are used outside as well, so that they stay when the structure is replaced.
+    but the root that are used outside as well, so that they stay when the structure is replaced. `passed`: those nodes
+    that the pattern does not name, such as dropout and casts between two operations.
     """
 
     root: Any
     nodes: tuple[Any, ...]
     bindings: Mapping[str, Any]
     shared: tuple[Any, ...] = ()
+    passed: tuple[Any, ...] = ()
 
     def mapped(self, shown: Callable[[Any], Any]) -> Occurrence:
         """The same with other things in the place of nodes: values, for rules."""
         bindings = {name: shown(value) for name, value in self.bindings.items()}
-        return Occurrence(shown(self.root), shown(self.nodes), bindings, shown(self.shared))
+        return Occurrence(shown(self.root), shown(self.nodes), bindings, shown(self.shared), shown(self.passed))
 
 
 class Found(list[Occurrence]):
@@ -73,10 +75,11 @@ class Structure:
     nearest miss, 2 of 6 operations: at truediv, div stands where mul(matmul(q, …), ANY) is asked
 
     The function's parameters are names that the match binds; one that occurs twice is one node. `ANY` is anything,
-    `one_of` alternatives, `module_of` a call of a module, `having` asks for a dtype, a shape, a module. `+` and `*`
-    match either way round; an operation is the same in all its spellings (`surgery.spelling`). Between two operations
-    there may be others that hand a value on: dropout, casts, `contiguous`. What the pattern leaves unsaid is not asked:
-    further plain arguments of an operation, such as `keepdim`.
+    `one_of` alternatives, `maybe` an operation that may be left out, `Const` a plain value, `module_of` a call of a
+    module, `having` asks for a dtype, a shape, a module. `+` and `*` match either way round; an operation is the same
+    in all its spellings (`surgery.spelling`, `surgery.equivalents`): `q @ k.mT` is also an einsum. Between two
+    operations there may be others that hand a value on: dropout, casts, `contiguous`; the match lists them as `passed`.
+    What the pattern leaves unsaid is not asked: further plain arguments of an operation, such as `keepdim`.
 
     Instead of a function, a `networkx.DiGraph`: a node has the attribute `operation`, or `binding` (a name, or None for
     anything), and any of the attributes that `having` takes; `constants`, a mapping from positions to plain values; an
@@ -118,7 +121,7 @@ def _settled(search: Search, root: Any, names: list[str], clashes: list[str]) ->
         (part, operand), todo = todo
         ok = search.known[part, operand][0]
         kind, name = search.parts[part].kind, search.parts[part].name
-        if ok and (kind in ("constant", "tuple") or kind == "any" and name is None):
+        if ok and (kind in ("constant", "tuple") or kind in ("any", "const") and name is None):
             todo = _onto(search.ways(part, operand)[0], todo) if kind == "tuple" else todo
         elif ok and part in bound:
             ok = _same(search, bound[part], operand)
@@ -153,22 +156,24 @@ def _same(search: Search, one: Any, other: Any) -> bool:
 
 
 def _occurrence(search: Search, bound: dict[int, Any], root: Any, names: list[str]) -> Occurrence:
-    nodes, bindings = set(), {}
+    nodes, named, bindings = set[Any](), set[Any](), {}
     for index, part in enumerate(search.parts):
         if index not in bound:
             continue
-        if part.kind == "any" and part.name is not None:
-            bindings[part.name] = bound[index]
+        if part.kind in ("any", "const") and part.name is not None:
+            bindings[part.name] = int(bound[index]) if isinstance(bound[index], Dim) else bound[index]
         if part.kind == "operation":
             node, end = bound[index], search.reached(part, bound[index])
             while node != end:
                 nodes.add(node)
                 node = search.passed(node)
-            nodes.add(end)
-    ordered = tuple(sorted(nodes, key=search.order.__getitem__))
-    shared = (node for node in ordered if node != root and not nodes.issuperset(search.graph.successors(node)))
+            within = search.within(end, part.operation)
+            nodes |= {end, *within}
+            named |= {end, *(inner for inner in within if search.data[inner]["operation"] not in PASSING)}
+    ordered = sorted((node for node in nodes if not isinstance(node, Implied)), key=search.order.__getitem__)
+    shared = tuple(node for node in ordered if node != root and not nodes.issuperset(search.graph.successors(node)))
     bindings = {name: bindings[name] for name in names if name in bindings}
-    return Occurrence(root, ordered, bindings, tuple(shared))
+    return Occurrence(root, tuple(ordered), bindings, shared, tuple(node for node in ordered if node not in named))
 
 
 _STEPS = 300_000  # about a second

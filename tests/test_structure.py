@@ -239,7 +239,7 @@ def test_modules_by_class_and_by_name() -> None:
     mlp = Structure(lambda x: module_of(nn.Linear, module_of("GELU", module_of("torch.nn.modules.linear.Linear", x))))
     (found,) = mlp.find(graph)
     assert names(found.nodes) == ["up", "act", "down"] and str(found.bindings["x"]) == "norm"
-    assert len(Structure(lambda x: module_of(nn.Module, x)).find(graph)) == 4
+    assert len(Structure(lambda x: module_of(nn.Module, x, subclasses=True)).find(graph)) == 4
     up = Structure(lambda x: having(module_of(nn.Linear, x), path="up", shape=(ANY, 8), dtype=torch.float32))
     assert names(up.find(graph)[0].nodes) == ["up"]
     missed = Structure(lambda x: having(module_of(nn.Linear, x), shape=(ANY, 7))).find(graph)
