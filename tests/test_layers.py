@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import ast
+import itertools
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 
+import networkx
 import pytest
 
 import rules
@@ -41,6 +44,33 @@ def test_all_names_of_a_lazy_package_are_listed_once_and_there(stub: Path) -> No
     name = ".".join(stub.parent.relative_to(ROOT).parts)
     package = __import__(name, fromlist=["__all__"])
     assert sorted(package.__all__) == sorted(imported) and all(hasattr(package, name) for name in imported)
+
+
+# Files that import each other, by one file of each circle: imports for types and in functions count, too.
+CIRCLES = ("rules/lora.py", "rules/prompt.py", "surgery/site.py", "surgery/checkpoint.py")
+CIRCLES += ("surgery/onnx/manifest.py", "surgery/onnx/runner.py")
+
+
+def _imported(file: Path) -> Iterator[Path]:
+    """The files of the project that a file imports from."""
+    for node in ast.walk(ast.parse(file.read_text())):
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            names = [f"{node.module}.{alias.name}" for alias in node.names] + [node.module or ""]
+        else:
+            continue
+        places = (ROOT.joinpath(*name.split(".")).with_suffix(".py") for name in names)
+        yield from (place for place in places if place != file and place.is_file())
+
+
+def test_no_further_files_import_each_other() -> None:
+    files = itertools.chain(*((ROOT / package).rglob("*.py") for package in ("surgery", "rules")))
+    graph = networkx.DiGraph((file, other) for file in files for other in _imported(file))
+    circles = [ring for ring in networkx.strongly_connected_components(graph) if len(ring) > 1]
+    told = [sorted(str(file.relative_to(ROOT)) for file in ring) for ring in circles]
+    further = [ring for ring in told if not any(known in ring for known in CIRCLES)]
+    assert not further and len(told) == len(CIRCLES), told
 
 
 def test_any_file_of_the_engine_can_be_imported_first() -> None:

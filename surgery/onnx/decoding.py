@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,36 +12,12 @@ from torch import Tensor, nn
 
 from surgery.onnx.comparing import TOLERANCES
 from surgery.onnx.given import Given
+from surgery.onnx.report import TIE, Decoded
 
-__all__ = ["Decoded", "decode"]
+__all__ = ["decode"]
 
 _MADE = {"input_ids", "attention_mask", "position_ids", "cache_position"}  # what a runner makes of a text
 _LONGEST = 64  # positions of the example that are read anew for each token
-
-TIE = 1e-3  # two logits nearer than this are a tie, which rounding decides; of half precisions, what they may be off
-
-
-@dataclass(frozen=True)
-class Decoded:
-    """What both decoded for one row of the example, and where they part; `gap`: how near the model's two best were,
-    `tie`: how near they may be to be a tie."""
-
-    adapter: str
-    expected: tuple[int, ...]
-    found: tuple[int, ...]
-    gap: float = 0.0
-    tie: float = TIE
-
-    @property
-    def ok(self) -> bool:
-        return self.expected == self.found or self.gap < self.tie
-
-    def __str__(self) -> str:
-        if self.expected == self.found:
-            return f"{self.adapter}: {len(self.expected)} tokens decoded alike"
-        told = "a tie" if self.ok else f"{self.gap:.1e} apart"
-        at = next(i for i, pair in enumerate(zip(self.expected, self.found, strict=True)) if pair[0] != pair[1])
-        return f"{self.adapter}: tokens differ from the {at + 1}. on ({told}): {self.expected} and {self.found}"
 
 
 def decode(

@@ -19,13 +19,13 @@ from surgery.onnx.caching import with_cache
 from surgery.onnx.carried import slot_arrays
 from surgery.onnx.comparing import TOLERANCES, Call, Comparison, expected_of
 from surgery.onnx.copies import changing, leave_live, sharing_copy, traced_path
-from surgery.onnx.decoding import Decoded, decode
+from surgery.onnx.decoding import decode
 from surgery.onnx.defaults import defaults_of
 from surgery.onnx.fast_path import told_apart
 from surgery.onnx.given import Given, arrays_of, leaves_of
 from surgery.onnx.holding import check_file, check_weights, opened, ran
 from surgery.onnx.manifest import Manifest, read_manifest
-from surgery.onnx.report import Compared, ParityReport, parity_error
+from surgery.onnx.report import Compared, Decoded, ParityReport, parity_error
 from surgery.onnx.rooted import check_names, rooted
 from surgery.onnx.sizes import other_sizes
 from surgery.onnx.turns import in_turn

@@ -12,22 +12,22 @@ from surgery.errors import SurgeryError, SurgeryWarning
 from surgery.onnx.dtypes import widened
 
 if TYPE_CHECKING:
-    from surgery.onnx.convert import Making
+    from surgery.onnx.conversion import Conversion
 
 __all__ = ["base"]
 
 _KEY = re.compile(r"(.+?)(?:\.token_adapter)?(?:\.base_layer)+\.(weight|bias)")
 
 
-def base(making: Making) -> None:
+def base(conversion: Conversion) -> None:
     """Take out what is the exported base's, too. Other numbers are a problem: no slot holds them."""
-    for key in list(making.left):
+    for key in list(conversion.left):
         hit = _KEY.fullmatch(key)
         if hit is None:
             continue
-        name, given = f"{hit[1]}.{hit[2]}", np.asarray(widened(making.left[key]), np.float64)
-        with making.noting(key):
-            same = _same(making, name, given)
+        name, given = f"{hit[1]}.{hit[2]}", np.asarray(widened(conversion.left[key]), np.float64)
+        with conversion.noting(key):
+            same = _same(conversion, name, given)
             if same is None:
                 why = f"whether {key} is the exported base's can't be told; it is passed over"
                 warnings.warn(why, SurgeryWarning, stacklevel=4)
@@ -35,13 +35,13 @@ def base(making: Making) -> None:
                 why = "the vocabulary was resized, or its embeddings were trained, before the adapter was"
                 fix = "load_adapter and export_adapter, with the model"
                 raise SurgeryError("the checkpoint has other embeddings than the exported base", why=why, fix=fix)
-        making.left.pop(key, None)
+        conversion.left.pop(key, None)
 
 
-def _same(making: Making, name: str, given: np.ndarray) -> bool | None:
+def _same(conversion: Conversion, name: str, given: np.ndarray) -> bool | None:
     """Whether the exported file has these numbers, under the module's name or that of one it is tied to."""
     try:
-        weights = making.weights
+        weights = conversion.weights
     except SurgeryError:  # the package that reads them is not here
         return None
     if name in weights.held:

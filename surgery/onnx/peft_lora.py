@@ -13,7 +13,7 @@ from surgery.onnx.dtypes import widened
 from surgery.paths import chosen, patterned
 
 if TYPE_CHECKING:
-    from surgery.onnx.convert import Making
+    from surgery.onnx.conversion import Conversion
 
 __all__ = ["lora"]
 
@@ -29,56 +29,58 @@ _FIRST = ("Linear", "NonDynamicallyQuantizableLinear", "Conv1d", "Conv2d", "Conv
 _LAST = ("Conv1D", "Embedding")
 
 
-def lora(making: Making) -> None:
+def lora(conversion: Conversion) -> None:
     """All of the checkpoint's LoRA tensors; problems are noted."""
-    config = making.checkpoint.config
-    making.problems += making.checkpoint.unsaid(*_FIELDS)
+    config = conversion.checkpoint.config
+    conversion.problems += conversion.checkpoint.unsaid(*_FIELDS)
     start = config.get("init_lora_weights", True)
     if isinstance(start, str) and re.match(r"pissa|olora|corda|loftq|lora_ga", start):
         why = "it changed the base's weights at the start, and the file has the base's own"
         fix = "save_pretrained(…, path_initial_model_for_weight_conversion=…) makes it a plain LoRA"
-        making.problems.append(SurgeryError(f"PEFT's init_lora_weights={start!r} can't be converted", why=why, fix=fix))
+        conversion.problems.append(
+            SurgeryError(f"PEFT's init_lora_weights={start!r} can't be converted", why=why, fix=fix)
+        )
     found: dict[str, dict[str, np.ndarray]] = {}
-    for key in list(making.left):
+    for key in list(conversion.left):
         hit = _KEY.fullmatch(key)
         if hit:
             name = "B_bias" if hit[3] == "bias" and hit[2] == "B" else _NAMES.get(hit[2], hit[2])
-            found.setdefault(hit[1] or "", {})[name] = widened(making.left.pop(key))
+            found.setdefault(hit[1] or "", {})[name] = widened(conversion.left.pop(key))
             if hit[2].startswith("embedding"):
-                making.embeddings.add(hit[1] or "")
+                conversion.embeddings.add(hit[1] or "")
     for path, tensors in found.items():
         owner = path.removesuffix(_OUT)
         part = "out_" if owner != path else ""
-        with making.noting(path):
-            _place(making, owner, part, tensors)
-    _check_targets(making, set(found))
+        with conversion.noting(path):
+            _place(conversion, owner, part, tensors)
+    _check_targets(conversion, set(found))
 
 
-def _place(making: Making, path: str, part: str, tensors: dict[str, np.ndarray]) -> None:
+def _place(conversion: Conversion, path: str, part: str, tensors: dict[str, np.ndarray]) -> None:
     if not {"A", "B"} <= tensors.keys():
         raise SurgeryError("the checkpoint has a part of a LoRA", why=f"there is only {', '.join(tensors)}")
-    slots = making.slots(path, "lora")
+    slots = conversion.slots(path, "lora")
     A, B = tensors["A"], tensors["B"]
-    scale = _scale(making, path, len(A))
+    scale = _scale(conversion, path, len(A))
     if part:  # PEFT (to 0.21.2) adds the change of the output map twice: what it trained is twice the file's B
         scale *= 2
     if A.ndim != B.ndim or A.ndim < 2:
         raise SurgeryError("the checkpoint has no LoRA here", why=f"A is {A.shape}, B {B.shape}")
     groups = _groups(slots.get(part + "A"), A)
     if groups > 1:
-        A, B = _grouped(making, path, A, B, groups)
+        A, B = _grouped(conversion, path, A, B, groups)
     found = {"A": A, "B": B * B.dtype.type(scale)}
     if "B_bias" in tensors:
         found["B_bias"] = tensors["B_bias"] * B.dtype.type(scale)
     if "magnitude" in tensors:
         if part or groups > 1:
             raise SurgeryError("DoRA here can't be converted", fix="load_adapter and export_adapter")
-        found["gain"] = _gain(making, path, A, B, scale, tensors["magnitude"].reshape(-1))
-    making.put(path, "lora", {part + name: array for name, array in found.items()})
+        found["gain"] = _gain(conversion, path, A, B, scale, tensors["magnitude"].reshape(-1))
+    conversion.put(path, "lora", {part + name: array for name, array in found.items()})
 
 
-def _scale(making: Making, path: str, rank: int) -> float:
-    held = making.checkpoint
+def _scale(conversion: Conversion, path: str, rank: int) -> float:
+    held = conversion.checkpoint
     told = patterned(held.patterns("rank_pattern"), path, held.number("r", 8))
     if told != rank:
         raise SurgeryError("the tensors have another rank than the configuration says", why=f"{rank}, and not {told}")
@@ -96,13 +98,15 @@ def _groups(slot: Any, A: np.ndarray) -> int:
     return A.shape[1] // slot.shape[1]
 
 
-def _grouped(making: Making, path: str, A: np.ndarray, B: np.ndarray, groups: int) -> tuple[np.ndarray, np.ndarray]:
+def _grouped(
+    conversion: Conversion, path: str, A: np.ndarray, B: np.ndarray, groups: int
+) -> tuple[np.ndarray, np.ndarray]:
     blocks = A.reshape(groups, len(A) // groups, groups, A.shape[1] // groups, *A.shape[2:])
     own = np.stack([blocks[i, :, i] for i in range(groups)])
     if np.count_nonzero(blocks) > np.count_nonzero(own):
         why = "it looks at all channels of a convolution with groups: no kernel with groups does that"
         raise SurgeryError("PEFT's lora_A can't be converted", why=why)
-    rule = making.rule_of(path, "lora")
+    rule = conversion.rule_of(path, "lora")
     if rule.get("rank", groups) % groups:  # the slot's B has no groups: those of the file's are put side by side
         out, rank = len(B) // groups, B.shape[1]
         wide = np.zeros((len(B), rank * groups, *B.shape[2:]), B.dtype)
@@ -115,10 +119,12 @@ def _grouped(making: Making, path: str, A: np.ndarray, B: np.ndarray, groups: in
 # DoRA ---------------------------------------------------------------------------------------------------------
 
 
-def _gain(making: Making, path: str, A: np.ndarray, B: np.ndarray, scale: float, magnitude: np.ndarray) -> np.ndarray:
+def _gain(
+    conversion: Conversion, path: str, A: np.ndarray, B: np.ndarray, scale: float, magnitude: np.ndarray
+) -> np.ndarray:
     """magnitude / ‖W + s B A‖ of each output feature; 1 where the weight is all zero and has no direction."""
-    weight = making.weights[f"{path}.weight" if path else "weight"]
-    last = _outputs_last(making, path, weight)
+    weight = conversion.weights[f"{path}.weight" if path else "weight"]
+    last = _outputs_last(conversion, path, weight)
     delta = scale * (B.reshape(len(B), -1).astype(np.float64) @ A.reshape(len(A), -1).astype(np.float64))
     delta = delta.T if last else delta.reshape(len(B), *A.shape[1:])
     if delta.shape != weight.shape or len(magnitude) != len(B):
@@ -128,9 +134,9 @@ def _gain(making: Making, path: str, A: np.ndarray, B: np.ndarray, scale: float,
     return np.where(norm == 0, 1.0, magnitude / np.where(norm == 0, 1.0, norm))
 
 
-def _outputs_last(making: Making, path: str, weight: np.ndarray) -> bool:
-    module = next(iter(making.slots(path, "lora").values())).module
-    if path in making.embeddings or module in _LAST:
+def _outputs_last(conversion: Conversion, path: str, weight: np.ndarray) -> bool:
+    module = next(iter(conversion.slots(path, "lora").values())).module
+    if path in conversion.embeddings or module in _LAST:
         return True
     if module not in _FIRST and weight.ndim == 2 and weight.shape[0] == weight.shape[1]:
         why = f"whether a {module}'s weight lies as a Linear's or as a Conv1D's can't be told"
@@ -141,13 +147,13 @@ def _outputs_last(making: Making, path: str, weight: np.ndarray) -> bool:
 # What lacks ---------------------------------------------------------------------------------------------------
 
 
-def _check_targets(making: Making, paths: set[str]) -> None:
+def _check_targets(conversion: Conversion, paths: set[str]) -> None:
     """Sites that the configuration names and the file has nothing for: it is not whole."""
-    config = making.checkpoint.config
+    config = conversion.checkpoint.config
     if config.get("target_modules") == "all-linear":
         return
-    sites = [site for site, rule in making.manifest.groups if rule == "lora"]
-    with making.noting("target_modules"):
+    sites = [site for site, rule in conversion.manifest.groups if rule == "lora"]
+    with conversion.noting("target_modules"):
         for path in sorted(chosen(config, sites) - {path.removesuffix(_OUT) for path in paths}):
             why = "the configuration names it among its targets"
-            making.problems.append(SurgeryError("the checkpoint has no tensors for a target", where=path, why=why))
+            conversion.problems.append(SurgeryError("the checkpoint has no tensors for a target", where=path, why=why))

@@ -5,15 +5,13 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
-from typing import TYPE_CHECKING
 
 from surgery.errors import ParityError
 from surgery.table import table
 
-if TYPE_CHECKING:
-    from surgery.onnx.decoding import Decoded
+__all__ = ["TIE", "Compared", "Decoded", "ParityReport", "parity_error"]
 
-__all__ = ["Compared", "ParityReport", "parity_error"]
+TIE = 1e-3  # two logits nearer than this are a tie, which rounding decides; of half precisions, what they may be off
 
 
 @dataclass(frozen=True)
@@ -42,6 +40,29 @@ class Compared:
     def ratio(self) -> float:
         """Of the difference to the tolerance; whole numbers and truths have none."""
         return self.difference / self.tolerance if self.tolerance else 0.0 if self.ok else float("inf")
+
+
+@dataclass(frozen=True)
+class Decoded:
+    """What both decoded for one row of the example, and where they part; `gap`: how near the model's two best were,
+    `tie`: how near they may be to be a tie."""
+
+    adapter: str
+    expected: tuple[int, ...]
+    found: tuple[int, ...]
+    gap: float = 0.0
+    tie: float = TIE
+
+    @property
+    def ok(self) -> bool:
+        return self.expected == self.found or self.gap < self.tie
+
+    def __str__(self) -> str:
+        if self.expected == self.found:
+            return f"{self.adapter}: {len(self.expected)} tokens decoded alike"
+        told = "a tie" if self.ok else f"{self.gap:.1e} apart"
+        at = next(i for i, pair in enumerate(zip(self.expected, self.found, strict=True)) if pair[0] != pair[1])
+        return f"{self.adapter}: tokens differ from the {at + 1}. on ({told}): {self.expected} and {self.found}"
 
 
 @dataclass
