@@ -34,6 +34,11 @@ class Part:
         return self.B[0]
 
     @property
+    def matrix(self) -> tuple[int, int]:
+        """The sizes (out, in) of the matrix that changes, of all groups together."""
+        return self.out, math.prod(self.A[1:]) * self.groups
+
+    @property
     def magnitude(self) -> tuple[int, ...]:
         """DoRA's magnitude, one number an output feature, in PEFT's shape."""
         return (1, self.out, *(1,) * (len(self.shape) - 2)) if len(self.shape) > 2 else (self.out,)

@@ -94,8 +94,17 @@ class ExpertLoraRule(Rule):
 
     def review(self, paths: Sequence[str]) -> Iterable[str]:
         if self.parameters:
-            changed = [f"{path}.{name}" for path in paths for name in self.parameters]
+            changed = [_named(path, name) for path in paths for name in self.parameters]
             yield from _fields.idle(self, changed, "rank_pattern", "alpha_pattern")
+
+    def rank_at(self, path: str) -> int:
+        """The rank at a parameter, `path.parameter`."""
+        return int(_paths.first(self.rank_pattern, path, self.rank))
+
+    def matrices(self, module: nn.Module, path: str) -> Mapping[str, tuple[int, int]]:
+        """Each expert's, of all parameters that change."""
+        shapes = {name: module._parameters[name].shape[-2:] for name in self.names(module)}  # type: ignore[union-attr]
+        return {_named(path, name): (out, inner) for name, (out, inner) in shapes.items()}
 
     def names(self, module: nn.Module) -> list[str]:
         """The parameters of a module that are changed."""
@@ -151,7 +160,7 @@ class ExpertLoraRule(Rule):
             found[f"{name}_B"], found[f"{name}_A"] = _combined.factors(how, some, scales, ups, downs, rank)
         rank = max(ranks.values())
         others = {name: r for name, r in ranks.items() if r != rank}
-        full = {f"^{re.escape(f'{shares[0].site.path}.{name}')}": r for name, r in others.items()} or None
+        full = {f"^{re.escape(_named(shares[0].site.path, name))}": r for name, r in others.items()} or None
         rules = [cast(ExpertLoraRule, share.rule) for share in shares]
         rule = self.replace(
             parameters=self.parameters if len({rule.parameters for rule in rules}) == 1 else tuple(ranks),
@@ -168,14 +177,18 @@ class ExpertLoraRule(Rule):
         """Name, (experts, out, in) or (out, in), rank and scale of each parameter."""
         for name in self.names(site.module):
             *experts, out, inner = site.module._parameters[name].shape  # type: ignore[union-attr]  # check saw it
-            path = f"{site.path}.{name}"
-            rank = int(_paths.first(self.rank_pattern, path, self.rank))
+            path = _named(site.path, name)
+            rank = self.rank_at(path)
             alpha = _paths.first(self.alpha_pattern, path, self.alpha)
             size = (*experts, inner, out) if self._turned(site.module) else (*experts, out, inner)
             yield name, size, rank, alpha / (math.sqrt(rank) if self.rslora else rank)
 
     def _turned(self, module: nn.Module) -> bool:
         return bool(getattr(module, "is_transposed", False)) if self.transposed is None else self.transposed
+
+
+def _named(path: str, parameter: str) -> str:
+    return f"{path}.{parameter}" if path else parameter
 
 
 def _started(init: str, rank: int) -> Callable[[Tensor], Any]:

@@ -90,6 +90,13 @@ class LoraRule(Rule):
     def rank_at(self, path: str) -> int:
         return int(_paths.first(self.rank_pattern, path, self.rank))
 
+    def matrices(self, module: nn.Module, path: str) -> Mapping[str, tuple[int, int]] | None:
+        """An attention's maps; of a convolution in groups that divide the rank, all groups together."""
+        if not isinstance(module, nn.MultiheadAttention) and getattr(module, "groups", 1) == 1:
+            return None
+        layout = _sure(layout_of(module, self.rank_at(path)))
+        return {f"{path}.{part.weight}".strip("."): part.matrix for part in layout.parts}
+
     def room_at(self, path: str) -> int:
         """The rank that the tensors have room for, and may use after a `hotswap`."""
         return self.max_rank or self.rank_at(path)

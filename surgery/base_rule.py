@@ -107,7 +107,12 @@ class Rule:
         return ()
 
     def rank_at(self, path: str) -> int | None:
-        """The rank of the change of a weight at a module, which is told where it is more than the weight can have."""
+        """The rank of the change of a matrix, by its path in `matrices`; told where the matrix can't have so much."""
+        return None
+
+    def matrices(self, module: nn.Module, path: str) -> Mapping[str, tuple[int, int]] | None:
+        """The sizes (out, in) of the matrices that change, by path. None, the default: the module's weight alone,
+        under the module's path."""
         return None
 
     def companions(self) -> Iterable[Rule]:

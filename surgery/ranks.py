@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Sequence
 from dataclasses import fields
 from typing import Any, cast
@@ -10,6 +11,7 @@ from torch import nn
 
 from surgery.base_rule import Rule
 from surgery.errors import listed
+from surgery.hooks import running
 from surgery.recording import Step
 
 __all__ = ["rank_notes", "rank_warnings"]
@@ -34,13 +36,23 @@ def _high(steps: Sequence[Step]) -> Iterable[High]:
     for mine in by_rule.values():
         unasked = _unasked(mine[0].rule)
         rule, few, wide = mine[0].rule, list[tuple[str, int, tuple[int, int]]](), False
-        for step in mine:
-            rank, sizes = rule.rank_at(step.path), _sizes(step.module)
-            if rank is not None and rank != unasked and sizes is not None and rank > min(sizes):
-                few.append((step.path, rank, sizes))
+        for path, sizes in itertools.chain.from_iterable(_matrices(step) for step in mine):
+            rank = rule.rank_at(path)
+            if rank is not None and rank != unasked and rank > min(sizes):
+                few.append((path, rank, sizes))
                 wide = wide or rank > max(sizes)
         if few:
             yield rule, few, wide
+
+
+def _matrices(step: Step) -> Iterable[tuple[str, tuple[int, int]]]:
+    """The matrices that a rule changes at a site, with their sizes."""
+    with running(step.rule, "matrices", step.path):
+        named = step.rule.matrices(step.module, step.path)
+    if named is not None:
+        return named.items()
+    sizes = _sizes(step.module)
+    return [(step.path, sizes)] if sizes is not None else []
 
 
 def _unasked(rule: Rule) -> Any:

@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 import surgery
-from rules import AdaLoraRule, LohaRule, LokrRule, LoraRule, RandLoraRule, TrainRule, VeraRule
+from rules import AdaLoraRule, ExpertLoraRule, LohaRule, LokrRule, LoraRule, RandLoraRule, TrainRule, VeraRule
 from surgery import (
     LoadError,
     MergeError,
@@ -139,6 +139,46 @@ def test_ranks_are_read_by_patterns_and_shapes() -> None:
     plan = plan_rules(model, LoraRule(["0", "1", "2"], rank=4, rank_pattern={"0": 30}))
     assert len(plan.warnings) == 1 and "rank 30 is more than the weights at 0 can use" in plan.warnings[0]
     assert "largest useful rank is 16" in plan.warnings[0]
+
+
+def test_every_matrix_of_a_module_is_asked_for_its_rank() -> None:
+    """One that holds no `weight`: stacks of experts, whose ranks have paths of their own, and attention."""
+
+    class Experts(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.up, self.down = nn.Parameter(torch.randn(3, 16, 8)), nn.Parameter(torch.randn(3, 8, 16))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x @ self.up[0].T @ self.down[0].T
+
+    model = nn.Sequential(Experts(), nn.MultiheadAttention(8, 2, kdim=4))
+    plan = plan_rules(model, ExpertLoraRule("0", rank=9, init="random"))
+    assert plan.notes == [
+        "ExpertLoraRule: rank 9 is more than the weights at 0.up, 0.down can use; the largest useful rank is 8"
+    ]
+    plan = plan_rules(model, ExpertLoraRule("0", rank=2, rank_pattern={"up": 17}))
+    assert plan.warnings == [
+        "ExpertLoraRule: rank 17 is more than the weights at 0.up can use; the largest useful rank is 8"
+    ]
+    plan = plan_rules(model, LoraRule("1", rank=6))
+    assert plan.notes == [
+        "LoraRule: rank 6 is more than the weights at 1.k_proj_weight can use; the largest useful rank is 4"
+    ]
+    assert not plan_rules(model, ExpertLoraRule("0", rank=7)).notes
+
+
+def test_the_groups_of_a_convolution_have_ranks_of_their_own() -> None:
+    """A rank that is shared out to the groups: each has a block of the weight, of full rank."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(16, 16, 1, groups=8))
+    plan = plan_rules(model, LoraRule("0", rank=16, init="random"))
+    assert not plan.warnings and not plan.notes
+    before = model[0].weight.detach().clone()
+    merge(apply_rules(model, LoraRule("0", rank=16, init="random")))
+    change = (model[0].weight - before).view(8, 2, 2)
+    assert torch.linalg.matrix_rank(torch.block_diag(*change)) == 16
+    assert plan_rules(nn.Sequential(nn.Conv2d(16, 16, 1, groups=8)), LoraRule("0", rank=24)).warnings
 
 
 def test_a_small_head_among_others_is_a_note() -> None:
