@@ -13,7 +13,19 @@ import torch
 from torch import Tensor, nn
 
 from rules import LoraRule
-from surgery import SurgeryError, activate, apply_rules, deactivate, export_onnx, merge, route, using, verify_onnx
+from surgery import (
+    SurgeryError,
+    activate,
+    active,
+    adapters,
+    apply_rules,
+    deactivate,
+    export_onnx,
+    merge,
+    route,
+    using,
+    verify_onnx,
+)
 from surgery.onnx import OnnxRunner, export_adapter
 
 
@@ -88,6 +100,30 @@ def test_slots(kind: str, tmp_path: Path) -> None:
     with torch.no_grad():
         plain = next(iter(runner.run({runner.manifest.inputs[0]: X.numpy()}).values()))
         np.testing.assert_allclose(plain, live(outer), atol=1e-5)
+
+
+@pytest.mark.parametrize("how", ["merged", "constant"])
+@pytest.mark.parametrize("names", [None, "red"])
+def test_live_adapters_have_their_weights(how: Any, names: str | None, tmp_path: Path) -> None:
+    outer = Around(model := rewritten()).eval()
+    activate(model, ["red", "blue"], weights := {"red": 0.25, "blue": -2.0})
+    report = export_onnx(outer, tmp_path / "a.onnx", X, adapters=how, names=names, dynamic=False)
+    assert active(model) == ("red", "blue") and adapters(model)["blue"].weight == -2.0
+    assert report.parity is not None and report.parity.ok
+    found = ran(report.path)
+    with torch.no_grad():  # plain arithmetic
+        x = X
+        for layer in model:
+            if isinstance(layer, nn.Linear):
+                held: Any = layer.adapters
+                weight = layer.weight.clone()
+                for name, scale in {"red": 8 / 2, "blue": 8 / 4}.items():
+                    if names in (None, name) and hasattr(held, name):
+                        weight += weights[name] * scale * getattr(held, name).B @ getattr(held, name).A
+                x = nn.functional.linear(x, weight, layer.bias)
+            else:
+                x = layer(x)
+        np.testing.assert_allclose(found, outer.out(x).numpy(), atol=1e-5)
 
 
 def test_what_is_merged_or_idle_is_seen(tmp_path: Path) -> None:

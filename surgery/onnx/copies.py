@@ -9,13 +9,13 @@ from collections.abc import Iterator, Mapping, Sequence
 import torch
 from torch import Tensor, fx, nn
 
-from surgery.activation import activate, deactivate
 from surgery.engine import remove
 from surgery.errors import SurgeryError
 from surgery.merging import unmerged
 from surgery.onnx.windows import whole_windows
 from surgery.root import records_in
 from surgery.state import _MODEL, _SITE, model_state, sites
+from surgery.switching import switch, weights_now
 
 __all__ = ["changing", "leave_live", "sharing_copy", "traced_path"]
 
@@ -52,15 +52,20 @@ def changing(model: nn.Module) -> list[str]:
     return list(dict.fromkeys(one.adapter for _, _, site in sites(model) for one in site.applied if one.changed))
 
 
-def leave_live(copy: nn.Module, names: Sequence[str]) -> None:
-    """On a copy, let these adapters be live alone, unmerged; others that can't be idle are taken off it."""
-    if model_state(copy) is None:
+def leave_live(copy: nn.Module, names: Sequence[str], weights: Mapping[str, float] | None = None) -> None:
+    """On a copy, let these adapters be live alone, unmerged; others that can't be idle are taken off it.
+
+    `weights`: of those that have another than 1; by default as they are on the copy.
+    """
+    state = model_state(copy)
+    if state is None:
         return
+    weights = weights_now(state) if weights is None else weights
     unmerged(copy)
     if gone := [name for name in changing(copy) if name not in names]:
         remove(copy, gone, check=False)
     if model_state(copy) is not None:
-        activate(copy, list(names)) if names else deactivate(copy)
+        switch(copy, {name: weights.get(name, 1.0) for name in names})
 
 
 def _shared(tensor: Tensor) -> Tensor:

@@ -107,7 +107,7 @@ def export_onnx(
     not touched: a copy that shares its memory is exported, in evaluation mode. A rewritten model may stand inside of
     it, or in the wrapper of torch.compile, DataParallel or DistributedDataParallel. `adapters` says how:
 
-    - "merged": the live ones (or `names`) folded into the weights; the graph is the base's own.
+    - "merged": the live ones (or `names`) folded into the weights, as much as they weigh; the graph is the base's own.
     - "constant": the live ones (or `names`) as they are, each tensor an initialiser
       `<site>.adapters.<adapter>.<tensor>` of its own shape.
     - "slots": in the place of all (or `names`) stand slots `<site>.adapters.<slot>.<tensor>`, optional inputs of any

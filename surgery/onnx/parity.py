@@ -32,6 +32,7 @@ from surgery.onnx.turns import in_turn
 from surgery.onnx.values import other_values
 from surgery.rounding import difference
 from surgery.state import adapter_names, model_state
+from surgery.switching import weights_now
 
 __all__ = ["ParityReport", "TOLERANCES", "verify_onnx"]
 
@@ -182,7 +183,10 @@ def _references(model: nn.Module, manifest: Manifest, adapters: Adapters, report
     if state is None:
         yield Reference("base", copy, {})
         return
-    only = _Only(model, unmerged(copy))
+    weights = weights_now(state)
+    if manifest.adapters == "slots":  # which hold an adapter as it is with the weight 1
+        weights = {name: weight for name, weight in weights.items() if name in manifest.constants}
+    only = _Only(model, unmerged(copy), weights)
     names = list(adapters) if isinstance(adapters, Mapping) else adapters
     if manifest.adapters != "slots":
         wanted = adapter_names(state, names) if names is not None else list(active(copy))
@@ -221,10 +225,11 @@ class _Only:
 
     model: nn.Module
     copy: nn.Module
+    weights: Mapping[str, float]
 
     def __call__(self, *names: str) -> nn.Module:
         made = sharing_copy(self.model) if changing(self.copy) else self.copy
-        leave_live(made, names)
+        leave_live(made, names, self.weights)
         return made
 
 
