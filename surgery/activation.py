@@ -16,7 +16,7 @@ from surgery.errors import SurgeryError, listed
 from surgery.journal import Journal, surely
 from surgery.match import base_modules
 from surgery.neutral import neutral, verb
-from surgery.root import rewritten
+from surgery.root import check_parts_idle, rewritten
 from surgery.state import ModelState, adapter_names, model_state, site_state
 from surgery.switching import check_none_merged, set_trained, switch, weights_now
 
@@ -81,9 +81,11 @@ def activate(
 
     All or nothing. Raises `SurgeryError` for an unknown adapter, for a weight that is no finite number or can't be had,
     for a merged model, for an adapter that changed the base's weights at its start (PiSSA), which can be removed but
-    not be idle, while another thread is in `using`, and inside of `route`. PEFT: `set_adapter`, `set_scale`.
+    not be idle, while another thread is in `using`, inside of `route`, and where a part of the model that was rewritten
+    by itself has live adapters. PEFT: `set_adapter`, `set_scale`.
     """
     root, state = rewritten(model)
+    check_parts_idle(root)
     if adapter is None:
         live = state.resting or weights_now(state)
         adapter, weights = list(live), live if weights is None else weights
@@ -114,6 +116,7 @@ def deactivate(model: M) -> M:
     `enable_adapter_layers`.
     """
     root, state = rewritten(model)
+    check_parts_idle(root)
     check_free(root)
     check_none_merged(state)
     live = weights_now(state)
@@ -181,6 +184,7 @@ def using(model: nn.Module, adapter: str | Sequence[str] | None, weights: Weight
     PEFT: `disable_adapter()`, and `set_adapter` twice.
     """
     root, state = rewritten(model)
+    check_parts_idle(root)
     live = _asked_for(state, [] if adapter is None else adapter, weights)
     with claimed(root):
         before, resting = weights_now(state), state.resting

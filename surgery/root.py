@@ -10,10 +10,19 @@ from surgery.errors import SurgeryError, listed
 from surgery.following import follow
 from surgery.links import at_path, linked
 from surgery.match import RESERVED, is_adapters
-from surgery.state import ModelState, SiteState, model_state, require_state, site_state, sites
+from surgery.state import (
+    ModelState,
+    SiteState,
+    is_only_record,
+    merged_adapters,
+    model_state,
+    require_state,
+    site_state,
+    sites,
+)
 from surgery.wrapped import unwrapped
 
-__all__ = ["check_all_present", "records_in", "rewritten", "root_of", "with_lost"]
+__all__ = ["check_all_present", "check_parts_idle", "records_in", "rewritten", "root_of", "with_lost"]
 
 
 def rewritten(model: nn.Module, *, lost: bool = False) -> tuple[nn.Module, ModelState]:
@@ -99,6 +108,32 @@ def check_present(root: nn.Module, state: ModelState) -> None:
         left = follow(root, state, lost)
         if left:
             raise _lost(root, left)
+
+
+def check_parts_idle(root: nn.Module) -> None:
+    """`SurgeryError` where a part that was rewritten by itself has live adapters: no verb on the whole changes those.
+
+    The model is walked where another record is alive somewhere in this process.
+    """
+    if is_only_record():
+        return
+    parts = records_in(root, below=True, nested=True)
+    live = {path: names for path, part in parts.items() if (names := _live(part))}
+    if not live:
+        return
+    path, names = next(iter(live.items()))
+    undo = "unmerge and deactivate" if merged_adapters(parts[path]) else "deactivate"
+    raise SurgeryError(
+        "part of this model has live adapters of its own",
+        where=listed(list(live), "parts"),
+        why=f"it was rewritten by itself, and {', '.join(names)} would stay live",
+        fix=f"{undo} model.{path} first; activate(model.{path}) makes them live again afterwards",
+    )
+
+
+def _live(part: nn.Module) -> list[str]:
+    state = model_state(part)
+    return [name for name, standing in state.standing.items() if standing.live] if state is not None else []
 
 
 def with_lost(

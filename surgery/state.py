@@ -14,6 +14,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, S
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
+from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor, nn
@@ -231,6 +232,14 @@ class Places:
         return zip(self.modules, self.rules, strict=True)
 
 
+_records: WeakValueDictionary[int, ModelState] = WeakValueDictionary()
+
+
+def is_only_record() -> bool:
+    """Whether no more than one model of this process has a record, so that no part of that one has another."""
+    return len(_records) <= 1
+
+
 @dataclass
 class ModelState:
     """A model's record: the rules of each adapter, and what has to be put back when the last one goes.
@@ -253,6 +262,11 @@ class ModelState:
     links: Links | None = field(default=None, compare=False, repr=False)
     unlinked: list[nn.Module] = field(default_factory=list, compare=False, repr=False)
     untied: Untied = field(default_factory=Untied)
+
+    def __new__(cls, *_: Any, **__: Any) -> ModelState:  # copying and unpickling come here, too
+        made = super().__new__(cls)
+        _records[id(made)] = made
+        return made
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "keys": {}, "links": None, "unlinked": []}

@@ -19,6 +19,7 @@ from surgery import (
     active,
     adapters,
     apply_rules,
+    base_state_dict,
     class_of,
     copy_adapter,
     deactivate,
@@ -367,3 +368,59 @@ def test_a_mapping_of_weights_is_not_taken_for_names() -> None:
         activate(model, {"a": 0.5})  # type: ignore[arg-type]
     with pytest.raises(SurgeryError, match="give the mapping as weights"), using(model, {"a": 0.5}):  # type: ignore[arg-type]
         pass
+
+
+def part_inside() -> tuple[nn.Sequential, nn.Sequential]:
+    """A model with an adapter, and a part of it that was rewritten by itself."""
+    torch.manual_seed(0)
+    part = nn.Sequential(nn.Linear(8, 8))
+    model = nn.Sequential(part, nn.Linear(8, 8)).eval()
+    apply_rules(model, LoraRule("1", rank=2, init="random"), adapter="whole")
+    apply_rules(part, LoraRule("0", rank=2, init="random"), adapter="part")
+    return model, part
+
+
+@pytest.mark.parametrize("verb", ["activate", "deactivate", "using", "using none"])
+def test_a_part_with_live_adapters_of_its_own_is_named(verb: str) -> None:
+    """No verb on the whole reaches them: without an adapter the model would not be the base."""
+    model, part = part_inside()
+    base = nn.Sequential(nn.Sequential(nn.Linear(8, 8)), nn.Linear(8, 8)).eval()
+    base.load_state_dict(base_state_dict(model))
+    before, state = model(X), Snapshot(model)
+
+    def run() -> None:
+        if verb.startswith("using"):
+            with using(model, "whole" if verb == "using" else None):
+                pass
+        elif verb == "activate":
+            activate(model, "whole")
+        else:
+            deactivate(model)
+
+    with pytest.raises(SurgeryError, match="part of this model has live adapters") as told:
+        run()
+    assert told.value.where == "0" and "part would stay live" in str(told.value)
+    assert "deactivate model.0 first" in str(told.value)
+    assert torch.equal(model(X), before) and state.differences(model) == []
+    merge(part)
+    with pytest.raises(SurgeryError, match="unmerge and deactivate model.0 first"):
+        run()
+    deactivate(unmerge(part))
+    run()
+    with using(model, None):
+        assert torch.equal(model(X), base(X))
+    activate(part)
+    activate(unmodified := model_with("a"), "a")  # a model beside it is not looked at
+    assert active(unmodified) == ("a",) and active(part) == ("part",)
+
+
+def test_a_copy_of_a_part_counts_as_one() -> None:
+    """Records come by copies and pickles, too."""
+    model = nn.Sequential(nn.Sequential(nn.Linear(8, 8)), nn.Linear(8, 8))
+    part = apply_rules(nn.Sequential(nn.Linear(8, 8)), LoraRule("0", rank=2), adapter="part")
+    copied = copy.deepcopy(part)
+    del part
+    apply_rules(model, LoraRule("1", rank=2), adapter="whole")
+    model[0] = copied
+    with pytest.raises(SurgeryError, match="part of this model has live adapters"):
+        deactivate(model)
