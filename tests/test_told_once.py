@@ -171,12 +171,13 @@ def test_every_matrix_of_a_module_is_asked_for_its_rank() -> None:
 def test_the_groups_of_a_convolution_have_ranks_of_their_own() -> None:
     """A rank that is shared out to the groups: each has a block of the weight, of full rank."""
     torch.manual_seed(0)
-    model = nn.Sequential(nn.Conv2d(16, 16, 1, groups=8))
+    layer = nn.Conv2d(16, 16, 1, groups=8)
+    model = nn.Sequential(layer)
     plan = plan_rules(model, LoraRule("0", rank=16, init="random"))
     assert not plan.warnings and not plan.notes
-    before = model[0].weight.detach().clone()
+    before = layer.weight.detach().clone()
     merge(apply_rules(model, LoraRule("0", rank=16, init="random")))
-    change = (model[0].weight - before).view(8, 2, 2)
+    change = (layer.weight - before).view(8, 2, 2)
     assert torch.linalg.matrix_rank(torch.block_diag(*change)) == 16
     assert plan_rules(nn.Sequential(nn.Conv2d(16, 16, 1, groups=8)), LoraRule("0", rank=24)).warnings
 
