@@ -150,6 +150,8 @@ def put_any(
     elif cache is not None and (positions is not None or steps is not None):
         raise error("without a mask it can't be told which tokens a cache has", "give it an attention_mask")
     place = place_of(padded, count, after)
+    if isinstance(place.start, Tensor) and cache is not None:  # the mask is of the cache's columns, too
+        place = Place(count, (place.start - seen).clamp_min(0))
     rows = _for_rows(prompt.to(embeds.device, embeds.dtype), batch)
     changed["inputs_embeds"] = place.put(embeds, rows, 1)
     if positions is not None:

@@ -190,6 +190,24 @@ def test_an_adapter_that_changed_the_base_at_its_start(how: Any, order: tuple[st
         assert_near([runner.run({"input": x.numpy()}, fed)["output"]], expected(alone[name], x))
 
 
+def test_another_number_of_outputs_is_an_error_at_the_edges_too(tmp_path: Path) -> None:
+    """The file has one output; the model gives a second where its numbers are all zeros."""
+
+    class More(nn.Module):
+        def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+            return (x + 1,) if bool(x.any()) else (x + 1, x)
+
+    class One(nn.Module):
+        def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+            return (x + 1,)
+
+    x = torch.randn(3, 4)
+    path = export_onnx(One(), tmp_path / "m.onnx", x).path
+    with pytest.raises(ParityError, match="the file has 1 outputs, and the model 2") as caught:
+        verify_onnx(path, More(), x)
+    assert caught.value.where is not None and "zeros" in caught.value.where
+
+
 def test_outputs_that_are_drawn_are_not_compared(tmp_path: Path) -> None:
     report = export_onnx(Drawing(), tmp_path / "m.onnx", torch.randn(2, 4)).parity
     assert report is not None and {one.output for one in report.compared} == {"output_0"}

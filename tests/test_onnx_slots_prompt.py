@@ -111,6 +111,54 @@ def by_hand(runner: OnnxRunner, model: Any, ids: torch.Tensor) -> None:
     same([made["logits"], runner.run(given, "a")["logits"]], [first.logits.numpy(), second.logits.numpy()])
 
 
+def llama_with_a_prompt() -> tuple[Any, dict[str, Any]]:
+    model, inputs = tiny.llama()
+    ids = inputs["input_ids"]
+    apply_rules(model.eval(), PromptRule(length=3), adapter="a")
+    return model, {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+
+
+@pytest.mark.parametrize("how", ["slots", "constant"])
+def test_what_a_rule_notes_on_a_cache_is_not_an_output(how: str, tmp_path: Path) -> None:
+    """For a text of padding alone the cache also keeps the text; its layers and the logits are compared as always."""
+    model, inputs = llama_with_a_prompt()
+    report = export_onnx(model, tmp_path / "m.onnx", inputs, adapters=how)
+    assert report.parity is not None
+    names = [f"present.{layer}.{part}" for layer in range(2) for part in ("key", "value")]
+    assert report.manifest["outputs"] == ["logits", *names]
+    own = [one for one in report.parity.compared if one.adapter == "a" and one.values == "masks with an empty row"]
+    assert {one.output for one in own} == {"logits", *names} and all(one.ok for one in own)
+    assert not report.notices and not report.parity.notices
+    inputs["attention_mask"][0] = 0
+    with torch.no_grad():
+        wanted = model(**inputs)
+    fed = {} if how == "constant" else {"adapter": "a"}
+    runner = OnnxRunner(report.path)
+    if fed:
+        runner.load("a", export_adapter(model, "a", report.path, tmp_path / "a.onnx_adapter"))
+    found = runner.run({name: tensor.numpy() for name, tensor in inputs.items()}, **fed)
+    layers = [part for one in wanted.past_key_values.layers for part in (one.keys, one.values)]
+    same(list(found.values()), [wanted.logits.numpy(), *(one.numpy() for one in layers)])
+
+
+def test_examples_with_a_cache(tmp_path: Path) -> None:
+    """One that holds virtual tokens is refused; one without is traced, with more padding than new text, too."""
+    model, inputs = llama_with_a_prompt()
+    mask = torch.ones(2, 8, dtype=torch.long)
+    mask[0, :5] = 0
+    first = {"input_ids": inputs["input_ids"], "attention_mask": mask[:, :7], "use_cache": True}
+    example = {"input_ids": inputs["input_ids"][:, :1], "attention_mask": mask}
+    with torch.no_grad():
+        example["past_key_values"] = model(**first).past_key_values
+    with pytest.raises(SurgeryError, match="filled with an adapter's virtual tokens") as caught:
+        export_onnx(model, tmp_path / "m.onnx", example, adapters="slots")
+    assert caught.value.where == "past_key_values" and not list(tmp_path.iterdir())
+    with torch.no_grad(), using(model, None):
+        example["past_key_values"] = model(**first).past_key_values
+    report = export_onnx(model, tmp_path / "m.onnx", example, adapters="slots")
+    assert report.parity is not None and {one.adapter for one in report.parity.compared} == {"base", "a"}
+
+
 def test_tokens_of_a_vision_model(tmp_path: Path) -> None:
     """VPT: the layer that is named gets longer, with all that follows."""
     model, inputs = tiny.vit()

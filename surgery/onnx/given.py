@@ -14,7 +14,7 @@ from torch.utils import _pytree as pytree
 
 from surgery.errors import SurgeryError
 from surgery.example import arguments, copied
-from surgery.onnx.windows import whole
+from surgery.onnx.windows import notes, whole
 
 __all__ = [
     "Given", "array_of", "arrays_of", "cache_name", "is_cache", "is_transformers", "leaves_of", "outputs_of", "plain",
@@ -63,6 +63,7 @@ class Given:
             raise SurgeryError(
                 "the example has labels", why="a loss is nothing to export", fix="leave them out of example_inputs"
             )
+        _refuse_noted(values)
         found = {name: copied(whole(value)) for name, value in values.items() if value is not None}
         if not any(isinstance(leaf, Tensor) for _, leaf in leaves_of(found)):
             raise SurgeryError("the example has no tensors", fix="pass what the model is called with")
@@ -99,6 +100,18 @@ class Given:
 
         with torch.no_grad():
             return Given({name: changed(name, value) for name, value in self.values.items()}, self.placed)
+
+
+def _refuse_noted(values: Mapping[str, Any]) -> None:
+    """A cache that adapters filled: the file would take their virtual tokens for text, and has no input for the note."""
+    for name, value in values.items():
+        if is_cache(value) and notes(value):
+            raise SurgeryError(
+                "the example's cache was filled with an adapter's virtual tokens",
+                where=name,
+                why="the file takes what a cache has as text, for any adapter",
+                fix="leave the cache out and use cache=True, or fill it inside of `using(model, None)`",
+            )
 
 
 def _starred(signature: inspect.Signature) -> bool:

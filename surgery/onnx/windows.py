@@ -2,7 +2,8 @@
 
 transformers' layers of a cache that keep a window count positions in Python and cut to the window, which a graph would
 have at the example's length for good. Its exporter traces them so, too; here the live model that is compared has them
-alike, and they are plain layers in what goes in and comes out.
+alike, and they are plain layers in what goes in and comes out. What rules note on a cache comes out of no file: it is
+left out of what the live model gives, too.
 """
 
 from __future__ import annotations
@@ -15,8 +16,9 @@ from typing import Any
 
 from surgery.errors import SurgeryError
 
-__all__ = ["whole", "whole_windows"]
+__all__ = ["notes", "whole", "whole_windows"]
 
+_NOTED = "_surgery_"  # begins the names of attributes in which rules note on a cache what they put into it
 _COUNTING = ("update", "get_mask_sizes", "get_seq_length")
 
 
@@ -39,7 +41,8 @@ def whole_windows() -> Iterator[None]:
 
 
 def whole(value: Any) -> Any:
-    """A value, such as an argument or what a model returns, whose caches have plain layers for those of a window."""
+    """A value, such as an argument or what a model returns, whose caches have plain layers for those of a window, and
+    no notes."""
     if type(value) in (tuple, list):
         return type(value)(whole(one) for one in value)
     if isinstance(value, Mapping):
@@ -52,6 +55,11 @@ def whole(value: Any) -> Any:
     return _whole_cache(value) if type(value).__name__.endswith("Cache") else value
 
 
+def notes(cache: Any) -> list[str]:
+    """The attributes of a cache in which rules note what they put into it."""
+    return [name for name in vars(cache) if name.startswith(_NOTED)]
+
+
 _PARTS = ("self_attention_cache", "cross_attention_cache")
 _WINDOW = "DynamicSlidingWindowLayer"
 
@@ -61,10 +69,13 @@ def _whole_cache(cache: Any) -> Any:
     changed = {name: made for name, part in held.items() if (made := _whole_cache(part)) is not part}
     if not held and any(type(one).__name__ == _WINDOW for one in getattr(cache, "layers", ())):
         changed["layers"] = [_plain(one) for one in cache.layers]
-    if not changed:
+    noted = notes(cache)
+    if not changed and not noted:
         return cache
     found = copy.copy(cache)
     found.__dict__.update(changed)
+    for name in noted:
+        del found.__dict__[name]
     return found
 
 
