@@ -18,7 +18,7 @@ from surgery.errors import ParityError, SurgeryError
 from surgery.here import here
 from surgery.neutral import neutrally
 from surgery.onnx.caching import with_cache
-from surgery.onnx.copies import sharing_copy, traced_path
+from surgery.onnx.copies import leave_live, sharing_copy, traced_path
 from surgery.onnx.defaults import write_defaults
 from surgery.onnx.describe import manifest_of
 from surgery.onnx.dims import (
@@ -43,6 +43,7 @@ from surgery.onnx.rooted import check_names, rooted
 from surgery.onnx.turns import in_turn
 from surgery.onnx.writing import size_of, written
 from surgery.root import records_in
+from surgery.state import model_state
 
 __all__ = ["ExportReport", "export_onnx"]
 
@@ -140,7 +141,7 @@ def export_onnx(
         manifest, free = _finish(program, prepared, model, axes, how)
         if "logits" in manifest["outputs"] and (generation := generation_of(model, given)):
             manifest[GENERATION] = generation
-        notices = [*prepared.notices, *fixed_dims(traced, axes, free, _taking(model)), *_told_apart(model)]
+        notices = [*prepared.notices, *fixed_dims(traced, axes, free, _taking(model, adapters)), *_told_apart(model)]
         notices += [*_routed(given_model), *_generated(model, manifest)]
         seconds, parity = time.perf_counter() - started, None
         with written(program.model, Path(path), manifest, external_data) as place:
@@ -151,38 +152,53 @@ def export_onnx(
                 parity = verify_onnx(place, model, given, names, atol=atol)
         return ExportReport(Path(path), manifest, notices, seconds, size_of(Path(path)), parity)
 
-    traced = _to_trace(model, examples_for_tracing(given, axes))
+    traced = _to_trace(model, examples_for_tracing(given, axes), adapters)
     try:
         return exported(traced)
     except ParityError as error:
         other = of_other_lengths(traced, axes)
-        if not error.elsewhere or _to_trace(model, [other, traced]) is traced:
+        if not error.elsewhere or _to_trace(model, [other, traced], adapters) is traced:
             raise
         with contextlib.suppress(SurgeryError):
             return exported(other)
         raise
 
 
-def _to_trace(model: nn.Module, examples: Sequence[Given]) -> Given:
+def _to_trace(model: nn.Module, examples: Sequence[Given], adapters: str) -> Given:
     """The first of these that the model can be called with, or the last."""
-    takes = _taking(model)
+    takes = _taking(model, adapters)
     return next((one for one in examples[:-1] if takes(one)), examples[-1])
 
 
-def _taking(model: nn.Module) -> Callable[[Given], bool]:
-    """Whether a model can be called with an example; a copy of it is, made when it is first asked."""
+def _taking(model: nn.Module, adapters: str) -> Callable[[Given], bool]:
+    """Whether a model can be called with an example; a copy of it is, made when it is first asked.
+
+    A file with slots is the base's, too: it may be called as the model without adapters, which has no prompts that
+    refuse a cache without their virtual tokens.
+    """
     copies: list[nn.Module] = []
+    ways = [lambda: sharing_copy(model)]
+    if adapters == "slots" and model_state(model) is not None:
+        ways.append(lambda: _without_adapters(model))
 
     def takes(example: Given) -> bool:
-        copies.extend([] if copies else [sharing_copy(model)])
-        with contextlib.suppress(Exception), torch.no_grad(), torch.random.fork_rng(), traced_path():
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")
-                example.call(copies[0], example.copy())
-            return True
+        for i, way in enumerate(ways):
+            with contextlib.suppress(Exception), torch.no_grad(), torch.random.fork_rng(), traced_path():
+                if i == len(copies):
+                    copies.append(way())
+                with warnings.catch_warnings():
+                    warnings.simplefilter("ignore")
+                    example.call(copies[i], example.copy())
+                return True
         return False
 
     return takes
+
+
+def _without_adapters(model: nn.Module) -> nn.Module:
+    copy = sharing_copy(model)
+    leave_live(copy, ())
+    return copy
 
 
 def _routed(model: nn.Module) -> list[str]:
