@@ -103,7 +103,7 @@ class Given:
 
 
 def _refuse_noted(values: Mapping[str, Any]) -> None:
-    """A cache that adapters filled: the file would take their virtual tokens for text, and has no input for the note."""
+    """Refuse a cache that adapters filled: the file takes all of it as text, and has no input for their notes."""
     for name, value in values.items():
         if is_cache(value) and notes(value):
             raise SurgeryError(
