@@ -119,7 +119,7 @@ def llama_with_a_prompt() -> tuple[Any, dict[str, Any]]:
 
 
 @pytest.mark.parametrize("how", ["slots", "constant"])
-def test_what_a_rule_notes_on_a_cache_is_not_an_output(how: str, tmp_path: Path) -> None:
+def test_what_a_rule_notes_on_a_cache_is_not_an_output(how: Any, tmp_path: Path) -> None:
     """For a text of padding alone the cache also keeps the text; its layers and the logits are compared as always."""
     model, inputs = llama_with_a_prompt()
     report = export_onnx(model, tmp_path / "m.onnx", inputs, adapters=how)
