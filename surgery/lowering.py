@@ -6,6 +6,8 @@ branch in a woven graph, with the linear layer it is added to, and puts one call
 layer's output itself and adds into it before anybody sees it; its backward adds into the one gradient of the input.
 It takes the plain form wherever the fast one would be wrong or unseen: under torch.compile, torch.export and
 torch.jit.trace (they do their own fusing), autocast, mixed precision, torch.func transforms, and tensor subclasses.
+In a training step that torch.compile traces for the CPU, the plain form is two `mm` calls instead of two `linear`
+calls, because inductor keeps the order of products that autograd chooses.
 """
 
 from __future__ import annotations
@@ -126,9 +128,35 @@ def _plain(x: Tensor, weight: Tensor, bias: Tensor | None, branches: tuple[Branc
         branch = x.to(A.dtype)
         if training and p > 0.0:
             branch = F.dropout(branch, p, True)
-        branch = F.linear(F.linear(branch, A), B)
-        y = same_dtype(y + (branch if scale == 1.0 else branch * scale), y)
+        y = same_dtype(y + _low_rank(branch, A, B, scale), y)
     return y
+
+
+def _low_rank(x: Tensor, A: Tensor, B: Tensor, scale: float) -> Tensor:
+    """linear(linear(x, A), B) * scale."""
+    if not _compiled_training(x, A, B):
+        branch = F.linear(F.linear(x, A), B)
+        return branch if scale == 1.0 else branch * scale
+    # The gradient of a product is ordered by the strides of its factors. With these strides the rank leads in the
+    # gradients, too. The scale goes on B, which is small: no pass over the output or its gradient.
+    up = (B.t() if scale == 1.0 else B.t() * scale).contiguous()
+    return _down(x, A).t().mm(up).reshape(*x.shape[:-1], len(B))
+
+
+def _compiled_training(*tensors: Tensor) -> bool:
+    """Whether torch.compile traces a training step for the CPU, where the order of thin products matters."""
+    if not is_dynamo_compiling() or is_exporting() or not torch.is_grad_enabled():
+        return False
+    from torch.fx.experimental.symbolic_shapes import guard_or_false  # loaded by then
+
+    return all(
+        type(tensor) in _ORDINARY
+        and tensor.device.type == "cpu"
+        and tensor.layout is torch.strided
+        and not tensor.is_nested
+        and guard_or_false(tensor.numel() > 0)  # autograd looks at the strides, which an unknown size leaves open
+        for tensor in tensors
+    )
 
 
 # The layer with its branches as one operation, (x, weight, bias, [A, B, A, B, …], scales), while a model is exported.
@@ -172,6 +200,7 @@ def _trained(x: Tensor, weight: Tensor, bias: Tensor | None, branches: tuple[Bra
 
 _ORDINARY = (Tensor, nn.Parameter)
 is_compiling, is_autocast = torch.compiler.is_compiling, torch._C._is_any_autocast_enabled
+is_dynamo_compiling, is_exporting = torch.compiler.is_dynamo_compiling, torch.compiler.is_exporting
 interpreters = torch._C._functorch.peek_interpreter_stack  # type: ignore[attr-defined]  # torch.func's
 traced = torch._C._get_tracing_state
 

@@ -10,7 +10,9 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from functorch.compile import make_boxed_func
 from torch import Tensor, fx, nn
+from torch._dynamo.backends.common import aot_autograd
 from torch.autograd import forward_ad
 from torch.utils.checkpoint import checkpoint
 
@@ -263,27 +265,94 @@ def test_meta_tensors_and_default_devices() -> None:
 # Transforms and compilers -------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("train", [True, False])
-def test_compiled(train: bool) -> None:
-    layer, x = adapted(dropout=0.3).train(train), torch.randn(4, 12, requires_grad=True)
+def compiled(run: Callable[..., Any], backend: Any = "aot_eager", **options: Any) -> Any:
     torch._dynamo.reset()
-    compiled: Any = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    return torch.compile(run, fullgraph=True, backend=backend, **options)
+
+
+@pytest.mark.parametrize(
+    ("shape", "train"),
+    [("3d", True), ("3d", False), ("1d", False), ("no tokens", False), ("transposed", False), ("slice", False)],
+)
+def test_compiled(shape: str, train: bool) -> None:
+    layer, x = adapted(dropout=0.3).train(train), INPUTS[shape]().requires_grad_()
+    run = compiled(layer)
     # This backend draws its masks from torch's own generator, in the order of the plain form.
-    assert_same(results(layer, compiled, x), results(layer, lambda x: by_hand(layer, x, 0.3), x))
+    assert_same(results(layer, run, x), results(layer, lambda x: by_hand(layer, x, 0.3), x))
     with torch.no_grad():
-        torch.testing.assert_close(compiled.eval()(x), by_hand(layer.eval(), x), **CLOSE)
+        torch.testing.assert_close(run.eval()(x), by_hand(layer.eval(), x), **CLOSE)
 
 
-def test_compilers_see_the_plain_form() -> None:
+@pytest.mark.parametrize("factors", ["float32", "bfloat16"])
+def test_compiled_in_half_precision(factors: str) -> None:
+    layer = adapted(linear(dtype=torch.bfloat16), dtype=factors)
+    x = torch.randn(3, 4, 12, dtype=torch.bfloat16, requires_grad=True)
+    found, expected = results(layer, compiled(layer), x), results(layer, lambda x: by_hand(layer, x), x)
+    for name in expected:
+        # bfloat16 has 8 bits: sums of ten rounded terms of a few units differ by some hundredths.
+        torch.testing.assert_close(found[name], expected[name], rtol=2e-2, atol=1e-1)
+
+
+def test_compiled_under_autocast() -> None:
+    layer, x = adapted(), torch.randn(3, 4, 12)
+    with torch.autocast("cpu", torch.bfloat16):
+        found, expected = compiled(layer)(x), by_hand(layer, x)
+    assert found.dtype == expected.dtype
+    torch.testing.assert_close(found, expected, rtol=2e-2, atol=1e-1)
+
+
+def test_compiled_inside_of_vmap() -> None:
+    layer, x = adapted(), torch.randn(3, 4, 12)
+    mapped = torch.func.vmap(lambda x: layer(x))
+    torch.testing.assert_close(compiled(mapped, "eager")(x), by_hand(layer, x), **CLOSE)
+
+
+def test_compiled_gradients_of_gradients() -> None:
+    layer, x = adapted(), torch.randn(6, 12, requires_grad=True)
+    found = {}
+    for name, run in (("ours", compiled(layer, "eager")), ("plain", lambda x: by_hand(layer, x))):
+        (grad,) = torch.autograd.grad(run(x).square().sum(), x, create_graph=True)
+        (found[name],) = torch.autograd.grad(grad.square().sum(), box(layer).A)
+    torch.testing.assert_close(found["ours"], found["plain"], rtol=1e-4, atol=1e-3)
+
+
+@pytest.mark.parametrize("requires_grad", [True, False])
+def test_compiled_for_an_unknown_number_of_tokens(requires_grad: bool) -> None:
+    layer, x = adapted(), torch.randn(6, 12)
+    torch._dynamo.decorators.mark_unbacked(x, 0)
+    x.requires_grad_(requires_grad)
+    torch.testing.assert_close(compiled(layer)(x), by_hand(layer, x), **CLOSE)
+
+
+def test_compilers_see_plain_products() -> None:
     seen: list[str] = []
 
     def backend(graph: fx.GraphModule, example: list[Tensor]) -> Any:
         seen.append(graph.code)
         return graph
 
-    torch._dynamo.reset()
-    torch.compile(adapted(), fullgraph=True, backend=backend)(torch.randn(4, 12))
-    assert seen[0].count("linear(") == 3 and "addmm" not in seen[0] and "autograd" not in seen[0]
+    layer, x = adapted(), torch.randn(4, 12)
+    with torch.no_grad():
+        compiled(layer, backend)(x)
+    compiled(layer, backend)(x)
+    assert [(code.count("linear("), code.count(".mm(")) for code in seen] == [(3, 0), (1, 2)]
+    assert not any("addmm" in code or "autograd" in code for code in seen)
+
+
+def test_the_rank_leads_in_compiled_gradients() -> None:
+    """A product of many rows and `rank` columns takes several times as long as the same one transposed."""
+    sizes: list[list[int]] = []
+
+    def note(graph: fx.GraphModule, example: list[Tensor]) -> Any:
+        products = graph.graph.find_nodes(op="call_function", target=torch.ops.aten.mm.default)
+        sizes.extend(list(node.meta["val"].shape) for node in products)
+        return make_boxed_func(graph.forward)
+
+    layer, x = adapted(), torch.randn(2, 20, 12, requires_grad=True)
+    results(layer, compiled(layer, aot_autograd(fw_compiler=note, bw_compiler=note)), x)
+    # A xᵀ, then its product with B; backward: B's gradient, what goes back to A, A's gradient, and x's two.
+    thin = [size for size in sizes if 3 in size]
+    assert sorted(thin) == [[3, 10], [3, 12], [3, 40], [3, 40]]
 
 
 @pytest.mark.parametrize("strict", [True, False])
@@ -294,7 +363,8 @@ def test_exported(strict: bool) -> None:
         warnings.simplefilter("ignore")  # torch's own notices about export
         program = torch.export.export(model, (x,), strict=strict)
     assert set(program.state_dict) == set(model.state_dict())
-    assert {str(node.target) for node in program.graph.nodes if node.op == "call_function"} >= {"aten.linear.default"}
+    targets = [str(node.target) for node in program.graph.nodes if node.op == "call_function"]
+    assert targets.count("aten.linear.default") == 3 and "aten.mm.default" not in targets
     torch.testing.assert_close(program.module()(x), model(x), **CLOSE)
 
 
