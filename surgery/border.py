@@ -32,14 +32,18 @@ def elsewhere(structure: Structure, module: nn.Module, graph: fx.Graph, args: tu
     kind, name, more = known[classes]
     if kind == "child":
         return f"target its {name!r}, a {more}, whose own forward has {structure}"
+    whose, target = (f"its {name!r}", "target that module, and ") if name else ("its forward", "")
+    call = f"{whose} takes {more} from a registry and calls it as one operation"
+    if kind == "within":
+        return f"{call}, which has it: {target}go through it with site.find(…, leaves=False)"
     if kind == "function":
-        whose, target = (f"its {name!r}", "target that module, and ") if name else ("its forward", "")
-        call = f"{whose} takes {more} from a registry and calls it as one operation, which may have it"
-        return f"{call}: {target}put a function around that one with site.around"
+        return f"{call}, and it is not in there: {target}put a function around that one with site.around"
     return ""
 
 
-_Found = tuple[str, str, str]  # "child", its path, its class; "function", the path of who calls it, its name
+# "child", its path, its class; "within", the path of who calls a function from a registry that has it, its name;
+# "function", the same where it does not.
+_Found = tuple[str, str, str]
 _Known = weakref.WeakKeyDictionary[fx.Graph, dict[tuple[type, ...], _Found]]
 _known: weakref.WeakKeyDictionary[Structure, _Known] = weakref.WeakKeyDictionary()
 
@@ -55,8 +59,21 @@ def _looked_for(structure: Structure, module: nn.Module, args: tuple, kwargs: di
         assert graph is not None
         if name and structure.find(as_digraph(graph, inner)):
             return "child", name, type(inner).__name__
-        functions += [("function", name, function) for function in _from_registries(graph)]
-    return functions[0] if functions else ("", "", "")
+        for function in _from_registries(graph):
+            within = _is_within(structure, inner, *given)
+            functions.append(("within" if within else "function", name, function))
+    return next((one for one in functions if one[0] == "within"), functions[0] if functions else ("", "", ""))
+
+
+def _is_within(structure: Structure, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> bool:
+    """Whether what the forward takes from registries has it."""
+    try:
+        with torch.no_grad(), evaluating(module):
+            graph = hold(module, own_forward(module, _base_of(module)), args, kwargs, leaves=False).held
+    except SurgeryError:
+        return False
+    assert graph is not None
+    return bool(structure.find(as_digraph(graph, module)))
 
 
 def _base_of(module: nn.Module) -> Any:

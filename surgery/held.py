@@ -21,7 +21,7 @@ from surgery.own import Own
 from surgery.view import view
 from surgery.weave import plain
 
-__all__ = ["Held", "Otherwise", "hold", "held_forwards", "new_held"]
+__all__ = ["Held", "Otherwise", "goes_through", "hold", "held_forwards", "new_held"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -50,24 +50,32 @@ class Otherwise(Exception):
         return f"{self.found!r} is decided instead of {self.expected!r}"
 
 
-def hold(module: nn.Module, own: Own, args: tuple, kwargs: dict[str, Any]) -> Own:
-    """The forward of a module, held as a graph for calls like this one. `TraceError` where it can't be."""
+def hold(module: nn.Module, own: Own, args: tuple, kwargs: dict[str, Any], leaves: bool = True) -> Own:
+    """The forward of a module, held as a graph for calls like this one. `TraceError` where it can't be.
+
+    Without `leaves`, functions that it takes from registries are gone through.
+    """
     bound = own.signature.bind(*args, **kwargs)
     bound.apply_defaults()
     given = tuple(bound.arguments.values())
     kind = kind_of_call(module, given)
-    for found in held_forwards(module, own, kind):
+    for found in held_forwards(module, own, kind, leaves):
         if found.fits(module) and same_settings(module, found.numbers):
             return replace(own, tapes=None, held=found.graph)
-    return replace(own, tapes=None, held=new_held(module, own, given, kind).graph)
+    return replace(own, tapes=None, held=new_held(module, own, given, kind, leaves).graph)
 
 
-def held_forwards(module: nn.Module, own: Own, kind: tuple) -> list[Held]:
+def goes_through(graph: fx.Graph) -> bool:
+    """Whether it holds what functions from registries do, rather than their calls."""
+    return any("registry" in node.meta for node in graph.nodes)
+
+
+def held_forwards(module: nn.Module, own: Own, kind: tuple, leaves: bool = True) -> list[Held]:
     """The graphs known for calls of a kind, of modules like this one."""
-    return _known.setdefault(own.base, {}).setdefault((_likeness(module), kind), [])
+    return _known.setdefault(own.base, {}).setdefault((_likeness(module), kind, leaves), [])
 
 
-def new_held(module: nn.Module, own: Own, given: tuple, kind: tuple) -> Held:
+def new_held(module: nn.Module, own: Own, given: tuple, kind: tuple, leaves: bool = True) -> Held:
     """Trace a module's own forward for a call, in the midst of whatever else is going on."""
     patient = view(module, own.base, {})
     patient.__dict__["_modules"] = {name: child for name, child in module._modules.items() if name != "adapters"}
@@ -79,9 +87,9 @@ def new_held(module: nn.Module, own: Own, given: tuple, kind: tuple) -> Held:
             fix="run the model once on such a call first, in the same mode",
         )
     with _by_itself():
-        graph = traced(patient, args, kwargs)
+        graph = traced(patient, args, kwargs, None, leaves)
     found = _settled(graph, module.training)
-    held_forwards(module, own, kind).append(found)
+    held_forwards(module, own, kind, leaves).append(found)
     return found
 
 

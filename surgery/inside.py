@@ -11,9 +11,12 @@ from torch import Tensor, fx, nn
 from surgery.digraph import as_digraph
 from surgery.errors import SiteError
 from surgery.example import evaluating
-from surgery.held import hold
+from surgery.held import goes_through, hold
 from surgery.own import Own
-from surgery.structure import Found, Structure
+from surgery.passed import Passage, left_out
+from surgery.registries import takes_functions
+from surgery.state import LEFT_OUT, THROUGH
+from surgery.structure import Found, Occurrence, Structure
 from surgery.tape import Tape, Value, ref_of
 from surgery.view import held
 from surgery.weave import plain
@@ -31,7 +34,9 @@ class Inside:
     tape: Tape
     inside: bool
     missed: dict[Structure, str]  # what was looked for in vain, and why it is not there
+    facts: dict[str, Any]
     _nodes: dict[str | int, fx.Node]
+    _passages: list[Passage]
 
     def needed_example(self, why: str) -> tuple[tuple, dict[str, Any]]:
         raise NotImplementedError
@@ -50,14 +55,17 @@ class Inside:
         if self.own.held is None:
             example = self.needed_example("which operations a forward consists of is found by running it once")
             with torch.no_grad(), evaluating(self.module):  # as the example was seen
-                self.own = hold(self.module, self.own, *example)
+                self.own = hold(self.module, self.own, *example, leaves=THROUGH not in self.facts)
         self.inside = True
         assert self.own.held is not None
         self._nodes = {node.name: node for node in self.own.held.nodes}
         return self.own.held
 
-    def find(self, structure: Structure) -> Found:
+    def find(self, structure: Structure, *, leaves: bool = True) -> Found:
         """Where a structure occurs inside the forward; nodes and bindings are values to compute with and to `replace`.
+
+        A function that the forward takes from a registry, as transformers' attentions do, is one operation; with
+        `leaves=False` it is gone through, and what it does can be found and replaced.
 
         >>> import torch
         >>> from torch import nn
@@ -80,12 +88,54 @@ class Inside:
         >>> torch.equal(mlp(x), mlp.down(torch.nn.functional.silu(mlp.up(x)))), torch.allclose(mlp(x, 2.0), 2 * mlp(x))
         (False, True)
 
-        Empty where there is none, with the `reason`. Raises what `graph` raises.
+        Empty where there is none, with the `reason`. What a match passes over (`passed`) and a new value leaves out,
+        such as a dropout, is a `SurgeryWarning`, unless the rule has asked for `passed`: it may put them into the new
+        value by `again`. Raises what `graph` raises; `SiteError` for `leaves=False` after the forward was looked at
+        without, or beside a function that a rule puts around those from registries.
         """
-        found = structure.find(as_digraph(self.graph, self.module))
+        if not leaves:
+            self._go_through()
+        graph = self.graph
+        found = structure.find(as_digraph(graph, self.module))
+        if leaves and goes_through(graph):
+            found = Found(
+                [one for one in found if not any("registry" in node.meta for node in one.nodes)], found.reason
+            )
         if not found:
             self.missed[structure] = found.reason
-        return Found([occurrence.mapped(self._shown) for occurrence in found], found.reason)
+        return Found([self._match(occurrence) for occurrence in found], found.reason)
+
+    def _match(self, found: Occurrence) -> Occurrence:
+        passage = Passage(found.root, found.passed)
+        self._passages.append(passage)
+
+        def asked() -> None:
+            passage.asked = True
+
+        return found.mapped(self._shown, asked)
+
+    def _go_through(self) -> None:
+        """From now on, the graph is one that goes through functions from registries."""
+        if THROUGH in self.facts or not takes_functions(self.module):
+            return
+        if self.own.held is not None:
+            raise SiteError(
+                f"{self.label} looks into functions from registries after it has looked at the forward without them",
+                where=self.path,
+                why="the values that it has are of another graph",
+                fix="pass leaves=False to the first site.find of the rewrite",
+            )
+        self.facts[THROUGH] = True
+
+    def left_out(self) -> list[str]:
+        """What the rewrite leaves out of its matches without having asked; each kind of operation is told once."""
+        told: list[str] = []
+        if self._passages and self.own.held is not None:
+            for kind, text in left_out(self._passages, self.own.held, self.module, self.tape):
+                if kind not in self.facts.setdefault(LEFT_OUT, []):
+                    self.facts[LEFT_OUT].append(kind)
+                    told.append(f"{self.label} at {self.path or 'the model itself'}: {text}; read the match's passed")
+        return told
 
     def at(self, node: fx.Node) -> Tensor:
         """The value of a node of `graph`: what it is at present, edits of earlier rules included."""

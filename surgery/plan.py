@@ -319,6 +319,7 @@ def _add_step(
     except PassedOver:
         plan.passed.append(path)
         return
+    plan.warnings += made.told
     plan.steps.append(Step(rule, path, module, match.aliases, made.own, made.tape, made.specs, made.inside, facts))
 
 

@@ -54,7 +54,7 @@ class Recorder(Reader, TorchFunctionMode):
                 fix="pass example_inputs as a tensor, a tuple of arguments, or a dict of keyword arguments",
             ) from error
         root = self.view_of(self.module)
-        forward = with_leaves(self.base.forward, self.call_function) if self.leaves else self.base.forward
+        forward = with_leaves(self.base.forward, self.call_function if self.leaves else self.go_through)
         try:
             positional, named = self.placeholders(signature, given.arguments, kwargs)
             self.drawn = _outside()
@@ -265,6 +265,14 @@ class Recorder(Reader, TorchFunctionMode):
 
     def call_function(self, function: Any, args: tuple, kwargs: dict) -> Any:
         return self.made("call_function", function, args, kwargs, function)
+
+    def go_through(self, function: Any, args: tuple, kwargs: dict) -> Any:
+        """A function from a registry; the nodes of what it does are marked with its name."""
+        last = next(reversed(self.graph.nodes))
+        value = function(*args, **kwargs)
+        while (last := last.next).op != "root":
+            last.meta["registry"] = function.__name__
+        return value
 
     def call_object(self, owner: Recorded | RecordedList, args: tuple, kwargs: dict) -> Any:
         return self.made("call_function", call_object, (owner, *args), kwargs, call_object, foreign=True)

@@ -10,7 +10,7 @@ from torch import nn
 
 from surgery.base_rule import Rule
 from surgery.border import elsewhere
-from surgery.errors import SiteError
+from surgery.errors import SiteError, SurgeryError
 from surgery.hooks import running
 from surgery.own import Own
 from surgery.site import Example, ParamSpec, Site
@@ -45,12 +45,16 @@ class Step:
 
 
 class Recording(NamedTuple):
-    """A rewrite as a tape, the tensors it asks for, and whether it looks into the forward, held as `own`."""
+    """A rewrite as a tape, the tensors it asks for, and whether it looks into the forward, held as `own`.
+
+    `told`: what it leaves out of its matches without having asked for it, as sentences.
+    """
 
     tape: Tape
     specs: tuple[ParamSpec, ...]
     own: Own
     inside: bool
+    told: tuple[str, ...] = ()
 
 
 class PassedOver(Exception):
@@ -72,8 +76,11 @@ def recorded(
     `facts` are those found when the rule was applied; what it finds anew is put there.
     """
     site = Site(module, path, adapter, rule.label, own, example, owners, facts)
-    with running(rule, "rewrite", path):
-        output = rule.rewrite(site)
+    try:
+        with running(rule, "rewrite", path):
+            output = rule.rewrite(site)
+    except SiteError as error:
+        raise _with_reason(error, site)  # noqa: B904  # it is the same error
     if output is NotImplemented:
         raise PassedOver
     if type(output) is not type(None):
@@ -86,7 +93,8 @@ def recorded(
         site.replace(site.output, output)
     if not site.tape.replaced() and not any(step.kind in ("method", "around") for step in site.tape.steps):
         raise _idle(rule, site)
-    return Recording(site.tape.finished(), tuple(site.specs.values()), site.own, site.inside)
+    told = tuple(site.left_out())
+    return Recording(site.tape.finished(), tuple(site.specs.values()), site.own, site.inside, told)
 
 
 def _idle(rule: Rule, site: Site) -> SiteError:
@@ -94,11 +102,25 @@ def _idle(rule: Rule, site: Site) -> SiteError:
     what, fix = f"{rule.label}.rewrite changes nothing", "return the new output, or use site.replace(old, new)"
     if not site.missed:
         return SiteError(what, where=site.path, fix=fix)
+    why, other = _missed(site)
+    return SiteError(what, where=site.path, why=why, fix=other or "target a module whose own forward has it")
+
+
+def _with_reason(error: SiteError, site: Site) -> SiteError:
+    """The error of a rewrite whose own code fails, such as `site.find(…)[0]`: with the reason why nothing was found."""
+    if site.missed and error.__cause__ is not None and not isinstance(error.__cause__, SurgeryError):
+        why, other = _missed(site)
+        error.why = f"{error.why}; {why}"
+        error.fix = other or error.fix
+    return error
+
+
+def _missed(site: Site) -> tuple[str, str]:
+    """Why what a rewrite looked for is not in the forward, and where it is, or ''."""
     structure, reason = next(iter(site.missed.items()))
     example, graph = site.example, site.own.held
     other = elsewhere(structure, site.module, graph, *example) if example is not None and graph is not None else ""
-    why = f"{structure} is not in {site.base_class.__name__}.forward: {reason}"
-    return SiteError(what, where=site.path, why=why, fix=other or "target a module whose own forward has it")
+    return f"{structure} is not in {site.base_class.__name__}.forward: {reason}", other
 
 
 def layer_of(applied: Applied, module: nn.Module, path: str, own: Own) -> Layer:

@@ -21,6 +21,7 @@ from surgery.inside import Inside
 from surgery.match import RESERVED
 from surgery.own import Own
 from surgery.packed import UNPACKED, is_packed
+from surgery.passed import Passage
 from surgery.registries import takes_functions
 from surgery.starred import FIRST, hidden_first
 from surgery.state import MARK, site_state
@@ -144,6 +145,7 @@ class Site(_Place, Inside):
         self.inside = False  # whether the rule looks into the forward
         self.missed: dict[Structure, str] = {}
         self._nodes: dict[str | int, fx.Node] = {}
+        self._passages: list[Passage] = []
         self.tape = Tape(path or type(module).__name__)
         self.specs: dict[str, ParamSpec] = {}
 

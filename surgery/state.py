@@ -310,6 +310,8 @@ class ModelState:
 
 _MODEL, _SITE = "_surgery_model", "_surgery_site"
 MARK = "mark"  # the fact that is an adapter's own, which copies of it don't share
+THROUGH = "through"  # the fact that a rule looks into functions from registries
+LEFT_OUT = "left out"  # the fact which kinds of operations inside of its matches a rule was told that it leaves out
 
 
 def model_state(model: nn.Module) -> ModelState | None:

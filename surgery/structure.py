@@ -9,7 +9,7 @@ last, by choosing among what fits (`_settled`). Nothing is recursive.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -42,12 +42,21 @@ class Occurrence:
     nodes: tuple[Any, ...]
     bindings: Mapping[str, Any]
     shared: tuple[Any, ...] = ()
-    passed: tuple[Any, ...] = ()
+    between: Callable[[], tuple[Any, ...]] = field(default=tuple, compare=False, repr=False)
 
-    def mapped(self, shown: Callable[[Any], Any]) -> Occurrence:
-        """The same with other things in the place of nodes: values, for rules."""
+    @property
+    def passed(self) -> tuple[Any, ...]:
+        return self.between()
+
+    def mapped(self, shown: Callable[[Any], Any], asked: Callable[[], None] = lambda: None) -> Occurrence:
+        """The same with other things in the place of nodes: values, for rules. `asked` is called for `passed`."""
         bindings = {name: shown(value) for name, value in self.bindings.items()}
-        return Occurrence(shown(self.root), shown(self.nodes), bindings, shown(self.shared), shown(self.passed))
+
+        def between() -> tuple[Any, ...]:
+            asked()
+            return shown(self.passed)
+
+        return Occurrence(shown(self.root), shown(self.nodes), bindings, shown(self.shared), between)
 
 
 class Found(list[Occurrence]):
@@ -173,7 +182,8 @@ def _occurrence(search: Search, bound: dict[int, Any], root: Any, names: list[st
     ordered = sorted((node for node in nodes if not isinstance(node, Implied)), key=search.order.__getitem__)
     shared = tuple(node for node in ordered if node != root and not nodes.issuperset(search.graph.successors(node)))
     bindings = {name: bindings[name] for name in names if name in bindings}
-    return Occurrence(root, tuple(ordered), bindings, shared, tuple(node for node in ordered if node not in named))
+    passed = tuple(node for node in ordered if node not in named)
+    return Occurrence(root, tuple(ordered), bindings, shared, lambda: passed)
 
 
 _STEPS = 300_000  # about a second

@@ -8,6 +8,7 @@ Graphs are shared by modules that are alike, code by sites whose edits are equal
 from __future__ import annotations
 
 import linecache
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -15,13 +16,13 @@ from weakref import WeakValueDictionary
 
 from torch import fx, nn
 
-from surgery.errors import SiteError, TraceError
+from surgery.errors import SiteError, SurgeryWarning, TraceError
 from surgery.held import Held, Otherwise, held_forwards, new_held
 from surgery.install import Recipe, body_of, class_from, signature_source, told
 from surgery.kinds import kind_of_call, predicate_of_kind
 from surgery.own import Own, own_forward, signature_of
 from surgery.recording import PassedOver, layer_of, recorded
-from surgery.state import Applied, SiteState
+from surgery.state import THROUGH, Applied, SiteState
 from surgery.weave import Layer, woven_held
 
 __all__ = ["LIMIT", "function_of", "held_own", "layer_at", "varied", "varied_class"]
@@ -74,8 +75,9 @@ def varied(module: nn.Module, given: tuple) -> Any:
 def _anew(module: nn.Module, state: SiteState, given: tuple) -> Any:
     """Make a variant of a graph that modules like this one have already, or of a new one."""
     own, kind = own_forward(module, state.base), kind_of_call(module, given)
+    leaves = not any(THROUGH in applied.facts for applied in state.live())
     known = [variant.held for variant in state.variants if variant.kind == kind]
-    for held in list(held_forwards(module, own, kind)):
+    for held in list(held_forwards(module, own, kind, leaves)):
         if held.fits(module) and not any(held is other for other in known):
             try:
                 return _run_anew(module, state, own, held, kind, given)
@@ -88,7 +90,7 @@ def _anew(module: nn.Module, state: SiteState, given: tuple) -> Any:
             fix="call it with fewer different sizes (pad to a multiple)",
         )
     try:
-        return _run_anew(module, state, own, new_held(module, own, given, kind), kind, given)
+        return _run_anew(module, state, own, new_held(module, own, given, kind, leaves), kind, given)
     except Otherwise as other:  # the graph is of this very call
         raise TraceError(f"{own.base.__name__}.forward decides by something that changes", where=other.where) from other
 
@@ -141,6 +143,8 @@ def layer_at(applied: Applied, module: nn.Module, state: SiteState, own: Own) ->
             why="the forward does something else in calls of this kind",
             fix="call the model as in the example, or exclude this module",
         )
+    for text in made.told:
+        warnings.warn(text, SurgeryWarning, stacklevel=2)
     return Layer(applied.adapter, applied.rule.label, made.tape, applied.weight)
 
 

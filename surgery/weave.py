@@ -297,6 +297,12 @@ class _Weaver:
         if at is not None:
             self._wrap(at, made)
         elif self.own.held is not None:
+            if any("registry" in node.meta for node in self.own.held.nodes):
+                raise SiteError(
+                    f"{made.origin} can't put a function around those that the forward takes from registries",
+                    why="another rule goes through them (site.find with leaves=False): there is no call to be around",
+                    fix="apply one of the two rules, or put both edits into one rule",
+                )
             for term in [term for term in self.terms if _takes_module(term)]:
                 self._wrap(term, made)
         elif self.call is not None:
@@ -505,8 +511,8 @@ def _in_place(term: _Term) -> bool:
 
 
 def _alone(after: _Term, before: _Term) -> bool:
-    """Whether an output that the rule casts itself needs nothing of the one before, which then is not computed."""
-    if (after.op, after.target) != ("call_method", "to"):
+    """Whether an output that is cast already needs nothing of the one before, which then is not computed."""
+    if (after.op, after.target) != ("call_method", "to") and after.target is not in_dtype:
         return False
     seen: set[int] = set()
     waiting = [after]

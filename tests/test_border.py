@@ -79,7 +79,9 @@ def test_a_softmax_behind_a_registry(bert: Any) -> None:
     model, inputs = bert
     function = f"{model.config._attn_implementation}_attention_forward"
     (one, _) = problems(model, SoftRule("attention.self"), inputs)
-    assert one.fix.startswith(f"its forward takes {function} from a registry") and "site.around" in one.fix
+    eager = model.config._attn_implementation == "eager"
+    way = "which has it: go through it with site.find(…, leaves=False)" if eager else "put a function around that one"
+    assert one.fix.startswith(f"its forward takes {function} from a registry") and way in one.fix
     (one, _) = problems(model, SoftRule("re:.*encoder\\.layer\\.\\d+"), inputs)
     assert one.fix.startswith(f"its 'attention.self' takes {function} from a registry")
     assert "target that module" in one.fix
@@ -117,6 +119,39 @@ def test_the_nearest_miss_is_told() -> None:
     assert "nearest miss, 0 of 1 operations" in one.why and one.fix == "target a module whose own forward has it"
     (one,) = problems(Holds(), SoftRule(Holds), torch.randn(3, 4))
     assert "none of the pattern's operations" in one.why and one.fix == "target a module whose own forward has it"
+
+
+@rule("test-border-first")
+class FirstRule(Rule):
+    unpacks: bool = False
+
+    def rewrite(self, site: Any) -> None:
+        found = site.find(SOFTMAX)
+        (first,) = found if self.unpacks else (found[0],)
+        site.replace(first.root, first.root * 0.5)
+
+
+@pytest.mark.parametrize("unpacks", [False, True])
+def test_a_rewrite_that_fails_for_want_of_a_match_tells_why(unpacks: bool) -> None:
+    (one,) = problems(Nearly(), FirstRule(Nearly, unpacks=unpacks), torch.randn(3, 4))
+    assert one.what == "FirstRule.rewrite fails" and "test_border.py" in one.why
+    assert "softmax(scores, -1) is not in Nearly.forward: nearest miss, 0 of 1 operations" in one.why
+    (one,) = problems(Deep(), FirstRule(Deep, unpacks=unpacks), torch.randn(3, 4))
+    assert one.fix == "target its 'inner', a Softly, whose own forward has softmax(scores, -1)"
+
+
+class Softly(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.softmax(x, -1)
+
+
+class Deep(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = Softly()
+
+    def forward(self, x: Tensor, scale: float = 1.0) -> Tensor:
+        return self.inner(x) * scale
 
 
 def test_many_sites_are_looked_at_once_and_told_together(bert: Any, monkeypatch: pytest.MonkeyPatch) -> None:
