@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Mapping, Sequence
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -13,6 +14,27 @@ from surgery import Combination, Rule, Share
 
 Tensors = Mapping[str, Tensor]
 R = TypeVar("R", bound=Rule)
+
+
+# What all the adapters' rules say, read once for a whole `combine` and not at each site ------------------------
+
+
+@functools.lru_cache(maxsize=4)
+def largest_rank(how: Combination) -> int:
+    """The largest rank that any of the adapters' rules has room for."""
+    rules: Sequence[Any] = how.rules
+    return max(rank for rule in rules for rank in (_room(rule), *(getattr(rule, "rank_pattern", None) or {}).values()))
+
+
+def _room(rule: Any) -> int:
+    return getattr(rule, "max_rank", None) or rule.rank
+
+
+@functools.lru_cache(maxsize=16)
+def all_agree(how: Combination, name: str) -> bool:
+    """Whether a field has one value in all the adapters' rules."""
+    first = getattr(how.rules[0], name)
+    return all(getattr(rule, name) == first for rule in how.rules)
 
 
 # Low rank -----------------------------------------------------------------------------------------------------

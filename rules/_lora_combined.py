@@ -52,8 +52,7 @@ def combined(shares: Sequence[Share], how: Combination) -> tuple[Rule, _combined
 
 
 def _rank(how: Combination, shares: Sequence[Share], rules: Sequence[LoraRule], layouts: Sequence[Layout]) -> int:
-    among = cast("Sequence[LoraRule]", how.rules)
-    largest = max(rank for rule in among for rank in (rule.max_rank or rule.rank, *(rule.rank_pattern or {}).values()))
+    largest = _combined.largest_rank(how)
     if how.method == "svd" and any(rule.dora for rule in rules):  # its ΔW is not of the ranks' sum
         return how.rank or largest
     rank = _combined.rank_of(how, shares, [rule.room_at(shares[0].site.path) for rule in rules], largest)
@@ -65,13 +64,13 @@ def _rank(how: Combination, shares: Sequence[Share], rules: Sequence[LoraRule], 
 
 def _rule(rules: Sequence[LoraRule], how: Combination, rank: int, layout: Layout | str) -> LoraRule:
     """The rule of the result, whose scale is 1."""
-    first, among = rules[0], cast("Sequence[LoraRule]", how.rules)
+    first = rules[0]
     return first.replace(
         rank=rank,
         alpha=rank,
         max_rank=None,
         dropout=0.0 if isinstance(layout, Layout) and layout.weight_space else first.dropout,
-        bias=first.bias if len({rule.bias for rule in among}) == 1 else "none",
+        bias=first.bias if _combined.all_agree(how, "bias") else "none",
         lora_bias=any(rule.lora_bias for rule in rules),
         rslora=False,
         dora=False,
@@ -130,11 +129,14 @@ def united(rules: Mapping[str, LoraRule]) -> Mapping[str, Rule]:
     plain = {"rank": 1, "alpha": 1, "rank_pattern": None, "alpha_pattern": None, "targets": ()}
     plain |= {"exclude": (), "layers": None, "expect": None}
     groups: list[tuple[LoraRule, list[str]]] = []
+    known: dict[int, list[tuple[LoraRule, list[str]]]] = {}  # by hash
     for path, rule in rules.items():
         bare = rule.replace(**plain)
-        paths = next((paths for other, paths in groups if other == bare), None)
+        same = known.setdefault(_hash(bare), [])
+        paths = next((paths for other, paths in same if other == bare), None)
         if paths is None:
-            groups.append((bare, paths := []))
+            same.append((bare, paths := []))
+            groups.append(same[-1])
         paths.append(path)
     found: dict[str, Rule] = {}
     for bare, paths in groups:
@@ -144,6 +146,13 @@ def united(rules: Mapping[str, LoraRule]) -> Mapping[str, Rule]:
         one = bare.replace(rank=rank, alpha=alpha, rank_pattern=rank_pattern, alpha_pattern=alpha_pattern)
         found |= dict.fromkeys(paths, one if len(groups) == 1 else one.alone())
     return {path: found[path] for path in rules}
+
+
+def _hash(rule: Rule) -> int:
+    try:
+        return hash(rule)
+    except TypeError:  # a subclass's field that can't be hashed
+        return 0
 
 
 def _patterns(values: Mapping[str, float]) -> tuple[float, dict[str, float] | None]:

@@ -12,7 +12,7 @@ def first(held: Mapping[str, Any] | None, path: str, default: Any) -> Any:
     """The value of the first pattern that fits the path."""
     if not held:
         return default
-    key = _patterns(tuple(held)).first(path)
+    key = _patterns_of(held).first(path)
     return default if key is None else held[key]
 
 
@@ -23,7 +23,13 @@ def fits(key: str, path: str) -> bool:
 def unused(held: Iterable[str], paths: Sequence[str]) -> list[str]:
     """The patterns that fit none of the paths."""
     named = {ending for path in paths for ending in _endings(path)}
-    return [key for key in held if _text(key)[0] not in named and not any(map(_form(key), paths))]
+    there = set(paths)
+    return [
+        key
+        for key in held
+        if _text(key)[0] not in named
+        and (there.isdisjoint(whole) if (whole := _whole(key)) is not None else not any(map(_form(key), paths)))
+    ]
 
 
 def compiles(pattern: Any) -> bool:
@@ -31,6 +37,20 @@ def compiles(pattern: Any) -> bool:
         return isinstance(pattern, str) and (_text(pattern)[0] is not None or re.compile(pattern) is not None)
     except re.error:
         return False
+
+
+def _patterns_of(held: Mapping[str, Any]) -> _Patterns:
+    """The patterns of a rule's mapping, which does not change. A mapping seen before is found without reading it."""
+    known = _seen.get(id(held))
+    if known is None or known[0] is not held or len(held) != len(known[1].keys):
+        if len(_seen) >= _MOST:
+            _seen.clear()
+        known = _seen[id(held)] = (held, _patterns(tuple(held)))
+    return known[1]
+
+
+_seen: dict[int, tuple[Mapping[str, Any], _Patterns]] = {}  # by id; holds the mapping, so the id stays its own
+_MOST = 32
 
 
 @functools.lru_cache(maxsize=32)
@@ -45,7 +65,12 @@ class _Patterns:
         self.keys = keys
         self.forms: list[tuple[int, Callable[[str], Any]]] = []
         self.names: dict[tuple[int, ...], dict[str, int]] = {}  # by where dots are that stand for any character
+        self.whole: dict[str, int] = {}  # whole paths
         for index, key in enumerate(keys):
+            if (paths := _whole(key)) is not None:
+                for path in paths:
+                    self.whole.setdefault(path, index)
+                continue
             text, dots = _text(key)
             if text is None:
                 self.forms.append((index, _form(key)))
@@ -54,6 +79,7 @@ class _Patterns:
 
     def first(self, path: str) -> str | None:
         found = [next((index for index, form in self.forms if form(path)), len(self.keys))]
+        found.append(self.whole.get(path, len(self.keys)))
         for ending in _endings(path):
             for (size, *dots), named in self.names.items():
                 if size == len(ending):
@@ -62,6 +88,13 @@ class _Patterns:
                         text[dot] = "."
                     found += [named[name]] if (name := "".join(text)) in named else []
         return self.keys[min(found)] if min(found) < len(self.keys) else None
+
+
+def _whole(key: str) -> list[str] | None:
+    """The paths of a pattern that lists whole ones, `^(?:a|b)` with nothing but escaped texts in it; or None."""
+    if not re.fullmatch(r"\^\(\?:(?:\w|\\[^\w|]|\|)*\)", key):
+        return None
+    return [re.sub(r"\\(.)", r"\1", text) for text in key[4:-1].split("|")]
 
 
 def _text(key: str) -> tuple[str | None, list[int]]:

@@ -103,8 +103,7 @@ class AdaLoraRule(Rule):
         if how.method != "cat" and not how.by_matrix:
             raise how.refusal(shares, "sums of its three factors are no sum of their product", "method='cat', or 'svd'")
         rules = [cast(AdaLoraRule, share.rule) for share in shares]
-        most = max(cast(AdaLoraRule, rule).rank for rule in how.rules)
-        rank = _combined.rank_of(how, shares, [rule.rank for rule in rules], most)
+        rank = _combined.rank_of(how, shares, [rule.rank for rule in rules], _combined.largest_rank(how))
         rule = self.replace(rank=rank, alpha=rank, target_r=min(self.target_r, rank))
         ups = [share.params["B"].detach() for share in shares]
         downs = [(share.params["A"] * share.params["E"]).detach() for share in shares]

@@ -148,8 +148,7 @@ class ExpertLoraRule(Rule):
         if how.untouched(shares):
             return self, shares[0].params
         how.agree(shares, "parameters", "rank", "alpha", "rslora", "rank_pattern", "alpha_pattern", "dtype")
-        among = [cast(ExpertLoraRule, rule) for rule in how.rules]
-        most = max(rank for rule in among for rank in (rule.rank, *(rule.rank_pattern or {}).values()))
+        most = _combined.largest_rank(how)
         found, ranks = dict[str, Tensor](), dict[str, int]()
         sizes = [{size[0]: size[2:] for size in cast(ExpertLoraRule, s.rule)._sizes(s.site)} for s in shares]
         for name in dict.fromkeys(name for held in sizes for name in held):

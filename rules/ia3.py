@@ -10,7 +10,7 @@ from typing import Literal, cast
 import torch
 from torch import Tensor, nn
 
-from rules import _complex, _fields, _maps, _swapped
+from rules import _combined, _complex, _fields, _maps, _swapped
 from surgery import Combination, LiveSite, Pattern, Rule, Share, Site, SiteError, rule
 
 
@@ -96,8 +96,7 @@ class IA3Rule(Rule):
         scale = how.sum([share.params["scale"] for share in shares], [share.weight for share in shares])
         # "linear" is PEFT's Σ w s, where an adapter that is absent counts as ones. Σ w ΔW is 1 + Σ w (s − 1).
         scale += how.lacking(shares) if how.method == "linear" else 1 - sum(share.weight for share in shares)
-        alike = all(cast(IA3Rule, rule).feedforward == self.feedforward for rule in how.rules)
-        rule = self if alike else self.replace(feedforward="re:.*" if fed else ())
+        rule = self if _combined.all_agree(how, "feedforward") else self.replace(feedforward="re:.*" if fed else ())
         return rule, {"scale": scale}
 
     def united(self, rules: Mapping[str, Rule]) -> Mapping[str, Rule]:

@@ -18,7 +18,6 @@ from torch import Tensor, nn
 from surgery import files
 from surgery.absent import without_values
 from surgery.base_rule import Rule
-from surgery.collector import collector_waits
 from surgery.complexes import is_number
 from surgery.engine import Given, carry_out
 from surgery.errors import LoadError, RuleError, SurgeryError, SurgeryWarning
@@ -91,7 +90,7 @@ class LoadReport:
 # Saving -------------------------------------------------------------------------------------------------------
 
 
-@neutrally
+@neutrally()
 def save_adapter(
     model: nn.Module,
     folder: str | Path,
@@ -256,8 +255,7 @@ def load_adapter(
     report.assumed = stored.assumed
     problems = [*stored.problems, *([] if trust else map(_distrusted, (rule for rule in stored.rules if rule.imports)))]
     known = [rule for rule in stored.rules if trust or not rule.imports]
-    with collector_waits():
-        plan = make_plan(model, known, adapter, example_inputs, freeze) if known else None
+    plan = make_plan(model, known, adapter, example_inputs, freeze) if known else None
     values: list[tuple[Step, str, Entry]] = []
     if plan is not None:
         problems += plan.problems
@@ -285,8 +283,7 @@ def load_adapter(
     given = _given(plan, values, stored.file) if example_inputs is None else None
     with torch.random.fork_rng(devices=_gpus(plan)):  # the starting values drawn here are overwritten
         try:
-            with collector_waits():
-                carry_out(plan, example_inputs, stacklevel=4, given=given)
+            carry_out(plan, example_inputs, stacklevel=4, given=given)
         except (SurgeryError, Warning):
             raise
         except Exception as error:  # a field of a file may be in range and still be no starting value

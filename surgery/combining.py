@@ -14,8 +14,8 @@ from surgery.asked import asked
 from surgery.base_rule import Rule
 from surgery.blend import Combination, Method, Share, joint_dtype
 from surgery.claims import check_free
-from surgery.collector import collector_waits
 from surgery.complexes import is_number
+from surgery.equal_rules import ByRule
 from surgery.errors import MatchError, PlanError, SiteError, SurgeryError
 from surgery.hooks import running
 from surgery.match import Tree, matches
@@ -96,7 +96,7 @@ def combine(
     for path, module, site in sites(root):
         if site.of(list(how.weights)) and (refused := sharding_of(module)) is not None:
             raise SiteError("adapters can't be combined here", where=path, why=refused[0], fix=refused[1])
-    with collector_waits(), torch.no_grad():
+    with torch.no_grad():
         found = list(_kinds(root, state, how))
         for kind in found:
             kind.combine(how)
@@ -201,12 +201,12 @@ def _kinds(model: nn.Module, state: ModelState, how: Combination) -> Iterator[_K
         paths: dict[str, set[str]] = {}
         for share in shares:
             paths.setdefault(share.adapter, set()).add(share.site.path)
-        rules: list[Rule] = []
-        for rule in (share.rule for share in shares):
-            if not any(rule is other or rule == other for other in rules):
-                rules.append(rule)
-        companion = not any(rule == other for rule in rules for other in listed)
-        yield _Kind(kind, tuple(rules), companion, paths, list(found.values()))
+        distinct, named = ByRule[Rule](), ByRule[bool]()
+        rules = {id(one): one for one in (distinct.get(share.rule, lambda rule=share.rule: rule) for share in shares)}
+        for rule in listed:
+            named.get(rule, lambda: True)
+        companion = not any([named.get(rule, lambda: False) for rule in rules.values()])
+        yield _Kind(kind, tuple(rules.values()), companion, paths, list(found.values()))
 
 
 # The rules of the new adapter ---------------------------------------------------------------------------------
@@ -244,16 +244,16 @@ def _targeted(tree: Tree, kind: _Kind) -> list[Rule]:
     """One kind's rules, united where they can be, in the adapters' own words where these mean the same sites."""
     by_path = {at.path: at.rule for at in kind.at if at.rule is not None}
     first = next(iter(by_path.values()))
-    groups: list[tuple[Rule, list[str]]] = []
+    groups, known = dict[int, tuple[Rule, list[str]]](), ByRule[tuple[Rule, list[str]]]()
     for path, rule in first.united(by_path).items():
         bare = rule.replace(targets=(), exclude=(), layers=None, expect=None)
-        same = next((paths for other, paths in groups if other == bare), None)
-        if same is None:
-            groups.append((bare, same := []))
-        same.append(path)
+        group = known.get(bare, lambda bare=bare: (bare, []))
+        groups[id(group)] = group
+        group[1].append(path)
     made: list[Rule] = []
-    for rule, paths in groups:
-        here = [at for at in kind.at if at.path in set(paths)]
+    for rule, paths in groups.values():
+        chosen = set(paths)
+        here = [at for at in kind.at if at.path in chosen]
         new = _in_words(tree, kind, rule) if len(groups) == 1 else None
         made.append(new or _by_paths(tree, rule, {at.path: at.module for at in here}))
         for at in here:

@@ -15,7 +15,6 @@ from surgery.absent import watch_absent
 from surgery.arguments import rule_problem
 from surgery.base_rule import Rule
 from surgery.claims import check_free
-from surgery.collector import collector_waits
 from surgery.errors import SiteError, SurgeryError, SurgeryWarning
 from surgery.example import call, equal
 from surgery.folding import check_foldable, fold_into, verify_records
@@ -101,14 +100,13 @@ def apply_rules(
 
     All or nothing: raises `SurgeryError` (`PlanError` where several things are wrong) with the model as it was.
     """
-    with collector_waits():
-        plan = make_plan(model, rules, adapter, example_inputs, freeze)
-        plan.warnings += rank_warnings(plan.steps)
-        carry_out(plan, example_inputs, stacklevel=4)
+    plan = make_plan(model, rules, adapter, example_inputs, freeze)
+    plan.warnings += rank_warnings(plan.steps)
+    carry_out(plan, example_inputs, stacklevel=4)
     return model
 
 
-@neutrally
+@neutrally()
 def plan_rules(
     model: nn.Module,
     rules: Iterable[Rule] | Rule,
@@ -127,8 +125,7 @@ def plan_rules(
     rule      site  type    tensors          trainable
     LoraRule     0  Linear  A[2, 8] B[8, 2]         32
     """
-    with collector_waits():
-        plan = make_plan(model, rules, adapter, example_inputs, freeze)
+    plan = make_plan(model, rules, adapter, example_inputs, freeze)
     plan.warnings += rank_warnings(plan.steps)
     return plan
 

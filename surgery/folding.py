@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import torch
@@ -10,7 +11,8 @@ from torch import Tensor, nn
 from surgery import folds
 from surgery.complexes import is_number
 from surgery.errors import MergeError
-from surgery.exact import Change, LowRank, Record, checksum, fold, unfold
+from surgery.exact import Change, LowRank, Record, fold, unfold
+from surgery.folds import checksums_of
 from surgery.journal import Journal
 from surgery.kept import keep_fold
 from surgery.owners import Owners
@@ -55,13 +57,16 @@ def fold_into(module: nn.Module, name: str, change: Change, *, keep: Keep, where
     return fold(tensor, change, keep=keep, where=where, note=keep_fold(journal, tensor))
 
 
-def verify_records(folds: list[tuple[Tensor, Record]], where: str, check: bool = True) -> None:
+def verify_records(folds: Sequence[tuple[Tensor, Record]], where: str | Sequence[str], check: bool = True) -> None:
     """`MergeError` where a tensor no longer holds what its last fold left there, or is packed; touches nothing.
 
-    `check=False`: its bits don't matter.
+    `where`: the module's path, or one for each fold. `check=False`: the tensors' bits don't matter.
     """
-    last: dict[int, tuple[Tensor, Record]] = {id(tensor): (tensor, record) for tensor, record in folds}
-    for tensor, record in last.values():
+    paths = [where] * len(folds) if isinstance(where, str) else where
+    last = {id(tensor): (tensor, record, path) for (tensor, record), path in zip(folds, paths, strict=True)}
+    plain = [tensor for tensor, _, _ in last.values() if type(tensor) in (nn.Parameter, Tensor)] if check else []
+    sums = {id(tensor): found for tensor, found in zip(plain, checksums_of(plain), strict=True)}
+    for tensor, record, where in last.values():
         if is_packed(tensor) and tensor.dtype != record.dtype or type(tensor) not in (nn.Parameter, Tensor):
             raise MergeError(
                 "the base's weight was quantised since a rule folded into it",
@@ -69,7 +74,7 @@ def verify_records(folds: list[tuple[Tensor, Record]], where: str, check: bool =
                 why=f"it is a {type(tensor).__name__} now, and what was folded in can't be taken out of that",
                 fix="load the base anew",
             )
-        if check and checksum(tensor) != record.after:
+        if check and sums[id(tensor)] != record.after:
             raise MergeError(
                 "the base's weight changed since a rule folded into it",
                 where=where,

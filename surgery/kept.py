@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections import Counter
+from collections.abc import Iterable, Sequence
 from functools import partial
 from typing import Any
 
@@ -10,11 +11,12 @@ import torch
 from torch import Tensor, nn
 
 from surgery.exact import Record, checksum, refold, unfold
+from surgery.folds import Unfold, unfold_all
 from surgery.journal import Journal
 from surgery.match import RESERVED
 from surgery.state import ModelState, site_state
 
-__all__ = ["keep_fold", "keep_model", "keep_site", "take_out_fold"]
+__all__ = ["keep_fold", "keep_model", "keep_site", "take_out_fold", "take_out_folds"]
 
 _set_class = object.__setattr__  # nn.Module's own looks for tensors first
 
@@ -65,6 +67,20 @@ def take_out_fold(
         note = partial(_put, weight, record, dict(record.__dict__), weight.data)
         journal.undo(note, None if record.swapped_for == weight.data_ptr() else weight.detach().clone())
     unfold(weight, record, check=check, where=where, verified=verified)
+
+
+def take_out_folds(journal: Journal, taken: Sequence[tuple[Tensor, Record, str]], *, check: bool = True) -> None:
+    """`take_out_fold` of each in its order, with `verified=check`; of small weights many at once."""
+    alone, together = list[tuple[Tensor, Record, str]](), list[Unfold]()
+    shared = Counter(weight.data_ptr() for weight, _, _ in taken) if check else Counter[int]()
+    for weight, record, where in taken:
+        if check and record.kind == "record" and shared[weight.data_ptr()] == 1:
+            together.append(Unfold(weight, record, where, partial(journal.undo, refold, weight, record)))
+        else:
+            alone.append((weight, record, where))
+    for weight, record, where in alone:
+        take_out_fold(journal, weight, record, check=check, where=where, verified=check)
+    unfold_all(together)
 
 
 def _put(weight: Tensor, record: Record, was: dict[str, Any], memory: Tensor, bits: Tensor | None) -> None:

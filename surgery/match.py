@@ -12,7 +12,7 @@ from torch import fx, nn
 
 from surgery.base_rule import Rule
 from surgery.errors import MatchError, near_misses
-from surgery.paths import endings
+from surgery.paths import endings, spelled
 from surgery.pattern import Candidate, Pattern, Targets, Verdict, as_pattern
 from surgery.type_names import type_hint
 from surgery.wrapped import inner_of, unwrapped
@@ -97,7 +97,9 @@ class Tree:
             )
         found: set[str] = set()
         for target in listed:
-            if target.startswith("re:"):
+            if target.startswith("re:") and (listed_paths := spelled(target[3:])) is not None:
+                found.update([path for path in listed_paths if path and path in self.modules])
+            elif target.startswith("re:"):
                 fits = re.compile(target[3:]).fullmatch
                 found.update([path for path in self.modules if path and fits(path)])
             else:

@@ -19,7 +19,7 @@ from surgery.folding import Keep, SiteFolding, check_foldable, fold_together, ve
 from surgery.hooks import running
 from surgery.install import reason_against
 from surgery.journal import Journal
-from surgery.kept import keep_site, take_out_fold
+from surgery.kept import keep_site, take_out_folds
 from surgery.living import install_live
 from surgery.neutral import verb
 from surgery.own import own_forward
@@ -157,14 +157,13 @@ def unmerged(model: M, check: bool = True) -> M:
             why = f"{refused[0]}; what the merge folded in was noted of whole ones"
             fix = "unmerge(model) before sharding, or forget(model) to keep the weights as they are"
             raise MergeError("the site can't be unmerged", where=path, why=why, fix=fix)
-        verify_records([(tensor_at(module, name), record) for name, record in _merged(site).folds], path, check)
+    folds = [(tensor_at(module, name), r, path) for path, module, site in found for name, r in _merged(site).folds]
+    verify_records([(tensor, record) for tensor, record, _ in folds], [path for *_, path in folds], check)
     with torch.no_grad(), Journal() as journal:
-        for path, module, site in found:
+        take_out_folds(journal, folds[::-1], check=check)
+        for _, module, site in found:
             keep_site(journal, module)
             merged = _merged(site)
-            for name, record in reversed(merged.folds):
-                tensor = tensor_at(module, name)
-                take_out_fold(journal, tensor, record, check=check, where=path, verified=check)
             for name, parameter in merged.tied.items():
                 held_by = _owner(module, name)._parameters
                 journal.keep(held_by)

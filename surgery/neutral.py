@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any, NamedTuple, TypeVar
 
 import torch
@@ -17,6 +17,7 @@ from torch import nn
 from torch.overrides import _get_current_function_mode_stack
 from torch.utils._device import DeviceContext
 
+from surgery.collector import collector_waits
 from surgery.errors import SurgeryError
 from surgery.journal import Journal
 
@@ -26,25 +27,34 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 
 def verb(function: F) -> F:
-    """A public function that changes a model: all of it or nothing, and the same whatever is around the call."""
+    """A public function that changes a model: all of it or nothing, and the same whatever is around the call.
+
+    Python's garbage collector waits meanwhile: a verb makes many objects that stay, and its notes of how to undo them.
+    """
 
     @functools.wraps(function)
     def run(*args: Any, **kwargs: Any) -> Any:
-        with neutral(args[0] if args else None), Journal():
+        with neutral(args[0] if args else None), collector_waits(), Journal():
             return function(*args, **kwargs)
 
     return run  # type: ignore[return-value]
 
 
-def neutrally(function: F) -> F:
-    """A public function that changes no model, and does the same whatever is around the call."""
+def neutrally(*, collects: bool = False) -> Callable[[F], F]:
+    """A public function that changes no model, and does the same whatever is around the call.
 
-    @functools.wraps(function)
-    def run(*args: Any, **kwargs: Any) -> Any:
-        with neutral(args[0] if args else None):
-            return function(*args, **kwargs)
+    `collects`: Python's garbage collector does not wait meanwhile, for a function that runs long and leaves cycles.
+    """
 
-    return run  # type: ignore[return-value]
+    def decorate(function: F) -> F:
+        @functools.wraps(function)
+        def run(*args: Any, **kwargs: Any) -> Any:
+            with neutral(args[0] if args else None), nullcontext() if collects else collector_waits():
+                return function(*args, **kwargs)
+
+        return run  # type: ignore[return-value]
+
+    return decorate
 
 
 class _Around(NamedTuple):

@@ -6,7 +6,7 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
-__all__ = ["chosen", "endings", "patterned"]
+__all__ = ["chosen", "endings", "patterned", "spelled"]
 
 
 def endings(path: str) -> Iterator[str]:
@@ -47,9 +47,21 @@ def patterned(patterns: Mapping[str, Any] | None, path: str, default: Any) -> An
     return next((v for key, v in (patterns or {}).items() if re.match(rf"(.*\.)?({key})$", path)), default)
 
 
+def spelled(expression: str) -> frozenset[str] | None:
+    """The texts that an expression of escaped texts and `|` lists; None for any other expression.
+
+    Looking a path up in a set costs the same for three texts and for thousands; the expression tries each in turn.
+    """
+    if not re.fullmatch(r"(?:\w|\\[^\w|]|\|)*", expression):
+        return None
+    return frozenset(re.sub(r"\\(.)", r"\1", text, flags=re.DOTALL) for text in expression.split("|"))
+
+
 def _asking(targets: str | Sequence[str]) -> Callable[[str], bool]:
     """Whether a path is meant: by a regular expression, or by names that are its endings."""
     if isinstance(targets, str):
+        if (listed := spelled(targets)) is not None:
+            return listed.__contains__
         form = re.compile(targets)
         return lambda path: form.fullmatch(path) is not None
     names = paths_of(targets)

@@ -11,7 +11,6 @@ from torch import Tensor, nn
 from surgery import hf
 from surgery.base_rule import Rule
 from surgery.clash import clashes
-from surgery.collector import collector_waits
 from surgery.errors import PlanError, SiteError, SurgeryError
 from surgery.install import reason_against
 from surgery.journal import Journal
@@ -61,7 +60,7 @@ def put(
     """
     state = require_state(model)
     standing = Standing(live=False, freezes=any(state.standing[name].freezes for name in sources))
-    with Journal() as journal, collector_waits():
+    with Journal() as journal:
         steps, places, tied = list[Step](), dict[int, tuple[nn.Module, list[Applied]]](), dict[Any, Tensor]()
         for one in placed:
             site = site_state(one.module)

@@ -69,7 +69,7 @@ class ExportReport:
 
 
 @in_turn
-@neutrally
+@neutrally(collects=True)
 def export_onnx(
     model: nn.Module,
     path: str | Path,

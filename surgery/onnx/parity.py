@@ -53,7 +53,7 @@ class Reference:
 
 
 @in_turn
-@neutrally
+@neutrally(collects=True)
 def verify_onnx(
     path: str | Path,
     model: nn.Module,

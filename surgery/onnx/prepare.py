@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from surgery.activation import active
 from surgery.base_rule import Rule
+from surgery.collector import collector_waits
 from surgery.errors import SurgeryError, listed
 from surgery.merging import merge
 from surgery.onnx.copies import leave_live, sharing_copy
@@ -86,6 +87,7 @@ class Prepared:
         return found
 
 
+@collector_waits()
 def _merged(model: nn.Module, given: Given, names: Any, how: Settings) -> Prepared:
     """With the live adapters in its weights (or those of `names`)."""
     copy = sharing_copy(model, folding=True)
@@ -120,6 +122,7 @@ def _fold(copy: nn.Module, wanted: Sequence[str]) -> None:
         merge(copy, wanted, untie=True)
 
 
+@collector_waits()
 def _constant(model: nn.Module, given: Given, names: Any, how: Settings) -> Prepared:
     """With the live adapters as they are (or those of `names`), their tensors as initialisers of the graph."""
     if model_state(model) is None:
@@ -134,6 +137,7 @@ def _constant(model: nn.Module, given: Given, names: Any, how: Settings) -> Prep
     return Prepared(copy, lifted, {one.name: one.tensor for one in lifted}, found, rules)
 
 
+@collector_waits()
 def _slots(model: nn.Module, given: Given, names: Any, how: Settings) -> Prepared:
     """With slots in the place of all adapters (or those of `names`)."""
     if model_state(model) is None:
