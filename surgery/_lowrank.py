@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import threading
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -121,7 +121,8 @@ class LowRank:
         return gain.expand(weight.shape), inverse.expand(weight.shape)
 
     def _tensors(self) -> dict[str, Tensor]:
-        return {f.name: v for f in fields(self) if isinstance(v := getattr(self, f.name), Tensor)}
+        held = {"B": self.B, "A": self.A, "scale": self.scale, "gain": self.gain}
+        return {name: value for name, value in held.items() if isinstance(value, Tensor)}
 
 
 class Product:

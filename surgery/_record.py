@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import zlib
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any, Literal
@@ -76,6 +77,24 @@ class Corrections:
             found.close()
         return found
 
+    @staticmethod
+    def of_many(positions: np.ndarray, values: np.ndarray, bounds: Sequence[int], size: int) -> list[Corrections]:
+        """Those of many small weights with `size` entries each: weight k has the ones from `bounds[k]` to the next.
+
+        `positions` count on from weight to weight.
+        """
+        found = [Corrections() for _ in bounds[1:]]
+        few = [k for k in range(len(found)) if 0 < bounds[k + 1] - bounds[k] <= _FEW]
+        if few:
+            chosen = [(bounds[k], bounds[k + 1], k * size) for k in few]
+            for k, chunk in zip(few, _pack_few(positions, values, chosen), strict=True):
+                found[k].chunks.append(chunk)
+                found[k].nbytes = 8 + len(chunk[-1])
+        for k in set(range(len(found))).difference(few):
+            start, end = bounds[k], bounds[k + 1]
+            found[k] = Corrections.of(positions[start:end] - k * size, values[start:end])
+        return found
+
     def add(self, start: int, want: Tensor, got: Tensor) -> None:
         """Take what differs between two flat tensors of bits, the first entry at flat position `start`."""
         if want.device.type == "cpu":  # numpy finds them four times as fast as torch
@@ -136,6 +155,42 @@ def _pack(positions: np.ndarray, values: np.ndarray) -> _Chunk:
         return base, tuple(header), len(rest), rest
     coder = zlib.compressobj(1, zlib.DEFLATED, 15, 8, zlib.Z_RLE)
     return base, tuple(header), len(plain), b"".join([plain, *map(coder.compress, planes), coder.flush()])
+
+
+def _pack_few(positions: np.ndarray, values: np.ndarray, chosen: Sequence[tuple[int, int, int]]) -> list[_Chunk]:
+    """`_pack` of many slices, none of them compressed: (start, end, what to subtract from its positions) of each."""
+    sizes = np.abs(values)
+    larger = np.flatnonzero(sizes != 1)
+    starts = np.array([start for start, *_ in chosen])
+    inner = np.searchsorted(larger, [[start, end] for start, end, _ in chosen]).tolist()
+    with_larger = [(start, first) for (start, *_), (first, last) in zip(chosen, inner, strict=True) if first < last]
+    gaps, inner_gaps = _gaps(positions, 0), _gaps(larger, 0)
+    gaps[starts] = 0
+    if with_larger:
+        begins, firsts = np.array(with_larger).T
+        inner_gaps[firsts] = larger[firsts] - begins
+    first, *others = (_Planes(one) for one in (gaps << 1 | (values < 0), inner_gaps, sizes[larger].astype(np.int64)))
+    found: list[_Chunk] = []
+    for (start, end, offset), (low, high) in zip(chosen, inner, strict=True):
+        parts = [first.part(start, end), *(one.part(low, high) for one in others)]
+        packed = b"".join([plane for _, planes in parts for plane in planes])
+        header = tuple([(length, len(planes)) for length, planes in parts])
+        found.append((int(positions[start]) - offset, header, len(packed), packed))
+    return found
+
+
+class _Planes:
+    """The bytes of whole numbers, lowest first: of each slice as many as its largest number needs."""
+
+    def __init__(self, stream: np.ndarray):
+        top = int(stream.view(np.uint64).max()) if len(stream) else 0
+        self.planes = [(stream >> 8 * k).astype(np.uint8).tobytes() for k in range((top.bit_length() + 7) // 8)]
+
+    def part(self, start: int, end: int) -> tuple[int, list[bytes]]:
+        planes = [plane[start:end] for plane in self.planes]
+        while planes and not any(planes[-1]):
+            planes.pop()
+        return end - start, planes
 
 
 def _unpack(base: int, header: tuple[tuple[int, int], ...], plain: int, packed: bytes) -> tuple[np.ndarray, np.ndarray]:

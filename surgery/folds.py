@@ -138,9 +138,7 @@ def _together(folds: Sequence[Fold]) -> Sequence[Record | None]:
     bounds = np.searchsorted(positions, np.arange(len(folds) + 1) * size).tolist()
     before, after = checksums(old), checksums(new)
     records, written = none, list[int]()
-    for index in range(len(folds)):
-        start, end = bounds[index], bounds[index + 1]
-        corrections = Corrections.of(positions[start:end] - index * size, values[start:end])
+    for index, corrections in enumerate(Corrections.of_many(positions, values, bounds, size)):
         if corrections.nbytes > budget:
             records[index] = fold_copy(folds[index].weight, rows[index].clone(), folds[index].note)
         else:

@@ -226,10 +226,11 @@ def _check_finite(
 def _changes(module: nn.Module, site: SiteState, chosen: list[Applied], folding: SiteFolding) -> Any:
     # As in the graph: a rule that puts another parameter in the base's place acts before those that add to its output,
     # and one that changes the input acts on all of them, the last to come first.
-    own = own_forward(module, site.base)
+    own = own_forward(module, site.base) if len(chosen) > 1 else None  # one rule alone needs no order
     replacing, adding, on_input = [], [], []
     for applied in chosen:
-        kinds = {ref.kind for ref in layer_of(applied, module, site.path, own).tape.replaced()}
+        replaced = layer_of(applied, module, site.path, own).tape.replaced() if own is not None else ()
+        kinds = {ref.kind for ref in replaced} or {"output"}
         (replacing if kinds <= {"state"} else on_input if kinds == {"input"} else adding).append(applied)
     for index, applied in enumerate(replacing + adding + on_input[::-1]):
         if index == len(replacing):

@@ -16,7 +16,7 @@ def sharding_of(module: nn.Module) -> tuple[str, str] | None:
     """Why a module's own parameters are not whole here (why, what to do), or None."""
     if any(type(tensor) is not nn.Parameter and hasattr(tensor, "device_mesh") for tensor in _own(module)):
         why, name = "its parameters are sharded (DTensor)", "fully_shard"
-    elif any(map(is_flattened, _own(module))) or any(_is_flat_view(value) for value in module.__dict__.values()):
+    elif any(map(is_flattened, _own(module))) or any([_is_flat_view(value) for value in module.__dict__.values()]):
         why, name = "its parameters are parts of a flat one that is sharded (FSDP)", "FSDP, which needs use_orig_params"
     else:
         return None
