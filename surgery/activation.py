@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from surgery.base_rule import Rule
 from surgery.claims import check_free, claimed
+from surgery.collector import collector_waits
 from surgery.errors import SurgeryError, listed
 from surgery.journal import Journal, surely
 from surgery.match import base_modules
@@ -190,7 +191,7 @@ def using(model: nn.Module, adapter: str | Sequence[str] | None, weights: Weight
         before, resting = weights_now(state), state.resting
         check_none_merged(state)
         try:
-            with neutral(root), Journal() as journal:
+            with neutral(root), collector_waits(), Journal() as journal:
                 switch(root, live)
                 journal.attribute(state, "resting")
                 state.resting = dict(before or resting)
@@ -203,7 +204,7 @@ def _put_back(model: nn.Module, before: Mapping[str, float], resting: Mapping[st
     """Those adapters are live again that were before a block, as far as they are still there."""
     state = model_state(model)
     if state is not None:  # else the last one was removed inside
-        with neutral(model), Journal() as journal:
+        with neutral(model), collector_waits(), Journal() as journal:
             switch(model, {name: weight for name, weight in before.items() if name in state.adapters})
             journal.attribute(state, "resting")
             state.resting = {name: weight for name, weight in resting.items() if name in state.adapters}

@@ -56,8 +56,9 @@ def forget(model: M) -> M:
         raise SurgeryError("nothing is merged", fix="merge(model) first; remove(model) takes adapters off unmerged")
     merged = {name for _, _, site in found for name in _names(site)}
     names = [name for name in state.adapters if name in merged]
-    for path, _, site in found:
-        _check(path, site)
+    changing = {name for name, standing in state.standing.items() if standing.in_base and name not in merged}
+    for path, _, site in found if changing else ():
+        _check(path, site, changing)
     untied = [
         (module.get_parameter(name), before)
         for _, module, site in found
@@ -110,11 +111,11 @@ def _names(site: SiteState) -> tuple[str, ...]:
     return site.merged.adapters if site.merged is not None else ()
 
 
-def _check(path: str, site: SiteState) -> None:
+def _check(path: str, site: SiteState, changing: set[str]) -> None:
     assert site.merged is not None
     folded = {name for name, _ in site.merged.folds}
-    for applied in [applied for applied in site.applied if applied.changed]:
-        if applied.adapter not in site.merged.adapters and folded & {name for name, _ in applied.changed}:
+    for _, applied in site.of(changing):
+        if folded & {name for name, _ in applied.changed}:
             raise MergeError(
                 f"the merge of {', '.join(site.merged.adapters)} can't be final",
                 where=path,

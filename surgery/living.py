@@ -34,11 +34,13 @@ class Woven:
         return _known.setdefault((kind, layers, own and own.key), Woven(kind, layers, own))
 
 
-def install_live(module: nn.Module, journal: Journal | None, own: Own | None = None) -> None:
-    """Give a site the class of the rules that are live on it; its own class where none is."""
+def install_live(
+    module: nn.Module, journal: Journal | None, own: Own | None = None, live: list[Applied] | None = None
+) -> None:
+    """Give a site the class of the rules that are live on it (`live`, where they are known); its own where none is."""
     state = site_state(module)
     assert state is not None
-    _install(module, state, class_of_live(module, state, own), journal)
+    _install(module, state, class_of_live(module, state, own, live), journal)
 
 
 def class_of_live(

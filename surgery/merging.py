@@ -119,6 +119,8 @@ def merge(
         with Journal() as journal:
             for path, module, site in found:
                 _merge_site(owners, path, module, site, names, at[id(module)], keep, untie, journal, waiting)
+                staying = [one for one in beside[id(module)] if one.live and one.adapter not in names]
+                install_live(module, journal, live=staying)
             fold_together(waiting)
             if any(_merged(site).tied for _, _, site in found):
                 journal.keep(state.__dict__)
@@ -159,6 +161,7 @@ def unmerged(model: M, check: bool = True) -> M:
             raise MergeError("the site can't be unmerged", where=path, why=why, fix=fix)
     folds = [(tensor_at(module, name), r, path) for path, module, site in found for name, r in _merged(site).folds]
     verify_records([(tensor, record) for tensor, record, _ in folds], [path for *_, path in folds], check)
+    live = state.rules_at([name for name, standing in state.standing.items() if standing.live])
     with torch.no_grad(), Journal() as journal:
         take_out_folds(journal, folds[::-1], check=check)
         for _, module, site in found:
@@ -169,7 +172,7 @@ def unmerged(model: M, check: bool = True) -> M:
                 journal.keep(held_by)
                 held_by[name.rpartition(".")[2]] = parameter
             site.merged = None
-            install_live(module, journal)
+            install_live(module, journal, live=live.get(id(module)))
         journal.keep(state.__dict__)
         retie(root, state.untied, journal)
         state.untied = Untied()
@@ -202,7 +205,6 @@ def _merge_site(
             folding.add(name, change)
     merged.folds = folding.finish_with(waiting)
     site.merged = merged
-    install_live(module, journal)
 
 
 def _check_finite(

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from surgery import claims
+from surgery.collector import collector_waits
 from surgery.errors import SurgeryError
 from surgery.here import here
 from surgery.install import recipe_of, swap
@@ -73,7 +74,8 @@ def route(model: nn.Module, adapters: Sequence[str | None], *, check: bool = Tru
     if any(one.model is model for one in here.routings):
         raise SurgeryError("a block of route(model, …) is open in this thread", fix="leave it first")
     with claims.routing(model):
-        routing = _Routing(model, state, adapters, check)
+        with collector_waits():
+            routing = _Routing(model, state, adapters, check)
         with _installed(routing):
             before = here.plans
             here.routings = (*here.routings, routing)
@@ -241,13 +243,13 @@ _TEXTS = ("input_ids", "inputs_embeds", "pixel_values", "input_features", "input
 def _installed(routing: _Routing) -> Iterator[None]:
     """Sites have a class that asks for plans, as long as one block needs it; adapters of the rows may train."""
     model = routing.model
-    with _lock, neutral(model), Journal() as journal:
+    with _lock, neutral(model), collector_waits(), Journal() as journal:
         shared = _models.get(model) or _Shared()
         shared.enter(routing, journal)
     try:
         yield
     finally:
-        with _lock:
+        with _lock, collector_waits():
             surely(shared.leave, routing)
 
 

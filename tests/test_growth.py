@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import ast
 import gc
+import math
 import pickle
+import re
 import sys
 import zlib
 from collections.abc import Callable, Iterator
@@ -17,11 +20,12 @@ from torch import nn
 
 import rules
 import surgery
-from rules import LoraRule
-from surgery import LowRank, MergeError, PlanError, apply_rules, merge, unmerge
-from surgery._record import _pack, _unpack
-from surgery.exact import fold, unfold
-from surgery.folds import Fold, fold_all
+from rules import LoraRule, _combined, _paths
+from surgery import Combination, LowRank, MergeError, PlanError, apply_rules, merge, unmerge
+from surgery._record import Corrections, _pack, _unpack
+from surgery.exact import checksum, fold, unfold
+from surgery.folds import Fold, Unfold, checksums_of, fold_all, unfold_all
+from surgery.paths import spelled
 from surgery.state import site_state
 from surgery.testing import Snapshot
 from tests.benchmarks import verbs
@@ -75,6 +79,9 @@ def test_work_is_in_proportion_to_the_layers(by_layers: Counts) -> None:
     slopes = {verb: (at[8] - at[4]) / (2 * (at[4] - at[2])) for verb, at in by_layers.items()}
     assert min(slopes.values()) > 0.5, slopes
     assert not {verb: round(slope, 3) for verb, slope in slopes.items() if slope > 1.1}
+    # What is done once for each pair of layers is a small part of so few, and most of the work of hundreds.
+    for_pairs = {verb: ((at[8] - at[4]) / 4 - (at[4] - at[2]) / 2) / 6 for verb, at in by_layers.items()}
+    assert not {verb: round(lines, 2) for verb, lines in for_pairs.items() if lines > 1}
 
 
 def test_idle_adapters_are_passed_over(tmp_path: Path) -> None:
@@ -82,6 +89,114 @@ def test_idle_adapters_are_passed_over(tmp_path: Path) -> None:
     found = counted(lambda adapters: verbs.made(2, adapters), [4, 10], tmp_path)
     slopes = {verb: (at[10] - at[4]) / 6 for verb, at in found.items() if verb not in verbs.WHOLE}
     assert not {verb: slope for verb, slope in slopes.items() if slope > 3 * 14}
+
+
+# What a count of lines does not see: the collector, and single operations on all of something ------------------
+
+
+def test_the_collector_waits_during_verbs(tmp_path: Path) -> None:
+    """Its full passes go through all objects there are, so their number must not grow with the work of a verb."""
+    model, passes = verbs.made(4, 2), list[int]()
+    found, threshold = dict[str, int](), gc.get_threshold()
+
+    def noted(phase: str, info: dict[str, int]) -> None:
+        passes.append(info["generation"])
+
+    try:
+        for verb, work in verbs.steps(model, tmp_path):
+            gc.collect()
+            passes.clear()
+            gc.callbacks.append(noted)
+            gc.set_threshold(50)
+            work()
+            gc.callbacks.remove(noted)
+            gc.set_threshold(*threshold)
+            found[verb] = len(passes) // 2
+    finally:
+        gc.callbacks[:] = [callback for callback in gc.callbacks if callback is not noted]
+        gc.set_threshold(*threshold)
+    left = {"", "explain", "summary", "adapters", "adapter_state_dict", "base_state_dict", *TORCHS}
+    assert gc.isenabled() and found["unpickle"] > 4  # that of torch's own work is seen
+    assert not {verb: count for verb, count in found.items() if verb not in left and count > 4}
+
+
+TORCHS = ("torch: state_dict", "deepcopy", "pickle", "unpickle")
+
+
+class Counting(dict):
+    """A mapping that counts how often all of it is read."""
+
+    reads = 0
+
+    def __iter__(self) -> Iterator[Any]:
+        self.reads += 1
+        return super().__iter__()
+
+    def values(self) -> Any:
+        self.reads += 1
+        return super().values()
+
+
+def test_patterns_are_read_once_for_all_sites() -> None:
+    held = Counting({rf"layers\.{index}\.q": index for index in range(20)})
+    assert [_paths.first(held, f"layers.{index}.q", None) for index in range(20)] == list(range(20))
+    assert held.reads == 1
+    held["v"] = 3  # a mapping that grew is read anew
+    assert _paths.first(held, "layers.0.v", None) == 3 and held.reads == 2
+
+
+def test_all_rules_are_read_once_for_all_sites_of_a_combination() -> None:
+    held = Counting({"q": 4})
+
+    class One(tuple[Any, ...]):
+        rank, max_rank, rank_pattern, bias = 2, None, held, "none"
+
+    how = Combination("linear", {"a": 1.0}, rules=(One(), One()))  # type: ignore[arg-type]
+    assert [_combined.largest_rank(how) for _ in range(5)] == [4] * 5 and held.reads == 2
+    assert _combined.all_agree(how, "bias")
+
+
+@pytest.mark.parametrize(
+    ("expression", "texts"),
+    [
+        (r"a\.b|c\-d|e_1", {"a.b", "c-d", "e_1"}),
+        ("a", {"a"}),
+        ("a.b", None),
+        (r"\d|a", None),
+        (r"a\|b", None),
+        ("(a)", None),
+    ],
+)
+def test_expressions_that_list_paths_are_looked_up(expression: str, texts: set[str] | None) -> None:
+    assert spelled(expression) == texts
+    for text in texts or ():
+        assert re.fullmatch(expression, text)
+
+
+def test_patterns_of_whole_paths_are_looked_up() -> None:
+    keys = (r"^(?:a\.b|c)", "b", r"x.*\.c", r"^(?:a.b)")
+    for path in ("a.b", "x.a.b", "c", "x.c", "a_b", "q"):
+        expected = next((key for key in keys if _paths.fits(key, path)), None)
+        assert _paths.first(dict(zip(keys, keys, strict=True)), path, None) == expected
+    assert _paths.unused(keys, ["a.b"]) == [r"x.*\.c"] and _paths.unused(keys, ["b"]) == [keys[0], *keys[2:]]
+
+
+def test_no_container_is_made_anew_for_each_element() -> None:
+    """`x in set(names)` as the condition of a comprehension goes through all names for each x."""
+    found = []
+    for path in (file for folder in OURS for file in Path(folder).rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            for test in (test for part in getattr(node, "generators", ()) for test in part.ifs):
+                compared = [one for one in ast.walk(test) if isinstance(one, ast.Compare)]
+                sought = (value for one in compared if isinstance(one.ops[0], IN) for value in one.comparators)
+                calls = [value.func for value in sought if isinstance(value, ast.Call)]
+                if any(isinstance(function, ast.Name) and function.id in CONTAINERS for function in calls):
+                    found.append(f"{path.name}:{test.lineno}")
+    assert not found
+
+
+IN = (ast.In, ast.NotIn)
+CONTAINERS = {"set", "frozenset", "list", "tuple", "dict", "sorted"}
 
 
 # What one map of a model's parameters has to know ---------------------------------------------------------------
@@ -156,6 +271,52 @@ def test_folds_of_many_weights_have_the_bits_of_each_alone(
 
 def equal_bits(one: torch.Tensor, other: torch.Tensor) -> bool:
     return torch.equal(one.contiguous().view(torch.uint8), other.contiguous().view(torch.uint8))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+@pytest.mark.parametrize("shape", [(24, 40), (8, 8), (6, 3, 5), (100, 160)])
+def test_many_weights_are_unfolded_to_their_bits(dtype: torch.dtype, shape: tuple[int, ...]) -> None:
+    """Those of one kind together, those that were copied, have NaN, share memory or changed alone."""
+    weights = [torch.randn(shape).to(dtype) for _ in range(7)]
+    weights[2].flatten()[1] = float("nan")
+    before = [weight.clone() for weight in weights]
+    rank = 2 if math.prod(shape) > 200 else 8  # the factors of the second are larger than the weight
+    sizes = (0.01, 0.1, 0.1, 1.0, 30.0, 0.0, 0.1)
+    changes = [
+        LowRank(torch.randn(shape[0], rank) * size, torch.randn(rank, math.prod(shape[1:])), 0.7) for size in sizes
+    ]
+    records = [fold(weight, change) for weight, change in zip(weights, changes, strict=True)]
+    assert checksums_of(weights) == [checksum(weight) for weight in weights] == [record.after for record in records]
+    written: list[int] = []
+    notes = [lambda index=index: written.append(index) for index in range(7)]
+    again = [Unfold(weight, record, "here", note) for weight, record, note in zip(weights, records, notes, strict=True)]
+    unfold_all(again)
+    assert all(map(equal_bits, weights, before)) and sorted(written) == list(range(7))
+
+
+def test_weights_that_can_not_be_unfolded_stay_as_they_are() -> None:
+    weights = [torch.randn(8, 16) for _ in range(3)]
+    records = [fold(weight, LowRank(torch.randn(8, 2), torch.randn(2, 16))) for weight in weights]
+    weights[1] += 1
+    after = [weight.clone() for weight in weights]
+    with pytest.raises(MergeError, match="did not come back"):
+        unfold_all([Unfold(weight, record, "here") for weight, record in zip(weights, records, strict=True)])
+    assert equal_bits(weights[1], after[1])
+
+
+@pytest.mark.parametrize("dtype", [np.int32, np.int16])
+@pytest.mark.parametrize("density", [0, 0.002, 0.05, 0.2, 0.9])
+def test_corrections_packed_together_are_those_packed_alone(dtype: Any, density: float) -> None:
+    rng, size, count = np.random.default_rng(0), 5000, 7
+    mask = rng.random(size * count) < density
+    mask[size : 2 * size] = False
+    positions = np.flatnonzero(mask)
+    values = rng.choice([1, -1, 1, -1, 2, -300, np.iinfo(dtype).min], len(positions)).astype(dtype)
+    bounds = np.searchsorted(positions, np.arange(count + 1) * size).tolist()
+    for index, found in enumerate(Corrections.of_many(positions, values, bounds, size)):
+        start, end = bounds[index : index + 2]
+        alone = Corrections.of(positions[start:end] - index * size, values[start:end])
+        assert (found.chunks, found.nbytes) == (alone.chunks, alone.nbytes)
 
 
 def test_weights_that_share_memory_are_folded_in_turn() -> None:

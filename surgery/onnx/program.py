@@ -148,7 +148,8 @@ def _bring(made: Any, named: Sequence[Lifted], order: Sequence[str]) -> None:
     inputs = made.graph.inputs
     held = {value.name: value for value in [*inputs, *found.values()]}
     slots = [held[name] for name in order if name in held]
-    others = [value for value in inputs if value.name not in set(order)]
+    ordered = set(order)
+    others = [value for value in inputs if value.name not in ordered]
     inputs.clear()
     inputs.extend([*others, *slots])
 
