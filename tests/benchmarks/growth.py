@@ -27,7 +27,11 @@ def growth(setting: Setting) -> Iterator[Row]:
     counts = (1, 3) if setting.quick else (1, 10, 100, 300)
     rounds = 1 if setting.quick else 2
     spent = _spent({size: verbs.made(size, 2) for size in layers}, rounds)
-    yield from _rows("layers", spent, dict.fromkeys(spent, 1.05))
+    bare = _of_bare(layers, rounds)
+    beside = {verb: {n: spent[verb][n] / at[n] for n in at} for verb, at in bare.items()}
+    alone = {verb: at for verb, at in spent.items() if verb not in bare}
+    yield from _rows("layers", alone, dict.fromkeys(alone, 1.05))
+    yield from _rows("layers, as a ratio to the bare model", beside, dict.fromkeys(beside, 0.05))
     spent = _spent({size: verbs.made(2 if setting.quick else 4, size) for size in counts}, rounds)
     yield from _rows("adapters", spent, {verb: 1.05 if verb in verbs.WHOLE else 0.1 for verb in spent})
     size, width = layers[-1], 64
@@ -76,6 +80,18 @@ def _spent(made: dict[int, verbs.Layers], rounds: int) -> Seconds:
                     if verb and index:
                         at = found.setdefault(verb, {})
                         at[size] = min(at.get(size, seconds), seconds)
+    return found
+
+
+def _of_bare(layers: tuple[int, ...], rounds: int) -> Seconds:
+    """The same of a model without adapters, for what Python and torch do with any model."""
+    found: Seconds = {}
+    for _ in range(rounds + 1):
+        for size in layers:
+            for verb, work in verbs.steps_of_any(verbs.Layers(size, 16)):
+                seconds, at = _once(work), found.setdefault(verb, {})
+                at[size] = min(at.get(size, seconds), seconds)
+    found["prepare slots"] = found["prepare constant"]  # there are no slots without adapters; the copy is the same
     return found
 
 

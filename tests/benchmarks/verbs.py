@@ -138,12 +138,18 @@ def steps(model: Layers, folder: Path) -> Iterator[Step]:
     yield "adapter_state_dict", lambda: one.update(a0=adapter_state_dict(model, "a0"))
     yield "load_adapter_state_dict", lambda: load_adapter_state_dict(model, one["a0"], "a0")
     yield "base_state_dict", lambda: base_state_dict(model)
+    yield from steps_of_any(model, tuple(PREPARE))
+
+
+def steps_of_any(model: Layers, prepare: tuple[str, ...] = ("merged", "constant")) -> Iterator[Step]:
+    """The calls that a model without adapters takes, too, and in which Python and torch go through all of it."""
+    one: dict[str, bytes] = {}
     yield "torch: state_dict", lambda: model.state_dict()
     yield "deepcopy", lambda: copy.deepcopy(model)
     yield "pickle", lambda: one.update(bytes=pickle.dumps(model))
     yield "unpickle", lambda: pickle.loads(one["bytes"])
     given = Given.of(model, torch.ones(2, model.width))
-    for kind in PREPARE:
+    for kind in prepare:
         yield f"prepare {kind}", lambda kind=kind: PREPARE[kind](model, given, None, Settings(kind))
 
 
