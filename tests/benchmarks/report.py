@@ -35,6 +35,10 @@ base whose cache holds as many positions as cache and prefix together, as PEFT's
 alone. A float32 step on a long cache (2¹⁸ entries of keys, a megabyte) has one query, whose scores against prefix and
 text are put side by side and the two sums of values added, so no key or value is copied; a step on a shorter one puts
 the prefix before a copy of it, which takes less time than the many small operations.
+
+Growth is the exponent of a verb's CPU time in the number of layers of seven Linears, or of idle adapters: the slope of
+a line through the logarithms by least squares, of the least time of two calls at each size. Copies and pickles, whose
+work is Python's and torch's, are measured as a ratio to those of the model without adapters.
 """
 
 PREFIX = (
