@@ -65,8 +65,9 @@ def unfold_all(unfolds: Sequence[Unfold]) -> None:
     alike, done = dict[tuple, list[int]](), set[int]()
     for index, one in enumerate(unfolds):
         change, corrections = one.record.change, one.record.corrections
-        plain = change is not None and corrections is not None and not corrections.nan_positions
-        if plain and _small(one.weight, change) and places[one.weight.data_ptr()] == 1:
+        if change is None or corrections is None or corrections.nan_positions:
+            continue
+        if _small(one.weight, change) and places[one.weight.data_ptr()] == 1:
             alike.setdefault(_kind(one.weight, change), []).append(index)
     for some in _stacks(alike.values(), [one.weight for one in unfolds]):
         if _taken_out([unfolds[index] for index in some]):
