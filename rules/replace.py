@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import copy
-import functools
 import importlib
+import types
 from collections.abc import Mapping
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
-from surgery import Rule, RuleError, Site, call_own, rule
+from rules._arguments import Arguments, arguments_for
+from surgery import Rule, RuleError, Site, SiteModule, TraceError, rule
 
 
 @rule("replace")
@@ -28,84 +28,100 @@ class ReplaceRule(Rule):
     (tensor([-0.5000,  1.0000]), 'ReLU')
 
     `by`: the qualified name of an nn.Module class (or the class), made with `kwargs`: plain data. Or a module, whose
-    tensors are copied; such a rule can't be written. `inherit`: tensors start as those of the module that has the
-    same name and shape. The other module's tensors are the adapter's, with `_` for a dot, in the dtype of LoRA's.
-    `trainable`: whether its parameters train; None, the default, keeps the `requires_grad` that each of them has.
+    tensors are copied, a function that makes one, or a class that no name leads to; such a rule can't be written.
+    `inherit`: tensors start as those of the module that has the same name and shape. The other module's tensors are
+    the adapter's, with `_` for a dot, in the dtype of LoRA's. `trainable`: whether its parameters train; None, the
+    default, keeps the `requires_grad` that each of them has.
 
-    For modules with one input, and replacements whose forward is straight PyTorch: one that branches on values, or
-    remembers something between calls, is a problem of the plan.
+    The other module gets the first argument first, and others where its forward has parameters of their names or, for
+    those that have no default, by position; `inputs` says otherwise: its parameter → the replaced module's (None: its
+    own default). Arguments that it has no parameter for, it does not get.
+
+    `opaque`: None, the default, records the other module's operations where its forward is straight-line code, and
+    calls it as itself at run time elsewhere, whatever it does: branches, loops, several outputs, buffers that it
+    writes. True: always as itself. False: never, a `TraceError` names the line that can't be recorded. Refused: a
+    forward that sets attributes on its module, which are remembered nowhere; register buffers.
     """
 
     by: Any = None
     kwargs: Mapping[str, Any] | None = None
     inherit: bool = False
     trainable: bool | None = None
+    opaque: bool | None = None
+    inputs: Mapping[str, str | None] | None = None
 
     exclusive = imports = True
     why_not_merged = "it puts another computation in the module's place, which its weights can't hold"
 
     def validate(self) -> None:
         if isinstance(self.by, type) and issubclass(self.by, nn.Module):
-            object.__setattr__(self, "by", f"{self.by.__module__}.{self.by.__qualname__}")
-        if isinstance(self.by, nn.Module):
+            name = f"{self.by.__module__}.{self.by.__qualname__}"
+            if _class(name) is self.by:
+                object.__setattr__(self, "by", name)
+        elif isinstance(self.by, nn.Module):
             if self.kwargs:
                 raise self.bad("kwargs", "for a module that is made already")
-        elif not isinstance(self.by, str) or not all(part.isidentifier() for part in self.by.split(".")):
+        elif isinstance(self.by, str):
+            if not all(part.isidentifier() for part in self.by.split(".")):
+                raise self.bad("by", "the qualified name of a class of nn.Module, or a module")
+        elif not isinstance(self.by, types.FunctionType):
             raise self.bad("by", "the qualified name of a class of nn.Module, or a module")
-        if self.trainable not in (None, True, False):
-            raise self.bad("trainable", "true, false or None")
-        if not isinstance(self.kwargs, (Mapping, type(None))):
-            raise self.bad("kwargs", "a mapping")
+        for field in ("trainable", "opaque"):
+            if getattr(self, field) not in (None, True, False):
+                raise self.bad(field, "true, false or None")
+        for field in ("kwargs", "inputs"):
+            if not isinstance(getattr(self, field), (Mapping, type(None))):
+                raise self.bad(field, "a mapping")
 
     def check(self, module: nn.Module, path: str) -> str | None:
         # Only now: reading a rule imports nothing.
-        found = isinstance(self.by, nn.Module) or _class(self.by) is not None
+        found = not isinstance(self.by, str) or _class(self.by) is not None
         return None if found else f"{self.by} is no class of nn.Module that can be imported"
 
     def make(self) -> nn.Module:
         """The other module, anew."""
         if isinstance(self.by, nn.Module):
             return copy.deepcopy(self.by)
+        maker: Any = _class(self.by) if isinstance(self.by, str) else self.by  # there, says check
         try:
-            return _class(self.by)(**dict(self.kwargs or {}))  # type: ignore[misc]  # there, says check
+            return maker(**dict(self.kwargs or {}))
         except TypeError as error:
-            raise RuleError(f"{self.by} can't be made", why=str(error), fix="correct kwargs") from None
+            raise RuleError(f"{self._told} can't be made", why=str(error), fix="correct kwargs") from None
 
-    def rewrite(self, site: Site) -> Tensor:
-        with torch.device("meta"):  # its shapes alone: planning draws no random numbers
-            other = self.make()
-        real = functools.cache(self.make)
+    @property
+    def _told(self) -> str:
+        return self.by if isinstance(self.by, str) else getattr(self.by, "__qualname__", type(self.by).__name__)
+
+    def rewrite(self, site: Site) -> Any:
         base = {**dict(site.module.named_parameters()), **dict(site.module.named_buffers())}
+        make = self.by if isinstance(self.by, nn.Module) else self.make
+        other = site.submodule("", make, trainable=self.trainable, inherit=base if self.inherit else None)
+        arguments = arguments_for(site, other.kind, self.inputs, self.label)
+        if self.opaque is False or (self.opaque is None and other.straight and arguments.exact):
+            try:
+                return _inlined(site, other, arguments)
+            except TraceError:
+                if self.opaque is False:
+                    raise
+        floating = (name for name, tensor in base.items() if tensor.is_floating_point())
+        like = next((site.tensor(name) for name in floating), None)
+        return other.called(arguments.positional, arguments.named, arguments.more, arguments.extra, like)
 
-        def fill(tensor: Tensor, name: str) -> None:
-            own = base.get(name)
-            inherited = self.inherit and own is not None and own.shape == tensor.shape
-            tensor.copy_(own if inherited else _tensors(real())[name])  # type: ignore[arg-type]
 
-        held = {}
-        for name, tensor in _tensors(other).items():
-            dtype = site.dtype if tensor.is_floating_point() else tensor.dtype
-            start = functools.partial(fill, name=name)
-            trained = tensor.requires_grad if self.trainable is None else self.trainable
-            trained = trained and isinstance(tensor, nn.Parameter) and tensor.is_floating_point()
-            word = name.replace(".", "_")
-            word = word if word.isidentifier() else f"_{word}"  # a Sequential's begin with a number
-            held[name] = site.param(word, tensor.shape, start, dtype=dtype, trainable=trained)
-        for inner in other.modules():
-            inner.__dict__["training"] = site.training  # the flag as it is at each call
-        x = site.input
-        floating = next((held[name] for name, tensor in _tensors(other).items() if tensor.is_floating_point()), None)
-        output = call_own(other, x if floating is None else site.apply(_in_dtype_of, x, floating), **held)
-        # Cast here, an output needs nothing of the module's own, which is then not run.
-        return output if isinstance(site.module, nn.Embedding) else output.to(x.dtype)
+def _inlined(site: Site, other: SiteModule, arguments: Arguments) -> Any:
+    x = site.input
+    like = other.floating
+    args, kwargs = arguments.positional, arguments.named
+    if like is not None:
+        args = tuple([site.apply(_in_dtype_of, value, like) for value in args])
+        kwargs = {name: site.apply(_in_dtype_of, value, like) for name, value in kwargs.items()}
+    output = other.inlined(*args, **kwargs)
+    # Cast here, an output needs nothing of the module's own, which is then not run.
+    return output if isinstance(site.module, nn.Embedding) else output.to(x.dtype)
 
 
 def _in_dtype_of(x: Tensor, like: Tensor) -> Tensor:
-    return x.to(like.dtype) if x.is_floating_point() else x
-
-
-def _tensors(module: nn.Module) -> dict[str, Tensor]:
-    return {**dict(module.named_parameters()), **dict(module.named_buffers())}
+    return x.to(like.dtype) if isinstance(x, Tensor) and x.is_floating_point() else x
 
 
 def _class(name: str) -> type[nn.Module] | None:

@@ -44,6 +44,7 @@ from .registries import takes_functions
 from .routing import route
 from .showing import Summary, draw, show, summary
 from .site import LiveSite, Site
+from .site_module import SiteModule
 from .spelling import class_of
 from .state_dicts import adapter_state_dict, base_state_dict, load_adapter_state_dict, rules_of
 from .stored import PeftEntry
@@ -88,6 +89,7 @@ __all__ = [
     "Share",
     "Site",
     "SiteError",
+    "SiteModule",
     "Structure",
     "Summary",
     "SurgeryError",

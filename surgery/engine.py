@@ -328,11 +328,12 @@ def _check_output(plan: Plan, example_inputs: Any) -> None:
     try:
         output = call(plan.model, example_inputs, plan.observation.random)
     except SurgeryError as error:
-        notes = getattr(error.__cause__, "__notes__", [])
+        notes = getattr(error.__cause__ or error, "__notes__", [])
+        own = error.__cause__ is None  # raised inside of the forward, and not by the call
         raise SurgeryError(
             f"the model rewritten by {names} fails on the example call",
             where=notes[0] if notes else None,
-            why=error.why,
+            why=": ".join(filter(None, (error.what, error.why))) if own else error.why,
             fix="correct the rule's rewrite; `show` prints a site's generated code",
         ) from error
     if all(step.rule.identity for step in plan.steps) and not equal(output, plan.observation.output):

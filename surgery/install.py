@@ -227,7 +227,9 @@ class _Name:
 
 
 def class_from(recipe: Recipe) -> type[nn.Module]:
-    key = (recipe.base, recipe.source)
+    # What the names of a source mean is known by them, but for modules that stand in it (`surgery.skeleton`).
+    skeletons = [value for value in recipe.names.values() if getattr(value, "keeps_dtype", False)]
+    key = (recipe.base, recipe.source, *skeletons)
     found = _by_source.get(key)
     if found is not None:
         return found

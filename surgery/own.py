@@ -23,7 +23,7 @@ from surgery.pattern import qualified_name
 from surgery.tape import Tape, Value
 from surgery.view import view
 
-__all__ = ["Own", "own_forward", "recorded_own", "settings_of"]
+__all__ = ["Own", "own_forward", "recorded_own", "settings_of", "trusted"]
 
 
 @dataclass(frozen=True)
@@ -119,13 +119,13 @@ def _why_opaque(module: nn.Module, base: type[nn.Module], parameters: list[inspe
     for name, tensor in (*module._parameters.items(), *module._buffers.items()):
         if tensor is not None and type(tensor) not in (nn.Parameter, torch.Tensor):
             return f"its {name} is a {type(tensor).__name__}"
-    if not _trusted(base):
+    if not trusted(base):
         return "its forward is not straight-line code"
     return ""
 
 
 @functools.cache
-def _trusted(base: type[nn.Module]) -> bool:
+def trusted(base: type[nn.Module]) -> bool:
     """torch's own layers with none of their methods overridden, or a forward that only computes."""
     for cls in base.__mro__:
         if cls.__module__.startswith("torch.nn.modules."):

@@ -23,6 +23,7 @@ from surgery.own import Own
 from surgery.packed import UNPACKED, is_packed
 from surgery.passed import Passage
 from surgery.registries import takes_functions
+from surgery.site_module import SiteModule, site_module
 from surgery.starred import FIRST, hidden_first
 from surgery.state import MARK, site_state
 from surgery.structure import Structure
@@ -349,9 +350,35 @@ class Site(_Place, Inside):
         """
         return self._declare(name, value, init, dtype, trainable, buffer=False, tied=tied)
 
-    def buffer(self, name: str, value: Tensor) -> Tensor:
-        """A tensor of the adapter that is saved with it and not trained, such as a running mean."""
-        return self._declare(name, value, 0.0, None, False, buffer=True)
+    def buffer(
+        self,
+        name: str,
+        value: Tensor | Sequence[int],
+        init: float | Fill = 0.0,
+        *,
+        dtype: torch.dtype | str | None = None,
+    ) -> Tensor:
+        """A tensor of the adapter that is saved with it and not trained, such as a running mean; as `param`."""
+        return self._declare(name, value, init, dtype, False, buffer=True)
+
+    def submodule(
+        self,
+        name: str,
+        make: Callable[[], nn.Module] | nn.Module,
+        *,
+        trainable: bool | None = None,
+        inherit: Mapping[str, Tensor] | None = None,
+    ) -> SiteModule:
+        """A module of the adapter's own, to be called with values: `mlp = site.submodule("mlp", make)`.
+
+        `make` makes it (`lambda: nn.Sequential(…)`, a class), so that planning draws no random numbers; or it is a
+        module, which is copied. It is called as itself, whatever its forward does: it may branch, loop and have several
+        inputs and outputs. Its tensors are the adapter's, `<name>_` and their names in the module with `_` for a dot;
+        they start as torch makes them, in the dtype of `param`'s. It computes in that dtype, and what it returns has
+        the dtype of its first input. `trainable`: whether its parameters train; None: as they are made. `inherit`:
+        tensors to start with, by their names in the module, where they have the shape.
+        """
+        return site_module(self, name, make, trainable, inherit)
 
     def replace(self, old: Tensor, new: Any, *, only: Sequence[Tensor] = ()) -> None:
         """Put `new` in the place of `old` for everything that used it before this rule: a parameter, an input, a value.

@@ -512,7 +512,8 @@ def _in_place(term: _Term) -> bool:
 
 def _alone(after: _Term, before: _Term) -> bool:
     """Whether an output that is cast already needs nothing of the one before, which then is not computed."""
-    if (after.op, after.target) != ("call_method", "to") and after.target is not in_dtype:
+    casts = (after.op, after.target) == ("call_method", "to") or after.target is in_dtype
+    if not casts and not getattr(after.target, "keeps_dtype", False):
         return False
     seen: set[int] = set()
     waiting = [after]

@@ -586,7 +586,7 @@ def test_what_can_not_be_a_replacement() -> None:
     with pytest.raises(RuleError, match="kwargs"):
         ReplaceRule("1", by=nn.ReLU(), kwargs={"inplace": True})
     assert "can't be made" in str(plan_rules(model, [ReplaceRule("1", by=nn.Linear)]).problems[0])
-    assert not plan_rules(model, [ReplaceRule("1", by=nn.BatchNorm1d(4))])
+    assert not plan_rules(model, [ReplaceRule("1", by=nn.BatchNorm1d(4), opaque=False)])
     assert not plan_rules(model, [ReplaceRule("0", by=nn.ReLU), LoraRule("0")])
 
 

@@ -157,7 +157,8 @@ def test_a_modules_name_is_not_taken_for_a_type() -> None:
 def test_a_plan_that_leaves_nothing_to_train_says_so() -> None:
     net = model()
     for rule in (ReplaceRule(nn.ReLU, by=nn.GELU), CaptureRule("0")):
-        plan = plan_rules(net, [rule])
+        assert not plan_rules(net, [rule]).notes  # the base trains
+        plan = plan_rules(net, [rule], freeze=True)
         assert plan and "nothing is left to train" in str(plan) and plan.to_dict()["notes"] == plan.notes
     assert plan_rules(net, [CaptureRule("0"), LoraRule("0", rank=2)]).notes == []
     apply_rules(net, LoraRule("0", rank=2), adapter="trained")
@@ -167,7 +168,7 @@ def test_a_plan_that_leaves_nothing_to_train_says_so() -> None:
 def test_replacements_train_as_asked() -> None:
     frozen = nn.LayerNorm(4).requires_grad_(False)
     for trainable, by, expected in ((None, frozen, 0), (True, frozen, 8), (False, nn.LayerNorm(4), 0)):
-        net = apply_rules(model(), ReplaceRule("2", by=by, trainable=trainable))
+        net = apply_rules(model(), ReplaceRule("2", by=by, trainable=trainable), freeze=True)
         found = [p for p in net.parameters() if p.requires_grad]
         assert sum(p.numel() for p in found) == expected
         if expected:
