@@ -15,6 +15,7 @@ from surgery.held import goes_through, hold
 from surgery.own import Own
 from surgery.passed import Passage, left_out
 from surgery.registries import takes_functions
+from surgery.spelling import Held
 from surgery.state import LEFT_OUT, THROUGH
 from surgery.structure import Found, Occurrence, Structure
 from surgery.tape import Tape, Value, ref_of
@@ -173,4 +174,6 @@ class Inside:
         return cast(Tensor, self.tape.call(kinds[node.op], node.target, *given))
 
     def _shown(self, value: Any) -> Any:
+        if isinstance(value, Held):  # a parameter of a layer that is one operation
+            return self._value("state", str(value))
         return plain(value, self.at)

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
+from torch import fx
+
 from surgery.equivalents import EXPANDED, GATHERED, Meaning, expanded, gathered
 from surgery.parts import Part, is_constant, same_constant
-from surgery.spelling import COMMUTATIVE, PASSING, Dim, Implied, Spelled, is_node
+from surgery.spelling import COMMUTATIVE, PASSING, Dim, Implied, NodeName, Spelled, is_node
 
 __all__ = ["Search"]
 
@@ -92,9 +94,9 @@ class Search:
             return ()
         return self.further[node][operation].within
 
-    def users(self, node: Any) -> list[Any]:
-        own = [node.owner] if isinstance(node, Implied) else list(self.graph.successors(node))
-        return own + [user for user in self.implied.get(node, ()) if user not in own]
+    def users(self, node: Any) -> Iterable[Any]:
+        own = (node.owner,) if isinstance(node, Implied) else self.graph.successors(node)
+        return own if node not in self.implied else dict.fromkeys([*own, *self.implied[node]])
 
     # As `gathered` asks.
 
@@ -188,7 +190,7 @@ class Search:
         data = self.data[node]
         if part.operation is None:
             return part.is_module(data)
-        return part.operation == data["operation"] or part.operation in self.further.get(node, ())
+        return part.operation == data["operation"] or node in self.further and part.operation in self.further[node]
 
     # What fits ----------------------------------------------------------------------------------------------
 
@@ -235,9 +237,10 @@ class Search:
             return [list(zip(part.operands, operand, strict=True))] if fits else []
         if part.kind != "operation" or (node := self.reached(part, operand)) is None:
             return []
-        told = self.told(node, part.operation)
-        assert told is not None
-        given, keywords = told.operands, told.keywords
+        data = self.data[node]
+        given, keywords = data["operands"], data["keywords"]
+        if part.operation is not None and part.operation != data["operation"]:
+            given, keywords = self.further[node][part.operation].operands, {}
         if part.mismatch(given, keywords):
             return []
         named = [(below, keywords[name]) for name, below in part.keywords]
@@ -262,7 +265,7 @@ class Search:
         return operand if self.named(part, operand) else None
 
     def has(self, operand: Any) -> bool:
-        return (isinstance(operand, Implied) or is_node(operand)) and operand in self.data
+        return isinstance(operand, _NODES) and operand in self.data
 
     def passed(self, node: Any) -> Any:
         """What a node hands on, or None."""
@@ -288,6 +291,7 @@ def _suits(where: Any, value: Any) -> bool:
         return False
 
 
+_NODES = (fx.Node, NodeName, Implied)
 _NO_NODE: dict[str, Any] = {
     "op": "implied", "target": None, "keywords": {}, "path": None, "type": None, "shape": None, "dtype": None
 }  # fmt: skip

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from surgery.errors import SurgeryError
 from surgery.registries import with_leaves
 
-__all__ = ["base_forward", "call_own", "calls_inside", "held", "hidden_reference", "tensor_at", "view"]
+__all__ = ["base_forward", "call_child", "call_own", "calls_inside", "held", "hidden_reference", "tensor_at", "view"]
 
 # What runs in the place of the functions that a forward takes from registries; gets each as its first argument.
 Around = Callable[..., Any]
@@ -45,6 +45,11 @@ def base_forward(
     patient = view(module, base, tensors)
     patient.__dict__["_surgery_around"] = around
     return _routed(base.forward)(patient, *args, *more, **kwargs, **extra)
+
+
+def call_child(module: nn.Module, tensors: Mapping[str, Tensor], *args: Any, **kwargs: Any) -> Any:
+    """A call of a module, hooks and adapters included, with `tensors` in the place of its own."""
+    return view(module, type(module), tensors)(*args, **kwargs)
 
 
 def call_own(module: nn.Module, *args: Any, **tensors: Tensor | None) -> Any:

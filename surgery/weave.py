@@ -22,7 +22,7 @@ from surgery.own import Own, recorded_own
 from surgery.repeated import Runs, left_out, repeated, repeated_method, repeated_module
 from surgery.starred import FIRST, first_given, first_names, hidden_first, starred_of, with_first
 from surgery.tape import Ref, Step, Tape, thawed
-from surgery.view import base_forward
+from surgery.view import base_forward, call_child
 
 __all__ = ["Layer", "called_around", "plain", "trace_site", "woven", "woven_edit", "woven_held"]
 
@@ -337,6 +337,8 @@ class _Weaver:
         if ref.kind == "state" and self.call is not None:
             itself, tensors, *rest = self.call.args
             self.call.args = (itself, {**tensors, str(ref.key): new}, *rest)
+        elif ref.kind == "state":
+            self._give_to_child(str(ref.key), new)
         if not only:
             output = Ref("output", "")
             self.now[output] = _swapped(self.now[output], old, new)
@@ -347,6 +349,17 @@ class _Weaver:
                 for term in (term for term in earlier if term.target is not first_given):
                     term.args, term.kwargs = _swapped(term.args, before, given), _swapped(term.kwargs, before, given)
                 self.now[Ref("input", name)] = given
+
+    def _give_to_child(self, path: str, new: Any) -> None:
+        """A parameter of a child is used by its calls, which then are of a view of it that has the new one."""
+        for term in [term for term in self.terms if term.op == "call_module" or term.target is call_child]:
+            child = term.target if term.op == "call_module" else term.args[0].target
+            if not path.startswith(f"{child}."):
+                continue
+            if term.op == "call_module":
+                term.args = (self._term("get_attr", child), {}, *term.args)
+                term.op, term.target = "call_function", call_child
+            term.args = (term.args[0], {**term.args[1], path.removeprefix(f"{child}."): new}, *term.args[2:])
 
     def _weighted(self, old: Any, new: Any, weight: float) -> Any:
         """`new` with what it changes of `old` multiplied; a sum stays a sum, so that fast forms are found in it."""
