@@ -14,7 +14,7 @@ from surgery.base_rule import Rule
 from surgery.claims import check_free, claimed
 from surgery.collector import collector_waits
 from surgery.errors import SurgeryError, listed
-from surgery.journal import Journal, surely
+from surgery.journal import Journal
 from surgery.match import base_modules
 from surgery.neutral import neutral, verb
 from surgery.root import check_parts_idle, rewritten
@@ -191,13 +191,16 @@ def using(model: nn.Module, adapter: str | Sequence[str] | None, weights: Weight
         before, resting = weights_now(state), state.resting
         check_none_merged(state)
         try:
-            with neutral(root), collector_waits(), Journal() as journal:
-                switch(root, live)
-                journal.attribute(state, "resting")
-                state.resting = dict(before or resting)
-            yield
-        finally:
-            surely(_put_back, root, before, resting)
+            try:
+                with neutral(root), collector_waits(), Journal() as journal:
+                    switch(root, live)
+                    journal.attribute(state, "resting")
+                    state.resting = dict(before or resting)
+                yield
+            finally:
+                _put_back(root, before, resting)
+        finally:  # once more, where it was broken off; else nothing is left to do
+            _put_back(root, before, resting)
 
 
 def _put_back(model: nn.Module, before: Mapping[str, float], resting: Mapping[str, float]) -> None:

@@ -23,28 +23,48 @@ def claimed(model: nn.Module) -> Iterator[None]:
         depth = _owners.get(model, (me, 0))[1]
         _owners[model] = (me, depth + 1)
     try:
-        yield
-    finally:
-        with _lock:
-            if depth:
-                _owners[model] = (me, depth)
-            else:
-                del _owners[model]
+        try:
+            yield
+        finally:
+            _disown(model, me, depth)
+    finally:  # once more, where it was broken off
+        _disown(model, me, depth)
 
 
 @contextmanager
 def routing(model: nn.Module) -> Iterator[None]:
     """Nobody changes the model inside the block; any number of threads may be in one."""
+    block = object()
     with _lock:
         _check_owner(model)
-        _routed[model] = _routed.get(model, 0) + 1
+        _routed[model] = _routed.get(model, frozenset()) | {block}
     try:
-        yield
-    finally:
-        with _lock:
-            _routed[model] -= 1
-            if not _routed[model]:
-                del _routed[model]
+        try:
+            yield
+        finally:
+            _unroute(model, block)
+    finally:  # once more, where it was broken off
+        _unroute(model, block)
+
+
+def _disown(model: nn.Module, thread: int, depth: int) -> None:
+    """Leave a block of a thread that is in `depth` others."""
+    with _lock:
+        if _owners.get(model, (None, 0))[0] != thread:
+            return
+        if depth:
+            _owners[model] = (thread, depth)
+        else:
+            del _owners[model]
+
+
+def _unroute(model: nn.Module, block: object) -> None:
+    with _lock:
+        left = _routed.get(model, frozenset()) - {block}
+        if left:
+            _routed[model] = left
+        else:
+            _routed.pop(model, None)
 
 
 def check_free(model: nn.Module) -> None:
@@ -78,4 +98,4 @@ def _check_owner(model: nn.Module) -> None:
 
 _lock = threading.RLock()
 _owners: WeakKeyDictionary[nn.Module, tuple[int, int]] = WeakKeyDictionary()
-_routed: WeakKeyDictionary[nn.Module, int] = WeakKeyDictionary()
+_routed: WeakKeyDictionary[nn.Module, frozenset[object]] = WeakKeyDictionary()  # the blocks that are open

@@ -13,7 +13,6 @@ from torch import Tensor, fx, nn
 
 from surgery.errors import SurgeryError, TraceError
 from surgery.flags import set_flag
-from surgery.journal import surely
 from surgery.neutral import ambient
 from surgery.own import Own
 from surgery.repeated import refusal, repeated, writes
@@ -196,13 +195,16 @@ def evaluating(model: nn.Module) -> Iterator[None]:
             set_flag(parameter, True)
 
     try:
-        for module, _ in modes:
-            module.training = False
-        for parameter in asking:
-            set_flag(parameter, False)
-        yield
-    finally:
-        surely(back)
+        try:
+            for module, _ in modes:
+                module.training = False
+            for parameter in asking:
+                set_flag(parameter, False)
+            yield
+        finally:
+            back()
+    finally:  # once more, where it was broken off
+        back()
 
 
 def copied(value: Any) -> Any:

@@ -6,7 +6,7 @@ import threading
 from collections.abc import Callable
 from typing import Any
 
-__all__ = ["ABSENT", "Journal", "surely"]
+__all__ = ["ABSENT", "Journal"]
 
 ABSENT: Any = object()  # the value of an attribute or key that is not there
 
@@ -81,15 +81,6 @@ class Journal:
             self._undo.pop()
         if interrupt is not None:
             raise interrupt
-
-
-def surely(function: Callable[..., Any], *args: Any) -> None:
-    """Do what ends a block, which does no harm when it is done twice: once more where it was broken off."""
-    try:
-        function(*args)
-    except BaseException:
-        function(*args)
-        raise
 
 
 class _Open(threading.local):

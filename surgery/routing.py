@@ -22,7 +22,7 @@ from surgery.collector import collector_waits
 from surgery.errors import SurgeryError
 from surgery.here import here
 from surgery.install import recipe_of, swap
-from surgery.journal import Journal, surely
+from surgery.journal import Journal
 from surgery.layout import prove
 from surgery.members import routes_itself
 from surgery.neutral import neutral
@@ -77,13 +77,16 @@ def route(model: nn.Module, adapters: Sequence[str | None], *, check: bool = Tru
         with collector_waits():
             routing = _Routing(model, state, adapters, check)
         with _installed(routing):
-            before = here.plans
-            here.routings = (*here.routings, routing)
-            here.plans = {**before, **routing.plans} if before else routing.plans
+            before = here.routings, here.plans
             try:
-                yield
-            finally:
-                here.routings, here.plans = here.routings[:-1], before
+                try:
+                    here.routings = (*here.routings, routing)
+                    here.plans = {**here.plans, **routing.plans} if here.plans else routing.plans
+                    yield
+                finally:
+                    here.routings, here.plans = before
+            finally:  # once more, where it was broken off
+                here.routings, here.plans = before
                 routing.plans.clear()
 
 
@@ -247,10 +250,12 @@ def _installed(routing: _Routing) -> Iterator[None]:
         shared = _models.get(model) or _Shared()
         shared.enter(routing, journal)
     try:
-        yield
-    finally:
-        with _lock, collector_waits():
-            surely(shared.leave, routing)
+        try:
+            yield
+        finally:
+            shared.leave(routing)
+    finally:  # once more, where it was broken off
+        shared.leave(routing)
 
 
 class _Shared:
@@ -297,6 +302,13 @@ class _Shared:
                     watch_gradients(name, box.parameters())
 
     def leave(self, routing: _Routing) -> None:
+        """End a block; again, where that was broken off."""
+        with _lock, collector_waits():
+            if any(one is routing for one in self.routings):
+                self._leave(routing)
+            _drop(routing.model)
+
+    def _leave(self, routing: _Routing) -> None:
         model = routing.model
         state = require_state(model)
         left = [one for one in self.routings if one is not routing]
@@ -316,7 +328,6 @@ class _Shared:
             for reader, name, value in self.switched:
                 setattr(reader, name, value)
         self.routings[:] = left
-        _drop(model)
 
     def _needed(self, routings: Sequence[_Routing]) -> tuple[set[int], set[str]]:
         """The sites that blocks use, by id, and the adapters."""

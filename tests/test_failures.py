@@ -43,6 +43,7 @@ from surgery import (
     unmerge,
     using,
 )
+from surgery.here import here
 from surgery.journal import Journal
 from tests.failing import Broken, Everything, broken, steps_of
 
@@ -198,6 +199,33 @@ def test_a_verb_that_is_broken_off_leaves_the_model_as_it_was(name: str, lines: 
             model = build()
             before = Everything(model)
     assert not problems, f"{len(problems)} of {len(steps)} steps\n" + "\n".join(problems[:12])
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # raised in a generator's end
+@pytest.mark.parametrize("block", [lambda m: using(m, "b"), lambda m: route(m, ["a", "b"])], ids=["using", "route"])
+def test_a_block_that_is_broken_off_at_any_line_of_its_end_is_left(block: Callable[[Any], Any]) -> None:
+    model = adapted()
+    with broken(-1, lines=True) as count:
+        with block(model):
+            begun = count[0]
+    before, problems = Everything(model), list[str]()
+    for step in range(begun + 1, count[0] + 1):
+        told = "it went through"
+        try:
+            with broken(step, KeyboardInterrupt, lines=True), block(model):
+                pass
+        except KeyboardInterrupt as raised:
+            told = str(raised)
+        found = before.differences(model)
+        try:
+            activate(model, "a")
+        except SurgeryError as error:
+            found.append(str(error))
+        if found or here.routings or here.plans:
+            problems.append(f"step {step}: {told}: {found[:4]}")
+            model = adapted()
+            before = Everything(model)
+    assert begun < count[0] and not problems, "\n".join(problems)
 
 
 def test_undoing_goes_on_through_failures_and_tells_them() -> None:
