@@ -21,7 +21,15 @@ from surgery.flags import is_lazy
 from surgery.journal import Journal
 from surgery.match import base_modules
 
-__all__ = ["exchange", "forget_statistics", "keep_statistics", "moving", "moving_modules", "restore_statistics"]
+__all__ = [
+    "exchange",
+    "forget_statistics",
+    "keep_statistics",
+    "moved",
+    "moving",
+    "moving_modules",
+    "restore_statistics",
+]
 
 _KEPT = "_surgery_statistics"
 _LATER = ("__init__", "reset_", "_load", "_save", "_apply", "extra_repr", "__setstate__", "to")
@@ -112,6 +120,17 @@ def keep_statistics(model: nn.Module, journal: Journal) -> list[nn.Module]:
     if found:
         journal.keep(model._load_state_dict_pre_hooks)
         model.register_load_state_dict_pre_hook(_loaded)
+    return found
+
+
+def moved(modules: Iterable[nn.Module]) -> list[nn.Module]:
+    """Those whose values under the adapters are not the base's."""
+    found = []
+    for module in modules:
+        kept: Kept | None = module.__dict__.get(_KEPT)
+        now = [(value, module._buffers.get(name)) for name, value in kept.values.items()] if kept is not None else []
+        if any(tensor is not None and not torch.equal(tensor, value.to(tensor.device)) for value, tensor in now):
+            found.append(module)
     return found
 
 

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from rules import LoraRule, NormRule, StatisticsRule, TrainRule
 from surgery import (
     PlanError,
+    SurgeryError,
     activate,
     adapter_state_dict,
     apply_rules,
@@ -261,3 +262,33 @@ def test_what_tracks_none_is_refused() -> None:
     before = model[0].running_mean.clone()
     train(model)
     assert torch.equal(model[0].running_mean, before)
+
+
+@pytest.mark.parametrize("how", ["merged", "constant", "slots"])
+def test_an_export_writes_to_no_tensor_of_the_model(how: Any, tmp_path: Path) -> None:
+    """Its copies share the model's memory; what they exchange when adapters come and go is in memory of their own."""
+    model, x = net(), torch.randn(5, 4)
+    apply_rules(model, LoraRule(["up", "down"], rank=2, init="random"), adapter="a")
+    model.train()(x)  # the adapter's statistics are not the base's
+    tensors = [*model.parameters(), *model.buffers()]
+    before, versions = Snapshot(model), [tensor._version for tensor in tensors]
+
+    def export() -> None:
+        report = export_onnx(model, tmp_path / "a.onnx", x, adapters=how, dynamic=False)
+        assert report.parity is not None and report.parity.ok
+
+    if how == "slots":  # of which the file would hold the base's
+        with pytest.raises(SurgeryError, match="running statistics moved while the adapters were trained") as told:
+            export()
+        assert told.value.where == "norm, average, channels.inner.0, channels.inner.1"
+    else:
+        export()
+    assert [tensor._version for tensor in tensors] == versions and before.differences(model) == []
+
+
+def test_slots_of_adapters_that_moved_no_statistics(tmp_path: Path) -> None:
+    model, x = net().eval(), torch.randn(5, 4)
+    apply_rules(model, LoraRule(["up", "down"], rank=2, init="random"), adapter="a")
+    before = Snapshot(model)
+    report = export_onnx(model, tmp_path / "a.onnx", x, adapters="slots", dynamic=False)
+    assert report.parity is not None and report.parity.ok and before.differences(model) == []

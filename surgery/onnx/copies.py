@@ -23,8 +23,8 @@ __all__ = ["changing", "leave_live", "sharing_copy", "traced_path"]
 def sharing_copy(model: nn.Module, *, folding: bool = False) -> nn.Module:
     """A copy in evaluation mode whose tensors are the model's own memory.
 
-    Weights that are written to in place have memory of their own: those of sites that an adapter changed at its start,
-    that are merged, or (`folding`) that are about to be.
+    What is written to in place has memory of its own: weights of sites that an adapter changed at its start, that are
+    merged, or (`folding`) that are about to be, and running statistics, which differ with and without adapters.
     """
     own = {id(tensor) for tensor in _written(model, folding)}
     memo: dict[int, object] = {}
@@ -76,11 +76,14 @@ def _shared(tensor: Tensor) -> Tensor:
 
 
 def _written(model: nn.Module, folding: bool) -> Iterator[Tensor]:
-    parts = records_in(model, nested=True) or {"": model}
-    for _, module, site in (found for part in parts.values() for found in sites(part)):
-        if folding or site.merged is not None or any(applied.changed for applied in site.applied):
-            yield from module.parameters()
-            yield from module.buffers()
+    for part in (records_in(model, nested=True) or {"": model}).values():
+        for _, module, site in sites(part):
+            if folding or site.merged is not None or any(applied.changed for applied in site.applied):
+                yield from module.parameters()
+                yield from module.buffers()
+        state = model_state(part)
+        for module in state.moving if state is not None else ():
+            yield from module.buffers(recurse=False)
 
 
 def _bring_records(model: nn.Module, found: nn.Module, memo: Mapping[int, object]) -> None:

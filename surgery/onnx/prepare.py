@@ -13,6 +13,7 @@ from surgery.activation import active
 from surgery.base_rule import Rule
 from surgery.collector import collector_waits
 from surgery.errors import SurgeryError, listed
+from surgery.match import base_modules
 from surgery.merging import merge
 from surgery.onnx.copies import leave_live, sharing_copy
 from surgery.onnx.given import Given
@@ -20,6 +21,7 @@ from surgery.onnx.program import Lifted
 from surgery.onnx.slots import SlotSite, factors, lift, put_slots, slot_sites
 from surgery.root import records_in, root_of
 from surgery.state import adapter_names, merged_adapters, model_state, require_state, sites
+from surgery.statistics import moved
 
 __all__ = ["PREPARE", "Prepared", "Settings"]
 
@@ -137,6 +139,18 @@ def _constant(model: nn.Module, given: Given, names: Any, how: Settings) -> Prep
     return Prepared(copy, lifted, {one.name: one.tensor for one in lifted}, found, rules)
 
 
+def _check_statistics(model: nn.Module) -> None:
+    """`SurgeryError` where a model's adapters were trained to other running statistics than the base's."""
+    if others := moved(require_state(model).moving):
+        paths = {id(module): path for path, module in base_modules(model)}
+        raise SurgeryError(
+            "running statistics moved while the adapters were trained",
+            where=listed([paths[id(module)] or "(the model itself)" for module in others if id(module) in paths]),
+            why="a file with slots has the base's, and the adapters were trained to others",
+            fix='adapters="constant" or "merged"; or train with the statistics frozen: StatisticsRule(frozen=True)',
+        )
+
+
 @collector_waits()
 def _slots(model: nn.Module, given: Given, names: Any, how: Settings) -> Prepared:
     """With slots in the place of all adapters (or those of `names`)."""
@@ -149,6 +163,7 @@ def _slots(model: nn.Module, given: Given, names: Any, how: Settings) -> Prepare
             why, fix = "it is PEFT's own model", "save_pretrained(folder), then load_adapter(base model, folder)"
         raise SurgeryError("there is nothing to make slots of", why=why, fix=fix)
     copy = sharing_copy(model)
+    _check_statistics(copy)
     chosen = adapter_names(require_state(copy), names)
     placing = put_slots(copy, chosen, how.slot, given, strict=how.strict)
     lifted = lift(copy, how.slot, placing.free(), factors(placing.sites))
