@@ -143,6 +143,42 @@ def test_rules_of_texts(name: str, tmp_path: Path) -> None:
         same(exported.run(given), outputs(model, given))
 
 
+PROMPTS: dict[str, tuple[Any, Rule]] = {
+    "decoder": (tiny.llama, rules.PromptRule(length=3)),
+    "decoder that counts columns": (tiny.gpt2, rules.PromptRule(length=3, encoder="mlp")),
+    "encoder": (tiny.bert, rules.PromptRule(length=2)),
+    "encoder after its first token": (tiny.bert, rules.PromptRule(length=2, after=1)),
+    "encoder-decoder": (tiny.t5, rules.PromptRule(length=2)),
+    "layers": (tiny.llama, rules.AdaptionRule("self_attn", length=3)),
+    "keys": (tiny.llama, rules.PrefixRule(length=3)),
+    "task": (tiny.bert, rules.MultitaskPromptRule(length=2, tasks=2, task=1)),
+}
+
+
+@pytest.mark.parametrize("name", PROMPTS)
+def test_the_batch_of_a_constant_prompt_is_free(name: str, tmp_path: Path) -> None:
+    """Rows of any number, padded or not, of any length: the virtual tokens are one for all rows, and repeated there."""
+    make, rule = PROMPTS[name]
+    model, inputs = make()
+    model.config.use_cache = False
+    with torch.no_grad():
+        for parameter in model.eval().parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.15)
+    inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
+    inputs["attention_mask"][-1, -2:] = 0
+    apply_rules(model, rule, example_inputs=inputs)
+    exported = Exported(shaken(model), inputs, tmp_path, adapters="constant")
+    assert set(exported.manifest["free"]["input_ids"]) == {"0", "1"}
+    for rows, further in ((1, 0), (1, 3), (5, 0), (4, 2)):
+        given = {key: torch.cat([value[:1]] * rows) for key, value in inputs.items()}
+        given = {key: torch.cat([value, value[:, :further]], 1) for key, value in given.items()}
+        given["input_ids"] = (given["input_ids"] + torch.arange(rows)[:, None]) % model.config.vocab_size
+        given["attention_mask"] = torch.ones_like(given["input_ids"])
+        if rows > 1:
+            given["attention_mask"][1, -1:], given["attention_mask"][2, :2] = 0, 0
+        same(exported.run(given), outputs(model, given))
+
+
 def test_what_is_solved_in_an_exported_graph_is_what_torch_solves(monkeypatch: pytest.MonkeyPatch) -> None:
     """Elimination without pivots beside LAPACK, where it is hardest: rotations by almost half a turn."""
     raw = torch.randn(3, 12, 12, dtype=torch.float64) * 30
