@@ -153,21 +153,25 @@ KINDS: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
-def _family(name: str) -> tuple[nn.Module, Any]:
-    """A small model of a class of transformers, or of a family of tests/tiny.py, and a padded text for it."""
+def of_transformers(name: str, **more: Any) -> Any:
+    """A small model of a class of transformers; `more`: fields of its configuration."""
     import transformers
 
+    kind = name.removesuffix("Model").removesuffix("LMHead").partition("For")[0]
+    config = getattr(transformers, f"{kind}Config")(**{**SIZES, **KINDS.get(kind, {}), **more})
+    return getattr(transformers, name)(config)
+
+
+def _family(name: str) -> tuple[nn.Module, Any]:
+    """A small model of a class of transformers, or of a family of tests/tiny.py, and a padded text for it."""
     from tests import tiny
 
     if name in tiny.FAMILIES:
         return tiny.FAMILIES[name]()
     name, _, given = name.partition(" ")
-    kind = name.removesuffix("Model").removesuffix("LMHead").partition("For")[0]
-    more = {**SIZES, **KINDS.get(kind, {}), **(eval(f"dict({given})") if given else {})}  # noqa: S307
-    config = getattr(transformers, f"{kind}Config")(**more)
-    inputs = tiny._text()
-    inputs["input_ids"] = inputs["input_ids"].masked_fill(inputs["attention_mask"] == 0, more["pad_token_id"])
-    return getattr(transformers, name)(config), inputs
+    model, inputs = of_transformers(name, **(eval(f"dict({given})") if given else {})), tiny._text()  # noqa: S307
+    inputs["input_ids"] = inputs["input_ids"].masked_fill(inputs["attention_mask"] == 0, model.config.pad_token_id)
+    return model, inputs
 
 
 def _family_inputs(row: Row) -> Any:

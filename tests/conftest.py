@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import logging
 import os
 import random
 import warnings
@@ -32,6 +33,14 @@ def one_thread() -> Iterator[None]:
 def seeds() -> None:
     random.seed(0)
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def quiet() -> Iterator[None]:
+    """PEFT and transformers say things by logging, too: `pytestmark = pytest.mark.usefixtures("quiet")`."""
+    logging.disable(logging.WARNING)
+    yield
+    logging.disable(logging.NOTSET)
 
 
 @pytest.fixture(scope="session")

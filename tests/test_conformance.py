@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import copy
-import logging
 import warnings
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,14 +19,7 @@ with warnings.catch_warnings():
     peft: Any = pytest.importorskip("peft", reason="compares with PEFT")
     pytest.importorskip("transformers")
 
-pytestmark = pytest.mark.filterwarnings("ignore")  # PEFT's own
-
-
-@pytest.fixture(autouse=True)
-def quiet() -> Iterator[None]:
-    logging.disable(logging.WARNING)
-    yield
-    logging.disable(logging.NOTSET)
+pytestmark = [pytest.mark.filterwarnings("ignore"), pytest.mark.usefixtures("quiet")]  # PEFT's own words
 
 
 @pytest.mark.skipif(peft.__version__ != "0.21.2", reason="the rows are of PEFT 0.21.2's configurations")

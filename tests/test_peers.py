@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from importlib import metadata
 from typing import Any
 
@@ -36,7 +36,7 @@ with warnings.catch_warnings():
     tiny: Any = pytest.importorskip("tests.tiny", reason="needs transformers")
     Conv1D: Any = pytest.importorskip("transformers.pytorch_utils").Conv1D
 
-pytestmark = pytest.mark.filterwarnings("ignore")  # PEFT's own
+pytestmark = [pytest.mark.filterwarnings("ignore"), pytest.mark.usefixtures("quiet")]  # PEFT's own words
 
 VERSION = "0.21.2"
 reproduced = pytest.mark.skipif(
@@ -533,16 +533,6 @@ def test_peft_adapts_what_is_never_called() -> None:
     in_peft(Idle(), ["used", "idle"])(x).sum().backward()  # no word of it
     with pytest.raises(PlanError, match="idle"):
         apply_rules(Idle(), [LoraRule(["used", "idle"])], example_inputs=x)
-
-
-@pytest.fixture(autouse=True)
-def quiet() -> Iterator[None]:
-    """PEFT and transformers say things by logging, too."""
-    import logging
-
-    logging.disable(logging.WARNING)
-    yield
-    logging.disable(logging.NOTSET)
 
 
 def two_of_pefts(tmp_path: Any, **of_b: Any) -> tuple[Any, Any]:

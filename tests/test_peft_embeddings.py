@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import copy
 import json
-import logging
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -35,25 +34,16 @@ with warnings.catch_warnings():
     warnings.simplefilter("ignore")
     peft: Any = pytest.importorskip("peft", reason="compares with PEFT")
     transformers: Any = pytest.importorskip("transformers")
-from tests.conformance import KINDS, SIZES  # noqa: E402
+from tests.conformance import of_transformers  # noqa: E402
 
-pytestmark = pytest.mark.filterwarnings("ignore")  # PEFT's own
+pytestmark = [pytest.mark.filterwarnings("ignore"), pytest.mark.usefixtures("quiet")]  # PEFT's own words
 WORDS = 99
-
-
-@pytest.fixture(autouse=True)
-def quiet() -> Iterator[None]:
-    logging.disable(logging.WARNING)
-    yield
-    logging.disable(logging.NOTSET)
 
 
 def saved(folder: Path, name: str, **more: Any) -> Callable[..., Any]:
     """A small model in a folder, and how to load it, with so many words more."""
-    kind = name.removesuffix("LMHeadModel").partition("For")[0]
     torch.manual_seed(0)
-    config = getattr(transformers, f"{kind}Config")(**{**SIZES, "num_hidden_layers": 1, **KINDS.get(kind, {}), **more})
-    getattr(transformers, name)(config).save_pretrained(folder / "base")
+    of_transformers(name, num_hidden_layers=1, **more).save_pretrained(folder / "base")
 
     def load(grown: int = 0) -> Any:
         model = getattr(transformers, name).from_pretrained(folder / "base").eval()

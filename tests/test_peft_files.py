@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import copy
 import json
-import logging
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, cast
 
@@ -25,14 +24,7 @@ with warnings.catch_warnings():
     peft: Any = pytest.importorskip("peft", reason="compares with PEFT")
     transformers: Any = pytest.importorskip("transformers")
 
-pytestmark = pytest.mark.filterwarnings("ignore")  # PEFT's own
-
-
-@pytest.fixture(autouse=True)
-def quiet() -> Iterator[None]:
-    logging.disable(logging.WARNING)
-    yield
-    logging.disable(logging.NOTSET)
+pytestmark = [pytest.mark.filterwarnings("ignore"), pytest.mark.usefixtures("quiet")]  # PEFT's own words
 
 
 class Attention(nn.Module):

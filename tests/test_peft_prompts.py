@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import copy
 import json
-import logging
 import math
 import pickle
 import warnings
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -51,17 +49,9 @@ with warnings.catch_warnings():
     warnings.simplefilter("ignore")
     transformers: Any = pytest.importorskip("transformers")
 
-pytestmark = pytest.mark.filterwarnings("ignore")  # PEFT's own
+pytestmark = [pytest.mark.filterwarnings("ignore"), pytest.mark.usefixtures("quiet")]  # PEFT's own words
 IDS = torch.tensor([[5, 3, 9, 2, 7, 11], [4, 8, 6, 2, 0, 0]])
 TEXT = {"input_ids": IDS, "attention_mask": (IDS != 0).long()}
-
-
-@pytest.fixture(autouse=True)
-def quiet() -> Iterator[None]:
-    torch.manual_seed(0)
-    logging.disable(logging.WARNING)
-    yield
-    logging.disable(logging.NOTSET)
 
 
 def llama(kind: str = "ForCausalLM", **more: Any) -> Any:

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import copy
-import logging
 import random
 import warnings
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,21 +15,14 @@ from torch import nn
 import rules  # noqa: F401  # brings the methods
 from surgery import SurgeryError, load_adapter, plan_rules, save_adapter
 from surgery.peft_format import rules_by
-from tests.conformance import conv1d, near
+from tests.conformance import conv1d, near, of_transformers
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
     peft: Any = pytest.importorskip("peft", reason="compares with PEFT")
     pytest.importorskip("transformers")
 
-pytestmark = pytest.mark.filterwarnings("ignore")  # PEFT's own
-
-
-@pytest.fixture(autouse=True)
-def quiet() -> Iterator[None]:
-    logging.disable(logging.WARNING)
-    yield
-    logging.disable(logging.NOTSET)
+pytestmark = [pytest.mark.filterwarnings("ignore"), pytest.mark.usefixtures("quiet")]  # PEFT's own words
 
 
 class Block(nn.Module):
@@ -186,14 +177,9 @@ def test_what_peft_refuses_is_refused_with_the_reason(fields: dict[str, Any], to
     ],
 )  # fmt: skip
 def test_all_linear_on_models_with_heads(name: str, task: str | None) -> None:
-    import transformers
-
     from surgery.peft import LoraConfig, get_peft_model
-    from tests.conformance import KINDS, SIZES
 
-    kind = name.removesuffix("Model").removesuffix("LMHead").partition("For")[0]
-    config = getattr(transformers, f"{kind}Config")(**{**SIZES, "num_hidden_layers": 1, **KINDS.get(kind, {})})
-    model = getattr(transformers, name)(config)
+    model = of_transformers(name, num_hidden_layers=1)
     given: dict[str, Any] = {"target_modules": "all-linear", "r": 2, "task_type": task}
     theirs = peft.get_peft_model(copy.deepcopy(model), peft.LoraConfig(**given)).base_model
     ours: Any = get_peft_model(model, LoraConfig(**given))

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import copy
 import json
-import logging
 import pickle
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -40,24 +39,15 @@ with warnings.catch_warnings():
     warnings.simplefilter("ignore")
     peft: Any = pytest.importorskip("peft", reason="compares with PEFT")
     transformers: Any = pytest.importorskip("transformers")
-from tests.conformance import KINDS, SIZES  # noqa: E402
+from tests.conformance import of_transformers  # noqa: E402
 
-pytestmark = pytest.mark.filterwarnings("ignore")  # PEFT's own
+pytestmark = [pytest.mark.filterwarnings("ignore"), pytest.mark.usefixtures("quiet")]  # PEFT's own words
 IDS = torch.tensor([[3, 5, 7, 1, 9]])
 
 
-@pytest.fixture(autouse=True)
-def quiet() -> Iterator[None]:
-    logging.disable(logging.WARNING)
-    yield
-    logging.disable(logging.NOTSET)
-
-
 def made(name: str, **more: Any) -> Any:
-    kind = name.removesuffix("LMHeadModel").partition("For")[0]
     torch.manual_seed(0)
-    sizes = {**SIZES, "num_hidden_layers": 1, **KINDS.get(kind, {}), **more}
-    return getattr(transformers, name)(getattr(transformers, f"{kind}Config")(**sizes)).eval()
+    return of_transformers(name, num_hidden_layers=1, **more).eval()
 
 
 T5 = {"d_model": 32, "d_kv": 8, "d_ff": 48, "num_heads": 4, "decoder_start_token_id": 0}
