@@ -78,6 +78,9 @@ class ReplaceRule(Rule):
         found = not isinstance(self.by, str) or _class(self.by) is not None
         return None if found else f"{self.by} is no class of nn.Module that can be imported"
 
+    def alike(self, path: str) -> Any:
+        return None if self.inherit else ()
+
     def make(self) -> nn.Module:
         """The other module, anew."""
         if isinstance(self.by, nn.Module):

@@ -103,12 +103,12 @@ def site_module(
 ) -> SiteModule:
     """`Site.submodule`."""
     skeleton = skeleton_of(make)
-    real = functools.cache(lambda: named_tensors(_made(make)))
+    starts = _Starts(make)
     shapes = named_tensors(skeleton.module)
 
     def fill(tensor: Tensor, inner: str) -> None:
         own = (inherit or {}).get(inner)
-        tensor.copy_(own if own is not None and own.shape == tensor.shape else real()[inner])
+        tensor.copy_(own if own is not None and own.shape == tensor.shape else starts.of(inner))
 
     held: dict[str, Tensor] = {}
     for word, inner in skeleton.words.items():
@@ -124,6 +124,21 @@ def site_module(
         else:
             held[word] = site.buffer(full, tensor.shape, start, dtype=dtype)
     return SiteModule(site, skeleton, held)
+
+
+class _Starts:
+    """The values that tensors start with: each module that is made gives each of its tensors once.
+
+    What is recorded at one site may be used for others like it (`Rule.alike`), which get values of their own.
+    """
+
+    def __init__(self, make: Make):
+        self._make, self._left = make, dict[str, Tensor]()
+
+    def of(self, name: str) -> Tensor:
+        if name not in self._left:
+            self._left = named_tensors(_made(self._make))
+        return self._left.pop(name)
 
 
 def skeleton_of(make: Make) -> Skeleton:

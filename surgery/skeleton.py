@@ -236,8 +236,14 @@ def _hollow(module: nn.Module) -> nn.Module:
     return made
 
 
-def _assigned(forward: Any) -> list[str]:
+def _assigned(forward: Any) -> tuple[str, ...]:
     """The attributes that a forward sets on its module."""
+    if forward not in _stored:
+        _stored[forward] = tuple(_stored_in(forward))
+    return _stored[forward]
+
+
+def _stored_in(forward: Any) -> list[str]:
     try:
         tree = ast.parse(textwrap.dedent(inspect.getsource(forward)))
         itself = next(iter(inspect.signature(forward).parameters))
@@ -372,5 +378,6 @@ _SIMPLE = (
     types.FunctionType,
     types.BuiltinFunctionType,
 )
+_stored: weakref.WeakKeyDictionary[Any, tuple[str, ...]] = weakref.WeakKeyDictionary()
 _setters: weakref.WeakKeyDictionary[type[nn.Module], type[nn.Module]] = weakref.WeakKeyDictionary()
 _known: weakref.WeakValueDictionary[tuple, Skeleton] = weakref.WeakValueDictionary()

@@ -208,6 +208,8 @@ def test_equal_sites_share_their_code() -> None:
     model = nn.Sequential(*(nn.Linear(4, 4) for _ in range(3)))
     apply_rules(model, ReplaceRule(nn.Linear, by=foreign.Recurrent, kwargs={"size": 4}))
     assert len({type(module) for module in model}) == 1
+    drawn = [tensor for key, tensor in adapter_state_dict(model).items() if key.endswith("inner_weight")]
+    assert not torch.equal(drawn[0], drawn[1]) and not torch.equal(drawn[1], drawn[2])
     other = apply_rules(nn.Linear(4, 4), ReplaceRule(nn.Linear, by=foreign.Recurrent, kwargs={"size": 5}))
     assert type(other) is not type(model[0])
 
