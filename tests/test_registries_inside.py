@@ -7,6 +7,7 @@ import pickle
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -21,10 +22,16 @@ from surgery import (
     Structure,
     SurgeryError,
     SurgeryWarning,
+    activate,
     apply_rules,
+    deactivate,
+    load_adapter,
+    module_of,
     plan_rules,
     remove,
+    rename_adapter,
     rule,
+    save_adapter,
     show,
 )
 from surgery.testing import Snapshot, assert_reversible
@@ -387,3 +394,60 @@ def test_passed_on_graphs() -> None:
 
     (found,) = ATTENTION.find(trace(Dropping(), QKV))
     assert [str(node) for node in found.passed] == ["double", "to", "drop"]
+
+
+def test_switched_renamed_saved_and_loaded(tmp_path: Path) -> None:
+    model, inputs = bert()
+    base = model(**inputs)[0]
+    apply_rules(model, LearnedRule("attention.self"), example_inputs=inputs)
+    expected = model(**inputs)[0]
+    deactivate(model)
+    assert torch.equal(model(**inputs)[0], base)
+    activate(model, "default")
+    rename_adapter(model, "default", "other")
+    assert torch.equal(model(**inputs)[0], expected)
+    save_adapter(model, tmp_path / "adapter", adapter="other")
+    remove(model)
+    assert torch.equal(model(**inputs)[0], base)
+    load_adapter(model, tmp_path / "adapter", example_inputs=inputs)
+    assert torch.equal(model(**inputs)[0], expected)
+
+
+class BatchNormAct2d(nn.BatchNorm2d):
+    """As timm's: a norm with an activation behind it."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return F.silu(super().forward(input))
+
+
+def test_a_norm_with_an_activation_is_left_alone() -> None:
+    @rule("test-norm-folded")
+    class NormRule(Rule):
+        """Norms of exactly this class, out."""
+
+        def rewrite(self, site: Any) -> None:
+            for found in site.find(Structure(lambda x: module_of(nn.BatchNorm2d, x))):
+                site.replace(found.root, found.bindings["x"])
+
+    class Block(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.norm, self.act = nn.BatchNorm2d(3), BatchNormAct2d(3)
+
+        def forward(self, x: Tensor, scale: float = 1.0) -> Tensor:
+            return self.act(self.norm(x)) * scale
+
+    block, x = Block().eval(), torch.randn(2, 3, 4, 4)
+    apply_rules(block, NormRule(Block), example_inputs=x)
+    assert torch.equal(block(x), block.act(x))
+    (problem,) = plan_rules(Only(BatchNormAct2d(3)), NormRule(Only), example_inputs=x).problems
+    assert "act is a BatchNormAct2d, a subclass of BatchNorm2d" in str(problem.why)
+
+
+class Only(nn.Module):
+    def __init__(self, act: nn.Module) -> None:
+        super().__init__()
+        self.act = act
+
+    def forward(self, x: Tensor, scale: float = 1.0) -> Tensor:
+        return self.act(x) * scale
