@@ -78,3 +78,25 @@ def test_so_many_pictures_for_so_many_texts(tmp_path: Path) -> None:
     report = export_onnx(model, tmp_path / "m.onnx", example, adapters="slots")
     assert any("batch 4" in one for one in sizes(report, "a")), report.parity
     assert not report.parity.notices  # pyright: ignore[reportOptionalMemberAccess]
+
+
+class Paired(nn.Module):
+    """One picture a text, which is asked with a number that tracing takes for always."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.seen = nn.Embedding(9, 8), nn.Linear(16, 8)
+
+    def forward(self, input_ids: Tensor, pixel_values: Tensor) -> Tensor:
+        if int(input_ids.shape[0]) != int(pixel_values.shape[0]):
+            raise ValueError("one picture a text")
+        return self.embed(input_ids) + self.seen(pixel_values.flatten(1)).unsqueeze(1)
+
+
+def test_batches_that_go_together_are_not_said_to_be_the_models_own(tmp_path: Path) -> None:
+    example = {"input_ids": torch.randint(9, (2, 5)), "pixel_values": torch.randn(2, 1, 4, 4)}
+    report = export_onnx(Paired(), tmp_path / "m.onnx", example)
+    assert report.notices == [
+        f"{name} is fixed at 2 along axis 0 ({dim}): tracing fixed it, though the model takes others"
+        for name, dim in (("input_ids", "batch"), ("pixel_values", "pixel_values_batch"))
+    ]

@@ -207,10 +207,17 @@ def fixed_dims(
 
 
 def _with_more(given: Given, axes: Axes, dim: str) -> list[Given]:
-    """The call with one more along a dimension: along it alone, and along all that are not batches."""
+    """The call with one more along a dimension: along it alone, and along all that are not batches; of a batch, along
+    all batches, too, and with all doubled, where it has to have so many images for so many texts."""
     sizes = sizes_of(given, axes)
     alone = sized(given, axes, summed({**sizes, dim: sizes[dim] + 1}, sizes))
-    return [alone] if dim.endswith(("batch", "_size")) else [alone, of_other_lengths(given, axes)]
+    if not dim.endswith(("batch", "_size")):
+        return [alone, of_other_lengths(given, axes)]
+    batches = {name: size for name, size in sizes.items() if name.endswith("batch")}
+    if dim not in batches or len(batches) < 2:
+        return [alone]
+    more = [{name: size + 1 for name, size in batches.items()}, {name: 2 * size for name, size in batches.items()}]
+    return [alone, *(sized(given, axes, {**sizes, **one}) for one in more)]
 
 
 def _values(model: Any) -> Any:
