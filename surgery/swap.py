@@ -35,6 +35,7 @@ from surgery.site import LiveSite
 from surgery.state_dicts import rules_of
 from surgery.stored import Entry, Stored, stored_adapter, tensor_key
 from surgery.view import tensor_at
+from surgery.vocabulary import other_vocabulary, sizes_wanted
 from surgery.weave import Layer
 
 __all__ = ["SwapReport", "hotswap", "pad_rank"]
@@ -74,6 +75,8 @@ def hotswap(
     trust: bool = False,
     subfolder: str | None = None,
     revision: str | None = None,
+    config: Mapping[str, Any] | None = None,
+    component: str | None = None,
 ) -> SwapReport:
     """Put another adapter's weights into the tensors of one that is there; what is compiled stays as it is.
 
@@ -93,9 +96,9 @@ def hotswap(
     >>> torch.allclose(compiled(x), wanted, atol=1e-6), model[0].adapters.a.B is tensor
     (True, True)
 
-    `source` is whatever `load_adapter` takes, in either format, and read with the same checks (`same_base`, `finite`,
-    `trust`, `subfolder`, `revision`); or tensors as `adapter_state_dict` gives them, of the adapter's own rules, or of
-    `rules`. A compiled model may be given itself.
+    `source` is whatever `load_adapter` takes, in either format, and read with the same checks and settings
+    (`same_base`, `finite`, `trust`, `subfolder`, `revision`, `config`, `component`); or tensors as `adapter_state_dict`
+    gives them, of the adapter's own rules, or of `rules`. A compiled model may be given itself.
 
     The new adapter may be on fewer sites: at the others this one then does nothing. Its rules have to be the kinds that
     are there. If they make other code, the rule itself turns the tensors into those that do the same in the code that
@@ -108,6 +111,8 @@ def hotswap(
     there. A call of the model that runs meanwhile sees some sites with the new weights: swap between calls. Exported
     programs, and graphs that were compiled with frozen weights, are snapshots.
 
+    Embeddings are not resized: files of another vocabulary than the model's are refused.
+
     Whole or nothing: all that does not fit is told at once in a `LoadError`, and every tensor is as it was.
     `strict=False` as in `load_adapter`. Raises `SurgeryError` where the adapter is unknown or merged, or began by
     changing the base's weights (PiSSA). PEFT: `hotswap_adapter`, for LoRA.
@@ -115,7 +120,7 @@ def hotswap(
     model, state = rewritten(model)
     check_free(model)
     live = living(model, state, adapter)
-    stored = _stored(model, source, adapter, rules, subfolder, revision)
+    stored = _stored(model, source, adapter, rules, subfolder, revision, config, component)
     report = SwapReport(adapter, stored.rules, metadata=stored.metadata, licence=stored.licence)
     problems = [*stored.problems, *([] if trust else map(_distrusted, (rule for rule in stored.rules if rule.imports)))]
     plan, doubtful = incoming(model, [rule for rule in stored.rules if trust or not rule.imports], adapter, live)
@@ -123,6 +128,8 @@ def hotswap(
     problems += [*plan.problems, *(doubtful if strict and report.unexpected else ())]
     making = Making(plan, live, values, stored.file, finite)
     pairs = [] if problems else making.tensors()
+    if sizes := sizes_wanted(model, plan, stored):
+        problems.append(other_vocabulary(model, sizes))
     if problems:
         report.unexpected = []  # of rules that could not be read or placed
     report.base = differences(model, stored.base)
@@ -222,11 +229,13 @@ def _stored(
     rules: Sequence[Rule] | Rule | None,
     subfolder: str | None,
     revision: str | None,
+    config: Mapping[str, Any] | None,
+    component: str | None,
 ) -> Stored:
     if not isinstance(source, Mapping):
         if rules is not None:
             raise SurgeryError("files have rules of their own", fix="hotswap(model, adapter, tensors, rules=…)")
-        return stored_adapter(model, source, subfolder, revision)
+        return stored_adapter(model, source, subfolder, revision, config, component)
     wrong = [str(key) for key, tensor in source.items() if not isinstance(key, str) or not isinstance(tensor, Tensor)]
     if wrong:
         what = "an adapter is tensors by name"

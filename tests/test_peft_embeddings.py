@@ -19,6 +19,7 @@ from surgery import (
     LoadError,
     SurgeryError,
     apply_rules,
+    hotswap,
     load_adapter,
     merge,
     remove,
@@ -202,6 +203,11 @@ def test_our_own_format_says_the_size_too(tmp_path: Path) -> None:
         load_adapter(load(), tmp_path / "own")
     load_adapter(model := load(), tmp_path / "own", resize=True)
     assert torch.equal(logits(model, 2), logits(trained, 2))
+    live = apply_rules(load(), [TrainRule(["embed_tokens", "lm_head"]), LoraRule("q_proj", rank=2)])
+    before = Snapshot(live)
+    with pytest.raises(LoadError, match="vocabulary of 101 tokens, and this model's has 99"):
+        hotswap(live, "default", tmp_path / "own")
+    assert before.differences(live) == []
 
 
 def test_the_facade(tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 import rules  # noqa: F401  # brings the methods
 from rules import LoraRule
-from surgery import LoadError, apply_rules, load_adapter, save_adapter, summary
+from surgery import LoadError, apply_rules, base_state_dict, hotswap, load_adapter, save_adapter, summary
 from surgery.testing import Snapshot
 
 with warnings.catch_warnings():
@@ -205,6 +205,14 @@ def test_components_of_equal_sizes_are_asked_for(tmp_path: Path) -> None:
     assert same(model, expected, x)
     with pytest.raises(LoadError, match="no component 'vae'"):
         load_adapter(Part("text"), folder, component="vae")
+    with pytest.raises(LoadError, match="text_encoder and text_encoder_2"):
+        hotswap(model, "default", folder)
+    live = model.state_dict()
+    assert hotswap(model, "default", folder, component="text_encoder")
+    fresh = Part("text")
+    fresh.load_state_dict(base_state_dict(model))
+    expected = by_hand(fresh, held["text_encoder"], {"text.to_q": 1})
+    assert same(model, expected, x) and list(live) == list(model.state_dict())
 
 
 # Keys -----------------------------------------------------------------------------------------------------------
