@@ -236,6 +236,11 @@ def _stored(
         if rules is not None:
             raise SurgeryError("files have rules of their own", fix="hotswap(model, adapter, tensors, rules=…)")
         return stored_adapter(model, source, subfolder, revision, config, component)
+    of_files = {"subfolder": subfolder, "revision": revision, "config": config, "component": component}
+    if told := [f"{name}=" for name, value in of_files.items() if value is not None]:
+        raise SurgeryError(
+            f"tensors have no {', '.join(told)}", why="these say which files are read", fix="leave them out"
+        )
     wrong = [str(key) for key, tensor in source.items() if not isinstance(key, str) or not isinstance(tensor, Tensor)]
     if wrong:
         what = "an adapter is tensors by name"

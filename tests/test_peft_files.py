@@ -16,7 +16,17 @@ from torch import Tensor, nn
 
 import rules  # noqa: F401  # brings the methods
 from rules import LoraRule
-from surgery import LoadError, apply_rules, base_state_dict, hotswap, load_adapter, save_adapter, summary
+from surgery import (
+    LoadError,
+    SurgeryError,
+    adapter_state_dict,
+    apply_rules,
+    base_state_dict,
+    hotswap,
+    load_adapter,
+    save_adapter,
+    summary,
+)
 from surgery.testing import Snapshot
 
 with warnings.catch_warnings():
@@ -213,6 +223,8 @@ def test_components_of_equal_sizes_are_asked_for(tmp_path: Path) -> None:
     fresh.load_state_dict(base_state_dict(model))
     expected = by_hand(fresh, held["text_encoder"], {"text.to_q": 1})
     assert same(model, expected, x) and list(live) == list(model.state_dict())
+    with pytest.raises(SurgeryError, match="tensors have no component="):
+        hotswap(model, "default", adapter_state_dict(model), component="text_encoder")
 
 
 # Keys -----------------------------------------------------------------------------------------------------------
