@@ -9,6 +9,8 @@ STATES ?= 3000
 STATES_SEED ?= 1
 CRASHES ?= 30
 FAILURES ?= 100
+PROGRAMS ?= 2000
+PROGRAMS_SEED ?= 1
 
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --quiet --disable-pip-version-check
@@ -20,7 +22,7 @@ export HF_HUB_OFFLINE = 1
 export TOKENIZERS_PARALLELISM = false
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test families coverage lint bench docs-test gallery peers onnx onnx-families damage failures states crashes wheel-test web web-test clean
+.PHONY: help demo test families coverage lint bench docs-test gallery peers onnx onnx-families damage failures states programs crashes wheel-test web web-test clean
 
 help: ## List the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -61,6 +63,9 @@ failures: $(VENV)/.dev ## Break every verb off at FAILURES calls and lines of it
 
 states: $(VENV)/.dev ## Take adapters through STATES random sequences of steps, of which make test runs 200; STATES_SEED=1, 2, …
 	STATES=$(STATES) STATES_SEED=$(STATES_SEED) OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/test_state_machine.py -s $(ARGS)
+
+programs: $(VENV)/.dev ## Run PROGRAMS random rewrites beside forwards written by hand, of which make test runs 100
+	PROGRAMS=$(PROGRAMS) PROGRAMS_SEED=$(PROGRAMS_SEED) OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/test_programs.py -n $(JOBS) $(ARGS)
 
 crashes: $(VENV)/.dev ## Interrupt and kill CRASHES of the Trainer's runs of each kind, of which make test runs 4
 	CRASHES=$(CRASHES) OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/test_crashes.py -s $(ARGS)

@@ -35,12 +35,16 @@ def line_of(error: BaseException, function: Any = None) -> str | None:
     return f"{code.co_filename}:{code.co_firstlineno}" if code else None
 
 
-def line_running() -> str:
-    """`file:number` of the innermost line that runs and is not the engine's."""
+def line_running(with_text: bool = False) -> str:
+    """`file:number` of the innermost line that runs and is not the engine's, nor torch's; its text on request."""
     frame = sys._getframe(1)
     while frame.f_back is not None and is_ours(frame.f_code.co_filename):
         frame = frame.f_back
-    return f"{frame.f_code.co_filename}:{frame.f_lineno}"
+    users = frame
+    while with_text and users.f_back is not None and users.f_code.co_filename.startswith((_TORCH, HERE)):
+        users = users.f_back
+    text = f": {linecache.getline(users.f_code.co_filename, users.f_lineno).strip()}" if with_text else ""
+    return f"{users.f_code.co_filename}:{users.f_lineno}{text}"
 
 
 def line_setting(function: Any, attribute: str) -> str | None:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import ExitStack
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from surgery import regions
 from surgery.errors import TraceError
 
 __all__ = [
@@ -170,12 +170,11 @@ def in_region(region: Region, function: Callable[..., Any] | str, *args: Any, **
 
     A function, or the name of a method of the first argument.
     """
-    with ExitStack() as stack:
-        stack.enter_context(torch.set_grad_enabled(region[2]))
-        for device, dtype in zip(("cpu", "cuda"), region, strict=False):
-            if (dtype is not None) != torch.is_autocast_enabled(device):
-                chosen = None if dtype is None else getattr(torch, dtype.removeprefix("torch."))
-                stack.enter_context(torch.autocast(device, chosen, enabled=dtype is not None))
-        return (
-            getattr(args[0], function)(*args[1:], **kwargs) if isinstance(function, str) else function(*args, **kwargs)
-        )
+    autocast = tuple(
+        [
+            (device, "" if dtype is None else dtype.removeprefix("torch."))
+            for device, dtype in zip(("cpu", "cuda"), region, strict=False)
+            if (dtype is not None) != torch.is_autocast_enabled(device)
+        ]
+    )
+    return regions.Region(region[2], autocast)(function, args, kwargs)

@@ -13,15 +13,16 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, fx, nn
 
+from surgery.deciding import decide, decide_parts
 from surgery.errors import TraceError
-from surgery.guards import check_call, check_parts, check_settings, differs, parts_of, require, same_settings
+from surgery.guards import check_call, check_parts, check_settings, require, same_settings
 from surgery.guided import traced
 from surgery.kinds import kind_of_call
 from surgery.own import Own
 from surgery.view import view
 from surgery.weave import plain
 
-__all__ = ["Held", "Otherwise", "goes_through", "hold", "held_forwards", "new_held"]
+__all__ = ["Held", "goes_through", "hold", "held_forwards", "new_held"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -38,16 +39,6 @@ class Held:
 
     def fits(self, module: nn.Module) -> bool:
         return same_settings(module, self.settings)
-
-
-class Otherwise(Exception):
-    """A call decides otherwise than the one that its graph is of. `late`: something was written or drawn before."""
-
-    def __init__(self, found: Any, expected: Any, where: str, late: bool):
-        self.found, self.expected, self.where, self.late = found, expected, where, late
-
-    def __str__(self) -> str:
-        return f"{self.found!r} is decided instead of {self.expected!r}"
 
 
 def hold(module: nn.Module, own: Own, args: tuple, kwargs: dict[str, Any], leaves: bool = True) -> Own:
@@ -150,19 +141,6 @@ def _settled(traced: fx.GraphModule, training: bool) -> Held:
 def _sizes(node: fx.Node) -> bool:
     """Whether a number goes into tensors, and not only into calls of objects (the index of a layer in a cache)."""
     return any("shape" in user.meta or user.target in _ON_NUMBERS for user in node.users)
-
-
-def decide(found: Any, expected: Any, where: str, late: bool) -> None:
-    """Raise `Otherwise` unless Python would decide as in the traced call."""
-    if differs(found, expected):
-        raise Otherwise(found, expected, where, late)
-
-
-def decide_parts(found: Any, parts: Any, where: str, *more: bool) -> None:
-    """Raise `Otherwise` unless something has the parts that it has in the traced call."""
-    *deep, late = more
-    if parts_of(found, *deep) != parts:
-        raise Otherwise(parts_of(found, *deep), parts, where, late)
 
 
 _DECIDING = {require: decide, check_parts: decide_parts}

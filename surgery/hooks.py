@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import traceback
 from types import TracebackType
 from typing import TYPE_CHECKING
 
 from surgery.errors import SiteError, SurgeryError
+from surgery.frames import line_of
 
 if TYPE_CHECKING:
     from surgery.base_rule import Rule
@@ -28,10 +28,10 @@ class running:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None):
         if not isinstance(error, Exception) or isinstance(error, SurgeryError):
             return
-        last = traceback.extract_tb(trace)[-1]
+        line = line_of(error)
         raise SiteError(
             f"{self.rule.label}.{self.hook} fails",
             where=self.path or "(the model itself)",
-            why=f"{type(error).__name__}: {error} ({last.filename}:{last.lineno}: {last.line})",
+            why=f"{type(error).__name__}: {error} ({line})",
             fix="correct the rule's own code",
         ) from error

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from typing import Any, cast
 
@@ -20,6 +21,7 @@ from surgery.state import LEFT_OUT, THROUGH
 from surgery.structure import Found, Occurrence, Structure
 from surgery.tape import Tape, Value, ref_of
 from surgery.view import held
+from surgery.watch import unwatched
 from surgery.weave import plain
 
 __all__ = ["Inside"]
@@ -38,6 +40,8 @@ class Inside:
     facts: dict[str, Any]
     _nodes: dict[str | int, fx.Node]
     _passages: list[Passage]
+    _inner: dict[str, frozenset[str]]  # by the root of a match, the operations that are in it alone
+    _replaced: dict[str, frozenset[str]]  # the roots that were replaced
 
     def needed_example(self, why: str) -> tuple[tuple, dict[str, Any]]:
         raise NotImplementedError
@@ -55,7 +59,7 @@ class Inside:
         """
         if self.own.held is None:
             example = self.needed_example("which operations a forward consists of is found by running it once")
-            with torch.no_grad(), evaluating(self.module):  # as the example was seen
+            with unwatched(self.tape), torch.no_grad(), evaluating(self.module):  # as the example was seen
                 self.own = hold(self.module, self.own, *example, leaves=THROUGH not in self.facts)
         self.inside = True
         assert self.own.held is not None
@@ -107,13 +111,15 @@ class Inside:
         return Found([self._match(occurrence) for occurrence in found], found.reason)
 
     def _match(self, found: Occurrence) -> Occurrence:
+        inner = {str(node.name) for node in found.nodes if node is not found.root and node not in found.shared}
+        self._inner[found.root.name] = self._inner.get(found.root.name, frozenset()) | inner
         passage = Passage(found.root, found.passed)
         self._passages.append(passage)
 
         def asked() -> None:
             passage.asked = True
 
-        return found.mapped(self._shown, asked)
+        return found.mapped(functools.partial(self._shown, root=found.root), asked)
 
     def _go_through(self) -> None:
         """From now on, the graph is one that goes through functions from registries."""
@@ -138,13 +144,29 @@ class Inside:
                     told.append(f"{self.label} at {self.path or 'the model itself'}: {text}; read the match's passed")
         return told
 
+    def _check_overlap(self, name: str, new: Any) -> None:
+        """Refuse to replace two matches of which one has the other's result inside, and computes nothing from it."""
+        inner = self._inner.get(name, frozenset()) - self.tape.named_in(new)
+        both = [other for other, its in self._replaced.items() if other in inner or name in its]
+        if both:
+            raise SiteError(
+                f"{self.label} replaces matches that overlap: {both[0]} and {name}",
+                where=self.path,
+                why="the result of one is an operation inside of the other, and what is put in its place would be lost",
+                fix="skip matches that have nodes in common",
+            )
+        self._replaced[name] = inner
+
     def at(self, node: fx.Node) -> Tensor:
         """The value of a node of `graph`: what it is at present, edits of earlier rules included."""
+        return self._at(node)
+
+    def _at(self, node: fx.Node, read: str = "") -> Tensor:
         if node.op == "placeholder":
-            return self._value("input", str(node.target).lstrip("*"))
+            return cast(Tensor, self.tape.value("input", str(node.target).lstrip("*"), read))
         if node.op == "get_attr" and held(self.module, str(node.target)) is not None:
             return self._value("state", str(node.target))
-        return self._value("inside", node.name)
+        return cast(Tensor, self.tape.value("inside", node.name, read))
 
     def node_of(self, value: Tensor) -> fx.Node:
         """The node of a value that `find` or `at` gave."""
@@ -173,7 +195,8 @@ class Inside:
             raise SiteError(f"{value!r} is made by no operation", where=self.path)
         return cast(Tensor, self.tape.call(kinds[node.op], node.target, *given))
 
-    def _shown(self, value: Any) -> Any:
+    def _shown(self, value: Any, root: fx.Node) -> Any:
+        """A match's nodes as values: its operands are read where the match ends."""
         if isinstance(value, Held):  # a parameter of a layer that is one operation
             return self._value("state", str(value))
-        return plain(value, self.at)
+        return plain(value, lambda node: self._at(node, "" if node is root else root.name))

@@ -42,6 +42,7 @@ class Ledger:
         self.values: dict[fx.Node, Any] = {}  # numbers that were read from the module
         self.numbers: dict[Any, fx.Node] = {}  # one node for equal computations on numbers
         self.activations: set[fx.Node] = set()  # nodes that hold activations, parameters or random draws
+        self.shared: dict[int, fx.Node] = {}  # tensors whose memory an operation wrote to through another one
         self.by_content: set[fx.Node] = set()  # nodes whose sizes depend on the content of tensors
 
     @contextmanager
@@ -91,6 +92,8 @@ class Ledger:
                 why=f"of shape {tuple(tensor.shape)}; no argument, parameter or buffer, and made by no torch function",
             )
         node = self.resolve(found[1]) if found is not None else self.graph.get_attr(str(name))
+        if (writer := self.shared.get(id(tensor))) is not None:
+            writer.meta["viewed"] = True
         self.known[id(tensor)] = (tensor, node)
         if "shape" not in node.meta:
             with self.paused():
@@ -233,7 +236,10 @@ class Ledger:
     def wrap(self, value: Any, node: Any) -> Any:
         """What a node gave (or what `node()` would make a node for), as the forward goes on with it."""
         if isinstance(value, Tensor):
-            if id(value) in self.known or id(value) in self.tensors:  # a layer that gave its input back
+            known = self.known.get(id(value))
+            if known is not None and known[1] is node:  # written to in place
+                return value
+            if known is not None or id(value) in self.tensors:  # a layer that gave its input back
                 with self.paused():
                     value = torch.ops.aten.alias.default(value)
             return self.register(value, node)

@@ -329,6 +329,7 @@ def lower(graph: fx.Graph) -> None:
             chain = chains.get(y) or _Chain.of(y)
             if chain is not None and chain.layer.args[0] is branch[0] and chain.private(add):
                 chain.extend(add, branch[1:])
+                scaled.args[0].args[0].args[0].meta.pop("draws", None)  # the fast form draws instead of the dropout
                 chains.update(dict.fromkeys(chain.values, chain))
     for chain in dict.fromkeys(chains.values()):
         chain.put(graph)
@@ -420,7 +421,7 @@ class _Chain:
         if not all(user is add or any(_casts(user, add, value) for value in self.values) for user in users):
             return False
         now = self.values[0].next
-        while now is not add and not _effect(now):
+        while now is not add and (not _effect(now) or "draws" in now.meta):
             now = now.next
         return now is add
 
@@ -461,6 +462,4 @@ def _find_fast(graph: fx.Graph, site: fx.Node, tensor: fx.Node) -> None:
 
 
 def _effect(node: fx.Node) -> bool:
-    name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
-    called = node.op in ("call_method", "call_module", "call_function")
-    return called and (name.endswith("_") or node.target is left_out)
+    return node.target is left_out or bool({"writes", "draws", "needed"} & node.meta.keys())

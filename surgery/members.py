@@ -14,6 +14,7 @@ from surgery.own import Own
 from surgery.site import Site
 from surgery.state import Applied
 from surgery.tape import Value
+from surgery.watch import Watch
 from surgery.weave import Layer
 
 __all__ = ["Member", "routes_itself", "routed_layer"]
@@ -58,8 +59,8 @@ def routed_layer(module: nn.Module, path: str, own: Own, applied: list[Applied])
     members = [Member(one.rule, module, path, one.adapter, own, one.facts) for one in applied]
     for member in members[1:]:
         member.tape = members[0].tape
-    with running(applied[0].rule, "routed", path):
+    with running(applied[0].rule, "routed", path), Watch(members[0].tape):
         output = first.routed(members)
-    if output is not None:
-        members[0].tape.replace(cast(Value, members[0].output), output)
+        if output is not None:
+            members[0].tape.replace(cast(Value, members[0].output), output)
     return Layer(applied[0].adapter, f"{first.__name__}, routed", members[0].tape.finished())

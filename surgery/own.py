@@ -22,6 +22,7 @@ from surgery.frames import line_of, line_setting
 from surgery.pattern import qualified_name
 from surgery.tape import Tape, Value
 from surgery.view import view
+from surgery.watch import Watch
 
 __all__ = ["Own", "own_forward", "recorded_own", "settings_of", "trusted"]
 
@@ -192,8 +193,9 @@ def _recorded(module: nn.Module, base: type[nn.Module], signature: inspect.Signa
         else:
             given.append(value)
     try:
-        output = base.forward(stand_in, *given, **named)
-        tape.replace(tape.value("output", ""), output)
+        with Watch(tape):
+            output = base.forward(stand_in, *given, **named)
+            tape.replace(tape.value("output", ""), output)
         tape = tape.finished()
     except Exception as error:
         raise _refusal(error, base) from error

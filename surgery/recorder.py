@@ -235,6 +235,7 @@ class Recorder(Reader, TorchFunctionMode):
         nodes = self.node(args), self.node(kwargs)  # before the real ones: what is handed on is copied here
         given, named = self.real(args), self.real(kwargs)
         with self.paused():
+            versions = _versions((given, named))
             value = run(*given, **named)
         region = context(True)
         if region != self.region:
@@ -247,6 +248,8 @@ class Recorder(Reader, TorchFunctionMode):
         node = self.graph.create_node(op, target, *nodes, name="self_1" if target == "self" else None)
         if region[2] is False and self.region[2] is True:
             self.without_gradients.add(node)
+        with self.paused():
+            self.written_to(node, value, versions)
         if target in _SIZED_BY_CONTENT or _by_mask(target, given):
             self.by_content.add(node)
         if target in _CUTS:  # into how many pieces, Python goes by
@@ -262,6 +265,16 @@ class Recorder(Reader, TorchFunctionMode):
         elif op == "call_module" and not isinstance(value, Tensor):
             self.guard_parts(value, node, deep=True)
         return self.wrap(value, node)
+
+    def written_to(self, node: fx.Node, value: Any, versions: list[tuple[Tensor, int]]) -> None:
+        """An operand that an operation writes to and gives back is, from then on, what the operation gives."""
+        for tensor, version in versions:
+            if tensor is value and tensor._version != version and id(tensor) in self.known:
+                self.register(tensor, node)
+                storage = tensor.untyped_storage().data_ptr()
+                for other, _ in list(self.known.values()):
+                    if isinstance(other, Tensor) and other is not tensor and _shares(other, storage):
+                        self.shared[id(other)] = node
 
     def call_function(self, function: Any, args: tuple, kwargs: dict) -> Any:
         return self.made("call_function", function, args, kwargs, function)
@@ -323,6 +336,18 @@ class Recorder(Reader, TorchFunctionMode):
                 if run(owner._real, *self.real(args), **self.real(kwargs)) is owner._real:
                     return owner  # a config that is asked for the part of it that it is itself
         return self.made("call_method", name, (owner, *args), kwargs, run, foreign=True)
+
+
+def _versions(value: Any) -> list[tuple[Tensor, int]]:
+    """The tensors among arguments, each with how often it was written to."""
+    if isinstance(value, Tensor):
+        return [] if value.is_inference() else [(value, value._version)]
+    items = value.values() if isinstance(value, dict) else value if isinstance(value, (tuple, list)) else ()
+    return [pair for item in items for pair in _versions(item)]
+
+
+def _shares(tensor: Tensor, storage: int) -> bool:
+    return tensor.layout is torch.strided and tensor.untyped_storage().data_ptr() == storage
 
 
 def _outside() -> tuple:

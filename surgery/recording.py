@@ -6,16 +6,18 @@ import math
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
-from torch import nn
+from torch import Tensor, nn
 
 from surgery.base_rule import Rule
 from surgery.border import elsewhere
 from surgery.errors import SiteError, SurgeryError
 from surgery.hooks import running
 from surgery.own import Own
+from surgery.samples import TapeSamples
 from surgery.site import Example, ParamSpec, Site
 from surgery.state import Applied
 from surgery.tape import Tape, Value
+from surgery.watch import Watch
 from surgery.weave import Layer
 
 __all__ = ["PassedOver", "Recording", "Step", "layer_of", "recorded"]
@@ -76,22 +78,24 @@ def recorded(
     `facts` are those found when the rule was applied; what it finds anew is put there.
     """
     site = Site(module, path, adapter, rule.label, own, example, owners, facts)
+    site.tape.samples = TapeSamples(site.tape, site.sample)
     try:
-        with running(rule, "rewrite", path):
+        with running(rule, "rewrite", path), Watch(site.tape):
             output = rule.rewrite(site)
+            if output is not None and output is not NotImplemented:
+                if not isinstance(output, (Value, Tensor, tuple, list, dict)):
+                    raise SiteError(
+                        f"{rule.label}.rewrite returned {type(output).__name__}",
+                        where=path,
+                        fix="return the new output, or None",
+                    )
+                site.replace(site.output, output)
     except SiteError as error:
         raise _with_reason(error, site)  # noqa: B904  # it is the same error
+    site.tape.samples = None  # the site, and with it the example
     if output is NotImplemented:
         raise PassedOver
-    if type(output) is not type(None):
-        if not isinstance(output, (Value, tuple, list, dict)):
-            raise SiteError(
-                f"{rule.label}.rewrite returned {type(output).__name__}",
-                where=path,
-                fix="return the new output, or None",
-            )
-        site.replace(site.output, output)
-    if not site.tape.replaced() and not any(step.kind in ("method", "around") for step in site.tape.steps):
+    if not site.tape.acts:
         raise _idle(rule, site)
     told = tuple(site.left_out())
     return Recording(site.tape.finished(), tuple(site.specs.values()), site.own, site.inside, told)

@@ -29,6 +29,7 @@ from surgery.state import MARK, site_state
 from surgery.structure import Structure
 from surgery.tape import Ref, Tape, Value, ref_of
 from surgery.view import calls_inside, held, hidden_reference, view
+from surgery.watch import unwatched
 
 __all__ = ["LiveSite", "ParamSpec", "Site", "Tensors"]
 
@@ -147,6 +148,8 @@ class Site(_Place, Inside):
         self.missed: dict[Structure, str] = {}
         self._nodes: dict[str | int, fx.Node] = {}
         self._passages: list[Passage] = []
+        self._inner: dict[str, frozenset[str]] = {}
+        self._replaced: dict[str, frozenset[str]] = {}
         self.tape = Tape(path or type(module).__name__)
         self.specs: dict[str, ParamSpec] = {}
 
@@ -232,7 +235,10 @@ class Site(_Place, Inside):
     @functools.cached_property
     def example(self) -> tuple[tuple, dict[str, Any]] | None:
         """Copies of the module's own arguments in the example call, (args, kwargs); None without an example."""
-        return self._example() if self._example is not None else None
+        if self._example is None:
+            return None
+        with unwatched(self.tape):
+            return self._example()
 
     @property
     def unreached(self) -> bool:
@@ -268,7 +274,8 @@ class Site(_Place, Inside):
         A copied or unpickled site records its rules anew, with no model around it and no example: it has its facts.
         """
         if name not in self.facts:
-            self.facts[name] = find()
+            with unwatched(self.tape):
+                self.facts[name] = find()
         return self.facts[name]
 
     @property
@@ -284,11 +291,13 @@ class Site(_Place, Inside):
         no trace. For `fact`. `module`: another one of the model's, in place of the site's."""
         module = self.module if module is None else module
         base = getattr(module, "_surgery_base", type(module))
-        return call(view(module, base, {}) if type(module) is not base else module, inputs)
+        with unwatched(self.tape):
+            return call(view(module, base, {}) if type(module) is not base else module, inputs)
 
     def calls_inside(self, args: tuple, kwargs: Mapping[str, Any]) -> list[tuple[Any, tuple, dict[str, Any]]]:
         """Run the module's own forward; its calls of functions from registries: (function, args, kwargs)."""
-        return calls_inside(self.module, args, kwargs)
+        with unwatched(self.tape):
+            return calls_inside(self.module, args, kwargs)
 
     def shape_of(self, name: str) -> tuple[int, ...] | None:
         """The shape of a tensor that the adapter has here already: in copies, whose rules are recorded anew."""
@@ -388,14 +397,52 @@ class Site(_Place, Inside):
 
         Raises `SiteError` where the module's forward would not see another value in a parameter's place.
         """
+        ref = ref_of(cast(Value, old))
+        if ref.kind == "inside" and not only:
+            self._check_overlap(str(ref.key), new)
         self.tape.replace(cast(Value, old), new, tuple([Ref("made", self.node_of(user).name) for user in only]))
         ref = self.tape.steps[-1].args[0]
+        if ref.kind == "inside" and not only and self._nodes[ref.key].meta.get("viewed"):
+            raise SiteError(
+                f"{self.label} replaces {old!r}, which is written in place",
+                where=self.path,
+                why="the forward goes on with another view of the same memory, which would not see the new value",
+                fix="write the new value there: value.copy_(new)",
+            )
         if ref.kind == "state":
             self._check_editable(str(ref.key))
 
     def _value(self, kind: str, key: str) -> Tensor:
+        if kind in ("output", "base"):
+            self.tape.late = True
         # To a rule, and to its type checker, a value is used as the tensor it stands for.
         return cast(Tensor, self.tape.value(kind, key))
+
+    def sample(self, ref: Ref) -> Any:
+        """What a value is in the example, or of which shape: for decisions of Python on sizes (`TapeSamples`)."""
+        graph = self.own.held
+        if ref.kind == "state":
+            return held(self.module, str(ref.key))
+        if ref.kind == "param":
+            spec = self.specs[str(ref.key)]
+            return torch.empty(spec.shape, dtype=spec.dtype, device="meta")
+        if graph is not None and (node := self._node_at(ref, graph)) is not None and "shape" in node.meta:
+            return torch.empty(node.meta["shape"], dtype=node.meta["dtype"], device="meta")
+        if ref.kind not in ("input", "output", "base") or self.example is None:
+            raise LookupError(ref)
+        args, kwargs = self.example
+        if ref.kind != "input":
+            return self.run(**self.own.signature.bind(*args, **kwargs).arguments)
+        given = self.own.signature.bind(*args, **kwargs)
+        given.apply_defaults()
+        return given.arguments[str(ref.key)]
+
+    def _node_at(self, ref: Ref, graph: fx.Graph) -> fx.Node | None:
+        if ref.kind in ("output", "base"):
+            found = graph.output_node().args[0]
+            return found if isinstance(found, fx.Node) else None
+        name = ("placeholder", lambda n: str(n.target).lstrip("*")) if ref.kind == "input" else ("", lambda n: n.name)
+        return next((n for n in graph.nodes if name[1](n) == ref.key and n.op.startswith(name[0])), None)
 
     def _check_editable(self, name: str) -> None:
         tensor = held(self.module, name)

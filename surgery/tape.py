@@ -4,45 +4,87 @@ A rule's `rewrite` runs on `Value`s. What it does with them is written down here
 then woven into the graph of the site's forward (`surgery.weave`). So an edit has a name and a hash: sites whose
 tapes are equal share one generated class, any edit can be left out again without undoing the others, and a rule
 can neither mis-wire the graph nor touch the model while it is being planned.
+
+A `Value` claims to be no tensor, so that torch's C code asks it what a call means, as it asks the proxies of torch.fx.
 """
 
 from __future__ import annotations
 
+import dis
 import functools
 import inspect
 import operator
+import sys
 import weakref
 from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
 
+from surgery.effects import has_effect, is_foreign
 from surgery.errors import SiteError
+from surgery.frames import line_running
+from surgery.regions import Region
 
-__all__ = ["Tape", "Value"]
+__all__ = [
+    "OPERATORS",
+    "Ref",
+    "Samples",
+    "Step",
+    "Tape",
+    "Value",
+    "Watched",
+    "ref_of",
+    "refs_in",
+    "tape_of",
+    "thawed",
+    "unpacked",
+]
 
 
 class Ref(NamedTuple):
     """A value by what it is: ("input", name), ("output", ""), ("state", path), ("param", name), ("op", step).
 
     In a forward that is held as a graph also ("inside", node), what an operation's result is at present, and
-    ("made", node), what the operation itself gives, before what rules put in its place.
+    ("made", node), what the operation itself gives, before what rules put in its place. `read`: the node before which
+    it is read, as an operand of a match that ends there; then it follows what the rule puts in its place.
     """
 
     kind: str
     key: str | int
+    read: str = ""
 
 
 class Step(NamedTuple):
     """One edit. kind: "function", "method", "attribute", "module" (a child), "own" (the site's own operation once more:
     args its inputs, kwargs its tensors), "around" (what makes a function around those from registries, or around one
-    operation), or "replace" (args: what is replaced, by what; kwargs: operations in which alone it is)."""
+    operation), or "replace" (args: what is replaced, by what; kwargs: operations in which alone it is).
+
+    `region`: the blocks (torch.no_grad, torch.autocast) around it. `late`: the rewrite asked for the output before."""
 
     kind: str
     target: Any
     args: Any
     kwargs: Any
+    region: Region | None = None
+    late: bool = False
+
+
+class Watched(Protocol):
+    """What is known of the code that makes a tape while it runs."""
+
+    @property
+    def region(self) -> Region | None: ...
+
+    def made(self, tensor: torch.Tensor) -> Value | None:
+        """A tensor that torch made without a value's help, as steps of the tape; None where it is unknown how."""
+
+
+class Samples(Protocol):
+    """What values are in an example, as far as Python may decide on it."""
+
+    def decided(self, value: Value, ref: Ref) -> Any: ...
 
 
 class Tape:
@@ -52,17 +94,54 @@ class Tape:
         self.where = where
         self.strict = strict  # hasattr(value, name) is answered as a tensor would, for code not written for us
         self.steps: list[Step] = []
+        self.late = False
+        self._shapes: set[int] = set()  # steps that give shapes, and sizes
+        self._sizes: set[int] = set()
+        self.watched: Watched | None = None  # while it is being recorded
+        self.samples: Samples | None = None
         self.written: set[tuple] = set()  # the forwards, by their keys, that these edits could be written into
 
-    def value(self, kind: str, key: str | int) -> Value:
-        return Value(self, Ref(kind, key))
+    def value(self, kind: str, key: str | int, read: str = "") -> Value:
+        return Value(self, Ref(kind, key, read))
 
-    def call(self, kind: str, target: Any, args: Any, kwargs: dict[str, Any]) -> Value:
-        self.steps.append(Step(kind, target, self._frozen(args), self._frozen(kwargs) if kwargs else NOTHING))
-        return Value(self, Ref("op", len(self.steps) - 1))
+    def call(self, kind: str, target: Any, args: Any, kwargs: dict[str, Any], region: Region | None = None) -> Value:
+        given = self._frozen(args), self._frozen(kwargs) if kwargs else NOTHING
+        if region is None and self.watched is not None:
+            region = self.watched.region
+        step = Step(kind, target, *given, region, self.late)
+        self.steps.append(step)
+        index = len(self.steps) - 1
+        if self._is_shape(step):
+            self._shapes.add(index)
+        elif self._is_size(step):
+            self._sizes.add(index)
+            return SizeValue(self, Ref("op", index))
+        return Value(self, Ref("op", index))
+
+    def _is_shape(self, step: Step) -> bool:
+        """Whether a step gives sizes: `x.shape`, `x.size()`, the names that one is unpacked into."""
+        if step.kind in ("attribute", "method"):
+            return step.target == "shape" or step.target == "size" and len(step.args[1]) == 1 and not step.kwargs[1]
+        source = step.args[1][0] if step.args[1] else None
+        sliced = step.target is operator.getitem and not _whole_number(step.args[1][1])
+        named = isinstance(source, Ref) and source.kind == "op" and source.key in self._shapes
+        return named and (step.target is unpacked or sliced)
+
+    def _is_size(self, step: Step) -> bool:
+        """Whether a step gives a whole number that shapes are made of."""
+        if step.kind in ("attribute", "method"):
+            return step.target in ("ndim", "dim", "ndimension", "numel", "nelement", "size")
+        if step.target is operator.getitem:
+            source = step.args[1][0]
+            return isinstance(source, Ref) and source.kind == "op" and source.key in self._shapes
+        if step.target in _ON_SIZES:
+            refs = list(refs_in(step.args))
+            plain = all(isinstance(item, Ref) or _whole_number(item) for item in step.args[1])
+            return plain and bool(refs) and all(ref.kind == "op" and ref.key in self._sizes for ref in refs)
+        return step.target is len
 
     def replace(self, old: Value, new: Any, only: tuple[Ref, ...] = ()) -> None:
-        self.steps.append(Step("replace", None, (ref_of(old), self._frozen(new)), only))
+        self.steps.append(Step("replace", None, (ref_of(old)._replace(read=""), self._frozen(new)), only))
 
     def around(self, function: Callable[..., Any], values: tuple, at: Value | None = None) -> None:
         self.steps.append(Step("around", function, self._frozen(values), self._frozen({"at": at})))
@@ -75,6 +154,26 @@ class Tape:
         """What this rewrite puts something else in the place of."""
         return [step.args[0] for step in self.steps if step.kind == "replace"]
 
+    def named_in(self, value: Any) -> set[str]:
+        """The nodes inside the forward that a value is computed from, as far as the tape does it."""
+        names, waiting, seen = set[str](), list(refs_in(self._frozen(value))), set[Ref]()
+        while waiting:
+            ref = waiting.pop()
+            if ref in seen:
+                continue
+            seen.add(ref)
+            if ref.kind == "inside":
+                names.add(str(ref.key))
+            elif ref.kind == "op":
+                step = self.steps[int(ref.key)]
+                waiting += [*refs_in(step.args), *refs_in(step.kwargs)]
+        return names
+
+    @property
+    def acts(self) -> bool:
+        """Whether it does anything: puts something in the place of a value, or has an effect of its own."""
+        return any(step.kind in ("replace", "around") or _acts(step) for step in self.steps)
+
     @functools.cached_property
     def within(self) -> frozenset[Ref]:
         """What it puts something else in the place of inside of the site: all but the output."""
@@ -83,7 +182,8 @@ class Tape:
     @functools.cached_property
     def mentions(self) -> frozenset[Ref]:
         """Every value that its steps name."""
-        return frozenset(ref for step in self.steps for ref in (*refs_in(step.args), *refs_in(step.kwargs)))
+        named = (ref for step in self.steps for ref in (*refs_in(step.args), *refs_in(step.kwargs)))
+        return frozenset(ref._replace(read="") for ref in named)
 
     @functools.cached_property
     def on_state(self) -> tuple[Ref, ...]:
@@ -92,7 +192,7 @@ class Tape:
 
     def _frozen(self, value: Any) -> Any:
         kind = type(value)
-        if kind is Value:
+        if kind is Value or kind is SizeValue:
             return value._ref
         if kind is _Attribute:
             return ref_of(value)
@@ -107,13 +207,34 @@ class Tape:
         if isinstance(value, slice):
             return ("slice", tuple(self._frozen(item) for item in (value.start, value.stop, value.step)))
         if isinstance(value, torch.Tensor):
+            if self.watched is not None and (made := self.watched.made(value)) is not None:
+                return ref_of(made)
             raise SiteError(
                 "a rewrite can't hold a tensor as a constant",
                 where=self.where,
                 why="it would belong to no module: not saved, not moved with the model",
                 fix="give it a name: site.param(name, tensor, trainable=False)",
             )
+        try:
+            hash(value)
+        except TypeError:
+            raise SiteError(
+                f"a rewrite can't hold a {kind.__name__} as a constant",
+                where=self.where,
+                why="it can change, and edits that are equal share their code",
+                fix="use plain numbers, or site.apply(function, …)",
+            ) from None
         return ("constant", (kind, repr(value) if isinstance(value, float) else None, value))
+
+
+def _whole_number(frozen: Any) -> bool:
+    return not isinstance(frozen, Ref) and frozen[0] == "constant" and type(frozen[1][2]) is int
+
+
+def _acts(step: Step) -> bool:
+    op = {"function": "call_function", "method": "call_method"}.get(step.kind, "")
+    given = thawed(step.args, lambda ref: ref), thawed(step.kwargs, lambda ref: ref)
+    return bool(op) and (has_effect(op, step.target, *given) or is_foreign(op, step.target))
 
 
 def refs_in(frozen: Any) -> Iterator[Ref]:
@@ -146,8 +267,9 @@ def thawed(frozen: Any, resolve: Callable[[Ref], Any]) -> Any:
 class Value:
     """A tensor (or other value) of the site's forward, as a rule sees it: used like a tensor, never looked into.
 
-    Operators, methods, attributes and torch functions are recorded. Python decisions on it are refused, since it
-    stands for every call to come.
+    Operators, methods, attributes and torch functions are recorded, and so is what they do in place. What Python
+    decides on it is known where it comes from shapes of parameters or from an example (`Tape.samples`); it is refused
+    elsewhere, since a value stands for every call to come.
     """
 
     __slots__ = ("_ref", "_tape")
@@ -156,30 +278,35 @@ class Value:
         self._tape, self._ref = tape, ref
 
     @classmethod
-    def __torch_function__(cls, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Value:
-        tape = _tape_of((args, kwargs))
-        if getattr(func, "__name__", "") == "__get__":  # a property of torch.Tensor, asked through its descriptor
+    def __torch_function__(cls, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        tape = tape_of((args, kwargs))
+        name = getattr(func, "__name__", "")
+        if name == "__get__":  # a property of torch.Tensor, asked through its descriptor
             return _Attribute(tape, ref_of(args[0]), func.__self__.__name__)
+        if func is torch.is_tensor:
+            return True
         if not tape.strict and func in _WHILE_TRAINING and _always(func, args, kwargs or {}):
             raise SiteError(
-                f"a rewrite calls {func.__name__} as if it were always training",
+                f"a rewrite calls {name} as if it were always training",
                 where=tape.where,
                 why="what a rewrite does is recorded once, and so would be the flag",
                 fix="F.dropout(x, p, site.training), which is read at each call",
             )
-        return tape.call("function", func, args, kwargs or {})
+        function = OPERATORS.get(name, func) if name.startswith("__") else func
+        return tape.call("function", function, args, kwargs or {})
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__") or (self._tape.strict and not hasattr(torch.Tensor, name)):
             raise AttributeError(name)
         return _Attribute(self._tape, ref_of(self), name)
 
-    @property
-    def __class__(self) -> type:  # isinstance(value, torch.Tensor) is answered as the tensor would
-        return torch.Tensor
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in ("_tape", "_ref", "_name", "_owner"):
+            return object.__setattr__(self, name, value)
+        raise self._refuse(f"set {name} on", "compute a new value, or use site.apply(function, …)")
 
     def __repr__(self) -> str:
-        return f"<{' '.join(str(part) for part in self._ref if part != '')} of {self._tape.where or 'the site'}>"
+        return f"<{' '.join(str(part) for part in self._ref[:2] if part != '')} of {self._tape.where or 'the site'}>"
 
     __hash__ = object.__hash__
 
@@ -187,29 +314,90 @@ class Value:
         return SiteError(
             f"a rewrite can't {what} a value",
             where=self._tape.where,
-            why=f"{self!r} stands for every call to come",
+            why=f"{self!r} stands for every call to come ({line_running(with_text=True)})",
             fix=fix,
         )
 
+    def _decided(self, kind: Any, what: str, fix: str) -> Any:
+        """What Python is told where it decides on this value: what it is in the example, for calls that have that."""
+        if self._tape.samples is not None:
+            value = self._tape.samples.decided(self, ref_of(self))
+            if isinstance(value, kind):
+                return value
+        raise self._refuse(what, fix)
+
     def __bool__(self) -> bool:
-        raise self._refuse("branch on", "use torch.where, or a field of the rule")
+        return bool(
+            self._decided(
+                (bool, int, float),
+                "branch on",
+                "use torch.where or torch.cond, site.apply(function, …) or a field of the rule",
+            )
+        )
 
     def __iter__(self) -> Any:
-        raise self._refuse("iterate over", "take its items by index: value[0]")
+        count = unpacked_by(sys._getframe(1))
+        if count is None:
+            count = self._length("iterate over", "unpack it (a, b = value), or take its items by index: value[0]")
+        whole = self._tape.call("function", unpacked, (self, count), {})
+        return iter([self._tape.call("function", operator.getitem, (whole, index), {}) for index in range(count)])
 
     def __len__(self) -> int:
-        raise self._refuse("take the length of", "use value.shape[0], which stays a value")
+        return self._length("take the length of", "use value.shape[0], which stays a value")
+
+    def _length(self, what: str, fix: str) -> int:
+        return self._tape.call("function", len, (self,), {})._decided(int, what, fix)
 
     def __index__(self) -> int:
-        raise self._refuse("use as a Python number", "pass it on as it is; torch functions take it")
+        return self._decided(int, "use as a Python number", "pass it on as it is; torch functions take it")
 
-    __int__ = __float__ = __index__  # type: ignore[assignment]
+    def __int__(self) -> int:
+        return int(
+            self._decided((int, float), "use as a Python number", "pass it on as it is; torch functions take it")
+        )
+
+    def __float__(self) -> float:
+        return float(
+            self._decided((int, float), "use as a Python number", "pass it on as it is; torch functions take it")
+        )
 
     def __contains__(self, item: object) -> bool:
-        raise self._refuse("search", "use torch functions")
+        return bool(self._tape.call("function", operator.contains, (self, item), {}))
 
     def __setitem__(self, key: Any, item: Any) -> None:
-        raise self._refuse("assign into", "build the new value and return it, or site.replace(old, new)")
+        self._tape.call("function", operator.setitem, (self, key, item), {})
+
+
+class SizeValue(Value, torch.SymInt):
+    """A size, which torch's C code takes as one of its own symbolic numbers; the watch sees what it is given to."""
+
+    __slots__ = ()
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
+
+    @property
+    def node(self) -> Any:
+        return self
+
+
+def unpacked(value: Any, count: int) -> tuple:
+    """The items of a value that a rewrite unpacks into this many names."""
+    items = tuple(value)
+    if len(items) != count:
+        raise ValueError(f"a rewrite unpacks {count} values, and there are {len(items)}")
+    return items
+
+
+def unpacked_by(frame: Any) -> int | None:
+    """Into how many names the line that a frame runs unpacks something; None where it does something else with it."""
+    code, at = frame.f_code.co_code, frame.f_lasti
+    if dis.opname[code[at]] != "UNPACK_SEQUENCE":
+        return None
+    count, place = code[at + 1], at - 2
+    for shift in (8, 16, 24):
+        if place < 0 or code[place] != dis.EXTENDED_ARG:
+            break
+        count, place = count | code[place + 1] << shift, place - 2
+    return count
 
 
 _WHILE_TRAINING = (F.dropout, F.alpha_dropout, F.feature_alpha_dropout, F.dropout1d, F.dropout2d, F.dropout3d)
@@ -241,14 +429,17 @@ def ref_of(value: Value) -> Ref:
     return value._ref
 
 
-def _tape_of(values: Any) -> Tape:
+def tape_of(values: Any) -> Tape:
+    """The tape of the first value among these arguments; None where there is none."""
     if isinstance(values, Value):
         return values._tape
+    if isinstance(values, slice):
+        values = (values.start, values.stop, values.step)
     items = values.values() if isinstance(values, dict) else values if isinstance(values, (tuple, list)) else ()
     for item in items:
-        if (found := _tape_of(item)) is not None:
+        if (found := tape_of(item)) is not None:
             return found
-    return None  # type: ignore[return-value]  # only on the way: torch calls us with at least one Value
+    return None  # type: ignore[return-value]
 
 
 def _record(function: Callable[..., Any], reflected: bool = False) -> Callable[..., Value]:
@@ -259,23 +450,14 @@ def _record(function: Callable[..., Any], reflected: bool = False) -> Callable[.
     return method
 
 
-for _name in (
-    "add",
-    "sub",
-    "mul",
-    "truediv",
-    "floordiv",
-    "mod",
-    "pow",
-    "matmul",
-    "and_",
-    "or_",
-    "xor",
-    "lshift",
-    "rshift",
-):
-    _function = getattr(operator, _name)
-    setattr(Value, f"__{_name.rstrip('_')}__", _record(_function))
-    setattr(Value, f"__r{_name.rstrip('_')}__", _record(_function, reflected=True))
-for _name in ("lt", "le", "gt", "ge", "eq", "ne", "neg", "pos", "abs", "invert", "getitem"):
+OPERATORS: dict[str, Callable[..., Any]] = {}  # methods of torch.Tensor that C code asks for, by their names
+for _name in "add sub mul truediv floordiv mod pow matmul and or xor lshift rshift".split():
+    _function = getattr(operator, _name if hasattr(operator, _name) else f"{_name}_")
+    setattr(Value, f"__{_name}__", _record(_function))
+    setattr(Value, f"__r{_name}__", _record(_function, reflected=True))
+    setattr(Value, f"__i{_name}__", _record(getattr(operator, f"i{_name}")))
+for _name in "lt le gt ge eq ne neg pos abs invert getitem".split():
     setattr(Value, f"__{_name}__", _record(getattr(operator, _name)))
+    OPERATORS[f"__{_name}__"] = getattr(operator, _name)
+OPERATORS["__setitem__"] = operator.setitem
+_ON_SIZES = (operator.add, operator.sub, operator.mul, operator.floordiv, operator.mod, operator.neg, operator.pos)

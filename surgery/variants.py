@@ -16,8 +16,9 @@ from weakref import WeakValueDictionary
 
 from torch import fx, nn
 
+from surgery.deciding import Otherwise
 from surgery.errors import SiteError, SurgeryWarning, TraceError
-from surgery.held import Held, Otherwise, held_forwards, new_held
+from surgery.held import Held, held_forwards, new_held
 from surgery.install import Recipe, body_of, class_from, signature_source, told
 from surgery.kinds import kind_of_call, predicate_of_kind
 from surgery.own import Own, own_forward, signature_of

@@ -1,27 +1,37 @@
 """Tapes → one fx graph: the site's own forward with the edits of every live rule woven in.
 
-The edits are applied to a small graph of terms first and written as fx nodes last, in an order in which every value
-is made before it is used. What a rule put something else in the place of stays where it is still needed and is left
-out where nothing needs it, so no fx node is ever erased, moved or re-inserted.
+The edits are applied to a small graph of terms first and written as fx nodes last. What a rule put something else in
+the place of stays where it is still needed and is left out where nothing needs it, so no fx node is ever erased, moved
+or re-inserted.
+
+Every term has a place in the program. Operations of the forward keep their order. A line of a rewrite stands right
+after the values that it uses are made: inputs are there at the beginning, an operand of a match where the match ends,
+the output at the end, and so is all that is written after `site.output` was asked for. Lines of a rewrite that writes
+in place keep their order.
 """
 
 from __future__ import annotations
 
 import functools
 import operator
-from collections.abc import Callable, Sequence
+import sys
+import types
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from torch import Tensor, fx, nn
 
 from surgery.complexes import is_number
+from surgery.deciding import check_decision, decide
+from surgery.effects import draws, is_foreign, writes
 from surgery.errors import SiteError
 from surgery.lowering import in_dtype, lower, same_dtype, weighted
 from surgery.own import Own, recorded_own
+from surgery.regions import Inside
 from surgery.repeated import Runs, left_out, repeated, repeated_method, repeated_module
 from surgery.starred import FIRST, first_given, first_names, hidden_first, starred_of, with_first
-from surgery.tape import Ref, Step, Tape, thawed
+from surgery.tape import Ref, Step, Tape, refs_in, thawed
 from surgery.view import base_forward, call_child
 
 __all__ = ["Layer", "called_around", "plain", "trace_site", "woven", "woven_edit", "woven_held"]
@@ -48,6 +58,14 @@ class _Term:
     node: fx.Node | None = None
     open: bool = False
     around: bool = False  # a call of `called_around`
+    place: tuple[int, int, int] = (0, 0, 0)  # the forward's operation; before it, at it or after it; the order
+
+    @property
+    def writes(self) -> bool:
+        if isinstance(self.target, Inside):
+            op = "call_method" if isinstance(self.target.function, str) else "call_function"
+            return writes(op, self.target.function, self.args, self.kwargs)
+        return writes(self.op, self.target, self.args, self.kwargs)
 
 
 def woven(own: Own, layers: Sequence[Layer], training: bool, lowered: bool = True) -> fx.Graph:
@@ -114,20 +132,28 @@ class _Weaver:
         self.training = False
         self.now: dict[Ref, Any] = {}  # what stands for a value at present: a term, or a structure of terms
         self.terms: list[_Term] = []
-        self.effects: list[_Term] = []  # terms whose result nobody uses: run for what they do
+        self.effects: list[_Term] = []  # terms that run for what they do, whether or not their result is used
+        self.ordered: list[tuple[str, list[_Term]]] = []  # lines of rewrites that write in place, in their order
+        self.places: dict[str, int] = {}  # which operation of the forward a node is
         self.call: _Term | None = None  # an opaque site's call of its base
         self.kept: dict[str, Any] = {}  # functions that rules put others around
 
     def base(self, training: bool) -> None:
         self._inputs(training)
         if self.own.held is not None:
-            self.effects = self._unused(self._operations(self.own.held))
+            self._acting(self._operations(self.own.held))
         elif self.own.tapes is None:
             self.call = self._opaque({}, {})
             self.now[Ref("output", "")] = self.call
         else:
-            self.effects = self._unused(self._play(self.own.tapes[training], "", ""))
+            self._acting(self._base_steps(self.own.tapes[training]))
         self.now[Ref("base", "")] = self.now[Ref("output", "")]
+
+    def _base_steps(self, tape: Tape) -> list[_Term]:
+        made = self._play(tape, "", "")
+        for index, term in enumerate(made):
+            term.place = (index, 0, 0)
+        return made
 
     def beside(self, training: bool) -> None:
         self._inputs(training)
@@ -175,6 +201,8 @@ class _Weaver:
                 terms[node] = self._state(self.now, str(node.target))
             else:
                 terms[node] = self._term(node.op, node.target, args, kwargs)
+                self.places[node.name] = len(self.places)
+                terms[node].place = (self.places[node.name], 0, 0)
                 self.now[Ref("made", node.name)] = terms[node]
             self.now[Ref("inside", node.name)] = terms[node]
         return [term for node, term in terms.items() if node.op.startswith("call_")]
@@ -188,6 +216,11 @@ class _Weaver:
         if ref not in self.now:
             self.now[ref] = self._term("placeholder", name)
         return self.now[ref]
+
+    def _acting(self, made: list[_Term]) -> None:
+        """Note what runs for what it does: what writes in place, and what nobody uses."""
+        unused = {id(term) for term in self._unused(made)}
+        self.effects += [term for term in made if id(term) in unused or term.writes]
 
     def _unused(self, made: list[_Term]) -> list[_Term]:
         used = {id(inner) for term in self.terms for inner in _terms_in((term.args, term.kwargs))}
@@ -248,18 +281,21 @@ class _Weaver:
         origin = f"{layer.label} [{layer.adapter}]"
         before = self.now[Ref("output", "")]
         made = self._play(layer.tape, layer.adapter, origin, layer.weight)
-        if in_place := [term for term in made if _in_place(term)]:
-            self.effects += self._unused(in_place)
+        self.effects += [term for term in made if term.writes or _acts(term)]
         after = self.now[Ref("output", "")]
         if after is not before and isinstance(after, _Term) and isinstance(before, _Term) and not _alone(after, before):
             # A module's output keeps its dtype, whatever precision an adapter computes in.
             self.now[Ref("output", "")] = self._term("call_function", same_dtype, (after, before), origin=origin)
 
     def _play(self, tape: Tape, adapter: str, origin: str, weight: float = 1.0) -> list[_Term]:
-        """Run a tape's steps. All it names is what stood there before the tape; `replace` acts on what came before."""
+        """Run a tape's steps. Inputs and parameters are what stood there before the tape; the output and what is inside
+        the forward, what stands there by then; operands of a match follow what the tape puts in their place."""
         seen = dict(self.now)
         earlier = list(self.terms)
         made: list[_Term] = []
+        reads: list[_Term] = []
+        moved: set[Ref] = set()  # what the tape has replaced for all that uses it
+        places = _Places(tape, self.places)
 
         def resolve(ref: Ref) -> Any:
             if ref.kind == "op":
@@ -274,23 +310,49 @@ class _Weaver:
                 return self._term("call_function", operator.getitem, (self._before(ROWS), ref.key))
             if ref.kind == "this":
                 return self._state(seen, "_surgery_self")
-            if ref not in seen:
+            plain = ref._replace(read="")
+            found = (self.now if plain in moved or ref.kind == "output" else seen).get(plain)
+            if found is None:
                 raise SiteError(f"the forward has no {ref.kind} {ref.key!r}", fix=_known(seen))
-            return seen[ref]
+            return found
+
+        def read(ref: Ref) -> Any:
+            """A value as an operand. What may be replaced later in the tape stands behind a term of its own."""
+            found = resolve(ref)
+            if not (ref.read or ref.kind == "output" and self.places) or not isinstance(found, _Term):
+                return found
+            reads.append(self._term("read", "", (found,), origin=origin, place=places.of(ref, found)))
+            return reads[-1]
 
         ops: dict[str | int, Any] = {}
         for index, step in enumerate(tape.steps):
             if step.kind == "replace":
-                self._replace(step, resolve, earlier, weight)
-            elif step.kind == "around":
-                values, at = thawed(step.args, resolve), thawed(step.kwargs, resolve)["at"]
-                self._around(self._term("call_function", step.target, values, origin=origin), at)
-            elif step.kind == "own":
-                ops[index] = self._again(thawed(step.args, resolve), thawed(step.kwargs, resolve), origin)
+                self._replace(step, resolve, read, [*earlier, *reads], weight)
+                moved |= {ref for ref in step.args[:1] if ref.kind == "inside" and not step.kwargs}
+                continue
+            args, kwargs = thawed(step.args, read), thawed(step.kwargs, read)
+            if step.kind == "around":
+                self._around(self._term("call_function", step.target, args, origin=origin), _behind(kwargs["at"]))
+                continue
+            begin = len(self.terms)
+            args, kwargs = (
+                _handing(value, lambda function: self._term("call_function", function)) for value in (args, kwargs)
+            )
+            if step.kind == "own":
+                ops[index] = self._again(args, kwargs, origin)
             else:
-                args, kwargs = thawed(step.args, resolve), thawed(step.kwargs, resolve)
-                ops[index] = self._term(*_node_of(step, args), kwargs, origin)
+                op, target, args = _node_of(step, args)
+                if target is check_decision and self.own.held is not None:
+                    target, args = decide, (*args, False)
+                elif step.region is not None:
+                    op, target = "call_function", Inside(step.region, target)
+                ops[index] = self._term(op, target, args, kwargs, origin)
                 made.append(ops[index])
+            place = places.step(index, (resolve(ref) for ref in places.sources(step)))
+            for term in self.terms[begin:]:
+                term.place = (*place, len(self.terms))
+        if places.writes:
+            self.ordered.append((origin, made))
         return made
 
     def _around(self, made: _Term, at: _Term | None) -> None:
@@ -320,33 +382,37 @@ class _Weaver:
             term.target, term.args, term.around = called_around, (function, (), *term.args), True
         term.args = (term.args[0], (*term.args[1], made), *term.args[2:])
 
-    def _replace(self, step: Step, resolve: Any, earlier: list[_Term], weight: float) -> None:
+    def _replace(self, step: Step, resolve: Any, read: Any, users: list[_Term], weight: float) -> None:
         ref, frozen = step.args
-        new = thawed(frozen, resolve)
+        new = thawed(frozen, read)
         if weight != 1.0:
             new = self._weighted(resolve(ref), new, weight)
-        if ref == Ref("output", ""):
+        output = Ref("output", "")
+        old = _behind(self.now.get(output) if ref == output else resolve(ref))
+        if isinstance(old, _Term) and _behind(new) is not old:
+            self.effects = [term for term in self.effects if term is not old]  # it wrote what is replaced
+        if ref == output:
             self.now[ref] = new
             return
-        old = resolve(ref)
         if ref.kind == "inside":
             new = self._in_dtype_of(str(ref.key), new, old)
-        only = [resolve(user) for user in step.kwargs]
-        for term in only or earlier:
-            term.args, term.kwargs = _swapped(term.args, old, new), _swapped(term.kwargs, old, new)
+        only = [_behind(resolve(user)) for user in step.kwargs]
+        inside = {id(term) for term in _slice(new)}
+        for term in only or users:
+            if term.op != "read" or id(term) not in inside:  # its own operands stay what they are
+                term.args, term.kwargs = _swapped(term.args, old, new), _swapped(term.kwargs, old, new)
         if ref.kind == "state" and self.call is not None:
             itself, tensors, *rest = self.call.args
             self.call.args = (itself, {**tensors, str(ref.key): new}, *rest)
         elif ref.kind == "state":
             self._give_to_child(str(ref.key), new)
         if not only:
-            output = Ref("output", "")
             self.now[output] = _swapped(self.now[output], old, new)
         self.now[ref] = new
         if ref == Ref("input", FIRST):
             for name, given in self._with_first(new, new.origin if isinstance(new, _Term) else "").items():
                 before = self.now[Ref("input", name)]
-                for term in (term for term in earlier if term.target is not first_given):
+                for term in (term for term in users if term.target is not first_given):
                     term.args, term.kwargs = _swapped(term.args, before, given), _swapped(term.kwargs, before, given)
                 self.now[Ref("input", name)] = given
 
@@ -363,8 +429,13 @@ class _Weaver:
 
     def _weighted(self, old: Any, new: Any, weight: float) -> Any:
         """`new` with what it changes of `old` multiplied; a sum stays a sum, so that fast forms are found in it."""
-        if isinstance(new, _Term) and new.target is operator.add and sum(item is old for item in new.args) == 1:
-            added = next(item for item in new.args if item is not old)
+        old = _behind(old)
+        if (
+            isinstance(new, _Term)
+            and new.target is operator.add
+            and sum(_behind(item) is old for item in new.args) == 1
+        ):
+            added = _behind(next(item for item in new.args if _behind(item) is not old))
             scale: Any = weight
             if isinstance(added, _Term) and added.target is operator.mul and type(added.args[1]) in (int, float):
                 added, scale = added.args[0], added.args[1] * weight
@@ -389,8 +460,12 @@ class _Weaver:
             self.now.setdefault(ref, found)
         return seen[ref]
 
-    def _term(self, op: str, target: Any, args: Any = (), kwargs: Any = None, origin: str = "") -> _Term:
+    def _term(
+        self, op: str, target: Any, args: Any = (), kwargs: Any = None, origin: str = "", place: Place | None = None
+    ) -> _Term:
         term = _Term(op, target, args, {} if kwargs is None else kwargs, origin)
+        there = op in ("placeholder", "get_attr") or target is first_given
+        term.place = (*(place or (START if there else END)), len(self.terms))
         self.terms.append(term)
         return term
 
@@ -419,11 +494,11 @@ class _Weaver:
         if self.call is not None and id(self.call) not in needed and len(self.own.signature.parameters) > 1:
             itself, _, *given = self.call.args[:6]
             self.effects.append(self._term("call_function", left_out, (itself, *given)))
-        for term in self.terms:  # the base's operations keep their order, for what they write in place
-            if id(term) in needed and not term.origin:
-                self._write(term, graph)
         for term in self.effects:
+            needed[id(term)] = term
+        for term in sorted(needed.values(), key=lambda term: term.place):
             self._write(term, graph)
+        self._check_order(graph)
         graph.output(self._nodes(output, graph))
         return graph
 
@@ -450,6 +525,18 @@ class _Weaver:
                 term.op, term.target = "call_function", function
                 term.args, term.kwargs = (counter, *given, tuple(term.args), term.kwargs), {}
 
+    def _check_order(self, graph: fx.Graph) -> None:
+        """Refuse rewrites that write in place, if their lines had to be put in another order."""
+        at = {node: index for index, node in enumerate(graph.nodes)} if self.ordered else {}
+        for origin, made in self.ordered:
+            lines = [at[term.node] for term in made if term.node is not None]
+            if lines != sorted(lines):
+                raise SiteError(
+                    f"the lines of {origin or 'the forward'} can't keep the order in which they are written",
+                    why="it writes in place, and a value is replaced by what is computed after it is used",
+                    fix="write x + y in the place of x.add_(y), or replace values in the order of the forward",
+                )
+
     def _nodes(self, value: Any, graph: fx.Graph) -> Any:
         return _mapped(value, lambda term: self._write(term, graph))
 
@@ -469,10 +556,20 @@ class _Weaver:
                 waiting += reversed(lacking)
                 continue
             waiting.pop()
+            if now.op == "read":
+                now.node = now.args[0].node if isinstance(now.args[0], _Term) else now.args[0]
             if now.node is None:
+                if now.target is decide and now.origin:
+                    now.args = (*now.args[:3], any(_leaves_a_trace(node) for node in graph.nodes))
                 args, kwargs = (_mapped(value, lambda made: made.node) for value in (now.args, now.kwargs))
                 now.node = graph.create_node(now.op, now.target, args, kwargs)
                 now.node.meta["surgery"] = now.origin
+                if now.writes:
+                    now.node.meta["writes"] = True
+                elif draws(now.op, now.target, now.args, now.kwargs):
+                    now.node.meta["draws"] = True
+                elif any(now is term for term in self.effects):
+                    now.node.meta["needed"] = True
         assert term.node is not None
         return term.node
 
@@ -518,9 +615,100 @@ def _node_of(step: Step, args: Any) -> tuple[str, Any, Any]:
     return kinds[step.kind], step.target, args
 
 
-def _in_place(term: _Term) -> bool:
-    name = term.target if isinstance(term.target, str) else getattr(term.target, "__name__", "")
-    return term.op in ("call_method", "call_function") and name.endswith("_") and not name.endswith("__")
+def _acts(term: _Term) -> bool:
+    """Whether a line of a rewrite, besides one that writes in place, runs though nobody uses its result."""
+    if isinstance(term.target, Inside):
+        op = "call_method" if isinstance(term.target.function, str) else "call_function"
+        return _acts(_Term(op, term.target.function, term.args, term.kwargs))
+    known = term.target in (decide, check_decision)
+    return known or draws(term.op, term.target, term.args, term.kwargs) or is_foreign(term.op, term.target)
+
+
+def _leaves_a_trace(node: fx.Node) -> bool:
+    return bool({"writes", "draws"} & node.meta.keys()) or is_foreign(node.op, node.target)
+
+
+def _behind(term: Any) -> Any:
+    """The term that a reading of it stands for."""
+    while isinstance(term, _Term) and term.op == "read":
+        term = term.args[0]
+    return term
+
+
+def _slice(value: Any) -> list[_Term]:
+    """All terms that a value is computed from."""
+    found: dict[int, _Term] = {}
+    waiting = _terms_in(value)
+    while waiting:
+        term = waiting.pop()
+        if id(term) not in found:
+            found[id(term)] = term
+            waiting += _terms_in((term.args, term.kwargs))
+    return list(found.values())
+
+
+class _Places:
+    """Where the lines of a tape stand in the forward: (which operation, before or after it)."""
+
+    def __init__(self, tape: Tape, nodes: Mapping[str, int]):
+        self.tape, self.nodes = tape, nodes
+        self.writes = any(_writes(step) for step in tape.steps)
+        self.at: list[Place] = [START] * len(tape.steps)
+        self.last = START
+        self.until = self._deadlines() if nodes else {}
+
+    def of(self, ref: Ref, term: Any) -> Place:
+        if ref.read:
+            return (self.nodes.get(ref.read, -1), -1)
+        if ref.kind in ("output", "base"):
+            return END
+        if ref.kind == "op":
+            return self.at[int(ref.key)]
+        if ref.kind in ("param", "state", "training", "this", "rows") or not isinstance(term, _Term):
+            return START
+        return (term.place[0], term.place[1] or 1)
+
+    @staticmethod
+    def sources(step: Step) -> list[Ref]:
+        return [*refs_in(step.args), *refs_in(step.kwargs)]
+
+    def step(self, index: int, terms: Iterable[Any]) -> Place:
+        step = self.tape.steps[index]
+        place = max((self.of(ref, term) for ref, term in zip(self.sources(step), terms, strict=True)), default=START)
+        if step.late and step.target is not check_decision and self.until.get(index, END) >= END:
+            place = END
+        if self.writes:
+            place = max(place, self.last)
+        self.at[index] = self.last = place
+        return place
+
+    def _deadlines(self) -> dict[int, Place]:
+        """Before which operation a line has to be done, since what it computes takes the place of something inside."""
+        until: dict[int, Place] = {}
+        for index in range(len(self.tape.steps) - 1, -1, -1):
+            step = self.tape.steps[index]
+            limit = until.get(index, END)
+            if step.kind == "replace" and step.args[0].kind in ("inside", "made"):
+                limit = (self.nodes.get(str(step.args[0].key), -1), 1)
+            for ref in self.sources(step):
+                if ref.kind == "op":
+                    until[int(ref.key)] = min(limit, until.get(int(ref.key), END))
+        return until
+
+
+def _writes(step: Step) -> bool:
+    kinds = {"function": "call_function", "method": "call_method"}
+    if step.kind not in kinds:
+        return False
+    return writes(kinds[step.kind], step.target, thawed(step.args, _same), thawed(step.kwargs, _same))
+
+
+def _same(ref: Ref) -> Ref:
+    return ref
+
+
+Place = tuple[int, int]
+START, END = (-1, 1), (sys.maxsize, 1)
 
 
 def _alone(after: _Term, before: _Term) -> bool:
@@ -528,16 +716,7 @@ def _alone(after: _Term, before: _Term) -> bool:
     casts = (after.op, after.target) == ("call_method", "to") or after.target is in_dtype
     if not casts and not getattr(after.target, "keeps_dtype", False):
         return False
-    seen: set[int] = set()
-    waiting = [after]
-    while waiting:
-        term = waiting.pop()
-        if term is before:
-            return False
-        if id(term) not in seen:
-            seen.add(id(term))
-            waiting += _terms_in((term.args, term.kwargs))
-    return True
+    return all(term is not _behind(before) for term in _slice(after))
 
 
 def _mapped(value: Any, change: Any) -> Any:
@@ -550,6 +729,28 @@ def _mapped(value: Any, change: Any) -> Any:
     if isinstance(value, slice):
         return slice(*(_mapped(item, change) for item in (value.start, value.stop, value.step)))
     return value
+
+
+def _handing(value: Any, term: Any) -> Any:
+    """Arguments in which functions are terms: code has no other way to write them."""
+    if isinstance(value, types.FunctionType | types.BuiltinFunctionType):
+        return term(HandedOn(value))
+    if type(value) in (tuple, list):
+        return type(value)(_handing(item, term) for item in value)
+    return {key: _handing(item, term) for key, item in value.items()} if isinstance(value, dict) else value
+
+
+class HandedOn:
+    """A function that a rewrite gives to another one: a call of this says it."""
+
+    def __init__(self, function: Any):
+        self.function = function
+        self.__name__ = (
+            f"{function.__module__}_{function.__qualname__}".replace(".", "_").replace("<", "").replace(">", "")
+        )
+
+    def __call__(self) -> Any:
+        return self.function
 
 
 def _swapped(value: Any, old: _Term, new: Any) -> Any:

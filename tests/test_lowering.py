@@ -561,6 +561,8 @@ class BesideRule(Rule):
     form: str = "sum"
 
     def rewrite(self, site: Site) -> Any:
+        if self.form == "input written":
+            site.input.mul_(0.5)
         y, base = site.output, site.base_output
         if self.form == "pair":
             return (y, base)
@@ -571,7 +573,6 @@ class BesideRule(Rule):
             base.mul_(0.5)
             return None
         if self.form == "input written":
-            site.input.mul_(0.5)
             return y * 1.0
         if self.form == "twice":
             return y + y

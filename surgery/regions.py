@@ -1,0 +1,122 @@
+"""Blocks of `torch.no_grad()`, `torch.autocast` and their like in a rewrite: what they change, and calls inside."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+__all__ = ["Block", "Inside", "Region"]
+
+_DEVICES = ("cpu", "cuda")
+
+
+@dataclass(frozen=True)
+class Region:
+    """What blocks of a rewrite set around some of its lines; None where they leave it as it is at the call.
+
+    `autocast`: by kind of device, the dtype's name or "" for off.
+    """
+
+    gradients: bool | None = None
+    autocast: tuple[tuple[str, str], ...] = ()
+    inference: bool | None = None
+
+    @property
+    def word(self) -> str:
+        """The region in a word, another one for each."""
+        words = [{None: "", True: "with_gradients", False: "no_grad"}[self.gradients]]
+        words += [f"autocast_{device}_{dtype or 'off'}" for device, dtype in self.autocast]
+        words.append({None: "", True: "inference", False: "no_inference"}[self.inference])
+        return "_".join(filter(None, words))
+
+    def __call__(self, function: Callable[..., Any] | str, args: tuple, kwargs: dict[str, Any]) -> Any:
+        """Call a function, or the method of the first argument that has this name, inside of such blocks."""
+        # Plain blocks: torch.compile knows no ExitStack.
+        if self.inference is not None:
+            with torch.inference_mode(self.inference):
+                return replace(self, inference=None)(function, args, kwargs)
+        if self.gradients is not None:
+            with torch.set_grad_enabled(self.gradients):
+                return _within(self.autocast, function, args, kwargs)
+        return _within(self.autocast, function, args, kwargs)
+
+
+def _within(autocast: tuple[tuple[str, str], ...], function: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
+    if autocast:
+        device, dtype = autocast[0]
+        with torch.autocast(device, getattr(torch, dtype) if dtype else None, enabled=bool(dtype)):
+            return _within(autocast[1:], function, args, kwargs)
+    if isinstance(function, str):
+        return getattr(args[0], function)(*args[1:], **kwargs)
+    return function(*args, **kwargs)
+
+
+class Inside:
+    """A function, or a method by its name, that is called inside of a region: one node of a graph."""
+
+    def __init__(self, region: Region, function: Any):
+        self.region, self.function = region, function
+        name = function if isinstance(function, str) else getattr(function, "__qualname__", function.__name__)
+        if (module := getattr(function, "__module__", None)) not in (None, "torch", "_operator"):
+            name = f"{module}_{name}"
+        self.__name__ = f"{name}_{region.word}".replace(".", "_")  # tells apart what generated code calls
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self.region(self.function, args, kwargs)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Inside) and (self.region, self.function) == (other.region, other.function)
+
+    def __hash__(self) -> int:
+        return hash((self.region, self.function))
+
+    def __repr__(self) -> str:
+        return f"{self.__name__} inside of {self.region}"
+
+
+class Block:
+    """The present region of the code that runs, against that at the beginning."""
+
+    def __init__(self) -> None:
+        self.gradients, self.inference = torch.is_grad_enabled(), torch.is_inference_mode_enabled()
+        self.autocast, self.nesting = _autocast(), _nesting()
+        self.enabled = False  # inside of `torch.enable_grad()`, which changes nothing where gradients are on
+
+    def seen(self, enabled: bool) -> None:
+        """The gradient mode is set: what enters and leaves a block does so."""
+        if enabled == self.gradients == torch.is_grad_enabled():
+            self.enabled = not self.enabled
+
+    @property
+    def region(self) -> Region | None:
+        gradients, inference = torch.is_grad_enabled(), torch.is_inference_mode_enabled()
+        found = Region(
+            gradients if gradients != self.gradients or self.enabled else None,
+            self._autocast() if _nesting() != self.nesting else (),
+            inference if inference != self.inference else None,
+        )
+        return None if found == _AS_CALLED else found
+
+    def _autocast(self) -> tuple[tuple[str, str], ...]:
+        now = _autocast()
+        changed = tuple([pair for pair, before in zip(now, self.autocast, strict=True) if pair != before])
+        return changed or now
+
+
+def _autocast() -> tuple[tuple[str, str], ...]:
+    def dtype(device: str) -> str:
+        on = torch.is_autocast_enabled(device)
+        return str(torch.get_autocast_dtype(device)).removeprefix("torch.") if on else ""
+
+    return tuple([(device, dtype(device)) for device in _DEVICES])
+
+
+def _nesting() -> int:
+    torch.autocast_increment_nesting()
+    return torch.autocast_decrement_nesting()
+
+
+_AS_CALLED = Region()

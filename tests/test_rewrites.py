@@ -1,0 +1,370 @@
+"""A rewrite does what its Python says, beside the same Python in a forward that is written by hand."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from surgery import PlanError, Rule, Site, Structure, apply_rules, remove, rule
+from surgery.testing import Snapshot
+
+
+@rule("test-program")
+class Program(Rule):
+    """A rule whose rewrite is a function."""
+
+    body: Any = None
+
+    def rewrite(self, site: Site) -> Any:
+        return self.body(site)
+
+
+def rewritten(model: nn.Module, kind: Any, body: Callable[[Site], Any], *inputs: Any, **settings: Any) -> nn.Module:
+    apply_rules(model, Program(kind, body=body, **settings), example_inputs=inputs or None)
+    return model
+
+
+# Factories --------------------------------------------------------------------------------------------------------
+
+FACTORIES: dict[str, Callable[[Any], Any]] = {
+    "arange": lambda h: h + torch.arange(h.shape[1]),
+    "arange, from": lambda h: h + torch.arange(1, h.shape[1] + 1, device=h.device),
+    "zeros": lambda h: h + torch.zeros(h.shape[1]),
+    "zeros, device": lambda h: h + torch.zeros(3, device=h.device),
+    "full": lambda h: h + torch.full((1, h.shape[1]), 2.0),
+    "eye": lambda h: h @ torch.eye(h.shape[1]),
+    "eye, plain": lambda h: h @ torch.eye(3),
+    "linspace": lambda h: h * torch.linspace(0, 1, h.shape[1]),
+    "tril_indices": lambda h: h + torch.tril_indices(h.shape[1], h.shape[1]).sum(),
+    "tensor": lambda h: h + torch.tensor([1.0, 2.0, 3.0]),
+    "scalar": lambda h: h + torch.tensor(h.shape[0]),
+    "ones": lambda h: torch.ones(3) - h,
+    "mask": lambda h: h.masked_fill(torch.ones(3, 3).tril()[1] == 0, 0.0),
+    "unpacked": lambda h: _unpacked(h),
+    "topk": lambda h: _topk(h),
+    "written": lambda h: h * _written(),
+    "len": lambda h: h * h.size(1),
+    "new": lambda h: h + h.new_ones(h.shape[1]),
+    "chunks": lambda h: _chunks(h),
+    "star": lambda h: h.reshape(*h.shape[:-1], 3, 1).squeeze(-1),
+    "loop": lambda h: torch.stack([h[:, i] * i for i in range(h.shape[1])], 1),
+    "in": lambda h: h + (2.0 if h.dim() == 2 else 3.0),
+}
+
+
+def _unpacked(h: Any) -> Any:
+    b, d = h.shape
+    return h.reshape(b * d).view(b, d) / d
+
+
+def _topk(h: Any) -> Any:
+    top, index = h.topk(2, -1)
+    return torch.zeros_like(h).scatter(-1, index, top)
+
+
+def _written() -> Any:
+    mask = torch.ones(3)
+    mask[1] = 0.5
+    mask[2:].mul_(4)
+    return mask
+
+
+def _chunks(h: Any) -> Any:
+    a, b, c = h.chunk(3, -1)
+    return torch.cat([c, b, a], -1)
+
+
+@pytest.mark.parametrize("name", FACTORIES)
+def test_all_of_python_that_torch_fx_traces(name: str) -> None:
+    torch.manual_seed(0)
+    linear, x = nn.Linear(3, 3), torch.randn(2, 3)
+    wanted = FACTORIES[name](linear(x))
+    rewritten(linear, nn.Linear, lambda site: FACTORIES[name](site.output), x)
+    assert torch.equal(linear(x), wanted)
+
+
+# Order ------------------------------------------------------------------------------------------------------------
+
+
+class Counting(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.m = nn.Buffer(torch.zeros(2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * 1.0
+
+
+def test_effects_come_in_the_order_written() -> None:
+    def body(site: Site) -> Tensor:
+        m = site.tensor("m")
+        d = site.output - m
+        m.add_(1.0)
+        return d
+
+    model = rewritten(Counting(), Counting, body)
+    assert [model(torch.zeros(2))[0].item() for _ in range(3)] == [0.0, -1.0, -2.0]
+
+
+def test_what_is_read_before_the_output_is_read_before_the_call() -> None:
+    def body(site: Site) -> Tensor:
+        keep = site.input.clone()
+        return site.output + keep
+
+    relu = rewritten(nn.ReLU(inplace=True), nn.ReLU, body)
+    x = torch.tensor([-1.0, 2.0])
+    assert torch.equal(relu(x.clone()), x.relu() + x)
+
+
+class InPlace(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.l = nn.Linear(3, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.l(x)
+        z = F.relu(y)
+        y.add_(1)
+        return y + z
+
+
+class Before(InPlace):
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.l(x)
+        y.add_(1)
+        z = F.relu(y)
+        y.mul_(2)
+        return y + z
+
+
+class Relu_(InPlace):
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.l(x)
+        F.relu_(y)
+        return y * 2
+
+
+class Inplace(InPlace):
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.l(x)
+        F.relu(y, inplace=True)
+        return y * 2
+
+
+RELU = Structure(lambda x: F.relu(x))
+
+
+def _gelus(site: Site) -> None:
+    for match in site.find(RELU):
+        site.replace(match.root, F.gelu(match.bindings["x"]))
+
+
+@pytest.mark.parametrize(
+    ("kind", "wanted"),
+    [
+        (InPlace, lambda y: (y + 1) + F.gelu(y)),
+        (Before, lambda y: (y + 1) * 2 + F.gelu(y + 1)),
+        (Relu_, lambda y: F.gelu(y) * 2),
+        (Inplace, lambda y: F.gelu(y) * 2),
+    ],
+)
+def test_a_replacement_is_computed_where_the_operation_stood(kind: Any, wanted: Any) -> None:
+    torch.manual_seed(0)
+    model, x = kind(), torch.randn(2, 3)
+    snapshot = Snapshot(model)
+    want = wanted(model.l(x))
+    before = model(x)
+    rewritten(model, kind, _gelus, x)
+    assert torch.equal(model(x), want) and torch.equal(model.train()(x), want)
+    remove(model)
+    assert torch.equal(model(x), before)
+    assert not snapshot.differences(model)
+
+
+# Matches that touch -----------------------------------------------------------------------------------------------
+
+
+class Block(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(3, 3), nn.Linear(3, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = x + self.a(x)
+        return h + self.b(h)
+
+
+ADD = Structure(lambda x, y: x + y)
+SIGMOID = Structure(lambda x: torch.sigmoid(x))
+
+
+class Thrice(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.sigmoid(torch.sigmoid(torch.sigmoid(x)))
+
+
+@pytest.mark.parametrize("backwards", [False, True])
+def test_matches_that_touch_follow_each_other(backwards: bool) -> None:
+    torch.manual_seed(0)
+
+    def halved(site: Site) -> None:
+        for match in list(site.find(ADD))[:: -1 if backwards else 1]:
+            site.replace(match.root, match.bindings["x"] + 0.5 * match.bindings["y"])
+
+    def exp(site: Site) -> None:
+        for match in list(site.find(SIGMOID))[:: -1 if backwards else 1]:
+            site.replace(match.root, torch.exp(match.bindings["x"]))
+
+    block, x = Block(), torch.randn(2, 3)
+    h = x + 0.5 * block.a(x)
+    want = h + 0.5 * block.b(h)
+    assert torch.equal(rewritten(block, Block, halved, x)(x), want)
+    assert torch.equal(rewritten(Thrice(), Thrice, exp, x)(x), x.exp().exp().exp())
+
+
+# Said and done ----------------------------------------------------------------------------------------------------
+
+
+def _in_regions(site: Site) -> Tensor:
+    with torch.no_grad():
+        frozen = site.input * 3.0
+    with torch.autocast("cpu", torch.bfloat16):
+        low = site.input @ site.input.mT
+    with torch.enable_grad():
+        return site.output + frozen + low.float().sum() + site.input * 5.0
+
+
+def test_regions_hold() -> None:
+    torch.manual_seed(0)
+    model = nn.Linear(3, 3)
+    rewritten(model, nn.Linear, _in_regions)
+    x = torch.randn(2, 3, requires_grad=True)
+    with torch.autocast("cpu", torch.bfloat16):
+        low = x @ x.mT
+    want = F.linear(x, model.weight, model.bias) + (x * 3.0).detach() + low.float().sum() + x * 5.0
+    assert torch.equal(model(x), want)
+    found, wanted = (torch.autograd.grad(y.sum(), x)[0] for y in (model(x), want))
+    assert torch.allclose(found, wanted)  # sums in another order
+    with torch.no_grad():
+        assert model(x).requires_grad
+    for again in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert torch.equal(again(x), model(x))
+
+
+def test_hooks_are_registered() -> None:
+    def body(site: Site) -> Tensor:
+        y = site.output * 1.0
+        y.register_hook(_doubled)
+        return y
+
+    model = nn.Linear(3, 3)
+    rewritten(model, nn.Linear, body)
+    x = torch.randn(2, 3, requires_grad=True)
+    (found,) = torch.autograd.grad(model(x).sum(), x)
+    assert torch.allclose(found, 2 * model.weight.sum(0).expand(2, 3))
+
+
+def _doubled(grad: Tensor) -> Tensor:
+    return grad * 2
+
+
+def test_index_assignment_and_in_place_operators() -> None:
+    def body(site: Site) -> Tensor:
+        y = site.output.clone()
+        y[:, 0] = 7.0
+        y += 1
+        y[:, 1:] *= 2.0
+        return y
+
+    torch.manual_seed(0)
+    model, x = nn.Linear(3, 3), torch.randn(2, 3)
+    want = model(x).detach().clone()
+    want[:, 0] = 7.0
+    want += 1
+    want[:, 1:] *= 2.0
+    assert torch.equal(rewritten(model, nn.Linear, body)(x), want)
+
+
+def test_planning_draws_nothing_and_calls_do() -> None:
+    def body(site: Site) -> Tensor:
+        noise = torch.rand(3)
+        return site.output + noise + torch.rand_like(site.output)
+
+    torch.manual_seed(0)
+    model, x = nn.Linear(3, 3), torch.randn(2, 3)
+    base, state = model(x), torch.random.get_rng_state()
+    rewritten(model, nn.Linear, body)
+    assert torch.equal(state, torch.random.get_rng_state())
+    torch.manual_seed(1)
+    found = model(x)
+    torch.manual_seed(1)
+    rand = torch.rand(3)
+    assert torch.equal(found, base + rand + torch.rand_like(base))
+
+
+# Decisions --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("body", "told"),
+    [
+        (lambda site: site.output if site.output.sum() > 0 else site.input, "can't branch on a value"),
+        (lambda site: sum(row for row in site.output), "can't iterate over a value"),
+        (lambda site: site.output * float(site.output.sum()), "can't use as a Python number"),
+    ],
+)
+def test_refusals_name_the_line_of_the_user(body: Any, told: str) -> None:
+    linear = nn.Linear(3, 3)
+    snapshot = Snapshot(linear)
+    with pytest.raises(PlanError) as caught:
+        rewritten(linear, nn.Linear, body)
+    assert told in str(caught.value) and "test_rewrites.py:" in str(caught.value) and "lambda site" in str(caught.value)
+    assert not snapshot.differences(linear)
+
+
+def test_a_decision_on_a_size_is_checked_at_each_call() -> None:
+    linear, x = nn.Linear(3, 3), torch.randn(2, 3)
+    rewritten(linear, nn.Linear, FACTORIES_ON["rows"], x)
+    assert torch.equal(linear(x), F.linear(x, linear.weight, linear.bias) * 2)
+    with pytest.raises(Exception, match="a rewrite goes by 2, which it saw in the example, and this call gives 5"):
+        linear(torch.randn(5, 3))
+    block = Block()
+    rewritten(block, Block, lambda site: _by_rows(site), x)
+    for rows in (2, 5, 3):
+        x = torch.randn(rows, 3)
+        h = x + block.a(x)
+        assert torch.equal(block(x), (h + block.b(h)) * rows)
+
+
+def _by_rows(site: Site) -> Any:
+    site.find(ADD)
+    return site.output * int(site.input.shape[0])
+
+
+FACTORIES_ON: dict[str, Callable[[Site], Any]] = {"rows": lambda site: site.output * int(site.input.shape[0])}
+
+
+TWICE = Structure(lambda x: torch.sigmoid(torch.sigmoid(x)))
+
+
+def test_matches_that_overlap_are_refused() -> None:
+    def body(site: Site) -> None:
+        for match in site.find(TWICE):
+            site.replace(match.root, torch.exp(match.bindings["x"]))
+
+    with pytest.raises(PlanError, match="matches that overlap"):
+        rewritten(Thrice(), Thrice, body, torch.ones(2))
+
+    def first(site: Site) -> None:
+        match = site.find(TWICE)[0]
+        site.replace(match.root, torch.exp(match.bindings["x"]))
+
+    x = torch.randn(3)
+    assert torch.equal(rewritten(Thrice(), Thrice, first, x)(x), torch.sigmoid(x.exp()))
