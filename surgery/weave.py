@@ -497,7 +497,8 @@ class _Weaver:
         for term in self.effects:
             needed[id(term)] = term
         for term in sorted(needed.values(), key=lambda term: term.place):
-            self._write(term, graph)
+            if term.op != "get_attr":  # read where it is used
+                self._write(term, graph)
         self._check_order(graph)
         graph.output(self._nodes(output, graph))
         return graph
