@@ -6,7 +6,8 @@ import copy
 import json
 import os
 import pickle
-from typing import Any
+from collections.abc import Callable
+from typing import Any, cast
 
 import pytest
 import torch
@@ -21,7 +22,7 @@ COUNT = int(os.environ.get("PROGRAMS", "100"))
 SEED = int(os.environ.get("PROGRAMS_SEED", "1"))
 
 
-def outcome(model: nn.Module, x: Tensor, seed: int = 3) -> tuple[Any, ...]:
+def outcome(model: Callable[[Tensor], Tensor], x: Tensor, seed: int = 3) -> tuple[Any, ...]:
     """What a call does: output, gradients, buffers, the state of random numbers; or the kind of error."""
     torch.manual_seed(seed)
     x = x.clone().requires_grad_(True)
@@ -29,7 +30,7 @@ def outcome(model: nn.Module, x: Tensor, seed: int = 3) -> tuple[Any, ...]:
         y = model(x * 1.0)
     except (RuntimeError, ValueError) as error:
         return ("fails", str(error).split("\n")[0][:40])
-    trained = sorted((n, p) for n, p in model.named_parameters() if p.requires_grad)
+    trained = sorted((n, p) for n, p in cast(nn.Module, model).named_parameters() if p.requires_grad)
     drawn = torch.random.get_rng_state()
     try:
         gradients = torch.autograd.grad(y.float().sum(), [x, *[p for _, p in trained]], allow_unused=True)
@@ -72,7 +73,8 @@ def gradients_in_order(model: nn.Module, by_hand: nn.Module) -> None:
 def compare(model: nn.Module, twin: nn.Module, sizes: tuple[int, ...] = (3, 5), seed: int = 3) -> None:
     for rows in sizes:
         for training in (True, False):
-            model.train(training), twin.train(training)
+            model.train(training)
+            twin.train(training)
             x = torch.randn(rows, programs.SIZE, generator=torch.Generator().manual_seed(rows)).to(
                 next(model.parameters()).dtype
             )
