@@ -33,5 +33,10 @@ class running:
             f"{self.rule.label}.{self.hook} fails",
             where=self.path or "(the model itself)",
             why=f"{type(error).__name__}: {error} ({line})",
-            fix="correct the rule's own code",
+            fix=FIXES.get(self.hook, "correct the rule's own code"),
         ) from error
+
+
+FIXES = {
+    "rewrite": "correct the rule's own code; what takes real tensors and numbers alone goes into site.apply(function, …)"
+}

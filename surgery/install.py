@@ -164,6 +164,7 @@ def _is_bound(bound: Any, module: nn.Module, cls: type) -> bool:
 
 def _written(own: Own, layers: Sequence[Layer]) -> Recipe:
     alike = own.tapes is None or own.tapes[0] is own.tapes[1]
+    alike = alike and not any(layer.tape.by_mode for layer in layers)
     bodies, names = [], {}
     for training in (False,) if alike else (False, True):
         lines, found = body_of(woven(own, layers, training))

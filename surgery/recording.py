@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -16,7 +17,7 @@ from surgery.own import Own
 from surgery.samples import TapeSamples
 from surgery.site import Example, ParamSpec, Site
 from surgery.state import Applied
-from surgery.tape import Tape, Value
+from surgery.tape import Tape, Value, for_both_modes
 from surgery.watch import Watch
 from surgery.weave import Layer
 
@@ -77,8 +78,26 @@ def recorded(
 
     `facts` are those found when the rule was applied; what it finds anew is put there.
     """
-    site = Site(module, path, adapter, rule.label, own, example, owners, facts)
-    site.tape.samples = TapeSamples(site.tape, site.sample)
+
+    def site() -> Site:
+        return Site(module, path, adapter, rule.label, own, example, owners, facts)
+
+    first, by_mode = _ran(rule, site(), module.training)
+    if not by_mode or first.inside:  # what looks into a forward is recorded for each kind of call
+        return _recording(first, first.tape, first.specs)
+    other, _ = _ran(rule, site(), not module.training)
+    tape = for_both_modes(*((other.tape, first.tape) if module.training else (first.tape, other.tape)))
+    return _recording(first, tape, {**other.specs, **first.specs})
+
+
+def _recording(site: Site, tape: Tape, specs: Mapping[str, ParamSpec]) -> Recording:
+    return Recording(tape.finished(), tuple(specs.values()), site.own, site.inside, tuple(site.left_out()))
+
+
+def _ran(rule: Rule, site: Site, training: bool) -> tuple[Site, bool]:
+    """A site whose tape has the rewrite's steps, and whether Python went by the training flag."""
+    samples = site.tape.samples = TapeSamples(site.tape, site.sample, training)
+    path = site.path
     try:
         with running(rule, "rewrite", path), Watch(site.tape):
             output = rule.rewrite(site)
@@ -95,10 +114,9 @@ def recorded(
     site.tape.samples = None  # the site, and with it the example
     if output is NotImplemented:
         raise PassedOver
-    if not site.tape.acts:
+    if not site.tape.acts and not samples.by_mode:
         raise _idle(rule, site)
-    told = tuple(site.left_out())
-    return Recording(site.tape.finished(), tuple(site.specs.values()), site.own, site.inside, told)
+    return site, samples.by_mode
 
 
 def _idle(rule: Rule, site: Site) -> SiteError:

@@ -8,6 +8,8 @@ from typing import Any
 
 import torch
 
+from surgery.errors import SiteError
+
 __all__ = ["Block", "Inside", "Region"]
 
 _DEVICES = ("cpu", "cuda")
@@ -82,7 +84,7 @@ class Block:
 
     def __init__(self) -> None:
         self.gradients, self.inference = torch.is_grad_enabled(), torch.is_inference_mode_enabled()
-        self.autocast, self.nesting = _autocast(), _nesting()
+        self.autocast, self.nesting, self.others = _autocast(), _nesting(), _others()
         self.enabled = False  # inside of `torch.enable_grad()`, which changes nothing where gradients are on
 
     def seen(self, enabled: bool) -> None:
@@ -92,6 +94,12 @@ class Block:
 
     @property
     def region(self) -> Region | None:
+        if _others() != self.others:
+            raise SiteError(
+                "a rewrite computes inside of a block whose setting can't be recorded",
+                why="only torch.no_grad, enable_grad, inference_mode and autocast are kept with the lines inside",
+                fix="enter the block in a function, and call that by site.apply(function, …)",
+            )
         gradients, inference = torch.is_grad_enabled(), torch.is_inference_mode_enabled()
         found = Region(
             gradients if gradients != self.gradients or self.enabled else None,
@@ -112,6 +120,14 @@ def _autocast() -> tuple[tuple[str, str], ...]:
         return str(torch.get_autocast_dtype(device)).removeprefix("torch.") if on else ""
 
     return tuple([(device, dtype(device)) for device in _DEVICES])
+
+
+def _others() -> tuple[Any, ...]:
+    """Further settings that blocks change for the operations inside of them."""
+    cuda, hooks = torch.backends.cuda, getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", lambda _: None)
+    kernels = cuda.flash_sdp_enabled(), cuda.mem_efficient_sdp_enabled(), cuda.math_sdp_enabled()
+    checks = torch.are_deterministic_algorithms_enabled(), torch.is_anomaly_enabled()
+    return (*kernels, *checks, torch.get_default_dtype(), hooks(False) is not None)
 
 
 def _nesting() -> int:

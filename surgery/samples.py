@@ -27,8 +27,9 @@ class Unknown(Exception):
 class TapeSamples:
     """The samples of one tape. `of` gives those of values that are no steps: inputs, parameters, the output."""
 
-    def __init__(self, tape: Tape, of: Callable[[Ref], Any]):
-        self.tape, self.of = tape, of
+    def __init__(self, tape: Tape, of: Callable[[Ref], Any], training: bool):
+        self.tape, self.of, self.training = tape, of, training
+        self.by_mode = False  # whether Python went by the training flag
         self.known: dict[Ref, Any] = {}
 
     def decided(self, value: Value, ref: Ref) -> Any:
@@ -44,6 +45,9 @@ class TapeSamples:
         return found
 
     def _sample(self, ref: Ref) -> Any:
+        if ref.kind == "training":  # the rewrite is recorded for either
+            self.by_mode = True
+            return self.training
         ref = ref._replace(read="")
         if ref not in self.known:
             with torch.no_grad():
@@ -72,6 +76,8 @@ class TapeSamples:
             if now in seen:
                 continue
             seen.add(now)
+            if now.kind == "training":
+                continue
             if now.kind in ("state", "param"):
                 if not shape:
                     return False

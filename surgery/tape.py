@@ -35,6 +35,7 @@ __all__ = [
     "Tape",
     "Value",
     "Watched",
+    "for_both_modes",
     "ref_of",
     "refs_in",
     "tape_of",
@@ -61,7 +62,8 @@ class Step(NamedTuple):
     args its inputs, kwargs its tensors), "around" (what makes a function around those from registries, or around one
     operation), or "replace" (args: what is replaced, by what; kwargs: operations in which alone it is).
 
-    `region`: the blocks (torch.no_grad, torch.autocast) around it. `late`: the rewrite asked for the output before."""
+    `region`: the blocks (torch.no_grad, torch.autocast) around it. `late`: the rewrite asked for the output before.
+    `training`: the mode that it is for alone, where Python went by that."""
 
     kind: str
     target: Any
@@ -69,6 +71,7 @@ class Step(NamedTuple):
     kwargs: Any
     region: Region | None = None
     late: bool = False
+    training: bool | None = None
 
 
 class Watched(Protocol):
@@ -146,6 +149,20 @@ class Tape:
     def around(self, function: Callable[..., Any], values: tuple, at: Value | None = None) -> None:
         self.steps.append(Step("around", function, self._frozen(values), self._frozen({"at": at})))
 
+    def count_of(self, ref: Ref) -> int | None:
+        """How many items an operation gives, where it says so; None where it does not."""
+        step = self.steps[int(ref.key)] if ref.kind == "op" else None
+        if step is None or step.kind not in ("function", "method"):
+            return None
+        name = step.target if isinstance(step.target, str) else getattr(step.target, "__name__", "")
+        if name in ("chunk", "tensor_split", "unsafe_chunk"):
+            kwargs = dict(thawed(step.kwargs, lambda ref: ref))
+            count = thawed(step.args, lambda ref: ref)[1:2] or (kwargs.get("chunks", kwargs.get("sections")),)
+            return count[0] if type(count[0]) is int else None
+        if step.target is unpacked:
+            return int(step.args[1][1][1][2])
+        return _COUNTS.get(name)
+
     def finished(self) -> Tape:
         """The one tape that stands for all equal ones: comparing and hashing it then cost nothing."""
         return _finished.setdefault(tuple(self.steps), self)
@@ -173,6 +190,11 @@ class Tape:
     def acts(self) -> bool:
         """Whether it does anything: puts something in the place of a value, or has an effect of its own."""
         return any(step.kind in ("replace", "around") or _acts(step) for step in self.steps)
+
+    @functools.cached_property
+    def by_mode(self) -> bool:
+        """Whether its steps are others while training."""
+        return any(step.training is not None for step in self.steps)
 
     @functools.cached_property
     def within(self) -> frozenset[Ref]:
@@ -213,7 +235,7 @@ class Tape:
                 "a rewrite can't hold a tensor as a constant",
                 where=self.where,
                 why="it would belong to no module: not saved, not moved with the model",
-                fix="give it a name: site.param(name, tensor, trainable=False)",
+                fix="give it a name: site.param(name, tensor, trainable=False); a module: site.submodule(name, make)",
             )
         try:
             hash(value)
@@ -225,6 +247,25 @@ class Tape:
                 fix="use plain numbers, or site.apply(function, …)",
             ) from None
         return ("constant", (kind, repr(value) if isinstance(value, float) else None, value))
+
+
+def for_both_modes(evaluation: Tape, training: Tape) -> Tape:
+    """One tape with the steps of one mode and, after them, those of the other."""
+    both = Tape(evaluation.where)
+    both.steps = [step._replace(training=False) for step in evaluation.steps]
+    count = len(both.steps)
+    for step in training.steps:
+        args, kwargs = (_moved(part, count) for part in (step.args, step.kwargs))
+        both.steps.append(step._replace(args=args, kwargs=kwargs, training=True))
+    return both
+
+
+def _moved(frozen: Any, by: int) -> Any:
+    if isinstance(frozen, Ref):
+        return frozen._replace(key=int(frozen.key) + by) if frozen.kind == "op" else frozen
+    if isinstance(frozen, tuple) and frozen[:1] != ("constant",):
+        return tuple([_moved(item, by) for item in frozen])
+    return frozen
 
 
 def _whole_number(frozen: Any) -> bool:
@@ -331,7 +372,7 @@ class Value:
             self._decided(
                 (bool, int, float),
                 "branch on",
-                "use torch.where or torch.cond, site.apply(function, …) or a field of the rule",
+                "use torch.where, site.apply(torch.cond, …), site.apply(function, …), or a field of the rule",
             )
         )
 
@@ -346,6 +387,8 @@ class Value:
         return self._length("take the length of", "use value.shape[0], which stays a value")
 
     def _length(self, what: str, fix: str) -> int:
+        if (count := self._tape.count_of(ref_of(self))) is not None:
+            return count
         return self._tape.call("function", len, (self,), {})._decided(int, what, fix)
 
     def __index__(self) -> int:
@@ -460,4 +503,6 @@ for _name in "lt le gt ge eq ne neg pos abs invert getitem".split():
     setattr(Value, f"__{_name}__", _record(getattr(operator, _name)))
     OPERATORS[f"__{_name}__"] = getattr(operator, _name)
 OPERATORS["__setitem__"] = operator.setitem
+_COUNTS = {"topk": 2, "sort": 2, "kthvalue": 2, "mode": 2, "aminmax": 2, "var_mean": 2, "std_mean": 2, "frexp": 2,
+           "slogdet": 2, "qr": 2, "svd": 3, "cummax": 2, "cummin": 2}  # fmt: skip
 _ON_SIZES = (operator.add, operator.sub, operator.mul, operator.floordiv, operator.mod, operator.neg, operator.pos)

@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from surgery.effects import draws
+from surgery.errors import SiteError
 from surgery.regions import Block, Region
 from surgery.tape import OPERATORS, Tape, Value, tape_of
 
@@ -43,6 +44,7 @@ class Watch(TorchFunctionMode):
         self.block = Block()
         self.calls: list[_Call] = []
         self.known: set[int] = set()  # ids of tensors that calls made
+        self.random = torch.random.get_rng_state()
         self.away = 0
         self.making = False
 
@@ -58,6 +60,18 @@ class Watch(TorchFunctionMode):
         self.tape.watched = None
         super().__exit__(*error)
         self.calls.clear()
+        if error[0] is None and not self.untouched():
+            raise SiteError(
+                "a rewrite seeds torch's random numbers",
+                where=self.tape.where,
+                why="it runs once, when the rule is applied, and no call would be seeded",
+                fix="seed in a function that site.apply calls",
+            )
+
+    def untouched(self) -> bool:
+        """Whether torch's random numbers are where they were; what the rewrite draws is drawn beside them."""
+        with torch._C.DisableTorchFunction():
+            return torch.equal(self.random, torch.random.get_rng_state())
 
     def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         kwargs = kwargs or {}

@@ -326,6 +326,8 @@ class _Weaver:
 
         ops: dict[str | int, Any] = {}
         for index, step in enumerate(tape.steps):
+            if step.training is not None and step.training != self.training:
+                continue
             if step.kind == "replace":
                 self._replace(step, resolve, read, [*earlier, *reads], weight)
                 moved |= {ref for ref in step.args[:1] if ref.kind == "inside" and not step.kwargs}

@@ -116,7 +116,7 @@ class _Writer:
         kind = self.random.choice([
             *["binary"] * 3, *["unary"] * 2, "plain", "linear", *["factory"] * 3, "view", "unpack", "chunk", "topk",
             *["fresh"] * 2, *["write"] * 2, "set", "iadd", "count", "average", "read", "rand", "drop", "noise",
-            "no_grad", "autocast", "enable_grad", "hook", "where", "function", "loop",
+            "no_grad", "autocast", "enable_grad", "hook", "where", "function", "loop", "mode", "list",
         ])  # fmt: skip
         made: Lines = []
         if kind == "binary":
@@ -190,6 +190,10 @@ class _Writer:
             made = [f"{new} = torch.where({{a}} > 0, {{a}}, {{b}} * 0.1)"]
         elif kind == "function":
             made = [f"{new} = gated({{a}}, {{b}})"]
+        elif kind == "mode":
+            made = ["if training:", f"    {new} = {{a}} * 2.0", "else:", f"    {new} = {{a}} + {{b}}"]
+        elif kind == "list":
+            made = [f"{new} = torch.cat([part * 2.0 for part in {{a}}.chunk(2, -1)], -1)"]
         elif kind == "loop":
             made = [f"{new} = {{a}}", "for scale in (0.5, 2.0):", f"    {new} = {new} * scale + {{b}}"]
         lines = [line.format(a=a, b=b) for line in made]
@@ -282,11 +286,15 @@ def _in_dtype(new: Tensor, dtype: torch.dtype) -> Tensor:
 
 @dataclass
 class Inner:
-    """A forward as lines, and rewrites of what some of them compute: the pattern, and the expression in its place."""
+    """A forward as lines, and rewrites of what some of them compute: the pattern, and the expression in its place.
+
+    `stacked`: each rewrite is a rule of its own; the last of those of one value holds.
+    """
 
     lines: Lines
     edits: list[tuple[str, str]]
     backwards: bool = False
+    stacked: bool = False
 
     def forward(self) -> str:
         return "\n".join(["def forward(self, x):", *[f"    {line}" for line in self.lines]])
@@ -294,18 +302,23 @@ class Inner:
     def edited(self) -> Lines:
         """The lines with the expressions in the place of what they compute."""
         found = list(self.lines)
-        for pattern, new in self.edits:
+        for number, (pattern, new) in enumerate(self.edits):
+            new = new.replace("w.to", f"self.w_{number if self.stacked else 0}.to")
             shape = _SHAPES[pattern]
-            for index, line in enumerate(found):
+            for index, line in enumerate(self.lines):
                 target, _, expression = line.partition(" = ")
                 bound = shape(expression)
-                if bound is not None and not line.startswith("return") and not expression.startswith("in_dtype("):
+                if bound is not None and not line.startswith("return"):
                     found[index] = f"{target} = in_dtype({new.format(**bound)}, x.dtype)"
         return found
 
-    def as_rewrite(self) -> str:
+    def as_rewrites(self) -> list[str]:
+        """The sources of the rules."""
+        return [self._as_rewrite([edit]) for edit in self.edits] if self.stacked else [self._as_rewrite(self.edits)]
+
+    def _as_rewrite(self, edits: list[tuple[str, str]]) -> str:
         lines = ["w = site.param('w', W)", "result = None"]
-        for pattern, new in self.edits:
+        for pattern, new in edits:
             order = "[::-1]" if self.backwards else ""
             binds = {name: f"match.bindings['{name}']" for name in "ab"}
             lines += [f"for match in list(site.find(PATTERNS['{pattern}'])){order}:",
@@ -373,7 +386,10 @@ def inner_program(seed: int) -> Inner:
         (name, "({a} + {b}) * 0.5" if name == "product" else draw.choice(_NEW))
         for name in draw.sample(list(PATTERNS), draw.randint(1, 2))
     ]
-    return Inner(lines, edits, draw.random() < 0.3)
+    stacked = draw.random() < 0.4
+    if stacked and draw.random() < 0.5:
+        edits.append((edits[0][0], "({a} + {b}) * 0.25" if edits[0][0] == "product" else draw.choice(_NEW)))
+    return Inner(lines, edits, draw.random() < 0.3, stacked)
 
 
 def inner_base(inner: Inner) -> nn.Module:
@@ -387,5 +403,5 @@ def inner_base(inner: Inner) -> nn.Module:
 
 
 def inner_by_hand(base: nn.Module, inner: Inner, seed: int) -> nn.Module:
-    lines = ["def forward(self, x):", "    w = self.w_0", *[f"    {line}" for line in inner.edited()]]
-    return _made(base, type(base), lines, [seed])
+    lines = ["def forward(self, x):", *[f"    {line}" for line in inner.edited()]]
+    return _made(base, type(base), lines, [seed] * len(inner.edits))

@@ -6,7 +6,7 @@ import copy
 import json
 import os
 import pickle
-from collections.abc import Callable
+from collections.abc import Callable, Container
 from typing import Any, cast
 
 import pytest
@@ -63,11 +63,11 @@ def paired(base: nn.Module, by_hand: nn.Module, adapters: list[str]) -> list[tup
     return pairs
 
 
-def gradients_in_order(model: nn.Module, by_hand: nn.Module) -> None:
+def gradients_in_order(model: nn.Module, by_hand: nn.Module, names: Container[str] | None = None) -> None:
     for parameter in by_hand.parameters():
         parameter.requires_grad_(False)
     for name, parameter in by_hand.named_parameters():
-        parameter.requires_grad_(name.startswith("w_"))
+        parameter.requires_grad_(name.startswith("w_") if names is None else name in names)
 
 
 def compare(model: nn.Module, twin: nn.Module, sizes: tuple[int, ...] = (3, 5), seed: int = 3) -> None:
@@ -132,16 +132,20 @@ def test_a_replacement_is_what_a_hand_would_write_there(seed: int) -> None:
     inner = programs.inner_program(seed)
     base = programs.inner_base(inner)
     twin = programs.inner_by_hand(copy.deepcopy(base), inner, seed)
-    text = told(seed, [inner.forward(), inner.as_rewrite()])
+    text = told(seed, [inner.forward(), *inner.as_rewrites()])
     snapshot = Snapshot(base)
-    try:
-        apply_rules(
-            base, SourceRule(type(base), source=inner.as_rewrite(), seed=seed), example_inputs=torch.randn(3, 4)
-        )
-    except SurgeryError as error:
-        assert "changes nothing" in str(error), f"{error}{text}"
+    names = []
+    for index, source in enumerate(inner.as_rewrites()):
+        one = SourceRule(type(base), source=source, seed=seed)
+        try:
+            apply_rules(base, one, adapter=f"a{index}", example_inputs=torch.randn(3, 4))
+            names.append(f"a{index}")
+        except SurgeryError as error:
+            assert "changes nothing" in str(error), f"{error}{text}"
+    if not names:
         return
-    gradients_in_order(base, twin)
+    activate(base, names)
+    gradients_in_order(base, twin, {f"w_{name[1:]}" for name in names})
     compare(base, twin)
     compare(copy.deepcopy(base), copy.deepcopy(twin))
     compare(copy.deepcopy(base).bfloat16(), copy.deepcopy(twin).bfloat16())

@@ -368,3 +368,50 @@ def test_matches_that_overlap_are_refused() -> None:
 
     x = torch.randn(3)
     assert torch.equal(rewritten(Thrice(), Thrice, first, x)(x), torch.sigmoid(x.exp()))
+
+
+def _by_mode(site: Site) -> Any:
+    if site.training:
+        return site.output * site.param("up", (1,), 2.0)
+    return site.output - site.param("down", (1,), 3.0)
+
+
+def test_a_rewrite_may_go_by_the_mode() -> None:
+    torch.manual_seed(0)
+    for kind in (nn.Linear(3, 3), Optional(), Block()):
+        x = torch.randn(2, 3)
+        base = kind(x).detach()
+        model = rewritten(kind, type(kind), _by_mode)
+        for each in (model, copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+            assert torch.equal(each.train()(x), base * 2.0) and torch.equal(each.eval()(x), base - 3.0)
+        assert sorted(n.rpartition(".")[2] for n, _ in model.named_parameters() if "adapters" in n) == ["down", "up"]
+    block, x = Block(), torch.randn(2, 3)
+    base = block(x).detach()
+    rewritten(block, Block, _inside_by_mode, x)
+    assert torch.equal(block.train()(x), base * 2.0) and torch.equal(block.eval()(x), base)
+
+
+def test_what_is_not_recorded_is_refused() -> None:
+    with pytest.raises(PlanError, match="seeds"):
+        rewritten(nn.Linear(3, 3), nn.Linear, lambda site: (torch.manual_seed(0), site.output)[1])
+    with pytest.raises(PlanError, match="block whose setting can't be recorded"):
+        rewritten(nn.Linear(3, 3), nn.Linear, _with_kernel)
+
+
+def _with_kernel(site: Site) -> Any:
+    with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
+        return F.scaled_dot_product_attention(site.output, site.output, site.output)
+
+
+def _inside_by_mode(site: Site) -> Any:
+    site.find(ADD)
+    return site.output * 2.0 if site.training else site.output * 1.0
+
+
+class Optional(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.a = nn.Linear(3, 3)
+
+    def forward(self, x: Tensor, scale: float = 1.0) -> Tensor:
+        return self.a(x) * scale if scale > 0 else x
