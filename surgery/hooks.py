@@ -38,5 +38,5 @@ class running:
 
 
 FIXES = {
-    "rewrite": "correct the rule's own code; what takes real tensors and numbers alone goes into site.apply(function, …)"
+    "rewrite": "correct the rule's own code; what takes real tensors or numbers alone goes into site.apply(function)"
 }
