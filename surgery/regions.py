@@ -124,10 +124,8 @@ def _autocast() -> tuple[tuple[str, str], ...]:
 
 def _others() -> tuple[Any, ...]:
     """Further settings that blocks change for the operations inside of them."""
-    cuda, hooks = (
-        torch.backends.cuda,
-        getattr(getattr(torch._C, "_autograd"), "_top_saved_tensors_default_hooks", lambda _: None),
-    )
+    cuda, autograd = torch.backends.cuda, vars(torch._C)["_autograd"]
+    hooks = getattr(autograd, "_top_saved_tensors_default_hooks", lambda _: None)
     kernels = cuda.flash_sdp_enabled(), cuda.mem_efficient_sdp_enabled(), cuda.math_sdp_enabled()
     checks = torch.are_deterministic_algorithms_enabled(), torch.is_anomaly_enabled()
     return (*kernels, *checks, torch.get_default_dtype(), hooks(False) is not None)
