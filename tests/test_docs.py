@@ -201,7 +201,7 @@ def test_tests_and_files_and_targets_exist(name: str) -> None:
 
 
 def test_the_rules_in_the_docs_are_short() -> None:
-    for name in ("README.md", "docs/rules.md"):
+    for name in ("README.md", *[name for name in TEXT if name.startswith(("docs/rules", "docs/recipes"))]):
         sources = [block.text for block in blocks(TEXT[name]) if block.kind == "python"]
         found = [length for source in sources for length in rule_lengths(source)]
         assert found and max(found) < 15, f"{name}: {found}"
