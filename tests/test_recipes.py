@@ -498,7 +498,7 @@ def called(model: nn.Module, call: Any, seed: int = 0) -> list[Tensor]:
     return [part for part in parts if isinstance(part, Tensor)]
 
 
-def assert_same(found: list[Tensor], wanted: list[Tensor], exact: bool, what: str, **tolerance: float) -> None:
+def assert_same(found: list[Tensor], wanted: list[Tensor], exact: bool, what: str, **tolerance: Any) -> None:
     assert len(found) == len(wanted), what
     for one, other in zip(found, wanted, strict=True):
         if exact:
