@@ -419,6 +419,8 @@ class SizeValue(Value, torch.SymInt):
 
     @property
     def node(self) -> Any:
+        if self._tape.watched is None:
+            raise self._refuse("compute with", "use it inside of the rewrite that it belongs to")
         return self
 
 

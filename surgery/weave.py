@@ -133,6 +133,7 @@ class _Weaver:
         self.now: dict[Ref, Any] = {}  # what stands for a value at present: a term, or a structure of terms
         self.terms: list[_Term] = []
         self.effects: list[_Term] = []  # terms that run for what they do, whether or not their result is used
+        self.needed: set[int] = set()  # ids of these, once the graph is written
         self.ordered: list[tuple[str, list[_Term]]] = []  # lines of rewrites that write in place, in their order
         self.places: dict[str, int] = {}  # which operation of the forward a node is
         self.call: _Term | None = None  # an opaque site's call of its base
@@ -496,6 +497,7 @@ class _Weaver:
         if self.call is not None and id(self.call) not in needed and len(self.own.signature.parameters) > 1:
             itself, _, *given = self.call.args[:6]
             self.effects.append(self._term("call_function", left_out, (itself, *given)))
+        self.needed = {id(term) for term in self.effects}
         for term in self.effects:
             needed[id(term)] = term
         for term in sorted(needed.values(), key=lambda term: term.place):
@@ -571,7 +573,7 @@ class _Weaver:
                     now.node.meta["writes"] = True
                 elif draws(now.op, now.target, now.args, now.kwargs):
                     now.node.meta["draws"] = True
-                elif any(now is term for term in self.effects):
+                elif id(now) in self.needed:
                     now.node.meta["needed"] = True
         assert term.node is not None
         return term.node
