@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -17,21 +16,36 @@ def collector_waits() -> Iterator[None]:
     A plan for some thousand sites makes so many records that the collector goes through all of the process's objects
     again and again, and finds nothing: half of the time. Blocks may be nested, and open in several threads.
     """
-    global _blocks, _stopped
-    with _lock:
-        if not _blocks and gc.isenabled():
-            gc.disable()
-            _stopped = True
-        _blocks += 1
+    block = object()
     try:
+        _enter(block)
         yield
     finally:
-        with _lock:
-            _blocks -= 1
-            if not _blocks and _stopped:
-                gc.enable()
-                _stopped = False
+        try:
+            _leave(block)
+        finally:  # once more, where it was broken off; else nothing is left to do
+            _leave(block)
 
 
-_lock = threading.Lock()
-_blocks, _stopped = 0, False
+# No lock: an interrupt may come between any two lines, and a lock that is not given back stops the process. Threads that
+# come and go at one moment may leave the collector on, which costs time alone.
+
+
+def _enter(block: object) -> None:
+    global _stopped
+    _blocks.add(block)
+    if gc.isenabled():
+        _stopped = True
+        gc.disable()
+
+
+def _leave(block: object) -> None:
+    global _stopped
+    _blocks.discard(block)
+    if _stopped and not _blocks:
+        gc.enable()
+        _stopped = False
+
+
+_blocks: set[object] = set()
+_stopped = False  # whether the collector was on before the first block
