@@ -27,8 +27,8 @@ def collector_waits() -> Iterator[None]:
             _leave(block)
 
 
-# No lock: an interrupt may come between any two lines, and a lock that is not given back stops the process. Threads that
-# come and go at one moment may leave the collector on, which costs time alone.
+# No lock: an interrupt may come between any two lines, and a lock that is not given back stops the process. Threads
+# that come and go at one moment may leave the collector on, which costs time alone.
 
 
 def _enter(block: object) -> None:
