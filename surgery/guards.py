@@ -24,6 +24,7 @@ __all__ = [
     "same_settings",
     "setting_of",
     "structure_of",
+    "structure_told",
 ]
 
 _AGAIN = "trace the module with this call as example_inputs"
@@ -85,7 +86,8 @@ def check_call(context_then: tuple, structure: dict[str, Any], given: dict[str, 
         found = structure_of(value)
         if found != structure[name]:
             raise TraceError(
-                f"this graph is for calls with {name} as {_told(structure[name])}; here it is {_told(found)}",
+                f"this graph is for calls with {name} as {structure_told(structure[name])}; "
+                f"here it is {structure_told(found)}",
                 fix=_AGAIN,
             )
 
@@ -95,7 +97,7 @@ def check_parts(found: Any, parts: Any, where: str, deep: bool = False) -> None:
     now = parts_of(found, deep)
     if now != parts:
         raise TraceError(
-            f"this graph is for calls where {_told(parts)} is found, and this one gives {_told(now)}",
+            f"this graph is for calls where {structure_told(parts)} is found, and this one gives {structure_told(now)}",
             where=where,
             fix=_AGAIN,
         )
@@ -139,7 +141,7 @@ def _name_of(kind: type) -> str:
 _NUMBERS = (int, float, torch.SymInt, torch.SymFloat)
 
 
-def _told(structure: Any) -> str:
+def structure_told(structure: Any) -> str:
     kind, *rest = structure
     if kind == "value":
         return repr(rest[0])

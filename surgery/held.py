@@ -14,7 +14,6 @@ import torch
 from torch import Tensor, fx, nn
 
 from surgery.deciding import decide, decide_parts
-from surgery.errors import TraceError
 from surgery.guards import check_call, check_parts, check_settings, require, same_settings
 from surgery.guided import traced
 from surgery.kinds import kind_of_call
@@ -71,12 +70,6 @@ def new_held(module: nn.Module, own: Own, given: tuple, kind: tuple, leaves: boo
     patient = view(module, own.base, {})
     patient.__dict__["_modules"] = {name: child for name, child in module._modules.items() if name != "adapters"}
     args, kwargs = _as_call(own, given)
-    if any(_is_symbolic(value) for value in _flat((args, kwargs))):
-        raise TraceError(
-            f"{own.base.__name__} meets a new kind of call while it is compiled or exported",
-            why="rules look into its forward, which is traced with real values",
-            fix="run the model once on such a call first, in the same mode",
-        )
     with _by_itself():
         graph = traced(patient, args, kwargs, None, leaves)
     found = _settled(graph, module.training)
@@ -194,22 +187,6 @@ def _likeness(module: nn.Module) -> tuple:
         ]
         parts += [(name, value) for name, value in inner.__dict__.items() if isinstance(value, _HELD)]
     return tuple(parts)
-
-
-def _is_symbolic(value: Any) -> bool:
-    if torch.compiler.is_compiling():
-        return True
-    return isinstance(value, Tensor) and type(value) not in (Tensor, nn.Parameter)
-
-
-def _flat(value: Any) -> Iterator[Any]:
-    if isinstance(value, (tuple, list)):
-        for item in value:
-            yield from _flat(item)
-    elif type(value) is dict:
-        yield from _flat(tuple(value.values()))
-    else:
-        yield value
 
 
 _HELD = (type, types.FunctionType, types.BuiltinFunctionType)

@@ -2,20 +2,58 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from surgery.guards import context, structure_of
+from surgery.guards import context, structure_of, structure_told
 
-__all__ = ["kind_of_call", "predicate_of_kind"]
+__all__ = ["difference", "kind_of_call", "kind_told", "predicate_of_kind"]
 
 
 def kind_of_call(module: nn.Module, given: tuple) -> tuple:
     """The module's mode, autocast and gradients, which arguments are None, their ranks and dtypes."""
     return (module.training, *context(True), *[structure_of(value) for value in given])
+
+
+def kind_told(kind: tuple) -> str:
+    """The mode of a kind of call in words: "training, with gradients"."""
+    training, cpu, cuda, gradients, *_ = kind
+    words = ["training" if training else "evaluation", "with gradients" if gradients else "without gradients"]
+    words += [f"autocast {dtype.removeprefix('torch.')} on {device}" for device, dtype in (("cpu", cpu), ("cuda", cuda))
+              if dtype is not None]  # fmt: skip
+    return ", ".join(words)
+
+
+def difference(kind: tuple, known: Iterable[tuple], names: Sequence[str]) -> str:
+    """In what a kind of call differs from the nearest of those that are known; "" where one is equal or none is there.
+
+    `names`: those of the arguments.
+    """
+    told = [_differences(kind, other, names) for other in known]
+    return "; ".join(min(told, key=len, default=[]))
+
+
+def _differences(kind: tuple, known: tuple, names: Sequence[str]) -> list[str]:
+    facts = [("mode", _MODES), ("autocast on cpu", _autocast), ("autocast on cuda", _autocast), ("gradients", _SWITCH)]
+    found = []
+    for (name, told), now, before in zip(facts, kind, known, strict=False):
+        if now != before:
+            found.append(f"{name}: {told(now)}, known: {told(before)}")
+    for name, now, before in zip(names, kind[len(facts) :], known[len(facts) :], strict=False):
+        if now != before:
+            found.append(f"argument {name}: {structure_told(now)}, known: {structure_told(before)}")
+    return found
+
+
+_MODES: Callable[[Any], str] = {True: "training", False: "evaluation"}.__getitem__
+_SWITCH: Callable[[Any], str] = {True: "on", False: "off"}.__getitem__
+
+
+def _autocast(dtype: Any) -> str:
+    return "off" if dtype is None else str(dtype).removeprefix("torch.")
 
 
 def predicate_of_kind(module: nn.Module, given: tuple, settings: Iterable[tuple[tuple, Any]]) -> Callable[..., bool]:

@@ -2,31 +2,36 @@
 
 A kind is the mode, autocast, and which arguments are given in which form (`surgery.held`). A new one is traced in the
 midst of the call, on copies; the site's rules are asked again for its graph, and their tensors stay the ones they have.
-Graphs are shared by modules that are alike, code by sites whose edits are equal.
+Graphs are shared by modules that are alike, code by sites whose edits are equal. Where torch.compile or torch.export
+goes through the call, the variant is made outside of them (`surgery.apart`), before they come to it.
 """
 
 from __future__ import annotations
 
 import linecache
+import sys
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 from weakref import WeakValueDictionary
 
+import torch
 from torch import fx, nn
 
+from surgery import dynamo
+from surgery.apart import apart, concrete, holds_fakes, without_symbols
 from surgery.deciding import Otherwise
-from surgery.errors import SiteError, SurgeryWarning, TraceError
+from surgery.errors import SiteError, SurgeryError, SurgeryWarning, TraceError
 from surgery.held import Held, held_forwards, new_held
 from surgery.install import Recipe, body_of, class_from, signature_source, told
-from surgery.kinds import kind_of_call, predicate_of_kind
+from surgery.kinds import difference, kind_of_call, predicate_of_kind
 from surgery.own import Own, own_forward, signature_of
-from surgery.recording import PassedOver, layer_of, recorded
+from surgery.recording import PassedOver, Step, layer_of, recorded
 from surgery.state import THROUGH, Applied, SiteState
 from surgery.weave import Layer, woven_held
 
-__all__ = ["LIMIT", "function_of", "held_own", "layer_at", "varied", "varied_class"]
+__all__ = ["LIMIT", "function_of", "held_own", "layer_at", "leaves_of", "make_ready", "varied", "varied_class"]
 
 LIMIT = 32  # forms of one site for calls of one kind, which decide otherwise on sizes
 
@@ -41,6 +46,7 @@ class Variant:
     run: Callable[..., Any]
     kept: Mapping[str, Any]
     source: str
+    sizes: tuple  # of the arguments that it was made with
 
 
 def varied_class(base: type[nn.Module], live: Sequence[Applied]) -> type[nn.Module]:
@@ -63,6 +69,10 @@ def varied_class(base: type[nn.Module], live: Sequence[Applied]) -> type[nn.Modu
 
 def varied(module: nn.Module, given: tuple) -> Any:
     """The rewritten forward of a site, for this call."""
+    if torch.compiler.is_dynamo_compiling():
+        from torch._dynamo.comptime import comptime
+
+        comptime(_before_reading)
     state: SiteState = module.__dict__["_surgery_site"]
     for variant in state.variants:
         if variant.fits(module, *given):
@@ -70,37 +80,77 @@ def varied(module: nn.Module, given: tuple) -> Any:
                 return variant.run(module, variant.kept, *given)
             except Otherwise as other:
                 _check_early(other, module)
-    return _anew(module, state, given)
+    if torch.compiler.is_dynamo_compiling():
+        from torch._dynamo.comptime import comptime
+
+        comptime(_after_reading)
+    return _uncompiled(module, state, given)
+
+
+def _uncompiled(module: nn.Module, state: SiteState, given: tuple) -> Any:
+    """`_anew`, which no compiler goes through: where compiled code calls it, its graph breaks."""
+    run = torch.compiler.disable(_anew) if "torch._dynamo" in sys.modules else _anew
+    return run(module, state, given)
+
+
+_uncompiled._torchdynamo_disable = True  # type: ignore[attr-defined]  # torch.compiler.disable would import Dynamo
 
 
 def _anew(module: nn.Module, state: SiteState, given: tuple) -> Any:
-    """Make a variant of a graph that modules like this one have already, or of a new one."""
-    own, kind = own_forward(module, state.base), kind_of_call(module, given)
-    leaves = not any(THROUGH in applied.facts for applied in state.live())
-    known = [variant.held for variant in state.variants if variant.kind == kind]
-    for held in list(held_forwards(module, own, kind, leaves)):
-        if held.fits(module) and not any(held is other for other in known):
-            try:
-                return _run_anew(module, state, own, held, kind, given)
-            except Otherwise as other:
-                _check_early(other, module)
-    if len(known) >= LIMIT:
+    """Run a variant of a graph that modules like this one have already, or of a new one."""
+    fake = holds_fakes(module, given)
+    shown, values = apart(concrete, module, given) if fake else (module, given)
+    kind = kind_of_call(module, values)
+    for held in (*_unused(shown, state, kind), None):
+        if held is None:
+            _check_number(state, kind)
+        variant = apart(_variant, shown, state, values, held) if fake else _variant(shown, state, values, held)
+        try:
+            found = variant.run(module, variant.kept, *given)
+        except Otherwise as other:
+            _check_early(other, module)
+            if held is None:  # the graph is of this very call
+                what = f"{state.base.__name__}.forward decides by something that changes"
+                raise TraceError(what, where=other.where) from other
+        else:
+            state.variants.insert(0, variant)
+            return found
+
+
+def make_ready(module: nn.Module, state: SiteState, given: tuple, again: bool = False) -> bool:
+    """Make variants for calls like this one before it is run; whether there are new ones.
+
+    `again`: no variant that the site has fits the call, though it is of a known kind.
+    """
+    kind = kind_of_call(module, given)
+    made = [_variant(module, state, given, held) for held in _unused(module, state, kind)]
+    known = [variant for variant in state.variants if variant.kind == kind and variant.fits(module, *given)]
+    if not made and (again or not known) and not any(variant.sizes == _sizes(given) for variant in known):
+        _check_number(state, kind)
+        made = [_variant(module, state, given)]
+    state.variants[:0] = made
+    return bool(made)
+
+
+def leaves_of(applied: Iterable[Applied | Step]) -> bool:
+    """Whether the graphs for these rules have functions from registries as single nodes."""
+    return not any(THROUGH in one.facts for one in applied)
+
+
+def _unused(module: nn.Module, state: SiteState, kind: tuple) -> list[Held]:
+    """The graphs known for calls of a kind that the site has no variant of."""
+    used = {id(variant.held) for variant in state.variants if variant.kind == kind}
+    found = held_forwards(module, own_forward(module, state.base), kind, leaves_of(state.live()))
+    return [held for held in found if id(held) not in used and held.fits(module)]
+
+
+def _check_number(state: SiteState, kind: tuple) -> None:
+    if sum(variant.kind == kind for variant in state.variants) >= LIMIT:
         raise TraceError(
-            f"{own.base.__name__}.forward decides on sizes in more than {LIMIT} ways",
+            f"{state.base.__name__}.forward decides on sizes in more than {LIMIT} ways",
             why="rules look into it, and each way has a graph of its own",
             fix="call it with fewer different sizes (pad to a multiple)",
         )
-    try:
-        return _run_anew(module, state, own, new_held(module, own, given, kind, leaves), kind, given)
-    except Otherwise as other:  # the graph is of this very call
-        raise TraceError(f"{own.base.__name__}.forward decides by something that changes", where=other.where) from other
-
-
-def _run_anew(module: nn.Module, state: SiteState, own: Own, held: Held, kind: tuple, given: tuple) -> Any:
-    variant = _variant(module, state, own, held, kind, given)
-    found = variant.run(module, variant.kept, *given)
-    state.variants.insert(0, variant)
-    return found
 
 
 def _check_early(other: Otherwise, module: nn.Module) -> None:
@@ -113,13 +163,78 @@ def _check_early(other: Otherwise, module: nn.Module) -> None:
         ) from other
 
 
-def _variant(module: nn.Module, state: SiteState, own: Own, held: Held, kind: tuple, given: tuple) -> Variant:
-    own = replace(own, tapes=None, held=held.graph)
-    layers = [layer_at(applied, module, state, own) for applied in state.live()]
+def _variant(module: nn.Module, state: SiteState, given: tuple, held: Held | None = None) -> Variant:
+    """The variant of a graph, or of a new one, for calls like this one."""
+    own, kind = own_forward(module, state.base), kind_of_call(module, given)
+    try:
+        held = held or new_held(module, own, given, kind, leaves_of(state.live()))
+        own = replace(own, tapes=None, held=held.graph)
+        layers = [layer_at(applied, module, state, own) for applied in state.live()]
+    except SurgeryError as error:
+        error.why = "; ".join(filter(None, (error.why, told_difference(state, kind, list(own.signature.parameters)))))
+        raise
     graph, around = woven_held(own, layers)
     run, source = function_of(graph, f"{own.base.__name__} + " + ", ".join(f"{x.label} [{x.adapter}]" for x in layers))
     fits = predicate_of_kind(module, given, held.settings)
-    return Variant(kind, fits, held, run, {**held.kept, **around}, source)
+    return Variant(kind, fits, held, run, {**held.kept, **around}, source, _sizes(given))
+
+
+def told_difference(state: SiteState, kind: tuple, names: Sequence[str]) -> str:
+    """In what a call differs from the calls that a site knows, in words."""
+    found = difference(kind, [variant.kind for variant in state.variants], names)
+    return f"the call differs from those known ({found})" if found else ""
+
+
+def _sizes(given: Any) -> tuple:
+    """The sizes of all tensors in arguments."""
+    if isinstance(given, torch.Tensor):
+        return tuple(given.shape)
+    if isinstance(given, (tuple, list)):
+        return tuple([_sizes(item) for item in given])
+    return tuple([_sizes(item) for item in given.values()]) if type(given) is dict else ()
+
+
+# What is done while torch.compile goes through a call ------------------------------------------------------------
+
+
+def _before_reading(context: Any) -> None:
+    """Before Dynamo reads which variants a site has: the one for the call at hand is made, outside of Dynamo."""
+    try:
+        module, given = dynamo.call_of(context)
+        first = dynamo.is_first(context, module)
+        made = _ready_apart(module, given)
+    except (dynamo.Unknown, SurgeryError):  # told in `_after_reading`, where it turns out that there is no variant
+        return
+    if made and not first:
+        dynamo.restart("a site met another kind of call")
+
+
+def _after_reading(context: Any) -> None:
+    """No variant is right for the call: one is made and Dynamo begins anew, or the graph breaks here."""
+    try:
+        module, given = dynamo.call_of(context)
+        state: SiteState = module.__dict__["_surgery_site"]
+        if _ready_apart(module, given, again=True):
+            dynamo.restart("a site met another kind of call")
+        own = own_forward(module, state.base)
+        told = told_difference(state, kind_of_call(module, given), list(own.signature.parameters))
+        reason = told or "a decision on its sizes or objects changes"
+    except (dynamo.Unknown, SurgeryError) as error:
+        reason = str(error)
+    context.graph_break(
+        f"a module whose forward rules look into meets a new kind of call, which can't be traced here: {reason}; "
+        "run the model once on such a call before it is compiled, or give it to apply_rules in a list of example_inputs"
+    )
+
+
+def _ready_apart(module: nn.Module, given: tuple, again: bool = False) -> bool:
+    state: SiteState = module.__dict__["_surgery_site"]
+    given = tuple([without_symbols(value) for value in given])
+    if not again and any(variant.fits(module, *given) for variant in state.variants):
+        if not _unused(module, state, kind_of_call(module, given)):
+            return False
+    shown, values = apart(concrete, module, given)
+    return apart(make_ready, shown, state, values, again)
 
 
 def held_own(module: nn.Module, state: SiteState) -> Own | None:
