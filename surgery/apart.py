@@ -7,6 +7,7 @@ thread; so another thread sees none of them. Fake tensors are replaced by made-u
 from __future__ import annotations
 
 import copy
+import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
@@ -40,6 +41,8 @@ def apart(function: Callable[..., T], *args: Any) -> T:
                 for kind, dtype, on in cast:
                     if on:
                         stack.enter_context(torch.autocast(kind, dtype))
+                if "torch._dynamo" in sys.modules:  # compiled code inside would wait for the compiler, which waits here
+                    stack.enter_context(torch.compiler.set_stance("force_eager"))
                 stack.enter_context(torch.set_grad_enabled(gradients))
                 outcome.append(function(*args))
         except BaseException as error:
@@ -58,11 +61,7 @@ def is_fake(value: Any) -> bool:
     from torch._subclasses.fake_tensor import FakeTensor
     from torch._subclasses.functional_tensor import FunctionalTensor
 
-    return isinstance(value, (FakeTensor, FunctionalTensor)) or isinstance(value, Tensor) and _wraps(value)
-
-
-def _wraps(tensor: Tensor) -> bool:
-    return type(tensor) in (Tensor, nn.Parameter) and torch._is_functional_tensor(tensor)
+    return isinstance(value, (FakeTensor, FunctionalTensor))
 
 
 def holds_fakes(module: nn.Module, given: tuple) -> bool:

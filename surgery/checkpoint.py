@@ -283,7 +283,7 @@ def load_adapter(
     given = _given(plan, values, stored.file) if example_inputs is None else None
     with torch.random.fork_rng(devices=_gpus(plan)):  # the starting values drawn here are overwritten
         try:
-            carry_out(plan, example_inputs, stacklevel=4, given=given)
+            carry_out(plan, stacklevel=4, given=given)
         except (SurgeryError, Warning):
             raise
         except Exception as error:  # a field of a file may be in range and still be no starting value

@@ -38,10 +38,10 @@ def is_first(context: Any, module: nn.Module) -> bool:
 
 
 def restart(reason: str) -> None:
-    """Dynamo begins the frame at hand once more: what it has read of a site has changed."""
-    from torch._dynamo.exc import RestartAnalysis
+    """Dynamo begins the frame at hand once more, and may come through other code: a site has changed."""
+    from torch._dynamo.exc import UnspecializeRestartAnalysis
 
-    raise RestartAnalysis(restart_reason=reason)
+    raise UnspecializeRestartAnalysis(restart_reason=reason)
 
 
 def _translator(context: Any) -> Any:

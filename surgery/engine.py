@@ -32,6 +32,7 @@ from surgery.owners import Owners
 from surgery.pattern import Verdict
 from surgery.plan import Plan, make_plan
 from surgery.ranks import rank_warnings
+from surgery.ready import sites_ready
 from surgery.recording import Step
 from surgery.reducers import watch_gradients
 from surgery.root import rewritten, with_lost
@@ -96,13 +97,15 @@ def apply_rules(
 
     `example_inputs` (a tensor, a tuple of arguments or a dict of keyword arguments) is run once before anything is
     touched: targets that it never reaches are reported, held graphs are compared with the forwards they stand for, and
-    rules that promise an unchanged output at the start are held to it.
+    rules that promise an unchanged output at the start are held to it. A list holds several examples, one for each kind
+    of call: `[{"input_ids": ids}, {"input_ids": ids, "attention_mask": mask}]`. What rules that look into forwards need
+    is made ready for them, in evaluation and in training, with and without gradients.
 
     All or nothing: raises `SurgeryError` (`PlanError` where several things are wrong) with the model as it was.
     """
     plan = make_plan(model, rules, adapter, example_inputs, freeze)
     plan.warnings += rank_warnings(plan.steps)
-    carry_out(plan, example_inputs, stacklevel=4)
+    carry_out(plan, stacklevel=4)
     return model
 
 
@@ -193,7 +196,6 @@ def remove(model: M, adapter: str | Sequence[str] | None = None, *, check: bool 
 
 def carry_out(
     plan: Plan,
-    example_inputs: Any = None,
     stacklevel: int = 2,
     given: Given | None = None,
 ) -> None:
@@ -206,14 +208,18 @@ def carry_out(
     for warning in plan.warnings:
         warnings.warn(warning, SurgeryWarning, stacklevel=stacklevel)
     standing, owners, tied = Standing(freezes=plan.freezes), Owners(plan.model), dict[Any, Tensor]()
+    unready: list[str] = []
     with Journal() as journal:
         with torch.no_grad():
             for step in plan.steps:
                 _insert(step, plan, standing, owners, given, tied, journal)
         _install(plan, journal)
         _record(plan.model, plan, standing, journal)
-        if plan.observation is not None:
-            _check_output(plan, example_inputs)
+        if plan.observations:
+            _check_outputs(plan)
+            unready = sites_ready(plan.steps, plan.observations, plan.warnings)
+    for told in unready:
+        warnings.warn(told, SurgeryWarning, stacklevel=stacklevel)
     boxes = plan.model.__dict__[_MODEL].places[plan.adapter].boxes
     watch_gradients(plan.adapter, (parameter for box in boxes for parameter in box.parameters()))
 
@@ -321,27 +327,27 @@ def _rules_at(module: nn.Module, adapter: str) -> list[Applied]:
     return [applied for _, applied in held.of((adapter,))] if held is not None else []
 
 
-def _check_output(plan: Plan, example_inputs: Any) -> None:
-    """Run the rewritten model on the example: it must run, and give the same where all rules promise so."""
-    assert plan.observation is not None
+def _check_outputs(plan: Plan) -> None:
+    """Run the rewritten model on the examples: it must run, and give the same where all rules promise so."""
     names = ", ".join(dict.fromkeys(step.rule.label for step in plan.steps))
-    try:
-        output = call(plan.model, example_inputs, plan.observation.random)
-    except SurgeryError as error:
-        notes = getattr(error.__cause__ or error, "__notes__", [])
-        own = error.__cause__ is None  # raised inside of the forward, and not by the call
-        raise SurgeryError(
-            f"the model rewritten by {names} fails on the example call",
-            where=notes[0] if notes else None,
-            why=": ".join(filter(None, (error.what, error.why))) if own else error.why,
-            fix="correct the rule's rewrite; `show` prints a site's generated code",
-        ) from error
-    if all(step.rule.identity for step in plan.steps) and not equal(output, plan.observation.output):
-        raise SurgeryError(
-            f"{names} changed the model's output at initialisation",
-            why="the rule says identity = True, and on the example call the output differs",
-            fix="correct the rule's initial values, or take identity = True from it",
-        )
+    for example, observation in zip(plan.examples, plan.observations, strict=True):
+        try:
+            output = call(plan.model, example, observation.random)
+        except SurgeryError as error:
+            notes = getattr(error.__cause__ or error, "__notes__", [])
+            own = error.__cause__ is None  # raised inside of the forward, and not by the call
+            raise SurgeryError(
+                f"the model rewritten by {names} fails on the example call",
+                where=notes[0] if notes else None,
+                why=": ".join(filter(None, (error.what, error.why))) if own else error.why,
+                fix="correct the rule's rewrite; `show` prints a site's generated code",
+            ) from error
+        if all(step.rule.identity for step in plan.steps) and not equal(output, observation.output):
+            raise SurgeryError(
+                f"{names} changed the model's output at initialisation",
+                why="the rule says identity = True, and on the example call the output differs",
+                fix="correct the rule's initial values, or take identity = True from it",
+            )
 
 
 # Removing -----------------------------------------------------------------------------------------------------

@@ -18,7 +18,17 @@ from surgery.own import Own
 from surgery.repeated import refusal, repeated, writes
 from surgery.weave import Layer, woven
 
-__all__ = ["Observation", "call", "dummy", "equal", "evaluating", "observe", "outermost_calls", "random_state"]
+__all__ = [
+    "Observation",
+    "call",
+    "dummy",
+    "equal",
+    "evaluating",
+    "examples_in",
+    "observe",
+    "outermost_calls",
+    "random_state",
+]
 
 
 class Observation:
@@ -133,6 +143,13 @@ def dummy(model: Any) -> dict[str, Tensor] | None:
 def random_state() -> list[Tensor]:
     """The state of torch's generators: the CPU's, then one for each CUDA device."""
     return [torch.get_rng_state(), *(torch.cuda.get_rng_state_all() if torch.cuda.is_available() else ())]
+
+
+def examples_in(example_inputs: Any) -> list[Any]:
+    """The examples that `example_inputs` holds: a list may hold several, anything else is one."""
+    if example_inputs is None:
+        return []
+    return list(example_inputs) if type(example_inputs) is list else [example_inputs]
 
 
 def arguments(example_inputs: Any) -> tuple[tuple, dict[str, Any]]:

@@ -6,9 +6,9 @@ import operator
 import types
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, WeakValueDictionary
 
 import torch
 from torch import Tensor, fx, nn
@@ -28,13 +28,15 @@ __all__ = ["Held", "goes_through", "hold", "held_forwards", "new_held"]
 class Held:
     """A graph, what it keeps, the module's settings under which it is right, and numbers that shapes come from.
 
-    The numbers are read anew at each call; shapes in the graph are those of modules with the same ones.
+    The numbers are read anew at each call; shapes in the graph are those of modules with the same ones. `variants`:
+    what sites have of it, by the edits in it.
     """
 
     graph: fx.Graph
     kept: Mapping[str, Any]
     settings: tuple
     numbers: tuple
+    variants: WeakValueDictionary[tuple, Any] = field(default_factory=WeakValueDictionary)
 
     def fits(self, module: nn.Module) -> bool:
         return same_settings(module, self.settings)

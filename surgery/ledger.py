@@ -116,10 +116,13 @@ class Ledger:
         kind = type(value)
         if hasattr(value, "__dataclass_fields__"):
             fields = {name: getattr(value, name) for name, field in value.__dataclass_fields__.items() if field.init}
-            if isinstance(value, dict) and set(value) - set(fields):
-                raise TraceError(f"a {kind.__name__} with fields added to it can't be made anew in a graph")
             kept = {name: self.node(item) for name, item in fields.items() if item is not None}
-            return self.graph.call_function(kind, (), kept)
+            added = {key: item for key, item in value.items() if key not in fields} if isinstance(value, dict) else {}
+            items = [(key, self.node(item)) for key, item in added.items()]
+            node = self.graph.call_function(kind, (), kept)
+            for key, item in items:
+                self.graph.call_function(operator.setitem, (node, key, item))
+            return node
         if isinstance(value, dict):
             return self.graph.call_function(kind, ({key: self.node(item) for key, item in value.items()},))
         raise TraceError(f"a {kind.__name__} can't be held in a graph")

@@ -15,7 +15,7 @@ from surgery.base_rule import Rule
 from surgery.bypass import Bypass, bypasses, fastpath_switch
 from surgery.clash import clashes
 from surgery.errors import MatchError, PlanError, RuleError, SiteError, SurgeryError, listed, told_once
-from surgery.example import Observation, copied, observe, verify_graph, written_twice
+from surgery.example import Observation, copied, examples_in, observe, verify_graph, written_twice
 from surgery.flags import lazy_in
 from surgery.hooks import running
 from surgery.install import reason_against
@@ -23,6 +23,7 @@ from surgery.match import Match, Tree, idle_targets, matches
 from surgery.own import own_forward
 from surgery.packed import UNPACKED, packed_in
 from surgery.ranks import rank_notes
+from surgery.ready import Readiness, graphs_ready
 from surgery.recording import PassedOver, Recording, Step, recorded
 from surgery.root import records_in, rewritten
 from surgery.state import is_adapter_key, model_state, name_problem, site_state, sites
@@ -43,7 +44,8 @@ class Plan:
     `print(plan)` shows a table; `to_dict()` gives plain data; truth is the absence of problems. `trainable` and
     `added` count parameters; `switches` lists attributes set to keep an inference fast path from bypassing a site;
     `statistics` the modules of the base whose running statistics training moves, which `remove` puts back. `freeze` is
-    what the call asked for, `freezes` whether the adapter freezes the base.
+    what the call asked for, `freezes` whether the adapter freezes the base. `kinds`: for rules that look into forwards,
+    the kinds of calls whose graphs are ready, and why others are not.
     """
 
     model: nn.Module
@@ -53,10 +55,11 @@ class Plan:
     problems: list[SurgeryError] = field(default_factory=list)
     switches: dict[str, tuple[str, Any]] = field(default_factory=dict)
     warnings: list[str] = field(default_factory=list)
-    observation: Observation | None = None
-    example_inputs: Any = None
+    observations: list[Observation] = field(default_factory=list)
+    examples: list[Any] = field(default_factory=list)
     freeze: bool | None = None
-    seen: dict[type, Observation] = field(default_factory=dict)
+    seen: dict[tuple[type, int], Observation] = field(default_factory=dict)
+    kinds: list[Readiness] = field(default_factory=list)
     passed: list[str] = field(default_factory=list)
     statistics: list[str] = field(default_factory=list)
 
@@ -100,15 +103,25 @@ class Plan:
         ]
 
     def example_of(self, module: nn.Module) -> tuple[tuple, dict[str, Any]] | None:
-        """Copies of a module's own arguments in the example call; one call for all of a class."""
-        if self.example_inputs is None:
-            return None
+        """Copies of a module's own arguments in the first example that reaches it; one call for all of a class."""
         kind = type(module)
-        if kind not in self.seen:
-            alike = [other for other in self.model.modules() if type(other) is kind]
-            self.seen[kind] = observe(self.model, self.example_inputs, alike)
-        found = self.seen[kind]
-        return copied(found.calls[id(module)][:2]) if found.reached(module) else None
+        for index in range(len(self.examples)):
+            if (kind, index) not in self.seen:
+                alike = [other for other in self.model.modules() if type(other) is kind]
+                self.seen[kind, index] = self.observed(index, alike)
+            found = self.seen[kind, index]
+            if found.reached(module):
+                return copied(found.calls[id(module)][:2])
+        return None
+
+    def observed(self, index: int, watched: Iterable[nn.Module]) -> Observation:
+        """What one of the examples shows; an error says which of several it is."""
+        try:
+            return observe(self.model, self.examples[index], watched)
+        except SurgeryError as error:
+            if len(self.examples) > 1:
+                error.where = error.where or f"example {index + 1} of {len(self.examples)}"
+            raise
 
     def owners_of(self, path: str) -> tuple[nn.Module, ...]:
         """The modules on the way to a path, the model first."""
@@ -142,6 +155,7 @@ class Plan:
             "freezes": self.freezes,
             "notes": self.notes,
             "statistics": list(self.statistics),
+            "kinds": [{"type": one.type, "kind": one.kind, "reason": one.reason} for one in self.kinds],
             "warnings": list(self.warnings),
             "problems": [str(problem) for problem in self.problems],
         }
@@ -154,6 +168,11 @@ class Plan:
         parts += [f"shared: {line}" for line in told_once(list(dict.fromkeys(shared)))]
         switched = [(".".join(filter(None, (path, name))), value) for path, (name, value) in self.switches.items()]
         parts += [f"set while adapted: {name} = {value!r}" for name, value in switched]
+        ready: dict[str, list[str]] = {}
+        for one in self.kinds:
+            if not one.reason:
+                ready.setdefault(one.type, []).append(one.kind)
+        parts += [f"ready: calls of {name} in {'; '.join(kinds)}" for name, kinds in ready.items()]
         parts += [f"note: {note}" for note in self.notes]
         if self.statistics:
             many = f"{len(self.statistics)} modules, such as " if len(self.statistics) > 2 else ""
@@ -183,9 +202,9 @@ def make_plan(
     listed, problems = rules_in(rules)
     if freeze not in (True, False, None):
         problems.append(SurgeryError(f"freeze={freeze!r} is not True, False or None"))
-    plan = Plan(model, adapter, listed, example_inputs=example_inputs, freeze=freeze)
+    plan = Plan(model, adapter, listed, examples=examples_in(example_inputs), freeze=freeze)
     plan.problems += (
-        [problem] if (problem := model_problem(model)) else problems + _objections(model, adapter, example_inputs)
+        [problem] if (problem := model_problem(model)) else problems + _objections(model, adapter, plan.examples)
     )
     if plan.problems:
         return plan
@@ -223,8 +242,8 @@ def make_plan(
     plan.problems += clashes(plan.steps)
     plan.statistics += _moved(plan) if plan.freezes or plan.frozen_by else []
     plan.warnings = told_once(plan.warnings)
-    if example_inputs is not None and not plan.problems:
-        _check_example(plan, example_inputs)
+    if plan.examples and not plan.problems:
+        _check_examples(plan)
     return plan
 
 
@@ -309,7 +328,7 @@ def _add_step(
         if made is None:
             own = own_forward(module, base)
             owners = plan.owners_of(path)
-            example = None if plan.example_inputs is None else lambda: plan.example_of(module)
+            example = None if not plan.examples else lambda: plan.example_of(module)
             made = recorded(rule, module, path, plan.adapter, own, example, owners, facts)
             if like is not None and not made.inside and not facts:
                 known[like] = made
@@ -385,10 +404,10 @@ def _pefts(model: nn.Module) -> list[SurgeryError]:
     ]
 
 
-def _objections(model: nn.Module, adapter: str, example_inputs: Any) -> list[SurgeryError]:
+def _objections(model: nn.Module, adapter: str, examples: Sequence[Any]) -> list[SurgeryError]:
     """What is wrong with the model and the adapter's name, before any module is looked at."""
     found: list[SurgeryError] = _pefts(model)
-    if example_inputs is not None and (lazy := lazy_in(model)):
+    if examples and (lazy := lazy_in(model)):
         found.append(
             SurgeryError(
                 "the example call would give the model parameters",
@@ -421,15 +440,21 @@ def _objections(model: nn.Module, adapter: str, example_inputs: Any) -> list[Sur
     return found
 
 
-def _check_example(plan: Plan, example_inputs: Any) -> None:
-    try:
-        plan.observation = observe(plan.model, example_inputs, {id(s.module): s.module for s in plan.steps}.values())
-    except SurgeryError as error:
-        plan.problems.append(error)
-        return
+def _check_examples(plan: Plan) -> None:
+    for index, example in enumerate(plan.examples, 1):
+        try:
+            plan.observations.append(
+                observe(plan.model, example, {id(s.module): s.module for s in plan.steps}.values())
+            )
+        except SurgeryError as error:
+            if len(plan.examples) > 1:
+                error.where = error.where or f"example {index} of {len(plan.examples)}"
+            plan.problems.append(error)
+            return
     verified: set[tuple] = set()
     for step in plan.steps:
-        if not plan.observation.reached(step.module):
+        call = next((seen.calls[id(step.module)] for seen in plan.observations if seen.reached(step.module)), None)
+        if call is None:
             plan.problems.append(
                 MatchError(
                     f"the example call never reaches a target of {step.rule.label}",
@@ -438,20 +463,34 @@ def _check_example(plan: Plan, example_inputs: Any) -> None:
                     fix="exclude it, or pass an example that uses it",
                 )
             )
-        elif (problem := _written_twice(step, plan)) is not None:
+        elif (problem := _written_twice(step, plan, call)) is not None:
             plan.problems.append(problem)
         elif not step.own.opaque and step.own.key not in verified and site_state(step.module) is None:
             verified.add(step.own.key)
             try:
-                verify_graph(step.module, step.own, plan.observation.calls[id(step.module)], step.path)
+                verify_graph(step.module, step.own, call, step.path)
             except SurgeryError as error:
                 plan.problems.append(error)
+    if not plan.problems:
+        plan.kinds += graphs_ready(plan.steps, plan.observations)
+        plan.warnings += _unready(plan.kinds)
 
 
-def _written_twice(step: Step, plan: Plan) -> SurgeryError | None:
+def _unready(kinds: Sequence[Readiness]) -> list[str]:
+    """What is to be told of calls that have no graph."""
+    by: dict[tuple[str, str], list[str]] = {}
+    for one in kinds:
+        if one.reason:
+            by.setdefault((one.type, one.reason), []).append(one.kind)
+    return [
+        f"rules look into {name}.forward, which can't be held as a graph in calls in {'; '.join(told)}: {reason}"
+        for (name, reason), told in by.items()
+    ]
+
+
+def _written_twice(step: Step, plan: Plan, call: tuple[tuple, dict, Any]) -> SurgeryError | None:
     """The objection to a rule that runs the module's forward more than once, where the example shows that it writes."""
     if not step.own.opaque or not any(one.kind == "own" and one.kwargs == NOTHING for one in step.tape.steps):
         return None
-    assert plan.observation is not None
     layer = Layer(plan.adapter, step.rule.label, step.tape)
-    return written_twice(step.module, step.own, layer, plan.observation.calls[id(step.module)], step.path)
+    return written_twice(step.module, step.own, layer, call, step.path)

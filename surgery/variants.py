@@ -89,7 +89,8 @@ def varied(module: nn.Module, given: tuple) -> Any:
 
 def _uncompiled(module: nn.Module, state: SiteState, given: tuple) -> Any:
     """`_anew`, which no compiler goes through: where compiled code calls it, its graph breaks."""
-    run = torch.compiler.disable(_anew) if "torch._dynamo" in sys.modules else _anew
+    disable: Any = torch.compiler.disable
+    run = disable(_anew) if "torch._dynamo" in sys.modules else _anew
     return run(module, state, given)
 
 
@@ -173,10 +174,14 @@ def _variant(module: nn.Module, state: SiteState, given: tuple, held: Held | Non
     except SurgeryError as error:
         error.why = "; ".join(filter(None, (error.why, told_difference(state, kind, list(own.signature.parameters)))))
         raise
+    known = held.variants.get(tuple(layers))
+    if known is not None:
+        return known
     graph, around = woven_held(own, layers)
     run, source = function_of(graph, f"{own.base.__name__} + " + ", ".join(f"{x.label} [{x.adapter}]" for x in layers))
     fits = predicate_of_kind(module, given, held.settings)
-    return Variant(kind, fits, held, run, {**held.kept, **around}, source, _sizes(given))
+    made = Variant(kind, fits, held, run, {**held.kept, **around}, source, _sizes(given))
+    return held.variants.setdefault(tuple(layers), made)
 
 
 def told_difference(state: SiteState, kind: tuple, names: Sequence[str]) -> str:
@@ -203,7 +208,7 @@ def _before_reading(context: Any) -> None:
         module, given = dynamo.call_of(context)
         first = dynamo.is_first(context, module)
         made = _ready_apart(module, given)
-    except (dynamo.Unknown, SurgeryError):  # told in `_after_reading`, where it turns out that there is no variant
+    except Exception:  # told in `_after_reading`, where it turns out that no variant fits
         return
     if made and not first:
         dynamo.restart("a site met another kind of call")
@@ -211,20 +216,21 @@ def _before_reading(context: Any) -> None:
 
 def _after_reading(context: Any) -> None:
     """No variant is right for the call: one is made and Dynamo begins anew, or the graph breaks here."""
+    module, made, error = None, False, None
     try:
         module, given = dynamo.call_of(context)
-        state: SiteState = module.__dict__["_surgery_site"]
-        if _ready_apart(module, given, again=True):
-            dynamo.restart("a site met another kind of call")
-        own = own_forward(module, state.base)
-        told = told_difference(state, kind_of_call(module, given), list(own.signature.parameters))
-        reason = told or "a decision on its sizes or objects changes"
-    except (dynamo.Unknown, SurgeryError) as error:
-        reason = str(error)
-    context.graph_break(
-        f"a module whose forward rules look into meets a new kind of call, which can't be traced here: {reason}; "
-        "run the model once on such a call before it is compiled, or give it to apply_rules in a list of example_inputs"
-    )
+        made = _ready_apart(module, given, again=True)
+    except Exception as one:
+        error = one
+    if made:
+        dynamo.restart("a site met another kind of call")
+    if not isinstance(error, SurgeryError):
+        why = (
+            f"{type(error).__name__}: {error}" if error is not None else "it decides on what the compiler does not know"
+        )
+        fix = "run the model once on such a call before, or give apply_rules such an example in a list of them"
+        error = TraceError("it can't be traced while it is compiled", why=why, fix=fix)
+    context.graph_break(f"a new kind of call of a module whose forward rules look into: {error}")
 
 
 def _ready_apart(module: nn.Module, given: tuple, again: bool = False) -> bool:

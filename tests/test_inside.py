@@ -207,10 +207,10 @@ def test_alike_modules_share_one_trace(monkeypatch: pytest.MonkeyPatch) -> None:
     held._known.clear()
     tower = Tower(32)
     apply_rules(tower, TemperRule(Attention), example_inputs=X)
-    assert seen == ["Attention"]  # by the plan; the check of the rewritten model uses it, too
+    assert seen == ["Attention"] * 4  # evaluation and training, with and without gradients
     tower.eval()(X)
     tower(X, MASK)
-    assert len(seen) == 3  # with gradients; with a mask
+    assert len(seen) == 5  # with a mask
     sites: list[Any] = [block.attention.__dict__["_surgery_site"] for block in tower.blocks]
     assert len({id(form.run) for site in sites for form in site.variants}) <= 3
 
@@ -278,9 +278,6 @@ def test_compile_and_export() -> None:
     program = torch.export.export(tower, (X, None), dynamic_shapes=dims, strict=True)
     x = torch.randn(3, 4, 8)
     torch.testing.assert_close(program.module()(x, None), tower(x))
-    surgery.held._known.clear()  # other tests may have met this kind of call
-    with pytest.raises(Exception, match="new kind of call"):
-        torch.export.export(tower, (X, MASK))
 
 
 def test_threads_may_meet_a_kind_of_call_at_once() -> None:

@@ -231,12 +231,17 @@ def _from_transformers(output: Any) -> bool:
 
 
 def plain(output: Any) -> Any:
-    """What a model returned without dataclasses, which torch.export does not look into: their fields by name."""
+    """What a model returned without dataclasses, which torch.export does not look into: their fields by name.
+
+    So is a ModelOutput with keys added to it, which transformers makes anew from its own fields alone.
+    """
     kind: Any = type(output)
     if kind is dict:
         return {key: plain(item) for key, item in output.items()}
     if kind in (list, tuple):
         return kind(plain(item) for item in output)
+    if is_dataclass(kind) and isinstance(output, dict) and set(output) - {one.name for one in fields(kind)}:
+        return {key: plain(item) for key, item in output.items()}
     if is_dataclass(kind) and kind not in pytree.SUPPORTED_NODES:
         return {one.name: plain(getattr(output, one.name)) for one in fields(kind)}
     return output

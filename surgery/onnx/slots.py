@@ -120,7 +120,7 @@ def _apply(copy: nn.Module, rules: Sequence[Rule], adapter: str, given: Given) -
     try:
         carry_out(make_plan(copy, rules, adapter))
     except SurgeryError:  # some rules look at a call first
-        carry_out(make_plan(copy, rules, adapter, given.example), given.example)
+        carry_out(make_plan(copy, rules, adapter, given.example))
 
 
 @dataclass
