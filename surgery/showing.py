@@ -133,14 +133,14 @@ def show(model: nn.Module, path: str = "") -> str:
     def forward(self, input):
         ...
 
-    Where rules look into the forward, it is followed by the code for each kind of call met so far. `MatchError` where
-    the model has no such module, or no rule is live on it.
+    Where rules look into the forward, it is followed by the code for the kinds of calls that are ready, equal code once.
+    `MatchError` where the model has no such module, or no rule is live on it.
     """
     module, state = _site_at(model, path)
     recipe = recipe_of(type(module))
     if recipe is None:
         raise MatchError("no rule is live here", where=path, why=f"{type(module).__name__} runs its own forward")
-    sources = [recipe.source, *(variant.source for variant in reversed(state.variants))]
+    sources = dict.fromkeys([recipe.source, *(variant.source for variant in reversed(state.variants))])
     return f"# {path or '(the model itself)'}: {recipe.label}\n" + "\n\n".join(map(str.rstrip, sources))
 
 

@@ -129,7 +129,7 @@ def make_ready(module: nn.Module, state: SiteState, given: tuple, again: bool = 
     if not made and (again or not known) and not any(variant.sizes == _sizes(given) for variant in known):
         _check_number(state, kind)
         made = [_variant(module, state, given)]
-    state.variants[:0] = made
+    state.variants += made  # after those of calls that were met
     return bool(made)
 
 
