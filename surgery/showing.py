@@ -133,7 +133,7 @@ def show(model: nn.Module, path: str = "") -> str:
     def forward(self, input):
         ...
 
-    Where rules look into the forward, it is followed by the code for the kinds of calls that are ready, equal code once.
+    Where rules look into the forward, the code for the kinds of calls that are ready follows, equal code once.
     `MatchError` where the model has no such module, or no rule is live on it.
     """
     module, state = _site_at(model, path)
