@@ -20,6 +20,7 @@ from surgery.example import call, equal
 from surgery.folding import check_foldable, fold_into, verify_records
 from surgery.following import unwatch, watch
 from surgery.freezing import freeze_base, thaw_base
+from surgery.hints import HINT
 from surgery.hooks import running
 from surgery.install import reason_against
 from surgery.journal import Journal
@@ -340,7 +341,8 @@ def _check_outputs(plan: Plan) -> None:
                 f"the model rewritten by {names} fails on the example call",
                 where=notes[0] if notes else None,
                 why=": ".join(filter(None, (error.what, error.why))) if own else error.why,
-                fix="correct the rule's rewrite; `show` prints a site's generated code",
+                fix=next((note for note in notes if note.startswith(HINT)), "").removeprefix(HINT)
+                or "correct the rule's rewrite; `show` prints a site's generated code",
             ) from error
         if all(step.rule.identity for step in plan.steps) and not equal(output, observation.output):
             raise SurgeryError(

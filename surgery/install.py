@@ -22,6 +22,7 @@ import torch
 from torch import fx, nn
 
 from surgery.flags import lazy_in
+from surgery.hints import hint_on
 from surgery.own import Own
 from surgery.packed import quantised_later
 from surgery.pattern import qualified_name
@@ -275,10 +276,13 @@ def told(error: Exception, module: nn.Module) -> Exception:
         if (meant := quantised_later(module, state, error)) is not None:
             meant.__cause__ = error
             return meant
+        hint = None if getattr(error, "__notes__", []) else hint_on(error, module)
         rules = ", ".join(f"{applied.rule.label} [{applied.adapter}]" for applied in state.applied)
         error.add_note(
             f"at the site {state.path or '(the model itself)'}, a {type(module).__name__} rewritten by {rules}"
         )
+        if hint:
+            error.add_note(hint)
     return error
 
 

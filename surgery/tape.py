@@ -144,7 +144,7 @@ class Tape:
         return step.target is len
 
     def replace(self, old: Value, new: Any, only: tuple[Ref, ...] = ()) -> None:
-        self.steps.append(Step("replace", None, (ref_of(old)._replace(read=""), self._frozen(new)), only))
+        self.steps.append(Step("replace", None, (self._own(old)._replace(read=""), self._frozen(new)), only))
 
     def around(self, function: Callable[..., Any], values: tuple, at: Value | None = None) -> None:
         self.steps.append(Step("around", function, self._frozen(values), self._frozen({"at": at})))
@@ -173,18 +173,22 @@ class Tape:
 
     def named_in(self, value: Any) -> set[str]:
         """The nodes inside the forward that a value is computed from, as far as the tape does it."""
-        names, waiting, seen = set[str](), list(refs_in(self._frozen(value))), set[Ref]()
+        return {str(ref.key) for ref in self._sources(self._frozen(value)) if ref.kind == "inside"}
+
+    def on_sizes(self, ref: Ref) -> bool:
+        """Whether a value is computed from sizes."""
+        return any(source.kind == "op" and source.key in self._shapes | self._sizes for source in self._sources(ref))
+
+    def _sources(self, frozen: Any) -> set[Ref]:
+        """The values named in what was frozen, and all that they are computed from."""
+        waiting, seen = list(refs_in(frozen)), set[Ref]()
         while waiting:
             ref = waiting.pop()
-            if ref in seen:
-                continue
-            seen.add(ref)
-            if ref.kind == "inside":
-                names.add(str(ref.key))
-            elif ref.kind == "op":
+            if ref not in seen and ref.kind == "op":
                 step = self.steps[int(ref.key)]
                 waiting += [*refs_in(step.args), *refs_in(step.kwargs)]
-        return names
+            seen.add(ref)
+        return seen
 
     @property
     def acts(self) -> bool:
@@ -212,12 +216,21 @@ class Tape:
         """The parameters and buffers that it puts something in the place of."""
         return tuple(ref for ref in self.replaced() if ref.kind == "state")
 
+    def _own(self, value: Value) -> Ref:
+        """What a value of this tape is. Another tape's is a value of another module's call."""
+        if value._tape is not self:
+            raise SiteError(
+                "a rewrite uses a value of another rewrite",
+                where=self.where,
+                why=f"{value!r} belongs to another module, or to another recording ({line_running(with_text=True)})",
+                fix="compute it from this site's values; what sites share is a tensor, by site.param(…, tied=…)",
+            )
+        return ref_of(value)
+
     def _frozen(self, value: Any) -> Any:
         kind = type(value)
-        if kind is Value or kind is SizeValue:
-            return value._ref
-        if kind is _Attribute:
-            return ref_of(value)
+        if kind is Value or kind is SizeValue or kind is _Attribute:
+            return self._own(value)
         if kind in _PLAIN:
             # 1, 1.0 and True are equal and hash alike, and so do 0.0 and -0.0; edits with them are not.
             return ("constant", (kind, repr(value) if kind is float else None, value))
@@ -344,7 +357,8 @@ class Value:
     def __setattr__(self, name: str, value: Any) -> None:
         if name in ("_tape", "_ref", "_name", "_owner"):
             return object.__setattr__(self, name, value)
-        raise self._refuse(f"set {name} on", "compute a new value, or use site.apply(function, …)")
+        fix = f"compute a new value; where it is a ModelOutput, value[{name!r}] = …; or use site.apply(function, …)"
+        raise self._refuse(f"set {name} on", fix)
 
     def __repr__(self) -> str:
         return f"<{' '.join(str(part) for part in self._ref[:2] if part != '')} of {self._tape.where or 'the site'}>"
@@ -365,6 +379,8 @@ class Value:
             value = self._tape.samples.decided(self, ref_of(self))
             if isinstance(value, kind):
                 return value
+        if self._tape.on_sizes(ref_of(self)):
+            fix = f"pass example_inputs, in which sizes are known; or {fix}"
         raise self._refuse(what, fix)
 
     def __bool__(self) -> bool:

@@ -227,8 +227,9 @@ def stochastic(self: Any, own: Any, x: Tensor, *args: Any, **kwargs: Any) -> Ten
 
 def noisy(self: Any, own: Any, ids: Tensor) -> Tensor:
     y = own(ids)
-    size = 5.0 / (y.shape[1] * y.shape[2]) ** 0.5
-    return y + torch.empty_like(y).uniform_(-size, size) if self.training else y
+    if self.training:
+        y = y + (torch.rand(y.shape, dtype=y.dtype) * 2 - 1) * 5.0 / math.sqrt(y.shape[1] * y.shape[2])
+    return y
 
 
 def first_vector(self: Any, own: Any, ids: Tensor) -> Tensor:

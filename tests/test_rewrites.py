@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from surgery import PlanError, Rule, Site, Structure, apply_rules, remove, rule
+from surgery import PlanError, Rule, Site, Structure, SurgeryError, apply_rules, remove, rule
 from surgery.testing import Snapshot
 
 
@@ -327,6 +327,49 @@ def test_refusals_name_the_line_of_the_user(body: Any, told: str) -> None:
         rewritten(linear, nn.Linear, body)
     assert told in str(caught.value) and "test_rewrites.py:" in str(caught.value) and "lambda site" in str(caught.value)
     assert not snapshot.differences(linear)
+
+
+def test_a_decision_on_a_size_without_an_example_asks_for_one() -> None:
+    with pytest.raises(PlanError, match="pass example_inputs, in which sizes are known"):
+        rewritten(nn.Linear(3, 3), nn.Linear, lambda site: site.output if site.input.shape[0] > 1 else site.input)
+
+
+def test_values_of_another_site_are_refused() -> None:
+    first: list[Any] = []
+
+    def body(site: Site) -> Any:
+        first.append(site.output)
+        return site.output + first[0]
+
+    model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3))
+    snapshot = Snapshot(model)
+    with pytest.raises(PlanError, match="a rewrite uses a value of another rewrite") as caught:
+        rewritten(model, nn.Linear, body)
+    assert "where: 1" in str(caught.value) and "test_rewrites.py:" in str(caught.value)
+    assert not snapshot.differences(model)
+
+
+class Pair(nn.Module):
+    def forward(self, x: Tensor) -> tuple[Tensor, int]:
+        return x * 2, 1
+
+
+def test_failures_at_the_call_say_what_is_probably_wrong() -> None:
+    def mixed(site: Site) -> Any:
+        return site.output + F.linear(site.input, site.param("w", (3, 3)))
+
+    half, x = nn.Linear(3, 3).bfloat16(), torch.ones(2, 3)
+    with pytest.raises(SurgeryError, match=r"fix: .* torch.float32, the module's are not: .* x\.to\(A\.dtype\)"):
+        rewritten(half, nn.Linear, mixed, x.bfloat16())
+    rewritten(half, nn.Linear, mixed)
+    with pytest.raises(RuntimeError) as caught:
+        half(x.bfloat16())
+    assert [note.partition(":")[0] for note in caught.value.__notes__] == [
+        "at the site (the model itself), a Linear rewritten by Program [default]",
+        "hint",
+    ]
+    with pytest.raises(SurgeryError, match="fix: .*site.hidden is the one in it"):
+        rewritten(nn.Sequential(Pair()), Pair, lambda site: site.output + site.input, x)
 
 
 def test_a_decision_on_a_size_is_checked_at_each_call() -> None:
