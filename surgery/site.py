@@ -296,7 +296,7 @@ class Site(_Place, Inside):
 
     def calls_inside(self, args: tuple, kwargs: Mapping[str, Any]) -> list[tuple[Any, tuple, dict[str, Any]]]:
         """Run the module's own forward; its calls of functions from registries: (function, args, kwargs)."""
-        with unwatched(self.tape):
+        with unwatched(self.tape), torch.random.fork_rng():  # planning draws nothing
             return calls_inside(self.module, args, kwargs)
 
     def shape_of(self, name: str) -> tuple[int, ...] | None:
