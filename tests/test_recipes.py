@@ -586,27 +586,16 @@ def stepped(tensors: list[Tensor], grads: Any) -> None:
                 tensor.sub_(grad, alpha=0.01)
 
 
-UNREADY = {
-    "second head",
-    "temperature, bert",
-    "temperature, t5",
-    "temperature, vit",
-    "residuals",
-    "distances",
-    "relu attention",
-}
-
-
-@pytest.mark.parametrize("name", [name for name in CASES if name not in UNREADY])
+@pytest.mark.parametrize("name", CASES)
 def test_copies_compile_export_and_removal(page: Any, name: str) -> None:
     case = CASES[name]
     plain, model, _ = plain_and_rewritten(page, case)
     wanted = called(model, case.calls[0])
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch's own
-        compiled = torch.compile(again(model, case), fullgraph=True, backend="eager")
+        compiled = torch.compile(copy.deepcopy(model), fullgraph=True, backend="eager")
         args, kwargs = ((), case.calls[0]) if isinstance(case.calls[0], dict) else (case.calls[0], {})
-        exported: Any = torch.export.export(again(model, case), args, kwargs).module()
+        exported: Any = torch.export.export(copy.deepcopy(model), args, kwargs).module()
     for what, other in {
         "deepcopy": copy.deepcopy(model), "pickle": pickle.loads(pickle.dumps(model)),
         "compile": compiled, "export": exported,
@@ -634,12 +623,6 @@ def test_half_precision(page: Any, name: str) -> None:
     # bfloat16 has eight bits, and the two may round in other places
     assert_same(found, wanted, False, "bfloat16", rtol=0.05, atol=0.02)
     loss_of(called(model.train(), call)).backward()
-
-
-def again(model: nn.Module, case: Case) -> nn.Module:
-    copied = copy.deepcopy(model)
-    called(copied, case.calls[0])
-    return copied
 
 
 def in_bfloat16(call: Any) -> Any:
