@@ -192,7 +192,7 @@ def using(model: nn.Module, adapter: str | Sequence[str] | None, weights: Weight
         check_none_merged(state)
         try:
             try:
-                with neutral(root), collector_waits(), Journal() as journal:
+                with neutral(root), Journal() as journal, collector_waits():
                     switch(root, live)
                     journal.attribute(state, "resting")
                     state.resting = dict(before or resting)
@@ -207,7 +207,7 @@ def _put_back(model: nn.Module, before: Mapping[str, float], resting: Mapping[st
     """Those adapters are live again that were before a block, as far as they are still there."""
     state = model_state(model)
     if state is not None:  # else the last one was removed inside
-        with neutral(model), collector_waits(), Journal() as journal:
+        with neutral(model), Journal() as journal, collector_waits():
             switch(model, {name: weight for name, weight in before.items() if name in state.adapters})
             journal.attribute(state, "resting")
             state.resting = {name: weight for name, weight in resting.items() if name in state.adapters}

@@ -34,7 +34,7 @@ def verb(function: F) -> F:
 
     @functools.wraps(function)
     def run(*args: Any, **kwargs: Any) -> Any:
-        with neutral(args[0] if args else None), collector_waits(), Journal():
+        with neutral(args[0] if args else None), Journal(), collector_waits():
             return function(*args, **kwargs)
 
     return run  # type: ignore[return-value]

@@ -246,7 +246,7 @@ _TEXTS = ("input_ids", "inputs_embeds", "pixel_values", "input_features", "input
 def _installed(routing: _Routing) -> Iterator[None]:
     """Sites have a class that asks for plans, as long as one block needs it; adapters of the rows may train."""
     model = routing.model
-    with _lock, neutral(model), collector_waits(), Journal() as journal:
+    with _lock, neutral(model), Journal() as journal, collector_waits():
         shared = _models.get(model) or _Shared()
         shared.enter(routing, journal)
     try:
