@@ -18,13 +18,13 @@ def collector_waits() -> Iterator[None]:
     """
     block = object()
     try:
-        _enter(block)
-        yield
-    finally:
         try:
+            _enter(block)
+            yield
+        finally:
             _leave(block)
-        finally:  # once more, where it was broken off; else nothing is left to do
-            _leave(block)
+    finally:  # once more, where it was broken off; else nothing is left to do
+        _leave(block)
 
 
 # No lock: an interrupt may come between any two lines, and a lock that is not given back stops the process. Threads
