@@ -44,7 +44,7 @@ class Watch(TorchFunctionMode):
         self.block = Block()
         self.calls: list[_Call] = []
         self.known: set[int] = set()  # ids of tensors that calls made
-        self.random = torch.random.get_rng_state()
+        self.seed, self.random = torch.initial_seed(), torch.random.get_rng_state()
         self.away = 0
         self.making = False
 
@@ -60,18 +60,16 @@ class Watch(TorchFunctionMode):
         self.tape.watched = None
         super().__exit__(*error)
         self.calls.clear()
-        if error[0] is None and not self.untouched():
+        seeded = torch.initial_seed() != self.seed
+        with torch._C.DisableTorchFunction():
+            torch.random.set_rng_state(self.random)  # planning draws nothing
+        if seeded and error[0] is None:
             raise SiteError(
                 "a rewrite seeds torch's random numbers",
                 where=self.tape.where,
                 why="it runs once, when the rule is applied, and no call would be seeded",
                 fix="seed in a function that site.apply calls",
             )
-
-    def untouched(self) -> bool:
-        """Whether torch's random numbers are where they were; what the rewrite draws is drawn beside them."""
-        with torch._C.DisableTorchFunction():
-            return torch.equal(self.random, torch.random.get_rng_state())
 
     def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         kwargs = kwargs or {}
