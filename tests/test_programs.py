@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import json
 import os
@@ -180,6 +181,30 @@ def test_programs_compile_and_export(seed: int) -> None:
         forms(model, twin, x, features)
     except Exception as error:
         error.add_note(text)
+        raise
+
+
+@pytest.mark.parametrize("seed", range(SEED, SEED + max(COUNT // 20, 1)))
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")
+def test_replacements_compile_and_export(seed: int) -> None:
+    torch.manual_seed(seed)
+    inner = programs.inner_program(seed)
+    base = programs.inner_base(inner)
+    twin = programs.inner_by_hand(copy.deepcopy(base), inner, seed)
+    x, names = torch.randn(3, 4), []
+    for index, source in enumerate(inner.as_rewrites()):
+        with contextlib.suppress(SurgeryError):  # nothing to replace
+            one = SourceRule(type(base), source=source, seed=seed)
+            apply_rules(base, one, adapter=f"a{index}", example_inputs=x)
+            names.append(f"a{index}")
+    if not names:
+        pytest.skip("there is nothing to replace")
+    activate(base, names)
+    gradients_in_order(base, twin, {f"w_{name[1:]}" for name in names})
+    try:
+        forms(base, twin, x, set())
+    except Exception as error:
+        error.add_note(told(seed, [inner.forward(), *inner.as_rewrites()]))
         raise
 
 
