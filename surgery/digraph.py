@@ -16,7 +16,7 @@ from surgery.guards import check_call, check_parts, check_settings, require
 from surgery.guided import traced
 from surgery.proof import undone
 from surgery.recorder import Calls
-from surgery.spelling import Held, NodeName, class_of, flat, is_node, spelled
+from surgery.spelling import Held, NodeName, arguments_in, class_of, flat, is_node, spelled
 
 if TYPE_CHECKING:
     import networkx
@@ -52,7 +52,7 @@ def as_digraph(graph: fx.Graph | fx.GraphModule, module: nn.Module | None = None
     owner = module or (graph if isinstance(graph, nn.Module) else inner.owning_module)
     for node in inner.nodes:
         module = _called(owner, node)
-        told = spelled(node.op, node.target, node.args, node.kwargs, module, _rank(node))
+        told = spelled(node.op, node.target, arguments_in(node), node.kwargs, module, _rank(node))
         put(found, node, told, node, None if module is None else (str(node.target), class_of(module)))
     return found
 
@@ -161,7 +161,7 @@ class _Flat:
         return None
 
     def node(self, node: fx.Node, path: str, module: nn.Module, values: dict, called: nn.Module | None = None) -> Any:
-        args, kwargs = _mapped(node.args, values), _mapped(dict(node.kwargs), values)
+        args, kwargs = _mapped(arguments_in(node), values), _mapped(dict(node.kwargs), values)
         target = node.target if called is None else path
         told = spelled(node.op, target, args, kwargs, called, _rank(node))
         if node.op == "get_attr":
@@ -241,7 +241,8 @@ def _called(owner: nn.Module | None, node: fx.Node) -> nn.Module | None:
 
 
 def _rank(node: fx.Node) -> int | None:
-    source = node.args[0] if node.args else node.kwargs.get("input")
+    args = node.args[2:] if "called" in node.meta else node.args
+    source = args[0] if args else node.kwargs.get("input")
     shape = _example(source)[0] if isinstance(source, fx.Node) else None
     return None if shape is None else len(shape)
 

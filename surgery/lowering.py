@@ -28,6 +28,7 @@ from surgery.repeated import left_out
 
 __all__ = [
     "LowRankEdit",
+    "detached",
     "in_dtype",
     "layers_by",
     "low_rank_edit",
@@ -60,6 +61,11 @@ def in_dtype(value: Any, dtype: torch.dtype) -> Any:
     ):
         return value.to(dtype)
     return value
+
+
+def detached(value: Any) -> Any:
+    """A tensor without its history, as under `torch.no_grad`; anything else as it is."""
+    return value.detach() if isinstance(value, Tensor) else value
 
 
 def weighted(old: Any, new: Any, weight: float) -> Any:

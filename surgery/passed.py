@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import fx, nn
 
-from surgery.spelling import spelled
+from surgery.spelling import arguments_in, spelled
 from surgery.tape import Tape, refs_in
 
 __all__ = ["Passage", "left_out"]
@@ -46,7 +46,7 @@ def left_out(passages: Sequence[Passage], graph: fx.Graph, module: nn.Module, ta
 def _changing(node: fx.Node, module: nn.Module) -> str | None:
     """The kind of an operation that changes values or gradients; None for others, and for dropout with p = 0."""
     child = module.get_submodule(str(node.target)) if node.op == "call_module" else None
-    kind = spelled(node.op, node.target, node.args, node.kwargs, child).operation
+    kind = spelled(node.op, node.target, arguments_in(node), node.kwargs, child).operation
     if kind == "dropout":
         given = node.args[2:] if getattr(node.target, "__name__", "") == "in_region" else node.args
         chance: Any = given[1] if len(given) > 1 else node.kwargs.get("p", 0.5)

@@ -237,7 +237,7 @@ class Recorder(Reader, TorchFunctionMode):
         with self.paused():
             versions = _versions((given, named))
             value = run(*given, **named)
-        region = context(True)
+        region, called = context(True), target
         if region != self.region:
             if op == "call_module":
                 raise TraceError("the forward calls a child under torch.no_grad or torch.autocast of its own")
@@ -246,17 +246,19 @@ class Recorder(Reader, TorchFunctionMode):
         if value is NotImplemented:
             return value
         node = self.graph.create_node(op, target, *nodes, name="self_1" if target == "self" else None)
+        if target is in_region:
+            node.meta["called"] = called
         if region[2] is False and self.region[2] is True:
             self.without_gradients.add(node)
         with self.paused():
             self.written_to(node, value, versions)
-        if target in _SIZED_BY_CONTENT or _by_mask(target, given):
+        if called in _SIZED_BY_CONTENT or _by_mask(called, given):
             self.by_content.add(node)
-        if target in _CUTS:  # into how many pieces, Python goes by
+        if called in _CUTS:  # into how many pieces, Python goes by
             if any(source in self.by_content for source in node.all_input_nodes):
                 raise TraceError("the forward goes through a tensor whose size depends on the content of another")
             self.guard(self.graph.call_function(len, (node,)), len(value))
-        if op == "call_module" or target in _DRAWS or any(n in self.activations for n in node.all_input_nodes):
+        if op == "call_module" or called in _DRAWS or any(n in self.activations for n in node.all_input_nodes):
             self.activations.add(node)
         if foreign:
             return self.foreign(value, node)

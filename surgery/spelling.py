@@ -22,6 +22,7 @@ __all__ = [
     "Implied",
     "NodeName",
     "Spelled",
+    "arguments_in",
     "class_of",
     "flat",
     "frozen",
@@ -248,6 +249,12 @@ def _swaps(dims: tuple) -> bool:
 def _attribute(module: nn.Module, path: str, name: str) -> Any:
     value = getattr(module, name, None)
     return Held(f"{path}.{name}") if isinstance(value, torch.Tensor) else frozen(value)
+
+
+def arguments_in(node: fx.Node) -> tuple[Any, ...]:
+    """A node's arguments. The function of a call in a region, which a graph keeps as an attribute, is itself there."""
+    called = node.meta.get("called")
+    return node.args if called is None else (node.args[0], called, *node.args[2:])
 
 
 def frozen(value: Any) -> Any:

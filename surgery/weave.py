@@ -26,7 +26,8 @@ from surgery.complexes import is_number
 from surgery.deciding import check_decision, decide
 from surgery.effects import draws, is_foreign, writes
 from surgery.errors import SiteError
-from surgery.lowering import in_dtype, lower, same_dtype, weighted
+from surgery.guards import in_region
+from surgery.lowering import detached, in_dtype, lower, same_dtype, weighted
 from surgery.own import Own, recorded_own
 from surgery.regions import Inside
 from surgery.repeated import Runs, left_out, repeated, repeated_method, repeated_module
@@ -450,6 +451,8 @@ class _Weaver:
     def _in_dtype_of(self, name: str, new: Any, old: _Term) -> Any:
         """A value inside a forward keeps its dtype, whatever precision an adapter computes in: code may go by it."""
         node = next(node for node in self.own.held.nodes if node.name == name) if self.own.held is not None else None
+        if node is not None and node.target is in_region and node.args[0][2] is False and isinstance(new, _Term):
+            new = self._term("call_function", detached, (new,), origin=new.origin or old.origin)  # under torch.no_grad
         dtype = node.meta.get("dtype") if node is not None else None
         if dtype is None or not is_number(dtype) or not isinstance(new, _Term):
             return new

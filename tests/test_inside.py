@@ -29,6 +29,7 @@ from surgery import (
     rule,
     show,
     summary,
+    trace,
 )
 from surgery.testing import Snapshot, assert_reversible
 
@@ -393,3 +394,49 @@ def test_a_late_decision_is_told() -> None:
     model(X, cache)
     with pytest.raises(TraceError, match="when it has written"):
         model(X, cache)
+
+
+@rule("test-inside-body")
+class BodyRule(Rule):
+    """A rule whose rewrite is a function."""
+
+    body: Any = None
+
+    def rewrite(self, site: Any) -> Any:
+        return self.body(site)
+
+
+class Guarded(nn.Module):
+    """Operations under a region of the forward's own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lin = nn.Linear(3, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.no_grad():
+            gate = torch.softmax(x * 2.0, 1)
+        with torch.autocast("cpu", enabled=False):
+            low = F.relu(x)
+        return self.lin(x) * gate + low
+
+
+def test_operations_under_a_region_of_the_forward_are_found() -> None:
+    graph = trace(Guarded(), torch.randn(2, 3))
+    assert len(Structure(lambda x: torch.softmax(x * 2.0, -1)).find(graph)) == 1
+
+    def body(site: Any) -> None:
+        for match in site.find(Structure(lambda x: torch.softmax(x * 2.0, -1))):
+            site.replace(match.root, torch.sigmoid(match.bindings["x"]))
+        for match in site.find(Structure(lambda x: F.relu(x))):
+            site.replace(match.root, F.gelu(match.bindings["x"]))
+
+    torch.manual_seed(0)
+    model, x = Guarded(), torch.randn(2, 3, requires_grad=True)
+    apply_rules(model, BodyRule(Guarded, body=body), example_inputs=x)
+    wanted = model.lin(x) * torch.sigmoid(x).detach() + F.gelu(x)
+    assert torch.equal(model(x), wanted)
+    found, other = (torch.autograd.grad(y.sum(), x)[0] for y in (model(x), wanted))
+    assert torch.allclose(found, other)  # sums in another order
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(model(x), model.lin(x) * torch.sigmoid(x) + F.gelu(x))
