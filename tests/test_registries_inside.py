@@ -363,18 +363,18 @@ def test_what_is_asked_for_or_goes_on_is_not_told() -> None:
     assert plan_rules(Dropping(0.0), LostRule(Dropping), example_inputs=QKV).warnings == []  # it drops nothing
 
 
-def test_a_dropout_that_is_there_in_training_alone_is_told_then() -> None:
+def test_a_dropout_that_is_there_in_training_alone_is_told_when_it_is_made_ready() -> None:
     class Trained(Dropping):
         def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             weights = torch.softmax(q @ k.mT, -1)
             return F.dropout(weights, 0.5 if self.training else 0.0) @ v
 
     model = Trained()
-    apply_rules(model, LostRule(Trained), example_inputs=QKV)
     with pytest.warns(SurgeryWarning, match="leaves out dropout"):
-        model.train()(*QKV)
+        apply_rules(model, LostRule(Trained), example_inputs=QKV)
     with warnings.catch_warnings(record=True) as told:
         warnings.simplefilter("always")
+        model.train()(*QKV)
         model(*(x.clone().requires_grad_() for x in QKV))
         model(*(x[:1] for x in QKV))
     assert told == []
