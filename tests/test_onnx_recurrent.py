@@ -90,5 +90,6 @@ def test_torchs_functions_are_their_own_again() -> None:
     before = layer(x)[0]
     with recurrent_layers():
         with torch.no_grad():
-            assert torch.equal(layer(x)[0], before) and torch.lstm is not own[0]
+            torch.testing.assert_close(layer(x)[0], before)  # with gradients, torch may take another kernel
+                assert torch.lstm is not own[0]
     assert (torch.lstm, torch.gru) == own and "lstm" not in vars(torch._VF) and torch.equal(layer(x)[0], before)
