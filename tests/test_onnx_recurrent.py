@@ -91,5 +91,5 @@ def test_torchs_functions_are_their_own_again() -> None:
     with recurrent_layers():
         with torch.no_grad():
             torch.testing.assert_close(layer(x)[0], before)  # with gradients, torch may take another kernel
-                assert torch.lstm is not own[0]
+            assert torch.lstm is not own[0]
     assert (torch.lstm, torch.gru) == own and "lstm" not in vars(torch._VF) and torch.equal(layer(x)[0], before)
