@@ -22,7 +22,7 @@ export HF_HUB_OFFLINE = 1
 export TOKENIZERS_PARALLELISM = false
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test families coverage lint bench docs-test gallery peers onnx onnx-families damage failures states programs crashes wheel-test web web-test clean
+.PHONY: help demo test families coverage lint bench docs-test gallery peers onnx onnx-families damage failures states programs rewrites crashes wheel-test web web-test clean
 
 help: ## List the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -66,6 +66,9 @@ states: $(VENV)/.dev ## Take adapters through STATES random sequences of steps, 
 
 programs: $(VENV)/.dev ## Run PROGRAMS random rewrites beside forwards written by hand, of which make test runs 100
 	PROGRAMS=$(PROGRAMS) PROGRAMS_SEED=$(PROGRAMS_SEED) OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/test_programs.py -n $(JOBS) $(ARGS)
+
+rewrites: $(VENV)/.dev ## Compile, export and copy every recipe and replaced module, of which make test takes a sample
+	ALL_REWRITES=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/test_recipes.py tests/test_replace.py tests/test_kinds.py -n $(JOBS) $(ARGS)
 
 crashes: $(VENV)/.dev ## Interrupt and kill CRASHES of the Trainer's runs of each kind, of which make test runs 4
 	CRASHES=$(CRASHES) OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/test_crashes.py -s $(ARGS)

@@ -31,6 +31,7 @@ from surgery import (
     save_adapter,
     trace,
 )
+from tests.sampling import sample
 from tests.test_inside import (
     MASK,
     RULES,
@@ -227,7 +228,7 @@ def in_double(tower: nn.Module) -> nn.Module:
 CHANGES: list[Callable[[nn.Module], nn.Module]] = [copied_again, unpickled, switched, in_double]
 
 
-@pytest.mark.parametrize("change", CHANGES)
+@pytest.mark.parametrize("change", sample(CHANGES, 2))
 @pytest.mark.parametrize("way", ["compile", "strict", "loose"])
 def test_compiled_and_exported_after_a_change(change: Callable[[nn.Module], nn.Module], way: str) -> None:
     tower = change(tempered(apply_rules(Tower(), RULES, example_inputs=X)).eval())
@@ -406,7 +407,7 @@ def bert() -> tuple[Any, Any, dict[str, Tensor]]:
     return apply_rules(model, ScaledQueriesRule(kind), example_inputs={"input_ids": ids}), reference, {"input_ids": ids}
 
 
-@pytest.mark.parametrize("made", [llama, bert])
+@pytest.mark.parametrize("made", sample([bert, llama], 2))
 def test_transformers_compiled_whole(made: Callable[[], tuple[Any, Any, dict[str, Tensor]]]) -> None:
     model, reference, inputs = made()
     compiled = torch.compile(model, backend="eager", fullgraph=True)
@@ -435,7 +436,7 @@ def test_a_decoder_with_a_cache_compiled() -> None:
             cache, other, ids = found.past_key_values, wanted.past_key_values, wanted.logits[:, -1:].argmax(-1)
 
 
-@pytest.mark.parametrize("made", [llama, bert])
+@pytest.mark.parametrize("made", sample([bert, llama], 2))
 @pytest.mark.parametrize("strict", [False, True])
 def test_transformers_exported(made: Callable[[], tuple[Any, Any, dict[str, Tensor]]], strict: bool) -> None:
     model, reference, inputs = made()

@@ -28,6 +28,7 @@ from transformers.models.vit import modeling_vit
 
 from surgery import Rule, apply_rules, plan_rules, remove, rule, rules_from_json, rules_to_json
 from surgery.testing import assert_reversible
+from tests.sampling import sample
 from tests.test_docs import TEXT, runs
 
 PAGES = [f"docs/recipes{kind}.md" for kind in ("", "-training", "-reading", "-inside")]
@@ -592,7 +593,7 @@ def stepped(tensors: list[Tensor], grads: Any) -> None:
                 tensor.sub_(grad, alpha=0.01)
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", sample(CASES, 4))
 def test_copies_compile_export_and_removal(page: Any, name: str) -> None:
     case = CASES[name]
     plain, model, _ = plain_and_rewritten(page, case)
@@ -618,7 +619,7 @@ def test_copies_compile_export_and_removal(page: Any, name: str) -> None:
     assert_reversible(plain, rules, example_inputs=case.calls[0])
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", sample(CASES, 2))
 def test_half_precision(page: Any, name: str) -> None:
     case = CASES[name]
     call = in_bfloat16(case.calls[0])

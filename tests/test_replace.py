@@ -32,6 +32,7 @@ from surgery.skeleton import Skeleton, named_tensors
 from surgery.testing import Snapshot
 from tests import foreign
 from tests.foreign import Host
+from tests.sampling import sample
 
 SIZED: dict[str, type[nn.Module]] = {
     name.lower(): getattr(foreign, name)
@@ -146,7 +147,7 @@ def test_it_goes_and_is_copied_and_written(name: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("training", [True, False])
-@pytest.mark.parametrize("name", WHOLE)
+@pytest.mark.parametrize("name", sample(WHOLE, 4))
 def test_it_compiles_whole(name: str, training: bool) -> None:
     torch._dynamo.reset()
     model, by_hand, _ = pair(name, freeze=True)
@@ -158,7 +159,7 @@ def test_it_compiles_whole(name: str, training: bool) -> None:
     alike(model, by_hand)
 
 
-@pytest.mark.parametrize("name", sorted(set(SIZED) - set(WHOLE)))
+@pytest.mark.parametrize("name", sample(sorted(set(SIZED) - set(WHOLE)), 4))
 def test_what_breaks_a_graph_breaks_it_as_in_a_plain_model(name: str) -> None:
     torch._dynamo.reset()
     model, by_hand, _ = pair(name, freeze=True)
@@ -168,14 +169,14 @@ def test_what_breaks_a_graph_breaks_it_as_in_a_plain_model(name: str) -> None:
 
 
 @pytest.mark.parametrize("strict", [True, False])
-@pytest.mark.parametrize("name", [*WHOLE, "experts"])
+@pytest.mark.parametrize("name", sample([*WHOLE, "experts"], 3))
 def test_it_is_exported(name: str, strict: bool) -> None:
     model, by_hand, _ = pair(name)
     program = torch.export.export(model.eval(), (X,), strict=strict)
     assert torch.equal(program.module()(X), by_hand.eval()(X))
 
 
-@pytest.mark.parametrize("name", ["recurrent", "shared", "normal", "deciding"])
+@pytest.mark.parametrize("name", sample(["normal", "recurrent", "shared", "deciding"], 4))
 def test_it_goes_into_onnx(name: str, tmp_path: Path) -> None:
     pytest.importorskip("onnxruntime")
     model, _, _ = pair(name)
