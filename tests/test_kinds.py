@@ -70,6 +70,12 @@ def close(found: Any, wanted: Any) -> None:
 # Made ready ---------------------------------------------------------------------------------------------------
 
 
+@pytest.fixture(autouse=True)
+def fresh_compiler() -> None:
+    """What other tests compiled is forgotten: Dynamo gives up on code after some errors and forms of it."""
+    torch._dynamo.reset()
+
+
 def test_the_plan_tells_which_kinds_are_ready() -> None:
     plan = plan_rules(Tower(), TemperRule(Attention), example_inputs=X)
     modes = [
