@@ -130,7 +130,8 @@ def test_compilers_see_what_was_written() -> None:
     model = fresh(3)
     compiled = torch.compile(model, backend="eager", fullgraph=True)
     torch.testing.assert_close(compiled(X), plain(model, 1.5))
-    assert torch.equal(compiled(X), model(X)) and not unwritten(model)
+    torch.testing.assert_close(compiled(X), model(X))  # a compiler gets products in another order
+    assert not unwritten(model)
     model = fresh(5)
     torch.testing.assert_close(torch.export.export(model, (X,)).module()(X), plain(model, 2.5))
 
