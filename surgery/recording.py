@@ -87,6 +87,8 @@ def recorded(
         return _recording(first, first.tape, first.specs)
     other, _ = _ran(rule, site(), not module.training)
     tape = for_both_modes(*((other.tape, first.tape) if module.training else (first.tape, other.tape)))
+    if not tape.acts:
+        raise _idle(rule, first)
     return _recording(first, tape, {**other.specs, **first.specs})
 
 

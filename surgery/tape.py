@@ -395,6 +395,8 @@ class Value:
     def __iter__(self) -> Any:
         count = unpacked_by(sys._getframe(1))
         if count is None:
+            count = self._tape.count_of(ref_of(self))
+        if count is None:
             count = self._length("iterate over", "unpack it (a, b = value), or take its items by index: value[0]")
         whole = self._tape.call("function", unpacked, (self, count), {})
         return iter([self._tape.call("function", operator.getitem, (whole, index), {}) for index in range(count)])
@@ -403,8 +405,6 @@ class Value:
         return self._length("take the length of", "use value.shape[0], which stays a value")
 
     def _length(self, what: str, fix: str) -> int:
-        if (count := self._tape.count_of(ref_of(self))) is not None:
-            return count
         return self._tape.call("function", len, (self,), {})._decided(int, what, fix)
 
     def __index__(self) -> int:
