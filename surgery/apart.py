@@ -9,13 +9,14 @@ from __future__ import annotations
 import copy
 import sys
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable
 from contextlib import ExitStack
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
+from surgery.contents import contents
 from surgery.errors import TraceError
 from surgery.view import view
 
@@ -67,7 +68,9 @@ def is_fake(value: Any) -> bool:
 def holds_fakes(module: nn.Module, given: tuple) -> bool:
     """Whether the module's tensors or the arguments are fake ones."""
     tensors = (*module.parameters(), *module.buffers())
-    return any(map(is_fake, tensors)) or any(is_fake(part) for value in given for part in _parts(value, set()))
+    return any(map(is_fake, tensors)) or any(
+        is_fake(part) for value in given for part in contents(value, Tensor, *_SYMBOLS)
+    )
 
 
 def without_symbols(value: Any) -> Any:
@@ -108,26 +111,10 @@ def made_up(value: Any, known: dict[int, Any], make: Callable[[Tensor], Tensor] 
         return {key: made_up(item, known, make) for key, item in value.items()}
     if value is None or isinstance(value, (bool, int, float, str, nn.Module, type)):
         return value
-    parts = {id(part): part for part in _parts(value, set())}
+    parts = {id(part): part for part in contents(value, Tensor, *_SYMBOLS)}
     if not any(isinstance(part, _SYMBOLS) or is_fake(part) for part in parts.values()):
         return value
     return copy.deepcopy(value, {key: made_up(part, known, make) for key, part in parts.items()})
-
-
-def _parts(value: Any, seen: set[int]) -> Iterator[Any]:
-    """The tensors and symbolic numbers that an object holds."""
-    if id(value) in seen:
-        return
-    seen.add(id(value))
-    if isinstance(value, (Tensor, *_SYMBOLS)):
-        yield value
-        return
-    items: list[Any] = list(value.values()) if isinstance(value, Mapping) else []
-    items += value if isinstance(value, (list, tuple, set)) else []
-    items += vars(value).values() if hasattr(value, "__dict__") and not isinstance(value, (type, nn.Module)) else []
-    for item in items:
-        if not isinstance(item, (str, int, float, type(None))):
-            yield from _parts(item, seen)
 
 
 def _number(value: Any) -> Any:

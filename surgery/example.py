@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from surgery.contents import contents
 from surgery.errors import SurgeryError, TraceError
 from surgery.flags import set_flag
 from surgery.neutral import ambient
@@ -235,23 +236,8 @@ def copied(value: Any) -> Any:
     if isinstance(value, (str, int, float, type(None), nn.Module)):
         return value
     # Tensors first: what an object holds of a graph, such as a KV cache, is not copied by deepcopy itself.
-    memo: dict[int, Any] = {id(tensor): tensor.detach().clone() for tensor in _tensors_in(value, set())}
+    memo: dict[int, Any] = {id(tensor): tensor.detach().clone() for tensor in contents(value, Tensor)}
     return copy.deepcopy(value, memo)
-
-
-def _tensors_in(value: Any, seen: set[int]) -> Iterator[Tensor]:
-    if id(value) in seen:
-        return
-    seen.add(id(value))
-    if isinstance(value, Tensor):
-        yield value
-        return
-    items: list[Any] = list(value.values()) if isinstance(value, Mapping) else []
-    items += value if isinstance(value, (list, tuple, set)) else []
-    items += vars(value).values() if hasattr(value, "__dict__") and not isinstance(value, (type, nn.Module)) else []
-    for item in items:
-        if not isinstance(item, (str, int, float, type(None))):
-            yield from _tensors_in(item, seen)
 
 
 def equal(one: Any, other: Any) -> bool:
