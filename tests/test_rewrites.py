@@ -434,6 +434,20 @@ def test_a_rewrite_may_go_by_the_mode() -> None:
     assert torch.equal(block.train()(x), base * 2.0) and torch.equal(block.eval()(x), base)
 
 
+def test_names_that_are_too_few_are_an_error_of_the_call() -> None:
+    model = rewritten(nn.Linear(3, 3), nn.Linear, _unpacked_rows)
+    assert model(torch.randn(2, 3)).shape == (2, 3)
+    with pytest.raises(ValueError, match="unpacks 2 values, and there are 3"):
+        model(torch.randn(2, 4, 3))
+    with pytest.raises(PlanError, match="can't take the length"):  # chunk may give fewer than asked for
+        rewritten(nn.Linear(3, 3), nn.Linear, lambda site: site.output * len(site.output.chunk(2, -1)))
+
+
+def _unpacked_rows(site: Site) -> Any:
+    rows, columns = site.output.shape
+    return site.output * rows / rows * columns / columns
+
+
 def test_what_is_not_recorded_is_refused() -> None:
     with pytest.raises(PlanError, match="seeds"):
         rewritten(nn.Linear(3, 3), nn.Linear, lambda site: (torch.manual_seed(123456), site.output)[1])
