@@ -16,16 +16,18 @@ import functools
 import operator
 import sys
 import types
+import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor, fx, nn
 
 from surgery.complexes import is_number
 from surgery.deciding import check_decision, decide
 from surgery.effects import draws, is_foreign, writes
-from surgery.errors import SiteError
+from surgery.errors import SiteError, SurgeryWarning
 from surgery.guards import in_region
 from surgery.lowering import detached, in_dtype, lower, same_dtype, weighted
 from surgery.own import Own, recorded_own
@@ -80,6 +82,7 @@ def woven(own: Own, layers: Sequence[Layer], training: bool, lowered: bool = Tru
     for layer in layers:
         weaver.edit(layer)
     graph = weaver.written()
+    weaver.warn_hidden(layers)
     if lowered:
         lower(graph)
     return graph
@@ -94,7 +97,9 @@ def woven_held(own: Own, layers: Sequence[Layer]) -> tuple[fx.Graph, dict[str, A
     weaver.base(False)
     for layer in layers:
         weaver.edit(layer)
-    return weaver.written(), weaver.kept
+    graph = weaver.written()
+    weaver.warn_hidden(layers)
+    return graph, weaver.kept
 
 
 def woven_edit(own: Own, layers: Sequence[Layer], training: bool) -> fx.Graph:
@@ -135,6 +140,7 @@ class _Weaver:
         self.terms: list[_Term] = []
         self.effects: list[_Term] = []  # terms that run for what they do, whether or not their result is used
         self.needed: set[int] = set()  # ids of these, once the graph is written
+        self.replacements: list[list[_Term]] = []  # for each layer: the terms that it puts in the place of others
         self.ordered: list[tuple[str, list[_Term]]] = []  # lines of rewrites that write in place, in their order
         self.places: dict[str, int] = {}  # which operation of the forward a node is
         self.call: _Term | None = None  # an opaque site's call of its base
@@ -282,6 +288,7 @@ class _Weaver:
     def edit(self, layer: Layer) -> None:
         origin = f"{layer.label} [{layer.adapter}]"
         before = self.now[Ref("output", "")]
+        self.replacements.append([])
         made = self._play(layer.tape, layer.adapter, origin, layer.weight)
         self.effects += [term for term in made if term.writes or _acts(term)]
         after = self.now[Ref("output", "")]
@@ -332,6 +339,8 @@ class _Weaver:
                 continue
             if step.kind == "replace":
                 self._replace(step, resolve, read, [*earlier, *reads], weight)
+                if self.replacements:
+                    self.replacements[-1] += _terms_in(_behind(self.now[step.args[0]]))
                 moved |= {ref for ref in step.args[:1] if ref.kind == "inside" and not step.kwargs}
                 continue
             args, kwargs = thawed(step.args, read), thawed(step.kwargs, read)
@@ -510,6 +519,49 @@ class _Weaver:
         graph.output(self._nodes(output, graph))
         return graph
 
+    def warn_hidden(self, layers: Sequence[Layer]) -> None:
+        """Warn of each edit that has no effect on the result because of a layer after it."""
+        reached = self._reached() if len(layers) > 1 else set()
+        for index, layer in enumerate(layers[:-1]):
+            if all(id(term) in reached for term in self.replacements[index]):
+                continue
+            count = self._hidden_by(layers, index)
+            if count is not None:
+                other = layers[count]
+                text = (
+                    f"{layer.label} [{layer.adapter}] and {other.label} [{other.adapter}] are live on one "
+                    f"{self.own.base.__name__}, and an edit of the first has no effect: the second puts a value in the "
+                    "place of an operation that uses it; make one of them live at a time, or apply them in the other "
+                    "order"
+                )
+                warnings.warn(text, SurgeryWarning, stacklevel=3)
+
+    def _reached(self) -> set[int]:
+        """Ids of all terms whose values the output or an effect depends on."""
+        reached: set[int] = set()
+        waiting = [*_terms_in(self.now[Ref("output", "")]), *self.effects]
+        while waiting:
+            term = waiting.pop()
+            if id(term) not in reached:
+                reached.add(id(term))
+                waiting += _terms_in((_valued(term), term.kwargs))
+        return reached
+
+    def _hidden_by(self, layers: Sequence[Layer], index: int) -> int | None:
+        """The first layer after one at `index` without which more of its edits are computed."""
+        most = -1
+        for count in range(index + 1, len(layers) + 1):
+            weaver = _Weaver(self.own)
+            weaver.base(self.training)
+            for layer in layers[:count]:
+                weaver.edit(layer)
+            reached = weaver._reached()
+            number = sum(id(term) in reached for term in weaver.replacements[index])
+            if number < most:
+                return count - 1
+            most = number
+        return None
+
     def _counted(self, needed: dict[int, _Term]) -> None:
         """Let what edits run more than once see to it that it may: the own forward as it is, a module, an object."""
         same: dict[tuple, list[_Term]] = {}
@@ -634,6 +686,18 @@ def _acts(term: _Term) -> bool:
 
 def _leaves_a_trace(node: fx.Node) -> bool:
     return bool({"writes", "draws"} & node.meta.keys()) or is_foreign(node.op, node.target)
+
+
+def _valued(term: _Term) -> Any:
+    """The operands of a term without those of which it reads the shape or dtype alone."""
+    if term.target is same_dtype:
+        return term.args[0]
+    shape_alone = term.target in _LIKE or term.target is getattr and term.args[1] in ("shape", "dtype", "device")
+    return term.args[1:] if shape_alone or term.op == "call_method" and term.target in _LIKE_METHODS else term.args
+
+
+_LIKE = (torch.zeros_like, torch.ones_like, torch.empty_like, torch.full_like, torch.rand_like, torch.randn_like)
+_LIKE_METHODS = ("size", "dim", "numel", "new_zeros", "new_ones", "new_empty", "new_full", "new_tensor")
 
 
 def _behind(term: Any) -> Any:
