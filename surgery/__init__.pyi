@@ -9,6 +9,7 @@ from .combining import combine
 from .covering import Coverage, coverage
 from .digraph import as_digraph, graph_of
 from .engine import apply_rules, explain, plan_rules, remove
+from .entry import PeftEntry
 from .errors import (
     LoadError,
     MatchError,
@@ -27,7 +28,7 @@ from .expression import ANY, Const, having, maybe, module_of, one_of
 from .for_good import forget
 from .guided import trace
 from .hidden import hidden_of
-from .hub import push_adapter
+from .hub_upload import push_adapter
 from .many import load_adapters
 from .members import Member
 from .merged import merge_to
@@ -47,7 +48,6 @@ from .site import LiveSite, Site
 from .site_module import SiteModule
 from .spelling import class_of
 from .state_dicts import adapter_state_dict, base_state_dict, load_adapter_state_dict, rules_of
-from .stored import PeftEntry
 from .structure import Found, Occurrence, Structure
 from .swap import SwapReport, hotswap, pad_rank
 from .tape import Value

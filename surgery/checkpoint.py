@@ -20,6 +20,7 @@ from surgery.absent import without_values
 from surgery.base_rule import Rule
 from surgery.complexes import is_number
 from surgery.engine import Given, carry_out
+from surgery.entry import NAME, OLD, PEFT, SURGERY, VERSION, Entry, as_it_is, tensor_key
 from surgery.errors import LoadError, RuleError, SurgeryError, SurgeryWarning
 from surgery.files import TensorFile
 from surgery.fingerprint import differences, fingerprint
@@ -33,18 +34,7 @@ from surgery.root import rewritten
 from surgery.site import LiveSite, ParamSpec
 from surgery.state import adapter_names, sites, tensors_of, whole
 from surgery.state_dicts import adapter_state_dict, rules_of
-from surgery.stored import (
-    NAME,
-    OLD,
-    PEFT,
-    SURGERY,
-    VERSION,
-    Entry,
-    Stored,
-    as_it_is,
-    stored_adapter,
-    tensor_key,
-)
+from surgery.stored import Stored, stored_adapter
 from surgery.together import writing
 from surgery.view import tensor_at
 from surgery.vocabulary import other_vocabulary, resized, sizes_wanted

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from surgery.base_rule import Rule
 from surgery.complexes import is_number
+from surgery.entry import Entry
 from surgery.errors import MatchError, RuleError, SiteError, SurgeryError
 from surgery.files import TensorFile
 from surgery.hooks import running
@@ -20,7 +21,6 @@ from surgery.plan import Plan, _with_companions
 from surgery.recording import PassedOver, Step, layer_of, recorded
 from surgery.site import LiveSite, ParamSpec
 from surgery.state import Applied, ModelState, adapter_names, site_state, sites, tensors_of
-from surgery.stored import Entry
 from surgery.view import tensor_at
 
 __all__ = ["Living", "Making", "incoming", "living", "placed", "step_for"]

@@ -10,10 +10,10 @@ from torch import nn
 
 from surgery.activation import activate, deactivate
 from surgery.checkpoint import LoadReport, load_adapter
+from surgery.entry import names_in
 from surgery.errors import LoadError, PlanError, SurgeryError, near_misses
 from surgery.neutral import verb
 from surgery.state import model_state
-from surgery.stored import names_in
 from surgery.switching import weights_now
 from surgery.wrapped import unwrapped
 

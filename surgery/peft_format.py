@@ -18,12 +18,12 @@ import torch
 from torch import Tensor, nn
 
 from surgery.base_rule import Rule
+from surgery.entry import Entry
 from surgery.errors import PlanError, RuleError, SurgeryError, SurgeryWarning, near_misses
 from surgery.files import TensorFile
 from surgery.paths import endings
 from surgery.peft_spelling import PREFIX
 from surgery.peft_targets import Modules, by_keys, choose, chosen_by, fields_of, regular
-from surgery.stored import Entry
 
 __all__ = ["PeftConfig", "PeftMethod", "PeftPart", "PeftPlace", "peft_method"]
 

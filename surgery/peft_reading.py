@@ -9,6 +9,7 @@ from typing import Any
 from torch import nn
 
 from surgery.base_rule import Rule
+from surgery.entry import Entry
 from surgery.errors import SurgeryError
 from surgery.files import TensorFile
 from surgery.peft_format import PeftConfig, PeftPlace, absolute, asked_for, is_main, method_of, part_of
@@ -17,7 +18,6 @@ from surgery.peft_settings import alphas_of, contradicted, settings_of
 from surgery.peft_spelling import Spelt
 from surgery.plan import Plan
 from surgery.recording import Step
-from surgery.stored import Entry
 
 __all__ = ["Read", "read"]
 

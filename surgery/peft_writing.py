@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 from torch import Tensor, nn
 
 from surgery.base_rule import Rule
+from surgery.entry import Entry
 from surgery.equal_rules import ByRule
 from surgery.errors import LoadError, SurgeryError
 from surgery.match import RESERVED
@@ -18,7 +19,6 @@ from surgery.plainer import folded_adapter
 from surgery.spelling import class_of
 from surgery.state import require_state, sites, whole
 from surgery.state_dicts import adapter_state_dict, rules_of
-from surgery.stored import Entry
 
 __all__ = ["Described", "described", "taken_over", "written"]
 

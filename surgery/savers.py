@@ -141,7 +141,7 @@ def _save_adapters(model: nn.Module, folder: Path, names: list[str], given: Mapp
         rest = [] if checkpoint else [name for name, parameter in base_parameters(model) if parameter.requires_grad]
         _tell(folder, rest + _not_of(model, tensors or ()))
     if given.get("push_to_hub") and main:
-        from surgery.hub import card_of, upload
+        from surgery.hub_upload import card_of, upload
 
         repo = str(given.get("repo_id") or folder.name)
         options = {key: given[key] for key in ("private", "token", "revision") if key in given}

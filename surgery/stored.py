@@ -5,41 +5,23 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Set
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
 from surgery.base_rule import Rule
+from surgery.entry import BARE, NAME, OLD, PEFT, SURGERY, VERSION, Entry, names_in, tensor_key
 from surgery.errors import LoadError, RuleError, SurgeryError
 from surgery.files import TensorFile, open_tensors, put_away
+from surgery.hub_download import download
 from surgery.match import RESERVED
 from surgery.origin import origin_of
+from surgery.peft_reading import read
 from surgery.plain_json import parse_json, read_json
 from surgery.plan import Plan
 from surgery.recording import Step
 
-__all__ = ["Entry", "PeftEntry", "Stored", "as_it_is", "names_in", "stored_adapter", "tensor_key"]
-
-SURGERY = ("adapter.safetensors", "rules.json")
-PEFT = ("adapter_model.safetensors", "adapter_config.json")
-OLD = "adapter_model.bin"
-BARE = ("pytorch_lora_weights.safetensors", "pytorch_lora_weights.bin")  # diffusers': tensors without settings
-NAME, VERSION = "model-surgery adapter", 1
-
-
-def as_it_is(tensor: Tensor) -> Tensor:
-    return tensor
-
-
-class Entry(NamedTuple):
-    """Where a tensor of an adapter stands in a file, and how the two are turned into each other."""
-
-    key: str
-    read: Callable[[Tensor], Tensor] = as_it_is
-    write: Callable[[Tensor], Tensor] = as_it_is
-
-
-PeftEntry = Entry  # its public name: whoever brings a PEFT method makes them
+__all__ = ["Stored", "stored_adapter"]
 
 
 @dataclass(frozen=True)
@@ -66,10 +48,6 @@ class Stored:
     vocabulary: Set[int] = frozenset()
 
 
-def tensor_key(path: str, name: str) -> str:
-    return ".".join(filter(None, (path, RESERVED, name)))
-
-
 def stored_adapter(
     model: nn.Module,
     source: str | Path | Stored,
@@ -86,9 +64,7 @@ def stored_adapter(
     place = Path(source)
     try:
         if not place.exists():
-            from surgery.hub import fetched
-
-            place = fetched(str(source), subfolder, revision)
+            place = download(str(source), subfolder, revision)
         elif subfolder:
             place = place / subfolder
         return _opened(model, place, config, component)
@@ -97,14 +73,6 @@ def stored_adapter(
     except SurgeryError as error:
         error.where = error.where or str(source)
         raise LoadError([error]) from error
-
-
-def names_in(folder: Path) -> tuple[str, str | None] | None:
-    """The names of the tensors and the settings of the adapter in a folder, or None."""
-    for tensors, settings in (SURGERY, PEFT, (OLD, PEFT[1]), *((bare, None) for bare in BARE)):
-        if (folder / tensors).is_file():
-            return tensors, settings
-    return None
 
 
 def _opened(model: nn.Module, place: Path, config: Mapping[str, Any] | None, component: str | None) -> Stored:
@@ -120,8 +88,6 @@ def _opened(model: nn.Module, place: Path, config: Mapping[str, Any] | None, com
     settings = _settings(place, names[1], told) if config is None or names[0] == SURGERY[0] else dict(config)
     if isinstance(settings, dict) and settings.get("format") == NAME:
         return _of_surgery(settings, file)
-    from surgery.peft_reading import read
-
     found = read(model, settings, file, component)
     extra = {"base": told.get("base"), "origin": origin_of(settings, told.get("base")), **_labels(told)}
     told_by: dict[str, Any] = {

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from surgery.base_rule import Rule
 from surgery.checkpoint import LoadReport, _distrusted, _found
 from surgery.claims import check_free
+from surgery.entry import Entry, tensor_key
 from surgery.errors import LoadError, RuleError, SiteError, SurgeryError, SurgeryWarning
 from surgery.files import TensorFile
 from surgery.fingerprint import differences
@@ -33,7 +34,7 @@ from surgery.root import rewritten
 from surgery.sharded import is_flattened, put
 from surgery.site import LiveSite
 from surgery.state_dicts import rules_of
-from surgery.stored import Entry, Stored, stored_adapter, tensor_key
+from surgery.stored import Stored, stored_adapter
 from surgery.view import tensor_at
 from surgery.vocabulary import other_vocabulary, sizes_wanted
 from surgery.weave import Layer

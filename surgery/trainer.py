@@ -14,12 +14,12 @@ from torch import nn
 from transformers import TrainerCallback
 
 from surgery import hf
+from surgery.entry import PEFT, SURGERY, names_in
 from surgery.errors import SurgeryWarning
 from surgery.match import base_modules
 from surgery.savers import left_out, save_folder, save_trained
 from surgery.sharded import is_flattened
 from surgery.state import ModelState, model_state
-from surgery.stored import PEFT, SURGERY, names_in
 
 __all__ = ["AdapterCheckpoints", "last_checkpoint", "save_trained"]
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from surgery.base_rule import Rule
+from surgery.entry import Entry, tensor_key
 from surgery.errors import LoadError, SurgeryError
 from surgery.files import TensorFile
 from surgery.fingerprint import differences
@@ -20,7 +21,7 @@ from surgery.onnx.given import array_of
 from surgery.onnx.manifest import Manifest
 from surgery.onnx.rooted import rooted
 from surgery.onnx.slots import slot_tensors
-from surgery.stored import Entry, Stored, tensor_key
+from surgery.stored import Stored
 
 __all__ = ["export_adapter", "import_adapter", "slot_arrays"]
 

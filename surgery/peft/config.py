@@ -10,8 +10,9 @@ from enum import Enum, StrEnum
 from pathlib import Path
 from typing import Any, ClassVar
 
+from surgery.entry import PEFT
 from surgery.errors import RuleError, SurgeryError, SurgeryWarning, near_misses
-from surgery.stored import PEFT
+from surgery.hub_download import download
 
 __all__ = [
     "MultitaskPromptTuningInit",
@@ -146,9 +147,7 @@ class PeftConfig:
 
         place = Path(source) / (subfolder or "")
         if not Path(source).exists():
-            from surgery.hub import fetched
-
-            place = fetched(str(source), subfolder, options.get("revision"))
+            place = download(str(source), subfolder, options.get("revision"))
         if not (place / PEFT[1]).is_file():
             raise SurgeryError(f"there is no {PEFT[1]} in {place}")
         data = read_json(place / PEFT[1])

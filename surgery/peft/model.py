@@ -19,7 +19,7 @@ from surgery.beside import beside
 from surgery.claims import check_free
 from surgery.errors import SurgeryError, SurgeryWarning
 from surgery.example import dummy
-from surgery.hub import card_of, upload
+from surgery.hub_upload import card_of, upload
 from surgery.merging import unmerged
 from surgery.peft.config import PeftConfig
 from surgery.peft.defaults import with_defaults

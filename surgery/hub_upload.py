@@ -1,4 +1,4 @@
-"""Adapters on the hub: pushed with a model card, and fetched by a repository's name. Through huggingface_hub alone."""
+"""Adapters pushed to the hub with a model card, through huggingface_hub alone."""
 
 from __future__ import annotations
 
@@ -11,16 +11,13 @@ from typing import Any, Literal
 from torch import nn
 
 from surgery.checkpoint import save_adapter
-from surgery.errors import SurgeryError
+from surgery.entry import PEFT
+from surgery.hub_download import hub_error
 from surgery.root import rewritten
 from surgery.state import sites, tensors_of
 from surgery.state_dicts import rules_of
-from surgery.stored import BARE, OLD, PEFT, SURGERY
 
-__all__ = ["fetched", "push_adapter"]
-
-FILES = (*SURGERY, *PEFT, OLD, *BARE)
-_REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
+__all__ = ["card_of", "push_adapter", "upload"]
 
 
 def push_adapter(
@@ -74,7 +71,7 @@ def upload(
         api.create_repo(repo_id, private=private, exist_ok=True)
         done = api.upload_folder(repo_id=repo_id, folder_path=folder, revision=revision, commit_message=message)
     except Exception as error:  # of the hub, of its client, of the network
-        raise _failed(f"the adapter was not pushed to {repo_id}", error) from error
+        raise hub_error(f"the adapter was not pushed to {repo_id}", error) from error
     return str(done.commit_url)
 
 
@@ -110,25 +107,3 @@ def _quoted(value: str) -> str:
 
 def _cell(value: Any) -> str:
     return str(value).replace("|", "\\|").replace("\n", " ")
-
-
-def fetched(repo_id: str, subfolder: str | None, revision: str | None) -> Path:
-    """The folder to which a repository's adapter was brought, or in which it was already."""
-    if not _REPOSITORY.fullmatch(repo_id):
-        raise SurgeryError(f"there is no {repo_id}", fix="name a folder, a file, or a repository of the hub")
-    from huggingface_hub import snapshot_download
-
-    inside = f"{subfolder}/" if subfolder else ""
-    try:
-        place = snapshot_download(repo_id, revision=revision, allow_patterns=[inside + name for name in FILES])
-    except Exception as error:  # of the hub, of its client, of the network
-        raise _failed(f"there is no folder {repo_id!r}, and the hub has not answered", error) from error
-    return Path(place) / inside
-
-
-def _failed(what: str, error: Exception) -> SurgeryError:
-    return SurgeryError(
-        what,
-        why=f"{type(error).__name__}: {str(error).strip()[:300]}",
-        fix="check the name, the network, and `HF_ENDPOINT`, `HF_TOKEN`, `HF_HUB_OFFLINE`",
-    )
