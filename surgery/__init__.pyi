@@ -38,7 +38,8 @@ from .naming import copy_adapter, rename_adapter
 from .onnx.export import ExportReport, export_onnx
 from .onnx.parity import ParityReport, verify_onnx
 from .pattern import Pattern, Targets
-from .peft_format import PeftConfig, PeftMethod, PeftPart, PeftPlace, peft_method
+from .peft_adapter_config import PeftConfig
+from .peft_format import PeftMethod, PeftPart, PeftPlace, peft_method
 from .plainer import folded_adapter
 from .plan import Plan
 from .registries import takes_functions

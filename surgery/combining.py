@@ -21,7 +21,7 @@ from surgery.hooks import running
 from surgery.match import Tree, matches
 from surgery.naming import check_whole
 from surgery.neutral import verb
-from surgery.peft_targets import regular
+from surgery.paths import regular
 from surgery.placing import Placed, put
 from surgery.root import rewritten
 from surgery.sharded import sharding_of

@@ -6,7 +6,7 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
-__all__ = ["chosen", "endings", "patterned", "spelled"]
+__all__ = ["chosen", "endings", "patterned", "regular", "spelled"]
 
 
 def endings(path: str) -> Iterator[str]:
@@ -45,6 +45,11 @@ def paths_of(targets: str | Sequence[str]) -> set[str]:
 def patterned(patterns: Mapping[str, Any] | None, path: str, default: Any) -> Any:
     """The value of the first of PEFT's patterns (rank_pattern) that fits a path."""
     return next((v for key, v in (patterns or {}).items() if re.match(rf"(.*\.)?({key})$", path)), default)
+
+
+def regular(paths: Sequence[str]) -> str:
+    """A regular expression for exactly these paths."""
+    return "re:" + "|".join(map(re.escape, paths))
 
 
 def spelled(expression: str) -> frozenset[str] | None:

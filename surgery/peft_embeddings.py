@@ -10,10 +10,10 @@ from typing import Any, Literal
 from torch import Tensor, nn
 
 from surgery.base_tensors import base_tensor
+from surgery.embeddings import embeddings_of
 from surgery.paths import chosen, endings
 from surgery.peft_spelling import PREFIX
 from surgery.peft_targets import Modules
-from surgery.vocabulary import embeddings_of
 
 __all__ = ["Save", "embedding_tensors"]
 

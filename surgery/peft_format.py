@@ -6,11 +6,9 @@ among those registered; a package that offers rules (entry points `surgery.rules
 
 from __future__ import annotations
 
-import re
 import warnings
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass, field, fields
-from functools import cached_property
 from importlib import metadata
 from typing import Any, ClassVar, TypeVar
 
@@ -18,80 +16,14 @@ import torch
 from torch import Tensor, nn
 
 from surgery.base_rule import Rule
+from surgery.base_tensors import base_tensor
 from surgery.entry import Entry
 from surgery.errors import PlanError, RuleError, SurgeryError, SurgeryWarning, near_misses
-from surgery.files import TensorFile
-from surgery.paths import endings
+from surgery.peft_adapter_config import PeftConfig, choose
 from surgery.peft_spelling import PREFIX
-from surgery.peft_targets import Modules, by_keys, choose, chosen_by, fields_of, regular
+from surgery.peft_targets import Modules, fields_of
 
-__all__ = ["PeftConfig", "PeftMethod", "PeftPart", "PeftPlace", "peft_method"]
-
-# Fields that say nothing about what an adapter computes.
-SILENT = frozenset(
-    "peft_type peft_version task_type inference_mode auto_mapping base_model_name_or_path revision megatron_core "
-    "runtime_config loftq_config eva_config qalora_group_size _library_name low_cpu_mem_usage".split()
-)
-
-
-class PeftConfig:
-    """A configuration as it was read: what no one takes and that says something is refused in the end."""
-
-    def __init__(self, data: Mapping[str, Any], model: nn.Module, file: TensorFile | None = None):
-        self.data, self.model, self.file = dict(data), model, file
-        self.modules = Modules.of(model)
-        self.left = set(self.data) - SILENT
-        self.notes: list[str] = []
-        self.marks: tuple[str, ...] = ()  # what the method's keys have after a path
-        self.assumed: list[str] = []  # what is to be told of the file
-        self.passed_over: list[str] = []  # keys that change no result, as those of the base's own tensors
-        self.vocabulary: set[int] = set()  # rows of the file's embeddings, where the model has another number
-
-    def take(self, name: str, default: Any = None) -> Any:
-        """A field's value; the default where it is absent or null."""
-        self.left.discard(name)
-        value = self.data.get(name)
-        return default if value is None else value
-
-    @cached_property
-    def targeted(self) -> set[str]:
-        """The paths that the configuration means; where it names none, those of the file's keys."""
-        if not self.data.get("target_modules"):
-            return set(by_keys(self.file.shapes if self.file is not None else (), self.modules, self.marks))
-        return chosen_by(self.data, self.modules)
-
-    def fitting(self, name: str) -> dict[str, Any] | None:
-        """A mapping from patterns of paths, without those that fit no target: PEFT passes over them."""
-        given, paths = self.take(name, {}), self.targeted
-        named = {ending for path in paths for ending in endings(path)} if given else set()
-
-        def fits(key: str) -> bool:
-            plain = re.fullmatch(r"(?:[\w.\-]|\\\W)*", key)  # there may be one for each path
-            if plain and re.sub(r"\\(\W)", r"\1", key) in named:
-                return True
-            return any(map(re.compile(rf"(.*\.)?({key})$").match, paths))
-
-        return {key: value for key, value in given.items() if fits(key)} or None
-
-    @staticmethod
-    def regular(paths: Sequence[str]) -> str:
-        """A target for exactly these paths."""
-        return regular(paths)
-
-    def refuse(self, name: str, why: str, fix: str | None = None) -> SurgeryError:
-        return SurgeryError(f"PEFT's {name}={str(self.data.get(name))[:100]!r} can't be held exactly", why=why, fix=fix)
-
-    def silent(self, *names: str) -> None:
-        """Fields that say nothing about what this method computes."""
-        self.left -= set(names)
-
-    def only(self, name: str, *values: Any, why: str = "there is nothing like it here") -> None:
-        if self.take(name, values[0]) not in values:
-            raise self.refuse(name, why)
-
-    def untaken(self) -> list[SurgeryError]:
-        said = sorted(name for name in self.left if self.data[name] not in (None, False, "", [], {}, "none", 0))
-        return [self.refuse(name, "no rule here has such a field") for name in said]
+__all__ = ["PeftMethod", "PeftPart", "PeftPlace", "peft_method"]
 
 
 @dataclass(frozen=True)
@@ -113,8 +45,6 @@ class PeftPlace:
 
     def base(self, name: str) -> Tensor:
         """A tensor of the module as the base has it, whatever is merged into it."""
-        from surgery.base_tensors import base_tensor
-
         return base_tensor(self.module, name, self.path)
 
 

@@ -12,7 +12,8 @@ from surgery.base_rule import Rule
 from surgery.entry import Entry
 from surgery.errors import SurgeryError
 from surgery.files import TensorFile
-from surgery.peft_format import PeftConfig, PeftPlace, absolute, asked_for, is_main, method_of, part_of
+from surgery.peft_adapter_config import PeftConfig
+from surgery.peft_format import PeftPlace, absolute, asked_for, is_main, method_of, part_of
 from surgery.peft_keys import keys_of, moved
 from surgery.peft_settings import alphas_of, contradicted, settings_of
 from surgery.peft_spelling import Spelt

@@ -2,27 +2,22 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any
 
 from torch import nn
 
 from surgery.base_rule import Rule
-from surgery.errors import MatchError, SurgeryError
+from surgery.errors import MatchError
 from surgery.match import Tree, base_modules, matches
-from surgery.paths import chosen
+from surgery.paths import chosen, regular
 from surgery.pattern import as_pattern
 from surgery.peft_spelling import PREFIX
 
-if TYPE_CHECKING:
-    from surgery.peft_format import PeftConfig
+__all__ = ["ALL", "Modules", "by_keys", "chosen_by", "fields_of", "is_all", "is_plain", "is_text"]
 
-__all__ = ["Modules", "choose", "chosen_by", "fields_of", "regular"]
-
-R = TypeVar("R", bound=Rule)
 ALL = "all-linear"
 
 
@@ -56,75 +51,21 @@ class Modules:
 
 def chosen_by(config: Mapping[str, Any], modules: Modules) -> set[str]:
     """The paths that `target_modules` and the fields around it mean; empty where they name none."""
-    if _is_all(config.get("target_modules")):
+    if is_all(config.get("target_modules")):
         return chosen({**config, "target_modules": ".*"}, modules.linear)
     return chosen(config, modules.by_path)
 
 
-def _is_all(targets: Any) -> bool:
+def is_all(targets: Any) -> bool:
     return isinstance(targets, str) and targets.lower() == ALL
 
 
-def choose(config: PeftConfig, kind: type[R], given: Mapping[str, Any]) -> R:
-    """The rule on the modules that a configuration means: in its own words where they mean the same here."""
-    targets, exclude = config.take("target_modules"), config.take("exclude_modules")
-    layers, _ = config.take("layers_to_transform"), config.take("layers_pattern")
-    for name, value in (("target_modules", targets), ("exclude_modules", exclude)):
-        plain = isinstance(value, (str, type(None))) or isinstance(value, list) and all(map(_is_text, value))
-        if not plain:
-            raise SurgeryError(f"PEFT's {name} is no text and no list of names")
-    if layers not in (None, []) and isinstance(targets, str):
-        raise config.refuse(
-            "layers_to_transform", "PEFT takes layers with a list of names alone", "name them in the text"
-        )
-    if config.data.get("layers_pattern") and layers is None:
-        raise config.refuse(
-            "layers_pattern", "PEFT takes it with layers_to_transform alone", "say which layers are meant"
-        )
-    if _is_all(targets):
-        short = kind(targets=ALL, exclude=_words(exclude), **given)
-        wanted = config.targeted
-        return short if config.modules.matched(short) == wanted else kind(targets=regular(sorted(wanted)), **given)
-    if not targets:
-        return kind(targets=regular(sorted(config.targeted)), **given)
-    wanted = config.targeted
-    if not all(map(_plain, targets if isinstance(targets, list) else ())):  # in a list PEFT has names alone
-        return kind(targets=regular(sorted(wanted)), **given)
-    short = kind(targets=_words(targets), exclude=_words(exclude), layers=layers or None, **given)
-    found = config.modules.matched(short)
-    if not wanted and found:
-        raise _none_left(config, sorted(found))
-    same = not config.data.get("layers_pattern") and found == wanted
-    return short if same or not wanted else kind(targets=regular(sorted(wanted)), **given)
-
-
-def _none_left(config: PeftConfig, found: Sequence[str]) -> MatchError:
-    """The targets fit modules here, and the fields around them leave none of these."""
-    around = ("exclude_modules", "layers_to_transform", "layers_pattern", "modules_to_save")
-    said = ", ".join(f"{name}={config.data[name]!r}" for name in around if config.data.get(name) not in (None, [], ""))
-    return MatchError(
-        f"PEFT's target_modules={str(config.data.get('target_modules'))[:100]} leave no module",
-        why=f"they fit {found[0]}{', …' if len(found) > 1 else ''}, which {said[:200]} leaves out",
-        fix="correct these fields",
-    )
-
-
-def _plain(name: str) -> bool:
+def is_plain(name: str) -> bool:
     return name != ALL and not name.startswith("re:")
 
 
-def _is_text(value: Any) -> bool:
+def is_text(value: Any) -> bool:
     return isinstance(value, str)
-
-
-def _words(value: Any) -> Any:
-    """Targets as a rule says them: of PEFT's, a single text is a regular expression."""
-    return f"re:{value}" if isinstance(value, str) and value else value or ()
-
-
-def regular(paths: Sequence[str]) -> str:
-    """A regular expression for exactly these paths."""
-    return "re:" + "|".join(map(re.escape, paths))
 
 
 def by_keys(keys: Iterable[str], modules: Modules, marks: tuple[str, ...]) -> list[str]:
@@ -138,7 +79,7 @@ def fields_of(rule: Rule, modules: Modules, paths: Sequence[str]) -> dict[str, A
     """`target_modules` and the fields around it, for a rule that is on these paths."""
     wanted, kept = set(paths), {}
     targets, exclude, layers = rule.targets, rule.exclude, rule.layers
-    if all(map(_is_text, (*targets, *exclude))):  # type: ignore[misc]
+    if all(map(is_text, (*targets, *exclude))):  # type: ignore[misc]
         said = {"target_modules": _said(targets), "exclude_modules": _said(exclude) or None}
         kept = {**said, "layers_to_transform": list(layers) if layers is not None else None}  # type: ignore[arg-type]
     listed = {"target_modules": sorted(wanted)}
@@ -151,4 +92,4 @@ def fields_of(rule: Rule, modules: Modules, paths: Sequence[str]) -> dict[str, A
 def _said(targets: Any) -> Any:
     if len(targets) == 1 and targets[0].startswith("re:"):
         return targets[0].removeprefix("re:")
-    return list(targets) if all(map(_plain, targets)) else None
+    return list(targets) if all(map(is_plain, targets)) else None

@@ -12,8 +12,9 @@ from surgery.entry import Entry
 from surgery.equal_rules import ByRule
 from surgery.errors import LoadError, SurgeryError
 from surgery.match import RESERVED
+from surgery.peft_adapter_config import SILENT
 from surgery.peft_embeddings import Save, embedding_tensors
-from surgery.peft_format import SILENT, PeftMethod, PeftPlace, absolute, is_main, method_of, part_of, unsaid
+from surgery.peft_format import PeftMethod, PeftPlace, absolute, is_main, method_of, part_of, unsaid
 from surgery.peft_targets import Modules, chosen_by
 from surgery.plainer import folded_adapter
 from surgery.spelling import class_of

@@ -8,25 +8,13 @@ from typing import Any
 
 from torch import nn
 
+from surgery.embeddings import embeddings_of
 from surgery.errors import SurgeryError
 from surgery.plan import Plan
 from surgery.state import model_state
 from surgery.stored import Stored
 
-__all__ = ["embeddings_of", "other_vocabulary", "resized", "sizes_wanted"]
-
-
-def embeddings_of(model: nn.Module) -> list[nn.Module]:
-    """A model's input embeddings and its head, as far as it says which they are."""
-    found = []
-    for name in ("get_input_embeddings", "get_output_embeddings"):
-        try:
-            module = getattr(model, name)()
-        except (AttributeError, NotImplementedError, TypeError):
-            continue
-        if isinstance(module, nn.Module) and getattr(module, "weight", None) is not None:
-            found.append(module)
-    return found
+__all__ = ["other_vocabulary", "resized", "sizes_wanted"]
 
 
 def sizes_wanted(model: nn.Module, plan: Plan | None, stored: Stored) -> set[int]:

@@ -9,7 +9,7 @@ from torch import nn
 
 from surgery.base_rule import Rule
 from surgery.hooks import running
-from surgery.peft_targets import regular
+from surgery.paths import regular
 from surgery.state import Applied, ModelState, sites
 
 __all__ = ["Arranged", "Left", "arranged", "bare", "exactly", "labels_of"]
