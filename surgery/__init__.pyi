@@ -4,7 +4,6 @@
 from .activation import Adapter, activate, active, adapters, deactivate, using
 from .base_rule import Rule
 from .blend import Combination, Share
-from .checkpoint import LoadReport, load_adapter, save_adapter
 from .combining import combine
 from .covering import Coverage, coverage
 from .digraph import as_digraph, graph_of
@@ -29,6 +28,8 @@ from .for_good import forget
 from .guided import trace
 from .hidden import hidden_of
 from .hub_upload import push_adapter
+from .load import load_adapter
+from .load_report import LoadReport
 from .many import load_adapters
 from .members import Member
 from .merged import merge_to
@@ -44,6 +45,7 @@ from .plainer import folded_adapter
 from .plan import Plan
 from .registries import takes_functions
 from .routing import route
+from .save import save_adapter
 from .showing import Summary, draw, show, summary
 from .site import LiveSite, Site
 from .site_module import SiteModule

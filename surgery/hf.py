@@ -21,7 +21,7 @@ from surgery.links import there
 from surgery.match import base_modules
 from surgery.resizing import follow_resizing, leave_resizing
 from surgery.savers import adapter_keys, forgive_missing, give_back, take_over
-from surgery.state import ModelState
+from surgery.state import AdapterWriter, ModelState
 from surgery.wrapped import submodule
 
 __all__ = ["ignore_on_save", "keys_of", "list_on_save", "prepare", "restore", "save_adapters_alone", "unlist"]
@@ -87,9 +87,9 @@ def _change(model: nn.Module, state: ModelState, keys: Keys, change: Callable[[s
         change(listed, names)
 
 
-def save_adapters_alone(model: nn.Module, state: ModelState) -> None:
-    """From now on `save_pretrained` writes the adapters and not the base, which checkpoints then don't miss."""
-    state.saves_adapters = True
+def save_adapters_alone(model: nn.Module, state: ModelState, writer: AdapterWriter) -> None:
+    """From now on `save_pretrained` calls `writer`, which writes no base; a state dict without the base is loaded."""
+    state.adapter_writer = writer
     if forgive_missing not in model._load_state_dict_post_hooks.values():
         model.register_load_state_dict_post_hook(forgive_missing)
 

@@ -10,10 +10,10 @@ from typing import Any, Literal
 
 from torch import nn
 
-from surgery.checkpoint import save_adapter
 from surgery.entry import PEFT
 from surgery.hub_download import hub_error
 from surgery.root import rewritten
+from surgery.save import save_adapter
 from surgery.state import sites, tensors_of
 from surgery.state_dicts import rules_of
 

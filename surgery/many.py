@@ -9,9 +9,10 @@ from typing import Any
 from torch import nn
 
 from surgery.activation import activate, deactivate
-from surgery.checkpoint import LoadReport, load_adapter
 from surgery.entry import names_in
 from surgery.errors import LoadError, PlanError, SurgeryError, near_misses
+from surgery.load import load_adapter
+from surgery.load_report import LoadReport
 from surgery.neutral import verb
 from surgery.state import model_state
 from surgery.switching import weights_now

@@ -1,23 +1,22 @@
 """What `model.save_pretrained` does while the model carries adapters: it never leaves them out without a word.
 
 transformers' own writes the base alone (`surgery.hf` lists what it leaves out). A `Saver` stands before it, as an
-attribute of the model: it warns of the adapters that are not in the files, or, for `AdapterCheckpoints`, writes them
-instead of the base.
+attribute of the model: it warns of the adapters that are not in the files, or, for `AdapterCheckpoints`, calls the
+`adapter_writer` of the model's record, which writes them instead of the base.
 """
 
 from __future__ import annotations
 
-import re
 import warnings
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
 
-from surgery.errors import SurgeryError, SurgeryWarning
+from surgery.errors import SurgeryWarning
 from surgery.match import RESERVED, base_modules, every_path, is_adapters
-from surgery.state import base_parameters, first_process, model_state, sites, tensors_of, whole
+from surgery.state import base_parameters, model_state, sites, tensors_of
 from surgery.wrapped import inner_of, plain_name
 
 __all__ = [
@@ -25,14 +24,13 @@ __all__ = [
     "adapter_keys",
     "forgive_missing",
     "give_back",
+    "kept_names",
     "left_out",
     "plain_saving",
-    "save_folder",
-    "save_trained",
     "take_over",
 ]
 
-_NAME, _MARK = "save_pretrained", "trained tensors"
+_NAME = "save_pretrained"
 
 
 class Saver:
@@ -50,8 +48,8 @@ class Saver:
         given = dict(zip(("is_main_process", "state_dict", "push_to_hub"), args, strict=False)) | kwargs
         left = left_out(self.module)
         state = model_state(self.module)
-        if left and state is not None and state.saves_adapters:
-            return _save_adapters(self.module, Path(save_directory), left, given)
+        if left and state is not None and state.adapter_writer is not None:
+            return state.adapter_writer(self.module, Path(save_directory), left, given)
         if left and given.get("is_main_process", True):
             names = ", ".join(repr(name) for name in left)
             lists = hasattr(type(self.module), "_keys_to_ignore_on_save")
@@ -115,118 +113,6 @@ def left_out(module: nn.Module) -> list[str]:
 def _without_adapters(module: nn.Module, state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
     gone = {plain_name(name) for name in adapter_keys(module)}
     return {key: tensor for key, tensor in state_dict.items() if plain_name(key) not in gone}
-
-
-# Adapters in the place of the base ----------------------------------------------------------------------------
-
-
-def _save_adapters(model: nn.Module, folder: Path, names: list[str], given: Mapping[str, Any]) -> None:
-    """The adapters as `save_folder` writes them, with the arguments of `save_pretrained`."""
-    tensors, main = given.get("state_dict"), given.get("is_main_process", True)
-    if tensors is not None and not tensors:
-        warnings.warn(
-            f"no adapter is written to {folder}: the state dict that was given is empty (ZeRO 3 without "
-            "stage3_gather_16bit_weights_on_model_save); gather the weights, then save_adapter(…, state_dict=…)",
-            SurgeryWarning,
-            stacklevel=3,
-        )
-        return
-    held = model.state_dict() if tensors is None else tensors
-    alone = tensors is not None or not any(hasattr(t, "full_tensor") for t in held.values())
-    if not main and alone:
-        return
-    checkpoint = re.fullmatch(r"checkpoint-\d+", folder.resolve().name) is not None  # as a Trainer calls them
-    save_folder(model, folder, names, held if alone else None, trained=checkpoint)
-    if main:
-        rest = [] if checkpoint else [name for name, parameter in base_parameters(model) if parameter.requires_grad]
-        _tell(folder, rest + _not_of(model, tensors or ()))
-    if given.get("push_to_hub") and main:
-        from surgery.hub_upload import card_of, upload
-
-        repo = str(given.get("repo_id") or folder.name)
-        options = {key: given[key] for key in ("private", "token", "revision") if key in given}
-        upload(folder, repo, card_of(model, names[0], repo, peft=True), given.get("commit_message") or "Adapters",
-               **options)  # fmt: skip
-
-
-def save_folder(
-    model: nn.Module, folder: Path, names: list[str], state_dict: Mapping[str, Tensor] | None, *, trained: bool
-) -> None:
-    """Adapters into a folder: one alone, or "default", into the folder itself; others into subfolders of their names.
-
-    `trained`: beside them a `model.safetensors`, from which a Trainer resumes. Without a state dict all processes take
-    part, and the first writes.
-    """
-    from surgery.checkpoint import save_adapter
-
-    for name in names:
-        place = folder if name == "default" or len(names) == 1 else folder / name
-        save_adapter(model, place, name, state_dict=state_dict)
-    if trained:
-        save_trained(model, folder, state_dict)
-    elif _is_marked(folder / "model.safetensors"):  # a checkpoint's, which the Trainer copied here to push it
-        (folder / "model.safetensors").unlink(missing_ok=True)
-
-
-def _is_marked(file: Path) -> bool:
-    from surgery.files import open_tensors
-
-    try:
-        return file.is_file() and open_tensors(file).metadata.get("surgery") == _MARK
-    except SurgeryError:
-        return False
-
-
-def _not_of(model: nn.Module, keys: Iterable[str]) -> list[str]:
-    """The keys of a state dict whose tensors no module of the model has. Its own state dict is not asked for: that may
-    be a collective, and this process alone."""
-    inside = {plain_name(path) for path, _ in base_modules(model)} | {plain_name(key) for key in adapter_keys(model)}
-    inside |= {plain_name(name) for name, _ in base_parameters(model)}  # of quantised ones: weight.absmax
-    plain = ((key, plain_name(key)) for key in keys)
-    return [key for key, name in plain if name not in inside and name.rpartition(".")[0] not in inside]
-
-
-def _tell(folder: Path, rest: list[str]) -> None:
-    """Warn of tensors that train, or came with a state dict, and are no adapter's: nothing of the base is written."""
-    if rest:
-        listed = ", ".join(rest[:3]) + (", …" if len(rest) > 3 else "")
-        warnings.warn(
-            f"{len(rest)} trained tensors are not in {folder}, since no adapter has them: {listed}. A TrainRule makes "
-            "them an adapter's; base_state_dict(model) holds the base's",
-            SurgeryWarning,
-            stacklevel=4,
-        )
-
-
-# What training changes ----------------------------------------------------------------------------------------
-
-
-def save_trained(model: nn.Module, folder: str | Path, state_dict: Mapping[str, Tensor] | None = None) -> None:
-    """Write `model.safetensors` with all that training changes: a model's tensors but the frozen ones of its base.
-
-    >>> import tempfile
-    >>> from safetensors.torch import load_file
-    >>> from torch import nn
-    >>> from rules import LoraRule
-    >>> from surgery import apply_rules
-    >>> from surgery.trainer import save_trained
-    >>> folder = tempfile.mkdtemp()
-    >>> save_trained(apply_rules(nn.Sequential(nn.Linear(4, 4)), LoraRule("0", rank=2)), folder)
-    >>> sorted(load_file(f"{folder}/model.safetensors"))
-    ['0.adapters.default.A', '0.adapters.default.B']
-
-    For checkpoints without the base: `load_state_dict(…, strict=False)` puts it back. Weights that an adapter changed
-    at its start (PiSSA) are written, too. `state_dict`: the model's, where it was gathered from elsewhere.
-    """
-    from safetensors.torch import save
-
-    held = model.state_dict() if state_dict is None else state_dict
-    kept = kept_names(model)
-    chosen = {key: t for key, t in held.items() if plain_name(key) in kept or plain_name(key).endswith("_extra_state")}
-    tensors = {key: whole(t.detach()).cpu().contiguous().clone() for key, t in chosen.items() if isinstance(t, Tensor)}
-    if state_dict is not None or first_process():
-        written = save(tensors, metadata={"format": "pt", "surgery": _MARK})
-        (Path(folder) / "model.safetensors").write_bytes(written)  # which others may read: save_file's are 0600
 
 
 def kept_names(model: nn.Module) -> set[str]:

@@ -13,6 +13,7 @@ import threading
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 from weakref import WeakValueDictionary
 
@@ -240,6 +241,11 @@ def is_only_record() -> bool:
     return len(_records) <= 1
 
 
+# Writes adapters of a model into a folder, by the arguments of `save_pretrained`. It is a function of a module, so that
+# a model's copies and pickles keep it.
+AdapterWriter = Callable[[nn.Module, Path, list[str], Mapping[str, Any]], None]
+
+
 @dataclass
 class ModelState:
     """A model's record: the rules of each adapter, and what has to be put back when the last one goes.
@@ -255,7 +261,7 @@ class ModelState:
     switched: list[tuple[str, str, Any, Any]] = field(default_factory=list)  # (module, attribute, before, while live)
     places: dict[str, Places] = field(default_factory=dict)
     standing: dict[str, Standing] = field(default_factory=dict)
-    saves_adapters: bool = False  # `save_pretrained` writes the adapters and not the base (`AdapterCheckpoints`)
+    adapter_writer: AdapterWriter | None = None  # what `save_pretrained` calls in the place of transformers' own
     moving: list[nn.Module] = field(default_factory=list)  # those whose running statistics the base gets back
     resting: dict[str, float] = field(default_factory=dict)  # what was live before `deactivate`, until `activate`
     keys: dict[frozenset, frozenset] = field(default_factory=dict, compare=False, repr=False)

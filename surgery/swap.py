@@ -15,7 +15,6 @@ import torch
 from torch import Tensor, nn
 
 from surgery.base_rule import Rule
-from surgery.checkpoint import LoadReport, _distrusted, _found
 from surgery.claims import check_free
 from surgery.entry import Entry, tensor_key
 from surgery.errors import LoadError, RuleError, SiteError, SurgeryError, SurgeryWarning
@@ -26,6 +25,8 @@ from surgery.incoming import Living, Making, copied, incoming, living, step_for
 from surgery.journal import Journal
 from surgery.kept import keep_site
 from surgery.living import install_live
+from surgery.load import _distrusted, _found
+from surgery.load_report import LoadReport
 from surgery.match import RESERVED
 from surgery.neutral import verb
 from surgery.origin import other_model

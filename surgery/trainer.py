@@ -14,10 +14,11 @@ from torch import nn
 from transformers import TrainerCallback
 
 from surgery import hf
+from surgery.checkpoint_folder import save_folder, save_trained, write_adapters
 from surgery.entry import PEFT, SURGERY, names_in
 from surgery.errors import SurgeryWarning
 from surgery.match import base_modules
-from surgery.savers import left_out, save_folder, save_trained
+from surgery.savers import left_out
 from surgery.sharded import is_flattened
 from surgery.state import ModelState, model_state
 
@@ -49,7 +50,7 @@ class AdapterCheckpoints(TrainerCallback):
 
     def on_init_end(self, args: Any, state: Any, control: Any, model: nn.Module | None = None, **kwargs: Any) -> None:
         for root, record in _rewritten(model):
-            hf.save_adapters_alone(root, record)
+            hf.save_adapters_alone(root, record, write_adapters)
 
     def on_train_begin(
         self, args: Any, state: Any, control: Any, model: nn.Module | None = None, **kwargs: Any

@@ -1,189 +1,37 @@
-"""Adapters in files: saved with the rules that made them, loaded whole or not at all."""
+"""An adapter from files put on a model: loaded whole or not at all."""
 
 from __future__ import annotations
 
-import json
 import math
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import nullcontext
-from dataclasses import dataclass, field
-from functools import partial
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from surgery import files
-from surgery.absent import without_values
 from surgery.base_rule import Rule
 from surgery.complexes import is_number
 from surgery.engine import Given, carry_out
-from surgery.entry import NAME, OLD, PEFT, SURGERY, VERSION, Entry, as_it_is, tensor_key
+from surgery.entry import Entry, as_it_is, tensor_key
 from surgery.errors import LoadError, RuleError, SurgeryError, SurgeryWarning
 from surgery.files import TensorFile
-from surgery.fingerprint import differences, fingerprint
+from surgery.fingerprint import differences
+from surgery.load_report import LoadReport
 from surgery.match import RESERVED
-from surgery.moved import check_meant
-from surgery.neutral import neutrally, verb
+from surgery.neutral import verb
 from surgery.origin import other_model
 from surgery.plan import Plan, make_plan
 from surgery.recording import Step
-from surgery.root import rewritten
 from surgery.site import LiveSite, ParamSpec
-from surgery.state import adapter_names, sites, tensors_of, whole
-from surgery.state_dicts import adapter_state_dict, rules_of
+from surgery.state import tensors_of
 from surgery.stored import Stored, stored_adapter
-from surgery.together import writing
 from surgery.view import tensor_at
 from surgery.vocabulary import other_vocabulary, resized, sizes_wanted
 from surgery.wrapped import unwrapped
 
-__all__ = ["LoadReport", "load_adapter", "save_adapter"]
-
-
-@dataclass
-class LoadReport:
-    """What a load did: the rules applied, and by key what was `loaded`, `missing`, `unexpected` or did not fit.
-
-    `assumed`: what the files do not say and were taken to mean, such as a scale or the paths of modules.
-
-    Truth is that everything fitted, which `load_adapter` demands unless it is told otherwise by `strict=False`.
-    """
-
-    adapter: str
-    rules: list[Rule] = field(default_factory=list)
-    loaded: list[str] = field(default_factory=list)
-    missing: list[str] = field(default_factory=list)
-    unexpected: list[str] = field(default_factory=list)
-    misfits: list[str] = field(default_factory=list)
-    base: list[str] = field(default_factory=list)
-    metadata: Mapping[str, Any] = field(default_factory=dict)
-    licence: str | None = None
-    assumed: list[str] = field(default_factory=list)
-
-    def __bool__(self) -> bool:
-        return not (self.missing or self.unexpected or self.misfits or self.base)
-
-    def __str__(self) -> str:
-        lines = [f"adapter {self.adapter!r}: {len(self.loaded)} tensors loaded"]
-        return "\n".join([*lines, *(f"  {text}" for text in [*self.problems(), *self.assumed])])
-
-    def problems(self) -> list[str]:
-        """What did not fit, one line a kind."""
-        kinds = {"missing": self.missing, "not of this adapter": self.unexpected}
-        told = [f"{_counted(keys)} {kind}: {_listed(keys)}" for kind, keys in kinds.items() if keys]
-        return [*told, *_grouped(self.misfits), *self.base]
-
-
-# Saving -------------------------------------------------------------------------------------------------------
-
-
-@neutrally()
-def save_adapter(
-    model: nn.Module,
-    folder: str | Path,
-    adapter: str = "default",
-    *,
-    format: Literal["auto", "peft", "surgery"] = "auto",
-    metadata: Mapping[str, Any] | None = None,
-    licence: str | None = None,
-    config: Mapping[str, Any] | None = None,
-    state_dict: Mapping[str, Tensor] | None = None,
-    save_embedding_layers: bool | Literal["auto"] = "auto",
-) -> Path:
-    """Write an adapter into a folder: its tensors, and the rules that made it. The base is not written.
-
-    >>> import tempfile
-    >>> from torch import nn
-    >>> from surgery import apply_rules, load_adapter, save_adapter
-    >>> from rules import LoraRule
-    >>> model = apply_rules(nn.Sequential(nn.Linear(4, 4)), [LoraRule("0", rank=2)])
-    >>> folder = save_adapter(model, tempfile.mkdtemp())
-    >>> sorted(file.name for file in folder.iterdir())
-    ['adapter_config.json', 'adapter_model.safetensors']
-
-    `format` "peft" is what PEFT reads; "surgery" (`adapter.safetensors` and `rules.json`) holds any rules; "auto" is
-    the first wherever it holds the adapter exactly, else the second. `metadata` is any data of JSON, `licence` a name;
-    both come back in the report of `load_adapter`. `config`: what PEFT's configuration is to say that is in no rule,
-    such as `{"task_type": "SEQ_CLS"}`. A merged adapter is saved as it was trained. `save_embedding_layers` (PEFT's):
-    whether PEFT's format has the base's embeddings, too; "auto", where "embed_tokens" or "lm_head" is a target, or the
-    vocabulary is not the one of the base of that name.
-
-    The folder is made where it is absent; other files in it stay. Killed at any moment, it holds the adapter that was
-    there before or this one, whole. Where processes share a sharded model, all of them call this, and the first writes;
-    or one alone, with a `state_dict` that was gathered elsewhere (accelerate's `get_state_dict`). Raises `SurgeryError`
-    where PEFT's format can't hold the adapter, a rule holds what is no data, a state dict lacks a tensor or is sharded,
-    or other processes have other parts of the model (a pipeline's stages).
-    """
-    if format not in ("auto", "peft", "surgery"):
-        raise SurgeryError(f"there is no format {format!r}", fix='"peft", "surgery", or "auto" for the first that fits')
-    model, state = rewritten(model)
-    adapter_names(state, adapter)
-    check_meant(model, state, adapter)
-    if state_dict is None and any(map(without_values, state.places[adapter].boxes)):
-        why = "its tensors came from the meta device by to_empty"
-        raise SurgeryError(f"the adapter {adapter!r} has no values yet", why=why, fix="load them first")
-    if Path(folder).exists() and not Path(folder).is_dir():
-        raise SurgeryError(f"{folder} is no folder", fix="an adapter is saved into a folder of its own")
-    extra = {"base": fingerprint(model), "licence": licence, "metadata": _data(metadata)}
-    alone = state_dict is not None
-    if format != "surgery":
-        from surgery.peft_writing import written
-
-        try:
-            said, tensors = written(model, adapter, format == "auto", state_dict, config, save_embedding_layers)
-        except SurgeryError:
-            if format == "peft":
-                raise
-        else:
-            return _put(folder, PEFT, tensors, said, extra, (*SURGERY, OLD), alone)
-    settings = {
-        "format": NAME,
-        "version": VERSION,
-        "rules": [rule.to_dict() for rule in rules_of(model, adapter)],
-        "sites": [path for path, module, _ in sites(model) if tensors_of(module, adapter)],
-        **extra,
-    }
-    tensors = _whole(adapter_state_dict(model, adapter, state_dict))
-    return _put(folder, SURGERY, tensors, settings, {}, (*PEFT, OLD), alone)
-
-
-def _put(
-    folder: str | Path,
-    names: tuple[str, str],
-    tensors: Mapping[str, Tensor],
-    settings: Mapping[str, Any],
-    extra: Mapping[str, Any],
-    gone: tuple[str, ...],
-    alone: bool,
-) -> Path:
-    """Write two files; `extra` goes into the tensors' own, where PEFT passes over it."""
-    folder, text = Path(folder), json.dumps(settings, indent=2, sort_keys=bool(extra)) + "\n"
-    with nullcontext(True) if alone else writing(folder, tensors) as writes:
-        if writes:
-            told = {"format": "pt", "surgery": json.dumps({"settings": settings, **extra})}
-            writer = partial(files.write_safetensors, tensors=tensors, metadata=told)
-            files.replace_files(folder, (names[0], writer), (names[1], text.encode()), gone)
-    return folder
-
-
-def _whole(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Sharded tensors gathered, which all processes take part in."""
-    return {key: whole(tensor) for key, tensor in tensors.items()}
-
-
-def _data(metadata: Mapping[str, Any] | None) -> dict[str, Any]:
-    try:
-        return json.loads(json.dumps(dict(metadata or {}), allow_nan=False))
-    except (TypeError, ValueError) as error:
-        raise SurgeryError(
-            "the metadata can't be written", why=str(error), fix="numbers, strings, lists and mappings"
-        ) from None
-
-
-# Loading ------------------------------------------------------------------------------------------------------
+__all__ = ["load_adapter"]
 
 
 @verb
@@ -431,23 +279,3 @@ def _realise(step: Step, adapter: str, others: set[str], made: dict[int, nn.Para
 
 def _problem(text: str, **details: Any) -> SurgeryError:
     return SurgeryError(text, **details)
-
-
-def _grouped(misfits: Sequence[str], most: int = 5) -> list[str]:
-    """Lines about tensors; those of many that end alike are one, with two examples."""
-    alike: dict[str, list[str]] = {}
-    for line in misfits:
-        alike.setdefault(line.partition(" ")[2], []).append(line)
-    told = []
-    for why, lines in alike.items():
-        names = [line.partition(" ")[0] for line in lines[:2]]
-        told += lines if len(lines) <= most else [f"{len(lines)} tensors, such as {' and '.join(names)}: each {why}"]
-    return told
-
-
-def _counted(keys: Sequence[str]) -> str:
-    return "one tensor is" if len(keys) == 1 else f"{len(keys)} tensors are"
-
-
-def _listed(keys: Sequence[str], most: int = 8) -> str:
-    return ", ".join(key[:200] for key in keys[:most]) + (", …" if len(keys) > most else "")
