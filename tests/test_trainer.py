@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
+import pickle
 import warnings
 from collections.abc import Iterator
 from contextlib import nullcontext
@@ -153,6 +154,20 @@ def test_after_training_the_adapter_is_saved(run: tuple[Any, nn.Module, Path], t
         written = {file.name for file in (tmp_path / name).iterdir()}
         assert written - {"training_args.bin"} == {"adapter_config.json", "adapter_model.safetensors"}
         opened_by_all(trainer.model, base, tmp_path / name)
+
+
+@pytest.mark.parametrize(
+    "again", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))], ids=["copy", "pickle"]
+)
+def test_copies_and_pickles_save_the_adapter_too(again: Any, tmp_path: Path) -> None:
+    model: Any = adapted()
+    trainer_of(model, tmp_path)
+    again(model).save_pretrained(tmp_path / "again")
+    model.save_pretrained(tmp_path / "own")
+    weights = [load_file(tmp_path / name / "adapter_model.safetensors") for name in ("own", "again")]
+    assert weights[0].keys() == weights[1].keys()
+    assert all(torch.equal(weights[0][key], weights[1][key]) for key in weights[0])
+    assert not (tmp_path / "again" / "model.safetensors").exists()
 
 
 def test_a_merged_model_is_saved_whole(run: tuple[Any, nn.Module, Path], tmp_path: Path) -> None:
