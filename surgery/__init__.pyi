@@ -28,6 +28,7 @@ from .for_good import forget
 from .guided import trace
 from .hidden import hidden_of
 from .hub_upload import push_adapter
+from .live_site import LiveSite
 from .load import load_adapter
 from .load_report import LoadReport
 from .many import load_adapters
@@ -47,7 +48,7 @@ from .registries import takes_functions
 from .routing import route
 from .save import save_adapter
 from .showing import Summary, draw, show, summary
-from .site import LiveSite, Site
+from .site import Site
 from .site_module import SiteModule
 from .spelling import class_of
 from .state_dicts import adapter_state_dict, base_state_dict, load_adapter_state_dict, rules_of

@@ -6,7 +6,7 @@ by `load_state_dict`, by hand, or by `reset_parameters()` of what holds the tens
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -15,9 +15,10 @@ from torch import Tensor, nn
 from surgery.errors import SiteError
 from surgery.journal import Journal
 
-__all__ = ["note_absent", "refuse_absent", "site_of", "unwatch_absent", "watch_absent", "without_values"]
+__all__ = ["note_absent", "refuse_absent", "start_again", "unwatch_absent", "watch_absent", "without_values"]
 
-_ABSENT, _SITE_OF = "_surgery_absent", "_surgery_site_of"
+_ABSENT, _SITE_OF, _START = "_surgery_absent", "_surgery_site_of", "_surgery_start"
+Start = Callable[[nn.Module, nn.Module], None]  # gives an adapter's tensors at a site the values that they start with
 
 
 def note_absent(box: nn.Module, before: Mapping[str, Tensor], emptied: bool) -> None:
@@ -50,17 +51,20 @@ def _can_be_nan(tensor: Tensor) -> bool:
     return tensor.is_floating_point() or tensor.is_complex()
 
 
-def watch_absent(module: nn.Module, box: nn.Module, journal: Journal) -> None:
-    """Have calls of a site ask, where an adapter's tensors are made on the meta device."""
-    box.__dict__[_SITE_OF] = module  # for `reset_parameters`
+def watch_absent(module: nn.Module, box: nn.Module, start: Start, journal: Journal) -> None:
+    """Have calls of a site ask, where an adapter's tensors are made on the meta device. `start` is for
+    `reset_parameters`."""
+    box.__dict__[_SITE_OF], box.__dict__[_START] = module, start
     if refuse_absent not in module._forward_pre_hooks.values():
         journal.undo(unwatch_absent, module)
         module.register_forward_pre_hook(refuse_absent)
 
 
-def site_of(box: nn.Module) -> nn.Module | None:
-    """The site of tensors that were made on the meta device."""
-    return box.__dict__.get(_SITE_OF)
+def start_again(box: nn.Module) -> None:
+    """Give tensors that were made on the meta device what their rules start with; others stay as they are."""
+    start: Start | None = box.__dict__.get(_START)
+    if start is not None:
+        start(box.__dict__[_SITE_OF], box)
 
 
 def refuse_absent(module: Any, args: Any) -> None:

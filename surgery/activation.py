@@ -15,7 +15,7 @@ from surgery.claims import check_free, claimed
 from surgery.collector import collector_waits
 from surgery.errors import SurgeryError, listed
 from surgery.journal import Journal
-from surgery.match import base_modules
+from surgery.module_walk import base_modules
 from surgery.neutral import neutral, verb
 from surgery.root import check_parts_idle, rewritten
 from surgery.state import ModelState, adapter_names, model_state, site_state

@@ -8,7 +8,7 @@ from torch import nn
 
 from surgery.base_rule import Rule
 from surgery.hooks import running
-from surgery.match import RESERVED
+from surgery.module_walk import RESERVED
 from surgery.own import settings_of
 
 __all__ = ["likeness"]

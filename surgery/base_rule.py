@@ -1,102 +1,32 @@
-"""Rules are data: a frozen dataclass that says where it goes and what it inserts, and is written as plain values."""
+"""`Rule`, the class that rules subclass, and the capabilities that a rule may have beside its `rewrite`.
+
+A capability is a base class of `Rule` with the answers of a rule that says nothing. `Placement`: which modules a rule
+takes, and what comes with it. `Mergeable`: its change of the base's parameters. `Combinable`: one rule for several
+adapters'. `Routable`: several adapters in one batch. `Swappable`: tensors for another rule's code. `Slottable`: the
+slots of exported files.
+"""
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Hashable, Iterable, Mapping, Sequence
-from dataclasses import KW_ONLY, dataclass, fields
-from typing import TYPE_CHECKING, Any, ClassVar, TypeVar, cast
+from dataclasses import dataclass
+from typing import Any, ClassVar, cast
 
-import torch
 from torch import Tensor, nn
 
+from surgery.blend import Combination, Share
+from surgery.declaration import Declaration
 from surgery.errors import RuleError
-from surgery.pattern import Pattern, Targets, normalised
+from surgery.exact import Change
+from surgery.live_site import LiveSite
+from surgery.members import Member
+from surgery.site import Site
 
-if TYPE_CHECKING:
-    from surgery.blend import Combination, Share
-    from surgery.exact import Change
-    from surgery.members import Member
-    from surgery.site import LiveSite, Site
-
-__all__ = ["Rule"]
-
-R = TypeVar("R", bound="Rule")
+__all__ = ["Combinable", "Mergeable", "Placement", "Routable", "Rule", "Slottable", "Swappable"]
 
 
-@dataclass(frozen=True)
-class Rule:
-    """What goes where. Subclass it with `@rule(name)`, give it fields and a `rewrite`.
-
-    >>> import torch
-    >>> from torch import nn
-    >>> from surgery import Rule, apply_rules, remove, rule
-    >>> @rule("doc-gate")
-    ... class GateRule(Rule):
-    ...     init: float = 1.0
-    ...     def rewrite(self, site):
-    ...         return site.output * site.param("gate", torch.full((site.out_features,), self.init))
-    >>> model = nn.Sequential(nn.Linear(4, 4), nn.ReLU())
-    >>> model = apply_rules(model, [GateRule("0", init=0.5)])
-    >>> [name for name, p in model.named_parameters() if p.requires_grad]
-    ['0.adapters.default.gate']
-
-    Fields of every rule: `targets` (PEFT's target_modules: names, types, Patterns, `"all-linear"`, or a list),
-    `exclude` (PEFT's exclude_modules), `layers` (PEFT's layers_to_transform: indices), `expect` (how many modules
-    it must match). All but `targets` are given by name.
-
-    Hooks, all optional but `rewrite`: `check` (why a module can't take the rule), `alike` (modules that need not be
-    asked about one by one), `expand` (a container's inner sites), `companions` (further rules), `initialise`, `merged`,
-    `folded`, `combined`; for `route` `routed`; for `hotswap` `swapped`, `neutral` and `padded`. Class attributes:
-    `identity = True` promises an unchanged output at initialisation, which the engine checks on the example call;
-    `exclusive = True` bars other rules of the same adapter from its sites; `imports = True` says that its fields name
-    code to import, so that `load_adapter` takes it from a file only when told to trust it; `linear = True` says that it
-    adds to the output what is linear in the input, so that `merge` derives ΔW from it; `scalable = False` says that
-    what it changes can't be multiplied, so that it has no weights but 1; `routable = False` that it can't work on some
-    rows of a batch alone; `why_not_merged` and `why_not_combined` are the reasons where there is no `merged` or no
-    `combined`.
-
-    Raises `RuleError` for an unknown field, or a value that `validate` refuses.
-    """
-
-    targets: Targets = ()
-    _: KW_ONLY
-    exclude: Targets = ()
-    layers: int | Sequence[int] | None = None
-    expect: int | None = None
-
-    name: ClassVar[str] = ""
-    version: ClassVar[int] = 1
-    identity: ClassVar[bool] = False
-    exclusive: ClassVar[bool] = False
-    linear: ClassVar[bool] = False
-    imports: ClassVar[bool] = False
-    scalable: ClassVar[bool] = True
-    routable: ClassVar[bool] = True
-    why_not_merged: ClassVar[str] = "the rule says nothing about merging (it has no `merged`)"
-    why_not_combined: ClassVar[str] = "a sum of its tensors is no sum of what they do"
-
-    def __post_init__(self) -> None:
-        put = object.__setattr__
-        put(self, "targets", normalised(self.targets))
-        put(self, "exclude", normalised(self.exclude))
-        if isinstance(self.layers, int):
-            put(self, "layers", (self.layers,))
-        for field in fields(self):
-            put(self, field.name, _plain(getattr(self, field.name)))
-        if self.layers is not None and not all(type(index) is int and index >= 0 for index in cast(tuple, self.layers)):
-            raise self.bad("layers", "indices of layers, from 0")
-        if self.expect is not None and (type(self.expect) is not int or self.expect < 0):
-            raise self.bad("expect", "how many modules the targets must match")
-        self.validate()
-
-    # What the author of a rule writes -----------------------------------------------------------------------
-
-    def validate(self) -> None:
-        """Raise `self.bad(field, wanted)` for a value out of range. Called when the rule is made."""
-
-    def check(self, module: nn.Module, path: str) -> str | None:
-        """Why this module can't take the rule, or None. Called while planning, before anything is touched."""
+class Placement(Declaration):
+    """Which of the matched modules a rule takes, and what comes with it."""
 
     def expand(self, module: nn.Module, path: str) -> Iterable[tuple[str, nn.Module]]:
         """The sites a matched module stands for; itself, unless a rule says otherwise."""
@@ -119,6 +49,10 @@ class Rule:
         """Further rules that come with this one, under the same adapter. They may match nothing."""
         return ()
 
+    def alone(self) -> Rule:
+        """The same rule without companions."""
+        return cast("Rule", self)
+
     def alike(self, path: str) -> Hashable | None:
         """What `check` and `rewrite` take from a path, where the module's kind is all else that they look at.
 
@@ -129,20 +63,66 @@ class Rule:
         """
         return None
 
-    def rewrite(self, site: Site) -> Tensor | None:
-        """Plain PyTorch on the site's values; returns the module's new output, or None after `site.replace`."""
-        raise NotImplementedError(f"{type(self).__name__} has no rewrite")
 
-    def initialise(self, site: LiveSite) -> Mapping[str, Change] | None:
-        """Fill tensors that need each other or the base; return changes to the base's own parameters, if any."""
+class Mergeable(Declaration):
+    """What a rule changes of the base's parameters, for `merge`."""
+
+    linear: ClassVar[bool] = False
+    why_not_merged: ClassVar[str] = "the rule says nothing about merging (it has no `merged`)"
 
     def merged(self, site: LiveSite) -> Mapping[str, Change]:
-        """The base's parameters with the rule folded in: name → a new tensor, or a `LowRank` or `Rows` change."""
-        if not self.linear:
-            raise NotImplementedError
-        from surgery.linear import derived
+        """The base's parameters with the rule folded in: name → a new tensor, or a `LowRank` or `Rows` change.
 
-        return derived(self, site)
+        A rule with `linear = True` needs none: `merge` derives ΔW from its `rewrite`.
+        """
+        raise NotImplementedError
+
+    def folded(self, site: LiveSite) -> tuple[Rule, Mapping[str, Tensor]]:
+        """A plainer rule that computes the same, and the adapter's tensors at this site as it wants them.
+
+        For tensors that only training needs, such as a prefix's MLP. `site.params` holds all that the adapter has at
+        the site; what comes back takes their place. By default the rule itself, with them.
+        """
+        return cast("Rule", self), site.params
+
+    def restores(self, name: str) -> bool:
+        """Whether it puts a tensor of the base as it was where the adapter was made: then bases may differ in it."""
+        return False
+
+    @property
+    def additive(self) -> bool:
+        """Whether it only adds to the output what does not depend on other rules or the base's parameters."""
+        return self.linear
+
+    @property
+    def mergeable(self) -> bool:
+        return self.linear or type(self).merged is not Mergeable.merged
+
+
+class Combinable(Declaration):
+    """One rule for those of several adapters, for `combine`."""
+
+    why_not_combined: ClassVar[str] = "a sum of its tensors is no sum of what they do"
+
+    def combined(self, shares: Sequence[Share], how: Combination) -> tuple[Rule, Mapping[str, Tensor]]:
+        """One rule and its tensors at a site for those of several adapters, each with a weight (`combine`).
+
+        `shares`: what each adapter has there, its rule of this kind (this one is the first's) and the tensors;
+        `how.sum` adds tensors up as the method says, and `how.refusal` is the error where it can't be done.
+        """
+        if how.untouched(shares):
+            return cast("Rule", self), shares[0].params
+        raise how.refusal(shares, self.why_not_combined)
+
+    def united(self, rules: Mapping[str, Rule]) -> Mapping[str, Rule]:
+        """The same rules by path, those of `combined`, with as few different ones as may be; they differ in targets."""
+        return rules
+
+
+class Routable(Declaration):
+    """Several adapters in one batch, each for its own rows, for `route`."""
+
+    routable: ClassVar[bool] = True
 
     @classmethod
     def routed(cls, sites: Sequence[Member]) -> Tensor | None:
@@ -154,13 +134,9 @@ class Rule:
         """
         raise NotImplementedError
 
-    def folded(self, site: LiveSite) -> tuple[Rule, Mapping[str, Tensor]]:
-        """A plainer rule that computes the same, and the adapter's tensors at this site as it wants them.
 
-        For tensors that only training needs, such as a prefix's MLP. `site.params` holds all that the adapter has at
-        the site; what comes back takes their place. By default the rule itself, with them.
-        """
-        return self, site.params
+class Swappable(Declaration):
+    """A rule's tensors as another rule of its kind wants them, for `hotswap` and `pad_rank`."""
 
     def swapped(self, live: Rule, site: LiveSite) -> Mapping[str, Tensor]:
         """This rule's tensors, `site.params`, as `live` wants them to compute the same: a rule of its kind in the code.
@@ -184,10 +160,17 @@ class Rule:
 
     def padded(self, rank: int) -> Rule:
         """The rule with tensors that have room for this rank, for `pad_rank`; by default itself, which has none."""
-        return self
+        return cast("Rule", self)
 
-    # Of a rule that slots may hold: their kind, or why there is none. Of a slot's rule: whether zeros in its tensors
-    # are as good as none, and whether it puts a parameter in the base's place, which comes before all other edits.
+
+class Slottable(Declaration):
+    """The slots that exported files have for a rule's tensors, for `export_onnx(adapters="slots")`.
+
+    Of a rule that slots may hold: `slot_kind`, their kind, or `why_no_slot`. Of a slot's rule: `zeros_are_none`,
+    whether zeros in its tensors do nothing, and `slot_first`, whether it puts a parameter in the base's place, before
+    all other edits.
+    """
+
     slot_kind: ClassVar[str | None] = None
     why_no_slot: ClassVar[str] = "it has no form that adapters could share"
     zeros_are_none: ClassVar[bool] = True
@@ -226,117 +209,50 @@ class Rule:
 
     def unslotted(self, tensors: Mapping[str, Tensor]) -> tuple[Rule, Mapping[str, Tensor]]:
         """Of a slot's rule: the rule, and its tensors, that these in a slot of it are; `slotted` the other way."""
-        return self, tensors
-
-    def combined(self, shares: Sequence[Share], how: Combination) -> tuple[Rule, Mapping[str, Tensor]]:
-        """One rule and its tensors at a site for those of several adapters, each with a weight (`combine`).
-
-        `shares`: what each adapter has there, its rule of this kind (this one is the first's) and the tensors;
-        `how.sum` adds tensors up as the method says, and `how.refusal` is the error where it can't be done.
-        """
-        if how.untouched(shares):
-            return self, shares[0].params
-        raise how.refusal(shares, self.why_not_combined)
-
-    def united(self, rules: Mapping[str, Rule]) -> Mapping[str, Rule]:
-        """The same rules by path, those of `combined`, with as few different ones as may be; they differ in targets."""
-        return rules
-
-    def restores(self, name: str) -> bool:
-        """Whether it puts a tensor of the base as it was where the adapter was made: then bases may differ in it."""
-        return False
-
-    def alone(self) -> Rule:
-        """The same rule without companions."""
-        return self
-
-    # What the engine and reports use ------------------------------------------------------------------------
-
-    @property
-    def label(self) -> str:
-        return type(self).__name__
-
-    @property
-    def additive(self) -> bool:
-        """Whether it only adds to the output what does not depend on other rules or the base's parameters."""
-        return self.linear
-
-    @property
-    def mergeable(self) -> bool:
-        return self.linear or type(self).merged is not Rule.merged
-
-    def differing(self, other: Rule) -> list[str]:
-        """The fields in which another rule of its kind differs, but for where the two go and how they start."""
-        aside = {field.name for field in fields(Rule)} | {"init"}
-        mine = [field.name for field in fields(self) if field.name not in aside]
-        return [name for name in mine if getattr(self, name) != getattr(other, name)]
-
-    def bad(self, field: str, wanted: str) -> RuleError:
-        return RuleError(f"{self.label}: {field}={getattr(self, field)!r} is not {wanted}")
-
-    def replace(self: R, **changes: Any) -> R:
-        """The same rule with other fields.
-
-        >>> from rules import LoraRule
-        >>> LoraRule("query", rank=4).replace(rank=8).rank
-        8
-        """
-        return dataclasses.replace(self, **changes)
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain data: the rule's name, its version and its fields."""
-        data: dict[str, Any] = {"rule": self.name, "version": self.version}
-        for field in fields(self):
-            data[field.name] = _written(getattr(self, field.name), f"{self.label}.{field.name}")
-        return data
-
-    @staticmethod
-    def from_dict(data: Mapping[str, Any]) -> Rule:
-        """The rule that `to_dict` wrote. `RuleError` for an unknown rule or field, or a version from the future."""
-        if not isinstance(data, Mapping) or not isinstance(data.get("rule"), str):
-            raise RuleError(f"{data!r} is not a rule", why='a rule is a mapping with a name under "rule"')
-        from surgery.named_rules import registered
-
-        cls = registered(data["rule"])
-        given = {key: value for key, value in data.items() if key not in ("rule", "version")}
-        version = data.get("version", cls.version)
-        if type(version) is not int or version < 1:
-            raise RuleError(f"{cls.name}: version {version!r} is no version", fix="a whole number from 1")
-        if version > cls.version:
-            raise RuleError(
-                f"{cls.name}: version {version} is newer than this one, {cls.version}",
-                why="the rule was written by a later release",
-                fix="update the package that brings the rule",
-            )
-        return cls(**cls.upgrade(given, version))
-
-    @classmethod
-    def upgrade(cls, data: dict[str, Any], version: int) -> dict[str, Any]:
-        """Fields written by an older version, as this version names them."""
-        return data
+        return cast("Rule", self), tensors
 
 
-def _plain(value: Any) -> Any:
-    """Lists become tuples and dtypes their names, so that equal rules compare equal after a round trip."""
-    if isinstance(value, torch.dtype):
-        return str(value).removeprefix("torch.")
-    if isinstance(value, (list, tuple)):
-        return tuple(_plain(item) for item in value)
-    if isinstance(value, dict):
-        return {key: _plain(item) for key, item in value.items()}
-    return value
+@dataclass(frozen=True)
+class Rule(Placement, Mergeable, Combinable, Routable, Swappable, Slottable):
+    """What goes where. Subclass it with `@rule(name)`, give it fields and a `rewrite`.
 
+    >>> import torch
+    >>> from torch import nn
+    >>> from surgery import Rule, apply_rules, remove, rule
+    >>> @rule("doc-gate")
+    ... class GateRule(Rule):
+    ...     init: float = 1.0
+    ...     def rewrite(self, site):
+    ...         return site.output * site.param("gate", torch.full((site.out_features,), self.init))
+    >>> model = nn.Sequential(nn.Linear(4, 4), nn.ReLU())
+    >>> model = apply_rules(model, [GateRule("0", init=0.5)])
+    >>> [name for name, p in model.named_parameters() if p.requires_grad]
+    ['0.adapters.default.gate']
 
-def _written(value: Any, where: str) -> Any:
-    if isinstance(value, Pattern):
-        return value.to_dict()
-    if isinstance(value, tuple):
-        return [_written(item, where) for item in value]
-    if isinstance(value, dict):
-        return {str(key): _written(item, where) for key, item in value.items()}
-    if value is None or isinstance(value, (bool, int, float, str)):
-        return value
-    what = "a tensor" if isinstance(value, Tensor) else repr(value)
-    raise RuleError(
-        f"{where} can't be written", why=f"{what} is not data", fix="numbers, strings, lists and mappings are"
-    )
+    Fields of every rule: `targets` (PEFT's target_modules: names, types, Patterns, `"all-linear"`, or a list),
+    `exclude` (PEFT's exclude_modules), `layers` (PEFT's layers_to_transform: indices), `expect` (how many modules
+    it must match). All but `targets` are given by name.
+
+    Hooks, all optional but `rewrite`: `check` (why a module can't take the rule), `alike` (modules that need not be
+    asked about one by one), `expand` (a container's inner sites), `companions` (further rules), `initialise`, `merged`,
+    `folded`, `combined`; for `route` `routed`; for `hotswap` `swapped`, `neutral` and `padded`. Class attributes:
+    `identity = True` promises an unchanged output at initialisation, which the engine checks on the example call;
+    `exclusive = True` bars other rules of the same adapter from its sites; `imports = True` says that its fields name
+    code to import, so that `load_adapter` takes it from a file only when told to trust it; `linear = True` says that it
+    adds to the output what is linear in the input, so that `merge` derives ΔW from it; `scalable = False` says that
+    what it changes can't be multiplied, so that it has no weights but 1; `routable = False` that it can't work on some
+    rows of a batch alone; `why_not_merged` and `why_not_combined` are the reasons where there is no `merged` or no
+    `combined`.
+
+    Raises `RuleError` for an unknown field, or a value that `validate` refuses.
+    """
+
+    def check(self, module: nn.Module, path: str) -> str | None:
+        """Why this module can't take the rule, or None. Called while planning, before anything is touched."""
+
+    def rewrite(self, site: Site) -> Tensor | None:
+        """Plain PyTorch on the site's values; returns the module's new output, or None after `site.replace`."""
+        raise NotImplementedError(f"{type(self).__name__} has no rewrite")
+
+    def initialise(self, site: LiveSite) -> Mapping[str, Change] | None:
+        """Fill tensors that need each other or the base; return changes to the base's own parameters, if any."""

@@ -4,16 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
 
+from surgery.declaration import Declaration
 from surgery.errors import SiteError
-
-if TYPE_CHECKING:
-    from surgery.base_rule import Rule
-    from surgery.site import LiveSite
+from surgery.live_site import LiveSite
 
 __all__ = ["METHODS", "Combination", "Method", "Share", "joint_dtype"]
 
@@ -44,7 +42,7 @@ class Share:
     """
 
     weight: float
-    rule: Rule
+    rule: Declaration
     site: LiveSite
     params: Mapping[str, Tensor]
 
@@ -69,7 +67,7 @@ class Combination:
 
     method: str
     weights: Mapping[str, float]
-    rules: tuple[Rule, ...] = ()
+    rules: tuple[Declaration, ...] = ()
     rank: int | None = None
     density: float = 1.0
     majority_sign: str = "total"

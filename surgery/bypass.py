@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 from torch import nn
 
 from surgery.decided import goes
-from surgery.match import base_modules
+from surgery.module_walk import base_modules
 from surgery.pattern import qualified_name
 from surgery.reads import CALL, WRAP, Chain, Facts, facts_of
 from surgery.wrapped import submodule, unwrapped

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from surgery.errors import SurgeryError, SurgeryWarning
 from surgery.files import open_tensors
 from surgery.hub_upload import card_of, upload
-from surgery.match import base_modules
+from surgery.module_walk import base_modules
 from surgery.save import save_adapter
 from surgery.savers import adapter_keys, kept_names
 from surgery.state import base_parameters, first_process, whole

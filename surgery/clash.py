@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 
 from surgery.errors import SiteError, SurgeryError
-from surgery.match import RESERVED, is_adapters
+from surgery.module_walk import RESERVED, is_adapters
 from surgery.own import Own
 from surgery.recording import Step, layer_of
 from surgery.state import Applied, site_state

@@ -18,6 +18,7 @@ from surgery.complexes import is_number
 from surgery.equal_rules import ByRule
 from surgery.errors import MatchError, PlanError, SiteError, SurgeryError
 from surgery.hooks import running
+from surgery.live_site import LiveSite
 from surgery.match import Tree, matches
 from surgery.naming import check_whole
 from surgery.neutral import verb
@@ -25,8 +26,8 @@ from surgery.paths import regular
 from surgery.placing import Placed, put
 from surgery.root import rewritten
 from surgery.sharded import sharding_of
-from surgery.site import LiveSite
-from surgery.state import MARK, Applied, ModelState, name_problem, sites, tensors_of
+from surgery.site_facts import MARK
+from surgery.state import Applied, ModelState, name_problem, sites, tensors_of
 from surgery.view import tensor_at
 
 __all__ = ["combine"]
@@ -143,7 +144,7 @@ class _Kind:
                 for share in shares:
                     _check_finite(share)
                 with running(shares[0].rule, "combined", at.path):
-                    at.rule, at.tensors = shares[0].rule.combined(shares, how)
+                    at.rule, at.tensors = cast(Rule, shares[0].rule).combined(shares, how)
             except SurgeryError as error:
                 if (error.what, error.why) not in told:  # of many sites alike, the first
                     self.problems.append(error)
@@ -202,7 +203,8 @@ def _kinds(model: nn.Module, state: ModelState, how: Combination) -> Iterator[_K
         for share in shares:
             paths.setdefault(share.adapter, set()).add(share.site.path)
         distinct, named = ByRule[Rule](), ByRule[bool]()
-        rules = {id(one): one for one in (distinct.get(share.rule, lambda rule=share.rule: rule) for share in shares)}
+        of_shares = [cast(Rule, share.rule) for share in shares]
+        rules = {id(one): one for one in (distinct.get(rule, lambda rule=rule: rule) for rule in of_shares)}
         for rule in listed:
             named.get(rule, lambda: True)
         companion = not any([named.get(rule, lambda: False) for rule in rules.values()])

@@ -16,7 +16,7 @@ from surgery.errors import TraceError
 from surgery.example import call, copied
 from surgery.guards import parts_of
 from surgery.guided import traced
-from surgery.match import base_modules
+from surgery.module_walk import base_modules
 from surgery.spelling import class_of
 from surgery.table import table
 

@@ -26,6 +26,7 @@ from surgery.install import reason_against
 from surgery.journal import Journal
 from surgery.kept import keep_model, keep_site, take_out_fold
 from surgery.links import there
+from surgery.live_site import LiveSite
 from surgery.living import Shared
 from surgery.match import Tree, verdict_of
 from surgery.neutral import neutrally, verb
@@ -37,7 +38,8 @@ from surgery.ready import sites_ready
 from surgery.recording import Step
 from surgery.reducers import watch_gradients
 from surgery.root import rewritten, with_lost
-from surgery.site import LiveSite, ParamSpec
+from surgery.site import ParamSpec
+from surgery.starting import start
 from surgery.state import (
     _MODEL,
     _SITE,
@@ -54,8 +56,8 @@ from surgery.state import (
     site_state,
     tensors_of,
 )
+from surgery.tape import Layer
 from surgery.view import tensor_at
-from surgery.weave import Layer
 from surgery.wrapped import submodule, unwrapped
 
 __all__ = ["apply_rules", "explain", "plan_rules", "remove"]
@@ -264,7 +266,7 @@ def _insert(
     if made:
         attach(module, plan.adapter, made, step.path)
         if any(tensor.is_meta for tensor, _ in made.values()) and (box := box_of(module, plan.adapter)) is not None:
-            watch_absent(module, box, journal)
+            watch_absent(module, box, start, journal)
     state.applied.append(applied)
     live = LiveSite(
         module, step.path, plan.adapter, tensors_of(module, plan.adapter), lambda name, _: tensor_at(module, name)

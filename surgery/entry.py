@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from surgery.match import RESERVED
+from surgery.module_walk import RESERVED
 
 __all__ = ["Entry", "PeftEntry", "as_it_is", "names_in", "tensor_key"]
 

@@ -17,7 +17,8 @@ from surgery.flags import set_flag
 from surgery.neutral import ambient
 from surgery.own import Own
 from surgery.repeated import refusal, repeated, writes
-from surgery.weave import Layer, woven
+from surgery.tape import Layer
+from surgery.weave import woven
 
 __all__ = [
     "Observation",

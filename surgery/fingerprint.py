@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from surgery.flags import is_lazy
-from surgery.match import base_modules
+from surgery.module_walk import base_modules
 from surgery.spelling import class_of
 from surgery.state import site_state
 

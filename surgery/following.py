@@ -14,7 +14,7 @@ from surgery.journal import Journal
 from surgery.kept import keep_site
 from surgery.links import at_path, linked
 from surgery.living import install_live
-from surgery.match import RESERVED
+from surgery.module_walk import RESERVED
 from surgery.state import _SITE, ModelState, model_state, site_state
 
 __all__ = ["follow", "move_record", "unwatch", "watch"]

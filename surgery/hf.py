@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from surgery.journal import Journal
 from surgery.links import there
-from surgery.match import base_modules
+from surgery.module_walk import base_modules
 from surgery.resizing import follow_resizing, leave_resizing
 from surgery.savers import adapter_keys, forgive_missing, give_back, take_over
 from surgery.state import AdapterWriter, ModelState

@@ -6,7 +6,7 @@ import re
 
 from torch import nn
 
-from surgery.match import RESERVED
+from surgery.module_walk import RESERVED
 
 __all__ = ["HINT", "hint_on"]
 

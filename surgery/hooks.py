@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 from types import TracebackType
-from typing import TYPE_CHECKING
 
+from surgery.declaration import Declaration
 from surgery.errors import SiteError, SurgeryError
 from surgery.frames import line_of
-
-if TYPE_CHECKING:
-    from surgery.base_rule import Rule
 
 __all__ = ["running"]
 
@@ -19,7 +16,7 @@ class running:
 
     __slots__ = ("hook", "path", "rule")
 
-    def __init__(self, rule: Rule, hook: str, path: str):
+    def __init__(self, rule: Declaration, hook: str, path: str):
         self.rule, self.hook, self.path = rule, hook, path
 
     def __enter__(self) -> None:

@@ -15,11 +15,12 @@ from surgery.entry import Entry
 from surgery.errors import MatchError, RuleError, SiteError, SurgeryError
 from surgery.files import TensorFile
 from surgery.hooks import running
+from surgery.live_site import LiveSite
 from surgery.match import Match, Tree, matches
 from surgery.own import own_forward
 from surgery.plan import Plan, _with_companions
 from surgery.recording import PassedOver, Step, layer_of, recorded
-from surgery.site import LiveSite, ParamSpec
+from surgery.site import ParamSpec
 from surgery.state import Applied, ModelState, adapter_names, site_state, sites, tensors_of
 from surgery.view import tensor_at
 

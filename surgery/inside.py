@@ -16,8 +16,8 @@ from surgery.held import goes_through, hold
 from surgery.own import Own
 from surgery.passed import Passage, left_out
 from surgery.registries import takes_functions
+from surgery.site_facts import LEFT_OUT, THROUGH
 from surgery.spelling import Held
-from surgery.state import LEFT_OUT, THROUGH
 from surgery.structure import Found, Occurrence, Structure
 from surgery.tape import Tape, Value, ref_of
 from surgery.view import held

@@ -24,12 +24,13 @@ from torch import fx, nn
 from surgery.flags import lazy_in
 from surgery.hints import hint_on
 from surgery.own import Own
-from surgery.packed import quantised_later
 from surgery.pattern import qualified_name
 from surgery.pending import Unwritten, independent, settled, writing_forward
+from surgery.quantised_later import quantised_later
 from surgery.sharded import refuse_split, sharding_of
 from surgery.state import site_state
-from surgery.weave import Layer, woven
+from surgery.tape import Layer
+from surgery.weave import woven
 
 __all__ = [
     "BOUND",

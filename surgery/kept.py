@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from surgery.exact import Record, checksum, refold, unfold
 from surgery.folds import Unfold, unfold_all
 from surgery.journal import Journal
-from surgery.match import RESERVED
+from surgery.module_walk import RESERVED
 from surgery.state import ModelState, site_state
 
 __all__ = ["keep_fold", "keep_model", "keep_site", "take_out_fold", "take_out_folds"]

@@ -9,19 +9,28 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from surgery.base_rule import Rule
+from surgery.base_rule import Mergeable, Rule
 from surgery.complexes import is_number
 from surgery.errors import MergeError
+from surgery.exact import Change
+from surgery.live_site import LiveSite
 from surgery.pattern import qualified_name
-from surgery.site import LiveSite, _Place
+from surgery.site_facts import SiteFacts
 from surgery.view import call_own
 
-__all__ = ["derived"]
+__all__ = ["merged_by"]
 
 _SLACK = 1e-4  # a rule may compute in float32; one that is not linear is off by its own size
 
 
-def derived(rule: Rule, site: LiveSite) -> dict[str, Tensor]:
+def merged_by(rule: Rule, site: LiveSite) -> Mapping[str, Change]:
+    """The base's parameters with a rule folded in, as its `merged` says, or derived where it is linear."""
+    if rule.linear and type(rule).merged is Mergeable.merged:
+        return _derived(rule, site)
+    return rule.merged(site)
+
+
+def _derived(rule: Rule, site: LiveSite) -> dict[str, Tensor]:
     """The new weight of a Linear or Conv1D under a linear rule. `MergeError` where it is none, or the rule is not."""
     turned = _turned(site)
     weight = site.weight.detach()
@@ -70,7 +79,7 @@ def _turned(site: LiveSite) -> bool:
     )
 
 
-class _Trial(_Place):
+class _Trial(SiteFacts):
     """What a rewrite sees, with tensors for values."""
 
     training = False

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import nn
 
-from surgery.match import RESERVED, is_adapters
+from surgery.module_walk import RESERVED, is_adapters
 from surgery.wrapped import child_of, unwrapped
 
 __all__ = ["Links", "at_path", "linked", "there"]

@@ -15,8 +15,8 @@ from surgery.journal import Journal
 from surgery.own import Own, own_forward
 from surgery.recording import layer_of
 from surgery.state import Applied, SiteState, site_state
+from surgery.tape import Layer
 from surgery.variants import varied_class
-from surgery.weave import Layer
 
 __all__ = ["Shared", "Woven", "class_of_live", "install_live"]
 

@@ -18,13 +18,14 @@ from surgery.entry import Entry, as_it_is, tensor_key
 from surgery.errors import LoadError, RuleError, SurgeryError, SurgeryWarning
 from surgery.files import TensorFile
 from surgery.fingerprint import differences
+from surgery.live_site import LiveSite
 from surgery.load_report import LoadReport
-from surgery.match import RESERVED
+from surgery.module_walk import RESERVED
 from surgery.neutral import verb
 from surgery.origin import other_model
 from surgery.plan import Plan, make_plan
 from surgery.recording import Step
-from surgery.site import LiveSite, ParamSpec
+from surgery.site import ParamSpec
 from surgery.state import tensors_of
 from surgery.stored import Stored, stored_adapter
 from surgery.view import tensor_at

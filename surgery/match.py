@@ -10,16 +10,14 @@ from typing import cast
 
 from torch import fx, nn
 
-from surgery.base_rule import Rule
+from surgery.declaration import Declaration
 from surgery.errors import MatchError, near_misses
+from surgery.module_walk import every_path
 from surgery.paths import endings, spelled
 from surgery.pattern import Candidate, Pattern, Targets, Verdict, as_pattern
 from surgery.type_names import type_hint
-from surgery.wrapped import inner_of, unwrapped
 
 __all__ = ["Match", "matches", "verdict_of"]
-
-RESERVED = "adapters"  # the child of a site under which its adapters' tensors live
 
 
 @dataclass(frozen=True)
@@ -111,7 +109,7 @@ class Tree:
             yield self.modules[paths[0]]
 
 
-def matches(tree: Tree, rule: Rule) -> list[Match]:
+def matches(tree: Tree, rule: Declaration) -> list[Match]:
     """The modules a rule goes to, in the model's order, each once.
 
     Raises `MatchError` where nothing matches, or where `expect` says another number than was found.
@@ -142,7 +140,7 @@ def matches(tree: Tree, rule: Rule) -> list[Match]:
     return found
 
 
-def idle_targets(tree: Tree, rule: Rule) -> list[str]:
+def idle_targets(tree: Tree, rule: Declaration) -> list[str]:
     """The entries of a rule's targets and exclude that fit no module at all, each with near misses."""
     listed = {name: _listed(getattr(rule, name)) for name in ("targets", "exclude")}
     told = []
@@ -156,7 +154,7 @@ def idle_targets(tree: Tree, rule: Rule) -> list[str]:
     return told
 
 
-def verdict_of(tree: Tree, rule: Rule, path: str) -> Verdict:
+def verdict_of(tree: Tree, rule: Declaration, path: str) -> Verdict:
     """Why a rule does or does not match at a path; `MatchError` with near misses where the model has no such path."""
     if path not in tree.modules:
         raise MatchError(
@@ -171,7 +169,7 @@ def _fits_any(tree: Tree, target: str | Pattern) -> bool:
     return bool(tree.hits((target,)))
 
 
-def _verdict(candidate: Candidate, rule: Rule) -> Verdict:
+def _verdict(candidate: Candidate, rule: Declaration) -> Verdict:
     targets, exclude = (tuple(map(as_pattern, _listed(listed))) for listed in (rule.targets, rule.exclude))
     parts = [_any_of("targets", candidate, targets)]
     if parts[0] or not rule.targets:
@@ -202,7 +200,7 @@ def _layer(path: str, layers: tuple[int, ...]) -> Verdict:
     return Verdict(index in layers, f"layers {list(layers)}", shown)
 
 
-def _nothing(tree: Tree, rule: Rule) -> MatchError:
+def _nothing(tree: Tree, rule: Declaration) -> MatchError:
     if not rule.targets:
         return MatchError(
             f"{rule.label} has no targets", why="targets is empty", fix='name modules, types, or "all-linear"'
@@ -247,44 +245,6 @@ def _listed(targets: Targets) -> tuple:
 
 def _shown(targets: tuple) -> str:
     return "[" + ", ".join(repr(t) if isinstance(t, str) else str(t) for t in targets) + "]"
-
-
-def every_path(
-    model: nn.Module, path: str = "", above: frozenset[int] = frozenset()
-) -> Iterator[tuple[str, nn.Module]]:
-    """`named_modules` with every path of a shared module, and without wrappers and the tensors of adapters."""
-    model = unwrapped(model)
-    if id(model) in above:
-        return
-    yield path, model
-    below = above | {id(model)}
-    for name, child in model._modules.items():
-        if child is not None and not (name == RESERVED and is_adapters(child)):
-            yield from every_path(child, f"{path}.{name}" if path else name, below)
-
-
-def base_modules(model: nn.Module, stop: str = "") -> Iterator[tuple[str, nn.Module]]:
-    """`model.named_modules()` without what holds adapters' tensors: many adapters don't make a walk long.
-
-    A wrapper (checkpoint_wrapper, torch.compile) is passed over, and so is its segment of the names. `stop`: modules
-    below the model that have this attribute of their own are left out, with all that is in them.
-    """
-    seen: set[nn.Module] = set()
-    waiting: list[tuple[str, nn.Module]] = [("", model)]
-    while waiting:
-        path, module = waiting.pop()
-        while (inner := inner_of(module)) is not None:
-            module = inner
-        if module not in seen and not (stop and path and stop in module.__dict__):
-            seen.add(module)
-            yield path, module
-            for name, child in reversed(module._modules.items()):
-                if child is not None and not (name == RESERVED and is_adapters(child)):
-                    waiting.append((f"{path}.{name}" if path else name, child))
-
-
-def is_adapters(module: nn.Module) -> bool:
-    return getattr(type(module), "_surgery_adapters", False)
 
 
 def _heads(model: nn.Module) -> Iterator[int]:

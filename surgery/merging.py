@@ -20,6 +20,8 @@ from surgery.hooks import running
 from surgery.install import reason_against
 from surgery.journal import Journal
 from surgery.kept import keep_site, take_out_folds
+from surgery.linear import merged_by
+from surgery.live_site import LiveSite
 from surgery.living import install_live
 from surgery.neutral import verb
 from surgery.own import own_forward
@@ -28,7 +30,6 @@ from surgery.packed import UNPACKED, is_packed
 from surgery.recording import layer_of
 from surgery.root import rewritten, with_lost
 from surgery.sharded import sharding_of
-from surgery.site import LiveSite
 from surgery.state import Applied, Merged, SiteState, adapter_names, box_of, sites, tensors_of
 from surgery.ties import Untied, retie, say_untied
 from surgery.view import tensor_at
@@ -239,7 +240,7 @@ def _changes(module: nn.Module, site: SiteState, chosen: list[Applied], folding:
             folding.mark_base()
         live = LiveSite(module, site.path, applied.adapter, tensors_of(module, applied.adapter), folding.source)
         with running(applied.rule, "merged", site.path):
-            changes = dict(applied.rule.merged(live))
+            changes = dict(merged_by(applied.rule, live))
             for name, change in changes.items():
                 if not isinstance(change, (LowRank, Rows, Tensor)):
                     raise TypeError(f"{name} is given a {type(change).__name__}, not a tensor, LowRank or Rows")

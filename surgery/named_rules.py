@@ -6,13 +6,12 @@ import dataclasses
 import json
 from collections.abc import Iterable
 from dataclasses import dataclass, fields
-from importlib import metadata
 from typing import Any, TypeVar, dataclass_transform
 
 from surgery.arguments import path_problem
 from surgery.base_rule import Rule
 from surgery.errors import RuleError, near_misses
-from surgery.pattern import qualified_name
+from surgery.rule_names import register
 
 __all__ = ["rule", "rules_from_json", "rules_from_yaml", "rules_to_json", "rules_to_yaml"]
 
@@ -38,13 +37,10 @@ def rule(name: str, *, version: int = 1):
     def decorate(cls: type[R]) -> type[R]:
         if not issubclass(cls, Rule):
             raise RuleError(f"{cls.__qualname__} is no rule", why="it does not subclass Rule", fix="class …(Rule):")
-        taken = _registry.get(name)
-        if taken is not None and qualified_name(taken) != qualified_name(cls):
-            raise RuleError(f"the rule name {name!r} is taken by {qualified_name(taken)}", fix="choose another name")
         made = dataclass(frozen=True, kw_only=True)(cls)
         made.name, made.version = name, version
         made.__init__ = _checked(made.__init__, made)
-        _registry[name] = made
+        register(name, made)
         return made
 
     return decorate
@@ -105,24 +101,6 @@ def _yaml() -> Any:
     except ImportError:
         raise RuleError("YAML needs PyYAML", fix="pip install 'model-surgery[yaml]', or use JSON") from None
     return yaml
-
-
-_registry: dict[str, type[Rule]] = {}
-
-
-def registered(name: str) -> type[Rule]:
-    """The rule class of a name: one already imported, else the one an installed package offers."""
-    if name not in _registry:
-        for entry in metadata.entry_points(group="surgery.rules", name=name):
-            entry.load()
-    if name in _registry:
-        return _registry[name]
-    known = set(_registry) | {entry.name for entry in metadata.entry_points(group="surgery.rules")}
-    raise RuleError(
-        f"there is no rule {name!r}",
-        why=near_misses(name, known) or f"known rules: {', '.join(sorted(known))}",
-        fix="import or install the package that brings it",
-    )
 
 
 _PEFT_FIELDS = {

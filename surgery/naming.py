@@ -14,19 +14,12 @@ from surgery.install import reason_against
 from surgery.journal import Journal
 from surgery.kept import keep_model, keep_site
 from surgery.living import install_live
-from surgery.match import RESERVED
+from surgery.module_walk import RESERVED
 from surgery.neutral import verb
 from surgery.placing import Placed, put
 from surgery.root import rewritten
-from surgery.state import (
-    MARK,
-    Applied,
-    ModelState,
-    adapter_names,
-    box_of,
-    name_problem,
-    site_state,
-)
+from surgery.site_facts import MARK
+from surgery.state import Applied, ModelState, adapter_names, box_of, name_problem, site_state
 
 __all__ = ["check_whole", "copy_adapter", "rename_adapter"]
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from surgery.match import base_modules
+from surgery.module_walk import base_modules
 
 __all__ = ["Owners"]
 

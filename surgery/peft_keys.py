@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 
 from surgery.files import TensorFile
-from surgery.match import base_modules
+from surgery.module_walk import base_modules
 from surgery.paths import patterned
 from surgery.peft_spelling import Spelt, of_today
 

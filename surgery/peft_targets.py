@@ -11,7 +11,8 @@ from torch import nn
 
 from surgery.base_rule import Rule
 from surgery.errors import MatchError
-from surgery.match import Tree, base_modules, matches
+from surgery.match import Tree, matches
+from surgery.module_walk import base_modules
 from surgery.paths import chosen, regular
 from surgery.pattern import as_pattern
 from surgery.peft_spelling import PREFIX

@@ -11,7 +11,7 @@ from surgery.base_rule import Rule
 from surgery.entry import Entry
 from surgery.equal_rules import ByRule
 from surgery.errors import LoadError, SurgeryError
-from surgery.match import RESERVED
+from surgery.module_walk import RESERVED
 from surgery.peft_adapter_config import SILENT
 from surgery.peft_embeddings import Save, embedding_tensors
 from surgery.peft_format import PeftMethod, PeftPlace, absolute, is_main, method_of, part_of, unsaid

@@ -28,7 +28,7 @@ from surgery.state import (
     require_state,
     site_state,
 )
-from surgery.weave import Layer
+from surgery.tape import Layer
 
 __all__ = ["Placed", "put"]
 

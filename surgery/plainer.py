@@ -10,9 +10,9 @@ from surgery.base_rule import Rule
 from surgery.equal_rules import ByRule
 from surgery.errors import RuleError
 from surgery.hooks import running
-from surgery.match import RESERVED
+from surgery.live_site import LiveSite
+from surgery.module_walk import RESERVED
 from surgery.root import rewritten
-from surgery.site import LiveSite
 from surgery.state import adapter_names, sites, tensors_of
 from surgery.state_dicts import given_tensors
 from surgery.view import held

@@ -29,9 +29,8 @@ from surgery.root import records_in, rewritten
 from surgery.state import is_adapter_key, model_state, name_problem, site_state, sites
 from surgery.statistics import moving, moving_modules
 from surgery.table import table
-from surgery.tape import NOTHING
+from surgery.tape import NOTHING, Layer
 from surgery.uncalled import never_called
-from surgery.weave import Layer
 from surgery.wrapped import submodule, unwrapped
 
 __all__ = ["Plan", "make_plan"]

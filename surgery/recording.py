@@ -16,10 +16,9 @@ from surgery.hooks import running
 from surgery.own import Own
 from surgery.samples import TapeSamples
 from surgery.site import Example, ParamSpec, Site
-from surgery.state import Applied
-from surgery.tape import Tape, Value, for_both_modes
+from surgery.state import Applied, site_state
+from surgery.tape import Layer, Tape, Value, for_both_modes
 from surgery.watch import Watch
-from surgery.weave import Layer
 
 __all__ = ["PassedOver", "Recording", "Step", "layer_of", "recorded"]
 
@@ -79,8 +78,12 @@ def recorded(
     `facts` are those found when the rule was applied; what it finds anew is put there.
     """
 
+    def others() -> tuple[Rule, ...]:
+        state = site_state(module)
+        return tuple(one.rule for one in state.applied if one.adapter != adapter) if state is not None else ()
+
     def site() -> Site:
-        return Site(module, path, adapter, rule.label, own, example, owners, facts)
+        return Site(module, path, adapter, rule.label, own, example, owners, facts, others)
 
     first, by_mode = _ran(rule, site(), module.training)
     if not by_mode or first.inside:  # what looks into a forward is recorded for each kind of call

@@ -15,15 +15,16 @@ from surgery.errors import SurgeryError
 from surgery.following import move_record
 from surgery.hooks import running
 from surgery.journal import Journal
+from surgery.live_site import LiveSite
 from surgery.living import install_live
-from surgery.match import RESERVED
+from surgery.module_walk import RESERVED
 from surgery.own import own_forward
 from surgery.recording import recorded
 from surgery.root import rewritten
-from surgery.site import LiveSite, ParamSpec
+from surgery.site import ParamSpec
 from surgery.state import Applied, SiteState, box_of, model_state, site_state, tensors_of
+from surgery.tape import Layer
 from surgery.view import tensor_at
-from surgery.weave import Layer
 
 __all__ = ["follow_resizing", "leave_resizing"]
 

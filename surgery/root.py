@@ -9,7 +9,7 @@ from torch import nn
 from surgery.errors import SurgeryError, listed
 from surgery.following import follow
 from surgery.links import at_path, linked
-from surgery.match import RESERVED, is_adapters
+from surgery.module_walk import RESERVED, is_adapters
 from surgery.state import (
     ModelState,
     SiteState,

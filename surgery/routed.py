@@ -18,15 +18,15 @@ from torch import Tensor, nn
 
 from surgery.errors import SurgeryError
 from surgery.install import generated_class
+from surgery.joint_rewrite import routed_layer, routes_itself
 from surgery.lowering import LowRankEdit, is_autocast, low_rank_edit
-from surgery.members import routed_layer, routes_itself
 from surgery.own import Own, own_forward
 from surgery.recording import layer_of
 from surgery.rows import Rows, joined, taken
 from surgery.state import Applied, SiteState, tensors_of
-from surgery.tape import Tape
+from surgery.tape import Layer, Tape
 from surgery.variants import function_of
-from surgery.weave import OUTPUT, ROWS, Layer, woven, woven_edit
+from surgery.weave import OUTPUT, ROWS, woven, woven_edit
 
 __all__ = ["Plan", "plan_of"]
 

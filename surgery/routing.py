@@ -22,9 +22,9 @@ from surgery.collector import collector_waits
 from surgery.errors import SurgeryError
 from surgery.here import here
 from surgery.install import recipe_of, swap
+from surgery.joint_rewrite import routes_itself
 from surgery.journal import Journal
 from surgery.layout import prove
-from surgery.members import routes_itself
 from surgery.neutral import neutral
 from surgery.outside import Lent, hide_hooks, show_hooks
 from surgery.reducers import watch_gradients

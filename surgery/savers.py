@@ -15,7 +15,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from surgery.errors import SurgeryWarning
-from surgery.match import RESERVED, base_modules, every_path, is_adapters
+from surgery.module_walk import RESERVED, base_modules, every_path, is_adapters
 from surgery.state import base_parameters, model_state, sites, tensors_of
 from surgery.wrapped import inner_of, plain_name
 

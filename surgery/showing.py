@@ -13,7 +13,7 @@ from surgery.errors import MatchError, listed, near_misses
 from surgery.flags import is_lazy
 from surgery.install import recipe_of
 from surgery.links import there
-from surgery.match import every_path
+from surgery.module_walk import every_path
 from surgery.own import own_forward
 from surgery.root import check_all_present, records_in
 from surgery.state import SiteState, is_adapter_key, merged_adapters, site_state, sites, tensors_of

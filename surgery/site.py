@@ -1,9 +1,8 @@
-"""A site as the author of a rule sees it: values to compute with while rewriting, tensors once it is live."""
+"""A site as the author of a rule sees it while its rewrite is recorded: values to compute with."""
 
 from __future__ import annotations
 
 import functools
-import itertools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
@@ -12,28 +11,27 @@ from uuid import uuid4
 import torch
 from torch import Tensor, fx, nn
 
-from surgery.base_rule import Rule
 from surgery.complexes import filled_by_reals, is_number, narrow
+from surgery.declaration import Declaration
 from surgery.errors import SiteError, near_misses
 from surgery.example import call
 from surgery.hidden import hidden_of, with_hidden
 from surgery.inside import Inside
-from surgery.match import RESERVED
+from surgery.module_walk import RESERVED
 from surgery.own import Own
 from surgery.packed import UNPACKED, is_packed
 from surgery.passed import Passage
 from surgery.registries import takes_functions
+from surgery.site_facts import MARK, SiteFacts
 from surgery.site_module import SiteModule, site_module
 from surgery.starred import FIRST, hidden_first
-from surgery.state import MARK, site_state
 from surgery.structure import Structure
 from surgery.tape import Ref, Tape, Value, ref_of
 from surgery.view import calls_inside, held, hidden_reference, view
 from surgery.watch import unwatched
 
-__all__ = ["LiveSite", "ParamSpec", "Site", "Tensors"]
+__all__ = ["ParamSpec", "Site"]
 
-Tensors = Mapping[str, Tensor]
 Fill = Callable[[Tensor], Any]
 # How to get a module's own arguments in the example call: (args, kwargs), or None where there is no example.
 Example = Callable[[], "tuple[tuple, dict[str, Any]] | None"] | None
@@ -51,66 +49,12 @@ class ParamSpec:
     buffer: bool
     tied: Tensor | None = None  # sites of a rule at which this is the same tensor have one between them
 
-    def tie(self, rule: Rule) -> tuple[int, str, int] | None:
+    def tie(self, rule: Declaration) -> tuple[int, str, int] | None:
         """What is equal of the sites that share this tensor; None where each has its own."""
         return None if self.tied is None else (id(rule), self.name, id(self.tied))
 
 
-class _Place:
-    """What a rule knows of a site in either form: the module, its path and its sizes."""
-
-    def __init__(self, module: nn.Module, path: str, adapter: str):
-        self.module, self.path, self.adapter = module, path, adapter
-
-    @property
-    def base_class(self) -> type[nn.Module]:
-        """The module's own class, whether or not it is rewritten at present."""
-        return getattr(self.module, "_surgery_base", type(self.module))
-
-    @property
-    def out_features(self) -> int:
-        """The size of the output's feature dimension (channels, for a convolution)."""
-        return self._size(
-            "out_features", "out_channels", "embedding_dim", "num_features", "num_channels", "nf", "embed_dim"
-        )
-
-    @property
-    def in_features(self) -> int:
-        """The size of the input's feature dimension (channels, for a convolution; tokens, for an embedding)."""
-        return self._size(
-            "in_features", "in_channels", "num_embeddings", "num_features", "num_channels", "nx", "embed_dim"
-        )
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """The dtype of tensors made here by shape: the module's own, or float32 for half and quantised ones.
-
-        Complex for a complex module.
-        """
-        own = (tensor for tensor in self.module._parameters.values() if tensor is not None)
-        first = next(itertools.chain(own, self.module.parameters()), None)
-        return first.dtype if first is not None and first.dtype in _WIDE else torch.float32
-
-    def _size(self, *names: str) -> int:
-        for name in names:
-            found = getattr(self.module, name, None)
-            if type(found) is int:
-                return found
-        shape = getattr(self.module, "normalized_shape", None)
-        if shape:
-            return int(shape[-1])
-        weight = self.module._parameters.get("weight")
-        if weight is not None and weight.dim() == 1:
-            return weight.shape[0]
-        raise SiteError(
-            f"{type(self.module).__name__} does not say how many features it has",
-            where=self.path,
-            why=f"it has none of {', '.join(names)}",
-            fix="take the size from site.module, or target a module that has it",
-        )
-
-
-class Site(_Place, Inside):
+class Site(SiteFacts, Inside):
     """One module while a rule rewrites it: `input`, `output` and parameters are values to compute with.
 
     >>> from torch import nn
@@ -139,10 +83,11 @@ class Site(_Place, Inside):
         example: Example = None,
         owners: tuple[nn.Module, ...] = (),
         facts: dict[str, Any] | None = None,
+        others: Callable[[], tuple[Declaration, ...]] = tuple,
     ):
         super().__init__(module, path, adapter)
         self.label, self.own = label, own
-        self._example, self._owners = example, owners
+        self._example, self._owners, self._others = example, owners, others
         self.facts: dict[str, Any] = {} if facts is None else facts
         self.inside = False  # whether the rule looks into the forward
         self.missed: dict[Structure, str] = {}
@@ -263,10 +208,9 @@ class Site(_Place, Inside):
         return self._owners
 
     @property
-    def rules(self) -> tuple[Rule, ...]:
+    def rules(self) -> tuple[Declaration, ...]:
         """The rules that are on the module already, those of other adapters."""
-        state = site_state(self.module)
-        return tuple(a.rule for a in state.applied if a.adapter != self.adapter) if state is not None else ()
+        return self._others()
 
     def fact(self, name: str, find: Callable[[], Any]) -> Any:
         """What `find()` finds out about the module while planning: plain data, kept with the site and its copies.
@@ -486,43 +430,6 @@ class Site(_Place, Inside):
         return self._value("param", name)
 
 
-class LiveSite(_Place):
-    """One module with the rule's tensors in place, for `Rule.initialise` and `Rule.merged`.
-
-    `params` holds the adapter's tensors by name; `weight`, `bias` and `tensor(name)` are the module's own, with
-    what was folded in before; `base(name)` is a parameter as it was before any merging; `notes` is for `swapped`.
-    """
-
-    def __init__(
-        self, module: nn.Module, path: str, adapter: str, params: Tensors, source: Callable[[str, bool], Tensor]
-    ):
-        super().__init__(module, path, adapter)
-        self.params = params
-        self.notes: list[str] = []  # what `Rule.swapped` has to tell
-        self.changed: dict[str, Any] = {}  # for `Rule.slotted`: how the rule's start changed the base's parameters
-        self._source = source
-
-    @property
-    def weight(self) -> Tensor:
-        return self.tensor("weight")
-
-    @property
-    def bias(self) -> Tensor:
-        return self.tensor("bias")
-
-    def tensor(self, name: str) -> Tensor:
-        if held(self.module, name) is None:
-            raise SiteError(f"{type(self.module).__name__} has no tensor {name!r}", where=self.path)
-        return self._source(name, False)
-
-    def base(self, name: str) -> Tensor:
-        return self._source(name, True)
-
-    def folded(self, name: str) -> bool:
-        """Whether something was folded into a parameter before this rule's turn."""
-        return self._source(name, False) is not self._source(name, True)
-
-
 def _torchs(module: nn.Module) -> bool:
     """Whether torch's own forward runs, which takes a parameter as it is."""
     base = getattr(type(module), "_surgery_base", type(module))
@@ -533,5 +440,4 @@ def _constant(value: float) -> Fill:
     return lambda tensor: tensor.fill_(value)
 
 
-_WIDE = (torch.float32, torch.float64, torch.complex64, torch.complex128)
 _TAKEN = frozenset(nn.Module().__dict__)

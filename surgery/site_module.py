@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor, nn
@@ -13,13 +13,25 @@ from surgery.errors import RuleError, SurgeryError, TraceError
 from surgery.frames import line_of
 from surgery.own import trusted
 from surgery.skeleton import Skeleton, named_tensors
-
-if TYPE_CHECKING:
-    from surgery.site import Site
+from surgery.tape import Tape
 
 __all__ = ["SiteModule"]
 
 Make = Callable[[], nn.Module] | nn.Module
+
+
+class Declaring(Protocol):
+    """What a module's tensors are declared on, and its calls recorded: a `Site`."""
+
+    tape: Tape
+    specs: dict[str, Any]
+
+    @property
+    def dtype(self) -> torch.dtype: ...
+    @property
+    def training(self) -> Tensor: ...
+    def param(self, name: str, value: Any, init: Any = 0.0, *, dtype: Any = None, trainable: bool = True) -> Tensor: ...
+    def buffer(self, name: str, value: Any, init: Any = 0.0, *, dtype: Any = None) -> Tensor: ...
 
 
 class SiteModule:
@@ -28,7 +40,7 @@ class SiteModule:
     `tensors`: their values by the names that they have in the module.
     """
 
-    def __init__(self, site: Site, skeleton: Skeleton, tensors: Mapping[str, Tensor]):
+    def __init__(self, site: Declaring, skeleton: Skeleton, tensors: Mapping[str, Tensor]):
         self._site, self._skeleton = site, skeleton
         self._words = dict(tensors)
         self.tensors = {skeleton.words[word]: value for word, value in tensors.items()}
@@ -95,7 +107,7 @@ class SiteModule:
 
 
 def site_module(
-    site: Site,
+    site: Declaring,
     name: str,
     make: Make,
     trainable: bool | None = None,

@@ -3,25 +3,24 @@
 from __future__ import annotations
 
 import torch
+from torch import nn
 
-from surgery.absent import site_of
 from surgery.errors import SiteError
 from surgery.hooks import running
+from surgery.live_site import LiveSite
 from surgery.own import own_forward
 from surgery.recording import recorded
-from surgery.site import LiveSite
 from surgery.state import AdapterTensors, box_of, site_state
 from surgery.view import tensor_at
 
 __all__ = ["start"]
 
 
-def start(box: AdapterTensors) -> None:
+def start(module: nn.Module, box: nn.Module) -> None:
     """Give an adapter's tensors at one site the values that their rules start with."""
-    module = site_of(box)
-    site = site_state(module) if module is not None else None
-    if module is None or site is None:
-        return  # it was made with values, which stay
+    site = site_state(module)
+    if site is None or not isinstance(box, AdapterTensors):
+        return
     applied = [one for one in site.applied if box_of(module, one.adapter) is box]
     held = box.tensors()
     for one in applied:

@@ -20,13 +20,13 @@ from weakref import WeakValueDictionary
 import torch
 from torch import Tensor, nn
 
-from surgery.absent import note_absent, unwatch_absent
+from surgery.absent import note_absent, start_again, unwatch_absent
 from surgery.base_rule import Rule
 from surgery.errors import SiteError, SurgeryError, near_misses
 from surgery.links import Links
-from surgery.match import RESERVED, base_modules
+from surgery.module_walk import RESERVED, base_modules
+from surgery.tape import Layer
 from surgery.ties import Untied
-from surgery.weave import Layer
 from surgery.wrapped import child_of
 
 __all__ = ["AdapterTensors", "Adapters", "ModelState", "SiteState", "Standing"]
@@ -62,9 +62,7 @@ class AdapterTensors(nn.Module):
 
     def reset_parameters(self) -> None:
         """Where the tensors were made on the meta device: the values that their rules start with."""
-        from surgery.starting import start
-
-        start(self)
+        start_again(self)
 
     def tensors(self) -> dict[str, Tensor]:
         held = {**self._parameters, **self._buffers}
@@ -315,9 +313,6 @@ class ModelState:
 
 
 _MODEL, _SITE = "_surgery_model", "_surgery_site"
-MARK = "mark"  # the fact that is an adapter's own, which copies of it don't share
-THROUGH = "through"  # the fact that a rule looks into functions from registries
-LEFT_OUT = "left out"  # the fact which kinds of operations inside of its matches a rule was told that it leaves out
 
 
 def model_state(model: nn.Module) -> ModelState | None:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from surgery.base_rule import Rule
 from surgery.errors import SurgeryError, near_misses
 from surgery.journal import Journal
-from surgery.match import RESERVED
+from surgery.module_walk import RESERVED
 from surgery.neutral import verb
 from surgery.root import check_all_present, records_in, rewritten
 from surgery.sharded import is_flattened, put

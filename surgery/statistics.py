@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from surgery.flags import is_lazy
 from surgery.journal import Journal
-from surgery.match import base_modules
+from surgery.module_walk import base_modules
 
 __all__ = [
     "exchange",

@@ -14,7 +14,7 @@ from surgery.entry import BARE, NAME, OLD, PEFT, SURGERY, VERSION, Entry, names_
 from surgery.errors import LoadError, RuleError, SurgeryError
 from surgery.files import TensorFile, open_tensors, put_away
 from surgery.hub_download import download
-from surgery.match import RESERVED
+from surgery.module_walk import RESERVED
 from surgery.origin import origin_of
 from surgery.peft_reading import read
 from surgery.plain_json import parse_json, read_json

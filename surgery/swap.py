@@ -24,21 +24,21 @@ from surgery.hooks import running
 from surgery.incoming import Living, Making, copied, incoming, living, step_for
 from surgery.journal import Journal
 from surgery.kept import keep_site
+from surgery.live_site import LiveSite
 from surgery.living import install_live
 from surgery.load import _distrusted, _found
 from surgery.load_report import LoadReport
-from surgery.match import RESERVED
+from surgery.module_walk import RESERVED
 from surgery.neutral import verb
 from surgery.origin import other_model
 from surgery.recording import Step
 from surgery.root import rewritten
 from surgery.sharded import is_flattened, put
-from surgery.site import LiveSite
 from surgery.state_dicts import rules_of
 from surgery.stored import Stored, stored_adapter
+from surgery.tape import Layer
 from surgery.view import tensor_at
 from surgery.vocabulary import other_vocabulary, sizes_wanted
-from surgery.weave import Layer
 
 __all__ = ["SwapReport", "hotswap", "pad_rank"]
 

@@ -29,6 +29,7 @@ from surgery.regions import Region
 
 __all__ = [
     "OPERATORS",
+    "Layer",
     "Ref",
     "Samples",
     "Step",
@@ -260,6 +261,15 @@ class Tape:
                 fix="use plain numbers, or site.apply(function, …)",
             ) from None
         return ("constant", (kind, repr(value) if isinstance(value, float) else None, value))
+
+
+class Layer(NamedTuple):
+    """One rule's edits at a site, under its adapter's name. What they change is multiplied by `weight`."""
+
+    adapter: str
+    label: str
+    tape: Tape
+    weight: float = 1.0
 
 
 def for_both_modes(evaluation: Tape, training: Tape) -> Tape:

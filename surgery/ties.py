@@ -15,7 +15,7 @@ from torch import nn
 
 from surgery.journal import Journal
 from surgery.links import there
-from surgery.match import base_modules
+from surgery.module_walk import base_modules
 
 __all__ = ["Untied", "retie", "say_untied", "why_not_said"]
 

@@ -17,7 +17,7 @@ from surgery import hf
 from surgery.checkpoint_folder import save_folder, save_trained, write_adapters
 from surgery.entry import PEFT, SURGERY, names_in
 from surgery.errors import SurgeryWarning
-from surgery.match import base_modules
+from surgery.module_walk import base_modules
 from surgery.savers import left_out
 from surgery.sharded import is_flattened
 from surgery.state import ModelState, model_state

@@ -9,7 +9,7 @@ from types import FunctionType
 from torch import nn
 
 from surgery.bypass import Search
-from surgery.match import base_modules
+from surgery.module_walk import base_modules
 from surgery.wrapped import submodule
 
 __all__ = ["never_called"]

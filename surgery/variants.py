@@ -28,8 +28,10 @@ from surgery.install import Recipe, body_of, class_from, signature_source, told
 from surgery.kinds import difference, kind_of_call, predicate_of_kind
 from surgery.own import Own, own_forward, signature_of
 from surgery.recording import PassedOver, Step, layer_of, recorded
-from surgery.state import THROUGH, Applied, SiteState
-from surgery.weave import Layer, woven_held
+from surgery.site_facts import THROUGH
+from surgery.state import Applied, SiteState
+from surgery.tape import Layer
+from surgery.weave import woven_held
 
 __all__ = ["LIMIT", "function_of", "held_own", "layer_at", "leaves_of", "make_ready", "varied", "varied_class"]
 

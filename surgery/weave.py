@@ -19,7 +19,7 @@ import types
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
@@ -34,19 +34,10 @@ from surgery.own import Own, recorded_own
 from surgery.regions import Inside
 from surgery.repeated import Runs, left_out, repeated, repeated_method, repeated_module
 from surgery.starred import FIRST, first_given, first_names, hidden_first, starred_of, with_first
-from surgery.tape import Ref, Step, Tape, refs_in, thawed
+from surgery.tape import Layer, Ref, Step, Tape, refs_in, thawed
 from surgery.view import base_forward, call_child
 
-__all__ = ["Layer", "called_around", "plain", "trace_site", "woven", "woven_edit", "woven_held"]
-
-
-class Layer(NamedTuple):
-    """One rule's edits at a site, under its adapter's name. What they change is multiplied by `weight`."""
-
-    adapter: str
-    label: str
-    tape: Tape
-    weight: float = 1.0
+__all__ = ["called_around", "plain", "trace_site", "woven", "woven_edit", "woven_held"]
 
 
 @dataclass(eq=False)

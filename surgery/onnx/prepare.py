@@ -13,8 +13,8 @@ from surgery.activation import active
 from surgery.base_rule import Rule
 from surgery.collector import collector_waits
 from surgery.errors import SurgeryError, listed
-from surgery.match import base_modules
 from surgery.merging import merge
+from surgery.module_walk import base_modules
 from surgery.onnx.copies import leave_live, sharing_copy
 from surgery.onnx.given import Given
 from surgery.onnx.program import Lifted

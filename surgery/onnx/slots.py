@@ -18,14 +18,14 @@ from surgery.engine import carry_out, remove
 from surgery.errors import SurgeryError
 from surgery.exact import unfold
 from surgery.hooks import running
-from surgery.match import RESERVED
+from surgery.live_site import LiveSite
 from surgery.merging import unmerged
+from surgery.module_walk import RESERVED
 from surgery.onnx.arranged import Left, arranged, exactly
 from surgery.onnx.copies import changing
 from surgery.onnx.given import Given
 from surgery.onnx.program import Lifted
 from surgery.plan import make_plan
-from surgery.site import LiveSite
 from surgery.state import ModelState, SiteState, adapter_names, model_state, require_state, sites, tensors_of
 from surgery.state_dicts import adapter_state_dict, load_adapter_state_dict
 from surgery.view import tensor_at
