@@ -32,7 +32,7 @@ from surgery.onnx.dims import (
     rename_dims,
 )
 from surgery.onnx.finish import add_defaults, make_constants, mark_rules, require_inputs, tidy
-from surgery.onnx.generation import GENERATION, changed_logits, generation_of
+from surgery.onnx.generate_differences import GENERATION, changed_logits, generation_of
 from surgery.onnx.given import Given, array_of
 from surgery.onnx.manifest import Manifest
 from surgery.onnx.names import name_weights
