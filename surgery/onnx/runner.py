@@ -19,7 +19,9 @@ from surgery.onnx.dtypes import array_of_value, dtype_of, value_of
 from surgery.onnx.feeds import Feeds, Input
 from surgery.onnx.fitting import listed
 from surgery.onnx.manifest import Manifest
+from surgery.onnx.sampling import picker
 from surgery.onnx.sessions import session
+from surgery.onnx.text_generation import Decoder
 
 __all__ = ["OnnxRunner"]
 
@@ -273,9 +275,6 @@ class OnnxRunner:
         seed: int | None = None,
     ) -> Iterator[np.ndarray]:
         """As `generate`, one array (batch) of the next tokens after the other, until all rows have met an end."""
-        from surgery.onnx.generating import Decoder
-        from surgery.onnx.sampling import picker
-
         pick = picker(do_sample, temperature, top_k, top_p, seed)
         decoder = Decoder(self, self.held(adapter))
         return decoder.tokens(decoder.started(inputs), max_new_tokens, eos_token_id, pad_token_id, pick)

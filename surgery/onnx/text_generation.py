@@ -4,21 +4,32 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import Any, Protocol
 
 import numpy as np
 
 from surgery.errors import SurgeryError
 from surgery.onnx.dtypes import array_of_value, dtype_of, value_of, widened
-from surgery.onnx.feeds import Input
+from surgery.onnx.feeds import Feeds, Input
+from surgery.onnx.manifest import Manifest
 from surgery.onnx.sampling import Pick
 
-if TYPE_CHECKING:
-    from surgery.onnx.runner import OnnxRunner
-
-__all__ = ["Decoder"]
+__all__ = ["Decoder", "RunnableFile"]
 
 IDS, MASK, POSITIONS, PLACES, LOGITS = "input_ids", "attention_mask", "position_ids", "cache_position", "logits"
+
+
+class RunnableFile(Protocol):
+    """An exported file that can be run: what a decoder needs of an `OnnxRunner`."""
+
+    path: Path
+    session: Any
+    manifest: Manifest
+    feeds: Feeds
+    takes_padding: bool
+
+    def run_values(self, values: Mapping[str, Any], names: Sequence[str]) -> dict[str, Any]: ...
 
 
 @dataclass
@@ -36,7 +47,7 @@ class Texts:
 class Decoder:
     """A runner's file as a decoder, with the slots' values for all of its calls."""
 
-    def __init__(self, runner: OnnxRunner, held: Mapping[str, Any]):
+    def __init__(self, runner: RunnableFile, held: Mapping[str, Any]):
         self.runner, self.held = runner, held
         self.inputs: dict[str, Input] = {**runner.feeds.optional, **runner.feeds.required}
         self.cache = {one["past"]: one["present"] for one in runner.manifest.cache}
