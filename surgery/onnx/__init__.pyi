@@ -4,9 +4,10 @@ from .adapters import read_adapter, write_adapter
 from .carried import export_adapter, import_adapter
 from .convert import convert_peft
 from .export import ExportReport, export_onnx
-from .manifest import Manifest, Slot
+from .manifest import Manifest
 from .parity import ParityReport, verify_onnx
 from .runner import OnnxRunner
+from .slot import Slot
 
 __all__ = [
     "ExportReport",

@@ -12,8 +12,9 @@ import numpy as np
 
 from surgery.errors import SurgeryError
 from surgery.onnx.dtypes import dtype_of
-from surgery.onnx.manifest import Manifest, Slot
+from surgery.onnx.manifest import Manifest
 from surgery.onnx.peft_folder import Checkpoint
+from surgery.onnx.slot import Slot
 from surgery.onnx.weights import Weights
 
 __all__ = ["Conversion"]

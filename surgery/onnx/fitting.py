@@ -2,35 +2,52 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Protocol
 
 import numpy as np
 
 from surgery.errors import LoadError, SurgeryError, near_misses
 from surgery.onnx.dtypes import told, widened
+from surgery.onnx.slot import Slot
 
-if TYPE_CHECKING:
-    from surgery.onnx.manifest import Manifest, Slot
-
-__all__ = ["listed", "problems_of"]
+__all__ = ["SlotTable", "listed", "problems_of"]
 
 
-def problems_of(manifest: Manifest, tensors: Mapping[str, np.ndarray], finite: bool = False) -> list[SurgeryError]:
+class SlotTable(Protocol):
+    """What a `Manifest` says of a file's slots."""
+
+    @property
+    def adapters(self) -> str: ...
+
+    @property
+    def empty(self) -> str: ...
+
+    @property
+    def slots(self) -> Sequence[Slot]: ...
+
+    @property
+    def by_name(self) -> Mapping[str, Slot]: ...
+
+    @property
+    def groups(self) -> Mapping[tuple[str, str], Sequence[Slot]]: ...
+
+
+def problems_of(table: SlotTable, tensors: Mapping[str, np.ndarray], finite: bool = False) -> list[SurgeryError]:
     """One error for each unknown name, each site of which a part is given, and each tensor that does not fit.
 
     `finite`: that all numbers are is known, since they are those that were written.
     """
-    if not manifest.slots:
-        why = f'it was exported with adapters="{manifest.adapters}"'
+    if not table.slots:
+        why = f'it was exported with adapters="{table.adapters}"'
         return [SurgeryError("the file has no slots for adapters", why=why, fix='export_onnx(…, adapters="slots")')]
-    found = list(_unknown(manifest, tensors))
-    if len(tensors) != len(manifest.slots) or found:
-        found += _halves(manifest, tensors)
+    found = list(_unknown(table, tensors))
+    if len(tensors) != len(table.slots) or found:
+        found += _halves(table, tensors)
     sizes: dict[str, tuple[int, str]] = {}
-    for name, slot in manifest.by_name.items():
+    for name, slot in table.by_name.items():
         if name in tensors:
-            found += _misfit(manifest, slot, tensors[name], sizes, finite)
+            found += _misfit(table, slot, tensors[name], sizes, finite)
     if not tensors:
         found.append(SurgeryError("the adapter has no tensors"))
     return found
@@ -46,15 +63,15 @@ def listed(what: str, problems: list[SurgeryError], where: str | None = None) ->
     return error
 
 
-def _unknown(manifest: Manifest, tensors: Mapping[str, np.ndarray]) -> Iterator[SurgeryError]:
+def _unknown(table: SlotTable, tensors: Mapping[str, np.ndarray]) -> Iterator[SurgeryError]:
     for name in tensors:
-        if name not in manifest.by_name:
-            why = near_misses(str(name), manifest.by_name) or f"it has {len(manifest.slots)} others"
+        if name not in table.by_name:
+            why = near_misses(str(name), table.by_name) or f"it has {len(table.slots)} others"
             yield SurgeryError(f"the file has no slot {name!r}", why=why)
 
 
-def _halves(manifest: Manifest, tensors: Mapping[str, np.ndarray]) -> Iterator[SurgeryError]:
-    for (site, _), slots in manifest.groups.items():
+def _halves(table: SlotTable, tensors: Mapping[str, np.ndarray]) -> Iterator[SurgeryError]:
+    for (site, _), slots in table.groups.items():
         given = [slot.tensor for slot in slots if slot.name in tensors]
         lacking = [slot.tensor for slot in slots if slot.name not in tensors]
         if given and lacking:
@@ -63,7 +80,7 @@ def _halves(manifest: Manifest, tensors: Mapping[str, np.ndarray]) -> Iterator[S
 
 
 def _misfit(
-    manifest: Manifest, slot: Slot, tensor: np.ndarray, sizes: dict[str, tuple[int, str]], finite: bool
+    table: SlotTable, slot: Slot, tensor: np.ndarray, sizes: dict[str, tuple[int, str]], finite: bool
 ) -> Iterator[SurgeryError]:
     if not isinstance(tensor, np.ndarray):
         yield SurgeryError("a tensor is no numpy array", where=slot.name, why=f"it is {type(tensor).__name__}")
@@ -82,7 +99,7 @@ def _misfit(
         return
     if slot.free:
         size = tensor.shape[at]
-        if size == 0 and manifest.empty == "zeros1":
+        if size == 0 and table.empty == "zeros1":
             yield SurgeryError(
                 "a tensor is empty", where=slot.name, why='the file is for runtimes without such: "zeros1"'
             )

@@ -14,10 +14,12 @@ import numpy as np
 
 from surgery.errors import SurgeryError
 from surgery.onnx.dtypes import NAMES, dtype_of
+from surgery.onnx.fitting import problems_of
 from surgery.onnx.metadata import metadata_of
+from surgery.onnx.slot import Slot
 from surgery.plain_json import parse_json
 
-__all__ = ["FORMAT", "HALF", "KEY", "SIDECAR", "Manifest", "Slot", "read_manifest"]
+__all__ = ["FORMAT", "HALF", "KEY", "SIDECAR", "Manifest", "read_manifest"]
 
 FORMAT, VERSION = "model-surgery/onnx", 1
 KEY = "surgery.manifest"  # among the metadata of the ONNX file
@@ -35,26 +37,6 @@ _MAY_LACK = ("free", "constants", "versions", "cache")
 _CHOICES = {
     "adapters": ("slots", "constant", "merged"), "slots_as": ("overridable", "inputs"), "empty": ("rank0", "zeros1"),
 }  # fmt: skip
-
-
-@dataclass(frozen=True)
-class Slot:
-    """One tensor that adapters bring: `shape` has None for the axes of `free`, whose size, a rank, is the adapter's.
-
-    `dim`: sizes of one name are the same. `default`, what it is without an adapter: "empty" (of rank 0, or of one of
-    zeros), "zeros", "ones", or "base", the base's own numbers, which stand in the file alone.
-    """
-
-    name: str
-    site: str
-    module: str
-    rule: str
-    tensor: str
-    shape: tuple[int | None, ...]
-    free: tuple[int, ...]
-    dim: str | None
-    dtype: str
-    default: str
 
 
 @dataclass(frozen=True)
@@ -197,8 +179,6 @@ class Manifest:
 
         `finite`: that all their numbers are is known, and not looked at.
         """
-        from surgery.onnx.fitting import problems_of
-
         return problems_of(self, tensors, finite)
 
 
