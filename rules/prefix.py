@@ -14,6 +14,7 @@ from rules._attention import extend, may_write_attention, written_attention
 from rules._fields import whole
 from rules._prefix import differentiable, folded_tensors, gated, keys_and_values, prefixed, shape_held
 from rules._prefix_rows import mixed
+from rules._rotary_keys import turn_of
 from rules.positions import ShiftedRule, known
 from surgery import Combination, LiveSite, Member, Rule, Share, Site, SiteError, Targets, rule, takes_functions
 
@@ -143,8 +144,6 @@ class PrefixRule(Rule):
         return self.replace(length=tensors["key"].shape[1]), tensors
 
     def slot_notes(self, model: nn.Module, module: nn.Module) -> Mapping[str, Any]:
-        from rules.peft._turned import turn_of
-
         return turn_of(model, module)
 
     def slotted(self, slot: Rule, site: LiveSite) -> Mapping[str, Tensor]:

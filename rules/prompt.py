@@ -134,7 +134,10 @@ class PromptRule(Rule):
     def slot(cls, rules: Sequence[Rule], module: nn.Module, path: str) -> Rule | None:
         state = site_state(module)
         facts = next((one.facts for one in state.applied if one.rule is rules[0]), None) if state is not None else None
-        return prompt_slots.slot_of([cast(PromptRule, one) for one in rules], facts)
+        fields = {(one.after, one.whole) for one in cast("Sequence[PromptRule]", rules)}
+        if facts is None or len(fields) > 1:
+            return None
+        return prompt_slots.slot_of(*fields.pop(), facts)
 
     def slotted(self, slot: Rule, site: LiveSite) -> Mapping[str, Tensor]:
         held = cast(prompt_slots.PromptSlotRule, slot)

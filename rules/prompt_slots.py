@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Mapping
+from typing import Any
 
 from torch import Tensor, nn
 
 from rules import _texts, _virtual
 from surgery import Rule, Site, rule
-
-if TYPE_CHECKING:
-    from rules.prompt import PromptRule
 
 
 @rule("prompt-slot")
@@ -51,9 +48,8 @@ class PromptSlotRule(Rule):
         return 0, "length"
 
     def unslotted(self, tensors: Mapping[str, Tensor]) -> tuple[Rule, Mapping[str, Tensor]]:
-        from rules.prompt import PromptRule
-
-        return PromptRule(length=len(tensors["prompt"]), after=self.after, whole=self.whole), tensors
+        prompt = {"rule": "prompt", "length": len(tensors["prompt"]), "after": self.after, "whole": self.whole}
+        return Rule.from_dict(prompt), tensors
 
 
 @rule("prompt-memory-slot")
@@ -70,11 +66,8 @@ class PromptMemorySlotRule(Rule):
         site.replace(mask, site.apply(_virtual.widened, states, mask, None, self.moves))
 
 
-def slot_of(rules: Sequence[PromptRule], facts: Mapping[str, Any] | None) -> PromptSlotRule | None:
-    """The slot that holds any of these prompts of one module, of which `facts` were found when they were put there."""
-    if facts is None or len({(one.after, one.whole) for one in rules}) > 1:
-        return None
-    after, whole = rules[0].after, rules[0].whole
+def slot_of(after: int | None, whole: bool, facts: Mapping[str, Any]) -> PromptSlotRule | None:
+    """The slot for prompts with these fields at a module, of which `facts` were found when they were put there."""
     seen = facts.get("seen", {"pooled": False, "left": True})
     # Where positions hang on token ids, or a head looks for padding in them, ids can't be left out without an adapter.
     if not seen["left"] or (whole and facts["padded"]):

@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from rules._rotary_keys import turned, why_not
 from rules.peft._tasks import task_of, with_head
-from rules.peft._turned import turned, why_not
 from rules.prefix import EVERYWHERE, PrefixRule
 from surgery import PeftConfig, PeftEntry, PeftMethod, PeftPlace, Rule, SurgeryError, peft_method
 

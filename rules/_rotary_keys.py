@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rules.peft._learned import learned
+from rules._learned_positions import learned
 from surgery import SurgeryError, class_of
 
 TURN = "apply_rotary_pos_emb"
