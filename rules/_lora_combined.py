@@ -5,23 +5,21 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, cast
+from typing import cast
 
 import torch
 from torch import Tensor
 
 from rules import _combined
 from rules._layouts import Layout, Part, gain_of, layout_of
+from rules._low_rank import LowRankRule
 from surgery import Combination, Rule, Share
-
-if TYPE_CHECKING:
-    from rules.lora import LoraRule
 
 _STARTS = ("kaiming", "gaussian", "random")  # of any rank, and they leave the base as it is
 
 
 def combined(shares: Sequence[Share], how: Combination) -> tuple[Rule, _combined.Tensors]:
-    rules = [cast("LoraRule", share.rule) for share in shares]
+    rules = [cast(LowRankRule, share.rule) for share in shares]
     dora = next((share for share, rule in zip(shares, rules, strict=True) if rule.dora), None)
     if dora is not None and how.untouched(shares):
         return rules[0], shares[0].params
@@ -51,7 +49,7 @@ def combined(shares: Sequence[Share], how: Combination) -> tuple[Rule, _combined
     return rule, found
 
 
-def _rank(how: Combination, shares: Sequence[Share], rules: Sequence[LoraRule], layouts: Sequence[Layout]) -> int:
+def _rank(how: Combination, shares: Sequence[Share], rules: Sequence[LowRankRule], layouts: Sequence[Layout]) -> int:
     largest = _combined.largest_rank(how)
     if how.method == "svd" and any(rule.dora for rule in rules):  # its ΔW is not of the ranks' sum
         return how.rank or largest
@@ -62,7 +60,7 @@ def _rank(how: Combination, shares: Sequence[Share], rules: Sequence[LoraRule], 
     return rank + 1 if how.whole and not divided and rank % groups == 0 else rank
 
 
-def _rule(rules: Sequence[LoraRule], how: Combination, rank: int, layout: Layout | str) -> LoraRule:
+def _rule(rules: Sequence[LowRankRule], how: Combination, rank: int, layout: Layout | str) -> LowRankRule:
     """The rule of the result, whose scale is 1."""
     first = rules[0]
     return first.replace(
@@ -84,7 +82,7 @@ def _rule(rules: Sequence[LoraRule], how: Combination, rank: int, layout: Layout
 def _factors(
     how: Combination,
     shares: Sequence[Share],
-    rules: Sequence[LoraRule],
+    rules: Sequence[LowRankRule],
     parts: Sequence[Part],
     part: Part,
     rank: int,
@@ -112,7 +110,9 @@ def _matrices(part: Part, A: Tensor, B: Tensor, groups: int) -> tuple[Tensor, Te
     return up.unflatten(0, (groups, -1)), down.unflatten(0, (groups, -1))
 
 
-def _delta(share: Share, rule: LoraRule, part: Part, tensors: tuple[Tensor, ...], scale: float, groups: int) -> Tensor:
+def _delta(
+    share: Share, rule: LowRankRule, part: Part, tensors: tuple[Tensor, ...], scale: float, groups: int
+) -> Tensor:
     """ΔW as (groups, out, in)."""
     A, B = (tensor.to(torch.promote_types(tensor.dtype, torch.float32)) for tensor in tensors)
     delta = part.delta(A, B) * scale
@@ -124,12 +124,12 @@ def _delta(share: Share, rule: LoraRule, part: Part, tensors: tuple[Tensor, ...]
     return rows.unflatten(0, (groups, -1))
 
 
-def united(rules: Mapping[str, LoraRule]) -> Mapping[str, Rule]:
+def united(rules: Mapping[str, LowRankRule]) -> Mapping[str, Rule]:
     """Rules that differ in ranks and alphas alone as one with patterns of whole paths."""
     plain = {"rank": 1, "alpha": 1, "rank_pattern": None, "alpha_pattern": None, "targets": ()}
     plain |= {"exclude": (), "layers": None, "expect": None}
-    groups: list[tuple[LoraRule, list[str]]] = []
-    known: dict[int, list[tuple[LoraRule, list[str]]]] = {}  # by hash
+    groups: list[tuple[LowRankRule, list[str]]] = []
+    known: dict[int, list[tuple[LowRankRule, list[str]]]] = {}  # by hash
     for path, rule in rules.items():
         bare = rule.replace(**plain)
         same = known.setdefault(_hash(bare), [])

@@ -8,23 +8,21 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from rules._layouts import Part, column_norm
+from rules._low_rank import LowRankRule
 from surgery import LiveSite, Rule, RuleError
-
-if TYPE_CHECKING:
-    from rules.lora import LoraRule
 
 # What LoRA's tensors can make up for, or what only matters in training.
 HELD = ("rank", "alpha", "rslora", "rank_pattern", "alpha_pattern", "max_rank", "dropout", "bias", "dtype")
 
 
-def tensors(rule: LoraRule, live: Any, site: LiveSite) -> dict[str, Tensor]:
-    """A LoraRule's tensors as the code of another wants them to compute the same."""
+def tensors(rule: LowRankRule, live: Any, site: LiveSite) -> dict[str, Tensor]:
+    """A rule's tensors as the code of another wants them to compute the same."""
     more = [name for name in ("lora_bias", "dora") if not getattr(rule, name)]  # in code that has them: as if not
     check(rule, live, *HELD, *more)
     if rule.dropout != live.dropout:
@@ -41,7 +39,7 @@ def tensors(rule: LoraRule, live: Any, site: LiveSite) -> dict[str, Tensor]:
     return completed(live, site, made)
 
 
-def completed(rule: LoraRule, site: LiveSite, made: dict[str, Tensor]) -> dict[str, Tensor]:
+def completed(rule: LowRankRule, site: LiveSite, made: dict[str, Tensor]) -> dict[str, Tensor]:
     """With what a rule has beside A and B, where that is not given: such that it changes nothing."""
     parts = rule.layout(site).parts
     for part in parts if rule.dora else ():

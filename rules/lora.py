@@ -9,15 +9,16 @@ from typing import Any, Literal, cast
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from rules import _complex, _fields, _init, _lora_combined, _paths, _swapped
+from rules import _complex, _fields, _init, _lora_combined, _swapped
 from rules._layouts import Layout, Part, column_norm, gain_of, layout_of
+from rules._low_rank import LowRankRule, sure
 from rules.bias import EVERYWHERE, BiasesOf, BiasRule
 from rules.slots import low_rank_slot, low_rank_tensors
 from surgery import Combination, LiveSite, LowRank, Rule, Share, Site, rule
 
 
 @rule("lora")
-class LoraRule(Rule):
+class LoraRule(LowRankRule):
     """y = W x + (alpha / rank) · B A x, with A and B trained and W kept.
 
     >>> from torch import nn
@@ -87,26 +88,12 @@ class LoraRule(Rule):
     def additive(self) -> bool:
         return not self.dora
 
-    def rank_at(self, path: str) -> int:
-        return int(_paths.first(self.rank_pattern, path, self.rank))
-
     def matrices(self, module: nn.Module, path: str) -> Mapping[str, tuple[int, int]] | None:
         """An attention's maps; of a convolution in groups that divide the rank, all groups together."""
         if not isinstance(module, nn.MultiheadAttention) and getattr(module, "groups", 1) == 1:
             return None
-        layout = _sure(layout_of(module, self.rank_at(path)))
+        layout = sure(layout_of(module, self.rank_at(path)))
         return {f"{path}.{part.weight}".strip("."): part.matrix for part in layout.parts}
-
-    def room_at(self, path: str) -> int:
-        """The rank that the tensors have room for, and may use after a `hotswap`."""
-        return self.max_rank or self.rank_at(path)
-
-    def alpha_at(self, path: str) -> float:
-        return _paths.first(self.alpha_pattern, path, self.alpha)
-
-    def scale_at(self, path: str) -> float:
-        rank = self.rank_at(path)
-        return self.alpha_at(path) / (math.sqrt(rank) if self.rslora else rank)
 
     def alike(self, path: str) -> tuple[int, float]:
         return self.rank_at(path), self.alpha_at(path)
@@ -142,7 +129,7 @@ class LoraRule(Rule):
     def rewrite(self, site: Site) -> Tensor | None:
         layout, scale = self.layout(site), self.scale_at(site.path)
         starts = [_init.fill(self.init, which, layout) for which in "AB"]
-        for part, used in zip(layout.parts, self._used(site).parts, strict=True):
+        for part, used in zip(layout.parts, self.used_layout(site).parts, strict=True):
             fills = [_swapped.filled(start, which, used, part) for start, which in zip(starts, "AB", strict=True)]
             A = site.param(part.prefix + "A", part.A, fills[0], dtype=self.dtype)
             B = site.param(
@@ -262,20 +249,7 @@ class LoraRule(Rule):
         return _lora_combined.combined(shares, how)
 
     def united(self, rules: Mapping[str, Rule]) -> Mapping[str, Rule]:
-        return _lora_combined.united(cast("Mapping[str, LoraRule]", rules))
+        return _lora_combined.united(cast("Mapping[str, LowRankRule]", rules))
 
     def alone(self) -> Rule:
         return self.replace(bias="none")
-
-    def layout(self, site: Site | LiveSite) -> Layout:
-        """How A and B lie on the module, with all their room."""
-        return _sure(layout_of(site.module, self.room_at(site.path)))
-
-    def _used(self, site: Site) -> Layout:
-        """How they would lie with room for their own rank alone."""
-        return self.layout(site) if self.max_rank is None else _sure(layout_of(site.module, self.rank_at(site.path)))
-
-
-def _sure(layout: Layout | str) -> Layout:
-    assert isinstance(layout, Layout), layout
-    return layout

@@ -91,13 +91,12 @@ class LowRankSlotRule(Rule):
         return {"A": 0, "B": 1}[name], f"{prefix}{word}"
 
     def unslotted(self, tensors: Mapping[str, Tensor]) -> tuple[Rule, Mapping[str, Tensor]]:
-        from rules.lora import LoraRule
-
         rank = next(len(tensor) for name, tensor in tensors.items() if name.endswith("A"))
         if any(bool((tensor != 1).any()) for name, tensor in tensors.items() if name.endswith("gain")):
             return self.replace(rank=rank), tensors
         kept = {name: tensor for name, tensor in tensors.items() if not name.endswith("gain")}
-        return LoraRule(rank=rank, alpha=rank, lora_bias=self.bias, dtype=self.dtype), kept
+        lora = {"rule": "lora", "rank": rank, "alpha": rank, "lora_bias": self.bias, "dtype": self.dtype}
+        return Rule.from_dict(lora), kept
 
 
 _PARTS = ("q_", "k_", "v_", "out_")

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Protocol
+from collections.abc import Iterator, Mapping
 
 import numpy as np
 
@@ -11,43 +10,24 @@ from surgery.errors import LoadError, SurgeryError, near_misses
 from surgery.onnx.dtypes import told, widened
 from surgery.onnx.slot import Slot
 
-__all__ = ["SlotTable", "listed", "problems_of"]
+__all__ = ["listed", "problems_of"]
 
 
-class SlotTable(Protocol):
-    """What a `Manifest` says of a file's slots."""
-
-    @property
-    def adapters(self) -> str: ...
-
-    @property
-    def empty(self) -> str: ...
-
-    @property
-    def slots(self) -> Sequence[Slot]: ...
-
-    @property
-    def by_name(self) -> Mapping[str, Slot]: ...
-
-    @property
-    def groups(self) -> Mapping[tuple[str, str], Sequence[Slot]]: ...
-
-
-def problems_of(table: SlotTable, tensors: Mapping[str, np.ndarray], finite: bool = False) -> list[SurgeryError]:
+def problems_of(
+    slots: Mapping[str, Slot], tensors: Mapping[str, np.ndarray], *, empty: str, finite: bool = False
+) -> list[SurgeryError]:
     """One error for each unknown name, each site of which a part is given, and each tensor that does not fit.
 
-    `finite`: that all numbers are is known, since they are those that were written.
+    `slots`: a file's, by name, and `empty`: how it has none of a rank, as in its `Manifest`; `finite`: that all numbers
+    are is known, since they are those that were written.
     """
-    if not table.slots:
-        why = f'it was exported with adapters="{table.adapters}"'
-        return [SurgeryError("the file has no slots for adapters", why=why, fix='export_onnx(…, adapters="slots")')]
-    found = list(_unknown(table, tensors))
-    if len(tensors) != len(table.slots) or found:
-        found += _halves(table, tensors)
+    found = list(_unknown(slots, tensors))
+    if len(tensors) != len(slots) or found:
+        found += _halves(slots, tensors)
     sizes: dict[str, tuple[int, str]] = {}
-    for name, slot in table.by_name.items():
+    for name, slot in slots.items():
         if name in tensors:
-            found += _misfit(table, slot, tensors[name], sizes, finite)
+            found += _misfit(slot, tensors[name], sizes, empty, finite)
     if not tensors:
         found.append(SurgeryError("the adapter has no tensors"))
     return found
@@ -63,24 +43,27 @@ def listed(what: str, problems: list[SurgeryError], where: str | None = None) ->
     return error
 
 
-def _unknown(table: SlotTable, tensors: Mapping[str, np.ndarray]) -> Iterator[SurgeryError]:
+def _unknown(slots: Mapping[str, Slot], tensors: Mapping[str, np.ndarray]) -> Iterator[SurgeryError]:
     for name in tensors:
-        if name not in table.by_name:
-            why = near_misses(str(name), table.by_name) or f"it has {len(table.slots)} others"
+        if name not in slots:
+            why = near_misses(str(name), slots) or f"it has {len(slots)} others"
             yield SurgeryError(f"the file has no slot {name!r}", why=why)
 
 
-def _halves(table: SlotTable, tensors: Mapping[str, np.ndarray]) -> Iterator[SurgeryError]:
-    for (site, _), slots in table.groups.items():
-        given = [slot.tensor for slot in slots if slot.name in tensors]
-        lacking = [slot.tensor for slot in slots if slot.name not in tensors]
+def _halves(slots: Mapping[str, Slot], tensors: Mapping[str, np.ndarray]) -> Iterator[SurgeryError]:
+    sites: dict[tuple[str, str], list[Slot]] = {}
+    for slot in slots.values():
+        sites.setdefault((slot.site, slot.rule), []).append(slot)
+    for (site, _), wanted in sites.items():
+        given = [slot.tensor for slot in wanted if slot.name in tensors]
+        lacking = [slot.tensor for slot in wanted if slot.name not in tensors]
         if given and lacking:
             why = f"there is {', '.join(given)} and no {', '.join(lacking)}"
             yield SurgeryError("the adapter has a part of a site", where=site, why=why)
 
 
 def _misfit(
-    table: SlotTable, slot: Slot, tensor: np.ndarray, sizes: dict[str, tuple[int, str]], finite: bool
+    slot: Slot, tensor: np.ndarray, sizes: dict[str, tuple[int, str]], empty: str, finite: bool
 ) -> Iterator[SurgeryError]:
     if not isinstance(tensor, np.ndarray):
         yield SurgeryError("a tensor is no numpy array", where=slot.name, why=f"it is {type(tensor).__name__}")
@@ -99,7 +82,7 @@ def _misfit(
         return
     if slot.free:
         size = tensor.shape[at]
-        if size == 0 and table.empty == "zeros1":
+        if size == 0 and empty == "zeros1":
             yield SurgeryError(
                 "a tensor is empty", where=slot.name, why='the file is for runtimes without such: "zeros1"'
             )

@@ -179,7 +179,10 @@ class Manifest:
 
         `finite`: that all their numbers are is known, and not looked at.
         """
-        return problems_of(self, tensors, finite)
+        if not self.slots:
+            why = f'it was exported with adapters="{self.adapters}"'
+            return [SurgeryError("the file has no slots for adapters", why=why, fix='export_onnx(…, adapters="slots")')]
+        return problems_of(self.by_name, tensors, empty=self.empty, finite=finite)
 
 
 def read_manifest(source: Any) -> Manifest:
