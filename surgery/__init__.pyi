@@ -7,7 +7,7 @@ from .blend import Combination, Share
 from .combining import combine
 from .covering import Coverage, coverage
 from .digraph import as_digraph, graph_of
-from .engine import apply_rules, explain, plan_rules, remove
+from .engine import apply_rules, explain, plan_rules
 from .entry import PeftEntry
 from .errors import (
     LoadError,
@@ -45,6 +45,7 @@ from .peft_format import PeftMethod, PeftPart, PeftPlace, peft_method
 from .plainer import folded_adapter
 from .plan import Plan
 from .registries import takes_functions
+from .removal import remove
 from .routing import route
 from .save import save_adapter
 from .showing import Summary, draw, show, summary

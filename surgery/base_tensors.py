@@ -6,8 +6,9 @@ from collections.abc import Mapping
 
 from torch import Tensor, nn
 
+from surgery.adapter_tensors import whole
 from surgery.exact import unfold
-from surgery.state import site_state, whole
+from surgery.state import site_state
 from surgery.view import tensor_at
 
 __all__ = ["base_tensor"]

@@ -10,13 +10,14 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from surgery.adapter_tensors import first_process, whole
 from surgery.errors import SurgeryError, SurgeryWarning
 from surgery.files import open_tensors
 from surgery.hub_upload import card_of, upload
 from surgery.module_walk import base_modules
 from surgery.save import save_adapter
 from surgery.savers import adapter_keys, kept_names
-from surgery.state import base_parameters, first_process, whole
+from surgery.state import base_parameters
 from surgery.wrapped import plain_name
 
 __all__ = ["save_folder", "save_trained", "write_adapters"]

@@ -10,6 +10,7 @@ from typing import Any, Literal, TypeVar, cast
 import torch
 from torch import Tensor, nn
 
+from surgery.adapter_tensors import tensors_of
 from surgery.asked import asked
 from surgery.base_rule import Rule
 from surgery.blend import Combination, Method, Share, joint_dtype
@@ -27,7 +28,7 @@ from surgery.placing import Placed, put
 from surgery.root import rewritten
 from surgery.sharded import sharding_of
 from surgery.site_facts import MARK
-from surgery.state import Applied, ModelState, name_problem, sites, tensors_of
+from surgery.state import Applied, ModelState, name_problem, sites
 from surgery.view import tensor_at
 
 __all__ = ["combine"]

@@ -8,15 +8,16 @@ from typing import Any, TypeVar
 from torch import nn
 
 from surgery import hf
+from surgery.adapter_tensors import detach
 from surgery.claims import check_free
-from surgery.engine import restore
 from surgery.errors import MergeError, SurgeryError
 from surgery.freezing import thaw_base
 from surgery.journal import Journal
 from surgery.kept import keep_model, keep_site
 from surgery.neutral import verb
+from surgery.removal import restore
 from surgery.root import rewritten
-from surgery.state import _SITE, SiteState, base_parameters, detach, sites
+from surgery.state import _SITE, SiteState, base_parameters, sites
 from surgery.statistics import forget_statistics, keep_statistics
 from surgery.ties import Untied
 from surgery.wrapped import submodule

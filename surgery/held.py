@@ -14,12 +14,12 @@ import torch
 from torch import Tensor, fx, nn
 
 from surgery.deciding import decide, decide_parts
+from surgery.fx_args import plain
 from surgery.guards import check_call, check_parts, check_settings, require, same_settings
 from surgery.guided import traced
 from surgery.kinds import kind_of_call
 from surgery.own import Own
 from surgery.view import view
-from surgery.weave import plain
 
 __all__ = ["Held", "goes_through", "hold", "held_forwards", "new_held"]
 

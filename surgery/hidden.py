@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from surgery.errors import SiteError
-from surgery.lowering import same_dtype
+from surgery.graph_functions import same_dtype
 
 __all__ = ["hidden_of", "with_hidden"]
 

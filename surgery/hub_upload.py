@@ -10,11 +10,12 @@ from typing import Any, Literal
 
 from torch import nn
 
+from surgery.adapter_tensors import tensors_of
 from surgery.entry import PEFT
 from surgery.hub_download import hub_error
 from surgery.root import rewritten
 from surgery.save import save_adapter
-from surgery.state import sites, tensors_of
+from surgery.state import sites
 from surgery.state_dicts import rules_of
 
 __all__ = ["card_of", "push_adapter", "upload"]

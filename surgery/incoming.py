@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from surgery.adapter_tensors import tensors_of
 from surgery.base_rule import Rule
 from surgery.complexes import is_number
 from surgery.entry import Entry
@@ -18,10 +19,11 @@ from surgery.hooks import running
 from surgery.live_site import LiveSite
 from surgery.match import Match, Tree, matches
 from surgery.own import own_forward
-from surgery.plan import Plan, _with_companions
+from surgery.plan import Plan
+from surgery.planner import with_companions
 from surgery.recording import PassedOver, Step, layer_of, recorded
 from surgery.site import ParamSpec
-from surgery.state import Applied, ModelState, adapter_names, site_state, sites, tensors_of
+from surgery.state import Applied, ModelState, adapter_names, site_state, sites
 from surgery.view import tensor_at
 
 __all__ = ["Living", "Making", "incoming", "living", "placed", "step_for"]
@@ -118,7 +120,7 @@ def _goes(rule: Rule, match: Match, adapter: str) -> bool | None:
 
 
 def placed(tree: Tree, rules: list[Rule], problems: list[SurgeryError]) -> Iterator[tuple[Rule, Match]]:
-    for rule, may_miss in _with_companions(rules):
+    for rule, may_miss in with_companions(rules):
         seen: dict[int, Match] = {}
         try:
             for match in matches(tree, rule):

@@ -12,6 +12,7 @@ from torch import Tensor, fx, nn
 from surgery.digraph import as_digraph
 from surgery.errors import SiteError
 from surgery.example import evaluating
+from surgery.fx_args import plain
 from surgery.held import goes_through, hold
 from surgery.own import Own
 from surgery.passed import Passage, left_out
@@ -22,7 +23,6 @@ from surgery.structure import Found, Occurrence, Structure
 from surgery.tape import Tape, Value, ref_of
 from surgery.view import held
 from surgery.watch import unwatched
-from surgery.weave import plain
 
 __all__ = ["Inside"]
 

@@ -11,22 +11,23 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from surgery.adapter_tensors import tensors_of
 from surgery.base_rule import Rule
 from surgery.complexes import is_number
-from surgery.engine import Given, carry_out
 from surgery.entry import Entry, as_it_is, tensor_key
 from surgery.errors import LoadError, RuleError, SurgeryError, SurgeryWarning
 from surgery.files import TensorFile
 from surgery.fingerprint import differences
+from surgery.insertion import Given, carry_out
 from surgery.live_site import LiveSite
 from surgery.load_report import LoadReport
 from surgery.module_walk import RESERVED
 from surgery.neutral import verb
 from surgery.origin import other_model
-from surgery.plan import Plan, make_plan
+from surgery.plan import Plan
+from surgery.planner import make_plan
 from surgery.recording import Step
 from surgery.site import ParamSpec
-from surgery.state import tensors_of
 from surgery.stored import Stored, stored_adapter
 from surgery.view import tensor_at
 from surgery.vocabulary import other_vocabulary, resized, sizes_wanted

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from surgery.absent import without_values
+from surgery.adapter_tensors import box_of, tensors_of
 from surgery.claims import check_free
 from surgery.clash import hidden
 from surgery.errors import MergeError, PlanError, SurgeryError, SurgeryWarning
@@ -30,7 +31,7 @@ from surgery.packed import UNPACKED, is_packed
 from surgery.recording import layer_of
 from surgery.root import rewritten, with_lost
 from surgery.sharded import sharding_of
-from surgery.state import Applied, Merged, SiteState, adapter_names, box_of, sites, tensors_of
+from surgery.state import Applied, Merged, SiteState, adapter_names, sites
 from surgery.ties import Untied, retie, say_untied
 from surgery.view import tensor_at
 

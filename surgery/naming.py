@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 from torch import Tensor, nn
 
 from surgery import hf
+from surgery.adapter_tensors import box_of
 from surgery.claims import check_free, check_unclaimed
 from surgery.errors import SurgeryError
 from surgery.install import reason_against
@@ -19,7 +20,7 @@ from surgery.neutral import verb
 from surgery.placing import Placed, put
 from surgery.root import rewritten
 from surgery.site_facts import MARK
-from surgery.state import Applied, ModelState, adapter_names, box_of, name_problem, site_state
+from surgery.state import Applied, ModelState, adapter_names, name_problem, site_state
 
 __all__ = ["check_whole", "copy_adapter", "rename_adapter"]
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import nn
 
-from surgery.state import AdapterTensors
+from surgery.adapter_tensors import AdapterTensors
 
 __all__ = ["Lent", "hide_hooks", "show_hooks"]
 

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
+from surgery.adapter_tensors import whole
 from surgery.base_rule import Rule
 from surgery.entry import Entry
 from surgery.equal_rules import ByRule
@@ -18,7 +19,7 @@ from surgery.peft_format import PeftMethod, PeftPlace, absolute, is_main, method
 from surgery.peft_targets import Modules, chosen_by
 from surgery.plainer import folded_adapter
 from surgery.spelling import class_of
-from surgery.state import require_state, sites, whole
+from surgery.state import require_state, sites
 from surgery.state_dicts import adapter_state_dict, rules_of
 
 __all__ = ["Described", "described", "taken_over", "written"]

@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from surgery import hf
+from surgery.adapter_tensors import attach, attach_again, box_of
 from surgery.base_rule import Rule
 from surgery.clash import clashes
 from surgery.errors import PlanError, SiteError, SurgeryError
@@ -17,17 +18,7 @@ from surgery.journal import Journal
 from surgery.kept import keep_model, keep_site
 from surgery.own import own_forward
 from surgery.recording import PassedOver, Step, recorded
-from surgery.state import (
-    Applied,
-    Places,
-    SiteState,
-    Standing,
-    attach,
-    attach_again,
-    box_of,
-    require_state,
-    site_state,
-)
+from surgery.state import Applied, Places, SiteState, Standing, require_state, site_state
 from surgery.tape import Layer
 
 __all__ = ["Placed", "put"]

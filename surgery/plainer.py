@@ -6,6 +6,7 @@ from collections.abc import Mapping
 
 from torch import Tensor, nn
 
+from surgery.adapter_tensors import tensors_of
 from surgery.base_rule import Rule
 from surgery.equal_rules import ByRule
 from surgery.errors import RuleError
@@ -13,7 +14,7 @@ from surgery.hooks import running
 from surgery.live_site import LiveSite
 from surgery.module_walk import RESERVED
 from surgery.root import rewritten
-from surgery.state import adapter_names, sites, tensors_of
+from surgery.state import adapter_names, sites
 from surgery.state_dicts import given_tensors
 from surgery.view import held
 

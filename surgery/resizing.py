@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from surgery.adapter_tensors import box_of, tensors_of
 from surgery.claims import check_free
 from surgery.errors import SurgeryError
 from surgery.following import move_record
@@ -22,7 +23,7 @@ from surgery.own import own_forward
 from surgery.recording import recorded
 from surgery.root import rewritten
 from surgery.site import ParamSpec
-from surgery.state import Applied, SiteState, box_of, model_state, site_state, tensors_of
+from surgery.state import Applied, SiteState, model_state, site_state
 from surgery.tape import Layer
 from surgery.view import tensor_at
 

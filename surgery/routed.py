@@ -16,14 +16,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from surgery.adapter_tensors import tensors_of
 from surgery.errors import SurgeryError
 from surgery.install import generated_class
 from surgery.joint_rewrite import routed_layer, routes_itself
-from surgery.lowering import LowRankEdit, is_autocast, low_rank_edit
+from surgery.low_rank_kernel import is_autocast
+from surgery.lowering import LowRankEdit, low_rank_edit
 from surgery.own import Own, own_forward
 from surgery.recording import layer_of
 from surgery.rows import Rows, joined, taken
-from surgery.state import Applied, SiteState, tensors_of
+from surgery.state import Applied, SiteState
 from surgery.tape import Layer, Tape
 from surgery.variants import function_of
 from surgery.weave import OUTPUT, ROWS, woven, woven_edit

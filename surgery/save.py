@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from surgery import files
 from surgery.absent import without_values
+from surgery.adapter_tensors import tensors_of, whole
 from surgery.entry import NAME, OLD, PEFT, SURGERY, VERSION
 from surgery.errors import SurgeryError
 from surgery.fingerprint import fingerprint
@@ -20,7 +21,7 @@ from surgery.moved import check_meant
 from surgery.neutral import neutrally
 from surgery.peft_writing import written
 from surgery.root import rewritten
-from surgery.state import adapter_names, sites, tensors_of, whole
+from surgery.state import adapter_names, sites
 from surgery.state_dicts import adapter_state_dict, rules_of
 from surgery.together import writing
 

@@ -14,9 +14,10 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from surgery.adapter_tensors import tensors_of
 from surgery.errors import SurgeryWarning
 from surgery.module_walk import RESERVED, base_modules, every_path, is_adapters
-from surgery.state import base_parameters, model_state, sites, tensors_of
+from surgery.state import base_parameters, model_state, sites
 from surgery.wrapped import inner_of, plain_name
 
 __all__ = [

@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import fx, nn
 
+from surgery.adapter_tensors import is_adapter_key, tensors_of
 from surgery.errors import MatchError, listed, near_misses
 from surgery.flags import is_lazy
 from surgery.install import recipe_of
@@ -16,7 +17,7 @@ from surgery.links import there
 from surgery.module_walk import every_path
 from surgery.own import own_forward
 from surgery.root import check_all_present, records_in
-from surgery.state import SiteState, is_adapter_key, merged_adapters, site_state, sites, tensors_of
+from surgery.state import SiteState, merged_adapters, site_state, sites
 from surgery.table import table
 from surgery.variants import held_own, layer_at
 from surgery.weave import woven

@@ -5,12 +5,13 @@ from __future__ import annotations
 import torch
 from torch import nn
 
+from surgery.adapter_tensors import AdapterTensors, box_of
 from surgery.errors import SiteError
 from surgery.hooks import running
 from surgery.live_site import LiveSite
 from surgery.own import own_forward
 from surgery.recording import recorded
-from surgery.state import AdapterTensors, box_of, site_state
+from surgery.state import site_state
 from surgery.view import tensor_at
 
 __all__ = ["start"]

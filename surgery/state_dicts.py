@@ -6,6 +6,7 @@ from collections.abc import Mapping
 
 from torch import Tensor, nn
 
+from surgery.adapter_tensors import base_alone, is_adapter_key, tensors_of
 from surgery.base_rule import Rule
 from surgery.errors import SurgeryError, near_misses
 from surgery.journal import Journal
@@ -13,7 +14,7 @@ from surgery.module_walk import RESERVED
 from surgery.neutral import verb
 from surgery.root import check_all_present, records_in, rewritten
 from surgery.sharded import is_flattened, put
-from surgery.state import adapter_names, base_alone, is_adapter_key, sites, tensors_of
+from surgery.state import adapter_names, sites
 from surgery.wrapped import taken_from
 
 __all__ = ["adapter_state_dict", "base_state_dict", "load_adapter_state_dict", "rules_of"]

@@ -11,13 +11,14 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 from torch import Tensor, nn
 
+from surgery.adapter_tensors import AdapterTensors, box_of
 from surgery.errors import SurgeryError
 from surgery.install import reason_against, swap
 from surgery.journal import Journal
 from surgery.links import there
 from surgery.living import class_of_live
 from surgery.reducers import watch_gradients
-from surgery.state import _SITE, AdapterTensors, Applied, ModelState, SiteState, box_of, require_state
+from surgery.state import _SITE, Applied, ModelState, SiteState, require_state
 from surgery.statistics import exchange
 
 __all__ = ["check_none_merged", "check_settled", "set_trained", "switch", "weights_now"]

@@ -9,12 +9,13 @@ import torch
 from torch import Tensor, nn
 
 from surgery.base_rule import Rule
-from surgery.engine import apply_rules, remove
+from surgery.engine import apply_rules
 from surgery.errors import SurgeryError
 from surgery.example import call, equal, random_state
 from surgery.flags import is_lazy
 from surgery.merging import merge, unmerge
-from surgery.plan import make_plan
+from surgery.planner import make_plan
+from surgery.removal import remove
 from surgery.state_dicts import adapter_state_dict
 
 __all__ = ["Snapshot", "assert_equivalent", "assert_reversible"]

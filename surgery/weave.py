@@ -12,54 +12,32 @@ in place keep their order.
 
 from __future__ import annotations
 
-import functools
 import operator
-import sys
-import types
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
 from typing import Any
 
-import torch
 from torch import Tensor, fx, nn
 
+from surgery.called_around import called_around, handing, takes_module
 from surgery.complexes import is_number
 from surgery.deciding import check_decision, decide
-from surgery.effects import draws, is_foreign, writes
+from surgery.effects import draws, is_foreign
 from surgery.errors import SiteError, SurgeryWarning
+from surgery.fx_args import plain
+from surgery.graph_functions import detached, in_dtype, same_dtype, weighted
 from surgery.guards import in_region
-from surgery.lowering import detached, in_dtype, lower, same_dtype, weighted
+from surgery.line_places import END, START, LinePlaces, Place
+from surgery.lowering import lower
 from surgery.own import Own, recorded_own
 from surgery.regions import Inside
 from surgery.repeated import Runs, left_out, repeated, repeated_method, repeated_module
 from surgery.starred import FIRST, first_given, first_names, hidden_first, starred_of, with_first
-from surgery.tape import Layer, Ref, Step, Tape, refs_in, thawed
+from surgery.tape import Layer, Ref, Step, Tape, thawed
+from surgery.terms import Term, acts, behind, mapped, node_of, sources_of, swapped, terms_in, value_operands
 from surgery.view import base_forward, call_child
 
-__all__ = ["called_around", "plain", "trace_site", "woven", "woven_edit", "woven_held"]
-
-
-@dataclass(eq=False)
-class _Term:
-    """One value of the forward to be: an fx node before it is written."""
-
-    op: str
-    target: Any
-    args: Any = ()
-    kwargs: Any = field(default_factory=dict)
-    origin: str = ""
-    node: fx.Node | None = None
-    open: bool = False
-    around: bool = False  # a call of `called_around`
-    place: tuple[int, int, int] = (0, 0, 0)  # the forward's operation; before it, at it or after it; the order
-
-    @property
-    def writes(self) -> bool:
-        if isinstance(self.target, Inside):
-            op = "call_method" if isinstance(self.target.function, str) else "call_function"
-            return writes(op, self.target.function, self.args, self.kwargs)
-        return writes(self.op, self.target, self.args, self.kwargs)
+__all__ = ["trace_site", "woven", "woven_edit", "woven_held"]
 
 
 def woven(own: Own, layers: Sequence[Layer], training: bool, lowered: bool = True) -> fx.Graph:
@@ -128,13 +106,13 @@ class _Weaver:
         self.own = own
         self.training = False
         self.now: dict[Ref, Any] = {}  # what stands for a value at present: a term, or a structure of terms
-        self.terms: list[_Term] = []
-        self.effects: list[_Term] = []  # terms that run for what they do, whether or not their result is used
+        self.terms: list[Term] = []
+        self.effects: list[Term] = []  # terms that run for what they do, whether or not their result is used
         self.needed: set[int] = set()  # ids of these, once the graph is written
-        self.replacements: list[list[_Term]] = []  # for each layer: the terms that it puts in the place of others
-        self.ordered: list[tuple[str, list[_Term]]] = []  # lines of rewrites that write in place, in their order
+        self.replacements: list[list[Term]] = []  # for each layer: the terms that it puts in the place of others
+        self.ordered: list[tuple[str, list[Term]]] = []  # lines of rewrites that write in place, in their order
         self.places: dict[str, int] = {}  # which operation of the forward a node is
-        self.call: _Term | None = None  # an opaque site's call of its base
+        self.call: Term | None = None  # an opaque site's call of its base
         self.kept: dict[str, Any] = {}  # functions that rules put others around
 
     def base(self, training: bool) -> None:
@@ -148,7 +126,7 @@ class _Weaver:
             self._acting(self._base_steps(self.own.tapes[training]))
         self.now[Ref("base", "")] = self.now[Ref("output", "")]
 
-    def _base_steps(self, tape: Tape) -> list[_Term]:
+    def _base_steps(self, tape: Tape) -> list[Term]:
         made = self._play(tape, "", "")
         for index, term in enumerate(made):
             term.place = (index, 0, 0)
@@ -174,7 +152,7 @@ class _Weaver:
             self.now[Ref("input", names["**"])] if "**" in names else {},
         )
 
-    def _with_first(self, new: Any, origin: str) -> dict[str, _Term]:
+    def _with_first(self, new: Any, origin: str) -> dict[str, Term]:
         """The forward's `*args` and `**kwargs` with another first input, by their names."""
         values = (first_names(self.own.base), new, *self._starred())
         given = self._term("call_function", with_first, values, origin=origin)
@@ -184,7 +162,7 @@ class _Weaver:
             for star, name in starred_of(self.own.signature).items()
         }
 
-    def _operations(self, graph: fx.Graph) -> list[_Term]:
+    def _operations(self, graph: fx.Graph) -> list[Term]:
         """The operations of a traced graph. A rule knows each as ("inside", the name of its node)."""
         terms: dict[fx.Node, Any] = {}
         for node in graph.nodes:
@@ -206,27 +184,27 @@ class _Weaver:
             self.now[Ref("inside", node.name)] = terms[node]
         return [term for node, term in terms.items() if node.op.startswith("call_")]
 
-    def _kept(self, name: str) -> _Term:
+    def _kept(self, name: str) -> Term:
         return self._term("call_function", operator.getitem, (self._before(KEPT), name))
 
-    def _before(self, name: str) -> _Term:
+    def _before(self, name: str) -> Term:
         """An input that comes before the forward's own."""
         ref = Ref("input", name)
         if ref not in self.now:
             self.now[ref] = self._term("placeholder", name)
         return self.now[ref]
 
-    def _acting(self, made: list[_Term]) -> None:
+    def _acting(self, made: list[Term]) -> None:
         """Note what runs for what it does: what writes in place, and what nobody uses."""
         unused = {id(term) for term in self._unused(made)}
         self.effects += [term for term in made if id(term) in unused or term.writes]
 
-    def _unused(self, made: list[_Term]) -> list[_Term]:
-        used = {id(inner) for term in self.terms for inner in _terms_in((term.args, term.kwargs))}
-        used |= {id(term) for term in _terms_in(self.now[Ref("output", "")])}
+    def _unused(self, made: list[Term]) -> list[Term]:
+        used = {id(inner) for term in self.terms for inner in terms_in((term.args, term.kwargs))}
+        used |= {id(term) for term in terms_in(self.now[Ref("output", "")])}
         return [term for term in made if id(term) not in used]
 
-    def _opaque(self, inputs: dict[str, Any], tensors: dict[str, Any], origin: str = "") -> _Term:
+    def _opaque(self, inputs: dict[str, Any], tensors: dict[str, Any], origin: str = "") -> Term:
         positional, more, named, extra = [], (), {}, {}
         if FIRST in inputs:
             inputs = {**inputs, **self._with_first(inputs[FIRST], origin)}
@@ -272,7 +250,7 @@ class _Weaver:
             if step.kind == "replace":
                 output = thawed(step.args[1], resolve)
             else:
-                node = _node_of(step, thawed(step.args, resolve))
+                node = node_of(step, thawed(step.args, resolve))
                 ops[index] = self._term(*node, thawed(step.kwargs, resolve), origin)
         return output
 
@@ -281,21 +259,21 @@ class _Weaver:
         before = self.now[Ref("output", "")]
         self.replacements.append([])
         made = self._play(layer.tape, layer.adapter, origin, layer.weight)
-        self.effects += [term for term in made if term.writes or _acts(term)]
+        self.effects += [term for term in made if term.writes or acts(term)]
         after = self.now[Ref("output", "")]
-        if after is not before and isinstance(after, _Term) and isinstance(before, _Term) and not _alone(after, before):
+        if after is not before and isinstance(after, Term) and isinstance(before, Term) and not _alone(after, before):
             # A module's output keeps its dtype, whatever precision an adapter computes in.
             self.now[Ref("output", "")] = self._term("call_function", same_dtype, (after, before), origin=origin)
 
-    def _play(self, tape: Tape, adapter: str, origin: str, weight: float = 1.0) -> list[_Term]:
+    def _play(self, tape: Tape, adapter: str, origin: str, weight: float = 1.0) -> list[Term]:
         """Run a tape's steps. Inputs and parameters are what stood there before the tape; the output and what is inside
         the forward, what stands there by then; operands of a match follow what the tape puts in their place."""
         seen = dict(self.now)
         earlier = list(self.terms)
-        made: list[_Term] = []
-        reads: list[_Term] = []
+        made: list[Term] = []
+        reads: list[Term] = []
         moved: set[Ref] = set()  # what the tape has replaced for all that uses it
-        places = _Places(tape, self.places)
+        places = LinePlaces(tape, self.places)
 
         def resolve(ref: Ref) -> Any:
             if ref.kind == "op":
@@ -319,7 +297,7 @@ class _Weaver:
         def read(ref: Ref) -> Any:
             """A value as an operand. What may be replaced later in the tape stands behind a term of its own."""
             found = resolve(ref)
-            if not (ref.read or ref.kind == "output" and self.places) or not isinstance(found, _Term):
+            if not (ref.read or ref.kind == "output" and self.places) or not isinstance(found, Term):
                 return found
             reads.append(self._term("read", "", (found,), origin=origin, place=places.of(ref, found)))
             return reads[-1]
@@ -331,21 +309,21 @@ class _Weaver:
             if step.kind == "replace":
                 self._replace(step, resolve, read, [*earlier, *reads], weight)
                 if self.replacements:
-                    self.replacements[-1] += _terms_in(_behind(self.now[step.args[0]]))
+                    self.replacements[-1] += terms_in(behind(self.now[step.args[0]]))
                 moved |= {ref for ref in step.args[:1] if ref.kind == "inside" and not step.kwargs}
                 continue
             args, kwargs = thawed(step.args, read), thawed(step.kwargs, read)
             if step.kind == "around":
-                self._around(self._term("call_function", step.target, args, origin=origin), _behind(kwargs["at"]))
+                self._around(self._term("call_function", step.target, args, origin=origin), behind(kwargs["at"]))
                 continue
             begin = len(self.terms)
             args, kwargs = (
-                _handing(value, lambda function: self._term("call_function", function)) for value in (args, kwargs)
+                handing(value, lambda function: self._term("call_function", function)) for value in (args, kwargs)
             )
             if step.kind == "own":
                 ops[index] = self._again(args, kwargs, origin)
             else:
-                op, target, args = _node_of(step, args)
+                op, target, args = node_of(step, args)
                 if target is check_decision and self.own.held is not None:
                     target, args = decide, (*args, False)
                 elif step.region is not None:
@@ -359,7 +337,7 @@ class _Weaver:
             self.ordered.append((origin, made))
         return made
 
-    def _around(self, made: _Term, at: _Term | None) -> None:
+    def _around(self, made: Term, at: Term | None) -> None:
         if at is not None:
             self._wrap(at, made)
         elif self.own.held is not None:
@@ -369,7 +347,7 @@ class _Weaver:
                     why="another rule goes through them (site.find with leaves=False): there is no call to be around",
                     fix="apply one of the two rules, or put both edits into one rule",
                 )
-            for term in [term for term in self.terms if _takes_module(term)]:
+            for term in [term for term in self.terms if takes_module(term)]:
                 self._wrap(term, made)
         elif self.call is not None:
             inner, around = self.call.args[:6], self.call.args[6:] or ((),)
@@ -377,7 +355,7 @@ class _Weaver:
         else:
             raise SiteError("a forward that is held as operations takes no functions from a registry")
 
-    def _wrap(self, term: _Term, made: _Term) -> None:
+    def _wrap(self, term: Term, made: Term) -> None:
         """Put what `made` gives around the function that a term calls."""
         if not term.around:
             name = f"_around_{len(self.kept)}"
@@ -386,38 +364,38 @@ class _Weaver:
             term.target, term.args, term.around = called_around, (function, (), *term.args), True
         term.args = (term.args[0], (*term.args[1], made), *term.args[2:])
 
-    def _replace(self, step: Step, resolve: Any, read: Any, users: list[_Term], weight: float) -> None:
+    def _replace(self, step: Step, resolve: Any, read: Any, users: list[Term], weight: float) -> None:
         ref, frozen = step.args
         new = thawed(frozen, read)
         if weight != 1.0:
             new = self._weighted(resolve(ref), new, weight)
         output = Ref("output", "")
-        old = _behind(self.now.get(output) if ref == output else resolve(ref))
-        if isinstance(old, _Term) and _behind(new) is not old:
+        old = behind(self.now.get(output) if ref == output else resolve(ref))
+        if isinstance(old, Term) and behind(new) is not old:
             self.effects = [term for term in self.effects if term is not old]  # it wrote what is replaced
         if ref == output:
             self.now[ref] = new
             return
         if ref.kind == "inside":
             new = self._in_dtype_of(str(ref.key), new, old)
-        only = [_behind(resolve(user)) for user in step.kwargs]
-        inside = {id(term) for term in _slice(new)}
+        only = [behind(resolve(user)) for user in step.kwargs]
+        inside = {id(term) for term in sources_of(new)}
         for term in only or users:
             if term.op != "read" or id(term) not in inside:  # its own operands stay what they are
-                term.args, term.kwargs = _swapped(term.args, old, new), _swapped(term.kwargs, old, new)
+                term.args, term.kwargs = swapped(term.args, old, new), swapped(term.kwargs, old, new)
         if ref.kind == "state" and self.call is not None:
             itself, tensors, *rest = self.call.args
             self.call.args = (itself, {**tensors, str(ref.key): new}, *rest)
         elif ref.kind == "state":
             self._give_to_child(str(ref.key), new)
         if not only:
-            self.now[output] = _swapped(self.now[output], old, new)
+            self.now[output] = swapped(self.now[output], old, new)
         self.now[ref] = new
         if ref == Ref("input", FIRST):
-            for name, given in self._with_first(new, new.origin if isinstance(new, _Term) else "").items():
+            for name, given in self._with_first(new, new.origin if isinstance(new, Term) else "").items():
                 before = self.now[Ref("input", name)]
                 for term in (term for term in users if term.target is not first_given):
-                    term.args, term.kwargs = _swapped(term.args, before, given), _swapped(term.kwargs, before, given)
+                    term.args, term.kwargs = swapped(term.args, before, given), swapped(term.kwargs, before, given)
                 self.now[Ref("input", name)] = given
 
     def _give_to_child(self, path: str, new: Any) -> None:
@@ -433,28 +411,24 @@ class _Weaver:
 
     def _weighted(self, old: Any, new: Any, weight: float) -> Any:
         """`new` with what it changes of `old` multiplied; a sum stays a sum, so that fast forms are found in it."""
-        old = _behind(old)
-        if (
-            isinstance(new, _Term)
-            and new.target is operator.add
-            and sum(_behind(item) is old for item in new.args) == 1
-        ):
-            added = _behind(next(item for item in new.args if _behind(item) is not old))
+        old = behind(old)
+        if isinstance(new, Term) and new.target is operator.add and sum(behind(item) is old for item in new.args) == 1:
+            added = behind(next(item for item in new.args if behind(item) is not old))
             scale: Any = weight
-            if isinstance(added, _Term) and added.target is operator.mul and type(added.args[1]) in (int, float):
+            if isinstance(added, Term) and added.target is operator.mul and type(added.args[1]) in (int, float):
                 added, scale = added.args[0], added.args[1] * weight
             change = self._term("call_function", operator.mul, (added, scale), origin=new.origin)
             return self._term("call_function", operator.add, (old, change), origin=new.origin)
-        origin = new.origin if isinstance(new, _Term) else ""
+        origin = new.origin if isinstance(new, Term) else ""
         return self._term("call_function", weighted, (old, new, weight), origin=origin)
 
-    def _in_dtype_of(self, name: str, new: Any, old: _Term) -> Any:
+    def _in_dtype_of(self, name: str, new: Any, old: Term) -> Any:
         """A value inside a forward keeps its dtype, whatever precision an adapter computes in: code may go by it."""
         node = next(node for node in self.own.held.nodes if node.name == name) if self.own.held is not None else None
-        if node is not None and node.target is in_region and node.args[0][2] is False and isinstance(new, _Term):
+        if node is not None and node.target is in_region and node.args[0][2] is False and isinstance(new, Term):
             new = self._term("call_function", detached, (new,), origin=new.origin or old.origin)  # under torch.no_grad
         dtype = node.meta.get("dtype") if node is not None else None
-        if dtype is None or not is_number(dtype) or not isinstance(new, _Term):
+        if dtype is None or not is_number(dtype) or not isinstance(new, Term):
             return new
         return self._term("call_function", in_dtype, (new, dtype), origin=new.origin or old.origin)
 
@@ -468,8 +442,8 @@ class _Weaver:
 
     def _term(
         self, op: str, target: Any, args: Any = (), kwargs: Any = None, origin: str = "", place: Place | None = None
-    ) -> _Term:
-        term = _Term(op, target, args, {} if kwargs is None else kwargs, origin)
+    ) -> Term:
+        term = Term(op, target, args, {} if kwargs is None else kwargs, origin)
         there = op in ("placeholder", "get_attr") or target is first_given
         term.place = (*(place or (START if there else END)), len(self.terms))
         self.terms.append(term)
@@ -489,13 +463,13 @@ class _Weaver:
             starred = {parameter.VAR_POSITIONAL: "*", parameter.VAR_KEYWORD: "**"}.get(parameter.kind, "")
             inputs[name].node = graph.placeholder(starred + name, default_value=parameter.default)
         output = self.now[Ref("output", "")]
-        needed: dict[int, _Term] = {}
-        waiting = [*_terms_in(output), *self.effects]
+        needed: dict[int, Term] = {}
+        waiting = [*terms_in(output), *self.effects]
         while waiting:
             term = waiting.pop()
             if id(term) not in needed:
                 needed[id(term)] = term
-                waiting += _terms_in((term.args, term.kwargs))
+                waiting += terms_in((term.args, term.kwargs))
         self._counted(needed)
         if self.call is not None and id(self.call) not in needed and len(self.own.signature.parameters) > 1:
             itself, _, *given = self.call.args[:6]
@@ -530,12 +504,12 @@ class _Weaver:
     def _reached(self) -> set[int]:
         """Ids of all terms whose values the output or an effect depends on."""
         reached: set[int] = set()
-        waiting = [*_terms_in(self.now[Ref("output", "")]), *self.effects]
+        waiting = [*terms_in(self.now[Ref("output", "")]), *self.effects]
         while waiting:
             term = waiting.pop()
             if id(term) not in reached:
                 reached.add(id(term))
-                waiting += _terms_in((_valued(term), term.kwargs))
+                waiting += terms_in((value_operands(term), term.kwargs))
         return reached
 
     def _hidden_by(self, layers: Sequence[Layer], index: int) -> int | None:
@@ -553,9 +527,9 @@ class _Weaver:
             most = number
         return None
 
-    def _counted(self, needed: dict[int, _Term]) -> None:
+    def _counted(self, needed: dict[int, Term]) -> None:
         """Let what edits run more than once see to it that it may: the own forward as it is, a module, an object."""
-        same: dict[tuple, list[_Term]] = {}
+        same: dict[tuple, list[Term]] = {}
         for term in needed.values():
             if term.target is base_forward and (term is self.call or not term.args[1]):
                 same.setdefault((base_forward,), []).append(term)
@@ -589,13 +563,13 @@ class _Weaver:
                 )
 
     def _nodes(self, value: Any, graph: fx.Graph) -> Any:
-        return _mapped(value, lambda term: self._write(term, graph))
+        return mapped(value, lambda term: self._write(term, graph))
 
-    def _write(self, term: _Term, graph: fx.Graph) -> fx.Node:
+    def _write(self, term: Term, graph: fx.Graph) -> fx.Node:
         waiting = [term]  # not by recursion: each live adapter adds to what the one before it made
         while waiting:
             now = waiting[-1]
-            lacking = [] if now.node is not None else [t for t in _terms_in((now.args, now.kwargs)) if t.node is None]
+            lacking = [] if now.node is not None else [t for t in terms_in((now.args, now.kwargs)) if t.node is None]
             if lacking:
                 if around := next((other for other in lacking if other.open), None):
                     raise SiteError(
@@ -608,11 +582,11 @@ class _Weaver:
                 continue
             waiting.pop()
             if now.op == "read":
-                now.node = now.args[0].node if isinstance(now.args[0], _Term) else now.args[0]
+                now.node = now.args[0].node if isinstance(now.args[0], Term) else now.args[0]
             if now.node is None:
                 if now.target is decide and now.origin:
                     now.args = (*now.args[:3], any(_leaves_a_trace(node) for node in graph.nodes))
-                args, kwargs = (_mapped(value, lambda made: made.node) for value in (now.args, now.kwargs))
+                args, kwargs = (mapped(value, lambda made: made.node) for value in (now.args, now.kwargs))
                 now.node = graph.create_node(now.op, now.target, args, kwargs)
                 now.node.meta["surgery"] = now.origin
                 if now.writes:
@@ -625,205 +599,20 @@ class _Weaver:
         return term.node
 
 
-def called_around(function: Any, around: tuple, *args: Any, **kwargs: Any) -> Any:
-    """`function(*args)` with functions around it, the last one outermost."""
-    for outer in around:
-        function = functools.partial(outer, function)
-    return function(*args, **kwargs)
-
-
-def _takes_module(term: _Term) -> bool:
-    """Whether it calls a function from a registry: the only ones in a traced graph that are given a module."""
-    if term.op != "call_function" or term.origin:
-        return False
-    args = term.args[2:] if term.around else term.args
-    first = args[0] if args else None
-    return isinstance(first, _Term) and (first.op, first.target) == ("get_attr", "_surgery_self")
-
-
-def plain(value: Any, shown: Callable[[fx.Node], Any]) -> Any:
-    """An argument of a node of fx in plain containers, with what `shown` gives for nodes."""
-    if isinstance(value, fx.Node):
-        return shown(value)
-    if isinstance(value, (tuple, list)):
-        items = [plain(item, shown) for item in value]
-        return tuple(items) if isinstance(value, tuple) else items
-    if isinstance(value, dict):
-        return {key: plain(item, shown) for key, item in value.items()}
-    if isinstance(value, slice):
-        return slice(*(plain(item, shown) for item in (value.start, value.stop, value.step)))
-    return value
-
-
 # Inputs that come before a forward's own: what tells which rows are whose, the output, functions and objects it keeps.
 ROWS, OUTPUT, KEPT = "_surgery_rows", "_surgery_output", "_surgery_kept"
-
-
-def _node_of(step: Step, args: Any) -> tuple[str, Any, Any]:
-    if step.kind == "attribute":
-        return "call_function", getattr, (*args, step.target)
-    kinds = {"function": "call_function", "method": "call_method", "module": "call_module"}
-    return kinds[step.kind], step.target, args
-
-
-def _acts(term: _Term) -> bool:
-    """Whether a line of a rewrite, besides one that writes in place, runs though nobody uses its result."""
-    if isinstance(term.target, Inside):
-        op = "call_method" if isinstance(term.target.function, str) else "call_function"
-        return _acts(_Term(op, term.target.function, term.args, term.kwargs))
-    known = term.target in (decide, check_decision)
-    return known or draws(term.op, term.target, term.args, term.kwargs) or is_foreign(term.op, term.target)
 
 
 def _leaves_a_trace(node: fx.Node) -> bool:
     return bool({"writes", "draws"} & node.meta.keys()) or is_foreign(node.op, node.target)
 
 
-def _valued(term: _Term) -> Any:
-    """The operands of a term without those of which it reads the shape or dtype alone."""
-    if term.target is same_dtype:
-        return term.args[0]
-    shape_alone = term.target in _LIKE or term.target is getattr and term.args[1] in ("shape", "dtype", "device")
-    return term.args[1:] if shape_alone or term.op == "call_method" and term.target in _LIKE_METHODS else term.args
-
-
-_LIKE = (torch.zeros_like, torch.ones_like, torch.empty_like, torch.full_like, torch.rand_like, torch.randn_like)
-_LIKE_METHODS = ("size", "dim", "numel", "new_zeros", "new_ones", "new_empty", "new_full", "new_tensor")
-
-
-def _behind(term: Any) -> Any:
-    """The term that a reading of it stands for."""
-    while isinstance(term, _Term) and term.op == "read":
-        term = term.args[0]
-    return term
-
-
-def _slice(value: Any) -> list[_Term]:
-    """All terms that a value is computed from."""
-    found: dict[int, _Term] = {}
-    waiting = _terms_in(value)
-    while waiting:
-        term = waiting.pop()
-        if id(term) not in found:
-            found[id(term)] = term
-            waiting += _terms_in((term.args, term.kwargs))
-    return list(found.values())
-
-
-class _Places:
-    """Where the lines of a tape stand in the forward: (which operation, before or after it)."""
-
-    def __init__(self, tape: Tape, nodes: Mapping[str, int]):
-        self.tape, self.nodes = tape, nodes
-        self.writes = any(_writes(step) for step in tape.steps)
-        self.at: list[Place] = [START] * len(tape.steps)
-        self.last = START
-        self.until = self._deadlines() if nodes else {}
-
-    def of(self, ref: Ref, term: Any) -> Place:
-        if ref.read:
-            return (self.nodes.get(ref.read, -1), -1)
-        if ref.kind in ("output", "base"):
-            return END
-        if ref.kind == "op":
-            return self.at[int(ref.key)]
-        if ref.kind in ("param", "state", "training", "this", "rows") or not isinstance(term, _Term):
-            return START
-        return (term.place[0], term.place[1] or 1)
-
-    @staticmethod
-    def sources(step: Step) -> list[Ref]:
-        return [*refs_in(step.args), *refs_in(step.kwargs)]
-
-    def step(self, index: int, terms: Iterable[Any]) -> Place:
-        step = self.tape.steps[index]
-        place = max((self.of(ref, term) for ref, term in zip(self.sources(step), terms, strict=True)), default=START)
-        if step.late and step.target is not check_decision and self.until.get(index, END) >= END:
-            place = END
-        if self.writes:
-            place = max(place, self.last)
-        self.at[index] = self.last = place
-        return place
-
-    def _deadlines(self) -> dict[int, Place]:
-        """Before which operation a line has to be done, since what it computes takes the place of something inside."""
-        until: dict[int, Place] = {}
-        for index in range(len(self.tape.steps) - 1, -1, -1):
-            step = self.tape.steps[index]
-            limit = until.get(index, END)
-            if step.kind == "replace" and step.args[0].kind in ("inside", "made"):
-                limit = (self.nodes.get(str(step.args[0].key), -1), 1)
-            for ref in self.sources(step):
-                if ref.kind == "op":
-                    until[int(ref.key)] = min(limit, until.get(int(ref.key), END))
-        return until
-
-
-def _writes(step: Step) -> bool:
-    kinds = {"function": "call_function", "method": "call_method"}
-    if step.kind not in kinds:
-        return False
-    return writes(kinds[step.kind], step.target, thawed(step.args, _same), thawed(step.kwargs, _same))
-
-
-def _same(ref: Ref) -> Ref:
-    return ref
-
-
-Place = tuple[int, int]
-START, END = (-1, 1), (sys.maxsize, 1)
-
-
-def _alone(after: _Term, before: _Term) -> bool:
+def _alone(after: Term, before: Term) -> bool:
     """Whether an output that is cast already needs nothing of the one before, which then is not computed."""
     casts = (after.op, after.target) == ("call_method", "to") or after.target is in_dtype
     if not casts and not getattr(after.target, "keeps_dtype", False):
         return False
-    return all(term is not _behind(before) for term in _slice(after))
-
-
-def _mapped(value: Any, change: Any) -> Any:
-    if isinstance(value, _Term):
-        return change(value)
-    if type(value) in (tuple, list):
-        return type(value)(_mapped(item, change) for item in value)
-    if isinstance(value, dict):
-        return {key: _mapped(item, change) for key, item in value.items()}
-    if isinstance(value, slice):
-        return slice(*(_mapped(item, change) for item in (value.start, value.stop, value.step)))
-    return value
-
-
-def _handing(value: Any, term: Any) -> Any:
-    """Arguments in which functions are terms: code has no other way to write them."""
-    if isinstance(value, types.FunctionType | types.BuiltinFunctionType):
-        return term(HandedOn(value))
-    if type(value) in (tuple, list):
-        return type(value)(_handing(item, term) for item in value)
-    return {key: _handing(item, term) for key, item in value.items()} if isinstance(value, dict) else value
-
-
-class HandedOn:
-    """A function that a rewrite gives to another one: a call of this says it."""
-
-    def __init__(self, function: Any):
-        self.function = function
-        self.__name__ = (
-            f"{function.__module__}_{function.__qualname__}".replace(".", "_").replace("<", "").replace(">", "")
-        )
-
-    def __call__(self) -> Any:
-        return self.function
-
-
-def _swapped(value: Any, old: _Term, new: Any) -> Any:
-    return _mapped(value, lambda term: new if term is old else term)
-
-
-def _terms_in(value: Any) -> list[_Term]:
-    found: list[_Term] = []
-    _mapped(value, lambda term: found.append(term))
-    return found
+    return all(term is not behind(before) for term in sources_of(after))
 
 
 def _known(seen: dict[Ref, Any]) -> str:

@@ -18,7 +18,9 @@ from torch.utils.checkpoint import checkpoint
 
 from rules import LoraRule
 from surgery import Rule, Site, apply_rules, remove, rule, show
-from surgery.lowering import low_rank_linear, lower, tensor_of
+from surgery.graph_functions import tensor_of
+from surgery.low_rank_kernel import low_rank_linear
+from surgery.lowering import lower
 from surgery.own import own_forward
 from surgery.recording import layer_of
 from surgery.state import site_state

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from rules import AdaLoraRule, LohaRule, LokrRule, LoraRule, MissRule, RandLoraRule, VeraRule
 from surgery import SiteError, activate, apply_rules, merge
-from surgery.lowering import low_rank_linear
+from surgery.low_rank_kernel import low_rank_linear
 from surgery.onnx.given import Given
 from surgery.onnx.prepare import Settings
 from surgery.onnx.program import Lifted, program_of, split_factors

@@ -9,10 +9,10 @@ from collections.abc import Iterator, Mapping, Sequence
 import torch
 from torch import Tensor, fx, nn
 
-from surgery.engine import remove
 from surgery.errors import SurgeryError
 from surgery.merging import unmerged
 from surgery.onnx.windows import whole_windows
+from surgery.removal import remove
 from surgery.root import records_in
 from surgery.state import _MODEL, _SITE, model_state, sites
 from surgery.switching import switch, weights_now

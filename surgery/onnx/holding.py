@@ -10,7 +10,6 @@ import numpy as np
 from torch import Tensor, nn
 
 from surgery.activation import active
-from surgery.engine import remove
 from surgery.errors import ParityError, SurgeryError
 from surgery.merging import unmerged
 from surgery.onnx.copies import leave_live, sharing_copy
@@ -18,6 +17,7 @@ from surgery.onnx.given import Given, array_of
 from surgery.onnx.manifest import Manifest
 from surgery.onnx.names import LAYOUT
 from surgery.onnx.prepare import PREPARE, Settings
+from surgery.removal import remove
 from surgery.state import adapter_names, model_state, require_state
 
 __all__ = ["check_file", "check_weights", "opened", "ran"]

@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from surgery import lowering
+from surgery import graph_functions, low_rank_kernel
 
 __all__ = ["Factor", "by_name", "translations", "written_out"]
 
@@ -63,13 +63,13 @@ def by_name(lifted: Sequence[Any]) -> Iterator[None]:
             y = F.linear(x, weight, bias)
         for A, B, scale in pairs:
             if not isinstance(A, Factor):  # a constant of the file
-                y = lowering.same_dtype(y + F.linear(F.linear(x.to(A.dtype), A), B) * scale, y)
+                y = graph_functions.same_dtype(y + F.linear(F.linear(x.to(A.dtype), A), B) * scale, y)
         return y
 
     for one in lifted:
         one.box.__dict__[one.key] = Factor(one.name, one.tensor.dtype)
     try:
-        with lowering.layers_by(layer):
+        with low_rank_kernel.layers_by(layer):
             yield
     finally:
         for one in lifted:

@@ -13,11 +13,12 @@ from torch import Tensor, nn
 from surgery._lowrank import LowRank
 from surgery._record import Record
 from surgery.activation import activate
+from surgery.adapter_tensors import tensors_of
 from surgery.base_rule import Rule
-from surgery.engine import carry_out, remove
 from surgery.errors import SurgeryError
 from surgery.exact import unfold
 from surgery.hooks import running
+from surgery.insertion import carry_out
 from surgery.live_site import LiveSite
 from surgery.merging import unmerged
 from surgery.module_walk import RESERVED
@@ -25,8 +26,9 @@ from surgery.onnx.arranged import Left, arranged, exactly
 from surgery.onnx.copies import changing
 from surgery.onnx.given import Given
 from surgery.onnx.program import Lifted
-from surgery.plan import make_plan
-from surgery.state import ModelState, SiteState, adapter_names, model_state, require_state, sites, tensors_of
+from surgery.planner import make_plan
+from surgery.removal import remove
+from surgery.state import ModelState, SiteState, adapter_names, model_state, require_state, sites
 from surgery.state_dicts import adapter_state_dict, load_adapter_state_dict
 from surgery.view import tensor_at
 
