@@ -39,9 +39,9 @@ def why_not(name: str, layout: Layout, is_complex: bool = False) -> str | None:
     return None
 
 
-def fill(name: str, which: str, layout: Layout) -> Callable[[Tensor], Any]:
+def fill(name: str, which: str, part: Part) -> Callable[[Tensor], Any]:
     """What fills A or B in place, where each is filled by itself."""
-    if layout.kind == "embedding":  # here it is A that starts at zero, so that looking up costs nothing
+    if part.looked_up:  # here it is A that starts at zero, so that looking up costs nothing
         return Tensor.zero_ if which == "A" and name != "random" else nn.init.normal_
     if which == "B":
         return _kaiming if name == "random" else Tensor.zero_

@@ -28,6 +28,7 @@ class Part:
     B: tuple[int, ...]
     turned: bool = False  # the weight holds the map's transpose
     groups: int = 1
+    looked_up: bool = False  # rows of an embedding
 
     @property
     def out(self) -> int:
@@ -171,7 +172,8 @@ def layout_of(module: nn.Module, rank: int) -> Layout | str:
         return "its max_norm rescales rows in place at each call"
     turned = kind != "linear"
     out, inner = (shape[1], shape[0]) if turned else shape
-    return _formed(module, Layout(kind, (Part("weight", "", shape, (rank, inner), (out, rank), turned),)))
+    part = Part("weight", "", shape, (rank, inner), (out, rank), turned, looked_up=kind == "embedding")
+    return _formed(module, Layout(kind, (part,)))
 
 
 def _convolution(module: Any, rank: int, shape: tuple[int, ...]) -> Layout:

@@ -1,4 +1,4 @@
-"""LoRA's part in `combine`: the factors of each adapter at a site, and the rule that the result is."""
+"""Low-rank rules' part in `combine`: the factors of each adapter at a site, and the rule that the result is."""
 
 from __future__ import annotations
 
@@ -15,7 +15,8 @@ from rules._layouts import Layout, Part, gain_of, layout_of
 from rules._low_rank import LowRankRule
 from surgery import Combination, Rule, Share
 
-_STARTS = ("kaiming", "gaussian", "random")  # of any rank, and they leave the base as it is
+# The fields that the result's rule has for its rank, or that the factors make up for.
+_FREE = ("rank", "alpha", "rank_pattern", "alpha_pattern", "max_rank", "rslora", "dora", "lora_bias", "bias", "dtype")
 
 
 def combined(shares: Sequence[Share], how: Combination) -> tuple[Rule, _combined.Tensors]:
@@ -26,6 +27,11 @@ def combined(shares: Sequence[Share], how: Combination) -> tuple[Rule, _combined
     if dora is not None and not how.by_matrix:
         why = f"DoRA in {dora.adapter!r} rescales the whole weight: its ΔW is of no low rank"
         raise how.refusal(shares, why, "method='svd', with as high a rank as you like, takes its ΔW as a matrix")
+    if not rules[0].invertible:
+        if how.untouched(shares):
+            return rules[0], shares[0].params
+        raise how.refusal(shares, "how its tensors follow from low-rank factors is not known (it has no `tensors_for`)")
+    how.agree(shares, *_FREE)
     if any(rule.dora and rule.lora_bias for rule in rules):
         raise how.refusal(shares, "DoRA rescales what lora_bias adds, too, which no bias of the result can hold")
 
@@ -40,8 +46,10 @@ def combined(shares: Sequence[Share], how: Combination) -> tuple[Rule, _combined
     for index, part in enumerate(layout.parts):
         parts = [layout.parts[index] for layout in layouts]
         up, down = _factors(how, shares, rules, parts, part, rank)
-        found[part.prefix + "A"] = down.reshape(part.A)
-        found[part.prefix + "B"] = up.reshape(part.B)
+        own = rule.scale_at(path)
+        up = up if own == 1 else up / own
+        tensors = rule.tensors_for(part, down.reshape(part.A), up.reshape(part.B))
+        found |= {part.prefix + name: tensor for name, tensor in tensors.items()}
     biased = [(share, rule) for share, rule in zip(shares, rules, strict=True) if rule.lora_bias]
     if biased:
         added = [share.params["B_bias"] * rule.scale_at(path) for share, rule in biased]
@@ -61,20 +69,15 @@ def _rank(how: Combination, shares: Sequence[Share], rules: Sequence[LowRankRule
 
 
 def _rule(rules: Sequence[LowRankRule], how: Combination, rank: int, layout: Layout | str) -> LowRankRule:
-    """The rule of the result, whose scale is 1."""
+    """The rule of the result, which has LoRA's scale 1."""
     first = rules[0]
-    return first.replace(
-        rank=rank,
-        alpha=rank,
-        max_rank=None,
+    return first.resized(
+        rank,
         dropout=0.0 if isinstance(layout, Layout) and layout.weight_space else first.dropout,
         bias=first.bias if _combined.all_agree(how, "bias") else "none",
         lora_bias=any(rule.lora_bias for rule in rules),
         rslora=False,
         dora=False,
-        init=first.init if first.init in _STARTS else "kaiming",
-        rank_pattern=None,
-        alpha_pattern=None,
         dtype=first.dtype if len({rule.dtype for rule in rules}) == 1 else None,
     )
 
@@ -89,7 +92,7 @@ def _factors(
 ) -> tuple[Tensor, Tensor]:
     path = shares[0].site.path
     scales = [rule.scale_at(path) for rule in rules]
-    tensors = [tuple(share.params[part.prefix + name].detach() for name in "AB") for share in shares]
+    tensors = [rule.factors_of(share.params, one) for rule, share, one in zip(rules, shares, parts, strict=True)]
 
     # Where factors are common to all groups of a convolution, and the result has each group's own, ΔW is made.
     whole = any(rule.dora for rule in rules) or any(one.groups < part.groups for one in parts)

@@ -3,29 +3,56 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import fields
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
 
 from rules import _paths
-from rules._layouts import Layout, layout_of
+from rules._layouts import Layout, Part, layout_of
 from surgery import LiveSite, Rule, Site
+
+Fill = Callable[[Tensor], Any]
+
+
+class TensorSource(Protocol):
+    """Gives a rule its tensors by name: makes them while the rule is recorded, and reads them afterwards."""
+
+    def __call__(
+        self, name: str, shape: Sequence[int], fill: float | Fill = 0.0, *, trainable: bool = True
+    ) -> Tensor: ...
 
 
 class LowRankRule(Rule):
-    """A rule with factors A and B of a rank, laid out by `layout_of`, and a scale. Not a rule by itself."""
+    """A rule with factors A and B of a rank, laid out by `layout_of`, and a scale. Not a rule by itself.
+
+    The attributes below are those of LoRA. A rule makes a field of those that it has; the others keep these values.
+    """
 
     rank: int
-    alpha: float
-    dropout: float
-    bias: str
-    lora_bias: bool
-    rslora: bool
-    dora: bool
-    init: str
-    rank_pattern: Mapping[str, int] | None
-    alpha_pattern: Mapping[str, float] | None
-    max_rank: int | None
-    dtype: Any
+    alpha: Any = None
+    rank_pattern: Any = None
+    alpha_pattern: Any = None
+    max_rank: Any = None
+    dtype: Any = None
+    dropout: float = 0.0
+    bias: Any = "none"
+    rslora: bool = False
+    lora_bias: bool = False
+    dora: bool = False
+
+    def factors(self, part: Part, tensor: TensorSource) -> tuple[Tensor, Tensor]:
+        """A and B in the shapes of `part`, made of tensors that `tensor(name, shape, fill)` gives.
+
+        Each rank is by itself: where the tensors are longer by zeros along a rank's axis, A and B are so, too.
+        """
+        raise NotImplementedError(f"{type(self).__name__} has no factors")
+
+    def tensors_for(self, part: Part, A: Tensor, B: Tensor) -> Mapping[str, Tensor]:
+        """The tensors of which `factors` makes A and B, by name: for `combine`, and a hot-swap with another scale."""
+        raise NotImplementedError(f"{type(self).__name__} has no tensors_for")
 
     def rank_at(self, path: str) -> int:
         return int(_paths.first(self.rank_pattern, path, self.rank))
@@ -38,6 +65,9 @@ class LowRankRule(Rule):
         return _paths.first(self.alpha_pattern, path, self.alpha)
 
     def scale_at(self, path: str) -> float:
+        """What B A is multiplied by: alpha / rank, or 1 for a rule without alpha."""
+        if self.alpha is None:
+            return 1.0
         rank = self.rank_at(path)
         return self.alpha_at(path) / (math.sqrt(rank) if self.rslora else rank)
 
@@ -48,6 +78,32 @@ class LowRankRule(Rule):
     def used_layout(self, site: Site | LiveSite) -> Layout:
         """How they would lie with room for their own rank alone."""
         return self.layout(site) if self.max_rank is None else sure(layout_of(site.module, self.rank_at(site.path)))
+
+    def factors_of(self, params: Mapping[str, Tensor], part: Part) -> tuple[Tensor, Tensor]:
+        """A and B of one part, made of an adapter's tensors at a site."""
+        return self.factors(part, lambda name, *_, **__: params[part.prefix + name].detach())
+
+    def shapes(self, part: Part) -> dict[str, tuple[int, ...]]:
+        """The tensors of a part by name, without its prefix."""
+        found: dict[str, tuple[int, ...]] = {}
+
+        def note(name: str, shape: Sequence[int], fill: float | Fill = 0.0, *, trainable: bool = True) -> Tensor:
+            found[name] = tuple(shape)
+            return torch.empty(found[name], device="meta")
+
+        self.factors(part, note)
+        return found
+
+    def resized(self, rank: int, **changes: Any) -> LowRankRule:
+        """The same rule with another rank, and with those changes that are fields of it."""
+        names = {field.name for field in fields(self)}
+        changes |= {"rank": rank, "alpha": rank, "max_rank": None, "rank_pattern": None, "alpha_pattern": None}
+        return self.replace(**{name: value for name, value in changes.items() if name in names})
+
+    @property
+    def invertible(self) -> bool:
+        """Whether tensors can be made of factors."""
+        return type(self).tensors_for is not LowRankRule.tensors_for
 
 
 def sure(layout: Layout | str) -> Layout:

@@ -7,7 +7,7 @@ gradient either: a half's gradient has the other half as a factor.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -21,19 +21,25 @@ from surgery import LiveSite, Rule, RuleError
 HELD = ("rank", "alpha", "rslora", "rank_pattern", "alpha_pattern", "max_rank", "dropout", "bias", "dtype")
 
 
-def tensors(rule: LowRankRule, live: Any, site: LiveSite) -> dict[str, Tensor]:
-    """A rule's tensors as the code of another wants them to compute the same."""
+def tensors(rule: LowRankRule, live: LowRankRule, site: LiveSite) -> dict[str, Tensor]:
+    """A rule's tensors as the code of another of its class wants them to compute the same."""
     more = [name for name in ("lora_bias", "dora") if not getattr(rule, name)]  # in code that has them: as if not
     check(rule, live, *HELD, *more)
     if rule.dropout != live.dropout:
         site.notes.append(f"dropout={rule.dropout} is not taken over: it stays {live.dropout}")
-    made, ratio = {}, rule.scale_at(site.path) / live.scale_at(site.path)
+    made, ratio = dict[str, Tensor](), rule.scale_at(site.path) / live.scale_at(site.path)
     for part, room in zip(rule.layout(site).parts, live.layout(site).parts, strict=True):
-        A, B, magnitude = (part.prefix + name for name in ("A", "B", "magnitude"))
-        made[A], made[B] = fitted(site.params[A], site.params[B], part, room, site.path)
-        made[B] = scaled(made[B], ratio, site)
+        found = fitted(rule, site.params, part, room, site.path)
+        if ratio != 1:
+            if not rule.invertible:
+                why = f"it is {rule.scale_at(site.path):g} here, {live.scale_at(site.path):g} there"
+                raise RuleError(f"the tensors of {rule.label} can't be had for another scale", why=why)
+            A, B = rule.factors_of(found, room)
+            scaled_tensors = rule.tensors_for(room, A, scaled(B, ratio, site))
+            found = {part.prefix + name: tensor for name, tensor in scaled_tensors.items()}
+        made.update(found)
         if rule.dora:
-            made[magnitude] = site.params[magnitude]
+            made[part.prefix + "magnitude"] = site.params[part.prefix + "magnitude"]
     if rule.lora_bias:
         made["B_bias"] = scaled(site.params["B_bias"], ratio, site)
     return completed(live, site, made)
@@ -52,51 +58,68 @@ def completed(rule: LowRankRule, site: LiveSite, made: dict[str, Tensor]) -> dic
     return made
 
 
-def used(tensor: Tensor, which: str, part: Part) -> Tensor:
-    """What a part of this rank takes up of A or B with room for more: a view. A's ranks lie group by group."""
-    rank = part.A[0] // part.groups
-    return tensor.unflatten(0, (part.groups, -1))[:, :rank] if which == "A" else tensor[:, :rank]
+def used(tensor: Tensor, shape: Sequence[int], part: Part) -> Tensor:
+    """What a tensor of this shape, of a part of its rank, takes up of one with room for more: a view.
+
+    Along an axis of the ranks of all groups, a convolution's, they lie group by group; such an axis becomes two.
+    """
+    view = tensor
+    for axis in reversed(range(len(shape))):
+        if tensor.shape[axis] == shape[axis]:
+            continue
+        if part.groups > 1 and shape[axis] == part.A[0]:
+            view = view.unflatten(axis, (part.groups, -1)).narrow(axis + 1, 0, shape[axis] // part.groups)
+        else:
+            view = view.narrow(axis, 0, shape[axis])
+    return view
 
 
-def beyond(tensor: Tensor, which: str, part: Part) -> Tensor:
-    rank = part.A[0] // part.groups
-    return tensor.unflatten(0, (part.groups, -1))[:, rank:] if which == "A" else tensor[:, rank:]
-
-
-def filled(fill: Callable[[Tensor], Any], which: str, part: Part, room: Part) -> Callable[[Tensor], Any]:
-    """`fill` for as much of A or B as its rank takes up, with the numbers that it would draw without more room."""
+def filled(fill: float | Callable[[Tensor], Any], shape: Sequence[int], part: Part) -> Callable[[Tensor], Any]:
+    """`fill` for as much of a tensor as its rank takes up, with the numbers that it would draw without more room."""
 
     def start(tensor: Tensor) -> None:
-        made = tensor.new_empty(part.A if which == "A" else part.B)
-        fill(made)
-        put(tensor, made, which, part)
+        made = tensor.new_empty(shape)
+        if callable(fill):
+            fill(made)
+        else:
+            made.fill_(fill)
+        put(tensor, made, part)
 
-    return fill if part == room else start
+    return start
 
 
-def put(room: Tensor, tensor: Tensor, which: str, part: Part) -> Tensor:
-    """Put A or B of a part into a tensor that has room for it."""
-    held = used(room.zero_(), which, part)
-    held.copy_(tensor.unflatten(0, (part.groups, -1)) if which == "A" else tensor)
+def put(room: Tensor, tensor: Tensor, part: Part) -> Tensor:
+    """Put a tensor of a part into one that has room for it and more."""
+    view = used(room.zero_(), tensor.shape, part)
+    view.copy_(tensor.reshape(view.shape))
     return room
 
 
-def fitted(A: Tensor, B: Tensor, part: Part, room: Part, path: str) -> tuple[Tensor, Tensor]:
-    """A and B of one part in the shapes of another; `RuleError` where there is no room for the rank they use."""
+def fitted(rule: LowRankRule, params: Mapping[str, Tensor], part: Part, room: Part, path: str) -> dict[str, Tensor]:
+    """A rule's tensors of one part in the shapes of another; `RuleError` where there is no room for their rank."""
+    shapes = {part.prefix + name: shape for name, shape in rule.shapes(room).items()}
     if part == room:
-        return A, B
+        return {name: params[name] for name in shapes}
     if part.groups != room.groups:
         raise RuleError(f"ranks {part.A[0]} and {room.A[0]} lie otherwise in a convolution with groups", where=path)
     if part.A[0] <= room.A[0]:
-        return put(A.new_empty(room.A), A, "A", part), put(B.new_empty(room.B), B, "B", part)
-    if bool(beyond(A, "A", room).any()) and bool(beyond(B, "B", room).any()):
+        return {name: put(params[name].new_empty(shape), params[name], part) for name, shape in shapes.items()}
+    A, B = rule.factors_of(params, part)
+    if _beyond(A, room.A, room) and _beyond(B, room.B, room):
         raise RuleError(
             f"there is no room for rank {part.A[0]}",
             where=path,
             why=f"the tensors in the model hold rank {room.A[0]}",
-            fix=f"pad_rank(model, adapter, {part.A[0]}) before compiling, or LoraRule(…, max_rank={part.A[0]})",
+            fix=f"pad_rank(model, adapter, {part.A[0]}) before compiling, or {rule.label}(…, max_rank={part.A[0]})",
         )
-    return used(A, "A", room).reshape(room.A), used(B, "B", room).reshape(room.B)
+    return {name: used(params[name], shape, room).reshape(shape) for name, shape in shapes.items()}
+
+
+def _beyond(tensor: Tensor, shape: Sequence[int], part: Part) -> bool:
+    """Whether a factor has anything but zeros outside of what a part takes up."""
+    rest = tensor.clone()
+    used(rest, shape, part).zero_()
+    return bool(rest.any())
 
 
 def scaled(tensor: Tensor, ratio: float, site: LiveSite) -> Tensor:

@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import cast
+from typing import Any
 
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from rules import _combined, _complex, _delta, _fields
-from rules.slots import low_rank_slot, low_rank_tensors
-from surgery import Combination, LiveSite, LowRank, Rule, Share, Site, rule
+from rules._layouts import Part
+from rules._low_rank import LowRankRule, TensorSource
+from rules._low_rank_method import LowRankMethod
+from surgery import Combination, Rule, Share, rule
 
 
 @rule("adalora")
-class AdaLoraRule(Rule):
+class AdaLoraRule(LowRankMethod):
     """y = W x + alpha / rank · B diag(E) A x.
 
     >>> from torch import nn
@@ -47,69 +48,43 @@ class AdaLoraRule(Rule):
     orth_reg_weight: float = 0.5
 
     identity = True
-    additive = True  # type: ignore[assignment]
 
     def validate(self) -> None:
-        _fields.whole(self, "rank", "target_r", "deltaT")
+        super().validate()
+        _fields.whole(self, "target_r", "deltaT")
         _fields.whole(self, "tinit", "tfinal", least=0)
-        _fields.numbers(self, "alpha", low=0)
         _fields.numbers(self, "beta1", "beta2", low=0, high=1)
         _fields.numbers(self, "orth_reg_weight", low=-1e-9)
-        _fields.chance(self, "dropout")
         if self.total_step is not None:
             _fields.whole(self, "total_step")
             if self.tinit >= self.total_step - self.tfinal:
                 raise self.bad("total_step", "more than tinit + tfinal")
 
-    @property
-    def scale(self) -> float:
+    def scale_at(self, path: str) -> float:
         return self.alpha / (self.rank + 1e-5)
-
-    def rank_at(self, path: str) -> int:
-        return self.rank
 
     def check(self, module: nn.Module, path: str) -> str | None:
         if why := _complex.why_not(self, module):
             return why
         return _delta.why_no_map(module)
 
-    def rewrite(self, site: Site) -> Tensor:
-        out, inner = _delta.sizes(site)
-        A = site.param("A", (self.rank, inner), _normal)
-        E = site.param("E", (self.rank, 1))
-        B = site.param("B", (out, self.rank), _normal)
-        x = site.input.to(A.dtype)
-        if self.dropout:
-            x = F.dropout(x, self.dropout, site.training)  # type: ignore[arg-type]  # the flag as it is at each call
-        return site.output + F.linear(F.linear(x, A * E), B) * self.scale
+    def factors(self, part: Part, tensor: TensorSource) -> tuple[Tensor, Tensor]:
+        A, E = tensor("A", part.A, _normal), tensor("E", (part.A[0], 1))
+        return A * E, tensor("B", part.B, _normal)
 
-    def merged(self, site: LiveSite) -> dict[str, LowRank]:
-        A, E, B = (site.params[name].detach() for name in "AEB")
-        A = A * E
-        return {"weight": LowRank(A.t(), B.t(), self.scale) if _delta.turned(site) else LowRank(B, A, self.scale)}
+    def tensors_for(self, part: Part, A: Tensor, B: Tensor) -> dict[str, Tensor]:
+        sizes = A.norm(dim=1, keepdim=True)  # E: of rows that are not all zero, their size
+        return {"A": A / sizes.masked_fill(sizes == 0, 1.0), "E": sizes, "B": B}
 
-    slot_kind = "lora"
-
-    @classmethod
-    def slot(cls, rules: Sequence[Rule], module: nn.Module, path: str) -> Rule | None:
-        return low_rank_slot(rules, module, path)
-
-    def slotted(self, slot: Rule, site: LiveSite) -> dict[str, Tensor]:
-        return low_rank_tensors(slot, site, self.merged(site))
+    def resized(self, rank: int, **changes: Any) -> LowRankRule:
+        return super().resized(rank, target_r=min(self.target_r, rank), **changes)
 
     def combined(self, shares: Sequence[Share], how: Combination) -> tuple[Rule, _combined.Tensors]:
         if how.untouched(shares):
             return self, shares[0].params
         if how.method != "cat" and not how.by_matrix:
             raise how.refusal(shares, "sums of its three factors are no sum of their product", "method='cat', or 'svd'")
-        rules = [cast(AdaLoraRule, share.rule) for share in shares]
-        rank = _combined.rank_of(how, shares, [rule.rank for rule in rules], _combined.largest_rank(how))
-        rule = self.replace(rank=rank, alpha=rank, target_r=min(self.target_r, rank))
-        ups = [share.params["B"].detach() for share in shares]
-        downs = [(share.params["A"] * share.params["E"]).detach() for share in shares]
-        up, down = _combined.factors(how, shares, [rule.scale for rule in rules], ups, downs, rank)
-        sizes = down.norm(dim=1, keepdim=True)  # E: of rows that are not all zero, their size
-        return rule, {"A": down / sizes.masked_fill(sizes == 0, 1.0), "E": sizes / rule.scale, "B": up}
+        return super().combined(shares, how)
 
 
 def _normal(tensor: Tensor) -> Tensor:

@@ -2,23 +2,22 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, Literal, cast
+from collections.abc import Iterable, Mapping
+from typing import Any, Literal
 
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from rules import _complex, _fields, _init, _lora_combined, _swapped
+from rules import _fields, _init, _swapped
 from rules._layouts import Layout, Part, column_norm, gain_of, layout_of
-from rules._low_rank import LowRankRule, sure
+from rules._low_rank import LowRankRule, TensorSource, sure
+from rules._low_rank_method import LowRankMethod
 from rules.bias import EVERYWHERE, BiasesOf, BiasRule
-from rules.slots import low_rank_slot, low_rank_tensors
-from surgery import Combination, LiveSite, LowRank, Rule, Share, Site, rule
+from rules.slots import low_rank_tensors
+from surgery import LiveSite, LowRank, Rule, Site, rule
 
 
 @rule("lora")
-class LoraRule(LowRankRule):
+class LoraRule(LowRankMethod):
     """y = W x + (alpha / rank) · B A x, with A and B trained and W kept.
 
     >>> from torch import nn
@@ -62,23 +61,11 @@ class LoraRule(LowRankRule):
     dtype: Any = None
 
     def validate(self) -> None:
-        _fields.patterns(self, "rank_pattern", "alpha_pattern")
-        ranks, alphas = dict(self.rank_pattern or {}), dict(self.alpha_pattern or {})
-        if not all(type(value) is int and value >= 1 for value in (self.rank, *ranks.values())):
-            raise self.bad("rank_pattern" if ranks else "rank", "a whole number from 1")
-        if self.max_rank is not None and (
-            type(self.max_rank) is not int or self.max_rank < max(self.rank, *ranks.values(), 1)
-        ):
-            raise self.bad("max_rank", "a whole number from the rule's ranks up, or None")
-        if not all(type(value) in (int, float) and 0 < value < math.inf for value in (self.alpha, *alphas.values())):
-            raise self.bad("alpha_pattern" if alphas else "alpha", "a number above 0")
-        _fields.chance(self, "dropout")
+        super().validate()
         _fields.one_of(self, "bias", "none", "all", "lora_only")
         _fields.flag(self, "lora_bias", "rslora", "dora")
         if not _init.known(self.init):
             raise self.bad("init", f"one of {', '.join(_init.NAMES)} (PEFT's True is 'kaiming', its False 'random')")
-        if self.dtype not in (None, "float16", "bfloat16", "float32", "float64"):
-            raise self.bad("dtype", "a floating-point dtype")
 
     @property
     def identity(self) -> bool:  # type: ignore[override]
@@ -88,27 +75,13 @@ class LoraRule(LowRankRule):
     def additive(self) -> bool:
         return not self.dora
 
-    def matrices(self, module: nn.Module, path: str) -> Mapping[str, tuple[int, int]] | None:
-        """An attention's maps; of a convolution in groups that divide the rank, all groups together."""
-        if not isinstance(module, nn.MultiheadAttention) and getattr(module, "groups", 1) == 1:
-            return None
-        layout = sure(layout_of(module, self.rank_at(path)))
-        return {f"{path}.{part.weight}".strip("."): part.matrix for part in layout.parts}
-
     def alike(self, path: str) -> tuple[int, float]:
         return self.rank_at(path), self.alpha_at(path)
 
     def check(self, module: nn.Module, path: str) -> str | None:
-        if why := _complex.why_not(self, module):
+        if why := super().check(module, path):
             return why
-        used = layout_of(module, self.rank_at(path))
-        layout = used if self.max_rank is None else layout_of(module, self.max_rank)
-        if isinstance(layout, str) or isinstance(used, str):
-            return str(layout)
-        if used.parts[0].groups != layout.parts[0].groups:
-            return f"its groups divide one of rank {self.rank_at(path)} and max_rank {self.max_rank}, and not the other"
-        if self.dropout and layout.weight_space and layout.kind != "embedding":  # whose indices take none
-            return f"dropout={self.dropout} has no input to act on: {layout.why}; give it a rule with dropout=0"
+        layout, used = (sure(layout_of(module, rank)) for rank in (self.room_at(path), self.rank_at(path)))
         if self.lora_bias and not layout.takes_bias(module):
             return "lora_bias needs a map with an output bias of its own"
         if self.dora and layout.packed:
@@ -117,59 +90,36 @@ class LoraRule(LowRankRule):
             self.init, used, any(p is not None and p.is_complex() for p in module._parameters.values())
         )
 
-    def review(self, paths: Sequence[str]) -> Iterable[str]:
-        return _fields.idle(self, paths, "rank_pattern", "alpha_pattern")
-
     def companions(self) -> Iterable[Rule]:
         if self.bias == "all":
             yield BiasRule(targets=EVERYWHERE)
         elif self.bias == "lora_only":
             yield BiasesOf(targets=self.targets, exclude=self.exclude, layers=self.layers)
 
-    def rewrite(self, site: Site) -> Tensor | None:
-        layout, scale = self.layout(site), self.scale_at(site.path)
-        starts = [_init.fill(self.init, which, layout) for which in "AB"]
-        for part, used in zip(layout.parts, self.used_layout(site).parts, strict=True):
-            fills = [_swapped.filled(start, which, used, part) for start, which in zip(starts, "AB", strict=True)]
-            A = site.param(part.prefix + "A", part.A, fills[0], dtype=self.dtype)
-            B = site.param(
-                part.prefix + "B", part.B, fills[1], dtype=self.dtype, trainable=_init.trains(self.init, "B")
-            )
-            gain = None
-            if self.dora:
-                magnitude = site.param(part.prefix + "magnitude", part.magnitude, dtype=self.dtype)
-                gain = gain_of(part, magnitude, site.tensor(part.weight).to(A.dtype) + part.delta(A, B) * scale)
-            if not layout.weight_space:
-                return site.output + self._branch(site, layout, A, B, gain, scale)
-            weight = site.tensor(part.weight)
-            changed = weight.to(A.dtype) + part.delta(A, B) * scale
-            changed = changed if gain is None else changed * gain
-            site.replace(weight, changed.to(weight.dtype))
-            if self.lora_bias:
-                self._bias(site, layout, gain, scale)
-        return None
+    def factors(self, part: Part, tensor: TensorSource) -> tuple[Tensor, Tensor]:
+        A = tensor("A", part.A, _init.fill(self.init, "A", part))
+        return A, tensor("B", part.B, _init.fill(self.init, "B", part), trainable=_init.trains(self.init, "B"))
 
-    def _bias(self, site: Site, layout: Layout, gain: Tensor | None, scale: float) -> Tensor | None:
-        """The bias on B, or None where it was added to the module's own: what is around its map is around that."""
+    def tensors_for(self, part: Part, A: Tensor, B: Tensor) -> dict[str, Tensor]:
+        return {"A": A, "B": B}
+
+    def gain(self, site: Site, part: Part, A: Tensor, B: Tensor) -> Tensor | None:
+        if not self.dora:
+            return None
+        magnitude = site.param(part.prefix + "magnitude", part.magnitude, dtype=self.dtype)
+        scaled = part.delta(A, B) * self.scale_at(site.path)
+        return gain_of(part, magnitude, site.tensor(part.weight).to(A.dtype) + scaled)
+
+    def added_bias(self, site: Site, layout: Layout, gain: Tensor | None) -> Tensor | None:
+        if not self.lora_bias:
+            return None
         added = site.param("B_bias", (layout.parts[0].out,), dtype=self.dtype)
         if layout.plain:
             return added
+        scale = self.scale_at(site.path)
         added = added * scale if gain is None else added * scale * gain.view(-1)
-        site.replace(site.bias, (site.bias + added).to(site.bias.dtype))
+        site.replace(site.bias, (site.bias + added).to(site.bias.dtype))  # what is around its map is around that
         return None
-
-    def _branch(self, site: Site, layout: Layout, A: Tensor, B: Tensor, gain: Tensor | None, scale: float) -> Tensor:
-        bias = self._bias(site, layout, gain, scale) if self.lora_bias else None
-        x = layout.cast(site.input, A)
-        dropping = self.dropout > 0 and layout.kind != "embedding"
-        if dropping:
-            x = F.dropout(x, self.dropout, site.training)  # type: ignore[arg-type]  # the flag as it is at each call
-        branch = layout.up(layout.down(site, x, A), B, bias) * scale
-        if gain is None:
-            return branch
-        gain = layout.on_output(gain)
-        base = layout.base(site, x) if dropping else layout.without_bias(site)
-        return (gain - 1) * base + gain * branch
 
     def initialise(self, site: LiveSite) -> Mapping[str, LowRank] | None:
         if not (self.dora or _init.together(self.init)):
@@ -187,7 +137,7 @@ class LoraRule(LowRankRule):
         return changes
 
     def merged(self, site: LiveSite) -> dict[str, LowRank | Tensor]:
-        changes = self._changes(site)
+        changes = self.changes(site)
         if self.lora_bias:
             bias, added = site.bias, site.params["B_bias"].detach() * self.scale_at(site.path)
             if self.dora:
@@ -195,18 +145,14 @@ class LoraRule(LowRankRule):
             changes["bias"] = (bias + added).to(bias.dtype)
         return changes
 
-    def _changes(self, site: LiveSite) -> dict[str, LowRank | Tensor]:
-        """Of the weights."""
-        scale, changes = self.scale_at(site.path), dict[str, LowRank | Tensor]()
-        for part in self.layout(site).parts:
-            A, B = (site.params[part.prefix + name].detach() for name in "AB")
-            changes[part.weight] = part.low_rank(A, B, scale)
-            if self.dora:
-                changes[part.weight] = self._rescaled(site, part, A, B, scale)
-        return changes
+    def changes(self, site: LiveSite) -> dict[str, LowRank | Tensor]:
+        if not self.dora:
+            return super().changes(site)
+        parts = self.layout(site).parts
+        return {part.weight: self._rescaled(site, part, *self.factors_of(site.params, part)) for part in parts}
 
-    def _rescaled(self, site: LiveSite, part: Part, A: Tensor, B: Tensor, scale: float) -> LowRank | Tensor:
-        in_weight = self.layout(site).weight_space
+    def _rescaled(self, site: LiveSite, part: Part, A: Tensor, B: Tensor) -> LowRank | Tensor:
+        in_weight, scale = self.layout(site).weight_space, self.scale_at(site.path)
         base = self._starting(site, part, A)
         changed = base + part.delta(A, B) * scale
         gain = self._gain(site, part)
@@ -225,31 +171,16 @@ class LoraRule(LowRankRule):
         changed = self._starting(site, part, A) + part.delta(A, B) * self.scale_at(site.path)
         return gain_of(part, magnitude, changed)
 
-    def swapped(self, live: Rule, site: LiveSite) -> dict[str, Tensor]:
-        return _swapped.tensors(self, live, site)
-
     def neutral(self, site: LiveSite) -> dict[str, Tensor]:
         zeros = {name: tensor.zero_() for name, tensor in site.params.items() if not name.endswith("magnitude")}
         return _swapped.completed(self, site, zeros)
 
-    slot_kind = "lora"
-
-    @classmethod
-    def slot(cls, rules: Sequence[Rule], module: nn.Module, path: str) -> Rule | None:
-        return low_rank_slot(rules, module, path)
-
     def slotted(self, slot: Rule, site: LiveSite) -> dict[str, Tensor]:
         bias = site.params["B_bias"] * self.scale_at(site.path) if self.lora_bias else None
-        return low_rank_tensors(slot, site, self._changes(site), bias)
+        return low_rank_tensors(slot, site, self.changes(site), bias)
 
-    def padded(self, rank: int) -> LoraRule:
-        return self.replace(max_rank=rank)
-
-    def combined(self, shares: Sequence[Share], how: Combination) -> tuple[Rule, Mapping[str, Tensor]]:
-        return _lora_combined.combined(shares, how)
-
-    def united(self, rules: Mapping[str, Rule]) -> Mapping[str, Rule]:
-        return _lora_combined.united(cast("Mapping[str, LowRankRule]", rules))
+    def resized(self, rank: int, **changes: Any) -> LowRankRule:
+        return super().resized(rank, init="kaiming" if _init.together(self.init) else self.init, **changes)
 
     def alone(self) -> Rule:
         return self.replace(bias="none")

@@ -1,0 +1,157 @@
+"""A low-rank method complete but for its factors: branch, merging, combination, hot-swapping, slots."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, cast
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from rules import _complex, _fields, _lora_combined, _swapped
+from rules._layouts import Layout, Part, layout_of
+from rules._low_rank import Fill, LowRankRule, TensorSource, sure
+from rules.slots import low_rank_slot, low_rank_tensors
+from surgery import Combination, LiveSite, LowRank, Rule, Share, Site
+
+
+class LowRankMethod(LowRankRule):
+    """W + scale · B A, on all that LoRA goes on. A method has a field `rank` and says what its `factors` are.
+
+    It may have LoRA's fields `alpha`, `rslora`, `rank_pattern`, `alpha_pattern`, `dropout`, `dtype` and `max_rank`
+    (for `pad_rank`), or its own `scale_at`. With `tensors_for` it can be combined, and hot-swapped between scales.
+    """
+
+    slot_kind = "lora"
+
+    def validate(self) -> None:
+        _fields.patterns(self, "rank_pattern", "alpha_pattern")
+        ranks, alphas = dict(self.rank_pattern or {}), dict(self.alpha_pattern or {})
+        if not all(type(value) is int and value >= 1 for value in (self.rank, *ranks.values())):
+            raise self.bad("rank_pattern" if ranks else "rank", "a whole number from 1")
+        if self.max_rank is not None and (
+            type(self.max_rank) is not int or self.max_rank < max(self.rank, *ranks.values(), 1)
+        ):
+            raise self.bad("max_rank", "a whole number from the rule's ranks up, or None")
+        if self.alpha is not None and not all(
+            type(value) in (int, float) and 0 < value < math.inf for value in (self.alpha, *alphas.values())
+        ):
+            raise self.bad("alpha_pattern" if alphas else "alpha", "a number above 0")
+        _fields.chance(self, "dropout")
+        if self.dtype not in (None, "float16", "bfloat16", "float32", "float64"):
+            raise self.bad("dtype", "a floating-point dtype")
+
+    @property
+    def additive(self) -> bool:
+        return True
+
+    def matrices(self, module: nn.Module, path: str) -> Mapping[str, tuple[int, int]] | None:
+        """An attention's maps; of a convolution in groups that divide the rank, all groups together."""
+        if not isinstance(module, nn.MultiheadAttention) and getattr(module, "groups", 1) == 1:
+            return None
+        layout = sure(layout_of(module, self.rank_at(path)))
+        return {f"{path}.{part.weight}".strip("."): part.matrix for part in layout.parts}
+
+    def check(self, module: nn.Module, path: str) -> str | None:
+        if why := _complex.why_not(self, module):
+            return why
+        used = layout_of(module, self.rank_at(path))
+        layout = used if self.max_rank is None else layout_of(module, self.max_rank)
+        if isinstance(layout, str) or isinstance(used, str):
+            return str(layout)
+        if used.parts[0].groups != layout.parts[0].groups:
+            return f"its groups divide one of rank {self.rank_at(path)} and max_rank {self.max_rank}, and not the other"
+        if self.dropout and layout.weight_space and layout.kind != "embedding":  # whose indices take none
+            return f"dropout={self.dropout} has no input to act on: {layout.why}; give it a rule with dropout=0"
+        return None
+
+    def review(self, paths: Sequence[str]) -> Iterable[str]:
+        return _fields.idle(self, paths, "rank_pattern", "alpha_pattern")
+
+    # Live -----------------------------------------------------------------------------------------------------
+
+    def rewrite(self, site: Site) -> Tensor | None:
+        layout, scale = self.layout(site), self.scale_at(site.path)
+        for part, used in zip(layout.parts, self.used_layout(site).parts, strict=True):
+            A, B = self.factors(part, self._maker(site, part, used))
+            gain = self.gain(site, part, A, B)
+            if not layout.weight_space:
+                return site.output + self._branch(site, layout, A, B, gain, scale)
+            weight = site.tensor(part.weight)
+            changed = weight.to(A.dtype) + part.delta(A, B) * scale
+            changed = changed if gain is None else changed * gain
+            site.replace(weight, changed.to(weight.dtype))
+            self.added_bias(site, layout, gain)
+        return None
+
+    def gain(self, site: Site, part: Part, A: Tensor, B: Tensor) -> Tensor | None:
+        """What the changed weight is multiplied by, a number an output feature; None: nothing."""
+
+    def added_bias(self, site: Site, layout: Layout, gain: Tensor | None) -> Tensor | None:
+        """A bias on B, or None where there is none or it was added to the module's own."""
+
+    def _maker(self, site: Site, part: Part, used: Part) -> TensorSource:
+        """Makes a part's tensors; where they have room for more rank, it is zero."""
+        shapes = None if part == used else self.shapes(used)
+
+        def make(name: str, shape: Sequence[int], fill: float | Fill = 0.0, *, trainable: bool = True) -> Tensor:
+            started = fill if shapes is None else _swapped.filled(fill, shapes[name], used)
+            return site.param(part.prefix + name, shape, started, dtype=self.dtype, trainable=trainable)
+
+        return make
+
+    def _branch(self, site: Site, layout: Layout, A: Tensor, B: Tensor, gain: Tensor | None, scale: float) -> Tensor:
+        bias = self.added_bias(site, layout, gain)
+        x = layout.cast(site.input, A)
+        dropping = self.dropout > 0 and layout.kind != "embedding"
+        if dropping:
+            x = F.dropout(x, self.dropout, site.training)  # type: ignore[arg-type]  # the flag as it is at each call
+        branch = layout.up(layout.down(site, x, A), B, bias) * scale
+        if gain is None:
+            return branch
+        gain = layout.on_output(gain)
+        base = layout.base(site, x) if dropping else layout.without_bias(site)
+        return (gain - 1) * base + gain * branch
+
+    # As a change of the weights -------------------------------------------------------------------------------
+
+    def changes(self, site: LiveSite) -> dict[str, LowRank | Tensor]:
+        """The change of each weight."""
+        scale = self.scale_at(site.path)
+        return {
+            part.weight: part.low_rank(*self.factors_of(site.params, part), scale) for part in self.layout(site).parts
+        }
+
+    def merged(self, site: LiveSite) -> dict[str, LowRank | Tensor]:
+        return self.changes(site)
+
+    @classmethod
+    def slot(cls, rules: Sequence[Rule], module: nn.Module, path: str) -> Rule | None:
+        return low_rank_slot(rules, module, path)
+
+    def slotted(self, slot: Rule, site: LiveSite) -> dict[str, Tensor]:
+        return low_rank_tensors(slot, site, self.changes(site))
+
+    # In other tensors -----------------------------------------------------------------------------------------
+
+    def padded(self, rank: int) -> Rule:
+        return self.replace(max_rank=rank) if _has(self, "max_rank") else self
+
+    def swapped(self, live: Rule, site: LiveSite) -> dict[str, Tensor]:
+        return _swapped.tensors(self, cast(LowRankRule, live), site)
+
+    def neutral(self, site: LiveSite) -> Mapping[str, Tensor]:
+        return site.params if self.identity else {name: tensor.zero_() for name, tensor in site.params.items()}
+
+    def combined(self, shares: Sequence[Share], how: Combination) -> tuple[Rule, Mapping[str, Tensor]]:
+        return _lora_combined.combined(shares, how)
+
+    def united(self, rules: Mapping[str, Rule]) -> Mapping[str, Rule]:
+        if not all(_has(self, name) for name in ("alpha", "rank_pattern", "alpha_pattern")):
+            return rules
+        return _lora_combined.united(cast("Mapping[str, LowRankRule]", rules))
+
+
+def _has(rule: Any, field: str) -> bool:
+    return field in type(rule).__dataclass_fields__
