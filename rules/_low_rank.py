@@ -96,9 +96,12 @@ class LowRankRule(Rule):
 
     def resized(self, rank: int, **changes: Any) -> LowRankRule:
         """The same rule with another rank, and with those changes that are fields of it."""
-        names = {field.name for field in fields(self)}
         changes |= {"rank": rank, "alpha": rank, "max_rank": None, "rank_pattern": None, "alpha_pattern": None}
-        return self.replace(**{name: value for name, value in changes.items() if name in names})
+        return self.replace(**{name: value for name, value in changes.items() if self.has_field(name)})
+
+    def has_field(self, name: str) -> bool:
+        """Whether an attribute is a field of the rule, and not the value that it has without one."""
+        return any(field.name == name for field in fields(self))
 
     @property
     def invertible(self) -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, cast
+from typing import cast
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -12,18 +12,16 @@ from torch import Tensor, nn
 from rules import _complex, _fields, _lora_combined, _swapped
 from rules._layouts import Layout, Part, layout_of
 from rules._low_rank import Fill, LowRankRule, TensorSource, sure
-from rules.slots import low_rank_slot, low_rank_tensors
+from rules.slots import LowRankSlottable
 from surgery import Combination, LiveSite, LowRank, Rule, Share, Site
 
 
-class LowRankMethod(LowRankRule):
+class LowRankMethod(LowRankSlottable, LowRankRule):
     """W + scale · B A, on all that LoRA goes on. A method has a field `rank` and says what its `factors` are.
 
     It may have LoRA's fields `alpha`, `rslora`, `rank_pattern`, `alpha_pattern`, `dropout`, `dtype` and `max_rank`
     (for `pad_rank`), or its own `scale_at`. With `tensors_for` it can be combined, and hot-swapped between scales.
     """
-
-    slot_kind = "lora"
 
     def validate(self) -> None:
         _fields.patterns(self, "rank_pattern", "alpha_pattern")
@@ -126,17 +124,10 @@ class LowRankMethod(LowRankRule):
     def merged(self, site: LiveSite) -> dict[str, LowRank | Tensor]:
         return self.changes(site)
 
-    @classmethod
-    def slot(cls, rules: Sequence[Rule], module: nn.Module, path: str) -> Rule | None:
-        return low_rank_slot(rules, module, path)
-
-    def slotted(self, slot: Rule, site: LiveSite) -> dict[str, Tensor]:
-        return low_rank_tensors(slot, site, self.changes(site))
-
     # In other tensors -----------------------------------------------------------------------------------------
 
     def padded(self, rank: int) -> Rule:
-        return self.replace(max_rank=rank) if _has(self, "max_rank") else self
+        return self.replace(max_rank=rank) if self.has_field("max_rank") else self
 
     def swapped(self, live: Rule, site: LiveSite) -> dict[str, Tensor]:
         return _swapped.tensors(self, cast(LowRankRule, live), site)
@@ -148,10 +139,6 @@ class LowRankMethod(LowRankRule):
         return _lora_combined.combined(shares, how)
 
     def united(self, rules: Mapping[str, Rule]) -> Mapping[str, Rule]:
-        if not all(_has(self, name) for name in ("alpha", "rank_pattern", "alpha_pattern")):
+        if not all(self.has_field(name) for name in ("alpha", "rank_pattern", "alpha_pattern")):
             return rules
         return _lora_combined.united(cast("Mapping[str, LowRankRule]", rules))
-
-
-def _has(rule: Any, field: str) -> bool:
-    return field in type(rule).__dataclass_fields__

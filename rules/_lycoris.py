@@ -11,12 +11,12 @@ import torch
 from torch import Tensor, nn
 
 from rules import _complex, _fields, _maps, _paths, _swapped
-from rules.slots import low_rank_slot, low_rank_tensors
+from rules.slots import LowRankSlottable
 from surgery import LiveSite, LowRank, Rule, Site
 
 
 @dataclass(frozen=True, kw_only=True)
-class DeltaRule(Rule):
+class DeltaRule(LowRankSlottable):
     """W + (alpha / rank) · Δ. A method says which tensors it has (`shapes`) and what Δ they make (`delta`)."""
 
     rank: int = 8
@@ -29,7 +29,6 @@ class DeltaRule(Rule):
     alpha_pattern: Mapping[str, float] | None = None
 
     rank_dropout_scale = True  # whether rank dropout keeps the mean of what it leaves
-    slot_kind = "lora"
 
     def shapes(self, size: tuple[int, ...], rank: int) -> dict[str, tuple[int, ...]]:
         """The tensors of a map of this size, (out, in, *kernel)."""
@@ -104,14 +103,10 @@ class DeltaRule(Rule):
     def merged(self, site: LiveSite) -> dict[str, Any]:
         return _maps.added(site, self._scaled(site, {name: tensor.detach() for name, tensor in site.params.items()}))
 
-    @classmethod
-    def slot(cls, rules: Sequence[Rule], module: nn.Module, path: str) -> Rule | None:
-        return low_rank_slot(rules, module, path)
-
     def room_at(self, path: str) -> int:
         return 1  # no rank belongs to one of a convolution's groups
 
-    def slotted(self, slot: Rule, site: LiveSite) -> dict[str, Tensor]:
+    def changes(self, site: LiveSite) -> dict[str, LowRank]:
         held = {name: tensor.detach() for name, tensor in site.params.items()}
         part, (left, right) = _maps.at(site).parts[0], self.halves(held)
         most = min(len(left), right.shape[1])
@@ -119,8 +114,7 @@ class DeltaRule(Rule):
             delta, one = left @ right, torch.eye(most, dtype=left.dtype, device=left.device)
             left, right = (delta, one) if most == right.shape[1] else (one, delta)
         scale = self.scale_at(site.path)
-        change = LowRank(right.t(), left.t(), scale) if part.turned else LowRank(left, right, scale)
-        return low_rank_tensors(slot, site, {part.weight: change})
+        return {part.weight: LowRank(right.t(), left.t(), scale) if part.turned else LowRank(left, right, scale)}
 
     def swapped(self, live: Rule, site: LiveSite) -> dict[str, Tensor]:
         assert isinstance(live, DeltaRule)

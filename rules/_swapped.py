@@ -106,12 +106,10 @@ def fitted(rule: LowRankRule, params: Mapping[str, Tensor], part: Part, room: Pa
         return {name: put(params[name].new_empty(shape), params[name], part) for name, shape in shapes.items()}
     A, B = rule.factors_of(params, part)
     if _beyond(A, room.A, room) and _beyond(B, room.B, room):
-        raise RuleError(
-            f"there is no room for rank {part.A[0]}",
-            where=path,
-            why=f"the tensors in the model hold rank {room.A[0]}",
-            fix=f"pad_rank(model, adapter, {part.A[0]}) before compiling, or {rule.label}(…, max_rank={part.A[0]})",
-        )
+        rank, why = part.A[0], f"the tensors in the model hold rank {room.A[0]}"
+        fix = f"pad_rank(model, adapter, {rank}) before compiling, or {rule.label}(…, max_rank={rank})"
+        fix = fix if rule.has_field("max_rank") else "load it as an adapter of its own: load_adapter"
+        raise RuleError(f"there is no room for rank {rank}", where=path, why=why, fix=fix)
     return {name: used(params[name], shape, room).reshape(shape) for name, shape in shapes.items()}
 
 

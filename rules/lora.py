@@ -107,8 +107,8 @@ class LoraRule(LowRankMethod):
         if not self.dora:
             return None
         magnitude = site.param(part.prefix + "magnitude", part.magnitude, dtype=self.dtype)
-        scaled = part.delta(A, B) * self.scale_at(site.path)
-        return gain_of(part, magnitude, site.tensor(part.weight).to(A.dtype) + scaled)
+        weight = site.tensor(part.weight).to(A.dtype)
+        return gain_of(part, magnitude, weight + part.delta(A, B) * self.scale_at(site.path))
 
     def added_bias(self, site: Site, layout: Layout, gain: Tensor | None) -> Tensor | None:
         if not self.lora_bias:

@@ -11,12 +11,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from rules import _combined, _complex, _fields, _maps
-from rules.slots import low_rank_slot, low_rank_tensors
+from rules.slots import LowRankSlottable
 from surgery import Combination, LiveSite, LowRank, Rule, Share, Site, rule
 
 
 @rule("miss")
-class MissRule(Rule):
+class MissRule(LowRankSlottable):
     """y = W x + Dᵀ (x₁ + x₂ + …): the input is cut into pieces of `rank` numbers, which meet one trained matrix D.
 
     >>> from torch import nn
@@ -106,13 +106,6 @@ class MissRule(Rule):
         return None if self.variant == "bat" else "lora"
 
     why_no_slot = "variant='bat' multiplies the weight by its tensors"
-
-    @classmethod
-    def slot(cls, rules: Sequence[Rule], module: nn.Module, path: str) -> Rule | None:
-        return low_rank_slot(rules, module, path)
-
-    def slotted(self, slot: Rule, site: LiveSite) -> dict[str, Tensor]:
-        return low_rank_tensors(slot, site, self.merged(site))
 
     def combined(self, shares: Sequence[Share], how: Combination) -> tuple[Rule, _combined.Tensors]:
         if self.variant == "bat" and not how.untouched(shares):

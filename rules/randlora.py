@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from rules import _complex, _delta, _fields
-from rules.slots import low_rank_slot, low_rank_tensors
-from surgery import LiveSite, LowRank, Rule, Site, rule
+from rules.slots import LowRankSlottable
+from surgery import LiveSite, LowRank, Site, rule
 
 
 @rule("randlora")
-class RandLoraRule(Rule):
+class RandLoraRule(LowRankSlottable):
     """y = W x + (alpha / rank) · Σ B_i Λ_i A Γ_i x over n random bases of this rank, n enough for full rank.
 
     >>> from torch import nn
@@ -87,19 +86,12 @@ class RandLoraRule(Rule):
                 drawn = drawn * 2 - 1
             base.copy_(drawn / drawn.std())
 
-    slot_kind = "lora"
-
-    @classmethod
-    def slot(cls, rules: Sequence[Rule], module: nn.Module, path: str) -> Rule | None:
-        return low_rank_slot(rules, module, path)
-
-    def slotted(self, slot: Rule, site: LiveSite) -> dict[str, Tensor]:
+    def changes(self, site: LiveSite) -> dict[str, LowRank]:
         out, inner = _delta.sizes(site)
         rows, columns, A, B = (site.params[name] for name in ("lambda_", "gamma", "A", "B"))
         down, up = _factors(rows, columns, A, B, min(out, inner) == inner)
         scale = self.alpha / self.rank
-        change = LowRank(down.t(), up.t(), scale) if _delta.turned(site) else LowRank(up, down, scale)
-        return low_rank_tensors(slot, site, {"weight": change})
+        return {"weight": LowRank(down.t(), up.t(), scale) if _delta.turned(site) else LowRank(up, down, scale)}
 
 
 def _factors(rows: Tensor, columns: Tensor, A: Tensor, B: Tensor, narrow: bool) -> tuple[Tensor, Tensor]:

@@ -12,7 +12,7 @@ from rules import _complex
 from rules._layouts import Layout, Part, layout_of
 from surgery import LiveSite, LowRank, Rule, Site, SiteError, rule
 
-__all__ = ["LowRankSlotRule", "low_rank_slot", "low_rank_tensors"]
+__all__ = ["LowRankSlotRule", "LowRankSlottable", "low_rank_slot", "low_rank_tensors"]
 
 
 @rule("low-rank-slot")
@@ -97,6 +97,23 @@ class LowRankSlotRule(Rule):
         kept = {name: tensor for name, tensor in tensors.items() if not name.endswith("gain")}
         lora = {"rule": "lora", "rank": rank, "alpha": rank, "lora_bias": self.bias, "dtype": self.dtype}
         return Rule.from_dict(lora), kept
+
+
+class LowRankSlottable(Rule):
+    """A rule whose change of a map is a product of two factors, so that LoRA's slots hold it. Not a rule by itself."""
+
+    slot_kind = "lora"
+
+    def changes(self, site: LiveSite) -> Mapping[str, Any]:
+        """The change of each weight as a `LowRank`; by default that of `merged`."""
+        return self.merged(site)
+
+    @classmethod
+    def slot(cls, rules: Sequence[Rule], module: nn.Module, path: str) -> Rule | None:
+        return low_rank_slot(rules, module, path)
+
+    def slotted(self, slot: Rule, site: LiveSite) -> dict[str, Tensor]:
+        return low_rank_tensors(slot, site, self.changes(site))
 
 
 _PARTS = ("q_", "k_", "v_", "out_")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from typing import Literal
 
 import torch
@@ -11,12 +10,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from rules import _complex, _fields, _maps
-from rules.slots import low_rank_slot, low_rank_tensors
-from surgery import LiveSite, LowRank, Rule, Site, rule
+from rules.slots import LowRankSlottable
+from surgery import LiveSite, LowRank, Site, rule
 
 
 @rule("vera")
-class VeraRule(Rule):
+class VeraRule(LowRankSlottable):
     """y = W x + b ⊙ (B (d ⊙ (A x))): A and B are random and kept, the vectors d and b are trained.
 
     >>> from torch import nn
@@ -99,12 +98,3 @@ class VeraRule(Rule):
         down, up = d.unsqueeze(-1) * A, b.unsqueeze(-1) * B
         turned = _maps.at(site).parts[0].turned
         return {"weight": LowRank(down.t(), up.t()) if turned else LowRank(up, down)}
-
-    slot_kind = "lora"
-
-    @classmethod
-    def slot(cls, rules: Sequence[Rule], module: nn.Module, path: str) -> Rule | None:
-        return low_rank_slot(rules, module, path)
-
-    def slotted(self, slot: Rule, site: LiveSite) -> dict[str, Tensor]:
-        return low_rank_tensors(slot, site, self.merged(site))

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from rules import LoraRule
+from rules import AdaLoraRule, LoraRule
 from rules._layouts import Part, layout_of
 from rules._low_rank import TensorSource
 from rules._low_rank_method import LowRankMethod
@@ -186,6 +186,22 @@ def test_room_for_more_rank_changes_nothing_at_the_start() -> None:
     for name, tensor in found[0].items():
         wide = found[1][name]
         assert wide.numel() == 2 * tensor.numel() and torch.equal(wide[wide != 0], tensor[tensor != 0]), name
+
+
+def test_adalora_takes_a_smaller_rank_and_another_scale(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    base, x = nn.Sequential(nn.Linear(8, 6)), torch.randn(3, 8)
+    model, other = (
+        shaken(apply_rules(copy.deepcopy(base), AdaLoraRule("0", rank=rank, alpha=alpha, target_r=2)))
+        for rank, alpha in ((4, 8), (2, 3))
+    )
+    save_adapter(other, tmp_path)
+    hotswap(model, "default", tmp_path)
+    near(model(x), other(x))
+    large = shaken(apply_rules(copy.deepcopy(base), AdaLoraRule("0", rank=6, target_r=2)))
+    save_adapter(large, tmp_path / "large")
+    with pytest.raises(LoadError, match="no room for rank 6"):
+        hotswap(model, "default", tmp_path / "large")
 
 
 @pytest.mark.filterwarnings("ignore:.*more than the weights")  # ranks that no weight can use, on purpose
