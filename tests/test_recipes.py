@@ -26,7 +26,7 @@ from transformers.models.llama import modeling_llama
 from transformers.models.t5 import modeling_t5
 from transformers.models.vit import modeling_vit
 
-from surgery import Rule, apply_rules, plan_rules, remove, rule, rules_from_json, rules_to_json
+from surgery import Rule, apply_rules, plan_rules, remove, rule_names, rules_from_json, rules_to_json
 from surgery.testing import assert_reversible
 from tests.sampling import sample
 from tests.test_docs import TEXT, runs
@@ -37,7 +37,7 @@ PAGES = [f"docs/recipes{kind}.md" for kind in ("", "-training", "-reading", "-in
 @pytest.fixture(scope="module")
 def page(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SimpleNamespace]:
     """What the pages define, all of it in modules that can be imported."""
-    registry: dict[str, Any] = getattr(sys.modules[rule.__module__], "_registry")  # noqa: B009
+    registry = rule_names._classes
     before, state, found = dict(registry), torch.get_rng_state(), SimpleNamespace()
     with contextlib.ExitStack() as stack:
         for name in PAGES:
