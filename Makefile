@@ -22,7 +22,7 @@ export HF_HUB_OFFLINE = 1
 export TOKENIZERS_PARALLELISM = false
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test families coverage lint bench docs-test gallery peers onnx onnx-families damage failures states programs rewrites crashes wheel-test web web-test clean
+.PHONY: help demo test families coverage lint bench docs-test gallery peers onnx onnx-families damage failures states programs rewrites crashes wheel-test release web web-test clean
 
 help: ## List the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -87,6 +87,9 @@ docs-test: $(VENV)/.dev ## Run only the code in docstrings and docs
 wheel-test: $(VENV)/.dev ## Build the wheel and try it in an empty environment
 	$(BIN)/python -m pytest tests/test_wheel.py -v $(ARGS)
 
+release: $(VENV)/.release ## Build sdist and wheel into dist/, check both, try each in an empty environment; ARGS=--dependencies
+	$(BIN)/python -m tests.release $(ARGS)
+
 web: $(VENV)/.dev $(WEB)/.installed ## Run MiniLM with five adapters in a page, and serve it on port 8001
 	$(BIN)/python examples/page.py $(ARGS)
 
@@ -120,6 +123,11 @@ $(VENV)/.dev: pyproject.toml constraints.txt $(VENV)/.models | $(VENV)/.python
 	@echo "Installing model-surgery with all that its tests use (torch and transformers: minutes on the first run)"
 	@$(PIP) install -c constraints.txt -e '.[dev,demo,serve,onnx,quant,yaml,bench]'
 	@touch $@ $(VENV)/.demo
+
+$(VENV)/.release: pyproject.toml constraints.txt | $(VENV)/.python
+	@echo "Installing model-surgery with what builds and checks its releases"
+	@$(PIP) install -c constraints.txt -e '.[release]'
+	@touch $@
 
 $(WEB)/.installed: examples/web/package-lock.json | $(VENV)/.dev
 	@echo "Installing the npm packages of the page (examples/web/package.json, about 90 MB)"

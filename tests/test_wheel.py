@@ -3,99 +3,74 @@
 from __future__ import annotations
 
 import shutil
-import subprocess
-import sys
 import zipfile
-from collections.abc import Iterator
-from importlib import metadata
 from pathlib import Path
 
 import pytest
-import torch
 
-ROOT = Path(__file__).parent.parent
-
-
-def run(*words: str | Path, folder: Path) -> str:
-    done = subprocess.run([str(word) for word in words], cwd=folder, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout
-
-
-def major(package: str) -> int:
-    """A package's major version, 0 where it is absent. Looking for the module itself may meddle with distutils."""
-    try:
-        return int(metadata.version(package).split(".")[0])
-    except metadata.PackageNotFoundError:
-        return 0
+from tests import distribution, release
+from tests.distribution import ROOT, run
 
 
 @pytest.fixture(scope="module")
-def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Built from a copy: building leaves folders in the tree."""
-    tree, out = tmp_path_factory.mktemp("tree"), tmp_path_factory.mktemp("dist")
-    for name in ("surgery", "rules"):
-        shutil.copytree(ROOT / name, tree / name, ignore=shutil.ignore_patterns("__pycache__"))
-    for name in ("pyproject.toml", "README.md", "LICENSE"):
-        shutil.copy(ROOT / name, tree)
-    # What pyproject.toml asks for; an older one does not read its licence.
-    if major("setuptools") >= 77 and major("pip"):
-        pip = (sys.executable, "-m", "pip", "--disable-pip-version-check", "wheel", "-q", "--no-deps")
-        run(*pip, "--no-build-isolation", "-w", out, ".", folder=tree)
-    elif major("build"):  # fetches setuptools
-        run(sys.executable, "-m", "build", "--wheel", "--outdir", out, ".", folder=tree)
-    else:
-        pytest.skip("needs setuptools 77 or build: pip install -e '.[dev]'")
-    (found,) = out.glob("*.whl")
-    return found
+def tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    for package in ("build", "pip"):
+        if not distribution.major(package):
+            pytest.skip(f"needs {package}: pip install -e '.[dev]'")
+    tree = tmp_path_factory.mktemp("tree")
+    distribution.copy_sources(tree)
+    return tree
 
 
 @pytest.fixture(scope="module")
-def python(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+def wheel(tree: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return distribution.build(tree, tmp_path_factory.mktemp("dist"), "wheel")
+
+
+@pytest.fixture(scope="module")
+def python(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The interpreter of an environment that holds the wheel alone, and sees torch where the tests have it."""
-    if not major("pip"):
-        pytest.skip("needs pip")
-    folder = tmp_path_factory.mktemp("environment")
-    run(sys.executable, "-m", "venv", "--without-pip", folder, folder=folder)
-    (found,) = [path for path in (folder / "bin" / "python", folder / "Scripts" / "python.exe") if path.exists()]
-    pip = (sys.executable, "-m", "pip", "--python", found, "--disable-pip-version-check", "install", "-q")
-    run(*pip, "--no-deps", "--no-index", wheel, folder=folder)
-    packages = Path(run(found, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))", folder=folder).strip())
-    # A path in a .pth file comes last, and .pth files there (an editable install) are not read.
-    (packages / "tests_packages.pth").write_text(str(Path(torch.__file__).parent.parent))
-    yield found
+    python = distribution.make_environment(tmp_path_factory.mktemp("environment"))
+    distribution.install(python, wheel)
+    return python
 
 
-def test_the_wheel_holds_the_two_packages_and_nothing_else(wheel: Path) -> None:
-    names = zipfile.ZipFile(wheel).namelist()
-    assert {name.split("/")[0] for name in names if ".dist-info" not in name} == {"surgery", "rules"}
-    expected = {
-        str(file.relative_to(ROOT))
-        for package in ("surgery", "surgery/onnx", "surgery/peft", "rules", "rules/peft")
-        for file in ROOT.glob(f"{package}/*.py*")
-    }
-    assert expected <= set(names) and {"surgery/py.typed", "rules/py.typed"} <= set(names)
-    (licence,) = [name for name in names if name.endswith("LICENSE")]
-    assert zipfile.ZipFile(wheel).read(licence) == (ROOT / "LICENSE").read_bytes()
+def test_the_wheel_holds_the_packages_and_nothing_else(wheel: Path) -> None:
+    release.check_wheel(wheel)
+    files = distribution.wheel_files(wheel)
+    (licence,) = [name for name in files if name.endswith("LICENSE")]
+    assert files[licence] == (ROOT / "LICENSE").read_bytes()
+
+
+def test_the_sdist_gives_the_same_wheel(tree: Path, wheel: Path, tmp_path: Path) -> None:
+    out, unpacked, rebuilt = (tmp_path / name for name in ("out", "unpacked", "rebuilt"))
+    for folder in (out, unpacked, rebuilt):
+        folder.mkdir()
+    source = distribution.unpack(distribution.build(tree, out, "sdist"), unpacked)
+    assert all((source / name).read_bytes() == (ROOT / name).read_bytes() for name in distribution.FILES)
+    assert not (source / "tests").exists()
+    release.check_wheel_of_sdist(wheel, distribution.build(source, rebuilt, "wheel"))
+
+
+def test_a_surplus_file_is_an_error(wheel: Path, tmp_path: Path) -> None:
+    other = Path(shutil.copy(wheel, tmp_path))
+    with zipfile.ZipFile(other, "a") as archive:
+        archive.writestr("surgery/surplus.py", "")
+    with pytest.raises(RuntimeError, match=r"surgery/surplus\.py"):
+        release.check_wheel(other)
+    with pytest.raises(RuntimeError, match=r"surgery/surplus\.py"):
+        release.check_wheel_of_sdist(wheel, other)
+
+
+def test_the_version_has_a_section_in_the_changelog(monkeypatch: pytest.MonkeyPatch) -> None:
+    release.check_changelog()
+    monkeypatch.setattr(release, "__version__", "0.0.7")
+    with pytest.raises(RuntimeError, match=r"\[0\.0\.7\]"):
+        release.check_changelog()
 
 
 def test_it_works_where_nothing_else_is_installed(python: Path, tmp_path: Path) -> None:
-    code = """
-import copy, sys, torch
-from torch import nn
-import rules, surgery
-assert "transformers" not in sys.modules
-assert all(module.__file__.startswith(sys.prefix) for module in (rules, surgery)), surgery.__file__
-model = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 2))
-before, x = copy.deepcopy(model.state_dict()), torch.randn(4, 8)
-chosen = [rules.LoraRule("re:0", rank=2, init="random"), rules.TrainRule("re:2")]
-live = surgery.apply_rules(model, chosen, example_inputs=x)(x)
-surgery.merge(model)
-torch.testing.assert_close(model(x), live)
-surgery.remove(surgery.unmerge(model))
-assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
-"""
-    run(python, "-I", "-c", code, folder=tmp_path)
+    assert "remove work" in run(python, "-I", distribution.SMOKE, folder=tmp_path)
 
 
 def test_the_runner_needs_no_torch(python: Path, tmp_path: Path) -> None:
