@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from rules import _texts, _virtual
 from rules.prompt_slots import PromptMemorySlotRule
 from surgery import Member, Rule, Site, Targets, rule
-from surgery.state import site_state
+from surgery.state.records import site_state
 
 THE_MODEL = ""  # the path of the model itself
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from rules import _combined, _encoder, _fields, _prompt_rows, _texts, _virtual, prompt_slots
 from rules.memory import THE_MODEL, HiddenIdsRule, PromptMemoryRule
 from surgery import Combination, LiveSite, Member, Rule, Share, Site, SiteError, Targets, rule
-from surgery.state import site_state
+from surgery.state.records import site_state
 
 
 @rule("prompt")

@@ -1,14 +1,16 @@
 # What `surgery` offers, and from which file each name comes: read by type checkers, and by `__init__.py`, which imports
 # a name when it is first asked for.
 
-from .activation import Adapter, activate, active, adapters, deactivate, using
-from .base_rule import Rule
-from .blend import Combination, Share
-from .combining import combine
-from .covering import Coverage, coverage
-from .digraph import as_digraph, graph_of
-from .engine import apply_rules, explain, plan_rules
-from .entry import PeftEntry
+from .adapter_files.entry import PeftEntry
+from .adapter_files.load_report import LoadReport
+from .arithmetic.exact_fold import LowRank, Rows
+from .authoring.combination import Combination, Share
+from .authoring.live_site import LiveSite
+from .authoring.registry import rule, rules_from_json, rules_from_yaml, rules_to_json, rules_to_yaml
+from .authoring.routed_site import Member
+from .authoring.rule import Rule
+from .authoring.site import Site
+from .authoring.site_module import SiteModule
 from .errors import (
     LoadError,
     MatchError,
@@ -21,43 +23,41 @@ from .errors import (
     SurgeryWarning,
     TraceError,
 )
-from .exact import LowRank, Rows
-from .exported import with_layers
-from .expression import ANY, Const, having, maybe, module_of, one_of
-from .for_good import forget
-from .guided import trace
-from .hidden import hidden_of
-from .hub_upload import push_adapter
-from .live_site import LiveSite
-from .load import load_adapter
-from .load_report import LoadReport
-from .many import load_adapters
-from .members import Member
-from .merged import merge_to
-from .merging import MergeReport, merge, unmerge
-from .named_rules import rule, rules_from_json, rules_from_yaml, rules_to_json, rules_to_yaml
-from .naming import copy_adapter, rename_adapter
+from .forward.function_registries import takes_functions
+from .forward.hidden_state import hidden_of
+from .forward.parameter_view import call_own
+from .forward.tape import Value
+from .inspection.coverage import Coverage, coverage
+from .inspection.show import Summary, draw, show, summary
+from .lifecycle.activation import Adapter, activate, active, adapters, deactivate, using
+from .lifecycle.apply import apply_rules, explain, plan_rules
+from .lifecycle.combine import combine
+from .lifecycle.forget import forget
+from .lifecycle.remove import remove
+from .lifecycle.rename_copy import copy_adapter, rename_adapter
+from .lifecycle.simplify import folded_adapter
+from .merging.merge import MergeReport, merge, unmerge
+from .merging.merged_checkpoint import merge_to
+from .model_record.state_dict import adapter_state_dict, base_state_dict, load_adapter_state_dict, rules_of
+from .onnx.checking.parity import ParityReport, verify_onnx
 from .onnx.export import ExportReport, export_onnx
-from .onnx.parity import ParityReport, verify_onnx
-from .pattern import Pattern, Targets
-from .peft_adapter_config import PeftConfig
-from .peft_format import PeftMethod, PeftPart, PeftPlace, peft_method
-from .plainer import folded_adapter
-from .plan import Plan
-from .registries import takes_functions
-from .removal import remove
-from .routing import route
-from .save import save_adapter
-from .showing import Summary, draw, show, summary
-from .site import Site
-from .site_module import SiteModule
-from .spelling import class_of
-from .state_dicts import adapter_state_dict, base_state_dict, load_adapter_state_dict, rules_of
-from .structure import Found, Occurrence, Structure
-from .swap import SwapReport, hotswap, pad_rank
-from .tape import Value
-from .view import call_own
-from .weave import trace_site
+from .patterns.pattern import Pattern, Targets
+from .peft_format.adapter_config import PeftConfig
+from .peft_format.methods import PeftMethod, PeftPart, PeftPlace, peft_method
+from .planning.plan import Plan
+from .routing.route import route
+from .storage.hotswap import SwapReport, hotswap, pad_rank
+from .storage.hub_upload import push_adapter
+from .storage.load import load_adapter
+from .storage.load_many import load_adapters
+from .storage.save import save_adapter
+from .structures.expression import ANY, Const, having, maybe, module_of, one_of
+from .structures.fx_digraph import as_digraph, graph_of
+from .structures.op_aliases import class_of
+from .structures.structure import Found, Occurrence, Structure
+from .tracing.exported_layers import with_layers
+from .tracing.trace import trace
+from .weaving.weave import trace_site
 
 __version__: str
 

@@ -8,15 +8,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from surgery.base_rule import Rule
-from surgery.engine import apply_rules
+from surgery.authoring.rule import Rule
 from surgery.errors import SurgeryError
-from surgery.example import call, equal, random_state
-from surgery.flags import is_lazy
-from surgery.merging import merge, unmerge
-from surgery.planner import make_plan
-from surgery.removal import remove
-from surgery.state_dicts import adapter_state_dict
+from surgery.lifecycle.apply import apply_rules
+from surgery.lifecycle.remove import remove
+from surgery.merging.merge import merge, unmerge
+from surgery.model_record.state_dict import adapter_state_dict
+from surgery.planning.planner import make_plan
+from surgery.tracing.example_call import call, equal, random_state
+from surgery.transaction.gradient_flags import is_lazy
 
 __all__ = ["Snapshot", "assert_equivalent", "assert_reversible"]
 
@@ -125,7 +125,7 @@ def assert_equivalent(
     `reference(tensors, *inputs)` gets the adapter's tensors (as `adapter_state_dict` names them) and the example.
     The adapter's tensors are moved at random first. The model is afterwards as it was. Tolerances are float32's.
     """
-    from surgery.example import arguments
+    from surgery.tracing.example_call import arguments
 
     apply_rules(model, rules, example_inputs=example_inputs)
     try:

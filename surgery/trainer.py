@@ -13,14 +13,14 @@ from typing import Any
 from torch import nn
 from transformers import TrainerCallback
 
-from surgery import hf
-from surgery.checkpoint_folder import save_folder, save_trained, write_adapters
-from surgery.entry import PEFT, SURGERY, names_in
+from surgery.adapter_files.entry import PEFT, SURGERY, names_in
+from surgery.arithmetic.sharded_tensors import is_flattened
 from surgery.errors import SurgeryWarning
-from surgery.module_walk import base_modules
-from surgery.savers import left_out
-from surgery.sharded import is_flattened
-from surgery.state import ModelState, model_state
+from surgery.patterns.module_walk import base_modules
+from surgery.state.records import ModelState, model_state
+from surgery.storage.checkpoint_folder import save_folder, save_trained, write_adapters
+from surgery.transformers_hooks import hooks
+from surgery.transformers_hooks.save_pretrained import left_out
 
 __all__ = ["AdapterCheckpoints", "last_checkpoint", "save_trained"]
 
@@ -50,7 +50,7 @@ class AdapterCheckpoints(TrainerCallback):
 
     def on_init_end(self, args: Any, state: Any, control: Any, model: nn.Module | None = None, **kwargs: Any) -> None:
         for root, record in _rewritten(model):
-            hf.save_adapters_alone(root, record, write_adapters)
+            hooks.save_adapters_alone(root, record, write_adapters)
 
     def on_train_begin(
         self, args: Any, state: Any, control: Any, model: nn.Module | None = None, **kwargs: Any

@@ -18,7 +18,7 @@ from torch import nn
 
 import rules
 import surgery
-from surgery.state import _MODEL, _SITE, ModelState, SiteState
+from surgery.state.records import _MODEL, _SITE, ModelState, SiteState
 from surgery.testing import Snapshot
 
 ROOTS = tuple(str(Path(package.__file__ or "").parent) for package in (surgery, rules))

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from surgery.rounding import FACTOR, Wide, difference
+from surgery.arithmetic.float64_reference import FACTOR, Wide, difference
 
 T = TypeVar("T", np.ndarray, Tensor)
 Call = Callable[[nn.Module, Callable[[Tensor], Tensor]], list[Tensor]]

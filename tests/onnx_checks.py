@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 from rules import LoraRule
 from surgery import adapter_state_dict, apply_rules
-from surgery.onnx.given import Given, arrays_of, outputs_of
-from surgery.state import sites
+from surgery.onnx.calls.example import Given, arrays_of, outputs_of
+from surgery.state.records import sites
 from tests.near import Wanted, off
 
 TOLERANCE = 2e-5  # of the largest number of an output; more of models that lose more by themselves (`near.py`)

@@ -12,7 +12,7 @@ from torch import nn
 
 from rules import LoraRule, PrefixRule, PromptRule
 from surgery import ParityReport, Rule, SurgeryError, apply_rules, export_onnx
-from surgery.onnx.given import leaves_of
+from surgery.onnx.calls.example import leaves_of
 from tests import tiny
 from tests.families import FAMILIES
 

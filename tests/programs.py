@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from surgery import Rule, Site, Structure, rule
-from surgery.graph_functions import same_dtype
+from surgery.forward.graph_functions import same_dtype
 
 __all__ = ["BASES", "Inner", "Program", "SourceRule", "by_hand"]
 __all__ += ["inner_base", "inner_by_hand", "inner_program", "program"]

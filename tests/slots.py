@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from surgery import Rule, adapters, apply_rules, deactivate, using
-from surgery.onnx.carried import slot_arrays
+from surgery.onnx.checking.adapter_transfer import slot_arrays
 from surgery.onnx.export import export_onnx
-from surgery.onnx.manifest import Manifest
+from surgery.onnx.runtime.manifest import Manifest
 from tests.near import Wanted, off
 
 Inputs = Mapping[str, Tensor]

@@ -32,8 +32,8 @@ from surgery import (
     unmerge,
     using,
 )
-from surgery.state import require_state
-from surgery.switching import set_trained
+from surgery.lifecycle.switching import set_trained
+from surgery.state.records import require_state
 from surgery.testing import Snapshot
 from tests.test_prefix_written import Plain
 

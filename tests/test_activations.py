@@ -42,7 +42,7 @@ from surgery import (
     rules_from_json,
     rules_to_json,
 )
-from surgery.hidden import hidden_of, with_hidden
+from surgery.forward.hidden_state import hidden_of, with_hidden
 from surgery.testing import assert_equivalent, assert_reversible
 
 Pair = namedtuple("Pair", ["state", "extra"])

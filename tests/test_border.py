@@ -155,7 +155,7 @@ class Deep(nn.Module):
 
 
 def test_many_sites_are_looked_at_once_and_told_together(bert: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    import surgery.border as border
+    import surgery.authoring.missed_structure as border
 
     model, inputs = bert
     looked: list[int] = []

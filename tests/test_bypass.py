@@ -17,10 +17,10 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import checkpoint
 
-import surgery.bypass as bypass_module
+import surgery.planning.direct_reads as bypass_module
 from rules import LoraRule
 from surgery import PlanError, apply_rules
-from surgery.bypass import bypasses, bypasses_of, fastpath_switch
+from surgery.planning.direct_reads import bypasses, bypasses_of, fastpath_switch
 
 
 def found(model: nn.Module) -> set[str]:

@@ -445,7 +445,7 @@ def test_an_error_while_filling_leaves_nothing(tmp_path: Path, monkeypatch: pyte
     folder = save_adapter(trained(LoraRule("1", rank=2)), tmp_path)
     model = model_of()
     before = Snapshot(model)
-    monkeypatch.setattr("surgery.load.tensors_of", lambda *_: {})
+    monkeypatch.setattr("surgery.storage.load.tensors_of", lambda *_: {})
     with pytest.raises(KeyError):
         load_adapter(model, folder)
     assert not before.differences(model)

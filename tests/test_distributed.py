@@ -373,11 +373,11 @@ def who_writes(rank: int, folder: Path) -> None:
     mine = save_adapter(part, folder / f"stage {rank}", state_dict=part.state_dict())
     assert set(load_adapter(stage_of(part), mine).loaded)
     if rank == 1:
-        from surgery import together
+        from surgery.adapter_files import process_group
 
-        together.PATIENCE = timedelta(seconds=0.1)
+        process_group.PATIENCE = timedelta(seconds=0.1)
         refused(lambda: save_adapter(model, folder / "second"), "process 0, which writes, has not saved one")
-        together.PATIENCE = timedelta(seconds=120)
+        process_group.PATIENCE = timedelta(seconds=120)
 
 
 def stage_of(part: Any) -> Any:

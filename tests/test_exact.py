@@ -16,10 +16,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-import surgery.exact as exact
-from surgery._record import INTEGERS
+import surgery.arithmetic.exact_fold as exact
+from surgery.arithmetic.corrections import INTEGERS
+from surgery.arithmetic.exact_fold import LowRank, Record, Rows, checksum, fold, folded, unfold
 from surgery.errors import MergeError
-from surgery.exact import LowRank, Record, Rows, checksum, fold, folded, unfold
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 SPECIAL = [0.0, -0.0, math.inf, -math.inf, math.nan, 1e-45, -1e-45, 1e-40, 3e38, -3e38, 6e-8, 65504.0]
@@ -283,7 +283,7 @@ def test_the_record_works_in_a_new_process(tmp_path: Path):
     (tmp_path / "merged.pickle").write_bytes(pickle.dumps((weights, records, originals)))
     code = f"""
 import pickle, torch
-from surgery.exact import unfold
+from surgery.arithmetic.exact_fold import unfold
 torch.set_num_threads(2)
 weights, records, originals = pickle.load(open({str(tmp_path / "merged.pickle")!r}, "rb"))
 for dtype, weight in weights.items():

@@ -32,7 +32,7 @@ from surgery import (
     rules_to_json,
     unmerge,
 )
-from surgery.exact import fold, folded, unfold
+from surgery.arithmetic.exact_fold import fold, folded, unfold
 from surgery.testing import Snapshot, assert_equivalent, assert_reversible
 
 pytest.importorskip("transformers", reason="the experts are transformers'")

@@ -43,8 +43,8 @@ from surgery import (
     unmerge,
     using,
 )
-from surgery.here import here
-from surgery.journal import Journal
+from surgery.routing.thread_state import here
+from surgery.transaction.undo_log import Journal
 from tests.failing import Broken, Everything, broken, steps_of
 
 SAMPLE = int(os.environ.get("FAILURES", "12"))

@@ -12,9 +12,9 @@ import pytest
 import torch
 
 from surgery import LowRank, MergeError, apply_rules, merge, unmerge
-from surgery._record import Corrections, _pack, _unpack
-from surgery.exact import checksum, fold, unfold
-from surgery.folds import Fold, Unfold, checksums_of, fold_all, unfold_all
+from surgery.arithmetic.batched_folds import Fold, Unfold, checksums_of, fold_all, unfold_all
+from surgery.arithmetic.corrections import Corrections, _pack, _unpack
+from surgery.arithmetic.exact_fold import checksum, fold, unfold
 from surgery.testing import Snapshot
 from tests.benchmarks import verbs
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 import surgery
 from surgery import TraceError, trace, trace_site
-from surgery.frames import HERE, is_ours
+from surgery.transaction.user_frames import HERE, is_ours
 
 
 def helper(x: Tensor) -> Tensor:

@@ -18,8 +18,8 @@ import rules
 import surgery
 from rules import LoraRule, _combined, _paths
 from surgery import Combination, MergeError, PlanError, apply_rules, merge, unmerge
-from surgery.paths import spelled
-from surgery.state import site_state
+from surgery.patterns.paths import spelled
+from surgery.state.records import site_state
 from surgery.testing import Snapshot
 from tests.benchmarks import verbs
 

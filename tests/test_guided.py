@@ -17,9 +17,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from surgery import SurgeryError, TraceError, apply_rules, coverage, trace
-from surgery.example import copied, equal, observe
-from surgery.guided import traced
 from surgery.testing import Snapshot
+from surgery.tracing.example_call import copied, equal, observe
+from surgery.tracing.trace import traced
 from tests.families import FAMILIES
 from tests.others import OTHERS, silero, silero_compiled
 

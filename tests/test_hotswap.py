@@ -761,7 +761,7 @@ def test_another_base_is_told(tmp_path: Path) -> None:
 
 
 def test_a_failure_on_the_way_is_undone(monkeypatch: pytest.MonkeyPatch) -> None:
-    import surgery.swap as swap
+    import surgery.storage.hotswap as swap
 
     model = linear()
     before, done, real = bits(model), [], swap.put

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
-import surgery.held
+import surgery.tracing.traced_forward
 from rules import LoraRule
 from surgery import (
     PlanError,
@@ -196,7 +196,7 @@ def test_beside_other_rules_in_any_order() -> None:
 
 
 def test_alike_modules_share_one_trace(monkeypatch: pytest.MonkeyPatch) -> None:
-    held = surgery.held
+    held = surgery.tracing.traced_forward
     seen: list[str] = []
     real = held.traced
 

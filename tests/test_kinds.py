@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-import surgery.held
+import surgery.tracing.traced_forward
 from surgery import (
     Rule,
     SurgeryError,
@@ -50,7 +50,7 @@ from tests.test_inside import (
 @pytest.fixture(autouse=True)
 def _nothing_known() -> Iterator[None]:
     """Graphs that other tests have made would hide what these are about."""
-    surgery.held._known.clear()
+    surgery.tracing.traced_forward._known.clear()
     torch._dynamo.reset()
     yield
     torch._dynamo.reset()
@@ -92,7 +92,7 @@ def test_a_list_holds_several_examples(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_: Any) -> Any:
         raise AssertionError("a graph was traced though the example shows the call")
 
-    monkeypatch.setattr(surgery.held, "traced", refuse)
+    monkeypatch.setattr(surgery.tracing.traced_forward, "traced", refuse)
     for training in (False, True):
         tower.train(training)
         for mask in (None, MASK):
@@ -193,7 +193,7 @@ def temper(tower: nn.Module) -> list[Tensor]:
 
 def test_a_model_compiled_at_once_meets_no_break() -> None:
     tower = tempered(apply_rules(Tower(), RULES, example_inputs=X)).eval()
-    surgery.held._known.clear()
+    surgery.tracing.traced_forward._known.clear()
     explained = torch._dynamo.explain(tower)(X, MASK)
     assert explained.graph_break_count == 0
     compiled = torch.compile(tower, backend="eager", fullgraph=True, dynamic=True)
@@ -238,7 +238,7 @@ CHANGES: list[Callable[[nn.Module], nn.Module]] = [copied_again, unpickled, swit
 @pytest.mark.parametrize("way", ["compile", "strict", "loose"])
 def test_compiled_and_exported_after_a_change(change: Callable[[nn.Module], nn.Module], way: str) -> None:
     tower = change(tempered(apply_rules(Tower(), RULES, example_inputs=X)).eval())
-    surgery.held._known.clear()
+    surgery.tracing.traced_forward._known.clear()
     x = X.to(next(tower.parameters()).dtype)
     if way == "compile":
         close(torch.compile(tower, backend="eager", fullgraph=True)(x, MASK), expected(tower, x, MASK))
@@ -308,7 +308,7 @@ def test_compiled_code_inside_of_a_forward_does_not_wait_for_the_compiler() -> N
             return self.child(self.down(F.gelu(self.up(x))))
 
     model = apply_rules(Outer(), SwishOnceRule(Outer), example_inputs=X)
-    surgery.held._known.clear()
+    surgery.tracing.traced_forward._known.clear()
     again = copy.deepcopy(model)
     close(torch.compile(again, backend="eager")(X), model(X))
 

@@ -18,13 +18,13 @@ from torch.utils.checkpoint import checkpoint
 
 from rules import LoraRule
 from surgery import Rule, Site, apply_rules, remove, rule, show
-from surgery.graph_functions import tensor_of
-from surgery.low_rank_kernel import low_rank_linear
-from surgery.lowering import lower
-from surgery.own import own_forward
-from surgery.recording import layer_of
-from surgery.state import site_state
-from surgery.weave import woven
+from surgery.forward.graph_functions import tensor_of
+from surgery.forward.own_forward import own_forward
+from surgery.state.records import site_state
+from surgery.weaving.low_rank_kernel import low_rank_linear
+from surgery.weaving.lowering import lower
+from surgery.weaving.recording import layer_of
+from surgery.weaving.weave import woven
 
 # Two orders of summing products of this size in float32 differ by a few roundings of their largest terms.
 CLOSE: dict[str, Any] = {"rtol": 1e-4, "atol": 1e-5}

@@ -30,7 +30,7 @@ from surgery import (
     rule,
     unmerge,
 )
-from surgery.match import Tree, matches
+from surgery.planning.matching import Tree, matches
 from surgery.testing import Snapshot
 from tests import tiny
 

@@ -26,7 +26,7 @@ onnx = pytest.importorskip("onnx")
 onnxruntime = pytest.importorskip("onnxruntime")
 
 from surgery.onnx import Manifest, OnnxRunner, convert_peft, read_adapter, write_adapter  # noqa: E402
-from surgery.onnx.metadata import metadata_of  # noqa: E402
+from surgery.onnx.runtime.metadata import metadata_of  # noqa: E402
 from tests import slotted  # noqa: E402
 from tests.slotted import Build, slot  # noqa: E402
 

@@ -58,7 +58,7 @@ def test_modules_of_any_calling_convention(name: str, tmp_path: Path) -> None:
 
 def _as_trained() -> Any:
     """Parameters that ask for gradients keep nn.TransformerEncoder from a kernel that writes zeros at padding."""
-    from surgery.onnx.copies import traced_path
+    from surgery.onnx.calls.shared_copy import traced_path
 
     return traced_path()
 

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from surgery import export_onnx, using
-from surgery.onnx.copies import traced_path
+from surgery.onnx.calls.shared_copy import traced_path
 from surgery.testing import Snapshot
 from tests import tiny
 from tests.onnx_checks import (
@@ -39,7 +39,7 @@ SAMPLE = ALL if os.environ.get("ALL_ONNX") else [row for row in ROWS if row.name
 
 def cached(model: nn.Module, example: Any, how: Any) -> Any:
     """As a file with a cache is called: half of the text first."""
-    from surgery.onnx.caching import with_cache
+    from surgery.onnx.calls.kv_cache_example import with_cache
 
     return with_cache(model, example) if how.get("cache") else example
 

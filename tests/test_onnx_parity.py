@@ -26,7 +26,7 @@ from surgery import (
 )
 from surgery.errors import ParityError
 from surgery.onnx import OnnxRunner, convert_peft, export_adapter
-from surgery.onnx.parity import difference
+from surgery.onnx.checking.parity import difference
 from tests import tiny
 from tests.onnx_checks import TOLERANCE, adapted, assert_near, by_hand, expected, session
 from tests.onnx_plain import Drawing, Line, Net

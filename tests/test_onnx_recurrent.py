@@ -84,7 +84,7 @@ def test_where_tracing_fixes_a_size_it_is_said(tmp_path: Path) -> None:
 
 
 def test_torchs_functions_are_their_own_again() -> None:
-    from surgery.onnx.recurrent import recurrent_layers
+    from surgery.onnx.graph.recurrent import recurrent_layers
 
     own, layer, x = (torch.lstm, torch.gru), nn.LSTM(4, 5), torch.randn(6, 2, 4)
     before = layer(x)[0]

@@ -18,7 +18,7 @@ onnx = pytest.importorskip("onnx")
 onnxruntime = pytest.importorskip("onnxruntime")
 
 from surgery.onnx import Manifest, OnnxRunner, export_onnx, write_adapter  # noqa: E402
-from surgery.onnx.sampling import probabilities  # noqa: E402
+from surgery.onnx.runtime.sampling import probabilities  # noqa: E402
 from tests import slotted  # noqa: E402
 from tests.slotted import Build, slot  # noqa: E402
 

@@ -24,8 +24,8 @@ from rules import (
     TrainRule,
 )
 from surgery import SurgeryError, activate, adapter_state_dict, apply_rules, load_adapter, using
-from surgery.onnx.carried import export_adapter, import_adapter
-from surgery.state_dicts import load_adapter_state_dict
+from surgery.model_record.state_dict import load_adapter_state_dict
+from surgery.onnx.checking.adapter_transfer import export_adapter, import_adapter
 from tests.slots import Exported, adapted, check_slots, outputs, plain, same
 
 

@@ -13,10 +13,10 @@ from torch import Tensor, nn
 
 from rules import AdaLoraRule, LohaRule, LokrRule, LoraRule, MissRule, RandLoraRule, VeraRule
 from surgery import SiteError, activate, apply_rules, merge
-from surgery.low_rank_kernel import low_rank_linear
-from surgery.onnx.given import Given
-from surgery.onnx.prepare import Settings
-from surgery.onnx.program import Lifted, program_of, split_factors
+from surgery.onnx.calls.example import Given
+from surgery.onnx.graph.prepare import Settings
+from surgery.onnx.graph.trace_program import Lifted, program_of, split_factors
+from surgery.weaving.low_rank_kernel import low_rank_linear
 from tests.slots import Exported, adapted, check_slots, outputs, plain, same, shaken
 
 Conv1D = pytest.importorskip("transformers.pytorch_utils").Conv1D

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 from surgery import SurgeryError, export_onnx, verify_onnx
 from surgery.errors import ParityError
-from surgery.onnx.given import Given
-from surgery.onnx.values import other_values
+from surgery.onnx.calls.example import Given
+from surgery.onnx.calls.other_values import other_values
 from tests import tiny
 from tests.onnx_checks import assert_near, feeds, session
 

@@ -14,7 +14,7 @@ from torch import nn
 
 import rules  # noqa: F401  # brings the methods
 from surgery import SurgeryError, load_adapter, plan_rules, save_adapter
-from surgery.peft_format import rules_by
+from surgery.peft_format.methods import rules_by
 from tests.conformance import conv1d, near, of_transformers
 
 with warnings.catch_warnings():

@@ -16,10 +16,10 @@ from torch import Tensor, nn
 
 from rules import LoraRule
 from surgery import Rule, activate, apply_rules, merge, remove, route, rule, show, unmerge
-from surgery.install import AT_ONCE
-from surgery.pending import Unwritten
-from surgery.state import site_state
+from surgery.state.records import site_state
 from surgery.testing import Snapshot
+from surgery.weaving.deferred_class import Unwritten
+from surgery.weaving.generated_class import AT_ONCE
 from tests.test_growth import lines_of
 
 MANY = AT_ONCE + 4

@@ -13,8 +13,8 @@ from torch import Tensor
 
 from rules import PrefixRule
 from surgery import PlanError, apply_rules, remove
-from surgery.example import call, equal, random_state
 from surgery.testing import Snapshot
+from surgery.tracing.example_call import call, equal, random_state
 from tests.families import FAMILIES
 
 pytest.importorskip("transformers")

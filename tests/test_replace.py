@@ -28,7 +28,7 @@ from surgery import (
     save_adapter,
     show,
 )
-from surgery.skeleton import Skeleton, named_tensors
+from surgery.authoring.module_skeleton import Skeleton, named_tensors
 from surgery.testing import Snapshot
 from tests import foreign
 from tests.foreign import Host

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from surgery import export_onnx
-from surgery.onnx.comparing import LARGEST, TOLERANCES, Call, Comparison
-from surgery.onnx.given import Given
-from surgery.rounding import FACTOR, Wide, difference
+from surgery.arithmetic.float64_reference import FACTOR, Wide, difference
+from surgery.onnx.calls.example import Given
+from surgery.onnx.checking.comparison import LARGEST, TOLERANCES, Call, Comparison
 from tests.near import Wanted, off
 
 

@@ -345,7 +345,7 @@ def test_memory_is_freed() -> None:
     model = two_layers()
     for name in ("a", "b"):
         apply_rules(model, LoraRule("0", rank=2, init="random"), adapter=name)
-    from surgery.here import here
+    from surgery.routing.thread_state import here
 
     with route(model, ["a", "b", "a"]), torch.no_grad():
         model(torch.randn(3, 8))
@@ -541,7 +541,7 @@ def test_half_precision_and_autocast(dtype: torch.dtype) -> None:
 
 
 def alone_inside(model: nn.Module, x: Tensor, names: list[str | None]) -> Tensor:
-    from surgery.here import paused
+    from surgery.routing.thread_state import paused
 
     boxes: Any = model.get_submodule("0").adapters, model.get_submodule("2").adapters
     first, second = model.get_submodule("0"), model.get_submodule("2")
@@ -645,7 +645,7 @@ def test_ranks_that_differ_much_make_no_large_bank() -> None:
     for index, rank in enumerate((1, 1, 1, 1, 1, 8)):
         names.append(f"a{index}")
         apply_rules(model, LoraRule("0", rank=rank, init="random"), adapter=f"a{index}")
-    from surgery.here import here
+    from surgery.routing.thread_state import here
 
     x = torch.randn(6, 8)
     expected = alone(model, x, names)

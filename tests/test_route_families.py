@@ -14,8 +14,8 @@ from torch import Tensor
 
 from rules import LoraRule
 from surgery import SurgeryError, apply_rules, remove, route, using
-from surgery.example import call, random_state
 from surgery.testing import Snapshot
+from surgery.tracing.example_call import call, random_state
 from tests.families import FAMILIES
 
 pytest.importorskip("transformers")

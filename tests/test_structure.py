@@ -22,8 +22,8 @@ from torch.fx.passes.shape_prop import ShapeProp
 from torch.fx.proxy import GraphAppendingTracer
 
 from surgery import ANY, Structure, SurgeryError, as_digraph, graph_of, having, module_of, one_of, trace
-from surgery.example import copied
 from surgery.testing import Snapshot
+from surgery.tracing.example_call import copied
 from tests.benchmarks.patterns import attention_graph, pattern
 from tests.families import FAMILIES
 
@@ -293,7 +293,7 @@ def test_too_many_ways_to_read_a_pattern_are_refused(monkeypatch: pytest.MonkeyP
     structure = Structure(lambda a, b: (a + b) * (b + a) * (a + b))
     graph = traced(lambda x, y, z: (x + y) * (y + z) * (z + x))
     assert "at one place" in structure.find(graph).reason
-    monkeypatch.setattr("surgery.structure._STEPS", 5)
+    monkeypatch.setattr("surgery.structures.structure._STEPS", 5)
     with pytest.raises(SurgeryError, match="too many ways"):
         structure.find(graph)
 

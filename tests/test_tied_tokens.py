@@ -32,7 +32,7 @@ from surgery import (
     summary,
     unmerge,
 )
-from surgery.peft_format import rules_by
+from surgery.peft_format.methods import rules_by
 from surgery.testing import Snapshot
 
 with warnings.catch_warnings():

@@ -15,8 +15,8 @@ from torch.utils.checkpoint import checkpoint
 
 from rules import IA3Rule, LoraRule, TrainRule
 from surgery import PlanError, SurgeryError, SurgeryWarning, apply_rules, merge, plan_rules, remove, unmerge
+from surgery.planning.uncalled_modules import never_called
 from surgery.testing import Snapshot
-from surgery.uncalled import never_called
 from tests.families import FAMILIES
 from tests.test_family_list import run, tensors
 

@@ -1,13 +1,13 @@
 # What `surgery.onnx` offers, and from which file each name comes (see `surgery/__init__.pyi`).
 
-from .adapters import read_adapter, write_adapter
-from .carried import export_adapter, import_adapter
-from .convert import convert_peft
+from .checking.adapter_transfer import export_adapter, import_adapter
+from .checking.parity import ParityReport, verify_onnx
+from .conversion.convert import convert_peft
 from .export import ExportReport, export_onnx
-from .manifest import Manifest
-from .parity import ParityReport, verify_onnx
-from .runner import OnnxRunner
-from .slot import Slot
+from .runtime.adapter_file import read_adapter, write_adapter
+from .runtime.manifest import Manifest
+from .runtime.runner import OnnxRunner
+from .runtime.slot import Slot
 
 __all__ = [
     "ExportReport",

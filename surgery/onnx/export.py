@@ -13,15 +13,17 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from surgery.activation import active
 from surgery.errors import ParityError, SurgeryError
-from surgery.here import here
-from surgery.neutral import neutrally
-from surgery.onnx.caching import with_cache
-from surgery.onnx.copies import leave_live, sharing_copy, traced_path
-from surgery.onnx.defaults import write_defaults
-from surgery.onnx.describe import manifest_of
-from surgery.onnx.dims import (
+from surgery.lifecycle.activation import active
+from surgery.model_record.verb_root import records_in
+from surgery.onnx.calls.example import Given, array_of
+from surgery.onnx.calls.export_turns import in_turn
+from surgery.onnx.calls.exported_model import check_names, rooted
+from surgery.onnx.calls.kv_cache_example import with_cache
+from surgery.onnx.calls.shared_copy import leave_live, sharing_copy, traced_path
+from surgery.onnx.checking.parity import ParityReport, verify_onnx
+from surgery.onnx.graph.describe import manifest_of
+from surgery.onnx.graph.dynamic_axes import (
     Axes,
     Dynamic,
     axes_of,
@@ -31,19 +33,17 @@ from surgery.onnx.dims import (
     of_other_lengths,
     rename_dims,
 )
-from surgery.onnx.finish import add_defaults, make_constants, mark_rules, require_inputs, tidy
-from surgery.onnx.generate_differences import GENERATION, changed_logits, generation_of
-from surgery.onnx.given import Given, array_of
-from surgery.onnx.manifest import Manifest
-from surgery.onnx.names import name_weights
-from surgery.onnx.parity import ParityReport, verify_onnx
-from surgery.onnx.prepare import PREPARE, Prepared, Settings
-from surgery.onnx.program import Program, program_of
-from surgery.onnx.rooted import check_names, rooted
-from surgery.onnx.turns import in_turn
-from surgery.onnx.writing import size_of, written
-from surgery.root import records_in
-from surgery.state import model_state
+from surgery.onnx.graph.finish import add_defaults, make_constants, mark_rules, require_inputs, tidy
+from surgery.onnx.graph.generate_differences import GENERATION, changed_logits, generation_of
+from surgery.onnx.graph.prepare import PREPARE, Prepared, Settings
+from surgery.onnx.graph.trace_program import Program, program_of
+from surgery.onnx.graph.weight_names import name_weights
+from surgery.onnx.graph.write import size_of, written
+from surgery.onnx.runtime.default_inputs import write_defaults
+from surgery.onnx.runtime.manifest import Manifest
+from surgery.routing.thread_state import here
+from surgery.state.records import model_state
+from surgery.transaction.neutral_context import neutrally
 
 __all__ = ["ExportReport", "export_onnx"]
 

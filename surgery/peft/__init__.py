@@ -13,6 +13,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from surgery.errors import SurgeryError
+from surgery.model_record.state_dict import load_adapter_state_dict
+from surgery.model_record.verb_root import rewritten
 from surgery.peft import config, configs, tasks
 from surgery.peft.config import *  # noqa: F403
 from surgery.peft.configs import *  # noqa: F403
@@ -20,10 +22,8 @@ from surgery.peft.facade import inside
 from surgery.peft.kbit import prepare_model_for_kbit_training
 from surgery.peft.model import LoadResult, PeftModel
 from surgery.peft.tasks import *  # noqa: F403
-from surgery.peft_writing import taken_over, written
-from surgery.root import rewritten
-from surgery.state import adapter_names
-from surgery.state_dicts import load_adapter_state_dict
+from surgery.peft_format.writing import taken_over, written
+from surgery.state.records import adapter_names
 
 __all__ = [
     "PeftModel",

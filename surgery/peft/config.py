@@ -10,9 +10,9 @@ from enum import Enum, StrEnum
 from pathlib import Path
 from typing import Any, ClassVar
 
-from surgery.entry import PEFT
+from surgery.adapter_files.entry import PEFT
+from surgery.adapter_files.hub_download import download
 from surgery.errors import RuleError, SurgeryError, SurgeryWarning, near_misses
-from surgery.hub_download import download
 
 __all__ = [
     "MultitaskPromptTuningInit",
@@ -143,7 +143,7 @@ class PeftConfig:
     @classmethod
     def from_pretrained(cls, source: str | Path, subfolder: str | None = None, **options: Any) -> PeftConfig:
         """The configuration in a folder or a repository of the hub (with `revision`)."""
-        from surgery.plain_json import read_json
+        from surgery.adapter_files.plain_json import read_json
 
         place = Path(source) / (subfolder or "")
         if not Path(source).exists():

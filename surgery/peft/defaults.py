@@ -11,7 +11,7 @@ from typing import Any
 from torch import nn
 
 from surgery.errors import SurgeryError
-from surgery.module_walk import base_modules
+from surgery.patterns.module_walk import base_modules
 from surgery.peft.config import PeftConfig
 
 __all__ = ["with_defaults"]

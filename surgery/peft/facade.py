@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from torch import nn
 
 from surgery.errors import SurgeryError
-from surgery.journal import Journal
-from surgery.neutral import neutral
-from surgery.routing import route
+from surgery.routing.route import route
+from surgery.transaction.neutral_context import neutral
+from surgery.transaction.undo_log import Journal
 
 __all__ = ["Facade", "facade", "inside", "whole"]
 

@@ -15,22 +15,22 @@ import torch
 from torch import nn
 
 import surgery
-from surgery.beside import beside
-from surgery.claims import check_free
 from surgery.errors import SurgeryError, SurgeryWarning
-from surgery.example import dummy
-from surgery.hub_upload import card_of, upload
-from surgery.merging import unmerged
+from surgery.lifecycle.switching import set_trained
+from surgery.merging.merge import unmerged
+from surgery.model_record.verb_root import rewritten, root_of
+from surgery.patterns.wrappers import unwrapped
+from surgery.peft.add_idle import beside
 from surgery.peft.config import PeftConfig
 from surgery.peft.defaults import with_defaults
 from surgery.peft.facade import Facade, facade, whole
-from surgery.peft_format import rules_by
-from surgery.peft_writing import written
-from surgery.root import rewritten, root_of
-from surgery.state import adapter_names as named
-from surgery.state import merged_adapters, model_state
-from surgery.switching import set_trained
-from surgery.wrapped import unwrapped
+from surgery.peft_format.methods import rules_by
+from surgery.peft_format.writing import written
+from surgery.state.in_use import check_free
+from surgery.state.records import adapter_names as named
+from surgery.state.records import merged_adapters, model_state
+from surgery.storage.hub_upload import card_of, upload
+from surgery.tracing.example_call import dummy
 
 __all__ = ["LoadResult", "PeftModel"]
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from surgery.table import table
+from surgery.text_table import table
 from tests.benchmarks.lines import Row
 from tests.benchmarks.timing import Setting
 

@@ -37,8 +37,8 @@ from surgery import (
     unmerge,
     using,
 )
-from surgery.onnx.given import Given
-from surgery.onnx.prepare import PREPARE, Settings
+from surgery.onnx.calls.example import Given
+from surgery.onnx.graph.prepare import PREPARE, Settings
 
 LETTERS = "qkvogud"
 WHOLE = ("torch: state_dict", "deepcopy", "pickle", "unpickle", "prepare slots", "prepare constant", "prepare merged")

@@ -1,0 +1,1 @@
+"""Files of adapters: tensors, JSON, entries, downloads."""

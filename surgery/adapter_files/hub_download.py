@@ -1,0 +1,37 @@
+"""Adapters from the hub, by a repository's name, through huggingface_hub alone."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from surgery.adapter_files.entry import BARE, OLD, PEFT, SURGERY
+from surgery.errors import SurgeryError
+
+__all__ = ["download", "hub_error"]
+
+FILES = (*SURGERY, *PEFT, OLD, *BARE)
+_REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
+
+
+def download(repo_id: str, subfolder: str | None, revision: str | None) -> Path:
+    """Download a repository's adapter unless it is in the cache; returns its folder."""
+    if not _REPOSITORY.fullmatch(repo_id):
+        raise SurgeryError(f"there is no {repo_id}", fix="name a folder, a file, or a repository of the hub")
+    from huggingface_hub import snapshot_download
+
+    inside = f"{subfolder}/" if subfolder else ""
+    try:
+        place = snapshot_download(repo_id, revision=revision, allow_patterns=[inside + name for name in FILES])
+    except Exception as error:  # of the hub, of its client, of the network
+        raise hub_error(f"there is no folder {repo_id!r}, and the hub has not answered", error) from error
+    return Path(place) / inside
+
+
+def hub_error(what: str, error: Exception) -> SurgeryError:
+    """The error to raise where a call to the hub failed."""
+    return SurgeryError(
+        what,
+        why=f"{type(error).__name__}: {str(error).strip()[:300]}",
+        fix="check the name, the network, and `HF_ENDPOINT`, `HF_TOKEN`, `HF_HUB_OFFLINE`",
+    )

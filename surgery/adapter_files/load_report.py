@@ -1,0 +1,65 @@
+"""What a load of an adapter did, and what of its files did not fit."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from surgery.authoring.rule import Rule
+
+__all__ = ["LoadReport"]
+
+
+@dataclass
+class LoadReport:
+    """What a load did: the rules applied, and by key what was `loaded`, `missing`, `unexpected` or did not fit.
+
+    `assumed`: what the files do not say and were taken to mean, such as a scale or the paths of modules.
+
+    Truth is that everything fitted, which `load_adapter` demands unless it is told otherwise by `strict=False`.
+    """
+
+    adapter: str
+    rules: list[Rule] = field(default_factory=list)
+    loaded: list[str] = field(default_factory=list)
+    missing: list[str] = field(default_factory=list)
+    unexpected: list[str] = field(default_factory=list)
+    misfits: list[str] = field(default_factory=list)
+    base: list[str] = field(default_factory=list)
+    metadata: Mapping[str, Any] = field(default_factory=dict)
+    licence: str | None = None
+    assumed: list[str] = field(default_factory=list)
+
+    def __bool__(self) -> bool:
+        return not (self.missing or self.unexpected or self.misfits or self.base)
+
+    def __str__(self) -> str:
+        lines = [f"adapter {self.adapter!r}: {len(self.loaded)} tensors loaded"]
+        return "\n".join([*lines, *(f"  {text}" for text in [*self.problems(), *self.assumed])])
+
+    def problems(self) -> list[str]:
+        """What did not fit, one line a kind."""
+        kinds = {"missing": self.missing, "not of this adapter": self.unexpected}
+        told = [f"{_counted(keys)} {kind}: {_listed(keys)}" for kind, keys in kinds.items() if keys]
+        return [*told, *_grouped(self.misfits), *self.base]
+
+
+def _grouped(misfits: Sequence[str], most: int = 5) -> list[str]:
+    """Lines about tensors; those of many that end alike are one, with two examples."""
+    alike: dict[str, list[str]] = {}
+    for line in misfits:
+        alike.setdefault(line.partition(" ")[2], []).append(line)
+    told = []
+    for why, lines in alike.items():
+        names = [line.partition(" ")[0] for line in lines[:2]]
+        told += lines if len(lines) <= most else [f"{len(lines)} tensors, such as {' and '.join(names)}: each {why}"]
+    return told
+
+
+def _counted(keys: Sequence[str]) -> str:
+    return "one tensor is" if len(keys) == 1 else f"{len(keys)} tensors are"
+
+
+def _listed(keys: Sequence[str], most: int = 8) -> str:
+    return ", ".join(key[:200] for key in keys[:most]) + (", …" if len(keys) > most else "")

@@ -1,0 +1,1 @@
+"""A module's own forward, and a rewrite of it as a tape of operations."""

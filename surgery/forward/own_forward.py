@@ -1,0 +1,288 @@
+"""The own forward of one module, held as a tape of operations or, where that can't be had safely, as one call.
+
+The forward is run once on a view of the module (`surgery.forward.parameter_view`) whose parameters and buffers are
+recording values and whose children are leaves. Nothing is patched and nothing is written to the module. What Python
+would decide on a value, a changed attribute, or a tensor made on the way is refused: a graph is right or it is not
+made.
+"""
+
+from __future__ import annotations
+
+import ast
+import functools
+import inspect
+import textwrap
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx, nn
+
+from surgery.errors import SurgeryError, TraceError
+from surgery.forward.function_watch import Watch
+from surgery.forward.parameter_view import view
+from surgery.forward.tape import Tape, Value
+from surgery.patterns.pattern import qualified_name
+from surgery.transaction.user_frames import line_of, line_setting
+
+__all__ = ["Own", "own_forward", "recorded_own", "settings_of", "trusted"]
+
+
+@dataclass(frozen=True)
+class Own:
+    """A module's own forward. `tapes` holds one tape for evaluation and one for training; the same where they are
+    equal. No tapes: the site is opaque, its base one call to the class's own forward, and `why` says why; unless it
+    is `held` as a graph of the operations of calls of one kind (`surgery.weaving.call_variants`)."""
+
+    base: type[nn.Module]
+    signature: inspect.Signature
+    tapes: tuple[Tape, Tape] | None
+    why: str = ""
+    held: fx.Graph | None = None
+
+    @property
+    def opaque(self) -> bool:
+        return self.tapes is None
+
+    @property
+    def key(self) -> tuple:
+        return (self.base, self.tapes, self.held)
+
+    @property
+    def names_hold(self) -> bool:
+        """Whether the forward's arguments may be given by the names in its signature."""
+        return not _hands_on(self.base)
+
+    def inputs(self) -> list[str]:
+        return [name for name, parameter in self.signature.parameters.items() if parameter.kind not in _STARRED]
+
+
+def own_forward(module: nn.Module, base: type[nn.Module]) -> Own:
+    """The own forward of a site, from the cache where a module of the same class and attributes was seen."""
+    key = settings_of(module, base)
+    found = _cache.get(key) if key is not None else None
+    if found is None:
+        found = _own_forward(module, base)
+        if key is not None:
+            _cache[key] = found
+    return found
+
+
+def recorded_own(module: nn.Module) -> Own:
+    """The module's forward as a graph in its present mode, whether or not a site would keep it so; or `TraceError`."""
+    base = getattr(module, "_surgery_base", type(module))
+    signature = signature_of(base)
+    tape = _recorded(module, base, signature, module.training)
+    return Own(base, signature, (tape, tape))
+
+
+def _own_forward(module: nn.Module, base: type[nn.Module]) -> Own:
+    signature = signature_of(base)
+    why = _why_opaque(module, base, list(signature.parameters.values()))
+    if not why:
+        try:
+            evaluation, training = (_recorded(module, base, signature, mode) for mode in (False, True))
+            return Own(base, signature, (evaluation, training))
+        except SurgeryError as error:
+            why = str(error.what)
+    return Own(base, signature, None, why)
+
+
+def signature_of(base: type[nn.Module]) -> inspect.Signature:
+    try:
+        signature = inspect.signature(base.forward)
+    except (TypeError, ValueError):  # a forward written in C tells nothing: take whatever comes
+        signature = inspect.signature(lambda self, *args, **kwargs: None)
+    return signature.replace(parameters=list(signature.parameters.values())[1:])
+
+
+@functools.cache
+def _hands_on(base: type[nn.Module]) -> bool:
+    """Whether the forward is a wrapper that calls other functions than the one whose signature it shows.
+
+    Such as one that chooses among implementations, whose arguments may have other names.
+    """
+    wrapper = base.forward
+    shown = getattr(wrapper, "__wrapped__", None)
+    try:
+        held = inspect.getclosurevars(wrapper).nonlocals
+        tree = ast.parse(textwrap.dedent(inspect.getsource(wrapper.__code__)))
+    except (OSError, TypeError, SyntaxError, ValueError, AttributeError):
+        return False
+    names = {name for name, value in held.items() if value is shown}
+    called = {node.func.id for node in ast.walk(tree) if isinstance(node, ast.Call) and isinstance(node.func, ast.Name)}
+    return shown is not None and bool(names) and not names & called
+
+
+def _why_opaque(module: nn.Module, base: type[nn.Module], parameters: list[inspect.Parameter]) -> str:
+    """A reason to call the forward rather than hold it, or ''. A graph is kept only where it can't be a wrong one."""
+    if any(parameter.default is not parameter.empty or parameter.kind in _STARRED for parameter in parameters):
+        return "its forward has optional arguments"
+    for name, tensor in (*module._parameters.items(), *module._buffers.items()):
+        if tensor is not None and type(tensor) not in (nn.Parameter, torch.Tensor):
+            return f"its {name} is a {type(tensor).__name__}"
+    if not trusted(base):
+        return "its forward is not straight-line code"
+    return ""
+
+
+@functools.cache
+def trusted(base: type[nn.Module]) -> bool:
+    """torch's own layers with none of their methods overridden, or a forward that only computes."""
+    for cls in base.__mro__:
+        if cls.__module__.startswith("torch.nn.modules."):
+            return True
+        overridden = {name for name, value in vars(cls).items() if callable(value)} - {"__init__"}
+        if "forward" in overridden:
+            return _straight_line(cls.forward)
+        if any(hasattr(parent, name) for name in overridden for parent in cls.__mro__[1:]):
+            return False
+    return False
+
+
+def _straight_line(function: Any) -> bool:
+    try:
+        tree = ast.parse(textwrap.dedent(inspect.getsource(function)))
+    except (OSError, TypeError, SyntaxError):
+        return False
+    body = tree.body[0]
+    if not isinstance(body, ast.FunctionDef) or body.decorator_list:
+        return False
+    allowed = (ast.Assign, ast.AnnAssign, ast.AugAssign, ast.Return, ast.Expr)
+    if not all(isinstance(statement, allowed) for statement in body.body):
+        return False
+    return not any(isinstance(node, _DECIDES) or _calls_own_method(node) for node in ast.walk(body))
+
+
+_DECIDES = (ast.IfExp, ast.BoolOp, ast.Lambda, ast.NamedExpr, ast.ListComp, ast.SetComp, ast.DictComp, ast.GeneratorExp,
+            ast.Await, ast.Yield, ast.YieldFrom, ast.Compare, ast.Starred, ast.JoinedStr)  # fmt: skip
+
+
+def _calls_own_method(node: ast.AST) -> bool:
+    # self.act(x) may be a child or a method: only the run can tell, and a method is Python we have not read.
+    # Functions by a bare name are Python we have not read either; torch.*, F.* and methods of tensors are known.
+    if not isinstance(node, ast.Call):
+        return False
+    if isinstance(node.func, ast.Name):
+        return True
+    root: ast.AST = node.func
+    while isinstance(root, ast.Attribute):
+        root = root.value
+    direct = isinstance(node.func, ast.Attribute) and isinstance(node.func.value, ast.Name)
+    return isinstance(root, ast.Name) and root.id == "self" and direct
+
+
+def _recorded(module: nn.Module, base: type[nn.Module], signature: inspect.Signature, training: bool) -> Tape:
+    tape = Tape(qualified_name(base), strict=True)
+    tensors = {
+        name: tape.value("state", name)
+        for held in (module._parameters, module._buffers)
+        for name, tensor in held.items()
+        if tensor is not None
+    }
+    stand_in = view(module, base, tensors)  # type: ignore[arg-type]  # values stand in for tensors here
+    children = {name: child and _Leaf(tape, child, name) for name, child in module._modules.items()}
+    stand_in.__dict__.update(_modules=children, training=training)
+    before = dict(stand_in.__dict__)
+    given, named = [], {}
+    for name, parameter in signature.parameters.items():
+        if parameter.kind in _STARRED:
+            continue
+        value = tape.value("input", name) if parameter.default is parameter.empty else parameter.default
+        if parameter.kind is parameter.KEYWORD_ONLY:
+            named[name] = value
+        else:
+            given.append(value)
+    try:
+        with Watch(tape):
+            output = base.forward(stand_in, *given, **named)
+            tape.replace(tape.value("output", ""), output)
+        tape = tape.finished()
+    except Exception as error:
+        raise _refusal(error, base) from error
+    if changed := [name for name, value in stand_in.__dict__.items() if before.get(name, stand_in) is not value]:
+        raise TraceError(
+            f"{base.__name__}.forward sets {', '.join(changed)} on the module",
+            where=line_setting(base.forward, changed[0]),
+            why="a graph holds what is computed, not what is remembered between calls",
+        )
+    return tape
+
+
+def _refusal(error: Exception, base: type[nn.Module]) -> TraceError:
+    """The error of a trace, told at the line of the model's own code that led to it."""
+    why = error.what if isinstance(error, SurgeryError) else f"{type(error).__name__}: {error}"
+    if isinstance(error, SurgeryError) and error.why:
+        why = f"{why}: {error.why}"
+    return TraceError(
+        f"{base.__name__}.forward can't be held as a graph",
+        where=line_of(error, base.forward),
+        why=why,
+        fix="rules that need only the module's inputs, outputs and parameters work without the graph",
+    )
+
+
+class _Leaf:
+    """A child of the module being traced: a call is one node; its parameters are values, its attributes its own."""
+
+    def __init__(self, tape: Tape, module: nn.Module, path: str):
+        self.__dict__.update(_tape=tape, _module=module, _path=path)
+
+    @property
+    def __class__(self) -> type:  # isinstance(self.child, nn.Linear) is answered as the child itself would
+        return type(self.__dict__["_module"])
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Value:
+        return self._tape.call("module", self._path, args, kwargs)
+
+    def _wrapped(self, item: Any, name: str) -> Any:
+        return _Leaf(self._tape, item, f"{self._path}.{name}") if isinstance(item, nn.Module) else item
+
+    def __getattr__(self, name: str) -> Any:
+        held = {**self._module._parameters, **self._module._buffers}
+        if held.get(name) is not None:
+            return self._tape.value("state", f"{self._path}.{name}")
+        return self._wrapped(getattr(self._module, name), name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        raise TraceError(f"the forward sets {name} on its child {self._path}")
+
+    def __iter__(self) -> Any:
+        names = {id(child): name for name, child in self._module._modules.items()}
+        return iter([self._wrapped(item, names.get(id(item), "")) for item in iter(self._module)])  # type: ignore[call-overload]
+
+    def __len__(self) -> int:
+        return len(self._module)  # type: ignore[arg-type]
+
+    def __getitem__(self, key: Any) -> Any:
+        item = self._module[key]  # type: ignore[index]
+        names = {id(child): name for name, child in self._module._modules.items()}
+        return self._wrapped(item, names.get(id(item), str(key)))
+
+
+def settings_of(module: nn.Module, base: type[nn.Module]) -> tuple | None:
+    """What a forward's graph can depend on, or None where an attribute can't be compared (then nothing is cached)."""
+    parts: list[Any] = [base]
+    for name, value in module.__dict__.items():
+        if name in _NOT_READ or name.startswith("_surgery"):
+            continue
+        if isinstance(value, list):
+            value = tuple(value)
+        if not isinstance(value, _SIMPLE):
+            return None
+        parts.append((name, type(value), value))
+    for held in (module._parameters, module._buffers):
+        parts.append(tuple([(name, type(tensor)) for name, tensor in held.items()]))
+    parts.append(tuple([(name, type(child)) for name, child in module._modules.items() if name != "adapters"]))
+    found = tuple(parts)
+    try:
+        hash(found)
+    except TypeError:
+        return None
+    return found
+
+
+_SIMPLE = (int, float, str, type(None), tuple, torch.dtype, torch.device)
+_NOT_READ = frozenset(nn.Module().__dict__)
+_STARRED = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+_cache: dict[tuple, Own] = {}

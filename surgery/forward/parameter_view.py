@@ -1,0 +1,160 @@
+"""The base's own forward, called by name; where a rule edits parameters, on a view of the module that holds them.
+
+A view is an instance of the module's own base class that shares everything with it but the tensors that were put
+in their place (torch's DataParallel replicas are made the same way). Python code that reads `self.weight` reads the
+new value, whatever its branches; nothing is written to the module, so threads, autograd, torch.compile and
+torch.export see an ordinary call.
+"""
+
+from __future__ import annotations
+
+import functools
+import types
+from collections.abc import Callable, Mapping
+from typing import Any
+from weakref import WeakKeyDictionary
+
+from torch import Tensor, nn
+
+from surgery.errors import SurgeryError
+from surgery.forward.function_registries import with_leaves
+
+__all__ = ["base_forward", "call_child", "call_own", "calls_inside", "held", "hidden_reference", "tensor_at", "view"]
+
+# What runs in the place of the functions that a forward takes from registries; gets each as its first argument.
+Around = Callable[..., Any]
+
+
+def base_forward(
+    module: nn.Module,
+    tensors: Mapping[str, Tensor],
+    args: tuple,
+    more: tuple,
+    kwargs: dict[str, Any],
+    extra: dict[str, Any],
+    around: tuple[Around, ...] = (),
+) -> Any:
+    """`Base.forward(module, …)` with `tensors` in the place of the parameters and buffers of these names.
+
+    `around`: functions to call around those that the forward takes from a registry (`Site.around`).
+    """
+    base: type[nn.Module] = module._surgery_base  # type: ignore[assignment]
+    if not around:
+        patient = view(module, base, tensors) if tensors else module
+        return base.forward(patient, *args, *more, **kwargs, **extra)  # type: ignore[operator, union-attr]
+    patient = view(module, base, tensors)
+    patient.__dict__["_surgery_around"] = around
+    return _routed(base.forward)(patient, *args, *more, **kwargs, **extra)
+
+
+def call_child(module: nn.Module, tensors: Mapping[str, Tensor], *args: Any, **kwargs: Any) -> Any:
+    """A call of a module, hooks and adapters included, with `tensors` in the place of its own."""
+    return view(module, type(module), tensors)(*args, **kwargs)
+
+
+def call_own(module: nn.Module, *args: Any, **tensors: Tensor | None) -> Any:
+    """A module's own forward, without any rule's edits, with other tensors in the place of its own.
+
+    >>> import torch
+    >>> from torch import nn
+    >>> from surgery import call_own
+    >>> layer = nn.Conv2d(3, 8, 3, padding="same")
+    >>> call_own(layer, torch.ones(1, 3, 4, 4), weight=torch.ones(2, 3, 3, 3), bias=None).shape
+    torch.Size([1, 2, 4, 4])
+
+    A tensor given as None is left out. The concrete twin of `Site.call`.
+    """
+    base = getattr(module, "_surgery_base", type(module))
+    return base.forward(view(module, base, tensors), *args)
+
+
+def _routed(forward: Any) -> Any:
+    """The forward whose functions from registries ask the module that they are called for what is around them."""
+    found = _forwards.get(forward)
+    if found is None:
+        found = _forwards[forward] = with_leaves(forward, _through)
+    return found
+
+
+def _through(function: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
+    owner = args[0] if args else None
+    if isinstance(owner, nn.Module):
+        for around in owner.__dict__.get("_surgery_around", ()):
+            function = functools.partial(around, function)
+    return function(*args, **kwargs)
+
+
+def calls_inside(module: nn.Module, args: tuple, kwargs: Mapping[str, Any]) -> list[tuple[Any, tuple, dict[str, Any]]]:
+    """Run a module's own forward; its calls of functions from registries: (function, args, kwargs)."""
+    base: Any = getattr(module, "_surgery_base", type(module))
+    found: list[tuple[Any, tuple, dict[str, Any]]] = []
+    patient = view(module, base, {})
+
+    def noted(function: Any, *args: Any, **kwargs: Any) -> Any:
+        found.append((function, args, kwargs))
+        return function(*args, **kwargs)
+
+    patient.__dict__["_surgery_around"] = (noted,)
+    _routed(base.forward)(patient, *args, **kwargs)
+    return found
+
+
+_forwards: WeakKeyDictionary[types.FunctionType, Any] = WeakKeyDictionary()
+
+
+def view(module: nn.Module, cls: type[nn.Module], tensors: Mapping[str, Tensor | None]) -> nn.Module:
+    """An instance of `cls` that shares all of `module` but the given tensors; names may reach into children."""
+    shown = object.__new__(cls)
+    state = dict(module.__dict__)
+    own = {name: tensor for name, tensor in tensors.items() if "." not in name}
+    for kind in ("_parameters", "_buffers"):
+        state[kind] = {name: own.get(name, old) for name, old in state[kind].items()}
+    for name, value in list(state.items()):
+        # LSTM and its kin run on a list of their own parameters, kept beside the named ones.
+        if isinstance(value, list) and value and isinstance(value[0], Tensor):
+            swapped = {id(old): own[key] for key in own if (old := held(module, key)) is not None}
+            state[name] = [swapped.get(id(item), item) for item in value]
+    children = {name.partition(".")[0] for name in tensors if "." in name}
+    if children:
+        state["_modules"] = dict(state["_modules"])
+        for child in children:
+            inner = {name.partition(".")[2]: tensor for name, tensor in tensors.items() if name.startswith(child + ".")}
+            found = module._modules[child]
+            assert found is not None
+            state["_modules"][child] = view(found, type(found), inner)
+    shown.__dict__.update(state)
+    return shown
+
+
+def held(module: nn.Module, name: str) -> Tensor | None:
+    """A parameter or buffer by dotted name, or None."""
+    if name in module._parameters:
+        return module._parameters[name]
+    *path, last = name.split(".")
+    owner: nn.Module | None = module
+    for part in path:
+        owner = owner._modules.get(part) if owner is not None else None
+    if owner is None:
+        return None
+    found = owner._parameters.get(last)
+    return found if found is not None else owner._buffers.get(last)
+
+
+def tensor_at(module: nn.Module, name: str) -> Tensor:
+    """A parameter or buffer by dotted name, which is known to be there."""
+    found = held(module, name)
+    if found is None:
+        raise SurgeryError(f"{type(module).__name__} has no tensor {name!r}")
+    return found
+
+
+def hidden_reference(module: nn.Module, name: str) -> str | None:
+    """The attribute that holds a parameter where a view can't put another in its place, or None."""
+    tensor = held(module, name)
+    for attribute, value in module.__dict__.items():
+        if attribute.startswith(("_parameters", "_buffers", "_modules")) or isinstance(value, list):
+            continue
+        items = value.values() if isinstance(value, dict) else value if isinstance(value, tuple) else (value,)
+        if any(item is tensor for item in items):
+            return attribute
+    return None

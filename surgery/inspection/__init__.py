@@ -1,0 +1,1 @@
+"""What a rewritten model looks like: summaries, generated code, pictures, coverage."""

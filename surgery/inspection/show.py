@@ -1,0 +1,258 @@
+"""Looking at a rewritten model: counts, the code of a site, and a picture of its graph before and after."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from dataclasses import dataclass
+from html import escape
+from typing import Any
+
+from torch import fx, nn
+
+from surgery.errors import MatchError, listed, near_misses
+from surgery.forward.own_forward import own_forward
+from surgery.model_record.verb_root import check_all_present, records_in
+from surgery.patterns.module_walk import every_path
+from surgery.patterns.wrappers import unwrapped
+from surgery.state.adapter_tensors import is_adapter_key, tensors_of
+from surgery.state.records import SiteState, merged_adapters, site_state, sites
+from surgery.state.site_links import there
+from surgery.text_table import table
+from surgery.transaction.gradient_flags import is_lazy
+from surgery.weaving.call_variants import held_own, layer_at
+from surgery.weaving.generated_class import recipe_of
+from surgery.weaving.weave import woven
+
+__all__ = ["Summary", "draw", "show", "summary"]
+
+
+@dataclass(frozen=True)
+class Summary:
+    """Adapters, sites and parameters of a model; prints as a table. Counts are parameters, each tensor once."""
+
+    trainable: int
+    added: int
+    total: int
+    rows: tuple[tuple[str, str, int, int, int, str], ...]  # adapter, rule, sites, added, trainable, state
+    merged: tuple[str, ...]
+
+    def __str__(self) -> str:
+        share = 100 * self.trainable / self.total if self.total else 0.0
+        head = (
+            f"trainable {self.trainable:,} || added {self.added:,} || total {self.total:,} || trainable {share:.4f} %"
+        )
+        rows = [[a, rule, f"{n:,}", f"{added:,}", f"{trained:,}", s] for a, rule, n, added, trained, s in self.rows]
+        parts = [head]
+        if rows:
+            parts.append(table(["adapter", "rule", "sites", "added", "trainable", "state"], rows))
+        if self.merged:
+            parts.append(f"merged: {', '.join(self.merged)}")
+        return "\n".join(parts)
+
+    __repr__ = __str__
+
+    def to_dict(self) -> dict[str, Any]:
+        names = ("adapter", "rule", "sites", "added", "trainable", "state")
+        return {
+            "trainable": self.trainable,
+            "added": self.added,
+            "total": self.total,
+            "rules": [dict(zip(names, row, strict=True)) for row in self.rows],
+            "merged": list(self.merged),
+        }
+
+
+def summary(model: nn.Module) -> Summary:
+    """How much of a model is trained, and by which rules (PEFT's print_trainable_parameters, and per rule).
+
+    >>> from torch import nn
+    >>> from surgery import apply_rules, summary
+    >>> from rules import LoraRule
+    >>> print(summary(apply_rules(nn.Sequential(nn.Linear(8, 8)), [LoraRule("0", rank=2)])))
+    trainable 32 || added 32 || total 104 || trainable 30.7692 %
+    adapter  rule      sites  added  trainable  state
+    default  LoraRule      1     32         32  live
+
+    `total` is the base and what was added; of packed parameters the numbers that they stand for are counted, as PEFT
+    does. `state`: live (with its weight where that is not 1), idle or merged. Works on an untouched model, on a part of
+    a rewritten one, and on one whose parts were rewritten by themselves: adapters are listed with the path.
+    """
+    check_all_present(model)
+    rows: list[tuple[str, str, int, int, int, str]] = []
+    merged: list[str] = []
+    records = records_in(unwrapped(model), nested=True) or {"": model}
+    for path, root in records.items():
+        begin = f"{path}: " if path and len(records) > 1 else ""
+        rows += [(begin + row[0], *row[1:]) for row in _rows(root)]
+        merged += [begin + name for name in merged_adapters(root)]
+    parameters = list(model.named_parameters())
+    return Summary(
+        trainable=sum(_numbers_in(p) for _, p in parameters if p.requires_grad),
+        added=sum(p.numel() for name, p in parameters if rows and is_adapter_key(model, name)),
+        total=sum(_numbers_in(p) for _, p in parameters),
+        rows=tuple(rows),
+        merged=tuple(merged),
+    )
+
+
+def _rows(root: nn.Module) -> list[tuple[str, str, int, int, int, str]]:
+    """Each adapter's rules with their sites and numbers, and what the adapter is now."""
+    counts: dict[tuple[str, str], list[int]] = defaultdict(lambda: [0, 0, 0])
+    states: dict[str, str] = {}
+    for _, module, site in sites(root):
+        for applied in site.applied:
+            name, held = applied.adapter, tensors_of(module, applied.adapter)
+            mine = [held[key] for key in applied.tensors if key in held]
+            row = counts[name, applied.rule.label]
+            row[0] += 1
+            row[1] += sum(tensor.numel() for tensor in mine if isinstance(tensor, nn.Parameter))
+            row[2] += sum(tensor.numel() for tensor in mine if tensor.requires_grad)
+            if site.merged is not None and name in site.merged.adapters:
+                states[name] = "merged"
+            elif name not in states:
+                live = "live" if applied.weight == 1.0 else f"live × {applied.weight:g}"
+                states[name] = live if applied.live else "idle"
+    return [(name, rule, *row, states[name]) for (name, rule), row in counts.items()]  # type: ignore[misc]
+
+
+def _numbers_in(parameter: Any) -> int:
+    if is_lazy(parameter):
+        return 0
+    count = parameter.numel() or getattr(parameter, "ds_numel", 0)  # DeepSpeed keeps it elsewhere
+    return count * 2 * parameter.element_size() if type(parameter).__name__ == "Params4bit" else count
+
+
+def show(model: nn.Module, path: str = "") -> str:
+    """The code that runs at a site: the generated forward, each inserted line with the rule it comes from.
+
+    >>> from torch import nn
+    >>> from surgery import apply_rules, show
+    >>> from rules import LoraRule
+    >>> model = apply_rules(nn.Sequential(nn.Linear(8, 8)), [LoraRule("0", rank=2, alpha=4)])
+    >>> print(show(model, "0"))  # doctest: +ELLIPSIS
+    # 0: Linear + LoraRule [default]
+    def forward(self, input):
+        ...
+
+    Where rules look into the forward, the code for the kinds of calls that are ready follows, equal code once.
+    `MatchError` where the model has no such module, or no rule is live on it.
+    """
+    module, state = _site_at(model, path)
+    recipe = recipe_of(type(module))
+    if recipe is None:
+        raise MatchError("no rule is live here", where=path, why=f"{type(module).__name__} runs its own forward")
+    sources = dict.fromkeys([recipe.source, *(variant.source for variant in reversed(state.variants))])
+    return f"# {path or '(the model itself)'}: {recipe.label}\n" + "\n\n".join(map(str.rstrip, sources))
+
+
+def draw(model: nn.Module, path: str = "", *, before: bool = True) -> str:
+    """A picture (SVG text) of a site's graph, its own on the left and rewritten on the right; edits are coloured.
+
+    >>> from torch import nn
+    >>> from surgery import apply_rules, draw
+    >>> from rules import LoraRule
+    >>> draw(apply_rules(nn.Linear(8, 8), [LoraRule(nn.Linear)])).startswith("<svg")
+    True
+
+    `before=False` leaves the own graph out. `MatchError` as `show`.
+    """
+    module, state = _site_at(model, path)
+    own = held_own(module, state) if any(applied.inside for applied in state.applied) else None
+    own = own or own_forward(module, state.base)
+    layers = [layer_at(applied, module, state, own) for applied in state.applied]
+    title = f"{path or type(module).__name__} ({type(module).__name__})"
+    shown = {"before": [], "after": layers} if before else {"": layers}
+    return _svg(title, {head: woven(own, some, module.training, lowered=False) for head, some in shown.items()})
+
+
+def _site_at(model: nn.Module, path: str) -> tuple[nn.Module, SiteState]:
+    check_all_present(model)
+    modules = dict(model.named_modules(remove_duplicate=False)) | dict(every_path(model))  # with wrappers, and without
+    below = list(records_in(model).values())
+    if (path not in modules or site_state(modules[path]) is None) and len(below) == 1 and there(below[0], path):
+        modules = dict(every_path(below[0]))  # a path in what is wrapped
+    if path not in modules:
+        raise MatchError(f"the model has no module {path!r}", why=near_misses(path, modules))
+    state = site_state(modules[path])
+    if state is None:
+        where = [found for found, _, _ in sites(below[0] if len(below) == 1 else model)]
+        raise MatchError("no rule was applied here", where=path, why=f"sites are {listed(where)}" if where else None)
+    return modules[path], state
+
+
+# Drawing ------------------------------------------------------------------------------------------------------
+
+_WIDTH, _HEIGHT, _ACROSS, _DOWN = 168, 34, 188, 62
+
+
+def _svg(title: str, graphs: dict[str, fx.Graph]) -> str:
+    """Graphs side by side, each under its head."""
+    heads, drawn, x, height = [], [], 20.0, 0.0
+    for head, graph in graphs.items():
+        parts, size = _placed(graph, x, 70 if head else 44)
+        heads.append((x, head))
+        drawn += parts
+        x, height = x + size[0] + 60, max(height, size[1] + (90 if head else 64))
+    width = x - 40
+    parts = [
+        f'<svg xmlns="http://www.w3.org/2000/svg" width="{width:g}" height="{height:g}" '
+        f'viewBox="0 0 {width:g} {height:g}" '
+        'font-family="sans-serif" font-size="12">',
+        '<defs><marker id="arrow" viewBox="0 0 8 8" refX="7" refY="4" markerWidth="7" markerHeight="7" orient="auto">'
+        '<path d="M0 0L8 4L0 8z" fill="#555"/></marker></defs>',
+        f'<rect width="{width:g}" height="{height:g}" fill="white"/>',
+        f'<text x="20" y="26" font-size="15" font-weight="bold">{escape(title)}</text>',
+        *(f'<text x="{x:g}" y="52" fill="#555">{text}</text>' for x, text in heads if text),
+        *drawn,
+        "</svg>",
+    ]
+    return "\n".join(parts)
+
+
+def _placed(graph: fx.Graph, x0: float, y0: float) -> tuple[list[str], tuple[float, float]]:
+    import networkx as nx
+
+    flow = nx.DiGraph()
+    for node in graph.nodes:
+        flow.add_node(node)
+        flow.add_edges_from((source, node) for source in node.all_input_nodes)
+    rows = [list(row) for row in nx.topological_generations(flow)]
+    across = max(len(row) for row in rows)
+    at = {
+        node: (x0 + (column + (across - len(row)) / 2) * _ACROSS, y0 + level * _DOWN)
+        for level, row in enumerate(rows)
+        for column, node in enumerate(row)
+    }
+    parts = []
+    for source, node in flow.edges:
+        (xa, ya), (xb, yb) = at[source], at[node]
+        start, end = (xa + _WIDTH / 2, ya + _HEIGHT), (xb + _WIDTH / 2, yb - 1)
+        bend = (end[1] - start[1]) / 2
+        (x1, y1), (x2, y2) = start, end
+        curve = f"M{x1:.0f} {y1:.0f}C{x1:.0f} {y1 + bend:.0f} {x2:.0f} {y2 - bend:.0f} {x2:.0f} {y2:.0f}"
+        parts.append(f'<path d="{curve}" fill="none" stroke="#555" marker-end="url(#arrow)"/>')
+    for node, (x, y) in at.items():
+        fill, stroke = ("#ffe0b3", "#c76b00") if _inserted(node) else ("#eef3f8", "#6b8aa8")
+        text = escape(_label(node))
+        parts.append(
+            f'<rect x="{x:.0f}" y="{y:.0f}" width="{_WIDTH}" height="{_HEIGHT}" rx="6" fill="{fill}" '
+            f'stroke="{stroke}"/>'
+            f'<text x="{x + _WIDTH / 2:.0f}" y="{y + 21:.0f}" text-anchor="middle">{text}</text>'
+        )
+    return parts, (across * _ACROSS, len(rows) * _DOWN)
+
+
+def _inserted(node: fx.Node) -> bool:
+    return bool(node.meta.get("surgery")) or (node.op == "get_attr" and str(node.target).startswith("adapters."))
+
+
+def _label(node: fx.Node) -> str:
+    if node.op == "get_attr":
+        text = str(node.target).removeprefix("adapters.")
+    elif node.op == "call_function":
+        name = getattr(node.target, "__name__", str(node.target))
+        rest = [str(arg) for arg in node.args if not isinstance(arg, fx.Node) and isinstance(arg, (int, float, str))]
+        text = f"{name}({', '.join(rest)})" if rest else name
+    else:
+        text = str(node.target)
+    return text if len(text) <= 26 else text[:25] + "…"

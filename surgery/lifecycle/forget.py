@@ -1,0 +1,125 @@
+"""A merge made final: the weights keep what was folded in, and the adapters are gone."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, TypeVar
+
+from torch import nn
+
+from surgery.errors import MergeError, SurgeryError
+from surgery.lifecycle.freezing import thaw_base
+from surgery.lifecycle.remove import restore
+from surgery.model_record.verb_root import rewritten
+from surgery.patterns.wrappers import submodule
+from surgery.state.adapter_tensors import detach
+from surgery.state.in_use import check_free
+from surgery.state.record_undo import keep_model, keep_site
+from surgery.state.records import _SITE, SiteState, base_parameters, sites
+from surgery.state.running_statistics import forget_statistics, keep_statistics
+from surgery.state.tied_weights import Untied
+from surgery.transaction.neutral_context import verb
+from surgery.transaction.undo_log import Journal
+from surgery.transformers_hooks import hooks
+
+__all__ = ["forget"]
+
+M = TypeVar("M", bound=nn.Module)
+
+
+@verb
+def forget(model: M) -> M:
+    """Make a merge final: the merged adapters are gone, their changes stay in the weights; the same model comes back.
+
+    >>> import torch
+    >>> from torch import nn
+    >>> from surgery import apply_rules, forget, merge
+    >>> from rules import LoraRule
+    >>> model = apply_rules(nn.Sequential(nn.Linear(8, 8)), LoraRule("0", rank=2, init="random"))
+    >>> x = torch.ones(1, 8)
+    >>> adapted, _ = model(x), merge(model)
+    >>> plain = forget(model)
+    >>> torch.allclose(plain(x), adapted, atol=1e-6), list(plain.state_dict())
+    (True, ['0.weight', '0.bias'])
+
+    Nothing that was kept for `unmerge` stays, so this has no way back. Adapters that are not merged stay, and with the
+    last one go all traces, as with `remove`, and `requires_grad` flags are those from before. A weight that the
+    merge untied (`untie=True`) stays untied, and a config of transformers goes on saying so.
+
+    All or nothing. Raises `SurgeryError` where nothing is merged, `MergeError` where an adapter that stays changed a
+    weight at its start (PiSSA) which a fold lies on: only `unmerge` could take that adapter out later. PEFT:
+    `merge_and_unload`.
+    """
+    root, state = rewritten(model)
+    check_free(root)
+    found = [(path, module, site) for path, module, site in sites(root) if site.merged is not None]
+    if not found:
+        raise SurgeryError("nothing is merged", fix="merge(model) first; remove(model) takes adapters off unmerged")
+    merged = {name for _, _, site in found for name in _names(site)}
+    names = [name for name in state.adapters if name in merged]
+    changing = {name for name, standing in state.standing.items() if standing.in_base and name not in merged}
+    for path, _, site in found if changing else ():
+        _check(path, site, changing)
+    untied = [
+        (module.get_parameter(name), before)
+        for _, module, site in found
+        if site.merged is not None
+        for name, before in site.merged.tied.items()
+    ]
+    untied += [(submodule(root, path).get_parameter(name), before) for path, name, before in state.untied.parameters]
+    flags, keys = _flags(root, state.flags, untied), hooks.keys_of(root, state, names)
+    with Journal() as journal:
+        keep_model(journal, root, state)
+        for _, module, site in found:
+            keep_site(journal, module)
+            gone = {applied.adapter for _, applied in site.take_out(names)}
+            site.merged = None
+            site.classes.clear()  # they were made under names that another adapter may have one day
+            for name in gone:
+                detach(module, name)
+            if not site.applied:
+                del module.__dict__[_SITE]
+        for name in names:
+            state.forget(name)
+        state.flags |= flags
+        state.untied = Untied()
+        forget_statistics(root, state.moving, journal)  # the base's are now those under the merged adapters
+        state.moving = keep_statistics(root, journal) if state.freezing else []
+        thaw_base(root, state, journal)
+        if state.adapters:
+            hooks.unlist(root, state, keys, journal)
+        else:
+            restore(root, state, journal)
+    return model
+
+
+def _flags(model: nn.Module, noted: dict[str, bool], untied: Sequence[tuple[Any, nn.Parameter]]) -> dict[str, bool]:
+    """The flags that untied parameters get back: those of the one they were, which was noted under one of its names."""
+    called: dict[int, list[str]] = {}
+    for name, parameter in base_parameters(model):
+        called.setdefault(id(parameter), []).append(name)
+    names = {id(before): called.get(id(before), []) for _, before in untied}
+    for own, before in untied:
+        names[id(before)] = [*names[id(before)], *called[id(own)]]
+    found: dict[str, bool] = {}
+    for one in names.values():
+        flag = next((noted[name] for name in one if name in noted), None)
+        found |= {} if flag is None else dict.fromkeys(one, flag)
+    return found
+
+
+def _names(site: SiteState) -> tuple[str, ...]:
+    return site.merged.adapters if site.merged is not None else ()
+
+
+def _check(path: str, site: SiteState, changing: set[str]) -> None:
+    assert site.merged is not None
+    folded = {name for name, _ in site.merged.folds}
+    for _, applied in site.of(changing):
+        if folded & {name for name, _ in applied.changed}:
+            raise MergeError(
+                f"the merge of {', '.join(site.merged.adapters)} can't be final",
+                where=path,
+                why=f"{applied.rule.label} [{applied.adapter}], which stays, changed a weight that it was folded into",
+                fix=f"unmerge(model), then remove {applied.adapter!r}, or merge it, too",
+            )

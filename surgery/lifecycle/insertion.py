@@ -1,0 +1,207 @@
+"""A plan is carried out: its tensors are made, its edits installed, its records written, in one transaction."""
+
+from __future__ import annotations
+
+import itertools
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from surgery.authoring.hook_call import running
+from surgery.authoring.live_site import LiveSite
+from surgery.authoring.site import ParamSpec
+from surgery.errors import SurgeryError, SurgeryWarning
+from surgery.forward.parameter_view import tensor_at
+from surgery.forward.tape import Layer
+from surgery.lifecycle.freezing import freeze_base
+from surgery.lifecycle.gradient_reducers import watch_gradients
+from surgery.lifecycle.tensor_start import start
+from surgery.merging.site_folding import check_foldable, fold_into
+from surgery.model_record.moved_sites import watch
+from surgery.patterns.parameter_owners import Owners
+from surgery.patterns.wrappers import submodule
+from surgery.planning.call_readiness import sites_ready
+from surgery.planning.plan import Plan
+from surgery.state.absent_values import watch_absent
+from surgery.state.adapter_tensors import attach, box_of, tensors_of
+from surgery.state.in_use import check_free
+from surgery.state.record_undo import keep_model, keep_site
+from surgery.state.records import (
+    _MODEL,
+    _SITE,
+    Applied,
+    ModelState,
+    Places,
+    SiteState,
+    Standing,
+    model_state,
+    site_state,
+)
+from surgery.tracing.example_call import call, equal
+from surgery.transaction.undo_log import Journal
+from surgery.transformers_hooks import hooks
+from surgery.weaving.error_hints import HINT
+from surgery.weaving.recording import Step
+from surgery.weaving.site_class import Shared
+
+__all__ = ["carry_out"]
+
+
+Given = Callable[[Step, ParamSpec], Tensor | None]
+
+
+def carry_out(
+    plan: Plan,
+    stacklevel: int = 2,
+    given: Given | None = None,
+) -> None:
+    """Do what a plan says, which was made of this model as it is now.
+
+    `given`: what a tensor starts with, or None where it starts as its rule says.
+    """
+    plan.raise_problems()
+    check_free(plan.model)
+    for warning in plan.warnings:
+        warnings.warn(warning, SurgeryWarning, stacklevel=stacklevel)
+    standing, owners, tied = Standing(freezes=plan.freezes), Owners(plan.model), dict[Any, Tensor]()
+    unready: list[str] = []
+    with Journal() as journal:
+        with torch.no_grad():
+            for step in plan.steps:
+                _insert(step, plan, standing, owners, given, tied, journal)
+        _install(plan, journal)
+        _record(plan.model, plan, standing, journal)
+        if plan.observations:
+            _check_outputs(plan)
+            unready = sites_ready(plan.steps, plan.observations, plan.warnings)
+    for told in unready:
+        warnings.warn(told, SurgeryWarning, stacklevel=stacklevel)
+    boxes = plan.model.__dict__[_MODEL].places[plan.adapter].boxes
+    watch_gradients(plan.adapter, (parameter for box in boxes for parameter in box.parameters()))
+
+
+def _insert(
+    step: Step,
+    plan: Plan,
+    standing: Standing,
+    owners: Owners,
+    given: Given | None,
+    tied: dict[Any, Tensor],
+    journal: Journal,
+) -> None:
+    """Put a rule's tensors on its site and let it initialise them; the forward is still the old one."""
+    module = step.module
+    keep_site(journal, module, (plan.adapter,))
+    state = site_state(module)
+    if state is None:
+        state = module.__dict__[_SITE] = SiteState(step.path, type(module))
+    applied = Applied(
+        plan.adapter,
+        step.rule,
+        standing,
+        tensors=tuple(spec.name for spec in step.specs),
+        trained=tuple(spec.name for spec in step.specs if spec.trainable and not spec.buffer),
+        inside=step.inside,
+        layer=Layer(plan.adapter, step.rule.label, step.tape),
+        facts=step.facts,
+    )
+    device = _device_of(module)
+    made = dict[str, tuple[Tensor, bool]]()
+    for spec in step.specs:
+        tie = spec.tie(step.rule)
+        tensor = tied[tie] if tie in tied else _made(spec, device, given and given(step, spec))
+        made[spec.name] = tensor, spec.buffer
+        if tie is not None:
+            tied[tie] = tensor
+    if made:
+        attach(module, plan.adapter, made, step.path)
+        if any(tensor.is_meta for tensor, _ in made.values()) and (box := box_of(module, plan.adapter)) is not None:
+            watch_absent(module, box, start, journal)
+    state.applied.append(applied)
+    live = LiveSite(
+        module, step.path, plan.adapter, tensors_of(module, plan.adapter), lambda name, _: tensor_at(module, name)
+    )
+    with running(step.rule, "initialise", step.path):
+        changes = dict(step.rule.initialise(live) or {})
+    for name, change in changes.items():
+        check_foldable(owners, module, name, change, step.path)
+        record = fold_into(module, name, change, keep="record", where=step.path, journal=journal)
+        applied.changed.append((name, record))
+        standing.in_base = True
+
+
+def _device_of(module: nn.Module) -> torch.device | None:
+    own = (tensor for tensor in module._parameters.values() if tensor is not None)
+    return next((tensor.device for tensor in itertools.chain(own, module.parameters(), module.buffers())), None)
+
+
+def _made(spec: ParamSpec, device: torch.device | None, value: Tensor | None) -> Tensor:
+    tensor = torch.empty(spec.shape, dtype=spec.dtype, device=device)
+    if value is None:
+        spec.fill(tensor)
+    else:
+        tensor.copy_(value)
+    return tensor if spec.buffer else nn.Parameter(tensor, requires_grad=spec.trainable)
+
+
+def _install(plan: Plan, journal: Journal) -> None:
+    """Give the sites their classes. What one plan brings to sites is the same where its tapes are the same objects."""
+    coming: dict[int, list[Step]] = {}
+    for step in plan.steps:
+        coming.setdefault(id(step.module), []).append(step)
+    shared = Shared(journal)
+    for steps in coming.values():
+        shared.install(steps[0].module, tuple([(id(step.rule), id(step.tape)) for step in steps]), steps[0].own)
+
+
+def _record(model: nn.Module, plan: Plan, standing: Standing, journal: Journal) -> None:
+    """Freeze the base and write down, on the model, what has to be put back when adapters go."""
+    state = model_state(model)
+    keep_model(journal, model, state)
+    if state is None:
+        state = model.__dict__[_MODEL] = ModelState()
+    freeze_base(plan, state, journal)
+    state.adapters[plan.adapter] = plan.rules
+    state.standing[plan.adapter] = standing
+    touched = {id(step.module): step.module for step in plan.steps}.values()
+    state.place(plan.adapter, Places.of(plan.adapter, [(m, _rules_at(m, plan.adapter)) for m in touched]))
+    watch(model, state, journal)
+    for path, (name, value) in plan.switches.items():
+        reader = submodule(model, path)
+        if not any(path == old for old, *_ in state.switched):
+            state.switched.append((path, name, getattr(reader, name), value))
+        journal.attribute(reader, name)
+        setattr(reader, name, value)
+    hooks.prepare(model, state, plan.adapter, journal)
+
+
+def _rules_at(module: nn.Module, adapter: str) -> list[Applied]:
+    held = site_state(module)
+    return [applied for _, applied in held.of((adapter,))] if held is not None else []
+
+
+def _check_outputs(plan: Plan) -> None:
+    """Run the rewritten model on the examples: it must run, and give the same where all rules promise so."""
+    names = ", ".join(dict.fromkeys(step.rule.label for step in plan.steps))
+    for example, observation in zip(plan.examples, plan.observations, strict=True):
+        try:
+            output = call(plan.model, example, observation.random)
+        except SurgeryError as error:
+            notes = getattr(error.__cause__ or error, "__notes__", [])
+            own = error.__cause__ is None  # raised inside of the forward, and not by the call
+            raise SurgeryError(
+                f"the model rewritten by {names} fails on the example call",
+                where=notes[0] if notes else None,
+                why=": ".join(filter(None, (error.what, error.why))) if own else error.why,
+                fix=next((note for note in notes if note.startswith(HINT)), "").removeprefix(HINT)
+                or "correct the rule's rewrite; `show` prints a site's generated code",
+            ) from error
+        if all(step.rule.identity for step in plan.steps) and not equal(output, observation.output):
+            raise SurgeryError(
+                f"{names} changed the model's output at initialisation",
+                why="the rule says identity = True, and on the example call the output differs",
+                fix="correct the rule's initial values, or take identity = True from it",
+            )

@@ -1,0 +1,140 @@
+"""`remove`: adapters taken out of a model, and all that they changed of it put back."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+from torch import nn
+
+from surgery.errors import SiteError
+from surgery.forward.parameter_view import tensor_at
+from surgery.lifecycle.apply import M
+from surgery.lifecycle.freezing import thaw_base
+from surgery.merging.site_folding import verify_records
+from surgery.model_record.moved_sites import unwatch
+from surgery.model_record.verb_root import rewritten, with_lost
+from surgery.state.adapter_tensors import detach
+from surgery.state.in_use import check_free
+from surgery.state.record_undo import keep_model, keep_site, take_out_fold
+from surgery.state.records import (
+    _MODEL,
+    _SITE,
+    ModelState,
+    SiteState,
+    adapter_names,
+)
+from surgery.state.site_links import there
+from surgery.transaction.neutral_context import verb
+from surgery.transaction.undo_log import Journal
+from surgery.transformers_hooks import hooks
+from surgery.weaving.generated_class import reason_against
+from surgery.weaving.site_class import Shared
+
+__all__ = ["remove"]
+
+
+@verb
+def remove(model: M, adapter: str | Sequence[str] | None = None, *, check: bool = True) -> M:
+    """Take an adapter (or several, or all) away: the inverse of `apply_rules`, exact to the bit.
+
+    >>> from torch import nn
+    >>> from surgery import apply_rules, remove
+    >>> from rules import LoraRule
+    >>> model = nn.Sequential(nn.Linear(8, 8))
+    >>> weight, kind = model[0].weight, type(model[0])
+    >>> _ = remove(apply_rules(model, [LoraRule("0", rank=2)]))
+    >>> model[0].weight is weight, type(model[0]) is kind, weight.requires_grad
+    (True, True, True)
+
+    With the last adapter go all traces: classes, parameters, key order and hooks are those from before the first; with
+    the last one that froze the base, its `requires_grad` flags are those from before it was frozen.
+
+    Raises `SurgeryError` for an unknown adapter, a merged model, or where a later adapter's initialisation sits on top
+    of a base weight that this one changed. A base weight that PiSSA or its like changed at the start, and that was
+    changed since, is found by checksum; `check=False` takes the change out all the same, and takes rules off what is
+    left of a model where modules were replaced since.
+    """
+    root, state = rewritten(model, lost=not check)
+    names = list(dict.fromkeys(adapter_names(state, adapter)))
+    check_free(root)
+    found = list(_sites_of(root, state, names))
+    for path, module, site in found:
+        _check_removable(path, module, site, names, check)
+    keys = hooks.keys_of(root, state, names)
+    with Journal() as journal:
+        shared, going = Shared(journal), frozenset(names)
+        for _, module, site in found:
+            _take_out(module, site, going, check, shared)
+        keep_model(journal, model, state)
+        for name in names:
+            state.forget(name)
+        thaw_base(root, state, journal)
+        if not state.adapters:
+            restore(root, state, journal)
+        else:
+            hooks.unlist(root, state, keys, journal)
+    return model
+
+
+def _sites_of(model: nn.Module, state: ModelState, names: Sequence[str]) -> Iterator[tuple[str, nn.Module, SiteState]]:
+    """The sites that these adapters are on. Of a site that is none by the record, all rules are gone through."""
+    placed = {id(module) for name in names for module in state.places[name].modules}
+    for path, module, site in with_lost(model, state, names):
+        if id(module) in placed or any(applied.adapter in names for applied in site.applied):
+            yield path, module, site
+
+
+def _check_removable(path: str, module: nn.Module, site: SiteState, names: list[str], check: bool) -> None:
+    if site.merged is not None:
+        held = ", ".join(site.merged.adapters)
+        raise SiteError("the model is merged", where=path, why=f"its weights hold {held}", fix="unmerge(model) first")
+    refused = reason_against(module)
+    if refused is not None:
+        raise SiteError("the site can't be given its class back", where=path, why=refused[0], fix=refused[1])
+    gone = [applied for _, applied in site.of(names)]
+    if not any([applied.changed for applied in gone]):
+        return
+    staying, left = set[str](), len(gone)
+    for applied in reversed(site.applied):
+        if not left:
+            break
+        left -= applied.adapter in names
+        changed = {name for name, _ in applied.changed}
+        if applied.adapter in names and changed & staying:
+            above = [a for a in site.applied if a.adapter not in names and changed & {name for name, _ in a.changed}]
+            raise SiteError(
+                f"the adapter {applied.adapter!r} can't be removed yet",
+                where=path,
+                why=f"{above[-1].rule.label} [{above[-1].adapter}] changed {', '.join(changed & staying)} after it",
+                fix=f"remove {above[-1].adapter!r} first",
+            )
+        if applied.adapter not in names:
+            staying |= changed
+    verify_records([(tensor_at(module, name), record) for a in gone for name, record in a.changed], path, check)
+
+
+def _take_out(module: nn.Module, site: SiteState, names: frozenset[str], check: bool, shared: Shared) -> None:
+    keep_site(shared.journal, module)
+    gone = [applied for _, applied in site.take_out(names)]
+    if any([applied.live for applied in gone]):
+        shared.install(module, names)
+    else:
+        site.classes.clear()  # another adapter may come under the same name
+    for applied in reversed(gone):
+        for name, record in reversed(applied.changed):
+            take_out_fold(shared.journal, tensor_at(module, name), record, check=check, where=site.path)
+    for name in {applied.adapter for applied in gone}:
+        detach(module, name)
+    if not site.applied:
+        del module.__dict__[_SITE]
+
+
+def restore(model: nn.Module, state: ModelState, journal: Journal) -> None:
+    """After the last adapter went: what was noted when the first came, and no record."""
+    for path, name, value, _ in state.switched:
+        if (reader := there(model, path)) is not None:
+            journal.attribute(reader, name)
+            setattr(reader, name, value)
+    hooks.restore(model, state, journal)
+    unwatch(model, journal)
+    del model.__dict__[_MODEL]

@@ -1,0 +1,68 @@
+"""Adapters as they are to be kept: without the tensors that only training needs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from torch import Tensor, nn
+
+from surgery.authoring.equal_rules import ByRule
+from surgery.authoring.hook_call import running
+from surgery.authoring.live_site import LiveSite
+from surgery.authoring.rule import Rule
+from surgery.errors import RuleError
+from surgery.forward.parameter_view import held
+from surgery.model_record.state_dict import given_tensors
+from surgery.model_record.verb_root import rewritten
+from surgery.patterns.module_walk import RESERVED
+from surgery.state.adapter_tensors import tensors_of
+from surgery.state.records import adapter_names, sites
+
+__all__ = ["folded_adapter"]
+
+
+def folded_adapter(
+    model: nn.Module, adapter: str = "default", state_dict: Mapping[str, Tensor] | None = None
+) -> tuple[list[Rule], dict[str, Tensor]]:
+    """An adapter's rules and tensors, plainer ones where its rules have such (`Rule.folded`); the model is untouched.
+
+    >>> import torch
+    >>> from transformers import LlamaConfig, LlamaModel
+    >>> from rules import PrefixRule
+    >>> from surgery import apply_rules, folded_adapter, load_adapter_state_dict, remove
+    >>> sizes = dict(hidden_size=16, num_hidden_layers=1, num_attention_heads=4, num_key_value_heads=2)
+    >>> model = LlamaModel(LlamaConfig(vocab_size=30, intermediate_size=32, **sizes))
+    >>> example = {"input_ids": torch.tensor([[1, 2, 3]])}
+    >>> _ = apply_rules(model, [PrefixRule(length=5, projection=8)], example_inputs=example)
+    >>> rules, tensors = folded_adapter(model)
+    >>> {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    {'layers.0.self_attn.adapters.key': (2, 5, 4), 'layers.0.self_attn.adapters.value': (2, 5, 4)}
+
+    To go on with them: `remove(model)`, `apply_rules(model, rules, …)`, `load_adapter_state_dict(model, tensors)`.
+    Tensors that are kept as they are share the model's memory. `state_dict` as for `adapter_state_dict`. Raises
+    `SurgeryError` for an unknown adapter, `RuleError` where a rule is folded into different ones at its sites.
+    """
+    root, state = rewritten(model)
+    adapter_names(state, adapter)
+    plainer = ByRule[Rule]()
+    tensors: dict[str, Tensor] = {}
+    state_dict = given_tensors(root, adapter, state_dict)
+    at = state.rules_at((adapter,))
+    for path, module, _ in sites(root):
+        found = dict(tensors_of(module, adapter, path, state_dict))
+        for applied in at.get(id(module), ()):
+            live = LiveSite(module, path, adapter, found, lambda name, _, module=module: _tensor(module, name))
+            with running(applied.rule, "folded", path):
+                rule, kept = applied.rule.folded(live)
+            if plainer.get(applied.rule, lambda rule=rule: rule) != rule:
+                raise RuleError(f"{applied.rule.label}.folded gives different rules at different sites", where=path)
+            found = dict(kept)
+        for name, tensor in found.items():
+            tensors[".".join(filter(None, (path, RESERVED, name)))] = tensor.detach()
+    return [plainer.get(rule, lambda rule=rule: rule) for rule in state.adapters[adapter]], tensors
+
+
+def _tensor(module: nn.Module, name: str) -> Tensor:
+    found = held(module, name)
+    assert found is not None, name
+    return found

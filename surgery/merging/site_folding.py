@@ -1,0 +1,173 @@
+"""Folding changes into a module's own parameters: what may be folded, and the chain of folds at one site."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from surgery.arithmetic import batched_folds
+from surgery.arithmetic.batched_folds import checksums_of
+from surgery.arithmetic.complex_numbers import is_number
+from surgery.arithmetic.exact_fold import Change, LowRank, Record, fold, unfold
+from surgery.errors import MergeError
+from surgery.forward.packed_weights import UNPACKED, is_packed
+from surgery.forward.parameter_view import held, tensor_at
+from surgery.patterns.parameter_owners import Owners
+from surgery.state.record_undo import keep_fold
+from surgery.transaction.undo_log import Journal
+
+__all__ = ["Fold", "SiteFolding", "check_foldable", "fold_into", "fold_together", "verify_records"]
+
+Keep = Literal["record", "copy"]
+Fold = tuple[str, Record]
+
+
+def check_foldable(
+    owners: Owners, module: nn.Module, name: str, change: Change, where: str, untie: bool = False
+) -> None:
+    """`MergeError` where a parameter can't take a change: absent, packed, sharded, or shared with another module."""
+    parameter = held(module, name)
+    if parameter is None:
+        raise MergeError(f"{type(module).__name__} has no tensor {name!r} to fold into", where=where)
+    subclass = type(parameter) not in (nn.Parameter, Tensor)
+    if subclass or (isinstance(change, LowRank) and not is_number(parameter)):
+        kind = type(parameter).__name__ if subclass else parameter.dtype
+        raise MergeError(
+            f"nothing can be folded into the {name} of this {type(module).__name__}",
+            where=where,
+            why=f"it is a {kind}: packed, quantised or sharded",
+            fix="keep the adapter unmerged" + (f", or {UNPACKED}" if is_packed(parameter) else ""),
+        )
+    if not untie and isinstance(parameter, nn.Parameter) and len(shared := owners.of(parameter)) > 1:
+        raise MergeError(
+            f"folding into this {name} would change another module",
+            where=where,
+            why=f"one parameter serves {' and '.join(shared)}",
+            fix="merge(model, untie=True) gives the site a weight of its own while merged",
+        )
+
+
+def fold_into(module: nn.Module, name: str, change: Change, *, keep: Keep, where: str, journal: Journal) -> Record:
+    tensor = tensor_at(module, name)
+    if isinstance(change, Tensor) and change.shape != tensor.shape:
+        raise MergeError(f"a new {name} has the shape {tuple(change.shape)}, not {tuple(tensor.shape)}", where=where)
+    return fold(tensor, change, keep=keep, where=where, note=keep_fold(journal, tensor))
+
+
+def verify_records(folds: Sequence[tuple[Tensor, Record]], where: str | Sequence[str], check: bool = True) -> None:
+    """`MergeError` where a tensor no longer holds what its last fold left there, or is packed; touches nothing.
+
+    `where`: the module's path, or one for each fold. `check=False`: the tensors' bits don't matter.
+    """
+    paths = [where] * len(folds) if isinstance(where, str) else where
+    last = {id(tensor): (tensor, record, path) for (tensor, record), path in zip(folds, paths, strict=True)}
+    plain = [tensor for tensor, _, _ in last.values() if type(tensor) in (nn.Parameter, Tensor)] if check else []
+    sums = {id(tensor): found for tensor, found in zip(plain, checksums_of(plain), strict=True)}
+    for tensor, record, where in last.values():
+        if is_packed(tensor) and tensor.dtype != record.dtype or type(tensor) not in (nn.Parameter, Tensor):
+            raise MergeError(
+                "the base's weight was quantised since a rule folded into it",
+                where=where,
+                why=f"it is a {type(tensor).__name__} now, and what was folded in can't be taken out of that",
+                fix="load the base anew",
+            )
+        if check and sums[id(tensor)] != record.after:
+            raise MergeError(
+                "the base's weight changed since a rule folded into it",
+                where=where,
+                why="it was trained, loaded, or converted to another dtype in between",
+                fix="put those bits back, or pass check=False to take the change out all the same",
+            )
+
+
+def fold_together(waiting: list[tuple[SiteFolding, str, LowRank]]) -> None:
+    """Do what `SiteFolding.finish_with` left."""
+    tensors = [folding.tensor(name) for folding, name, _ in waiting]
+    made = [
+        batched_folds.Fold(tensor, change, folding.where, keep_fold(folding.journal, tensor))
+        for tensor, (folding, _, change) in zip(tensors, waiting, strict=True)
+    ]
+    for (folding, name, _), record in zip(waiting, batched_folds.fold_all(made), strict=True):
+        folding.done.append((name, record))
+    waiting.clear()
+
+
+class SiteFolding:
+    """The folds of one site in their order. Low-rank changes of neighbouring rules are joined: one rounding for all."""
+
+    def __init__(self, module: nn.Module, where: str, keep: Keep, journal: Journal, dry: bool = False):
+        self.module, self.where, self.journal = module, where, journal
+        self.keep: Keep = keep
+        self.done: list[Fold] = []
+        self._base = 0
+        self._pending: dict[str, list[LowRank]] = {}
+        self._trial: dict[str, Tensor] | None = {} if dry else None  # copies stand in for the module's own tensors
+
+    def source(self, name: str, base: bool) -> Tensor:
+        """A tensor as the rule now folding finds it; or the base's, before anything was added to it."""
+        self._flush(name)
+        records = [record for done, record in self.done[self._base :] if done == name]
+        tensor = self.tensor(name)
+        if not base or not records:
+            return tensor
+        if records[0].kind == "copy":
+            assert records[0].kept is not None
+            return records[0].kept.to(tensor.device, copy=True)
+        original = tensor.detach().clone()
+        for record in reversed(records):
+            unfold(original, record, where=self.where)
+        return original
+
+    def add(self, name: str, change: Change) -> None:
+        if isinstance(change, LowRank) and change.groups == 1 and change.gain is None:
+            self._pending.setdefault(name, []).append(change)
+            return
+        self._flush(name)
+        self._fold(name, change)
+
+    def mark_base(self) -> None:
+        """What is folded so far took the place of the base's own parameters; what comes now is added to them."""
+        self._base = len(self.finish())
+
+    def finish(self) -> list[Fold]:
+        for name in list(self._pending):
+            self._flush(name)
+        return self.done
+
+    def finish_with(self, others: list[tuple[SiteFolding, str, LowRank]]) -> list[Fold]:
+        """`finish`; or where all that is to be done is one low-rank change, leave it to `fold_together` with others."""
+        pending = [(name, change) for name, changes in self._pending.items() for change in changes]
+        if self.done or len(pending) != 1 or self.keep != "record":
+            return self.finish()
+        self._pending.clear()
+        others.append((self, *pending[0]))
+        return self.done  # filled then
+
+    def finite(self) -> str | None:
+        """The first tensor that is not finite after the folds, or None."""
+        self.finish()
+        return next((name for name, _ in self.done if not torch.isfinite(self.tensor(name)).all()), None)
+
+    def tensor(self, name: str) -> Tensor:
+        if self._trial is not None:
+            if name not in self._trial:
+                self._trial[name] = tensor_at(self.module, name).detach().clone()
+            return self._trial[name]
+        return tensor_at(self.module, name)
+
+    def _flush(self, name: str) -> None:
+        pending = self._pending.pop(name, None)
+        if pending:
+            self._fold(name, LowRank.join(pending) if len(pending) > 1 else pending[0])
+
+    def _fold(self, name: str, change: Any) -> None:
+        tensor = self.tensor(name)
+        if isinstance(change, Tensor) and change.shape != tensor.shape:
+            raise MergeError(
+                f"a merged {name} has the shape {tuple(change.shape)}, not {tuple(tensor.shape)}", where=self.where
+            )
+        note = keep_fold(self.journal, tensor)
+        self.done.append((name, fold(tensor, change, keep=self.keep, where=self.where, note=note)))

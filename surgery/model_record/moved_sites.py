@@ -1,0 +1,111 @@
+"""Records go along where a site's module was made anew around the same parameters and adapters (SyncBatchNorm)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import nn
+
+from surgery.errors import SurgeryError
+from surgery.patterns.module_walk import RESERVED
+from surgery.state.record_undo import keep_site
+from surgery.state.records import _SITE, ModelState, model_state, site_state
+from surgery.state.site_links import at_path, linked
+from surgery.transaction.undo_log import Journal
+from surgery.weaving.generated_class import reason_against, swap
+from surgery.weaving.site_class import install_live
+
+__all__ = ["follow", "move_record", "unwatch", "watch"]
+
+_BATCH_NORM = nn.modules.batchnorm._BatchNorm
+
+
+def follow(root: nn.Module, state: ModelState, lost: Iterable[nn.Module]) -> list[nn.Module]:
+    """Move the records of modules that others took the place of with all they had; returns those without such."""
+    left = []
+    for old in lost:
+        site = site_state(old)
+        path, new = at_path(root, site.path) if site is not None else ("", root)
+        if site is None or path != site.path or not _took_over(old, new):
+            left.append(old)
+            continue
+        if (refused := reason_against(new)) is not None:
+            what = f"the rules cannot follow from this {type(old).__name__} to a {type(new).__name__}"
+            raise SurgeryError(what, where=path, why=refused[0], fix=refused[1])
+        with Journal() as journal:
+            move_record(state, old, new, journal)
+            install_live(new, journal)
+    return left
+
+
+def _took_over(old: nn.Module, new: nn.Module) -> bool:
+    """Whether a module has the other's adapters and its very parameters, as `convert_sync_batchnorm` makes it."""
+    mine, other = new._modules.get(RESERVED), old._modules.get(RESERVED)
+    parameters = {**old._parameters}
+    same = all(new._parameters.get(name) is parameter for name, parameter in parameters.items())
+    marked = other is not None or (isinstance(old, _BATCH_NORM) and isinstance(new, _BATCH_NORM))
+    return site_state(new) is None and mine is other and same and bool(parameters) and marked
+
+
+def move_record(state: ModelState, old: nn.Module, new: nn.Module, journal: Journal) -> None:
+    """Make another module the site of a record. What the rules did is recorded anew on it when it gets its class."""
+    site = site_state(old)
+    assert site is not None
+    for module in (old, new):
+        keep_site(journal, module)
+    for applied in site.applied:
+        journal.keep(applied.__dict__)
+    journal.keep(*[places.modules for places in state.places.values()], state.moving)
+    journal.attribute(state, "links")
+    swap(old, site.base)
+    del old.__dict__[_SITE]
+    new.__dict__[_SITE] = site
+    site.base, site.woven = type(new), None
+    for applied in site.applied:
+        applied.layer = None
+    _replace(state, old, new)
+
+
+def _replace(state: ModelState, old: nn.Module, new: nn.Module) -> None:
+    for modules in (*[places.modules for places in state.places.values()], state.moving):
+        modules[:] = [new if module is old else module for module in modules]
+    state.links = None
+
+
+# Batch norms, which are converted once everything else is set up ------------------------------------------------
+
+
+class Watch:
+    """A hook on the model, where rules are on batch norms: they have followed before the first call of the new ones."""
+
+    def __init__(self, model: nn.Module):
+        self.model = model
+
+    def __call__(self, module: nn.Module, args: Any) -> None:
+        if torch.compiler.is_compiling():
+            return
+        state = model_state(self.model)
+        if state is None or (state.links is not None and state.links.hold()):
+            return
+        state.links, lost = linked(self.model, state.sites())
+        if lost:
+            state.links = None
+            follow(self.model, state, lost)
+
+
+def watch(model: nn.Module, state: ModelState, journal: Journal) -> None:
+    """Have rules on batch norms follow `convert_sync_batchnorm`: those of the adapter that came last."""
+    watched = any(isinstance(hook, Watch) for hook in model._forward_pre_hooks.values())
+    last = next(reversed(state.places.values())).modules if state.places else ()
+    if not watched and any(isinstance(module, _BATCH_NORM) for module in last):
+        journal.keep(model._forward_pre_hooks)
+        model.register_forward_pre_hook(Watch(model))
+
+
+def unwatch(model: nn.Module, journal: Journal) -> None:
+    for key, hook in list(model._forward_pre_hooks.items()):
+        if isinstance(hook, Watch):
+            journal.keep(model._forward_pre_hooks)
+            del model._forward_pre_hooks[key]

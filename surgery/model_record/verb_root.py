@@ -1,0 +1,188 @@
+"""Which model a verb is about, and whether all that is on its record is still in it. Every verb begins here."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+
+from torch import nn
+
+from surgery.errors import SurgeryError, listed
+from surgery.model_record.moved_sites import follow
+from surgery.patterns.module_walk import RESERVED, is_adapters
+from surgery.patterns.wrappers import unwrapped
+from surgery.state.records import (
+    ModelState,
+    SiteState,
+    is_only_record,
+    merged_adapters,
+    model_state,
+    require_state,
+    site_state,
+    sites,
+)
+from surgery.state.site_links import at_path, linked
+
+__all__ = ["check_all_present", "check_parts_idle", "records_in", "rewritten", "root_of", "with_lost"]
+
+
+def rewritten(model: nn.Module, *, lost: bool = False) -> tuple[nn.Module, ModelState]:
+    """The model that rules were applied to, which may stand inside of the given one, and its record.
+
+    `SurgeryError` where there is none, or more than one, and where a site is no longer in the model (unless `lost`).
+    """
+    root = root_of(model)
+    state = require_state(root)
+    if not lost:
+        check_present(root, state)
+    return root, state
+
+
+def root_of(model: nn.Module) -> nn.Module:
+    """The one module with a record of rules: the given one, what it wraps, or what it contains."""
+    root = unwrapped(model)
+    if model_state(root) is not None:
+        return root
+    below = records_in(root)
+    if len(below) == 1:
+        return next(iter(below.values()))
+    if below:
+        raise SurgeryError(
+            f"{len(below)} parts of this {type(root).__name__} were rewritten, each by itself",
+            where=listed(list(below)),
+            why="each has a record and adapters of its own",
+            fix=f"pass one of them: model.{next(iter(below))}",
+        )
+    part = [(path, site.path) for path, _, site in sites(root)]
+    if part:
+        shown, recorded = part[0]
+        whole = recorded.removesuffix(shown).rstrip(".") if recorded.endswith(shown) else ""
+        raise SurgeryError(
+            "this is a part of a rewritten model",
+            where=listed([path or "(the module itself)" for path, _ in part]),
+            why="the record of its rules is kept on the model that apply_rules was called with"
+            + (f", in which this is {whole!r}" if whole else ""),
+            fix="pass that model",
+        )
+    raise SurgeryError(
+        "no rules were applied to this module",
+        why="it has no adapters",
+        fix="apply rules first, or pass the module that apply_rules was called with",
+    )
+
+
+def records_in(model: nn.Module, *, below: bool = False, nested: bool = False) -> dict[str, nn.Module]:
+    """The modules with a record in a model, by path; of such inside of another the outer one alone, unless `nested`.
+
+    `below`: those inside of the model itself, whether or not it has a record.
+    """
+    found: dict[str, nn.Module] = {}
+    seen: set[int] = set()
+    waiting: list[tuple[str, nn.Module]] = [("", model)]
+    while waiting:
+        path, module = waiting.pop()
+        if id(module) in seen:
+            continue
+        seen.add(id(module))
+        if model_state(module) is not None and not (below and module is model):
+            found[path] = module
+            if not nested:
+                continue
+        for name, child in reversed(module._modules.items()):
+            if child is not None and not (name == RESERVED and is_adapters(child)):
+                waiting.append((f"{path}.{name}" if path else name, child))
+    return found
+
+
+def check_present(root: nn.Module, state: ModelState) -> None:
+    """`SurgeryError` where a module that rules were applied to is no longer in the model, and nothing took it over."""
+    links, coming = state.links, state.unlinked
+    if links is not None and links.hold() and (not coming or not links.add(root, coming)):
+        coming.clear()
+        return
+    for _ in range(2):  # once more after records have moved
+        state.links, lost = linked(root, state.sites())
+        coming.clear()
+        if not lost:
+            return
+        state.links = None
+        left = follow(root, state, lost)
+        if left:
+            raise _lost(root, left)
+
+
+def check_parts_idle(root: nn.Module) -> None:
+    """`SurgeryError` where a part that was rewritten by itself has live adapters: no verb on the whole changes those.
+
+    The model is walked where another record is alive somewhere in this process.
+    """
+    if is_only_record():
+        return
+    parts = records_in(root, below=True, nested=True)
+    live = {path: names for path, part in parts.items() if (names := _live(part))}
+    if not live:
+        return
+    path, names = next(iter(live.items()))
+    undo = "unmerge and deactivate" if merged_adapters(parts[path]) else "deactivate"
+    raise SurgeryError(
+        "part of this model has live adapters of its own",
+        where=listed(list(live), "parts"),
+        why=f"it was rewritten by itself, and {', '.join(names)} would stay live",
+        fix=f"{undo} model.{path} first; activate(model.{path}) makes them live again afterwards",
+    )
+
+
+def _live(part: nn.Module) -> list[str]:
+    state = model_state(part)
+    return [name for name, standing in state.standing.items() if standing.live] if state is not None else []
+
+
+def with_lost(
+    root: nn.Module, state: ModelState, adapters: Iterable[str] | None = None
+) -> Iterator[tuple[str, nn.Module, SiteState]]:
+    """`sites`, and after them those (of these adapters) that are no longer in the model, by their former paths."""
+    recorded = state.sites() if adapters is None else [m for name in adapters for m in state.places[name].modules]
+    left = {id(module): module for module in recorded}
+    for path, module, site in sites(root):
+        left.pop(id(module), None)
+        yield path, module, site
+    for module in left.values():
+        if (site := site_state(module)) is not None:
+            yield site.path, module, site
+
+
+def check_all_present(model: nn.Module) -> None:
+    """`check_present` of each record in a model; of none where it has none."""
+    for root in records_in(model, nested=True).values():
+        if (state := model_state(root)) is not None:
+            check_present(root, state)
+
+
+def _lost(root: nn.Module, modules: list[nn.Module]) -> SurgeryError:
+    """What was recorded, and what stands there now."""
+    told = []
+    for module in modules:
+        site = site_state(module)
+        path = site.path if site is not None else "(unknown)"
+        by = ", ".join(f"{one.rule.label} [{one.adapter}]" for one in site.applied) if site is not None else "rules"
+        found, now = at_path(root, path)
+        if found != path:
+            there = f"{found or 'the model'} has no {path.removeprefix(found).lstrip('.')} now"
+        elif now is module:
+            there = "it is reached by another way now"
+        else:
+            there = f"another {_named(now)} stands there now"
+        told.append(f"{path or '(the model itself)'} was a {_named(module)} rewritten by {by}, and {there}")
+    many = f"{len(modules)} modules that have adapters are" if len(modules) > 1 else "a module that has adapters is"
+    more = f"; and {len(told) - 2} more" if len(told) > 2 else ""
+    return SurgeryError(
+        f"{many} no longer in the model",
+        where=listed([site.path for module in modules if (site := site_state(module)) is not None]),
+        why="; ".join(told[:2]) + more,
+        fix="replace modules before rules are applied; put back what was there, or take the rules off what is left "
+        "(remove(model, check=False)) and apply them anew",
+    )
+
+
+def _named(module: nn.Module) -> str:
+    sizes = module.extra_repr()
+    return f"{type(module).__name__}({sizes})" if len(sizes) < 80 else type(module).__name__

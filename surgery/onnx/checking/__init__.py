@@ -1,0 +1,1 @@
+"""An exported file beside its model: what is compared, and what is reported."""

@@ -1,0 +1,135 @@
+"""Adapters between a live model and the files that run beside an exported one."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from surgery.adapter_files.entry import Entry, tensor_key
+from surgery.adapter_files.tensor_files import TensorFile
+from surgery.authoring.hook_call import running
+from surgery.authoring.rule import Rule
+from surgery.errors import LoadError, SurgeryError
+from surgery.onnx.calls.example import array_of
+from surgery.onnx.calls.exported_model import rooted
+from surgery.onnx.graph.slot_layout import exactly
+from surgery.onnx.graph.slots import slot_tensors
+from surgery.onnx.runtime.adapter_file import read_adapter, write_adapter
+from surgery.onnx.runtime.manifest import Manifest
+from surgery.state.fingerprint import differences
+from surgery.storage.stored_adapter import Stored
+
+__all__ = ["export_adapter", "import_adapter", "slot_arrays"]
+
+
+def export_adapter(model: nn.Module, name: str, onnx_path: str | Path, out_path: str | Path) -> Path:
+    """Write an adapter of a model for the slots of an exported file, in onnxruntime's `.onnx_adapter` format.
+
+    >>> import tempfile, torch
+    >>> from torch import nn
+    >>> from rules import LoraRule
+    >>> from surgery import apply_rules, export_onnx
+    >>> from surgery.onnx import OnnxRunner, export_adapter
+    >>> model, x = nn.Sequential(nn.Linear(4, 2)), torch.ones(3, 4)
+    >>> _ = apply_rules(model, LoraRule("0", rank=2, init="random"), adapter="red")
+    >>> folder = tempfile.mkdtemp()
+    >>> report = export_onnx(model, f"{folder}/model.onnx", x, adapters="slots")
+    >>> _ = export_adapter(model, "red", report.path, f"{folder}/red.onnx_adapter")
+    >>> runner = OnnxRunner(report.path)
+    >>> runner.load("red", f"{folder}/red.onnx_adapter")
+    >>> torch.allclose(torch.from_numpy(runner.run({"input": x.numpy()}, "red")["output"]), model(x), atol=1e-5)
+    True
+
+    Scales (alpha / rank, each site's own) are folded into the tensors, and magnitudes of DoRA into gains. The adapter
+    need not have been there when the file was exported; it needs slots at its sites. Any program that uses onnxruntime
+    can load the file. Written whole or not at all.
+
+    Raises `LoadError` that lists what does not fit: another base than the file's, sites without a slot.
+    """
+    model, manifest = rooted(model), Manifest.read(onnx_path)
+    problems = [SurgeryError(told, where=str(onnx_path)) for told in differences(model, manifest.base)]
+    try:
+        arrays = slot_arrays(model, name, manifest)
+    except SurgeryError as error:
+        raise LoadError([*problems, error]) from error
+    if problems:
+        raise LoadError(problems)
+    return write_adapter(out_path, arrays, manifest)
+
+
+def import_adapter(path: str | Path, onnx_path: str | Path) -> Stored:
+    """An adapter's file as `load_adapter` and `hotswap` take it: `load_adapter(model, import_adapter(file, onnx))`.
+
+    >>> import tempfile, torch
+    >>> from torch import nn
+    >>> from rules import LoraRule
+    >>> from surgery import apply_rules, export_onnx, load_adapter, remove
+    >>> from surgery.onnx import export_adapter, import_adapter
+    >>> model, x = nn.Sequential(nn.Linear(4, 2)), torch.ones(3, 4)
+    >>> _ = apply_rules(model, LoraRule("0", rank=2, alpha=6, init="random"))
+    >>> folder, adapted = tempfile.mkdtemp(), model(x)
+    >>> report = export_onnx(model, f"{folder}/model.onnx", x, adapters="slots")
+    >>> file = export_adapter(model, "default", report.path, f"{folder}/a.onnx_adapter")
+    >>> print(load_adapter(remove(model), import_adapter(file, report.path)))
+    adapter 'default': 2 tensors loaded
+    >>> torch.allclose(model(x), adapted)
+    True
+
+    Its rules are those of the slots' kinds, with the ranks of the file: LoRA comes back as LoraRule with alpha = rank,
+    for the scale is in its tensors. Raises `LoadError` for a damaged file, or one of another base or other slots.
+    """
+    manifest = Manifest.read(onnx_path)
+    arrays = read_adapter(path, manifest)
+    rules, tensors = list[tuple[int, Rule, list[str]]](), dict[str, Tensor]()
+    for place, site, slot, named in _sites(manifest, arrays):
+        with running(slot, "unslotted", site):
+            rule, found = slot.unslotted({key: _tensor(array) for key, array in named.items()})
+        bare = rule.replace(targets=(), exclude=(), layers=None, expect=None)
+        same = next((paths for at, other, paths in rules if at == place and other == bare), None)
+        if same is None:
+            rules.append((place, bare, same := []))
+        same.append(site)
+        tensors.update({tensor_key(site, key): tensor for key, tensor in found.items()})
+    file = TensorFile(
+        {key: tuple(tensor.shape) for key, tensor in tensors.items()},
+        {key: tensor.dtype for key, tensor in tensors.items()},
+        {},
+        tensors.__getitem__,
+    )
+    made = [rule.replace(targets=exactly(paths)) for _, rule, paths in rules]
+    return Stored(made, file, lambda plan, step, name: Entry(tensor_key(step.path, name)), base=dict(manifest.base))
+
+
+def slot_arrays(model: nn.Module, adapter: str, manifest: Manifest) -> dict[str, Any]:
+    """An adapter's tensors for the slots of a file, by the slots' names and in their dtypes."""
+    by_site = {f"{site}:{kind}": slot for (site, kind), slot in _rules_of(manifest).items()}
+    found = slot_tensors(model, adapter, by_site, manifest.slot, manifest.constants.get(adapter, ()))
+    dtypes = {slot.name: getattr(torch, slot.dtype) for slot in manifest.slots}
+    return {name: array_of(tensor.to(dtypes.get(name, tensor.dtype))) for name, tensor in found.items()}
+
+
+def _rules_of(manifest: Manifest) -> dict[tuple[str, str], Rule]:
+    """The slots' rules by site and kind."""
+    rules = [Rule.from_dict(one) for one in manifest.rules]
+    return {(one["site"], one["rule"]): rules[one["by"]] for one in manifest.sites}
+
+
+def _sites(manifest: Manifest, arrays: Mapping[str, Any]) -> Iterator[tuple[int, str, Rule, dict[str, Any]]]:
+    """The sites that an adapter has something for: the place of the slot's rule among all, in whose order they were
+    put in, and the path, the rule, its arrays."""
+    rules = _rules_of(manifest)
+    places = {(one["site"], one["rule"]): one["by"] for one in manifest.sites}
+    for (site, kind), slots in sorted(manifest.groups.items(), key=lambda group: places[group[0]]):
+        named = {slot.tensor: arrays[slot.name] for slot in slots if slot.name in arrays}
+        if named:
+            yield places[site, kind], site, rules[site, kind], named
+
+
+def _tensor(array: Any) -> Tensor:
+    if array.dtype.name == "bfloat16":
+        return torch.from_numpy(array.view("uint16").copy()).view(torch.bfloat16)
+    return torch.from_numpy(array.copy())

@@ -1,0 +1,84 @@
+"""Greedy decoding, token for token: the model reads the whole text anew for each, the file goes on from its cache."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from surgery.onnx.calls.example import Given
+from surgery.onnx.checking.comparison import TOLERANCES
+from surgery.onnx.checking.report import TIE, Decoded
+
+__all__ = ["decode"]
+
+_MADE = {"input_ids", "attention_mask", "position_ids", "cache_position"}  # what a runner makes of a text
+_LONGEST = 64  # positions of the example that are read anew for each token
+
+
+def decode(
+    reference: nn.Module,
+    given: Given,
+    path: str | Path,
+    manifest: Any,
+    adapter: str,
+    fed: Mapping[str, Any],
+    tokens: int,
+) -> Decoded | str | None:
+    """Decode the example's first row; None where the file is no decoder's that takes and gives a cache, and why not
+    where that can't be called with a text alone."""
+    ids = given.values.get("input_ids")
+    if not manifest.cache or "logits" not in manifest.outputs or not isinstance(ids, Tensor) or ids.dim() != 2:
+        return None
+    further = set(manifest.inputs) - {one["past"] for one in manifest.cache} - _MADE
+    if further:
+        return f"not decoded, since it also takes {', '.join(sorted(further)[:3])}"
+    if differs := (manifest.further.get("generation") or {}).get("differs"):
+        return f"not decoded: {differs}"
+    if 1 not in manifest.free.get("input_ids", {}):
+        return "not decoded, since the text's length is fixed"
+    from surgery.onnx.runtime.runner import OnnxRunner
+
+    row = ids[:1, :_LONGEST]
+    expected, gaps, tie = _greedy(reference, row, tokens)
+    runner = OnnxRunner(path)
+    if fed:
+        runner.load(adapter, fed)
+    found = runner.generate({"input_ids": row.cpu().numpy()}, max_new_tokens=tokens, adapter=adapter if fed else None)
+    new = tuple(int(one) for one in np.asarray(found)[0, row.shape[1] :])
+    if new != expected and new == _from_cache(reference, row, tokens):
+        expected = new  # a text read anew is not what a cache holds: rotations that change with the length
+    parted = next((i for i, pair in enumerate(zip(expected, new, strict=True)) if pair[0] != pair[1]), None)
+    return Decoded(adapter, expected, new, gaps[parted] if parted is not None else 0.0, tie)
+
+
+def _greedy(model: nn.Module, ids: Tensor, tokens: int) -> tuple[tuple[int, ...], list[float], float]:
+    """The tokens, for each how far the best one's logit is from the second's, of the logits' spread, and what is a
+    tie: each of two logits may be off by the tolerance."""
+    text, gaps, tie = ids, [], TIE
+    with torch.no_grad():
+        for _ in range(tokens):
+            given = model(input_ids=text, attention_mask=torch.ones_like(text), use_cache=False).logits
+            tie = max(TIE, 2 * TOLERANCES.get(str(given.dtype).removeprefix("torch."), 0.0))
+            logits = given[0, -1].double()
+            best = logits.topk(2).values
+            gaps.append(float((best[0] - best[1]) / max(1.0, float(logits.abs().max()))))
+            text = torch.cat([text, logits.argmax().view(1, 1)], dim=1)
+    return tuple(text[0, ids.shape[1] :].tolist()), gaps, tie
+
+
+def _from_cache(model: nn.Module, ids: Tensor, tokens: int) -> tuple[int, ...]:
+    """The tokens as `generate` finds them, which reads each position once."""
+    text, past = ids, None
+    with torch.no_grad():
+        for _ in range(tokens):
+            new = text if past is None else text[:, -1:]
+            mask = torch.ones_like(text)
+            found = model(input_ids=new, attention_mask=mask, past_key_values=past, use_cache=True)
+            past = found.past_key_values
+            text = torch.cat([text, found.logits[0, -1].argmax().view(1, 1)], dim=1)
+    return tuple(text[0, ids.shape[1] :].tolist())

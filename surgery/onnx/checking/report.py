@@ -1,0 +1,139 @@
+"""What a comparison of an exported file with its model found."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+
+from surgery.errors import ParityError
+from surgery.text_table import table
+
+__all__ = ["TIE", "Compared", "Decoded", "ParityReport", "parity_error"]
+
+TIE = 1e-3  # two logits nearer than this are a tie, which rounding decides; of half precisions, what they may be off
+
+
+@dataclass(frozen=True)
+class Compared:
+    """One output of one call: the largest difference, divided by the output's largest number where that is above 1.
+
+    `lost`: what the model itself loses against float64, where the tolerance was made of that; `values`: what was other
+    in the call's tensors than in the example; `edge`: a case in which a difference is told and no error.
+    """
+
+    adapter: str
+    sizes: str
+    optimiser: bool
+    output: str
+    difference: float
+    tolerance: float
+    lost: float = 0.0
+    values: str = ""
+    edge: bool = False
+
+    @property
+    def ok(self) -> bool:
+        return self.difference <= self.tolerance
+
+    @property
+    def ratio(self) -> float:
+        """Of the difference to the tolerance; whole numbers and truths have none."""
+        return self.difference / self.tolerance if self.tolerance else 0.0 if self.ok else float("inf")
+
+
+@dataclass(frozen=True)
+class Decoded:
+    """What both decoded for one row of the example, and where they part; `gap`: how near the model's two best were,
+    `tie`: how near they may be to be a tie."""
+
+    adapter: str
+    expected: tuple[int, ...]
+    found: tuple[int, ...]
+    gap: float = 0.0
+    tie: float = TIE
+
+    @property
+    def ok(self) -> bool:
+        return self.expected == self.found or self.gap < self.tie
+
+    def __str__(self) -> str:
+        if self.expected == self.found:
+            return f"{self.adapter}: {len(self.expected)} tokens decoded alike"
+        told = "a tie" if self.ok else f"{self.gap:.1e} apart"
+        at = next(i for i, pair in enumerate(zip(self.expected, self.found, strict=True)) if pair[0] != pair[1])
+        return f"{self.adapter}: tokens differ from the {at + 1}. on ({told}): {self.expected} and {self.found}"
+
+
+@dataclass
+class ParityReport:
+    """All that was compared; prints as a table.
+
+    `moved`: how much each adapter changes the outputs; `weights`: how many tensors of the file are the model's to the
+    bit; `decoded`: greedy decoding, token for token; `notices`: what could not be compared, and at which values the
+    file parts from the model.
+    """
+
+    path: str
+    compared: list[Compared] = field(default_factory=list)
+    decoded: list[Decoded] = field(default_factory=list)
+    notices: list[str] = field(default_factory=list)
+    moved: dict[str, float] = field(default_factory=dict)
+    weights: int = 0
+
+    @property
+    def ok(self) -> bool:
+        return all(one.ok for one in (*(one for one in self.compared if not one.edge), *self.decoded))
+
+    @property
+    def worst(self) -> Compared | None:
+        """The comparison that is nearest to its tolerance, or farthest above."""
+        return max((one for one in self.compared if not one.edge), key=lambda one: one.ratio, default=None)
+
+    def to_json(self) -> str:
+        data = {"path": self.path, "ok": self.ok, "notices": self.notices, "moved": self.moved}
+        data["compared"] = [{**asdict(one), "ok": one.ok} for one in self.compared]
+        data["decoded"] = [{**asdict(one), "ok": one.ok} for one in self.decoded]
+        return json.dumps(data, indent=2)
+
+    def __str__(self) -> str:
+        head = ["adapter", "moves", "sizes", "largest difference", "of output", "tolerance", ""]
+        rows: list[list[str]] = []
+        groups: dict[tuple[str, str], list[Compared]] = {}
+        for one in self.compared:
+            groups.setdefault((one.adapter, one.values or one.sizes), []).append(one)
+        for (adapter, sizes), found in groups.items():
+            most = max(found, key=lambda one: (one.ratio, one.difference))
+            moves = f"{self.moved[adapter]:.1e}" if adapter in self.moved else ""
+            told = "equal" if most.ok else "differs at an edge" if most.edge else "DIFFERS"
+            told += f" (the model itself loses {most.lost:.1e})" if most.lost else ""
+            rows.append([adapter, moves, sizes, f"{most.difference:.1e}", most.output, f"{most.tolerance:.0e}", told])
+        lines = [table(head, rows)]
+        lines += [str(one) for one in self.decoded]
+        return "\n".join([*lines, *(f"note: {one}" for one in self.notices)])
+
+
+def parity_error(report: ParityReport, files: Sequence[str] = ()) -> ParityError:
+    """`files`: adapters that were read from files."""
+    failed = [one for one in report.decoded if not one.ok]
+    worst = report.worst
+    if worst is not None and not worst.ok:
+        mode = "optimised" if worst.optimiser else "as written"
+        fix = "optimize=False tells whether optimisation does it; atol= allows more; verify=False writes it as it is"
+        if worst.adapter in files:
+            fix = f"look whether the adapter's file was made of the {worst.adapter!r} that the model has"
+        error = ParityError(
+            "the exported file does not compute what the model does",
+            where=f"{worst.output}, adapter {worst.adapter}, {worst.values or worst.sizes}, run {mode}",
+            why=f"the largest difference is {worst.difference:.2e}, and {worst.tolerance:.0e} is allowed"
+            + (f", {worst.tolerance / worst.lost:.0f} times what the model itself loses" if worst.lost else ""),
+            fix=fix,
+        )
+    else:
+        error = ParityError(
+            "the exported file decodes other tokens than the model", where=failed[0].adapter, why=str(failed[0])
+        )
+    error.report = report
+    first = report.compared[0].sizes
+    error.elsewhere = all(one.ok or one.edge for one in report.compared if one.sizes == first)
+    return error

@@ -1,0 +1,1 @@
+"""PEFT's checkpoints as adapters of an exported file. Needs no torch."""

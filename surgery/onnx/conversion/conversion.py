@@ -1,0 +1,92 @@
+"""A PEFT checkpoint on its way into the slots of an exported file."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from surgery.errors import SurgeryError
+from surgery.onnx.conversion.checkpoint import Checkpoint
+from surgery.onnx.conversion.initializers import Weights
+from surgery.onnx.runtime.dtypes import dtype_of
+from surgery.onnx.runtime.manifest import Manifest
+from surgery.onnx.runtime.slot import Slot
+
+__all__ = ["Conversion"]
+
+
+class Conversion:
+    """An adapter as it is made: what of the checkpoint is left, what slots have been filled, and what is wrong."""
+
+    def __init__(self, manifest: Manifest, checkpoint: Checkpoint, path: Path):
+        self.manifest, self.checkpoint, self.path = manifest, checkpoint, path
+        self.left = dict(checkpoint.tensors)
+        self.found: dict[str, np.ndarray] = {}
+        self.problems: list[SurgeryError] = []
+        self.embeddings: set[str] = set()  # paths whose LoRA is called an embedding's
+
+    @cached_property
+    def weights(self) -> Weights:
+        return Weights(self.path)
+
+    @contextlib.contextmanager
+    def noting(self, where: str) -> Iterator[None]:
+        """An error in the block is one of the problems."""
+        try:
+            yield
+        except SurgeryError as error:
+            error.where = error.where or where
+            self.problems.append(error)
+        except Exception as error:  # fields and tensors of a file may be anything
+            why = f"{type(error).__name__}: {error}"[:300]
+            self.problems.append(SurgeryError("the checkpoint can't be read", where=where, why=why))
+
+    def manifest_slots(self, path: str, rule: str) -> Mapping[str, Slot]:
+        return {slot.tensor: slot for slot in self.manifest.groups.get((path, rule), ())}
+
+    def slots(self, path: str, rule: str) -> Mapping[str, Slot]:
+        """A site's slots by the names of their tensors; `SurgeryError` where there is no such site."""
+        found = self.manifest_slots(path, rule)
+        if not found:
+            sites = [site for site, kind in self.manifest.groups if kind == rule]
+            why = f"it has {len(sites)}, such as {sites[0]}" if sites else "it has none of that kind"
+            fix = "export it with an adapter that is on this module, too"
+            raise SurgeryError(f"the file has no {rule} slot for a module", where=path, why=why, fix=fix)
+        return found
+
+    def site_of(self, path: str, rule: str) -> Mapping[str, Any]:
+        self.slots(path, rule)
+        return next(one for one in self.manifest.sites if (one["site"], one["rule"]) == (path, rule))
+
+    def rule_of(self, path: str, rule: str) -> Mapping[str, Any]:
+        """The fields of the slot's own rule."""
+        index = self.site_of(path, rule).get("by")
+        rules = self.manifest.rules
+        found = rules[index] if isinstance(index, int) and 0 <= index < len(rules) else {}
+        return found if isinstance(found, Mapping) else {}
+
+    def put(self, path: str, rule: str, tensors: Mapping[str, np.ndarray]) -> None:
+        """Fill slots of a site, in the slots' dtypes."""
+        slots = self.slots(path, rule)
+        if lost := [name for name in tensors if name not in slots]:
+            why = f"its slot has {', '.join(slots)}"
+            fix = "export it with such an adapter on the model"
+            raise SurgeryError(f"the file has no place for {', '.join(lost)}", where=path, why=why, fix=fix)
+        for name, tensor in tensors.items():
+            with np.errstate(over="ignore"):  # what overflows is infinite, and refused in the end
+                self.found[slots[name].name] = np.ascontiguousarray(tensor.astype(dtype_of(slots[name].dtype)))
+
+    def complete(self) -> None:
+        """At sites that the adapter is on, tensors that it lacks and that change nothing: a gain of ones."""
+        for slots in self.manifest.groups.values():
+            if any(slot.name in self.found for slot in slots):
+                for slot in slots:
+                    if slot.name not in self.found and slot.default != "empty":
+                        with self.noting(slot.name):
+                            made = self.manifest.default(slot)
+                            self.found[slot.name] = self.weights.stored(slot.name) if made is None else made

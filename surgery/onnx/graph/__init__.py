@@ -1,0 +1,1 @@
+"""The exported graph: traced, translated, with slots, described and written."""

@@ -1,0 +1,114 @@
+"""The manifest of an exported file: what a program that runs it has to know, as plain data."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from importlib import metadata
+from typing import Any
+
+from torch import Tensor, nn
+
+from surgery.authoring.hook_call import running
+from surgery.authoring.rule import Rule
+from surgery.errors import SurgeryError
+from surgery.onnx.graph.prepare import Prepared, Settings
+from surgery.onnx.graph.slots import SlotSite
+from surgery.onnx.graph.trace_program import Program
+from surgery.onnx.runtime.manifest import HALF
+from surgery.state.fingerprint import fingerprint
+
+__all__ = ["manifest_of"]
+
+
+def manifest_of(
+    program: Program, prepared: Prepared, model: nn.Module, free: Mapping[str, Mapping[int, str]], how: Settings
+) -> dict[str, Any]:
+    """`free`: input of the graph → axis → name."""
+    made = program.model
+    inputs = list(program.inputs.values())
+    outputs = [value.name for value in made.graph.outputs]
+    slotted = prepared.sites if how.adapters == "slots" else []
+    sites = [
+        {
+            "site": one.path,
+            "rule": one.kind,
+            "module": one.module,
+            "slots": [one.full(key) for key in one.tensors],
+            "by": prepared.rules.index(one.rule),
+            **_notes(one, model),
+        }
+        for one in slotted
+    ]
+    return {
+        "format": "model-surgery/onnx",
+        "version": 1,
+        "adapters": how.adapters,
+        "slots_as": how.slots_as,
+        "empty": how.empty,
+        "slot": how.slot,
+        "slots": [_slot(one, key) for one in slotted for key in one.tensors],
+        "sites": sites,
+        "constants": prepared.constants,
+        "rules": [_plain(rule) for rule in prepared.rules],
+        "base": fingerprint(model),
+        "opset": made.opset_imports.get("", 0),
+        "inputs": inputs,
+        "outputs": outputs,
+        "free": {
+            name: {str(axis): dim for axis, dim in found.items()} for name, found in free.items() if name in inputs
+        },
+        "cache": _cache(inputs, outputs),
+        HALF: any(str(value.dtype) == "FLOAT16" for value in made.graph.initializers.values()),
+        "versions": _versions(),
+    }
+
+
+def _notes(one: SlotSite, model: nn.Module) -> Mapping[str, Any]:
+    with running(one.rule, "slot_notes", one.path):
+        return one.rule.slot_notes(model, model.get_submodule(one.path))
+
+
+def _slot(one: SlotSite, key: str) -> dict[str, Any]:
+    axis, tensor = one.tensors[key]
+    shape: list[int | None] = list(tensor.shape)
+    if axis is not None:
+        shape[axis[0]] = None
+    return {
+        "name": one.full(key),
+        "site": one.path,
+        "module": one.module,
+        "rule": one.kind,
+        "tensor": key,
+        "shape": shape,
+        "free": [] if axis is None else [axis[0]],
+        "dim": None if axis is None else ".".join(filter(None, (one.path, axis[1]))),
+        "dtype": str(tensor.dtype).removeprefix("torch."),
+        "default": "empty" if axis is not None else _told(tensor),
+    }
+
+
+def _told(tensor: Tensor) -> str:
+    return "zeros" if not tensor.any() else "ones" if bool((tensor == 1).all()) else "base"
+
+
+def _plain(rule: Rule) -> Any:
+    try:
+        return rule.to_dict()
+    except SurgeryError:  # a condition in Python, which nothing in the file needs
+        return {"rule": rule.name, "version": rule.version}
+
+
+def _cache(inputs: Sequence[str], outputs: Sequence[str]) -> list[dict[str, str]]:
+    """Which output is the next call's input."""
+    pairs = [(name, name.replace("past_key_values.", "present.", 1)) for name in inputs]
+    return [{"past": past, "present": present} for past, present in pairs if past != present and present in outputs]
+
+
+def _versions() -> dict[str, str]:
+    found = {}
+    for name in ("model-surgery", "torch", "transformers", "onnx", "onnxscript", "onnxruntime"):
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return found

@@ -1,0 +1,117 @@
+"""What transformers' `generate` does beside a decoder's forward, for the manifest of a file."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from surgery.onnx.calls.example import Given, is_cache, is_transformers
+from surgery.onnx.calls.shared_copy import leave_live, sharing_copy, traced_path
+
+__all__ = ["GENERATION", "changed_logits", "generation_of"]
+
+GENERATION = "generation"  # in a manifest: `reread` and `differs`, see below
+_ROW = 8  # positions of the example that are enough to see whether `generate` adds anything
+_NEAR = 1e-3
+_NEUTRAL: dict[str, tuple[Any, ...]] = {  # of a generation config: what changes logits, with the values that don't
+    "repetition_penalty": (1.0,), "encoder_repetition_penalty": (1.0,), "no_repeat_ngram_size": (0,),
+    "encoder_no_repeat_ngram_size": (0,), "min_length": (0,), "min_new_tokens": (0,), "guidance_scale": (1.0,),
+    "bad_words_ids": (), "sequence_bias": (), "forced_bos_token_id": (), "forced_eos_token_id": (),
+    "suppress_tokens": ([],), "begin_suppress_tokens": ([],), "exponential_decay_length_penalty": (),
+    "watermarking_config": (),
+}  # fmt: skip
+
+
+def generation_of(model: nn.Module, given: Given) -> dict[str, Any]:
+    """How `generate` goes on with texts, as far as it is not the forward alone; empty where it is.
+
+    `reread`: the length at which a cache is dropped and the text is read again; `differs`: why the forward on the text
+    gives other numbers than `generate` begins with.
+    """
+    ids = given.values.get("input_ids")
+    decodes = is_transformers(model) and isinstance(ids, Tensor) and ids.dim() == 2 and ids.shape[1] > 0
+    can: Any = getattr(model, "can_generate", None)
+    config: Any = getattr(model, "config", None)
+    if not decodes or not callable(can) or not can() or getattr(config, "is_encoder_decoder", False):
+        return {}
+    assert isinstance(ids, Tensor)
+    found: dict[str, Any] = {}
+    if any(map(is_cache, given.values.values())):
+        length = next((size for size in _switches(config) if _drops(model, ids, size)), None)
+        found |= {} if length is None else {"reread": length + 1}
+    if (why := _difference(model, given, ids[:1, :_ROW])) is not None:
+        found["differs"] = why
+    return found
+
+
+def changed_logits(model: nn.Module) -> list[str]:
+    """The settings of a model's generation config by which `generate` changes what the forward gives."""
+    config = getattr(model, "generation_config", None)
+    told = []
+    for name, neutral in _NEUTRAL.items():
+        value = getattr(config, name, None)
+        if value is not None and value not in neutral:
+            told.append(f"{name}={value!r}")
+    return told
+
+
+def _switches(config: Any) -> Iterator[int]:
+    """The lengths at which a configuration says that something changes."""
+    for part in (config, getattr(config, "text_config", None)):
+        rope = getattr(part, "rope_parameters", None)
+        for held in (vars(part) if part is not None else {}, rope if isinstance(rope, Mapping) else {}):
+            size = held.get("original_max_position_embeddings")
+            if type(size) is int and size > 0:
+                yield size
+
+
+def _drops(model: nn.Module, ids: Tensor, size: int) -> bool:
+    """Whether `generate` drops a cache that has read this many positions."""
+    prepare: Any = getattr(model, "prepare_inputs_for_generation", None)
+    with contextlib.suppress(Exception), torch.no_grad():
+        text = ids.new_ones((1, size + 1))
+        mask = torch.ones_like(text)
+        made = prepare(text, past_key_values=_read(size), attention_mask=mask, use_cache=True, next_sequence_length=1)
+        return made.get("past_key_values") is None
+    return False
+
+
+def _read(size: int) -> Any:
+    """A cache that says that it has read so many positions."""
+    from transformers.cache_utils import DynamicCache
+
+    class Read(DynamicCache):
+        def get_seq_length(self, *_: Any, **__: Any) -> int:
+            return size
+
+        def __len__(self) -> int:
+            return 1
+
+    return Read()
+
+
+def _difference(model: nn.Module, given: Given, row: Tensor) -> str | None:
+    """Why the first logits of `generate` are not those of the forward, or None: as far as both can be called."""
+    copy: Any = sharing_copy(model)
+    leave_live(copy, ())
+    mask = torch.ones_like(row)
+    further = (
+        {"position_ids": mask.cumsum(-1) - 1} if "position_ids" in given.values else {}
+    )  # as `generate` makes them
+    with contextlib.suppress(Exception), torch.no_grad(), torch.random.fork_rng(), traced_path():
+        expected = copy(input_ids=row, attention_mask=mask, **further).logits[:, -1].float()
+        made = copy.generate(
+            row, attention_mask=mask, max_new_tokens=1, do_sample=False, num_beams=1, eos_token_id=None, pad_token_id=0,
+            return_dict_in_generate=True, output_logits=True,
+        )  # fmt: skip
+        found = made.logits[0].float()
+        if found.shape != expected.shape or (found - expected).abs().max() > _NEAR * max(
+            1.0, float(expected.abs().max())
+        ):
+            places = "" if further else ", or positions that begin at 0 (give position_ids in the example)"
+            return f"{type(model).__name__}.generate calls the forward with more than a text and its mask{places}"
+    return None

@@ -1,0 +1,146 @@
+"""A linear layer with low-rank branches as one operation while a model is exported, written as products at the end.
+
+Traced as it is written, a branch is some ten operations on sizes that are symbols, and its factors two more inputs:
+each is looked at several times by torch.export and by onnxscript, and with a branch on each linear layer an export took
+1.7 times what the base's takes. So the operation has its factors by name, and they come in when all that is done.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import onnx_ir as ir
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from surgery.forward import graph_functions
+from surgery.weaving import low_rank_kernel
+
+__all__ = ["Factor", "by_name", "translations", "written_out"]
+
+DOMAIN, BRANCH = "surgery", "LowRank"
+
+
+@dataclass(frozen=True)
+class Factor:
+    """Stands for a factor where a forward looks for it. Whoever does more than hand it on gets a TypeError."""
+
+    name: str
+    dtype: torch.dtype
+
+
+@torch.library.custom_op("surgery::low_rank_linear", mutates_args=())
+def low_rank_linear(
+    x: Tensor, weight: Tensor, bias: Tensor | None, factors: str, dtype: torch.dtype, scales: Sequence[float]
+) -> Tensor:
+    """Called outside of an export, it is the layer alone."""
+    return F.linear(x, weight, bias)
+
+
+@low_rank_linear.register_fake
+def _(
+    x: Tensor, weight: Tensor, bias: Tensor | None, factors: str, dtype: torch.dtype, scales: Sequence[float]
+) -> Tensor:
+    torch._check(x.shape[-1] == weight.shape[1])  # else that would be a free size of the file
+    return x.new_empty((*x.shape[:-1], weight.shape[0]))
+
+
+@contextlib.contextmanager
+def by_name(lifted: Sequence[Any]) -> Iterator[None]:
+    """Forwards inside of the block find `Factor`s in the places of these tensors, and linear layers take them."""
+
+    def layer(x: Tensor, weight: Tensor, bias: Tensor | None, factors: list[Any], scales: list[float]) -> Tensor:
+        pairs: list[tuple[Any, Any, float]] = list(zip(factors[::2], factors[1::2], scales, strict=True))
+        named = [pair for pair in pairs if isinstance(pair[0], Factor)]
+        if named:
+            names = "\n".join([one.name for pair in named for one in pair[:2]])
+            y = low_rank_linear(x, weight, bias, names, named[0][0].dtype, [scale for *_, scale in named])
+        else:
+            y = F.linear(x, weight, bias)
+        for A, B, scale in pairs:
+            if not isinstance(A, Factor):  # a constant of the file
+                y = graph_functions.same_dtype(y + F.linear(F.linear(x.to(A.dtype), A), B) * scale, y)
+        return y
+
+    for one in lifted:
+        one.box.__dict__[one.key] = Factor(one.name, one.tensor.dtype)
+    try:
+        with low_rank_kernel.layers_by(layer):
+            yield
+    finally:
+        for one in lifted:
+            del one.box.__dict__[one.key]
+
+
+def translations() -> dict[Any, Any]:
+    """How it is written in ONNX, for `torch.onnx.export`: the layer, and a node for its branches."""
+    from onnxscript.function_libs.torch_lib.ops.nn import aten_linear
+
+    def written(x: Any, weight: Any, bias: Any, factors: str, dtype: int, scales: Sequence[float]) -> Any:
+        return _branches()(x, aten_linear(x, weight, bias), factors=factors, dtype=dtype, scales=list(scales))
+
+    return {torch.ops.surgery.low_rank_linear.default: written}
+
+
+@cache
+def _branches() -> Any:
+    from onnx.defs import OpSchema
+    from onnxscript.values import Op, Opset
+
+    kinds = OpSchema.AttrType
+    schema = OpSchema(
+        BRANCH,
+        DOMAIN,
+        1,
+        inputs=[OpSchema.FormalParameter(name, "T") for name in ("x", "y")],
+        outputs=[OpSchema.FormalParameter("out", "T")],
+        type_constraints=[("T", [f"tensor({kind})" for kind in ("float", "double", "float16", "bfloat16")], "")],
+        attributes=[
+            OpSchema.Attribute("factors", kinds.STRING, required=True),
+            OpSchema.Attribute("dtype", kinds.INT, required=True),
+            OpSchema.Attribute("scales", kinds.FLOATS, required=True),
+        ],
+    )
+    return Op(Opset(DOMAIN, 1), BRANCH, schema)
+
+
+def written_out(model: ir.Model, inputs: Mapping[str, ir.Value]) -> None:
+    """Write the branches of a graph as products of these inputs of it, factors by name: y + (x Aᵀ) Bᵀ scale."""
+    for graph in model.graphs():
+        for node in list(graph):
+            if (node.domain, node.op_type) == (DOMAIN, BRANCH):
+                _write_out(graph, node, inputs)
+    model.opset_imports.pop(DOMAIN, None)
+
+
+def _write_out(graph: Any, node: ir.Node, inputs: Mapping[str, ir.Value]) -> None:
+    x, y = node.inputs
+    out, marks = node.outputs[0], dict(node.metadata_props)
+    assert x is not None and y is not None
+    own, dtype = out.dtype, ir.DataType(node.attributes["dtype"].as_int())
+    made: list[ir.Node] = []
+
+    def put(kind: str, *given: ir.Value, **attributes: Any) -> ir.Value:
+        name = f"{node.name}.{len(made)}"
+        made.append(one := ir.node(kind, given, attributes, name=name, metadata_props=dict(marks)))
+        one.outputs[0].name, one.outputs[0].dtype = f"{out.name}.{len(made)}", dtype
+        return one.outputs[0]
+
+    def cast(value: ir.Value) -> ir.Value:
+        return value if own == dtype else put("Cast", value, to=dtype)
+
+    given, total = cast(x), cast(y)
+    names = node.attributes["factors"].as_string().split("\n")
+    for A, B, scale in zip(names[::2], names[1::2], node.attributes["scales"].as_floats(), strict=True):
+        branch = put("MatMul", given, put("Transpose", inputs[A], perm=[1, 0]))
+        branch = put("MatMul", branch, put("Transpose", inputs[B], perm=[1, 0]))
+        if scale != 1.0:
+            branch = put("Mul", branch, put("Constant", value=ir.tensor([scale], dtype)))
+        total = put("Add", total, branch)
+    last = total if own == dtype else put("Cast", total, to=own)
+    ir.convenience.replace_nodes_and_values(graph, node, [node], made, [out], [last])

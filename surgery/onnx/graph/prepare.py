@@ -1,0 +1,192 @@
+"""The copy that is exported: with adapters folded in, with their tensors as inputs, or with slots in their place."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from surgery.authoring.rule import Rule
+from surgery.errors import SurgeryError, listed
+from surgery.lifecycle.activation import active
+from surgery.merging.merge import merge
+from surgery.model_record.verb_root import records_in, root_of
+from surgery.onnx.calls.example import Given
+from surgery.onnx.calls.shared_copy import leave_live, sharing_copy
+from surgery.onnx.graph.slots import SlotSite, factors, lift, put_slots, slot_sites
+from surgery.onnx.graph.trace_program import Lifted
+from surgery.patterns.module_walk import base_modules
+from surgery.state.records import adapter_names, merged_adapters, model_state, require_state, sites
+from surgery.state.running_statistics import moved
+from surgery.transaction.garbage_collection import collector_waits
+
+__all__ = ["PREPARE", "Prepared", "Settings"]
+
+OPSETS = range(18, 26)
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How a model is exported; see `export_onnx`. Raises `SurgeryError` for what it can't be."""
+
+    adapters: str = "merged"
+    slot: str = "slot"
+    slots_as: str = "overridable"
+    empty: str = "rank0"
+    opset: int | None = None
+    optimize: bool = True
+    optimize_for: str | None = None
+    strict: bool = False
+
+    def __post_init__(self) -> None:
+        for name, allowed in (
+            ("adapters", tuple(PREPARE)),
+            ("slots_as", ("overridable", "inputs")),
+            ("empty", ("rank0", "zeros1")),
+            ("optimize_for", (None, "ort")),
+        ):
+            if (value := getattr(self, name)) not in allowed:
+                raise SurgeryError(f"{name}={value!r} is none of {', '.join(map(repr, allowed))}")
+        if self.opset is not None and self.opset not in OPSETS:
+            why = f"the exporter writes {OPSETS[0]} to {OPSETS[-1]}"
+            raise SurgeryError(f"opset={self.opset!r} can't be written", why=why, fix="one of these, or None")
+        if self.optimize_for and not self.optimize:
+            raise SurgeryError(f"optimize_for={self.optimize_for!r} needs optimize=True")
+        if not isinstance(self.slot, str) or not self.slot.isidentifier():
+            raise SurgeryError(f"slot={self.slot!r} is no word that can name an adapter")
+
+
+@dataclass
+class Prepared:
+    """A copy to export from: tensors that become inputs, what slots are by default, and what was told on the way."""
+
+    model: nn.Module
+    lifted: list[Lifted] = field(default_factory=list)
+    defaults: dict[str, Tensor] = field(default_factory=dict)
+    sites: list[SlotSite] = field(default_factory=list)
+    rules: list[Rule] = field(default_factory=list)
+    notices: list[str] = field(default_factory=list)
+    constants: dict[str, list[str]] = field(default_factory=dict)
+
+    def dims(self) -> dict[str, dict[int, str]]:
+        """The free axis of each slot, with its name in the graph."""
+        return {
+            one.full(key): {axis[0]: ".".join(filter(None, (one.path, axis[1])))}
+            for one in self.sites
+            for key, (axis, _) in one.tensors.items()
+            if axis is not None
+        }
+
+    def marks(self) -> dict[str, dict[str, str]]:
+        """Which rule put in each tensor, by site."""
+        found: dict[str, dict[str, str]] = {}
+        for one in self.sites:
+            names = {one.full(key): one.label for key in one.tensors}
+            found.setdefault(one.path, {}).update(names)
+        return found
+
+
+@collector_waits()
+def _merged(model: nn.Module, given: Given, names: Any, how: Settings) -> Prepared:
+    """With the live adapters in its weights (or those of `names`)."""
+    copy = sharing_copy(model, folding=True)
+    for part in records_in(copy, below=True, nested=True).values():  # parts that were rewritten by themselves
+        _fold(part, active(part))
+    state = model_state(model)
+    if state is None:
+        _check_plain(copy)
+        return Prepared(copy)
+    wanted = adapter_names(state, names) if names is not None else list(active(model))
+    if names is not None:
+        leave_live(copy, wanted)
+    _fold(copy, wanted)
+    return Prepared(copy, rules=[rule for name in wanted for rule in state.adapters[name]])
+
+
+def _check_plain(copy: nn.Module) -> None:
+    """`SurgeryError` where a part of a rewritten model has live adapters: the record to fold them by is outside."""
+    if live := [path for path, module, site in sites(copy) if type(module) is not site.base]:
+        raise SurgeryError(
+            "this is a part of a rewritten model, and its adapters are live",
+            where=listed(live),
+            why="the record of its rules is kept on the model that apply_rules was called with",
+            fix='merge(that model) first, then export the part; or adapters="constant"',
+        )
+
+
+def _fold(copy: nn.Module, wanted: Sequence[str]) -> None:
+    """Merge what is live, unless something is merged already."""
+    if wanted and not merged_adapters(copy):
+        leave_live(copy, wanted)
+        merge(copy, wanted, untie=True)
+
+
+@collector_waits()
+def _constant(model: nn.Module, given: Given, names: Any, how: Settings) -> Prepared:
+    """With the live adapters as they are (or those of `names`), their tensors as initialisers of the graph."""
+    if model_state(model) is None:
+        return Prepared(sharing_copy(model))
+    copy = sharing_copy(model)
+    leave_live(copy, adapter_names(require_state(copy), names) if names is not None else active(copy))
+    wanted = active(copy)
+    found = [site for name in wanted for site in slot_sites(copy, name)]
+    lifted = [one for name in wanted for one in lift(copy, name, {}, factors(found))]
+    state = require_state(copy)
+    rules = [rule for name in wanted for rule in state.adapters[name]]
+    return Prepared(copy, lifted, {one.name: one.tensor for one in lifted}, found, rules)
+
+
+def _check_statistics(model: nn.Module) -> None:
+    """`SurgeryError` where a model's adapters were trained to other running statistics than the base's."""
+    if others := moved(require_state(model).moving):
+        paths = {id(module): path for path, module in base_modules(model)}
+        raise SurgeryError(
+            "running statistics moved while the adapters were trained",
+            where=listed([paths[id(module)] or "(the model itself)" for module in others if id(module) in paths]),
+            why="a file with slots has the base's, and the adapters were trained to others",
+            fix='adapters="constant" or "merged"; or train with the statistics frozen: StatisticsRule(frozen=True)',
+        )
+
+
+@collector_waits()
+def _slots(model: nn.Module, given: Given, names: Any, how: Settings) -> Prepared:
+    """With slots in the place of all adapters (or those of `names`)."""
+    if model_state(model) is None:
+        if records_in(model) or any(True for _ in sites(model)):
+            root_of(model)  # names what was rewritten
+        why = "no rules were applied to this model"
+        fix = 'apply_rules(model, …), once for each adapter; or adapters="merged"'
+        if type(model).__module__.startswith("peft."):
+            why, fix = "it is PEFT's own model", "save_pretrained(folder), then load_adapter(base model, folder)"
+        raise SurgeryError("there is nothing to make slots of", why=why, fix=fix)
+    copy = sharing_copy(model)
+    _check_statistics(copy)
+    chosen = adapter_names(require_state(copy), names)
+    placing = put_slots(copy, chosen, how.slot, given, strict=how.strict)
+    lifted = lift(copy, how.slot, placing.free(), factors(placing.sites))
+    if how.empty == "zeros1" and (full := [rule.label for rule in placing.rules if not rule.zeros_are_none]):
+        why = "one position of zeros is seen as any other"
+        raise SurgeryError(f"empty='zeros1' leaves {', '.join(full)} with an effect", why=why, fix="empty='rank0'")
+    if how.empty == "zeros1" and (grouped := [one.path for one in placing.sites if _groups(copy, one.path) > 1]):
+        why = "the rank of a grouped convolution is a multiple of its groups, and no 1"
+        raise SurgeryError("empty='zeros1' can't be had", where=", ".join(grouped[:3]), why=why, fix="empty='rank0'")
+    defaults = {one.name: _default(one, how.empty) for one in lifted}
+    return Prepared(copy, lifted, defaults, placing.sites, placing.rules, placing.notices, placing.constants)
+
+
+def _groups(copy: nn.Module, path: str) -> int:
+    return getattr(copy.get_submodule(path), "groups", 1)
+
+
+PREPARE = {"merged": _merged, "constant": _constant, "slots": _slots}
+
+
+def _default(one: Lifted, empty: str) -> Tensor:
+    """Nothing along the free axis (or, where a runtime can't multiply that, one of zeros); else as the rule starts."""
+    if one.free is None:
+        return one.tensor
+    part = one.tensor.narrow(one.free, 0, 0 if empty == "rank0" else 1)
+    return part if empty == "rank0" else torch.zeros_like(part)

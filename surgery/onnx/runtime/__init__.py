@@ -1,0 +1,1 @@
+"""Exported files at run time: manifests, adapters, sessions, text generation. Needs no torch."""

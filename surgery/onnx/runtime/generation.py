@@ -1,0 +1,198 @@
+"""Continuing texts with an exported decoder, with or without a cache among its inputs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+
+from surgery.errors import SurgeryError
+from surgery.onnx.runtime.dtypes import array_of_value, dtype_of, value_of, widened
+from surgery.onnx.runtime.feeds import Feeds, Input
+from surgery.onnx.runtime.manifest import Manifest
+from surgery.onnx.runtime.sampling import Pick
+
+__all__ = ["Decoder", "RunnableFile"]
+
+IDS, MASK, POSITIONS, PLACES, LOGITS = "input_ids", "attention_mask", "position_ids", "cache_position", "logits"
+
+
+class RunnableFile(Protocol):
+    """An exported file that can be run: what a decoder needs of an `OnnxRunner`."""
+
+    path: Path
+    session: Any
+    manifest: Manifest
+    feeds: Feeds
+    takes_padding: bool
+
+    def run_values(self, values: Mapping[str, Any], names: Sequence[str]) -> dict[str, Any]: ...
+
+
+@dataclass
+class Texts:
+    """What has been read, what is read next, and the cache. Arrays are (batch, positions)."""
+
+    ids: np.ndarray
+    mask: np.ndarray
+    positions: np.ndarray
+    past: dict[str, Any] = field(default_factory=dict)  # OrtValues; none before the first step
+    further: dict[str, Any] = field(default_factory=dict)  # inputs that are the same at each step
+    read: int = 0
+
+
+class Decoder:
+    """A runner's file as a decoder, with the slots' values for all of its calls."""
+
+    def __init__(self, runner: RunnableFile, held: Mapping[str, Any]):
+        self.runner, self.held = runner, held
+        self.inputs: dict[str, Input] = {**runner.feeds.optional, **runner.feeds.required}
+        self.cache = {one["past"]: one["present"] for one in runner.manifest.cache}
+        ids = self.inputs.get(IDS)
+        if ids is None or len(ids.shape) != 2 or LOGITS not in runner.manifest.outputs:
+            why = f"it takes {runner.feeds}, and gives {', '.join(runner.manifest.outputs[:4])}"
+            raise SurgeryError(f"{runner.path.name} is no decoder: {IDS} and {LOGITS} are wanted", why=why)
+        if isinstance(ids.shape[1], int):
+            why, fix = f"it has room for {ids.shape[1]} positions, and no more", "export it with dynamic=True"
+            raise SurgeryError("texts can't be continued with this file", why=why, fix=fix)
+        if mask := self.inputs.get(MASK):
+            _require(len(mask.shape) == 2, f"its {MASK} is no (batch, positions)")
+        _require(set(self.cache) <= set(self.inputs), "the cache that its manifest tells of is not among its inputs")
+        generation = runner.manifest.further.get("generation") or {}
+        self.reread = generation.get("reread")  # the length at which transformers drops the cache
+        if differs := generation.get("differs"):
+            fix = "runner.run computes the forward, whose inputs you make yourself"
+            raise SurgeryError("this file can't continue texts as the model's generate does", why=differs, fix=fix)
+        crossed = [name for name in self.cache if ".encoder." in name]
+        _require(not crossed, "it is the decoder of an encoder-decoder, whose cache holds what an encoder made")
+
+    # The start ------------------------------------------------------------------------------------------------
+
+    def started(self, inputs: Any) -> Texts:
+        """The inputs looked at, and the mask and the positions made where the file wants them and they aren't given."""
+        given = dict(inputs) if isinstance(inputs, Mapping) else {IDS: inputs}
+        if IDS not in given:
+            raise SurgeryError(f"{IDS} are missing", fix=f"generate({{{IDS!r}: array}}, …)")
+        ids = self.inputs[IDS].array(given[IDS])
+        if ids.ndim != 2 or not ids.size or ids.dtype.kind not in "iu":
+            why = f"they are {ids.dtype.name}{ids.shape}"
+            raise SurgeryError(f"{IDS} are whole numbers (batch, positions)", why=why)
+        mask = np.asarray(given.pop(MASK)) if MASK in given else np.ones(ids.shape, np.int64)
+        if mask.shape != ids.shape or not np.isin(mask, (0, 1)).all():
+            raise SurgeryError(f"the {MASK} is no array of ones and zeros like {IDS}", why=f"it is {mask.shape}")
+        if not mask[:, -1].all():
+            why = "what is added would stand after the padding"
+            raise SurgeryError("a text ends in padding", why=why, fix="pad texts on their left")
+        if not mask.all() and MASK not in self.inputs:
+            raise SurgeryError(f"the file takes no {MASK}", fix="texts of one length, or export it with one")
+        positions = np.where(mask == 0, 0, mask.astype(np.int64).cumsum(-1) - 1)  # as transformers counts them
+        if POSITIONS in given and POSITIONS in self.inputs:
+            positions = np.asarray(given.pop(POSITIONS))
+            _require(positions.shape == ids.shape, f"{POSITIONS} are {positions.shape}, and {IDS} {ids.shape}")
+        given.pop(IDS)
+        if taken := [name for name in given if name in self.cache or name == PLACES]:
+            raise SurgeryError(f"{taken[0]} is made here", fix="generate from the whole text")
+        texts = Texts(ids, mask, positions)
+        first = {name: self._nothing(name, len(ids)) for name in self.cache}
+        checked = self.runner.feeds.checked({**given, **self._arrays(texts), **first})
+        texts.further = {name: checked[name] for name in given}
+        texts.past = {name: value_of(checked[name]) for name in first}
+        return texts
+
+    def _nothing(self, name: str, batch: int) -> np.ndarray:
+        """A cache of no positions."""
+        known = self.inputs[name]
+        free = [axis for axis, size in enumerate(known.shape) if axis and not isinstance(size, int)]
+        _require(len(free) == 1, f"which axis of {name} {known.shape} the positions are on can't be told")
+        shape = [batch if not axis and not isinstance(size, int) else size for axis, size in enumerate(known.shape)]
+        shape[free[0]] = 0
+        return np.zeros(shape, dtype_of(known.dtype))
+
+    # Steps ----------------------------------------------------------------------------------------------------
+
+    def tokens(
+        self, texts: Texts, count: int, ends: int | Sequence[int] | None, padding: int | None, pick: Pick
+    ) -> Iterator[np.ndarray]:
+        """The next tokens (batch), one step after the other."""
+        if type(count) is not int or count < 1:
+            raise SurgeryError(f"max_new_tokens={count!r} is no whole number from 1")
+        known = [] if ends is None else [ends] if isinstance(ends, (int, np.integer)) else list(ends)
+        for one in (*known, *([] if padding is None else [padding])):
+            if not isinstance(one, (int, np.integer)) or isinstance(one, bool):
+                raise SurgeryError(f"{one!r} is no token's id")
+        filling = padding if padding is not None else known[0] if known else 0
+        return self._tokens(texts, count, np.array(known, dtype=texts.ids.dtype), filling, pick)
+
+    def _tokens(self, texts: Texts, count: int, ends: np.ndarray, padding: int, pick: Pick) -> Iterator[np.ndarray]:
+        done = np.zeros(len(texts.ids), dtype=bool)
+        for step in range(count):
+            logits = self._logits(texts)
+            if not step:
+                self._check_padding(texts, logits)
+            new = np.where(done, padding, pick(logits)).astype(texts.ids.dtype)
+            yield new
+            done |= np.isin(new, ends)
+            if done.all():
+                return
+            self._append(texts, new)
+
+    def _logits(self, texts: Texts) -> np.ndarray:
+        """The last position's logits, float32 (batch, tokens); the cache is then the next step's."""
+        made = {name: value_of(array) for name, array in {**texts.further, **self._arrays(texts)}.items()}
+        found = self.runner.run_values({**self.held, **made, **texts.past}, [LOGITS, *self.cache.values()])
+        texts.past = {past: found[present] for past, present in self.cache.items()}
+        return widened(array_of_value(found[LOGITS]))[:, -1]
+
+    def _arrays(self, texts: Texts) -> dict[str, np.ndarray]:
+        """What the next step reads: with a cache what is new, and else the whole text."""
+        new = slice(texts.read, None)
+        made = {
+            IDS: texts.ids[:, new], MASK: texts.mask, POSITIONS: texts.positions[:, new],
+            PLACES: np.arange(texts.ids.shape[1])[new],
+        }  # fmt: skip
+        known = {name: array for name, array in made.items() if name in self.inputs}
+        return {name: array.astype(dtype_of(self.inputs[name].dtype)) for name, array in known.items()}
+
+    def _append(self, texts: Texts, new: np.ndarray) -> None:
+        texts.read = texts.ids.shape[1] if self.cache else 0
+        texts.ids = np.concatenate([texts.ids, new[:, None]], axis=1)
+        texts.mask = np.concatenate([texts.mask, np.ones_like(texts.mask[:, :1])], axis=1)
+        texts.positions = np.concatenate([texts.positions, texts.positions[:, -1:] + 1], axis=1)
+        if self.cache and self.reread and texts.read < self.reread <= texts.ids.shape[1]:
+            texts.read = 0
+            texts.past = {name: value_of(self._nothing(name, len(texts.ids))) for name in self.cache}
+
+    def _check_padding(self, texts: Texts, logits: np.ndarray) -> None:
+        """A file that counts positions by itself may count the padding: the row with the most is read without it."""
+        if self.runner.takes_padding or texts.mask.all() or POSITIONS in self.inputs:
+            return
+        row = int(texts.mask.sum(-1).argmin())
+        kept = texts.mask[row].astype(bool)
+        alone = Texts(
+            texts.ids[row : row + 1, kept], texts.mask[row : row + 1, kept], texts.positions[row : row + 1, kept]
+        )
+        batch = len(texts.ids)
+        alone.further = {n: a[row : row + 1] if a.ndim and len(a) == batch else a for n, a in texts.further.items()}
+        alone.past = {name: value_of(self._nothing(name, 1)) for name in self.cache}
+        expected = self._logits(alone)[0]
+        slack = 1e-4 if self.inputs_are_wide else 3e-2
+        if np.abs(expected - logits[row]).max() > slack * max(1.0, np.abs(expected).max()):
+            why = f"it takes no {POSITIONS}, and counts the padding"
+            fix = f"export it with {POSITIONS} among the example inputs, or give it texts of one length"
+            raise SurgeryError("this file can't continue texts that are padded on their left", why=why, fix=fix)
+        self.runner.takes_padding = True
+
+    @property
+    def inputs_are_wide(self) -> bool:
+        """Whether it computes in float32, as far as its inputs and outputs tell."""
+        kinds = {node.type for node in self.runner.session.get_outputs() if node.name == LOGITS}
+        kinds |= {f"tensor({self.inputs[name].dtype})" for name in self.cache}
+        return not any("16" in kind for kind in kinds)
+
+
+def _require(holds: bool, why: str) -> None:
+    if not holds:
+        raise SurgeryError("texts can't be continued with this file", why=why)

@@ -1,0 +1,262 @@
+"""What an exported file says of its slots: their names, shapes and defaults, and the base they belong to."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from surgery.adapter_files.plain_json import parse_json
+from surgery.errors import SurgeryError
+from surgery.onnx.runtime.adapter_check import problems_of
+from surgery.onnx.runtime.dtypes import NAMES, dtype_of
+from surgery.onnx.runtime.metadata import metadata_of
+from surgery.onnx.runtime.slot import Slot
+
+__all__ = ["FORMAT", "HALF", "KEY", "SIDECAR", "Manifest", "read_manifest"]
+
+FORMAT, VERSION = "model-surgery/onnx", 1
+KEY = "surgery.manifest"  # among the metadata of the ONNX file
+SIDECAR = ".manifest.json"
+HALF = "half"  # whether there are weights in float16, for who opens the file
+_MOST = 64 << 20  # bytes of a sidecar
+_DEFAULTS = ("empty", "zeros", "ones", "base")
+# What it has, and of which type; the last four may be absent.
+_FIELDS = {
+    "adapters": str, "slots_as": str, "empty": str, "slot": str, "slots": list, "sites": list, "rules": list,
+    "base": dict, "opset": int, "inputs": list, "outputs": list, "cache": list,
+    "free": dict, "constants": dict, "versions": dict,
+}  # fmt: skip
+_MAY_LACK = ("free", "constants", "versions", "cache")
+_CHOICES = {
+    "adapters": ("slots", "constant", "merged"), "slots_as": ("overridable", "inputs"), "empty": ("rank0", "zeros1"),
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What stands in an exported file about itself; `Manifest.read` finds it.
+
+    >>> from surgery.onnx import Manifest
+    >>> plain = {"format": "model-surgery/onnx", "version": 1, "adapters": "merged", "slots_as": "overridable"}
+    >>> plain |= {"empty": "rank0", "slot": "slot", "slots": [], "sites": [], "rules": [], "base": {}, "opset": 20}
+    >>> Manifest.of({**plain, "inputs": ["x"], "outputs": ["y"], "cache": []}).outputs
+    ('y',)
+
+    `sites`: mappings with `site`, `rule`, `module` and `slots`, the names of what an adapter brings there, all or
+    nothing. `base`: the base's fingerprint; `cache`: which output (`present`) is the next call's input (`past`);
+    `free`: axes of inputs that have any size, and their names; `further`: what else stood there.
+    """
+
+    adapters: str
+    slots_as: str
+    empty: str
+    slot: str
+    slots: tuple[Slot, ...]
+    sites: tuple[Mapping[str, Any], ...]
+    rules: tuple[Any, ...]
+    base: Mapping[str, Any]
+    opset: int
+    inputs: tuple[str, ...]
+    outputs: tuple[str, ...]
+    cache: tuple[Mapping[str, str], ...] = ()
+    free: Mapping[str, Mapping[int, str]] = field(default_factory=dict)
+    constants: Mapping[str, Any] = field(default_factory=dict)
+    versions: Mapping[str, Any] = field(default_factory=dict)
+    further: Mapping[str, Any] = field(default_factory=dict)
+
+    # Reading and writing --------------------------------------------------------------------------------------
+
+    @classmethod
+    def read(cls, source: Any) -> Manifest:
+        """The manifest of an ONNX file (its weights are not read), of a sidecar, or of an onnxruntime session.
+
+        `SurgeryError` where there is none, or where it is none.
+        """
+        if not isinstance(source, (str, Path)) and hasattr(source, "get_modelmeta"):
+            return cls._found(source.get_modelmeta().custom_metadata_map, "the session's file")
+        path = Path(source)
+        if path.name.endswith(".json"):
+            try:
+                if path.stat().st_size > _MOST:
+                    raise SurgeryError(f"{path.name} is too large", why=f"{path.stat().st_size} bytes")
+                return cls.from_json(path.read_bytes(), path.name)
+            except OSError as error:
+                raise SurgeryError(f"{path.name} can't be read", why=str(error)) from None
+        return cls._found(metadata_of(path), path.name)
+
+    @classmethod
+    def _found(cls, metadata: Mapping[str, str], where: str) -> Manifest:
+        if KEY not in metadata:
+            why, fix = "it was not written by export_onnx, or what changed it since left that out", "export it again"
+            raise SurgeryError(f"{where} has no manifest", why=why, fix=fix)
+        return cls.from_json(metadata[KEY], f"the manifest of {where}")
+
+    @classmethod
+    def from_json(cls, text: str | bytes, where: str = "the manifest") -> Manifest:
+        """From JSON text, of which nothing is believed; `SurgeryError` that lists what is wrong."""
+        return cls.of(parse_json(text, where), where)
+
+    @classmethod
+    def of(cls, data: Any, where: str = "the manifest") -> Manifest:
+        """From plain data; see `from_json`."""
+        wrong: list[str] = []
+        if not isinstance(data, Mapping) or data.get("format") != FORMAT:
+            raise SurgeryError(f"{where} is none", why=f"its format is not {FORMAT!r}")
+        if type(data.get("version")) is int and data["version"] > VERSION:
+            why = f"it has version {data['version']}, and {VERSION} is known here"
+            raise SurgeryError(f"{where} was written by a later release", why=why, fix="update model-surgery")
+        given = {name: data[name] for name in _FIELDS if name in data or name not in _MAY_LACK and wrong.append(name)}
+        if wrong:
+            raise SurgeryError(f"{where} is damaged", why=f"it lacks {', '.join(wrong)}")
+        wrong += [f"{name} is {_said(given[name])}" for name in given if type(given[name]) is not _FIELDS[name]]
+        wrong += [
+            f"{name}={_said(given[name])} is none of {', '.join(options)}"
+            for name, options in _CHOICES.items()
+            if given[name] not in options
+        ]
+        if not wrong:
+            given["slots"] = tuple(_slot(one, i, wrong) for i, one in enumerate(given["slots"]))
+            given |= {name: _texts(given[name], name, wrong) for name in ("inputs", "outputs")}
+            given["cache"] = _cache(given.get("cache", []), wrong)
+            given["free"] = _free(given.get("free", {}), wrong)
+            given["sites"], given["rules"] = tuple(given["sites"]), tuple(given["rules"])
+            _check_sites(given["sites"], [one for one in given["slots"] if one is not None], wrong)
+        if wrong:
+            more = f"; and {len(wrong) - 8} more" if len(wrong) > 8 else ""
+            raise SurgeryError(f"{where} is damaged", why="; ".join(wrong[:8]) + more)
+        known = {"format", "version", *_FIELDS}
+        return cls(**given, further={name: value for name, value in data.items() if name not in known})
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data, from which `Manifest.of` makes an equal one."""
+        data: dict[str, Any] = {"format": FORMAT, "version": VERSION, **self.further}
+        data |= {name: _plain(getattr(self, name)) for name in _FIELDS}
+        data["slots"] = [{one.name: _plain(getattr(slot, one.name)) for one in fields(Slot)} for slot in self.slots]
+        return data
+
+    def to_json(self) -> str:
+        """As text, which `Manifest.from_json` reads."""
+        return json.dumps(self.to_dict(), sort_keys=True)
+
+    # What is asked of it --------------------------------------------------------------------------------------
+
+    @cached_property
+    def by_name(self) -> Mapping[str, Slot]:
+        return {slot.name: slot for slot in self.slots}
+
+    @cached_property
+    def groups(self) -> Mapping[tuple[str, str], tuple[Slot, ...]]:
+        """The slots of each rule at each site, which an adapter brings all or none of: by (site, rule)."""
+        return {
+            (one["site"], one["rule"]): tuple(self.by_name[name] for name in one["slots"])
+            for one in self.sites
+            if one["slots"]
+        }
+
+    @cached_property
+    def digest(self) -> bytes:
+        """Of the base and the slots' names, shapes and types: files of one digest take the same adapters."""
+        slots = sorted((slot.name, slot.shape, slot.dtype) for slot in self.slots)
+        return hashlib.sha256(json.dumps([_plain(self.base), slots], sort_keys=True).encode()).digest()
+
+    def default(self, slot: Slot) -> np.ndarray | None:
+        """What a slot holds without an adapter; None for the base's own numbers, which the file has."""
+        if slot.default == "base":
+            return None
+        none = 0 if self.empty == "rank0" else 1
+        shape = [none if size is None else size for size in slot.shape]
+        return (np.ones if slot.default == "ones" else np.zeros)(shape, dtype_of(slot.dtype))
+
+    def check(self, tensors: Mapping[str, np.ndarray], *, finite: bool = False) -> list[SurgeryError]:
+        """All that keeps an adapter's tensors from being this file's: one error each, none where they fit.
+
+        `finite`: that all their numbers are is known, and not looked at.
+        """
+        if not self.slots:
+            why = f'it was exported with adapters="{self.adapters}"'
+            return [SurgeryError("the file has no slots for adapters", why=why, fix='export_onnx(…, adapters="slots")')]
+        return problems_of(self.by_name, tensors, empty=self.empty, finite=finite)
+
+
+def read_manifest(source: Any) -> Manifest:
+    """`Manifest.read`."""
+    return Manifest.read(source)
+
+
+# Nothing is believed ----------------------------------------------------------------------------------------------
+
+
+def _slot(data: Any, index: int, wrong: list[str]) -> Slot | None:
+    kinds = {"name": str, "site": str, "module": str, "rule": str, "tensor": str, "dtype": str, "default": str}
+    if not isinstance(data, Mapping) or any(type(data.get(name)) is not kind for name, kind in kinds.items()):
+        return wrong.append(f"slot {index} is {_said(data)}")
+    where = f"the slot {data['name'][:100]!r}"
+    shape, free, dim = data.get("shape"), data.get("free"), data.get("dim")
+    if type(shape) is not list or not all(one is None or type(one) is int and 0 <= one < 1 << 40 for one in shape):
+        return wrong.append(f"{where} has the shape {_said(shape)}")
+    if type(free) is not list or free != [axis for axis, size in enumerate(shape) if size is None] or len(free) > 1:
+        return wrong.append(f"{where} has the free axes {_said(free)} of {shape}")
+    if type(dim) is not (str if free else type(None)) or data["dtype"] not in NAMES:
+        return wrong.append(f"{where} has dim={_said(dim)}, dtype={_said(data['dtype'])}")
+    if data["default"] not in _DEFAULTS or (data["default"] == "empty") != bool(free):
+        return wrong.append(f"{where} is {data['default'][:40]!r} by default")
+    return Slot(shape=tuple(shape), free=tuple(free), dim=dim, **{name: data[name] for name in kinds})
+
+
+def _check_sites(sites: tuple[Any, ...], slots: list[Slot], wrong: list[str]) -> None:
+    """Each slot stands at one site, which is the one that it says."""
+    left = {slot.name: slot for slot in slots}
+    if len(left) != len(slots):
+        wrong.append("two slots have one name")
+    seen: set[tuple[str, str]] = set()
+    for one in sites:
+        good = isinstance(one, Mapping) and all(type(one.get(name)) is str for name in ("site", "rule", "module"))
+        if not good or type(one.get("slots")) is not list or (one["site"], one["rule"]) in seen:
+            wrong.append(f"a site is {_said(one)}")
+            continue
+        seen.add((one["site"], one["rule"]))
+        for name in one["slots"]:
+            slot = left.pop(name, None) if isinstance(name, str) else None
+            if slot is None or (slot.site, slot.rule) != (one["site"], one["rule"]):
+                wrong.append(f"the site {one['site'][:100]!r} has the slot {_said(name)}, which is not there")
+    wrong += [f"the slot {name[:100]!r} is at no site" for name in left]
+
+
+def _texts(data: Any, name: str, wrong: list[str]) -> tuple[str, ...]:
+    if not all(isinstance(one, str) for one in data):
+        wrong.append(f"{name} are {_said(data)}")
+    return tuple(data)
+
+
+def _cache(data: Any, wrong: list[str]) -> tuple[Mapping[str, str], ...]:
+    for one in data:
+        if not isinstance(one, Mapping) or not all(isinstance(one.get(name), str) for name in ("past", "present")):
+            wrong.append(f"the cache has {_said(one)}")
+    return tuple(data)
+
+
+def _free(data: Any, wrong: list[str]) -> dict[str, dict[int, str]]:
+    found: dict[str, dict[int, str]] = {}
+    for name, axes in data.items():
+        if not isinstance(axes, Mapping) or not all(str(axis).isdecimal() for axis in axes):
+            wrong.append(f"the input {str(name)[:100]!r} has the free axes {_said(axes)}")
+            continue
+        found[name] = {int(axis): dim for axis, dim in axes.items()}
+    return found
+
+
+def _said(value: Any) -> str:
+    return f"{value!r}"[:120]
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {str(key): _plain(one) for key, one in value.items()}
+    return [_plain(one) for one in value] if isinstance(value, (list, tuple)) else value

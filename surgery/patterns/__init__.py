@@ -1,0 +1,1 @@
+"""Which modules: patterns over types, names and paths, and walks over a model's modules."""

@@ -1,0 +1,51 @@
+"""Walks over a model's modules that leave out adapters' tensors and look through wrappers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from torch import nn
+
+from surgery.patterns.wrappers import inner_of, unwrapped
+
+__all__ = ["RESERVED", "base_modules", "every_path", "is_adapters"]
+
+RESERVED = "adapters"  # the child of a site under which its adapters' tensors live
+
+
+def every_path(
+    model: nn.Module, path: str = "", above: frozenset[int] = frozenset()
+) -> Iterator[tuple[str, nn.Module]]:
+    """`named_modules` with every path of a shared module, and without wrappers and the tensors of adapters."""
+    model = unwrapped(model)
+    if id(model) in above:
+        return
+    yield path, model
+    below = above | {id(model)}
+    for name, child in model._modules.items():
+        if child is not None and not (name == RESERVED and is_adapters(child)):
+            yield from every_path(child, f"{path}.{name}" if path else name, below)
+
+
+def base_modules(model: nn.Module, stop: str = "") -> Iterator[tuple[str, nn.Module]]:
+    """`model.named_modules()` without what holds adapters' tensors: many adapters don't make a walk long.
+
+    A wrapper (checkpoint_wrapper, torch.compile) is passed over, and so is its segment of the names. `stop`: modules
+    below the model that have this attribute of their own are left out, with all that is in them.
+    """
+    seen: set[nn.Module] = set()
+    waiting: list[tuple[str, nn.Module]] = [("", model)]
+    while waiting:
+        path, module = waiting.pop()
+        while (inner := inner_of(module)) is not None:
+            module = inner
+        if module not in seen and not (stop and path and stop in module.__dict__):
+            seen.add(module)
+            yield path, module
+            for name, child in reversed(module._modules.items()):
+                if child is not None and not (name == RESERVED and is_adapters(child)):
+                    waiting.append((f"{path}.{name}" if path else name, child))
+
+
+def is_adapters(module: nn.Module) -> bool:
+    return getattr(type(module), "_surgery_adapters", False)

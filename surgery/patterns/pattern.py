@@ -1,0 +1,354 @@
+"""Patterns: what a rule's targets say about one module, clause by clause, and why a clause fails.
+
+A pattern is data: it compares equal, prints, and is written as JSON. A type is kept as its qualified name and
+matched against the names in a module's ancestry, so reading a pattern never imports anything.
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import nn
+
+from surgery.errors import RuleError
+
+__all__ = ["Pattern", "Target", "Targets"]
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One module put before a pattern: the path it is asked under, the module, and the model's output heads."""
+
+    path: str
+    module: nn.Module
+    heads: frozenset[int] = frozenset()
+    parent: nn.Module | None = None
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """The answer of a pattern. Falsy when it does not match; prints as the tree of clauses that led to it."""
+
+    ok: bool
+    clause: str
+    reason: str
+    parts: tuple[Verdict, ...] = ()
+
+    def __bool__(self) -> bool:
+        return self.ok
+
+    def __str__(self) -> str:
+        return "\n".join(self._lines())
+
+    def _lines(self) -> Iterable[str]:
+        yield f"{'yes' if self.ok else 'no '}  {self.clause}: {self.reason}"
+        for part in self.parts:
+            yield from ("     " + line for line in part._lines())
+
+
+class Pattern:
+    """A condition on one module, built from clauses with `&`, `|` and `~`.
+
+    >>> from torch import nn
+    >>> from surgery import Pattern
+    >>> attention = Pattern.type(nn.Linear) & (Pattern.name("query") | Pattern.name("value"))
+    >>> bool(attention.match("encoder.layer.0.query", nn.Linear(2, 2)))
+    True
+    >>> print((~Pattern.has_parameter("bias")).match("query", nn.Linear(2, 2)))
+    no   not has_parameter('bias'): its clause holds
+         yes  has_parameter('bias'): Linear has the parameter bias
+
+    Clauses: `type` (isinstance), `name` (PEFT's meaning: the full path, or a suffix at a dot; `re:` starts a
+    regular expression for the full path), `has_parameter`, `where` (any predicate on the module; it can't be
+    written to JSON).
+    """
+
+    @staticmethod
+    def type(of: type[nn.Module] | str) -> Pattern:
+        """Instances of this class, subclasses included. A string is the class's qualified name."""
+        return _Type(of if isinstance(of, str) else qualified_name(of))
+
+    @staticmethod
+    def name(text: str) -> Pattern:
+        """The path equals `text`, or ends with `"." + text`; with `re:`, the whole path matches the expression."""
+        return _Name(text)
+
+    @staticmethod
+    def has_parameter(name: str) -> Pattern:
+        """The module itself (not its children) owns a parameter of this name that is not None."""
+        return _HasParameter(name)
+
+    @staticmethod
+    def where(predicate: Callable[[nn.Module], bool], label: str = "") -> Pattern:
+        """Any predicate on the module. `label` names it in reports."""
+        return _Where(predicate, label or getattr(predicate, "__name__", "predicate"))
+
+    def match(self, path: str, module: nn.Module) -> Verdict:
+        """Whether this module matches under this path, with the reason of every clause."""
+        return self.verdict(Candidate(path, module))
+
+    def verdict(self, candidate: Candidate) -> Verdict:
+        raise NotImplementedError
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data for JSON or YAML; `Pattern.from_dict` reads it back to an equal pattern."""
+        raise NotImplementedError
+
+    @staticmethod
+    def from_dict(data: Mapping[str, Any]) -> Pattern:
+        if len(data) != 1:
+            raise RuleError(f"a pattern is a mapping with one key, not {dict(data)!r}", fix=_FORMS)
+        kind, value = next(iter(data.items()))
+        if kind in ("type", "name", "has_parameter") and isinstance(value, str):
+            return {"type": _Type, "name": _Name, "has_parameter": _HasParameter}[kind](value)
+        if kind in ("all", "any") and isinstance(value, list):
+            return (_All if kind == "all" else _Any)(tuple(Pattern.from_dict(part) for part in value))
+        if kind == "not" and isinstance(value, Mapping):
+            return _Not(Pattern.from_dict(value))
+        raise RuleError(f"{kind!r}: {value!r} is not a pattern", fix=_FORMS)
+
+    def __and__(self, other: Pattern) -> Pattern:
+        return _All(_flat(_All, self) + _flat(_All, other))
+
+    def __or__(self, other: Pattern) -> Pattern:
+        return _Any(_flat(_Any, self) + _flat(_Any, other))
+
+    def __invert__(self) -> Pattern:
+        return _Not(self)
+
+
+Target = str | type[nn.Module] | Pattern
+Targets = Target | Iterable[Target]
+
+_FORMS = "write {type: …}, {name: …}, {has_parameter: …}, {all: […]}, {any: […]} or {not: …}"
+
+
+@dataclass(frozen=True)
+class _Type(Pattern):
+    of: str
+
+    def verdict(self, candidate: Candidate) -> Verdict:
+        ancestry = [qualified_name(cls) for cls in type(candidate.module).__mro__]
+        ok = self.of in ancestry or _canonical(self.of) in ancestry
+        return Verdict(ok, str(self), f"it is a {ancestry[0]}")
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"type": self.of}
+
+    def __str__(self) -> str:
+        return f"type({self.of})"
+
+
+@dataclass(frozen=True)
+class _Name(Pattern):
+    text: str
+
+    def __post_init__(self) -> None:
+        if self.text.startswith("re:"):
+            try:
+                re.compile(self.text[3:])
+            except re.error as error:
+                raise RuleError(
+                    f"{self.text!r} is no regular expression", why=str(error), fix="escape the special characters"
+                ) from None
+
+    def verdict(self, candidate: Candidate) -> Verdict:
+        path = candidate.path
+        if self.text.startswith("re:"):
+            ok = path != "" and re.fullmatch(self.text[3:], path) is not None
+        else:
+            ok = path == self.text or (self.text != "" and path.endswith("." + self.text))
+        return Verdict(ok, str(self), f"its path is {path or '(the model itself)'}")
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"name": self.text}
+
+    def __str__(self) -> str:
+        return f"name({self.text!r})"
+
+
+@dataclass(frozen=True)
+class _HasParameter(Pattern):
+    name_: str
+
+    def verdict(self, candidate: Candidate) -> Verdict:
+        ok = candidate.module._parameters.get(self.name_) is not None
+        return Verdict(
+            ok, str(self), f"{type(candidate.module).__name__} has {'the' if ok else 'no'} parameter {self.name_}"
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"has_parameter": self.name_}
+
+    def __str__(self) -> str:
+        return f"has_parameter({self.name_!r})"
+
+
+@dataclass(frozen=True)
+class _Where(Pattern):
+    predicate: Callable[[nn.Module], bool]
+    label: str = field(compare=False, default="")
+
+    def verdict(self, candidate: Candidate) -> Verdict:
+        try:
+            ok = bool(self.predicate(candidate.module))
+        except Exception as error:
+            raise RuleError(
+                f"{self} fails at {candidate.path or '(the model itself)'}",
+                why=f"{type(error).__name__}: {error}, on a {type(candidate.module).__name__}",
+                fix="put Pattern.type(…) & before it",
+            ) from error
+        return Verdict(ok, str(self), "the predicate holds" if ok else "the predicate does not hold")
+
+    def to_dict(self) -> dict[str, Any]:
+        raise RuleError(
+            f"{self} can't be written",
+            why="a Python function is not data",
+            fix="say it with Pattern.type, .name and .has_parameter, or build the rule in code",
+        )
+
+    def __str__(self) -> str:
+        return f"where({self.label})"
+
+
+@dataclass(frozen=True)
+class _All(Pattern):
+    parts: tuple[Pattern, ...]
+
+    def verdict(self, candidate: Candidate) -> Verdict:
+        found: tuple[Verdict, ...] = ()
+        for part in self.parts:
+            if isinstance(part, _Where) and not all(found):
+                # A predicate may rely on the clauses before it: type(Linear) & where(lambda m: m.in_features > 8).
+                found += (Verdict(False, str(part), "not asked, since a clause before it fails"),)
+            else:
+                found += (part.verdict(candidate),)
+        missing = [part.clause for part in found if not part]
+        return Verdict(
+            not missing, "all of", "fails at " + ", ".join(missing) if missing else "every clause holds", found
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"all": [part.to_dict() for part in self.parts]}
+
+    def __str__(self) -> str:
+        return "(" + " & ".join(map(str, self.parts)) + ")"
+
+
+@dataclass(frozen=True)
+class _Any(Pattern):
+    parts: tuple[Pattern, ...]
+
+    def verdict(self, candidate: Candidate) -> Verdict:
+        found = tuple(part.verdict(candidate) for part in self.parts)
+        holds = [part.clause for part in found if part]
+        return Verdict(bool(holds), "any of", ", ".join(holds) + " holds" if holds else "no clause holds", found)
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"any": [part.to_dict() for part in self.parts]}
+
+    def __str__(self) -> str:
+        return "(" + " | ".join(map(str, self.parts)) + ")"
+
+
+@dataclass(frozen=True)
+class _Not(Pattern):
+    part: Pattern
+
+    def verdict(self, candidate: Candidate) -> Verdict:
+        found = self.part.verdict(candidate)
+        return Verdict(not found, f"not {self.part}", "its clause holds" if found else "its clause fails", (found,))
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"not": self.part.to_dict()}
+
+    def __str__(self) -> str:
+        return f"~{self.part}"
+
+
+@dataclass(frozen=True)
+class AllLinear(Pattern):
+    """The target `"all-linear"`: every linear map but the output head (PEFT's word, see `surgery.planning.matching`).
+
+    Linear and transformers' Conv1D, as PEFT; and nn.MultiheadAttention as one target for its four projections,
+    since its inner `out_proj` is a Linear whose forward never runs.
+    """
+
+    def verdict(self, candidate: Candidate) -> Verdict:
+        module = candidate.module
+        names = {qualified_name(cls) for cls in type(module).__mro__}
+        if not names & _LINEAR:
+            return Verdict(False, "all-linear", f"{type(module).__name__} is no linear layer")
+        if id(module) in candidate.heads:
+            return Verdict(False, "all-linear", "it is the output head")
+        if isinstance(candidate.parent, nn.MultiheadAttention):
+            return Verdict(False, "all-linear", "its MultiheadAttention is the target, for all four projections")
+        return Verdict(True, "all-linear", f"{type(module).__name__} is a linear layer")
+
+    def __str__(self) -> str:
+        return "all-linear"
+
+
+_LINEAR = frozenset(
+    {
+        "torch.nn.modules.linear.Linear",
+        "torch.nn.modules.activation.MultiheadAttention",
+        "transformers.pytorch_utils.Conv1D",
+    }
+)
+
+
+def as_pattern(target: str | Pattern) -> Pattern:
+    """The pattern that one entry of a rule's normalised targets stands for."""
+    if isinstance(target, Pattern):
+        return target
+    return AllLinear() if target == "all-linear" else _Name(target)
+
+
+def normalised(targets: Targets | None) -> tuple[str | Pattern, ...]:
+    """Targets as a tuple of names and patterns: types become patterns, one target becomes a tuple of one."""
+    if targets is None:
+        return ()
+    if isinstance(targets, (str, Pattern, type)):
+        targets = (targets,)
+    if isinstance(targets, Mapping) or not isinstance(targets, Iterable):
+        raise RuleError(
+            f"targets can't be {targets!r}", fix='a name, a module type, a Pattern, "all-linear", or a list of these'
+        )
+    return tuple(_entry(target) for target in targets)
+
+
+def _entry(target: Any) -> str | Pattern:
+    if isinstance(target, Mapping):
+        return Pattern.from_dict(target)
+    if isinstance(target, str):
+        return as_pattern(target) and target  # a broken regular expression is refused here
+    if isinstance(target, Pattern):
+        return target
+    if isinstance(target, type) and issubclass(target, nn.Module):
+        return Pattern.type(target)
+    raise RuleError(f"{target!r} is not a target", fix='use a name, a module type, a Pattern, or "all-linear"')
+
+
+def type_named(target: str | Pattern) -> str | None:
+    """The name of the class that a `Pattern.type` asks for; None for any other target."""
+    return target.of if isinstance(target, _Type) else None
+
+
+def qualified_name(cls: type) -> str:
+    return f"{cls.__module__}.{cls.__qualname__}"
+
+
+def _canonical(name: str) -> str:
+    """`torch.nn.Linear` → `torch.nn.modules.linear.Linear`, by looking at what is imported already."""
+    module, _, attribute = name.rpartition(".")
+    found = getattr(sys.modules.get(module), attribute, None)
+    return qualified_name(found) if isinstance(found, type) else name
+
+
+def _flat(kind: type, pattern: Pattern) -> tuple[Pattern, ...]:
+    return pattern.parts if isinstance(pattern, kind) and isinstance(pattern, (_All, _Any)) else (pattern,)

@@ -1,0 +1,1 @@
+"""PEFT's file format: its keys, targets and settings, read and written."""

@@ -1,0 +1,135 @@
+"""PEFT's configuration of an adapter as it is read: fields are taken from it, and what is left over is refused."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from functools import cached_property
+from typing import Any, TypeVar
+
+from torch import nn
+
+from surgery.adapter_files.tensor_files import TensorFile
+from surgery.authoring.rule import Rule
+from surgery.errors import MatchError, SurgeryError
+from surgery.patterns.paths import endings, regular
+from surgery.peft_format.targets import ALL, Modules, by_keys, chosen_by, is_all, is_plain, is_text
+
+__all__ = ["SILENT", "PeftConfig", "choose"]
+
+R = TypeVar("R", bound=Rule)
+
+# Fields that say nothing about what an adapter computes.
+SILENT = frozenset(
+    "peft_type peft_version task_type inference_mode auto_mapping base_model_name_or_path revision megatron_core "
+    "runtime_config loftq_config eva_config qalora_group_size _library_name low_cpu_mem_usage".split()
+)
+
+
+class PeftConfig:
+    """A configuration as it was read: what no one takes and that says something is refused in the end."""
+
+    def __init__(self, data: Mapping[str, Any], model: nn.Module, file: TensorFile | None = None):
+        self.data, self.model, self.file = dict(data), model, file
+        self.modules = Modules.of(model)
+        self.left = set(self.data) - SILENT
+        self.notes: list[str] = []
+        self.marks: tuple[str, ...] = ()  # what the method's keys have after a path
+        self.assumed: list[str] = []  # what is to be told of the file
+        self.passed_over: list[str] = []  # keys that change no result, as those of the base's own tensors
+        self.vocabulary: set[int] = set()  # rows of the file's embeddings, where the model has another number
+
+    def take(self, name: str, default: Any = None) -> Any:
+        """A field's value; the default where it is absent or null."""
+        self.left.discard(name)
+        value = self.data.get(name)
+        return default if value is None else value
+
+    @cached_property
+    def targeted(self) -> set[str]:
+        """The paths that the configuration means; where it names none, those of the file's keys."""
+        if not self.data.get("target_modules"):
+            return set(by_keys(self.file.shapes if self.file is not None else (), self.modules, self.marks))
+        return chosen_by(self.data, self.modules)
+
+    def fitting(self, name: str) -> dict[str, Any] | None:
+        """A mapping from patterns of paths, without those that fit no target: PEFT passes over them."""
+        given, paths = self.take(name, {}), self.targeted
+        named = {ending for path in paths for ending in endings(path)} if given else set()
+
+        def fits(key: str) -> bool:
+            plain = re.fullmatch(r"(?:[\w.\-]|\\\W)*", key)  # there may be one for each path
+            if plain and re.sub(r"\\(\W)", r"\1", key) in named:
+                return True
+            return any(map(re.compile(rf"(.*\.)?({key})$").match, paths))
+
+        return {key: value for key, value in given.items() if fits(key)} or None
+
+    @staticmethod
+    def regular(paths: Sequence[str]) -> str:
+        """A target for exactly these paths."""
+        return regular(paths)
+
+    def refuse(self, name: str, why: str, fix: str | None = None) -> SurgeryError:
+        return SurgeryError(f"PEFT's {name}={str(self.data.get(name))[:100]!r} can't be held exactly", why=why, fix=fix)
+
+    def silent(self, *names: str) -> None:
+        """Fields that say nothing about what this method computes."""
+        self.left -= set(names)
+
+    def only(self, name: str, *values: Any, why: str = "there is nothing like it here") -> None:
+        if self.take(name, values[0]) not in values:
+            raise self.refuse(name, why)
+
+    def untaken(self) -> list[SurgeryError]:
+        said = sorted(name for name in self.left if self.data[name] not in (None, False, "", [], {}, "none", 0))
+        return [self.refuse(name, "no rule here has such a field") for name in said]
+
+
+def choose(config: PeftConfig, kind: type[R], given: Mapping[str, Any]) -> R:
+    """The rule on the modules that a configuration means: in its own words where they mean the same here."""
+    targets, exclude = config.take("target_modules"), config.take("exclude_modules")
+    layers, _ = config.take("layers_to_transform"), config.take("layers_pattern")
+    for name, value in (("target_modules", targets), ("exclude_modules", exclude)):
+        plain = isinstance(value, (str, type(None))) or isinstance(value, list) and all(map(is_text, value))
+        if not plain:
+            raise SurgeryError(f"PEFT's {name} is no text and no list of names")
+    if layers not in (None, []) and isinstance(targets, str):
+        raise config.refuse(
+            "layers_to_transform", "PEFT takes layers with a list of names alone", "name them in the text"
+        )
+    if config.data.get("layers_pattern") and layers is None:
+        raise config.refuse(
+            "layers_pattern", "PEFT takes it with layers_to_transform alone", "say which layers are meant"
+        )
+    if is_all(targets):
+        short = kind(targets=ALL, exclude=_words(exclude), **given)
+        wanted = config.targeted
+        return short if config.modules.matched(short) == wanted else kind(targets=regular(sorted(wanted)), **given)
+    if not targets:
+        return kind(targets=regular(sorted(config.targeted)), **given)
+    wanted = config.targeted
+    if not all(map(is_plain, targets if isinstance(targets, list) else ())):  # in a list PEFT has names alone
+        return kind(targets=regular(sorted(wanted)), **given)
+    short = kind(targets=_words(targets), exclude=_words(exclude), layers=layers or None, **given)
+    found = config.modules.matched(short)
+    if not wanted and found:
+        raise _none_left(config, sorted(found))
+    same = not config.data.get("layers_pattern") and found == wanted
+    return short if same or not wanted else kind(targets=regular(sorted(wanted)), **given)
+
+
+def _none_left(config: PeftConfig, found: Sequence[str]) -> MatchError:
+    """The targets fit modules here, and the fields around them leave none of these."""
+    around = ("exclude_modules", "layers_to_transform", "layers_pattern", "modules_to_save")
+    said = ", ".join(f"{name}={config.data[name]!r}" for name in around if config.data.get(name) not in (None, [], ""))
+    return MatchError(
+        f"PEFT's target_modules={str(config.data.get('target_modules'))[:100]} leave no module",
+        why=f"they fit {found[0]}{', …' if len(found) > 1 else ''}, which {said[:200]} leaves out",
+        fix="correct these fields",
+    )
+
+
+def _words(value: Any) -> Any:
+    """Targets as a rule says them: of PEFT's, a single text is a regular expression."""
+    return f"re:{value}" if isinstance(value, str) and value else value or ()

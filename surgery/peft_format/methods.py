@@ -1,0 +1,241 @@
+"""PEFT's files: what all of its methods share, and how they are read. What is a method's own stands beside its rule.
+
+A method is a `PeftMethod`: which rule it is, its fields and tensors under PEFT's names. It is found by its peft_type
+among those registered; a package that offers rules (entry points `surgery.rules`) registers its own.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence, Set
+from dataclasses import dataclass, field, fields
+from importlib import metadata
+from typing import Any, ClassVar, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from surgery.adapter_files.entry import Entry
+from surgery.authoring.rule import Rule
+from surgery.errors import PlanError, RuleError, SurgeryError, SurgeryWarning, near_misses
+from surgery.peft_format.adapter_config import PeftConfig, choose
+from surgery.peft_format.key_history import PREFIX
+from surgery.peft_format.targets import Modules, fields_of
+from surgery.state.base_tensors import base_tensor
+
+__all__ = ["PeftMethod", "PeftPart", "PeftPlace", "peft_method"]
+
+
+@dataclass(frozen=True)
+class PeftPlace:
+    """One rule at one module, as its tensors are looked for: `main` are the paths that the method itself is on.
+
+    `facts`: what the rule found out about the module (`Site.fact`); `held`: the keys of the file that is read.
+    """
+
+    path: str
+    module: nn.Module
+    rule: Rule
+    names: tuple[str, ...]
+    main: Set[str]
+    modules: Modules
+    config: Mapping[str, Any]
+    facts: Mapping[str, Any] = field(default_factory=dict)
+    held: Collection[str] = ()
+
+    def base(self, name: str) -> Tensor:
+        """A tensor of the module as the base has it, whatever is merged into it."""
+        return base_tensor(self.module, name, self.path)
+
+
+P = TypeVar("P", bound="PeftPart")
+Placed = Sequence[tuple[Rule, Sequence[str]]]
+
+
+class PeftPart:
+    """How the tensors of one kind of rule are called in PEFT's files.
+
+    `tensors`: the rule's name of a tensor → what follows the module's path in PEFT's key, where the numbers are the
+    same. `made`: tensors that PEFT does not write, since they follow from the fields.
+    """
+
+    rule: ClassVar[type[Rule]]
+    peft_type: ClassVar[str | None] = None  # of what belongs to one method
+    tensors: ClassVar[Mapping[str, str]] = {}
+    made: ClassVar[tuple[str, ...]] = ()
+
+    def entries(self, place: PeftPlace) -> dict[str, Entry]:
+        """Where each tensor stands: a key relative to the module's path, or, after "/", to the whole file."""
+        return {name: Entry(self.tensors[name]) for name in place.names if name in self.tensors}
+
+    def read(self, config: PeftConfig) -> Iterable[Rule]:
+        """The rules that a configuration asks for beside the method's own, by a field of this part's."""
+        return ()
+
+    def base(self, config: PeftConfig) -> Iterable[Rule]:
+        """Rules for tensors of the base that stand in the file: they go before all others."""
+        return ()
+
+    def write(self, placed: Placed, modules: Modules) -> dict[str, Any]:
+        """The configuration's fields for these rules, each with the paths it is on."""
+        raise NotImplementedError
+
+
+class PeftMethod(PeftPart):
+    """One of PEFT's methods. `fields`: PEFT's name → the rule's, of the same meaning and value.
+
+    `inits`: what PEFT's `init_field` says of how tensors start → the rule's `init`; of a saved adapter the start is
+    past, but for those that change the base. A field that is absent or null is the rule's default, which is PEFT's.
+    """
+
+    peft_type: ClassVar[str | None]
+    fields: ClassVar[Mapping[str, str]] = {}
+    init_field: ClassVar[str] = "init_weights"
+    inits: ClassVar[Mapping[Any, str]] = {True: "identity", False: "random"}
+    passed_over: ClassVar[tuple[str, ...]] = ()  # ends of keys that change no result
+    targeted: ClassVar[bool] = True  # whether its configuration names modules
+    marks: ClassVar[tuple[str, ...]] = ()  # what PEFT's keys have after a path, to find the paths by
+    prefix: ClassVar[str] = PREFIX  # what its keys have before a path
+    lacks: ClassVar[tuple[str, ...]] = ("trainable_token_indices",)  # fields of other parts that PEFT's has not
+
+    def read(self, config: PeftConfig) -> Iterable[Rule]:
+        config.marks = self.marks or tuple(self.tensors.values())
+        given = {ours: config.take(theirs) for theirs, ours in self.fields.items()}
+        given = {name: value for name, value in given.items() if value is not None and value != {}}
+        names = {field.name for field in fields(self.rule)}
+        start = config.take(self.init_field, True)
+        if "init" in names:
+            if not isinstance(start, (bool, str)) or start not in self.inits:
+                raise config.refuse(self.init_field, "it changes more than an adapter's own tensors")
+            given["init"] = self.inits[start]
+        given |= self.further(config)
+        return [choose(config, self.rule, given)]
+
+    def start(self, config: PeftConfig) -> Iterable[Rule]:
+        """The rules of a new adapter, whose tensors are yet to be made: those of a saved one, unless it says else."""
+        return self.read(config)
+
+    def further(self, config: PeftConfig) -> dict[str, Any]:
+        """Fields of the rule that are no plain copies, and fields of PEFT's that only one value can be held of."""
+        return {}
+
+    def write(self, placed: Placed, modules: Modules) -> dict[str, Any]:
+        (rule, paths), *more = placed
+        if more:
+            raise unsaid(f"{len(placed)} {rule.label}s", "it holds one")
+        if getattr(rule, "dtype", None) not in (None, "float32"):
+            raise unsaid(f"{rule.label}(dtype={rule.dtype!r})", "PEFT computes in float32")  # type: ignore[attr-defined]
+        config = {theirs: _plain(getattr(rule, ours)) for theirs, ours in self.fields.items()}
+        if self.inits and "init" in {field.name for field in fields(rule)}:
+            starts = {ours: theirs for theirs, ours in reversed(list(self.inits.items()))}
+            if rule.init not in starts:  # type: ignore[attr-defined]
+                raise unsaid(f"{rule.label}(init={rule.init!r})", "it changes the base in a way PEFT can't repeat")  # type: ignore[attr-defined]
+            config[self.init_field] = starts[rule.init]  # type: ignore[attr-defined]
+        return {**config, **self.said(rule), **fields_of(rule, modules, paths)}
+
+    def said(self, rule: Rule) -> dict[str, Any]:
+        """The inverse of `further`."""
+        return {}
+
+    def joined(self, key: str, tensors: Sequence[Tensor], sites: Sequence[nn.Module]) -> Tensor:
+        """One tensor of the file for those of several sites that share it; each came through its `write`."""
+        return only_one(key, tensors)
+
+    def completed(
+        self, config: dict[str, Any], tensors: dict[str, Tensor], modules: Modules
+    ) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        """The configuration and the file's tensors, with what else PEFT wants there."""
+        return config, tensors
+
+
+_parts: dict[type[Rule], PeftPart] = {}
+_methods: dict[str, PeftMethod] = {}
+
+
+def peft_method(cls: type[P]) -> type[P]:
+    """Register a `PeftMethod`, or a `PeftPart` that goes with any method, for reading and writing PEFT's files."""
+    made = cls()
+    _parts[made.rule] = made
+    if isinstance(made, PeftMethod):
+        _methods[str(made.peft_type)] = made
+    return cls
+
+
+def _load() -> None:
+    for entry in metadata.entry_points(group="surgery.rules"):
+        entry.load()
+
+
+def method_of(name: Any) -> PeftMethod:
+    if isinstance(name, str):
+        if name not in _methods:
+            _load()
+        if name in _methods:
+            return _methods[name]
+    raise SurgeryError(
+        f"PEFT's {str(name)[:60]!r} is not among the methods that can be read here",
+        why=near_misses(str(name)[:60], _methods) or f"they are {', '.join(sorted(_methods))}",
+    )
+
+
+def part_of(rule: Rule) -> PeftPart | None:
+    if not _parts:
+        _load()
+    return next((_parts[cls] for cls in type(rule).__mro__ if cls in _parts), None)
+
+
+def is_main(rule: Rule) -> bool:
+    part = part_of(rule)
+    return part is not None and part.peft_type is not None
+
+
+# Reading ------------------------------------------------------------------------------------------------------
+
+
+def rules_by(model: nn.Module, config: Mapping[str, Any]) -> list[Rule]:
+    """The rules of a new adapter by PEFT's configuration. `PlanError` with everything that can't be held."""
+    given = PeftConfig(config, model)
+    rules, problems, unheld = asked_for(given, method_of(config.get("peft_type")).start)
+    if problems or unheld:
+        raise PlanError([*problems, *unheld])
+    for note in given.notes:
+        warnings.warn(note, SurgeryWarning, stacklevel=4)
+    return rules
+
+
+def asked_for(
+    given: PeftConfig, main: Callable[[PeftConfig], Iterable[Rule]]
+) -> tuple[list[Rule], list[SurgeryError], list[SurgeryError]]:
+    """The rules that a configuration asks for, what is wrong with it, and what of it no rule holds."""
+    rules, problems = list[Rule](), list[SurgeryError]()
+    beside = [part for part in _parts.values() if not isinstance(part, PeftMethod)]
+    for read in (*(part.base for part in beside), main, *(part.read for part in beside)):
+        try:
+            rules += read(given)
+        except SurgeryError as error:
+            problems.append(error)
+        except Exception as error:  # fields of a file may have any type
+            problems.append(RuleError("the configuration can't be read", why=f"{type(error).__name__}: {error}"[:300]))
+    return rules, problems, [] if problems else given.untaken()  # else no one came to the further fields
+
+
+def absolute(path: str, key: str, prefix: str) -> str:
+    return key[1:] if key.startswith("/") else f"{prefix}{path}.{key}" if path else f"{prefix}{key}"
+
+
+def only_one(key: str, tensors: Sequence[Tensor]) -> Tensor:
+    if any(tensor.shape != tensors[0].shape or not torch.equal(tensor, tensors[0]) for tensor in tensors[1:]):
+        raise unsaid(f"sites with tensors of their own for {key}", "PEFT's sites share one")
+    return tensors[0]
+
+
+def unsaid(what: str, why: str) -> SurgeryError:
+    return SurgeryError(
+        f"PEFT's format can't hold {what}", why=why, fix='save_adapter(…, format="surgery") holds any rules'
+    )
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, tuple):
+        return [_plain(item) for item in value]
+    return {key: _plain(item) for key, item in value.items()} if isinstance(value, Mapping) else value

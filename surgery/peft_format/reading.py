@@ -1,0 +1,102 @@
+"""An adapter in PEFT's files, read: its rules, where their tensors are, and what the files were taken to mean."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Set
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from surgery.adapter_files.entry import Entry
+from surgery.adapter_files.tensor_files import TensorFile
+from surgery.authoring.rule import Rule
+from surgery.errors import SurgeryError
+from surgery.peft_format.adapter_config import PeftConfig
+from surgery.peft_format.header_settings import alphas_of, contradicted, settings_of
+from surgery.peft_format.key_history import Spelt
+from surgery.peft_format.keys import keys_of, moved
+from surgery.peft_format.methods import PeftPlace, absolute, asked_for, is_main, method_of, part_of
+from surgery.planning.plan import Plan
+from surgery.weaving.recording import Step
+
+__all__ = ["Read", "read"]
+
+
+@dataclass
+class Read:
+    rules: list[Rule]
+    entry: Callable[[Plan, Step, str], Entry | None]
+    problems: list[SurgeryError]
+    unheld: list[SurgeryError]
+    notes: list[str]
+    assumed: list[str]
+    ignored: tuple[str, ...]
+    vocabulary: set[int]
+
+
+def read(model: nn.Module, config: Any, file: TensorFile, component: str | None = None) -> Read:
+    """The rules of an adapter in PEFT's files, and where their tensors are."""
+    spelt = keys_of(model, file, component)
+    keys, assumed, beside = spelt.keys, list[str](), tuple[str, ...]()
+    if config is None:
+        found = settings_of(spelt, file)
+        config, assumed, beside = found.config, found.assumed, found.passed_over
+    elif isinstance(config, dict) and (alphas := alphas_of(spelt, file)):
+        contradicted(config, alphas, spelt, "the configuration")
+        beside = tuple(alphas)
+    if not isinstance(config, dict):
+        raise SurgeryError("the adapter's configuration is no mapping")
+    config = moved(config, spelt)
+    given = PeftConfig(config, model, _under(keys, file))
+    method = method_of(config.get("peft_type"))
+    rules, problems, unheld = asked_for(given, method.read)
+
+    placed: dict[int, Mapping[str, Entry | None]] = {}  # by step, of the plan that is asked about
+    main = set[str]()
+
+    def entry(plan: Plan, step: Step, name: str) -> Entry | None:
+        if not placed:
+            main.update(s.path for s in plan.steps if is_main(s.rule))
+        if id(step) not in placed:
+            placed[id(step)] = _of_step(step, keys, main, given, method.prefix)
+        return placed[id(step)][name]
+
+    ignored = tuple(key for key in file.shapes if key.endswith(method.passed_over or ("\n",)))
+    assumed += [*_told(spelt), *given.assumed]
+    ignored = (*ignored, *beside, *spelt.others, *(keys[key] for key in given.passed_over))
+    return Read(rules, entry, problems, unheld, given.notes, assumed, ignored, given.vocabulary)
+
+
+def _under(keys: Mapping[str, str], file: TensorFile) -> TensorFile:
+    """A file whose tensors are called by today's keys."""
+    shapes = {key: file.shapes[there] for key, there in keys.items()}
+    dtypes = {key: file.dtypes[there] for key, there in keys.items()}
+    return TensorFile(shapes, dtypes, file.metadata, lambda key: file.read(keys[key]))
+
+
+def _told(spelt: Spelt) -> list[str]:
+    """What a file was taken for by the names of its keys."""
+    told = []
+    if spelt.others and spelt.component:
+        told.append(f"of a file of several components, {spelt.component} was loaded")
+    if spelt.moved:
+        there, here = next(iter(spelt.moved.items()))
+        told.append(f"{len(spelt.moved)} modules have other paths in the file, such as {there} for {here}")
+    return told
+
+
+def _of_step(
+    step: Step, keys: Mapping[str, str], main: Set[str], config: PeftConfig, prefix: str
+) -> dict[str, Entry | None]:
+    """Where the file has each tensor of a step; None for what follows from the rule's fields."""
+    part, names = part_of(step.rule), tuple(spec.name for spec in step.specs)
+    assert part is not None
+    place = PeftPlace(step.path, step.module, step.rule, names, main, config.modules, config.data, step.facts, keys)
+    entries = part.entries(place)
+    found: dict[str, Entry | None] = dict.fromkeys(names)
+    for name in names:
+        if name not in part.made:
+            key = absolute(step.path, entries[name].key, prefix)
+            found[name] = entries[name]._replace(key=keys.get(key, key))
+    return found

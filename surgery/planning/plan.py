@@ -1,0 +1,199 @@
+"""A plan: which rule goes to which module and what it would make there. Pure: making one touches nothing."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import nn
+
+from surgery.authoring.rule import Rule
+from surgery.errors import PlanError, SurgeryError, listed, told_once
+from surgery.patterns.wrappers import submodule
+from surgery.planning.call_readiness import Readiness
+from surgery.planning.rank_check import rank_notes
+from surgery.state.adapter_tensors import is_adapter_key
+from surgery.state.records import model_state
+from surgery.text_table import table
+from surgery.tracing.example_call import Observation, copied, observe
+from surgery.weaving.recording import Step
+
+__all__ = ["Plan"]
+
+
+@dataclass
+class Plan:
+    """What `apply_rules` would do: its `steps`, and every problem at once.
+
+    `print(plan)` shows a table; `to_dict()` gives plain data; truth is the absence of problems. `trainable` and
+    `added` count parameters; `switches` lists attributes set to keep an inference fast path from bypassing a site;
+    `statistics` the modules of the base whose running statistics training moves, which `remove` puts back. `freeze` is
+    what the call asked for, `freezes` whether the adapter freezes the base. `kinds`: for rules that look into forwards,
+    the kinds of calls whose graphs are ready, and why others are not.
+    """
+
+    model: nn.Module
+    adapter: str
+    rules: tuple[Rule, ...] = ()
+    steps: list[Step] = field(default_factory=list)
+    problems: list[SurgeryError] = field(default_factory=list)
+    switches: dict[str, tuple[str, Any]] = field(default_factory=dict)
+    warnings: list[str] = field(default_factory=list)
+    observations: list[Observation] = field(default_factory=list)
+    examples: list[Any] = field(default_factory=list)
+    freeze: bool | None = None
+    seen: dict[tuple[type, int], Observation] = field(default_factory=dict)
+    kinds: list[Readiness] = field(default_factory=list)
+    passed: list[str] = field(default_factory=list)
+    statistics: list[str] = field(default_factory=list)
+
+    def __bool__(self) -> bool:
+        return not self.problems
+
+    @property
+    def added(self) -> int:
+        return sum(step.added for step in self.steps)
+
+    @property
+    def trainable(self) -> int:
+        shared = {tie: spec for step in self.steps for spec in step.specs if (tie := spec.tie(step.rule)) is not None}
+        own = (spec for step in self.steps for spec in step.specs if spec.tied is None)
+        return sum(math.prod(spec.shape) for spec in (*own, *shared.values()) if spec.trainable)
+
+    @property
+    def freezes(self) -> bool:
+        """Whether the base is frozen for this adapter: as the call says, or else where a rule trains something."""
+        if self.freeze is not None:
+            return self.freeze
+        return any(spec.trainable for step in self.steps for spec in step.specs)
+
+    @property
+    def frozen_by(self) -> list[str]:
+        """The adapters that freeze the base already."""
+        state = model_state(self.model)
+        return state.freezing if state is not None else []
+
+    @property
+    def notes(self) -> list[str]:
+        """What to know before applying that is neither a problem nor a warning."""
+        told = rank_notes(self.steps)
+        frozen = self.freezes or self.frozen_by
+        if not self.steps or self.trainable or not frozen or _trains(self.model):
+            return told
+        return [
+            *told,
+            "nothing is left to train: the base is frozen, and these rules add no parameter that trains; "
+            "add a rule that trains, or unfreeze base parameters after applying",
+        ]
+
+    def example_of(self, module: nn.Module) -> tuple[tuple, dict[str, Any]] | None:
+        """Copies of a module's own arguments in the first example that reaches it; one call for all of a class."""
+        kind = type(module)
+        for index in range(len(self.examples)):
+            if (kind, index) not in self.seen:
+                alike = [other for other in self.model.modules() if type(other) is kind]
+                self.seen[kind, index] = self.observed(index, alike)
+            found = self.seen[kind, index]
+            if found.reached(module):
+                return copied(found.calls[id(module)][:2])
+        return None
+
+    def observed(self, index: int, watched: Iterable[nn.Module]) -> Observation:
+        """What one of the examples shows; an error says which of several it is."""
+        try:
+            return observe(self.model, self.examples[index], watched)
+        except SurgeryError as error:
+            if len(self.examples) > 1:
+                error.where = error.where or f"example {index + 1} of {len(self.examples)}"
+            raise
+
+    def owners_of(self, path: str) -> tuple[nn.Module, ...]:
+        """The modules on the way to a path, the model first."""
+        names = path.split(".") if path else []
+        return tuple(submodule(self.model, ".".join(names[:depth])) for depth in range(len(names)))
+
+    def raise_problems(self) -> None:
+        if self.problems:
+            raise PlanError(self.problems) from next((p.__cause__ for p in self.problems if p.__cause__), None)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data: adapter, steps (rule, site, type, aliases, kind, tensors), counts, notes, warnings, problems."""
+        return {
+            "adapter": self.adapter,
+            "steps": [
+                {
+                    "rule": step.rule.name,
+                    "site": step.path,
+                    "type": type(step.module).__name__,
+                    "aliases": list(step.aliases),
+                    "kind": "opaque" if step.own.opaque else "traced",
+                    "why_opaque": step.own.why,
+                    "tensors": {spec.name: list(spec.shape) for spec in step.specs},
+                    "added": step.added,
+                    "trainable": step.trainable,
+                }
+                for step in self.steps
+            ],
+            "added": self.added,
+            "trainable": self.trainable,
+            "freezes": self.freezes,
+            "notes": self.notes,
+            "statistics": list(self.statistics),
+            "kinds": [{"type": one.type, "kind": one.kind, "reason": one.reason} for one in self.kinds],
+            "warnings": list(self.warnings),
+            "problems": [str(problem) for problem in self.problems],
+        }
+
+    def __str__(self) -> str:
+        head = f"adapter {self.adapter!r}: {len(self.steps)} edits, {self.trainable:,} trainable parameters"
+        head += f"; the base {self._base_told()}"
+        parts = [head, table(["rule", "site", "type", "tensors", "trainable"], list(map(list, _rows(self.steps))))]
+        shared = [f"{step.path} is also {', '.join(step.aliases)}" for step in self.steps if step.aliases]
+        parts += [f"shared: {line}" for line in told_once(list(dict.fromkeys(shared)))]
+        switched = [(".".join(filter(None, (path, name))), value) for path, (name, value) in self.switches.items()]
+        parts += [f"set while adapted: {name} = {value!r}" for name, value in switched]
+        ready: dict[str, list[str]] = {}
+        for one in self.kinds:
+            if not one.reason:
+                ready.setdefault(one.type, []).append(one.kind)
+        parts += [f"ready: calls of {name} in {'; '.join(kinds)}" for name, kinds in ready.items()]
+        parts += [f"note: {note}" for note in self.notes]
+        if self.statistics:
+            many = f"{len(self.statistics)} modules, such as " if len(self.statistics) > 2 else ""
+            listed = f"{many}{', '.join(path or '(the model itself)' for path in self.statistics[:2])}"
+            parts.append(f"training moves the running statistics of {listed}: remove puts them back")
+        parts += [f"warning: {warning}" for warning in self.warnings]
+        parts += [f"problem: {problem}" for problem in self.problems]
+        return "\n".join(parts)
+
+    __repr__ = __str__
+
+    def _base_told(self) -> str:
+        if self.freezes:
+            return "is frozen"
+        by = listed(self.frozen_by, "adapters")
+        return f"stays frozen by {by}" if by else "is not frozen"
+
+
+def _rows(steps: Sequence[Step]) -> list[tuple[str, str, str, str, str]]:
+    """The table of a plan: a row for each site; for more than five that get the same from one rule, one row."""
+    groups: dict[tuple, list[Step]] = {}
+    for step in steps:
+        kind = type(step.module).__name__ + (" (opaque)" if step.own.opaque else "")
+        tensors = " ".join(f"{spec.name}{list(spec.shape)}" for spec in step.specs)
+        groups.setdefault((id(step.rule), step.rule.label, kind, tensors), []).append(step)
+    rows: list[tuple[int, tuple[str, str, str, str, str]]] = []
+    order = {id(step): index for index, step in enumerate(steps)}
+    for (_, label, kind, tensors), alike in groups.items():
+        for some in [alike] if len(alike) > 5 else [[step] for step in alike]:
+            where = listed([step.path or "(the model itself)" for step in some])
+            trained = f"{sum(step.trainable for step in some):,}"
+            rows.append((order[id(some[0])], (label, where, kind, tensors, trained)))
+    return [row for _, row in sorted(rows)]
+
+
+def _trains(model: nn.Module) -> bool:
+    """Whether an adapter that is on the model has parameters that train."""
+    return any(parameter.requires_grad and is_adapter_key(model, name) for name, parameter in model.named_parameters())

@@ -1,0 +1,78 @@
+"""Ranks that a weight's change cannot have: they cost memory and time, and change nothing."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable, Sequence
+from dataclasses import fields
+from typing import Any, cast
+
+from torch import nn
+
+from surgery.authoring.hook_call import running
+from surgery.authoring.rule import Rule
+from surgery.errors import listed
+from surgery.weaving.recording import Step
+
+__all__ = ["rank_notes", "rank_warnings"]
+
+High = tuple[Rule, list[tuple[str, int, tuple[int, int]]], bool]  # a rule, its sites of less, whether to warn
+
+
+def rank_warnings(steps: Sequence[Step]) -> list[str]:
+    """One for each rule with a rank that is more than a weight's larger size: it was meant for other weights."""
+    return [_told(rule, sites) for rule, sites, warns in _high(steps) if warns]
+
+
+def rank_notes(steps: Sequence[Step]) -> list[str]:
+    """One for each other rule with a weight that can't use its rank, such as a head of two classes."""
+    return [_told(rule, sites) for rule, sites, warns in _high(steps) if not warns]
+
+
+def _high(steps: Sequence[Step]) -> Iterable[High]:
+    by_rule: dict[int, list[Step]] = {}
+    for step in steps:
+        by_rule.setdefault(id(step.rule), []).append(step)
+    for mine in by_rule.values():
+        unasked = _unasked(mine[0].rule)
+        rule, few, wide = mine[0].rule, list[tuple[str, int, tuple[int, int]]](), False
+        for path, sizes in itertools.chain.from_iterable(_matrices(step) for step in mine):
+            rank = rule.rank_at(path)
+            if rank is not None and rank != unasked and rank > min(sizes):
+                few.append((path, rank, sizes))
+                wide = wide or rank > max(sizes)
+        if few:
+            yield rule, few, wide
+
+
+def _matrices(step: Step) -> Iterable[tuple[str, tuple[int, int]]]:
+    """The matrices that a rule changes at a site, with their sizes."""
+    with running(step.rule, "matrices", step.path):
+        named = step.rule.matrices(step.module, step.path)
+    if named is not None:
+        return named.items()
+    sizes = _sizes(step.module)
+    return [(step.path, sizes)] if sizes is not None else []
+
+
+def _unasked(rule: Rule) -> Any:
+    """The rank that a rule has where nobody says one."""
+    return next((one.default for one in fields(cast(Any, rule)) if one.name == "rank"), None)
+
+
+def _told(rule: Rule, sites: Sequence[tuple[str, int, tuple[int, int]]]) -> str:
+    ranks, useful = {rank for _, rank, _ in sites}, {min(sizes) for _, _, sizes in sites}
+    most = f"{min(useful)}" if len(useful) == 1 else f"{min(useful)} to {max(useful)}, by their sizes"
+    asked = f"rank {min(ranks)}" if len(ranks) == 1 else f"ranks {min(ranks)} to {max(ranks)}"
+    where = listed([path or "the model itself" for path, _, _ in sites])
+    return f"{rule.label}: {asked} is more than the weights at {where} can use; the largest useful rank is {most}"
+
+
+def _sizes(module: Any) -> tuple[int, int] | None:
+    """The sizes of the matrix that a module's weight is; of packed ones those that it stands for."""
+    if isinstance(module, nn.Linear):
+        return module.out_features, module.in_features
+    weight = module._parameters.get("weight")
+    if weight is None or weight.dim() < 2 or not weight.is_floating_point():
+        return None
+    return weight.shape[0], weight[0].numel()

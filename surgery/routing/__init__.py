@@ -1,0 +1,1 @@
+"""`route`: one adapter for each row of a batch."""

@@ -1,0 +1,154 @@
+"""One `route` block: whose rows are whose, the plans of its sites, and what is known of the call that is running."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from torch import Tensor, nn
+
+from surgery.errors import SurgeryError
+from surgery.lifecycle.switching import check_none_merged, check_settled
+from surgery.routing.batch_layout import prove
+from surgery.routing.joint_rewrite import routes_itself
+from surgery.routing.rows import Rows
+from surgery.routing.site_plan import Plan, plan_of
+from surgery.routing.thread_state import here
+from surgery.state.records import ModelState, adapter_names, site_state
+
+__all__ = ["RoutingBlock"]
+
+
+class RoutingBlock:
+    """One block: names of rows, the plans of sites, and what is known of the call that is running."""
+
+    def __init__(self, model: nn.Module, state: ModelState, adapters: Sequence[str | None], check: bool):
+        if isinstance(adapters, str) or not adapters:
+            raise SurgeryError("route needs a name for each row", why=f"it is given {adapters!r}", fix='["a", None, …]')
+        given = [name for name in adapters if name is not None]
+        adapter_names(state, given)
+        self.model, self.check = model, check
+        self.entries = tuple(_entries(model))
+        self.rows = Rows(adapters)
+        self.names = tuple(name for name in state.adapters if name in given)
+        self.alone = len(set(adapters)) == 1
+        # Of the call that is running: the model or its encoder, which `generate` calls by itself, rows and arguments.
+        self.entry: nn.Module | None = None
+        self.batch: int | None = None
+        self.given: tuple[tuple, dict[str, Any]] | None = None
+        touched = [name for name, one in state.standing.items() if one.live or name in self.names]
+        self.modules = list({id(m): m for name in touched for m in state.places[name].modules}.values())
+        held = [check_settled(module) for module in self.modules]
+        check_none_merged(state)
+        _check_routable(state, self.names, self.alone)
+        self.plans: dict[int, Plan | None] = {}
+        rules = state.rules_at(set(given))
+        for module, site in zip(self.modules, held, strict=True):
+            needed = any(routes_itself(one.rule) for one in rules.get(id(module), ()))  # and may object
+            self.plans[id(module)] = plan_of(self, module, site) if needed else None  # else at the first call
+
+    def plan(self, module: nn.Module) -> Plan:
+        site = site_state(module)
+        assert site is not None
+        found = plan_of(self, module, site)
+        self.plans[id(module)] = found
+        if here.plans is not None:
+            here.plans[id(module)] = found
+        return found
+
+    def enter(self, entry: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        """The model is called, or its encoder."""
+        if self.entry is not None and entry is not self.model:
+            return
+        size = _batch_of(args, kwargs)
+        if size is not None and size != self.rows.count and not (size % self.rows.count == 0 and _generating()):
+            raise SurgeryError(
+                f"{self.rows.count} adapters are named, and the call has {size} rows",
+                fix="name one adapter, or None, for each row",
+            )
+        self.entry, self.batch, self.given = entry, size, (args, kwargs)
+
+    def leave(self, entry: nn.Module) -> None:
+        if entry is self.entry:
+            self.entry = self.batch = self.given = None
+
+    def size_of(self, module: nn.Module, value: Tensor) -> int:
+        """The size of a tensor's first dimension, once it is known that the rows of the batch come first in it."""
+        size = value.shape[0] if value.dim() else 0
+        batch = self.batch or self.rows.count
+        told = size == batch and value.dim() > 2 and size not in value.shape[1:-1]
+        if not told and self.check and size and size % self.rows.count == 0:
+            prove(self.entry or self.model, self.modules, module, tuple(value.shape), batch, self.given)
+        if not size or size % self.rows.count:
+            raise SurgeryError(
+                f"{self.rows.count} adapters are named, and a module is called with {tuple(value.shape)}",
+                where=site_state(module).path,  # type: ignore[union-attr]
+                why="the batch's rows do not come first there, or are not all there",
+                fix="exclude it from the adapters, or use one adapter for all rows",
+            )
+        return size
+
+
+def _check_routable(state: ModelState, names: Sequence[str], alone: bool) -> None:
+    """Whether all rules of these adapters can work on rows, and no adapter holds the base's weights."""
+    for name, standing in state.standing.items():
+        if name not in names and not standing.in_base:
+            continue
+        for module, rules in state.places[name]:
+            for applied in rules:
+                why = None
+                if applied.changed and not (alone and name in names):
+                    why = f"{applied.rule.label} changed the base's weights at its start, and rows without it need them"
+                elif name in names and applied.inside:
+                    why = "it looks into the forward, which has a graph for each kind of call"
+                elif name in names and not alone and not routes_itself(applied.rule):
+                    if not applied.rule.routable:
+                        why = "it can't work on some rows of a batch alone"
+                    elif any(step.kind == "around" for step in _steps(applied)):
+                        why = "it puts functions around others, and does not say how for several adapters (`routed`)"
+                if why:
+                    site = site_state(module)
+                    raise SurgeryError(
+                        f"{applied.rule.label} [{name}] can't be routed",
+                        where=site.path if site is not None else None,
+                        why=why,
+                        fix="use it for whole batches: activate, using",
+                    )
+
+
+def _steps(applied: Any) -> list[Any]:
+    return applied.layer.tape.steps if applied.layer is not None else []
+
+
+def _batch_of(args: tuple, kwargs: dict[str, Any]) -> int | None:
+    """How many rows a call of the model has."""
+    named = [kwargs[name] for name in _TEXTS if name in kwargs]
+    for value in (*args[:1], *named, *args, *kwargs.values()):
+        if isinstance(value, Tensor) and value.dim():
+            return value.shape[0]
+    return None
+
+
+def _generating() -> bool:
+    """Whether the model is called by transformers' generate, which repeats rows for beams."""
+    frame = sys._getframe(1)
+    while frame is not None:
+        if frame.f_code.co_name == "generate" and frame.f_globals.get("__name__", "").startswith("transformers."):
+            return True
+        frame = frame.f_back  # type: ignore[assignment]
+    return False
+
+
+def _entries(model: nn.Module) -> Iterator[nn.Module]:
+    """What is called with a batch: the model, and its encoder, where it has one."""
+    yield model
+    try:
+        encoder = model.get_encoder()  # type: ignore[operator]
+    except (AttributeError, NotImplementedError, TypeError):
+        return
+    if isinstance(encoder, nn.Module) and encoder is not model and any(encoder is inner for inner in model.modules()):
+        yield encoder
+
+
+_TEXTS = ("input_ids", "inputs_embeds", "pixel_values", "input_features", "input_values", "decoder_input_ids")

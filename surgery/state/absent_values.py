@@ -1,0 +1,94 @@
+"""Adapters' tensors without values: rules were applied on the meta device, and `to_empty` gave memory since.
+
+Such memory holds whatever was there before. It is filled with NaN, and calling the site is an error until values come:
+by `load_state_dict`, by hand, or by `reset_parameters()` of what holds the tensors.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from surgery.errors import SiteError
+from surgery.transaction.undo_log import Journal
+
+__all__ = ["note_absent", "refuse_absent", "start_again", "unwatch_absent", "watch_absent", "without_values"]
+
+_ABSENT, _SITE_OF, _START = "_surgery_absent", "_surgery_site_of", "_surgery_start"
+Start = Callable[[nn.Module, nn.Module], None]  # gives an adapter's tensors at a site the values that they start with
+
+
+def note_absent(box: nn.Module, before: Mapping[str, Tensor], emptied: bool) -> None:
+    """After an adapter's tensors at a site went through a function of all: which are memory without values now."""
+    found = [name for name in before if _tensor(box, name) is not None and (emptied or before[name].is_meta)]
+    for name in found:
+        new = _tensor(box, name)
+        if new is not None and not new.is_meta:
+            with torch.inference_mode(new.is_inference()), torch.no_grad():
+                new.detach().fill_(torch.nan if _can_be_nan(new) else 0)
+            box.__dict__.setdefault(_ABSENT, set()).add(name)
+
+
+def without_values(box: nn.Module) -> list[str]:
+    """The names of an adapter's tensors at a site that nothing was written to since their memory came."""
+    noted: set[str] = box.__dict__.get(_ABSENT, set())
+    for name in list(noted):
+        tensor: Any = _tensor(box, name)
+        held = getattr(tensor, "_local_tensor", tensor)  # of a sharded one, this process's part
+        if held is None or not _can_be_nan(held) or not held.numel() or not bool(held.detach().isnan().all()):
+            noted.discard(name)
+    return sorted(noted)
+
+
+def _tensor(box: nn.Module, name: str) -> Tensor | None:
+    return box._parameters.get(name, box._buffers.get(name))
+
+
+def _can_be_nan(tensor: Tensor) -> bool:
+    return tensor.is_floating_point() or tensor.is_complex()
+
+
+def watch_absent(module: nn.Module, box: nn.Module, start: Start, journal: Journal) -> None:
+    """Have calls of a site ask, where an adapter's tensors are made on the meta device. `start` is for
+    `reset_parameters`."""
+    box.__dict__[_SITE_OF], box.__dict__[_START] = module, start
+    if refuse_absent not in module._forward_pre_hooks.values():
+        journal.undo(unwatch_absent, module)
+        module.register_forward_pre_hook(refuse_absent)
+
+
+def start_again(box: nn.Module) -> None:
+    """Give tensors that were made on the meta device what their rules start with; others stay as they are."""
+    start: Start | None = box.__dict__.get(_START)
+    if start is not None:
+        start(box.__dict__[_SITE_OF], box)
+
+
+def refuse_absent(module: Any, args: Any) -> None:
+    """A hook before a site's calls, which goes when there is nothing more to ask."""
+    if torch.compiler.is_compiling():
+        return
+    state = module.__dict__.get("_surgery_site")
+    boxes = dict(module.adapters._modules) if "adapters" in module._modules else {}
+    lacking = {name: names for name, box in boxes.items() if (names := without_values(box))}
+    for applied in state.live() if state is not None else ():
+        if state is not None and applied.adapter in lacking:
+            names = ", ".join(lacking[applied.adapter])
+            raise SiteError(
+                f"the adapter {applied.adapter!r} has no values yet",
+                where=state.path or "(the model itself)",
+                why=f"its {names} came from the meta device by to_empty, which gives memory and no numbers",
+                fix="load_state_dict or load_adapter_state_dict with its tensors; or, once the base has its weights, "
+                "call reset_parameters() of each module that has it, for what its rules start with",
+            )
+    if not lacking and not any(tensor.is_meta for tensor in module.parameters()):
+        unwatch_absent(module)
+
+
+def unwatch_absent(module: nn.Module) -> None:
+    for key, hook in list(module._forward_pre_hooks.items()):
+        if hook is refuse_absent:
+            del module._forward_pre_hooks[key]

@@ -1,0 +1,125 @@
+"""Folders of adapters without their base, which `AdapterCheckpoints` writes for `save_pretrained` and a Trainer."""
+
+from __future__ import annotations
+
+import re
+import warnings
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from surgery.adapter_files.tensor_files import open_tensors
+from surgery.errors import SurgeryError, SurgeryWarning
+from surgery.patterns.module_walk import base_modules
+from surgery.patterns.wrappers import plain_name
+from surgery.state.adapter_tensors import first_process, whole
+from surgery.state.records import base_parameters
+from surgery.storage.hub_upload import card_of, upload
+from surgery.storage.save import save_adapter
+from surgery.transformers_hooks.save_pretrained import adapter_keys, kept_names
+
+__all__ = ["save_folder", "save_trained", "write_adapters"]
+
+_MARK = "trained tensors"
+
+
+def write_adapters(model: nn.Module, folder: Path, names: list[str], given: Mapping[str, Any]) -> None:
+    """Write adapters as `save_folder` does, by the arguments of `save_pretrained`: a `ModelState.adapter_writer`."""
+    tensors, main = given.get("state_dict"), given.get("is_main_process", True)
+    if tensors is not None and not tensors:
+        warnings.warn(
+            f"no adapter is written to {folder}: the state dict that was given is empty (ZeRO 3 without "
+            "stage3_gather_16bit_weights_on_model_save); gather the weights, then save_adapter(…, state_dict=…)",
+            SurgeryWarning,
+            stacklevel=3,
+        )
+        return
+    held = model.state_dict() if tensors is None else tensors
+    alone = tensors is not None or not any(hasattr(t, "full_tensor") for t in held.values())
+    if not main and alone:
+        return
+    checkpoint = re.fullmatch(r"checkpoint-\d+", folder.resolve().name) is not None  # as a Trainer calls them
+    save_folder(model, folder, names, held if alone else None, trained=checkpoint)
+    if main:
+        rest = [] if checkpoint else [name for name, parameter in base_parameters(model) if parameter.requires_grad]
+        _tell(folder, rest + _not_of(model, tensors or ()))
+    if given.get("push_to_hub") and main:
+        repo = str(given.get("repo_id") or folder.name)
+        options = {key: given[key] for key in ("private", "token", "revision") if key in given}
+        upload(folder, repo, card_of(model, names[0], repo, peft=True), given.get("commit_message") or "Adapters",
+               **options)  # fmt: skip
+
+
+def save_folder(
+    model: nn.Module, folder: Path, names: list[str], state_dict: Mapping[str, Tensor] | None, *, trained: bool
+) -> None:
+    """Adapters into a folder: one alone, or "default", into the folder itself; others into subfolders of their names.
+
+    `trained`: beside them a `model.safetensors`, from which a Trainer resumes. Without a state dict all processes take
+    part, and the first writes.
+    """
+    for name in names:
+        place = folder if name == "default" or len(names) == 1 else folder / name
+        save_adapter(model, place, name, state_dict=state_dict)
+    if trained:
+        save_trained(model, folder, state_dict)
+    elif _is_marked(folder / "model.safetensors"):  # a checkpoint's, which the Trainer copied here to push it
+        (folder / "model.safetensors").unlink(missing_ok=True)
+
+
+def _is_marked(file: Path) -> bool:
+    try:
+        return file.is_file() and open_tensors(file).metadata.get("surgery") == _MARK
+    except SurgeryError:
+        return False
+
+
+def _not_of(model: nn.Module, keys: Iterable[str]) -> list[str]:
+    """The keys of a state dict whose tensors no module of the model has. Its own state dict is not asked for: that may
+    be a collective, and this process alone."""
+    inside = {plain_name(path) for path, _ in base_modules(model)} | {plain_name(key) for key in adapter_keys(model)}
+    inside |= {plain_name(name) for name, _ in base_parameters(model)}  # of quantised ones: weight.absmax
+    plain = ((key, plain_name(key)) for key in keys)
+    return [key for key, name in plain if name not in inside and name.rpartition(".")[0] not in inside]
+
+
+def _tell(folder: Path, rest: list[str]) -> None:
+    """Warn of tensors that train, or came with a state dict, and are no adapter's: nothing of the base is written."""
+    if rest:
+        listed = ", ".join(rest[:3]) + (", …" if len(rest) > 3 else "")
+        warnings.warn(
+            f"{len(rest)} trained tensors are not in {folder}, since no adapter has them: {listed}. A TrainRule makes "
+            "them an adapter's; base_state_dict(model) holds the base's",
+            SurgeryWarning,
+            stacklevel=4,
+        )
+
+
+def save_trained(model: nn.Module, folder: str | Path, state_dict: Mapping[str, Tensor] | None = None) -> None:
+    """Write `model.safetensors` with all that training changes: a model's tensors but the frozen ones of its base.
+
+    >>> import tempfile
+    >>> from safetensors.torch import load_file
+    >>> from torch import nn
+    >>> from rules import LoraRule
+    >>> from surgery import apply_rules
+    >>> from surgery.trainer import save_trained
+    >>> folder = tempfile.mkdtemp()
+    >>> save_trained(apply_rules(nn.Sequential(nn.Linear(4, 4)), LoraRule("0", rank=2)), folder)
+    >>> sorted(load_file(f"{folder}/model.safetensors"))
+    ['0.adapters.default.A', '0.adapters.default.B']
+
+    For checkpoints without the base: `load_state_dict(…, strict=False)` puts it back. Weights that an adapter changed
+    at its start (PiSSA) are written, too. `state_dict`: the model's, where it was gathered from elsewhere.
+    """
+    from safetensors.torch import save
+
+    held = model.state_dict() if state_dict is None else state_dict
+    kept = kept_names(model)
+    chosen = {key: t for key, t in held.items() if plain_name(key) in kept or plain_name(key).endswith("_extra_state")}
+    tensors = {key: whole(t.detach()).cpu().contiguous().clone() for key, t in chosen.items() if isinstance(t, Tensor)}
+    if state_dict is not None or first_process():
+        written = save(tensors, metadata={"format": "pt", "surgery": _MARK})
+        (Path(folder) / "model.safetensors").write_bytes(written)  # which others may read: save_file's are 0600

@@ -1,0 +1,258 @@
+"""New weights into the tensors that an adapter has: no class, shape or address changes, nothing is compiled anew.
+
+All that is new is worked out and checked beside the model (`incoming.py`); then it is copied into the live tensors.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from surgery.adapter_files.entry import Entry, tensor_key
+from surgery.adapter_files.load_report import LoadReport
+from surgery.adapter_files.model_origin import other_model
+from surgery.adapter_files.tensor_files import TensorFile
+from surgery.arithmetic.sharded_tensors import is_flattened, put
+from surgery.authoring.hook_call import running
+from surgery.authoring.live_site import LiveSite
+from surgery.authoring.rule import Rule
+from surgery.errors import LoadError, RuleError, SiteError, SurgeryError, SurgeryWarning
+from surgery.forward.parameter_view import tensor_at
+from surgery.forward.tape import Layer
+from surgery.model_record.state_dict import rules_of
+from surgery.model_record.verb_root import rewritten
+from surgery.patterns.module_walk import RESERVED
+from surgery.state.fingerprint import differences
+from surgery.state.in_use import check_free
+from surgery.state.record_undo import keep_site
+from surgery.storage.hotswap_plan import Living, Making, copied, incoming, living, step_for
+from surgery.storage.load import _distrusted, _found
+from surgery.storage.stored_adapter import Stored, stored_adapter
+from surgery.storage.vocabulary import other_vocabulary, sizes_wanted
+from surgery.transaction.neutral_context import verb
+from surgery.transaction.undo_log import Journal
+from surgery.weaving.recording import Step
+from surgery.weaving.site_class import install_live
+
+__all__ = ["SwapReport", "hotswap", "pad_rank"]
+
+M = TypeVar("M", bound=nn.Module)
+
+
+@dataclass
+class SwapReport(LoadReport):
+    """What a hot-swap did: a LoadReport whose `rules` are those of what came in; the model keeps its own.
+
+    `idle`: sites of the adapter that the new one has nothing at; they do nothing now. `notes`: what was rounded or not
+    taken over, each with the number of sites.
+    """
+
+    idle: list[str] = field(default_factory=list)
+    notes: dict[str, int] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        lines = [f"adapter {self.adapter!r}: {len(self.loaded)} tensors swapped in"]
+        if self.idle:
+            lines.append(f"  nothing came for {_places(len(self.idle))}: {', '.join(self.idle[:6])}")
+        lines += [f"  {note} ({_places(count)})" for note, count in self.notes.items()]
+        return "\n".join([*lines, *(f"  {text}" for text in [*self.problems(), *self.assumed])])
+
+
+@verb
+def hotswap(
+    model: nn.Module,
+    adapter: str,
+    source: str | Path | Stored | Mapping[str, Tensor],
+    *,
+    rules: Sequence[Rule] | Rule | None = None,
+    strict: bool = True,
+    same_base: bool = True,
+    finite: bool = True,
+    trust: bool = False,
+    subfolder: str | None = None,
+    revision: str | None = None,
+    config: Mapping[str, Any] | None = None,
+    component: str | None = None,
+) -> SwapReport:
+    """Put another adapter's weights into the tensors of one that is there; what is compiled stays as it is.
+
+    >>> import tempfile
+    >>> import torch
+    >>> from torch import nn
+    >>> from surgery import apply_rules, hotswap, load_adapter, pad_rank, remove, save_adapter
+    >>> from rules import LoraRule
+    >>> model, x = nn.Sequential(nn.Linear(8, 8)), torch.randn(2, 8)
+    >>> mail = apply_rules(model, LoraRule("0", rank=2, alpha=8, init="random"))
+    >>> folder, wanted = save_adapter(mail, tempfile.mkdtemp()), mail(x)
+    >>> _ = apply_rules(remove(model), LoraRule("0", rank=4, alpha=4), adapter="a")
+    >>> compiled = torch.compile(pad_rank(model, "a", 16), backend="eager")
+    >>> before, tensor = compiled(x), model[0].adapters.a.B
+    >>> print(hotswap(model, "a", folder))
+    adapter 'a': 2 tensors swapped in
+    >>> torch.allclose(compiled(x), wanted, atol=1e-6), model[0].adapters.a.B is tensor
+    (True, True)
+
+    `source` is whatever `load_adapter` takes, in either format, and read with the same checks and settings
+    (`same_base`, `finite`, `trust`, `subfolder`, `revision`, `config`, `component`); or tensors as `adapter_state_dict`
+    gives them, of the adapter's own rules, or of `rules`. A compiled model may be given itself.
+
+    The new adapter may be on fewer sites: at the others this one then does nothing. Its rules have to be the kinds that
+    are there. If they make other code, the rule itself turns the tensors into those that do the same in the code that
+    runs (`Rule.swapped`): LoRA does so for any rank that there is room for (`pad_rank`), and for any scale, whether by
+    alpha, rslora or patterns. The scale is folded into B: exact where the two scales are a power of two apart, else
+    each number of B is rounded once more, which `notes` tells. `rules_of` stays what it was, and the tensors hold the
+    function, so the adapter is saved as it now is.
+
+    Tensors keep their identity, dtype, device and `requires_grad`; optimisers go on, with the moments of what was
+    there. A call of the model that runs meanwhile sees some sites with the new weights: swap between calls. Exported
+    programs, and graphs that were compiled with frozen weights, are snapshots.
+
+    Embeddings are not resized: files of another vocabulary than the model's are refused.
+
+    Whole or nothing: all that does not fit is told at once in a `LoadError`, and every tensor is as it was.
+    `strict=False` as in `load_adapter`. Raises `SurgeryError` where the adapter is unknown or merged, or began by
+    changing the base's weights (PiSSA). PEFT: `hotswap_adapter`, for LoRA.
+    """
+    model, state = rewritten(model)
+    check_free(model)
+    live = living(model, state, adapter)
+    stored = _stored(model, source, adapter, rules, subfolder, revision, config, component)
+    report = SwapReport(adapter, stored.rules, metadata=stored.metadata, licence=stored.licence)
+    problems = [*stored.problems, *([] if trust else map(_distrusted, (rule for rule in stored.rules if rule.imports)))]
+    plan, doubtful = incoming(model, [rule for rule in stored.rules if trust or not rule.imports], adapter, live)
+    values = _found(plan, stored, report, finite)
+    problems += [*plan.problems, *(doubtful if strict and report.unexpected else ())]
+    making = Making(plan, live, values, stored.file, finite)
+    pairs = [] if problems else making.tensors()
+    if sizes := sizes_wanted(model, plan, stored):
+        problems.append(other_vocabulary(model, sizes))
+    if problems:
+        report.unexpected = []  # of rules that could not be read or placed
+    report.base = differences(model, stored.base)
+    problems += making.problems
+    if strict:
+        told = report.problems() if same_base else [text for text in report.problems() if text not in report.base]
+        problems += [*stored.unheld, *map(SurgeryError, told)]
+    if problems or not stored.rules:
+        raise LoadError([*(problems or [RuleError("the files hold no rules")]), *other_model(model, stored.origin)])
+    loose = report.base if strict else [*map(str, stored.unheld), *report.problems()]
+    for note in [*stored.notes, *loose]:
+        warnings.warn(note, SurgeryWarning, stacklevel=3)
+    with Journal() as journal:
+        for tensor, new in pairs:
+            journal.undo(put, tensor, copied(tensor))
+            put(tensor, new)
+    report.loaded = [tensor_key(step.path, name) for step, name, _ in values]
+    report.idle, report.notes, report.assumed = making.idle, making.notes, stored.assumed
+    return report
+
+
+@verb
+def pad_rank(model: M, adapter: str, rank: int) -> M:
+    """Give an adapter's tensors room for this rank, for `hotswap` to bring any up to it; the same model comes back.
+
+    >>> from torch import nn
+    >>> from surgery import apply_rules, pad_rank, rules_of
+    >>> from rules import LoraRule
+    >>> model = apply_rules(nn.Sequential(nn.Linear(8, 8)), LoraRule("0", rank=2, alpha=4), adapter="a")
+    >>> tuple(pad_rank(model, "a", 16)[0].adapters.a.B.shape), rules_of(model)[0].rank, rules_of(model)[0].max_rank
+    ((8, 16), 2, 16)
+
+    The rule keeps its rank and with it its scale; the further ones are zero, and stay so in training, for neither half
+    has a gradient where the other is zero. The output is the same up to the order in which a matrix product sums. A
+    rule with room from the start is `LoraRule(…, max_rank=16)`.
+
+    Tensors that grow are new Parameters: pad before making an optimiser and before `torch.compile`, which would compile
+    once more. Others stay the same. All or nothing: raises `SurgeryError` for an unknown or merged adapter, `RuleError`
+    where none of its rules has a rank or one uses more than this, `SiteError` for sharded tensors. PEFT:
+    `prepare_model_for_compiled_hotswap(target_rank=…)`.
+    """
+    root, state = rewritten(model)
+    check_free(root)
+    live = living(root, state, adapter)
+    wider = {id(rule): rule.padded(rank) for rule in state.adapters[adapter]}
+    found = [(one, made) for one in live.values() if (made := _grown(one, adapter, rank, wider)) is not None]
+    if not found:
+        kinds = ", ".join(dict.fromkeys(rule.label for rule in state.adapters[adapter]))
+        raise RuleError(f"the adapter {adapter!r} has no rank to pad", why=f"its rules: {kinds}")
+    with Journal() as journal:
+        for one, (step, tensors) in found:
+            _put_in(one, adapter, step, tensors, journal)
+        for module in {id(one.module): one.module for one, _ in found}.values():
+            install_live(module, journal)
+        journal.keep(state.adapters)
+        state.adapters[adapter] = tuple(wider[id(rule)] for rule in state.adapters[adapter])
+    return model
+
+
+def _grown(one: Living, adapter: str, rank: int, known: dict[int, Rule]) -> tuple[Step, dict[str, Tensor]] | None:
+    """A living rule with room for a rank: its step, and its tensors in their new sizes; None where it has no rank.
+
+    `known`: what rules became, by their id.
+    """
+    rule = one.applied.rule
+    wider = known[id(rule)] if id(rule) in known else rule.padded(rank)
+    if wider is rule:
+        return None
+    if any(hasattr(tensor, "device_mesh") or is_flattened(tensor) for tensor in one.tensors.values()):
+        raise SiteError("its tensors are sharded", where=one.path, fix="pad before fully_shard")
+    step = step_for(wider, one.path, one, adapter)
+    params = {name: tensor.detach() for name, tensor in one.tensors.items()}
+    site = LiveSite(one.module, one.path, adapter, params, lambda name, _: tensor_at(one.module, name))
+    with torch.no_grad(), running(rule, "swapped", one.path):
+        return step, dict(rule.swapped(wider, site))
+
+
+def _put_in(one: Living, adapter: str, step: Step, tensors: dict[str, Tensor], journal: Journal) -> None:
+    """Put the wider rule and its tensors in the place of the old; those of the same size stay."""
+    box: Any = one.module._modules[RESERVED]._modules[adapter]  # type: ignore[union-attr]
+    keep_site(journal, one.module, (adapter,))
+    for name, old in one.tensors.items():
+        if tensors[name].shape != old.shape:
+            held = box._parameters if name in box._parameters else box._buffers
+            new = tensors[name].to(old.dtype)
+            held[name] = nn.Parameter(new, requires_grad=old.requires_grad) if held is box._parameters else new
+    applied = one.applied
+    journal.keep(applied.__dict__)
+    applied.rule, applied.facts = step.rule, step.facts
+    applied.layer = Layer(adapter, step.rule.label, step.tape)
+
+
+def _stored(
+    model: nn.Module,
+    source: str | Path | Stored | Mapping[str, Tensor],
+    adapter: str,
+    rules: Sequence[Rule] | Rule | None,
+    subfolder: str | None,
+    revision: str | None,
+    config: Mapping[str, Any] | None,
+    component: str | None,
+) -> Stored:
+    if not isinstance(source, Mapping):
+        if rules is not None:
+            raise SurgeryError("files have rules of their own", fix="hotswap(model, adapter, tensors, rules=…)")
+        return stored_adapter(model, source, subfolder, revision, config, component)
+    of_files = {"subfolder": subfolder, "revision": revision, "config": config, "component": component}
+    if told := [f"{name}=" for name, value in of_files.items() if value is not None]:
+        raise SurgeryError(
+            f"tensors have no {', '.join(told)}", why="these say which files are read", fix="leave them out"
+        )
+    wrong = [str(key) for key, tensor in source.items() if not isinstance(key, str) or not isinstance(tensor, Tensor)]
+    if wrong:
+        what = "an adapter is tensors by name"
+        raise LoadError([SurgeryError(what, where=", ".join(wrong[:6]), fix="adapter_state_dict(model, name)")])
+    tensors = {key: tensor.detach() for key, tensor in source.items()}
+    shapes = {key: tuple(tensor.shape) for key, tensor in tensors.items()}
+    file = TensorFile(shapes, {key: tensor.dtype for key, tensor in tensors.items()}, {}, tensors.__getitem__)
+    given = rules_of(model, adapter) if rules is None else [rules] if isinstance(rules, Rule) else list(rules)
+    return Stored(given, file, lambda plan, step, name: Entry(tensor_key(step.path, name)))
+
+
+def _places(count: int) -> str:
+    return "one site" if count == 1 else f"{count} sites"

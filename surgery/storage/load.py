@@ -1,0 +1,283 @@
+"""An adapter from files put on a model: loaded whole or not at all."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from surgery.adapter_files.entry import Entry, as_it_is, tensor_key
+from surgery.adapter_files.load_report import LoadReport
+from surgery.adapter_files.model_origin import other_model
+from surgery.adapter_files.tensor_files import TensorFile
+from surgery.arithmetic.complex_numbers import is_number
+from surgery.authoring.live_site import LiveSite
+from surgery.authoring.rule import Rule
+from surgery.authoring.site import ParamSpec
+from surgery.errors import LoadError, RuleError, SurgeryError, SurgeryWarning
+from surgery.forward.parameter_view import tensor_at
+from surgery.lifecycle.insertion import Given, carry_out
+from surgery.patterns.module_walk import RESERVED
+from surgery.patterns.wrappers import unwrapped
+from surgery.planning.plan import Plan
+from surgery.planning.planner import make_plan
+from surgery.state.adapter_tensors import tensors_of
+from surgery.state.fingerprint import differences
+from surgery.storage.stored_adapter import Stored, stored_adapter
+from surgery.storage.vocabulary import other_vocabulary, resized, sizes_wanted
+from surgery.transaction.neutral_context import verb
+from surgery.weaving.recording import Step
+
+__all__ = ["load_adapter"]
+
+
+@verb
+def load_adapter(
+    model: nn.Module,
+    source: str | Path | Stored,
+    adapter: str = "default",
+    *,
+    strict: bool = True,
+    same_base: bool = True,
+    finite: bool = True,
+    example_inputs: Any = None,
+    trust: bool = False,
+    subfolder: str | None = None,
+    revision: str | None = None,
+    config: Mapping[str, Any] | None = None,
+    component: str | None = None,
+    resize: bool = False,
+    freeze: bool | None = None,
+) -> LoadReport:
+    """Put a saved adapter on a model: apply its rules, and fill their tensors from the files.
+
+    >>> import tempfile
+    >>> import torch
+    >>> from torch import nn
+    >>> from surgery import apply_rules, load_adapter, remove, save_adapter
+    >>> from rules import LoraRule
+    >>> model = apply_rules(nn.Sequential(nn.Linear(4, 4)), [LoraRule("0", rank=2, init="random")])
+    >>> x = torch.ones(1, 4)
+    >>> adapted, folder = model(x), save_adapter(model, tempfile.mkdtemp())
+    >>> print(load_adapter(remove(model), folder))
+    adapter 'default': 2 tensors loaded
+    >>> torch.equal(model(x), adapted)
+    True
+
+    `source` is a folder or file of `save_adapter`'s or PEFT's (also `.bin` and diffusers' LoRA files), or the name of a
+    repository on the hub (with `revision`); `subfolder` is looked for in it. It may be what `import_adapter` read, too.
+    Rules are made by their registered names; no code and no path comes from a file, and pickle files are read with
+    `weights_only`. A rule that names code to import, as a ReplaceRule does, is taken with `trust=True` alone. `finite`:
+    NaN and infinity are a problem. `example_inputs` and `freeze` as in `apply_rules`; prefixes need an example.
+    `config` stands in for PEFT's `adapter_config.json`. `component`: whose adapter to take of a diffusers file that
+    holds several ("unet"), where the model's paths and sizes do not tell.
+    `resize`: embeddings of another vocabulary than the files' are resized first, by the model's
+    `resize_token_embeddings`; they stay so when the adapter is removed.
+
+    Embeddings of the base that PEFT's files hold are compared with the model's. Rows that differ are a part of the
+    adapter, as a BaseRowsRule, and the report's `assumed` says so.
+
+    Whole or nothing: missing, unexpected and misshapen tensors, a damaged file, a rule or format of a later version,
+    another base, and whatever `plan_rules` objects to are told at once in a `LoadError`, the model as it was.
+    `strict=False` loads what fits, and the report tells the rest: missing tensors keep the values their rule starts
+    with. `same_base=False`: another base is a warning. Tensors go to their site's device, in the dtype the rule gives
+    them; on a base on the meta device they are made on the CPU, and stay when `load_state_dict(…, assign=True)` fills
+    the base.
+    """
+    model = unwrapped(model)
+    stored = stored_adapter(model, source, subfolder, revision, config, component)
+    report = LoadReport(adapter, stored.rules, metadata=stored.metadata, licence=stored.licence)
+    report.assumed = stored.assumed
+    problems = [*stored.problems, *([] if trust else map(_distrusted, (rule for rule in stored.rules if rule.imports)))]
+    known = [rule for rule in stored.rules if trust or not rule.imports]
+    plan = make_plan(model, known, adapter, example_inputs, freeze) if known else None
+    values: list[tuple[Step, str, Entry]] = []
+    if plan is not None:
+        problems += plan.problems
+        values = _found(plan, stored, report, finite)
+        if problems:
+            report.unexpected = []  # of rules that could not be read or placed
+        problems += _too_large(plan, values, stored.file)
+    if sizes := sizes_wanted(model, plan, stored):
+        if resize and len(sizes) == 1 and hasattr(model, "resize_token_embeddings"):
+            again: dict[str, Any] = {"example_inputs": example_inputs, "config": config, "component": component}
+            again |= {"strict": strict, "same_base": same_base, "finite": finite, "trust": trust, "freeze": freeze}
+            with resized(model, *sizes):
+                return load_adapter(model, source, adapter, subfolder=subfolder, revision=revision, **again)
+        problems.append(other_vocabulary(model, sizes))
+    report.base = differences(model, stored.base, _restored(plan))
+    if strict:
+        told = report.problems() if same_base else [text for text in report.problems() if text not in report.base]
+        problems += [*stored.unheld, *map(_problem, told)]
+    if problems or plan is None:
+        raise LoadError([*(problems or [RuleError("the files hold no rules")]), *other_model(model, stored.origin)])
+    loose = report.base if strict else [*map(str, stored.unheld), *report.problems()]  # the base: see above
+    for note in [*stored.notes, *loose]:
+        warnings.warn(note, SurgeryWarning, stacklevel=3)
+    # An example is first run with what the rules start with: it is of that that they promise something.
+    given = _given(plan, values, stored.file) if example_inputs is None else None
+    with torch.random.fork_rng(devices=_gpus(plan)):  # the starting values drawn here are overwritten
+        try:
+            carry_out(plan, stacklevel=4, given=given)
+        except (SurgeryError, Warning):
+            raise
+        except Exception as error:  # a field of a file may be in range and still be no starting value
+            raise LoadError([_problem("its rules can't be applied", why=f"{type(error).__name__}: {error}")]) from error
+    _fill(plan, values, stored.file)
+    report.loaded = [tensor_key(step.path, name) for step, name, _ in values]
+    return report
+
+
+def _found(plan: Plan, stored: Stored, report: LoadReport, finite: bool) -> list[tuple[Step, str, Entry]]:
+    """The tensors of a plan that the file holds in their shapes; the report is told of all others."""
+    file, used, found = stored.file, set[str](), list[tuple[Step, str, Entry]]()
+    shared: dict[Any, str] = {}
+    for step in plan.steps:
+        for spec in step.specs:
+            try:
+                entry = stored.entry(plan, step, spec.name)
+            except Exception as error:  # settings of a file may say anything
+                report.misfits.append(f"{step.path}: {spec.name} can't be looked for: {error}"[:400])
+                continue
+            if entry is None:
+                continue
+            if entry.key not in file.shapes:
+                report.missing.append(entry.key)
+                continue
+            used.add(entry.key)
+            misfit = _misfit(file, entry, spec.shape, spec.dtype, finite)
+            tie = spec.tie(step.rule)
+            first = entry.key if tie is None else shared.setdefault(tie, entry.key)
+            if not misfit and first != entry.key and not torch.equal(file.read(first), file.read(entry.key)):
+                misfit = f"is not {first}, and here the two modules share their weight and what is trained of it"
+            if misfit:
+                report.misfits.append(f"{entry.key} {misfit}")
+            else:
+                found.append((step, spec.name, entry))
+    report.missing = list(dict.fromkeys(report.missing))
+    report.unexpected = [key for key in file.shapes if key not in used and key not in stored.ignored]
+    return found
+
+
+def _restored(plan: Plan | None) -> list[Tensor]:
+    """The base's tensors that the adapter puts as they were where it was made."""
+    steps = plan.steps if plan is not None else ()
+    held = ((step.rule, step.module._parameters) for step in steps)
+    return [tensor for rule, own in held for name, tensor in own.items() if tensor is not None and rule.restores(name)]
+
+
+def _gpus(plan: Plan) -> list[int]:
+    held = (tensor for step in plan.steps for tensor in step.module._parameters.values())
+    used = {tensor.device for tensor in held if tensor is not None}
+    return sorted(device.index or 0 for device in used if device.type == "cuda")
+
+
+def _distrusted(rule: Rule) -> SurgeryError:
+    return RuleError(
+        f"a {rule.label} is not taken from a file",
+        why="its fields name code to import and run",
+        fix="load_adapter(…, trust=True), if you know who made the file",
+    )
+
+
+def _too_large(plan: Plan, values: list[tuple[Step, str, Entry]], file: TensorFile) -> Iterator[SurgeryError]:
+    """Tensors that the file does not hold are made all the same where a load is not strict; not of any size."""
+    filled = {(id(step), name) for step, name, _ in values}
+    specs = [spec for step in plan.steps for spec in step.specs if (id(step), spec.name) not in filled]
+    size = sum(math.prod(spec.shape) for spec in specs)
+    if size > (1 << 24) + 4 * sum(map(math.prod, file.shapes.values())):
+        yield _problem(f"its rules ask for {size:,} numbers that the file does not hold")
+
+
+def _misfit(file: TensorFile, entry: Entry, shape: tuple[int, ...], dtype: torch.dtype, finite: bool) -> str | None:
+    """Why a stored tensor can't be a rule's; its shape is tried on the meta device before a number is read."""
+    given, numbers = file.shapes[entry.key], file.dtypes[entry.key]
+    plain = entry.read is as_it_is
+    try:
+        read = given if plain else tuple(entry.read(torch.empty(given, dtype=numbers, device="meta")).shape)
+    except Exception:  # a rule's reshaping of a shape that it did not expect
+        read = None
+    if read != shape:
+        return f"is {given}, which does not give the {shape} of this model"
+    if (numbers.is_floating_point, numbers.is_complex) != (dtype.is_floating_point, dtype.is_complex):
+        return f"holds {str(numbers).removeprefix('torch.')}, and {str(dtype).removeprefix('torch.')} is needed"
+    try:
+        tensor = file.read(entry.key)
+        if not plain:
+            entry.read(tensor)
+        checked = finite and is_number(numbers) and not file.sound()
+        if checked and not bool(torch.isfinite(tensor if numbers.is_complex else tensor.float()).all()):
+            return "holds NaN or infinity"
+    except SurgeryError as error:
+        return f"can't be taken over: {error.why or error.what}"
+    except Exception as error:  # the file changed, or is not what its header says
+        return f"can't be read: {str(error)[:200]}"
+    return None
+
+
+def _given(plan: Plan, values: list[tuple[Step, str, Entry]], file: TensorFile) -> Given:
+    """Tensors start with the file's values, which are cheaper to have than those that a rule draws.
+
+    What many sites share is drawn once, so that a rule which can't start is found. Nor are values given to a site of
+    which the file lacks some: a rule may make one tensor from another's start.
+    """
+    known = {(id(step), name): entry for step, name, entry in values}
+    lacking = {id(step) for step in plan.steps for spec in step.specs if (id(step), spec.name) not in known}
+    drawn: set[int] = set()
+
+    def given(step: Step, spec: ParamSpec) -> Tensor | None:
+        if id(spec) not in drawn or id(step) in lacking:
+            drawn.add(id(spec))
+            return None
+        return _value(file, known[id(step), spec.name])
+
+    return given
+
+
+def _value(file: TensorFile, entry: Entry) -> Tensor:
+    return entry.read(file.read(entry.key))
+
+
+def _fill(plan: Plan, values: list[tuple[Step, str, Entry]], file: TensorFile) -> None:
+    filled, made = {(id(step), name) for step, name, _ in values}, dict[int, nn.Parameter]()
+    with torch.no_grad():
+        for step in plan.steps:
+            if any(tensor.is_meta for tensor in tensors_of(step.module, plan.adapter).values()):
+                left = {spec.name for spec in step.specs if (id(step), spec.name) not in filled}
+                _realise(step, plan.adapter, left, made)
+        held = {id(step): tensors_of(step.module, plan.adapter) for step in plan.steps}
+        for step, name, entry in values:
+            held[id(step)][name].copy_(_value(file, entry))
+
+
+def _realise(step: Step, adapter: str, others: set[str], made: dict[int, nn.Parameter]) -> None:
+    """Tensors on the meta device, made there beside a base that has no numbers yet, are made anew on the CPU.
+
+    `others` are those that no file fills: they get the values that their rule starts with.
+    """
+    box: Any = step.module._modules[RESERVED]._modules[adapter] if step.specs else None  # type: ignore[union-attr]
+    meta = [spec for spec in step.specs if box.tensors()[spec.name].is_meta]
+    for spec in meta:
+        old = box.tensors()[spec.name]
+        new = torch.empty_like(old, device="cpu")
+        if spec.name in others:
+            spec.fill(new)
+        if spec.buffer:
+            box._buffers[spec.name] = new
+        else:
+            made.setdefault(id(old), nn.Parameter(new, requires_grad=old.requires_grad))
+            box._parameters[spec.name] = made[id(old)]  # sites may share it
+    if meta and others:
+        module = step.module
+        step.rule.initialise(
+            LiveSite(module, step.path, adapter, box.tensors(), lambda name, _: tensor_at(module, name))
+        )
+
+
+def _problem(text: str, **details: Any) -> SurgeryError:
+    return SurgeryError(text, **details)

@@ -1,0 +1,76 @@
+"""Many adapters in one folder."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from surgery.adapter_files.entry import names_in
+from surgery.adapter_files.load_report import LoadReport
+from surgery.errors import LoadError, PlanError, SurgeryError, near_misses
+from surgery.lifecycle.activation import activate, deactivate
+from surgery.lifecycle.switching import weights_now
+from surgery.patterns.wrappers import unwrapped
+from surgery.state.records import model_state
+from surgery.storage.load import load_adapter
+from surgery.transaction.neutral_context import verb
+
+__all__ = ["load_adapters"]
+
+
+@verb
+def load_adapters(
+    model: nn.Module, folder: str | Path, *, live: str | Sequence[str] | None = None, **options: Any
+) -> dict[str, LoadReport]:
+    """Load every adapter in a folder of many, each under its subfolder's name: PEFT's and ours side by side.
+
+    >>> import tempfile
+    >>> from torch import nn
+    >>> from surgery import active, apply_rules, load_adapters, remove, save_adapter
+    >>> from rules import LoraRule
+    >>> model, folder = nn.Sequential(nn.Linear(4, 4)), tempfile.mkdtemp()
+    >>> for name in ("news", "mail"):
+    ...     _ = save_adapter(apply_rules(model, [LoraRule("0", rank=2)], adapter=name), f"{folder}/{name}", name)
+    >>> list(load_adapters(remove(model), folder))
+    ['mail', 'news']
+    >>> _ = load_adapters(remove(model), folder, live="news")
+    >>> active(model)
+    ('news',)
+
+    Files in the folder itself are the adapter "default". `live`: which adapters are live afterwards, of these and of
+    those from before, as `activate` has it ([]: none is); adapters that can't be live together, such as heads of their
+    own (TrainRule), are loaded so. Without, those from before stay as they are, and all of these are live. `options`
+    are `load_adapter`'s.
+
+    All or none: a `LoadError` tells what is wrong with any of them; none stays on the model, and what was live is.
+    Raises `SurgeryError` for a name in `live` that is neither there nor in the folder.
+    """
+    model, folder = unwrapped(model), Path(folder)
+    found = {"default": folder} if names_in(folder) else {}
+    if folder.is_dir():
+        found |= {inner.name: inner for inner in sorted(folder.iterdir()) if inner.is_dir() and names_in(inner)}
+    if not found:
+        raise LoadError([SurgeryError(f"{folder} holds no adapters", fix="name a folder of folders of adapters")])
+    state = model_state(model)
+    before = weights_now(state) if state is not None else {}
+    wanted = None if live is None else [live] if isinstance(live, str) else list(live)
+    known = [*(state.adapters if state is not None else []), *found]
+    if unknown := [name for name in wanted or [] if name not in known]:
+        why = near_misses(unknown[0], known) or f"there are {', '.join(known)}"
+        raise SurgeryError(f"there is no adapter {unknown[0]!r}, which is to be live", why=why)
+    reports, problems = dict[str, LoadReport](), list[SurgeryError]()
+    for name, inner in found.items():
+        if wanted is not None and (reports or before):
+            deactivate(model)
+        try:
+            reports[name] = load_adapter(model, inner, name, **options)
+        except PlanError as error:
+            problems += [SurgeryError(str(problem), where=str(inner)) for problem in error.problems]
+    if problems:
+        raise LoadError(problems)
+    if wanted is not None:
+        activate(model, wanted)
+    return reports

@@ -1,0 +1,129 @@
+"""An adapter written into files, with the rules that made it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from contextlib import nullcontext
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+from torch import Tensor, nn
+
+from surgery.adapter_files import tensor_files
+from surgery.adapter_files.entry import NAME, OLD, PEFT, SURGERY, VERSION
+from surgery.adapter_files.process_group import writing
+from surgery.errors import SurgeryError
+from surgery.model_record.state_dict import adapter_state_dict, rules_of
+from surgery.model_record.verb_root import rewritten
+from surgery.peft_format.writing import written
+from surgery.state.absent_values import without_values
+from surgery.state.adapter_tensors import tensors_of, whole
+from surgery.state.fingerprint import fingerprint
+from surgery.state.records import adapter_names, sites
+from surgery.storage.path_check import check_meant
+from surgery.transaction.neutral_context import neutrally
+
+__all__ = ["save_adapter"]
+
+
+@neutrally()
+def save_adapter(
+    model: nn.Module,
+    folder: str | Path,
+    adapter: str = "default",
+    *,
+    format: Literal["auto", "peft", "surgery"] = "auto",
+    metadata: Mapping[str, Any] | None = None,
+    licence: str | None = None,
+    config: Mapping[str, Any] | None = None,
+    state_dict: Mapping[str, Tensor] | None = None,
+    save_embedding_layers: bool | Literal["auto"] = "auto",
+) -> Path:
+    """Write an adapter into a folder: its tensors, and the rules that made it. The base is not written.
+
+    >>> import tempfile
+    >>> from torch import nn
+    >>> from surgery import apply_rules, load_adapter, save_adapter
+    >>> from rules import LoraRule
+    >>> model = apply_rules(nn.Sequential(nn.Linear(4, 4)), [LoraRule("0", rank=2)])
+    >>> folder = save_adapter(model, tempfile.mkdtemp())
+    >>> sorted(file.name for file in folder.iterdir())
+    ['adapter_config.json', 'adapter_model.safetensors']
+
+    `format` "peft" is what PEFT reads; "surgery" (`adapter.safetensors` and `rules.json`) holds any rules; "auto" is
+    the first wherever it holds the adapter exactly, else the second. `metadata` is any data of JSON, `licence` a name;
+    both come back in the report of `load_adapter`. `config`: what PEFT's configuration is to say that is in no rule,
+    such as `{"task_type": "SEQ_CLS"}`. A merged adapter is saved as it was trained. `save_embedding_layers` (PEFT's):
+    whether PEFT's format has the base's embeddings, too; "auto", where "embed_tokens" or "lm_head" is a target, or the
+    vocabulary is not the one of the base of that name.
+
+    The folder is made where it is absent; other files in it stay. Killed at any moment, it holds the adapter that was
+    there before or this one, whole. Where processes share a sharded model, all of them call this, and the first writes;
+    or one alone, with a `state_dict` that was gathered elsewhere (accelerate's `get_state_dict`). Raises `SurgeryError`
+    where PEFT's format can't hold the adapter, a rule holds what is no data, a state dict lacks a tensor or is sharded,
+    or other processes have other parts of the model (a pipeline's stages).
+    """
+    if format not in ("auto", "peft", "surgery"):
+        raise SurgeryError(f"there is no format {format!r}", fix='"peft", "surgery", or "auto" for the first that fits')
+    model, state = rewritten(model)
+    adapter_names(state, adapter)
+    check_meant(model, state, adapter)
+    if state_dict is None and any(map(without_values, state.places[adapter].boxes)):
+        why = "its tensors came from the meta device by to_empty"
+        raise SurgeryError(f"the adapter {adapter!r} has no values yet", why=why, fix="load them first")
+    if Path(folder).exists() and not Path(folder).is_dir():
+        raise SurgeryError(f"{folder} is no folder", fix="an adapter is saved into a folder of its own")
+    extra = {"base": fingerprint(model), "licence": licence, "metadata": _data(metadata)}
+    alone = state_dict is not None
+    if format != "surgery":
+        try:
+            said, tensors = written(model, adapter, format == "auto", state_dict, config, save_embedding_layers)
+        except SurgeryError:
+            if format == "peft":
+                raise
+        else:
+            return _put(folder, PEFT, tensors, said, extra, (*SURGERY, OLD), alone)
+    settings = {
+        "format": NAME,
+        "version": VERSION,
+        "rules": [rule.to_dict() for rule in rules_of(model, adapter)],
+        "sites": [path for path, module, _ in sites(model) if tensors_of(module, adapter)],
+        **extra,
+    }
+    tensors = _whole(adapter_state_dict(model, adapter, state_dict))
+    return _put(folder, SURGERY, tensors, settings, {}, (*PEFT, OLD), alone)
+
+
+def _put(
+    folder: str | Path,
+    names: tuple[str, str],
+    tensors: Mapping[str, Tensor],
+    settings: Mapping[str, Any],
+    extra: Mapping[str, Any],
+    gone: tuple[str, ...],
+    alone: bool,
+) -> Path:
+    """Write two files; `extra` goes into the tensors' own, where PEFT passes over it."""
+    folder, text = Path(folder), json.dumps(settings, indent=2, sort_keys=bool(extra)) + "\n"
+    with nullcontext(True) if alone else writing(folder, tensors) as writes:
+        if writes:
+            told = {"format": "pt", "surgery": json.dumps({"settings": settings, **extra})}
+            writer = partial(tensor_files.write_safetensors, tensors=tensors, metadata=told)
+            tensor_files.replace_files(folder, (names[0], writer), (names[1], text.encode()), gone)
+    return folder
+
+
+def _whole(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Sharded tensors gathered, which all processes take part in."""
+    return {key: whole(tensor) for key, tensor in tensors.items()}
+
+
+def _data(metadata: Mapping[str, Any] | None) -> dict[str, Any]:
+    try:
+        return json.loads(json.dumps(dict(metadata or {}), allow_nan=False))
+    except (TypeError, ValueError) as error:
+        raise SurgeryError(
+            "the metadata can't be written", why=str(error), fix="numbers, strings, lists and mappings"
+        ) from None

@@ -1,0 +1,173 @@
+"""An adapter in files, as it is found: which format it is in, its rules, and where each tensor stands."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Set
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from surgery.adapter_files.entry import BARE, NAME, OLD, PEFT, SURGERY, VERSION, Entry, names_in, tensor_key
+from surgery.adapter_files.hub_download import download
+from surgery.adapter_files.model_origin import origin_of
+from surgery.adapter_files.plain_json import parse_json, read_json
+from surgery.adapter_files.tensor_files import TensorFile, open_tensors, put_away
+from surgery.authoring.rule import Rule
+from surgery.errors import LoadError, RuleError, SurgeryError
+from surgery.patterns.module_walk import RESERVED
+from surgery.peft_format.reading import read
+from surgery.planning.plan import Plan
+from surgery.weaving.recording import Step
+
+__all__ = ["Stored", "stored_adapter"]
+
+
+@dataclass(frozen=True)
+class Stored:
+    """An adapter in files, its tensors not yet read. `entry` is None for what follows from a rule's fields alone.
+
+    `unheld` are settings that no rule has a field for, `notes` what to know, `assumed` what the files were taken to
+    mean, `ignored` keys that change no result. `origin`: what the files say of the model that they were made for;
+    `vocabulary`: how many rows its embeddings had, where the model has another number.
+    """
+
+    rules: list[Rule]
+    file: TensorFile
+    entry: Callable[[Plan, Step, str], Entry | None]
+    problems: list[SurgeryError] = field(default_factory=list)
+    base: Any = None
+    metadata: Mapping[str, Any] = field(default_factory=dict)
+    licence: str | None = None
+    unheld: list[SurgeryError] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    ignored: tuple[str, ...] = ()
+    assumed: list[str] = field(default_factory=list)
+    origin: Mapping[str, Any] = field(default_factory=dict)
+    vocabulary: Set[int] = frozenset()
+
+
+def stored_adapter(
+    model: nn.Module,
+    source: str | Path | Stored,
+    subfolder: str | None,
+    revision: str | None,
+    config: Mapping[str, Any] | None = None,
+    component: str | None = None,
+) -> Stored:
+    """The adapter in a folder, a file, or a repository of the hub; `config` stands in for PEFT's beside the tensors.
+
+    `component`: whose, in a file of a pipeline's."""
+    if isinstance(source, Stored):
+        return source
+    place = Path(source)
+    try:
+        if not place.exists():
+            place = download(str(source), subfolder, revision)
+        elif subfolder:
+            place = place / subfolder
+        return _opened(model, place, config, component)
+    except LoadError:
+        raise
+    except SurgeryError as error:
+        error.where = error.where or str(source)
+        raise LoadError([error]) from error
+
+
+def _opened(model: nn.Module, place: Path, config: Mapping[str, Any] | None, component: str | None) -> Stored:
+    if place.is_dir():
+        names = names_in(place)
+        if names is None:
+            raise _no_adapter(place)
+    else:
+        settings = {SURGERY[0]: SURGERY[1], PEFT[0]: PEFT[1], OLD: PEFT[1]}.get(place.name)
+        names, place = (place.name, settings), place.parent
+    file = open_tensors(place / names[0])
+    told = _told(file)
+    settings = _settings(place, names[1], told) if config is None or names[0] == SURGERY[0] else dict(config)
+    if isinstance(settings, dict) and settings.get("format") == NAME:
+        return _of_surgery(settings, file)
+    found = read(model, settings, file, component)
+    extra = {"base": told.get("base"), "origin": origin_of(settings, told.get("base")), **_labels(told)}
+    told_by: dict[str, Any] = {
+        "unheld": found.unheld,
+        "notes": found.notes,
+        "ignored": found.ignored,
+        "assumed": found.assumed,
+    }
+    told_by["vocabulary"] = found.vocabulary
+    return Stored(found.rules, file, found.entry, found.problems, **told_by, **extra)
+
+
+def _no_adapter(place: Path) -> SurgeryError:
+    what = "there is no adapter in this folder"
+    inner = sorted(folder.name for folder in place.iterdir() if folder.is_dir() and names_in(folder))
+    if inner:
+        fix = f"load_adapter(…, subfolder={inner[0]!r}); load_adapters(model, folder) takes them all"
+        return SurgeryError(f"{what} itself", why=f"its subfolders hold {', '.join(inner[:8])}", fix=fix)
+    whole = place / "model.safetensors"
+    if whole.is_file() and any(f".{RESERVED}." in f".{key}" for key in open_tensors(whole).shapes):
+        why = f"its {whole.name} is a model's state dict: it has the tensors of adapters and not their rules"
+        fix = (
+            "apply the rules that they were trained with, then model.load_state_dict(tensors, strict=False); a Trainer "
+        )
+        fix += "with callbacks=[AdapterCheckpoints()] writes folders that load_adapter opens"
+        return SurgeryError(what, why=why, fix=fix)
+    return SurgeryError(what, why=f"it holds none of {', '.join((SURGERY[0], PEFT[0], OLD, *BARE))}")
+
+
+def _told(file: TensorFile) -> dict[str, Any]:
+    """What `save_adapter` wrote into the tensors' own file."""
+    if "surgery" not in file.metadata:
+        return {}
+    told = parse_json(file.metadata["surgery"], "the metadata of the tensors")
+    return told if isinstance(told, dict) else {}
+
+
+def _settings(place: Path, name: str | None, told: Mapping[str, Any]) -> Any:
+    """The settings beside the tensors; where a save was killed half-way, those in the tensors' file, or the old."""
+    if name is None:
+        return None
+    if (place / name).is_file():
+        return read_json(place / name)
+    if "settings" in told:
+        return told["settings"]
+    if (place / put_away(name)).is_file():
+        return read_json(place / put_away(name))
+    if name == SURGERY[1]:
+        raise SurgeryError(f"there is no {name} beside the tensors", fix="copy both files")
+    return None
+
+
+def _labels(told: Mapping[str, Any]) -> dict[str, Any]:
+    metadata, licence = told.get("metadata"), told.get("licence")
+    return {
+        "metadata": metadata if isinstance(metadata, dict) else {},
+        "licence": licence if isinstance(licence, str) else None,
+    }
+
+
+def _of_surgery(settings: Mapping[str, Any], file: TensorFile) -> Stored:
+    version, listed = settings.get("version"), settings.get("rules")
+    if type(version) is not int or version < 1:
+        raise SurgeryError(f"its version {version!r} is no version of the format")
+    if version > VERSION:
+        raise SurgeryError(f"it has version {version} of the format", why="a later release wrote it", fix="update")
+    rules, problems = list[Rule](), list[SurgeryError]()
+    for data in _rules_in(listed):
+        try:
+            rules.append(Rule.from_dict(data))
+        except SurgeryError as error:
+            problems.append(error)
+        except Exception as error:  # fields of any type may meet a rule's own checks
+            problems.append(RuleError(f"{str(data)[:200]} is no rule", why=f"{type(error).__name__}: {error}"))
+    entry: Any = lambda plan, step, name: Entry(tensor_key(step.path, name))  # noqa: E731
+    origin = origin_of({}, settings.get("base"))
+    return Stored(rules, file, entry, problems, settings.get("base"), origin=origin, **_labels(settings))
+
+
+def _rules_in(listed: Any) -> Iterator[Any]:
+    if not isinstance(listed, list) or not listed:
+        raise SurgeryError("its settings list no rules")
+    yield from listed

@@ -1,0 +1,269 @@
+"""Graphs of torch.fx as networkx graphs: of one graph, and of a whole call of a model with all its modules' paths."""
+
+from __future__ import annotations
+
+import inspect
+import operator
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from surgery.errors import SurgeryError, TraceError
+from surgery.structures.op_aliases import Held, NodeName, arguments_in, class_of, flat, is_node, spelled
+from surgery.tracing.example_call import arguments, outermost_calls
+from surgery.tracing.guards import check_call, check_parts, check_settings, require
+from surgery.tracing.recorder import Calls
+from surgery.tracing.trace import traced
+from surgery.tracing.verification import undone
+
+if TYPE_CHECKING:
+    import networkx
+
+__all__ = ["as_digraph", "graph_of"]
+
+
+def as_digraph(graph: fx.Graph | fx.GraphModule, module: nn.Module | None = None) -> networkx.DiGraph:
+    """A graph of torch.fx as a `networkx.DiGraph`: its nodes are the `fx.Node`s, edges go from values to their users.
+
+    >>> import torch
+    >>> from torch import fx
+    >>> from surgery import as_digraph
+    >>> digraph = as_digraph(fx.symbolic_trace(lambda x: torch.softmax(x, -1) @ x))
+    >>> [data["operation"] for _, data in digraph.nodes(data=True)]
+    ['placeholder', 'softmax', 'matmul', 'output']
+
+    Attributes of a node: `op` and `target` as in fx; `operation`, `operands` and `keywords`, the operation in one
+    spelling and what it is given; `path` and `type`, of the module that it calls; `shape` and `dtype` of the example,
+    where known (`trace`, `torch.export`, and `torch.fx.passes.shape_prop` note them), else None. Attribute of an edge:
+    `slots`, the positions of the operand. `module` is the one that a graph without an owner is of, as a rule's
+    `site.module` is for `site.graph`: its children are what the graph calls.
+    """
+    import networkx
+
+    inner = graph if isinstance(graph, fx.Graph) else getattr(graph, "graph", None)
+    if not isinstance(inner, fx.Graph):
+        raise SurgeryError(
+            f"a {type(graph).__name__} is no graph",
+            fix="pass trace(module, example_inputs), a graph of torch.fx, or graph_of(model, example_inputs)",
+        )
+    found = networkx.DiGraph()
+    owner = module or (graph if isinstance(graph, nn.Module) else inner.owning_module)
+    for node in inner.nodes:
+        module = _called(owner, node)
+        told = spelled(node.op, node.target, arguments_in(node), node.kwargs, module, _rank(node))
+        put(found, node, told, node, None if module is None else (str(node.target), class_of(module)))
+    return found
+
+
+def put(found: networkx.DiGraph, name: Any, told: Any, node: fx.Node, where: tuple[str, Any] | None) -> None:
+    """Add a node and the edges from its operands, all of which are there."""
+    shape, dtype = _example(node)
+    path, kind = where or (None, None)
+    found.add_node(
+        name, op=node.op, target=node.target, operation=told.operation, operands=told.operands,
+        keywords=told.keywords, path=path, type=kind, shape=shape, dtype=dtype,
+    )  # fmt: skip
+    slots: dict[Any, list[Any]] = {}
+    for slot, operand in (*enumerate(told.operands), *told.keywords.items()):
+        for item in flat(operand):
+            if is_node(item):
+                slots.setdefault(item, []).append(slot)
+    for source, given in slots.items():
+        found.add_edge(source, name, slots=tuple(given))
+
+
+def graph_of(model: nn.Module, example_inputs: Any) -> networkx.DiGraph:
+    """The whole call of a model as one `networkx.DiGraph`, through all modules that can be traced; for reading.
+
+    >>> import torch
+    >>> from torch import nn
+    >>> from surgery import graph_of
+    >>> graph = graph_of(nn.Sequential(nn.Linear(4, 8), nn.Sequential(nn.ReLU(), nn.Linear(8, 2))), torch.randn(3, 4))
+    >>> [(name, data["operation"], data["shape"]) for name, data in graph.nodes(data=True)][:3]
+    [('input_1', 'placeholder', (3, 4)), ('0', 'linear', (3, 8)), ('1.0', 'relu', (3, 8))]
+
+    Nodes are named by the path of the module they stand in and have the attributes of `as_digraph`; `path` and `type`
+    are those of that module. A layer of torch without children is one node. So is a module that can't be traced, with
+    the `reason`, and what is in it is not seen. Checks of the tracer and the packing of outputs are left out.
+    """
+    import networkx
+
+    args, kwargs = arguments(example_inputs)
+    found = _Flat(networkx.DiGraph())
+    with torch.no_grad():
+        found.whole(model, args, kwargs)
+    return found.graph
+
+
+class _Flat:
+    """A flat graph that is being put together from the graphs of modules."""
+
+    def __init__(self, graph: networkx.DiGraph):
+        self.graph = graph
+        self.counts: dict[str, int] = {}
+
+    def whole(self, model: nn.Module, args: tuple, kwargs: dict[str, Any], path: str = "") -> None:
+        """A module with inputs and an output of its own."""
+        calls: Calls = []
+        try:
+            made = traced(model, args, kwargs, calls, leaves=False)
+        except TraceError as error:
+            name = NodeName(self.unique(path or class_of(model).__name__))
+            self.graph.add_node(
+                name, op="call_module", target=path, operation=class_of(model).__name__, operands=(), keywords={},
+                path=path, type=class_of(model), shape=None, dtype=None, reason=_told(error),
+            )  # fmt: skip
+            self.beside(model, path, args, kwargs)
+        else:
+            self.inside(model, path, made.graph, calls, None)
+
+    def beside(self, module: nn.Module, path: str, args: tuple, kwargs: dict[str, Any]) -> None:
+        """The outermost modules that a refused one calls."""
+        with undone(module):
+            found = outermost_calls(module, args, kwargs)
+        for inner, child, given, named in found:
+            if _is_layer(child):
+                self.alone(child, _joined(path, inner), given)
+            else:
+                self.whole(child, given, named, _joined(path, inner))
+
+    def alone(self, layer: nn.Module, path: str, args: tuple) -> None:
+        """One node, and its inputs."""
+        graph, values = fx.Graph(), {}
+        for index, value in enumerate(args):
+            source = graph.placeholder(f"input_{index}")
+            source.meta |= {"shape": tuple(value.shape), "dtype": value.dtype} if isinstance(value, Tensor) else {}
+            values[source] = self.node(source, path, layer, values)
+        self.node(graph.call_module("layer", tuple(values)), path, layer, values, layer)
+
+    def inside(
+        self, module: nn.Module, path: str, graph: fx.Graph, calls: Calls, given: Mapping[str, Any] | None
+    ) -> Any:
+        """Put a module's graph in; `given` are its arguments by name. What it returns, in operands."""
+        values: dict[fx.Node, Any] = {}
+        children = {node: (child, args, kwargs) for node, child, args, kwargs in calls}
+        for node in graph.nodes:
+            if node.op == "placeholder" and given is not None:
+                values[node] = given.get(str(node.target).lstrip("*"))
+            elif node.op == "output" and given is not None:
+                return _mapped(node.args[0], values)
+            elif node in children:
+                values[node] = self.child(node, path, values, *children[node])
+            elif node.target in _LEFT_OUT:
+                values[node] = None
+            elif node.op == "get_attr" and node.target == "_surgery_self":
+                values[node] = Held(path or "(model)")
+            else:
+                packed, value = _unpacked(node, values)
+                values[node] = value if packed else self.node(node, path, module, values)
+        return None
+
+    def node(self, node: fx.Node, path: str, module: nn.Module, values: dict, called: nn.Module | None = None) -> Any:
+        args, kwargs = _mapped(arguments_in(node), values), _mapped(dict(node.kwargs), values)
+        target = node.target if called is None else path
+        told = spelled(node.op, target, args, kwargs, called, _rank(node))
+        if node.op == "get_attr":
+            name = _joined(path, str(node.target))
+            if name in self.graph:  # one parameter is one node, however often it is read
+                return NodeName(name)
+        name = NodeName(self.unique(path if called is not None else _joined(path, node.name)))
+        put(self.graph, name, told, node, (path, class_of(called or module)))
+        return name
+
+    def child(self, node: fx.Node, path: str, values: dict, child: nn.Module, args: tuple, kwargs: dict) -> Any:
+        inner = _joined(path, str(node.target))
+        if _is_layer(child):
+            return self.node(node, inner, child, values, child)
+        calls: Calls = []
+        try:
+            made = traced(child, args, kwargs, calls, leaves=False)
+        except TraceError as error:
+            name = self.node(node, inner, child, values, child)
+            self.graph.nodes[name]["reason"] = _told(error)
+            self.beside(child, inner, args, kwargs)
+            return name
+        signature = inspect.signature(class_of(child).forward)
+        given = signature.bind(None, *_mapped(node.args, values), **_mapped(dict(node.kwargs), values))
+        given.apply_defaults()
+        return self.inside(child, inner, made.graph, calls, given.arguments)
+
+    def unique(self, name: str) -> str:
+        self.counts[name] = count = self.counts.get(name, 0) + 1
+        return name if count == 1 and name not in self.graph else f"{name}#{count}"
+
+
+def _is_layer(module: nn.Module) -> bool:
+    return class_of(module).__module__.startswith("torch.nn.") and not module._modules.keys() - {"adapters"}
+
+
+def _unpacked(node: fx.Node, values: dict[fx.Node, Any]) -> tuple[bool, Any]:
+    """Whether a node only packs values or takes one out of a pack, and what it gives then."""
+    if node.op != "call_function":
+        return False, None
+    if isinstance(node.target, type) and hasattr(node.target, "__dataclass_fields__"):
+        return True, _mapped(dict(node.kwargs), values)
+    if isinstance(node.target, type) and hasattr(node.target, "_fields"):
+        return True, _mapped(tuple(node.args), values)
+    if node.target in (operator.getitem, getattr) and isinstance(node.args[0], fx.Node):
+        owner, key = values.get(node.args[0]), node.args[1]
+        if isinstance(owner, dict) and isinstance(key, int):
+            owner = tuple(owner.values())
+        try:
+            if isinstance(owner, (tuple, list, dict)):
+                return True, owner[key]  # type: ignore[index, call-overload]
+        except (LookupError, TypeError):
+            pass
+    return False, None
+
+
+def _mapped(value: Any, values: Mapping[fx.Node, Any]) -> Any:
+    """Arguments with the values of nodes in their places."""
+    if isinstance(value, fx.Node):
+        return values[value]
+    if isinstance(value, (tuple, list)):
+        return tuple(_mapped(item, values) for item in value)
+    if isinstance(value, dict):
+        return {key: _mapped(item, values) for key, item in value.items()}
+    if isinstance(value, slice):
+        return slice(*(_mapped(item, values) for item in (value.start, value.stop, value.step)))
+    return value
+
+
+def _called(owner: nn.Module | None, node: fx.Node) -> nn.Module | None:
+    if node.op != "call_module" or owner is None:
+        return None
+    try:
+        return owner.get_submodule(str(node.target))
+    except AttributeError:  # the graph was taken from its module
+        return None
+
+
+def _rank(node: fx.Node) -> int | None:
+    args = node.args[2:] if "called" in node.meta else node.args
+    source = args[0] if args else node.kwargs.get("input")
+    shape = _example(source)[0] if isinstance(source, fx.Node) else None
+    return None if shape is None else len(shape)
+
+
+def _example(node: fx.Node) -> tuple[tuple[Any, ...] | None, torch.dtype | None]:
+    meta = node.meta
+    if "shape" in meta:
+        return meta["shape"], meta.get("dtype")
+    for key in ("tensor_meta", "val", "example_value"):
+        value: Any = meta.get(key)
+        if isinstance(getattr(value, "dtype", None), torch.dtype):
+            return tuple(value.shape), value.dtype
+    return None, None
+
+
+def _joined(path: str, name: str) -> str:
+    return f"{path}.{name}" if path else name
+
+
+def _told(error: TraceError) -> str:
+    return f"{error.why or error.what}" + (f" ({error.where})" if error.where else "")
+
+
+_LEFT_OUT: frozenset[Callable[..., Any]] = frozenset({check_call, check_parts, check_settings, require})

@@ -1,0 +1,90 @@
+"""What a match passes over between its operations (dropout, detach), and what of it a rewrite leaves out unasked."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import fx, nn
+
+from surgery.forward.tape import Tape, refs_in
+from surgery.structures.op_aliases import arguments_in, spelled
+
+__all__ = ["Passage", "left_out"]
+
+
+@dataclass(eq=False)
+class Passage:
+    """What one match passes over, and whether the rule asked for it (`Occurrence.passed`)."""
+
+    root: fx.Node
+    nodes: tuple[fx.Node, ...]
+    asked: bool = False
+
+
+def left_out(passages: Sequence[Passage], graph: fx.Graph, module: nn.Module, tape: Tape) -> Iterator[tuple[str, str]]:
+    """The operations that no longer reach the forward's output: their kind, and a sentence with their place.
+
+    Casts are not among them: a value that is replaced keeps its dtype.
+    """
+    unasked = [passage for passage in passages if not passage.asked and passage.nodes]
+    replaced = {ref.key for ref in tape.replaced() if ref.kind in ("inside", "output")}
+    if not unasked or not replaced:
+        return
+    before, after = _reaching(graph, None), _reaching(graph, tape)
+    for passage in unasked:
+        for node in passage.nodes:
+            kind = _changing(node, module)
+            if kind and node in before and node not in after:
+                yield (
+                    kind,
+                    f"what it puts in the place of {passage.root} leaves out {node}, a {kind} inside of the match",
+                )
+
+
+def _changing(node: fx.Node, module: nn.Module) -> str | None:
+    """The kind of an operation that changes values or gradients; None for others, and for dropout with p = 0."""
+    child = module.get_submodule(str(node.target)) if node.op == "call_module" else None
+    kind = spelled(node.op, node.target, arguments_in(node), node.kwargs, child).operation
+    if kind == "dropout":
+        given = node.args[2:] if getattr(node.target, "__name__", "") == "in_region" else node.args
+        chance: Any = given[1] if len(given) > 1 else node.kwargs.get("p", 0.5)
+        return None if (chance if child is None else getattr(child, "p", 0.5)) == 0 else kind
+    return kind if kind == "detach" else None
+
+
+def _reaching(graph: fx.Graph, tape: Tape | None) -> set[fx.Node]:
+    """The nodes whose own results reach the output, through what a tape puts in the place of values."""
+    below: dict[Any, list[Any]] = {}  # what a value is made from: ("made", node), ("now", node), ("op", step)
+    inputs = {str(node.target).lstrip("*"): node for node in graph.nodes if node.op == "placeholder"}
+    named = {node.name: node for node in graph.nodes}
+    for node in graph.nodes:
+        below["now", node] = [("made", node)]
+        below["made", node] = [("now", source) for source in node.all_input_nodes]
+    output = graph.output_node()
+    for index, step in enumerate(tape.steps if tape is not None else ()):
+        refs = [*refs_in(step.args), *refs_in(step.kwargs)]
+        values: list[Any] = []
+        for ref in refs[1:] if step.kind == "replace" else refs:
+            node = {"output": output, "base": output}.get(ref.kind) or named.get(ref.key) or inputs.get(str(ref.key))
+            values += [("op", ref.key)] if ref.kind == "op" else [("made", node), ("now", node)] if node else []
+        if step.kind != "replace":
+            below["op", index] = values
+            continue
+        old = refs[0]
+        node = output if old.kind == "output" else named.get(old.key)
+        users = [named[ref.key] for ref in step.kwargs if ref.key in named] if step.kwargs else []
+        for user in users:
+            below["made", user] = [*below["made", user], *values]
+        if node is not None and not users:
+            # A value computed from the old one still needs what made that; nothing else does.
+            below["now", node] = [value for value in values if value != ("now", node)]
+    seen: set[Any] = set()
+    waiting: list[Any] = [("now", output)]
+    while waiting:
+        value = waiting.pop()
+        if value not in seen:
+            seen.add(value)
+            waiting += below.get(value, ())
+    return {node for kind, node in seen if kind == "made"}

@@ -1,0 +1,1 @@
+"""What transformers' own code expects of a model that carries adapters."""

@@ -1,0 +1,266 @@
+"""transformers' `resize_token_embeddings` on a rewritten model: adapters of the embedding and the head grow along."""
+
+from __future__ import annotations
+
+import copy
+from collections import OrderedDict
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from surgery.authoring.hook_call import running
+from surgery.authoring.live_site import LiveSite
+from surgery.authoring.site import ParamSpec
+from surgery.errors import SurgeryError
+from surgery.forward.own_forward import own_forward
+from surgery.forward.parameter_view import tensor_at
+from surgery.forward.tape import Layer
+from surgery.model_record.moved_sites import move_record
+from surgery.model_record.verb_root import rewritten
+from surgery.patterns.module_walk import RESERVED
+from surgery.state.adapter_tensors import box_of, tensors_of
+from surgery.state.in_use import check_free
+from surgery.state.records import Applied, SiteState, model_state, site_state
+from surgery.transaction.undo_log import Journal
+from surgery.weaving.recording import recorded
+from surgery.weaving.site_class import install_live
+
+__all__ = ["follow_resizing", "leave_resizing"]
+
+_NAME = "resize_token_embeddings"
+_KINDS = ("get_input_embeddings", "get_output_embeddings")
+
+
+def follow_resizing(part: nn.Module, root: nn.Module, journal: Journal) -> None:
+    """Have a model of transformers tell its rules of a new vocabulary; `root`: the model that they were applied to."""
+    if hasattr(type(part), _NAME) and _NAME not in part.__dict__:
+        journal.keep(part.__dict__)
+        part.__dict__[_NAME] = _Resizing(part, root)
+
+
+def leave_resizing(part: nn.Module, journal: Journal) -> None:
+    if isinstance(part.__dict__.get(_NAME), _Resizing):
+        journal.keep(part.__dict__)
+        del part.__dict__[_NAME]
+
+
+class _Resizing:
+    """The model's own method, and what it means for the rules.
+
+    All that can go wrong is tried before, on copies of the embedding and the head: rules for which a larger module
+    would be another function for the old tokens (LoKr, whose factors divide its size) refuse.
+    """
+
+    def __init__(self, part: nn.Module, root: nn.Module):
+        self.part, self.root = part, root
+
+    def __call__(self, new_num_tokens: int | None = None, *args: Any, **kwargs: Any) -> Any:
+        part, method = self.part, getattr(type(self.part), _NAME)
+        state = model_state(self.root)
+        before = {name: module for name in _KINDS if (module := _asked(part, name)) is not None}
+        on = {id(module): module for module in before.values() if site_state(module) is not None}
+        size = _size(before.get(_KINDS[0]), new_num_tokens, *args, **kwargs)
+        if state is None or size is None:
+            return method(part, new_num_tokens, *args, **kwargs)
+        rewritten(self.root)
+        self._check_ways(before)
+        if not on:
+            return method(part, new_num_tokens, *args, **kwargs)
+        check_free(self.root)
+        for module in on.values():
+            _try(module, size)
+        flags = [(tensor, tensor.requires_grad) for module in on.values() for tensor in _adapters(module)]
+        result = method(part, new_num_tokens, *args, **kwargs)
+        with Journal() as journal:
+            for name, old in before.items():
+                new = _asked(part, name)
+                if new is not None and new is not old and id(old) in on and site_state(old) is not None:
+                    move_record(state, old, new, journal)
+                    if (box := old._modules.pop(RESERVED, None)) is not None:
+                        new._modules[RESERVED] = box
+            for module in {id(m): m for name in before if (m := _asked(part, name)) is not None}.values():
+                if site_state(module) is not None:
+                    _grow(module)
+                    install_live(module, journal)
+        for tensor, flag in flags:
+            tensor.requires_grad_(flag)
+        return result
+
+    def _check_ways(self, before: dict[str, nn.Module]) -> None:
+        """Other modules that hold the embedding's weight are given another, or others take their place."""
+        weights = {id(module._parameters.get("weight")) for module in before.values()}
+        known = {id(module) for module in before.values()}
+        for module in state.sites() if (state := model_state(self.root)) is not None else ():
+            if id(module) not in known and id(module._parameters.get("weight", module)) in weights:
+                site = site_state(module)
+                raise SurgeryError(
+                    "the vocabulary can't be resized under these rules",
+                    where=site.path if site is not None else None,
+                    why="the module has the embedding's weight, and transformers puts another in its place",
+                    fix="resize before rules are applied",
+                )
+
+
+def _asked(part: Any, name: str) -> nn.Module | None:
+    try:
+        found = getattr(part, name)()
+    except (AttributeError, NotImplementedError):
+        return None
+    return found if isinstance(found, nn.Module) else None
+
+
+def _size(
+    embedding: nn.Module | None, new: Any = None, pad_to_multiple_of: int | None = None, *_: Any, **__: Any
+) -> Any:
+    """The number of tokens after the call; None where nothing is to be done."""
+    if embedding is None or (new is None and pad_to_multiple_of is None):
+        return None
+    size = tensor_at(embedding, "weight").shape[0] if new is None else new
+    return size if pad_to_multiple_of is None else -(-size // pad_to_multiple_of) * pad_to_multiple_of
+
+
+def _adapters(module: nn.Module) -> Iterator[nn.Parameter]:
+    held = module._modules.get(RESERVED)
+    if held is not None:
+        yield from held.parameters()
+
+
+# Growing ------------------------------------------------------------------------------------------------------
+
+
+def _grow(module: nn.Module) -> None:
+    """Record a site's rules anew on the module as it is now, and give their tensors its sizes: what was trained stays,
+    what is new starts as it does where rules are applied."""
+    site = site_state(module)
+    assert site is not None
+    own = own_forward(module, site.base)
+    for applied in site.applied:
+        made = recorded(applied.rule, module, site.path, applied.adapter, own, facts=applied.facts)
+        old = tensors_of(module, applied.adapter)
+        grown = [spec for spec in made.specs if spec.shape != tuple(old[spec.name].shape)]
+        started = _started(module, site, applied, made.specs) if grown else {}
+        for spec in grown:
+            tensor, new = old[spec.name], started[spec.name].to(old[spec.name].dtype)
+            region = tuple(slice(min(a, b)) for a, b in zip(tensor.shape, new.shape, strict=True))
+            new[region] = tensor.detach()[region]
+            tensor.data, tensor.grad = new, None
+        applied.layer = Layer(applied.adapter, applied.rule.label, made.tape)
+
+
+def _started(module: nn.Module, site: SiteState, applied: Applied, specs: tuple[ParamSpec, ...]) -> dict[str, Tensor]:
+    """An adapter's tensors at a site as its rule starts them."""
+    device = next((tensor.device for tensor in tensors_of(module, applied.adapter).values()), None)
+    made = {spec.name: torch.empty(spec.shape, dtype=spec.dtype, device=device) for spec in specs}
+    with torch.no_grad(), torch.random.fork_rng(devices=[]):
+        for spec in specs:
+            spec.fill(made[spec.name])
+        live = LiveSite(module, site.path, applied.adapter, made, lambda name, _: tensor_at(module, name))
+        with running(applied.rule, "initialise", site.path):
+            applied.rule.initialise(live)
+    return made
+
+
+# Trying -------------------------------------------------------------------------------------------------------
+
+
+def _try(module: nn.Module, size: int) -> None:
+    """`SurgeryError` where a rule can't follow a module to another number of tokens."""
+    site = site_state(module)
+    assert site is not None
+    for applied in site.applied:
+        why = None
+        if site.merged is not None:
+            raise SurgeryError("the model is merged", where=site.path, fix="unmerge(model) first")
+        if applied.changed:
+            why = "it changed the weight at its start, and the record of that holds for its size"
+        elif problem := applied.rule.check(_resized(module, size), site.path):
+            why = problem
+        if why:
+            raise _cannot(applied, site, why)
+    small, large = _copied(module), _resized(module, size)
+    for applied in site.applied:
+        try:
+            _grow_trial(large, applied)
+            same = all(_alike(a, b) for a, b in zip(*_outputs(applied, small, large), strict=True))
+        except SurgeryError as error:
+            raise _cannot(applied, site, error.why or error.what) from error
+        except (RuntimeError, IndexError, AssertionError) as error:
+            raise _cannot(applied, site, f"{type(error).__name__}: {error}"[:200]) from error
+        if not same:
+            raise _cannot(applied, site, "its tensors do something else to the old tokens in another number of them")
+
+
+def _cannot(applied: Applied, site: SiteState, why: str) -> SurgeryError:
+    return SurgeryError(
+        f"{applied.rule.label} [{applied.adapter}] can't follow to another vocabulary",
+        where=site.path,
+        why=why,
+        fix="resize before rules are applied, or remove this adapter first",
+    )
+
+
+def _grow_trial(large: nn.Module, applied: Applied) -> None:
+    before = {name: tuple(tensor.shape) for name, tensor in tensors_of(large, applied.adapter).items()}
+    _grow(large)
+    box = box_of(large, applied.adapter)
+    fixed = box._buffers if box is not None else {}
+    for name, tensor in tensors_of(large, applied.adapter).items():
+        if name in fixed and tuple(tensor.shape) != before[name]:
+            raise SurgeryError(f"{name} is drawn anew for another size")
+
+
+def _outputs(applied: Applied, *modules: nn.Module) -> list[list[Tensor]]:
+    """What the modules give with one adapter alone."""
+    found = []
+    for module in modules:
+        site = site_state(module)
+        assert site is not None
+        for one in site.applied:
+            one.standing = copy.copy(one.standing)
+            one.standing.live, one.standing.weight = one.adapter == applied.adapter, 1.0
+        install_live(module, None)
+        weight = tensor_at(module, "weight")
+        with torch.no_grad(), torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            if isinstance(module, nn.Embedding):
+                rows = min(tensor_at(other, "weight").shape[0] for other in modules)
+                x = torch.randint(rows, (1, 64)).to(weight.device)
+            else:
+                x = torch.randn(4, weight.shape[1]).to(weight)
+            found.append([module.eval()(x)])
+    return found
+
+
+def _alike(small: Tensor, large: Tensor) -> bool:
+    width = min(small.shape[-1], large.shape[-1])
+    slack = 1e-4 if small.dtype in (torch.float32, torch.float64) else 1e-1
+    return torch.allclose(small[..., :width].float(), large[..., :width].float(), rtol=slack, atol=slack)
+
+
+def _copied(module: nn.Module) -> nn.Module:
+    """A copy by itself that shares the module's own tensors."""
+    bare = copy.copy(module)
+    for name in [name for name in bare.__dict__ if name.endswith("_hooks")]:
+        bare.__dict__[name] = OrderedDict()  # one may hold the whole model
+    own = {id(tensor): tensor for tensor in module._parameters.values() if tensor is not None}
+    with torch.no_grad():
+        return copy.deepcopy(bare, dict(own))
+
+
+def _resized(module: nn.Module, size: int) -> nn.Module:
+    """A copy with another number of tokens; what the new ones have is random, so that it shows where it gets to."""
+    made: Any = _copied(module)
+    draw = torch.Generator().manual_seed(0)
+    made._parameters = dict(made._parameters)
+    for name, tensor in made._parameters.items():
+        if tensor is not None:
+            new = torch.randn((size, *tensor.shape[1:]), generator=draw).to(tensor.device, tensor.dtype)
+            few = min(size, tensor.shape[0])
+            new[:few] = tensor.detach()[:few]
+            made._parameters[name] = nn.Parameter(new, requires_grad=False)
+    for name in ("num_embeddings", "out_features"):
+        if hasattr(made, name):
+            setattr(made, name, size)
+    return made

@@ -1,0 +1,362 @@
+"""A graph becomes a class, and the class is given to the module. The way back is the module's own class.
+
+The generated class is a subclass of the module's own, of the same name, whose `forward` is the source written from
+the woven graph. It is shared by all sites whose base and edits are equal, and rebuilt from its source when a module
+is unpickled.
+"""
+
+from __future__ import annotations
+
+import copyreg
+import importlib
+import inspect
+import itertools
+import linecache
+import types
+import weakref
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import fx, nn
+
+from surgery.arithmetic.sharded_tensors import refuse_split, sharding_of
+from surgery.forward.own_forward import Own
+from surgery.forward.tape import Layer
+from surgery.patterns.pattern import qualified_name
+from surgery.state.records import site_state
+from surgery.transaction.gradient_flags import lazy_in
+from surgery.weaving.deferred_class import Unwritten, independent, settled, writing_forward
+from surgery.weaving.error_hints import hint_on
+from surgery.weaving.quantised_later import quantised_later
+from surgery.weaving.weave import woven
+
+__all__ = [
+    "BOUND",
+    "Recipe",
+    "body_of",
+    "class_from",
+    "generated_class",
+    "reason_against",
+    "recipe_of",
+    "signature_source",
+    "swap",
+    "told",
+]
+
+
+@dataclass(frozen=True, eq=False)
+class Recipe:
+    """What a generated class is made of: its base, its source, and the names the source uses."""
+
+    base: type[nn.Module]
+    source: str
+    names: dict[str, Any] = field(repr=False)
+    label: str = ""
+
+    def __deepcopy__(self, memo: dict) -> Recipe:
+        return self
+
+    def __reduce__(self):
+        return _recipe, (
+            self.base,
+            self.source,
+            {name: _by_name(value) for name, value in self.names.items()},
+            self.label,
+        )
+
+
+def generated_class(own: Own, layers: Sequence[Layer]) -> type[nn.Module]:
+    """The class whose forward is the base's own with these layers' edits; the same class for equal ones."""
+    key = (own.key, tuple(layers))
+    found = _classes.get(key)
+    if found is None:
+        later = len(layers) > AT_ONCE and independent({layer.tape for layer in layers})
+        found = _class_later(own, key[1]) if later else class_from(_written(own, layers))
+        _classes[key] = found
+    return found
+
+
+def _class_later(own: Own, layers: tuple[Layer, ...]) -> type[nn.Module]:
+    """A class that is written at its first call; that each of its layers can be written is tried now."""
+    key = own.key
+    for layer in [layer for layer in layers if key not in layer.tape.written]:
+        class_from(_written(own, (layer,)))
+    of: list[type[nn.Module]] = []
+    recipe = Unwritten(lambda cls: _write(cls, own, layers))
+    of.append(_class_of(own.base, writing_forward(own.signature, told, of), recipe))
+    return of[0]
+
+
+def _write(cls: type[nn.Module], own: Own, layers: tuple[Layer, ...]) -> None:
+    recipe = _written(own, layers)
+    cls._surgery_written, filename = _forward_of(recipe)  # type: ignore[assignment]
+    cls._surgery_recipe = recipe  # type: ignore[assignment]
+    weakref.finalize(cls, linecache.cache.pop, filename, None)
+
+
+def recipe_of(cls: type[nn.Module]) -> Recipe | None:
+    """What a generated class is made of; None for any other."""
+    return vars(settled(cls)).get("_surgery_recipe")
+
+
+def swap(module: nn.Module, cls: type[nn.Module]) -> None:
+    """Give a module another class, and let forwards bound on the instance follow."""
+    before = type(module)
+    _set_class(module, "__class__", cls)
+    for name in BOUND & module.__dict__.keys():
+        if _is_bound(module.__dict__[name], module, before):
+            module.__dict__[name] = types.MethodType(cls.forward, module)
+
+
+def reason_against(module: nn.Module) -> tuple[str, str] | None:
+    """Why a new class would not be seen or can't be given (why, what to do), or None."""
+    cls = type(module)
+    if isinstance(module, nn.modules.lazy.LazyModuleMixin) and module.has_uninitialized_params():  # type: ignore[misc]
+        names = ", ".join(lazy_in(module))
+        return f"its {names} has no shape before its first call", "run one batch through the model first: model(batch)"
+    if isinstance(module, torch.jit.ScriptModule):
+        return "it is a TorchScript module, compiled already", "apply rules before torch.jit"
+    if "parametrizations" in module._modules:
+        names = ", ".join(module._modules["parametrizations"]._modules)  # type: ignore[union-attr]
+        return (
+            f"its {names} is parametrized",
+            "torch.nn.utils.parametrize.remove_parametrizations first, add it again after",
+        )
+    forward = module.__dict__.get("forward")
+    if forward is not None and not _is_bound(forward, module, cls):
+        if not _is_bound(module.__dict__.get("_old_forward"), module, cls):
+            return (
+                f"a forward was set on the instance ({getattr(forward, '__qualname__', forward)!s})",
+                "apply rules before whatever replaces forward (kernels, hooks)",
+            )
+    if cls is nn.Module:
+        return (
+            "it only holds what is in it, and is never called",
+            "target what is in it; layers of a graph of torch.export are made anew by with_layers(model)",
+        )
+    if isinstance(module, (nn.Sequential, nn.ModuleList, nn.ModuleDict)):
+        return f"a {cls.__name__} iterates over its children, adapters included", "target its children, or its parent"
+    state = site_state(module)
+    if state is not None and cls is not state.base and "_surgery_recipe" not in vars(cls):
+        return f"another class was put on top of it: {qualified_name(cls)}", "undo that first"
+    if state is None and "_surgery_recipe" in vars(cls):
+        return "it is a rewritten module whose record is lost", "copy modules with copy.deepcopy"
+    for hook in module._forward_pre_hooks.values():
+        if type(hook).__module__.startswith("torch.nn.utils."):  # weight_norm, spectral_norm, pruning
+            return (
+                f"a {type(hook).__name__} hook recomputes its weight before each call",
+                "take it off first: torch.nn.utils.remove_weight_norm, remove_spectral_norm, or prune.remove",
+            )
+    if "_hf_hook" in module.__dict__ and any(tensor.is_meta for tensor in module.parameters()):
+        return (
+            "accelerate has offloaded its weights, which are absent between calls",
+            "load the model without offloading",
+        )
+    return sharding_of(module)
+
+
+def _is_bound(bound: Any, module: nn.Module, cls: type) -> bool:
+    return isinstance(bound, types.MethodType) and bound.__self__ is module and bound.__func__ is cls.forward
+
+
+# Writing the source -----------------------------------------------------------------------------------------
+
+
+def _written(own: Own, layers: Sequence[Layer]) -> Recipe:
+    alike = own.tapes is None or own.tapes[0] is own.tapes[1]
+    alike = alike and not any(layer.tape.by_mode for layer in layers)
+    bodies, names = [], {}
+    for training in (False,) if alike else (False, True):
+        lines, found = body_of(woven(own, layers, training))
+        bodies.append(lines)
+        names.update(found)
+    signature, defaults = signature_source(own.signature)
+    names.update(defaults, _surgery_told=told)
+    lines = [f"def forward({signature}):", "    try:"]
+    if alike or bodies[0] == bodies[1]:
+        lines += ["        " + line for line in bodies[0]]
+    else:
+        lines += ["        if self.training:", *("            " + line for line in bodies[1])]
+        lines += ["        else:", *("            " + line for line in bodies[0])]
+    lines += ["    except Exception as error:", "        raise _surgery_told(error, self)"]
+    label = f"{own.base.__name__} + " + ", ".join(f"{layer.label} [{layer.adapter}]" for layer in layers)
+    for layer in layers:
+        layer.tape.written.add(own.key)
+    return Recipe(own.base, "\n".join(lines) + "\n", names, label)
+
+
+def body_of(graph: fx.Graph) -> tuple[list[str], dict[str, Any]]:
+    """The statements of a graph's code, with the rule that each one comes from."""
+    code = graph.python_code("self")
+    lines = code.src.rstrip().split("\n")
+    start = next(i for i, line in enumerate(lines) if line.startswith("def forward(")) + 1
+    origins = {node.name: node.meta.get("surgery", "") for node in graph.nodes}
+    body = []
+    for line in lines[start:]:
+        text = line.removeprefix("    ")
+        origin = origins.get(text.partition(" = ")[0].partition(":")[0].strip(), "")
+        body.append(f"{text}  # {origin}" if origin else text)
+    return [line for line in body if line.strip()], dict(code.globals)
+
+
+def signature_source(signature: inspect.Signature) -> tuple[str, dict[str, Any]]:
+    defaults = {}
+    parameters = [inspect.Parameter("self", inspect.Parameter.POSITIONAL_ONLY)]
+    for parameter in signature.parameters.values():
+        kind = parameter.kind
+        if kind is parameter.POSITIONAL_ONLY:
+            kind = parameter.POSITIONAL_OR_KEYWORD
+        default = parameter.default
+        if default is not parameter.empty and not isinstance(default, (int, float, str, bool, type(None))):
+            defaults[f"_surgery_default_{parameter.name}"] = default
+            default = _Name(f"_surgery_default_{parameter.name}")
+        parameters.append(inspect.Parameter(parameter.name, kind, default=default))
+    if all(p.kind is not inspect.Parameter.POSITIONAL_ONLY for p in parameters[1:]):
+        parameters[0] = parameters[0].replace(kind=inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    return str(inspect.Signature(parameters))[1:-1], defaults
+
+
+class _Name:
+    def __init__(self, name: str):
+        self.name = name
+
+    def __repr__(self) -> str:
+        return self.name
+
+
+# Making the class -------------------------------------------------------------------------------------------
+
+
+def class_from(recipe: Recipe) -> type[nn.Module]:
+    # What the names of a source mean is known by them, but for modules that stand in it
+    # (`surgery.authoring.module_skeleton`).
+    skeletons = [value for value in recipe.names.values() if getattr(value, "keeps_dtype", False)]
+    key = (recipe.base, recipe.source, *skeletons)
+    found = _by_source.get(key)
+    if found is not None:
+        return found
+    forward, filename = _forward_of(recipe)
+    cls = _by_source[key] = _class_of(recipe.base, forward, recipe)
+    weakref.finalize(cls, linecache.cache.pop, filename, None)
+    return cls
+
+
+def _class_of(base: type[nn.Module], forward: Any, recipe: Recipe | Unwritten) -> type[nn.Module]:
+    metaclass: Any = type(base)
+    names = {
+        "forward": forward,
+        "__module__": base.__module__,
+        "__qualname__": base.__qualname__,
+        "__doc__": base.__doc__,
+        "__reduce_ex__": _reduce_ex,
+        "register_parameter": _register_parameter,
+        "_surgery_base": base,
+        "_surgery_recipe": recipe,
+        "_surgery_self": property(lambda self: self),
+    }
+    return metaclass(base.__name__, (base,), names)
+
+
+def _forward_of(recipe: Recipe) -> tuple[Any, str]:
+    """The forward of a source, and the name under which its lines are known."""
+    filename = f"<surgery {next(_numbers)}: {recipe.label}>"
+    space = dict(recipe.names)
+    exec(compile(recipe.source, filename, "exec"), space)
+    linecache.cache[filename] = (len(recipe.source), None, recipe.source.splitlines(True), filename)
+    forward, base = space["forward"], recipe.base
+    forward.__module__, forward.__qualname__ = base.__module__, f"{base.__qualname__}.forward"
+    forward.__doc__ = base.forward.__doc__
+    return forward, filename
+
+
+def told(error: Exception, module: nn.Module) -> Exception:
+    """The error, with a note that says at which site and under which rules it came up."""
+    state = site_state(module)
+    if state is not None:
+        if (meant := quantised_later(module, state, error)) is not None:
+            meant.__cause__ = error
+            return meant
+        hint = None if getattr(error, "__notes__", []) else hint_on(error, module)
+        rules = ", ".join(f"{applied.rule.label} [{applied.adapter}]" for applied in state.applied)
+        error.add_note(
+            f"at the site {state.path or '(the model itself)'}, a {type(module).__name__} rewritten by {rules}"
+        )
+        if hint:
+            error.add_note(hint)
+    return error
+
+
+def _register_parameter(self: Any, name: str, param: nn.Parameter | None) -> None:
+    refuse_split(self, name, param)
+    type(self)._surgery_base.register_parameter(self, name, param)
+
+
+def _reduce_ex(self: nn.Module, protocol: Any) -> Any:
+    cls = type(self)
+    recipe = recipe_of(cls)
+    made = self._surgery_base.__reduce_ex__(self, protocol)  # type: ignore[union-attr, arg-type, operator]
+    if recipe is None or not isinstance(made, tuple):
+        return made
+    function, args, *rest = made
+    if function is copyreg.__newobj__ and args[0] is cls:  # type: ignore[attr-defined]
+        return (revived, (recipe, *args[1:]), *rest)
+    if function is copyreg._reconstructor and args[0] is cls:  # type: ignore[attr-defined]
+        return (revived, (recipe,), *rest)
+    return made
+
+
+def revived(recipe: Recipe, *args: Any) -> nn.Module:
+    cls = class_from(recipe)
+    return cls.__new__(cls, *args)
+
+
+def _recipe(base: type[nn.Module], source: str, names: dict[str, Any], label: str) -> Recipe:
+    return Recipe(
+        base,
+        source,
+        {name: value() if isinstance(value, _Reference) else value for name, value in names.items()},
+        label,
+    )
+
+
+@dataclass(frozen=True)
+class _Reference:
+    """A module, function or class by the name it is imported under."""
+
+    module: str
+    attribute: str = ""
+
+    def __call__(self) -> Any:
+        found = importlib.import_module(self.module)
+        for part in filter(None, self.attribute.split(".")):
+            found = getattr(found, part)
+        return found
+
+
+def _by_name(value: Any) -> Any:
+    if isinstance(value, types.ModuleType):
+        return _Reference(value.__name__)
+    module, name = getattr(value, "__module__", None), getattr(value, "__qualname__", getattr(value, "__name__", None))
+    if not isinstance(name, str):
+        return value
+    for candidate in (
+        _Reference(module or "builtins", name),
+        _Reference("torch._C._nn", name),
+        _Reference("torch", name),
+    ):
+        try:
+            if candidate() is value:
+                return candidate
+        except (ImportError, AttributeError, ValueError):
+            continue
+    return value
+
+
+AT_ONCE = 8  # rules on one site whose forward is written as soon as they are there
+BOUND = frozenset({"forward", "_old_forward"})
+_set_class = object.__setattr__  # nn.Module's own looks for tensors first, and takes twenty times as long
+_numbers = itertools.count(1)
+_classes: weakref.WeakValueDictionary[tuple, type[nn.Module]] = weakref.WeakValueDictionary()
+_by_source: weakref.WeakValueDictionary[tuple, type[nn.Module]] = weakref.WeakValueDictionary()
