@@ -220,7 +220,7 @@ def rule_lengths(source: str) -> list[int]:
 @pytest.fixture(autouse=True)
 def restored() -> Iterator[None]:
     """What the pages' code changes for the whole process: the random state, and rules by name."""
-    from surgery import rule_names
+    from surgery.authoring import rule_names
 
     registry = rule_names._classes
     before, state = dict(registry), torch.get_rng_state()

@@ -47,7 +47,7 @@ def test_all_names_of_a_lazy_package_are_listed_once_and_there(stub: Path) -> No
 
 
 # A file imports from its own package and from those before it in this list.
-ORDER = (
+ORDER: list[str] = (
     "errors text_table transaction arithmetic patterns forward tracing structures authoring state weaving model_record "
     "transformers_hooks planning merging lifecycle inspection routing adapter_files peft_format storage trainer "
     "testing peft onnx.runtime onnx.conversion onnx.calls onnx.graph onnx.checking onnx.export"

@@ -26,7 +26,8 @@ from transformers.models.llama import modeling_llama
 from transformers.models.t5 import modeling_t5
 from transformers.models.vit import modeling_vit
 
-from surgery import Rule, apply_rules, plan_rules, remove, rule_names, rules_from_json, rules_to_json
+from surgery import Rule, apply_rules, plan_rules, remove, rules_from_json, rules_to_json
+from surgery.authoring import rule_names
 from surgery.testing import assert_reversible
 from tests.sampling import sample
 from tests.test_docs import TEXT, runs
