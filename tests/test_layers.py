@@ -47,11 +47,14 @@ def test_all_names_of_a_lazy_package_are_listed_once_and_there(stub: Path) -> No
 
 
 # A file imports from its own package and from those before it in this list.
-ORDER: list[str] = (
-    "errors text_table transaction arithmetic patterns forward tracing structures authoring state weaving model_record "
-    "transformers_hooks planning merging lifecycle inspection routing adapter_files peft_format storage trainer "
-    "testing peft onnx.runtime onnx.conversion onnx.calls onnx.graph onnx.checking onnx.export"
-).split()
+ORDER: dict[str, int] = {
+    name: place
+    for place, name in enumerate(
+        "errors text_table transaction arithmetic patterns forward tracing structures authoring state weaving "
+        "model_record transformers_hooks planning merging lifecycle inspection routing adapter_files peft_format storage "
+        "trainer testing peft onnx.runtime onnx.conversion onnx.calls onnx.graph onnx.checking onnx.export".split()
+    )
+}
 
 
 def _imported(file: Path) -> Iterator[Path]:
@@ -78,7 +81,7 @@ def test_no_files_import_each_other() -> None:
 def _place(file: Path) -> int | None:
     """The place of a file of the engine in `ORDER`; None for a package's list of public names."""
     parts = file.relative_to(ROOT / "surgery").with_suffix("").parts
-    return None if parts[-1] == "__init__" else ORDER.index(".".join(parts[: 2 if parts[0] == "onnx" else 1]))
+    return None if parts[-1] == "__init__" else ORDER[".".join(parts[: 2 if parts[0] == "onnx" else 1])]
 
 
 def test_packages_import_in_one_direction() -> None:
