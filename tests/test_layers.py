@@ -50,9 +50,12 @@ def test_all_names_of_a_lazy_package_are_listed_once_and_there(stub: Path) -> No
 ORDER: dict[str, int] = {
     name: place
     for place, name in enumerate(
-        "errors text_table transaction arithmetic patterns forward tracing structures authoring state weaving "
-        "model_record transformers_hooks planning merging lifecycle inspection routing adapter_files peft_format storage "
-        "trainer testing peft onnx.runtime onnx.conversion onnx.calls onnx.graph onnx.checking onnx.export".split()
+        (
+            *("errors", "text_table", "transaction", "arithmetic", "patterns", "forward", "tracing", "structures"),
+            *("authoring", "state", "weaving", "model_record", "transformers_hooks", "planning", "merging"),
+            *("lifecycle", "inspection", "routing", "adapter_files", "peft_format", "storage", "trainer", "testing"),
+            *("peft", "onnx.runtime", "onnx.conversion", "onnx.calls", "onnx.graph", "onnx.checking", "onnx.export"),
+        )
     )
 }
 
