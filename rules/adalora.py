@@ -7,11 +7,12 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from rules import _combined, _complex, _delta, _fields
-from rules._layouts import Part
-from rules._low_rank import LowRankRule, TensorSource
-from rules._low_rank_method import LowRankMethod
 from surgery import Combination, Rule, Share, rule
+from surgery.rules._linear import delta
+from surgery.rules._linear.layouts import Part
+from surgery.rules._low_rank.method import LowRankMethod
+from surgery.rules._low_rank.rule import LowRankRule, TensorSource
+from surgery.rules._shared import combining, complex_weights, fields
 
 
 @rule("adalora")
@@ -20,7 +21,7 @@ class AdaLoraRule(LowRankMethod):
 
     >>> from torch import nn
     >>> from surgery import apply_rules
-    >>> from rules import AdaLoraRule
+    >>> from surgery.rules import AdaLoraRule
     >>> model = apply_rules(nn.Sequential(nn.Linear(32, 16)), [AdaLoraRule("0", rank=4, total_step=100)])
     >>> {name: tuple(tensor.shape) for name, tensor in model[0].adapters.default.tensors().items()}
     {'A': (4, 32), 'E': (4, 1), 'B': (16, 4)}
@@ -51,12 +52,12 @@ class AdaLoraRule(LowRankMethod):
 
     def validate(self) -> None:
         super().validate()
-        _fields.whole(self, "target_r", "deltaT")
-        _fields.whole(self, "tinit", "tfinal", least=0)
-        _fields.numbers(self, "beta1", "beta2", low=0, high=1)
-        _fields.numbers(self, "orth_reg_weight", low=-1e-9)
+        fields.whole(self, "target_r", "deltaT")
+        fields.whole(self, "tinit", "tfinal", least=0)
+        fields.numbers(self, "beta1", "beta2", low=0, high=1)
+        fields.numbers(self, "orth_reg_weight", low=-1e-9)
         if self.total_step is not None:
-            _fields.whole(self, "total_step")
+            fields.whole(self, "total_step")
             if self.tinit >= self.total_step - self.tfinal:
                 raise self.bad("total_step", "more than tinit + tfinal")
 
@@ -64,9 +65,9 @@ class AdaLoraRule(LowRankMethod):
         return self.alpha / (self.rank + 1e-5)
 
     def check(self, module: nn.Module, path: str) -> str | None:
-        if why := _complex.why_not(self, module):
+        if why := complex_weights.why_not(self, module):
             return why
-        return _delta.why_no_map(module)
+        return delta.why_no_map(module)
 
     def factors(self, part: Part, tensor: TensorSource) -> tuple[Tensor, Tensor]:
         A, E = tensor("A", part.A, _normal), tensor("E", (part.A[0], 1))
@@ -79,7 +80,7 @@ class AdaLoraRule(LowRankMethod):
     def resized(self, rank: int, **changes: Any) -> LowRankRule:
         return super().resized(rank, target_r=min(self.target_r, rank), **changes)
 
-    def combined(self, shares: Sequence[Share], how: Combination) -> tuple[Rule, _combined.Tensors]:
+    def combined(self, shares: Sequence[Share], how: Combination) -> tuple[Rule, combining.Tensors]:
         if how.untouched(shares):
             return self, shares[0].params
         if how.method != "cat" and not how.by_matrix:

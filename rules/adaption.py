@@ -9,9 +9,9 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from rules import _fields
-from rules._hidden import features_of
 from surgery import LiveSite, Member, Rule, Site, SiteError, rule, takes_functions
+from surgery.rules._shared import fields
+from surgery.rules._shared.hidden_states import features_of
 
 
 @rule("adaption-prompt")
@@ -20,7 +20,7 @@ class AdaptionRule(Rule):
 
     >>> import torch
     >>> from transformers import LlamaConfig, LlamaModel
-    >>> from rules import AdaptionRule
+    >>> from surgery.rules import AdaptionRule
     >>> from surgery import apply_rules
     >>> sizes = dict(hidden_size=16, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2)
     >>> model = LlamaModel(LlamaConfig(vocab_size=30, intermediate_size=32, **sizes))
@@ -49,7 +49,7 @@ class AdaptionRule(Rule):
     why_not_merged = "virtual tokens are no change of a weight"
 
     def validate(self) -> None:
-        _fields.whole(self, "length")
+        fields.whole(self, "length")
         if type(self.mapped) is not bool:
             raise self.bad("mapped", "true or false")
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from rules.adalora import AdaLoraRule
 from surgery import RuleError, rules_of
+from surgery.rules.adalora import AdaLoraRule
 
 
 def orthogonal_loss(model: nn.Module, adapter: str = "default") -> Tensor:
@@ -14,7 +14,7 @@ def orthogonal_loss(model: nn.Module, adapter: str = "default") -> Tensor:
 
     >>> from torch import nn
     >>> from surgery import apply_rules
-    >>> from rules import AdaLoraRule, orthogonal_loss
+    >>> from surgery.rules import AdaLoraRule, orthogonal_loss
     >>> model = apply_rules(nn.Sequential(nn.Linear(8, 8)), [AdaLoraRule("0", rank=4)])
     >>> orthogonal_loss(model).requires_grad
     True
@@ -33,7 +33,7 @@ class RankAllocator:
     >>> import torch
     >>> from torch import nn
     >>> from surgery import apply_rules
-    >>> from rules import AdaLoraRule, RankAllocator
+    >>> from surgery.rules import AdaLoraRule, RankAllocator
     >>> model = apply_rules(nn.Sequential(nn.Linear(8, 8)), [AdaLoraRule("0", rank=4, target_r=2, total_step=9)])
     >>> allocator = RankAllocator(model)
     >>> for step in range(1, 10):

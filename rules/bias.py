@@ -7,9 +7,17 @@ from dataclasses import field
 
 from torch import Tensor, nn
 
-from rules._combined import Tensors
-from rules.train import combined_all, copies_slot, copies_slotted, merged_all, names_of, own_tensors, replace_all
 from surgery import Combination, LiveSite, Rule, Share, Site, Targets, rule
+from surgery.rules._shared.combining import Tensors
+from surgery.rules.train import (
+    combined_all,
+    copies_slot,
+    copies_slotted,
+    merged_all,
+    names_of,
+    own_tensors,
+    replace_all,
+)
 
 EVERYWHERE = "re:.*"
 _OfAttention = nn.modules.linear.NonDynamicallyQuantizableLinear  # MultiheadAttention's out_proj, trained with it
@@ -21,7 +29,7 @@ class BiasRule(Rule):
 
     >>> from torch import nn
     >>> from surgery import apply_rules
-    >>> from rules import BiasRule
+    >>> from surgery.rules import BiasRule
     >>> model = apply_rules(nn.Sequential(nn.Linear(4, 4), nn.LayerNorm(4)), [BiasRule()])
     >>> [name for name, p in model.named_parameters() if p.requires_grad]
     ['0.adapters.default.bias', '1.adapters.default.bias']

@@ -8,9 +8,10 @@ from typing import Any, Literal
 
 from torch import Tensor, nn
 
-from rules import _complex, _fields, _maps
-from rules._solving import cayley
 from surgery import LiveSite, Rule, Site, rule
+from surgery.rules._linear import maps
+from surgery.rules._shared import complex_weights, fields
+from surgery.rules._shared.solving import cayley
 
 
 @rule("boft")
@@ -19,7 +20,7 @@ class BoftRule(Rule):
 
     >>> from torch import nn
     >>> from surgery import apply_rules
-    >>> from rules import BoftRule
+    >>> from surgery.rules import BoftRule
     >>> model = apply_rules(nn.Sequential(nn.Linear(16, 6)), [BoftRule("0", block_size=4, n_butterfly_factor=2)])
     >>> {name: tuple(p.shape) for name, p in model[0].adapters.default.named_parameters()}
     {'R': (2, 4, 4, 4), 's': (6, 1)}
@@ -44,60 +45,60 @@ class BoftRule(Rule):
     init: Literal["identity", "random"] = "identity"
 
     def validate(self) -> None:
-        _fields.either(self, "block_size", "blocks")
-        _fields.whole(self, "n_butterfly_factor")
-        _fields.chance(self, "dropout")
-        _fields.one_of(self, "init", "identity", "random")
+        fields.either(self, "block_size", "blocks")
+        fields.whole(self, "n_butterfly_factor")
+        fields.chance(self, "dropout")
+        fields.one_of(self, "init", "identity", "random")
 
     @property
     def identity(self) -> bool:  # type: ignore[override]
         return self.init == "identity"
 
     def check(self, module: nn.Module, path: str) -> str | None:
-        if why := _complex.why_not(self, module):
+        if why := complex_weights.why_not(self, module):
             return why
-        found = _maps.linear_map(module, "linear", "conv1d", "convolution")
+        found = maps.linear_map(module, "linear", "conv1d", "convolution")
         if isinstance(found, str):
             return found
         if found.packed:
             return "it scales and turns the weight itself, and the weight is packed"
-        size = _maps.block_of(found, self.block_size, self.blocks)
+        size = maps.block_of(found, self.block_size, self.blocks)
         if isinstance(size, str):
             return size
-        blocks = math.prod(_maps.sizes(found)[1:]) // size
+        blocks = math.prod(maps.sizes(found)[1:]) // size
         factors = self.n_butterfly_factor
         if factors > 1 and (size % 2 or factors > blocks.bit_length() or blocks % 2 ** (factors - 1)):
             return f"{self.n_butterfly_factor} butterfly factors can't be had of {blocks} blocks of {size}"
         return None
 
     def rewrite(self, site: Site) -> None:
-        layout, random = _maps.at(site), self.init == "random"
+        layout, random = maps.at(site), self.init == "random"
         size, blocks = self._sizes(layout)
         shape = (self.n_butterfly_factor, blocks, size, size)
         R = site.param("R", shape, partial(nn.init.normal_, std=0.1) if random else 0.0)
         s = site.param("s", (site.out_features, 1), partial(nn.init.normal_, mean=1.0, std=0.1) if random else 1.0)
         Q = 0.5 * (R - R.transpose(-1, -2))
         if self.dropout:
-            Q = Q * _maps.kept(site, R[..., :1, :1], self.dropout)
+            Q = Q * maps.kept(site, R[..., :1, :1], self.dropout)
         site.replace(site.weight, self._changed(layout, site.weight, site.apply(cayley, Q), s))
 
     def merged(self, site: LiveSite) -> dict[str, Any]:
         R, s = site.params["R"].detach(), site.params["s"].detach()
-        return {"weight": self._changed(_maps.at(site), site.weight, cayley(0.5 * (R - R.transpose(-1, -2))), s)}
+        return {"weight": self._changed(maps.at(site), site.weight, cayley(0.5 * (R - R.transpose(-1, -2))), s)}
 
     def _changed(self, layout: Any, weight: Tensor, rotations: Tensor, s: Tensor) -> Tensor:
         turns = rotations.transpose(-1, -2)
-        rows, (size, _) = _maps.rows_of(layout, weight).to(s.dtype), self._sizes(layout)
+        rows, (size, _) = maps.rows_of(layout, weight).to(s.dtype), self._sizes(layout)
         for i in range(self.n_butterfly_factor):
             apart, half = 2**i, size // 2
             if i:
                 rows = rows.unflatten(-1, (-1, 2, apart, half)).transpose(-3, -2).flatten(-4)
-            rows = _maps.by_block(rows, turns[i])
+            rows = maps.by_block(rows, turns[i])
             if i:
                 rows = rows.unflatten(-1, (-1, apart, 2, half)).transpose(-3, -2).flatten(-4)
-        return _maps.from_rows(layout, rows * s).to(weight.dtype)
+        return maps.from_rows(layout, rows * s).to(weight.dtype)
 
     def _sizes(self, layout: Any) -> tuple[int, int]:
-        width = math.prod(_maps.sizes(layout)[1:])
+        width = math.prod(maps.sizes(layout)[1:])
         size = self.block_size or width // self.blocks
         return size, width // size

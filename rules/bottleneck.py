@@ -9,9 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from rules import _combined, _complex, _fields
-from rules._hidden import features_of, in_dtype_of
 from surgery import Combination, LiveSite, Rule, Share, Site, SiteError, rule
+from surgery.rules._shared import combining, complex_weights, fields
+from surgery.rules._shared.hidden_states import features_of, in_dtype_of
 
 _ACTIVATIONS = {"relu": F.relu, "gelu": F.gelu, "silu": F.silu, "tanh": torch.tanh}
 
@@ -22,7 +22,7 @@ class BottleneckRule(Rule):
 
     >>> from torch import nn
     >>> from surgery import apply_rules
-    >>> from rules import BottleneckRule
+    >>> from surgery.rules import BottleneckRule
     >>> model = apply_rules(nn.Sequential(nn.Linear(32, 16)), [BottleneckRule("0", size=4)])
     >>> {name: tuple(tensor.shape) for name, tensor in model[0].adapters.default.tensors().items()}
     {'down': (4, 16), 'down_bias': (4,), 'up': (16, 4), 'up_bias': (16,)}
@@ -48,15 +48,15 @@ class BottleneckRule(Rule):
     why_not_merged = "it has an activation in it, and no weight holds that"
 
     def validate(self) -> None:
-        _fields.whole(self, "size")
-        _fields.whole(self, "features", optional=True)
-        _fields.one_of(self, "activation", *_ACTIVATIONS)
-        _fields.one_of(self, "placement", "after", "parallel")
-        _fields.numbers(self, "scale")
-        _fields.chance(self, "dropout")
+        fields.whole(self, "size")
+        fields.whole(self, "features", optional=True)
+        fields.one_of(self, "activation", *_ACTIVATIONS)
+        fields.one_of(self, "placement", "after", "parallel")
+        fields.numbers(self, "scale")
+        fields.chance(self, "dropout")
 
     def check(self, module: nn.Module, path: str) -> str | None:
-        if why := _complex.why_not(self, module, "its activation is one of real numbers"):
+        if why := complex_weights.why_not(self, module, "its activation is one of real numbers"):
             return why
         if self.placement == "parallel" and isinstance(module, nn.Embedding):
             return "its input are indices: placement='parallel' has nothing to run on"
@@ -102,5 +102,5 @@ class BottleneckRule(Rule):
         scaled = {name: site.params[name] * self.scale for name in ("up", "up_bias")}
         return {**site.params, **scaled}
 
-    def combined(self, shares: Sequence[Share], how: Combination) -> tuple[Rule, _combined.Tensors]:
-        return _combined.averaged(self, shares, how)
+    def combined(self, shares: Sequence[Share], how: Combination) -> tuple[Rule, combining.Tensors]:
+        return combining.averaged(self, shares, how)

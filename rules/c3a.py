@@ -10,9 +10,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from rules import _combined, _complex, _delta, _fields
-from rules._solving import in_single
 from surgery import Combination, Rule, Share, Site, rule
+from surgery.rules._linear import delta
+from surgery.rules._shared import combining, complex_weights, fields
+from surgery.rules._shared.solving import in_single
 
 
 @rule("c3a")
@@ -21,7 +22,7 @@ class C3aRule(Rule):
 
     >>> from torch import nn
     >>> from surgery import apply_rules
-    >>> from rules import C3aRule
+    >>> from surgery.rules import C3aRule
     >>> model = apply_rules(nn.Sequential(nn.Linear(32, 16)), [C3aRule("0", block_size=8)])
     >>> tuple(model[0].adapters.default.kernel.shape)
     (2, 4, 8)
@@ -40,30 +41,30 @@ class C3aRule(Rule):
     linear = True
 
     def validate(self) -> None:
-        _fields.whole(self, "block_size")
-        _fields.one_of(self, "init", "xavier_uniform", "kaiming_uniform", "gaussian", "identity")
+        fields.whole(self, "block_size")
+        fields.one_of(self, "init", "xavier_uniform", "kaiming_uniform", "gaussian", "identity")
 
     @property
     def identity(self) -> bool:  # type: ignore[override]
         return self.init == "identity"
 
     def check(self, module: nn.Module, path: str) -> str | None:
-        if why := _complex.why_not(self, module, "it takes the real part of a Fourier transform"):
+        if why := complex_weights.why_not(self, module, "it takes the real part of a Fourier transform"):
             return why
-        if why := _delta.why_no_map(module):
+        if why := delta.why_no_map(module):
             return why
-        out, inner = _delta.sizes(module)
+        out, inner = delta.sizes(module)
         divided = out % self.block_size == inner % self.block_size == 0
         return None if divided else f"blocks of {self.block_size} do not divide its sizes, {out} and {inner}"
 
     def rewrite(self, site: Site) -> Tensor:
-        out, inner = _delta.sizes(site)
+        out, inner = delta.sizes(site)
         size = self.block_size
         kernel = site.param("kernel", (out // size, inner // size, size), self._start(out, inner))
         return site.output + site.apply(convolved, site.input.to(kernel.dtype), kernel) / inner
 
-    def combined(self, shares: Sequence[Share], how: Combination) -> tuple[Rule, _combined.Tensors]:
-        return _combined.linear_in_tensors(self, shares, how)
+    def combined(self, shares: Sequence[Share], how: Combination) -> tuple[Rule, combining.Tensors]:
+        return combining.linear_in_tensors(self, shares, how)
 
     def _start(self, out: int, inner: int) -> Any:
         if self.init == "gaussian":

@@ -24,7 +24,7 @@ class CaptureRule(Rule):
     >>> import torch
     >>> from torch import nn
     >>> from surgery import apply_rules
-    >>> from rules import CaptureRule, captured
+    >>> from surgery.rules import CaptureRule, captured
     >>> model = apply_rules(nn.Sequential(nn.Linear(3, 2), nn.ReLU()), [CaptureRule("0")])
     >>> with captured(model) as found:
     ...     output = model(torch.ones(1, 3))

@@ -9,9 +9,10 @@ from typing import Any, Literal, cast
 
 from torch import Tensor, nn
 
-from rules import _combined, _fields, _paths, _swapped
-from rules._factored import factored
 from surgery import Combination, LiveSite, LowRank, Rule, Share, Site, rule
+from surgery.rules._linear.factored import factored
+from surgery.rules._low_rank import swapping
+from surgery.rules._shared import combining, fields, path_patterns
 
 
 @rule("expert-lora")
@@ -21,7 +22,7 @@ class ExpertLoraRule(Rule):
     >>> import torch
     >>> from torch import nn
     >>> from surgery import apply_rules
-    >>> from rules import ExpertLoraRule
+    >>> from surgery.rules import ExpertLoraRule
     >>> class Experts(nn.Module):
     ...     def __init__(self):
     ...         super().__init__()
@@ -60,16 +61,16 @@ class ExpertLoraRule(Rule):
     def validate(self) -> None:
         if isinstance(self.parameters, str) or not all(isinstance(name, str) for name in self.parameters):
             raise self.bad("parameters", "a list of names")
-        _fields.patterns(self, "rank_pattern", "alpha_pattern")
+        fields.patterns(self, "rank_pattern", "alpha_pattern")
         if not all(type(rank) is int and rank >= 1 for rank in (self.rank, *(self.rank_pattern or {}).values())):
             raise self.bad("rank_pattern" if self.rank_pattern else "rank", "a whole number from 1")
-        _fields.positive(self, "alpha")
+        fields.positive(self, "alpha")
         if not all(type(a) in (int, float) and 0 < a < math.inf for a in (self.alpha_pattern or {}).values()):
             raise self.bad("alpha_pattern", "a mapping to numbers above 0")
-        _fields.flag(self, "rslora")
-        _fields.one_of(self, "init", "kaiming", "gaussian", "random")
+        fields.flag(self, "rslora")
+        fields.one_of(self, "init", "kaiming", "gaussian", "random")
         if self.transposed is not None:
-            _fields.flag(self, "transposed")
+            fields.flag(self, "transposed")
         if self.dtype not in (None, "float16", "bfloat16", "float32", "float64"):
             raise self.bad("dtype", "a floating-point dtype")
 
@@ -95,11 +96,11 @@ class ExpertLoraRule(Rule):
     def review(self, paths: Sequence[str]) -> Iterable[str]:
         if self.parameters:
             changed = [_named(path, name) for path in paths for name in self.parameters]
-            yield from _fields.idle(self, changed, "rank_pattern", "alpha_pattern")
+            yield from fields.idle(self, changed, "rank_pattern", "alpha_pattern")
 
     def rank_at(self, path: str) -> int:
         """The rank at a parameter, `path.parameter`."""
-        return int(_paths.first(self.rank_pattern, path, self.rank))
+        return int(path_patterns.first(self.rank_pattern, path, self.rank))
 
     def matrices(self, module: nn.Module, path: str) -> Mapping[str, tuple[int, int]]:
         """Each expert's, of all parameters that change."""
@@ -130,14 +131,14 @@ class ExpertLoraRule(Rule):
     def swapped(self, live: Rule, site: LiveSite) -> dict[str, Tensor]:
         assert isinstance(live, ExpertLoraRule)
         held = ("rank", "alpha", "rslora", "rank_pattern", "alpha_pattern", "dtype", "parameters", "transposed")
-        _swapped.check(self, live, *held)
+        swapping.check(self, live, *held)
         made, scales = dict(site.params), {name: scale for name, _, _, scale in self._sizes(site)}
         if not scales.keys() <= set(live.names(site.module)) or self._turned(site.module) != live._turned(site.module):
-            _swapped.check(self, live, *held[:-2])
+            swapping.check(self, live, *held[:-2])
         for name, (*experts, out, inner), rank, scale in live._sizes(site):
             A, B = f"{name}_A", f"{name}_B"
             if name in scales:
-                made[B] = _swapped.scaled(made[B], scales[name] / scale, site)
+                made[B] = swapping.scaled(made[B], scales[name] / scale, site)
             else:  # of fewer parameters: at the others it does nothing
                 like = next(iter(site.params.values()))
                 made |= {A: like.new_zeros(*experts, rank, inner), B: like.new_zeros(*experts, out, rank)}
@@ -148,15 +149,15 @@ class ExpertLoraRule(Rule):
         if how.untouched(shares):
             return self, shares[0].params
         how.agree(shares, "parameters", "rank", "alpha", "rslora", "rank_pattern", "alpha_pattern", "dtype")
-        most = _combined.largest_rank(how)
+        most = combining.largest_rank(how)
         found, ranks = dict[str, Tensor](), dict[str, int]()
         sizes = [{size[0]: size[2:] for size in cast(ExpertLoraRule, s.rule)._sizes(s.site)} for s in shares]
         for name in dict.fromkeys(name for held in sizes for name in held):
             here = [(share, *held[name]) for share, held in zip(shares, sizes, strict=True) if name in held]
             some, held_ranks, scales = zip(*here, strict=True)
-            ranks[name] = rank = _combined.rank_of(how, some, held_ranks, most)
+            ranks[name] = rank = combining.rank_of(how, some, held_ranks, most)
             ups, downs = ([share.params[f"{name}_{which}"].detach() for share in some] for which in "BA")
-            found[f"{name}_B"], found[f"{name}_A"] = _combined.factors(how, some, scales, ups, downs, rank)
+            found[f"{name}_B"], found[f"{name}_A"] = combining.factors(how, some, scales, ups, downs, rank)
         rank = max(ranks.values())
         others = {name: r for name, r in ranks.items() if r != rank}
         full = {f"^{re.escape(_named(shares[0].site.path, name))}": r for name, r in others.items()} or None
@@ -178,7 +179,7 @@ class ExpertLoraRule(Rule):
             *experts, out, inner = site.module._parameters[name].shape  # type: ignore[union-attr]  # check saw it
             path = _named(site.path, name)
             rank = self.rank_at(path)
-            alpha = _paths.first(self.alpha_pattern, path, self.alpha)
+            alpha = path_patterns.first(self.alpha_pattern, path, self.alpha)
             size = (*experts, inner, out) if self._turned(site.module) else (*experts, out, inner)
             yield name, size, rank, alpha / (math.sqrt(rank) if self.rslora else rank)
 

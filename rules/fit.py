@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rules._hidden import chosen_positions, positions_of
-from rules.steer import SteerRule
 from surgery import PlanError, RuleError, hidden_of, plan_rules
+from surgery.rules._shared.hidden_states import chosen_positions, positions_of
+from surgery.rules.steer import SteerRule
 
 
 def fit_direction(model: nn.Module, rule: SteerRule, positive: Iterable[Any], negative: Iterable[Any]) -> SteerRule:
@@ -18,7 +18,7 @@ def fit_direction(model: nn.Module, rule: SteerRule, positive: Iterable[Any], ne
 
     >>> import torch
     >>> from torch import nn
-    >>> from rules import SteerRule, fit_direction
+    >>> from surgery.rules import SteerRule, fit_direction
     >>> model = nn.Sequential(nn.Identity(), nn.Linear(2, 2))
     >>> rule = fit_direction(model, SteerRule("0", features=2), [torch.ones(1, 2)], [torch.zeros(1, 2)])
     >>> rule.direction

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rules._prefix import listeners
 from surgery import RuleError, adapter_state_dict, rules_of
+from surgery.rules._attention.prefix import listeners
 
 KEY = "adapters.key"
 
@@ -19,7 +19,7 @@ def fit_prefix(model: nn.Module, example_inputs: Any, adapter: str = "default") 
 
     >>> import torch
     >>> from transformers import LlamaConfig, LlamaModel
-    >>> from rules import PrefixRule, fit_prefix
+    >>> from surgery.rules import PrefixRule, fit_prefix
     >>> from surgery import apply_rules
     >>> sizes = dict(hidden_size=16, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2)
     >>> model = LlamaModel(LlamaConfig(vocab_size=30, intermediate_size=32, **sizes)).eval()

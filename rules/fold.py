@@ -6,8 +6,8 @@ from typing import Any, TypeVar
 
 from torch import nn
 
-from rules.prompt import PromptRule
 from surgery import SurgeryError, apply_rules, folded_adapter, load_adapter_state_dict, remove, rules_of
+from surgery.rules.prompt import PromptRule
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -16,7 +16,7 @@ def fold_prompts(model: M, adapter: str = "default", *, example_inputs: Any = No
     """Put what a PromptRule's encoder makes in the place of its prompt and its encoder, as PEFT does when it saves.
 
     >>> from transformers import LlamaConfig, LlamaForCausalLM
-    >>> from rules import PromptRule, fold_prompts
+    >>> from surgery.rules import PromptRule, fold_prompts
     >>> from surgery import apply_rules, rules_of
     >>> sizes = dict(hidden_size=16, num_hidden_layers=2, num_attention_heads=4)
     >>> model = LlamaForCausalLM(LlamaConfig(vocab_size=30, intermediate_size=32, **sizes))

@@ -9,9 +9,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from rules import _combined, _complex, _delta, _fields
-from rules._solving import in_single
 from surgery import Combination, LiveSite, Rule, Share, Site, rule
+from surgery.rules._linear import delta as _delta
+from surgery.rules._shared import combining, complex_weights, fields
+from surgery.rules._shared.solving import in_single
 
 
 @rule("fourier")
@@ -20,7 +21,7 @@ class FourierRule(Rule):
 
     >>> from torch import nn
     >>> from surgery import apply_rules
-    >>> from rules import FourierRule
+    >>> from surgery.rules import FourierRule
     >>> model = apply_rules(nn.Sequential(nn.Linear(32, 16)), [FourierRule("0", n_frequency=20)])
     >>> {name: tuple(tensor.shape) for name, tensor in model[0].adapters.default.tensors().items()}
     {'spectrum': (20,), 'index': (20,)}
@@ -42,17 +43,17 @@ class FourierRule(Rule):
     linear = True
 
     def validate(self) -> None:
-        _fields.whole(self, "n_frequency")
-        _fields.whole(self, "random_loc_seed", least=0)
-        _fields.numbers(self, "scaling")
-        _fields.one_of(self, "init", "random", "identity")
+        fields.whole(self, "n_frequency")
+        fields.whole(self, "random_loc_seed", least=0)
+        fields.numbers(self, "scaling")
+        fields.one_of(self, "init", "random", "identity")
 
     @property
     def identity(self) -> bool:  # type: ignore[override]
         return self.init == "identity"
 
     def check(self, module: nn.Module, path: str) -> str | None:
-        if why := _complex.why_not(self, module, "it takes the real part of a Fourier transform"):
+        if why := complex_weights.why_not(self, module, "it takes the real part of a Fourier transform"):
             return why
         return _delta.why_no_map(module) or _delta.more_than_weight(module, self.n_frequency)
 
@@ -70,8 +71,8 @@ class FourierRule(Rule):
         draw = torch.Generator().manual_seed(self.random_loc_seed)
         site.params["index"].copy_(torch.randperm(out * inner, generator=draw)[: self.n_frequency])
 
-    def combined(self, shares: Sequence[Share], how: Combination) -> tuple[Rule, _combined.Tensors]:
-        return _combined.linear_in_tensors(self, shares, how)
+    def combined(self, shares: Sequence[Share], how: Combination) -> tuple[Rule, combining.Tensors]:
+        return combining.linear_in_tensors(self, shares, how)
 
 
 @in_single

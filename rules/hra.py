@@ -9,9 +9,10 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from rules import _complex, _fields, _maps
-from rules._solving import orthonormal_columns, upper_inverse
 from surgery import LiveSite, LowRank, Rule, Site, rule
+from surgery.rules._linear import maps
+from surgery.rules._shared import complex_weights, fields
+from surgery.rules._shared.solving import orthonormal_columns, upper_inverse
 
 
 @rule("hra")
@@ -20,7 +21,7 @@ class HraRule(Rule):
 
     >>> from torch import nn
     >>> from surgery import apply_rules
-    >>> from rules import HraRule
+    >>> from surgery.rules import HraRule
     >>> model = apply_rules(nn.Sequential(nn.Linear(8, 6)), [HraRule("0", rank=4)])
     >>> model[0].adapters.default.u.shape
     torch.Size([8, 4])
@@ -42,32 +43,32 @@ class HraRule(Rule):
     init: Literal["identity", "random"] = "identity"
 
     def validate(self) -> None:
-        _fields.whole(self, "rank")
-        _fields.flag(self, "apply_GS")
-        _fields.one_of(self, "init", "identity", "random")
+        fields.whole(self, "rank")
+        fields.flag(self, "apply_GS")
+        fields.one_of(self, "init", "identity", "random")
 
     def check(self, module: nn.Module, path: str) -> str | None:
-        if why := _complex.why_not(self, module, "Gram-Schmidt turns real vectors" if self.apply_GS else ""):
+        if why := complex_weights.why_not(self, module, "Gram-Schmidt turns real vectors" if self.apply_GS else ""):
             return why
-        found = _maps.linear_map(module, "linear", "conv1d", "convolution")
+        found = maps.linear_map(module, "linear", "conv1d", "convolution")
         if isinstance(found, str):
             return found
-        width = math.prod(_maps.sizes(found)[1:])
+        width = math.prod(maps.sizes(found)[1:])
         return f"rank={self.rank} orthogonal vectors can't be had of {width} numbers" if self.rank > width else None
 
     def rewrite(self, site: Site) -> None:
-        shape = (math.prod(_maps.sizes(_maps.at(site))[1:]), self.rank)
+        shape = (math.prod(maps.sizes(maps.at(site))[1:]), self.rank)
         paired = self.init == "identity" and self.rank % 2 == 0 and not self.apply_GS
         u = site.param("u", shape, _pairs if paired else partial(nn.init.kaiming_uniform_, a=math.sqrt(5)))
         made: Any = site.apply(factors, u, self.apply_GS)
         U, T = made[0], made[1]
         # w - (w U) T Uᵀ for rows of the weight, x - (x U) Tᵀ Uᵀ for rows of inputs
-        _maps.turn(site, lambda rows, back: rows - rows @ U @ (T if back else T.t()) @ U.t(), u.dtype)
+        maps.turn(site, lambda rows, back: rows - rows @ U @ (T if back else T.t()) @ U.t(), u.dtype)
 
     def merged(self, site: LiveSite) -> dict[str, LowRank]:
-        layout = _maps.at(site)
+        layout = maps.at(site)
         U, T = factors(site.params["u"].detach(), self.apply_GS)
-        up = _maps.rows_of(layout, site.weight).to(U.dtype) @ U @ T
+        up = maps.rows_of(layout, site.weight).to(U.dtype) @ U @ T
         turned = layout.parts[0].turned
         return {"weight": LowRank(U, up.t(), -1.0) if turned else LowRank(up, U.t(), -1.0)}
 

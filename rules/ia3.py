@@ -10,8 +10,10 @@ from typing import Literal, cast
 import torch
 from torch import Tensor, nn
 
-from rules import _combined, _complex, _fields, _maps, _swapped
 from surgery import Combination, LiveSite, Pattern, Rule, Share, Site, SiteError, rule
+from surgery.rules._linear import maps
+from surgery.rules._low_rank import swapping
+from surgery.rules._shared import combining, complex_weights, fields
 
 
 @rule("ia3")
@@ -20,7 +22,7 @@ class IA3Rule(Rule):
 
     >>> from torch import nn
     >>> from surgery import apply_rules
-    >>> from rules import IA3Rule
+    >>> from surgery.rules import IA3Rule
     >>> model = nn.ModuleDict({"key": nn.Linear(8, 6), "down": nn.Linear(32, 8)})
     >>> _ = apply_rules(model, [IA3Rule(["key", "down"], feedforward="down")])
     >>> tuple(model["key"].adapters.default.scale.shape), tuple(model["down"].adapters.default.scale.shape)
@@ -39,7 +41,7 @@ class IA3Rule(Rule):
     init: Literal["identity", "random"] = "identity"
 
     def validate(self) -> None:
-        _fields.one_of(self, "init", "identity", "random")
+        fields.one_of(self, "init", "identity", "random")
         if not all(isinstance(name, str) for name in self._names()):
             raise self.bad("feedforward", "names of targets")
 
@@ -48,9 +50,9 @@ class IA3Rule(Rule):
         return self.init == "identity"
 
     def check(self, module: nn.Module, path: str) -> str | None:
-        if why := _complex.why_not(self, module):
+        if why := complex_weights.why_not(self, module):
             return why
-        found = _maps.linear_map(module, "linear", "conv1d", "convolution")
+        found = maps.linear_map(module, "linear", "conv1d", "convolution")
         return found if isinstance(found, str) else None
 
     def review(self, paths: Sequence[str]) -> Iterable[str]:
@@ -59,7 +61,7 @@ class IA3Rule(Rule):
                 yield f"feedforward has {name!r}, which fits none of its {len(paths)} sites"
 
     def rewrite(self, site: Site) -> Tensor | None:
-        layout, fed = _maps.at(site), self.feeds(site.path)
+        layout, fed = maps.at(site), self.feeds(site.path)
         size = site.in_features if fed else site.out_features
         scale = site.param("scale", (size,), nn.init.normal_ if self.init == "random" else 1.0)
         if layout.weight_space or (fed and not layout.plain):  # what is around the map may come before the input
@@ -67,7 +69,7 @@ class IA3Rule(Rule):
                 old = site.tensor(name)
                 site.replace(old, self._times(site, name, old, scale).to(old.dtype))
             return None
-        scale = scale.view(-1, *(1,) * (len(_maps.sizes(layout)) - 2))  # channels stand before the places
+        scale = scale.view(-1, *(1,) * (len(maps.sizes(layout)) - 2))  # channels stand before the places
         if not fed:
             return site.output * scale
         site.replace(site.input, (site.input * scale).to(site.input.dtype))
@@ -80,7 +82,7 @@ class IA3Rule(Rule):
     def swapped(self, live: Rule, site: LiveSite) -> Mapping[str, Tensor]:
         assert isinstance(live, IA3Rule)
         alike = self.feeds(site.path) == live.feeds(site.path)  # which may be said in other words
-        _swapped.check(self, live, *(["feedforward"] if alike else []))
+        swapping.check(self, live, *(["feedforward"] if alike else []))
         return site.params
 
     def combined(self, shares: Sequence[Share], how: Combination) -> tuple[Rule, Mapping[str, Tensor]]:
@@ -96,7 +98,7 @@ class IA3Rule(Rule):
         scale = how.sum([share.params["scale"] for share in shares], [share.weight for share in shares])
         # "linear" is PEFT's Σ w s, where an adapter that is absent counts as ones. Σ w ΔW is 1 + Σ w (s − 1).
         scale += how.lacking(shares) if how.method == "linear" else 1 - sum(share.weight for share in shares)
-        rule = self if _combined.all_agree(how, "feedforward") else self.replace(feedforward="re:.*" if fed else ())
+        rule = self if combining.all_agree(how, "feedforward") else self.replace(feedforward="re:.*" if fed else ())
         return rule, {"scale": scale}
 
     def united(self, rules: Mapping[str, Rule]) -> Mapping[str, Rule]:
@@ -125,14 +127,14 @@ class IA3Rule(Rule):
         return [name for name in held if site.module._parameters.get(name) is not None]
 
     def _times(self, site: Site | LiveSite, name: str, old: Tensor, scale: Tensor) -> Tensor:
-        layout = _maps.at(site)
+        layout = maps.at(site)
         if name == "bias":
             return old * scale
         if not self.feeds(site.path):
-            return old * _maps.each_output(layout, scale)
+            return old * maps.each_output(layout, scale)
         if layout.parts[0].turned:
             return old * scale.unsqueeze(-1)
-        out, size, *kernel = _maps.sizes(layout)  # each group of outputs sees its own inputs
+        out, size, *kernel = maps.sizes(layout)  # each group of outputs sees its own inputs
         groups = site.in_features // size
         per_group = scale.view(groups, 1, size).expand(groups, out // groups, size)
         return old * torch.reshape(per_group, (out, size, *(1,) * len(kernel)))

@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rules import _fields
-from rules._lycoris import DeltaRule, core, has_kernel, through
 from surgery import rule
+from surgery.rules._low_rank.lycoris import DeltaRule, core, has_kernel, through
+from surgery.rules._shared import fields
 
 
 @rule("loha")
@@ -20,7 +20,7 @@ class LohaRule(DeltaRule):
 
     >>> from torch import nn
     >>> from surgery import apply_rules
-    >>> from rules import LohaRule
+    >>> from surgery.rules import LohaRule
     >>> model = apply_rules(nn.Sequential(nn.Linear(8, 6)), [LohaRule("0", rank=2)])
     >>> {name: tuple(p.shape) for name, p in model[0].adapters.default.named_parameters()}
     {'w1_a': (6, 2), 'w1_b': (2, 8), 'w2_a': (6, 2), 'w2_b': (2, 8)}
@@ -39,7 +39,7 @@ class LohaRule(DeltaRule):
 
     def validate(self) -> None:
         super().validate()
-        _fields.one_of(self, "init", "identity", "random")
+        fields.one_of(self, "init", "identity", "random")
 
     def shapes(self, size: tuple[int, ...], rank: int) -> dict[str, tuple[int, ...]]:
         out, inner = size[0], math.prod(size[1:])

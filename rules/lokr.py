@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rules import _fields
-from rules._lycoris import DeltaRule, core, has_kernel, through
 from surgery import rule
+from surgery.rules._low_rank.lycoris import DeltaRule, core, has_kernel, through
+from surgery.rules._shared import fields
 
 
 @rule("lokr")
@@ -20,7 +20,7 @@ class LokrRule(DeltaRule):
 
     >>> from torch import nn
     >>> from surgery import apply_rules
-    >>> from rules import LokrRule
+    >>> from surgery.rules import LokrRule
     >>> model = apply_rules(nn.Sequential(nn.Linear(64, 128)), [LokrRule("0", rank=2)])
     >>> {name: tuple(p.shape) for name, p in model[0].adapters.default.named_parameters()}
     {'w1': (8, 8), 'w2_a': (16, 2), 'w2_b': (2, 8)}
@@ -45,10 +45,10 @@ class LokrRule(DeltaRule):
 
     def validate(self) -> None:
         super().validate()
-        _fields.flag(self, "decompose_both", "rank_dropout_scale")
-        _fields.one_of(self, "init", "identity", "lycoris", "random")
+        fields.flag(self, "decompose_both", "rank_dropout_scale")
+        fields.one_of(self, "init", "identity", "lycoris", "random")
         if self.decompose_factor != -1:
-            _fields.whole(self, "decompose_factor")
+            fields.whole(self, "decompose_factor")
 
     def shapes(self, size: tuple[int, ...], rank: int) -> dict[str, tuple[int, ...]]:
         (o, p), (i, j) = (factors(features, self.decompose_factor) for features in size[:2])

@@ -7,13 +7,15 @@ from typing import Any, Literal
 
 from torch import Tensor, nn
 
-from rules import _fields, _init, _swapped
-from rules._layouts import Layout, Part, column_norm, gain_of, layout_of
-from rules._low_rank import LowRankRule, TensorSource, sure
-from rules._low_rank_method import LowRankMethod
-from rules.bias import EVERYWHERE, BiasesOf, BiasRule
-from rules.slots import low_rank_tensors
 from surgery import LiveSite, LowRank, Rule, Site, rule
+from surgery.rules._linear import initial
+from surgery.rules._linear.layouts import Layout, Part, column_norm, gain_of, layout_of
+from surgery.rules._low_rank import swapping
+from surgery.rules._low_rank.method import LowRankMethod
+from surgery.rules._low_rank.rule import LowRankRule, TensorSource, sure
+from surgery.rules._shared import fields
+from surgery.rules.bias import EVERYWHERE, BiasesOf, BiasRule
+from surgery.rules.slots.low_rank import low_rank_tensors
 
 
 @rule("lora")
@@ -22,7 +24,7 @@ class LoraRule(LowRankMethod):
 
     >>> from torch import nn
     >>> from surgery import apply_rules
-    >>> from rules import LoraRule
+    >>> from surgery.rules import LoraRule
     >>> model = nn.ModuleDict({"query": nn.Linear(32, 32), "value": nn.Linear(32, 32)})
     >>> _ = apply_rules(model, [LoraRule(targets=["query", "value"], rank=8, alpha=16)])
     >>> tuple(model["query"].adapters.default.A.shape), tuple(model["query"].adapters.default.B.shape)
@@ -62,10 +64,10 @@ class LoraRule(LowRankMethod):
 
     def validate(self) -> None:
         super().validate()
-        _fields.one_of(self, "bias", "none", "all", "lora_only")
-        _fields.flag(self, "lora_bias", "rslora", "dora")
-        if not _init.known(self.init):
-            raise self.bad("init", f"one of {', '.join(_init.NAMES)} (PEFT's True is 'kaiming', its False 'random')")
+        fields.one_of(self, "bias", "none", "all", "lora_only")
+        fields.flag(self, "lora_bias", "rslora", "dora")
+        if not initial.known(self.init):
+            raise self.bad("init", f"one of {', '.join(initial.NAMES)} (PEFT's True is 'kaiming', its False 'random')")
 
     @property
     def identity(self) -> bool:  # type: ignore[override]
@@ -86,7 +88,7 @@ class LoraRule(LowRankMethod):
             return "lora_bias needs a map with an output bias of its own"
         if self.dora and layout.packed:
             return "DoRA needs the weight's norm, and the weight is packed"
-        return _init.why_not(
+        return initial.why_not(
             self.init, used, any(p is not None and p.is_complex() for p in module._parameters.values())
         )
 
@@ -97,8 +99,8 @@ class LoraRule(LowRankMethod):
             yield BiasesOf(targets=self.targets, exclude=self.exclude, layers=self.layers)
 
     def factors(self, part: Part, tensor: TensorSource) -> tuple[Tensor, Tensor]:
-        A = tensor("A", part.A, _init.fill(self.init, "A", part))
-        return A, tensor("B", part.B, _init.fill(self.init, "B", part), trainable=_init.trains(self.init, "B"))
+        A = tensor("A", part.A, initial.fill(self.init, "A", part))
+        return A, tensor("B", part.B, initial.fill(self.init, "B", part), trainable=initial.trains(self.init, "B"))
 
     def tensors_for(self, part: Part, A: Tensor, B: Tensor) -> dict[str, Tensor]:
         return {"A": A, "B": B}
@@ -122,13 +124,13 @@ class LoraRule(LowRankMethod):
         return None
 
     def initialise(self, site: LiveSite) -> Mapping[str, LowRank] | None:
-        if not (self.dora or _init.together(self.init)):
+        if not (self.dora or initial.together(self.init)):
             return None
         scale, changes = self.scale_at(site.path), {}
         for part in self.layout(site).parts:
             A, B = site.params[part.prefix + "A"], site.params[part.prefix + "B"]
             weight, rank = site.tensor(part.weight), self.rank_at(site.path)
-            if _init.fill_jointly(self.init, part, weight, A[:rank], B[:, :rank], scale):
+            if initial.fill_jointly(self.init, part, weight, A[:rank], B[:, :rank], scale):
                 changes[part.weight] = change = part.low_rank(A, B, -scale)
                 weight = weight + change.delta(part.shape).to(weight.device)
             if self.dora:
@@ -173,14 +175,14 @@ class LoraRule(LowRankMethod):
 
     def neutral(self, site: LiveSite) -> dict[str, Tensor]:
         zeros = {name: tensor.zero_() for name, tensor in site.params.items() if not name.endswith("magnitude")}
-        return _swapped.completed(self, site, zeros)
+        return swapping.completed(self, site, zeros)
 
     def slotted(self, slot: Rule, site: LiveSite) -> dict[str, Tensor]:
         bias = site.params["B_bias"] * self.scale_at(site.path) if self.lora_bias else None
         return low_rank_tensors(slot, site, self.changes(site), bias)
 
     def resized(self, rank: int, **changes: Any) -> LowRankRule:
-        return super().resized(rank, init="kaiming" if _init.together(self.init) else self.init, **changes)
+        return super().resized(rank, init="kaiming" if initial.together(self.init) else self.init, **changes)
 
     def alone(self) -> Rule:
         return self.replace(bias="none")

@@ -10,9 +10,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from rules import _combined, _complex, _fields, _maps
-from rules.slots import LowRankSlottable
 from surgery import Combination, LiveSite, LowRank, Rule, Share, Site, rule
+from surgery.rules._linear import maps
+from surgery.rules._shared import combining, complex_weights, fields
+from surgery.rules.slots.low_rank import LowRankSlottable
 
 
 @rule("miss")
@@ -21,7 +22,7 @@ class MissRule(LowRankSlottable):
 
     >>> from torch import nn
     >>> from surgery import apply_rules
-    >>> from rules import MissRule
+    >>> from surgery.rules import MissRule
     >>> model = apply_rules(nn.Sequential(nn.Linear(8, 6)), [MissRule("0", rank=4)])
     >>> model[0].adapters.default.block.shape
     torch.Size([4, 6])
@@ -44,10 +45,10 @@ class MissRule(LowRankSlottable):
     init: Literal["identity", "random"] = "identity"
 
     def validate(self) -> None:
-        _fields.whole(self, "rank", "mini_r")
-        _fields.chance(self, "dropout")
-        _fields.one_of(self, "variant", "miss", "mini", "bat")
-        _fields.one_of(self, "init", "identity", "random")
+        fields.whole(self, "rank", "mini_r")
+        fields.chance(self, "dropout")
+        fields.one_of(self, "variant", "miss", "mini", "bat")
+        fields.one_of(self, "init", "identity", "random")
         if self.variant == "bat" and self.dropout:
             raise self.bad("dropout", "0, and variant='bat' has no branch whose input it could act on")
 
@@ -60,19 +61,19 @@ class MissRule(LowRankSlottable):
         return self.variant != "bat"
 
     def check(self, module: nn.Module, path: str) -> str | None:
-        if why := _complex.why_not(self, module):
+        if why := complex_weights.why_not(self, module):
             return why
-        found = _maps.linear_map(module, "linear", "conv1d")
+        found = maps.linear_map(module, "linear", "conv1d")
         if isinstance(found, str):
             return found
-        (out, inner), bat = _maps.sizes(found), self.variant == "bat"
+        (out, inner), bat = maps.sizes(found), self.variant == "bat"
         if self.rank > inner or (bat and (inner % self.rank or out % self.rank)):
             return f"pieces of rank={self.rank} can't be cut out of its {out} outputs and {inner} inputs"
         if self.variant == "mini" and out % self.mini_r:
             return f"mini_r={self.mini_r} does not divide its {out} outputs"
         if bat and found.packed:
             return "variant='bat' multiplies the weight, and it is packed"
-        return _maps.why_no_dropout(found, self.dropout)
+        return maps.why_no_dropout(found, self.dropout)
 
     def rewrite(self, site: Site) -> Tensor | None:
         out, r = site.out_features, self.rank
@@ -82,19 +83,19 @@ class MissRule(LowRankSlottable):
         if self.variant == "bat":
             site.replace(site.weight, self._bat(site, site.weight, block))
             return None
-        inner = _maps.sizes(_maps.at(site))[1]
-        if not _maps.at(site).plain:
-            return _maps.add(site, self._whole(block, out).t().repeat(1, -(-inner // r))[:, :inner], self.dropout)
+        inner = maps.sizes(maps.at(site))[1]
+        if not maps.at(site).plain:
+            return maps.add(site, self._whole(block, out).t().repeat(1, -(-inner // r))[:, :inner], self.dropout)
         x = F.pad(site.input.to(block.dtype), (0, -inner % r))
         if self.dropout:
             x = F.dropout(x, self.dropout, site.training)  # type: ignore[arg-type]  # the flag as it is at each call
         return site.output + x.unflatten(-1, (-1, r)).sum(-2) @ self._whole(block, out)
 
     def merged(self, site: LiveSite) -> dict[str, Any]:
-        block, layout = site.params["block"].detach(), _maps.at(site)
+        block, layout = site.params["block"].detach(), maps.at(site)
         if self.variant == "bat":
             return {"weight": self._bat(site, site.weight, block)}
-        out, inner = _maps.sizes(layout)
+        out, inner = maps.sizes(layout)
         pieces = torch.eye(self.rank, dtype=block.dtype, device=block.device).repeat(1, -(-inner // self.rank))[
             :, :inner
         ]
@@ -107,18 +108,18 @@ class MissRule(LowRankSlottable):
 
     why_no_slot = "variant='bat' multiplies the weight by its tensors"
 
-    def combined(self, shares: Sequence[Share], how: Combination) -> tuple[Rule, _combined.Tensors]:
+    def combined(self, shares: Sequence[Share], how: Combination) -> tuple[Rule, combining.Tensors]:
         if self.variant == "bat" and not how.untouched(shares):
             raise how.refusal(shares, "variant='bat' multiplies the weight by its tensors")
-        return _combined.linear_in_tensors(self, shares, how)
+        return combining.linear_in_tensors(self, shares, how)
 
     def _whole(self, block: Tensor, out: int) -> Tensor:
         return block.repeat(1, out // self.mini_r) if self.variant == "mini" else block
 
     def _bat(self, site: Site | LiveSite, weight: Tensor, block: Tensor) -> Tensor:
-        layout = _maps.at(site)
-        rows = _maps.rows_of(layout, weight).to(block.dtype)
-        out, inner = _maps.sizes(layout)
+        layout = maps.at(site)
+        rows = maps.rows_of(layout, weight).to(block.dtype)
+        out, inner = maps.sizes(layout)
         pieces = rows.reshape(out // self.rank, self.rank, inner // self.rank, self.rank).transpose(1, 2)
         pieces = pieces + pieces @ block.unsqueeze(1) + block.unsqueeze(1)
-        return _maps.from_rows(layout, pieces.transpose(1, 2).reshape(out, inner)).to(weight.dtype)
+        return maps.from_rows(layout, pieces.transpose(1, 2).reshape(out, inner)).to(weight.dtype)

@@ -10,9 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rules import _fields, _texts
-from rules.prompt import PromptRule
 from surgery import Combination, LiveSite, Member, Rule, Share, Site, SiteError, rule
+from surgery.rules._shared import fields
+from surgery.rules._virtual_tokens import text_inputs
+from surgery.rules.prompt import PromptRule
 
 
 @rule("multitask-prompt")
@@ -21,7 +22,7 @@ class MultitaskPromptRule(PromptRule):
 
     >>> import torch
     >>> from transformers import LlamaConfig, LlamaForCausalLM
-    >>> from rules import MultitaskPromptRule, task_of
+    >>> from surgery.rules import MultitaskPromptRule, task_of
     >>> from surgery import apply_rules
     >>> sizes = dict(hidden_size=16, num_hidden_layers=2, num_attention_heads=4)
     >>> model = LlamaForCausalLM(LlamaConfig(vocab_size=30, intermediate_size=32, **sizes))
@@ -45,8 +46,8 @@ class MultitaskPromptRule(PromptRule):
 
     def validate(self) -> None:
         super().validate()
-        _fields.whole(self, "tasks", "ranks")
-        _fields.whole(self, "task", least=0, optional=True)
+        fields.whole(self, "tasks", "ranks")
+        fields.whole(self, "task", least=0, optional=True)
         if self.task is not None and self.task >= self.tasks:
             raise self.bad("task", f"one of {self.tasks} tasks, from 0")
         if self.encoder is not None:
@@ -74,7 +75,7 @@ class MultitaskPromptRule(PromptRule):
         prompt = super().virtual(site)
         columns = site.param("columns", (self.tasks, self.length, self.ranks), _normal)
         rows = site.param("rows", (self.tasks, self.ranks, site.facts["width"]), _normal)
-        rest = _texts.starred(site)
+        rest = text_inputs.starred(site)
         given = site.inputs[rest] if rest else None
         return site.apply(scaled, prompt, columns, rows, given, self.task)
 
@@ -83,7 +84,7 @@ class MultitaskPromptRule(PromptRule):
 def task_of(ids: int | list[int] | Tensor) -> Iterator[None]:
     """Calls in this context are of this task, or of these, one a row: for rules that have tasks.
 
-    >>> from rules import task_of
+    >>> from surgery.rules import task_of
     >>> with task_of(1):
     ...     pass  # model.generate(…)
     """

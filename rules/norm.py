@@ -7,10 +7,18 @@ from dataclasses import field
 
 from torch import Tensor, nn
 
-from rules._combined import Tensors
-from rules.bias import EVERYWHERE
-from rules.train import combined_all, copies_slot, copies_slotted, merged_all, names_of, own_tensors, replace_all
 from surgery import Combination, LiveSite, Rule, Share, Site, Targets, rule
+from surgery.rules._shared.combining import Tensors
+from surgery.rules.bias import EVERYWHERE
+from surgery.rules.train import (
+    combined_all,
+    copies_slot,
+    copies_slotted,
+    merged_all,
+    names_of,
+    own_tensors,
+    replace_all,
+)
 
 
 @rule("norm")
@@ -19,7 +27,7 @@ class NormRule(Rule):
 
     >>> from torch import nn
     >>> from surgery import apply_rules
-    >>> from rules import NormRule
+    >>> from surgery.rules import NormRule
     >>> model = apply_rules(nn.Sequential(nn.Linear(4, 4), nn.LayerNorm(4)), [NormRule()])
     >>> [name for name, p in model.named_parameters() if p.requires_grad]
     ['1.adapters.default.weight', '1.adapters.default.bias']

@@ -9,9 +9,10 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from rules import _complex, _fields, _maps
-from rules._solving import cayley
 from surgery import LiveSite, Rule, Site, rule
+from surgery.rules._linear import maps
+from surgery.rules._shared import complex_weights, fields
+from surgery.rules._shared.solving import cayley
 
 
 @rule("oft")
@@ -20,7 +21,7 @@ class OftRule(Rule):
 
     >>> from torch import nn
     >>> from surgery import apply_rules
-    >>> from rules import OftRule
+    >>> from surgery.rules import OftRule
     >>> model = apply_rules(nn.Sequential(nn.Linear(8, 6)), [OftRule("0", block_size=4)])
     >>> model[0].adapters.default.R.shape  # of two blocks, what stands above the diagonal
     torch.Size([2, 6])
@@ -49,29 +50,29 @@ class OftRule(Rule):
     init: Literal["identity", "random"] = "identity"
 
     def validate(self) -> None:
-        _fields.either(self, "block_size", "blocks")
-        _fields.flag(self, "block_share", "coft", "use_cayley_neumann")
-        _fields.positive(self, "eps")
-        _fields.whole(self, "num_cayley_neumann_terms")
+        fields.either(self, "block_size", "blocks")
+        fields.flag(self, "block_share", "coft", "use_cayley_neumann")
+        fields.positive(self, "eps")
+        fields.whole(self, "num_cayley_neumann_terms")
         if self.num_cayley_neumann_terms > 100:  # each is a product of matrices
             raise self.bad("num_cayley_neumann_terms", "at most 100")
-        _fields.one_of(self, "init", "identity", "random")
+        fields.one_of(self, "init", "identity", "random")
 
     @property
     def identity(self) -> bool:  # type: ignore[override]
         return self.init == "identity"
 
     def check(self, module: nn.Module, path: str) -> str | None:
-        if why := _complex.why_not(self, module, "coft bounds the size of real numbers" if self.coft else ""):
+        if why := complex_weights.why_not(self, module, "coft bounds the size of real numbers" if self.coft else ""):
             return why
-        found = _maps.linear_map(module, "linear", "conv1d", "convolution")
+        found = maps.linear_map(module, "linear", "conv1d", "convolution")
         if isinstance(found, str):
             return found
-        size = _maps.block_of(found, self.block_size, self.blocks)
+        size = maps.block_of(found, self.block_size, self.blocks)
         return size if isinstance(size, str) else None
 
     def rewrite(self, site: Site) -> None:
-        width = math.prod(_maps.sizes(_maps.at(site))[1:])
+        width = math.prod(maps.sizes(maps.at(site))[1:])
         size = self.block_size or width // self.blocks
         rows, columns = torch.triu_indices(size, size, 1)
         index = torch.zeros(size, size, dtype=torch.long)
@@ -79,11 +80,11 @@ class OftRule(Rule):
         shape = (1 if self.block_share else width // size, len(rows))
         R = site.param("R", shape, partial(nn.init.normal_, std=0.1) if self.init == "random" else 0.0)
         turned = partial(_turned, rotation=self._rotation(R, site.buffer("index", index), shape[0], site.apply))
-        _maps.turn(site, turned, R.dtype)
+        maps.turn(site, turned, R.dtype)
 
     def merged(self, site: LiveSite) -> dict[str, Any]:
         R = site.params["R"].detach()
-        return _maps.turned_weight(
+        return maps.turned_weight(
             site, partial(_turned, rotation=self._rotation(R, site.params["index"], len(R))), R.dtype
         )
 
@@ -108,4 +109,4 @@ class OftRule(Rule):
 
 def _turned(rows: Tensor, back: bool, rotation: Tensor) -> Tensor:
     """Each row (…, in) block by block: x R, or w Rᵀ."""
-    return _maps.by_block(rows, rotation.transpose(-1, -2) if back else rotation)
+    return maps.by_block(rows, rotation.transpose(-1, -2) if back else rotation)

@@ -9,14 +9,14 @@ from typing import Any, Literal, cast
 import torch
 from torch import Tensor, nn
 
-from rules import _combined
-from rules._attention import extend, may_write_attention, written_attention
-from rules._fields import whole
-from rules._prefix import differentiable, folded_tensors, gated, keys_and_values, prefixed, shape_held
-from rules._prefix_rows import mixed
-from rules._rotary_keys import turn_of
-from rules.positions import ShiftedRule, known
 from surgery import Combination, LiveSite, Member, Rule, Share, Site, SiteError, Targets, rule, takes_functions
+from surgery.rules._attention.prefix import differentiable, folded_tensors, gated, keys_and_values, prefixed, shape_held
+from surgery.rules._attention.rotary_keys import turn_of
+from surgery.rules._attention.rows import mixed
+from surgery.rules._attention.written_out import extend, may_write_attention, written_attention
+from surgery.rules._shared import combining
+from surgery.rules._shared.fields import whole
+from surgery.rules.slots.positions import ShiftedRule, known
 
 EVERYWHERE = ("", "re:.*")  # the model itself, and all in it
 
@@ -27,7 +27,7 @@ class PrefixRule(Rule):
 
     >>> import torch
     >>> from transformers import LlamaConfig, LlamaModel
-    >>> from rules import PrefixRule
+    >>> from surgery.rules import PrefixRule
     >>> from surgery import apply_rules
     >>> sizes = dict(hidden_size=16, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2)
     >>> model = LlamaModel(LlamaConfig(vocab_size=30, intermediate_size=32, **sizes))
@@ -153,10 +153,10 @@ class PrefixRule(Rule):
             raise SiteError("the prefix's slot differs in its gate", where=site.path, why=why, fix=fix)
         return self.folded(site)[1]
 
-    def combined(self, shares: Sequence[Share], how: Combination) -> tuple[Rule, _combined.Tensors]:
+    def combined(self, shares: Sequence[Share], how: Combination) -> tuple[Rule, combining.Tensors]:
         if self.projection is not None and not how.untouched(shares):
             raise how.refusal(shares, "its keys and values are made by an MLP", "folded_adapter takes the MLP out")
-        return _combined.averaged(self, shares, how)
+        return combining.averaged(self, shares, how)
 
     def _seen(self, site: Site) -> tuple[Tensor, Tensor, Tensor] | None:
         """Queries, keys, values of the example, (batch, heads, positions, size); None: pass a cross-attention over."""

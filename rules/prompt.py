@@ -9,9 +9,13 @@ from typing import Any, Literal, cast
 import torch
 from torch import Tensor, nn
 
-from rules import _combined, _encoder, _fields, _prompt_rows, _texts, _virtual, prompt_slots
-from rules.memory import THE_MODEL, HiddenIdsRule, PromptMemoryRule
 from surgery import Combination, LiveSite, Member, Rule, Share, Site, SiteError, Targets, rule
+from surgery.rules._shared import combining
+from surgery.rules._shared import fields as _fields
+from surgery.rules._virtual_tokens import encoder as _encoder
+from surgery.rules._virtual_tokens import insertion, rows, text_inputs
+from surgery.rules.prompt_companions import THE_MODEL, HiddenIdsRule, PromptMemoryRule
+from surgery.rules.slots import prompt as prompt_slots
 from surgery.state.records import site_state
 
 
@@ -21,7 +25,7 @@ class PromptRule(Rule):
 
     >>> import torch
     >>> from transformers import LlamaConfig, LlamaForCausalLM
-    >>> from rules import PromptRule
+    >>> from surgery.rules import PromptRule
     >>> from surgery import apply_rules
     >>> sizes = dict(hidden_size=16, num_hidden_layers=2, num_attention_heads=4)
     >>> model = LlamaForCausalLM(LlamaConfig(vocab_size=30, intermediate_size=32, **sizes))
@@ -79,47 +83,47 @@ class PromptRule(Rule):
             raise self.bad("text_ids", "right: init='text' needs token ids, and nothing else takes them")
 
     def expand(self, module: nn.Module, path: str) -> Iterable[tuple[str, nn.Module]]:
-        found = list(_texts.hosts(module, path))
+        found = list(text_inputs.hosts(module, path))
         return found if found or self.targets == (THE_MODEL,) else [(path, module)]
 
     def companions(self) -> Iterable[Rule]:
         return [PromptMemoryRule(length=self.length), *([HiddenIdsRule()] if self.whole else ())]
 
     def rewrite(self, site: Site) -> Any:
-        role = site.fact("role", lambda: _texts.role(site))
+        role = site.fact("role", lambda: text_inputs.role(site))
         if any(isinstance(other, PromptRule) and other.after != self.after for other in site.rules):
             raise SiteError("two prompts at one module need the same `after`", where=site.path)
         if role == "layer":
-            return site.with_hidden(site.apply(_virtual.put_after, site.output, self.virtual(site), self.after or 0))
-        site.fact("seen", lambda: _texts.seen(site))
-        after = _texts.after_of(site, self.after)
-        rest = _texts.starred(site) or ""
+            return site.with_hidden(site.apply(insertion.put_after, site.output, self.virtual(site), self.after or 0))
+        site.fact("seen", lambda: text_inputs.seen(site))
+        after = text_inputs.after_of(site, self.after)
+        rest = text_inputs.starred(site) or ""
         given = site.this, self.virtual(site), dict(site.inputs), rest, site.mark
-        made: Any = site.apply(_virtual.put_in, *given, after, _texts.traits(site))
+        made: Any = site.apply(insertion.put_in, *given, after, text_inputs.traits(site))
         _put(site, made[0], rest)
         if role == "encoder":
             return None  # what its decoder looks at, virtual tokens included
-        return site.apply(_virtual.take_out, site.output, made[1], site.mark, None if self.whole else after)
+        return site.apply(insertion.take_out, site.output, made[1], site.mark, None if self.whole else after)
 
     @classmethod
     def routed(cls, sites: Sequence[Member]) -> Any:
         site, rules = sites[0], [cast(PromptRule, one.rule) for one in sites]
-        told = {(_texts.after_of(one, rule.after), rule.whole) for one, rule in zip(sites, rules, strict=True)}
+        told = {(text_inputs.after_of(one, rule.after), rule.whole) for one, rule in zip(sites, rules, strict=True)}
         if len(told) > 1:
             why = "they differ in `after` or `whole`"
             raise SiteError("these prompts can't be routed in one batch", where=site.path, why=why)
         (after, whole) = told.pop()
         members = [(one.rows, rule.virtual(one)) for one, rule in zip(sites, rules, strict=True)]
         if site.facts["role"] == "layer":
-            return site.with_hidden(site.apply(_prompt_rows.put_after, site.output, after, *members))
-        seen, rest = site.facts["seen"], _texts.starred(site) or ""
+            return site.with_hidden(site.apply(rows.put_after, site.output, after, *members))
+        seen, rest = site.facts["seen"], text_inputs.starred(site) or ""
         counted = seen.get("counted", False) and not whole
-        given = site.this, dict(site.inputs), rest, after, _texts.traits(site), counted
-        made: Any = site.apply(_prompt_rows.put_in, *given, *members)
+        given = site.this, dict(site.inputs), rest, after, text_inputs.traits(site), counted
+        made: Any = site.apply(rows.put_in, *given, *members)
         _put(site, made[0], rest)
         if site.facts["role"] == "encoder":
             return None
-        return site.apply(_virtual.take_out, site.output, made[1], made[2], None if whole else after)
+        return site.apply(insertion.take_out, site.output, made[1], made[2], None if whole else after)
 
     def folded(self, site: LiveSite) -> tuple[Rule, Mapping[str, Tensor]]:
         if self.encoder is None:
@@ -148,22 +152,22 @@ class PromptRule(Rule):
 
     def virtual(self, site: Site) -> Tensor:
         """The virtual tokens as a value of the graph, (length, features)."""
-        site.fact("padded", lambda: any(map(_texts.reads_padding, site.owners)))
-        width = site.fact("width", lambda: _texts.width(site, self.init == "random", self.after))
-        prompt = site.param("prompt", (self.length, width), _texts.start(site, self.init, self.text_ids))
+        site.fact("padded", lambda: any(map(text_inputs.reads_padding, site.owners)))
+        width = site.fact("width", lambda: text_inputs.width(site, self.init == "random", self.after))
+        prompt = site.param("prompt", (self.length, width), text_inputs.start(site, self.init, self.text_ids))
         if self.encoder is None:
             return prompt
         shapes = _encoder.specs(self.encoder, width, self.encoder_size or width, self.encoder_layers)
         tensors = {name: site.param(name, shape, _encoder.uniform(bound)) for name, shape, bound in shapes}
         return site.apply(_encoder.encoded, prompt, tensors, self.encoder_dropout, site.training)
 
-    def combined(self, shares: Sequence[Share], how: Combination) -> tuple[Rule, _combined.Tensors]:
+    def combined(self, shares: Sequence[Share], how: Combination) -> tuple[Rule, combining.Tensors]:
         if self.encoder is not None and not how.untouched(shares):
             raise how.refusal(shares, "its virtual tokens are made by an encoder", "fold_prompts takes the encoder out")
-        return _combined.averaged(self, shares, how, "text_ids", "encoder_size", "encoder_layers", "encoder_dropout")
+        return combining.averaged(self, shares, how, "text_ids", "encoder_size", "encoder_layers", "encoder_dropout")
 
 
 def _put(site: Site, new: Any, rest: str) -> None:
     for name in site.inputs:
-        if name in _virtual.CHANGED or name == rest:
+        if name in insertion.CHANGED or name == rest:
             site.replace(site.inputs[name], new[name])

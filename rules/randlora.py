@@ -8,9 +8,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from rules import _complex, _delta, _fields
-from rules.slots import LowRankSlottable
 from surgery import LiveSite, LowRank, Site, rule
+from surgery.rules._linear import delta
+from surgery.rules._shared import complex_weights, fields
+from surgery.rules.slots.low_rank import LowRankSlottable
 
 
 @rule("randlora")
@@ -19,7 +20,7 @@ class RandLoraRule(LowRankSlottable):
 
     >>> from torch import nn
     >>> from surgery import apply_rules
-    >>> from rules import RandLoraRule
+    >>> from surgery.rules import RandLoraRule
     >>> model = apply_rules(nn.Sequential(nn.Linear(32, 16)), [RandLoraRule("0", rank=4)])
     >>> {name: tuple(tensor.shape) for name, tensor in model[0].adapters.default.tensors().items()}
     {'lambda_': (4, 4), 'gamma': (4, 16), 'A': (4, 1, 16), 'B': (32, 4, 4)}
@@ -45,23 +46,23 @@ class RandLoraRule(LowRankSlottable):
     identity = linear = True
 
     def validate(self) -> None:
-        _fields.whole(self, "rank")
-        _fields.whole(self, "projection_prng_key", least=0)
-        _fields.numbers(self, "alpha", low=0)
-        _fields.chance(self, "dropout")
-        _fields.one_of(self, "sparse", True, False)
-        _fields.one_of(self, "very_sparse", True, False)
+        fields.whole(self, "rank")
+        fields.whole(self, "projection_prng_key", least=0)
+        fields.numbers(self, "alpha", low=0)
+        fields.chance(self, "dropout")
+        fields.one_of(self, "sparse", True, False)
+        fields.one_of(self, "very_sparse", True, False)
 
     def rank_at(self, path: str) -> int:
         return self.rank
 
     def check(self, module: nn.Module, path: str) -> str | None:
-        if why := _complex.why_not(self, module):
+        if why := complex_weights.why_not(self, module):
             return why
-        return _delta.why_no_map(module)
+        return delta.why_no_map(module)
 
     def rewrite(self, site: Site) -> Tensor:
-        out, inner = _delta.sizes(site)
+        out, inner = delta.sizes(site)
         small, large, rank = min(out, inner), max(out, inner), self.rank
         n = math.ceil(small / rank)
         scales = site.param("lambda_", (rank, n)), site.param("gamma", (n, small), 1 / max(n, small))
@@ -87,11 +88,11 @@ class RandLoraRule(LowRankSlottable):
             base.copy_(drawn / drawn.std())
 
     def changes(self, site: LiveSite) -> dict[str, LowRank]:
-        out, inner = _delta.sizes(site)
+        out, inner = delta.sizes(site)
         rows, columns, A, B = (site.params[name] for name in ("lambda_", "gamma", "A", "B"))
         down, up = _factors(rows, columns, A, B, min(out, inner) == inner)
         scale = self.alpha / self.rank
-        return {"weight": LowRank(down.t(), up.t(), scale) if _delta.turned(site) else LowRank(up, down, scale)}
+        return {"weight": LowRank(down.t(), up.t(), scale) if delta.turned(site) else LowRank(up, down, scale)}
 
 
 def _factors(rows: Tensor, columns: Tensor, A: Tensor, B: Tensor, narrow: bool) -> tuple[Tensor, Tensor]:

@@ -9,10 +9,10 @@ from typing import cast
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from rules import _complex, _fields
-from rules._hidden import at_positions, features_of, in_dtype_of, positions_of
-from rules._solving import orthonormal_rows
 from surgery import LiveSite, Rule, Site, SiteError, rule
+from surgery.rules._shared import complex_weights, fields
+from surgery.rules._shared.hidden_states import at_positions, features_of, in_dtype_of, positions_of
+from surgery.rules._shared.solving import orthonormal_rows
 
 
 @rule("reft")
@@ -21,7 +21,7 @@ class ReftRule(Rule):
 
     >>> from torch import nn
     >>> from surgery import apply_rules
-    >>> from rules import ReftRule
+    >>> from surgery.rules import ReftRule
     >>> model = apply_rules(nn.Sequential(nn.Linear(32, 16)), [ReftRule("0", rank=2)])
     >>> {name: tuple(tensor.shape) for name, tensor in model[0].adapters.default.tensors().items()}
     {'R': (2, 16), 'W': (2, 16), 'b': (2,)}
@@ -45,14 +45,14 @@ class ReftRule(Rule):
     why_not_merged = "it edits the hidden state a module returns, for which the module has no weight"
 
     def validate(self) -> None:
-        _fields.whole(self, "rank")
-        _fields.whole(self, "features", optional=True)
-        _fields.chance(self, "dropout")
+        fields.whole(self, "rank")
+        fields.whole(self, "features", optional=True)
+        fields.chance(self, "dropout")
         if positions_of(self.positions) == ():
             raise self.bad("positions", "'all', or such as 'f7+l7', 'f1' or 'l2'")
 
     def check(self, module: nn.Module, path: str) -> str | None:
-        if why := _complex.why_not(self, module, "its rotation is one of real numbers"):
+        if why := complex_weights.why_not(self, module, "its rotation is one of real numbers"):
             return why
         found = features_of(module, self.features)
         if isinstance(found, str):
@@ -97,7 +97,7 @@ class ReftSlotRule(Rule):
     """h + Rᵀ (W h + b − R h), with R as it is given: what ReftRule becomes in a slot, of any rank.
 
     >>> from torch import nn
-    >>> from rules.reft import ReftSlotRule
+    >>> from surgery.rules.reft import ReftSlotRule
     >>> from surgery import apply_rules
     >>> model = apply_rules(nn.Sequential(nn.Linear(4, 3)), [ReftSlotRule("0")])
     >>> {name: tuple(tensor.shape) for name, tensor in model[0].adapters.default.tensors().items()}

@@ -10,8 +10,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from rules._arguments import Arguments, arguments_for
 from surgery import Rule, RuleError, Site, SiteModule, TraceError, rule
+from surgery.rules._shared.arguments import Arguments, arguments_for
 
 
 @rule("replace")
@@ -21,7 +21,7 @@ class ReplaceRule(Rule):
     >>> import torch
     >>> from torch import nn
     >>> from surgery import apply_rules, remove
-    >>> from rules import ReplaceRule
+    >>> from surgery.rules import ReplaceRule
     >>> model = nn.Sequential(nn.Linear(4, 4), nn.ReLU())
     >>> _ = apply_rules(model, [ReplaceRule(nn.ReLU, by="torch.nn.LeakyReLU", kwargs={"negative_slope": 0.5})])
     >>> model[1](torch.tensor([-1.0, 1.0])), type(model[1]).__name__

@@ -8,8 +8,9 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from rules import _complex, _fields, _maps
 from surgery import LiveSite, Rule, Site, rule
+from surgery.rules._linear import maps
+from surgery.rules._shared import complex_weights, fields
 
 
 @rule("road")
@@ -18,7 +19,7 @@ class RoadRule(Rule):
 
     >>> from torch import nn
     >>> from surgery import apply_rules
-    >>> from rules import RoadRule
+    >>> from surgery.rules import RoadRule
     >>> model = apply_rules(nn.Sequential(nn.Linear(8, 6)), [RoadRule("0", group_size=2)])
     >>> {name: tuple(p.shape) for name, p in model[0].adapters.default.named_parameters()}
     {'theta': (3,), 'alpha': (3,)}
@@ -38,8 +39,8 @@ class RoadRule(Rule):
     init: Literal["identity", "random"] = "identity"
 
     def validate(self) -> None:
-        _fields.one_of(self, "variant", "road_1", "road_2", "road_4")
-        _fields.one_of(self, "init", "identity", "random")
+        fields.one_of(self, "variant", "road_1", "road_2", "road_4")
+        fields.one_of(self, "init", "identity", "random")
         if type(self.group_size) is not int or self.group_size < 2 or self.group_size % 2:
             raise self.bad("group_size", "an even number from 2")
 
@@ -48,12 +49,12 @@ class RoadRule(Rule):
         return self.init == "identity"
 
     def check(self, module: nn.Module, path: str) -> str | None:
-        if why := _complex.why_not(self, module):
+        if why := complex_weights.why_not(self, module):
             return why
-        found = _maps.linear_map(module, "linear", "conv1d")
+        found = maps.linear_map(module, "linear", "conv1d")
         if isinstance(found, str):
             return found
-        out = _maps.sizes(found)[0]
+        out = maps.sizes(found)[0]
         return f"group_size={self.group_size} does not divide its {out} outputs" if out % self.group_size else None
 
     def rewrite(self, site: Site) -> Tensor | None:
@@ -63,7 +64,7 @@ class RoadRule(Rule):
         alpha = site.param(
             "alpha", (size[self.variant],), partial(nn.init.normal_, mean=1.0, std=0.5) if random else 1.0
         )
-        if not _maps.at(site).weight_space:
+        if not maps.at(site).weight_space:
             return self._turned(site.output.to(theta.dtype), theta, alpha)
         for name, new in self._parameters(site, theta, alpha).items():
             site.replace(site.tensor(name), new)
@@ -74,9 +75,9 @@ class RoadRule(Rule):
 
     def _parameters(self, site: Site | LiveSite, theta: Tensor, alpha: Tensor) -> dict[str, Tensor]:
         """The module's own, turned."""
-        layout, changed = _maps.at(site), {}
-        rows = _maps.rows_of(layout, site.weight).to(theta.dtype)
-        changed["weight"] = _maps.from_rows(layout, self._turned(rows.t(), theta, alpha).t()).to(site.weight.dtype)
+        layout, changed = maps.at(site), {}
+        rows = maps.rows_of(layout, site.weight).to(theta.dtype)
+        changed["weight"] = maps.from_rows(layout, self._turned(rows.t(), theta, alpha).t()).to(site.weight.dtype)
         if site.module._parameters.get("bias") is not None:
             changed["bias"] = self._turned(site.bias.to(theta.dtype), theta, alpha).to(site.bias.dtype)
         return changed

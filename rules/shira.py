@@ -8,8 +8,9 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from rules import _combined, _complex, _delta, _fields
 from surgery import Combination, LiveSite, Rule, Share, Site, rule
+from surgery.rules._linear import delta
+from surgery.rules._shared import combining, complex_weights, fields
 
 
 @rule("shira")
@@ -18,7 +19,7 @@ class ShiraRule(Rule):
 
     >>> from torch import nn
     >>> from surgery import apply_rules
-    >>> from rules import ShiraRule
+    >>> from surgery.rules import ShiraRule
     >>> model = apply_rules(nn.Sequential(nn.Linear(32, 16)), [ShiraRule("0", rank=2)])
     >>> {name: tuple(tensor.shape) for name, tensor in model[0].adapters.default.tensors().items()}
     {'values': (96,), 'index': (96,)}
@@ -37,27 +38,27 @@ class ShiraRule(Rule):
     init: Literal["identity", "random"] = "identity"
 
     def validate(self) -> None:
-        _fields.whole(self, "rank")
-        _fields.whole(self, "random_seed", least=0, optional=True)
-        _fields.one_of(self, "init", "identity", "random")
+        fields.whole(self, "rank")
+        fields.whole(self, "random_seed", least=0, optional=True)
+        fields.one_of(self, "init", "identity", "random")
 
     @property
     def identity(self) -> bool:  # type: ignore[override]
         return self.init == "identity"
 
     def check(self, module: nn.Module, path: str) -> str | None:
-        if why := _complex.why_not(self, module):
+        if why := complex_weights.why_not(self, module):
             return why
-        return _delta.why_no_map(module) or _delta.more_than_weight(module, self.rank * sum(_delta.sizes(module)))
+        return delta.why_no_map(module) or delta.more_than_weight(module, self.rank * sum(delta.sizes(module)))
 
     def rewrite(self, site: Site) -> None:
-        count = self.rank * sum(_delta.sizes(site))
+        count = self.rank * sum(delta.sizes(site))
         values = site.param("values", (count,), 0.0 if self.init == "identity" else nn.init.normal_)
         index = site.buffer("index", torch.zeros((), dtype=torch.long).expand(count))  # drawn by `initialise`
         site.replace(site.weight, self._changed(site, site.weight, values, index))
 
     def initialise(self, site: LiveSite) -> None:
-        out, inner = _delta.sizes(site)
+        out, inner = delta.sizes(site)
         draw = None if self.random_seed is None else torch.Generator().manual_seed(self.random_seed)
         index = site.params["index"]
         index.copy_(torch.randperm(out * inner, generator=draw)[: len(index)].sort().values)
@@ -66,10 +67,10 @@ class ShiraRule(Rule):
         values, index = site.params["values"].detach(), site.params["index"]
         return {"weight": self._changed(site, site.weight.detach(), values, index)}
 
-    def combined(self, shares: Sequence[Share], how: Combination) -> tuple[Rule, _combined.Tensors]:
-        return _combined.linear_in_tensors(self, shares, how)
+    def combined(self, shares: Sequence[Share], how: Combination) -> tuple[Rule, combining.Tensors]:
+        return combining.linear_in_tensors(self, shares, how)
 
     def _changed(self, site: Site | LiveSite, weight: Tensor, values: Tensor, index: Tensor) -> Tensor:
-        rows = weight.t() if _delta.turned(site) else weight
-        changed = rows.flatten().index_add(0, index, values.to(weight.dtype)).view(_delta.sizes(site))
-        return changed.t() if _delta.turned(site) else changed
+        rows = weight.t() if delta.turned(site) else weight
+        changed = rows.flatten().index_add(0, index, values.to(weight.dtype)).view(delta.sizes(site))
+        return changed.t() if delta.turned(site) else changed

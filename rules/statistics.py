@@ -10,9 +10,9 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.instancenorm import _InstanceNorm
 
-from rules.bias import EVERYWHERE
-from rules.train import merged_all
 from surgery import LiveSite, Rule, Site, Targets, rule
+from surgery.rules.bias import EVERYWHERE
+from surgery.rules.train import merged_all
 
 _NAMES = ("running_mean", "running_var", "num_batches_tracked")
 
@@ -23,7 +23,7 @@ class StatisticsRule(Rule):
 
     >>> from torch import nn
     >>> from surgery import apply_rules
-    >>> from rules import LoraRule, StatisticsRule
+    >>> from surgery.rules import LoraRule, StatisticsRule
     >>> model = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4))
     >>> model = apply_rules(model, [LoraRule("0", rank=2), StatisticsRule()])
     >>> [name for name, _ in model[1].adapters.default.named_buffers()]

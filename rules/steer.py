@@ -8,9 +8,9 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from rules import _combined, _fields
-from rules._hidden import at_positions, features_of, positions_of
 from surgery import Combination, LiveSite, Rule, Share, Site, SiteError, rule
+from surgery.rules._shared import combining, fields
+from surgery.rules._shared.hidden_states import at_positions, features_of, positions_of
 
 
 @rule("steer")
@@ -20,7 +20,7 @@ class SteerRule(Rule):
     >>> import torch
     >>> from torch import nn
     >>> from surgery import apply_rules
-    >>> from rules import SteerRule
+    >>> from surgery.rules import SteerRule
     >>> model = nn.Sequential(nn.Linear(3, 2))
     >>> before = model(torch.ones(1, 3)).detach()
     >>> _ = apply_rules(model, [SteerRule("0", direction=[1.0, -1.0], scale=0.5)])
@@ -49,9 +49,9 @@ class SteerRule(Rule):
             object.__setattr__(self, "direction", _numbers(self.direction))
         except (TypeError, ValueError):
             raise self.bad("direction", "a list of numbers, a tensor, or a mapping from paths to such") from None
-        _fields.numbers(self, "scale")
-        _fields.whole(self, "features", optional=True)
-        _fields.one_of(self, "trainable", True, False)
+        fields.numbers(self, "scale")
+        fields.whole(self, "features", optional=True)
+        fields.one_of(self, "trainable", True, False)
         if positions_of(self.positions) == ():
             raise self.bad("positions", "'all', or such as 'f7+l7', 'f1' or 'l2'")
 
@@ -91,8 +91,8 @@ class SteerRule(Rule):
             raise SiteError("the slot steers at other positions", where=site.path, fix=fix)
         return {"direction": site.params["direction"] * self.scale}
 
-    def combined(self, shares: Sequence[Share], how: Combination) -> tuple[Rule, _combined.Tensors]:
-        return _combined.linear_in_tensors(self, shares, how, "direction", "trainable")
+    def combined(self, shares: Sequence[Share], how: Combination) -> tuple[Rule, combining.Tensors]:
+        return combining.linear_in_tensors(self, shares, how, "direction", "trainable")
 
 
 def _numbers(direction: Any) -> Any:

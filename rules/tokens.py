@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from rules import _complex
 from surgery import Combination, LiveSite, Rows, Rule, Share, Site, rule
+from surgery.rules._shared import complex_weights
 
 
 @rule("tokens")
@@ -19,7 +19,7 @@ class TokensRule(Rule):
 
     >>> from torch import Tensor, nn
     >>> from surgery import apply_rules
-    >>> from rules import TokensRule
+    >>> from surgery.rules import TokensRule
     >>> model = apply_rules(nn.Sequential(nn.Embedding(100, 8)), [TokensRule("0", tokens=[7, 42])])
     >>> model[0].adapters.default.rows.shape
     torch.Size([2, 8])
@@ -43,7 +43,7 @@ class TokensRule(Rule):
     def check(self, module: nn.Module, path: str) -> str | None:
         if not isinstance(module, (nn.Embedding, nn.Linear)):
             return "it is neither an Embedding nor a Linear"
-        if why := _complex.why_not(self, module):
+        if why := complex_weights.why_not(self, module):
             return why
         last = max(self.tokens)
         fewer = f"it has {len(module.weight)} rows, none of number {last}: resize the embeddings first"
@@ -101,7 +101,7 @@ class BaseRowsRule(TokensRule):
 
     >>> from torch import nn
     >>> from surgery import apply_rules
-    >>> from rules import BaseRowsRule
+    >>> from surgery.rules import BaseRowsRule
     >>> model = apply_rules(nn.Sequential(nn.Embedding(100, 8)), [BaseRowsRule("0", tokens=[98, 99])])
     >>> [(name, p.requires_grad) for name, p in model[0].adapters.default.named_parameters()]
     [('base_rows', False)]
@@ -127,7 +127,7 @@ class TokensSlotRule(Rule):
     """Rows of an embedding or a head in the base's place: what TokensRule becomes in a slot, for any number of tokens.
 
     >>> from torch import nn
-    >>> from rules.tokens import TokensSlotRule
+    >>> from surgery.rules.tokens import TokensSlotRule
     >>> from surgery import apply_rules
     >>> model = apply_rules(nn.Sequential(nn.Embedding(9, 4)), [TokensSlotRule("0")])
     >>> {name: tuple(tensor.shape) for name, tensor in model[0].adapters.default.tensors().items()}

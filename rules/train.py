@@ -7,8 +7,8 @@ from typing import TypeVar
 
 from torch import Tensor, nn
 
-from rules import _combined, _complex
 from surgery import Combination, LiveSite, Rule, Share, Site, SiteError, rule
+from surgery.rules._shared import combining, complex_weights
 
 R = TypeVar("R", bound=Rule)
 
@@ -19,7 +19,7 @@ class TrainRule(Rule):
 
     >>> from torch import nn
     >>> from surgery import apply_rules
-    >>> from rules import TrainRule
+    >>> from surgery.rules import TrainRule
     >>> model = apply_rules(nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 2)), [TrainRule("1")])
     >>> [name for name, p in model.named_parameters() if p.requires_grad]
     ['1.adapters.default.weight', '1.adapters.default.bias']
@@ -36,7 +36,7 @@ class TrainRule(Rule):
         return owners_of_tensors(module, path)
 
     def check(self, module: nn.Module, path: str) -> str | None:
-        if why := _complex.why_not(self, module):
+        if why := complex_weights.why_not(self, module):
             return why
         return None if dict(own_tensors(module)) else "it owns no parameters"
 
@@ -55,7 +55,7 @@ class TrainRule(Rule):
     def slotted(self, slot: Rule, site: LiveSite) -> dict[str, Tensor]:
         return copies_slotted(slot, site)
 
-    def combined(self, shares: Sequence[Share], how: Combination) -> tuple[Rule, _combined.Tensors]:
+    def combined(self, shares: Sequence[Share], how: Combination) -> tuple[Rule, combining.Tensors]:
         return combined_all(self, shares, how)
 
 
@@ -64,7 +64,7 @@ class CopiesSlotRule(Rule):
     """Some of a module's tensors, each in the place of the base's: what TrainRule and its like become in a slot.
 
     >>> from torch import nn
-    >>> from rules.train import CopiesSlotRule
+    >>> from surgery.rules.train import CopiesSlotRule
     >>> from surgery import apply_rules
     >>> model = apply_rules(nn.Sequential(nn.Linear(4, 2)), [CopiesSlotRule("0", names=["bias"])])
     >>> [name for name, _ in model[0].adapters.default.named_parameters()]
@@ -155,7 +155,7 @@ def merged_all(site: LiveSite) -> dict[str, Tensor]:
     }
 
 
-def combined_all(rule: R, shares: Sequence[Share], how: Combination) -> tuple[R, _combined.Tensors]:
+def combined_all(rule: R, shares: Sequence[Share], how: Combination) -> tuple[R, combining.Tensors]:
     """The adapters' copies as one: W + Σ w (T − W)."""
     base = {name.replace(".", "_"): tensor for name, tensor in own_tensors(shares[0].site.module)}
-    return _combined.moved(base, rule, shares, how)
+    return combining.moved(base, rule, shares, how)

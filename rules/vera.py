@@ -9,9 +9,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from rules import _complex, _fields, _maps
-from rules.slots import LowRankSlottable
 from surgery import LiveSite, LowRank, Site, rule
+from surgery.rules._linear import maps
+from surgery.rules._shared import complex_weights, fields
+from surgery.rules.slots.low_rank import LowRankSlottable
 
 
 @rule("vera")
@@ -20,7 +21,7 @@ class VeraRule(LowRankSlottable):
 
     >>> from torch import nn
     >>> from surgery import apply_rules
-    >>> from rules import VeraRule
+    >>> from surgery.rules import VeraRule
     >>> model = apply_rules(nn.Sequential(nn.Linear(8, 6), nn.Linear(8, 6)), [VeraRule(nn.Linear, rank=4)])
     >>> [name for name, p in model.named_parameters() if p.requires_grad][:2]
     ['0.adapters.default.d', '0.adapters.default.b']
@@ -47,10 +48,10 @@ class VeraRule(LowRankSlottable):
     init: Literal["identity", "random"] = "identity"
 
     def validate(self) -> None:
-        _fields.whole(self, "rank")
-        _fields.whole(self, "projection_prng_key", least=0)
-        _fields.chance(self, "dropout")
-        _fields.one_of(self, "init", "identity", "random")
+        fields.whole(self, "rank")
+        fields.whole(self, "projection_prng_key", least=0)
+        fields.chance(self, "dropout")
+        fields.one_of(self, "init", "identity", "random")
         if type(self.d_initial) not in (int, float) or not math.isfinite(self.d_initial):
             raise self.bad("d_initial", "a number")
 
@@ -66,13 +67,13 @@ class VeraRule(LowRankSlottable):
         return self.rank
 
     def check(self, module: nn.Module, path: str) -> str | None:
-        if why := _complex.why_not(self, module):
+        if why := complex_weights.why_not(self, module):
             return why
-        found = _maps.linear_map(module, "linear", "conv1d")
-        return found if isinstance(found, str) else _maps.why_no_dropout(found, self.dropout)
+        found = maps.linear_map(module, "linear", "conv1d")
+        return found if isinstance(found, str) else maps.why_no_dropout(found, self.dropout)
 
     def rewrite(self, site: Site) -> Tensor | None:
-        out, inner = _maps.sizes(_maps.at(site))
+        out, inner = maps.sizes(maps.at(site))
         random = self.init == "random"
         d = site.param("d", (self.rank,), nn.init.normal_ if random else self.d_initial)
         b = site.param("b", (out,), 1.0 if random else 0.0)
@@ -80,8 +81,8 @@ class VeraRule(LowRankSlottable):
             (), dtype=site.dtype
         )  # only the shape counts: `initialise` draws, once the plan is carried out
         A, B = site.buffer("A", zero.expand(self.rank, inner)), site.buffer("B", zero.expand(out, self.rank))
-        if not _maps.at(site).plain:
-            return _maps.add(site, (b.unsqueeze(-1) * B) @ (d.unsqueeze(-1) * A), self.dropout)
+        if not maps.at(site).plain:
+            return maps.add(site, (b.unsqueeze(-1) * B) @ (d.unsqueeze(-1) * A), self.dropout)
         x = site.input.to(d.dtype)
         if self.dropout:
             x = F.dropout(x, self.dropout, site.training)  # type: ignore[arg-type]  # the flag as it is at each call
@@ -96,5 +97,5 @@ class VeraRule(LowRankSlottable):
     def merged(self, site: LiveSite) -> dict[str, LowRank]:
         d, b, A, B = (site.params[name].detach() for name in ("d", "b", "A", "B"))
         down, up = d.unsqueeze(-1) * A, b.unsqueeze(-1) * B
-        turned = _maps.at(site).parts[0].turned
+        turned = maps.at(site).parts[0].turned
         return {"weight": LowRank(down.t(), up.t()) if turned else LowRank(up, down)}

@@ -61,7 +61,7 @@ def assert_reversible(
 
     >>> from torch import nn
     >>> from surgery.testing import assert_reversible
-    >>> from rules import LoraRule
+    >>> from surgery.rules import LoraRule
     >>> assert_reversible(nn.Sequential(nn.Linear(4, 4)), [LoraRule("0", rank=2)])
 
     Between, the adapter's tensors are moved at random (or by `disturb`), as training would. Rules without a closed
@@ -115,7 +115,7 @@ def assert_equivalent(
     >>> import torch
     >>> from torch import nn
     >>> from surgery.testing import assert_equivalent
-    >>> from rules import LoraRule
+    >>> from surgery.rules import LoraRule
     >>> layer = nn.Sequential(nn.Linear(4, 4))
     >>> def by_hand(tensors, x):
     ...     A, B = tensors["0.adapters.A"], tensors["0.adapters.B"]

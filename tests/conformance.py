@@ -27,8 +27,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from rules import task_of
 from surgery import SurgeryError, load_adapter, merge, remove, save_adapter, summary, unmerge
+from surgery.rules import task_of
 from surgery.testing import Snapshot
 
 CELLS = ("load", "merged", "removed", "save", "trained")

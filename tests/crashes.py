@@ -18,8 +18,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from rules import IA3Rule, LoraRule, TrainRule
 from surgery import activate, apply_rules
+from surgery.rules import IA3Rule, LoraRule, TrainRule
 from tests import tiny
 
 transformers: Any = pytest.importorskip("transformers")

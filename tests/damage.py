@@ -16,8 +16,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from rules import LoraRule, OftRule, ReftRule, TokensRule, TrainRule, VeraRule
 from surgery import Rule, adapter_state_dict, apply_rules, save_adapter
+from surgery.rules import LoraRule, OftRule, ReftRule, TokensRule, TrainRule, VeraRule
 
 ODD: list[Any] = [
     None, True, False, -1, 0, 1, 3, 2**31, 2**63, 10**30, 1e308, -0.5, "", "x", "lin0", "re:(", "(", ".*", "all-linear",

@@ -16,8 +16,8 @@ from typing import Any
 import torch
 from torch import nn
 
-import rules
 import surgery
+from surgery import rules
 from surgery.state.records import _MODEL, _SITE, ModelState, SiteState
 from surgery.testing import Snapshot
 

@@ -11,8 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-import rules
-from surgery import Rule, apply_rules, draw
+from surgery import Rule, apply_rules, draw, rules
 
 PICTURES = Path(__file__).parents[1] / "docs" / "pictures"
 

@@ -12,9 +12,9 @@ import onnx
 import onnxruntime
 from torch import Tensor, nn
 
-from rules import LoraRule
 from surgery import adapter_state_dict, apply_rules
 from surgery.onnx.calls.example import Given, arrays_of, outputs_of
+from surgery.rules import LoraRule
 from surgery.state.records import sites
 from tests.near import Wanted, off
 

@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from rules import LoraRule, PrefixRule, PromptRule
 from surgery import ParityReport, Rule, SurgeryError, apply_rules, export_onnx
 from surgery.onnx.calls.example import leaves_of
+from surgery.rules import LoraRule, PrefixRule, PromptRule
 from tests import tiny
 from tests.families import FAMILIES
 

@@ -14,10 +14,9 @@ def main() -> None:
     import torch
     from torch import nn
 
-    import rules
     import surgery
-    from rules import LoraRule, TrainRule
-    from surgery import apply_rules, merge, remove, unmerge
+    from surgery import apply_rules, merge, remove, rules, unmerge
+    from surgery.rules import LoraRule, TrainRule
 
     assert "transformers" not in sys.modules, "import surgery imports transformers"
     for module in (rules, surgery):

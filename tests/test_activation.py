@@ -12,7 +12,6 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from rules import IA3Rule, LoraRule, PrefixRule, SteerRule
 from surgery import (
     SurgeryError,
     activate,
@@ -33,6 +32,7 @@ from surgery import (
     using,
 )
 from surgery.lifecycle.switching import set_trained
+from surgery.rules import IA3Rule, LoraRule, PrefixRule, SteerRule
 from surgery.state.records import require_state
 from surgery.testing import Snapshot
 from tests.test_prefix_written import Plain

@@ -17,16 +17,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from rules import (
-    BottleneckRule,
-    CaptureRule,
-    LoraRule,
-    ReftRule,
-    ReplaceRule,
-    SteerRule,
-    captured,
-    fit_direction,
-)
 from surgery import (
     PlanError,
     Rule,
@@ -43,6 +33,16 @@ from surgery import (
     rules_to_json,
 )
 from surgery.forward.hidden_state import hidden_of, with_hidden
+from surgery.rules import (
+    BottleneckRule,
+    CaptureRule,
+    LoraRule,
+    ReftRule,
+    ReplaceRule,
+    SteerRule,
+    captured,
+    fit_direction,
+)
 from surgery.testing import assert_equivalent, assert_reversible
 
 Pair = namedtuple("Pair", ["state", "extra"])

@@ -10,11 +10,10 @@ import pytest
 import torch
 from torch import nn
 
-import rules
 import surgery
-from rules import BiasRule, CaptureRule, LoraRule, ReplaceRule
-from surgery import Pattern, PlanError, RuleError, apply_rules, explain, plan_rules, rules_from_json, rules_of
+from surgery import Pattern, PlanError, RuleError, apply_rules, explain, plan_rules, rules, rules_from_json, rules_of
 from surgery.errors import SurgeryError
+from surgery.rules import BiasRule, CaptureRule, LoraRule, ReplaceRule
 from surgery.testing import Snapshot
 
 

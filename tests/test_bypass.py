@@ -18,9 +18,9 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import checkpoint
 
 import surgery.planning.direct_reads as bypass_module
-from rules import LoraRule
 from surgery import PlanError, apply_rules
 from surgery.planning.direct_reads import bypasses, bypasses_of, fastpath_switch
+from surgery.rules import LoraRule
 
 
 def found(model: nn.Module) -> set[str]:

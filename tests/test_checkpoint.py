@@ -18,7 +18,25 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from rules import (
+from surgery import (
+    LoadError,
+    PlanError,
+    Rule,
+    RuleError,
+    SurgeryError,
+    SurgeryWarning,
+    adapter_state_dict,
+    apply_rules,
+    load_adapter,
+    load_adapters,
+    merge,
+    merge_to,
+    remove,
+    rules_of,
+    save_adapter,
+    unmerge,
+)
+from surgery.rules import (
     AdaLoraRule,
     BiasRule,
     BoftRule,
@@ -43,24 +61,6 @@ from rules import (
     TokensRule,
     TrainRule,
     VeraRule,
-)
-from surgery import (
-    LoadError,
-    PlanError,
-    Rule,
-    RuleError,
-    SurgeryError,
-    SurgeryWarning,
-    adapter_state_dict,
-    apply_rules,
-    load_adapter,
-    load_adapters,
-    merge,
-    merge_to,
-    remove,
-    rules_of,
-    save_adapter,
-    unmerge,
 )
 from surgery.testing import Snapshot
 

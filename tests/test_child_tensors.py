@@ -10,8 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from rules import LoraRule
 from surgery import Rule, Structure, apply_rules, remove, rule
+from surgery.rules import LoraRule
 from surgery.testing import Snapshot, assert_reversible
 
 UP = Structure(lambda x, weight, bias: F.gelu(F.linear(x, weight, bias)))

@@ -14,27 +14,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from rules import (
-    AdaLoraRule,
-    BiasRule,
-    BottleneckRule,
-    C3aRule,
-    CaptureRule,
-    ExpertLoraRule,
-    FourierRule,
-    IA3Rule,
-    LohaRule,
-    LoraRule,
-    MissRule,
-    NormRule,
-    PrefixRule,
-    PromptRule,
-    ShiraRule,
-    SteerRule,
-    TokensRule,
-    TrainRule,
-    VeraRule,
-)
 from surgery import (
     PlanError,
     Rule,
@@ -56,6 +35,27 @@ from surgery import (
     save_adapter,
     unmerge,
     using,
+)
+from surgery.rules import (
+    AdaLoraRule,
+    BiasRule,
+    BottleneckRule,
+    C3aRule,
+    CaptureRule,
+    ExpertLoraRule,
+    FourierRule,
+    IA3Rule,
+    LohaRule,
+    LoraRule,
+    MissRule,
+    NormRule,
+    PrefixRule,
+    PromptRule,
+    ShiraRule,
+    SteerRule,
+    TokensRule,
+    TrainRule,
+    VeraRule,
 )
 from surgery.testing import Snapshot
 from tests.tiny import llama

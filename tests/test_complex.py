@@ -11,24 +11,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from rules import (
-    AdaLoraRule,
-    BottleneckRule,
-    C3aRule,
-    FourierRule,
-    HraRule,
-    IA3Rule,
-    LohaRule,
-    LoraRule,
-    OftRule,
-    RandLoraRule,
-    ReftRule,
-    ShiraRule,
-    SteerRule,
-    TokensRule,
-    TrainRule,
-    VeraRule,
-)
 from surgery import (
     LoadError,
     MergeError,
@@ -47,6 +29,24 @@ from surgery import (
     rule,
     save_adapter,
     unmerge,
+)
+from surgery.rules import (
+    AdaLoraRule,
+    BottleneckRule,
+    C3aRule,
+    FourierRule,
+    HraRule,
+    IA3Rule,
+    LohaRule,
+    LoraRule,
+    OftRule,
+    RandLoraRule,
+    ReftRule,
+    ShiraRule,
+    SteerRule,
+    TokensRule,
+    TrainRule,
+    VeraRule,
 )
 from surgery.testing import Snapshot
 from tests.test_methods import METHODS, Holder, in_peft, needs_peft, take_over, theirs_of

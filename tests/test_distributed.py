@@ -15,7 +15,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from rules import LoraRule
 from surgery import (
     SurgeryError,
     activate,
@@ -33,6 +32,7 @@ from surgery import (
     unmerge,
     using,
 )
+from surgery.rules import LoraRule
 
 tiny: Any = pytest.importorskip("tests.tiny", reason="needs transformers")
 

@@ -22,12 +22,12 @@ from typing import Any
 import pytest
 import torch
 
-import rules
 import surgery
 import surgery.onnx
 import surgery.peft
 import surgery.testing
 import surgery.trainer
+from surgery import rules
 
 ROOT = Path(__file__).parent.parent
 PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")])

@@ -347,8 +347,8 @@ def _norm(kind: Any, **options: bool) -> Callable[[Any], Any]:
 
 
 def test_a_layer_with_a_live_adapter_is_of_its_own_class() -> None:
-    from rules import LoraRule
     from surgery import apply_rules
+    from surgery.rules import LoraRule
 
     net = apply_rules(nn.Sequential(nn.Linear(4, 4), nn.ReLU()), LoraRule("0", rank=2))
     linear = Structure(lambda x: module_of(nn.Linear, x))

@@ -14,8 +14,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from rules import CaptureRule, ExpertLoraRule, LoraRule, captured
-from rules._factored import Factored
 from surgery import (
     LowRank,
     MergeError,
@@ -33,6 +31,8 @@ from surgery import (
     unmerge,
 )
 from surgery.arithmetic.exact_fold import fold, folded, unfold
+from surgery.rules import CaptureRule, ExpertLoraRule, LoraRule, captured
+from surgery.rules._linear.factored import Factored
 from surgery.testing import Snapshot, assert_equivalent, assert_reversible
 
 pytest.importorskip("transformers", reason="the experts are transformers'")

@@ -22,8 +22,8 @@ from torch import Tensor, nn
 
 import surgery
 import surgery.peft as ours
-from rules import LoraRule
 from surgery import LoadError, PlanError, SurgeryError, SurgeryWarning, apply_rules, base_state_dict
+from surgery.rules import LoraRule
 from surgery.testing import Snapshot
 from tests.hub_server import hub
 

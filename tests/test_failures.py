@@ -14,7 +14,6 @@ import pytest
 import torch
 from torch import nn
 
-from rules import BottleneckRule, IA3Rule, LoraRule, PrefixRule, TrainRule
 from surgery import (
     PlanError,
     SurgeryError,
@@ -44,6 +43,7 @@ from surgery import (
     using,
 )
 from surgery.routing.thread_state import here
+from surgery.rules import BottleneckRule, IA3Rule, LoraRule, PrefixRule, TrainRule
 from surgery.transaction.undo_log import Journal
 from tests.failing import Broken, Everything, broken, steps_of
 

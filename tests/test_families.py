@@ -12,8 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from rules import LoraRule
 from surgery import PlanError, SurgeryWarning, apply_rules, merge, plan_rules, remove, summary, unmerge
+from surgery.rules import LoraRule
 from surgery.testing import Snapshot, assert_reversible
 
 tiny: Any = pytest.importorskip("tests.tiny", reason="needs transformers")

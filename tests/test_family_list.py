@@ -16,8 +16,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from rules import LoraRule
 from surgery import PlanError, SurgeryWarning, apply_rules, merge, remove, unmerge
+from surgery.rules import LoraRule
 from surgery.testing import Snapshot
 from tests.families import FAMILIES, KINDS
 

@@ -8,7 +8,6 @@ import pytest
 import torch
 from torch import nn
 
-from rules import IA3Rule, LoraRule, TrainRule
 from surgery import (
     MergeError,
     SurgeryError,
@@ -21,6 +20,7 @@ from surgery import (
     remove,
     unmerge,
 )
+from surgery.rules import IA3Rule, LoraRule, TrainRule
 from surgery.testing import Snapshot
 
 CLOSE: dict[str, Any] = {"atol": 1e-5, "rtol": 1e-4}

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor, nn
 
 import surgery
-from rules import CaptureRule, LoraRule, ReplaceRule, StatisticsRule, SteerRule, captured
 from surgery import SurgeryError, apply_rules, load_adapter, load_adapters, plan_rules, remove, save_adapter
 from surgery.peft import LoraConfig, get_peft_model
+from surgery.rules import CaptureRule, LoraRule, ReplaceRule, StatisticsRule, SteerRule, captured
 from surgery.testing import Snapshot
 
 LOOKS: dict[str, Any] = {

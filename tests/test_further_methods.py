@@ -12,17 +12,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from rules import (
-    AdaLoraRule,
-    BiasRule,
-    C3aRule,
-    FourierRule,
-    LoraRule,
-    RandLoraRule,
-    RankAllocator,
-    ShiraRule,
-    orthogonal_loss,
-)
 from surgery import (
     LiveSite,
     MergeError,
@@ -39,6 +28,17 @@ from surgery import (
     rules_from_json,
     rules_to_json,
     unmerge,
+)
+from surgery.rules import (
+    AdaLoraRule,
+    BiasRule,
+    C3aRule,
+    FourierRule,
+    LoraRule,
+    RandLoraRule,
+    RankAllocator,
+    ShiraRule,
+    orthogonal_loss,
 )
 from surgery.testing import assert_equivalent, assert_reversible
 

@@ -6,8 +6,7 @@ from xml.etree import ElementTree
 
 import pytest
 
-import rules
-from surgery import Rule
+from surgery import Rule, rules
 
 pytest.importorskip("networkx", reason="pictures are laid out with networkx")
 

@@ -11,8 +11,8 @@ import pytest
 import torch
 from torch import Tensor, fx, nn
 
-from rules import LoraRule, NormRule, TrainRule
 from surgery import PlanError, Structure, SurgeryError, apply_rules, merge, plan_rules, remove, unmerge, with_layers
+from surgery.rules import LoraRule, NormRule, TrainRule
 from surgery.testing import Snapshot, assert_reversible
 
 

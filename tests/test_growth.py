@@ -14,11 +14,11 @@ import pytest
 import torch
 from torch import nn
 
-import rules
 import surgery
-from rules import LoraRule, _combined, _paths
-from surgery import Combination, MergeError, PlanError, apply_rules, merge, unmerge
+from surgery import Combination, MergeError, PlanError, apply_rules, merge, rules, unmerge
 from surgery.patterns.paths import spelled
+from surgery.rules import LoraRule
+from surgery.rules._shared import combining, path_patterns
 from surgery.state.records import site_state
 from surgery.testing import Snapshot
 from tests.benchmarks import verbs
@@ -132,10 +132,10 @@ class Counting(dict):
 
 def test_patterns_are_read_once_for_all_sites() -> None:
     held = Counting({rf"layers\.{index}\.q": index for index in range(20)})
-    assert [_paths.first(held, f"layers.{index}.q", None) for index in range(20)] == list(range(20))
+    assert [path_patterns.first(held, f"layers.{index}.q", None) for index in range(20)] == list(range(20))
     assert held.reads == 1
     held["v"] = 3  # a mapping that grew is read anew
-    assert _paths.first(held, "layers.0.v", None) == 3 and held.reads == 2
+    assert path_patterns.first(held, "layers.0.v", None) == 3 and held.reads == 2
 
 
 def test_all_rules_are_read_once_for_all_sites_of_a_combination() -> None:
@@ -145,8 +145,8 @@ def test_all_rules_are_read_once_for_all_sites_of_a_combination() -> None:
         rank, max_rank, rank_pattern, bias = 2, None, held, "none"
 
     how = Combination("linear", {"a": 1.0}, rules=(One(), One()))  # type: ignore[arg-type]
-    assert [_combined.largest_rank(how) for _ in range(5)] == [4] * 5 and held.reads == 2
-    assert _combined.all_agree(how, "bias")
+    assert [combining.largest_rank(how) for _ in range(5)] == [4] * 5 and held.reads == 2
+    assert combining.all_agree(how, "bias")
 
 
 @pytest.mark.parametrize(
@@ -169,9 +169,12 @@ def test_expressions_that_list_paths_are_looked_up(expression: str, texts: set[s
 def test_patterns_of_whole_paths_are_looked_up() -> None:
     keys = (r"^(?:a\.b|c)", "b", r"x.*\.c", r"^(?:a.b)")
     for path in ("a.b", "x.a.b", "c", "x.c", "a_b", "q"):
-        expected = next((key for key in keys if _paths.fits(key, path)), None)
-        assert _paths.first(dict(zip(keys, keys, strict=True)), path, None) == expected
-    assert _paths.unused(keys, ["a.b"]) == [r"x.*\.c"] and _paths.unused(keys, ["b"]) == [keys[0], *keys[2:]]
+        expected = next((key for key in keys if path_patterns.fits(key, path)), None)
+        assert path_patterns.first(dict(zip(keys, keys, strict=True)), path, None) == expected
+    assert path_patterns.unused(keys, ["a.b"]) == [r"x.*\.c"] and path_patterns.unused(keys, ["b"]) == [
+        keys[0],
+        *keys[2:],
+    ]
 
 
 def test_no_container_is_made_anew_for_each_element() -> None:

@@ -716,7 +716,7 @@ def test_coverage_tries_each_way_in_which_a_class_is_used(names: list[str]) -> N
 
 
 def test_a_rewritten_module_is_traced_with_its_adapters() -> None:
-    from rules import LoraRule
+    from surgery.rules import LoraRule
 
     block = Block().eval()
     apply_rules(block, [LoraRule(["proj", "out"], rank=2, init="random")])
@@ -768,7 +768,7 @@ def test_silero_vad() -> None:
 
 
 def test_a_rewritten_module_by_itself_is_refused() -> None:
-    from rules import LoraRule
+    from surgery.rules import LoraRule
 
     block = apply_rules(Block().eval(), [LoraRule("proj", rank=2, init="random")])
     x = torch.randn(2, 3, 8)

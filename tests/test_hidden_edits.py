@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from rules import LoraRule
 from surgery import Rule, Structure, SurgeryWarning, apply_rules, remove, rule
+from surgery.rules import LoraRule
 
 
 class Gated(nn.Module):

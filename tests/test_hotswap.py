@@ -15,18 +15,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from rules import (
-    AdaLoraRule,
-    BottleneckRule,
-    ExpertLoraRule,
-    FourierRule,
-    IA3Rule,
-    LohaRule,
-    LoraRule,
-    PrefixRule,
-    TrainRule,
-    VeraRule,
-)
 from surgery import (
     LoadError,
     Rule,
@@ -46,6 +34,18 @@ from surgery import (
     rules_of,
     save_adapter,
     unmerge,
+)
+from surgery.rules import (
+    AdaLoraRule,
+    BottleneckRule,
+    ExpertLoraRule,
+    FourierRule,
+    IA3Rule,
+    LohaRule,
+    LoraRule,
+    PrefixRule,
+    TrainRule,
+    VeraRule,
 )
 from surgery.testing import Snapshot
 

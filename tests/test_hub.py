@@ -17,8 +17,8 @@ SETUP = """
 import sys
 import torch
 from torch import nn
-import rules
-from rules import LoraRule, ReftRule
+from surgery import rules
+from surgery.rules import LoraRule, ReftRule
 from surgery import LoadError, SurgeryError, apply_rules, load_adapter, push_adapter, remove
 from surgery.testing import Snapshot
 

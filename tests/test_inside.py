@@ -14,7 +14,6 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 import surgery.tracing.traced_forward
-from rules import LoraRule
 from surgery import (
     PlanError,
     Rule,
@@ -31,6 +30,7 @@ from surgery import (
     summary,
     trace,
 )
+from surgery.rules import LoraRule
 from surgery.testing import Snapshot, assert_reversible
 
 PROBABILITIES = Structure(lambda scores: torch.softmax(scores, -1))

@@ -13,8 +13,8 @@ from types import ModuleType
 import networkx
 import pytest
 
-import rules
 import surgery
+from surgery import rules
 
 ROOT = Path(__file__).parent.parent
 

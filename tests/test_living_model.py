@@ -22,7 +22,6 @@ import torch.utils.checkpoint
 from torch import Tensor, nn
 from torch.nn.utils import prune
 
-from rules import LoraRule, NormRule, TrainRule
 from surgery import (
     PlanError,
     Rule,
@@ -40,6 +39,7 @@ from surgery import (
     summary,
     unmerge,
 )
+from surgery.rules import LoraRule, NormRule, TrainRule
 from surgery.testing import Snapshot, assert_reversible
 
 tiny: Any = pytest.importorskip("tests.tiny", reason="needs transformers")

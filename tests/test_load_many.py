@@ -9,7 +9,6 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from rules import LoraRule, TrainRule
 from surgery import (
     LoadError,
     SurgeryError,
@@ -22,6 +21,7 @@ from surgery import (
     save_adapter,
     using,
 )
+from surgery.rules import LoraRule, TrainRule
 from surgery.testing import Snapshot
 
 X = torch.arange(12.0).view(2, 6) / 12

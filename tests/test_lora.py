@@ -11,7 +11,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from rules import LoraRule, NormRule, TokensRule, TrainRule
 from surgery import (
     Pattern,
     PlanError,
@@ -28,6 +27,7 @@ from surgery import (
     summary,
     unmerge,
 )
+from surgery.rules import LoraRule, NormRule, TokensRule, TrainRule
 from surgery.testing import Snapshot
 
 

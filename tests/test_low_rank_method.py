@@ -11,10 +11,6 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from rules import AdaLoraRule, LoraRule
-from rules._layouts import Part, layout_of
-from rules._low_rank import TensorSource
-from rules._low_rank_method import LowRankMethod
 from surgery import (
     LoadError,
     PlanError,
@@ -32,6 +28,10 @@ from surgery import (
     save_adapter,
 )
 from surgery.onnx import export_adapter, import_adapter
+from surgery.rules import AdaLoraRule, LoraRule
+from surgery.rules._linear.layouts import Part, layout_of
+from surgery.rules._low_rank.method import LowRankMethod
+from surgery.rules._low_rank.rule import TensorSource
 from surgery.testing import assert_reversible
 from tests.slots import Exported, check_slots, plain, shaken
 

@@ -16,10 +16,10 @@ from torch._functorch._aot_autograd.utils import make_boxed_func
 from torch.autograd import forward_ad
 from torch.utils.checkpoint import checkpoint
 
-from rules import LoraRule
 from surgery import Rule, Site, apply_rules, remove, rule, show
 from surgery.forward.graph_functions import tensor_of
 from surgery.forward.own_forward import own_forward
+from surgery.rules import LoraRule
 from surgery.state.records import site_state
 from surgery.weaving.low_rank_kernel import low_rank_linear
 from surgery.weaving.lowering import lower

@@ -13,8 +13,6 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from rules import LoraRule, TrainRule, _paths
-from rules._init import _kaiming
 from surgery import (
     Pattern,
     PlanError,
@@ -31,6 +29,9 @@ from surgery import (
     unmerge,
 )
 from surgery.planning.matching import Tree, matches
+from surgery.rules import LoraRule, TrainRule
+from surgery.rules._linear.initial import _kaiming
+from surgery.rules._shared import path_patterns
 from surgery.testing import Snapshot
 from tests import tiny
 
@@ -210,8 +211,13 @@ def test_patterns_of_ranks_are_what_peft_reads() -> None:
             return [key for key in held if re.match(rf"(.*\.)?({key})$", path)]  # PEFT's get_pattern_key
 
         for path in paths:
-            assert _paths.first(held, path, None) == next((held[key] for key in fitting(path)), None), (held, path)
-        assert _paths.unused(held, paths) == [key for key in held if not any(key in fitting(path) for path in paths)]
+            assert path_patterns.first(held, path, None) == next((held[key] for key in fitting(path)), None), (
+                held,
+                path,
+            )
+        assert path_patterns.unused(held, paths) == [
+            key for key in held if not any(key in fitting(path) for path in paths)
+        ]
 
 
 def test_names_by_the_hundred_mean_what_each_means() -> None:

@@ -12,7 +12,6 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from rules import LoraRule, TrainRule
 from surgery import (
     MergeError,
     MergeReport,
@@ -26,6 +25,7 @@ from surgery import (
     rule,
     unmerge,
 )
+from surgery.rules import LoraRule, TrainRule
 from surgery.testing import Snapshot, assert_equivalent, assert_reversible
 
 

@@ -10,7 +10,6 @@ import pytest
 import torch
 from torch import nn
 
-from rules import IA3Rule, LoraRule, TrainRule, VeraRule
 from surgery import (
     SurgeryError,
     activate,
@@ -22,6 +21,7 @@ from surgery import (
     remove,
     save_adapter,
 )
+from surgery.rules import IA3Rule, LoraRule, TrainRule, VeraRule
 
 X = torch.ones(1, 4)
 

@@ -16,7 +16,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from rules import BoftRule, HraRule, IA3Rule, LohaRule, LokrRule, LoraRule, MissRule, OftRule, RoadRule, VeraRule
 from surgery import (
     PlanError,
     Rule,
@@ -29,6 +28,18 @@ from surgery import (
     rules_to_json,
     summary,
     unmerge,
+)
+from surgery.rules import (
+    BoftRule,
+    HraRule,
+    IA3Rule,
+    LohaRule,
+    LokrRule,
+    LoraRule,
+    MissRule,
+    OftRule,
+    RoadRule,
+    VeraRule,
 )
 from surgery.testing import assert_reversible
 

@@ -14,18 +14,6 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from rules import (
-    BiasRule,
-    CaptureRule,
-    IA3Rule,
-    LoraRule,
-    NormRule,
-    PrefixRule,
-    PromptRule,
-    TokensRule,
-    TrainRule,
-    captured,
-)
 from surgery import (
     Rule,
     SurgeryError,
@@ -48,6 +36,18 @@ from surgery import (
     show,
     unmerge,
     using,
+)
+from surgery.rules import (
+    BiasRule,
+    CaptureRule,
+    IA3Rule,
+    LoraRule,
+    NormRule,
+    PrefixRule,
+    PromptRule,
+    TokensRule,
+    TrainRule,
+    captured,
 )
 from surgery.testing import Snapshot
 from tests.test_prefix_written import Plain

@@ -690,9 +690,9 @@ def check_peft(made: Any, file: Path, inputs: dict[str, torch.Tensor], folder: P
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("rank", [4, 3], ids=["groups divide it", "they don't"])
 def test_convolutions_with_groups_of_an_exported_model(tmp_path: Path, rank: int) -> None:
-    from rules import LoraRule
     from surgery import apply_rules
     from surgery.onnx import export_adapter
+    from surgery.rules import LoraRule
 
     model, x = nn.Sequential(nn.Conv2d(4, 6, 3, groups=2)), torch.randn(2, 4, 6, 6)
     file = exported(model, [LoraRule("0", rank=rank)], {"input": x}, tmp_path)
@@ -722,7 +722,7 @@ def tiny_gpt2() -> tuple[nn.Module, dict[str, torch.Tensor]]:
 @pytest.mark.filterwarnings("ignore")
 def test_dora_heads_and_tokens_for_an_exported_gpt2(tmp_path: Path) -> None:
     """Conv1Ds, whose weights lie the other way, and the exporter's own turning of weights."""
-    from rules import LoraRule, TokensRule, TrainRule
+    from surgery.rules import LoraRule, TokensRule, TrainRule
 
     model, inputs = tiny_gpt2()
     targets = {"target_modules": ["c_attn", "c_proj", "c_fc"], "rank_pattern": {"h.1.*c_proj": 2}}
@@ -739,7 +739,7 @@ def test_dora_heads_and_tokens_for_an_exported_gpt2(tmp_path: Path) -> None:
 @pytest.mark.filterwarnings("ignore")
 def test_trained_biases_for_slots_of_whole_modules(tmp_path: Path) -> None:
     """What the checkpoint has no weight for has the base's, which stands in the file."""
-    from rules import LoraRule, TrainRule
+    from surgery.rules import LoraRule, TrainRule
 
     model, inputs = tiny_gpt2()
     made = peft_on(copy.deepcopy(model), lora(target_modules=["c_fc"], bias="lora_only"), tmp_path / "peft")
@@ -755,7 +755,7 @@ def test_prefixes_for_exported_decoders(tmp_path: Path, family: str) -> None:
     """Positions that are learned, rotary, rotary in a part of each head, and rotary in neighbouring pairs."""
     import transformers
 
-    from rules import PrefixRule
+    from surgery.rules import PrefixRule
 
     peft = peft_of()
     sizes: dict[str, Any] = {"vocab_size": 30, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}

@@ -9,9 +9,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-import rules
-from rules._solving import cayley, orthonormal_columns, upper_inverse
-from surgery import Rule, SurgeryError, apply_rules
+from surgery import Rule, SurgeryError, apply_rules, rules
+from surgery.rules._shared.solving import cayley, orthonormal_columns, upper_inverse
 from tests import tiny
 from tests.slots import TOLERANCE, Exported, outputs, same, shaken
 

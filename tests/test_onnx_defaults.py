@@ -10,8 +10,8 @@ import pytest
 import torch
 from torch import nn
 
-from rules import LoraRule, TrainRule
 from surgery import LoadError, SurgeryError, apply_rules, deactivate
+from surgery.rules import LoraRule, TrainRule
 
 pytest.importorskip("onnxscript")
 onnxruntime: Any = pytest.importorskip("onnxruntime")

@@ -17,9 +17,9 @@ from torch import Tensor, nn
 onnx: Any = pytest.importorskip("onnx", reason="reads files")
 pytest.importorskip("onnxruntime", reason="runs files")
 
-from rules import LoraRule  # noqa: E402
 from surgery import SurgeryError, apply_rules, export_onnx, route  # noqa: E402
 from surgery.onnx import OnnxRunner, export_adapter  # noqa: E402
+from surgery.rules import LoraRule
 
 
 class Then(nn.Module):

@@ -9,9 +9,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from rules import LoraRule, PrefixRule, PromptRule
 from surgery import Rule, apply_rules, export_onnx
 from surgery.onnx import OnnxRunner, export_adapter
+from surgery.rules import LoraRule, PrefixRule, PromptRule
 from tests import tiny
 from tests.slots import shaken
 

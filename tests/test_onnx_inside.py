@@ -12,7 +12,6 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from rules import LoraRule
 from surgery import (
     SurgeryError,
     activate,
@@ -27,6 +26,7 @@ from surgery import (
     verify_onnx,
 )
 from surgery.onnx import OnnxRunner, export_adapter
+from surgery.rules import LoraRule
 
 
 def body() -> nn.Sequential:

@@ -12,7 +12,6 @@ import pytest
 import torch
 from torch import nn
 
-from rules import LoraRule, TrainRule
 from surgery import (
     SurgeryError,
     adapter_state_dict,
@@ -27,6 +26,7 @@ from surgery import (
 from surgery.errors import ParityError
 from surgery.onnx import OnnxRunner, convert_peft, export_adapter
 from surgery.onnx.checking.parity import difference
+from surgery.rules import LoraRule, TrainRule
 from tests import tiny
 from tests.onnx_checks import TOLERANCE, adapted, assert_near, by_hand, expected, session
 from tests.onnx_plain import Drawing, Line, Net

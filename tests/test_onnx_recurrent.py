@@ -13,9 +13,9 @@ from torch import Tensor, nn
 onnx: Any = pytest.importorskip("onnx", reason="reads files")
 onnxruntime: Any = pytest.importorskip("onnxruntime", reason="runs files")
 
-from rules import LoraRule, TrainRule  # noqa: E402
 from surgery import apply_rules, export_onnx  # noqa: E402
 from surgery.onnx import OnnxRunner, export_adapter  # noqa: E402
+from surgery.rules import LoraRule, TrainRule
 
 
 class Reader(nn.Module):

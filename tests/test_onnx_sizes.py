@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from rules import LoraRule
 from surgery import apply_rules, export_onnx
 from surgery.errors import ParityError
+from surgery.rules import LoraRule
 
 pytest.importorskip("onnx")
 

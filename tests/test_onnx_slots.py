@@ -10,7 +10,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from rules import (
+from surgery import SurgeryError, activate, adapter_state_dict, apply_rules, load_adapter, using
+from surgery.model_record.state_dict import load_adapter_state_dict
+from surgery.onnx.checking.adapter_transfer import export_adapter, import_adapter
+from surgery.rules import (
     BiasRule,
     BottleneckRule,
     IA3Rule,
@@ -23,9 +26,6 @@ from rules import (
     TokensRule,
     TrainRule,
 )
-from surgery import SurgeryError, activate, adapter_state_dict, apply_rules, load_adapter, using
-from surgery.model_record.state_dict import load_adapter_state_dict
-from surgery.onnx.checking.adapter_transfer import export_adapter, import_adapter
 from tests.slots import Exported, adapted, check_slots, outputs, plain, same
 
 

@@ -11,11 +11,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from rules import AdaLoraRule, LohaRule, LokrRule, LoraRule, MissRule, RandLoraRule, VeraRule
 from surgery import SiteError, activate, apply_rules, merge
 from surgery.onnx.calls.example import Given
 from surgery.onnx.graph.prepare import Settings
 from surgery.onnx.graph.trace_program import Lifted, program_of, split_factors
+from surgery.rules import AdaLoraRule, LohaRule, LokrRule, LoraRule, MissRule, RandLoraRule, VeraRule
 from surgery.weaving.low_rank_kernel import low_rank_linear
 from tests.slots import Exported, adapted, check_slots, outputs, plain, same, shaken
 

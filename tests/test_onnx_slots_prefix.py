@@ -11,9 +11,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from rules import AdaptionRule, LoraRule, PrefixRule
 from surgery import SiteError, SurgeryError, apply_rules, using
 from surgery.onnx.calls.example import Given, arrays_of, outputs_of
+from surgery.rules import AdaptionRule, LoraRule, PrefixRule
 from tests import tiny
 from tests.slots import Exported, adapted, check_slots, outputs, plain, same
 from tests.test_prefix_written import WIDTH, Biased, Called, Flat, Plain

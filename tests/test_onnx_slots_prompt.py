@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 import torch
 
-from rules import LoraRule, MultitaskPromptRule, PromptRule, TrainRule
 from surgery import LoadError, Rule, SiteError, SurgeryError, apply_rules, load_adapter, using
 from surgery.onnx import OnnxRunner, convert_peft, export_adapter, export_onnx, import_adapter
+from surgery.rules import LoraRule, MultitaskPromptRule, PromptRule, TrainRule
 from tests import tiny
 from tests.slots import Exported, adapted, check_slots, outputs, plain, same
 from tests.test_onnx_adapter_files import check_peft, exported, peft_of, peft_on, quietly

@@ -22,21 +22,6 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from rules import (
-    AdaLoraRule,
-    BiasRule,
-    BottleneckRule,
-    C3aRule,
-    FourierRule,
-    LoraRule,
-    MissRule,
-    NormRule,
-    RandLoraRule,
-    ShiraRule,
-    TokensRule,
-    TrainRule,
-)
-from rules.slots import LowRankSlotRule
 from surgery import (
     MergeError,
     PlanError,
@@ -51,6 +36,21 @@ from surgery import (
     rule,
     unmerge,
 )
+from surgery.rules import (
+    AdaLoraRule,
+    BiasRule,
+    BottleneckRule,
+    C3aRule,
+    FourierRule,
+    LoraRule,
+    MissRule,
+    NormRule,
+    RandLoraRule,
+    ShiraRule,
+    TokensRule,
+    TrainRule,
+)
+from surgery.rules.slots.low_rank import LowRankSlotRule
 from surgery.testing import Snapshot
 from tests.test_methods import METHODS, Conv1D, Held, Method
 

@@ -13,7 +13,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from rules import LoraRule, PrefixRule, TokensRule, TrainRule
 from surgery import (
     PlanError,
     SurgeryError,
@@ -28,6 +27,7 @@ from surgery import (
     unmerge,
     using,
 )
+from surgery.rules import LoraRule, PrefixRule, TokensRule, TrainRule
 from surgery.testing import Snapshot
 
 with warnings.catch_warnings():

@@ -14,7 +14,6 @@ import safetensors.torch
 import torch
 
 import rules  # noqa: F401  # brings the methods
-from rules import LoraRule, TrainRule
 from surgery import (
     LoadError,
     SurgeryError,
@@ -29,6 +28,7 @@ from surgery import (
     unmerge,
 )
 from surgery.peft import LoraConfig, PeftModel, get_peft_model
+from surgery.rules import LoraRule, TrainRule
 from surgery.testing import Snapshot
 
 with warnings.catch_warnings():

@@ -15,7 +15,6 @@ import torch
 from torch import Tensor, nn
 
 import rules  # noqa: F401  # brings the methods
-from rules import LoraRule
 from surgery import (
     LoadError,
     SurgeryError,
@@ -27,6 +26,7 @@ from surgery import (
     save_adapter,
     summary,
 )
+from surgery.rules import LoraRule
 from surgery.testing import Snapshot
 
 with warnings.catch_warnings():

@@ -14,18 +14,6 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from rules import (
-    AdaptionRule,
-    IA3Rule,
-    LoraRule,
-    MultitaskPromptRule,
-    PrefixRule,
-    PromptRule,
-    TokensRule,
-    TrainRule,
-    fit_prefix,
-)
-from rules.positions import ShiftedRule
 from surgery import (
     LoadError,
     PlanError,
@@ -42,6 +30,18 @@ from surgery import (
     rules_of,
     save_adapter,
 )
+from surgery.rules import (
+    AdaptionRule,
+    IA3Rule,
+    LoraRule,
+    MultitaskPromptRule,
+    PrefixRule,
+    PromptRule,
+    TokensRule,
+    TrainRule,
+    fit_prefix,
+)
+from surgery.rules.slots.positions import ShiftedRule
 from surgery.testing import Snapshot, assert_reversible
 from tests.conformance import SIZES, Row, in_peft, made, near, of_text
 

@@ -14,8 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from rules import LoraRule
 from surgery import Rule, activate, apply_rules, merge, remove, route, rule, show, unmerge
+from surgery.rules import LoraRule
 from surgery.state.records import site_state
 from surgery.testing import Snapshot
 from surgery.weaving.deferred_class import Unwritten

@@ -12,8 +12,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from rules import LoraRule, PrefixRule
 from surgery import PlanError, RuleError, SiteError, apply_rules, merge, remove, rules_from_json, rules_to_json
+from surgery.rules import LoraRule, PrefixRule
 from surgery.testing import Snapshot
 from tests.near import assert_as
 

@@ -11,8 +11,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from rules import PrefixRule
 from surgery import PlanError, apply_rules, remove
+from surgery.rules import PrefixRule
 from surgery.testing import Snapshot
 from surgery.tracing.example_call import call, equal, random_state
 from tests.families import FAMILIES

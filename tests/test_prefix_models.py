@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from rules import LoraRule, PrefixRule
 from surgery import adapter_state_dict, apply_rules, remove, rules_of
+from surgery.rules import LoraRule, PrefixRule
 from surgery.testing import Snapshot
 
 transformers: Any = pytest.importorskip("transformers")

@@ -10,8 +10,6 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from rules import BottleneckRule, LoraRule, PrefixRule, fit_prefix
-from rules._prefix import listeners, projected
 from surgery import (
     Rule,
     RuleError,
@@ -24,6 +22,8 @@ from surgery import (
     rule,
     rules_of,
 )
+from surgery.rules import BottleneckRule, LoraRule, PrefixRule, fit_prefix
+from surgery.rules._attention.prefix import listeners, projected
 from surgery.testing import Snapshot
 
 transformers: Any = pytest.importorskip("transformers")
@@ -265,8 +265,8 @@ def test_one_query_is_answered_without_a_copy_of_the_keys(
 ) -> None:
     from transformers.integrations.sdpa_attention import sdpa_attention_forward as sdpa
 
-    from rules import _prefix
-    from rules.prefix import prefixed
+    from surgery.rules._attention import prefix
+    from surgery.rules.prefix import prefixed
 
     module: Any = nn.Module()
     module.num_key_value_groups, module.is_causal = shared, True
@@ -286,7 +286,7 @@ def test_one_query_is_answered_without_a_copy_of_the_keys(
         more["position_bias"], mask = torch.randn(1, heads * shared, 1, keys), torch.rand(2, 1, 1, keys) > 0.5
     attend = prefixed(*before)
     expected = attend(sdpa, module, query, key, value, mask, **more)[0]
-    monkeypatch.setattr(_prefix, "_WORTHWHILE", 0)
+    monkeypatch.setattr(prefix, "_WORTHWHILE", 0)
     monkeypatch.setattr("torch.nn.functional.scaled_dot_product_attention", None)  # the other way is not taken
     found = attend(sdpa, module, query, key, value, mask, **more)[0]
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
@@ -294,7 +294,7 @@ def test_one_query_is_answered_without_a_copy_of_the_keys(
 
 
 def test_generating_is_the_same_by_both_ways(monkeypatch: pytest.MonkeyPatch) -> None:
-    from rules import _prefix
+    from surgery.rules._attention import prefix
 
     model = llama()
     apply_rules(model, [PrefixRule(length=3)], example_inputs=EXAMPLE)
@@ -303,6 +303,6 @@ def test_generating_is_the_same_by_both_ways(monkeypatch: pytest.MonkeyPatch) ->
     settings = {"max_new_tokens": 8, "do_sample": False, "pad_token_id": 0, "attention_mask": mask}
     ids = TEXT.repeat(2, 1)
     expected = model.generate(ids, **settings)
-    monkeypatch.setattr(_prefix, "_WORTHWHILE", 0)
+    monkeypatch.setattr(prefix, "_WORTHWHILE", 0)
     assert torch.equal(model.generate(ids, **settings), expected)
     assert torch.equal(model.generate(ids, use_cache=False, **settings), expected)

@@ -13,8 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from rules import LoraRule, PrefixRule
 from surgery import PlanError, apply_rules, remove
+from surgery.rules import LoraRule, PrefixRule
 from surgery.testing import Snapshot, assert_reversible
 
 CLOSE: dict[str, Any] = {"rtol": 1e-5, "atol": 2e-6}

@@ -13,7 +13,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from rules import LoraRule, MultitaskPromptRule, PrefixRule, PromptRule, fold_prompts, task_of
 from surgery import (
     PlanError,
     RuleError,
@@ -26,6 +25,7 @@ from surgery import (
     rules_of,
     rules_to_json,
 )
+from surgery.rules import LoraRule, MultitaskPromptRule, PrefixRule, PromptRule, fold_prompts, task_of
 from surgery.testing import Snapshot, assert_reversible
 from tests.near import assert_as
 

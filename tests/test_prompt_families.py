@@ -14,8 +14,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from rules import PrefixRule, PromptRule
 from surgery import apply_rules
+from surgery.rules import PrefixRule, PromptRule
 from tests.families import FAMILIES
 from tests.test_prefix_families import NONE, OTHER
 

@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from rules import MultitaskPromptRule, PromptRule, task_of
 from surgery import SiteError, apply_rules, remove, route, using
+from surgery.rules import MultitaskPromptRule, PromptRule, task_of
 from tests.test_prompt import (
     IDS,
     SMALL,

@@ -14,8 +14,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from rules import BiasRule, LoraRule, NormRule, TokensRule, TrainRule
 from surgery import Rule, SurgeryError, apply_rules, merge, plan_rules, remove, rule, unmerge
+from surgery.rules import BiasRule, LoraRule, NormRule, TokensRule, TrainRule
 from surgery.testing import Snapshot
 
 EXAMPLES = int(os.environ.get("SURGERY_EXAMPLES", "300"))

@@ -13,7 +13,20 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils import prune
 
-from rules import (
+from surgery import (
+    MergeError,
+    PlanError,
+    Rule,
+    Site,
+    SurgeryError,
+    apply_rules,
+    merge,
+    plan_rules,
+    remove,
+    rule,
+    unmerge,
+)
+from surgery.rules import (
     AdaLoraRule,
     BiasRule,
     BoftRule,
@@ -31,19 +44,6 @@ from rules import (
     ShiraRule,
     TrainRule,
     VeraRule,
-)
-from surgery import (
-    MergeError,
-    PlanError,
-    Rule,
-    Site,
-    SurgeryError,
-    apply_rules,
-    merge,
-    plan_rules,
-    remove,
-    rule,
-    unmerge,
 )
 from surgery.testing import Snapshot
 

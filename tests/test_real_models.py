@@ -11,8 +11,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from rules import LoraRule, NormRule, TrainRule
 from surgery import apply_rules, base_state_dict, merge, plan_rules, remove, unmerge
+from surgery.rules import LoraRule, NormRule, TrainRule
 from surgery.testing import Snapshot
 
 transformers: Any = pytest.importorskip("transformers")

@@ -15,7 +15,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from rules import LoraRule
 from surgery import (
     PlanError,
     Rule,
@@ -34,6 +33,7 @@ from surgery import (
     save_adapter,
     show,
 )
+from surgery.rules import LoraRule
 from surgery.testing import Snapshot, assert_reversible
 from tests.families import FAMILIES
 

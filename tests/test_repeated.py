@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from rules import LoraRule, ReplaceRule
 from surgery import PlanError, Rule, Site, SiteError, SurgeryError, apply_rules, merge, plan_rules, remove, rule
+from surgery.rules import LoraRule, ReplaceRule
 from surgery.testing import Snapshot
 
 transformers: Any = pytest.importorskip("transformers")

@@ -13,7 +13,6 @@ import torch
 from torch import Tensor, nn
 
 import surgery
-from rules import LoraRule, ReplaceRule
 from surgery import (
     PlanError,
     RuleError,
@@ -29,6 +28,7 @@ from surgery import (
     show,
 )
 from surgery.authoring.module_skeleton import Skeleton, named_tensors
+from surgery.rules import LoraRule, ReplaceRule
 from surgery.testing import Snapshot
 from tests import foreign
 from tests.foreign import Host

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from transformers import BertConfig, BertForMaskedLM, LlamaConfig, LlamaForCausalLM
 
 import surgery
-from rules import (
+from surgery import SurgeryError, apply_rules, merge, remove, save_adapter, summary, unmerge
+from surgery.rules import (
     BiasRule,
     BottleneckRule,
     IA3Rule,
@@ -26,7 +27,6 @@ from rules import (
     TrainRule,
     VeraRule,
 )
-from surgery import SurgeryError, apply_rules, merge, remove, save_adapter, summary, unmerge
 
 
 class Net(nn.Module):

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 
 import surgery
-from rules import LoraRule
 from surgery import PlanError, SurgeryError, apply_rules, merge, remove, save_adapter, summary, unmerge
+from surgery.rules import LoraRule
 
 
 def body() -> nn.Sequential:

@@ -16,20 +16,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from rules import (
-    AdaptionRule,
-    BottleneckRule,
-    IA3Rule,
-    LohaRule,
-    LoraRule,
-    NormRule,
-    OftRule,
-    PrefixRule,
-    PromptRule,
-    TokensRule,
-    TrainRule,
-    VeraRule,
-)
 from surgery import (
     Rule,
     SurgeryError,
@@ -44,6 +30,20 @@ from surgery import (
     rule,
     unmerge,
     using,
+)
+from surgery.rules import (
+    AdaptionRule,
+    BottleneckRule,
+    IA3Rule,
+    LohaRule,
+    LoraRule,
+    NormRule,
+    OftRule,
+    PrefixRule,
+    PromptRule,
+    TokensRule,
+    TrainRule,
+    VeraRule,
 )
 from surgery.testing import Snapshot
 from tests import tiny

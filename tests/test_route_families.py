@@ -12,8 +12,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from rules import LoraRule
 from surgery import SurgeryError, apply_rules, remove, route, using
+from surgery.rules import LoraRule
 from surgery.testing import Snapshot
 from surgery.tracing.example_call import call, random_state
 from tests.families import FAMILIES

@@ -15,7 +15,6 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from rules import LoraRule
 from surgery import (
     LoadError,
     SurgeryWarning,
@@ -31,6 +30,7 @@ from surgery import (
     rename_adapter,
     unmerge,
 )
+from surgery.rules import LoraRule
 from tests.hub_server import hub
 
 transformers: Any = pytest.importorskip("transformers")
@@ -306,7 +306,7 @@ PUSH = """
 import sys, warnings
 from pathlib import Path
 import torch
-from rules import LoraRule
+from surgery.rules import LoraRule
 from surgery import adapter_state_dict, apply_rules, load_adapter
 from surgery.trainer import AdapterCheckpoints
 from tests import test_trainer as helpers, tiny

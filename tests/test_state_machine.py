@@ -24,7 +24,6 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 from torch import Tensor, nn
 
-from rules import BottleneckRule, IA3Rule, LoraRule, TrainRule
 from surgery import (
     Rule,
     SurgeryError,
@@ -50,6 +49,7 @@ from surgery import (
     using,
 )
 from surgery import rule as surgery_rule
+from surgery.rules import BottleneckRule, IA3Rule, LoraRule, TrainRule
 from surgery.testing import Snapshot
 from tests.shadow import LINEAR, SITES, Body, Entry, Held, Shadow
 

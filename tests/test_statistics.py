@@ -13,7 +13,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from rules import LoraRule, NormRule, StatisticsRule, TrainRule
 from surgery import (
     PlanError,
     SurgeryError,
@@ -32,6 +31,7 @@ from surgery import (
     unmerge,
     using,
 )
+from surgery.rules import LoraRule, NormRule, StatisticsRule, TrainRule
 from surgery.testing import Snapshot, assert_reversible
 
 LORA = LoraRule(["up", "down"], rank=2, init="random")

@@ -14,7 +14,33 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from rules import (
+from surgery import (
+    Rule,
+    SurgeryError,
+    SurgeryWarning,
+    activate,
+    adapter_state_dict,
+    apply_rules,
+    combine,
+    copy_adapter,
+    deactivate,
+    export_onnx,
+    forget,
+    hotswap,
+    load_adapter,
+    load_adapters,
+    merge,
+    pad_rank,
+    plan_rules,
+    remove,
+    rename_adapter,
+    route,
+    rule,
+    save_adapter,
+    unmerge,
+    using,
+)
+from surgery.rules import (
     AdaLoraRule,
     AdaptionRule,
     BiasRule,
@@ -42,32 +68,6 @@ from rules import (
     TokensRule,
     TrainRule,
     VeraRule,
-)
-from surgery import (
-    Rule,
-    SurgeryError,
-    SurgeryWarning,
-    activate,
-    adapter_state_dict,
-    apply_rules,
-    combine,
-    copy_adapter,
-    deactivate,
-    export_onnx,
-    forget,
-    hotswap,
-    load_adapter,
-    load_adapters,
-    merge,
-    pad_rank,
-    plan_rules,
-    remove,
-    rename_adapter,
-    route,
-    rule,
-    save_adapter,
-    unmerge,
-    using,
 )
 
 transformers: Any = pytest.importorskip("transformers")

@@ -11,7 +11,6 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from rules import BiasRule, LoraRule, NormRule, TokensRule, TrainRule
 from surgery import (
     Pattern,
     PlanError,
@@ -30,6 +29,7 @@ from surgery import (
     rules_to_json,
     rules_to_yaml,
 )
+from surgery.rules import BiasRule, LoraRule, NormRule, TokensRule, TrainRule
 
 
 class MyLinear(nn.Linear):

@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 import torch
 
-from rules import LoraRule
 from surgery import SurgeryError, apply_rules, merge, merge_to, unmerge
+from surgery.rules import LoraRule
 from surgery.testing import Snapshot
 from tests.families import FAMILIES
 from tests.test_family_list import run

@@ -14,7 +14,6 @@ import pytest
 import torch
 from torch import nn
 
-from rules import LoraRule, TokensRule
 from surgery import (
     LoadError,
     PlanError,
@@ -33,6 +32,7 @@ from surgery import (
     unmerge,
 )
 from surgery.peft_format.methods import rules_by
+from surgery.rules import LoraRule, TokensRule
 from surgery.testing import Snapshot
 
 with warnings.catch_warnings():

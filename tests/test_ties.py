@@ -22,8 +22,8 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
-from rules import LoraRule
 from surgery import MergeError, PlanError, apply_rules, forget, merge, merge_to, remove, unmerge
+from surgery.rules import LoraRule
 
 IDS = torch.tensor([[1, 2, 3, 4]])
 

@@ -11,7 +11,6 @@ import torch
 from torch import Tensor, nn
 
 import surgery
-from rules import AdaLoraRule, ExpertLoraRule, LohaRule, LokrRule, LoraRule, RandLoraRule, TrainRule, VeraRule
 from surgery import (
     LoadError,
     MergeError,
@@ -27,6 +26,7 @@ from surgery import (
     save_adapter,
     summary,
 )
+from surgery.rules import AdaLoraRule, ExpertLoraRule, LohaRule, LokrRule, LoraRule, RandLoraRule, TrainRule, VeraRule
 
 MANY = 210
 

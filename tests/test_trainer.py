@@ -17,7 +17,6 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 import surgery.peft
-from rules import LoraRule, TrainRule
 from surgery import (
     SurgeryWarning,
     adapter_state_dict,
@@ -29,6 +28,7 @@ from surgery import (
     remove,
     unmerge,
 )
+from surgery.rules import LoraRule, TrainRule
 from surgery.testing import Snapshot
 
 transformers: Any = pytest.importorskip("transformers")

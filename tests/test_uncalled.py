@@ -13,9 +13,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from rules import IA3Rule, LoraRule, TrainRule
 from surgery import PlanError, SurgeryError, SurgeryWarning, apply_rules, merge, plan_rules, remove, unmerge
 from surgery.planning.uncalled_modules import never_called
+from surgery.rules import IA3Rule, LoraRule, TrainRule
 from surgery.testing import Snapshot
 from tests.families import FAMILIES
 from tests.test_family_list import run, tensors

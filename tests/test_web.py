@@ -57,10 +57,10 @@ def test_the_reader_reads_what_python_writes(tmp_path: Path) -> None:
     import torch
     from torch import nn
 
-    from rules import LoraRule
     from surgery import apply_rules, export_onnx
     from surgery.onnx import Manifest, export_adapter, read_adapter
     from surgery.onnx.runtime.adapter_file import model_version
+    from surgery.rules import LoraRule
 
     node()
     model = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2))

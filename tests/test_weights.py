@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from rules import (
+from surgery import SurgeryError, activate, adapters, apply_rules, deactivate, merge, remove, show, unmerge, using
+from surgery.rules import (
     BottleneckRule,
     IA3Rule,
     LohaRule,
@@ -26,7 +27,6 @@ from rules import (
     TrainRule,
     VeraRule,
 )
-from surgery import SurgeryError, activate, adapters, apply_rules, deactivate, merge, remove, show, unmerge, using
 from surgery.testing import Snapshot
 from tests.tiny import llama
 

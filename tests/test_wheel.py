@@ -93,7 +93,7 @@ assert "rules" not in sys.modules
 names = [entry.name for entry in entry_points(group="surgery.rules")]
 assert sorted(names) == sorted(set(names)), names
 (made,) = rules_from_json('[{"rule": "lora", "version": 1, "targets": ["query"], "rank": 4}]')
-import rules
+from surgery import rules
 assert made == rules.LoraRule("query", rank=4)
 found = {entry.load() for entry in entry_points(group="surgery.rules") if not entry.name.endswith("-slot")}
 assert found == {getattr(rules, name) for name in rules.__all__ if name.endswith('Rule')}

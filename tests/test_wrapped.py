@@ -13,7 +13,6 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 
-from rules import LoraRule
 from surgery import (
     SurgeryError,
     activate,
@@ -29,6 +28,7 @@ from surgery import (
     show,
     unmerge,
 )
+from surgery.rules import LoraRule
 from surgery.testing import Snapshot
 
 load_file: Any = pytest.importorskip("safetensors.torch").load_file

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rules.adalora import AdaLoraRule
 from surgery import PeftConfig, PeftEntry, PeftMethod, PeftPlace, peft_method
+from surgery.rules.adalora import AdaLoraRule
 
 
 @peft_method

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
-from rules.adaption import AdaptionRule
 from surgery import PeftConfig, PeftEntry, PeftMethod, PeftPlace, Rule, SurgeryError, peft_method
+from surgery.rules.adaption import AdaptionRule
 
 TARGETS = {"llama": "self_attn", "mistral": "self_attn", "gpt2": "attn"}  # by model_type, and PEFT knows no other
 

@@ -13,9 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rules.peft._tasks import HEADS, ending
-from rules.tokens import BaseRowsRule
 from surgery import PeftConfig, Rule, SurgeryError
+from surgery.rules.peft.tasks import HEADS, ending
+from surgery.rules.tokens import BaseRowsRule
 
 _KEY = re.compile(r"base_model\.model\.(.+?)(?:\.token_adapter)?(?:\.base_layer)*\.(\w+)")
 

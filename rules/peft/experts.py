@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
-from rules._paths import fits
-from rules.experts import ExpertLoraRule
-from rules.peft.lora import Lora
 from surgery import PeftConfig, PeftEntry, PeftPart, PeftPlace, Rule, SurgeryError, peft_method
+from surgery.rules._shared.path_patterns import fits
+from surgery.rules.experts import ExpertLoraRule
+from surgery.rules.peft.lora import Lora
 
 FIELDS = {"r": "rank", "lora_alpha": "alpha", "use_rslora": "rslora"}
 

@@ -6,10 +6,10 @@ import re
 from collections.abc import Iterable
 from typing import Any
 
-from rules.bias import BiasRule
-from rules.peft._tasks import HEADS, ending
-from rules.train import TrainRule
 from surgery import PeftConfig, PeftEntry, PeftPart, PeftPlace, Rule, SurgeryError, peft_method
+from surgery.rules.bias import BiasRule
+from surgery.rules.peft.tasks import HEADS, ending
+from surgery.rules.train import TrainRule
 
 
 @peft_method

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rules.lora import LoraRule
 from surgery import PeftConfig, PeftEntry, PeftMethod, PeftPlace, Rule, SurgeryError, peft_method
+from surgery.rules.lora import LoraRule
 
 SURGERY = 'save_adapter(…, format="surgery") holds any rules'
 

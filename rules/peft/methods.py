@@ -6,20 +6,20 @@ from typing import Any
 
 from torch import nn
 
-from rules import _maps
-from rules.boft import BoftRule
-from rules.c3a import C3aRule
-from rules.fourier import FourierRule
-from rules.hra import HraRule
-from rules.ia3 import IA3Rule
-from rules.loha import LohaRule
-from rules.lokr import LokrRule
-from rules.miss import MissRule
-from rules.norm import NormRule
-from rules.oft import OftRule
-from rules.road import RoadRule
-from rules.shira import ShiraRule
 from surgery import PeftConfig, PeftEntry, PeftMethod, PeftPlace, Rule, peft_method
+from surgery.rules._linear import maps
+from surgery.rules.boft import BoftRule
+from surgery.rules.c3a import C3aRule
+from surgery.rules.fourier import FourierRule
+from surgery.rules.hra import HraRule
+from surgery.rules.ia3 import IA3Rule
+from surgery.rules.loha import LohaRule
+from surgery.rules.lokr import LokrRule
+from surgery.rules.miss import MissRule
+from surgery.rules.norm import NormRule
+from surgery.rules.oft import OftRule
+from surgery.rules.road import RoadRule
+from surgery.rules.shira import ShiraRule
 
 LYCORIS = {
     "r": "rank", "alpha": "alpha", "rank_dropout": "rank_dropout", "module_dropout": "module_dropout",
@@ -64,7 +64,7 @@ class Ia3(PeftMethod):
 
     def entries(self, place: PeftPlace) -> dict[str, PeftEntry]:
         assert isinstance(place.rule, IA3Rule)
-        kernel = len(_maps.sizes(_maps.linear_map(place.module, *_maps.NAMES))) - 2  # type: ignore[arg-type]
+        kernel = len(maps.sizes(maps.linear_map(place.module, *maps.NAMES))) - 2  # type: ignore[arg-type]
         shape = (1, -1, *(1,) * kernel) if kernel else (1, -1) if place.rule.feeds(place.path) else (-1, 1)
         return {"scale": PeftEntry("ia3_l", lambda held: held.flatten(), lambda scale: scale.view(shape))}
 

@@ -14,10 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rules._rotary_keys import turned, why_not
-from rules.peft._tasks import task_of, with_head
-from rules.prefix import EVERYWHERE, PrefixRule
 from surgery import PeftConfig, PeftEntry, PeftMethod, PeftPlace, Rule, SurgeryError, peft_method
+from surgery.rules._attention.rotary_keys import turned, why_not
+from surgery.rules.peft.tasks import task_of, with_head
+from surgery.rules.prefix import EVERYWHERE, PrefixRule
 
 KEY = "prompt_embeddings"
 

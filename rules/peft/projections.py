@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rules import _maps
-from rules.randlora import RandLoraRule
-from rules.vera import VeraRule
 from surgery import PeftConfig, PeftEntry, PeftMethod, PeftPlace, SurgeryError, peft_method
+from surgery.rules._linear import maps
+from surgery.rules.randlora import RandLoraRule
+from surgery.rules.vera import VeraRule
 
 
 class _Projected(PeftMethod):
@@ -54,7 +54,7 @@ class Vera(_Projected):
     tensors = {"d": "vera_lambda_d", "b": "vera_lambda_b"}
 
     def entries(self, place: PeftPlace) -> dict[str, PeftEntry]:
-        out, inner = _maps.sizes(_maps.linear_map(place.module, *_maps.NAMES))  # type: ignore[arg-type]
+        out, inner = maps.sizes(maps.linear_map(place.module, *maps.NAMES))  # type: ignore[arg-type]
         A = PeftEntry("/base_model.vera_A", lambda A: A[:, :inner])
         return {**super().entries(place), "A": A, "B": PeftEntry("/base_model.vera_B", lambda B: B[:out])}
 
@@ -74,7 +74,7 @@ class RandLora(_Projected):
         return super().further(config)
 
     def entries(self, place: PeftPlace) -> dict[str, PeftEntry]:
-        sizes = _maps.sizes(_maps.linear_map(place.module, *_maps.NAMES))  # type: ignore[arg-type]
+        sizes = maps.sizes(maps.linear_map(place.module, *maps.NAMES))  # type: ignore[arg-type]
         small, large = min(sizes), max(sizes)
         assert isinstance(place.rule, RandLoraRule)
         n = -(-small // place.rule.rank)
@@ -86,7 +86,7 @@ class RandLora(_Projected):
 
     def size(self, key: str, tensors: Sequence[Tensor], sites: Sequence[nn.Module]) -> list[int]:
         # PEFT takes the largest out and the largest in of all sites, and of these two the smaller and the larger.
-        sizes = [_maps.sizes(_maps.linear_map(site, *_maps.NAMES)) for site in sites]  # type: ignore[arg-type]
+        sizes = [maps.sizes(maps.linear_map(site, *maps.NAMES)) for site in sites]  # type: ignore[arg-type]
         small, large = sorted((max(out for out, _ in sizes), max(inner for _, inner in sizes)))
         rank = tensors[0].shape[0] if key.endswith("A") else tensors[0].shape[-1]
         return [rank, 1, small] if key.endswith("A") else [large, -(-small // rank), rank]

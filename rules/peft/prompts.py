@@ -11,11 +11,11 @@ from typing import Any
 
 from torch import Tensor
 
-from rules import _texts
-from rules.multitask import MultitaskPromptRule
-from rules.peft._tasks import HEADS, sizes_of, task_of, with_head
-from rules.prompt import PromptRule
 from surgery import PeftConfig, PeftEntry, PeftMethod, PeftPlace, Rule, SurgeryError, class_of, peft_method
+from surgery.rules._virtual_tokens import text_inputs
+from surgery.rules.multitask import MultitaskPromptRule
+from surgery.rules.peft.tasks import HEADS, sizes_of, task_of, with_head
+from surgery.rules.prompt import PromptRule
 
 _PASSED = (
     "token_dim num_layers num_attention_heads prompt_tuning_init prompt_tuning_init_text tokenizer_name_or_path "
@@ -30,9 +30,9 @@ class _Prompts(PeftMethod):
     def read(self, config: PeftConfig) -> Iterable[Rule]:
         config.silent(*_PASSED)
         model, task = config.model, config.data.get("task_type")
-        if len(list(_texts.hosts(model, ""))) != 1:
+        if len(list(text_inputs.hosts(model, ""))) != 1:
             raise config.refuse("peft_type", "the model has no one place that takes a text with its mask")
-        both = _texts.has_both(model)
+        both = text_inputs.has_both(model)
         if (task == "SEQ_2_SEQ_LM" and not both) or (task in HEADS and both):
             raise config.refuse("task_type", f"PEFT can't call this {type(model).__name__} so")
         if config.take("num_transformer_submodules", 1) not in ((1, 2) if task == "SEQ_2_SEQ_LM" else (1,)):
@@ -72,7 +72,7 @@ class _Prompts(PeftMethod):
     def write(self, placed: Any, modules: Any) -> dict[str, Any]:
         (rule, paths), *more = placed
         task, model = task_of(modules), modules.model
-        if more or list(paths) != [path for path, _ in _texts.hosts(model, "")]:
+        if more or list(paths) != [path for path, _ in text_inputs.hosts(model, "")]:
             raise _unsaid(rule, "PEFT has one prompt, where the model takes its text")
         if task is None:
             raise _unsaid(rule, "PEFT asks the config of a model of transformers")
@@ -141,7 +141,7 @@ def _classifies(model: Any) -> bool:
     """Whether a head makes something of a text that is not by position."""
     by_position = ("ForMaskedLM", "ForTokenClassification", "ForQuestionAnswering", "Model")
     known = class_of(model).__name__.endswith(by_position) or hasattr(model, "prepare_inputs_for_generation")
-    return not known and not _texts.has_both(model) and all(path for path, _ in _texts.hosts(model, ""))
+    return not known and not text_inputs.has_both(model) and all(path for path, _ in text_inputs.hosts(model, ""))
 
 
 def _text_ids(data: Mapping[str, Any]) -> list[int]:

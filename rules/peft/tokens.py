@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rules.peft.base_rows import base_key, base_rows
-from rules.tokens import BaseRowsRule, TokensRule
 from surgery import PeftConfig, PeftEntry, PeftPart, PeftPlace, Rule, SurgeryError, peft_method
+from surgery.rules.peft.base_rows import base_key, base_rows
+from surgery.rules.tokens import BaseRowsRule, TokensRule
 
 PREFIX = "base_model.model."
 Groups = dict[tuple[str, ...], list[int]]  # the paths that share their rows → the rows

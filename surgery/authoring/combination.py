@@ -28,7 +28,7 @@ class Share:
     """What one adapter has at a site: its rule, the rule's tensors, and the weight of the adapter.
 
     >>> from torch import nn
-    >>> from rules import IA3Rule
+    >>> from surgery.rules import IA3Rule
     >>> from surgery import Share, apply_rules, combine
     >>> def told(self, shares, how):
     ...     print([(share.adapter, share.weight, list(share.params)) for share in shares])

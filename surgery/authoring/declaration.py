@@ -69,7 +69,7 @@ class Declaration:
     def replace(self: D, **changes: Any) -> D:
         """The same rule with other fields.
 
-        >>> from rules import LoraRule
+        >>> from surgery.rules import LoraRule
         >>> LoraRule("query", rank=4).replace(rank=8).rank
         8
         """

@@ -50,7 +50,7 @@ def rules_to_json(rules: Iterable[Rule]) -> str:
     """A list of rules as JSON text.
 
     >>> from surgery import rules_from_json, rules_to_json
-    >>> from rules import LoraRule
+    >>> from surgery.rules import LoraRule
     >>> rules = [LoraRule(["query", "value"], rank=4)]
     >>> rules_from_json(rules_to_json(rules)) == rules
     True

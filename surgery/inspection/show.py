@@ -67,7 +67,7 @@ def summary(model: nn.Module) -> Summary:
 
     >>> from torch import nn
     >>> from surgery import apply_rules, summary
-    >>> from rules import LoraRule
+    >>> from surgery.rules import LoraRule
     >>> print(summary(apply_rules(nn.Sequential(nn.Linear(8, 8)), [LoraRule("0", rank=2)])))
     trainable 32 || added 32 || total 104 || trainable 30.7692 %
     adapter  rule      sites  added  trainable  state
@@ -127,7 +127,7 @@ def show(model: nn.Module, path: str = "") -> str:
 
     >>> from torch import nn
     >>> from surgery import apply_rules, show
-    >>> from rules import LoraRule
+    >>> from surgery.rules import LoraRule
     >>> model = apply_rules(nn.Sequential(nn.Linear(8, 8)), [LoraRule("0", rank=2, alpha=4)])
     >>> print(show(model, "0"))  # doctest: +ELLIPSIS
     # 0: Linear + LoraRule [default]
@@ -150,7 +150,7 @@ def draw(model: nn.Module, path: str = "", *, before: bool = True) -> str:
 
     >>> from torch import nn
     >>> from surgery import apply_rules, draw
-    >>> from rules import LoraRule
+    >>> from surgery.rules import LoraRule
     >>> draw(apply_rules(nn.Linear(8, 8), [LoraRule(nn.Linear)])).startswith("<svg")
     True
 

@@ -60,7 +60,7 @@ def activate(
     >>> import torch
     >>> from torch import nn
     >>> from surgery import activate, active, adapters, apply_rules
-    >>> from rules import LoraRule
+    >>> from surgery.rules import LoraRule
     >>> model = nn.Sequential(nn.Linear(8, 8))
     >>> for name in ("a", "b"):
     ...     _ = apply_rules(model, LoraRule("0", rank=2), adapter=name)
@@ -108,7 +108,7 @@ def deactivate(model: M) -> M:
 
     >>> from torch import nn
     >>> from surgery import activate, active, apply_rules, deactivate
-    >>> from rules import LoraRule
+    >>> from surgery.rules import LoraRule
     >>> model = deactivate(apply_rules(nn.Sequential(nn.Linear(8, 8)), LoraRule("0", rank=2)))
     >>> type(model[0]) is nn.Linear, active(activate(model))
     (True, ('default',))
@@ -133,7 +133,7 @@ def active(model: nn.Module) -> tuple[str, ...]:
 
     >>> from torch import nn
     >>> from surgery import active, apply_rules
-    >>> from rules import LoraRule
+    >>> from surgery.rules import LoraRule
     >>> active(apply_rules(nn.Sequential(nn.Linear(8, 8)), LoraRule("0", rank=2)))
     ('default',)
     """
@@ -145,7 +145,7 @@ def adapters(model: nn.Module) -> dict[str, Adapter]:
 
     >>> from torch import nn
     >>> from surgery import adapters, apply_rules
-    >>> from rules import LoraRule
+    >>> from surgery.rules import LoraRule
     >>> found = adapters(apply_rules(nn.Sequential(nn.Linear(8, 8)), LoraRule("0", rank=2), adapter="a"))
     >>> found["a"].sites, found["a"].parameters, found["a"].live
     (('0',), 32, True)
@@ -172,7 +172,7 @@ def using(model: nn.Module, adapter: str | Sequence[str] | None, weights: Weight
     >>> import torch
     >>> from torch import nn
     >>> from surgery import active, apply_rules, using
-    >>> from rules import LoraRule
+    >>> from surgery.rules import LoraRule
     >>> model = apply_rules(nn.Sequential(nn.Linear(8, 8)), LoraRule("0", rank=2))
     >>> with using(model, None):
     ...     active(model)

@@ -37,7 +37,7 @@ def apply_rules(
     >>> import torch
     >>> from torch import nn
     >>> from surgery import apply_rules, remove
-    >>> from rules import LoraRule
+    >>> from surgery.rules import LoraRule
     >>> model = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 2))
     >>> x = torch.randn(4, 8)
     >>> before = model(x)
@@ -82,7 +82,7 @@ def plan_rules(
 
     >>> from torch import nn
     >>> from surgery import plan_rules
-    >>> from rules import LoraRule
+    >>> from surgery.rules import LoraRule
     >>> print(plan_rules(nn.Sequential(nn.Linear(8, 8)), [LoraRule("0", rank=2)]))
     adapter 'default': 1 edits, 32 trainable parameters; the base is frozen
     rule      site  type    tensors          trainable
@@ -98,7 +98,7 @@ def explain(model: nn.Module, rule: Rule, path: str) -> Verdict:
 
     >>> from torch import nn
     >>> from surgery import explain
-    >>> from rules import LoraRule
+    >>> from surgery.rules import LoraRule
     >>> print(explain(nn.Sequential(nn.Linear(2, 2)), LoraRule("query"), "0"))
     no   LoraRule at 0: fails at targets
          no   targets: no target matches

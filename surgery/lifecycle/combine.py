@@ -54,7 +54,7 @@ def combine(
     >>> import torch
     >>> from torch import nn
     >>> from surgery import activate, apply_rules, combine, rules_of
-    >>> from rules import LoraRule
+    >>> from surgery.rules import LoraRule
     >>> model = nn.Sequential(nn.Linear(8, 8))
     >>> for name in ("a", "b"):
     ...     _ = apply_rules(model, LoraRule("0", rank=2, init="random"), adapter=name)

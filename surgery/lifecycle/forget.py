@@ -34,7 +34,7 @@ def forget(model: M) -> M:
     >>> import torch
     >>> from torch import nn
     >>> from surgery import apply_rules, forget, merge
-    >>> from rules import LoraRule
+    >>> from surgery.rules import LoraRule
     >>> model = apply_rules(nn.Sequential(nn.Linear(8, 8)), LoraRule("0", rank=2, init="random"))
     >>> x = torch.ones(1, 8)
     >>> adapted, _ = model(x), merge(model)

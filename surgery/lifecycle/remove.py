@@ -39,7 +39,7 @@ def remove(model: M, adapter: str | Sequence[str] | None = None, *, check: bool 
 
     >>> from torch import nn
     >>> from surgery import apply_rules, remove
-    >>> from rules import LoraRule
+    >>> from surgery.rules import LoraRule
     >>> model = nn.Sequential(nn.Linear(8, 8))
     >>> weight, kind = model[0].weight, type(model[0])
     >>> _ = remove(apply_rules(model, [LoraRule("0", rank=2)]))

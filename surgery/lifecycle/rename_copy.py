@@ -33,7 +33,7 @@ def rename_adapter(model: M, adapter: str, new: str) -> M:
 
     >>> from torch import nn
     >>> from surgery import active, adapter_state_dict, apply_rules, rename_adapter
-    >>> from rules import LoraRule
+    >>> from surgery.rules import LoraRule
     >>> model = apply_rules(nn.Sequential(nn.Linear(8, 8)), LoraRule("0", rank=2), adapter="draft")
     >>> before = model[0].adapters.draft.A
     >>> active(rename_adapter(model, "draft", "topics")), model[0].adapters.topics.A is before
@@ -72,7 +72,7 @@ def copy_adapter(model: M, adapter: str, new: str) -> M:
 
     >>> from torch import nn
     >>> from surgery import active, apply_rules, copy_adapter
-    >>> from rules import LoraRule
+    >>> from surgery.rules import LoraRule
     >>> model = apply_rules(nn.Sequential(nn.Linear(8, 8)), LoraRule("0", rank=2), adapter="a")
     >>> active(copy_adapter(model, "a", "b"))
     ('a',)

@@ -28,7 +28,7 @@ def folded_adapter(
 
     >>> import torch
     >>> from transformers import LlamaConfig, LlamaModel
-    >>> from rules import PrefixRule
+    >>> from surgery.rules import PrefixRule
     >>> from surgery import apply_rules, folded_adapter, load_adapter_state_dict, remove
     >>> sizes = dict(hidden_size=16, num_hidden_layers=1, num_attention_heads=4, num_key_value_heads=2)
     >>> model = LlamaModel(LlamaConfig(vocab_size=30, intermediate_size=32, **sizes))

@@ -68,7 +68,7 @@ def merge(
     >>> import torch
     >>> from torch import nn
     >>> from surgery import apply_rules, merge, unmerge
-    >>> from rules import LoraRule
+    >>> from surgery.rules import LoraRule
     >>> model = apply_rules(nn.Sequential(nn.Linear(8, 8)), [LoraRule("0", rank=2, init="gaussian")])
     >>> before = model[0].weight.clone()
     >>> print(merge(model).sites, type(model[0]) is nn.Linear)

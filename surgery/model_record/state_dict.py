@@ -25,7 +25,7 @@ def base_state_dict(model: nn.Module) -> dict[str, Tensor]:
 
     >>> from torch import nn
     >>> from surgery import apply_rules, base_state_dict
-    >>> from rules import LoraRule
+    >>> from surgery.rules import LoraRule
     >>> model = apply_rules(nn.Sequential(nn.Linear(4, 4)), [LoraRule("0", rank=2)])
     >>> list(base_state_dict(model))
     ['0.weight', '0.bias']
@@ -46,7 +46,7 @@ def adapter_state_dict(
 
     >>> from torch import nn
     >>> from surgery import adapter_state_dict, apply_rules
-    >>> from rules import LoraRule
+    >>> from surgery.rules import LoraRule
     >>> model = apply_rules(nn.Sequential(nn.Linear(4, 4)), [LoraRule("0", rank=2)], adapter="topics")
     >>> {key: tuple(tensor.shape) for key, tensor in adapter_state_dict(model, "topics").items()}
     {'0.adapters.A': (2, 4), '0.adapters.B': (4, 2)}
@@ -92,7 +92,7 @@ def load_adapter_state_dict(model: nn.Module, tensors: Mapping[str, Tensor], ada
 
     >>> from torch import nn
     >>> from surgery import adapter_state_dict, apply_rules, load_adapter_state_dict, rules_of
-    >>> from rules import LoraRule
+    >>> from surgery.rules import LoraRule
     >>> trained = apply_rules(nn.Sequential(nn.Linear(4, 4)), [LoraRule("0", rank=2, init="random")])
     >>> model = apply_rules(nn.Sequential(nn.Linear(4, 4)), rules_of(trained))
     >>> load_adapter_state_dict(model, adapter_state_dict(trained))
@@ -126,7 +126,7 @@ def rules_of(model: nn.Module, adapter: str | None = None) -> list[Rule]:
 
     >>> from torch import nn
     >>> from surgery import apply_rules, rules_of
-    >>> from rules import LoraRule
+    >>> from surgery.rules import LoraRule
     >>> model = apply_rules(nn.Sequential(nn.Linear(4, 4)), [LoraRule("0", rank=2)])
     >>> rules_of(model) == [LoraRule("0", rank=2)]
     True

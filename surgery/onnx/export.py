@@ -94,7 +94,7 @@ def export_onnx(
 
     >>> import tempfile, torch
     >>> from torch import nn
-    >>> from rules import LoraRule
+    >>> from surgery.rules import LoraRule
     >>> from surgery import apply_rules, export_onnx
     >>> model = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 2))
     >>> for name, rank in (("red", 2), ("blue", 4)):

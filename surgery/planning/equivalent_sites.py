@@ -19,7 +19,7 @@ def likeness(rule: Rule, module: nn.Module, path: str, base: type[nn.Module]) ->
 
     >>> from torch import nn
     >>> from surgery.planning.equivalent_sites import likeness
-    >>> from rules import LoraRule
+    >>> from surgery.rules import LoraRule
     >>> rule, layers = LoraRule("0", rank_pattern={"2": 4}), [nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 9)]
     >>> said = [likeness(rule, layer, "0", nn.Linear) for layer in layers]
     >>> said[0] == said[1], said[0] == said[2], said[0] == likeness(rule, layers[0], "2", nn.Linear)

@@ -31,7 +31,7 @@ def route(model: nn.Module, adapters: Sequence[str | None], *, check: bool = Tru
     >>> import torch
     >>> from torch import nn
     >>> from surgery import apply_rules, route, using
-    >>> from rules import LoraRule
+    >>> from surgery.rules import LoraRule
     >>> model = nn.Sequential(nn.Linear(8, 8)).eval()
     >>> for name in ("a", "b"):
     ...     _ = apply_rules(model, LoraRule("0", rank=2, init="random"), adapter=name)

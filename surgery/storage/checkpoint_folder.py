@@ -103,7 +103,7 @@ def save_trained(model: nn.Module, folder: str | Path, state_dict: Mapping[str, 
     >>> import tempfile
     >>> from safetensors.torch import load_file
     >>> from torch import nn
-    >>> from rules import LoraRule
+    >>> from surgery.rules import LoraRule
     >>> from surgery import apply_rules
     >>> from surgery.trainer import save_trained
     >>> folder = tempfile.mkdtemp()

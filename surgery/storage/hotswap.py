@@ -86,7 +86,7 @@ def hotswap(
     >>> import torch
     >>> from torch import nn
     >>> from surgery import apply_rules, hotswap, load_adapter, pad_rank, remove, save_adapter
-    >>> from rules import LoraRule
+    >>> from surgery.rules import LoraRule
     >>> model, x = nn.Sequential(nn.Linear(8, 8)), torch.randn(2, 8)
     >>> mail = apply_rules(model, LoraRule("0", rank=2, alpha=8, init="random"))
     >>> folder, wanted = save_adapter(mail, tempfile.mkdtemp()), mail(x)
@@ -159,7 +159,7 @@ def pad_rank(model: M, adapter: str, rank: int) -> M:
 
     >>> from torch import nn
     >>> from surgery import apply_rules, pad_rank, rules_of
-    >>> from rules import LoraRule
+    >>> from surgery.rules import LoraRule
     >>> model = apply_rules(nn.Sequential(nn.Linear(8, 8)), LoraRule("0", rank=2, alpha=4), adapter="a")
     >>> tuple(pad_rank(model, "a", 16)[0].adapters.a.B.shape), rules_of(model)[0].rank, rules_of(model)[0].max_rank
     ((8, 16), 2, 16)

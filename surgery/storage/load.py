@@ -60,7 +60,7 @@ def load_adapter(
     >>> import torch
     >>> from torch import nn
     >>> from surgery import apply_rules, load_adapter, remove, save_adapter
-    >>> from rules import LoraRule
+    >>> from surgery.rules import LoraRule
     >>> model = apply_rules(nn.Sequential(nn.Linear(4, 4)), [LoraRule("0", rank=2, init="random")])
     >>> x = torch.ones(1, 4)
     >>> adapted, folder = model(x), save_adapter(model, tempfile.mkdtemp())

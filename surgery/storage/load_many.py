@@ -30,7 +30,7 @@ def load_adapters(
     >>> import tempfile
     >>> from torch import nn
     >>> from surgery import active, apply_rules, load_adapters, remove, save_adapter
-    >>> from rules import LoraRule
+    >>> from surgery.rules import LoraRule
     >>> model, folder = nn.Sequential(nn.Linear(4, 4)), tempfile.mkdtemp()
     >>> for name in ("news", "mail"):
     ...     _ = save_adapter(apply_rules(model, [LoraRule("0", rank=2)], adapter=name), f"{folder}/{name}", name)

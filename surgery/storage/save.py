@@ -46,7 +46,7 @@ def save_adapter(
     >>> import tempfile
     >>> from torch import nn
     >>> from surgery import apply_rules, load_adapter, save_adapter
-    >>> from rules import LoraRule
+    >>> from surgery.rules import LoraRule
     >>> model = apply_rules(nn.Sequential(nn.Linear(4, 4)), [LoraRule("0", rank=2)])
     >>> folder = save_adapter(model, tempfile.mkdtemp())
     >>> sorted(file.name for file in folder.iterdir())

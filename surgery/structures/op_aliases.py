@@ -288,7 +288,7 @@ def class_of(module: nn.Module) -> type[nn.Module]:
 
     >>> from torch import nn
     >>> from surgery import apply_rules, class_of
-    >>> from rules import LoraRule
+    >>> from surgery.rules import LoraRule
     >>> layer = apply_rules(nn.Linear(4, 4), LoraRule(nn.Linear, rank=2))
     >>> type(layer) is nn.Linear, class_of(layer) is nn.Linear
     (False, True)

@@ -19,7 +19,7 @@ def with_layers(exported: fx.GraphModule) -> fx.GraphModule:
     >>> import torch
     >>> from torch import nn
     >>> from surgery import apply_rules, with_layers
-    >>> from rules import LoraRule
+    >>> from surgery.rules import LoraRule
     >>> x = torch.randn(2, 4)
     >>> model = torch.export.export(nn.Sequential(nn.Linear(4, 8), nn.ReLU()), (x,)).module()
     >>> before = model(x)

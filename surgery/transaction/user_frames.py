@@ -16,12 +16,13 @@ import torch
 __all__ = ["is_ours", "line_of", "line_running", "line_setting"]
 
 HERE = os.path.dirname(os.path.dirname(os.path.abspath(__file__))) + os.sep  # the package of the engine
+_RULES = os.path.join(HERE, "rules", "")  # a rule's lines are told as those of a user's own rule are
 _TORCH = os.path.dirname(os.path.abspath(torch.__file__)) + os.sep
 
 
 def is_ours(filename: str) -> bool:
     """Whether a file of source is the engine's, or code that it generated."""
-    return filename.startswith((HERE, "<surgery "))
+    return filename.startswith((HERE, "<surgery ")) and not filename.startswith(_RULES)
 
 
 def line_of(error: BaseException, function: Any = None) -> str | None:
@@ -41,7 +42,11 @@ def line_running(with_text: bool = False) -> str:
     while frame.f_back is not None and is_ours(frame.f_code.co_filename):
         frame = frame.f_back
     users = frame
-    while with_text and users.f_back is not None and users.f_code.co_filename.startswith((_TORCH, HERE)):
+    while (
+        with_text
+        and users.f_back is not None
+        and (users.f_code.co_filename.startswith(_TORCH) or is_ours(users.f_code.co_filename))
+    ):
         users = users.f_back
     text = f": {linecache.getline(users.f_code.co_filename, users.f_lineno).strip()}" if with_text else ""
     return f"{users.f_code.co_filename}:{users.f_lineno}{text}"

@@ -13,9 +13,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from rules import LoraRule
 from surgery import apply_rules, export_onnx
 from surgery.onnx import OnnxRunner, export_adapter
+from surgery.rules import LoraRule
 from tests.benchmarks import models
 from tests.benchmarks.lines import Row, bases
 from tests.benchmarks.models import twin

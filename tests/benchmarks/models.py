@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from rules import LoraRule, PrefixRule
 from surgery import apply_rules
+from surgery.rules import LoraRule, PrefixRule
 
 LETTERS = list("qkvogud")
 

@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rules import LoraRule
 from surgery import (
     activate,
     adapter_state_dict,
@@ -39,6 +38,7 @@ from surgery import (
 )
 from surgery.onnx.calls.example import Given
 from surgery.onnx.graph.prepare import PREPARE, Settings
+from surgery.rules import LoraRule
 
 LETTERS = "qkvogud"
 WHOLE = ("torch: state_dict", "deepcopy", "pickle", "unpickle", "prepare slots", "prepare constant", "prepare merged")

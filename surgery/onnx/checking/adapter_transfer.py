@@ -31,7 +31,7 @@ def export_adapter(model: nn.Module, name: str, onnx_path: str | Path, out_path:
 
     >>> import tempfile, torch
     >>> from torch import nn
-    >>> from rules import LoraRule
+    >>> from surgery.rules import LoraRule
     >>> from surgery import apply_rules, export_onnx
     >>> from surgery.onnx import OnnxRunner, export_adapter
     >>> model, x = nn.Sequential(nn.Linear(4, 2)), torch.ones(3, 4)
@@ -66,7 +66,7 @@ def import_adapter(path: str | Path, onnx_path: str | Path) -> Stored:
 
     >>> import tempfile, torch
     >>> from torch import nn
-    >>> from rules import LoraRule
+    >>> from surgery.rules import LoraRule
     >>> from surgery import apply_rules, export_onnx, load_adapter, remove
     >>> from surgery.onnx import export_adapter, import_adapter
     >>> model, x = nn.Sequential(nn.Linear(4, 2)), torch.ones(3, 4)

@@ -67,7 +67,7 @@ def verify_onnx(
 
     >>> import tempfile, torch
     >>> from torch import nn
-    >>> from rules import LoraRule
+    >>> from surgery.rules import LoraRule
     >>> from surgery import apply_rules, export_onnx, verify_onnx
     >>> model, x = nn.Sequential(nn.Linear(4, 2)), torch.ones(3, 4)
     >>> model = apply_rules(model, LoraRule("0", rank=2, init="random"), adapter="red")

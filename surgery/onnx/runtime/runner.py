@@ -40,7 +40,7 @@ class OnnxRunner:
 
     >>> import tempfile, numpy, onnxruntime
     >>> from torch import nn
-    >>> from rules import LoraRule
+    >>> from surgery.rules import LoraRule
     >>> from surgery import apply_rules
     >>> from surgery.onnx import OnnxRunner, export_adapter, export_onnx
     >>> model, x = nn.Sequential(nn.Linear(4, 2)), numpy.ones((1, 4), numpy.float32)

@@ -8,9 +8,9 @@ from typing import Any, cast
 
 from torch import Tensor, nn
 
-from rules import _texts, _virtual
-from rules.prompt_slots import PromptMemorySlotRule
 from surgery import Member, Rule, Site, Targets, rule
+from surgery.rules._virtual_tokens import insertion, text_inputs
+from surgery.rules.slots.prompt import PromptMemorySlotRule
 from surgery.state.records import site_state
 
 THE_MODEL = ""  # the path of the model itself
@@ -29,11 +29,11 @@ class PromptMemoryRule(Rule):
     why_not_merged = "virtual tokens are no change of a weight"
 
     def expand(self, module: nn.Module, path: str) -> Iterable[tuple[str, nn.Module]]:
-        return _texts.decoders(module, path)
+        return text_inputs.decoders(module, path)
 
     def rewrite(self, site: Site) -> None:
         states, mask = site.inputs["encoder_hidden_states"], site.inputs["encoder_attention_mask"]
-        site.replace(mask, site.apply(_virtual.widened, states, mask, self.length, _texts.encoder_moves(site)))
+        site.replace(mask, site.apply(insertion.widened, states, mask, self.length, text_inputs.encoder_moves(site)))
 
     slot_kind = "prompt-memory"
 
@@ -47,8 +47,8 @@ class PromptMemoryRule(Rule):
     def routed(cls, sites: Sequence[Member]) -> None:
         states, mask = sites[0].inputs["encoder_hidden_states"], sites[0].inputs["encoder_attention_mask"]
         length = max(cast(PromptMemoryRule, site.rule).length for site in sites)  # the encoder wants them equally long
-        moves = _texts.encoder_moves(sites[0])
-        sites[0].replace(mask, sites[0].apply(_virtual.widened, states, mask, length, moves))
+        moves = text_inputs.encoder_moves(sites[0])
+        sites[0].replace(mask, sites[0].apply(insertion.widened, states, mask, length, moves))
 
 
 @rule("prompt-hidden-ids")
@@ -61,7 +61,7 @@ class HiddenIdsRule(Rule):
     why_not_merged = "it changes what the model is called with"
 
     def expand(self, module: nn.Module, path: str) -> Iterable[tuple[str, nn.Module]]:
-        return [(path, module)] if _texts.reads_padding(module) else []
+        return [(path, module)] if text_inputs.reads_padding(module) else []
 
     def rewrite(self, site: Site) -> None:
         ids, embeds = site.inputs["input_ids"], site.inputs["inputs_embeds"]

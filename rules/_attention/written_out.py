@@ -18,8 +18,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, fx, nn
 
-from rules._prefix import written_out
 from surgery import Site, SiteError, as_digraph, class_of
+from surgery.rules._attention.prefix import written_out
 
 __all__ = ["Written", "extend", "may_write_attention", "written_attention"]
 

@@ -11,8 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from rules import _own_maps
 from surgery import LowRank, Site
+from surgery.rules._linear import own_maps
 
 CONVOLUTIONS = {nn.Conv1d: F.conv1d, nn.Conv2d: F.conv2d, nn.Conv3d: F.conv3d}
 
@@ -154,8 +154,8 @@ def layout_of(module: nn.Module, rank: int) -> Layout | str:
         if any(held is not None and held.dim() == 3 for held in module._parameters.values()):
             return "LoRA goes on maps of one matrix; for a stack of experts' matrices there is ExpertLoraRule"
         return "LoRA goes on Linear, Embedding, Conv1d/2d/3d, transformers' Conv1D and MultiheadAttention"
-    if _own_maps.packed(module):
-        if why := _own_maps.why_not_packed(module):
+    if own_maps.packed(module):
+        if why := own_maps.why_not_packed(module):
             return why
         if kind != "linear":
             return f"its weight is a {type(weight).__name__} of {getattr(weight, 'dtype', None)}"
@@ -210,7 +210,7 @@ OTHERWISE = "its forward is not a plain linear map of its input"
 
 def _formed(module: nn.Module, layout: Layout) -> Layout:
     """The layout with what the module's own forward makes of the map."""
-    if _own_maps.torchs_own(module):
+    if own_maps.torchs_own(module):
         return layout
     if layout.kind == "conv1d":  # its forward runs with a weight of its own sizes alone
         return replace(layout, why=OTHERWISE)
@@ -219,7 +219,7 @@ def _formed(module: nn.Module, layout: Layout) -> Layout:
     shape = (2 * part.groups, *part.A[1:])
     small = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(held.device, held.dtype)
     small = small.t() if part.turned else small
-    form = _own_maps.form_of(module, small, lambda: _samples(module, layout, small))
+    form = own_maps.form_of(module, small, lambda: _samples(module, layout, small))
     return replace(layout, why=OTHERWISE) if form == "other" else replace(layout, scaled=form == "scaled")
 
 

@@ -10,9 +10,9 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from rules import _paths
-from rules._layouts import Layout, Part, layout_of
 from surgery import LiveSite, Rule, Site
+from surgery.rules._linear.layouts import Layout, Part, layout_of
+from surgery.rules._shared import path_patterns
 
 Fill = Callable[[Tensor], Any]
 
@@ -55,14 +55,14 @@ class LowRankRule(Rule):
         raise NotImplementedError(f"{type(self).__name__} has no tensors_for")
 
     def rank_at(self, path: str) -> int:
-        return int(_paths.first(self.rank_pattern, path, self.rank))
+        return int(path_patterns.first(self.rank_pattern, path, self.rank))
 
     def room_at(self, path: str) -> int:
         """The rank that the tensors have room for, and may use after a `hotswap`."""
         return self.max_rank or self.rank_at(path)
 
     def alpha_at(self, path: str) -> float:
-        return _paths.first(self.alpha_pattern, path, self.alpha)
+        return path_patterns.first(self.alpha_pattern, path, self.alpha)
 
     def scale_at(self, path: str) -> float:
         """What B A is multiplied by: alpha / rank, or 1 for a rule without alpha."""

@@ -6,8 +6,8 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from rules import _paths
 from surgery import Rule
+from surgery.rules._shared import path_patterns
 
 
 def whole(rule: Rule, *fields: str, least: int = 1, optional: bool = False) -> None:
@@ -61,12 +61,12 @@ def patterns(rule: Rule, *fields: str) -> None:
     """Each a mapping from path suffixes or regular expressions, as PEFT's rank_pattern, or None."""
     for field in fields:
         held = getattr(rule, field)
-        if held is not None and not (isinstance(held, Mapping) and all(map(_paths.compiles, held))):
+        if held is not None and not (isinstance(held, Mapping) and all(map(path_patterns.compiles, held))):
             raise rule.bad(field, "a mapping from path suffixes or regular expressions")
 
 
 def idle(rule: Rule, paths: Sequence[str], *fields: str) -> Iterable[str]:
     """The patterns that fit none of a rule's sites, as `Rule.review` tells them."""
     for field in fields:
-        for key in _paths.unused(getattr(rule, field) or {}, paths):
+        for key in path_patterns.unused(getattr(rule, field) or {}, paths):
             yield f"{field} has {key!r}, which fits none of its {len(paths)} sites"

@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rules._hidden import features_of
-from rules._virtual import CHANGED
 from surgery import Site, SiteError, SurgeryError, hidden_of
+from surgery.rules._shared.hidden_states import features_of
+from surgery.rules._virtual_tokens.insertion import CHANGED
 
 
 def starred(site: Site) -> str | None:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rules._layouts import Layout, Part
+from surgery.rules._linear.layouts import Layout, Part
 
 NAMES = ("kaiming", "gaussian", "orthogonal", "pissa", "pissa_niter_N", "olora", "random", "mica")
 

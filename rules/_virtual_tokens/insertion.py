@@ -12,10 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rules._columns import Place, padded_left, place_of
-from rules._past import CACHES, Mark, Past, error, mark, waiting
-from rules._text_mask import filled, text_mask
 from surgery import hidden_of
+from surgery.rules._virtual_tokens.columns import Place, padded_left, place_of
+from surgery.rules._virtual_tokens.past import CACHES, Mark, Past, error, mark, waiting
+from surgery.rules._virtual_tokens.text_mask import filled, text_mask
 
 Inputs = dict[str, Any]
 

@@ -9,8 +9,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from rules._columns import padding_of
 from surgery import SiteError
+from surgery.rules._virtual_tokens.columns import padding_of
 
 CACHES = ("past_key_values", "cache_params")
 _MARK = "_surgery_prompts"

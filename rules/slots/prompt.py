@@ -7,8 +7,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from rules import _texts, _virtual
 from surgery import Rule, Site, rule
+from surgery.rules._virtual_tokens import insertion, text_inputs
 
 
 @rule("prompt-slot")
@@ -30,19 +30,19 @@ class PromptSlotRule(Rule):
     zeros_are_none = False  # a virtual token of zeros is one
 
     def rewrite(self, site: Site) -> Any:
-        role = site.fact("role", lambda: _texts.role(site))
+        role = site.fact("role", lambda: text_inputs.role(site))
         prompt = site.param("prompt", (2, self.width), nn.init.zeros_)
         if role == "layer":
-            return site.with_hidden(site.apply(_virtual.put_after, site.output, prompt, self.after))
-        rest = _texts.starred(site) or ""
-        made: Any = site.apply(_virtual.put_any, site.this, prompt, dict(site.inputs), rest, self.after, self.moves)
+            return site.with_hidden(site.apply(insertion.put_after, site.output, prompt, self.after))
+        rest = text_inputs.starred(site) or ""
+        made: Any = site.apply(insertion.put_any, site.this, prompt, dict(site.inputs), rest, self.after, self.moves)
         new, place = made[0], made[1]
         for name in site.inputs:
-            if name in _virtual.CHANGED or name == rest:
+            if name in insertion.CHANGED or name == rest:
                 site.replace(site.inputs[name], new[name])
         if role == "encoder" or self.whole:
             return None
-        return site.apply(_virtual.take_any, site.output, place)
+        return site.apply(insertion.take_any, site.output, place)
 
     def free(self, tensor: str) -> tuple[int, str] | None:
         return 0, "length"
@@ -63,7 +63,7 @@ class PromptMemorySlotRule(Rule):
 
     def rewrite(self, site: Site) -> None:
         states, mask = site.inputs["encoder_hidden_states"], site.inputs["encoder_attention_mask"]
-        site.replace(mask, site.apply(_virtual.widened, states, mask, None, self.moves))
+        site.replace(mask, site.apply(insertion.widened, states, mask, None, self.moves))
 
 
 def slot_of(after: int | None, whole: bool, facts: Mapping[str, Any]) -> PromptSlotRule | None:

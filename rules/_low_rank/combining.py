@@ -10,16 +10,16 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from rules import _combined
-from rules._layouts import Layout, Part, gain_of, layout_of
-from rules._low_rank import LowRankRule
 from surgery import Combination, Rule, Share
+from surgery.rules._linear.layouts import Layout, Part, gain_of, layout_of
+from surgery.rules._low_rank.rule import LowRankRule
+from surgery.rules._shared import combining
 
 # The fields that the result's rule has for its rank, or that the factors make up for.
 _FREE = ("rank", "alpha", "rank_pattern", "alpha_pattern", "max_rank", "rslora", "dora", "lora_bias", "bias", "dtype")
 
 
-def combined(shares: Sequence[Share], how: Combination) -> tuple[Rule, _combined.Tensors]:
+def combined(shares: Sequence[Share], how: Combination) -> tuple[Rule, combining.Tensors]:
     rules = [cast(LowRankRule, share.rule) for share in shares]
     dora = next((share for share, rule in zip(shares, rules, strict=True) if rule.dora), None)
     if dora is not None and how.untouched(shares):
@@ -58,10 +58,10 @@ def combined(shares: Sequence[Share], how: Combination) -> tuple[Rule, _combined
 
 
 def _rank(how: Combination, shares: Sequence[Share], rules: Sequence[LowRankRule], layouts: Sequence[Layout]) -> int:
-    largest = _combined.largest_rank(how)
+    largest = combining.largest_rank(how)
     if how.method == "svd" and any(rule.dora for rule in rules):  # its ΔW is not of the ranks' sum
         return how.rank or largest
-    rank = _combined.rank_of(how, shares, [rule.room_at(shares[0].site.path) for rule in rules], largest)
+    rank = combining.rank_of(how, shares, [rule.room_at(shares[0].site.path) for rule in rules], largest)
     groups = getattr(shares[0].site.module, "groups", 1)
     divided = all(layout.parts[0].groups == groups for layout in layouts)
     # By a rank that the groups divide, each group would have a part of it alone: a sum of others has no place there.
@@ -74,7 +74,7 @@ def _rule(rules: Sequence[LowRankRule], how: Combination, rank: int, layout: Lay
     return first.resized(
         rank,
         dropout=0.0 if isinstance(layout, Layout) and layout.weight_space else first.dropout,
-        bias=first.bias if _combined.all_agree(how, "bias") else "none",
+        bias=first.bias if combining.all_agree(how, "bias") else "none",
         lora_bias=any(rule.lora_bias for rule in rules),
         rslora=False,
         dora=False,
@@ -99,10 +99,10 @@ def _factors(
     if whole or (how.by_matrix and how.method != "svd"):
         given = zip(shares, rules, parts, tensors, scales, strict=True)
         deltas = [_delta(*one, part.groups) for one in given]
-        return _combined.factors(how, shares, scales, [], [], rank // part.groups, deltas)
+        return combining.factors(how, shares, scales, [], [], rank // part.groups, deltas)
     made = [_matrices(one, A, B, part.groups) for one, (A, B) in zip(parts, tensors, strict=True)]
     ups, downs = [up for up, _ in made], [down for _, down in made]
-    return _combined.factors(how, shares, scales, ups, downs, rank // part.groups)
+    return combining.factors(how, shares, scales, ups, downs, rank // part.groups)
 
 
 def _matrices(part: Part, A: Tensor, B: Tensor, groups: int) -> tuple[Tensor, Tensor]:

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from rules._past import Past, error, recurrent_layers
+from surgery.rules._virtual_tokens.past import Past, error, recurrent_layers
 
 _WANTED = "a 2-D mask (batch, tokens) can be widened"
 

@@ -7,8 +7,8 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from rules._prefix import listeners
 from surgery import LiveSite, Rule, Site, SiteError, class_of, rule
+from surgery.rules._attention.prefix import listeners
 
 
 @rule("shifted-positions")

@@ -10,8 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from rules._layouts import Layout, layout_of
 from surgery import LiveSite, Site
+from surgery.rules._linear.layouts import Layout, layout_of
 
 NAMES = {"linear": "Linear", "conv1d": "transformers' Conv1D", "convolution": "Conv1d/2d/3d"}
 

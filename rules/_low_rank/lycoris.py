@@ -10,9 +10,11 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from rules import _complex, _fields, _maps, _paths, _swapped
-from rules.slots import LowRankSlottable
 from surgery import LiveSite, LowRank, Rule, Site
+from surgery.rules._linear import maps
+from surgery.rules._low_rank import swapping
+from surgery.rules._shared import complex_weights, fields, path_patterns
+from surgery.rules.slots.low_rank import LowRankSlottable
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,11 +49,11 @@ class DeltaRule(LowRankSlottable):
         raise NotImplementedError
 
     def validate(self) -> None:
-        _fields.whole(self, "rank")
-        _fields.positive(self, "alpha")
-        _fields.chance(self, "rank_dropout", "module_dropout")
-        _fields.flag(self, "use_effective_conv2d")
-        _fields.patterns(self, "rank_pattern", "alpha_pattern")
+        fields.whole(self, "rank")
+        fields.positive(self, "alpha")
+        fields.chance(self, "rank_dropout", "module_dropout")
+        fields.flag(self, "use_effective_conv2d")
+        fields.patterns(self, "rank_pattern", "alpha_pattern")
         if not all(type(rank) is int and rank >= 1 for rank in (self.rank_pattern or {}).values()):
             raise self.bad("rank_pattern", "a mapping to whole numbers from 1")
         if not all(
@@ -68,22 +70,22 @@ class DeltaRule(LowRankSlottable):
         return True
 
     def scale_at(self, path: str) -> float:
-        return _paths.first(self.alpha_pattern, path, self.alpha) / self.rank_at(path)
+        return path_patterns.first(self.alpha_pattern, path, self.alpha) / self.rank_at(path)
 
     def rank_at(self, path: str) -> int:
-        return _paths.first(self.rank_pattern, path, self.rank)
+        return path_patterns.first(self.rank_pattern, path, self.rank)
 
     def review(self, paths: Sequence[str]) -> Iterable[str]:
-        return _fields.idle(self, paths, "rank_pattern", "alpha_pattern")
+        return fields.idle(self, paths, "rank_pattern", "alpha_pattern")
 
     def check(self, module: nn.Module, path: str) -> str | None:
-        if why := _complex.why_not(self, module):
+        if why := complex_weights.why_not(self, module):
             return why
-        found = _maps.linear_map(module, "linear", "conv1d", "convolution")
+        found = maps.linear_map(module, "linear", "conv1d", "convolution")
         return found if isinstance(found, str) else None
 
     def rewrite(self, site: Site) -> Tensor | None:
-        size = _maps.sizes(_maps.at(site))
+        size = maps.sizes(maps.at(site))
         shapes = self.shapes(size, self.rank_at(site.path))
         zeros = () if self.init == "random" else self.zeros(shapes)
         held = {
@@ -94,21 +96,21 @@ class DeltaRule(LowRankSlottable):
         }
         delta = self._scaled(site, held)
         if self.rank_dropout:
-            keep = _maps.kept(site, delta.flatten(1)[:, :1], self.rank_dropout).view(-1, *(1,) * (len(size) - 1))
+            keep = maps.kept(site, delta.flatten(1)[:, :1], self.rank_dropout).view(-1, *(1,) * (len(size) - 1))
             delta = delta * (keep / keep.mean().clamp(min=1e-6) if self.rank_dropout_scale else keep)
         if self.module_dropout:
-            delta = delta * _maps.kept(site, delta.flatten()[0], self.module_dropout)
-        return _maps.add(site, delta)
+            delta = delta * maps.kept(site, delta.flatten()[0], self.module_dropout)
+        return maps.add(site, delta)
 
     def merged(self, site: LiveSite) -> dict[str, Any]:
-        return _maps.added(site, self._scaled(site, {name: tensor.detach() for name, tensor in site.params.items()}))
+        return maps.added(site, self._scaled(site, {name: tensor.detach() for name, tensor in site.params.items()}))
 
     def room_at(self, path: str) -> int:
         return 1  # no rank belongs to one of a convolution's groups
 
     def changes(self, site: LiveSite) -> dict[str, LowRank]:
         held = {name: tensor.detach() for name, tensor in site.params.items()}
-        part, (left, right) = _maps.at(site).parts[0], self.halves(held)
+        part, (left, right) = maps.at(site).parts[0], self.halves(held)
         most = min(len(left), right.shape[1])
         if left.shape[1] > most:
             delta, one = left @ right, torch.eye(most, dtype=left.dtype, device=left.device)
@@ -118,14 +120,14 @@ class DeltaRule(LowRankSlottable):
 
     def swapped(self, live: Rule, site: LiveSite) -> dict[str, Tensor]:
         assert isinstance(live, DeltaRule)
-        _swapped.check(self, live, "rank", "alpha", "rank_pattern", "alpha_pattern", "rank_dropout", "module_dropout")
+        swapping.check(self, live, "rank", "alpha", "rank_pattern", "alpha_pattern", "rank_dropout", "module_dropout")
         first, ratio = next(iter(site.params)), self.scale_at(site.path) / live.scale_at(site.path)
-        return {**site.params, first: _swapped.scaled(site.params[first], ratio, site)}
+        return {**site.params, first: swapping.scaled(site.params[first], ratio, site)}
 
     def _scaled(self, site: Site | LiveSite, held: Mapping[str, Tensor]) -> Tensor:
         first = next(iter(held))  # Δ is linear in each of its tensors, and a small one is scaled faster
         scaled = {**held, first: held[first] * self.scale_at(site.path)}
-        return self.delta(scaled).reshape(_maps.sizes(_maps.at(site)))
+        return self.delta(scaled).reshape(maps.sizes(maps.at(site)))
 
 
 def through(core: Tensor, a: Tensor, b: Tensor) -> Tensor:

@@ -1,7 +1,7 @@
 """What a module's own forward makes of its weight: the plain map, the map with a factor around it, or something else.
 
-torch's own forward is the plain map. A forward that somebody wrote is run on small inputs (`rules._flow`); where that
-does not prove its form, rules edit the weight itself.
+torch's own forward is the plain map. A forward that somebody wrote is run on small inputs
+(`surgery.rules._linear.weight_flow`); where that does not prove its form, rules edit the weight itself.
 """
 
 from __future__ import annotations
@@ -11,8 +11,8 @@ from collections.abc import Callable, Sequence
 
 from torch import Tensor, nn
 
-from rules._flow import Form, proven, tensors_of
-from rules._signatures import PLAIN, adds_to_supers, takes_one_input
+from surgery.rules._linear.signatures import PLAIN, adds_to_supers, takes_one_input
+from surgery.rules._linear.weight_flow import Form, proven, tensors_of
 
 
 def torchs_own(module: nn.Module) -> bool:

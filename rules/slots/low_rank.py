@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rules import _complex
-from rules._layouts import Layout, Part, layout_of
 from surgery import LiveSite, LowRank, Rule, Site, SiteError, rule
+from surgery.rules._linear.layouts import Layout, Part, layout_of
+from surgery.rules._shared import complex_weights
 
 __all__ = ["LowRankSlotRule", "LowRankSlottable", "low_rank_slot", "low_rank_tensors"]
 
@@ -21,7 +21,7 @@ class LowRankSlotRule(Rule):
 
     >>> import torch
     >>> from torch import nn
-    >>> from rules.slots import LowRankSlotRule
+    >>> from surgery.rules.slots.low_rank import LowRankSlotRule
     >>> from surgery import apply_rules
     >>> model = apply_rules(nn.Sequential(nn.Linear(4, 3)), [LowRankSlotRule("0", rank=2, gain=True)], adapter="slot")
     >>> {name: tuple(tensor.shape) for name, tensor in model[0].adapters.slot.named_parameters()}
@@ -43,7 +43,7 @@ class LowRankSlotRule(Rule):
         return ()
 
     def check(self, module: nn.Module, path: str) -> str | None:
-        if why := _complex.why_not(self, module):
+        if why := complex_weights.why_not(self, module):
             return why
         layout = layout_of(module, self.rank)
         if isinstance(layout, str):

@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from rules._prefix import gated, is_eager, widened_bias
 from surgery import SiteError
+from surgery.rules._attention.prefix import gated, is_eager, widened_bias
 
 # Whose rows they are, keys and values (heads, length, size), and a gate (heads) or None.
 One = tuple[Any, Tensor, Tensor, Tensor | None]

@@ -13,9 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rules._layouts import Part, column_norm
-from rules._low_rank import LowRankRule
 from surgery import LiveSite, Rule, RuleError
+from surgery.rules._linear.layouts import Part, column_norm
+from surgery.rules._low_rank.rule import LowRankRule
 
 # What LoRA's tensors can make up for, or what only matters in training.
 HELD = ("rank", "alpha", "rslora", "rank_pattern", "alpha_pattern", "max_rank", "dropout", "bias", "dtype")

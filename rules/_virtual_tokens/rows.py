@@ -8,8 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from rules import _virtual
 from surgery import SiteError, hidden_of
+from surgery.rules._virtual_tokens import insertion
 
 # Whose rows they are, and the virtual tokens (length, features).
 One = tuple[Any, Tensor]
@@ -24,7 +24,7 @@ def put_in(
     counted: bool,
     *members: One,
 ) -> Any:
-    """As `_virtual.put_in`, and the name under which a cache knows what is in it.
+    """As `insertion.put_in`, and the name under which a cache knows what is in it.
 
     `counted`: whether the model's positions are the tokens' own numbers, so that they can be given where a call leaves
     them out.
@@ -36,16 +36,16 @@ def put_in(
     prompt, real, name = stacked(len(text), text.device, *members)
     if real is not None and not counted:
         raise _unequal("this model's positions can't be given for each row")
-    return *_virtual.put_in(module, prompt, given, rest, name, after, traits, real), name
+    return *insertion.put_in(module, prompt, given, rest, name, after, traits, real), name
 
 
 def put_after(output: Any, after: int, *members: One) -> Tensor:
-    """As `_virtual.put_after`."""
+    """As `insertion.put_after`."""
     hidden = hidden_of(output)
     prompt, real, _ = stacked(len(hidden), hidden.device, *members)
     if real is not None:
         raise _unequal("what a module returns has no mask")
-    return _virtual.put_after(output, prompt, after)
+    return insertion.put_after(output, prompt, after)
 
 
 def stacked(batch: int, device: torch.device, *members: One) -> tuple[Tensor, Tensor | None, str]:

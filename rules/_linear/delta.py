@@ -6,9 +6,9 @@ from typing import Any
 
 from torch import nn
 
-from rules import _own_maps
-from rules._layouts import OTHERWISE
 from surgery import LiveSite, Site
+from surgery.rules._linear import own_maps
+from surgery.rules._linear.layouts import OTHERWISE
 
 
 def why_no_map(module: nn.Module) -> str | None:
@@ -17,9 +17,9 @@ def why_no_map(module: nn.Module) -> str | None:
     names = [f"{cls.__module__}.{cls.__name__}" for cls in base.__mro__]
     if not isinstance(module, nn.Linear) and "transformers.pytorch_utils.Conv1D" not in names:
         return "it goes on Linear and transformers' Conv1D"
-    if isinstance(module, nn.Linear) and _own_maps.packed(module):
-        return _own_maps.why_not_packed(module)
-    return None if _own_maps.torchs_own(module) else OTHERWISE
+    if isinstance(module, nn.Linear) and own_maps.packed(module):
+        return own_maps.why_not_packed(module)
+    return None if own_maps.torchs_own(module) else OTHERWISE
 
 
 def sizes(place: Site | LiveSite | nn.Module) -> tuple[int, int]:

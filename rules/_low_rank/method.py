@@ -9,11 +9,12 @@ from typing import cast
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from rules import _complex, _fields, _lora_combined, _swapped
-from rules._layouts import Layout, Part, layout_of
-from rules._low_rank import Fill, LowRankRule, TensorSource, sure
-from rules.slots import LowRankSlottable
 from surgery import Combination, LiveSite, LowRank, Rule, Share, Site
+from surgery.rules._linear.layouts import Layout, Part, layout_of
+from surgery.rules._low_rank import combining, swapping
+from surgery.rules._low_rank.rule import Fill, LowRankRule, TensorSource, sure
+from surgery.rules._shared import complex_weights, fields
+from surgery.rules.slots.low_rank import LowRankSlottable
 
 
 class LowRankMethod(LowRankSlottable, LowRankRule):
@@ -24,7 +25,7 @@ class LowRankMethod(LowRankSlottable, LowRankRule):
     """
 
     def validate(self) -> None:
-        _fields.patterns(self, "rank_pattern", "alpha_pattern")
+        fields.patterns(self, "rank_pattern", "alpha_pattern")
         ranks, alphas = dict(self.rank_pattern or {}), dict(self.alpha_pattern or {})
         if not all(type(value) is int and value >= 1 for value in (self.rank, *ranks.values())):
             raise self.bad("rank_pattern" if ranks else "rank", "a whole number from 1")
@@ -36,7 +37,7 @@ class LowRankMethod(LowRankSlottable, LowRankRule):
             type(value) in (int, float) and 0 < value < math.inf for value in (self.alpha, *alphas.values())
         ):
             raise self.bad("alpha_pattern" if alphas else "alpha", "a number above 0")
-        _fields.chance(self, "dropout")
+        fields.chance(self, "dropout")
         if self.dtype not in (None, "float16", "bfloat16", "float32", "float64"):
             raise self.bad("dtype", "a floating-point dtype")
 
@@ -52,7 +53,7 @@ class LowRankMethod(LowRankSlottable, LowRankRule):
         return {f"{path}.{part.weight}".strip("."): part.matrix for part in layout.parts}
 
     def check(self, module: nn.Module, path: str) -> str | None:
-        if why := _complex.why_not(self, module):
+        if why := complex_weights.why_not(self, module):
             return why
         used = layout_of(module, self.rank_at(path))
         layout = used if self.max_rank is None else layout_of(module, self.max_rank)
@@ -65,7 +66,7 @@ class LowRankMethod(LowRankSlottable, LowRankRule):
         return None
 
     def review(self, paths: Sequence[str]) -> Iterable[str]:
-        return _fields.idle(self, paths, "rank_pattern", "alpha_pattern")
+        return fields.idle(self, paths, "rank_pattern", "alpha_pattern")
 
     # Live -----------------------------------------------------------------------------------------------------
 
@@ -94,7 +95,7 @@ class LowRankMethod(LowRankSlottable, LowRankRule):
         shapes = None if part == used else self.shapes(used)
 
         def make(name: str, shape: Sequence[int], fill: float | Fill = 0.0, *, trainable: bool = True) -> Tensor:
-            started = fill if shapes is None else _swapped.filled(fill, shapes[name], used)
+            started = fill if shapes is None else swapping.filled(fill, shapes[name], used)
             return site.param(part.prefix + name, shape, started, dtype=self.dtype, trainable=trainable)
 
         return make
@@ -130,15 +131,15 @@ class LowRankMethod(LowRankSlottable, LowRankRule):
         return self.replace(max_rank=rank) if self.has_field("max_rank") else self
 
     def swapped(self, live: Rule, site: LiveSite) -> dict[str, Tensor]:
-        return _swapped.tensors(self, cast(LowRankRule, live), site)
+        return swapping.tensors(self, cast(LowRankRule, live), site)
 
     def neutral(self, site: LiveSite) -> Mapping[str, Tensor]:
         return site.params if self.identity else {name: tensor.zero_() for name, tensor in site.params.items()}
 
     def combined(self, shares: Sequence[Share], how: Combination) -> tuple[Rule, Mapping[str, Tensor]]:
-        return _lora_combined.combined(shares, how)
+        return combining.combined(shares, how)
 
     def united(self, rules: Mapping[str, Rule]) -> Mapping[str, Rule]:
         if not all(self.has_field(name) for name in ("alpha", "rank_pattern", "alpha_pattern")):
             return rules
-        return _lora_combined.united(cast("Mapping[str, LowRankRule]", rules))
+        return combining.united(cast("Mapping[str, LowRankRule]", rules))

@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rules._learned_positions import learned
 from surgery import SurgeryError, class_of
+from surgery.rules._virtual_tokens.learned_positions import learned
 
 TURN = "apply_rotary_pos_emb"
 

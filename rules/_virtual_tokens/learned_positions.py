@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rules import _texts
 from surgery import class_of
+from surgery.rules._virtual_tokens import text_inputs
 
 LENGTH = 3
 
@@ -21,7 +21,7 @@ def learned(model: nn.Module) -> str | None:
     A text is put into a cache, and called after itself: of the embeddings one must be given positions that are later
     by its length; the order of what is in the cache must not matter, as it does to biases of relative positions.
     """
-    found = [(path, module) for path, module in _texts.hosts(model, "")]
+    found = [(path, module) for path, module in text_inputs.hosts(model, "")]
     if len(found) != 1 or any("rotary" in name for module in model.modules() for name in _names(module)):
         return None
     path, host = found[0]

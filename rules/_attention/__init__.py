@@ -1,0 +1,1 @@
+"""Keys and values before those of an attention: prefixes, their rows, rotary positions."""

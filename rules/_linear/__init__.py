@@ -1,0 +1,1 @@
+"""Modules that are linear maps: their layouts, what their forward makes of a weight, changes of it."""

@@ -1,0 +1,1 @@
+"""What every low-rank method shares: scaling, padding, swapping, slots, combination."""

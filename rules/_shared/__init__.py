@@ -1,0 +1,1 @@
+"""Helpers of many rules: fields, paths, sums, complex weights."""

@@ -1,0 +1,1 @@
+"""Tokens put before a text: where a model takes texts, masks, caches and positions."""

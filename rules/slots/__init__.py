@@ -1,0 +1,1 @@
+"""Rules of the slots that exported files have for many adapters."""
