@@ -34,7 +34,7 @@ demo: $(VENV)/.demo ## Fine-tune MiniLM on BBC News: train, merge, export, remov
 
 test: $(VENV)/.dev ## Run the tests, and the code in docstrings and docs
 	-@$(MAKE) --no-print-directory $(WEB)/.installed  # without npm's registry its test is skipped
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests surgery rules --doctest-modules -n $(JOBS) --dist worksteal $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests surgery --doctest-modules -n $(JOBS) --dist worksteal $(ARGS)
 
 families: $(VENV)/.dev ## Run the tests of all model families, of which `make test` runs a sample
 	ALL_FAMILIES=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/test_family_list.py tests/test_prefix_families.py tests/test_prompt_families.py tests/test_route_families.py -n $(JOBS) $(ARGS)
@@ -82,7 +82,7 @@ bench: $(VENV)/.dev ## Measure speed beside PEFT; DEVICE=cuda for a GPU
 	$(BIN)/python -m tests.benchmarks --device $(DEVICE) $(ARGS)
 
 docs-test: $(VENV)/.dev ## Run only the code in docstrings and docs
-	$(BIN)/python -m pytest surgery rules $(wildcard tests/test_docs.py) --doctest-modules $(ARGS)
+	$(BIN)/python -m pytest surgery $(wildcard tests/test_docs.py) --doctest-modules $(ARGS)
 
 wheel-test: $(VENV)/.dev ## Build the wheel and try it in an empty environment
 	$(BIN)/python -m pytest tests/test_wheel.py -v $(ARGS)

@@ -17,8 +17,8 @@ from surgery.rules.c3a import C3aRule
 from surgery.rules.capture import Captured, CaptureRule, captured
 from surgery.rules.experts import ExpertLoraRule
 from surgery.rules.fit import fit_direction
-from surgery.rules.fold import fold_prompts
 from surgery.rules.fitted_prefix import fit_prefix
+from surgery.rules.fold import fold_prompts
 from surgery.rules.fourier import FourierRule
 from surgery.rules.hra import HraRule
 from surgery.rules.ia3 import IA3Rule

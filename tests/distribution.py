@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import subprocess
 import sys
@@ -18,7 +19,7 @@ import torch
 
 ROOT = Path(__file__).parent.parent
 SMOKE = ROOT / "tests" / "smoke.py"
-PACKAGES = sorted(marker.parent.name for marker in ROOT.glob("*/py.typed"))  # the folders that are installed
+PACKAGE, SOURCES = "surgery", ("surgery", "rules")  # what is installed, and the folders that it is built from
 FILES = ("pyproject.toml", "MANIFEST.in", "README.md", "LICENSE", "CHANGELOG.md")
 
 
@@ -40,8 +41,8 @@ def major(package: str) -> int:
 
 def copy_sources(tree: Path) -> None:
     """Copy what a build reads: a build leaves folders in its tree."""
-    for name in PACKAGES:
-        shutil.copytree(ROOT / name, tree / name, ignore=shutil.ignore_patterns("__pycache__"))
+    for name in SOURCES:  # surgery/rules stays a link to rules/
+        shutil.copytree(ROOT / name, tree / name, symlinks=True, ignore=shutil.ignore_patterns("__pycache__"))
     for name in FILES:
         shutil.copy(ROOT / name, tree)
 
@@ -63,8 +64,9 @@ def unpack(sdist: Path, folder: Path) -> Path:
 
 
 def package_files(tree: Path) -> set[str]:
-    """The files of the installed packages in a tree, relative to it."""
-    files = {file for name in PACKAGES for file in (tree / name).rglob("*") if file.is_file()}
+    """The files of the installed package in a tree, relative to it; those of `surgery/rules` through its link."""
+    folders = [Path(folder) for folder, *_ in os.walk(tree / PACKAGE, followlinks=True)]
+    files = {file for folder in folders for file in folder.iterdir() if file.is_file()}
     return {file.relative_to(tree).as_posix() for file in files if "__pycache__" not in file.parts}
 
 

@@ -19,7 +19,7 @@ pytest.importorskip("onnxruntime", reason="runs files")
 
 from surgery import SurgeryError, apply_rules, export_onnx, route  # noqa: E402
 from surgery.onnx import OnnxRunner, export_adapter  # noqa: E402
-from surgery.rules import LoraRule
+from surgery.rules import LoraRule  # noqa: E402
 
 
 class Then(nn.Module):

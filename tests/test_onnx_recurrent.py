@@ -15,7 +15,7 @@ onnxruntime: Any = pytest.importorskip("onnxruntime", reason="runs files")
 
 from surgery import apply_rules, export_onnx  # noqa: E402
 from surgery.onnx import OnnxRunner, export_adapter  # noqa: E402
-from surgery.rules import LoraRule, TrainRule
+from surgery.rules import LoraRule, TrainRule  # noqa: E402
 
 
 class Reader(nn.Module):

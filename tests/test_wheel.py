@@ -89,7 +89,7 @@ def test_rules_are_found_by_name_without_importing_them(python: Path, tmp_path: 
 import sys
 from importlib.metadata import entry_points
 from surgery import rules_from_json
-assert "rules" not in sys.modules
+assert "surgery.rules" not in sys.modules
 names = [entry.name for entry in entry_points(group="surgery.rules")]
 assert sorted(names) == sorted(set(names)), names
 (made,) = rules_from_json('[{"rule": "lora", "version": 1, "targets": ["query"], "rank": 4}]')
