@@ -2,7 +2,6 @@
 # a name when it is first asked for.
 
 from .adapter_files.entry import PeftEntry
-from .adapter_files.load_report import LoadReport
 from .arithmetic.exact_fold import LowRank, Rows
 from .authoring.combination import Combination, Share
 from .authoring.live_site import LiveSite
@@ -41,6 +40,7 @@ from .merging.merged_checkpoint import merge_to
 from .model_record.state_dict import adapter_state_dict, base_state_dict, load_adapter_state_dict, rules_of
 from .onnx.checking.parity import ParityReport, verify_onnx
 from .onnx.export import ExportReport, export_onnx
+from .patterns.module_class import class_of
 from .patterns.pattern import Pattern, Targets
 from .peft_format.adapter_config import PeftConfig
 from .peft_format.methods import PeftMethod, PeftPart, PeftPlace, peft_method
@@ -50,10 +50,10 @@ from .storage.hotswap import SwapReport, hotswap, pad_rank
 from .storage.hub_upload import push_adapter
 from .storage.load import load_adapter
 from .storage.load_many import load_adapters
+from .storage.load_report import LoadReport
 from .storage.save import save_adapter
 from .structures.expression import ANY, Const, having, maybe, module_of, one_of
 from .structures.fx_digraph import as_digraph, graph_of
-from .structures.op_aliases import class_of
 from .structures.structure import Found, Occurrence, Structure
 from .tracing.exported_layers import with_layers
 from .tracing.trace import trace

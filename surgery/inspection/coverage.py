@@ -13,8 +13,8 @@ import torch
 from torch import nn
 
 from surgery.errors import TraceError
+from surgery.patterns.module_class import class_of
 from surgery.patterns.module_walk import base_modules
-from surgery.structures.op_aliases import class_of
 from surgery.text_table import table
 from surgery.tracing.example_call import call, copied
 from surgery.tracing.guards import parts_of

@@ -13,6 +13,7 @@ from surgery.authoring.rule import Rule
 from surgery.errors import LoadError, SurgeryError
 from surgery.lifecycle.simplify import folded_adapter
 from surgery.model_record.state_dict import adapter_state_dict, rules_of
+from surgery.patterns.module_class import class_of
 from surgery.patterns.module_walk import RESERVED
 from surgery.peft_format.adapter_config import SILENT
 from surgery.peft_format.base_embeddings import Save, embedding_tensors
@@ -20,7 +21,6 @@ from surgery.peft_format.methods import PeftMethod, PeftPlace, absolute, is_main
 from surgery.peft_format.targets import Modules, chosen_by
 from surgery.state.adapter_tensors import whole
 from surgery.state.records import require_state, sites
-from surgery.structures.op_aliases import class_of
 
 __all__ = ["Described", "described", "taken_over", "written"]
 

@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from surgery.patterns.module_class import class_of
 from surgery.patterns.module_walk import base_modules
 from surgery.state.records import site_state
-from surgery.structures.op_aliases import class_of
 from surgery.transaction.gradient_flags import is_lazy
 
 __all__ = ["differences", "fingerprint"]

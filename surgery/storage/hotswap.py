@@ -15,8 +15,6 @@ import torch
 from torch import Tensor, nn
 
 from surgery.adapter_files.entry import Entry, tensor_key
-from surgery.adapter_files.load_report import LoadReport
-from surgery.adapter_files.model_origin import other_model
 from surgery.adapter_files.tensor_files import TensorFile
 from surgery.arithmetic.sharded_tensors import is_flattened, put
 from surgery.authoring.hook_call import running
@@ -33,6 +31,8 @@ from surgery.state.in_use import check_free
 from surgery.state.record_undo import keep_site
 from surgery.storage.hotswap_plan import Living, Making, copied, incoming, living, step_for
 from surgery.storage.load import _distrusted, _found
+from surgery.storage.load_report import LoadReport
+from surgery.storage.model_origin import other_model
 from surgery.storage.stored_adapter import Stored, stored_adapter
 from surgery.storage.vocabulary import other_vocabulary, sizes_wanted
 from surgery.transaction.neutral_context import verb

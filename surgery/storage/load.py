@@ -12,8 +12,6 @@ import torch
 from torch import Tensor, nn
 
 from surgery.adapter_files.entry import Entry, as_it_is, tensor_key
-from surgery.adapter_files.load_report import LoadReport
-from surgery.adapter_files.model_origin import other_model
 from surgery.adapter_files.tensor_files import TensorFile
 from surgery.arithmetic.complex_numbers import is_number
 from surgery.authoring.live_site import LiveSite
@@ -28,6 +26,8 @@ from surgery.planning.plan import Plan
 from surgery.planning.planner import make_plan
 from surgery.state.adapter_tensors import tensors_of
 from surgery.state.fingerprint import differences
+from surgery.storage.load_report import LoadReport
+from surgery.storage.model_origin import other_model
 from surgery.storage.stored_adapter import Stored, stored_adapter
 from surgery.storage.vocabulary import other_vocabulary, resized, sizes_wanted
 from surgery.transaction.neutral_context import verb

@@ -9,13 +9,13 @@ from typing import Any
 from torch import nn
 
 from surgery.adapter_files.entry import names_in
-from surgery.adapter_files.load_report import LoadReport
 from surgery.errors import LoadError, PlanError, SurgeryError, near_misses
 from surgery.lifecycle.activation import activate, deactivate
 from surgery.lifecycle.switching import weights_now
 from surgery.patterns.wrappers import unwrapped
 from surgery.state.records import model_state
 from surgery.storage.load import load_adapter
+from surgery.storage.load_report import LoadReport
 from surgery.transaction.neutral_context import verb
 
 __all__ = ["load_adapters"]

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, fx, nn
 
 from surgery.errors import SurgeryError, TraceError
-from surgery.structures.op_aliases import Held, NodeName, arguments_in, class_of, flat, is_node, spelled
+from surgery.patterns.module_class import class_of
+from surgery.structures.op_aliases import Held, NodeName, arguments_in, flat, is_node, spelled
 from surgery.tracing.example_call import arguments, outermost_calls
 from surgery.tracing.guards import check_call, check_parts, check_settings, require
 from surgery.tracing.recorder import Calls

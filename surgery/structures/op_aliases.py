@@ -12,18 +12,18 @@ from typing import Any, NamedTuple
 import torch
 from torch import fx, nn
 
+from surgery.patterns.module_class import class_of
 from surgery.structures.equivalent_ops import equation_of
 
 __all__ = [
     "COMMUTATIVE",
-    "PASSING",
     "Dim",
     "Held",
     "Implied",
     "NodeName",
+    "PASSING",
     "Spelled",
     "arguments_in",
-    "class_of",
     "flat",
     "frozen",
     "is_node",
@@ -281,19 +281,3 @@ def flat(value: Any) -> Iterator[Any]:
             waiting.extend(reversed(item))
         else:
             yield item
-
-
-def class_of(module: nn.Module) -> type[nn.Module]:
-    """A module's own class, also while rules are live on it.
-
-    >>> from torch import nn
-    >>> from surgery import apply_rules, class_of
-    >>> from surgery.rules import LoraRule
-    >>> layer = apply_rules(nn.Linear(4, 4), LoraRule(nn.Linear, rank=2))
-    >>> type(layer) is nn.Linear, class_of(layer) is nn.Linear
-    (False, True)
-    """
-    cls = getattr(module, "_surgery_base", type(module))
-    while cls.__bases__ and cls.__bases__[0].__name__ == "FSDPModule":  # put on top of it by fully_shard
-        cls = cls.__bases__[1]
-    return cls

@@ -8,7 +8,7 @@ from typing import Any
 from torch import nn
 
 from surgery.errors import SurgeryError
-from surgery.structures.op_aliases import class_of
+from surgery.patterns.module_class import class_of
 
 __all__ = ["origin_of", "other_model"]
 
