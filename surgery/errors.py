@@ -1,4 +1,4 @@
-"""One family of errors. Each says what happened, where, why, and what to do about it."""
+"""The `SurgeryError` family. Each error says what happened, where, why, and what to do."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ __all__ = [
 
 
 class SurgeryError(Exception):
-    """Anything the engine refuses to do; the model is as it was before the call.
+    """The base class of all errors of the engine. The model is unchanged when one is raised.
 
     >>> try:
     ...     raise SurgeryError("nothing matches 'qurey'", where="encoder", why="no such module", fix="use 'query'")
@@ -32,6 +32,12 @@ class SurgeryError(Exception):
       where: encoder
       why:   no such module
       fix:   use 'query'
+
+    Args:
+        what: What happened, in one line.
+        where: The path of the module, the file or the line. Default None: no place.
+        why: The reason. Default None.
+        fix: What the caller can do. Default None.
     """
 
     def __init__(self, what: str, *, where: str | None = None, why: str | None = None, fix: str | None = None):
@@ -47,38 +53,40 @@ class SurgeryError(Exception):
         return [("where:", self.where), ("why:", self.why), ("fix:", self.fix)]
 
     def __reduce__(self):
-        # Keyword arguments do not survive BaseException's own pickling, which knows `args` alone.
+        # BaseException pickles only `args`, so keyword arguments would be lost.
         return _rebuild, (type(self), dict(self.__dict__))
 
 
 class SurgeryWarning(UserWarning):
-    """Something that holds for some calls of the model and not for all, with the place in the code that decides."""
+    """A warning about a result that is valid only for some calls of the model, or about work that was skipped."""
 
 
 class MatchError(SurgeryError):
-    """A target that names nothing, too much, or something ambiguous."""
+    """A target matches no module, too many modules, or is ambiguous."""
 
 
 class RuleError(SurgeryError):
-    """A rule with an impossible field, an unknown name or version, or data that can't be read as a rule."""
+    """A rule has an invalid field, an unknown name or version, or its data can't be read."""
 
 
 class TraceError(SurgeryError):
-    """A forward that can't be held as a graph, with the place in the user's code."""
+    """A forward can't be traced as a graph. `where` is the line in the user's code."""
 
 
 class SiteError(SurgeryError):
-    """A module that can't be rewritten, or a rewrite that asks for what the site does not have."""
+    """A module can't be rewritten, or a rewrite uses something that the site does not have."""
 
 
 class MergeError(SurgeryError):
-    """A merge that can't be done, or a base weight that changed while it was merged."""
+    """A merge is not possible, or a base weight changed while it was merged."""
 
 
 class ParityError(SurgeryError):
-    """An exported file that does not compute what the model does: `report` has every comparison.
+    """An exported file does not compute what the model computes.
 
-    `elsewhere`: at the example's own sizes it does.
+    Attributes:
+        report: The `ParityReport` with every comparison.
+        elsewhere: Whether the outputs agree at the example's own sizes and differ only at other sizes.
     """
 
     report: Any = None
@@ -86,7 +94,11 @@ class ParityError(SurgeryError):
 
 
 class PlanError(SurgeryError):
-    """Everything that is wrong with a list of rules on a model, at once: `problems` holds one error each."""
+    """Collects every problem of a list of rules on a model, in one error.
+
+    Attributes:
+        problems: The problems, as a list of `SurgeryError`.
+    """
 
     def __init__(self, problems: Iterable[SurgeryError]):
         self.problems = list(problems)
@@ -96,15 +108,15 @@ class PlanError(SurgeryError):
     def __str__(self) -> str:
         if len(self.problems) == 1:
             return str(self.problems[0])
-        told = grouped(self.problems)
-        if len(told) == 1:
-            return told[0]
-        parts = [f"{i}. {problem}".replace("\n", "\n   ") for i, problem in enumerate(told, 1)]
+        texts = group_problems(self.problems)
+        if len(texts) == 1:
+            return texts[0]
+        parts = [f"{i}. {text}".replace("\n", "\n   ") for i, text in enumerate(texts, 1)]
         return "\n".join([self.what + ":", *parts])
 
 
 class LoadError(PlanError):
-    """Everything that keeps an adapter's files from being loaded into a model, at once."""
+    """Collects every problem that prevents loading an adapter's files into a model, in one error."""
 
 
 def _rebuild(cls: type[SurgeryError], state: dict) -> SurgeryError:
@@ -113,10 +125,11 @@ def _rebuild(cls: type[SurgeryError], state: dict) -> SurgeryError:
     return error
 
 
-def grouped(problems: Sequence[SurgeryError]) -> list[str]:
-    """Problems as texts. What is the same at many places is told once, with the places.
+def group_problems(problems: Sequence[SurgeryError]) -> list[str]:
+    """Format problems as texts. A problem that repeats at many places becomes one text with the places.
 
-    >>> print(*grouped([SurgeryError("no bias", where=f"layers.{i}", why=f"layers.{i} has none") for i in range(9)]))
+    >>> problems = [SurgeryError("no bias", where=f"layers.{i}", why=f"layers.{i} has none") for i in range(9)]
+    >>> print(*group_problems(problems))
     no bias
       where: 9 sites, such as layers.0, layers.1
       why:   layers.0 has none
@@ -124,31 +137,31 @@ def grouped(problems: Sequence[SurgeryError]) -> list[str]:
     groups: dict[tuple, list[SurgeryError]] = {}
     for problem in problems:
         groups.setdefault(_reason(problem), []).append(problem)
-    told = list[str]()
+    texts = list[str]()
     for alike in groups.values():
         if len(alike) > 5 or (len(alike) > 1 and len({_details(problem) for problem in alike}) == 1):
             first = alike[0]
-            where = listed(dict.fromkeys(problem.where or "" for problem in alike)) or None
-            told.append(str(SurgeryError(first.what, where=where, why=first.why, fix=first.fix)))
+            where = abbreviate(dict.fromkeys(problem.where or "" for problem in alike)) or None
+            texts.append(str(SurgeryError(first.what, where=where, why=first.why, fix=first.fix)))
         else:
-            told += map(str, alike)
-    return told
+            texts += map(str, alike)
+    return texts
 
 
-def told_once(texts: Sequence[str]) -> list[str]:
-    """Texts that differ in numbers alone, such as a layer's, as one: the first, with how many there are."""
+def collapse_similar(texts: Sequence[str]) -> list[str]:
+    """Replace more than five texts that differ only in numbers, such as a layer's, by the first and a count."""
     groups: dict[str, list[str]] = {}
     for text in texts:
         groups.setdefault(re.sub(r"\d+", "#", text), []).append(text)
-    found = list[str]()
+    collapsed = list[str]()
     for alike in groups.values():
         many = len(alike) > 5
-        found += [f"{alike[0]} (and {len(alike) - 1:,} more that differ in numbers)"] if many else alike
-    return found
+        collapsed += [f"{alike[0]} (and {len(alike) - 1:,} more that differ in numbers)"] if many else alike
+    return collapsed
 
 
 def _details(problem: SurgeryError) -> tuple[str, str, str]:
-    """What happened, why, and what to do, without the place."""
+    """Returns what, why and fix, with the place's path replaced by `…`."""
     where = problem.where
     texts = (problem.what, problem.why or "", problem.fix or "")
     what, why, fix = (text.replace(where, "…") if where else text for text in texts)
@@ -156,16 +169,16 @@ def _details(problem: SurgeryError) -> tuple[str, str, str]:
 
 
 def _reason(problem: SurgeryError) -> tuple:
-    """Equal for problems that are the same at other places: their texts, where there is a place without numbers."""
+    """Returns a key that is equal for problems that differ only in their place and in numbers."""
     if isinstance(problem, PlanError) or not problem.where:
         return type(problem), str(problem)
     return type(problem), *(re.sub(r"\d+", "#", text) for text in _details(problem))
 
 
-def listed(things: Iterable[str], noun: str = "sites") -> str:
-    """Up to five as they are; of more, how many there are and two of them.
+def abbreviate(things: Iterable[str], noun: str = "sites") -> str:
+    """Join up to five names; of more names, give the count and two examples.
 
-    >>> listed(["a", "b", "c"]), listed(map(str, range(210)))
+    >>> abbreviate(["a", "b", "c"]), abbreviate(map(str, range(210)))
     ('a, b, c', '210 sites, such as 0, 1')
     """
     things = list(things)
@@ -174,9 +187,9 @@ def listed(things: Iterable[str], noun: str = "sites") -> str:
 
 
 def near_misses(word: str, options: Iterable[str], limit: int = 3) -> str | None:
-    """`"did you mean 'query'?"`, or None where nothing is near."""
+    """Suggest similar options, as `"did you mean 'query'?"`; None if no option is similar."""
     pool = list(dict.fromkeys(options))
-    found = difflib.get_close_matches(word, pool, n=limit, cutoff=0.6)
-    if not found:
-        found = [option for option in pool if word and (word in option or option in word)][:limit]
-    return f"did you mean {' or '.join(repr(option) for option in found)}?" if found else None
+    close = difflib.get_close_matches(word, pool, n=limit, cutoff=0.6)
+    if not close:
+        close = [option for option in pool if word and (word in option or option in word)][:limit]
+    return f"did you mean {' or '.join(repr(option) for option in close)}?" if close else None

@@ -1,4 +1,4 @@
-"""The invariants every rule keeps, for the tests of people who write rules."""
+"""Assertions for the tests of rule authors: the invariants that every rule must keep."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ __all__ = ["Snapshot", "assert_equivalent", "assert_reversible"]
 
 
 class Snapshot:
-    """A model's state to the bit: tensors and their identity, key order, classes, flags, hooks and modes.
+    """Records a model's exact state: bits and identity of tensors, key order, classes, flags, hooks and modes.
 
     >>> from torch import nn
     >>> from surgery.testing import Snapshot
@@ -31,6 +31,9 @@ class Snapshot:
     >>> _ = model.eval()
     >>> before.differences(model)
     ["mode of '' is False, was True", "mode of '0' is False, was True"]
+
+    Args:
+        model: The model to record. It is not changed.
     """
 
     def __init__(self, model: nn.Module):
@@ -38,15 +41,15 @@ class Snapshot:
         self.bits = {name: _bits(tensor) for name, tensor in _tensors(model).items()}
 
     def differences(self, model: nn.Module) -> list[str]:
-        """What is not as it was, a line each."""
+        """Returns one line for each difference between the recorded state and the model's present state."""
         now = _facts(model)
-        found = [f"{key} is {now.get(key)!r}, was {was!r}" for key, was in self.facts.items() if now.get(key) != was]
-        found += [f"{key} is new: {value!r}" for key, value in now.items() if key not in self.facts]
+        changes = [f"{key} is {now.get(key)!r}, was {was!r}" for key, was in self.facts.items() if now.get(key) != was]
+        changes += [f"{key} is new: {value!r}" for key, value in now.items() if key not in self.facts]
         tensors = _tensors(model)
         for name, bits in self.bits.items():
             if name in tensors and not torch.equal(_bits(tensors[name]), bits):
-                found.append(f"bits of {name} differ")
-        return found
+                changes.append(f"bits of {name} differ")
+        return changes
 
 
 def assert_reversible(
@@ -57,16 +60,27 @@ def assert_reversible(
     disturb: Callable[[nn.Module], Any] | None = None,
     seed: int = 0,
 ) -> None:
-    """Apply → remove, and apply → merge → unmerge → remove, give the model back to the bit.
+    """Check that apply → remove, and apply → merge → unmerge → remove, restore the model bit for bit.
 
     >>> from torch import nn
     >>> from surgery.testing import assert_reversible
     >>> from surgery.rules import LoraRule
     >>> assert_reversible(nn.Sequential(nn.Linear(4, 4)), [LoraRule("0", rank=2)])
 
-    Between, the adapter's tensors are moved at random (or by `disturb`), as training would. Rules without a closed
-    form are not merged. With example inputs, the output too comes back, and is the same after unmerging as before
-    merging. Works on the model given, which is afterwards as it was; raises `AssertionError` with each difference.
+    Args:
+        model: The model to test on. It is changed and restored.
+        rules: One rule or several.
+        example_inputs: Inputs of one call: a tensor, a tuple of arguments, or a dict of keyword arguments. With it,
+            the outputs are compared, too. Default None.
+        disturb: Called with the model after `apply_rules`, to change the adapter's tensors as training would.
+            Default None: random noise is added.
+        seed: The seed of that noise. Default 0.
+
+    Raises:
+        AssertionError: The model or its output is not restored. The text lists each difference.
+
+    Note:
+        Rules that can't be merged are only applied and removed.
     """
     rules = [rules] if isinstance(rules, Rule) else list(rules)
     before = Snapshot(model)
@@ -74,23 +88,23 @@ def assert_reversible(
     output = None if example_inputs is None else call(model, example_inputs, random)
 
     def check(what: str) -> None:
-        found = before.differences(model)
+        differences = before.differences(model)
         if example_inputs is not None and not equal(call(model, example_inputs, random), output):
-            found.append("the output differs")
-        assert not found, f"after {what}:\n  " + "\n  ".join(found)
+            differences.append("the output differs")
+        assert not differences, f"after {what}:\n  " + "\n  ".join(differences)
 
-    def applied() -> None:
+    def apply() -> None:
         apply_rules(model, rules, example_inputs=example_inputs)
         if disturb is not None:
             disturb(model)
         else:
-            _disturbed(model, seed)
+            _add_noise(model, seed)
 
-    applied()
+    apply()
     remove(model)
     check("apply → remove")
     if all(step.rule.mergeable for step in make_plan(model, rules, "default", example_inputs).steps):
-        applied()
+        apply()
         live = None if example_inputs is None else call(model, example_inputs, random)
         merge(model)
         unmerge(model)
@@ -110,7 +124,7 @@ def assert_equivalent(
     atol: float = 1e-6,
     seed: int = 0,
 ) -> None:
-    """The rewritten model computes what plain PyTorch does, and merged it computes the same.
+    """Check that the rewritten model computes what a plain PyTorch reference computes, live and merged.
 
     >>> import torch
     >>> from torch import nn
@@ -122,32 +136,43 @@ def assert_equivalent(
     ...     return layer[0].weight @ x.T + layer[0].bias[:, None] + 4 * B @ A @ x.T
     >>> assert_equivalent(layer, [LoraRule("0", rank=2)], lambda t, x: by_hand(t, x).T, torch.randn(3, 4))
 
-    `reference(tensors, *inputs)` gets the adapter's tensors (as `adapter_state_dict` names them) and the example.
-    The adapter's tensors are moved at random first. The model is afterwards as it was. Tolerances are float32's.
+    Args:
+        model: The model to test on. It is changed and restored.
+        rules: One rule or several.
+        reference: Called as `reference(tensors, *args, **kwargs)` with the adapter's tensors by the names of
+            `adapter_state_dict`, and the example's arguments. Returns the expected output.
+        example_inputs: Inputs of one call: a tensor, a tuple of arguments, or a dict of keyword arguments.
+        rtol: The relative tolerance. Default 1e-5, for float32.
+        atol: The absolute tolerance. Default 1e-6, for float32.
+        seed: The seed of the noise that is first added to the adapter's tensors. Default 0.
+
+    Raises:
+        AssertionError: An output differs from the reference by more than the tolerances.
     """
     from surgery.tracing.example_call import arguments
 
     apply_rules(model, rules, example_inputs=example_inputs)
     try:
-        _disturbed(model, seed)
+        _add_noise(model, seed)
         args, kwargs = arguments(example_inputs)
         tensors = adapter_state_dict(model)
-        found = call(model, example_inputs)
+        output = call(model, example_inputs)
         try:
             merge(model)
             merged = call(model, example_inputs)
             unmerge(model)
         except SurgeryError:
-            merged = found
+            merged = output
     finally:
         remove(model)
     with torch.no_grad():
         expected = reference(tensors, *args, **kwargs)
-    torch.testing.assert_close(found, expected, rtol=rtol, atol=atol)
+    torch.testing.assert_close(output, expected, rtol=rtol, atol=atol)
     torch.testing.assert_close(merged, expected, rtol=rtol, atol=atol)
 
 
-def _disturbed(model: nn.Module, seed: int = 0) -> None:
+def _add_noise(model: nn.Module, seed: int = 0) -> None:
+    """Add small random numbers to the adapter's trained parameters."""
     draw = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -157,18 +182,18 @@ def _disturbed(model: nn.Module, seed: int = 0) -> None:
 
 
 def _tensors(model: nn.Module) -> dict[str, Tensor]:
-    held = {**dict(model.named_parameters()), **dict(model.named_buffers())}
-    return {name: tensor for name, tensor in held.items() if not is_lazy(tensor)}
+    tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    return {name: tensor for name, tensor in tensors.items() if not is_lazy(tensor)}
 
 
 def _bits(tensor: Tensor) -> Tensor:
-    if hasattr(tensor, "__tensor_flatten__"):  # quantised and sharded tensors are made of plain ones
+    if hasattr(tensor, "__tensor_flatten__"):  # quantised and sharded tensors consist of plain tensors
         return torch.cat([_bits(getattr(tensor, name)) for name in tensor.__tensor_flatten__()[0]])  # type: ignore[attr-defined]
     return tensor.detach().clone().contiguous().reshape(-1).view(torch.uint8).cpu()
 
 
 def _facts(model: nn.Module) -> dict[str, Any]:
-    """All but the bits, each as a line that compares."""
+    """Returns everything but the bits, by a name for reports."""
     facts: dict[str, Any] = {"keys": tuple(model.state_dict())}
     for path, module in model.named_modules(remove_duplicate=False):
         facts[f"class of {path!r}"] = type(module)

@@ -8,7 +8,7 @@ __all__ = ["table"]
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Columns aligned under their heads; a column of numbers to the right.
+    """Format rows as aligned columns. Columns of numbers are aligned to the right.
 
     >>> from surgery.text_table import table
     >>> print(table(["rule", "trainable"], [["lora", "1,024"], ["train", "5"]]))

@@ -1,4 +1,4 @@
-"""For transformers' Trainer: checkpoints that hold the adapters, so that training resumes from them."""
+"""A callback for transformers' Trainer: checkpoints contain the adapters, and training resumes from them."""
 
 from __future__ import annotations
 
@@ -26,26 +26,31 @@ __all__ = ["AdapterCheckpoints", "last_checkpoint", "save_trained"]
 
 
 class AdapterCheckpoints(TrainerCallback):
-    """A callback: a Trainer saves the model's adapters, and not its base.
+    """Makes a transformers Trainer save the model's adapters instead of the whole model.
 
         trainer = Trainer(model, args, callbacks=[AdapterCheckpoints()], …)
         trainer.train(resume_from_checkpoint=True)
         trainer.save_model("topics")                     # load_adapter(model, "topics")
 
-    Each checkpoint, what `trainer.save_model` and `push_to_hub` write, and from then on what the model's own
-    `save_pretrained` writes, is a folder that `load_adapter` opens, and PEFT where its format holds the adapter. One
-    adapter alone, or the one called "default", stands in the folder itself, others in subfolders of their names
-    (`load_adapters` opens all).
+    Pass the callback to the Trainer's constructor. It works until `remove(model)`.
 
-    A checkpoint has a `model.safetensors`, too, with all tensors that training may change: those of all adapters, also
-    idle and frozen ones, and what trains of the base. The Trainer's own loading puts them back when it resumes, or
-    takes the best model at the end, and a resumed run has the bits of one that was never interrupted. No checkpoint
-    holds the frozen base: make the model as before, with the same rules, and resume. A merged model is written whole,
-    as transformers does. `remove(model)` ends all of this.
+    Each checkpoint is a folder that `load_adapter` opens; PEFT opens it, too, where its format can store the adapter.
+    The same is true of what `trainer.save_model`, `push_to_hub` and the model's own `save_pretrained` write. A single
+    adapter, or the adapter named "default", is stored in the folder itself. Other adapters are stored in subfolders of
+    their names (`load_adapters` opens all).
 
-    Give the callback to the Trainer's constructor. A process that was killed may have left half a checkpoint: see
-    `last_checkpoint`. A SurgeryWarning tells of tensors that train and belong to no adapter: the checkpoints have them,
-    what is saved at the end does not.
+    A checkpoint also has a `model.safetensors` with all tensors that training may change: the tensors of all adapters,
+    idle and frozen adapters included, and the trainable tensors of the base. The Trainer loads this file when it
+    resumes or takes the best model at the end. A resumed run gives the same bits as an uninterrupted run.
+
+    Note:
+        A checkpoint does not contain the frozen base. Build the model as before, apply the same rules, and resume.
+        A merged model is saved whole, as transformers does. A killed process may leave an incomplete checkpoint: see
+        `last_checkpoint`.
+
+    Warns:
+        SurgeryWarning: Tensors train that do not belong to an adapter. The checkpoints contain them; the files saved
+            at the end do not.
     """
 
     def on_init_end(self, args: Any, state: Any, control: Any, model: nn.Module | None = None, **kwargs: Any) -> None:
@@ -58,7 +63,7 @@ class AdapterCheckpoints(TrainerCallback):
         self.on_init_end(args, state, control, model)
 
     def on_save(self, args: Any, state: Any, control: Any, model: nn.Module | None = None, **kwargs: Any) -> None:
-        """What has no `save_pretrained` that asks us is saved by the Trainer as a whole state dict."""
+        """Write the adapters of models without `save_pretrained`: the Trainer writes only their state dict."""
         place = Path(args.output_dir) / f"checkpoint-{state.global_step}"
         for root, _ in _rewritten(model):
             if root is model and hasattr(model, "save_pretrained"):
@@ -72,7 +77,7 @@ class AdapterCheckpoints(TrainerCallback):
                 save_folder(root, place, names, root.state_dict(), trained=root is model)
 
     def on_push_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """The Trainer pushes its output folder, and copies into it what it knows of the last checkpoint: not ours."""
+        """Copy the last checkpoint's adapter files to the output folder, which the Trainer pushes without them."""
         place = Path(args.output_dir) / f"checkpoint-{state.global_step}"
         if state.is_world_process_zero and place.is_dir():
             for folder in (place, *(inner for inner in place.iterdir() if inner.is_dir() and names_in(inner))):
@@ -84,15 +89,15 @@ class AdapterCheckpoints(TrainerCallback):
 
 
 def _rewritten(model: nn.Module | None) -> Iterator[tuple[nn.Module, ModelState]]:
-    """The rewritten models in what the Trainer trains, most often that itself."""
+    """Yields each rewritten model in the Trainer's model, usually the model itself, with its record."""
     for _, module in base_modules(model) if model is not None else ():
-        found = model_state(module)
-        if found is not None:
-            yield module, found
+        record = model_state(module)
+        if record is not None:
+            yield module, record
 
 
 def last_checkpoint(folder: str | Path) -> str | None:
-    """The last of a Trainer's checkpoints that was written whole, or None.
+    """Find the last complete checkpoint of a Trainer.
 
     >>> import tempfile
     >>> from pathlib import Path
@@ -104,16 +109,24 @@ def last_checkpoint(folder: str | Path) -> str | None:
     >>> Path(last_checkpoint(folder)).name
     'checkpoint-2'
 
-    For runs that may be killed at any moment: `trainer.train(resume_from_checkpoint=last_checkpoint(folder))`, where
-    `resume_from_checkpoint=True` takes the last one there is, whole or not. The Trainer writes its state last, so a
-    checkpoint is whole where that can be read.
+    For runs that may be killed at any moment: `trainer.train(resume_from_checkpoint=last_checkpoint(folder))`. With
+    `resume_from_checkpoint=True` the Trainer takes the last checkpoint even if it is incomplete.
+
+    Args:
+        folder: The Trainer's output folder.
+
+    Returns:
+        The path of the checkpoint with the highest step, or None if no checkpoint is complete.
+
+    Note:
+        The Trainer writes `trainer_state.json` last, so a checkpoint is complete if this file can be read.
     """
-    found: dict[int, str] = {}
+    complete: dict[int, str] = {}
     for place in Path(folder).glob("checkpoint-*"):
         number = re.fullmatch(r"checkpoint-(\d+)", place.name)
         try:
             if number and isinstance(json.loads((place / "trainer_state.json").read_text(encoding="utf-8")), dict):
-                found[int(number[1])] = str(place)
+                complete[int(number[1])] = str(place)
         except (OSError, ValueError):
             continue
-    return found[max(found)] if found else None
+    return complete[max(complete)] if complete else None

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from surgery.errors import SurgeryError, listed
+from surgery.errors import SurgeryError, abbreviate
 
 __all__ = ["writing"]
 
@@ -73,8 +73,8 @@ def writing(folder: Path, keys: Collection[str]) -> Iterator[bool]:
 def _compare(mine: Collection[str], theirs: Collection[str], other: int, folder: Path) -> None:
     if set(mine) != set(theirs):
         elsewhere, here = sorted(set(theirs) - set(mine)), sorted(set(mine) - set(theirs))
-        told = [f"process {other} has {listed(elsewhere, 'tensors')}" if elsewhere else ""]
-        told += [f"this one has {listed(here, 'tensors')}" if here else ""]
+        told = [f"process {other} has {abbreviate(elsewhere, 'tensors')}" if elsewhere else ""]
+        told += [f"this one has {abbreviate(here, 'tensors')}" if here else ""]
         raise SurgeryError(
             f"{folder} would hold a part of the adapter as if it were all",
             why=f"processes have different parts of the model: {'; '.join(filter(None, told))}",

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import fx, nn
 
-from surgery.errors import MatchError, listed, near_misses
+from surgery.errors import MatchError, abbreviate, near_misses
 from surgery.forward.own_forward import own_forward
 from surgery.model_record.verb_root import check_all_present, records_in
 from surgery.patterns.module_walk import every_path
@@ -176,7 +176,9 @@ def _site_at(model: nn.Module, path: str) -> tuple[nn.Module, SiteState]:
     state = site_state(modules[path])
     if state is None:
         where = [found for found, _, _ in sites(below[0] if len(below) == 1 else model)]
-        raise MatchError("no rule was applied here", where=path, why=f"sites are {listed(where)}" if where else None)
+        raise MatchError(
+            "no rule was applied here", where=path, why=f"sites are {abbreviate(where)}" if where else None
+        )
     return modules[path], state
 
 

@@ -11,7 +11,7 @@ from typing import TypeVar
 from torch import Tensor, nn
 
 from surgery.authoring.rule import Rule
-from surgery.errors import SurgeryError, listed
+from surgery.errors import SurgeryError, abbreviate
 from surgery.lifecycle.switching import check_none_merged, set_trained, switch, weights_now
 from surgery.model_record.verb_root import check_parts_idle, rewritten
 from surgery.patterns.module_walk import base_modules
@@ -42,8 +42,8 @@ class Adapter:
 
     def __repr__(self) -> str:
         """As a dataclass; of many sites and rules a few."""
-        rules = ", ".join(map(repr, self.rules)) if len(self.rules) <= 5 else listed(map(repr, self.rules), "rules")
-        sites = repr(self.sites) if len(self.sites) <= 5 else f"({listed(map(repr, self.sites))})"
+        rules = ", ".join(map(repr, self.rules)) if len(self.rules) <= 5 else abbreviate(map(repr, self.rules), "rules")
+        sites = repr(self.sites) if len(self.sites) <= 5 else f"({abbreviate(map(repr, self.sites))})"
         told = f"parameters={self.parameters}, live={self.live}, merged={self.merged}, weight={self.weight}"
         return f"Adapter(rules=({rules}{',' * (len(self.rules) == 1)}), sites={sites}, {told})"
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import nn
 
-from surgery.errors import SurgeryError, listed
+from surgery.errors import SurgeryError, abbreviate
 from surgery.merging.merge import merge, unmerged
 from surgery.model_record.verb_root import records_in, rewritten
 from surgery.state.tied_weights import why_not_said
@@ -50,7 +50,7 @@ def merge_to(
     if inner := records_in(model, below=True):
         raise SurgeryError(
             "part of this model has rules of its own",
-            where=listed(inner, "parts"),
+            where=abbreviate(inner, "parts"),
             why="a plain checkpoint would be without them",
             fix="merge and forget those first",
         )

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator
 
 from torch import nn
 
-from surgery.errors import SurgeryError, listed
+from surgery.errors import SurgeryError, abbreviate
 from surgery.model_record.moved_sites import follow
 from surgery.patterns.module_walk import RESERVED, is_adapters
 from surgery.patterns.wrappers import unwrapped
@@ -48,7 +48,7 @@ def root_of(model: nn.Module) -> nn.Module:
     if below:
         raise SurgeryError(
             f"{len(below)} parts of this {type(root).__name__} were rewritten, each by itself",
-            where=listed(list(below)),
+            where=abbreviate(list(below)),
             why="each has a record and adapters of its own",
             fix=f"pass one of them: model.{next(iter(below))}",
         )
@@ -58,7 +58,7 @@ def root_of(model: nn.Module) -> nn.Module:
         whole = recorded.removesuffix(shown).rstrip(".") if recorded.endswith(shown) else ""
         raise SurgeryError(
             "this is a part of a rewritten model",
-            where=listed([path or "(the module itself)" for path, _ in part]),
+            where=abbreviate([path or "(the module itself)" for path, _ in part]),
             why="the record of its rules is kept on the model that apply_rules was called with"
             + (f", in which this is {whole!r}" if whole else ""),
             fix="pass that model",
@@ -125,7 +125,7 @@ def check_parts_idle(root: nn.Module) -> None:
     undo = "unmerge and deactivate" if merged_adapters(parts[path]) else "deactivate"
     raise SurgeryError(
         "part of this model has live adapters of its own",
-        where=listed(list(live), "parts"),
+        where=abbreviate(list(live), "parts"),
         why=f"it was rewritten by itself, and {', '.join(names)} would stay live",
         fix=f"{undo} model.{path} first; activate(model.{path}) makes them live again afterwards",
     )
@@ -176,7 +176,7 @@ def _lost(root: nn.Module, modules: list[nn.Module]) -> SurgeryError:
     more = f"; and {len(told) - 2} more" if len(told) > 2 else ""
     return SurgeryError(
         f"{many} no longer in the model",
-        where=listed([site.path for module in modules if (site := site_state(module)) is not None]),
+        where=abbreviate([site.path for module in modules if (site := site_state(module)) is not None]),
         why="; ".join(told[:2]) + more,
         fix="replace modules before rules are applied; put back what was there, or take the rules off what is left "
         "(remove(model, check=False)) and apply them anew",

@@ -10,7 +10,7 @@ from typing import Any
 from torch import nn
 
 from surgery.authoring.rule import Rule
-from surgery.errors import PlanError, SurgeryError, listed, told_once
+from surgery.errors import PlanError, SurgeryError, abbreviate, collapse_similar
 from surgery.patterns.wrappers import submodule
 from surgery.planning.call_readiness import Readiness
 from surgery.planning.rank_check import rank_notes
@@ -151,7 +151,7 @@ class Plan:
         head += f"; the base {self._base_told()}"
         parts = [head, table(["rule", "site", "type", "tensors", "trainable"], list(map(list, _rows(self.steps))))]
         shared = [f"{step.path} is also {', '.join(step.aliases)}" for step in self.steps if step.aliases]
-        parts += [f"shared: {line}" for line in told_once(list(dict.fromkeys(shared)))]
+        parts += [f"shared: {line}" for line in collapse_similar(list(dict.fromkeys(shared)))]
         switched = [(".".join(filter(None, (path, name))), value) for path, (name, value) in self.switches.items()]
         parts += [f"set while adapted: {name} = {value!r}" for name, value in switched]
         ready: dict[str, list[str]] = {}
@@ -173,7 +173,7 @@ class Plan:
     def _base_told(self) -> str:
         if self.freezes:
             return "is frozen"
-        by = listed(self.frozen_by, "adapters")
+        by = abbreviate(self.frozen_by, "adapters")
         return f"stays frozen by {by}" if by else "is not frozen"
 
 
@@ -188,7 +188,7 @@ def _rows(steps: Sequence[Step]) -> list[tuple[str, str, str, str, str]]:
     order = {id(step): index for index, step in enumerate(steps)}
     for (_, label, kind, tensors), alike in groups.items():
         for some in [alike] if len(alike) > 5 else [[step] for step in alike]:
-            where = listed([step.path or "(the model itself)" for step in some])
+            where = abbreviate([step.path or "(the model itself)" for step in some])
             trained = f"{sum(step.trainable for step in some):,}"
             rows.append((order[id(some[0])], (label, where, kind, tensors, trained)))
     return [row for _, row in sorted(rows)]

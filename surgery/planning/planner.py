@@ -10,7 +10,7 @@ from torch import nn
 from surgery.authoring.hook_call import running
 from surgery.authoring.rule import Rule
 from surgery.authoring.rule_arguments import model_problem, rules_in
-from surgery.errors import MatchError, RuleError, SiteError, SurgeryError, listed, told_once
+from surgery.errors import MatchError, RuleError, SiteError, SurgeryError, abbreviate, collapse_similar
 from surgery.forward.own_forward import own_forward
 from surgery.forward.packed_weights import UNPACKED, packed_in
 from surgery.forward.tape import NOTHING, Layer
@@ -84,7 +84,7 @@ def make_plan(
         plan.passed.clear()
     plan.problems += clashes(plan.steps)
     plan.statistics += _moved(plan) if plan.freezes or plan.frozen_by else []
-    plan.warnings = told_once(plan.warnings)
+    plan.warnings = collapse_similar(plan.warnings)
     if plan.examples and not plan.problems:
         _check_examples(plan)
     return plan
@@ -232,7 +232,7 @@ def _objections(model: nn.Module, adapter: str, examples: Sequence[Any]) -> list
         found.append(
             SurgeryError(
                 "the example call would give the model parameters",
-                where=listed(lazy),
+                where=abbreviate(lazy),
                 why="they have no shape before the first call, and planning touches nothing",
                 fix="run one batch through the model first: model(batch)",
             )
@@ -243,7 +243,7 @@ def _objections(model: nn.Module, adapter: str, examples: Sequence[Any]) -> list
         found.append(
             SurgeryError(
                 "part of this model has rules of its own",
-                where=listed(inner, "parts"),
+                where=abbreviate(inner, "parts"),
                 why="each model keeps one record of its rules",
                 fix="apply to the same module as before, or remove those first",
             )

@@ -11,7 +11,7 @@ from torch import nn
 
 from surgery.authoring.hook_call import running
 from surgery.authoring.rule import Rule
-from surgery.errors import listed
+from surgery.errors import abbreviate
 from surgery.weaving.recording import Step
 
 __all__ = ["rank_notes", "rank_warnings"]
@@ -64,7 +64,7 @@ def _told(rule: Rule, sites: Sequence[tuple[str, int, tuple[int, int]]]) -> str:
     ranks, useful = {rank for _, rank, _ in sites}, {min(sizes) for _, _, sizes in sites}
     most = f"{min(useful)}" if len(useful) == 1 else f"{min(useful)} to {max(useful)}, by their sizes"
     asked = f"rank {min(ranks)}" if len(ranks) == 1 else f"ranks {min(ranks)} to {max(ranks)}"
-    where = listed([path or "the model itself" for path, _, _ in sites])
+    where = abbreviate([path or "the model itself" for path, _, _ in sites])
     return f"{rule.label}: {asked} is more than the weights at {where} can use; the largest useful rank is {most}"
 
 

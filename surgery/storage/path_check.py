@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import nn
 
-from surgery.errors import SurgeryError, listed
+from surgery.errors import SurgeryError, abbreviate
 from surgery.planning.matching import Tree
 from surgery.state.records import ModelState, sites
 from surgery.storage.hotswap_plan import placed
@@ -24,7 +24,7 @@ def check_meant(root: nn.Module, state: ModelState, adapter: str) -> None:
     if strayed:
         raise SurgeryError(
             f"the adapter {adapter!r} can't be saved: modules of the model have moved",
-            where=listed(strayed),
+            where=abbreviate(strayed),
             why="its rules say by path where they go, and no longer lead there",
             fix="put the modules back, or apply rules after the model has its structure",
         )

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from surgery.authoring.rule import Rule
-from surgery.errors import SurgeryError, listed
+from surgery.errors import SurgeryError, abbreviate
 from surgery.lifecycle.activation import active
 from surgery.merging.merge import merge
 from surgery.model_record.verb_root import records_in, root_of
@@ -111,7 +111,7 @@ def _check_plain(copy: nn.Module) -> None:
     if live := [path for path, module, site in sites(copy) if type(module) is not site.base]:
         raise SurgeryError(
             "this is a part of a rewritten model, and its adapters are live",
-            where=listed(live),
+            where=abbreviate(live),
             why="the record of its rules is kept on the model that apply_rules was called with",
             fix='merge(that model) first, then export the part; or adapters="constant"',
         )
@@ -145,7 +145,7 @@ def _check_statistics(model: nn.Module) -> None:
         paths = {id(module): path for path, module in base_modules(model)}
         raise SurgeryError(
             "running statistics moved while the adapters were trained",
-            where=listed([paths[id(module)] or "(the model itself)" for module in others if id(module) in paths]),
+            where=abbreviate([paths[id(module)] or "(the model itself)" for module in others if id(module) in paths]),
             why="a file with slots has the base's, and the adapters were trained to others",
             fix='adapters="constant" or "merged"; or train with the statistics frozen: StatisticsRule(frozen=True)',
         )
