@@ -1,4 +1,4 @@
-"""AdaLoRA: a low-rank change in the form of singular values and vectors, whose ranks are shared out while training."""
+"""AdaLoRA: a low-rank change as singular values and vectors; training moves rank between sites."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from surgery.rules._shared import combining, complex_weights, fields
 
 @rule("adalora")
 class AdaLoraRule(LowRankMethod):
-    """y = W x + alpha / rank · B diag(E) A x.
+    """y = W x + alpha / (rank + 0.00001) · B diag(E) A x: a low-rank change whose ranks a `RankAllocator` distributes.
 
     >>> from torch import nn
     >>> from surgery import apply_rules
@@ -26,13 +26,26 @@ class AdaLoraRule(LowRankMethod):
     >>> {name: tuple(tensor.shape) for name, tensor in model[0].adapters.default.tensors().items()}
     {'A': (4, 32), 'E': (4, 1), 'B': (16, 4)}
 
-    Goes on Linear, transformers' Conv1D and quantised Linears (unmerged). A and B start normal with deviation 0.02, E
-    at zero: the output is unchanged. `rank` (init_r), `alpha` (lora_alpha), `dropout` (lora_dropout); for
-    `RankAllocator`, which sets entries of E to zero while training: `target_r` (the mean rank to come to), `tinit`,
-    `tfinal`, `deltaT`, `total_step`, `beta1`, `beta2`; `orth_reg_weight`: of `orthogonal_loss`, to be added to the
-    loss (PEFT's model adds it itself). Defaults are PEFT's. The scale is alpha / (rank + 0.00001), as there.
+    Works on Linear, transformers' Conv1D and quantised Linears (unmerged). A (rank, in) and B (out, rank) start normal
+    with deviation 0.02. E (rank, 1) starts at zero, so the output is unchanged. Defaults are PEFT's.
 
-    Raises `RuleError` for values out of range, or a schedule longer than `total_step`.
+    Args:
+        rank: rank of every site at the start; default 12. PEFT: init_r.
+        alpha: numerator of the scale; default 8. PEFT: lora_alpha.
+        dropout: probability of dropout on the branch's input while training; default 0. PEFT: lora_dropout.
+        target_r: the mean rank that `RankAllocator` comes to; default 8.
+        tinit: steps before the first rank is taken away; default 0.
+        tfinal: steps at the end in which the ranks stay; default 0.
+        deltaT: steps between two allocations; default 1.
+        total_step: steps of the training; default None. `RankAllocator` needs it.
+        beta1: decay of the mean importance, between 0 and 1; default 0.85.
+        beta2: decay of the importance's uncertainty, between 0 and 1; default 0.85.
+        orth_reg_weight: factor of `orthogonal_loss`; default 0.5. Add that loss to the training loss yourself; PEFT's
+            model adds it by itself.
+
+    Raises:
+        RuleError: a field is out of range, or `tinit + tfinal` is not less than `total_step`.
+
     Source: Zhang et al. 2023, arXiv:2303.10512; PEFT's AdaLoraConfig.
     """
 

@@ -1,4 +1,4 @@
-"""Adaption prompts: virtual tokens that an attention makes keys and values of by its own maps, behind a gate."""
+"""Adaption prompts: an attention's own maps turn virtual tokens into keys and values, behind a gate."""
 
 from __future__ import annotations
 
@@ -30,17 +30,25 @@ class AdaptionRule(Rule):
     >>> model.layers[3].self_attn.adapters.default.prompt.shape, torch.equal(model(ids).last_hidden_state, before)
     (torch.Size([5, 16]), True)
 
-    LLaMA-Adapter as PEFT has it. On attention modules of transformers with `k_proj` and `v_proj`, or a `c_attn` for all
-    three. P's keys and values are made by these maps at each call, with whatever other rules do to them, and take no
-    positions; every query sees them, under a softmax of their own. A PrefixRule with a gate trains keys and values
-    themselves, and a gate for each head.
+    LLaMA-Adapter as PEFT implements it. Works on attention modules of transformers with `k_proj` and `v_proj`, or with
+    one `c_attn`. At each call these maps make keys and values of P, with the changes that other rules make to the maps.
+    The keys have no positions. Every query attends to them under a softmax of their own. (A PrefixRule with `gate`
+    trains the keys and values themselves, and has one gate per head.)
 
-    Fields: `length` (PEFT's adapter_len); `mapped`: what P gives goes through the attention's output map, as on Llama
-    and Mistral; False: it is added to what the attention returns, PEFT's way on GPT-2. Tensors: `prompt` (length,
-    features), normal with deviation 1, and `gate` (1), zero. There is no merged form: P is no change of a weight.
+    Tensors: `prompt` (length, features), normal with deviation 1, and `gate` (1), zero. The rule can't be merged:
+    virtual tokens are not a change of a weight.
 
-    Raises `SiteError` for modules without these maps or, `mapped`, that take no attention function from a registry.
-    Source: Zhang et al. 2023, arXiv:2303.16199.
+    Args:
+        length: number of virtual tokens; default 10. PEFT: adapter_len.
+        mapped: whether the prompt's output passes through the attention's output map; default True, as PEFT does on
+            Llama and Mistral. False adds it to the attention's result, as PEFT does on GPT-2.
+
+    Raises:
+        RuleError: a field is out of range.
+        SiteError: the module does not have these maps, or `mapped` is True and it does not take its attention function
+            from a registry.
+
+    Source: Zhang et al. 2023, arXiv:2303.16199; PEFT's AdaptionPromptConfig.
     """
 
     length: int = 10
@@ -95,7 +103,7 @@ class AdaptionRule(Rule):
         return site.params
 
     def _width(self, site: Site) -> int:
-        """How wide the input of the module's maps is."""
+        """The number of input features of the module's maps."""
         why = None
         fused, key = (site.module._modules.get(name) for name in ("c_attn", "k_proj"))
         if fused is None and (key is None or "v_proj" not in site.module._modules):
@@ -114,7 +122,7 @@ class AdaptionRule(Rule):
 
 
 def beside(prompt: Tensor, gate: Tensor) -> Callable[..., Any]:
-    """What runs in the place of an attention function: the same, and what the queries find in the prompt."""
+    """Wraps an attention function: adds what the queries find in the prompt."""
 
     def attend(
         attention: Any, module: Any, query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any
@@ -127,7 +135,7 @@ def beside(prompt: Tensor, gate: Tensor) -> Callable[..., Any]:
 
 
 def beside_rows(*members: Any) -> Callable[..., Any]:
-    """As `beside`, for several adapters' rows."""
+    """As `beside`, for the rows of several adapters."""
 
     def attend(
         attention: Any, module: Any, query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any
@@ -143,7 +151,7 @@ def beside_rows(*members: Any) -> Callable[..., Any]:
 
 
 def added(module: Any, hidden: Tensor, x: Tensor, prompt: Tensor, gate: Tensor) -> Tensor:
-    """What an attention with one map for all three returns, and what its queries find in the prompt."""
+    """The result of an attention with one `c_attn`, plus what its queries find in the prompt."""
     query = module.c_attn(x).chunk(3, -1)[0]
     query = query.unflatten(-1, (-1, module.head_dim)).transpose(1, 2)
     more = found(query, *made_by(module, prompt, module.head_dim, module.head_dim), gate)

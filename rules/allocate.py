@@ -1,4 +1,4 @@
-"""AdaLoRA's training: the loss that keeps its vectors orthogonal, and the sharing out of ranks over the sites."""
+"""AdaLoRA's training: the loss that keeps its vectors orthogonal, and the allocation of ranks to sites."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from surgery.rules.adalora import AdaLoraRule
 
 
 def orthogonal_loss(model: nn.Module, adapter: str = "default") -> Tensor:
-    """orth_reg_weight · the mean of ‖A Aᵀ − I‖ and ‖Bᵀ B − I‖ over an adapter's AdaLoraRule sites: add it to the loss.
+    """Return AdaLoRA's regularisation, to be added to the training loss.
 
     >>> from torch import nn
     >>> from surgery import apply_rules
@@ -19,7 +19,17 @@ def orthogonal_loss(model: nn.Module, adapter: str = "default") -> Tensor:
     >>> orthogonal_loss(model).requires_grad
     True
 
-    Raises `RuleError` where the adapter has not one AdaLoraRule.
+    Args:
+        model: a model with an adapter that has one AdaLoraRule.
+        adapter: the adapter's name; default "default".
+
+    Returns:
+        A scalar tensor: `orth_reg_weight` times the mean of ‖A Aᵀ − I‖ and ‖Bᵀ B − I‖ over the rule's sites.
+
+    Raises:
+        RuleError: the adapter does not have exactly one AdaLoraRule.
+
+    Source: Zhang et al. 2023, arXiv:2303.10512; PEFT's AdaLoraConfig.orth_reg_weight.
     """
     rule, sites = _found(model, adapter)
     squares = [square for held in sites.values() for square in (held["A"] @ held["A"].t(), held["B"].t() @ held["B"])]
@@ -28,7 +38,7 @@ def orthogonal_loss(model: nn.Module, adapter: str = "default") -> Tensor:
 
 
 class RankAllocator:
-    """Brings the mean rank of an AdaLoRA adapter from `rank` to `target_r` by setting entries of E to zero.
+    """Reduces the mean rank of an AdaLoRA adapter from `rank` to `target_r` by setting entries of E to zero.
 
     >>> import torch
     >>> from torch import nn
@@ -42,11 +52,22 @@ class RankAllocator:
     >>> int((allocator.kept["0"]).sum())
     2
 
-    `update_and_allocate(step)`, with steps counted from 1, is called after `backward` and the optimizer's step and
-    before the gradients are zeroed. As PEFT's: `tinit` steps without a change; then every `deltaT` steps the entries
-    that the budget does not cover are set to zero, those of least importance; from `total_step - tfinal` on these
-    stay. `kept` holds the entries that are left, a boolean (rank) for each site. Raises `RuleError` where the adapter
-    has not one AdaLoraRule, or that no `total_step`.
+    Call `update_and_allocate(step)` after `backward` and the optimizer's step, and before gradients are set to zero.
+    Steps count from 1. The schedule is PEFT's: nothing changes for `tinit` steps. Then, every `deltaT` steps, the
+    entries of least importance beyond the budget become zero. From `total_step - tfinal` on, the remaining entries
+    stay.
+
+    Args:
+        model: a model with an adapter that has one AdaLoraRule.
+        adapter: the adapter's name; default "default".
+
+    Attributes:
+        kept: which entries of E remain: site path → boolean tensor (rank).
+
+    Raises:
+        RuleError: the adapter does not have exactly one AdaLoraRule, or that rule has no `total_step`.
+
+    Source: Zhang et al. 2023, arXiv:2303.10512; PEFT's AdaLoraModel.update_and_allocate.
     """
 
     def __init__(self, model: nn.Module, adapter: str = "default"):
@@ -60,6 +81,7 @@ class RankAllocator:
 
     @torch.no_grad()
     def update_and_allocate(self, step: int) -> None:
+        """Record the gradients' importance at this step, and set entries of E to zero as the schedule says."""
         rule = self.rule
         last = int(rule.total_step or 0) - rule.tfinal
         if step < last:

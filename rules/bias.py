@@ -1,4 +1,4 @@
-"""Training of biases alone, per adapter. BitFit; PEFT's bias="all"."""
+"""Training of biases alone, per adapter: BitFit, PEFT's bias="all"."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _OfAttention = nn.modules.linear.NonDynamicallyQuantizableLinear  # MultiheadAtt
 
 @rule("bias")
 class BiasRule(Rule):
-    """Train the biases of modules, in copies that belong to the adapter; without targets, all biases.
+    """Train biases, in copies that belong to the adapter; without targets, all biases of the model.
 
     >>> from torch import nn
     >>> from surgery import apply_rules
@@ -34,8 +34,13 @@ class BiasRule(Rule):
     >>> [name for name, p in model.named_parameters() if p.requires_grad]
     ['0.adapters.default.bias', '1.adapters.default.bias']
 
-    A bias is a parameter called `bias`, `bias_…` or `…_bias`. dtypes and shapes are the base's. Source: BitFit
-    (Ben Zaken et al. 2022, arXiv:2106.10199); PEFT's LoraConfig.bias = "all".
+    A bias is a parameter named `bias`, `bias_…` or `…_bias`. Copies have the dtypes and shapes of the base's biases and
+    start equal to them.
+
+    Args:
+        targets: modules whose biases are trained; default all modules that have one.
+
+    Source: BitFit, Ben Zaken et al. 2022, arXiv:2106.10199; PEFT's LoraConfig.bias = "all".
     """
 
     targets: Targets = field(default=EVERYWHERE, kw_only=False)
@@ -71,7 +76,7 @@ class BiasRule(Rule):
 
 
 class BiasesOf(BiasRule):
-    """A BiasRule that passes over targets without a bias: LoRA's `bias="lora_only"`."""
+    """A BiasRule that skips targets without a bias: LoRA's `bias="lora_only"`."""
 
     @property
     def label(self) -> str:

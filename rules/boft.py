@@ -1,4 +1,4 @@
-"""BOFT: orthogonal fine-tuning whose rotation is a product of butterfly factors, each of small blocks."""
+"""BOFT: orthogonal fine-tuning by a product of butterfly factors, each with small blocks."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from surgery.rules._shared.solving import cayley
 
 @rule("boft")
 class BoftRule(Rule):
-    """W becomes s ⊙ (W Mᵀ), M = M_m … M_1: each M_i shuffles features, turns them block by block, and shuffles back.
+    """W becomes s ⊙ (W Mᵀ), M = M_m … M_1: each M_i permutes features, rotates them block by block, and permutes back.
 
     >>> from torch import nn
     >>> from surgery import apply_rules
@@ -25,17 +25,25 @@ class BoftRule(Rule):
     >>> {name: tuple(p.shape) for name, p in model[0].adapters.default.named_parameters()}
     {'R': (2, 4, 4, 4), 's': (6, 1)}
 
-    A block is the Cayley transform (I - Q) (I + Q)⁻¹ of Q = (R - Rᵀ) / 2. Factor i pairs features that stand 2ⁱ half
-    blocks apart, so m factors reach as far as blocks 2ᵐ⁻¹ times as large. Goes on Linear, transformers' Conv1D and
-    Conv1d/2d/3d, and edits the weight. `R` is (n_butterfly_factor, blocks, block_size, block_size), `s` (out, 1); both
-    float32 where the module is in half precision.
+    A block is the Cayley transform (I - Q) (I + Q)⁻¹ of Q = (R - Rᵀ) / 2. Factor i pairs features that are 2ⁱ half
+    blocks apart, so m factors reach as far as blocks 2ᵐ⁻¹ times as large. Works on Linear, transformers' Conv1D and
+    Conv1d/2d/3d, and edits the weight. Tensors: `R` (n_butterfly_factor, blocks, block_size, block_size) and `s` (out,
+    1), both float32 on modules in half precision.
 
-    Fields, with PEFT's names: `block_size` (boft_block_size) or `blocks` (boft_block_num), the other 0;
-    `n_butterfly_factor` (boft_n_butterfly_factor; PEFT makes it 1 where its CUDA extension can't be compiled);
-    `dropout` (boft_dropout): the chance of a block to stand still, while training (PEFT draws a fixed number of blocks
-    of one factor); `init` (init_weights): "identity" (True) or "random" (False).
+    Args:
+        block_size: rows of a block; default 4. PEFT: boft_block_size.
+        blocks: number of blocks; default 0. Set one of `block_size` and `blocks`, and the other to 0.
+            PEFT: boft_block_num.
+        n_butterfly_factor: number of factors; default 1. PEFT: boft_n_butterfly_factor, which PEFT sets to 1 where its
+            CUDA extension can't be compiled.
+        dropout: probability that a block does not rotate while training; default 0. PEFT: boft_dropout, where a fixed
+            number of blocks of one factor is drawn.
+        init: "identity" (default; PEFT's init_weights=True) or "random" (False).
 
-    Raises `RuleError` for a value out of range. Source: Liu et al. 2023, arXiv:2311.06243; PEFT's BOFTConfig.
+    Raises:
+        RuleError: a field is out of range.
+
+    Source: Liu et al. 2023, arXiv:2311.06243; PEFT's BOFTConfig.
     """
 
     block_size: int = 4

@@ -1,4 +1,4 @@
-"""Bottleneck adapters: a small network after a module, or beside it."""
+"""Bottleneck adapters: a small network after a module, or parallel to it."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _ACTIVATIONS = {"relu": F.relu, "gelu": F.gelu, "silu": F.silu, "tanh": torch.ta
 
 @rule("bottleneck")
 class BottleneckRule(Rule):
-    """y + s · up(act(down(y))) after a module; with placement "parallel", y + s · up(act(down(x))) beside it.
+    """y + s · up(act(down(y))) after a module; with placement "parallel", y + s · up(act(down(x))).
 
     >>> from torch import nn
     >>> from surgery import apply_rules
@@ -27,14 +27,24 @@ class BottleneckRule(Rule):
     >>> {name: tuple(tensor.shape) for name, tensor in model[0].adapters.default.tensors().items()}
     {'down': (4, 16), 'down_bias': (4,), 'up': (16, 4), 'up_bias': (16,)}
 
-    Goes on any module that returns a hidden state, (…, features), alone or first in a tuple or ModelOutput: a
-    decoder layer, an attention, an MLP, a Linear. `size`: of the bottleneck; `activation`: "relu", "gelu", "silu" or
-    "tanh"; `scale`: s; `dropout`: behind the activation, while training; `features`: the hidden state's size, where
-    the module does not say it. `up` starts at zero, so the output is unchanged. Tensors are made as LoRA's.
+    Works on any module that returns a hidden state (…, features), alone or first in a tuple or ModelOutput: a decoder
+    layer, an attention, an MLP, a Linear. `up` starts at zero, so the output is unchanged. Tensors have the dtype and
+    device of LoRA's. It can't be merged.
 
-    A module that does not tell its features, or has them not last (convolutions), is a problem of the plan.
+    Args:
+        size: features of the bottleneck; default 64.
+        activation: "relu" (default), "gelu", "silu" or "tanh".
+        placement: "after" (default; reads the module's output) or "parallel" (reads its input).
+        scale: the factor s; default 1.
+        dropout: probability of dropout after the activation while training; default 0.
+        features: the hidden state's size; default None: read from the module.
+
+    Raises:
+        RuleError: a field is out of range. A module whose features are unknown, or are not the last dimension
+            (convolutions), is a problem of the plan.
+
     Sources: Houlsby et al. 2019, arXiv:1902.00751; Pfeiffer et al. 2021, arXiv:2005.00247; parallel: He et al. 2022,
-    arXiv:2110.04366. PEFT has none.
+    arXiv:2110.04366. PEFT does not have it.
     """
 
     size: int = 64

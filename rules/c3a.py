@@ -1,4 +1,4 @@
-"""C3A: ΔW is made of circulant blocks, so that its product is a circular convolution."""
+"""C3A: ΔW consists of circulant blocks, so its product is a circular convolution."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from surgery.rules._shared.solving import in_single
 
 @rule("c3a")
 class C3aRule(Rule):
-    """y = W x + (1 / in) · C x, where C is made of (out / b) · (in / b) circulant blocks of size b = `block_size`.
+    """y = W x + (1 / in) · C x: C consists of (out / b) · (in / b) circulant blocks of size b = `block_size`.
 
     >>> from torch import nn
     >>> from surgery import apply_rules
@@ -27,12 +27,18 @@ class C3aRule(Rule):
     >>> tuple(model[0].adapters.default.kernel.shape)
     (2, 4, 8)
 
-    Goes on Linear, transformers' Conv1D and quantised Linears (unmerged). `kernel` is (out / b, in / b, b): a row
-    of each block, in float32 (or the module's float64), as the transform needs it. `block_size` must divide both
-    sizes. `init` (init_weights): "xavier_uniform", "kaiming_uniform", "gaussian" or "identity" (True: zero). Defaults
-    are PEFT's. An exported graph has C itself, since ONNX has no products of complex numbers.
+    Works on Linear, transformers' Conv1D and quantised Linears (unmerged). `kernel` (out / b, in / b, b) holds one row
+    of each block, in float32 or in the module's float64, as the Fourier transform needs it. An exported graph contains
+    C itself: ONNX has no products of complex numbers.
 
-    A size that is not divided is a problem of the plan. Source: Chen et al. 2024, arXiv:2407.19342; PEFT's C3AConfig.
+    Args:
+        block_size: size of a block; default 256. It must divide both sizes of the weight.
+        init: "xavier_uniform" (default), "kaiming_uniform", "gaussian" or "identity" (PEFT's init_weights=True: zero).
+
+    Raises:
+        RuleError: a field is out of range. A size that `block_size` does not divide is a problem of the plan.
+
+    Source: Chen et al. 2024, arXiv:2407.19342; PEFT's C3AConfig, whose defaults these are.
     """
 
     block_size: int = 256
@@ -75,7 +81,7 @@ class C3aRule(Rule):
 
 @in_single
 def convolved(x: Tensor, kernel: Tensor) -> Tensor:
-    """C x: block (m, n) of C has in row i and column j the number kernel[m, n, (j - i) mod b]."""
+    """C x; block (m, n) of C has kernel[m, n, (j - i) mod b] in row i and column j."""
     size = kernel.shape[-1]
     if torch.compiler.is_exporting():
         at = torch.arange(size, device=kernel.device)

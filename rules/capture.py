@@ -1,4 +1,4 @@
-"""Activations out of a model by name: recorded while a context is open, and at no other time."""
+"""Activations of named modules, recorded only while a context is open."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from surgery import Rule, Site, SurgeryError, hidden_of, rule
 
 @rule("capture")
 class CaptureRule(Rule):
-    """Lets `captured(model)` record what a module takes or returns. The output is the same to the bit.
+    """Lets `captured(model)` record what a module takes or returns; the output keeps its bits.
 
     >>> import torch
     >>> from torch import nn
@@ -31,9 +31,16 @@ class CaptureRule(Rule):
     >>> torch.equal(found["0"][0].relu(), output)
     True
 
-    Goes on any module. `what`: "output" (the hidden state it returns), "input" (its first input) or "result" (all
-    that it returns, such as a tuple with attention maps); `tag`: the name it is found under, by default the module's
-    path. Without an open context a call looks at one flag.
+    Works on any module. Without an open context a call checks one flag and nothing else. It can't be merged: it changes
+    nothing.
+
+    Args:
+        what: "output" (default: the hidden state that the module returns), "input" (its first input) or "result" (all
+            that it returns, such as a tuple with attention maps).
+        tag: the name of the record; default None: the module's path.
+
+    Raises:
+        RuleError: a field is out of range.
     """
 
     what: Literal["output", "input", "result"] = "output"
@@ -56,7 +63,21 @@ class CaptureRule(Rule):
 
 
 class Captured(dict[str, list[Any]]):
-    """What a context recorded: a list for each name, one item a call."""
+    """The record of a context: name → list with one item per call.
+
+    >>> import torch
+    >>> from torch import nn
+    >>> from surgery import apply_rules
+    >>> from surgery.rules import CaptureRule, captured
+    >>> model = apply_rules(nn.Sequential(nn.Linear(3, 2)), [CaptureRule("0", tag="hidden")])
+    >>> with captured(model) as found:
+    ...     _ = model(torch.ones(1, 3)), model(torch.ones(4, 3))
+    >>> [tuple(hidden.shape) for hidden in found["hidden"]]
+    [(1, 2), (4, 2)]
+
+    Raises:
+        SurgeryError: nothing was captured under the name.
+    """
 
     def __missing__(self, name: str) -> list[Any]:
         raise SurgeryError(
@@ -68,12 +89,30 @@ class Captured(dict[str, list[Any]]):
 
 @contextmanager
 def captured(model: nn.Module, *, detach: bool = True) -> Iterator[Captured]:
-    """Record the model's captured activations while the context is open: name → a list, one item a call.
+    """Record the activations of a model's CaptureRules while the context is open.
 
-    The tensors are copies, on their device; `detach=False` keeps their gradients' history. Only calls of this model,
-    in this thread (or asyncio task), are recorded; contexts may be open in several threads, or inside each other.
-    Nothing is held here once the context is closed. A compiled model is compiled again without this site being fused
-    (a graph break; `fullgraph=True` is an error of torch). Gradient checkpointing runs layers twice, which shows.
+    >>> import torch
+    >>> from torch import nn
+    >>> from surgery import apply_rules
+    >>> from surgery.rules import CaptureRule, captured
+    >>> model = apply_rules(nn.Sequential(nn.Linear(3, 2)), [CaptureRule("0")])
+    >>> with captured(model, detach=False) as found:
+    ...     _ = model(torch.ones(1, 3))
+    >>> found["0"][0].requires_grad
+    True
+
+    Args:
+        model: a model with CaptureRules.
+        detach: whether the recorded tensors are cut off from the autograd graph; default True.
+
+    Yields:
+        A `Captured`: name → list of copies on their device, one item per call.
+
+    Notes:
+        Only calls of this model in this thread (or asyncio task) are recorded. Contexts may be open in several threads,
+        or nested. The library keeps nothing after the context closes. Under `torch.compile`, an open context breaks the
+        graph at the site; with `fullgraph=True` torch raises an error. Gradient checkpointing runs layers twice, so it
+        records twice.
     """
     global _listening, _record
     paths = {id(module): path for path, module in model.named_modules()}

@@ -1,4 +1,4 @@
-"""LoRA on experts that are held as stacks of matrices, one low-rank change an expert."""
+"""LoRA on stacks of expert matrices: one low-rank change per expert."""
 
 from __future__ import annotations
 
@@ -33,19 +33,30 @@ class ExpertLoraRule(Rule):
     >>> tuple(model[0].adapters.default.up_A.shape), tuple(model[0].adapters.default.up_B.shape)
     ((4, 2, 8), (4, 16, 2))
 
-    Goes on modules that own parameters of three dimensions, such as the experts of Mixtral, Qwen-MoE and GPT-OSS in
-    transformers, and on matrices (out, in) that `parameters` names. Neither ΔW nor W + ΔW is made where the module's
-    code picks experts and multiplies: there it is W's product plus A's and B's, for the experts and tokens in question.
+    Works on modules that own three-dimensional parameters, such as the experts of Mixtral, Qwen-MoE and GPT-OSS in
+    transformers, and on matrices (out, in) that `parameters` names. Where the module's code picks experts and
+    multiplies, ΔW is never computed: the product is W's plus A's and B's, for the experts and tokens in question.
 
-    Fields, with PEFT's names: `parameters` (the end of target_parameters: which of the module's parameters; none: all
-    of three dimensions), `rank` (r), `alpha` (lora_alpha), `rslora` (use_rslora), `init` (init_lora_weights:
-    "kaiming" is True, "random" False, "gaussian"), `rank_pattern`, `alpha_pattern` (of `path.parameter`); `transposed`:
-    whether the parameter is (experts, in, out), by default what the module says in `is_transposed`, as PEFT reads it.
-    Tensors, in `dtype`, else the module's, else float32 where that is half precision: `<parameter>_A` (experts, rank,
-    in) and `<parameter>_B` (experts, out, rank). PEFT's lora_A is A as (experts · rank, in), its lora_B is
-    (out, rank · experts), with the experts innermost: `B.permute(1, 2, 0).flatten(1)`.
+    Tensors: `<parameter>_A` (experts, rank, in) and `<parameter>_B` (experts, out, rank). PEFT's lora_A is A as
+    (experts · rank, in); its lora_B is (out, rank · experts) with the experts innermost,
+    `B.permute(1, 2, 0).flatten(1)`.
 
-    Raises `RuleError` for a value out of range. Source: Hu et al. 2021, arXiv:2106.09685; PEFT's target_parameters.
+    Args:
+        parameters: names of the module's parameters; default (): all with three dimensions. PEFT: the ends of
+            target_parameters.
+        rank: rows of each A_e; default 8. PEFT: r.
+        alpha: numerator of the scale; default 8. PEFT: lora_alpha.
+        rslora: scale by alpha / sqrt(rank); default False. PEFT: use_rslora.
+        init: "kaiming" (default; PEFT's init_lora_weights=True), "gaussian" or "random" (False: B is not zero).
+        rank_pattern: suffix or regular expression of `path.parameter` → rank there; default None.
+        alpha_pattern: suffix or regular expression of `path.parameter` → alpha there; default None.
+        transposed: whether the parameter is (experts, in, out); default None: the module's `is_transposed`, as in PEFT.
+        dtype: dtype of the tensors. Default None: the module's dtype, or float32 if that is half precision.
+
+    Raises:
+        RuleError: a field is out of range.
+
+    Source: Hu et al. 2021, arXiv:2106.09685; PEFT's LoraConfig.target_parameters.
     """
 
     parameters: Sequence[str] = ()
@@ -99,16 +110,16 @@ class ExpertLoraRule(Rule):
             yield from fields.idle(self, changed, "rank_pattern", "alpha_pattern")
 
     def rank_at(self, path: str) -> int:
-        """The rank at a parameter, `path.parameter`."""
+        """The rank of a parameter; `path` is `path.parameter`."""
         return int(path_patterns.first(self.rank_pattern, path, self.rank))
 
     def matrices(self, module: nn.Module, path: str) -> Mapping[str, tuple[int, int]]:
-        """Each expert's, of all parameters that change."""
+        """The matrix size of one expert, for every changed parameter."""
         shapes = {name: module._parameters[name].shape[-2:] for name in self.names(module)}  # type: ignore[union-attr]
         return {_named(path, name): (out, inner) for name, (out, inner) in shapes.items()}
 
     def names(self, module: nn.Module) -> list[str]:
-        """The parameters of a module that are changed."""
+        """The names of a module's parameters that the rule changes."""
         held = module._parameters.items()
         return list(self.parameters) or [name for name, held in held if held is not None and held.dim() == 3]
 
@@ -145,7 +156,7 @@ class ExpertLoraRule(Rule):
         return made
 
     def combined(self, shares: Sequence[Share], how: Combination) -> tuple[Rule, Mapping[str, Tensor]]:
-        """As LoRA's, for each parameter of those that any of them changes."""
+        """Combines each parameter that any of the adapters changes, as LoRA does."""
         if how.untouched(shares):
             return self, shares[0].params
         how.agree(shares, "parameters", "rank", "alpha", "rslora", "rank_pattern", "alpha_pattern", "dtype")
@@ -192,7 +203,7 @@ def _named(path: str, parameter: str) -> str:
 
 
 def _started(init: str, rank: int) -> Callable[[Tensor], Any]:
-    """What fills a stack in place, each expert as LoRA's A."""
+    """Returns the function that fills a stack in place, each expert as LoRA's A."""
     if init == "gaussian":
         return lambda stack: nn.init.normal_(stack, std=1 / rank)
     return lambda stack: nn.init.kaiming_uniform_(stack.flatten(0, -2), a=math.sqrt(5))

@@ -1,4 +1,4 @@
-"""Directions for SteerRule, from the activations of contrasting inputs."""
+"""Directions for SteerRule, computed from the activations of contrasting inputs."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from surgery.rules.steer import SteerRule
 
 
 def fit_direction(model: nn.Module, rule: SteerRule, positive: Iterable[Any], negative: Iterable[Any]) -> SteerRule:
-    """The rule with directions: at each of its sites, mean activation over `positive` minus that over `negative`.
+    """Return the rule with a direction per site: mean activation over `positive` minus mean activation over `negative`.
 
     >>> import torch
     >>> from torch import nn
@@ -24,10 +24,23 @@ def fit_direction(model: nn.Module, rule: SteerRule, positive: Iterable[Any], ne
     >>> rule.direction
     {'0': (1.0, 1.0)}
 
-    The inputs are a list of calls each, as `example_inputs`: a tensor, a tuple or a mapping of arguments. The means
-    are over rows and over the positions of the rule ("l1": the last token alone, as in CAA). The model is run in
-    evaluation mode and left as it was. `RuleError` for inputs whose attention_mask has padding, since padded
-    positions would be counted; `PlanError` where the rule can't go on the model.
+    The model runs in evaluation mode; its training modes are restored. The means are over rows and over the rule's
+    positions ("l1": only the last token, as in CAA).
+
+    Args:
+        model: the model that the rule goes on.
+        rule: a SteerRule; its targets and positions are used.
+        positive: calls of the model, each as `example_inputs`: a tensor, a tuple, or a mapping of arguments.
+        negative: calls of the model to contrast with, in the same form.
+
+    Returns:
+        A SteerRule whose `direction` maps each site's path to its numbers.
+
+    Raises:
+        RuleError: an input's attention_mask has padding (padded positions would be counted), or no call reaches a site.
+        PlanError: the rule can't go on the model.
+
+    Source: Rimsky et al. 2024, arXiv:2312.06681 (CAA).
     """
     plan = plan_rules(model, [rule.replace(direction=None)], adapter="fit_direction")
     if not plan:

@@ -1,4 +1,4 @@
-"""Prefixes that start as a text: its keys and values at every site."""
+"""Prefixes that start as the keys and values of a text."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ KEY = "adapters.key"
 
 
 def fit_prefix(model: nn.Module, example_inputs: Any, adapter: str = "default") -> None:
-    """Set an adapter's prefixes to the keys and values that a text has at their sites, at its first positions.
+    """Set an adapter's prefixes to the keys and values of a text's first positions.
 
     >>> import torch
     >>> from transformers import LlamaConfig, LlamaModel
@@ -30,13 +30,21 @@ def fit_prefix(model: nn.Module, example_inputs: Any, adapter: str = "default") 
     >>> after = model(more, position_ids=torch.tensor([[3, 4]])).last_hidden_state
     >>> torch.testing.assert_close(after, whole[:, 3:])
 
-    `example_inputs` is one call of the model, as in `apply_rules`: one text, as long as the prefix or longer. Keys
-    are taken as they enter the attention: in a rotary model, rotated at the text's positions. So a causal model with
-    the prefix goes on, from the position after it, as with the text before it. The call is made in evaluation mode
-    with all that is on the model but this adapter's prefixes; where it reaches a site several times, the first counts.
+    Keys are copied as they enter the attention; in a rotary model they are rotated at the text's positions. So a causal
+    model with the prefix continues, from the position after it, as it does after the text. The call is made in
+    evaluation mode, with all adapters but without this adapter's prefixes. If it reaches a site several times, the
+    first time counts.
 
-    Raises `RuleError` for an adapter without prefixes, prefixes with a projection (fold them first), several texts,
-    padding, a text that is too short, or one that does not reach every site; the prefixes are then as they were.
+    Args:
+        model: a model with PrefixRules.
+        example_inputs: one call of the model, as in `apply_rules`, with one text that is at least as long as the
+            prefix.
+        adapter: the adapter's name; default "default".
+
+    Raises:
+        RuleError: the adapter has no prefixes, or prefixes with a projection (fold them first); or the call has several
+            texts, padding, too short a text, or does not reach every site. The prefixes then keep their values.
+
     Source: Li & Liang 2021, arXiv:2101.00190, section 7.4: activations of real words start a prefix well.
     """
     boxes = _prefixes(model, adapter)
@@ -65,7 +73,7 @@ def fit_prefix(model: nn.Module, example_inputs: Any, adapter: str = "default") 
 
 
 def _prefixes(model: nn.Module, adapter: str) -> dict[str, dict[str, Tensor]]:
-    """The prefixes' own tensors by the paths of their sites."""
+    """The tensors of the prefixes, by the path of their site."""
     rules = [rule for rule in rules_of(model, adapter) if rule.name == "prefix"]
     if not rules:
         raise RuleError(f"the adapter {adapter!r} has no PrefixRule")

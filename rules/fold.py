@@ -1,4 +1,4 @@
-"""Prompts without the networks that they were trained with."""
+"""Prompts without the encoders that trained them."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ M = TypeVar("M", bound=nn.Module)
 
 
 def fold_prompts(model: M, adapter: str = "default", *, example_inputs: Any = None) -> M:
-    """Put what a PromptRule's encoder makes in the place of its prompt and its encoder, as PEFT does when it saves.
+    """Replace a PromptRule's prompt and encoder by the encoder's output, as PEFT does when it saves.
 
     >>> from transformers import LlamaConfig, LlamaForCausalLM
     >>> from surgery.rules import PromptRule, fold_prompts
@@ -24,8 +24,19 @@ def fold_prompts(model: M, adapter: str = "default", *, example_inputs: Any = No
     >>> rules_of(model)[0].encoder, list(model.model.adapters.default.tensors())
     (None, ['prompt'])
 
-    The model computes the same, and saves `prompt` alone. The adapter is removed and made anew, other rules of it with
-    their tensors; `example_inputs` for rules that need them. `SurgeryError` beside other adapters: fold first.
+    The model computes the same and saves `prompt` alone. The adapter is removed and applied again; its other rules keep
+    their tensors.
+
+    Args:
+        model: a model with one adapter.
+        adapter: the adapter's name; default "default".
+        example_inputs: one call of the model, for rules that need it; default None.
+
+    Returns:
+        The same model.
+
+    Raises:
+        SurgeryError: the model has other adapters, or no prompt of the adapter has an encoder.
     """
     rules = rules_of(model, adapter)
     if rules_of(model) != rules:

@@ -17,7 +17,7 @@ from surgery.rules._shared.solving import in_single
 
 @rule("fourier")
 class FourierRule(Rule):
-    """y = W x + scaling · real(ifft2(S)) x, where S (out, in) is zero but for `n_frequency` trained entries.
+    """y = W x + scaling · real(ifft2(S)) x: S (out, in) is zero except for `n_frequency` trained entries.
 
     >>> from torch import nn
     >>> from surgery import apply_rules
@@ -26,13 +26,20 @@ class FourierRule(Rule):
     >>> {name: tuple(tensor.shape) for name, tensor in model[0].adapters.default.tensors().items()}
     {'spectrum': (20,), 'index': (20,)}
 
-    Goes on Linear, transformers' Conv1D and quantised Linears (unmerged). `spectrum` is trained; `index` holds the
-    entries' places, row · in + column, drawn with the seed `random_loc_seed` as PEFT draws them. float32 (or the
-    module's float64), as the transform needs it. `init`: "random" (PEFT's init_weights=False, its default: normal),
-    or "identity" (True: zero). The other fields are PEFT's, with its defaults.
+    Works on Linear, transformers' Conv1D and quantised Linears (unmerged). `spectrum` (n_frequency) is trained. `index`
+    (n_frequency) holds the entries' places, row · in + column, drawn as PEFT draws them. The tensors are float32, or
+    float64 on a float64 module, as the transform needs it.
 
-    More frequencies than the weight has entries are a problem of the plan.
-    Source: Gao et al. 2024, arXiv:2405.03003; PEFT's FourierFTConfig.
+    Args:
+        n_frequency: number of trained entries; default 1000.
+        scaling: factor of the change; default 150.
+        random_loc_seed: seed that draws the places; default 777.
+        init: "random" (default; normal, PEFT's init_weights=False) or "identity" (True: zero).
+
+    Raises:
+        RuleError: a field is out of range. More frequencies than the weight has entries are a problem of the plan.
+
+    Source: Gao et al. 2024, arXiv:2405.03003; PEFT's FourierFTConfig, whose field names and defaults these are.
     """
 
     n_frequency: int = 1000

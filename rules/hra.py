@@ -1,4 +1,4 @@
-"""HRA: the input of a linear map reflected at a few trained hyperplanes, one after the other."""
+"""HRA: reflects the input of a linear map at a few trained hyperplanes, one after the other."""
 
 from __future__ import annotations
 
@@ -26,16 +26,21 @@ class HraRule(Rule):
     >>> model[0].adapters.default.u.shape
     torch.Size([8, 4])
 
-    The product is taken at once, H₁ … H_r = I - U T Uᵀ with U the unit vectors and T⁻¹ = I / 2 + the part of Uᵀ U above
-    the diagonal, so it is a low-rank change, live and merged: of the input of a Linear, transformers' Conv1D or
-    quantised Linear (unmerged), of the weight of a Conv1d/2d/3d, (in/groups · kernel) numbers of each output at a time.
-    `u` is (in, rank) and float32 where the module is in half precision.
+    The product is computed at once: H₁ … H_r = I - U T Uᵀ, with U the unit vectors and T⁻¹ = I / 2 + the part of Uᵀ U
+    above the diagonal. So it is a low-rank change, live and merged. On Linear, transformers' Conv1D and quantised
+    Linear (unmerged) it changes the input. On Conv1d/2d/3d it changes the weight, (in/groups · kernel) numbers of each
+    output at a time. `u` is (in, rank), and float32 on modules in half precision.
 
-    Fields, with PEFT's names: `rank` (r), `apply_GS`: reflect at Gram-Schmidt's orthogonal vectors, I - 2 Q Qᵀ; `init`
-    (init_weights): "identity" (True: vectors come in equal pairs, whose reflections cancel to within rounding; an odd
-    rank, or apply_GS, starts at random, in PEFT as well) or "random" (False).
+    Args:
+        rank: number of reflections; default 8. PEFT: r.
+        apply_GS: reflect at the orthogonal vectors of Gram-Schmidt, I - 2 Q Qᵀ; default False.
+        init: "identity" (default; PEFT's init_weights=True) or "random" (False). With "identity", vectors come in equal
+            pairs, whose reflections cancel up to rounding. An odd rank, or apply_GS, starts at random, as in PEFT.
 
-    Raises `RuleError` for a value out of range. Source: Yuan et al. 2024, arXiv:2405.17484; PEFT's HRAConfig.
+    Raises:
+        RuleError: a field is out of range.
+
+    Source: Yuan et al. 2024, arXiv:2405.17484; PEFT's HRAConfig.
     """
 
     rank: int = 8
@@ -74,7 +79,7 @@ class HraRule(Rule):
 
 
 def factors(u: Tensor, orthogonal: bool) -> tuple[Tensor, Tensor]:
-    """Unit vectors U (in, rank) and the small matrix T of I - U T Uᵀ."""
+    """The unit vectors U (in, rank) and the small matrix T of I - U T Uᵀ."""
     eye = torch.diag_embed(torch.ones_like(u[0]))
     if orthogonal:
         return orthonormal_columns(u), 2 * eye

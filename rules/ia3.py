@@ -1,4 +1,4 @@
-"""(IA)³: one trained number a feature, on what a linear map puts out or takes in."""
+"""(IA)³: one trained factor per feature, on the output or the input of a linear map."""
 
 from __future__ import annotations
 
@@ -28,13 +28,18 @@ class IA3Rule(Rule):
     >>> tuple(model["key"].adapters.default.scale.shape), tuple(model["down"].adapters.default.scale.shape)
     ((6,), (32,))
 
-    Goes on Linear, transformers' Conv1D and Conv1d/2d/3d, and on quantised Linears (unmerged). `scale` is (out), or
-    (in) in feedforward modules; float32 where the module is in half precision.
+    Works on Linear, transformers' Conv1D and Conv1d/2d/3d, and on quantised Linears (unmerged). `scale` is (out), or
+    (in) in feedforward modules, and float32 on modules in half precision.
 
-    Fields: `feedforward` (PEFT's feedforward_modules): which of the targets, by name as in `targets`, or `re:` and a
-    regular expression; `init` (init_ia3_weights): "identity" (True, all ones) or "random" (False, normal).
+    Args:
+        feedforward: which targets scale their input: names as in `targets`, or `re:` and a regular expression; default
+            (): none. PEFT: feedforward_modules.
+        init: "identity" (default; all ones, PEFT's init_ia3_weights=True) or "random" (False: normal).
 
-    Raises `RuleError` for a value out of range. Source: Liu et al. 2022, arXiv:2205.05638; PEFT's IA3Config.
+    Raises:
+        RuleError: a field is out of range.
+
+    Source: Liu et al. 2022, arXiv:2205.05638; PEFT's IA3Config.
     """
 
     feedforward: str | Sequence[str] = ()

@@ -25,16 +25,26 @@ class LohaRule(DeltaRule):
     >>> {name: tuple(p.shape) for name, p in model[0].adapters.default.named_parameters()}
     {'w1_a': (6, 2), 'w1_b': (2, 8), 'w2_a': (6, 2), 'w2_b': (2, 8)}
 
-    Goes on Linear, transformers' Conv1D and Conv1d/2d/3d, and on quantised Linears (unmerged). A convolution's `w1_b`
-    is (rank, in/groups · kernel); with `use_effective_conv2d` its tensors are `t1` (rank, rank, *kernel), `w1_a` (rank,
-    out), `w1_b` (rank, in/groups), and so on. float32 for modules in half precision.
+    Works on Linear, transformers' Conv1D and Conv1d/2d/3d, and on quantised Linears (unmerged). On a convolution,
+    `w1_b` is (rank, in/groups · kernel). Tensors are float32 on modules in half precision.
 
-    Fields, with PEFT's names: `rank` (r), `alpha`, `rank_pattern`, `alpha_pattern`, `use_effective_conv2d`; while
-    training, `rank_dropout` takes out rows of the change (the others grow to keep the mean) and `module_dropout` all of
-    it; `init` (init_weights): "identity" (True, w2_b zero) or "random" (False).
+    Args:
+        rank: inner size of each product; default 8. PEFT: r.
+        alpha: numerator of the scale; default 8.
+        rank_dropout: probability that a row of the change is zero while training; the other rows grow to keep the mean;
+            default 0.
+        module_dropout: probability that the whole change is zero while training; default 0.
+        use_effective_conv2d: on convolutions, factor the kernel, too: `t1` (rank, rank, *kernel), `w1_a` (rank, out)
+            and
+            `w1_b` (rank, in/groups), and the same for the second product; default False.
+        init: "identity" (default; w2_b is zero, PEFT's init_weights=True) or "random" (False).
+        rank_pattern: path suffix or regular expression → rank there; default None.
+        alpha_pattern: path suffix or regular expression → alpha there; default None.
 
-    Raises `RuleError` for a value out of range. Source: Hyeon-Woo et al. 2021 (FedPara), arXiv:2108.06098; LyCORIS;
-    PEFT's LoHaConfig.
+    Raises:
+        RuleError: a field is out of range.
+
+    Source: Hyeon-Woo et al. 2021 (FedPara), arXiv:2108.06098; LyCORIS, arXiv:2309.14859; PEFT's LoHaConfig.
     """
 
     def validate(self) -> None:
@@ -63,7 +73,7 @@ class LohaRule(DeltaRule):
         return _pairs(first[0].t(), second[0].t()).t(), _pairs(first[1], second[1])
 
     def _thin(self, held: Mapping[str, Tensor], number: str) -> tuple[Tensor, Tensor]:
-        """One of the two matrices in factors."""
+        """The two factors of the first or the second matrix."""
         a, b = held[f"w{number}_a"], held[f"w{number}_b"]
         if "t1" not in held:
             return a, b
@@ -71,5 +81,5 @@ class LohaRule(DeltaRule):
 
 
 def _pairs(a: Tensor, b: Tensor) -> Tensor:
-    """The products of each row of one with each of the other."""
+    """The product of every row of `a` with every row of `b`."""
     return (a.unsqueeze(1) * b.unsqueeze(0)).flatten(0, 1)

@@ -1,4 +1,4 @@
-"""LoKr: the Kronecker product of two small matrices, either of them low-rank where that is smaller."""
+"""LoKr: the Kronecker product of two small matrices; each is low-rank where that has fewer numbers."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from surgery.rules._shared import fields
 
 @rule("lokr")
 class LokrRule(DeltaRule):
-    """W + (alpha / rank) · w1 ⊗ w2, with w2 = w2_a w2_b where the rank is below half its size.
+    """W + (alpha / rank) · w1 ⊗ w2, with w2 = w2_a w2_b where the rank is less than half its size.
 
     >>> from torch import nn
     >>> from surgery import apply_rules
@@ -25,18 +25,29 @@ class LokrRule(DeltaRule):
     >>> {name: tuple(p.shape) for name, p in model[0].adapters.default.named_parameters()}
     {'w1': (8, 8), 'w2_a': (16, 2), 'w2_b': (2, 8)}
 
-    Goes on Linear, transformers' Conv1D and Conv1d/2d/3d, and on quantised Linears (unmerged). With out = o · p and
-    in/groups = i · j, o ≤ p and i ≤ j as near to each other as divisors are (or o = i = `decompose_factor` where that
-    divides), w1 is (o, i) and w2 (p, j, *kernel). Where rank < max(p, j) / 2 there are `w2_a` (p, rank) and `w2_b`
-    (rank, j · kernel), or with `use_effective_conv2d` `t2` (rank, rank, *kernel), `w2_a` (rank, p), `w2_b` (rank, j).
-    float32 for modules in half precision.
+    Works on Linear, transformers' Conv1D and Conv1d/2d/3d, and on quantised Linears (unmerged). With out = o · p and
+    in/groups = i · j, w1 is (o, i) and w2 is (p, j, *kernel). o ≤ p and i ≤ j are the divisors nearest to each other,
+    or o = i = `decompose_factor` where that divides. If rank < max(p, j) / 2, w2 is the product of `w2_a` (p, rank) and
+    `w2_b` (rank, j · kernel). Tensors are float32 on modules in half precision.
 
-    Fields, with PEFT's names: `rank` (r), `alpha`, `rank_pattern`, `alpha_pattern`, `use_effective_conv2d`,
-    `decompose_factor`; `decompose_both`: w1 = w1_a w1_b, too, where rank < max(o, i) / 2; while training,
-    `rank_dropout` takes out rows of the change (the others grow, with `rank_dropout_scale`) and `module_dropout` all of
-    it; `init` (init_weights): "identity" (True, w1 zero), "lycoris" (w2 zero instead) or "random" (False).
+    Args:
+        rank: inner size of the low-rank products; default 8. PEFT: r.
+        alpha: numerator of the scale; default 8.
+        rank_dropout: probability that a row of the change is zero while training; default 0.
+        module_dropout: probability that the whole change is zero while training; default 0.
+        use_effective_conv2d: on convolutions, factor the kernel, too: `t2` (rank, rank, *kernel), `w2_a` (rank, p),
+            `w2_b` (rank, j); default False.
+        init: "identity" (default; w1 is zero, PEFT's init_weights=True), "lycoris" (w2 is zero) or "random" (False).
+        rank_pattern: path suffix or regular expression → rank there; default None.
+        alpha_pattern: path suffix or regular expression → alpha there; default None.
+        decompose_both: w1 = w1_a w1_b, too, where rank < max(o, i) / 2; default False.
+        decompose_factor: o and i, where this number divides; default -1: the nearest divisors.
+        rank_dropout_scale: with `rank_dropout`, the other rows grow to keep the mean; default False.
 
-    Raises `RuleError` for a value out of range. Source: Yeh et al. 2023 (LyCORIS), arXiv:2309.14859; PEFT's LoKrConfig.
+    Raises:
+        RuleError: a field is out of range.
+
+    Source: Yeh et al. 2023 (LyCORIS), arXiv:2309.14859; PEFT's LoKrConfig.
     """
 
     decompose_both: bool = False
@@ -86,14 +97,16 @@ class LokrRule(DeltaRule):
 
 
 def _thin(matrix: Tensor) -> tuple[Tensor, Tensor]:
-    """A matrix as a product of itself and ones, of the smaller of its sizes."""
+    """The matrix as a product of itself and an identity matrix, which has the smaller of its sizes."""
     one = torch.eye(min(matrix.shape), dtype=matrix.dtype, device=matrix.device)
     return (matrix, one) if matrix.shape[1] <= matrix.shape[0] else (one, matrix)
 
 
 def factors(features: int, factor: int) -> tuple[int, int]:
-    """Two divisors, the smaller first: `factor` and its partner where it divides, else the nearest to each other whose
-    smaller is at most `factor` (-1: any)."""
+    """Two divisors, the smaller first: `factor` and its partner if it divides.
+
+    Otherwise the pair nearest to each other whose smaller divisor is at most `factor` (-1: any).
+    """
     if factor > 0 and features % factor == 0:
         return factor, features // factor
     small = next(

@@ -20,7 +20,7 @@ from surgery.rules.slots.low_rank import low_rank_tensors
 
 @rule("lora")
 class LoraRule(LowRankMethod):
-    """y = W x + (alpha / rank) · B A x, with A and B trained and W kept.
+    """y = W x + (alpha / rank) · B A x: a trained low-rank change of a linear map; W is kept.
 
     >>> from torch import nn
     >>> from surgery import apply_rules
@@ -30,23 +30,35 @@ class LoraRule(LowRankMethod):
     >>> tuple(model["query"].adapters.default.A.shape), tuple(model["query"].adapters.default.B.shape)
     ((8, 32), (32, 8))
 
-    Goes on Linear, Embedding, Conv1d/2d/3d, transformers' Conv1D and MultiheadAttention (its q, k, v and output
-    maps), on their subclasses, and on quantised Linears. The shapes of A and B are PEFT's: (rank, in) and
-    (out, rank); a convolution's are (rank, in/groups, *kernel) and (out, rank/groups, 1, …) (with groups, PEFT's A
-    looks at all channels and can't be merged; ours can). They are on the
-    module's device, in `dtype`, else the module's, else float32 where that is half precision or packed.
+    Works on Linear, Embedding, Conv1d/2d/3d, transformers' Conv1D and MultiheadAttention (its q, k, v and output maps),
+    on their subclasses, and on quantised Linears. A is (rank, in) and B is (out, rank), as in PEFT. On a convolution
+    they are (rank, in/groups, *kernel) and (out, rank/groups, 1, …). (With groups, PEFT's A reads all channels and
+    can't be merged; this A can.) Tensors are made on the module's device.
 
-    Fields, with PEFT's names: `rank` (r), `alpha` (lora_alpha); `dropout` (lora_dropout, on the branch's input;
-    an Embedding's indices take none); `bias` "none", "all" (every bias of the model is trained) or "lora_only"
-    (the targets'); `lora_bias` (a bias on B); `rslora` (use_rslora: alpha / sqrt(rank)); `dora` (use_dora);
-    `init` (init_lora_weights): "kaiming" (True), "gaussian", "orthogonal", "pissa", "pissa_niter_N", "olora", "mica"
-    (B holds the weight's least directions and is not trained), or "random" (False: B is not zero);
-    `rank_pattern`, `alpha_pattern`: path suffix or regular expression → value; `max_rank`: A and B have room for
-    this rank, zero beyond the rule's own, for `hotswap` to use.
-    Defaults are PEFT's. PiSSA and OLoRA change the base's weight at the start; `remove` gives its bits back.
+    Args:
+        rank: rows of A, columns of B; default 8. PEFT: r.
+        alpha: numerator of the scale; default 8. PEFT: lora_alpha.
+        dropout: probability of dropout on the branch's input while training; default 0. An Embedding's indices have no
+            dropout. PEFT: lora_dropout.
+        bias: which biases are trained too: "none" (default), "all" of the model's, or "lora_only" (the targets').
+        lora_bias: whether B has a trained bias; default False.
+        rslora: scale by alpha / sqrt(rank); default False. PEFT: use_rslora.
+        dora: train the norm of each output feature apart from its direction; default False. PEFT: use_dora.
+        init: how A and B start. PEFT: init_lora_weights. "kaiming" (default; PEFT's True), "gaussian", "orthogonal",
+            "pissa", "pissa_niter_N", "olora", "mica" (B holds the weight's least directions and is not trained), or
+            "random" (PEFT's False: B is not zero). "pissa" and "olora" change the base's weight at the start; `remove`
+            restores its bits.
+        rank_pattern: path suffix or regular expression → rank there; default None.
+        alpha_pattern: path suffix or regular expression → alpha there; default None.
+        max_rank: A and B have room for this rank, filled with zeros beyond the rule's own, for a later `hotswap`;
+            default None, no extra room.
+        dtype: dtype of the tensors. Default None: the module's dtype, or float32 if that is half precision or packed.
 
-    Raises `RuleError` for a value out of range; a module that can't take the rule is a problem of the plan.
-    Sources: Hu et al. 2021, arXiv:2106.09685; rsLoRA arXiv:2312.03732; DoRA arXiv:2402.09353; PEFT's LoraConfig.
+    Raises:
+        RuleError: a field is out of range. A module that can't take the rule is a problem of the plan.
+
+    Sources: Hu et al. 2021, arXiv:2106.09685; rsLoRA arXiv:2312.03732; DoRA arXiv:2402.09353; PEFT's LoraConfig, whose
+    defaults these are.
     """
 
     rank: int = 8

@@ -1,4 +1,4 @@
-"""MiSS: one small matrix, added to every piece of a weight."""
+"""MiSS: one small matrix that multiplies every piece of the input."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from surgery.rules.slots.low_rank import LowRankSlottable
 
 @rule("miss")
 class MissRule(LowRankSlottable):
-    """y = W x + Dᵀ (x₁ + x₂ + …): the input is cut into pieces of `rank` numbers, which meet one trained matrix D.
+    """y = W x + Dᵀ (x₁ + x₂ + …): x is cut into pieces x₁, x₂, … of `rank` numbers, and D is one trained matrix.
 
     >>> from torch import nn
     >>> from surgery import apply_rules
@@ -27,15 +27,23 @@ class MissRule(LowRankSlottable):
     >>> model[0].adapters.default.block.shape
     torch.Size([4, 6])
 
-    Goes on Linear, transformers' Conv1D and quantised Linears (unmerged). `block` is (rank, out) in `variant` "miss";
-    (rank, mini_r) in "mini", where it serves out / mini_r times; in "bat" (out / rank, rank, rank), where each
-    (rank, rank) of the weight becomes W + W D + D. float32 where the module is in half precision.
+    Works on Linear, transformers' Conv1D and quantised Linears (unmerged). `block` is float32 on modules in half
+    precision.
 
-    Fields, with PEFT's names: `rank` (r), `mini_r`, `dropout` (miss_dropout, on the branch's input; "bat" has none);
-    `variant` (init_weights: True is "miss", "mini" and "bat" are the same); `init`: "identity", or "random"
-    (init_weights=False).
+    Args:
+        rank: size of a piece; default 64. PEFT: r.
+        mini_r: columns of `block` in "mini"; default 1.
+        dropout: probability of dropout on the branch's input while training; default 0. "bat" has no branch.
+            PEFT: miss_dropout.
+        variant: "miss" (default): `block` is (rank, out). "mini": `block` is (rank, mini_r) and is repeated out /
+            mini_r times. "bat": `block` is (out / rank, rank, rank), and each (rank, rank) of the weight becomes W + W
+            D + D. PEFT: init_weights (True is "miss").
+        init: "identity" (default) or "random" (PEFT's init_weights=False).
 
-    Raises `RuleError` for a value out of range. Source: Kang & Yin 2024, arXiv:2409.15371; PEFT's MissConfig.
+    Raises:
+        RuleError: a field is out of range.
+
+    Source: Kang & Yin 2024, arXiv:2409.15371; PEFT's MissConfig.
     """
 
     rank: int = 64

@@ -1,4 +1,4 @@
-"""Multitask prompt tuning: one prompt for all tasks, scaled elementwise by a low-rank matrix of each."""
+"""Multitask prompt tuning: one prompt for all tasks, scaled elementwise by a low-rank matrix per task."""
 
 from __future__ import annotations
 
@@ -32,12 +32,22 @@ class MultitaskPromptRule(PromptRule):
     >>> with task_of([2, 0]):  # of the first row, and of the second
     ...     output = model(torch.tensor([[1, 2, 3], [4, 5, 6]]))
 
-    As PromptRule, with `tasks` (PEFT's num_tasks), `ranks` (num_ranks) and `task`: the one where a call names none. A
-    call names its tasks by `task_ids`, (batch), where the model hands further keywords on to its inner modules (such
-    as a Trainer's batch), and everywhere, `generate` included, by `task_of`. Tensors beside `prompt`: `columns`
-    (tasks, length, ranks) and `rows` (tasks, ranks, features), PEFT's prefix_task_cols and prefix_task_rows.
+    A call names its tasks by `task_ids` (batch), where the model passes further keywords to its inner modules, as with
+    a Trainer's batch. `task_of` names them everywhere, `generate` included. Tensors beside `prompt`: `columns` (tasks,
+    length, ranks) and `rows` (tasks, ranks, features), PEFT's prefix_task_cols and prefix_task_rows.
 
-    Raises `SiteError` for a call without a task. Source: Wang et al. 2023, arXiv:2303.02861.
+    Args:
+        tasks: number of tasks; default 1. PEFT: num_tasks.
+        ranks: rank of each task's matrix; default 1. PEFT: num_ranks.
+        task: the task of calls that name none; default None.
+
+    The other fields are PromptRule's; `encoder` must be None.
+
+    Raises:
+        RuleError: a field is out of range.
+        SiteError: a call names no task and `task` is None.
+
+    Source: Wang et al. 2023, arXiv:2303.02861; PEFT's MultitaskPromptTuningConfig.
     """
 
     tasks: int = 1
@@ -82,11 +92,14 @@ class MultitaskPromptRule(PromptRule):
 
 @contextmanager
 def task_of(ids: int | list[int] | Tensor) -> Iterator[None]:
-    """Calls in this context are of this task, or of these, one a row: for rules that have tasks.
+    """Set the task of all calls in the context, for rules that have tasks.
 
     >>> from surgery.rules import task_of
     >>> with task_of(1):
     ...     pass  # model.generate(…)
+
+    Args:
+        ids: one task for all rows, or a list or tensor (batch) with one task per row.
     """
     token = _now.set(ids)
     try:
@@ -96,7 +109,7 @@ def task_of(ids: int | list[int] | Tensor) -> Iterator[None]:
 
 
 def scaled(prompt: Tensor, columns: Tensor, rows: Tensor, given: Any, task: int | None) -> Tensor:
-    """The prompt of each row's task: (rows or 1, length, features)."""
+    """The prompt for each row's task, (rows or 1, length, features)."""
     ids = (given or {}).get("task_ids")
     ids = _now.get() if ids is None else ids
     ids = task if ids is None else ids

@@ -1,4 +1,4 @@
-"""Training of normalisation layers alone, per adapter. PEFT's LN tuning."""
+"""Training of normalisation layers alone, per adapter: PEFT's LN tuning."""
 
 from __future__ import annotations
 
@@ -32,8 +32,13 @@ class NormRule(Rule):
     >>> [name for name, p in model.named_parameters() if p.requires_grad]
     ['1.adapters.default.weight', '1.adapters.default.bias']
 
-    A normalisation layer is one whose class has `Norm` in its name and that owns parameters. A BatchNorm's running
-    statistics are the adapter's own, so training leaves the base's alone. dtypes and shapes are the base's.
+    A normalisation layer owns parameters, and its class has `Norm` in its name. The adapter has its own running
+    statistics of a BatchNorm, so training does not move the base's. Copies have the dtypes and shapes of the base's
+    tensors.
+
+    Args:
+        targets: modules to train; default all normalisation layers.
+
     Source: Zhao et al. 2023, arXiv:2312.11420; PEFT's LNTuningConfig.
     """
 

@@ -1,4 +1,4 @@
-"""OFT: the input of a linear map turned block by block by trained rotations."""
+"""OFT: trained rotations turn the input of a linear map block by block."""
 
 from __future__ import annotations
 
@@ -26,18 +26,29 @@ class OftRule(Rule):
     >>> model[0].adapters.default.R.shape  # of two blocks, what stands above the diagonal
     torch.Size([2, 6])
 
-    R = (I - Q) (I + Q)⁻¹; with `use_cayley_neumann` (as by default) its series, I + 2 Q + 2 Q² + … + Qⁿ, which is a
-    rotation as long as Q is small. On a Linear, transformers' Conv1D or a quantised Linear (unmerged) the input is
-    turned; a convolution's weight is turned, (in/groups · kernel) numbers of each output channel at a time. `R` is
-    (blocks, block_size · (block_size - 1) / 2), and float32 where the module is in half precision.
+    R = (I - Q) (I + Q)⁻¹, or with `use_cayley_neumann` its series I + 2 Q + 2 Q² + … + Qⁿ, which is a rotation while Q
+    is small. On Linear, transformers' Conv1D and quantised Linear (unmerged) the input is rotated. On a convolution the
+    weight is rotated, (in/groups · kernel) numbers of each output channel at a time. `R` is (blocks, block_size ·
+    (block_size - 1) / 2), and float32 on modules in half precision. PEFT's module_dropout has no effect in PEFT, so it
+    is not a field here.
 
-    Fields, with PEFT's names: `block_size` (oft_block_size) or `blocks` (r), the other 0; `block_share`: one block for
-    all; `coft` and `eps`: Q is held within eps / √rows of zero (PEFT writes the projected Q back into the parameter;
-    here the parameter stays where the optimiser put it); `use_cayley_neumann`, `num_cayley_neumann_terms`; `init`
-    (init_weights): "identity" (True) or "random" (False). PEFT's module_dropout does nothing there, and is left out.
+    Args:
+        block_size: rows of a block; default 32. PEFT: oft_block_size.
+        blocks: number of blocks; default 0. Set one of `block_size` and `blocks`, and the other to 0. PEFT: r.
+        block_share: one block for all places; default False.
+        coft: keep Q within eps / √rows of zero; default False. PEFT writes the projected Q back into the parameter;
+            here
+            the parameter keeps the optimizer's value.
+        eps: bound of `coft`; default 6e-5.
+        use_cayley_neumann: use the series instead of the inverse; default True.
+        num_cayley_neumann_terms: terms of the series, at most 100; default 5.
+        init: "identity" (default; PEFT's init_weights=True) or "random" (False).
 
-    Raises `RuleError` for a value out of range; a block size that does not divide is a problem of the plan (PEFT takes
-    another size). Source: Qiu et al. 2023, arXiv:2306.07280, and 2025 (OFTv2), arXiv:2506.19847; PEFT's OFTConfig.
+    Raises:
+        RuleError: a field is out of range. A block size that does not divide is a problem of the plan (PEFT takes
+            another size).
+
+    Source: Qiu et al. 2023, arXiv:2306.07280, and 2025 (OFTv2), arXiv:2506.19847; PEFT's OFTConfig.
     """
 
     block_size: int = 32
@@ -89,7 +100,7 @@ class OftRule(Rule):
         )
 
     def _rotation(self, R: Tensor, index: Tensor, blocks: int, apply: Any = None) -> Tensor:
-        """(blocks, size, size), for rows x of a block: x R. `apply`: calls a function of values in a graph."""
+        """(blocks, size, size), for rows x of a block: x R. `apply` calls a function on values of a graph."""
         if self.coft:
             norm = (R * R).sum(-1, keepdim=True).mul(2).sqrt()  # of Q, where each number stands twice
             most = self.eps / math.sqrt(blocks)
@@ -108,5 +119,5 @@ class OftRule(Rule):
 
 
 def _turned(rows: Tensor, back: bool, rotation: Tensor) -> Tensor:
-    """Each row (…, in) block by block: x R, or w Rᵀ."""
+    """Multiplies each row (…, in) block by block: x R, or w Rᵀ."""
     return maps.by_block(rows, rotation.transpose(-1, -2) if back else rotation)

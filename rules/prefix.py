@@ -1,4 +1,4 @@
-"""Prefixes: trained keys and values that every query attends to, before those of the text."""
+"""Prefixes: trained keys and values before the text's, to which every query attends."""
 
 from __future__ import annotations
 
@@ -36,26 +36,38 @@ class PrefixRule(Rule):
     >>> model.layers[0].self_attn.adapters.default.key.shape
     torch.Size([2, 5, 4])
 
-    Goes on attention modules that take their attention function from a registry, as transformers' do (sdpa, eager),
-    that call scaled_dot_product_attention, or that write softmax(q kᵀ) v out; without targets, on every self-attention:
-    where the keys come from the same input as the queries. Cross-attentions are named in `targets`. Needs
-    `example_inputs`: a call shows the keys' shape.
+    Works on attention modules that take their attention function from a registry, as transformers' do (sdpa, eager),
+    that call scaled_dot_product_attention, or that write out softmax(q kᵀ) v. Needs `example_inputs`: a call shows the
+    keys' shape.
 
-    Fields: `length` (PEFT's num_virtual_tokens); `projection`: the width of an MLP that makes keys and values (PEFT's
-    prefix_projection, encoder_hidden_size), taken out by `folded_adapter`; `init` "random" (normal, deviation 0.02; an
-    MLP as torch's layers) or "zero"; a text: `fit_prefix`; `gate`: the prefix
-    has a softmax of its own, and what it gives is added times tanh of one trained number a head, zero at the start
-    (LLaMA-Adapter; PEFT's AdaptionPromptConfig). Tensors: `key`, `value` (key heads, length, size), `gate` (heads); for
-    an MLP `embedding`, `inner`, `inner_bias`, `outer`, `outer_bias`.
+    The mask gets columns that every query sees; a causal attention without a mask gets its mask as a tensor. Where
+    attention is written out, the prefix's scores are computed beside the text's, under one softmax. The prefix has no
+    positions: positions stay the text's, and no rotation is applied to the prefix. Caches contain the text alone.
 
-    The mask is widened by columns that every query sees; a causal attention without a mask gets its mask written out.
-    Where attention is written out, the prefix's scores stand beside the text's under one softmax.
-    Positions stay those of the text: prefixes have none, and a rotation is not applied to them. `shift`: the path of an
-    nn.Embedding of positions, which is given them `length` later, as with PEFT's prefixes. Caches hold the text alone.
-    There is no merged form: a prefix is no change of a weight.
+    Tensors: `key` and `value` (key heads, length, size); `gate` (heads) with `gate`; with `projection` instead of keys
+    and values `embedding`, `inner`, `inner_bias`, `outer`, `outer_bias`. The rule can't be merged: a prefix is not a
+    change of a weight.
 
-    Raises `SiteError` without an example, or for a module that is no such attention; when called, for masks that are
-    no tensors (flex attention). Sources: Li & Liang 2021, arXiv:2101.00190; Zhang et al. 2023, arXiv:2303.16199.
+    Args:
+        targets: attention modules; default every self-attention, where keys come from the same input as queries.
+            Cross-attentions must be named.
+        length: number of keys; default 20. PEFT: num_virtual_tokens.
+        projection: width of an MLP that computes keys and values; default None, no MLP. `folded_adapter` replaces it by
+            its output. PEFT: prefix_projection, encoder_hidden_size.
+        init: "random" (default; normal with deviation 0.02, an MLP as torch's layers) or "zero". `fit_prefix` starts a
+            prefix as a text.
+        gate: the prefix has a softmax of its own, and its result is added times tanh of one trained number per head,
+            zero at the start (LLaMA-Adapter); default False. PEFT: AdaptionPromptConfig.
+        shift: path of an nn.Embedding of positions, to which positions are given `length` later, as with PEFT's
+            prefixes; default None.
+
+    Raises:
+        RuleError: a field is out of range.
+        SiteError: there is no example, or the module is not such an attention. In a call: the mask is not a tensor
+            (flex
+            attention).
+
+    Sources: Li & Liang 2021, arXiv:2101.00190; Zhang et al. 2023, arXiv:2303.16199; PEFT's PrefixTuningConfig.
     """
 
     targets: Targets = field(default=EVERYWHERE, kw_only=False)
@@ -159,7 +171,7 @@ class PrefixRule(Rule):
         return combining.averaged(self, shares, how)
 
     def _seen(self, site: Site) -> tuple[Tensor, Tensor, Tensor] | None:
-        """Queries, keys, values of the example, (batch, heads, positions, size); None: pass a cross-attention over."""
+        """Queries, keys and values of the example, (batch, heads, positions, size); None to skip a cross-attention."""
         example = site.needed_example("a call shows which shape an attention's keys have")
         with torch.enable_grad():
             args, kwargs, hidden = differentiable(*example)

@@ -1,4 +1,4 @@
-"""Prompts: trained virtual tokens before a text's own. Prompt tuning and p-tuning."""
+"""Prompts: trained virtual tokens before a text's own tokens. Prompt tuning and p-tuning."""
 
 from __future__ import annotations
 
@@ -33,24 +33,38 @@ class PromptRule(Rule):
     >>> model.model.adapters.default.prompt.shape, model(torch.tensor([[1, 2, 3]])).logits.shape
     (torch.Size([5, 16]), torch.Size([1, 3, 30]))
 
-    Goes on the innermost module that takes `input_ids` or `inputs_embeds` with an `attention_mask`, found in what the
-    targets name, and without targets in the model; of an encoder-decoder on the encoder. Masks, positions and token
-    types are made longer; what the module returns is as long as the text, so labels, heads and `generate` need no
-    care. Padding on the left stays first, so that a row of a batch has the numbers of the row alone. A cache holds the
-    virtual tokens once. On another module that is named, they go into its output, which
-    stays longer (VPT-shallow on a vision model's embeddings).
+    Works on the innermost module that takes `input_ids` or `inputs_embeds` with an `attention_mask`: in the targets, or
+    without targets in the model; in an encoder-decoder, in the encoder. Masks, positions and token types become longer.
+    The module's output is as long as the text, so labels, heads and `generate` work unchanged. Padding on the left
+    stays first, so a row of a batch has the same numbers as the row alone. A cache contains the virtual tokens once. On
+    any other named module, virtual tokens are inserted into the output, which stays longer (VPT-shallow on a vision
+    model's embeddings).
 
-    Fields: `length` (PEFT's num_virtual_tokens); `init` (prompt_tuning_init): "random", normal with deviation 1,
-    "vocab", rows of the embedding, or "text", those of `text_ids`, repeated or cut; `after`: how many of the text's
-    tokens stay before the virtual ones, by default 1 where the module pools its first token, else 0; `whole`: what
-    is around that module sees the virtual tokens, too, as PEFT's classifiers do: outputs keep their positions, and a
-    head that looks for padding in token ids is given none and takes the last position; `encoder`
-    (encoder_reparameterization_type) "mlp" or "lstm", `encoder_size` (encoder_hidden_size), `encoder_layers` and
-    `encoder_dropout` (of an lstm): P is that network's output (p-tuning), until `fold_prompts`. Tensors: `prompt`
-    (length, features), and the encoder's. There is no merged form: tokens are no change of a weight.
+    Tensors: `prompt` (length, features), and the encoder's. The rule can't be merged: virtual tokens are not a change
+    of a weight.
 
-    Raises `SiteError` where a call can't be made longer right, such as with masks that are prepared outside.
-    Sources: Lester et al. 2021, arXiv:2104.08691; Liu et al. 2021, arXiv:2103.10385; Jia et al. 2022, arXiv:2203.12119.
+    Args:
+        targets: modules to search; default the model itself.
+        length: number of virtual tokens; default 20. PEFT: num_virtual_tokens.
+        init: "random" (default; normal with deviation 1), "vocab" (rows of the embedding) or "text" (the rows of
+            `text_ids`, repeated or cut). PEFT: prompt_tuning_init.
+        text_ids: token ids for init="text"; default (). PEFT: prompt_tuning_init_text.
+        after: how many of the text's tokens stay before the virtual tokens; default None: 1 where the module pools its
+            first token, otherwise 0.
+        encoder: "mlp" or "lstm": P is the output of this network (p-tuning), until `fold_prompts`; default None.
+            PEFT: encoder_reparameterization_type.
+        encoder_size: hidden features of the encoder; default None: the embeddings' width. PEFT: encoder_hidden_size.
+        encoder_layers: layers of an LSTM; default 2. PEFT: encoder_num_layers.
+        encoder_dropout: dropout of an LSTM; default 0. PEFT: encoder_dropout.
+        whole: the code around the module sees the virtual tokens, too, as PEFT's classifiers do; default False. Outputs
+            keep their positions. A head that looks for padding in token ids gets no ids and takes the last position.
+
+    Raises:
+        RuleError: a field is out of range.
+        SiteError: a call can't take more tokens correctly, such as one whose mask was prepared outside.
+
+    Sources: Lester et al. 2021, arXiv:2104.08691; Liu et al. 2021, arXiv:2103.10385; Jia et al. 2022, arXiv:2203.12119;
+    PEFT's PromptTuningConfig and PromptEncoderConfig.
     """
 
     targets: Targets = field(default=THE_MODEL, kw_only=False)

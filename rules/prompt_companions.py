@@ -1,4 +1,4 @@
-"""What a model needs around the module that virtual tokens go into."""
+"""Rules for the modules around the one that virtual tokens are inserted into."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ THE_MODEL = ""  # the path of the model itself
 
 @rule("prompt-memory")
 class PromptMemoryRule(Rule):
-    """A decoder's mask of its encoder's states, with columns for `length` virtual tokens. Comes with a PromptRule.
+    """A decoder's mask of its encoder's states, with columns for `length` virtual tokens. Companion of PromptRule.
 
-    The mask is left alone where it is as wide as the states are long.
+    A mask that is as wide as the states are long stays unchanged.
     """
 
     targets: Targets = field(default=THE_MODEL, kw_only=False)
@@ -53,7 +53,7 @@ class PromptMemoryRule(Rule):
 
 @rule("prompt-hidden-ids")
 class HiddenIdsRule(Rule):
-    """A model that is given its text's embeddings for the ids, so that its head sees none. Comes with a PromptRule."""
+    """A model receives its text's embeddings instead of ids, so its head sees no ids. Companion of PromptRule."""
 
     targets: Targets = field(default=THE_MODEL, kw_only=False)
     scalable = False
@@ -71,5 +71,5 @@ class HiddenIdsRule(Rule):
 
 
 def embedded(module: Any, ids: Tensor | None, embeds: Tensor | None) -> tuple[None, Tensor | None]:
-    """A text without its ids."""
+    """No ids, and the embeddings of a text."""
     return None, embeds if ids is None else module.get_input_embeddings()(ids)

@@ -1,4 +1,4 @@
-"""RandLoRA: a full-rank ΔW as a sum of random low-rank bases, of which only the scales are trained."""
+"""RandLoRA: a full-rank ΔW as a sum of random low-rank bases; only their scales are trained."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from surgery.rules.slots.low_rank import LowRankSlottable
 
 @rule("randlora")
 class RandLoraRule(LowRankSlottable):
-    """y = W x + (alpha / rank) · Σ B_i Λ_i A Γ_i x over n random bases of this rank, n enough for full rank.
+    """y = W x + (alpha / rank) · Σ B_i Λ_i A Γ_i x over n random bases of this rank; n is large enough for full rank.
 
     >>> from torch import nn
     >>> from surgery import apply_rules
@@ -25,15 +25,25 @@ class RandLoraRule(LowRankSlottable):
     >>> {name: tuple(tensor.shape) for name, tensor in model[0].adapters.default.tensors().items()}
     {'lambda_': (4, 4), 'gamma': (4, 16), 'A': (4, 1, 16), 'B': (32, 4, 4)}
 
-    Goes on Linear, transformers' Conv1D and quantised Linears (unmerged). With small and large the smaller and the
-    larger of in and out, n = ceil(small / rank): `lambda_` (rank, n) and `gamma` (n, small) are trained; the bases
-    `A` (rank, 1, small) and `B` (large, n, rank) are random, frozen, and the site's own: B is as large as the weight.
-    They are drawn from `projection_prng_key`, alike for sites of one size. (PEFT draws one pair for the whole model
-    and gives each site a part of it.) They are saved with the adapter, as by PEFT's save_projection=True.
+    Works on Linear, transformers' Conv1D and quantised Linears (unmerged). Let small and large be the smaller and the
+    larger of in and out, and n = ceil(small / rank). `lambda_` (rank, n) and `gamma` (n, small) are trained. The bases
+    `A` (rank, 1, small) and `B` (large, n, rank) are random and frozen. Each site has its own: B is as large as the
+    weight. Sites of one size have equal bases. (PEFT draws one pair for the whole model and gives each site a part of
+    it.) The bases are saved with the adapter, as with PEFT's save_projection=True. λ starts at zero: the output is
+    unchanged.
 
-    `rank` (r), `alpha` (randlora_alpha), `dropout` (randlora_dropout), `projection_prng_key`, `sparse`,
-    `very_sparse` (bases of −1, 0 and 1, a third or 1 / √small of them not zero): PEFT's, with its defaults.
-    λ starts at zero: the output is unchanged. Source: Albert et al. 2025, arXiv:2502.00987; PEFT's RandLoraConfig.
+    Args:
+        rank: rank of a basis; default 32. PEFT: r.
+        alpha: numerator of the scale; default 640. PEFT: randlora_alpha.
+        dropout: probability of dropout on the branch's input while training; default 0. PEFT: randlora_dropout.
+        projection_prng_key: seed that draws the bases; default 0.
+        sparse: bases of −1, 0 and 1, a third of them not zero; default False.
+        very_sparse: bases of −1, 0 and 1, the part 1 / √small of them not zero; default False.
+
+    Raises:
+        RuleError: a field is out of range.
+
+    Source: Albert et al. 2025, arXiv:2502.00987; PEFT's RandLoraConfig, whose defaults these are.
     """
 
     rank: int = 32
@@ -96,6 +106,6 @@ class RandLoraRule(LowRankSlottable):
 
 
 def _factors(rows: Tensor, columns: Tensor, A: Tensor, B: Tensor, narrow: bool) -> tuple[Tensor, Tensor]:
-    """What maps down and up: (n · rank, in) and (out, n · rank); `narrow`: whether in is the smaller size."""
+    """The factors down (n · rank, in) and up (out, n · rank); `narrow`: whether in is the smaller size."""
     small, large = (rows.unsqueeze(-1) * A * columns).flatten(0, 1), B.flatten(1)
     return (small, large) if narrow else (large.t(), small.t())

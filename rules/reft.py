@@ -26,15 +26,25 @@ class ReftRule(Rule):
     >>> {name: tuple(tensor.shape) for name, tensor in model[0].adapters.default.tensors().items()}
     {'R': (2, 16), 'W': (2, 16), 'b': (2,)}
 
-    Goes on any module that returns a hidden state, (…, length, features), alone or first in a tuple or ModelOutput.
-    `rank`: rows of R; `positions`: "all", or as pyreft writes it "f7+l7", the first and last seven of a call (padding
-    counts; a call of a single position, such as a step of decoding, is left alone); `dropout`: on the edit, while
-    training; `features`: the hidden state's size, where the module does not say it. R is orthonormalised at each
-    call, so training moves it within the orthonormal ones: an `R` that is orthonormal stands for itself. R
-    starts orthogonal, W and b as torch's Linear: the output is changed from the start. Tensors are made as LoRA's.
+    Works on any module that returns a hidden state (…, length, features), alone or first in a tuple or ModelOutput. R
+    is orthonormalised at each call, so training moves it within the orthonormal matrices; an orthonormal `R` stays as
+    it is. R starts orthogonal, W and b start as torch's Linear: the output changes from the start. Tensors have the
+    dtype and device of LoRA's. The rule can't be merged.
 
-    A module that does not tell its features, or fewer of them than `rank`, is a problem of the plan.
-    Source: Wu et al. 2024, arXiv:2404.03592 (R is their rotate_layer, W and b their learned_source). PEFT has none.
+    Args:
+        rank: rows of R; default 4.
+        positions: "all" (default), or as pyreft writes it "f7+l7": the first and last seven of a call. Padding counts.
+            A
+            call with one position, such as a step of decoding, is left unchanged.
+        dropout: probability of dropout on the edit while training; default 0.
+        features: the hidden state's size; default None: read from the module.
+
+    Raises:
+        RuleError: a field is out of range. A module whose features are unknown, or fewer than `rank`, is a problem of
+            the plan.
+
+    Source: Wu et al. 2024, arXiv:2404.03592 (R is their rotate_layer, W and b their learned_source). PEFT does not have
+    it.
     """
 
     rank: int = 4
@@ -94,7 +104,7 @@ class ReftRule(Rule):
 
 @rule("reft-slot")
 class ReftSlotRule(Rule):
-    """h + Rᵀ (W h + b − R h), with R as it is given: what ReftRule becomes in a slot, of any rank.
+    """h + Rᵀ (W h + b − R h), with R used as it is: ReftRule's form in a slot, for any rank.
 
     >>> from torch import nn
     >>> from surgery.rules.reft import ReftSlotRule
@@ -103,7 +113,7 @@ class ReftSlotRule(Rule):
     >>> {name: tuple(tensor.shape) for name, tensor in model[0].adapters.default.tensors().items()}
     {'R': (2, 3), 'W': (2, 3), 'b': (2,)}
 
-    All start at zero, which changes nothing. Fields and dtypes are ReftRule's.
+    All tensors start at zero, which changes nothing. Fields and dtypes are ReftRule's.
     """
 
     positions: str = "all"

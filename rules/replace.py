@@ -1,4 +1,4 @@
-"""Another module's computation in a module's place: a GELU for a ReLU, an RMSNorm for a LayerNorm."""
+"""Another module's computation instead of a module's own: a GELU for a ReLU, an RMSNorm for a LayerNorm."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from surgery.rules._shared.arguments import Arguments, arguments_for
 
 @rule("replace")
 class ReplaceRule(Rule):
-    """The module's output is what another module makes of its input.
+    """Replaces a module's output by the output of another module.
 
     >>> import torch
     >>> from torch import nn
@@ -27,20 +27,28 @@ class ReplaceRule(Rule):
     >>> model[1](torch.tensor([-1.0, 1.0])), type(model[1]).__name__
     (tensor([-0.5000,  1.0000]), 'ReLU')
 
-    `by`: the qualified name of an nn.Module class (or the class), made with `kwargs`: plain data. Or a module, whose
-    tensors are copied, a function that makes one, or a class that no name leads to; such a rule can't be written.
-    `inherit`: tensors start as those of the module that has the same name and shape. The other module's tensors are
-    the adapter's, with `_` for a dot, in the dtype of LoRA's. `trainable`: whether its parameters train; None, the
-    default, keeps the `requires_grad` that each of them has.
+    The other module's tensors belong to the adapter, with `_` for a dot in their names, and have the dtype of LoRA's.
+    The other module receives the site's first argument first. Further arguments go to parameters of the same name, or
+    by position to parameters without a default. Arguments without a matching parameter are not passed. The rule can't
+    be merged.
 
-    The other module gets the first argument first, and others where its forward has parameters of their names or, for
-    those that have no default, by position; `inputs` says otherwise: its parameter → the replaced module's (None: its
-    own default). Arguments that it has no parameter for, it does not get.
+    Args:
+        by: qualified name of an nn.Module class, or the class. Or a module, whose tensors are copied; a function that
+            returns a module; or a class that has no importable name: such a rule can't be saved.
+        kwargs: plain data, the arguments that make the class; default None.
+        inherit: tensors start as the site's tensors of the same name and shape; default False.
+        trainable: whether the parameters train; default None: each keeps its `requires_grad`.
+        opaque: default None: record the other module's operations where its forward is straight-line code, and
+            otherwise
+            call the module itself at run time (branches, loops, several outputs, buffers that it writes). True: always
+            call the module. False: never; a `TraceError` names the line that can't be recorded.
+        inputs: parameter of the other module → argument of the site (None: the parameter's default); default None.
 
-    `opaque`: None, the default, records the other module's operations where its forward is straight-line code, and
-    calls it as itself at run time elsewhere, whatever it does: branches, loops, several outputs, buffers that it
-    writes. True: always as itself. False: never, a `TraceError` names the line that can't be recorded. Refused: a
-    forward that sets attributes on its module, which are remembered nowhere; register buffers.
+    Raises:
+        RuleError: a field is out of range, or `kwargs` do not fit the class.
+        SiteError: an argument is ambiguous, or a needed one is missing.
+        TraceError: with `opaque=False`, a line that can't be recorded. Always: a forward that sets attributes on its
+            module, which would be lost. (Register buffers instead.)
     """
 
     by: Any = None
@@ -82,7 +90,7 @@ class ReplaceRule(Rule):
         return None if self.inherit else ()
 
     def make(self) -> nn.Module:
-        """The other module, anew."""
+        """Returns a new other module."""
         if isinstance(self.by, nn.Module):
             return copy.deepcopy(self.by)
         maker: Any = _class(self.by) if isinstance(self.by, str) else self.by  # there, says check

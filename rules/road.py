@@ -1,4 +1,4 @@
-"""RoAd: the features that a linear map puts out are turned and stretched in pairs."""
+"""RoAd: rotates and stretches the output features of a linear map in pairs."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from surgery.rules._shared import complex_weights, fields
 
 @rule("road")
 class RoadRule(Rule):
-    """Of y = W x + b each pair (y₁, y₂) becomes (c y₁ - s y₂, c y₂ + s y₁), with c = α cos θ and s = α sin θ.
+    """Each pair of y = W x + b becomes (c y₁ - s y₂, c y₂ + s y₁), with c = α cos θ and s = α sin θ.
 
     >>> from torch import nn
     >>> from surgery import apply_rules
@@ -24,14 +24,19 @@ class RoadRule(Rule):
     >>> {name: tuple(p.shape) for name, p in model[0].adapters.default.named_parameters()}
     {'theta': (3,), 'alpha': (3,)}
 
-    Goes on Linear, transformers' Conv1D and quantised Linears (unmerged). In each `group_size` neighbouring features
-    those of the first half are paired with those of the second. `theta` and `alpha` have out / 2 numbers, one for each
-    pair; in `variant` "road_2" out, one for each feature; in "road_4" 2 · out, of which c and s have their own.
-    They are float32 where the module is in half precision.
+    Works on Linear, transformers' Conv1D and quantised Linears (unmerged). In each group of neighbouring features,
+    those of the first half pair with those of the second. `theta` and `alpha` are float32 on modules in half precision.
 
-    Fields, with PEFT's names: `variant`, `group_size`; `init` (init_weights): "identity" (True) or "random" (False).
+    Args:
+        variant: "road_1" (default): `theta` and `alpha` have out / 2 numbers, one per pair. "road_2": out, one per
+            feature. "road_4": 2 · out, so c and s have their own.
+        group_size: features of a group, an even number; default 64.
+        init: "identity" (default; PEFT's init_weights=True) or "random" (False).
 
-    Raises `RuleError` for a value out of range. Source: Liao & Monz 2024, arXiv:2409.00119; PEFT's RoadConfig.
+    Raises:
+        RuleError: a field is out of range.
+
+    Source: Liao & Monz 2024, arXiv:2409.00119; PEFT's RoadConfig.
     """
 
     variant: Literal["road_1", "road_2", "road_4"] = "road_1"
@@ -74,7 +79,7 @@ class RoadRule(Rule):
         return self._parameters(site, site.params["theta"].detach(), site.params["alpha"].detach())
 
     def _parameters(self, site: Site | LiveSite, theta: Tensor, alpha: Tensor) -> dict[str, Tensor]:
-        """The module's own, turned."""
+        """The module's own parameters, rotated."""
         layout, changed = maps.at(site), {}
         rows = maps.rows_of(layout, site.weight).to(theta.dtype)
         changed["weight"] = maps.from_rows(layout, self._turned(rows.t(), theta, alpha).t()).to(site.weight.dtype)
@@ -83,7 +88,7 @@ class RoadRule(Rule):
         return changed
 
     def _turned(self, y: Tensor, theta: Tensor, alpha: Tensor) -> Tensor:
-        """Of y (…, out)."""
+        """Rotates y (…, out)."""
         half = self.group_size // 2
         cos, sin = alpha * theta.cos(), alpha * theta.sin()
         if self.variant == "road_1":  # the same for both of a pair

@@ -1,4 +1,4 @@
-"""SHiRA: a few entries of the weight are trained, scattered over it."""
+"""SHiRA: trains a few entries of the weight, scattered over it."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from surgery.rules._shared import combining, complex_weights, fields
 
 @rule("shira")
 class ShiraRule(Rule):
-    """W + Δ, where Δ is zero but for rank · (in + out) trained entries: as many numbers as LoRA's of that rank.
+    """W + Δ: Δ is zero except for rank · (in + out) trained entries, as many numbers as LoRA of that rank has.
 
     >>> from torch import nn
     >>> from surgery import apply_rules
@@ -24,13 +24,19 @@ class ShiraRule(Rule):
     >>> {name: tuple(tensor.shape) for name, tensor in model[0].adapters.default.tensors().items()}
     {'values': (96,), 'index': (96,)}
 
-    Goes on Linear and transformers' Conv1D. `values` is trained; `index` holds the entries' places, row · in + column
-    in rising order, drawn from `random_seed` as PEFT's mask_type="random" (None: torch's own generator). The weight
-    itself is edited, so merging rounds nothing that the live form does not. `rank` (r); `random_seed`; `init`:
-    "identity" (init_weights=True: zero) or "random" (False: normal). Defaults are PEFT's.
+    Works on Linear and transformers' Conv1D. `values` is trained. `index` holds the entries' places, row · in + column,
+    in rising order. The weight itself is edited, so merging rounds nothing that the live form does not round.
 
-    More entries than the weight has, or a quantised weight, are problems of the plan.
-    Source: Bhardwaj et al. 2024, arXiv:2406.13175; PEFT's ShiraConfig.
+    Args:
+        rank: the rank of a LoRA with as many numbers; default 32. PEFT: r.
+        random_seed: seed that draws the places, as PEFT's mask_type="random"; default None: torch's global generator.
+        init: "identity" (default; zero, PEFT's init_weights=True) or "random" (False: normal).
+
+    Raises:
+        RuleError: a field is out of range. More entries than the weight has, or a quantised weight, are problems of the
+            plan.
+
+    Source: Bhardwaj et al. 2024, arXiv:2406.13175; PEFT's ShiraConfig, whose defaults these are.
     """
 
     rank: int = 32

@@ -1,4 +1,4 @@
-"""The running statistics of normalisation layers while adapters train: the adapter's own, or frozen."""
+"""Running statistics of normalisation layers while adapters train: the adapter's own, or frozen."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _NAMES = ("running_mean", "running_var", "num_batches_tracked")
 
 @rule("statistics")
 class StatisticsRule(Rule):
-    """Keep running statistics with the adapter, or freeze them; without targets, those of all layers that have some.
+    """Keep running statistics with the adapter, or freeze them; without targets, on all layers that track statistics.
 
     >>> from torch import nn
     >>> from surgery import apply_rules
@@ -29,12 +29,16 @@ class StatisticsRule(Rule):
     >>> [name for name, _ in model[1].adapters.default.named_buffers()]
     ['running_mean', 'running_var', 'num_batches_tracked']
 
-    Training moves the running mean and variance of a BatchNorm (or an InstanceNorm that tracks them) with the adapter's
-    activations. Without this rule the base's move, and `remove` puts them back. With it, the adapter has copies, which
-    are saved, loaded, switched and merged with it. `frozen=True`: training normalises by the base's statistics, as
-    evaluation does, and moves none.
+    Training moves the running mean and variance of a BatchNorm (or of an InstanceNorm that tracks them) with the
+    adapter's activations. Without this rule the base's statistics move, and `remove` restores them. With it, the
+    adapter has copies, which are saved, loaded, switched and merged with it. The rule trains nothing.
 
-    Nothing of it is trained. Raises `PlanError` at a module that tracks no statistics or has a forward of its own.
+    Args:
+        targets: layers; default all that track statistics.
+        frozen: training normalises by the base's statistics, as evaluation does, and moves none; default False.
+
+    Raises:
+        PlanError: a module does not track statistics, or, with `frozen`, has a forward of its own.
     """
 
     targets: Targets = field(default=EVERYWHERE, kw_only=False)
@@ -79,7 +83,7 @@ def _tracked(module: nn.Module) -> list[str]:
 def _by_statistics(
     module: nn.Module, x: Tensor, mean: Tensor, var: Tensor, weight: Tensor | None = None, bias: Tensor | None = None
 ) -> Tensor:
-    """What the layer computes in evaluation."""
+    """The layer's computation in evaluation mode."""
     eps: float = module.eps  # type: ignore[assignment]
     if isinstance(module, _BatchNorm):
         return F.batch_norm(x, mean, var, weight, bias, False, 0.0, eps)

@@ -1,4 +1,4 @@
-"""Activation steering: a direction added to the hidden state."""
+"""Activation steering: adds a direction to the hidden state."""
 
 from __future__ import annotations
 
@@ -27,11 +27,19 @@ class SteerRule(Rule):
     >>> model(torch.ones(1, 3)).detach() - before
     tensor([[ 0.5000, -0.5000]])
 
-    Goes on any module that returns a hidden state, (…, length, features), alone or first in a tuple or ModelOutput.
-    `direction`: features numbers or a tensor of them, or a mapping from paths to such; they become plain numbers, so
-    that the rule can be written. None: zeros, to be trained or loaded. `scale`; `trainable`: whether training moves
-    it; `positions`: "all", or such as "f7+l7" (see ReftRule); `features`: the hidden state's size, where neither
-    the direction nor the module says it. The tensor `direction` is (features), frozen by default.
+    Works on any module that returns a hidden state (…, length, features), alone or first in a tuple or ModelOutput. The
+    tensor `direction` is (features), frozen by default. The rule can't be merged.
+
+    Args:
+        direction: numbers or a tensor (features), or a mapping from paths to these. They become plain numbers, so the
+            rule can be saved. Default None: zeros, to be trained or loaded.
+        scale: factor of the direction; default 1.
+        positions: "all" (default), or such as "f7+l7" (see ReftRule).
+        trainable: whether training moves the direction; default False.
+        features: the hidden state's size; default None: read from the direction or the module.
+
+    Raises:
+        RuleError: a field is out of range.
 
     Sources: Turner et al. 2023, arXiv:2308.10248 (activation addition); Rimsky et al. 2024, arXiv:2312.06681 (CAA).
     """

@@ -1,4 +1,4 @@
-"""Training of single rows of an embedding. PEFT's trainable tokens."""
+"""Training of single rows of an embedding: PEFT's trainable tokens."""
 
 from __future__ import annotations
 
@@ -24,9 +24,16 @@ class TokensRule(Rule):
     >>> model[0].adapters.default.rows.shape
     torch.Size([2, 8])
 
-    `tokens`: distinct row numbers. Goes on Embedding and, for a head, on Linear. `rows` is (tokens, dim) in the
-    base's dtype and starts as the base's rows. An embedding and a head that share their weight share `rows`, too, where
-    one rule names both. Source: PEFT's trainable_token_indices, TrainableTokensConfig.
+    Works on Embedding and, for a head, on Linear. `rows` is (tokens, features) in the base's dtype and starts as the
+    base's rows. An embedding and a head that share their weight share `rows`, too, if one rule names both.
+
+    Args:
+        tokens: distinct row numbers.
+
+    Raises:
+        RuleError: a field is out of range.
+
+    Source: PEFT's LoraConfig.trainable_token_indices and TrainableTokensConfig.
     """
 
     tokens: Sequence[int] = ()
@@ -80,7 +87,7 @@ class TokensRule(Rule):
         return dict(zip(("rows", "index"), (site.params[name] for name in self.names), strict=True))
 
     def combined(self, shares: Sequence[Share], how: Combination) -> tuple[Rule, Mapping[str, Tensor]]:
-        """W + Σ w (T − W) for the rows that any of them has; the others' are the base's."""
+        """W + Σ w (T − W) for the rows that any of the adapters trains; other rows stay the base's."""
         if how.untouched(shares):
             return self, shares[0].params
         weight: Tensor = shares[0].site.weight.detach()
@@ -97,7 +104,7 @@ class TokensRule(Rule):
 
 @rule("base-rows")
 class BaseRowsRule(TokensRule):
-    """Rows of an embedding or a head as they were where an adapter was made; they are not trained.
+    """Rows of an embedding or a head as they were when an adapter was made; they are not trained.
 
     >>> from torch import nn
     >>> from surgery import apply_rules
@@ -106,9 +113,16 @@ class BaseRowsRule(TokensRule):
     >>> [(name, p.requires_grad) for name, p in model[0].adapters.default.named_parameters()]
     [('base_rows', False)]
 
-    PEFT's files hold the base's embeddings where these are targets or were resized; what differs from the model's
-    becomes such rows, and the adapter's other rules go on top. `in_weight`: they are put into the weight at each call,
-    for rules that read it (DoRA), and not looked up. Source: PEFT's save_embedding_layers.
+    A PEFT file contains the base's embeddings if they are targets or were resized. Rows that differ from the model's
+    become such a rule, and the adapter's other rules apply on top of it.
+
+    Args:
+        tokens: distinct row numbers.
+        in_weight: insert the rows into the weight at each call, for rules that read it (DoRA), instead of looking them
+            up;
+            default False.
+
+    Source: PEFT's save_embedding_layers.
     """
 
     in_weight: bool = False
@@ -124,7 +138,7 @@ class BaseRowsRule(TokensRule):
 
 @rule("tokens-slot")
 class TokensSlotRule(Rule):
-    """Rows of an embedding or a head in the base's place: what TokensRule becomes in a slot, for any number of tokens.
+    """Rows of an embedding or a head instead of the base's: TokensRule's form in a slot, for any number of tokens.
 
     >>> from torch import nn
     >>> from surgery.rules.tokens import TokensSlotRule
@@ -133,7 +147,8 @@ class TokensSlotRule(Rule):
     >>> {name: tuple(tensor.shape) for name, tensor in model[0].adapters.default.tensors().items()}
     {'rows': (2, 4), 'index': (2,)}
 
-    `index` holds distinct row numbers. A plain Embedding compares them with the ids; elsewhere the weight is edited.
+    `index` holds distinct row numbers. A plain Embedding compares them with the ids; on other modules the weight is
+    edited.
     """
 
     slot_kind = "tokens"

@@ -24,9 +24,11 @@ class TrainRule(Rule):
     >>> [name for name, p in model.named_parameters() if p.requires_grad]
     ['1.adapters.default.weight', '1.adapters.default.bias']
 
-    A target with children (a classification head of several layers) stands for all modules in it that own
-    parameters. Buffers that are saved with the module, such as BatchNorm's running statistics, are the adapter's
-    own, too. dtypes and shapes are the base's. Source: PEFT's LoraConfig.modules_to_save.
+    A target with children (a classification head of several layers) stands for all modules inside it that own
+    parameters. Buffers that are saved with the module, such as BatchNorm's running statistics, are copied, too. Copies
+    have the dtypes and shapes of the base's tensors.
+
+    Source: PEFT's LoraConfig.modules_to_save.
     """
 
     identity = True
@@ -61,7 +63,7 @@ class TrainRule(Rule):
 
 @rule("train-slot")
 class CopiesSlotRule(Rule):
-    """Some of a module's tensors, each in the place of the base's: what TrainRule and its like become in a slot.
+    """Some of a module's tensors, each instead of the base's: the form of TrainRule, BiasRule and NormRule in a slot.
 
     >>> from torch import nn
     >>> from surgery.rules.train import CopiesSlotRule
@@ -70,7 +72,10 @@ class CopiesSlotRule(Rule):
     >>> [name for name, _ in model[0].adapters.default.named_parameters()]
     ['bias']
 
-    They start as the base's. `names`: with dots, of a child; shapes and dtypes are the base's.
+    The tensors start as the base's, in their shapes and dtypes.
+
+    Args:
+        names: names of the tensors; those of a child contain dots.
     """
 
     names: Sequence[str] = ()
@@ -84,20 +89,20 @@ class CopiesSlotRule(Rule):
 
 
 def names_of(one: Rule, module: nn.Module) -> Iterable[str]:
-    """The module's tensors that a rule has copies of."""
+    """The names of the module's tensors that a rule copies."""
     chosen = getattr(one, "trained", None)  # BiasRule's
     return chosen(module) if chosen is not None else [name for name, _ in own_tensors(module)]
 
 
 def copies_slot(names: Iterable[str], module: nn.Module) -> Rule:
-    """The slot for these of a module's tensors. Counters are left out: they count batches while training."""
+    """The slot for the tensors with these names, without counters, which count batches while training."""
     wanted = set(names)
     kept = [name for name, tensor in own_tensors(module) if name in wanted and tensor.is_floating_point()]
     return CopiesSlotRule(names=tuple(kept))
 
 
 def copies_slotted(slot: Rule, site: LiveSite) -> dict[str, Tensor]:
-    """An adapter's copies for a slot, and the base's own tensors where it has none."""
+    """An adapter's copies for a slot, and the base's own tensors where the adapter has no copy."""
     assert isinstance(slot, CopiesSlotRule)
     floating = {key for key, tensor in site.params.items() if tensor.is_floating_point()}
     own = {name: name.replace(".", "_") for name, _ in own_tensors(site.module)}
@@ -109,7 +114,7 @@ def copies_slotted(slot: Rule, site: LiveSite) -> dict[str, Tensor]:
 
 
 def owners_of_tensors(module: nn.Module, path: str) -> Iterator[tuple[str, nn.Module]]:
-    """The modules inside that own parameters, each where its own forward is the one that runs."""
+    """The modules inside this one that own parameters and run their own forward."""
     found = False
     for name, inner in _walk(module, path):
         if any(parameter is not None for parameter in inner._parameters.values()):
@@ -128,7 +133,7 @@ def _walk(module: nn.Module, path: str) -> Iterator[tuple[str, nn.Module]]:
 
 
 def own_tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """A module's own parameters and saved buffers by name; with MultiheadAttention's, those of its out_proj."""
+    """A module's own parameters and saved buffers by name; for MultiheadAttention, those of its out_proj, too."""
     yield from ((name, tensor) for name, tensor in module._parameters.items() if tensor is not None)
     transient = module._non_persistent_buffers_set
     yield from ((n, tensor) for n, tensor in module._buffers.items() if tensor is not None and n not in transient)
@@ -137,7 +142,7 @@ def own_tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
 
 
 def replace_all(site: Site, only: Iterable[str] | None = None) -> None:
-    """Put the adapter's own copy in the place of each of the module's tensors (or of those named)."""
+    """Replaces each of the module's tensors (or those in `only`) by the adapter's copy."""
     parameters = dict(site.module.named_parameters())
     for name, tensor in own_tensors(site.module):
         if only is None or name in only:
@@ -146,7 +151,7 @@ def replace_all(site: Site, only: Iterable[str] | None = None) -> None:
 
 
 def merged_all(site: LiveSite) -> dict[str, Tensor]:
-    """The adapter's copies as the module's own tensors."""
+    """The adapter's copies under the names of the module's own tensors."""
     by_name = {name.replace(".", "_"): (name, tensor) for name, tensor in own_tensors(site.module)}
     return {
         by_name[key][0]: tensor.detach().to(by_name[key][1].dtype)
@@ -156,6 +161,6 @@ def merged_all(site: LiveSite) -> dict[str, Tensor]:
 
 
 def combined_all(rule: R, shares: Sequence[Share], how: Combination) -> tuple[R, combining.Tensors]:
-    """The adapters' copies as one: W + Σ w (T − W)."""
+    """Combines the adapters' copies into one: W + Σ w (T − W)."""
     base = {name.replace(".", "_"): tensor for name, tensor in own_tensors(shares[0].site.module)}
     return combining.moved(base, rule, shares, how)

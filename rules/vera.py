@@ -1,4 +1,4 @@
-"""VeRA: a low-rank branch of frozen random matrices, of which two vectors of scales are trained."""
+"""VeRA: a low-rank branch of frozen random matrices; only two vectors of scales are trained."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from surgery.rules.slots.low_rank import LowRankSlottable
 
 @rule("vera")
 class VeraRule(LowRankSlottable):
-    """y = W x + b ⊙ (B (d ⊙ (A x))): A and B are random and kept, the vectors d and b are trained.
+    """y = W x + b ⊙ (B (d ⊙ (A x))): A and B are random and frozen, the vectors d and b are trained.
 
     >>> from torch import nn
     >>> from surgery import apply_rules
@@ -28,17 +28,23 @@ class VeraRule(LowRankSlottable):
     >>> bool((model[0].adapters.default.A == model[1].adapters.default.A).all())
     True
 
-    Goes on Linear, transformers' Conv1D and quantised Linears (unmerged). Tensors: `d` (rank) and `b` (out) trained,
-    `A` (rank, in) and `B` (out, rank) buffers of each site, Kaiming-uniform, made from `projection_prng_key` and
-    their shape alone, so that sites of one shape have equal ones. float32 for modules in half precision. PEFT draws
-    one pair of the largest size and each site takes a corner of it: where a model's sites differ in size, one key
-    gives other numbers there.
+    Works on Linear, transformers' Conv1D and quantised Linears (unmerged). `d` (rank) and `b` (out) are trained. `A`
+    (rank, in) and `B` (out, rank) are buffers of each site, Kaiming-uniform, drawn from `projection_prng_key` and their
+    shape alone: sites of one shape have equal matrices. (PEFT draws one pair of the largest size and each site takes a
+    corner, so a model whose sites differ in size has other numbers there.) They are saved with the adapter, as with
+    PEFT's save_projection=True. Tensors are float32 on modules in half precision.
 
-    Fields, with PEFT's names: `rank` (r), `dropout` (vera_dropout), `d_initial`, `projection_prng_key`; `init`
-    (init_weights): "identity" (True, b zero) or "random" (False). The projections are saved with the adapter, which is
-    PEFT's save_projection=True.
+    Args:
+        rank: rows of A; default 256. PEFT: r.
+        dropout: probability of dropout on the branch's input while training; default 0. PEFT: vera_dropout.
+        d_initial: starting value of d; default 0.1.
+        projection_prng_key: seed that draws A and B; default 0.
+        init: "identity" (default; b is zero, PEFT's init_weights=True) or "random" (False).
 
-    Raises `RuleError` for a value out of range. Source: Kopiczko et al. 2023, arXiv:2310.11454; PEFT's VeraConfig.
+    Raises:
+        RuleError: a field is out of range.
+
+    Source: Kopiczko et al. 2023, arXiv:2310.11454; PEFT's VeraConfig.
     """
 
     rank: int = 256
