@@ -24,7 +24,7 @@ import torch.nn.functional as F
 
 from surgery.errors import SiteError
 from surgery.forward.context_regions import Region
-from surgery.forward.side_effects import has_effect, is_foreign
+from surgery.forward.side_effects import has_effect, is_foreign, writes
 from surgery.transaction.user_frames import line_running
 
 __all__ = [
@@ -157,8 +157,8 @@ class Tape:
             return None
         name = step.target if isinstance(step.target, str) else getattr(step.target, "__name__", "")
         if name in ("chunk", "tensor_split", "unsafe_chunk"):
-            kwargs = dict(thawed(step.kwargs, lambda ref: ref))
-            count = thawed(step.args, lambda ref: ref)[1:2] or (kwargs.get("chunks", kwargs.get("sections")),)
+            args, kwargs = _refs_for_values(step)
+            count = args[1:2] or (kwargs.get("chunks", kwargs.get("sections")),)
             return count[0] if type(count[0]) is int else None
         if step.target is unpacked:
             return int(step.args[1][1][1][2])
@@ -200,6 +200,12 @@ class Tape:
     def by_mode(self) -> bool:
         """Whether its steps are others while training."""
         return any(step.training is not None for step in self.steps)
+
+    @functools.cached_property
+    def writes(self) -> bool:
+        """Whether one of its steps writes in place."""
+        calls = [(_OPS[step.kind], step) for step in self.steps if step.kind in _OPS]
+        return any(writes(op, step.target, *_refs_for_values(step)) for op, step in calls)
 
     @functools.cached_property
     def within(self) -> frozenset[Ref]:
@@ -296,9 +302,13 @@ def _whole_number(frozen: Any) -> bool:
 
 
 def _acts(step: Step) -> bool:
-    op = {"function": "call_function", "method": "call_method"}.get(step.kind, "")
-    given = thawed(step.args, lambda ref: ref), thawed(step.kwargs, lambda ref: ref)
-    return bool(op) and (has_effect(op, step.target, *given) or is_foreign(op, step.target))
+    op = _OPS.get(step.kind, "")
+    return bool(op) and (has_effect(op, step.target, *_refs_for_values(step)) or is_foreign(op, step.target))
+
+
+def _refs_for_values(step: Step) -> tuple[Any, Any]:
+    """The arguments of a step, each value as its `Ref`."""
+    return thawed(step.args, lambda ref: ref), thawed(step.kwargs, lambda ref: ref)
 
 
 def refs_in(frozen: Any) -> Iterator[Ref]:
@@ -311,6 +321,7 @@ def refs_in(frozen: Any) -> Iterator[Ref]:
 
 
 NOTHING = ("dict", ())
+_OPS = {"function": "call_function", "method": "call_method"}
 _PLAIN = frozenset({int, float, bool, str, type(None)})
 _finished: weakref.WeakValueDictionary[tuple[Step, ...], Tape] = weakref.WeakValueDictionary()
 

@@ -28,7 +28,8 @@ from surgery.weaving.generated_class import generated_class
 from surgery.weaving.low_rank_kernel import is_autocast
 from surgery.weaving.lowering import LowRankEdit, low_rank_edit
 from surgery.weaving.recording import layer_of
-from surgery.weaving.weave import OUTPUT, ROWS, woven, woven_edit
+from surgery.weaving.term_graph import OUTPUT, ROWS
+from surgery.weaving.weave import woven, woven_edit
 
 __all__ = ["Plan", "plan_of"]
 

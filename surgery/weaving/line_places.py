@@ -6,8 +6,7 @@ import sys
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from surgery.forward.side_effects import writes
-from surgery.forward.tape import Ref, Step, Tape, refs_in, thawed
+from surgery.forward.tape import Ref, Tape, refs_in
 from surgery.tracing.decisions import check_decision
 from surgery.weaving.terms import Term
 
@@ -19,7 +18,7 @@ class LinePlaces:
 
     def __init__(self, tape: Tape, nodes: Mapping[str, int]):
         self.tape, self.nodes = tape, nodes
-        self.writes = any(_writes(step) for step in tape.steps)
+        self.writes = tape.writes
         self.at: list[Place] = [START] * len(tape.steps)
         self.last = START
         self.until = self._deadlines() if nodes else {}
@@ -35,13 +34,10 @@ class LinePlaces:
             return START
         return (term.place[0], term.place[1] or 1)
 
-    @staticmethod
-    def sources(step: Step) -> list[Ref]:
-        return [*refs_in(step.args), *refs_in(step.kwargs)]
-
-    def step(self, index: int, terms: Iterable[Any]) -> Place:
+    def step(self, index: int, operands: Iterable[tuple[Ref, Any]]) -> Place:
+        """The place of a step. `operands`: the values that it names, and what stands for each."""
         step = self.tape.steps[index]
-        place = max((self.of(ref, term) for ref, term in zip(self.sources(step), terms, strict=True)), default=START)
+        place = max((self.of(ref, term) for ref, term in operands), default=START)
         if step.late and step.target is not check_decision and self.until.get(index, END) >= END:
             place = END
         if self.writes:
@@ -57,21 +53,10 @@ class LinePlaces:
             limit = until.get(index, END)
             if step.kind == "replace" and step.args[0].kind in ("inside", "made"):
                 limit = (self.nodes.get(str(step.args[0].key), -1), 1)
-            for ref in self.sources(step):
+            for ref in (*refs_in(step.args), *refs_in(step.kwargs)):
                 if ref.kind == "op":
                     until[int(ref.key)] = min(limit, until.get(int(ref.key), END))
         return until
-
-
-def _writes(step: Step) -> bool:
-    kinds = {"function": "call_function", "method": "call_method"}
-    if step.kind not in kinds:
-        return False
-    return writes(kinds[step.kind], step.target, thawed(step.args, _same), thawed(step.kwargs, _same))
-
-
-def _same(ref: Ref) -> Ref:
-    return ref
 
 
 Place = tuple[int, int]
