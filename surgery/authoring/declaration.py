@@ -12,7 +12,7 @@ from torch import Tensor
 
 from surgery.authoring.rule_names import registered
 from surgery.errors import RuleError
-from surgery.patterns.pattern import Pattern, Targets, normalised
+from surgery.patterns.pattern import Pattern, Targets, normalise_targets
 
 __all__ = ["Declaration"]
 
@@ -38,8 +38,8 @@ class Declaration:
 
     def __post_init__(self) -> None:
         put = object.__setattr__
-        put(self, "targets", normalised(self.targets))
-        put(self, "exclude", normalised(self.exclude))
+        put(self, "targets", normalise_targets(self.targets))
+        put(self, "exclude", normalise_targets(self.exclude))
         if isinstance(self.layers, int):
             put(self, "layers", (self.layers,))
         for field in fields(self):

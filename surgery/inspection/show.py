@@ -13,7 +13,7 @@ from surgery.errors import MatchError, abbreviate, near_misses
 from surgery.forward.own_forward import own_forward
 from surgery.model_record.verb_root import check_all_present, records_in
 from surgery.patterns.module_walk import every_path
-from surgery.patterns.wrappers import unwrapped
+from surgery.patterns.wrappers import unwrap
 from surgery.state.adapter_tensors import is_adapter_key, tensors_of
 from surgery.state.records import SiteState, merged_adapters, site_state, sites
 from surgery.state.site_links import there
@@ -80,7 +80,7 @@ def summary(model: nn.Module) -> Summary:
     check_all_present(model)
     rows: list[tuple[str, str, int, int, int, str]] = []
     merged: list[str] = []
-    records = records_in(unwrapped(model), nested=True) or {"": model}
+    records = records_in(unwrap(model), nested=True) or {"": model}
     for path, root in records.items():
         begin = f"{path}: " if path and len(records) > 1 else ""
         rows += [(begin + row[0], *row[1:]) for row in _rows(root)]

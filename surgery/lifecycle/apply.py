@@ -11,7 +11,7 @@ from surgery.authoring.rule import Rule
 from surgery.authoring.rule_arguments import rule_problem
 from surgery.lifecycle.insertion import carry_out
 from surgery.patterns.pattern import Verdict
-from surgery.patterns.wrappers import unwrapped
+from surgery.patterns.wrappers import unwrap
 from surgery.planning.matching import Tree, verdict_of
 from surgery.planning.plan import Plan
 from surgery.planning.planner import make_plan
@@ -108,7 +108,7 @@ def explain(model: nn.Module, rule: Rule, path: str) -> Verdict:
     """
     if not isinstance(rule, Rule):
         raise rule_problem(rule)
-    return verdict_of(Tree.of(unwrapped(model)), rule, path)
+    return verdict_of(Tree.of(unwrap(model)), rule, path)
 
 
 # Applying -----------------------------------------------------------------------------------------------------

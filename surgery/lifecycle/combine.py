@@ -24,7 +24,7 @@ from surgery.lifecycle.attach import Placed, put
 from surgery.lifecycle.combine_arguments import asked
 from surgery.lifecycle.rename_copy import check_whole
 from surgery.model_record.verb_root import rewritten
-from surgery.patterns.paths import regular
+from surgery.patterns.paths import regex_for
 from surgery.planning.matching import Tree, matches
 from surgery.state.adapter_tensors import tensors_of
 from surgery.state.in_use import check_free
@@ -279,7 +279,7 @@ def _in_words(tree: Tree, kind: _Kind, rule: Rule) -> Rule | None:
 
 
 def _by_paths(tree: Tree, rule: Rule, wanted: Mapping[str, nn.Module]) -> Rule:
-    new = rule.replace(targets=regular(list(wanted)))
+    new = rule.replace(targets=regex_for(list(wanted)))
     found = _sites(tree, new)
     if found != {id(module) for module in wanted.values()}:
         lost = [path for path, module in wanted.items() if id(module) not in found]

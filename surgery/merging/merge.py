@@ -258,7 +258,7 @@ def _untie(owners: Owners, module: nn.Module, name: str, merged: Merged, journal
     own = nn.Parameter(parameter.detach().clone(), requires_grad=parameter.requires_grad)
     journal.keep(owner._parameters)
     owner._parameters[last] = own
-    owners.replaced(owner, last, parameter, own)
+    owners.note_replacement(owner, last, parameter, own)
     merged.tied[name] = parameter
 
 

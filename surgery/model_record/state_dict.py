@@ -11,7 +11,7 @@ from surgery.authoring.rule import Rule
 from surgery.errors import SurgeryError, near_misses
 from surgery.model_record.verb_root import check_all_present, records_in, rewritten
 from surgery.patterns.module_walk import RESERVED
-from surgery.patterns.wrappers import taken_from
+from surgery.patterns.wrappers import select_tensors
 from surgery.state.adapter_tensors import base_alone, is_adapter_key, tensors_of
 from surgery.state.records import adapter_names, sites
 from surgery.transaction.neutral_context import verb
@@ -83,7 +83,7 @@ def given_tensors(
         return None
     insides = [(".".join(filter(None, (path, RESERVED, adapter))), module) for path, module, _ in sites(model)]
     names = [f"{inside}.{name}" for inside, module in insides for name in tensors_of(module, adapter)]
-    return taken_from(state_dict, names)
+    return select_tensors(state_dict, names)
 
 
 @verb

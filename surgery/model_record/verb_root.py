@@ -9,7 +9,7 @@ from torch import nn
 from surgery.errors import SurgeryError, abbreviate
 from surgery.model_record.moved_sites import follow
 from surgery.patterns.module_walk import RESERVED, is_adapters
-from surgery.patterns.wrappers import unwrapped
+from surgery.patterns.wrappers import unwrap
 from surgery.state.records import (
     ModelState,
     SiteState,
@@ -39,7 +39,7 @@ def rewritten(model: nn.Module, *, lost: bool = False) -> tuple[nn.Module, Model
 
 def root_of(model: nn.Module) -> nn.Module:
     """The one module with a record of rules: the given one, what it wraps, or what it contains."""
-    root = unwrapped(model)
+    root = unwrap(model)
     if model_state(root) is not None:
         return root
     below = records_in(root)

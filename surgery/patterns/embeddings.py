@@ -1,4 +1,4 @@
-"""Which modules a model says are its input embeddings and its output head."""
+"""Finds a model's input embeddings and output head."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ __all__ = ["embeddings_of"]
 
 
 def embeddings_of(model: nn.Module) -> list[nn.Module]:
-    """A model's input embeddings and its head, as far as it says which they are."""
-    found = []
+    """Returns the modules of `get_input_embeddings` and `get_output_embeddings`, where they have a weight."""
+    modules = []
     for name in ("get_input_embeddings", "get_output_embeddings"):
         try:
             module = getattr(model, name)()
         except (AttributeError, NotImplementedError, TypeError):
             continue
         if isinstance(module, nn.Module) and getattr(module, "weight", None) is not None:
-            found.append(module)
-    return found
+            modules.append(module)
+    return modules

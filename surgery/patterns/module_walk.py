@@ -1,4 +1,4 @@
-"""Walks over a model's modules that leave out adapters' tensors and look through wrappers."""
+"""Walks over a model's modules, skipping adapter containers and looking through wrappers."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from torch import nn
 
-from surgery.patterns.wrappers import inner_of, unwrapped
+from surgery.patterns.wrappers import inner_of, unwrap
 
 __all__ = ["RESERVED", "base_modules", "every_path", "is_adapters"]
 
@@ -16,8 +16,8 @@ RESERVED = "adapters"  # the child of a site under which its adapters' tensors l
 def every_path(
     model: nn.Module, path: str = "", above: frozenset[int] = frozenset()
 ) -> Iterator[tuple[str, nn.Module]]:
-    """`named_modules` with every path of a shared module, and without wrappers and the tensors of adapters."""
-    model = unwrapped(model)
+    """Like `named_modules`, but with every path of a shared module, and without wrappers and adapter containers."""
+    model = unwrap(model)
     if id(model) in above:
         return
     yield path, model
@@ -28,10 +28,10 @@ def every_path(
 
 
 def base_modules(model: nn.Module, stop: str = "") -> Iterator[tuple[str, nn.Module]]:
-    """`model.named_modules()` without what holds adapters' tensors: many adapters don't make a walk long.
+    """Like `model.named_modules()`, but without wrappers and adapter containers, so many adapters cost no time.
 
-    A wrapper (checkpoint_wrapper, torch.compile) is passed over, and so is its segment of the names. `stop`: modules
-    below the model that have this attribute of their own are left out, with all that is in them.
+    A wrapper (checkpoint_wrapper, torch.compile) and its name segment are skipped. `stop`: modules below the model
+    with this attribute in their `__dict__` are skipped with all their children.
     """
     seen: set[nn.Module] = set()
     waiting: list[tuple[str, nn.Module]] = [("", model)]

@@ -1,4 +1,4 @@
-"""Which modules hold a parameter: read once for a whole call, not once for each site."""
+"""Finds the modules that own a parameter, with one walk of the model for a whole call."""
 
 from __future__ import annotations
 
@@ -10,34 +10,34 @@ __all__ = ["Owners"]
 
 
 class Owners:
-    """The modules that hold each parameter of a model, by name; aliases of one module count once.
+    """Maps each parameter of a model to the names of its owners. Aliases of one module count once.
 
-    The model is walked at the first question. After that the caller tells of each parameter that it replaces
-    (`replaced`), so a call that changes a thousand sites walks the model once.
+    The first lookup walks the model. The caller then reports each parameter that it replaces (`note_replacement`), so
+    a call that changes a thousand sites walks the model once.
     """
 
     def __init__(self, model: nn.Module):
         self._model = model
-        self._held: dict[int, tuple[Tensor, dict[tuple[int, str], str]]] | None = None
+        self._places: dict[int, tuple[Tensor, dict[tuple[int, str], str]]] | None = None
 
     def of(self, parameter: Tensor) -> list[str]:
-        """The names under which the model holds this parameter object."""
-        found = self._map().get(id(parameter))
-        return list(found[1].values()) if found is not None else []
+        """Returns the names under which the model has this parameter object."""
+        entry = self._map().get(id(parameter))
+        return list(entry[1].values()) if entry is not None else []
 
-    def replaced(self, module: nn.Module, name: str, old: Tensor, new: Tensor) -> None:
-        """`module` now holds `new` in the place of `old` as its own parameter `name`."""
-        held = self._map()
+    def note_replacement(self, module: nn.Module, name: str, old: Tensor, new: Tensor) -> None:
+        """Record that the parameter `name` of `module` is now `new` and no longer `old`."""
+        entries = self._map()
         place = (id(module), name)
-        path = held[id(old)][1].pop(place, name) if id(old) in held else name
-        held.setdefault(id(new), (new, {}))[1][place] = path
+        path = entries[id(old)][1].pop(place, name) if id(old) in entries else name
+        entries.setdefault(id(new), (new, {}))[1][place] = path
 
     def _map(self) -> dict[int, tuple[Tensor, dict[tuple[int, str], str]]]:
-        if self._held is None:
-            self._held = {}
+        if self._places is None:
+            self._places = {}
             for path, module in base_modules(self._model):
                 for name, tensor in module._parameters.items():
                     if tensor is not None:
-                        places = self._held.setdefault(id(tensor), (tensor, {}))[1]
+                        places = self._places.setdefault(id(tensor), (tensor, {}))[1]
                         places[id(module), name] = f"{path}.{name}" if path else name
-        return self._held
+        return self._places

@@ -1,4 +1,4 @@
-"""Paths of modules, and which of them PEFT's configuration means. Needs no torch."""
+"""Selects module paths by the fields of PEFT's configuration. Works without torch."""
 
 from __future__ import annotations
 
@@ -6,11 +6,11 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
-__all__ = ["chosen", "endings", "patterned", "regular", "spelled"]
+__all__ = ["select_targets", "endings", "pattern_value", "regex_for", "literal_alternatives"]
 
 
 def endings(path: str) -> Iterator[str]:
-    """The names that fit a path: all of it, and what follows each of its dots."""
+    """Yields every name that matches a path: the whole path, and the rest after each dot."""
     yield path
     dot = path.find(".")
     while dot >= 0:
@@ -18,55 +18,55 @@ def endings(path: str) -> Iterator[str]:
         dot = path.find(".", dot + 1)
 
 
-def chosen(config: Mapping[str, Any], paths: Iterable[str]) -> set[str]:
-    """Those that PEFT's `target_modules` and the fields around it mean; none where they name none."""
+def select_targets(config: Mapping[str, Any], paths: Iterable[str]) -> set[str]:
+    """Select the paths that PEFT's `target_modules` and related fields match. Empty without `target_modules`."""
     targets = config.get("target_modules")
     if not targets:
         return set()
     exclude = config.get("exclude_modules")
-    targeted, excluded = _asking(targets), _asking(exclude or ())
+    targeted, excluded = _matcher(targets), _matcher(exclude or ())
     saved = [re.compile(rf"(^|.*\.){name}($|\..*)").match for name in config.get("modules_to_save") or ()]
-    whole = paths_of(targets)  # PEFT asks for a layer only where a name is the end of a path
+    whole = paths_of(targets)  # PEFT checks the layer only where a name matches the end of a path
     return {
         path
         for path in paths
         if targeted(path)
         and not excluded(path)
-        and not any(held(path) for held in saved)
+        and not any(match(path) for match in saved)
         and (isinstance(targets, str) or path in whole or _in_layers(config, path))
     }
 
 
 def paths_of(targets: str | Sequence[str]) -> set[str]:
-    """The names of a list that may be whole paths; a single text is an expression."""
+    """Returns the names of a list, which may be whole paths. A single string is a regular expression: empty set."""
     return set() if isinstance(targets, str) else {name for name in targets if isinstance(name, str)}
 
 
-def patterned(patterns: Mapping[str, Any] | None, path: str, default: Any) -> Any:
-    """The value of the first of PEFT's patterns (rank_pattern) that fits a path."""
+def pattern_value(patterns: Mapping[str, Any] | None, path: str, default: Any) -> Any:
+    """Returns the value of the first of PEFT's patterns (such as rank_pattern) that matches a path."""
     return next((v for key, v in (patterns or {}).items() if re.match(rf"(.*\.)?({key})$", path)), default)
 
 
-def regular(paths: Sequence[str]) -> str:
-    """A regular expression for exactly these paths."""
+def regex_for(paths: Sequence[str]) -> str:
+    """Returns a target, `re:` and an expression, that matches exactly these paths."""
     return "re:" + "|".join(map(re.escape, paths))
 
 
-def spelled(expression: str) -> frozenset[str] | None:
-    """The texts that an expression of escaped texts and `|` lists; None for any other expression.
+def literal_alternatives(expression: str) -> frozenset[str] | None:
+    """Returns the alternatives of an expression that consists of escaped texts and `|`; None for other expressions.
 
-    Looking a path up in a set costs the same for three texts and for thousands; the expression tries each in turn.
+    A set lookup costs the same for three paths and for thousands; the expression would try each alternative.
     """
     if not re.fullmatch(r"(?:\w|\\[^\w|]|\|)*", expression):
         return None
     return frozenset(re.sub(r"\\(.)", r"\1", text, flags=re.DOTALL) for text in expression.split("|"))
 
 
-def _asking(targets: str | Sequence[str]) -> Callable[[str], bool]:
-    """Whether a path is meant: by a regular expression, or by names that are its endings."""
+def _matcher(targets: str | Sequence[str]) -> Callable[[str], bool]:
+    """Returns a function that tells whether a path matches a regular expression, or ends with a listed name."""
     if isinstance(targets, str):
-        if (listed := spelled(targets)) is not None:
-            return listed.__contains__
+        if (alternatives := literal_alternatives(targets)) is not None:
+            return alternatives.__contains__
         form = re.compile(targets)
         return lambda path: form.fullmatch(path) is not None
     names = paths_of(targets)

@@ -1,7 +1,7 @@
-"""Patterns: what a rule's targets say about one module, clause by clause, and why a clause fails.
+"""Patterns: conditions on one module, with the reason why each clause holds or fails.
 
-A pattern is data: it compares equal, prints, and is written as JSON. A type is kept as its qualified name and
-matched against the names in a module's ancestry, so reading a pattern never imports anything.
+A pattern is data: it can be compared, printed and written as JSON. A type is stored as its qualified name and
+compared with the names of a module's classes, so reading a pattern never imports code.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ __all__ = ["Pattern", "Target", "Targets"]
 
 @dataclass(frozen=True)
 class Candidate:
-    """One module put before a pattern: the path it is asked under, the module, and the model's output heads."""
+    """The module that a pattern is tested on, with its path, its parent and the model's output heads."""
 
     path: str
     module: nn.Module
@@ -31,7 +31,7 @@ class Candidate:
 
 @dataclass(frozen=True)
 class Verdict:
-    """The answer of a pattern. Falsy when it does not match; prints as the tree of clauses that led to it."""
+    """The result of testing a pattern: true if it matches. Prints as the tree of its clauses with reasons."""
 
     ok: bool
     clause: str
@@ -62,44 +62,85 @@ class Pattern:
     no   not has_parameter('bias'): its clause holds
          yes  has_parameter('bias'): Linear has the parameter bias
 
-    Clauses: `type` (isinstance), `name` (PEFT's meaning: the full path, or a suffix at a dot; `re:` starts a
-    regular expression for the full path), `has_parameter`, `where` (any predicate on the module; it can't be
-    written to JSON).
+    Clauses: `type` (isinstance), `name` (as in PEFT: the full path, or its end after a dot; `re:` starts a
+    regular expression for the full path), `has_parameter`, and `where` (any predicate on the module).
+
+    Note:
+        A pattern with `where` can't be written to JSON.
     """
 
     @staticmethod
     def type(of: type[nn.Module] | str) -> Pattern:
-        """Instances of this class, subclasses included. A string is the class's qualified name."""
+        """Match instances of a class, subclasses included.
+
+        >>> from torch import nn
+        >>> from surgery import Pattern
+        >>> bool(Pattern.type("torch.nn.Linear").match("query", nn.Linear(2, 2)))
+        True
+
+        Args:
+            of: The class, or its qualified name.
+        """
         return _Type(of if isinstance(of, str) else qualified_name(of))
 
     @staticmethod
     def name(text: str) -> Pattern:
-        """The path equals `text`, or ends with `"." + text`; with `re:`, the whole path matches the expression."""
+        """Match paths that equal `text` or end with `"." + text`.
+
+        >>> from torch import nn
+        >>> from surgery import Pattern
+        >>> bool(Pattern.name(r"re:layers\\.[02]\\.query").match("layers.2.query", nn.Linear(2, 2)))
+        True
+
+        Args:
+            text: A name or a path. After `re:`, a regular expression that must match the whole path.
+
+        Raises:
+            RuleError: The regular expression is invalid.
+        """
         return _Name(text)
 
     @staticmethod
     def has_parameter(name: str) -> Pattern:
-        """The module itself (not its children) owns a parameter of this name that is not None."""
+        """Match modules with a parameter of this name that is not None. The parameters of children do not count."""
         return _HasParameter(name)
 
     @staticmethod
     def where(predicate: Callable[[nn.Module], bool], label: str = "") -> Pattern:
-        """Any predicate on the module. `label` names it in reports."""
+        """Match modules for which `predicate(module)` is true.
+
+        Args:
+            predicate: Called with the module. A `RuleError` reports its exceptions.
+            label: The predicate's name in reports. Default: the function's name.
+        """
         return _Where(predicate, label or getattr(predicate, "__name__", "predicate"))
 
     def match(self, path: str, module: nn.Module) -> Verdict:
-        """Whether this module matches under this path, with the reason of every clause."""
+        """Test the pattern on one module.
+
+        Args:
+            path: The module's path in the model.
+            module: The module.
+
+        Returns:
+            A verdict that is true if the pattern matches. It prints as the tree of clauses with their reasons.
+        """
         return self.verdict(Candidate(path, module))
 
     def verdict(self, candidate: Candidate) -> Verdict:
         raise NotImplementedError
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain data for JSON or YAML; `Pattern.from_dict` reads it back to an equal pattern."""
+        """Convert the pattern to plain data for JSON or YAML. `Pattern.from_dict` gives an equal pattern back.
+
+        Raises:
+            RuleError: The pattern contains a `where`.
+        """
         raise NotImplementedError
 
     @staticmethod
     def from_dict(data: Mapping[str, Any]) -> Pattern:
+        """Read a pattern from the data of `to_dict`. Raises `RuleError` for other data."""
         if len(data) != 1:
             raise RuleError(f"a pattern is a mapping with one key, not {dict(data)!r}", fix=_FORMS)
         kind, value = next(iter(data.items()))
@@ -153,7 +194,7 @@ class _Name(Pattern):
                 re.compile(self.text[3:])
             except re.error as error:
                 raise RuleError(
-                    f"{self.text!r} is no regular expression", why=str(error), fix="escape the special characters"
+                    f"{self.text!r} is not a regular expression", why=str(error), fix="escape the special characters"
                 ) from None
 
     def verdict(self, candidate: Candidate) -> Verdict:
@@ -220,16 +261,16 @@ class _All(Pattern):
     parts: tuple[Pattern, ...]
 
     def verdict(self, candidate: Candidate) -> Verdict:
-        found: tuple[Verdict, ...] = ()
+        verdicts: tuple[Verdict, ...] = ()
         for part in self.parts:
-            if isinstance(part, _Where) and not all(found):
-                # A predicate may rely on the clauses before it: type(Linear) & where(lambda m: m.in_features > 8).
-                found += (Verdict(False, str(part), "not asked, since a clause before it fails"),)
+            if isinstance(part, _Where) and not all(verdicts):
+                # A predicate may rely on earlier clauses: type(Linear) & where(lambda m: m.in_features > 8).
+                verdicts += (Verdict(False, str(part), "not tested, because an earlier clause fails"),)
             else:
-                found += (part.verdict(candidate),)
-        missing = [part.clause for part in found if not part]
+                verdicts += (part.verdict(candidate),)
+        missing = [verdict.clause for verdict in verdicts if not verdict]
         return Verdict(
-            not missing, "all of", "fails at " + ", ".join(missing) if missing else "every clause holds", found
+            not missing, "all of", "fails at " + ", ".join(missing) if missing else "every clause holds", verdicts
         )
 
     def to_dict(self) -> dict[str, Any]:
@@ -244,9 +285,9 @@ class _Any(Pattern):
     parts: tuple[Pattern, ...]
 
     def verdict(self, candidate: Candidate) -> Verdict:
-        found = tuple(part.verdict(candidate) for part in self.parts)
-        holds = [part.clause for part in found if part]
-        return Verdict(bool(holds), "any of", ", ".join(holds) + " holds" if holds else "no clause holds", found)
+        verdicts = tuple(part.verdict(candidate) for part in self.parts)
+        holds = [verdict.clause for verdict in verdicts if verdict]
+        return Verdict(bool(holds), "any of", ", ".join(holds) + " holds" if holds else "no clause holds", verdicts)
 
     def to_dict(self) -> dict[str, Any]:
         return {"any": [part.to_dict() for part in self.parts]}
@@ -260,8 +301,8 @@ class _Not(Pattern):
     part: Pattern
 
     def verdict(self, candidate: Candidate) -> Verdict:
-        found = self.part.verdict(candidate)
-        return Verdict(not found, f"not {self.part}", "its clause holds" if found else "its clause fails", (found,))
+        inner = self.part.verdict(candidate)
+        return Verdict(not inner, f"not {self.part}", "its clause holds" if inner else "its clause fails", (inner,))
 
     def to_dict(self) -> dict[str, Any]:
         return {"not": self.part.to_dict()}
@@ -272,17 +313,17 @@ class _Not(Pattern):
 
 @dataclass(frozen=True)
 class AllLinear(Pattern):
-    """The target `"all-linear"`: every linear map but the output head (PEFT's word, see `surgery.planning.matching`).
+    """The target `"all-linear"`, as in PEFT: every linear layer except the output head.
 
-    Linear and transformers' Conv1D, as PEFT; and nn.MultiheadAttention as one target for its four projections,
-    since its inner `out_proj` is a Linear whose forward never runs.
+    Linear layers are Linear and transformers' Conv1D, as in PEFT. nn.MultiheadAttention is one target for its four
+    projections, because the forward of its inner `out_proj` never runs.
     """
 
     def verdict(self, candidate: Candidate) -> Verdict:
         module = candidate.module
         names = {qualified_name(cls) for cls in type(module).__mro__}
         if not names & _LINEAR:
-            return Verdict(False, "all-linear", f"{type(module).__name__} is no linear layer")
+            return Verdict(False, "all-linear", f"{type(module).__name__} is not a linear layer")
         if id(module) in candidate.heads:
             return Verdict(False, "all-linear", "it is the output head")
         if isinstance(candidate.parent, nn.MultiheadAttention):
@@ -303,14 +344,14 @@ _LINEAR = frozenset(
 
 
 def as_pattern(target: str | Pattern) -> Pattern:
-    """The pattern that one entry of a rule's normalised targets stands for."""
+    """Returns the pattern of one normalised target."""
     if isinstance(target, Pattern):
         return target
     return AllLinear() if target == "all-linear" else _Name(target)
 
 
-def normalised(targets: Targets | None) -> tuple[str | Pattern, ...]:
-    """Targets as a tuple of names and patterns: types become patterns, one target becomes a tuple of one."""
+def normalise_targets(targets: Targets | None) -> tuple[str | Pattern, ...]:
+    """Convert targets to a tuple of names and patterns: types become patterns, a single target becomes a tuple."""
     if targets is None:
         return ()
     if isinstance(targets, (str, Pattern, type)):
@@ -326,7 +367,7 @@ def _entry(target: Any) -> str | Pattern:
     if isinstance(target, Mapping):
         return Pattern.from_dict(target)
     if isinstance(target, str):
-        return as_pattern(target) and target  # a broken regular expression is refused here
+        return as_pattern(target) and target  # raises for an invalid regular expression
     if isinstance(target, Pattern):
         return target
     if isinstance(target, type) and issubclass(target, nn.Module):
@@ -335,7 +376,7 @@ def _entry(target: Any) -> str | Pattern:
 
 
 def type_named(target: str | Pattern) -> str | None:
-    """The name of the class that a `Pattern.type` asks for; None for any other target."""
+    """Returns the class name of a `Pattern.type`; None for other targets."""
     return target.of if isinstance(target, _Type) else None
 
 
@@ -344,10 +385,10 @@ def qualified_name(cls: type) -> str:
 
 
 def _canonical(name: str) -> str:
-    """`torch.nn.Linear` → `torch.nn.modules.linear.Linear`, by looking at what is imported already."""
+    """Resolve a public name in imported modules: `torch.nn.Linear` → `torch.nn.modules.linear.Linear`."""
     module, _, attribute = name.rpartition(".")
-    found = getattr(sys.modules.get(module), attribute, None)
-    return qualified_name(found) if isinstance(found, type) else name
+    cls = getattr(sys.modules.get(module), attribute, None)
+    return qualified_name(cls) if isinstance(cls, type) else name
 
 
 def _flat(kind: type, pattern: Pattern) -> tuple[Pattern, ...]:

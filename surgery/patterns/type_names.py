@@ -1,4 +1,4 @@
-"""Names of module classes in targets: what was meant by one that is written as a module's name, or misspelt."""
+"""Suggests the intended type for a target that names a class like a module, or misspells it."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ __all__ = ["type_hint"]
 
 
 def type_hint(target: str | Pattern, modules: Iterable[nn.Module]) -> str | None:
-    """How a target that fits nothing is written as a type, where it names one; else None.
+    """Suggest how to write a target as a type, if a target that matches nothing names a class; else None.
 
     >>> from torch import nn
     >>> from surgery.patterns.type_names import type_hint
@@ -33,27 +33,27 @@ def type_hint(target: str | Pattern, modules: Iterable[nn.Module]) -> str | None
     if named is None:
         if not same:
             return None
-        return f"{word!r} is a type, not the name of a module: write {_written(same)}"
+        return f"{word!r} is a type, not the name of a module: write {_format(same)}"
     if exact:
         return None
     if same:
-        return f"a type is compared by its qualified name: write {_written(same)}"
+        return f"a type is compared by its qualified name: write {_format(same)}"
     return near_misses(named, public)
 
 
-def _written(names: Iterable[str]) -> str:
+def _format(names: Iterable[str]) -> str:
     return " or ".join(f"Pattern.type({name!r})" for name in list(names)[:3])
 
 
 def _torch_class(word: str) -> list[str]:
-    """The name of a class of torch.nn that no module of the model has."""
+    """Returns the public name of a class of torch.nn, for classes that the model does not use."""
     head, _, last = word.rpartition(".")
-    found = getattr(nn, last, None) if head in ("", "nn", "torch.nn") else None
-    return [f"torch.nn.{last}"] if isinstance(found, type) and issubclass(found, nn.Module) else []
+    cls = getattr(nn, last, None) if head in ("", "nn", "torch.nn") else None
+    return [f"torch.nn.{last}"] if isinstance(cls, type) and issubclass(cls, nn.Module) else []
 
 
 def _public_name(cls: type) -> str:
-    """`torch.nn.Linear` for `torch.nn.modules.linear.Linear`: the shortest name that gives the class back."""
+    """Returns the shortest importable name: `torch.nn.Linear` for `torch.nn.modules.linear.Linear`."""
     parts = cls.__module__.split(".")
     for length in range(1, len(parts)):
         module = ".".join(parts[:length])

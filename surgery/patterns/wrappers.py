@@ -1,7 +1,7 @@
-"""Wrappers: modules that stand around another one (DDP, torch.compile, activation checkpointing) and add to its names.
+"""Looks through wrappers: modules that contain the model and add a segment to its names (DDP, torch.compile, …).
 
-Sites, state dicts and files have the names that the model has without them, so that a file saved with a wrapper loads
-without, and the other way round.
+Sites, state dicts and files use the names of the model without wrappers. A file saved with a wrapper therefore loads
+without the wrapper, and the other way round.
 """
 
 from __future__ import annotations
@@ -13,9 +13,9 @@ from torch import Tensor, nn
 
 from surgery.errors import SurgeryError
 
-__all__ = ["child_of", "inner_of", "plain_name", "submodule", "taken_from", "unwrapped"]
+__all__ = ["child_of", "inner_of", "plain_name", "submodule", "select_tensors", "unwrap"]
 
-_INNER = {  # the class of a wrapper, and the name of the child that it stands around
+_INNER = {  # the class of a wrapper → the name of the child that it wraps
     "torch.nn.parallel.distributed.DistributedDataParallel": "module",
     "torch.nn.parallel.data_parallel.DataParallel": "module",
     "torch.optim.swa_utils.AveragedModel": "module",
@@ -30,7 +30,7 @@ SEGMENTS = frozenset(_INNER.values())
 
 
 def inner_of(module: nn.Module) -> nn.Module | None:
-    """The module that a wrapper stands around; None for a module that is not a wrapper.
+    """Returns the module that a wrapper contains; None for a module that is not a wrapper.
 
     >>> from torch import nn
     >>> from surgery.patterns.wrappers import inner_of
@@ -39,7 +39,7 @@ def inner_of(module: nn.Module) -> nn.Module | None:
     (True, None)
     """
     children = module._modules
-    if SEGMENTS.isdisjoint(children.keys()):  # a ScriptModule has something here that is no dict
+    if SEGMENTS.isdisjoint(children.keys()):  # in a ScriptModule this is not a dict
         return None
     for cls in type(module).__mro__:
         name = _INNER.get(f"{cls.__module__}.{cls.__qualname__}")
@@ -48,17 +48,17 @@ def inner_of(module: nn.Module) -> nn.Module | None:
     return None
 
 
-def unwrapped(module: Any) -> Any:
-    """The module inside of all wrappers around it."""
+def unwrap(module: Any) -> Any:
+    """Returns the module inside all its wrappers."""
     while isinstance(module, nn.Module) and (inner := inner_of(module)) is not None:
         module = inner
     return module
 
 
 def child_of(module: nn.Module, name: str) -> nn.Module | None:
-    """A module's child of this name, through wrappers around the module and whether or not the name has their segments.
+    """Returns the child of this name, looking through wrappers; None if it does not exist.
 
-    Asked with `in`: the children of a ScriptModule are kept in something that has no `get`.
+    It tests with `in`, because the children of a ScriptModule are not a dict and have no `get`.
     """
     while name not in module._modules:
         inner = inner_of(module)
@@ -69,27 +69,27 @@ def child_of(module: nn.Module, name: str) -> nn.Module | None:
 
 
 def submodule(model: nn.Module, path: str) -> nn.Module:
-    """The module at a path that has no wrapper's segments. AttributeError where there is none."""
-    found = model
+    """Returns the module at a path without wrapper segments. Raises AttributeError if it does not exist."""
+    module = model
     for part in path.split(".") if path else ():
-        child = child_of(found, part)
-        found = child if child is not None else found.get_submodule(part)
-    return unwrapped(found)
+        child = child_of(module, part)
+        module = child if child is not None else module.get_submodule(part)
+    return unwrap(module)
 
 
 def plain_name(name: str) -> str:
-    """A dotted name without any segment that a wrapper may have added."""
+    """Removes the segments that wrappers add from a dotted name."""
     parts = name.split(".")
     return name if SEGMENTS.isdisjoint(parts) else ".".join(part for part in parts if part not in SEGMENTS)
 
 
-def taken_from(state_dict: Mapping[str, Tensor], names: Iterable[str]) -> dict[str, Tensor]:
-    """The tensors of these names in a given state dict, whose keys may have wrappers' segments.
+def select_tensors(state_dict: Mapping[str, Tensor], names: Iterable[str]) -> dict[str, Tensor]:
+    """Select tensors by name from a caller's state dict. Its keys may contain wrapper segments.
 
-    `SurgeryError` where one is absent, can't be told from another, or is sharded: a process that saves alone must not
-    wait for others.
+    Raises `SurgeryError` for a tensor that is missing, ambiguous or sharded. A process that saves alone must not wait
+    for other processes to gather a tensor.
     """
-    found, absent = dict[str, Tensor](), list[str]()
+    selected, absent = dict[str, Tensor](), list[str]()
     plain: dict[str, list[str]] | None = None
     for name in names:
         key: str | None = name
@@ -106,18 +106,18 @@ def taken_from(state_dict: Mapping[str, Tensor], names: Iterable[str]) -> dict[s
         tensor = state_dict[key]
         if hasattr(tensor, "full_tensor"):
             raise SurgeryError(
-                "the state dict that was given is sharded",
+                "the state dict passed as state_dict is sharded",
                 where=key,
                 why="each process has a part of the tensor (DTensor), and one process saves alone",
                 fix="gather it: get_model_state_dict(model, options=StateDictOptions(full_state_dict=True))",
             )
-        found[name] = tensor
+        selected[name] = tensor
     if absent:
         near = next(iter(state_dict), None)
         raise SurgeryError(
-            f"the state dict that was given lacks {len(absent)} tensors of the adapter, such as {absent[0]}",
+            f"the state dict passed as state_dict lacks {len(absent)} tensors of the adapter, such as {absent[0]}",
             why=f"it has {len(state_dict)} keys" + (f", such as {near}" if near is not None else ""),
-            fix="give the model's whole state dict, gathered from all processes; only wrappers' segments (module, "
-            "_orig_mod, _checkpoint_wrapped_module) may differ in the names",
+            fix="pass the model's whole state dict, gathered from all processes; names may differ only in wrapper "
+            "segments (module, _orig_mod, _checkpoint_wrapped_module)",
         )
-    return found
+    return selected

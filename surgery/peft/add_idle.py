@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from torch import nn
 
 from surgery.lifecycle.switching import check_none_merged, switch, weights_now
-from surgery.patterns.wrappers import unwrapped
+from surgery.patterns.wrappers import unwrap
 from surgery.state.in_use import check_free
 from surgery.state.records import model_state
 from surgery.transaction.undo_log import Journal
@@ -23,7 +23,7 @@ def beside(model: nn.Module) -> Iterator[None]:
     Meanwhile no others are live, but those that can't be idle (PiSSA): so it may be one that is never live with them,
     such as a head of its own (TrainRule). All or nothing: where it can't be idle, it is gone again.
     """
-    model = unwrapped(model)
+    model = unwrap(model)
     state = model_state(model)
     if state is None:
         yield

@@ -19,7 +19,7 @@ from surgery.errors import SurgeryError, SurgeryWarning
 from surgery.lifecycle.switching import set_trained
 from surgery.merging.merge import unmerged
 from surgery.model_record.verb_root import rewritten, root_of
-from surgery.patterns.wrappers import unwrapped
+from surgery.patterns.wrappers import unwrap
 from surgery.peft.add_idle import beside
 from surgery.peft.config import PeftConfig
 from surgery.peft.defaults import with_defaults
@@ -87,7 +87,7 @@ class PeftModel(Facade):
     @property
     def active_adapters(self) -> list[str]:
         """In PEFT, adapters stay active while they are disabled; the engine knows live ones."""
-        state = model_state(unwrapped(self._base))
+        state = model_state(unwrap(self._base))
         return [] if state is None else list(surgery.active(self._base) or state.resting)
 
     @property
@@ -213,7 +213,7 @@ class PeftModel(Facade):
         alone, disabled = self.active_adapters == [adapter_name], self._disabled
         surgery.remove(self._base, adapter_name)
         self._configs.pop(adapter_name, None)
-        state = model_state(unwrapped(self._base))
+        state = model_state(unwrap(self._base))
         if alone and state is not None:
             first = next(iter(state.adapters))
             warnings.warn(f"{adapter_name} was active; now {first} is", SurgeryWarning, stacklevel=3)
@@ -255,7 +255,7 @@ class PeftModel(Facade):
     @whole
     def merge_and_unload(self, progressbar: bool = False, safe_merge: bool = False, adapter_names: Any = None) -> Any:
         """The plain model with adapters (the active ones) in its weights, for good; all others are gone, too."""
-        if not merged_adapters(unwrapped(self._base)):
+        if not merged_adapters(unwrap(self._base)):
             self.merge_adapter(adapter_names, safe_merge)
         surgery.forget(self._base)
         return self.unload()
@@ -263,13 +263,13 @@ class PeftModel(Facade):
     @whole
     def unload(self) -> Any:
         """The base as it was before the first adapter: bits, classes and `requires_grad` flags."""
-        if model_state(unwrapped(self._base)) is not None:
+        if model_state(unwrap(self._base)) is not None:
             surgery.remove(unmerged(self._base))
         self._configs.clear()
         return self._base
 
     def _unmerged(self, verb: str) -> None:
-        if merged_adapters(unwrapped(self._base)):
+        if merged_adapters(unwrap(self._base)):
             warnings.warn(f"{verb}: the model is merged, and is unmerged first", SurgeryWarning, stacklevel=4)
             surgery.unmerge(self._base)
 

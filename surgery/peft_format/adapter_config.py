@@ -12,7 +12,7 @@ from torch import nn
 from surgery.adapter_files.tensor_files import TensorFile
 from surgery.authoring.rule import Rule
 from surgery.errors import MatchError, SurgeryError
-from surgery.patterns.paths import endings, regular
+from surgery.patterns.paths import endings, regex_for
 from surgery.peft_format.targets import ALL, Modules, by_keys, chosen_by, is_all, is_plain, is_text
 
 __all__ = ["SILENT", "PeftConfig", "choose"]
@@ -68,7 +68,7 @@ class PeftConfig:
     @staticmethod
     def regular(paths: Sequence[str]) -> str:
         """A target for exactly these paths."""
-        return regular(paths)
+        return regex_for(paths)
 
     def refuse(self, name: str, why: str, fix: str | None = None) -> SurgeryError:
         return SurgeryError(f"PEFT's {name}={str(self.data.get(name))[:100]!r} can't be held exactly", why=why, fix=fix)
@@ -105,18 +105,18 @@ def choose(config: PeftConfig, kind: type[R], given: Mapping[str, Any]) -> R:
     if is_all(targets):
         short = kind(targets=ALL, exclude=_words(exclude), **given)
         wanted = config.targeted
-        return short if config.modules.matched(short) == wanted else kind(targets=regular(sorted(wanted)), **given)
+        return short if config.modules.matched(short) == wanted else kind(targets=regex_for(sorted(wanted)), **given)
     if not targets:
-        return kind(targets=regular(sorted(config.targeted)), **given)
+        return kind(targets=regex_for(sorted(config.targeted)), **given)
     wanted = config.targeted
     if not all(map(is_plain, targets if isinstance(targets, list) else ())):  # in a list PEFT has names alone
-        return kind(targets=regular(sorted(wanted)), **given)
+        return kind(targets=regex_for(sorted(wanted)), **given)
     short = kind(targets=_words(targets), exclude=_words(exclude), layers=layers or None, **given)
     found = config.modules.matched(short)
     if not wanted and found:
         raise _none_left(config, sorted(found))
     same = not config.data.get("layers_pattern") and found == wanted
-    return short if same or not wanted else kind(targets=regular(sorted(wanted)), **given)
+    return short if same or not wanted else kind(targets=regex_for(sorted(wanted)), **given)
 
 
 def _none_left(config: PeftConfig, found: Sequence[str]) -> MatchError:

@@ -10,7 +10,7 @@ from typing import Any, Literal
 from torch import Tensor, nn
 
 from surgery.patterns.embeddings import embeddings_of
-from surgery.patterns.paths import chosen, endings
+from surgery.patterns.paths import endings, select_targets
 from surgery.peft_format.key_history import PREFIX
 from surgery.peft_format.targets import Modules
 from surgery.state.base_tensors import base_tensor
@@ -78,7 +78,7 @@ def _targeted(config: Mapping[str, Any], paths: Collection[str]) -> bool:
     targets = config.get("target_modules") or ()
     if isinstance(targets, str):
         named = [path for path in paths if any(name in endings(path) for name in NAMES)]
-        return bool(chosen({"target_modules": targets}, named))
+        return bool(select_targets({"target_modules": targets}, named))
     return any(name in targets for name in NAMES)
 
 

@@ -14,7 +14,7 @@ from typing import Any
 from surgery.adapter_files.plain_json import parse_json
 from surgery.adapter_files.tensor_files import TensorFile
 from surgery.errors import SurgeryError
-from surgery.patterns.paths import patterned
+from surgery.patterns.paths import pattern_value
 from surgery.peft_format.key_history import COMPONENTS, PREFIX, Spelt
 
 __all__ = ["Settings", "alphas_of", "settings_of"]
@@ -74,7 +74,7 @@ def contradicted(config: Mapping[str, Any], alphas: Mapping[str, float], spelt: 
     """`SurgeryError` where the alpha beside a layer is not the configuration's."""
     here = {there: key for key, there in spelt.keys.items()}
     for there, alpha in alphas.items():
-        said = patterned(config.get("alpha_pattern"), _layer(here[there]), config.get("lora_alpha", 8))
+        said = pattern_value(config.get("alpha_pattern"), _layer(here[there]), config.get("lora_alpha", 8))
         if said != alpha:
             why = f"{there} is {alpha:g}, and {source} says {said}"
             raise SurgeryError("the file says two alphas for one layer", why=why, fix="take the wrong one out of it")

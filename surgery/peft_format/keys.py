@@ -10,7 +10,7 @@ from torch import nn
 
 from surgery.adapter_files.tensor_files import TensorFile
 from surgery.patterns.module_walk import base_modules
-from surgery.patterns.paths import patterned
+from surgery.patterns.paths import pattern_value
 from surgery.peft_format.key_history import Spelt, of_today
 
 __all__ = ["keys_of", "moved"]
@@ -39,6 +39,6 @@ def moved(config: Mapping[str, Any], spelt: Spelt) -> dict[str, Any]:
     for name in ("rank_pattern", "alpha_pattern"):
         given = config.get(name)
         if isinstance(given, dict) and given:
-            values = {here: patterned(given, there, None) for there, here in spelt.moved.items()}
+            values = {here: pattern_value(given, there, None) for there, here in spelt.moved.items()}
             found[name] = {re.escape(path): value for path, value in values.items() if value is not None} | given
     return found

@@ -12,7 +12,7 @@ from torch import nn
 from surgery.authoring.rule import Rule
 from surgery.errors import MatchError
 from surgery.patterns.module_walk import base_modules
-from surgery.patterns.paths import chosen, regular
+from surgery.patterns.paths import regex_for, select_targets
 from surgery.patterns.pattern import as_pattern
 from surgery.peft_format.key_history import PREFIX
 from surgery.planning.matching import Tree, matches
@@ -53,8 +53,8 @@ class Modules:
 def chosen_by(config: Mapping[str, Any], modules: Modules) -> set[str]:
     """The paths that `target_modules` and the fields around it mean; empty where they name none."""
     if is_all(config.get("target_modules")):
-        return chosen({**config, "target_modules": ".*"}, modules.linear)
-    return chosen(config, modules.by_path)
+        return select_targets({**config, "target_modules": ".*"}, modules.linear)
+    return select_targets(config, modules.by_path)
 
 
 def is_all(targets: Any) -> bool:
@@ -87,7 +87,7 @@ def fields_of(rule: Rule, modules: Modules, paths: Sequence[str]) -> dict[str, A
     for fields in (kept, listed):
         if fields.get("target_modules") and chosen_by(fields, modules) == wanted:
             return {name: value for name, value in fields.items() if value is not None}
-    return {"target_modules": regular(sorted(wanted)).removeprefix("re:")}
+    return {"target_modules": regex_for(sorted(wanted)).removeprefix("re:")}
 
 
 def _said(targets: Any) -> Any:

@@ -19,7 +19,7 @@ from torch import nn
 
 from surgery.patterns.module_walk import base_modules
 from surgery.patterns.pattern import qualified_name
-from surgery.patterns.wrappers import submodule, unwrapped
+from surgery.patterns.wrappers import submodule, unwrap
 from surgery.planning.settled_branches import goes
 from surgery.planning.source_reads import CALL, WRAP, Chain, Facts, facts_of
 
@@ -83,7 +83,7 @@ def bypasses_of(model: nn.Module, path: str, aliases: Iterable[str] = ()) -> lis
     target = submodule(model, path)
     above: dict[int, tuple[str, nn.Module]] = {}
     for name in (path, *aliases):
-        parts, reader = name.split(".") if name else [], unwrapped(model)
+        parts, reader = name.split(".") if name else [], unwrap(model)
         for depth, part in enumerate(parts):
             above.setdefault(id(reader), (".".join(parts[:depth]), reader))
             reader = submodule(reader, part)
@@ -121,7 +121,7 @@ class _Held(NamedTuple):
 
     def child(self, name: str) -> Iterator[_Held]:
         if (module := self.module._modules[name]) is not None:
-            yield _Held(f"{self.path}.{name}" if self.path else name, unwrapped(module), self.own)
+            yield _Held(f"{self.path}.{name}" if self.path else name, unwrap(module), self.own)
 
     @property
     def cls(self) -> type[nn.Module]:

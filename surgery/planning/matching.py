@@ -13,7 +13,7 @@ from torch import fx, nn
 from surgery.authoring.declaration import Declaration
 from surgery.errors import MatchError, near_misses
 from surgery.patterns.module_walk import every_path
-from surgery.patterns.paths import endings, spelled
+from surgery.patterns.paths import endings, literal_alternatives
 from surgery.patterns.pattern import Candidate, Pattern, Targets, Verdict, as_pattern
 from surgery.patterns.type_names import type_hint
 
@@ -95,7 +95,7 @@ class Tree:
             )
         found: set[str] = set()
         for target in listed:
-            if target.startswith("re:") and (listed_paths := spelled(target[3:])) is not None:
+            if target.startswith("re:") and (listed_paths := literal_alternatives(target[3:])) is not None:
                 found.update([path for path in listed_paths if path and path in self.modules])
             elif target.startswith("re:"):
                 fits = re.compile(target[3:]).fullmatch

@@ -15,7 +15,7 @@ from surgery.forward.own_forward import own_forward
 from surgery.forward.packed_weights import UNPACKED, packed_in
 from surgery.forward.tape import NOTHING, Layer
 from surgery.model_record.verb_root import records_in, rewritten
-from surgery.patterns.wrappers import submodule, unwrapped
+from surgery.patterns.wrappers import submodule, unwrap
 from surgery.planning.call_readiness import Readiness, graphs_ready
 from surgery.planning.direct_reads import Bypass, bypasses, fastpath_switch
 from surgery.planning.equivalent_sites import likeness
@@ -41,7 +41,7 @@ def make_plan(
     example_inputs: Any = None,
     freeze: bool | None = None,
 ) -> Plan:
-    model = unwrapped(model)
+    model = unwrap(model)
     listed, problems = rules_in(rules)
     if freeze not in (True, False, None):
         problems.append(SurgeryError(f"freeze={freeze!r} is not True, False or None"))

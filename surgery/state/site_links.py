@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from surgery.patterns.module_walk import RESERVED, is_adapters
-from surgery.patterns.wrappers import child_of, unwrapped
+from surgery.patterns.wrappers import child_of, unwrap
 
 __all__ = ["Links", "at_path", "linked", "there"]
 
@@ -68,7 +68,7 @@ def at_path(root: nn.Module, path: str) -> tuple[str, nn.Module]:
             break
         done.append(name)
         module = child
-    return ".".join(done), unwrapped(module)
+    return ".".join(done), unwrap(module)
 
 
 def there(root: nn.Module, path: str) -> nn.Module | None:

@@ -21,7 +21,7 @@ from surgery.errors import LoadError, RuleError, SurgeryError, SurgeryWarning
 from surgery.forward.parameter_view import tensor_at
 from surgery.lifecycle.insertion import Given, carry_out
 from surgery.patterns.module_walk import RESERVED
-from surgery.patterns.wrappers import unwrapped
+from surgery.patterns.wrappers import unwrap
 from surgery.planning.plan import Plan
 from surgery.planning.planner import make_plan
 from surgery.state.adapter_tensors import tensors_of
@@ -89,7 +89,7 @@ def load_adapter(
     them; on a base on the meta device they are made on the CPU, and stay when `load_state_dict(…, assign=True)` fills
     the base.
     """
-    model = unwrapped(model)
+    model = unwrap(model)
     stored = stored_adapter(model, source, subfolder, revision, config, component)
     report = LoadReport(adapter, stored.rules, metadata=stored.metadata, licence=stored.licence)
     report.assumed = stored.assumed

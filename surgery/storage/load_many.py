@@ -12,7 +12,7 @@ from surgery.adapter_files.entry import names_in
 from surgery.errors import LoadError, PlanError, SurgeryError, near_misses
 from surgery.lifecycle.activation import activate, deactivate
 from surgery.lifecycle.switching import weights_now
-from surgery.patterns.wrappers import unwrapped
+from surgery.patterns.wrappers import unwrap
 from surgery.state.records import model_state
 from surgery.storage.load import load_adapter
 from surgery.storage.load_report import LoadReport
@@ -48,7 +48,7 @@ def load_adapters(
     All or none: a `LoadError` tells what is wrong with any of them; none stays on the model, and what was live is.
     Raises `SurgeryError` for a name in `live` that is neither there nor in the folder.
     """
-    model, folder = unwrapped(model), Path(folder)
+    model, folder = unwrap(model), Path(folder)
     found = {"default": folder} if names_in(folder) else {}
     if folder.is_dir():
         found |= {inner.name: inner for inner in sorted(folder.iterdir()) if inner.is_dir() and names_in(inner)}

@@ -9,7 +9,7 @@ from torch import nn
 from surgery.errors import SurgeryError
 from surgery.model_record.verb_root import check_all_present, records_in, root_of
 from surgery.onnx.calls.shared_copy import sharing_copy
-from surgery.patterns.wrappers import submodule, unwrapped
+from surgery.patterns.wrappers import submodule, unwrap
 from surgery.state.records import _MODEL, ModelState, model_state, sites
 
 __all__ = ["check_names", "rooted"]
@@ -21,7 +21,7 @@ def rooted(model: Any) -> nn.Module:
     So slots, manifests and initialisers have the names that the exported module has for its sites. Of several parts
     that were rewritten, each by itself, no copy is made.
     """
-    model = unwrapped(model)
+    model = unwrap(model)
     check_all_present(model)
     parts = records_in(model)
     if len(parts) != 1 or "" in parts:

@@ -10,7 +10,7 @@ import numpy as np
 
 from surgery.errors import SurgeryError
 from surgery.onnx.runtime.dtypes import widened
-from surgery.patterns.paths import chosen, patterned
+from surgery.patterns.paths import pattern_value, select_targets
 
 if TYPE_CHECKING:
     from surgery.onnx.conversion.conversion import Conversion
@@ -81,10 +81,10 @@ def _place(conversion: Conversion, path: str, part: str, tensors: dict[str, np.n
 
 def _scale(conversion: Conversion, path: str, rank: int) -> float:
     held = conversion.checkpoint
-    told = patterned(held.patterns("rank_pattern"), path, held.number("r", 8))
+    told = pattern_value(held.patterns("rank_pattern"), path, held.number("r", 8))
     if told != rank:
         raise SurgeryError("the tensors have another rank than the configuration says", why=f"{rank}, and not {told}")
-    alpha = patterned(held.patterns("alpha_pattern"), path, held.number("lora_alpha", 8))
+    alpha = pattern_value(held.patterns("alpha_pattern"), path, held.number("lora_alpha", 8))
     return alpha / (math.sqrt(rank) if held.flag("use_rslora") else rank)
 
 
@@ -154,6 +154,6 @@ def _check_targets(conversion: Conversion, paths: set[str]) -> None:
         return
     sites = [site for site, rule in conversion.manifest.groups if rule == "lora"]
     with conversion.noting("target_modules"):
-        for path in sorted(chosen(config, sites) - {path.removesuffix(_OUT) for path in paths}):
+        for path in sorted(select_targets(config, sites) - {path.removesuffix(_OUT) for path in paths}):
             why = "the configuration names it among its targets"
             conversion.problems.append(SurgeryError("the checkpoint has no tensors for a target", where=path, why=why))

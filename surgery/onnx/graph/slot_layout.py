@@ -9,7 +9,7 @@ from torch import nn
 
 from surgery.authoring.hook_call import running
 from surgery.authoring.rule import Rule
-from surgery.patterns.paths import regular
+from surgery.patterns.paths import regex_for
 from surgery.state.records import Applied, ModelState, sites
 
 __all__ = ["Arranged", "Left", "arranged", "bare", "exactly", "labels_of"]
@@ -52,7 +52,7 @@ class Arranged:
 def exactly(paths: Sequence[str]) -> str | list[str]:
     """Targets for these modules alone; no expression means the model itself."""
     inner = [path for path in paths if path]
-    return regular(inner) if len(inner) == len(paths) else ["", *([regular(inner)] if inner else [])]
+    return regex_for(inner) if len(inner) == len(paths) else ["", *([regex_for(inner)] if inner else [])]
 
 
 def arranged(copy: nn.Module, state: ModelState, names: Sequence[str]) -> Arranged:
