@@ -364,7 +364,7 @@ def test_refusals() -> None:
 
 def test_a_mapping_of_weights_is_not_taken_for_names() -> None:
     model = apply_rules(nn.Sequential(nn.Linear(4, 4)), [LoraRule("0")], adapter="a")
-    with pytest.raises(SurgeryError, match="a mapping is given for the adapters' names"):
+    with pytest.raises(SurgeryError, match="the adapters' names are a mapping"):
         activate(model, {"a": 0.5})  # type: ignore[arg-type]
     with pytest.raises(SurgeryError, match="give the mapping as weights"), using(model, {"a": 0.5}):  # type: ignore[arg-type]
         pass

@@ -208,7 +208,7 @@ def test_renaming_is_refused() -> None:
     before = Snapshot(model)
     for old, new, told in (
         ("d", "e", "no adapter"), ("a", "b", "already"), ("a", "x.y", "can't name"), ("a", "", "can't name"),
-        ("a", "train", "can't name"), (["a"], "x", "no adapter's name"), ("a", 3, "can't name"),
+        ("a", "train", "can't name"), (["a"], "x", "is not the name of an adapter"), ("a", 3, "can't name"),
     ):  # fmt: skip
         with pytest.raises(SurgeryError, match=told):
             rename_adapter(model, cast(Any, old), cast(Any, new))

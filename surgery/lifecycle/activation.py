@@ -1,4 +1,4 @@
-"""Which adapters are live, each with a weight, and what there is of them."""
+"""Makes adapters live or idle, each with a weight, and lists the adapters of a model."""
 
 from __future__ import annotations
 
@@ -28,9 +28,9 @@ M = TypeVar("M", bound=nn.Module)
 
 @dataclass(frozen=True)
 class Adapter:
-    """What `adapters` tells of one: its rules, its sites' paths, how many parameters, whether it is live, or merged.
+    """One adapter, as `adapters` lists it: rules, paths of its sites, number of parameters, whether live or merged.
 
-    `weight`: what it changes is multiplied by this while it is live.
+    `weight`: its changes are multiplied by this number while it is live.
     """
 
     rules: tuple[Rule, ...]
@@ -41,11 +41,11 @@ class Adapter:
     weight: float = 1.0
 
     def __repr__(self) -> str:
-        """As a dataclass; of many sites and rules a few."""
+        """As a dataclass prints itself; more than five sites or rules are shortened."""
         rules = ", ".join(map(repr, self.rules)) if len(self.rules) <= 5 else abbreviate(map(repr, self.rules), "rules")
         sites = repr(self.sites) if len(self.sites) <= 5 else f"({abbreviate(map(repr, self.sites))})"
-        told = f"parameters={self.parameters}, live={self.live}, merged={self.merged}, weight={self.weight}"
-        return f"Adapter(rules=({rules}{',' * (len(self.rules) == 1)}), sites={sites}, {told})"
+        counts = f"parameters={self.parameters}, live={self.live}, merged={self.merged}, weight={self.weight}"
+        return f"Adapter(rules=({rules}{',' * (len(self.rules) == 1)}), sites={sites}, {counts})"
 
 
 Weights = float | Sequence[float] | Mapping[str, float] | None
@@ -55,7 +55,7 @@ Weights = float | Sequence[float] | Mapping[str, float] | None
 def activate(
     model: M, adapter: str | Sequence[str] | None = None, weights: Weights = None, *, train: bool | None = None
 ) -> M:
-    """Make these adapters live, and no others; the same model comes back. None: those that `deactivate` found live.
+    """Make these adapters live and all others idle.
 
     >>> import torch
     >>> from torch import nn
@@ -72,25 +72,35 @@ def activate(
     >>> adapters(model)["b"].weight
     -0.3
 
-    `weights`: one for each name, or a mapping; without, 1. What an adapter changes of an output, an input or a
-    parameter is multiplied by its weight, so that LoRA's branch counts as much; `merge` folds it in so. Rules whose
-    change is no difference of numbers (prefixes, prompts) have the weight 1.
+    Only live adapters train: the tensors of idle adapters do not require gradients, and `activate` restores their
+    flags. A site without live adapters has its own class. Several live adapters edit a site in the order in which they
+    were applied.
 
-    Only live adapters train: the others' tensors stop requiring gradients, and get their flags back with `activate`.
-    `train`: False makes these live and frozen, until True lets all train that their rules train. A site that no live
-    adapter touches has its own class. The edits of several stand in the order they were applied in.
+    Args:
+        model: the model.
+        adapter: a name or several names. None: the adapters that were live before `deactivate`.
+        weights: a number, one number for each name, or a mapping from names to numbers; default 1. An adapter's changes
+            of outputs, inputs and parameters are multiplied by its weight, and `merge` folds them with it. Rules that
+            do not add a difference of numbers (prefixes, prompts) only take the weight 1.
+        train: False freezes the tensors of these adapters; True lets the tensors train that their rules train.
+            None: the flags stay as they are.
 
-    All or nothing. Raises `SurgeryError` for an unknown adapter, for a weight that is no finite number or can't be had,
-    for a merged model, for an adapter that changed the base's weights at its start (PiSSA), which can be removed but
-    not be idle, while another thread is in `using`, inside of `route`, and where a part of the model that was rewritten
-    by itself has live adapters. PEFT: `set_adapter`, `set_scale`.
+    Returns:
+        The same model object.
+
+    Raises:
+        SurgeryError: an unknown adapter; a weight that is not a finite number, or that a rule does not take; a merged
+            model; an idle adapter that changed the base's weights at its start (PiSSA); another thread inside `using`;
+            a call inside `route`; a part of the model that has live adapters of its own. The model is unchanged.
+
+    PEFT: `set_adapter`, `set_scale`.
     """
     root, state = rewritten(model)
     check_parts_idle(root)
     if adapter is None:
         live = state.resting or weights_now(state)
         adapter, weights = list(live), live if weights is None else weights
-    live = _asked_for(state, adapter, weights)
+    live = _requested(state, adapter, weights)
     check_free(root)
     check_none_merged(state)
     with Journal() as journal:
@@ -104,7 +114,7 @@ def activate(
 
 @verb
 def deactivate(model: M) -> M:
-    """Make no adapter live: the model gives the base's bits, and every site has its own class. See `activate`.
+    """Make all adapters idle: outputs are the base's to the bit, and each site has its own class.
 
     >>> from torch import nn
     >>> from surgery import activate, active, apply_rules, deactivate
@@ -113,8 +123,15 @@ def deactivate(model: M) -> M:
     >>> type(model[0]) is nn.Linear, active(activate(model))
     (True, ('default',))
 
-    `activate(model)` makes those live again that were, with their weights. PEFT: `disable_adapter_layers`,
-    `enable_adapter_layers`.
+    `activate(model)` makes the same adapters live again, with their weights.
+
+    Returns:
+        The same model object.
+
+    Raises:
+        SurgeryError: as `activate`.
+
+    PEFT: `disable_adapter_layers`, `enable_adapter_layers`.
     """
     root, state = rewritten(model)
     check_parts_idle(root)
@@ -129,7 +146,7 @@ def deactivate(model: M) -> M:
 
 
 def active(model: nn.Module) -> tuple[str, ...]:
-    """The live adapters, in the order they were applied; merged ones too.
+    """Return the names of the live adapters, merged ones included, in the order in which they were applied.
 
     >>> from torch import nn
     >>> from surgery import active, apply_rules
@@ -141,7 +158,7 @@ def active(model: nn.Module) -> tuple[str, ...]:
 
 
 def adapters(model: nn.Module) -> dict[str, Adapter]:
-    """What each adapter is: rules, sites, parameters, live or not, merged or not.
+    """Return an `Adapter` for each adapter's name: its rules, sites, number of parameters, and whether live or merged.
 
     >>> from torch import nn
     >>> from surgery import adapters, apply_rules
@@ -167,7 +184,7 @@ def adapters(model: nn.Module) -> dict[str, Adapter]:
 
 @contextmanager
 def using(model: nn.Module, adapter: str | Sequence[str] | None, weights: Weights = None) -> Iterator[None]:
-    """These adapters are live inside the block (None: none is); on exit those from before are, exceptions included.
+    """Make these adapters live inside a `with` block; the end of the block restores the earlier ones.
 
     >>> import torch
     >>> from torch import nn
@@ -180,13 +197,22 @@ def using(model: nn.Module, adapter: str | Sequence[str] | None, weights: Weight
     >>> active(model)
     ('default',)
 
-    `weights` as for `activate`. A model has one set of live adapters for all threads: a second thread that enters
-    meanwhile gets a `SurgeryError`; see `route` for threads with adapters of their own.
+    An exception inside the block restores the earlier adapters, too. All threads share one set of live adapters; with
+    `route`, each thread has adapters of its own.
+
+    Args:
+        model: the model.
+        adapter: a name, several names, or None for no adapter.
+        weights: as for `activate`.
+
+    Raises:
+        SurgeryError: as `activate`, and if another thread is inside `using` on this model.
+
     PEFT: `disable_adapter()`, and `set_adapter` twice.
     """
     root, state = rewritten(model)
     check_parts_idle(root)
-    live = _asked_for(state, [] if adapter is None else adapter, weights)
+    live = _requested(state, [] if adapter is None else adapter, weights)
     with claimed(root):
         before, resting = weights_now(state), state.resting
         check_none_merged(state)
@@ -198,44 +224,46 @@ def using(model: nn.Module, adapter: str | Sequence[str] | None, weights: Weight
                     state.resting = dict(before or resting)
                 yield
             finally:
-                _put_back(root, before, resting)
-        finally:  # once more, where it was broken off; else nothing is left to do
-            _put_back(root, before, resting)
+                _restore(root, before, resting)
+        finally:  # once more, if an interrupt broke the first off; otherwise this changes nothing
+            _restore(root, before, resting)
 
 
-def _put_back(model: nn.Module, before: Mapping[str, float], resting: Mapping[str, float]) -> None:
-    """Those adapters are live again that were before a block, as far as they are still there."""
+def _restore(model: nn.Module, before: Mapping[str, float], resting: Mapping[str, float]) -> None:
+    """Make the adapters live again that were live before a block and were not removed in it."""
     state = model_state(model)
-    if state is not None:  # else the last one was removed inside
+    if state is not None:  # None: the block removed the last adapter
         with neutral(model), Journal() as journal, collector_waits():
             switch(model, {name: weight for name, weight in before.items() if name in state.adapters})
             journal.attribute(state, "resting")
             state.resting = {name: weight for name, weight in resting.items() if name in state.adapters}
 
 
-def _asked_for(state: ModelState, adapter: str | Sequence[str], weights: Weights) -> dict[str, float]:
-    """The adapters that are to be live, with their weights."""
+def _requested(state: ModelState, adapter: str | Sequence[str], weights: Weights) -> dict[str, float]:
+    """The weight of each adapter that a call makes live; `SurgeryError` for arguments that do not fit."""
     if isinstance(adapter, Mapping):
         fix = "name them and give the mapping as weights: activate(model, list(weights), weights)"
-        raise SurgeryError("a mapping is given for the adapters' names", why="its values would be passed over", fix=fix)
+        raise SurgeryError("the adapters' names are a mapping", why="its values would be ignored", fix=fix)
     names = adapter_names(state, adapter)
     if isinstance(weights, Mapping):
         adapter_names(state, list(weights))
-        given = [weights.get(name, 1.0) for name in names]
+        values = [weights.get(name, 1.0) for name in names]
         if left := [name for name in weights if name not in names]:
-            raise SurgeryError(f"there is a weight for {left[0]!r}, which is not to be live", fix="name it, too")
+            raise SurgeryError(
+                f"there is a weight for {left[0]!r}, which is not among the adapters", fix="name it, too"
+            )
     else:
         alone = [weights] if isinstance(weights, (int, float)) else weights
-        given = [1.0] * len(names) if alone is None else list(alone)
-    if len(given) != len(names):
-        raise SurgeryError(f"there are {len(given)} weights for {len(names)} adapters", fix="give one for each")
-    for name, weight in zip(names, given, strict=True):
+        values = [1.0] * len(names) if alone is None else list(alone)
+    if len(values) != len(names):
+        raise SurgeryError(f"there are {len(values)} weights for {len(names)} adapters", fix="give one for each")
+    for name, weight in zip(names, values, strict=True):
         if isinstance(weight, bool) or not isinstance(weight, (int, float)) or not math.isfinite(weight):
-            raise SurgeryError(f"the weight {weight!r} of {name!r} is no finite number")
+            raise SurgeryError(f"the weight {weight!r} of {name!r} is not a finite number")
     if len(set(names)) < len(names):
         twice = next(name for name in names if names.count(name) > 1)
         raise SurgeryError(f"the adapter {twice!r} is named twice", fix="name it once, with the sum of its weights")
-    return {name: float(weight) for name, weight in zip(names, given, strict=True)}
+    return {name: float(weight) for name, weight in zip(names, values, strict=True)}
 
 
 def _is_trained(tensor: Tensor) -> bool:
@@ -243,5 +271,5 @@ def _is_trained(tensor: Tensor) -> bool:
 
 
 def _is_merged(module: nn.Module, name: str) -> bool:
-    held = site_state(module)
-    return held is not None and held.merged is not None and name in held.merged.adapters
+    site = site_state(module)
+    return site is not None and site.merged is not None and name in site.merged.adapters

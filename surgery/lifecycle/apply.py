@@ -1,4 +1,8 @@
-"""The engine's verbs: plan, apply, explain, remove. Each reads as the flow match → plan → trace → rewrite → install."""
+"""`apply_rules`, `plan_rules` and `explain`.
+
+`apply_rules` is two steps. `make_plan` matches the targets, traces the forwards and records each rule's rewrite;
+`install_plan` gives the sites their tensors and generated classes.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +13,7 @@ from torch import nn
 
 from surgery.authoring.rule import Rule
 from surgery.authoring.rule_arguments import rule_problem
-from surgery.lifecycle.insertion import carry_out
+from surgery.lifecycle.insertion import install_plan
 from surgery.patterns.pattern import Verdict
 from surgery.patterns.wrappers import unwrap
 from surgery.planning.matching import Tree, verdict_of
@@ -32,7 +36,7 @@ def apply_rules(
     example_inputs: Any = None,
     freeze: bool | None = None,
 ) -> M:
-    """Rewrite a model in place by rules; the same object comes back, adapted.
+    """Rewrite a model in place by rules, as one new adapter.
 
     >>> import torch
     >>> from torch import nn
@@ -49,23 +53,28 @@ def apply_rules(
     ['0.adapters.default.A', '0.adapters.default.B']
     >>> _ = remove(model)
 
-    Applying stacks: adapters there before stay live.
+    Args:
+        model: the model, or a wrapper such as `torch.compile`'s around it.
+        rules: one rule or several.
+        adapter: the name of the new adapter. Adapters that are on the model stay live.
+        example_inputs: a tensor, a tuple of arguments or a dict of keyword arguments. A list holds several examples,
+            one for each kind of call: `[{"input_ids": ids}, {"input_ids": ids, "attention_mask": mask}]`. Planning runs
+            each example once. It reports targets that no example reaches and compares traced graphs with their
+            forwards. Graphs for rules that look into forwards are traced for evaluation and training, with and without
+            gradients. Rules with `identity = True` must leave the output of each example unchanged.
+        freeze: whether the base's parameters stop requiring gradients until `remove` restores their flags. None: they
+            do if a rule adds parameters that train, as in PEFT. False: base and adapter train together.
 
-    `freeze`: whether the base's parameters stop requiring gradients, until `remove` gives their flags back. None, the
-    default: where the rules bring parameters that train, as in PEFT; rules that only look (`CaptureRule`) leave the
-    base as it trains. False: base and adapter train together.
+    Returns:
+        The same model object.
 
-    `example_inputs` (a tensor, a tuple of arguments or a dict of keyword arguments) is run once before anything is
-    touched: targets that it never reaches are reported, held graphs are compared with the forwards they stand for, and
-    rules that promise an unchanged output at the start are held to it. A list holds several examples, one for each kind
-    of call: `[{"input_ids": ids}, {"input_ids": ids, "attention_mask": mask}]`. What rules that look into forwards need
-    is made ready for them, in evaluation and in training, with and without gradients.
-
-    All or nothing: raises `SurgeryError` (`PlanError` where several things are wrong) with the model as it was.
+    Raises:
+        PlanError: problems that planning found, all at once.
+        SurgeryError: any other failure. In both cases the model is unchanged.
     """
-    plan = make_plan(model, rules, adapter, example_inputs, freeze)
+    plan = make_plan(model, rules, adapter, example_inputs, freeze)  # match, trace, rewrite
     plan.warnings += rank_warnings(plan.steps)
-    carry_out(plan, stacklevel=4)
+    install_plan(plan, stacklevel=4)
     return model
 
 
@@ -78,7 +87,7 @@ def plan_rules(
     example_inputs: Any = None,
     freeze: bool | None = None,
 ) -> Plan:
-    """What `apply_rules` would do, and every reason why it would refuse; touches nothing.
+    """Plan what `apply_rules` would do, without changing the model.
 
     >>> from torch import nn
     >>> from surgery import plan_rules
@@ -87,6 +96,12 @@ def plan_rules(
     adapter 'default': 1 edits, 32 trainable parameters; the base is frozen
     rule      site  type    tensors          trainable
     LoraRule     0  Linear  A[2, 8] B[8, 2]         32
+
+    Args:
+        model, rules, adapter, example_inputs, freeze: as for `apply_rules`.
+
+    Returns:
+        A `Plan`: the steps, the warnings and every problem that would make `apply_rules` fail.
     """
     plan = make_plan(model, rules, adapter, example_inputs, freeze)
     plan.warnings += rank_warnings(plan.steps)
@@ -94,7 +109,7 @@ def plan_rules(
 
 
 def explain(model: nn.Module, rule: Rule, path: str) -> Verdict:
-    """Why a rule does or does not match the module at `path`, clause by clause; truth is the match.
+    """Explain, clause by clause, why a rule matches the module at `path` or does not.
 
     >>> from torch import nn
     >>> from surgery import explain
@@ -104,14 +119,17 @@ def explain(model: nn.Module, rule: Rule, path: str) -> Verdict:
          no   targets: no target matches
               no   name('query'): its path is 0
 
-    `MatchError` with near misses where the model has no such path.
+    Args:
+        model: the model.
+        rule: the rule whose targets, `exclude` and `layers` are tested.
+        path: the module's path, as in `model.named_modules()`.
+
+    Returns:
+        A `Verdict`; it is true if the rule matches.
+
+    Raises:
+        MatchError: the model has no module at `path`. The message lists similar paths.
     """
     if not isinstance(rule, Rule):
         raise rule_problem(rule)
     return verdict_of(Tree.of(unwrap(model)), rule, path)
-
-
-# Applying -----------------------------------------------------------------------------------------------------
-
-
-# Removing -----------------------------------------------------------------------------------------------------

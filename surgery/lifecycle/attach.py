@@ -1,4 +1,4 @@
-"""An adapter whose tensors are there already is put on its sites: no targets are looked for, and nothing is drawn."""
+"""Adds an adapter whose sites and tensors are known, without matching targets or drawing initial values."""
 
 from __future__ import annotations
 
@@ -21,15 +21,15 @@ from surgery.weaving.conflicts import clashes
 from surgery.weaving.generated_class import reason_against
 from surgery.weaving.recording import PassedOver, Step, recorded
 
-__all__ = ["Placed", "put"]
+__all__ = ["Placement", "attach_idle"]
 
 
 @dataclass
-class Placed:
-    """One rule at one site with its tensors: name → (tensor, is it a buffer).
+class Placement:
+    """One rule at one site, with its tensors: name → (tensor, whether it is a buffer).
 
-    `flags`: the `requires_grad` they have while they are live, where it is not what the rule says; `trained`: which are
-    to be trained, where the rule is not asked.
+    `flags`: the tensors' `requires_grad` while the adapter is live, if it differs from what the rule says.
+    `trained`: the names of the tensors that train; empty: those that the rule trains.
     """
 
     module: nn.Module
@@ -41,26 +41,26 @@ class Placed:
     trained: tuple[str, ...] = ()
 
 
-def put(
-    model: nn.Module, adapter: str, rules: Sequence[Rule], placed: Iterable[Placed], sources: Iterable[str]
+def attach_idle(
+    model: nn.Module, adapter: str, rules: Sequence[Rule], placed: Iterable[Placement], sources: Iterable[str]
 ) -> None:
-    """Give a model an idle adapter of these rules: what it computes stays what it is. All or nothing.
+    """Add an idle adapter of these rules, so the model's outputs do not change. All or nothing.
 
-    It freezes the base where one of its `sources`, the adapters it is made from, does.
-    Each rule is recorded at its site, by the facts that are known of it, and asked whether these are its tensors.
+    The adapter freezes the base if one of its `sources` does: the adapters that it is made from. Each rule's rewrite is
+    recorded at its site from the known facts, and the shapes of the tensors must be those that the rewrite asks for.
     """
     state = require_state(model)
     standing = Standing(live=False, freezes=any(state.standing[name].freezes for name in sources))
     with Journal() as journal:
         steps, places, tied = list[Step](), dict[int, tuple[nn.Module, list[Applied]]](), dict[Any, Tensor]()
-        for one in placed:
-            site = site_state(one.module)
+        for placement in placed:
+            site = site_state(placement.module)
             assert site is not None
-            if (refused := reason_against(one.module)) is not None:
+            if (refused := reason_against(placement.module)) is not None:
                 what = "the site can't have another adapter"
                 raise SurgeryError(what, where=site.path, why=refused[0], fix=refused[1])
-            steps += _put(one, adapter, standing, site, tied, journal)
-            places.setdefault(id(one.module), (one.module, []))[1].append(site.applied[-1])
+            steps += _attach_rule(placement, adapter, standing, site, tied, journal)
+            places.setdefault(id(placement.module), (placement.module, []))[1].append(site.applied[-1])
         if problems := clashes(steps, beside=False):
             raise PlanError(problems)
         keep_model(journal, model, state)
@@ -70,37 +70,48 @@ def put(
         hooks.list_on_save(model, state, adapter, journal)
 
 
-def _put(
-    one: Placed, adapter: str, standing: Standing, site: SiteState, tied: dict[Any, Tensor], journal: Journal
+def _attach_rule(
+    placement: Placement, adapter: str, standing: Standing, site: SiteState, tied: dict[Any, Tensor], journal: Journal
 ) -> list[Step]:
-    module, path = one.module, site.path
+    module, path = placement.module, site.path
     keep_site(journal, module, (adapter,))
-    if one.tensors:
-        attach(module, adapter, one.tensors, path)
-    applied = Applied(adapter, one.rule, standing, tensors=tuple(one.tensors), inside=one.inside, facts=one.facts)
-    trained = {name: tensor.requires_grad for name, (tensor, buffer) in one.tensors.items() if not buffer}
+    if placement.tensors:
+        attach(module, adapter, placement.tensors, path)
+    applied = Applied(
+        adapter,
+        placement.rule,
+        standing,
+        tensors=tuple(placement.tensors),
+        inside=placement.inside,
+        facts=placement.facts,
+    )
+    trained = {name: tensor.requires_grad for name, (tensor, buffer) in placement.tensors.items() if not buffer}
     steps = []
-    if not one.inside:  # else it is recorded for each kind of call
+    if not placement.inside:  # a rule that looks into the forward is recorded for each kind of call
         own = own_forward(module, site.base)
         try:
-            made = recorded(one.rule, module, path, adapter, own, facts=one.facts)
+            recording = recorded(placement.rule, module, path, adapter, own, facts=placement.facts)
         except PassedOver:
-            raise SiteError(f"{one.rule.label} finds nothing to do here", where=path) from None
-        wanted = {spec.name: spec.shape for spec in made.specs}
-        found = {name: tuple(tensor.shape) for name, (tensor, _) in one.tensors.items()}
-        if wanted != found:
-            raise SurgeryError(f"{one.rule.label} asks for {wanted}, and is given {found}", where=path)
-        for spec in made.specs:
-            if (tie := spec.tie(one.rule)) is not None:
-                attach_again(module, adapter, spec.name, tied.setdefault(tie, one.tensors[spec.name][0]))
-        applied.layer = Layer(adapter, one.rule.label, made.tape)
-        trained = {spec.name: spec.trainable for spec in made.specs if not spec.buffer}
-        steps.append(Step(one.rule, path, module, (), made.own, made.tape, made.specs, False, one.facts))
-    applied.trained = one.trained or tuple(name for name, flag in trained.items() if flag)
+            raise SiteError(f"{placement.rule.label} finds nothing to do here", where=path) from None
+        expected = {spec.name: spec.shape for spec in recording.specs}
+        shapes = {name: tuple(tensor.shape) for name, (tensor, _) in placement.tensors.items()}
+        if expected != shapes:
+            raise SurgeryError(f"{placement.rule.label} asks for {expected}, and is given {shapes}", where=path)
+        for spec in recording.specs:
+            if (tie := spec.tie(placement.rule)) is not None:
+                attach_again(module, adapter, spec.name, tied.setdefault(tie, placement.tensors[spec.name][0]))
+        applied.layer = Layer(adapter, placement.rule.label, recording.tape)
+        trained = {spec.name: spec.trainable for spec in recording.specs if not spec.buffer}
+        steps.append(
+            Step(
+                placement.rule, path, module, (), recording.own, recording.tape, recording.specs, False, placement.facts
+            )
+        )
+    applied.trained = placement.trained or tuple(name for name, flag in trained.items() if flag)
     box = box_of(module, adapter)
     if box is not None:
-        box.still |= {name for name, flag in trained.items() if not one.flags.get(name, flag)}
-    for tensor, buffer in one.tensors.values():
+        box.still |= {name for name, flag in trained.items() if not placement.flags.get(name, flag)}
+    for tensor, buffer in placement.tensors.values():
         if not buffer:
             tensor.requires_grad_(False)
     site.applied.append(applied)

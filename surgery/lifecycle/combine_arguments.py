@@ -1,4 +1,4 @@
-"""What `combine` is asked for, checked before anything is looked at."""
+"""Checks the arguments of `combine`."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from surgery.authoring.combination import METHODS, Combination
 from surgery.errors import SurgeryError, near_misses
 from surgery.state.records import ModelState, adapter_names
 
-__all__ = ["asked"]
+__all__ = ["requested_combination"]
 
 
-def asked(
+def requested_combination(
     state: ModelState,
     weights: Mapping[str, float],
     method: str,
@@ -25,30 +25,30 @@ def asked(
     clamp: float | None,
     seed: int | torch.Generator | None,
 ) -> Combination:
-    """A combination of these adapters, or a `SurgeryError` with what is wrong with the values."""
+    """The combination that these arguments ask for; `SurgeryError` if a value is wrong."""
     if not isinstance(weights, Mapping) or not weights:
         fix = 'a mapping from adapters to numbers: {"a": 0.7, "b": 0.3}'
-        raise SurgeryError(f"{weights!r} are no weights", fix=fix)
+        raise SurgeryError(f"{weights!r} is not a mapping of weights", fix=fix)
     adapter_names(state, list(weights))
     for name, weight in weights.items():
         if isinstance(weight, bool) or not isinstance(weight, (int, float)) or not math.isfinite(weight):
-            raise SurgeryError(f"the weight {weight!r} of {name!r} is no finite number")
+            raise SurgeryError(f"the weight {weight!r} of {name!r} is not a finite number")
     if method not in METHODS:
         why = near_misses(str(method), METHODS) or f"the methods are {', '.join(METHODS)}"
         raise SurgeryError(f"there is no method {method!r}", why=why)
     method = "dare_linear" if method == "dare" else method
-    given = {"rank": rank, "density": density, "majority_sign": majority_sign, "clamp": clamp, "seed": seed}
-    for name, fix in _without_meaning(method):
-        if given[name] not in (None, "total"):
-            raise SurgeryError(f"{name}={given[name]!r} says nothing about method={method!r}", fix=fix)
+    arguments = {"rank": rank, "density": density, "majority_sign": majority_sign, "clamp": clamp, "seed": seed}
+    for name, fix in _unused_arguments(method):
+        if arguments[name] not in (None, "total"):
+            raise SurgeryError(f"method={method!r} does not use {name}={arguments[name]!r}", fix=fix)
     if method.startswith(_PRUNED) and density is None:
-        fix = "how much of each tensor stays, such as density=0.5"
+        fix = "give the share of each tensor that stays, such as density=0.5"
         raise SurgeryError(f"method={method!r} needs a density", fix=fix)
     if rank is not None and (type(rank) is not int or rank < 1):
         raise SurgeryError(f"rank={rank!r} is not a whole number from 1")
     for name in ("density", "clamp"):
-        if (value := given[name]) is not None and not _is_share(value):
-            raise SurgeryError(f"{name}={value!r} is not a number above 0 and up to 1")
+        if (value := arguments[name]) is not None and not _is_share(value):
+            raise SurgeryError(f"{name}={value!r} is not a number above 0 and at most 1")
     if majority_sign not in ("total", "frequency"):
         raise SurgeryError(f"majority_sign={majority_sign!r} is not 'total' or 'frequency'")
     if seed is not None and type(seed) is not int and not isinstance(seed, torch.Generator):
@@ -61,8 +61,8 @@ def asked(
 _PRUNED = ("ties", "dare", "magnitude_prune")
 
 
-def _without_meaning(method: str) -> Iterator[tuple[str, str]]:
-    """The arguments that say nothing about a method, and which methods they are for."""
+def _unused_arguments(method: str) -> Iterator[tuple[str, str]]:
+    """The arguments that a method does not use, and which methods use them."""
     if not method.endswith("svd"):
         yield from ((name, "the methods that end in 'svd' take one") for name in ("rank", "clamp"))
     if not method.startswith(_PRUNED):

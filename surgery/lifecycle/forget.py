@@ -1,4 +1,4 @@
-"""A merge made final: the weights keep what was folded in, and the adapters are gone."""
+"""`forget`: makes a merge final, so the weights keep the folds and the merged adapters are removed."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ M = TypeVar("M", bound=nn.Module)
 
 @verb
 def forget(model: M) -> M:
-    """Make a merge final: the merged adapters are gone, their changes stay in the weights; the same model comes back.
+    """Make a merge final: remove the merged adapters and keep their changes in the weights.
 
     >>> import torch
     >>> from torch import nn
@@ -42,27 +42,33 @@ def forget(model: M) -> M:
     >>> torch.allclose(plain(x), adapted, atol=1e-6), list(plain.state_dict())
     (True, ['0.weight', '0.bias'])
 
-    Nothing that was kept for `unmerge` stays, so this has no way back. Adapters that are not merged stay, and with the
-    last one go all traces, as with `remove`, and `requires_grad` flags are those from before. A weight that the
-    merge untied (`untie=True`) stays untied, and a config of transformers goes on saying so.
+    The records for `unmerge` are deleted, so `forget` has no inverse. Adapters that are not merged stay. If none stays,
+    classes, hooks and `requires_grad` flags are restored as by `remove`. Weights that the merge untied (`untie=True`)
+    stay untied, and a transformers config keeps saying so.
 
-    All or nothing. Raises `SurgeryError` where nothing is merged, `MergeError` where an adapter that stays changed a
-    weight at its start (PiSSA) which a fold lies on: only `unmerge` could take that adapter out later. PEFT:
-    `merge_and_unload`.
+    Returns:
+        The same model object.
+
+    Raises:
+        SurgeryError: nothing is merged.
+        MergeError: a remaining adapter changed, at its start (PiSSA), a weight that has a fold. In both cases the model
+            is unchanged.
+
+    PEFT: `merge_and_unload`.
     """
     root, state = rewritten(model)
     check_free(root)
-    found = [(path, module, site) for path, module, site in sites(root) if site.merged is not None]
-    if not found:
+    merged_sites = [(path, module, site) for path, module, site in sites(root) if site.merged is not None]
+    if not merged_sites:
         raise SurgeryError("nothing is merged", fix="merge(model) first; remove(model) takes adapters off unmerged")
-    merged = {name for _, _, site in found for name in _names(site)}
+    merged = {name for _, _, site in merged_sites for name in _names(site)}
     names = [name for name in state.adapters if name in merged]
     changing = {name for name, standing in state.standing.items() if standing.in_base and name not in merged}
-    for path, _, site in found if changing else ():
+    for path, _, site in merged_sites if changing else ():
         _check(path, site, changing)
     untied = [
         (module.get_parameter(name), before)
-        for _, module, site in found
+        for _, module, site in merged_sites
         if site.merged is not None
         for name, before in site.merged.tied.items()
     ]
@@ -70,11 +76,11 @@ def forget(model: M) -> M:
     flags, keys = _flags(root, state.flags, untied), hooks.keys_of(root, state, names)
     with Journal() as journal:
         keep_model(journal, root, state)
-        for _, module, site in found:
+        for _, module, site in merged_sites:
             keep_site(journal, module)
             gone = {applied.adapter for _, applied in site.take_out(names)}
             site.merged = None
-            site.classes.clear()  # they were made under names that another adapter may have one day
+            site.classes.clear()  # a later adapter may have the same name
             for name in gone:
                 detach(module, name)
             if not site.applied:
@@ -83,7 +89,7 @@ def forget(model: M) -> M:
             state.forget(name)
         state.flags |= flags
         state.untied = Untied()
-        forget_statistics(root, state.moving, journal)  # the base's are now those under the merged adapters
+        forget_statistics(root, state.moving, journal)  # those with the merged adapters are now the base's
         state.moving = keep_statistics(root, journal) if state.freezing else []
         thaw_base(root, state, journal)
         if state.adapters:
@@ -94,18 +100,18 @@ def forget(model: M) -> M:
 
 
 def _flags(model: nn.Module, noted: dict[str, bool], untied: Sequence[tuple[Any, nn.Parameter]]) -> dict[str, bool]:
-    """The flags that untied parameters get back: those of the one they were, which was noted under one of its names."""
+    """The `requires_grad` flags of untied parameters: the flag noted for the parameter that each was tied to."""
     called: dict[int, list[str]] = {}
     for name, parameter in base_parameters(model):
         called.setdefault(id(parameter), []).append(name)
     names = {id(before): called.get(id(before), []) for _, before in untied}
     for own, before in untied:
         names[id(before)] = [*names[id(before)], *called[id(own)]]
-    found: dict[str, bool] = {}
-    for one in names.values():
-        flag = next((noted[name] for name in one if name in noted), None)
-        found |= {} if flag is None else dict.fromkeys(one, flag)
-    return found
+    flags: dict[str, bool] = {}
+    for aliases in names.values():
+        flag = next((noted[name] for name in aliases if name in noted), None)
+        flags |= {} if flag is None else dict.fromkeys(aliases, flag)
+    return flags
 
 
 def _names(site: SiteState) -> tuple[str, ...]:

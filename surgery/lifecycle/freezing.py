@@ -1,7 +1,7 @@
-"""The base is frozen while an adapter trains beside it: its parameters' flags and its running statistics come back.
+"""Freezes the base while an adapter trains, and restores its `requires_grad` flags and running statistics.
 
-An adapter either freezes the base or leaves it alone (`Standing.freezes`). What the base had is noted when the first
-adapter that freezes comes, and put back when the last of these goes, whichever others are on the model.
+An adapter either freezes the base or does not (`Standing.freezes`). The first adapter that freezes notes the base's
+flags and statistics; removing the last adapter that freezes restores them. Other adapters do not matter.
 """
 
 from __future__ import annotations
@@ -18,23 +18,23 @@ __all__ = ["freeze_base", "thaw_base"]
 
 
 def freeze_base(plan: Plan, state: ModelState, journal: Journal) -> None:
-    """Freeze the base, where the plan says so. `state` knows the adapters from before alone.
+    """Freeze the base if the plan says so. `state` does not list the plan's adapter yet.
 
-    Parameters that the user has thawed since the first adapter stay so, unless the call says `freeze=True`.
+    Parameters that the user unfroze since the first adapter stay unfrozen, unless the call says `freeze=True`.
     """
     if not plan.freezes:
         return
-    found, first = list(base_parameters(plan.model)), not state.freezing
+    parameters, first = list(base_parameters(plan.model)), not state.freezing
     if first:
-        state.flags = {name: parameter.requires_grad for name, parameter in found}
+        state.flags = {name: parameter.requires_grad for name, parameter in parameters}
         state.moving = keep_statistics(plan.model, journal)
     if first or plan.freeze:
-        for _, parameter in found:
+        for _, parameter in parameters:
             set_flag(parameter, False, journal)
 
 
 def thaw_base(model: nn.Module, state: ModelState, journal: Journal) -> None:
-    """After adapters went: give the base back what was noted, where none that is left freezes it."""
+    """After a removal: restore the base's flags and statistics, unless a remaining adapter freezes the base."""
     if state.freezing:
         return
     for name, parameter in base_parameters(model):

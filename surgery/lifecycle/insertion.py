@@ -1,4 +1,4 @@
-"""A plan is carried out: its tensors are made, its edits installed, its records written, in one transaction."""
+"""Installs a plan on its model in one transaction: tensors, generated classes, records, a check of the outputs."""
 
 from __future__ import annotations
 
@@ -47,21 +47,19 @@ from surgery.weaving.error_hints import HINT
 from surgery.weaving.recording import Step
 from surgery.weaving.site_class import Shared
 
-__all__ = ["carry_out"]
+__all__ = ["install_plan"]
 
 
-Given = Callable[[Step, ParamSpec], Tensor | None]
+# The value that a new tensor starts with; None: the rule fills it.
+InitialValue = Callable[[Step, ParamSpec], Tensor | None]
 
 
-def carry_out(
+def install_plan(
     plan: Plan,
     stacklevel: int = 2,
-    given: Given | None = None,
+    initial: InitialValue | None = None,
 ) -> None:
-    """Do what a plan says, which was made of this model as it is now.
-
-    `given`: what a tensor starts with, or None where it starts as its rule says.
-    """
+    """Install a plan on its model, which must not have changed since planning."""
     plan.raise_problems()
     check_free(plan.model)
     for warning in plan.warnings:
@@ -71,28 +69,28 @@ def carry_out(
     with Journal() as journal:
         with torch.no_grad():
             for step in plan.steps:
-                _insert(step, plan, standing, owners, given, tied, journal)
-        _install(plan, journal)
-        _record(plan.model, plan, standing, journal)
+                _insert_tensors(step, plan, standing, owners, initial, tied, journal)
+        _install_classes(plan, journal)
+        _record_adapter(plan.model, plan, standing, journal)
         if plan.observations:
             _check_outputs(plan)
             unready = sites_ready(plan.steps, plan.observations, plan.warnings)
-    for told in unready:
-        warnings.warn(told, SurgeryWarning, stacklevel=stacklevel)
+    for reason in unready:
+        warnings.warn(reason, SurgeryWarning, stacklevel=stacklevel)
     boxes = plan.model.__dict__[_MODEL].places[plan.adapter].boxes
     watch_gradients(plan.adapter, (parameter for box in boxes for parameter in box.parameters()))
 
 
-def _insert(
+def _insert_tensors(
     step: Step,
     plan: Plan,
     standing: Standing,
     owners: Owners,
-    given: Given | None,
+    initial: InitialValue | None,
     tied: dict[Any, Tensor],
     journal: Journal,
 ) -> None:
-    """Put a rule's tensors on its site and let it initialise them; the forward is still the old one."""
+    """Add a rule's tensors to its site and initialise them. The site's forward does not change yet."""
     module = step.module
     keep_site(journal, module, (plan.adapter,))
     state = site_state(module)
@@ -109,16 +107,16 @@ def _insert(
         facts=step.facts,
     )
     device = _device_of(module)
-    made = dict[str, tuple[Tensor, bool]]()
+    tensors = dict[str, tuple[Tensor, bool]]()
     for spec in step.specs:
         tie = spec.tie(step.rule)
-        tensor = tied[tie] if tie in tied else _made(spec, device, given and given(step, spec))
-        made[spec.name] = tensor, spec.buffer
+        tensor = tied[tie] if tie in tied else _create(spec, device, initial and initial(step, spec))
+        tensors[spec.name] = tensor, spec.buffer
         if tie is not None:
             tied[tie] = tensor
-    if made:
-        attach(module, plan.adapter, made, step.path)
-        if any(tensor.is_meta for tensor, _ in made.values()) and (box := box_of(module, plan.adapter)) is not None:
+    if tensors:
+        attach(module, plan.adapter, tensors, step.path)
+        if any(tensor.is_meta for tensor, _ in tensors.values()) and (box := box_of(module, plan.adapter)) is not None:
             watch_absent(module, box, start, journal)
     state.applied.append(applied)
     live = LiveSite(
@@ -138,7 +136,7 @@ def _device_of(module: nn.Module) -> torch.device | None:
     return next((tensor.device for tensor in itertools.chain(own, module.parameters(), module.buffers())), None)
 
 
-def _made(spec: ParamSpec, device: torch.device | None, value: Tensor | None) -> Tensor:
+def _create(spec: ParamSpec, device: torch.device | None, value: Tensor | None) -> Tensor:
     tensor = torch.empty(spec.shape, dtype=spec.dtype, device=device)
     if value is None:
         spec.fill(tensor)
@@ -147,18 +145,18 @@ def _made(spec: ParamSpec, device: torch.device | None, value: Tensor | None) ->
     return tensor if spec.buffer else nn.Parameter(tensor, requires_grad=spec.trainable)
 
 
-def _install(plan: Plan, journal: Journal) -> None:
-    """Give the sites their classes. What one plan brings to sites is the same where its tapes are the same objects."""
-    coming: dict[int, list[Step]] = {}
+def _install_classes(plan: Plan, journal: Journal) -> None:
+    """Give each site its generated class. Sites whose steps have the same rules and tapes share one class."""
+    steps_at: dict[int, list[Step]] = {}
     for step in plan.steps:
-        coming.setdefault(id(step.module), []).append(step)
+        steps_at.setdefault(id(step.module), []).append(step)
     shared = Shared(journal)
-    for steps in coming.values():
+    for steps in steps_at.values():
         shared.install(steps[0].module, tuple([(id(step.rule), id(step.tape)) for step in steps]), steps[0].own)
 
 
-def _record(model: nn.Module, plan: Plan, standing: Standing, journal: Journal) -> None:
-    """Freeze the base and write down, on the model, what has to be put back when adapters go."""
+def _record_adapter(model: nn.Module, plan: Plan, standing: Standing, journal: Journal) -> None:
+    """Record the adapter on the model, freeze the base, and note what `remove` must restore."""
     state = model_state(model)
     keep_model(journal, model, state)
     if state is None:
@@ -179,12 +177,12 @@ def _record(model: nn.Module, plan: Plan, standing: Standing, journal: Journal) 
 
 
 def _rules_at(module: nn.Module, adapter: str) -> list[Applied]:
-    held = site_state(module)
-    return [applied for _, applied in held.of((adapter,))] if held is not None else []
+    site = site_state(module)
+    return [applied for _, applied in site.of((adapter,))] if site is not None else []
 
 
 def _check_outputs(plan: Plan) -> None:
-    """Run the rewritten model on the examples: it must run, and give the same where all rules promise so."""
+    """Run the rewritten model on the examples. If all rules say `identity = True`, the outputs must be the same."""
     names = ", ".join(dict.fromkeys(step.rule.label for step in plan.steps))
     for example, observation in zip(plan.examples, plan.observations, strict=True):
         try:
@@ -203,5 +201,5 @@ def _check_outputs(plan: Plan) -> None:
             raise SurgeryError(
                 f"{names} changed the model's output at initialisation",
                 why="the rule says identity = True, and on the example call the output differs",
-                fix="correct the rule's initial values, or take identity = True from it",
+                fix="correct the rule's initial values, or remove identity = True from the rule",
             )

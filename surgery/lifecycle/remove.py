@@ -1,4 +1,4 @@
-"""`remove`: adapters taken out of a model, and all that they changed of it put back."""
+"""`remove`: takes adapters off a model and restores what they changed."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ __all__ = ["remove"]
 
 @verb
 def remove(model: M, adapter: str | Sequence[str] | None = None, *, check: bool = True) -> M:
-    """Take an adapter (or several, or all) away: the inverse of `apply_rules`, exact to the bit.
+    """Remove one adapter, several or all: the exact inverse of `apply_rules`.
 
     >>> from torch import nn
     >>> from surgery import apply_rules, remove
@@ -46,24 +46,32 @@ def remove(model: M, adapter: str | Sequence[str] | None = None, *, check: bool 
     >>> model[0].weight is weight, type(model[0]) is kind, weight.requires_grad
     (True, True, True)
 
-    With the last adapter go all traces: classes, parameters, key order and hooks are those from before the first; with
-    the last one that froze the base, its `requires_grad` flags are those from before it was frozen.
+    Removing the last adapter restores the model's classes, parameters, key order and hooks. Removing the last adapter
+    that freezes the base restores the base's `requires_grad` flags.
 
-    Raises `SurgeryError` for an unknown adapter, a merged model, or where a later adapter's initialisation sits on top
-    of a base weight that this one changed. A base weight that PiSSA or its like changed at the start, and that was
-    changed since, is found by checksum; `check=False` takes the change out all the same, and takes rules off what is
-    left of a model where modules were replaced since.
+    Args:
+        model: the model.
+        adapter: a name, several names, or None for all adapters.
+        check: whether a weight that the adapter changed at its start (PiSSA) must be unchanged since, by its checksum.
+            False: subtract the change anyway, and also remove rules from modules that were replaced since.
+
+    Returns:
+        The same model object.
+
+    Raises:
+        SurgeryError: an unknown adapter, a merged model, a changed base weight, or a base weight that a later adapter
+            changed at its start on top of this one. The model is unchanged.
     """
     root, state = rewritten(model, lost=not check)
     names = list(dict.fromkeys(adapter_names(state, adapter)))
     check_free(root)
-    found = list(_sites_of(root, state, names))
-    for path, module, site in found:
+    affected = list(_sites_of(root, state, names))
+    for path, module, site in affected:
         _check_removable(path, module, site, names, check)
     keys = hooks.keys_of(root, state, names)
     with Journal() as journal:
         shared, going = Shared(journal), frozenset(names)
-        for _, module, site in found:
+        for _, module, site in affected:
             _take_out(module, site, going, check, shared)
         keep_model(journal, model, state)
         for name in names:
@@ -77,7 +85,7 @@ def remove(model: M, adapter: str | Sequence[str] | None = None, *, check: bool 
 
 
 def _sites_of(model: nn.Module, state: ModelState, names: Sequence[str]) -> Iterator[tuple[str, nn.Module, SiteState]]:
-    """The sites that these adapters are on. Of a site that is none by the record, all rules are gone through."""
+    """The sites of these adapters: those in the model record, and copied layers that hold the same rules."""
     placed = {id(module) for name in names for module in state.places[name].modules}
     for path, module, site in with_lost(model, state, names):
         if id(module) in placed or any(applied.adapter in names for applied in site.applied):
@@ -86,11 +94,13 @@ def _sites_of(model: nn.Module, state: ModelState, names: Sequence[str]) -> Iter
 
 def _check_removable(path: str, module: nn.Module, site: SiteState, names: list[str], check: bool) -> None:
     if site.merged is not None:
-        held = ", ".join(site.merged.adapters)
-        raise SiteError("the model is merged", where=path, why=f"its weights hold {held}", fix="unmerge(model) first")
+        adapters = ", ".join(site.merged.adapters)
+        raise SiteError(
+            "the model is merged", where=path, why=f"its weights hold {adapters}", fix="unmerge(model) first"
+        )
     refused = reason_against(module)
     if refused is not None:
-        raise SiteError("the site can't be given its class back", where=path, why=refused[0], fix=refused[1])
+        raise SiteError("the site's class can't be restored", where=path, why=refused[0], fix=refused[1])
     gone = [applied for _, applied in site.of(names)]
     if not any([applied.changed for applied in gone]):
         return
@@ -119,7 +129,7 @@ def _take_out(module: nn.Module, site: SiteState, names: frozenset[str], check: 
     if any([applied.live for applied in gone]):
         shared.install(module, names)
     else:
-        site.classes.clear()  # another adapter may come under the same name
+        site.classes.clear()  # a later adapter may have the same name
     for applied in reversed(gone):
         for name, record in reversed(applied.changed):
             take_out_fold(shared.journal, tensor_at(module, name), record, check=check, where=site.path)
@@ -130,7 +140,7 @@ def _take_out(module: nn.Module, site: SiteState, names: frozenset[str], check: 
 
 
 def restore(model: nn.Module, state: ModelState, journal: Journal) -> None:
-    """After the last adapter went: what was noted when the first came, and no record."""
+    """After the last adapter is removed: restore what the model record noted, and delete the record."""
     for path, name, value, _ in state.switched:
         if (reader := there(model, path)) is not None:
             journal.attribute(reader, name)

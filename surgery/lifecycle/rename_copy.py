@@ -1,4 +1,4 @@
-"""Adapters under other names, and copies of them."""
+"""`rename_adapter` and `copy_adapter`."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from surgery.authoring.site_facts import MARK
 from surgery.errors import SurgeryError
-from surgery.lifecycle.attach import Placed, put
+from surgery.lifecycle.attach import Placement, attach_idle
 from surgery.model_record.verb_root import rewritten
 from surgery.patterns.module_walk import RESERVED
 from surgery.state.adapter_tensors import box_of
@@ -29,7 +29,7 @@ M = TypeVar("M", bound=nn.Module)
 
 @verb
 def rename_adapter(model: M, adapter: str, new: str) -> M:
-    """Give an adapter another name; the same model comes back, and computes the same to the bit.
+    """Rename an adapter; the model's outputs stay the same to the bit.
 
     >>> from torch import nn
     >>> from surgery import active, adapter_state_dict, apply_rules, rename_adapter
@@ -39,15 +39,24 @@ def rename_adapter(model: M, adapter: str, new: str) -> M:
     >>> active(rename_adapter(model, "draft", "topics")), model[0].adapters.topics.A is before
     (('topics',), True)
 
-    Its tensors are the same Parameters, so optimizers go on; the order of adapters and keys, flags, facts, whether it
-    is live, with which weight, and whether it is merged stay. A cache that holds its virtual tokens is known again.
-    Generated code names its tensors and is made anew at its sites, so compiled models compile again.
+    The tensors stay the same Parameters, so optimizers keep working. The order of adapters and keys, flags, facts,
+    weight, and whether the adapter is live or merged do not change. Caches with its virtual tokens stay valid.
+    Generated code names the tensors, so it is generated again, and compiled models compile again.
 
-    All or nothing. Raises `SurgeryError` for an unknown adapter, a name that is taken or can't be one, inside of
-    `using` and `route`, and where a site can't be given another class. The same name: nothing happens.
+    Args:
+        model: the model.
+        adapter: the present name.
+        new: the new name. If it is the present name, nothing happens.
+
+    Returns:
+        The same model object.
+
+    Raises:
+        SurgeryError: an unknown adapter, a new name that is taken or not allowed, a call inside `using` or `route`, or
+            a site whose class can't change. The model is unchanged.
     """
     root, state = rewritten(model)
-    old = _one(state, adapter)
+    old = _known_name(state, adapter)
     if new == old:
         return model
     check_unclaimed(root)
@@ -56,9 +65,9 @@ def rename_adapter(model: M, adapter: str, new: str) -> M:
     renewed = [module for module, rules in state.places[old] if _runs(module, rules)]
     for module in renewed:
         if (refused := reason_against(module)) is not None:
-            held = site_state(module)
-            where = held.path if held is not None else None
-            raise SurgeryError("the site can't be given another class", where=where, why=refused[0], fix=refused[1])
+            site = site_state(module)
+            where = site.path if site is not None else None
+            raise SurgeryError("the site's class can't change", where=where, why=refused[0], fix=refused[1])
     with Journal() as journal:
         _rename(root, state, old, new, journal)
         for module in renewed:
@@ -68,7 +77,7 @@ def rename_adapter(model: M, adapter: str, new: str) -> M:
 
 @verb
 def copy_adapter(model: M, adapter: str, new: str) -> M:
-    """Give a model a second adapter of the same rules and tensors, which goes its own way; the same model comes back.
+    """Copy an adapter's rules and tensors into a new idle adapter.
 
     >>> from torch import nn
     >>> from surgery import active, apply_rules, copy_adapter
@@ -79,45 +88,54 @@ def copy_adapter(model: M, adapter: str, new: str) -> M:
     >>> model[0].adapters.b.A.equal(model[0].adapters.a.A), model[0].adapters.b.A is model[0].adapters.a.A
     (True, False)
 
-    The copy is idle, so that the model computes what it did: `activate(model, "b")` makes it live. Its tensors have
-    the values, dtypes and devices of the other's, and will have its `requires_grad` flags when they are live; gradients
-    are not copied. Nothing is initialised, and what was found out about the modules is copied, so no example is needed.
-    It is the last in the order. May be done while the other is merged.
+    The copy is idle, so the model's outputs do not change until `activate(model, "b")`. It is the last adapter in the
+    order. Its tensors have the source's values, dtypes and devices, and the source's `requires_grad` flags while live.
+    Gradients are not copied. Facts about the modules are copied, so an example call is not needed. The source may be
+    merged.
 
-    All or nothing. Raises `SurgeryError` for an unknown adapter, a name that is taken or can't be one, for an adapter
-    that changed the base's weights at its start (PiSSA), and while others use the model.
+    Args:
+        model: the model.
+        adapter: the adapter to copy.
+        new: the name of the copy.
+
+    Returns:
+        The same model object.
+
+    Raises:
+        SurgeryError: an unknown adapter, a new name that is taken or not allowed, an adapter that changed the base's
+            weights at its start (PiSSA), or a model in use by another thread. The model is unchanged.
     """
     root, state = rewritten(model)
-    old = _one(state, adapter)
+    old = _known_name(state, adapter)
     check_free(root)
     if (problem := name_problem(state, new)) is not None:
         raise problem
     check_whole(state, old, "be copied")
-    made: dict[int, Tensor] = {}  # tensors that serve several sites serve several of the copy's
-    placed = [_copied(module, applied, made) for module, rules in state.places[old] for applied in rules]
-    put(root, new, state.adapters[old], placed, [old])
+    clones: dict[int, Tensor] = {}  # by id: tensors that sites share stay shared in the copy
+    placed = [_copied(module, applied, clones) for module, rules in state.places[old] for applied in rules]
+    attach_idle(root, new, state.adapters[old], placed, [old])
     return model
 
 
-def check_whole(state: ModelState, adapter: str, done: str) -> None:
-    """`SurgeryError` where an adapter's tensors are not all of it: a part is in the base's weights."""
+def check_whole(state: ModelState, adapter: str, action: str) -> None:
+    """Raise `SurgeryError` if the adapter changed the base's weights, so its tensors are only a part of it."""
     for module, rules in state.places[adapter]:
-        held = site_state(module)
-        if held is None:
+        site = site_state(module)
+        if site is None:
             raise SurgeryError("a site of this model has lost its record", fix="copy models with copy.deepcopy")
         for applied in rules:
             if applied.changed:
                 raise SurgeryError(
-                    f"the adapter {adapter!r} can't {done}",
-                    where=held.path,
-                    why=f"{applied.rule.label} changed the base's weights at its start, and holds with that alone",
-                    fix="start it so that the base stays as it is: init='kaiming', 'gaussian' or 'orthogonal'",
+                    f"the adapter {adapter!r} can't {action}",
+                    where=site.path,
+                    why=f"{applied.rule.label} changed the base's weights at its start and needs that change",
+                    fix="use a start that leaves the base unchanged: init='kaiming', 'gaussian' or 'orthogonal'",
                 )
 
 
-def _one(state: ModelState, adapter: Any) -> str:
+def _known_name(state: ModelState, adapter: Any) -> str:
     if not isinstance(adapter, str):
-        raise SurgeryError(f"{adapter!r} is no adapter's name", fix="name one adapter")
+        raise SurgeryError(f"{adapter!r} is not the name of an adapter", fix="name one adapter")
     return adapter_names(state, adapter)[0]
 
 
@@ -126,10 +144,10 @@ def _one(state: ModelState, adapter: Any) -> str:
 
 def _runs(module: nn.Module, rules: list[Applied]) -> bool:
     """Whether the code that runs at a site names this adapter."""
-    held = site_state(module)
-    if held is None:
+    site = site_state(module)
+    if site is None:
         raise SurgeryError("a site of this model has lost its record", fix="copy models with copy.deepcopy")
-    merged = held.merged.adapters if held.merged is not None else ()
+    merged = site.merged.adapters if site.merged is not None else ()
     return any(applied.live and applied.adapter not in merged for applied in rules)
 
 
@@ -137,19 +155,19 @@ def _rename(model: nn.Module, state: ModelState, old: str, new: str, journal: Jo
     keep_model(journal, model, state)
     keys = hooks.keys_of(model, state, [old])
     for module, rules in state.places[old]:
-        held, boxes = site_state(module), module._modules.get(RESERVED)
-        assert held is not None
+        record, boxes = site_state(module), module._modules.get(RESERVED)
+        assert record is not None
         keep_site(journal, module)
         for applied in rules:
             journal.keep(applied.__dict__)
         if boxes is not None:
             _rekey(boxes._modules, old, new)
         for applied in rules:
-            applied.adapter, applied.layer = new, None  # recorded anew: a rule may have written its name down
-        held.classes.clear()
-        held.variants.clear()
+            applied.adapter, applied.layer = new, None  # recorded again: a rule's rewrite may use the adapter's name
+        record.classes.clear()
+        record.variants.clear()
     here = [site.merged for module in state.places[old].modules if (site := site_state(module)) is not None]
-    everywhere = state.sites() if any(here) else []  # those of others that are merged with it, too
+    everywhere = state.sites() if any(here) else []  # sites of other adapters that are merged with it, too
     for merged in (site.merged for module in everywhere if (site := site_state(module)) is not None):
         if merged is not None and old in merged.adapters:
             journal.keep(merged.__dict__)
@@ -161,10 +179,10 @@ def _rename(model: nn.Module, state: ModelState, old: str, new: str, journal: Jo
 
 
 def _rekey(mapping: dict[str, Any], old: str, new: str) -> None:
-    """The same mapping, in its order, with another key."""
+    """Rename a key of a mapping in place; the order of the keys stays."""
     if old not in mapping:
         return
-    if next(reversed(mapping)) == old:  # none comes after it
+    if next(reversed(mapping)) == old:  # the last key: the order stays without a rebuild
         mapping[new] = mapping.pop(old)
         return
     items = [(new if key == old else key, value) for key, value in mapping.items()]
@@ -175,18 +193,18 @@ def _rekey(mapping: dict[str, Any], old: str, new: str) -> None:
 # Copying ------------------------------------------------------------------------------------------------------
 
 
-def _copied(module: nn.Module, applied: Applied, made: dict[int, Tensor]) -> Placed:
+def _copied(module: nn.Module, applied: Applied, clones: dict[int, Tensor]) -> Placement:
     box = box_of(module, applied.adapter)
-    held = box.tensors() if box is not None else {}
+    source = box.tensors() if box is not None else {}
     tensors, flags = dict[str, tuple[Tensor, bool]](), dict[str, bool]()
     for name in applied.tensors:
-        tensor = held[name]
+        tensor = source[name]
         trained = isinstance(tensor, nn.Parameter)
-        if id(tensor) not in made:
+        if id(tensor) not in clones:
             clone = tensor.detach().clone()
-            made[id(tensor)] = nn.Parameter(clone, requires_grad=False) if trained else clone
-        tensors[name] = (made[id(tensor)], not trained)
+            clones[id(tensor)] = nn.Parameter(clone, requires_grad=False) if trained else clone
+        tensors[name] = (clones[id(tensor)], not trained)
         if trained:
             flags[name] = tensor.requires_grad if box is None or applied.live else name not in box.still
     facts = {name: copy.deepcopy(fact) for name, fact in applied.facts.items() if name != MARK}
-    return Placed(module, applied.rule, tensors, facts, applied.inside, flags, applied.trained)
+    return Placement(module, applied.rule, tensors, facts, applied.inside, flags, applied.trained)

@@ -1,4 +1,4 @@
-"""Adapters as they are to be kept: without the tensors that only training needs."""
+"""`folded_adapter`: an adapter's rules and tensors without the parts that only training needs."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ __all__ = ["folded_adapter"]
 def folded_adapter(
     model: nn.Module, adapter: str = "default", state_dict: Mapping[str, Tensor] | None = None
 ) -> tuple[list[Rule], dict[str, Tensor]]:
-    """An adapter's rules and tensors, plainer ones where its rules have such (`Rule.folded`); the model is untouched.
+    """Return an adapter's rules and tensors in the simpler form that `Rule.folded` gives, without changing the model.
 
     >>> import torch
     >>> from transformers import LlamaConfig, LlamaModel
@@ -38,9 +38,19 @@ def folded_adapter(
     >>> {name: tuple(tensor.shape) for name, tensor in tensors.items()}
     {'layers.0.self_attn.adapters.key': (2, 5, 4), 'layers.0.self_attn.adapters.value': (2, 5, 4)}
 
-    To go on with them: `remove(model)`, `apply_rules(model, rules, …)`, `load_adapter_state_dict(model, tensors)`.
-    Tensors that are kept as they are share the model's memory. `state_dict` as for `adapter_state_dict`. Raises
-    `SurgeryError` for an unknown adapter, `RuleError` where a rule is folded into different ones at its sites.
+    To use the result: `remove(model)`, `apply_rules(model, rules, …)`, `load_adapter_state_dict(model, tensors)`.
+
+    Args:
+        model: the model.
+        adapter: the adapter's name.
+        state_dict: the tensors to read, as for `adapter_state_dict`. None: the model's.
+
+    Returns:
+        The rules, and the tensors by their keys. Tensors that do not change share the model's memory.
+
+    Raises:
+        SurgeryError: an unknown adapter.
+        RuleError: `Rule.folded` gives different rules for one rule at different sites.
     """
     root, state = rewritten(model)
     adapter_names(state, adapter)
@@ -49,20 +59,20 @@ def folded_adapter(
     state_dict = given_tensors(root, adapter, state_dict)
     at = state.rules_at((adapter,))
     for path, module, _ in sites(root):
-        found = dict(tensors_of(module, adapter, path, state_dict))
+        site_tensors = dict(tensors_of(module, adapter, path, state_dict))
         for applied in at.get(id(module), ()):
-            live = LiveSite(module, path, adapter, found, lambda name, _, module=module: _tensor(module, name))
+            live = LiveSite(module, path, adapter, site_tensors, lambda name, _, module=module: _tensor(module, name))
             with running(applied.rule, "folded", path):
                 rule, kept = applied.rule.folded(live)
             if plainer.get(applied.rule, lambda rule=rule: rule) != rule:
                 raise RuleError(f"{applied.rule.label}.folded gives different rules at different sites", where=path)
-            found = dict(kept)
-        for name, tensor in found.items():
+            site_tensors = dict(kept)
+        for name, tensor in site_tensors.items():
             tensors[".".join(filter(None, (path, RESERVED, name)))] = tensor.detach()
     return [plainer.get(rule, lambda rule=rule: rule) for rule in state.adapters[adapter]], tensors
 
 
 def _tensor(module: nn.Module, name: str) -> Tensor:
-    found = held(module, name)
-    assert found is not None, name
-    return found
+    tensor = held(module, name)
+    assert tensor is not None, name
+    return tensor

@@ -1,7 +1,7 @@
-"""From one set of live adapters to another: at the sites of those that change alone, by classes made once.
+"""Switches from one set of live adapters to another, only at the sites of adapters that change.
 
-There may be a thousand sites, and what lies at them is in no cache of the processor by the time another adapter is
-wanted. So the loops here go straight to what they change, and call nothing for a site that is as it should be.
+A site caches its generated class for each set of live adapters. A model may have a thousand sites whose data is not in
+the processor's cache. So the loops access only what they change, and call nothing for a site that needs no change.
 """
 
 from __future__ import annotations
@@ -23,28 +23,28 @@ from surgery.weaving.site_class import class_of_live
 
 __all__ = ["check_none_merged", "check_settled", "set_trained", "switch", "weights_now"]
 
-_CLASSES = 256  # kept at a site, one for each set of live adapters met
-_set_class = object.__setattr__  # nn.Module's own looks for tensors first, and takes twenty times as long
+_CLASSES = 256  # cached at a site, one for each set of live adapters
+_set_class = object.__setattr__  # nn.Module's own looks for tensors first and takes twenty times as long
 
-Found = list[tuple[nn.Module, SiteState, type[nn.Module]]]  # sites with their records and the classes they have
+SettledSites = list[tuple[nn.Module, SiteState, type[nn.Module]]]  # sites with their records and the classes they have
 
 
 def switch(model: nn.Module, live: Mapping[str, float]) -> None:
-    """Make these adapters live, with these weights, and no others. All or nothing."""
+    """Make these adapters live with these weights, and all others idle. All or nothing."""
     state = require_state(model)
     before = weights_now(state)
     changed = [name for name in state.adapters if before.get(name) != live.get(name)]
     modules = dict.fromkeys(itertools.chain.from_iterable(state.places[name].modules for name in changed))
-    found, bound = _settled(modules)
+    settled, bound = _settled(modules)
     for name in changed:
         _check_change(state, name, live.get(name))
     with Journal() as journal:
         journal.undo(_note, state, changed, before)
         for name in changed:
-            journal.undo(_put_back, _noted(state.places[name].boxes))
+            journal.undo(_restore_flags, _flags_of(state.places[name].boxes))
         _note(state, changed, live)
-        journal.undo(_swap_back, found)
-        _install(found, bound, _key(state, live), lambda: state.rules_at(live))
+        journal.undo(_swap_back, settled)
+        _install(settled, bound, _key(state, live), lambda: state.rules_at(live))
         for path, name, without, value in state.switched:
             if (reader := there(model, path)) is not None:
                 journal.attribute(reader, name)
@@ -72,7 +72,7 @@ def _note(state: ModelState, changed: Iterable[str], live: Mapping[str, float]) 
 
 
 def _key(state: ModelState, live: Mapping[str, float]) -> frozenset[tuple[str, float]]:
-    """The set of live adapters as one object, by which sites find their class."""
+    """The set of live adapters as one shared object: the key of each site's cached classes."""
     key = frozenset(live.items())
     if len(state.keys) >= _CLASSES and key not in state.keys:
         state.keys.clear()
@@ -80,13 +80,13 @@ def _key(state: ModelState, live: Mapping[str, float]) -> frozenset[tuple[str, f
 
 
 def _install(
-    found: Found,
+    settled: SettledSites,
     bound: set[int],
     key: frozenset[tuple[str, float]],
     rules_at: Callable[[], dict[int, list[Applied]]],
 ) -> None:
     rules: dict[int, list[Applied]] | None = None
-    for module, site, before in found:
+    for module, site, before in settled:
         known = site.classes.get(key)
         if known is None:
             rules = rules_at() if rules is None else rules
@@ -104,16 +104,16 @@ def _install(
                 _set_class(module, "__class__", cls)
 
 
-def _swap_back(found: Found) -> None:
-    for module, site, before in found:
+def _swap_back(settled: SettledSites) -> None:
+    for module, site, before in settled:
         if module.__class__ is not before:
             swap(module, before)
         site.woven = None
 
 
-def _settled(modules: Iterable[nn.Module]) -> tuple[Found, set[int]]:
-    """`check_settled` of all; and which have a forward bound on the instance, by their ids."""
-    found, bound = Found(), set[int]()
+def _settled(modules: Iterable[nn.Module]) -> tuple[SettledSites, set[int]]:
+    """`check_settled` for all sites, and the ids of those whose forward is bound on the instance."""
+    settled, bound = SettledSites(), set[int]()
     generated: set[type] = set()
     for module in modules:
         own, cls = module.__dict__, module.__class__
@@ -125,49 +125,49 @@ def _settled(modules: Iterable[nn.Module]) -> tuple[Found, set[int]]:
             site = check_settled(module)
             if "_surgery_recipe" in cls.__dict__:
                 generated.add(cls)
-        found.append((module, site, cls))
-    return found, bound
+        settled.append((module, site, cls))
+    return settled, bound
 
 
 def check_settled(module: nn.Module) -> SiteState:
-    """The site's record; `SurgeryError` where it is merged, or can't be given another class."""
-    held: SiteState | None = module.__dict__.get(_SITE)
-    if held is None:
+    """The site's record; `SurgeryError` if the site is merged or its class can't change."""
+    record: SiteState | None = module.__dict__.get(_SITE)
+    if record is None:
         raise SurgeryError("a site of this model has lost its record", fix="copy models with copy.deepcopy")
-    if held.merged is not None:
-        why = f"its weights hold {', '.join(held.merged.adapters)}"
-        raise SurgeryError("the model is merged", where=held.path, why=why, fix="unmerge(model) first")
+    if record.merged is not None:
+        why = f"its weights hold {', '.join(record.merged.adapters)}"
+        raise SurgeryError("the model is merged", where=record.path, why=why, fix="unmerge(model) first")
     cls = module.__class__
-    if "forward" not in module.__dict__ and (cls is held.base or "_surgery_recipe" in cls.__dict__):
-        return held
+    if "forward" not in module.__dict__ and (cls is record.base or "_surgery_recipe" in cls.__dict__):
+        return record
     refused = reason_against(module)
     if refused is not None:
-        raise SurgeryError("the site can't be given another class", where=held.path, why=refused[0], fix=refused[1])
-    return held
+        raise SurgeryError("the site's class can't change", where=record.path, why=refused[0], fix=refused[1])
+    return record
 
 
 def check_none_merged(state: ModelState) -> None:
-    """`SurgeryError` where the base's weights hold an adapter that is not live, and so would count all the same."""
+    """Raise `SurgeryError` if an idle adapter is merged: its change would count although it is idle."""
     idle = state.idle
     first = [state.places[name].modules[:1] for name in idle]  # an adapter is merged at all its sites
     for module in dict.fromkeys(itertools.chain.from_iterable(first)):
-        held: SiteState | None = module.__dict__.get(_SITE)
-        if held is not None and held.merged is not None and not set(idle).isdisjoint(held.merged.adapters):
+        record: SiteState | None = module.__dict__.get(_SITE)
+        if record is not None and record.merged is not None and not set(idle).isdisjoint(record.merged.adapters):
             check_settled(module)
 
 
 def _check_change(state: ModelState, name: str, weight: float | None) -> None:
-    """Whether an adapter may be idle (None), or have this weight."""
+    """Raise `SurgeryError` if an adapter can't be idle (`weight` None), or can't have this weight."""
     if weight == 1.0 or (weight is None and not state.standing[name].in_base):
         return
     for module, rules in state.places[name]:
         for applied in rules:
             why = fix = None
             if applied.changed:
-                why = f"{applied.rule.label} changed the base's weights at its start, which hold only with all of it"
-                fix = "remove it; or start it so that the base stays as it is"
+                why = f"{applied.rule.label} changed the base's weights at its start; they need the whole adapter"
+                fix = "remove it, or use an initialisation that leaves the base unchanged"
             elif weight is not None and not applied.scalable:
-                why = f"what {applied.rule.label} changes is nothing that can be multiplied"
+                why = f"the change of {applied.rule.label} can't be multiplied by a number"
                 fix = "make it live with weight 1"
             if why:
                 what = f"the adapter {name!r} can't " + ("be idle" if weight is None else f"have the weight {weight}")
@@ -190,12 +190,12 @@ def _rest(boxes: Sequence[AdapterTensors]) -> None:
             box.still = frozenset(still)
 
 
-def _noted(boxes: Sequence[AdapterTensors]) -> list[tuple[AdapterTensors, frozenset[str], list[bool]]]:
-    """What `_rest` and `_train` change at these."""
+def _flags_of(boxes: Sequence[AdapterTensors]) -> list[tuple[AdapterTensors, frozenset[str], list[bool]]]:
+    """The state of these boxes that `_rest` and `_train` change."""
     return [(box, box.still, [t.requires_grad for t in box._parameters.values() if t is not None]) for box in boxes]
 
 
-def _put_back(noted: list[tuple[AdapterTensors, frozenset[str], list[bool]]]) -> None:
+def _restore_flags(noted: list[tuple[AdapterTensors, frozenset[str], list[bool]]]) -> None:
     for box, still, flags in noted:
         if box.still != still:
             box.still = still
@@ -219,10 +219,10 @@ def _parameters(boxes: Sequence[AdapterTensors]) -> Iterator[Tensor]:
 
 
 def set_trained(state: ModelState, adapters: Iterable[str], train: bool) -> None:
-    """Whether adapters train while they are live: the tensors that their rules have for that."""
+    """Set whether the tensors that these adapters' rules train do train while the adapters are live."""
     with Journal() as journal:
         for name in adapters:
-            journal.undo(_put_back, _noted(state.places[name].boxes))
+            journal.undo(_restore_flags, _flags_of(state.places[name].boxes))
             for module, rules in state.places[name]:
                 names = [key for applied in rules for key in applied.trained]
                 if (box := box_of(module, name)) is None:
@@ -230,8 +230,8 @@ def set_trained(state: ModelState, adapters: Iterable[str], train: bool) -> None
                 if not state.standing[name].live:
                     box.still = box.still.difference(names) if train else box.still.union(names)
                     continue
-                held = box.tensors()
+                tensors = box.tensors()
                 for key in names:
-                    held[key].requires_grad_(train)
+                    tensors[key].requires_grad_(train)
             if train and state.standing[name].live:
                 watch_gradients(name, _parameters(state.places[name].boxes))

@@ -1,4 +1,4 @@
-"""Once more what an adapter's tensors start with, for those that were made without memory (the meta device)."""
+"""Initialises an adapter's tensors again after they moved from the meta device, where they had no memory."""
 
 from __future__ import annotations
 
@@ -18,29 +18,36 @@ __all__ = ["start"]
 
 
 def start(module: nn.Module, box: nn.Module) -> None:
-    """Give an adapter's tensors at one site the values that their rules start with."""
+    """Fill an adapter's tensors at one site with the initial values of its rules."""
     site = site_state(module)
     if site is None or not isinstance(box, AdapterTensors):
         return
-    applied = [one for one in site.applied if box_of(module, one.adapter) is box]
-    held = box.tensors()
-    for one in applied:
-        if one.inside:
+    applied = [rule_record for rule_record in site.applied if box_of(module, rule_record.adapter) is box]
+    tensors = box.tensors()
+    for rule_record in applied:
+        if rule_record.inside:
             raise SiteError(
-                f"{one.rule.label} can't start once more",
+                f"{rule_record.rule.label} can't start once more",
                 where=site.path,
                 why="what it asks for depends on a call",
                 fix="load_state_dict with its tensors, or apply rules after the model has memory",
             )
-        made = recorded(one.rule, module, site.path, one.adapter, own_forward(module, site.base), facts=one.facts)
-        live = LiveSite(module, site.path, one.adapter, held, lambda name, _: tensor_at(module, name))
-        with torch.no_grad(), running(one.rule, "initialise", site.path):
-            for spec in made.specs:
-                spec.fill(held[spec.name])
-            changes = one.rule.initialise(live)
+        recording = recorded(
+            rule_record.rule,
+            module,
+            site.path,
+            rule_record.adapter,
+            own_forward(module, site.base),
+            facts=rule_record.facts,
+        )
+        live = LiveSite(module, site.path, rule_record.adapter, tensors, lambda name, _: tensor_at(module, name))
+        with torch.no_grad(), running(rule_record.rule, "initialise", site.path):
+            for spec in recording.specs:
+                spec.fill(tensors[spec.name])
+            changes = rule_record.rule.initialise(live)
         if changes:
             raise SiteError(
-                f"{one.rule.label} can't start once more",
+                f"{rule_record.rule.label} can't start once more",
                 where=site.path,
                 why="its start changes the base's weights",
                 fix="remove(model), and apply rules when the base has its weights",

@@ -19,7 +19,7 @@ from surgery.authoring.rule import Rule
 from surgery.authoring.site import ParamSpec
 from surgery.errors import LoadError, RuleError, SurgeryError, SurgeryWarning
 from surgery.forward.parameter_view import tensor_at
-from surgery.lifecycle.insertion import Given, carry_out
+from surgery.lifecycle.insertion import InitialValue, install_plan
 from surgery.patterns.module_walk import RESERVED
 from surgery.patterns.wrappers import unwrap
 from surgery.planning.plan import Plan
@@ -123,7 +123,7 @@ def load_adapter(
     given = _given(plan, values, stored.file) if example_inputs is None else None
     with torch.random.fork_rng(devices=_gpus(plan)):  # the starting values drawn here are overwritten
         try:
-            carry_out(plan, stacklevel=4, given=given)
+            install_plan(plan, stacklevel=4, initial=given)
         except (SurgeryError, Warning):
             raise
         except Exception as error:  # a field of a file may be in range and still be no starting value
@@ -220,7 +220,7 @@ def _misfit(file: TensorFile, entry: Entry, shape: tuple[int, ...], dtype: torch
     return None
 
 
-def _given(plan: Plan, values: list[tuple[Step, str, Entry]], file: TensorFile) -> Given:
+def _given(plan: Plan, values: list[tuple[Step, str, Entry]], file: TensorFile) -> InitialValue:
     """Tensors start with the file's values, which are cheaper to have than those that a rule draws.
 
     What many sites share is drawn once, so that a rule which can't start is found. Nor are values given to a site of

@@ -19,7 +19,7 @@ from surgery.authoring.rule import Rule
 from surgery.errors import SurgeryError
 from surgery.forward.parameter_view import tensor_at
 from surgery.lifecycle.activation import activate
-from surgery.lifecycle.insertion import carry_out
+from surgery.lifecycle.insertion import install_plan
 from surgery.lifecycle.remove import remove
 from surgery.merging.merge import unmerged
 from surgery.model_record.state_dict import adapter_state_dict, load_adapter_state_dict
@@ -120,9 +120,9 @@ def put_slots(copy: nn.Module, names: Sequence[str], slot: str, given: Given, *,
 
 def _apply(copy: nn.Module, rules: Sequence[Rule], adapter: str, given: Given) -> None:
     try:
-        carry_out(make_plan(copy, rules, adapter))
+        install_plan(make_plan(copy, rules, adapter))
     except SurgeryError:  # some rules look at a call first
-        carry_out(make_plan(copy, rules, adapter, given.example))
+        install_plan(make_plan(copy, rules, adapter, given.example))
 
 
 @dataclass
