@@ -37,41 +37,41 @@ test: $(VENV)/.dev ## Run the tests, and the code in docstrings and docs
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests surgery --doctest-modules -n $(JOBS) --dist worksteal $(ARGS)
 
 families: $(VENV)/.dev ## Run the tests of all model families, of which `make test` runs a sample
-	ALL_FAMILIES=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/test_family_list.py tests/test_prefix_families.py tests/test_prompt_families.py tests/test_route_families.py -n $(JOBS) $(ARGS)
+	ALL_FAMILIES=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/models/test_family_list.py tests/rules/test_prefix_families.py tests/rules/test_prompt_families.py tests/routing/test_route_families.py -n $(JOBS) $(ARGS)
 
 coverage: $(VENV)/.dev ## Trace every module class of every model family and write docs/coverage.md
-	$(BIN)/python -m tests.coverage_report $(ARGS)
+	$(BIN)/python -m tests.reports.coverage $(ARGS)
 
 gallery: $(VENV)/.dev ## Draw the pictures of docs/rules.md, one a rule
-	$(BIN)/python -m tests.gallery $(ARGS)
+	$(BIN)/python -m tests.reports.gallery $(ARGS)
 
 peers: $(VENV)/.dev ## Take PEFT's checkpoints both ways, row by row, and write the table of docs/peers.md
-	$(BIN)/python -m tests.conformance_report $(ARGS)
+	$(BIN)/python -m tests.reports.conformance $(ARGS)
 
-onnx: $(VENV)/.dev ## Export every model of tests/onnx_models.py, test it, and write the table of docs/onnx.md
-	ALL_ONNX=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/test_onnx_models.py tests/test_onnx_export.py tests/test_onnx_parity.py -n $(JOBS)
-	OMP_NUM_THREADS=1 $(BIN)/python -m tests.onnx_report $(ARGS)
+onnx: $(VENV)/.dev ## Export every model of tests/support/onnx_models.py, test it, and write the table of docs/onnx.md
+	ALL_ONNX=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/onnx/test_models.py tests/onnx/test_export.py tests/onnx/test_parity.py -n $(JOBS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.reports.onnx $(ARGS)
 
 onnx-families: $(VENV)/.dev ## Export all model families with slots, and write docs/onnx-families.md
-	JOBS=$(JOBS) OMP_NUM_THREADS=1 $(BIN)/python -m tests.onnx_families $(ARGS)
+	JOBS=$(JOBS) OMP_NUM_THREADS=1 $(BIN)/python -m tests.reports.onnx_families $(ARGS)
 
 damage: $(VENV)/.dev ## Load 10,000 damaged adapter files and kill 200 saves, of which make test runs a sample
-	ALL_DAMAGE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/test_damage.py $(ARGS)
+	ALL_DAMAGE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/storage/test_damage.py $(ARGS)
 
 failures: $(VENV)/.dev ## Break every verb off at FAILURES calls and lines of its code, of which make test tries 12
-	FAILURES=$(FAILURES) OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/test_failures.py $(ARGS)
+	FAILURES=$(FAILURES) OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/lifecycle/test_failures.py $(ARGS)
 
 states: $(VENV)/.dev ## Take adapters through STATES random sequences of steps, of which make test runs 200; STATES_SEED=1, 2, …
-	STATES=$(STATES) STATES_SEED=$(STATES_SEED) OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/test_state_machine.py -s $(ARGS)
+	STATES=$(STATES) STATES_SEED=$(STATES_SEED) OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/lifecycle/test_state_machine.py -s $(ARGS)
 
 programs: $(VENV)/.dev ## Run PROGRAMS random rewrites beside forwards written by hand, of which make test runs 100
-	PROGRAMS=$(PROGRAMS) PROGRAMS_SEED=$(PROGRAMS_SEED) OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/test_programs.py -n $(JOBS) $(ARGS)
+	PROGRAMS=$(PROGRAMS) PROGRAMS_SEED=$(PROGRAMS_SEED) OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/authoring/test_programs.py -n $(JOBS) $(ARGS)
 
 rewrites: $(VENV)/.dev ## Compile, export and copy every recipe and replaced module, of which make test takes a sample
-	ALL_REWRITES=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/test_recipes.py tests/test_replace.py tests/test_kinds.py -n $(JOBS) $(ARGS)
+	ALL_REWRITES=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/authoring/test_recipes.py tests/rules/test_replace.py tests/weaving/test_kinds.py -n $(JOBS) $(ARGS)
 
 crashes: $(VENV)/.dev ## Interrupt and kill CRASHES of the Trainer's runs of each kind, of which make test runs 4
-	CRASHES=$(CRASHES) OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/test_crashes.py -s $(ARGS)
+	CRASHES=$(CRASHES) OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/models/test_crashes.py -s $(ARGS)
 
 lint: $(VENV)/.dev ## Check style and types
 	$(BIN)/ruff check .
@@ -82,13 +82,13 @@ bench: $(VENV)/.dev ## Measure speed beside PEFT; DEVICE=cuda for a GPU
 	$(BIN)/python -m tests.benchmarks --device $(DEVICE) $(ARGS)
 
 docs-test: $(VENV)/.dev ## Run only the code in docstrings and docs
-	$(BIN)/python -m pytest surgery $(wildcard tests/test_docs.py) --doctest-modules $(ARGS)
+	$(BIN)/python -m pytest surgery tests/project/test_docs.py --doctest-modules $(ARGS)
 
 wheel-test: $(VENV)/.dev ## Build the wheel and try it in an empty environment
-	$(BIN)/python -m pytest tests/test_wheel.py -v $(ARGS)
+	$(BIN)/python -m pytest tests/project/test_wheel.py -v $(ARGS)
 
 release: $(VENV)/.release ## Build sdist and wheel into dist/, check both, try each in an empty environment; ARGS=--dependencies
-	$(BIN)/python -m tests.release $(ARGS)
+	$(BIN)/python -m tests.reports.release $(ARGS)
 
 web: $(VENV)/.dev $(WEB)/.installed ## Run MiniLM with five adapters in a page, and serve it on port 8001
 	$(BIN)/python examples/page.py $(ARGS)

@@ -12,8 +12,9 @@ import torch
 from surgery.text_table import table
 from tests.benchmarks.lines import Row
 from tests.benchmarks.timing import Setting
+from tests.support import ROOT
 
-PAGE = Path(__file__).parents[2] / "docs" / "benchmarks.md"
+PAGE = ROOT / "docs" / "benchmarks.md"
 
 INTRO = """# Benchmarks
 

@@ -1,0 +1,1 @@
+"""Arithmetic on bits: folds and their inverse, and what a precision loses."""

@@ -1,0 +1,1 @@
+"""The verbs on adapters, alone and in every order."""

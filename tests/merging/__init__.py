@@ -1,0 +1,1 @@
+"""Adapters folded into the base's weights, and taken out again."""

@@ -1,0 +1,1 @@
+"""Whole models: every family, real weights, training, generation, saving."""

@@ -1,0 +1,1 @@
+"""Exported files beside the live model."""

@@ -1,0 +1,137 @@
+"""Prefixes in an exported file's slots: any length at run time, none included, on attentions of every form."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from surgery import SiteError, SurgeryError, apply_rules, using
+from surgery.onnx.calls.example import Given, arrays_of, outputs_of
+from surgery.rules import AdaptionRule, LoraRule, PrefixRule
+from tests.rules.test_prefix_written import WIDTH, Biased, Called, Flat, Plain
+from tests.support import tiny
+from tests.support.slots import Exported, adapted, check_slots, outputs, plain, same
+
+
+class First(nn.Module):
+    """Attentions one after the other, of whose outputs only the first counts."""
+
+    def __init__(self, *kinds: type[nn.Module]):
+        super().__init__()
+        self.inner = nn.ModuleList(kind() for kind in kinds)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for one in self.inner:
+            found = one(x)
+            x = x + (found[0] if isinstance(found, tuple) else found)
+        return x
+
+
+def moved(made: tuple[nn.Module, dict[str, Any]]) -> tuple[nn.Module, dict[str, Any]]:
+    """A tiny model whose weights are large enough for its attention to matter, and a call of five rows."""
+    model, inputs = made
+    with torch.no_grad():
+        for parameter in model.eval().parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.15)
+    if hasattr(model, "config"):
+        model.config.use_cache = False  # type: ignore[union-attr]
+    return model, {name: torch.cat([value, value, value[:1]]) for name, value in inputs.items()}
+
+
+def longer(inputs: dict[str, Any]) -> dict[str, Any]:
+    wide = {name: torch.cat([value, value[:2]]) for name, value in inputs.items()}
+    return {name: torch.cat([value, torch.ones_like(value[:, :2])], 1) for name, value in wide.items()}
+
+
+@pytest.mark.parametrize("gate", [False, True])
+def test_attention_that_is_written_out(gate: bool, tmp_path: Path) -> None:
+    kinds = (Plain, Called) if gate else (Plain, Called, Flat, Biased)
+    model, x = First(*kinds).eval(), {"x": torch.randn(5, 7, WIDTH)}
+    base = plain(model)
+    rules = {"a": PrefixRule(length=3, gate=gate), "b": PrefixRule(length=6, projection=4, gate=gate)}
+    exported = Exported(adapted(model, rules, x), x, tmp_path)
+    keys = {"key": [1], "value": [1], **({"gate": []} if gate else {})}
+    assert {slot["tensor"]: slot["free"] for slot in exported.manifest["slots"]} == keys
+    check_slots(exported, base, [{"x": torch.randn(3, 10, WIDTH)}, {"x": torch.randn(2, 1, WIDTH)}])
+    other = apply_rules(plain(base), PrefixRule(length=3, gate=not gate), adapter="z", example_inputs=x)
+    with pytest.raises(SiteError, match="slot differs in its gate"):
+        exported.tensors("z", other)
+
+
+def t5() -> tuple[nn.Module, dict[str, Any]]:
+    """Of one layer: its attention has a bias of relative positions, and its decoder a second attention."""
+    transformers: Any = pytest.importorskip("transformers")
+    sizes = {"vocab_size": 99, "d_model": 16, "d_kv": 4, "d_ff": 16, "num_layers": 1, "num_heads": 4}
+    config = transformers.T5Config(**sizes, pad_token_id=0, eos_token_id=2, decoder_start_token_id=0)
+    return transformers.T5ForConditionalGeneration(config), {"input_ids": tiny.ids(), "decoder_input_ids": tiny.ids(4)}
+
+
+FAMILIES: dict[str, tuple[Callable[[], Any], dict[str, Any]]] = {
+    "bert": (
+        tiny.bert,
+        {
+            "a": PrefixRule(length=3, layers=0),
+            "b": [PrefixRule(length=7, projection=5, layers=0), LoraRule(["value"], rank=2)],
+            "gated": PrefixRule(length=2, gate=True, layers=1),
+        },
+    ),
+    "gpt2": (tiny.gpt2, {"a": PrefixRule(length=3, shift="wpe"), "b": PrefixRule(length=4)}),
+    "t5": (t5, {"a": PrefixRule(length=3)}),
+}
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_attention_that_takes_its_function_from_a_registry(name: str, tmp_path: Path) -> None:
+    make, rules = FAMILIES[name]
+    model, inputs = moved(make())
+    base = plain(model)
+    exported = Exported(adapted(model, rules, inputs), inputs, tmp_path)
+    assert exported.report.notices == []
+    check_slots(exported, base, [longer(inputs)])
+
+
+def test_a_decoder_that_goes_on_from_its_cache(tmp_path: Path) -> None:
+    transformers: Any = pytest.importorskip("transformers")
+    model, inputs = moved(tiny.llama())
+    model.config.use_cache = True  # type: ignore[union-attr]
+    rules = {
+        "a": PrefixRule(length=3),
+        "b": PrefixRule(length=1),
+        "prompts": AdaptionRule("self_attn", length=4, layers=1),
+    }
+    adapted(model, rules, {"input_ids": inputs["input_ids"]})
+
+    def call(rows: int, length: int, past: int) -> dict[str, Any]:
+        """The next tokens of texts whose beginnings the live model, as it is now, has put into the cache."""
+        cache = transformers.DynamicCache(config=model.config)
+        with torch.no_grad():
+            model(torch.randint(3, 99, (rows, past)), past_key_values=cache)
+        mask = torch.ones(rows, past + length, dtype=torch.long)
+        return {"input_ids": torch.randint(3, 99, (rows, length)), "attention_mask": mask, "past_key_values": cache}
+
+    exported = Exported(model, call(3, 2, 5), tmp_path)
+    for name in (None, *rules):
+        tensors = {} if name is None else exported.tensors(name)
+        fed = {key: tensor.numpy() for key, tensor in tensors.items()}
+        for rows, length, past in ((3, 2, 5), (2, 1, 4)):
+            with using(model, name), torch.no_grad():
+                given = call(rows, length, past)
+                arrays = arrays_of(Given.of(model, given), exported.manifest["inputs"])
+                wanted = [tensor.numpy() for tensor in outputs_of(model(**given))]
+            same([np.asarray(one) for one in exported.session.run(None, {**arrays, **fed})], wanted)
+
+
+def test_one_key_of_zeros_is_no_empty_prefix(tmp_path: Path) -> None:
+    x = {"x": torch.randn(5, 7, WIDTH)}
+    model = adapted(First(Plain).eval(), {"a": PrefixRule(length=3)}, x)
+    with pytest.raises(SurgeryError, match="empty='zeros1' leaves PrefixRule with an effect"):
+        Exported(model, x, tmp_path, empty="zeros1")
+    with using(model, None):
+        before = outputs(model, x)
+    same(outputs(model, x), before)

@@ -1,0 +1,231 @@
+"""The pages say what is true: their code runs and prints what they show; the names, tests and files they tell of exist.
+
+Blocks of one page run in order in one namespace. A ```text block right after a ```python block is what it prints.
+"""
+
+from __future__ import annotations
+
+import ast
+import contextlib
+import dataclasses
+import doctest
+import io
+import re
+import sys
+import types
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import surgery
+import surgery.onnx
+import surgery.peft
+import surgery.testing
+import surgery.trainer
+from surgery import rules
+from tests.support import ROOT
+
+PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")])
+NEEDS = {
+    "README.md": ("accelerate",),
+    "docs/onnx.md": ("onnxscript", "onnxruntime"),
+    "docs/rules.md": ("yaml",),
+    "docs/patterns.md": ("yaml",),
+}
+TEXT = {str(page.relative_to(ROOT)): page.read_text(encoding="utf-8") for page in PAGES}
+
+
+@dataclass(frozen=True)
+class Block:
+    """A fenced block: what its fence says, the page's line on which its first line stands, and its text."""
+
+    kind: str
+    line: int
+    text: str
+
+
+def blocks(page: str) -> list[Block]:
+    found: list[Block] = []
+    fence, start, held = "", 0, list[str]()
+    for number, line in enumerate(page.splitlines(), 1):
+        if not fence and line.startswith("```"):
+            fence, start, held = line[3:].strip() or "text", number + 1, []
+        elif fence and line.startswith("```"):
+            found.append(Block(fence, start, "\n".join(held) + "\n"))
+            fence = ""
+        else:
+            held.append(line)
+    return found
+
+
+def runs(name: str, folder: Path) -> Iterator[tuple[Block, str, Block | None]]:
+    """Run a page's code: each block, what it printed, and the block that shows what it should print."""
+    page = TEXT[name]
+    found = blocks(page)
+    # The code is put on the page's own lines of a real file: tracebacks name them, and sources can be read.
+    lines = [""] * (len(page.splitlines()) + 1)
+    for block in found:
+        if block.kind == "python":
+            lines[block.line - 1 : block.line - 1 + block.text.count("\n")] = block.text.splitlines()
+    file = folder / (re.sub(r"\W", "_", name) + ".py")
+    file.write_text("\n".join(lines), encoding="utf-8")
+    module = types.ModuleType(file.stem)
+    sys.modules[module.__name__] = module
+    try:
+        for block, after in zip(found, [*found[1:], None], strict=True):
+            if block.kind != "python":
+                continue
+            code = compile("\n" * (block.line - 1) + block.text, str(file), "exec", dont_inherit=True)
+            printed = io.StringIO()
+            with contextlib.redirect_stdout(printed):
+                exec(code, module.__dict__)
+            end = block.line + block.text.count("\n")
+            shown = after if after is not None and after.kind == "text" and after.line == end + 3 else None
+            yield block, printed.getvalue(), shown
+    finally:
+        del sys.modules[module.__name__]
+
+
+@pytest.mark.parametrize("name", [name for name, text in TEXT.items() if "```python" in text])
+def test_code_runs_and_prints_what_is_shown(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for package in NEEDS.get(name, ()):
+        pytest.importorskip(package)
+    monkeypatch.chdir(tmp_path)
+    for block, printed, shown in runs(name, tmp_path):
+        expected = shown.text if shown else ""
+        same = doctest.OutputChecker().check_output(expected, printed, doctest.ELLIPSIS)
+        assert same, f"{name}:{block.line} prints\n{printed}\nand the page shows\n{expected}"
+
+
+# Names ----------------------------------------------------------------------------------------------------------
+
+
+def in_code(text: str) -> set[str]:
+    """The words that stand between backquotes."""
+    return {word for quoted in re.findall(r"`([^`\n]+)`", text) for word in re.findall(r"\w+", quoted)}
+
+
+def rows(name: str) -> dict[str, str]:
+    """First and last cell of each row of a page's tables."""
+    cells = [line.strip("|").split(" | ") for line in TEXT[name].splitlines() if line.startswith("|")]
+    return {row[0].strip(" `"): row[-1].strip() for row in cells}
+
+
+def test_every_public_name_is_in_the_reference() -> None:
+    listed = rows("docs/reference.md")
+    named = (surgery.testing, surgery.trainer, surgery.peft, surgery.onnx)
+    modules: dict[str, Any] = {module.__name__: module for module in named}
+    public = {*surgery.__all__, *rules.__all__}
+    public |= {f"{path}.{name}" for path, module in modules.items() for name in module.__all__}
+    public -= {f"surgery.onnx.{name}" for name in surgery.__all__}  # the same
+    assert public <= listed.keys(), public - listed.keys()
+    assert all(listed[name] for name in public)
+    assert {name for name in listed if re.fullmatch(r"[\w.]+", name)} - {"name"} == public
+
+
+KINDS = [
+    kind for name in rules.__all__ if name.endswith("Rule") and issubclass(kind := getattr(rules, name), surgery.Rule)
+]
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.__name__)
+def test_every_field_of_a_rule_is_told(kind: type[surgery.Rule]) -> None:
+    section = TEXT["docs/rules.md"].split(f"## {kind.__name__}", 1)[1].split("\n## ", 1)[0]
+    own = {field.name for field in dataclasses.fields(kind)} - {f.name for f in dataclasses.fields(surgery.Rule)}
+    assert own <= in_code(section), own - in_code(section)
+
+
+def test_every_hook_of_a_rule_is_told() -> None:
+    hooks = {name for name in vars(surgery.Rule) if not name.startswith("_")}
+    assert hooks <= in_code(TEXT["docs/rules.md"]) | in_code(TEXT["docs/patterns.md"]), hooks
+
+
+def test_every_rule_is_in_the_table_of_slots() -> None:
+    section = TEXT["docs/onnx.md"].partition("### Which rules have a slot\n")[2].partition("\n## ")[0]
+    table, _, below = section.rpartition("|\n")
+    kinds = {kind.__name__: kind for kind in KINDS}
+    held = {name for name, kind in kinds.items() if kind.slot_kind is not None}
+    assert set(re.findall(r"`(\w+Rule)`", table)) == held
+    assert set(re.findall(r"`(\w+Rule)`", below)) | {"CaptureRule"} == set(kinds) - held
+
+
+def test_every_field_of_pefts_config_is_told() -> None:
+    peft = optional_peft()
+    told = in_code(TEXT["README.md"])
+    missing = [field.name for field in dataclasses.fields(peft.LoraConfig) if field.name not in told]
+    assert not missing
+
+
+def optional_peft() -> Any:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return pytest.importorskip("peft")
+
+
+# What pages point at --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", TEXT)
+def test_links_lead_somewhere(name: str) -> None:
+    for target in re.findall(r"\]\(([^)\s]+)\)", TEXT[name]):
+        if not target.startswith(("http://", "https://")):
+            path, _, anchor = target.partition("#")
+            page = (ROOT / name).parent / path if path else ROOT / name
+            assert page.exists(), f"{name}: {target}"
+            if anchor:
+                headings = re.findall(r"^#+ (.+)$", page.read_text(encoding="utf-8"), re.MULTILINE)
+                assert anchor in [anchor_of(heading) for heading in headings], f"{name}: {target}"
+
+
+def anchor_of(heading: str) -> str:
+    return re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-")
+
+
+@pytest.mark.parametrize("name", TEXT)
+def test_tests_and_files_and_targets_exist(name: str) -> None:
+    text = TEXT[name]
+    tests = list(ROOT.glob("tests/*/test_*.py"))
+    files = {file.stem for file in tests}
+    functions = {test for file in tests for test in re.findall(r"def (test_\w+)", file.read_text(encoding="utf-8"))}
+    for word in re.findall(r"`(test_\w+)(?:\.py)?`", text):
+        assert word in functions or word in files, f"{name}: there is no {word}"
+    for path in re.findall(r"`((?:surgery|rules|tests|docs|examples)/[\w/]+\.\w+)`", text):
+        assert (ROOT / path).exists(), f"{name}: there is no {path}"
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    for target in re.findall(r"`?make ([a-z-]+)`", text):
+        assert re.search(rf"^{target}:", makefile, re.MULTILINE), f"{name}: there is no make {target}"
+
+
+def test_the_rules_in_the_docs_are_short() -> None:
+    for name in ("README.md", *[name for name in TEXT if name.startswith(("docs/rules", "docs/recipes"))]):
+        sources = [block.text for block in blocks(TEXT[name]) if block.kind == "python"]
+        found = [length for source in sources for length in rule_lengths(source)]
+        assert found and max(found) < 15, f"{name}: {found}"
+
+
+def rule_lengths(source: str) -> list[int]:
+    """Lines of code of each rule defined in a source, blank lines left out."""
+
+    def lines(node: ast.ClassDef) -> int:
+        first = node.decorator_list[0].lineno
+        return sum(bool(line.strip()) for line in source.splitlines()[first - 1 : node.end_lineno])
+
+    return [lines(n) for n in ast.walk(ast.parse(source)) if isinstance(n, ast.ClassDef) and n.decorator_list]
+
+
+@pytest.fixture(autouse=True)
+def restored() -> Iterator[None]:
+    """What the pages' code changes for the whole process: the random state, and rules by name."""
+    from surgery.authoring import rule_names
+
+    registry = rule_names._classes
+    before, state = dict(registry), torch.get_rng_state()
+    yield
+    registry.clear()
+    registry.update(before)
+    torch.set_rng_state(state)

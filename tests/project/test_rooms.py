@@ -1,0 +1,28 @@
+"""docs/design.md shows the packages as they are."""
+
+from __future__ import annotations
+
+import re
+
+from tests.reports.rooms import PAGE, arrows, drawn
+from tests.support import ROOT
+
+
+def test_the_picture_of_the_packages_is_drawn_from_the_imports() -> None:
+    page = PAGE.read_text(encoding="utf-8")
+    assert page == drawn(page), "run `python -m tests.reports.rooms`"
+
+
+def test_every_package_has_its_line_and_its_door() -> None:
+    rows = re.findall(r"^\| `([a-z_]+)/` \|.*\| (.*) \|$", PAGE.read_text(encoding="utf-8"), re.M)
+    assert {name for name, _ in rows} == {name for name in arrows() if (ROOT / "surgery" / name).is_dir()}
+    for name, doors in rows:
+        for door in re.findall(r"`([^`]+)`", doors):
+            assert (ROOT / "surgery" / name / door).is_file(), (name, door)
+
+
+def test_all_paths_on_the_pages_of_the_design_are_there() -> None:
+    for page in (PAGE, PAGE.parent / "internals.md"):
+        for path in re.findall(r"`([\w/]+/[\w/]*\.py)`", page.read_text(encoding="utf-8")):
+            places = [ROOT / path, ROOT / "surgery" / path]
+            assert any(place.is_file() for place in places), (page.name, path)

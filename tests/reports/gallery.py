@@ -1,0 +1,147 @@
+"""`make gallery`: a picture of every rule at work, drawn from a small model it is applied to, into docs/pictures/."""
+
+from __future__ import annotations
+
+import re
+from collections import OrderedDict
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from surgery import Rule, apply_rules, draw, rules
+from tests.support import ROOT
+
+PICTURES = ROOT / "docs" / "pictures"
+
+
+class Experts(nn.Module):
+    """Two matrices to a token's expert, held as stacks."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up = nn.Parameter(torch.randn(4, 16, 8))
+
+    def forward(self, x: Tensor, expert: int) -> Tensor:
+        return F.linear(x, self.up[expert])
+
+
+class Registry(dict):
+    """Functions by name, as transformers keeps its attentions."""
+
+
+def eager(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> tuple[Tensor, None]:
+    return ((query @ key.mT).softmax(-1) @ value).transpose(1, 2), None
+
+
+ATTENTIONS = Registry(eager=eager)
+
+
+class Attention(nn.Module):
+    """Two heads, whose attention function is looked up."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.qkv = nn.Linear(8, 24)
+
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        q, k, v = (part.unflatten(-1, (2, 4)).transpose(1, 2) for part in self.qkv(x).chunk(3, -1))
+        return ATTENTIONS["eager"](self, q, k, v, mask)[0].flatten(2)
+
+
+class Mapped(Attention):
+    """… with maps of its own for queries, keys and values."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.q_proj, self.k_proj, self.v_proj = (nn.Linear(8, 8) for _ in range(3))
+
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        maps = (self.q_proj, self.k_proj, self.v_proj)
+        q, k, v = (part(x).unflatten(-1, (2, 4)).transpose(1, 2) for part in maps)
+        return ATTENTIONS["eager"](self, q, k, v, mask)[0].flatten(2)
+
+
+class Text(nn.Module):
+    """Takes a text as ids or embedded."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.words = nn.Embedding(10, 8)
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.words
+
+    def forward(
+        self, input_ids: Tensor | None = None, attention_mask: Tensor | None = None, inputs_embeds: Tensor | None = None
+    ) -> Tensor:
+        return (self.words(input_ids) if inputs_embeds is None else inputs_embeds).cumsum(1)
+
+
+def linear() -> nn.Module:
+    return nn.Linear(8, 8)
+
+
+# Each rule at a module it is made for, in its plain form.
+SHOWN: dict[str, tuple[Rule, Callable[[], nn.Module]]] = {
+    "LoraRule": (rules.LoraRule("m", rank=2), linear),
+    "ExpertLoraRule": (rules.ExpertLoraRule("m", rank=2), Experts),
+    "TrainRule": (rules.TrainRule("m"), linear),
+    "BiasRule": (rules.BiasRule("m"), linear),
+    "NormRule": (rules.NormRule("m"), lambda: nn.LayerNorm(8)),
+    "StatisticsRule": (rules.StatisticsRule("m"), lambda: nn.BatchNorm1d(8)),
+    "TokensRule": (rules.TokensRule("m", tokens=[2, 7]), lambda: nn.Embedding(10, 8)),
+    "BaseRowsRule": (rules.BaseRowsRule("m", tokens=[2, 7]), lambda: nn.Embedding(10, 8)),
+    "PrefixRule": (rules.PrefixRule("m", length=2), Attention),
+    "AdaptionRule": (rules.AdaptionRule("m", length=2), Mapped),
+    "PromptRule": (rules.PromptRule("m", length=2), Text),
+    "MultitaskPromptRule": (rules.MultitaskPromptRule("m", length=2, tasks=3), Text),
+    "IA3Rule": (rules.IA3Rule("m"), linear),
+    "VeraRule": (rules.VeraRule("m", rank=2), linear),
+    "LohaRule": (rules.LohaRule("m", rank=2), linear),
+    "LokrRule": (rules.LokrRule("m", rank=1), linear),
+    "OftRule": (rules.OftRule("m", block_size=4), linear),
+    "BoftRule": (rules.BoftRule("m", block_size=4), linear),
+    "HraRule": (rules.HraRule("m", rank=2), linear),
+    "RoadRule": (rules.RoadRule("m", group_size=4), linear),
+    "MissRule": (rules.MissRule("m", rank=2), linear),
+    "BottleneckRule": (rules.BottleneckRule("m", size=2), linear),
+    "ReftRule": (rules.ReftRule("m", rank=2), linear),
+    "SteerRule": (rules.SteerRule("m", direction=[0.0] * 8), linear),
+    "CaptureRule": (rules.CaptureRule("m"), linear),
+    "ReplaceRule": (rules.ReplaceRule("m", by=nn.SiLU), nn.ReLU),
+    "AdaLoraRule": (rules.AdaLoraRule("m", rank=2), linear),
+    "FourierRule": (rules.FourierRule("m", n_frequency=4), linear),
+    "ShiraRule": (rules.ShiraRule("m", rank=1), linear),
+    "C3aRule": (rules.C3aRule("m", block_size=4), linear),
+    "RandLoraRule": (rules.RandLoraRule("m", rank=4), linear),
+}
+
+
+EXAMPLES = {"PrefixRule": torch.zeros(1, 3, 8)}  # for rules that look at a call
+
+
+def pictures() -> dict[str, str]:
+    """A rule's name → its picture, SVG."""
+    found = {}
+    for name, (rule, make) in SHOWN.items():
+        model = nn.Sequential(OrderedDict(m=make())).eval()
+        picture = draw(apply_rules(model, [rule], example_inputs=EXAMPLES.get(name)), "m", before=False)
+        found[name] = re.sub(r"\b(?=[0-9]*[a-f])[0-9a-f]{12,}…?", "mark", picture)  # `Site.mark`, another one each time
+    return found
+
+
+def main() -> None:
+    PICTURES.mkdir(parents=True, exist_ok=True)
+    made = pictures()
+    for old in PICTURES.glob("*.svg"):
+        if old.stem not in made:
+            old.unlink()
+    for name, text in made.items():
+        (PICTURES / f"{name}.svg").write_text(text + "\n", encoding="utf-8")
+    print(f"{len(made)} pictures in {PICTURES}")
+
+
+if __name__ == "__main__":
+    main()

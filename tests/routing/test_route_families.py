@@ -1,0 +1,97 @@
+"""Two LoRA adapters and the bare base in one batch, on every family of `families.py`: each row as if alone, or refused.
+
+A sample by default; all of them with ALL_FAMILIES=1 (`make families`).
+"""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from surgery import SurgeryError, apply_rules, remove, route, using
+from surgery.rules import LoraRule
+from surgery.testing import Snapshot
+from surgery.tracing.example_call import call, random_state
+from tests.support.families import FAMILIES
+
+pytest.importorskip("transformers")
+
+SAMPLE = ["bert", "xlnet", "mixtral", "switch_transformers", "mobilevit", "clip", "swin", "bart", "whisper", "nllb_moe"]
+NAMES = list(FAMILIES) if os.environ.get("ALL_FAMILIES") else [name for name in SAMPLE if name in FAMILIES]
+
+# Families whose modules are called with what has no row for each of the batch, or not first: told, and not guessed.
+REFUSED = set(
+    "deberta deberta_v2 sew_d wav2vec2_conformer swinv2 swin2sr "  # positions, the same for all rows
+    "xlnet longformer led fsmt dab_detr bridgetower "  # positions first
+    "xmod jetmoe switch_transformers nllb_moe "  # some of the rows or tokens
+    "mobilevit x_clip".split()  # what does not show, with these weights
+)
+# Rows that the model itself mixes: delays of other rows (autoformer); lengths that go by the longest (vits).
+MIXED = {"autoformer", "vits"}
+ROWS = 3
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("name", NAMES)
+def test_each_row_as_if_alone_or_refused(name: str) -> None:
+    torch.manual_seed(0)
+    model, example = FAMILIES[name].make().eval(), FAMILIES[name].inputs()
+    given = widened(example)
+    if given == {} or not any(isinstance(value, Tensor) for value in given.values()):
+        pytest.skip("its example holds no batch")
+    try:
+        with torch.no_grad():
+            model(**given)
+    except Exception as error:
+        pytest.skip(f"it does not take a batch made of its example: {type(error).__name__}")
+    before, random = Snapshot(model), random_state()
+    try:
+        for adapter, rank in (("a", 2), ("b", 3)):
+            apply_rules(model, LoraRule("all-linear", rank=rank, alpha=16, init="random"), adapter=adapter)
+    except SurgeryError as error:
+        pytest.skip(f"it takes no LoRA on all of its linear layers: {error.what}")
+    names: list[str | None] = ["a", None, "b"]
+    alone = []
+    for one in names:
+        with using(model, one):
+            alone.append(tensors(call(model, given, random)))
+    if name in REFUSED:
+        with route(model, names), pytest.raises(SurgeryError, match="whose rows|adapters are named"):
+            model(**given)
+    elif name not in MIXED:
+        with route(model, names):
+            found = tensors(call(model, given, random))
+        for index, tensor in enumerate(found):
+            if tensor.shape[0] != ROWS or tensor.shape == (ROWS, ROWS):  # rows beside each other: CLIP's
+                continue
+            for row in range(ROWS):
+                expected = alone[row][index][row].float()
+                size = max(1.0, float(expected.abs().max()) if expected.numel() else 1.0)
+                torch.testing.assert_close(tensor[row].float(), expected, rtol=1e-3, atol=2e-4 * size)
+    assert before.differences(remove(model)) == []
+
+
+def widened(example: dict[str, Any]) -> dict[str, Any]:
+    """A batch of rows that differ, made from the example's first."""
+    size = next((len(value) for value in example.values() if isinstance(value, Tensor) and value.dim()), 0)
+
+    def rows(value: Any) -> Any:
+        if not isinstance(value, Tensor) or not value.dim() or len(value) != size:
+            return value
+        many = value[:1].repeat(ROWS, *[1] * (value.dim() - 1))
+        if value.is_floating_point():
+            return many + torch.randn_like(many) * 0.3
+        if value.dtype == torch.long and int(value.max()) > 3:
+            return (many + torch.arange(ROWS).view(-1, *[1] * (value.dim() - 1))) % (int(value.max()) + 1)
+        return many
+
+    return {name: rows(value) for name, value in example.items()}
+
+
+def tensors(output: Any) -> list[Tensor]:
+    values = output.values() if isinstance(output, dict) else output if isinstance(output, (tuple, list)) else [output]
+    return [value for value in values if isinstance(value, Tensor) and value.dim()]

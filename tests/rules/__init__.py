@@ -1,0 +1,1 @@
+"""The rule library, method by method."""

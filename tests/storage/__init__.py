@@ -1,0 +1,1 @@
+"""Adapters saved, loaded, hot-swapped and pushed to a hub."""

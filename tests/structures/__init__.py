@@ -1,0 +1,1 @@
+"""Structures of operations, and where they are found."""

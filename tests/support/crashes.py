@@ -1,0 +1,175 @@
+"""A Trainer's run with three adapters that is interrupted: by an error at some step, or by SIGKILL at any moment."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils.data import Dataset
+
+from surgery import activate, apply_rules
+from surgery.rules import IA3Rule, LoraRule, TrainRule
+from tests.support import ROOT, tiny
+
+transformers: Any = pytest.importorskip("transformers")
+AdapterCheckpoints: Any = pytest.importorskip("surgery.trainer").AdapterCheckpoints
+last_checkpoint: Any = pytest.importorskip("surgery.trainer").last_checkpoint
+
+STEPS, ACCUMULATED = 8, 2
+
+
+class Sentences(Dataset):
+    def __init__(self, seed: int) -> None:
+        self.ids = torch.randint(3, 99, (24, 7), generator=torch.Generator().manual_seed(seed))
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        return {"input_ids": self.ids[index], "labels": self.ids[index, 0] % 2}
+
+
+class Crash(transformers.TrainerCallback):
+    """An error after so many micro-batches, counted from the beginning of this process's part of the run."""
+
+    def __init__(self, after: int) -> None:
+        self.left = after
+
+    def on_substep_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.left -= 1
+        if self.left < 0:
+            raise KeyboardInterrupt
+
+    on_step_end = on_substep_end
+
+
+def model(seed: int, fresh: bool) -> nn.Module:
+    """BERT with one adapter that trains, one that is idle, and one that is live and frozen.
+
+    Their values are those of the beginning, or, for a run that goes on, others: what is not loaded would show.
+    """
+    torch.manual_seed(seed)
+    made = tiny.bert()[0]
+    apply_rules(made, [LoraRule(["query", "value"], rank=4, dropout=0.1), TrainRule("classifier")], adapter="live")
+    apply_rules(made, LoraRule("key", rank=2, init="random"), adapter="frozen")
+    apply_rules(made, [LoraRule("query", rank=2, init="random"), IA3Rule("key")], adapter="idle")
+    activate(made, ["live", "frozen"], weights={"frozen": 0.5})
+    with torch.no_grad():
+        for name, parameter in made.named_parameters():
+            if ".adapters.frozen." in name:
+                parameter.requires_grad_(False)
+            if ".adapters." in name and not fresh:
+                parameter.fill_(0.123)
+    return made
+
+
+def trainer(seed: int, folder: Path, fresh: bool, *callbacks: Any) -> Any:
+    settings = transformers.TrainingArguments(
+        str(folder), max_steps=STEPS, save_steps=2, logging_steps=1, learning_rate=1e-2, seed=seed, warmup_steps=2,
+        lr_scheduler_type="cosine", gradient_accumulation_steps=ACCUMULATED, per_device_train_batch_size=4,
+        report_to=[], use_cpu=True, disable_tqdm=True, dataloader_pin_memory=False, save_total_limit=2,
+    )  # fmt: skip
+    return transformers.Trainer(
+        model=model(seed, fresh),
+        args=settings,
+        train_dataset=Sentences(seed),
+        callbacks=[AdapterCheckpoints(), *callbacks],
+    )
+
+
+def run(seed: int, folder: Path, *callbacks: Any) -> dict[str, Any]:
+    """Begin, or go on from the last whole checkpoint, to the end: all tensors, and the losses of every step."""
+    found = last_checkpoint(folder)
+    made = trainer(seed, folder, found is None, *callbacks)
+    made.train(resume_from_checkpoint=found)
+    losses = {line["step"]: line["loss"] for line in made.state.log_history if "loss" in line}
+    return {"tensors": {name: tensor.clone() for name, tensor in made.model.state_dict().items()}, "losses": losses}
+
+
+# Killed -------------------------------------------------------------------------------------------------------
+
+
+def serve() -> None:
+    """For each line, a seed and a folder, a child that runs to the end and writes the result; its number is told."""
+    transformers.logging.set_verbosity_error()
+    print("ready", flush=True)
+    for line in sys.stdin:
+        seed, folder = line.rstrip("\n").split(" ", 1)
+        child = os.fork()
+        if not child:
+            sys.stdout = open(os.devnull, "w")  # noqa: SIM115
+            result = run(int(seed), Path(folder))
+            torch.save(result, Path(folder) / "result.tmp")
+            os.replace(Path(folder) / "result.tmp", Path(folder) / "result.pt")
+            os._exit(0)
+        print(child, flush=True)
+        _, status = os.waitpid(child, 0)
+        print("killed" if os.WIFSIGNALED(status) else f"ended {os.WEXITSTATUS(status)}", flush=True)
+
+
+class Server:
+    """The process that does so, begun once."""
+
+    def __init__(self) -> None:
+        command = [sys.executable, "-c", "from tests.support.crashes import serve; serve()"]
+        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        self.process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, cwd=ROOT, text=True, env=environment
+        )
+        assert self._line() == "ready"
+
+    def _line(self) -> str:
+        assert self.process.stdout is not None
+        return self.process.stdout.readline().strip()
+
+    def run(self, seed: int, folder: Path, wait: Callable[[], Any] | None = None) -> str:
+        """Begin or go on; kill it when the wait is over. How it ended."""
+        assert self.process.stdin is not None
+        print(f"{seed} {folder}", file=self.process.stdin, flush=True)
+        child = int(self._line())
+        if wait is not None:
+            wait()
+            with contextlib.suppress(ProcessLookupError):  # it came to its end before
+                os.kill(child, signal.SIGKILL)
+        return self._line()
+
+    def close(self) -> None:
+        self.process.communicate()
+
+
+def killed_run(
+    server: Server, seed: int, folder: Path, whole: float, kills: int, chance: random.Random
+) -> dict[str, int]:
+    """A run that is killed so many times, of which an uninterrupted one takes `whole` seconds. How often half-way."""
+    told = {"killed": 0, "half": 0}
+
+    def while_it_saves() -> None:
+        """When a new checkpoint has appeared, which takes some milliseconds to be written."""
+        before, deadline = set(folder.glob("checkpoint-*")), time.monotonic() + whole
+        while set(folder.glob("checkpoint-*")) <= before and time.monotonic() < deadline:
+            time.sleep(0.0005)
+        time.sleep(chance.random() * 0.03)
+
+    def at_any_moment() -> None:
+        time.sleep(chance.random() * whole)
+
+    waits = [while_it_saves, at_any_moment]
+    while told["killed"] < kills and server.run(seed, folder, waits[told["killed"] % 2]) == "killed":
+        told["killed"] += 1
+        last = last_checkpoint(folder)
+        there = [int(place.name.rpartition("-")[2]) for place in folder.glob("checkpoint-*")]
+        told["half"] += bool(there) and (last is None or max(there) > int(last.rpartition("-")[2]))
+    if not (folder / "result.pt").exists():
+        assert server.run(seed, folder) == "ended 0"
+    return told

@@ -1,0 +1,1 @@
+"""Generated forwards: edits inside of them, kinds of calls, fast forms."""
