@@ -13,27 +13,27 @@ from surgery.authoring.site_facts import LEFT_OUT, THROUGH
 from surgery.errors import SiteError
 from surgery.forward.function_registries import takes_functions
 from surgery.forward.function_watch import unwatched
-from surgery.forward.own_forward import Own
-from surgery.forward.parameter_view import held
+from surgery.forward.own_forward import OwnForward
+from surgery.forward.parameter_view import find_tensor
 from surgery.forward.tape import Tape, Value, ref_of
 from surgery.structures.fx_digraph import as_digraph
-from surgery.structures.op_aliases import Held
-from surgery.structures.passed_ops import Passage, left_out
+from surgery.structures.op_aliases import LayerTensor
+from surgery.structures.passed_ops import Passage, find_dropped_ops
 from surgery.structures.structure import Found, Occurrence, Structure
 from surgery.tracing.example_call import evaluating
 from surgery.tracing.fx_args import plain
-from surgery.tracing.traced_forward import goes_through, hold
+from surgery.tracing.traced_forward import goes_through, trace_for_call
 
-__all__ = ["Inside"]
+__all__ = ["ForwardValues"]
 
 
-class Inside:
+class ForwardValues:
     """The part of a `Site` that looks into its forward."""
 
     module: nn.Module
     path: str
     label: str
-    own: Own
+    own: OwnForward
     tape: Tape
     inside: bool
     missed: dict[Structure, str]  # what was looked for in vain, and why it is not there
@@ -57,14 +57,14 @@ class Inside:
         call: in training and in evaluation, with a mask and without one. Needs `example_inputs`. Raises `TraceError`
         where the forward can't be held in a graph, `SiteError` without an example.
         """
-        if self.own.held is None:
+        if self.own.graph is None:
             example = self.needed_example("which operations a forward consists of is found by running it once")
             with unwatched(self.tape), torch.no_grad(), evaluating(self.module):  # as the example was seen
-                self.own = hold(self.module, self.own, *example, leaves=THROUGH not in self.facts)
+                self.own = trace_for_call(self.module, self.own, *example, leaves=THROUGH not in self.facts)
         self.inside = True
-        assert self.own.held is not None
-        self._nodes = {node.name: node for node in self.own.held.nodes}
-        return self.own.held
+        assert self.own.graph is not None
+        self._nodes = {node.name: node for node in self.own.graph.nodes}
+        return self.own.graph
 
     def find(self, structure: Structure, *, leaves: bool = True) -> Found:
         """Where a structure occurs inside the forward; nodes and bindings are values to compute with and to `replace`.
@@ -125,7 +125,7 @@ class Inside:
         """From now on, the graph is one that goes through functions from registries."""
         if THROUGH in self.facts or not takes_functions(self.module):
             return
-        if self.own.held is not None:
+        if self.own.graph is not None:
             raise SiteError(
                 f"{self.label} looks into functions from registries after it has looked at the forward without them",
                 where=self.path,
@@ -137,8 +137,8 @@ class Inside:
     def left_out(self) -> list[str]:
         """What the rewrite leaves out of its matches without having asked; each kind of operation is told once."""
         told: list[str] = []
-        if self._passages and self.own.held is not None:
-            for kind, text in left_out(self._passages, self.own.held, self.module, self.tape):
+        if self._passages and self.own.graph is not None:
+            for kind, text in find_dropped_ops(self._passages, self.own.graph, self.module, self.tape):
                 if kind not in self.facts.setdefault(LEFT_OUT, []):
                     self.facts[LEFT_OUT].append(kind)
                     told.append(f"{self.label} at {self.path or 'the model itself'}: {text}; read the match's passed")
@@ -164,7 +164,7 @@ class Inside:
     def _at(self, node: fx.Node, read: str = "") -> Tensor:
         if node.op == "placeholder":
             return cast(Tensor, self.tape.value("input", str(node.target).lstrip("*"), read))
-        if node.op == "get_attr" and held(self.module, str(node.target)) is not None:
+        if node.op == "get_attr" and find_tensor(self.module, str(node.target)) is not None:
             return self._value("state", str(node.target))
         return cast(Tensor, self.tape.value("inside", node.name, read))
 
@@ -197,6 +197,6 @@ class Inside:
 
     def _shown(self, value: Any, root: fx.Node) -> Any:
         """A match's nodes as values: its operands are read where the match ends."""
-        if isinstance(value, Held):  # a parameter of a layer that is one operation
+        if isinstance(value, LayerTensor):  # a parameter of a layer that is one operation
             return self._value("state", str(value))
         return plain(value, lambda node: self._at(node, "" if node is root else root.name))

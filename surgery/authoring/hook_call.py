@@ -8,10 +8,10 @@ from surgery.authoring.declaration import Declaration
 from surgery.errors import SiteError, SurgeryError
 from surgery.transaction.user_frames import line_of
 
-__all__ = ["running"]
+__all__ = ["HookCall"]
 
 
-class running:
+class HookCall:
     """A rule's own code at a site: what it raises is told with the rule, the hook and the path."""
 
     __slots__ = ("hook", "path", "rule")

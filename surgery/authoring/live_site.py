@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from surgery.authoring.site_facts import SiteFacts
 from surgery.errors import SiteError
-from surgery.forward.parameter_view import held
+from surgery.forward.parameter_view import find_tensor
 
 __all__ = ["LiveSite", "Tensors"]
 
@@ -41,7 +41,7 @@ class LiveSite(SiteFacts):
         return self.tensor("bias")
 
     def tensor(self, name: str) -> Tensor:
-        if held(self.module, name) is None:
+        if find_tensor(self.module, name) is None:
             raise SiteError(f"{type(self.module).__name__} has no tensor {name!r}", where=self.path)
         return self._source(name, False)
 

@@ -10,16 +10,18 @@ from torch import fx, nn
 
 from surgery.errors import SurgeryError
 from surgery.forward.own_forward import own_forward
-from surgery.forward.parameter_view import view
+from surgery.forward.parameter_view import make_view
 from surgery.structures.fx_digraph import as_digraph
 from surgery.structures.structure import Structure
 from surgery.tracing.example_call import evaluating
-from surgery.tracing.traced_forward import hold
+from surgery.tracing.traced_forward import trace_for_call
 
-__all__ = ["elsewhere"]
+__all__ = ["suggest_target"]
 
 
-def elsewhere(structure: Structure, module: nn.Module, graph: fx.Graph, args: tuple, kwargs: dict[str, Any]) -> str:
+def suggest_target(
+    structure: Structure, module: nn.Module, graph: fx.Graph, args: tuple, kwargs: dict[str, Any]
+) -> str:
     """What to target instead, as a sentence for an error, or ''.
 
     `graph`: of the module's forward; `args`, `kwargs`: its own arguments in the example. Of sites that are alike, one
@@ -53,7 +55,7 @@ def _looked_for(structure: Structure, module: nn.Module, args: tuple, kwargs: di
     for name, inner, given in _calls(module, _base_of(module), args, kwargs):
         try:
             with torch.no_grad(), evaluating(inner):
-                graph = hold(inner, own_forward(inner, _base_of(inner)), *given).held
+                graph = trace_for_call(inner, own_forward(inner, _base_of(inner)), *given).graph
         except SurgeryError:
             continue
         assert graph is not None
@@ -69,7 +71,7 @@ def _is_within(structure: Structure, module: nn.Module, args: tuple, kwargs: dic
     """Whether what the forward takes from registries has it."""
     try:
         with torch.no_grad(), evaluating(module):
-            graph = hold(module, own_forward(module, _base_of(module)), args, kwargs, leaves=False).held
+            graph = trace_for_call(module, own_forward(module, _base_of(module)), args, kwargs, leaves=False).graph
     except SurgeryError:
         return False
     assert graph is not None
@@ -96,7 +98,7 @@ def _calls(
     ]
     try:
         with torch.no_grad(), evaluating(module):
-            base.forward(view(module, base, {}), *args, **kwargs)
+            base.forward(make_view(module, base, {}), *args, **kwargs)
     finally:
         for hook in hooks:
             hook.remove()

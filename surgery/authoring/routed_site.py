@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from surgery.authoring.declaration import Declaration
 from surgery.authoring.site import Site
-from surgery.forward.own_forward import Own
+from surgery.forward.own_forward import OwnForward
 from surgery.patterns.module_walk import RESERVED
 
 __all__ = ["Member"]
@@ -20,7 +20,9 @@ class Member(Site):
     `rows.of(size, device)` gives, at a call, the indices of the adapter's rows in a dimension of this size.
     """
 
-    def __init__(self, rule: Declaration, module: nn.Module, path: str, adapter: str, own: Own, facts: dict[str, Any]):
+    def __init__(
+        self, rule: Declaration, module: nn.Module, path: str, adapter: str, own: OwnForward, facts: dict[str, Any]
+    ):
         super().__init__(module, path, adapter, rule.label, own, facts=facts)
         self.rule = rule
 

@@ -13,16 +13,16 @@ from torch import Tensor, fx, nn
 
 from surgery.arithmetic.complex_numbers import filled_by_reals, is_number, narrow
 from surgery.authoring.declaration import Declaration
-from surgery.authoring.forward_values import Inside
+from surgery.authoring.forward_values import ForwardValues
 from surgery.authoring.site_facts import MARK, SiteFacts
 from surgery.authoring.site_module import SiteModule, site_module
 from surgery.errors import SiteError, near_misses
 from surgery.forward.function_registries import takes_functions
 from surgery.forward.function_watch import unwatched
 from surgery.forward.hidden_state import hidden_of, with_hidden
-from surgery.forward.own_forward import Own
+from surgery.forward.own_forward import OwnForward
 from surgery.forward.packed_weights import UNPACKED, is_packed
-from surgery.forward.parameter_view import calls_inside, held, hidden_reference, view
+from surgery.forward.parameter_view import calls_inside, find_tensor, hidden_reference, make_view
 from surgery.forward.tape import Ref, Tape, Value, ref_of
 from surgery.forward.unnamed_inputs import FIRST, hidden_first
 from surgery.patterns.module_walk import RESERVED
@@ -54,7 +54,7 @@ class ParamSpec:
         return None if self.tied is None else (id(rule), self.name, id(self.tied))
 
 
-class Site(SiteFacts, Inside):
+class Site(SiteFacts, ForwardValues):
     """One module while a rule rewrites it: `input`, `output` and parameters are values to compute with.
 
     >>> from torch import nn
@@ -79,7 +79,7 @@ class Site(SiteFacts, Inside):
         path: str,
         adapter: str,
         label: str,
-        own: Own,
+        own: OwnForward,
         example: Example = None,
         owners: tuple[nn.Module, ...] = (),
         facts: dict[str, Any] | None = None,
@@ -236,7 +236,7 @@ class Site(SiteFacts, Inside):
         module = self.module if module is None else module
         base = getattr(module, "_surgery_base", type(module))
         with unwatched(self.tape):
-            return call(view(module, base, {}) if type(module) is not base else module, inputs)
+            return call(make_view(module, base, {}) if type(module) is not base else module, inputs)
 
     def calls_inside(self, args: tuple, kwargs: Mapping[str, Any]) -> list[tuple[Any, tuple, dict[str, Any]]]:
         """Run the module's own forward; its calls of functions from registries: (function, args, kwargs)."""
@@ -245,7 +245,7 @@ class Site(SiteFacts, Inside):
 
     def shape_of(self, name: str) -> tuple[int, ...] | None:
         """The shape of a tensor that the adapter has here already: in copies, whose rules are recorded anew."""
-        held_here = held(self.module, f"{RESERVED}.{self.adapter}.{name}")
+        held_here = find_tensor(self.module, f"{RESERVED}.{self.adapter}.{name}")
         return None if held_here is None else tuple(held_here.shape)
 
     def call(self, input: Tensor, **tensors: Tensor | None) -> Tensor:
@@ -273,7 +273,7 @@ class Site(SiteFacts, Inside):
 
     def tensor(self, name: str) -> Tensor:
         """A parameter or buffer of the module, by name; with dots, one of its children's."""
-        tensor = held(self.module, name)
+        tensor = find_tensor(self.module, name)
         if tensor is None:
             names = [key for key, _ in (*self.module.named_parameters(), *self.module.named_buffers())]
             raise SiteError(
@@ -364,9 +364,9 @@ class Site(SiteFacts, Inside):
 
     def sample(self, ref: Ref) -> Any:
         """What a value is in the example, or of which shape: for decisions of Python on sizes (`TapeSamples`)."""
-        graph = self.own.held
+        graph = self.own.graph
         if ref.kind == "state":
-            return held(self.module, str(ref.key))
+            return find_tensor(self.module, str(ref.key))
         if ref.kind == "param":
             spec = self.specs[str(ref.key)]
             return torch.empty(spec.shape, dtype=spec.dtype, device="meta")
@@ -389,7 +389,7 @@ class Site(SiteFacts, Inside):
         return next((n for n in graph.nodes if name[1](n) == ref.key and n.op.startswith(name[0])), None)
 
     def _check_editable(self, name: str) -> None:
-        tensor = held(self.module, name)
+        tensor = find_tensor(self.module, name)
         owner = self.module.get_submodule(name.rpartition(".")[0])
         why = None
         if type(tensor) not in (nn.Parameter, Tensor):

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from surgery.authoring.module_skeleton import Skeleton, named_tensors
 from surgery.errors import RuleError, SurgeryError, TraceError
-from surgery.forward.own_forward import trusted
+from surgery.forward.own_forward import is_trusted
 from surgery.forward.tape import Tape
 from surgery.transaction.user_frames import line_of
 
@@ -63,7 +63,7 @@ class SiteModule:
     def straight(self) -> bool:
         """Whether all forwards in it are straight-line code or torch's own: then a recording can't be a wrong one."""
         kinds = [type(inner) for inner in self._skeleton.module.modules()]
-        return all(trusted(kind) and not issubclass(kind, nn.Embedding) for kind in kinds)
+        return all(is_trusted(kind) and not issubclass(kind, nn.Embedding) for kind in kinds)
 
     def called(
         self,

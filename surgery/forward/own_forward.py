@@ -20,16 +20,16 @@ from torch import fx, nn
 
 from surgery.errors import SurgeryError, TraceError
 from surgery.forward.function_watch import Watch
-from surgery.forward.parameter_view import view
+from surgery.forward.parameter_view import make_view
 from surgery.forward.tape import Tape, Value
 from surgery.patterns.pattern import qualified_name
 from surgery.transaction.user_frames import line_of, line_setting
 
-__all__ = ["Own", "own_forward", "recorded_own", "settings_of", "trusted"]
+__all__ = ["OwnForward", "own_forward", "record_own", "settings_of", "is_trusted"]
 
 
 @dataclass(frozen=True)
-class Own:
+class OwnForward:
     """A module's own forward. `tapes` holds one tape for evaluation and one for training; the same where they are
     equal. No tapes: the site is opaque, its base one call to the class's own forward, and `why` says why; unless it
     is `held` as a graph of the operations of calls of one kind (`surgery.weaving.call_variants`)."""
@@ -38,7 +38,7 @@ class Own:
     signature: inspect.Signature
     tapes: tuple[Tape, Tape] | None
     why: str = ""
-    held: fx.Graph | None = None
+    graph: fx.Graph | None = None
 
     @property
     def opaque(self) -> bool:
@@ -46,7 +46,7 @@ class Own:
 
     @property
     def key(self) -> tuple:
-        return (self.base, self.tapes, self.held)
+        return (self.base, self.tapes, self.graph)
 
     @property
     def names_hold(self) -> bool:
@@ -57,7 +57,7 @@ class Own:
         return [name for name, parameter in self.signature.parameters.items() if parameter.kind not in _STARRED]
 
 
-def own_forward(module: nn.Module, base: type[nn.Module]) -> Own:
+def own_forward(module: nn.Module, base: type[nn.Module]) -> OwnForward:
     """The own forward of a site, from the cache where a module of the same class and attributes was seen."""
     key = settings_of(module, base)
     found = _cache.get(key) if key is not None else None
@@ -68,24 +68,24 @@ def own_forward(module: nn.Module, base: type[nn.Module]) -> Own:
     return found
 
 
-def recorded_own(module: nn.Module) -> Own:
+def record_own(module: nn.Module) -> OwnForward:
     """The module's forward as a graph in its present mode, whether or not a site would keep it so; or `TraceError`."""
     base = getattr(module, "_surgery_base", type(module))
     signature = signature_of(base)
     tape = _recorded(module, base, signature, module.training)
-    return Own(base, signature, (tape, tape))
+    return OwnForward(base, signature, (tape, tape))
 
 
-def _own_forward(module: nn.Module, base: type[nn.Module]) -> Own:
+def _own_forward(module: nn.Module, base: type[nn.Module]) -> OwnForward:
     signature = signature_of(base)
     why = _why_opaque(module, base, list(signature.parameters.values()))
     if not why:
         try:
             evaluation, training = (_recorded(module, base, signature, mode) for mode in (False, True))
-            return Own(base, signature, (evaluation, training))
+            return OwnForward(base, signature, (evaluation, training))
         except SurgeryError as error:
             why = str(error.what)
-    return Own(base, signature, None, why)
+    return OwnForward(base, signature, None, why)
 
 
 def signature_of(base: type[nn.Module]) -> inspect.Signature:
@@ -121,13 +121,13 @@ def _why_opaque(module: nn.Module, base: type[nn.Module], parameters: list[inspe
     for name, tensor in (*module._parameters.items(), *module._buffers.items()):
         if tensor is not None and type(tensor) not in (nn.Parameter, torch.Tensor):
             return f"its {name} is a {type(tensor).__name__}"
-    if not trusted(base):
+    if not is_trusted(base):
         return "its forward is not straight-line code"
     return ""
 
 
 @functools.cache
-def trusted(base: type[nn.Module]) -> bool:
+def is_trusted(base: type[nn.Module]) -> bool:
     """torch's own layers with none of their methods overridden, or a forward that only computes."""
     for cls in base.__mro__:
         if cls.__module__.startswith("torch.nn.modules."):
@@ -180,7 +180,7 @@ def _recorded(module: nn.Module, base: type[nn.Module], signature: inspect.Signa
         for name, tensor in held.items()
         if tensor is not None
     }
-    stand_in = view(module, base, tensors)  # type: ignore[arg-type]  # values stand in for tensors here
+    stand_in = make_view(module, base, tensors)  # type: ignore[arg-type]  # values stand in for tensors here
     children = {name: child and _Leaf(tape, child, name) for name, child in module._modules.items()}
     stand_in.__dict__.update(_modules=children, training=training)
     before = dict(stand_in.__dict__)
@@ -285,4 +285,4 @@ def settings_of(module: nn.Module, base: type[nn.Module]) -> tuple | None:
 _SIMPLE = (int, float, str, type(None), tuple, torch.dtype, torch.device)
 _NOT_READ = frozenset(nn.Module().__dict__)
 _STARRED = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
-_cache: dict[tuple, Own] = {}
+_cache: dict[tuple, OwnForward] = {}

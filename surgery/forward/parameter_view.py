@@ -19,7 +19,16 @@ from torch import Tensor, nn
 from surgery.errors import SurgeryError
 from surgery.forward.function_registries import with_leaves
 
-__all__ = ["base_forward", "call_child", "call_own", "calls_inside", "held", "hidden_reference", "tensor_at", "view"]
+__all__ = [
+    "base_forward",
+    "call_child",
+    "call_own",
+    "calls_inside",
+    "find_tensor",
+    "hidden_reference",
+    "tensor_at",
+    "make_view",
+]
 
 # What runs in the place of the functions that a forward takes from registries; gets each as its first argument.
 Around = Callable[..., Any]
@@ -40,16 +49,16 @@ def base_forward(
     """
     base: type[nn.Module] = module._surgery_base  # type: ignore[assignment]
     if not around:
-        patient = view(module, base, tensors) if tensors else module
+        patient = make_view(module, base, tensors) if tensors else module
         return base.forward(patient, *args, *more, **kwargs, **extra)  # type: ignore[operator, union-attr]
-    patient = view(module, base, tensors)
+    patient = make_view(module, base, tensors)
     patient.__dict__["_surgery_around"] = around
     return _routed(base.forward)(patient, *args, *more, **kwargs, **extra)
 
 
 def call_child(module: nn.Module, tensors: Mapping[str, Tensor], *args: Any, **kwargs: Any) -> Any:
     """A call of a module, hooks and adapters included, with `tensors` in the place of its own."""
-    return view(module, type(module), tensors)(*args, **kwargs)
+    return make_view(module, type(module), tensors)(*args, **kwargs)
 
 
 def call_own(module: nn.Module, *args: Any, **tensors: Tensor | None) -> Any:
@@ -65,7 +74,7 @@ def call_own(module: nn.Module, *args: Any, **tensors: Tensor | None) -> Any:
     A tensor given as None is left out. The concrete twin of `Site.call`.
     """
     base = getattr(module, "_surgery_base", type(module))
-    return base.forward(view(module, base, tensors), *args)
+    return base.forward(make_view(module, base, tensors), *args)
 
 
 def _routed(forward: Any) -> Any:
@@ -88,7 +97,7 @@ def calls_inside(module: nn.Module, args: tuple, kwargs: Mapping[str, Any]) -> l
     """Run a module's own forward; its calls of functions from registries: (function, args, kwargs)."""
     base: Any = getattr(module, "_surgery_base", type(module))
     found: list[tuple[Any, tuple, dict[str, Any]]] = []
-    patient = view(module, base, {})
+    patient = make_view(module, base, {})
 
     def noted(function: Any, *args: Any, **kwargs: Any) -> Any:
         found.append((function, args, kwargs))
@@ -102,7 +111,7 @@ def calls_inside(module: nn.Module, args: tuple, kwargs: Mapping[str, Any]) -> l
 _forwards: WeakKeyDictionary[types.FunctionType, Any] = WeakKeyDictionary()
 
 
-def view(module: nn.Module, cls: type[nn.Module], tensors: Mapping[str, Tensor | None]) -> nn.Module:
+def make_view(module: nn.Module, cls: type[nn.Module], tensors: Mapping[str, Tensor | None]) -> nn.Module:
     """An instance of `cls` that shares all of `module` but the given tensors; names may reach into children."""
     shown = object.__new__(cls)
     state = dict(module.__dict__)
@@ -112,7 +121,7 @@ def view(module: nn.Module, cls: type[nn.Module], tensors: Mapping[str, Tensor |
     for name, value in list(state.items()):
         # LSTM and its kin run on a list of their own parameters, kept beside the named ones.
         if isinstance(value, list) and value and isinstance(value[0], Tensor):
-            swapped = {id(old): own[key] for key in own if (old := held(module, key)) is not None}
+            swapped = {id(old): own[key] for key in own if (old := find_tensor(module, key)) is not None}
             state[name] = [swapped.get(id(item), item) for item in value]
     children = {name.partition(".")[0] for name in tensors if "." in name}
     if children:
@@ -121,12 +130,12 @@ def view(module: nn.Module, cls: type[nn.Module], tensors: Mapping[str, Tensor |
             inner = {name.partition(".")[2]: tensor for name, tensor in tensors.items() if name.startswith(child + ".")}
             found = module._modules[child]
             assert found is not None
-            state["_modules"][child] = view(found, type(found), inner)
+            state["_modules"][child] = make_view(found, type(found), inner)
     shown.__dict__.update(state)
     return shown
 
 
-def held(module: nn.Module, name: str) -> Tensor | None:
+def find_tensor(module: nn.Module, name: str) -> Tensor | None:
     """A parameter or buffer by dotted name, or None."""
     if name in module._parameters:
         return module._parameters[name]
@@ -142,7 +151,7 @@ def held(module: nn.Module, name: str) -> Tensor | None:
 
 def tensor_at(module: nn.Module, name: str) -> Tensor:
     """A parameter or buffer by dotted name, which is known to be there."""
-    found = held(module, name)
+    found = find_tensor(module, name)
     if found is None:
         raise SurgeryError(f"{type(module).__name__} has no tensor {name!r}")
     return found
@@ -150,7 +159,7 @@ def tensor_at(module: nn.Module, name: str) -> Tensor:
 
 def hidden_reference(module: nn.Module, name: str) -> str | None:
     """The attribute that holds a parameter where a view can't put another in its place, or None."""
-    tensor = held(module, name)
+    tensor = find_tensor(module, name)
     for attribute, value in module.__dict__.items():
         if attribute.startswith(("_parameters", "_buffers", "_modules")) or isinstance(value, list):
             continue

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from surgery.authoring.hook_call import running
+from surgery.authoring.hook_call import HookCall
 from surgery.authoring.live_site import LiveSite
 from surgery.authoring.site import ParamSpec
 from surgery.errors import SurgeryError, SurgeryWarning
@@ -122,7 +122,7 @@ def _insert_tensors(
     live = LiveSite(
         module, step.path, plan.adapter, tensors_of(module, plan.adapter), lambda name, _: tensor_at(module, name)
     )
-    with running(step.rule, "initialise", step.path):
+    with HookCall(step.rule, "initialise", step.path):
         changes = dict(step.rule.initialise(live) or {})
     for name, change in changes.items():
         check_foldable(owners, module, name, change, step.path)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from surgery.arithmetic.exact_fold import LowRank, Rows, weighted
 from surgery.arithmetic.sharded_tensors import sharding_of
-from surgery.authoring.hook_call import running
+from surgery.authoring.hook_call import HookCall
 from surgery.authoring.live_site import LiveSite
 from surgery.errors import MergeError, PlanError, SurgeryError, SurgeryWarning
 from surgery.forward.own_forward import own_forward
@@ -240,7 +240,7 @@ def _changes(module: nn.Module, site: SiteState, chosen: list[Applied], folding:
         if index == len(replacing):
             folding.mark_base()
         live = LiveSite(module, site.path, applied.adapter, tensors_of(module, applied.adapter), folding.source)
-        with running(applied.rule, "merged", site.path):
+        with HookCall(applied.rule, "merged", site.path):
             changes = dict(merged_by(applied.rule, live))
             for name, change in changes.items():
                 if not isinstance(change, (LowRank, Rows, Tensor)):

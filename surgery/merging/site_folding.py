@@ -14,7 +14,7 @@ from surgery.arithmetic.complex_numbers import is_number
 from surgery.arithmetic.exact_fold import Change, LowRank, Record, fold, unfold
 from surgery.errors import MergeError
 from surgery.forward.packed_weights import UNPACKED, is_packed
-from surgery.forward.parameter_view import held, tensor_at
+from surgery.forward.parameter_view import find_tensor, tensor_at
 from surgery.patterns.parameter_owners import Owners
 from surgery.state.record_undo import keep_fold
 from surgery.transaction.undo_log import Journal
@@ -29,7 +29,7 @@ def check_foldable(
     owners: Owners, module: nn.Module, name: str, change: Change, where: str, untie: bool = False
 ) -> None:
     """`MergeError` where a parameter can't take a change: absent, packed, sharded, or shared with another module."""
-    parameter = held(module, name)
+    parameter = find_tensor(module, name)
     if parameter is None:
         raise MergeError(f"{type(module).__name__} has no tensor {name!r} to fold into", where=where)
     subclass = type(parameter) not in (nn.Parameter, Tensor)

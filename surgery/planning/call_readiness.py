@@ -21,7 +21,7 @@ from surgery.forward.own_forward import own_forward
 from surgery.state.records import site_state
 from surgery.tracing.call_kind import kind_of_call, kind_told
 from surgery.tracing.example_call import Observation, copied
-from surgery.tracing.traced_forward import held_forwards, new_held
+from surgery.tracing.traced_forward import known_forwards, trace_anew
 from surgery.transaction.neutral_context import ambient
 from surgery.weaving.call_variants import leaves_of, make_ready
 from surgery.weaving.recording import Step
@@ -46,9 +46,9 @@ def graphs_ready(steps: Sequence[Step], observations: Sequence[Observation]) -> 
         for words in _modes(module):
             own, kind, reason = own_forward(module, base), kind_of_call(module, given), ""
             leaves = leaves_of([other for other in steps if other.module is module])
-            if not any(held.fits(module) for held in held_forwards(module, own, kind, leaves)):
+            if not any(held.fits(module) for held in known_forwards(module, own, kind, leaves)):
                 try:
-                    new_held(module, own, given, kind, leaves)
+                    trace_anew(module, own, given, kind, leaves)
                 except SurgeryError as error:
                     reason = error.why or error.what
             found[Readiness(base.__name__, words, reason)] = None
@@ -66,7 +66,7 @@ def sites_ready(steps: Sequence[Step], observations: Sequence[Observation], told
         assert state is not None
         for words in _modes(module):
             own, kind, leaves = own_forward(module, state.base), kind_of_call(module, given), leaves_of(state.live())
-            if not any(held.fits(module) for held in held_forwards(module, own, kind, leaves)):
+            if not any(held.fits(module) for held in known_forwards(module, own, kind, leaves)):
                 continue  # told by the plan
             with warnings.catch_warnings(record=True) as caught:
                 warnings.simplefilter("always")
@@ -91,7 +91,7 @@ def _calls(steps: Iterable[Step], observations: Sequence[Observation], by_rule: 
             bound = step.own.signature.bind(*args, **kwargs)
             bound.apply_defaults()
             given = tuple(bound.arguments.values())
-            mark = (id(step.own.held), kind_of_call(step.module, given), step.rule.label if by_rule else None)
+            mark = (id(step.own.graph), kind_of_call(step.module, given), step.rule.label if by_rule else None)
             if mark not in known:
                 known.add(mark)
                 yield step, copied(given)

@@ -6,7 +6,7 @@ from collections.abc import Hashable
 
 from torch import nn
 
-from surgery.authoring.hook_call import running
+from surgery.authoring.hook_call import HookCall
 from surgery.authoring.rule import Rule
 from surgery.forward.own_forward import settings_of
 from surgery.patterns.module_walk import RESERVED
@@ -30,7 +30,7 @@ def likeness(rule: Rule, module: nn.Module, path: str, base: type[nn.Module]) ->
     """
     if "alike" not in vars(type(rule)):
         return None
-    with running(rule, "alike", path):
+    with HookCall(rule, "alike", path):
         said = rule.alike(path)
         hash(said)
     if said is None or any(name != RESERVED for name in module._modules):

@@ -8,7 +8,7 @@ import torch
 from torch import fx, nn
 
 from surgery.errors import SurgeryError, TraceError
-from surgery.forward.own_forward import Own
+from surgery.forward.own_forward import OwnForward
 from surgery.forward.repeated_runs import refusal, repeated, writes
 from surgery.forward.tape import Layer
 from surgery.tracing.example_call import copied, equal, evaluating
@@ -18,7 +18,7 @@ from surgery.weaving.weave import woven
 __all__ = []
 
 
-def verify_graph(module: nn.Module, own: Own, given: tuple[tuple, dict, Any], path: str) -> None:
+def verify_graph(module: nn.Module, own: OwnForward, given: tuple[tuple, dict, Any], path: str) -> None:
     """Run the un-edited graph on the module's own call; `TraceError` unless it gives the original's bits.
 
     The original is run once more by itself: hooks may have changed the output that the example call showed.
@@ -44,7 +44,7 @@ def verify_graph(module: nn.Module, own: Own, given: tuple[tuple, dict, Any], pa
 
 
 def written_twice(
-    module: nn.Module, own: Own, layer: Layer, given: tuple[tuple, dict, Any], path: str
+    module: nn.Module, own: OwnForward, layer: Layer, given: tuple[tuple, dict, Any], path: str
 ) -> SurgeryError | None:
     """The objection to edits that run the module's own forward more than once, where it writes to what it is given."""
     total = sum(node.target is repeated for node in woven(own, [layer], training=False).nodes)

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from surgery.authoring.hook_call import running
+from surgery.authoring.hook_call import HookCall
 from surgery.authoring.rule import Rule
 from surgery.authoring.rule_arguments import model_problem, rules_in
 from surgery.errors import MatchError, RuleError, SiteError, SurgeryError, abbreviate, collapse_similar
@@ -107,7 +107,7 @@ def with_companions(rules: Iterable[Rule]) -> Iterable[tuple[Rule, bool]]:
 def _inner(rule: Rule, match: Match) -> list[tuple[str, nn.Module]]:
     if type(rule).expand is Rule.expand:
         return [(match.path, match.module)]
-    with running(rule, "expand", match.path):
+    with HookCall(rule, "expand", match.path):
         return list(rule.expand(match.module, match.path))
 
 
@@ -164,7 +164,7 @@ def _add_step(
 
 
 def _objection(rule: Rule, module: nn.Module, path: str) -> str | None:
-    with running(rule, "check", path):
+    with HookCall(rule, "check", path):
         return rule.check(module, path)
 
 

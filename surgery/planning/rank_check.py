@@ -9,7 +9,7 @@ from typing import Any, cast
 
 from torch import nn
 
-from surgery.authoring.hook_call import running
+from surgery.authoring.hook_call import HookCall
 from surgery.authoring.rule import Rule
 from surgery.errors import abbreviate
 from surgery.weaving.recording import Step
@@ -47,7 +47,7 @@ def _high(steps: Sequence[Step]) -> Iterable[High]:
 
 def _matrices(step: Step) -> Iterable[tuple[str, tuple[int, int]]]:
     """The matrices that a rule changes at a site, with their sizes."""
-    with running(step.rule, "matrices", step.path):
+    with HookCall(step.rule, "matrices", step.path):
         named = step.rule.matrices(step.module, step.path)
     if named is not None:
         return named.items()

@@ -6,12 +6,12 @@ from typing import cast
 
 from torch import nn
 
-from surgery.authoring.hook_call import running
+from surgery.authoring.hook_call import HookCall
 from surgery.authoring.routed_site import Member
 from surgery.authoring.rule import Routable, Rule
 from surgery.errors import SiteError
 from surgery.forward.function_watch import Watch
-from surgery.forward.own_forward import Own
+from surgery.forward.own_forward import OwnForward
 from surgery.forward.tape import Layer, Value
 from surgery.state.records import Applied
 
@@ -23,7 +23,7 @@ def routes_itself(rule: Rule) -> bool:
     return type(rule).routed.__func__ is not Routable.routed.__func__  # type: ignore[attr-defined]
 
 
-def routed_layer(module: nn.Module, path: str, own: Own, applied: list[Applied]) -> Layer:
+def routed_layer(module: nn.Module, path: str, own: OwnForward, applied: list[Applied]) -> Layer:
     """The edits of several adapters' rules of one kind, made together."""
     kinds = {type(one.rule) for one in applied}
     first = type(applied[0].rule)
@@ -37,7 +37,7 @@ def routed_layer(module: nn.Module, path: str, own: Own, applied: list[Applied])
     members = [Member(one.rule, module, path, one.adapter, own, one.facts) for one in applied]
     for member in members[1:]:
         member.tape = members[0].tape
-    with running(applied[0].rule, "routed", path), Watch(members[0].tape):
+    with HookCall(applied[0].rule, "routed", path), Watch(members[0].tape):
         output = first.routed(members)
         if output is not None:
             members[0].tape.replace(cast(Value, members[0].output), output)

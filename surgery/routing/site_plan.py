@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from surgery.errors import SurgeryError
-from surgery.forward.own_forward import Own, own_forward
+from surgery.forward.own_forward import OwnForward, own_forward
 from surgery.forward.tape import Layer, Tape
 from surgery.routing.joint_rewrite import routed_layer, routes_itself
 from surgery.routing.rows import Rows, joined, taken
@@ -70,7 +70,7 @@ def plan_of(routing: Routing, module: nn.Module, site: SiteState) -> Plan:
     return _ByRows(site.base, own, routing, edits)
 
 
-def _layers(rules: Sequence[Applied], module: nn.Module, site: SiteState, own: Own) -> list[Layer]:
+def _layers(rules: Sequence[Applied], module: nn.Module, site: SiteState, own: OwnForward) -> list[Layer]:
     return [layer_of(one, module, site.path, own)._replace(weight=1.0) for one in rules]
 
 
@@ -87,7 +87,7 @@ class _Whole:
 class _Together:
     """Rules that route themselves: one forward, which is told whose rows are which."""
 
-    def __init__(self, own: Own, layer: Layer, rows: Rows):
+    def __init__(self, own: OwnForward, layer: Layer, rows: Rows):
         self.own = own
         graphs = [woven(own, [layer], mode, lowered=False) for mode in (False, True)]
         asks = any(node.target == ROWS for node in graphs[0].nodes if node.op == "placeholder")
@@ -104,7 +104,7 @@ class _Together:
 class _Edit:
     """One adapter's edits at sites that are alike: a low-rank branch, a function of the output, or a whole forward."""
 
-    def __init__(self, own: Own, layers: tuple[Layer, ...]):
+    def __init__(self, own: OwnForward, layers: tuple[Layer, ...]):
         self.own, self.layers = own, layers
         outward = all(ref.kind == "output" for layer in layers for ref in layer.tape.replaced())
         self.low_rank = _low_rank(own, layers[0]) if outward and len(layers) == 1 else None
@@ -125,7 +125,7 @@ class _Edit:
         return function_of(graph, f"{self.own.base.__name__} + {self.layers[0].label}, by rows")[0], used
 
 
-def _edit_of(name: str, rules: list[Applied], module: nn.Module, site: SiteState, own: Own) -> _Edit:
+def _edit_of(name: str, rules: list[Applied], module: nn.Module, site: SiteState, own: OwnForward) -> _Edit:
     key = ("rows", name)
     found: Any = site.classes.get(key)
     if found is None:
@@ -137,7 +137,7 @@ def _edit_of(name: str, rules: list[Applied], module: nn.Module, site: SiteState
     return found
 
 
-def _low_rank(own: Own, layer: Layer) -> LowRankEdit | None:
+def _low_rank(own: OwnForward, layer: Layer) -> LowRankEdit | None:
     """Whether a rule's edit is one low-rank branch; asked once for all adapters that have it."""
     known = _low_ranks.setdefault(layer.tape, {})
     if own.key not in known:
@@ -153,7 +153,7 @@ _low_ranks: WeakKeyDictionary[Tape, dict[tuple, LowRankEdit | None]] = WeakKeyDi
 class _ByRows:
     """The base's forward for all rows, and each adapter's edits for its own."""
 
-    def __init__(self, base: type[nn.Module], own: Own, routing: Routing, edits: dict[str, _Edit]):
+    def __init__(self, base: type[nn.Module], own: OwnForward, routing: Routing, edits: dict[str, _Edit]):
         self.base: Any = base
         self.own, self.routing, self.edits = own, routing, edits
         self.names = tuple(edits)
@@ -186,7 +186,7 @@ class _ByRows:
         return joined(parts, rows, self.names)
 
 
-def _bound(own: Own, args: tuple, kwargs: dict[str, Any]) -> dict[str, Any]:
+def _bound(own: OwnForward, args: tuple, kwargs: dict[str, Any]) -> dict[str, Any]:
     bound = own.signature.bind(*args, **kwargs)
     bound.apply_defaults()
     return dict(bound.arguments)
@@ -206,7 +206,7 @@ class _LowRank:
     def __init__(
         self,
         base: type[nn.Module],
-        own: Own,
+        own: OwnForward,
         routing: Routing,
         branches: dict[str, LowRankEdit],
         module: nn.Module,

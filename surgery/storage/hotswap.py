@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from surgery.adapter_files.entry import Entry, tensor_key
 from surgery.adapter_files.tensor_files import TensorFile
 from surgery.arithmetic.sharded_tensors import is_flattened, put
-from surgery.authoring.hook_call import running
+from surgery.authoring.hook_call import HookCall
 from surgery.authoring.live_site import LiveSite
 from surgery.authoring.rule import Rule
 from surgery.errors import LoadError, RuleError, SiteError, SurgeryError, SurgeryWarning
@@ -205,7 +205,7 @@ def _grown(one: Living, adapter: str, rank: int, known: dict[int, Rule]) -> tupl
     step = step_for(wider, one.path, one, adapter)
     params = {name: tensor.detach() for name, tensor in one.tensors.items()}
     site = LiveSite(one.module, one.path, adapter, params, lambda name, _: tensor_at(one.module, name))
-    with torch.no_grad(), running(rule, "swapped", one.path):
+    with torch.no_grad(), HookCall(rule, "swapped", one.path):
         return step, dict(rule.swapped(wider, site))
 
 

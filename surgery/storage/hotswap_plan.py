@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from surgery.adapter_files.entry import Entry
 from surgery.adapter_files.tensor_files import TensorFile
 from surgery.arithmetic.complex_numbers import is_number
-from surgery.authoring.hook_call import running
+from surgery.authoring.hook_call import HookCall
 from surgery.authoring.live_site import LiveSite
 from surgery.authoring.rule import Rule
 from surgery.authoring.site import ParamSpec
@@ -124,7 +124,7 @@ def placed(tree: Tree, rules: list[Rule], problems: list[SurgeryError]) -> Itera
         seen: dict[int, Match] = {}
         try:
             for match in matches(tree, rule):
-                with running(rule, "expand", match.path):
+                with HookCall(rule, "expand", match.path):
                     for path, module in rule.expand(match.module, match.path):
                         seen.setdefault(id(module), Match(path, module))
         except MatchError as error:
@@ -141,7 +141,7 @@ def placed(tree: Tree, rules: list[Rule], problems: list[SurgeryError]) -> Itera
 def step_for(rule: Rule, path: str, live: Living, adapter: str) -> Step:
     """A rule in the place of one that is there: with the facts found then, and so without an example call."""
     module, applied = live.module, live.applied
-    with running(rule, "check", path):
+    with HookCall(rule, "check", path):
         why = rule.check(module, path)
     if why:
         raise SiteError(f"{rule.label} can't go on this {_kind(module)}", where=path or ROOT, why=why)
@@ -205,7 +205,7 @@ class Making:
             rest = _at_rest(rule)
             step = step_for(rest, one.path, one, self.plan.adapter)
             live = self._site(one, self._started(step, {}))
-            with running(rule, "neutral", one.path):
+            with HookCall(rule, "neutral", one.path):
                 made = rest.neutral(live)
             if made is None:
                 raise SiteError(
@@ -219,7 +219,7 @@ class Making:
         if _same_code(step, one) and shapes == {name: tuple(tensor.shape) for name, tensor in started.items()}:
             return started
         live = self._site(one, started)
-        with running(step.rule, "swapped", one.path):
+        with HookCall(step.rule, "swapped", one.path):
             made = step.rule.swapped(rule, live)
         for note in dict.fromkeys(live.notes):
             self.notes[note] = self.notes.get(note, 0) + 1
@@ -239,7 +239,7 @@ class Making:
         if type(rule).initialise is not Rule.initialise and (lacking or kind not in self._asked):
             self._asked.add(kind)
             trial = {name: tensor.clone() for name, tensor in made.items()}
-            with running(rule, "initialise", step.path):
+            with HookCall(rule, "initialise", step.path):
                 changes = rule.initialise(LiveSite(step.module, step.path, self.plan.adapter, trial, _tensor(step)))
             if changes:
                 why = f"{rule.label} changes the base's weights at its start, which compiled code would not see"

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, NamedTuple, Protocol
 
-__all__ = ["EXPANDED", "GATHERED", "Meaning", "Terms", "equation_of", "expanded", "gathered"]
+__all__ = ["EXPANDED", "GATHERED", "Meaning", "Terms", "equation_of", "expand", "gather"]
 
 
 class Meaning(NamedTuple):
@@ -51,7 +51,7 @@ _SUMS = {"addmm", "baddbmm", "addbmm", "addmv"}
 EXPANDED = frozenset({*_SUMS, "einsum", "linear"})
 
 
-def expanded(operation: str, operands: tuple[Any, ...]) -> Meaning | None:
+def expand(operation: str, operands: tuple[Any, ...]) -> Meaning | None:
     """The operations that one consists of, or None."""
     if operation in _SUMS and len(operands) >= 3:
         given, left, right, beta, alpha = (*operands, None, None)[:5]
@@ -145,7 +145,7 @@ def _turned(factor: Any, labels: list[str], batch: list[str], last: list[str]) -
 GATHERED = frozenset({"div", "exp", "add", "matmul"})
 
 
-def gathered(operation: str, operands: tuple[Any, ...], terms: Terms) -> Meaning | None:
+def gather(operation: str, operands: tuple[Any, ...], terms: Terms) -> Meaning | None:
     """The one operation that this one and those below it come to, or None."""
     if operation == "div" and len(operands) == 2:
         return _softmax(operands, terms)
@@ -158,7 +158,7 @@ def gathered(operation: str, operands: tuple[Any, ...], terms: Terms) -> Meaning
     if operation == "add" and len(operands) == 2:
         for product, bias in (operands, operands[::-1]):
             inner = terms.read(product, "matmul")
-            found = None if inner is None else gathered("matmul", inner.operands, terms)
+            found = None if inner is None else gather("matmul", inner.operands, terms)
             if inner is not None and found is not None and terms.is_weight(bias, 1):
                 return Meaning("linear", (*found.operands, bias), (*inner.within, *found.within))
     return None

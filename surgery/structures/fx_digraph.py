@@ -12,7 +12,7 @@ from torch import Tensor, fx, nn
 
 from surgery.errors import SurgeryError, TraceError
 from surgery.patterns.module_class import class_of
-from surgery.structures.op_aliases import Held, NodeName, arguments_in, flat, is_node, spelled
+from surgery.structures.op_aliases import LayerTensor, NodeName, arguments_in, canonicalise, flatten, is_node
 from surgery.tracing.example_call import arguments, outermost_calls
 from surgery.tracing.guards import check_call, check_parts, check_settings, require
 from surgery.tracing.recorder import Calls
@@ -53,12 +53,12 @@ def as_digraph(graph: fx.Graph | fx.GraphModule, module: nn.Module | None = None
     owner = module or (graph if isinstance(graph, nn.Module) else inner.owning_module)
     for node in inner.nodes:
         module = _called(owner, node)
-        told = spelled(node.op, node.target, arguments_in(node), node.kwargs, module, _rank(node))
-        put(found, node, told, node, None if module is None else (str(node.target), class_of(module)))
+        told = canonicalise(node.op, node.target, arguments_in(node), node.kwargs, module, _rank(node))
+        add_node(found, node, told, node, None if module is None else (str(node.target), class_of(module)))
     return found
 
 
-def put(found: networkx.DiGraph, name: Any, told: Any, node: fx.Node, where: tuple[str, Any] | None) -> None:
+def add_node(found: networkx.DiGraph, name: Any, told: Any, node: fx.Node, where: tuple[str, Any] | None) -> None:
     """Add a node and the edges from its operands, all of which are there."""
     shape, dtype = _example(node)
     path, kind = where or (None, None)
@@ -68,7 +68,7 @@ def put(found: networkx.DiGraph, name: Any, told: Any, node: fx.Node, where: tup
     )  # fmt: skip
     slots: dict[Any, list[Any]] = {}
     for slot, operand in (*enumerate(told.operands), *told.keywords.items()):
-        for item in flat(operand):
+        for item in flatten(operand):
             if is_node(item):
                 slots.setdefault(item, []).append(slot)
     for source, given in slots.items():
@@ -155,7 +155,7 @@ class _Flat:
             elif node.target in _LEFT_OUT:
                 values[node] = None
             elif node.op == "get_attr" and node.target == "_surgery_self":
-                values[node] = Held(path or "(model)")
+                values[node] = LayerTensor(path or "(model)")
             else:
                 packed, value = _unpacked(node, values)
                 values[node] = value if packed else self.node(node, path, module, values)
@@ -164,13 +164,13 @@ class _Flat:
     def node(self, node: fx.Node, path: str, module: nn.Module, values: dict, called: nn.Module | None = None) -> Any:
         args, kwargs = _mapped(arguments_in(node), values), _mapped(dict(node.kwargs), values)
         target = node.target if called is None else path
-        told = spelled(node.op, target, args, kwargs, called, _rank(node))
+        told = canonicalise(node.op, target, args, kwargs, called, _rank(node))
         if node.op == "get_attr":
             name = _joined(path, str(node.target))
             if name in self.graph:  # one parameter is one node, however often it is read
                 return NodeName(name)
         name = NodeName(self.unique(path if called is not None else _joined(path, node.name)))
-        put(self.graph, name, told, node, (path, class_of(called or module)))
+        add_node(self.graph, name, told, node, (path, class_of(called or module)))
         return name
 
     def child(self, node: fx.Node, path: str, values: dict, child: nn.Module, args: tuple, kwargs: dict) -> Any:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from surgery.structures.pattern_graph import reading
+from surgery.structures.pattern_graph import describe_part
 from surgery.structures.search import Search
 
 __all__ = ["nearest_miss"]
@@ -45,7 +45,7 @@ def _nearest(search: Search) -> str:
             if best is None or rank > best:
                 best, place = rank, (index, node)
     if best is None:
-        return f"the graph has none of the pattern's operations: {reading(search.parts, len(search.parts) - 1)}"
+        return f"the graph has none of the pattern's operations: {describe_part(search.parts, len(search.parts) - 1)}"
     head = f"nearest miss, {best[0]} of {total} operations"
     index, node = place
     if search.known[place][0]:
@@ -59,7 +59,7 @@ def _user(search: Search, index: int) -> str:
     above = next(iter(search.above[index]), index)
     while search.parts[above].kind != "operation" and search.above[above]:
         above = search.above[above][0]
-    return reading(search.parts, above)
+    return describe_part(search.parts, above)
 
 
 def _failing(search: Search, index: int, operand: Any) -> tuple[Any, str]:
@@ -72,17 +72,17 @@ def _failing(search: Search, index: int, operand: Any) -> tuple[Any, str]:
             owner = index, node
             told = search.told(node, part.operation)
             if told is not None and (why := part.mismatch(told.operands, told.keywords)):
-                return node, f"{why} in {reading(search.parts, index)}"
+                return node, f"{why} in {describe_part(search.parts, index)}"
             if all(search.known[below][0] for below in ways[0]) and part.asks:
-                return node, f"{part.refusal(search.data[node])} in {reading(search.parts, index)}"
+                return node, f"{part.refusal(search.data[node])} in {describe_part(search.parts, index)}"
         elif not ways:
-            wanted = reading(search.parts, index)
+            wanted = describe_part(search.parts, index)
             found = search.data[operand]["operation"] if search.has(operand) else repr(operand)
             if search.has(operand):
                 return operand, f"{found} stands where {wanted} is asked"
             above, node = owner
             slots = (*search.parts[above].slotted(), *search.parts[above].keywords)
             slot = next((name for name, below in slots if below == index), "in it")
-            return node, f"argument {slot} is {found}, and not {wanted}, in {reading(search.parts, above)}"
+            return node, f"argument {slot} is {found}, and not {wanted}, in {describe_part(search.parts, above)}"
         way = max(ways, key=lambda way: sum(search.known[below][1] for below in way))
         index, operand = next(below for below in way if not search.known[below][0])

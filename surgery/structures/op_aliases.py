@@ -18,20 +18,20 @@ from surgery.structures.equivalent_ops import equation_of
 __all__ = [
     "COMMUTATIVE",
     "Dim",
-    "Held",
+    "LayerTensor",
     "Implied",
     "NodeName",
     "PASSING",
-    "Spelled",
+    "CanonicalOp",
     "arguments_in",
-    "flat",
-    "frozen",
+    "flatten",
+    "freeze",
     "is_node",
-    "spelled",
+    "canonicalise",
 ]
 
 
-class Spelled(NamedTuple):
+class CanonicalOp(NamedTuple):
     """An operation and what it is given: by position as far as the table knows the names, the rest by name."""
 
     operation: str
@@ -48,7 +48,7 @@ class Dim(int):
         return other in (int(self), int(self) - self.rank)
 
 
-class Held(str):
+class LayerTensor(str):
     """A parameter that a layer holds, by its path: an operand that is no node."""
 
 
@@ -138,14 +138,14 @@ _LAYERS: dict[type[nn.Module], tuple[str, tuple[str, ...]]] = {
 }
 
 
-def spelled(
+def canonicalise(
     op: str,
     target: Any,
     args: tuple[Any, ...],
     kwargs: Mapping[str, Any],
     module: nn.Module | None = None,
     rank: int | None = None,
-) -> Spelled:
+) -> CanonicalOp:
     """How a node is spelled: its kind, target and arguments as in fx, the module that it calls, the rank of its input.
 
     >>> import operator
@@ -155,17 +155,17 @@ def spelled(
     >>> spelled("call_function", operator.truediv, ("x", 8), {})
     Spelled(operation='div', operands=('x', 8), keywords={})
     """
-    args = frozen(args)
-    kwargs = {name: frozen(value) for name, value in kwargs.items()}
+    args = freeze(args)
+    kwargs = {name: freeze(value) for name, value in kwargs.items()}
     if op == "call_module":
         kind = class_of(module) if module is not None else None
         if kind not in _LAYERS or module is None:
-            return Spelled(kind.__name__ if kind else str(target), args, kwargs)
+            return CanonicalOp(kind.__name__ if kind else str(target), args, kwargs)
         operation, attributes = _LAYERS[kind]
         args = (*args, *kwargs.values(), *(_attribute(module, str(target), name) for name in attributes))
-        return Spelled(operation, _dims(operation, args, rank), {})
+        return CanonicalOp(operation, _dims(operation, args, rank), {})
     if op not in ("call_function", "call_method"):
-        return Spelled(op, args, kwargs)
+        return CanonicalOp(op, args, kwargs)
     name = _name(target)
     if name == "in_region" and len(args) > 1:  # a call under the forward's own autocast or no_grad
         name, args = _name(args[1]), args[2:]
@@ -192,8 +192,8 @@ def spelled(
     if name == "transpose" and len(args) == 3:
         dims = sorted(_dims(name, args, rank)[1:], key=lambda dim: str(dim))
         ends = {dim - rank if rank and isinstance(dim, int) and dim >= 0 else dim for dim in args[1:]}
-        return Spelled("mT", args[:1], kwargs) if ends == {-1, -2} else Spelled(name, (args[0], *dims), kwargs)
-    return Spelled(name, _dims(name, args, rank), kwargs)
+        return CanonicalOp("mT", args[:1], kwargs) if ends == {-1, -2} else CanonicalOp(name, (args[0], *dims), kwargs)
+    return CanonicalOp(name, _dims(name, args, rank), kwargs)
 
 
 def _name(target: Any) -> str:
@@ -248,7 +248,7 @@ def _swaps(dims: tuple) -> bool:
 
 def _attribute(module: nn.Module, path: str, name: str) -> Any:
     value = getattr(module, name, None)
-    return Held(f"{path}.{name}") if isinstance(value, torch.Tensor) else frozen(value)
+    return LayerTensor(f"{path}.{name}") if isinstance(value, torch.Tensor) else freeze(value)
 
 
 def arguments_in(node: fx.Node) -> tuple[Any, ...]:
@@ -257,14 +257,14 @@ def arguments_in(node: fx.Node) -> tuple[Any, ...]:
     return node.args if called is None else (node.args[0], called, *node.args[2:])
 
 
-def frozen(value: Any) -> Any:
+def freeze(value: Any) -> Any:
     """Arguments as values that can be compared and hashed: containers as tuples."""
     if isinstance(value, (list, tuple)):
-        return tuple(frozen(item) for item in value)
+        return tuple(freeze(item) for item in value)
     if isinstance(value, slice):
-        return ("slice", frozen(value.start), frozen(value.stop), frozen(value.step))
+        return ("slice", freeze(value.start), freeze(value.stop), freeze(value.step))
     if isinstance(value, dict):
-        return ("dict", *((key, frozen(item)) for key, item in value.items()))
+        return ("dict", *((key, freeze(item)) for key, item in value.items()))
     try:
         hash(value)
     except TypeError:
@@ -272,7 +272,7 @@ def frozen(value: Any) -> Any:
     return value
 
 
-def flat(value: Any) -> Iterator[Any]:
+def flatten(value: Any) -> Iterator[Any]:
     """What is in an operand that may be a tuple."""
     waiting = [value]
     while waiting:

@@ -9,9 +9,9 @@ from typing import Any
 from torch import fx, nn
 
 from surgery.forward.tape import Tape, refs_in
-from surgery.structures.op_aliases import arguments_in, spelled
+from surgery.structures.op_aliases import arguments_in, canonicalise
 
-__all__ = ["Passage", "left_out"]
+__all__ = ["Passage", "find_dropped_ops"]
 
 
 @dataclass(eq=False)
@@ -23,7 +23,9 @@ class Passage:
     asked: bool = False
 
 
-def left_out(passages: Sequence[Passage], graph: fx.Graph, module: nn.Module, tape: Tape) -> Iterator[tuple[str, str]]:
+def find_dropped_ops(
+    passages: Sequence[Passage], graph: fx.Graph, module: nn.Module, tape: Tape
+) -> Iterator[tuple[str, str]]:
     """The operations that no longer reach the forward's output: their kind, and a sentence with their place.
 
     Casts are not among them: a value that is replaced keeps its dtype.
@@ -46,7 +48,7 @@ def left_out(passages: Sequence[Passage], graph: fx.Graph, module: nn.Module, ta
 def _changing(node: fx.Node, module: nn.Module) -> str | None:
     """The kind of an operation that changes values or gradients; None for others, and for dropout with p = 0."""
     child = module.get_submodule(str(node.target)) if node.op == "call_module" else None
-    kind = spelled(node.op, node.target, arguments_in(node), node.kwargs, child).operation
+    kind = canonicalise(node.op, node.target, arguments_in(node), node.kwargs, child).operation
     if kind == "dropout":
         given = node.args[2:] if getattr(node.target, "__name__", "") == "in_region" else node.args
         chance: Any = given[1] if len(given) > 1 else node.kwargs.get("p", 0.5)

@@ -11,14 +11,14 @@ from torch import fx, nn
 
 from surgery.errors import SurgeryError
 from surgery.patterns.pattern import Pattern, qualified_name
-from surgery.structures.equivalent_ops import EXPANDED, GATHERED, Meaning, expanded, gathered
+from surgery.structures.equivalent_ops import EXPANDED, GATHERED, Meaning, expand, gather
 from surgery.structures.expression import ANY, Expression, variable
-from surgery.structures.op_aliases import PASSING, Dim, Held, Implied, NodeName, flat, spelled
+from surgery.structures.op_aliases import PASSING, Dim, Implied, LayerTensor, NodeName, canonicalise, flatten
 
 if TYPE_CHECKING:
     import networkx
 
-__all__ = ["Part", "is_constant", "parts_of", "reading", "same_constant"]
+__all__ = ["Part", "is_constant", "parse_pattern", "describe_part", "same_constant"]
 
 
 @dataclass(frozen=True)
@@ -82,7 +82,7 @@ class Part:
 
 
 _NOTHING = nn.Module()
-_TENSORS = (fx.Node, NodeName, Held, Implied)
+_TENSORS = (fx.Node, NodeName, LayerTensor, Implied)
 
 
 def _is_type(found: type | None, wanted: type | str, subclasses: bool) -> bool:
@@ -94,7 +94,7 @@ def _is_type(found: type | None, wanted: type | str, subclasses: bool) -> bool:
 
 def is_constant(operand: Any) -> bool:
     """Whether an operand is a plain value: no node, no tensor that a layer holds, nor anything with such in it."""
-    return not any(isinstance(item, _TENSORS) for item in flat(operand))
+    return not any(isinstance(item, _TENSORS) for item in flatten(operand))
 
 
 def same_constant(wanted: Any, found: Any) -> bool:
@@ -105,7 +105,7 @@ def same_constant(wanted: Any, found: Any) -> bool:
     return wanted == found
 
 
-def parts_of(pattern: Callable[..., Any] | networkx.DiGraph) -> tuple[list[Part], list[str]]:
+def parse_pattern(pattern: Callable[..., Any] | networkx.DiGraph) -> tuple[list[Part], list[str]]:
     """A pattern's parts, the result last, and the names that it binds."""
     names: list[str] = []
     if callable(pattern):
@@ -187,9 +187,9 @@ def _needs(value: Any) -> _Needs:
         return _Needs(value.args, lambda _, below: Part("operation", None, below, asks=asks))
     if value.kind == "having":
         return _Needs(value.args, lambda parts, below: _asking(parts, below[0], value.of))
-    told = spelled(value.kind, value.of, value.args, value.kwargs)
+    told = canonicalise(value.kind, value.of, value.args, value.kwargs)
     if told.operation in EXPANDED and told.operation != "linear":  # graphs know a linear as such
-        meaning = expanded(told.operation, told.operands)
+        meaning = expand(told.operation, told.operands)
         if meaning is not None:
             return _Needs((_written(meaning),), lambda parts, below: parts[below[0]])
     names = tuple(told.keywords)
@@ -197,7 +197,7 @@ def _needs(value: Any) -> _Needs:
 
     def made(parts: list[Part], below: tuple[int, ...]) -> Part:
         named = tuple(zip(names, below[count:], strict=True))
-        meaning = gathered(told.operation, below, _Below(parts)) if told.operation in GATHERED else None
+        meaning = gather(told.operation, below, _Below(parts)) if told.operation in GATHERED else None
         if meaning is not None and not named:
             return Part("operation", meaning.operation, meaning.operands)
         return Part("operation", told.operation, below[:count], keywords=named)
@@ -307,7 +307,7 @@ def _reachable(parts: list[Part], root: int) -> list[Part]:
     ]
 
 
-def reading(parts: list[Part], index: int, depth: int = 2) -> str:
+def describe_part(parts: list[Part], index: int, depth: int = 2) -> str:
     """A part as text, what lies deeper as `…`."""
     part = parts[index]
     if part.kind == "any":
@@ -318,8 +318,8 @@ def reading(parts: list[Part], index: int, depth: int = 2) -> str:
         return repr(part.value)
     if depth == 0:
         return "…"
-    inner = [reading(parts, below, depth - 1) for below in part.operands]
-    inner += [f"{name}={reading(parts, below, depth - 1)}" for name, below in part.keywords]
+    inner = [describe_part(parts, below, depth - 1) for below in part.operands]
+    inner += [f"{name}={describe_part(parts, below, depth - 1)}" for name, below in part.keywords]
     name = {"either": "one_of", "tuple": ""}.get(part.kind, part.operation)
     if name is None:
         wanted = part.asks["type"]

@@ -8,8 +8,8 @@ from typing import Any
 
 from torch import fx
 
-from surgery.structures.equivalent_ops import EXPANDED, GATHERED, Meaning, expanded, gathered
-from surgery.structures.op_aliases import COMMUTATIVE, PASSING, Dim, Implied, NodeName, Spelled, is_node
+from surgery.structures.equivalent_ops import EXPANDED, GATHERED, Meaning, expand, gather
+from surgery.structures.op_aliases import COMMUTATIVE, PASSING, CanonicalOp, Dim, Implied, NodeName, is_node
 from surgery.structures.pattern_graph import Part, is_constant, same_constant
 
 __all__ = ["Search"]
@@ -43,14 +43,14 @@ class Search:
     def _understand(self) -> None:
         for operation in EXPANDED & self.by_operation.keys():
             for node in list(self.by_operation[operation]):
-                meaning = expanded(operation, self.data[node]["operands"])
+                meaning = expand(operation, self.data[node]["operands"])
                 if meaning is not None:
                     self._note(node, Meaning(meaning.operation, self._with_nodes(meaning.operands, node)))
         found = []
         for operation in GATHERED & self.by_operation.keys():
             for node in self.by_operation[operation]:
                 told = self.told(node, operation)
-                meaning = None if told is None or told.keywords else gathered(operation, told.operands, self)
+                meaning = None if told is None or told.keywords else gather(operation, told.operands, self)
                 if meaning is not None:
                     found.append((node, meaning))
         for node, meaning in found:
@@ -80,13 +80,13 @@ class Search:
             made.append(operand)
         return tuple(made)
 
-    def told(self, node: Any, operation: str | None) -> Spelled | None:
+    def told(self, node: Any, operation: str | None) -> CanonicalOp | None:
         """What a node is given as this operation; None where it can't be read as such."""
         data = self.data[node]
         if operation is None or data["operation"] == operation:
-            return Spelled(data["operation"], data["operands"], data["keywords"])
+            return CanonicalOp(data["operation"], data["operands"], data["keywords"])
         meaning = self.further.get(node, {}).get(operation)
-        return None if meaning is None else Spelled(operation, meaning.operands, {})
+        return None if meaning is None else CanonicalOp(operation, meaning.operands, {})
 
     def within(self, node: Any, operation: str | None) -> tuple[Any, ...]:
         """The nodes besides its own that a node takes to be this operation."""

@@ -19,7 +19,7 @@ from surgery.errors import SurgeryError
 from surgery.structures.fx_digraph import as_digraph
 from surgery.structures.nearest_miss import nearest_miss
 from surgery.structures.op_aliases import PASSING, Dim, Implied, is_node
-from surgery.structures.pattern_graph import parts_of, reading, same_constant
+from surgery.structures.pattern_graph import describe_part, parse_pattern, same_constant
 from surgery.structures.search import Search
 
 if TYPE_CHECKING:
@@ -100,11 +100,11 @@ class Structure:
     """
 
     def __init__(self, pattern: Callable[..., Any] | networkx.DiGraph):
-        self.parts, self.names = parts_of(pattern)
+        self.parts, self.names = parse_pattern(pattern)
         self.root = len(self.parts) - 1
 
     def __str__(self) -> str:
-        return reading(self.parts, self.root, 20)
+        return describe_part(self.parts, self.root, 20)
 
     def find(self, graph: fx.Graph | fx.GraphModule | networkx.DiGraph) -> Found:
         """All occurrences in a graph of torch.fx, or in what `as_digraph` or `graph_of` gave; one for each root."""
@@ -137,7 +137,7 @@ def _settled(search: Search, root: Any, names: list[str], clashes: list[str]) ->
             ok = _same(search, bound[part], operand)
             if not ok:
                 places = f"{bound[part]} at one place and {operand} at another"
-                clashes.append(f"{reading(search.parts, part)} would be {places}")
+                clashes.append(f"{describe_part(search.parts, part)} would be {places}")
         elif ok:
             bound[part] = operand
             made.append(part)

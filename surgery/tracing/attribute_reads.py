@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from surgery.errors import TraceError
-from surgery.forward.parameter_view import view
+from surgery.forward.parameter_view import make_view
 from surgery.tracing.guards import setting_of
 from surgery.tracing.provenance import Ledger
 from surgery.tracing.proxies import Recorded, is_setting, viewing
@@ -44,7 +44,7 @@ class Reader(Ledger):
             # Nothing can be seen in a compiled module; a forward that calls it is refused.
             shown = nn.Module() if isinstance(module, torch.jit.ScriptModule) else module
             base = getattr(shown, "_surgery_base", type(shown))
-            found = self.views[id(module)] = view(shown, viewing(base), {})
+            found = self.views[id(module)] = make_view(shown, viewing(base), {})
             held: dict[str, Any] = object.__getattribute__(found, "__dict__")
             held["_surgery_real"], held["_surgery_recorder"] = module, self
             held["_modules"] = {

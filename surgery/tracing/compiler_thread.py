@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from surgery.errors import TraceError
-from surgery.forward.parameter_view import view
+from surgery.forward.parameter_view import make_view
 from surgery.transaction.object_contents import contents
 
 __all__ = ["apart", "concrete", "holds_fakes", "without_symbols"]
@@ -86,7 +86,7 @@ def concrete(module: nn.Module, given: tuple) -> tuple[nn.Module, tuple]:
     known: dict[int, Any] = {}
     named = (*module.named_parameters(remove_duplicate=False), *module.named_buffers(remove_duplicate=False))
     tensors = {name: made_up(tensor, known) for name, tensor in named if is_fake(tensor)}
-    shown = view(module, type(module), tensors) if tensors else module
+    shown = make_view(module, type(module), tensors) if tensors else module
     return shown, tuple([made_up(value, known) for value in given])
 
 

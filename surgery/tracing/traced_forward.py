@@ -13,19 +13,19 @@ from weakref import WeakKeyDictionary, WeakValueDictionary
 import torch
 from torch import Tensor, fx, nn
 
-from surgery.forward.own_forward import Own
-from surgery.forward.parameter_view import view
+from surgery.forward.own_forward import OwnForward
+from surgery.forward.parameter_view import make_view
 from surgery.tracing.call_kind import kind_of_call
 from surgery.tracing.decisions import decide, decide_parts
 from surgery.tracing.fx_args import plain
 from surgery.tracing.guards import check_call, check_parts, check_settings, require, same_settings
 from surgery.tracing.trace import traced
 
-__all__ = ["Held", "goes_through", "hold", "held_forwards", "new_held"]
+__all__ = ["TracedForward", "goes_through", "trace_for_call", "known_forwards", "trace_anew"]
 
 
 @dataclass(frozen=True, eq=False)
-class Held:
+class TracedForward:
     """A graph, what it keeps, the module's settings under which it is right, and numbers that shapes come from.
 
     The numbers are read anew at each call; shapes in the graph are those of modules with the same ones. `variants`:
@@ -42,7 +42,9 @@ class Held:
         return same_settings(module, self.settings)
 
 
-def hold(module: nn.Module, own: Own, args: tuple, kwargs: dict[str, Any], leaves: bool = True) -> Own:
+def trace_for_call(
+    module: nn.Module, own: OwnForward, args: tuple, kwargs: dict[str, Any], leaves: bool = True
+) -> OwnForward:
     """The forward of a module, held as a graph for calls like this one. `TraceError` where it can't be.
 
     Without `leaves`, functions that it takes from registries are gone through.
@@ -51,10 +53,10 @@ def hold(module: nn.Module, own: Own, args: tuple, kwargs: dict[str, Any], leave
     bound.apply_defaults()
     given = tuple(bound.arguments.values())
     kind = kind_of_call(module, given)
-    for found in held_forwards(module, own, kind, leaves):
+    for found in known_forwards(module, own, kind, leaves):
         if found.fits(module) and same_settings(module, found.numbers):
-            return replace(own, tapes=None, held=found.graph)
-    return replace(own, tapes=None, held=new_held(module, own, given, kind, leaves).graph)
+            return replace(own, tapes=None, graph=found.graph)
+    return replace(own, tapes=None, graph=trace_anew(module, own, given, kind, leaves).graph)
 
 
 def goes_through(graph: fx.Graph) -> bool:
@@ -62,24 +64,24 @@ def goes_through(graph: fx.Graph) -> bool:
     return any("registry" in node.meta for node in graph.nodes)
 
 
-def held_forwards(module: nn.Module, own: Own, kind: tuple, leaves: bool = True) -> list[Held]:
+def known_forwards(module: nn.Module, own: OwnForward, kind: tuple, leaves: bool = True) -> list[TracedForward]:
     """The graphs known for calls of a kind, of modules like this one."""
     return _known.setdefault(own.base, {}).setdefault((_likeness(module), kind, leaves), [])
 
 
-def new_held(module: nn.Module, own: Own, given: tuple, kind: tuple, leaves: bool = True) -> Held:
+def trace_anew(module: nn.Module, own: OwnForward, given: tuple, kind: tuple, leaves: bool = True) -> TracedForward:
     """Trace a module's own forward for a call, in the midst of whatever else is going on."""
-    patient = view(module, own.base, {})
+    patient = make_view(module, own.base, {})
     patient.__dict__["_modules"] = {name: child for name, child in module._modules.items() if name != "adapters"}
     args, kwargs = _as_call(own, given)
     with _by_itself():
         graph = traced(patient, args, kwargs, None, leaves)
     found = _settled(graph, module.training)
-    held_forwards(module, own, kind, leaves).append(found)
+    known_forwards(module, own, kind, leaves).append(found)
     return found
 
 
-def _as_call(own: Own, given: tuple) -> tuple[tuple, dict[str, Any]]:
+def _as_call(own: OwnForward, given: tuple) -> tuple[tuple, dict[str, Any]]:
     """The arguments as they are given to an opaque site's base: with a default, by name."""
     parameters = list(own.signature.parameters.values())
     starred = any(parameter.kind is parameter.VAR_POSITIONAL for parameter in parameters)
@@ -106,7 +108,7 @@ def _by_itself() -> Iterator[None]:
         yield
 
 
-def _settled(traced: fx.GraphModule, training: bool) -> Held:
+def _settled(traced: fx.GraphModule, training: bool) -> TracedForward:
     """The graph without its checks of the kind of call and of settings, which come first, and with decisions early."""
     graph = fx.Graph()
     output = graph.graph_copy(traced.graph, {})
@@ -130,7 +132,7 @@ def _settled(traced: fx.GraphModule, training: bool) -> Held:
     read = {node: operator.attrgetter(str(node.target))(traced) for node in graph.nodes if node.op == "get_attr"}
     kept = {str(node.target): value for node, value in read.items() if str(node.target).startswith("_kept_")}
     numbers = [(tuple(str(node.target).split(".")), n) for node, n in read.items() if type(n) is int and _sizes(node)]
-    return Held(graph, kept, plain(settings, lambda node: node), tuple(numbers))
+    return TracedForward(graph, kept, plain(settings, lambda node: node), tuple(numbers))
 
 
 def _sizes(node: fx.Node) -> bool:
@@ -198,4 +200,4 @@ _READS = frozenset({"get", "keys", "values", "items", "index", "count", "copy"})
 _ON_NUMBERS = frozenset({getattr, operator.getitem, operator.add, operator.sub, operator.mul, operator.floordiv,
                          operator.truediv, operator.mod, operator.neg, operator.eq, operator.ne, operator.lt,
                          operator.le, operator.gt, operator.ge, len, int, float, max, min, Tensor.numel})  # fmt: skip
-_known: WeakKeyDictionary[type[nn.Module], dict[tuple, list[Held]]] = WeakKeyDictionary()
+_known: WeakKeyDictionary[type[nn.Module], dict[tuple, list[TracedForward]]] = WeakKeyDictionary()

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from surgery.authoring.hook_call import running
+from surgery.authoring.hook_call import HookCall
 from surgery.authoring.live_site import LiveSite
 from surgery.authoring.site import ParamSpec
 from surgery.errors import SurgeryError
@@ -157,7 +157,7 @@ def _started(module: nn.Module, site: SiteState, applied: Applied, specs: tuple[
         for spec in specs:
             spec.fill(made[spec.name])
         live = LiveSite(module, site.path, applied.adapter, made, lambda name, _: tensor_at(module, name))
-        with running(applied.rule, "initialise", site.path):
+        with HookCall(applied.rule, "initialise", site.path):
             applied.rule.initialise(live)
     return made
 

@@ -22,14 +22,14 @@ from torch import fx, nn
 
 from surgery.authoring.site_facts import THROUGH
 from surgery.errors import SiteError, SurgeryError, SurgeryWarning, TraceError
-from surgery.forward.own_forward import Own, own_forward, signature_of
+from surgery.forward.own_forward import OwnForward, own_forward, signature_of
 from surgery.forward.tape import Layer
 from surgery.state.records import Applied, SiteState
 from surgery.tracing import compiled_call
 from surgery.tracing.call_kind import difference, kind_of_call, predicate_of_kind
 from surgery.tracing.compiler_thread import apart, concrete, holds_fakes, without_symbols
 from surgery.tracing.decisions import Otherwise
-from surgery.tracing.traced_forward import Held, held_forwards, new_held
+from surgery.tracing.traced_forward import TracedForward, known_forwards, trace_anew
 from surgery.weaving.generated_class import Recipe, body_of, class_from, signature_source, told
 from surgery.weaving.recording import PassedOver, Step, layer_of, recorded
 from surgery.weaving.weave import woven_held
@@ -45,7 +45,7 @@ class Variant:
 
     kind: tuple
     fits: Callable[..., bool]
-    held: Held
+    held: TracedForward
     run: Callable[..., Any]
     kept: Mapping[str, Any]
     source: str
@@ -54,7 +54,7 @@ class Variant:
 
 def varied_class(base: type[nn.Module], live: Sequence[Applied]) -> type[nn.Module]:
     """The class of sites with rules that look into the forward: at each call it chooses among variants."""
-    own = Own(base, signature_of(base), None)
+    own = OwnForward(base, signature_of(base), None)
     signature, names = signature_source(own.signature)
     given = "".join(f"{name}, " for name in own.signature.parameters)
     lines = [
@@ -141,10 +141,10 @@ def leaves_of(applied: Iterable[Applied | Step]) -> bool:
     return not any(THROUGH in one.facts for one in applied)
 
 
-def _unused(module: nn.Module, state: SiteState, kind: tuple) -> list[Held]:
+def _unused(module: nn.Module, state: SiteState, kind: tuple) -> list[TracedForward]:
     """The graphs known for calls of a kind that the site has no variant of."""
     used = {id(variant.held) for variant in state.variants if variant.kind == kind}
-    found = held_forwards(module, own_forward(module, state.base), kind, leaves_of(state.live()))
+    found = known_forwards(module, own_forward(module, state.base), kind, leaves_of(state.live()))
     return [held for held in found if id(held) not in used and held.fits(module)]
 
 
@@ -167,12 +167,12 @@ def _check_early(other: Otherwise, module: nn.Module) -> None:
         ) from other
 
 
-def _variant(module: nn.Module, state: SiteState, given: tuple, held: Held | None = None) -> Variant:
+def _variant(module: nn.Module, state: SiteState, given: tuple, held: TracedForward | None = None) -> Variant:
     """The variant of a graph, or of a new one, for calls like this one."""
     own, kind = own_forward(module, state.base), kind_of_call(module, given)
     try:
-        held = held or new_held(module, own, given, kind, leaves_of(state.live()))
-        own = replace(own, tapes=None, held=held.graph)
+        held = held or trace_anew(module, own, given, kind, leaves_of(state.live()))
+        own = replace(own, tapes=None, graph=held.graph)
         layers = [layer_at(applied, module, state, own) for applied in state.live()]
     except SurgeryError as error:
         error.why = "; ".join(filter(None, (error.why, told_difference(state, kind, list(own.signature.parameters)))))
@@ -246,16 +246,16 @@ def _ready_apart(module: nn.Module, given: tuple, again: bool = False) -> bool:
     return apart(make_ready, shown, state, values, again)
 
 
-def held_own(module: nn.Module, state: SiteState) -> Own | None:
+def held_own(module: nn.Module, state: SiteState) -> OwnForward | None:
     """The forward of such a site as it is held for the kind of call met last, or None before any call."""
     if not state.variants:
         return None
-    return replace(own_forward(module, state.base), tapes=None, held=state.variants[0].held.graph)
+    return replace(own_forward(module, state.base), tapes=None, graph=state.variants[0].held.graph)
 
 
-def layer_at(applied: Applied, module: nn.Module, state: SiteState, own: Own) -> Layer:
+def layer_at(applied: Applied, module: nn.Module, state: SiteState, own: OwnForward) -> Layer:
     """A rule's edits in a forward; of a rule that looks into it, those in this graph."""
-    if not applied.inside or own.held is None:
+    if not applied.inside or own.graph is None:
         return layer_of(applied, module, state.path, own)
     try:
         made = recorded(applied.rule, module, state.path, applied.adapter, own, facts=applied.facts)

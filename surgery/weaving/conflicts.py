@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 
 from surgery.errors import SiteError, SurgeryError
-from surgery.forward.own_forward import Own
+from surgery.forward.own_forward import OwnForward
 from surgery.forward.tape import Ref, Tape
 from surgery.patterns.module_walk import RESERVED, is_adapters
 from surgery.state.records import Applied, site_state
@@ -91,7 +91,7 @@ def _replaced_state(tape: Tape) -> list[Ref]:
     return [ref for ref in tape.replaced() if ref.kind == "state"]
 
 
-def hidden(applied: Iterable[Applied], module: nn.Module, path: str, own: Own) -> SurgeryError | None:
+def hidden(applied: Iterable[Applied], module: nn.Module, path: str, own: OwnForward) -> SurgeryError | None:
     """Why rules of several adapters can't be live together: one puts a parameter of its own over another's change."""
     claims: dict[Ref, Applied] = {}
     for one in applied:

@@ -22,7 +22,7 @@ import torch
 from torch import fx, nn
 
 from surgery.arithmetic.sharded_tensors import refuse_split, sharding_of
-from surgery.forward.own_forward import Own
+from surgery.forward.own_forward import OwnForward
 from surgery.forward.tape import Layer
 from surgery.patterns.pattern import qualified_name
 from surgery.state.records import site_state
@@ -67,7 +67,7 @@ class Recipe:
         )
 
 
-def generated_class(own: Own, layers: Sequence[Layer]) -> type[nn.Module]:
+def generated_class(own: OwnForward, layers: Sequence[Layer]) -> type[nn.Module]:
     """The class whose forward is the base's own with these layers' edits; the same class for equal ones."""
     key = (own.key, tuple(layers))
     found = _classes.get(key)
@@ -78,7 +78,7 @@ def generated_class(own: Own, layers: Sequence[Layer]) -> type[nn.Module]:
     return found
 
 
-def _class_later(own: Own, layers: tuple[Layer, ...]) -> type[nn.Module]:
+def _class_later(own: OwnForward, layers: tuple[Layer, ...]) -> type[nn.Module]:
     """A class that is written at its first call; that each of its layers can be written is tried now."""
     key = own.key
     for layer in [layer for layer in layers if key not in layer.tape.written]:
@@ -89,7 +89,7 @@ def _class_later(own: Own, layers: tuple[Layer, ...]) -> type[nn.Module]:
     return of[0]
 
 
-def _write(cls: type[nn.Module], own: Own, layers: tuple[Layer, ...]) -> None:
+def _write(cls: type[nn.Module], own: OwnForward, layers: tuple[Layer, ...]) -> None:
     recipe = _written(own, layers)
     cls._surgery_written, filename = _forward_of(recipe)  # type: ignore[assignment]
     cls._surgery_recipe = recipe  # type: ignore[assignment]
@@ -164,7 +164,7 @@ def _is_bound(bound: Any, module: nn.Module, cls: type) -> bool:
 # Writing the source -----------------------------------------------------------------------------------------
 
 
-def _written(own: Own, layers: Sequence[Layer]) -> Recipe:
+def _written(own: OwnForward, layers: Sequence[Layer]) -> Recipe:
     alike = own.tapes is None or own.tapes[0] is own.tapes[1]
     alike = alike and not any(layer.tape.by_mode for layer in layers)
     bodies, names = [], {}

@@ -10,13 +10,13 @@ from typing import Any, NamedTuple
 from torch import Tensor, nn
 
 from surgery.authoring.example_values import TapeSamples
-from surgery.authoring.hook_call import running
-from surgery.authoring.missed_structure import elsewhere
+from surgery.authoring.hook_call import HookCall
+from surgery.authoring.missed_structure import suggest_target
 from surgery.authoring.rule import Rule
 from surgery.authoring.site import Example, ParamSpec, Site
 from surgery.errors import SiteError, SurgeryError
 from surgery.forward.function_watch import Watch
-from surgery.forward.own_forward import Own
+from surgery.forward.own_forward import OwnForward
 from surgery.forward.tape import Layer, Tape, Value, for_both_modes
 from surgery.state.records import Applied, site_state
 
@@ -31,7 +31,7 @@ class Step:
     path: str
     module: nn.Module
     aliases: tuple[str, ...]
-    own: Own
+    own: OwnForward
     tape: Tape
     specs: tuple[ParamSpec, ...]
     inside: bool = False
@@ -54,7 +54,7 @@ class Recording(NamedTuple):
 
     tape: Tape
     specs: tuple[ParamSpec, ...]
-    own: Own
+    own: OwnForward
     inside: bool
     told: tuple[str, ...] = ()
 
@@ -68,7 +68,7 @@ def recorded(
     module: nn.Module,
     path: str,
     adapter: str,
-    own: Own,
+    own: OwnForward,
     example: Example = None,
     owners: tuple[nn.Module, ...] = (),
     facts: dict[str, Any] | None = None,
@@ -104,7 +104,7 @@ def _ran(rule: Rule, site: Site, training: bool) -> tuple[Site, bool]:
     samples = site.tape.samples = TapeSamples(site.tape, site.sample, training)
     path = site.path
     try:
-        with running(rule, "rewrite", path), Watch(site.tape):
+        with HookCall(rule, "rewrite", path), Watch(site.tape):
             output = rule.rewrite(site)
             if output is not None and output is not NotImplemented:
                 if not isinstance(output, (Value, Tensor, tuple, list, dict)):
@@ -145,12 +145,12 @@ def _with_reason(error: SiteError, site: Site) -> SiteError:
 def _missed(site: Site) -> tuple[str, str]:
     """Why what a rewrite looked for is not in the forward, and where it is, or ''."""
     structure, reason = next(iter(site.missed.items()))
-    example, graph = site.example, site.own.held
-    other = elsewhere(structure, site.module, graph, *example) if example is not None and graph is not None else ""
+    example, graph = site.example, site.own.graph
+    other = suggest_target(structure, site.module, graph, *example) if example is not None and graph is not None else ""
     return f"{structure} is not in {site.base_class.__name__}.forward: {reason}", other
 
 
-def layer_of(applied: Applied, module: nn.Module, path: str, own: Own) -> Layer:
+def layer_of(applied: Applied, module: nn.Module, path: str, own: OwnForward) -> Layer:
     """The edits of a rule that is on a site already, recorded anew where its record was copied or unpickled.
 
     A rule that looks into the forward is recorded for each kind of call; so without one, nothing is known of it.

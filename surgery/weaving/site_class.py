@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from surgery.errors import SiteError
-from surgery.forward.own_forward import Own, own_forward
+from surgery.forward.own_forward import OwnForward, own_forward
 from surgery.forward.tape import Layer
 from surgery.state.records import Applied, SiteState, site_state
 from surgery.transaction.undo_log import Journal
@@ -27,15 +27,15 @@ class Woven:
 
     cls: type[nn.Module]
     layers: tuple[Layer, ...] = ()
-    own: Own | None = None
+    own: OwnForward | None = None
 
     @staticmethod
-    def of(kind: type[nn.Module], layers: tuple[Layer, ...] = (), own: Own | None = None) -> Woven:
+    def of(kind: type[nn.Module], layers: tuple[Layer, ...] = (), own: OwnForward | None = None) -> Woven:
         return _known.setdefault((kind, layers, own and own.key), Woven(kind, layers, own))
 
 
 def install_live(
-    module: nn.Module, journal: Journal | None, own: Own | None = None, live: list[Applied] | None = None
+    module: nn.Module, journal: Journal | None, own: OwnForward | None = None, live: list[Applied] | None = None
 ) -> None:
     """Give a site the class of the rules that are live on it (`live`, where they are known); its own where none is."""
     state = site_state(module)
@@ -44,7 +44,7 @@ def install_live(
 
 
 def class_of_live(
-    module: nn.Module, state: SiteState, own: Own | None = None, live: list[Applied] | None = None
+    module: nn.Module, state: SiteState, own: OwnForward | None = None, live: list[Applied] | None = None
 ) -> type[nn.Module]:
     """The class of the rules that are live on a site; `live`: these, where they are known."""
     state.woven = None
@@ -55,7 +55,7 @@ def class_of_live(
     return cls
 
 
-def _class_for(module: nn.Module, state: SiteState, live: list[Applied], own: Own | None) -> type[nn.Module]:
+def _class_for(module: nn.Module, state: SiteState, live: list[Applied], own: OwnForward | None) -> type[nn.Module]:
     if not live:
         return state.base
     own = own or own_forward(module, state.base)
@@ -105,9 +105,9 @@ class Shared:
 
     def __init__(self, journal: Journal):
         self.journal = journal
-        self._after: dict[tuple, tuple[Woven, Own | None, Woven]] = {}  # holds what its keys are the ids of
+        self._after: dict[tuple, tuple[Woven, OwnForward | None, Woven]] = {}  # holds what its keys are the ids of
 
-    def install(self, module: nn.Module, change: Hashable, own: Own | None = None) -> None:
+    def install(self, module: nn.Module, change: Hashable, own: OwnForward | None = None) -> None:
         """`install_live` after a `change` that is equal where sites get or lose equal edits."""
         state = site_state(module)
         assert state is not None

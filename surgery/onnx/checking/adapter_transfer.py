@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from surgery.adapter_files.entry import Entry, tensor_key
 from surgery.adapter_files.tensor_files import TensorFile
-from surgery.authoring.hook_call import running
+from surgery.authoring.hook_call import HookCall
 from surgery.authoring.rule import Rule
 from surgery.errors import LoadError, SurgeryError
 from surgery.onnx.calls.example import array_of
@@ -86,7 +86,7 @@ def import_adapter(path: str | Path, onnx_path: str | Path) -> Stored:
     arrays = read_adapter(path, manifest)
     rules, tensors = list[tuple[int, Rule, list[str]]](), dict[str, Tensor]()
     for place, site, slot, named in _sites(manifest, arrays):
-        with running(slot, "unslotted", site):
+        with HookCall(slot, "unslotted", site):
             rule, found = slot.unslotted({key: _tensor(array) for key, array in named.items()})
         bare = rule.replace(targets=(), exclude=(), layers=None, expect=None)
         same = next((paths for at, other, paths in rules if at == place and other == bare), None)

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from surgery.authoring.hook_call import running
+from surgery.authoring.hook_call import HookCall
 from surgery.authoring.rule import Rule
 from surgery.errors import SurgeryError
 from surgery.onnx.graph.prepare import Prepared, Settings
@@ -64,7 +64,7 @@ def manifest_of(
 
 
 def _notes(one: SlotSite, model: nn.Module) -> Mapping[str, Any]:
-    with running(one.rule, "slot_notes", one.path):
+    with HookCall(one.rule, "slot_notes", one.path):
         return one.rule.slot_notes(model, model.get_submodule(one.path))
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 from torch import nn
 
-from surgery.authoring.hook_call import running
+from surgery.authoring.hook_call import HookCall
 from surgery.authoring.rule import Rule
 from surgery.patterns.paths import regex_for
 from surgery.state.records import Applied, ModelState, sites
@@ -129,7 +129,7 @@ def _offered(here: list[Applied], module: nn.Module, path: str) -> tuple[Kinds, 
         if len({one.adapter for one in group}) < len(group):
             why[kind] = "an adapter has two rules for one slot there"
             continue
-        with running(group[0].rule, "slot", path):
+        with HookCall(group[0].rule, "slot", path):
             made = type(group[0].rule).slot([one.rule for one in group], module, path)
         if made is not None:
             offered[kind] = bare(made)

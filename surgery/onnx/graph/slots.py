@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from surgery.arithmetic.corrections import Record
 from surgery.arithmetic.exact_fold import unfold
 from surgery.arithmetic.low_rank import LowRank
-from surgery.authoring.hook_call import running
+from surgery.authoring.hook_call import HookCall
 from surgery.authoring.live_site import LiveSite
 from surgery.authoring.rule import Rule
 from surgery.errors import SurgeryError
@@ -194,7 +194,7 @@ def slot_tensors(
             source = cache(partial(_base_tensor, module, site, adapter))
             live = LiveSite(module, path, adapter, held, lambda name, _, source=source: source(name))
             live.changed = {name: _started(record, source(name)) for name, record in applied.changed}
-            with torch.no_grad(), running(applied.rule, "slotted", path):
+            with torch.no_grad(), HookCall(applied.rule, "slotted", path):
                 made = applied.rule.slotted(rule, live)
             for key, tensor in made.items():
                 found[".".join(filter(None, (path, RESERVED, slot, key)))] = tensor.detach()
