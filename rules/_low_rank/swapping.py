@@ -134,7 +134,7 @@ def scaled(tensor: Tensor, ratio: float, site: LiveSite) -> Tensor:
 
 def check(rule: Rule, live: Rule, *held: str) -> None:
     """`RuleError` where two rules of a kind differ in more than the fields `held`."""
-    told = [name for name in rule.differing(live) if name not in held]
+    told = [name for name in rule.differing_fields(live) if name not in held]
     if told:
         why = ", ".join(f"{name}={getattr(live, name)!r} there, {getattr(rule, name)!r} here" for name in told)
         fix = "load it as an adapter of its own: load_adapter"

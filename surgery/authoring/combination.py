@@ -1,4 +1,4 @@
-"""How adapters are combined, as a rule is told: the methods on tensors of one shape, and on matrices."""
+"""`Combination` and `Share`: what `Rule.combined` gets, with the methods that combine tensors and matrices."""
 
 from __future__ import annotations
 
@@ -20,25 +20,32 @@ Method = Literal[
     "magnitude_prune", "magnitude_prune_svd",
 ]  # fmt: skip
 METHODS: tuple[str, ...] = get_args(Method)
-_START = frozenset(("targets", "exclude", "layers", "expect", "init", "dropout"))  # say nothing of what is computed
+_START = frozenset(("targets", "exclude", "layers", "expect", "init", "dropout"))  # fields without influence on the computation
 
 
 @dataclass(frozen=True, eq=False)
 class Share:
-    """What one adapter has at a site: its rule, the rule's tensors, and the weight of the adapter.
+    """One adapter's part in a combination: its rule at a site, the rule's tensors, and the adapter's weight.
 
     >>> from torch import nn
     >>> from surgery.rules import IA3Rule
     >>> from surgery import Share, apply_rules, combine
-    >>> def told(self, shares, how):
+    >>> def combined(self, shares, how):
     ...     print([(share.adapter, share.weight, list(share.params)) for share in shares])
     ...     return self, shares[0].params
-    >>> kind = type("ToldRule", (IA3Rule,), {"combined": told})
+    >>> kind = type("PrintingRule", (IA3Rule,), {"combined": combined})
     >>> model = nn.Sequential(nn.Linear(2, 2))
     >>> for name in ("a", "b"):
     ...     _ = apply_rules(model, kind("0"), adapter=name)
     >>> _ = combine(model, {"a": 0.7, "b": 0.3}, "c")
     [('a', 0.7, ['scale']), ('b', 0.3, ['scale'])]
+
+    Attributes:
+        weight: The adapter's weight.
+        rule: Its rule at the site.
+        site: The site with the adapter's tensors.
+        params: The adapter's tensors, by name.
+        adapter: The adapter's name.
     """
 
     weight: float
@@ -53,7 +60,7 @@ class Share:
 
 @dataclass(frozen=True, eq=False)
 class Combination:
-    """How adapters are combined, for `Rule.combined`.
+    """The method, weights and options of a `combine` call, as `Rule.combined` gets them.
 
     >>> import torch
     >>> from surgery import Combination
@@ -61,8 +68,18 @@ class Combination:
     >>> how.sum([torch.tensor([1.0, -2.0]), torch.tensor([3.0, 1.0])], [0.7, 0.3])  # by entry, of the sign with more
     tensor([ 0.8000, -1.4000])
 
-    `method` is one of PEFT's names, `weights` those of all adapters, also of those that are not at a site, `rules` all
-    rules of the kind in question. `rank` is what was asked for, if anything was.
+    Attributes:
+        method: The combination type, by PEFT's name.
+        weights: Adapter → weight, for all adapters, also those without a rule at the site.
+        rules: All rules of the class that is combined.
+        rank: The rank of the result that the caller asked for. Default None.
+        density: The fraction of entries that pruning keeps. Default 1.
+        majority_sign: How "ties" chooses the sign of an entry: "total" sums values, "frequency" counts signs.
+        clamp: The quantile to which the factors of "svd" methods are clamped. Default None.
+        generator: The random generator of "dare" methods. Default None: torch's own.
+
+    Source:
+        PEFT's `add_weighted_adapter`.
     """
 
     method: str
@@ -70,34 +87,41 @@ class Combination:
     rules: tuple[Declaration, ...] = ()
     rank: int | None = None
     density: float = 1.0
-    majority_sign: str = "total"
+    majority_sign: Literal["total", "frequency"] = "total"
     clamp: float | None = None
     generator: torch.Generator | None = None
 
     @property
     def by_matrix(self) -> bool:
-        """Whether changes of weights are summed as matrices, of which the largest singular values are kept."""
+        """Whether the method sums matrices ΔW and keeps their largest singular values."""
         return self.method.endswith("svd")
 
     @property
     def whole(self) -> bool:
-        """Whether the result has as many ranks as all the adapters together, and so loses nothing of Σ w ΔW."""
+        """Whether the rank of the result is the sum of all ranks, so that it equals Σ w ΔW exactly."""
         return self.method == "cat" or (self.method == "svd" and self.rank is None)
 
     @property
     def plain(self) -> bool:
-        """Whether a sum is a sum: nothing is pruned."""
+        """Whether the method is a plain weighted sum, without pruning."""
         return self.method in ("linear", "cat", "svd")
 
     def sum(self, tensors: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
-        """Tensors of one shape times their weights, added up entry by entry as the method says.
+        """Compute the weighted sum of tensors, entry by entry, as the method says.
 
-        Pruned first, each to its `density`: the largest entries stay ("magnitude_prune", "ties"), or random ones,
-        divided by the density ("dare…"). "…ties" elects each entry's sign, by the sum of values or by their number, and
-        takes the mean of those that have it, 0 counting as none. At least in float32.
+        First each tensor is pruned to `density`. "magnitude_prune" and "ties" keep the largest entries. "dare…" keeps
+        random entries and divides them by the density. "…ties" then elects a sign for each entry and takes the mean
+        of the values with this sign.
+
+        Args:
+            tensors: Tensors of one shape.
+            weights: One weight for each tensor.
+
+        Returns:
+            A tensor of the same shape, in float32 or a wider dtype.
         """
         wide = torch.promote_types(joint_dtype(tensors), torch.float32)
-        kept = [self._pruned(tensor.detach().to(wide)) for tensor in tensors]
+        kept = [self._prune(tensor.detach().to(wide)) for tensor in tensors]
         scaled = [tensor * weight for tensor, weight in zip(kept, weights, strict=True)]
         if "ties" not in self.method:
             return torch.stack(scaled).sum(0)
@@ -107,26 +131,26 @@ class Combination:
         return (torch.stack(scaled) * agreeing).sum(0) / agreeing.sum(0).clamp(min=1)
 
     def largest(self, matrices: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-        """The factors (…, out, rank), (…, rank, in) of the best approximations of matrices (…, out, in)."""
+        """Returns the factors (…, out, rank) and (…, rank, in) of the best approximation of matrices (…, out, in)."""
         u, s, vh = torch.linalg.svd(matrices, full_matrices=False)
-        return self._kept(u, s, vh, rank)
+        return self._truncate(u, s, vh, rank)
 
     def largest_of_product(self, up: Tensor, down: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-        """The same of a product (…, out, k) (…, k, in), which is never made: k is small."""
+        """Like `largest`, for a product (…, out, k) (…, k, in) with small k, without computing the product."""
         if up.device.type != "mps":
             up, down = up.double(), down.double()
         left, upper = torch.linalg.qr(up)
         right, lower = torch.linalg.qr(down.mT)
         u, s, vh = torch.linalg.svd(upper @ lower.mT, full_matrices=False)
-        return self._kept(left @ u, s, vh @ right.mT, rank)
+        return self._truncate(left @ u, s, vh @ right.mT, rank)
 
     def lacking(self, shares: Sequence[Share]) -> float:
-        """The sum of the weights of adapters that are not at the site."""
+        """Returns the sum of the weights of adapters without a rule at the site."""
         here = {share.adapter for share in shares}
         return sum(weight for name, weight in self.weights.items() if name not in here)
 
     def untouched(self, shares: Sequence[Share]) -> bool:
-        """Whether what is asked for is there already: one adapter with weight 1, or equal rules without tensors."""
+        """Whether the first share already is the result: one adapter with weight 1, or equal rules without tensors."""
         if any(share.params for share in shares):
             return (
                 len(shares) == 1
@@ -138,20 +162,21 @@ class Combination:
         return True
 
     def agree(self, shares: Sequence[Share], *free: str) -> None:
-        """An error where rules differ in fields that say what they compute; `free` may differ, and how they start."""
+        """Raise `SiteError` if rules differ in a field that changes the computation, except the fields in `free`."""
         first = shares[0]
         for name in (field.name for field in fields(first.rule) if field.name not in _START | set(free)):
             for other in shares[1:]:
-                one, two = getattr(first.rule, name), getattr(other.rule, name)
-                if one != two:
-                    why = f"{name} is {one!r} in {first.adapter!r} and {two!r} in {other.adapter!r}"
-                    raise self.refusal(shares, why, "combine adapters whose rules agree in it")
+                expected, value = getattr(first.rule, name), getattr(other.rule, name)
+                if expected != value:
+                    why = f"{name} is {expected!r} in {first.adapter!r} and {value!r} in {other.adapter!r}"
+                    raise self.refusal(shares, why, f"combine adapters whose rules have the same {name}")
 
     def refusal(self, shares: Sequence[Share], why: str, fix: str | None = None) -> SiteError:
+        """Build the error for rules that can't be combined."""
         what = f"{shares[0].rule.label} can't be combined by method={self.method!r}"
-        return SiteError(what, where=shares[0].site.path, why=why, fix=fix or "combine adapters that are without it")
+        return SiteError(what, where=shares[0].site.path, why=why, fix=fix or "combine other adapters")
 
-    def _pruned(self, tensor: Tensor) -> Tensor:
+    def _prune(self, tensor: Tensor) -> Tensor:
         if self.plain or self.density == 1:
             return tensor
         if self.method.startswith("dare"):
@@ -163,7 +188,7 @@ class Combination:
         places = flat.abs().topk(int(self.density * len(flat))).indices
         return torch.zeros_like(flat).index_copy(0, places, flat[places]).view(tensor.shape)
 
-    def _kept(self, u: Tensor, s: Tensor, vh: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    def _truncate(self, u: Tensor, s: Tensor, vh: Tensor, rank: int) -> tuple[Tensor, Tensor]:
         lacking = max(0, rank - s.shape[-1])  # a matrix has no more singular values than rows or columns
         up = torch.nn.functional.pad((u * s.unsqueeze(-2))[..., :rank], (0, lacking))
         down = torch.nn.functional.pad(vh[..., :rank, :], (0, 0, 0, lacking))
@@ -181,7 +206,7 @@ def joint_dtype(tensors: Sequence[Tensor]) -> torch.dtype:
 
 
 def _quantile(values: Tensor, q: float) -> Any:
-    """torch.quantile, which takes no more than 16 million values."""
+    """Like torch.quantile, which is limited to 16 million values."""
     values = values.sort().values
     place = q * (len(values) - 1)
     low, high = values[int(place)], values[min(int(place) + 1, len(values) - 1)]

@@ -1,4 +1,4 @@
-"""A rule as data: which modules it goes to, its own fields, and both as plain values to write and read."""
+"""A rule as data: its targets, its fields, and their conversion to and from plain values."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ D = TypeVar("D", bound="Declaration")
 
 @dataclass(frozen=True)
 class Declaration:
-    """The fields of every rule, and their plain form. `Rule` (`surgery.authoring.rule`) adds what a rule does."""
+    """The fields of every rule, and their plain form. `Rule` (`surgery.authoring.rule`) adds the behaviour."""
 
     targets: Targets = ()
     _: KW_ONLY
@@ -37,13 +37,13 @@ class Declaration:
     scalable: ClassVar[bool] = True  # its change can be multiplied by a weight
 
     def __post_init__(self) -> None:
-        put = object.__setattr__
-        put(self, "targets", normalise_targets(self.targets))
-        put(self, "exclude", normalise_targets(self.exclude))
+        set_field = object.__setattr__
+        set_field(self, "targets", normalise_targets(self.targets))
+        set_field(self, "exclude", normalise_targets(self.exclude))
         if isinstance(self.layers, int):
-            put(self, "layers", (self.layers,))
+            set_field(self, "layers", (self.layers,))
         for field in fields(self):
-            put(self, field.name, _plain(getattr(self, field.name)))
+            set_field(self, field.name, _normalise(getattr(self, field.name)))
         if self.layers is not None and not all(type(index) is int and index >= 0 for index in cast(tuple, self.layers)):
             raise self.bad("layers", "indices of layers, from 0")
         if self.expect is not None and (type(self.expect) is not int or self.expect < 0):
@@ -51,23 +51,24 @@ class Declaration:
         self.validate()
 
     def validate(self) -> None:
-        """Raise `self.bad(field, wanted)` for a value out of range. Called when the rule is made."""
+        """Raise `self.bad(field, wanted)` for a value out of range. Called when the rule is constructed."""
 
     @property
     def label(self) -> str:
         return type(self).__name__
 
-    def differing(self, other: Declaration) -> list[str]:
-        """The fields in which another rule of its kind differs, but for where the two go and how they start."""
-        aside = {field.name for field in fields(Declaration)} | {"init"}
-        mine = [field.name for field in fields(self) if field.name not in aside]
-        return [name for name in mine if getattr(self, name) != getattr(other, name)]
+    def differing_fields(self, other: Declaration) -> list[str]:
+        """Returns the fields that differ from another rule of this class, without targets and initial values."""
+        ignored = {field.name for field in fields(Declaration)} | {"init"}
+        compared = [field.name for field in fields(self) if field.name not in ignored]
+        return [name for name in compared if getattr(self, name) != getattr(other, name)]
 
     def bad(self, field: str, wanted: str) -> RuleError:
+        """Build the error for a field with an invalid value. `wanted` completes "… is not"."""
         return RuleError(f"{self.label}: {field}={getattr(self, field)!r} is not {wanted}")
 
     def replace(self: D, **changes: Any) -> D:
-        """The same rule with other fields.
+        """Copy the rule with other values of some fields.
 
         >>> from surgery.rules import LoraRule
         >>> LoraRule("query", rank=4).replace(rank=8).rank
@@ -76,57 +77,65 @@ class Declaration:
         return dataclasses.replace(self, **changes)
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain data: the rule's name, its version and its fields."""
+        """Convert the rule to plain data: its name, its version and its fields.
+
+        Raises:
+            RuleError: A field has a value that is not data, such as a tensor or a `Pattern.where`.
+        """
         data: dict[str, Any] = {"rule": self.name, "version": self.version}
         for field in fields(self):
-            data[field.name] = _written(getattr(self, field.name), f"{self.label}.{field.name}")
+            data[field.name] = _to_data(getattr(self, field.name), f"{self.label}.{field.name}")
         return data
 
     @classmethod
     def from_dict(cls: type[D], data: Mapping[str, Any]) -> D:
-        """The rule that `to_dict` wrote. `RuleError` for an unknown rule or field, or a version from the future."""
+        """Build a rule from the data of `to_dict`.
+
+        Raises:
+            RuleError: The rule or a field is unknown, or the version is newer than this package's.
+        """
         if not isinstance(data, Mapping) or not isinstance(data.get("rule"), str):
             raise RuleError(f"{data!r} is not a rule", why='a rule is a mapping with a name under "rule"')
         kind = registered(data["rule"])
-        given = {key: value for key, value in data.items() if key not in ("rule", "version")}
+        values = {key: value for key, value in data.items() if key not in ("rule", "version")}
         version = data.get("version", kind.version)
         if type(version) is not int or version < 1:
-            raise RuleError(f"{kind.name}: version {version!r} is no version", fix="a whole number from 1")
+            raise RuleError(f"{kind.name}: {version!r} is not a version", fix="write a whole number from 1")
         if version > kind.version:
             raise RuleError(
-                f"{kind.name}: version {version} is newer than this one, {kind.version}",
-                why="the rule was written by a later release",
-                fix="update the package that brings the rule",
+                f"{kind.name}: version {version} is newer than the installed version {kind.version}",
+                why="a later release wrote the rule",
+                fix="update the package that defines the rule",
             )
-        return kind(**kind.upgrade(given, version))
+        return kind(**kind.upgrade(values, version))
 
     @classmethod
     def upgrade(cls, data: dict[str, Any], version: int) -> dict[str, Any]:
-        """Fields written by an older version, as this version names them."""
+        """Convert fields that an older version wrote to the names of this version."""
         return data
 
 
-def _plain(value: Any) -> Any:
-    """Lists become tuples and dtypes their names, so that equal rules compare equal after a round trip."""
+def _normalise(value: Any) -> Any:
+    """Convert lists to tuples and dtypes to names, so that a rule equals itself after `to_dict` and `from_dict`."""
     if isinstance(value, torch.dtype):
         return str(value).removeprefix("torch.")
     if isinstance(value, (list, tuple)):
-        return tuple(_plain(item) for item in value)
+        return tuple(_normalise(item) for item in value)
     if isinstance(value, dict):
-        return {key: _plain(item) for key, item in value.items()}
+        return {key: _normalise(item) for key, item in value.items()}
     return value
 
 
-def _written(value: Any, where: str) -> Any:
+def _to_data(value: Any, where: str) -> Any:
     if isinstance(value, Pattern):
         return value.to_dict()
     if isinstance(value, tuple):
-        return [_written(item, where) for item in value]
+        return [_to_data(item, where) for item in value]
     if isinstance(value, dict):
-        return {str(key): _written(item, where) for key, item in value.items()}
+        return {str(key): _to_data(item, where) for key, item in value.items()}
     if value is None or isinstance(value, (bool, int, float, str)):
         return value
     what = "a tensor" if isinstance(value, Tensor) else repr(value)
     raise RuleError(
-        f"{where} can't be written", why=f"{what} is not data", fix="numbers, strings, lists and mappings are"
+        f"{where} can't be written", why=f"{what} is not data", fix="use numbers, strings, lists and mappings"
     )

@@ -1,7 +1,7 @@
-"""What the values of a rewrite are in an example, as far as Python may decide on it: sizes, ranks, flags.
+"""Sizes, ranks and flags of a rewrite's values in the example, so that Python may decide on them.
 
-Shapes of the module's parameters hold for every call. What comes from the inputs is taken from the example call, and
-the tape gets a step that checks it at each call. Nothing is computed but shapes: tensors are on the meta device.
+Shapes of the module's parameters are the same for every call. Shapes from the inputs are those of the example call, and
+a step of the tape checks them at each call. Tensors are on the meta device, so only shapes are computed.
 """
 
 from __future__ import annotations
@@ -21,31 +21,34 @@ __all__ = ["TapeSamples"]
 
 
 class Unknown(Exception):
-    """There is no example of a value."""
+    """The example does not determine a value."""
 
 
 class TapeSamples:
-    """The samples of one tape. `of` gives those of values that are no steps: inputs, parameters, the output."""
+    """The example values of one tape. `of` gives values that are not steps: inputs, parameters, the output."""
 
     def __init__(self, tape: Tape, of: Callable[[Ref], Any], training: bool):
         self.tape, self.of, self.training = tape, of, training
-        self.by_mode = False  # whether Python went by the training flag
+        self.by_mode = False  # whether Python branched on the training flag
         self.known: dict[Ref, Any] = {}
 
     def decided(self, value: Value, ref: Ref) -> Any:
-        """What Python may go by, with a check of it on the tape unless it holds for every call; None where unknown."""
+        """Returns the example's value for a decision of Python, or None if it is unknown.
+
+        The tape gets a check of the decision, unless the value is the same for every call.
+        """
         try:
-            found = self._sample(ref)
-        except Exception:  # whatever fails on the meta device: nothing is known
+            sample = self._sample(ref)
+        except Exception:  # any failure on the meta device means that the value is unknown
             return None
-        if not isinstance(found, _PLAIN):
+        if not isinstance(sample, _PLAIN):
             return None
-        if not self._settled(ref):
-            self.tape.call("function", check_decision, (value, found, line_running(with_text=True)), {})
-        return found
+        if not self._is_fixed(ref):
+            self.tape.call("function", check_decision, (value, sample, line_running(with_text=True)), {})
+        return sample
 
     def _sample(self, ref: Ref) -> Any:
-        if ref.kind == "training":  # the rewrite is recorded for either
+        if ref.kind == "training":  # the rewrite is recorded for each mode
             self.by_mode = True
             return self.training
         ref = ref._replace(read="")
@@ -68,8 +71,8 @@ class TapeSamples:
                 return step.target(*args, **kwargs)
         raise Unknown
 
-    def _settled(self, ref: Ref) -> bool:
-        """Whether it comes from shapes of the module's own tensors alone."""
+    def _is_fixed(self, ref: Ref) -> bool:
+        """Whether a value depends only on shapes of the module's own tensors."""
         waiting, seen = [(ref, False)], set[Ref]()
         while waiting:
             now, shape = waiting.pop()

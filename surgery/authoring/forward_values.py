@@ -1,4 +1,4 @@
-"""A site from inside: the operations of its forward, as values to compute with and to replace."""
+"""`ForwardValues`: the operations inside a site's forward, as values to compute with and to replace."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ __all__ = ["ForwardValues"]
 
 
 class ForwardValues:
-    """The part of a `Site` that looks into its forward."""
+    """The base class of `Site` for rules that look into the forward."""
 
     module: nn.Module
     path: str
@@ -36,12 +36,12 @@ class ForwardValues:
     own: OwnForward
     tape: Tape
     inside: bool
-    missed: dict[Structure, str]  # what was looked for in vain, and why it is not there
+    missed: dict[Structure, str]  # structures without a match → the reason
     facts: dict[str, Any]
     _nodes: dict[str | int, fx.Node]
     _passages: list[Passage]
-    _inner: dict[str, frozenset[str]]  # by the root of a match, the operations that are in it alone
-    _replaced: dict[str, frozenset[str]]  # the roots that were replaced
+    _inner: dict[str, frozenset[str]]  # root of a match → operations that only this match contains
+    _replaced: dict[str, frozenset[str]]  # the same, for roots that were replaced
 
     def needed_example(self, why: str) -> tuple[tuple, dict[str, Any]]:
         raise NotImplementedError
@@ -51,15 +51,18 @@ class ForwardValues:
 
     @property
     def graph(self) -> fx.Graph:
-        """The module's own forward as a graph, for calls like the one at hand: to be read, not to be changed.
+        """The module's own forward as a graph, for the present kind of call. Read it; do not change it.
 
-        Its shapes and dtypes (`node.meta`) are the example's. A rule that looks at it is asked again for each kind of
-        call: in training and in evaluation, with a mask and without one. Needs `example_inputs`. Raises `TraceError`
-        where the forward can't be held in a graph, `SiteError` without an example.
+        Its shapes and dtypes (`node.meta`) are those of the example. The rewrite of a rule that reads the graph runs
+        again for each kind of call: training or evaluation, with or without a mask.
+
+        Raises:
+            TraceError: The forward can't be traced.
+            SiteError: The rules were applied without `example_inputs`.
         """
         if self.own.graph is None:
-            example = self.needed_example("which operations a forward consists of is found by running it once")
-            with unwatched(self.tape), torch.no_grad(), evaluating(self.module):  # as the example was seen
+            example = self.needed_example("one run of the forward shows its operations")
+            with unwatched(self.tape), torch.no_grad(), evaluating(self.module):  # as the example call was recorded
                 self.own = trace_for_call(self.module, self.own, *example, leaves=THROUGH not in self.facts)
         self.inside = True
         assert self.own.graph is not None
@@ -67,10 +70,7 @@ class ForwardValues:
         return self.own.graph
 
     def find(self, structure: Structure, *, leaves: bool = True) -> Found:
-        """Where a structure occurs inside the forward; nodes and bindings are values to compute with and to `replace`.
-
-        A function that the forward takes from a registry, as transformers' attentions do, is one operation; with
-        `leaves=False` it is gone through, and what it does can be found and replaced.
+        """Find a structure inside the forward. Nodes and bindings of a match are values that a rule may `replace`.
 
         >>> import torch
         >>> from torch import nn
@@ -93,72 +93,84 @@ class ForwardValues:
         >>> torch.equal(mlp(x), mlp.down(torch.nn.functional.silu(mlp.up(x)))), torch.allclose(mlp(x, 2.0), 2 * mlp(x))
         (False, True)
 
-        Empty where there is none, with the `reason`. What a match passes over (`passed`) and a new value leaves out,
-        such as a dropout, is a `SurgeryWarning`, unless the rule has asked for `passed`: it may put them into the new
-        value by `again`. Raises what `graph` raises; `SiteError` for `leaves=False` after the forward was looked at
-        without, or beside a function that a rule puts around those from registries.
+        Args:
+            structure: The structure to search.
+            leaves: Whether a function from a registry, such as transformers' attention, is one operation. With False,
+                the search looks into such functions. Default True.
+
+        Returns:
+            The matches. Without a match it is empty, and its `reason` says why.
+
+        Raises:
+            TraceError: The forward can't be traced.
+            SiteError: The rules were applied without `example_inputs`; or `leaves=False` comes after a search
+                without it, or together with a function that a rule puts around those from registries.
+
+        Warns:
+            SurgeryWarning: The new value drops an operation that the match passes over, such as a dropout. Read
+                `passed` to avoid the warning; `again` runs such an operation on the new value.
         """
         if not leaves:
             self._go_through()
         graph = self.graph
-        found = structure.find(as_digraph(graph, self.module))
+        matches = structure.find(as_digraph(graph, self.module))
         if leaves and goes_through(graph):
-            found = Found(
-                [one for one in found if not any("registry" in node.meta for node in one.nodes)], found.reason
-            )
-        if not found:
-            self.missed[structure] = found.reason
-        return Found([self._match(occurrence) for occurrence in found], found.reason)
+            outside = [match for match in matches if not any("registry" in node.meta for node in match.nodes)]
+            matches = Found(outside, matches.reason)
+        if not matches:
+            self.missed[structure] = matches.reason
+        return Found([self._to_values(match) for match in matches], matches.reason)
 
-    def _match(self, found: Occurrence) -> Occurrence:
-        inner = {str(node.name) for node in found.nodes if node is not found.root and node not in found.shared}
-        self._inner[found.root.name] = self._inner.get(found.root.name, frozenset()) | inner
-        passage = Passage(found.root, found.passed)
+    def _to_values(self, match: Occurrence) -> Occurrence:
+        """Convert the nodes of a match to values, and note what the match contains."""
+        inner = {str(node.name) for node in match.nodes if node is not match.root and node not in match.shared}
+        self._inner[match.root.name] = self._inner.get(match.root.name, frozenset()) | inner
+        passage = Passage(match.root, match.passed)
         self._passages.append(passage)
 
-        def asked() -> None:
+        def note_read() -> None:
             passage.asked = True
 
-        return found.mapped(functools.partial(self._shown, root=found.root), asked)
+        return match.mapped(functools.partial(self._to_value, root=match.root), note_read)
 
     def _go_through(self) -> None:
-        """From now on, the graph is one that goes through functions from registries."""
+        """Make the graph one that looks into functions from registries."""
         if THROUGH in self.facts or not takes_functions(self.module):
             return
         if self.own.graph is not None:
             raise SiteError(
-                f"{self.label} looks into functions from registries after it has looked at the forward without them",
+                f"{self.label} calls site.find(…, leaves=False) after it has read the graph without leaves=False",
                 where=self.path,
-                why="the values that it has are of another graph",
+                why="the values that the rule has belong to another graph",
                 fix="pass leaves=False to the first site.find of the rewrite",
             )
         self.facts[THROUGH] = True
 
-    def left_out(self) -> list[str]:
-        """What the rewrite leaves out of its matches without having asked; each kind of operation is told once."""
-        told: list[str] = []
+    def describe_dropped_ops(self) -> list[str]:
+        """Returns warnings for operations that the rewrite drops unread, one for each kind of operation."""
+        texts: list[str] = []
         if self._passages and self.own.graph is not None:
             for kind, text in find_dropped_ops(self._passages, self.own.graph, self.module, self.tape):
                 if kind not in self.facts.setdefault(LEFT_OUT, []):
                     self.facts[LEFT_OUT].append(kind)
-                    told.append(f"{self.label} at {self.path or 'the model itself'}: {text}; read the match's passed")
-        return told
+                    texts.append(f"{self.label} at {self.path or 'the model itself'}: {text}; read the match's passed")
+        return texts
 
     def _check_overlap(self, name: str, new: Any) -> None:
-        """Refuse to replace two matches of which one has the other's result inside, and computes nothing from it."""
+        """Raise `SiteError` if two replaced matches overlap, so that the result of one would be lost."""
         inner = self._inner.get(name, frozenset()) - self.tape.named_in(new)
         both = [other for other, its in self._replaced.items() if other in inner or name in its]
         if both:
             raise SiteError(
                 f"{self.label} replaces matches that overlap: {both[0]} and {name}",
                 where=self.path,
-                why="the result of one is an operation inside of the other, and what is put in its place would be lost",
-                fix="skip matches that have nodes in common",
+                why="the result of one match is an operation inside the other, so its new value would be lost",
+                fix="skip matches that share nodes",
             )
         self._replaced[name] = inner
 
     def at(self, node: fx.Node) -> Tensor:
-        """The value of a node of `graph`: what it is at present, edits of earlier rules included."""
+        """Returns the value of a node of `graph`, with the edits of earlier rules."""
         return self._at(node)
 
     def _at(self, node: fx.Node, read: str = "") -> Tensor:
@@ -169,34 +181,41 @@ class ForwardValues:
         return cast(Tensor, self.tape.value("inside", node.name, read))
 
     def node_of(self, value: Tensor) -> fx.Node:
-        """The node of a value that `find` or `at` gave."""
+        """Returns the node of a value from `find` or `at`. Raises `SiteError` for other values."""
         ref = ref_of(cast(Value, value))
-        found = self._nodes.get(ref.key) if ref.kind in ("inside", "made") else None
-        if found is None:
-            named = {"input": "placeholder", "state": "get_attr"}.get(ref.kind)
-            alike = (n for n in self._nodes.values() if n.op == named and str(n.target).lstrip("*") == ref.key)
-            found = next(alike, None)
-        if found is None:
-            raise SiteError(f"{value!r} is no value inside the forward", where=self.path)
-        return found
+        node = self._nodes.get(ref.key) if ref.kind in ("inside", "made") else None
+        if node is None:
+            op = {"input": "placeholder", "state": "get_attr"}.get(ref.kind)
+            candidates = (n for n in self._nodes.values() if n.op == op and str(n.target).lstrip("*") == ref.key)
+            node = next(candidates, None)
+        if node is None:
+            raise SiteError(f"{value!r} is not a value inside the forward", where=self.path)
+        return node
 
     def base(self, value: Tensor) -> Tensor:
-        """What an operation inside the forward itself gives, before what any rule put in its place."""
+        """Returns the original result of an operation inside the forward, without the edits of any rule."""
         return self._value("made", self.node_of(value).name)
 
     def again(self, value: Tensor, swaps: Mapping[Any, Any]) -> Tensor:
-        """The operation that makes `value` once more, with other operands: pairs of an operand's value or node, and
-        what stands in its place."""
+        """Run the operation that computes `value` once more, with other operands.
+
+        Args:
+            value: A value from `find` or `at`.
+            swaps: Old operand (a value or a node) → new operand.
+
+        Raises:
+            SiteError: `value` is not the result of an operation.
+        """
         node = self.node_of(value)
         others = {old if isinstance(old, fx.Node) else self.node_of(old): new for old, new in swaps.items()}
-        given = [plain(part, lambda n: others.get(n, self.at(n))) for part in (node.args, node.kwargs)]
+        arguments = [plain(part, lambda n: others.get(n, self.at(n))) for part in (node.args, node.kwargs)]
         kinds = {"call_function": "function", "call_method": "method", "call_module": "module"}
         if node.op not in kinds:
-            raise SiteError(f"{value!r} is made by no operation", where=self.path)
-        return cast(Tensor, self.tape.call(kinds[node.op], node.target, *given))
+            raise SiteError(f"{value!r} is not the result of an operation", where=self.path)
+        return cast(Tensor, self.tape.call(kinds[node.op], node.target, *arguments))
 
-    def _shown(self, value: Any, root: fx.Node) -> Any:
-        """A match's nodes as values: its operands are read where the match ends."""
+    def _to_value(self, value: Any, root: fx.Node) -> Any:
+        """Convert a node of a match to a value. Operands are read where the match ends."""
         if isinstance(value, LayerTensor):  # a parameter of a layer that is one operation
             return self._value("state", str(value))
         return plain(value, lambda node: self._at(node, "" if node is root else root.name))

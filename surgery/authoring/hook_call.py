@@ -1,4 +1,4 @@
-"""A rule's own code, run so that what it raises is told with its place."""
+"""Runs a hook of a rule so that its exceptions become errors with the site's path."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ __all__ = ["HookCall"]
 
 
 class HookCall:
-    """A rule's own code at a site: what it raises is told with the rule, the hook and the path."""
+    """A context for a hook of a rule at a site. Exceptions of the hook become a `SiteError` with rule, hook and path."""
 
     __slots__ = ("hook", "path", "rule")
 
@@ -35,5 +35,5 @@ class HookCall:
 
 
 FIXES = {
-    "rewrite": "correct the rule's own code; what takes real tensors or numbers alone goes into site.apply(function)"
+    "rewrite": "correct the rule's own code; code that needs real tensors or numbers goes into site.apply(function)"
 }

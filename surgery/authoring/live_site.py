@@ -1,4 +1,4 @@
-"""`LiveSite`: a site with the rule's tensors in place, for `initialise`, `merged` and what else computes with them."""
+"""`LiveSite`: a site with the rule's tensors, for `initialise`, `merged` and other hooks that compute with them."""
 
 from __future__ import annotations
 
@@ -17,10 +17,25 @@ Tensors = Mapping[str, Tensor]
 
 
 class LiveSite(SiteFacts):
-    """One module with the rule's tensors in place, for `Rule.initialise` and `Rule.merged`.
+    """One module with the rule's tensors, as `Rule.initialise`, `Rule.merged` and other hooks get it.
 
-    `params` holds the adapter's tensors by name; `weight`, `bias` and `tensor(name)` are the module's own, with
-    what was folded in before; `base(name)` is a parameter as it was before any merging; `notes` is for `swapped`.
+    >>> import torch
+    >>> from torch import nn
+    >>> from surgery import Rule, apply_rules, rule
+    >>> @rule("doc-centre")
+    ... class CentreRule(Rule):
+    ...     def initialise(self, site):
+    ...         site.params["centre"].copy_(site.weight.mean(1))
+    ...     def rewrite(self, site):
+    ...         return site.output - site.param("centre", (site.out_features,))
+    >>> model = apply_rules(nn.Linear(3, 2), CentreRule(nn.Linear))
+    >>> torch.equal(model.adapters.default.centre, model.weight.mean(1))
+    True
+
+    Attributes:
+        params: The adapter's tensors at this site, by name.
+        notes: A list of texts for `Rule.swapped`: what was rounded or left out.
+        changed: For `Rule.slotted`: how the rule's initialisation changed the base's parameters, by name.
     """
 
     def __init__(
@@ -28,26 +43,30 @@ class LiveSite(SiteFacts):
     ):
         super().__init__(module, path, adapter)
         self.params = params
-        self.notes: list[str] = []  # what `Rule.swapped` has to tell
-        self.changed: dict[str, Any] = {}  # for `Rule.slotted`: how the rule's start changed the base's parameters
+        self.notes: list[str] = []
+        self.changed: dict[str, Any] = {}
         self._source = source
 
     @property
     def weight(self) -> Tensor:
+        """The module's weight, with the changes that earlier rules folded into it."""
         return self.tensor("weight")
 
     @property
     def bias(self) -> Tensor:
+        """The module's bias, with the changes that earlier rules folded into it."""
         return self.tensor("bias")
 
     def tensor(self, name: str) -> Tensor:
+        """Returns a parameter or buffer by name, with earlier folds. Raises `SiteError` for an unknown name."""
         if find_tensor(self.module, name) is None:
             raise SiteError(f"{type(self.module).__name__} has no tensor {name!r}", where=self.path)
         return self._source(name, False)
 
     def base(self, name: str) -> Tensor:
+        """Returns a parameter as it was before any merge."""
         return self._source(name, True)
 
     def folded(self, name: str) -> bool:
-        """Whether something was folded into a parameter before this rule's turn."""
+        """Whether an earlier rule was folded into a parameter."""
         return self._source(name, False) is not self._source(name, True)

@@ -1,4 +1,4 @@
-"""Where a structure is that a rule looked for in a module's forward in vain: in a child's, or behind a registry."""
+"""Suggests another target for a structure that is not in a module's forward but in a child's or a registry's."""
 
 from __future__ import annotations
 
@@ -22,53 +22,53 @@ __all__ = ["suggest_target"]
 def suggest_target(
     structure: Structure, module: nn.Module, graph: fx.Graph, args: tuple, kwargs: dict[str, Any]
 ) -> str:
-    """What to target instead, as a sentence for an error, or ''.
+    """Returns what to target instead, as a sentence for an error, or ''.
 
-    `graph`: of the module's forward; `args`, `kwargs`: its own arguments in the example. Of sites that are alike, one
-    is looked at. So paths begin at the site.
+    `graph` is the graph of the module's forward; `args` and `kwargs` are its arguments in the example. Sites with the
+    same graph share the answer, so its paths begin at the site.
     """
     known = _known.setdefault(structure, weakref.WeakKeyDictionary()).setdefault(graph, {})
     classes = tuple([type(inner) for inner in module.modules()])
     if classes not in known:
-        known[classes] = _looked_for(structure, module, args, kwargs)
+        known[classes] = _search(structure, module, args, kwargs)
     kind, name, more = known[classes]
     if kind == "child":
         return f"target its {name!r}, a {more}, whose own forward has {structure}"
     whose, target = (f"its {name!r}", "target that module, and ") if name else ("its forward", "")
     call = f"{whose} takes {more} from a registry and calls it as one operation"
     if kind == "within":
-        return f"{call}, which has it: {target}go through it with site.find(…, leaves=False)"
+        return f"{call}, and that function contains it: {target}look into it with site.find(…, leaves=False)"
     if kind == "function":
-        return f"{call}, and it is not in there: {target}put a function around that one with site.around"
+        return f"{call}, and that function does not contain it: {target}put a function around it with site.around"
     return ""
 
 
-# "child", its path, its class; "within", the path of who calls a function from a registry that has it, its name;
-# "function", the same where it does not.
-_Found = tuple[str, str, str]
-_Known = weakref.WeakKeyDictionary[fx.Graph, dict[tuple[type, ...], _Found]]
+# ("child", path, class): a child's forward contains the structure. ("within", path, function): the module at this path
+# calls a function from a registry, which contains the structure. ("function", path, function): it does not contain it.
+_Place = tuple[str, str, str]
+_Known = weakref.WeakKeyDictionary[fx.Graph, dict[tuple[type, ...], _Place]]
 _known: weakref.WeakKeyDictionary[Structure, _Known] = weakref.WeakKeyDictionary()
 
 
-def _looked_for(structure: Structure, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> _Found:
-    functions: list[_Found] = []
-    for name, inner, given in _calls(module, _base_of(module), args, kwargs):
+def _search(structure: Structure, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> _Place:
+    functions: list[_Place] = []
+    for name, inner, arguments in _calls(module, _base_of(module), args, kwargs):
         try:
             with torch.no_grad(), evaluating(inner):
-                graph = trace_for_call(inner, own_forward(inner, _base_of(inner)), *given).graph
+                graph = trace_for_call(inner, own_forward(inner, _base_of(inner)), *arguments).graph
         except SurgeryError:
             continue
         assert graph is not None
         if name and structure.find(as_digraph(graph, inner)):
             return "child", name, type(inner).__name__
         for function in _from_registries(graph):
-            within = _is_within(structure, inner, *given)
+            within = _is_within(structure, inner, *arguments)
             functions.append(("within" if within else "function", name, function))
-    return next((one for one in functions if one[0] == "within"), functions[0] if functions else ("", "", ""))
+    return next((place for place in functions if place[0] == "within"), functions[0] if functions else ("", "", ""))
 
 
 def _is_within(structure: Structure, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> bool:
-    """Whether what the forward takes from registries has it."""
+    """Whether a function that the forward takes from a registry contains the structure."""
     try:
         with torch.no_grad(), evaluating(module):
             graph = trace_for_call(module, own_forward(module, _base_of(module)), args, kwargs, leaves=False).graph
@@ -85,7 +85,7 @@ def _base_of(module: nn.Module) -> Any:
 def _calls(
     module: nn.Module, base: Any, args: tuple, kwargs: dict[str, Any]
 ) -> list[tuple[str, nn.Module, tuple[tuple, dict[str, Any]]]]:
-    """The module and what is in it, as far as its forward calls it, each with the arguments of its first call."""
+    """Returns the module and the modules inside that its forward calls, with the arguments of their first calls."""
     seen: dict[int, tuple[tuple, dict[str, Any]]] = {}
 
     def note(inner: nn.Module, args: tuple, kwargs: Any) -> None:
@@ -107,10 +107,10 @@ def _calls(
 
 
 def _from_registries(graph: fx.Graph) -> list[str]:
-    """The functions that a traced forward takes from registries: they are given the module itself."""
-    found = []
+    """Returns the functions that a traced forward takes from registries: their first argument is the module."""
+    names = []
     for node in graph.nodes:
         first = node.args[0] if node.args else None
         if node.op == "call_function" and isinstance(first, fx.Node) and first.target == "_surgery_self":
-            found.append(getattr(node.target, "__name__", str(node.target)))
-    return found
+            names.append(getattr(node.target, "__name__", str(node.target)))
+    return names

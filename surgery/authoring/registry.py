@@ -1,4 +1,4 @@
-"""Rules by name: the decorator that registers them, those that packages offer, and lists of rules as JSON or YAML."""
+"""The decorator that registers rules by name, and lists of rules as JSON or YAML."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ R = TypeVar("R", bound=Rule)
 
 @dataclass_transform(kw_only_default=True, frozen_default=True, field_specifiers=(dataclasses.field,))
 def rule(name: str, *, version: int = 1):
-    """Make a class a rule: a frozen dataclass, registered under `name` for reading and writing.
+    """Make a class a rule: a frozen dataclass, registered under a name for reading and writing.
 
     >>> from surgery import Rule, rule
     >>> @rule("doc-double", version=2)
@@ -30,24 +30,31 @@ def rule(name: str, *, version: int = 1):
     >>> Rule.from_dict({"rule": "doc-double", "version": 2, "targets": ["query"]})
     DoubleRule(targets=('query',), exclude=(), layers=None, expect=None)
 
-    A package offers its rules to readers through the entry point group `surgery.rules` (`name = "module:Class"`).
-    Raises `RuleError` where another class has the name.
+    Args:
+        name: The name of the rule in files.
+        version: The version of its fields, from 1. Default 1. `Rule.upgrade` converts older versions.
+
+    Raises:
+        RuleError: Another class has the name, or the class is not a subclass of `Rule`.
+
+    Note:
+        A package offers its rules through the entry point group `surgery.rules` (`name = "module:Class"`).
     """
 
     def decorate(cls: type[R]) -> type[R]:
         if not issubclass(cls, Rule):
-            raise RuleError(f"{cls.__qualname__} is no rule", why="it does not subclass Rule", fix="class …(Rule):")
-        made = dataclass(frozen=True, kw_only=True)(cls)
-        made.name, made.version = name, version
-        made.__init__ = _checked(made.__init__, made)
-        register(name, made)
-        return made
+            raise RuleError(f"{cls.__qualname__} is not a rule", why="it does not subclass Rule", fix="class …(Rule):")
+        rule_class = dataclass(frozen=True, kw_only=True)(cls)
+        rule_class.name, rule_class.version = name, version
+        rule_class.__init__ = _check_fields(rule_class.__init__, rule_class)
+        register(name, rule_class)
+        return rule_class
 
     return decorate
 
 
 def rules_to_json(rules: Iterable[Rule]) -> str:
-    """A list of rules as JSON text.
+    """Write rules as JSON text.
 
     >>> from surgery import rules_from_json, rules_to_json
     >>> from surgery.rules import LoraRule
@@ -55,13 +62,25 @@ def rules_to_json(rules: Iterable[Rule]) -> str:
     >>> rules_from_json(rules_to_json(rules)) == rules
     True
 
-    Raises `RuleError` where a rule holds a `Pattern.where`, or a value that is no data.
+    Args:
+        rules: The rules.
+
+    Raises:
+        RuleError: A rule contains a `Pattern.where`, or a value that is not data.
     """
-    return json.dumps([one.to_dict() for one in rules], indent=2)
+    return json.dumps([rule.to_dict() for rule in rules], indent=2)
 
 
 def rules_from_json(text: str) -> list[Rule]:
-    """The rules in JSON text; `RuleError` for anything that is not a list of known rules. See `rules_to_json`."""
+    """Read rules from JSON text that `rules_to_json` wrote.
+
+    >>> from surgery import rules_from_json
+    >>> rules_from_json('[{"rule": "bias", "targets": ["query"]}]')[0].targets
+    ('query',)
+
+    Raises:
+        RuleError: The text is not JSON, or not a list of known rules.
+    """
     if (problem := path_problem(text, "rules_from_json", "JSON")) is not None:
         raise problem
     try:
@@ -72,12 +91,12 @@ def rules_from_json(text: str) -> list[Rule]:
 
 
 def rules_to_yaml(rules: Iterable[Rule]) -> str:
-    """A list of rules as YAML text. Needs PyYAML (extra `yaml`). See `rules_to_json`."""
-    return _yaml().safe_dump([one.to_dict() for one in rules], sort_keys=False)
+    """Write rules as YAML text. Needs PyYAML (extra `yaml`). See `rules_to_json`."""
+    return _yaml().safe_dump([rule.to_dict() for rule in rules], sort_keys=False)
 
 
 def rules_from_yaml(text: str) -> list[Rule]:
-    """The rules in YAML text, read with `safe_load`. Needs PyYAML (extra `yaml`). See `rules_from_json`."""
+    """Read rules from YAML text, with `safe_load`. Needs PyYAML (extra `yaml`). See `rules_from_json`."""
     if (problem := path_problem(text, "rules_from_yaml", "YAML")) is not None:
         raise problem
     yaml = _yaml()
@@ -92,7 +111,7 @@ def _rules(data: Any) -> list[Rule]:
     if not isinstance(data, list):
         why = f"this is a {type(data).__name__}"
         raise RuleError("rules are a list of mappings", why=why, fix="write each rule as - rule: NAME, and its fields")
-    return [Rule.from_dict(one) for one in data]
+    return [Rule.from_dict(item) for item in data]
 
 
 def _yaml() -> Any:
@@ -109,18 +128,18 @@ _PEFT_FIELDS = {
     "layers_to_transform": "layers", "num_virtual_tokens": "length", "adapter_len": "length",
 }  # fmt: skip
 _PEFT_ELSEWHERE = {
-    "modules_to_save": "PEFT's modules_to_save is a rule of its own here: TrainRule(targets)",
-    "trainable_token_indices": "PEFT's trainable_token_indices is a rule of its own: TokensRule(targets, tokens=[…])",
-    "task_type": "no task type is needed here; what PEFT trains with one, a new head, is a TrainRule(targets)",
+    "modules_to_save": "PEFT's modules_to_save is a separate rule here: TrainRule(targets)",
+    "trainable_token_indices": "PEFT's trainable_token_indices is a separate rule: TokensRule(targets, tokens=[…])",
+    "task_type": "a task type is not needed here; to train a new head, add TrainRule(targets)",
 }
 
 
-def _checked(init: Any, cls: type[Rule]) -> Any:
-    """The dataclass's own __init__, with an unknown field told as a RuleError that names near misses."""
+def _check_fields(init: Any, cls: type[Rule]) -> Any:
+    """Wrap the dataclass's `__init__`: an unknown field is a `RuleError` that suggests similar names."""
 
-    def __init__(self: Rule, *args: Any, **given: Any) -> None:
+    def __init__(self: Rule, *args: Any, **values: Any) -> None:
         names = [field.name for field in fields(cls)]
-        for key in given:
+        for key in values:
             if key not in names:
                 peft = _PEFT_FIELDS.get(key)
                 hint = f"PEFT's {key} is {peft} here" if peft in names else _PEFT_ELSEWHERE.get(key)
@@ -130,9 +149,9 @@ def _checked(init: Any, cls: type[Rule]) -> Any:
             raise RuleError(
                 f"{cls.__name__} takes only targets by position", fix=f"name the others: {', '.join(names[1:])}"
             )
-        if args and "targets" in given:
-            raise RuleError(f"{cls.__name__} is given its targets twice")
-        init(self, **({"targets": args[0]} if args else {}), **given)
+        if args and "targets" in values:
+            raise RuleError(f"{cls.__name__} got its targets twice")
+        init(self, **({"targets": args[0]} if args else {}), **values)
 
     __init__.__wrapped__ = init  # type: ignore[attr-defined]
     return __init__

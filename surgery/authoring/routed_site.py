@@ -1,4 +1,4 @@
-"""Several adapters at one site, each for rows of its own: how a rule that is routed as a whole sees them."""
+"""`Member`: one adapter's view of a site while a batch is routed, for `Rule.routed`."""
 
 from __future__ import annotations
 
@@ -15,9 +15,11 @@ __all__ = ["Member"]
 
 
 class Member(Site):
-    """The site as one adapter's rule sees it while a batch is routed: its tensors are its own, the rest is shared.
+    """One adapter's view of a site, as `Rule.routed` gets it. Its tensors are the adapter's; the rest is shared.
 
-    `rows.of(size, device)` gives, at a call, the indices of the adapter's rows in a dimension of this size.
+    Attributes:
+        rule: The adapter's rule.
+        rows: At a call, `rows.of(size, device)` returns the indices of the adapter's rows in a dimension of this size.
     """
 
     def __init__(
@@ -31,6 +33,6 @@ class Member(Site):
         return self._value("rows", self.adapter)
 
     def _value(self, kind: str, key: str) -> Tensor:
-        if kind == "param":  # named by its adapter: the tape is that of all
+        if kind == "param":  # all adapters share the tape, so the name contains the adapter
             kind, key = "state", f"{RESERVED}.{self.adapter}.{key}"
         return super()._value(kind, key)

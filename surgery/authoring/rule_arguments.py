@@ -1,4 +1,4 @@
-"""What callers pass for a model and for its rules: a clear error and its remedy for everything else."""
+"""Checks the arguments that callers pass as a model or as rules, with a clear error and its fix."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _ORDER = "the model is the first argument, the rules are the second: apply_rules
 
 
 def rules_in(rules: Any) -> tuple[tuple[Rule, ...], list[SurgeryError]]:
-    """The rules that a caller passed, one or several; and one problem for each thing that is not a rule.
+    """Returns the rules in a caller's argument, and one problem for each item that is not a rule.
 
     >>> from surgery.authoring.rule_arguments import rules_in
     >>> print(*rules_in("query")[1])
@@ -28,28 +28,28 @@ def rules_in(rules: Any) -> tuple[tuple[Rule, ...], list[SurgeryError]]:
         return (rules,), []
     if rules is None or not isinstance(rules, Iterable) or isinstance(rules, (str, bytes, Mapping, type, nn.Module)):
         return (), [rule_problem(rules)]
-    listed = tuple(rules)
-    if not listed:
-        return (), [RuleError("there are no rules to apply", fix="pass one rule or more: [LoraRule(targets=…)]")]
-    problems = [rule_problem(one) for one in listed if not isinstance(one, Rule)]
-    return tuple(one for one in listed if isinstance(one, Rule)), problems
+    items = tuple(rules)
+    if not items:
+        return (), [RuleError("the list of rules is empty", fix="pass one or more rules: [LoraRule(targets=…)]")]
+    problems = [rule_problem(item) for item in items if not isinstance(item, Rule)]
+    return tuple(item for item in items if isinstance(item, Rule)), problems
 
 
 def rule_problem(value: Any) -> SurgeryError:
-    """Why something is not a rule, and how to get the rule that was meant."""
+    """Returns the error for a value that is not a rule, with a fix for the likely mistake."""
     kind = type(value).__name__
     if value is None:
         return RuleError("None is not a rule", fix="pass one rule or more: [LoraRule(targets=…)]")
     if isinstance(value, type):
         if issubclass(value, Rule):
-            fix = f"make a rule of it: {value.__name__}(targets=…)"
+            fix = f"create a rule: {value.__name__}(targets=…)"
             return RuleError(f"{value.__name__} is a class, not a rule", fix=fix)
         return RuleError(f"{value.__name__} is a class, not a rule", fix="pass a rule: LoraRule(targets=…)")
     if hasattr(value, "peft_type"):
         return RuleError(
             f"{kind} is a configuration of PEFT, not a rule",
             why="PEFT's fields have other names and defaults than a rule's",
-            fix="surgery.peft.get_peft_model(model, config) takes it; as a rule, write LoraRule(targets=…)",
+            fix="call surgery.peft.get_peft_model(model, config); or write a rule: LoraRule(targets=…)",
         )
     if isinstance(value, nn.Module):
         return RuleError(f"{kind} is a module, not a rule", fix=_ORDER)
@@ -58,21 +58,21 @@ def rule_problem(value: Any) -> SurgeryError:
     if isinstance(value, Mapping):
         return RuleError(
             f"{_short(value)} is a mapping, not a rule",
-            fix="Rule.from_dict(data) reads one rule, rules_from_json or rules_from_yaml a list of them",
+            fix="read it: Rule.from_dict(data) reads one rule, rules_from_json or rules_from_yaml a list of rules",
         )
     if isinstance(value, (list, tuple)):
-        return RuleError(f"{_short(value)} is a {kind} inside of the list of rules", fix="pass one flat list of rules")
+        return RuleError(f"{_short(value)} is a {kind} inside the list of rules", fix="pass one flat list of rules")
     return RuleError(f"{_short(value)} is not a rule", why=f"it is a {kind}", fix="pass a rule: LoraRule(targets=…)")
 
 
 def model_problem(value: Any) -> SurgeryError | None:
-    """Why something is not a model, and what to pass; None for a model."""
+    """Returns the error for a value that is not a model; None for a model."""
     if isinstance(value, nn.Module):
         return None
     if isinstance(value, type):
-        fix = f"make a model of it: {value.__name__}(…)"
+        fix = f"create a model: {value.__name__}(…)"
         return SurgeryError(f"{value.__name__} is a class, not a model", fix=fix)
-    if isinstance(value, Rule) or (isinstance(value, (list, tuple)) and any(isinstance(one, Rule) for one in value)):
+    if isinstance(value, Rule) or (isinstance(value, (list, tuple)) and any(isinstance(item, Rule) for item in value)):
         return SurgeryError("the first argument is a rule, not a model", fix=_ORDER)
     fix = "pass a torch.nn.Module"
     if isinstance(value, (str, os.PathLike)):
@@ -81,7 +81,7 @@ def model_problem(value: Any) -> SurgeryError | None:
 
 
 def path_problem(text: Any, reader: str, kind: str) -> SurgeryError | None:
-    """Why `reader` can't read what it was passed for its text, or None: most often a path was passed."""
+    """Returns the error for an argument that `reader` can't read as text, such as a path; None for text."""
     if isinstance(text, os.PathLike) or (isinstance(text, str) and _is_path(text)):
         path = os.fspath(text)
         return RuleError(

@@ -1,4 +1,4 @@
-"""Rule classes by name: those that are imported, and those that installed packages offer."""
+"""Looks up rule classes by name: imported classes, and classes that installed packages offer."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _classes: dict[str, type[Any]] = {}
 
 
 def register(name: str, cls: type[Any]) -> None:
-    """Give a rule class its name. Raises `RuleError` where another class has it."""
+    """Register a rule class under a name. Raises `RuleError` if another class has the name."""
     taken = _classes.get(name)
     if taken is not None and qualified_name(taken) != qualified_name(cls):
         raise RuleError(f"the rule name {name!r} is taken by {qualified_name(taken)}", fix="choose another name")
@@ -22,7 +22,7 @@ def register(name: str, cls: type[Any]) -> None:
 
 
 def registered(name: str) -> type[Any]:
-    """The rule class of a name: one already imported, else the one an installed package offers."""
+    """Returns the rule class of a name. If it is not imported, its installed package is imported first."""
     if name not in _classes:
         for entry in metadata.entry_points(group="surgery.rules", name=name):
             entry.load()
@@ -30,7 +30,7 @@ def registered(name: str) -> type[Any]:
         return _classes[name]
     known = set(_classes) | {entry.name for entry in metadata.entry_points(group="surgery.rules")}
     raise RuleError(
-        f"there is no rule {name!r}",
+        f"{name!r} is not the name of a rule",
         why=near_misses(name, known) or f"known rules: {', '.join(sorted(known))}",
-        fix="import or install the package that brings it",
+        fix="import or install the package that defines it",
     )

@@ -1,4 +1,4 @@
-"""A site as the author of a rule sees it while its rewrite is recorded: values to compute with."""
+"""`Site`: one module as a rule's `rewrite` gets it, with values to compute with."""
 
 from __future__ import annotations
 
@@ -33,13 +33,13 @@ from surgery.tracing.example_call import call
 __all__ = ["ParamSpec", "Site"]
 
 Fill = Callable[[Tensor], Any]
-# How to get a module's own arguments in the example call: (args, kwargs), or None where there is no example.
+# Returns a module's own arguments in the example call as (args, kwargs), or None if the call does not reach it.
 Example = Callable[[], "tuple[tuple, dict[str, Any]] | None"] | None
 
 
 @dataclass(frozen=True)
 class ParamSpec:
-    """A tensor a rule asks for at a site; made only when the plan is carried out."""
+    """A tensor that a rule declares at a site. Applying the plan creates it."""
 
     name: str
     shape: tuple[int, ...]
@@ -47,15 +47,15 @@ class ParamSpec:
     fill: Fill
     trainable: bool
     buffer: bool
-    tied: Tensor | None = None  # sites of a rule at which this is the same tensor have one between them
+    tied: Tensor | None = None  # sites of a rule with the same tensor here share one parameter
 
     def tie(self, rule: Declaration) -> tuple[int, str, int] | None:
-        """What is equal of the sites that share this tensor; None where each has its own."""
+        """Returns a key that is equal for sites that share this tensor; None if it is not shared."""
         return None if self.tied is None else (id(rule), self.name, id(self.tied))
 
 
 class Site(SiteFacts, ForwardValues):
-    """One module while a rule rewrites it: `input`, `output` and parameters are values to compute with.
+    """One module while a rule rewrites it: its inputs, outputs and parameters as values to compute with.
 
     >>> from torch import nn
     >>> from surgery import Rule, apply_rules, rule
@@ -69,8 +69,11 @@ class Site(SiteFacts, ForwardValues):
     Parameter containing:
     tensor([0., 0.], requires_grad=True)
 
-    Values take operators, methods, attributes and torch functions; Python can't branch on them (`SiteError`).
-    `site.module` is the module itself, for its sizes and settings.
+    Values support operators, methods, attributes and torch functions. `site.module` is the module itself, for its sizes
+    and settings.
+
+    Raises:
+        SiteError: Python code branches on a value.
     """
 
     def __init__(
@@ -100,7 +103,7 @@ class Site(SiteFacts, ForwardValues):
 
     @property
     def input(self) -> Tensor:
-        """The first input of the module's forward."""
+        """The first input of the module's forward. `SiteError` if the forward takes no input."""
         names = list(self.own.signature.parameters)
         if not names:
             raise SiteError("the module's forward takes no input", where=self.path)
@@ -113,35 +116,46 @@ class Site(SiteFacts, ForwardValues):
 
     @property
     def output(self) -> Tensor:
-        """What the forward returns at present, edits of earlier rules included."""
+        """The result of the forward, with the edits of earlier rules."""
         return self._value("output", "")
 
     @property
     def base_output(self) -> Tensor:
-        """What the module's own operation returns, before what any rule adds to it."""
+        """The result of the module's own forward, without the edits of any rule."""
         return self._value("base", "")
 
     @property
     def hidden(self) -> Tensor:
-        """The output where it is a tensor, else the first tensor of the tuple, list, mapping or ModelOutput it is.
+        """The output if it is a tensor, else the first tensor in the output's tuple, list, mapping or ModelOutput.
 
-        Which of these it is, is found at each call. A scalar (a loss) is passed over.
+        Each call determines which of these the output is. Scalars, such as a loss, are skipped.
         """
         return self.apply(hidden_of, self.output)
 
     def with_hidden(self, new: Tensor) -> Tensor:
-        """The output with `new` in the place of `hidden`, in its dtype; the rest of a tuple or mapping as it was."""
+        """Returns the output with `new` in place of `hidden`, in the dtype of `hidden`. Other items stay."""
         return self.apply(with_hidden, self.output, new)
 
     def apply(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Tensor:
-        """`function` of these values, run at each call with what they then are: it may look into them and branch.
+        """Call `function` with the real tensors at each call of the site. It may branch on them.
 
-        One node of the graph. It is saved by its name, so a lambda or a function inside another is a `SiteError`.
+        The call is one node of the graph.
+
+        Args:
+            function: A function at the top level of a module: it is saved by its name.
+            *args: Its arguments: values, numbers, or containers of these.
+            **kwargs: Its keyword arguments.
+
+        Returns:
+            The function's result as a value.
+
+        Raises:
+            SiteError: The function can't be imported by name, such as a lambda.
         """
-        self._named(function)
+        self._check_importable(function)
         return cast(Tensor, self.tape.call("function", function, args, kwargs))
 
-    def _named(self, function: Callable[..., Any]) -> None:
+    def _check_importable(self, function: Callable[..., Any]) -> None:
         name = getattr(function, "__qualname__", "")
         if not name or "<" in name:
             raise SiteError(
@@ -152,34 +166,44 @@ class Site(SiteFacts, ForwardValues):
 
     @property
     def this(self) -> nn.Module:
-        """The module that is being called, as a value: of a copied or unpickled model, the copy's own."""
+        """The module that is called, as a value. In a copied or unpickled model it is the copy's module."""
         return cast(nn.Module, self.tape.value("this", ""))
 
     def around(self, function: Callable[..., Any], *values: Any, at: Tensor | None = None) -> None:
-        """Put a function around the one that makes `at`, or each one that the own forward takes from a registry.
+        """Wrap a function inside the forward: the function that computes `at`, or every function from a registry.
 
-        transformers' attentions take theirs from such a registry: sdpa, eager, … At each call `function(*values)` makes
-        what runs in the place of `inner(*args, **kwargs)`, as `made(inner, *args, **kwargs)`. It is saved by its name.
-        `at`: the result of a torch function inside the forward, as `find` gives it. `SiteError` where it is something
-        else, or the forward takes no function from a registry.
+        transformers' attentions take their function (sdpa, eager, …) from such a registry. At each call,
+        `function(*values)` returns a wrapper, and `wrapper(inner, *args, **kwargs)` runs in place of
+        `inner(*args, **kwargs)`.
+
+        Args:
+            function: A function at the top level of a module: it is saved by its name.
+            *values: Its arguments, such as parameters of the rule.
+            at: The result of a torch function inside the forward, from `find`. Default None: every function that
+                the forward takes from a registry.
+
+        Raises:
+            SiteError: `at` is not the result of a function, or the forward takes no function from a registry.
         """
         if at is not None:
             node = self._nodes.get(ref_of(cast(Value, at)).key)
             if node is None or node.op != "call_function":
-                raise SiteError(f"{self.label} puts a function around {at!r}, which no function makes", where=self.path)
+                raise SiteError(
+                    f"{self.label} puts a function around {at!r}, which is not the result of a function", where=self.path
+                )
         elif not takes_functions(self.module):
             raise SiteError(
                 f"{self.label} needs a forward that takes functions from a registry",
                 where=self.path,
-                why=f"{self.base_class.__name__}.forward takes none",
+                why=f"{self.base_class.__name__}.forward does not take any",
                 fix="target attention modules of transformers",
             )
-        self._named(function)
+        self._check_importable(function)
         self.tape.around(function, values, cast(Value, at))
 
     @functools.cached_property
     def example(self) -> tuple[tuple, dict[str, Any]] | None:
-        """Copies of the module's own arguments in the example call, (args, kwargs); None without an example."""
+        """Copies of the module's arguments in the example call, as (args, kwargs); None without an example."""
         if self._example is None:
             return None
         with unwatched(self.tape):
@@ -191,7 +215,7 @@ class Site(SiteFacts, ForwardValues):
         return self._example is not None and self.example is None
 
     def needed_example(self, why: str) -> tuple[tuple, dict[str, Any]]:
-        """`example`, by a rule that can't go without; `SiteError` with this reason where there is none."""
+        """Returns `example`. Raises `SiteError` with this reason if there is no example."""
         if self.unreached:
             fix = "exclude it, or pass an example that uses it"
             raise SiteError(
@@ -204,18 +228,25 @@ class Site(SiteFacts, ForwardValues):
 
     @property
     def owners(self) -> tuple[nn.Module, ...]:
-        """The modules that this one is in, the model first. Known while planning: keep what you read with `fact`."""
+        """The modules that contain this module, the model first.
+
+        They are known only while planning: store what you read from them with `fact`.
+        """
         return self._owners
 
     @property
     def rules(self) -> tuple[Declaration, ...]:
-        """The rules that are on the module already, those of other adapters."""
+        """The rules of other adapters that are already on the module."""
         return self._others()
 
     def fact(self, name: str, find: Callable[[], Any]) -> Any:
-        """What `find()` finds out about the module while planning: plain data, kept with the site and its copies.
+        """Call `find()` once while planning, and store its result with the site.
 
-        A copied or unpickled site records its rules anew, with no model around it and no example: it has its facts.
+        A copied or unpickled site records its rules again without the model and the example, but with its facts.
+
+        Args:
+            name: The name of the fact.
+            find: Returns the fact: plain data.
         """
         if name not in self.facts:
             with unwatched(self.tape):
@@ -224,34 +255,42 @@ class Site(SiteFacts, ForwardValues):
 
     @property
     def mark(self) -> str:
-        """A word for this adapter at this module that no other has, to leave on what outlives a call, such as a cache.
+        """A word that identifies this adapter at this module, to mark objects that outlive a call, such as a cache.
 
-        It is the same after the adapter was renamed, and another for a copy of it.
+        Renaming the adapter keeps the word. A copy of the adapter has another word.
         """
         return self.fact(MARK, lambda: uuid4().hex)
 
     def run(self, module: nn.Module | None = None, /, **inputs: Any) -> Any:
-        """Call the module's own forward, without what rules did to it: in evaluation mode, without gradients, leaving
-        no trace. For `fact`. `module`: another one of the model's, in place of the site's."""
+        """Call a module's own forward in evaluation mode, without rules, gradients or side effects. For `fact`.
+
+        Args:
+            module: Another module of the model. Default None: the site's module.
+            **inputs: The arguments by name.
+        """
         module = self.module if module is None else module
         base = getattr(module, "_surgery_base", type(module))
         with unwatched(self.tape):
             return call(make_view(module, base, {}) if type(module) is not base else module, inputs)
 
     def calls_inside(self, args: tuple, kwargs: Mapping[str, Any]) -> list[tuple[Any, tuple, dict[str, Any]]]:
-        """Run the module's own forward; its calls of functions from registries: (function, args, kwargs)."""
-        with unwatched(self.tape), torch.random.fork_rng():  # planning draws nothing
+        """Run the module's own forward and return its calls of functions from registries: (function, args, kwargs)."""
+        with unwatched(self.tape), torch.random.fork_rng():  # planning must not advance the random state
             return calls_inside(self.module, args, kwargs)
 
     def shape_of(self, name: str) -> tuple[int, ...] | None:
-        """The shape of a tensor that the adapter has here already: in copies, whose rules are recorded anew."""
-        held_here = find_tensor(self.module, f"{RESERVED}.{self.adapter}.{name}")
-        return None if held_here is None else tuple(held_here.shape)
+        """Returns the shape of an existing tensor of the adapter, or None. In copies, rules are recorded again."""
+        tensor = find_tensor(self.module, f"{RESERVED}.{self.adapter}.{name}")
+        return None if tensor is None else tuple(tensor.shape)
 
     def call(self, input: Tensor, **tensors: Tensor | None) -> Tensor:
-        """The module's own operation once more, on another input and with other tensors: `site.call(x, weight=A)`.
+        """Run the module's own operation once more, with another input and other tensors: `site.call(x, weight=A)`.
 
-        All of the module's settings hold (stride, padding, groups, …); a tensor given as None is left out.
+        The module's settings (stride, padding, groups, …) stay.
+
+        Args:
+            input: The first argument of the forward.
+            **tensors: Tensors in place of the module's parameters and buffers; None removes a tensor.
         """
         name = FIRST if hidden_first(self.own.signature) else next(iter(self.own.signature.parameters))
         return cast(Tensor, self.tape.call("own", None, {name: input}, tensors))
@@ -263,7 +302,7 @@ class Site(SiteFacts, ForwardValues):
 
     @property
     def bias(self) -> Tensor:
-        """The bias's value in the graph. `SiteError` where the module has none."""
+        """The bias's value in the graph. `SiteError` if the module does not have a bias."""
         return self.tensor("bias")
 
     @property
@@ -272,7 +311,7 @@ class Site(SiteFacts, ForwardValues):
         return self._value("training", "")
 
     def tensor(self, name: str) -> Tensor:
-        """A parameter or buffer of the module, by name; with dots, one of its children's."""
+        """Returns a parameter or buffer of the module by name. A dotted name leads to a child's tensor."""
         tensor = find_tensor(self.module, name)
         if tensor is None:
             names = [key for key, _ in (*self.module.named_parameters(), *self.module.named_buffers())]
@@ -293,13 +332,33 @@ class Site(SiteFacts, ForwardValues):
         trainable: bool = True,
         tied: Tensor | None = None,
     ) -> Tensor:
-        """A tensor of the adapter, named `<site>.adapters.<adapter>.<name>`: a trained parameter by default.
+        """Declare a parameter of the adapter, named `<site>.adapters.<adapter>.<name>`.
 
-        `value` is its initial tensor, or its shape; then `init` is a number, or a function that fills a tensor in
-        place (`nn.init.xavier_uniform_`). A shape's dtype is the module's, or float32 where that is half precision
-        or quantised (PEFT's autocast_adapter_dtype). It is made on the module's device, when the plan is carried out.
-        Of complex tensors `init` fills the real part, and the imaginary part is zero, as in PEFT.
-        `tied`: sites of this rule that give the same tensor here share one parameter, as modules with tied weights do.
+        >>> from torch import nn
+        >>> from surgery import Rule, apply_rules, rule
+        >>> @rule("doc-scale")
+        ... class ScaleRule(Rule):
+        ...     def rewrite(self, site):
+        ...         return site.output * site.param("scale", (site.out_features,), init=1.0)
+        >>> apply_rules(nn.Linear(3, 2), ScaleRule(nn.Linear)).adapters.default.scale
+        Parameter containing:
+        tensor([1., 1.], requires_grad=True)
+
+        Args:
+            name: A Python identifier.
+            value: The initial tensor, or the shape.
+            init: For a shape: a number, or a function that fills a tensor in place (`nn.init.xavier_uniform_`). It
+                fills the real part of complex tensors, as in PEFT. Default 0.
+            dtype: The dtype. Default None: the initial tensor's dtype; for a shape the module's dtype, or float32 if
+                that is half precision or quantised (PEFT's autocast_adapter_dtype).
+            trainable: Whether the parameter trains. Default True.
+            tied: Sites of this rule with the same tensor here share one parameter. Default None.
+
+        Returns:
+            The parameter as a value. Applying the plan creates it on the module's device.
+
+        Raises:
+            SiteError: The name or the shape is invalid, or the name is in use.
         """
         return self._declare(name, value, init, dtype, trainable, buffer=False, tied=tied)
 
@@ -311,7 +370,7 @@ class Site(SiteFacts, ForwardValues):
         *,
         dtype: torch.dtype | str | None = None,
     ) -> Tensor:
-        """A tensor of the adapter that is saved with it and not trained, such as a running mean; as `param`."""
+        """Declare a tensor of the adapter that is saved and not trained, such as a running mean. See `param`."""
         return self._declare(name, value, init, dtype, False, buffer=True)
 
     def submodule(
@@ -322,24 +381,30 @@ class Site(SiteFacts, ForwardValues):
         trainable: bool | None = None,
         inherit: Mapping[str, Tensor] | None = None,
     ) -> SiteModule:
-        """A module of the adapter's own, to be called with values: `mlp = site.submodule("mlp", make)`.
+        """Declare a module of the adapter and return it for calls with values: `mlp = site.submodule("mlp", make)`.
 
-        `make` makes it (`lambda: nn.Sequential(…)`, a class), so that planning draws no random numbers; or it is a
-        module, which is copied. It is called as itself, whatever its forward does: it may branch, loop and have several
-        inputs and outputs. Its tensors are the adapter's, `<name>_` and their names in the module with `_` for a dot;
-        they start as torch makes them, in the dtype of `param`'s. It computes in that dtype, and what it returns has
-        the dtype of its first input. `trainable`: whether its parameters train; None: as they are made. `inherit`:
-        tensors to start with, by their names in the module, where they have the shape.
+        The module's forward may branch, loop, and have several inputs and outputs. It computes in the dtype of its
+        tensors, and its result has the dtype of its first input.
+
+        Args:
+            name: The prefix of its tensors: a tensor `up.weight` becomes the adapter's `<name>_up_weight`.
+            make: A function or class that creates the module (`lambda: nn.Sequential(…)`), so that planning draws no
+                random numbers; or a module, which is copied.
+            trainable: Whether its parameters train. Default None: as their `requires_grad` says.
+            inherit: Initial tensors by their names in the module. Tensors of another shape are ignored.
         """
         return site_module(self, name, make, trainable, inherit)
 
     def replace(self, old: Tensor, new: Any, *, only: Sequence[Tensor] = ()) -> None:
-        """Put `new` in the place of `old` for everything that used it before this rule: a parameter, an input, a value.
+        """Replace `old` by `new` for everything in the forward that uses it.
 
-        `only`: values inside the forward; then it is replaced as an operand of the operations that make them, and
-        stays what it is for all others.
+        Args:
+            old: A parameter, an input, the output, or a value inside the forward.
+            new: The new value.
+            only: Values inside the forward: only the operations that compute them get `new`. Default: all users.
 
-        Raises `SiteError` where the module's forward would not see another value in a parameter's place.
+        Raises:
+            SiteError: The forward would not see the new value, such as a parameter that its code unpacks.
         """
         ref = ref_of(cast(Value, old))
         if ref.kind == "inside" and not only:
@@ -350,8 +415,8 @@ class Site(SiteFacts, ForwardValues):
             raise SiteError(
                 f"{self.label} replaces {old!r}, which is written in place",
                 where=self.path,
-                why="the forward goes on with another view of the same memory, which would not see the new value",
-                fix="write the new value there: value.copy_(new)",
+                why="the forward continues with another view of the same memory, which would not see the new value",
+                fix="write the new value in place: value.copy_(new)",
             )
         if ref.kind == "state":
             self._check_editable(str(ref.key))
@@ -359,11 +424,11 @@ class Site(SiteFacts, ForwardValues):
     def _value(self, kind: str, key: str) -> Tensor:
         if kind in ("output", "base"):
             self.tape.late = True
-        # To a rule, and to its type checker, a value is used as the tensor it stands for.
+        # Rules and type checkers use a value like the tensor that it represents.
         return cast(Tensor, self.tape.value(kind, key))
 
     def sample(self, ref: Ref) -> Any:
-        """What a value is in the example, or of which shape: for decisions of Python on sizes (`TapeSamples`)."""
+        """Returns a value's tensor in the example, or a meta tensor of its shape, for `TapeSamples`."""
         graph = self.own.graph
         if ref.kind == "state":
             return find_tensor(self.module, str(ref.key))
@@ -377,14 +442,14 @@ class Site(SiteFacts, ForwardValues):
         args, kwargs = self.example
         if ref.kind != "input":
             return self.run(**self.own.signature.bind(*args, **kwargs).arguments)
-        given = self.own.signature.bind(*args, **kwargs)
-        given.apply_defaults()
-        return given.arguments[str(ref.key)]
+        bound = self.own.signature.bind(*args, **kwargs)
+        bound.apply_defaults()
+        return bound.arguments[str(ref.key)]
 
     def _node_at(self, ref: Ref, graph: fx.Graph) -> fx.Node | None:
         if ref.kind in ("output", "base"):
-            found = graph.output_node().args[0]
-            return found if isinstance(found, fx.Node) else None
+            output = graph.output_node().args[0]
+            return output if isinstance(output, fx.Node) else None
         name = ("placeholder", lambda n: str(n.target).lstrip("*")) if ref.kind == "input" else ("", lambda n: n.name)
         return next((n for n in graph.nodes if name[1](n) == ref.key and n.op.startswith(name[0])), None)
 
@@ -394,7 +459,7 @@ class Site(SiteFacts, ForwardValues):
         why = None
         if type(tensor) not in (nn.Parameter, Tensor):
             why = f"its {name} is a {type(tensor).__name__}, which its own code unpacks"
-        elif isinstance(tensor, nn.Parameter) and narrow(tensor) and not _torchs(owner):
+        elif isinstance(tensor, nn.Parameter) and narrow(tensor) and not _runs_torch_forward(owner):
             why = f"its {name} is {tensor.dtype}, which its own code unpacks"
         elif self.own.opaque and (reference := hidden_reference(owner, name.rpartition(".")[2])):
             why = f"its forward uses the tensor through its attribute {reference!r}"
@@ -410,28 +475,28 @@ class Site(SiteFacts, ForwardValues):
     def _declare(
         self, name: str, value: Any, init: Any, dtype: Any, trainable: bool, buffer: bool, tied: Tensor | None = None
     ) -> Tensor:
-        if not name.isidentifier() or hasattr(nn.Module, name) or name in _TAKEN:
+        if not name.isidentifier() or hasattr(nn.Module, name) or name in _RESERVED_NAMES:
             raise SiteError(f"{name!r} can't name a tensor", where=self.path, fix="use a plain identifier")
         if name in self.specs:
-            raise SiteError(f"{self.label} asks for the tensor {name!r} twice", where=self.path)
+            raise SiteError(f"{self.label} declares the tensor {name!r} twice", where=self.path)
         if isinstance(value, Tensor):
-            shape, made = tuple(value.shape), value.dtype
+            shape, tensor_dtype = tuple(value.shape), value.dtype
             source = value.detach()
             fill: Fill = lambda tensor: tensor.copy_(source)  # noqa: E731
         else:
-            shape, made = tuple(int(size) for size in value), self.dtype
+            shape, tensor_dtype = tuple(int(size) for size in value), self.dtype
             fill = filled_by_reals(init) if callable(init) else _constant(float(init))
         if any(size < 0 for size in shape):
             raise SiteError(f"the tensor {name!r} can't have the shape {shape}", where=self.path)
         if dtype is not None:
-            made = getattr(torch, dtype) if isinstance(dtype, str) else dtype
-        trained = trainable and is_number(made)
-        self.specs[name] = ParamSpec(name, shape, made, fill, trained, buffer, tied)
+            tensor_dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype
+        trained = trainable and is_number(tensor_dtype)
+        self.specs[name] = ParamSpec(name, shape, tensor_dtype, fill, trained, buffer, tied)
         return self._value("param", name)
 
 
-def _torchs(module: nn.Module) -> bool:
-    """Whether torch's own forward runs, which takes a parameter as it is."""
+def _runs_torch_forward(module: nn.Module) -> bool:
+    """Whether the module runs a forward of torch, which uses its parameters as they are."""
     base = getattr(type(module), "_surgery_base", type(module))
     return str(getattr(base.forward, "__module__", "")).startswith("torch.")
 
@@ -440,4 +505,4 @@ def _constant(value: float) -> Fill:
     return lambda tensor: tensor.fill_(value)
 
 
-_TAKEN = frozenset(nn.Module().__dict__)
+_RESERVED_NAMES = frozenset(nn.Module().__dict__)

@@ -1,4 +1,4 @@
-"""What is known of a site, whether its rule is being recorded or is live: the module, its path, its sizes."""
+"""`SiteFacts`: the module, path and sizes of a site, shared by `Site` and `LiveSite`."""
 
 from __future__ import annotations
 
@@ -11,21 +11,27 @@ from surgery.errors import SiteError
 
 __all__ = ["LEFT_OUT", "MARK", "THROUGH", "SiteFacts"]
 
-# Names of facts that the engine itself keeps with a site (`Site.fact`).
-MARK = "mark"  # an adapter's own word, which copies of it don't share
-THROUGH = "through"  # a rule looks into functions from registries
-LEFT_OUT = "left out"  # kinds of operations inside its matches that a rule leaves out, and was told of
+# Names of facts that the engine itself stores with a site (`Site.fact`).
+MARK = "mark"  # a word that identifies the adapter; copies of the adapter get another word
+THROUGH = "through"  # whether a rule looks into functions from registries
+LEFT_OUT = "left out"  # kinds of operations that a rule drops from its matches and has been warned about
 
 
 class SiteFacts:
-    """What a rule knows of a site in either form: the module, its path and its sizes."""
+    """The base class of `Site` and `LiveSite`: the module, its path in the model, and its sizes.
+
+    Attributes:
+        module: The module.
+        path: Its dotted path in the model; empty for the model itself.
+        adapter: The name of the adapter.
+    """
 
     def __init__(self, module: nn.Module, path: str, adapter: str):
         self.module, self.path, self.adapter = module, path, adapter
 
     @property
     def base_class(self) -> type[nn.Module]:
-        """The module's own class, whether or not it is rewritten at present."""
+        """The module's own class, also while the module is rewritten."""
         return getattr(self.module, "_surgery_base", type(self.module))
 
     @property
@@ -44,9 +50,9 @@ class SiteFacts:
 
     @property
     def dtype(self) -> torch.dtype:
-        """The dtype of tensors made here by shape: the module's own, or float32 for half and quantised ones.
+        """The default dtype of the adapter's tensors: the module's dtype, or float32 for half and quantised modules.
 
-        Complex for a complex module.
+        A complex module gives a complex dtype.
         """
         own = (tensor for tensor in self.module._parameters.values() if tensor is not None)
         first = next(itertools.chain(own, self.module.parameters()), None)
@@ -54,9 +60,9 @@ class SiteFacts:
 
     def _size(self, *names: str) -> int:
         for name in names:
-            found = getattr(self.module, name, None)
-            if type(found) is int:
-                return found
+            size = getattr(self.module, name, None)
+            if type(size) is int:
+                return size
         shape = getattr(self.module, "normalized_shape", None)
         if shape:
             return int(shape[-1])
@@ -64,10 +70,10 @@ class SiteFacts:
         if weight is not None and weight.dim() == 1:
             return weight.shape[0]
         raise SiteError(
-            f"{type(self.module).__name__} does not say how many features it has",
+            f"the number of features of a {type(self.module).__name__} is unknown",
             where=self.path,
-            why=f"it has none of {', '.join(names)}",
-            fix="take the size from site.module, or target a module that has it",
+            why=f"it does not have any of {', '.join(names)}",
+            fix="take the size from site.module, or target a module with such an attribute",
         )
 
 

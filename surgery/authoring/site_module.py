@@ -1,4 +1,4 @@
-"""A module of the adapter's own in a rewrite: `mlp = site.submodule("mlp", make)`, and then `mlp(site.output)`."""
+"""`SiteModule`: a module of the adapter in a rewrite: `mlp = site.submodule("mlp", make)`, then `mlp(site.output)`."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ Make = Callable[[], nn.Module] | nn.Module
 
 
 class Declaring(Protocol):
-    """What a module's tensors are declared on, and its calls recorded: a `Site`."""
+    """The part of a `Site` that a `SiteModule` uses: it declares tensors and records calls."""
 
     tape: Tape
     specs: dict[str, Any]
@@ -35,9 +35,22 @@ class Declaring(Protocol):
 
 
 class SiteModule:
-    """A module whose tensors are the adapter's, as the author of a rule sees it; called with values.
+    """A module whose tensors belong to the adapter. A rule calls it with values. Made by `Site.submodule`.
 
-    `tensors`: their values by the names that they have in the module.
+    >>> import torch
+    >>> from torch import nn
+    >>> from surgery import Rule, apply_rules, rule
+    >>> @rule("doc-side")
+    ... class SideRule(Rule):
+    ...     def rewrite(self, site):
+    ...         side = site.submodule("side", lambda: nn.Linear(site.in_features, site.out_features))
+    ...         return site.output + side(site.input)
+    >>> model = apply_rules(nn.Linear(3, 2), SideRule(nn.Linear))
+    >>> sorted(name for name, _ in model.adapters.default.named_parameters())
+    ['side_bias', 'side_weight']
+
+    Attributes:
+        tensors: The values of its tensors, by their names in the module.
     """
 
     def __init__(self, site: Declaring, skeleton: Skeleton, tensors: Mapping[str, Tensor]):
@@ -46,7 +59,7 @@ class SiteModule:
         self.tensors = {skeleton.words[word]: value for word, value in tensors.items()}
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """What the module returns for these values, run as itself at each call of the site."""
+        """Call the module with values. It runs as a normal module at each call of the site."""
         return self.called(args, kwargs)
 
     @property
@@ -56,12 +69,12 @@ class SiteModule:
 
     @property
     def floating(self) -> Tensor | None:
-        """The first of its tensors that is floating-point: it computes in the dtype of this one."""
+        """Its first floating-point tensor, whose dtype it computes in; None if it has no such tensor."""
         return self._words[self._skeleton.floating] if self._skeleton.floating is not None else None
 
     @property
     def straight(self) -> bool:
-        """Whether all forwards in it are straight-line code or torch's own: then a recording can't be a wrong one."""
+        """Whether all its forwards are straight-line code or torch's own, so that a recording is always right."""
         kinds = [type(inner) for inner in self._skeleton.module.modules()]
         return all(is_trusted(kind) and not issubclass(kind, nn.Embedding) for kind in kinds)
 
@@ -73,20 +86,25 @@ class SiteModule:
         extra: tuple[Any, ...] = (),
         like: Tensor | None = None,
     ) -> Any:
-        """A call with arguments that are known only at run time: `more` by position, `extra` by name, in mappings.
+        """Call the module with arguments that are known only at run time.
 
-        Of `extra`, what the forward does not take, or what is None, is left out. `like`: what has the dtype of the
-        result where no input is floating-point.
+        Args:
+            args: The positional arguments.
+            kwargs: The keyword arguments.
+            more: A value that is a tuple of further positional arguments.
+            extra: Mappings of further keyword arguments. None and names that the forward does not take are dropped.
+            like: A value whose dtype the result gets if no input is floating-point.
         """
         site = self._site
         further = () if isinstance(more, tuple) and not more and not extra and like is None else (more, extra, like)
-        given = (self._words, site.training, args, dict(kwargs), *further)
-        return site.tape.call("function", self._skeleton, given, {})
+        arguments = (self._words, site.training, args, dict(kwargs), *further)
+        return site.tape.call("function", self._skeleton, arguments, {})
 
     def inlined(self, *args: Any, **kwargs: Any) -> Any:
-        """What the module returns, recorded as the operations of its forward rather than as one call of it.
+        """Call the module and record the operations of its forward, instead of one call.
 
-        Raises `TraceError` with the line that can't be recorded; nothing of it stays recorded then.
+        Raises:
+            TraceError: A line of the forward can't be recorded. The recording is then undone.
         """
         tape = self._site.tape
         before = len(tape.steps)
@@ -96,12 +114,12 @@ class SiteModule:
             self._skeleton.check_unchanged(views)
         except Exception as error:
             del tape.steps[before:]
-            told = error.what if isinstance(error, SurgeryError) else f"{type(error).__name__}: {error}"
+            why = error.what if isinstance(error, SurgeryError) else f"{type(error).__name__}: {error}"
             raise TraceError(
-                f"{self.kind.__name__}.forward can't be held as operations",
+                f"{self.kind.__name__}.forward can't be recorded as operations",
                 where=line_of(error, self.kind.forward),
-                why=f"{told}: {error.why}" if isinstance(error, SurgeryError) and error.why else told,
-                fix="call it as itself",
+                why=f"{why}: {error.why}" if isinstance(error, SurgeryError) and error.why else why,
+                fix="call the module instead of inlining it",
             ) from error
         return output
 
@@ -113,7 +131,7 @@ def site_module(
     trainable: bool | None = None,
     inherit: Mapping[str, Tensor] | None = None,
 ) -> SiteModule:
-    """`Site.submodule`."""
+    """Implements `Site.submodule`."""
     skeleton = skeleton_of(make)
     starts = _Starts(make)
     shapes = named_tensors(skeleton.module)
@@ -122,7 +140,7 @@ def site_module(
         own = (inherit or {}).get(inner)
         tensor.copy_(own if own is not None and own.shape == tensor.shape else starts.of(inner))
 
-    held: dict[str, Tensor] = {}
+    values: dict[str, Tensor] = {}
     for word, inner in skeleton.words.items():
         tensor, start = shapes[inner], functools.partial(fill, inner=inner)
         dtype = site.dtype if tensor.is_floating_point() else tensor.dtype
@@ -132,16 +150,16 @@ def site_module(
         if isinstance(tensor, nn.Parameter):
             trained = tensor.requires_grad if trainable is None else trainable
             trained = trained and (tensor.is_floating_point() or tensor.is_complex())
-            held[word] = site.param(full, tensor.shape, start, dtype=dtype, trainable=trained)
+            values[word] = site.param(full, tensor.shape, start, dtype=dtype, trainable=trained)
         else:
-            held[word] = site.buffer(full, tensor.shape, start, dtype=dtype)
-    return SiteModule(site, skeleton, held)
+            values[word] = site.buffer(full, tensor.shape, start, dtype=dtype)
+    return SiteModule(site, skeleton, values)
 
 
 class _Starts:
-    """The values that tensors start with: each module that is made gives each of its tensors once.
+    """The initial values of tensors. Each created module provides each of its tensors once.
 
-    What is recorded at one site may be used for others like it (`Rule.alike`), which get values of their own.
+    Sites like this one may share its recording (`Rule.alike`), but each site gets its own initial values.
     """
 
     def __init__(self, make: Make):
@@ -149,31 +167,32 @@ class _Starts:
 
     def of(self, name: str) -> Tensor:
         if name not in self._left:
-            self._left = named_tensors(_made(self._make))
+            self._left = named_tensors(_create(self._make))
         return self._left.pop(name)
 
 
 def skeleton_of(make: Make) -> Skeleton:
-    """The skeleton of a module, or of what a factory makes: made on the meta device, without random numbers."""
+    """Returns the skeleton of a module or of a factory's module, created on the meta device without random numbers."""
     if isinstance(make, nn.Module):
         return Skeleton.of(make)
     try:
         with torch.device("meta"):
-            made = _made(make)
+            module = _create(make)
     except SurgeryError:
         raise
-    except Exception:  # it looks at numbers while it is made
+    except Exception:  # its constructor reads numbers
         with torch.random.fork_rng(devices=[]):
-            made = _made(make)
-    return Skeleton.of(made)
+            module = _create(make)
+    return Skeleton.of(module)
 
 
-def _made(make: Make) -> nn.Module:
+def _create(make: Make) -> nn.Module:
     if isinstance(make, nn.Module):
         return make
-    found = cast(Any, make)()
-    if not isinstance(found, nn.Module):
+    module = cast(Any, make)()
+    if not isinstance(module, nn.Module):
         raise RuleError(
-            f"{getattr(make, '__name__', make)} makes a {type(found).__name__}", fix="give what makes an nn.Module"
+            f"{getattr(make, '__name__', make)} returns a {type(module).__name__}",
+            fix="pass a function that returns an nn.Module",
         )
-    return found
+    return module

@@ -278,7 +278,7 @@ def _tensor(step: Step) -> Callable[[str, bool], Tensor]:
 
 def _same_code(step: Step, one: Living) -> bool:
     """Whether the code that runs at a site is what a rule would make there."""
-    if step.rule.differing(one.applied.rule):
+    if step.rule.differing_fields(one.applied.rule):
         return False  # what a field says is saved with the adapter, whether or not it is in the code
     return step.inside or layer_of(one.applied, one.module, one.path, step.own).tape == step.tape
 

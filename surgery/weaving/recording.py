@@ -96,7 +96,7 @@ def recorded(
 
 
 def _recording(site: Site, tape: Tape, specs: Mapping[str, ParamSpec]) -> Recording:
-    return Recording(tape.finished(), tuple(specs.values()), site.own, site.inside, tuple(site.left_out()))
+    return Recording(tape.finished(), tuple(specs.values()), site.own, site.inside, tuple(site.describe_dropped_ops()))
 
 
 def _ran(rule: Rule, site: Site, training: bool) -> tuple[Site, bool]:

@@ -326,7 +326,7 @@ def test_a_rule_or_a_format_from_the_future(tmp_path: Path) -> None:
     settings = json.loads((folder / "rules.json").read_text())
     for change, match in (
         (lambda d: d["rules"][0].update(version=99), "version 99 is newer"),
-        (lambda d: d["rules"][0].update(rule="loraa"), "there is no rule 'loraa'"),
+        (lambda d: d["rules"][0].update(rule="loraa"), "'loraa' is not the name of a rule"),
         (lambda d: d["rules"][0].update(rank="many"), "rank='many'"),
         (lambda d: d["rules"][0].update(extra=1), "no field 'extra'"),
         (lambda d: d.update(version=2), "version 2 of the format"),

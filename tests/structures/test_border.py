@@ -80,7 +80,7 @@ def test_a_softmax_behind_a_registry(bert: Any) -> None:
     function = f"{model.config._attn_implementation}_attention_forward"
     (one, _) = problems(model, SoftRule("attention.self"), inputs)
     eager = model.config._attn_implementation == "eager"
-    way = "which has it: go through it with site.find(…, leaves=False)" if eager else "put a function around that one"
+    way = "contains it: look into it with site.find(…, leaves=False)" if eager else "put a function around it"
     assert one.fix.startswith(f"its forward takes {function} from a registry") and way in one.fix
     (one, _) = problems(model, SoftRule("re:.*encoder\\.layer\\.\\d+"), inputs)
     assert one.fix.startswith(f"its 'attention.self' takes {function} from a registry")
