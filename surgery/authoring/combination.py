@@ -20,7 +20,9 @@ Method = Literal[
     "magnitude_prune", "magnitude_prune_svd",
 ]  # fmt: skip
 METHODS: tuple[str, ...] = get_args(Method)
-_START = frozenset(("targets", "exclude", "layers", "expect", "init", "dropout"))  # fields without influence on the computation
+_START = frozenset(
+    ("targets", "exclude", "layers", "expect", "init", "dropout")
+)  # fields without influence on the computation
 
 
 @dataclass(frozen=True, eq=False)

@@ -12,7 +12,7 @@ __all__ = ["HookCall"]
 
 
 class HookCall:
-    """A context for a hook of a rule at a site. Exceptions of the hook become a `SiteError` with rule, hook and path."""
+    """A context for a rule's hook at a site. Its exceptions become a `SiteError` with rule, hook and path."""
 
     __slots__ = ("hook", "path", "rule")
 

@@ -189,7 +189,8 @@ class Site(SiteFacts, ForwardValues):
             node = self._nodes.get(ref_of(cast(Value, at)).key)
             if node is None or node.op != "call_function":
                 raise SiteError(
-                    f"{self.label} puts a function around {at!r}, which is not the result of a function", where=self.path
+                    f"{self.label} puts a function around {at!r}, which is not the result of a function",
+                    where=self.path,
                 )
         elif not takes_functions(self.module):
             raise SiteError(

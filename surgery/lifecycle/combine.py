@@ -14,7 +14,7 @@ from surgery.arithmetic.complex_numbers import is_number
 from surgery.arithmetic.sharded_tensors import sharding_of
 from surgery.authoring.combination import Combination, Method, Share, joint_dtype
 from surgery.authoring.equal_rules import ByRule
-from surgery.authoring.hook_call import running
+from surgery.authoring.hook_call import HookCall
 from surgery.authoring.live_site import LiveSite
 from surgery.authoring.rule import Rule
 from surgery.authoring.site_facts import MARK
@@ -161,7 +161,7 @@ class _Kind:
             try:
                 for share in shares:
                     _check_finite(share)
-                with running(shares[0].rule, "combined", at.path):
+                with HookCall(shares[0].rule, "combined", at.path):
                     at.rule, at.tensors = cast(Rule, shares[0].rule).combined(shares, how)
             except SurgeryError as error:
                 if (error.what, error.why) not in reported:  # many sites with the same error: the first
@@ -316,6 +316,6 @@ def _sites(tree: Tree, rule: Rule) -> set[int]:
         return set()
     inner = set[int]()
     for match in matched:
-        with running(rule, "expand", match.path):
+        with HookCall(rule, "expand", match.path):
             inner.update(id(module) for _, module in rule.expand(match.module, match.path))
     return inner

@@ -7,11 +7,11 @@ from collections.abc import Mapping
 from torch import Tensor, nn
 
 from surgery.authoring.equal_rules import ByRule
-from surgery.authoring.hook_call import running
+from surgery.authoring.hook_call import HookCall
 from surgery.authoring.live_site import LiveSite
 from surgery.authoring.rule import Rule
 from surgery.errors import RuleError
-from surgery.forward.parameter_view import held
+from surgery.forward.parameter_view import find_tensor
 from surgery.model_record.state_dict import given_tensors
 from surgery.model_record.verb_root import rewritten
 from surgery.patterns.module_walk import RESERVED
@@ -62,7 +62,7 @@ def folded_adapter(
         site_tensors = dict(tensors_of(module, adapter, path, state_dict))
         for applied in at.get(id(module), ()):
             live = LiveSite(module, path, adapter, site_tensors, lambda name, _, module=module: _tensor(module, name))
-            with running(applied.rule, "folded", path):
+            with HookCall(applied.rule, "folded", path):
                 rule, kept = applied.rule.folded(live)
             if plainer.get(applied.rule, lambda rule=rule: rule) != rule:
                 raise RuleError(f"{applied.rule.label}.folded gives different rules at different sites", where=path)
@@ -73,6 +73,6 @@ def folded_adapter(
 
 
 def _tensor(module: nn.Module, name: str) -> Tensor:
-    tensor = held(module, name)
+    tensor = find_tensor(module, name)
     assert tensor is not None, name
     return tensor

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from surgery.authoring.hook_call import running
+from surgery.authoring.hook_call import HookCall
 from surgery.authoring.live_site import LiveSite
 from surgery.errors import SiteError
 from surgery.forward.own_forward import own_forward
@@ -41,7 +41,7 @@ def start(module: nn.Module, box: nn.Module) -> None:
             facts=rule_record.facts,
         )
         live = LiveSite(module, site.path, rule_record.adapter, tensors, lambda name, _: tensor_at(module, name))
-        with torch.no_grad(), running(rule_record.rule, "initialise", site.path):
+        with torch.no_grad(), HookCall(rule_record.rule, "initialise", site.path):
             for spec in recording.specs:
                 spec.fill(tensors[spec.name])
             changes = rule_record.rule.initialise(live)

@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import fx
 
-from surgery.forward.own_forward import Own
+from surgery.forward.own_forward import OwnForward
 from surgery.forward.tape import Ref, Tape
 from surgery.tracing.fx_args import plain
 from surgery.weaving.own_calls import call_opaque
@@ -17,11 +17,11 @@ from surgery.weaving.terms import Term, terms_in
 __all__ = ["begin_at_output", "begin_forward"]
 
 
-def begin_forward(own: Own, training: bool) -> TermGraph:
+def begin_forward(own: OwnForward, training: bool) -> TermGraph:
     """The terms of the own forward."""
     graph = TermGraph(own, training)
-    if own.held is not None:
-        _note_effects(graph, _add_operations(graph, own.held))
+    if own.graph is not None:
+        _note_effects(graph, _add_operations(graph, own.graph))
     elif own.tapes is None:
         graph.call = call_opaque(graph, {}, {})
         graph.now[Ref("output", "")] = graph.call
@@ -38,7 +38,7 @@ def _play_base(graph: TermGraph, tape: Tape) -> list[Term]:
     return made
 
 
-def begin_at_output(own: Own, training: bool) -> TermGraph:
+def begin_at_output(own: OwnForward, training: bool) -> TermGraph:
     """The terms of a forward that gets the own forward's output as an input."""
     graph = TermGraph(own, training)
     graph.now[Ref("output", "")] = graph.now[Ref("base", "")] = graph.before(OUTPUT)

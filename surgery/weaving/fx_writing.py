@@ -42,7 +42,7 @@ def _write_inputs(terms: TermGraph, graph: fx.Graph) -> None:
     for name in (ROWS, OUTPUT, KEPT):
         if name in inputs:
             inputs[name].node = graph.placeholder(name)
-        elif name == KEPT and terms.own.held is not None:
+        elif name == KEPT and terms.own.graph is not None:
             graph.placeholder(name)
     for name, parameter in terms.own.signature.parameters.items():
         starred = {parameter.VAR_POSITIONAL: "*", parameter.VAR_KEYWORD: "**"}.get(parameter.kind, "")

@@ -97,7 +97,7 @@ def play(graph: TermGraph, tape: Tape, adapter: str, origin: str, weight: float 
             ops[index] = repeat_own(graph, args, kwargs, origin)
         else:
             op, target, args = node_of(step, args)
-            if target is check_decision and graph.own.held is not None:
+            if target is check_decision and graph.own.graph is not None:
                 target, args = decide, (*args, False)
             elif step.region is not None:
                 op, target = "call_function", Inside(step.region, target)
@@ -114,8 +114,8 @@ def play(graph: TermGraph, tape: Tape, adapter: str, origin: str, weight: float 
 def _put_around(graph: TermGraph, made: Term, at: Term | None) -> None:
     if at is not None:
         _wrap(graph, at, made)
-    elif graph.own.held is not None:
-        if any("registry" in node.meta for node in graph.own.held.nodes):
+    elif graph.own.graph is not None:
+        if any("registry" in node.meta for node in graph.own.graph.nodes):
             raise SiteError(
                 f"{made.origin} can't put a function around those that the forward takes from registries",
                 why="another rule goes through them (site.find with leaves=False): there is no call to be around",
@@ -203,7 +203,7 @@ def _weighted(graph: TermGraph, old: Any, new: Any, weight: float) -> Any:
 
 def _in_dtype_of(graph: TermGraph, name: str, new: Any, old: Term) -> Any:
     """A value inside a forward keeps its dtype, whatever precision an adapter computes in: code may go by it."""
-    node = next(node for node in graph.own.held.nodes if node.name == name) if graph.own.held is not None else None
+    node = next(node for node in graph.own.graph.nodes if node.name == name) if graph.own.graph is not None else None
     if node is not None and node.target is in_region and node.args[0][2] is False and isinstance(new, Term):
         new = graph.term("call_function", detached, (new,), origin=new.origin or old.origin)  # under torch.no_grad
     dtype = node.meta.get("dtype") if node is not None else None

@@ -5,7 +5,7 @@ from __future__ import annotations
 import operator
 from typing import Any
 
-from surgery.forward.own_forward import Own
+from surgery.forward.own_forward import OwnForward
 from surgery.forward.tape import Ref
 from surgery.forward.unnamed_inputs import FIRST, first_given, first_names, hidden_first, starred_of, with_first
 from surgery.weaving.line_places import END, START, Place
@@ -20,7 +20,7 @@ ROWS, OUTPUT, KEPT = "_surgery_rows", "_surgery_output", "_surgery_kept"
 class TermGraph:
     """The terms of one forward in training or evaluation mode; it begins with the inputs of the forward."""
 
-    def __init__(self, own: Own, training: bool):
+    def __init__(self, own: OwnForward, training: bool):
         self.own = own
         self.training = training
         self.now: dict[Ref, Any] = {}  # what stands for a value at present: a term, or a structure of terms

@@ -17,7 +17,7 @@ from typing import Any
 
 from torch import fx, nn
 
-from surgery.forward.own_forward import Own, recorded_own
+from surgery.forward.own_forward import OwnForward, record_own
 from surgery.forward.tape import Layer
 from surgery.weaving.base_terms import begin_at_output, begin_forward
 from surgery.weaving.fx_writing import write_graph
@@ -29,7 +29,7 @@ from surgery.weaving.term_graph import TermGraph
 __all__ = ["trace_site", "woven", "woven_edit", "woven_held"]
 
 
-def woven(own: Own, layers: Sequence[Layer], training: bool, lowered: bool = True) -> fx.Graph:
+def woven(own: OwnForward, layers: Sequence[Layer], training: bool, lowered: bool = True) -> fx.Graph:
     """The graph of the site's forward with the layers' edits, in training or evaluation mode.
 
     `lowered=False` keeps the rules' own form, without the fast forms of `surgery.weaving.lowering`. Raises `SiteError`
@@ -43,7 +43,7 @@ def woven(own: Own, layers: Sequence[Layer], training: bool, lowered: bool = Tru
     return graph
 
 
-def woven_held(own: Own, layers: Sequence[Layer]) -> tuple[fx.Graph, dict[str, Any]]:
+def woven_held(own: OwnForward, layers: Sequence[Layer]) -> tuple[fx.Graph, dict[str, Any]]:
     """The graph of a forward that is held as operations, with the layers' edits inside it; and the functions it keeps.
 
     Its first input, before the forward's own, is the mapping of what the graph keeps.
@@ -54,7 +54,7 @@ def woven_held(own: Own, layers: Sequence[Layer]) -> tuple[fx.Graph, dict[str, A
     return graph, terms.kept
 
 
-def woven_edit(own: Own, layers: Sequence[Layer], training: bool) -> fx.Graph:
+def woven_edit(own: OwnForward, layers: Sequence[Layer], training: bool) -> fx.Graph:
     """What the layers make of a site's output, as a graph of its own; its first input, before the forward's, is that
     output."""
     return write_graph(_terms_with(begin_at_output(own, training), layers))
@@ -82,5 +82,5 @@ def trace_site(module: nn.Module) -> fx.GraphModule:
     The graph is of the module's present mode, training or evaluation; arguments that have a default are fixed to
     it. Raises `TraceError` with the file, line and text of the construct that can't be held in a graph.
     """
-    own = recorded_own(module)
+    own = record_own(module)
     return fx.GraphModule(module, woven(own, [], module.training), own.base.__name__)

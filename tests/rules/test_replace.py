@@ -274,7 +274,7 @@ def test_a_forward_that_remembers_is_refused() -> None:
 def test_what_must_be_recorded_names_the_line() -> None:
     plan = plan_rules(host(), ReplaceRule("inner", by=foreign.Looking, kwargs={"size": 4}, opaque=False))
     told = str(plan.problems[0])
-    assert "Looking.forward can't be held as operations" in told
+    assert "Looking.forward can't be recorded as operations" in told
     assert "foreign.py:" in told and "self.up(x) if x.sum() > 0 else self.down(x)" in told
 
 

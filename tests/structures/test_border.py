@@ -160,7 +160,7 @@ def test_many_sites_are_looked_at_once_and_told_together(bert: Any, monkeypatch:
     model, inputs = bert
     looked: list[int] = []
     before = border._looked_for
-    monkeypatch.setattr(border, "_looked_for", lambda *given: looked.append(1) or before(*given))
+    monkeypatch.setattr(border, "_search", lambda *given: looked.append(1) or before(*given))
     border._known.clear()
     with pytest.raises(PlanError) as caught:
         apply_rules(model, SoftRule("attention.self"), example_inputs=inputs)

@@ -283,9 +283,7 @@ def test_the_error_says_where_a_structure_is() -> None:
     fix = str(plan_rules(model, WithoutRule("attention.self"), example_inputs=inputs).problems[0].fix)
     assert fix.endswith("as one operation, and that function contains it: look into it with site.find(…, leaves=False)")
     fix = str(plan_rules(model, WithoutRule("encoder.layer.0"), example_inputs=inputs).problems[0].fix)
-    assert (
-        "its 'attention.self' takes eager_attention_forward" in fix and "target that module, and look into it" in fix
-    )
+    assert "its 'attention.self' takes eager_attention_forward" in fix and "target that module, and look into it" in fix
 
 
 # What is passed over ----------------------------------------------------------------------------------------------
