@@ -159,7 +159,7 @@ def test_many_sites_are_looked_at_once_and_told_together(bert: Any, monkeypatch:
 
     model, inputs = bert
     looked: list[int] = []
-    before = border._looked_for
+    before = border._search
     monkeypatch.setattr(border, "_search", lambda *given: looked.append(1) or before(*given))
     border._known.clear()
     with pytest.raises(PlanError) as caught:
