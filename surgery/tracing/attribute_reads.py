@@ -7,6 +7,7 @@ KV cache holds where it is read. What it writes to objects that it was given is 
 from __future__ import annotations
 
 import copy
+import operator
 import types
 from typing import Any, NoReturn
 
@@ -17,17 +18,18 @@ from surgery.errors import TraceError
 from surgery.forward.parameter_view import make_view
 from surgery.tracing.guards import setting_of
 from surgery.tracing.provenance import Ledger
-from surgery.tracing.proxies import Recorded, is_setting, viewing
-from surgery.tracing.tracked_numbers import Number
+from surgery.tracing.proxies import Listener, Recorded, RecordedList, is_setting, viewing
+from surgery.tracing.tracked_numbers import Number, Real
 
 __all__ = ["Reader"]
 
 
-class Reader(Ledger):
-    """A ledger that also knows what was read from modules and objects."""
+class Reader:
+    """What the forward gets to see: views of modules, recorded objects, and values of nodes. `listener`: what views and
+    recorded objects report to."""
 
-    def __init__(self, module: nn.Module):
-        super().__init__(module)
+    def __init__(self, ledger: Ledger, listener: Listener):
+        self.ledger, self.listener = ledger, listener
         self.views: dict[int, nn.Module] = {}
         self.states: list[tuple[nn.Module, dict[str, Any]]] = []
         self.settings: dict[tuple[Any, ...], Any] = {}  # what was read from the module and is no tensor
@@ -46,7 +48,7 @@ class Reader(Ledger):
             base = getattr(shown, "_surgery_base", type(shown))
             found = self.views[id(module)] = make_view(shown, viewing(base), {})
             held: dict[str, Any] = object.__getattribute__(found, "__dict__")
-            held["_surgery_real"], held["_surgery_recorder"] = module, self
+            held["_surgery_real"], held["_surgery_recorder"] = module, self.listener
             held["_modules"] = {
                 name: child and self.view_of(child)
                 for name, child in shown._modules.items()
@@ -59,7 +61,7 @@ class Reader(Ledger):
         for found, before in self.states:
             now = object.__getattribute__(found, "__dict__")
             if now.keys() != before.keys() or any(now[key] is not before[key] for key in before):
-                raise TraceError(f"the forward changes the state of {self.path_of(found) or 'the module'}")
+                raise TraceError(f"the forward changes the state of {self.ledger.path_of(found) or 'the module'}")
         for path, (now, before) in self.lists.items():
             if [*map(id, now)] != [*map(id, before)]:
                 self.refuse_change(path)
@@ -70,7 +72,7 @@ class Reader(Ledger):
         """Lists and dicts of plain values become what they were when they were read; one that was not so."""
         changed = None
         for path, before in self.settings.items():
-            if isinstance(before, _CHANGEABLE) and (now := setting_of(self.module, path)) != before:
+            if isinstance(before, _CHANGEABLE) and (now := setting_of(self.ledger.module, path)) != before:
                 changed = path
                 now.clear()
                 now.extend(before) if isinstance(now, list) else now.update(before)
@@ -84,18 +86,20 @@ class Reader(Ledger):
 
     def attribute(self, owner: nn.Module, name: str, value: Any) -> Any:
         """A setting of a module, as the forward reads it."""
-        path = self.path_of(owner)
+        path = self.ledger.path_of(owner)
         where = (*path.split("."), name) if path else (name,)
         target = ".".join(where)
         if is_setting(value):
             self.settings.setdefault(where, copy.copy(value))
             return value
         if isinstance(value, int):
-            node = self.graph.get_attr(target)
-            self.values[node] = value
-            return Number(self, value, node)
+            node = self.ledger.graph.get_attr(target)
+            self.ledger.values[node] = value
+            return Number(self.ledger, value, node)
         if isinstance(value, Tensor):
-            return value if id(value) in self.known else self.register(value, lambda: self.graph.get_attr(target))
+            if id(value) in self.ledger.known:
+                return value
+            return self.ledger.register(value, lambda: self.ledger.graph.get_attr(target))
         if isinstance(value, nn.Module):
             return self.view_of(value)
         if type(value) is tuple:
@@ -107,15 +111,15 @@ class Reader(Ledger):
             return self.lists[where][0]
         if isinstance(value, (type, types.FunctionType, types.BuiltinFunctionType, types.MethodType)):
             return value
-        if id(value) not in self.known:
-            self.register(value, self.recorded(value, self.graph.get_attr(target), where))
-        return self.known[id(value)][1]
+        if id(value) not in self.ledger.known:
+            self.ledger.register(value, self.recorded(value, self.ledger.graph.get_attr(target), where))
+        return self.ledger.known[id(value)][1]
 
     def listed(self, item: Any, target: str, index: int) -> Any:
         if isinstance(item, nn.Module):
             return self.view_of(item)
-        if isinstance(item, Tensor) and id(item) not in self.tensors and id(item) not in self.known:
-            return self.register(item, self.lazy(lambda: self.graph.get_attr(target), index))
+        if isinstance(item, Tensor) and id(item) not in self.ledger.tensors and id(item) not in self.ledger.known:
+            return self.ledger.register(item, self.ledger.lazy(lambda: self.ledger.graph.get_attr(target), index))
         return item
 
     # Objects ------------------------------------------------------------------------------------------------
@@ -126,9 +130,9 @@ class Reader(Ledger):
         if settled is not None and is_setting(value):
             self.settings.setdefault(settled, copy.copy(value))
             return value
-        node = self.graph.call_function(function, (owner._node, self.node(key)))
+        node = self.ledger.graph.call_function(function, (owner._node, self.ledger.node(key)))
         if settled is not None and isinstance(value, int):
-            self.values[node] = value
+            self.ledger.values[node] = value
         if settled is not None and not isinstance(value, (Tensor, int, nn.Module)):
             return self.recorded(value, node, settled)
         return self.foreign(value, node)
@@ -137,9 +141,9 @@ class Reader(Ledger):
         """What an object of the user's holds or gives. Python may decide on what it is, so that is checked."""
         compared = is_setting(value) and not isinstance(value, (bool, str, type(None), *_CHANGEABLE))
         if compared:
-            self.guard(node, value)
+            self.ledger.guard(node, value)
         elif isinstance(value, bool) or not isinstance(value, int):
-            self.guard_parts(value, node)
+            self.ledger.guard_parts(value, node)
         return value if compared else self.part(value, node)
 
     def part(self, value: Any, node: Any) -> Any:
@@ -147,9 +151,47 @@ class Reader(Ledger):
         if isinstance(value, _CHANGEABLE):
             return self.recorded(value, node)
         if isinstance(value, tuple) and not isinstance(value, torch.Size):
-            items = [self.part(item, self.lazy(node, index)) for index, item in enumerate(value)]
+            items = [self.part(item, self.ledger.lazy(node, index)) for index, item in enumerate(value)]
             return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
         return self.wrap(value, node)
+
+    # Nodes → values -----------------------------------------------------------------------------------------
+
+    def wrap(self, value: Any, node: Any) -> Any:
+        """What a node gave (or what `node()` would make a node for), as the forward goes on with it."""
+        if isinstance(value, Tensor):
+            known = self.ledger.known.get(id(value))
+            if known is not None and known[1] is node:  # written to in place
+                return value
+            if known is not None or id(value) in self.ledger.tensors:  # a layer that gave its input back
+                with self.ledger.paused():
+                    value = torch.ops.aten.alias.default(value)
+            return self.ledger.register(value, node)
+        if value is None or isinstance(value, (bool, str, torch.dtype, torch.device)):
+            return value
+        if isinstance(value, (int, float)):
+            tracked: Any = Number if isinstance(value, int) else Real
+            return tracked(self.ledger, value, self.ledger.resolve(node))
+        if isinstance(value, torch.Size):
+            owner, ledger = self.ledger.resolve(node), self.ledger
+            nodes = [ledger.one_node(operator.getitem, (owner, index)) for index in range(len(value))]
+            return torch.Size([Number(ledger, size, at) for size, at in zip(value, nodes, strict=True)])  # type: ignore[misc]
+        if isinstance(value, tuple) or type(value) is list:
+            items = [self.wrap(item, self.ledger.lazy(node, index)) for index, item in enumerate(value)]
+            return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
+        if isinstance(value, dict):
+            wrapped = copy.copy(value)
+            for key, item in value.items():
+                wrapped[key] = self.wrap(item, self.ledger.lazy(node, key))
+            return wrapped
+        if isinstance(value, nn.Module):
+            return self.view_of(value)
+        return value if is_setting(value) else self.recorded(value, node)
+
+    def recorded(self, value: Any, node: Any, settled: tuple[Any, ...] | None = None) -> Any:
+        """An object as the forward sees it, whose own state is that of the real one."""
+        kind = RecordedList if isinstance(value, list) else Recorded
+        return kind(self.listener, self.ledger.resolve(node), value, settled)
 
 
 _CHANGEABLE = (list, dict, set)

@@ -28,8 +28,6 @@ __all__ = ["Ledger"]
 class Ledger:
     """The graph being written, and what each value of the call is in it."""
 
-    view_of: Callable[[nn.Module], nn.Module]  # of `Reader`
-
     def __init__(self, module: nn.Module):
         self.module = module
         self.graph = fx.Graph()
@@ -44,6 +42,7 @@ class Ledger:
         self.activations: set[fx.Node] = set()  # nodes that hold activations, parameters or random draws
         self.shared: dict[int, fx.Node] = {}  # tensors whose memory an operation wrote to through another one
         self.by_content: set[fx.Node] = set()  # nodes whose sizes depend on the content of tensors
+        self.without_gradients: set[fx.Node] = set()  # nodes that ran in a torch.no_grad of the forward's own
 
     @contextmanager
     def paused(self) -> Iterator[None]:
@@ -100,6 +99,8 @@ class Ledger:
                 node.meta["shape"], node.meta["dtype"] = tuple(tensor.shape), tensor.dtype
         if tensor.is_floating_point() and (node.op in _GIVEN or node.target in (getattr, operator.getitem)):
             self.activations.add(node)
+        if tensor.requires_grad and node in self.without_gradients:
+            raise TraceError("the forward calls an autograd function of its own, whose backward a graph would lose")
         return node
 
     def path_of(self, module: nn.Module) -> str:
@@ -235,42 +236,6 @@ class Ledger:
     def register(self, value: Any, node: Any) -> Any:
         self.known[id(value)] = (value, node)
         return value
-
-    def wrap(self, value: Any, node: Any) -> Any:
-        """What a node gave (or what `node()` would make a node for), as the forward goes on with it."""
-        if isinstance(value, Tensor):
-            known = self.known.get(id(value))
-            if known is not None and known[1] is node:  # written to in place
-                return value
-            if known is not None or id(value) in self.tensors:  # a layer that gave its input back
-                with self.paused():
-                    value = torch.ops.aten.alias.default(value)
-            return self.register(value, node)
-        if value is None or isinstance(value, (bool, str, torch.dtype, torch.device)):
-            return value
-        if isinstance(value, (int, float)):
-            tracked: Any = Number if isinstance(value, int) else Real
-            return tracked(self, value, self.resolve(node))
-        if isinstance(value, torch.Size):
-            owner = self.resolve(node)
-            sizes = [Number(self, size, self.one_node(operator.getitem, (owner, i))) for i, size in enumerate(value)]
-            return torch.Size(sizes)  # type: ignore[arg-type]
-        if isinstance(value, tuple) or type(value) is list:
-            items = [self.wrap(item, self.lazy(node, index)) for index, item in enumerate(value)]
-            return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
-        if isinstance(value, dict):
-            wrapped = copy.copy(value)
-            for key, item in value.items():
-                wrapped[key] = self.wrap(item, self.lazy(node, key))
-            return wrapped
-        if isinstance(value, nn.Module):
-            return self.view_of(value)
-        return value if is_setting(value) else self.recorded(value, node)
-
-    def recorded(self, value: Any, node: Any, settled: tuple[Any, ...] | None = None) -> Any:
-        """An object as the forward sees it, whose own state is that of the real one."""
-        kind = RecordedList if isinstance(value, list) else Recorded
-        return kind(self, self.resolve(node), value, settled)
 
     def lazy(self, node: Any, key: Any) -> Callable[[], fx.Node]:
         return lambda: self.graph.call_function(operator.getitem, (self.resolve(node), key))

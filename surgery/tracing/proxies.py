@@ -12,13 +12,30 @@ import functools
 import operator
 import types
 from collections.abc import Callable
-from typing import Any
+from contextlib import AbstractContextManager
+from typing import Any, Protocol
 
 from torch import Tensor, nn
 
 from surgery.errors import TraceError
 
-__all__ = ["Recorded", "RecordedList", "call_object", "is_setting", "viewing"]
+__all__ = ["Listener", "Recorded", "RecordedList", "call_object", "is_setting", "viewing"]
+
+
+class Listener(Protocol):
+    """What views and recorded objects report to: each thing that the forward does with them."""
+
+    def paused(self) -> AbstractContextManager[None]: ...
+    def real(self, value: Any) -> Any: ...
+    def decided(self, function: Any, args: tuple) -> Any: ...
+    def path_of(self, module: nn.Module) -> str: ...
+    def attribute(self, owner: nn.Module, name: str, value: Any) -> Any: ...
+    def item(self, owner: Any, function: Any, key: Any, value: Any) -> Any: ...
+    def effect(self, function: Any, args: tuple) -> None: ...
+    def call_module(self, child: nn.Module, args: tuple, kwargs: dict) -> Any: ...
+    def call_object(self, owner: Any, args: tuple, kwargs: dict) -> Any: ...
+    def call_method(self, owner: Any, name: str, /, *args: Any, **kwargs: Any) -> Any: ...
+
 
 _SETTINGS = (bool, str, float, type(None), bytes)
 
@@ -46,9 +63,9 @@ def viewing(cls: type[nn.Module]) -> type[nn.Module]:
         return state["_surgery_recorder"].attribute(self, name, value)
 
     def write(self: Any, name: str, value: Any = None) -> None:
-        recorder = self.__dict__["_surgery_recorder"]
+        listener: Listener = self.__dict__["_surgery_recorder"]
         raise TraceError(
-            f"the forward sets {name} on {recorder.path_of(self) or 'the module'}",
+            f"the forward sets {name} on {listener.path_of(self) or 'the module'}",
             why="a graph holds what is computed, not what is remembered between calls",
         )
 
@@ -71,18 +88,18 @@ def viewing(cls: type[nn.Module]) -> type[nn.Module]:
 _OWN = frozenset(nn.Module().__dict__) - {"training"} | {"_surgery_recorder"}
 
 
-class _Recording:
+class _Proxy:
     """What is done with an object is recorded, and done with the real one for its values."""
 
     __slots__ = ()
 
-    _recorder: Any
+    _listener: Listener
     _node: Any
     _real: Any
     _settled: tuple[Any, ...] | None
 
-    def __init__(self, recorder: Any, node: Any, real: Any, settled: tuple[Any, ...] | None = None):
-        object.__setattr__(self, "_recorder", recorder)
+    def __init__(self, listener: Listener, node: Any, real: Any, settled: tuple[Any, ...] | None = None):
+        object.__setattr__(self, "_listener", listener)
         object.__setattr__(self, "_node", node)
         object.__setattr__(self, "_real", real)
         object.__setattr__(self, "_settled", settled)
@@ -94,66 +111,66 @@ class _Recording:
     def __getattr__(self, name: str) -> Any:
         if name in _FIELDS:  # of an object that somebody makes without us, to copy it
             raise AttributeError(name)
-        recorder = self._recorder
-        with recorder.paused():
+        listener = self._listener
+        with listener.paused():
             value = getattr(self._real, name, _MISSING)
         if value is _MISSING:
             if not name.startswith("__"):
-                recorder.decided(hasattr, (self, name))
+                listener.decided(hasattr, (self, name))
             raise AttributeError(f"{type(self._real).__name__!r} object has no attribute {name!r}")
         if isinstance(self._real, dict) and name in _VIEWS:
             return functools.partial(_VIEWS[name], self)
         if isinstance(value, (types.MethodType, types.BuiltinMethodType, functools.partial)):
-            return functools.partial(recorder.call_method, self, name)
+            return functools.partial(listener.call_method, self, name)
         if isinstance(value, (type, types.FunctionType)):
             return value
-        return recorder.item(self, getattr, name, value)
+        return listener.item(self, getattr, name, value)
 
     def __setattr__(self, name: str, value: Any) -> None:
-        self._recorder.effect(setattr, (self, name, value))
+        self._listener.effect(setattr, (self, name, value))
 
     def __delattr__(self, name: str) -> None:
-        self._recorder.effect(delattr, (self, name))
+        self._listener.effect(delattr, (self, name))
 
     def __getitem__(self, key: Any) -> Any:
-        with self._recorder.paused():
-            value = self._real[self._recorder.real(key)]
-        return self._recorder.item(self, operator.getitem, key, value)
+        with self._listener.paused():
+            value = self._real[self._listener.real(key)]
+        return self._listener.item(self, operator.getitem, key, value)
 
     def __setitem__(self, key: Any, value: Any) -> None:
-        self._recorder.effect(operator.setitem, (self, key, value))
+        self._listener.effect(operator.setitem, (self, key, value))
 
     def __delitem__(self, key: Any) -> None:
-        self._recorder.effect(operator.delitem, (self, key))
+        self._listener.effect(operator.delitem, (self, key))
 
     def __len__(self) -> int:
-        return self._recorder.decided(len, (self,))
+        return self._listener.decided(len, (self,))
 
     def __bool__(self) -> bool:
-        return self._recorder.decided(operator.truth, (self,))
+        return self._listener.decided(operator.truth, (self,))
 
     def __contains__(self, key: Any) -> bool:
-        return self._recorder.decided(operator.contains, (self, key))
+        return self._listener.decided(operator.contains, (self, key))
 
     def __eq__(self, other: object) -> bool:
-        return self._recorder.decided(operator.eq, (self, other))
+        return self._listener.decided(operator.eq, (self, other))
 
     def __ne__(self, other: object) -> bool:
-        return self._recorder.decided(operator.ne, (self, other))
+        return self._listener.decided(operator.ne, (self, other))
 
     def __hash__(self) -> int:
         return id(self._real)
 
     def __iter__(self) -> Any:
         if hasattr(type(self._real), "keys") or not hasattr(type(self._real), "__getitem__"):
-            return iter(self._recorder.decided(list, (self,)))  # names and plain values, by which Python goes
+            return iter(self._listener.decided(list, (self,)))  # names and plain values, by which Python goes
         return iter([self[index] for index in range(len(self))])
 
     def __reversed__(self) -> Any:
         return iter(list(self)[::-1])
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return self._recorder.call_object(self, args, kwargs)
+        return self._listener.call_object(self, args, kwargs)
 
     def __copy__(self) -> Any:
         raise TraceError(f"the forward copies a {type(self._real).__name__}")
@@ -165,7 +182,7 @@ class _Recording:
 
 
 _MISSING = object()
-_FIELDS = ("_node", "_real", "_recorder", "_settled")
+_FIELDS = ("_node", "_real", "_listener", "_settled")
 _VIEWS: dict[str, Callable[[Any], list]] = {
     "keys": list,
     "values": lambda held: [held[key] for key in held],
@@ -173,7 +190,7 @@ _VIEWS: dict[str, Callable[[Any], list]] = {
 }
 
 
-class Recorded(_Recording):
+class Recorded(_Proxy):
     """An object that is no tensor: what is done with it is recorded, and done with the real one for its values.
 
     `settled`: it hangs on the module (a config), so that the settings read from it hold until somebody changes them;
@@ -183,14 +200,14 @@ class Recorded(_Recording):
     __slots__ = _FIELDS
 
 
-class RecordedList(_Recording, list):
+class RecordedList(_Proxy, list):
     """A list of such an object. Torch takes only true lists, so it is one; its own items are never looked at."""
 
     __slots__ = _FIELDS
 
-    def __init__(self, recorder: Any, node: Any, real: list, settled: tuple[Any, ...] | None = None):
+    def __init__(self, listener: Listener, node: Any, real: list, settled: tuple[Any, ...] | None = None):
         list.__init__(self, real)
-        _Recording.__init__(self, recorder, node, real, settled)
+        _Proxy.__init__(self, listener, node, real, settled)
 
     def __add__(self, other: Any) -> Any:
         return [*self, *other]
@@ -199,7 +216,7 @@ class RecordedList(_Recording, list):
         return [*other, *self]
 
     def __iadd__(self, other: Any) -> Any:
-        self._recorder.effect(operator.iadd, (self, other))
+        self._listener.effect(operator.iadd, (self, other))
         return self
 
     def __mul__(self, times: Any) -> Any:
@@ -212,7 +229,7 @@ class RecordedList(_Recording, list):
 
 
 def _method(name: str) -> Any:
-    return lambda self, *args, **kwargs: self._recorder.call_method(self, name, *args, **kwargs)
+    return lambda self, *args, **kwargs: self._listener.call_method(self, name, *args, **kwargs)
 
 
 for _name in ("append", "extend", "insert", "pop", "remove", "clear", "reverse", "sort", "index", "count"):

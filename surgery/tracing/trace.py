@@ -17,8 +17,9 @@ import torch
 from torch import fx, nn
 
 from surgery.errors import TraceError
+from surgery.tracing.call_writer import Calls
 from surgery.tracing.example_call import arguments
-from surgery.tracing.recorder import Calls, Recorder
+from surgery.tracing.recorder import Recorder
 from surgery.tracing.verification import check_runs, refusal, undone, verify
 
 __all__ = ["trace", "traced"]
@@ -102,9 +103,7 @@ def _proven(
         calls.clear()
     try:
         with torch.set_grad_enabled(gradients), undone(module):
-            recorder = Recorder(module, base, bound=not gradients)
-            recorder.calls, recorder.leaves = calls, leaves
-            graph = recorder.record(args, kwargs)
+            graph = Recorder(module, base, not gradients, calls, leaves).record(args, kwargs)
         verify(module, base, graph, args, dict(kwargs))
     except TraceError as error:
         check_runs(base, module, args, kwargs, error)

@@ -19,24 +19,24 @@ __all__ = ["Number", "Real", "Tracked", "plain"]
 
 
 class Tracked:
-    """What both kinds of number share: the value of this call, the node it stands for, and who records."""
+    """What both kinds of number share: the value of this call, the node it stands for, and the ledger."""
 
-    recorder: Any
+    ledger: Any
     value: Any
     node: Any
 
     def _made(self, function: Callable[..., Any], *args: Any) -> Any:
         value = function(*(plain(arg) for arg in args))
-        return self.recorder.number(value, function, args)
+        return self.ledger.number(value, function, args)
 
     def _decided(self, function: Callable[..., Any], *args: Any) -> Any:
         value = function(*(plain(arg) for arg in args))
-        self.recorder.guard_number(function, args, value)
+        self.ledger.guard_number(function, args, value)
         return value
 
     def _fixed(self) -> Any:
         """The plain value, for Python code that needs one: the graph then holds for this value alone."""
-        self.recorder.guard_number(None, (self,), self.value)
+        self.ledger.guard_number(None, (self,), self.value)
         return self.value
 
     def __repr__(self) -> str:
@@ -87,8 +87,8 @@ class Tracked:
 class Number(Tracked, torch.SymInt):
     """A whole number."""
 
-    def __init__(self, recorder: Any, value: int, node: Any):
-        self.recorder, self.value, self.node = recorder, value, node
+    def __init__(self, ledger: Any, value: int, node: Any):
+        self.ledger, self.value, self.node = ledger, value, node
 
     @property
     def __class__(self) -> type:  # isinstance(size, int) is answered as for a plain size
@@ -107,8 +107,8 @@ class Number(Tracked, torch.SymInt):
 class Real(Tracked, torch.SymFloat):
     """A floating-point number computed from sizes."""
 
-    def __init__(self, recorder: Any, value: float, node: Any):
-        self.recorder, self.value, self.node = recorder, value, node
+    def __init__(self, ledger: Any, value: float, node: Any):
+        self.ledger, self.value, self.node = ledger, value, node
 
     @property
     def __class__(self) -> type:
