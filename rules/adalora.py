@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from surgery import Combination, Rule, Share, rule
 from surgery.rules._linear import delta
-from surgery.rules._linear.layouts import Part
+from surgery.rules._linear.layouts import WeightPart
 from surgery.rules._low_rank.method import LowRankMethod
 from surgery.rules._low_rank.rule import LowRankRule, TensorSource
 from surgery.rules._shared import combining, complex_weights, fields
@@ -82,11 +82,11 @@ class AdaLoraRule(LowRankMethod):
             return why
         return delta.why_no_map(module)
 
-    def factors(self, part: Part, tensor: TensorSource) -> tuple[Tensor, Tensor]:
+    def factors(self, part: WeightPart, tensor: TensorSource) -> tuple[Tensor, Tensor]:
         A, E = tensor("A", part.A, _normal), tensor("E", (part.A[0], 1))
         return A * E, tensor("B", part.B, _normal)
 
-    def tensors_for(self, part: Part, A: Tensor, B: Tensor) -> dict[str, Tensor]:
+    def tensors_for(self, part: WeightPart, A: Tensor, B: Tensor) -> dict[str, Tensor]:
         sizes = A.norm(dim=1, keepdim=True)  # E: of rows that are not all zero, their size
         return {"A": A / sizes.masked_fill(sizes == 0, 1.0), "E": sizes, "B": B}
 

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from surgery import LiveSite, LowRank, Rule, Site, rule
 from surgery.rules._linear import initial
-from surgery.rules._linear.layouts import Layout, Part, column_norm, gain_of, layout_of
+from surgery.rules._linear.layouts import Layout, WeightPart, column_norm, gain_of, layout_of
 from surgery.rules._low_rank import swapping
 from surgery.rules._low_rank.method import LowRankMethod
 from surgery.rules._low_rank.rule import LowRankRule, TensorSource, sure
@@ -110,14 +110,14 @@ class LoraRule(LowRankMethod):
         elif self.bias == "lora_only":
             yield BiasesOf(targets=self.targets, exclude=self.exclude, layers=self.layers)
 
-    def factors(self, part: Part, tensor: TensorSource) -> tuple[Tensor, Tensor]:
+    def factors(self, part: WeightPart, tensor: TensorSource) -> tuple[Tensor, Tensor]:
         A = tensor("A", part.A, initial.fill(self.init, "A", part))
         return A, tensor("B", part.B, initial.fill(self.init, "B", part), trainable=initial.trains(self.init, "B"))
 
-    def tensors_for(self, part: Part, A: Tensor, B: Tensor) -> dict[str, Tensor]:
+    def tensors_for(self, part: WeightPart, A: Tensor, B: Tensor) -> dict[str, Tensor]:
         return {"A": A, "B": B}
 
-    def gain(self, site: Site, part: Part, A: Tensor, B: Tensor) -> Tensor | None:
+    def gain(self, site: Site, part: WeightPart, A: Tensor, B: Tensor) -> Tensor | None:
         if not self.dora:
             return None
         magnitude = site.param(part.prefix + "magnitude", part.magnitude, dtype=self.dtype)
@@ -165,7 +165,7 @@ class LoraRule(LowRankMethod):
         parts = self.layout(site).parts
         return {part.weight: self._rescaled(site, part, *self.factors_of(site.params, part)) for part in parts}
 
-    def _rescaled(self, site: LiveSite, part: Part, A: Tensor, B: Tensor) -> LowRank | Tensor:
+    def _rescaled(self, site: LiveSite, part: WeightPart, A: Tensor, B: Tensor) -> LowRank | Tensor:
         in_weight, scale = self.layout(site).weight_space, self.scale_at(site.path)
         base = self._starting(site, part, A)
         changed = base + part.delta(A, B) * scale
@@ -175,12 +175,12 @@ class LoraRule(LowRankMethod):
         weight = site.tensor(part.weight)  # a branch rescales the base alone, not what other branches added
         return (weight + (gain * changed - base)).to(weight.dtype)
 
-    def _starting(self, site: LiveSite, part: Part, A: Tensor) -> Tensor:
+    def _starting(self, site: LiveSite, part: WeightPart, A: Tensor) -> Tensor:
         """The weight that DoRA rescales."""
         in_weight = self.layout(site).weight_space
         return (site.tensor(part.weight) if in_weight else site.base(part.weight)).detach().to(A.dtype)
 
-    def _gain(self, site: LiveSite, part: Part) -> Tensor:
+    def _gain(self, site: LiveSite, part: WeightPart) -> Tensor:
         A, B, magnitude = (site.params[part.prefix + name].detach() for name in ("A", "B", "magnitude"))
         changed = self._starting(site, part, A) + part.delta(A, B) * self.scale_at(site.path)
         return gain_of(part, magnitude, changed)

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from surgery.rules._linear.layouts import Layout, Part
+from surgery.rules._linear.layouts import Layout, WeightPart
 
 NAMES = ("kaiming", "gaussian", "orthogonal", "pissa", "pissa_niter_N", "olora", "random", "mica")
 
@@ -39,7 +39,7 @@ def why_not(name: str, layout: Layout, is_complex: bool = False) -> str | None:
     return None
 
 
-def fill(name: str, which: str, part: Part) -> Callable[[Tensor], Any]:
+def fill(name: str, which: str, part: WeightPart) -> Callable[[Tensor], Any]:
     """What fills A or B in place, where each is filled by itself."""
     if part.looked_up:  # here it is A that starts at zero, so that looking up costs nothing
         return Tensor.zero_ if which == "A" and name != "random" else nn.init.normal_
@@ -60,7 +60,7 @@ def trains(name: str, which: str) -> bool:
     return name != "mica" or which == "A"
 
 
-def fill_jointly(name: str, part: Part, weight: Tensor, A: Tensor, B: Tensor, scale: float) -> bool:
+def fill_jointly(name: str, part: WeightPart, weight: Tensor, A: Tensor, B: Tensor, scale: float) -> bool:
     """Fill A and B where they need each other or the weight; whether scale · B A is to be taken off the weight."""
     if not together(name):
         return False

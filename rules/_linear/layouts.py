@@ -18,7 +18,7 @@ CONVOLUTIONS = {nn.Conv1d: F.conv1d, nn.Conv2d: F.conv2d, nn.Conv3d: F.conv3d}
 
 
 @dataclass(frozen=True)
-class Part:
+class WeightPart:
     """One low-rank change: of which weight, with which shapes. A module has one, MultiheadAttention several."""
 
     weight: str
@@ -66,13 +66,13 @@ class Part:
         return LowRank(B.flatten(1), A.flatten(1), scale, self.groups, gain)
 
 
-def column_norm(part: Part, weight: Tensor) -> Tensor:
+def column_norm(part: WeightPart, weight: Tensor) -> Tensor:
     """The norm of what leads to each output feature, in the shape of the magnitude."""
     dims = 0 if part.turned else tuple(range(1, len(part.shape)))
     return torch.linalg.vector_norm(weight, dim=dims).view(part.magnitude)
 
 
-def gain_of(part: Part, magnitude: Tensor, weight: Tensor) -> Tensor:
+def gain_of(part: WeightPart, magnitude: Tensor, weight: Tensor) -> Tensor:
     """DoRA's magnitude over the norm of the changed weight, which the paper holds constant in the backward.
 
     A feature whose weight is all zero has no direction to scale: its gain is 1, so that A and B can give it one.
@@ -87,7 +87,7 @@ class Layout:
     """The parts of LoRA on a module and how its branch is computed, or why the weight itself is edited instead."""
 
     kind: str
-    parts: tuple[Part, ...]
+    parts: tuple[WeightPart, ...]
     packed: bool = False
     why: str = ""  # why there is no branch, where there is none
     scaled: bool = False  # the forward is c · (W g(x) + b), with a number and a function of its own around the map
@@ -161,7 +161,7 @@ def layout_of(module: nn.Module, rank: int) -> Layout | str:
             return f"its weight is a {type(weight).__name__} of {getattr(weight, 'dtype', None)}"
         linear: Any = module  # quantised layers have Linear's sizes
         size = (linear.out_features, linear.in_features)
-        return Layout(kind, (Part("weight", "", size, (rank, size[1]), (size[0], rank)),), packed=True)
+        return Layout(kind, (WeightPart("weight", "", size, (rank, size[1]), (size[0], rank)),), packed=True)
     assert weight is not None
     shape = tuple(weight.shape)
     if not (weight.is_floating_point() or weight.is_complex()):
@@ -172,26 +172,28 @@ def layout_of(module: nn.Module, rank: int) -> Layout | str:
         return "its max_norm rescales rows in place at each call"
     turned = kind != "linear"
     out, inner = (shape[1], shape[0]) if turned else shape
-    part = Part("weight", "", shape, (rank, inner), (out, rank), turned, looked_up=kind == "embedding")
+    part = WeightPart("weight", "", shape, (rank, inner), (out, rank), turned, looked_up=kind == "embedding")
     return _formed(module, Layout(kind, (part,)))
 
 
 def _convolution(module: Any, rank: int, shape: tuple[int, ...]) -> Layout:
     ones = (1,) * (len(shape) - 2)
     if rank % module.groups:  # such as a depthwise convolution, whose groups are its channels
-        part = Part("weight", "", shape, (rank, *shape[1:]), (shape[0], rank, *ones))
+        part = WeightPart("weight", "", shape, (rank, *shape[1:]), (shape[0], rank, *ones))
         return Layout("convolution", (part,), why=f"its {module.groups} groups don't divide the rank {rank}")
-    part = Part("weight", "", shape, (rank, *shape[1:]), (shape[0], rank // module.groups, *ones), groups=module.groups)
+    part = WeightPart(
+        "weight", "", shape, (rank, *shape[1:]), (shape[0], rank // module.groups, *ones), groups=module.groups
+    )
     return _formed(module, Layout("convolution", (part,)))
 
 
-def _attention(module: Any, rank: int) -> Iterator[Part]:
+def _attention(module: Any, rank: int) -> Iterator[WeightPart]:
     held = {"in_proj_weight": "", "q_proj_weight": "q_", "k_proj_weight": "k_", "v_proj_weight": "v_"}
     weights = [(name, prefix, module._parameters.get(name)) for name, prefix in held.items()]
     for name, prefix, weight in [*weights, ("out_proj.weight", "out_", module.out_proj.weight)]:
         if weight is not None:
             out, inner = weight.shape
-            yield Part(name, prefix, (out, inner), (rank, inner), (out, rank))
+            yield WeightPart(name, prefix, (out, inner), (rank, inner), (out, rank))
 
 
 def _kind(module: nn.Module) -> str | None:

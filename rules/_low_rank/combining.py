@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from surgery import Combination, Rule, Share
-from surgery.rules._linear.layouts import Layout, Part, gain_of, layout_of
+from surgery.rules._linear.layouts import Layout, WeightPart, gain_of, layout_of
 from surgery.rules._low_rank.rule import LowRankRule
 from surgery.rules._shared import combining
 
@@ -86,8 +86,8 @@ def _factors(
     how: Combination,
     shares: Sequence[Share],
     rules: Sequence[LowRankRule],
-    parts: Sequence[Part],
-    part: Part,
+    parts: Sequence[WeightPart],
+    part: WeightPart,
     rank: int,
 ) -> tuple[Tensor, Tensor]:
     path = shares[0].site.path
@@ -105,7 +105,7 @@ def _factors(
     return combining.factors(how, shares, scales, ups, downs, rank // part.groups)
 
 
-def _matrices(part: Part, A: Tensor, B: Tensor, groups: int) -> tuple[Tensor, Tensor]:
+def _matrices(part: WeightPart, A: Tensor, B: Tensor, groups: int) -> tuple[Tensor, Tensor]:
     """(groups, out, rank) and (groups, rank, in), one pair a group; with groups=1, one pair for all of them."""
     up, down = B.flatten(1), A.flatten(1)
     if part.groups > groups:
@@ -114,7 +114,7 @@ def _matrices(part: Part, A: Tensor, B: Tensor, groups: int) -> tuple[Tensor, Te
 
 
 def _delta(
-    share: Share, rule: LowRankRule, part: Part, tensors: tuple[Tensor, ...], scale: float, groups: int
+    share: Share, rule: LowRankRule, part: WeightPart, tensors: tuple[Tensor, ...], scale: float, groups: int
 ) -> Tensor:
     """ΔW as (groups, out, in)."""
     A, B = (tensor.to(torch.promote_types(tensor.dtype, torch.float32)) for tensor in tensors)

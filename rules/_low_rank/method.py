@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from surgery import Combination, LiveSite, LowRank, Rule, Share, Site
-from surgery.rules._linear.layouts import Layout, Part, layout_of
+from surgery.rules._linear.layouts import Layout, WeightPart, layout_of
 from surgery.rules._low_rank import combining, swapping
 from surgery.rules._low_rank.rule import Fill, LowRankRule, TensorSource, sure
 from surgery.rules._shared import complex_weights, fields
@@ -84,13 +84,13 @@ class LowRankMethod(LowRankSlottable, LowRankRule):
             self.added_bias(site, layout, gain)
         return None
 
-    def gain(self, site: Site, part: Part, A: Tensor, B: Tensor) -> Tensor | None:
+    def gain(self, site: Site, part: WeightPart, A: Tensor, B: Tensor) -> Tensor | None:
         """What the changed weight is multiplied by, a number an output feature; None: nothing."""
 
     def added_bias(self, site: Site, layout: Layout, gain: Tensor | None) -> Tensor | None:
         """A bias on B, or None where there is none or it was added to the module's own."""
 
-    def _maker(self, site: Site, part: Part, used: Part) -> TensorSource:
+    def _maker(self, site: Site, part: WeightPart, used: WeightPart) -> TensorSource:
         """Makes a part's tensors; where they have room for more rank, it is zero."""
         shapes = None if part == used else self.shapes(used)
 

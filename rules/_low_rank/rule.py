@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from surgery import LiveSite, Rule, Site
-from surgery.rules._linear.layouts import Layout, Part, layout_of
+from surgery.rules._linear.layouts import Layout, WeightPart, layout_of
 from surgery.rules._shared import path_patterns
 
 Fill = Callable[[Tensor], Any]
@@ -43,14 +43,14 @@ class LowRankRule(Rule):
     lora_bias: bool = False
     dora: bool = False
 
-    def factors(self, part: Part, tensor: TensorSource) -> tuple[Tensor, Tensor]:
+    def factors(self, part: WeightPart, tensor: TensorSource) -> tuple[Tensor, Tensor]:
         """A and B in the shapes of `part`, made of tensors that `tensor(name, shape, fill)` gives.
 
         Each rank is by itself: where the tensors are longer by zeros along a rank's axis, A and B are so, too.
         """
         raise NotImplementedError(f"{type(self).__name__} has no factors")
 
-    def tensors_for(self, part: Part, A: Tensor, B: Tensor) -> Mapping[str, Tensor]:
+    def tensors_for(self, part: WeightPart, A: Tensor, B: Tensor) -> Mapping[str, Tensor]:
         """The tensors of which `factors` makes A and B, by name: for `combine`, and a hot-swap with another scale."""
         raise NotImplementedError(f"{type(self).__name__} has no tensors_for")
 
@@ -79,11 +79,11 @@ class LowRankRule(Rule):
         """How they would lie with room for their own rank alone."""
         return self.layout(site) if self.max_rank is None else sure(layout_of(site.module, self.rank_at(site.path)))
 
-    def factors_of(self, params: Mapping[str, Tensor], part: Part) -> tuple[Tensor, Tensor]:
+    def factors_of(self, params: Mapping[str, Tensor], part: WeightPart) -> tuple[Tensor, Tensor]:
         """A and B of one part, made of an adapter's tensors at a site."""
         return self.factors(part, lambda name, *_, **__: params[part.prefix + name].detach())
 
-    def shapes(self, part: Part) -> dict[str, tuple[int, ...]]:
+    def shapes(self, part: WeightPart) -> dict[str, tuple[int, ...]]:
         """The tensors of a part by name, without its prefix."""
         found: dict[str, tuple[int, ...]] = {}
 

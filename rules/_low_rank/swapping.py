@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from surgery import LiveSite, Rule, RuleError
-from surgery.rules._linear.layouts import Part, column_norm
+from surgery.rules._linear.layouts import WeightPart, column_norm
 from surgery.rules._low_rank.rule import LowRankRule
 
 # What LoRA's tensors can make up for, or what only matters in training.
@@ -58,7 +58,7 @@ def completed(rule: LowRankRule, site: LiveSite, made: dict[str, Tensor]) -> dic
     return made
 
 
-def used(tensor: Tensor, shape: Sequence[int], part: Part) -> Tensor:
+def used(tensor: Tensor, shape: Sequence[int], part: WeightPart) -> Tensor:
     """What a tensor of this shape, of a part of its rank, takes up of one with room for more: a view.
 
     Along an axis of the ranks of all groups, a convolution's, they lie group by group; such an axis becomes two.
@@ -74,7 +74,7 @@ def used(tensor: Tensor, shape: Sequence[int], part: Part) -> Tensor:
     return view
 
 
-def filled(fill: float | Callable[[Tensor], Any], shape: Sequence[int], part: Part) -> Callable[[Tensor], Any]:
+def filled(fill: float | Callable[[Tensor], Any], shape: Sequence[int], part: WeightPart) -> Callable[[Tensor], Any]:
     """`fill` for as much of a tensor as its rank takes up, with the numbers that it would draw without more room."""
 
     def start(tensor: Tensor) -> None:
@@ -88,14 +88,16 @@ def filled(fill: float | Callable[[Tensor], Any], shape: Sequence[int], part: Pa
     return start
 
 
-def put(room: Tensor, tensor: Tensor, part: Part) -> Tensor:
+def put(room: Tensor, tensor: Tensor, part: WeightPart) -> Tensor:
     """Put a tensor of a part into one that has room for it and more."""
     view = used(room.zero_(), tensor.shape, part)
     view.copy_(tensor.reshape(view.shape))
     return room
 
 
-def fitted(rule: LowRankRule, params: Mapping[str, Tensor], part: Part, room: Part, path: str) -> dict[str, Tensor]:
+def fitted(
+    rule: LowRankRule, params: Mapping[str, Tensor], part: WeightPart, room: WeightPart, path: str
+) -> dict[str, Tensor]:
     """A rule's tensors of one part in the shapes of another; `RuleError` where there is no room for their rank."""
     shapes = {part.prefix + name: shape for name, shape in rule.shapes(room).items()}
     if part == room:
@@ -113,7 +115,7 @@ def fitted(rule: LowRankRule, params: Mapping[str, Tensor], part: Part, room: Pa
     return {name: used(params[name], shape, room).reshape(shape) for name, shape in shapes.items()}
 
 
-def _beyond(tensor: Tensor, shape: Sequence[int], part: Part) -> bool:
+def _beyond(tensor: Tensor, shape: Sequence[int], part: WeightPart) -> bool:
     """Whether a factor has anything but zeros outside of what a part takes up."""
     rest = tensor.clone()
     used(rest, shape, part).zero_()

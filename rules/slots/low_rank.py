@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from surgery import LiveSite, LowRank, Rule, Site, SiteError, rule
-from surgery.rules._linear.layouts import Layout, Part, layout_of
+from surgery.rules._linear.layouts import Layout, WeightPart, layout_of
 from surgery.rules._shared import complex_weights
 
 __all__ = ["LowRankSlotRule", "LowRankSlottable", "low_rank_slot", "low_rank_tensors"]
@@ -174,7 +174,7 @@ def _unfit(site: LiveSite, what: str, why: str) -> SiteError:
     return SiteError(f"the adapter has {what}, and its slot has none", where=site.path, why=why, fix=fix)
 
 
-def _factors(part: Part, change: LowRank) -> tuple[Tensor, Tensor]:
+def _factors(part: WeightPart, change: LowRank) -> tuple[Tensor, Tensor]:
     """A and B, with the scale in B."""
     if part.turned:
         return change.B.t(), (change.A * _each(change.scale)).t()
@@ -185,7 +185,7 @@ def _each(scale: Any) -> Any:
     return scale.unsqueeze(-1) if isinstance(scale, Tensor) else scale
 
 
-def _laid(part: Part, A: Tensor, B: Tensor, groups: int) -> tuple[Tensor, Tensor]:
+def _laid(part: WeightPart, A: Tensor, B: Tensor, groups: int) -> tuple[Tensor, Tensor]:
     """Flat factors in the shapes of the slot's; a slot without groups gets those of a grouped map side by side."""
     if groups > part.groups:
         out, own = B.shape[0] // groups, B.shape[1]

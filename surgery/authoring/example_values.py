@@ -20,7 +20,7 @@ from surgery.transaction.user_frames import line_running
 __all__ = ["TapeSamples"]
 
 
-class Unknown(Exception):
+class NoExample(Exception):
     """The example does not determine a value."""
 
 
@@ -62,14 +62,14 @@ class TapeSamples:
         args, kwargs = thawed(step.args, self._sample), thawed(step.kwargs, self._sample)
         if step.kind == "attribute":
             if step.target in ("device", "data", "grad", "requires_grad", "is_leaf"):
-                raise Unknown
+                raise NoExample
             return getattr(args[0], step.target)
         with torch.device("meta"):
             if step.kind == "method":
                 return getattr(args[0], step.target)(*args[1:], **kwargs)
             if step.kind == "function":
                 return step.target(*args, **kwargs)
-        raise Unknown
+        raise NoExample
 
     def _is_fixed(self, ref: Ref) -> bool:
         """Whether a value depends only on shapes of the module's own tensors."""

@@ -28,14 +28,14 @@ from surgery.transaction.gradient_flags import lazy_in
 __all__ = ["Skeleton", "named_tensors"]
 
 
-class Slot(NamedTuple):
+class AttributeContent(NamedTuple):
     """The content of an attribute: a tensor by its word, a module by its number, or a container of these."""
 
     kind: str
     content: Any
 
 
-class Part(NamedTuple):
+class ModulePart(NamedTuple):
     """One module of a skeleton: its class, plain attributes, tensors, children, and attributes that a call builds."""
 
     cls: type[nn.Module]
@@ -43,7 +43,7 @@ class Part(NamedTuple):
     parameters: tuple[tuple[str, str | None], ...]
     buffers: tuple[tuple[str, str | None], ...]
     children: tuple[tuple[str, int | None], ...]
-    built: tuple[tuple[str, Slot], ...]
+    built: tuple[tuple[str, AttributeContent], ...]
 
 
 class Skeleton:
@@ -252,7 +252,7 @@ def _find_assigned(forward: Any) -> list[str]:
     return [node.attr for node in stored if isinstance(node.value, ast.Name) and node.value.id == itself]
 
 
-def _parts(module: nn.Module, words: Mapping[str, str]) -> tuple[Part, ...]:
+def _parts(module: nn.Module, words: Mapping[str, str]) -> tuple[ModulePart, ...]:
     """Returns the parts of a skeleton's modules, the outermost last."""
     inside = [inner for _, inner in module.named_modules()][::-1]
     numbers = {id(inner): number for number, inner in enumerate(inside)}
@@ -263,7 +263,7 @@ def _parts(module: nn.Module, words: Mapping[str, str]) -> tuple[Part, ...]:
         slots = {name: _slot(value, called, numbers) for name, value in plain.items() if name not in _OF_MODULES}
         built = {name: slot for name, slot in slots.items() if slot.kind != "plain"}
         parts.append(
-            Part(
+            ModulePart(
                 _view_class(type(inner), inner),
                 {name: value for name, value in plain.items() if name not in built},
                 tuple((name, None if t is None else called[id(t)]) for name, t in inner._parameters.items()),
@@ -275,25 +275,25 @@ def _parts(module: nn.Module, words: Mapping[str, str]) -> tuple[Part, ...]:
     return tuple(parts)
 
 
-def _slot(value: Any, called: Mapping[int, str], numbers: Mapping[int, int]) -> Slot:
+def _slot(value: Any, called: Mapping[int, str], numbers: Mapping[int, int]) -> AttributeContent:
     if isinstance(value, Tensor) and id(value) in called:
-        return Slot("tensor", called[id(value)])
+        return AttributeContent("tensor", called[id(value)])
     if isinstance(value, nn.Module) and id(value) in numbers:
-        return Slot("module", numbers[id(value)])
+        return AttributeContent("module", numbers[id(value)])
     if isinstance(value, types.MethodType) and id(value.__self__) in numbers:
-        return Slot("method", (value.__func__, numbers[id(value.__self__)]))
+        return AttributeContent("method", (value.__func__, numbers[id(value.__self__)]))
     if isinstance(value, weakref.ref) and id(value()) in called:
-        return Slot("reference", called[id(value())])
+        return AttributeContent("reference", called[id(value())])
     for kind in ("list", "tuple", "dict"):
         if type(value).__name__ == kind and isinstance(value, (list, tuple, dict)):
             items = value.values() if isinstance(value, dict) else value
             slots = [_slot(item, called, numbers) for item in items]
             if any(slot.kind != "plain" for slot in slots):
-                return Slot(kind, tuple(zip(value, slots, strict=True)))
-    return Slot("plain", value)
+                return AttributeContent(kind, tuple(zip(value, slots, strict=True)))
+    return AttributeContent("plain", value)
 
 
-def _build(slot: Slot, tensors: Mapping[str, Tensor], views: list[nn.Module]) -> Any:
+def _build(slot: AttributeContent, tensors: Mapping[str, Tensor], views: list[nn.Module]) -> Any:
     kind, content = slot
     if kind == "tensor":
         return tensors[content]

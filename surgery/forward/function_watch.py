@@ -20,10 +20,10 @@ from surgery.forward.context_regions import Block, Region
 from surgery.forward.side_effects import draws
 from surgery.forward.tape import OPERATORS, Tape, Value, tape_of
 
-__all__ = ["Watch", "unwatched"]
+__all__ = ["FunctionWatch", "unwatched"]
 
 
-class _Call:
+class _TorchCall:
     """A call without a value among its arguments. `made`: its tensors; `value`: what stands for its result."""
 
     def __init__(self, function: Any, args: tuple, kwargs: dict[str, Any], region: Region | None, result: Any):
@@ -35,14 +35,14 @@ class _Call:
         yield from _tensors((self.args, self.kwargs, self.result))
 
 
-class Watch(TorchFunctionMode):
+class FunctionWatch(TorchFunctionMode):
     """Sees what torch functions a rewrite calls; `Tape.watched` while it does."""
 
     def __init__(self, tape: Tape):
         super().__init__()
         self.tape = tape
         self.block = Block()
-        self.calls: list[_Call] = []
+        self.calls: list[_TorchCall] = []
         self.known: set[int] = set()  # ids of tensors that calls made
         self.seed, self.random = torch.initial_seed(), torch.random.get_rng_state()
         self.away = 0
@@ -52,7 +52,7 @@ class Watch(TorchFunctionMode):
     def region(self) -> Region | None:
         return self.block.region
 
-    def __enter__(self) -> Watch:
+    def __enter__(self) -> FunctionWatch:
         self.tape.watched = self
         return super().__enter__()
 
@@ -87,7 +87,7 @@ class Watch(TorchFunctionMode):
             result = func(*args, **kwargs)
         given = [id(tensor) for tensor in _tensors((args, kwargs))]
         if not given and any(True for _ in _tensors(result)) or any(tensor in self.known for tensor in given):
-            self.calls.append(_Call(func, args, kwargs, self.region, result))
+            self.calls.append(_TorchCall(func, args, kwargs, self.region, result))
             self.known.update(id(tensor) for tensor in _tensors(result))
         return result
 
@@ -105,14 +105,14 @@ class Watch(TorchFunctionMode):
                 self.making = False
         return self._standing(tensor)
 
-    def _step(self, call: _Call) -> Value:
+    def _step(self, call: _TorchCall) -> Value:
         name = getattr(call.function, "__name__", "")
         if name == "__get__":
             return self.tape.call("function", getattr, (call.args[0], call.function.__self__.__name__), {}, call.region)
         function = OPERATORS.get(name, call.function)
         return self.tape.call("function", function, call.args, call.kwargs, call.region)
 
-    def _related(self, tensor: Tensor) -> list[_Call]:
+    def _related(self, tensor: Tensor) -> list[_TorchCall]:
         """The calls that have to do with a tensor, in the order in which they were made."""
         ids, related = {id(tensor)}, set[int]()
         while True:

@@ -19,7 +19,7 @@ import torch
 from torch import fx, nn
 
 from surgery.errors import SurgeryError, TraceError
-from surgery.forward.function_watch import Watch
+from surgery.forward.function_watch import FunctionWatch
 from surgery.forward.parameter_view import make_view
 from surgery.forward.tape import Tape, Value
 from surgery.patterns.pattern import qualified_name
@@ -194,7 +194,7 @@ def _recorded(module: nn.Module, base: type[nn.Module], signature: inspect.Signa
         else:
             given.append(value)
     try:
-        with Watch(tape):
+        with FunctionWatch(tape):
             output = base.forward(stand_in, *given, **named)
             tape.replace(tape.value("output", ""), output)
         tape = tape.finished()

@@ -19,13 +19,13 @@ from surgery.transaction.undo_log import Journal
 from surgery.transformers_hooks import hooks
 from surgery.weaving.conflicts import clashes
 from surgery.weaving.generated_class import reason_against
-from surgery.weaving.recording import PassedOver, Step, recorded
+from surgery.weaving.recording import PassedOver, PlannedRule, recorded
 
-__all__ = ["Placement", "attach_idle"]
+__all__ = ["PlacedRule", "attach_idle"]
 
 
 @dataclass
-class Placement:
+class PlacedRule:
     """One rule at one site, with its tensors: name → (tensor, whether it is a buffer).
 
     `flags`: the tensors' `requires_grad` while the adapter is live, if it differs from what the rule says.
@@ -42,7 +42,7 @@ class Placement:
 
 
 def attach_idle(
-    model: nn.Module, adapter: str, rules: Sequence[Rule], placed: Iterable[Placement], sources: Iterable[str]
+    model: nn.Module, adapter: str, rules: Sequence[Rule], placed: Iterable[PlacedRule], sources: Iterable[str]
 ) -> None:
     """Add an idle adapter of these rules, so the model's outputs do not change. All or nothing.
 
@@ -52,7 +52,7 @@ def attach_idle(
     state = require_state(model)
     standing = Standing(live=False, freezes=any(state.standing[name].freezes for name in sources))
     with Journal() as journal:
-        steps, places, tied = list[Step](), dict[int, tuple[nn.Module, list[Applied]]](), dict[Any, Tensor]()
+        steps, places, tied = list[PlannedRule](), dict[int, tuple[nn.Module, list[Applied]]](), dict[Any, Tensor]()
         for placement in placed:
             site = site_state(placement.module)
             assert site is not None
@@ -71,8 +71,8 @@ def attach_idle(
 
 
 def _attach_rule(
-    placement: Placement, adapter: str, standing: Standing, site: SiteState, tied: dict[Any, Tensor], journal: Journal
-) -> list[Step]:
+    placement: PlacedRule, adapter: str, standing: Standing, site: SiteState, tied: dict[Any, Tensor], journal: Journal
+) -> list[PlannedRule]:
     module, path = placement.module, site.path
     keep_site(journal, module, (adapter,))
     if placement.tensors:
@@ -103,7 +103,7 @@ def _attach_rule(
         applied.layer = Layer(adapter, placement.rule.label, recording.tape)
         trained = {spec.name: spec.trainable for spec in recording.specs if not spec.buffer}
         steps.append(
-            Step(
+            PlannedRule(
                 placement.rule, path, module, (), recording.own, recording.tape, recording.specs, False, placement.facts
             )
         )

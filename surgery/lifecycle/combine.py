@@ -20,7 +20,7 @@ from surgery.authoring.rule import Rule
 from surgery.authoring.site_facts import MARK
 from surgery.errors import MatchError, PlanError, SiteError, SurgeryError
 from surgery.forward.parameter_view import tensor_at
-from surgery.lifecycle.attach import Placement, attach_idle
+from surgery.lifecycle.attach import PlacedRule, attach_idle
 from surgery.lifecycle.combine_arguments import requested_combination
 from surgery.lifecycle.rename_copy import check_whole
 from surgery.model_record.verb_root import rewritten
@@ -168,13 +168,13 @@ class _Kind:
                     self.problems.append(error)
                 reported.add((error.what, error.why))
 
-    def placements(self) -> Iterator[tuple[_KindAtSite, Placement]]:
+    def placements(self) -> Iterator[tuple[_KindAtSite, PlacedRule]]:
         for at in self.at:
             assert at.rule is not None
             first, shares = at.records[0][0], [share for _, share in at.records]
             facts = {name: copy.deepcopy(fact) for name, fact in first.facts.items() if name != MARK}
             tensors = {name: _like(name, tensor, shares) for name, tensor in at.tensors.items()}
-            yield at, Placement(at.module, at.rule, tensors, facts, first.inside)
+            yield at, PlacedRule(at.module, at.rule, tensors, facts, first.inside)
 
 
 def _check_finite(share: Share) -> None:

@@ -22,7 +22,7 @@ __all__ = ["watch_gradients"]
 def watch_gradients(adapter: str, parameters: Iterable[Tensor]) -> None:
     """Raise `SurgeryError` at the first gradient of these parameters if DDP wraps them and does not reduce it."""
     if _several_processes():
-        hook = _Watch(adapter)
+        hook = _GradientWatch(adapter)
         for parameter in parameters:
             if parameter.requires_grad and parameter.is_leaf and not hasattr(parameter, "device_mesh"):
                 hook.handles[id(parameter)] = parameter.register_post_accumulate_grad_hook(hook)
@@ -33,7 +33,7 @@ def _several_processes() -> bool:
     return distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1
 
 
-class _Watch:
+class _GradientWatch:
     """A gradient hook on an adapter's parameters; each parameter's hook is removed after its first gradient."""
 
     def __init__(self, adapter: str) -> None:

@@ -44,14 +44,14 @@ from surgery.tracing.example_call import call, equal
 from surgery.transaction.undo_log import Journal
 from surgery.transformers_hooks import hooks
 from surgery.weaving.error_hints import HINT
-from surgery.weaving.recording import Step
+from surgery.weaving.recording import PlannedRule
 from surgery.weaving.site_class import Shared
 
 __all__ = ["install_plan"]
 
 
 # The value that a new tensor starts with; None: the rule fills it.
-InitialValue = Callable[[Step, ParamSpec], Tensor | None]
+InitialValue = Callable[[PlannedRule, ParamSpec], Tensor | None]
 
 
 def install_plan(
@@ -82,7 +82,7 @@ def install_plan(
 
 
 def _insert_tensors(
-    step: Step,
+    step: PlannedRule,
     plan: Plan,
     standing: Standing,
     owners: Owners,
@@ -147,7 +147,7 @@ def _create(spec: ParamSpec, device: torch.device | None, value: Tensor | None) 
 
 def _install_classes(plan: Plan, journal: Journal) -> None:
     """Give each site its generated class. Sites whose steps have the same rules and tapes share one class."""
-    steps_at: dict[int, list[Step]] = {}
+    steps_at: dict[int, list[PlannedRule]] = {}
     for step in plan.steps:
         steps_at.setdefault(id(step.module), []).append(step)
     shared = Shared(journal)

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from surgery.authoring.site_facts import MARK
 from surgery.errors import SurgeryError
-from surgery.lifecycle.attach import Placement, attach_idle
+from surgery.lifecycle.attach import PlacedRule, attach_idle
 from surgery.model_record.verb_root import rewritten
 from surgery.patterns.module_walk import RESERVED
 from surgery.state.adapter_tensors import box_of
@@ -193,7 +193,7 @@ def _rekey(mapping: dict[str, Any], old: str, new: str) -> None:
 # Copying ------------------------------------------------------------------------------------------------------
 
 
-def _copied(module: nn.Module, applied: Applied, clones: dict[int, Tensor]) -> Placement:
+def _copied(module: nn.Module, applied: Applied, clones: dict[int, Tensor]) -> PlacedRule:
     box = box_of(module, applied.adapter)
     source = box.tensors() if box is not None else {}
     tensors, flags = dict[str, tuple[Tensor, bool]](), dict[str, bool]()
@@ -207,4 +207,4 @@ def _copied(module: nn.Module, applied: Applied, clones: dict[int, Tensor]) -> P
         if trained:
             flags[name] = tensor.requires_grad if box is None or applied.live else name not in box.still
     facts = {name: copy.deepcopy(fact) for name, fact in applied.facts.items() if name != MARK}
-    return Placement(module, applied.rule, tensors, facts, applied.inside, flags, applied.trained)
+    return PlacedRule(module, applied.rule, tensors, facts, applied.inside, flags, applied.trained)

@@ -77,7 +77,7 @@ def _replace(state: ModelState, old: nn.Module, new: nn.Module) -> None:
 # Batch norms, which are converted once everything else is set up ------------------------------------------------
 
 
-class Watch:
+class BatchNormWatch:
     """A hook on the model, where rules are on batch norms: they have followed before the first call of the new ones."""
 
     def __init__(self, model: nn.Module):
@@ -97,15 +97,15 @@ class Watch:
 
 def watch(model: nn.Module, state: ModelState, journal: Journal) -> None:
     """Have rules on batch norms follow `convert_sync_batchnorm`: those of the adapter that came last."""
-    watched = any(isinstance(hook, Watch) for hook in model._forward_pre_hooks.values())
+    watched = any(isinstance(hook, BatchNormWatch) for hook in model._forward_pre_hooks.values())
     last = next(reversed(state.places.values())).modules if state.places else ()
     if not watched and any(isinstance(module, _BATCH_NORM) for module in last):
         journal.keep(model._forward_pre_hooks)
-        model.register_forward_pre_hook(Watch(model))
+        model.register_forward_pre_hook(BatchNormWatch(model))
 
 
 def unwatch(model: nn.Module, journal: Journal) -> None:
     for key, hook in list(model._forward_pre_hooks.items()):
-        if isinstance(hook, Watch):
+        if isinstance(hook, BatchNormWatch):
             journal.keep(model._forward_pre_hooks)
             del model._forward_pre_hooks[key]

@@ -35,7 +35,7 @@ from surgery.onnx.graph.dynamic_axes import (
 )
 from surgery.onnx.graph.finish import add_defaults, make_constants, mark_rules, require_inputs, tidy
 from surgery.onnx.graph.generate_differences import GENERATION, changed_logits, generation_of
-from surgery.onnx.graph.prepare import PREPARE, Prepared, Settings
+from surgery.onnx.graph.prepare import PREPARE, ExportSettings, Prepared
 from surgery.onnx.graph.trace_program import Program, program_of
 from surgery.onnx.graph.weight_names import name_weights
 from surgery.onnx.graph.write import size_of, written
@@ -127,7 +127,7 @@ def export_onnx(
     Raises `SurgeryError` where the model can't be exported, `ParityError` where the file computes something else;
     what was at `path` is then as it was.
     """
-    how = Settings(adapters, slot, slots_as, empty, opset, optimize, optimize_for, strict)
+    how = ExportSettings(adapters, slot, slots_as, empty, opset, optimize, optimize_for, strict)
     given_model, model = model, rooted(model)
     check_names(model, names)
     given = Given.of(model, with_cache(model, example_inputs) if cache else example_inputs)
@@ -229,7 +229,7 @@ def _told_apart(model: nn.Module) -> list[str]:
     return [f"{path or 'the model'}: {zeros}" for path in quick]
 
 
-def _finish(program: Program, prepared: Prepared, model: nn.Module, axes: Axes, how: Settings) -> Any:
+def _finish(program: Program, prepared: Prepared, model: nn.Module, axes: Axes, how: ExportSettings) -> Any:
     """Names, marks and defaults; gives the manifest, and which of the call's tensors have free sizes."""
     made = program.model
     names = [one.name for one in prepared.lifted]

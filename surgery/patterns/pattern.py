@@ -98,7 +98,7 @@ class Pattern:
         Raises:
             RuleError: The regular expression is invalid.
         """
-        return _Name(text)
+        return _NamePattern(text)
 
     @staticmethod
     def has_parameter(name: str) -> Pattern:
@@ -145,7 +145,7 @@ class Pattern:
             raise RuleError(f"a pattern is a mapping with one key, not {dict(data)!r}", fix=_FORMS)
         kind, value = next(iter(data.items()))
         if kind in ("type", "name", "has_parameter") and isinstance(value, str):
-            return {"type": _Type, "name": _Name, "has_parameter": _HasParameter}[kind](value)
+            return {"type": _Type, "name": _NamePattern, "has_parameter": _HasParameter}[kind](value)
         if kind in ("all", "any") and isinstance(value, list):
             return (_All if kind == "all" else _Any)(tuple(Pattern.from_dict(part) for part in value))
         if kind == "not" and isinstance(value, Mapping):
@@ -185,7 +185,7 @@ class _Type(Pattern):
 
 
 @dataclass(frozen=True)
-class _Name(Pattern):
+class _NamePattern(Pattern):
     text: str
 
     def __post_init__(self) -> None:
@@ -347,7 +347,7 @@ def as_pattern(target: str | Pattern) -> Pattern:
     """Returns the pattern of one normalised target."""
     if isinstance(target, Pattern):
         return target
-    return AllLinear() if target == "all-linear" else _Name(target)
+    return AllLinear() if target == "all-linear" else _NamePattern(target)
 
 
 def normalise_targets(targets: Targets | None) -> tuple[str | Pattern, ...]:

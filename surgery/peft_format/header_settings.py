@@ -17,14 +17,14 @@ from surgery.errors import SurgeryError
 from surgery.patterns.paths import pattern_value
 from surgery.peft_format.key_history import COMPONENTS, PREFIX, Spelt
 
-__all__ = ["Settings", "alphas_of", "settings_of"]
+__all__ = ["HeaderSettings", "alphas_of", "settings_of"]
 
 HEADER = "lora_adapter_metadata"
 _ONE_ALPHA = ("lora_alpha", "network_alpha", "ss_network_alpha")  # header fields, for all layers
 
 
 @dataclass
-class Settings:
+class HeaderSettings:
     """A configuration; what was `assumed`, since the file does not say it; keys that only said how."""
 
     config: dict[str, Any]
@@ -32,7 +32,7 @@ class Settings:
     passed_over: tuple[str, ...] = ()
 
 
-def settings_of(spelt: Spelt, file: TensorFile) -> Settings:
+def settings_of(spelt: Spelt, file: TensorFile) -> HeaderSettings:
     """A configuration of LoRA by the tensors, by what stands beside them, and by the file's header."""
     ranks: dict[str, int] = {}
     for key, there in spelt.keys.items():
@@ -48,14 +48,14 @@ def settings_of(spelt: Spelt, file: TensorFile) -> Settings:
         around = dict.fromkeys(("exclude_modules", "layers_to_transform", "layers_pattern"))
         config = {"peft_type": "LORA", **header, **around, **targets}
         contradicted(config, alphas, spelt, HEADER)
-        return Settings(config, passed_over=said)
+        return HeaderSettings(config, passed_over=said)
     config = {"peft_type": "LORA", **targets, **_by_keys(spelt)}
     usual = max(set(ranks.values()), key=list(ranks.values()).count)
     config |= {"r": usual, "rank_pattern": {re.escape(path): r for path, r in ranks.items() if r != usual}}
     found, assumed = _scales(ranks, alphas, spelt, file)
     most = max(set(found.values()), key=list(found.values()).count)
     others = {re.escape(path): alpha for path, alpha in found.items() if alpha != most}
-    return Settings(config | {"lora_alpha": most, "alpha_pattern": others}, assumed, said)
+    return HeaderSettings(config | {"lora_alpha": most, "alpha_pattern": others}, assumed, said)
 
 
 def alphas_of(spelt: Spelt, file: TensorFile) -> dict[str, float]:

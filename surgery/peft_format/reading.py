@@ -18,15 +18,15 @@ from surgery.peft_format.key_history import Spelt
 from surgery.peft_format.keys import keys_of, moved
 from surgery.peft_format.methods import PeftPlace, absolute, asked_for, is_main, method_of, part_of
 from surgery.planning.plan import Plan
-from surgery.weaving.recording import Step
+from surgery.weaving.recording import PlannedRule
 
-__all__ = ["Read", "read"]
+__all__ = ["PeftAdapter", "read"]
 
 
 @dataclass
-class Read:
+class PeftAdapter:
     rules: list[Rule]
-    entry: Callable[[Plan, Step, str], Entry | None]
+    entry: Callable[[Plan, PlannedRule, str], Entry | None]
     problems: list[SurgeryError]
     unheld: list[SurgeryError]
     notes: list[str]
@@ -35,7 +35,7 @@ class Read:
     vocabulary: set[int]
 
 
-def read(model: nn.Module, config: Any, file: TensorFile, component: str | None = None) -> Read:
+def read(model: nn.Module, config: Any, file: TensorFile, component: str | None = None) -> PeftAdapter:
     """The rules of an adapter in PEFT's files, and where their tensors are."""
     spelt = keys_of(model, file, component)
     keys, assumed, beside = spelt.keys, list[str](), tuple[str, ...]()
@@ -55,7 +55,7 @@ def read(model: nn.Module, config: Any, file: TensorFile, component: str | None 
     placed: dict[int, Mapping[str, Entry | None]] = {}  # by step, of the plan that is asked about
     main = set[str]()
 
-    def entry(plan: Plan, step: Step, name: str) -> Entry | None:
+    def entry(plan: Plan, step: PlannedRule, name: str) -> Entry | None:
         if not placed:
             main.update(s.path for s in plan.steps if is_main(s.rule))
         if id(step) not in placed:
@@ -65,7 +65,7 @@ def read(model: nn.Module, config: Any, file: TensorFile, component: str | None 
     ignored = tuple(key for key in file.shapes if key.endswith(method.passed_over or ("\n",)))
     assumed += [*_told(spelt), *given.assumed]
     ignored = (*ignored, *beside, *spelt.others, *(keys[key] for key in given.passed_over))
-    return Read(rules, entry, problems, unheld, given.notes, assumed, ignored, given.vocabulary)
+    return PeftAdapter(rules, entry, problems, unheld, given.notes, assumed, ignored, given.vocabulary)
 
 
 def _under(keys: Mapping[str, str], file: TensorFile) -> TensorFile:
@@ -87,7 +87,7 @@ def _told(spelt: Spelt) -> list[str]:
 
 
 def _of_step(
-    step: Step, keys: Mapping[str, str], main: Set[str], config: PeftConfig, prefix: str
+    step: PlannedRule, keys: Mapping[str, str], main: Set[str], config: PeftConfig, prefix: str
 ) -> dict[str, Entry | None]:
     """Where the file has each tensor of a step; None for what follows from the rule's fields."""
     part, names = part_of(step.rule), tuple(spec.name for spec in step.specs)

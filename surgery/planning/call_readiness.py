@@ -24,7 +24,7 @@ from surgery.tracing.example_call import Observation, copied
 from surgery.tracing.traced_forward import known_forwards, trace_anew
 from surgery.transaction.neutral_context import ambient
 from surgery.weaving.call_variants import leaves_of, make_ready
-from surgery.weaving.recording import Step
+from surgery.weaving.recording import PlannedRule
 
 __all__ = ["Readiness", "graphs_ready", "sites_ready"]
 
@@ -38,7 +38,7 @@ class Readiness:
     reason: str = ""
 
 
-def graphs_ready(steps: Sequence[Step], observations: Sequence[Observation]) -> list[Readiness]:
+def graphs_ready(steps: Sequence[PlannedRule], observations: Sequence[Observation]) -> list[Readiness]:
     """Trace what the rules that look into forwards need, for each kind of call that is to be expected."""
     found: dict[Readiness, None] = {}
     for step, given in _calls(steps, observations, by_rule=False):
@@ -55,7 +55,7 @@ def graphs_ready(steps: Sequence[Step], observations: Sequence[Observation]) -> 
     return list(found)
 
 
-def sites_ready(steps: Sequence[Step], observations: Sequence[Observation], told: Collection[str]) -> list[str]:
+def sites_ready(steps: Sequence[PlannedRule], observations: Sequence[Observation], told: Collection[str]) -> list[str]:
     """Make the variants of the first of the sites that share graphs; what went wrong, in words.
 
     `told`: what the plan warned of.
@@ -79,7 +79,9 @@ def sites_ready(steps: Sequence[Step], observations: Sequence[Observation], told
     return list(problems)
 
 
-def _calls(steps: Iterable[Step], observations: Sequence[Observation], by_rule: bool) -> Iterator[tuple[Step, tuple]]:
+def _calls(
+    steps: Iterable[PlannedRule], observations: Sequence[Observation], by_rule: bool
+) -> Iterator[tuple[PlannedRule, tuple]]:
     """The arguments in the examples of the sites whose rules look into the forward: one of each form, for sites that
     share the graph of the plan. `by_rule`: for each rule."""
     known = set[tuple]()

@@ -64,7 +64,7 @@ def bypasses(model: nn.Module) -> dict[str, list[Bypass]]:
     found: dict[str, list[Bypass]] = {path: [] for path in paths.values()}
     for path, module in modules:
         if _leads(_own_class(module)):
-            for place in Search(paths, path, module).places():
+            for place in ReadSearch(paths, path, module).places():
                 found[place.path].append(place)
     return {path: list(dict.fromkeys(places)) for path, places in found.items() if places}
 
@@ -88,7 +88,7 @@ def bypasses_of(model: nn.Module, path: str, aliases: Iterable[str] = ()) -> lis
             above.setdefault(id(reader), (".".join(parts[:depth]), reader))
             reader = submodule(reader, part)
     paths = {id(target): path, **{key: name for key, (name, _) in above.items()}}
-    searches = [Search(paths, name, reader, target) for name, reader in above.values()]
+    searches = [ReadSearch(paths, name, reader, target) for name, reader in above.values()]
     return list(dict.fromkeys(place for search in searches for place in search.places()))
 
 
@@ -140,7 +140,7 @@ class _Function(NamedTuple):
     owner: _Held | None = None
 
 
-class Search:
+class ReadSearch:
     """The readings that one module's forward leads to: of the parameters of `target`, or of anyone."""
 
     def __init__(self, paths: dict[int, str], path: str, module: nn.Module, target: nn.Module | None = None):

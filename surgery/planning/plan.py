@@ -18,7 +18,7 @@ from surgery.state.adapter_tensors import is_adapter_key
 from surgery.state.records import model_state
 from surgery.text_table import table
 from surgery.tracing.example_call import Observation, copied, observe
-from surgery.weaving.recording import Step
+from surgery.weaving.recording import PlannedRule
 
 __all__ = ["Plan"]
 
@@ -37,7 +37,7 @@ class Plan:
     model: nn.Module
     adapter: str
     rules: tuple[Rule, ...] = ()
-    steps: list[Step] = field(default_factory=list)
+    steps: list[PlannedRule] = field(default_factory=list)
     problems: list[SurgeryError] = field(default_factory=list)
     switches: dict[str, tuple[str, Any]] = field(default_factory=dict)
     warnings: list[str] = field(default_factory=list)
@@ -177,9 +177,9 @@ class Plan:
         return f"stays frozen by {by}" if by else "is not frozen"
 
 
-def _rows(steps: Sequence[Step]) -> list[tuple[str, str, str, str, str]]:
+def _rows(steps: Sequence[PlannedRule]) -> list[tuple[str, str, str, str, str]]:
     """The table of a plan: a row for each site; for more than five that get the same from one rule, one row."""
-    groups: dict[tuple, list[Step]] = {}
+    groups: dict[tuple, list[PlannedRule]] = {}
     for step in steps:
         kind = type(step.module).__name__ + (" (opaque)" if step.own.opaque else "")
         tensors = " ".join(f"{spec.name}{list(spec.shape)}" for spec in step.specs)

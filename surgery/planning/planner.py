@@ -29,7 +29,7 @@ from surgery.tracing.example_call import examples_in, observe
 from surgery.transaction.gradient_flags import lazy_in
 from surgery.weaving.conflicts import clashes
 from surgery.weaving.generated_class import reason_against
-from surgery.weaving.recording import PassedOver, Recording, Step, recorded
+from surgery.weaving.recording import PassedOver, PlannedRule, Recording, recorded
 
 __all__ = ["make_plan", "with_companions"]
 
@@ -160,7 +160,9 @@ def _add_step(
         plan.passed.append(path)
         return
     plan.warnings += made.told
-    plan.steps.append(Step(rule, path, module, match.aliases, made.own, made.tape, made.specs, made.inside, facts))
+    plan.steps.append(
+        PlannedRule(rule, path, module, match.aliases, made.own, made.tape, made.specs, made.inside, facts)
+    )
 
 
 def _objection(rule: Rule, module: nn.Module, path: str) -> str | None:
@@ -309,7 +311,7 @@ def _unready(kinds: Sequence[Readiness]) -> list[str]:
     ]
 
 
-def _written_twice(step: Step, plan: Plan, call: tuple[tuple, dict, Any]) -> SurgeryError | None:
+def _written_twice(step: PlannedRule, plan: Plan, call: tuple[tuple, dict, Any]) -> SurgeryError | None:
     """The objection to a rule that runs the module's forward more than once, where the example shows that it writes."""
     if not step.own.opaque or not any(one.kind == "own" and one.kwargs == NOTHING for one in step.tape.steps):
         return None

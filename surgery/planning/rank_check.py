@@ -12,25 +12,25 @@ from torch import nn
 from surgery.authoring.hook_call import HookCall
 from surgery.authoring.rule import Rule
 from surgery.errors import abbreviate
-from surgery.weaving.recording import Step
+from surgery.weaving.recording import PlannedRule
 
 __all__ = ["rank_notes", "rank_warnings"]
 
 High = tuple[Rule, list[tuple[str, int, tuple[int, int]]], bool]  # a rule, its sites of less, whether to warn
 
 
-def rank_warnings(steps: Sequence[Step]) -> list[str]:
+def rank_warnings(steps: Sequence[PlannedRule]) -> list[str]:
     """One for each rule with a rank that is more than a weight's larger size: it was meant for other weights."""
     return [_told(rule, sites) for rule, sites, warns in _high(steps) if warns]
 
 
-def rank_notes(steps: Sequence[Step]) -> list[str]:
+def rank_notes(steps: Sequence[PlannedRule]) -> list[str]:
     """One for each other rule with a weight that can't use its rank, such as a head of two classes."""
     return [_told(rule, sites) for rule, sites, warns in _high(steps) if not warns]
 
 
-def _high(steps: Sequence[Step]) -> Iterable[High]:
-    by_rule: dict[int, list[Step]] = {}
+def _high(steps: Sequence[PlannedRule]) -> Iterable[High]:
+    by_rule: dict[int, list[PlannedRule]] = {}
     for step in steps:
         by_rule.setdefault(id(step.rule), []).append(step)
     for mine in by_rule.values():
@@ -45,7 +45,7 @@ def _high(steps: Sequence[Step]) -> Iterable[High]:
             yield rule, few, wide
 
 
-def _matrices(step: Step) -> Iterable[tuple[str, tuple[int, int]]]:
+def _matrices(step: PlannedRule) -> Iterable[tuple[str, tuple[int, int]]]:
     """The matrices that a rule changes at a site, with their sizes."""
     with HookCall(step.rule, "matrices", step.path):
         named = step.rule.matrices(step.module, step.path)

@@ -14,7 +14,7 @@ __all__ = ["Tests", "goes"]
 Tests = tuple[tuple[ast.expr, bool], ...]
 
 
-class _Unknown(Exception):
+class _Undecided(Exception):
     """It depends on the call, or on what can't be looked at."""
 
 
@@ -24,7 +24,7 @@ def goes(tests: Tests, name: str, module: nn.Module) -> bool:
         try:
             if bool(_plain(_value(test, name, module))) is not wanted:
                 return False
-        except _Unknown:
+        except _Undecided:
             continue
     return True
 
@@ -51,7 +51,7 @@ def _value(node: ast.expr, name: str, module: nn.Module) -> Any:
             if isinstance(kind, (ast.Is, ast.IsNot)):
                 return _COMPARED[type(kind)](one, other)
             return _COMPARED[type(kind)](_plain(one), _plain(other))
-    raise _Unknown
+    raise _Undecided
 
 
 def _any(parts: list[ast.expr], name: str, module: nn.Module, wanted: bool) -> bool:
@@ -61,42 +61,42 @@ def _any(parts: list[ast.expr], name: str, module: nn.Module, wanted: bool) -> b
         try:
             if bool(_plain(_value(part, name, module))) is wanted:
                 return wanted
-        except _Unknown:
+        except _Undecided:
             unknown = True
     if unknown:
-        raise _Unknown
+        raise _Undecided
     return not wanted
 
 
 def _attribute(owner: Any, name: str) -> Any:
     if name == "training" or isinstance(owner, Tensor):
-        raise _Unknown
+        raise _Undecided
     if isinstance(owner, nn.Module):
         for held in (owner.__dict__, owner._modules, owner._parameters, owner._buffers):
             if name in held:
                 return held[name]
-        raise _Unknown  # a property is code
+        raise _Undecided  # a property is code
     if not hasattr(owner, "__dict__"):
-        raise _Unknown
+        raise _Undecided
     try:
         return getattr(owner, name)
     except Exception:
-        raise _Unknown from None
+        raise _Undecided from None
 
 
 def _has(owner: Any, name: str) -> bool:
     if isinstance(owner, Tensor):
-        raise _Unknown
+        raise _Undecided
     try:
         return hasattr(owner, name)
     except Exception:
-        raise _Unknown from None
+        raise _Undecided from None
 
 
 def _plain(value: Any) -> Any:
     if isinstance(value, (bool, int, float, str, type(None), list, tuple, dict)):
         return value
-    raise _Unknown
+    raise _Undecided
 
 
 _COMPARED: dict[type, Any] = {

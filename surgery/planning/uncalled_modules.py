@@ -10,7 +10,7 @@ from torch import nn
 
 from surgery.patterns.module_walk import base_modules
 from surgery.patterns.wrappers import submodule
-from surgery.planning.direct_reads import Search
+from surgery.planning.direct_reads import ReadSearch
 
 __all__ = ["never_called"]
 
@@ -40,7 +40,7 @@ def never_called(model: nn.Module, paths: Iterable[str]) -> bool:
         for above, owner in owners.items():
             if isinstance(owner, (nn.ModuleList, nn.ModuleDict)):  # whoever loops over it is above it
                 continue
-            search = Search(known, above, owner, target)
+            search = ReadSearch(known, above, owner, target)
             for method in _methods(owner, above == ".".join(parts[:-1])):
                 search.read(method)
             if id(target) in search.ran or not search.unsure.isdisjoint(map(id, owners.values())):

@@ -10,7 +10,7 @@ from surgery.authoring.hook_call import HookCall
 from surgery.authoring.routed_site import Member
 from surgery.authoring.rule import Routable, Rule
 from surgery.errors import SiteError
-from surgery.forward.function_watch import Watch
+from surgery.forward.function_watch import FunctionWatch
 from surgery.forward.own_forward import OwnForward
 from surgery.forward.tape import Layer, Value
 from surgery.state.records import Applied
@@ -37,7 +37,7 @@ def routed_layer(module: nn.Module, path: str, own: OwnForward, applied: list[Ap
     members = [Member(one.rule, module, path, one.adapter, own, one.facts) for one in applied]
     for member in members[1:]:
         member.tape = members[0].tape
-    with HookCall(applied[0].rule, "routed", path), Watch(members[0].tape):
+    with HookCall(applied[0].rule, "routed", path), FunctionWatch(members[0].tape):
         output = first.routed(members)
         if output is not None:
             members[0].tape.replace(cast(Value, members[0].output), output)

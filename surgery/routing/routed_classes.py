@@ -16,7 +16,7 @@ from surgery.lifecycle.gradient_reducers import watch_gradients
 from surgery.patterns.wrappers import submodule
 from surgery.routing.copies import Lent, hide_hooks, show_hooks
 from surgery.routing.routing_block import RoutingBlock
-from surgery.routing.site_plan import Plan, plan_of
+from surgery.routing.site_plan import RoutedCall, plan_of
 from surgery.routing.thread_state import here
 from surgery.state.records import require_state, site_state
 from surgery.transaction.garbage_collection import collector_waits
@@ -164,7 +164,7 @@ def _routing_of(module: nn.Module) -> RoutingBlock:
     return next(routing for routing in here.routings if id(module) in routing.plans)
 
 
-def _elsewhere(module: nn.Module) -> Plan | None:
+def _elsewhere(module: nn.Module) -> RoutedCall | None:
     """The plan of another thread, for one that works for it: a backward that computes activations once more."""
     if getattr(module, "_is_replica", False):
         raise SurgeryError("DataParallel's copies can't be routed", fix="DistributedDataParallel")

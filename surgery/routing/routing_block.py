@@ -12,8 +12,8 @@ from surgery.errors import SurgeryError
 from surgery.lifecycle.switching import check_none_merged, check_settled
 from surgery.routing.batch_layout import prove
 from surgery.routing.joint_rewrite import routes_itself
-from surgery.routing.rows import Rows
-from surgery.routing.site_plan import Plan, plan_of
+from surgery.routing.rows import RowOwners
+from surgery.routing.site_plan import RoutedCall, plan_of
 from surgery.routing.thread_state import here
 from surgery.state.records import ModelState, adapter_names, site_state
 
@@ -30,7 +30,7 @@ class RoutingBlock:
         adapter_names(state, given)
         self.model, self.check = model, check
         self.entries = tuple(_entries(model))
-        self.rows = Rows(adapters)
+        self.rows = RowOwners(adapters)
         self.names = tuple(name for name in state.adapters if name in given)
         self.alone = len(set(adapters)) == 1
         # Of the call that is running: the model or its encoder, which `generate` calls by itself, rows and arguments.
@@ -42,13 +42,13 @@ class RoutingBlock:
         held = [check_settled(module) for module in self.modules]
         check_none_merged(state)
         _check_routable(state, self.names, self.alone)
-        self.plans: dict[int, Plan | None] = {}
+        self.plans: dict[int, RoutedCall | None] = {}
         rules = state.rules_at(set(given))
         for module, site in zip(self.modules, held, strict=True):
             needed = any(routes_itself(one.rule) for one in rules.get(id(module), ()))  # and may object
             self.plans[id(module)] = plan_of(self, module, site) if needed else None  # else at the first call
 
-    def plan(self, module: nn.Module) -> Plan:
+    def plan(self, module: nn.Module) -> RoutedCall:
         site = site_state(module)
         assert site is not None
         found = plan_of(self, module, site)

@@ -15,10 +15,10 @@ from torch import Tensor, nn
 
 from surgery.errors import SurgeryError
 
-__all__ = ["Rows", "joined", "taken"]
+__all__ = ["RowOwners", "joined", "taken"]
 
 
-class Rows:
+class RowOwners:
     """Which rows are whose: indices into a first dimension of any multiple of the number of names."""
 
     def __init__(self, names: Sequence[str | None]):
@@ -62,7 +62,7 @@ class Rows:
 class _Of:
     """The rows of one adapter, as a rule that routes itself sees them."""
 
-    def __init__(self, rows: Rows, name: str):
+    def __init__(self, rows: RowOwners, name: str):
         self.rows, self.name = rows, name
 
     def of(self, size: int, device: torch.device) -> Tensor:
@@ -70,7 +70,7 @@ class _Of:
         return self.rows.of(self.name, size, device)
 
 
-def taken(value: Any, rows: Rows, names: tuple[str, ...] | str, size: int) -> Any:
+def taken(value: Any, rows: RowOwners, names: tuple[str, ...] | str, size: int) -> Any:
     """A value's rows of one adapter (or, for a tuple of names, of none of them), wherever its size is the batch's."""
     if isinstance(value, Tensor):
         if value.dim() == 0 or value.shape[0] != size:
@@ -91,7 +91,7 @@ def taken(value: Any, rows: Rows, names: tuple[str, ...] | str, size: int) -> An
     )
 
 
-def joined(parts: Sequence[Any], rows: Rows, names: tuple[str, ...]) -> Any:
+def joined(parts: Sequence[Any], rows: RowOwners, names: tuple[str, ...]) -> Any:
     """A value of all rows, from those of each adapter's rows and the rest's, in this order."""
     first = parts[0]
     if isinstance(first, Tensor):

@@ -20,7 +20,7 @@ from surgery.errors import SurgeryError
 from surgery.forward.own_forward import OwnForward, own_forward
 from surgery.forward.tape import Layer, Tape
 from surgery.routing.joint_rewrite import routed_layer, routes_itself
-from surgery.routing.rows import Rows, joined, taken
+from surgery.routing.rows import RowOwners, joined, taken
 from surgery.state.adapter_tensors import tensors_of
 from surgery.state.records import Applied, SiteState
 from surgery.weaving.call_variants import function_of
@@ -31,10 +31,10 @@ from surgery.weaving.recording import layer_of
 from surgery.weaving.term_graph import OUTPUT, ROWS
 from surgery.weaving.weave import woven, woven_edit
 
-__all__ = ["Plan", "plan_of"]
+__all__ = ["RoutedCall", "plan_of"]
 
 
-class Plan(Protocol):
+class RoutedCall(Protocol):
     """What runs in the place of a site's forward."""
 
     def __call__(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Any: ...
@@ -44,13 +44,13 @@ class Routing(Protocol):
     """What plans need of a routing."""
 
     names: tuple[str, ...]
-    rows: Rows
+    rows: RowOwners
     alone: bool
 
     def size_of(self, module: nn.Module, value: Tensor) -> int: ...
 
 
-def plan_of(routing: Routing, module: nn.Module, site: SiteState) -> Plan:
+def plan_of(routing: Routing, module: nn.Module, site: SiteState) -> RoutedCall:
     """The plan of a site. Raises where its rules can't be routed."""
     applied = {name: [one for one in site.applied if one.adapter == name] for name in routing.names}
     applied = {name: rules for name, rules in applied.items() if rules}
@@ -66,7 +66,7 @@ def plan_of(routing: Routing, module: nn.Module, site: SiteState) -> Plan:
     edits = {name: _edit_of(name, rules, module, site, own) for name, rules in applied.items()}
     branches = {name: edit.low_rank for name, edit in edits.items() if edit.low_rank is not None}
     if len(branches) == len(edits) and all(branch.input == own.inputs()[0] for branch in branches.values()):
-        return _LowRank(site.base, own, routing, branches, module)
+        return _LowRankRows(site.base, own, routing, branches, module)
     return _ByRows(site.base, own, routing, edits)
 
 
@@ -87,7 +87,7 @@ class _Whole:
 class _Together:
     """Rules that route themselves: one forward, which is told whose rows are which."""
 
-    def __init__(self, own: OwnForward, layer: Layer, rows: Rows):
+    def __init__(self, own: OwnForward, layer: Layer, rows: RowOwners):
         self.own = own
         graphs = [woven(own, [layer], mode, lowered=False) for mode in (False, True)]
         asks = any(node.target == ROWS for node in graphs[0].nodes if node.op == "placeholder")
@@ -195,7 +195,7 @@ def _bound(own: OwnForward, args: tuple, kwargs: dict[str, Any]) -> dict[str, An
 # Low-rank branches of many rows -------------------------------------------------------------------------------
 
 
-class _LowRank:
+class _LowRankRows:
     """y + (x Aᵢᵀ) Bᵢᵀ sᵢ for each row's adapter i, all rows at once.
 
     A bank holds A and B once a row, filled up to the largest rank, for two batched products; it is kept from call to

@@ -10,7 +10,7 @@ from typing import Any
 __all__ = ["here", "paused"]
 
 
-class _Here(threading.local):
+class _ThreadRouting(threading.local):
     routings: tuple[Any, ...] = ()  # the open blocks of `route`, the last one innermost
     plans: dict[int, Any] | None = None  # what their sites run, by the site's id; None where it is not made yet
 
@@ -26,4 +26,4 @@ def paused() -> Iterator[None]:
         here.routings, here.plans = before
 
 
-here = _Here()
+here = _ThreadRouting()

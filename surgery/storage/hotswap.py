@@ -37,7 +37,7 @@ from surgery.storage.stored_adapter import Stored, stored_adapter
 from surgery.storage.vocabulary import other_vocabulary, sizes_wanted
 from surgery.transaction.neutral_context import verb
 from surgery.transaction.undo_log import Journal
-from surgery.weaving.recording import Step
+from surgery.weaving.recording import PlannedRule
 from surgery.weaving.site_class import install_live
 
 __all__ = ["SwapReport", "hotswap", "pad_rank"]
@@ -191,7 +191,9 @@ def pad_rank(model: M, adapter: str, rank: int) -> M:
     return model
 
 
-def _grown(one: Living, adapter: str, rank: int, known: dict[int, Rule]) -> tuple[Step, dict[str, Tensor]] | None:
+def _grown(
+    one: Living, adapter: str, rank: int, known: dict[int, Rule]
+) -> tuple[PlannedRule, dict[str, Tensor]] | None:
     """A living rule with room for a rank: its step, and its tensors in their new sizes; None where it has no rank.
 
     `known`: what rules became, by their id.
@@ -209,7 +211,7 @@ def _grown(one: Living, adapter: str, rank: int, known: dict[int, Rule]) -> tupl
         return step, dict(rule.swapped(wider, site))
 
 
-def _put_in(one: Living, adapter: str, step: Step, tensors: dict[str, Tensor], journal: Journal) -> None:
+def _put_in(one: Living, adapter: str, step: PlannedRule, tensors: dict[str, Tensor], journal: Journal) -> None:
     """Put the wider rule and its tensors in the place of the old; those of the same size stay."""
     box: Any = one.module._modules[RESERVED]._modules[adapter]  # type: ignore[union-attr]
     keep_site(journal, one.module, (adapter,))

@@ -24,11 +24,11 @@ from surgery.planning.plan import Plan
 from surgery.planning.planner import with_companions
 from surgery.state.adapter_tensors import tensors_of
 from surgery.state.records import Applied, ModelState, adapter_names, site_state, sites
-from surgery.weaving.recording import PassedOver, Step, layer_of, recorded
+from surgery.weaving.recording import PassedOver, PlannedRule, layer_of, recorded
 
 __all__ = ["Living", "Making", "incoming", "living", "placed", "step_for"]
 
-Value = tuple[Step, str, Entry]
+Value = tuple[PlannedRule, str, Entry]
 ROOT = "(the model itself)"
 
 
@@ -138,7 +138,7 @@ def placed(tree: Tree, rules: list[Rule], problems: list[SurgeryError]) -> Itera
             yield rule, match
 
 
-def step_for(rule: Rule, path: str, live: Living, adapter: str) -> Step:
+def step_for(rule: Rule, path: str, live: Living, adapter: str) -> PlannedRule:
     """A rule in the place of one that is there: with the facts found then, and so without an example call."""
     module, applied = live.module, live.applied
     with HookCall(rule, "check", path):
@@ -150,9 +150,9 @@ def step_for(rule: Rule, path: str, live: Living, adapter: str) -> Step:
     own, facts = own_forward(module, state.base), dict(applied.facts)
     if applied.inside:  # recorded for each kind of call: equal fields ask for equal tensors
         specs = tuple(_spec(name, tensor) for name, tensor in live.tensors.items())
-        return Step(rule, path, module, (), own, layer_of(applied, module, path, own).tape, specs, True, facts)
+        return PlannedRule(rule, path, module, (), own, layer_of(applied, module, path, own).tape, specs, True, facts)
     made = recorded(rule, module, path, adapter, own, facts=facts)
-    return Step(rule, path, module, (), own, made.tape, made.specs, False, facts)
+    return PlannedRule(rule, path, module, (), own, made.tape, made.specs, False, facts)
 
 
 def _spec(name: str, tensor: Tensor) -> ParamSpec:
@@ -197,7 +197,7 @@ class Making:
                     self.problems.append(error)
         return pairs
 
-    def _at(self, one: Living, step: Step | None) -> dict[str, Tensor]:
+    def _at(self, one: Living, step: PlannedRule | None) -> dict[str, Tensor]:
         rule = one.applied.rule
         if step is None:
             if not one.tensors:
@@ -225,7 +225,7 @@ class Making:
             self.notes[note] = self.notes.get(note, 0) + 1
         return self._checked(one, made, step.rule)
 
-    def _started(self, step: Step, entries: dict[str, Entry]) -> dict[str, Tensor]:
+    def _started(self, step: PlannedRule, entries: dict[str, Entry]) -> dict[str, Tensor]:
         """A rule's tensors as the file has them, others as they follow from its fields."""
         rule, device = step.rule, self._device(step)
         made = {spec.name: torch.empty(spec.shape, dtype=spec.dtype, device=device) for spec in step.specs}
@@ -247,7 +247,7 @@ class Making:
             made |= {name: trial[name] for name in lacking}
         return made
 
-    def _device(self, step: Step) -> torch.device | None:
+    def _device(self, step: PlannedRule) -> torch.device | None:
         live = self.live[id(step.module), type(step.rule)].tensors
         return next((tensor.device for tensor in live.values()), None)
 
@@ -272,11 +272,11 @@ class Making:
         return made
 
 
-def _tensor(step: Step) -> Callable[[str, bool], Tensor]:
+def _tensor(step: PlannedRule) -> Callable[[str, bool], Tensor]:
     return lambda name, _: tensor_at(step.module, name)
 
 
-def _same_code(step: Step, one: Living) -> bool:
+def _same_code(step: PlannedRule, one: Living) -> bool:
     """Whether the code that runs at a site is what a rule would make there."""
     if step.rule.differing_fields(one.applied.rule):
         return False  # what a field says is saved with the adapter, whether or not it is in the code

@@ -31,7 +31,7 @@ from surgery.storage.model_origin import other_model
 from surgery.storage.stored_adapter import Stored, stored_adapter
 from surgery.storage.vocabulary import other_vocabulary, resized, sizes_wanted
 from surgery.transaction.neutral_context import verb
-from surgery.weaving.recording import Step
+from surgery.weaving.recording import PlannedRule
 
 __all__ = ["load_adapter"]
 
@@ -96,7 +96,7 @@ def load_adapter(
     problems = [*stored.problems, *([] if trust else map(_distrusted, (rule for rule in stored.rules if rule.imports)))]
     known = [rule for rule in stored.rules if trust or not rule.imports]
     plan = make_plan(model, known, adapter, example_inputs, freeze) if known else None
-    values: list[tuple[Step, str, Entry]] = []
+    values: list[tuple[PlannedRule, str, Entry]] = []
     if plan is not None:
         problems += plan.problems
         values = _found(plan, stored, report, finite)
@@ -133,9 +133,9 @@ def load_adapter(
     return report
 
 
-def _found(plan: Plan, stored: Stored, report: LoadReport, finite: bool) -> list[tuple[Step, str, Entry]]:
+def _found(plan: Plan, stored: Stored, report: LoadReport, finite: bool) -> list[tuple[PlannedRule, str, Entry]]:
     """The tensors of a plan that the file holds in their shapes; the report is told of all others."""
-    file, used, found = stored.file, set[str](), list[tuple[Step, str, Entry]]()
+    file, used, found = stored.file, set[str](), list[tuple[PlannedRule, str, Entry]]()
     shared: dict[Any, str] = {}
     for step in plan.steps:
         for spec in step.specs:
@@ -185,7 +185,7 @@ def _distrusted(rule: Rule) -> SurgeryError:
     )
 
 
-def _too_large(plan: Plan, values: list[tuple[Step, str, Entry]], file: TensorFile) -> Iterator[SurgeryError]:
+def _too_large(plan: Plan, values: list[tuple[PlannedRule, str, Entry]], file: TensorFile) -> Iterator[SurgeryError]:
     """Tensors that the file does not hold are made all the same where a load is not strict; not of any size."""
     filled = {(id(step), name) for step, name, _ in values}
     specs = [spec for step in plan.steps for spec in step.specs if (id(step), spec.name) not in filled]
@@ -220,7 +220,7 @@ def _misfit(file: TensorFile, entry: Entry, shape: tuple[int, ...], dtype: torch
     return None
 
 
-def _given(plan: Plan, values: list[tuple[Step, str, Entry]], file: TensorFile) -> InitialValue:
+def _given(plan: Plan, values: list[tuple[PlannedRule, str, Entry]], file: TensorFile) -> InitialValue:
     """Tensors start with the file's values, which are cheaper to have than those that a rule draws.
 
     What many sites share is drawn once, so that a rule which can't start is found. Nor are values given to a site of
@@ -230,7 +230,7 @@ def _given(plan: Plan, values: list[tuple[Step, str, Entry]], file: TensorFile) 
     lacking = {id(step) for step in plan.steps for spec in step.specs if (id(step), spec.name) not in known}
     drawn: set[int] = set()
 
-    def given(step: Step, spec: ParamSpec) -> Tensor | None:
+    def given(step: PlannedRule, spec: ParamSpec) -> Tensor | None:
         if id(spec) not in drawn or id(step) in lacking:
             drawn.add(id(spec))
             return None
@@ -243,7 +243,7 @@ def _value(file: TensorFile, entry: Entry) -> Tensor:
     return entry.read(file.read(entry.key))
 
 
-def _fill(plan: Plan, values: list[tuple[Step, str, Entry]], file: TensorFile) -> None:
+def _fill(plan: Plan, values: list[tuple[PlannedRule, str, Entry]], file: TensorFile) -> None:
     filled, made = {(id(step), name) for step, name, _ in values}, dict[int, nn.Parameter]()
     with torch.no_grad():
         for step in plan.steps:
@@ -255,7 +255,7 @@ def _fill(plan: Plan, values: list[tuple[Step, str, Entry]], file: TensorFile) -
             held[id(step)][name].copy_(_value(file, entry))
 
 
-def _realise(step: Step, adapter: str, others: set[str], made: dict[int, nn.Parameter]) -> None:
+def _realise(step: PlannedRule, adapter: str, others: set[str], made: dict[int, nn.Parameter]) -> None:
     """Tensors on the meta device, made there beside a base that has no numbers yet, are made anew on the CPU.
 
     `others` are those that no file fills: they get the values that their rule starts with.

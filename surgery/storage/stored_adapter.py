@@ -19,7 +19,7 @@ from surgery.patterns.module_walk import RESERVED
 from surgery.peft_format.reading import read
 from surgery.planning.plan import Plan
 from surgery.storage.model_origin import origin_of
-from surgery.weaving.recording import Step
+from surgery.weaving.recording import PlannedRule
 
 __all__ = ["Stored", "stored_adapter"]
 
@@ -35,7 +35,7 @@ class Stored:
 
     rules: list[Rule]
     file: TensorFile
-    entry: Callable[[Plan, Step, str], Entry | None]
+    entry: Callable[[Plan, PlannedRule, str], Entry | None]
     problems: list[SurgeryError] = field(default_factory=list)
     base: Any = None
     metadata: Mapping[str, Any] = field(default_factory=dict)

@@ -13,9 +13,9 @@ from torch import Tensor, fx, nn
 from surgery.errors import SurgeryError, TraceError
 from surgery.patterns.module_class import class_of
 from surgery.structures.op_aliases import LayerTensor, NodeName, arguments_in, canonicalise, flatten, is_node
+from surgery.tracing.call_writer import Calls
 from surgery.tracing.example_call import arguments, outermost_calls
 from surgery.tracing.guards import check_call, check_parts, check_settings, require
-from surgery.tracing.call_writer import Calls
 from surgery.tracing.trace import traced
 from surgery.tracing.verification import undone
 

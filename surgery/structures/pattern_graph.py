@@ -18,11 +18,11 @@ from surgery.structures.op_aliases import PASSING, Dim, Implied, LayerTensor, No
 if TYPE_CHECKING:
     import networkx
 
-__all__ = ["Part", "is_constant", "parse_pattern", "describe_part", "same_constant"]
+__all__ = ["PatternPart", "is_constant", "parse_pattern", "describe_part", "same_constant"]
 
 
 @dataclass(frozen=True)
-class Part:
+class PatternPart:
     """One part of a pattern; its operands are other parts, by their index, all before its own."""
 
     kind: str  # operation, any, either, tuple, constant (a given one), const (some constant)
@@ -105,7 +105,7 @@ def same_constant(wanted: Any, found: Any) -> bool:
     return wanted == found
 
 
-def parse_pattern(pattern: Callable[..., Any] | networkx.DiGraph) -> tuple[list[Part], list[str]]:
+def parse_pattern(pattern: Callable[..., Any] | networkx.DiGraph) -> tuple[list[PatternPart], list[str]]:
     """A pattern's parts, the result last, and the names that it binds."""
     names: list[str] = []
     if callable(pattern):
@@ -125,9 +125,9 @@ def parse_pattern(pattern: Callable[..., Any] | networkx.DiGraph) -> tuple[list[
     return parts, names
 
 
-def _from_expression(root: Any) -> list[Part]:
+def _from_expression(root: Any) -> list[PatternPart]:
     """Without recursion: an expression is added once all that it is made of is there."""
-    parts: list[Part] = []
+    parts: list[PatternPart] = []
     known: dict[Any, int] = {}
     alive: list[_Needs] = []  # what `known` tells by its id stays
     waiting: list[tuple[Any, Any]] = [(root, None)]  # values, and what has to be there before them
@@ -160,7 +160,7 @@ def _key(value: Any) -> Any:
 @dataclass(frozen=True)
 class _Needs:
     inner: tuple[Any, ...]
-    part: Callable[[list[Part], tuple[int, ...]], Part]
+    part: Callable[[list[PatternPart], tuple[int, ...]], PatternPart]
 
 
 def _named(name: str, default: Any) -> Expression:
@@ -173,18 +173,18 @@ def _named(name: str, default: Any) -> Expression:
 def _needs(value: Any) -> _Needs:
     """What has to be there before a value's part, and how the part is made then."""
     if isinstance(value, tuple):
-        return _Needs(value, lambda _, below: Part("tuple", operands=below))
+        return _Needs(value, lambda _, below: PatternPart("tuple", operands=below))
     if not isinstance(value, Expression):
-        return _Needs((), lambda _, below: Part("constant", value=value))
+        return _Needs((), lambda _, below: PatternPart("constant", value=value))
     if value.kind == "any":
-        return _Needs((), lambda _, below: Part("any", name=value.of))
+        return _Needs((), lambda _, below: PatternPart("any", name=value.of))
     if value.kind == "const":
-        return _Needs((), lambda _, below: Part("const", name=value.of, value=value.args[0]))
+        return _Needs((), lambda _, below: PatternPart("const", name=value.of, value=value.args[0]))
     if value.kind == "either":
-        return _Needs(value.args, lambda _, below: Part("either", operands=below))
+        return _Needs(value.args, lambda _, below: PatternPart("either", operands=below))
     if value.kind == "module":
         asks = {"type": value.of, **value.kwargs}
-        return _Needs(value.args, lambda _, below: Part("operation", None, below, asks=asks))
+        return _Needs(value.args, lambda _, below: PatternPart("operation", None, below, asks=asks))
     if value.kind == "having":
         return _Needs(value.args, lambda parts, below: _asking(parts, below[0], value.of))
     told = canonicalise(value.kind, value.of, value.args, value.kwargs)
@@ -195,12 +195,12 @@ def _needs(value: Any) -> _Needs:
     names = tuple(told.keywords)
     count = len(told.operands)
 
-    def made(parts: list[Part], below: tuple[int, ...]) -> Part:
+    def made(parts: list[PatternPart], below: tuple[int, ...]) -> PatternPart:
         named = tuple(zip(names, below[count:], strict=True))
         meaning = gather(told.operation, below, _Below(parts)) if told.operation in GATHERED else None
         if meaning is not None and not named:
-            return Part("operation", meaning.operation, meaning.operands)
-        return Part("operation", told.operation, below[:count], keywords=named)
+            return PatternPart("operation", meaning.operation, meaning.operands)
+        return PatternPart("operation", told.operation, below[:count], keywords=named)
 
     return _Needs((*told.operands, *told.keywords.values()), made)
 
@@ -215,7 +215,7 @@ def _written(meaning: Any) -> Any:
 class _Below:
     """A pattern's parts, as `gathered` looks at them: operands are their indices."""
 
-    def __init__(self, parts: list[Part]):
+    def __init__(self, parts: list[PatternPart]):
         self.parts = parts
 
     def read(self, operand: int, operation: str) -> Meaning | None:
@@ -240,20 +240,20 @@ class _Below:
         return False  # a pattern that writes a linear out is found in linears: they are expanded in graphs
 
 
-def _asking(parts: list[Part], index: int, asks: Mapping[str, Any]) -> Part:
+def _asking(parts: list[PatternPart], index: int, asks: Mapping[str, Any]) -> PatternPart:
     part = parts[index]
     if part.kind == "either":
         below = []
         for inner in part.operands:
             parts.append(_asking(parts, inner, asks))
             below.append(len(parts) - 1)
-        return Part("either", operands=tuple(below))
+        return PatternPart("either", operands=tuple(below))
     if part.kind != "operation":
         raise SurgeryError("having asks about an operation's node", fix="write having(torch.softmax(x, -1), dtype=…)")
-    return Part(**{**vars(part), "asks": {**part.asks, **asks}})
+    return PatternPart(**{**vars(part), "asks": {**part.asks, **asks}})
 
 
-def _from_digraph(pattern: Any) -> list[Part]:
+def _from_digraph(pattern: Any) -> list[PatternPart]:
     import networkx
 
     if not networkx.is_directed_acyclic_graph(pattern):
@@ -263,30 +263,30 @@ def _from_digraph(pattern: Any) -> list[Part]:
         raise SurgeryError(
             f"the structure has {len(ends)} results: {ends}", fix="leave one node from which no edge goes out"
         )
-    parts: list[Part] = []
+    parts: list[PatternPart] = []
     known: dict[Any, int] = {}
     for node in networkx.topological_sort(pattern):
         data = dict(pattern.nodes[node])
         operation, constants = data.pop("operation", None), data.pop("constants", {})
         if operation is None and "type" not in data:
-            parts.append(Part("any", name=data.get("binding", str(node))))
+            parts.append(PatternPart("any", name=data.get("binding", str(node))))
         else:
             given: dict[int, int] = {}
             for source in pattern.predecessors(node):
                 slots = pattern.edges[source, node].get("slots", pattern.edges[source, node].get("slot", len(given)))
                 given |= dict.fromkeys(slots if isinstance(slots, tuple) else (slots,), known[source])
             for slot, value in constants.items():
-                parts.append(Part("constant", value=value))
+                parts.append(PatternPart("constant", value=value))
                 given[slot] = len(parts) - 1
             slots = tuple(sorted(given))
             operands = tuple(given[slot] for slot in slots)
             data.pop("binding", None)
-            parts.append(Part("operation", operation, operands, slots, asks=data))
+            parts.append(PatternPart("operation", operation, operands, slots, asks=data))
         known[node] = len(parts) - 1
     return parts
 
 
-def _reachable(parts: list[Part], root: int) -> list[Part]:
+def _reachable(parts: list[PatternPart], root: int) -> list[PatternPart]:
     """Without parts that `having` has replaced; the root last."""
     kept, waiting = set(), [root]
     while waiting:
@@ -296,7 +296,7 @@ def _reachable(parts: list[Part], root: int) -> list[Part]:
             waiting.extend(parts[index].children())
     places = {index: place for place, index in enumerate(sorted(kept))}
     return [
-        Part(
+        PatternPart(
             **{
                 **vars(parts[index]),
                 "operands": tuple(places[below] for below in parts[index].operands),
@@ -307,7 +307,7 @@ def _reachable(parts: list[Part], root: int) -> list[Part]:
     ]
 
 
-def describe_part(parts: list[Part], index: int, depth: int = 2) -> str:
+def describe_part(parts: list[PatternPart], index: int, depth: int = 2) -> str:
     """A part as text, what lies deeper as `…`."""
     part = parts[index]
     if part.kind == "any":

@@ -10,7 +10,7 @@ from torch import fx
 
 from surgery.structures.equivalent_ops import EXPANDED, GATHERED, Meaning, expand, gather
 from surgery.structures.op_aliases import COMMUTATIVE, PASSING, CanonicalOp, Dim, Implied, NodeName, is_node
-from surgery.structures.pattern_graph import Part, is_constant, same_constant
+from surgery.structures.pattern_graph import PatternPart, is_constant, same_constant
 
 __all__ = ["Search"]
 
@@ -19,7 +19,7 @@ __all__ = ["Search"]
 class Search:
     """One search of one pattern in one `networkx.DiGraph`."""
 
-    parts: list[Part]
+    parts: list[PatternPart]
     graph: Any
     known: dict[tuple[int, Any], tuple[bool, int]] = field(default_factory=dict)  # whether it fits, operations that do
 
@@ -186,7 +186,7 @@ class Search:
             return self.by_operation.get(part.operation, [])
         return [node for node in self.data if self.named(part, node)]
 
-    def named(self, part: Part, node: Any) -> bool:
+    def named(self, part: PatternPart, node: Any) -> bool:
         data = self.data[node]
         if part.operation is None:
             return part.is_module(data)
@@ -249,7 +249,7 @@ class Search:
             ways.append([*((below, given[1 - slot]) for slot, below in part.slotted()), *named])
         return ways
 
-    def reached(self, part: Part, operand: Any) -> Any:
+    def reached(self, part: PatternPart, operand: Any) -> Any:
         """The node of a part's operation, past what only hands a value on; None where it is another operation."""
         if not self.has(operand):
             return None

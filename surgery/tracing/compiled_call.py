@@ -11,10 +11,10 @@ from typing import Any
 
 from torch import Tensor, nn
 
-__all__ = ["Unknown", "call_of", "is_first", "restart"]
+__all__ = ["UnknownLocal", "call_of", "is_first", "restart"]
 
 
-class Unknown(Exception):
+class UnknownLocal(Exception):
     """Dynamo has a local in a form that is not known here."""
 
 
@@ -23,10 +23,10 @@ def call_of(context: Any) -> tuple[nn.Module, tuple]:
     try:
         values = _Values(context)
         return values.of("module"), values.of("given")
-    except Unknown:
+    except UnknownLocal:
         raise
     except Exception as error:  # these are Dynamo's own classes, which change from version to version
-        raise Unknown(f"{type(error).__name__}: {error}") from error
+        raise UnknownLocal(f"{type(error).__name__}: {error}") from error
 
 
 def is_first(context: Any, module: nn.Module) -> bool:
@@ -75,12 +75,12 @@ class _Values:
         if kind == "ConstDictVariable":
             return {self.value(key.vt): self.value(item) for key, item in variable.items.items()}
         if getattr(variable, "_base_vt", None) is not None:
-            raise Unknown(f"a {variable.python_type().__name__}, which is a container of its own")
+            raise UnknownLocal(f"a {variable.python_type().__name__}, which is a container of its own")
         real = getattr(variable, "value", None)
         if isinstance(real, nn.Module):
             return real
         if real is None:
-            raise Unknown(f"a {kind}")
+            raise UnknownLocal(f"a {kind}")
         return self.object_of(variable, real)
 
     def object_of(self, variable: Any, real: Any) -> Any:

@@ -65,11 +65,11 @@ class _Around(NamedTuple):
     device: torch.device | None
 
 
-class _Here(threading.local):
+class _ThreadContext(threading.local):
     around: _Around | None = None
 
 
-_here = _Here()
+_here = _ThreadContext()
 _transforms: Any = torch._C._functorch.peek_interpreter_stack  # type: ignore[attr-defined]
 _DEVICES = ("cpu", "cuda", "mps", "xpu")
 

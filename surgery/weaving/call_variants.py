@@ -31,7 +31,7 @@ from surgery.tracing.compiler_thread import apart, concrete, holds_fakes, withou
 from surgery.tracing.decisions import Otherwise
 from surgery.tracing.traced_forward import TracedForward, known_forwards, trace_anew
 from surgery.weaving.generated_class import Recipe, body_of, class_from, signature_source, told
-from surgery.weaving.recording import PassedOver, Step, layer_of, recorded
+from surgery.weaving.recording import PassedOver, PlannedRule, layer_of, recorded
 from surgery.weaving.weave import woven_held
 
 __all__ = ["LIMIT", "function_of", "held_own", "layer_at", "leaves_of", "make_ready", "varied", "varied_class"]
@@ -136,7 +136,7 @@ def make_ready(module: nn.Module, state: SiteState, given: tuple, again: bool = 
     return bool(made)
 
 
-def leaves_of(applied: Iterable[Applied | Step]) -> bool:
+def leaves_of(applied: Iterable[Applied | PlannedRule]) -> bool:
     """Whether the graphs for these rules have functions from registries as single nodes."""
     return not any(THROUGH in one.facts for one in applied)
 

@@ -13,18 +13,18 @@ from surgery.forward.own_forward import OwnForward
 from surgery.forward.tape import Ref, Tape
 from surgery.patterns.module_walk import RESERVED, is_adapters
 from surgery.state.records import Applied, site_state
-from surgery.weaving.recording import Step, layer_of
+from surgery.weaving.recording import PlannedRule, layer_of
 
 __all__ = ["clashes", "hidden"]
 
 
-def clashes(steps: Iterable[Step], beside: bool = True) -> list[SurgeryError]:
+def clashes(steps: Iterable[PlannedRule], beside: bool = True) -> list[SurgeryError]:
     """Rules that can't share a site: the same one twice, an exclusive one, one parameter replaced or named twice.
 
     `beside`: they are to be live beside those that are on the sites now.
     """
     found: list[SurgeryError] = []
-    by_site: dict[int, list[Step]] = {}
+    by_site: dict[int, list[PlannedRule]] = {}
     for step in steps:
         by_site.setdefault(id(step.module), []).append(step)
     for together in by_site.values():
@@ -32,7 +32,7 @@ def clashes(steps: Iterable[Step], beside: bool = True) -> list[SurgeryError]:
     return found
 
 
-def _at_site(steps: list[Step], beside: bool) -> list[SurgeryError]:
+def _at_site(steps: list[PlannedRule], beside: bool) -> list[SurgeryError]:
     found: list[SurgeryError] = []
     path, module = steps[0].path, steps[0].module
     if RESERVED in module._modules and not is_adapters(module._modules[RESERVED]):  # type: ignore[arg-type]

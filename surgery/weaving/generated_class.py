@@ -211,14 +211,14 @@ def signature_source(signature: inspect.Signature) -> tuple[str, dict[str, Any]]
         default = parameter.default
         if default is not parameter.empty and not isinstance(default, (int, float, str, bool, type(None))):
             defaults[f"_surgery_default_{parameter.name}"] = default
-            default = _Name(f"_surgery_default_{parameter.name}")
+            default = _SourceName(f"_surgery_default_{parameter.name}")
         parameters.append(inspect.Parameter(parameter.name, kind, default=default))
     if all(p.kind is not inspect.Parameter.POSITIONAL_ONLY for p in parameters[1:]):
         parameters[0] = parameters[0].replace(kind=inspect.Parameter.POSITIONAL_OR_KEYWORD)
     return str(inspect.Signature(parameters))[1:-1], defaults
 
 
-class _Name:
+class _SourceName:
     def __init__(self, name: str):
         self.name = name
 
@@ -316,13 +316,13 @@ def _recipe(base: type[nn.Module], source: str, names: dict[str, Any], label: st
     return Recipe(
         base,
         source,
-        {name: value() if isinstance(value, _Reference) else value for name, value in names.items()},
+        {name: value() if isinstance(value, _ImportedName) else value for name, value in names.items()},
         label,
     )
 
 
 @dataclass(frozen=True)
-class _Reference:
+class _ImportedName:
     """A module, function or class by the name it is imported under."""
 
     module: str
@@ -337,14 +337,14 @@ class _Reference:
 
 def _by_name(value: Any) -> Any:
     if isinstance(value, types.ModuleType):
-        return _Reference(value.__name__)
+        return _ImportedName(value.__name__)
     module, name = getattr(value, "__module__", None), getattr(value, "__qualname__", getattr(value, "__name__", None))
     if not isinstance(name, str):
         return value
     for candidate in (
-        _Reference(module or "builtins", name),
-        _Reference("torch._C._nn", name),
-        _Reference("torch", name),
+        _ImportedName(module or "builtins", name),
+        _ImportedName("torch._C._nn", name),
+        _ImportedName("torch", name),
     ):
         try:
             if candidate() is value:

@@ -15,16 +15,16 @@ from surgery.authoring.missed_structure import suggest_target
 from surgery.authoring.rule import Rule
 from surgery.authoring.site import Example, ParamSpec, Site
 from surgery.errors import SiteError, SurgeryError
-from surgery.forward.function_watch import Watch
+from surgery.forward.function_watch import FunctionWatch
 from surgery.forward.own_forward import OwnForward
 from surgery.forward.tape import Layer, Tape, Value, for_both_modes
 from surgery.state.records import Applied, site_state
 
-__all__ = ["PassedOver", "Recording", "Step", "layer_of", "recorded"]
+__all__ = ["PassedOver", "Recording", "PlannedRule", "layer_of", "recorded"]
 
 
 @dataclass(frozen=True)
-class Step:
+class PlannedRule:
     """One rule at one site: its edits and the tensors it asks for."""
 
     rule: Rule
@@ -104,7 +104,7 @@ def _ran(rule: Rule, site: Site, training: bool) -> tuple[Site, bool]:
     samples = site.tape.samples = TapeSamples(site.tape, site.sample, training)
     path = site.path
     try:
-        with HookCall(rule, "rewrite", path), Watch(site.tape):
+        with HookCall(rule, "rewrite", path), FunctionWatch(site.tape):
             output = rule.rewrite(site)
             if output is not None and output is not NotImplemented:
                 if not isinstance(output, (Value, Tensor, tuple, list, dict)):

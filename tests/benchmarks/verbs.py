@@ -37,7 +37,7 @@ from surgery import (
     using,
 )
 from surgery.onnx.calls.example import Given
-from surgery.onnx.graph.prepare import PREPARE, Settings
+from surgery.onnx.graph.prepare import PREPARE, ExportSettings
 from surgery.rules import LoraRule
 
 LETTERS = "qkvogud"
@@ -150,7 +150,7 @@ def steps_of_any(model: Layers, prepare: tuple[str, ...] = ("merged", "constant"
     yield "unpickle", lambda: pickle.loads(one["bytes"])
     given = Given.of(model, torch.ones(2, model.width))
     for kind in prepare:
-        yield f"prepare {kind}", lambda kind=kind: PREPARE[kind](model, given, None, Settings(kind))
+        yield f"prepare {kind}", lambda kind=kind: PREPARE[kind](model, given, None, ExportSettings(kind))
 
 
 def _in(block: Any) -> None:

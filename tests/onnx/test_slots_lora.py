@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from surgery import SiteError, activate, apply_rules, merge
 from surgery.onnx.calls.example import Given
-from surgery.onnx.graph.prepare import Settings
+from surgery.onnx.graph.prepare import ExportSettings
 from surgery.onnx.graph.trace_program import Lifted, program_of, split_factors
 from surgery.rules import AdaLoraRule, LohaRule, LokrRule, LoraRule, MissRule, RandLoraRule, VeraRule
 from surgery.weaving.low_rank_kernel import low_rank_linear
@@ -188,7 +188,7 @@ def test_factors_are_in_the_graph_by_name_until_its_end_unless_something_else_lo
     lifted = [Lifted.out_of(name, model, name, axis, True) for name, axis in (("A", 0), ("B", 1))]
     named, brought = split_factors(model, given, lifted)
     assert [len(named), len(brought)] == ([0, 2] if more else [2, 0])
-    program = program_of(model, given, lifted, {"input": {}}, Settings())
+    program = program_of(model, given, lifted, {"input": {}}, ExportSettings())
     inputs = {value.name: value.shape for value in program.model.graph.inputs}
     assert list(inputs) == ["input", "A", "B"] and not isinstance(inputs["A"][0], int)
     assert {node.domain for node in program.model.graph} <= {"", "ai.onnx"} and "" in program.model.opset_imports

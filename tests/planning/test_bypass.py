@@ -520,7 +520,7 @@ def test_of_a_shared_module_takes_its_other_paths() -> None:
 def test_quick_look_at_the_class_loses_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     model = nn.Sequential(*(kind() for kind in READS), nn.TransformerEncoderLayer(4, 2), Branches())
     quick = bypasses(model)
-    monkeypatch.setattr(bypass_module.Search, "promising", lambda self: True)
+    monkeypatch.setattr(bypass_module.ReadSearch, "promising", lambda self: True)
     assert bypasses(model) == quick
 
 

@@ -29,7 +29,7 @@ from surgery import (
 )
 from surgery.onnx import export_adapter, import_adapter
 from surgery.rules import AdaLoraRule, LoraRule
-from surgery.rules._linear.layouts import Part, layout_of
+from surgery.rules._linear.layouts import WeightPart, layout_of
 from surgery.rules._low_rank.method import LowRankMethod
 from surgery.rules._low_rank.rule import TensorSource
 from surgery.testing import assert_reversible
@@ -46,13 +46,13 @@ class SizedLoraRule(LowRankMethod):
     max_rank: int | None = None
     identity = True
 
-    def factors(self, part: Part, tensor: TensorSource) -> tuple[Tensor, Tensor]:
+    def factors(self, part: WeightPart, tensor: TensorSource) -> tuple[Tensor, Tensor]:
         A, s = tensor("A", part.A, nn.init.normal_), tensor("s", part.A[:1])
         return A / _sizes(A).clamp(min=1e-12) * s.view(-1, *(1,) * (len(part.A) - 1)), tensor(
             "B", part.B, nn.init.normal_
         )
 
-    def tensors_for(self, part: Part, A: Tensor, B: Tensor) -> dict[str, Tensor]:
+    def tensors_for(self, part: WeightPart, A: Tensor, B: Tensor) -> dict[str, Tensor]:
         return {"A": A, "s": _sizes(A).flatten(), "B": B}
 
 
@@ -67,7 +67,7 @@ class BoundedLoraRule(LowRankMethod):
     rank: int = 4
     max_rank: int | None = None
 
-    def factors(self, part: Part, tensor: TensorSource) -> tuple[Tensor, Tensor]:
+    def factors(self, part: WeightPart, tensor: TensorSource) -> tuple[Tensor, Tensor]:
         return tensor("A", part.A, nn.init.normal_).tanh(), tensor("B", part.B, nn.init.normal_)
 
 

@@ -15,7 +15,7 @@ from surgery.lifecycle.remove import remove
 from surgery.merging.merge import unmerged
 from surgery.onnx.calls.example import Given, array_of
 from surgery.onnx.calls.shared_copy import leave_live, sharing_copy
-from surgery.onnx.graph.prepare import PREPARE, Settings
+from surgery.onnx.graph.prepare import PREPARE, ExportSettings
 from surgery.onnx.graph.weight_names import LAYOUT
 from surgery.onnx.runtime.manifest import Manifest
 from surgery.state.records import adapter_names, model_state, require_state
@@ -71,7 +71,7 @@ def check_weights(path: str | Path, manifest: Manifest, model: nn.Module, given:
     import onnx_ir as ir
 
     if manifest.adapters == "merged":
-        source = PREPARE["merged"](model, given, names, Settings()).model
+        source = PREPARE["merged"](model, given, names, ExportSettings()).model
     elif model_state(model) is None:
         source = sharing_copy(model)
     else:

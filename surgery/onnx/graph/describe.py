@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from surgery.authoring.hook_call import HookCall
 from surgery.authoring.rule import Rule
 from surgery.errors import SurgeryError
-from surgery.onnx.graph.prepare import Prepared, Settings
+from surgery.onnx.graph.prepare import ExportSettings, Prepared
 from surgery.onnx.graph.slots import SlotSite
 from surgery.onnx.graph.trace_program import Program
 from surgery.onnx.runtime.manifest import HALF
@@ -21,7 +21,7 @@ __all__ = ["manifest_of"]
 
 
 def manifest_of(
-    program: Program, prepared: Prepared, model: nn.Module, free: Mapping[str, Mapping[int, str]], how: Settings
+    program: Program, prepared: Prepared, model: nn.Module, free: Mapping[str, Mapping[int, str]], how: ExportSettings
 ) -> dict[str, Any]:
     """`free`: input of the graph → axis → name."""
     made = program.model

@@ -84,14 +84,14 @@ def _read(size: int) -> Any:
     """A cache that says that it has read so many positions."""
     from transformers.cache_utils import DynamicCache
 
-    class Read(DynamicCache):
+    class FixedLengthCache(DynamicCache):
         def get_seq_length(self, *_: Any, **__: Any) -> int:
             return size
 
         def __len__(self) -> int:
             return 1
 
-    return Read()
+    return FixedLengthCache()
 
 
 def _difference(model: nn.Module, given: Given, row: Tensor) -> str | None:

@@ -23,13 +23,13 @@ from surgery.state.records import adapter_names, merged_adapters, model_state, r
 from surgery.state.running_statistics import moved
 from surgery.transaction.garbage_collection import collector_waits
 
-__all__ = ["PREPARE", "Prepared", "Settings"]
+__all__ = ["PREPARE", "Prepared", "ExportSettings"]
 
 OPSETS = range(18, 26)
 
 
 @dataclass(frozen=True)
-class Settings:
+class ExportSettings:
     """How a model is exported; see `export_onnx`. Raises `SurgeryError` for what it can't be."""
 
     adapters: str = "merged"
@@ -90,7 +90,7 @@ class Prepared:
 
 
 @collector_waits()
-def _merged(model: nn.Module, given: Given, names: Any, how: Settings) -> Prepared:
+def _merged(model: nn.Module, given: Given, names: Any, how: ExportSettings) -> Prepared:
     """With the live adapters in its weights (or those of `names`)."""
     copy = sharing_copy(model, folding=True)
     for part in records_in(copy, below=True, nested=True).values():  # parts that were rewritten by themselves
@@ -125,7 +125,7 @@ def _fold(copy: nn.Module, wanted: Sequence[str]) -> None:
 
 
 @collector_waits()
-def _constant(model: nn.Module, given: Given, names: Any, how: Settings) -> Prepared:
+def _constant(model: nn.Module, given: Given, names: Any, how: ExportSettings) -> Prepared:
     """With the live adapters as they are (or those of `names`), their tensors as initialisers of the graph."""
     if model_state(model) is None:
         return Prepared(sharing_copy(model))
@@ -152,7 +152,7 @@ def _check_statistics(model: nn.Module) -> None:
 
 
 @collector_waits()
-def _slots(model: nn.Module, given: Given, names: Any, how: Settings) -> Prepared:
+def _slots(model: nn.Module, given: Given, names: Any, how: ExportSettings) -> Prepared:
     """With slots in the place of all adapters (or those of `names`)."""
     if model_state(model) is None:
         if records_in(model) or any(True for _ in sites(model)):
