@@ -23,7 +23,7 @@ from surgery.merging.site_folding import check_foldable, fold_into
 from surgery.model_record.moved_sites import watch
 from surgery.patterns.parameter_owners import Owners
 from surgery.patterns.wrappers import submodule
-from surgery.planning.call_readiness import sites_ready
+from surgery.planning.call_readiness import prepare_sites
 from surgery.planning.plan import Plan
 from surgery.state.absent_values import watch_absent
 from surgery.state.adapter_tensors import attach, box_of, tensors_of
@@ -74,7 +74,7 @@ def install_plan(
         _record_adapter(plan.model, plan, standing, journal)
         if plan.observations:
             _check_outputs(plan)
-            unready = sites_ready(plan.steps, plan.observations, plan.warnings)
+            unready = prepare_sites(plan.steps, plan.observations, plan.warnings)
     for reason in unready:
         warnings.warn(reason, SurgeryWarning, stacklevel=stacklevel)
     boxes = plan.model.__dict__[_MODEL].places[plan.adapter].boxes

@@ -1,8 +1,8 @@
-"""Kinds of calls are made ready when rules that look into forwards are applied.
+"""Traces, for rules that look into forwards, the graphs of the kinds of calls that the examples show.
 
-The graphs of evaluation and training, with and without gradients, are traced for what the examples show: once for
-modules that are alike. One site of each gets its variants, so that a rule that does something else in training is told
-then. The other sites make theirs of the same graphs, without a trace, when they are called or compiled.
+Graphs are traced for evaluation and training, with and without gradients, once for equal modules. The first site of
+each graph generates its variants at once, so errors of a rule in one mode show when it is applied. Other sites generate
+their variants from the same graphs, without a trace, when they are called or compiled.
 """
 
 from __future__ import annotations
@@ -26,64 +26,70 @@ from surgery.transaction.neutral_context import ambient
 from surgery.weaving.call_variants import leaves_of, make_ready
 from surgery.weaving.recording import PlannedRule
 
-__all__ = ["Readiness", "graphs_ready", "sites_ready"]
+__all__ = ["Readiness", "trace_graphs", "prepare_sites"]
 
 
 @dataclass(frozen=True)
 class Readiness:
-    """Whether the graph for calls of a kind is there: the module's class, the kind in words, and why it is not."""
+    """Whether there is a graph for a kind of call: the module's class, the kind in words, and `reason` if not."""
 
     type: str
     kind: str
     reason: str = ""
 
 
-def graphs_ready(steps: Sequence[PlannedRule], observations: Sequence[Observation]) -> list[Readiness]:
-    """Trace what the rules that look into forwards need, for each kind of call that is to be expected."""
-    found: dict[Readiness, None] = {}
-    for step, given in _calls(steps, observations, by_rule=False):
+def trace_graphs(steps: Sequence[PlannedRule], observations: Sequence[Observation]) -> list[Readiness]:
+    """Trace the graphs that rules need which look into forwards, for each kind of call of the examples."""
+    readiness: dict[Readiness, None] = {}
+    for step, arguments in _calls(steps, observations, by_rule=False):
         module, base = step.module, step.own.base
         for words in _modes(module):
-            own, kind, reason = own_forward(module, base), kind_of_call(module, given), ""
+            own, kind, reason = own_forward(module, base), kind_of_call(module, arguments), ""
             leaves = leaves_of([other for other in steps if other.module is module])
-            if not any(held.fits(module) for held in known_forwards(module, own, kind, leaves)):
+            if not any(traced.fits(module) for traced in known_forwards(module, own, kind, leaves)):
                 try:
-                    trace_anew(module, own, given, kind, leaves)
+                    trace_anew(module, own, arguments, kind, leaves)
                 except SurgeryError as error:
                     reason = error.why or error.what
-            found[Readiness(base.__name__, words, reason)] = None
-    return list(found)
+            readiness[Readiness(base.__name__, words, reason)] = None
+    return list(readiness)
 
 
-def sites_ready(steps: Sequence[PlannedRule], observations: Sequence[Observation], told: Collection[str]) -> list[str]:
-    """Make the variants of the first of the sites that share graphs; what went wrong, in words.
+def prepare_sites(
+    steps: Sequence[PlannedRule], observations: Sequence[Observation], warned: Collection[str]
+) -> list[str]:
+    """Generate the variants of the first site of each graph; return what failed, as texts.
 
-    `told`: what the plan warned of.
+    `warned`: the plan's warnings, which are not repeated.
     """
     problems: dict[str, None] = {}
-    for step, given in _calls(steps, observations, by_rule=True):
+    for step, arguments in _calls(steps, observations, by_rule=True):
         module, state = step.module, site_state(step.module)
         assert state is not None
         for words in _modes(module):
-            own, kind, leaves = own_forward(module, state.base), kind_of_call(module, given), leaves_of(state.live())
-            if not any(held.fits(module) for held in known_forwards(module, own, kind, leaves)):
-                continue  # told by the plan
+            own, kind, leaves = (
+                own_forward(module, state.base),
+                kind_of_call(module, arguments),
+                leaves_of(state.live()),
+            )
+            if not any(traced.fits(module) for traced in known_forwards(module, own, kind, leaves)):
+                continue  # the plan has a warning
             with warnings.catch_warnings(record=True) as caught:
                 warnings.simplefilter("always")
                 try:
-                    make_ready(module, state, given)
+                    make_ready(module, state, arguments)
                 except SurgeryError as error:
                     why = f": {error.why}" if error.why else ""
                     problems[f"{step.rule.label} at {step.path} in calls in {words}: {error.what}{why}"] = None
-            problems.update({text: None for one in caught if (text := str(one.message)) not in told})
+            problems.update({text: None for warning in caught if (text := str(warning.message)) not in warned})
     return list(problems)
 
 
 def _calls(
     steps: Iterable[PlannedRule], observations: Sequence[Observation], by_rule: bool
 ) -> Iterator[tuple[PlannedRule, tuple]]:
-    """The arguments in the examples of the sites whose rules look into the forward: one of each form, for sites that
-    share the graph of the plan. `by_rule`: for each rule."""
+    """The example arguments of sites whose rules look into the forward: once for each graph and kind of call, and for
+    each rule if `by_rule`."""
     known = set[tuple]()
     for step in steps:
         for observation in observations if step.inside else ():
@@ -92,11 +98,11 @@ def _calls(
             args, kwargs, _ = observation.calls[id(step.module)]
             bound = step.own.signature.bind(*args, **kwargs)
             bound.apply_defaults()
-            given = tuple(bound.arguments.values())
-            mark = (id(step.own.graph), kind_of_call(step.module, given), step.rule.label if by_rule else None)
+            arguments = tuple(bound.arguments.values())
+            mark = (id(step.own.graph), kind_of_call(step.module, arguments), step.rule.label if by_rule else None)
             if mark not in known:
                 known.add(mark)
-                yield step, copied(given)
+                yield step, copied(arguments)
 
 
 def _modes(module: nn.Module) -> Iterator[str]:

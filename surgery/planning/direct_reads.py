@@ -1,9 +1,9 @@
-"""Where a module's code reads a parameter of another module directly, past that module's own forward.
+"""Finds bypasses: code of a module that reads a parameter of another module without calling that module.
 
-Such a reading goes past whatever a rule has put into that forward. It is found in the source, without running the
-model, in two steps. `surgery.planning.source_reads` reads one function by itself, once: what it uses and calls, as
-chains of attributes that begin at its arguments. `Search` follows the chains through the live modules, from a forward
-on.
+Edits of the other module's forward have no effect on such a read. Bypasses are found in the source, without running the
+model, in two steps. `surgery.planning.source_reads` reads each function once, and lists what it uses and calls, as
+chains of attributes that begin at its arguments. `ReadSearch` follows the chains from a forward through the live
+modules.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from torch import nn
 from surgery.patterns.module_walk import base_modules
 from surgery.patterns.pattern import qualified_name
 from surgery.patterns.wrappers import submodule, unwrap
-from surgery.planning.settled_branches import goes
+from surgery.planning.settled_branches import is_reachable
 from surgery.planning.source_reads import CALL, WRAP, Chain, Facts, facts_of
 
 __all__ = ["Bypass", "bypasses", "bypasses_of", "fastpath_switch"]
@@ -28,7 +28,7 @@ __all__ = ["Bypass", "bypasses", "bypasses_of", "fastpath_switch"]
 
 @dataclass(frozen=True)
 class Bypass:
-    """One reading: `reader`, a module of class `reader_type`, uses `parameter` of the module at `path`."""
+    """One direct read: `reader`, a module of class `reader_type`, uses `parameter` of the module at `path`."""
 
     path: str
     parameter: str
@@ -37,16 +37,16 @@ class Bypass:
     file: str
     line: int
     source: str
-    conditional: bool = False  # it stands in a branch of an `if`, and the other does not read the parameter
+    conditional: bool = False  # one branch of an `if` reads the parameter, and another does not
 
     @property
     def in_fast_path(self) -> bool:
-        """Whether torch's own encoder layer reads, which `fastpath_switch` stops; a subclass's code it does not."""
+        """Whether the code of torch's encoder layer reads, which `fastpath_switch` switches off; not a subclass's."""
         return self.file == inspect.getsourcefile(nn.TransformerEncoderLayer)
 
 
 def bypasses(model: nn.Module) -> dict[str, list[Bypass]]:
-    """Every module of the model whose parameters another module's code reads directly, with the places.
+    """The bypasses in a model, by the path of the module whose parameters are read.
 
     >>> from torch import nn
     >>> from surgery.planning.direct_reads import bypasses
@@ -54,31 +54,31 @@ def bypasses(model: nn.Module) -> dict[str, list[Bypass]]:
     ...     print(path, sorted({place.parameter for place in places}))
     out_proj ['bias', 'weight']
 
-    The keys are paths as `named_modules` gives them, in its order. A reading counts where its value is used: as an
-    argument of a call, an operand, a result. Looking at its dtype, device or shape, a comparison, an `isinstance`
-    is none, nor is a module's use of its own parameters. Followed are a forward's own methods and properties, those
-    of children it calls, functions and forwards that a module is handed to; code without source has no readings here.
+    The keys are the paths and the order of `named_modules`. A read counts if the value is used: as an argument of a
+    call, an operand or a result. Reading its dtype, device or shape, comparing it, or `isinstance` do not count, nor
+    does a module's use of its own parameters. The search follows a forward's own methods and properties, those of
+    children that it calls, and functions and forwards that get a module as an argument. Code without source is skipped.
     """
     modules = list(base_modules(model))
     paths = {id(module): path for path, module in modules}
-    found: dict[str, list[Bypass]] = {path: [] for path in paths.values()}
+    places_by_path: dict[str, list[Bypass]] = {path: [] for path in paths.values()}
     for path, module in modules:
         if _leads(_own_class(module)):
             for place in ReadSearch(paths, path, module).places():
-                found[place.path].append(place)
-    return {path: list(dict.fromkeys(places)) for path, places in found.items() if places}
+                places_by_path[place.path].append(place)
+    return {path: list(dict.fromkeys(places)) for path, places in places_by_path.items() if places}
 
 
 def bypasses_of(model: nn.Module, path: str, aliases: Iterable[str] = ()) -> list[Bypass]:
-    """What `bypasses(model)` says of one path, from the code of the modules above it alone.
+    """The bypasses of one module, from the code of the modules above it.
 
     >>> from torch import nn
     >>> from surgery.planning.direct_reads import bypasses_of
     >>> {place.parameter for place in bypasses_of(nn.MultiheadAttention(4, 2), "out_proj")} == {"weight", "bias"}
     True
 
-    `aliases` are the other paths of a shared module: what stands above those is read too. For many paths of one
-    model `bypasses` is faster. Raises AttributeError where the model has no such path.
+    `aliases` are the other paths of a shared module: the modules above those are read, too. For many paths of one model
+    `bypasses` is faster. Raises AttributeError if the model has no such path.
     """
     target = submodule(model, path)
     above: dict[int, tuple[str, nn.Module]] = {}
@@ -93,16 +93,17 @@ def bypasses_of(model: nn.Module, path: str, aliases: Iterable[str] = ()) -> lis
 
 
 def fastpath_switch(module: nn.Module) -> tuple[str, Any] | None:
-    """The attribute, and its value, that makes a torch module call its children where it would read past them.
+    """The attribute and the value that make a torch module call its children instead of reading their weights.
 
     >>> from torch import nn
     >>> from surgery.planning.direct_reads import fastpath_switch
     >>> fastpath_switch(nn.TransformerEncoderLayer(4, 2))
     ('activation_relu_or_gelu', 0)
 
-    nn.TransformerEncoderLayer hands its children's weights to one fused kernel in evaluation without gradients. Its
-    forward asks this attribute for nothing else: what it computes is in `activation`. nn.TransformerEncoder packs
-    padded batches for that kernel, in a form that other layers don't take. None for any other module.
+    nn.TransformerEncoderLayer passes its children's weights to one fused kernel in evaluation without gradients. Its
+    forward uses this attribute only to choose the kernel; the activation itself is in `activation`.
+    nn.TransformerEncoder packs padded batches for that kernel, in a form that other layers don't take. None for any
+    other module.
     """
     if isinstance(module, nn.TransformerEncoderLayer):
         return "activation_relu_or_gelu", 0
@@ -114,14 +115,14 @@ def _own_class(module: nn.Module) -> type[nn.Module]:
     return getattr(cls, "_surgery_base", cls)  # a site's own code is its base's
 
 
-class _Held(NamedTuple):
+class _ModuleRef(NamedTuple):
     path: str
     module: nn.Module
-    own: bool = False  # come to over the `self` of a child's forward, whose readings are that child's own search
+    own: bool = False  # reached through `self` of a child's forward, whose reads belong to that child's own search
 
-    def child(self, name: str) -> Iterator[_Held]:
+    def child(self, name: str) -> Iterator[_ModuleRef]:
         if (module := self.module._modules[name]) is not None:
-            yield _Held(f"{self.path}.{name}" if self.path else name, unwrap(module), self.own)
+            yield _ModuleRef(f"{self.path}.{name}" if self.path else name, unwrap(module), self.own)
 
     @property
     def cls(self) -> type[nn.Module]:
@@ -129,7 +130,7 @@ class _Held(NamedTuple):
 
 
 class _Parameter(NamedTuple):
-    owner: _Held
+    owner: _ModuleRef
     name: str
     facts: Facts  # of the function that reads it
     line: int
@@ -137,17 +138,17 @@ class _Parameter(NamedTuple):
 
 class _Function(NamedTuple):
     code: Any  # a FunctionType
-    owner: _Held | None = None
+    owner: _ModuleRef | None = None
 
 
 class ReadSearch:
-    """The readings that one module's forward leads to: of the parameters of `target`, or of anyone."""
+    """Follows one module's forward, and collects the direct reads of parameters of `target`, or of any module."""
 
     def __init__(self, paths: dict[int, str], path: str, module: nn.Module, target: nn.Module | None = None):
-        self.paths, self.target, self.entry = paths, target, _Held(path, module)
-        self.ran: set[int] = set()  # modules that are called, or handed to what may call them
-        self.unsure: set[int] = set()  # modules that code has at hand which may call any child of theirs
-        self.found: dict[tuple, bool] = {}
+        self.paths, self.target, self.entry = paths, target, _ModuleRef(path, module)
+        self.ran: set[int] = set()  # modules that are called, or passed to code that may call them
+        self.unsure: set[int] = set()  # modules that are passed to code which may call any child of theirs
+        self.reads: dict[tuple, bool] = {}
         self.done: set[tuple] = set()
         forward = _lookup(self.entry.cls.__mro__, "forward")
         if isinstance(forward, FunctionType) and self.promising():
@@ -158,84 +159,88 @@ class ReadSearch:
         self.run(facts, {name: [self.entry] for name in facts.parameters[:1]}, self.entry, True, True)
 
     def promising(self) -> bool:
-        """Most classes read nothing of their children: told from what is known of the class, in microseconds."""
+        """Whether the class may read parameters of children. Most classes do not; this takes microseconds."""
         names, module = _leads(self.entry.cls), self.entry.module
         if "*" in names:
             return True
-        held = (module._modules.get(name, module.__dict__.get(name)) for name in names)
-        return any(isinstance(child, nn.Module) and id(child) in self.paths for child in held)
+        children = (module._modules.get(name, module.__dict__.get(name)) for name in names)
+        return any(isinstance(child, nn.Module) and id(child) in self.paths for child in children)
 
     def places(self) -> list[Bypass]:
-        return [Bypass(*place, conditional=not sure) for place, sure in self.found.items()]
+        return [Bypass(*place, conditional=not sure) for place, sure in self.reads.items()]
 
-    def run(self, facts: Facts, given: dict[str, list], reader: _Held, sure: bool, returned: bool) -> None:
-        """Follow one function. `sure`: every call comes here; `returned`: what it gives back counts as used."""
+    def run(self, facts: Facts, given: dict[str, list], reader: _ModuleRef, sure: bool, returned: bool) -> None:
+        """Follow one function. `sure`: every call reaches it; `returned`: its result counts as used."""
         key = (id(facts), sure, returned, *((name, _identity(thing)) for name in given for thing in given[name]))
         if key in self.done or len(self.done) > 500:  # functions from one forward: far above any seen, far below a hang
             return
         self.done.add(key)
         if facts.dynamic or not facts.lines:
-            self.unsure |= {id(thing.module) for held in given.values() for thing in held if isinstance(thing, _Held)}
+            self.unsure |= {
+                id(thing.module) for refs in given.values() for thing in refs if isinstance(thing, _ModuleRef)
+            }
         for chain, always in (*facts.uses, *((chain, True) for chain in facts.returns if returned)):
             self.use(self.things(chain, given, facts), reader, sure and always)
         for called, arguments, always in facts.calls:
             values = [(place, thing) for place, chain in arguments for thing in self.things(chain, given, facts)]
             things = self.things(called, given, facts)
             if _reached(facts, called, given):
-                self.ran.update(id(thing.module) for thing in things if isinstance(thing, _Held))
+                self.ran.update(id(thing.module) for thing in things if isinstance(thing, _ModuleRef))
             functions = [code for thing in things if (code := _called(thing, values))]
             for function in functions:
                 self.call(function, values, facts, reader, sure and always)
             if not functions:
                 self.use([thing for _, thing in values], reader, sure and always)
 
-    def call(self, function: _Function, values: list[tuple], caller: Facts, reader: _Held, sure: bool) -> None:
+    def call(self, function: _Function, values: list[tuple], caller: Facts, reader: _ModuleRef, sure: bool) -> None:
         facts = facts_of(function.code)
         names = facts.parameters[1:] if function.owner else facts.parameters
-        given: dict[str, list] = {}
+        arguments: dict[str, list] = {}
         for place, thing in values:
             name = place if isinstance(place, str) else names[place] if place < len(names) else ""
-            # What a plain function of the same file does with a tensor can be read; a decorator may replace it.
-            near = isinstance(thing, _Held) or (facts.module == caller.module and not facts.decorated)
-            if function.owner and isinstance(thing, _Held) and thing.module is function.owner.module:
-                thing = function.owner  # a module that its own forward is handed is its own
+            # A plain function of the same file can be read; a decorator may replace it.
+            near = isinstance(thing, _ModuleRef) or (facts.module == caller.module and not facts.decorated)
+            if function.owner and isinstance(thing, _ModuleRef) and thing.module is function.owner.module:
+                thing = function.owner  # a module that is passed to its own forward is that forward's `self`
             if name in names and facts.lines and near:
-                given.setdefault(name, []).append(thing)
+                arguments.setdefault(name, []).append(thing)
             else:
                 self.use([thing], reader, sure)
-        for chain in facts.returns if function.owner else ():  # of its own parameters the caller follows them
-            self.use(self.things(chain, given, facts), reader, sure)
+        for chain in (
+            facts.returns if function.owner else ()
+        ):  # the caller follows chains that begin at its own parameters
+            self.use(self.things(chain, arguments, facts), reader, sure)
         if function.owner:
-            given.update({name: [function.owner] for name in facts.parameters[:1]})
-        if given:
-            self.run(facts, given, function.owner or reader, sure, function.owner is None)
+            arguments.update({name: [function.owner] for name in facts.parameters[:1]})
+        if arguments:
+            self.run(facts, arguments, function.owner or reader, sure, function.owner is None)
 
-    def use(self, things: Iterable[Any], reader: _Held, sure: bool) -> None:
+    def use(self, things: Iterable[Any], reader: _ModuleRef, sure: bool) -> None:
         for thing in things:
-            if isinstance(thing, _Held):
+            if isinstance(thing, _ModuleRef):
                 self.ran.add(id(thing.module))
-            if isinstance(thing, _Function) and thing.owner:  # handed on and called later: checkpoint(self.block, x)
+            if isinstance(thing, _Function) and thing.owner:  # passed on and called later: checkpoint(self.block, x)
                 self.call(thing, [], facts_of(thing.code), reader, sure)
             if not isinstance(thing, _Parameter) or thing.owner.own or thing.owner.module is self.entry.module:
                 continue
             owner, facts = thing.owner, thing.facts
             if self.target is None or owner.module is self.target:
-                # A method of its own that others call instead of its forward: the caller's entry is the reader.
+                # The module's own method, called by another module instead of its forward: the caller reads.
                 by = self.entry if owner.module is reader.module else reader
                 line = thing.line - 2 + facts.start  # one line was put before the source
                 text = facts.lines[thing.line - 2].strip()
                 path = self.paths.get(id(owner.module), owner.path)
                 place = (path, thing.name, by.path, qualified_name(by.cls), facts.file, line, text)
-                self.found[place] = self.found.get(place, False) or sure
+                self.reads[place] = self.reads.get(place, False) or sure
 
-    def things(self, chain: Chain, given: dict[str, list], facts: Facts, depth: int = 0) -> list[Any]:
-        """What a chain is in the live model: modules, parameters, functions."""
+    def things(self, chain: Chain, arguments: dict[str, list], facts: Facts, depth: int = 0) -> list[Any]:
+        """The modules, parameters and functions that a chain denotes in the live model."""
         root, steps = chain
-        found = given.get(root, []) if isinstance(root, str) else [_Function(root)]
+        reached = arguments.get(root, []) if isinstance(root, str) else [_Function(root)]
         for step, line in steps:
-            if step != WRAP and found:
-                found = [after for thing in found for after in self.step(thing, step, facts, line, depth)]
-        return found
+            if step != WRAP and reached:
+                reached = [after for thing in reached for after in self.step(thing, step, facts, line, depth)]
+        return reached
 
     def step(self, thing: Any, step: Any, facts: Facts, line: int, depth: int) -> Iterable[Any]:
         if isinstance(thing, _Parameter):  # a view, an element or a cast of it
@@ -244,7 +249,7 @@ class ReadSearch:
             return self.results(thing, depth) if step == CALL else []
         if step == CALL or isinstance(step, type):
             return []
-        if step in ("forward", "__call__"):  # who calls it calls the module
+        if step in ("forward", "__call__"):  # calling it calls the module
             return [thing]
         if isinstance(step, tuple):
             kind, name = step
@@ -260,7 +265,7 @@ class ReadSearch:
         if step in module.__dict__:
             value = module.__dict__[step]
             known = isinstance(value, nn.Module) and id(value) in self.paths
-            return [_Held(self.paths[id(value)], value, thing.own)] if known else []
+            return [_ModuleRef(self.paths[id(value)], value, thing.own)] if known else []
         value = _lookup(thing.cls.__mro__, step)
         if isinstance(value, property) and isinstance(value.fget, FunctionType):
             return self.results(_Function(value.fget, thing), depth)
@@ -273,12 +278,12 @@ class ReadSearch:
                 yield from self.things(chain, {facts.parameters[0]: [function.owner]}, facts, depth + 1)
 
 
-def _reached(facts: Facts, called: Chain, given: dict[str, list]) -> bool:
-    """Whether a call comes to where this is called, as far as the module's settings tell."""
+def _reached(facts: Facts, called: Chain, arguments: dict[str, list]) -> bool:
+    """Whether a call of the function can reach this inner call, by the module's present settings."""
     name = facts.parameters[0] if facts.parameters else ""
-    modules = [thing.module for thing in given.get(name, ()) if isinstance(thing, _Held)]
+    modules = [thing.module for thing in arguments.get(name, ()) if isinstance(thing, _ModuleRef)]
     behind = facts.behind.get(called, ())
-    return len(modules) != 1 or not behind or any(goes(tests, name, modules[0]) for tests in behind)
+    return len(modules) != 1 or not behind or any(is_reachable(tests, name, modules[0]) for tests in behind)
 
 
 def _identity(thing: Any) -> tuple:
@@ -293,19 +298,19 @@ def _inherited(cls: type, after: type, name: str) -> Any:
     return _lookup(cls.__mro__[cls.__mro__.index(after) + 1 :] if after in cls.__mro__ else (), name)
 
 
-_found_leads: weakref.WeakKeyDictionary[type, set[str]] = weakref.WeakKeyDictionary()
+_cached_leads: weakref.WeakKeyDictionary[type, set[str]] = weakref.WeakKeyDictionary()
 
 
 def _leads(cls: type[nn.Module]) -> set[str]:
-    """The attributes over which the forward of a class may come to another module's parameters; `*`: over any."""
-    found = _found_leads.get(cls)
-    if found is None:
-        found = _found_leads[cls] = _Leads(cls).names
-    return found
+    """The attributes through which a class's forward may reach another module's parameters; `*`: any attribute."""
+    leads = _cached_leads.get(cls)
+    if leads is None:
+        leads = _cached_leads[cls] = _Leads(cls).names
+    return leads
 
 
 class _Leads:
-    """What `Search` may come to from a class, before there is a module: too much rather than too little."""
+    """What `ReadSearch` may reach from a class, without a module: rather too much than too little."""
 
     def __init__(self, cls: type[nn.Module]):
         self.cls, self.names = cls, set[str]()
@@ -348,28 +353,28 @@ class _Leads:
             self.follow(function)
             facts = facts_of(function)
             after = [pair for pair in chain[1] if pair[0] != WRAP][1:]
-            after = after[1:] if after and after[0][0] == CALL else after  # what it gives back, as a property does
+            after = after[1:] if after and after[0][0] == CALL else after  # its result, as of a property
             for own, more in facts.returns if depth < 4 else ():
                 self.lead((own, (*more, *after)), facts.parameters[0], handed, depth + 1)
             return
         rest = steps[1 : steps.index(CALL)] if CALL in steps else steps[1:]
-        # What a child's forward gives back leads nowhere: a call counts after an attribute of the child alone.
+        # The result of a child's forward is not followed: a call counts only after an attribute of the child.
         if (handed and CALL not in steps) or any(isinstance(step, str) for step in rest):
             self.names.add(steps[0] if isinstance(steps[0], str) else "*")
 
 
-def _bound(value: Any, held: _Held) -> list[_Function]:
+def _bound(value: Any, ref: _ModuleRef) -> list[_Function]:
     if isinstance(value, staticmethod):
         return [_Function(value.__func__)] if isinstance(value.__func__, FunctionType) else []
-    # nn.Module's own methods (parameters(), to()) compute nothing, and who calls a forward bypasses nothing.
+    # nn.Module's own methods (parameters(), to()) compute nothing, and calling a forward does not bypass it.
     if not isinstance(value, FunctionType) or value.__name__ == "forward" or value in _MODULE:
         return []
-    return [_Function(value, held)]
+    return [_Function(value, ref)]
 
 
 def _called(thing: Any, values: list[tuple]) -> _Function | None:
-    """The function that a call runs. A forward is one where it is handed a module: what it is handed is followed."""
-    if isinstance(thing, _Held) and any(isinstance(value, _Held) for _, value in values):
+    """The function that a call runs. A module's forward is followed only if a module is among its arguments."""
+    if isinstance(thing, _ModuleRef) and any(isinstance(value, _ModuleRef) for _, value in values):
         thing = _Function(_lookup(thing.cls.__mro__, "forward"), thing._replace(own=True))
     return thing if isinstance(thing, _Function) and isinstance(thing.code, FunctionType) else None
 

@@ -1,4 +1,4 @@
-"""Sites that a rule can't tell apart: it is asked about one of them, and the answer holds for all."""
+"""Groups sites that are identical for a rule, so that the rule is recorded once for each group."""
 
 from __future__ import annotations
 
@@ -11,32 +11,32 @@ from surgery.authoring.rule import Rule
 from surgery.forward.own_forward import settings_of
 from surgery.patterns.module_walk import RESERVED
 
-__all__ = ["likeness"]
+__all__ = ["site_key"]
 
 
-def likeness(rule: Rule, module: nn.Module, path: str, base: type[nn.Module]) -> Hashable | None:
-    """Equal for modules of the class `base` of which a rule says the same; None where it may say something else.
+def site_key(rule: Rule, module: nn.Module, path: str, base: type[nn.Module]) -> Hashable | None:
+    """A key that is equal for modules of class `base` for which a rule records the same; None: no key.
 
     >>> from torch import nn
-    >>> from surgery.planning.equivalent_sites import likeness
+    >>> from surgery.planning.equivalent_sites import site_key
     >>> from surgery.rules import LoraRule
     >>> rule, layers = LoraRule("0", rank_pattern={"2": 4}), [nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 9)]
-    >>> said = [likeness(rule, layer, "0", nn.Linear) for layer in layers]
-    >>> said[0] == said[1], said[0] == said[2], said[0] == likeness(rule, layers[0], "2", nn.Linear)
+    >>> keys = [site_key(rule, layer, "0", nn.Linear) for layer in layers]
+    >>> keys[0] == keys[1], keys[0] == keys[2], keys[0] == site_key(rule, layers[0], "2", nn.Linear)
     (True, False, False)
 
-    A rule answers for itself by `Rule.alike`; this adds all that it may then look at. A module with settings that are
-    no plain data, or with children, is like no other.
+    `Rule.alike` gives the rule's part of the key; the module's settings, mode, shapes and dtypes are the rest. A module
+    with children, or with settings that are not plain data, does not have a key.
     """
     if "alike" not in vars(type(rule)):
         return None
     with HookCall(rule, "alike", path):
-        said = rule.alike(path)
-        hash(said)
-    if said is None or any(name != RESERVED for name in module._modules):
+        rule_key = rule.alike(path)
+        hash(rule_key)
+    if rule_key is None or any(name != RESERVED for name in module._modules):
         return None
     settings = settings_of(module, base)
     if settings is None:
         return None
-    held = (*module._parameters.values(), *module._buffers.values())
-    return said, settings, module.training, tuple([(t.shape, t.dtype) for t in held if t is not None])
+    tensors = (*module._parameters.values(), *module._buffers.values())
+    return rule_key, settings, module.training, tuple([(t.shape, t.dtype) for t in tensors if t is not None])

@@ -1,4 +1,4 @@
-"""Pattern × model → matches, or reasons. The only matcher: planning and `explain` both ask here."""
+"""Matches a rule's targets against the modules of a model. Planning and `explain` both use this matcher."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ __all__ = ["Match", "matches", "verdict_of"]
 
 @dataclass(frozen=True)
 class Match:
-    """One module a rule goes to: its first path, and the other paths the same object is reached by."""
+    """One module that a rule matches: its first matching path, and the module's other paths."""
 
     path: str
     module: nn.Module
@@ -31,7 +31,7 @@ class Match:
 
 @dataclass(frozen=True)
 class Tree:
-    """The model's modules, each once in the model's order, with all their paths; adapters' own tensors left out."""
+    """The model's modules in the model's order, each once, with all their paths; without adapter containers."""
 
     model: nn.Module
     paths: dict[int, list[str]]
@@ -57,52 +57,52 @@ class Tree:
 
     @cached_property
     def endings(self) -> dict[str, list[str]]:
-        """Every name that fits some path, with the paths."""
-        found: dict[str, list[str]] = {}
+        """Each ending of a path at a dot, with the paths that end with it."""
+        paths_by_ending: dict[str, list[str]] = {}
         for path in self.modules:
             for ending in endings(path):
-                found.setdefault(ending, []).append(path)
-        return found
+                paths_by_ending.setdefault(ending, []).append(path)
+        return paths_by_ending
 
     @cached_property
     def layers(self) -> dict[int | None, set[str]]:
-        """The paths in each layer; None: those in none."""
-        found: dict[int | None, set[str]] = {}
+        """The paths by layer index; None: paths without one."""
+        paths_by_layer: dict[int | None, set[str]] = {}
         for path in self.modules:
-            found.setdefault(_layer_of(path), set()).add(path)
-        return found
+            paths_by_layer.setdefault(_layer_of(path), set()).add(path)
+        return paths_by_layer
 
     @cached_property
     def order(self) -> dict[str, int]:
         return {path: place for place, path in enumerate(self.modules)}
 
     def hits(self, targets: Targets) -> frozenset[str]:
-        """The paths that one of these targets fits. Rules that share targets ask once."""
+        """The paths that match one of these targets, cached for rules with the same targets."""
         listed = _listed(targets)
         try:
-            found = self.known.get(listed)
+            paths = self.known.get(listed)
         except TypeError:  # a pattern with a condition that can't be hashed
             return self._hits(listed)
-        if found is None:
-            found = self.known[listed] = self._hits(listed)
-        return found
+        if paths is None:
+            paths = self.known[listed] = self._hits(listed)
+        return paths
 
     def _hits(self, listed: tuple) -> frozenset[str]:
         if not all(isinstance(target, str) and target != "all-linear" for target in listed):
             patterns = list(map(as_pattern, listed))
             return frozenset(
-                path for path in self.modules if any(one.verdict(self.candidate(path)) for one in patterns)
+                path for path in self.modules if any(pattern.verdict(self.candidate(path)) for pattern in patterns)
             )
-        found: set[str] = set()
+        paths: set[str] = set()
         for target in listed:
             if target.startswith("re:") and (listed_paths := literal_alternatives(target[3:])) is not None:
-                found.update([path for path in listed_paths if path and path in self.modules])
+                paths.update([path for path in listed_paths if path and path in self.modules])
             elif target.startswith("re:"):
                 fits = re.compile(target[3:]).fullmatch
-                found.update([path for path in self.modules if path and fits(path)])
+                paths.update([path for path in self.modules if path and fits(path)])
             else:
-                found.update(self.endings.get(target, ()))
-        return frozenset(found)
+                paths.update(self.endings.get(target, ()))
+        return frozenset(paths)
 
     def distinct(self) -> Iterator[nn.Module]:
         for paths in self.paths.values():
@@ -110,9 +110,9 @@ class Tree:
 
 
 def matches(tree: Tree, rule: Declaration) -> list[Match]:
-    """The modules a rule goes to, in the model's order, each once.
+    """The modules that a rule matches, in the model's order, each once.
 
-    Raises `MatchError` where nothing matches, or where `expect` says another number than was found.
+    Raises `MatchError` if nothing matches, or if the number differs from the rule's `expect`.
     """
     hits = tree.hits(rule.targets)
     if rule.layers is not None:
@@ -123,39 +123,39 @@ def matches(tree: Tree, rule: Declaration) -> list[Match]:
     chosen: dict[int, str] = {}
     for hit in sorted(hits, key=tree.order.__getitem__):
         chosen.setdefault(id(tree.modules[hit]), hit)
-    found = [
+    matched = [
         Match(hit, tree.modules[hit], tuple([path for path in tree.paths[key] if path != hit]))
         for key, hit in sorted(chosen.items(), key=lambda item: tree.order[tree.paths[item[0]][0]])
     ]
-    if not found and rule.expect != 0:
+    if not matched and rule.expect != 0:
         raise _nothing(tree, rule)
-    if rule.expect is not None and len(found) != rule.expect:
-        listed = ", ".join(match.path for match in found[:6]) + (", …" if len(found) > 6 else "")
+    if rule.expect is not None and len(matched) != rule.expect:
+        listed = ", ".join(match.path for match in matched[:6]) + (", …" if len(matched) > 6 else "")
         raise MatchError(
-            f"{rule.label} expects {rule.expect} sites and matches {len(found)}",
+            f"{rule.label} expects {rule.expect} sites and matches {len(matched)}",
             where=listed,
-            why=f"targets {_shown(_listed(rule.targets))} were written for another model, or match more than was meant",
+            why=f"targets {_shown(_listed(rule.targets))} are for another model, or match more modules than intended",
             fix="correct targets, exclude or layers, or the number in expect",
         )
-    return found
+    return matched
 
 
-def idle_targets(tree: Tree, rule: Declaration) -> list[str]:
-    """The entries of a rule's targets and exclude that fit no module at all, each with near misses."""
+def unmatched_targets(tree: Tree, rule: Declaration) -> list[str]:
+    """A warning for each entry of a rule's targets and exclude that matches no module, with similar names."""
     listed = {name: _listed(getattr(rule, name)) for name in ("targets", "exclude")}
-    told = []
+    warnings = []
     for name, target in ((name, target) for name, targets in listed.items() for target in targets):
         if not _fits_any(tree, target):
             near = type_hint(target, tree.distinct()) or _near_names(tree, target)
-            told.append(
-                f"{rule.label}: {name} has {target!r}, which no module of the model fits"
+            warnings.append(
+                f"{rule.label}: {name} has {target!r}, which matches no module of the model"
                 + (f"; {near}" if near else "")
             )
-    return told
+    return warnings
 
 
 def verdict_of(tree: Tree, rule: Declaration, path: str) -> Verdict:
-    """Why a rule does or does not match at a path; `MatchError` with near misses where the model has no such path."""
+    """Why a rule matches the module at a path or not; `MatchError` with similar paths if there is no such module."""
     if path not in tree.modules:
         raise MatchError(
             f"the model has no module {path!r}", why=near_misses(path, tree.modules), fix="see model.named_modules()"
@@ -184,9 +184,9 @@ def _verdict(candidate: Candidate, rule: Declaration) -> Verdict:
 
 
 def _any_of(label: str, candidate: Candidate, targets: tuple[Pattern, ...]) -> Verdict:
-    found = [target.verdict(candidate) for target in targets]
-    holds = [part.clause for part in found if part]
-    return Verdict(bool(holds), label, ", ".join(holds) or "no target matches", tuple(found))
+    verdicts = [target.verdict(candidate) for target in targets]
+    holds = [part.clause for part in verdicts if part]
+    return Verdict(bool(holds), label, ", ".join(holds) or "no target matches", tuple(verdicts))
 
 
 def _layer_of(path: str) -> int | None:
@@ -212,11 +212,11 @@ def _nothing(tree: Tree, rule: Declaration) -> MatchError:
         if any(pattern.verdict(module) for pattern in tried)
     ]
     if by_target:
-        why = f"its targets match {len(by_target)} modules ({by_target[0]}, …) and exclude or layers leave none of them"
+        why = f"its targets match {len(by_target)} modules ({by_target[0]}, …), and exclude or layers drop all of them"
     elif rule.targets == ("all-linear",):
         why = "the model has no linear layer beside its output head"
         if isinstance(tree.model, fx.GraphModule):
-            why += "; those of a graph of torch.export are made anew by with_layers(model)"
+            why += "; with_layers(model) restores the layers of a graph of torch.export"
     else:
         misses = [type_hint(t, tree.distinct()) or _near_names(tree, t) for t in _listed(rule.targets)]
         words = [t for t in _listed(rule.targets) if isinstance(t, str)]
@@ -224,7 +224,7 @@ def _nothing(tree: Tree, rule: Declaration) -> MatchError:
             misses = ["a regular expression begins with 're:'"]
         leaves = sorted({path.rpartition(".")[2] for path in tree.modules if path})
         listed = [name for name in leaves if not name.isdigit()][:20]
-        why = " ".join(filter(None, misses)) or f"no module fits; its modules are called {', '.join(listed)}"
+        why = " ".join(filter(None, misses)) or f"no module matches; the modules are called {', '.join(listed)}"
     return MatchError(
         f"{rule.label} matches nothing: targets {_shown(_listed(rule.targets))}",
         why=why,
@@ -240,7 +240,7 @@ def _near_names(tree: Tree, target: str | Pattern) -> str | None:
 
 
 def _listed(targets: Targets) -> tuple:
-    return cast(tuple, targets)  # a rule keeps its targets normalised
+    return cast(tuple, targets)  # a rule normalises its targets to a tuple
 
 
 def _shown(targets: tuple) -> str:
@@ -248,7 +248,7 @@ def _shown(targets: tuple) -> str:
 
 
 def _heads(model: nn.Module) -> Iterator[int]:
-    """The output heads that `"all-linear"` leaves out: the output embeddings, else a classifier by name."""
+    """The output heads that `"all-linear"` skips: the output embeddings, or a classifier with a usual name."""
     try:
         head = model.get_output_embeddings()  # type: ignore[operator]
     except (AttributeError, NotImplementedError, TypeError):
@@ -257,6 +257,6 @@ def _heads(model: nn.Module) -> Iterator[int]:
         yield id(head)
     elif re.search("Classification|QuestionAnswering", type(model).__name__):
         for name in ("score", "classifier", "qa_outputs"):
-            found = getattr(model, name, None)
-            if isinstance(found, nn.Module):
-                yield from (id(module) for module in found.modules())
+            classifier = getattr(model, name, None)
+            if isinstance(classifier, nn.Module):
+                yield from (id(module) for module in classifier.modules())

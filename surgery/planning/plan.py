@@ -1,4 +1,4 @@
-"""A plan: which rule goes to which module and what it would make there. Pure: making one touches nothing."""
+"""`Plan`: which rule goes to which module, what it creates there, and every problem."""
 
 from __future__ import annotations
 
@@ -25,13 +25,20 @@ __all__ = ["Plan"]
 
 @dataclass
 class Plan:
-    """What `apply_rules` would do: its `steps`, and every problem at once.
+    """What `apply_rules` would do: the steps, the warnings and every problem.
 
-    `print(plan)` shows a table; `to_dict()` gives plain data; truth is the absence of problems. `trainable` and
-    `added` count parameters; `switches` lists attributes set to keep an inference fast path from bypassing a site;
-    `statistics` the modules of the base whose running statistics training moves, which `remove` puts back. `freeze` is
-    what the call asked for, `freezes` whether the adapter freezes the base. `kinds`: for rules that look into forwards,
-    the kinds of calls whose graphs are ready, and why others are not.
+    `print(plan)` shows a table, `to_dict()` gives plain data, and a plan is true if it does not have problems.
+
+    Attributes:
+        steps: one rule at one site, each with its tensors.
+        problems: every reason why `apply_rules` would fail.
+        warnings: texts that `apply_rules` warns with.
+        added, trainable: the numbers of parameters that the rules add, and of those that train.
+        freeze: the argument of the call.
+        freezes: whether the adapter freezes the base.
+        switches: attributes that are set while adapted, so that an inference fast path does not bypass a site.
+        statistics: the base's modules whose running statistics training changes; `remove` restores them.
+        kinds: for rules that look into forwards, the kinds of calls with a graph, and the reason for those without.
     """
 
     model: nn.Module
@@ -64,44 +71,44 @@ class Plan:
 
     @property
     def freezes(self) -> bool:
-        """Whether the base is frozen for this adapter: as the call says, or else where a rule trains something."""
+        """Whether the adapter freezes the base: `freeze` if given, otherwise whether a rule adds something to train."""
         if self.freeze is not None:
             return self.freeze
         return any(spec.trainable for step in self.steps for spec in step.specs)
 
     @property
     def frozen_by(self) -> list[str]:
-        """The adapters that freeze the base already."""
+        """The adapters on the model that freeze the base."""
         state = model_state(self.model)
         return state.freezing if state is not None else []
 
     @property
     def notes(self) -> list[str]:
-        """What to know before applying that is neither a problem nor a warning."""
-        told = rank_notes(self.steps)
+        """Hints that are neither problems nor warnings."""
+        notes = rank_notes(self.steps)
         frozen = self.freezes or self.frozen_by
         if not self.steps or self.trainable or not frozen or _trains(self.model):
-            return told
+            return notes
         return [
-            *told,
-            "nothing is left to train: the base is frozen, and these rules add no parameter that trains; "
+            *notes,
+            "nothing trains: the base is frozen, and these rules add no parameter that trains; "
             "add a rule that trains, or unfreeze base parameters after applying",
         ]
 
     def example_of(self, module: nn.Module) -> tuple[tuple, dict[str, Any]] | None:
-        """Copies of a module's own arguments in the first example that reaches it; one call for all of a class."""
+        """Copies of a module's arguments in the first example that calls it; one run for all modules of a class."""
         kind = type(module)
         for index in range(len(self.examples)):
             if (kind, index) not in self.seen:
                 alike = [other for other in self.model.modules() if type(other) is kind]
                 self.seen[kind, index] = self.observed(index, alike)
-            found = self.seen[kind, index]
-            if found.reached(module):
-                return copied(found.calls[id(module)][:2])
+            observation = self.seen[kind, index]
+            if observation.reached(module):
+                return copied(observation.calls[id(module)][:2])
         return None
 
     def observed(self, index: int, watched: Iterable[nn.Module]) -> Observation:
-        """What one of the examples shows; an error says which of several it is."""
+        """Run one example and observe modules; an error names the example if there are several."""
         try:
             return observe(self.model, self.examples[index], watched)
         except SurgeryError as error:
@@ -110,7 +117,7 @@ class Plan:
             raise
 
     def owners_of(self, path: str) -> tuple[nn.Module, ...]:
-        """The modules on the way to a path, the model first."""
+        """The modules that contain the module at a path, the model first."""
         names = path.split(".") if path else []
         return tuple(submodule(self.model, ".".join(names[:depth])) for depth in range(len(names)))
 
@@ -119,7 +126,7 @@ class Plan:
             raise PlanError(self.problems) from next((p.__cause__ for p in self.problems if p.__cause__), None)
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain data: adapter, steps (rule, site, type, aliases, kind, tensors), counts, notes, warnings, problems."""
+        """The plan as plain data: adapter, steps, counts, notes, warnings and problems."""
         return {
             "adapter": self.adapter,
             "steps": [
@@ -141,7 +148,9 @@ class Plan:
             "freezes": self.freezes,
             "notes": self.notes,
             "statistics": list(self.statistics),
-            "kinds": [{"type": one.type, "kind": one.kind, "reason": one.reason} for one in self.kinds],
+            "kinds": [
+                {"type": readiness.type, "kind": readiness.kind, "reason": readiness.reason} for readiness in self.kinds
+            ],
             "warnings": list(self.warnings),
             "problems": [str(problem) for problem in self.problems],
         }
@@ -155,9 +164,9 @@ class Plan:
         switched = [(".".join(filter(None, (path, name))), value) for path, (name, value) in self.switches.items()]
         parts += [f"set while adapted: {name} = {value!r}" for name, value in switched]
         ready: dict[str, list[str]] = {}
-        for one in self.kinds:
-            if not one.reason:
-                ready.setdefault(one.type, []).append(one.kind)
+        for readiness in self.kinds:
+            if not readiness.reason:
+                ready.setdefault(readiness.type, []).append(readiness.kind)
         parts += [f"ready: calls of {name} in {'; '.join(kinds)}" for name, kinds in ready.items()]
         parts += [f"note: {note}" for note in self.notes]
         if self.statistics:
@@ -178,7 +187,7 @@ class Plan:
 
 
 def _rows(steps: Sequence[PlannedRule]) -> list[tuple[str, str, str, str, str]]:
-    """The table of a plan: a row for each site; for more than five that get the same from one rule, one row."""
+    """The rows of a plan's table: one for each site, or one for more than five equal sites of a rule."""
     groups: dict[tuple, list[PlannedRule]] = {}
     for step in steps:
         kind = type(step.module).__name__ + (" (opaque)" if step.own.opaque else "")
@@ -195,5 +204,5 @@ def _rows(steps: Sequence[PlannedRule]) -> list[tuple[str, str, str, str, str]]:
 
 
 def _trains(model: nn.Module) -> bool:
-    """Whether an adapter that is on the model has parameters that train."""
+    """Whether an adapter on the model has parameters that train."""
     return any(parameter.requires_grad and is_adapter_key(model, name) for name, parameter in model.named_parameters())

@@ -1,8 +1,13 @@
-"""Rules and a model → a plan: every match, check and rewrite, with all that is wrong, before anything is touched."""
+"""Makes a plan from rules and a model, without changing the model.
+
+For each rule: match its targets (`_match`), then at each target trace the module's forward and record the rule's
+rewrite (`_plan_site`). Example calls check the result (`_check_examples`). The plan collects all problems.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Hashable, Iterable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
@@ -16,11 +21,11 @@ from surgery.forward.packed_weights import UNPACKED, packed_in
 from surgery.forward.tape import NOTHING, Layer
 from surgery.model_record.verb_root import records_in, rewritten
 from surgery.patterns.wrappers import submodule, unwrap
-from surgery.planning.call_readiness import Readiness, graphs_ready
+from surgery.planning.call_readiness import Readiness, trace_graphs
 from surgery.planning.direct_reads import Bypass, bypasses, fastpath_switch
-from surgery.planning.equivalent_sites import likeness
-from surgery.planning.example_check import verify_graph, written_twice
-from surgery.planning.matching import Match, Tree, idle_targets, matches
+from surgery.planning.equivalent_sites import site_key
+from surgery.planning.example_check import repeated_write, verify_graph
+from surgery.planning.matching import Match, Tree, matches, unmatched_targets
 from surgery.planning.plan import Plan
 from surgery.planning.uncalled_modules import never_called
 from surgery.state.records import model_state, name_problem, site_state, sites
@@ -41,86 +46,120 @@ def make_plan(
     example_inputs: Any = None,
     freeze: bool | None = None,
 ) -> Plan:
+    """Plan rules on a model: match the targets, trace the forwards, record the rewrites, check all of it.
+
+    Planning does not change the model and does not raise: the plan collects every problem.
+    """
     model = unwrap(model)
-    listed, problems = rules_in(rules)
+    valid_rules, problems = rules_in(rules)
     if freeze not in (True, False, None):
         problems.append(SurgeryError(f"freeze={freeze!r} is not True, False or None"))
-    plan = Plan(model, adapter, listed, examples=examples_in(example_inputs), freeze=freeze)
-    plan.problems += (
-        [problem] if (problem := model_problem(model)) else problems + _objections(model, adapter, plan.examples)
-    )
+    plan = Plan(model, adapter, valid_rules, examples=examples_in(example_inputs), freeze=freeze)
+    if (problem := model_problem(model)) is not None:
+        plan.problems.append(problem)
+    else:
+        plan.problems += problems + _model_problems(model, adapter, plan.examples)
     if plan.problems:
         return plan
-    tree, read_past = Tree.of(model), bypasses(model)
-    fast = {path: switch for path, module in tree.modules.items() if (switch := _switch(module)) is not None}
-    for rule, may_miss in with_companions(listed):
-        try:
-            found = matches(tree, rule)
-            plan.warnings += [] if may_miss else idle_targets(tree, rule)
-        except MatchError as error:
-            if not may_miss:
-                plan.problems.append(error)
-            continue
-        seen: dict[int, Match] = {}
-        for match in found:
-            try:
-                inner = _inner(rule, match)
-            except SurgeryError as error:
-                plan.problems.append(error)
-                continue
-            for path, module in inner:
-                seen.setdefault(id(module), Match(path, module, tuple(p for p in tree.paths[id(module)] if p != path)))
-        if not seen and not may_miss:
-            listed = ", ".join(match.path for match in found[:3])
-            plan.problems.append(MatchError(f"{rule.label} finds nothing to do in what it matches", where=listed))
-        plan.problems += [RuleError(f"{rule.label}: {why}") for why in rule.review([m.path for m in seen.values()])]
-        made: dict[Hashable, Recording] = {}
-        for match in seen.values():
-            past = [bypass for path in (match.path, *match.aliases) for bypass in read_past.get(path, ())]
-            _add_step(plan, rule, match, past, may_miss, fast, made)
-        if seen and not may_miss and len(plan.passed) == len(seen):
-            listed = ", ".join(plan.passed[:3])
-            plan.problems.append(MatchError(f"{rule.label} finds nothing to do in what it matches", where=listed))
-        plan.passed.clear()
+    tree = Tree.of(model)
+    reads = _DirectReads(bypasses(model), _fast_paths(tree))
+    for rule, is_companion in with_companions(valid_rules):
+        targets = _match(plan, tree, rule, is_companion)
+        if targets is not None:
+            _plan_rule(plan, rule, targets, reads, is_companion)
     plan.problems += clashes(plan.steps)
-    plan.statistics += _moved(plan) if plan.freezes or plan.frozen_by else []
+    if plan.freezes or plan.frozen_by:
+        plan.statistics += _moving_statistics(plan)
     plan.warnings = collapse_similar(plan.warnings)
     if plan.examples and not plan.problems:
         _check_examples(plan)
     return plan
 
 
-def _moved(plan: Plan) -> list[str]:
-    """The modules with buffers that training moves, but for those that these rules put others in the place of."""
-    replaced = {(id(step.module), str(ref.key)) for step in plan.steps for ref in step.tape.replaced()}
-    modules = moving_modules(plan.model)
-    return [path for path, module in modules if any((id(module), name) not in replaced for name in moving(module))]
-
-
 def with_companions(rules: Iterable[Rule]) -> Iterable[tuple[Rule, bool]]:
+    """Each rule followed by its companions, and whether it is a companion, whose targets may match nothing."""
     for rule in rules:
         yield rule, False
         for companion in rule.companions():
             yield companion, True
 
 
-def _inner(rule: Rule, match: Match) -> list[tuple[str, nn.Module]]:
+# Match --------------------------------------------------------------------------------------------------------
+
+
+def _match(plan: Plan, tree: Tree, rule: Rule, is_companion: bool) -> list[Match] | None:
+    """The modules that a rule rewrites, each once: its matches, expanded. None if the rule's targets do not match."""
+    try:
+        matched = matches(tree, rule)
+        plan.warnings += [] if is_companion else unmatched_targets(tree, rule)
+    except MatchError as error:
+        if not is_companion:
+            plan.problems.append(error)
+        return None
+    targets: dict[int, Match] = {}
+    for match in matched:
+        try:
+            expanded = _expand(rule, match)
+        except SurgeryError as error:
+            plan.problems.append(error)
+            continue
+        for path, module in expanded:
+            aliases = tuple(alias for alias in tree.paths[id(module)] if alias != path)
+            targets.setdefault(id(module), Match(path, module, aliases))
+    if not targets and not is_companion:
+        plan.problems.append(_nothing_to_do(rule, [match.path for match in matched]))
+    return list(targets.values())
+
+
+def _expand(rule: Rule, match: Match) -> list[tuple[str, nn.Module]]:
     if type(rule).expand is Rule.expand:
         return [(match.path, match.module)]
     with HookCall(rule, "expand", match.path):
         return list(rule.expand(match.module, match.path))
 
 
-def _add_step(
+def _nothing_to_do(rule: Rule, paths: Sequence[str]) -> MatchError:
+    return MatchError(f"{rule.label} finds nothing to do in what it matches", where=", ".join(paths[:3]))
+
+
+# Trace and rewrite --------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _DirectReads:
+    """The code that reads parameters past a module's forward, by path, and torch's fast paths that can be switched off
+    (path → attribute, value)."""
+
+    by_path: dict[str, list[Bypass]]
+    fast_paths: dict[str, tuple[str, Any]]
+
+    def of(self, match: Match) -> list[Bypass]:
+        return [bypass for path in (match.path, *match.aliases) for bypass in self.by_path.get(path, ())]
+
+
+def _plan_rule(plan: Plan, rule: Rule, targets: Sequence[Match], reads: _DirectReads, is_companion: bool) -> None:
+    """Plan a rule at each of its target modules."""
+    plan.problems += [RuleError(f"{rule.label}: {why}") for why in rule.review([match.path for match in targets])]
+    recordings: dict[Hashable, Recording] = {}
+    for match in targets:
+        _plan_site(plan, rule, match, reads, is_companion, recordings)
+    if targets and not is_companion and len(plan.passed) == len(targets):
+        plan.problems.append(_nothing_to_do(rule, plan.passed))
+    plan.passed.clear()
+
+
+def _plan_site(
     plan: Plan,
     rule: Rule,
     match: Match,
-    read_past: list[Bypass],
-    may_miss: bool,
-    fast: dict[str, tuple[str, Any]],
-    known: dict[Hashable, Recording],
+    reads: _DirectReads,
+    is_companion: bool,
+    recordings: dict[Hashable, Recording],
 ) -> None:
-    """Plan one rule at one site. `known`: what it records, by what sites have in common for which it is the same."""
+    """Plan a rule at one module: trace the module's forward, record the rule's rewrite of it, and add the step.
+
+    `recordings`: the rule's recordings so far, by `site_key`. Sites with equal keys share one recording.
+    """
     path, module = match.path, match.module
     refused = reason_against(module)
     if refused is not None:
@@ -132,36 +171,46 @@ def _add_step(
     state = site_state(module)
     base = state.base if state else type(module)
     try:
-        like = likeness(rule, module, path, base)
-        made = known.get(like) if like is not None else None
-        if made is None and (why := _objection(rule, module, path)):
+        key = site_key(rule, module, path, base)
+        recording = recordings.get(key) if key is not None else None
+        if recording is None and (why := _objection(rule, module, path)):
             fix = UNPACKED if packed_in(module) and "packed" in why else None
             raise SiteError(f"{rule.label} can't go on this {type(module).__name__}", where=path, why=why, fix=fix)
     except SurgeryError as error:
         plan.problems.append(error)
         return
-    if read_past and not _read_around(plan, rule, match, read_past, may_miss):
+    bypasses_here = reads.of(match)
+    if bypasses_here and not _check_bypasses(plan, rule, match, bypasses_here, is_companion):
         return
-    if fast:
-        _switch_fast_paths(plan, path, fast)
+    _switch_fast_paths(plan, path, reads.fast_paths)
     facts: dict[str, Any] = {}
     try:
-        if made is None:
+        if recording is None:
             own = own_forward(module, base)
             owners = plan.owners_of(path)
             example = None if not plan.examples else lambda: plan.example_of(module)
-            made = recorded(rule, module, path, plan.adapter, own, example, owners, facts)
-            if like is not None and not made.inside and not facts:
-                known[like] = made
+            recording = recorded(rule, module, path, plan.adapter, own, example, owners, facts)
+            if key is not None and not recording.inside and not facts:
+                recordings[key] = recording
     except SurgeryError as error:
         plan.problems.append(error)
         return
     except PassedOver:
         plan.passed.append(path)
         return
-    plan.warnings += made.told
+    plan.warnings += recording.told
     plan.steps.append(
-        PlannedRule(rule, path, module, match.aliases, made.own, made.tape, made.specs, made.inside, facts)
+        PlannedRule(
+            rule,
+            path,
+            module,
+            match.aliases,
+            recording.own,
+            recording.tape,
+            recording.specs,
+            recording.inside,
+            facts,
+        )
     )
 
 
@@ -170,21 +219,21 @@ def _objection(rule: Rule, module: nn.Module, path: str) -> str | None:
         return rule.check(module, path)
 
 
-def _read_around(plan: Plan, rule: Rule, match: Match, read_past: list[Bypass], may_miss: bool) -> bool:
-    """Deal with code that reads a site's parameters past its forward; whether the rule can go there all the same.
+def _check_bypasses(plan: Plan, rule: Rule, match: Match, reads: list[Bypass], is_companion: bool) -> bool:
+    """Whether a rule can go to a module whose parameters other code reads directly.
 
-    `may_miss`: the rule came with another, and leaves out what it would do nothing at.
+    If not, a rule gets a problem; a companion skips the module with a warning.
     """
     path = match.path
-    for bypass in read_past:
+    for bypass in reads:
         if bypass.in_fast_path and fastpath_switch(submodule(plan.model, bypass.reader)):
-            continue  # that code is switched off
+            continue  # the plan switches that code off
         place = f"{bypass.reader_type} reads its {bypass.parameter} directly, at {bypass.file}:{bypass.line}"
         uncalled = bypass.conditional and never_called(plan.model, (path, *match.aliases))
         if bypass.conditional and not uncalled:
             plan.warnings.append(f"{rule.label} at {path} is bypassed on one branch: {place}: {bypass.source}")
             continue
-        if may_miss:
+        if is_companion:
             if not any(place in warning for warning in plan.warnings):
                 plan.warnings.append(f"{rule.label} leaves out {path} and modules like it: {place}: {bypass.source}")
             return False
@@ -200,38 +249,44 @@ def _read_around(plan: Plan, rule: Rule, match: Match, read_past: list[Bypass], 
     return True
 
 
-def _switch_fast_paths(plan: Plan, path: str, fast: dict[str, tuple[str, Any]]) -> None:
-    """torch's encoders have inference fast paths that leave out the forwards of what they hold."""
+def _fast_paths(tree: Tree) -> dict[str, tuple[str, Any]]:
+    """torch's encoders whose inference fast path is on: path → the attribute and the value that switch it off."""
+    switches = ((path, module, fastpath_switch(module)) for path, module in tree.modules.items())
+    return {path: switch for path, module, switch in switches if switch and getattr(module, switch[0]) != switch[1]}
+
+
+def _switch_fast_paths(plan: Plan, path: str, fast_paths: dict[str, tuple[str, Any]]) -> None:
+    """Plan to switch off the fast paths of the encoders around a site, which bypass their children's forwards."""
+    if not fast_paths:
+        return
     while path:
         path = path.rpartition(".")[0]
-        if path in fast:
-            plan.switches[path] = fast[path]
+        if path in fast_paths:
+            plan.switches[path] = fast_paths[path]
 
 
-def _switch(module: nn.Module) -> tuple[str, Any] | None:
-    switch = fastpath_switch(module)
-    return switch if switch is not None and getattr(module, switch[0]) != switch[1] else None
+# Checks -------------------------------------------------------------------------------------------------------
 
 
-def _pefts(model: nn.Module) -> list[SurgeryError]:
-    """PEFT's own layers in a model: put there by transformers' `load_adapter` or `add_adapter`, or by PEFT itself."""
+def _peft_problems(model: nn.Module) -> list[SurgeryError]:
+    """A problem if the model has PEFT's own layers, from PEFT or from transformers' `load_adapter`, `add_adapter`."""
     wrapped = any(cls.__module__.startswith("peft.") for cls in type(model).__mro__)
     if not wrapped and not model.__dict__.get("_hf_peft_config_loaded"):
         return []
     return [
         SurgeryError(
-            "this is PEFT's PeftModel" if wrapped else "this model holds adapters of PEFT's",
-            why="PEFT put layers of its own in the place of the model's" if wrapped else "transformers put them there",
-            fix="load the model anew, and PEFT's checkpoint on it by surgery.load_adapter(model, folder)",
+            "this is PEFT's PeftModel" if wrapped else "this model has adapters of PEFT",
+            why="PEFT replaced layers of the model by its own" if wrapped else "transformers put them there",
+            fix="load the model again, and PEFT's checkpoint on it by surgery.load_adapter(model, folder)",
         )
     ]
 
 
-def _objections(model: nn.Module, adapter: str, examples: Sequence[Any]) -> list[SurgeryError]:
-    """What is wrong with the model and the adapter's name, before any module is looked at."""
-    found: list[SurgeryError] = _pefts(model)
+def _model_problems(model: nn.Module, adapter: str, examples: Sequence[Any]) -> list[SurgeryError]:
+    """The problems with the model as a whole and with the adapter's name."""
+    problems: list[SurgeryError] = _peft_problems(model)
     if examples and (lazy := lazy_in(model)):
-        found.append(
+        problems.append(
             SurgeryError(
                 "the example call would give the model parameters",
                 where=abbreviate(lazy),
@@ -240,9 +295,9 @@ def _objections(model: nn.Module, adapter: str, examples: Sequence[Any]) -> list
             )
         )
     state, inner = model_state(model), records_in(model, below=True)
-    found += [problem] if (problem := name_problem(state, adapter)) else []
+    problems += [problem] if (problem := name_problem(state, adapter)) else []
     if inner:
-        found.append(
+        problems.append(
             SurgeryError(
                 "part of this model has rules of its own",
                 where=abbreviate(inner, "parts"),
@@ -254,16 +309,24 @@ def _objections(model: nn.Module, adapter: str, examples: Sequence[Any]) -> list
         try:
             rewritten(model)
         except SurgeryError as error:
-            found.append(error)
+            problems.append(error)
     for path, _, site in sites(model):
         if site.merged is not None:
             why = f"its weights hold {', '.join(site.merged.adapters)}"
-            found.append(SurgeryError("the model is merged", where=path, why=why, fix="unmerge(model) first"))
+            problems.append(SurgeryError("the model is merged", where=path, why=why, fix="unmerge(model) first"))
             break
-    return found
+    return problems
+
+
+def _moving_statistics(plan: Plan) -> list[str]:
+    """The modules with buffers that training changes (running statistics), except buffers that the rules replace."""
+    replaced = {(id(step.module), str(ref.key)) for step in plan.steps for ref in step.tape.replaced()}
+    modules = moving_modules(plan.model)
+    return [path for path, module in modules if any((id(module), name) not in replaced for name in moving(module))]
 
 
 def _check_examples(plan: Plan) -> None:
+    """Run the examples: each step's module must be called, and its graph must give the bits of its forward."""
     for index, example in enumerate(plan.examples, 1):
         try:
             plan.observations.append(
@@ -282,11 +345,11 @@ def _check_examples(plan: Plan) -> None:
                 MatchError(
                     f"the example call never reaches a target of {step.rule.label}",
                     where=step.path,
-                    why="the model does not call this module, or reads its parameters past it",
+                    why="the model does not call this module, or reads its parameters directly",
                     fix="exclude it, or pass an example that uses it",
                 )
             )
-        elif (problem := _written_twice(step, plan, call)) is not None:
+        elif (problem := _repeated_write(step, plan, call)) is not None:
             plan.problems.append(problem)
         elif not step.own.opaque and step.own.key not in verified and site_state(step.module) is None:
             verified.add(step.own.key)
@@ -295,25 +358,26 @@ def _check_examples(plan: Plan) -> None:
             except SurgeryError as error:
                 plan.problems.append(error)
     if not plan.problems:
-        plan.kinds += graphs_ready(plan.steps, plan.observations)
+        plan.kinds += trace_graphs(plan.steps, plan.observations)
         plan.warnings += _unready(plan.kinds)
 
 
 def _unready(kinds: Sequence[Readiness]) -> list[str]:
-    """What is to be told of calls that have no graph."""
-    by: dict[tuple[str, str], list[str]] = {}
-    for one in kinds:
-        if one.reason:
-            by.setdefault((one.type, one.reason), []).append(one.kind)
+    """Warnings for the kinds of calls whose graph can't be traced."""
+    kinds_by: dict[tuple[str, str], list[str]] = {}
+    for readiness in kinds:
+        if readiness.reason:
+            kinds_by.setdefault((readiness.type, readiness.reason), []).append(readiness.kind)
     return [
-        f"rules look into {name}.forward, which can't be held as a graph in calls in {'; '.join(told)}: {reason}"
-        for (name, reason), told in by.items()
+        f"rules look into {name}.forward, which can't be held as a graph in calls in {'; '.join(words)}: {reason}"
+        for (name, reason), words in kinds_by.items()
     ]
 
 
-def _written_twice(step: PlannedRule, plan: Plan, call: tuple[tuple, dict, Any]) -> SurgeryError | None:
-    """The objection to a rule that runs the module's forward more than once, where the example shows that it writes."""
-    if not step.own.opaque or not any(one.kind == "own" and one.kwargs == NOTHING for one in step.tape.steps):
+def _repeated_write(step: PlannedRule, plan: Plan, call: tuple[tuple, dict, Any]) -> SurgeryError | None:
+    """The problem if a rule runs a module's forward more than once and the example shows that the forward writes."""
+    own_calls = any(op.kind == "own" and op.kwargs == NOTHING for op in step.tape.steps)
+    if not step.own.opaque or not own_calls:
         return None
     layer = Layer(plan.adapter, step.rule.label, step.tape)
-    return written_twice(step.module, step.own, layer, call, step.path)
+    return repeated_write(step.module, step.own, layer, call, step.path)

@@ -1,4 +1,4 @@
-"""Ranks that a weight's change cannot have: they cost memory and time, and change nothing."""
+"""Finds ranks above the largest possible rank of a weight: they cost memory and time without effect."""
 
 from __future__ import annotations
 
@@ -16,25 +16,27 @@ from surgery.weaving.recording import PlannedRule
 
 __all__ = ["rank_notes", "rank_warnings"]
 
-High = tuple[Rule, list[tuple[str, int, tuple[int, int]]], bool]  # a rule, its sites of less, whether to warn
+ExcessRanks = tuple[
+    Rule, list[tuple[str, int, tuple[int, int]]], bool
+]  # a rule, its sites that allow less, whether to warn
 
 
 def rank_warnings(steps: Sequence[PlannedRule]) -> list[str]:
-    """One for each rule with a rank that is more than a weight's larger size: it was meant for other weights."""
-    return [_told(rule, sites) for rule, sites, warns in _high(steps) if warns]
+    """A warning for each rule whose rank is above a weight's larger size, probably meant for other weights."""
+    return [_message(rule, sites) for rule, sites, warns in _excess_ranks(steps) if warns]
 
 
 def rank_notes(steps: Sequence[PlannedRule]) -> list[str]:
-    """One for each other rule with a weight that can't use its rank, such as a head of two classes."""
-    return [_told(rule, sites) for rule, sites, warns in _high(steps) if not warns]
+    """A note for each other rule with a weight that can't use its rank, such as a head of two classes."""
+    return [_message(rule, sites) for rule, sites, warns in _excess_ranks(steps) if not warns]
 
 
-def _high(steps: Sequence[PlannedRule]) -> Iterable[High]:
+def _excess_ranks(steps: Sequence[PlannedRule]) -> Iterable[ExcessRanks]:
     by_rule: dict[int, list[PlannedRule]] = {}
     for step in steps:
         by_rule.setdefault(id(step.rule), []).append(step)
     for mine in by_rule.values():
-        unasked = _unasked(mine[0].rule)
+        unasked = _default_rank(mine[0].rule)
         rule, few, wide = mine[0].rule, list[tuple[str, int, tuple[int, int]]](), False
         for path, sizes in itertools.chain.from_iterable(_matrices(step) for step in mine):
             rank = rule.rank_at(path)
@@ -55,12 +57,12 @@ def _matrices(step: PlannedRule) -> Iterable[tuple[str, tuple[int, int]]]:
     return [(step.path, sizes)] if sizes is not None else []
 
 
-def _unasked(rule: Rule) -> Any:
-    """The rank that a rule has where nobody says one."""
-    return next((one.default for one in fields(cast(Any, rule)) if one.name == "rank"), None)
+def _default_rank(rule: Rule) -> Any:
+    """The default of a rule's field `rank`."""
+    return next((field.default for field in fields(cast(Any, rule)) if field.name == "rank"), None)
 
 
-def _told(rule: Rule, sites: Sequence[tuple[str, int, tuple[int, int]]]) -> str:
+def _message(rule: Rule, sites: Sequence[tuple[str, int, tuple[int, int]]]) -> str:
     ranks, useful = {rank for _, rank, _ in sites}, {min(sizes) for _, _, sizes in sites}
     most = f"{min(useful)}" if len(useful) == 1 else f"{min(useful)} to {max(useful)}, by their sizes"
     asked = f"rank {min(ranks)}" if len(ranks) == 1 else f"ranks {min(ranks)} to {max(ranks)}"
@@ -69,7 +71,7 @@ def _told(rule: Rule, sites: Sequence[tuple[str, int, tuple[int, int]]]) -> str:
 
 
 def _sizes(module: Any) -> tuple[int, int] | None:
-    """The sizes of the matrix that a module's weight is; of packed ones those that it stands for."""
+    """The sizes of a module's weight as a matrix; for packed weights, those of the unpacked matrix."""
     if isinstance(module, nn.Linear):
         return module.out_features, module.in_features
     weight = module._parameters.get("weight")

@@ -1,4 +1,4 @@
-"""Which way an `if` in a forward goes, where the module's settings decide it as they are now."""
+"""Evaluates the `if` tests of a forward that depend only on the module's present settings."""
 
 from __future__ import annotations
 
@@ -8,18 +8,18 @@ from typing import Any
 
 from torch import Tensor, nn
 
-__all__ = ["Tests", "goes"]
+__all__ = ["Tests", "is_reachable"]
 
-# The tests that stand around a place in the source, and which way each must go to come there.
+# The tests around a place in the source, and the value that each must have to reach the place.
 Tests = tuple[tuple[ast.expr, bool], ...]
 
 
 class _Undecided(Exception):
-    """It depends on the call, or on what can't be looked at."""
+    """The value depends on the call, or on code that is not evaluated."""
 
 
-def goes(tests: Tests, name: str, module: nn.Module) -> bool:
-    """Whether a call can come to a place behind these tests, `name` being the module in them."""
+def is_reachable(tests: Tests, name: str, module: nn.Module) -> bool:
+    """Whether a call can reach a place behind these tests; `name` is the module's name in them."""
     for test, wanted in tests:
         try:
             if bool(_plain(_value(test, name, module))) is not wanted:
@@ -44,18 +44,18 @@ def _value(node: ast.expr, name: str, module: nn.Module) -> Any:
         case ast.Call(func=ast.Name(id="hasattr"), args=[owner, ast.Constant(value=str(attribute))]):
             return _has(_value(owner, name, module), attribute)
         case ast.Call(func=ast.Name(id="getattr"), args=[owner, ast.Constant(value=str(attribute)), default]):
-            held = _value(owner, name, module)
-            return _attribute(held, attribute) if _has(held, attribute) else _value(default, name, module)
+            instance = _value(owner, name, module)
+            return _attribute(instance, attribute) if _has(instance, attribute) else _value(default, name, module)
         case ast.Compare(left=left, ops=[kind], comparators=[right]) if type(kind) in _COMPARED:
-            one, other = (_value(part, name, module) for part in (left, right))
+            first, second = (_value(part, name, module) for part in (left, right))
             if isinstance(kind, (ast.Is, ast.IsNot)):
-                return _COMPARED[type(kind)](one, other)
-            return _COMPARED[type(kind)](_plain(one), _plain(other))
+                return _COMPARED[type(kind)](first, second)
+            return _COMPARED[type(kind)](_plain(first), _plain(second))
     raise _Undecided
 
 
 def _any(parts: list[ast.expr], name: str, module: nn.Module, wanted: bool) -> bool:
-    """`or` for True, `and` for False: one part that is so decides, whatever the others are."""
+    """The value of `or` (`wanted` True) or `and` (False): one part equal to `wanted` decides it."""
     unknown = False
     for part in parts:
         try:
@@ -72,9 +72,9 @@ def _attribute(owner: Any, name: str) -> Any:
     if name == "training" or isinstance(owner, Tensor):
         raise _Undecided
     if isinstance(owner, nn.Module):
-        for held in (owner.__dict__, owner._modules, owner._parameters, owner._buffers):
-            if name in held:
-                return held[name]
+        for attributes in (owner.__dict__, owner._modules, owner._parameters, owner._buffers):
+            if name in attributes:
+                return attributes[name]
         raise _Undecided  # a property is code
     if not hasattr(owner, "__dict__"):
         raise _Undecided

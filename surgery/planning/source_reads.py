@@ -1,8 +1,8 @@
-"""What one function reads of its arguments, told from its source: what it uses and calls, as chains of attributes.
+"""Reads from a function's source what it uses and calls of its arguments, as chains of attributes.
 
-The reading is an abstract run, once for each function: a name stands for the chains it may hold, the branches of an
-`if` are joined, and the value of a tensor is told apart from what is only asked about it
-(`surgery.planning.direct_reads`).
+The source is run abstractly, once for each function. A name stands for the chains that it may hold, and the branches of
+an `if` are joined. Using a tensor's values is distinguished from looking at its dtype, device or shape.
+`surgery.planning.direct_reads` follows the chains through a model.
 """
 
 from __future__ import annotations
@@ -20,25 +20,25 @@ from surgery.planning.settled_branches import Tests
 
 __all__ = ["CALL", "WRAP", "Chain", "Facts", "facts_of"]
 
-CALL, WRAP = "()", "~"  # steps of a chain beside attributes: the result of a call; an element of a tuple made here
+CALL, WRAP = "()", "~"  # steps of a chain that are not attributes: a call's result; an element of a new tuple
 Step = tuple[Any, int]  # an attribute's name, CALL, WRAP, ("[]", key), or (class, name) for super().name; and its line
 Chain = tuple[Any, tuple[Step, ...]]  # begins at an argument's name, or at a function
 Chains = frozenset[Chain]
 _NONE: Chains = frozenset()
 
-# What is learned of a tensor through these says nothing of its values.
+# Attributes of a tensor that do not depend on its values.
 _ABOUT = set(
     "dtype device shape ndim size dim numel nelement element_size stride is_contiguous requires_grad requires_grad_"
     " grad data_ptr is_meta is_cuda is_cpu layout is_sparse is_quantized is_nested itemsize nbytes get_device"
     " is_floating_point is_complex new_zeros new_ones new_empty new_full new_tensor storage untyped_storage".split()
 )
-# What is handed to these is asked for the same, or shown.
+# Functions that use only such attributes of their arguments, or print them.
 _INERT = set(
     "isinstance issubclass hasattr type id len print str repr callable is_tensor is_floating_point is_complex"
     " result_type has_torch_function has_torch_function_unary has_torch_function_variadic to type_as view_as expand_as"
     " reshape_as zeros_like ones_like empty_like full_like rand_like randn_like debug info warning warning_once".split()
 )
-# Ways to a module's children without their names.
+# Attributes that give a module's children without their names.
 _ANY_CHILD = {
     "_modules",
     "__dict__",
@@ -54,17 +54,19 @@ _SAME = {"list", "tuple", "set", "iter", "reversed", "sorted", "cast"}
 
 @dataclass(eq=False)
 class Facts:
+    """What the source of one function shows: returned chains, used chains, calls, and the tests around calls."""
+
     parameters: list[str]
     module: str
     file: str = ""
     start: int = 0
     lines: tuple[str, ...] = ()
     decorated: bool = False
-    dynamic: bool = False  # it looks for attributes under names that are not in its source
+    dynamic: bool = False  # it accesses attributes by names that are not in its source
     returns: Chains = _NONE
-    uses: tuple[tuple[Chain, bool], ...] = ()  # and whether every run of the function comes there
+    uses: tuple[tuple[Chain, bool], ...] = ()  # with whether every run of the function reaches the use
     calls: tuple[tuple[Chain, tuple[tuple[int | str, Chain], ...], bool], ...] = ()
-    behind: dict[Chain, tuple[Tests, ...]] = field(default_factory=dict)  # of what is called: the tests around it
+    behind: dict[Chain, tuple[Tests, ...]] = field(default_factory=dict)  # by called chain: the tests around the calls
 
 
 _facts: weakref.WeakKeyDictionary[FunctionType, Facts] = weakref.WeakKeyDictionary()
@@ -78,7 +80,7 @@ def facts_of(function: FunctionType) -> Facts:
 
 
 class _Source:
-    """Reads one function: an abstract run in which a name holds the chains it may stand for."""
+    """Runs one function abstractly: `env` maps each name to the chains that it may hold."""
 
     def __init__(self, function: FunctionType):
         code = function.__code__
@@ -90,40 +92,40 @@ class _Source:
         self.behind: dict[Chain, set[Tests]] = {}
         self.tests: Tests = ()
         self.returns: set[Chain] = set()
-        self.sure: set[tuple] = set()  # of uses and calls, those that the block being read always comes to
+        self.sure: set[tuple] = set()  # the uses and calls that every run of the present block reaches
         try:
             lines, start = inspect.getsourcelines(function)
-            # Under an `if`, an indented method is a block like any other: no dedent that a docstring could spoil.
+            # An indented method parses as a block under `if 1:`; dedenting could break its docstring.
             node = ast.parse("if 1:\n" + "".join(lines) if lines[0][0].isspace() else "\n" + "".join(lines))
         except (OSError, TypeError, SyntaxError, IndexError):
             return
-        found = next((n for n in ast.walk(node) if isinstance(n, (ast.FunctionDef, ast.AsyncFunctionDef))), None)
-        if found is None or found.name != code.co_name:
+        definition = next((n for n in ast.walk(node) if isinstance(n, (ast.FunctionDef, ast.AsyncFunctionDef))), None)
+        if definition is None or definition.name != code.co_name:
             return
-        self.block(found.body, {name: frozenset([(name, ())]) for name in self.facts.parameters})
+        self.block(definition.body, {name: frozenset([(name, ())]) for name in self.facts.parameters})
         self.facts.file, self.facts.start, self.facts.lines = inspect.getsourcefile(function) or "", start, tuple(lines)
-        self.facts.decorated = bool(found.decorator_list)
+        self.facts.decorated = bool(definition.decorator_list)
         self.facts.returns = frozenset(self.returns)
         self.facts.uses = tuple((chain, _plain(chain) in self.sure) for chain in self.uses)
         self.facts.behind = {chain: tuple(tests) for chain, tests in self.behind.items()}
-        self.facts.calls = tuple((called, given, _plain(called) in self.sure) for called, given in self.calls)
+        self.facts.calls = tuple((called, arguments, _plain(called) in self.sure) for called, arguments in self.calls)
 
     def use(self, chains: Iterable[Chain]) -> Chains:
         for chain in chains:
             self.uses[chain] = None
-            plain = _plain(chain)  # with what it is taken from: one branch may use weight, another weight.t()
+            plain = _plain(chain)  # its prefixes count, too: one branch may use weight, another weight.t()
             self.sure.update(plain[:end] for end in range(1, len(plain) + 1))
         return _NONE
 
     def apart(self, read: Callable[[], Any]) -> tuple[Any, set[tuple]]:
-        """Read a branch; what it is sure to come to is not yet what the whole is sure to come to."""
+        """Read a branch, and return separately what every run of the branch reaches."""
         before, self.sure = self.sure, set()
-        found, inside, self.sure = read(), self.sure, before
-        return found, inside
+        result, inside, self.sure = read(), self.sure, before
+        return result, inside
 
     @contextmanager
     def within(self, node: Any, name: str) -> Iterator[None]:
-        """A block of a statement, read with the test that leads to it."""
+        """Read a block of a statement together with the test that leads to it."""
         before = self.tests
         if isinstance(node, ast.If):
             self.tests = (*before, (node.test, name == "body"))
@@ -156,7 +158,7 @@ class _Source:
                 self.compound(node, env)
 
     def compound(self, node: Any, env: dict[str, Chains]) -> None:
-        """Any other statement: its expressions, then each of its blocks; after it a name is what any of them left."""
+        """Any other statement: its expressions, then its blocks. Afterwards a name holds the chains of all blocks."""
         branches = [dict(env)]
         if isinstance(node, (ast.For, ast.AsyncFor)):
             self.bind(node.target, self.items(node.iter, env), env)
@@ -164,9 +166,9 @@ class _Source:
             if isinstance(child, ast.expr):
                 self.expr(child, env)
             elif isinstance(child, ast.withitem):
-                held = self.expr(child.context_expr, env)
+                value = self.expr(child.context_expr, env)
                 if child.optional_vars is not None:
-                    self.bind(child.optional_vars, held, env)
+                    self.bind(child.optional_vars, value, env)
             elif isinstance(child, (ast.ExceptHandler, ast.match_case)):
                 branches.append(dict(env))
                 self.apart(lambda child=child: self.compound(child, branches[-1]))
@@ -192,24 +194,24 @@ class _Source:
                     self.bind(part, each, env)
             case ast.Starred(value=inner):
                 self.bind(inner, _wrap(_union(value)), env)
-            case _:  # an attribute or an element: kept where it can't be followed
+            case _:  # stored in an attribute or an element, which is not followed
                 self.use(_union(value))
 
     def elements(self, node: ast.expr, env: dict[str, Chains]) -> Chains | list:
-        """The value of an expression, a tuple's by element."""
+        """The value of an expression; of a tuple, the value of each element."""
         if isinstance(node, (ast.Tuple, ast.List)) and not any(isinstance(part, ast.Starred) for part in node.elts):
             return [self.elements(part, env) for part in node.elts]
         return self.expr(node, env)
 
     def items(self, node: ast.expr, env: dict[str, Chains]) -> Chains | list:
-        """What a loop over an expression gives at each turn."""
+        """The loop variable's value in a loop over an expression."""
         match node:
             case ast.Call(func=ast.Name(id="enumerate"), args=[first, *_]):
                 return [_NONE, self.items(first, env)]
             case ast.Call(func=ast.Name(id="zip"), args=parts):
                 return [self.items(part, env) for part in parts]
-            case ast.Call(func=ast.Attribute(value=held, attr="items" | "named_children")):
-                return [_NONE, _item(self.expr(held, env))]
+            case ast.Call(func=ast.Attribute(value=owner, attr="items" | "named_children")):
+                return [_NONE, _item(self.expr(owner, env))]
         return _item(self.expr(node, env))
 
     def nested(self, arguments: ast.arguments, body: list[Any] | ast.expr, env: dict[str, Chains]) -> None:
@@ -231,9 +233,9 @@ class _Source:
                 return _attribute(self.expr(value, env), attr, node.end_lineno or 0)
             case ast.Subscript(value=value, slice=index):
                 self.use(self.expr(index, env))
-                held = self.expr(value, env)
+                chains = self.expr(value, env)
                 key = index.value if isinstance(index, ast.Constant) else None
-                return held if isinstance(index, ast.Slice) else _item(held, key, node.lineno)
+                return chains if isinstance(index, ast.Slice) else _item(chains, key, node.lineno)
             case ast.Call():
                 return self.call(node, env)
             case ast.Tuple(elts=parts) | ast.List(elts=parts) | ast.Set(elts=parts):
@@ -244,14 +246,14 @@ class _Source:
                 return _union([self.expr(part, env) for part in parts])
             case ast.IfExp(test=test, body=body, orelse=orelse):
                 self.expr(test, env)
-                (one, sure), (other, too) = (
+                (first, sure), (second, too) = (
                     self.apart(lambda part=part: self.expr(part, env)) for part in (body, orelse)
                 )
                 self.sure |= sure & too
-                return one | other
+                return first | second
             case ast.NamedExpr(target=target, value=value):
-                self.bind(target, held := self.expr(value, env), env)
-                return held
+                self.bind(target, chains := self.expr(value, env), env)
+                return chains
             case ast.ListComp(elt=elt) | ast.SetComp(elt=elt) | ast.GeneratorExp(elt=elt) | ast.DictComp(value=elt):
                 inner = dict(env)
                 for loop in node.generators:  # type: ignore[attr-defined]
@@ -264,14 +266,14 @@ class _Source:
                 return _NONE
             case ast.Starred(value=value) | ast.Await(value=value):
                 return _item(self.expr(value, env))
-        held = _union([self.expr(part, env) for part in ast.iter_child_nodes(node) if isinstance(part, ast.expr)])
+        chains = _union([self.expr(part, env) for part in ast.iter_child_nodes(node) if isinstance(part, ast.expr)])
         valued = isinstance(node, (ast.BinOp, ast.Yield, ast.YieldFrom)) or (
             isinstance(node, ast.UnaryOp) and not isinstance(node.op, ast.Not)
         )
-        return self.use(held) if valued else _NONE
+        return self.use(chains) if valued else _NONE
 
     def readable(self, function: Any) -> bool:
-        """A function to follow; a library's is taken to use what it is given."""
+        """Whether to follow a function. Functions of torch are taken to use all their arguments."""
         module = (getattr(function, "__module__", None) or "").partition(".")[0]
         return isinstance(function, FunctionType) and (module != "torch" or function.__module__ == self.facts.module)
 
@@ -286,7 +288,7 @@ class _Source:
                 self.facts.dynamic |= attr is None
                 return _attribute(first, attr, node.lineno) if isinstance(attr, str) else _NONE
             if name in _SAME:
-                return _union([held for _, held in arguments])
+                return _union([chains for _, chains in arguments])
             if name == "next":
                 return _item(first)
             if name == "super" and "__class__" in self.known:
@@ -294,14 +296,14 @@ class _Source:
         called = self.expr(node.func, env)
         if isinstance(node.func, ast.Attribute) and name in ("values", "children"):
             return self.expr(node.func.value, env)
-        given = tuple((place, chain) for place, held in arguments for chain in held)
+        passed = tuple((place, chain) for place, chains in arguments for chain in chains)
         followed = [chain for chain in called if isinstance(chain[0], str) or self.readable(chain[0])]
         for chain in followed:
-            self.calls[chain, () if name in _INERT else given] = None
+            self.calls[chain, () if name in _INERT else passed] = None
             self.behind.setdefault(chain, set()).add(self.tests)
             self.sure.add(_plain(chain))
         if not followed and name not in _INERT:
-            self.use(frozenset(chain for _, chain in given))
+            self.use(frozenset(chain for _, chain in passed))
         return frozenset((root, (*steps, (CALL, node.lineno))) for root, steps in followed)
 
 
@@ -323,16 +325,16 @@ def _item(chains: Chains, key: Any = None, line: int = 0) -> Chains:
 
 
 def _attribute(chains: Chains, name: str, line: int) -> Chains:
-    found = set()
+    result = set()
     for root, steps in chains:
         last = steps[-1][0] if steps else None
         if isinstance(last, type):
-            found.add((root, (*steps[:-1], ((last, name), line))))
+            result.add((root, (*steps[:-1], ((last, name), line))))
         elif isinstance(root, (ModuleType, type)):
-            found |= _known(vars(root).get(name))
+            result |= _known(vars(root).get(name))
         elif last != WRAP and name not in _ABOUT:
-            found.add((root, (*steps, (name, line))))
-    return frozenset(found)
+            result.add((root, (*steps, (name, line))))
+    return frozenset(result)
 
 
 def _known(value: Any) -> Chains:
@@ -341,10 +343,10 @@ def _known(value: Any) -> Chains:
 
 
 def _cells(function: FunctionType) -> dict[str, Any]:
-    found = {}
+    cells = {}
     for name, cell in zip(function.__code__.co_freevars, function.__closure__ or (), strict=True):
         try:
-            found[name] = cell.cell_contents
-        except ValueError:  # a name that is bound later
+            cells[name] = cell.cell_contents
+        except ValueError:  # the name is bound later
             pass
-    return found
+    return cells

@@ -1,4 +1,4 @@
-"""Modules whose forward no code calls: their owner reads their parameters instead, on each of its branches."""
+"""Finds modules whose forward no code calls, because their owner reads their parameters on every branch."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ __all__ = ["never_called"]
 
 
 def never_called(model: nn.Module, paths: Iterable[str]) -> bool:
-    """Whether the code of the modules above a module, at all its paths, never calls it and hands it to nothing.
+    """Whether the code of the modules above a module, at all its paths, never calls it nor passes it on.
 
     >>> from torch import nn
     >>> from surgery.planning.uncalled_modules import never_called
@@ -29,8 +29,8 @@ def never_called(model: nn.Module, paths: Iterable[str]) -> bool:
     >>> never_called(Reads(), ["inner"]), never_called(nn.Sequential(nn.Linear(2, 2)), ["0"])
     (True, False)
 
-    Of the module right above it all methods count that stand in one file with its forward, of others the forward. False
-    where code can't be read, or looks for children under names that are not in its source.
+    All methods of the direct parent that are in the same file as its forward are read; of other modules, the forward.
+    False if code can't be read, or accesses children by names that are not in its source.
     """
     modules = dict(base_modules(model))
     known = {id(module): path for path, module in modules.items()}
@@ -38,7 +38,9 @@ def never_called(model: nn.Module, paths: Iterable[str]) -> bool:
         target, parts = submodule(model, path), path.split(".")
         owners = {above: submodule(model, above) for above in (".".join(parts[:n]) for n in range(len(parts)))}
         for above, owner in owners.items():
-            if isinstance(owner, (nn.ModuleList, nn.ModuleDict)):  # whoever loops over it is above it
+            if isinstance(
+                owner, (nn.ModuleList, nn.ModuleDict)
+            ):  # a container: the code that loops over it is above it
                 continue
             search = ReadSearch(known, above, owner, target)
             for method in _methods(owner, above == ".".join(parts[:-1])):
@@ -53,11 +55,11 @@ def _methods(module: nn.Module, all_of_them: bool) -> Iterable[FunctionType]:
     forward = inspect.unwrap(cls.forward)
     if not isinstance(forward, FunctionType):
         return []
-    found = {name: value for base in reversed(cls.__mro__) for name, value in vars(base).items()}
-    others = [value for name, value in found.items() if isinstance(value, FunctionType) and name not in _ASIDE]
+    attributes = {name: value for base in reversed(cls.__mro__) for name, value in vars(base).items()}
+    others = [value for name, value in attributes.items() if isinstance(value, FunctionType) and name not in _ASIDE]
     near = [value for value in others if value.__module__ == forward.__module__ and not value.__name__.startswith("__")]
     return [forward, *(near if all_of_them else [])]
 
 
-# They make a module, and don't run it.
+# Methods that set up a module and do not run it.
 _ASIDE = frozenset({"forward", "extra_repr", "reset_parameters", "init_weights", "_init_weights", "_reset_parameters"})

@@ -276,7 +276,7 @@ def test_a_rule_name_is_taken_once() -> None:
 
 
 def test_an_entry_that_fits_nothing_is_told() -> None:
-    with pytest.warns(SurgeryWarning, match="'valeu', which no module of the model fits; did you mean 'value'"):
+    with pytest.warns(SurgeryWarning, match="'valeu', which matches no module of the model; did you mean 'value'"):
         apply_rules(Net(), [LoraRule(["query", "valeu"])])
     with pytest.warns(SurgeryWarning, match="exclude has 'hed'"):
         apply_rules(Net(), [LoraRule("query", exclude="hed")])
