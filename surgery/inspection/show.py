@@ -11,6 +11,7 @@ from torch import fx, nn
 
 from surgery.errors import MatchError, abbreviate, near_misses
 from surgery.forward.own_forward import own_forward
+from surgery.inspection.readable_forward import readable_forward
 from surgery.model_record.verb_root import check_all_present, records_in
 from surgery.patterns.module_walk import every_path
 from surgery.patterns.wrappers import unwrap
@@ -122,27 +123,52 @@ def _numbers_in(parameter: Any) -> int:
     return count * 2 * parameter.element_size() if type(parameter).__name__ == "Params4bit" else count
 
 
-def show(model: nn.Module, path: str = "") -> str:
-    """The code that runs at a site: the generated forward, each inserted line with the rule it comes from.
+def show(model: nn.Module, path: str = "", *, generated: bool = False) -> str:
+    """The forward of a site as people write it: each rule's own lines under the rule's name.
 
     >>> from torch import nn
     >>> from surgery import apply_rules, show
     >>> from surgery.rules import LoraRule
-    >>> model = apply_rules(nn.Sequential(nn.Linear(8, 8)), [LoraRule("0", rank=2, alpha=4)])
-    >>> print(show(model, "0"))  # doctest: +ELLIPSIS
+    >>> model = apply_rules(nn.Sequential(nn.Linear(8, 8)), [LoraRule("0", rank=2, alpha=4, dropout=0.1)])
+    >>> print(show(model, "0"))
     # 0: Linear + LoraRule [default]
     def forward(self, input):
-        ...
+        y = F.linear(input, self.weight, self.bias)
+        # LoraRule [default]
+        A, B = self.adapters.default.A, self.adapters.default.B
+        x = F.dropout(input.to(A.dtype), 0.1, self.training)
+        branch = F.linear(F.linear(x, A), B) * 2.0
+        return (y + branch).to(y.dtype)
 
-    Where rules look into the forward, the code for the kinds of calls that are ready follows, equal code once.
-    `MatchError` where the model has no such module, or no rule is live on it.
+    Variables have the names that the rule's code gives them; `y` is the site's output, and `super().forward` the
+    module's own. Functions have short names, with their module's where two have the same. Where a rule looks into the
+    forward, the code is for the kinds of calls met so far, one after the other. Idle and merged adapters are comments.
+
+    The code computes what the site gives. Left out are checks that a call is of the kind that the code is for, and
+    that a forward which a rule runs twice does not write to a cache twice. `F` is `torch.nn.functional`.
+
+    `generated=True` prints the code that runs instead, with fast forms in the place of a rule's lines, quick ways to
+    tensors, and each line with its rule. `MatchError` where the model has no such module, or no rule was applied to it;
+    with `generated=True` also where none is live.
     """
     module, state = _site_at(model, path)
-    recipe = recipe_of(type(module))
-    if recipe is None:
-        raise MatchError("no rule is live here", where=path, why=f"{type(module).__name__} runs its own forward")
-    sources = dict.fromkeys([recipe.source, *(variant.source for variant in reversed(state.variants))])
-    return f"# {path or '(the model itself)'}: {recipe.label}\n" + "\n\n".join(map(str.rstrip, sources))
+    if generated:
+        recipe = recipe_of(type(module))
+        if recipe is None:
+            raise MatchError("no rule is live here", where=path, why=f"{type(module).__name__} runs its own forward")
+        sources = dict.fromkeys([recipe.source, *(variant.source for variant in reversed(state.variants))])
+        return f"# {path or '(the model itself)'}: {recipe.label}\n" + "\n\n".join(map(str.rstrip, sources))
+    merged = state.merged.adapters if state.merged is not None else ()
+    names: dict[str, list[str]] = {"live": [], "idle": [], "merged into its tensors": []}
+    for applied in state.applied:
+        where = "merged into its tensors" if applied.adapter in merged else "live" if applied.live else "idle"
+        names[where].append(f"{applied.rule.label} [{applied.adapter}]")
+    live = names.pop("live")
+    heads = [f"# {path or '(the model itself)'}: {' + '.join(filter(None, [state.base.__name__, ', '.join(live)]))}"]
+    heads += [f"# {where}: {', '.join(rules)}" for where, rules in names.items() if rules]
+    if not live:
+        return "\n".join([*heads, f"# no rule is live: {state.base.__name__}.forward runs as it is"])
+    return "\n".join([*heads, str(readable_forward(module, state, own_forward(module, state.base)))])
 
 
 def draw(model: nn.Module, path: str = "", *, before: bool = True) -> str:

@@ -195,7 +195,7 @@ def _check_outputs(plan: Plan) -> None:
                 where=notes[0] if notes else None,
                 why=": ".join(filter(None, (error.what, error.why))) if own else error.why,
                 fix=next((note for note in notes if note.startswith(HINT)), "").removeprefix(HINT)
-                or "correct the rule's rewrite; `show` prints a site's generated code",
+                or "correct the rule's rewrite; `show(model, path, generated=True)` prints the code that runs",
             ) from error
         if all(step.rule.identity for step in plan.steps) and not equal(output, observation.output):
             raise SurgeryError(

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-__all__ = ["is_ours", "line_of", "line_running", "line_setting"]
+__all__ = ["is_ours", "is_torchs", "line_of", "line_running", "line_setting"]
 
 HERE = os.path.dirname(os.path.dirname(os.path.abspath(__file__))) + os.sep  # the package of the engine
 _RULES = os.path.join(HERE, "rules", "")  # a rule's lines are told as those of a user's own rule are
@@ -25,10 +25,15 @@ def is_ours(filename: str) -> bool:
     return filename.startswith((HERE, "<surgery ")) and not filename.startswith(_RULES)
 
 
+def is_torchs(filename: str) -> bool:
+    """Whether a file of source is torch's."""
+    return filename.startswith(_TORCH)
+
+
 def line_of(error: BaseException, function: Any = None) -> str | None:
     """`file:number: text` of the innermost line of a user's that led to an error; else where the function begins."""
     frames = [frame for frame in traceback.extract_tb(error.__traceback__) if not is_ours(frame.filename)]
-    users = [frame for frame in frames if not frame.filename.startswith(_TORCH)] or frames
+    users = [frame for frame in frames if not is_torchs(frame.filename)] or frames
     if users:
         text = users[-1].line or linecache.getline(users[-1].filename, users[-1].lineno or 0).strip()
         return f"{users[-1].filename}:{users[-1].lineno}: {text}"
@@ -45,7 +50,7 @@ def line_running(with_text: bool = False) -> str:
     while (
         with_text
         and users.f_back is not None
-        and (users.f_code.co_filename.startswith(_TORCH) or is_ours(users.f_code.co_filename))
+        and (is_torchs(users.f_code.co_filename) or is_ours(users.f_code.co_filename))
     ):
         users = users.f_back
     text = f": {linecache.getline(users.f_code.co_filename, users.f_lineno).strip()}" if with_text else ""

@@ -28,6 +28,7 @@ def begin_forward(own: OwnForward, training: bool) -> TermGraph:
     else:
         _note_effects(graph, _play_base(graph, own.tapes[training]))
     graph.now[Ref("base", "")] = graph.now[Ref("output", "")]
+    graph.outputs.append(graph.now[Ref("output", "")])
     return graph
 
 

@@ -34,7 +34,18 @@ from surgery.weaving.generated_class import Recipe, body_of, class_from, signatu
 from surgery.weaving.recording import PassedOver, PlannedRule, layer_of, recorded
 from surgery.weaving.weave import woven_held
 
-__all__ = ["LIMIT", "function_of", "held_own", "layer_at", "leaves_of", "make_ready", "varied", "varied_class"]
+__all__ = [
+    "LIMIT",
+    "Variant",
+    "function_of",
+    "held_own",
+    "layer_at",
+    "layers_in",
+    "leaves_of",
+    "make_ready",
+    "varied",
+    "varied_class",
+]
 
 LIMIT = 32  # forms of one site for calls of one kind, which decide otherwise on sizes
 
@@ -251,6 +262,12 @@ def held_own(module: nn.Module, state: SiteState) -> OwnForward | None:
     if not state.variants:
         return None
     return replace(own_forward(module, state.base), tapes=None, graph=state.variants[0].held.graph)
+
+
+def layers_in(held: TracedForward, module: nn.Module, state: SiteState) -> tuple[OwnForward, list[Layer]]:
+    """A site's own forward as it is held for calls of one kind, and the live rules' edits in it."""
+    own = replace(own_forward(module, state.base), tapes=None, graph=held.graph)
+    return own, [layer_at(applied, module, state, own) for applied in state.live()]
 
 
 def layer_at(applied: Applied, module: nn.Module, state: SiteState, own: OwnForward) -> Layer:

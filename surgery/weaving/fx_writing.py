@@ -13,7 +13,7 @@ from surgery.forward.side_effects import draws, is_foreign
 from surgery.forward.tape import Ref
 from surgery.tracing.decisions import decide
 from surgery.weaving.term_graph import KEPT, OUTPUT, ROWS, TermGraph
-from surgery.weaving.terms import Term, mapped, sources_of, terms_in
+from surgery.weaving.terms import Term, behind, mapped, sources_of, terms_in
 
 __all__ = ["write_graph"]
 
@@ -34,6 +34,9 @@ def write_graph(terms: TermGraph) -> fx.Graph:
             _write(term, graph, effects)
     _check_order(terms, graph)
     graph.output(mapped(output, lambda term: _write(term, graph, effects)))
+    for made in map(behind, terms.outputs):
+        if isinstance(made, Term) and made.node is not None:
+            made.node.meta["output"] = True
     return graph
 
 
@@ -109,7 +112,7 @@ def _write(term: Term, graph: fx.Graph, effects: Mapping[int, Term]) -> fx.Node:
                 now.args = (*now.args[:3], any(_leaves_a_trace(node) for node in graph.nodes))
             args, kwargs = (mapped(value, lambda made: made.node) for value in (now.args, now.kwargs))
             now.node = graph.create_node(now.op, now.target, args, kwargs)
-            now.node.meta["surgery"] = now.origin
+            now.node.meta.update(surgery=now.origin, step=now.step)
             if now.writes:
                 now.node.meta["writes"] = True
             elif draws(now.op, now.target, now.args, now.kwargs):

@@ -33,6 +33,7 @@ def apply_layer(graph: TermGraph, layer: Layer) -> None:
     if after is not before and isinstance(after, Term) and isinstance(before, Term) and not _alone(after, before):
         # A module's output keeps its dtype, whatever precision an adapter computes in.
         graph.now[Ref("output", "")] = graph.term("call_function", same_dtype, (after, before), origin=origin)
+    graph.outputs.append(graph.now[Ref("output", "")])
 
 
 def play(graph: TermGraph, tape: Tape, adapter: str, origin: str, weight: float = 1.0) -> list[Term]:
@@ -103,6 +104,8 @@ def play(graph: TermGraph, tape: Tape, adapter: str, origin: str, weight: float 
                 op, target = "call_function", Inside(step.region, target)
             ops[index] = graph.term(op, target, args, kwargs, origin)
             made.append(ops[index])
+        if isinstance(ops[index], Term):
+            ops[index].step = ops[index].step or (len(graph.replacements), index)
         place = places.step(index, operands)
         for term in graph.terms[begin:]:
             term.place = (*place, len(graph.terms))

@@ -31,6 +31,7 @@ class TermGraph:
         self.places: dict[str, int] = {}  # which operation of the forward a node is
         self.call: Term | None = None  # an opaque site's call of its base
         self.kept: dict[str, Any] = {}  # functions that rules put others around
+        self.outputs: list[Any] = []  # the own forward's output, and the one that each layer makes of it
         self._add_inputs()
 
     def _add_inputs(self) -> None:

@@ -30,6 +30,7 @@ class Term:
     open: bool = False
     around: bool = False  # a call of `called_around`
     place: tuple[int, int, int] = (0, 0, 0)  # the forward's operation; before it, at it or after it; the order
+    step: tuple[int, int] | None = None  # the tape (0: the forward's own, 1: the first layer's) and its step
 
     @property
     def writes(self) -> bool:

@@ -60,7 +60,7 @@ def test_lora_is_scaled_in_its_fast_form() -> None:
         else:
             x = layer(x)
     torch.testing.assert_close(model(X), x, **CLOSE)
-    assert "low_rank_linear" in show(model, "0") and "weighted" not in show(model, "0")
+    assert "low_rank_linear" in show(model, "0", generated=True) and "weighted" not in show(model, "0")
     assert {name: found.weight for name, found in adapters(model).items()} == {"a": 0.7, "b": -0.4}
 
 

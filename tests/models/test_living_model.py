@@ -745,7 +745,7 @@ def test_an_error_in_generated_code_shows_its_line_site_and_rule() -> None:
     assert "at the site block.0, a Linear rewritten by LoraRule [topics]" in text
     assert 'File "<surgery ' in text and "Linear + LoraRule [topics]" in text
     line = next(line.strip() for line in text.split("\n") if "linear(" in line and "error" not in line)
-    assert line in show(model, "block.0") or line in text.partition("Linear + LoraRule")[2]
+    assert line in show(model, "block.0", generated=True) or line in text.partition("Linear + LoraRule")[2]
 
 
 def test_an_error_in_an_edit_shows_the_rule_on_its_line() -> None:
@@ -770,7 +770,7 @@ def test_generated_lines_are_shown_after_pickling_and_for_merged_stacks() -> Non
         other(torch.randn(3, 7))
     frames = traceback.extract_tb(caught.value.__traceback__)
     generated = [frame for frame in frames if frame.filename.startswith("<surgery ")]
-    assert generated and all(frame.line and frame.line in show(other, "0") for frame in generated)
+    assert generated and all(frame.line and frame.line in show(other, "0", generated=True) for frame in generated)
 
 
 def test_plans_are_pure_on_every_living_model() -> None:

@@ -199,10 +199,10 @@ def test_straight_code_is_recorded_and_the_rest_called() -> None:
     for by, recorded in [(nn.SiLU, True), (foreign.Shared, False), (nn.BatchNorm1d, False)]:
         kwargs = {"size": 4} if by is foreign.Shared else {"num_features": 4} if by is nn.BatchNorm1d else {}
         model = apply_rules(host(), ReplaceRule("inner", by=by, kwargs=kwargs))
-        assert (f"{by.__name__}({{" in show(model, "inner")) is not recorded
+        assert (f"{by.__name__}({{" in show(model, "inner", generated=True)) is not recorded
     for opaque in (True, False):
         model = apply_rules(host(), ReplaceRule("inner", by=nn.SiLU, opaque=opaque))
-        assert ("SiLU({" in show(model, "inner")) is opaque
+        assert ("SiLU({" in show(model, "inner", generated=True)) is opaque
 
 
 def test_equal_sites_share_their_code() -> None:

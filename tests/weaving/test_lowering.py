@@ -155,7 +155,7 @@ def test_nothing_trained_gives_no_graph() -> None:
 @pytest.mark.parametrize("p", [(0.0, 0.0), (0.4, 0.0), (0.3, 0.2)])
 def test_stacked_adapters_are_one_call(p: tuple[float, float]) -> None:
     layer = adapted(adapted(dropout=p[0]), "second", dropout=p[1])
-    code = show(layer)
+    code = show(layer, generated=True)
     assert code.count("low_rank_linear(") == 1 and "LoraRule [default], LoraRule [second]" in code
     x = torch.randn(2, 5, 12, requires_grad=True)
     assert fast(layer, x)
@@ -683,14 +683,14 @@ def test_a_base_output_that_somebody_else_uses_is_left_alone(name: str) -> None:
     layer = linear()
     for index, one in enumerate(STACKS[name]):
         apply_rules(layer, [one], adapter=f"a{index}")
-    assert "low_rank_linear" not in show(layer)
+    assert "low_rank_linear" not in show(layer, generated=True)
 
 
 def test_only_what_is_lora_is_lowered() -> None:
     lowered = {}
     for name in BRANCHES:
         layer = apply_rules(linear(), STACKS[name])
-        lowered[name] = "low_rank_linear" in show(layer)
+        lowered[name] = "low_rank_linear" in show(layer, generated=True)
     assert lowered == {**dict.fromkeys(lowered, False), "plain": True}
 
 
@@ -735,5 +735,5 @@ def test_tensors_are_found_where_they_are_now() -> None:
 
 
 def test_the_code_names_its_tensors() -> None:
-    code = show(adapted(adapter="topics"))
+    code = show(adapted(adapter="topics"), generated=True)
     assert "topics_A = " in code and "topics_B = " in code and "# LoraRule [topics]" in code

@@ -1,0 +1,225 @@
+"""Nodes of a graph as expressions of Python: operators, methods, attributes and calls as people write them."""
+
+from __future__ import annotations
+
+import inspect
+import operator
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import fx, nn
+
+from surgery.forward.graph_functions import detached, in_dtype, same_dtype
+from surgery.forward.hidden_state import with_hidden
+from surgery.forward.parameter_view import base_forward, call_own, make_view
+from surgery.inspection.function_names import INFIX, FunctionNames
+from surgery.tracing.proxies import call_object
+from surgery.weaving.called_around import HandedOn, called_around
+
+__all__ = ["Expressions", "path_text"]
+
+_ATOM, _UNARY, _POWER, _COMPARED = 100, 80, 90, 30
+_PREFIX = {operator.neg: "-", operator.pos: "+", operator.invert: "~"}
+_SINGLE = (Ellipsis, slice)
+
+
+class Expressions:
+    """The text of nodes. `variables`: what nodes are called that have a line of their own; others are written out."""
+
+    def __init__(self, module: nn.Module, base: type[nn.Module], names: FunctionNames, kept: Mapping[str, Any]):
+        self.module, self.base, self.names, self.kept = module, base, names, kept
+        self.variables: dict[fx.Node, str] = {}
+        self._special: dict[Any, Callable[[fx.Node], tuple[str, int]]] = {
+            same_dtype: self._same_dtype,
+            in_dtype: lambda node: self._cast(node, self.of(node.args[1])),
+            detached: lambda node: (f"{self.of(node.args[0], _ATOM)}.detach()", _ATOM),
+            base_forward: self._base_forward,
+            called_around: self._called_around,
+            call_object: lambda node: (self._call(self.of(node.args[0], _ATOM), node.args[1:], node.kwargs), _ATOM),
+            getattr: self._attribute,
+            operator.getitem: self._item,
+            operator.contains: lambda node: self._infix("in", _COMPARED, node.args[1], node.args[0]),
+            operator.abs: lambda node: (f"abs({self.of(node.args[0])})", _ATOM),
+        }
+
+    def of(self, value: Any, tightness: int = 0) -> str:
+        """A value where an operator binds its operands this tightly."""
+        if isinstance(value, fx.Node):
+            text, own = (self.variables[value], _ATOM) if value in self.variables else self.written(value)
+        else:
+            text, own = self._plain(value)
+        return text if own >= tightness else f"({text})"
+
+    def written(self, node: fx.Node) -> tuple[str, int]:
+        """What a node computes, and how tightly the text binds."""
+        if node.op == "placeholder":
+            return str(node.target).lstrip("*"), _ATOM
+        if node.op == "get_attr":
+            return path_text(self.module, str(node.target)), _ATOM
+        if node.op == "call_module":
+            return self._call(path_text(self.module, str(node.target)), node.args, node.kwargs), _ATOM
+        if node.op == "call_method":
+            owner, *args = node.args
+            return self._call(f"{self.of(owner, _ATOM)}.{node.target}", args, node.kwargs), _ATOM
+        if node.target in self._special:
+            return self._special[node.target](node)
+        return self._function(node)
+
+    def _function(self, node: fx.Node) -> tuple[str, int]:
+        target: Any = node.target
+        if target in INFIX and len(node.args) == 2:
+            return self._infix(*INFIX[target], *node.args)
+        if target in _PREFIX:
+            return _PREFIX[target] + self.of(node.args[0], _UNARY), _UNARY
+        if isinstance(target, HandedOn):
+            return self.names.of(target()), _ATOM
+        owner = getattr(target, "__objclass__", None)
+        if inspect.ismethoddescriptor(target) and owner is not None and issubclass(torch.Tensor, owner):
+            return self._method_of_tensors(target.__name__, node)
+        args, kwargs = _shortened(target, node.args, node.kwargs)
+        return self._call(self.names.of(target), args, kwargs), _ATOM
+
+    def _method_of_tensors(self, name: str, node: fx.Node) -> tuple[str, int]:
+        word = name.strip("_").removeprefix("r")
+        function = getattr(operator, word, None)
+        if name.startswith("__r") and function in INFIX:
+            return self._infix(*INFIX[function], node.args[1], node.args[0])
+        return self._call(f"{self.of(node.args[0], _ATOM)}.{name}", node.args[1:], node.kwargs), _ATOM
+
+    def _infix(self, sign: str, tightness: int, left: Any, right: Any) -> tuple[str, int]:
+        before, after = tightness, tightness + 1
+        if sign == "**":
+            before, after = tightness + 1, _UNARY
+        elif tightness == _COMPARED or sign == "@" and getattr(left, "target", None) is not operator.matmul:
+            before = after
+        return f"{self.of(left, before)} {sign} {self.of(right, after)}", tightness
+
+    def _attribute(self, node: fx.Node) -> tuple[str, int]:
+        owner, name, *default = node.args
+        if default or not str(name).isidentifier():
+            return self._call("getattr", node.args, {}), _ATOM
+        return f"{self.of(owner, _ATOM)}.{name}", _ATOM
+
+    def _item(self, node: fx.Node) -> tuple[str, int]:
+        owner, key = node.args
+        if isinstance(owner, fx.Node) and owner.op == "placeholder" and key in self.kept:
+            return self.names.of(self.kept[str(key)]), _ATOM
+        return f"{self.of(owner, _ATOM)}[{self.key(key)}]", _ATOM
+
+    def key(self, key: Any) -> str:
+        """What stands between the brackets of `value[key]`."""
+        if isinstance(key, tuple) and key:
+            text = ", ".join(self.key(item) if not isinstance(item, tuple) else self.of(item) for item in key)
+            return f"{text}," if len(key) == 1 else text
+        if isinstance(key, slice):
+            start, stop, step = ("" if part is None else self.of(part) for part in (key.start, key.stop, key.step))
+            return f"{start}:{stop}" + (f":{step}" if step else "")
+        return self.of(key)
+
+    def _same_dtype(self, node: fx.Node) -> tuple[str, int]:
+        new, old = node.args
+        if isinstance(new, fx.Node) and new.target is with_hidden and new.args[0] is old and new not in self.variables:
+            return self.written(new)  # which casts by itself
+        return self._cast(node, f"{self.of(old, _ATOM)}.dtype")
+
+    def _cast(self, node: fx.Node, dtype: str) -> tuple[str, int]:
+        """A cast that the engine puts around what a rule gives."""
+        value = node.args[0]
+        if isinstance(value, fx.Node) and not _surely_tensor(value):
+            return self._call(self.names.of(node.target), node.args, node.kwargs), _ATOM
+        return f"{self.of(value, _ATOM)}.to({dtype})", _ATOM
+
+    def _base_forward(self, node: fx.Node) -> tuple[str, int]:
+        itself, tensors, positional, more, named, extra, *around = node.args
+        args: list[str] = [self.of(value) for value in positional]  # type: ignore[union-attr]
+        args += [f"*{self.of(more, _ATOM)}"] if isinstance(more, fx.Node) else [self.of(value) for value in more]  # type: ignore[union-attr]
+        given = ", ".join([*args, *self._keywords(named), *self._keywords(extra)])
+        if around and around[0]:
+            return self._call(self.names.of(base_forward), node.args, {}), _ATOM
+        if not tensors:
+            return f"super().forward({given})", _ATOM
+        if not (named or extra or more) and all(str(name).isidentifier() for name in tensors):  # type: ignore[union-attr]
+            return f"{self.names.of(call_own)}({', '.join([self.of(itself), *args, *self._keywords(tensors)])})", _ATOM
+        base = self.names.of(self.base)
+        seen = f"{self.names.of(make_view)}({self.of(itself)}, {base}, {self.of(tensors)})"
+        return f"{base}.forward({', '.join(filter(None, [seen, given]))})", _ATOM
+
+    def _called_around(self, node: fx.Node) -> tuple[str, int]:
+        function, around, *args = node.args
+        if len(around) != 1:  # type: ignore[arg-type]
+            return self._call(self.names.of(called_around), node.args, node.kwargs), _ATOM
+        return self._call(self.of(around[0], _ATOM), (function, *args), node.kwargs), _ATOM  # type: ignore[index]
+
+    def _call(self, function: str, args: Any, kwargs: Any) -> str:
+        return f"{function}({', '.join([*map(self.of, args), *self._keywords(kwargs)])})"
+
+    def _keywords(self, kwargs: Any) -> list[str]:
+        if isinstance(kwargs, fx.Node):
+            return [f"**{self.of(kwargs, _ATOM)}"]
+        if not all(isinstance(name, str) and name.isidentifier() for name in kwargs):
+            return [f"**{self.of(kwargs)}"]
+        return [f"{name}={self.of(value)}" for name, value in kwargs.items()]
+
+    def _plain(self, value: Any) -> tuple[str, int]:
+        if isinstance(value, torch.Size):
+            return f"torch.Size({self.of(list(value))})", _ATOM
+        if isinstance(value, tuple) and hasattr(value, "_fields"):
+            return self._call(self.names.of(type(value)), value, {}), _ATOM
+        if isinstance(value, (tuple, list)):
+            text = ", ".join(map(self.of, value))
+            if isinstance(value, list):
+                return f"[{text}]", _ATOM
+            return f"({text},)" if len(value) == 1 else f"({text})", _ATOM
+        if isinstance(value, dict):
+            return "{" + ", ".join(f"{self.of(key)}: {self.of(item)}" for key, item in value.items()) + "}", _ATOM
+        if isinstance(value, slice):
+            return f"slice({self.of(value.start)}, {self.of(value.stop)}, {self.of(value.step)})", _ATOM
+        text = self.names.constant(value)
+        tight = not text.startswith("-") and not isinstance(value, (int, float)) or isinstance(value, bool)
+        return text, _ATOM if tight else _UNARY if text.startswith("-") else _ATOM - 1
+
+
+def path_text(module: nn.Module, path: str) -> str:
+    """`self.layers[0].weight` for the path "layers.0.weight"."""
+    text, owner = "self", module
+    for part in [] if path == "_surgery_self" else path.split("."):
+        if part.isdigit() and isinstance(owner, (nn.Sequential, nn.ModuleList, nn.ParameterList)):
+            text = f"{text}[{part}]"
+        else:
+            text = f"{text}.{part}" if part.isidentifier() else f"getattr({text}, {part!r})"
+        owner = getattr(owner, part, None)
+    return text
+
+
+def _surely_tensor(node: fx.Node) -> bool:
+    """Whether what a node gives is a tensor, as far as its operation tells: an operator or a function of torch."""
+    if node.op == "call_method":
+        return hasattr(torch.Tensor, str(node.target))
+    module = str(getattr(node.target, "__module__", None) or "torch")
+    torchs = module.partition(".")[0] == "torch" or node.target in INFIX
+    return node.op == "call_function" and (torchs or node.target in (same_dtype, in_dtype, detached))
+
+
+def _is_default(parameter: inspect.Parameter | None, value: Any) -> bool:
+    return parameter is not None and type(value) is type(parameter.default) and value == parameter.default
+
+
+def _shortened(target: Any, args: Any, kwargs: Any) -> tuple[Any, Any]:
+    """Arguments without those that say what a function of torch does by itself; by place where that is plain."""
+    if target is F.linear:
+        return args[:2] if len(args) == 3 and args[2] is None else args, kwargs
+    if not str(getattr(target, "__module__", "")).startswith("torch.") or not inspect.isfunction(target):
+        return args, kwargs
+    parameters = inspect.signature(target).parameters
+    own = {name for name, value in kwargs.items() if _is_default(parameters.get(name), value)}
+    said = [index for index, name in enumerate(parameters) if name in kwargs and name not in own]
+    own -= set(list(parameters)[: max(said, default=0)])  # those before others have their place
+    given = {name: value for name, value in kwargs.items() if name not in own}
+    args = list(args)
+    for name, parameter in list(parameters.items())[len(args) :]:
+        if type(given.get(name, False)) is bool or parameter.kind is not parameter.POSITIONAL_OR_KEYWORD:
+            break
+        args.append(given.pop(name))
+    return args, given

@@ -1,0 +1,218 @@
+"""The forward of a site as people write it: the rules' own lines, with training and evaluation side by side.
+
+What stands there runs as it is written, in a class that is derived from the site's own (`super().forward`), with
+`torch`, `F`, `nn` and the functions of `Readable.names`. Three things are not written: checks of what objects hold, in
+which parts of a forward know that a call is of their kind; the order of writes to a cache where a rule runs a forward
+more than once; and casts of what is not a floating-point tensor, which the engine leaves as it is.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from difflib import SequenceMatcher
+from typing import Any
+
+from torch import fx, nn
+
+from surgery.forward.own_forward import OwnForward
+from surgery.forward.tape import Layer
+from surgery.inspection.expressions import Expressions, path_text
+from surgery.inspection.function_names import FunctionNames
+from surgery.inspection.line_wrapping import wrapped
+from surgery.inspection.readable_graph import simplified
+from surgery.inspection.readable_lines import ANY, WIDTH, Line, lines_of, named, parameters_in
+from surgery.inspection.variable_names import variable_names
+from surgery.state.records import SiteState
+from surgery.tracing.call_kind import kind_told
+from surgery.tracing.guards import structure_told
+from surgery.weaving.call_variants import Variant, layers_in
+from surgery.weaving.recording import layer_of
+from surgery.weaving.weave import woven, woven_held
+
+__all__ = ["Readable", "readable_forward"]
+
+
+@dataclass(frozen=True)
+class Readable:
+    """The code of a site's forwards, one for each form that differs, and the functions and objects it names."""
+
+    codes: tuple[str, ...]
+    names: dict[str, Any]
+
+    def __str__(self) -> str:
+        return "\n\n".join(self.codes)
+
+
+def readable_forward(module: nn.Module, state: SiteState, own: OwnForward) -> Readable:
+    """The code of a site on which rules are live."""
+    writer = _Writer(module, state, own)
+    if not any(applied.inside for applied in state.live()):
+        layers = [layer_of(applied, module, state.path, own) for applied in state.live()]
+        graphs = {training: woven(own, layers, training, lowered=False) for training in (False, True)}
+        return Readable((writer.code(own, layers, graphs),), writer.names.space)
+    return Readable(tuple(writer.kinds()), writer.names.space)
+
+
+class _Writer:
+    def __init__(self, module: nn.Module, state: SiteState, own: OwnForward):
+        self.module, self.state, self.own = module, state, own
+        self.names = FunctionNames()
+
+    def kinds(self) -> Iterator[str]:
+        """The code for the kinds of calls met so far; those of both modes together where all else is equal."""
+        groups: dict[tuple, list[Variant]] = {}
+        for variant in reversed(self.state.variants):
+            groups.setdefault(variant.kind[1:], []).append(variant)
+        several = self._differing()
+        told: dict[str, list[str]] = {}
+        for variants in groups.values():
+            modes = {variant.kind[0] for variant in variants}
+            together = [variants] if len(modes) == len(variants) else [[variant] for variant in variants]
+            for some in together:
+                code = self.kind(some)
+                told.setdefault(code, []).extend(self._told(variant, several) for variant in some)
+        for code, kinds in told.items():
+            yield "\n".join([*(f"# {kind}" for kind in dict.fromkeys(kinds) if len(told) > 1), code])
+
+    def _differing(self) -> list[tuple[int, str]]:
+        """The arguments in which the calls met so far differ, with their places in a kind."""
+        places = enumerate(self.own.signature.parameters, start=4)
+        return [(at, name) for at, name in places if len({variant.kind[at] for variant in self.state.variants}) > 1]
+
+    def _told(self, variant: Variant, arguments: Sequence[tuple[int, str]]) -> str:
+        """The calls that a form is for, in words."""
+        given = [f"{name}: {structure_told(variant.kind[at])}" for at, name in arguments]
+        return ", ".join([kind_told(variant.kind), *given])
+
+    def kind(self, variants: Sequence[Variant]) -> str:
+        graphs, kept = {}, {}
+        for variant in variants:
+            own, layers = layers_in(variant.held, self.module, self.state)
+            graphs[variant.kind[0]], around = woven_held(own, layers)
+            kept |= {**variant.kept, **around}
+        return self.code(own, layers, graphs, kept, variants[0].kind[1:3])
+
+    def code(
+        self,
+        own: OwnForward,
+        layers: Sequence[Layer],
+        graphs: Mapping[bool, fx.Graph],
+        kept: Mapping[str, Any] | None = None,
+        autocast: tuple[Any, ...] = (),
+    ) -> str:
+        for graph in graphs.values():
+            simplified(graph, autocast)
+        names = variable_names(self.state.live(), layers, self.module, self.state.path, own)
+        expressions = Expressions(self.module, own.base, self.names, kept or {})
+        signature = self._signature(own.signature)
+        origins = {path: origin for graph in graphs.values() for path, origin in parameters_in(graph).items()}
+        taken = {"y", *own.signature.parameters, *self.names.used}
+        parameters = named(list(origins.items()), taken)
+        bodies = []
+        for training in sorted(graphs):
+            lines = lines_of(graphs[training], expressions, parameters, names)
+            bodies.append(list(self._with_parameters(lines, parameters, origins)))
+        weights = {f"{x.label} [{x.adapter}]": x.weight for x in layers}
+        body = _Body(own.base.__name__, weights)
+        body.put(*bodies)
+        return "\n".join([f"def forward({signature}):", *body.text])
+
+    def _with_parameters(
+        self, lines: Sequence[Line], parameters: Mapping[str, str], origins: Mapping[str, str]
+    ) -> Iterator[Line]:
+        """The lines, with one for the adapter's tensors before the first that is of their rule."""
+        done: set[str] = set()
+        for line in lines:
+            if line.origin not in done:
+                done.add(line.origin)
+                mine = [path for path in parameters if origins[path] == line.origin]
+                while mine:  # as many on a line as there is room for
+                    for count in range(len(mine), 0, -1):
+                        left = ", ".join(parameters[path] for path in mine[:count])
+                        text = f"{left} = {', '.join(path_text(self.module, path) for path in mine[:count])}"
+                        if len(text) <= WIDTH:
+                            break
+                    yield Line(text, line.origin)
+                    del mine[:count]
+            yield line
+
+    def _signature(self, signature: inspect.Signature) -> str:
+        parameters = [inspect.Parameter("self", inspect.Parameter.POSITIONAL_OR_KEYWORD)]
+        for parameter in signature.parameters.values():
+            positional = parameter.kind is parameter.POSITIONAL_ONLY
+            kind = parameter.POSITIONAL_OR_KEYWORD if positional else parameter.kind
+            default = parameter.default
+            if default is not parameter.empty:
+                default = _Text(self.names.constant(default))
+            parameters.append(inspect.Parameter(parameter.name, kind, default=default))
+        return str(inspect.Signature(parameters))[1:-1]
+
+
+class _Text:
+    def __init__(self, text: str):
+        self.text = text
+
+    def __repr__(self) -> str:
+        return self.text
+
+
+class _Body:
+    """Lines of one or two modes as indented text, with comments where the rule changes, and blocks opened."""
+
+    def __init__(self, base: str, weights: Mapping[str, float]):
+        self.base, self.weights = base, weights
+        self.text: list[str] = []
+        self.origin: str | None = ""
+        self.blocks = ""
+        self.depth = 1
+
+    def put(self, evaluation: Sequence[Line], training: Sequence[Line] | None = None) -> None:
+        if training is None:
+            return self._lines(evaluation)
+        match = SequenceMatcher(None, evaluation, training, autojunk=False)
+        for tag, a, b, c, d in match.get_opcodes():
+            if tag == "equal":
+                self._lines(evaluation[a:b])
+            else:
+                self._modes(evaluation[a:b], training[c:d])
+
+    def _modes(self, evaluation: Sequence[Line], training: Sequence[Line]) -> None:
+        both = [*training, *evaluation]
+        origins = {line.origin for line in both} - {ANY}
+        if len(origins) == 1:
+            self._comment(both[0].origin if both[0].origin != ANY else origins.pop())
+        before, ends = self.origin, []
+        parts = [("if self.training:", training), ("else:" if training else "if not self.training:", evaluation)]
+        for head, lines in parts:
+            if lines:
+                self._write(head)
+                self.depth += 1
+                self.origin, self.blocks = before, ""
+                self._lines(lines)
+                ends.append(self.origin)
+                self.depth -= 1
+        self.blocks = ""
+        ends += [before] if len(ends) == 1 else []
+        self.origin = ends[0] if len(set(ends)) == 1 else None
+
+    def _lines(self, lines: Sequence[Line]) -> None:
+        for line in lines:
+            if line.origin != ANY and line.origin != self.origin:
+                self._comment(line.origin)
+            if line.blocks and line.blocks != self.blocks:
+                self._write(f"with {line.blocks}:")
+            self.blocks = line.blocks
+            self._write(line.text, bool(line.blocks))
+
+    def _comment(self, origin: str) -> None:
+        if origin == self.origin:
+            return
+        self.origin, self.blocks = origin, ""
+        weight = self.weights.get(origin, 1.0)
+        told = f"{origin}, weight {weight:g}" if weight != 1.0 else origin
+        self._write(f"# {told}" if origin else f"# {self.base}.forward")
+
+    def _write(self, text: str, deeper: bool = False) -> None:
+        self.text += ["    " * (self.depth + deeper) + part for part in wrapped(text, WIDTH)]
