@@ -136,7 +136,8 @@ def test_a_final_merge_stays_untied(name: str, tmp_path: Path) -> None:
 
 
 def test_a_merge_that_fails_says_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    merging, ties = importlib.import_module("surgery.merging"), importlib.import_module("surgery.ties")
+    merging = importlib.import_module("surgery.merging.merge")
+    ties = importlib.import_module("surgery.state.tied_weights")
     model = apply_rules(made("llama"), LoraRule(["lm_head", "q_proj"], rank=2, init="random"))
     before, live = said(model), out(model)
 

@@ -70,12 +70,13 @@ def test_a_file_decodes_as_generate_or_says_why_not(name: str, tmp_path: Path) -
         if "gives no cache" not in str(error):
             pytest.skip(f"not exported: {error}"[:100])
         report = export_onnx(model, tmp_path / "m.onnx", example, verify=False)
-    runner = OnnxRunner(tmp_path / "m.onnx")
-    try:
+    try:  # a file that onnxruntime can't open is one that says why not, as one whose sizes came out fixed
+        runner = OnnxRunner(tmp_path / "m.onnx")
         found = runner.generate(text.numpy(), NEW)[0, TEXT:].tolist()
     except SurgeryError as error:
-        assert "generate" in str(error.what), error
-        assert any("generate" in note for note in report.notices)
+        assert error.why, error
+        assert "generate" not in str(error.what) or any("generate" in note for note in report.notices)
+        assert "room for" not in error.why or any("is fixed at" in note for note in report.notices)
         return
     assert found == expected
 

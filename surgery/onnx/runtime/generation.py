@@ -56,7 +56,8 @@ class Decoder:
             why = f"it takes {runner.feeds}, and gives {', '.join(runner.manifest.outputs[:4])}"
             raise SurgeryError(f"{runner.path.name} is no decoder: {IDS} and {LOGITS} are wanted", why=why)
         if isinstance(ids.shape[1], int):
-            why, fix = f"it has room for {ids.shape[1]} positions, and no more", "export it with dynamic=True"
+            why = f"it has room for {ids.shape[1]} positions, and no more"
+            fix = "export it with dynamic=True; the notices of the export name sizes that tracing fixed"
             raise SurgeryError("texts can't be continued with this file", why=why, fix=fix)
         if mask := self.inputs.get(MASK):
             _require(len(mask.shape) == 2, f"its {MASK} is no (batch, positions)")
