@@ -66,8 +66,8 @@ class AdaptionRule(Rule):
         prompt = site.param("prompt", (self.length, width), nn.init.normal_)
         gate = site.param("gate", (1,))
         if self.mapped:
-            return site.around(beside, prompt, gate)
-        return site.with_hidden(site.apply(added, site.this, site.hidden, site.input, prompt, gate))
+            return site.around(with_prompt, prompt, gate)
+        return site.with_hidden(site.apply(add_prompt, site.this, site.hidden, site.input, prompt, gate))
 
     @classmethod
     def routed(cls, sites: Sequence[Member]) -> None:
@@ -80,14 +80,14 @@ class AdaptionRule(Rule):
             members.append(
                 (site.rows, site.param("prompt", (rule.length, rule._width(site))), site.param("gate", (1,)))
             )
-        sites[0].around(beside_rows, *members)
+        sites[0].around(with_row_prompts, *members)
 
     slot_kind = "adaption-prompt"
     why_no_slot = "the adapters differ in whether the output map takes what the prompt gives"
 
     @classmethod
     def slot(cls, rules: Sequence[Rule], module: nn.Module, path: str) -> Rule | None:
-        mapped = {cast(AdaptionRule, one).mapped for one in rules}
+        mapped = {cast(AdaptionRule, rule).mapped for rule in rules}
         return AdaptionRule(length=2, mapped=mapped.pop()) if len(mapped) == 1 else None
 
     def free(self, tensor: str) -> tuple[int, str] | None:
@@ -121,7 +121,7 @@ class AdaptionRule(Rule):
         return width
 
 
-def beside(prompt: Tensor, gate: Tensor) -> Callable[..., Any]:
+def with_prompt(prompt: Tensor, gate: Tensor) -> Callable[..., Any]:
     """Wraps an attention function: adds what the queries find in the prompt."""
 
     def attend(
@@ -129,12 +129,15 @@ def beside(prompt: Tensor, gate: Tensor) -> Callable[..., Any]:
     ) -> Any:
         output, *rest = attention(module, query, key, value, *args, **kwargs)
         sizes = query.shape[-1], value.shape[-1]
-        return (output + found(query, *made_by(module, prompt, *sizes), gate).to(output.dtype), *rest)
+        return (
+            output + attend_prompt(query, *prompt_keys_values(module, prompt, *sizes), gate).to(output.dtype),
+            *rest,
+        )
 
     return attend
 
 
-def beside_rows(*members: Any) -> Callable[..., Any]:
+def with_row_prompts(*members: Any) -> Callable[..., Any]:
     """As `beside`, for the rows of several adapters."""
 
     def attend(
@@ -143,22 +146,24 @@ def beside_rows(*members: Any) -> Callable[..., Any]:
         output, *rest = attention(module, query, key, value, *args, **kwargs)
         for rows, prompt, gate in members:
             index = rows.of(len(query), query.device)
-            more = found(query[index], *made_by(module, prompt, query.shape[-1], value.shape[-1]), gate)
+            more = attend_prompt(
+                query[index], *prompt_keys_values(module, prompt, query.shape[-1], value.shape[-1]), gate
+            )
             output = output.index_add(0, index, more.to(output.dtype))
         return (output, *rest)
 
     return attend
 
 
-def added(module: Any, hidden: Tensor, x: Tensor, prompt: Tensor, gate: Tensor) -> Tensor:
+def add_prompt(module: Any, hidden: Tensor, x: Tensor, prompt: Tensor, gate: Tensor) -> Tensor:
     """The result of an attention with one `c_attn`, plus what its queries find in the prompt."""
     query = module.c_attn(x).chunk(3, -1)[0]
     query = query.unflatten(-1, (-1, module.head_dim)).transpose(1, 2)
-    more = found(query, *made_by(module, prompt, module.head_dim, module.head_dim), gate)
+    more = attend_prompt(query, *prompt_keys_values(module, prompt, module.head_dim, module.head_dim), gate)
     return hidden + more.flatten(2).to(hidden.dtype)
 
 
-def made_by(module: Any, prompt: Tensor, key_size: int, value_size: int) -> tuple[Tensor, Tensor]:
+def prompt_keys_values(module: Any, prompt: Tensor, key_size: int, value_size: int) -> tuple[Tensor, Tensor]:
     """The prompt's keys and values, (1, heads, length, size), by the module's own maps."""
     maps = module._modules
     first = maps.get("k_proj") or maps["c_attn"]
@@ -169,14 +174,14 @@ def made_by(module: Any, prompt: Tensor, key_size: int, value_size: int) -> tupl
     else:
         key, value = module.c_attn(tokens).chunk(3, -1)[1:]
     pairs = ((key, key_size), (value, value_size))
-    key, value = (one.unflatten(-1, (-1, size)).transpose(1, 2) for one, size in pairs)
+    key, value = (tensor.unflatten(-1, (-1, size)).transpose(1, 2) for tensor, size in pairs)
     return key, value
 
 
-def found(query: Tensor, key: Tensor, value: Tensor, gate: Tensor) -> Tensor:
+def attend_prompt(query: Tensor, key: Tensor, value: Tensor, gate: Tensor) -> Tensor:
     """gate · softmax(q kᵀ / √d) v, (batch, positions, heads, size); the softmax in float32."""
     shared = query.shape[1] // key.shape[1]
-    key, value = (one.to(query.dtype).repeat_interleave(shared, 1) for one in (key, value))
+    key, value = (tensor.to(query.dtype).repeat_interleave(shared, 1) for tensor in (key, value))
     scores = query @ key.mT / math.sqrt(query.shape[-1])
     weights = gate.to(query.dtype) * scores.softmax(-1, dtype=torch.float32).to(query.dtype)
     return (weights @ value).transpose(1, 2)

@@ -31,8 +31,12 @@ def orthogonal_loss(model: nn.Module, adapter: str = "default") -> Tensor:
 
     Source: Zhang et al. 2023, arXiv:2303.10512; PEFT's AdaLoraConfig.orth_reg_weight.
     """
-    rule, sites = _found(model, adapter)
-    squares = [square for held in sites.values() for square in (held["A"] @ held["A"].t(), held["B"].t() @ held["B"])]
+    rule, sites = _rule_and_sites(model, adapter)
+    squares = [
+        square
+        for tensors in sites.values()
+        for square in (tensors["A"] @ tensors["A"].t(), tensors["B"].t() @ tensors["B"])
+    ]
     norms = [torch.linalg.matrix_norm(s - torch.eye(len(s), dtype=s.dtype, device=s.device)) for s in squares]
     return rule.orth_reg_weight * sum(norms) / len(norms)  # type: ignore[return-value]
 
@@ -71,7 +75,7 @@ class RankAllocator:
     """
 
     def __init__(self, model: nn.Module, adapter: str = "default"):
-        self.rule, self.sites = _found(model, adapter)
+        self.rule, self.sites = _rule_and_sites(model, adapter)
         if self.rule.total_step is None:
             raise RuleError("AdaLoraRule has no total_step", why="the ranks are shared out over the training's steps")
         self.first = len(self.sites) * self.rule.rank
@@ -93,8 +97,8 @@ class RankAllocator:
             self._mask()
 
     def _update(self) -> None:
-        for path, held in self.sites.items():
-            for name, tensor in held.items():
+        for path, tensors in self.sites.items():
+            for name, tensor in tensors.items():
                 if tensor.grad is None:
                     raise RuleError(f"{path}: {name} has no gradient", fix="call this between backward and zero_grad")
                 now = (tensor * tensor.grad).abs()
@@ -122,12 +126,12 @@ class RankAllocator:
             self.sites[path]["E"].masked_fill_(~kept.unsqueeze(-1).to(self.sites[path]["E"].device), 0.0)
 
 
-def _found(model: nn.Module, adapter: str) -> tuple[AdaLoraRule, dict[str, dict[str, nn.Parameter]]]:
+def _rule_and_sites(model: nn.Module, adapter: str) -> tuple[AdaLoraRule, dict[str, dict[str, nn.Parameter]]]:
     rules = [rule for rule in rules_of(model, adapter) if isinstance(rule, AdaLoraRule)]
     if len(rules) != 1:
         raise RuleError(f"the adapter {adapter!r} has {len(rules)} AdaLoraRules, not one")
     parameters = dict(model.named_parameters())
     ends = f"adapters.{adapter}.E"
     places = [name.removesuffix("E") for name in parameters if f".{name}".endswith(f".{ends}")]
-    held = {place.removesuffix(f"adapters.{adapter}.").rstrip("."): place for place in places}
-    return rules[0], {path: {name: parameters[place + name] for name in "AEB"} for path, place in held.items()}
+    prefixes = {place.removesuffix(f"adapters.{adapter}.").rstrip("."): place for place in places}
+    return rules[0], {path: {name: parameters[place + name] for name in "AEB"} for path, place in prefixes.items()}

@@ -65,15 +65,15 @@ class BoftRule(Rule):
     def check(self, module: nn.Module, path: str) -> str | None:
         if why := complex_weights.why_not(self, module):
             return why
-        found = maps.linear_map(module, "linear", "conv1d", "convolution")
-        if isinstance(found, str):
-            return found
-        if found.packed:
+        layout = maps.linear_map(module, "linear", "conv1d", "convolution")
+        if isinstance(layout, str):
+            return layout
+        if layout.packed:
             return "it scales and turns the weight itself, and the weight is packed"
-        size = maps.block_of(found, self.block_size, self.blocks)
+        size = maps.block_of(layout, self.block_size, self.blocks)
         if isinstance(size, str):
             return size
-        blocks = math.prod(maps.sizes(found)[1:]) // size
+        blocks = math.prod(maps.sizes(layout)[1:]) // size
         factors = self.n_butterfly_factor
         if factors > 1 and (size % 2 or factors > blocks.bit_length() or blocks % 2 ** (factors - 1)):
             return f"{self.n_butterfly_factor} butterfly factors can't be had of {blocks} blocks of {size}"
@@ -87,7 +87,7 @@ class BoftRule(Rule):
         s = site.param("s", (site.out_features, 1), partial(nn.init.normal_, mean=1.0, std=0.1) if random else 1.0)
         Q = 0.5 * (R - R.transpose(-1, -2))
         if self.dropout:
-            Q = Q * maps.kept(site, R[..., :1, :1], self.dropout)
+            Q = Q * maps.keep_mask(site, R[..., :1, :1], self.dropout)
         site.replace(site.weight, self._changed(layout, site.weight, site.apply(cayley, Q), s))
 
     def merged(self, site: LiveSite) -> dict[str, Any]:
@@ -98,12 +98,12 @@ class BoftRule(Rule):
         turns = rotations.transpose(-1, -2)
         rows, (size, _) = maps.rows_of(layout, weight).to(s.dtype), self._sizes(layout)
         for i in range(self.n_butterfly_factor):
-            apart, half = 2**i, size // 2
+            distance, half = 2**i, size // 2
             if i:
-                rows = rows.unflatten(-1, (-1, 2, apart, half)).transpose(-3, -2).flatten(-4)
+                rows = rows.unflatten(-1, (-1, 2, distance, half)).transpose(-3, -2).flatten(-4)
             rows = maps.by_block(rows, turns[i])
             if i:
-                rows = rows.unflatten(-1, (-1, apart, 2, half)).transpose(-3, -2).flatten(-4)
+                rows = rows.unflatten(-1, (-1, distance, 2, half)).transpose(-3, -2).flatten(-4)
         return maps.from_rows(layout, rows * s).to(weight.dtype)
 
     def _sizes(self, layout: Any) -> tuple[int, int]:

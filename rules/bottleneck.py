@@ -70,8 +70,8 @@ class BottleneckRule(Rule):
             return why
         if self.placement == "parallel" and isinstance(module, nn.Embedding):
             return "its input are indices: placement='parallel' has nothing to run on"
-        found = features_of(module, self.features)
-        return found if isinstance(found, str) else None
+        features = features_of(module, self.features)
+        return features if isinstance(features, str) else None
 
     def rewrite(self, site: Site) -> Tensor:
         out = features_of(site.module, self.features)
@@ -92,11 +92,13 @@ class BottleneckRule(Rule):
 
     @classmethod
     def slot(cls, rules: Sequence[Rule], module: nn.Module, path: str) -> Rule | None:
-        held = [cast(BottleneckRule, one) for one in rules]
-        if len({(one.activation, one.placement) for one in held}) > 1:
+        bottlenecks = [cast(BottleneckRule, rule) for rule in rules]
+        if len({(rule.activation, rule.placement) for rule in bottlenecks}) > 1:
             return None
-        features = next((one.features for one in held if one.features is not None), None)
-        return BottleneckRule(size=2, activation=held[0].activation, placement=held[0].placement, features=features)
+        features = next((rule.features for rule in bottlenecks if rule.features is not None), None)
+        return BottleneckRule(
+            size=2, activation=bottlenecks[0].activation, placement=bottlenecks[0].placement, features=features
+        )
 
     def free(self, tensor: str) -> tuple[int, str] | None:
         return {"down": (0, "size"), "down_bias": (0, "size"), "up": (1, "size")}.get(tensor)
@@ -105,12 +107,12 @@ class BottleneckRule(Rule):
         return self.replace(size=len(tensors["down"])), tensors
 
     def slotted(self, slot: Rule, site: LiveSite) -> Mapping[str, Tensor]:
-        held = cast(BottleneckRule, slot)
-        if (held.activation, held.placement) != (self.activation, self.placement):
+        bottleneck = cast(BottleneckRule, slot)
+        if (bottleneck.activation, bottleneck.placement) != (self.activation, self.placement):
             fix = "export the model again with this adapter on it"
             raise SiteError("the slot has another activation or placement", where=site.path, fix=fix)
         scaled = {name: site.params[name] * self.scale for name in ("up", "up_bias")}
         return {**site.params, **scaled}
 
     def combined(self, shares: Sequence[Share], how: Combination) -> tuple[Rule, combining.Tensors]:
-        return combining.averaged(self, shares, how)
+        return combining.average(self, shares, how)

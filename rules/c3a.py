@@ -67,7 +67,7 @@ class C3aRule(Rule):
         out, inner = delta.sizes(site)
         size = self.block_size
         kernel = site.param("kernel", (out // size, inner // size, size), self._start(out, inner))
-        return site.output + site.apply(convolved, site.input.to(kernel.dtype), kernel) / inner
+        return site.output + site.apply(convolve, site.input.to(kernel.dtype), kernel) / inner
 
     def combined(self, shares: Sequence[Share], how: Combination) -> tuple[Rule, combining.Tensors]:
         return combining.linear_in_tensors(self, shares, how)
@@ -80,7 +80,7 @@ class C3aRule(Rule):
 
 
 @in_single
-def convolved(x: Tensor, kernel: Tensor) -> Tensor:
+def convolve(x: Tensor, kernel: Tensor) -> Tensor:
     """C x; block (m, n) of C has kernel[m, n, (j - i) mod b] in row i and column j."""
     size = kernel.shape[-1]
     if torch.compiler.is_exporting():

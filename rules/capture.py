@@ -57,9 +57,9 @@ class CaptureRule(Rule):
 
     def rewrite(self, site: Site) -> Tensor | None:
         if self.what == "input":
-            site.replace(site.input, site.apply(_noted, site.input, site.this, self.tag, "output"))
+            site.replace(site.input, site.apply(_pass_on, site.input, site.this, self.tag, "output"))
             return None
-        return site.apply(_noted, site.output, site.this, self.tag, self.what)
+        return site.apply(_pass_on, site.output, site.this, self.tag, self.what)
 
 
 class Captured(dict[str, list[Any]]):
@@ -116,13 +116,13 @@ def captured(model: nn.Module, *, detach: bool = True) -> Iterator[Captured]:
     """
     global _listening, _record
     paths = {id(module): path for path, module in model.named_modules()}
-    found = Captured()
+    record = Captured()
     with _lock:
-        _record = _undisturbed()
+        _record = _uncompiled_take()
         _listening += 1
-    token = _open.set((*_open.get(), _Context(paths, found, detach)))
+    token = _open.set((*_open.get(), _Context(paths, record, detach)))
     try:
-        yield found
+        yield record
     finally:
         _open.reset(token)
         with _lock:
@@ -132,7 +132,7 @@ def captured(model: nn.Module, *, detach: bool = True) -> Iterator[Captured]:
 @dataclass(frozen=True)
 class _Context:
     paths: dict[int, str]
-    found: Captured
+    record: Captured
     detach: bool
 
 
@@ -141,7 +141,7 @@ _listening = 0  # contexts open in any thread: the one thing that is looked at w
 _lock = threading.Lock()
 
 
-def _noted(value: Any, module: nn.Module, tag: str | None, what: str) -> Any:
+def _pass_on(value: Any, module: nn.Module, tag: str | None, what: str) -> Any:
     if _listening:
         _record(value, module, tag, what)
     return value
@@ -151,14 +151,14 @@ def _take(value: Any, module: nn.Module, tag: str | None, what: str) -> None:
     for context in _open.get():
         path = context.paths.get(id(module))
         if path is not None:
-            kept = value if what == "result" else hidden_of(value)
-            copy = tree_map_only(Tensor, lambda t: (t.detach() if context.detach else t).clone(), kept)  # noqa: B023
-            context.found.setdefault(path if tag is None else tag, []).append(copy)
+            values = value if what == "result" else hidden_of(value)
+            copy = tree_map_only(Tensor, lambda t: (t.detach() if context.detach else t).clone(), values)  # noqa: B023
+            context.record.setdefault(path if tag is None else tag, []).append(copy)
 
 
 _record: Callable[..., None] = _take
 
 
 @functools.cache
-def _undisturbed() -> Any:
+def _uncompiled_take() -> Any:
     return torch.compiler.disable(_take)  # imports torch's compiler, a second: only once something is captured

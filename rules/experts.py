@@ -90,13 +90,13 @@ class ExpertLoraRule(Rule):
         return self.init != "random"
 
     def check(self, module: nn.Module, path: str) -> str | None:
-        held = module._parameters
+        parameters = module._parameters
         if not self.names(module):
             return "it owns no parameter of three dimensions (experts, out, in)"
         for name in self.names(module):
-            parameter = held.get(name)
+            parameter = parameters.get(name)
             if parameter is None:
-                return f"it owns no parameter {name!r}; it has {', '.join(held) or 'none'}"
+                return f"it owns no parameter {name!r}; it has {', '.join(parameters) or 'none'}"
             if type(parameter) is not nn.Parameter or not parameter.dtype.itemsize > 1:
                 return f"its {name} is a {type(parameter).__name__} of {parameter.dtype}, which is packed"
             matrix = parameter.dim() == 2 and "bias" not in name
@@ -106,8 +106,8 @@ class ExpertLoraRule(Rule):
 
     def review(self, paths: Sequence[str]) -> Iterable[str]:
         if self.parameters:
-            changed = [_named(path, name) for path in paths for name in self.parameters]
-            yield from fields.idle(self, changed, "rank_pattern", "alpha_pattern")
+            changed = [_parameter_path(path, name) for path in paths for name in self.parameters]
+            yield from fields.unused_patterns(self, changed, "rank_pattern", "alpha_pattern")
 
     def rank_at(self, path: str) -> int:
         """The rank of a parameter; `path` is `path.parameter`."""
@@ -116,17 +116,19 @@ class ExpertLoraRule(Rule):
     def matrices(self, module: nn.Module, path: str) -> Mapping[str, tuple[int, int]]:
         """The matrix size of one expert, for every changed parameter."""
         shapes = {name: module._parameters[name].shape[-2:] for name in self.names(module)}  # type: ignore[union-attr]
-        return {_named(path, name): (out, inner) for name, (out, inner) in shapes.items()}
+        return {_parameter_path(path, name): (out, inner) for name, (out, inner) in shapes.items()}
 
     def names(self, module: nn.Module) -> list[str]:
         """The names of a module's parameters that the rule changes."""
-        held = module._parameters.items()
-        return list(self.parameters) or [name for name, held in held if held is not None and held.dim() == 3]
+        parameters = module._parameters.items()
+        return list(self.parameters) or [
+            name for name, parameter in parameters if parameter is not None and parameter.dim() == 3
+        ]
 
     def rewrite(self, site: Site) -> None:
         for name, (*experts, out, inner), rank, scale in self._sizes(site):
-            A = site.param(f"{name}_A", (*experts, rank, inner), _started(self.init, rank), dtype=self.dtype)
-            fill = _started("kaiming", rank) if self.init == "random" else 0.0
+            A = site.param(f"{name}_A", (*experts, rank, inner), _fill_of(self.init, rank), dtype=self.dtype)
+            fill = _fill_of("kaiming", rank) if self.init == "random" else 0.0
             B = site.param(f"{name}_B", (*experts, out, rank), fill, dtype=self.dtype)
             left, right = (A.mT, B.mT) if self._turned(site.module) else (B, A)
             site.replace(site.tensor(name), site.apply(factored, site.tensor(name), left, right, scale))
@@ -141,19 +143,19 @@ class ExpertLoraRule(Rule):
 
     def swapped(self, live: Rule, site: LiveSite) -> dict[str, Tensor]:
         assert isinstance(live, ExpertLoraRule)
-        held = ("rank", "alpha", "rslora", "rank_pattern", "alpha_pattern", "dtype", "parameters", "transposed")
-        swapping.check(self, live, *held)
-        made, scales = dict(site.params), {name: scale for name, _, _, scale in self._sizes(site)}
+        adjustable = ("rank", "alpha", "rslora", "rank_pattern", "alpha_pattern", "dtype", "parameters", "transposed")
+        swapping.check(self, live, *adjustable)
+        results, scales = dict(site.params), {name: scale for name, _, _, scale in self._sizes(site)}
         if not scales.keys() <= set(live.names(site.module)) or self._turned(site.module) != live._turned(site.module):
-            swapping.check(self, live, *held[:-2])
+            swapping.check(self, live, *adjustable[:-2])
         for name, (*experts, out, inner), rank, scale in live._sizes(site):
             A, B = f"{name}_A", f"{name}_B"
             if name in scales:
-                made[B] = swapping.scaled(made[B], scales[name] / scale, site)
+                results[B] = swapping.scale(results[B], scales[name] / scale, site)
             else:  # of fewer parameters: at the others it does nothing
                 like = next(iter(site.params.values()))
-                made |= {A: like.new_zeros(*experts, rank, inner), B: like.new_zeros(*experts, out, rank)}
-        return made
+                results |= {A: like.new_zeros(*experts, rank, inner), B: like.new_zeros(*experts, out, rank)}
+        return results
 
     def combined(self, shares: Sequence[Share], how: Combination) -> tuple[Rule, Mapping[str, Tensor]]:
         """Combines each parameter that any of the adapters changes, as LoRA does."""
@@ -161,17 +163,21 @@ class ExpertLoraRule(Rule):
             return self, shares[0].params
         how.agree(shares, "parameters", "rank", "alpha", "rslora", "rank_pattern", "alpha_pattern", "dtype")
         most = combining.largest_rank(how)
-        found, ranks = dict[str, Tensor](), dict[str, int]()
+        results, ranks = dict[str, Tensor](), dict[str, int]()
         sizes = [{size[0]: size[2:] for size in cast(ExpertLoraRule, s.rule)._sizes(s.site)} for s in shares]
-        for name in dict.fromkeys(name for held in sizes for name in held):
-            here = [(share, *held[name]) for share, held in zip(shares, sizes, strict=True) if name in held]
-            some, held_ranks, scales = zip(*here, strict=True)
+        for name in dict.fromkeys(name for sizes_of_share in sizes for name in sizes_of_share):
+            members = [
+                (share, *sizes_of_share[name])
+                for share, sizes_of_share in zip(shares, sizes, strict=True)
+                if name in sizes_of_share
+            ]
+            some, held_ranks, scales = zip(*members, strict=True)
             ranks[name] = rank = combining.rank_of(how, some, held_ranks, most)
             ups, downs = ([share.params[f"{name}_{which}"].detach() for share in some] for which in "BA")
-            found[f"{name}_B"], found[f"{name}_A"] = combining.factors(how, some, scales, ups, downs, rank)
+            results[f"{name}_B"], results[f"{name}_A"] = combining.factors(how, some, scales, ups, downs, rank)
         rank = max(ranks.values())
         others = {name: r for name, r in ranks.items() if r != rank}
-        full = {f"^{re.escape(_named(shares[0].site.path, name))}": r for name, r in others.items()} or None
+        full = {f"^{re.escape(_parameter_path(shares[0].site.path, name))}": r for name, r in others.items()} or None
         rules = [cast(ExpertLoraRule, share.rule) for share in shares]
         rule = self.replace(
             parameters=self.parameters if len({rule.parameters for rule in rules}) == 1 else tuple(ranks),
@@ -182,13 +188,13 @@ class ExpertLoraRule(Rule):
             alpha_pattern=full,
             dtype=self.dtype if len({rule.dtype for rule in rules}) == 1 else None,
         )
-        return rule, found
+        return rule, results
 
     def _sizes(self, site: Site | LiveSite) -> Iterable[tuple[str, tuple[int, ...], int, float]]:
         """Name, (experts, out, in) or (out, in), rank and scale of each parameter."""
         for name in self.names(site.module):
             *experts, out, inner = site.module._parameters[name].shape  # type: ignore[union-attr]  # check saw it
-            path = _named(site.path, name)
+            path = _parameter_path(site.path, name)
             rank = self.rank_at(path)
             alpha = path_patterns.first(self.alpha_pattern, path, self.alpha)
             size = (*experts, inner, out) if self._turned(site.module) else (*experts, out, inner)
@@ -198,11 +204,11 @@ class ExpertLoraRule(Rule):
         return bool(getattr(module, "is_transposed", False)) if self.transposed is None else self.transposed
 
 
-def _named(path: str, parameter: str) -> str:
+def _parameter_path(path: str, parameter: str) -> str:
     return f"{path}.{parameter}" if path else parameter
 
 
-def _started(init: str, rank: int) -> Callable[[Tensor], Any]:
+def _fill_of(init: str, rank: int) -> Callable[[Tensor], Any]:
     """Returns the function that fills a stack in place, each expert as LoRA's A."""
     if init == "gaussian":
         return lambda stack: nn.init.normal_(stack, std=1 / rank)

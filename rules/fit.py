@@ -69,13 +69,13 @@ def _mean(model: nn.Module, rule: SteerRule, at: dict[str, nn.Module], calls: It
     hooks = [module.register_forward_hook(listen(path)) for path, module in at.items()]
     try:
         model.eval()
-        for given in calls:
-            mask = given.get("attention_mask") if isinstance(given, Mapping) else None
+        for call in calls:
+            mask = call.get("attention_mask") if isinstance(call, Mapping) else None
             if mask is not None and not bool(mask.all()):
                 raise RuleError(
                     "an input is padded", why="padded positions would be counted", fix="give rows one by one"
                 )
-            model(**given) if isinstance(given, Mapping) else model(*given if isinstance(given, tuple) else (given,))
+            model(**call) if isinstance(call, Mapping) else model(*call if isinstance(call, tuple) else (call,))
     finally:
         for hook in hooks:
             hook.remove()

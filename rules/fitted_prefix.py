@@ -51,25 +51,25 @@ def fit_prefix(model: nn.Module, example_inputs: Any, adapter: str = "default") 
     mask = example_inputs.get("attention_mask") if isinstance(example_inputs, Mapping) else None
     if mask is not None and not bool(mask.all()):
         raise RuleError("the text is padded", why="padded positions would be in the prefix", fix="leave padding out")
-    found: dict[str, tuple[Tensor, Tensor]] = {}
+    texts: dict[str, tuple[Tensor, Tensor]] = {}
     modes = [(module, module.training) for module in model.modules()]
-    for path, held in boxes.items():
-        listeners[id(held["key"])] = lambda key, value, path=path: found.setdefault(path, (key, value))
+    for path, tensors in boxes.items():
+        listeners[id(tensors["key"])] = lambda key, value, path=path: texts.setdefault(path, (key, value))
     try:
         model.eval()
         with torch.no_grad():
             _call(model, example_inputs)
     finally:
-        for held in boxes.values():
-            listeners.pop(id(held["key"]), None)
+        for tensors in boxes.values():
+            listeners.pop(id(tensors["key"]), None)
         for module, mode in modes:
             module.training = mode
-    for path, held in boxes.items():
-        _check(path, held["key"], found.get(path))
+    for path, tensors in boxes.items():
+        _check(path, tensors["key"], texts.get(path))
     with torch.no_grad():
-        for path, held in boxes.items():
-            for name, tensor in zip(("key", "value"), found[path], strict=True):
-                held[name].copy_(tensor[0, :, : held[name].shape[-2]])
+        for path, tensors in boxes.items():
+            for name, tensor in zip(("key", "value"), texts[path], strict=True):
+                tensors[name].copy_(tensor[0, :, : tensors[name].shape[-2]])
 
 
 def _prefixes(model: nn.Module, adapter: str) -> dict[str, dict[str, Tensor]]:
@@ -84,16 +84,16 @@ def _prefixes(model: nn.Module, adapter: str) -> dict[str, dict[str, Tensor]]:
             fix="fit a PrefixRule without one, or take the MLP out: folded_adapter(model)",
         )
     owners = [key.removesuffix(KEY) for key in adapter_state_dict(model, adapter) if key.endswith(KEY)]
-    found: dict[str, dict[str, Tensor]] = {
+    parameters: dict[str, dict[str, Tensor]] = {
         path: dict(model.get_submodule(f"{path}adapters.{adapter}").named_parameters()) for path in owners
     }
-    return {path.rstrip("."): held for path, held in found.items() if "value" in held}
+    return {path.rstrip("."): tensors for path, tensors in parameters.items() if "value" in tensors}
 
 
-def _check(path: str, key: Tensor, taken: tuple[Tensor, Tensor] | None) -> None:
-    if taken is None:
+def _check(path: str, key: Tensor, text: tuple[Tensor, Tensor] | None) -> None:
+    if text is None:
         raise RuleError("the text does not reach the prefix", where=path, fix="give inputs that use the module")
-    rows, _, positions, _ = taken[0].shape
+    rows, _, positions, _ = text[0].shape
     if rows != 1:
         raise RuleError(f"{rows} texts, where one is wanted", where=path, fix="give one text, in a batch of one")
     if positions < key.shape[-2]:
@@ -101,8 +101,8 @@ def _check(path: str, key: Tensor, taken: tuple[Tensor, Tensor] | None) -> None:
         raise RuleError("the text is too short", where=path, why=why, fix="give a longer text, or a smaller length")
 
 
-def _call(model: nn.Module, given: Any) -> None:
-    if isinstance(given, Mapping):
-        model(**given)
+def _call(model: nn.Module, inputs: Any) -> None:
+    if isinstance(inputs, Mapping):
+        model(**inputs)
     else:
-        model(*given if isinstance(given, (tuple, list)) else (given,))
+        model(*inputs if isinstance(inputs, (tuple, list)) else (inputs,))

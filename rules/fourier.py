@@ -70,7 +70,7 @@ class FourierRule(Rule):
         spectrum = site.param("spectrum", (self.n_frequency,), start)
         index = site.buffer("index", torch.zeros((), dtype=torch.long).expand(self.n_frequency))  # drawn at last
         S = spectrum.new_zeros(out * inner).index_copy(0, index, spectrum).view(out, inner)
-        delta = site.apply(transformed, S) * self.scaling
+        delta = site.apply(inverse_transform, S) * self.scaling
         return site.output + F.linear(site.input.to(delta.dtype), delta)
 
     def initialise(self, site: LiveSite) -> None:
@@ -83,6 +83,6 @@ class FourierRule(Rule):
 
 
 @in_single
-def transformed(S: Tensor) -> Tensor:
+def inverse_transform(S: Tensor) -> Tensor:
     """The real part of the inverse Fourier transform."""
     return torch.fft.ifft2(S).real

@@ -55,18 +55,18 @@ class HraRule(Rule):
     def check(self, module: nn.Module, path: str) -> str | None:
         if why := complex_weights.why_not(self, module, "Gram-Schmidt turns real vectors" if self.apply_GS else ""):
             return why
-        found = maps.linear_map(module, "linear", "conv1d", "convolution")
-        if isinstance(found, str):
-            return found
-        width = math.prod(maps.sizes(found)[1:])
+        layout = maps.linear_map(module, "linear", "conv1d", "convolution")
+        if isinstance(layout, str):
+            return layout
+        width = math.prod(maps.sizes(layout)[1:])
         return f"rank={self.rank} orthogonal vectors can't be had of {width} numbers" if self.rank > width else None
 
     def rewrite(self, site: Site) -> None:
         shape = (math.prod(maps.sizes(maps.at(site))[1:]), self.rank)
         paired = self.init == "identity" and self.rank % 2 == 0 and not self.apply_GS
         u = site.param("u", shape, _pairs if paired else partial(nn.init.kaiming_uniform_, a=math.sqrt(5)))
-        made: Any = site.apply(factors, u, self.apply_GS)
-        U, T = made[0], made[1]
+        pair: Any = site.apply(factors, u, self.apply_GS)
+        U, T = pair[0], pair[1]
         # w - (w U) T Uᵀ for rows of the weight, x - (x U) Tᵀ Uᵀ for rows of inputs
         maps.turn(site, lambda rows, back: rows - rows @ U @ (T if back else T.t()) @ U.t(), u.dtype)
 

@@ -57,8 +57,8 @@ class IA3Rule(Rule):
     def check(self, module: nn.Module, path: str) -> str | None:
         if why := complex_weights.why_not(self, module):
             return why
-        found = maps.linear_map(module, "linear", "conv1d", "convolution")
-        return found if isinstance(found, str) else None
+        layout = maps.linear_map(module, "linear", "conv1d", "convolution")
+        return layout if isinstance(layout, str) else None
 
     def review(self, paths: Sequence[str]) -> Iterable[str]:
         for name in self._names():
@@ -107,18 +107,18 @@ class IA3Rule(Rule):
         return rule, {"scale": scale}
 
     def united(self, rules: Mapping[str, Rule]) -> Mapping[str, Rule]:
-        found = {path: cast(IA3Rule, rule) for path, rule in rules.items()}
-        if all(rule.feedforward == self.feedforward for rule in found.values()):
+        by_path = {path: cast(IA3Rule, rule) for path, rule in rules.items()}
+        if all(rule.feedforward == self.feedforward for rule in by_path.values()):
             return rules
-        fed = [re.escape(path) for path, rule in found.items() if rule.feeds(path)]
-        return {path: rule.replace(feedforward="re:" + "|".join(fed)) for path, rule in found.items()}
+        fed = [re.escape(path) for path, rule in by_path.items() if rule.feeds(path)]
+        return {path: rule.replace(feedforward="re:" + "|".join(fed)) for path, rule in by_path.items()}
 
     slot_kind = "ia3"
     why_no_slot = "in some adapters it scales the module's input, in others its output"
 
     @classmethod
     def slot(cls, rules: Sequence[Rule], module: nn.Module, path: str) -> Rule | None:
-        fed = {cast(IA3Rule, one).feeds(path) for one in rules}
+        fed = {cast(IA3Rule, rule).feeds(path) for rule in rules}
         return IA3Rule(feedforward="re:.*" if fed.pop() else ()) if len(fed) == 1 else None
 
     def slotted(self, slot: Rule, site: LiveSite) -> Mapping[str, Tensor]:
@@ -128,8 +128,8 @@ class IA3Rule(Rule):
         return site.params
 
     def _scaled(self, site: Site | LiveSite) -> list[str]:
-        held = ["weight"] if self.feeds(site.path) else ["weight", "bias"]
-        return [name for name in held if site.module._parameters.get(name) is not None]
+        names = ["weight"] if self.feeds(site.path) else ["weight", "bias"]
+        return [name for name in names if site.module._parameters.get(name) is not None]
 
     def _times(self, site: Site | LiveSite, name: str, old: Tensor, scale: Tensor) -> Tensor:
         layout = maps.at(site)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from surgery import rule
-from surgery.rules._low_rank.lycoris import DeltaRule, core, has_kernel, through
+from surgery.rules._low_rank.lycoris import DeltaRule, core, expand_core, has_kernel
 from surgery.rules._shared import fields
 
 
@@ -61,23 +61,23 @@ class LohaRule(DeltaRule):
     def zeros(self, shapes: Mapping[str, Any]) -> Iterable[str]:
         return ["w2_b"]
 
-    def delta(self, held: Mapping[str, Tensor]) -> Tensor:
-        if "t1" in held:
-            return through(*(held[n] for n in ("t1", "w1_a", "w1_b"))) * through(
-                *(held[n] for n in ("t2", "w2_a", "w2_b"))
+    def delta(self, tensors: Mapping[str, Tensor]) -> Tensor:
+        if "t1" in tensors:
+            return expand_core(*(tensors[n] for n in ("t1", "w1_a", "w1_b"))) * expand_core(
+                *(tensors[n] for n in ("t2", "w2_a", "w2_b"))
             )
-        return (held["w1_a"] @ held["w1_b"]) * (held["w2_a"] @ held["w2_b"])
+        return (tensors["w1_a"] @ tensors["w1_b"]) * (tensors["w2_a"] @ tensors["w2_b"])
 
-    def halves(self, held: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
-        first, second = (self._thin(held, number) for number in "12")
+    def halves(self, tensors: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+        first, second = (self._thin(tensors, number) for number in "12")
         return _pairs(first[0].t(), second[0].t()).t(), _pairs(first[1], second[1])
 
-    def _thin(self, held: Mapping[str, Tensor], number: str) -> tuple[Tensor, Tensor]:
+    def _thin(self, tensors: Mapping[str, Tensor], number: str) -> tuple[Tensor, Tensor]:
         """The two factors of the first or the second matrix."""
-        a, b = held[f"w{number}_a"], held[f"w{number}_b"]
-        if "t1" not in held:
+        a, b = tensors[f"w{number}_a"], tensors[f"w{number}_b"]
+        if "t1" not in tensors:
             return a, b
-        return a.t(), torch.einsum("ij...,jq->iq...", held[f"t{number}"], b).flatten(1)
+        return a.t(), torch.einsum("ij...,jq->iq...", tensors[f"t{number}"], b).flatten(1)
 
 
 def _pairs(a: Tensor, b: Tensor) -> Tensor:

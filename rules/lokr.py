@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from surgery import rule
-from surgery.rules._low_rank.lycoris import DeltaRule, core, has_kernel, through
+from surgery.rules._low_rank.lycoris import DeltaRule, core, expand_core, has_kernel
 from surgery.rules._shared import fields
 
 
@@ -74,32 +74,32 @@ class LokrRule(DeltaRule):
     def zeros(self, shapes: Mapping[str, Any]) -> Iterable[str]:
         return ["w2", "w2_b"] if self.init == "lycoris" else ["w1", "w1_a"]
 
-    def delta(self, held: Mapping[str, Tensor]) -> Tensor:
-        w1 = held["w1"] if "w1" in held else held["w1_a"] @ held["w1_b"]
-        if "w2" in held:
-            w2 = held["w2"]
-        elif "t2" in held:
-            w2 = through(held["t2"], held["w2_a"], held["w2_b"])
+    def delta(self, tensors: Mapping[str, Tensor]) -> Tensor:
+        w1 = tensors["w1"] if "w1" in tensors else tensors["w1_a"] @ tensors["w1_b"]
+        if "w2" in tensors:
+            w2 = tensors["w2"]
+        elif "t2" in tensors:
+            w2 = expand_core(tensors["t2"], tensors["w2_a"], tensors["w2_b"])
         else:
-            w2 = held["w2_a"] @ held["w2_b"]
+            w2 = tensors["w2_a"] @ tensors["w2_b"]
         return torch.kron(w1, w2.flatten(1))
 
-    def halves(self, held: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
-        first = _thin(held["w1"]) if "w1" in held else (held["w1_a"], held["w1_b"])
-        if "w2" in held:
-            second = _thin(held["w2"].flatten(1))
-        elif "t2" in held:
-            inner = torch.einsum("ij...,jq->iq...", held["t2"], held["w2_b"])
-            second = held["w2_a"].t().clone(memory_format=torch.contiguous_format), inner.flatten(1)
+    def halves(self, tensors: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+        first = _thin(tensors["w1"]) if "w1" in tensors else (tensors["w1_a"], tensors["w1_b"])
+        if "w2" in tensors:
+            second = _thin(tensors["w2"].flatten(1))
+        elif "t2" in tensors:
+            inner = torch.einsum("ij...,jq->iq...", tensors["t2"], tensors["w2_b"])
+            second = tensors["w2_a"].t().clone(memory_format=torch.contiguous_format), inner.flatten(1)
         else:
-            second = held["w2_a"], held["w2_b"]
+            second = tensors["w2_a"], tensors["w2_b"]
         return torch.kron(first[0], second[0]), torch.kron(first[1], second[1])
 
 
 def _thin(matrix: Tensor) -> tuple[Tensor, Tensor]:
     """The matrix as a product of itself and an identity matrix, which has the smaller of its sizes."""
-    one = torch.eye(min(matrix.shape), dtype=matrix.dtype, device=matrix.device)
-    return (matrix, one) if matrix.shape[1] <= matrix.shape[0] else (one, matrix)
+    eye = torch.eye(min(matrix.shape), dtype=matrix.dtype, device=matrix.device)
+    return (matrix, eye) if matrix.shape[1] <= matrix.shape[0] else (eye, matrix)
 
 
 def factors(features: int, factor: int) -> tuple[int, int]:

@@ -78,7 +78,7 @@ class LoraRule(LowRankMethod):
         super().validate()
         fields.one_of(self, "bias", "none", "all", "lora_only")
         fields.flag(self, "lora_bias", "rslora", "dora")
-        if not initial.known(self.init):
+        if not initial.is_known(self.init):
             raise self.bad("init", f"one of {', '.join(initial.NAMES)} (PEFT's True is 'kaiming', its False 'random')")
 
     @property
@@ -136,7 +136,7 @@ class LoraRule(LowRankMethod):
         return None
 
     def initialise(self, site: LiveSite) -> Mapping[str, LowRank] | None:
-        if not (self.dora or initial.together(self.init)):
+        if not (self.dora or initial.needs_weight(self.init)):
             return None
         scale, changes = self.scale_at(site.path), {}
         for part in self.layout(site).parts:
@@ -187,14 +187,14 @@ class LoraRule(LowRankMethod):
 
     def neutral(self, site: LiveSite) -> dict[str, Tensor]:
         zeros = {name: tensor.zero_() for name, tensor in site.params.items() if not name.endswith("magnitude")}
-        return swapping.completed(self, site, zeros)
+        return swapping.complete(self, site, zeros)
 
     def slotted(self, slot: Rule, site: LiveSite) -> dict[str, Tensor]:
         bias = site.params["B_bias"] * self.scale_at(site.path) if self.lora_bias else None
         return low_rank_tensors(slot, site, self.changes(site), bias)
 
     def resized(self, rank: int, **changes: Any) -> LowRankRule:
-        return super().resized(rank, init="kaiming" if initial.together(self.init) else self.init, **changes)
+        return super().resized(rank, init="kaiming" if initial.needs_weight(self.init) else self.init, **changes)
 
     def alone(self) -> Rule:
         return self.replace(bias="none")

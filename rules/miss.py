@@ -71,17 +71,17 @@ class MissRule(LowRankSlottable):
     def check(self, module: nn.Module, path: str) -> str | None:
         if why := complex_weights.why_not(self, module):
             return why
-        found = maps.linear_map(module, "linear", "conv1d")
-        if isinstance(found, str):
-            return found
-        (out, inner), bat = maps.sizes(found), self.variant == "bat"
+        layout = maps.linear_map(module, "linear", "conv1d")
+        if isinstance(layout, str):
+            return layout
+        (out, inner), bat = maps.sizes(layout), self.variant == "bat"
         if self.rank > inner or (bat and (inner % self.rank or out % self.rank)):
             return f"pieces of rank={self.rank} can't be cut out of its {out} outputs and {inner} inputs"
         if self.variant == "mini" and out % self.mini_r:
             return f"mini_r={self.mini_r} does not divide its {out} outputs"
-        if bat and found.packed:
+        if bat and layout.packed:
             return "variant='bat' multiplies the weight, and it is packed"
-        return maps.why_no_dropout(found, self.dropout)
+        return maps.why_no_dropout(layout, self.dropout)
 
     def rewrite(self, site: Site) -> Tensor | None:
         out, r = site.out_features, self.rank

@@ -78,16 +78,18 @@ class MultitaskPromptRule(PromptRule):
     why_no_slot = "a call names its task; one adapter a task (`task`) has one"
 
     def slotted(self, slot: Rule, site: LiveSite) -> Mapping[str, Tensor]:
-        found = super().slotted(slot, site)
-        return {"prompt": scaled(found["prompt"], site.params["columns"], site.params["rows"], None, self.task)[0]}
+        tensors = super().slotted(slot, site)
+        return {
+            "prompt": scale_by_task(tensors["prompt"], site.params["columns"], site.params["rows"], None, self.task)[0]
+        }
 
     def virtual(self, site: Site) -> Tensor:
         prompt = super().virtual(site)
         columns = site.param("columns", (self.tasks, self.length, self.ranks), _normal)
         rows = site.param("rows", (self.tasks, self.ranks, site.facts["width"]), _normal)
         rest = text_inputs.starred(site)
-        given = site.inputs[rest] if rest else None
-        return site.apply(scaled, prompt, columns, rows, given, self.task)
+        keywords = site.inputs[rest] if rest else None
+        return site.apply(scale_by_task, prompt, columns, rows, keywords, self.task)
 
 
 @contextmanager
@@ -101,17 +103,17 @@ def task_of(ids: int | list[int] | Tensor) -> Iterator[None]:
     Args:
         ids: one task for all rows, or a list or tensor (batch) with one task per row.
     """
-    token = _now.set(ids)
+    token = _current_task.set(ids)
     try:
         yield
     finally:
-        _now.reset(token)
+        _current_task.reset(token)
 
 
-def scaled(prompt: Tensor, columns: Tensor, rows: Tensor, given: Any, task: int | None) -> Tensor:
+def scale_by_task(prompt: Tensor, columns: Tensor, rows: Tensor, keywords: Any, task: int | None) -> Tensor:
     """The prompt for each row's task, (rows or 1, length, features)."""
-    ids = (given or {}).get("task_ids")
-    ids = _now.get() if ids is None else ids
+    ids = (keywords or {}).get("task_ids")
+    ids = _current_task.get() if ids is None else ids
     ids = task if ids is None else ids
     if ids is None:
         raise SiteError(
@@ -127,4 +129,4 @@ def _normal(tensor: Tensor) -> None:
     nn.init.normal_(tensor, std=0.02)
 
 
-_now: ContextVar[Any] = ContextVar("task", default=None)
+_current_task: ContextVar[Any] = ContextVar("task", default=None)

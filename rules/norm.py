@@ -63,7 +63,7 @@ class NormRule(Rule):
 
     @classmethod
     def slot(cls, rules: Sequence[Rule], module: nn.Module, path: str) -> Rule | None:
-        return copies_slot([name for one in rules for name in names_of(one, module)], module)
+        return copies_slot([name for rule in rules for name in names_of(rule, module)], module)
 
     def slotted(self, slot: Rule, site: LiveSite) -> dict[str, Tensor]:
         return copies_slotted(slot, site)

@@ -76,10 +76,10 @@ class OftRule(Rule):
     def check(self, module: nn.Module, path: str) -> str | None:
         if why := complex_weights.why_not(self, module, "coft bounds the size of real numbers" if self.coft else ""):
             return why
-        found = maps.linear_map(module, "linear", "conv1d", "convolution")
-        if isinstance(found, str):
-            return found
-        size = maps.block_of(found, self.block_size, self.blocks)
+        layout = maps.linear_map(module, "linear", "conv1d", "convolution")
+        if isinstance(layout, str):
+            return layout
+        size = maps.block_of(layout, self.block_size, self.blocks)
         return size if isinstance(size, str) else None
 
     def rewrite(self, site: Site) -> None:
@@ -90,13 +90,13 @@ class OftRule(Rule):
         index[rows, columns] = torch.arange(len(rows))
         shape = (1 if self.block_share else width // size, len(rows))
         R = site.param("R", shape, partial(nn.init.normal_, std=0.1) if self.init == "random" else 0.0)
-        turned = partial(_turned, rotation=self._rotation(R, site.buffer("index", index), shape[0], site.apply))
+        turned = partial(_rotate, rotation=self._rotation(R, site.buffer("index", index), shape[0], site.apply))
         maps.turn(site, turned, R.dtype)
 
     def merged(self, site: LiveSite) -> dict[str, Any]:
         R = site.params["R"].detach()
-        return maps.turned_weight(
-            site, partial(_turned, rotation=self._rotation(R, site.params["index"], len(R))), R.dtype
+        return maps.turn_weight(
+            site, partial(_rotate, rotation=self._rotation(R, site.params["index"], len(R))), R.dtype
         )
 
     def _rotation(self, R: Tensor, index: Tensor, blocks: int, apply: Any = None) -> Tensor:
@@ -118,6 +118,6 @@ class OftRule(Rule):
         return total
 
 
-def _turned(rows: Tensor, back: bool, rotation: Tensor) -> Tensor:
+def _rotate(rows: Tensor, back: bool, rotation: Tensor) -> Tensor:
     """Multiplies each row (…, in) block by block: x R, or w Rᵀ."""
     return maps.by_block(rows, rotation.transpose(-1, -2) if back else rotation)

@@ -10,13 +10,20 @@ import torch
 from torch import Tensor, nn
 
 from surgery import Combination, LiveSite, Member, Rule, Share, Site, SiteError, Targets, rule, takes_functions
-from surgery.rules._attention.prefix import differentiable, folded_tensors, gated, keys_and_values, prefixed, shape_held
-from surgery.rules._attention.rotary_keys import turn_of
-from surgery.rules._attention.rows import mixed
+from surgery.rules._attention.prefix import (
+    existing_shapes,
+    folded_tensors,
+    keys_and_values,
+    require_gradient,
+    with_gated_prefix,
+    with_prefix,
+)
+from surgery.rules._attention.rotary_keys import rotation_of
+from surgery.rules._attention.rows import with_row_prefixes
 from surgery.rules._attention.written_out import extend, may_write_attention, written_attention
 from surgery.rules._shared import combining
 from surgery.rules._shared.fields import whole
-from surgery.rules.slots.positions import ShiftedRule, known
+from surgery.rules.slots.positions import ShiftedRule, require_module
 
 EVERYWHERE = ("", "re:.*")  # the model itself, and all in it
 
@@ -105,37 +112,37 @@ class PrefixRule(Rule):
         if site.unreached and self.targets == EVERYWHERE:
             return NotImplemented
         if self.shift is not None:
-            site.fact("shift", lambda: known(site, self.shift or ""))
+            site.fact("shift", lambda: require_module(site, self.shift or ""))
         if takes_functions(site.module):
             return self._around(site)
-        found = written_attention(site)
-        if not found.own and self.targets == EVERYWHERE and shape_held(site, self.length) is None:
+        attention = written_attention(site)
+        if not attention.own and self.targets == EVERYWHERE and existing_shapes(site, self.length) is None:
             return NotImplemented
-        shapes = [(found.heads, self.length, size) for size in found.sizes]
+        shapes = [(attention.heads, self.length, size) for size in attention.sizes]
         key, value = keys_and_values(site, shapes, self.init, self.projection)
-        return extend(site, found, key, value, site.param("gate", (found.queries,)) if self.gate else None)
+        return extend(site, attention, key, value, site.param("gate", (attention.queries,)) if self.gate else None)
 
     def _around(self, site: Site) -> Any:
-        shapes, heads = shape_held(site, self.length), site.shape_of("gate")
+        shapes, heads = existing_shapes(site, self.length), site.shape_of("gate")
         if shapes is None:
-            seen = self._seen(site)
-            if seen is None:
+            example = self._seen(site)
+            if example is None:
                 return NotImplemented
-            query, *held = seen
-            shapes, heads = [(one.shape[1], self.length, one.shape[3]) for one in held], (query.shape[1],)
+            query, *pair = example
+            shapes, heads = [(tensor.shape[1], self.length, tensor.shape[3]) for tensor in pair], (query.shape[1],)
         key, value = keys_and_values(site, shapes, self.init, self.projection)
         if self.gate:
-            return site.around(gated, key, value, site.param("gate", heads or ()))
-        return site.around(prefixed, key, value)
+            return site.around(with_gated_prefix, key, value, site.param("gate", heads or ()))
+        return site.around(with_prefix, key, value)
 
     @classmethod
     def routed(cls, sites: Sequence[Member]) -> None:
         members: list[Any] = []
         for site in sites:
             rule, gate = cast(PrefixRule, site.rule), site.shape_of("gate")
-            key, value = keys_and_values(site, shape_held(site, rule.length) or [], rule.init, rule.projection)
+            key, value = keys_and_values(site, existing_shapes(site, rule.length) or [], rule.init, rule.projection)
             members.append((site.rows, key, value, None if gate is None else site.param("gate", gate)))
-        sites[0].around(mixed, *members)
+        sites[0].around(with_row_prefixes, *members)
 
     def folded(self, site: LiveSite) -> tuple[Rule, Mapping[str, Tensor]]:
         return (self, site.params) if self.projection is None else (self.replace(projection=None), folded_tensors(site))
@@ -146,7 +153,7 @@ class PrefixRule(Rule):
 
     @classmethod
     def slot(cls, rules: Sequence[Rule], module: nn.Module, path: str) -> Rule | None:
-        gated = {cast(PrefixRule, one).gate for one in rules}
+        gated = {cast(PrefixRule, rule).gate for rule in rules}
         return PrefixRule(length=2, init="zero", gate=gated.pop()) if len(gated) == 1 else None
 
     def free(self, tensor: str) -> tuple[int, str] | None:
@@ -156,7 +163,7 @@ class PrefixRule(Rule):
         return self.replace(length=tensors["key"].shape[1]), tensors
 
     def slot_notes(self, model: nn.Module, module: nn.Module) -> Mapping[str, Any]:
-        return turn_of(model, module)
+        return rotation_of(model, module)
 
     def slotted(self, slot: Rule, site: LiveSite) -> Mapping[str, Tensor]:
         if cast(PrefixRule, slot).gate != self.gate:
@@ -168,17 +175,17 @@ class PrefixRule(Rule):
     def combined(self, shares: Sequence[Share], how: Combination) -> tuple[Rule, combining.Tensors]:
         if self.projection is not None and not how.untouched(shares):
             raise how.refusal(shares, "its keys and values are made by an MLP", "folded_adapter takes the MLP out")
-        return combining.averaged(self, shares, how)
+        return combining.average(self, shares, how)
 
     def _seen(self, site: Site) -> tuple[Tensor, Tensor, Tensor] | None:
         """Queries, keys and values of the example, (batch, heads, positions, size); None to skip a cross-attention."""
         example = site.needed_example("a call shows which shape an attention's keys have")
         with torch.enable_grad():
-            args, kwargs, hidden = differentiable(*example)
-            found = site.calls_inside(args, kwargs)
-        if not found:
+            args, kwargs, hidden = require_gradient(*example)
+            calls = site.calls_inside(args, kwargs)
+        if not calls:
             raise SiteError(f"{self.label} finds no attention in the example call", where=site.path)
-        _, query, key, value = found[0][1][:4]
+        _, query, key, value = calls[0][1][:4]
         # Nothing but the hidden state may ask for gradients: the base is frozen where it has adapters already.
         own = key.requires_grad and torch.autograd.grad(key.sum(), hidden, allow_unused=True)[0] is not None
         return (query, key, value) if own or self.targets != EVERYWHERE else None

@@ -97,8 +97,8 @@ class PromptRule(Rule):
             raise self.bad("text_ids", "right: init='text' needs token ids, and nothing else takes them")
 
     def expand(self, module: nn.Module, path: str) -> Iterable[tuple[str, nn.Module]]:
-        found = list(text_inputs.hosts(module, path))
-        return found if found or self.targets == (THE_MODEL,) else [(path, module)]
+        hosts = list(text_inputs.hosts(module, path))
+        return hosts if hosts or self.targets == (THE_MODEL,) else [(path, module)]
 
     def companions(self) -> Iterable[Rule]:
         return [PromptMemoryRule(length=self.length), *([HiddenIdsRule()] if self.whole else ())]
@@ -109,57 +109,63 @@ class PromptRule(Rule):
             raise SiteError("two prompts at one module need the same `after`", where=site.path)
         if role == "layer":
             return site.with_hidden(site.apply(insertion.put_after, site.output, self.virtual(site), self.after or 0))
-        site.fact("seen", lambda: text_inputs.seen(site))
+        site.fact("seen", lambda: text_inputs.probe_text_model(site))
         after = text_inputs.after_of(site, self.after)
         rest = text_inputs.starred(site) or ""
-        given = site.this, self.virtual(site), dict(site.inputs), rest, site.mark
-        made: Any = site.apply(insertion.put_in, *given, after, text_inputs.traits(site))
-        _put(site, made[0], rest)
+        arguments = site.this, self.virtual(site), dict(site.inputs), rest, site.mark
+        result: Any = site.apply(insertion.put_in, *arguments, after, text_inputs.traits(site))
+        _replace_inputs(site, result[0], rest)
         if role == "encoder":
             return None  # what its decoder looks at, virtual tokens included
-        return site.apply(insertion.take_out, site.output, made[1], site.mark, None if self.whole else after)
+        return site.apply(insertion.take_out, site.output, result[1], site.mark, None if self.whole else after)
 
     @classmethod
     def routed(cls, sites: Sequence[Member]) -> Any:
-        site, rules = sites[0], [cast(PromptRule, one.rule) for one in sites]
-        told = {(text_inputs.after_of(one, rule.after), rule.whole) for one, rule in zip(sites, rules, strict=True)}
-        if len(told) > 1:
+        site, rules = sites[0], [cast(PromptRule, member.rule) for member in sites]
+        placements = {
+            (text_inputs.after_of(member, rule.after), rule.whole) for member, rule in zip(sites, rules, strict=True)
+        }
+        if len(placements) > 1:
             why = "they differ in `after` or `whole`"
             raise SiteError("these prompts can't be routed in one batch", where=site.path, why=why)
-        (after, whole) = told.pop()
-        members = [(one.rows, rule.virtual(one)) for one, rule in zip(sites, rules, strict=True)]
+        (after, whole) = placements.pop()
+        members = [(member.rows, rule.virtual(member)) for member, rule in zip(sites, rules, strict=True)]
         if site.facts["role"] == "layer":
             return site.with_hidden(site.apply(rows.put_after, site.output, after, *members))
         seen, rest = site.facts["seen"], text_inputs.starred(site) or ""
         counted = seen.get("counted", False) and not whole
-        given = site.this, dict(site.inputs), rest, after, text_inputs.traits(site), counted
-        made: Any = site.apply(rows.put_in, *given, *members)
-        _put(site, made[0], rest)
+        arguments = site.this, dict(site.inputs), rest, after, text_inputs.traits(site), counted
+        result: Any = site.apply(rows.put_in, *arguments, *members)
+        _replace_inputs(site, result[0], rest)
         if site.facts["role"] == "encoder":
             return None
-        return site.apply(insertion.take_out, site.output, made[1], made[2], None if whole else after)
+        return site.apply(insertion.take_out, site.output, result[1], result[2], None if whole else after)
 
     def folded(self, site: LiveSite) -> tuple[Rule, Mapping[str, Tensor]]:
         if self.encoder is None:
             return self, site.params
         network = {name: tensor for name, tensor in site.params.items() if name.startswith(("mlp_", "lstm_"))}
         with torch.no_grad():
-            prompt = _encoder.encoded(site.params["prompt"], network, 0.0, False)
+            prompt = _encoder.encode(site.params["prompt"], network, 0.0, False)
         kept = {name: tensor for name, tensor in site.params.items() if name not in network}
         return self.replace(encoder=None), {**kept, "prompt": prompt}
 
     @classmethod
     def slot(cls, rules: Sequence[Rule], module: nn.Module, path: str) -> Rule | None:
         state = site_state(module)
-        facts = next((one.facts for one in state.applied if one.rule is rules[0]), None) if state is not None else None
-        fields = {(one.after, one.whole) for one in cast("Sequence[PromptRule]", rules)}
+        facts = (
+            next((applied.facts for applied in state.applied if applied.rule is rules[0]), None)
+            if state is not None
+            else None
+        )
+        fields = {(rule.after, rule.whole) for rule in cast("Sequence[PromptRule]", rules)}
         if facts is None or len(fields) > 1:
             return None
         return prompt_slots.slot_of(*fields.pop(), facts)
 
     def slotted(self, slot: Rule, site: LiveSite) -> Mapping[str, Tensor]:
-        held = cast(prompt_slots.PromptSlotRule, slot)
-        if self.whole != held.whole or self.after not in (None, held.after):
+        prompt_slot = cast(prompt_slots.PromptSlotRule, slot)
+        if self.whole != prompt_slot.whole or self.after not in (None, prompt_slot.after):
             fix = "export the model again with this adapter on it"
             raise SiteError("the slot's virtual tokens stand elsewhere in the text", where=site.path, fix=fix)
         return {"prompt": self.folded(site)[1]["prompt"]}
@@ -173,15 +179,15 @@ class PromptRule(Rule):
             return prompt
         shapes = _encoder.specs(self.encoder, width, self.encoder_size or width, self.encoder_layers)
         tensors = {name: site.param(name, shape, _encoder.uniform(bound)) for name, shape, bound in shapes}
-        return site.apply(_encoder.encoded, prompt, tensors, self.encoder_dropout, site.training)
+        return site.apply(_encoder.encode, prompt, tensors, self.encoder_dropout, site.training)
 
     def combined(self, shares: Sequence[Share], how: Combination) -> tuple[Rule, combining.Tensors]:
         if self.encoder is not None and not how.untouched(shares):
             raise how.refusal(shares, "its virtual tokens are made by an encoder", "fold_prompts takes the encoder out")
-        return combining.averaged(self, shares, how, "text_ids", "encoder_size", "encoder_layers", "encoder_dropout")
+        return combining.average(self, shares, how, "text_ids", "encoder_size", "encoder_layers", "encoder_dropout")
 
 
-def _put(site: Site, new: Any, rest: str) -> None:
+def _replace_inputs(site: Site, new: Any, rest: str) -> None:
     for name in site.inputs:
         if name in insertion.CHANGED or name == rest:
             site.replace(site.inputs[name], new[name])

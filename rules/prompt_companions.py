@@ -33,14 +33,20 @@ class PromptMemoryRule(Rule):
 
     def rewrite(self, site: Site) -> None:
         states, mask = site.inputs["encoder_hidden_states"], site.inputs["encoder_attention_mask"]
-        site.replace(mask, site.apply(insertion.widened, states, mask, self.length, text_inputs.encoder_moves(site)))
+        site.replace(
+            mask, site.apply(insertion.widen_memory_mask, states, mask, self.length, text_inputs.encoder_moves(site))
+        )
 
     slot_kind = "prompt-memory"
 
     @classmethod
     def slot(cls, rules: Sequence[Rule], module: nn.Module, path: str) -> Rule | None:
         state = site_state(module)
-        facts = next((one.facts for one in state.applied if one.rule is rules[0]), {}) if state is not None else {}
+        facts = (
+            next((applied.facts for applied in state.applied if applied.rule is rules[0]), {})
+            if state is not None
+            else {}
+        )
         return PromptMemorySlotRule(moves=facts.get("moves", True))
 
     @classmethod
@@ -48,7 +54,7 @@ class PromptMemoryRule(Rule):
         states, mask = sites[0].inputs["encoder_hidden_states"], sites[0].inputs["encoder_attention_mask"]
         length = max(cast(PromptMemoryRule, site.rule).length for site in sites)  # the encoder wants them equally long
         moves = text_inputs.encoder_moves(sites[0])
-        sites[0].replace(mask, sites[0].apply(insertion.widened, states, mask, length, moves))
+        sites[0].replace(mask, sites[0].apply(insertion.widen_memory_mask, states, mask, length, moves))
 
 
 @rule("prompt-hidden-ids")
@@ -65,9 +71,9 @@ class HiddenIdsRule(Rule):
 
     def rewrite(self, site: Site) -> None:
         ids, embeds = site.inputs["input_ids"], site.inputs["inputs_embeds"]
-        made: Any = site.apply(embedded, site.this, ids, embeds)
-        site.replace(ids, made[0])
-        site.replace(embeds, made[1])
+        result: Any = site.apply(embedded, site.this, ids, embeds)
+        site.replace(ids, result[0])
+        site.replace(embeds, result[1])
 
 
 def embedded(module: Any, ids: Tensor | None, embeds: Tensor | None) -> tuple[None, Tensor | None]:

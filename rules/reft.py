@@ -64,10 +64,12 @@ class ReftRule(Rule):
     def check(self, module: nn.Module, path: str) -> str | None:
         if why := complex_weights.why_not(self, module, "its rotation is one of real numbers"):
             return why
-        found = features_of(module, self.features)
-        if isinstance(found, str):
-            return found
-        return f"{self.rank} orthonormal rows need as many features; it has {found}" if self.rank > found else None
+        features = features_of(module, self.features)
+        if isinstance(features, str):
+            return features
+        return (
+            f"{self.rank} orthonormal rows need as many features; it has {features}" if self.rank > features else None
+        )
 
     def rewrite(self, site: Site) -> Tensor:
         size = features_of(site.module, self.features)
@@ -89,11 +91,11 @@ class ReftRule(Rule):
 
     @classmethod
     def slot(cls, rules: Sequence[Rule], module: nn.Module, path: str) -> Rule | None:
-        held = [cast(ReftRule, one) for one in rules]
-        if len({one.positions for one in held}) > 1:
+        edits = [cast(ReftRule, rule) for rule in rules]
+        if len({edit.positions for edit in edits}) > 1:
             return None
-        features = next((one.features for one in held if one.features is not None), None)
-        return ReftSlotRule(positions=held[0].positions, features=features)
+        features = next((edit.features for edit in edits if edit.features is not None), None)
+        return ReftSlotRule(positions=edits[0].positions, features=features)
 
     def slotted(self, slot: Rule, site: LiveSite) -> dict[str, Tensor]:
         if cast(ReftSlotRule, slot).positions != self.positions:
@@ -122,8 +124,8 @@ class ReftSlotRule(Rule):
     slot_kind = "reft"
 
     def check(self, module: nn.Module, path: str) -> str | None:
-        found = features_of(module, self.features)
-        return found if isinstance(found, str) else None
+        features = features_of(module, self.features)
+        return features if isinstance(features, str) else None
 
     def rewrite(self, site: Site) -> Tensor:
         size = cast(int, features_of(site.module, self.features))

@@ -83,8 +83,8 @@ class ReplaceRule(Rule):
 
     def check(self, module: nn.Module, path: str) -> str | None:
         # Only now: reading a rule imports nothing.
-        found = not isinstance(self.by, str) or _class(self.by) is not None
-        return None if found else f"{self.by} is no class of nn.Module that can be imported"
+        importable = not isinstance(self.by, str) or _class(self.by) is not None
+        return None if importable else f"{self.by} is no class of nn.Module that can be imported"
 
     def alike(self, path: str) -> Any:
         return None if self.inherit else ()
@@ -97,10 +97,10 @@ class ReplaceRule(Rule):
         try:
             return maker(**dict(self.kwargs or {}))
         except TypeError as error:
-            raise RuleError(f"{self._told} can't be made", why=str(error), fix="correct kwargs") from None
+            raise RuleError(f"{self._class_name} can't be made", why=str(error), fix="correct kwargs") from None
 
     @property
-    def _told(self) -> str:
+    def _class_name(self) -> str:
         return self.by if isinstance(self.by, str) else getattr(self.by, "__qualname__", type(self.by).__name__)
 
     def rewrite(self, site: Site) -> Any:
@@ -138,7 +138,7 @@ def _in_dtype_of(x: Tensor, like: Tensor) -> Tensor:
 def _class(name: str) -> type[nn.Module] | None:
     module, _, attribute = name.rpartition(".")
     try:
-        found = getattr(importlib.import_module(module), attribute)
+        kind = getattr(importlib.import_module(module), attribute)
     except (ImportError, AttributeError, ValueError):
         return None
-    return found if isinstance(found, type) and issubclass(found, nn.Module) else None
+    return kind if isinstance(kind, type) and issubclass(kind, nn.Module) else None

@@ -56,10 +56,10 @@ class RoadRule(Rule):
     def check(self, module: nn.Module, path: str) -> str | None:
         if why := complex_weights.why_not(self, module):
             return why
-        found = maps.linear_map(module, "linear", "conv1d")
-        if isinstance(found, str):
-            return found
-        out = maps.sizes(found)[0]
+        layout = maps.linear_map(module, "linear", "conv1d")
+        if isinstance(layout, str):
+            return layout
+        out = maps.sizes(layout)[0]
         return f"group_size={self.group_size} does not divide its {out} outputs" if out % self.group_size else None
 
     def rewrite(self, site: Site) -> Tensor | None:

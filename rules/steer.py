@@ -67,12 +67,12 @@ class SteerRule(Rule):
         return self.direction.get(path) if isinstance(self.direction, dict) else self.direction
 
     def check(self, module: nn.Module, path: str) -> str | None:
-        direction, found = self.direction_at(path), features_of(module, self.features)
+        direction, features = self.direction_at(path), features_of(module, self.features)
         if isinstance(self.direction, dict) and direction is None:
             return f"direction has none for it, only for {', '.join(self.direction)}"
-        if direction is None or not isinstance(found, int):
-            return found if isinstance(found, str) and (direction is None or "give" not in found) else None
-        return None if len(direction) == found else f"it has {found} features, and the direction {len(direction)}"
+        if direction is None or not isinstance(features, int):
+            return features if isinstance(features, str) and (direction is None or "give" not in features) else None
+        return None if len(direction) == features else f"it has {features} features, and the direction {len(direction)}"
 
     def rewrite(self, site: Site) -> Tensor:
         direction, size = self.direction_at(site.path), features_of(site.module, self.features)
@@ -87,11 +87,11 @@ class SteerRule(Rule):
 
     @classmethod
     def slot(cls, rules: Sequence[Rule], module: nn.Module, path: str) -> Rule | None:
-        held = [cast(SteerRule, one) for one in rules]
-        if len({one.positions for one in held}) > 1:
+        steers = [cast(SteerRule, rule) for rule in rules]
+        if len({steer.positions for steer in steers}) > 1:
             return None
-        sizes = [one.features or len(one.direction_at(path) or ()) for one in held]
-        return SteerRule(positions=held[0].positions, features=max(sizes) or None)
+        sizes = [steer.features or len(steer.direction_at(path) or ()) for steer in steers]
+        return SteerRule(positions=steers[0].positions, features=max(sizes) or None)
 
     def slotted(self, slot: Rule, site: LiveSite) -> Mapping[str, Tensor]:
         if cast(SteerRule, slot).positions != self.positions:
@@ -107,6 +107,6 @@ def _numbers(direction: Any) -> Any:
     if direction is None:
         return None
     if isinstance(direction, Mapping):
-        return {str(path): _numbers(one) for path, one in direction.items()}
-    found = direction.tolist() if isinstance(direction, Tensor) else direction
-    return tuple(float(number) for number in found)
+        return {str(path): _numbers(value) for path, value in direction.items()}
+    numbers = direction.tolist() if isinstance(direction, Tensor) else direction
+    return tuple(float(number) for number in numbers)

@@ -162,8 +162,8 @@ class TokensSlotRule(Rule):
             return None
         # A search among none, or the largest of none, is an error to some runtimes; a product and a sum are zero.
         ours = (site.input.unsqueeze(-1) == index).to(rows.dtype)
-        found = (ours @ rows).to(site.output.dtype)
-        return torch.where(ours.sum(-1, keepdim=True) > 0, found, site.output)
+        looked_up = (ours @ rows).to(site.output.dtype)
+        return torch.where(ours.sum(-1, keepdim=True) > 0, looked_up, site.output)
 
     def free(self, tensor: str) -> tuple[int, str] | None:
         return (0, "tokens")

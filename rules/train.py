@@ -52,7 +52,7 @@ class TrainRule(Rule):
 
     @classmethod
     def slot(cls, rules: Sequence[Rule], module: nn.Module, path: str) -> Rule | None:
-        return copies_slot([name for one in rules for name in names_of(one, module)], module)
+        return copies_slot([name for rule in rules for name in names_of(rule, module)], module)
 
     def slotted(self, slot: Rule, site: LiveSite) -> dict[str, Tensor]:
         return copies_slotted(slot, site)
@@ -88,9 +88,9 @@ class CopiesSlotRule(Rule):
         replace_all(site, self.names)
 
 
-def names_of(one: Rule, module: nn.Module) -> Iterable[str]:
+def names_of(rule: Rule, module: nn.Module) -> Iterable[str]:
     """The names of the module's tensors that a rule copies."""
-    chosen = getattr(one, "trained", None)  # BiasRule's
+    chosen = getattr(rule, "trained", None)  # BiasRule's
     return chosen(module) if chosen is not None else [name for name, _ in own_tensors(module)]
 
 
@@ -109,18 +109,18 @@ def copies_slotted(slot: Rule, site: LiveSite) -> dict[str, Tensor]:
     if more := sorted((floating & set(own.values())) - {own[name] for name in slot.names}):
         fix = "export the model again with this adapter on it"
         raise SiteError(f"the slot has no {', '.join(more)}", where=site.path, fix=fix)
-    found = {own[name]: site.params.get(own[name], site.tensor(name)) for name in slot.names}
-    return {name: tensor.detach() for name, tensor in found.items()}
+    tensors = {own[name]: site.params.get(own[name], site.tensor(name)) for name in slot.names}
+    return {name: tensor.detach() for name, tensor in tensors.items()}
 
 
 def owners_of_tensors(module: nn.Module, path: str) -> Iterator[tuple[str, nn.Module]]:
     """The modules inside this one that own parameters and run their own forward."""
-    found = False
+    any_owner = False
     for name, inner in _walk(module, path):
         if any(parameter is not None for parameter in inner._parameters.values()):
-            found = True
+            any_owner = True
             yield name, inner
-    if not found:
+    if not any_owner:
         yield path, module  # refused by check, with the reason
 
 
@@ -163,4 +163,4 @@ def merged_all(site: LiveSite) -> dict[str, Tensor]:
 def combined_all(rule: R, shares: Sequence[Share], how: Combination) -> tuple[R, combining.Tensors]:
     """Combines the adapters' copies into one: W + Σ w (T − W)."""
     base = {name.replace(".", "_"): tensor for name, tensor in own_tensors(shares[0].site.module)}
-    return combining.moved(base, rule, shares, how)
+    return combining.combine_copies(base, rule, shares, how)

@@ -75,8 +75,8 @@ class VeraRule(LowRankSlottable):
     def check(self, module: nn.Module, path: str) -> str | None:
         if why := complex_weights.why_not(self, module):
             return why
-        found = maps.linear_map(module, "linear", "conv1d")
-        return found if isinstance(found, str) else maps.why_no_dropout(found, self.dropout)
+        layout = maps.linear_map(module, "linear", "conv1d")
+        return layout if isinstance(layout, str) else maps.why_no_dropout(layout, self.dropout)
 
     def rewrite(self, site: Site) -> Tensor | None:
         out, inner = maps.sizes(maps.at(site))

@@ -17,7 +17,7 @@ PROJECTION = ("embedding", "inner", "inner_bias", "outer", "outer_bias")
 # Where keys and values come from ------------------------------------------------------------------------------
 
 
-def shape_held(site: Site, length: int) -> list[tuple[int, ...]] | None:
+def existing_shapes(site: Site, length: int) -> list[tuple[int, ...]] | None:
     """The shapes (heads, length, size) of keys and values that the adapter has here already."""
     outer = site.shape_of("outer")
     shapes = [site.shape_of(name) if outer is None else (outer[1], length, outer[2]) for name in ("key", "value")]
@@ -33,18 +33,18 @@ def keys_and_values(site: Site, shapes: list[tuple[int, ...]], init: str, projec
         raise SiteError(f"{site.label} has one MLP for keys and values, and they differ in size", where=site.path)
     heads, length, size = shapes[0]
     last: Any = _as_linear(projection) if init == "random" else 0.0
-    made = site.apply(
-        projected,
+    pair = site.apply(
+        project,
         site.param("embedding", (length, projection), nn.init.normal_),
         site.param("inner", (projection, projection), _as_linear(projection)),
         site.param("inner_bias", (projection,), _as_linear(projection)),
         site.param("outer", (2, heads, size, projection), last),
         site.param("outer_bias", (2, heads, size), last),
     )
-    return [made[0], made[1]]
+    return [pair[0], pair[1]]
 
 
-def projected(embedding: Tensor, inner: Tensor, inner_bias: Tensor, outer: Tensor, outer_bias: Tensor) -> Tensor:
+def project(embedding: Tensor, inner: Tensor, inner_bias: Tensor, outer: Tensor, outer_bias: Tensor) -> Tensor:
     """tanh(E Wᵢᵀ + bᵢ) Wₒᵀ + bₒ as keys and values: (2, heads, length, size)."""
     hidden = nn.functional.linear(embedding, inner, inner_bias).tanh()
     flat = nn.functional.linear(hidden, outer.flatten(0, 2), outer_bias.flatten())
@@ -54,7 +54,7 @@ def projected(embedding: Tensor, inner: Tensor, inner_bias: Tensor, outer: Tenso
 def folded_tensors(site: LiveSite) -> dict[str, Tensor]:
     """An adapter's tensors at a site, the MLP's replaced by the keys and values that it makes."""
     with torch.no_grad():
-        key, value = projected(*(site.params[name] for name in PROJECTION)).contiguous()
+        key, value = project(*(site.params[name] for name in PROJECTION)).contiguous()
     return {**{name: tensor for name, tensor in site.params.items() if name not in PROJECTION},
             "key": key, "value": value}  # fmt: skip
 
@@ -68,21 +68,23 @@ def _as_linear(inputs: int) -> Callable[[Tensor], Tensor]:
     return partial(nn.init.uniform_, a=-(inputs**-0.5), b=inputs**-0.5)
 
 
-def differentiable(args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any], Tensor]:
+def require_gradient(args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any], Tensor]:
     """The same arguments with the first floating-point tensor, the hidden state, as a leaf that gradients go to.
 
     An argument that holds the same is the same: queries, keys and values may be given one by one.
     """
-    given = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor) and value.is_floating_point()]
-    if not given:
+    activations = [
+        value for value in (*args, *kwargs.values()) if isinstance(value, Tensor) and value.is_floating_point()
+    ]
+    if not activations:
         raise SiteError("a PrefixRule needs a module that is called with hidden states")
-    leaf = given[0].requires_grad_()
+    leaf = activations[0].requires_grad_()
 
-    def one(value: Any) -> Any:
+    def share_leaf(value: Any) -> Any:
         alike = isinstance(value, Tensor) and value.shape == leaf.shape and value.dtype == leaf.dtype
         return leaf if alike and torch.equal(value, leaf) else value
 
-    return tuple(map(one, args)), {name: one(value) for name, value in kwargs.items()}, leaf
+    return tuple(map(share_leaf, args)), {name: share_leaf(value) for name, value in kwargs.items()}, leaf
 
 
 # Attending to it ----------------------------------------------------------------------------------------------
@@ -93,7 +95,7 @@ listeners: dict[int, Callable[[Tensor, Tensor], Any]] = {}
 _WORTHWHILE = 1 << 18  # entries of the keys
 
 
-def heard(before_key: Tensor, key: Tensor, value: Tensor) -> bool:
+def record_text(before_key: Tensor, key: Tensor, value: Tensor) -> bool:
     """Whether this prefix is being fitted; it then takes the text's keys and values, and is passed over."""
     take = listeners.get(id(before_key)) if listeners else None
     if take is not None:
@@ -101,7 +103,7 @@ def heard(before_key: Tensor, key: Tensor, value: Tensor) -> bool:
     return take is not None
 
 
-def widened_bias(kwargs: dict[str, Any], length: int) -> dict[str, Any]:
+def widen_bias(kwargs: dict[str, Any], length: int) -> dict[str, Any]:
     """The arguments with a bias of relative positions (T5's) that gives the prefix none: it has no positions."""
     bias = kwargs.get("position_bias")
     if bias is None:
@@ -109,7 +111,7 @@ def widened_bias(kwargs: dict[str, Any], length: int) -> dict[str, Any]:
     return {**kwargs, "position_bias": torch.cat([bias.new_zeros(*bias.shape[:-1], length), bias], -1)}
 
 
-def for_one_query(
+def attend_one_query(
     attention: Any, query: Tensor, key: Tensor, value: Tensor, mask: Any, before: tuple[Tensor, Tensor], kwargs: Any
 ) -> Tensor | None:
     """What sdpa gives one query, as when decoding, with a prefix; None where another way is to be taken.
@@ -124,33 +126,33 @@ def for_one_query(
         return None
     heads, shared = key.shape[1], query.shape[1] // key.shape[1]
     scaling = kwargs.get("scaling")
-    one = query * (query.shape[-1] ** -0.5 if scaling is None else scaling)
-    one = one.reshape(-1, heads, shared, query.shape[-1])  # the queries that share a key's head, as rows
-    scores = one @ key.mT
+    rows = query * (query.shape[-1] ** -0.5 if scaling is None else scaling)
+    rows = rows.reshape(-1, heads, shared, query.shape[-1])  # the queries that share a key's head, as rows
+    scores = rows @ key.mT
     for added in (kwargs.get("position_bias"), mask):
         if added is not None:
             added = added if added.shape[1] == 1 else added.reshape(len(added), heads, shared, -1)
             scores = scores.masked_fill(~added, -torch.inf) if added.dtype == torch.bool else scores + added
     first, last = (tensor.to(key.dtype) for tensor in before)
-    weights = torch.cat([one @ first.mT, scores], -1).softmax(-1)
+    weights = torch.cat([rows @ first.mT, scores], -1).softmax(-1)
     length = first.shape[-2]
-    found = weights[..., :length] @ last + weights[..., length:] @ value
-    return found.reshape(len(found), -1, 1, value.shape[-1]).transpose(1, 2).contiguous()
+    context = weights[..., :length] @ last + weights[..., length:] @ value
+    return context.reshape(len(context), -1, 1, value.shape[-1]).transpose(1, 2).contiguous()
 
 
-def prefixed(before_key: Tensor, before_value: Tensor) -> Callable[..., Any]:
+def with_prefix(before_key: Tensor, before_value: Tensor) -> Callable[..., Any]:
     """What runs in the place of an attention function: the same with a prefix before the keys and values."""
 
     def attend(attention: Any, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any = None,
                *args: Any, **kwargs: Any) -> Any:  # fmt: skip
-        if heard(before_key, key, value):
+        if record_text(before_key, key, value):
             return attention(module, query, key, value, attention_mask, *args, **kwargs)
         if not args:
-            output = for_one_query(attention, query, key, value, attention_mask, (before_key, before_value), kwargs)
+            output = attend_one_query(attention, query, key, value, attention_mask, (before_key, before_value), kwargs)
             if output is not None:
                 return output, None
-        mask = _widened(attention, module, query, key, attention_mask, before_key.shape[-2], kwargs)
-        kwargs = widened_bias(kwargs, before_key.shape[-2])
+        mask = _widen_mask(attention, module, query, key, attention_mask, before_key.shape[-2], kwargs)
+        kwargs = widen_bias(kwargs, before_key.shape[-2])
         keys = torch.cat([_spread(before_key, key), key], -2)
         values = torch.cat([_spread(before_value, value), value], -2)
         return attention(module, query, keys, values, mask, *args, **kwargs)
@@ -158,23 +160,23 @@ def prefixed(before_key: Tensor, before_value: Tensor) -> Callable[..., Any]:
     return attend
 
 
-def gated(before_key: Tensor, before_value: Tensor, gate: Tensor) -> Callable[..., Any]:
+def with_gated_prefix(before_key: Tensor, before_value: Tensor, gate: Tensor) -> Callable[..., Any]:
     """What runs in the place of an attention function: the same and, behind a gate, a second call to the prefix."""
 
     def attend(attention: Any, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any = None,
                *args: Any, **kwargs: Any) -> Any:  # fmt: skip
         output, *rest = attention(module, query, key, value, attention_mask, *args, **kwargs)
-        if heard(before_key, key, value):
+        if record_text(before_key, key, value):
             return (output, *rest)
         if torch.compiler.is_exporting() and not any(kwargs.get(name) is not None for name in _OF_SOFTMAX):
-            beside = written_out(query, before_key, before_value, kwargs.get("scaling")).to(output.dtype)
-            return (output + gate.tanh().to(output.dtype).view(1, 1, -1, 1) * beside, *rest)
+            branch = attend_alone(query, before_key, before_value, kwargs.get("scaling")).to(output.dtype)
+            return (output + gate.tanh().to(output.dtype).view(1, 1, -1, 1) * branch, *rest)
         # Every query sees the prefix: said by a mask, or a causal attention would put its own there.
         mask = torch.ones(1, 1, query.shape[-2], before_key.shape[-2], dtype=torch.bool, device=query.device)
         prefix = _spread(before_key, key), _spread(before_value, value)
         alone = {**kwargs, "position_bias": None} if "position_bias" in kwargs else kwargs  # it has no positions
-        beside = attention(module, query, *prefix, None if is_eager(attention) else mask, *args, **alone)[0]
-        return (output + gate.tanh().to(output.dtype).view(1, 1, -1, 1) * beside, *rest)
+        branch = attention(module, query, *prefix, None if is_eager(attention) else mask, *args, **alone)[0]
+        return (output + gate.tanh().to(output.dtype).view(1, 1, -1, 1) * branch, *rest)
 
     return attend
 
@@ -182,7 +184,7 @@ def gated(before_key: Tensor, before_value: Tensor, gate: Tensor) -> Callable[..
 _OF_SOFTMAX = ("softcap", "s_aux")  # what an attention function may be told that changes its scores
 
 
-def written_out(query: Tensor, key: Tensor, value: Tensor, scaling: float | None) -> Tensor:
+def attend_alone(query: Tensor, key: Tensor, value: Tensor, scaling: float | None) -> Tensor:
     """softmax(q kᵀ) v of a prefix alone, (batch, queries, heads, size), for a graph in which its length is free.
 
     An attention that is exported may reshape keys, and to ONNX a length of none would mean the one that was there.
@@ -194,7 +196,9 @@ def written_out(query: Tensor, key: Tensor, value: Tensor, scaling: float | None
     return (weights @ value.to(query.dtype).unsqueeze(1)).flatten(1, 2).transpose(1, 2)
 
 
-def _widened(attention: Any, module: nn.Module, query: Tensor, key: Tensor, mask: Any, length: int, kwargs: Any) -> Any:
+def _widen_mask(
+    attention: Any, module: nn.Module, query: Tensor, key: Tensor, mask: Any, length: int, kwargs: Any
+) -> Any:
     if mask is None:
         causal = kwargs.get("is_causal")
         causal = getattr(module, "is_causal", True) if causal is None else causal

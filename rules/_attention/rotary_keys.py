@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from surgery import SurgeryError, class_of
-from surgery.rules._virtual_tokens.learned_positions import learned
+from surgery.rules._virtual_tokens.learned_positions import position_embedding
 
 TURN = "apply_rotary_pos_emb"
 
@@ -22,7 +22,7 @@ def why_not(model: nn.Module) -> tuple[str | None, str | None]:
 
     On rotary models there is none: a rotation of the prefix's keys makes up for it.
     """
-    shift = None if _rotary(model) is not None or _windowed(model) else learned(model)
+    shift = None if _rotary(model) is not None or _windowed(model) else position_embedding(model)
     return _why_not(model, shift), shift
 
 
@@ -37,7 +37,7 @@ def _why_not(model: nn.Module, shift: str | None) -> str | None:
     return None
 
 
-def turned(model: nn.Module, module: nn.Module, key: Tensor, way: int) -> Tensor:
+def rotate_keys(model: nn.Module, module: nn.Module, key: Tensor, way: int) -> Tensor:
     """Keys (heads, length, size) turned by their number of positions, forth or back."""
     kind = class_of(module)
     turn = getattr(sys.modules[kind.__module__], TURN, None)
@@ -58,7 +58,7 @@ def turned(model: nn.Module, module: nn.Module, key: Tensor, way: int) -> Tensor
     return torch.cat([first, x[..., size:]], -1)[0].to(key.dtype)
 
 
-def turn_of(model: nn.Module, module: nn.Module) -> dict[str, Any]:
+def rotation_of(model: nn.Module, module: nn.Module) -> dict[str, Any]:
     """How keys are turned, in numbers: `{"turn": {"frequencies": …, "pairs": …}}`, None where they aren't.
 
     Component i and its partner, half of the turned ones further ("halves") or the next ("neighbours"), are turned by
@@ -72,29 +72,29 @@ def turn_of(model: nn.Module, module: nn.Module) -> dict[str, Any]:
     if _condition(class_of(module)) == "none" or type(size) is not int:
         return {}
     whole = torch.eye(size, dtype=torch.float32).unsqueeze(1)  # a head for each component, of one position
-    matrix = turned(model, module, whole, 1)[:, 0].double()
+    matrix = rotate_keys(model, module, whole, 1)[:, 0].double()
     if bool((matrix == torch.eye(size)).all()):
         return {"turn": None}
     count = int((matrix - matrix.diagonal().diag()).count_nonzero()) // 2  # the cosine of a small angle is 1
-    for pairs, first, apart in (("halves", torch.arange(count), count), ("neighbours", torch.arange(count) * 2, 1)):
-        second = first + apart
+    for pairs, first, distance in (("halves", torch.arange(count), count), ("neighbours", torch.arange(count) * 2, 1)):
+        second = first + distance
         angles = torch.atan2(matrix[first, second], matrix[first, first])
         if int(second.max()) >= size:
             continue
-        made = torch.eye(size, dtype=torch.float64)
-        made[first, first] = made[second, second] = angles.cos()
-        made[first, second], made[second, first] = angles.sin(), -angles.sin()
-        if torch.allclose(made, matrix, atol=1e-6):
+        rotation = torch.eye(size, dtype=torch.float64)
+        rotation[first, first] = rotation[second, second] = angles.cos()
+        rotation[first, second], rotation[second, first] = angles.sin(), -angles.sin()
+        if torch.allclose(rotation, matrix, atol=1e-6):
             return {"turn": {"frequencies": angles.tolist(), "pairs": pairs}}
     return {}
 
 
 def _rotary(model: nn.Module) -> nn.Module | None:
     """The one module that gives a model's rotary positions, if its angles are the same at any length."""
-    found = [module for module in model.modules() if "RotaryEmbedding" in type(module).__name__]
-    if len(found) != 1 or list(inspect.signature(type(found[0]).forward).parameters)[1:] != ["x", "position_ids"]:
+    rotaries = [module for module in model.modules() if "RotaryEmbedding" in type(module).__name__]
+    if len(rotaries) != 1 or list(inspect.signature(type(rotaries[0]).forward).parameters)[1:] != ["x", "position_ids"]:
         return None
-    return None if getattr(found[0], "rope_type", "default") in ("dynamic", "longrope") else found[0]
+    return None if getattr(rotaries[0], "rope_type", "default") in ("dynamic", "longrope") else rotaries[0]
 
 
 def _windowed(model: nn.Module) -> bool:

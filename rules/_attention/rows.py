@@ -10,13 +10,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from surgery import SiteError
-from surgery.rules._attention.prefix import gated, is_eager, widened_bias
+from surgery.rules._attention.prefix import is_eager, widen_bias, with_gated_prefix
 
 # Whose rows they are, keys and values (heads, length, size), and a gate (heads) or None.
-One = tuple[Any, Tensor, Tensor, Tensor | None]
+Member = tuple[Any, Tensor, Tensor, Tensor | None]
 
 
-def mixed(*members: One) -> Callable[..., Any]:
+def with_row_prefixes(*members: Member) -> Callable[..., Any]:
     """What runs in the place of an attention function: the same, for each row with its own prefix or with none."""
 
     def attend(attention: Any, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any = None,
@@ -26,19 +26,19 @@ def mixed(*members: One) -> Callable[..., Any]:
         plain = [(rows.of(batch, key.device), k, v) for rows, k, v, gate in members if gate is None]
         if plain:
             length = max(k.shape[-2] for _, k, _ in plain)
-            seen = torch.zeros(batch, length, dtype=torch.bool, device=key.device)
+            visible = torch.zeros(batch, length, dtype=torch.bool, device=key.device)
             for rows, k, _ in plain:
-                seen[rows, length - k.shape[-2] :] = True
-            mask = _widened(attention, module, query, key, attention_mask, seen, kwargs)
-            more = widened_bias(kwargs, length)
-            keys = torch.cat([_filled([(rows, k) for rows, k, _ in plain], length, key), key], -2)
-            values = torch.cat([_filled([(rows, v) for rows, _, v in plain], length, value), value], -2)
+                visible[rows, length - k.shape[-2] :] = True
+            mask = _widen_mask(attention, module, query, key, attention_mask, visible, kwargs)
+            more = widen_bias(kwargs, length)
+            keys = torch.cat([_pad_rows([(rows, k) for rows, k, _ in plain], length, key), key], -2)
+            values = torch.cat([_pad_rows([(rows, v) for rows, _, v in plain], length, value), value], -2)
         output, *rest = attention(module, query, keys, values, mask, *args, **more)
         for rows, before_key, before_value, gate in members:
             if gate is None:
                 continue
             index = rows.of(batch, key.device)
-            alone = gated(before_key, before_value, gate)(
+            alone = with_gated_prefix(before_key, before_value, gate)(
                 _nothing(attention, output), module, query[index], key[index], value[index], None, *args, **kwargs
             )[0]
             output = output.index_add(0, index, alone.to(output.dtype))
@@ -61,7 +61,7 @@ def _nothing(attention: Any, output: Tensor) -> Callable[..., Any]:
     return call
 
 
-def _filled(parts: Sequence[tuple[Tensor, Tensor]], length: int, like: Tensor) -> Tensor:
+def _pad_rows(parts: Sequence[tuple[Tensor, Tensor]], length: int, like: Tensor) -> Tensor:
     """(batch, heads, length, size): each row's prefix at the end, zeros before it."""
     whole = like.new_zeros(like.shape[0], like.shape[1], length, like.shape[-1])
     for rows, tensor in parts:
@@ -70,11 +70,11 @@ def _filled(parts: Sequence[tuple[Tensor, Tensor]], length: int, like: Tensor) -
     return whole
 
 
-def _widened(
-    attention: Any, module: nn.Module, query: Tensor, key: Tensor, mask: Any, seen: Tensor, kwargs: dict[str, Any]
+def _widen_mask(
+    attention: Any, module: nn.Module, query: Tensor, key: Tensor, mask: Any, visible: Tensor, kwargs: dict[str, Any]
 ) -> Tensor:
     """The mask with columns of each row's prefix; one that says what there was without any, where there was none."""
-    batch, queries, length = len(seen), query.shape[-2], key.shape[-2]
+    batch, queries, length = len(visible), query.shape[-2], key.shape[-2]
     if mask is None:
         causal = kwargs.get("is_causal")
         causal = getattr(module, "is_causal", True) if causal is None else causal
@@ -89,9 +89,9 @@ def _widened(
             why=f"it is {type(mask).__name__}, and a tensor (batch, heads, queries, keys) was expected",
             fix='load the model with attn_implementation="sdpa" or "eager"',
         )
-    columns = seen
+    columns = visible
     if mask.dim() == 4:
-        columns = seen.view(batch, 1, 1, -1).expand(batch, mask.shape[1], mask.shape[2], -1)
+        columns = visible.view(batch, 1, 1, -1).expand(batch, mask.shape[1], mask.shape[2], -1)
         mask = mask.expand(batch, -1, -1, -1)
     if mask.is_floating_point():
         columns = torch.zeros(columns.shape, dtype=mask.dtype, device=mask.device).masked_fill(

@@ -19,12 +19,12 @@ import torch
 from torch import Tensor, fx, nn
 
 from surgery import Site, SiteError, as_digraph, class_of
-from surgery.rules._attention.prefix import written_out
+from surgery.rules._attention.prefix import attend_alone
 
-__all__ = ["Written", "extend", "may_write_attention", "written_attention"]
+__all__ = ["WrittenAttention", "extend", "may_write_attention", "written_attention"]
 
 
-class Written(NamedTuple):
+class WrittenAttention(NamedTuple):
     """One attention in a graph: its nodes, and of how many heads and which sizes keys and values are."""
 
     graph: Any  # as a networkx.DiGraph
@@ -50,9 +50,9 @@ def _named_by(kind: type[nn.Module]) -> frozenset[str]:
     return frozenset(name.lower() for name in _names(kind, "forward", set()))
 
 
-def _names(kind: type, method: str, seen: set[str]) -> set[str]:
+def _names(kind: type, method: str, visited: set[str]) -> set[str]:
     """What a method's code names, and the methods of the class that it names."""
-    seen.add(method)
+    visited.add(method)
     code = getattr(inspect.unwrap(getattr(kind, method)), "__code__", None)
     names: set[str] = set()
     waiting = [code] if code is not None else []
@@ -61,30 +61,34 @@ def _names(kind: type, method: str, seen: set[str]) -> set[str]:
         names.update(code.co_names)
         names.update("matmul" for step in dis.get_instructions(code) if step.argrepr in ("@", "@="))
         waiting += [constant for constant in code.co_consts if inspect.iscode(constant)]
-    own = [name for name in names - seen if inspect.isfunction(inspect.getattr_static(kind, name, None))]
-    return names.union(*(_names(kind, name, seen) for name in own if not hasattr(nn.Module, name)))
+    own = [name for name in names - visited if inspect.isfunction(inspect.getattr_static(kind, name, None))]
+    return names.union(*(_names(kind, name, visited) for name in own if not hasattr(nn.Module, name)))
 
 
-def written_attention(site: Site) -> Written:
+def written_attention(site: Site) -> WrittenAttention:
     """The one attention that the site's forward writes out. `SiteError` where it is none, several, or another form."""
     graph = as_digraph(site.graph, site.module)
     graph.graph["same"] = _same_inputs(site)
-    known = next((shape[0] for name in ("key", "value") if (shape := site.shape_of(name))), None)
-    found: list[Written | str] = []
+    heads = next((shape[0] for name in ("key", "value") if (shape := site.shape_of(name))), None)
+    candidates: list[WrittenAttention | str] = []
     for node, data in graph.nodes(data=True):
         if data["operation"] == "scaled_dot_product_attention":
-            found.append(_called(graph, node))
+            candidates.append(_function_attention(graph, node))
         if data["operation"] == "softmax" and _over_last(data):
-            found += [_softmaxed(graph, node, way, known) for way in _ways_to_context(graph, node)]
-    if len(found) != 1 or isinstance(found[0], str):
-        why = found[0] if len(found) == 1 else f"it computes {len(found) or 'no'} products of a softmax and values"
+            candidates += [_softmax_attention(graph, node, way, heads) for way in _ways_to_context(graph, node)]
+    if len(candidates) != 1 or isinstance(candidates[0], str):
+        why = (
+            candidates[0]
+            if len(candidates) == 1
+            else f"it computes {len(candidates) or 'no'} products of a softmax and values"
+        )
         raise SiteError(
             f"{site.label} finds no attention that it can extend in this {site.base_class.__name__}",
             where=site.path,
             why=str(why),
             fix="target modules that compute one softmax(q kᵀ) v, or call scaled_dot_product_attention",
         )
-    return found[0]
+    return candidates[0]
 
 
 def _over_last(data: Any) -> bool:
@@ -92,16 +96,18 @@ def _over_last(data: Any) -> bool:
     return data["shape"] is not None and dim in (-1, len(data["shape"]) - 1)
 
 
-def _called(graph: Any, node: fx.Node) -> Written | str:
+def _function_attention(graph: Any, node: fx.Node) -> WrittenAttention | str:
     query, key, value = graph.nodes[node]["operands"][:3]
     shapes = [graph.nodes[operand]["shape"] for operand in (query, key, value)]
     if any(shape is None or len(shape) != 4 for shape in shapes):
         return "its queries, keys and values are not (batch, heads, positions, size)"
     sizes, own = (shapes[1][3], shapes[2][3]), _is_own(graph, query, key)
-    return Written(graph, node, query, shapes[1][1], sizes, shapes[0][1], own=own)
+    return WrittenAttention(graph, node, query, shapes[1][1], sizes, shapes[0][1], own=own)
 
 
-def _softmaxed(graph: Any, softmax: fx.Node, after: list[fx.Node], known: int | None) -> Written | str:
+def _softmax_attention(
+    graph: Any, softmax: fx.Node, after: list[fx.Node], known_heads: int | None
+) -> WrittenAttention | str:
     scores, value = graph.nodes[softmax]["operands"][0], graph.nodes[after[-1]]["operands"][1]
     ways = list(_ways_to_product(graph, scores)) if isinstance(scores, fx.Node) else []
     if len(ways) != 1:
@@ -111,11 +117,11 @@ def _softmaxed(graph: Any, softmax: fx.Node, after: list[fx.Node], known: int | 
     q, k, v = (graph.nodes[node]["shape"] for node in (query, key, value))
     if any(_factor(graph, node)[-1:] not in ((), (1,)) for node in (*ways[0], *after)):
         return "its scores are multiplied by a number for each key"
-    heads = [shape[-3] if len(shape) > 3 else known or _heads(graph, query, shape[0]) for shape in (q, k)]
+    heads = [shape[-3] if len(shape) > 3 else known_heads or _heads(graph, query, shape[0]) for shape in (q, k)]
     if len(q) != len(k) or min(len(q), len(v)) < 3 or heads[0] is None or heads[1] is None:
         return "batch and heads can't be told apart (an example of another batch size may help)"
     sizes, own = (k[-2], v[-1]), _is_own(graph, query, key)
-    return Written(graph, after[-1], query, heads[1], sizes, heads[0], tuple(ways[0]), tuple(after), own)
+    return WrittenAttention(graph, after[-1], query, heads[1], sizes, heads[0], tuple(ways[0]), tuple(after), own)
 
 
 def _ways_to_context(graph: Any, softmax: fx.Node) -> Iterator[list[fx.Node]]:
@@ -165,8 +171,8 @@ def _heads(graph: Any, query: fx.Node, rows: int) -> int | None:
             return None
         before = graph.nodes[operands[0]]["shape"]
         if data["operation"] == "view" and before is not None and len(before) == 4:
-            told = before[0] == batch and before[1] != batch and before[0] * before[1] == rows
-            return before[1] if told else None
+            certain = before[0] == batch and before[1] != batch and before[0] * before[1] == rows
+            return before[1] if certain else None
         if data["operation"] not in (*_ALONG, "mul", "div", "mT", "transpose", "view"):
             return None
         node = operands[0]
@@ -182,7 +188,8 @@ def _is_own(graph: Any, query: fx.Node, key: fx.Node) -> bool:
     ]
     same = graph.graph["same"]
     return any(
-        one in inputs[1] or same.get(one, one) in {same.get(other, other) for other in inputs[1]} for one in inputs[0]
+        name in inputs[1] or same.get(name, name) in {same.get(other, other) for other in inputs[1]}
+        for name in inputs[0]
     )
 
 
@@ -191,11 +198,17 @@ def _same_inputs(site: Site) -> dict[str, str]:
     example = site.example
     if example is None:
         return {}
-    given = inspect.signature(class_of(site.module).forward).bind(site.module, *example[0], **example[1]).arguments
-    held = {name: value for name, value in given.items() if isinstance(value, Tensor) and value.is_floating_point()}
+    arguments = inspect.signature(class_of(site.module).forward).bind(site.module, *example[0], **example[1]).arguments
+    activations = {
+        name: value for name, value in arguments.items() if isinstance(value, Tensor) and value.is_floating_point()
+    }
     return {
-        name: next(other for other in held if held[other].shape == value.shape and torch.equal(held[other], value))
-        for name, value in held.items()
+        name: next(
+            other
+            for other in activations
+            if activations[other].shape == value.shape and torch.equal(activations[other], value)
+        )
+        for name, value in activations.items()
     }
 
 
@@ -208,32 +221,36 @@ def _hidden(graph: Any) -> fx.Node | None:
 # Extending it -------------------------------------------------------------------------------------------------
 
 
-def extend(site: Site, found: Written, key: Tensor, value: Tensor, gate: Tensor | None) -> None:
+def extend(site: Site, attention: WrittenAttention, key: Tensor, value: Tensor, gate: Tensor | None) -> None:
     """Put a prefix into the attention; behind a gate, with a softmax of its own."""
-    if not found.to_scores:
-        at = site.at(found.root)
-        return site.around(extended, key, value, at=at) if gate is None else site.around(apart, key, value, gate, at=at)
-    product, *rest = found.to_scores
+    if not attention.to_scores:
+        at = site.at(attention.root)
+        return (
+            site.around(call_with_prefix, key, value, at=at)
+            if gate is None
+            else site.around(call_with_gated_prefix, key, value, gate, at=at)
+        )
+    product, *rest = attention.to_scores
     alpha = product.kwargs.get("alpha", 1.0)
     alpha = site.at(alpha) if isinstance(alpha, fx.Node) else alpha
-    scores = site.apply(products, site.at(found.query), key, alpha)
-    for before, node in zip(found.to_scores, rest, strict=False):
-        scores = _likewise(site, found.graph, node, before, scores)
-    softmax, *rest = found.to_context
-    taken = site.at(found.to_scores[-1])
+    scores = site.apply(products, site.at(attention.query), key, alpha)
+    for before, node in zip(attention.to_scores, rest, strict=False):
+        scores = _repeat_on_prefix(site, attention.graph, node, before, scores)
+    softmax, *rest = attention.to_context
+    text_scores = site.at(attention.to_scores[-1])
     if gate is None:
-        site.replace(taken, torch.cat([taken, scores], -1), only=[site.at(softmax)])
-        weights = site.apply(columns_after, site.base(site.at(softmax)), taken, scores)
-        site.replace(site.at(softmax), site.apply(columns_before, site.at(softmax), taken))
+        site.replace(text_scores, torch.cat([text_scores, scores], -1), only=[site.at(softmax)])
+        weights = site.apply(columns_after, site.base(site.at(softmax)), text_scores, scores)
+        site.replace(site.at(softmax), site.apply(columns_before, site.at(softmax), text_scores))
     else:
-        weights = site.again(site.at(softmax), {found.to_scores[-1]: scores})
-    for before, node in zip(found.to_context, rest[:-1], strict=False):
-        weights = _likewise(site, found.graph, node, before, weights)
-    context = site.at(found.root)
-    return site.replace(context, context + site.apply(weighted, weights, value, gate))
+        weights = site.again(site.at(softmax), {attention.to_scores[-1]: scores})
+    for before, node in zip(attention.to_context, rest[:-1], strict=False):
+        weights = _repeat_on_prefix(site, attention.graph, node, before, weights)
+    context = site.at(attention.root)
+    return site.replace(context, context + site.apply(add_context, weights, value, gate))
 
 
-def _likewise(site: Site, graph: Any, node: fx.Node, before: fx.Node, scores: Tensor) -> Tensor:
+def _repeat_on_prefix(site: Site, graph: Any, node: fx.Node, before: fx.Node, scores: Tensor) -> Tensor:
     """What was done to the scores on the way, done to the prefix's; masks and biases are for the text."""
     operation = graph.nodes[node]["operation"]
     if operation == "view":
@@ -283,10 +300,10 @@ def products(query: Tensor, key: Tensor, alpha: float) -> Tensor:
     return scores if alpha == 1.0 else scores * alpha
 
 
-def weighted(weights: Tensor, value: Tensor, gate: Tensor | None) -> Tensor:
+def add_context(weights: Tensor, value: Tensor, gate: Tensor | None) -> Tensor:
     """What the prefix adds to the context."""
-    found = weights @ _for_rows(value, weights)
-    return found if gate is None else found * _for_rows(gate.tanh().view(-1, 1, 1), found)
+    context = weights @ _for_rows(value, weights)
+    return context if gate is None else context * _for_rows(gate.tanh().view(-1, 1, 1), context)
 
 
 def _for_rows(tensor: Tensor, like: Tensor) -> Tensor:
@@ -307,7 +324,7 @@ def shaped_like(scores: Tensor, other: Tensor) -> Tensor:
     return scores.reshape(*other.shape[:-1], scores.shape[-1])
 
 
-def extended(key: Tensor, value: Tensor) -> Callable[..., Any]:
+def call_with_prefix(key: Tensor, value: Tensor) -> Callable[..., Any]:
     """scaled_dot_product_attention with a prefix that every query sees."""
 
     def attend(attention: Any, query: Tensor, keys: Tensor, values: Tensor, attn_mask: Any = None,
@@ -316,25 +333,25 @@ def extended(key: Tensor, value: Tensor) -> Callable[..., Any]:
             attn_mask = torch.ones(query.shape[-2], keys.shape[-2], dtype=torch.bool, device=query.device).tril()
         if attn_mask is not None:
             shape = (*attn_mask.shape[:-1], key.shape[-2])
-            seen = attn_mask.new_ones(shape) if attn_mask.dtype == torch.bool else attn_mask.new_zeros(shape)
-            attn_mask = torch.cat([seen, attn_mask], -1)
+            columns = attn_mask.new_ones(shape) if attn_mask.dtype == torch.bool else attn_mask.new_zeros(shape)
+            attn_mask = torch.cat([columns, attn_mask], -1)
         keys, values = (torch.cat([_for_batch(a, b), b], -2) for a, b in ((key, keys), (value, values)))
         return attention(query, keys, values, attn_mask=attn_mask, dropout_p=dropout_p, **kwargs)
 
     return attend
 
 
-def apart(key: Tensor, value: Tensor, gate: Tensor) -> Callable[..., Any]:
+def call_with_gated_prefix(key: Tensor, value: Tensor, gate: Tensor) -> Callable[..., Any]:
     """scaled_dot_product_attention and, behind a gate, a second one to the prefix."""
 
     def attend(attention: Any, query: Tensor, keys: Tensor, values: Tensor, attn_mask: Any = None,
                dropout_p: float = 0.0, is_causal: bool = False, **kwargs: Any) -> Tensor:  # fmt: skip
         output = attention(query, keys, values, attn_mask, dropout_p, is_causal, **kwargs)
         if torch.compiler.is_exporting():
-            beside = written_out(query, key, value, kwargs.get("scale")).transpose(1, 2)
+            branch = attend_alone(query, key, value, kwargs.get("scale")).transpose(1, 2)
         else:
-            beside = attention(query, _for_batch(key, keys), _for_batch(value, values), dropout_p=dropout_p, **kwargs)
-        return output + gate.tanh().to(output.dtype).view(-1, 1, 1) * beside
+            branch = attention(query, _for_batch(key, keys), _for_batch(value, values), dropout_p=dropout_p, **kwargs)
+        return output + gate.tanh().to(output.dtype).view(-1, 1, 1) * branch
 
     return attend
 

@@ -16,7 +16,7 @@ from surgery.rules._linear.layouts import Layout, WeightPart
 NAMES = ("kaiming", "gaussian", "orthogonal", "pissa", "pissa_niter_N", "olora", "random", "mica")
 
 
-def known(name: Any) -> bool:
+def is_known(name: Any) -> bool:
     return isinstance(name, str) and (name in NAMES[:4] or name in NAMES[5:] or _niter(name) is not None)
 
 
@@ -50,7 +50,7 @@ def fill(name: str, which: str, part: WeightPart) -> Callable[[Tensor], Any]:
     return _kaiming
 
 
-def together(name: str) -> bool:
+def needs_weight(name: str) -> bool:
     """Whether A and B need each other or the weight to start."""
     return name in ("orthogonal", "olora", "mica") or name.startswith("pissa")
 
@@ -62,7 +62,7 @@ def trains(name: str, which: str) -> bool:
 
 def fill_jointly(name: str, part: WeightPart, weight: Tensor, A: Tensor, B: Tensor, scale: float) -> bool:
     """Fill A and B where they need each other or the weight; whether scale · B A is to be taken off the weight."""
-    if not together(name):
+    if not needs_weight(name):
         return False
     if name == "orthogonal":
         _orthogonal(A, B)
@@ -114,5 +114,5 @@ def _orthogonal(A: Tensor, B: Tensor) -> None:
 
 
 def _niter(name: str) -> int | None:
-    found = re.fullmatch(r"pissa_niter_(\d{1,3})", name)
-    return int(found[1]) if found else None
+    match = re.fullmatch(r"pissa_niter_(\d{1,3})", name)
+    return int(match[1]) if match else None

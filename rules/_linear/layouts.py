@@ -151,7 +151,7 @@ def layout_of(module: nn.Module, rank: int) -> Layout | str:
     kind = _kind(module)
     weight = module._parameters.get("weight")
     if kind is None:
-        if any(held is not None and held.dim() == 3 for held in module._parameters.values()):
+        if any(parameter is not None and parameter.dim() == 3 for parameter in module._parameters.values()):
             return "LoRA goes on maps of one matrix; for a stack of experts' matrices there is ExpertLoraRule"
         return "LoRA goes on Linear, Embedding, Conv1d/2d/3d, transformers' Conv1D and MultiheadAttention"
     if own_maps.packed(module):
@@ -173,7 +173,7 @@ def layout_of(module: nn.Module, rank: int) -> Layout | str:
     turned = kind != "linear"
     out, inner = (shape[1], shape[0]) if turned else shape
     part = WeightPart("weight", "", shape, (rank, inner), (out, rank), turned, looked_up=kind == "embedding")
-    return _formed(module, Layout(kind, (part,)))
+    return _with_form(module, Layout(kind, (part,)))
 
 
 def _convolution(module: Any, rank: int, shape: tuple[int, ...]) -> Layout:
@@ -184,12 +184,12 @@ def _convolution(module: Any, rank: int, shape: tuple[int, ...]) -> Layout:
     part = WeightPart(
         "weight", "", shape, (rank, *shape[1:]), (shape[0], rank // module.groups, *ones), groups=module.groups
     )
-    return _formed(module, Layout("convolution", (part,)))
+    return _with_form(module, Layout("convolution", (part,)))
 
 
 def _attention(module: Any, rank: int) -> Iterator[WeightPart]:
-    held = {"in_proj_weight": "", "q_proj_weight": "q_", "k_proj_weight": "k_", "v_proj_weight": "v_"}
-    weights = [(name, prefix, module._parameters.get(name)) for name, prefix in held.items()]
+    prefixes = {"in_proj_weight": "", "q_proj_weight": "q_", "k_proj_weight": "k_", "v_proj_weight": "v_"}
+    weights = [(name, prefix, module._parameters.get(name)) for name, prefix in prefixes.items()]
     for name, prefix, weight in [*weights, ("out_proj.weight", "out_", module.out_proj.weight)]:
         if weight is not None:
             out, inner = weight.shape
@@ -210,16 +210,16 @@ def _kind(module: nn.Module) -> str | None:
 OTHERWISE = "its forward is not a plain linear map of its input"
 
 
-def _formed(module: nn.Module, layout: Layout) -> Layout:
+def _with_form(module: nn.Module, layout: Layout) -> Layout:
     """The layout with what the module's own forward makes of the map."""
     if own_maps.torchs_own(module):
         return layout
     if layout.kind == "conv1d":  # its forward runs with a weight of its own sizes alone
         return replace(layout, why=OTHERWISE)
-    part, held = layout.parts[0], module._parameters["weight"]
-    assert held is not None
+    part, weight = layout.parts[0], module._parameters["weight"]
+    assert weight is not None
     shape = (2 * part.groups, *part.A[1:])
-    small = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(held.device, held.dtype)
+    small = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(weight.device, weight.dtype)
     small = small.t() if part.turned else small
     form = own_maps.form_of(module, small, lambda: _samples(module, layout, small))
     return replace(layout, why=OTHERWISE) if form == "other" else replace(layout, scaled=form == "scaled")
@@ -233,5 +233,5 @@ def _samples(module: Any, layout: Layout, like: Tensor) -> list[Tensor]:
     if layout.kind == "linear":
         return [like.new_ones(*before, module.in_features) for before in ((), (2,), (1, 3), (1, 1, 2))]
     sizes = [(size - 1) * step for size, step in zip(module.kernel_size, module.dilation, strict=True)]
-    found = [like.new_ones(module.in_channels, *(size + more for size in sizes)) for more in (4, 5)]
-    return [*found, *(x.unsqueeze(0) for x in found)]
+    inputs = [like.new_ones(module.in_channels, *(size + more for size in sizes)) for more in (4, 5)]
+    return [*inputs, *(x.unsqueeze(0) for x in inputs)]

@@ -19,17 +19,17 @@ NAMES = {"linear": "Linear", "conv1d": "transformers' Conv1D", "convolution": "C
 def linear_map(module: nn.Module, *kinds: str) -> Layout | str:
     """How a module holds a linear map of one of these kinds ("linear", "conv1d", "convolution"), or why it does not."""
     groups = getattr(module, "groups", 1)  # as the rank, so that groups are no reason against a branch
-    found = layout_of(module, groups if type(groups) is int else 1)
-    if isinstance(found, Layout):
-        return found if found.kind in kinds else _only(kinds)
-    return _only(kinds) if found.startswith("LoRA goes") else found
+    layout = layout_of(module, groups if type(groups) is int else 1)
+    if isinstance(layout, Layout):
+        return layout if layout.kind in kinds else _only(kinds)
+    return _only(kinds) if layout.startswith("LoRA goes") else layout
 
 
 def at(site: Site | LiveSite) -> Layout:
     """The map of a site whose module passed `linear_map` in the rule's check."""
-    found = linear_map(site.module, *NAMES)
-    assert isinstance(found, Layout), found
-    return found
+    layout = linear_map(site.module, *NAMES)
+    assert isinstance(layout, Layout), layout
+    return layout
 
 
 def sizes(layout: Layout) -> tuple[int, ...]:
@@ -77,7 +77,7 @@ def why_no_dropout(layout: Layout, dropout: float) -> str | None:
     return f"dropout={dropout} has no input to act on: {layout.why}; give it a rule with dropout=0"
 
 
-def added(site: LiveSite, delta: Tensor) -> dict[str, Any]:
+def add_to_weight(site: LiveSite, delta: Tensor) -> dict[str, Any]:
     """What `add` is to the weight."""
     weight, layout = site.weight, at(site)
     delta = delta.t() if layout.parts[0].turned else delta
@@ -97,7 +97,7 @@ def turn(site: Site, turned: Callable[[Tensor, bool], Tensor], dtype: Any) -> No
         site.replace(weight, from_rows(layout, turned(rows_of(layout, weight).to(dtype), True)).to(weight.dtype))
 
 
-def turned_weight(site: LiveSite, turned: Callable[[Tensor, bool], Tensor], dtype: Any) -> dict[str, Any]:
+def turn_weight(site: LiveSite, turned: Callable[[Tensor, bool], Tensor], dtype: Any) -> dict[str, Any]:
     """What `turn` is to the weight."""
     weight, layout = site.weight, at(site)
     return {"weight": from_rows(layout, turned(rows_of(layout, weight).to(dtype), True)).to(weight.dtype)}
@@ -116,14 +116,14 @@ def by_block(rows: Tensor, blocks: Tensor) -> Tensor:
 def block_of(layout: Layout, block_size: int, blocks: int) -> int | str:
     """The size of the blocks that a map's input is cut into, given it or their number; or why that can't be."""
     width = math.prod(sizes(layout)[1:])
-    given, name = (blocks, "blocks") if blocks else (block_size, "block_size")
-    if width % given == 0:
-        return width // given if blocks else given
-    near = min((divisor for divisor in range(1, width + 1) if width % divisor == 0), key=lambda d: abs(d - given))
-    return f"{name}={given} does not divide the {width} numbers that each output is made of; {near} does"
+    number, name = (blocks, "blocks") if blocks else (block_size, "block_size")
+    if width % number == 0:
+        return width // number if blocks else number
+    near = min((divisor for divisor in range(1, width + 1) if width % divisor == 0), key=lambda d: abs(d - number))
+    return f"{name}={number} does not divide the {width} numbers that each output is made of; {near} does"
 
 
-def kept(site: Site, like: Tensor, chance: float) -> Tensor:
+def keep_mask(site: Site, like: Tensor, chance: float) -> Tensor:
     """Ones in the shape of `like`, each zero with this chance while the module trains: dropout without its scaling."""
     return F.dropout(torch.ones_like(like), chance, site.training).sign()  # type: ignore[arg-type]  # a flag at each call
 

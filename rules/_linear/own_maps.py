@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from torch import Tensor, nn
 
 from surgery.rules._linear.signatures import PLAIN, adds_to_supers, takes_one_input
-from surgery.rules._linear.weight_flow import Form, proven, tensors_of
+from surgery.rules._linear.weight_flow import Form, prove_form, tensors_of
 
 
 def torchs_own(module: nn.Module) -> bool:
@@ -55,17 +55,17 @@ def form_of(module: nn.Module, weight: Tensor, samples: Callable[[], Sequence[Te
     `weight`: a small one to try; `samples`: inputs of all shapes that the module may be called with.
     """
     key = _settings(module)
-    known = _found.setdefault(_base(module), {})
-    if key is None or key not in known:
+    forms = _forms.setdefault(_base(module), {})
+    if key is None or key not in forms:
         alone = not module._modules.keys() - {"adapters"}  # a child may note what it is called with
-        form = proven(module, weight, samples()) if alone and takes_one_input(_base(module)) else "other"
+        form = prove_form(module, weight, samples()) if alone and takes_one_input(_base(module)) else "other"
         if key is None:
             return form
-        known[key] = form
-    return known[key]
+        forms[key] = form
+    return forms[key]
 
 
-_found: weakref.WeakKeyDictionary[type, dict[tuple, Form]] = weakref.WeakKeyDictionary()
+_forms: weakref.WeakKeyDictionary[type, dict[tuple, Form]] = weakref.WeakKeyDictionary()
 
 
 def _base(module: nn.Module) -> type[nn.Module]:
@@ -74,14 +74,14 @@ def _base(module: nn.Module) -> type[nn.Module]:
 
 def _settings(module: nn.Module) -> tuple | None:
     """What the form may depend on, or None where that can't be compared."""
-    apart = {*nn.Module().__dict__, "_surgery"}
-    held = {k: v for k, v in module.__dict__.items() if k not in apart and not k.startswith("_surgery")}
-    if not all(isinstance(value, (int, float, str, bytes, tuple, type(None))) for value in held.values()):
+    excluded = {*nn.Module().__dict__, "_surgery"}
+    attributes = {k: v for k, v in module.__dict__.items() if k not in excluded and not k.startswith("_surgery")}
+    if not all(isinstance(value, (int, float, str, bytes, tuple, type(None))) for value in attributes.values()):
         return None
     tensors = [(name, None if t is None else (t.dtype, t.numel() == 1)) for name, t in tensors_of(module)]
-    found = (*((name, type(value), value) for name, value in held.items()), *tensors)
+    key = (*((name, type(value), value) for name, value in attributes.items()), *tensors)
     try:
-        hash(found)
+        hash(key)
     except TypeError:
         return None
-    return found
+    return key

@@ -27,7 +27,7 @@ def takes_one_input(cls: type[nn.Module]) -> bool:
         named = [p for p in parameters if p.name not in stars]
         if len(named) > 1 or any(p.kind is p.KEYWORD_ONLY for p in named):
             return False
-        handed = _handed_on(vars(base)["forward"], stars) if stars else ""
+        handed = _stars_passed_on(vars(base)["forward"], stars) if stars else ""
         if handed is None or (named and handed and "*" in handed):
             return False
         if not handed:
@@ -35,7 +35,7 @@ def takes_one_input(cls: type[nn.Module]) -> bool:
     return False
 
 
-def _handed_on(forward: Any, stars: set[str]) -> str | None:
+def _stars_passed_on(forward: Any, stars: set[str]) -> str | None:
     """Which of its starred inputs a forward hands on to its base class's: "", "*", "**", "***"; None where it uses
     them in another way than that, or than by taking the first."""
     try:
@@ -43,21 +43,21 @@ def _handed_on(forward: Any, stars: set[str]) -> str | None:
     except (OSError, TypeError, SyntaxError):
         return None
     allowed: set[int] = set()
-    found = ""
+    stars_passed = ""
     for node in ast.walk(tree):
         if isinstance(node, ast.Call) and _is_supers(node.func):
             for argument in node.args:
                 if isinstance(argument, ast.Starred):
                     allowed.add(id(argument.value))
-                    found += "*"
+                    stars_passed += "*"
             for word in node.keywords:
                 if word.arg is None:
                     allowed.add(id(word.value))
-                    found += "**"
+                    stars_passed += "**"
         if isinstance(node, ast.Subscript) and isinstance(node.slice, ast.Constant) and node.slice.value == 0:
             allowed.add(id(node.value))
     used = [node for node in ast.walk(tree) if isinstance(node, ast.Name) and node.id in stars]
-    return found if all(id(node) in allowed for node in used) else None
+    return stars_passed if all(id(node) in allowed for node in used) else None
 
 
 def adds_to_supers(forward: Any) -> bool:
@@ -71,8 +71,11 @@ def adds_to_supers(forward: Any) -> bool:
         return False
     body = getattr(tree.body[0], "body", [])
     last = body[-1] if body else None
-    given = [*calls[0].args, *(word.value for word in calls[0].keywords)]
-    plain = all(isinstance(one.value if isinstance(one, ast.Starred) else one, ast.Name) for one in given)
+    arguments = [*calls[0].args, *(word.value for word in calls[0].keywords)]
+    plain = all(
+        isinstance(argument.value if isinstance(argument, ast.Starred) else argument, ast.Name)
+        for argument in arguments
+    )
     texts = [node for node in body[:-1] if not (isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant))]
     return bool(texts) or not (isinstance(last, ast.Return) and last.value is calls[0] and plain)
 

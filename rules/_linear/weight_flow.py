@@ -25,50 +25,50 @@ def tensors_of(module: nn.Module) -> Iterator[tuple[str, Tensor | None]]:
     yield from module._buffers.items()
 
 
-def proven(module: nn.Module, weight: Tensor, samples: Sequence[Tensor]) -> Form:
+def prove_form(module: nn.Module, weight: Tensor, samples: Sequence[Tensor]) -> Form:
     forms: set[Form] = set()
     for training in (False, True):
         for x in samples:
-            form = _followed(module, weight, x, training)
+            form = _form_for_input(module, weight, x, training)
             if form is not None:
                 forms.add(form)
     return "other" if not forms or "other" in forms else "scaled" if "scaled" in forms else "plain"
 
 
-def _followed(module: nn.Module, weight: Tensor, x: Tensor, training: bool) -> Form | None:
+def _form_for_input(module: nn.Module, weight: Tensor, x: Tensor, training: bool) -> Form | None:
     """The form for one input; None where the module takes no such input at all."""
-    held = {n: t.detach().clone() for n, t in tensors_of(module) if t is not None and n != "weight"}
-    own = dict(held)
-    if held.get("bias") is not None and not isinstance(module, nn.Embedding):
-        held["bias"] = held["bias"].new_zeros(len(weight))
+    tensors = {n: t.detach().clone() for n, t in tensors_of(module) if t is not None and n != "weight"}
+    own = dict(tensors)
+    if tensors.get("bias") is not None and not isinstance(module, nn.Embedding):
+        tensors["bias"] = tensors["bias"].new_zeros(len(weight))
     stand_in = object.__new__(type(module))
     mutable = {k: copy.copy(v) for k, v in module.__dict__.items() if isinstance(v, (list, set, dict)) and k[:1] != "_"}
     stand_in.__dict__.update(module.__dict__, training=training, **mutable)
-    flow = _Flow(weight, held.get("bias"), x)
-    versions = {name: tensor._version for name, tensor in held.items()}
+    flow = _Flow(weight, tensors.get("bias"), x)
+    versions = {name: tensor._version for name, tensor in tensors.items()}
     state = torch.get_rng_state()
     try:
         with torch.random.fork_rng(devices=[]), torch.set_grad_enabled(training):
             with flow:
-                output = call_own(stand_in, x, weight=weight, **held)
+                output = call_own(stand_in, x, weight=weight, **tensors)
             drawn = not torch.equal(state, torch.get_rng_state())
     except Exception:
         return "other" if flow.lost or _runs(stand_in, x, own) else None
-    written = any(tensor._version != versions[name] for name, tensor in held.items())
-    return "other" if drawn or written else flow.form(output)
+    modified = any(tensor._version != versions[name] for name, tensor in tensors.items())
+    return "other" if drawn or modified else flow.form(output)
 
 
-def _runs(module: nn.Module, x: Tensor, held: dict[str, Tensor]) -> bool:
+def _runs(module: nn.Module, x: Tensor, tensors: dict[str, Tensor]) -> bool:
     """Whether the module takes such an input with the weight that it has."""
     try:
         with torch.random.fork_rng(devices=[]), torch.no_grad():
-            call_own(module, x, **{name: tensor.clone() for name, tensor in held.items()})
+            call_own(module, x, **{name: tensor.clone() for name, tensor in tensors.items()})
     except Exception:
         return False
     return True
 
 
-class _Lost(Exception):
+class _UnknownForm(Exception):
     """The form is not one that is known."""
 
 
@@ -99,22 +99,22 @@ class _Flow(TorchFunctionMode):
         if not any(marks):
             return function(*args, **kwargs)
         mark = self._after(function, name, args, kwargs)
-        made = function(*args, **kwargs)
-        if not isinstance(made, Tensor) or (mark == "y" and name in _TIMES and made.shape != self._y(args).shape):
+        result = function(*args, **kwargs)
+        if not isinstance(result, Tensor) or (mark == "y" and name in _TIMES and result.shape != self._y(args).shape):
             self._lose()
-        if not (made.is_floating_point() or made.is_complex()) or made.element_size() < 2:
+        if not (result.is_floating_point() or result.is_complex()) or result.element_size() < 2:
             self._lose()
-        self.marks[id(made)] = (made, mark)
-        return made
+        self.marks[id(result)] = (result, mark)
+        return result
 
     def _after(self, function: Any, name: str, args: Any, kwargs: Any) -> str:
         if function in _MAPS:
-            given = _given_to(function, args, kwargs)
-            if self._mark(given[0]) or self._mark(given[1]) != "W" or self._mark(given[2]) not in ("b", ""):
+            operands = _operands_of(function, args, kwargs)
+            if self._mark(operands[0]) or self._mark(operands[1]) != "W" or self._mark(operands[2]) not in ("b", ""):
                 self._lose()
-            if given[2] is not None and self._mark(given[2]) != "b":
+            if operands[2] is not None and self._mark(operands[2]) != "b":
                 self._lose()
-            self.plain = self.plain and given[0] is self.x
+            self.plain = self.plain and operands[0] is self.x
             return "y"
         if name in ("to", "type_as") and not self._mark(args[0]) and isinstance(args[0], Tensor):
             return ""  # another value, in the dtype of the weight
@@ -137,10 +137,10 @@ class _Flow(TorchFunctionMode):
 
     def _lose(self) -> Any:
         self.lost = True
-        raise _Lost
+        raise _UnknownForm
 
 
-def _given_to(function: Any, args: Any, kwargs: Any) -> list[Any]:
+def _operands_of(function: Any, args: Any, kwargs: Any) -> list[Any]:
     """Input, weight and bias of a call of one of `_MAPS`."""
     names = ("input", "weight", None) if function is F.embedding else ("input", "weight", "bias")
     return [None if name is None else args[i] if i < len(args) else kwargs.get(name) for i, name in enumerate(names)]

@@ -19,7 +19,7 @@ from surgery.rules._shared import combining
 _FREE = ("rank", "alpha", "rank_pattern", "alpha_pattern", "max_rank", "rslora", "dora", "lora_bias", "bias", "dtype")
 
 
-def combined(shares: Sequence[Share], how: Combination) -> tuple[Rule, combining.Tensors]:
+def combine(shares: Sequence[Share], how: Combination) -> tuple[Rule, combining.Tensors]:
     rules = [cast(LowRankRule, share.rule) for share in shares]
     dora = next((share for share, rule in zip(shares, rules, strict=True) if rule.dora), None)
     if dora is not None and how.untouched(shares):
@@ -42,19 +42,19 @@ def combined(shares: Sequence[Share], how: Combination) -> tuple[Rule, combining
     rule = _rule(rules, how, rank, layout)
     if isinstance(layout, str) or (why := rule.check(module, path)):
         raise how.refusal(shares, layout if isinstance(layout, str) else str(why))
-    found: dict[str, Tensor] = {}
+    results: dict[str, Tensor] = {}
     for index, part in enumerate(layout.parts):
         parts = [layout.parts[index] for layout in layouts]
         up, down = _factors(how, shares, rules, parts, part, rank)
         own = rule.scale_at(path)
         up = up if own == 1 else up / own
         tensors = rule.tensors_for(part, down.reshape(part.A), up.reshape(part.B))
-        found |= {part.prefix + name: tensor for name, tensor in tensors.items()}
+        results |= {part.prefix + name: tensor for name, tensor in tensors.items()}
     biased = [(share, rule) for share, rule in zip(shares, rules, strict=True) if rule.lora_bias]
     if biased:
         added = [share.params["B_bias"] * rule.scale_at(path) for share, rule in biased]
-        found["B_bias"] = how.sum(added, [share.weight for share, _ in biased])
-    return rule, found
+        results["B_bias"] = how.sum(added, [share.weight for share, _ in biased])
+    return rule, results
 
 
 def _rank(how: Combination, shares: Sequence[Share], rules: Sequence[LowRankRule], layouts: Sequence[Layout]) -> int:
@@ -92,16 +92,19 @@ def _factors(
 ) -> tuple[Tensor, Tensor]:
     path = shares[0].site.path
     scales = [rule.scale_at(path) for rule in rules]
-    tensors = [rule.factors_of(share.params, one) for rule, share, one in zip(rules, shares, parts, strict=True)]
+    tensors = [
+        rule.factors_of(share.params, part_of_share)
+        for rule, share, part_of_share in zip(rules, shares, parts, strict=True)
+    ]
 
     # Where factors are common to all groups of a convolution, and the result has each group's own, ΔW is made.
-    whole = any(rule.dora for rule in rules) or any(one.groups < part.groups for one in parts)
+    whole = any(rule.dora for rule in rules) or any(share_part.groups < part.groups for share_part in parts)
     if whole or (how.by_matrix and how.method != "svd"):
-        given = zip(shares, rules, parts, tensors, scales, strict=True)
-        deltas = [_delta(*one, part.groups) for one in given]
+        arguments = zip(shares, rules, parts, tensors, scales, strict=True)
+        deltas = [_delta(*share_arguments, part.groups) for share_arguments in arguments]
         return combining.factors(how, shares, scales, [], [], rank // part.groups, deltas)
-    made = [_matrices(one, A, B, part.groups) for one, (A, B) in zip(parts, tensors, strict=True)]
-    ups, downs = [up for up, _ in made], [down for _, down in made]
+    pairs = [_matrices(share_part, A, B, part.groups) for share_part, (A, B) in zip(parts, tensors, strict=True)]
+    ups, downs = [up for up, _ in pairs], [down for _, down in pairs]
     return combining.factors(how, shares, scales, ups, downs, rank // part.groups)
 
 
@@ -127,28 +130,28 @@ def _delta(
     return rows.unflatten(0, (groups, -1))
 
 
-def united(rules: Mapping[str, LowRankRule]) -> Mapping[str, Rule]:
+def unite(rules: Mapping[str, LowRankRule]) -> Mapping[str, Rule]:
     """Rules that differ in ranks and alphas alone as one with patterns of whole paths."""
     plain = {"rank": 1, "alpha": 1, "rank_pattern": None, "alpha_pattern": None, "targets": ()}
     plain |= {"exclude": (), "layers": None, "expect": None}
     groups: list[tuple[LowRankRule, list[str]]] = []
-    known: dict[int, list[tuple[LowRankRule, list[str]]]] = {}  # by hash
+    by_hash: dict[int, list[tuple[LowRankRule, list[str]]]] = {}  # by hash
     for path, rule in rules.items():
         bare = rule.replace(**plain)
-        same = known.setdefault(_hash(bare), [])
+        same = by_hash.setdefault(_hash(bare), [])
         paths = next((paths for other, paths in same if other == bare), None)
         if paths is None:
             same.append((bare, paths := []))
             groups.append(same[-1])
         paths.append(path)
-    found: dict[str, Rule] = {}
+    merged: dict[str, Rule] = {}
     for bare, paths in groups:
         ranks = {path: rules[path].rank_at(path) for path in paths}
         alphas = {path: rules[path].alpha_at(path) for path in paths}
         (rank, rank_pattern), (alpha, alpha_pattern) = _patterns(ranks), _patterns(alphas)
-        one = bare.replace(rank=rank, alpha=alpha, rank_pattern=rank_pattern, alpha_pattern=alpha_pattern)
-        found |= dict.fromkeys(paths, one if len(groups) == 1 else one.alone())
-    return {path: found[path] for path in rules}
+        common = bare.replace(rank=rank, alpha=alpha, rank_pattern=rank_pattern, alpha_pattern=alpha_pattern)
+        merged |= dict.fromkeys(paths, common if len(groups) == 1 else common.alone())
+    return {path: merged[path] for path in rules}
 
 
 def _hash(rule: Rule) -> int:

@@ -40,11 +40,11 @@ class DeltaRule(LowRankSlottable):
         """The tensors that start at zero; the others are Kaiming-uniform."""
         raise NotImplementedError
 
-    def delta(self, held: Mapping[str, Tensor]) -> Tensor:
+    def delta(self, tensors: Mapping[str, Tensor]) -> Tensor:
         """Δ, linear in each tensor, of as many entries as the weight in the order of its (out, in, *kernel)."""
         raise NotImplementedError
 
-    def halves(self, held: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+    def halves(self, tensors: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
         """Δ in two factors, (out, r) and (r, in/groups · kernel), of whatever rank."""
         raise NotImplementedError
 
@@ -76,45 +76,47 @@ class DeltaRule(LowRankSlottable):
         return path_patterns.first(self.rank_pattern, path, self.rank)
 
     def review(self, paths: Sequence[str]) -> Iterable[str]:
-        return fields.idle(self, paths, "rank_pattern", "alpha_pattern")
+        return fields.unused_patterns(self, paths, "rank_pattern", "alpha_pattern")
 
     def check(self, module: nn.Module, path: str) -> str | None:
         if why := complex_weights.why_not(self, module):
             return why
-        found = maps.linear_map(module, "linear", "conv1d", "convolution")
-        return found if isinstance(found, str) else None
+        layout = maps.linear_map(module, "linear", "conv1d", "convolution")
+        return layout if isinstance(layout, str) else None
 
     def rewrite(self, site: Site) -> Tensor | None:
         size = maps.sizes(maps.at(site))
         shapes = self.shapes(size, self.rank_at(site.path))
         zeros = () if self.init == "random" else self.zeros(shapes)
-        held = {
+        tensors = {
             name: site.param(
                 name, shape, 0.0 if name in zeros else lambda t: nn.init.kaiming_uniform_(t, a=math.sqrt(5))
             )
             for name, shape in shapes.items()
         }
-        delta = self._scaled(site, held)
+        delta = self._scaled(site, tensors)
         if self.rank_dropout:
-            keep = maps.kept(site, delta.flatten(1)[:, :1], self.rank_dropout).view(-1, *(1,) * (len(size) - 1))
+            keep = maps.keep_mask(site, delta.flatten(1)[:, :1], self.rank_dropout).view(-1, *(1,) * (len(size) - 1))
             delta = delta * (keep / keep.mean().clamp(min=1e-6) if self.rank_dropout_scale else keep)
         if self.module_dropout:
-            delta = delta * maps.kept(site, delta.flatten()[0], self.module_dropout)
+            delta = delta * maps.keep_mask(site, delta.flatten()[0], self.module_dropout)
         return maps.add(site, delta)
 
     def merged(self, site: LiveSite) -> dict[str, Any]:
-        return maps.added(site, self._scaled(site, {name: tensor.detach() for name, tensor in site.params.items()}))
+        return maps.add_to_weight(
+            site, self._scaled(site, {name: tensor.detach() for name, tensor in site.params.items()})
+        )
 
     def room_at(self, path: str) -> int:
         return 1  # no rank belongs to one of a convolution's groups
 
     def changes(self, site: LiveSite) -> dict[str, LowRank]:
-        held = {name: tensor.detach() for name, tensor in site.params.items()}
-        part, (left, right) = maps.at(site).parts[0], self.halves(held)
+        tensors = {name: tensor.detach() for name, tensor in site.params.items()}
+        part, (left, right) = maps.at(site).parts[0], self.halves(tensors)
         most = min(len(left), right.shape[1])
         if left.shape[1] > most:
-            delta, one = left @ right, torch.eye(most, dtype=left.dtype, device=left.device)
-            left, right = (delta, one) if most == right.shape[1] else (one, delta)
+            delta, eye = left @ right, torch.eye(most, dtype=left.dtype, device=left.device)
+            left, right = (delta, eye) if most == right.shape[1] else (eye, delta)
         scale = self.scale_at(site.path)
         return {part.weight: LowRank(right.t(), left.t(), scale) if part.turned else LowRank(left, right, scale)}
 
@@ -122,15 +124,15 @@ class DeltaRule(LowRankSlottable):
         assert isinstance(live, DeltaRule)
         swapping.check(self, live, "rank", "alpha", "rank_pattern", "alpha_pattern", "rank_dropout", "module_dropout")
         first, ratio = next(iter(site.params)), self.scale_at(site.path) / live.scale_at(site.path)
-        return {**site.params, first: swapping.scaled(site.params[first], ratio, site)}
+        return {**site.params, first: swapping.scale(site.params[first], ratio, site)}
 
-    def _scaled(self, site: Site | LiveSite, held: Mapping[str, Tensor]) -> Tensor:
-        first = next(iter(held))  # Δ is linear in each of its tensors, and a small one is scaled faster
-        scaled = {**held, first: held[first] * self.scale_at(site.path)}
+    def _scaled(self, site: Site | LiveSite, tensors: Mapping[str, Tensor]) -> Tensor:
+        first = next(iter(tensors))  # Δ is linear in each of its tensors, and a small one is scaled faster
+        scaled = {**tensors, first: tensors[first] * self.scale_at(site.path)}
         return self.delta(scaled).reshape(maps.sizes(maps.at(site)))
 
 
-def through(core: Tensor, a: Tensor, b: Tensor) -> Tensor:
+def expand_core(core: Tensor, a: Tensor, b: Tensor) -> Tensor:
     """A small kernel (r, r, *kernel) with a (r, out) and b (r, in) on its sides: (out, in, *kernel)."""
     return torch.einsum("ij...,ip,jq->pq...", core, a, b)
 

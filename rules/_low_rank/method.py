@@ -66,7 +66,7 @@ class LowRankMethod(LowRankSlottable, LowRankRule):
         return None
 
     def review(self, paths: Sequence[str]) -> Iterable[str]:
-        return fields.idle(self, paths, "rank_pattern", "alpha_pattern")
+        return fields.unused_patterns(self, paths, "rank_pattern", "alpha_pattern")
 
     # Live -----------------------------------------------------------------------------------------------------
 
@@ -95,7 +95,7 @@ class LowRankMethod(LowRankSlottable, LowRankRule):
         shapes = None if part == used else self.shapes(used)
 
         def make(name: str, shape: Sequence[int], fill: float | Fill = 0.0, *, trainable: bool = True) -> Tensor:
-            started = fill if shapes is None else swapping.filled(fill, shapes[name], used)
+            started = fill if shapes is None else swapping.fill_room(fill, shapes[name], used)
             return site.param(part.prefix + name, shape, started, dtype=self.dtype, trainable=trainable)
 
         return make
@@ -137,9 +137,9 @@ class LowRankMethod(LowRankSlottable, LowRankRule):
         return site.params if self.identity else {name: tensor.zero_() for name, tensor in site.params.items()}
 
     def combined(self, shares: Sequence[Share], how: Combination) -> tuple[Rule, Mapping[str, Tensor]]:
-        return combining.combined(shares, how)
+        return combining.combine(shares, how)
 
     def united(self, rules: Mapping[str, Rule]) -> Mapping[str, Rule]:
         if not all(self.has_field(name) for name in ("alpha", "rank_pattern", "alpha_pattern")):
             return rules
-        return combining.united(cast("Mapping[str, LowRankRule]", rules))
+        return combining.unite(cast("Mapping[str, LowRankRule]", rules))

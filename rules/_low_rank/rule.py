@@ -85,14 +85,14 @@ class LowRankRule(Rule):
 
     def shapes(self, part: WeightPart) -> dict[str, tuple[int, ...]]:
         """The tensors of a part by name, without its prefix."""
-        found: dict[str, tuple[int, ...]] = {}
+        shapes: dict[str, tuple[int, ...]] = {}
 
-        def note(name: str, shape: Sequence[int], fill: float | Fill = 0.0, *, trainable: bool = True) -> Tensor:
-            found[name] = tuple(shape)
-            return torch.empty(found[name], device="meta")
+        def record(name: str, shape: Sequence[int], fill: float | Fill = 0.0, *, trainable: bool = True) -> Tensor:
+            shapes[name] = tuple(shape)
+            return torch.empty(shapes[name], device="meta")
 
-        self.factors(part, note)
-        return found
+        self.factors(part, record)
+        return shapes
 
     def resized(self, rank: int, **changes: Any) -> LowRankRule:
         """The same rule with another rank, and with those changes that are fields of it."""

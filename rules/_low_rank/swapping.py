@@ -18,44 +18,44 @@ from surgery.rules._linear.layouts import WeightPart, column_norm
 from surgery.rules._low_rank.rule import LowRankRule
 
 # What LoRA's tensors can make up for, or what only matters in training.
-HELD = ("rank", "alpha", "rslora", "rank_pattern", "alpha_pattern", "max_rank", "dropout", "bias", "dtype")
+ADJUSTABLE = ("rank", "alpha", "rslora", "rank_pattern", "alpha_pattern", "max_rank", "dropout", "bias", "dtype")
 
 
 def tensors(rule: LowRankRule, live: LowRankRule, site: LiveSite) -> dict[str, Tensor]:
     """A rule's tensors as the code of another of its class wants them to compute the same."""
     more = [name for name in ("lora_bias", "dora") if not getattr(rule, name)]  # in code that has them: as if not
-    check(rule, live, *HELD, *more)
+    check(rule, live, *ADJUSTABLE, *more)
     if rule.dropout != live.dropout:
         site.notes.append(f"dropout={rule.dropout} is not taken over: it stays {live.dropout}")
-    made, ratio = dict[str, Tensor](), rule.scale_at(site.path) / live.scale_at(site.path)
+    results, ratio = dict[str, Tensor](), rule.scale_at(site.path) / live.scale_at(site.path)
     for part, room in zip(rule.layout(site).parts, live.layout(site).parts, strict=True):
-        found = fitted(rule, site.params, part, room, site.path)
+        part_tensors = fit(rule, site.params, part, room, site.path)
         if ratio != 1:
             if not rule.invertible:
                 why = f"it is {rule.scale_at(site.path):g} here, {live.scale_at(site.path):g} there"
                 raise RuleError(f"the tensors of {rule.label} can't be had for another scale", why=why)
-            A, B = rule.factors_of(found, room)
-            scaled_tensors = rule.tensors_for(room, A, scaled(B, ratio, site))
-            found = {part.prefix + name: tensor for name, tensor in scaled_tensors.items()}
-        made.update(found)
+            A, B = rule.factors_of(part_tensors, room)
+            scaled_tensors = rule.tensors_for(room, A, scale(B, ratio, site))
+            part_tensors = {part.prefix + name: tensor for name, tensor in scaled_tensors.items()}
+        results.update(part_tensors)
         if rule.dora:
-            made[part.prefix + "magnitude"] = site.params[part.prefix + "magnitude"]
+            results[part.prefix + "magnitude"] = site.params[part.prefix + "magnitude"]
     if rule.lora_bias:
-        made["B_bias"] = scaled(site.params["B_bias"], ratio, site)
-    return completed(live, site, made)
+        results["B_bias"] = scale(site.params["B_bias"], ratio, site)
+    return complete(live, site, results)
 
 
-def completed(rule: LowRankRule, site: LiveSite, made: dict[str, Tensor]) -> dict[str, Tensor]:
+def complete(rule: LowRankRule, site: LiveSite, results: dict[str, Tensor]) -> dict[str, Tensor]:
     """With what a rule has beside A and B, where that is not given: such that it changes nothing."""
     parts = rule.layout(site).parts
     for part in parts if rule.dora else ():
         A, B, magnitude = (part.prefix + name for name in ("A", "B", "magnitude"))
-        if magnitude not in made:
-            delta = part.delta(made[A], made[B]) * rule.scale_at(site.path)
-            made[magnitude] = column_norm(part, site.tensor(part.weight).to(delta.dtype) + delta)
-    if rule.lora_bias and "B_bias" not in made:
-        made["B_bias"] = made["B"].new_zeros(parts[0].out)
-    return made
+        if magnitude not in results:
+            delta = part.delta(results[A], results[B]) * rule.scale_at(site.path)
+            results[magnitude] = column_norm(part, site.tensor(part.weight).to(delta.dtype) + delta)
+    if rule.lora_bias and "B_bias" not in results:
+        results["B_bias"] = results["B"].new_zeros(parts[0].out)
+    return results
 
 
 def used(tensor: Tensor, shape: Sequence[int], part: WeightPart) -> Tensor:
@@ -74,28 +74,28 @@ def used(tensor: Tensor, shape: Sequence[int], part: WeightPart) -> Tensor:
     return view
 
 
-def filled(fill: float | Callable[[Tensor], Any], shape: Sequence[int], part: WeightPart) -> Callable[[Tensor], Any]:
+def fill_room(fill: float | Callable[[Tensor], Any], shape: Sequence[int], part: Part) -> Callable[[Tensor], Any]:
     """`fill` for as much of a tensor as its rank takes up, with the numbers that it would draw without more room."""
 
     def start(tensor: Tensor) -> None:
-        made = tensor.new_empty(shape)
+        result = tensor.new_empty(shape)
         if callable(fill):
-            fill(made)
+            fill(result)
         else:
-            made.fill_(fill)
-        put(tensor, made, part)
+            result.fill_(fill)
+        copy_into(tensor, result, part)
 
     return start
 
 
-def put(room: Tensor, tensor: Tensor, part: WeightPart) -> Tensor:
+def copy_into(room: Tensor, tensor: Tensor, part: Part) -> Tensor:
     """Put a tensor of a part into one that has room for it and more."""
     view = used(room.zero_(), tensor.shape, part)
     view.copy_(tensor.reshape(view.shape))
     return room
 
 
-def fitted(
+def fit(
     rule: LowRankRule, params: Mapping[str, Tensor], part: WeightPart, room: WeightPart, path: str
 ) -> dict[str, Tensor]:
     """A rule's tensors of one part in the shapes of another; `RuleError` where there is no room for their rank."""
@@ -105,7 +105,7 @@ def fitted(
     if part.groups != room.groups:
         raise RuleError(f"ranks {part.A[0]} and {room.A[0]} lie otherwise in a convolution with groups", where=path)
     if part.A[0] <= room.A[0]:
-        return {name: put(params[name].new_empty(shape), params[name], part) for name, shape in shapes.items()}
+        return {name: copy_into(params[name].new_empty(shape), params[name], part) for name, shape in shapes.items()}
     A, B = rule.factors_of(params, part)
     if _beyond(A, room.A, room) and _beyond(B, room.B, room):
         rank, why = part.A[0], f"the tensors in the model hold rank {room.A[0]}"
@@ -122,7 +122,7 @@ def _beyond(tensor: Tensor, shape: Sequence[int], part: WeightPart) -> bool:
     return bool(rest.any())
 
 
-def scaled(tensor: Tensor, ratio: float, site: LiveSite) -> Tensor:
+def scale(tensor: Tensor, ratio: float, site: LiveSite) -> Tensor:
     """The tensor times what one scale is of another: rounded once where that is no power of two, which is noted."""
     if ratio == 1:
         return tensor
@@ -134,10 +134,10 @@ def scaled(tensor: Tensor, ratio: float, site: LiveSite) -> Tensor:
     return (tensor.to(wide) * ratio).to(tensor.dtype)
 
 
-def check(rule: Rule, live: Rule, *held: str) -> None:
+def check(rule: Rule, live: Rule, *adjustable: str) -> None:
     """`RuleError` where two rules of a kind differ in more than the fields `held`."""
-    told = [name for name in rule.differing_fields(live) if name not in held]
-    if told:
-        why = ", ".join(f"{name}={getattr(live, name)!r} there, {getattr(rule, name)!r} here" for name in told)
+    differing = [name for name in rule.differing_fields(live) if name not in adjustable]
+    if differing:
+        why = ", ".join(f"{name}={getattr(live, name)!r} there, {getattr(rule, name)!r} here" for name in differing)
         fix = "load it as an adapter of its own: load_adapter"
         raise RuleError(f"a {rule.label} can't take the place of one with other code", why=why, fix=fix)

@@ -29,14 +29,14 @@ class Arguments(NamedTuple):
     exact: bool
 
 
-def arguments_for(site: Site, kind: type[nn.Module], said: Mapping[str, str | None] | None, label: str) -> Arguments:
+def arguments_for(site: Site, kind: type[nn.Module], inputs: Mapping[str, str | None] | None, label: str) -> Arguments:
     """The arguments of a site for another class's forward. `said`: its parameter → the site's argument, or None."""
     ours, theirs = _parameters(site.base_class), _parameters(kind)
     values = site.inputs
     if not any(p.kind not in _STARRED for p in ours.values()):  # a wrapper: what comes is handed on
-        star, stars = (next((n for n, p in ours.items() if p.kind is one), None) for one in _STARRED)
+        star, stars = (next((n for n, p in ours.items() if p.kind is kind_of_star), None) for kind_of_star in _STARRED)
         return Arguments((), {}, values[star] if star else (), (values[stars],) if stars else (), False)
-    mapped = _mapped(site, kind, ours, theirs, dict(said or {}), label)
+    mapped = _mapped(site, kind, ours, theirs, dict(inputs or {}), label)
     positional, named, gap = list[Any](), dict[str, Any](), False
     for name, parameter in theirs.items():
         if parameter.kind in _STARRED:
@@ -49,7 +49,7 @@ def arguments_for(site: Site, kind: type[nn.Module], said: Mapping[str, str | No
             named[name] = values[mapped[name]]
     kinds = {parameter.kind for parameter in theirs.values()}
     free = [name for name, p in ours.items() if p.kind not in _STARRED and name not in mapped.values()]
-    star, stars = (next((n for n, p in ours.items() if p.kind is one), None) for one in _STARRED)
+    star, stars = (next((n for n, p in ours.items() if p.kind is kind_of_star), None) for kind_of_star in _STARRED)
     more: Any = values[star] if star is not None and inspect.Parameter.VAR_POSITIONAL in kinds else ()
     rest = {name: values[name] for name in free} if inspect.Parameter.VAR_KEYWORD in kinds else {}
     extra = (*([rest] if rest else []), *([values[stars]] if stars is not None else []))
@@ -67,14 +67,14 @@ def _mapped(
     kind: type[nn.Module],
     ours: Mapping[str, inspect.Parameter],
     theirs: Mapping[str, inspect.Parameter],
-    said: dict[str, str | None],
+    inputs: dict[str, str | None],
     label: str,
 ) -> dict[str, str]:
     """The other forward's parameter → the site's argument."""
     plain = [name for name, parameter in theirs.items() if parameter.kind not in _STARRED]
     names = [name for name, parameter in ours.items() if parameter.kind not in _STARRED]
     forward, own = f"{kind.__name__}.forward", f"{site.base_class.__name__}.forward"
-    for name, source in said.items():
+    for name, source in inputs.items():
         if name not in plain or (source is not None and source not in names):
             raise SiteError(
                 f"{label} says inputs={{{name!r}: {source!r}}}",
@@ -82,21 +82,21 @@ def _mapped(
                 why=f"{forward} takes {', '.join(plain) or 'nothing'}; {own} takes {', '.join(names)}",
                 fix="name a parameter of the one, and of the other",
             )
-    found = {name: source for name, source in said.items() if source is not None}
-    found |= {name: name for name in plain if name in names and name not in said}
+    mapping = {name: source for name, source in inputs.items() if source is not None}
+    mapping |= {name: name for name in plain if name in names and name not in inputs}
 
     def free(of: list[str], taken: Any, parameters: Mapping[str, inspect.Parameter], needed: bool) -> list[str]:
         left = [name for name in of if name not in taken]
         return [n for n in left if not needed or parameters[n].default is inspect.Parameter.empty]
 
     def pair(targets: list[str], sources: list[str]) -> None:
-        found.update(zip(targets, sources, strict=False))
+        mapping.update(zip(targets, sources, strict=False))
 
-    taken = lambda: {*found, *said}  # noqa: E731
-    if plain and plain[0] not in taken() and names[0] not in found.values():
-        found[plain[0]] = names[0]
-    pair(free(plain, taken(), theirs, False), free(names, found.values(), ours, True))
-    pair(free(plain, taken(), theirs, True), free(names, found.values(), ours, False))
+    taken = lambda: {*mapping, *inputs}  # noqa: E731
+    if plain and plain[0] not in taken() and names[0] not in mapping.values():
+        mapping[plain[0]] = names[0]
+    pair(free(plain, taken(), theirs, False), free(names, mapping.values(), ours, True))
+    pair(free(plain, taken(), theirs, True), free(names, mapping.values(), ours, False))
     if lacking := free(plain, taken(), theirs, True):
         raise SiteError(
             f"{forward} needs {', '.join(lacking)}",
@@ -105,19 +105,19 @@ def _mapped(
             fix="give them a default, or say which arguments they are: inputs={…}",
         )
     unsure = free(plain, taken(), theirs, False)
-    if unsure and not said and (left := free(names, found.values(), ours, False)):
+    if unsure and not inputs and (left := free(names, mapping.values(), ours, False)):
         raise SiteError(
             f"{label} can't tell whether {forward} is to get {left[0]!r} of {own} as its {unsure[0]!r}",
             where=site.path,
             why="both are optional, and have other names",
             fix=f"inputs={{{unsure[0]!r}: {left[0]!r}}}, or inputs={{{unsure[0]!r}: None}} for its default",
         )
-    return found
+    return mapping
 
 
 def _parameters(kind: type[nn.Module]) -> dict[str, inspect.Parameter]:
     try:
-        found = list(inspect.signature(kind.forward).parameters.items())[1:]
+        parameters = list(inspect.signature(kind.forward).parameters.items())[1:]
     except (TypeError, ValueError):  # written in C
-        found = list(inspect.signature(lambda self, *args, **kwargs: None).parameters.items())[1:]
-    return dict(found)
+        parameters = list(inspect.signature(lambda self, *args, **kwargs: None).parameters.items())[1:]
+    return dict(parameters)

@@ -72,18 +72,18 @@ def factors(
     return how.largest(how.sum(deltas, [share.weight for share in shares]), rank)
 
 
-def rank_of(how: Combination, shares: Sequence[Share], here: Sequence[int], most: int) -> int:
+def rank_of(how: Combination, shares: Sequence[Share], ranks_here: Sequence[int], most: int) -> int:
     """The result's rank at a site: of adapters with these ranks there, `most` being the largest anywhere."""
     if how.whole:
-        return sum(here)
+        return sum(ranks_here)
     if how.by_matrix:
         return how.rank or most
-    if len(set(here)) > 1:
-        told = ", ".join(f"{rank} in {share.adapter!r}" for rank, share in zip(here, shares, strict=True))
+    if len(set(ranks_here)) > 1:
+        ranks = ", ".join(f"{rank} in {share.adapter!r}" for rank, share in zip(ranks_here, shares, strict=True))
         raise how.refusal(
-            shares, f"it needs equal ranks, and they are {told}", "method='cat', or 'svd', takes any ranks"
+            shares, f"it needs equal ranks, and they are {ranks}", "method='cat', or 'svd', takes any ranks"
         )
-    return here[0]
+    return ranks_here[0]
 
 
 # Tensors ------------------------------------------------------------------------------------------------------
@@ -95,19 +95,19 @@ def linear_in_tensors(rule: R, shares: Sequence[Share], how: Combination, *free:
     `free`: fields that say how the tensors start, and no more.
     """
     how.agree(shares, *free)
-    found: dict[str, Tensor] = {}
+    results: dict[str, Tensor] = {}
     for name, first in shares[0].params.items():
-        held = [share.params[name] for share in shares]
+        tensors = [share.params[name] for share in shares]
         if not isinstance(first, torch.nn.Parameter):
-            if not all(torch.equal(first, other.to(first.device)) for other in held):
+            if not all(torch.equal(first, other.to(first.device)) for other in tensors):
                 raise how.refusal(shares, f"their {name} differs, by which the numbers have their places")
-            found[name] = first
+            results[name] = first
         else:
-            found[name] = how.sum(held, [share.weight for share in shares])
-    return rule, found
+            results[name] = how.sum(tensors, [share.weight for share in shares])
+    return rule, results
 
 
-def averaged(rule: R, shares: Sequence[Share], how: Combination, *free: str) -> tuple[R, Tensors]:
+def average(rule: R, shares: Sequence[Share], how: Combination, *free: str) -> tuple[R, Tensors]:
     """For rules without a ΔW, whose tensors may be averaged all the same: by "linear", and by the default."""
     if how.untouched(shares):
         return rule, shares[0].params
@@ -122,30 +122,30 @@ def averaged(rule: R, shares: Sequence[Share], how: Combination, *free: str) -> 
     return rule, {name: how.sum([s.params[name] for s in shares], weights) for name in shares[0].params}
 
 
-def moved(base: Mapping[str, Tensor], rule: R, shares: Sequence[Share], how: Combination) -> tuple[R, Tensors]:
+def combine_copies(base: Mapping[str, Tensor], rule: R, shares: Sequence[Share], how: Combination) -> tuple[R, Tensors]:
     """For copies of the base's tensors: W + Σ w (T − W). `base`: W under the names of the copies.
 
     Statistics, which are buffers, become a mean by the weights' sizes: a variance must stay one.
     """
     if how.untouched(shares):
         return rule, shares[0].params
-    found: dict[str, Tensor] = {}
+    results: dict[str, Tensor] = {}
     for name in dict.fromkeys(name for share in shares for name in share.params):
-        held = [(share.weight, share.params[name]) for share in shares if name in share.params]
-        weights = [weight for weight, _ in held]
-        first = held[0][1]
+        weighted = [(share.weight, share.params[name]) for share in shares if name in share.params]
+        weights = [weight for weight, _ in weighted]
+        first = weighted[0][1]
         if isinstance(first, torch.nn.Parameter) and not _counts(first):
             old = base[name].detach()
             old = old.to(torch.promote_types(old.dtype, torch.float32))
-            found[name] = old + how.sum([tensor.to(old.device, old.dtype) - old for _, tensor in held], weights)
+            results[name] = old + how.sum([tensor.to(old.device, old.dtype) - old for _, tensor in weighted], weights)
         elif not _counts(first):
-            sizes = [abs(weight) for weight in weights] if any(weights) else [1.0] * len(held)
+            sizes = [abs(weight) for weight in weights] if any(weights) else [1.0] * len(weighted)
             wide = torch.promote_types(first.dtype, torch.float32)
-            parts = [t.to(wide) * (size / sum(sizes)) for size, (_, t) in zip(sizes, held, strict=True)]
-            found[name] = torch.stack(parts).sum(0)
+            parts = [t.to(wide) * (size / sum(sizes)) for size, (_, t) in zip(sizes, weighted, strict=True)]
+            results[name] = torch.stack(parts).sum(0)
         else:
-            found[name] = max(held, key=lambda pair: abs(pair[0]))[1]
-    return rule, found
+            results[name] = max(weighted, key=lambda pair: abs(pair[0]))[1]
+    return rule, results
 
 
 def _counts(tensor: Tensor) -> bool:

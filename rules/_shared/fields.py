@@ -60,12 +60,12 @@ def either(rule: Rule, field: str, other: str) -> None:
 def patterns(rule: Rule, *fields: str) -> None:
     """Each a mapping from path suffixes or regular expressions, as PEFT's rank_pattern, or None."""
     for field in fields:
-        held = getattr(rule, field)
-        if held is not None and not (isinstance(held, Mapping) and all(map(path_patterns.compiles, held))):
+        mapping = getattr(rule, field)
+        if mapping is not None and not (isinstance(mapping, Mapping) and all(map(path_patterns.compiles, mapping))):
             raise rule.bad(field, "a mapping from path suffixes or regular expressions")
 
 
-def idle(rule: Rule, paths: Sequence[str], *fields: str) -> Iterable[str]:
+def unused_patterns(rule: Rule, paths: Sequence[str], *fields: str) -> Iterable[str]:
     """The patterns that fit none of a rule's sites, as `Rule.review` tells them."""
     for field in fields:
         for key in path_patterns.unused(getattr(rule, field) or {}, paths):

@@ -14,19 +14,19 @@ _OWN = ("out_features", "embedding_dim", "nf", "hidden_size", "embed_dim", "d_mo
 _CONFIG = ("hidden_size", "d_model", "n_embd", "dim")
 
 
-def features_of(module: nn.Module, given: int | None, side: str = "output") -> int | str:
+def features_of(module: nn.Module, stated: int | None, side: str = "output") -> int | str:
     """The size of the hidden state's last dimension as the module tells it, or why it can't be known."""
     if isinstance(module, (nn.modules.conv._ConvNd, nn.modules.batchnorm._NormBase)):
         return "its features are not the last dimension"
-    if given is not None:
-        return given
+    if stated is not None:
+        return stated
     if side == "input" and any(type(getattr(module, name, None)) is int for name in ("in_features", "nx")):
         return int(getattr(module, "in_features", None) or module.nx)  # type: ignore[arg-type]
     own = [getattr(module, name, None) for name in _OWN]
     own += [getattr(getattr(module, "config", None), name, None) for name in _CONFIG]
-    found = next((size for size in own if type(size) is int), None)
-    if found is not None:
-        return found
+    stated_size = next((size for size in own if type(size) is int), None)
+    if stated_size is not None:
+        return stated_size
     # A block without a word on its size is as wide as the norms in it, if they are all of one width.
     norms = {width for inner in module.modules() if (width := _width(inner)) is not None}
     return norms.pop() if len(norms) == 1 else "it does not say how wide its hidden state is: give features="
@@ -54,10 +54,10 @@ def positions_of(text: Any) -> tuple[int, ...] | None:
     """How many first and last positions "f3+l2" names (pyreft's words); None for "all", nothing for other texts."""
     if text == "all":
         return None
-    found = re.fullmatch(r"f(\d+)(?:[+]l(\d+))?|l(\d+)", text) if isinstance(text, str) else None
-    if found is None or not any(int(count or 0) for count in found.groups()):
+    match = re.fullmatch(r"f(\d+)(?:[+]l(\d+))?|l(\d+)", text) if isinstance(text, str) else None
+    if match is None or not any(int(count or 0) for count in match.groups()):
         return ()
-    return int(found[1] or 0), int(found[2] or found[3] or 0)
+    return int(match[1] or 0), int(match[2] or match[3] or 0)
 
 
 def at_positions(new: Tensor, old: Tensor, first: int, last: int) -> Tensor:

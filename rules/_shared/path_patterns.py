@@ -8,25 +8,25 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 
-def first(held: Mapping[str, Any] | None, path: str, default: Any) -> Any:
+def first(mapping: Mapping[str, Any] | None, path: str, default: Any) -> Any:
     """The value of the first pattern that fits the path."""
-    if not held:
+    if not mapping:
         return default
-    key = _patterns_of(held).first(path)
-    return default if key is None else held[key]
+    key = _patterns_of(mapping).first(path)
+    return default if key is None else mapping[key]
 
 
 def fits(key: str, path: str) -> bool:
     return _form(key)(path) is not None
 
 
-def unused(held: Iterable[str], paths: Sequence[str]) -> list[str]:
+def unused(keys: Iterable[str], paths: Sequence[str]) -> list[str]:
     """The patterns that fit none of the paths."""
     named = {ending for path in paths for ending in _endings(path)}
     there = set(paths)
     return [
         key
-        for key in held
+        for key in keys
         if _text(key)[0] not in named
         and (there.isdisjoint(whole) if (whole := _whole(key)) is not None else not any(map(_form(key), paths)))
     ]
@@ -39,17 +39,17 @@ def compiles(pattern: Any) -> bool:
         return False
 
 
-def _patterns_of(held: Mapping[str, Any]) -> _Patterns:
+def _patterns_of(mapping: Mapping[str, Any]) -> _Patterns:
     """The patterns of a rule's mapping, which does not change. A mapping seen before is found without reading it."""
-    known = _seen.get(id(held))
-    if known is None or known[0] is not held or len(held) != len(known[1].keys):
-        if len(_seen) >= _MOST:
-            _seen.clear()
-        known = _seen[id(held)] = (held, _patterns(tuple(held)))
-    return known[1]
+    cached = _cache.get(id(mapping))
+    if cached is None or cached[0] is not mapping or len(mapping) != len(cached[1].keys):
+        if len(_cache) >= _MOST:
+            _cache.clear()
+        cached = _cache[id(mapping)] = (mapping, _patterns(tuple(mapping)))
+    return cached[1]
 
 
-_seen: dict[int, tuple[Mapping[str, Any], _Patterns]] = {}  # by id; holds the mapping, so the id stays its own
+_cache: dict[int, tuple[Mapping[str, Any], _Patterns]] = {}  # by id; holds the mapping, so the id stays its own
 _MOST = 32
 
 
@@ -78,16 +78,16 @@ class _Patterns:
                 self.names.setdefault((len(text), *dots), {}).setdefault(text, index)
 
     def first(self, path: str) -> str | None:
-        found = [next((index for index, form in self.forms if form(path)), len(self.keys))]
-        found.append(self.whole.get(path, len(self.keys)))
+        indices = [next((index for index, form in self.forms if form(path)), len(self.keys))]
+        indices.append(self.whole.get(path, len(self.keys)))
         for ending in _endings(path):
             for (size, *dots), named in self.names.items():
                 if size == len(ending):
                     text = list(ending)
                     for dot in dots:
                         text[dot] = "."
-                    found += [named[name]] if (name := "".join(text)) in named else []
-        return self.keys[min(found)] if min(found) < len(self.keys) else None
+                    indices += [named[name]] if (name := "".join(text)) in named else []
+        return self.keys[min(indices)] if min(indices) < len(self.keys) else None
 
 
 def _whole(key: str) -> list[str] | None:

@@ -21,7 +21,7 @@ class Place(NamedTuple):
     count: int
     start: int | Tensor
 
-    def put(self, text: Tensor, columns: Tensor, dim: int) -> Tensor:
+    def insert(self, text: Tensor, columns: Tensor, dim: int) -> Tensor:
         """The text with `columns` in it. The batch is the dimension before `dim`."""
         if isinstance(self.start, int):
             if not self.start:
@@ -31,7 +31,7 @@ class Place(NamedTuple):
         both = torch.cat([columns, text], dim)
         at = torch.arange(both.shape[dim], device=text.device)
         source = torch.where(at < self.start, at + self.count, at - self.start)
-        return _taken(both, torch.where(at < self.start + self.count, source, at), dim, dim - 1)
+        return _take_columns(both, torch.where(at < self.start + self.count, source, at), dim, dim - 1)
 
     def cut(self, made: Tensor, dim: int) -> Tensor:
         """What `put` made, without the virtual tokens. The batch is the first dimension."""
@@ -42,7 +42,7 @@ class Place(NamedTuple):
             behind = made.narrow(dim, self.start + self.count, left - self.start)
             return torch.cat([made.narrow(dim, 0, self.start), behind], dim)
         at = torch.arange(left, device=made.device)
-        return _taken(made, torch.where(at < self.start, at, at + self.count), dim, 0)
+        return _take_columns(made, torch.where(at < self.start, at, at + self.count), dim, 0)
 
     def numbered(self, positions: Tensor, after: int, by: int | Tensor, steps: Tensor, seen: int = 0) -> Tensor:
         """Positions of a text and its virtual tokens, which take the text's first ones: the text's follow `by` later.
@@ -54,14 +54,14 @@ class Place(NamedTuple):
         if isinstance(start, int) and isinstance(by, int):
             least = positions[..., start - 1 : start] + 1 if start else positions.amin(-1, keepdim=True)
             later = torch.cat([positions[..., :start], positions[..., start:] + by], -1) if start else positions + by
-            return self.put(later, (least + steps).expand(*later.shape[:-1], -1), dim)
-        rows = max(one.shape[0] for one in (by, start) if isinstance(one, Tensor))
+            return self.insert(later, (least + steps).expand(*later.shape[:-1], -1), dim)
+        rows = max(bound.shape[0] for bound in (by, start) if isinstance(bound, Tensor))
         start = start - seen if isinstance(start, Tensor) else positions.new_full((rows, 1), start)
         before = (start - 1 if after else start).clamp(0, positions.shape[-1] - 1)
-        least = _taken(positions, before.expand(rows, 1), dim, dim - 1) + bool(after)
+        least = _take_columns(positions, before.expand(rows, 1), dim, dim - 1) + bool(after)
         at = torch.arange(positions.shape[-1], device=positions.device)
         later = torch.where(at < start, positions, positions + by)
-        return Place(self.count, start.clamp_min(0)).put(later, (least + steps).expand(*later.shape[:-1], -1), dim)
+        return Place(self.count, start.clamp_min(0)).insert(later, (least + steps).expand(*later.shape[:-1], -1), dim)
 
 
 def place_of(mask: Tensor | None, count: int, after: int, first: int | None = None) -> Place:
@@ -84,7 +84,7 @@ def padding_of(mask: Tensor) -> Tensor:
     return ((mask != 0).cumsum(1) == 0).sum(1, keepdim=True)
 
 
-def _taken(tensor: Tensor, columns: Tensor, dim: int, batch: int) -> Tensor:
+def _take_columns(tensor: Tensor, columns: Tensor, dim: int, batch: int) -> Tensor:
     """These columns of each row, (rows, columns)."""
     shape = [1] * tensor.dim()
     shape[batch], shape[dim] = columns.shape

@@ -30,7 +30,7 @@ def uniform(bound: float) -> Callable[[Tensor], Tensor]:
     return lambda tensor: nn.init.uniform_(tensor, -bound, bound)
 
 
-def encoded(prompt: Tensor, tensors: Mapping[str, Tensor], dropout: float, training: bool) -> Tensor:
+def encode(prompt: Tensor, tensors: Mapping[str, Tensor], dropout: float, training: bool) -> Tensor:
     """The network's output for (length, width): an MLP's, or that of a bidirectional LSTM with an MLP behind it."""
     h = prompt
     recurrent = [tensor for name, tensor in tensors.items() if name.startswith("lstm_")]

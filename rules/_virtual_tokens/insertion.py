@@ -15,7 +15,7 @@ from torch import Tensor
 from surgery import hidden_of
 from surgery.rules._virtual_tokens.columns import Place, padded_left, place_of
 from surgery.rules._virtual_tokens.past import CACHES, Mark, Past, error, mark, waiting
-from surgery.rules._virtual_tokens.text_mask import filled, text_mask
+from surgery.rules._virtual_tokens.text_mask import pad_mask, text_mask
 
 Inputs = dict[str, Any]
 
@@ -27,7 +27,7 @@ Made = tuple[Mark, Place, int | None]  # what a call puts in, where, and its own
 def put_in(
     module: Any,
     prompt: Tensor,
-    given: Inputs,
+    arguments: Inputs,
     rest: str,
     adapter: str,
     after: int,
@@ -40,10 +40,10 @@ def put_in(
     stays when it is renamed; `traits`: whether padding may be left, whether it changes nothing there, and nothing
     inside of a text; `real`: (batch, length), 1 where a row has a virtual token, and 0 where it only fills up.
     """
-    inputs = {**given, **(given[rest] if rest else {})}
+    inputs = {**arguments, **(arguments[rest] if rest else {})}
     ids, embeds = inputs["input_ids"], inputs["inputs_embeds"]
     if (ids is None) == (embeds is None):
-        return given, None  # the forward has its own words for that
+        return arguments, None  # the forward has its own words for that
     text = embeds if ids is None else ids
     if text.dim() != (2 if embeds is None else 3):
         raise error(f"the text is {tuple(text.shape)}", "one sequence a row: (batch, tokens)")
@@ -61,19 +61,19 @@ def put_in(
         anew = past.again({**inputs, "inputs_embeds": _embedded(module, ids, embeds)}, mask)
         if inputs.get("cache_position") is not None:
             anew["cache_position"] = torch.arange(mask.shape[1]).to(inputs["cache_position"])
-        call = {name: anew.get(name, value) for name, value in given.items()}
+        call = {name: anew.get(name, value) for name, value in arguments.items()}
         if rest:
-            call[rest] = {name: anew.get(name, value) for name, value in given[rest].items()}
+            call[rest] = {name: anew.get(name, value) for name, value in arguments[rest].items()}
         changed, made = put_in(module, prompt, call, rest, adapter, after, traits, real)
         return changed, (*made[:2], text.shape[1])
     if real is not None:
-        mask, positions = _told(mask, positions, past, text)
+        mask, positions = _fill_in(mask, positions, past, text)
     place = place_of(mask if made.behind else None, count, after, made.first)
     changed: Inputs = {"attention_mask": mask}
     if mask is not None:
         columns = mask.new_ones(mask.shape[0], count) if real is None else real.to(mask)
-        changed["attention_mask"] = filled(place.put(mask, columns, 1), inputs["attention_mask"])
-    elif not first and "position_ids" not in given and past.seen and past.new > 1:
+        changed["attention_mask"] = pad_mask(place.insert(mask, columns, 1), inputs["attention_mask"])
+    elif not first and "position_ids" not in arguments and past.seen and past.new > 1:
         raise error("it can't be told from the call which tokens the cache has already", "give an attention_mask")
     lag: int | None = 0
     if positions is not None:
@@ -82,21 +82,21 @@ def put_in(
     if inputs.get("cache_position") is not None:
         steps = inputs["cache_position"] + count
         changed["cache_position"] = torch.cat([torch.arange(count).to(steps), steps]) if first else steps
-    lag, held = lag if made.lag is None else made.lag, None if mask is inputs["attention_mask"] else mask
+    lag, text_mask_kept = lag if made.lag is None else made.lag, None if mask is inputs["attention_mask"] else mask
     wait = made.behind and mask is not None and waiting(mask)
     kept = past.kept({**inputs, "inputs_embeds": _embedded(module, ids, embeds)}) if wait else None
-    made = made._replace(lag=lag, mask=held, text=kept)
+    made = made._replace(lag=lag, mask=text_mask_kept, text=kept)
     mark(past.cache, adapter, made, first)
     if first:
         embeds = _embedded(module, ids, embeds)
         rows = _for_rows(prompt.to(embeds.device, embeds.dtype), embeds.shape[0])
-        changed.update(input_ids=None, inputs_embeds=place.put(embeds, rows, 1))
+        changed.update(input_ids=None, inputs_embeds=place.insert(embeds, rows, 1))
         types = inputs.get("token_type_ids")
         if types is not None:
-            changed["token_type_ids"] = place.put(types, types.new_zeros(*types.shape[:-1], count), types.dim() - 1)
-    new = {name: changed.get(name, value) for name, value in given.items()}
+            changed["token_type_ids"] = place.insert(types, types.new_zeros(*types.shape[:-1], count), types.dim() - 1)
+    new = {name: changed.get(name, value) for name, value in arguments.items()}
     if rest:
-        new[rest] = {name: changed.get(name, value) for name, value in given[rest].items() if name != "task_ids"}
+        new[rest] = {name: changed.get(name, value) for name, value in arguments[rest].items() if name != "task_ids"}
     return new, (made, place, None) if first else None
 
 
@@ -109,9 +109,9 @@ def take_out(output: Any, made: Made | None, adapter: str, after: int | None) ->
         return output
     for cache in _caches_of(output):
         mark(cache, adapter, made[0])
-    hidden, (held, place, new) = hidden_of(output), made
+    hidden, (mark_made, place, new) = hidden_of(output), made
     if after is not None:
-        if hidden.dim() != 3 or hidden.shape[1] < held.count + after:
+        if hidden.dim() != 3 or hidden.shape[1] < mark_made.count + after:
             raise error(f"the model returns {tuple(hidden.shape)}", "its output must have a position for each token")
         output = _without(output, place, hidden.shape[1])
     if new is None:
@@ -121,16 +121,16 @@ def take_out(output: Any, made: Made | None, adapter: str, after: int | None) ->
 
 
 def put_any(
-    module: Any, prompt: Tensor, given: Inputs, rest: str, after: int, moves: bool
+    module: Any, prompt: Tensor, arguments: Inputs, rest: str, after: int, moves: bool
 ) -> tuple[Inputs, Place | None]:
     """As `put_in`, in the graph of an exported file: of any number of virtual tokens, none included, at any step.
 
     A mask is of the text alone: what it lacks of the cache, the text and the new virtual tokens are virtual ones.
     """
-    inputs = {**given, **(given[rest] if rest else {})}
+    inputs = {**arguments, **(arguments[rest] if rest else {})}
     ids, embeds = inputs["input_ids"], inputs["inputs_embeds"]
     if (ids is None) == (embeds is None):
-        return given, None
+        return arguments, None
     _refuse_unknown(inputs, rest)
     embeds = _embedded(module, ids, embeds)
     batch, new, count = embeds.shape[0], embeds.shape[1], prompt.shape[0]
@@ -146,25 +146,25 @@ def put_any(
             raise error("its mask is not (batch, tokens)", "give it a 2-D mask")
         seen = mask.shape[1] - new
         lacking = (0 if cache is None else cache.get_seq_length()) + count - seen
-        changed["attention_mask"] = place_of(padded, lacking, after).put(mask, mask.new_ones(batch, lacking), 1)
+        changed["attention_mask"] = place_of(padded, lacking, after).insert(mask, mask.new_ones(batch, lacking), 1)
     elif cache is not None and (positions is not None or steps is not None):
         raise error("without a mask it can't be told which tokens a cache has", "give it an attention_mask")
     place = place_of(padded, count, after)
     if isinstance(place.start, Tensor) and cache is not None:  # the mask is of the cache's columns, too
         place = Place(count, (place.start - seen).clamp_min(0))
     rows = _for_rows(prompt.to(embeds.device, embeds.dtype), batch)
-    changed["inputs_embeds"] = place.put(embeds, rows, 1)
+    changed["inputs_embeds"] = place.insert(embeds, rows, 1)
     if positions is not None:
         own = torch.arange(count, device=positions.device, dtype=positions.dtype)
         changed["position_ids"] = place.numbered(positions, after, lacking, own, seen)
     if steps is not None:
         changed["cache_position"] = torch.cat([torch.arange(count).to(steps), steps + lacking])
     if (types := inputs.get("token_type_ids")) is not None:
-        changed["token_type_ids"] = place.put(types, types.new_zeros(*types.shape[:-1], count), types.dim() - 1)
-    found = {name: changed.get(name, value) for name, value in given.items()}
+        changed["token_type_ids"] = place.insert(types, types.new_zeros(*types.shape[:-1], count), types.dim() - 1)
+    result = {name: changed.get(name, value) for name, value in arguments.items()}
     if rest:
-        found[rest] = {name: changed.get(name, value) for name, value in given[rest].items()}
-    return found, place
+        result[rest] = {name: changed.get(name, value) for name, value in arguments[rest].items()}
+    return result, place
 
 
 def take_any(output: Any, place: Place | None) -> Any:
@@ -172,7 +172,7 @@ def take_any(output: Any, place: Place | None) -> Any:
     return output if place is None else _without(output, place, hidden_of(output).shape[1])
 
 
-def widened(states: Tensor | None, mask: Tensor | None, count: int | None, moves: bool) -> Tensor | None:
+def widen_memory_mask(states: Tensor | None, mask: Tensor | None, count: int | None, moves: bool) -> Tensor | None:
     """The mask of an encoder's states, with columns for virtual tokens that it does not know of; None: any number.
 
     `moves`: whether they stand behind padding on the left.
@@ -182,7 +182,7 @@ def widened(states: Tensor | None, mask: Tensor | None, count: int | None, moves
     if mask.dim() != 2:
         raise error("the mask of the encoder's states has no columns for the virtual tokens", "give it as 2-D")
     more = states.shape[1] - mask.shape[-1]
-    return place_of(mask if moves else None, more, 0).put(mask, mask.new_ones(mask.shape[0], more), 1)
+    return place_of(mask if moves else None, more, 0).insert(mask, mask.new_ones(mask.shape[0], more), 1)
 
 
 def put_after(output: Any, prompt: Tensor, after: int) -> Tensor:
@@ -191,7 +191,7 @@ def put_after(output: Any, prompt: Tensor, after: int) -> Tensor:
     if hidden.dim() != 3:
         raise error(f"the module returns {tuple(hidden.shape)}", "(batch, tokens, features) takes virtual tokens")
     rows = _for_rows(prompt.to(hidden.device, hidden.dtype), hidden.shape[0])
-    return Place(rows.shape[1], after).put(hidden, rows, 1)
+    return Place(rows.shape[1], after).insert(hidden, rows, 1)
 
 
 # The parts -------------------------------------------------------------------------------------------------------
@@ -257,7 +257,7 @@ def _lag(positions: Tensor, mask: Tensor | None, past: Past) -> int | None:
     return lag
 
 
-def _told(mask: Tensor | None, positions: Tensor | None, past: Past, text: Tensor) -> tuple[Tensor, Tensor]:
+def _fill_in(mask: Tensor | None, positions: Tensor | None, past: Past, text: Tensor) -> tuple[Tensor, Tensor]:
     """The text's mask and positions, where a call leaves them out: rows with fewer virtual tokens need them."""
     if past.text is None:
         raise error("it can't be told how long the text is", "route rows whose prompts are equally long")

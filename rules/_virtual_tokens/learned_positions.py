@@ -15,25 +15,25 @@ from surgery.rules._virtual_tokens import text_inputs
 LENGTH = 3
 
 
-def learned(model: nn.Module) -> str | None:
+def position_embedding(model: nn.Module) -> str | None:
     """The path of the embedding that positions go through, if a cache before a text does nothing but shift them.
 
     A text is put into a cache, and called after itself: of the embeddings one must be given positions that are later
     by its length; the order of what is in the cache must not matter, as it does to biases of relative positions.
     """
-    found = [(path, module) for path, module in text_inputs.hosts(model, "")]
-    if len(found) != 1 or any("rotary" in name for module in model.modules() for name in _names(module)):
+    hosts = [(path, module) for path, module in text_inputs.hosts(model, "")]
+    if len(hosts) != 1 or any("rotary" in name for module in model.modules() for name in _names(module)):
         return None
-    path, host = found[0]
+    path, host = hosts[0]
     try:
-        cache = _empty()
-        with _still(model), torch.no_grad():
+        cache = _cache_of()
+        with _evaluation_mode(model), torch.no_grad():
             ids = torch.arange(LENGTH, device=next(model.parameters()).device)[None] + 4
-            first, _ = _called(host, ids, cache)
-            held = [(layer.keys, layer.values) for layer in cache.layers]
-            second, output = _called(host, ids, _empty(held))
-            other = _called(host, ids, _empty([(key.flip(2), value.flip(2)) for key, value in held]))[1]
-            without = _called(host, ids, _empty())[1]
+            first, _ = _call(host, ids, cache)
+            layers = [(layer.keys, layer.values) for layer in cache.layers]
+            second, output = _call(host, ids, _cache_of(layers))
+            other = _call(host, ids, _cache_of([(key.flip(2), value.flip(2)) for key, value in layers]))[1]
+            without = _call(host, ids, _cache_of())[1]
         moved = [name for name in first if not torch.equal(first[name], second[name])]
         alone = len(moved) == 1 and torch.equal(first[moved[0]] + LENGTH, second[moved[0]])
         near = max(1e-5, 8 * torch.finfo(output.dtype).eps)  # another order of a sum
@@ -47,20 +47,20 @@ def _names(module: nn.Module) -> tuple[str, ...]:
     return getattr(getattr(class_of(module).forward, "__code__", None), "co_names", ())
 
 
-def _empty(held: Any = ()) -> Any:
+def _cache_of(layers: Any = ()) -> Any:
     from transformers import DynamicCache
 
     cache = DynamicCache()
-    for i, (key, value) in enumerate(held):
+    for i, (key, value) in enumerate(layers):
         cache.update(key.clone(), value.clone(), i)
     return cache
 
 
-def _called(host: Any, ids: Tensor, cache: Any) -> tuple[dict[str, Tensor], Tensor]:
+def _call(host: Any, ids: Tensor, cache: Any) -> tuple[dict[str, Tensor], Tensor]:
     """What the plain embeddings inside were given, and the hidden state."""
-    seen: dict[str, Tensor] = {}
+    inputs: dict[str, Tensor] = {}
     handles = [
-        module.register_forward_pre_hook(lambda _, args, name=name: seen.update({name: args[0].clone()}))
+        module.register_forward_pre_hook(lambda _, args, name=name: inputs.update({name: args[0].clone()}))
         for name, module in host.named_modules()
         if class_of(module).forward is nn.Embedding.forward
     ]
@@ -70,11 +70,11 @@ def _called(host: Any, ids: Tensor, cache: Any) -> tuple[dict[str, Tensor], Tens
     finally:
         for handle in handles:
             handle.remove()
-    return seen, output[0]
+    return inputs, output[0]
 
 
 @contextmanager
-def _still(model: nn.Module) -> Iterator[None]:
+def _evaluation_mode(model: nn.Module) -> Iterator[None]:
     """In evaluation mode for a while."""
     modes = [(module, module.training) for module in model.modules()]
     model.eval()

@@ -33,13 +33,13 @@ class Mark(NamedTuple):
     text: dict[str, Tensor] | None = None
 
 
-def mark(cache: Any, adapter: str, made: Mark, first: bool = True) -> None:
+def mark(cache: Any, adapter: str, new: Mark, first: bool = True) -> None:
     """Write down on a cache that it holds an adapter's virtual tokens, in the order in which adapters put them in."""
     if cache is None or torch.compiler.is_compiling() and not first:
         return
-    marks = {name: one for name, one in getattr(cache, _MARK, {}).items() if not first or name != adapter}
-    made = made._replace(mask=None) if torch.compiler.is_compiling() else made
-    setattr(cache, _MARK, {**marks, adapter: made})
+    marks = {name: other for name, other in getattr(cache, _MARK, {}).items() if not first or name != adapter}
+    new = new._replace(mask=None) if torch.compiler.is_compiling() else new
+    setattr(cache, _MARK, {**marks, adapter: new})
 
 
 def error(why: str, fix: str) -> SiteError:
@@ -74,7 +74,7 @@ class Past:
             raise error("the cache was filled without the virtual tokens", "start with an empty cache")
         # To this rule, what earlier ones put in is text.
         later = list(marks.values())[list(marks).index(adapter) :]
-        text = seen + new - sum(one.count for one in later) if seen else None
+        text = seen + new - sum(later_mark.count for later_mark in later) if seen else None
         return Past(cache, False, seen, new, text, marks[adapter])
 
     def room(self, module: nn.Module) -> int:
@@ -92,7 +92,7 @@ class Past:
 
     def kept(self, call: Mapping[str, Any]) -> dict[str, Tensor]:
         """The text so far; `call`: what this call gives of it."""
-        now = {name: one for name in PARTS if (one := call.get(name)) is not None}
+        now = {name: value for name in PARTS if (value := call.get(name)) is not None}
         return now if self.mark is None else self._joined(now)
 
     def _joined(self, now: Mapping[str, Any]) -> dict[str, Tensor]:
@@ -100,7 +100,10 @@ class Past:
         before = (self.mark.text if self.mark is not None else None) or {}
         if any(now.get(name) is None for name in before):
             return {}
-        return {name: torch.cat([one, now[name]], 1 if name == PARTS[0] else -1) for name, one in before.items()}
+        return {
+            name: torch.cat([before_value, now[name]], 1 if name == PARTS[0] else -1)
+            for name, before_value in before.items()
+        }
 
     def late(self, mask: Tensor, after: int, module: nn.Module, numbered: bool, gaps: bool) -> bool:
         """Whether a row's text begins in this call, behind padding that came after its virtual tokens, and the model
@@ -113,7 +116,9 @@ class Past:
         begin = padding_of(mask)
         if not bool(((begin + after > self.mark.first) & (begin < mask.shape[1])).any()):
             return False
-        counted = any(getattr(one, "is_sliding", False) or hasattr(one, "conv_states") for one in _layers(self.cache))
+        counted = any(
+            getattr(layer, "is_sliding", False) or hasattr(layer, "conv_states") for layer in _layers(self.cache)
+        )
         return not (numbered or gaps) or bool(after) or counted or bool(_windows(module))
 
     def again(self, call: Mapping[str, Any], mask: Tensor) -> dict[str, Any]:
@@ -152,8 +157,8 @@ def _layers(cache: Any) -> list[Any]:
 
 def _room(layer: Any, module: nn.Module) -> int:
     """How many positions a layer of a cache can take; -1: any number, as one that forgets what has left its window."""
-    told = getattr(layer, "get_max_length", None)
-    room = int(told()) if told is not None else -1
+    length_of = getattr(layer, "get_max_length", None)
+    room = int(length_of()) if length_of is not None else -1
     if room < 0 or not getattr(layer, "is_sliding", False):
         return room
     if not hasattr(layer, "max_cache_len"):

@@ -12,43 +12,43 @@ from surgery import SiteError, hidden_of
 from surgery.rules._virtual_tokens import insertion
 
 # Whose rows they are, and the virtual tokens (length, features).
-One = tuple[Any, Tensor]
+Member = tuple[Any, Tensor]
 
 
 def put_in(
     module: Any,
-    given: dict[str, Any],
+    arguments: dict[str, Any],
     rest: str,
     after: int,
     traits: tuple[bool, bool, bool],
     counted: bool,
-    *members: One,
+    *members: Member,
 ) -> Any:
     """As `insertion.put_in`, and the name under which a cache knows what is in it.
 
     `counted`: whether the model's positions are the tokens' own numbers, so that they can be given where a call leaves
     them out.
     """
-    ids, embeds = given["input_ids"], given["inputs_embeds"]
+    ids, embeds = arguments["input_ids"], arguments["inputs_embeds"]
     text = ids if embeds is None else embeds
     if text is None:
-        return given, None, ""
-    prompt, real, name = stacked(len(text), text.device, *members)
+        return arguments, None, ""
+    prompt, real, name = stack_prompts(len(text), text.device, *members)
     if real is not None and not counted:
         raise _unequal("this model's positions can't be given for each row")
-    return *insertion.put_in(module, prompt, given, rest, name, after, traits, real), name
+    return *insertion.put_in(module, prompt, arguments, rest, name, after, traits, real), name
 
 
-def put_after(output: Any, after: int, *members: One) -> Tensor:
+def put_after(output: Any, after: int, *members: Member) -> Tensor:
     """As `insertion.put_after`."""
     hidden = hidden_of(output)
-    prompt, real, _ = stacked(len(hidden), hidden.device, *members)
+    prompt, real, _ = stack_prompts(len(hidden), hidden.device, *members)
     if real is not None:
         raise _unequal("what a module returns has no mask")
     return insertion.put_after(output, prompt, after)
 
 
-def stacked(batch: int, device: torch.device, *members: One) -> tuple[Tensor, Tensor | None, str]:
+def stack_prompts(batch: int, device: torch.device, *members: Member) -> tuple[Tensor, Tensor | None, str]:
     """The rows' virtual tokens, (batch, length, features); which of them are real, or None where all are; a name."""
     length = max(len(prompt) for _, prompt in members)
     first = members[0][1]

@@ -59,8 +59,8 @@ def example_of(site: Site) -> dict[str, Any] | None:
     if site.example is None:
         return None
     args, kwargs = site.example
-    given = dict(site.own.signature.bind(*args, **kwargs).arguments)
-    return {**given, **given.pop(starred(site) or "", {})}
+    arguments = dict(site.own.signature.bind(*args, **kwargs).arguments)
+    return {**arguments, **arguments.pop(starred(site) or "", {})}
 
 
 def has_both(module: nn.Module) -> bool:
@@ -104,7 +104,7 @@ def role(site: Site) -> str:
     return "layer"
 
 
-def seen(site: Site) -> dict[str, Any]:
+def probe_text_model(site: Site) -> dict[str, Any]:
     """What short calls of a text model show (`probed`)."""
     try:
         embedding = site.module.get_input_embeddings()  # type: ignore[operator]
@@ -112,21 +112,21 @@ def seen(site: Site) -> dict[str, Any]:
         raise _refused(site, "it does not tell its embedding of tokens: get_input_embeddings()") from error
     run: Callable[..., Any] = site.run
     try:
-        found = probed(run, embedding)
+        findings = probe(run, embedding)
     except SurgeryError:  # it needs more than a text: as in the example, then
-        given = example_of(site)
-        if given is None:
+        example = example_of(site)
+        if example is None:
             raise
-        more = {name: value for name, value in given.items() if name not in CHANGED and value is not None}
+        more = {name: value for name, value in example.items() if name not in CHANGED and value is not None}
         run = functools.partial(site.run, **more)
-        found = probed(run, embedding, given.get("input_ids"))
-    if found["why"]:
-        raise _refused(site, found["why"])
-    found["counted"] = _takes(site.module, "position_ids") and counted(run, embedding)
-    return found | padding(run, embedding)
+        findings = probe(run, embedding, example.get("input_ids"))
+    if findings["why"]:
+        raise _refused(site, findings["why"])
+    findings["counted"] = _takes(site.module, "position_ids") and counts_positions(run, embedding)
+    return findings | probe_padding(run, embedding)
 
 
-def padding(run: Callable[..., Any], embedding: nn.Module) -> dict[str, bool]:
+def probe_padding(run: Callable[..., Any], embedding: nn.Module) -> dict[str, bool]:
     """What padding does to a text that is given without positions.
 
     `moves`: padding on its left changes nothing, as where positions are distances; `gaps`: nor does padding inside.
@@ -134,14 +134,14 @@ def padding(run: Callable[..., Any], embedding: nn.Module) -> dict[str, bool]:
     ids = _short(embedding)
     try:
         alone = hidden_of(run(input_ids=ids))
-        found = {}
+        results = {}
         for name, at in (("moves", 0), ("gaps", 1)):
             order = [*range(at), *[3] * 2, *range(at, 4)]
             kept = [*range(at), *range(at + 2, 6)]
             mask = torch.zeros(1, 6, dtype=torch.long, device=ids.device)
             mask[:, kept] = 1
-            found[name] = _near(hidden_of(run(input_ids=ids[:, order], attention_mask=mask))[:, kept], alone)
-        return found
+            results[name] = _near(hidden_of(run(input_ids=ids[:, order], attention_mask=mask))[:, kept], alone)
+        return results
     except SurgeryError:
         return {"moves": False, "gaps": False}
 
@@ -167,13 +167,13 @@ def width(site: Site, random: bool, after: int | None) -> int:
         raise _refused(site, "it has no embedding of tokens to start from: init='random'")
     if after is None:
         raise _refused(site, "say how many of its tokens stay first: after=1 keeps a class token's place, else 0")
-    told = features_of(site.module, None)
-    if isinstance(told, int):
-        return told
-    given = example_of(site)
-    if given is None:
+    size = features_of(site.module, None)
+    if isinstance(size, int):
+        return size
+    example = example_of(site)
+    if example is None:
         raise _refused(site, "it does not say how wide its output is: give example_inputs")
-    return hidden_of(site.run(**given)).shape[-1]
+    return hidden_of(site.run(**example)).shape[-1]
 
 
 def start(site: Site, init: str, ids: Sequence[int]) -> Callable[[Tensor], Any]:
@@ -196,7 +196,7 @@ def _refused(site: Site, why: str) -> SiteError:
     return SiteError(f"{site.label} can't go on this {site.base_class.__name__}", where=site.path, why=why)
 
 
-def probed(run: Callable[..., Any], embedding: nn.Module, ids: Tensor | None = None) -> dict[str, Any]:
+def probe(run: Callable[..., Any], embedding: nn.Module, ids: Tensor | None = None) -> dict[str, Any]:
     """What short calls show of a text model, or `why` it can't be given embeddings for ids.
 
     `width`: of its embeddings; `pooled`: whether it returns a vector of the whole beside the hidden states; `left`:
@@ -204,27 +204,27 @@ def probed(run: Callable[..., Any], embedding: nn.Module, ids: Tensor | None = N
     """
     padding = getattr(embedding, "padding_idx", None)
     ids = _short(embedding) if ids is None else ids
-    given, embeds = run(input_ids=ids), embedding(ids)
+    output, embeds = run(input_ids=ids), embedding(ids)
     if not isinstance(embeds, Tensor):
         return {"why": f"its embedding returns a {type(embeds).__name__}"}
-    embeds, hidden = embeds.detach(), hidden_of(given)
-    found = {"why": "", "width": embeds.shape[-1], "left": True}
+    embeds, hidden = embeds.detach(), hidden_of(output)
+    findings = {"why": "", "width": embeds.shape[-1], "left": True}
     if hidden.dim() != 3 or hidden.shape[1] != ids.shape[1]:
-        return {**found, "why": f"for {ids.shape[1]} tokens it returns {tuple(hidden.shape)}"}
+        return {**findings, "why": f"for {ids.shape[1]} tokens it returns {tuple(hidden.shape)}"}
     if not _same(hidden, hidden_of(run(inputs_embeds=embeds))):
-        return {**found, "why": "given inputs_embeds, it computes something else than for the ids that they embed"}
-    values = given.values() if isinstance(given, Mapping) else given if isinstance(given, (tuple, list)) else ()
-    found["pooled"] = any(isinstance(value, Tensor) and value.shape == hidden[:, 0].shape for value in values)
+        return {**findings, "why": "given inputs_embeds, it computes something else than for the ids that they embed"}
+    values = output.values() if isinstance(output, Mapping) else output if isinstance(output, (tuple, list)) else ()
+    findings["pooled"] = any(isinstance(value, Tensor) and value.shape == hidden[:, 0].shape for value in values)
     if padding is not None:
         ids, mask = ids.clone(), torch.ones_like(ids)
         ids[:, 0], mask[:, 0] = padding, 0
         as_ids = hidden_of(run(input_ids=ids, attention_mask=mask))
         embedded = hidden_of(run(inputs_embeds=embedding(ids).detach(), attention_mask=mask))
-        found["left"] = _same(as_ids[:, 1:], embedded[:, 1:])
-    return found
+        findings["left"] = _same(as_ids[:, 1:], embedded[:, 1:])
+    return findings
 
 
-def counted(run: Callable[..., Any], embedding: nn.Module) -> bool:
+def counts_positions(run: Callable[..., Any], embedding: nn.Module) -> bool:
     """Whether a text's positions are 0, 1, 2, … where a call gives none, be there padding on the left or not."""
     ids = _short(embedding)
     mask = torch.ones_like(ids)
@@ -232,8 +232,8 @@ def counted(run: Callable[..., Any], embedding: nn.Module) -> bool:
     positions = torch.arange(4, device=ids.device).unsqueeze(0)
     try:
         return all(
-            _same(hidden_of(run(**given))[:, 1:], hidden_of(run(**given, position_ids=positions))[:, 1:])
-            for given in ({"input_ids": ids}, {"input_ids": ids, "attention_mask": mask})
+            _same(hidden_of(run(**call))[:, 1:], hidden_of(run(**call, position_ids=positions))[:, 1:])
+            for call in ({"input_ids": ids}, {"input_ids": ids, "attention_mask": mask})
         )
     except SurgeryError:
         return False
@@ -242,16 +242,16 @@ def counted(run: Callable[..., Any], embedding: nn.Module) -> bool:
 def encoder_moves(site: Site) -> bool:
     """Of a decoder, `moves` of the encoder whose states it looks at."""
 
-    def found() -> bool:
-        owner: Any = next((one for one in site.owners if has_both(one)), None)
+    def probe_encoder() -> bool:
+        owner: Any = next((owner for owner in site.owners if has_both(owner)), None)
         inside = () if owner is None else owner.get_encoder().modules()
-        encoder = next((one for one in inside if takes_text(one)), None)
+        encoder = next((module for module in inside if takes_text(module)), None)
         if encoder is None:
             return True
         run = functools.partial(site.run, encoder)
-        return padding(run, encoder.get_input_embeddings())["moves"]  # type: ignore[operator]
+        return probe_padding(run, encoder.get_input_embeddings())["moves"]  # type: ignore[operator]
 
-    return site.fact("moves", found)
+    return site.fact("moves", probe_encoder)
 
 
 def _short(embedding: nn.Module) -> Tensor:
@@ -261,13 +261,13 @@ def _short(embedding: nn.Module) -> Tensor:
     return torch.tensor([(rows * 4)[:4]], device=weight.device)
 
 
-def _near(one: Tensor, other: Tensor) -> bool:
+def _near(first: Tensor, other: Tensor) -> bool:
     """Whether they differ by rounding alone, which is some hundredths in half precision."""
-    if one.is_meta or one.shape != other.shape:
-        return one.is_meta
-    near = 1e-3 if one.dtype in (torch.float32, torch.float64) else 0.05
-    return bool((one - other).float().norm() <= near * other.float().norm())
+    if first.is_meta or first.shape != other.shape:
+        return first.is_meta
+    near = 1e-3 if first.dtype in (torch.float32, torch.float64) else 0.05
+    return bool((first - other).float().norm() <= near * other.float().norm())
 
 
-def _same(one: Tensor, other: Tensor) -> bool:
-    return one.is_meta or one.shape == other.shape and torch.equal(one, other)
+def _same(first: Tensor, other: Tensor) -> bool:
+    return first.is_meta or first.shape == other.shape and torch.equal(first, other)

@@ -27,44 +27,52 @@ def text_mask(mask: Any, past: Past, module: nn.Module, batch: int) -> Tensor | 
     if isinstance(mask, Tensor) and mask.dim() == 2:
         wide = past.text is not None and mask.shape[1] == past.room(module) > past.text
         return mask if not wide or bool(mask[:, past.text :].any()) else mask[:, : past.text]
-    made = {name: one for name, one in (mask.items() if isinstance(mask, Mapping) else [("", mask)]) if one is not None}
-    four = {name: one for name, one in made.items() if isinstance(one, Tensor) and one.dim() == 4 and one.shape[1] == 1}
-    flat = [one for one in made.values() if isinstance(one, Tensor) and one.dim() == 2]  # of recurrent layers
-    if past.text is None or len(four) + len(flat) < len(made):
-        shapes = ", ".join(f"{type(one).__name__} {tuple(getattr(one, 'shape', ()))}" for one in made.values())
+    masks = {
+        name: value
+        for name, value in (mask.items() if isinstance(mask, Mapping) else [("", mask)])
+        if value is not None
+    }
+    four = {
+        name: value
+        for name, value in masks.items()
+        if isinstance(value, Tensor) and value.dim() == 4 and value.shape[1] == 1
+    }
+    flat = [value for value in masks.values() if isinstance(value, Tensor) and value.dim() == 2]  # of recurrent layers
+    if past.text is None or len(four) + len(flat) < len(masks):
+        shapes = ", ".join(f"{type(value).__name__} {tuple(getattr(value, 'shape', ()))}" for value in masks.values())
         raise error(f"its mask is {shapes or type(mask).__name__}", _WANTED)
-    found = _read(four, past, batch, next((one.device for one in four.values()), None))
-    if not any(_same(mask, _made(module, past, batch, one, four)) for one in (found, None)):
+    text = _text_mask_from(four, past, batch, next((value.device for value in four.values()), None))
+    if not any(_same(mask, _transformers_mask(module, past, batch, candidate, four)) for candidate in (text, None)):
         raise error("its 4-D mask is not what transformers makes of a 2-D one", _WANTED)
-    return found
+    return text
 
 
-def filled(mask: Tensor, given: Any) -> Tensor:
+def pad_mask(mask: Tensor, original: Any) -> Tensor:
     """A mask as wide as the one that was given, which may have a column for each place of a static cache."""
-    wide = given.shape[1] - mask.shape[1] if isinstance(given, Tensor) and given.dim() == 2 else 0
+    wide = original.shape[1] - mask.shape[1] if isinstance(original, Tensor) and original.dim() == 2 else 0
     return F.pad(mask, (0, wide)) if wide > 0 else mask
 
 
-def _read(masks: Mapping[str, Tensor], past: Past, batch: int, device: Any) -> Tensor:
+def _text_mask_from(masks: Mapping[str, Tensor], past: Past, batch: int, device: Any) -> Tensor:
     """Which tokens of the text some query sees; of those that no query can see any more, what was so before."""
     assert past.text is not None
-    found = torch.ones(batch, past.text, dtype=torch.long, device=device)
+    result = torch.ones(batch, past.text, dtype=torch.long, device=device)
     known = torch.zeros(past.text, dtype=torch.bool)
     for name, mask in masks.items():
         begin = 0 if past.cache is None else past.cache.get_mask_sizes(past.new, _layer(name, past.cache))[1]
-        seen = _seen(mask).any(2)[:, 0, : max(past.text - begin, 0)]
+        seen = _visible(mask).any(2)[:, 0, : max(past.text - begin, 0)]
         fresh = ~known[begin : begin + seen.shape[1]]
-        found[:, begin : begin + seen.shape[1]][:, fresh] = seen[:, fresh].long()
+        result[:, begin : begin + seen.shape[1]][:, fresh] = seen[:, fresh].long()
         known[begin : begin + seen.shape[1]] = True
     before = past.mark.mask if past.mark is not None else None
     length = past.text - past.new
     if before is not None and before.shape == (batch, length):
-        found[:, :length] = before
+        result[:, :length] = before
     elif before is not None and not bool(known[:length].all()):
         raise error("its mask is of a window alone, and does not tell which tokens before it are padding", _WANTED)
     if past.new > 1 and masks and not bool(known[length:].all()):
         raise error("its mask is of a window alone, and does not tell which tokens are padding", _WANTED)
-    return found
+    return result
 
 
 def _layer(name: str, cache: Any) -> int:
@@ -72,10 +80,12 @@ def _layer(name: str, cache: Any) -> int:
     sliding = list(cache.is_sliding)
     window = all(sliding) if not name else name.startswith(("sliding", "chunked"))
     states = recurrent_layers(cache)
-    return next((i for i, one in enumerate(sliding) if one is window and not states[i]), 0)
+    return next((i for i, slides in enumerate(sliding) if slides is window and not states[i]), 0)
 
 
-def _made(module: nn.Module, past: Past, batch: int, mask: Tensor | None, like: Mapping[str, Tensor]) -> Any:
+def _transformers_mask(
+    module: nn.Module, past: Past, batch: int, mask: Tensor | None, like: Mapping[str, Tensor]
+) -> Any:
     """What transformers makes of a mask for this call, or an error."""
     masking: Any = sys.modules.get("transformers.masking_utils")
     make = getattr(masking, "create_masks_for_generate", None)
@@ -88,14 +98,16 @@ def _made(module: nn.Module, past: Past, batch: int, mask: Tensor | None, like: 
     return make(module.config, inputs_embeds=shape, attention_mask=mask, past_key_values=past.cache)
 
 
-def _same(given: Any, made: Any) -> bool:
+def _same(first: Any, second: Any) -> bool:
     """Whether two masks, or mappings of masks, let the same be seen."""
-    if isinstance(given, Mapping):
-        return isinstance(made, Mapping) and all(name in made and _same(one, made[name]) for name, one in given.items())
-    if given is None or made is None:
-        return given is made
-    return isinstance(made, Tensor) and made.shape == given.shape and torch.equal(_seen(given), _seen(made))
+    if isinstance(first, Mapping):
+        return isinstance(second, Mapping) and all(
+            name in second and _same(value, second[name]) for name, value in first.items()
+        )
+    if first is None or second is None:
+        return first is second
+    return isinstance(second, Tensor) and second.shape == first.shape and torch.equal(_visible(first), _visible(second))
 
 
-def _seen(mask: Tensor) -> Tensor:
+def _visible(mask: Tensor) -> Tensor:
     return mask if mask.dtype == torch.bool else mask == 0

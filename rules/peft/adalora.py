@@ -30,16 +30,16 @@ class AdaLora(PeftMethod):
         return {}
 
     def entries(self, place: PeftPlace) -> dict[str, PeftEntry]:
-        kept = _kept(place)
-        if kept is None:
+        directions = _kept_directions(place)
+        if directions is None:
             return super().entries(place)
         assert isinstance(place.rule, AdaLoraRule)
         rank = place.rule.rank
-        rows, columns = _spread(kept, rank, 0), _spread(kept, rank, 1)
+        rows, columns = _spread(directions, rank, 0), _spread(directions, rank, 1)
         return {"A": PeftEntry("lora_A", rows), "E": PeftEntry("lora_E", rows), "B": PeftEntry("lora_B", columns)}
 
 
-def _kept(place: PeftPlace) -> list[int] | None:
+def _kept_directions(place: PeftPlace) -> list[int] | None:
     """Which directions of a site are left, by rank_pattern; None for all."""
     for name, flags in (place.config.get("rank_pattern") or {}).items():
         if name.rpartition(".")[0] == place.path and isinstance(flags, list):
@@ -48,14 +48,14 @@ def _kept(place: PeftPlace) -> list[int] | None:
     return None
 
 
-def _spread(kept: list[int], rank: int, dim: int) -> Callable[[Tensor], Tensor]:
+def _spread(directions: list[int], rank: int, dim: int) -> Callable[[Tensor], Tensor]:
     """The directions that are left in their places, and zeros in the others: they add nothing, and the scale stays."""
 
     def read(tensor: Tensor) -> Tensor:
         shape = list(tensor.shape)
-        if shape[dim] != len(kept) or max(kept, default=-1) >= rank:
+        if shape[dim] != len(directions) or max(directions, default=-1) >= rank:
             raise ValueError("the file has other directions than its rank_pattern")
         shape[dim] = rank
-        return tensor.new_zeros(shape).index_copy(dim, torch.tensor(kept, device=tensor.device).long(), tensor)
+        return tensor.new_zeros(shape).index_copy(dim, torch.tensor(directions, device=tensor.device).long(), tensor)
 
     return read

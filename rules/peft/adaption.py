@@ -33,7 +33,7 @@ class Adaption(PeftMethod):
         return [AdaptionRule(config.regular(paths), length=length, mapped=kind != "gpt2")]
 
     def entries(self, place: PeftPlace) -> dict[str, PeftEntry]:
-        prompt = PeftEntry("adaption_prompt", lambda held: held.squeeze(0), lambda prompt: prompt.unsqueeze(0))
+        prompt = PeftEntry("adaption_prompt", lambda tensor: tensor.squeeze(0), lambda prompt: prompt.unsqueeze(0))
         return {"prompt": prompt, "gate": PeftEntry("adaption_gate")}
 
     def write(self, placed: Any, modules: Any) -> dict[str, Any]:
@@ -62,7 +62,7 @@ def _ending(modules: Any, name: Any) -> list[str]:
 
 def _bias(modules: Any, paths: Any) -> bool:
     maps = [modules.by_path[path]._modules.get("o_proj") for path in paths]
-    return any(one is not None and one._parameters.get("bias") is not None for one in maps)
+    return any(output_map is not None and output_map._parameters.get("bias") is not None for output_map in maps)
 
 
 def _plain(module: Any) -> bool:

@@ -27,25 +27,25 @@ def base_rows(config: PeftConfig) -> Iterable[Rule]:
     together: dict[int, list[tuple[str, str, nn.Module, Tensor]]] = {}
     for key, path, name in _of_base(config):
         module = config.modules.by_path[path]
-        held = dict(_own(module))[name]
-        together.setdefault(id(held), []).append((key, path, module, held))
+        tensor = dict(_own(module))[name]
+        together.setdefault(id(tensor), []).append((key, path, module, tensor))
     for group in together.values():
         yield from _compared(config, group)
 
 
 def _compared(config: PeftConfig, group: list[tuple[str, str, nn.Module, Tensor]]) -> Iterator[Rule]:
     """One tensor of the base, which tied modules hold, with what the file has in its place."""
-    key, path, module, held = group[0]
+    key, path, module, ours = group[0]
     shapes, keys = _shapes(config), [key for key, *_ in group]
-    matrix = isinstance(module, (nn.Embedding, nn.Linear)) and held.dim() == 2
-    if matrix and held.is_floating_point() and len(shapes[key]) == 2 and shapes[key][1] == held.shape[1]:
-        if len({shapes[other] for other in keys}) == 1 and shapes[key][0] != len(held):
+    matrix = isinstance(module, (nn.Embedding, nn.Linear)) and ours.dim() == 2
+    if matrix and ours.is_floating_point() and len(shapes[key]) == 2 and shapes[key][1] == ours.shape[1]:
+        if len({shapes[other] for other in keys}) == 1 and shapes[key][0] != len(ours):
             config.vocabulary.add(shapes[key][0])
             config.passed_over += keys
             return
-    if any(shapes[other] != tuple(held.shape) for other in keys):
+    if any(shapes[other] != tuple(ours.shape) for other in keys):
         return
-    if held.is_meta or type(held) not in (nn.Parameter, Tensor) or not held.is_floating_point():
+    if ours.is_meta or type(ours) not in (nn.Parameter, Tensor) or not ours.is_floating_point():
         config.assumed.append(f"the file's {path} can't be compared with this base's, and is taken to be the same")
         config.passed_over += keys
         return
@@ -54,25 +54,25 @@ def _compared(config: PeftConfig, group: list[tuple[str, str, nn.Module, Tensor]
     if any(not torch.equal(tensor, tensors[0]) for tensor in tensors[1:]):
         where = " and ".join(keys)
         raise SurgeryError("the file has two matrices for modules that share their weight here", where=where)
-    differ = _differing(tensors[0], held)
+    differ = _differing(tensors[0], ours)
     if differ is None or not (len(differ) == 0 or matrix):
         return
     config.passed_over += keys
     if len(differ):
-        rows = f"{len(differ)} of {len(held)} rows"
-        told = f"the file's {path} differs from this base's in {rows}: the file's are taken, as a part of the adapter"
-        config.assumed.append(told)
-        paths = [at for at, other in config.modules.by_path.items() if other._parameters.get("weight") is held]
+        rows = f"{len(differ)} of {len(ours)} rows"
+        note = f"the file's {path} differs from this base's in {rows}: the file's are taken, as a part of the adapter"
+        config.assumed.append(note)
+        paths = [at for at, other in config.modules.by_path.items() if other._parameters.get("weight") is ours]
         read = bool(config.data.get("use_dora")) and not config.targeted.isdisjoint(paths)
         yield BaseRowsRule(targets=config.regular(paths), tokens=tuple(differ.tolist()), in_weight=read)
 
 
-def _differing(there: Tensor, held: Tensor) -> Tensor | None:
+def _differing(theirs: Tensor, ours: Tensor) -> Tensor | None:
     """The rows that differ by more than the rounding of the coarser dtype; None where the file has another kind."""
-    if not there.is_floating_point():
+    if not theirs.is_floating_point():
         return None
-    here = held.detach().cpu()
-    same = (there.to(here.dtype) == here) | (here.to(there.dtype) == there)
+    here = ours.detach().cpu()
+    same = (theirs.to(here.dtype) == here) | (here.to(theirs.dtype) == theirs)
     return (~same.flatten(1).all(1) if same.dim() > 1 else ~same).nonzero().flatten()
 
 
@@ -81,8 +81,8 @@ def _of_base(config: PeftConfig) -> Iterator[tuple[str, str, str]]:
     data, by_path = config.data, config.modules.by_path
     task = data.get("task_type")
     heads = HEADS.get(task, ()) if isinstance(task, str) else ()
-    given = data.get("modules_to_save") or ()
-    names = [name for name in (given if isinstance(given, list) else ()) if isinstance(name, str)]
+    saved = data.get("modules_to_save") or ()
+    names = [name for name in (saved if isinstance(saved, list) else ()) if isinstance(name, str)]
     trained = tuple(f"{path}." for path in ending(by_path, [*names, *heads]))
     biases = data.get("bias") not in (None, "none")
     for key in _shapes(config):
@@ -98,13 +98,13 @@ def base_key(key: str, by_path: Mapping[str, nn.Module]) -> tuple[str, str] | No
     if hit is None:
         return None
     plain = ".".join(part for part in hit[1].split(".") if part != "base_layer")
-    path = next((found for found in (hit[1], plain) if found in by_path), None)
+    path = next((candidate for candidate in (hit[1], plain) if candidate in by_path), None)
     return (path, hit[2]) if path else None
 
 
 def _own(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    for held in (module._parameters, module._buffers):
-        yield from ((name, tensor) for name, tensor in held.items() if tensor is not None)
+    for tensors in (module._parameters, module._buffers):
+        yield from ((name, tensor) for name, tensor in tensors.items() if tensor is not None)
 
 
 def _shapes(config: PeftConfig) -> Mapping[str, Any]:

@@ -29,44 +29,46 @@ class ExpertLora(PeftPart):
                 by_module.setdefault(tuple(hit), []).append(path)
         if named and not by_module:
             raise config.refuse("target_parameters", "the model has no such parameters")
-        given = {ours: config.take(theirs) for theirs, ours in FIELDS.items() if config.take(theirs) is not None}
+        settings = {ours: config.take(theirs) for theirs, ours in FIELDS.items() if config.take(theirs) is not None}
         start = config.take(Lora.init_field, True)
-        given["init"] = {False: "random", "gaussian": "gaussian"}.get(start, "kaiming")
+        settings["init"] = {False: "random", "gaussian": "gaussian"}.get(start, "kaiming")
         for parameters, paths in by_module.items():
             full = [f"{path}.{name}" for path in paths for name in parameters]
             patterns: dict[str, Any] = {}
             for field in ("rank_pattern", "alpha_pattern"):
-                held = config.take(field, {})
-                patterns[field] = {k: v for k, v in held.items() if any(fits(k, path) for path in full)} or None
-            yield ExpertLoraRule(targets=config.regular(paths), parameters=parameters, **given, **patterns)
+                patterns_given = config.take(field, {})
+                patterns[field] = {
+                    k: v for k, v in patterns_given.items() if any(fits(k, path) for path in full)
+                } or None
+            yield ExpertLoraRule(targets=config.regular(paths), parameters=parameters, **settings, **patterns)
 
     def entries(self, place: PeftPlace) -> dict[str, PeftEntry]:
-        held = [name for name in place.module._parameters if f"{name}_A" in place.names]
-        found = {}
-        for i, name in enumerate(held):  # PEFT wraps the module once for each, the first innermost
+        stacks = [name for name in place.module._parameters if f"{name}_A" in place.names]
+        entries = {}
+        for i, name in enumerate(stacks):  # PEFT wraps the module once for each, the first innermost
             stack = place.module._parameters[name]
             assert stack is not None
-            experts, inner = len(stack), "base_layer." * (len(held) - 1 - i)
+            experts, inner = len(stack), "base_layer." * (len(stacks) - 1 - i)
             if stack.dim() == 2:
-                found |= {f"{name}_{which}": PeftEntry(f"{inner}lora_{which}.weight") for which in "AB"}
+                entries |= {f"{name}_{which}": PeftEntry(f"{inner}lora_{which}.weight") for which in "AB"}
                 continue
-            found[f"{name}_A"] = PeftEntry(
+            entries[f"{name}_A"] = PeftEntry(
                 f"{inner}lora_A.weight", lambda A, e=experts: A.unflatten(0, (e, -1)), lambda A: A.flatten(0, 1)
             )
-            found[f"{name}_B"] = PeftEntry(
+            entries[f"{name}_B"] = PeftEntry(
                 f"{inner}lora_B.weight",
                 lambda B, e=experts: B.unflatten(1, (-1, e)).permute(2, 0, 1),
                 lambda B: B.permute(1, 2, 0).flatten(1),
             )
-        return found
+        return entries
 
     def write(self, placed: Any, modules: Any) -> dict[str, Any]:
-        found = [rule for rule, _ in placed]
-        first = found[0]
+        rules = [rule for rule, _ in placed]
+        first = rules[0]
         if first.dtype not in (None, "float32"):
             raise SurgeryError(f"PEFT's format can't hold ExpertLoraRule(dtype={first.dtype!r})")
         alike = ("rank", "alpha", "rslora", "rank_pattern", "alpha_pattern")
-        if any(getattr(rule, name) != getattr(first, name) for rule in found for name in alike):
+        if any(getattr(rule, name) != getattr(first, name) for rule in rules for name in alike):
             raise SurgeryError("PEFT's format can't hold ExpertLoraRules that differ in more than targets",
                                fix='save_adapter(…, format="surgery")')  # fmt: skip
         named = [f"{p}.{n}" for rule, paths in placed for p in paths for n in rule.names(modules.by_path[p])]

@@ -38,11 +38,11 @@ class Trained(PeftPart):
 
 def _heads(config: PeftConfig) -> list[str]:
     """The heads that are in the file because of its task: PEFT up to 0.6 did not name them in the configuration."""
-    task, held = config.data.get("task_type"), config.file.shapes if config.file is not None else ()
+    task, keys = config.data.get("task_type"), config.file.shapes if config.file is not None else ()
     heads = ending(config.modules.by_path, HEADS.get(task, ()) if isinstance(task, str) else ())
     starts = [(path, f"{start}{path}.") for path in heads for start in ("base_model.model.", "base_model.")]
     names = {path: [name for name, _ in config.modules.by_path[path].named_parameters()] for path in heads}
-    return [path for path, start in starts if any(start + name in held for name in names[path])]
+    return [path for path, start in starts if any(start + name in keys for name in names[path])]
 
 
 @peft_method
@@ -53,13 +53,13 @@ class Biases(PeftPart):
 
     def entries(self, place: PeftPlace) -> dict[str, PeftEntry]:
         names = {name.replace(".", "_"): name for name, _ in place.module.named_parameters()}
-        found = {}
+        entries = {}
         for name in (name for name in place.names if name in names):  # the site may have LoRA's tensors, too
             full = names[name]
             if place.path in place.main:  # PEFT's layer stands around the module
                 full = "base_layer." + re.sub(r"^out_proj\.", "out_proj.base_layer.", full)
-            found[name] = PeftEntry(full)
-        return found
+            entries[name] = PeftEntry(full)
+        return entries
 
     def write(self, placed: Any, modules: Any) -> dict[str, Any]:
         raise SurgeryError("PEFT's format can't hold a BiasRule of its own", fix='LoraRule(…, bias="all")')

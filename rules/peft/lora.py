@@ -64,14 +64,14 @@ class Lora(PeftMethod):
         return super().entries(place) | ({"A": _by_group(groups)} if groups != 1 else {})
 
     def write(self, placed: Any, modules: Any) -> dict[str, Any]:
-        placed = [(rule if rule.max_rank is None else _filled(rule, paths), paths) for rule, paths in placed]
-        one = placed[0][0] if len(placed) == 1 else _as_one(placed)
+        placed = [(rule if rule.max_rank is None else _fill_rank(rule, paths), paths) for rule, paths in placed]
+        single = placed[0][0] if len(placed) == 1 else _as_one(placed)
         paths = [path for _, inner in placed for path in inner]
         for path in paths:
             groups = getattr(modules.by_path[path], "groups", 1)
-            if one.rank_at(path) % groups or (groups > 1 and one.dora):
-                raise _unsaid("DoRA, or a rank that the groups don't divide, on a convolution with groups", path)
-        return super().write([(one, paths)], modules)
+            if single.rank_at(path) % groups or (groups > 1 and single.dora):
+                raise _unsupported("DoRA, or a rank that the groups don't divide, on a convolution with groups", path)
+        return super().write([(single, paths)], modules)
 
     def said(self, rule: Rule) -> dict[str, Any]:
         assert isinstance(rule, LoraRule)
@@ -82,7 +82,7 @@ def _as_one(placed: Sequence[tuple[LoraRule, Sequence[str]]]) -> LoraRule:
     """Several rules that differ in rank and alpha as one with patterns of paths."""
     (first, _), same = placed[0], ("dropout", "dora", "lora_bias", "bias", "rslora", "init")
     if any(getattr(rule, name) != getattr(first, name) for rule, _ in placed for name in same):
-        raise _unsaid("LoraRules that differ in more than targets, rank and alpha")
+        raise _unsupported("LoraRules that differ in more than targets, rank and alpha")
     by_path = {path: rule for rule, paths in placed for path in paths}
     ranks = {re.escape(path): rule.rank_at(path) for path, rule in by_path.items()}
     alphas = {re.escape(path): rule.alpha_at(path) for path, rule in by_path.items()}
@@ -90,7 +90,7 @@ def _as_one(placed: Sequence[tuple[LoraRule, Sequence[str]]]) -> LoraRule:
     return first.replace(targets=targets, exclude=(), layers=None, rank_pattern=ranks, alpha_pattern=alphas)
 
 
-def _filled(rule: LoraRule, paths: Sequence[str]) -> LoraRule:
+def _fill_rank(rule: LoraRule, paths: Sequence[str]) -> LoraRule:
     """A rule with more room than rank as one that uses all of it, at the same scale."""
     rank = rule.max_rank
     assert rank is not None
@@ -98,11 +98,11 @@ def _filled(rule: LoraRule, paths: Sequence[str]) -> LoraRule:
     alpha = alphas[paths[0]] if paths else rule.alpha
     others = {re.escape(path): value for path, value in alphas.items() if value != alpha}
     plain = {"rank_pattern": None, "rslora": False, "max_rank": None}
-    made = rule.replace(rank=rank, alpha=alpha, alpha_pattern=others or None, **plain)
+    filled = rule.replace(rank=rank, alpha=alpha, alpha_pattern=others or None, **plain)
     for path in paths:
-        if made.scale_at(path) != rule.scale_at(path):
-            raise _unsaid(f"the scale of max_rank={rank} to the last bit", path)
-    return made
+        if filled.scale_at(path) != rule.scale_at(path):
+            raise _unsupported(f"the scale of max_rank={rank} to the last bit", path)
+    return filled
 
 
 def _by_group(groups: int) -> PeftEntry:
@@ -114,7 +114,7 @@ def _by_group(groups: int) -> PeftEntry:
         )  # (groups, rank / groups, groups, in / groups, …)
         own = torch.stack([blocks[i, :, i] for i in range(groups)])
         if not A.is_meta and int(blocks.count_nonzero()) > int(own.count_nonzero()):
-            raise _unread("it looks at all channels of a convolution with groups: no kernel with groups does that")
+            raise _unreadable("it looks at all channels of a convolution with groups: no kernel with groups does that")
         return own.flatten(0, 1)
 
     def write(A: Tensor) -> Tensor:
@@ -129,16 +129,16 @@ def _by_group(groups: int) -> PeftEntry:
 
 def _attention(place: PeftPlace) -> dict[str, PeftEntry]:
     if not {"A", "out_A"} <= set(place.names) or "magnitude" in place.names:
-        raise _unsaid("LoRA on an attention with sizes of its own for key and value, or with DoRA", place.path)
+        raise _unsupported("LoRA on an attention with sizes of its own for key and value, or with DoRA", place.path)
     # PEFT (to 0.21.2) adds the change of the output map twice, live and merged: what it trained is twice the file's B.
     twice = PeftEntry("base_layer.out_proj.lora_B.weight", lambda B: B * 2, lambda B: B / 2)
     inner, outer = PeftEntry("lora_B.weight"), PeftEntry("base_layer.out_proj.lora_A.weight")
     return {"A": PeftEntry("lora_A.weight"), "B": inner, "out_A": outer, "out_B": twice}
 
 
-def _unread(why: str) -> SurgeryError:
+def _unreadable(why: str) -> SurgeryError:
     return SurgeryError("PEFT's lora_A can't be held exactly", why=why)
 
 
-def _unsaid(what: str, where: str | None = None) -> SurgeryError:
+def _unsupported(what: str, where: str | None = None) -> SurgeryError:
     return SurgeryError(f"PEFT's format can't hold {what}", where=where, fix=SURGERY)

@@ -56,17 +56,17 @@ class Ia3(PeftMethod):
 
     def further(self, config: PeftConfig) -> dict[str, Any]:
         config.silent("fan_in_fan_out")
-        given = config.take("feedforward_modules", ())
-        if isinstance(given, str):
-            return {"feedforward": f"re:{given}"}
-        fed = [path for path in config.targeted if any(path.endswith(name) for name in given)]  # as PEFT: no dot
+        names = config.take("feedforward_modules", ())
+        if isinstance(names, str):
+            return {"feedforward": f"re:{names}"}
+        fed = [path for path in config.targeted if any(path.endswith(name) for name in names)]  # as PEFT: no dot
         return {"feedforward": config.regular(fed) if fed else ()}
 
     def entries(self, place: PeftPlace) -> dict[str, PeftEntry]:
         assert isinstance(place.rule, IA3Rule)
         kernel = len(maps.sizes(maps.linear_map(place.module, *maps.NAMES))) - 2  # type: ignore[arg-type]
         shape = (1, -1, *(1,) * kernel) if kernel else (1, -1) if place.rule.feeds(place.path) else (-1, 1)
-        return {"scale": PeftEntry("ia3_l", lambda held: held.flatten(), lambda scale: scale.view(shape))}
+        return {"scale": PeftEntry("ia3_l", lambda tensor: tensor.flatten(), lambda scale: scale.view(shape))}
 
     def write(self, placed: Any, modules: Any) -> dict[str, Any]:
         fed = [path for rule, paths in placed for path in paths if rule.feeds(path)]

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from surgery import PeftConfig, PeftEntry, PeftMethod, PeftPlace, Rule, SurgeryError, peft_method
-from surgery.rules._attention.rotary_keys import turned, why_not
+from surgery.rules._attention.rotary_keys import rotate_keys, why_not
 from surgery.rules.peft.tasks import task_of, with_head
 from surgery.rules.prefix import EVERYWHERE, PrefixRule
 
@@ -52,21 +52,21 @@ class Prefix(PeftMethod):
         heads = place.config.get("num_attention_heads")  # those of the keys
         size = -1 if heads else getattr(place.module, "head_dim", -1)
 
-        def taken(matrix: Tensor, which: int) -> Tensor:
+        def take(matrix: Tensor, which: int) -> Tensor:
             part = matrix.view(length, 2 * len(layers), -1)[:, which]
             return part.view(length, heads or -1, size).transpose(0, 1)
 
-        def put(tensor: Tensor) -> Tensor:
+        def flatten(tensor: Tensor) -> Tensor:
             return tensor.transpose(0, 1).flatten(1)
 
         model, module = place.modules.model, place.module
         return {
             "key": PeftEntry(
                 f"/{KEY}",
-                lambda matrix: turned(model, module, taken(matrix, at), -1),
-                lambda key: put(turned(model, module, key, 1)),
+                lambda matrix: rotate_keys(model, module, take(matrix, at), -1),
+                lambda key: flatten(rotate_keys(model, module, key, 1)),
             ),
-            "value": PeftEntry(f"/{KEY}", lambda matrix: taken(matrix, at + 1), put),
+            "value": PeftEntry(f"/{KEY}", lambda matrix: take(matrix, at + 1), flatten),
         }
 
     def write(self, placed: Any, modules: Any) -> dict[str, Any]:
@@ -88,8 +88,8 @@ class Prefix(PeftMethod):
 
     def completed(self, config: dict[str, Any], tensors: dict[str, Tensor], modules: Any) -> Any:
         width = tensors[KEY].shape[1] // (2 * config["num_layers"])
-        told = modules.model.config.get_text_config()
-        heads = getattr(told, "num_key_value_heads", None) or told.num_attention_heads
+        config_of_text = modules.model.config.get_text_config()
+        heads = getattr(config_of_text, "num_key_value_heads", None) or config_of_text.num_attention_heads
         sizes = {"token_dim": width, "encoder_hidden_size": width, "num_attention_heads": heads}
         return with_head(self.prefix, config | sizes, tensors, modules)
 

@@ -52,14 +52,14 @@ class _Prompts(PeftMethod):
             raise SurgeryError(f"PEFT's prompt_tuning_init={start!r} can't be held", why="there is no such start here")
         return {"init": {"RANDOM": "random", "SAMPLE_VOCAB": "vocab"}[start]}
 
-    def made_of(self, config: PeftConfig, given: dict[str, Any]) -> Rule:
-        return PromptRule(**given)
+    def made_of(self, config: PeftConfig, fields: dict[str, Any]) -> Rule:
+        return PromptRule(**fields)
 
     def entries(self, place: PeftPlace) -> dict[str, PeftEntry]:
         rule = place.rule
         assert isinstance(rule, PromptRule)
         if rule.after or (rule.after is None and place.facts.get("seen", {}).get("pooled")):
-            raise _unsaid(rule, "PEFT's virtual tokens stand before the text's first: after=0")
+            raise _unsupported(rule, "PEFT's virtual tokens stand before the text's first: after=0")
         length, rows = rule.length, rule.length * submodules(place.config)
 
         def first(matrix: Tensor) -> Tensor:  # of an encoder-decoder PEFT keeps as many rows again, and uses none
@@ -73,12 +73,12 @@ class _Prompts(PeftMethod):
         (rule, paths), *more = placed
         task, model = task_of(modules), modules.model
         if more or list(paths) != [path for path, _ in text_inputs.hosts(model, "")]:
-            raise _unsaid(rule, "PEFT has one prompt, where the model takes its text")
+            raise _unsupported(rule, "PEFT has one prompt, where the model takes its text")
         if task is None:
-            raise _unsaid(rule, "PEFT asks the config of a model of transformers")
+            raise _unsupported(rule, "PEFT asks the config of a model of transformers")
         if _classifies(model) != rule.whole:
             why = "PEFT's classifiers see the virtual tokens, too, and no token ids; its other outputs are cut here"
-            raise _unsaid(rule, why, f"{rule.label}(whole={_classifies(model)}) is like PEFT's")
+            raise _unsupported(rule, why, f"{rule.label}(whole={_classifies(model)}) is like PEFT's")
         width = next(model.get_submodule(paths[0]).get_input_embeddings().parameters()).shape[-1]
         return {
             "num_virtual_tokens": rule.length, "token_dim": width, "num_transformer_submodules": 1,
@@ -91,8 +91,8 @@ class _Prompts(PeftMethod):
 
 def submodules(config: Mapping[str, Any]) -> int:
     """How many parts of the model PEFT counts: it makes as many times the virtual tokens."""
-    given = config.get("num_transformer_submodules")
-    return given or (2 if config.get("task_type") == "SEQ_2_SEQ_LM" else 1)
+    count = config.get("num_transformer_submodules")
+    return count or (2 if config.get("task_type") == "SEQ_2_SEQ_LM" else 1)
 
 
 @peft_method
@@ -115,14 +115,14 @@ class PromptTuning(_Prompts):  # after p-tuning: what is written is without a ne
 class Multitask(_Prompts):
     peft_type, rule = "MULTITASK_PROMPT_TUNING", MultitaskPromptRule
 
-    def made_of(self, config: PeftConfig, given: dict[str, Any]) -> Rule:
+    def made_of(self, config: PeftConfig, fields: dict[str, Any]) -> Rule:
         if submodules(config.data) != 1:
             why = "PEFT prompts the decoder, too, while training, and not when it generates"
             raise config.refuse("num_transformer_submodules", why)
         if config.data.get("task_type") in _WITHOUT_TASKS:
             raise config.refuse("task_type", "PEFT names no task there")
         tasks, ranks = config.take("num_tasks", 1), config.take("num_ranks", 1)
-        return MultitaskPromptRule(**given, tasks=tasks, ranks=ranks)
+        return MultitaskPromptRule(**fields, tasks=tasks, ranks=ranks)
 
     def entries(self, place: PeftPlace) -> dict[str, PeftEntry]:
         more = {"columns": PeftEntry("/prefix_task_cols"), "rows": PeftEntry("/prefix_task_rows")}
@@ -131,9 +131,9 @@ class Multitask(_Prompts):
     def write(self, placed: Any, modules: Any) -> dict[str, Any]:
         config, rule = super().write(placed, modules), placed[0][0]
         if rule.task is not None:
-            raise _unsaid(rule, "PEFT has no task for calls that name none")
+            raise _unsupported(rule, "PEFT has no task for calls that name none")
         if config["task_type"] in _WITHOUT_TASKS:
-            raise _unsaid(rule, "PEFT names no task where features are extracted or questions answered")
+            raise _unsupported(rule, "PEFT names no task where features are extracted or questions answered")
         return {**config, "num_tasks": rule.tasks, "num_ranks": rule.ranks}
 
 
@@ -158,5 +158,5 @@ def _text_ids(data: Mapping[str, Any]) -> list[int]:
 _WITHOUT_TASKS = ("QUESTION_ANS", "FEATURE_EXTRACTION")
 
 
-def _unsaid(rule: Rule, why: str, fix: str = 'save_adapter(…, format="surgery") holds any rules') -> SurgeryError:
+def _unsupported(rule: Rule, why: str, fix: str = 'save_adapter(…, format="surgery") holds any rules') -> SurgeryError:
     return SurgeryError(f"PEFT's format can't hold this {rule.label}", why=why, fix=fix)

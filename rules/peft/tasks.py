@@ -24,8 +24,8 @@ _BY_NAME = {
 
 def ending(modules: Mapping[str, nn.Module], names: Sequence[str]) -> list[str]:
     """The modules that PEFT means: those whose path ends so, with no dot asked for, and the outermost alone."""
-    found = [path for path in modules if any(path.endswith(name) for name in names)]
-    return [path for path in found if not any(path.startswith(f"{other}.") for other in found)]
+    paths = [path for path in modules if any(path.endswith(name) for name in names)]
+    return [path for path in paths if not any(path.startswith(f"{other}.") for other in paths)]
 
 
 def task_of(modules: Any) -> str | None:
@@ -50,9 +50,9 @@ def with_head(
     if not heads:
         return config, tensors
     starts = tuple(f"{path}." for path in heads)
-    held = {prefix + key: tensor for key, tensor in base_state_dict(modules.model).items() if key.startswith(starts)}
+    head = {prefix + key: tensor for key, tensor in base_state_dict(modules.model).items() if key.startswith(starts)}
     others = [path for path in config.get("modules_to_save") or () if path not in heads and not path.startswith(starts)]
-    return config | {"modules_to_save": [*heads, *others]}, {**held, **tensors}
+    return config | {"modules_to_save": [*heads, *others]}, {**head, **tensors}
 
 
 def sizes_of(model: nn.Module) -> dict[str, int]:

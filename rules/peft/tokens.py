@@ -41,24 +41,24 @@ class Tokens(PeftPart):
     rule, made = TokensRule, ("index",)
 
     def read(self, config: PeftConfig) -> Iterable[Rule]:
-        given = config.take("trainable_token_indices")
-        if not given:
+        indices = config.take("trainable_token_indices")
+        if not indices:
             return
         tying = bool(config.data.get("ensure_weight_tying")) and not _other_embeddings(config)
         if tying:  # else no rule holds it
             config.take("ensure_weight_tying")
-        for paths, ids in _groups(given, config.modules, tying).items():
+        for paths, ids in _groups(indices, config.modules, tying).items():
             config.passed_over += _repeated(config, paths)
             yield TokensRule(targets=config.regular(paths), tokens=list(ids))
 
     def entries(self, place: PeftPlace) -> dict[str, PeftEntry]:
         assert isinstance(place.rule, TokensRule)
-        given, embedding = place.config.get("trainable_token_indices"), _embedding(place.modules)
+        indices, embedding = place.config.get("trainable_token_indices"), _embedding(place.modules)
         together = _sharing(place.modules.matched(place.rule), place)
         path = embedding if embedding in together else place.path
-        ids: Any = given
-        if isinstance(given, dict):
-            ids = next((ids for name, ids in given.items() if str(path).endswith(name)), None)
+        ids: Any = indices
+        if isinstance(indices, dict):
+            ids = next((ids for name, ids in indices.items() if str(path).endswith(name)), None)
         order = torch.tensor(ids or sorted(place.rule.tokens)).argsort()
         key = f"/base_model.model.{path}.token_adapter.trainable_tokens_delta"
         return {"rows": PeftEntry(key, lambda rows: rows[order], lambda rows: rows[order.argsort()])}
@@ -70,13 +70,13 @@ class Tokens(PeftPart):
             for path in paths:
                 alike = [p for p in paths if modules.by_path[p].weight is modules.by_path[path].weight]
                 wanted[tuple(sorted(alike, key=lambda p: (p != embedding, p)))] = sorted(rule.tokens)
-        given = {paths[0]: ids for paths, ids in wanted.items()}
-        found = {tuple(sorted(paths)): ids for paths, ids in _groups(given, modules, False).items()}
-        if found != {tuple(sorted(paths)): ids for paths, ids in wanted.items()}:
-            paths = next((paths for paths in wanted if tuple(sorted(paths)) not in found), next(iter(wanted)))
+        indices = {paths[0]: ids for paths, ids in wanted.items()}
+        read_back = {tuple(sorted(paths)): ids for paths, ids in _groups(indices, modules, False).items()}
+        if read_back != {tuple(sorted(paths)): ids for paths, ids in wanted.items()}:
+            paths = next((paths for paths in wanted if tuple(sorted(paths)) not in read_back), next(iter(wanted)))
             why = "PEFT would train the rows of other modules, or others together: of tied ones it has one copy"
             raise SurgeryError("PEFT's format can't hold these TokensRules", where=" and ".join(paths), why=why)
-        return {"trainable_token_indices": given}
+        return {"trainable_token_indices": indices}
 
 
 def _of_base(place: PeftPlace, rule: BaseRowsRule) -> PeftEntry:
@@ -84,8 +84,8 @@ def _of_base(place: PeftPlace, rule: BaseRowsRule) -> PeftEntry:
     index, paths = torch.tensor(sorted(rule.tokens)), _holding(place.modules.by_path, place.module)
     keys = [key for key in place.held if (hit := base_key(key, place.modules.by_path)) and hit[0] in paths]
     path = next((path for path in paths if path in place.main), paths[0])
-    given = place.config.get("trainable_token_indices")
-    tokens = given and any(path in group for group in _groups(given, place.modules, False))
+    indices = place.config.get("trainable_token_indices")
+    tokens = indices and any(path in group for group in _groups(indices, place.modules, False))
     inside = ("token_adapter.base_layer." if tokens else "") + ("base_layer." if path in place.main else "")
     key = keys[0] if keys else f"{PREFIX}{path}.{inside}weight"
 
@@ -104,38 +104,38 @@ def _repeated(config: PeftConfig, paths: Sequence[str]) -> Iterable[str]:
         yield from (key for key in others if key in file.shapes and torch.equal(file.read(key), file.read(first)))
 
 
-def _groups(given: Any, modules: Any, tying: bool) -> Groups:
+def _groups(indices: Any, modules: Any, tying: bool) -> Groups:
     """Which modules have which rows trained, and which of them together, as PEFT reads its configuration.
 
     A head that is tied to the embedding shares the embedding's rows, where these are trained and no others are given
     for it. `tying`: PEFT's ensure_weight_tying.
     """
     embedding = _embedding(modules)
-    if isinstance(given, list):
-        given = {embedding or "embed_tokens": given}
-    tied, names = _tied(modules), list(given)
+    if isinstance(indices, list):
+        indices = {embedding or "embed_tokens": indices}
+    tied, names = _tied(modules), list(indices)
     if embedding is not None and tied and len(names) > 1:
         same = [name for name in names if embedding.endswith(name) or any(_means(name, path) for path in tied)]
-        differ = any(given[name] != given[same[0]] for name in same[1:])
+        differ = any(indices[name] != indices[same[0]] for name in same[1:])
         if differ and tying:
             raise SurgeryError(
                 "PEFT's ensure_weight_tying wants the same tokens of tied modules", where=", ".join(same)
             )
         if not differ and len(same) > 1:
-            given = {name: ids for name, ids in given.items() if name not in tied}
+            indices = {name: ids for name, ids in indices.items() if name not in tied}
         tied = [] if differ else tied
-    found, taken = Groups(), set[str]()
-    for name, ids in given.items():
-        paths = [path for path in modules.by_path if path.endswith(name) and path not in taken]
+    groups, used = Groups(), set[str]()
+    for name, ids in indices.items():
+        paths = [path for path in modules.by_path if path.endswith(name) and path not in used]
         if not paths:
             raise SurgeryError(f"the model has no module {name!r}, whose tokens are to be trained")
-        taken.update(paths)
+        used.update(paths)
         for path in paths:
-            found[(path,)] = ids
-    if embedding is not None and (embedding,) in found and tied:
-        ids = found.pop((embedding,))
-        found[(embedding, *(path for path in tied if path not in taken))] = ids
-    return found
+            groups[(path,)] = ids
+    if embedding is not None and (embedding,) in groups and tied:
+        ids = groups.pop((embedding,))
+        groups[(embedding, *(path for path in tied if path not in used))] = ids
+    return groups
 
 
 def _means(name: str, path: str) -> bool:

@@ -122,17 +122,17 @@ _PARTS = ("q_", "k_", "v_", "out_")
 def low_rank_slot(rules: Sequence[Rule], module: nn.Module, path: str) -> Rule | None:
     """The slot that holds any of these rules at a module. Where its groups divide all their ranks, it is a branch."""
     groups = getattr(module, "groups", 1)
-    ranks = [_rank(one, path) for one in rules]
-    rank = 2 * groups if all(one % groups == 0 for one in ranks) else groups + 1
-    gain = any(getattr(one, "dora", False) for one in rules)
-    bias = any(getattr(one, "lora_bias", False) for one in rules)
-    dtypes = {getattr(one, "dtype", None) for one in rules}
-    made = LowRankSlotRule(rank=rank, gain=gain, bias=bias, dtype=dtypes.pop() if len(dtypes) == 1 else None)
-    return made if made.check(module, path) is None else None
+    ranks = [_rank(rule, path) for rule in rules]
+    rank = 2 * groups if all(rank_there % groups == 0 for rank_there in ranks) else groups + 1
+    gain = any(getattr(rule, "dora", False) for rule in rules)
+    bias = any(getattr(rule, "lora_bias", False) for rule in rules)
+    dtypes = {getattr(rule, "dtype", None) for rule in rules}
+    slot = LowRankSlotRule(rank=rank, gain=gain, bias=bias, dtype=dtypes.pop() if len(dtypes) == 1 else None)
+    return slot if slot.check(module, path) is None else None
 
 
-def _rank(one: Any, path: str) -> int:
-    return one.room_at(path) if hasattr(one, "room_at") else getattr(one, "rank", 1)
+def _rank(rule: Any, path: str) -> int:
+    return rule.room_at(path) if hasattr(rule, "room_at") else getattr(rule, "rank", 1)
 
 
 def low_rank_tensors(
@@ -144,32 +144,32 @@ def low_rank_tensors(
     """
     assert isinstance(slot, LowRankSlotRule)
     dtype = getattr(torch, slot.dtype) if slot.dtype else site.dtype
-    found: dict[str, Tensor] = {}
+    results: dict[str, Tensor] = {}
     for part in _layout(site.module, slot.rank).parts:
         change = changes[part.weight]
         factors = [change, *([site.changed[part.weight]] if part.weight in site.changed else [])]
-        if not all(isinstance(one, LowRank) and one.groups == change.groups for one in factors):
+        if not all(isinstance(factor, LowRank) and factor.groups == change.groups for factor in factors):
             raise SiteError("what the adapter changed at its start can't be said in its groups", where=site.path)
         if change.groups < part.groups:
             why = f"in the file each rank belongs to one of the {part.groups} groups of the convolution"
-            raise _unfit(site, f"a rank of {len(change.A)} that its groups don't divide", why)
+            raise _slot_lacks(site, f"a rank of {len(change.A)} that its groups don't divide", why)
         if change.gain is not None and not slot.gain:
-            raise _unfit(site, "a gain (DoRA)", "no adapter had one when the file was exported")
-        pairs = [_factors(part, one) for one in factors]
+            raise _slot_lacks(site, "a gain (DoRA)", "no adapter had one when the file was exported")
+        pairs = [_factors(part, factor) for factor in factors]
         A = torch.cat([A.unflatten(0, (change.groups, -1)) for A, _ in pairs], dim=1).flatten(0, 1)
         B = torch.cat([B.to(A.dtype) for _, B in pairs], dim=1)
-        found[part.prefix + "A"], found[part.prefix + "B"] = _laid(part, A, B, change.groups)
+        results[part.prefix + "A"], results[part.prefix + "B"] = _to_slot_shapes(part, A, B, change.groups)
         if slot.gain:
             ones = torch.ones(part.out, dtype=A.dtype, device=A.device)
-            found[part.prefix + "gain"] = ones if change.gain is None else change.gain.reshape(-1)
+            results[part.prefix + "gain"] = ones if change.gain is None else change.gain.reshape(-1)
     if bias is not None and not slot.bias:
-        raise _unfit(site, "a bias on B", "no adapter had one when the file was exported")
+        raise _slot_lacks(site, "a bias on B", "no adapter had one when the file was exported")
     if slot.bias:
-        found["B_bias"] = found["B"].new_zeros(len(found["B"])) if bias is None else bias
-    return {name: tensor.detach().to(dtype) for name, tensor in found.items()}
+        results["B_bias"] = results["B"].new_zeros(len(results["B"])) if bias is None else bias
+    return {name: tensor.detach().to(dtype) for name, tensor in results.items()}
 
 
-def _unfit(site: LiveSite, what: str, why: str) -> SiteError:
+def _slot_lacks(site: LiveSite, what: str, why: str) -> SiteError:
     fix = "export the model again with this adapter on it"
     return SiteError(f"the adapter has {what}, and its slot has none", where=site.path, why=why, fix=fix)
 
@@ -185,7 +185,7 @@ def _each(scale: Any) -> Any:
     return scale.unsqueeze(-1) if isinstance(scale, Tensor) else scale
 
 
-def _laid(part: WeightPart, A: Tensor, B: Tensor, groups: int) -> tuple[Tensor, Tensor]:
+def _to_slot_shapes(part: WeightPart, A: Tensor, B: Tensor, groups: int) -> tuple[Tensor, Tensor]:
     """Flat factors in the shapes of the slot's; a slot without groups gets those of a grouped map side by side."""
     if groups > part.groups:
         out, own = B.shape[0] // groups, B.shape[1]
@@ -197,6 +197,6 @@ def _laid(part: WeightPart, A: Tensor, B: Tensor, groups: int) -> tuple[Tensor, 
 
 
 def _layout(module: nn.Module, rank: int) -> Layout:
-    found = layout_of(module, rank)
-    assert isinstance(found, Layout), found
-    return found
+    layout = layout_of(module, rank)
+    assert isinstance(layout, Layout), layout
+    return layout

@@ -25,7 +25,7 @@ class ShiftedRule(Rule):
             label = f"a prefix can't shift the positions of a {site.base_class.__name__}"
             raise SiteError(label, where=site.path, why="it is no plain nn.Embedding")
         padding = getattr(site.module, "padding_idx", None)
-        site.replace(site.input, site.apply(shifted, site.input, self.by, padding))
+        site.replace(site.input, site.apply(shift_positions, site.input, self.by, padding))
 
     slot_kind = "shift"
 
@@ -47,13 +47,13 @@ class ShiftSlotRule(Rule):
 
     def rewrite(self, site: Site) -> None:
         by, padding = site.buffer("by", torch.zeros(1, dtype=torch.long)), getattr(site.module, "padding_idx", None)
-        site.replace(site.input, site.apply(shifted, site.input, by, padding))
+        site.replace(site.input, site.apply(shift_positions, site.input, by, padding))
 
     def unslotted(self, tensors: Mapping[str, Tensor]) -> tuple[Rule, Mapping[str, Tensor]]:
         return ShiftedRule(by=int(tensors["by"])), {}
 
 
-def known(site: Site, name: str) -> bool:
+def require_module(site: Site, name: str) -> bool:
     """Whether the model has such a module; an error where it has not: what comes with a rule may match nothing."""
     model = (*site.owners, site.module)[0]
     if not any(f".{path}".endswith(f".{name}") for path, _ in model.named_modules()):
@@ -61,7 +61,7 @@ def known(site: Site, name: str) -> bool:
     return True
 
 
-def shifted(positions: Tensor, by: int | Tensor, padding: int | None) -> Tensor:
+def shift_positions(positions: Tensor, by: int | Tensor, padding: int | None) -> Tensor:
     """The positions of a text behind a prefix; those of a text that is to become one, as they are."""
     if listeners:
         return positions

@@ -35,8 +35,8 @@ class PromptSlotRule(Rule):
         if role == "layer":
             return site.with_hidden(site.apply(insertion.put_after, site.output, prompt, self.after))
         rest = text_inputs.starred(site) or ""
-        made: Any = site.apply(insertion.put_any, site.this, prompt, dict(site.inputs), rest, self.after, self.moves)
-        new, place = made[0], made[1]
+        result: Any = site.apply(insertion.put_any, site.this, prompt, dict(site.inputs), rest, self.after, self.moves)
+        new, place = result[0], result[1]
         for name in site.inputs:
             if name in insertion.CHANGED or name == rest:
                 site.replace(site.inputs[name], new[name])
@@ -63,7 +63,7 @@ class PromptMemorySlotRule(Rule):
 
     def rewrite(self, site: Site) -> None:
         states, mask = site.inputs["encoder_hidden_states"], site.inputs["encoder_attention_mask"]
-        site.replace(mask, site.apply(insertion.widened, states, mask, None, self.moves))
+        site.replace(mask, site.apply(insertion.widen_memory_mask, states, mask, None, self.moves))
 
 
 def slot_of(after: int | None, whole: bool, facts: Mapping[str, Any]) -> PromptSlotRule | None:

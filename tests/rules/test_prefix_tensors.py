@@ -23,7 +23,7 @@ from surgery import (
     rules_of,
 )
 from surgery.rules import BottleneckRule, LoraRule, PrefixRule, fit_prefix
-from surgery.rules._attention.prefix import listeners, projected
+from surgery.rules._attention.prefix import listeners, project
 from surgery.testing import Snapshot
 
 transformers: Any = pytest.importorskip("transformers")
@@ -138,7 +138,7 @@ def test_it_is_pefts_prefix_encoder() -> None:
     first, _, last = theirs.transform
     past = theirs(torch.arange(length).unsqueeze(0)).view(1, length, 2, heads, size).permute(2, 0, 3, 1, 4)
     outer = last.weight.view(2, heads, size, width), last.bias.view(2, heads, size)
-    found = projected(theirs.embedding.weight, first.weight, first.bias, *outer)
+    found = project(theirs.embedding.weight, first.weight, first.bias, *outer)
     torch.testing.assert_close(found, past[:, 0], rtol=1e-6, atol=1e-6)
 
 
