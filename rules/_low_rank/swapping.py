@@ -74,7 +74,7 @@ def used(tensor: Tensor, shape: Sequence[int], part: WeightPart) -> Tensor:
     return view
 
 
-def fill_room(fill: float | Callable[[Tensor], Any], shape: Sequence[int], part: Part) -> Callable[[Tensor], Any]:
+def fill_room(fill: float | Callable[[Tensor], Any], shape: Sequence[int], part: WeightPart) -> Callable[[Tensor], Any]:
     """`fill` for as much of a tensor as its rank takes up, with the numbers that it would draw without more room."""
 
     def start(tensor: Tensor) -> None:
@@ -88,7 +88,7 @@ def fill_room(fill: float | Callable[[Tensor], Any], shape: Sequence[int], part:
     return start
 
 
-def copy_into(room: Tensor, tensor: Tensor, part: Part) -> Tensor:
+def copy_into(room: Tensor, tensor: Tensor, part: WeightPart) -> Tensor:
     """Put a tensor of a part into one that has room for it and more."""
     view = used(room.zero_(), tensor.shape, part)
     view.copy_(tensor.reshape(view.shape))

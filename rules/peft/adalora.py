@@ -23,7 +23,7 @@ class AdaLora(PeftMethod):
     tensors = {name: f"lora_{name}" for name in "AEB"}
     inits = {}
 
-    def further(self, config: PeftConfig) -> dict[str, Any]:
+    def read_fields(self, config: PeftConfig) -> dict[str, Any]:
         # PEFT does not use r, and the file holds the tensors, whatever they started as.
         config.silent("r", "rank_pattern", "alpha_pattern", "init_lora_weights", "fan_in_fan_out", "use_rslora")
         config.only("bias", "none")

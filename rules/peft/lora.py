@@ -45,7 +45,7 @@ class Lora(PeftMethod):
             raise config.refuse("init_lora_weights", "there is no such start here")
         return self.read(config)
 
-    def further(self, config: PeftConfig) -> dict[str, Any]:
+    def read_fields(self, config: PeftConfig) -> dict[str, Any]:
         config.take("fan_in_fan_out")  # how a weight lies is the module's own affair
         if config.take("use_qalora") is not None and config.data["use_qalora"]:
             raise config.refuse("use_qalora", "it pools the input of quantised layers")
@@ -73,7 +73,7 @@ class Lora(PeftMethod):
                 raise _unsupported("DoRA, or a rank that the groups don't divide, on a convolution with groups", path)
         return super().write([(single, paths)], modules)
 
-    def said(self, rule: Rule) -> dict[str, Any]:
+    def write_fields(self, rule: Rule) -> dict[str, Any]:
         assert isinstance(rule, LoraRule)
         return {"rank_pattern": dict(rule.rank_pattern or {}), "alpha_pattern": dict(rule.alpha_pattern or {})}
 

@@ -28,10 +28,10 @@ LYCORIS = {
 
 
 class _Patterned(PeftMethod):
-    def further(self, config: PeftConfig) -> dict[str, Any]:
+    def read_fields(self, config: PeftConfig) -> dict[str, Any]:
         return {name: config.fitting(name) for name in ("rank_pattern", "alpha_pattern")}
 
-    def said(self, rule: Rule) -> dict[str, Any]:
+    def write_fields(self, rule: Rule) -> dict[str, Any]:
         return {name: dict(getattr(rule, name) or {}) for name in ("rank_pattern", "alpha_pattern")}
 
 
@@ -54,7 +54,7 @@ class Ia3(PeftMethod):
     peft_type, rule = "IA3", IA3Rule
     init_field, tensors = "init_ia3_weights", {"scale": "ia3_l"}
 
-    def further(self, config: PeftConfig) -> dict[str, Any]:
+    def read_fields(self, config: PeftConfig) -> dict[str, Any]:
         config.silent("fan_in_fan_out")
         names = config.take("feedforward_modules", ())
         if isinstance(names, str):
@@ -76,13 +76,13 @@ class Ia3(PeftMethod):
 @peft_method
 class Oft(PeftMethod):
     peft_type, rule = "OFT", OftRule
-    tensors, made = {"R": "oft_R.weight"}, ("index",)
+    tensors, derived = {"R": "oft_R.weight"}, ("index",)
     fields = {
         "oft_block_size": "block_size", "r": "blocks", "block_share": "block_share", "coft": "coft", "eps": "eps",
         "use_cayley_neumann": "use_cayley_neumann", "num_cayley_neumann_terms": "num_cayley_neumann_terms",
     }  # fmt: skip
 
-    def further(self, config: PeftConfig) -> dict[str, Any]:
+    def read_fields(self, config: PeftConfig) -> dict[str, Any]:
         config.silent("fan_in_fan_out", "module_dropout")  # the latter does nothing in PEFT
         config.only("bias", "none")
         if "use_cayley_neumann" not in config.data:  # OFT of before PEFT 0.16: R holds whole blocks, on another side
@@ -101,7 +101,7 @@ class Boft(PeftMethod):
         "boft_n_butterfly_factor": "n_butterfly_factor",
     }  # fmt: skip
 
-    def further(self, config: PeftConfig) -> dict[str, Any]:
+    def read_fields(self, config: PeftConfig) -> dict[str, Any]:
         config.silent("fan_in_fan_out")
         config.only("bias", "none")
         return {}
@@ -117,7 +117,7 @@ class Hra(PeftMethod):
     peft_type, rule = "HRA", HraRule
     fields, tensors = {"r": "rank", "apply_GS": "apply_GS"}, {"u": "hra_u"}
 
-    def further(self, config: PeftConfig) -> dict[str, Any]:
+    def read_fields(self, config: PeftConfig) -> dict[str, Any]:
         config.only("bias", "none")
         return {}
 
@@ -136,12 +136,12 @@ class Miss(PeftMethod):
     tensors = {"block": "miss_block"}
     inits = {True: "identity", False: "random", "mini": "identity", "bat": "identity"}
 
-    def further(self, config: PeftConfig) -> dict[str, Any]:
+    def read_fields(self, config: PeftConfig) -> dict[str, Any]:
         config.only("bias", "none")
         start = config.take("init_weights", True)
         return {"variant": start if isinstance(start, str) else "miss"}
 
-    def said(self, rule: Rule) -> dict[str, Any]:
+    def write_fields(self, rule: Rule) -> dict[str, Any]:
         assert isinstance(rule, MissRule)
         return {} if rule.variant == "miss" else {"init_weights": rule.variant}
 
@@ -153,7 +153,7 @@ class C3a(PeftMethod):
     inits = {True: "identity", **{name: name for name in ("xavier_uniform", "kaiming_uniform", "gaussian")}}
     inits |= {False: "xavier_uniform"}
 
-    def further(self, config: PeftConfig) -> dict[str, Any]:
+    def read_fields(self, config: PeftConfig) -> dict[str, Any]:
         config.only("bias", "none")
         if config.fitting("block_size_pattern"):
             raise config.refuse("block_size_pattern", "a C3aRule has one block size")
@@ -162,11 +162,11 @@ class C3a(PeftMethod):
 
 @peft_method
 class Fourier(PeftMethod):
-    peft_type, rule, made = "FOURIERFT", FourierRule, ("index",)
+    peft_type, rule, derived = "FOURIERFT", FourierRule, ("index",)
     fields = {"n_frequency": "n_frequency", "scaling": "scaling", "random_loc_seed": "random_loc_seed"}
     tensors = {"spectrum": "fourierft_spectrum"}
 
-    def further(self, config: PeftConfig) -> dict[str, Any]:
+    def read_fields(self, config: PeftConfig) -> dict[str, Any]:
         config.silent("fan_in_fan_out")
         config.only("bias", "none")
         if config.fitting("n_frequency_pattern"):
@@ -180,7 +180,7 @@ class Shira(PeftMethod):
     fields = {"r": "rank", "random_seed": "random_seed"}
     tensors = {"values": "shira_weight"}
 
-    def further(self, config: PeftConfig) -> dict[str, Any]:
+    def read_fields(self, config: PeftConfig) -> dict[str, Any]:
         config.silent("fan_in_fan_out", "mask_type")  # the file holds the places
         return {}
 

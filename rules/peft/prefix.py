@@ -86,15 +86,15 @@ class Prefix(PeftMethod):
             "prefix_projection": False, "task_type": task,
         }  # fmt: skip
 
-    def completed(self, config: dict[str, Any], tensors: dict[str, Tensor], modules: Any) -> Any:
+    def complete(self, config: dict[str, Any], tensors: dict[str, Tensor], modules: Any) -> Any:
         width = tensors[KEY].shape[1] // (2 * config["num_layers"])
         config_of_text = modules.model.config.get_text_config()
         heads = getattr(config_of_text, "num_key_value_heads", None) or config_of_text.num_attention_heads
         sizes = {"token_dim": width, "encoder_hidden_size": width, "num_attention_heads": heads}
         return with_head(self.prefix, config | sizes, tensors, modules)
 
-    def joined(self, key: str, tensors: Sequence[Tensor], sites: Sequence[nn.Module]) -> Tensor:
-        return torch.stack(list(tensors), 1).flatten(1) if key == KEY else super().joined(key, tensors, sites)
+    def join(self, key: str, tensors: Sequence[Tensor], sites: Sequence[nn.Module]) -> Tensor:
+        return torch.stack(list(tensors), 1).flatten(1) if key == KEY else super().join(key, tensors, sites)
 
 
 def _encoder(config: PeftConfig) -> Sequence[str]:

@@ -15,7 +15,7 @@ from surgery.rules.vera import VeraRule
 
 
 class _Projected(PeftMethod):
-    def further(self, config: PeftConfig) -> dict[str, Any]:
+    def read_fields(self, config: PeftConfig) -> dict[str, Any]:
         config.silent("fan_in_fan_out")
         config.only("bias", "none")
         if not config.take("save_projection", True):
@@ -24,16 +24,16 @@ class _Projected(PeftMethod):
             )
         return {}
 
-    def said(self, rule: Any) -> dict[str, Any]:
+    def write_fields(self, rule: Any) -> dict[str, Any]:
         return {"save_projection": True}
 
     def size(self, key: str, tensors: Sequence[Tensor], sites: Sequence[nn.Module]) -> list[int]:
         return [max(sizes) for sizes in zip(*(tensor.shape for tensor in tensors), strict=True)]
 
-    def joined(self, key: str, tensors: Sequence[Tensor], sites: Sequence[nn.Module]) -> Tensor:
+    def join(self, key: str, tensors: Sequence[Tensor], sites: Sequence[nn.Module]) -> Tensor:
         """A tensor that each site's is a corner of."""
         if "base_model.model." in key:
-            return super().joined(key, tensors, sites)
+            return super().join(key, tensors, sites)
         most = tensors[0].new_zeros(self.size(key, tensors, sites))
         corners = [tuple(slice(size) for size in tensor.shape) for tensor in tensors]
         for corner, tensor in zip(corners, tensors, strict=True):
@@ -69,9 +69,9 @@ class RandLora(_Projected):
     inits = {}
     passed_over = (".randlora_A", ".randlora_B")  # PEFT writes them for each site, too
 
-    def further(self, config: PeftConfig) -> dict[str, Any]:
+    def read_fields(self, config: PeftConfig) -> dict[str, Any]:
         config.silent("init_weights")
-        return super().further(config)
+        return super().read_fields(config)
 
     def entries(self, place: PeftPlace) -> dict[str, PeftEntry]:
         sizes = maps.sizes(maps.linear_map(place.module, *maps.NAMES))  # type: ignore[arg-type]

@@ -41,9 +41,9 @@ class _Prompts(PeftMethod):
                                       "whole": _classifies(model)})]  # fmt: skip
 
     def start(self, config: PeftConfig) -> Iterable[Rule]:
-        return [rule.replace(**self.begun(config.data)) for rule in self.read(config)]
+        return [rule.replace(**self.encoder_fields(config.data)) for rule in self.read(config)]
 
-    def begun(self, data: Mapping[str, Any]) -> dict[str, Any]:
+    def encoder_fields(self, data: Mapping[str, Any]) -> dict[str, Any]:
         """Fields that tell of the start alone, and of the network."""
         start = data.get("prompt_tuning_init") or "RANDOM"
         if start == "TEXT":
@@ -85,7 +85,7 @@ class _Prompts(PeftMethod):
             "prompt_tuning_init": "RANDOM", "task_type": task, **sizes_of(model),
         }  # fmt: skip
 
-    def completed(self, config: dict[str, Any], tensors: dict[str, Tensor], modules: Any) -> Any:
+    def complete(self, config: dict[str, Any], tensors: dict[str, Tensor], modules: Any) -> Any:
         return with_head(self.prefix, config, tensors, modules)
 
 
@@ -99,7 +99,7 @@ def submodules(config: Mapping[str, Any]) -> int:
 class PTuning(_Prompts):
     peft_type, rule = "P_TUNING", PromptRule
 
-    def begun(self, data: Mapping[str, Any]) -> dict[str, Any]:
+    def encoder_fields(self, data: Mapping[str, Any]) -> dict[str, Any]:
         fields = {"layers": data.get("encoder_num_layers"), "dropout": data.get("encoder_dropout")}
         given = {f"encoder_{name}": value for name, value in fields.items() if value is not None}
         kind = str(data.get("encoder_reparameterization_type") or "MLP").lower()

@@ -23,7 +23,7 @@ Groups = dict[tuple[str, ...], list[int]]  # the paths that share their rows →
 class BaseRows(PeftPart):
     """Read from the base's embeddings in a file, and written into them."""
 
-    rule, made = BaseRowsRule, ("base_index",)
+    rule, derived = BaseRowsRule, ("base_index",)
 
     def base(self, config: PeftConfig) -> Iterable[Rule]:
         return base_rows(config)
@@ -38,7 +38,7 @@ class BaseRows(PeftPart):
 
 @peft_method
 class Tokens(PeftPart):
-    rule, made = TokensRule, ("index",)
+    rule, derived = TokensRule, ("index",)
 
     def read(self, config: PeftConfig) -> Iterable[Rule]:
         indices = config.take("trainable_token_indices")
@@ -82,7 +82,7 @@ class Tokens(PeftPart):
 def _of_base(place: PeftPlace, rule: BaseRowsRule) -> PeftEntry:
     """Rows of the base: some of the whole matrix that the file has of the module, or of one that is tied to it."""
     index, paths = torch.tensor(sorted(rule.tokens)), _holding(place.modules.by_path, place.module)
-    keys = [key for key in place.held if (hit := base_key(key, place.modules.by_path)) and hit[0] in paths]
+    keys = [key for key in place.file_keys if (hit := base_key(key, place.modules.by_path)) and hit[0] in paths]
     path = next((path for path in paths if path in place.main), paths[0])
     indices = place.config.get("trainable_token_indices")
     tokens = indices and any(path in group for group in _groups(indices, place.modules, False))

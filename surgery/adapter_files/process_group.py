@@ -73,11 +73,11 @@ def writing(folder: Path, keys: Collection[str]) -> Iterator[bool]:
 def _compare(mine: Collection[str], theirs: Collection[str], other: int, folder: Path) -> None:
     if set(mine) != set(theirs):
         elsewhere, here = sorted(set(theirs) - set(mine)), sorted(set(mine) - set(theirs))
-        told = [f"process {other} has {abbreviate(elsewhere, 'tensors')}" if elsewhere else ""]
-        told += [f"this one has {abbreviate(here, 'tensors')}" if here else ""]
+        differences = [f"process {other} has {abbreviate(elsewhere, 'tensors')}" if elsewhere else ""]
+        differences += [f"this one has {abbreviate(here, 'tensors')}" if here else ""]
         raise SurgeryError(
             f"{folder} would hold a part of the adapter as if it were all",
-            why=f"processes have different parts of the model: {'; '.join(filter(None, told))}",
+            why=f"processes have different parts of the model: {'; '.join(filter(None, differences))}",
             fix="save each part in a folder of its own with state_dict=…, this process's model.state_dict(); or gather "
             "all parts' tensors, and save them from one model that has all modules",
         )

@@ -71,11 +71,11 @@ def replace_files(
     """
     folder.mkdir(parents=True, exist_ok=True)
     with _locked(folder) as mark:
-        made: dict[str, Path] = {}
+        files: dict[str, Path] = {}
         try:
             for name, write in (tensors, (settings[0], _bytes(settings[1]))):
-                made[name] = folder / f".surgery-{mark}-{name}"
-                with open(made[name], "xb") as file:
+                files[name] = folder / f".surgery-{mark}-{name}"
+                with open(files[name], "xb") as file:
                     write(file)
                     file.flush()
                     os.fsync(file.fileno())
@@ -84,14 +84,14 @@ def replace_files(
                 os.replace(old, folder / put_away(settings[0]))
                 _sync(folder)
             for name in (tensors[0], settings[0]):
-                os.replace(made.pop(name), folder / name)
+                os.replace(files.pop(name), folder / name)
                 _sync(folder)
             for name in (put_away(settings[0]), *gone):
                 with contextlib.suppress(FileNotFoundError):
                     os.unlink(folder / name)
             _sync(folder)
         finally:
-            for left in made.values():
+            for left in files.values():
                 with contextlib.suppress(OSError):
                     os.unlink(left)
 
@@ -176,9 +176,9 @@ def _open_safetensors(path: Path) -> TensorFile:
 
     def read(key: str) -> Tensor:  # a view of the mapped file
         first, end = header[key]["data_offsets"]
-        held = data[first:end]
+        slice_of_data = data[first:end]
         aligned = (start + first) % dtypes[key].itemsize == 0
-        return (held if aligned else held.clone()).view(dtypes[key]).view(shapes[key])
+        return (slice_of_data if aligned else slice_of_data.clone()).view(dtypes[key]).view(shapes[key])
 
     return TensorFile(shapes, dtypes, metadata, cache(read), cache(partial(_sound, data, set(dtypes.values()))))
 
@@ -248,20 +248,20 @@ def _open_pickle(path: Path) -> TensorFile:
         pickled = [entry.file_size for entry in entries if entry.filename.endswith("data.pkl")]
         if sum(pickled) > MOST_HEADER:
             raise SurgeryError(f"{path.name} is damaged", why=f"{sum(pickled)} bytes of names")
-        held = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except SurgeryError:
         raise
     except Exception as error:  # pickle, zip and torch have errors of many kinds
         raise SurgeryError(
             f"{path.name} can't be read as tensors", why=f"{type(error).__name__}: {error}"[:300]
         ) from None
-    if not isinstance(held, dict) or not all(isinstance(key, str) and _is_plain(held[key]) for key in held):
+    if not isinstance(content, dict) or not all(isinstance(key, str) and _is_plain(content[key]) for key in content):
         raise SurgeryError(f"{path.name} holds more than tensors by name")
     return TensorFile(
-        {key: tuple(tensor.shape) for key, tensor in held.items()},
-        {key: tensor.dtype for key, tensor in held.items()},
+        {key: tuple(tensor.shape) for key, tensor in content.items()},
+        {key: tensor.dtype for key, tensor in content.items()},
         {},
-        held.__getitem__,
+        content.__getitem__,
     )
 
 

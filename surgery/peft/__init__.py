@@ -22,7 +22,7 @@ from surgery.peft.facade import inside
 from surgery.peft.kbit import prepare_model_for_kbit_training
 from surgery.peft.model import LoadResult, PeftModel
 from surgery.peft.tasks import *  # noqa: F403
-from surgery.peft_format.writing import taken_over, written
+from surgery.peft_format.writing import from_peft, to_peft
 from surgery.state.records import adapter_names
 
 __all__ = [
@@ -55,9 +55,11 @@ def get_peft_model(
     raises `SurgeryError` for what can't be held exactly (a `PlanError` where several things are wrong), with the model
     as it was.
     """
-    made = PeftModel(model, peft_config, adapter_name, **options)
-    made.peft_config[adapter_name].revision = options.get("revision") or made.peft_config[adapter_name].revision
-    return made
+    model_with_adapter = PeftModel(model, peft_config, adapter_name, **options)
+    model_with_adapter.peft_config[adapter_name].revision = (
+        options.get("revision") or model_with_adapter.peft_config[adapter_name].revision
+    )
+    return model_with_adapter
 
 
 def inject_adapter_in_model(
@@ -92,7 +94,7 @@ def get_peft_model_state_dict(
     base = inside(model)
     adapter_names(rewritten(base)[1], adapter_name)
     save = options.get("save_embedding_layers", "auto")
-    return written(base, adapter_name, state=state_dict, save_embedding_layers=save)[1]
+    return to_peft(base, adapter_name, state=state_dict, save_embedding_layers=save)[1]
 
 
 def set_peft_model_state_dict(
@@ -104,6 +106,6 @@ def set_peft_model_state_dict(
     """
     base = inside(model)
     adapter_names(rewritten(base)[1], adapter_name)
-    tensors, missing, unexpected = taken_over(base, adapter_name, peft_model_state_dict)
+    tensors, missing, unexpected = from_peft(base, adapter_name, peft_model_state_dict)
     load_adapter_state_dict(base, tensors, adapter_name)
     return LoadResult(missing, unexpected)

@@ -13,11 +13,11 @@ from surgery.state.in_use import check_free
 from surgery.state.records import model_state
 from surgery.transaction.undo_log import Journal
 
-__all__ = ["beside"]
+__all__ = ["new_adapters_idle"]
 
 
 @contextmanager
-def beside(model: nn.Module) -> Iterator[None]:
+def new_adapters_idle(model: nn.Module) -> Iterator[None]:
     """An adapter that is put on inside the block is idle afterwards, and what was live is; a model's first stays live.
 
     Meanwhile no others are live, but those that can't be idle (PiSSA): so it may be one that is never live with them,

@@ -133,12 +133,12 @@ class PeftConfig:
         kind = str(getattr(data.get("peft_type"), "value", data.get("peft_type")))
         if kind not in cls.kinds:
             raise RuleError(f"there is no configuration of {kind[:60]!r}", why=near_misses(kind[:60], cls.kinds))
-        found = cls.kinds[kind]
-        names = {one.name for one in fields(found)}
+        kind_of_config = cls.kinds[kind]
+        names = {field.name for field in fields(kind_of_config)}
         left = sorted(name for name in data if name not in names and data[name] not in (None, False, "", [], {}))
         if left := [name for name in left if name != "runtime_config"]:
-            warnings.warn(f"{found.__name__} has no field {', '.join(left)}", SurgeryWarning, stacklevel=2)
-        return found(**{name: value for name, value in data.items() if name in names})
+            warnings.warn(f"{kind_of_config.__name__} has no field {', '.join(left)}", SurgeryWarning, stacklevel=2)
+        return kind_of_config(**{name: value for name, value in data.items() if name in names})
 
     @classmethod
     def from_pretrained(cls, source: str | Path, subfolder: str | None = None, **options: Any) -> PeftConfig:

@@ -111,32 +111,32 @@ def with_defaults(config: Any, model: Any, task: str | None = None) -> PeftConfi
     kind of model, heads that go with the task, and the base's name."""
     if not hasattr(config, "to_dict"):
         raise SurgeryError(f"{config!r} is no configuration", fix="pass a LoraConfig, or another of its kind")
-    found = PeftConfig.from_dict(config.to_dict()).to_dict()
-    heads = _HEADS.get(task or found["task_type"], [])
-    if heads and "modules_to_save" in found:
-        found["modules_to_save"] = list(dict.fromkeys([*(found["modules_to_save"] or []), *heads]))
+    settings = PeftConfig.from_dict(config.to_dict()).to_dict()
+    heads = _HEADS.get(task or settings["task_type"], [])
+    if heads and "modules_to_save" in settings:
+        settings["modules_to_save"] = list(dict.fromkeys([*(settings["modules_to_save"] or []), *heads]))
     name = getattr(getattr(model, "config", None), "_name_or_path", None)
-    found["base_model_name_or_path"] = found["base_model_name_or_path"] or name or None
-    return PeftConfig.from_dict(_targeted(found, model))
+    settings["base_model_name_or_path"] = settings["base_model_name_or_path"] or name or None
+    return PeftConfig.from_dict(_targeted(settings, model))
 
 
-def _targeted(found: dict[str, Any], model: nn.Module) -> dict[str, Any]:
-    method, kind = str(found["peft_type"]), _model_type(model)
-    if "target_modules" not in found or method == "ADAPTION_PROMPT":
-        return found
-    if method == "IA3" and found.get("feedforward_modules") is None:
-        found["feedforward_modules"] = _looked_up(_FED, kind) or []
-    if isinstance(found["target_modules"], str) and found["target_modules"].lower() == "all-linear":
-        found["target_modules"] = _all_linear(model, found)
-    if found["target_modules"] is None and not found.get("target_parameters"):
+def _targeted(settings: dict[str, Any], model: nn.Module) -> dict[str, Any]:
+    method, kind = str(settings["peft_type"]), _model_type(model)
+    if "target_modules" not in settings or method == "ADAPTION_PROMPT":
+        return settings
+    if method == "IA3" and settings.get("feedforward_modules") is None:
+        settings["feedforward_modules"] = _looked_up(_FED, kind) or []
+    if isinstance(settings["target_modules"], str) and settings["target_modules"].lower() == "all-linear":
+        settings["target_modules"] = _all_linear(model, settings)
+    if settings["target_modules"] is None and not settings.get("target_parameters"):
         targets = _looked_up(_DIFFERENT.get(method, {}), kind) or _looked_up(_OTHERS.get(method, _MOST), kind)
         if targets is None:
             raise SurgeryError(
                 "the configuration names no targets", why=f"PEFT has none by itself for {method} on {kind!r}",
                 fix='target_modules=[…]: names of modules, or "all-linear"',
             )  # fmt: skip
-        found["target_modules"] = targets[0] if "*" in targets[0] else targets
-    return found
+        settings["target_modules"] = targets[0] if "*" in targets[0] else targets
+    return settings
 
 
 def _all_linear(model: Any, config: Mapping[str, Any]) -> Any:
@@ -161,5 +161,5 @@ def _looked_up(table: Table, kind: str) -> list[str] | None:
 
 def _model_type(model: Any) -> str:
     config = getattr(model, "config", None)
-    found = config.get("model_type") if isinstance(config, dict) else getattr(config, "model_type", None)
-    return found if isinstance(found, str) else "custom"
+    model_type = config.get("model_type") if isinstance(config, dict) else getattr(config, "model_type", None)
+    return model_type if isinstance(model_type, str) else "custom"

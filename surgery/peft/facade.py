@@ -32,11 +32,11 @@ def inside(model: Any) -> Any:
 
 def facade(kind: type[Facade], model: Any, configs: dict[str, Any]) -> Any:
     """A façade of a kind before a model, with the configurations of its adapters."""
-    made = object.__new__(kind)
-    made._base, made._configs = inside(model), configs
-    if not isinstance(made._base, nn.Module):
+    new = object.__new__(kind)
+    new._base, new._configs = inside(model), configs
+    if not isinstance(new._base, nn.Module):
         raise SurgeryError(f"{type(model).__name__} is no model", fix="pass a torch.nn.Module")
-    return made
+    return new
 
 
 def whole(method: F) -> F:
@@ -73,14 +73,14 @@ class Facade(_Seen):
     def __getattr__(self, name: str) -> Any:  # what is not found otherwise
         if name in Facade.__slots__ or name.startswith("__"):
             raise AttributeError(name)
-        found = getattr(self._base, name)
+        attribute = getattr(self._base, name)
         if name not in _THEMSELVES:
-            return found
+            return attribute
 
-        @functools.wraps(found)
+        @functools.wraps(attribute)
         def called(*args: Any, **kwargs: Any) -> Any:
-            given = found(*args, **kwargs)
-            return self if given is self._base else given
+            result = attribute(*args, **kwargs)
+            return self if result is self._base else result
 
         return called
 

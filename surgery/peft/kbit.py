@@ -29,9 +29,9 @@ def prepare_model_for_kbit_training(
         parameter.requires_grad_(False)
         if type(parameter) is nn.Parameter and parameter.dtype in (torch.float16, torch.bfloat16):
             parameter.data = parameter.data.float()
-    given = gradient_checkpointing_kwargs or {"use_reentrant": True}
+    settings = gradient_checkpointing_kwargs or {"use_reentrant": True}
     for name in ("activation_checkpointing_enable", "gradient_checkpointing_enable"):  # transformers' of today, of old
         if use_gradient_checkpointing and hasattr(model, name):
-            getattr(model, name)(given)
+            getattr(model, name)(settings)
             break
     return model

@@ -20,12 +20,12 @@ from surgery.lifecycle.switching import set_trained
 from surgery.merging.merge import unmerged
 from surgery.model_record.verb_root import rewritten, root_of
 from surgery.patterns.wrappers import unwrap
-from surgery.peft.add_idle import beside
+from surgery.peft.add_idle import new_adapters_idle
 from surgery.peft.config import PeftConfig
 from surgery.peft.defaults import with_defaults
 from surgery.peft.facade import Facade, facade, whole
 from surgery.peft_format.methods import rules_by
-from surgery.peft_format.writing import written
+from surgery.peft_format.writing import to_peft
 from surgery.state.in_use import check_free
 from surgery.state.records import adapter_names as named
 from surgery.state.records import merged_adapters, model_state
@@ -111,8 +111,8 @@ class PeftModel(Facade):
 
     def get_nb_trainable_parameters(self) -> tuple[int, int]:
         """How many numbers are trained, and how many there are."""
-        found = surgery.summary(self._base)
-        return found.trainable, found.total
+        summary = surgery.summary(self._base)
+        return summary.trainable, summary.total
 
     def print_trainable_parameters(self) -> None:
         few, most = self.get_nb_trainable_parameters()
@@ -167,7 +167,7 @@ class PeftModel(Facade):
             warnings.warn("adapters are kept in float32 beside half precision", SurgeryWarning, stacklevel=3)
         config = with_defaults(peft_config, self._base, self._task)
         rules, example = rules_by(self._base, config.to_dict()), self._example(config, options)
-        with beside(self._base):
+        with new_adapters_idle(self._base):
             surgery.apply_rules(self._base, rules, adapter=adapter_name, example_inputs=example, freeze=True)
         self._configs[adapter_name] = config
 
@@ -180,17 +180,22 @@ class PeftModel(Facade):
         """
         if options.get("key_mapping"):
             raise SurgeryError("key_mapping is not supported", fix="rename the file's tensors before they are loaded")
-        told: dict[str, Any] = {name: options.get(name) for name in ("subfolder", "revision")} | {"same_base": False}
+        arguments: dict[str, Any] = {name: options.get(name) for name in ("subfolder", "revision")} | {
+            "same_base": False
+        }
         if adapter_name in self._configs:
-            report = surgery.hotswap(self._base, adapter_name, model_id, **told)
+            report = surgery.hotswap(self._base, adapter_name, model_id, **arguments)
         else:
-            given = options.get("config") and with_defaults(options["config"], self._base, self._task)
-            config = given or PeftConfig.from_pretrained(model_id, **options)
+            settings = options.get("config") and with_defaults(options["config"], self._base, self._task)
+            config = settings or PeftConfig.from_pretrained(model_id, **options)
             config.inference_mode = not is_trainable
-            told |= {"config": given and given.to_dict(), "example_inputs": self._example(config, options)}
-            told |= {"resize": bool(options.get("resize")), "freeze": True}  # PEFT freezes the base with any adapter
-            with beside(self._base):
-                report = surgery.load_adapter(self._base, model_id, adapter_name, **told)
+            arguments |= {"config": settings and settings.to_dict(), "example_inputs": self._example(config, options)}
+            arguments |= {
+                "resize": bool(options.get("resize")),
+                "freeze": True,
+            }  # PEFT freezes the base with any adapter
+            with new_adapters_idle(self._base):
+                report = surgery.load_adapter(self._base, model_id, adapter_name, **arguments)
             self._configs[adapter_name] = config
         if not is_trainable:
             self._base.eval()
@@ -202,10 +207,10 @@ class PeftModel(Facade):
     ) -> PeftModel:
         """A model with an adapter from a folder or a repository; `options` as for `load_adapter`."""
         config = options.get("config") or PeftConfig.from_pretrained(model_id, **options)
-        made = cls.__new__(cls, model, config)
-        made.load_adapter(model_id, adapter_name, is_trainable, **options)
-        surgery.activate(made._base, adapter_name, train=is_trainable)
-        return made
+        new = cls.__new__(cls, model, config)
+        new.load_adapter(model_id, adapter_name, is_trainable, **options)
+        surgery.activate(new._base, adapter_name, train=is_trainable)
+        return new
 
     @whole
     def delete_adapter(self, adapter_name: str) -> None:
@@ -235,13 +240,15 @@ class PeftModel(Facade):
             svd_rank = max(map(_largest_rank, chosen), default=0) or None
         how: dict[str, Any] = {"method": combination_type, "rank": svd_rank, "density": density, "clamp": svd_clamp}
         how["majority_sign"] = majority_sign_method
-        given = dict(zip(adapters, weights, strict=True))
-        surgery.combine(self._base, given, into=adapter_name, **how)
-        self._configs[adapter_name] = PeftConfig.from_dict(written(self._base, adapter_name)[0])
+        weight_of = dict(zip(adapters, weights, strict=True))
+        surgery.combine(self._base, weight_of, into=adapter_name, **how)
+        self._configs[adapter_name] = PeftConfig.from_dict(to_peft(self._base, adapter_name)[0])
 
     def _example(self, config: Any, options: Mapping[str, Any]) -> Any:
-        given = options.get("example_inputs")
-        return dummy(self._base) if given is None and config.method in ("PREFIX_TUNING", "ADAPTION_PROMPT") else given
+        example = options.get("example_inputs")
+        return (
+            dummy(self._base) if example is None and config.method in ("PREFIX_TUNING", "ADAPTION_PROMPT") else example
+        )
 
     @whole
     def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
@@ -288,14 +295,14 @@ class PeftModel(Facade):
         folder, tensors = Path(save_directory), options.get("state_dict") or self._base.state_dict()
         for name in named(rewritten(self._base)[1], selected_adapters):
             place, config = folder if name == "default" else folder / name, self._configs.get(name)
-            told: dict[str, Any] = {"config": config and config.to_dict(), "state_dict": tensors}
-            told["save_embedding_layers"] = options.get("save_embedding_layers", "auto")
+            arguments: dict[str, Any] = {"config": config and config.to_dict(), "state_dict": tensors}
+            arguments["save_embedding_layers"] = options.get("save_embedding_layers", "auto")
             try:
-                surgery.save_adapter(self._base, place, name, format="peft", **told)
+                surgery.save_adapter(self._base, place, name, format="peft", **arguments)
             except SurgeryError as error:
                 why = f"{error.what}: {error.why}; it is written in a format of its own"
                 warnings.warn(why, SurgeryWarning, stacklevel=2)
-                surgery.save_adapter(self._base, place, name, format="surgery", **told)
+                surgery.save_adapter(self._base, place, name, format="surgery", **arguments)
                 if config is not None:  # PEFT finds no tensors beside it
                     config.save_pretrained(place)
         if re.fullmatch(r"checkpoint-\d+", folder.resolve().name):

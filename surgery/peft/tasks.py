@@ -41,14 +41,14 @@ class AutoPeftModel:
     ) -> PeftModel:
         """`options` of the adapter as for `PeftModel.from_pretrained`; all others are transformers'."""
         own = {name: options.pop(name, None) for name in ("config", "subfolder", "revision", "example_inputs")}
-        found = own["config"] or PeftConfig.from_pretrained(source, **own)
-        if not found.base_model_name_or_path or cls._target is None:
+        config = own["config"] or PeftConfig.from_pretrained(source, **own)
+        if not config.base_model_name_or_path or cls._target is None:
             raise SurgeryError(
                 "the adapter's configuration does not tell its base" if cls._target else f"{cls.__name__} has no task",
                 fix="load the base yourself, and PeftModel.from_pretrained(base, …); or AutoPeftModelForCausalLM, …",
             )
         auto: Any = getattr(import_module("transformers"), cls._target)
-        base = auto.from_pretrained(found.base_model_name_or_path, revision=found.revision, **options)
+        base = auto.from_pretrained(config.base_model_name_or_path, revision=config.revision, **options)
         return PeftModel.from_pretrained(base, source, adapter_name, is_trainable, **own)
 
 

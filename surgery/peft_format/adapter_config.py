@@ -54,8 +54,8 @@ class PeftConfig:
 
     def fitting(self, name: str) -> dict[str, Any] | None:
         """A mapping from patterns of paths, without those that fit no target: PEFT passes over them."""
-        given, paths = self.take(name, {}), self.targeted
-        named = {ending for path in paths for ending in endings(path)} if given else set()
+        patterns, paths = self.take(name, {}), self.targeted
+        named = {ending for path in paths for ending in endings(path)} if patterns else set()
 
         def fits(key: str) -> bool:
             plain = re.fullmatch(r"(?:[\w.\-]|\\\W)*", key)  # there may be one for each path
@@ -63,7 +63,7 @@ class PeftConfig:
                 return True
             return any(map(re.compile(rf"(.*\.)?({key})$").match, paths))
 
-        return {key: value for key, value in given.items() if fits(key)} or None
+        return {key: value for key, value in patterns.items() if fits(key)} or None
 
     @staticmethod
     def regular(paths: Sequence[str]) -> str:
@@ -82,11 +82,11 @@ class PeftConfig:
             raise self.refuse(name, why)
 
     def untaken(self) -> list[SurgeryError]:
-        said = sorted(name for name in self.left if self.data[name] not in (None, False, "", [], {}, "none", 0))
-        return [self.refuse(name, "no rule here has such a field") for name in said]
+        unread = sorted(name for name in self.left if self.data[name] not in (None, False, "", [], {}, "none", 0))
+        return [self.refuse(name, "no rule here has such a field") for name in unread]
 
 
-def choose(config: PeftConfig, kind: type[R], given: Mapping[str, Any]) -> R:
+def choose(config: PeftConfig, kind: type[R], rule_fields: Mapping[str, Any]) -> R:
     """The rule on the modules that a configuration means: in its own words where they mean the same here."""
     targets, exclude = config.take("target_modules"), config.take("exclude_modules")
     layers, _ = config.take("layers_to_transform"), config.take("layers_pattern")
@@ -103,29 +103,33 @@ def choose(config: PeftConfig, kind: type[R], given: Mapping[str, Any]) -> R:
             "layers_pattern", "PEFT takes it with layers_to_transform alone", "say which layers are meant"
         )
     if is_all(targets):
-        short = kind(targets=ALL, exclude=_words(exclude), **given)
+        short = kind(targets=ALL, exclude=_words(exclude), **rule_fields)
         wanted = config.targeted
-        return short if config.modules.matched(short) == wanted else kind(targets=regex_for(sorted(wanted)), **given)
+        return (
+            short if config.modules.matched(short) == wanted else kind(targets=regex_for(sorted(wanted)), **rule_fields)
+        )
     if not targets:
-        return kind(targets=regex_for(sorted(config.targeted)), **given)
+        return kind(targets=regex_for(sorted(config.targeted)), **rule_fields)
     wanted = config.targeted
     if not all(map(is_plain, targets if isinstance(targets, list) else ())):  # in a list PEFT has names alone
-        return kind(targets=regex_for(sorted(wanted)), **given)
-    short = kind(targets=_words(targets), exclude=_words(exclude), layers=layers or None, **given)
-    found = config.modules.matched(short)
-    if not wanted and found:
-        raise _none_left(config, sorted(found))
-    same = not config.data.get("layers_pattern") and found == wanted
-    return short if same or not wanted else kind(targets=regex_for(sorted(wanted)), **given)
+        return kind(targets=regex_for(sorted(wanted)), **rule_fields)
+    short = kind(targets=_words(targets), exclude=_words(exclude), layers=layers or None, **rule_fields)
+    matched = config.modules.matched(short)
+    if not wanted and matched:
+        raise _none_left(config, sorted(matched))
+    same = not config.data.get("layers_pattern") and matched == wanted
+    return short if same or not wanted else kind(targets=regex_for(sorted(wanted)), **rule_fields)
 
 
-def _none_left(config: PeftConfig, found: Sequence[str]) -> MatchError:
+def _none_left(config: PeftConfig, matched: Sequence[str]) -> MatchError:
     """The targets fit modules here, and the fields around them leave none of these."""
     around = ("exclude_modules", "layers_to_transform", "layers_pattern", "modules_to_save")
-    said = ", ".join(f"{name}={config.data[name]!r}" for name in around if config.data.get(name) not in (None, [], ""))
+    settings = ", ".join(
+        f"{name}={config.data[name]!r}" for name in around if config.data.get(name) not in (None, [], "")
+    )
     return MatchError(
         f"PEFT's target_modules={str(config.data.get('target_modules'))[:100]} leave no module",
-        why=f"they fit {found[0]}{', …' if len(found) > 1 else ''}, which {said[:200]} leaves out",
+        why=f"they fit {matched[0]}{', …' if len(matched) > 1 else ''}, which {settings[:200]} leaves out",
         fix="correct these fields",
     )
 

@@ -26,7 +26,7 @@ def embedding_tensors(
     config: Mapping[str, Any],
     modules: Modules,
     main: Collection[str],
-    written: Mapping[str, Tensor],
+    file_tensors: Mapping[str, Tensor],
     save: Save,
     state: Mapping[str, Tensor] | None = None,
 ) -> dict[str, Tensor]:
@@ -40,37 +40,41 @@ def embedding_tensors(
         save = (targeted and config.get("trainable_token_indices") is None) or _grew(config, modules.model)
     if not save:
         return {}
-    found: dict[str, Tensor] = {}
+    tensors: dict[str, Tensor] = {}
     layers = embeddings_of(modules.model)
-    rows = {id(layer.weight) for layer in layers[:1] if _has_rows(modules, layer, written)}
+    rows = {id(layer.weight) for layer in layers[:1] if _has_rows(modules, layer, file_tensors)}
     for layer in layers:
         path = next((path for path, module in modules.by_path.items() if module is layer), None)
         if path is None or (targeted and path not in main) or _inside(path, config.get("modules_to_save") or ()):
             continue
         inside = "base_layer." if path in main else ""
-        if _has_rows(modules, layer, written) or id(layer.weight) in rows:  # PEFT ties a head to the embedding's rows
+        if (
+            _has_rows(modules, layer, file_tensors) or id(layer.weight) in rows
+        ):  # PEFT ties a head to the embedding's rows
             inside = f"token_adapter.base_layer.{inside}"
         for name in _tensors(layer):
-            tensor = _restored(layer, name, modules.by_path, written)
+            tensor = _restored(layer, name, modules.by_path, file_tensors)
             tensor = base_tensor(layer, name, path, state) if tensor is None else tensor
             if not tensor.is_meta:
-                found[f"{PREFIX}{path}.{inside}{name}"] = tensor
-    return found
+                tensors[f"{PREFIX}{path}.{inside}{name}"] = tensor
+    return tensors
 
 
-def _has_rows(modules: Modules, layer: nn.Module, written: Mapping[str, Tensor]) -> bool:
+def _has_rows(modules: Modules, layer: nn.Module, file_tensors: Mapping[str, Tensor]) -> bool:
     paths = [path for path, module in modules.by_path.items() if module is layer]
-    return any(f"{PREFIX}{path}.token_adapter.trainable_tokens_delta" in written for path in paths)
+    return any(f"{PREFIX}{path}.token_adapter.trainable_tokens_delta" in file_tensors for path in paths)
 
 
 def _restored(
-    layer: nn.Module, name: str, by_path: Mapping[str, nn.Module], written: Mapping[str, Tensor]
+    layer: nn.Module, name: str, by_path: Mapping[str, nn.Module], file_tensors: Mapping[str, Tensor]
 ) -> Tensor | None:
     """The tensor as the adapter's file has it already, for this module or for one that is tied to it."""
-    held = layer._parameters.get(name)
-    paths = [path for path, module in by_path.items() if held is not None and module._parameters.get(name) is held]
+    parameter = layer._parameters.get(name)
+    paths = [
+        path for path, module in by_path.items() if parameter is not None and module._parameters.get(name) is parameter
+    ]
     keys = (f"{PREFIX}{path}.{inside}{name}" for path in paths for inside in _INSIDE)
-    return next((written[key] for key in keys if key in written), None)
+    return next((file_tensors[key] for key in keys if key in file_tensors), None)
 
 
 def _targeted(config: Mapping[str, Any], paths: Collection[str]) -> bool:
@@ -92,10 +96,10 @@ def _grew(config: Mapping[str, Any], model: nn.Module) -> bool:
     if not place.is_file():
         place = _cached(name)
     try:
-        held = json.loads(Path(place).read_text(encoding="utf-8")) if place else {}
+        base_config = json.loads(Path(place).read_text(encoding="utf-8")) if place else {}
     except (OSError, ValueError):
         return False
-    there = held.get("vocab_size") if isinstance(held, dict) else None
+    there = base_config.get("vocab_size") if isinstance(base_config, dict) else None
     return isinstance(there, int) and there != size
 
 
@@ -103,10 +107,10 @@ def _cached(name: str) -> str | None:
     try:
         from huggingface_hub import try_to_load_from_cache
 
-        found = try_to_load_from_cache(name, "config.json")
+        file = try_to_load_from_cache(name, "config.json")
     except Exception:  # a name that no repository can have, or no such package
         return None
-    return found if isinstance(found, str) else None
+    return file if isinstance(file, str) else None
 
 
 def _tensors(module: nn.Module) -> Iterator[str]:

@@ -43,40 +43,40 @@ def settings_of(spelt: Spelt, file: TensorFile) -> HeaderSettings:
         raise SurgeryError("there is no adapter_config.json beside the tensors", why="and they are no LoRA's")
     targets = {"target_modules": "|".join(map(re.escape, ranks))}
     alphas, header = alphas_of(spelt, file), _header(spelt, file)
-    said = tuple(alphas)
+    alpha_keys = tuple(alphas)
     if header is not None:
         around = dict.fromkeys(("exclude_modules", "layers_to_transform", "layers_pattern"))
         config = {"peft_type": "LORA", **header, **around, **targets}
-        contradicted(config, alphas, spelt, HEADER)
-        return HeaderSettings(config, passed_over=said)
+        check_alphas(config, alphas, spelt, HEADER)
+        return HeaderSettings(config, passed_over=alpha_keys)
     config = {"peft_type": "LORA", **targets, **_by_keys(spelt)}
     usual = max(set(ranks.values()), key=list(ranks.values()).count)
     config |= {"r": usual, "rank_pattern": {re.escape(path): r for path, r in ranks.items() if r != usual}}
-    found, assumed = _scales(ranks, alphas, spelt, file)
-    most = max(set(found.values()), key=list(found.values()).count)
-    others = {re.escape(path): alpha for path, alpha in found.items() if alpha != most}
-    return HeaderSettings(config | {"lora_alpha": most, "alpha_pattern": others}, assumed, said)
+    layer_alphas, assumed = _scales(ranks, alphas, spelt, file)
+    most = max(set(layer_alphas.values()), key=list(layer_alphas.values()).count)
+    others = {re.escape(path): alpha for path, alpha in layer_alphas.items() if alpha != most}
+    return HeaderSettings(config | {"lora_alpha": most, "alpha_pattern": others}, assumed, alpha_keys)
 
 
 def alphas_of(spelt: Spelt, file: TensorFile) -> dict[str, float]:
     """The alphas that stand beside layers, by their keys in the file."""
-    found: dict[str, float] = {}
+    alphas: dict[str, float] = {}
     for key, there in spelt.keys.items():
         if key.startswith(PREFIX) and key.endswith(".alpha"):
             tensor = file.read(there)
             if tensor.numel() != 1 or not 0 < float(tensor) < float("inf"):
                 raise SurgeryError("an alpha is no number above 0", where=there)
-            found[there] = float(tensor)
-    return found
+            alphas[there] = float(tensor)
+    return alphas
 
 
-def contradicted(config: Mapping[str, Any], alphas: Mapping[str, float], spelt: Spelt, source: str) -> None:
+def check_alphas(config: Mapping[str, Any], alphas: Mapping[str, float], spelt: Spelt, source: str) -> None:
     """`SurgeryError` where the alpha beside a layer is not the configuration's."""
     here = {there: key for key, there in spelt.keys.items()}
     for there, alpha in alphas.items():
-        said = pattern_value(config.get("alpha_pattern"), _layer(here[there]), config.get("lora_alpha", 8))
-        if said != alpha:
-            why = f"{there} is {alpha:g}, and {source} says {said}"
+        expected = pattern_value(config.get("alpha_pattern"), _layer(here[there]), config.get("lora_alpha", 8))
+        if expected != alpha:
+            why = f"{there} is {alpha:g}, and {source} says {expected}"
             raise SurgeryError("the file says two alphas for one layer", why=why, fix="take the wrong one out of it")
 
 
@@ -90,13 +90,15 @@ def _scales(
     """The alpha of each layer; where nothing says it, its rank, which is a scale of 1, and that this is assumed."""
     here = {there: key for key, there in spelt.keys.items()}
     by_layer = {_layer(here[there]): alpha for there, alpha in alphas.items()}
-    one = next((_number(file.metadata[name], name) for name in _ONE_ALPHA if name in file.metadata), None)
-    unsaid = [path for path in ranks if path not in by_layer] if one is None else []
+    common = next((_number(file.metadata[name], name) for name in _ONE_ALPHA if name in file.metadata), None)
+    unknown = [path for path in ranks if path not in by_layer] if common is None else []
     assumed = []
-    if unsaid:
-        where = "the file" if len(unsaid) == len(ranks) else f"the file, for {len(unsaid)} layers such as {unsaid[0]},"
+    if unknown:
+        where = (
+            "the file" if len(unknown) == len(ranks) else f"the file, for {len(unknown)} layers such as {unknown[0]},"
+        )
         assumed = [f"{where} does not say alpha: it is taken to be the rank, a scale of 1"]
-    return {path: by_layer.get(path, one if one is not None else rank) for path, rank in ranks.items()}, assumed
+    return {path: by_layer.get(path, common if common is not None else rank) for path, rank in ranks.items()}, assumed
 
 
 def _number(text: str, name: str) -> float:
@@ -119,12 +121,12 @@ def _header(spelt: Spelt, file: TensorFile) -> dict[str, Any] | None:
     """The configuration in the header, of the component that the keys are of."""
     if HEADER not in file.metadata:
         return None
-    held = parse_json(file.metadata[HEADER], f"the header's {HEADER}")
-    if not isinstance(held, dict):
+    data = parse_json(file.metadata[HEADER], f"the header's {HEADER}")
+    if not isinstance(data, dict):
         raise SurgeryError(f"the header's {HEADER} is no mapping")
     starts = [f"{spelt.component}."] if spelt.component else [f"{name}." for name in COMPONENTS]
     for start in (*starts, ""):
-        fields = {name.removeprefix(start): value for name, value in held.items() if name.startswith(start)}
+        fields = {name.removeprefix(start): value for name, value in data.items() if name.startswith(start)}
         if fields and not (start == "" and all("." in name for name in fields)):
             return fields
     raise SurgeryError(f"the header's {HEADER} says nothing of {spelt.component or 'this model'}")

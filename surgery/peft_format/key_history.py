@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 
 from surgery.errors import SurgeryError
 
-__all__ = ["COMPONENTS", "PREFIX", "WRAPPERS", "Spelt", "of_today"]
+__all__ = ["COMPONENTS", "PREFIX", "WRAPPERS", "Spelt", "current_keys"]
 
 PREFIX = "base_model.model."
 WRAPPERS = frozenset("module _orig_mod _fsdp_wrapped_module _checkpoint_wrapped_module _forward_module".split())
@@ -46,8 +46,8 @@ class Spelt:
     moved: Mapping[str, str] = field(default_factory=dict)
 
 
-def of_today(
-    held: Sequence[str],
+def current_keys(
+    file_keys: Sequence[str],
     known: Callable[[], Collection[str]],
     component: str | None = None,
     fits: Callable[[str, str], bool] | None = None,
@@ -57,34 +57,34 @@ def of_today(
     `component`: which of a pipeline's is wanted, where the file holds several. `fits`: whether the tensor under a key
     of the file has the sizes of the module at a path: it tells two components with the same paths apart.
     """
-    if "prompt_embeddings" in held:
-        return Spelt({key: key for key in held})
-    written, paths = {key: _unwrapped(key) for key in held}, frozenset(known())
+    if "prompt_embeddings" in file_keys:
+        return Spelt({key: key for key in file_keys})
+    texts, paths = {key: _without_wrappers(key) for key in file_keys}, frozenset(known())
     others: dict[str, str] = {}
     chosen = ""
-    if not any(key.startswith("base_model.") for key in written.values()):
-        chosen = _component(written, paths, component, fits)
+    if not any(key.startswith("base_model.") for key in texts.values()):
+        chosen = _component(texts, paths, component, fits)
         start = f"{chosen}." if chosen else ""
-        others = {key: text for key, text in written.items() if _first(text) in _elsewhere(chosen, paths)}
-        written = {key: PREFIX + _spelt(text, start) for key, text in written.items() if key not in others}
-    written = _unnamed(written)
-    moved = _Moves(paths)
-    found: dict[str, str] = {}
-    for key, text in written.items():
+        others = {key: text for key, text in texts.items() if _first(text) in _elsewhere(chosen, paths)}
+        texts = {key: PREFIX + _spelt(text, start) for key, text in texts.items() if key not in others}
+    texts = _without_adapter_name(texts)
+    moves = _Moves(paths)
+    keys: dict[str, str] = {}
+    for key, text in texts.items():
         if ".original_module." in text:  # what PEFT keeps beside a module that is trained
             others[key] = text
             continue
-        first = found.setdefault(moved.key(text), key)
+        first = keys.setdefault(moves.key(text), key)
         twice = next((each for each in (first, key) if ".modules_to_save." in each), None)
         if first != key and twice is None:
             raise SurgeryError("two tensors of the file have the same name here", where=key)
         if first != key:  # PEFT writes a module both ways where the vocabulary was resized
-            found[moved.key(text)] = first if twice == key else key
+            keys[moves.key(text)] = first if twice == key else key
             others[str(twice)] = text
-    return Spelt(found, tuple(others), chosen, moved.made)
+    return Spelt(keys, tuple(others), chosen, moves.made)
 
 
-def _unwrapped(key: str) -> str:
+def _without_wrappers(key: str) -> str:
     while (first := _first(key)) in WRAPPERS and ".base_model." in f".{key}":
         key = key[len(first) + 1 :]
     return key
@@ -98,13 +98,13 @@ def _first(key: str) -> str:
 
 
 def _component(
-    written: Mapping[str, str],
+    file_texts: Mapping[str, str],
     paths: Collection[str],
     wanted: str | None,
     fits: Callable[[str, str], bool] | None,
 ) -> str:
     """Which component of a pipeline's file the model is: the one whose paths it has; "" for a file of one model."""
-    there = [name for name in COMPONENTS if any(_first(text) == name for text in written.values())]
+    there = [name for name in COMPONENTS if any(_first(text) == name for text in file_texts.values())]
     if wanted is not None:
         if wanted not in there:
             why = f"it holds {', '.join(there) or 'one model alone'}"
@@ -112,7 +112,7 @@ def _component(
         return wanted
     scores: dict[str, tuple[int, int]] = {}
     for name in ("", *there):
-        texts = {key: _spelt(text, f"{name}." if name else "") for key, text in written.items()}
+        texts = {key: _spelt(text, f"{name}." if name else "") for key, text in file_texts.items()}
         hits = {key: path for key, text in texts.items() if (path := _path_of(text, paths))}
         scores[name] = len(hits), sum(fits(key, path) for key, path in hits.items()) if fits and there else 0
     best = max(scores.values())
@@ -149,18 +149,18 @@ def _spelt(key: str, before: str) -> str:
 # An adapter's name ----------------------------------------------------------------------------------------------
 
 
-def _unnamed(written: Mapping[str, str]) -> dict[str, str]:
+def _without_adapter_name(texts: Mapping[str, str]) -> dict[str, str]:
     """Keys without the adapter's name, which a model's own state dict has in them."""
-    hits = (_NAMED.search(text) for text in written.values())
+    hits = (_NAMED.search(text) for text in texts.values())
     names = list(dict.fromkeys(hit[1] for hit in hits if hit))
-    if len(names) > 1 and any(_UNNAMED.search(text) for text in written.values()):
+    if len(names) > 1 and any(_UNNAMED.search(text) for text in texts.values()):
         names = []  # they are tensors of a method: adapters' names would be in all keys
     if len(names) > 1:
         raise SurgeryError(
             f"the file holds the tensors of {len(names)} adapters: {', '.join(names[:5])}",
             fix="save them each by itself: save_pretrained(…, selected_adapters=[…])",
         )
-    return {key: _without(text, names[0] if names else None) for key, text in written.items()}
+    return {key: _without(text, names[0] if names else None) for key, text in texts.items()}
 
 
 def _without(text: str, name: str | None) -> str:

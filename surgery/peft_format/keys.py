@@ -11,9 +11,9 @@ from torch import nn
 from surgery.adapter_files.tensor_files import TensorFile
 from surgery.patterns.module_walk import base_modules
 from surgery.patterns.paths import pattern_value
-from surgery.peft_format.key_history import Spelt, of_today
+from surgery.peft_format.key_history import Spelt, current_keys
 
-__all__ = ["keys_of", "moved"]
+__all__ = ["keys_of", "at_model_paths"]
 
 
 def keys_of(model: nn.Module, file: TensorFile, component: str | None = None) -> Spelt:
@@ -24,21 +24,21 @@ def keys_of(model: nn.Module, file: TensorFile, component: str | None = None) ->
         weight, shape = getattr(modules[path], "weight", None), file.shapes[key]
         return weight is not None and bool(shape) and any(size in weight.shape for size in shape)
 
-    return of_today(list(file.shapes), lambda: modules.keys() - {""}, component, fits)
+    return current_keys(list(file.shapes), lambda: modules.keys() - {""}, component, fits)
 
 
-def moved(config: Mapping[str, Any], spelt: Spelt) -> dict[str, Any]:
+def at_model_paths(config: Mapping[str, Any], spelt: Spelt) -> dict[str, Any]:
     """A configuration whose paths are those of the file, for a model that has these modules at others.
 
     The targets are left to the file's keys; patterns of ranks are asked under the file's paths.
     """
     if not spelt.moved or "target_modules" not in config:
         return dict(config)
-    found = {**config, "target_modules": None}
-    found |= dict.fromkeys(config.keys() & {"exclude_modules", "layers_to_transform", "layers_pattern"})
+    result = {**config, "target_modules": None}
+    result |= dict.fromkeys(config.keys() & {"exclude_modules", "layers_to_transform", "layers_pattern"})
     for name in ("rank_pattern", "alpha_pattern"):
-        given = config.get(name)
-        if isinstance(given, dict) and given:
-            values = {here: pattern_value(given, there, None) for there, here in spelt.moved.items()}
-            found[name] = {re.escape(path): value for path, value in values.items() if value is not None} | given
-    return found
+        patterns = config.get(name)
+        if isinstance(patterns, dict) and patterns:
+            values = {here: pattern_value(patterns, there, None) for there, here in spelt.moved.items()}
+            result[name] = {re.escape(path): value for path, value in values.items() if value is not None} | patterns
+    return result

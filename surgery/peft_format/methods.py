@@ -41,7 +41,7 @@ class PeftPlace:
     modules: Modules
     config: Mapping[str, Any]
     facts: Mapping[str, Any] = field(default_factory=dict)
-    held: Collection[str] = ()
+    file_keys: Collection[str] = ()
 
     def base(self, name: str) -> Tensor:
         """A tensor of the module as the base has it, whatever is merged into it."""
@@ -62,7 +62,7 @@ class PeftPart:
     rule: ClassVar[type[Rule]]
     peft_type: ClassVar[str | None] = None  # of what belongs to one method
     tensors: ClassVar[Mapping[str, str]] = {}
-    made: ClassVar[tuple[str, ...]] = ()
+    derived: ClassVar[tuple[str, ...]] = ()
 
     def entries(self, place: PeftPlace) -> dict[str, Entry]:
         """Where each tensor stands: a key relative to the module's path, or, after "/", to the whole file."""
@@ -100,48 +100,48 @@ class PeftMethod(PeftPart):
 
     def read(self, config: PeftConfig) -> Iterable[Rule]:
         config.marks = self.marks or tuple(self.tensors.values())
-        given = {ours: config.take(theirs) for theirs, ours in self.fields.items()}
-        given = {name: value for name, value in given.items() if value is not None and value != {}}
+        rule_fields = {ours: config.take(theirs) for theirs, ours in self.fields.items()}
+        rule_fields = {name: value for name, value in rule_fields.items() if value is not None and value != {}}
         names = {field.name for field in fields(self.rule)}
         start = config.take(self.init_field, True)
         if "init" in names:
             if not isinstance(start, (bool, str)) or start not in self.inits:
                 raise config.refuse(self.init_field, "it changes more than an adapter's own tensors")
-            given["init"] = self.inits[start]
-        given |= self.further(config)
-        return [choose(config, self.rule, given)]
+            rule_fields["init"] = self.inits[start]
+        rule_fields |= self.read_fields(config)
+        return [choose(config, self.rule, rule_fields)]
 
     def start(self, config: PeftConfig) -> Iterable[Rule]:
         """The rules of a new adapter, whose tensors are yet to be made: those of a saved one, unless it says else."""
         return self.read(config)
 
-    def further(self, config: PeftConfig) -> dict[str, Any]:
+    def read_fields(self, config: PeftConfig) -> dict[str, Any]:
         """Fields of the rule that are no plain copies, and fields of PEFT's that only one value can be held of."""
         return {}
 
     def write(self, placed: Placed, modules: Modules) -> dict[str, Any]:
         (rule, paths), *more = placed
         if more:
-            raise unsaid(f"{len(placed)} {rule.label}s", "it holds one")
+            raise unsupported(f"{len(placed)} {rule.label}s", "it holds one")
         if getattr(rule, "dtype", None) not in (None, "float32"):
-            raise unsaid(f"{rule.label}(dtype={rule.dtype!r})", "PEFT computes in float32")  # type: ignore[attr-defined]
+            raise unsupported(f"{rule.label}(dtype={rule.dtype!r})", "PEFT computes in float32")  # type: ignore[attr-defined]
         config = {theirs: _plain(getattr(rule, ours)) for theirs, ours in self.fields.items()}
         if self.inits and "init" in {field.name for field in fields(rule)}:
             starts = {ours: theirs for theirs, ours in reversed(list(self.inits.items()))}
             if rule.init not in starts:  # type: ignore[attr-defined]
-                raise unsaid(f"{rule.label}(init={rule.init!r})", "it changes the base in a way PEFT can't repeat")  # type: ignore[attr-defined]
+                raise unsupported(f"{rule.label}(init={rule.init!r})", "it changes the base in a way PEFT can't repeat")  # type: ignore[attr-defined]
             config[self.init_field] = starts[rule.init]  # type: ignore[attr-defined]
-        return {**config, **self.said(rule), **fields_of(rule, modules, paths)}
+        return {**config, **self.write_fields(rule), **fields_of(rule, modules, paths)}
 
-    def said(self, rule: Rule) -> dict[str, Any]:
+    def write_fields(self, rule: Rule) -> dict[str, Any]:
         """The inverse of `further`."""
         return {}
 
-    def joined(self, key: str, tensors: Sequence[Tensor], sites: Sequence[nn.Module]) -> Tensor:
+    def join(self, key: str, tensors: Sequence[Tensor], sites: Sequence[nn.Module]) -> Tensor:
         """One tensor of the file for those of several sites that share it; each came through its `write`."""
         return only_one(key, tensors)
 
-    def completed(
+    def complete(
         self, config: dict[str, Any], tensors: dict[str, Tensor], modules: Modules
     ) -> tuple[dict[str, Any], dict[str, Tensor]]:
         """The configuration and the file's tensors, with what else PEFT wants there."""
@@ -154,10 +154,10 @@ _methods: dict[str, PeftMethod] = {}
 
 def peft_method(cls: type[P]) -> type[P]:
     """Register a `PeftMethod`, or a `PeftPart` that goes with any method, for reading and writing PEFT's files."""
-    made = cls()
-    _parts[made.rule] = made
-    if isinstance(made, PeftMethod):
-        _methods[str(made.peft_type)] = made
+    part = cls()
+    _parts[part.rule] = part
+    if isinstance(part, PeftMethod):
+        _methods[str(part.peft_type)] = part
     return cls
 
 
@@ -194,29 +194,29 @@ def is_main(rule: Rule) -> bool:
 
 def rules_by(model: nn.Module, config: Mapping[str, Any]) -> list[Rule]:
     """The rules of a new adapter by PEFT's configuration. `PlanError` with everything that can't be held."""
-    given = PeftConfig(config, model)
-    rules, problems, unheld = asked_for(given, method_of(config.get("peft_type")).start)
+    settings = PeftConfig(config, model)
+    rules, problems, unheld = read_rules(settings, method_of(config.get("peft_type")).start)
     if problems or unheld:
         raise PlanError([*problems, *unheld])
-    for note in given.notes:
+    for note in settings.notes:
         warnings.warn(note, SurgeryWarning, stacklevel=4)
     return rules
 
 
-def asked_for(
-    given: PeftConfig, main: Callable[[PeftConfig], Iterable[Rule]]
+def read_rules(
+    settings: PeftConfig, main: Callable[[PeftConfig], Iterable[Rule]]
 ) -> tuple[list[Rule], list[SurgeryError], list[SurgeryError]]:
     """The rules that a configuration asks for, what is wrong with it, and what of it no rule holds."""
     rules, problems = list[Rule](), list[SurgeryError]()
-    beside = [part for part in _parts.values() if not isinstance(part, PeftMethod)]
-    for read in (*(part.base for part in beside), main, *(part.read for part in beside)):
+    parts = [part for part in _parts.values() if not isinstance(part, PeftMethod)]
+    for read in (*(part.base for part in parts), main, *(part.read for part in parts)):
         try:
-            rules += read(given)
+            rules += read(settings)
         except SurgeryError as error:
             problems.append(error)
         except Exception as error:  # fields of a file may have any type
             problems.append(RuleError("the configuration can't be read", why=f"{type(error).__name__}: {error}"[:300]))
-    return rules, problems, [] if problems else given.untaken()  # else no one came to the further fields
+    return rules, problems, [] if problems else settings.untaken()  # else no one came to the further fields
 
 
 def absolute(path: str, key: str, prefix: str) -> str:
@@ -225,11 +225,11 @@ def absolute(path: str, key: str, prefix: str) -> str:
 
 def only_one(key: str, tensors: Sequence[Tensor]) -> Tensor:
     if any(tensor.shape != tensors[0].shape or not torch.equal(tensor, tensors[0]) for tensor in tensors[1:]):
-        raise unsaid(f"sites with tensors of their own for {key}", "PEFT's sites share one")
+        raise unsupported(f"sites with tensors of their own for {key}", "PEFT's sites share one")
     return tensors[0]
 
 
-def unsaid(what: str, why: str) -> SurgeryError:
+def unsupported(what: str, why: str) -> SurgeryError:
     return SurgeryError(
         f"PEFT's format can't hold {what}", why=why, fix='save_adapter(…, format="surgery") holds any rules'
     )

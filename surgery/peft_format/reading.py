@@ -13,10 +13,10 @@ from surgery.adapter_files.tensor_files import TensorFile
 from surgery.authoring.rule import Rule
 from surgery.errors import SurgeryError
 from surgery.peft_format.adapter_config import PeftConfig
-from surgery.peft_format.header_settings import alphas_of, contradicted, settings_of
+from surgery.peft_format.header_settings import alphas_of, check_alphas, settings_of
 from surgery.peft_format.key_history import Spelt
-from surgery.peft_format.keys import keys_of, moved
-from surgery.peft_format.methods import PeftPlace, absolute, asked_for, is_main, method_of, part_of
+from surgery.peft_format.keys import at_model_paths, keys_of
+from surgery.peft_format.methods import PeftPlace, absolute, is_main, method_of, part_of, read_rules
 from surgery.planning.plan import Plan
 from surgery.weaving.recording import PlannedRule
 
@@ -38,19 +38,19 @@ class PeftAdapter:
 def read(model: nn.Module, config: Any, file: TensorFile, component: str | None = None) -> PeftAdapter:
     """The rules of an adapter in PEFT's files, and where their tensors are."""
     spelt = keys_of(model, file, component)
-    keys, assumed, beside = spelt.keys, list[str](), tuple[str, ...]()
+    keys, assumed, alpha_keys = spelt.keys, list[str](), tuple[str, ...]()
     if config is None:
-        found = settings_of(spelt, file)
-        config, assumed, beside = found.config, found.assumed, found.passed_over
+        from_header = settings_of(spelt, file)
+        config, assumed, alpha_keys = from_header.config, from_header.assumed, from_header.passed_over
     elif isinstance(config, dict) and (alphas := alphas_of(spelt, file)):
-        contradicted(config, alphas, spelt, "the configuration")
-        beside = tuple(alphas)
+        check_alphas(config, alphas, spelt, "the configuration")
+        alpha_keys = tuple(alphas)
     if not isinstance(config, dict):
         raise SurgeryError("the adapter's configuration is no mapping")
-    config = moved(config, spelt)
-    given = PeftConfig(config, model, _under(keys, file))
+    config = at_model_paths(config, spelt)
+    settings = PeftConfig(config, model, _under(keys, file))
     method = method_of(config.get("peft_type"))
-    rules, problems, unheld = asked_for(given, method.read)
+    rules, problems, unheld = read_rules(settings, method.read)
 
     placed: dict[int, Mapping[str, Entry | None]] = {}  # by step, of the plan that is asked about
     main = set[str]()
@@ -59,13 +59,13 @@ def read(model: nn.Module, config: Any, file: TensorFile, component: str | None 
         if not placed:
             main.update(s.path for s in plan.steps if is_main(s.rule))
         if id(step) not in placed:
-            placed[id(step)] = _of_step(step, keys, main, given, method.prefix)
+            placed[id(step)] = _of_step(step, keys, main, settings, method.prefix)
         return placed[id(step)][name]
 
     ignored = tuple(key for key in file.shapes if key.endswith(method.passed_over or ("\n",)))
-    assumed += [*_told(spelt), *given.assumed]
-    ignored = (*ignored, *beside, *spelt.others, *(keys[key] for key in given.passed_over))
-    return PeftAdapter(rules, entry, problems, unheld, given.notes, assumed, ignored, given.vocabulary)
+    assumed += [*_describe(spelt), *settings.assumed]
+    ignored = (*ignored, *alpha_keys, *spelt.others, *(keys[key] for key in settings.passed_over))
+    return PeftAdapter(rules, entry, problems, unheld, settings.notes, assumed, ignored, settings.vocabulary)
 
 
 def _under(keys: Mapping[str, str], file: TensorFile) -> TensorFile:
@@ -75,15 +75,15 @@ def _under(keys: Mapping[str, str], file: TensorFile) -> TensorFile:
     return TensorFile(shapes, dtypes, file.metadata, lambda key: file.read(keys[key]))
 
 
-def _told(spelt: Spelt) -> list[str]:
+def _describe(spelt: Spelt) -> list[str]:
     """What a file was taken for by the names of its keys."""
-    told = []
+    notes = []
     if spelt.others and spelt.component:
-        told.append(f"of a file of several components, {spelt.component} was loaded")
+        notes.append(f"of a file of several components, {spelt.component} was loaded")
     if spelt.moved:
         there, here = next(iter(spelt.moved.items()))
-        told.append(f"{len(spelt.moved)} modules have other paths in the file, such as {there} for {here}")
-    return told
+        notes.append(f"{len(spelt.moved)} modules have other paths in the file, such as {there} for {here}")
+    return notes
 
 
 def _of_step(
@@ -94,9 +94,9 @@ def _of_step(
     assert part is not None
     place = PeftPlace(step.path, step.module, step.rule, names, main, config.modules, config.data, step.facts, keys)
     entries = part.entries(place)
-    found: dict[str, Entry | None] = dict.fromkeys(names)
+    located: dict[str, Entry | None] = dict.fromkeys(names)
     for name in names:
-        if name not in part.made:
+        if name not in part.derived:
             key = absolute(step.path, entries[name].key, prefix)
-            found[name] = entries[name]._replace(key=keys.get(key, key))
-    return found
+            located[name] = entries[name]._replace(key=keys.get(key, key))
+    return located

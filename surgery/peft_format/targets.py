@@ -81,8 +81,8 @@ def fields_of(rule: Rule, modules: Modules, paths: Sequence[str]) -> dict[str, A
     wanted, kept = set(paths), {}
     targets, exclude, layers = rule.targets, rule.exclude, rule.layers
     if all(map(is_text, (*targets, *exclude))):  # type: ignore[misc]
-        said = {"target_modules": _said(targets), "exclude_modules": _said(exclude) or None}
-        kept = {**said, "layers_to_transform": list(layers) if layers is not None else None}  # type: ignore[arg-type]
+        names = {"target_modules": _as_peft(targets), "exclude_modules": _as_peft(exclude) or None}
+        kept = {**names, "layers_to_transform": list(layers) if layers is not None else None}  # type: ignore[arg-type]
     listed = {"target_modules": sorted(wanted)}
     for fields in (kept, listed):
         if fields.get("target_modules") and chosen_by(fields, modules) == wanted:
@@ -90,7 +90,7 @@ def fields_of(rule: Rule, modules: Modules, paths: Sequence[str]) -> dict[str, A
     return {"target_modules": regex_for(sorted(wanted)).removeprefix("re:")}
 
 
-def _said(targets: Any) -> Any:
+def _as_peft(targets: Any) -> Any:
     if len(targets) == 1 and targets[0].startswith("re:"):
         return targets[0].removeprefix("re:")
     return list(targets) if all(map(is_plain, targets)) else None

@@ -17,23 +17,23 @@ from surgery.patterns.module_class import class_of
 from surgery.patterns.module_walk import RESERVED
 from surgery.peft_format.adapter_config import SILENT
 from surgery.peft_format.base_embeddings import Save, embedding_tensors
-from surgery.peft_format.methods import PeftMethod, PeftPlace, absolute, is_main, method_of, part_of, unsaid
+from surgery.peft_format.methods import PeftMethod, PeftPlace, absolute, is_main, method_of, part_of, unsupported
 from surgery.peft_format.targets import Modules, chosen_by
 from surgery.state.adapter_tensors import whole
 from surgery.state.records import require_state, sites
 
-__all__ = ["Described", "described", "taken_over", "written"]
+__all__ = ["PeftDescription", "describe", "from_peft", "to_peft"]
 
 
 _CHOOSING = ("exclude_modules", "layers_pattern", "layers_to_transform")
 
 
-def written(
+def to_peft(
     model: nn.Module,
     adapter: str,
     exact: bool = False,
     state: Mapping[str, Tensor] | None = None,
-    said: Mapping[str, Any] | None = None,
+    original: Mapping[str, Any] | None = None,
     save_embedding_layers: Save = "auto",
 ) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """An adapter as PEFT's configuration and tensors; `SurgeryError` where that would not be the same adapter.
@@ -42,33 +42,36 @@ def written(
     `state`: the model's state dict, where its tensors were gathered from elsewhere. `said`: a configuration that the
     adapter came with, of which stays what its rules don't say. `save_embedding_layers`: PEFT's, which see there.
     """
-    found = described(model, adapter, exact, state)
-    config, tensors = found.method.completed(found.config, _tensors(found), found.modules)
-    said = {} if said is None else said
-    told = {name: value for name, value in said.items() if name in SILENT and value is not None}
+    description = describe(model, adapter, exact, state)
+    config, tensors = description.method.complete(description.config, _tensors(description), description.modules)
+    original = {} if original is None else original
+    kept = {name: value for name, value in original.items() if name in SILENT and value is not None}
     chosen = dict.fromkeys(
-        name for name in _CHOOSING if name in said
+        name for name in _CHOOSING if name in original
     )  # else they would choose among the rules' targets
-    config = {**said, **chosen, **config, **told, "inference_mode": True}
-    if "peft_type" in told:  # a whole configuration has all the fields that there are
-        config = {name: value for name, value in config.items() if name in said}
+    config = {**original, **chosen, **config, **kept, "inference_mode": True}
+    if "peft_type" in kept:  # a whole configuration has all the fields that there are
+        config = {name: value for name, value in config.items() if name in original}
     if config.get("task_type") is None:  # PEFT then finds the base's class by this
         kind = class_of(model)
         config["auto_mapping"] = {"base_model_class": kind.__name__, "parent_library": kind.__module__}
     if config.get("peft_version", "") is None:  # PEFT takes an absent one for an old one, and fails on null
         del config["peft_version"]
-    main = {one.path for one in found.placed if is_main(one.rule)}
-    return config, {**embedding_tensors(config, found.modules, main, tensors, save_embedding_layers, state), **tensors}
+    main = {site.path for site in description.placed if is_main(site.rule)}
+    return config, {
+        **embedding_tensors(config, description.modules, main, tensors, save_embedding_layers, state),
+        **tensors,
+    }
 
 
-def taken_over(
+def from_peft(
     model: nn.Module, adapter: str, tensors: Mapping[str, Tensor]
 ) -> tuple[dict[str, Tensor], list[str], list[str]]:
     """Tensors under PEFT's keys as those of an adapter that is there, for `load_adapter_state_dict`: its own where none
     came. Then which keys are missing, and which are none of its."""
-    found, values = described(model, adapter, exact=True), adapter_state_dict(model, adapter)
+    description, values = describe(model, adapter, exact=True), adapter_state_dict(model, adapter)
     missing, known, problems = dict[str, None](), set[str](), list[SurgeryError]()
-    for name, key, entry in found.entries(list(values)):
+    for name, key, entry in description.entries(list(values)):
         known.add(key)
         if key not in tensors:
             missing[key] = None
@@ -84,11 +87,11 @@ def taken_over(
             values[name] = value
     if problems:
         raise LoadError(problems)
-    passed_over = found.method.passed_over or ("\n",)
+    passed_over = description.method.passed_over or ("\n",)
     return values, list(missing), [key for key in tensors if key not in known and not key.endswith(passed_over)]
 
 
-class Described(NamedTuple):
+class PeftDescription(NamedTuple):
     """An adapter in PEFT's words: its configuration, where its rules are, and the tensors that are to be kept."""
 
     config: dict[str, Any]
@@ -99,8 +102,8 @@ class Described(NamedTuple):
 
     def entries(self, names: Iterable[str]) -> Iterator[tuple[str, str, Entry]]:
         """Of tensors of these names (`adapter_state_dict`'s): the name, the key in PEFT's file, how it is turned."""
-        main = frozenset(one.path for one in self.placed if is_main(one.rule))
-        said, by_site, names = set[str](), dict[str, list[str]](), list(names)
+        main = frozenset(site.path for site in self.placed if is_main(site.rule))
+        placed_names, by_site, names = set[str](), dict[str, list[str]](), list(names)
         for key in names:
             box, _, name = key.rpartition(".")
             by_site.setdefault(box, []).append(name)
@@ -108,35 +111,35 @@ class Described(NamedTuple):
             part, box = part_of(rule), f"{path}.{RESERVED}" if path else RESERVED
             if part is None:
                 continue  # what comes with a rule, and has no tensors: any would be told below
-            held = by_site.get(box, [])
-            place = PeftPlace(path, module, rule, tuple(held), main, self.modules, self.config, facts)
+            site_names = by_site.get(box, [])
+            place = PeftPlace(path, module, rule, tuple(site_names), main, self.modules, self.config, facts)
             for name, entry in part.entries(place).items():
-                if name not in part.made and name in held:
+                if name not in part.derived and name in site_names:
                     yield f"{box}.{name}", absolute(path, entry.key, self.method.prefix), entry
-                    said.add(f"{box}.{name}")
-            said.update(f"{box}.{name}" for name in part.made)
-        unplaced = sorted(set(names) - said)
+                    placed_names.add(f"{box}.{name}")
+            placed_names.update(f"{box}.{name}" for name in part.derived)
+        unplaced = sorted(set(names) - placed_names)
         if unplaced:
-            raise unsaid(f"the tensor {unplaced[0]}", "its files have no place for it")
+            raise unsupported(f"the tensor {unplaced[0]}", "its files have no place for it")
 
 
-def described(
+def describe(
     model: nn.Module, adapter: str, exact: bool = False, state: Mapping[str, Tensor] | None = None
-) -> Described:
+) -> PeftDescription:
     kept, modules = rules_of(model, adapter), Modules.of(model)
     rules, tensors = folded_adapter(model, adapter, state)
     plainer = list(zip(kept, rules, strict=True))
     if exact and rules != kept:
         lost = next(rule.label for rule, plain in plainer if rule != plain)
-        raise unsaid(f"{lost} with the network that makes its tensors", "PEFT's file holds what the network made")
+        raise unsupported(f"{lost} with the network that makes its tensors", "PEFT's file holds what the network made")
     parts = [part_of(rule) for rule in rules]
     for rule, part in zip(rules, parts, strict=True):
         if part is None:
-            raise unsaid(rule.label, "PEFT has nothing like it")
+            raise unsupported(rule.label, "PEFT has nothing like it")
     methods = list(dict.fromkeys(part.peft_type for part in parts if part is not None and part.peft_type))
     if len(methods) != 1:
         what = "PEFT needs a method beside them" if not methods else f"they are {len(methods)} methods of PEFT's"
-        raise unsaid(" and ".join(dict.fromkeys(rule.label for rule in rules)), what)
+        raise unsupported(" and ".join(dict.fromkeys(rule.label for rule in rules)), what)
     known, at_site = ByRule[Rule](), require_state(model).rules_at((adapter,))
     for rule, plain in plainer:
         known.get(rule, lambda plain=plain: plain)
@@ -146,30 +149,32 @@ def described(
         for on in at_site.get(id(module), ())
     ]
     at = ByRule[list[str]]()
-    for one in placed:
-        at.get(one.rule, list).append(one.path)
+    for site in placed:
+        at.get(site.rule, list).append(site.path)
     config: dict[str, Any] = {"peft_type": methods[0]}
     method = method_of(methods[0])
     for part in dict.fromkeys(parts):
         mine = [rule for rule, other in zip(rules, parts, strict=True) if other is part]
         assert part is not None
-        said = part.write([(rule, at.get(rule, list)) for rule in mine], modules)
-        for name in [name for name in ("rank_pattern", "alpha_pattern") if name in config and name in said]:
-            said[name] = {**config[name], **said[name]}  # each names its own paths
-        clash = [name for name in said if config.get(name, said[name]) != said[name] and "pattern" not in name]
+        settings = part.write([(rule, at.get(rule, list)) for rule in mine], modules)
+        for name in [name for name in ("rank_pattern", "alpha_pattern") if name in config and name in settings]:
+            settings[name] = {**config[name], **settings[name]}  # each names its own paths
+        clash = [
+            name for name in settings if config.get(name, settings[name]) != settings[name] and "pattern" not in name
+        ]
         if clash:
-            raise unsaid(" and ".join(rule.label for rule in rules), f"they differ in {', '.join(clash)}")
-        lacking = [name for name in said if name in method.lacks]
+            raise unsupported(" and ".join(rule.label for rule in rules), f"they differ in {', '.join(clash)}")
+        lacking = [name for name in settings if name in method.lacks]
         if lacking:
-            raise unsaid(" and ".join(rule.label for rule in rules), f"PEFT has no {lacking[0]} with {methods[0]}")
-        config |= said
+            raise unsupported(" and ".join(rule.label for rule in rules), f"PEFT has no {lacking[0]} with {methods[0]}")
+        config |= settings
     common = {"inference_mode": True, "task_type": None, "auto_mapping": None, "revision": None}
     config = common | ({"target_modules": []} if method.targeted else {}) | config
     config["base_model_name_or_path"] = getattr(getattr(model, "config", None), "_name_or_path", None) or None
-    on = {one.path for one in placed if isinstance(part_of(one.rule), PeftMethod)}
+    on = {site.path for site in placed if isinstance(part_of(site.rule), PeftMethod)}
     if method.targeted and chosen_by(config, modules) != on:
-        raise unsaid(rules[0].label, "PEFT would find other modules by these targets")
-    return Described(config, placed, tensors, method, modules)
+        raise unsupported(rules[0].label, "PEFT would find other modules by these targets")
+    return PeftDescription(config, placed, tensors, method, modules)
 
 
 class _Placed(NamedTuple):
@@ -179,9 +184,9 @@ class _Placed(NamedTuple):
     facts: Mapping[str, Any]
 
 
-def _tensors(adapter: Described) -> dict[str, Tensor]:
-    found: dict[str, list[Tensor]] = {}
+def _tensors(adapter: PeftDescription) -> dict[str, Tensor]:
+    by_key: dict[str, list[Tensor]] = {}
     for name, key, entry in adapter.entries(adapter.tensors):
-        found.setdefault(key, []).append(entry.write(whole(adapter.tensors[name].detach())))
-    on = [one.module for one in adapter.placed if part_of(one.rule) is adapter.method]
-    return {key: adapter.method.joined(key, together, on) for key, together in found.items()}
+        by_key.setdefault(key, []).append(entry.write(whole(adapter.tensors[name].detach())))
+    on = [site.module for site in adapter.placed if part_of(site.rule) is adapter.method]
+    return {key: adapter.method.join(key, together, on) for key, together in by_key.items()}

@@ -25,9 +25,9 @@ __all__ = ["save_folder", "save_trained", "write_adapters"]
 _MARK = "trained tensors"
 
 
-def write_adapters(model: nn.Module, folder: Path, names: list[str], given: Mapping[str, Any]) -> None:
+def write_adapters(model: nn.Module, folder: Path, names: list[str], configs: Mapping[str, Any]) -> None:
     """Write adapters as `save_folder` does, by the arguments of `save_pretrained`: a `ModelState.adapter_writer`."""
-    tensors, main = given.get("state_dict"), given.get("is_main_process", True)
+    tensors, main = configs.get("state_dict"), configs.get("is_main_process", True)
     if tensors is not None and not tensors:
         warnings.warn(
             f"no adapter is written to {folder}: the state dict that was given is empty (ZeRO 3 without "
@@ -36,19 +36,19 @@ def write_adapters(model: nn.Module, folder: Path, names: list[str], given: Mapp
             stacklevel=3,
         )
         return
-    held = model.state_dict() if tensors is None else tensors
-    alone = tensors is not None or not any(hasattr(t, "full_tensor") for t in held.values())
+    state = model.state_dict() if tensors is None else tensors
+    alone = tensors is not None or not any(hasattr(t, "full_tensor") for t in state.values())
     if not main and alone:
         return
     checkpoint = re.fullmatch(r"checkpoint-\d+", folder.resolve().name) is not None  # as a Trainer calls them
-    save_folder(model, folder, names, held if alone else None, trained=checkpoint)
+    save_folder(model, folder, names, state if alone else None, trained=checkpoint)
     if main:
         rest = [] if checkpoint else [name for name, parameter in base_parameters(model) if parameter.requires_grad]
         _tell(folder, rest + _not_of(model, tensors or ()))
-    if given.get("push_to_hub") and main:
-        repo = str(given.get("repo_id") or folder.name)
-        options = {key: given[key] for key in ("private", "token", "revision") if key in given}
-        upload(folder, repo, card_of(model, names[0], repo, peft=True), given.get("commit_message") or "Adapters",
+    if configs.get("push_to_hub") and main:
+        repo = str(configs.get("repo_id") or folder.name)
+        options = {key: configs[key] for key in ("private", "token", "revision") if key in configs}
+        upload(folder, repo, card_of(model, names[0], repo, peft=True), configs.get("commit_message") or "Adapters",
                **options)  # fmt: skip
 
 
@@ -116,10 +116,10 @@ def save_trained(model: nn.Module, folder: str | Path, state_dict: Mapping[str, 
     """
     from safetensors.torch import save
 
-    held = model.state_dict() if state_dict is None else state_dict
+    state = model.state_dict() if state_dict is None else state_dict
     kept = kept_names(model)
-    chosen = {key: t for key, t in held.items() if plain_name(key) in kept or plain_name(key).endswith("_extra_state")}
+    chosen = {key: t for key, t in state.items() if plain_name(key) in kept or plain_name(key).endswith("_extra_state")}
     tensors = {key: whole(t.detach()).cpu().contiguous().clone() for key, t in chosen.items() if isinstance(t, Tensor)}
     if state_dict is not None or first_process():
-        written = save(tensors, metadata={"format": "pt", "surgery": _MARK})
-        (Path(folder) / "model.safetensors").write_bytes(written)  # which others may read: save_file's are 0600
+        data = save(tensors, metadata={"format": "pt", "surgery": _MARK})
+        (Path(folder) / "model.safetensors").write_bytes(data)  # which others may read: save_file's are 0600

@@ -30,7 +30,7 @@ from surgery.state.fingerprint import differences
 from surgery.state.in_use import check_free
 from surgery.state.record_undo import keep_site
 from surgery.storage.hotswap_plan import Living, Making, copied, incoming, living, step_for
-from surgery.storage.load import _distrusted, _found
+from surgery.storage.load import _distrusted, _locate_tensors
 from surgery.storage.load_report import LoadReport
 from surgery.storage.model_origin import other_model
 from surgery.storage.stored_adapter import Stored, stored_adapter
@@ -126,7 +126,7 @@ def hotswap(
     report = SwapReport(adapter, stored.rules, metadata=stored.metadata, licence=stored.licence)
     problems = [*stored.problems, *([] if trust else map(_distrusted, (rule for rule in stored.rules if rule.imports)))]
     plan, doubtful = incoming(model, [rule for rule in stored.rules if trust or not rule.imports], adapter, live)
-    values = _found(plan, stored, report, finite)
+    values = _locate_tensors(plan, stored, report, finite)
     problems += [*plan.problems, *(doubtful if strict and report.unexpected else ())]
     making = Making(plan, live, values, stored.file, finite)
     pairs = [] if problems else making.tensors()
@@ -137,8 +137,8 @@ def hotswap(
     report.base = differences(model, stored.base)
     problems += making.problems
     if strict:
-        told = report.problems() if same_base else [text for text in report.problems() if text not in report.base]
-        problems += [*stored.unheld, *map(SurgeryError, told)]
+        mismatches = report.problems() if same_base else [text for text in report.problems() if text not in report.base]
+        problems += [*stored.unheld, *map(SurgeryError, mismatches)]
     if problems or not stored.rules:
         raise LoadError([*(problems or [RuleError("the files hold no rules")]), *other_model(model, stored.origin)])
     loose = report.base if strict else [*map(str, stored.unheld), *report.problems()]
@@ -177,50 +177,56 @@ def pad_rank(model: M, adapter: str, rank: int) -> M:
     check_free(root)
     live = living(root, state, adapter)
     wider = {id(rule): rule.padded(rank) for rule in state.adapters[adapter]}
-    found = [(one, made) for one in live.values() if (made := _grown(one, adapter, rank, wider)) is not None]
-    if not found:
+    grown = [(site, change) for site in live.values() if (change := _grow_site(site, adapter, rank, wider)) is not None]
+    if not grown:
         kinds = ", ".join(dict.fromkeys(rule.label for rule in state.adapters[adapter]))
         raise RuleError(f"the adapter {adapter!r} has no rank to pad", why=f"its rules: {kinds}")
     with Journal() as journal:
-        for one, (step, tensors) in found:
-            _put_in(one, adapter, step, tensors, journal)
-        for module in {id(one.module): one.module for one, _ in found}.values():
+        for site, (step, tensors) in grown:
+            _replace_tensors(site, adapter, step, tensors, journal)
+        for module in {id(site.module): site.module for site, _ in grown}.values():
             install_live(module, journal)
         journal.keep(state.adapters)
         state.adapters[adapter] = tuple(wider[id(rule)] for rule in state.adapters[adapter])
     return model
 
 
-def _grown(
-    one: Living, adapter: str, rank: int, known: dict[int, Rule]
+def _grow_site(
+    live_site: Living, adapter: str, rank: int, known: dict[int, Rule]
 ) -> tuple[PlannedRule, dict[str, Tensor]] | None:
     """A living rule with room for a rank: its step, and its tensors in their new sizes; None where it has no rank.
 
     `known`: what rules became, by their id.
     """
-    rule = one.applied.rule
+    rule = live_site.applied.rule
     wider = known[id(rule)] if id(rule) in known else rule.padded(rank)
     if wider is rule:
         return None
-    if any(hasattr(tensor, "device_mesh") or is_flattened(tensor) for tensor in one.tensors.values()):
-        raise SiteError("its tensors are sharded", where=one.path, fix="pad before fully_shard")
-    step = step_for(wider, one.path, one, adapter)
-    params = {name: tensor.detach() for name, tensor in one.tensors.items()}
-    site = LiveSite(one.module, one.path, adapter, params, lambda name, _: tensor_at(one.module, name))
-    with torch.no_grad(), HookCall(rule, "swapped", one.path):
+    if any(hasattr(tensor, "device_mesh") or is_flattened(tensor) for tensor in live_site.tensors.values()):
+        raise SiteError("its tensors are sharded", where=live_site.path, fix="pad before fully_shard")
+    step = step_for(wider, live_site.path, live_site, adapter)
+    params = {name: tensor.detach() for name, tensor in live_site.tensors.items()}
+    site = LiveSite(
+        live_site.module, live_site.path, adapter, params, lambda name, _: tensor_at(live_site.module, name)
+    )
+    with torch.no_grad(), HookCall(rule, "swapped", live_site.path):
         return step, dict(rule.swapped(wider, site))
 
 
-def _put_in(one: Living, adapter: str, step: PlannedRule, tensors: dict[str, Tensor], journal: Journal) -> None:
+def _replace_tensors(
+    site: Living, adapter: str, step: PlannedRule, tensors: dict[str, Tensor], journal: Journal
+) -> None:
     """Put the wider rule and its tensors in the place of the old; those of the same size stay."""
-    box: Any = one.module._modules[RESERVED]._modules[adapter]  # type: ignore[union-attr]
-    keep_site(journal, one.module, (adapter,))
-    for name, old in one.tensors.items():
+    box: Any = site.module._modules[RESERVED]._modules[adapter]  # type: ignore[union-attr]
+    keep_site(journal, site.module, (adapter,))
+    for name, old in site.tensors.items():
         if tensors[name].shape != old.shape:
-            held = box._parameters if name in box._parameters else box._buffers
+            tensors_of_box = box._parameters if name in box._parameters else box._buffers
             new = tensors[name].to(old.dtype)
-            held[name] = nn.Parameter(new, requires_grad=old.requires_grad) if held is box._parameters else new
-    applied = one.applied
+            tensors_of_box[name] = (
+                nn.Parameter(new, requires_grad=old.requires_grad) if tensors_of_box is box._parameters else new
+            )
+    applied = site.applied
     journal.keep(applied.__dict__)
     applied.rule, applied.facts = step.rule, step.facts
     applied.layer = Layer(adapter, step.rule.label, step.tape)
@@ -241,9 +247,9 @@ def _stored(
             raise SurgeryError("files have rules of their own", fix="hotswap(model, adapter, tensors, rules=…)")
         return stored_adapter(model, source, subfolder, revision, config, component)
     of_files = {"subfolder": subfolder, "revision": revision, "config": config, "component": component}
-    if told := [f"{name}=" for name, value in of_files.items() if value is not None]:
+    if arguments := [f"{name}=" for name, value in of_files.items() if value is not None]:
         raise SurgeryError(
-            f"tensors have no {', '.join(told)}", why="these say which files are read", fix="leave them out"
+            f"tensors have no {', '.join(arguments)}", why="these say which files are read", fix="leave them out"
         )
     wrong = [str(key) for key, tensor in source.items() if not isinstance(key, str) or not isinstance(tensor, Tensor)]
     if wrong:
@@ -252,8 +258,8 @@ def _stored(
     tensors = {key: tensor.detach() for key, tensor in source.items()}
     shapes = {key: tuple(tensor.shape) for key, tensor in tensors.items()}
     file = TensorFile(shapes, {key: tensor.dtype for key, tensor in tensors.items()}, {}, tensors.__getitem__)
-    given = rules_of(model, adapter) if rules is None else [rules] if isinstance(rules, Rule) else list(rules)
-    return Stored(given, file, lambda plan, step, name: Entry(tensor_key(step.path, name)))
+    chosen_rules = rules_of(model, adapter) if rules is None else [rules] if isinstance(rules, Rule) else list(rules)
+    return Stored(chosen_rules, file, lambda plan, step, name: Entry(tensor_key(step.path, name)))
 
 
 def _places(count: int) -> str:

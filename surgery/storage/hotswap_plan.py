@@ -49,14 +49,14 @@ def living(model: nn.Module, state: ModelState, adapter: str) -> Lives:
     if not isinstance(adapter, str):
         raise SurgeryError(f"{adapter!r} is no adapter's name", fix="one adapter is changed at a time")
     adapter_names(state, adapter)
-    found: Lives = {}
+    live_sites: Lives = {}
     at = state.rules_at((adapter,))
     for path, module, site in sites(model):
         rules = at.get(id(module), [])
         if rules and site.merged is not None:
             why = f"its weights hold {', '.join(site.merged.adapters)}"
             raise SurgeryError("the model is merged", where=path or ROOT, why=why, fix="unmerge(model) first")
-        held = tensors_of(module, adapter)
+        tensors = tensors_of(module, adapter)
         for applied in rules:
             if applied.changed:
                 raise SurgeryError(
@@ -65,9 +65,9 @@ def living(model: nn.Module, state: ModelState, adapter: str) -> Lives:
                     why=f"{applied.rule.label} changed the base's weights at its start, which hold only with it",
                     fix="remove it and load the other",
                 )
-            own = {name: held[name] for name in applied.tensors if name in held}
-            found[id(module), type(applied.rule)] = Living(path, module, applied, own)
-    return found
+            own = {name: tensors[name] for name in applied.tensors if name in tensors}
+            live_sites[id(module), type(applied.rule)] = Living(path, module, applied, own)
+    return live_sites
 
 
 # What comes in ------------------------------------------------------------------------------------------------
@@ -151,8 +151,8 @@ def step_for(rule: Rule, path: str, live: Living, adapter: str) -> PlannedRule:
     if applied.inside:  # recorded for each kind of call: equal fields ask for equal tensors
         specs = tuple(_spec(name, tensor) for name, tensor in live.tensors.items())
         return PlannedRule(rule, path, module, (), own, layer_of(applied, module, path, own).tape, specs, True, facts)
-    made = recorded(rule, module, path, adapter, own, facts=facts)
-    return PlannedRule(rule, path, module, (), own, made.tape, made.specs, False, facts)
+    recording = recorded(rule, module, path, adapter, own, facts=facts)
+    return PlannedRule(rule, path, module, (), own, recording.tape, recording.specs, False, facts)
 
 
 def _spec(name: str, tensor: Tensor) -> ParamSpec:
@@ -186,101 +186,104 @@ class Making:
         """Pairs of a live tensor and what is to stand in it."""
         coming = {(id(step.module), type(step.rule)): step for step in self.plan.steps}
         pairs: list[tuple[Tensor, Tensor]] = []
-        gpus = {t.device.index or 0 for one in self.live.values() for t in one.tensors.values() if t.is_cuda}
+        gpus = {t.device.index or 0 for site in self.live.values() for t in site.tensors.values() if t.is_cuda}
         with torch.no_grad(), torch.random.fork_rng(devices=sorted(gpus)):  # what is drawn here is mostly overwritten
-            for key, one in self.live.items():
+            for key, site in self.live.items():
                 try:
-                    made = self._at(one, coming.get(key))
-                    pairs += [(tensor, self._held(name, made[name], tensor)) for name, tensor in one.tensors.items()]
+                    tensors = self._at(site, coming.get(key))
+                    pairs += [
+                        (tensor, self._check_range(name, tensors[name], tensor))
+                        for name, tensor in site.tensors.items()
+                    ]
                 except SurgeryError as error:
-                    error.where = error.where or one.path or ROOT
+                    error.where = error.where or site.path or ROOT
                     self.problems.append(error)
         return pairs
 
-    def _at(self, one: Living, step: PlannedRule | None) -> dict[str, Tensor]:
-        rule = one.applied.rule
+    def _at(self, site: Living, step: PlannedRule | None) -> dict[str, Tensor]:
+        rule = site.applied.rule
         if step is None:
-            if not one.tensors:
+            if not site.tensors:
                 raise SiteError(f"nothing came for {rule.label}, which is in the code with no tensors to still it by")
             rest = _at_rest(rule)
-            step = step_for(rest, one.path, one, self.plan.adapter)
-            live = self._site(one, self._started(step, {}))
-            with HookCall(rule, "neutral", one.path):
-                made = rest.neutral(live)
-            if made is None:
+            step = step_for(rest, site.path, site, self.plan.adapter)
+            live = self._site(site, self._started(step, {}))
+            with HookCall(rule, "neutral", site.path):
+                tensors = rest.neutral(live)
+            if tensors is None:
                 raise SiteError(
                     f"nothing came for {rule.label}, and no tensors are known with which it does nothing",
                     fix="swap in an adapter that is on all its sites, or write the rule's `neutral`",
                 )
-            self.idle.append(one.path)
-            return self._checked(one, made, rule)
+            self.idle.append(site.path)
+            return self._checked(site, tensors, rule)
         started = self._started(step, self.entries.get(id(step), {}))
-        shapes = {name: tuple(tensor.shape) for name, tensor in one.tensors.items()}
-        if _same_code(step, one) and shapes == {name: tuple(tensor.shape) for name, tensor in started.items()}:
+        shapes = {name: tuple(tensor.shape) for name, tensor in site.tensors.items()}
+        if _same_code(step, site) and shapes == {name: tuple(tensor.shape) for name, tensor in started.items()}:
             return started
-        live = self._site(one, started)
-        with HookCall(step.rule, "swapped", one.path):
-            made = step.rule.swapped(rule, live)
+        live = self._site(site, started)
+        with HookCall(step.rule, "swapped", site.path):
+            tensors = step.rule.swapped(rule, live)
         for note in dict.fromkeys(live.notes):
             self.notes[note] = self.notes.get(note, 0) + 1
-        return self._checked(one, made, step.rule)
+        return self._checked(site, tensors, step.rule)
 
     def _started(self, step: PlannedRule, entries: dict[str, Entry]) -> dict[str, Tensor]:
         """A rule's tensors as the file has them, others as they follow from its fields."""
         rule, device = step.rule, self._device(step)
-        made = {spec.name: torch.empty(spec.shape, dtype=spec.dtype, device=device) for spec in step.specs}
+        trial_tensors = {spec.name: torch.empty(spec.shape, dtype=spec.dtype, device=device) for spec in step.specs}
         for spec in step.specs:
             if spec.name in entries:
-                made[spec.name].copy_(entries[spec.name].read(self.file.read(entries[spec.name].key)))
+                trial_tensors[spec.name].copy_(entries[spec.name].read(self.file.read(entries[spec.name].key)))
             else:
-                spec.fill(made[spec.name])
+                spec.fill(trial_tensors[spec.name])
         lacking = [spec.name for spec in step.specs if spec.name not in entries]
         kind = (id(rule), type(step.module))
         if type(rule).initialise is not Rule.initialise and (lacking or kind not in self._asked):
             self._asked.add(kind)
-            trial = {name: tensor.clone() for name, tensor in made.items()}
+            trial = {name: tensor.clone() for name, tensor in trial_tensors.items()}
             with HookCall(rule, "initialise", step.path):
                 changes = rule.initialise(LiveSite(step.module, step.path, self.plan.adapter, trial, _tensor(step)))
             if changes:
                 why = f"{rule.label} changes the base's weights at its start, which compiled code would not see"
                 raise SiteError("these weights hold only with another base", why=why, fix="load it with load_adapter")
-            made |= {name: trial[name] for name in lacking}
-        return made
+            trial_tensors |= {name: trial[name] for name in lacking}
+        return trial_tensors
 
     def _device(self, step: PlannedRule) -> torch.device | None:
         live = self.live[id(step.module), type(step.rule)].tensors
         return next((tensor.device for tensor in live.values()), None)
 
-    def _site(self, one: Living, params: dict[str, Tensor]) -> LiveSite:
-        source: Callable[[str, bool], Tensor] = lambda name, _: tensor_at(one.module, name)  # noqa: E731
-        return LiveSite(one.module, one.path, self.plan.adapter, params, source)
+    def _site(self, site: Living, params: dict[str, Tensor]) -> LiveSite:
+        source: Callable[[str, bool], Tensor] = lambda name, _: tensor_at(site.module, name)  # noqa: E731
+        return LiveSite(site.module, site.path, self.plan.adapter, params, source)
 
-    def _checked(self, one: Living, made: Any, rule: Rule) -> dict[str, Tensor]:
-        made = dict(made)
-        for name, tensor in one.tensors.items():
-            found = tuple(made[name].shape) if name in made else None
-            if found != tuple(tensor.shape):
-                what = f"{rule.label} has no {name} here" if found is None else f"{rule.label}'s {name} is {found} here"
+    def _checked(self, site: Living, tensors: Any, rule: Rule) -> dict[str, Tensor]:
+        tensors = dict(tensors)
+        for name, tensor in site.tensors.items():
+            shape = tuple(tensors[name].shape) if name in tensors else None
+            if shape != tuple(tensor.shape):
+                what = f"{rule.label} has no {name} here" if shape is None else f"{rule.label}'s {name} is {shape} here"
                 why = f"the tensor in the model is {tuple(tensor.shape)}"
                 raise RuleError(what, why=why, fix="load it as an adapter of its own: load_adapter")
-        return made
+        return tensors
 
-    def _held(self, name: str, made: Tensor, tensor: Tensor) -> Tensor:
-        made = made.detach().to(tensor.dtype)
-        if self.finite and is_number(made) and not bool(torch.isfinite(made).all()):
+    def _check_range(self, name: str, new: Tensor, tensor: Tensor) -> Tensor:
+        new = new.detach().to(tensor.dtype)
+        if self.finite and is_number(new) and not bool(torch.isfinite(new).all()):
             raise SiteError(f"its {name} has numbers that {str(tensor.dtype).removeprefix('torch.')} can't hold")
-        return made
+        return new
 
 
 def _tensor(step: PlannedRule) -> Callable[[str, bool], Tensor]:
     return lambda name, _: tensor_at(step.module, name)
 
 
-def _same_code(step: PlannedRule, one: Living) -> bool:
+def _same_code(step: PlannedRule, site: Living) -> bool:
     """Whether the code that runs at a site is what a rule would make there."""
-    if step.rule.differing_fields(one.applied.rule):
+    if step.rule.differing(site.applied.rule):
         return False  # what a field says is saved with the adapter, whether or not it is in the code
-    return step.inside or layer_of(one.applied, one.module, one.path, step.own).tape == step.tape
+    return step.inside or layer_of(site.applied, site.module, site.path, step.own).tape == step.tape
 
 
 def _at_rest(rule: Rule) -> Rule:

@@ -48,8 +48,8 @@ def push_adapter(
     with tempfile.TemporaryDirectory() as place:
         folder = save_adapter(model, place, adapter, format=format, metadata=metadata, licence=licence)
         card = card_of(model, adapter, repo_id, peft=(folder / PEFT[0]).exists(), metadata=metadata, licence=licence)
-        said = message or f"The adapter {adapter}"
-        return upload(folder, repo_id, card, said, private=private, token=token, revision=revision)
+        commit_message = message or f"The adapter {adapter}"
+        return upload(folder, repo_id, card, commit_message, private=private, token=token, revision=revision)
 
 
 def upload(
@@ -87,13 +87,13 @@ def card_of(
 ) -> str:
     """A model card: what the adapter is, and how it is loaded."""
     base = getattr(getattr(model, "config", None), "_name_or_path", None) or ""
-    held = [tensors_of(module, adapter) for _, module, _ in sites(model)]
-    count = sum(tensor.numel() for tensors in held for tensor in tensors.values())
+    site_tensors = [tensors_of(module, adapter) for _, module, _ in sites(model)]
+    count = sum(tensor.numel() for tensors in site_tensors for tensor in tensors.values())
     head = {"library_name": "peft" if peft else "model-surgery", "base_model": base, "license": licence}
     lines = ["---", *(f"{key}: {_quoted(value)}" for key, value in head.items() if value), "tags:", "- model-surgery"]
     lines += ["---", "", f"# {repo_id.rpartition('/')[2]}", ""]
     lines += [f"An adapter for {f'`{base}`' if base else f'a `{type(model).__name__}`'}: {count:,} numbers on "
-              f"{sum(map(bool, held))} modules.", ""]  # fmt: skip
+              f"{sum(map(bool, site_tensors))} modules.", ""]  # fmt: skip
     lines += ["```python", "from surgery import load_adapter", "", f'load_adapter(model, "{repo_id}")', "```", ""]
     lines += ["## Rules", "", *(f"    {rule}" for rule in rules_of(model, adapter)), ""]
     if metadata:

@@ -99,7 +99,7 @@ def load_adapter(
     values: list[tuple[PlannedRule, str, Entry]] = []
     if plan is not None:
         problems += plan.problems
-        values = _found(plan, stored, report, finite)
+        values = _locate_tensors(plan, stored, report, finite)
         if problems:
             report.unexpected = []  # of rules that could not be read or placed
         problems += _too_large(plan, values, stored.file)
@@ -112,15 +112,15 @@ def load_adapter(
         problems.append(other_vocabulary(model, sizes))
     report.base = differences(model, stored.base, _restored(plan))
     if strict:
-        told = report.problems() if same_base else [text for text in report.problems() if text not in report.base]
-        problems += [*stored.unheld, *map(_problem, told)]
+        mismatches = report.problems() if same_base else [text for text in report.problems() if text not in report.base]
+        problems += [*stored.unheld, *map(_problem, mismatches)]
     if problems or plan is None:
         raise LoadError([*(problems or [RuleError("the files hold no rules")]), *other_model(model, stored.origin)])
     loose = report.base if strict else [*map(str, stored.unheld), *report.problems()]  # the base: see above
     for note in [*stored.notes, *loose]:
         warnings.warn(note, SurgeryWarning, stacklevel=3)
     # An example is first run with what the rules start with: it is of that that they promise something.
-    given = _given(plan, values, stored.file) if example_inputs is None else None
+    given = _values_of_file(plan, values, stored.file) if example_inputs is None else None
     with torch.random.fork_rng(devices=_gpus(plan)):  # the starting values drawn here are overwritten
         try:
             install_plan(plan, stacklevel=4, initial=given)
@@ -133,9 +133,11 @@ def load_adapter(
     return report
 
 
-def _found(plan: Plan, stored: Stored, report: LoadReport, finite: bool) -> list[tuple[PlannedRule, str, Entry]]:
+def _locate_tensors(
+    plan: Plan, stored: Stored, report: LoadReport, finite: bool
+) -> list[tuple[PlannedRule, str, Entry]]:
     """The tensors of a plan that the file holds in their shapes; the report is told of all others."""
-    file, used, found = stored.file, set[str](), list[tuple[PlannedRule, str, Entry]]()
+    file, used, located = stored.file, set[str](), list[tuple[PlannedRule, str, Entry]]()
     shared: dict[Any, str] = {}
     for step in plan.steps:
         for spec in step.specs:
@@ -158,22 +160,24 @@ def _found(plan: Plan, stored: Stored, report: LoadReport, finite: bool) -> list
             if misfit:
                 report.misfits.append(f"{entry.key} {misfit}")
             else:
-                found.append((step, spec.name, entry))
+                located.append((step, spec.name, entry))
     report.missing = list(dict.fromkeys(report.missing))
     report.unexpected = [key for key in file.shapes if key not in used and key not in stored.ignored]
-    return found
+    return located
 
 
 def _restored(plan: Plan | None) -> list[Tensor]:
     """The base's tensors that the adapter puts as they were where it was made."""
     steps = plan.steps if plan is not None else ()
-    held = ((step.rule, step.module._parameters) for step in steps)
-    return [tensor for rule, own in held for name, tensor in own.items() if tensor is not None and rule.restores(name)]
+    owners = ((step.rule, step.module._parameters) for step in steps)
+    return [
+        tensor for rule, own in owners for name, tensor in own.items() if tensor is not None and rule.restores(name)
+    ]
 
 
 def _gpus(plan: Plan) -> list[int]:
-    held = (tensor for step in plan.steps for tensor in step.module._parameters.values())
-    used = {tensor.device for tensor in held if tensor is not None}
+    parameters = (tensor for step in plan.steps for tensor in step.module._parameters.values())
+    used = {tensor.device for tensor in parameters if tensor is not None}
     return sorted(device.index or 0 for device in used if device.type == "cuda")
 
 
@@ -196,14 +200,14 @@ def _too_large(plan: Plan, values: list[tuple[PlannedRule, str, Entry]], file: T
 
 def _misfit(file: TensorFile, entry: Entry, shape: tuple[int, ...], dtype: torch.dtype, finite: bool) -> str | None:
     """Why a stored tensor can't be a rule's; its shape is tried on the meta device before a number is read."""
-    given, numbers = file.shapes[entry.key], file.dtypes[entry.key]
+    file_shape, numbers = file.shapes[entry.key], file.dtypes[entry.key]
     plain = entry.read is as_it_is
     try:
-        read = given if plain else tuple(entry.read(torch.empty(given, dtype=numbers, device="meta")).shape)
+        read = file_shape if plain else tuple(entry.read(torch.empty(file_shape, dtype=numbers, device="meta")).shape)
     except Exception:  # a rule's reshaping of a shape that it did not expect
         read = None
     if read != shape:
-        return f"is {given}, which does not give the {shape} of this model"
+        return f"is {file_shape}, which does not give the {shape} of this model"
     if (numbers.is_floating_point, numbers.is_complex) != (dtype.is_floating_point, dtype.is_complex):
         return f"holds {str(numbers).removeprefix('torch.')}, and {str(dtype).removeprefix('torch.')} is needed"
     try:
@@ -220,7 +224,7 @@ def _misfit(file: TensorFile, entry: Entry, shape: tuple[int, ...], dtype: torch
     return None
 
 
-def _given(plan: Plan, values: list[tuple[PlannedRule, str, Entry]], file: TensorFile) -> InitialValue:
+def _values_of_file(plan: Plan, values: list[tuple[PlannedRule, str, Entry]], file: TensorFile) -> InitialValue:
     """Tensors start with the file's values, which are cheaper to have than those that a rule draws.
 
     What many sites share is drawn once, so that a rule which can't start is found. Nor are values given to a site of
@@ -230,13 +234,13 @@ def _given(plan: Plan, values: list[tuple[PlannedRule, str, Entry]], file: Tenso
     lacking = {id(step) for step in plan.steps for spec in step.specs if (id(step), spec.name) not in known}
     drawn: set[int] = set()
 
-    def given(step: PlannedRule, spec: ParamSpec) -> Tensor | None:
+    def value_of(step: PlannedRule, spec: ParamSpec) -> Tensor | None:
         if id(spec) not in drawn or id(step) in lacking:
             drawn.add(id(spec))
             return None
         return _value(file, known[id(step), spec.name])
 
-    return given
+    return value_of
 
 
 def _value(file: TensorFile, entry: Entry) -> Tensor:
@@ -250,9 +254,9 @@ def _fill(plan: Plan, values: list[tuple[PlannedRule, str, Entry]], file: Tensor
             if any(tensor.is_meta for tensor in tensors_of(step.module, plan.adapter).values()):
                 left = {spec.name for spec in step.specs if (id(step), spec.name) not in filled}
                 _realise(step, plan.adapter, left, made)
-        held = {id(step): tensors_of(step.module, plan.adapter) for step in plan.steps}
+        tensors = {id(step): tensors_of(step.module, plan.adapter) for step in plan.steps}
         for step, name, entry in values:
-            held[id(step)][name].copy_(_value(file, entry))
+            tensors[id(step)][name].copy_(_value(file, entry))
 
 
 def _realise(step: PlannedRule, adapter: str, others: set[str], made: dict[int, nn.Parameter]) -> None:

@@ -49,20 +49,20 @@ def load_adapters(
     Raises `SurgeryError` for a name in `live` that is neither there nor in the folder.
     """
     model, folder = unwrap(model), Path(folder)
-    found = {"default": folder} if names_in(folder) else {}
+    folders = {"default": folder} if names_in(folder) else {}
     if folder.is_dir():
-        found |= {inner.name: inner for inner in sorted(folder.iterdir()) if inner.is_dir() and names_in(inner)}
-    if not found:
+        folders |= {inner.name: inner for inner in sorted(folder.iterdir()) if inner.is_dir() and names_in(inner)}
+    if not folders:
         raise LoadError([SurgeryError(f"{folder} holds no adapters", fix="name a folder of folders of adapters")])
     state = model_state(model)
     before = weights_now(state) if state is not None else {}
     wanted = None if live is None else [live] if isinstance(live, str) else list(live)
-    known = [*(state.adapters if state is not None else []), *found]
+    known = [*(state.adapters if state is not None else []), *folders]
     if unknown := [name for name in wanted or [] if name not in known]:
         why = near_misses(unknown[0], known) or f"there are {', '.join(known)}"
         raise SurgeryError(f"there is no adapter {unknown[0]!r}, which is to be live", why=why)
     reports, problems = dict[str, LoadReport](), list[SurgeryError]()
-    for name, inner in found.items():
+    for name, inner in folders.items():
         if wanted is not None and (reports or before):
             deactivate(model)
         try:

@@ -41,8 +41,8 @@ class LoadReport:
     def problems(self) -> list[str]:
         """What did not fit, one line a kind."""
         kinds = {"missing": self.missing, "not of this adapter": self.unexpected}
-        told = [f"{_counted(keys)} {kind}: {_listed(keys)}" for kind, keys in kinds.items() if keys]
-        return [*told, *_grouped(self.misfits), *self.base]
+        lines = [f"{_counted(keys)} {kind}: {_listed(keys)}" for kind, keys in kinds.items() if keys]
+        return [*lines, *_grouped(self.misfits), *self.base]
 
 
 def _grouped(misfits: Sequence[str], most: int = 5) -> list[str]:
@@ -50,11 +50,13 @@ def _grouped(misfits: Sequence[str], most: int = 5) -> list[str]:
     alike: dict[str, list[str]] = {}
     for line in misfits:
         alike.setdefault(line.partition(" ")[2], []).append(line)
-    told = []
+    problems = []
     for why, lines in alike.items():
         names = [line.partition(" ")[0] for line in lines[:2]]
-        told += lines if len(lines) <= most else [f"{len(lines)} tensors, such as {' and '.join(names)}: each {why}"]
-    return told
+        problems += (
+            lines if len(lines) <= most else [f"{len(lines)} tensors, such as {' and '.join(names)}: each {why}"]
+        )
+    return problems
 
 
 def _counted(keys: Sequence[str]) -> str:

@@ -15,13 +15,13 @@ __all__ = ["origin_of", "other_model"]
 
 def origin_of(settings: Any, base: Any) -> dict[str, str]:
     """The name and the class of the base that files were made for; what they don't say is left out."""
-    held = settings if isinstance(settings, Mapping) else {}
-    mapping = held.get("auto_mapping")
+    fields = settings if isinstance(settings, Mapping) else {}
+    mapping = fields.get("auto_mapping")
     kind = base.get("class") if isinstance(base, Mapping) else None
     if not kind and isinstance(mapping, Mapping):
         kind = mapping.get("base_model_class")
-    told = {"name": held.get("base_model_name_or_path"), "class": kind}
-    return {name: text[:200] for name, text in told.items() if isinstance(text, str) and text}
+    names = {"name": fields.get("base_model_name_or_path"), "class": kind}
+    return {name: text[:200] for name, text in names.items() if isinstance(text, str) and text}
 
 
 def other_model(model: nn.Module, origin: Mapping[str, str]) -> list[SurgeryError]:

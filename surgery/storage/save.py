@@ -17,7 +17,7 @@ from surgery.adapter_files.process_group import writing
 from surgery.errors import SurgeryError
 from surgery.model_record.state_dict import adapter_state_dict, rules_of
 from surgery.model_record.verb_root import rewritten
-from surgery.peft_format.writing import written
+from surgery.peft_format.writing import to_peft
 from surgery.state.absent_values import without_values
 from surgery.state.adapter_tensors import tensors_of, whole
 from surgery.state.fingerprint import fingerprint
@@ -79,12 +79,12 @@ def save_adapter(
     alone = state_dict is not None
     if format != "surgery":
         try:
-            said, tensors = written(model, adapter, format == "auto", state_dict, config, save_embedding_layers)
+            said, tensors = to_peft(model, adapter, format == "auto", state_dict, config, save_embedding_layers)
         except SurgeryError:
             if format == "peft":
                 raise
         else:
-            return _put(folder, PEFT, tensors, said, extra, (*SURGERY, OLD), alone)
+            return _write_files(folder, PEFT, tensors, said, extra, (*SURGERY, OLD), alone)
     settings = {
         "format": NAME,
         "version": VERSION,
@@ -93,10 +93,10 @@ def save_adapter(
         **extra,
     }
     tensors = _whole(adapter_state_dict(model, adapter, state_dict))
-    return _put(folder, SURGERY, tensors, settings, {}, (*PEFT, OLD), alone)
+    return _write_files(folder, SURGERY, tensors, settings, {}, (*PEFT, OLD), alone)
 
 
-def _put(
+def _write_files(
     folder: str | Path,
     names: tuple[str, str],
     tensors: Mapping[str, Tensor],
@@ -109,8 +109,8 @@ def _put(
     folder, text = Path(folder), json.dumps(settings, indent=2, sort_keys=bool(extra)) + "\n"
     with nullcontext(True) if alone else writing(folder, tensors) as writes:
         if writes:
-            told = {"format": "pt", "surgery": json.dumps({"settings": settings, **extra})}
-            writer = partial(tensor_files.write_safetensors, tensors=tensors, metadata=told)
+            metadata = {"format": "pt", "surgery": json.dumps({"settings": settings, **extra})}
+            writer = partial(tensor_files.write_safetensors, tensors=tensors, metadata=metadata)
             tensor_files.replace_files(folder, (names[0], writer), (names[1], text.encode()), gone)
     return folder
 

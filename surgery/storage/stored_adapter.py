@@ -84,20 +84,20 @@ def _opened(model: nn.Module, place: Path, config: Mapping[str, Any] | None, com
         settings = {SURGERY[0]: SURGERY[1], PEFT[0]: PEFT[1], OLD: PEFT[1]}.get(place.name)
         names, place = (place.name, settings), place.parent
     file = open_tensors(place / names[0])
-    told = _told(file)
-    settings = _settings(place, names[1], told) if config is None or names[0] == SURGERY[0] else dict(config)
+    metadata = _metadata_of(file)
+    settings = _settings(place, names[1], metadata) if config is None or names[0] == SURGERY[0] else dict(config)
     if isinstance(settings, dict) and settings.get("format") == NAME:
         return _of_surgery(settings, file)
-    found = read(model, settings, file, component)
-    extra = {"base": told.get("base"), "origin": origin_of(settings, told.get("base")), **_labels(told)}
+    adapter = read(model, settings, file, component)
+    extra = {"base": metadata.get("base"), "origin": origin_of(settings, metadata.get("base")), **_labels(metadata)}
     told_by: dict[str, Any] = {
-        "unheld": found.unheld,
-        "notes": found.notes,
-        "ignored": found.ignored,
-        "assumed": found.assumed,
+        "unheld": adapter.unheld,
+        "notes": adapter.notes,
+        "ignored": adapter.ignored,
+        "assumed": adapter.assumed,
     }
-    told_by["vocabulary"] = found.vocabulary
-    return Stored(found.rules, file, found.entry, found.problems, **told_by, **extra)
+    told_by["vocabulary"] = adapter.vocabulary
+    return Stored(adapter.rules, file, adapter.entry, adapter.problems, **told_by, **extra)
 
 
 def _no_adapter(place: Path) -> SurgeryError:
@@ -117,22 +117,22 @@ def _no_adapter(place: Path) -> SurgeryError:
     return SurgeryError(what, why=f"it holds none of {', '.join((SURGERY[0], PEFT[0], OLD, *BARE))}")
 
 
-def _told(file: TensorFile) -> dict[str, Any]:
+def _metadata_of(file: TensorFile) -> dict[str, Any]:
     """What `save_adapter` wrote into the tensors' own file."""
     if "surgery" not in file.metadata:
         return {}
-    told = parse_json(file.metadata["surgery"], "the metadata of the tensors")
-    return told if isinstance(told, dict) else {}
+    data = parse_json(file.metadata["surgery"], "the metadata of the tensors")
+    return data if isinstance(data, dict) else {}
 
 
-def _settings(place: Path, name: str | None, told: Mapping[str, Any]) -> Any:
+def _settings(place: Path, name: str | None, metadata: Mapping[str, Any]) -> Any:
     """The settings beside the tensors; where a save was killed half-way, those in the tensors' file, or the old."""
     if name is None:
         return None
     if (place / name).is_file():
         return read_json(place / name)
-    if "settings" in told:
-        return told["settings"]
+    if "settings" in metadata:
+        return metadata["settings"]
     if (place / put_away(name)).is_file():
         return read_json(place / put_away(name))
     if name == SURGERY[1]:
@@ -140,8 +140,8 @@ def _settings(place: Path, name: str | None, told: Mapping[str, Any]) -> Any:
     return None
 
 
-def _labels(told: Mapping[str, Any]) -> dict[str, Any]:
-    metadata, licence = told.get("metadata"), told.get("licence")
+def _labels(data: Mapping[str, Any]) -> dict[str, Any]:
+    metadata, licence = data.get("metadata"), data.get("licence")
     return {
         "metadata": metadata if isinstance(metadata, dict) else {},
         "licence": licence if isinstance(licence, str) else None,

@@ -29,9 +29,9 @@ def sizes_wanted(model: nn.Module, plan: Plan | None, stored: Stored) -> set[int
                 entry = stored.entry(plan, step, spec.name)  # type: ignore[arg-type]
             except Exception:  # settings of a file may say anything; it is told with the tensors that are not found
                 continue
-            given = stored.file.shapes.get(entry.key, ()) if entry is not None else ()
-            other = [(size, there) for size, there in zip(spec.shape, given, strict=False) if size != there]
-            if len(given) == len(spec.shape) and len(other) == 1 and other[0][0] == rows:
+            shape = stored.file.shapes.get(entry.key, ()) if entry is not None else ()
+            other = [(size, there) for size, there in zip(spec.shape, shape, strict=False) if size != there]
+            if len(shape) == len(spec.shape) and len(other) == 1 and other[0][0] == rows:
                 sizes.add(other[0][1])
     return sizes
 

@@ -12,7 +12,7 @@ import numpy as np
 
 from surgery.adapter_files.plain_json import read_json
 from surgery.errors import SurgeryError
-from surgery.peft_format.key_history import PREFIX, of_today
+from surgery.peft_format.key_history import PREFIX, current_keys
 
 __all__ = ["Checkpoint", "read_checkpoint"]
 
@@ -79,7 +79,7 @@ def read_checkpoint(folder: str | Path, sites: Collection[str]) -> Checkpoint:
     if not isinstance(config, dict) or not isinstance(config.get("peft_type"), str):
         raise SurgeryError(f"{CONFIG} is no configuration of PEFT's", why="it has no peft_type")
     held = _tensors(folder / TENSORS)
-    known = of_today(list(held), lambda: sites).keys
+    known = current_keys(list(held), lambda: sites).keys
     tensors: dict[str, np.ndarray] = {}
     for key, theirs in known.items():
         short = _short(key)
