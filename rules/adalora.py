@@ -97,7 +97,9 @@ class AdaLoraRule(LowRankMethod):
         if how.untouched(shares):
             return self, shares[0].params
         if how.method != "cat" and not how.by_matrix:
-            raise how.refusal(shares, "sums of its three factors are no sum of their product", "method='cat', or 'svd'")
+            raise how.refusal(
+                shares, "sums of its three factors are not a sum of their product", "method='cat', or 'svd'"
+            )
         return super().combined(shares, how)
 
 

@@ -54,7 +54,7 @@ class AdaptionRule(Rule):
     length: int = 10
     mapped: bool = True
     identity = True
-    why_not_merged = "virtual tokens are no change of a weight"
+    why_not_merged = "virtual tokens are not a change of a weight"
 
     def validate(self) -> None:
         fields.whole(self, "length")

@@ -51,7 +51,7 @@ class NormRule(Rule):
         return [(path, module)] if chosen else []
 
     def check(self, module: nn.Module, path: str) -> str | None:
-        return None if is_norm(module) else "it is no normalisation layer with parameters"
+        return None if is_norm(module) else "it is not a normalisation layer with parameters"
 
     def rewrite(self, site: Site) -> None:
         replace_all(site)

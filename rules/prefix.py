@@ -84,7 +84,7 @@ class PrefixRule(Rule):
     gate: bool = False
     shift: str | None = None
     scalable = False
-    why_not_merged = "a prefix is keys and values beside the text's, and no change of a weight"
+    why_not_merged = "a prefix is keys and values beside the text's, not a change of a weight"
 
     def validate(self) -> None:
         whole(self, "length")

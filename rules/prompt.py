@@ -78,7 +78,7 @@ class PromptRule(Rule):
     encoder_dropout: float = 0.0
     whole: bool = False
     scalable = False
-    why_not_merged = "virtual tokens are no change of a weight"
+    why_not_merged = "virtual tokens are not a change of a weight"
     slot_kind = "prompt"
     why_no_slot = "the adapters differ in `after` or `whole`, or positions or a head need the text's token ids"
 

@@ -26,7 +26,7 @@ class PromptMemoryRule(Rule):
     targets: Targets = field(default=THE_MODEL, kw_only=False)
     length: int = 20
     scalable = False
-    why_not_merged = "virtual tokens are no change of a weight"
+    why_not_merged = "virtual tokens are not a change of a weight"
 
     def expand(self, module: nn.Module, path: str) -> Iterable[tuple[str, nn.Module]]:
         return text_inputs.decoders(module, path)

@@ -84,7 +84,7 @@ class ReplaceRule(Rule):
     def check(self, module: nn.Module, path: str) -> str | None:
         # Only now: reading a rule imports nothing.
         importable = not isinstance(self.by, str) or _class(self.by) is not None
-        return None if importable else f"{self.by} is no class of nn.Module that can be imported"
+        return None if importable else f"{self.by} is not an importable class of nn.Module"
 
     def alike(self, path: str) -> Any:
         return None if self.inherit else ()

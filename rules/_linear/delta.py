@@ -12,7 +12,7 @@ from surgery.rules._linear.layouts import OTHERWISE
 
 
 def why_no_map(module: nn.Module) -> str | None:
-    """Why a module is no plain linear map (Linear, transformers' Conv1D, a quantised Linear), or None."""
+    """Why a module is not a plain linear map (Linear, transformers' Conv1D, a quantised Linear), or None."""
     base = getattr(type(module), "_surgery_base", type(module))
     names = [f"{cls.__module__}.{cls.__name__}" for cls in base.__mro__]
     if not isinstance(module, nn.Linear) and "transformers.pytorch_utils.Conv1D" not in names:

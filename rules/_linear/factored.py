@@ -18,7 +18,7 @@ class Factored:
     is the weight's plus the factors', in their dtype and returned in the weight's. Whatever else is asked of it (an
     attribute, an operator, a torch function) is answered by the sum itself, made for that once.
 
-    It is no Tensor on purpose: a kernel that reads a tensor's memory must fail here, not read the bare weight.
+    It is not a Tensor on purpose: a kernel that reads a tensor's memory must fail here, not read the bare weight.
     """
 
     def __init__(self, weight: Any, left: Tensor, right: Tensor, scale: float):

@@ -25,7 +25,7 @@ def combine(shares: Sequence[Share], how: Combination) -> tuple[Rule, combining.
     if dora is not None and how.untouched(shares):
         return rules[0], shares[0].params
     if dora is not None and not how.by_matrix:
-        why = f"DoRA in {dora.adapter!r} rescales the whole weight: its ΔW is of no low rank"
+        why = f"DoRA in {dora.adapter!r} rescales the whole weight: its ΔW does not have a low rank"
         raise how.refusal(shares, why, "method='svd', with as high a rank as you like, takes its ΔW as a matrix")
     if not rules[0].invertible:
         if how.untouched(shares):

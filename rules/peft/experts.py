@@ -21,7 +21,7 @@ class ExpertLora(PeftPart):
     def read(self, config: PeftConfig) -> Iterable[Rule]:
         named = config.take("target_parameters") or ()
         if not isinstance(named, (list, tuple)) or not all(isinstance(name, str) for name in named):
-            raise SurgeryError("PEFT's target_parameters is no list of names")
+            raise SurgeryError("PEFT's target_parameters is not a list of names")
         by_module: dict[tuple[str, ...], list[str]] = {}
         for path, module in config.modules.by_path.items():
             hit = [n for n in module._parameters if any(f".{path}.{n}".endswith(f".{end}") for end in named)]

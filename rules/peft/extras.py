@@ -19,7 +19,7 @@ class Trained(PeftPart):
     def read(self, config: PeftConfig) -> Iterable[Rule]:
         names = config.take("modules_to_save") or ()
         if isinstance(names, str) or not all(isinstance(name, str) for name in names):
-            raise SurgeryError("PEFT's modules_to_save is no list of names")
+            raise SurgeryError("PEFT's modules_to_save is not a list of names")
         paths = ending(config.modules.by_path, [*names, *_heads(config)])
         if paths:  # PEFT passes over names that fit none: its classification task adds "score" and "classifier"
             yield TrainRule(targets=config.regular(paths))

@@ -42,7 +42,7 @@ class Lora(PeftMethod):
 
     def start(self, config: PeftConfig) -> Iterable[Rule]:
         if config.data.get("init_lora_weights") == "eva":  # of a saved adapter it is past
-            raise config.refuse("init_lora_weights", "there is no such start here")
+            raise config.refuse("init_lora_weights", "this start is not supported")
         return self.read(config)
 
     def read_fields(self, config: PeftConfig) -> dict[str, Any]:

@@ -49,7 +49,7 @@ class _Prompts(PeftMethod):
         if start == "TEXT":
             return {"init": "text", "text_ids": _text_ids(data)}
         if start not in ("RANDOM", "SAMPLE_VOCAB"):
-            raise SurgeryError(f"PEFT's prompt_tuning_init={start!r} can't be held", why="there is no such start here")
+            raise SurgeryError(f"PEFT's prompt_tuning_init={start!r} can't be held", why="this start is not supported")
         return {"init": {"RANDOM": "random", "SAMPLE_VOCAB": "vocab"}[start]}
 
     def made_of(self, config: PeftConfig, fields: dict[str, Any]) -> Rule:
@@ -120,7 +120,7 @@ class Multitask(_Prompts):
             why = "PEFT prompts the decoder, too, while training, and not when it generates"
             raise config.refuse("num_transformer_submodules", why)
         if config.data.get("task_type") in _WITHOUT_TASKS:
-            raise config.refuse("task_type", "PEFT names no task there")
+            raise config.refuse("task_type", "PEFT does not name a task there")
         tasks, ranks = config.take("num_tasks", 1), config.take("num_ranks", 1)
         return MultitaskPromptRule(**fields, tasks=tasks, ranks=ranks)
 

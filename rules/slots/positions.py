@@ -23,7 +23,7 @@ class ShiftedRule(Rule):
     def rewrite(self, site: Site) -> None:
         if class_of(site.module).forward is not nn.Embedding.forward:
             label = f"a prefix can't shift the positions of a {site.base_class.__name__}"
-            raise SiteError(label, where=site.path, why="it is no plain nn.Embedding")
+            raise SiteError(label, where=site.path, why="it is not a plain nn.Embedding")
         padding = getattr(site.module, "padding_idx", None)
         site.replace(site.input, site.apply(shift_positions, site.input, self.by, padding))
 
@@ -57,7 +57,9 @@ def require_module(site: Site, name: str) -> bool:
     """Whether the model has such a module; an error where it has not: what comes with a rule may match nothing."""
     model = (*site.owners, site.module)[0]
     if not any(f".{path}".endswith(f".{name}") for path, _ in model.named_modules()):
-        raise SiteError(f"{site.label} shifts the positions of {name}, and there is no such module", where=site.path)
+        raise SiteError(
+            f"{site.label} shifts the positions of {name}, and the model has no module of that name", where=site.path
+        )
     return True
 
 

@@ -25,7 +25,7 @@ class PromptSlotRule(Rule):
     whole: bool = False
     moves: bool = True
     scalable = False
-    why_not_merged = "virtual tokens are no change of a weight"
+    why_not_merged = "virtual tokens are not a change of a weight"
     slot_kind = "prompt"
     zeros_are_none = False  # a virtual token of zeros is one
 
@@ -58,7 +58,7 @@ class PromptMemorySlotRule(Rule):
 
     moves: bool = True  # whether they stand behind padding on the left
     scalable = False
-    why_not_merged = "virtual tokens are no change of a weight"
+    why_not_merged = "virtual tokens are not a change of a weight"
     slot_kind = "prompt-memory"
 
     def rewrite(self, site: Site) -> None:

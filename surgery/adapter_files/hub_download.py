@@ -17,14 +17,16 @@ _REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 def download(repo_id: str, subfolder: str | None, revision: str | None) -> Path:
     """Download a repository's adapter unless it is in the cache; returns its folder."""
     if not _REPOSITORY.fullmatch(repo_id):
-        raise SurgeryError(f"there is no {repo_id}", fix="name a folder, a file, or a repository of the hub")
+        raise SurgeryError(
+            f"{repo_id!r} is not a folder, a file or a repository's name", fix="correct the path or the name"
+        )
     from huggingface_hub import snapshot_download
 
     inside = f"{subfolder}/" if subfolder else ""
     try:
         place = snapshot_download(repo_id, revision=revision, allow_patterns=[inside + name for name in FILES])
     except Exception as error:  # of the hub, of its client, of the network
-        raise hub_error(f"there is no folder {repo_id!r}, and the hub has not answered", error) from error
+        raise hub_error(f"the folder {repo_id!r} does not exist, and the hub has not answered", error) from error
     return Path(place) / inside
 
 

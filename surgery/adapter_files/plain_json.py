@@ -14,7 +14,7 @@ MOST_JSON = 8 << 20  # bytes of settings; adapters' have some thousands
 
 
 def read_json(path: Path) -> Any:
-    """The data in a file of settings; `SurgeryError` where it is no JSON, or too large to be one."""
+    """The data in a file of settings; `SurgeryError` where it is not JSON, or too large to be one."""
     try:
         if path.stat().st_size > MOST_JSON:
             raise SurgeryError(f"{path.name} is too large", why=f"{path.stat().st_size} bytes of settings")
@@ -27,8 +27,8 @@ def parse_json(text: bytes | str, what: str) -> Any:
     try:
         return json.loads(text, parse_constant=_no_number)
     except (ValueError, RecursionError) as error:
-        raise SurgeryError(f"{what} is no JSON", why=str(error)[:200] or type(error).__name__) from None
+        raise SurgeryError(f"{what} is not JSON", why=str(error)[:200] or type(error).__name__) from None
 
 
 def _no_number(name: str) -> Any:
-    raise ValueError(f"{name} is no number of JSON")
+    raise ValueError(f"{name} is not a JSON number")

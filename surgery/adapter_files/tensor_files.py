@@ -209,7 +209,7 @@ def _header(path: Path) -> tuple[dict[str, Any], dict[str, str], int]:
     space = size - 8 - length
     metadata = header.pop("__metadata__", {}) if isinstance(header, dict) else None
     if not isinstance(header, dict) or not isinstance(metadata, dict):
-        raise SurgeryError(f"{path.name} is damaged", why="its header is no mapping of tensors")
+        raise SurgeryError(f"{path.name} is damaged", why="its header is not a mapping of tensors")
     for key, entry in header.items():
         if not _fits(entry, space):
             raise SurgeryError(

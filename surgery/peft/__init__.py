@@ -1,8 +1,7 @@
 """PEFT's names for code that can't be changed yet: `from surgery.peft import LoraConfig, get_peft_model, PeftModel`.
 
-A façade: what `get_peft_model` gives stands before the model and hands everything on to it. The model inside stays
-itself, with its own class and names; all that is done to it is done by the engine's verbs. docs/from-peft.md tells how
-to move to those.
+`get_peft_model` returns a façade: an object that stands before the model and passes everything on to it. The model
+inside keeps its class and names, and the engine's verbs do the work. docs/from-peft.md tells how to move to the engine.
 """
 
 from __future__ import annotations
@@ -41,7 +40,7 @@ __all__ += tasks.__all__
 def get_peft_model(
     model: nn.Module, peft_config: Any, adapter_name: str = "default", mixed: bool = False, **options: Any
 ) -> PeftModel:
-    """Put an adapter on a model by PEFT's configuration, and give a façade before it.
+    """Put an adapter on a model by PEFT's configuration, and return a façade before it.
 
     >>> from torch import nn
     >>> from surgery.peft import LoraConfig, get_peft_model
@@ -50,28 +49,50 @@ def get_peft_model(
     >>> [name for name, p in model.named_parameters() if p.requires_grad]  # doctest: +NORMALIZE_WHITESPACE
     ['0.adapters.default.A', '0.adapters.default.B', '2.adapters.default.weight', '2.adapters.default.bias']
 
-    `peft_config`: one of this module's, or PEFT's own. `options`: `example_inputs` as in `apply_rules`, which prefixes
-    need on models that are not of transformers; `revision`; PEFT's `autocast_adapter_dtype` and others. All or nothing:
-    raises `SurgeryError` for what can't be held exactly (a `PlanError` where several things are wrong), with the model
-    as it was.
+    Args:
+        model: the model.
+        peft_config: a configuration of this module or of PEFT.
+        adapter_name: default "default".
+        mixed: accepted and ignored; default False.
+        options: `example_inputs` as in `apply_rules`, which prefixes need on models that are not of transformers;
+            `revision`; PEFT's `autocast_adapter_dtype` and others.
+
+    Returns:
+        A PeftModel, or its subclass for the configuration's task type.
+
+    Raises:
+        SurgeryError: the configuration can't be held exactly, with the model unchanged. A `PlanError` lists several
+            problems.
     """
-    model_with_adapter = PeftModel(model, peft_config, adapter_name, **options)
-    model_with_adapter.peft_config[adapter_name].revision = (
-        options.get("revision") or model_with_adapter.peft_config[adapter_name].revision
-    )
-    return model_with_adapter
+    adapted = PeftModel(model, peft_config, adapter_name, **options)
+    config = adapted.peft_config[adapter_name]
+    config.revision = options.get("revision") or config.revision
+    return adapted
 
 
 def inject_adapter_in_model(
     peft_config: Any, model: nn.Module, adapter_name: str = "default", *, state_dict: Any = None, **options: Any
 ) -> Any:
-    """Put an adapter on a model by PEFT's configuration; the model itself comes back, without a façade.
+    """Put an adapter on a model by PEFT's configuration, and return the model itself, without a façade.
 
     >>> from torch import nn
     >>> from surgery.peft import LoraConfig, inject_adapter_in_model
     >>> base = nn.Sequential(nn.Linear(8, 8))
     >>> inject_adapter_in_model(LoraConfig(r=2, target_modules=["0"]), base) is base
     True
+
+    Args:
+        peft_config: a configuration of this module or of PEFT.
+        model: the model.
+        adapter_name: default "default".
+        state_dict: must be None: targets are not read from it.
+        options: accepted and ignored.
+
+    Returns:
+        The same model.
+
+    Raises:
+        SurgeryError: `state_dict` is given, or the configuration can't be held exactly, with the model unchanged.
     """
     if state_dict is not None:
         raise SurgeryError("targets are not taken from a state_dict", fix="name them in target_modules")
@@ -81,7 +102,7 @@ def inject_adapter_in_model(
 def get_peft_model_state_dict(
     model: nn.Module, state_dict: Mapping[str, Tensor] | None = None, adapter_name: str = "default", **options: Any
 ) -> dict[str, Tensor]:
-    """An adapter's tensors under PEFT's keys, of a façade or of a model itself.
+    """Return an adapter's tensors under PEFT's keys.
 
     >>> from torch import nn
     >>> from surgery.peft import LoraConfig, get_peft_model, get_peft_model_state_dict
@@ -89,7 +110,17 @@ def get_peft_model_state_dict(
     >>> list(get_peft_model_state_dict(model))
     ['base_model.model.0.lora_A.weight', 'base_model.model.0.lora_B.weight']
 
-    `state_dict`: the model's, where its tensors were gathered from elsewhere.
+    Args:
+        model: a façade, or a model with the adapter.
+        state_dict: the model's state dict, if its tensors were gathered elsewhere; default None.
+        adapter_name: default "default".
+        options: `save_embedding_layers`, as in `save_adapter`.
+
+    Returns:
+        PEFT's key → tensor.
+
+    Raises:
+        SurgeryError: the adapter is unknown, or PEFT's format can't hold it.
     """
     base = inside(model)
     adapter_names(rewritten(base)[1], adapter_name)

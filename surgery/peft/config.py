@@ -25,7 +25,7 @@ __all__ = [
 
 
 class TaskType(StrEnum):
-    """What a model is for; PEFT trains the head that goes with it."""
+    """What a model is for. PEFT trains the head of the task, too."""
 
     SEQ_CLS = "SEQ_CLS"
     SEQ_2_SEQ_LM = "SEQ_2_SEQ_LM"
@@ -44,7 +44,7 @@ class PromptTuningInit(StrEnum):
 
 
 class MultitaskPromptTuningInit(StrEnum):
-    """How a prompt of several tasks starts; from files of trained ones, it is refused."""
+    """How a prompt for several tasks starts. Starts from files of trained prompts are not supported."""
 
     TEXT = "TEXT"
     RANDOM = "RANDOM"
@@ -54,14 +54,14 @@ class MultitaskPromptTuningInit(StrEnum):
 
 
 class PromptEncoderReparameterizationType(StrEnum):
-    """The network of P-tuning."""
+    """The encoder of P-tuning."""
 
     MLP = "MLP"
     LSTM = "LSTM"
 
 
 class PeftType(StrEnum):
-    """The methods that have a configuration here."""
+    """The methods that have a configuration in this module."""
 
     LORA = "LORA"
     ADALORA = "ADALORA"
@@ -88,13 +88,15 @@ class PeftType(StrEnum):
 
 @dataclass(kw_only=True)
 class PeftConfig:
-    """What all configurations have. `from_pretrained` gives the one that a folder or repository holds.
+    """The fields that all configurations have. `from_pretrained` reads the configuration in a folder or repository.
 
     >>> from surgery.peft import LoraConfig
     >>> LoraConfig(r=16, target_modules=["query", "value"], task_type="SEQ_CLS").lora_alpha
     8
 
-    Raises `SurgeryError` for a task type that PEFT does not have, `TypeError` for a field that it does not have.
+    Raises:
+        SurgeryError: PEFT does not have the task type.
+        TypeError: the method does not have a field.
     """
 
     task_type: TaskType | str | None = None
@@ -124,12 +126,12 @@ class PeftConfig:
                 raise RuleError(f"there is no task type {self.task_type!r}", why=why) from None
 
     def to_dict(self) -> dict[str, Any]:
-        """Its fields as plain data, as `adapter_config.json` holds them."""
+        """The fields as plain data, as in `adapter_config.json`."""
         return {name: _plain(value) for name, value in asdict(self).items()}
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> PeftConfig:
-        """The configuration of the method that the data names; fields that it does not have are told of."""
+        """Return the configuration of the method that the data names; warn of unknown fields."""
         kind = str(getattr(data.get("peft_type"), "value", data.get("peft_type")))
         if kind not in cls.kinds:
             raise RuleError(f"there is no configuration of {kind[:60]!r}", why=near_misses(kind[:60], cls.kinds))
@@ -142,7 +144,7 @@ class PeftConfig:
 
     @classmethod
     def from_pretrained(cls, source: str | Path, subfolder: str | None = None, **options: Any) -> PeftConfig:
-        """The configuration in a folder or a repository of the hub (with `revision`)."""
+        """Return the configuration in a folder or a repository of the hub (with `revision`)."""
         from surgery.adapter_files.plain_json import read_json
 
         place = Path(source) / (subfolder or "")
@@ -152,11 +154,11 @@ class PeftConfig:
             raise SurgeryError(f"there is no {PEFT[1]} in {place}")
         data = read_json(place / PEFT[1])
         if not isinstance(data, dict):
-            raise SurgeryError("the adapter's configuration is no mapping", where=str(place / PEFT[1]))
+            raise SurgeryError("the adapter's configuration is not a mapping", where=str(place / PEFT[1]))
         return cls.from_dict(data)
 
     def save_pretrained(self, save_directory: str | Path, **options: Any) -> None:
-        """Write it into a folder, without any tensors."""
+        """Write the configuration into a folder, without tensors."""
         Path(save_directory).mkdir(parents=True, exist_ok=True)
         text = json.dumps(self.to_dict(), indent=2, sort_keys=True)
         (Path(save_directory) / PEFT[1]).write_text(text, encoding="utf-8")

@@ -74,7 +74,7 @@ class _Started(_Targeted):
 
 @dataclass(kw_only=True)
 class LoraConfig(_Layered, _Excluding, _Transposed, _Biased):
-    """LoRA: `LoraRule`. What of its fields has no form here is refused when it is applied."""
+    """LoRA: `LoraRule`. Fields that no rule supports raise an error when the configuration is applied."""
 
     method = "LORA"
     r: int = 8

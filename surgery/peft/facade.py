@@ -1,4 +1,4 @@
-"""An object that stands before a model and hands everything on to it."""
+"""An object that stands before a model and passes everything on to it."""
 
 from __future__ import annotations
 
@@ -31,16 +31,16 @@ def inside(model: Any) -> Any:
 
 
 def facade(kind: type[Facade], model: Any, configs: dict[str, Any]) -> Any:
-    """A façade of a kind before a model, with the configurations of its adapters."""
+    """Returns a façade before a model, with the configurations of its adapters."""
     new = object.__new__(kind)
     new._base, new._configs = inside(model), configs
     if not isinstance(new._base, nn.Module):
-        raise SurgeryError(f"{type(model).__name__} is no model", fix="pass a torch.nn.Module")
+        raise SurgeryError(f"{type(model).__name__} is not a model", fix="pass a torch.nn.Module")
     return new
 
 
 def whole(method: F) -> F:
-    """A method that changes the model: with the façade's configurations, all of it or nothing."""
+    """Makes a method atomic: the model and the façade's configurations change together or not at all."""
 
     @functools.wraps(method)
     def run(self: Any, *args: Any, **kwargs: Any) -> Any:
@@ -52,9 +52,9 @@ def whole(method: F) -> F:
 
 
 class Facade(_Seen):
-    """Passes for the model: `isinstance` holds, attributes are read from it and set on it, calls are its calls.
+    """Passes for the model: `isinstance` holds, attributes are read from it and set on it, and calls are its calls.
 
-    It is no module of its own: what walks over modules walks over the model's, under the model's names.
+    The façade is not a module: code that walks over modules walks over the model's, under the model's names.
     """
 
     __slots__ = ("__weakref__", "_base", "_configs")
@@ -112,7 +112,7 @@ class Facade(_Seen):
             return self._base.generate(*args, **kwargs)
 
     def _rows(self, names: Any) -> AbstractContextManager[Any]:
-        """Each row by an adapter of its own, where PEFT's adapter_names are given."""
+        """Routes each row to its adapter, if PEFT's adapter_names are given."""
         if names is None:
             return nullcontext()
         return route(self._base, [None if name == "__base__" else name for name in names])

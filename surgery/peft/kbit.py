@@ -1,4 +1,4 @@
-"""A quantised model made ready for training, as PEFT does it."""
+"""Prepares a quantised model for training, as PEFT does."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ __all__ = ["prepare_model_for_kbit_training"]
 def prepare_model_for_kbit_training(
     model: Any, use_gradient_checkpointing: bool = True, gradient_checkpointing_kwargs: dict[str, Any] | None = None
 ) -> Any:
-    """Freeze a quantised model, keep what is not packed in float32, and turn gradient checkpointing on.
+    """Freeze a quantised model, convert half-precision parameters to float32, and turn gradient checkpointing on.
 
     >>> import torch
     >>> from torch import nn
@@ -22,8 +22,13 @@ def prepare_model_for_kbit_training(
     >>> model[0].weight.dtype, model[0].weight.requires_grad
     (torch.float32, False)
 
-    Only models of transformers have gradient checkpointing; that the input requires gradients is seen to when an
-    adapter is put on.
+    Args:
+        model: the model. Only models of transformers have gradient checkpointing.
+        use_gradient_checkpointing: default True.
+        gradient_checkpointing_kwargs: transformers'; default {"use_reentrant": True}.
+
+    Returns:
+        The same model. Adding an adapter later makes the input require gradients.
     """
     for parameter in model.parameters():
         parameter.requires_grad_(False)

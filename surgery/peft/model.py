@@ -1,4 +1,4 @@
-"""The façade: a model with adapters under PEFT's names for what is done with them."""
+"""The façade: a model with adapters under PEFT's names."""
 
 from __future__ import annotations
 
@@ -50,12 +50,19 @@ class PeftModel(Facade):
     >>> isinstance(model, PeftModel), isinstance(model, nn.Sequential), model.get_base_model() is base
     (True, True, True)
 
-    Whatever it has not itself it hands on to the model, whose class it says is its own: so the Trainer, accelerate and
-    pipelines take it for the model. `state_dict()` and `named_parameters()` have the model's own names, with those of
-    the adapters' tensors (`<site>.adapters.<adapter>.A`); the files that `save_pretrained` writes have PEFT's.
+    The façade passes every attribute that it does not have on to the model, and reports the model's class as its own.
+    So the Trainer, accelerate and pipelines accept it as the model. `state_dict()` and `named_parameters()` have the
+    model's own names, and `<site>.adapters.<adapter>.A` for the adapters' tensors. The files of `save_pretrained` have
+    PEFT's keys.
 
-    Raises `SurgeryError` for what is not there and for a configuration that can't be held exactly, with the model as it
-    was. `options` are PEFT's; those that change where tensors are made, and not what is computed, are passed over.
+    Args:
+        model: the model.
+        peft_config: a configuration of this module or of PEFT.
+        adapter_name: default "default".
+        options: PEFT's. Those that only change where tensors are made are ignored.
+
+    Raises:
+        SurgeryError: an adapter is unknown, or a configuration can't be held exactly; the model is unchanged.
     """
 
     __slots__ = ()
@@ -71,28 +78,28 @@ class PeftModel(Facade):
         surgery.activate(self._base, adapter_name, train=not self._configs[adapter_name].inference_mode)
 
     def get_base_model(self) -> Any:
-        """The model itself: the object that was given."""
+        """Returns the model itself."""
         return self._base
 
     @property
     def base_model(self) -> Any:
-        """PEFT's tuner: it has the façade's methods, and the model as its `model`."""
+        """PEFT's tuner: the façade's methods, and the model as `model`."""
         return facade(_Tuner, self._base, self._configs)
 
     @property
     def peft_config(self) -> dict[str, Any]:
-        """The configurations by adapter."""
+        """Adapter → configuration."""
         return self._configs
 
     @property
     def active_adapters(self) -> list[str]:
-        """In PEFT, adapters stay active while they are disabled; the engine knows live ones."""
+        """The active adapters. As in PEFT, they stay active while they are disabled."""
         state = model_state(unwrap(self._base))
         return [] if state is None else list(surgery.active(self._base) or state.resting)
 
     @property
     def active_adapter(self) -> Any:
-        """The active adapter's name; a list where there are several."""
+        """The active adapter's name; a list if there are several."""
         names = self.active_adapters
         return names[0] if len(names) == 1 else names
 
@@ -106,11 +113,11 @@ class PeftModel(Facade):
 
     @property
     def _hf_peft_config_loaded(self) -> bool:
-        """What the Trainer asks of quantised models: whether there is an adapter to train."""
+        """Tells the Trainer whether a quantised model has an adapter to train."""
         return bool(getattr(self._base, "is_quantized", False) and self._configs)
 
     def get_nb_trainable_parameters(self) -> tuple[int, int]:
-        """How many numbers are trained, and how many there are."""
+        """Returns the number of trainable numbers and of all numbers."""
         summary = surgery.summary(self._base)
         return summary.trainable, summary.total
 
@@ -120,7 +127,7 @@ class PeftModel(Facade):
 
     @whole
     def set_adapter(self, adapter_name: Names, inference_mode: bool = False) -> None:
-        """Make these adapters live and trainable, and no others; `inference_mode`: live, and frozen."""
+        """Make only these adapters live, and trainable unless `inference_mode`."""
         self._unmerged("set_adapter")
         self._enter(adapter_name, self._disabled, train=not inference_mode)
 
@@ -131,13 +138,13 @@ class PeftModel(Facade):
         set_trained(state, named(state, adapter_names), requires_grad)
 
     def disable_adapter(self) -> AbstractContextManager[None]:
-        """A context in which the model gives the base's bits."""
+        """Return a context in which the model computes the base's bits."""
         self._unmerged("disable_adapter")
         return surgery.using(self._base, None) if self.active_adapters else nullcontext()
 
     @whole
     def disable_adapter_layers(self) -> None:
-        """The base's bits, until `enable_adapter_layers`."""
+        """Compute the base's bits until `enable_adapter_layers`."""
         self._unmerged("disable_adapter_layers")
         if self.active_adapters:
             surgery.deactivate(self._base)
@@ -158,9 +165,9 @@ class PeftModel(Facade):
 
     @whole
     def add_adapter(self, adapter_name: str, peft_config: Any, **options: Any) -> None:
-        """A new adapter by a configuration. It is not active, as in PEFT, unless it is the only one.
+        """Add an adapter by a configuration. It is active only if it is the only one, as in PEFT.
 
-        `options`: `example_inputs`, as in `apply_rules`; of transformers' models there is one without.
+        `options`: `example_inputs`, as in `apply_rules`; models of transformers do not need it.
         """
         half = any(parameter.dtype in (torch.float16, torch.bfloat16) for parameter in self._base.parameters())
         if half and not options.get("autocast_adapter_dtype", True):
@@ -173,16 +180,15 @@ class PeftModel(Facade):
 
     @whole
     def load_adapter(self, model_id: Any, adapter_name: str, is_trainable: bool = False, **options: Any) -> LoadResult:
-        """An adapter from a folder or a repository; into one that is there, `surgery.hotswap` brings it.
+        """Load an adapter from a folder or a repository; into an existing adapter, by `surgery.hotswap`.
 
-        `options`: `subfolder`, `revision`, `example_inputs`, and a `config` that stands in for the one beside the
-        tensors. What does not fit is a `LoadError`, the model as it was; another base is a warning.
+        `options`: `subfolder`, `revision`, `example_inputs`, and a `config` that replaces the one beside the tensors.
+        What does not fit is a `LoadError`, with the model unchanged; another base is a warning.
         """
         if options.get("key_mapping"):
             raise SurgeryError("key_mapping is not supported", fix="rename the file's tensors before they are loaded")
-        arguments: dict[str, Any] = {name: options.get(name) for name in ("subfolder", "revision")} | {
-            "same_base": False
-        }
+        arguments: dict[str, Any] = {name: options.get(name) for name in ("subfolder", "revision")}
+        arguments["same_base"] = False
         if adapter_name in self._configs:
             report = surgery.hotswap(self._base, adapter_name, model_id, **arguments)
         else:
@@ -190,10 +196,8 @@ class PeftModel(Facade):
             config = settings or PeftConfig.from_pretrained(model_id, **options)
             config.inference_mode = not is_trainable
             arguments |= {"config": settings and settings.to_dict(), "example_inputs": self._example(config, options)}
-            arguments |= {
-                "resize": bool(options.get("resize")),
-                "freeze": True,
-            }  # PEFT freezes the base with any adapter
+            arguments["resize"] = bool(options.get("resize"))
+            arguments["freeze"] = True  # PEFT freezes the base with any adapter
             with new_adapters_idle(self._base):
                 report = surgery.load_adapter(self._base, model_id, adapter_name, **arguments)
             self._configs[adapter_name] = config
@@ -205,7 +209,7 @@ class PeftModel(Facade):
     def from_pretrained(
         cls, model: Any, model_id: Any, adapter_name: str = "default", is_trainable: bool = False, **options: Any
     ) -> PeftModel:
-        """A model with an adapter from a folder or a repository; `options` as for `load_adapter`."""
+        """Return a model with an adapter from a folder or a repository; `options` as for `load_adapter`."""
         config = options.get("config") or PeftConfig.from_pretrained(model_id, **options)
         new = cls.__new__(cls, model, config)
         new.load_adapter(model_id, adapter_name, is_trainable, **options)
@@ -214,7 +218,7 @@ class PeftModel(Facade):
 
     @whole
     def delete_adapter(self, adapter_name: str) -> None:
-        """Take an adapter out. Where it was the active one, the first of the others is active."""
+        """Remove an adapter. If it was the active one, the first of the others becomes active."""
         alone, disabled = self.active_adapters == [adapter_name], self._disabled
         surgery.remove(self._base, adapter_name)
         self._configs.pop(adapter_name, None)
@@ -230,7 +234,7 @@ class PeftModel(Facade):
         svd_rank: int | None = None, svd_clamp: Any = None, svd_full_matrices: bool = True, svd_driver: Any = None,
         density: float | None = None, majority_sign_method: str = "total",
     ) -> None:  # fmt: skip
-        """A new adapter that combines others: `surgery.combine`. It is not active."""
+        """Add an adapter that combines others, by `surgery.combine`. It is not active."""
         if len(adapters) != len(weights):
             raise SurgeryError(f"there are {len(weights)} weights for {len(adapters)} adapters", fix="give one each")
         chosen = [self._configs[name] for name in adapters if name in self._configs]
@@ -246,13 +250,12 @@ class PeftModel(Facade):
 
     def _example(self, config: Any, options: Mapping[str, Any]) -> Any:
         example = options.get("example_inputs")
-        return (
-            dummy(self._base) if example is None and config.method in ("PREFIX_TUNING", "ADAPTION_PROMPT") else example
-        )
+        needed = config.method in ("PREFIX_TUNING", "ADAPTION_PROMPT")
+        return dummy(self._base) if example is None and needed else example
 
     @whole
     def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
-        """Fold adapters (the active ones) into the weights; `unmerge_adapter` takes them out to the bit."""
+        """Fold adapters (default: the active ones) into the weights; `unmerge_adapter` restores the weights' bits."""
         surgery.merge(self._base, adapter_names or self.active_adapters, safe=safe_merge, untie=True)
 
     @whole
@@ -261,7 +264,7 @@ class PeftModel(Facade):
 
     @whole
     def merge_and_unload(self, progressbar: bool = False, safe_merge: bool = False, adapter_names: Any = None) -> Any:
-        """The plain model with adapters (the active ones) in its weights, for good; all others are gone, too."""
+        """Return the plain model with adapters (default: the active ones) in its weights; all others are removed."""
         if not merged_adapters(unwrap(self._base)):
             self.merge_adapter(adapter_names, safe_merge)
         surgery.forget(self._base)
@@ -269,7 +272,7 @@ class PeftModel(Facade):
 
     @whole
     def unload(self) -> Any:
-        """The base as it was before the first adapter: bits, classes and `requires_grad` flags."""
+        """Return the base as it was before the first adapter: bits, classes and `requires_grad` flags."""
         if model_state(unwrap(self._base)) is not None:
             surgery.remove(unmerged(self._base))
         self._configs.clear()
@@ -283,10 +286,10 @@ class PeftModel(Facade):
     def save_pretrained(
         self, save_directory: str | Path, safe_serialization: bool = True, selected_adapters: Any = None, **options: Any
     ) -> None:
-        """PEFT's folder: the adapter "default" in it, each other in a subfolder of its name.
+        """Write PEFT's folder: the adapter "default" in it, and each other adapter in a subfolder of its name.
 
-        In a folder `checkpoint-<number>`, which a Trainer makes, a `model.safetensors` stands beside them, with all
-        tensors but the frozen ones of the base: transformers resumes from that.
+        A folder `checkpoint-<number>`, which a Trainer makes, also gets a `model.safetensors` with all tensors except
+        the base's frozen ones: transformers resumes from it.
         """
         if not safe_serialization:
             warnings.warn("pickle files are not written: safetensors it is", SurgeryWarning, stacklevel=2)
@@ -311,7 +314,7 @@ class PeftModel(Facade):
             save_trained(self._base, folder, tensors)
 
     def push_to_hub(self, repo_id: str, commit_message: str = "Upload of adapters", **options: Any) -> str:
-        """Push what `save_pretrained` writes, with a model card; gives the commit's address."""
+        """Upload the files of `save_pretrained` with a model card; returns the commit's address."""
         with tempfile.TemporaryDirectory() as place:
             self.save_pretrained(place)
             card = card_of(self._base, next(iter(self._configs)), repo_id, peft=True)
@@ -319,7 +322,7 @@ class PeftModel(Facade):
             return upload(place, repo_id, card, commit_message, **where)
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
-        """The model's own; of a checkpoint of adapters, frozen tensors of the base are not missing."""
+        """The model's own `load_state_dict`; with adapters in the checkpoint, the base's frozen tensors may be absent."""
         result = self._base.load_state_dict(state_dict, strict, assign)
         if any(".adapters." in key for key in state_dict):
             frozen = {name for name, parameter in self._base.named_parameters() if not parameter.requires_grad}

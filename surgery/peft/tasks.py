@@ -1,4 +1,4 @@
-"""Façades by what the model is for, and those that load the base, too: a table."""
+"""Façades by the model's task, and classes that load the base, too."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ __all__ = [
 
 
 class AutoPeftModel:
-    """A base and its adapter from one name: the adapter's configuration tells the base.
+    """Loads a base and its adapter from one name: the adapter's configuration names the base.
 
     model = AutoPeftModelForCausalLM.from_pretrained("me/topics")
     """

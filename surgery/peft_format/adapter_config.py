@@ -1,4 +1,4 @@
-"""PEFT's configuration of an adapter as it is read: fields are taken from it, and what is left over is refused."""
+"""PEFT's configuration of an adapter: readers take its fields, and fields that nobody takes are errors."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ SILENT = frozenset(
 
 
 class PeftConfig:
-    """A configuration as it was read: what no one takes and that says something is refused in the end."""
+    """A configuration that is being read. Fields that no reader takes are errors, unless they hold a no-op value."""
 
     def __init__(self, data: Mapping[str, Any], model: nn.Module, file: TensorFile | None = None):
         self.data, self.model, self.file = dict(data), model, file
@@ -40,20 +40,20 @@ class PeftConfig:
         self.vocabulary: set[int] = set()  # rows of the file's embeddings, where the model has another number
 
     def take(self, name: str, default: Any = None) -> Any:
-        """A field's value; the default where it is absent or null."""
+        """A field's value; the default if it is absent or null."""
         self.left.discard(name)
         value = self.data.get(name)
         return default if value is None else value
 
     @cached_property
     def targeted(self) -> set[str]:
-        """The paths that the configuration means; where it names none, those of the file's keys."""
+        """The paths of the configuration's targets; if it names none, those of the file's keys."""
         if not self.data.get("target_modules"):
             return set(by_keys(self.file.shapes if self.file is not None else (), self.modules, self.marks))
         return chosen_by(self.data, self.modules)
 
     def fitting(self, name: str) -> dict[str, Any] | None:
-        """A mapping from patterns of paths, without those that fit no target: PEFT passes over them."""
+        """A mapping from patterns of paths, without patterns that match no target: PEFT ignores them."""
         patterns, paths = self.take(name, {}), self.targeted
         named = {ending for path in paths for ending in endings(path)} if patterns else set()
 
@@ -74,10 +74,10 @@ class PeftConfig:
         return SurgeryError(f"PEFT's {name}={str(self.data.get(name))[:100]!r} can't be held exactly", why=why, fix=fix)
 
     def silent(self, *names: str) -> None:
-        """Fields that say nothing about what this method computes."""
+        """Marks fields that do not change what this method computes."""
         self.left -= set(names)
 
-    def only(self, name: str, *values: Any, why: str = "there is nothing like it here") -> None:
+    def only(self, name: str, *values: Any, why: str = "it is not supported") -> None:
         if self.take(name, values[0]) not in values:
             raise self.refuse(name, why)
 
@@ -87,13 +87,13 @@ class PeftConfig:
 
 
 def choose(config: PeftConfig, kind: type[R], rule_fields: Mapping[str, Any]) -> R:
-    """The rule on the modules that a configuration means: in its own words where they mean the same here."""
+    """The rule on the configuration's modules; it keeps the configuration's own targets if they mean the same here."""
     targets, exclude = config.take("target_modules"), config.take("exclude_modules")
     layers, _ = config.take("layers_to_transform"), config.take("layers_pattern")
     for name, value in (("target_modules", targets), ("exclude_modules", exclude)):
         plain = isinstance(value, (str, type(None))) or isinstance(value, list) and all(map(is_text, value))
         if not plain:
-            raise SurgeryError(f"PEFT's {name} is no text and no list of names")
+            raise SurgeryError(f"PEFT's {name} is neither a text nor a list of names")
     if layers not in (None, []) and isinstance(targets, str):
         raise config.refuse(
             "layers_to_transform", "PEFT takes layers with a list of names alone", "name them in the text"
@@ -122,7 +122,7 @@ def choose(config: PeftConfig, kind: type[R], rule_fields: Mapping[str, Any]) ->
 
 
 def _none_left(config: PeftConfig, matched: Sequence[str]) -> MatchError:
-    """The targets fit modules here, and the fields around them leave none of these."""
+    """The error for targets that match modules, of which the other fields leave none."""
     around = ("exclude_modules", "layers_to_transform", "layers_pattern", "modules_to_save")
     settings = ", ".join(
         f"{name}={config.data[name]!r}" for name in around if config.data.get(name) not in (None, [], "")
@@ -135,5 +135,5 @@ def _none_left(config: PeftConfig, matched: Sequence[str]) -> MatchError:
 
 
 def _words(value: Any) -> Any:
-    """Targets as a rule says them: of PEFT's, a single text is a regular expression."""
+    """PEFT's targets as a rule's: a single text is a regular expression."""
     return f"re:{value}" if isinstance(value, str) and value else value or ()

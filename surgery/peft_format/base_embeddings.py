@@ -1,4 +1,4 @@
-"""The base's embeddings in PEFT's files: when PEFT writes them beside an adapter, and under which keys."""
+"""The base's embeddings in PEFT's files: when PEFT writes them, and under which keys."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def _has_rows(modules: Modules, layer: nn.Module, file_tensors: Mapping[str, Ten
 def _restored(
     layer: nn.Module, name: str, by_path: Mapping[str, nn.Module], file_tensors: Mapping[str, Tensor]
 ) -> Tensor | None:
-    """The tensor as the adapter's file has it already, for this module or for one that is tied to it."""
+    """The tensor as the adapter's file already has it, for this module or a tied one."""
     parameter = layer._parameters.get(name)
     paths = [
         path for path, module in by_path.items() if parameter is not None and module._parameters.get(name) is parameter
@@ -78,7 +78,7 @@ def _restored(
 
 
 def _targeted(config: Mapping[str, Any], paths: Collection[str]) -> bool:
-    """Whether the targets name an embedding, as PEFT asks for it."""
+    """Whether the targets name an embedding, by PEFT's test."""
     targets = config.get("target_modules") or ()
     if isinstance(targets, str):
         named = [path for path in paths if any(name in endings(path) for name in NAMES)]
@@ -87,7 +87,7 @@ def _targeted(config: Mapping[str, Any], paths: Collection[str]) -> bool:
 
 
 def _grew(config: Mapping[str, Any], model: nn.Module) -> bool:
-    """Whether the model has another vocabulary than the base of its name, as far as that is on this disk."""
+    """Whether the model's vocabulary differs from that of the base of its name, if that is on this disk."""
     size = getattr(getattr(model, "config", None), "vocab_size", None)
     name = config.get("base_model_name_or_path")
     if not isinstance(size, int) or not isinstance(name, str) or not name:
@@ -114,7 +114,7 @@ def _cached(name: str) -> str | None:
 
 
 def _tensors(module: nn.Module) -> Iterator[str]:
-    """The names of what a module has in a state dict of its own."""
+    """The names of a module's own tensors in a state dict."""
     yield from (name for name, tensor in module._parameters.items() if tensor is not None)
     left_out = module._non_persistent_buffers_set
     yield from (name for name, tensor in module._buffers.items() if tensor is not None and name not in left_out)

@@ -40,7 +40,7 @@ def settings_of(spelt: Spelt, file: TensorFile) -> HeaderSettings:
         if hit:
             ranks[hit[1]] = file.shapes[there][0] if file.shapes[there] else 0
     if not ranks:
-        raise SurgeryError("there is no adapter_config.json beside the tensors", why="and they are no LoRA's")
+        raise SurgeryError("there is no adapter_config.json beside the tensors", why="and the tensors are not LoRA's")
     targets = {"target_modules": "|".join(map(re.escape, ranks))}
     alphas, header = alphas_of(spelt, file), _header(spelt, file)
     alpha_keys = tuple(alphas)
@@ -59,19 +59,19 @@ def settings_of(spelt: Spelt, file: TensorFile) -> HeaderSettings:
 
 
 def alphas_of(spelt: Spelt, file: TensorFile) -> dict[str, float]:
-    """The alphas that stand beside layers, by their keys in the file."""
+    """The alphas beside layers, by their keys in the file."""
     alphas: dict[str, float] = {}
     for key, there in spelt.keys.items():
         if key.startswith(PREFIX) and key.endswith(".alpha"):
             tensor = file.read(there)
             if tensor.numel() != 1 or not 0 < float(tensor) < float("inf"):
-                raise SurgeryError("an alpha is no number above 0", where=there)
+                raise SurgeryError("an alpha is not a number above 0", where=there)
             alphas[there] = float(tensor)
     return alphas
 
 
 def check_alphas(config: Mapping[str, Any], alphas: Mapping[str, float], spelt: Spelt, source: str) -> None:
-    """`SurgeryError` where the alpha beside a layer is not the configuration's."""
+    """`SurgeryError` if the alpha beside a layer differs from the configuration's."""
     here = {there: key for key, there in spelt.keys.items()}
     for there, alpha in alphas.items():
         expected = pattern_value(config.get("alpha_pattern"), _layer(here[there]), config.get("lora_alpha", 8))
@@ -87,7 +87,7 @@ def _layer(key: str) -> str:
 def _scales(
     ranks: Mapping[str, int], alphas: Mapping[str, float], spelt: Spelt, file: TensorFile
 ) -> tuple[dict[str, float], list[str]]:
-    """The alpha of each layer; where nothing says it, its rank, which is a scale of 1, and that this is assumed."""
+    """The alpha of each layer, and what was assumed: without an alpha, it is the rank, which is a scale of 1."""
     here = {there: key for key, there in spelt.keys.items()}
     by_layer = {_layer(here[there]): alpha for there, alpha in alphas.items()}
     common = next((_number(file.metadata[name], name) for name in _ONE_ALPHA if name in file.metadata), None)
@@ -107,23 +107,23 @@ def _number(text: str, name: str) -> float:
     except ValueError:
         value = 0.0
     if not 0 < value < float("inf"):
-        raise SurgeryError(f"the header's {name}={text[:40]!r} is no number above 0")
+        raise SurgeryError(f"the header's {name}={text[:40]!r} is not a number above 0")
     return value
 
 
 def _by_keys(spelt: Spelt) -> dict[str, Any]:
-    """Forms of LoRA that the keys show."""
+    """Variants of LoRA that the keys show."""
     forms = {"use_dora": ".lora_magnitude_vector", "lora_bias": ".lora_B.bias"}
     return {name: True for name, end in forms.items() if any(key.endswith(end) for key in spelt.keys)}
 
 
 def _header(spelt: Spelt, file: TensorFile) -> dict[str, Any] | None:
-    """The configuration in the header, of the component that the keys are of."""
+    """The configuration in the header, for the component of the keys."""
     if HEADER not in file.metadata:
         return None
     data = parse_json(file.metadata[HEADER], f"the header's {HEADER}")
     if not isinstance(data, dict):
-        raise SurgeryError(f"the header's {HEADER} is no mapping")
+        raise SurgeryError(f"the header's {HEADER} is not a mapping")
     starts = [f"{spelt.component}."] if spelt.component else [f"{name}." for name in COMPONENTS]
     for start in (*starts, ""):
         fields = {name.removeprefix(start): value for name, value in data.items() if name.startswith(start)}

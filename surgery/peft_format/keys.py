@@ -1,4 +1,4 @@
-"""The keys of PEFT's files for a model, under every name they have been written by."""
+"""The keys of PEFT's files for a model, under every name that has been in use."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ __all__ = ["keys_of", "at_model_paths"]
 
 
 def keys_of(model: nn.Module, file: TensorFile, component: str | None = None) -> Spelt:
-    """The keys of a file under today's names, at the paths of this model."""
+    """A file's keys under today's names, at the paths of this model."""
     modules = dict(base_modules(model))
 
     def fits(key: str, path: str) -> bool:
@@ -28,9 +28,9 @@ def keys_of(model: nn.Module, file: TensorFile, component: str | None = None) ->
 
 
 def at_model_paths(config: Mapping[str, Any], spelt: Spelt) -> dict[str, Any]:
-    """A configuration whose paths are those of the file, for a model that has these modules at others.
+    """A configuration with the model's paths instead of the file's.
 
-    The targets are left to the file's keys; patterns of ranks are asked under the file's paths.
+    Targets are left to the file's keys; patterns of ranks are matched against the file's paths.
     """
     if not spelt.moved or "target_modules" not in config:
         return dict(config)

@@ -1,7 +1,7 @@
-"""PEFT's files: what all of its methods share, and how they are read. What is a method's own stands beside its rule.
+"""What all methods in PEFT's files share, and how they are read. A method's own part is beside its rule.
 
-A method is a `PeftMethod`: which rule it is, its fields and tensors under PEFT's names. It is found by its peft_type
-among those registered; a package that offers rules (entry points `surgery.rules`) registers its own.
+A method is a `PeftMethod`: its rule, and the rule's fields and tensors under PEFT's names. It is looked up by its
+peft_type. A package that offers rules (entry points `surgery.rules`) registers its own methods.
 """
 
 from __future__ import annotations
@@ -28,9 +28,10 @@ __all__ = ["PeftMethod", "PeftPart", "PeftPlace", "peft_method"]
 
 @dataclass(frozen=True)
 class PeftPlace:
-    """One rule at one module, as its tensors are looked for: `main` are the paths that the method itself is on.
+    """One rule at one module, for which tensors are looked up.
 
-    `facts`: what the rule found out about the module (`Site.fact`); `held`: the keys of the file that is read.
+    `main`: the paths that the method itself is on. `facts`: what the rule recorded about the module (`Site.fact`).
+    `file_keys`: the keys of the file that is read.
     """
 
     path: str
@@ -44,7 +45,7 @@ class PeftPlace:
     file_keys: Collection[str] = ()
 
     def base(self, name: str) -> Tensor:
-        """A tensor of the module as the base has it, whatever is merged into it."""
+        """A tensor of the module without what is merged into it."""
         return base_tensor(self.module, name, self.path)
 
 
@@ -53,10 +54,10 @@ Placed = Sequence[tuple[Rule, Sequence[str]]]
 
 
 class PeftPart:
-    """How the tensors of one kind of rule are called in PEFT's files.
+    """The names of one kind of rule's tensors in PEFT's files.
 
     `tensors`: the rule's name of a tensor → what follows the module's path in PEFT's key, where the numbers are the
-    same. `made`: tensors that PEFT does not write, since they follow from the fields.
+    same. `derived`: tensors that PEFT does not write, because they follow from the fields.
     """
 
     rule: ClassVar[type[Rule]]
@@ -65,15 +66,15 @@ class PeftPart:
     derived: ClassVar[tuple[str, ...]] = ()
 
     def entries(self, place: PeftPlace) -> dict[str, Entry]:
-        """Where each tensor stands: a key relative to the module's path, or, after "/", to the whole file."""
+        """The key of each tensor: relative to the module's path, or, after "/", to the whole file."""
         return {name: Entry(self.tensors[name]) for name in place.names if name in self.tensors}
 
     def read(self, config: PeftConfig) -> Iterable[Rule]:
-        """The rules that a configuration asks for beside the method's own, by a field of this part's."""
+        """The rules that a configuration contains beside the method's own, by a field of this part."""
         return ()
 
     def base(self, config: PeftConfig) -> Iterable[Rule]:
-        """Rules for tensors of the base that stand in the file: they go before all others."""
+        """Rules for tensors of the base that are in the file; they precede all others."""
         return ()
 
     def write(self, placed: Placed, modules: Modules) -> dict[str, Any]:
@@ -82,10 +83,10 @@ class PeftPart:
 
 
 class PeftMethod(PeftPart):
-    """One of PEFT's methods. `fields`: PEFT's name → the rule's, of the same meaning and value.
+    """One of PEFT's methods. `fields`: PEFT's name → the rule's field with the same meaning and value.
 
-    `inits`: what PEFT's `init_field` says of how tensors start → the rule's `init`; of a saved adapter the start is
-    past, but for those that change the base. A field that is absent or null is the rule's default, which is PEFT's.
+    `inits`: value of PEFT's `init_field` → the rule's `init`. For a saved adapter the start is past, except if it
+    changes the base. A field that is absent or null gets the rule's default, which is PEFT's.
     """
 
     peft_type: ClassVar[str | None]
@@ -112,11 +113,11 @@ class PeftMethod(PeftPart):
         return [choose(config, self.rule, rule_fields)]
 
     def start(self, config: PeftConfig) -> Iterable[Rule]:
-        """The rules of a new adapter, whose tensors are yet to be made: those of a saved one, unless it says else."""
+        """The rules of a new adapter, whose tensors do not exist yet; by default those of a saved one."""
         return self.read(config)
 
     def read_fields(self, config: PeftConfig) -> dict[str, Any]:
-        """Fields of the rule that are no plain copies, and fields of PEFT's that only one value can be held of."""
+        """Reads fields that are not plain copies, and checks fields of which only one value is supported."""
         return {}
 
     def write(self, placed: Placed, modules: Modules) -> dict[str, Any]:
@@ -134,17 +135,17 @@ class PeftMethod(PeftPart):
         return {**config, **self.write_fields(rule), **fields_of(rule, modules, paths)}
 
     def write_fields(self, rule: Rule) -> dict[str, Any]:
-        """The inverse of `further`."""
+        """The inverse of `read_fields`."""
         return {}
 
     def join(self, key: str, tensors: Sequence[Tensor], sites: Sequence[nn.Module]) -> Tensor:
-        """One tensor of the file for those of several sites that share it; each came through its `write`."""
+        """One tensor of the file for several sites that share it; each tensor came through its entry's `write`."""
         return only_one(key, tensors)
 
     def complete(
         self, config: dict[str, Any], tensors: dict[str, Tensor], modules: Modules
     ) -> tuple[dict[str, Any], dict[str, Tensor]]:
-        """The configuration and the file's tensors, with what else PEFT wants there."""
+        """The configuration and the file's tensors, with everything else that PEFT expects there."""
         return config, tensors
 
 
@@ -193,7 +194,7 @@ def is_main(rule: Rule) -> bool:
 
 
 def rules_by(model: nn.Module, config: Mapping[str, Any]) -> list[Rule]:
-    """The rules of a new adapter by PEFT's configuration. `PlanError` with everything that can't be held."""
+    """The rules of a new adapter by PEFT's configuration. `PlanError` lists everything that is not supported."""
     settings = PeftConfig(config, model)
     rules, problems, unheld = read_rules(settings, method_of(config.get("peft_type")).start)
     if problems or unheld:
@@ -206,7 +207,7 @@ def rules_by(model: nn.Module, config: Mapping[str, Any]) -> list[Rule]:
 def read_rules(
     settings: PeftConfig, main: Callable[[PeftConfig], Iterable[Rule]]
 ) -> tuple[list[Rule], list[SurgeryError], list[SurgeryError]]:
-    """The rules that a configuration asks for, what is wrong with it, and what of it no rule holds."""
+    """The rules of a configuration, its problems, and the fields that no rule holds."""
     rules, problems = list[Rule](), list[SurgeryError]()
     parts = [part for part in _parts.values() if not isinstance(part, PeftMethod)]
     for read in (*(part.base for part in parts), main, *(part.read for part in parts)):

@@ -1,4 +1,4 @@
-"""An adapter in PEFT's files, read: its rules, where their tensors are, and what the files were taken to mean."""
+"""Reads an adapter from PEFT's files: its rules, the places of their tensors, and what was assumed."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class PeftAdapter:
 
 
 def read(model: nn.Module, config: Any, file: TensorFile, component: str | None = None) -> PeftAdapter:
-    """The rules of an adapter in PEFT's files, and where their tensors are."""
+    """The rules of an adapter in PEFT's files, and the places of their tensors."""
     spelt = keys_of(model, file, component)
     keys, assumed, alpha_keys = spelt.keys, list[str](), tuple[str, ...]()
     if config is None:
@@ -46,7 +46,7 @@ def read(model: nn.Module, config: Any, file: TensorFile, component: str | None 
         check_alphas(config, alphas, spelt, "the configuration")
         alpha_keys = tuple(alphas)
     if not isinstance(config, dict):
-        raise SurgeryError("the adapter's configuration is no mapping")
+        raise SurgeryError("the adapter's configuration is not a mapping")
     config = at_model_paths(config, spelt)
     settings = PeftConfig(config, model, _under(keys, file))
     method = method_of(config.get("peft_type"))
@@ -69,14 +69,14 @@ def read(model: nn.Module, config: Any, file: TensorFile, component: str | None 
 
 
 def _under(keys: Mapping[str, str], file: TensorFile) -> TensorFile:
-    """A file whose tensors are called by today's keys."""
+    """The file with today's keys."""
     shapes = {key: file.shapes[there] for key, there in keys.items()}
     dtypes = {key: file.dtypes[there] for key, there in keys.items()}
     return TensorFile(shapes, dtypes, file.metadata, lambda key: file.read(keys[key]))
 
 
 def _describe(spelt: Spelt) -> list[str]:
-    """What a file was taken for by the names of its keys."""
+    """What the file's keys were assumed to mean."""
     notes = []
     if spelt.others and spelt.component:
         notes.append(f"of a file of several components, {spelt.component} was loaded")
@@ -89,7 +89,7 @@ def _describe(spelt: Spelt) -> list[str]:
 def _of_step(
     step: PlannedRule, keys: Mapping[str, str], main: Set[str], config: PeftConfig, prefix: str
 ) -> dict[str, Entry | None]:
-    """Where the file has each tensor of a step; None for what follows from the rule's fields."""
+    """The file's entry of each tensor of a step; None for tensors that follow from the rule's fields."""
     part, names = part_of(step.rule), tuple(spec.name for spec in step.specs)
     assert part is not None
     place = PeftPlace(step.path, step.module, step.rule, names, main, config.modules, config.data, step.facts, keys)

@@ -1,4 +1,4 @@
-"""Adapters as PEFT's files: the configuration and the tensors, or why these can't be the same adapter."""
+"""Writes adapters as PEFT's configuration and tensors, or says why these would not be the same adapter."""
 
 from __future__ import annotations
 
@@ -36,11 +36,11 @@ def to_peft(
     original: Mapping[str, Any] | None = None,
     save_embedding_layers: Save = "auto",
 ) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """An adapter as PEFT's configuration and tensors; `SurgeryError` where that would not be the same adapter.
+    """An adapter as PEFT's configuration and tensors; `SurgeryError` if that would not be the same adapter.
 
-    Networks that only training needs are left out, as PEFT leaves them out; with `exact` that is an error, too.
-    `state`: the model's state dict, where its tensors were gathered from elsewhere. `said`: a configuration that the
-    adapter came with, of which stays what its rules don't say. `save_embedding_layers`: PEFT's, which see there.
+    Networks that only training needs are left out, as PEFT does; with `exact` they are an error. `state`: the model's
+    state dict, if its tensors were gathered elsewhere. `said`: the configuration that the adapter came with; fields
+    that no rule has are kept. `save_embedding_layers`: PEFT's.
     """
     description = describe(model, adapter, exact, state)
     config, tensors = description.method.complete(description.config, _tensors(description), description.modules)
@@ -67,8 +67,10 @@ def to_peft(
 def from_peft(
     model: nn.Module, adapter: str, tensors: Mapping[str, Tensor]
 ) -> tuple[dict[str, Tensor], list[str], list[str]]:
-    """Tensors under PEFT's keys as those of an adapter that is there, for `load_adapter_state_dict`: its own where none
-    came. Then which keys are missing, and which are none of its."""
+    """Converts tensors under PEFT's keys into those of an existing adapter, for `load_adapter_state_dict`.
+
+    Returns the tensors (the adapter's own where none came), the missing keys, and the keys that are not the adapter's.
+    """
     description, values = describe(model, adapter, exact=True), adapter_state_dict(model, adapter)
     missing, known, problems = dict[str, None](), set[str](), list[SurgeryError]()
     for name, key, entry in description.entries(list(values)):
@@ -92,7 +94,7 @@ def from_peft(
 
 
 class PeftDescription(NamedTuple):
-    """An adapter in PEFT's words: its configuration, where its rules are, and the tensors that are to be kept."""
+    """An adapter in PEFT's terms: its configuration, the places of its rules, and the tensors to save."""
 
     config: dict[str, Any]
     placed: Sequence[_Placed]
@@ -101,7 +103,7 @@ class PeftDescription(NamedTuple):
     modules: Modules
 
     def entries(self, names: Iterable[str]) -> Iterator[tuple[str, str, Entry]]:
-        """Of tensors of these names (`adapter_state_dict`'s): the name, the key in PEFT's file, how it is turned."""
+        """Yields each tensor's name (of `adapter_state_dict`), its key in PEFT's file, and its conversion."""
         main = frozenset(site.path for site in self.placed if is_main(site.rule))
         placed_names, by_site, names = set[str](), dict[str, list[str]](), list(names)
         for key in names:
@@ -126,6 +128,7 @@ class PeftDescription(NamedTuple):
 def describe(
     model: nn.Module, adapter: str, exact: bool = False, state: Mapping[str, Tensor] | None = None
 ) -> PeftDescription:
+    """Describes an adapter in PEFT's terms; `SurgeryError` if PEFT's files can't hold it."""
     kept, modules = rules_of(model, adapter), Modules.of(model)
     rules, tensors = folded_adapter(model, adapter, state)
     plainer = list(zip(kept, rules, strict=True))

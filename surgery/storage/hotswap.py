@@ -1,6 +1,6 @@
-"""New weights into the tensors that an adapter has: no class, shape or address changes, nothing is compiled anew.
+"""Copies new weights into an adapter's tensors: no class, shape or address changes, so nothing compiles again.
 
-All that is new is worked out and checked beside the model (`incoming.py`); then it is copied into the live tensors.
+The new values are computed and checked without touching the model (`hotswap_plan.py`); then they are copied.
 """
 
 from __future__ import annotations
@@ -47,10 +47,11 @@ M = TypeVar("M", bound=nn.Module)
 
 @dataclass
 class SwapReport(LoadReport):
-    """What a hot-swap did: a LoadReport whose `rules` are those of what came in; the model keeps its own.
+    """The result of a hot-swap: a LoadReport whose `rules` are the new adapter's; the model keeps its own rules.
 
-    `idle`: sites of the adapter that the new one has nothing at; they do nothing now. `notes`: what was rounded or not
-    taken over, each with the number of sites.
+    Attributes:
+        idle: sites of the adapter for which the new one has no tensors; they have no effect now.
+        notes: what was rounded or not transferred, each with its number of sites.
     """
 
     idle: list[str] = field(default_factory=list)
@@ -80,7 +81,7 @@ def hotswap(
     config: Mapping[str, Any] | None = None,
     component: str | None = None,
 ) -> SwapReport:
-    """Put another adapter's weights into the tensors of one that is there; what is compiled stays as it is.
+    """Put another adapter's weights into the tensors of one that is on the model; compiled code stays valid.
 
     >>> import tempfile
     >>> import torch
@@ -98,26 +99,41 @@ def hotswap(
     >>> torch.allclose(compiled(x), wanted, atol=1e-6), model[0].adapters.a.B is tensor
     (True, True)
 
-    `source` is whatever `load_adapter` takes, in either format, and read with the same checks and settings
-    (`same_base`, `finite`, `trust`, `subfolder`, `revision`, `config`, `component`); or tensors as `adapter_state_dict`
-    gives them, of the adapter's own rules, or of `rules`. A compiled model may be given itself.
+    The new adapter may be on fewer sites: at the others the adapter has no effect. Its rules must be of the kinds on
+    the model. If they make other code, the rule converts the tensors so that the running code computes the same
+    (`Rule.swapped`). LoRA does so for any rank that has room (`pad_rank`) and for any scale, whether by alpha, rslora
+    or patterns. The scale is folded into B. That is exact if the two scales are a power of two apart; otherwise each
+    number of B is rounded once more, and `notes` says so. `rules_of` stays the same, and the tensors hold the function,
+    so `save_adapter` saves the new adapter.
 
-    The new adapter may be on fewer sites: at the others this one then does nothing. Its rules have to be the kinds that
-    are there. If they make other code, the rule itself turns the tensors into those that do the same in the code that
-    runs (`Rule.swapped`): LoRA does so for any rank that there is room for (`pad_rank`), and for any scale, whether by
-    alpha, rslora or patterns. The scale is folded into B: exact where the two scales are a power of two apart, else
-    each number of B is rounded once more, which `notes` tells. `rules_of` stays what it was, and the tensors hold the
-    function, so the adapter is saved as it now is.
+    Args:
+        model: the model, or its compiled form.
+        adapter: name of the adapter whose tensors change.
+        source: as in `load_adapter`, in either format; or tensors as `adapter_state_dict` returns them.
+        rules: with tensors as `source`, the rules that they belong to; default None: the adapter's own.
+        strict: as in `load_adapter`; default True.
+        same_base: as in `load_adapter`; default True.
+        finite: as in `load_adapter`; default True.
+        trust: as in `load_adapter`; default False.
+        subfolder: as in `load_adapter`; default None.
+        revision: as in `load_adapter`; default None.
+        config: as in `load_adapter`; default None.
+        component: as in `load_adapter`; default None.
 
-    Tensors keep their identity, dtype, device and `requires_grad`; optimisers go on, with the moments of what was
-    there. A call of the model that runs meanwhile sees some sites with the new weights: swap between calls. Exported
-    programs, and graphs that were compiled with frozen weights, are snapshots.
+    Returns:
+        A report of what was swapped in.
 
-    Embeddings are not resized: files of another vocabulary than the model's are refused.
+    Raises:
+        LoadError: lists all that does not fit at once, with every tensor unchanged. Embeddings are not resized: files
+            of another vocabulary do not fit.
+        SurgeryError: the adapter is unknown or merged, or changed the base's weights at its start (PiSSA).
 
-    Whole or nothing: all that does not fit is told at once in a `LoadError`, and every tensor is as it was.
-    `strict=False` as in `load_adapter`. Raises `SurgeryError` where the adapter is unknown or merged, or began by
-    changing the base's weights (PiSSA). PEFT: `hotswap_adapter`, for LoRA.
+    Notes:
+        Tensors keep their identity, dtype, device and `requires_grad`. Optimizers go on, with the moments of the
+        previous values. A call that runs at the same time sees some sites with new weights: swap between calls.
+        Exported programs, and graphs compiled with frozen weights, are snapshots.
+
+    Source: PEFT's `hotswap_adapter`, for LoRA.
     """
     model, state = rewritten(model)
     check_free(model)
@@ -155,7 +171,7 @@ def hotswap(
 
 @verb
 def pad_rank(model: M, adapter: str, rank: int) -> M:
-    """Give an adapter's tensors room for this rank, for `hotswap` to bring any up to it; the same model comes back.
+    """Give an adapter's tensors room for a rank, so that `hotswap` can bring any rank up to it.
 
     >>> from torch import nn
     >>> from surgery import apply_rules, pad_rank, rules_of
@@ -164,14 +180,28 @@ def pad_rank(model: M, adapter: str, rank: int) -> M:
     >>> tuple(pad_rank(model, "a", 16)[0].adapters.a.B.shape), rules_of(model)[0].rank, rules_of(model)[0].max_rank
     ((8, 16), 2, 16)
 
-    The rule keeps its rank and with it its scale; the further ones are zero, and stay so in training, for neither half
-    has a gradient where the other is zero. The output is the same up to the order in which a matrix product sums. A
-    rule with room from the start is `LoraRule(…, max_rank=16)`.
+    The rule keeps its rank, and with it its scale. Further ranks are zero, and stay zero in training: neither half has
+    a gradient where the other is zero. The output is the same up to the order in which a matrix product sums. A rule
+    can have room from the start: `LoraRule(…, max_rank=16)`.
 
-    Tensors that grow are new Parameters: pad before making an optimiser and before `torch.compile`, which would compile
-    once more. Others stay the same. All or nothing: raises `SurgeryError` for an unknown or merged adapter, `RuleError`
-    where none of its rules has a rank or one uses more than this, `SiteError` for sharded tensors. PEFT:
-    `prepare_model_for_compiled_hotswap(target_rank=…)`.
+    Args:
+        model: a model with the adapter.
+        adapter: the adapter's name.
+        rank: the largest rank that will be swapped in.
+
+    Returns:
+        The same model.
+
+    Raises:
+        RuleError: none of the adapter's rules has a rank, or one uses more than this.
+        SiteError: a tensor is sharded.
+        SurgeryError: the adapter is unknown or merged.
+
+    Notes:
+        Tensors that grow are new Parameters: pad before making an optimizer and before `torch.compile`. Others stay the
+        same.
+
+    Source: PEFT's `prepare_model_for_compiled_hotswap(target_rank=…)`.
     """
     root, state = rewritten(model)
     check_free(root)

@@ -47,7 +47,7 @@ Lives = dict[tuple[int, type[Rule]], Living]  # an adapter has one rule of a kin
 def living(model: nn.Module, state: ModelState, adapter: str) -> Lives:
     """The adapter's rules at its sites. `SurgeryError` where its tensors are not all that there is to it."""
     if not isinstance(adapter, str):
-        raise SurgeryError(f"{adapter!r} is no adapter's name", fix="one adapter is changed at a time")
+        raise SurgeryError(f"{adapter!r} is not the name of an adapter", fix="one adapter is changed at a time")
     adapter_names(state, adapter)
     live_sites: Lives = {}
     at = state.rules_at((adapter,))

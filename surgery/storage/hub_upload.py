@@ -1,4 +1,4 @@
-"""Adapters pushed to the hub with a model card, through huggingface_hub alone."""
+"""Uploads adapters to the hub with a model card, by huggingface_hub alone."""
 
 from __future__ import annotations
 
@@ -34,15 +34,31 @@ def push_adapter(
     revision: str | None = None,
     message: str | None = None,
 ) -> str:
-    """Save an adapter into a repository of the hub, with a model card; gives the address of the commit.
+    """Save an adapter into a repository of the hub, with a model card.
 
         push_adapter(model, "me/topics", licence="apache-2.0", metadata={"accuracy": 0.97})
         load_adapter(other, "me/topics")
 
-    The repository is made where it is absent. The card tells the base, the rules, their counts of parameters, and
-    `metadata`, such as figures. `format`, `metadata` and `licence` are `save_adapter`'s; `token`, `private` and
-    `revision` are huggingface_hub's, which asks the endpoint in `HF_ENDPOINT`. Raises `SurgeryError` where the adapter
-    can't be saved or the hub refuses.
+    The repository is created if it is absent. The card lists the base, the rules, their counts of parameters, and
+    `metadata`. The hub's endpoint is `HF_ENDPOINT`, as in huggingface_hub.
+
+    Args:
+        model: a model with the adapter.
+        repo_id: name of the repository, "owner/name".
+        adapter: the adapter's name; default "default".
+        format: `save_adapter`'s; default "auto".
+        metadata: `save_adapter`'s, such as figures; default None.
+        licence: `save_adapter`'s; default None.
+        private: huggingface_hub's; default None.
+        token: huggingface_hub's; default None.
+        revision: the branch; default None, the main branch.
+        message: the commit's message; default "The adapter <name>".
+
+    Returns:
+        The address of the commit.
+
+    Raises:
+        SurgeryError: the adapter can't be saved, or the hub refuses.
     """
     model, _ = rewritten(model)
     with tempfile.TemporaryDirectory() as place:
@@ -62,7 +78,7 @@ def upload(
     token: Any = None,
     revision: Any = None,
 ) -> str:
-    """Push a folder and its model card as one commit; gives its address."""
+    """Uploads a folder and its model card as one commit; returns its address."""
     from huggingface_hub import HfApi
 
     (Path(folder) / "README.md").write_text(card, encoding="utf-8")
@@ -85,7 +101,7 @@ def card_of(
     metadata: Mapping[str, Any] | None = None,
     licence: str | None = None,
 ) -> str:
-    """A model card: what the adapter is, and how it is loaded."""
+    """Returns the text of a model card: what the adapter is, and how to load it."""
     base = getattr(getattr(model, "config", None), "_name_or_path", None) or ""
     site_tensors = [tensors_of(module, adapter) for _, module, _ in sites(model)]
     count = sum(tensor.numel() for tensors in site_tensors for tensor in tensors.values())

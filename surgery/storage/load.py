@@ -1,4 +1,4 @@
-"""An adapter from files put on a model: loaded whole or not at all."""
+"""Loads an adapter from files onto a model, whole or not at all."""
 
 from __future__ import annotations
 
@@ -69,25 +69,44 @@ def load_adapter(
     >>> torch.equal(model(x), adapted)
     True
 
-    `source` is a folder or file of `save_adapter`'s or PEFT's (also `.bin` and diffusers' LoRA files), or the name of a
-    repository on the hub (with `revision`); `subfolder` is looked for in it. It may be what `import_adapter` read, too.
-    Rules are made by their registered names; no code and no path comes from a file, and pickle files are read with
-    `weights_only`. A rule that names code to import, as a ReplaceRule does, is taken with `trust=True` alone. `finite`:
-    NaN and infinity are a problem. `example_inputs` and `freeze` as in `apply_rules`; prefixes need an example.
-    `config` stands in for PEFT's `adapter_config.json`. `component`: whose adapter to take of a diffusers file that
-    holds several ("unet"), where the model's paths and sizes do not tell.
-    `resize`: embeddings of another vocabulary than the files' are resized first, by the model's
-    `resize_token_embeddings`; they stay so when the adapter is removed.
+    Rules are made by their registered names. No code and no path comes from a file, and pickle files are read with
+    `weights_only`.
 
-    Embeddings of the base that PEFT's files hold are compared with the model's. Rows that differ are a part of the
-    adapter, as a BaseRowsRule, and the report's `assumed` says so.
+    Args:
+        model: the model.
+        source: a folder or file in PEFT's format or `save_adapter`'s (also `.bin` and diffusers' LoRA files), the name
+            of
+            a repository on the hub, or the result of `import_adapter`.
+        adapter: the name that the adapter gets; default "default".
+        strict: default True: anything that does not fit is an error. False: load what fits; the report lists the rest,
+            and
+            missing tensors keep their rule's starting values.
+        same_base: default True: another base is an error. False: it is a warning.
+        finite: default True: NaN and infinity are errors.
+        example_inputs: one call of the model, as in `apply_rules`; prefixes need it. Default None.
+        trust: accept rules that name code to import, such as ReplaceRule; default False.
+        subfolder: subfolder of `source`; default None.
+        revision: revision of the repository; default None.
+        config: replaces PEFT's `adapter_config.json`; default None.
+        component: which adapter to take from a diffusers file with several ("unet"), if the model's paths and sizes do
+            not
+            show it; default None.
+        resize: resize the model's embeddings first, if the files have another vocabulary, by the model's
+            `resize_token_embeddings`. They keep that size when the adapter is removed. Default False.
+        freeze: as in `apply_rules`; default None.
 
-    Whole or nothing: missing, unexpected and misshapen tensors, a damaged file, a rule or format of a later version,
-    another base, and whatever `plan_rules` objects to are told at once in a `LoadError`, the model as it was.
-    `strict=False` loads what fits, and the report tells the rest: missing tensors keep the values their rule starts
-    with. `same_base=False`: another base is a warning. Tensors go to their site's device, in the dtype the rule gives
-    them; on a base on the meta device they are made on the CPU, and stay when `load_state_dict(…, assign=True)` fills
-    the base.
+    Returns:
+        A report of what was loaded.
+
+    Raises:
+        LoadError: lists all that is wrong at once, with the model unchanged: missing, unexpected and misshapen tensors,
+            a damaged file, a rule or format of a later version, another base, and every problem of the plan.
+
+    Notes:
+        Embeddings of the base in PEFT's files are compared with the model's. Rows that differ become part of the
+        adapter, as a BaseRowsRule, and the report's `assumed` lists them. Tensors go to their site's device, in the
+        dtype of their rule. On a base on the meta device they are made on the CPU, and stay when
+        `load_state_dict(…, assign=True)` fills the base.
     """
     model = unwrap(model)
     stored = stored_adapter(model, source, subfolder, revision, config, component)

@@ -25,7 +25,7 @@ __all__ = ["load_adapters"]
 def load_adapters(
     model: nn.Module, folder: str | Path, *, live: str | Sequence[str] | None = None, **options: Any
 ) -> dict[str, LoadReport]:
-    """Load every adapter in a folder of many, each under its subfolder's name: PEFT's and ours side by side.
+    """Load every adapter in a folder, each under its subfolder's name, in PEFT's format or this library's.
 
     >>> import tempfile
     >>> from torch import nn
@@ -40,13 +40,23 @@ def load_adapters(
     >>> active(model)
     ('news',)
 
-    Files in the folder itself are the adapter "default". `live`: which adapters are live afterwards, of these and of
-    those from before, as `activate` has it ([]: none is); adapters that can't be live together, such as heads of their
-    own (TrainRule), are loaded so. Without, those from before stay as they are, and all of these are live. `options`
-    are `load_adapter`'s.
+    Files in the folder itself are the adapter "default".
 
-    All or none: a `LoadError` tells what is wrong with any of them; none stays on the model, and what was live is.
-    Raises `SurgeryError` for a name in `live` that is neither there nor in the folder.
+    Args:
+        model: the model.
+        folder: a folder with a subfolder per adapter.
+        live: the adapters that are live afterwards, new or old, as in `activate` ([]: none). With `live`, adapters that
+            can't be live together can be loaded, such as those with a head of their own (TrainRule). Default None:
+            adapters from before keep their state, and all new ones are live.
+        options: `load_adapter`'s.
+
+    Returns:
+        The report of each adapter, by name.
+
+    Raises:
+        LoadError: lists what is wrong with any adapter; none stays on the model, and the same adapters are live as
+            before.
+        SurgeryError: a name in `live` is neither on the model nor in the folder.
     """
     model, folder = unwrap(model), Path(folder)
     folders = {"default": folder} if names_in(folder) else {}
@@ -60,7 +70,7 @@ def load_adapters(
     known = [*(state.adapters if state is not None else []), *folders]
     if unknown := [name for name in wanted or [] if name not in known]:
         why = near_misses(unknown[0], known) or f"there are {', '.join(known)}"
-        raise SurgeryError(f"there is no adapter {unknown[0]!r}, which is to be live", why=why)
+        raise SurgeryError(f"live={unknown[0]!r} is not an adapter on the model or in the folder", why=why)
     reports, problems = dict[str, LoadReport](), list[SurgeryError]()
     for name, inner in folders.items():
         if wanted is not None and (reports or before):

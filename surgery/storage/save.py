@@ -1,4 +1,4 @@
-"""An adapter written into files, with the rules that made it."""
+"""Saves an adapter in files, with the rules that made it."""
 
 from __future__ import annotations
 
@@ -52,18 +52,30 @@ def save_adapter(
     >>> sorted(file.name for file in folder.iterdir())
     ['adapter_config.json', 'adapter_model.safetensors']
 
-    `format` "peft" is what PEFT reads; "surgery" (`adapter.safetensors` and `rules.json`) holds any rules; "auto" is
-    the first wherever it holds the adapter exactly, else the second. `metadata` is any data of JSON, `licence` a name;
-    both come back in the report of `load_adapter`. `config`: what PEFT's configuration is to say that is in no rule,
-    such as `{"task_type": "SEQ_CLS"}`. A merged adapter is saved as it was trained. `save_embedding_layers` (PEFT's):
-    whether PEFT's format has the base's embeddings, too; "auto", where "embed_tokens" or "lm_head" is a target, or the
-    vocabulary is not the one of the base of that name.
+    Args:
+        model: a model with the adapter.
+        folder: the folder; it is created if it is absent, and its other files stay.
+        adapter: the adapter's name; default "default".
+        format: "peft": the files that PEFT reads. "surgery": `adapter.safetensors` and `rules.json`, for any rules.
+            "auto" (default): "peft" if it holds the adapter exactly, otherwise "surgery".
+        metadata: JSON data that `load_adapter`'s report returns; default None.
+        licence: name of a licence, which `load_adapter`'s report returns; default None.
+        config: fields of PEFT's configuration that no rule has, such as `{"task_type": "SEQ_CLS"}`; default None.
+        state_dict: the model's state dict, gathered elsewhere (accelerate's `get_state_dict`); default None.
+        save_embedding_layers: whether PEFT's format contains the base's embeddings, too. "auto" (default): if
+            "embed_tokens" or "lm_head" is a target, or the vocabulary differs from the base of that name.
 
-    The folder is made where it is absent; other files in it stay. Killed at any moment, it holds the adapter that was
-    there before or this one, whole. Where processes share a sharded model, all of them call this, and the first writes;
-    or one alone, with a `state_dict` that was gathered elsewhere (accelerate's `get_state_dict`). Raises `SurgeryError`
-    where PEFT's format can't hold the adapter, a rule holds what is no data, a state dict lacks a tensor or is sharded,
-    or other processes have other parts of the model (a pipeline's stages).
+    Returns:
+        The folder's path.
+
+    Raises:
+        SurgeryError: PEFT's format can't hold the adapter; a rule holds something that is not data; a state dict lacks
+            a tensor or is sharded; or other processes have other parts of the model (a pipeline's stages).
+
+    Notes:
+        A merged adapter is saved as it was trained. If the process is killed, the folder holds either the previous
+        adapter or this one, whole. If processes share a sharded model, all of them call this function, and the first
+        one writes. Or one process calls it alone, with `state_dict`.
     """
     if format not in ("auto", "peft", "surgery"):
         raise SurgeryError(f"there is no format {format!r}", fix='"peft", "surgery", or "auto" for the first that fits')
@@ -74,7 +86,7 @@ def save_adapter(
         why = "its tensors came from the meta device by to_empty"
         raise SurgeryError(f"the adapter {adapter!r} has no values yet", why=why, fix="load them first")
     if Path(folder).exists() and not Path(folder).is_dir():
-        raise SurgeryError(f"{folder} is no folder", fix="an adapter is saved into a folder of its own")
+        raise SurgeryError(f"{folder} is not a folder", fix="an adapter is saved into a folder of its own")
     extra = {"base": fingerprint(model), "licence": licence, "metadata": _data(metadata)}
     alone = state_dict is not None
     if format != "surgery":
@@ -105,7 +117,7 @@ def _write_files(
     gone: tuple[str, ...],
     alone: bool,
 ) -> Path:
-    """Write two files; `extra` goes into the tensors' own, where PEFT passes over it."""
+    """Writes the two files; `extra` goes into the header of the tensors, which PEFT ignores."""
     folder, text = Path(folder), json.dumps(settings, indent=2, sort_keys=bool(extra)) + "\n"
     with nullcontext(True) if alone else writing(folder, tensors) as writes:
         if writes:
@@ -116,7 +128,7 @@ def _write_files(
 
 
 def _whole(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Sharded tensors gathered, which all processes take part in."""
+    """Gathers sharded tensors; all processes take part."""
     return {key: whole(tensor) for key, tensor in tensors.items()}
 
 

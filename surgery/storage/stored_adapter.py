@@ -161,7 +161,7 @@ def _of_surgery(settings: Mapping[str, Any], file: TensorFile) -> Stored:
         except SurgeryError as error:
             problems.append(error)
         except Exception as error:  # fields of any type may meet a rule's own checks
-            problems.append(RuleError(f"{str(data)[:200]} is no rule", why=f"{type(error).__name__}: {error}"))
+            problems.append(RuleError(f"{str(data)[:200]} is not a rule", why=f"{type(error).__name__}: {error}"))
     entry: Any = lambda plan, step, name: Entry(tensor_key(step.path, name))  # noqa: E731
     origin = origin_of({}, settings.get("base"))
     return Stored(rules, file, entry, problems, settings.get("base"), origin=origin, **_labels(settings))

@@ -158,7 +158,7 @@ def test_forms_of_lora_that_the_keys_show(tmp_path: Path) -> None:
     ("header", "extra", "told"),
     [
         ({"lora_adapter_metadata": "{"}, {}, "lora_adapter_metadata"),
-        ({"lora_adapter_metadata": "[1]"}, {}, "is no mapping"),
+        ({"lora_adapter_metadata": "[1]"}, {}, "is not a mapping"),
         ({"lora_adapter_metadata": {"text_encoder.r": 2}}, {}, "says nothing of unet"),
         ({"lora_adapter_metadata": {"unet.r": 2, "unet.lora_alpha": "x"}}, {}, "alpha"),
         ({"lora_adapter_metadata": {"unet.r": 2, "unet.lora_alpha": 2}}, {"unet.mid.to_q.alpha": 4.0}, "two alphas"),

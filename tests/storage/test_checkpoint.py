@@ -354,8 +354,8 @@ def test_damaged_files(tmp_path: Path) -> None:
         (whole[:100], "a header of"),
         (b"", "a header of 0 bytes in a file of 0"),
         ((2**62).to_bytes(8, "little") + whole[8:], "a header of 4611686018427387904 bytes"),
-        (whole[:8] + b"x" + whole[9:], "is no JSON"),
-        (whole[:8] + b"[" * length + whole[8 + length :], "is no JSON"),
+        (whole[:8] + b"x" + whole[9:], "is not JSON"),
+        (whole[:8] + b"[" * length + whole[8 + length :], "is not JSON"),
         (whole.replace(b'"F32"', b'"F16"', 1), "is damaged"),
         (whole.replace(b'"shape":[2,8]', b'"shape":[9,9]', 1), "is damaged"),
     ):
@@ -364,9 +364,9 @@ def test_damaged_files(tmp_path: Path) -> None:
     path.write_bytes(whole)
     config = folder / "adapter_config.json"
     for text, match in (
-        ("{", "is no JSON"),
+        ("{", "is not JSON"),
         ("[]", "no mapping"),
-        ('{"r": NaN}', "is no JSON"),
+        ('{"r": NaN}', "is not JSON"),
         ("{}", "PEFT's 'None'"),
     ):
         config.write_text(text)

@@ -90,6 +90,10 @@ def test_pushed_and_loaded_by_name(tmp_path: Path) -> None:
 def test_what_the_hub_does_not_have(tmp_path: Path) -> None:
     with hub() as (endpoint, _):
         told = run(MISSING, endpoint, tmp_path)
-    assert "RepositoryNotFoundError" in told and "there is no no such name!" in told and "there is no a/b/c" in told
+    assert (
+        "RepositoryNotFoundError" in told
+        and "'no such name!' is not a folder" in told
+        and "'a/b/c' is not a folder" in told
+    )
     refused = run(MISSING, "http://127.0.0.1:9", tmp_path)  # nothing listens there
     assert "the hub has not answered" in refused

@@ -46,17 +46,17 @@ class Checkpoint:
     def number(self, name: str, default: float) -> float:
         value = self.config.get(name, default)
         if type(value) not in (int, float) or not 0 < value < float("inf"):
-            raise SurgeryError(f"PEFT's {name}={str(value)[:80]!r} is no number above 0")
+            raise SurgeryError(f"PEFT's {name}={str(value)[:80]!r} is not a number above 0")
         return value
 
     def patterns(self, name: str) -> dict[str, Any]:
         """A mapping from patterns of paths to numbers above 0."""
         given = self.config.get(name) or {}
         if not isinstance(given, dict):
-            raise SurgeryError(f"PEFT's {name} is no mapping")
+            raise SurgeryError(f"PEFT's {name} is not a mapping")
         for key, value in given.items():
             if type(value) not in (int, float) or not 0 < value < float("inf"):
-                raise SurgeryError(f"PEFT's {name} has {str(value)[:80]!r} for {key!r}, which is no number above 0")
+                raise SurgeryError(f"PEFT's {name} has {str(value)[:80]!r} for {key!r}, which is not a number above 0")
             re.compile(key)
         return given
 

@@ -108,7 +108,7 @@ def _turned(key: np.ndarray, turn: Any) -> np.ndarray:
     angles, pairs = told.get("frequencies"), told.get("pairs")
     good = isinstance(angles, list) and all(type(one) in (int, float) for one in angles)
     if not good or pairs not in ("halves", "neighbours") or 2 * len(angles) > key.shape[-1]:  # type: ignore[arg-type]
-        raise SurgeryError("the manifest's turn is none", why=f"{turn!r}"[:200])
+        raise SurgeryError("the manifest's turn is not valid", why=f"{turn!r}"[:200])
     count, by = len(angles), np.array(angles, np.float64) * key.shape[1]  # type: ignore[arg-type]
     first = slice(0, count) if pairs == "halves" else slice(0, 2 * count, 2)
     second = slice(count, 2 * count) if pairs == "halves" else slice(1, 2 * count, 2)

@@ -75,7 +75,7 @@ def opened(path: str | Path, manifest: Manifest) -> dict[str, Any]:
         raise listed(f"{path.name} can't be used", [error]) from None
     except Exception as error:  # onnxruntime has none of its own for this
         why, fix = "onnxruntime finds none in it", "export_adapter and convert_peft write them"
-        problem = SurgeryError("it is no adapter, or damaged", why=why, fix=fix)
+        problem = SurgeryError("it is not an adapter file, or it is damaged", why=why, fix=fix)
         raise listed(f"{path.name} can't be used", [problem]) from error
     if sum_ != checksum(tensors):
         fix = "write it again: export_adapter, convert_peft or write_adapter; other programs' have no checksum"
@@ -94,7 +94,9 @@ def _array(name: str, value: Any) -> np.ndarray:
     """The numbers where they are, and not a copy, but for bfloat16."""
     kind = value.data_type()
     if name_of(kind) is None:  # of texts, onnxruntime would follow what the file says are their addresses
-        raise SurgeryError("it is no adapter, or damaged", where=name[:200], why=f"a {kind} is no tensor of numbers")
+        raise SurgeryError(
+            "it is not an adapter file, or it is damaged", where=name[:200], why=f"a {kind} is not a tensor of numbers"
+        )
     return array_of_value(value) if kind == NAMES["bfloat16"] else value.numpy()
 
 

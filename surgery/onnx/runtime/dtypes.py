@@ -41,7 +41,7 @@ def told(dtype: np.dtype) -> str:
 
 
 def name_of(runtime: str) -> str | None:
-    """The name of a type as onnxruntime says it, `tensor(float)`; None for what is no tensor of numbers."""
+    """The name of a type as onnxruntime says it, `tensor(float)`; None for what is not a tensor of numbers."""
     return _BY_RUNTIME.get(runtime)
 
 

@@ -285,7 +285,7 @@ def _session(path: Path, providers: Sequence[Any] | None, threads: int | None) -
     options.log_severity_level = 3  # else it warns of each slot that it is no constant
     if threads is not None:
         if type(threads) is not int or threads < 1:
-            raise SurgeryError(f"threads={threads!r} is no number of threads")
+            raise SurgeryError(f"threads={threads!r} is not a number of threads")
         options.intra_op_num_threads = threads
     there = onnxruntime.get_available_providers()
     for one in providers or ():

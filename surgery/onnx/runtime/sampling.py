@@ -22,7 +22,9 @@ def picker(do_sample: bool, temperature: float, top_k: int | None, top_p: float 
         return lambda logits: logits.argmax(-1)
     numbers = (int, float)
     if type(temperature) not in numbers or not 0 < temperature < float("inf"):
-        raise SurgeryError(f"temperature={temperature!r} is no number above 0", fix="do_sample=False is its limit at 0")
+        raise SurgeryError(
+            f"temperature={temperature!r} is not a number above 0", fix="do_sample=False is its limit at 0"
+        )
     if top_k is not None and (type(top_k) is not int or top_k < 1):
         raise SurgeryError(f"top_k={top_k!r} is no whole number from 1")
     if top_p is not None and (type(top_p) not in numbers or not 0 < top_p <= 1):
