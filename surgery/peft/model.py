@@ -322,7 +322,7 @@ class PeftModel(Facade):
             return upload(place, repo_id, card, commit_message, **where)
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
-        """The model's own `load_state_dict`; with adapters in the checkpoint, the base's frozen tensors may be absent."""
+        """The model's own `load_state_dict`; a checkpoint of adapters may lack the base's frozen tensors."""
         result = self._base.load_state_dict(state_dict, strict, assign)
         if any(".adapters." in key for key in state_dict):
             frozen = {name for name, parameter in self._base.named_parameters() if not parameter.requires_grad}

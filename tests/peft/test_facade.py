@@ -288,7 +288,7 @@ def test_what_can_not_be_held_is_refused_and_the_model_as_it_was() -> None:
         assert before.differences(model) == []
     with pytest.raises(SurgeryError, match="no configuration"):
         ours.get_peft_model(model, {"r": 3})
-    with pytest.raises(SurgeryError, match="is no model"):
+    with pytest.raises(SurgeryError, match="is not a model"):
         ours.get_peft_model("bert", ours.LoraConfig())  # type: ignore[arg-type]
     assert before.differences(model) == []
 

@@ -162,9 +162,9 @@ def test_forms_of_lora_that_the_keys_show(tmp_path: Path) -> None:
         ({"lora_adapter_metadata": {"text_encoder.r": 2}}, {}, "says nothing of unet"),
         ({"lora_adapter_metadata": {"unet.r": 2, "unet.lora_alpha": "x"}}, {}, "alpha"),
         ({"lora_adapter_metadata": {"unet.r": 2, "unet.lora_alpha": 2}}, {"unet.mid.to_q.alpha": 4.0}, "two alphas"),
-        ({"ss_network_alpha": "None"}, {}, "is no number"),
-        ({}, {"unet.mid.to_q.alpha": float("nan")}, "is no number"),
-        ({}, {"unet.mid.to_q.alpha": 0.0}, "is no number"),
+        ({"ss_network_alpha": "None"}, {}, "is not a number"),
+        ({}, {"unet.mid.to_q.alpha": float("nan")}, "is not a number"),
+        ({}, {"unet.mid.to_q.alpha": 0.0}, "is not a number"),
         ({"lora_adapter_metadata": {"unet.r": 2, "unet.use_qalora": True}}, {}, "use_qalora"),
     ],
 )

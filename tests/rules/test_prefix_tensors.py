@@ -266,7 +266,7 @@ def test_one_query_is_answered_without_a_copy_of_the_keys(
     from transformers.integrations.sdpa_attention import sdpa_attention_forward as sdpa
 
     from surgery.rules._attention import prefix
-    from surgery.rules.prefix import prefixed
+    from surgery.rules._attention.prefix import with_prefix
 
     module: Any = nn.Module()
     module.num_key_value_groups, module.is_causal = shared, True
@@ -284,7 +284,7 @@ def test_one_query_is_answered_without_a_copy_of_the_keys(
         mask = torch.randn(2, heads * shared, 1, keys)
     elif masked == "bias":
         more["position_bias"], mask = torch.randn(1, heads * shared, 1, keys), torch.rand(2, 1, 1, keys) > 0.5
-    attend = prefixed(*before)
+    attend = with_prefix(*before)
     expected = attend(sdpa, module, query, key, value, mask, **more)[0]
     monkeypatch.setattr(prefix, "_WORTHWHILE", 0)
     monkeypatch.setattr("torch.nn.functional.scaled_dot_product_attention", None)  # the other way is not taken
