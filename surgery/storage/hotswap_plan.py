@@ -281,7 +281,7 @@ def _tensor(step: PlannedRule) -> Callable[[str, bool], Tensor]:
 
 def _same_code(step: PlannedRule, site: Living) -> bool:
     """Whether the code that runs at a site is what a rule would make there."""
-    if step.rule.differing(site.applied.rule):
+    if step.rule.differing_fields(site.applied.rule):
         return False  # what a field says is saved with the adapter, whether or not it is in the code
     return step.inside or layer_of(site.applied, site.module, site.path, step.own).tape == step.tape
 
