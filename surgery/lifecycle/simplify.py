@@ -12,7 +12,7 @@ from surgery.authoring.live_site import LiveSite
 from surgery.authoring.rule import Rule
 from surgery.errors import RuleError
 from surgery.forward.parameter_view import find_tensor
-from surgery.model_record.state_dict import given_tensors
+from surgery.model_record.state_dict import select_adapter_tensors
 from surgery.model_record.verb_root import rewritten
 from surgery.patterns.module_walk import RESERVED
 from surgery.state.adapter_tensors import tensors_of
@@ -56,7 +56,7 @@ def folded_adapter(
     adapter_names(state, adapter)
     plainer = ByRule[Rule]()
     tensors: dict[str, Tensor] = {}
-    state_dict = given_tensors(root, adapter, state_dict)
+    state_dict = select_adapter_tensors(root, adapter, state_dict)
     at = state.rules_at((adapter,))
     for path, module, _ in sites(root):
         site_tensors = dict(tensors_of(module, adapter, path, state_dict))

@@ -1,1 +1,1 @@
-"""Adapters folded into the base's weights, and taken out again."""
+"""Folds adapters into the base's weights and takes them out again."""

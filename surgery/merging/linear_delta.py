@@ -1,4 +1,4 @@
-"""ΔW of a rule that says its contribution is linear: its branch is run on the identity, and tried on random inputs."""
+"""Derives ΔW of a rule with `linear = True`: runs its branch on the identity, and tests it on random inputs."""
 
 from __future__ import annotations
 
@@ -18,23 +18,23 @@ from surgery.errors import MergeError
 from surgery.forward.parameter_view import call_own
 from surgery.patterns.pattern import qualified_name
 
-__all__ = ["merged_by"]
+__all__ = ["merged_tensors"]
 
-_SLACK = 1e-4  # a rule may compute in float32; one that is not linear is off by its own size
+_SLACK = 1e-4  # a rule may compute in float32; the error of a rule that is not linear is as large as its output
 
 
-def merged_by(rule: Rule, site: LiveSite) -> Mapping[str, Change]:
-    """The base's parameters with a rule folded in, as its `merged` says, or derived where it is linear."""
+def merged_tensors(rule: Rule, site: LiveSite) -> Mapping[str, Change]:
+    """The base's parameters with a rule folded in: from the rule's `merged`, or derived if the rule is linear."""
     if rule.linear and type(rule).merged is Mergeable.merged:
         return _derived(rule, site)
     return rule.merged(site)
 
 
 def _derived(rule: Rule, site: LiveSite) -> dict[str, Tensor]:
-    """The new weight of a Linear or Conv1D under a linear rule. `MergeError` where it is none, or the rule is not."""
-    turned = _turned(site)
+    """The new weight of a Linear or Conv1D under a linear rule; `MergeError` for other modules or rules."""
+    transposed = _is_transposed(site)
     weight = site.weight.detach()
-    inner, out = weight.shape if turned else weight.t().shape
+    inner, out = weight.shape if transposed else weight.t().shape
     double = torch.float64 if weight.device.type != "mps" else torch.float32
     double = double.to_complex() if weight.is_complex() else double
     draw = torch.Generator().manual_seed(0)
@@ -55,16 +55,16 @@ def _derived(rule: Rule, site: LiveSite) -> dict[str, Tensor]:
         off = (contribution(x, other) - expected).abs().max()
         if not off <= _SLACK * (expected.abs().max() + other.abs().max() * 1e-3):
             raise MergeError(
-                f"{rule.label} says that it is linear, and it is not",
+                f"{rule.label} says linear = True, and it is not linear",
                 where=site.path,
-                why=f"on a random input its contribution is {off:.3g} off what its ΔW gives",
-                fix="take linear = True from it, or write its `merged`",
+                why=f"on a random input its contribution differs by {off:.3g} from that of its ΔW",
+                fix="remove linear = True from the rule, or write its `merged`",
             )
-    return {"weight": (weight.to(double) + (delta if turned else delta.t())).to(weight.dtype)}
+    return {"weight": (weight.to(double) + (delta if transposed else delta.t())).to(weight.dtype)}
 
 
-def _turned(site: LiveSite) -> bool:
-    """Whether the weight holds the map's transpose: (in, out)."""
+def _is_transposed(site: LiveSite) -> bool:
+    """Whether the weight is stored transposed: (in, out)."""
     base = site.base_class
     if base.forward is nn.Linear.forward:
         return False
@@ -74,13 +74,13 @@ def _turned(site: LiveSite) -> bool:
     raise MergeError(
         f"ΔW can't be derived on a {base.__name__}",
         where=site.path,
-        why="that is done where the module is a plain linear map: Linear and transformers' Conv1D",
+        why="ΔW is derived only for plain linear maps: Linear and transformers' Conv1D",
         fix="keep the adapter unmerged, or write the rule's `merged`",
     )
 
 
 class _Trial(SiteFacts):
-    """What a rewrite sees, with tensors for values."""
+    """A site for a rewrite, with tensors instead of recorded values."""
 
     training = False
 
@@ -104,7 +104,7 @@ class _Trial(SiteFacts):
 
     def tensor(self, name: str) -> Tensor:
         if self.rule.additive:
-            raise self._refused(f"it reads the base's {name}", "say additive = False in it: then it merges only whole")
+            raise self._refused(f"it reads the base's {name}", "set additive = False: then all adapters merge together")
         return self._exact(self.live.base(name))
 
     def param(self, name: str, *_: Any, **__: Any) -> Tensor:
@@ -130,4 +130,4 @@ class _Trial(SiteFacts):
         return tensor.to(self.input.dtype) if is_number(tensor) else tensor
 
     def _refused(self, why: str, fix: str) -> MergeError:
-        return MergeError(f"{self.rule.label} says that it is linear", where=self.path, why=why, fix=fix)
+        return MergeError(f"{self.rule.label} says linear = True, and it is not", where=self.path, why=why, fix=fix)

@@ -1,16 +1,16 @@
-"""Merging: rules with a closed form are folded into the base's own parameters, and taken out again to the bit."""
+"""`merge` and `unmerge`: fold rules with a closed form into the base's parameters, and take them out to the bit."""
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from surgery.arithmetic.exact_fold import LowRank, Rows, weighted
+from surgery.arithmetic.exact_fold import Change, LowRank, Rows, weighted
 from surgery.arithmetic.sharded_tensors import sharding_of
 from surgery.authoring.hook_call import HookCall
 from surgery.authoring.live_site import LiveSite
@@ -18,7 +18,7 @@ from surgery.errors import MergeError, PlanError, SurgeryError, SurgeryWarning
 from surgery.forward.own_forward import own_forward
 from surgery.forward.packed_weights import UNPACKED, is_packed
 from surgery.forward.parameter_view import tensor_at
-from surgery.merging.linear_delta import merged_by
+from surgery.merging.linear_delta import merged_tensors
 from surgery.merging.site_folding import Keep, SiteFolding, check_foldable, fold_together, verify_records
 from surgery.model_record.verb_root import rewritten, with_lost
 from surgery.patterns.parameter_owners import Owners
@@ -42,7 +42,14 @@ M = TypeVar("M", bound=nn.Module)
 
 @dataclass(frozen=True)
 class MergeReport:
-    """What a merge did: adapters, sites, and the bytes kept so that `unmerge` gives the bits back."""
+    """The result of a merge.
+
+    Attributes:
+        adapters: the names of the merged adapters.
+        sites: the number of sites.
+        nbytes: the bytes kept so that `unmerge` restores the weights' bits.
+        entries: the number of entries of the folded weights.
+    """
 
     adapters: tuple[str, ...]
     sites: int
@@ -63,7 +70,7 @@ def merge(
     untie: bool = False,
     safe: bool = False,
 ) -> MergeReport:
-    """Fold an adapter (or all) into the base's own parameters; the sites get their own classes back.
+    """Fold adapters into the base's parameters, so their sites run their own classes again.
 
     >>> import torch
     >>> from torch import nn
@@ -77,38 +84,47 @@ def merge(
     >>> torch.equal(model[0].weight, before)
     True
 
-    `keep="record"` (default) keeps a small correction record (see `surgery.arithmetic.exact_fold`) and is exact
-    whatever the number of threads or the device; `keep="copy"` keeps the original weights, which is faster.
-    `untie=True` gives a site whose weight another module shares one of its own while merged; a model of transformers
-    says meanwhile, in its config and elsewhere, that nothing is tied, so that `tie_weights` and checkpoints keep it.
-    `safe=True` (PEFT's safe_merge) refuses results that are not finite before anything is touched.
+    Args:
+        model: the model.
+        adapter: a name or several names. None: all live adapters.
+        keep: "record" keeps a small correction (see `surgery.arithmetic.exact_fold`), exact for any number of threads
+            and any device. "copy" keeps the original weights, which is faster.
+        untie: whether a site whose weight another module shares gets a weight of its own while merged. The config of a
+            transformers model then says that nothing is tied, so `tie_weights` and checkpoints keep the weights apart.
+        safe: whether results that are not finite raise before the model changes (PEFT's safe_merge).
 
-    Raises `MergeError` (or `PlanError` with one for each site) where a rule has no closed form, a weight is shared,
-    packed or sharded, or the model is merged with other adapters; the model is then as it was. Where just these are
-    merged already, nothing happens, and a `SurgeryWarning` says so.
+    Returns:
+        A `MergeReport`. If exactly these adapters are merged already, nothing happens, and a `SurgeryWarning` says so.
+
+    Raises:
+        PlanError: one `MergeError` for each site with a rule without a closed form, or with a packed or sharded weight.
+        MergeError: a weight that another module shares, or a result that is not finite.
+        SurgeryError: an unknown adapter. In all cases the model is unchanged.
+
+    PEFT: `merge_adapter`.
     """
     model, state = rewritten(model)
     names = adapter_names(state, adapter)
     check_free(model)
     if adapter is None:
         names = [name for name in names if state.standing[name].live]
-    live = [name for name, standing in state.standing.items() if standing.live]  # idle ones do nothing
-    counting = {*names, *live}
-    at, beside = state.rules_at(names), state.rules_at(counting)
+    live = [name for name, standing in state.standing.items() if standing.live]  # idle adapters have no effect
+    counted = {*names, *live}
+    chosen_at, all_at = state.rules_at(names), state.rules_at(counted)
     for _, module, site in sites(model):
-        if id(module) not in beside:  # one that is none by the record, such as a copy of a layer
-            beside[id(module)] = [applied for applied in site.applied if applied.adapter in counting]
-            at[id(module)] = [applied for applied in site.applied if applied.adapter in names]
-    found = [(path, module, site) for path, module, site in sites(model) if at.get(id(module))]
+        if id(module) not in all_at:  # not in the model record, such as a copied layer
+            all_at[id(module)] = [applied for applied in site.applied if applied.adapter in counted]
+            chosen_at[id(module)] = [applied for applied in site.applied if applied.adapter in names]
+    chosen_sites = [(path, module, site) for path, module, site in sites(model) if chosen_at.get(id(module))]
     problems = [
         problem
-        for path, module, site in found
-        for problem in _objections(path, module, site, at[id(module)], beside[id(module)])
+        for path, module, site in chosen_sites
+        for problem in _objections(path, module, site, chosen_at[id(module)], all_at[id(module)])
     ]
     merged = [(path, module, site) for path, module, site in sites(model) if site.merged is not None]
     if merged and all(set(_merged(site).adapters) == set(names) for _, _, site in merged):
-        told = f"{', '.join(names)} {'is' if len(names) == 1 else 'are'} merged already: nothing happens"
-        warnings.warn(told, SurgeryWarning, stacklevel=3)
+        warning = f"{', '.join(names)} {'is' if len(names) == 1 else 'are'} merged already: nothing happens"
+        warnings.warn(warning, SurgeryWarning, stacklevel=3)
         return _report(names, merged)
     problems += [_already(path, site) for path, _, site in merged][:1]
     if problems:
@@ -116,63 +132,81 @@ def merge(
     owners, waiting = Owners(model), list[Any]()
     with torch.no_grad():
         if safe:
-            for path, module, site in found:
-                _check_finite(owners, path, module, site, at[id(module)], untie)
+            for path, module, site in chosen_sites:
+                _check_finite(owners, path, module, site, chosen_at[id(module)], untie)
         with Journal() as journal:
-            for path, module, site in found:
-                _merge_site(owners, path, module, site, names, at[id(module)], keep, untie, journal, waiting)
-                staying = [one for one in beside[id(module)] if one.live and one.adapter not in names]
+            for path, module, site in chosen_sites:
+                _merge_site(owners, path, module, site, names, chosen_at[id(module)], keep, untie, journal, waiting)
+                staying = [
+                    rule_record
+                    for rule_record in all_at[id(module)]
+                    if rule_record.live and rule_record.adapter not in names
+                ]
                 install_live(module, journal, live=staying)
             fold_together(waiting)
-            if any(_merged(site).tied for _, _, site in found):
+            if any(_merged(site).tied for _, _, site in chosen_sites):
                 journal.keep(state.__dict__)
                 state.untied = say_untied(model, journal)
-    return _report(names, found)
+    return _report(names, chosen_sites)
 
 
-def _report(names: Sequence[str], found: Sequence[tuple[str, nn.Module, SiteState]]) -> MergeReport:
-    folds = [(tensor_at(module, name), record) for _, module, site in found for name, record in _merged(site).folds]
+def _report(names: Sequence[str], merged_sites: Sequence[tuple[str, nn.Module, SiteState]]) -> MergeReport:
+    folds = [
+        (tensor_at(module, name), record) for _, module, site in merged_sites for name, record in _merged(site).folds
+    ]
     entries = {id(tensor): tensor.numel() for tensor, _ in folds}
-    return MergeReport(tuple(names), len(found), sum(record.nbytes for _, record in folds), sum(entries.values()))
+    return MergeReport(
+        tuple(names), len(merged_sites), sum(record.nbytes for _, record in folds), sum(entries.values())
+    )
 
 
 @verb
 def unmerge(model: M, *, check: bool = True) -> M:
-    """Take out what `merge` folded in: the base's bits and the live adapters are as before. See `merge`.
+    """Take the folds of `merge` out of the weights: the base's bits and the live adapters are restored. See `merge`.
 
-    A base weight that changed while merged is a `MergeError`, found by checksum before anything is touched;
-    `check=False` takes the fold out all the same, as well as it can be. Where nothing is merged, nothing happens, and a
-    `SurgeryWarning` says so.
+    Args:
+        model: the model. If nothing is merged, nothing happens, and a `SurgeryWarning` says so.
+        check: whether a weight must be unchanged since the merge, by its checksum. False: subtract the folds anyway.
+
+    Returns:
+        The same model object.
+
+    Raises:
+        MergeError: a base weight changed while merged, or is quantised or sharded now. The model is unchanged.
+
+    PEFT: `unmerge_adapter`.
     """
     root, state = rewritten(model, lost=not check)
     check_free(root)
     if not any(site.merged is not None for _, _, site in with_lost(root, state)):
         warnings.warn("nothing is merged: nothing happens", SurgeryWarning, stacklevel=3)
-    return unmerged(model, check)
+    return ensure_unmerged(model, check)
 
 
 @verb
-def unmerged(model: M, check: bool = True) -> M:
-    """The model with nothing merged, whether or not anything was."""
+def ensure_unmerged(model: M, check: bool = True) -> M:
+    """Unmerge the model if it is merged."""
     root, state = rewritten(model, lost=not check)
-    found = [(path, module, site) for path, module, site in with_lost(root, state) if site.merged is not None]
-    for path, module, site in found:
+    merged_sites = [(path, module, site) for path, module, site in with_lost(root, state) if site.merged is not None]
+    for path, module, site in merged_sites:
         if site.merged is not None and site.merged.folds and (refused := sharding_of(module)) is not None:
-            why = f"{refused[0]}; what the merge folded in was noted of whole ones"
+            why = f"{refused[0]}; the merge noted its folds for whole weights"
             fix = "unmerge(model) before sharding, or forget(model) to keep the weights as they are"
             raise MergeError("the site can't be unmerged", where=path, why=why, fix=fix)
-    folds = [(tensor_at(module, name), r, path) for path, module, site in found for name, r in _merged(site).folds]
+    folds = [
+        (tensor_at(module, name), r, path) for path, module, site in merged_sites for name, r in _merged(site).folds
+    ]
     verify_records([(tensor, record) for tensor, record, _ in folds], [path for *_, path in folds], check)
     live = state.rules_at([name for name, standing in state.standing.items() if standing.live])
     with torch.no_grad(), Journal() as journal:
         take_out_folds(journal, folds[::-1], check=check)
-        for _, module, site in found:
+        for _, module, site in merged_sites:
             keep_site(journal, module)
             merged = _merged(site)
             for name, parameter in merged.tied.items():
-                held_by = _owner(module, name)._parameters
-                journal.keep(held_by)
-                held_by[name.rpartition(".")[2]] = parameter
+                parameters = _owner(module, name)._parameters
+                journal.keep(parameters)
+                parameters[name.rpartition(".")[2]] = parameter
             site.merged = None
             install_live(module, journal, live=live.get(id(module)))
         journal.keep(state.__dict__)
@@ -227,10 +261,15 @@ def _check_finite(
         )
 
 
-def _changes(module: nn.Module, site: SiteState, chosen: list[Applied], folding: SiteFolding) -> Any:
-    # As in the graph: a rule that puts another parameter in the base's place acts before those that add to its output,
-    # and one that changes the input acts on all of them, the last to come first.
-    own = own_forward(module, site.base) if len(chosen) > 1 else None  # one rule alone needs no order
+def _changes(
+    module: nn.Module, site: SiteState, chosen: list[Applied], folding: SiteFolding
+) -> Iterator[dict[str, Change]]:
+    """The changes of each rule at a site, in the order of the graph.
+
+    Rules that replace a parameter act before rules that add to the output. Rules that change the input act on both, the
+    last applied first.
+    """
+    own = own_forward(module, site.base) if len(chosen) > 1 else None  # a single rule needs no order
     replacing, adding, on_input = [], [], []
     for applied in chosen:
         replaced = layer_of(applied, module, site.path, own).tape.replaced() if own is not None else ()
@@ -241,7 +280,7 @@ def _changes(module: nn.Module, site: SiteState, chosen: list[Applied], folding:
             folding.mark_base()
         live = LiveSite(module, site.path, applied.adapter, tensors_of(module, applied.adapter), folding.source)
         with HookCall(applied.rule, "merged", site.path):
-            changes = dict(merged_by(applied.rule, live))
+            changes = dict(merged_tensors(applied.rule, live))
             for name, change in changes.items():
                 if not isinstance(change, (LowRank, Rows, Tensor)):
                     raise TypeError(f"{name} is given a {type(change).__name__}, not a tensor, LowRank or Rows")
@@ -263,40 +302,40 @@ def _untie(owners: Owners, module: nn.Module, name: str, merged: Merged, journal
 
 
 def _objections(
-    path: str, module: nn.Module, site: SiteState, chosen: list[Applied], counting: list[Applied]
+    path: str, module: nn.Module, site: SiteState, chosen: list[Applied], counted: list[Applied]
 ) -> list[SurgeryError]:
-    """Why these rules can't be merged at a site, where `counting` are they and what else is live there."""
-    found: list[SurgeryError] = []
+    """Why the chosen rules can't be merged at a site. `counted`: the chosen rules and the other live rules there."""
+    problems: list[SurgeryError] = []
     refused = reason_against(module)
     if refused is not None:
-        found.append(MergeError("the site can't be merged", where=path, why=refused[0], fix=refused[1]))
+        problems.append(MergeError("the site can't be merged", where=path, why=refused[0], fix=refused[1]))
     for name in dict.fromkeys(applied.adapter for applied in chosen):
         if (box := box_of(module, name)) is not None and without_values(box):
             why = "its tensors came from the meta device by to_empty"
-            found.append(
+            problems.append(
                 MergeError(f"the adapter {name!r} has no values yet", where=path, why=why, fix="load them first")
             )
     for applied in chosen:
         rule = applied.rule
         if not rule.mergeable:
             why = rule.why_not_merged
-            found.append(MergeError(f"{rule.label} can't be merged", where=path, why=why, fix="keep it unmerged"))
-    if len(chosen) < len(counting) and not all(applied.rule.additive for applied in counting):
+            problems.append(MergeError(f"{rule.label} can't be merged", where=path, why=why, fix="keep it unmerged"))
+    if len(chosen) < len(counted) and not all(applied.rule.additive for applied in counted):
         others = ", ".join(
-            f"{a.rule.label} [{a.adapter}]" for a in counting if a.adapter not in {one.adapter for one in chosen}
+            f"{a.rule.label} [{a.adapter}]" for a in counted if a.adapter not in {applied.adapter for applied in chosen}
         )
-        why = f"{others} is on the same site, and what it does depends on the order"
-        found.append(
+        why = f"{others} is on the same site, and its effect depends on the order"
+        problems.append(
             MergeError(
                 "part of a stack can't be merged here", where=path, why=why, fix="merge all adapters: merge(model)"
             )
         )
-    if not found and len(chosen) > 1:
+    if not problems and len(chosen) > 1:
         problem = hidden(chosen, module, site.path, own_forward(module, site.base))
-        found += [problem] if problem is not None else []
-    if not found:
-        found += _packed(path, module, site, chosen)
-    return found
+        problems += [problem] if problem is not None else []
+    if not problems:
+        problems += _packed(path, module, site, chosen)
+    return problems
 
 
 def _packed(path: str, module: nn.Module, site: SiteState, chosen: list[Applied]) -> list[SurgeryError]:
@@ -310,9 +349,9 @@ def _packed(path: str, module: nn.Module, site: SiteState, chosen: list[Applied]
 
 
 def _already(path: str, site: SiteState) -> MergeError:
-    held_now = ", ".join(_merged(site).adapters)
+    adapters = ", ".join(_merged(site).adapters)
     return MergeError(
-        "the model is merged already", where=path, why=f"its weights hold {held_now}", fix="unmerge(model) first"
+        "the model is merged already", where=path, why=f"its weights hold {adapters}", fix="unmerge(model) first"
     )
 
 

@@ -1,4 +1,4 @@
-"""The merged model as an ordinary checkpoint, which needs nothing of this package."""
+"""`merge_to`: writes the merged model as a plain transformers checkpoint, which loads without this package."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Any
 from torch import nn
 
 from surgery.errors import SurgeryError, abbreviate
-from surgery.merging.merge import merge, unmerged
+from surgery.merging.merge import ensure_unmerged, merge
 from surgery.model_record.verb_root import records_in, rewritten
 from surgery.state.tied_weights import why_not_said
 from surgery.transaction.neutral_context import verb
@@ -33,25 +33,34 @@ def merge_to(
     untie: bool = False,
     tokenizer: Any = None,
 ) -> Path:
-    """Write the model with an adapter (or several, or all) folded in, as a plain checkpoint of transformers.
+    """Write the model with adapters merged, as a plain transformers checkpoint.
 
         merge_to(model, "merged")
         AutoModelForCausalLM.from_pretrained("merged")      # without this package
 
-    For models with `save_pretrained`; config and generation config go along, and `tokenizer` (or a processor), by
-    default the files of the folder that the model was loaded from. The model is merged for the time of writing and
-    unmerged after it, whatever happens: to the bit what it was. `untie=True` is `merge`'s, for a head that shares the
-    embedding's weight; the checkpoint then says that they are not tied. Files of these names in the folder are
-    replaced one by one when all are written.
+    The model is merged while writing and unmerged afterwards, also after an error: its bits do not change. Config and
+    generation config are written, too. Existing files in the folder are replaced one by one after all are written.
 
-    Raises `SurgeryError` for a model without `save_pretrained` and whatever `merge` refuses, and writes nothing then.
+    Args:
+        model: a model with `save_pretrained`.
+        folder: the folder to write to; created if it does not exist.
+        adapter: a name or several names. None: all live adapters.
+        untie: as for `merge`, for a head that shares the embedding's weight. The checkpoint says that they are not
+            tied.
+        tokenizer: a tokenizer or processor to save. None: copies the files of the folder that the model comes from.
+
+    Returns:
+        The folder.
+
+    Raises:
+        SurgeryError: the model does not have `save_pretrained`, or `merge` fails. No file is written.
     """
     model, _ = rewritten(model)
     if inner := records_in(model, below=True):
         raise SurgeryError(
             "part of this model has rules of its own",
             where=abbreviate(inner, "parts"),
-            why="a plain checkpoint would be without them",
+            why="a plain checkpoint does not contain them",
             fix="merge and forget those first",
         )
     save = plain_saving(model)
@@ -75,13 +84,13 @@ def merge_to(
             _copy_tokenizer(model, place)
         for file in sorted(place.iterdir()):
             os.replace(file, folder / file.name)
-        unmerged(model)
+        ensure_unmerged(model)
     finally:
         shutil.rmtree(place, ignore_errors=True)
     return folder
 
 
-_UNTIED = "merge(model, untie=True) and go on with this model; or leave the tied modules out of the rule's targets"
+_UNTIED = "merge(model, untie=True) and keep this model; or exclude the tied modules from the rule's targets"
 
 
 def _merge(model: nn.Module, adapter: str | Sequence[str] | None, untie: bool) -> None:

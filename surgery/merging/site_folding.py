@@ -1,4 +1,4 @@
-"""Folding changes into a module's own parameters: what may be folded, and the chain of folds at one site."""
+"""Folds changes into a module's parameters: checks of the parameters, and the sequence of folds at one site."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ Fold = tuple[str, Record]
 def check_foldable(
     owners: Owners, module: nn.Module, name: str, change: Change, where: str, untie: bool = False
 ) -> None:
-    """`MergeError` where a parameter can't take a change: absent, packed, sharded, or shared with another module."""
+    """Raise `MergeError` if a parameter can't be folded into: absent, packed, sharded, or shared by modules."""
     parameter = find_tensor(module, name)
     if parameter is None:
         raise MergeError(f"{type(module).__name__} has no tensor {name!r} to fold into", where=where)
@@ -36,7 +36,7 @@ def check_foldable(
     if subclass or (isinstance(change, LowRank) and not is_number(parameter)):
         kind = type(parameter).__name__ if subclass else parameter.dtype
         raise MergeError(
-            f"nothing can be folded into the {name} of this {type(module).__name__}",
+            f"a change can't be folded into the {name} of this {type(module).__name__}",
             where=where,
             why=f"it is a {kind}: packed, quantised or sharded",
             fix="keep the adapter unmerged" + (f", or {UNPACKED}" if is_packed(parameter) else ""),
@@ -51,6 +51,7 @@ def check_foldable(
 
 
 def fold_into(module: nn.Module, name: str, change: Change, *, keep: Keep, where: str, journal: Journal) -> Record:
+    """Fold one change into a tensor of a module, and return the record that takes it out."""
     tensor = tensor_at(module, name)
     if isinstance(change, Tensor) and change.shape != tensor.shape:
         raise MergeError(f"a new {name} has the shape {tuple(change.shape)}, not {tuple(tensor.shape)}", where=where)
@@ -58,45 +59,45 @@ def fold_into(module: nn.Module, name: str, change: Change, *, keep: Keep, where
 
 
 def verify_records(folds: Sequence[tuple[Tensor, Record]], where: str | Sequence[str], check: bool = True) -> None:
-    """`MergeError` where a tensor no longer holds what its last fold left there, or is packed; touches nothing.
+    """Raise `MergeError` if a tensor changed since its last fold, or is packed now. Changes nothing.
 
-    `where`: the module's path, or one for each fold. `check=False`: the tensors' bits don't matter.
+    `where`: the module's path, or a path for each fold. `check=False`: do not compare checksums.
     """
     paths = [where] * len(folds) if isinstance(where, str) else where
     last = {id(tensor): (tensor, record, path) for (tensor, record), path in zip(folds, paths, strict=True)}
     plain = [tensor for tensor, _, _ in last.values() if type(tensor) in (nn.Parameter, Tensor)] if check else []
-    sums = {id(tensor): found for tensor, found in zip(plain, checksums_of(plain), strict=True)}
+    sums = {id(tensor): checksum for tensor, checksum in zip(plain, checksums_of(plain), strict=True)}
     for tensor, record, where in last.values():
         if is_packed(tensor) and tensor.dtype != record.dtype or type(tensor) not in (nn.Parameter, Tensor):
             raise MergeError(
                 "the base's weight was quantised since a rule folded into it",
                 where=where,
-                why=f"it is a {type(tensor).__name__} now, and what was folded in can't be taken out of that",
-                fix="load the base anew",
+                why=f"it is a {type(tensor).__name__} now, and a fold can't be taken out of that",
+                fix="load the base again",
             )
         if check and sums[id(tensor)] != record.after:
             raise MergeError(
                 "the base's weight changed since a rule folded into it",
                 where=where,
                 why="it was trained, loaded, or converted to another dtype in between",
-                fix="put those bits back, or pass check=False to take the change out all the same",
+                fix="restore those bits, or pass check=False to subtract the change anyway",
             )
 
 
 def fold_together(waiting: list[tuple[SiteFolding, str, LowRank]]) -> None:
-    """Do what `SiteFolding.finish_with` left."""
+    """Do the folds that `SiteFolding.finish_with` deferred, as one batch."""
     tensors = [folding.tensor(name) for folding, name, _ in waiting]
-    made = [
+    folds = [
         batched_folds.Fold(tensor, change, folding.where, keep_fold(folding.journal, tensor))
         for tensor, (folding, _, change) in zip(tensors, waiting, strict=True)
     ]
-    for (folding, name, _), record in zip(waiting, batched_folds.fold_all(made), strict=True):
+    for (folding, name, _), record in zip(waiting, batched_folds.fold_all(folds), strict=True):
         folding.done.append((name, record))
     waiting.clear()
 
 
 class SiteFolding:
-    """The folds of one site in their order. Low-rank changes of neighbouring rules are joined: one rounding for all."""
+    """The folds of one site in order. Low-rank changes of consecutive rules are joined, so they round once."""
 
     def __init__(self, module: nn.Module, where: str, keep: Keep, journal: Journal, dry: bool = False):
         self.module, self.where, self.journal = module, where, journal
@@ -104,10 +105,10 @@ class SiteFolding:
         self.done: list[Fold] = []
         self._base = 0
         self._pending: dict[str, list[LowRank]] = {}
-        self._trial: dict[str, Tensor] | None = {} if dry else None  # copies stand in for the module's own tensors
+        self._trial: dict[str, Tensor] | None = {} if dry else None  # copies, used instead of the module's tensors
 
     def source(self, name: str, base: bool) -> Tensor:
-        """A tensor as the rule now folding finds it; or the base's, before anything was added to it."""
+        """A tensor as the present rule sees it, or (`base`) as it was before any rule added to it."""
         self._flush(name)
         records = [record for done, record in self.done[self._base :] if done == name]
         tensor = self.tensor(name)
@@ -129,7 +130,7 @@ class SiteFolding:
         self._fold(name, change)
 
     def mark_base(self) -> None:
-        """What is folded so far took the place of the base's own parameters; what comes now is added to them."""
+        """The folds so far replaced the base's parameters; the following folds add to them."""
         self._base = len(self.finish())
 
     def finish(self) -> list[Fold]:
@@ -138,13 +139,13 @@ class SiteFolding:
         return self.done
 
     def finish_with(self, others: list[tuple[SiteFolding, str, LowRank]]) -> list[Fold]:
-        """`finish`; or where all that is to be done is one low-rank change, leave it to `fold_together` with others."""
+        """As `finish`, but a single low-rank change is deferred to `fold_together`, which does those of all sites."""
         pending = [(name, change) for name, changes in self._pending.items() for change in changes]
         if self.done or len(pending) != 1 or self.keep != "record":
             return self.finish()
         self._pending.clear()
         others.append((self, *pending[0]))
-        return self.done  # filled then
+        return self.done  # `fold_together` fills it
 
     def finite(self) -> str | None:
         """The first tensor that is not finite after the folds, or None."""

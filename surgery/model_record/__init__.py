@@ -1,1 +1,1 @@
-"""A model's record as a whole: where each verb begins, and state dicts by adapter."""
+"""Finds a model's record, where each verb begins, and gives state dicts by adapter."""

@@ -1,4 +1,4 @@
-"""Records go along where a site's module was made anew around the same parameters and adapters (SyncBatchNorm)."""
+"""Moves a site's record to a new module that replaces the site's module and keeps its tensors (SyncBatchNorm)."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _BATCH_NORM = nn.modules.batchnorm._BatchNorm
 
 
 def follow(root: nn.Module, state: ModelState, lost: Iterable[nn.Module]) -> list[nn.Module]:
-    """Move the records of modules that others took the place of with all they had; returns those without such."""
+    """Move the records of lost modules to the modules that replaced them; return the modules without a replacement."""
     left = []
     for old in lost:
         site = site_state(old)
@@ -41,7 +41,7 @@ def follow(root: nn.Module, state: ModelState, lost: Iterable[nn.Module]) -> lis
 
 
 def _took_over(old: nn.Module, new: nn.Module) -> bool:
-    """Whether a module has the other's adapters and its very parameters, as `convert_sync_batchnorm` makes it."""
+    """Whether `new` has the adapters and the same parameter objects as `old`, as after `convert_sync_batchnorm`."""
     mine, other = new._modules.get(RESERVED), old._modules.get(RESERVED)
     parameters = {**old._parameters}
     same = all(new._parameters.get(name) is parameter for name, parameter in parameters.items())
@@ -50,7 +50,7 @@ def _took_over(old: nn.Module, new: nn.Module) -> bool:
 
 
 def move_record(state: ModelState, old: nn.Module, new: nn.Module, journal: Journal) -> None:
-    """Make another module the site of a record. What the rules did is recorded anew on it when it gets its class."""
+    """Make `new` the site of a record. The rules' rewrites are recorded again when `new` gets its class."""
     site = site_state(old)
     assert site is not None
     for module in (old, new):
@@ -74,11 +74,11 @@ def _replace(state: ModelState, old: nn.Module, new: nn.Module) -> None:
     state.links = None
 
 
-# Batch norms, which are converted once everything else is set up ------------------------------------------------
+# Batch norms, which users convert after everything else is set up ----------------------------------------------
 
 
 class BatchNormWatch:
-    """A hook on the model, where rules are on batch norms: they have followed before the first call of the new ones."""
+    """A forward pre-hook of models with rules on batch norms: moves records before the new modules are called."""
 
     def __init__(self, model: nn.Module):
         self.model = model
@@ -96,7 +96,7 @@ class BatchNormWatch:
 
 
 def watch(model: nn.Module, state: ModelState, journal: Journal) -> None:
-    """Have rules on batch norms follow `convert_sync_batchnorm`: those of the adapter that came last."""
+    """Add the hook if the last applied adapter has rules on batch norms."""
     watched = any(isinstance(hook, BatchNormWatch) for hook in model._forward_pre_hooks.values())
     last = next(reversed(state.places.values())).modules if state.places else ()
     if not watched and any(isinstance(module, _BATCH_NORM) for module in last):

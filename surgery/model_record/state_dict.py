@@ -1,4 +1,4 @@
-"""A rewritten model's tensors by name: the base's, an adapter's; and the rules that made an adapter."""
+"""State dicts of the base and of an adapter, and the rules of an adapter."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ __all__ = ["adapter_state_dict", "base_state_dict", "load_adapter_state_dict", "
 
 
 def base_state_dict(model: nn.Module) -> dict[str, Tensor]:
-    """The base's own tensors under their own keys, adapters left out.
+    """Return the base's tensors by their own keys, without adapters.
 
     >>> from torch import nn
     >>> from surgery import apply_rules, base_state_dict
@@ -30,19 +30,20 @@ def base_state_dict(model: nn.Module) -> dict[str, Tensor]:
     >>> list(base_state_dict(model))
     ['0.weight', '0.bias']
 
-    The keys, their order and the tensors are those of `model.state_dict()` before any rule; while an adapter is
-    merged, they are the merged weights. Loads into the plain model with `strict=True`.
+    Returns:
+        The keys, order and tensors of `model.state_dict()` before any rule. While merged, the weights are the merged
+        ones. The dict loads into the plain model with `strict=True`.
     """
     check_all_present(model)
     with base_alone():
-        found = model.state_dict()
-    return {key: tensor for key, tensor in found.items() if not is_adapter_key(model, key)}
+        tensors = model.state_dict()
+    return {key: tensor for key, tensor in tensors.items() if not is_adapter_key(model, key)}
 
 
 def adapter_state_dict(
     model: nn.Module, adapter: str = "default", state_dict: Mapping[str, Tensor] | None = None
 ) -> dict[str, Tensor]:
-    """An adapter's tensors, under the names they have in the model, without the adapter's own name.
+    """Return an adapter's tensors by their names in the model, without the adapter's name.
 
     >>> from torch import nn
     >>> from surgery import adapter_state_dict, apply_rules
@@ -51,23 +52,31 @@ def adapter_state_dict(
     >>> {key: tuple(tensor.shape) for key, tensor in adapter_state_dict(model, "topics").items()}
     {'0.adapters.A': (2, 4), '0.adapters.B': (4, 2)}
 
-    The tensors are detached and share the model's memory. `state_dict`: the model's, to take them from where it was
-    gathered elsewhere (FSDP, DeepSpeed); its keys may have the segments of wrappers (`module.`, `_orig_mod.`).
-    `SurgeryError` for an unknown adapter, and for a state dict that lacks a tensor of the adapter.
+    Args:
+        model: the model.
+        adapter: the adapter's name.
+        state_dict: a state dict of the whole model to read from, gathered by FSDP or DeepSpeed; its keys may have
+            wrappers' segments (`module.`, `_orig_mod.`). None: read the model.
+
+    Returns:
+        Detached tensors that share the model's (or the state dict's) memory.
+
+    Raises:
+        SurgeryError: an unknown adapter, or a state dict that lacks a tensor of the adapter.
     """
     root, state = rewritten(model)
     adapter_names(state, adapter)
-    found, state_dict = {}, given_tensors(root, adapter, state_dict)
+    tensors, state_dict = {}, select_adapter_tensors(root, adapter, state_dict)
     for path, module, _ in sites(root):
         for name, tensor in tensors_of(module, adapter, path, state_dict).items():
-            found[".".join(filter(None, (path, RESERVED, name)))] = tensor.detach()
-    return found
+            tensors[".".join(filter(None, (path, RESERVED, name)))] = tensor.detach()
+    return tensors
 
 
-def given_tensors(
+def select_adapter_tensors(
     model: nn.Module, adapter: str, state_dict: Mapping[str, Tensor] | None
 ) -> Mapping[str, Tensor] | None:
-    """The adapter's tensors in a state dict that was given, under the names of this model; None where none was."""
+    """The adapter's tensors in a state dict, by this model's names; None without a state dict."""
     if state_dict is None:
         flat = [
             path for path, module, _ in sites(model) if any(map(is_flattened, tensors_of(module, adapter).values()))
@@ -76,9 +85,9 @@ def given_tensors(
             raise SurgeryError(
                 f"the tensors of {adapter!r} are not whole here",
                 where=flat[0],
-                why="FSDP has made them parts of a flat parameter that is sharded",
+                why="FSDP made them parts of a sharded flat parameter",
                 fix="gather them on all processes, get_model_state_dict(model, options=StateDictOptions("
-                "full_state_dict=True)), and give them: state_dict=…",
+                "full_state_dict=True)), and pass them: state_dict=…",
             )
         return None
     insides = [(".".join(filter(None, (path, RESERVED, adapter))), module) for path, module, _ in sites(model)]
@@ -88,7 +97,7 @@ def given_tensors(
 
 @verb
 def load_adapter_state_dict(model: nn.Module, tensors: Mapping[str, Tensor], adapter: str = "default") -> None:
-    """Copy tensors, as `adapter_state_dict` gives them, into an adapter that its rules have made on a model.
+    """Copy tensors, as `adapter_state_dict` returns them, into an adapter that is on the model.
 
     >>> from torch import nn
     >>> from surgery import adapter_state_dict, apply_rules, load_adapter_state_dict, rules_of
@@ -99,16 +108,23 @@ def load_adapter_state_dict(model: nn.Module, tensors: Mapping[str, Tensor], ada
     >>> bool((model[0].adapters.default.B == trained[0].adapters.default.B).all())
     True
 
-    dtypes and devices stay the model's. All or nothing: raises `SurgeryError` that lists every tensor that is missing,
-    unknown or of another shape. What an initialisation changed in the base (PiSSA) is not in these tensors, so such a
-    model is to be made from the same base with the same rules.
+    Dtypes and devices stay the model's. Changes of the base at the start (PiSSA) are not in these tensors: apply the
+    same rules to the same base first.
+
+    Args:
+        model: the model.
+        tensors: the tensors by the keys of `adapter_state_dict`.
+        adapter: the adapter's name.
+
+    Raises:
+        SurgeryError: tensors that are missing, unknown or of another shape, all listed. The adapter is unchanged.
     """
     own = adapter_state_dict(model, adapter)
     problems = [f"{key} is missing" for key in own if key not in tensors]
     problems += [f"{key} is unknown: {near_misses(key, own) or 'no such site'}" for key in tensors if key not in own]
     for key in own.keys() & tensors.keys():
         if own[key].shape != tensors[key].shape:
-            problems.append(f"{key} is {tuple(tensors[key].shape)}, and {tuple(own[key].shape)} here")
+            problems.append(f"{key} has the shape {tuple(tensors[key].shape)}, not {tuple(own[key].shape)}")
     if problems:
         raise SurgeryError(
             f"the tensors do not fit the adapter {adapter!r}",
@@ -122,7 +138,7 @@ def load_adapter_state_dict(model: nn.Module, tensors: Mapping[str, Tensor], ada
 
 
 def rules_of(model: nn.Module, adapter: str | None = None) -> list[Rule]:
-    """The rules that made an adapter (or all of them, in the order they were applied).
+    """Return the rules of an adapter, or of all adapters in the order in which they were applied.
 
     >>> from torch import nn
     >>> from surgery import apply_rules, rules_of
@@ -131,7 +147,12 @@ def rules_of(model: nn.Module, adapter: str | None = None) -> list[Rule]:
     >>> rules_of(model) == [LoraRule("0", rank=2)]
     True
 
-    An untouched model has none. `SurgeryError` for an unknown adapter.
+    Args:
+        model: the model. For a model without adapters the list is empty.
+        adapter: the adapter's name. None: all adapters.
+
+    Raises:
+        SurgeryError: an unknown adapter.
     """
     if adapter is None and not records_in(model) and not any(True for _ in sites(model)):
         return []

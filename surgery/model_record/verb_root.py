@@ -1,4 +1,4 @@
-"""Which model a verb is about, and whether all that is on its record is still in it. Every verb begins here."""
+"""Finds the rewritten model in a verb's argument and checks that all its sites are still in it. Verbs begin here."""
 
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ __all__ = ["check_all_present", "check_parts_idle", "records_in", "rewritten", "
 
 
 def rewritten(model: nn.Module, *, lost: bool = False) -> tuple[nn.Module, ModelState]:
-    """The model that rules were applied to, which may stand inside of the given one, and its record.
+    """The rewritten model, which may be inside the argument (a host module or a wrapper), and its record.
 
-    `SurgeryError` where there is none, or more than one, and where a site is no longer in the model (unless `lost`).
+    Raises `SurgeryError` if there is not exactly one, or if a site is no longer in the model (unless `lost`).
     """
     root = root_of(model)
     state = require_state(root)
@@ -38,7 +38,7 @@ def rewritten(model: nn.Module, *, lost: bool = False) -> tuple[nn.Module, Model
 
 
 def root_of(model: nn.Module) -> nn.Module:
-    """The one module with a record of rules: the given one, what it wraps, or what it contains."""
+    """The only module with a model record: the argument, the module that it wraps, or a module inside it."""
     root = unwrap(model)
     if model_state(root) is not None:
         return root
@@ -47,7 +47,7 @@ def root_of(model: nn.Module) -> nn.Module:
         return next(iter(below.values()))
     if below:
         raise SurgeryError(
-            f"{len(below)} parts of this {type(root).__name__} were rewritten, each by itself",
+            f"{len(below)} parts of this {type(root).__name__} were rewritten separately",
             where=abbreviate(list(below)),
             why="each has a record and adapters of its own",
             fix=f"pass one of them: model.{next(iter(below))}",
@@ -59,7 +59,7 @@ def root_of(model: nn.Module) -> nn.Module:
         raise SurgeryError(
             "this is a part of a rewritten model",
             where=abbreviate([path or "(the module itself)" for path, _ in part]),
-            why="the record of its rules is kept on the model that apply_rules was called with"
+            why="the record of its rules is on the model that apply_rules was called with"
             + (f", in which this is {whole!r}" if whole else ""),
             fix="pass that model",
         )
@@ -71,11 +71,11 @@ def root_of(model: nn.Module) -> nn.Module:
 
 
 def records_in(model: nn.Module, *, below: bool = False, nested: bool = False) -> dict[str, nn.Module]:
-    """The modules with a record in a model, by path; of such inside of another the outer one alone, unless `nested`.
+    """The modules with a record in a model, by path. Records inside another rewritten module count only if `nested`.
 
-    `below`: those inside of the model itself, whether or not it has a record.
+    `below`: skip the record of the model itself.
     """
-    found: dict[str, nn.Module] = {}
+    roots: dict[str, nn.Module] = {}
     seen: set[int] = set()
     waiting: list[tuple[str, nn.Module]] = [("", model)]
     while waiting:
@@ -84,22 +84,22 @@ def records_in(model: nn.Module, *, below: bool = False, nested: bool = False) -
             continue
         seen.add(id(module))
         if model_state(module) is not None and not (below and module is model):
-            found[path] = module
+            roots[path] = module
             if not nested:
                 continue
         for name, child in reversed(module._modules.items()):
             if child is not None and not (name == RESERVED and is_adapters(child)):
                 waiting.append((f"{path}.{name}" if path else name, child))
-    return found
+    return roots
 
 
 def check_present(root: nn.Module, state: ModelState) -> None:
-    """`SurgeryError` where a module that rules were applied to is no longer in the model, and nothing took it over."""
+    """Raise `SurgeryError` if a site is no longer in the model and its record can't move to a replacement."""
     links, coming = state.links, state.unlinked
     if links is not None and links.hold() and (not coming or not links.add(root, coming)):
         coming.clear()
         return
-    for _ in range(2):  # once more after records have moved
+    for _ in range(2):  # check again after moving records
         state.links, lost = linked(root, state.sites())
         coming.clear()
         if not lost:
@@ -111,9 +111,9 @@ def check_present(root: nn.Module, state: ModelState) -> None:
 
 
 def check_parts_idle(root: nn.Module) -> None:
-    """`SurgeryError` where a part that was rewritten by itself has live adapters: no verb on the whole changes those.
+    """Raise `SurgeryError` if a part that was rewritten separately has live adapters: verbs on the whole skip those.
 
-    The model is walked where another record is alive somewhere in this process.
+    The model is walked only if this process has another rewritten model.
     """
     if is_only_record():
         return
@@ -126,7 +126,7 @@ def check_parts_idle(root: nn.Module) -> None:
     raise SurgeryError(
         "part of this model has live adapters of its own",
         where=abbreviate(list(live), "parts"),
-        why=f"it was rewritten by itself, and {', '.join(names)} would stay live",
+        why=f"it was rewritten separately, and {', '.join(names)} would stay live",
         fix=f"{undo} model.{path} first; activate(model.{path}) makes them live again afterwards",
     )
 
@@ -139,7 +139,7 @@ def _live(part: nn.Module) -> list[str]:
 def with_lost(
     root: nn.Module, state: ModelState, adapters: Iterable[str] | None = None
 ) -> Iterator[tuple[str, nn.Module, SiteState]]:
-    """`sites`, and after them those (of these adapters) that are no longer in the model, by their former paths."""
+    """`sites`, followed by the sites (of these adapters) that are no longer in the model, by their former paths."""
     recorded = state.sites() if adapters is None else [m for name in adapters for m in state.places[name].modules]
     left = {id(module): module for module in recorded}
     for path, module, site in sites(root):
@@ -151,35 +151,39 @@ def with_lost(
 
 
 def check_all_present(model: nn.Module) -> None:
-    """`check_present` of each record in a model; of none where it has none."""
+    """`check_present` for each record in a model."""
     for root in records_in(model, nested=True).values():
         if (state := model_state(root)) is not None:
             check_present(root, state)
 
 
 def _lost(root: nn.Module, modules: list[nn.Module]) -> SurgeryError:
-    """What was recorded, and what stands there now."""
-    told = []
+    """The error for lost sites: the recorded module, and the module at its path now."""
+    texts = []
     for module in modules:
         site = site_state(module)
         path = site.path if site is not None else "(unknown)"
-        by = ", ".join(f"{one.rule.label} [{one.adapter}]" for one in site.applied) if site is not None else "rules"
-        found, now = at_path(root, path)
-        if found != path:
-            there = f"{found or 'the model'} has no {path.removeprefix(found).lstrip('.')} now"
+        by = (
+            ", ".join(f"{applied.rule.label} [{applied.adapter}]" for applied in site.applied)
+            if site is not None
+            else "rules"
+        )
+        reached, now = at_path(root, path)
+        if reached != path:
+            there = f"{reached or 'the model'} has no {path.removeprefix(reached).lstrip('.')} now"
         elif now is module:
             there = "it is reached by another way now"
         else:
-            there = f"another {_named(now)} stands there now"
-        told.append(f"{path or '(the model itself)'} was a {_named(module)} rewritten by {by}, and {there}")
+            there = f"another {_named(now)} is there now"
+        texts.append(f"{path or '(the model itself)'} was a {_named(module)} rewritten by {by}, and {there}")
     many = f"{len(modules)} modules that have adapters are" if len(modules) > 1 else "a module that has adapters is"
-    more = f"; and {len(told) - 2} more" if len(told) > 2 else ""
+    more = f"; and {len(texts) - 2} more" if len(texts) > 2 else ""
     return SurgeryError(
         f"{many} no longer in the model",
         where=abbreviate([site.path for module in modules if (site := site_state(module)) is not None]),
-        why="; ".join(told[:2]) + more,
-        fix="replace modules before rules are applied; put back what was there, or take the rules off what is left "
-        "(remove(model, check=False)) and apply them anew",
+        why="; ".join(texts[:2]) + more,
+        fix="replace modules before rules are applied; restore the former modules, or remove the rules from the rest "
+        "(remove(model, check=False)) and apply them again",
     )
 
 

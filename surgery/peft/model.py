@@ -17,7 +17,7 @@ from torch import nn
 import surgery
 from surgery.errors import SurgeryError, SurgeryWarning
 from surgery.lifecycle.switching import set_trained
-from surgery.merging.merge import unmerged
+from surgery.merging.merge import ensure_unmerged
 from surgery.model_record.verb_root import rewritten, root_of
 from surgery.patterns.wrappers import unwrap
 from surgery.peft.add_idle import new_adapters_idle
@@ -274,7 +274,7 @@ class PeftModel(Facade):
     def unload(self) -> Any:
         """Return the base as it was before the first adapter: bits, classes and `requires_grad` flags."""
         if model_state(unwrap(self._base)) is not None:
-            surgery.remove(unmerged(self._base))
+            surgery.remove(ensure_unmerged(self._base))
         self._configs.clear()
         return self._base
 

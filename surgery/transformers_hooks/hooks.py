@@ -1,11 +1,11 @@
-"""What transformers' own code expects of a model that carries adapters. Works by attributes; imports nothing of it.
+"""Adjusts a model with adapters to transformers' own code, through attributes and hooks, without importing it.
 
-- `save_pretrained` writes the base alone: `_keys_to_ignore_on_save` lists the adapters' tensors; and it says so, or
+- `save_pretrained` writes only the base: `_keys_to_ignore_on_save` lists the adapters' tensors. It warns of that, or
   writes the adapters instead (`surgery.transformers_hooks.save_pretrained`).
-- Reentrant gradient checkpointing needs an input that requires gradients, and a frozen embedding gives none.
-  transformers asks for them itself where the input is token ids, but not for images and sound (ViT, Whisper): a hook
-  on the input embeddings does so while checkpointing is on (PEFT's enable_input_require_grads).
-- `resize_token_embeddings` makes the embedding and the head anew: adapters on them grow along
+- Reentrant gradient checkpointing needs an input that requires gradients, and the output of a frozen embedding does
+  not. transformers handles token ids, but not images and sound (ViT, Whisper). A hook on the input embeddings sets the
+  flag while checkpointing is on (PEFT's enable_input_require_grads).
+- `resize_token_embeddings` replaces the embedding and the head: adapters on them are resized, too
   (`surgery.transformers_hooks.resized_embeddings`).
 """
 
@@ -31,7 +31,7 @@ _IGNORED = "_keys_to_ignore_on_save"
 
 
 def prepare(model: nn.Module, state: ModelState, adapter: str, journal: Journal) -> None:
-    """After an adapter came: leave it out of `save_pretrained`, and keep reentrant checkpointing trainable."""
+    """For a new adapter: exclude it from `save_pretrained`, and make reentrant checkpointing give it gradients."""
     if not state.ignored_on_save:
         state.ignored_on_save = [(path, module.__dict__.get(_IGNORED, _ABSENT)) for path, module in _savers(model)]
         journal.undo(restore_ignored, model, state)
@@ -48,14 +48,14 @@ def prepare(model: nn.Module, state: ModelState, adapter: str, journal: Journal)
 
 
 def list_on_save(model: nn.Module, state: ModelState, adapter: str, journal: Journal) -> None:
-    """Leave one more adapter out of `save_pretrained`."""
+    """Exclude one more adapter from `save_pretrained`."""
     keys = keys_of(model, state, [adapter])
     journal.undo(unlist, model, state, keys)
     _change(model, state, keys, set.update)
 
 
 def ignore_on_save(model: nn.Module, state: ModelState) -> None:
-    """List the present adapters' tensors beside the keys that the model itself leaves out."""
+    """Add the adapters' tensors to the keys that the model itself excludes from `save_pretrained`."""
     for path, original in state.ignored_on_save:
         if (saver := there(model, path)) is None:
             continue
@@ -68,13 +68,13 @@ Keys = list[tuple[nn.Module, list[str]]]
 
 
 def keys_of(model: nn.Module, state: ModelState, adapters: Collection[str]) -> Keys:
-    """The keys of these adapters' tensors in each module that lists what `save_pretrained` leaves out."""
+    """The keys of these adapters' tensors in each module that has a list of excluded keys."""
     savers = [there(model, path) for path, _ in state.ignored_on_save]
     return [(saver, list(adapter_keys(saver, adapters))) for saver in savers if saver is not None]
 
 
 def unlist(model: nn.Module, state: ModelState, keys: Keys, journal: Journal | None = None) -> None:
-    """Take from the lists what adapters that went had there, and look at no others."""
+    """Remove the keys of removed adapters from the lists; other adapters' keys are not touched."""
     if journal is not None:
         journal.undo(_change, model, state, keys, set.update)
     _change(model, state, keys, set.difference_update)
@@ -83,20 +83,20 @@ def unlist(model: nn.Module, state: ModelState, keys: Keys, journal: Journal | N
 def _change(model: nn.Module, state: ModelState, keys: Keys, change: Callable[[set[str], list[str]], None]) -> None:
     for saver, names in keys:
         listed = saver.__dict__.get(_IGNORED)
-        if not isinstance(listed, set) or _NEVER_MISSING not in listed:  # set anew meanwhile
+        if not isinstance(listed, set) or _NEVER_MISSING not in listed:  # other code replaced the list
             return ignore_on_save(model, state)
         change(listed, names)
 
 
 def save_adapters_alone(model: nn.Module, state: ModelState, writer: AdapterWriter) -> None:
-    """From now on `save_pretrained` calls `writer`, which writes no base; a state dict without the base is loaded."""
+    """Make `save_pretrained` call `writer`, which writes only adapters, and accept state dicts without the base."""
     state.adapter_writer = writer
     if forgive_missing not in model._load_state_dict_post_hooks.values():
         model.register_load_state_dict_post_hook(forgive_missing)
 
 
 def restore(model: nn.Module, state: ModelState, journal: Journal) -> None:
-    """After the last adapter went: attributes and hooks as they were."""
+    """After the last adapter is removed: restore attributes and hooks."""
     for path, _ in state.ignored_on_save:
         if (saver := there(model, path)) is not None:
             journal.keep(saver.__dict__)
@@ -114,7 +114,7 @@ def restore(model: nn.Module, state: ModelState, journal: Journal) -> None:
 
 
 class InputsRequireGrad:
-    """A forward hook: embeddings of a model under gradient checkpointing start a graph, so adapters get gradients."""
+    """A forward hook of embeddings: under gradient checkpointing their outputs require gradients, for the adapters."""
 
     def __init__(self, model: nn.Module):
         self.model = model
@@ -148,15 +148,15 @@ def _embeddings(model: nn.Module, state: ModelState) -> Iterator[nn.Module]:
     seen: set[int] = set()
     for path, _ in state.ignored_on_save:
         try:
-            found = submodule(model, path).get_input_embeddings()  # type: ignore[operator]
+            embedding = submodule(model, path).get_input_embeddings()  # type: ignore[operator]
         except (AttributeError, NotImplementedError):
             continue
-        if isinstance(found, nn.Module) and id(found) not in seen:
-            seen.add(id(found))
-            yield found
+        if isinstance(embedding, nn.Module) and id(embedding) not in seen:
+            seen.add(id(embedding))
+            yield embedding
 
 
 _ABSENT = "(no attribute of its own)"
-# A Trainer that resumes passes over missing tensors in silence where they are exactly those listed. With one name more
-# it warns of the adapters that a checkpoint without `AdapterCheckpoints` does not hold.
+# A Trainer that resumes ignores missing tensors if they are exactly those listed. One more name makes it warn of
+# adapters that a checkpoint without `AdapterCheckpoints` does not have.
 _NEVER_MISSING = "(adapters are saved by themselves)"

@@ -1,4 +1,4 @@
-"""transformers' `resize_token_embeddings` on a rewritten model: adapters of the embedding and the head grow along."""
+"""Makes transformers' `resize_token_embeddings` resize the adapters of the embedding and the head, too."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ _KINDS = ("get_input_embeddings", "get_output_embeddings")
 
 
 def follow_resizing(part: nn.Module, root: nn.Module, journal: Journal) -> None:
-    """Have a model of transformers tell its rules of a new vocabulary; `root`: the model that they were applied to."""
+    """Wrap `resize_token_embeddings` of a transformers model. `root`: the model that the rules were applied to."""
     if hasattr(type(part), _NAME) and _NAME not in part.__dict__:
         journal.keep(part.__dict__)
         part.__dict__[_NAME] = _Resizing(part, root)
@@ -47,10 +47,10 @@ def leave_resizing(part: nn.Module, journal: Journal) -> None:
 
 
 class _Resizing:
-    """The model's own method, and what it means for the rules.
+    """`resize_token_embeddings` of a model with adapters: calls the model's own method and resizes the adapters.
 
-    All that can go wrong is tried before, on copies of the embedding and the head: rules for which a larger module
-    would be another function for the old tokens (LoKr, whose factors divide its size) refuse.
+    Resizing is first tried on copies of the embedding and the head. A rule raises if its adapter would compute
+    something else for the old tokens (LoKr, whose factors divide the size).
     """
 
     def __init__(self, part: nn.Module, root: nn.Module):
@@ -59,7 +59,7 @@ class _Resizing:
     def __call__(self, new_num_tokens: int | None = None, *args: Any, **kwargs: Any) -> Any:
         part, method = self.part, getattr(type(self.part), _NAME)
         state = model_state(self.root)
-        before = {name: module for name in _KINDS if (module := _asked(part, name)) is not None}
+        before = {name: module for name in _KINDS if (module := _embedding_of(part, name)) is not None}
         on = {id(module): module for module in before.values() if site_state(module) is not None}
         size = _size(before.get(_KINDS[0]), new_num_tokens, *args, **kwargs)
         if state is None or size is None:
@@ -75,12 +75,12 @@ class _Resizing:
         result = method(part, new_num_tokens, *args, **kwargs)
         with Journal() as journal:
             for name, old in before.items():
-                new = _asked(part, name)
+                new = _embedding_of(part, name)
                 if new is not None and new is not old and id(old) in on and site_state(old) is not None:
                     move_record(state, old, new, journal)
                     if (box := old._modules.pop(RESERVED, None)) is not None:
                         new._modules[RESERVED] = box
-            for module in {id(m): m for name in before if (m := _asked(part, name)) is not None}.values():
+            for module in {id(m): m for name in before if (m := _embedding_of(part, name)) is not None}.values():
                 if site_state(module) is not None:
                     _grow(module)
                     install_live(module, journal)
@@ -89,7 +89,7 @@ class _Resizing:
         return result
 
     def _check_ways(self, before: dict[str, nn.Module]) -> None:
-        """Other modules that hold the embedding's weight are given another, or others take their place."""
+        """Raise `SurgeryError` if another site has the embedding's weight, since transformers replaces that weight."""
         weights = {id(module._parameters.get("weight")) for module in before.values()}
         known = {id(module) for module in before.values()}
         for module in state.sites() if (state := model_state(self.root)) is not None else ():
@@ -98,23 +98,23 @@ class _Resizing:
                 raise SurgeryError(
                     "the vocabulary can't be resized under these rules",
                     where=site.path if site is not None else None,
-                    why="the module has the embedding's weight, and transformers puts another in its place",
+                    why="the module has the embedding's weight, and transformers replaces that weight",
                     fix="resize before rules are applied",
                 )
 
 
-def _asked(part: Any, name: str) -> nn.Module | None:
+def _embedding_of(part: Any, name: str) -> nn.Module | None:
     try:
-        found = getattr(part, name)()
+        module = getattr(part, name)()
     except (AttributeError, NotImplementedError):
         return None
-    return found if isinstance(found, nn.Module) else None
+    return module if isinstance(module, nn.Module) else None
 
 
 def _size(
     embedding: nn.Module | None, new: Any = None, pad_to_multiple_of: int | None = None, *_: Any, **__: Any
 ) -> Any:
-    """The number of tokens after the call; None where nothing is to be done."""
+    """The number of tokens after the call; None if the call does not resize."""
     if embedding is None or (new is None and pad_to_multiple_of is None):
         return None
     size = tensor_at(embedding, "weight").shape[0] if new is None else new
@@ -122,51 +122,55 @@ def _size(
 
 
 def _adapters(module: nn.Module) -> Iterator[nn.Parameter]:
-    held = module._modules.get(RESERVED)
-    if held is not None:
-        yield from held.parameters()
+    boxes = module._modules.get(RESERVED)
+    if boxes is not None:
+        yield from boxes.parameters()
 
 
 # Growing ------------------------------------------------------------------------------------------------------
 
 
 def _grow(module: nn.Module) -> None:
-    """Record a site's rules anew on the module as it is now, and give their tensors its sizes: what was trained stays,
-    what is new starts as it does where rules are applied."""
+    """Record a site's rules again on the resized module, and resize their tensors.
+
+    Trained values stay; new entries get the rules' initial values.
+    """
     site = site_state(module)
     assert site is not None
     own = own_forward(module, site.base)
     for applied in site.applied:
-        made = recorded(applied.rule, module, site.path, applied.adapter, own, facts=applied.facts)
+        recording = recorded(applied.rule, module, site.path, applied.adapter, own, facts=applied.facts)
         old = tensors_of(module, applied.adapter)
-        grown = [spec for spec in made.specs if spec.shape != tuple(old[spec.name].shape)]
-        started = _started(module, site, applied, made.specs) if grown else {}
+        grown = [spec for spec in recording.specs if spec.shape != tuple(old[spec.name].shape)]
+        initial = _initial_tensors(module, site, applied, recording.specs) if grown else {}
         for spec in grown:
-            tensor, new = old[spec.name], started[spec.name].to(old[spec.name].dtype)
+            tensor, new = old[spec.name], initial[spec.name].to(old[spec.name].dtype)
             region = tuple(slice(min(a, b)) for a, b in zip(tensor.shape, new.shape, strict=True))
             new[region] = tensor.detach()[region]
             tensor.data, tensor.grad = new, None
-        applied.layer = Layer(applied.adapter, applied.rule.label, made.tape)
+        applied.layer = Layer(applied.adapter, applied.rule.label, recording.tape)
 
 
-def _started(module: nn.Module, site: SiteState, applied: Applied, specs: tuple[ParamSpec, ...]) -> dict[str, Tensor]:
-    """An adapter's tensors at a site as its rule starts them."""
+def _initial_tensors(
+    module: nn.Module, site: SiteState, applied: Applied, specs: tuple[ParamSpec, ...]
+) -> dict[str, Tensor]:
+    """An adapter's tensors at a site with the rule's initial values."""
     device = next((tensor.device for tensor in tensors_of(module, applied.adapter).values()), None)
-    made = {spec.name: torch.empty(spec.shape, dtype=spec.dtype, device=device) for spec in specs}
+    tensors = {spec.name: torch.empty(spec.shape, dtype=spec.dtype, device=device) for spec in specs}
     with torch.no_grad(), torch.random.fork_rng(devices=[]):
         for spec in specs:
-            spec.fill(made[spec.name])
-        live = LiveSite(module, site.path, applied.adapter, made, lambda name, _: tensor_at(module, name))
+            spec.fill(tensors[spec.name])
+        live = LiveSite(module, site.path, applied.adapter, tensors, lambda name, _: tensor_at(module, name))
         with HookCall(applied.rule, "initialise", site.path):
             applied.rule.initialise(live)
-    return made
+    return tensors
 
 
 # Trying -------------------------------------------------------------------------------------------------------
 
 
 def _try(module: nn.Module, size: int) -> None:
-    """`SurgeryError` where a rule can't follow a module to another number of tokens."""
+    """Raise `SurgeryError` if a rule can't be resized to another number of tokens."""
     site = site_state(module)
     assert site is not None
     for applied in site.applied:
@@ -174,12 +178,12 @@ def _try(module: nn.Module, size: int) -> None:
         if site.merged is not None:
             raise SurgeryError("the model is merged", where=site.path, fix="unmerge(model) first")
         if applied.changed:
-            why = "it changed the weight at its start, and the record of that holds for its size"
+            why = "it changed the weight at its start, and the record of that is for the old size"
         elif problem := applied.rule.check(_resized(module, size), site.path):
             why = problem
         if why:
             raise _cannot(applied, site, why)
-    small, large = _copied(module), _resized(module, size)
+    small, large = _copy_module(module), _resized(module, size)
     for applied in site.applied:
         try:
             _grow_trial(large, applied)
@@ -189,12 +193,12 @@ def _try(module: nn.Module, size: int) -> None:
         except (RuntimeError, IndexError, AssertionError) as error:
             raise _cannot(applied, site, f"{type(error).__name__}: {error}"[:200]) from error
         if not same:
-            raise _cannot(applied, site, "its tensors do something else to the old tokens in another number of them")
+            raise _cannot(applied, site, "its tensors would compute something else for the old tokens")
 
 
 def _cannot(applied: Applied, site: SiteState, why: str) -> SurgeryError:
     return SurgeryError(
-        f"{applied.rule.label} [{applied.adapter}] can't follow to another vocabulary",
+        f"{applied.rule.label} [{applied.adapter}] can't be resized to another vocabulary",
         where=site.path,
         why=why,
         fix="resize before rules are applied, or remove this adapter first",
@@ -208,18 +212,18 @@ def _grow_trial(large: nn.Module, applied: Applied) -> None:
     fixed = box._buffers if box is not None else {}
     for name, tensor in tensors_of(large, applied.adapter).items():
         if name in fixed and tuple(tensor.shape) != before[name]:
-            raise SurgeryError(f"{name} is drawn anew for another size")
+            raise SurgeryError(f"{name} is drawn again for another size")
 
 
 def _outputs(applied: Applied, *modules: nn.Module) -> list[list[Tensor]]:
-    """What the modules give with one adapter alone."""
-    found = []
+    """The outputs of the modules with only one adapter live, on the same random input."""
+    outputs = []
     for module in modules:
         site = site_state(module)
         assert site is not None
-        for one in site.applied:
-            one.standing = copy.copy(one.standing)
-            one.standing.live, one.standing.weight = one.adapter == applied.adapter, 1.0
+        for rule_record in site.applied:
+            rule_record.standing = copy.copy(rule_record.standing)
+            rule_record.standing.live, rule_record.standing.weight = rule_record.adapter == applied.adapter, 1.0
         install_live(module, None)
         weight = tensor_at(module, "weight")
         with torch.no_grad(), torch.random.fork_rng(devices=[]):
@@ -229,8 +233,8 @@ def _outputs(applied: Applied, *modules: nn.Module) -> list[list[Tensor]]:
                 x = torch.randint(rows, (1, 64)).to(weight.device)
             else:
                 x = torch.randn(4, weight.shape[1]).to(weight)
-            found.append([module.eval()(x)])
-    return found
+            outputs.append([module.eval()(x)])
+    return outputs
 
 
 def _alike(small: Tensor, large: Tensor) -> bool:
@@ -239,28 +243,28 @@ def _alike(small: Tensor, large: Tensor) -> bool:
     return torch.allclose(small[..., :width].float(), large[..., :width].float(), rtol=slack, atol=slack)
 
 
-def _copied(module: nn.Module) -> nn.Module:
-    """A copy by itself that shares the module's own tensors."""
+def _copy_module(module: nn.Module) -> nn.Module:
+    """A copy without hooks that shares the module's own tensors."""
     bare = copy.copy(module)
     for name in [name for name in bare.__dict__ if name.endswith("_hooks")]:
-        bare.__dict__[name] = OrderedDict()  # one may hold the whole model
+        bare.__dict__[name] = OrderedDict()  # a hook may refer to the whole model
     own = {id(tensor): tensor for tensor in module._parameters.values() if tensor is not None}
     with torch.no_grad():
         return copy.deepcopy(bare, dict(own))
 
 
 def _resized(module: nn.Module, size: int) -> nn.Module:
-    """A copy with another number of tokens; what the new ones have is random, so that it shows where it gets to."""
-    made: Any = _copied(module)
+    """A copy with another number of tokens. New entries are random, so their effects on outputs are visible."""
+    resized: Any = _copy_module(module)
     draw = torch.Generator().manual_seed(0)
-    made._parameters = dict(made._parameters)
-    for name, tensor in made._parameters.items():
+    resized._parameters = dict(resized._parameters)
+    for name, tensor in resized._parameters.items():
         if tensor is not None:
             new = torch.randn((size, *tensor.shape[1:]), generator=draw).to(tensor.device, tensor.dtype)
             few = min(size, tensor.shape[0])
             new[:few] = tensor.detach()[:few]
-            made._parameters[name] = nn.Parameter(new, requires_grad=False)
+            resized._parameters[name] = nn.Parameter(new, requires_grad=False)
     for name in ("num_embeddings", "out_features"):
-        if hasattr(made, name):
-            setattr(made, name, size)
-    return made
+        if hasattr(resized, name):
+            setattr(resized, name, size)
+    return resized

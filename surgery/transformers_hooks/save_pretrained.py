@@ -1,8 +1,8 @@
-"""What `model.save_pretrained` does while the model carries adapters: it never leaves them out without a word.
+"""Replaces `model.save_pretrained` while the model has adapters, so that it never skips them silently.
 
-transformers' own writes the base alone (`surgery.transformers_hooks.hooks` lists what it leaves out). A `Saver` stands
-before it, as an attribute of the model: it warns of the adapters that are not in the files, or, for
-`AdapterCheckpoints`, calls the `adapter_writer` of the model's record, which writes them instead of the base.
+transformers' own method writes only the base (`surgery.transformers_hooks.hooks` lists the excluded keys). A `Saver`,
+set as an attribute of the model, wraps it. It warns of adapters that are not in the files, or, for
+`AdapterCheckpoints`, calls the model record's `adapter_writer`, which writes adapters instead of the base.
 """
 
 from __future__ import annotations
@@ -35,23 +35,23 @@ _NAME = "save_pretrained"
 
 
 class Saver:
-    """`save_pretrained` of a model (or of a part of one) while it carries adapters. Copies take it along."""
+    """`save_pretrained` of a model, or a part of a model, with adapters. Copies of the model keep it."""
 
     def __init__(self, module: nn.Module):
         self.module = module
-        self.before = module.__dict__.get(_NAME)  # of another library that set its own
+        self.before = module.__dict__.get(_NAME)  # the method that another library set
 
     @property
     def __wrapped__(self) -> Callable[..., Any]:
         return self.before if self.before is not None else getattr(type(self.module), _NAME).__get__(self.module)
 
     def __call__(self, save_directory: Any, *args: Any, **kwargs: Any) -> Any:
-        given = dict(zip(("is_main_process", "state_dict", "push_to_hub"), args, strict=False)) | kwargs
+        arguments = dict(zip(("is_main_process", "state_dict", "push_to_hub"), args, strict=False)) | kwargs
         left = left_out(self.module)
         state = model_state(self.module)
         if left and state is not None and state.adapter_writer is not None:
-            return state.adapter_writer(self.module, Path(save_directory), left, given)
-        if left and given.get("is_main_process", True):
+            return state.adapter_writer(self.module, Path(save_directory), left, arguments)
+        if left and arguments.get("is_main_process", True):
             names = ", ".join(repr(name) for name in left)
             lists = hasattr(type(self.module), "_keys_to_ignore_on_save")
             what = "leaves out its adapters" if lists else "writes its adapters where from_pretrained passes them over"
@@ -63,52 +63,56 @@ class Saver:
                 SurgeryWarning,
                 stacklevel=2,
             )
-        held = given.get("state_dict")
-        if held is None and any(inner_of(inner) is not None for inner in self.module.modules()):
-            held = self.module.state_dict()  # with names that are in no list
-        if held is not None:  # transformers would take the adapters' tensors out of the caller's own dict
-            return self.__wrapped__(save_directory, **{**given, "state_dict": _without_adapters(self.module, held)})
+        state_dict = arguments.get("state_dict")
+        if state_dict is None and any(inner_of(inner) is not None for inner in self.module.modules()):
+            state_dict = self.module.state_dict()  # with names that are in no list
+        if state_dict is not None:  # transformers would delete the adapters' tensors from the caller's dict
+            return self.__wrapped__(
+                save_directory, **{**arguments, "state_dict": _without_adapters(self.module, state_dict)}
+            )
         return self.__wrapped__(save_directory, *args, **kwargs)
 
 
 def take_over(module: nn.Module) -> None:
-    """Put a `Saver` before a module's `save_pretrained`."""
+    """Wrap a module's `save_pretrained` in a `Saver`."""
     if not isinstance(module.__dict__.get(_NAME), Saver):
         module.__dict__[_NAME] = Saver(module)
 
 
 def give_back(module: nn.Module) -> None:
-    """A module's `save_pretrained` as it was. What another library has put over the `Saver` meanwhile stays."""
-    held = module.__dict__.get(_NAME)
-    if isinstance(held, Saver):
+    """Restore a module's `save_pretrained`. A method that another library set over the `Saver` stays."""
+    saver = module.__dict__.get(_NAME)
+    if isinstance(saver, Saver):
         del module.__dict__[_NAME]
-        if held.before is not None:
-            module.__dict__[_NAME] = held.before
+        if saver.before is not None:
+            module.__dict__[_NAME] = saver.before
 
 
 def plain_saving(model: Any) -> Callable[..., Any] | None:
-    """The model's own `save_pretrained`, which says nothing of adapters; None where it has none."""
-    held = getattr(model, _NAME, None)
-    return held.__wrapped__ if isinstance(held, Saver) else held
+    """The model's own `save_pretrained`, which does not warn; None if it does not have this method."""
+    method = getattr(model, _NAME, None)
+    return method.__wrapped__ if isinstance(method, Saver) else method
 
 
 def adapter_keys(module: nn.Module, adapters: Collection[str] | None = None) -> Iterator[str]:
-    """The names of adapters' tensors in a module's state dict: of all adapters, or of these."""
+    """The keys of adapters' tensors in a module's state dict, for these adapters or all."""
     for path, inner in every_path(module):
-        held = inner._modules[RESERVED] if RESERVED in inner._modules else None
-        if held is not None and is_adapters(held):
-            for adapter in held._modules if adapters is None else [name for name in adapters if name in held._modules]:
+        boxes = inner._modules[RESERVED] if RESERVED in inner._modules else None
+        if boxes is not None and is_adapters(boxes):
+            for adapter in (
+                boxes._modules if adapters is None else [name for name in adapters if name in boxes._modules]
+            ):
                 for name in tensors_of(inner, adapter):
                     yield ".".join(filter(None, (path, RESERVED, adapter, name)))
 
 
 def left_out(module: nn.Module) -> list[str]:
-    """The adapters on a module that its base's weights do not hold."""
-    found: dict[str, None] = {}
+    """The adapters on a module that are not merged."""
+    names: dict[str, None] = {}
     for _, _, site in sites(module):
         merged = site.merged.adapters if site.merged is not None else ()
-        found |= dict.fromkeys(one.adapter for one in site.applied if one.adapter not in merged)
-    return list(found)
+        names |= dict.fromkeys(applied.adapter for applied in site.applied if applied.adapter not in merged)
+    return list(names)
 
 
 def _without_adapters(module: nn.Module, state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -117,7 +121,7 @@ def _without_adapters(module: nn.Module, state_dict: Mapping[str, Tensor]) -> di
 
 
 def kept_names(model: nn.Module) -> set[str]:
-    """The names, without wrappers' segments, of all tensors that training may change."""
+    """The names of all tensors that training may change, without wrappers' segments."""
     return {plain_name(name) for name in _kept(model)}
 
 
@@ -132,9 +136,9 @@ def _kept(model: nn.Module) -> Iterator[str]:
 
 
 def forgive_missing(model: nn.Module, incompatible: Any) -> None:
-    """A hook of `load_state_dict`: a checkpoint of what is trained does not miss the base, where all of that is absent.
+    """A `load_state_dict` hook: does not report the frozen base as missing if the state dict has none of it.
 
-    Tensors of adapters, and others that train, are missed as before.
+    Tensors that train, and adapters' tensors, are reported as before.
     """
     missing = {plain_name(name) for name in incompatible.missing_keys}
     kept = kept_names(model)

@@ -12,7 +12,7 @@ from torch import Tensor, fx, nn
 from surgery.errors import SurgeryError
 from surgery.lifecycle.remove import remove
 from surgery.lifecycle.switching import switch, weights_now
-from surgery.merging.merge import unmerged
+from surgery.merging.merge import ensure_unmerged
 from surgery.model_record.verb_root import records_in
 from surgery.onnx.calls.sliding_windows import whole_windows
 from surgery.state.records import _MODEL, _SITE, model_state, sites
@@ -61,7 +61,7 @@ def leave_live(copy: nn.Module, names: Sequence[str], weights: Mapping[str, floa
     if state is None:
         return
     weights = weights_now(state) if weights is None else weights
-    unmerged(copy)
+    ensure_unmerged(copy)
     if gone := [name for name in changing(copy) if name not in names]:
         remove(copy, gone, check=False)
     if model_state(copy) is not None:

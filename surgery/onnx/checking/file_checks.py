@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from surgery.errors import ParityError, SurgeryError
 from surgery.lifecycle.activation import active
 from surgery.lifecycle.remove import remove
-from surgery.merging.merge import unmerged
+from surgery.merging.merge import ensure_unmerged
 from surgery.onnx.calls.example import Given, array_of
 from surgery.onnx.calls.shared_copy import leave_live, sharing_copy
 from surgery.onnx.graph.prepare import PREPARE, ExportSettings
@@ -77,7 +77,7 @@ def check_weights(path: str | Path, manifest: Manifest, model: nn.Module, given:
     else:
         source = sharing_copy(model)  # some adapters change weights at their start
         if manifest.adapters == "slots":
-            remove(unmerged(source), check=False)
+            remove(ensure_unmerged(source), check=False)
         else:
             leave_live(source, adapter_names(require_state(source), names) if names is not None else active(source))
     held: Mapping[str, Any] = ir.load(str(path)).graph.initializers

@@ -14,7 +14,7 @@ from surgery.arithmetic.float64_reference import difference
 from surgery.errors import ParityError, SurgeryError
 from surgery.lifecycle.activation import active
 from surgery.lifecycle.switching import weights_now
-from surgery.merging.merge import unmerged
+from surgery.merging.merge import ensure_unmerged
 from surgery.onnx.calls.example import Given, arrays_of, leaves_of
 from surgery.onnx.calls.export_turns import in_turn
 from surgery.onnx.calls.exported_model import check_names, rooted
@@ -186,7 +186,7 @@ def _references(model: nn.Module, manifest: Manifest, adapters: Adapters, report
     weights = weights_now(state)
     if manifest.adapters == "slots":  # which hold an adapter as it is with the weight 1
         weights = {name: weight for name, weight in weights.items() if name in manifest.constants}
-    only = _Only(model, unmerged(copy), weights)
+    only = _Only(model, ensure_unmerged(copy), weights)
     names = list(adapters) if isinstance(adapters, Mapping) else adapters
     if manifest.adapters != "slots":
         wanted = adapter_names(state, names) if names is not None else list(active(copy))

@@ -21,7 +21,7 @@ from surgery.forward.parameter_view import tensor_at
 from surgery.lifecycle.activation import activate
 from surgery.lifecycle.insertion import install_plan
 from surgery.lifecycle.remove import remove
-from surgery.merging.merge import unmerged
+from surgery.merging.merge import ensure_unmerged
 from surgery.model_record.state_dict import adapter_state_dict, load_adapter_state_dict
 from surgery.onnx.calls.example import Given
 from surgery.onnx.calls.shared_copy import changing
@@ -84,7 +84,7 @@ def put_slots(copy: nn.Module, names: Sequence[str], slot: str, given: Given, *,
     What has no slot and is live stays, as adapters of their own with fixed tensors; `strict` refuses it.
     """
     placing = Placing()
-    unmerged(copy)
+    ensure_unmerged(copy)
     state = require_state(copy)
     found = arranged(copy, state, names)
     for (name, kind, reason), paths in found.none.items():
