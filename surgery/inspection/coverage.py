@@ -1,7 +1,7 @@
-"""Which module classes of a model can be held as graphs, and why the others can't: over the modules a call reaches.
+"""`coverage`: which module classes that a call reaches can be traced as graphs, and why the others can't.
 
-A class may be used in several ways in one call, as self- and as cross-attention or with and without a position bias:
-one module is tried for each way, and a class is held only if all of them are.
+A call may use a class in several ways: as self- and as cross-attention, with and without a position bias. One module is
+traced for each way, and a class counts as equal only if all of them are.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ __all__ = ["Coverage", "CoverageRow", "coverage"]
 
 
 class CoverageRow(NamedTuple):
-    """One module class: a path it has, its name, and whether its graph gives the forward's bits.
+    """One module class: a path, the class's name, and whether its graph gives the forward's bits.
 
-    The path is that of the class's first module called, or of the first one refused.
+    The path is that of the class's first module that is called, or of the first module that is refused.
     """
 
     path: str
@@ -37,13 +37,13 @@ class CoverageRow(NamedTuple):
 
 @dataclass(frozen=True)
 class Coverage:
-    """A row for each distinct module class that the call reaches. Prints as a table, with rich as a coloured one."""
+    """A row for each module class that the call reaches. Prints as a table; rich prints it with colours."""
 
     rows: tuple[CoverageRow, ...]
 
     @property
     def equal_share(self) -> float:
-        """The share of classes held as graphs, from 0 to 1; 1 where the call reaches none."""
+        """The share of classes that are held as graphs, from 0 to 1; 1 if the call reaches no class."""
         return sum(row.status == "equal" for row in self.rows) / len(self.rows) if self.rows else 1.0
 
     def __str__(self) -> str:
@@ -77,15 +77,24 @@ def coverage(model: nn.Module, example_inputs: Any) -> Coverage:
     >>> class Picky(nn.Module):
     ...     def forward(self, x):
     ...         return x if x.sum() > 0 else -x
-    >>> found = coverage(nn.Sequential(nn.Linear(4, 4), Picky()), torch.randn(2, 4))
-    >>> [(row.type, row.status) for row in found.rows], round(found.equal_share, 2)
+    >>> report = coverage(nn.Sequential(nn.Linear(4, 4), Picky()), torch.randn(2, 4))
+    >>> [(row.type, row.status) for row in report.rows], round(report.equal_share, 2)
     ([('Sequential', 'equal'), ('Linear', 'equal'), ('Picky', 'refused')], 0.67)
 
-    "equal" means: in the model's present mode the graph has the forward's bits on the module's own part of the call,
-    and leaves its arguments (a KV cache) in the same state. "refused" comes with its reason. There is no third: a
-    graph that differs is refused. One module of a class is tried for each way in which the call uses the class (other
-    arguments None, other flags, other children), up to eight, and one that is refused refuses the class. The model is
-    untouched. Raises `SurgeryError` where the call itself fails.
+    "equal": in the model's present mode, the graph gives the forward's bits on the module's own arguments in the call,
+    and leaves them (a KV cache) in the same state. "refused": it does not, or the forward can't be traced; the row has
+    the reason. One module is traced for each way in which the call uses a class (arguments that are None, flags,
+    children), up to eight. A class is refused if one of these modules is. The model does not change.
+
+    Args:
+        model: the model.
+        example_inputs: a tensor, a tuple of arguments or a dict of keyword arguments.
+
+    Returns:
+        A `Coverage` with a row for each class.
+
+    Raises:
+        SurgeryError: the call itself fails.
     """
     paths = {id(module): path for path, module in reversed(list(base_modules(model)))}
     order = {class_of(module): None for _, module in base_modules(model)}
@@ -99,14 +108,14 @@ _MOST = 8
 
 
 def _uses(model: nn.Module, example_inputs: Any) -> dict[type[nn.Module], list[Use]]:
-    """For each class, one call for each way in which it is used."""
-    found: dict[type[nn.Module], list[Use]] = {}
+    """For each class, one call of a module for each way in which the class is used."""
+    uses_by_class: dict[type[nn.Module], list[Use]] = {}
     ways: set[Any] = set()
 
     def enter(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         kind = class_of(module)
         way = kind, parts_of(args, deep=True), parts_of(kwargs, deep=True), _kind_of(module)
-        uses = found.setdefault(kind, [])
+        uses = uses_by_class.setdefault(kind, [])
         if len(uses) < _MOST and way not in ways:
             ways.add(way)
             uses.append((module, copied(args), copied(kwargs)))
@@ -117,8 +126,8 @@ def _uses(model: nn.Module, example_inputs: Any) -> dict[type[nn.Module], list[U
     for _, module in base_modules(model):
         if id(module) in inside:
             continue
-        if isinstance(module, torch.jit.ScriptModule):  # its calls can't be watched
-            found.setdefault(class_of(module), []).append((module, (), {}))
+        if isinstance(module, torch.jit.ScriptModule):  # hooks do not see its calls
+            uses_by_class.setdefault(class_of(module), []).append((module, (), {}))
         else:
             handles.append(module.register_forward_pre_hook(enter, with_kwargs=True))
     try:
@@ -126,11 +135,11 @@ def _uses(model: nn.Module, example_inputs: Any) -> dict[type[nn.Module], list[U
     finally:
         for handle in handles:
             handle.remove()
-    return found
+    return uses_by_class
 
 
 def _kind_of(module: nn.Module) -> tuple:
-    """How modules of one class may differ in what their forward does: in flags and words, and in their children."""
+    """The settings by which the forwards of modules of one class may differ: flags, words and children."""
     flags = [(name, value) for name, value in vars(module).items() if isinstance(value, (bool, str, type(None)))]
     return tuple(flags), tuple((name, type(child)) for name, child in module._modules.items() if not name.isdigit())
 

@@ -1,8 +1,8 @@
-"""Whether the rows of a batch come first in what a module is called with, where shapes alone don't tell.
+"""Checks that the rows of a batch come first in a module's input, if its shape alone does not show it.
 
-A pooled vector for each row, and a token for each row that an expert was given, look alike; so do (batch, positions)
-and (positions, batch) of equal sizes. So a few rows are run, two of the batch and two made from them, and once more in
-another order: where a module's input comes out in that order, by equal parts, the rows come first in it.
+A pooled vector for each row has the shape of a token for each row of an expert; (batch, positions) has the shape of
+(positions, batch) if the sizes are equal. So a few rows run in two orders: two rows of the batch and rows made from
+them. If a module's input is reordered in the same way, in equal parts, the rows come first in it.
 """
 
 from __future__ import annotations
@@ -21,60 +21,64 @@ from surgery.routing.thread_state import paused
 from surgery.state.records import site_state
 from surgery.tracing.example_call import copied
 
-__all__ = ["prove"]
+__all__ = ["check_rows_first"]
 
-Given = tuple[tuple, dict[str, Any]]
-_ROWS = 4  # that are run
-_COLUMNS = 64  # of each row, that are compared
-_SEVERAL = 0  # one row of the batch makes several, such as its tokens or its windows
+Arguments = tuple[tuple, dict[str, Any]]
+_ROWS = 4  # rows in a run
+_COLUMNS = 64  # compared numbers of each row
+_SEVERAL = 0  # one row of the batch gives several rows, such as its tokens or windows
 
 
-def prove(
-    model: nn.Module, modules: Sequence[nn.Module], module: nn.Module, shape: tuple[int, ...], batch: int, given: Any
+def check_rows_first(
+    model: nn.Module,
+    modules: Sequence[nn.Module],
+    module: nn.Module,
+    shape: tuple[int, ...],
+    batch: int,
+    arguments: Any,
 ) -> None:
-    """`SurgeryError` unless a batch's rows come first in a module's input, each as often as the shape says.
+    """Raise `SurgeryError` unless a batch's rows come first in a module's input, each as often as the shape says.
 
-    `given`: the model's own arguments in the call that is running. What is found out of all `modules` is kept with
-    them, by the number of dimensions of their inputs, for it is a property of the code: that one row of the batch makes
-    one there, or several, however many.
+    `arguments`: the model's own arguments in the running call. Whether one row of the batch gives one row or several is
+    a property of the code. It is stored for all `modules`, by the number of dimensions of their inputs.
     """
     site = site_state(module)
     assert site is not None
-    found: int | str | None = site.layouts.get(len(shape))
-    if found == _SEVERAL:
+    multiple: int | str | None = site.layouts.get(len(shape))
+    if multiple == _SEVERAL:
         return
-    if found is None or found * batch != shape[0]:
-        found = _looked(model, modules, module, len(shape), batch, given)
-    if isinstance(found, int) and found * batch != shape[0]:
-        found = f"{_ROWS} rows alone make {_ROWS * found} of them"
+    if multiple is None or multiple * batch != shape[0]:
+        multiple = _observe_rows(model, modules, module, len(shape), batch, arguments)
+    if isinstance(multiple, int) and multiple * batch != shape[0]:
+        multiple = f"{_ROWS} rows alone make {_ROWS * multiple} of them"
     if any(part.startswith("expert") for part in site.path.split(".")[:-1]):
-        found = "a router sends experts some of the tokens"
-    if isinstance(found, str):
+        multiple = "a router sends experts some of the tokens"
+    if isinstance(multiple, str):
         raise SurgeryError(
-            "it can't be told whose rows a module is called with",
+            "the adapters of the rows in a module's input are unknown",
             where=site.path,
-            why=f"they are {shape} for a batch of {batch}, and {found}",
-            fix="take it out of the adapters; or, where the batch's rows come first there, route(…, check=False)",
+            why=f"they are {shape} for a batch of {batch}, and {multiple}",
+            fix="exclude the module from the adapters; or, if the batch's rows come first there, route(…, check=False)",
         )
-    site.layouts[len(shape)] = 1 if found == 1 else _SEVERAL
+    site.layouts[len(shape)] = 1 if multiple == 1 else _SEVERAL
 
 
-def _looked(
-    model: nn.Module, modules: Sequence[nn.Module], module: nn.Module, dim: int, batch: int, given: Given | None
+def _observe_rows(
+    model: nn.Module, modules: Sequence[nn.Module], module: nn.Module, dim: int, batch: int, arguments: Arguments | None
 ) -> int | str:
-    """Run some rows in two orders, and note at each module how many rows of its input one of them makes."""
-    if given is None:
-        return "no call of the model itself is running, which could show it"
+    """Run some rows in two orders; return how many rows of the module's input one row of the batch gives."""
+    if arguments is None:
+        return "no call of the model itself is running"
     try:
-        one, other = _some_rows(given, batch)
+        in_order, reordered = _some_rows(arguments, batch)
         with paused(), torch.no_grad(), _evaluating(model), torch.random.fork_rng():
             state = torch.get_rng_state()
-            first = _seen(model, modules, one)
+            first = _record_inputs(model, modules, in_order)
             torch.set_rng_state(state)
-            second = _seen(model, modules, other)
-    except Exception as error:  # the model's own code, given a batch it may not be made for
+            second = _record_inputs(model, modules, reordered)
+    except Exception as error:  # the model's own code, which may not support this batch
         return f"the model can't be run on {_ROWS} rows ({type(error).__name__}: {error})"
-    asked: int | str = f"{_ROWS} rows don't reach it"
+    answer: int | str = f"{_ROWS} rows don't reach it"
     for inner in modules:
         site = site_state(inner)
         assert site is not None
@@ -82,48 +86,50 @@ def _looked(
         if len(first.get(id(inner), ())) != len(second.get(id(inner), ())):
             calls = []
         for dims in {dims for (dims, _), _ in calls}:
-            told = {_turned(a, b) for (d, a), (_, b) in calls if d == dims}
-            found = told.pop() if len(told) == 1 else "they are not the same in all calls of the module"
-            if isinstance(found, int) and inner is not module:
-                site.layouts.setdefault(dims, found)
+            multiples = {_rows_per_part(a, b) for (d, a), (_, b) in calls if d == dims}
+            multiple = multiples.pop() if len(multiples) == 1 else "they are not the same in all calls of the module"
+            if isinstance(multiple, int) and inner is not module:
+                site.layouts.setdefault(dims, multiple)
             if inner is module and dims == dim:
-                asked = found
-    return asked
+                answer = multiple
+    return answer
 
 
-def _turned(one: Tensor, other: Tensor) -> int | str:
-    """How many rows each part has, where the parts of the other are those of the one, the last one first."""
-    part, left = divmod(len(one), _ROWS)
-    if one.shape != other.shape or left or not part:
+def _rows_per_part(in_order: Tensor, reordered: Tensor) -> int | str:
+    """The rows in each part if `reordered` has the parts of `in_order` with the last one first; otherwise a reason."""
+    part, left = divmod(len(in_order), _ROWS)
+    if in_order.shape != reordered.shape or left or not part:
         return "rows in another order make inputs of other shapes"
-    near = 1e-3 * max(1e-6, float(one.abs().max()))
-    if not torch.allclose(other, one.roll(part, 0), rtol=0.0, atol=near):
+    near = 1e-3 * max(1e-6, float(in_order.abs().max()))
+    if not torch.allclose(reordered, in_order.roll(part, 0), rtol=0.0, atol=near):
         return "the rows of the batch don't come first in it"
-    if torch.allclose(one, one.roll(part, 0), rtol=0.0, atol=near):
+    if torch.allclose(in_order, in_order.roll(part, 0), rtol=0.0, atol=near):
         return "all rows look alike there"
     return part
 
 
-def _seen(model: nn.Module, modules: Sequence[nn.Module], given: Given) -> dict[int, list[tuple[int, Tensor]]]:
-    """A few numbers of each row of what each module is called with."""
-    found: dict[int, list[tuple[int, Tensor]]] = {}
+def _record_inputs(
+    model: nn.Module, modules: Sequence[nn.Module], arguments: Arguments
+) -> dict[int, list[tuple[int, Tensor]]]:
+    """A few numbers of each row of each module's input, for all calls."""
+    inputs: dict[int, list[tuple[int, Tensor]]] = {}
     me = threading.get_ident()
 
     def enter(module: nn.Module, args: tuple, kwargs: Any = None) -> None:
-        # In other threads it may be called before torch has noted that it takes keywords.
+        # Another thread may call the hook before torch has noted that it takes keywords.
         value = next((v for v in (*args, *(kwargs or {}).values()) if isinstance(v, Tensor) and v.dim()), None)
         if value is not None and threading.get_ident() == me:
             flat = value.detach().reshape(len(value), -1) if value.numel() else value.reshape(len(value), 0)
             step = max(1, flat.shape[1] // _COLUMNS)
-            found.setdefault(id(module), []).append((value.dim(), _wide(flat[:, ::step]).cpu()))
+            inputs.setdefault(id(module), []).append((value.dim(), _wide(flat[:, ::step]).cpu()))
 
     handles = [module.register_forward_pre_hook(enter, with_kwargs=True) for module in modules]
     try:
-        model(*copied(given[0]), **copied(given[1]))
+        model(*copied(arguments[0]), **copied(arguments[1]))
     finally:
         for handle in handles:
             handle.remove()
-    return found
+    return inputs
 
 
 def _wide(value: Tensor) -> Tensor:
@@ -142,9 +148,9 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
             module.training = True
 
 
-def _some_rows(given: Given, batch: int) -> tuple[Given, Given]:
-    """The arguments with rows of the batch and others made from them, and with the last one first; caches left out."""
-    draw = torch.Generator().manual_seed(0)  # its own: other threads draw from torch's
+def _some_rows(arguments: Arguments, batch: int) -> tuple[Arguments, Arguments]:
+    """The arguments with `_ROWS` rows, in order and with the last row first; without caches."""
+    draw = torch.Generator().manual_seed(0)  # not torch's generator: other threads draw from it
     known: dict[int, tuple[Tensor, Tensor]] = {}
 
     def chosen(value: Tensor, which: int) -> Tensor:
@@ -156,11 +162,13 @@ def _some_rows(given: Given, batch: int) -> tuple[Given, Given]:
             known[id(value)] = (rows, rows.roll(1, 0))
         return known[id(value)][which]
 
-    return _mapped(given, lambda value: chosen(value, 0)), _mapped(given, lambda value: chosen(value, 1))
+    return _map_tensors(arguments, lambda value: chosen(value, 0)), _map_tensors(
+        arguments, lambda value: chosen(value, 1)
+    )
 
 
 def _other(row: Tensor, by: int, draw: torch.Generator) -> Tensor:
-    """Another row: other numbers, or other tokens of those that there must be, too. Masks stay."""
+    """A row with other numbers or other tokens that occur; masks stay."""
     if is_number(row):
         kind = torch.complex64 if row.is_complex() else torch.float32
         noise = torch.randn(row.shape, generator=draw, dtype=kind).to(row.device, row.dtype)
@@ -170,12 +178,12 @@ def _other(row: Tensor, by: int, draw: torch.Generator) -> Tensor:
     return row
 
 
-def _mapped(value: Any, change: Callable[[Tensor], Any]) -> Any:
+def _map_tensors(value: Any, change: Callable[[Tensor], Any]) -> Any:
     if isinstance(value, Tensor):
         return change(value)
     if type(value) in (tuple, list):
-        return type(value)(_mapped(item, change) for item in value)
+        return type(value)(_map_tensors(item, change) for item in value)
     if isinstance(value, dict):
-        found = {key: _mapped(item, change) for key, item in value.items()}
-        return found if type(value) is dict else type(value)(**found)
+        values = {key: _map_tensors(item, change) for key, item in value.items()}
+        return values if type(value) is dict else type(value)(**values)
     return None if hasattr(value, "get_seq_length") else value

@@ -1,6 +1,7 @@
-"""A copy or a pickle that is made inside of `route` is of the model outside: without what the block put on it.
+"""Makes copies and pickles inside a `route` block copies of the model without routing.
 
-It is left out by what stands for a module's `__reduce_ex__`, which copy and pickle look up on the object itself.
+copy and pickle look up `__reduce_ex__` on the object. The block sets it on modules, to a function that leaves out the
+block's hooks and flags.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ _REDUCE = "__reduce_ex__"
 
 
 def hide_hooks(model: nn.Module, ids: Iterable[int]) -> None:
-    """These hooks of the model are the block's."""
+    """Exclude these hooks of the model, which belong to the block, from copies and pickles."""
     model.__dict__[_REDUCE] = functools.partial(_without_hooks, model, frozenset(ids))
 
 
@@ -28,7 +29,7 @@ def show_hooks(model: nn.Module) -> None:
 
 
 class Lent:
-    """Idle adapters that train for as long as a block is open. Their records say what they are outside."""
+    """Idle adapters that train while a block is open. Copies and pickles get their flags from outside the block."""
 
     def __init__(self) -> None:
         self._outside: dict[int, nn.Parameter] = {}
@@ -45,11 +46,11 @@ class Lent:
             self._outside.pop(id(parameter), None)
 
     def outside(self, parameter: nn.Parameter) -> nn.Parameter:
-        """The same numbers in one that does not train; always the same one, as sites may share it."""
-        found = self._outside.get(id(parameter))
-        if found is None or found.data_ptr() != parameter.data_ptr():
-            found = self._outside[id(parameter)] = nn.Parameter(parameter.detach(), requires_grad=False)
-        return found
+        """A Parameter on the same memory that does not train; the same object for each call, as sites may share it."""
+        copy = self._outside.get(id(parameter))
+        if copy is None or copy.data_ptr() != parameter.data_ptr():
+            copy = self._outside[id(parameter)] = nn.Parameter(parameter.detach(), requires_grad=False)
+        return copy
 
 
 def _trained(box: AdapterTensors) -> list[nn.Parameter]:

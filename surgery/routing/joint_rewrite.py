@@ -1,4 +1,4 @@
-"""The edits of several adapters' rules at one site, made together: what such rules do to one batch."""
+"""Records the joint edits of several adapters' rules at one site, for rules that route a batch themselves."""
 
 from __future__ import annotations
 
@@ -19,22 +19,24 @@ __all__ = ["routed_layer", "routes_itself"]
 
 
 def routes_itself(rule: Rule) -> bool:
-    """Whether a rule says how several of its kind work on one batch."""
+    """Whether a rule defines `routed`, which lets several rules of its class work on one batch."""
     return type(rule).routed.__func__ is not Routable.routed.__func__  # type: ignore[attr-defined]
 
 
 def routed_layer(module: nn.Module, path: str, own: OwnForward, applied: list[Applied]) -> Layer:
-    """The edits of several adapters' rules of one kind, made together."""
-    kinds = {type(one.rule) for one in applied}
+    """The joint edits of several adapters' rules of one class."""
+    kinds = {type(rule_record.rule) for rule_record in applied}
     first = type(applied[0].rule)
-    if len(kinds) > 1 or len({one.adapter for one in applied}) < len(applied):
+    if len(kinds) > 1 or len({rule_record.adapter for rule_record in applied}) < len(applied):
         raise SiteError(
-            f"{' and '.join(sorted({one.rule.label for one in applied}))} can't be routed at one site",
+            f"{' and '.join(sorted({rule_record.rule.label for rule_record in applied}))} can't be routed at one site",
             where=path,
             why=f"{first.__name__}s work on a batch together, and with no other rule",
-            fix="route them in batches of their own",
+            fix="route them in separate batches",
         )
-    members = [Member(one.rule, module, path, one.adapter, own, one.facts) for one in applied]
+    members = [
+        Member(rule_record.rule, module, path, rule_record.adapter, own, rule_record.facts) for rule_record in applied
+    ]
     for member in members[1:]:
         member.tape = members[0].tape
     with HookCall(applied[0].rule, "routed", path), FunctionWatch(members[0].tape):

@@ -1,7 +1,8 @@
-"""`route`: one adapter for each row of a batch. What a site runs meanwhile is its plan (`surgery.routing.site_plan`).
+"""`route`: one adapter for each row of a batch.
 
-Sites get a class that asks whether the thread that calls them is routing; then the plan for them runs, else what ran
-before. So threads route on one model without seeing each other, and a block leaves nothing behind.
+Inside a block, each site has a class that checks whether the calling thread routes. If so, the site runs its plan
+(`surgery.routing.site_plan`); otherwise it runs as before. So threads route independently on one model, and the end of
+a block restores the model.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ __all__ = ["route"]
 
 @contextmanager
 def route(model: nn.Module, adapters: Sequence[str | None], *, check: bool = True) -> Iterator[None]:
-    """Inside the block each row of a batch runs with an adapter of its own: one name a row, None for the bare base.
+    """Run each row of a batch with its own adapter inside a `with` block.
 
     >>> import torch
     >>> from torch import nn
@@ -42,22 +43,29 @@ def route(model: nn.Module, adapters: Sequence[str | None], *, check: bool = Tru
     ...     torch.allclose(mixed[2], model(x)[2], atol=1e-6)
     True
 
-    Which adapters are live outside is of no account inside, nor are their weights. In training, gradients go to the
-    rows' adapters; call `backward` inside the block where the model recomputes activations (gradient checkpointing).
-    In transformers' `generate` a row's beams go with it. Every thread has its own block; while one is open, nobody can
-    apply, activate, merge or remove.
+    The adapters that are live outside the block, and their weights, do not matter inside. In training, gradients go to
+    the rows' adapters; with gradient checkpointing, call `backward` inside the block. In transformers' `generate`, a
+    row's beams use its adapter. Each thread has its own block. While a block is open, no thread can apply, activate,
+    merge or remove.
 
-    Low-rank branches of all rows run as two batched products; other rules on each adapter's rows by themselves. A
-    block keeps, for each site with low-rank branches, at most two copies of its adapters' tensors, and frees them. It
-    makes them anew when a tensor was changed, but for changes through `.data`, which torch does not count.
+    Low-rank branches of all rows run as two batched products; other rules run on each adapter's rows separately. For
+    each site with low-rank branches, a block keeps at most two copies of its adapters' tensors until it ends. A changed
+    tensor is copied again, except after changes through `.data`, which torch does not count.
 
-    Raises `SurgeryError` before anything runs for an unknown name, a call of another number of rows, a merged model,
-    or a rule that can't be routed. `check=False` does without the proof that a batch's rows come first in a module's
-    input, which is made, where shapes alone don't tell, by running a few rows in two orders.
+    Args:
+        model: the model.
+        adapters: the name of an adapter for each row of the batch; None: the base.
+        check: whether to verify that the rows of the batch come first in each module's input. If shapes do not show
+            it, a few rows are run in two orders.
+
+    Raises:
+        SurgeryError: an unknown name, a call with another number of rows, a merged model, a rule that can't be routed,
+            or a nested block on the same model. It is raised before the call runs.
+
     PEFT: `adapter_names` of a forward.
     """
     model, state = rewritten(model)
-    if any(one.model is model for one in here.routings):
+    if any(block.model is model for block in here.routings):
         raise SurgeryError("a block of route(model, …) is open in this thread", fix="leave it first")
     with in_use.routing(model):
         with collector_waits():
@@ -71,20 +79,14 @@ def route(model: nn.Module, adapters: Sequence[str | None], *, check: bool = Tru
                     yield
                 finally:
                     here.routings, here.plans = before
-            finally:  # once more, where it was broken off
+            finally:  # once more, if an interrupt broke the first off
                 here.routings, here.plans = before
                 routing.plans.clear()
 
 
-# The call of the model ----------------------------------------------------------------------------------------
-
-
-# Classes of sites while a model is routed ---------------------------------------------------------------------
-
-
 @contextmanager
 def _installed(routing: RoutingBlock) -> Iterator[None]:
-    """Sites have a class that asks for plans, as long as one block needs it; adapters of the rows may train."""
+    """Give the sites classes that run plans while at least one block needs them, and let the rows' adapters train."""
     model = routing.model
     with lock, neutral(model), Journal() as journal, collector_waits():
         shared = routed_models.get(model) or RoutedModel()
@@ -94,5 +96,5 @@ def _installed(routing: RoutingBlock) -> Iterator[None]:
             yield
         finally:
             shared.leave(routing)
-    finally:  # once more, where it was broken off
+    finally:  # once more, if an interrupt broke the first off
         shared.leave(routing)

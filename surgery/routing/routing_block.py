@@ -1,4 +1,4 @@
-"""One `route` block: whose rows are whose, the plans of its sites, and what is known of the call that is running."""
+"""`RoutingBlock`: the adapters of the rows, the plans of the sites, and the running call of one `route` block."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from surgery.errors import SurgeryError
 from surgery.lifecycle.switching import check_none_merged, check_settled
-from surgery.routing.batch_layout import prove
+from surgery.routing.batch_layout import check_rows_first
 from surgery.routing.joint_rewrite import routes_itself
 from surgery.routing.rows import RowOwners
 from surgery.routing.site_plan import RoutedCall, plan_of
@@ -21,41 +21,41 @@ __all__ = ["RoutingBlock"]
 
 
 class RoutingBlock:
-    """One block: names of rows, the plans of sites, and what is known of the call that is running."""
+    """One `route` block: the adapter of each row, the plans of the sites, and the running call."""
 
     def __init__(self, model: nn.Module, state: ModelState, adapters: Sequence[str | None], check: bool):
         if isinstance(adapters, str) or not adapters:
             raise SurgeryError("route needs a name for each row", why=f"it is given {adapters!r}", fix='["a", None, …]')
-        given = [name for name in adapters if name is not None]
-        adapter_names(state, given)
+        names = [name for name in adapters if name is not None]
+        adapter_names(state, names)
         self.model, self.check = model, check
         self.entries = tuple(_entries(model))
         self.rows = RowOwners(adapters)
-        self.names = tuple(name for name in state.adapters if name in given)
+        self.names = tuple(name for name in state.adapters if name in names)
         self.alone = len(set(adapters)) == 1
-        # Of the call that is running: the model or its encoder, which `generate` calls by itself, rows and arguments.
+        # The running call: its entry (the model, or the encoder, which `generate` calls directly), rows and arguments.
         self.entry: nn.Module | None = None
         self.batch: int | None = None
         self.given: tuple[tuple, dict[str, Any]] | None = None
-        touched = [name for name, one in state.standing.items() if one.live or name in self.names]
+        touched = [name for name, status in state.standing.items() if status.live or name in self.names]
         self.modules = list({id(m): m for name in touched for m in state.places[name].modules}.values())
-        held = [check_settled(module) for module in self.modules]
+        records = [check_settled(module) for module in self.modules]
         check_none_merged(state)
         _check_routable(state, self.names, self.alone)
         self.plans: dict[int, RoutedCall | None] = {}
-        rules = state.rules_at(set(given))
-        for module, site in zip(self.modules, held, strict=True):
-            needed = any(routes_itself(one.rule) for one in rules.get(id(module), ()))  # and may object
+        rules = state.rules_at(set(names))
+        for module, site in zip(self.modules, records, strict=True):
+            needed = any(routes_itself(applied.rule) for applied in rules.get(id(module), ()))  # and may object
             self.plans[id(module)] = plan_of(self, module, site) if needed else None  # else at the first call
 
     def plan(self, module: nn.Module) -> RoutedCall:
         site = site_state(module)
         assert site is not None
-        found = plan_of(self, module, site)
-        self.plans[id(module)] = found
+        plan = plan_of(self, module, site)
+        self.plans[id(module)] = plan
         if here.plans is not None:
-            here.plans[id(module)] = found
-        return found
+            here.plans[id(module)] = plan
+        return plan
 
     def enter(self, entry: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         """The model is called, or its encoder."""
@@ -79,7 +79,7 @@ class RoutingBlock:
         batch = self.batch or self.rows.count
         told = size == batch and value.dim() > 2 and size not in value.shape[1:-1]
         if not told and self.check and size and size % self.rows.count == 0:
-            prove(self.entry or self.model, self.modules, module, tuple(value.shape), batch, self.given)
+            check_rows_first(self.entry or self.model, self.modules, module, tuple(value.shape), batch, self.given)
         if not size or size % self.rows.count:
             raise SurgeryError(
                 f"{self.rows.count} adapters are named, and a module is called with {tuple(value.shape)}",

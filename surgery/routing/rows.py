@@ -1,8 +1,8 @@
-"""The rows of a batch, as routing sees them: which belong to which adapter, and values taken apart and joined by them.
+"""Indices of each adapter's rows in a batch, and functions that split and join values by rows.
 
-A routing names one adapter a row. Inside a model the first dimension may be larger by a whole factor: `generate`
-repeats rows for its beams, and code flattens a text's tokens or an image's windows into it. The rows of one are then
-neighbours.
+A block names one adapter for each row. Inside a model the first dimension may be larger by a whole factor: `generate`
+repeats rows for its beams, and some code flattens a text's tokens or an image's windows into it. The rows that come
+from one row of the batch are then adjacent.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ from torch import Tensor, nn
 
 from surgery.errors import SurgeryError
 
-__all__ = ["RowOwners", "joined", "taken"]
+__all__ = ["RowOwners", "join_rows", "take_rows"]
 
 
 class RowOwners:
-    """Which rows are whose: indices into a first dimension of any multiple of the number of names."""
+    """The adapter of each row, as indices into a first dimension whose size is a multiple of the number of names."""
 
     def __init__(self, names: Sequence[str | None]):
         self.names = tuple(names)
@@ -33,18 +33,20 @@ class RowOwners:
         """The indices of an adapter's rows, in order."""
         key = (name, size, device)
         if key not in self._known:
-            self._known[key] = self._repeated([i for i, one in enumerate(self.names) if one == name], size, device)
+            self._known[key] = self._repeated([i for i, owner in enumerate(self.names) if owner == name], size, device)
         return self._known[key]
 
     def rest(self, names: tuple[str, ...], size: int, device: torch.device) -> Tensor:
-        """The indices of the rows of none of these."""
+        """The indices of the rows that belong to none of these adapters."""
         key = (names, size, device)
         if key not in self._known:
-            self._known[key] = self._repeated([i for i, one in enumerate(self.names) if one not in names], size, device)
+            self._known[key] = self._repeated(
+                [i for i, owner in enumerate(self.names) if owner not in names], size, device
+            )
         return self._known[key]
 
     def order(self, names: tuple[str, ...], size: int, device: torch.device) -> Tensor:
-        """Where each row is when those of these adapters are put one after the other, and then the rest."""
+        """The position of each row after sorting: the rows of these adapters in order, then the remaining rows."""
         key = ("order", names, size, device)
         if key not in self._known:
             parts = [*(self.of(name, size, device) for name in names), self.rest(names, size, device)]
@@ -60,7 +62,7 @@ class RowOwners:
 
 
 class _Of:
-    """The rows of one adapter, as a rule that routes itself sees them."""
+    """The rows of one adapter, for a rule that defines `routed`."""
 
     def __init__(self, rows: RowOwners, name: str):
         self.rows, self.name = rows, name
@@ -70,50 +72,50 @@ class _Of:
         return self.rows.of(self.name, size, device)
 
 
-def taken(value: Any, rows: RowOwners, names: tuple[str, ...] | str, size: int) -> Any:
-    """A value's rows of one adapter (or, for a tuple of names, of none of them), wherever its size is the batch's."""
+def take_rows(value: Any, rows: RowOwners, names: tuple[str, ...] | str, size: int) -> Any:
+    """Select one adapter's rows of a value, or, for a tuple of names, the remaining rows. Other sizes stay whole."""
     if isinstance(value, Tensor):
         if value.dim() == 0 or value.shape[0] != size:
             return value
-        one = isinstance(names, str)
-        index = rows.of(names, size, value.device) if one else rows.rest(names, size, value.device)  # type: ignore[arg-type]
+        is_one_adapter = isinstance(names, str)
+        index = rows.of(names, size, value.device) if is_one_adapter else rows.rest(names, size, value.device)  # type: ignore[arg-type]
         return value.index_select(0, index)
     if type(value) in (tuple, list):
-        return type(value)(taken(item, rows, names, size) for item in value)
+        return type(value)(take_rows(item, rows, names, size) for item in value)
     if type(value) is dict:
-        return {key: taken(item, rows, names, size) for key, item in value.items()}
+        return {key: take_rows(item, rows, names, size) for key, item in value.items()}
     if value is None or isinstance(value, (bool, int, float, str, torch.dtype, torch.device, nn.Module)):
         return value
     raise SurgeryError(
         f"a {type(value).__name__} can't be split by rows",
-        why="a rule here runs on each adapter's rows by themselves",
+        why="a rule here runs on each adapter's rows separately",
         fix="target modules that are called with tensors, or use one adapter for all rows",
     )
 
 
-def joined(parts: Sequence[Any], rows: RowOwners, names: tuple[str, ...]) -> Any:
-    """A value of all rows, from those of each adapter's rows and the rest's, in this order."""
+def join_rows(parts: Sequence[Any], rows: RowOwners, names: tuple[str, ...]) -> Any:
+    """Join the values of each adapter's rows, and of the remaining rows last, into a value of all rows."""
     first = parts[0]
     if isinstance(first, Tensor):
         size = sum(part.shape[0] if part.dim() else 1 for part in parts)
         shapes = [tuple(part.shape) for part in parts]
         if first.dim() == 0 or size % rows.count:
             raise SurgeryError(
-                "what a module returns can't be put together by rows",
+                "a module's outputs can't be joined by rows",
                 why=f"adapters of one batch give {' and '.join(map(str, shapes))}",
-                fix="route adapters of a module whose output has a row for each of the batch",
+                fix="route adapters of modules whose outputs have the rows of the batch first",
             )
         if len({shape[1:] for shape in shapes}) > 1:
             raise SurgeryError(
                 "adapters of one batch give rows of different shapes",
                 why=" and ".join(map(str, shapes)),
-                fix="route such adapters in batches of their own",
+                fix="route these adapters in separate batches",
             )
         return torch.cat(list(parts)).index_select(0, rows.order(names, size, first.device))
     if isinstance(first, (tuple, list)):
-        items = [joined(column, rows, names) for column in zip(*parts, strict=True)]
+        items = [join_rows(column, rows, names) for column in zip(*parts, strict=True)]
         return type(first)(*items) if hasattr(first, "_fields") else type(first)(items)
     if isinstance(first, Mapping):
-        found = {key: joined([part[key] for part in parts], rows, names) for key in first}
-        return found if type(first) is dict else type(first)(**found)  # type: ignore[call-arg]
+        values = {key: join_rows([part[key] for part in parts], rows, names) for key in first}
+        return values if type(first) is dict else type(first)(**values)  # type: ignore[call-arg]
     return first

@@ -20,7 +20,7 @@ from surgery.errors import SurgeryError
 from surgery.forward.own_forward import OwnForward, own_forward
 from surgery.forward.tape import Layer, Tape
 from surgery.routing.joint_rewrite import routed_layer, routes_itself
-from surgery.routing.rows import RowOwners, joined, taken
+from surgery.routing.rows import RowOwners, join_rows, take_rows
 from surgery.state.adapter_tensors import tensors_of
 from surgery.state.records import Applied, SiteState
 from surgery.weaving.call_variants import function_of
@@ -176,14 +176,14 @@ class _ByRows:
         output = self.base.forward(module, *args, **kwargs) if shared else None
         parts = []
         for name, edit in self.edits.items():
-            take = partial(taken, rows=rows, names=name, size=size)
+            take = partial(take_rows, rows=rows, names=name, size=size)
             if edit.cls is None:
                 parts.append(edit(module, output, given, take))
             else:
                 parts.append(edit.cls.forward(module, *take(list(args)), **take(kwargs)))
         if not self.covered:
-            parts.append(taken(output, rows, self.names, size))
-        return joined(parts, rows, self.names)
+            parts.append(take_rows(output, rows, self.names, size))
+        return join_rows(parts, rows, self.names)
 
 
 def _bound(own: OwnForward, args: tuple, kwargs: dict[str, Any]) -> dict[str, Any]:
