@@ -16,9 +16,9 @@ from surgery.model_record.state_dict import select_adapter_tensors
 from surgery.model_record.verb_root import rewritten
 from surgery.patterns.module_walk import RESERVED
 from surgery.state.adapter_tensors import tensors_of
-from surgery.state.records import adapter_names, sites
+from surgery.state.records import ModelState, Sites, adapter_names, sites
 
-__all__ = ["folded_adapter"]
+__all__ = ["fold_sites", "folded_adapter"]
 
 
 def folded_adapter(
@@ -54,11 +54,18 @@ def folded_adapter(
     """
     root, state = rewritten(model)
     adapter_names(state, adapter)
+    return fold_sites(state, list(sites(root)), adapter, state_dict)
+
+
+def fold_sites(
+    state: ModelState, all_sites: Sites, adapter: str, state_dict: Mapping[str, Tensor] | None
+) -> tuple[list[Rule], dict[str, Tensor]]:
+    """`folded_adapter` for a model whose sites are at hand."""
     plainer = ByRule[Rule]()
     tensors: dict[str, Tensor] = {}
-    state_dict = select_adapter_tensors(root, adapter, state_dict)
+    state_dict = select_adapter_tensors(all_sites, adapter, state_dict)
     at = state.rules_at((adapter,))
-    for path, module, _ in sites(root):
+    for path, module, _ in all_sites:
         site_tensors = dict(tensors_of(module, adapter, path, state_dict))
         for applied in at.get(id(module), ()):
             live = LiveSite(module, path, adapter, site_tensors, lambda name, _, module=module: _tensor(module, name))

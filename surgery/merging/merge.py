@@ -111,17 +111,18 @@ def merge(
     live = [name for name, standing in state.standing.items() if standing.live]  # idle adapters have no effect
     counted = {*names, *live}
     chosen_at, all_at = state.rules_at(names), state.rules_at(counted)
-    for _, module, site in sites(model):
+    all_sites = list(sites(model))
+    for _, module, site in all_sites:
         if id(module) not in all_at:  # not in the model record, such as a copied layer
             all_at[id(module)] = [applied for applied in site.applied if applied.adapter in counted]
             chosen_at[id(module)] = [applied for applied in site.applied if applied.adapter in names]
-    chosen_sites = [(path, module, site) for path, module, site in sites(model) if chosen_at.get(id(module))]
+    chosen_sites = [(path, module, site) for path, module, site in all_sites if chosen_at.get(id(module))]
     problems = [
         problem
         for path, module, site in chosen_sites
         for problem in _objections(path, module, site, chosen_at[id(module)], all_at[id(module)])
     ]
-    merged = [(path, module, site) for path, module, site in sites(model) if site.merged is not None]
+    merged = [(path, module, site) for path, module, site in all_sites if site.merged is not None]
     if merged and all(set(_merged(site).adapters) == set(names) for _, _, site in merged):
         warning = f"{', '.join(names)} {'is' if len(names) == 1 else 'are'} merged already: nothing happens"
         warnings.warn(warning, SurgeryWarning, stacklevel=3)

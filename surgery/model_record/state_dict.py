@@ -13,7 +13,7 @@ from surgery.model_record.verb_root import check_all_present, records_in, rewrit
 from surgery.patterns.module_walk import RESERVED
 from surgery.patterns.wrappers import select_tensors
 from surgery.state.adapter_tensors import base_alone, is_adapter_key, tensors_of
-from surgery.state.records import adapter_names, sites
+from surgery.state.records import Sites, adapter_names, sites
 from surgery.transaction.neutral_context import verb
 from surgery.transaction.undo_log import Journal
 
@@ -66,21 +66,20 @@ def adapter_state_dict(
     """
     root, state = rewritten(model)
     adapter_names(state, adapter)
-    tensors, state_dict = {}, select_adapter_tensors(root, adapter, state_dict)
-    for path, module, _ in sites(root):
+    tensors, all_sites = {}, list(sites(root))
+    state_dict = select_adapter_tensors(all_sites, adapter, state_dict)
+    for path, module, _ in all_sites:
         for name, tensor in tensors_of(module, adapter, path, state_dict).items():
             tensors[".".join(filter(None, (path, RESERVED, name)))] = tensor.detach()
     return tensors
 
 
 def select_adapter_tensors(
-    model: nn.Module, adapter: str, state_dict: Mapping[str, Tensor] | None
+    all_sites: Sites, adapter: str, state_dict: Mapping[str, Tensor] | None
 ) -> Mapping[str, Tensor] | None:
     """The adapter's tensors in a state dict, by this model's names; None without a state dict."""
     if state_dict is None:
-        flat = [
-            path for path, module, _ in sites(model) if any(map(is_flattened, tensors_of(module, adapter).values()))
-        ]
+        flat = [path for path, module, _ in all_sites if any(map(is_flattened, tensors_of(module, adapter).values()))]
         if flat:
             raise SurgeryError(
                 f"the tensors of {adapter!r} are not whole here",
@@ -90,7 +89,7 @@ def select_adapter_tensors(
                 "full_state_dict=True)), and pass them: state_dict=…",
             )
         return None
-    insides = [(".".join(filter(None, (path, RESERVED, adapter))), module) for path, module, _ in sites(model)]
+    insides = [(".".join(filter(None, (path, RESERVED, adapter))), module) for path, module, _ in all_sites]
     names = [f"{inside}.{name}" for inside, module in insides for name in tensors_of(module, adapter)]
     return select_tensors(state_dict, names)
 

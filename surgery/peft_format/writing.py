@@ -11,8 +11,9 @@ from surgery.adapter_files.entry import Entry
 from surgery.authoring.equal_rules import ByRule
 from surgery.authoring.rule import Rule
 from surgery.errors import LoadError, SurgeryError
-from surgery.lifecycle.simplify import folded_adapter
-from surgery.model_record.state_dict import adapter_state_dict, rules_of
+from surgery.lifecycle.simplify import fold_sites
+from surgery.model_record.state_dict import adapter_state_dict
+from surgery.model_record.verb_root import rewritten
 from surgery.patterns.module_class import class_of
 from surgery.patterns.module_walk import RESERVED
 from surgery.peft_format.adapter_config import SILENT
@@ -20,7 +21,7 @@ from surgery.peft_format.base_embeddings import Save, embedding_tensors
 from surgery.peft_format.methods import PeftMethod, PeftPlace, absolute, is_main, method_of, part_of, unsupported
 from surgery.peft_format.targets import Modules, chosen_by
 from surgery.state.adapter_tensors import whole
-from surgery.state.records import require_state, sites
+from surgery.state.records import adapter_names, sites
 
 __all__ = ["PeftDescription", "describe", "from_peft", "to_peft"]
 
@@ -129,8 +130,10 @@ def describe(
     model: nn.Module, adapter: str, exact: bool = False, state: Mapping[str, Tensor] | None = None
 ) -> PeftDescription:
     """Describes an adapter in PEFT's terms; `SurgeryError` if PEFT's files can't hold it."""
-    kept, modules = rules_of(model, adapter), Modules.of(model)
-    rules, tensors = folded_adapter(model, adapter, state)
+    root, record = rewritten(model)
+    adapter_names(record, adapter)
+    kept, modules, all_sites = list(record.adapters[adapter]), Modules.of(model), list(sites(root))
+    rules, tensors = fold_sites(record, all_sites, adapter, state)
     plainer = list(zip(kept, rules, strict=True))
     if exact and rules != kept:
         lost = next(rule.label for rule, plain in plainer if rule != plain)
@@ -143,12 +146,12 @@ def describe(
     if len(methods) != 1:
         what = "PEFT needs a method beside them" if not methods else f"they are {len(methods)} methods of PEFT's"
         raise unsupported(" and ".join(dict.fromkeys(rule.label for rule in rules)), what)
-    known, at_site = ByRule[Rule](), require_state(model).rules_at((adapter,))
+    known, at_site = ByRule[Rule](), record.rules_at((adapter,))
     for rule, plain in plainer:
         known.get(rule, lambda plain=plain: plain)
     placed = [
         _Placed(path, module, known.get(on.rule, lambda on=on: on.rule), on.facts)
-        for path, module, _ in sites(model)
+        for path, module, _ in all_sites
         for on in at_site.get(id(module), ())
     ]
     at = ByRule[list[str]]()

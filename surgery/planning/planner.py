@@ -294,7 +294,7 @@ def _model_problems(model: nn.Module, adapter: str, examples: Sequence[Any]) -> 
                 fix="run one batch through the model first: model(batch)",
             )
         )
-    state, inner = model_state(model), records_in(model, below=True)
+    state, inner, rewritten_sites = model_state(model), records_in(model, below=True), list(sites(model))
     problems += [problem] if (problem := name_problem(state, adapter)) else []
     if inner:
         problems.append(
@@ -305,12 +305,12 @@ def _model_problems(model: nn.Module, adapter: str, examples: Sequence[Any]) -> 
                 fix="apply to the same module as before, or remove those first",
             )
         )
-    elif state is not None or any(True for _ in sites(model)):
+    elif state is not None or rewritten_sites:
         try:
             rewritten(model)
         except SurgeryError as error:
             problems.append(error)
-    for path, _, site in sites(model):
+    for path, _, site in rewritten_sites:
         if site.merged is not None:
             why = f"its weights hold {', '.join(site.merged.adapters)}"
             problems.append(SurgeryError("the model is merged", where=path, why=why, fix="unmerge(model) first"))

@@ -267,6 +267,9 @@ def sites(model: nn.Module) -> Iterator[tuple[str, nn.Module, SiteState]]:
             yield path, module, state
 
 
+Sites = Sequence[tuple[str, nn.Module, SiteState]]  # what `sites` gives
+
+
 def base_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
     """The base's own parameters under every name that a module has for them, wrappers' segments left out."""
     for path, module in base_modules(model):

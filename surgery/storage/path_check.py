@@ -6,16 +6,16 @@ from torch import nn
 
 from surgery.errors import SurgeryError, abbreviate
 from surgery.planning.matching import Tree
-from surgery.state.records import ModelState, sites
+from surgery.state.records import ModelState, Sites
 from surgery.storage.hotswap_plan import placed
 
 __all__ = ["check_meant"]
 
 
-def check_meant(root: nn.Module, state: ModelState, adapter: str) -> None:
+def check_meant(root: nn.Module, state: ModelState, all_sites: Sites, adapter: str) -> None:
     """`SurgeryError` where an adapter's rules, as they are written into files, no longer lead to its sites."""
     mine = {id(module) for module in state.places[adapter].modules}
-    here = [(path, module, site.path) for path, module, site in sites(root) if id(module) in mine]
+    here = [(path, module, site.path) for path, module, site in all_sites if id(module) in mine]
     if all(path == before for path, _, before in here):
         return
     problems: list[SurgeryError] = []

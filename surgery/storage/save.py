@@ -15,7 +15,7 @@ from surgery.adapter_files import tensor_files
 from surgery.adapter_files.entry import NAME, OLD, PEFT, SURGERY, VERSION
 from surgery.adapter_files.process_group import writing
 from surgery.errors import SurgeryError
-from surgery.model_record.state_dict import adapter_state_dict, rules_of
+from surgery.model_record.state_dict import adapter_state_dict
 from surgery.model_record.verb_root import rewritten
 from surgery.peft_format.writing import to_peft
 from surgery.state.absent_values import without_values
@@ -81,7 +81,8 @@ def save_adapter(
         raise SurgeryError(f"there is no format {format!r}", fix='"peft", "surgery", or "auto" for the first that fits')
     model, state = rewritten(model)
     adapter_names(state, adapter)
-    check_meant(model, state, adapter)
+    all_sites = list(sites(model))
+    check_meant(model, state, all_sites, adapter)
     if state_dict is None and any(map(without_values, state.places[adapter].boxes)):
         why = "its tensors came from the meta device by to_empty"
         raise SurgeryError(f"the adapter {adapter!r} has no values yet", why=why, fix="load them first")
@@ -100,8 +101,8 @@ def save_adapter(
     settings = {
         "format": NAME,
         "version": VERSION,
-        "rules": [rule.to_dict() for rule in rules_of(model, adapter)],
-        "sites": [path for path, module, _ in sites(model) if tensors_of(module, adapter)],
+        "rules": [rule.to_dict() for rule in state.adapters[adapter]],
+        "sites": [path for path, module, _ in all_sites if tensors_of(module, adapter)],
         **extra,
     }
     tensors = _whole(adapter_state_dict(model, adapter, state_dict))
