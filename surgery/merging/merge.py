@@ -26,7 +26,7 @@ from surgery.state.absent_values import without_values
 from surgery.state.adapter_tensors import box_of, tensors_of
 from surgery.state.in_use import check_free
 from surgery.state.record_undo import keep_site, take_out_folds
-from surgery.state.records import Applied, Merged, SiteState, adapter_names, sites
+from surgery.state.records import Applied, Merged, ModelState, Sites, SiteState, adapter_names, sites
 from surgery.state.tied_weights import Untied, retie, say_untied
 from surgery.transaction.neutral_context import verb
 from surgery.transaction.undo_log import Journal
@@ -179,16 +179,26 @@ def unmerge(model: M, *, check: bool = True) -> M:
     """
     root, state = rewritten(model, lost=not check)
     check_free(root)
-    if not any(site.merged is not None for _, _, site in with_lost(root, state)):
+    found = _merged_sites(root, state)
+    if not found:
         warnings.warn("nothing is merged: nothing happens", SurgeryWarning, stacklevel=3)
-    return ensure_unmerged(model, check)
+    _unmerge(root, state, found, check)
+    return model
 
 
 @verb
 def ensure_unmerged(model: M, check: bool = True) -> M:
     """Unmerge the model if it is merged."""
     root, state = rewritten(model, lost=not check)
-    merged_sites = [(path, module, site) for path, module, site in with_lost(root, state) if site.merged is not None]
+    _unmerge(root, state, _merged_sites(root, state), check)
+    return model
+
+
+def _merged_sites(root: nn.Module, state: ModelState) -> Sites:
+    return [(path, module, site) for path, module, site in with_lost(root, state) if site.merged is not None]
+
+
+def _unmerge(root: nn.Module, state: ModelState, merged_sites: Sites, check: bool) -> None:
     for path, module, site in merged_sites:
         if site.merged is not None and site.merged.folds and (refused := sharding_of(module)) is not None:
             why = f"{refused[0]}; the merge noted its folds for whole weights"
@@ -213,7 +223,6 @@ def ensure_unmerged(model: M, check: bool = True) -> M:
         journal.keep(state.__dict__)
         retie(root, state.untied, journal)
         state.untied = Untied()
-    return model
 
 
 # One site -----------------------------------------------------------------------------------------------------

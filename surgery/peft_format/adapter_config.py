@@ -7,8 +7,6 @@ from collections.abc import Mapping, Sequence
 from functools import cached_property
 from typing import Any, TypeVar
 
-from torch import nn
-
 from surgery.adapter_files.tensor_files import TensorFile
 from surgery.authoring.rule import Rule
 from surgery.errors import MatchError, SurgeryError
@@ -29,9 +27,8 @@ SILENT = frozenset(
 class PeftConfig:
     """A configuration that is being read. Fields that no reader takes are errors, unless they hold a no-op value."""
 
-    def __init__(self, data: Mapping[str, Any], model: nn.Module, file: TensorFile | None = None):
-        self.data, self.model, self.file = dict(data), model, file
-        self.modules = Modules.of(model)
+    def __init__(self, data: Mapping[str, Any], modules: Modules, file: TensorFile | None = None):
+        self.data, self.model, self.modules, self.file = dict(data), modules.model, modules, file
         self.left = set(self.data) - SILENT
         self.notes: list[str] = []
         self.marks: tuple[str, ...] = ()  # what the method's keys have after a path

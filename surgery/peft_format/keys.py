@@ -9,22 +9,20 @@ from typing import Any
 from torch import nn
 
 from surgery.adapter_files.tensor_files import TensorFile
-from surgery.patterns.module_walk import base_modules
 from surgery.patterns.paths import pattern_value
 from surgery.peft_format.key_history import Spelt, current_keys
 
 __all__ = ["keys_of", "at_model_paths"]
 
 
-def keys_of(model: nn.Module, file: TensorFile, component: str | None = None) -> Spelt:
-    """A file's keys under today's names, at the paths of this model."""
-    modules = dict(base_modules(model))
+def keys_of(modules: Mapping[str, nn.Module], file: TensorFile, component: str | None = None) -> Spelt:
+    """A file's keys under today's names, at the paths of these modules of a model."""
 
     def fits(key: str, path: str) -> bool:
         weight, shape = getattr(modules[path], "weight", None), file.shapes[key]
         return weight is not None and bool(shape) and any(size in weight.shape for size in shape)
 
-    return current_keys(list(file.shapes), lambda: modules.keys() - {""}, component, fits)
+    return current_keys(list(file.shapes), modules.keys, component, fits)
 
 
 def at_model_paths(config: Mapping[str, Any], spelt: Spelt) -> dict[str, Any]:

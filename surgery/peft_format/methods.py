@@ -195,7 +195,7 @@ def is_main(rule: Rule) -> bool:
 
 def rules_by(model: nn.Module, config: Mapping[str, Any]) -> list[Rule]:
     """The rules of a new adapter by PEFT's configuration. `PlanError` lists everything that is not supported."""
-    settings = PeftConfig(config, model)
+    settings = PeftConfig(config, Modules.of(model))
     rules, problems, unheld = read_rules(settings, method_of(config.get("peft_type")).start)
     if problems or unheld:
         raise PlanError([*problems, *unheld])

@@ -17,6 +17,7 @@ from surgery.peft_format.header_settings import alphas_of, check_alphas, setting
 from surgery.peft_format.key_history import Spelt
 from surgery.peft_format.keys import at_model_paths, keys_of
 from surgery.peft_format.methods import PeftPlace, absolute, is_main, method_of, part_of, read_rules
+from surgery.peft_format.targets import Modules
 from surgery.planning.plan import Plan
 from surgery.weaving.recording import PlannedRule
 
@@ -37,7 +38,8 @@ class PeftAdapter:
 
 def read(model: nn.Module, config: Any, file: TensorFile, component: str | None = None) -> PeftAdapter:
     """The rules of an adapter in PEFT's files, and the places of their tensors."""
-    spelt = keys_of(model, file, component)
+    modules = Modules.of(model)
+    spelt = keys_of(modules.by_path, file, component)
     keys, assumed, alpha_keys = spelt.keys, list[str](), tuple[str, ...]()
     if config is None:
         from_header = settings_of(spelt, file)
@@ -48,7 +50,7 @@ def read(model: nn.Module, config: Any, file: TensorFile, component: str | None 
     if not isinstance(config, dict):
         raise SurgeryError("the adapter's configuration is not a mapping")
     config = at_model_paths(config, spelt)
-    settings = PeftConfig(config, model, _under(keys, file))
+    settings = PeftConfig(config, modules, _under(keys, file))
     method = method_of(config.get("peft_type"))
     rules, problems, unheld = read_rules(settings, method.read)
 

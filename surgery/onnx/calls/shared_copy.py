@@ -15,7 +15,7 @@ from surgery.lifecycle.switching import switch, weights_now
 from surgery.merging.merge import ensure_unmerged
 from surgery.model_record.verb_root import records_in
 from surgery.onnx.calls.sliding_windows import whole_windows
-from surgery.state.records import _MODEL, _SITE, model_state, sites
+from surgery.state.records import _MODEL, _SITE, Sites, model_state, sites
 
 __all__ = ["changing", "leave_live", "sharing_copy", "traced_path"]
 
@@ -49,7 +49,11 @@ def sharing_copy(model: nn.Module, *, folding: bool = False) -> nn.Module:
 
 def changing(model: nn.Module) -> list[str]:
     """The adapters that changed base weights at their start (PiSSA), and so are live as long as they are there."""
-    return list(dict.fromkeys(one.adapter for _, _, site in sites(model) for one in site.applied if one.changed))
+    return _changing(list(sites(model)))
+
+
+def _changing(all_sites: Sites) -> list[str]:
+    return list(dict.fromkeys(one.adapter for _, _, site in all_sites for one in site.applied if one.changed))
 
 
 def leave_live(copy: nn.Module, names: Sequence[str], weights: Mapping[str, float] | None = None) -> None:
@@ -61,8 +65,10 @@ def leave_live(copy: nn.Module, names: Sequence[str], weights: Mapping[str, floa
     if state is None:
         return
     weights = weights_now(state) if weights is None else weights
-    ensure_unmerged(copy)
-    if gone := [name for name in changing(copy) if name not in names]:
+    all_sites = list(sites(copy))
+    if any(site.merged is not None for _, _, site in all_sites):
+        ensure_unmerged(copy)
+    if gone := [name for name in _changing(all_sites) if name not in names]:
         remove(copy, gone, check=False)
     if model_state(copy) is not None:
         switch(copy, {name: weights.get(name, 1.0) for name in names})

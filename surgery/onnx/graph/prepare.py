@@ -100,9 +100,12 @@ def _merged(model: nn.Module, given: Given, names: Any, how: ExportSettings) -> 
         _check_plain(copy)
         return Prepared(copy)
     wanted = adapter_names(state, names) if names is not None else list(active(model))
-    if names is not None:
+    if names is None:
+        _fold(copy, wanted)
+    else:
         leave_live(copy, wanted)
-    _fold(copy, wanted)
+        if wanted:
+            merge(copy, wanted, untie=True)
     return Prepared(copy, rules=[rule for name in wanted for rule in state.adapters[name]])
 
 
