@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
-from surgery.forward.tape import Ref, Tape, Value, refs_in, thawed
+from surgery.forward.tape import Tape, Value
+from surgery.forward.tape_steps import Ref, refs_in, thawed
 from surgery.tracing.decisions import check_decision
 from surgery.transaction.user_frames import line_running
 

@@ -23,7 +23,8 @@ from surgery.forward.hidden_state import hidden_of, with_hidden
 from surgery.forward.own_forward import OwnForward
 from surgery.forward.packed_weights import UNPACKED, is_packed
 from surgery.forward.parameter_view import calls_inside, find_tensor, hidden_reference, make_view
-from surgery.forward.tape import Ref, Tape, Value, ref_of
+from surgery.forward.tape import Tape, Value, ref_of
+from surgery.forward.tape_steps import Ref
 from surgery.forward.unnamed_inputs import FIRST, hidden_first
 from surgery.patterns.module_walk import RESERVED
 from surgery.structures.passed_ops import Passage

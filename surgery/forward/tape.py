@@ -10,13 +10,12 @@ A `Value` claims to be no tensor, so that torch's C code asks it what a call mea
 
 from __future__ import annotations
 
-import dis
 import functools
 import inspect
 import operator
 import sys
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -25,54 +24,11 @@ import torch.nn.functional as F
 from surgery.errors import SiteError
 from surgery.forward.context_regions import Region
 from surgery.forward.side_effects import has_effect, is_foreign, writes
+from surgery.forward.tape_steps import NOTHING, OPS, Ref, Step, is_whole_number, refs_for_values, refs_in, shift_steps
+from surgery.forward.unpacking import unpacked, unpacked_by
 from surgery.transaction.user_frames import line_running
 
-__all__ = [
-    "OPERATORS",
-    "Layer",
-    "Ref",
-    "Samples",
-    "Step",
-    "Tape",
-    "Value",
-    "Watched",
-    "for_both_modes",
-    "ref_of",
-    "refs_in",
-    "tape_of",
-    "thawed",
-    "unpacked",
-]
-
-
-class Ref(NamedTuple):
-    """A value by what it is: ("input", name), ("output", ""), ("state", path), ("param", name), ("op", step).
-
-    In a forward that is held as a graph also ("inside", node), what an operation's result is at present, and
-    ("made", node), what the operation itself gives, before what rules put in its place. `read`: the node before which
-    it is read, as an operand of a match that ends there; then it follows what the rule puts in its place.
-    """
-
-    kind: str
-    key: str | int
-    read: str = ""
-
-
-class Step(NamedTuple):
-    """One edit. kind: "function", "method", "attribute", "module" (a child), "own" (the site's own operation once more:
-    args its inputs, kwargs its tensors), "around" (what makes a function around those from registries, or around one
-    operation), or "replace" (args: what is replaced, by what; kwargs: operations in which alone it is).
-
-    `region`: the blocks (torch.no_grad, torch.autocast) around it. `late`: the rewrite asked for the output before.
-    `training`: the mode that it is for alone, where Python went by that."""
-
-    kind: str
-    target: Any
-    args: Any
-    kwargs: Any
-    region: Region | None = None
-    late: bool = False
-    training: bool | None = None
+__all__ = ["Layer", "OPERATORS", "Samples", "Tape", "Value", "Watched", "for_both_modes", "ref_of", "tape_of"]
 
 
 class Watched(Protocol):
@@ -127,7 +83,7 @@ class Tape:
         if step.kind in ("attribute", "method"):
             return step.target == "shape" or step.target == "size" and len(step.args[1]) == 1 and not step.kwargs[1]
         source = step.args[1][0] if step.args[1] else None
-        sliced = step.target is operator.getitem and not _whole_number(step.args[1][1])
+        sliced = step.target is operator.getitem and not is_whole_number(step.args[1][1])
         named = isinstance(source, Ref) and source.kind == "op" and source.key in self._shapes
         return named and (step.target is unpacked or sliced)
 
@@ -140,7 +96,7 @@ class Tape:
             return isinstance(source, Ref) and source.kind == "op" and source.key in self._shapes
         if step.target in _ON_SIZES:
             refs = list(refs_in(step.args))
-            plain = all(isinstance(item, Ref) or _whole_number(item) for item in step.args[1])
+            plain = all(isinstance(item, Ref) or is_whole_number(item) for item in step.args[1])
             return plain and bool(refs) and all(ref.kind == "op" and ref.key in self._sizes for ref in refs)
         return step.target is len
 
@@ -157,7 +113,7 @@ class Tape:
             return None
         name = step.target if isinstance(step.target, str) else getattr(step.target, "__name__", "")
         if name in ("chunk", "tensor_split", "unsafe_chunk"):
-            args, kwargs = _refs_for_values(step)
+            args, kwargs = refs_for_values(step)
             count = args[1:2] or (kwargs.get("chunks", kwargs.get("sections")),)
             return count[0] if type(count[0]) is int else None
         if step.target is unpacked:
@@ -204,8 +160,8 @@ class Tape:
     @functools.cached_property
     def writes(self) -> bool:
         """Whether one of its steps writes in place."""
-        calls = [(_OPS[step.kind], step) for step in self.steps if step.kind in _OPS]
-        return any(writes(op, step.target, *_refs_for_values(step)) for op, step in calls)
+        calls = [(OPS[step.kind], step) for step in self.steps if step.kind in OPS]
+        return any(writes(op, step.target, *refs_for_values(step)) for op, step in calls)
 
     @functools.cached_property
     def within(self) -> frozenset[Ref]:
@@ -284,59 +240,18 @@ def for_both_modes(evaluation: Tape, training: Tape) -> Tape:
     both.steps = [step._replace(training=False) for step in evaluation.steps]
     count = len(both.steps)
     for step in training.steps:
-        args, kwargs = (_moved(part, count) for part in (step.args, step.kwargs))
+        args, kwargs = (shift_steps(part, count) for part in (step.args, step.kwargs))
         both.steps.append(step._replace(args=args, kwargs=kwargs, training=True))
     return both
 
 
-def _moved(frozen: Any, by: int) -> Any:
-    if isinstance(frozen, Ref):
-        return frozen._replace(key=int(frozen.key) + by) if frozen.kind == "op" else frozen
-    if isinstance(frozen, tuple) and frozen[:1] != ("constant",):
-        return tuple([_moved(item, by) for item in frozen])
-    return frozen
-
-
-def _whole_number(frozen: Any) -> bool:
-    return not isinstance(frozen, Ref) and frozen[0] == "constant" and type(frozen[1][2]) is int
-
-
 def _acts(step: Step) -> bool:
-    op = _OPS.get(step.kind, "")
-    return bool(op) and (has_effect(op, step.target, *_refs_for_values(step)) or is_foreign(op, step.target))
+    op = OPS.get(step.kind, "")
+    return bool(op) and (has_effect(op, step.target, *refs_for_values(step)) or is_foreign(op, step.target))
 
 
-def _refs_for_values(step: Step) -> tuple[Any, Any]:
-    """The arguments of a step, each value as its `Ref`."""
-    return thawed(step.args, lambda ref: ref), thawed(step.kwargs, lambda ref: ref)
-
-
-def refs_in(frozen: Any) -> Iterator[Ref]:
-    """The values named in what `Tape._frozen` froze."""
-    if isinstance(frozen, Ref):
-        yield frozen
-    elif isinstance(frozen, tuple) and frozen[:1] != ("constant",):
-        for item in frozen:
-            yield from refs_in(item)
-
-
-NOTHING = ("dict", ())
-_OPS = {"function": "call_function", "method": "call_method"}
 _PLAIN = frozenset({int, float, bool, str, type(None)})
 _finished: weakref.WeakValueDictionary[tuple[Step, ...], Tape] = weakref.WeakValueDictionary()
-
-
-def thawed(frozen: Any, resolve: Callable[[Ref], Any]) -> Any:
-    """What `Tape._frozen` froze, with each `Ref` replaced by what `resolve` says."""
-    if isinstance(frozen, Ref):
-        return resolve(frozen)
-    kind, content = frozen
-    if kind == "constant":
-        return content[2]
-    if kind == "dict":
-        return {key: thawed(item, resolve) for key, item in content}
-    items = [thawed(item, resolve) for item in content]
-    return slice(*items) if kind == "slice" else tuple(items) if kind == "tuple" else items
 
 
 class Value:
@@ -459,27 +374,6 @@ class SizeValue(Value, torch.SymInt):
         if self._tape.watched is None:
             raise self._refuse("compute with", "use it inside of the rewrite that it belongs to")
         return self
-
-
-def unpacked(value: Any, count: int) -> tuple:
-    """The items of a value that a rewrite unpacks into this many names."""
-    items = tuple(value)
-    if len(items) != count:
-        raise ValueError(f"a rewrite unpacks {count} values, and there are {len(items)}")
-    return items
-
-
-def unpacked_by(frame: Any) -> int | None:
-    """Into how many names the line that a frame runs unpacks something; None where it does something else with it."""
-    code, at = frame.f_code.co_code, frame.f_lasti
-    if dis.opname[code[at]] != "UNPACK_SEQUENCE":
-        return None
-    count, place = code[at + 1], at - 2
-    for shift in (8, 16, 24):
-        if place < 0 or code[place] != dis.EXTENDED_ARG:
-            break
-        count, place = count | code[place + 1] << shift, place - 2
-    return count
 
 
 _WHILE_TRAINING = (F.dropout, F.alpha_dropout, F.feature_alpha_dropout, F.dropout1d, F.dropout2d, F.dropout3d)

@@ -15,8 +15,9 @@ from surgery.errors import SurgeryError, abbreviate
 from surgery.lifecycle.switching import check_none_merged, set_trained, switch, weights_now
 from surgery.model_record.verb_root import check_parts_idle, rewritten
 from surgery.patterns.module_walk import base_modules
+from surgery.state.adapter_naming import adapter_names
 from surgery.state.in_use import check_free, claimed
-from surgery.state.records import ModelState, adapter_names, model_state, site_state
+from surgery.state.records import ModelState, model_state, site_state
 from surgery.transaction.garbage_collection import collector_waits
 from surgery.transaction.neutral_context import neutral, verb
 from surgery.transaction.undo_log import Journal

@@ -26,9 +26,10 @@ from surgery.lifecycle.rename_copy import check_whole
 from surgery.model_record.verb_root import rewritten
 from surgery.patterns.paths import regex_for
 from surgery.planning.matching import Tree, matches
+from surgery.state.adapter_naming import name_problem
 from surgery.state.adapter_tensors import tensors_of
 from surgery.state.in_use import check_free
-from surgery.state.records import Applied, ModelState, name_problem, sites
+from surgery.state.records import Applied, ModelState, sites
 from surgery.transaction.neutral_context import verb
 
 __all__ = ["combine"]

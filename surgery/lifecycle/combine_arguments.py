@@ -10,7 +10,8 @@ import torch
 
 from surgery.authoring.combination import METHODS, Combination
 from surgery.errors import SurgeryError, near_misses
-from surgery.state.records import ModelState, adapter_names
+from surgery.state.adapter_naming import adapter_names
+from surgery.state.records import ModelState
 
 __all__ = ["requested_combination"]
 

@@ -13,16 +13,11 @@ from surgery.lifecycle.freezing import thaw_base
 from surgery.merging.site_folding import verify_records
 from surgery.model_record.moved_sites import unwatch
 from surgery.model_record.verb_root import rewritten, with_lost
+from surgery.state.adapter_naming import adapter_names
 from surgery.state.adapter_tensors import detach
 from surgery.state.in_use import check_free
 from surgery.state.record_undo import keep_model, keep_site, take_out_fold
-from surgery.state.records import (
-    _MODEL,
-    _SITE,
-    ModelState,
-    SiteState,
-    adapter_names,
-)
+from surgery.state.records import _MODEL, _SITE, ModelState, SiteState
 from surgery.state.site_links import there
 from surgery.transaction.neutral_context import verb
 from surgery.transaction.undo_log import Journal

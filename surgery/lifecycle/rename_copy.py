@@ -12,10 +12,11 @@ from surgery.errors import SurgeryError
 from surgery.lifecycle.attach import PlacedRule, attach_idle
 from surgery.model_record.verb_root import rewritten
 from surgery.patterns.module_walk import RESERVED
+from surgery.state.adapter_naming import adapter_names, name_problem
 from surgery.state.adapter_tensors import box_of
 from surgery.state.in_use import check_free, check_unclaimed
 from surgery.state.record_undo import keep_model, keep_site
-from surgery.state.records import Applied, ModelState, adapter_names, name_problem, site_state
+from surgery.state.records import Applied, ModelState, site_state
 from surgery.transaction.neutral_context import verb
 from surgery.transaction.undo_log import Journal
 from surgery.transformers_hooks import hooks

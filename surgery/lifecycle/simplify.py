@@ -15,8 +15,9 @@ from surgery.forward.parameter_view import find_tensor
 from surgery.model_record.state_dict import select_adapter_tensors
 from surgery.model_record.verb_root import rewritten
 from surgery.patterns.module_walk import RESERVED
+from surgery.state.adapter_naming import adapter_names
 from surgery.state.adapter_tensors import tensors_of
-from surgery.state.records import ModelState, Sites, adapter_names, sites
+from surgery.state.records import ModelState, Sites, sites
 
 __all__ = ["fold_sites", "folded_adapter"]
 

@@ -23,10 +23,11 @@ from surgery.merging.site_folding import Keep, SiteFolding, check_foldable, fold
 from surgery.model_record.verb_root import rewritten, with_lost
 from surgery.patterns.parameter_owners import Owners
 from surgery.state.absent_values import without_values
+from surgery.state.adapter_naming import adapter_names
 from surgery.state.adapter_tensors import box_of, tensors_of
 from surgery.state.in_use import check_free
 from surgery.state.record_undo import keep_site, take_out_folds
-from surgery.state.records import Applied, Merged, ModelState, Sites, SiteState, adapter_names, sites
+from surgery.state.records import Applied, Merged, ModelState, Sites, SiteState, sites
 from surgery.state.tied_weights import Untied, retie, say_untied
 from surgery.transaction.neutral_context import verb
 from surgery.transaction.undo_log import Journal

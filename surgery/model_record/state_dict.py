@@ -12,8 +12,9 @@ from surgery.errors import SurgeryError, near_misses
 from surgery.model_record.verb_root import check_all_present, records_in, rewritten
 from surgery.patterns.module_walk import RESERVED
 from surgery.patterns.wrappers import select_tensors
+from surgery.state.adapter_naming import adapter_names
 from surgery.state.adapter_tensors import base_alone, is_adapter_key, tensors_of
-from surgery.state.records import Sites, adapter_names, sites
+from surgery.state.records import Sites, sites
 from surgery.transaction.neutral_context import verb
 from surgery.transaction.undo_log import Journal
 

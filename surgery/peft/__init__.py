@@ -22,7 +22,7 @@ from surgery.peft.kbit import prepare_model_for_kbit_training
 from surgery.peft.model import LoadResult, PeftModel
 from surgery.peft.tasks import *  # noqa: F403
 from surgery.peft_format.writing import from_peft, to_peft
-from surgery.state.records import adapter_names
+from surgery.state.adapter_naming import adapter_names
 
 __all__ = [
     "PeftModel",

@@ -20,8 +20,9 @@ from surgery.peft_format.adapter_config import SILENT
 from surgery.peft_format.base_embeddings import Save, embedding_tensors
 from surgery.peft_format.methods import PeftMethod, PeftPlace, absolute, is_main, method_of, part_of, unsupported
 from surgery.peft_format.targets import Modules, chosen_by
+from surgery.state.adapter_naming import adapter_names
 from surgery.state.adapter_tensors import whole
-from surgery.state.records import adapter_names, sites
+from surgery.state.records import sites
 
 __all__ = ["PeftDescription", "describe", "from_peft", "to_peft"]
 

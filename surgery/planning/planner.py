@@ -18,7 +18,8 @@ from surgery.authoring.rule_arguments import model_problem, rules_in
 from surgery.errors import MatchError, RuleError, SiteError, SurgeryError, abbreviate, collapse_similar
 from surgery.forward.own_forward import own_forward
 from surgery.forward.packed_weights import UNPACKED, packed_in
-from surgery.forward.tape import NOTHING, Layer
+from surgery.forward.tape import Layer
+from surgery.forward.tape_steps import NOTHING
 from surgery.model_record.verb_root import records_in, rewritten
 from surgery.patterns.wrappers import submodule, unwrap
 from surgery.planning.call_readiness import Readiness, trace_graphs
@@ -28,7 +29,8 @@ from surgery.planning.example_check import repeated_write, verify_graph
 from surgery.planning.matching import Match, Tree, matches, unmatched_targets
 from surgery.planning.plan import Plan
 from surgery.planning.uncalled_modules import never_called
-from surgery.state.records import model_state, name_problem, site_state, sites
+from surgery.state.adapter_naming import name_problem
+from surgery.state.records import model_state, site_state, sites
 from surgery.state.running_statistics import moving, moving_modules
 from surgery.tracing.example_call import examples_in, observe
 from surgery.transaction.gradient_flags import lazy_in

@@ -15,7 +15,8 @@ from surgery.routing.joint_rewrite import routes_itself
 from surgery.routing.rows import RowOwners
 from surgery.routing.site_plan import RoutedCall, plan_of
 from surgery.routing.thread_state import here
-from surgery.state.records import ModelState, adapter_names, site_state
+from surgery.state.adapter_naming import adapter_names
+from surgery.state.records import ModelState, site_state
 
 __all__ = ["RoutingBlock"]
 

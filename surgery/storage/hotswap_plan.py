@@ -22,8 +22,9 @@ from surgery.forward.parameter_view import tensor_at
 from surgery.planning.matching import Match, Tree, matches
 from surgery.planning.plan import Plan
 from surgery.planning.planner import with_companions
+from surgery.state.adapter_naming import adapter_names
 from surgery.state.adapter_tensors import tensors_of
-from surgery.state.records import Applied, ModelState, adapter_names, site_state, sites
+from surgery.state.records import Applied, ModelState, site_state, sites
 from surgery.weaving.recording import PassedOver, PlannedRule, layer_of, recorded
 
 __all__ = ["Living", "Making", "incoming", "living", "placed", "step_for"]

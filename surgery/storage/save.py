@@ -19,9 +19,10 @@ from surgery.model_record.state_dict import adapter_state_dict
 from surgery.model_record.verb_root import rewritten
 from surgery.peft_format.writing import to_peft
 from surgery.state.absent_values import without_values
+from surgery.state.adapter_naming import adapter_names
 from surgery.state.adapter_tensors import tensors_of, whole
 from surgery.state.fingerprint import fingerprint
-from surgery.state.records import adapter_names, sites
+from surgery.state.records import sites
 from surgery.storage.path_check import check_meant
 from surgery.transaction.neutral_context import neutrally
 

@@ -8,7 +8,8 @@ from typing import Any
 
 from torch import fx, nn
 
-from surgery.forward.tape import Tape, refs_in
+from surgery.forward.tape import Tape
+from surgery.forward.tape_steps import refs_in
 from surgery.structures.op_aliases import arguments_in, canonicalise
 
 __all__ = ["Passage", "find_dropped_ops"]

@@ -7,7 +7,8 @@ from typing import Any
 from torch import fx
 
 from surgery.forward.own_forward import OwnForward
-from surgery.forward.tape import Ref, Tape
+from surgery.forward.tape import Tape
+from surgery.forward.tape_steps import Ref
 from surgery.tracing.fx_args import plain
 from surgery.weaving.own_calls import call_opaque
 from surgery.weaving.tape_terms import play

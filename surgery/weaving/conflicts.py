@@ -10,7 +10,8 @@ from torch import nn
 
 from surgery.errors import SiteError, SurgeryError
 from surgery.forward.own_forward import OwnForward
-from surgery.forward.tape import Ref, Tape
+from surgery.forward.tape import Tape
+from surgery.forward.tape_steps import Ref
 from surgery.patterns.module_walk import RESERVED, is_adapters
 from surgery.state.records import Applied, site_state
 from surgery.weaving.recording import PlannedRule, layer_of

@@ -10,7 +10,7 @@ from surgery.errors import SiteError
 from surgery.forward.parameter_view import base_forward
 from surgery.forward.repeated_runs import Runs, left_out, repeated, repeated_method, repeated_module
 from surgery.forward.side_effects import draws, is_foreign
-from surgery.forward.tape import Ref
+from surgery.forward.tape_steps import Ref
 from surgery.tracing.decisions import decide
 from surgery.weaving.term_graph import KEPT, OUTPUT, ROWS, TermGraph
 from surgery.weaving.terms import Term, behind, mapped, sources_of, terms_in

@@ -6,7 +6,8 @@ import warnings
 from collections.abc import Sequence
 
 from surgery.errors import SurgeryWarning
-from surgery.forward.tape import Layer, Ref
+from surgery.forward.tape import Layer
+from surgery.forward.tape_steps import Ref
 from surgery.weaving.base_terms import begin_forward
 from surgery.weaving.tape_terms import apply_layer
 from surgery.weaving.term_graph import TermGraph

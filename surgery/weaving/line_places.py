@@ -6,7 +6,8 @@ import sys
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from surgery.forward.tape import Ref, Tape, refs_in
+from surgery.forward.tape import Tape
+from surgery.forward.tape_steps import Ref, refs_in
 from surgery.tracing.decisions import check_decision
 from surgery.weaving.terms import Term
 

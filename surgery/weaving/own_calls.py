@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from surgery.forward.parameter_view import base_forward
-from surgery.forward.tape import Ref, thawed
+from surgery.forward.tape_steps import Ref, thawed
 from surgery.forward.unnamed_inputs import FIRST
 from surgery.weaving.term_graph import TermGraph
 from surgery.weaving.terms import Term, node_of

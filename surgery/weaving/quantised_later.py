@@ -8,7 +8,7 @@ from torch import nn
 
 from surgery.errors import SiteError
 from surgery.forward.packed_weights import UNPACKED, packed_in
-from surgery.forward.tape import Ref
+from surgery.forward.tape_steps import Ref
 from surgery.state.records import SiteState
 
 __all__ = ["quantised_later"]

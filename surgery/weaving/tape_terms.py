@@ -10,7 +10,8 @@ from surgery.errors import SiteError
 from surgery.forward.context_regions import Inside
 from surgery.forward.graph_functions import detached, in_dtype, same_dtype, weighted
 from surgery.forward.parameter_view import call_child
-from surgery.forward.tape import Layer, Ref, Step, Tape, thawed
+from surgery.forward.tape import Layer, Tape
+from surgery.forward.tape_steps import Ref, Step, thawed
 from surgery.forward.unnamed_inputs import FIRST, first_given
 from surgery.tracing.decisions import check_decision, decide
 from surgery.tracing.guards import in_region

@@ -6,7 +6,7 @@ import operator
 from typing import Any
 
 from surgery.forward.own_forward import OwnForward
-from surgery.forward.tape import Ref
+from surgery.forward.tape_steps import Ref
 from surgery.forward.unnamed_inputs import FIRST, first_given, first_names, hidden_first, starred_of, with_first
 from surgery.weaving.line_places import END, START, Place
 from surgery.weaving.terms import Term

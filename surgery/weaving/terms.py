@@ -11,7 +11,7 @@ from torch import fx
 from surgery.forward.context_regions import Inside
 from surgery.forward.graph_functions import same_dtype
 from surgery.forward.side_effects import draws, is_foreign, writes
-from surgery.forward.tape import Step
+from surgery.forward.tape_steps import Step
 from surgery.tracing.decisions import check_decision, decide
 
 __all__ = ["Term", "acts", "behind", "mapped", "node_of", "sources_of", "swapped", "terms_in", "value_operands"]

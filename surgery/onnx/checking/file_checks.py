@@ -18,7 +18,8 @@ from surgery.onnx.calls.shared_copy import leave_live, sharing_copy
 from surgery.onnx.graph.prepare import PREPARE, ExportSettings
 from surgery.onnx.graph.weight_names import LAYOUT
 from surgery.onnx.runtime.manifest import Manifest
-from surgery.state.records import adapter_names, model_state, require_state
+from surgery.state.adapter_naming import adapter_names
+from surgery.state.records import model_state, require_state
 
 __all__ = ["check_file", "check_weights", "opened", "ran"]
 

@@ -31,7 +31,8 @@ from surgery.onnx.checking.report import Compared, Decoded, ParityReport, parity
 from surgery.onnx.runtime.adapter_file import read_adapter
 from surgery.onnx.runtime.default_inputs import defaults_of
 from surgery.onnx.runtime.manifest import Manifest, read_manifest
-from surgery.state.records import adapter_names, model_state
+from surgery.state.adapter_naming import adapter_names
+from surgery.state.records import model_state
 from surgery.transaction.neutral_context import neutrally
 
 __all__ = ["ParityReport", "TOLERANCES", "verify_onnx"]

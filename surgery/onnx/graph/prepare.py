@@ -19,7 +19,8 @@ from surgery.onnx.calls.shared_copy import leave_live, sharing_copy
 from surgery.onnx.graph.slots import SlotSite, factors, lift, put_slots, slot_sites
 from surgery.onnx.graph.trace_program import Lifted
 from surgery.patterns.module_walk import base_modules
-from surgery.state.records import adapter_names, merged_adapters, model_state, require_state, sites
+from surgery.state.adapter_naming import adapter_names
+from surgery.state.records import merged_adapters, model_state, require_state, sites
 from surgery.state.running_statistics import moved
 from surgery.transaction.garbage_collection import collector_waits
 

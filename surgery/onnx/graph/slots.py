@@ -29,8 +29,9 @@ from surgery.onnx.graph.slot_layout import Left, arranged, exactly
 from surgery.onnx.graph.trace_program import Lifted
 from surgery.patterns.module_walk import RESERVED
 from surgery.planning.planner import make_plan
+from surgery.state.adapter_naming import adapter_names
 from surgery.state.adapter_tensors import tensors_of
-from surgery.state.records import ModelState, SiteState, adapter_names, model_state, require_state, sites
+from surgery.state.records import ModelState, SiteState, model_state, require_state, sites
 
 __all__ = ["Placing", "SlotSite", "factors", "lift", "put_slots", "slot_sites", "slot_tensors"]
 
