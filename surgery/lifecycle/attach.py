@@ -17,8 +17,8 @@ from surgery.state.record_undo import keep_model, keep_site
 from surgery.state.records import Applied, Places, SiteState, Standing, require_state, site_state
 from surgery.transaction.undo_log import Journal
 from surgery.transformers_hooks import hooks
+from surgery.weaving.class_objections import reason_against
 from surgery.weaving.conflicts import clashes
-from surgery.weaving.generated_class import reason_against
 from surgery.weaving.recording import PassedOver, PlannedRule, recorded
 
 __all__ = ["PlacedRule", "attach_idle"]

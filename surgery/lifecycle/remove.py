@@ -22,7 +22,7 @@ from surgery.state.site_links import there
 from surgery.transaction.neutral_context import verb
 from surgery.transaction.undo_log import Journal
 from surgery.transformers_hooks import hooks
-from surgery.weaving.generated_class import reason_against
+from surgery.weaving.class_objections import reason_against
 from surgery.weaving.site_class import Shared
 
 __all__ = ["remove"]

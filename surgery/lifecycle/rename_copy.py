@@ -20,7 +20,7 @@ from surgery.state.records import Applied, ModelState, site_state
 from surgery.transaction.neutral_context import verb
 from surgery.transaction.undo_log import Journal
 from surgery.transformers_hooks import hooks
-from surgery.weaving.generated_class import reason_against
+from surgery.weaving.class_objections import reason_against
 from surgery.weaving.site_class import install_live
 
 __all__ = ["check_whole", "copy_adapter", "rename_adapter"]

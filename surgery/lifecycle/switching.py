@@ -18,7 +18,8 @@ from surgery.state.records import _SITE, Applied, ModelState, SiteState, require
 from surgery.state.running_statistics import exchange
 from surgery.state.site_links import there
 from surgery.transaction.undo_log import Journal
-from surgery.weaving.generated_class import reason_against, swap
+from surgery.weaving.class_objections import reason_against
+from surgery.weaving.generated_class import swap
 from surgery.weaving.site_class import class_of_live
 
 __all__ = ["check_none_merged", "check_settled", "set_trained", "switch", "weights_now"]

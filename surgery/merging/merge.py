@@ -31,8 +31,8 @@ from surgery.state.records import Applied, Merged, ModelState, Sites, SiteState,
 from surgery.state.tied_weights import Untied, retie, say_untied
 from surgery.transaction.neutral_context import verb
 from surgery.transaction.undo_log import Journal
+from surgery.weaving.class_objections import reason_against
 from surgery.weaving.conflicts import hidden
-from surgery.weaving.generated_class import reason_against
 from surgery.weaving.recording import layer_of
 from surgery.weaving.site_class import install_live
 

@@ -14,7 +14,8 @@ from surgery.state.record_undo import keep_site
 from surgery.state.records import _SITE, ModelState, model_state, site_state
 from surgery.state.site_links import at_path, linked
 from surgery.transaction.undo_log import Journal
-from surgery.weaving.generated_class import reason_against, swap
+from surgery.weaving.class_objections import reason_against
+from surgery.weaving.generated_class import swap
 from surgery.weaving.site_class import install_live
 
 __all__ = ["follow", "move_record", "unwatch", "watch"]

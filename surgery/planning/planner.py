@@ -34,8 +34,8 @@ from surgery.state.records import model_state, site_state, sites
 from surgery.state.running_statistics import moving, moving_modules
 from surgery.tracing.example_call import examples_in, observe
 from surgery.transaction.gradient_flags import lazy_in
+from surgery.weaving.class_objections import reason_against
 from surgery.weaving.conflicts import clashes
-from surgery.weaving.generated_class import reason_against
 from surgery.weaving.recording import PassedOver, PlannedRule, Recording, recorded
 
 __all__ = ["make_plan", "with_companions"]

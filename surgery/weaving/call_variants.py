@@ -30,7 +30,8 @@ from surgery.tracing.call_kind import difference, kind_of_call, predicate_of_kin
 from surgery.tracing.compiler_thread import apart, concrete, holds_fakes, without_symbols
 from surgery.tracing.decisions import Otherwise
 from surgery.tracing.traced_forward import TracedForward, known_forwards, trace_anew
-from surgery.weaving.generated_class import Recipe, body_of, class_from, signature_source, told
+from surgery.weaving.forward_source import body_of, signature_source
+from surgery.weaving.generated_class import Recipe, class_from, told
 from surgery.weaving.recording import PassedOver, PlannedRule, layer_of, recorded
 from surgery.weaving.weave import woven_held
 

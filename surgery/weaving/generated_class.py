@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import copyreg
 import importlib
-import inspect
 import itertools
 import linecache
 import types
@@ -18,32 +17,20 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
-from torch import fx, nn
+from torch import nn
 
-from surgery.arithmetic.sharded_tensors import refuse_split, sharding_of
+from surgery.arithmetic.sharded_tensors import refuse_split
 from surgery.forward.own_forward import OwnForward
 from surgery.forward.tape import Layer
-from surgery.patterns.pattern import qualified_name
 from surgery.state.records import site_state
-from surgery.transaction.gradient_flags import lazy_in
+from surgery.weaving.class_objections import binds_forward
 from surgery.weaving.deferred_class import Unwritten, independent, settled, writing_forward
 from surgery.weaving.error_hints import hint_on
+from surgery.weaving.forward_source import body_of, signature_source
 from surgery.weaving.quantised_later import quantised_later
 from surgery.weaving.weave import woven
 
-__all__ = [
-    "BOUND",
-    "Recipe",
-    "body_of",
-    "class_from",
-    "generated_class",
-    "reason_against",
-    "recipe_of",
-    "signature_source",
-    "swap",
-    "told",
-]
+__all__ = ["BOUND", "Recipe", "class_from", "generated_class", "recipe_of", "swap", "told"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -106,59 +93,8 @@ def swap(module: nn.Module, cls: type[nn.Module]) -> None:
     before = type(module)
     _set_class(module, "__class__", cls)
     for name in BOUND & module.__dict__.keys():
-        if _is_bound(module.__dict__[name], module, before):
+        if binds_forward(module.__dict__[name], module, before):
             module.__dict__[name] = types.MethodType(cls.forward, module)
-
-
-def reason_against(module: nn.Module) -> tuple[str, str] | None:
-    """Why a new class would not be seen or can't be given (why, what to do), or None."""
-    cls = type(module)
-    if isinstance(module, nn.modules.lazy.LazyModuleMixin) and module.has_uninitialized_params():  # type: ignore[misc]
-        names = ", ".join(lazy_in(module))
-        return f"its {names} has no shape before its first call", "run one batch through the model first: model(batch)"
-    if isinstance(module, torch.jit.ScriptModule):
-        return "it is a TorchScript module, compiled already", "apply rules before torch.jit"
-    if "parametrizations" in module._modules:
-        names = ", ".join(module._modules["parametrizations"]._modules)  # type: ignore[union-attr]
-        return (
-            f"its {names} is parametrized",
-            "torch.nn.utils.parametrize.remove_parametrizations first, add it again after",
-        )
-    forward = module.__dict__.get("forward")
-    if forward is not None and not _is_bound(forward, module, cls):
-        if not _is_bound(module.__dict__.get("_old_forward"), module, cls):
-            return (
-                f"a forward was set on the instance ({getattr(forward, '__qualname__', forward)!s})",
-                "apply rules before whatever replaces forward (kernels, hooks)",
-            )
-    if cls is nn.Module:
-        return (
-            "it only holds what is in it, and is never called",
-            "target what is in it; layers of a graph of torch.export are made anew by with_layers(model)",
-        )
-    if isinstance(module, (nn.Sequential, nn.ModuleList, nn.ModuleDict)):
-        return f"a {cls.__name__} iterates over its children, adapters included", "target its children, or its parent"
-    state = site_state(module)
-    if state is not None and cls is not state.base and "_surgery_recipe" not in vars(cls):
-        return f"another class was put on top of it: {qualified_name(cls)}", "undo that first"
-    if state is None and "_surgery_recipe" in vars(cls):
-        return "it is a rewritten module whose record is lost", "copy modules with copy.deepcopy"
-    for hook in module._forward_pre_hooks.values():
-        if type(hook).__module__.startswith("torch.nn.utils."):  # weight_norm, spectral_norm, pruning
-            return (
-                f"a {type(hook).__name__} hook recomputes its weight before each call",
-                "take it off first: torch.nn.utils.remove_weight_norm, remove_spectral_norm, or prune.remove",
-            )
-    if "_hf_hook" in module.__dict__ and any(tensor.is_meta for tensor in module.parameters()):
-        return (
-            "accelerate has offloaded its weights, which are absent between calls",
-            "load the model without offloading",
-        )
-    return sharding_of(module)
-
-
-def _is_bound(bound: Any, module: nn.Module, cls: type) -> bool:
-    return isinstance(bound, types.MethodType) and bound.__self__ is module and bound.__func__ is cls.forward
 
 
 # Writing the source -----------------------------------------------------------------------------------------
@@ -185,45 +121,6 @@ def _written(own: OwnForward, layers: Sequence[Layer]) -> Recipe:
     for layer in layers:
         layer.tape.written.add(own.key)
     return Recipe(own.base, "\n".join(lines) + "\n", names, label)
-
-
-def body_of(graph: fx.Graph) -> tuple[list[str], dict[str, Any]]:
-    """The statements of a graph's code, with the rule that each one comes from."""
-    code = graph.python_code("self")
-    lines = code.src.rstrip().split("\n")
-    start = next(i for i, line in enumerate(lines) if line.startswith("def forward(")) + 1
-    origins = {node.name: node.meta.get("surgery", "") for node in graph.nodes}
-    body = []
-    for line in lines[start:]:
-        text = line.removeprefix("    ")
-        origin = origins.get(text.partition(" = ")[0].partition(":")[0].strip(), "")
-        body.append(f"{text}  # {origin}" if origin else text)
-    return [line for line in body if line.strip()], dict(code.globals)
-
-
-def signature_source(signature: inspect.Signature) -> tuple[str, dict[str, Any]]:
-    defaults = {}
-    parameters = [inspect.Parameter("self", inspect.Parameter.POSITIONAL_ONLY)]
-    for parameter in signature.parameters.values():
-        kind = parameter.kind
-        if kind is parameter.POSITIONAL_ONLY:
-            kind = parameter.POSITIONAL_OR_KEYWORD
-        default = parameter.default
-        if default is not parameter.empty and not isinstance(default, (int, float, str, bool, type(None))):
-            defaults[f"_surgery_default_{parameter.name}"] = default
-            default = _SourceName(f"_surgery_default_{parameter.name}")
-        parameters.append(inspect.Parameter(parameter.name, kind, default=default))
-    if all(p.kind is not inspect.Parameter.POSITIONAL_ONLY for p in parameters[1:]):
-        parameters[0] = parameters[0].replace(kind=inspect.Parameter.POSITIONAL_OR_KEYWORD)
-    return str(inspect.Signature(parameters))[1:-1], defaults
-
-
-class _SourceName:
-    def __init__(self, name: str):
-        self.name = name
-
-    def __repr__(self) -> str:
-        return self.name
 
 
 # Making the class -------------------------------------------------------------------------------------------

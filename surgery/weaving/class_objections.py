@@ -1,0 +1,67 @@
+"""Reasons why the class of a module can't be changed."""
+
+from __future__ import annotations
+
+import types
+from typing import Any
+
+import torch
+from torch import nn
+
+from surgery.arithmetic.sharded_tensors import sharding_of
+from surgery.patterns.pattern import qualified_name
+from surgery.state.records import site_state
+from surgery.transaction.gradient_flags import lazy_in
+
+__all__ = ["binds_forward", "reason_against"]
+
+
+def reason_against(module: nn.Module) -> tuple[str, str] | None:
+    """Why a new class would not be seen or can't be given (why, what to do), or None."""
+    cls = type(module)
+    if isinstance(module, nn.modules.lazy.LazyModuleMixin) and module.has_uninitialized_params():  # type: ignore[misc]
+        names = ", ".join(lazy_in(module))
+        return f"its {names} has no shape before its first call", "run one batch through the model first: model(batch)"
+    if isinstance(module, torch.jit.ScriptModule):
+        return "it is a TorchScript module, compiled already", "apply rules before torch.jit"
+    if "parametrizations" in module._modules:
+        names = ", ".join(module._modules["parametrizations"]._modules)  # type: ignore[union-attr]
+        return (
+            f"its {names} is parametrized",
+            "torch.nn.utils.parametrize.remove_parametrizations first, add it again after",
+        )
+    forward = module.__dict__.get("forward")
+    if forward is not None and not binds_forward(forward, module, cls):
+        if not binds_forward(module.__dict__.get("_old_forward"), module, cls):
+            return (
+                f"a forward was set on the instance ({getattr(forward, '__qualname__', forward)!s})",
+                "apply rules before whatever replaces forward (kernels, hooks)",
+            )
+    if cls is nn.Module:
+        return (
+            "it only holds what is in it, and is never called",
+            "target what is in it; layers of a graph of torch.export are made anew by with_layers(model)",
+        )
+    if isinstance(module, (nn.Sequential, nn.ModuleList, nn.ModuleDict)):
+        return f"a {cls.__name__} iterates over its children, adapters included", "target its children, or its parent"
+    state = site_state(module)
+    if state is not None and cls is not state.base and "_surgery_recipe" not in vars(cls):
+        return f"another class was put on top of it: {qualified_name(cls)}", "undo that first"
+    if state is None and "_surgery_recipe" in vars(cls):
+        return "it is a rewritten module whose record is lost", "copy modules with copy.deepcopy"
+    for hook in module._forward_pre_hooks.values():
+        if type(hook).__module__.startswith("torch.nn.utils."):  # weight_norm, spectral_norm, pruning
+            return (
+                f"a {type(hook).__name__} hook recomputes its weight before each call",
+                "take it off first: torch.nn.utils.remove_weight_norm, remove_spectral_norm, or prune.remove",
+            )
+    if "_hf_hook" in module.__dict__ and any(tensor.is_meta for tensor in module.parameters()):
+        return (
+            "accelerate has offloaded its weights, which are absent between calls",
+            "load the model without offloading",
+        )
+    return sharding_of(module)
+
+
+def binds_forward(bound: Any, module: nn.Module, cls: type) -> bool:
+    return isinstance(bound, types.MethodType) and bound.__self__ is module and bound.__func__ is cls.forward
