@@ -9,7 +9,6 @@ modules.
 from __future__ import annotations
 
 import inspect
-import weakref
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from types import FunctionType
@@ -20,6 +19,7 @@ from torch import nn
 from surgery.patterns.module_walk import base_modules
 from surgery.patterns.pattern import qualified_name
 from surgery.patterns.wrappers import submodule, unwrap
+from surgery.planning.class_leads import MODULE_METHODS, inherited, leads_of, lookup
 from surgery.planning.settled_branches import is_reachable
 from surgery.planning.source_reads import CALL, WRAP, Chain, Facts, facts_of
 
@@ -63,7 +63,7 @@ def bypasses(model: nn.Module) -> dict[str, list[Bypass]]:
     paths = {id(module): path for path, module in modules}
     places_by_path: dict[str, list[Bypass]] = {path: [] for path in paths.values()}
     for path, module in modules:
-        if _leads(_own_class(module)):
+        if leads_of(_own_class(module)):
             for place in ReadSearch(paths, path, module).places():
                 places_by_path[place.path].append(place)
     return {path: list(dict.fromkeys(places)) for path, places in places_by_path.items() if places}
@@ -150,7 +150,7 @@ class ReadSearch:
         self.unsure: set[int] = set()  # modules that are passed to code which may call any child of theirs
         self.reads: dict[tuple, bool] = {}
         self.done: set[tuple] = set()
-        forward = _lookup(self.entry.cls.__mro__, "forward")
+        forward = lookup(self.entry.cls.__mro__, "forward")
         if isinstance(forward, FunctionType) and self.promising():
             self.read(forward)
 
@@ -160,7 +160,7 @@ class ReadSearch:
 
     def promising(self) -> bool:
         """Whether the class may read parameters of children. Most classes do not; this takes microseconds."""
-        names, module = _leads(self.entry.cls), self.entry.module
+        names, module = leads_of(self.entry.cls), self.entry.module
         if "*" in names:
             return True
         children = (module._modules.get(name, module.__dict__.get(name)) for name in names)
@@ -255,8 +255,8 @@ class ReadSearch:
             kind, name = step
             if kind == "[]":
                 return [child for key in _keys(thing.module, name) for child in thing.child(key)]
-            value = _inherited(thing.cls, kind, name)
-            return [_Function(value, thing)] if isinstance(value, FunctionType) and value not in _MODULE else []
+            value = inherited(thing.cls, kind, name)
+            return [_Function(value, thing)] if isinstance(value, FunctionType) and value not in MODULE_METHODS else []
         module = thing.module
         if step in module._modules:
             return thing.child(step)
@@ -266,7 +266,7 @@ class ReadSearch:
             value = module.__dict__[step]
             known = isinstance(value, nn.Module) and id(value) in self.paths
             return [_ModuleRef(self.paths[id(value)], value, thing.own)] if known else []
-        value = _lookup(thing.cls.__mro__, step)
+        value = lookup(thing.cls.__mro__, step)
         if isinstance(value, property) and isinstance(value.fget, FunctionType):
             return self.results(_Function(value.fget, thing), depth)
         return _bound(value, thing)
@@ -290,84 +290,11 @@ def _identity(thing: Any) -> tuple:
     return tuple(part if isinstance(part, str) else id(getattr(part, "module", part)) for part in thing)
 
 
-def _lookup(mro: Iterable[type], name: str) -> Any:
-    return next((vars(cls)[name] for cls in mro if name in vars(cls)), None)
-
-
-def _inherited(cls: type, after: type, name: str) -> Any:
-    return _lookup(cls.__mro__[cls.__mro__.index(after) + 1 :] if after in cls.__mro__ else (), name)
-
-
-_cached_leads: weakref.WeakKeyDictionary[type, set[str]] = weakref.WeakKeyDictionary()
-
-
-def _leads(cls: type[nn.Module]) -> set[str]:
-    """The attributes through which a class's forward may reach another module's parameters; `*`: any attribute."""
-    leads = _cached_leads.get(cls)
-    if leads is None:
-        leads = _cached_leads[cls] = _Leads(cls).names
-    return leads
-
-
-class _Leads:
-    """What `ReadSearch` may reach from a class, without a module: rather too much than too little."""
-
-    def __init__(self, cls: type[nn.Module]):
-        self.cls, self.names = cls, set[str]()
-        self.todo: list[tuple[Facts, str]] = []
-        self.follow(_lookup(cls.__mro__, "forward"))
-        for facts, root in self.todo:  # grows on the way
-            for chain in (*facts.returns, *(chain for chain, _ in facts.uses)):
-                self.lead(chain, root)
-            for called, arguments, _ in facts.calls:
-                self.lead(called, root)
-                for chain in (chain for _, chain in arguments if chain[0] == root):
-                    if chain[1]:
-                        self.lead(chain, root, handed=True)
-                    elif isinstance(called[0], FunctionType):
-                        self.follow(called[0], *facts_of(called[0]).parameters)
-                    else:
-                        self.names.add("*")
-
-    def follow(self, function: Any, *roots: str) -> None:
-        if isinstance(function, FunctionType) and function not in _MODULE:
-            facts = facts_of(function)
-            for entry in ((facts, root) for root in roots or facts.parameters[:1]):
-                if entry not in self.todo:
-                    self.todo.append(entry)
-
-    def function(self, step: Any) -> FunctionType | None:
-        if isinstance(step, tuple):
-            after, name = step
-            value = _inherited(self.cls, after, name) if isinstance(after, type) else None
-        else:
-            value = _lookup(self.cls.__mro__, step)
-        value = value.fget if isinstance(value, property) else value
-        return value if isinstance(value, FunctionType) and value not in _MODULE else None
-
-    def lead(self, chain: Chain, root: str, handed: bool = False, depth: int = 0) -> None:
-        steps = [step for step, _ in chain[1] if step != WRAP]
-        if chain[0] != root or not steps:
-            return
-        if function := self.function(steps[0]):
-            self.follow(function)
-            facts = facts_of(function)
-            after = [pair for pair in chain[1] if pair[0] != WRAP][1:]
-            after = after[1:] if after and after[0][0] == CALL else after  # its result, as of a property
-            for own, more in facts.returns if depth < 4 else ():
-                self.lead((own, (*more, *after)), facts.parameters[0], handed, depth + 1)
-            return
-        rest = steps[1 : steps.index(CALL)] if CALL in steps else steps[1:]
-        # The result of a child's forward is not followed: a call counts only after an attribute of the child.
-        if (handed and CALL not in steps) or any(isinstance(step, str) for step in rest):
-            self.names.add(steps[0] if isinstance(steps[0], str) else "*")
-
-
 def _bound(value: Any, ref: _ModuleRef) -> list[_Function]:
     if isinstance(value, staticmethod):
         return [_Function(value.__func__)] if isinstance(value.__func__, FunctionType) else []
     # nn.Module's own methods (parameters(), to()) compute nothing, and calling a forward does not bypass it.
-    if not isinstance(value, FunctionType) or value.__name__ == "forward" or value in _MODULE:
+    if not isinstance(value, FunctionType) or value.__name__ == "forward" or value in MODULE_METHODS:
         return []
     return [_Function(value, ref)]
 
@@ -375,11 +302,8 @@ def _bound(value: Any, ref: _ModuleRef) -> list[_Function]:
 def _called(thing: Any, values: list[tuple]) -> _Function | None:
     """The function that a call runs. A module's forward is followed only if a module is among its arguments."""
     if isinstance(thing, _ModuleRef) and any(isinstance(value, _ModuleRef) for _, value in values):
-        thing = _Function(_lookup(thing.cls.__mro__, "forward"), thing._replace(own=True))
+        thing = _Function(lookup(thing.cls.__mro__, "forward"), thing._replace(own=True))
     return thing if isinstance(thing, _Function) and isinstance(thing.code, FunctionType) else None
-
-
-_MODULE = frozenset(value for value in vars(nn.Module).values() if isinstance(value, FunctionType))
 
 
 def _keys(module: nn.Module, key: Any) -> list[str]:

@@ -1,7 +1,7 @@
 """Makes a plan from rules and a model, without changing the model.
 
 For each rule: match its targets (`_match`), then at each target trace the module's forward and record the rule's
-rewrite (`_plan_site`). Example calls check the result (`_check_examples`). The plan collects all problems.
+rewrite (`_plan_site`). Example calls check the result (`check_examples`). The plan collects all problems.
 """
 
 from __future__ import annotations
@@ -15,25 +15,20 @@ from torch import nn
 from surgery.authoring.hook_call import HookCall
 from surgery.authoring.rule import Rule
 from surgery.authoring.rule_arguments import model_problem, rules_in
-from surgery.errors import MatchError, RuleError, SiteError, SurgeryError, abbreviate, collapse_similar
+from surgery.errors import MatchError, RuleError, SiteError, SurgeryError, collapse_similar
 from surgery.forward.own_forward import own_forward
 from surgery.forward.packed_weights import UNPACKED, packed_in
-from surgery.forward.tape import Layer
-from surgery.forward.tape_steps import NOTHING
-from surgery.model_record.verb_root import records_in, rewritten
 from surgery.patterns.wrappers import submodule, unwrap
-from surgery.planning.call_readiness import Readiness, trace_graphs
 from surgery.planning.direct_reads import Bypass, bypasses, fastpath_switch
 from surgery.planning.equivalent_sites import site_key
-from surgery.planning.example_check import repeated_write, verify_graph
 from surgery.planning.matching import Match, Tree, matches, unmatched_targets
+from surgery.planning.model_check import model_problems
 from surgery.planning.plan import Plan
+from surgery.planning.plan_examples import check_examples
 from surgery.planning.uncalled_modules import never_called
-from surgery.state.adapter_naming import name_problem
-from surgery.state.records import model_state, site_state, sites
+from surgery.state.records import site_state
 from surgery.state.running_statistics import moving, moving_modules
-from surgery.tracing.example_call import examples_in, observe
-from surgery.transaction.gradient_flags import lazy_in
+from surgery.tracing.example_call import examples_in
 from surgery.weaving.class_objections import reason_against
 from surgery.weaving.conflicts import clashes
 from surgery.weaving.recording import PassedOver, PlannedRule, Recording, recorded
@@ -60,7 +55,7 @@ def make_plan(
     if (problem := model_problem(model)) is not None:
         plan.problems.append(problem)
     else:
-        plan.problems += problems + _model_problems(model, adapter, plan.examples)
+        plan.problems += problems + model_problems(model, adapter, plan.examples)
     if plan.problems:
         return plan
     tree = Tree.of(model)
@@ -74,7 +69,7 @@ def make_plan(
         plan.statistics += _moving_statistics(plan)
     plan.warnings = collapse_similar(plan.warnings)
     if plan.examples and not plan.problems:
-        _check_examples(plan)
+        check_examples(plan)
     return plan
 
 
@@ -270,116 +265,8 @@ def _switch_fast_paths(plan: Plan, path: str, fast_paths: dict[str, tuple[str, A
 # Checks -------------------------------------------------------------------------------------------------------
 
 
-def _peft_problems(model: nn.Module) -> list[SurgeryError]:
-    """A problem if the model has PEFT's own layers, from PEFT or from transformers' `load_adapter`, `add_adapter`."""
-    wrapped = any(cls.__module__.startswith("peft.") for cls in type(model).__mro__)
-    if not wrapped and not model.__dict__.get("_hf_peft_config_loaded"):
-        return []
-    return [
-        SurgeryError(
-            "this is PEFT's PeftModel" if wrapped else "this model has adapters of PEFT",
-            why="PEFT replaced layers of the model by its own" if wrapped else "transformers put them there",
-            fix="load the model again, and PEFT's checkpoint on it by surgery.load_adapter(model, folder)",
-        )
-    ]
-
-
-def _model_problems(model: nn.Module, adapter: str, examples: Sequence[Any]) -> list[SurgeryError]:
-    """The problems with the model as a whole and with the adapter's name."""
-    problems: list[SurgeryError] = _peft_problems(model)
-    if examples and (lazy := lazy_in(model)):
-        problems.append(
-            SurgeryError(
-                "the example call would give the model parameters",
-                where=abbreviate(lazy),
-                why="they have no shape before the first call, and planning touches nothing",
-                fix="run one batch through the model first: model(batch)",
-            )
-        )
-    state, inner, rewritten_sites = model_state(model), records_in(model, below=True), list(sites(model))
-    problems += [problem] if (problem := name_problem(state, adapter)) else []
-    if inner:
-        problems.append(
-            SurgeryError(
-                "part of this model has rules of its own",
-                where=abbreviate(inner, "parts"),
-                why="each model keeps one record of its rules",
-                fix="apply to the same module as before, or remove those first",
-            )
-        )
-    elif state is not None or rewritten_sites:
-        try:
-            rewritten(model)
-        except SurgeryError as error:
-            problems.append(error)
-    for path, _, site in rewritten_sites:
-        if site.merged is not None:
-            why = f"its weights hold {', '.join(site.merged.adapters)}"
-            problems.append(SurgeryError("the model is merged", where=path, why=why, fix="unmerge(model) first"))
-            break
-    return problems
-
-
 def _moving_statistics(plan: Plan) -> list[str]:
     """The modules with buffers that training changes (running statistics), except buffers that the rules replace."""
     replaced = {(id(step.module), str(ref.key)) for step in plan.steps for ref in step.tape.replaced()}
     modules = moving_modules(plan.model)
     return [path for path, module in modules if any((id(module), name) not in replaced for name in moving(module))]
-
-
-def _check_examples(plan: Plan) -> None:
-    """Run the examples: each step's module must be called, and its graph must give the bits of its forward."""
-    for index, example in enumerate(plan.examples, 1):
-        try:
-            plan.observations.append(
-                observe(plan.model, example, {id(s.module): s.module for s in plan.steps}.values())
-            )
-        except SurgeryError as error:
-            if len(plan.examples) > 1:
-                error.where = error.where or f"example {index} of {len(plan.examples)}"
-            plan.problems.append(error)
-            return
-    verified: set[tuple] = set()
-    for step in plan.steps:
-        call = next((seen.calls[id(step.module)] for seen in plan.observations if seen.reached(step.module)), None)
-        if call is None:
-            plan.problems.append(
-                MatchError(
-                    f"the example call never reaches a target of {step.rule.label}",
-                    where=step.path,
-                    why="the model does not call this module, or reads its parameters directly",
-                    fix="exclude it, or pass an example that uses it",
-                )
-            )
-        elif (problem := _repeated_write(step, plan, call)) is not None:
-            plan.problems.append(problem)
-        elif not step.own.opaque and step.own.key not in verified and site_state(step.module) is None:
-            verified.add(step.own.key)
-            try:
-                verify_graph(step.module, step.own, call, step.path)
-            except SurgeryError as error:
-                plan.problems.append(error)
-    if not plan.problems:
-        plan.kinds += trace_graphs(plan.steps, plan.observations)
-        plan.warnings += _unready(plan.kinds)
-
-
-def _unready(kinds: Sequence[Readiness]) -> list[str]:
-    """Warnings for the kinds of calls whose graph can't be traced."""
-    kinds_by: dict[tuple[str, str], list[str]] = {}
-    for readiness in kinds:
-        if readiness.reason:
-            kinds_by.setdefault((readiness.type, readiness.reason), []).append(readiness.kind)
-    return [
-        f"rules look into {name}.forward, which can't be held as a graph in calls in {'; '.join(words)}: {reason}"
-        for (name, reason), words in kinds_by.items()
-    ]
-
-
-def _repeated_write(step: PlannedRule, plan: Plan, call: tuple[tuple, dict, Any]) -> SurgeryError | None:
-    """The problem if a rule runs a module's forward more than once and the example shows that the forward writes."""
-    own_calls = any(op.kind == "own" and op.kwargs == NOTHING for op in step.tape.steps)
-    if not step.own.opaque or not own_calls:
-        return None
-    layer = Layer(plan.adapter, step.rule.label, step.tape)
-    return repeated_write(step.module, step.own, layer, call, step.path)
