@@ -11,7 +11,7 @@ from typing import Any, cast
 from torch import fx
 
 from surgery.forward.graph_functions import detached, in_dtype, same_dtype, weighted
-from surgery.forward.tape import unpacked
+from surgery.forward.unpacking import unpacked
 from surgery.inspection.expressions import Expressions
 from surgery.inspection.function_names import INFIX, identifier
 from surgery.inspection.readable_graph import acts, blocks_of, in_place_method, operands, region_of, writes

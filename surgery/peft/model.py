@@ -26,8 +26,8 @@ from surgery.peft.defaults import with_defaults
 from surgery.peft.facade import Facade, facade, whole
 from surgery.peft_format.methods import rules_by
 from surgery.peft_format.writing import to_peft
-from surgery.state.in_use import check_free
 from surgery.state.adapter_naming import adapter_names as named
+from surgery.state.in_use import check_free
 from surgery.state.records import merged_adapters, model_state
 from surgery.storage.hub_upload import card_of, upload
 from surgery.tracing.example_call import dummy
