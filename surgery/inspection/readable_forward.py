@@ -9,6 +9,7 @@ more than once; and casts of what is not a floating-point tensor, which the engi
 from __future__ import annotations
 
 import inspect
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from difflib import SequenceMatcher
@@ -16,13 +17,15 @@ from typing import Any
 
 from torch import fx, nn
 
+from surgery.errors import SurgeryWarning
 from surgery.forward.own_forward import OwnForward
 from surgery.forward.tape import Layer
 from surgery.inspection.expressions import Expressions, path_text
 from surgery.inspection.function_names import FunctionNames
 from surgery.inspection.line_wrapping import wrapped
+from surgery.inspection.parameter_names import name_parameters, parameters_in
 from surgery.inspection.readable_graph import simplified
-from surgery.inspection.readable_lines import ANY, WIDTH, Line, lines_of, named, parameters_in
+from surgery.inspection.readable_lines import ANY, WIDTH, Line, lines_of
 from surgery.inspection.variable_names import variable_names
 from surgery.state.records import SiteState
 from surgery.tracing.call_kind import kind_told
@@ -47,6 +50,12 @@ class Readable:
 
 def readable_forward(module: nn.Module, state: SiteState, own: OwnForward) -> Readable:
     """The code of a site on which rules are live."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", SurgeryWarning)  # told when the rules were applied
+        return _written(module, state, own)
+
+
+def _written(module: nn.Module, state: SiteState, own: OwnForward) -> Readable:
     writer = _Writer(module, state, own)
     if not any(applied.inside for applied in state.live()):
         layers = [layer_of(applied, module, state.path, own) for applied in state.live()]
@@ -109,7 +118,7 @@ class _Writer:
         signature = self._signature(own.signature)
         origins = {path: origin for graph in graphs.values() for path, origin in parameters_in(graph).items()}
         taken = {"y", *own.signature.parameters, *self.names.used}
-        parameters = named(list(origins.items()), taken)
+        parameters = name_parameters(list(origins.items()), taken)
         bodies = []
         for training in sorted(graphs):
             lines = lines_of(graphs[training], expressions, parameters, names)

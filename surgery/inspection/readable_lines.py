@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import operator
-from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
@@ -14,11 +13,12 @@ from surgery.forward.graph_functions import detached, in_dtype, same_dtype, weig
 from surgery.forward.unpacking import unpacked
 from surgery.inspection.expressions import Expressions
 from surgery.inspection.function_names import INFIX, identifier
-from surgery.inspection.readable_graph import acts, blocks_of, in_place_method, operands, region_of, writes
+from surgery.inspection.line_order import NONE, WRITES, effect_of, in_order
+from surgery.inspection.readable_graph import blocks_of, in_place_method, operands, region_of
 from surgery.inspection.variable_names import VariableName
 from surgery.tracing.decisions import check_decision, decide
 
-__all__ = ["ANY", "WIDTH", "Line", "lines_of", "named", "parameters_in"]
+__all__ = ["ANY", "WIDTH", "Line", "lines_of"]
 
 WIDTH = 100  # of a line without its indentation; longer ones are split where a value can have a line of its own
 GOOD = 80  # of a value that gets such a line
@@ -59,19 +59,6 @@ def lines_of(
         split |= more
 
 
-def parameters_in(graph: fx.Graph) -> dict[str, str]:
-    """The paths of adapters' tensors that rules alone use, each with the rule that uses it first."""
-    found: dict[str, str] = {}
-    for node in graph.nodes:
-        if node.op == "get_attr" and str(node.target).startswith("adapters."):
-            origins = [user.meta.get("surgery", "") for user in node.users]
-            if all(origins) and origins:
-                found[str(node.target)] = min(node.users, key=list(graph.nodes).index).meta["surgery"]
-            else:
-                found[str(node.target)] = ""
-    return {path: origin for path, origin in found.items() if origin}
-
-
 class _Body:
     def __init__(
         self,
@@ -100,7 +87,7 @@ class _Body:
         for node in self.nodes:
             inner = [operand for operand in operands(node) if self._fits_in(operand, node)]
             self.within.update(inner)
-            self.effects[node] = max([_effect(node), *(self.effects[operand] for operand in inner)])
+            self.effects[node] = max([effect_of(node), *(self.effects[operand] for operand in inner)])
 
     def _is_plain(self, node: fx.Node) -> bool:
         """Whether it is read wherever it is used: a tensor of the module, the dtype of a value."""
@@ -134,7 +121,9 @@ class _Body:
         between = [other for other in self.nodes[self.place[node] + 1 : self.place[user]] if other not in self.plain]
         if self.effects[node] == WRITES:
             return not between
-        return not any(_effect(other) > NONE if self.effects[node] else _effect(other) == WRITES for other in between)
+        return not any(
+            effect_of(other) > NONE if self.effects[node] else effect_of(other) == WRITES for other in between
+        )
 
     def _alone_at_end(self, node: fx.Node) -> bool:
         """Whether the forward returns this very value, and nothing in it is called otherwise."""
@@ -159,7 +148,8 @@ class _Body:
             and node not in self.plain
             and not self._unpacked_item(node)
         ]
-        statements = self._sorted(statements)
+        sources = {node: list(self._sources(node)) for node in statements}
+        statements = in_order(statements, sources, self.effects)
         self._last_uses([*statements, self.result])
         self._name_functions()
         self.holders: dict[str, fx.Node | None] = dict.fromkeys(self.expressions.names.used)
@@ -175,31 +165,6 @@ class _Body:
         value = self.expressions.of(self.result.args[0])
         origin = next((n.meta.get("surgery", "") for n in operands(self.result) if n in self.within), None)
         yield self.result, Line(f"return {value}", ANY if origin is None else origin)
-
-    def _sorted(self, statements: list[fx.Node]) -> list[fx.Node]:
-        """The forward's own lines as early as may be, so that a rule's lines stand together."""
-        line = {node: index for index, node in enumerate(statements)}
-        needs: list[set[int]] = []
-        for index, node in enumerate(statements):
-            found = {line[source] for source in self._sources(node)}
-            effect = self.effects[node]
-            for before in range(index):
-                other = self.effects[statements[before]]
-                if WRITES in (effect, other) or DRAWS == effect == other:
-                    found.add(before)
-            needs.append(found)
-        order: list[int] = []
-        done: set[int] = set()
-        left = list(range(len(statements)))
-        while left:
-            ready = [index for index in left if needs[index] <= done]
-            now = statements[order[-1]].meta.get("surgery", "") if order else ""
-            of = {index: statements[index].meta.get("surgery", "") for index in ready}
-            ready.sort(key=lambda index: (bool(of[index]), of[index] != now, index))
-            order.append(ready[0])
-            done.add(ready[0])
-            left.remove(ready[0])
-        return [statements[index] for index in order]
 
     def _sources(self, node: fx.Node) -> Iterator[fx.Node]:
         """The lines whose values a line uses."""
@@ -346,28 +311,8 @@ class _Body:
         return found
 
 
-NONE, DRAWS, WRITES = range(3)  # what a node does besides giving a value; the last one: or may do
-
-
-def _effect(node: fx.Node) -> int:
-    return WRITES if writes(node) else DRAWS if acts(node) else NONE
-
-
 def _first_operand(node: fx.Node) -> Any:
     return node.args[0] if node.args else None
-
-
-def named(parameters: Sequence[tuple[str, str]], taken: set[str]) -> dict[str, str]:
-    """Names for adapters' tensors, given as (path, origin): their own, with the adapter's where they are not alone."""
-    parts = {path: path.split(".")[1:] for path, _ in parameters}
-    count = Counter(rest[-1] for rest in parts.values())
-    found: dict[str, str] = {}
-    for path, rest in parts.items():
-        name = identifier(rest[-1] if count[rest[-1]] == 1 and rest[-1] not in taken else "_".join(rest))
-        while name in taken or name in found.values():
-            name += "_"
-        found[path] = name
-    return found
 
 
 ANY = "?"  # the origin of a line that needs no other comment than the one before it
