@@ -15,13 +15,12 @@ __all__ = ["name_parameters", "parameters_in"]
 def parameters_in(graph: fx.Graph) -> dict[str, str]:
     """The paths of adapters' tensors that rules alone use, each with the rule that uses it first."""
     found: dict[str, str] = {}
+    place = {node: index for index, node in enumerate(graph.nodes)}
     for node in graph.nodes:
         if node.op == "get_attr" and str(node.target).startswith("adapters."):
-            origins = [user.meta.get("surgery", "") for user in node.users]
-            if all(origins) and origins:
-                found[str(node.target)] = min(node.users, key=list(graph.nodes).index).meta["surgery"]
-            else:
-                found[str(node.target)] = ""
+            users = sorted(node.users, key=place.__getitem__)
+            alone = users and all(user.meta.get("surgery") for user in users)
+            found[str(node.target)] = users[0].meta["surgery"] if alone else ""
     return {path: origin for path, origin in found.items() if origin}
 
 
