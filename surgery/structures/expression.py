@@ -1,4 +1,4 @@
-"""What a structural pattern is written in: values that record the plain PyTorch that is done to them."""
+"""The values in which structural patterns are written: they record the plain PyTorch operations on them."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ __all__ = ["ANY", "Const", "Expression", "having", "maybe", "module_of", "one_of
 
 
 class Expression:
-    """A value of a pattern. Operators, methods, `.mT` and torch functions give further ones."""
+    """A value of a pattern. Operators, methods, `.mT` and torch functions create further expressions."""
 
     __slots__ = ("kind", "of", "args", "kwargs")
 
@@ -32,7 +32,7 @@ class Expression:
         if name.startswith("__"):
             raise AttributeError(name)
         if name in ("T", "H"):
-            name = "m" + name  # of matrices: torch gives .T and .H for these alone
+            name = "m" + name  # torch defines .T and .H for matrices only
         if name in ("mT", "mH", "values", "indices"):
             return Expression("call_function", getattr, (self, name))
         return lambda *args, **kwargs: Expression("call_method", name, (self, *args), kwargs)
@@ -54,10 +54,10 @@ class Expression:
         return Expression("call_function", operator.invert, (self,))
 
     def __bool__(self) -> bool:
-        raise _wrong("decides on a value", "a structure has no branches: write the alternatives with one_of")
+        raise _wrong("branches on a value", "write the alternatives with one_of")
 
     def __iter__(self) -> Any:
-        raise _wrong("goes through a value", "write value[0], value[1]")
+        raise _wrong("iterates over a value", "write value[0], value[1]")
 
 
 def _operator(function: Callable[..., Any], reflected: bool) -> Any:
@@ -82,10 +82,16 @@ def variable(name: str) -> Expression:
 
 
 def one_of(*alternatives: Any) -> Any:
-    """In a `Structure`: any of these, the first that fits.
+    """In a `Structure`: match any of several alternatives. The first that fits is taken.
 
     >>> from surgery import ANY, Structure, one_of
     >>> scaled = Structure(lambda q, k: one_of(q @ k.mT * ANY, q @ k.mT / ANY))
+
+    Args:
+        *alternatives: Two or more expressions.
+
+    Raises:
+        SurgeryError: There are fewer than two alternatives.
     """
     if len(alternatives) < 2:
         raise _wrong("has a one_of with fewer than two alternatives", "write one_of(a, b)")
@@ -93,7 +99,7 @@ def one_of(*alternatives: Any) -> Any:
 
 
 def maybe(value: Any) -> Any:
-    """In a `Structure`: this operation or, where it is not there, its first operand by itself.
+    """In a `Structure`: match an optional operation. Without the operation, its first operand matches.
 
     >>> import torch
     >>> from torch import fx
@@ -105,7 +111,11 @@ def maybe(value: Any) -> Any:
     >>> Structure(attention).find(graph)[0].bindings
     {'q': x, 'k': x, 'v': x, 'mask': mask}
 
-    Names that only the operation has are bound where it is there: `bindings.get("scale")`.
+    Args:
+        value: The operation.
+
+    Note:
+        Names that only the operation uses are bound only if it is present: use `bindings.get("scale")`.
     """
     first = value
     while isinstance(first, Expression) and first.kind in ("having", "either"):
@@ -117,49 +127,60 @@ def maybe(value: Any) -> Any:
 
 
 def Const(name: str | None = None, where: Callable[[Any], bool] | None = None) -> Any:
-    """In a `Structure`: a plain value that stands in the code: a number, a string, None, a dtype, a tuple of these.
+    """In a `Structure`: match a plain value in the code: a number, a string, None, a dtype, or a tuple of these.
 
     >>> import torch
     >>> from torch import fx
     >>> from surgery import Const, Structure
     >>> scaled = Structure(lambda x, scale=Const(): torch.softmax(x * scale, Const("dim")))
-    >>> found = scaled.find(fx.symbolic_trace(lambda x: torch.softmax(0.5 * x, dim=-1)))
-    >>> found[0].bindings
+    >>> matches = scaled.find(fx.symbolic_trace(lambda x: torch.softmax(0.5 * x, dim=-1)))
+    >>> matches[0].bindings
     {'x': x, 'scale': 0.5, 'dim': -1}
 
-    `name`: the match binds the value by it. As the default of a parameter, a Const has the parameter's name. `where`:
-    a function of the value; only values for which it is true fit. A number that is computed from sizes at each call is
-    not a constant.
+    Args:
+        name: The name under which a match binds the value. Default: the parameter's name, if the Const is the default
+            of a parameter, else unbound.
+        where: A function of the value. Only values for which it is true match. Default None: all values match.
+
+    Note:
+        A number that each call computes from sizes is not a constant.
     """
     return Expression("const", name, (where,))
 
 
 def module_of(kind: type[nn.Module] | str, *args: Any, subclasses: bool = False) -> Any:
-    """In a `Structure`: a call of a module of exactly this class, which may be given by its name.
+    """In a `Structure`: match a call of a module of exactly this class.
 
     >>> from torch import nn
     >>> from surgery import Structure, module_of
     >>> mlp = Structure(lambda x: module_of(nn.Linear, module_of("NewGELUActivation", module_of(nn.Linear, x))))
     >>> norm = Structure(lambda x: module_of(nn.Module, x, subclasses=True))
 
-    `subclasses`: subclasses fit as well. They may compute something else: timm's `BatchNormAct2d` is a `BatchNorm2d`
-    with an activation behind it. Where only a subclass stands in the graph, `Found.reason` says so.
+    Args:
+        kind: The class or its name.
+        *args: The arguments of the call.
+        subclasses: Whether subclasses match, too. They may compute something else: timm's `BatchNormAct2d` is a
+            `BatchNorm2d` followed by an activation. Default False. If the graph has only a subclass, `Found.reason`
+            says so.
     """
     return Expression("module", kind, args, {"subclasses": subclasses})
 
 
 def having(value: Any, **asked: Any) -> Any:
-    """In a `Structure`: a value whose node has these attributes, of those that `as_digraph` gives.
-
-    `dtype`, `shape` (a tuple in which ANY is any size), `type` (of the module: exactly this class, or its name; with
-    `subclasses=True` subclasses, too), `path` (of the module: what the same string means as a target), `op`, `target`.
+    """In a `Structure`: match a value whose node has these attributes.
 
     >>> import torch
     >>> from surgery import Structure, having
     >>> half = Structure(lambda x: having(torch.softmax(x, -1), dtype=torch.float16))
+
+    Args:
+        value: An operation.
+        **asked: Attributes of the node, as in `as_digraph`: `dtype`; `shape`, a tuple in which ANY matches any size;
+            `type`, the module's class or its name (with `subclasses=True` also subclasses); `path`, the module's
+            path, matched like a target; `op`; `target`.
     """
     return Expression("having", asked, (value,))
 
 
 def _wrong(what: str, fix: str) -> SurgeryError:
-    return SurgeryError(f"the structure {what}", why="it is written down once, and never run", fix=fix)
+    return SurgeryError(f"the structure {what}", why="a structure is recorded once and never run", fix=fix)

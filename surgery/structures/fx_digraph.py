@@ -1,4 +1,4 @@
-"""Graphs of torch.fx as networkx graphs: of one graph, and of a whole call of a model with all its modules' paths."""
+"""Converts torch.fx graphs to networkx: one graph, or a whole call of a model with the paths of its modules."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ __all__ = ["as_digraph", "graph_of"]
 
 
 def as_digraph(graph: fx.Graph | fx.GraphModule, module: nn.Module | None = None) -> networkx.DiGraph:
-    """A graph of torch.fx as a `networkx.DiGraph`: its nodes are the `fx.Node`s, edges go from values to their users.
+    """Convert a torch.fx graph to a `networkx.DiGraph` with the `fx.Node`s as nodes and edges from values to users.
 
     >>> import torch
     >>> from torch import fx
@@ -35,48 +35,56 @@ def as_digraph(graph: fx.Graph | fx.GraphModule, module: nn.Module | None = None
     >>> [data["operation"] for _, data in digraph.nodes(data=True)]
     ['placeholder', 'softmax', 'matmul', 'output']
 
-    Attributes of a node: `op` and `target` as in fx; `operation`, `operands` and `keywords`, the operation in one
-    spelling and what it is given; `path` and `type`, of the module that it calls; `shape` and `dtype` of the example,
-    where known (`trace`, `torch.export`, and `torch.fx.passes.shape_prop` note them), else None. Attribute of an edge:
-    `slots`, the positions of the operand. `module` is the one that a graph without an owner is of, as a rule's
-    `site.module` is for `site.graph`: its children are what the graph calls.
+    Args:
+        graph: The graph, or a module with a graph.
+        module: The module whose children the graph calls. Needed for a graph without an owner, such as `site.graph`.
+            Default None: the graph's owner.
+
+    Returns:
+        The graph. Attributes of a node: `op` and `target` as in fx; `operation`, `operands` and `keywords` of the
+        canonical operation; `path` and `type` of the module that it calls; `shape` and `dtype` in the example, if
+        known, else None (`trace`, `torch.export` and `torch.fx.passes.shape_prop` record them). Attribute of an
+        edge: `slots`, the positions of the operand.
+
+    Raises:
+        SurgeryError: `graph` is not a graph.
     """
     import networkx
 
     inner = graph if isinstance(graph, fx.Graph) else getattr(graph, "graph", None)
     if not isinstance(inner, fx.Graph):
         raise SurgeryError(
-            f"a {type(graph).__name__} is no graph",
+            f"a {type(graph).__name__} is not a graph",
             fix="pass trace(module, example_inputs), a graph of torch.fx, or graph_of(model, example_inputs)",
         )
-    found = networkx.DiGraph()
+    digraph = networkx.DiGraph()
     owner = module or (graph if isinstance(graph, nn.Module) else inner.owning_module)
     for node in inner.nodes:
         module = _called(owner, node)
-        told = canonicalise(node.op, node.target, arguments_in(node), node.kwargs, module, _rank(node))
-        add_node(found, node, told, node, None if module is None else (str(node.target), class_of(module)))
-    return found
+        op = canonicalise(node.op, node.target, arguments_in(node), node.kwargs, module, _rank(node))
+        add_node(digraph, node, op, node, None if module is None else (str(node.target), class_of(module)))
+    return digraph
 
 
-def add_node(found: networkx.DiGraph, name: Any, told: Any, node: fx.Node, where: tuple[str, Any] | None) -> None:
-    """Add a node and the edges from its operands, all of which are there."""
+def add_node(digraph: networkx.DiGraph, name: Any, op: Any, node: fx.Node, where: tuple[str, Any] | None) -> None:
+    """Add a node, and the edges from its operands, which are already in the graph."""
     shape, dtype = _example(node)
     path, kind = where or (None, None)
-    found.add_node(
-        name, op=node.op, target=node.target, operation=told.operation, operands=told.operands,
-        keywords=told.keywords, path=path, type=kind, shape=shape, dtype=dtype,
+    digraph.add_node(
+        name, op=node.op, target=node.target, operation=op.operation, operands=op.operands,
+        keywords=op.keywords, path=path, type=kind, shape=shape, dtype=dtype,
     )  # fmt: skip
     slots: dict[Any, list[Any]] = {}
-    for slot, operand in (*enumerate(told.operands), *told.keywords.items()):
+    for slot, operand in (*enumerate(op.operands), *op.keywords.items()):
         for item in flatten(operand):
             if is_node(item):
                 slots.setdefault(item, []).append(slot)
-    for source, given in slots.items():
-        found.add_edge(source, name, slots=tuple(given))
+    for source, positions in slots.items():
+        digraph.add_edge(source, name, slots=tuple(positions))
 
 
 def graph_of(model: nn.Module, example_inputs: Any) -> networkx.DiGraph:
-    """The whole call of a model as one `networkx.DiGraph`, through all modules that can be traced; for reading.
+    """Trace a whole call of a model into one `networkx.DiGraph`, through all modules that can be traced.
 
     >>> import torch
     >>> from torch import nn
@@ -85,53 +93,61 @@ def graph_of(model: nn.Module, example_inputs: Any) -> networkx.DiGraph:
     >>> [(name, data["operation"], data["shape"]) for name, data in graph.nodes(data=True)][:3]
     [('input_1', 'placeholder', (3, 4)), ('0', 'linear', (3, 8)), ('1.0', 'relu', (3, 8))]
 
-    Nodes are named by the path of the module they stand in and have the attributes of `as_digraph`; `path` and `type`
-    are those of that module. A layer of torch without children is one node. So is a module that can't be traced, with
-    the `reason`, and what is in it is not seen. Checks of the tracer and the packing of outputs are left out.
+    Args:
+        model: The model.
+        example_inputs: Inputs of one call: a tensor, a tuple of arguments, or a dict of keyword arguments.
+
+    Returns:
+        The graph, for reading. Nodes are named by the path of their module and have the attributes of `as_digraph`;
+        `path` and `type` are those of the module.
+
+    Note:
+        A layer of torch without children is one node. A module that can't be traced is one node with a `reason`, and
+        the graph does not show its inside. The tracer's checks and the packing of outputs are omitted.
     """
     import networkx
 
     args, kwargs = arguments(example_inputs)
-    found = _Flat(networkx.DiGraph())
+    flat = _Flat(networkx.DiGraph())
     with torch.no_grad():
-        found.whole(model, args, kwargs)
-    return found.graph
+        flat.add_module(model, args, kwargs)
+    return flat.graph
 
 
 class _Flat:
-    """A flat graph that is being put together from the graphs of modules."""
+    """Builds a flat graph from the graphs of modules."""
 
     def __init__(self, graph: networkx.DiGraph):
         self.graph = graph
         self.counts: dict[str, int] = {}
 
-    def whole(self, model: nn.Module, args: tuple, kwargs: dict[str, Any], path: str = "") -> None:
-        """A module with inputs and an output of its own."""
+    def add_module(self, model: nn.Module, args: tuple, kwargs: dict[str, Any], path: str = "") -> None:
+        """Add a module with nodes for its inputs and its output."""
         calls: Calls = []
         try:
-            made = traced(model, args, kwargs, calls, leaves=False)
+            graph = traced(model, args, kwargs, calls, leaves=False).graph
         except TraceError as error:
             name = NodeName(self.unique(path or class_of(model).__name__))
             self.graph.add_node(
                 name, op="call_module", target=path, operation=class_of(model).__name__, operands=(), keywords={},
-                path=path, type=class_of(model), shape=None, dtype=None, reason=_told(error),
+                path=path, type=class_of(model), shape=None, dtype=None, reason=_reason(error),
             )  # fmt: skip
-            self.beside(model, path, args, kwargs)
+            self.add_inner_calls(model, path, args, kwargs)
         else:
-            self.inside(model, path, made.graph, calls, None)
+            self.add_graph(model, path, graph, calls, None)
 
-    def beside(self, module: nn.Module, path: str, args: tuple, kwargs: dict[str, Any]) -> None:
-        """The outermost modules that a refused one calls."""
+    def add_inner_calls(self, module: nn.Module, path: str, args: tuple, kwargs: dict[str, Any]) -> None:
+        """Add the outermost modules that an untraceable module calls."""
         with undone(module):
-            found = outermost_calls(module, args, kwargs)
-        for inner, child, given, named in found:
+            calls = outermost_calls(module, args, kwargs)
+        for inner, child, child_args, child_kwargs in calls:
             if _is_layer(child):
-                self.alone(child, _joined(path, inner), given)
+                self.add_layer(child, _joined(path, inner), child_args)
             else:
-                self.whole(child, given, named, _joined(path, inner))
+                self.add_module(child, child_args, child_kwargs, _joined(path, inner))
 
-    def alone(self, layer: nn.Module, path: str, args: tuple) -> None:
-        """One node, and its inputs."""
+    def add_layer(self, layer: nn.Module, path: str, args: tuple) -> None:
+        """Add a layer as one node, and nodes for its inputs."""
         graph, values = fx.Graph(), {}
         for index, value in enumerate(args):
             source = graph.placeholder(f"input_{index}")
@@ -139,20 +155,20 @@ class _Flat:
             values[source] = self.node(source, path, layer, values)
         self.node(graph.call_module("layer", tuple(values)), path, layer, values, layer)
 
-    def inside(
-        self, module: nn.Module, path: str, graph: fx.Graph, calls: Calls, given: Mapping[str, Any] | None
+    def add_graph(
+        self, module: nn.Module, path: str, graph: fx.Graph, calls: Calls, inputs: Mapping[str, Any] | None
     ) -> Any:
-        """Put a module's graph in; `given` are its arguments by name. What it returns, in operands."""
+        """Add the graph of a module. `inputs` are its arguments by name. Returns the operands of its result."""
         values: dict[fx.Node, Any] = {}
         children = {node: (child, args, kwargs) for node, child, args, kwargs in calls}
         for node in graph.nodes:
-            if node.op == "placeholder" and given is not None:
-                values[node] = given.get(str(node.target).lstrip("*"))
-            elif node.op == "output" and given is not None:
+            if node.op == "placeholder" and inputs is not None:
+                values[node] = inputs.get(str(node.target).lstrip("*"))
+            elif node.op == "output" and inputs is not None:
                 return _mapped(node.args[0], values)
             elif node in children:
                 values[node] = self.child(node, path, values, *children[node])
-            elif node.target in _LEFT_OUT:
+            elif node.target in _OMITTED:
                 values[node] = None
             elif node.op == "get_attr" and node.target == "_surgery_self":
                 values[node] = LayerTensor(path or "(model)")
@@ -164,13 +180,13 @@ class _Flat:
     def node(self, node: fx.Node, path: str, module: nn.Module, values: dict, called: nn.Module | None = None) -> Any:
         args, kwargs = _mapped(arguments_in(node), values), _mapped(dict(node.kwargs), values)
         target = node.target if called is None else path
-        told = canonicalise(node.op, target, args, kwargs, called, _rank(node))
+        op = canonicalise(node.op, target, args, kwargs, called, _rank(node))
         if node.op == "get_attr":
             name = _joined(path, str(node.target))
-            if name in self.graph:  # one parameter is one node, however often it is read
+            if name in self.graph:  # a parameter is one node, however often it is read
                 return NodeName(name)
         name = NodeName(self.unique(path if called is not None else _joined(path, node.name)))
-        add_node(self.graph, name, told, node, (path, class_of(called or module)))
+        add_node(self.graph, name, op, node, (path, class_of(called or module)))
         return name
 
     def child(self, node: fx.Node, path: str, values: dict, child: nn.Module, args: tuple, kwargs: dict) -> Any:
@@ -179,16 +195,16 @@ class _Flat:
             return self.node(node, inner, child, values, child)
         calls: Calls = []
         try:
-            made = traced(child, args, kwargs, calls, leaves=False)
+            graph = traced(child, args, kwargs, calls, leaves=False).graph
         except TraceError as error:
             name = self.node(node, inner, child, values, child)
-            self.graph.nodes[name]["reason"] = _told(error)
-            self.beside(child, inner, args, kwargs)
+            self.graph.nodes[name]["reason"] = _reason(error)
+            self.add_inner_calls(child, inner, args, kwargs)
             return name
         signature = inspect.signature(class_of(child).forward)
-        given = signature.bind(None, *_mapped(node.args, values), **_mapped(dict(node.kwargs), values))
-        given.apply_defaults()
-        return self.inside(child, inner, made.graph, calls, given.arguments)
+        bound = signature.bind(None, *_mapped(node.args, values), **_mapped(dict(node.kwargs), values))
+        bound.apply_defaults()
+        return self.add_graph(child, inner, graph, calls, bound.arguments)
 
     def unique(self, name: str) -> str:
         self.counts[name] = count = self.counts.get(name, 0) + 1
@@ -200,7 +216,7 @@ def _is_layer(module: nn.Module) -> bool:
 
 
 def _unpacked(node: fx.Node, values: dict[fx.Node, Any]) -> tuple[bool, Any]:
-    """Whether a node only packs values or takes one out of a pack, and what it gives then."""
+    """Returns whether a node only packs values or unpacks one, and its result in that case."""
     if node.op != "call_function":
         return False, None
     if isinstance(node.target, type) and hasattr(node.target, "__dataclass_fields__"):
@@ -220,7 +236,7 @@ def _unpacked(node: fx.Node, values: dict[fx.Node, Any]) -> tuple[bool, Any]:
 
 
 def _mapped(value: Any, values: Mapping[fx.Node, Any]) -> Any:
-    """Arguments with the values of nodes in their places."""
+    """Replaces the nodes in arguments by their values."""
     if isinstance(value, fx.Node):
         return values[value]
     if isinstance(value, (tuple, list)):
@@ -237,7 +253,7 @@ def _called(owner: nn.Module | None, node: fx.Node) -> nn.Module | None:
         return None
     try:
         return owner.get_submodule(str(node.target))
-    except AttributeError:  # the graph was taken from its module
+    except AttributeError:  # the graph is no longer in its module
         return None
 
 
@@ -263,8 +279,8 @@ def _joined(path: str, name: str) -> str:
     return f"{path}.{name}" if path else name
 
 
-def _told(error: TraceError) -> str:
+def _reason(error: TraceError) -> str:
     return f"{error.why or error.what}" + (f" ({error.where})" if error.where else "")
 
 
-_LEFT_OUT: frozenset[Callable[..., Any]] = frozenset({check_call, check_parts, check_settings, require})
+_OMITTED: frozenset[Callable[..., Any]] = frozenset({check_call, check_parts, check_settings, require})

@@ -1,4 +1,4 @@
-"""Why a pattern is not in a graph: the deepest partial match, and the clause at which it ends."""
+"""Explains why a pattern is not in a graph: the deepest partial match, and the clause that fails."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ __all__ = ["nearest_miss"]
 
 
 def nearest_miss(search: Search) -> str:
-    """The deepest partial match, and the clause at which it ends; and modules left out for their exact class."""
+    """Describe the deepest partial match with the clause that fails, and modules that only a subclass test rejects."""
     return "; ".join([_nearest(search), *_subclasses(search)])
 
 
 def _subclasses(search: Search) -> Iterator[str]:
-    """A module that would fit by its base class."""
+    """Yields a text for each module that would fit by its base class."""
     for part in search.parts:
         if part.operation is not None or part.kind != "operation" or part.asks.get("subclasses"):
             continue
@@ -32,7 +32,7 @@ def _subclasses(search: Search) -> Iterator[str]:
 
 
 def _nearest(search: Search) -> str:
-    """The deepest partial match, and the clause at which it ends."""
+    """Describe the deepest partial match, and the clause that fails."""
     total = sum(part.kind == "operation" for part in search.parts)
     best: tuple[int, int, int] | None = None
     place: Any = None
@@ -45,7 +45,8 @@ def _nearest(search: Search) -> str:
             if best is None or rank > best:
                 best, place = rank, (index, node)
     if best is None:
-        return f"the graph has none of the pattern's operations: {describe_part(search.parts, len(search.parts) - 1)}"
+        pattern = describe_part(search.parts, len(search.parts) - 1)
+        return f"the graph does not have any of the pattern's operations: {pattern}"
     head = f"nearest miss, {best[0]} of {total} operations"
     index, node = place
     if search.known[place][0]:
@@ -63,26 +64,25 @@ def _user(search: Search, index: int) -> str:
 
 
 def _failing(search: Search, index: int, operand: Any) -> tuple[Any, str]:
-    """Down the way that fits best, to the clause that fails."""
+    """Follow the best partial match down to the clause that fails."""
     owner = index, operand
     while True:
         part = search.parts[index]
         ways = search.ways(index, operand)
         if part.kind == "operation" and (node := search.reached(part, operand)) is not None:
             owner = index, node
-            told = search.told(node, part.operation)
-            if told is not None and (why := part.mismatch(told.operands, told.keywords)):
+            op = search.as_operation(node, part.operation)
+            if op is not None and (why := part.mismatch(op.operands, op.keywords)):
                 return node, f"{why} in {describe_part(search.parts, index)}"
             if all(search.known[below][0] for below in ways[0]) and part.asks:
                 return node, f"{part.refusal(search.data[node])} in {describe_part(search.parts, index)}"
         elif not ways:
             wanted = describe_part(search.parts, index)
-            found = search.data[operand]["operation"] if search.has(operand) else repr(operand)
             if search.has(operand):
-                return operand, f"{found} stands where {wanted} is asked"
+                return operand, f"the pattern wants {wanted}, and the graph has {search.data[operand]['operation']}"
             above, node = owner
-            slots = (*search.parts[above].slotted(), *search.parts[above].keywords)
+            slots = (*search.parts[above].slot_operands(), *search.parts[above].keywords)
             slot = next((name for name, below in slots if below == index), "in it")
-            return node, f"argument {slot} is {found}, and not {wanted}, in {describe_part(search.parts, above)}"
+            return node, f"argument {slot} is {operand!r}, and not {wanted}, in {describe_part(search.parts, above)}"
         way = max(ways, key=lambda way: sum(search.known[below][1] for below in way))
         index, operand = next(below for below in way if not search.known[below][0])

@@ -1,7 +1,7 @@
-"""One name for an operation however it is spelled: operators, methods, torch and aten functions, torch's own layers.
+"""One canonical name for each operation: operators, methods, torch and aten functions, torch's own layers.
 
 `x.softmax(-1)`, `torch.softmax(x, dim=-1)`, `F.softmax`, `aten.softmax.int` and a call of `nn.Softmax(-1)` are all
-`softmax(x, -1)`. Graphs and patterns are spelled by the same table.
+`softmax(x, -1)`. Graphs and patterns use the same table.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ __all__ = [
 
 
 class CanonicalOp(NamedTuple):
-    """An operation and what it is given: by position as far as the table knows the names, the rest by name."""
+    """An operation with its arguments: by position where the table knows their names, the others by name."""
 
     operation: str
     operands: tuple[Any, ...]
@@ -40,7 +40,7 @@ class CanonicalOp(NamedTuple):
 
 
 class Dim(int):
-    """A dimension of a tensor of known rank: it equals -1 as well as rank - 1."""
+    """A dimension of a tensor of known rank: the last one equals both -1 and rank - 1."""
 
     rank: int = 0
 
@@ -49,15 +49,15 @@ class Dim(int):
 
 
 class LayerTensor(str):
-    """A parameter that a layer holds, by its path: an operand that is no node."""
+    """The path of a layer's parameter: an operand that is not a node."""
 
 
 class NodeName(str):
-    """A node of a flat graph; an operand of this class is one, and other strings are plain values."""
+    """The name of a node in a flat graph. Operands that are other strings are plain values."""
 
 
 class Implied:
-    """An operation that a node means without a node of its own, such as the transpose in an einsum."""
+    """An operation inside a node that has no node of its own, such as the transpose in an einsum."""
 
     __slots__ = ("operation", "owner")
 
@@ -69,17 +69,17 @@ class Implied:
 
     @property
     def node(self) -> Any:
-        found = self.owner
-        while isinstance(found, Implied):
-            found = found.owner
-        return found
+        owner = self.owner
+        while isinstance(owner, Implied):
+            owner = owner.owner
+        return owner
 
 
 def is_node(operand: Any) -> bool:
     return isinstance(operand, (fx.Node, NodeName))
 
 
-# What a value goes through unchanged but for its dtype, its layout or dropped entries.
+# Operations that pass a value on, except for its dtype, its layout or dropped entries.
 PASSING = frozenset(
     "dropout to contiguous float double half bfloat16 type type_as clone detach alias identity lift_fresh_copy".split()
 )
@@ -96,7 +96,7 @@ _NAMES = {
     "special_logsumexp": "logsumexp",
 }  # fmt: skip
 
-# The arguments that patterns ask about, in their order; what is not named here (a dtype, an eps) is left out.
+# The arguments that patterns can constrain, in order. Other arguments (a dtype, an eps) are ignored.
 _SIGNATURES: dict[str, tuple[str, ...]] = {
     name: tuple(arguments.split())
     for name, arguments in {
@@ -121,7 +121,7 @@ _OTHER_NAMES = {"self": "input", "q": "query", "split_size_or_sections": "split_
 _DEFAULTS = {("gelu", "approximate"): "none", ("cat", "dim"): 0}
 _DIMS = frozenset({"dim", "dim0", "dim1"})
 
-# torch's own layers: the function, and which of their attributes are its further arguments.
+# torch's own layers: the function, and the attributes that are its further arguments.
 _LAYERS: dict[type[nn.Module], tuple[str, tuple[str, ...]]] = {
     nn.Linear: ("linear", ("weight", "bias")),
     nn.Softmax: ("softmax", ("dim",)),
@@ -146,14 +146,17 @@ def canonicalise(
     module: nn.Module | None = None,
     rank: int | None = None,
 ) -> CanonicalOp:
-    """How a node is spelled: its kind, target and arguments as in fx, the module that it calls, the rank of its input.
+    """Convert a node to its canonical operation.
 
     >>> import operator
-    >>> from surgery.structures.op_aliases import spelled
-    >>> spelled("call_method", "transpose", ("k", 2, 3), {}, rank=4)
-    Spelled(operation='mT', operands=('k',), keywords={})
-    >>> spelled("call_function", operator.truediv, ("x", 8), {})
-    Spelled(operation='div', operands=('x', 8), keywords={})
+    >>> from surgery.structures.op_aliases import canonicalise
+    >>> canonicalise("call_method", "transpose", ("k", 2, 3), {}, rank=4)
+    CanonicalOp(operation='mT', operands=('k',), keywords={})
+    >>> canonicalise("call_function", operator.truediv, ("x", 8), {})
+    CanonicalOp(operation='div', operands=('x', 8), keywords={})
+
+    `op`, `target`, `args` and `kwargs` are those of the fx node, `module` the module that it calls, `rank` the rank of
+    its input.
     """
     args = freeze(args)
     kwargs = {name: freeze(value) for name, value in kwargs.items()}
@@ -174,7 +177,7 @@ def canonicalise(
         name, args = attribute, args[:1]
     if name == "square":
         name, args = "pow", (*args, 2)
-    if name == "rsub" and len(args) > 1:  # what torch.rsub subtracts comes first
+    if name == "rsub" and len(args) > 1:  # torch.rsub(a, b) is b - a
         name, args = "sub", (args[1], args[0], *args[2:])
     if name in ("max", "min") and ("other" in kwargs or len(args) == 2 and not isinstance(args[1], int)):
         name += "imum"  # of two tensors
@@ -211,20 +214,20 @@ def _by_position(name: str, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple,
     names = _SIGNATURES.get(name)
     if names is None:
         first = ("input", "self")
-        if not args and (given := next((key for key in first if key in kwargs), None)):
-            return (kwargs[given],), {key: value for key, value in kwargs.items() if key != given}
+        if not args and (input_name := next((key for key in first if key in kwargs), None)):
+            return (kwargs[input_name],), {key: value for key, value in kwargs.items() if key != input_name}
         return args, kwargs
-    given = dict(zip(names, args, strict=False))
-    given |= {_OTHER_NAMES.get(key, key): value for key, value in kwargs.items()}
+    arguments = dict(zip(names, args, strict=False))
+    arguments |= {_OTHER_NAMES.get(key, key): value for key, value in kwargs.items()}
     for (operation, key), value in _DEFAULTS.items():
         if operation == name:
-            given.setdefault(key, value)
-    last = max((index for index, key in enumerate(names) if key in given), default=-1)
-    return tuple(given.get(key) for key in names[: last + 1]), {}
+            arguments.setdefault(key, value)
+    last = max((index for index, key in enumerate(names) if key in arguments), default=-1)
+    return tuple(arguments.get(key) for key in names[: last + 1]), {}
 
 
 def _dims(name: str, args: tuple, rank: int | None) -> tuple:
-    """Arguments that are dimensions, told by their rank."""
+    """Convert the arguments that are dimensions to `Dim`."""
     names = _SIGNATURES.get(name, ())
     if rank is None or not _DIMS & set(names):
         return args
@@ -234,9 +237,9 @@ def _dims(name: str, args: tuple, rank: int | None) -> tuple:
 def _dim(value: Any, rank: int) -> Any:
     if type(value) is not int:
         return value
-    made = Dim(value if value >= 0 else value + rank)
-    made.rank = rank
-    return made
+    dim = Dim(value if value >= 0 else value + rank)
+    dim.rank = rank
+    return dim
 
 
 def _swaps(dims: tuple) -> bool:
@@ -252,13 +255,13 @@ def _attribute(module: nn.Module, path: str, name: str) -> Any:
 
 
 def arguments_in(node: fx.Node) -> tuple[Any, ...]:
-    """A node's arguments. The function of a call in a region, which a graph keeps as an attribute, is itself there."""
+    """Returns a node's arguments. For a call in a region, the attribute is replaced by the called function."""
     called = node.meta.get("called")
     return node.args if called is None else (node.args[0], called, *node.args[2:])
 
 
 def freeze(value: Any) -> Any:
-    """Arguments as values that can be compared and hashed: containers as tuples."""
+    """Convert arguments to hashable values: containers become tuples."""
     if isinstance(value, (list, tuple)):
         return tuple(freeze(item) for item in value)
     if isinstance(value, slice):
@@ -273,7 +276,7 @@ def freeze(value: Any) -> Any:
 
 
 def flatten(value: Any) -> Iterator[Any]:
-    """What is in an operand that may be a tuple."""
+    """Yields the items of an operand that may be a nested tuple."""
     waiting = [value]
     while waiting:
         item = waiting.pop()

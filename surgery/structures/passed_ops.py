@@ -1,4 +1,4 @@
-"""What a match passes over between its operations (dropout, detach), and what of it a rewrite leaves out unasked."""
+"""Finds operations between those of a match (dropout, detach) that a rewrite drops without reading them."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ __all__ = ["Passage", "find_dropped_ops"]
 
 @dataclass(eq=False)
 class Passage:
-    """What one match passes over, and whether the rule asked for it (`Occurrence.passed`)."""
+    """The nodes that one match passes over, and whether the rule has read them (`Occurrence.passed`)."""
 
     root: fx.Node
     nodes: tuple[fx.Node, ...]
@@ -27,9 +27,9 @@ class Passage:
 def find_dropped_ops(
     passages: Sequence[Passage], graph: fx.Graph, module: nn.Module, tape: Tape
 ) -> Iterator[tuple[str, str]]:
-    """The operations that no longer reach the forward's output: their kind, and a sentence with their place.
+    """Yields the operations that no longer reach the forward's output, as (kind, sentence with the place).
 
-    Casts are not among them: a value that is replaced keeps its dtype.
+    Casts are ignored, because a replaced value keeps its dtype.
     """
     unasked = [passage for passage in passages if not passage.asked and passage.nodes]
     replaced = {ref.key for ref in tape.replaced() if ref.kind in ("inside", "output")}
@@ -47,19 +47,19 @@ def find_dropped_ops(
 
 
 def _changing(node: fx.Node, module: nn.Module) -> str | None:
-    """The kind of an operation that changes values or gradients; None for others, and for dropout with p = 0."""
+    """Returns "dropout" or "detach" for an operation of this kind; None for others, and for dropout with p = 0."""
     child = module.get_submodule(str(node.target)) if node.op == "call_module" else None
     kind = canonicalise(node.op, node.target, arguments_in(node), node.kwargs, child).operation
     if kind == "dropout":
-        given = node.args[2:] if getattr(node.target, "__name__", "") == "in_region" else node.args
-        chance: Any = given[1] if len(given) > 1 else node.kwargs.get("p", 0.5)
+        args = node.args[2:] if getattr(node.target, "__name__", "") == "in_region" else node.args
+        chance: Any = args[1] if len(args) > 1 else node.kwargs.get("p", 0.5)
         return None if (chance if child is None else getattr(child, "p", 0.5)) == 0 else kind
     return kind if kind == "detach" else None
 
 
 def _reaching(graph: fx.Graph, tape: Tape | None) -> set[fx.Node]:
-    """The nodes whose own results reach the output, through what a tape puts in the place of values."""
-    below: dict[Any, list[Any]] = {}  # what a value is made from: ("made", node), ("now", node), ("op", step)
+    """Returns the nodes whose own results reach the output, with the replacements of a tape."""
+    below: dict[Any, list[Any]] = {}  # value → its sources: ("made", node), ("now", node), ("op", step)
     inputs = {str(node.target).lstrip("*"): node for node in graph.nodes if node.op == "placeholder"}
     named = {node.name: node for node in graph.nodes}
     for node in graph.nodes:
@@ -81,7 +81,7 @@ def _reaching(graph: fx.Graph, tape: Tape | None) -> set[fx.Node]:
         for user in users:
             below["made", user] = [*below["made", user], *values]
         if node is not None and not users:
-            # A value computed from the old one still needs what made that; nothing else does.
+            # A new value that is computed from the old one still needs the old one's sources.
             below["now", node] = [value for value in values if value != ("now", node)]
     seen: set[Any] = set()
     waiting: list[Any] = [("now", output)]

@@ -1,11 +1,11 @@
-"""The parts of a structural pattern: read from a function or a networkx graph, and what each asks of a node."""
+"""The parts of a structural pattern: read from a function or a networkx graph, with their conditions on nodes."""
 
 from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from torch import fx, nn
 
@@ -23,12 +23,17 @@ __all__ = ["PatternPart", "is_constant", "parse_pattern", "describe_part", "same
 
 @dataclass(frozen=True)
 class PatternPart:
-    """One part of a pattern; its operands are other parts, by their index, all before its own."""
+    """One part of a pattern. Its operands are the indices of earlier parts.
 
-    kind: str  # operation, any, either, tuple, constant (a given one), const (some constant)
-    operation: str | None = None  # None: a call of a module, which `asks` tells
+    `kind`: "constant" is a fixed plain value, "const" any plain value.
+    """
+
+    kind: Literal["operation", "any", "either", "tuple", "constant", "const"]
+    operation: str | None = None  # None: a call of a module, which `asks` describes
     operands: tuple[int, ...] = ()
-    slots: tuple[int, ...] | None = None  # the positions of the operands; None: the first ones, and there are no others
+    slots: tuple[int, ...] | None = (
+        None  # the positions of the operands; None: the first positions, without further operands
+    )
     keywords: tuple[tuple[str, int], ...] = ()
     asks: Mapping[str, Any] = field(default_factory=dict)
     name: str | None = None
@@ -39,44 +44,45 @@ class PatternPart:
         for _, below in self.keywords:
             yield below
 
-    def slotted(self) -> Iterator[tuple[int, int]]:
+    def slot_operands(self) -> Iterator[tuple[int, int]]:
+        """Yields the position of each operand with its index."""
         return zip(self.slots if self.slots is not None else range(len(self.operands)), self.operands, strict=True)
 
-    def mismatch(self, given: tuple, keywords: Mapping[str, Any]) -> str | None:
-        """Why an operation's arguments can't be those asked for, whatever they are."""
-        last = max((slot for slot, _ in self.slotted()), default=-1)
-        if last >= len(given):
-            return f"it has {len(given)} arguments, and not {last + 1}"
+    def mismatch(self, operands: tuple, keywords: Mapping[str, Any]) -> str | None:
+        """Returns why the number or names of an operation's arguments do not match, or None."""
+        last = max((slot for slot, _ in self.slot_operands()), default=-1)
+        if last >= len(operands):
+            return f"it has {len(operands)} arguments, and not {last + 1}"
         if (
             self.slots is None
             and self.operation is not None
-            and any(isinstance(rest, _TENSORS) for rest in given[last + 1 :])
+            and any(isinstance(rest, _TENSORS) for rest in operands[last + 1 :])
         ):
-            return f"it has {len(given)} arguments, and not {last + 1}"
+            return f"it has {len(operands)} arguments, and not {last + 1}"
         missing = [name for name, _ in self.keywords if name not in keywords]
-        return f"it has no argument {missing[0]}" if missing else None
+        return f"it does not have the argument {missing[0]}" if missing else None
 
     def is_module(self, data: Mapping[str, Any], subclasses: bool = False) -> bool:
         subclasses = subclasses or self.asks.get("subclasses", False)
         return data["op"] == "call_module" and _is_type(data["type"], self.asks["type"], subclasses)
 
     def refusal(self, data: Mapping[str, Any]) -> str | None:
-        """The first attribute of a node that is not as asked."""
+        """Returns the first attribute of a node that violates a condition, as text, or None."""
         for key, wanted in self.asks.items():
-            found = data.get(key)
+            value = data.get(key)
             if key == "subclasses":
                 continue
             if key == "type":
-                ok = _is_type(found, wanted, self.asks.get("subclasses", False))
+                ok = _is_type(value, wanted, self.asks.get("subclasses", False))
             elif key == "path":
-                ok = found is not None and bool(Pattern.name(wanted).match(found, _NOTHING))
+                ok = value is not None and bool(Pattern.name(wanted).match(value, _NOTHING))
             elif key == "shape":
-                ok = found is not None and len(found) == len(wanted)
-                ok = ok and all(size is ANY or size is None or size == own for size, own in zip(wanted, found or ()))  # noqa: B905
+                ok = value is not None and len(value) == len(wanted)
+                ok = ok and all(size is ANY or size is None or size == own for size, own in zip(wanted, value or ()))  # noqa: B905
             else:
-                ok = found == wanted
+                ok = value == wanted
             if not ok:
-                shown = "not known" if found is None else found
+                shown = "unknown" if value is None else value
                 return f"its {key} is {shown}, and not {wanted}"
         return None
 
@@ -85,28 +91,28 @@ _NOTHING = nn.Module()
 _TENSORS = (fx.Node, NodeName, LayerTensor, Implied)
 
 
-def _is_type(found: type | None, wanted: type | str, subclasses: bool) -> bool:
-    if found is None:
+def _is_type(kind: type | None, wanted: type | str, subclasses: bool) -> bool:
+    if kind is None:
         return False
-    classes = found.__mro__ if subclasses else (found,)
+    classes = kind.__mro__ if subclasses else (kind,)
     return any(wanted in (cls, cls.__name__, qualified_name(cls)) for cls in classes)
 
 
 def is_constant(operand: Any) -> bool:
-    """Whether an operand is a plain value: no node, no tensor that a layer holds, nor anything with such in it."""
+    """Whether an operand is a plain value: it does not contain a node or a layer's tensor."""
     return not any(isinstance(item, _TENSORS) for item in flatten(operand))
 
 
-def same_constant(wanted: Any, found: Any) -> bool:
-    if isinstance(found, Dim):
-        return type(wanted) is int and found.is_dim(wanted)
-    if isinstance(wanted, bool) or isinstance(found, bool):
-        return wanted is found
-    return wanted == found
+def same_constant(wanted: Any, value: Any) -> bool:
+    if isinstance(value, Dim):
+        return type(wanted) is int and value.is_dim(wanted)
+    if isinstance(wanted, bool) or isinstance(value, bool):
+        return wanted is value
+    return wanted == value
 
 
 def parse_pattern(pattern: Callable[..., Any] | networkx.DiGraph) -> tuple[list[PatternPart], list[str]]:
-    """A pattern's parts, the result last, and the names that it binds."""
+    """Read a pattern: returns its parts, the result last, and the names that it binds."""
     names: list[str] = []
     if callable(pattern):
         parameters = inspect.signature(pattern).parameters
@@ -118,19 +124,19 @@ def parse_pattern(pattern: Callable[..., Any] | networkx.DiGraph) -> tuple[list[
         names = [part.name for part in parts if part.name is not None]
     else:
         raise SurgeryError(
-            f"{pattern!r} is no structure", fix="give a function of plain PyTorch, or a networkx.DiGraph"
+            f"{pattern!r} is not a structure", fix="pass a function of plain PyTorch, or a networkx.DiGraph"
         )
     if not any(part.kind == "operation" for part in parts):
-        raise SurgeryError("the structure has no operation", fix="write what is to be found, such as q @ k.mT")
+        raise SurgeryError("the structure does not have an operation", fix="write operations to find, such as q @ k.mT")
     return parts, names
 
 
 def _from_expression(root: Any) -> list[PatternPart]:
-    """Without recursion: an expression is added once all that it is made of is there."""
+    """Add the parts of an expression without recursion: operands before the operation."""
     parts: list[PatternPart] = []
     known: dict[Any, int] = {}
-    alive: list[_Needs] = []  # what `known` tells by its id stays
-    waiting: list[tuple[Any, Any]] = [(root, None)]  # values, and what has to be there before them
+    alive: list[_Needs] = []  # keeps objects alive whose ids are keys of `known`
+    waiting: list[tuple[Any, Any]] = [(root, None)]  # values, and the operands that must precede them
     while waiting:
         value, needs = waiting.pop()
         key = _key(value)
@@ -164,14 +170,14 @@ class _Needs:
 
 
 def _named(name: str, default: Any) -> Expression:
-    """The value that a pattern's function gets for a parameter: one that is a Const by default is bound as such."""
+    """Returns the value for a parameter of a pattern's function. A default that is a Const gets the name."""
     if isinstance(default, Expression) and default.kind == "const":
         return Expression("const", name, default.args)
     return variable(name)
 
 
 def _needs(value: Any) -> _Needs:
-    """What has to be there before a value's part, and how the part is made then."""
+    """Returns the operands of a value, and a function that creates its part from their indices."""
     if isinstance(value, tuple):
         return _Needs(value, lambda _, below: PatternPart("tuple", operands=below))
     if not isinstance(value, Expression):
@@ -187,33 +193,33 @@ def _needs(value: Any) -> _Needs:
         return _Needs(value.args, lambda _, below: PatternPart("operation", None, below, asks=asks))
     if value.kind == "having":
         return _Needs(value.args, lambda parts, below: _asking(parts, below[0], value.of))
-    told = canonicalise(value.kind, value.of, value.args, value.kwargs)
-    if told.operation in EXPANDED and told.operation != "linear":  # graphs know a linear as such
-        meaning = expand(told.operation, told.operands)
+    op = canonicalise(value.kind, value.of, value.args, value.kwargs)
+    if op.operation in EXPANDED and op.operation != "linear":  # a linear stays one operation in graphs
+        meaning = expand(op.operation, op.operands)
         if meaning is not None:
-            return _Needs((_written(meaning),), lambda parts, below: parts[below[0]])
-    names = tuple(told.keywords)
-    count = len(told.operands)
+            return _Needs((_to_expression(meaning),), lambda parts, below: parts[below[0]])
+    names = tuple(op.keywords)
+    count = len(op.operands)
 
-    def made(parts: list[PatternPart], below: tuple[int, ...]) -> PatternPart:
+    def make_part(parts: list[PatternPart], below: tuple[int, ...]) -> PatternPart:
         named = tuple(zip(names, below[count:], strict=True))
-        meaning = gather(told.operation, below, _Below(parts)) if told.operation in GATHERED else None
+        meaning = gather(op.operation, below, _Below(parts)) if op.operation in GATHERED else None
         if meaning is not None and not named:
             return PatternPart("operation", meaning.operation, meaning.operands)
-        return PatternPart("operation", told.operation, below[:count], keywords=named)
+        return PatternPart("operation", op.operation, below[:count], keywords=named)
 
-    return _Needs((*told.operands, *told.keywords.values()), made)
+    return _Needs((*op.operands, *op.keywords.values()), make_part)
 
 
-def _written(meaning: Any) -> Any:
-    """A meaning as an expression."""
+def _to_expression(meaning: Any) -> Any:
+    """Convert a meaning to an expression."""
     if not isinstance(meaning, Meaning):
         return meaning
-    return Expression("call_method", meaning.operation, tuple(_written(operand) for operand in meaning.operands))
+    return Expression("call_method", meaning.operation, tuple(_to_expression(operand) for operand in meaning.operands))
 
 
 class _Below:
-    """A pattern's parts, as `gathered` looks at them: operands are their indices."""
+    """A pattern's parts as `Terms` for `gather`. Operands are indices of parts."""
 
     def __init__(self, parts: list[PatternPart]):
         self.parts = parts
@@ -229,15 +235,15 @@ class _Below:
         part = self.parts[operand]
         return part.value if part.kind == "constant" else operand
 
-    def same(self, one: Any, other: Any) -> bool:
-        return one == other
+    def same(self, value: Any, other: Any) -> bool:
+        return value == other
 
     def items(self, operand: int) -> tuple[int, ...] | None:
         part = self.parts[operand]
         return part.operands if part.kind == "tuple" else None
 
     def is_weight(self, operand: int, rank: int) -> bool:
-        return False  # a pattern that writes a linear out is found in linears: they are expanded in graphs
+        return False  # a pattern that writes a linear as a product still matches: graphs expand their linears
 
 
 def _asking(parts: list[PatternPart], index: int, asks: Mapping[str, Any]) -> PatternPart:
@@ -249,7 +255,7 @@ def _asking(parts: list[PatternPart], index: int, asks: Mapping[str, Any]) -> Pa
             below.append(len(parts) - 1)
         return PatternPart("either", operands=tuple(below))
     if part.kind != "operation":
-        raise SurgeryError("having asks about an operation's node", fix="write having(torch.softmax(x, -1), dtype=…)")
+        raise SurgeryError("having needs an operation", fix="write having(torch.softmax(x, -1), dtype=…)")
     return PatternPart(**{**vars(part), "asks": {**part.asks, **asks}})
 
 
@@ -257,11 +263,11 @@ def _from_digraph(pattern: Any) -> list[PatternPart]:
     import networkx
 
     if not networkx.is_directed_acyclic_graph(pattern):
-        raise SurgeryError("the structure has a cycle", why="values of a graph are made one after another")
+        raise SurgeryError("the structure has a cycle", why="a graph computes its values one after another")
     ends = [node for node in pattern if not pattern.out_degree(node)]
     if len(ends) != 1:
         raise SurgeryError(
-            f"the structure has {len(ends)} results: {ends}", fix="leave one node from which no edge goes out"
+            f"the structure has {len(ends)} results: {ends}", fix="leave one node without outgoing edges"
         )
     parts: list[PatternPart] = []
     known: dict[Any, int] = {}
@@ -271,15 +277,15 @@ def _from_digraph(pattern: Any) -> list[PatternPart]:
         if operation is None and "type" not in data:
             parts.append(PatternPart("any", name=data.get("binding", str(node))))
         else:
-            given: dict[int, int] = {}
+            inputs: dict[int, int] = {}
             for source in pattern.predecessors(node):
-                slots = pattern.edges[source, node].get("slots", pattern.edges[source, node].get("slot", len(given)))
-                given |= dict.fromkeys(slots if isinstance(slots, tuple) else (slots,), known[source])
+                slots = pattern.edges[source, node].get("slots", pattern.edges[source, node].get("slot", len(inputs)))
+                inputs |= dict.fromkeys(slots if isinstance(slots, tuple) else (slots,), known[source])
             for slot, value in constants.items():
                 parts.append(PatternPart("constant", value=value))
-                given[slot] = len(parts) - 1
-            slots = tuple(sorted(given))
-            operands = tuple(given[slot] for slot in slots)
+                inputs[slot] = len(parts) - 1
+            slots = tuple(sorted(inputs))
+            operands = tuple(inputs[slot] for slot in slots)
             data.pop("binding", None)
             parts.append(PatternPart("operation", operation, operands, slots, asks=data))
         known[node] = len(parts) - 1
@@ -287,7 +293,7 @@ def _from_digraph(pattern: Any) -> list[PatternPart]:
 
 
 def _reachable(parts: list[PatternPart], root: int) -> list[PatternPart]:
-    """Without parts that `having` has replaced; the root last."""
+    """Remove parts that `having` has replaced. The root stays last."""
     kept, waiting = set(), [root]
     while waiting:
         index = waiting.pop()
@@ -308,7 +314,7 @@ def _reachable(parts: list[PatternPart], root: int) -> list[PatternPart]:
 
 
 def describe_part(parts: list[PatternPart], index: int, depth: int = 2) -> str:
-    """A part as text, what lies deeper as `…`."""
+    """Describe a part as text. Deeper parts become `…`."""
     part = parts[index]
     if part.kind == "any":
         return part.name or "ANY"

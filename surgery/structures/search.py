@@ -1,4 +1,4 @@
-"""Where the parts of a pattern fit in a graph, each answer kept: the work is at most parts × edges."""
+"""Searches where the parts of a pattern fit in a graph. Answers are stored: the work is at most parts × edges."""
 
 from __future__ import annotations
 
@@ -21,7 +21,9 @@ class Search:
 
     parts: list[PatternPart]
     graph: Any
-    known: dict[tuple[int, Any], tuple[bool, int]] = field(default_factory=dict)  # whether it fits, operations that do
+    known: dict[tuple[int, Any], tuple[bool, int]] = field(
+        default_factory=dict
+    )  # (whether the part fits, number of fitting operations)
 
     def __post_init__(self) -> None:
         self.data: dict[Any, dict[str, Any]] = dict(self.graph.nodes(data=True))
@@ -34,8 +36,8 @@ class Search:
             for child in part.children():
                 self.above[child].append(index)
         self.sources: dict[Any, Any] = {}
-        self.further: dict[Any, dict[str, Meaning]] = {}  # what nodes mean besides the operation that they are
-        self.implied: dict[Any, list[Any]] = {}  # users of nodes that the graph has no edge for
+        self.further: dict[Any, dict[str, Meaning]] = {}  # other operations that a node also means
+        self.implied: dict[Any, list[Any]] = {}  # users of nodes without an edge in the graph
         self._understand()
 
     # What nodes mean ----------------------------------------------------------------------------------------
@@ -46,14 +48,14 @@ class Search:
                 meaning = expand(operation, self.data[node]["operands"])
                 if meaning is not None:
                     self._note(node, Meaning(meaning.operation, self._with_nodes(meaning.operands, node)))
-        found = []
+        meanings = []
         for operation in GATHERED & self.by_operation.keys():
             for node in self.by_operation[operation]:
-                told = self.told(node, operation)
-                meaning = None if told is None or told.keywords else gather(operation, told.operands, self)
+                op = self.as_operation(node, operation)
+                meaning = None if op is None or op.keywords else gather(operation, op.operands, self)
                 if meaning is not None:
-                    found.append((node, meaning))
-        for node, meaning in found:
+                    meanings.append((node, meaning))
+        for node, meaning in meanings:
             self._note(node, meaning)
 
     def _note(self, node: Any, meaning: Meaning) -> None:
@@ -64,24 +66,24 @@ class Search:
                 self.implied.setdefault(operand, []).append(node)
 
     def _with_nodes(self, operands: tuple[Any, ...], owner: Any) -> tuple[Any, ...]:
-        """Operands with a node of its own in the place of each meaning."""
-        made = []
+        """Replace each meaning among the operands by an implied node."""
+        result = []
         for operand in operands:
             if isinstance(operand, Meaning):
                 node = Implied(operand.operation, owner)
-                given = self._with_nodes(operand.operands, node)
-                self.data[node] = {**_NO_NODE, "operation": operand.operation, "operands": given}
+                inner = self._with_nodes(operand.operands, node)
+                self.data[node] = {**_NO_NODE, "operation": operand.operation, "operands": inner}
                 self.order[node] = self.order[node.node]
                 self.by_operation.setdefault(operand.operation, []).append(node)
-                for below in given:
+                for below in inner:
                     if self.has(below):
                         self.implied.setdefault(below, []).append(node)
                 operand = node
-            made.append(operand)
-        return tuple(made)
+            result.append(operand)
+        return tuple(result)
 
-    def told(self, node: Any, operation: str | None) -> CanonicalOp | None:
-        """What a node is given as this operation; None where it can't be read as such."""
+    def as_operation(self, node: Any, operation: str | None) -> CanonicalOp | None:
+        """Returns the node as this operation with its operands; None if the node is another operation."""
         data = self.data[node]
         if operation is None or data["operation"] == operation:
             return CanonicalOp(data["operation"], data["operands"], data["keywords"])
@@ -89,7 +91,7 @@ class Search:
         return None if meaning is None else CanonicalOp(operation, meaning.operands, {})
 
     def within(self, node: Any, operation: str | None) -> tuple[Any, ...]:
-        """The nodes besides its own that a node takes to be this operation."""
+        """Returns the other nodes that belong to a node when it is read as this operation."""
         if operation is None or self.data[node]["operation"] == operation:
             return ()
         return self.further[node][operation].within
@@ -98,27 +100,27 @@ class Search:
         own = (node.owner,) if isinstance(node, Implied) else self.graph.successors(node)
         return own if node not in self.implied else dict.fromkeys([*own, *self.implied[node]])
 
-    # As `gathered` asks.
+    # The protocol `Terms`, for `gather`.
 
     def read(self, operand: Any, operation: str) -> Meaning | None:
         passed = []
         while self.has(operand):
             passed.append(operand)
-            told = self.told(operand, operation)
-            if told is not None:
-                return None if told.keywords else Meaning(operation, told.operands, tuple(passed))
+            op = self.as_operation(operand, operation)
+            if op is not None:
+                return None if op.keywords else Meaning(operation, op.operands, tuple(passed))
             operand = self.passed(operand)
         return None
 
     def plain(self, operand: Any) -> Any:
         return operand
 
-    def same(self, one: Any, other: Any) -> bool:
-        if self.has(one) and self.has(other):
-            return self.source(one) is self.source(other) or self.source(one) == self.source(other)
-        if self.has(one) or self.has(other):
+    def same(self, value: Any, other: Any) -> bool:
+        if self.has(value) and self.has(other):
+            return self.source(value) is self.source(other) or self.source(value) == self.source(other)
+        if self.has(value) or self.has(other):
             return False
-        return other.is_dim(one) if isinstance(other, Dim) else same_constant(other, one)
+        return other.is_dim(value) if isinstance(other, Dim) else same_constant(other, value)
 
     def items(self, operand: Any) -> tuple[Any, ...] | None:
         return operand if isinstance(operand, tuple) else None
@@ -132,29 +134,29 @@ class Search:
     # Where to look ------------------------------------------------------------------------------------------
 
     def roots(self) -> list[Any]:
-        """Nodes where the whole pattern may sit: above the rarest operation that it needs."""
+        """Returns the candidates for the pattern's result: nodes above the rarest operation that it needs."""
         needed = self.needed()
         if needed:
             rarest = min(needed, key=lambda index: len(self.candidates(index)))
             starts = [(rarest, node) for node in self.candidates(rarest)]
-        else:  # alternatives that have nothing in common
+        else:  # the alternatives do not share an operation
             starts = [
                 (index, node)
                 for index, part in enumerate(self.parts)
                 if part.kind == "operation"
                 for node in self.candidates(index)
             ]
-        root, found, seen = len(self.parts) - 1, set(), set(starts)
+        root, candidates, seen = len(self.parts) - 1, set(), set(starts)
         while starts:
             index, node = starts.pop()
             if index == root:
-                found.add(node)
+                candidates.add(node)
                 continue
             for pair in self.up(index, node):
                 if pair not in seen:
                     seen.add(pair)
                     starts.append(pair)
-        return sorted((node for node in found if not isinstance(node, Implied)), key=self.order.__getitem__)
+        return sorted((node for node in candidates if not isinstance(node, Implied)), key=self.order.__getitem__)
 
     def up(self, index: int, node: Any) -> Iterator[tuple[int, Any]]:
         for above in self.above[index]:
@@ -170,7 +172,7 @@ class Search:
                 yield index, user
 
     def needed(self) -> set[int]:
-        """Operations that are in every way to read the pattern."""
+        """Returns the operations that every alternative of the pattern contains."""
         sets: list[set[int]] = []
         for index, part in enumerate(self.parts):
             inner = [sets[child] for child in part.children()]
@@ -205,13 +207,14 @@ class Search:
             if waiting:
                 stack.extend(waiting)
             else:
-                known[pair] = self.judged(*pair)
+                known[pair] = self.judge(*pair)
         return known[index, operand][0]
 
-    def judged(self, index: int, operand: Any) -> tuple[bool, int]:
+    def judge(self, index: int, operand: Any) -> tuple[bool, int]:
+        """Returns whether a part fits an operand, and the number of fitting operations below."""
         part = self.parts[index]
         if part.kind == "any":
-            return part.name is None or not isinstance(operand, Implied), 0  # nothing could stand for it
+            return part.name is None or not isinstance(operand, Implied), 0  # an implied node is not a value to bind
         if part.kind == "const":
             return is_constant(operand) and _suits(part.value, operand), 0
         if part.kind == "constant":
@@ -220,7 +223,7 @@ class Search:
         best = (False, 0)
         for way in self.ways(index, operand):
             answers = [(self.known[below], self.parts[below[0]].kind in ("constant", "const")) for below in way]
-            wrong = any(plain and not fits for (fits, _), plain in answers)  # an argument of its own is another
+            wrong = any(plain and not fits for (fits, _), plain in answers)  # one of its plain arguments differs
             ok = all(fits for (fits, _), _ in answers)
             best = max(best, (ok, here - wrong + sum(count for (_, count), _ in answers)))
         if best[0] and part.asks and part.refusal(self.data[self.reached(part, operand)]):
@@ -228,7 +231,7 @@ class Search:
         return best
 
     def ways(self, index: int, operand: Any) -> list[list[tuple[int, Any]]]:
-        """The ways in which a part can fit, each as what has to fit below; empty where it can't."""
+        """Returns the ways in which a part can fit, each as the pairs that must fit below; empty if it can't."""
         part = self.parts[index]
         if part.kind == "either":
             return [[(below, operand)] for below in part.operands]
@@ -238,19 +241,19 @@ class Search:
         if part.kind != "operation" or (node := self.reached(part, operand)) is None:
             return []
         data = self.data[node]
-        given, keywords = data["operands"], data["keywords"]
+        operands, keywords = data["operands"], data["keywords"]
         if part.operation is not None and part.operation != data["operation"]:
-            given, keywords = self.further[node][part.operation].operands, {}
-        if part.mismatch(given, keywords):
+            operands, keywords = self.further[node][part.operation].operands, {}
+        if part.mismatch(operands, keywords):
             return []
         named = [(below, keywords[name]) for name, below in part.keywords]
-        ways = [[*((below, given[slot]) for slot, below in part.slotted()), *named]]
-        if part.operation in COMMUTATIVE and len(given) == 2:
-            ways.append([*((below, given[1 - slot]) for slot, below in part.slotted()), *named])
+        ways = [[*((below, operands[slot]) for slot, below in part.slot_operands()), *named]]
+        if part.operation in COMMUTATIVE and len(operands) == 2:
+            ways.append([*((below, operands[1 - slot]) for slot, below in part.slot_operands()), *named])
         return ways
 
     def reached(self, part: PatternPart, operand: Any) -> Any:
-        """The node of a part's operation, past what only hands a value on; None where it is another operation."""
+        """Returns the node of a part's operation, past nodes that pass a value on; None for another operation."""
         if not self.has(operand):
             return None
         if not self.named(part, operand):
@@ -268,7 +271,7 @@ class Search:
         return isinstance(operand, _NODES) and operand in self.data
 
     def passed(self, node: Any) -> Any:
-        """What a node hands on, or None."""
+        """Returns the operand that a node passes on, or None."""
         data = self.data[node]
         first = data["operands"][0] if data["operation"] in PASSING and data["operands"] else None
         return first if self.has(first) else None
@@ -278,13 +281,13 @@ class Search:
         while node not in self.sources and (before := self.passed(node)) is not None:
             path.append(node)
             node = before
-        found = self.sources.get(node, node)
-        self.sources.update(dict.fromkeys(path, found))
-        return found
+        source = self.sources.get(node, node)
+        self.sources.update(dict.fromkeys(path, source))
+        return source
 
 
 def _suits(where: Any, value: Any) -> bool:
-    """Whether a value is as a `Const` asks; one that its function can't be asked about is not."""
+    """Whether a value satisfies the function of a `Const`. A value that the function can't test does not."""
     try:
         return where is None or bool(where(int(value) if isinstance(value, Dim) else value))
     except (TypeError, ValueError):

@@ -1,9 +1,9 @@
-"""Structural patterns: several operations and how they hang together, found in graphs.
+"""`Structure`: patterns of several connected operations, and their search in graphs.
 
-A pattern is a graph of *parts*. For pairs (part, node) the search asks whether the part fits there, bottom up, and
-keeps each answer (`Search.fits`): so its work is at most parts × edges. It starts from the rarest operation of the
-pattern in the graph and climbs from there to where the pattern's result may be. Names that occur twice are settled
-last, by choosing among what fits (`_settled`). Nothing is recursive.
+A pattern is a graph of *parts*. The search tests for each pair (part, node) whether the part fits the node, bottom up,
+and stores each answer (`Search.fits`), so its work is at most parts × edges. It starts from the pattern's operation
+that is rarest in the graph, and climbs to the candidates for the pattern's result. Names that occur twice are bound
+last, by a choice among the fitting nodes (`_bind`). Nothing is recursive.
 """
 
 from __future__ import annotations
@@ -30,12 +30,14 @@ __all__ = ["Found", "Occurrence", "Structure"]
 
 @dataclass(frozen=True)
 class Occurrence:
-    """One place where a structure is found.
+    """One match of a structure in a graph.
 
-    `nodes`: the nodes of its operations and of what is passed through between them, in the graph's order. `bindings`:
-    what the pattern's names stand for, nodes or plain values. `root`: the node of the result. `shared`: those nodes
-    but the root that are used outside as well, so that they stay when the structure is replaced. `passed`: those nodes
-    that the pattern does not name, such as dropout and casts between two operations.
+    Attributes:
+        root: The node of the result.
+        nodes: The nodes of the operations and of those between them, in the graph's order.
+        bindings: The pattern's names → nodes or plain values.
+        shared: The nodes, except the root, that are also used outside the match. They stay when it is replaced.
+        passed: The nodes between two operations that the pattern does not name, such as dropout and casts.
     """
 
     root: Any
@@ -48,19 +50,23 @@ class Occurrence:
     def passed(self) -> tuple[Any, ...]:
         return self.between()
 
-    def mapped(self, shown: Callable[[Any], Any], asked: Callable[[], None] = lambda: None) -> Occurrence:
-        """The same with other things in the place of nodes: values, for rules. `asked` is called for `passed`."""
-        bindings = {name: shown(value) for name, value in self.bindings.items()}
+    def mapped(self, convert: Callable[[Any], Any], on_read: Callable[[], None] = lambda: None) -> Occurrence:
+        """Returns a copy with converted nodes, such as a rule's values. Reading `passed` calls `on_read`."""
+        bindings = {name: convert(value) for name, value in self.bindings.items()}
 
         def between() -> tuple[Any, ...]:
-            asked()
-            return shown(self.passed)
+            on_read()
+            return convert(self.passed)
 
-        return Occurrence(shown(self.root), shown(self.nodes), bindings, shown(self.shared), between)
+        return Occurrence(convert(self.root), convert(self.nodes), bindings, convert(self.shared), between)
 
 
 class Found(list[Occurrence]):
-    """The occurrences, in the graph's order. Empty, it is falsy, and `reason` says how far the nearest miss went."""
+    """The matches of a structure, as a list in the graph's order.
+
+    Attributes:
+        reason: Why the list is empty: the nearest miss. Empty if there is a match.
+    """
 
     def __init__(self, occurrences: Iterable[Occurrence] = (), reason: str = ""):
         super().__init__(occurrences)
@@ -77,26 +83,30 @@ class Structure:
     >>> def forward(x, bias):
     ...     scores = bias + 0.5 * torch.matmul(x, x.transpose(-2, -1))
     ...     return torch.bmm(scores.softmax(dim=-1), x.relu())
-    >>> found = attention.find(fx.symbolic_trace(forward))
-    >>> found[0].bindings
+    >>> matches = attention.find(fx.symbolic_trace(forward))
+    >>> matches[0].bindings
     {'q': x, 'k': x, 'v': relu, 'mask': bias}
     >>> print(attention.find(fx.symbolic_trace(lambda x, b: torch.softmax(x @ x.mT / 2 + b, 0) @ x)).reason)
-    nearest miss, 2 of 6 operations: at truediv, div stands where mul(matmul(q, …), ANY) is asked
+    nearest miss, 2 of 6 operations: at truediv, the pattern wants mul(matmul(q, …), ANY), and the graph has div
 
-    The function's parameters are names that the match binds; one that occurs twice is one node. `ANY` is anything,
-    `one_of` alternatives, `maybe` an operation that may be left out, `Const` a plain value, `module_of` a call of a
-    module, `having` asks for a dtype, a shape, a module. `+` and `*` match either way round; an operation is the same
-    in all its spellings (`surgery.structures.op_aliases`, `surgery.structures.equivalent_ops`): `q @ k.mT` is also an
-    einsum. Between two operations there may be others that hand a value on: dropout, casts, `contiguous`; the match
-    lists them as `passed`. What the pattern leaves unsaid is not asked: further plain arguments of an operation, such
-    as `keepdim`.
+    Args:
+        pattern: A function of plain PyTorch, or a `networkx.DiGraph`.
 
-    Instead of a function, a `networkx.DiGraph`: a node has the attribute `operation`, or `binding` (a name, or None for
-    anything), and any of the attributes that `having` takes; `constants`, a mapping from positions to plain values; an
-    edge has its position as `slot`. The node that no edge leaves is the result.
+            The function's parameters are names that a match binds. A name that occurs twice is one node. `ANY` matches
+            anything, `one_of` alternatives, `maybe` an optional operation, `Const` a plain value, `module_of` a call
+            of a module. `having` constrains a dtype, a shape or a module.
 
-    Raises `SurgeryError` for a pattern with branches, cycles, no operation, or more than one result; `find`, where
-    repeated names in long sums leave too many ways to read it.
+            In a DiGraph, a node has the attribute `operation`, or `binding` (a name, or None for anything), and any of
+            the attributes of `having`. `constants` maps positions to plain values. An edge has its position as `slot`.
+            The node without outgoing edges is the result.
+
+    Raises:
+        SurgeryError: The pattern has branches, cycles, no operation, or more than one result.
+
+    Note:
+        `+` and `*` match in either order. An operation matches in all its spellings: `q @ k.mT` is also an einsum.
+        Operations that pass a value on (dropout, casts, `contiguous`) may stand between two operations; the match
+        lists them as `passed`. Plain arguments that the pattern does not mention, such as `keepdim`, are ignored.
     """
 
     def __init__(self, pattern: Callable[..., Any] | networkx.DiGraph):
@@ -107,22 +117,32 @@ class Structure:
         return describe_part(self.parts, self.root, 20)
 
     def find(self, graph: fx.Graph | fx.GraphModule | networkx.DiGraph) -> Found:
-        """All occurrences in a graph of torch.fx, or in what `as_digraph` or `graph_of` gave; one for each root."""
+        """Find all matches in a graph, one for each root.
+
+        Args:
+            graph: A graph of torch.fx, or a result of `as_digraph` or `graph_of`.
+
+        Returns:
+            The matches. An empty result is false, and its `reason` describes the nearest miss.
+
+        Raises:
+            SurgeryError: Repeated names in long sums leave too many ways to read the pattern.
+        """
         digraph = as_digraph(graph) if isinstance(graph, (fx.Graph, torch.nn.Module)) else graph
         search, clashes = Search(self.parts, digraph), list[str]()
         occurrences, seen = [], set()
         for node in search.roots():
-            found = _settled(search, node, self.names, clashes) if search.fits(self.root, node) else None
-            if found is not None and found.nodes not in seen:
-                seen.add(found.nodes)
-                occurrences.append(found)
+            match = _bind(search, node, self.names, clashes) if search.fits(self.root, node) else None
+            if match is not None and match.nodes not in seen:
+                seen.add(match.nodes)
+                occurrences.append(match)
         return Found(occurrences, "" if occurrences else (clashes or [nearest_miss(search)])[0])
 
 
-def _settled(search: Search, root: Any, names: list[str], clashes: list[str]) -> Occurrence | None:
-    """A choice among what fits in which each part and each name stands for one node."""
+def _bind(search: Search, root: Any, names: list[str], clashes: list[str]) -> Occurrence | None:
+    """Choose among the fitting nodes so that each part and each name is bound to one node."""
     bound: dict[int, Any] = {}
-    made: list[int] = []  # the parts in the order in which they were bound, to take back
+    trail: list[int] = []  # the parts in the order of their binding, to undo
     todo: Any = ((len(search.parts) - 1, root), None)
     choices: list[tuple[Any, int]] = []
     for _ in range(_STEPS):
@@ -140,29 +160,29 @@ def _settled(search: Search, root: Any, names: list[str], clashes: list[str]) ->
                 clashes.append(f"{describe_part(search.parts, part)} would be {places}")
         elif ok:
             bound[part] = operand
-            made.append(part)
+            trail.append(part)
             ways = [way for way in search.ways(part, operand) if all(search.known[below][0] for below in way)]
             rests = [_onto(way, todo) for way in ways] or [todo]
-            choices.extend((rest, len(made)) for rest in reversed(rests[1:]))
+            choices.extend((rest, len(trail)) for rest in reversed(rests[1:]))
             todo = rests[0]
         if not ok:
             if not choices:
                 return None
             todo, length = choices.pop()
-            while len(made) > length:
-                del bound[made.pop()]
+            while len(trail) > length:
+                del bound[trail.pop()]
     raise SurgeryError(
         "the structure can be read in too many ways",
         where=str(root),
-        why="names that occur several times stand in many sums and products, each of which may be read either way",
+        why="repeated names occur in many sums and products, and each of these matches in either order",
         fix="split the structure, or use each name once",
     )
 
 
-def _same(search: Search, one: Any, other: Any) -> bool:
-    if is_node(one) and is_node(other):
-        return search.source(one) == search.source(other)
-    return is_node(one) == is_node(other) and same_constant(one, other)
+def _same(search: Search, value: Any, other: Any) -> bool:
+    if is_node(value) and is_node(other):
+        return search.source(value) == search.source(other)
+    return is_node(value) == is_node(other) and same_constant(value, other)
 
 
 def _occurrence(search: Search, bound: dict[int, Any], root: Any, names: list[str]) -> Occurrence:

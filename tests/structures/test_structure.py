@@ -103,12 +103,12 @@ def test_products_with_a_transpose_in_their_spellings(spelling: Any) -> None:
 @pytest.mark.parametrize(
     ("other", "told"),
     [
-        (lambda q, k: q @ k, "placeholder stands where mT(k) is asked"),
+        (lambda q, k: q @ k, "the pattern wants mT(k), and the graph has placeholder"),
         (lambda q, k: k.mT @ q, "nearest miss, 1 of 2"),
-        (lambda q, k: q @ k.transpose(1, 0), "transpose stands where mT(k)"),
-        (lambda q, k: q @ k.permute(1, 0, 2), "permute stands where mT(k)"),
+        (lambda q, k: q @ k.transpose(1, 0), "wants mT(k), and the graph has transpose"),
+        (lambda q, k: q @ k.permute(1, 0, 2), "wants mT(k), and the graph has permute"),
         (lambda q, k: q * k.mT, "no user of it fits matmul(q, mT(k))"),
-        (lambda q, k: q + k, "none of the pattern's operations: matmul(q, mT(k))"),
+        (lambda q, k: q + k, "any of the pattern's operations: matmul(q, mT(k))"),
     ],
 )
 def test_what_is_no_such_product(other: Any, told: str) -> None:
@@ -276,12 +276,12 @@ def test_patterns_that_can_not_be() -> None:
     wrong: list[tuple[Any, str]] = [
         (cycle, "cycle"),
         (two, "2 results"),
-        (lambda x: x, "no operation"),
+        (lambda x: x, "does not have an operation"),
         (lambda x: x.relu() if x else x, "branches"),
-        (lambda x: torch.cat([*x], -1), "goes through a value"),
+        (lambda x: torch.cat([*x], -1), "iterates over a value"),
         (lambda x: one_of(x.relu()), "fewer than two"),
-        (lambda x: having(x, dtype=torch.float32).relu(), "an operation's node"),
-        ("softmax", "is no structure"),
+        (lambda x: having(x, dtype=torch.float32).relu(), "having needs an operation"),
+        ("softmax", "is not a structure"),
     ]
     for given_pattern, told in wrong:
         with pytest.raises(SurgeryError) as caught:
@@ -299,7 +299,7 @@ def test_too_many_ways_to_read_a_pattern_are_refused(monkeypatch: pytest.MonkeyP
 
 
 def test_what_is_no_graph() -> None:
-    with pytest.raises(SurgeryError, match="a Linear is no graph"):
+    with pytest.raises(SurgeryError, match="a Linear is not a graph"):
         MATMUL.find(nn.Linear(2, 2))  # type: ignore[arg-type]
 
 
@@ -317,7 +317,7 @@ def test_near_misses_are_told() -> None:
     )
     told = reason(lambda q, k, v, m: F.relu(q @ k.mT * 8 + m) @ v)
     assert told.endswith("add fits, and no user of it fits softmax(add(…, mask), -1)"), told
-    assert "none of the pattern's operations" in reason(lambda q, k, v, m: q.relu())
+    assert "any of the pattern's operations" in reason(lambda q, k, v, m: q.relu())
     assert not scaled.find(fx.Graph())
 
 
