@@ -1,9 +1,8 @@
-"""`Rule`, the class that rules subclass, and the capabilities that a rule may have beside its `rewrite`.
+"""`Rule`, the class that rules subclass, and the capabilities that a rule may have besides its `rewrite`.
 
-A capability is a base class of `Rule` with the answers of a rule that says nothing. `Placement`: which modules a rule
-takes, and what comes with it. `Mergeable`: its change of the base's parameters. `Combinable`: one rule for several
-adapters'. `Routable`: several adapters in one batch. `Swappable`: tensors for another rule's code. `Slottable`: the
-slots of exported files.
+A capability is a base class of `Rule` with default hooks. `Placement`: which modules a rule takes. `Mergeable`: its
+change of the base's parameters. `Combinable`: one rule for several adapters. `Routable`: several adapters in one batch.
+`Swappable`: tensors for another rule's code. `Slottable`: the slots of exported files.
 """
 
 from __future__ import annotations
@@ -26,72 +25,85 @@ __all__ = ["Combinable", "Mergeable", "Placement", "Routable", "Rule", "Slottabl
 
 
 class Placement(Declaration):
-    """Which of the matched modules a rule takes, and what comes with it."""
+    """Which of the matched modules a rule takes, and which further rules it brings."""
 
     def expand(self, module: nn.Module, path: str) -> Iterable[tuple[str, nn.Module]]:
-        """The sites a matched module stands for; itself, unless a rule says otherwise."""
+        """Returns the sites of a matched module as (path, module). Default: the module itself."""
         return [(path, module)]
 
     def review(self, paths: Sequence[str]) -> Iterable[str]:
-        """What is wrong with the rule seen over all its sites, such as a pattern that fits none of them."""
+        """Returns problems of the rule over all its sites, such as a pattern that matches no site. Default: none."""
         return ()
 
     def rank_at(self, path: str) -> int | None:
-        """The rank of the change of a matrix, by its path in `matrices`; told where the matrix can't have so much."""
+        """Returns the rank of a matrix's change, by its path in `matrices`. A plan warns if the matrix is too small."""
         return None
 
     def matrices(self, module: nn.Module, path: str) -> Mapping[str, tuple[int, int]] | None:
-        """The sizes (out, in) of the matrices that change, by path. None, the default: the module's weight alone,
-        under the module's path."""
+        """Returns the sizes (out, in) of the changed matrices by path. Default None: only the module's weight."""
         return None
 
     def companions(self) -> Iterable[Rule]:
-        """Further rules that come with this one, under the same adapter. They may match nothing."""
+        """Returns further rules for the same adapter. They may match no module. Default: none."""
         return ()
 
     def alone(self) -> Rule:
-        """The same rule without companions."""
+        """Returns the same rule without companions."""
         return cast("Rule", self)
 
     def alike(self, path: str) -> Hashable | None:
-        """What `check` and `rewrite` take from a path, where the module's kind is all else that they look at.
+        """Returns everything that `check` and `rewrite` read from a path, so that plans can share their answers.
 
-        Its kind: its class, plain settings (numbers, texts), and the shapes and dtypes of its own tensors; neither
-        their values nor what is around it, an example, or other rules. Modules without children that are of one kind
-        and have equal answers here are asked about once, which makes plans fast. None, the default: each is asked
-        about. A subclass does not inherit the answer: its own hooks may look at more.
+        A plan consults the rule once for all modules of the same kind with equal results here. The kind of a module
+        is its class, its plain settings (numbers, texts), and the shapes and dtypes of its own tensors. Return a value
+        only if `check` and `rewrite` read nothing else: no tensor values, children, parents, example or other rules.
+
+        Returns:
+            A hashable value. Default None: the plan consults the rule for each module. A subclass does not inherit
+            the result, because its hooks may read more.
         """
         return None
 
 
 class Mergeable(Declaration):
-    """What a rule changes of the base's parameters, for `merge`."""
+    """The change of the base's parameters by a rule, for `merge`."""
 
     linear: ClassVar[bool] = False
-    why_not_merged: ClassVar[str] = "the rule says nothing about merging (it has no `merged`)"
+    why_not_merged: ClassVar[str] = "the rule does not define merging (no `merged` method)"
 
     def merged(self, site: LiveSite) -> Mapping[str, Change]:
-        """The base's parameters with the rule folded in: name → a new tensor, or a `LowRank` or `Rows` change.
+        """Returns the base's parameters with the rule folded in.
 
-        A rule with `linear = True` needs none: `merge` derives ΔW from its `rewrite`.
+        A rule with `linear = True` does not need this hook: `merge` derives ΔW from its `rewrite`.
+
+        Args:
+            site: The site with the rule's tensors.
+
+        Returns:
+            Parameter name → a new tensor, or a `LowRank` or `Rows` change.
         """
         raise NotImplementedError
 
     def folded(self, site: LiveSite) -> tuple[Rule, Mapping[str, Tensor]]:
-        """A plainer rule that computes the same, and the adapter's tensors at this site as it wants them.
+        """Returns a simpler rule that computes the same, and its tensors, for tensors that only training needs.
 
-        For tensors that only training needs, such as a prefix's MLP. `site.params` holds all that the adapter has at
-        the site; what comes back takes their place. By default the rule itself, with them.
+        An example is the MLP of a prefix.
+
+        Args:
+            site: The site. `site.params` has all tensors of the adapter there.
+
+        Returns:
+            The rule and its tensors by name. Default: the rule itself and `site.params`.
         """
         return cast("Rule", self), site.params
 
     def restores(self, name: str) -> bool:
-        """Whether it puts a tensor of the base as it was where the adapter was made: then bases may differ in it."""
+        """Whether the rule sets a tensor of the base to its value at training time, so that bases may differ in it."""
         return False
 
     @property
     def additive(self) -> bool:
-        """Whether it only adds to the output what does not depend on other rules or the base's parameters."""
+        """Whether the rule only adds to the output, independently of other rules and of the base's parameters."""
         return self.linear
 
     @property
@@ -100,22 +112,23 @@ class Mergeable(Declaration):
 
 
 class Combinable(Declaration):
-    """One rule for those of several adapters, for `combine`."""
+    """One rule in place of the rules of several adapters, for `combine`."""
 
-    why_not_combined: ClassVar[str] = "a sum of its tensors is no sum of what they do"
+    why_not_combined: ClassVar[str] = "the sum of its tensors does not compute the sum of their effects"
 
     def combined(self, shares: Sequence[Share], how: Combination) -> tuple[Rule, Mapping[str, Tensor]]:
-        """One rule and its tensors at a site for those of several adapters, each with a weight (`combine`).
+        """Returns one rule and its tensors at a site, in place of those of several adapters.
 
-        `shares`: what each adapter has there, its rule of this kind (this one is the first's) and the tensors;
-        `how.sum` adds tensors up as the method says, and `how.refusal` is the error where it can't be done.
+        Args:
+            shares: Each adapter's rule of this class, its tensors and its weight. The first share's rule is `self`.
+            how: The method. `how.sum` sums tensors; `how.refusal` builds the error if it is not possible.
         """
         if how.untouched(shares):
             return cast("Rule", self), shares[0].params
         raise how.refusal(shares, self.why_not_combined)
 
     def united(self, rules: Mapping[str, Rule]) -> Mapping[str, Rule]:
-        """The same rules by path, those of `combined`, with as few different ones as may be; they differ in targets."""
+        """Merges per-path rules of `combined` into as few distinct rules as possible; only `targets` may differ."""
         return rules
 
 
@@ -126,49 +139,61 @@ class Routable(Declaration):
 
     @classmethod
     def routed(cls, sites: Sequence[Member]) -> Tensor | None:
-        """The rewrite for several adapters in one batch, each for its own rows; all their rules are of this class.
+        """The joint rewrite for several adapters in one batch, each for its own rows. All rules are of this class.
 
-        Only for rules that can't be run on each adapter's rows by themselves, such as those that put functions around
-        others. `sites` are one site as each adapter sees it: `site.rule`, `site.param(…)` and, at a call,
-        `site.rows.of(size, device)`; what one of them records (`around`, `replace`) is done once for all.
+        Only for rules whose `rewrite` can't run on each adapter's rows separately, such as rules that put functions
+        around others.
+
+        Args:
+            sites: The site as each adapter sees it: `site.rule`, `site.param(…)` and, at a call,
+                `site.rows.of(size, device)`. An edit of any of them (`around`, `replace`) is made once for all.
         """
         raise NotImplementedError
 
 
 class Swappable(Declaration):
-    """A rule's tensors as another rule of its kind wants them, for `hotswap` and `pad_rank`."""
+    """Conversion of a rule's tensors for another rule of its class, for `hotswap` and `pad_rank`."""
 
     def swapped(self, live: Rule, site: LiveSite) -> Mapping[str, Tensor]:
-        """This rule's tensors, `site.params`, as `live` wants them to compute the same: a rule of its kind in the code.
+        """Converts this rule's tensors so that the code of the rule `live` computes the same with them.
 
-        For `hotswap`, where the two make different code or tensors of different shapes, and for `pad_rank`. What is
-        rounded or left out on the way goes to `site.notes`. By default a `RuleError` that names the fields.
+        Used by `hotswap` if the two rules have different code or tensor shapes, and by `pad_rank`.
+
+        Args:
+            live: The rule whose code runs.
+            site: The site with this rule's tensors. Texts about rounded or dropped values go to `site.notes`.
+
+        Raises:
+            RuleError: The conversion is not possible. This is the default; the error names the different fields.
         """
-        told = [f"{name}={getattr(live, name)!r} there, {getattr(self, name)!r} here" for name in self.differing(live)]
+        differing = self.differing_fields(live)
+        texts = [f"{name}={getattr(live, name)!r} there, {getattr(self, name)!r} here" for name in differing]
         raise RuleError(
             f"a {self.label} can't take the place of one with other code",
-            why=", ".join(told) or "its tensors have other shapes",
+            why=", ".join(texts) or "its tensors have other shapes",
             fix="load it as an adapter of its own: load_adapter",
         )
 
     def neutral(self, site: LiveSite) -> Mapping[str, Tensor] | None:
-        """Tensors with which the rule does nothing at a site, for `hotswap`; None where none are known.
+        """Returns tensors with which the rule changes nothing at a site, for `hotswap`; None if they are unknown.
 
-        `site.params` are those that it starts with: by default these, where `identity` holds.
+        `site.params` has the initial tensors. Default: these, if `identity` is true.
         """
         return site.params if self.identity else None
 
     def padded(self, rank: int) -> Rule:
-        """The rule with tensors that have room for this rank, for `pad_rank`; by default itself, which has none."""
+        """Returns the rule with tensors large enough for this rank, for `pad_rank`. Default: the rule itself."""
         return cast("Rule", self)
 
 
 class Slottable(Declaration):
-    """The slots that exported files have for a rule's tensors, for `export_onnx(adapters="slots")`.
+    """The slots of exported files for a rule's tensors, for `export_onnx(adapters="slots")`.
 
-    Of a rule that slots may hold: `slot_kind`, their kind, or `why_no_slot`. Of a slot's rule: `zeros_are_none`,
-    whether zeros in its tensors do nothing, and `slot_first`, whether it puts a parameter in the base's place, before
-    all other edits.
+    Attributes:
+        slot_kind: For an adapter's rule: the kind of slot that holds it. Default None: none, because of `why_no_slot`.
+        why_no_slot: For an adapter's rule: why no slot can hold it.
+        zeros_are_none: For a slot's rule: whether tensors of zeros change nothing. Default True.
+        slot_first: For a slot's rule: whether it replaces a parameter of the base, before all other edits.
     """
 
     slot_kind: ClassVar[str | None] = None
@@ -178,43 +203,47 @@ class Slottable(Declaration):
 
     @classmethod
     def slot(cls, rules: Sequence[Rule], module: nn.Module, path: str) -> Rule | None:
-        """The rule of a slot that holds what any of these do at a module, for `export_onnx(adapters="slots")`, or None.
+        """Returns the rule of a slot that can hold any of these rules at a module, or None.
 
-        `rules`: those of several adapters, all of this `slot_kind`. The slot's rule is inserted as any other, its
-        tensors become inputs of the exported graph, and by default they are what it starts with: `free` axes empty,
-        the others as `initialise` leaves them, which must change nothing.
+        The slot's rule is inserted like any rule, and its tensors become inputs of the exported graph. Their defaults
+        are its initial tensors: empty along `free` axes, else as `initialise` fills them. They must change nothing.
+
+        Args:
+            rules: Rules of several adapters, all of this `slot_kind`.
+            module: The module.
+            path: Its path.
         """
         return None
 
     def free(self, tensor: str) -> tuple[int, str] | None:
-        """Of a slot's rule: the axis of a tensor that may have any size at run time, and a word for it ("rank").
+        """For a slot's rule: the axis of a tensor with any size at run time, and the name of this size ("rank").
 
-        Where the words of two tensors of a site are the same, so are the sizes.
+        Tensors of a site with the same name have the same size.
         """
         return None
 
     def slot_notes(self, model: nn.Module, module: nn.Module) -> Mapping[str, Any]:
-        """Of a slot's rule: what else is to be said of a site, as plain data, in the exported file's manifest.
+        """For a slot's rule: further plain data about a site for the exported file's manifest.
 
-        For what makes adapters of files without the model at hand, such as `convert_peft`.
+        `convert_peft` and other code that works without the model reads it.
         """
         return {}
 
     def slotted(self, slot: Rule, site: LiveSite) -> Mapping[str, Tensor]:
-        """This rule's tensors, `site.params`, as a slot's rule wants them; by default themselves.
+        """Converts this rule's tensors to those of a slot's rule. Default: `site.params`.
 
-        Numbers of the rule that the slot does not have, such as a scale, are folded into them.
+        Numbers of the rule that the slot does not have, such as a scale, are folded into the tensors.
         """
         return site.params
 
     def unslotted(self, tensors: Mapping[str, Tensor]) -> tuple[Rule, Mapping[str, Tensor]]:
-        """Of a slot's rule: the rule, and its tensors, that these in a slot of it are; `slotted` the other way."""
+        """For a slot's rule: converts a slot's tensors to a rule and its tensors. The inverse of `slotted`."""
         return cast("Rule", self), tensors
 
 
 @dataclass(frozen=True)
 class Rule(Placement, Mergeable, Combinable, Routable, Swappable, Slottable):
-    """What goes where. Subclass it with `@rule(name)`, give it fields and a `rewrite`.
+    """The base class of all rules: targets, fields, and a `rewrite`. Subclass it with `@rule(name)`.
 
     >>> import torch
     >>> from torch import nn
@@ -229,30 +258,44 @@ class Rule(Placement, Mergeable, Combinable, Routable, Swappable, Slottable):
     >>> [name for name, p in model.named_parameters() if p.requires_grad]
     ['0.adapters.default.gate']
 
-    Fields of every rule: `targets` (PEFT's target_modules: names, types, Patterns, `"all-linear"`, or a list),
-    `exclude` (PEFT's exclude_modules), `layers` (PEFT's layers_to_transform: indices), `expect` (how many modules
-    it must match). All but `targets` are given by name.
+    Args:
+        targets: The modules, as PEFT's target_modules: names, types, Patterns, `"all-linear"`, or a list of these.
+            All other fields are keyword arguments.
+        exclude: Modules to leave out, as PEFT's exclude_modules. Default: none.
+        layers: Indices of layers, as PEFT's layers_to_transform. Default None: all layers.
+        expect: The number of modules that the targets must match. Default None: any number above zero.
 
-    Hooks, all optional but `rewrite`: `check` (why a module can't take the rule), `alike` (modules that need not be
-    asked about one by one), `expand` (a container's inner sites), `companions` (further rules), `initialise`, `merged`,
-    `folded`, `combined`; for `route` `routed`; for `hotswap` `swapped`, `neutral` and `padded`. Class attributes:
-    `identity = True` promises an unchanged output at initialisation, which the engine checks on the example call;
-    `exclusive = True` bars other rules of the same adapter from its sites; `imports = True` says that its fields name
-    code to import, so that `load_adapter` takes it from a file only when told to trust it; `linear = True` says that it
-    adds to the output what is linear in the input, so that `merge` derives ΔW from it; `scalable = False` says that
-    what it changes can't be multiplied, so that it has no weights but 1; `routable = False` that it can't work on some
-    rows of a batch alone; `why_not_merged` and `why_not_combined` are the reasons where there is no `merged` or no
-    `combined`.
+    Raises:
+        RuleError: A field is unknown, or `validate` rejects its value.
 
-    Raises `RuleError` for an unknown field, or a value that `validate` refuses.
+    Hooks (all but `rewrite` are optional):
+
+    - `rewrite`: the new output. `check`: why a module can't take the rule. `initialise`: initial tensors.
+    - `expand`: the inner sites of a container. `companions`: further rules. `alike`: modules that share an answer.
+    - `merged` for `merge`, `combined` for `combine`, `folded` for `folded_adapter`, `routed` for `route`, and
+      `swapped`, `neutral` and `padded` for `hotswap`.
+
+    Class attributes:
+
+    - `identity = True`: the output is unchanged at initialisation. The engine checks this on the example call.
+    - `exclusive = True`: other rules of the same adapter can't be at its sites.
+    - `imports = True`: its fields name code to import, so `load_adapter` reads it only from trusted files.
+    - `linear = True`: it adds to the output a linear function of the input, so `merge` derives ΔW from it.
+    - `scalable = False`: its change can't be multiplied, so its weight is always 1.
+    - `routable = False`: it can't work on some rows of a batch only.
+    - `why_not_merged`, `why_not_combined`: the reason if it does not have `merged` or `combined`.
     """
 
     def check(self, module: nn.Module, path: str) -> str | None:
-        """Why this module can't take the rule, or None. Called while planning, before anything is touched."""
+        """Returns why this module can't take the rule, or None. Planning calls it before any change."""
 
     def rewrite(self, site: Site) -> Tensor | None:
-        """Plain PyTorch on the site's values; returns the module's new output, or None after `site.replace`."""
+        """Computes the module's new output from the site's values, in plain PyTorch.
+
+        Returns:
+            The new output, or None if `site.replace` or `site.around` has made the edits.
+        """
         raise NotImplementedError(f"{type(self).__name__} has no rewrite")
 
     def initialise(self, site: LiveSite) -> Mapping[str, Change] | None:
-        """Fill tensors that need each other or the base; return changes to the base's own parameters, if any."""
+        """Fill tensors that depend on each other or on the base. Returns changes of the base's parameters, or None."""

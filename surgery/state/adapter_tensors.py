@@ -1,4 +1,4 @@
-"""Where adapters' tensors live: `<site>.adapters.<adapter>.<name>`, in small modules that sites hold."""
+"""The containers of adapter tensors: `<site>.adapters.<adapter>.<name>`."""
 
 from __future__ import annotations
 
@@ -19,24 +19,24 @@ __all__ = ["AdapterTensors", "Adapters", "box_of"]
 
 
 class AdapterTensors(nn.Module):
-    """The tensors of one adapter at one site: parameters and buffers, under the names the rules gave them.
+    """The parameters and buffers of one adapter at one site, under the names of its rules.
 
-    They are used by the site's forward, never by a call of this module, so a hook that brings them here before such a
-    call would leave the site with tensors that have no data; torch computes with those without a word.
+    The site's forward uses them; this module is never called. So a hook that loads tensors before a call of this module
+    would leave the site with empty tensors, and torch would silently compute with them.
 
-    While the adapter is idle none of its parameters requires gradients; `still` names those that don't either while it
-    is live. Names, since tensors are replaced (by `load_state_dict(assign=True)`, `.to()`, sharding, more rank).
+    The parameters of an idle adapter do not require gradients. `still` names the parameters that do not require them
+    while it is live. They are names because tensors are replaced (`load_state_dict(assign=True)`, `.to()`, sharding).
     """
 
     still: frozenset[str] = frozenset()
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name == "_hf_hook" and any(getattr(hook, "offload", False) for hook in getattr(value, "hooks", [value])):
-            value.detach_hook(self)  # its tensors are away already
+            value.detach_hook(self)  # the hook has already offloaded its tensors
             raise SurgeryError(
                 "accelerate can't offload a model that has adapters",
-                why="it brings tensors back for a call of the module that holds them; adapters are used by their sites",
-                fix="accelerate.hooks.remove_hook_from_submodules(model) takes off what it put on; don't offload",
+                why="it loads tensors before a call of their module, but an adapter's tensors are used by its site",
+                fix="do not offload; accelerate.hooks.remove_hook_from_submodules(model) removes its hooks",
             )
         super().__setattr__(name, value)
 
@@ -47,21 +47,22 @@ class AdapterTensors(nn.Module):
         return self
 
     def reset_parameters(self) -> None:
-        """Where the tensors were made on the meta device: the values that their rules start with."""
+        """Set tensors that were created on the meta device to the initial values of their rules."""
         start_again(self)
 
     def tensors(self) -> dict[str, Tensor]:
-        held = {**self._parameters, **self._buffers}
-        return {name: tensor for name, tensor in held.items() if tensor is not None}
+        """Returns the parameters and buffers by name."""
+        tensors = {**self._parameters, **self._buffers}
+        return {name: tensor for name, tensor in tensors.items() if tensor is not None}
 
 
 class Adapters(nn.Module):
-    """The child of a site that holds its adapters' tensors, one `AdapterTensors` each."""
+    """The child of a site with one `AdapterTensors` for each adapter."""
 
     _surgery_adapters = True
 
     def state_dict(self, *args: Any, **kwargs: Any) -> Any:
-        """As any module's; nothing inside of a block of `base_alone`."""
+        """Like any module's state dict, but empty inside a `base_alone` block."""
         if not getattr(_left_out, "now", False):
             return super().state_dict(*args, **kwargs)
         destination = kwargs.get("destination", args[0] if args else None)
@@ -70,7 +71,7 @@ class Adapters(nn.Module):
 
 @contextmanager
 def base_alone() -> Iterator[None]:
-    """A state dict that this thread takes inside of the block has no adapters in it: they are not gone through."""
+    """Inside the block, state dicts of this thread do not contain adapters."""
     before, _left_out.now = getattr(_left_out, "now", False), True
     try:
         yield
@@ -84,49 +85,49 @@ _left_out = threading.local()
 def tensors_of(
     module: nn.Module, adapter: str, path: str = "", state_dict: Mapping[str, Tensor] | None = None
 ) -> dict[str, Tensor]:
-    """An adapter's tensors at a site, as a state dict of the model's has them, if given; empty where it has none."""
+    """Returns an adapter's tensors at a site, taken from a state dict of the model if one is passed."""
     box = box_of(module, adapter)
-    found = box.tensors() if box is not None else {}
+    tensors = box.tensors() if box is not None else {}
     if state_dict is None:
-        return found
-    inside = ".".join(filter(None, (path, RESERVED, adapter)))
-    return {name: state_dict[f"{inside}.{name}"] for name in found}
+        return tensors
+    prefix = ".".join(filter(None, (path, RESERVED, adapter)))
+    return {name: state_dict[f"{prefix}.{name}"] for name in tensors}
 
 
 def box_of(module: nn.Module, adapter: str) -> AdapterTensors | None:
-    """What holds an adapter's tensors at a site."""
-    held = module._modules.get(RESERVED)
-    found = held._modules.get(adapter) if held is not None else None
-    return found if isinstance(found, AdapterTensors) else None
+    """Returns the container of an adapter's tensors at a site, or None."""
+    adapters = module._modules.get(RESERVED)
+    box = adapters._modules.get(adapter) if adapters is not None else None
+    return box if isinstance(box, AdapterTensors) else None
 
 
 def whole(tensor: Tensor) -> Tensor:
-    """A tensor gathered where it is sharded, which all its processes take part in."""
+    """Gather a sharded tensor, which needs all its processes. Other tensors are returned as they are."""
     gather: Any = getattr(tensor, "full_tensor", None)
     return gather() if gather is not None else tensor
 
 
 def first_process() -> bool:
-    """Whether this is the process that writes files: the first of several, or the only one."""
+    """Whether this process writes files: it is the first of several, or the only one."""
     distributed = torch.distributed
     return not (distributed.is_available() and distributed.is_initialized()) or distributed.get_rank() == 0
 
 
 def attach(module: nn.Module, adapter: str, tensors: Mapping[str, tuple[Tensor, bool]], where: str) -> None:
-    """Give a site an adapter's tensors: name → (tensor, is it a buffer)."""
-    held = module._modules.get(RESERVED)
-    if held is None:
-        held = module._modules[RESERVED] = Adapters()
+    """Add an adapter's tensors to a site: name → (tensor, whether it is a buffer)."""
+    adapters = module._modules.get(RESERVED)
+    if adapters is None:
+        adapters = module._modules[RESERVED] = Adapters()
         if not module.training:
-            held.training = False
-    box = held._modules.get(adapter)
+            adapters.training = False
+    box = adapters._modules.get(adapter)
     if box is None:
-        box = held._modules[adapter] = AdapterTensors()
+        box = adapters._modules[adapter] = AdapterTensors()
         if not module.training:
             box.training = False
     for name, (tensor, is_buffer) in tensors.items():
         if name in box._parameters or name in box._buffers:
-            raise SiteError(f"the adapter {adapter!r} has a tensor {name!r} already", where=where)
+            raise SiteError(f"the adapter {adapter!r} already has a tensor {name!r}", where=where)
         if is_buffer:
             box.register_buffer(name, tensor)
         else:
@@ -134,31 +135,31 @@ def attach(module: nn.Module, adapter: str, tensors: Mapping[str, tuple[Tensor, 
 
 
 def attach_again(module: nn.Module, adapter: str, name: str, parameter: Tensor) -> None:
-    """Another parameter in the place of one that an adapter has at a site."""
+    """Replace a parameter of an adapter at a site."""
     box = box_of(module, adapter)
     assert box is not None and name in box._parameters, name
     box._parameters[name] = parameter  # type: ignore[assignment]
 
 
 def detach(module: nn.Module, adapter: str, names: list[str] | None = None) -> None:
-    """Take an adapter's tensors from a site (or some of them), and the holder with the last."""
-    held = module._modules.get(RESERVED)
-    box = held._modules.get(adapter) if held is not None else None
-    if held is None or box is None:
+    """Remove an adapter's tensors (or some of them) from a site, and the container with the last."""
+    adapters = module._modules.get(RESERVED)
+    box = adapters._modules.get(adapter) if adapters is not None else None
+    if adapters is None or box is None:
         return
     for name in names or ():
         box._parameters.pop(name, None)
         box._buffers.pop(name, None)
         box._non_persistent_buffers_set.discard(name)
     if names is None or not (box._parameters or box._buffers):
-        del held._modules[adapter]
-    if not held._modules:
+        del adapters._modules[adapter]
+    if not adapters._modules:
         del module._modules[RESERVED]
         unwatch_absent(module)
 
 
 def is_adapter_key(model: nn.Module, key: str) -> bool:
-    """Whether a dotted name leads into the adapters of a site, rather than to a module that happens to be called so."""
+    """Whether a dotted name leads into an adapter container, and not to another module named `adapters`."""
     module: nn.Module | None = model
     for part in key.split("."):
         if isinstance(module, Adapters):

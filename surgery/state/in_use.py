@@ -1,4 +1,4 @@
-"""Who may change which adapters a model runs with: while a block of `using` or `route` is open, others are refused."""
+"""Guards the live adapters of a model: while a block of `using` or `route` is open, other changes raise an error."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ __all__ = ["check_free", "check_unclaimed", "claimed", "routing"]
 
 @contextmanager
 def claimed(model: nn.Module) -> Iterator[None]:
-    """This thread alone changes the model inside the block; blocks of one thread may be nested."""
+    """Inside the block, only this thread may change the model. Blocks of one thread may be nested."""
     me = threading.get_ident()
     with _lock:
         check_free(model)
@@ -27,13 +27,13 @@ def claimed(model: nn.Module) -> Iterator[None]:
             yield
         finally:
             _disown(model, me, depth)
-    finally:  # once more, where it was broken off
+    finally:  # again, in case an interrupt stopped it
         _disown(model, me, depth)
 
 
 @contextmanager
 def routing(model: nn.Module) -> Iterator[None]:
-    """Nobody changes the model inside the block; any number of threads may be in one."""
+    """Inside the block, no thread may change the model. Several threads may be inside at once."""
     block = object()
     with _lock:
         _check_owner(model)
@@ -43,12 +43,12 @@ def routing(model: nn.Module) -> Iterator[None]:
             yield
         finally:
             _unroute(model, block)
-    finally:  # once more, where it was broken off
+    finally:  # again, in case an interrupt stopped it
         _unroute(model, block)
 
 
 def _disown(model: nn.Module, thread: int, depth: int) -> None:
-    """Leave a block of a thread that is in `depth` others."""
+    """Leave a block that is nested in `depth` others of the thread."""
     with _lock:
         if _owners.get(model, (None, 0))[0] != thread:
             return
@@ -68,21 +68,21 @@ def _unroute(model: nn.Module, block: object) -> None:
 
 
 def check_free(model: nn.Module) -> None:
-    """`SurgeryError` where this thread may not change the model now."""
+    """Raise `SurgeryError` if this thread may not change the model now."""
     _check_owner(model)
     if model in _routed:
         raise SurgeryError(
             "the model's adapters are routed",
-            why="a block of route(model, …) is open, in this thread or another, and runs what is there now",
+            why="a block of route(model, …) is open, in this thread or another, and needs the present adapters",
             fix="leave the block first",
         )
 
 
 def check_unclaimed(model: nn.Module) -> None:
-    """`SurgeryError` while any block is open, this thread's own included: on leaving it names adapters."""
+    """Raise `SurgeryError` while any block is open, also in this thread: leaving it activates adapters by name."""
     check_free(model)
     if model in _owners:
-        why = "on leaving the block, those from before are made live again by their names"
+        why = "leaving the block activates the previous adapters by their names"
         raise SurgeryError("a block of using(model, …) is open", why=why, fix="leave the block first")
 
 

@@ -1,4 +1,4 @@
-"""What a change of the rules may touch at a site or on a model, noted in a journal before it is touched."""
+"""Notes in the undo log everything that a verb may change at a site or on a model, before the change."""
 
 from __future__ import annotations
 
@@ -18,17 +18,17 @@ from surgery.transaction.undo_log import Journal
 
 __all__ = ["keep_fold", "keep_model", "keep_site", "take_out_fold", "take_out_folds"]
 
-_set_class = object.__setattr__  # nn.Module's own looks for tensors first
+_set_class = object.__setattr__  # faster than nn.Module's own, which looks for tensors first
 
 
 def keep_site(journal: Journal, module: nn.Module, adapters: Iterable[str] = ()) -> None:
-    """A module's class, record and children, and where it holds the tensors of these adapters."""
+    """Note a module's class, record and children, and its tensors of these adapters."""
     journal.undo(_set_class, module, "__class__", module.__class__)
     journal.keep(module.__dict__, module._modules)
-    held = module._modules.get(RESERVED)
-    if held is not None:
-        journal.keep(held._modules)
-        for box in filter(None, (held._modules.get(name) for name in adapters)):
+    containers = module._modules.get(RESERVED)
+    if containers is not None:
+        journal.keep(containers._modules)
+        for box in filter(None, (containers._modules.get(name) for name in adapters)):
             journal.keep(box.__dict__, box._parameters, box._buffers, box._non_persistent_buffers_set)
     site = site_state(module)
     if site is not None:
@@ -36,7 +36,7 @@ def keep_site(journal: Journal, module: nn.Module, adapters: Iterable[str] = ())
 
 
 def keep_model(journal: Journal, model: nn.Module, state: ModelState | None) -> None:
-    """A model's record, and that it has one."""
+    """Note a model's record and its `__dict__`."""
     journal.keep(model.__dict__)
     if state is not None:
         named = (state.adapters, state.flags, state.places, state.standing, state.resting)
@@ -44,12 +44,12 @@ def keep_model(journal: Journal, model: nn.Module, state: ModelState | None) -> 
 
 
 def keep_fold(journal: Journal, weight: Tensor) -> Any:
-    """What `fold` is to call before it writes to a weight: how to take the fold out is noted."""
-    return lambda record: journal.undo(_unfolded, weight, record)
+    """Returns a callback for `fold`, which notes the inverse of the fold before the weight changes."""
+    return lambda record: journal.undo(_undo_fold, weight, record)
 
 
-def _unfolded(weight: Tensor, record: Record) -> None:
-    """Undo a fold that may not have been written, or not be undone for the first time."""
+def _undo_fold(weight: Tensor, record: Record) -> None:
+    """Undo a fold that may be unwritten or already undone."""
     if record.kind == "copy" and record.kept is None:
         return
     if record.kind != "record" or checksum(weight) == record.after:
@@ -59,18 +59,18 @@ def _unfolded(weight: Tensor, record: Record) -> None:
 def take_out_fold(
     journal: Journal, weight: Tensor, record: Record, *, check: bool = True, where: str = "", verified: bool = False
 ) -> None:
-    """`unfold`, with its undoing noted; a weight's bits are copied for that only where arithmetic can't give them."""
+    """Unfold a weight and note the inverse. The bits are copied only if arithmetic can't restore them."""
     intact = record.kind == "record" and (verified or checksum(weight) == record.after)
     if intact:
         journal.undo(refold, weight, record)
     else:
-        note = partial(_put, weight, record, dict(record.__dict__), weight.data)
+        note = partial(_restore, weight, record, dict(record.__dict__), weight.data)
         journal.undo(note, None if record.swapped_for == weight.data_ptr() else weight.detach().clone())
     unfold(weight, record, check=check, where=where, verified=verified)
 
 
 def take_out_folds(journal: Journal, taken: Sequence[tuple[Tensor, Record, str]], *, check: bool = True) -> None:
-    """`take_out_fold` of each in its order, with `verified=check`; of small weights many at once."""
+    """Call `take_out_fold` for each in order, with `verified=check`; small weights are batched."""
     alone, together = list[tuple[Tensor, Record, str]](), list[Unfold]()
     shared = Counter(weight.data_ptr() for weight, _, _ in taken) if check else Counter[int]()
     for weight, record, where in taken:
@@ -83,7 +83,7 @@ def take_out_folds(journal: Journal, taken: Sequence[tuple[Tensor, Record, str]]
     unfold_all(together)
 
 
-def _put(weight: Tensor, record: Record, was: dict[str, Any], memory: Tensor, bits: Tensor | None) -> None:
+def _restore(weight: Tensor, record: Record, was: dict[str, Any], memory: Tensor, bits: Tensor | None) -> None:
     record.__dict__.update(was)
     with torch.inference_mode(weight.is_inference()), torch.no_grad():
         if bits is not None:

@@ -1,8 +1,8 @@
-"""What surgery leaves on a model: adapter tensors as parameters, and small records on the root and on each site.
+"""The records on a rewritten model: one on the model, one on each site.
 
-Tensors live under `<site>.adapters.<adapter>.<name>`, so optimisers, `.to()`, state dicts and FSDP see them under a
-name that says where they belong. The records are plain data in the modules' `__dict__`: they follow deepcopy and
-pickle, and nothing is kept in a table beside the model.
+Adapter tensors are parameters named `<site>.adapters.<adapter>.<name>`, so optimisers, `.to()`, state dicts and FSDP
+see them under a name that shows their place. Records are plain data in the modules' `__dict__`, so deepcopy and pickle
+carry them. Nothing is stored outside the model.
 """
 
 from __future__ import annotations
@@ -29,10 +29,10 @@ __all__ = ["ModelState", "SiteState", "Standing"]
 
 @dataclass
 class Standing:
-    """What holds for an adapter as a whole. Its rules share it, so that a switch is written down in one place.
+    """The status of one adapter, shared by all its records, so activating it is one write.
 
-    `live`: its edits are in the forwards, what they change times `weight`. `in_base`: one of its rules changed the
-    base's own parameters at the start. `freezes`: the base is frozen for as long as the adapter is there.
+    `live`: its edits are in the forwards, scaled by `weight`. `in_base`: a rule changed the base's own parameters at
+    initialisation. `freezes`: the base is frozen while the adapter is on the model.
     """
 
     live: bool = True
@@ -43,11 +43,11 @@ class Standing:
 
 @dataclass
 class Applied:
-    """One rule at one site. `changed` holds what its initialisation did to the base's own parameters.
+    """One rule at one site.
 
-    `layer` holds its edits, which are recorded anew where it is None: in copies and after unpickling. `tensors` are the
-    names of those it asked for, `trained` of those to be trained. `inside`: it edits what is inside the forward, anew
-    for each kind of call. `facts` is what the rule found out about the module (`Site.fact`).
+    `changed`: the changes of the base's parameters by its initialisation. `layer`: its edits; None in copies and after
+    unpickling, where they are recorded again. `tensors`: the names of its tensors; `trained`: of those that train.
+    `inside`: it edits values inside the forward, for each kind of call. `facts`: its facts (`Site.fact`).
     """
 
     adapter: str
@@ -70,7 +70,7 @@ class Applied:
 
     @property
     def scalable(self) -> bool:
-        """Whether what it changes can be multiplied. Functions around others can't."""
+        """Whether its change can be multiplied by a weight. A function around another function can't."""
         around = self.layer is not None and any(step.kind == "around" for step in self.layer.tape.steps)
         return self.rule.scalable and not around
 
@@ -80,7 +80,7 @@ class Applied:
 
 @dataclass
 class Merged:
-    """What a merge left on a site: the adapters it folded, how to take each fold out, and parameters untied for it."""
+    """The record of a merge at a site: the folded adapters, the folds with their inverses, and untied parameters."""
 
     adapters: tuple[str, ...]
     folds: list[Any] = field(default_factory=list)
@@ -89,12 +89,12 @@ class Merged:
 
 @dataclass
 class SiteState:
-    """A site's record: its path in the model, its own class, and the rules on it in the order they came.
+    """A site's record: its path in the model, its own class, and its rules in the order of application.
 
-    `variants`: where rules look into the forward, its forms for the kinds of calls met so far; `classes`: those made so
-    far, by which adapters are live with which weights; `woven`: the class it was given last, with its edits, where they
-    are known (`surgery.weaving.site_class`); `layouts`: what is known of the rows of a batch in the module's input, by
-    its number of dimensions (`surgery.routing.batch_layout`). Copies make their own.
+    The other fields are caches, empty in copies. `variants`: generated forwards by kind of call, for rules that look
+    into the forward. `classes`: generated classes by live adapters and weights. `woven`: the last generated class with
+    its edits, if known (`surgery.weaving.site_class`). `layouts`: the batch dimension of the module's input by its
+    number of dimensions (`surgery.routing.batch_layout`).
     """
 
     path: str
@@ -110,39 +110,43 @@ class SiteState:
         return {**self.__dict__, "variants": [], "classes": {}, "woven": None, "layouts": {}}
 
     def of(self, adapters: Collection[str]) -> list[tuple[int, Applied]]:
-        """The rules of these adapters, with their places. One adapter's stand together, and most often last: many
-        others are not looked at."""
+        """Returns the rules of these adapters with their positions.
+
+        The rules of one adapter are adjacent and usually last, so a single adapter is searched from the end.
+        """
         if len(adapters) != 1:
-            return [(index, one) for index, one in enumerate(self.applied) if one.adapter in adapters]
-        found: list[tuple[int, Applied]] = []
+            return [(index, applied) for index, applied in enumerate(self.applied) if applied.adapter in adapters]
+        matches: list[tuple[int, Applied]] = []
         for index in range(len(self.applied) - 1, -1, -1):
             if self.applied[index].adapter in adapters:
-                found.append((index, self.applied[index]))
-            elif found:
+                matches.append((index, self.applied[index]))
+            elif matches:
                 break
-        return found[::-1]
+        return matches[::-1]
 
     def take_out(self, adapters: Collection[str]) -> list[tuple[int, Applied]]:
-        found = self.of(adapters)
-        for index, _ in reversed(found):
+        """Remove the rules of these adapters. Returns them for `put_back`."""
+        removed = self.of(adapters)
+        for index, _ in reversed(removed):
             del self.applied[index]
-        return found
+        return removed
 
-    def put_back(self, found: list[tuple[int, Applied]]) -> None:
-        for index, applied in found:
+    def put_back(self, removed: list[tuple[int, Applied]]) -> None:
+        """Insert the rules that `take_out` removed at their old positions."""
+        for index, applied in removed:
             self.applied.insert(index, applied)
 
     def live(self) -> list[Applied]:
-        """The rules whose edits are to be in the forward."""
+        """Returns the rules whose edits belong into the forward."""
         merged = self.merged.adapters if self.merged is not None else ()
         return [applied for applied in self.applied if applied.standing.live and applied.adapter not in merged]
 
 
 @dataclass
 class Places:
-    """Where an adapter is: its sites, its rules at each, and what holds its tensors at those where it has any.
+    """The places of an adapter: its sites, its rules at each, and the modules with its tensors.
 
-    Lists of their own, since a switch goes through all sites, and it is far from a module to its adapter's tensors.
+    Separate lists, because a switch visits all sites, and a lookup from a module to its adapter's tensors is slow.
     """
 
     modules: list[nn.Module] = field(default_factory=list)
@@ -151,13 +155,13 @@ class Places:
 
     @staticmethod
     def of(adapter: str, rules: Iterable[tuple[nn.Module, list[Applied]]]) -> Places:
-        found = Places()
-        for module, here in rules:
-            found.modules.append(module)
-            found.rules.append(here)
+        places = Places()
+        for module, applied in rules:
+            places.modules.append(module)
+            places.rules.append(applied)
             if (box := box_of(module, adapter)) is not None:
-                found.boxes.append(box)
-        return found
+                places.boxes.append(box)
+        return places
 
     def __iter__(self) -> Iterator[tuple[nn.Module, list[Applied]]]:
         return zip(self.modules, self.rules, strict=True)
@@ -167,22 +171,22 @@ _records: WeakValueDictionary[int, ModelState] = WeakValueDictionary()
 
 
 def is_only_record() -> bool:
-    """Whether no more than one model of this process has a record, so that no part of that one has another."""
+    """Whether at most one model of this process has a record, so that no part of it has another."""
     return len(_records) <= 1
 
 
-# Writes adapters of a model into a folder, by the arguments of `save_pretrained`. It is a function of a module, so that
-# a model's copies and pickles keep it.
+# Writes adapters of a model into a folder, with the arguments of `save_pretrained`. It is a function at the top level of
+# a module, so that copies and pickles of a model keep it.
 AdapterWriter = Callable[[nn.Module, Path, list[str], Mapping[str, Any]], None]
 
 
 @dataclass
 class ModelState:
-    """A model's record: the rules of each adapter, and what has to be put back when the last one goes.
+    """A model's record: the rules of each adapter, and the state to restore with the last adapter.
 
-    `places`: the sites of each adapter; `keys`: the sets of live adapters met so far, one object for those that are
-    equal, so that sites compare no more than that; `links`: how the sites hang in the model (None: unknown), and
-    `unlinked`: those that came since; `untied`: what a model of transformers said of its ties before a merge.
+    `places`: the sites of each adapter. `keys`: one object for each set of live adapters, so that sites compare
+    identities. `links`: the edges from the model to its sites (None: unknown); `unlinked`: sites that were added since.
+    `untied`: the ties of a transformers model before a merge.
     """
 
     adapters: dict[str, tuple[Rule, ...]] = field(default_factory=dict)
@@ -191,18 +195,18 @@ class ModelState:
     switched: list[tuple[str, str, Any, Any]] = field(default_factory=list)  # (module, attribute, before, while live)
     places: dict[str, Places] = field(default_factory=dict)
     standing: dict[str, Standing] = field(default_factory=dict)
-    adapter_writer: AdapterWriter | None = None  # what `save_pretrained` calls in the place of transformers' own
-    moving: list[nn.Module] = field(default_factory=list)  # those whose running statistics the base gets back
-    resting: dict[str, float] = field(default_factory=dict)  # what was live before `deactivate`, until `activate`
+    adapter_writer: AdapterWriter | None = None  # `save_pretrained` calls it in place of transformers' own
+    moving: list[nn.Module] = field(default_factory=list)  # modules whose running statistics are restored
+    resting: dict[str, float] = field(default_factory=dict)  # adapter → weight before `deactivate`, until `activate`
     keys: dict[frozenset, frozenset] = field(default_factory=dict, compare=False, repr=False)
     links: Links | None = field(default=None, compare=False, repr=False)
     unlinked: list[nn.Module] = field(default_factory=list, compare=False, repr=False)
     untied: Untied = field(default_factory=Untied)
 
     def __new__(cls, *_: Any, **__: Any) -> ModelState:  # copying and unpickling come here, too
-        made = super().__new__(cls)
-        _records[id(made)] = made
-        return made
+        record = super().__new__(cls)
+        _records[id(record)] = record
+        return record
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "keys": {}, "links": None, "unlinked": []}
@@ -211,22 +215,21 @@ class ModelState:
         self.__dict__.update({"links": None, "unlinked": [], "moving": [], "untied": Untied(), **state})
 
     def place(self, adapter: str, places: Places) -> None:
-        """Write down where an adapter is."""
+        """Record the places of an adapter."""
         self.places[adapter] = places
         self.unlinked += places.modules
 
     def sites(self) -> list[nn.Module]:
-        """The modules that any adapter is on, as written down; each once."""
+        """Returns the modules with an adapter, as recorded, each once."""
         return list(dict.fromkeys(itertools.chain.from_iterable([places.modules for places in self.places.values()])))
 
     def rules_at(self, adapters: Collection[str]) -> dict[int, list[Applied]]:
-        """These adapters' rules at each of their sites, by its id, in the order they were applied; others are not
-        looked at."""
-        found: dict[int, list[Applied]] = {}
+        """Returns the rules of these adapters by the id of the site, in the order of application."""
+        by_site: dict[int, list[Applied]] = {}
         for name in [name for name in self.adapters if name in adapters]:
             for module, rules in self.places[name]:
-                found.setdefault(id(module), []).extend(rules)
-        return found
+                by_site.setdefault(id(module), []).extend(rules)
+        return by_site
 
     @property
     def freezing(self) -> list[str]:
@@ -239,7 +242,7 @@ class ModelState:
         return [name for name, standing in self.standing.items() if not standing.live]
 
     def forget(self, adapter: str) -> None:
-        """Nothing is said of an adapter any more."""
+        """Remove an adapter from the record."""
         for named in (self.adapters, self.places, self.standing, self.resting):
             named.pop(adapter, None)
 
@@ -256,9 +259,9 @@ def site_state(module: nn.Module) -> SiteState | None:
 
 
 def sites(model: nn.Module) -> Iterator[tuple[str, nn.Module, SiteState]]:
-    """The rewritten modules of a model with their present paths, each once.
+    """Yields the rewritten modules of a model with their present paths, each once.
 
-    A part of it that was rewritten by itself has sites of its own, which are none of these.
+    The sites of a part that was rewritten separately are not included.
     """
     for path, module in base_modules(model, stop=_MODEL):
         state = site_state(module)
@@ -270,7 +273,7 @@ Sites = Sequence[tuple[str, nn.Module, SiteState]]  # what `sites` gives
 
 
 def base_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
-    """The base's own parameters under every name that a module has for them, wrappers' segments left out."""
+    """Yields the base's own parameters under every name of every module, without wrapper segments."""
     for path, module in base_modules(model):
         for name, parameter in module._parameters.items():
             if parameter is not None:
@@ -278,19 +281,19 @@ def base_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
 
 
 def merged_adapters(model: nn.Module) -> list[str]:
-    """The adapters that the base's weights hold."""
+    """Returns the adapters that are merged into the base's weights."""
     return list({name: None for _, _, site in sites(model) if site.merged for name in site.merged.adapters})
 
 
 def require_state(model: nn.Module) -> ModelState:
-    """The record of this very module, which has one."""
+    """Returns the record of this module. Raises `SurgeryError` if it does not have one."""
     state = model_state(model)
     if state is None:
         raise SurgeryError("no rules were applied to this module", fix="apply rules first")
-    if model.__dict__.get("_hf_peft_config_loaded"):  # said by transformers' load_adapter and add_adapter
+    if model.__dict__.get("_hf_peft_config_loaded"):  # set by transformers' load_adapter and add_adapter
         raise SurgeryError(
-            "PEFT's adapters came onto this model after its own",
+            "PEFT's adapters were added to this model after its own",
             why="model.load_adapter and model.add_adapter of transformers put PEFT's layers around its sites",
-            fix="load the model anew, and PEFT's checkpoints by surgery.load_adapter(model, folder)",
+            fix="load the model again, and load PEFT's checkpoints with surgery.load_adapter(model, folder)",
         )
     return state

@@ -1,4 +1,4 @@
-"""How a record's sites hang in their model: by which parents and names. Tells cheaply when one is no longer there."""
+"""The edges between a model and its sites. They show cheaply whether a site is still in the model."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ Edge = tuple[nn.Module, str, nn.Module]  # a parent, a name, and the child of th
 
 @dataclass
 class Links:
-    """Each edge between the model and its sites, once: to look at all costs some microseconds, and walks nothing.
+    """Every edge between the model and its sites, once. Checking them takes microseconds and no walk of the model.
 
     `sites`: the ids of the sites that the edges lead to.
     """
@@ -27,14 +27,14 @@ class Links:
     sites: set[int] = field(default_factory=set)
 
     def hold(self) -> bool:
-        """Whether every child is still where it was."""
+        """Whether every child is still in its place."""
         for parent, name, child in self.edges:
             if parent._modules.get(name) is not child:
                 return False
         return True
 
     def add(self, root: nn.Module, sites: Iterable[nn.Module]) -> list[nn.Module]:
-        """Find the way to more sites; returns those that are not in the model."""
+        """Add the edges to more sites. Returns the sites that are not in the model."""
         above, seen, lost = _above(root), {id(child) for _, _, child in self.edges}, list[nn.Module]()
         for site in sites:
             if site is root or id(site) in self.sites:
@@ -47,20 +47,20 @@ class Links:
             while module is not root and id(module) not in seen:
                 seen.add(id(module))
                 parent, name = above[id(module)]
-                if not isinstance(parent, torch.jit.ScriptModule):  # its children have no `get`, and don't change
+                if not isinstance(parent, torch.jit.ScriptModule):  # its children do not have `get`, and do not change
                     self.edges.append((parent, name, module))
                 module = parent
         return lost
 
 
 def linked(root: nn.Module, sites: Iterable[nn.Module]) -> tuple[Links, list[nn.Module]]:
-    """The links of a model's sites, and the sites that are not in the model."""
+    """Returns the links of a model's sites, and the sites that are not in the model."""
     links = Links()
     return links, links.add(root, sites)
 
 
 def at_path(root: nn.Module, path: str) -> tuple[str, nn.Module]:
-    """The module at a path (wrappers' segments left out), or the last one on it where it ends; with its path."""
+    """Returns the module at a path without wrapper segments, or the last existing module on it, with its path."""
     module, done = root, list[str]()
     for name in path.split(".") if path else ():
         child = child_of(module, name)
@@ -72,20 +72,20 @@ def at_path(root: nn.Module, path: str) -> tuple[str, nn.Module]:
 
 
 def there(root: nn.Module, path: str) -> nn.Module | None:
-    """The module at a path, if there still is one."""
-    found, module = at_path(root, path)
-    return module if found == path else None
+    """Returns the module at a path, or None."""
+    reached, module = at_path(root, path)
+    return module if reached == path else None
 
 
 def _above(root: nn.Module) -> dict[int, tuple[nn.Module, str]]:
-    """The parent of each module, and its name there: the first that a walk comes by."""
-    found: dict[int, tuple[nn.Module, str]] = {}
+    """Returns the first parent of each module in a walk, with the child's name, by the child's id."""
+    parents: dict[int, tuple[nn.Module, str]] = {}
     waiting = [root]
     while waiting:
         parent = waiting.pop()
         for name, child in parent._modules.items():
-            if child is None or child is root or id(child) in found or (name == RESERVED and is_adapters(child)):
+            if child is None or child is root or id(child) in parents or (name == RESERVED and is_adapters(child)):
                 continue
-            found[id(child)] = parent, name
+            parents[id(child)] = parent, name
             waiting.append(child)
-    return found
+    return parents

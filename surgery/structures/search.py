@@ -21,9 +21,8 @@ class Search:
 
     parts: list[PatternPart]
     graph: Any
-    known: dict[tuple[int, Any], tuple[bool, int]] = field(
-        default_factory=dict
-    )  # (whether the part fits, number of fitting operations)
+    # (part, operand) → (whether the part fits, number of fitting operations)
+    known: dict[tuple[int, Any], tuple[bool, int]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.data: dict[Any, dict[str, Any]] = dict(self.graph.nodes(data=True))

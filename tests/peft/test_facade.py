@@ -749,7 +749,7 @@ def test_adapters_of_transformers_on_the_same_model_are_told_of(tmp_path: Path) 
             lambda m: surgery.activate(m, "other"), surgery.merge, surgery.remove, surgery.adapters,
             lambda m: apply_rules(m, LoraRule("k_proj"), adapter="third"),
         ):  # fmt: skip
-            with pytest.raises(SurgeryError, match="PEFT's adapters came onto this model after|adapters of PEFT's"):
+            with pytest.raises(SurgeryError, match="PEFT's adapters were added to this model after|adapters of PEFT's"):
                 verb(base)
     with pytest.raises(SurgeryError, match="PEFT's PeftModel"):
         ours.get_peft_model(peft.get_peft_model(llama()[0], peft.LoraConfig(**config)), ours.LoraConfig(**config))
