@@ -1,7 +1,7 @@
-"""Adapters' tensors without values: rules were applied on the meta device, and `to_empty` gave memory since.
+"""Adapter tensors without values: rules were applied on the meta device, and `to_empty` then allocated memory.
 
-Such memory holds whatever was there before. It is filled with NaN, and calling the site is an error until values come:
-by `load_state_dict`, by hand, or by `reset_parameters()` of what holds the tensors.
+Such memory has arbitrary content. It is filled with NaN, and a call of the site is an error until values are written:
+by `load_state_dict`, by hand, or by `reset_parameters()` of the tensors' module.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ from surgery.transaction.undo_log import Journal
 __all__ = ["note_absent", "refuse_absent", "start_again", "unwatch_absent", "watch_absent", "without_values"]
 
 _ABSENT, _SITE_OF, _START = "_surgery_absent", "_surgery_site_of", "_surgery_start"
-Start = Callable[[nn.Module, nn.Module], None]  # gives an adapter's tensors at a site the values that they start with
+Start = Callable[[nn.Module, nn.Module], None]  # sets an adapter's tensors at a site to their initial values
 
 
 def note_absent(box: nn.Module, before: Mapping[str, Tensor], emptied: bool) -> None:
-    """After an adapter's tensors at a site went through a function of all: which are memory without values now."""
-    found = [name for name in before if _tensor(box, name) is not None and (emptied or before[name].is_meta)]
-    for name in found:
+    """Note which tensors are memory without values, after `_apply` changed an adapter's tensors at a site."""
+    names = [name for name in before if _tensor(box, name) is not None and (emptied or before[name].is_meta)]
+    for name in names:
         new = _tensor(box, name)
         if new is not None and not new.is_meta:
             with torch.inference_mode(new.is_inference()), torch.no_grad():
@@ -33,12 +33,12 @@ def note_absent(box: nn.Module, before: Mapping[str, Tensor], emptied: bool) -> 
 
 
 def without_values(box: nn.Module) -> list[str]:
-    """The names of an adapter's tensors at a site that nothing was written to since their memory came."""
+    """Returns the names of an adapter's tensors at a site that were not written since their allocation."""
     noted: set[str] = box.__dict__.get(_ABSENT, set())
     for name in list(noted):
         tensor: Any = _tensor(box, name)
-        held = getattr(tensor, "_local_tensor", tensor)  # of a sharded one, this process's part
-        if held is None or not _can_be_nan(held) or not held.numel() or not bool(held.detach().isnan().all()):
+        local = getattr(tensor, "_local_tensor", tensor)  # this process's part of a sharded tensor
+        if local is None or not _can_be_nan(local) or not local.numel() or not bool(local.detach().isnan().all()):
             noted.discard(name)
     return sorted(noted)
 
@@ -52,8 +52,7 @@ def _can_be_nan(tensor: Tensor) -> bool:
 
 
 def watch_absent(module: nn.Module, box: nn.Module, start: Start, journal: Journal) -> None:
-    """Have calls of a site ask, where an adapter's tensors are made on the meta device. `start` is for
-    `reset_parameters`."""
+    """Check calls of a site, if an adapter's tensors are on the meta device. `start` is for `reset_parameters`."""
     box.__dict__[_SITE_OF], box.__dict__[_START] = module, start
     if refuse_absent not in module._forward_pre_hooks.values():
         journal.undo(unwatch_absent, module)
@@ -61,14 +60,14 @@ def watch_absent(module: nn.Module, box: nn.Module, start: Start, journal: Journ
 
 
 def start_again(box: nn.Module) -> None:
-    """Give tensors that were made on the meta device what their rules start with; others stay as they are."""
+    """Set tensors that were created on the meta device to their initial values. Other tensors stay."""
     start: Start | None = box.__dict__.get(_START)
     if start is not None:
         start(box.__dict__[_SITE_OF], box)
 
 
 def refuse_absent(module: Any, args: Any) -> None:
-    """A hook before a site's calls, which goes when there is nothing more to ask."""
+    """A forward pre-hook of a site: raises `SiteError` for tensors without values, and removes itself without them."""
     if torch.compiler.is_compiling():
         return
     state = module.__dict__.get("_surgery_site")
@@ -80,9 +79,9 @@ def refuse_absent(module: Any, args: Any) -> None:
             raise SiteError(
                 f"the adapter {applied.adapter!r} has no values yet",
                 where=state.path or "(the model itself)",
-                why=f"its {names} came from the meta device by to_empty, which gives memory and no numbers",
-                fix="load_state_dict or load_adapter_state_dict with its tensors; or, once the base has its weights, "
-                "call reset_parameters() of each module that has it, for what its rules start with",
+                why=f"its {names} came from the meta device by to_empty, which allocates memory without numbers",
+                fix="load its tensors with load_state_dict or load_adapter_state_dict; or, once the base has its "
+                "weights, call reset_parameters() of each module that has it, for the initial values",
             )
     if not lacking and not any(tensor.is_meta for tensor in module.parameters()):
         unwatch_absent(module)

@@ -1,4 +1,4 @@
-"""A module's own tensors as the base has them, whatever is merged into them at present."""
+"""Returns a module's own tensors without merged adapters."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ __all__ = ["base_tensor"]
 
 
 def base_tensor(module: nn.Module, name: str, path: str = "", state: Mapping[str, Tensor] | None = None) -> Tensor:
-    """A parameter or buffer of a module, without what adapters that are merged have folded into it.
+    """Returns a parameter or buffer of a module, without the folds of merged adapters.
 
-    `state`: the model's state dict, to take it from where it was gathered elsewhere.
+    `state`: a gathered state dict of the model, which is read instead of the module. Default None.
     """
     site = site_state(module)
     merged = site.merged if site is not None else None
-    if merged is not None and name in merged.tied:  # the site has its own in the place of a shared one
+    if merged is not None and name in merged.tied:  # the site has a separate copy of a shared parameter
         return merged.tied[name].detach()
     key = f"{path}.{name}" if path else name
     tensor = whole((state or {}).get(key, tensor_at(module, name)).detach())

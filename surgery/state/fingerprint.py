@@ -81,15 +81,15 @@ _COMPARED = (torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.
 def _called(modules: Mapping[str, nn.Module], name: str) -> list[Tensor]:
     path, _, last = name.rpartition(".")
     owner = modules.get(path)
-    held = owner._parameters.items() if owner is not None else ()
-    return [tensor for own, tensor in held if own == last and tensor is not None]
+    parameters = owner._parameters.items() if owner is not None else ()
+    return [tensor for own, tensor in parameters if own == last and tensor is not None]
 
 
 def _left_out(module: nn.Module) -> set[str]:
     """Parameters that an adapter's start changed, or that an adapter has its own of."""
     state = site_state(module)
-    found = state.applied if state is not None else []
-    here = [applied for applied in found if applied.changed or applied.rule.exclusive]
+    rules = state.applied if state is not None else []
+    here = [applied for applied in rules if applied.changed or applied.rule.exclusive]
     changed = {name for applied in here for name, _ in applied.changed}
     return changed | {name for applied in here if applied.rule.exclusive for name in applied.tensors}
 
@@ -104,7 +104,7 @@ def _numbers(tensor: Tensor) -> list[float]:
     return [float(f"{number:.6g}") for number in flat[at].double().tolist()]
 
 
-def _near(expected: Any, found: float) -> bool:
+def _near(expected: Any, number: float) -> bool:
     if type(expected) not in (int, float):
         return False
-    return abs(expected - found) <= _SLACK * max(abs(expected), abs(found)) + 1e-6
+    return abs(expected - number) <= _SLACK * max(abs(expected), abs(number)) + 1e-6

@@ -175,8 +175,8 @@ def is_only_record() -> bool:
     return len(_records) <= 1
 
 
-# Writes adapters of a model into a folder, with the arguments of `save_pretrained`. It is a function at the top level of
-# a module, so that copies and pickles of a model keep it.
+# Writes adapters of a model into a folder, with the arguments of `save_pretrained`. It is a function at the top level
+# of a module, so that copies and pickles of a model keep it.
 AdapterWriter = Callable[[nn.Module, Path, list[str], Mapping[str, Any]], None]
 
 

@@ -1,7 +1,7 @@
-"""Buffers that a forward in training mode moves, such as a BatchNorm's running mean: the base's come back.
+"""Restores buffers that training changes, such as the running mean of a BatchNorm.
 
-While adapters train, so do the base's running statistics, as with PEFT. A module that has such buffers keeps the base's
-values in its `__dict__`; they are exchanged where no adapter is live any more, and put back with the last one.
+While adapters train, the base's running statistics change, too, as in PEFT. A module with such buffers stores the
+base's values in its `__dict__`. They are exchanged when no adapter is live, and restored with the last adapter.
 """
 
 from __future__ import annotations
@@ -37,41 +37,41 @@ _LATER = ("__init__", "reset_", "_load", "_save", "_apply", "extra_repr", "__set
 
 @dataclass
 class Kept:
-    """The values that a module's buffers don't have now: the base's, or those under the adapters."""
+    """The inactive values of a module's buffers: the base's values, or the values under the adapters."""
 
     values: dict[str, Tensor]
     base: bool = True
 
 
 def moving_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """The base's modules with buffers that training moves."""
+    """Yields the base's modules with buffers that training changes."""
     for path, module in base_modules(model):
         if module._buffers and moving(module):
             yield path, module
 
 
 def moving(module: nn.Module) -> list[str]:
-    """The buffers that the module's forward moves in training mode."""
-    held = {name: tensor for name, tensor in module._buffers.items() if tensor is not None and not is_lazy(tensor)}
-    if getattr(module, "track_running_stats", False) is True:  # BatchNorm, InstanceNorm: torch moves them
-        return [name for name in held if name.startswith("running_") or name == "num_batches_tracked"]
+    """Returns the names of the buffers that the module's forward changes in training mode."""
+    buffers = {name: tensor for name, tensor in module._buffers.items() if tensor is not None and not is_lazy(tensor)}
+    if getattr(module, "track_running_stats", False) is True:  # BatchNorm, InstanceNorm: torch updates them
+        return [name for name in buffers if name.startswith("running_") or name == "num_batches_tracked"]
     hooks = [hook for hook in module._forward_pre_hooks.values() if type(hook).__name__ == "SpectralNorm"]
     hooked = {f"{getattr(hook, 'name', '')}_{end}" for hook in hooks for end in "uv"}
     written = _written(getattr(module, "_surgery_base", type(module)))
-    return [name for name in held if name in written or name in hooked]
+    return [name for name in buffers if name in written or name in hooked]
 
 
 @functools.cache
 def _written(cls: type[nn.Module]) -> frozenset[str]:
-    """The attributes that a class's own methods write to: assigned, or changed by a method that ends with `_`."""
-    found: set[str] = set()
+    """Returns the attributes that a class's methods assign, or change by a method that ends with `_`."""
+    names: set[str] = set()
     for kind in cls.__mro__:
         if kind is nn.Module:
             break
         for name, method in vars(kind).items():
             if inspect.isfunction(method) and not name.startswith(_LATER):
-                found |= _written_in(method)
-    return frozenset(found)
+                names |= _written_in(method)
+    return frozenset(names)
 
 
 def _written_in(method: Any) -> set[str]:
@@ -79,7 +79,7 @@ def _written_in(method: Any) -> set[str]:
         tree = ast.parse(textwrap.dedent(inspect.getsource(method)))
     except (OSError, TypeError, SyntaxError, ValueError):
         return set()
-    found: set[str] = set()
+    names: set[str] = set()
     for node in ast.walk(tree):
         places: list[ast.expr] = []
         if isinstance(node, ast.Assign):
@@ -91,8 +91,8 @@ def _written_in(method: Any) -> set[str]:
             if isinstance(function, ast.Attribute) and function.attr.endswith("_") and function.attr[0] != "_":
                 places = [function.value]  # self.mean.lerp_(…)
             places += [word.value for word in node.keywords if word.arg == "out"]
-        found.update(name for place in places if (name := _of_self(place)))
-    return found
+        names.update(name for place in places if (name := _of_self(place)))
+    return names
 
 
 def _parts(target: ast.expr) -> list[ast.expr]:
@@ -100,7 +100,7 @@ def _parts(target: ast.expr) -> list[ast.expr]:
 
 
 def _of_self(place: ast.expr) -> str | None:
-    """`mean` of self.mean, self.mean[…] and self.mean.data."""
+    """Returns `mean` for self.mean, self.mean[…] and self.mean.data."""
     while isinstance(place, (ast.Subscript, ast.Attribute)):
         if isinstance(place, ast.Attribute) and isinstance(place.value, ast.Name) and place.value.id == "self":
             return place.attr
@@ -112,49 +112,49 @@ def _of_self(place: ast.expr) -> str | None:
 
 
 def keep_statistics(model: nn.Module, journal: Journal) -> list[nn.Module]:
-    """Before the first adapter: note the base's values; the modules that have some."""
-    found = [module for _, module in moving_modules(model)]
-    for module in found:
+    """Store the base's values before the first adapter. Returns the modules with such buffers."""
+    modules = [module for _, module in moving_modules(model)]
+    for module in modules:
         journal.keep(module.__dict__)
         module.__dict__[_KEPT] = Kept({name: _copy(module._buffers[name]) for name in moving(module)})
-    if found:
+    if modules:
         journal.keep(model._load_state_dict_pre_hooks)
         model.register_load_state_dict_pre_hook(_loaded)
-    return found
+    return modules
 
 
 def moved(modules: Iterable[nn.Module]) -> list[nn.Module]:
-    """Those whose values under the adapters are not the base's."""
-    found = []
+    """Returns the modules whose values under the adapters differ from the base's."""
+    changed = []
     for module in modules:
         kept: Kept | None = module.__dict__.get(_KEPT)
         now = [(value, module._buffers.get(name)) for name, value in kept.values.items()] if kept is not None else []
         if any(tensor is not None and not torch.equal(tensor, value.to(tensor.device)) for value, tensor in now):
-            found.append(module)
-    return found
+            changed.append(module)
+    return changed
 
 
 def exchange(modules: Iterable[nn.Module], journal: Journal, base: bool) -> None:
-    """Give buffers the base's values, or those under the adapters, and keep the others."""
+    """Set buffers to the base's values, or to those under the adapters, and store the other values."""
     for module in modules:
         kept: Kept | None = module.__dict__.get(_KEPT)
         if kept is None or kept.base is not base:
             continue
         now = {name: _copy(tensor) for name in kept.values if (tensor := module._buffers.get(name)) is not None}
         journal.keep(kept.__dict__)
-        journal.undo(_put, module, now)
-        _put(module, kept.values)
+        journal.undo(_set_buffers, module, now)
+        _set_buffers(module, kept.values)
         kept.values, kept.base = now, not base
 
 
 def restore_statistics(model: nn.Module, modules: Iterable[nn.Module], journal: Journal) -> None:
-    """After the last adapter: the base's values, and nothing that was kept."""
+    """Restore the base's values after the last adapter, and remove the stored values."""
     exchange(modules, journal, True)
     forget_statistics(model, modules, journal)
 
 
 def forget_statistics(model: nn.Module, modules: Iterable[nn.Module], journal: Journal) -> None:
-    """What the buffers hold now is the base's."""
+    """Remove the stored values: the present values become the base's."""
     for module in modules:
         journal.keep(module.__dict__)
         module.__dict__.pop(_KEPT, None)
@@ -165,7 +165,7 @@ def forget_statistics(model: nn.Module, modules: Iterable[nn.Module], journal: J
 
 
 def _loaded(model: nn.Module, state_dict: Mapping[str, Any], prefix: str, *rest: Any) -> None:
-    """Another base is loaded: its values are those to come back to. With adapters in it, it is a training's."""
+    """A hook for loaded state dicts. Without adapters in it, a state dict contains new values of the base."""
     if any(".adapters." in key for key in state_dict):
         return
     for path, module in base_modules(model):
@@ -182,7 +182,7 @@ def _copy(tensor: Tensor | None) -> Tensor:
         return tensor.detach().clone()
 
 
-def _put(module: nn.Module, values: dict[str, Tensor]) -> None:
+def _set_buffers(module: nn.Module, values: dict[str, Tensor]) -> None:
     for name, value in values.items():
         tensor = module._buffers.get(name)
         if tensor is not None and tensor.shape == value.shape and not value.is_meta and not tensor.is_meta:

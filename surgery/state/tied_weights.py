@@ -1,7 +1,7 @@
-"""Tied weights of transformers' models: where a merge unties some, all that says so agrees, until `unmerge`.
+"""Marks weights of transformers' models as untied while a merge unties them, until `unmerge`.
 
-A config that went on saying "tied" would undo the merge: `tie_weights` would give the head the embedding's weight
-again, and so would whoever loads the checkpoint.
+A config that still says "tied" would undo the merge: `tie_weights`, or loading the checkpoint, would give the head the
+embedding's weight again.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ _ABSENT = "(no attribute of its own)"
 
 @dataclass
 class Untied:
-    """What was said of ties before a merge untied some. Places by path, so that a copy of the model has it, too."""
+    """The ties before a merge. Places are paths, so that a copy of the model can use the record."""
 
     flags: list[tuple[str, bool]] = field(default_factory=list)  # path of a part, of its config or that of its text
     attributes: list[tuple[str, str, Any]] = field(default_factory=list)  # path of a part, attribute, what it was
@@ -36,8 +36,8 @@ class Untied:
 
 
 def say_untied(model: nn.Module, journal: Journal) -> Untied:
-    """Have the model say what is no longer tied. One flag stands for all ties of a model, so the others go, too."""
-    found = Untied()
+    """Mark the broken ties of a model. One flag covers all its ties, so the other ties are broken, too."""
+    untied = Untied()
     parts = [(path, part, _pairs(part)) for path, part in _parts(model)]
     broken = [
         part for _, part, pairs in parts if any(_tensor(part, a) is not _tensor(part, b) for a, b in pairs.items())
@@ -47,39 +47,39 @@ def say_untied(model: nn.Module, journal: Journal) -> Untied:
         if not pairs or id(part.config) not in saying:
             continue
         for target, source in pairs.items():
-            _part_ways(path, part, target, source, found, journal)
+            _separate(path, part, target, source, untied, journal)
         for inside, config in enumerate(_configs(part) if not _computes_by_flag(part) else ()):
             if getattr(config, _FLAG, False):
-                found.flags.append((path, bool(inside)))
+                untied.flags.append((path, bool(inside)))
                 journal.attribute(config, _FLAG)
                 setattr(config, _FLAG, False)
-        _set(path, part, _KEYS, type(getattr(part, _KEYS))(), found, journal)
+        _set(path, part, _KEYS, type(getattr(part, _KEYS))(), untied, journal)
         names = {f"{path}.{target}" if path else target for target in pairs}
         for outer, owner in _parts(model):
-            held = getattr(owner, _ALL, None)
+            ties = getattr(owner, _ALL, None)
             begin = f"{outer}." if outer else ""
-            if isinstance(held, dict) and any(begin + name in names for name in held):
-                _set(outer, owner, _ALL, {k: v for k, v in held.items() if begin + k not in names}, found, journal)
-    return found
+            if isinstance(ties, dict) and any(begin + name in names for name in ties):
+                _set(outer, owner, _ALL, {k: v for k, v in ties.items() if begin + k not in names}, untied, journal)
+    return untied
 
 
 def why_not_said(model: nn.Module) -> str | None:
-    """Why a checkpoint can't say that weights are no longer tied: a forward computes otherwise where they are not."""
+    """Returns why a checkpoint can't mark weights as untied (a forward depends on the flag), or None."""
     for _, part in _parts(model):
         broken = any(_tensor(part, a) is not _tensor(part, b) for a, b in _declared(part).items())
         if broken and _computes_by_flag(part):
-            return f"{type(part).__name__}.forward computes otherwise where {_FLAG} is False"
+            return f"{type(part).__name__}.forward computes something else if {_FLAG} is False"
     return None
 
 
 def _declared(part: Any) -> dict[str, str]:
-    """What a part's class ties, whatever is said of it at present."""
+    """Returns the ties that a part's class declares, whatever the part says at present."""
     keys = getattr(type(part), _KEYS, None)
     return keys if isinstance(keys, dict) and getattr(part.config, _FLAG, False) else {}
 
 
 def _computes_by_flag(part: nn.Module) -> bool:
-    """Whether a forward asks the flag, as UMT5's does, which scales what its head gets where the weights are tied."""
+    """Whether a forward reads the flag. UMT5's does: it scales the input of its head if the weights are tied."""
     base = getattr(type(part), "_surgery_base", type(part))
     try:
         return f".{_FLAG}" in inspect.getsource(inspect.unwrap(base.forward))
@@ -88,7 +88,7 @@ def _computes_by_flag(part: nn.Module) -> bool:
 
 
 def retie(model: nn.Module, untied: Untied, journal: Journal) -> None:
-    """Say again what was said before."""
+    """Restore the ties before the merge."""
     for path, name, parameter in reversed(untied.parameters):
         if (owner := there(model, path)) is not None:
             journal.keep(owner._parameters)
@@ -114,7 +114,7 @@ def _parts(model: nn.Module) -> Iterator[tuple[str, Any]]:
 
 
 def _pairs(part: Any) -> dict[str, str]:
-    """What a part ties by itself, parameter by parameter: the name of each, and of the one it is."""
+    """Returns the ties of a part without its children: parameter name → name of the parameter that it shares."""
     expanded = getattr(part, "get_expanded_tied_weights_keys", None)
     if expanded is not None:
         return expanded(all_submodels=False)
@@ -138,18 +138,18 @@ def _tensor(part: nn.Module, name: str) -> Any:
     return None if owner is None else {**owner._parameters, **owner._buffers}.get(last)
 
 
-def _part_ways(path: str, part: nn.Module, target: str, source: str, found: Untied, journal: Journal) -> None:
-    """Give a parameter that is still shared one of its own, of the same numbers."""
+def _separate(path: str, part: nn.Module, target: str, source: str, untied: Untied, journal: Journal) -> None:
+    """Replace a shared parameter by a separate copy with the same numbers."""
     inner, _, name = target.rpartition(".")
     owner, shared = there(part, inner), _tensor(part, target)
     if owner is None or not isinstance(shared, nn.Parameter) or shared is not _tensor(part, source):
         return
     journal.keep(owner._parameters)
-    found.parameters.append((".".join(filter(None, (path, inner))), name, shared))
+    untied.parameters.append((".".join(filter(None, (path, inner))), name, shared))
     owner._parameters[name] = nn.Parameter(shared.detach().clone(), requires_grad=shared.requires_grad)
 
 
-def _set(path: str, part: Any, name: str, value: Any, found: Untied, journal: Journal) -> None:
+def _set(path: str, part: Any, name: str, value: Any, untied: Untied, journal: Journal) -> None:
     journal.attribute(part, name)
-    found.attributes.append((path, name, part.__dict__.get(name, _ABSENT)))
+    untied.attributes.append((path, name, part.__dict__.get(name, _ABSENT)))
     setattr(part, name, value)

@@ -1,1 +1,1 @@
-"""What surrounds each verb: all that it changes is undone when it fails, and nothing around it changes what it does."""
+"""The context of each verb: a failure undoes all its changes, and the caller's torch modes do not affect it."""

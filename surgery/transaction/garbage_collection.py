@@ -1,4 +1,4 @@
-"""Python's garbage collector, which waits while a verb makes many objects that all stay."""
+"""Pauses Python's garbage collector while a verb creates many objects that all stay."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ __all__ = ["collector_waits"]
 
 @contextmanager
 def collector_waits() -> Iterator[None]:
-    """No cycles are looked for inside of the block, in any thread; what is no longer used is freed as ever.
+    """Pause the search for reference cycles inside the block, in all threads. Reference counting still frees objects.
 
-    A plan for some thousand sites makes so many records that the collector goes through all of the process's objects
-    again and again, and finds nothing: half of the time. Blocks may be nested, and open in several threads.
+    A plan for a thousand sites creates so many records that the collector scans all objects of the process again and
+    again, which took half of the time. Blocks may be nested, and open in several threads.
     """
     block = object()
     try:
@@ -23,12 +23,12 @@ def collector_waits() -> Iterator[None]:
             yield
         finally:
             _leave(block)
-    finally:  # once more, where it was broken off; else nothing is left to do
+    finally:  # again, in case an interrupt stopped it
         _leave(block)
 
 
-# No lock: an interrupt may come between any two lines, and a lock that is not given back stops the process. Threads
-# that come and go at one moment may leave the collector on, which costs time alone.
+# No lock: an interrupt may come between any two lines, and an unreleased lock would stop the process. Threads that enter
+# and leave at the same moment may leave the collector on, which only costs time.
 
 
 def _enter(block: object) -> None:

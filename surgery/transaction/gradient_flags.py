@@ -1,4 +1,4 @@
-"""Whether a parameter requires gradients, for every kind of parameter."""
+"""Sets and reads `requires_grad` for every kind of parameter."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ __all__ = ["is_lazy", "lazy_in", "set_flag"]
 
 
 def set_flag(parameter: Tensor, flag: bool, journal: Journal | None = None) -> None:
-    """`requires_grad_`, for parameters without numbers (lazy ones) and those made in inference mode, too."""
+    """Set `requires_grad`, also of lazy parameters and of parameters that were created in inference mode."""
     if parameter.requires_grad != flag:
         if journal is not None:
             journal.undo(set_flag, parameter, parameter.requires_grad)
@@ -24,11 +24,11 @@ def set_flag(parameter: Tensor, flag: bool, journal: Journal | None = None) -> N
 
 
 def is_lazy(tensor: Tensor | None) -> bool:
-    """Whether a parameter or buffer has no shape yet: a lazy module makes it at its first call."""
+    """Whether a parameter or buffer does not have a shape yet: a lazy module creates it at its first call."""
     return isinstance(tensor, (UninitializedParameter, UninitializedBuffer))
 
 
 def lazy_in(module: nn.Module) -> list[str]:
-    """The names of parameters and buffers inside that have no shape yet."""
+    """Returns the names of a module's parameters and buffers without a shape."""
     named = (*module.named_parameters(), *module.named_buffers())
     return [name for name, tensor in named if is_lazy(tensor)]

@@ -1,7 +1,7 @@
-"""What is around a verb's call does not change what the verb does: gradient modes, autocast, defaults.
+"""Runs verbs independently of the caller's gradient mode, autocast and torch defaults.
 
-A tensor that is made under `inference_mode` never trains, sums under autocast have other bits, and so on. Verbs run
-outside of all this (`verb`, `neutral`). Only the user's own model is called as the user would call it (`ambient`).
+A tensor that is created under `inference_mode` never trains, sums under autocast have other bits, and so on. Verbs run
+outside these modes (`verb`, `neutral`). Only the user's own model is called inside them (`ambient`).
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 
 def verb(function: F) -> F:
-    """A public function that changes a model: all of it or nothing, and the same whatever is around the call.
+    """Decorator of a public function that changes a model: all or nothing, independent of the caller's torch modes.
 
-    Python's garbage collector waits meanwhile: a verb makes many objects that stay, and its notes of how to undo them.
+    The garbage collector pauses meanwhile, because a verb creates many objects that stay.
     """
 
     @functools.wraps(function)
@@ -41,9 +41,9 @@ def verb(function: F) -> F:
 
 
 def neutrally(*, collects: bool = False) -> Callable[[F], F]:
-    """A public function that changes no model, and does the same whatever is around the call.
+    """Decorator of a public function that does not change a model, independent of the caller's torch modes.
 
-    `collects`: Python's garbage collector does not wait meanwhile, for a function that runs long and leaves cycles.
+    `collects`: whether the garbage collector keeps running, for long functions that create cycles. Default False.
     """
 
     def decorate(function: F) -> F:
@@ -57,8 +57,8 @@ def neutrally(*, collects: bool = False) -> Callable[[F], F]:
     return decorate
 
 
-class _Around(NamedTuple):
-    """What was around the outermost verb."""
+class _Modes(NamedTuple):
+    """The caller's torch modes around the outermost verb."""
 
     autocast: tuple[tuple[str, torch.dtype], ...]
     dtype: torch.dtype
@@ -66,19 +66,19 @@ class _Around(NamedTuple):
 
 
 class _ThreadContext(threading.local):
-    around: _Around | None = None
+    around: _Modes | None = None
 
 
-_here = _ThreadContext()
+_thread = _ThreadContext()
 _transforms: Any = torch._C._functorch.peek_interpreter_stack  # type: ignore[attr-defined]
 _DEVICES = ("cpu", "cuda", "mps", "xpu")
 
 
 class neutral:
-    """A context without gradient modes, autocast, or other defaults than torch's own; quick where there are none.
+    """A context with torch's own defaults: no gradient mode, no autocast. Cheap if these already hold.
 
-    Raises `SurgeryError` for what can't be left for the time of a verb: transforms of torch.func, and fake tensors
-    around a model that has real ones.
+    Raises `SurgeryError` inside a transform of torch.func, and under FakeTensorMode for a model with real tensors,
+    because a verb can't leave these.
     """
 
     def __init__(self, model: Any = None):
@@ -86,18 +86,18 @@ class neutral:
 
     def __enter__(self) -> None:
         _refuse(self.model)
-        found = _found()
-        if found is not None:
+        modes = _present_modes()
+        if modes is not None:
             self._stack = ExitStack()
-            _enter(self._stack, found)
+            _enter(self._stack, modes)
 
     def __exit__(self, *error: Any) -> None:
         if self._stack is not None:
             self._stack.close()
 
 
-def _found() -> _Around | None:
-    """What is around now, or None where everything is as it is at torch's start."""
+def _present_modes() -> _Modes | None:
+    """Returns the present torch modes, or None if all are torch's defaults."""
     device = _default_device()
     dtype = torch.get_default_dtype()
     cast = torch._C._is_any_autocast_enabled()
@@ -105,7 +105,7 @@ def _found() -> _Around | None:
         if dtype is torch.float32:
             return None
     kinds = [(kind, torch.get_autocast_dtype(kind)) for kind in _DEVICES if cast and torch.is_autocast_enabled(kind)]
-    return _Around(tuple(kinds), dtype, device)
+    return _Modes(tuple(kinds), dtype, device)
 
 
 def _default_device() -> torch.device | None:
@@ -113,25 +113,25 @@ def _default_device() -> torch.device | None:
     return next((mode.device for mode in reversed(modes) if isinstance(mode, DeviceContext)), None)
 
 
-def _enter(stack: ExitStack, found: _Around) -> None:
-    stack.callback(setattr, _here, "around", _here.around)
-    if _here.around is None:
-        _here.around = found
+def _enter(stack: ExitStack, modes: _Modes) -> None:
+    stack.callback(setattr, _thread, "around", _thread.around)
+    if _thread.around is None:
+        _thread.around = modes
     stack.enter_context(torch.inference_mode(False))
     stack.enter_context(torch.enable_grad())
-    for kind, _ in found.autocast:
+    for kind, _ in modes.autocast:
         stack.enter_context(torch.autocast(kind, enabled=False))
-    if found.dtype is not torch.float32:
-        stack.callback(torch.set_default_dtype, found.dtype)
+    if modes.dtype is not torch.float32:
+        stack.callback(torch.set_default_dtype, modes.dtype)
         torch.set_default_dtype(torch.float32)
-    if found.device is not None and found.device.type != "cpu":
+    if modes.device is not None and modes.device.type != "cpu":
         stack.enter_context(torch.device("cpu"))
 
 
 @contextmanager
 def ambient() -> Iterator[None]:
-    """Autocast and defaults as they are around the verb, for a call of the user's own model."""
-    around = _here.around
+    """Restore the caller's autocast and defaults, for a call of the user's own model inside a verb."""
+    around = _thread.around
     if around is None:
         yield
         return
@@ -149,9 +149,9 @@ def ambient() -> Iterator[None]:
 def _refuse(model: Any) -> None:
     if _transforms() is not None:
         raise SurgeryError(
-            "this is called inside of a transform of torch.func",
-            why="tensors made inside of vmap, grad and their like are not plain ones, and end with it",
-            fix="call it before, and hand torch.func the rewritten model",
+            "this is called inside a transform of torch.func",
+            why="tensors created inside vmap, grad and similar transforms are wrappers that end with the transform",
+            fix="call it before the transform, and pass the rewritten model to torch.func",
         )
     fake: Any = torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.FAKE)
     if fake is not None and isinstance(model, nn.Module):
@@ -160,8 +160,8 @@ def _refuse(model: Any) -> None:
             raise SurgeryError(
                 "this is called under FakeTensorMode, and the model's tensors are real",
                 where=real,
-                why="tensors that are made there have no numbers",
-                fix="call it outside, or with a model that was made under the same mode",
+                why="tensors that are created there do not have numbers",
+                fix="call it outside, or with a model that was created under the same mode",
             )
 
 

@@ -1,4 +1,4 @@
-"""What an object holds of given kinds, wherever it is in it: in lists, mappings and attributes."""
+"""Finds objects of given types inside another object: in lists, mappings and attributes."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ __all__ = ["contents"]
 
 
 def contents(value: Any, *kinds: type) -> Iterator[Any]:
-    """The parts of an object that are of these kinds, each once.
+    """Yields the objects of these types inside an object, each once.
 
     >>> list(contents({"a": [1.5, {"b": 2}]}, int))
     [2]

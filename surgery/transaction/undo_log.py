@@ -1,4 +1,4 @@
-"""All or nothing: what is done to a model is written down with its inverse, and undone when anything fails."""
+"""The undo log: it records the inverse of each change of a model, and undoes the changes after a failure."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from typing import Any
 
 __all__ = ["ABSENT", "Journal"]
 
-ABSENT: Any = object()  # the value of an attribute or key that is not there
+ABSENT: Any = object()  # the value of a missing attribute or key
 
 
 class Journal:
-    """A context in which each change notes how to undo it; on an exception the changes are undone, last first.
+    """A context that records how to undo each change. An exception undoes the changes, last first.
 
     >>> from surgery.transaction.undo_log import Journal
     >>> numbers = [1]
@@ -25,10 +25,10 @@ class Journal:
     ...     print(numbers)
     [1]
 
-    A change is noted before it is made, and undoing it twice, or before it was made, does no harm: an interrupt may
-    come between any two lines. An inverse that fails does not keep the others from being run: the error that is
-    underway gets a note for each. A journal that is opened inside of another is an entry of that one, so a verb that is
-    made of verbs is undone as a whole.
+    A change is noted before it is made. Undoing it twice, or before it was made, is harmless, because an interrupt may
+    come between any two lines. If an inverse fails, the others still run, and the exception gets a note for each
+    failure. A journal inside another journal is an entry of the outer one, so a verb that calls verbs is undone as a
+    whole.
     """
 
     def __init__(self) -> None:
@@ -36,15 +36,16 @@ class Journal:
         self._outer: Journal | None = None
 
     def undo(self, function: Callable[..., Any], *args: Any) -> None:
+        """Note that `function(*args)` undoes the next change."""
         self._undo.append((function, args))
 
-    def keep(self, *held: dict[Any, Any] | list[Any] | set[Any]) -> None:
-        """Note what these hold now, and in which order."""
-        for one in held:
-            self._undo.append((_refill, (one, one.copy())))
+    def keep(self, *containers: dict[Any, Any] | list[Any] | set[Any]) -> None:
+        """Note the present items of containers, with their order."""
+        for container in containers:
+            self._undo.append((_refill, (container, container.copy())))
 
     def attribute(self, owner: Any, name: str) -> None:
-        """Note an attribute that is about to be set."""
+        """Note the present value of an attribute before it is set."""
         self._undo.append((_set_again, (owner, name, owner.__dict__.get(name, ABSENT), getattr(owner, name, ABSENT))))
 
     def __enter__(self) -> Journal:
@@ -73,7 +74,7 @@ class Journal:
                         last[0](*last[1])
                 except Exception as failed:
                     error.add_note(f"undoing failed: {type(failed).__name__}: {failed}")
-                except BaseException as pressed:  # a key pressed meanwhile: the undoing goes on, then it counts
+                except BaseException as pressed:  # a keyboard interrupt: finish undoing, then raise it
                     interrupt = pressed
                     if again:
                         continue
@@ -90,19 +91,19 @@ class _Open(threading.local):
 _open = _Open()
 
 
-def _refill(held: Any, was: Any) -> None:
-    if isinstance(held, list):
-        held[:] = was
-    elif isinstance(held, set):
-        held.intersection_update(was)
-        held.update(was)
+def _refill(container: Any, items: Any) -> None:
+    if isinstance(container, list):
+        container[:] = items
+    elif isinstance(container, set):
+        container.intersection_update(items)
+        container.update(items)
     else:
-        for key in held.keys() - was.keys():
-            del held[key]
-        held.update(was)
-        if list(held) != list(was):
-            held.clear()
-            held.update(was)
+        for key in container.keys() - items.keys():
+            del container[key]
+        container.update(items)
+        if list(container) != list(items):
+            container.clear()
+            container.update(items)
 
 
 def _set_again(owner: Any, name: str, own: Any, value: Any) -> None:

@@ -1,4 +1,4 @@
-"""Which line of a user's code led to an error or is running: not one of the engine's, nor of torch's."""
+"""Finds the line of the user's code that caused an error or is running, skipping the engine's and torch's code."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ import torch
 __all__ = ["is_ours", "is_torchs", "line_of", "line_running", "line_setting"]
 
 HERE = os.path.dirname(os.path.dirname(os.path.abspath(__file__))) + os.sep  # the package of the engine
-_RULES = os.path.join(HERE, "rules", "")  # a rule's lines are told as those of a user's own rule are
+_RULES = os.path.join(HERE, "rules", "")  # lines of the rule library count as user code
 _TORCH = os.path.dirname(os.path.abspath(torch.__file__)) + os.sep
 
 
 def is_ours(filename: str) -> bool:
-    """Whether a file of source is the engine's, or code that it generated."""
+    """Whether a source file belongs to the engine, or is generated code."""
     return filename.startswith((HERE, "<surgery ")) and not filename.startswith(_RULES)
 
 
@@ -31,7 +31,7 @@ def is_torchs(filename: str) -> bool:
 
 
 def line_of(error: BaseException, function: Any = None) -> str | None:
-    """`file:number: text` of the innermost line of a user's that led to an error; else where the function begins."""
+    """Returns `file:number: text` of the innermost user line of an error; without one, the function's first line."""
     frames = [frame for frame in traceback.extract_tb(error.__traceback__) if not is_ours(frame.filename)]
     users = [frame for frame in frames if not is_torchs(frame.filename)] or frames
     if users:
@@ -42,7 +42,7 @@ def line_of(error: BaseException, function: Any = None) -> str | None:
 
 
 def line_running(with_text: bool = False) -> str:
-    """`file:number` of the innermost line that runs and is not the engine's, nor torch's; its text on request."""
+    """Returns `file:number` of the innermost running line outside the engine and torch, optionally with its text."""
     frame = sys._getframe(1)
     while frame.f_back is not None and is_ours(frame.f_code.co_filename):
         frame = frame.f_back
@@ -58,7 +58,7 @@ def line_running(with_text: bool = False) -> str:
 
 
 def line_setting(function: Any, attribute: str) -> str | None:
-    """`file:number: text` where a function assigns to this attribute of something, else where it begins."""
+    """Returns `file:number: text` of the line where a function assigns this attribute, else its first line."""
     plain = inspect.unwrap(function)
     try:
         lines, start = inspect.getsourcelines(plain)
