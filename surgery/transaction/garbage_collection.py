@@ -27,8 +27,8 @@ def collector_waits() -> Iterator[None]:
         _leave(block)
 
 
-# No lock: an interrupt may come between any two lines, and an unreleased lock would stop the process. Threads that enter
-# and leave at the same moment may leave the collector on, which only costs time.
+# No lock: an interrupt may come between any two lines, and an unreleased lock would stop the process. Threads that
+# enter and leave at the same moment may leave the collector on, which only costs time.
 
 
 def _enter(block: object) -> None:
