@@ -1,8 +1,8 @@
-"""The arithmetic of an exact merge: fold a change into a weight in place, and get the weight's bits back later.
+"""The arithmetic of an exact merge: fold a change into a weight in place, and restore the weight's bits later.
 
-Adding ΔW and subtracting it again rounds twice, so some entries come back different. They are few: `fold` computes what
-`unfold` will get and keeps the differences (`_record.py`). This needs a ΔW that is the same to the bit each time it is
-computed (`_lowrank.py`).
+Adding ΔW and subtracting it again rounds twice, so a few entries differ. `fold` computes the result of `unfold` in
+advance and stores the differences (`corrections.py`). This needs a ΔW that has the same bits each time it is computed
+(`low_rank.py`).
 """
 
 from __future__ import annotations
@@ -24,7 +24,12 @@ __all__ = ["Change", "LowRank", "Record", "Rows", "checksum", "fold", "folded", 
 
 @dataclass(frozen=True, eq=False)
 class Rows:
-    """weight[index] = values: only the rows overwritten are kept. index (k,) int64, values (k, …)."""
+    """A change of some rows: weight[index] = values. A fold stores only these rows.
+
+    Attributes:
+        index: The row numbers, int64 of shape (k,).
+        values: The new rows, of shape (k, …).
+    """
 
     index: Tensor
     values: Tensor
@@ -41,7 +46,7 @@ def fold(
     where: str = "",
     note: Callable[[Record], None] = lambda record: None,
 ) -> Record:
-    """Fold `change` into `weight` in place; the Record it returns is the way back.
+    """Fold a change into a weight in place. Returns the record with which `unfold` restores the weight.
 
     >>> weight = torch.randn(64, 32)
     >>> before = weight.clone()
@@ -50,12 +55,18 @@ def fold(
     >>> torch.equal(weight, before)
     True
 
-    `change`: a LowRank; Rows; or a tensor, the weight's new value. float16, bfloat16 and float32 weights compute in
-    float32 and round once, float64 in float64, complex ones in complex128. `keep="record"` keeps corrections for the
-    few entries that arithmetic alone would miss, or a copy where that is smaller or the weight is complex (see
-    `Record.kind`); `keep="copy"` always keeps a copy, is several times as fast, and adds an ordinary float32 matmul.
-    `where` names the weight in errors. `note` gets the record before the weight is written, in one step. Raises
-    MergeError, with the weight untouched, where shapes or dtypes don't fit.
+    Args:
+        weight: The weight. float16, bfloat16 and float32 weights compute in float32 and round once; float64 weights in
+            float64, complex weights in complex128.
+        change: A LowRank, Rows, or the weight's new value.
+        keep: "record" (default) stores corrections for the few entries that arithmetic can't restore, or a copy if
+            that is smaller or the weight is complex (see `Record.kind`). "copy" always stores a copy; it is several
+            times as fast, and adds an ordinary float32 matmul.
+        where: The weight's name in errors.
+        note: Called with the record before the weight is written in one step.
+
+    Raises:
+        MergeError: Shapes or dtypes do not fit. The weight is unchanged.
     """
     with torch.inference_mode(weight.is_inference()), torch.no_grad():
         refuse(weight, change, where)
@@ -69,24 +80,31 @@ def fold(
             return record
         if isinstance(change, Tensor):
             return fold_copy(weight, torch.empty_like(weight).copy_(change), note)
-        if weight.is_complex():  # its arithmetic has no record of what it misses
+        if weight.is_complex():  # corrections do not support complex arithmetic
             return fold_copy(weight, _complex_value(weight, change), note)
         if weight.numel() and keep == "record":
-            if found := _fold_record(_workplace(weight, change), change):
-                record, made = found
+            if result := _fold_record(_workplace(weight, change), change):
+                record, new = result
                 note(record)
-                weight.copy_(made)
+                weight.copy_(new)
                 return record
             return fold_copy(weight, _new_value(weight, change), note)
         return fold_copy(weight, _new_value(weight, change, exact=False), note)
 
 
 def unfold(weight: Tensor, record: Record, *, check: bool = True, where: str = "", verified: bool = False) -> None:
-    """Undo a fold in place, to the bit.
+    """Undo a fold in place, bit for bit.
 
-    With `check`, raises MergeError, the weight untouched, if its bits are not those the fold wrote. Without, a changed
-    weight has ΔW subtracted (to within rounding), or gets its kept copy or rows back. `verified`: they are known to be
-    the bits that the fold wrote.
+    Args:
+        weight: The weight.
+        record: The record of the fold.
+        check: Whether to compare the weight's bits with those of the fold. Default True. Without the check, ΔW is
+            subtracted from a changed weight (to within rounding), or its stored copy or rows are restored.
+        where: The weight's name in errors.
+        verified: Whether the caller knows that the bits are those of the fold. Default False.
+
+    Raises:
+        MergeError: With `check`, the weight changed since the fold. The weight is not touched.
     """
     with torch.inference_mode(weight.is_inference()), torch.no_grad():
         intact = verified or _intact(weight, record, check, where)
@@ -98,7 +116,7 @@ def unfold(weight: Tensor, record: Record, *, check: bool = True, where: str = "
         else:
             assert record.change is not None and record.corrections is not None
             work = _workplace(weight, record.change)
-            if work is weight:  # written in one step, and only if it is right
+            if work is weight:  # the weight is written in one step, after the check
                 work = weight.detach().clone(memory_format=torch.contiguous_format)
             _Arithmetic(work, record.change).subtract()
             if intact:
@@ -114,19 +132,19 @@ def unfold(weight: Tensor, record: Record, *, check: bool = True, where: str = "
 
 
 def refold(weight: Tensor, record: Record) -> None:
-    """Undo an `unfold` of a record with corrections: the bits that the fold wrote. Nothing where they are there."""
+    """Undo an `unfold` of a record with corrections. A weight that still has the bits of the fold stays."""
     assert record.change is not None
     with torch.inference_mode(weight.is_inference()), torch.no_grad():
         if checksum(weight) == record.after:
             return
-        made = _new_value(_workplace(weight, record.change), record.change)
-        if checksum(made) != record.after:
+        new = _new_value(_workplace(weight, record.change), record.change)
+        if checksum(new) != record.after:
             raise MergeError("the weight did not come back to the bits that the merge wrote")
-        weight.copy_(made)
+        weight.copy_(new)
 
 
 def folded(weight: Tensor, change: Change) -> Tensor:
-    """What `fold` would write, without writing it."""
+    """Returns the value that `fold` would write, without changing the weight."""
     with torch.no_grad():
         refuse(weight, change, "")
         if isinstance(change, LowRank):
@@ -139,7 +157,7 @@ def folded(weight: Tensor, change: Change) -> Tensor:
 
 
 def weighted(change: Change, tensor: Tensor, weight: float) -> Change:
-    """A change of `tensor`, multiplied by a number."""
+    """Multiply a change of `tensor` by a number."""
     if isinstance(change, LowRank) and change.gain is None:
         return replace(change, scale=change.scale * weight)
     with torch.no_grad():
@@ -155,7 +173,7 @@ def _between(old: Tensor, new: Tensor, weight: float) -> Tensor:
 
 
 class _Arithmetic:
-    """The rounding of fold and of unfold, one tile at a time."""
+    """The arithmetic of fold and unfold with its rounding, one tile at a time."""
 
     def __init__(self, weight: Tensor, change: LowRank, exact: bool = True):
         self.product = Product(change, weight.shape, weight.dtype, weight.device, exact)
@@ -165,19 +183,19 @@ class _Arithmetic:
         self.gain, self.inverse = change.gains(self.weight)
 
     def tiles(self) -> Iterator[tuple[int, int, Tensor, Tensor]]:
-        """First and last row, the rows as a matrix (a view of the weight where its layout allows), and their ΔW."""
+        """Yields the first and last row, the rows as a matrix (a view if the layout allows), and their ΔW."""
         for i, j in self.product.tiles():
             delta = self.product(i, j)
             yield i, j, self.weight[i:j].reshape(delta.shape), delta
 
     def add(self, i: int, j: int, rows: Tensor, delta: Tensor) -> Tensor:
-        """gain ⊙ (rows + ΔW) in the compute dtype."""
+        """Returns gain ⊙ (rows + ΔW) in the compute dtype."""
         size = (j - i, self.product.width)
         total = torch.add(rows, delta, out=scratch("folded", size, delta.dtype, delta.device))
         return total if self.gain is None else total.mul_(self.gain[i:j].reshape(delta.shape))
 
     def undo(self, i: int, j: int, rows: Tensor, delta: Tensor) -> Tensor:
-        """rows / gain - ΔW in the compute dtype, over ΔW's own memory."""
+        """Returns rows / gain - ΔW in the compute dtype, in the memory of ΔW."""
         if self.inverse is not None:
             rows = rows * self.inverse[i:j].reshape(delta.shape)
         return torch.sub(rows, delta, out=delta)
@@ -192,7 +210,7 @@ class _Arithmetic:
 
 
 def _fold_record(weight: Tensor, change: LowRank) -> tuple[Record, Tensor] | None:
-    """The record with corrections and the new value, or None where they would take more room than a copy."""
+    """Returns the record with corrections and the new value, or None if they need more memory than a copy."""
     change = change.snapshot()
     budget = weight.numel() * weight.element_size() - change.nbytes
     work = _Arithmetic(weight, change)
@@ -200,7 +218,7 @@ def _fold_record(weight: Tensor, change: LowRank) -> tuple[Record, Tensor] | Non
         return None
     integers, width = INTEGERS[weight.element_size()], work.product.width
     before, corrections = checksum(weight), Corrections()
-    made = torch.empty_like(work.weight, memory_format=torch.contiguous_format)
+    result = torch.empty_like(work.weight, memory_format=torch.contiguous_format)
     for i, j, old, delta in work.tiles():
         new = work.add(i, j, old, delta).to(old.dtype)
         back = work.undo(i, j, new, delta)
@@ -210,14 +228,14 @@ def _fold_record(weight: Tensor, change: LowRank) -> tuple[Record, Tensor] | Non
             corrections.add_nan(i * width, nan.flatten().nonzero().squeeze(1), want[nan])
             got[nan] = want[nan]
         corrections.add(i * width, want.flatten(), got.flatten())
-        made[i:j].copy_(new.view(made[i:j].shape))
+        result[i:j].copy_(new.view(result[i:j].shape))
         if corrections.nbytes > budget:
             return None
     corrections.close()
     if corrections.nbytes > budget:
         return None
-    made = made.view(weight.shape)
-    return Record("record", weight.shape, weight.dtype, checksum(made), before, change, corrections), made
+    result = result.view(weight.shape)
+    return Record("record", weight.shape, weight.dtype, checksum(result), before, change, corrections), result
 
 
 def _new_value(weight: Tensor, change: LowRank, exact: bool = True) -> Tensor:
@@ -226,20 +244,20 @@ def _new_value(weight: Tensor, change: LowRank, exact: bool = True) -> Tensor:
     product = work.product
     plain = work.gain is None and change.groups == 1 and source.dtype == product.compute and source.is_contiguous()
     if plain and not exact:
-        # One pass over memory; `out=` keeps autocast away.
+        # One pass over memory; `out=` disables autocast.
         size = (product.height, product.width)
         torch.addmm(source.view(size), product.B[0][0], product.A[0][0], out=new.view(size))
         return new
-    made = new
+    rows_of_new = new
     if product.height != len(new):  # a stack of matrices
-        made = torch.empty_like(work.weight, memory_format=torch.contiguous_format)
+        rows_of_new = torch.empty_like(work.weight, memory_format=torch.contiguous_format)
     for i, j, rows, delta in work.tiles():
-        made[i:j].copy_(work.add(i, j, rows, delta).view(made[i:j].shape))
-    return new if made is new else made.view(weight.shape)  # a view forgets the strides of single rows
+        rows_of_new[i:j].copy_(work.add(i, j, rows, delta).view(rows_of_new[i:j].shape))
+    return new if rows_of_new is new else rows_of_new.view(weight.shape)  # a view forgets the strides of single rows
 
 
 def _complex_value(weight: Tensor, change: LowRank) -> Tensor:
-    """gain ⊙ (W + ΔW) in complex128, rounded once."""
+    """Returns gain ⊙ (W + ΔW) in complex128, rounded once."""
     total = weight.detach().to(torch.complex128) + change.complex_delta(weight.shape, weight.device)
     if change.gain is not None:
         gain = change.gain.detach().to(weight.device, total.dtype)
@@ -265,7 +283,7 @@ def _restore_copy(weight: Tensor, record: Record, where: str) -> None:
     kept = record.kept
     if kept is None:
         raise MergeError("this merge is already undone", where=where or None, why="its record was used before")
-    # Only the memory that fold exchanged is exchanged back: a clone of the weight must not use the record up.
+    # Only exchanged memory is exchanged back, so a clone of the weight does not use up the record.
     if record.swapped_for == weight.data_ptr() and kept.device == weight.device and _owns_storage(weight):
         weight.data, record.kept = kept, None
     else:
@@ -273,22 +291,22 @@ def _restore_copy(weight: Tensor, record: Record, where: str) -> None:
 
 
 def _owns_storage(weight: Tensor) -> bool:
-    """Whether nothing but `weight` sees its memory, so that exchanging the memory goes unnoticed."""
+    """Whether only `weight` uses its memory, so that the memory can be exchanged."""
     if type(weight) not in (Tensor, torch.nn.Parameter) or weight.is_shared():
         return False
     storage = weight.untyped_storage()
-    # The only count of a storage's holders is private to torch; 2 are the weight and this function's handle.
+    # torch has only a private count of a storage's users: here the weight and the handle of this function.
     holders = getattr(torch._C, "_storage_Use_Count", lambda _: 3)(storage._cdata)
     return holders == 2 and weight.numel() * weight.element_size() == storage.nbytes()
 
 
 def _workplace(weight: Tensor, change: LowRank) -> Tensor:
-    """The weight itself, or a copy where it can't be worked on in its own memory."""
+    """Returns the weight, or a copy if the arithmetic can't run in its memory."""
     if not has_float64(weight.device):
         weight = weight.detach().cpu()
     if change.seen(weight.shape) == tuple(weight.shape) or weight.stride(0) == weight.shape[1] * weight.stride(1):
         return weight
-    return weight.detach().contiguous()  # a stack whose rows don't follow each other evenly
+    return weight.detach().contiguous()  # a stack with uneven row strides
 
 
 def _intact(weight: Tensor, record: Record, check: bool, where: str) -> bool:
@@ -298,10 +316,10 @@ def _intact(weight: Tensor, record: Record, check: bool, where: str) -> bool:
         raise MergeError(
             "the weight was changed while it was merged",
             where=where or None,
-            why="its bits are not those the merge wrote (training, loading, editing)"
+            why="its bits are not the bits that the merge wrote (training, loading, editing)"
             if now == then
             else f"it is {now} and was {then}",
-            fix="unmerge(model, check=False) takes the change out to within rounding; or load the base weights again",
+            fix="unmerge(model, check=False) removes the change to within rounding; or load the base weights again",
         )
     return same
 
@@ -311,20 +329,20 @@ def refuse(weight: Tensor, change: Change, where: str) -> None:
         return MergeError("the change can't be folded into the weight", where=where or None, why=why)
 
     if weight.is_meta or weight.layout != torch.strided:
-        raise error("the weight has no plain memory to write to (meta or sparse)")
+        raise error("the weight is a meta or sparse tensor, which can't be written in place")
     if isinstance(change, LowRank):
         if weight.dtype not in _FOLDABLE:
             names = ", ".join(str(dtype).removeprefix("torch.") for dtype in _FOLDABLE)
             raise error(f"the weight is {weight.dtype}: low-rank changes need one of {names}")
         change.check(weight.shape, where)
         if not weight.is_complex() and (change.B.is_complex() or change.A.is_complex()):
-            raise error("its factors are complex, and the weight is real")
+            raise error("its factors are complex, but the weight is real")
     elif isinstance(change, Rows):
         index, m = change.index, weight.shape[0] if weight.dim() else 0
         if index.dim() != 1 or change.values.shape != (len(index), *weight.shape[1:]):
             raise error(f"rows {tuple(index.shape)} with values {tuple(change.values.shape)} for {tuple(weight.shape)}")
         if len(index) and (int(index.min()) < 0 or int(index.max()) >= m or len(index.unique()) < len(index)):
-            raise error(f"row numbers must differ from each other and lie in 0 … {m - 1}")
+            raise error(f"row numbers must be distinct and in 0 … {m - 1}")
     elif change.shape != weight.shape:
         raise error(f"the weight is {tuple(weight.shape)}, its new value {tuple(change.shape)}")
 

@@ -1,4 +1,4 @@
-"""Blocks of `torch.no_grad()`, `torch.autocast` and their like in a rewrite: what they change, and calls inside."""
+"""Records the blocks of a rewrite, such as `torch.no_grad()` and `torch.autocast`, and runs calls inside them."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ _DEVICES = ("cpu", "cuda")
 
 @dataclass(frozen=True)
 class Region:
-    """What blocks of a rewrite set around some of its lines; None where they leave it as it is at the call.
+    """The modes that blocks of a rewrite set around some of its lines. None means: as at the call.
 
-    `autocast`: by kind of device, the dtype's name or "" for off.
+    `autocast`: device type → the dtype's name, or "" for off.
     """
 
     gradients: bool | None = None
@@ -28,15 +28,15 @@ class Region:
 
     @property
     def word(self) -> str:
-        """The region in a word, another one for each."""
+        """A word that identifies the region."""
         words = [{None: "", True: "with_gradients", False: "no_grad"}[self.gradients]]
         words += [f"autocast_{device}_{dtype or 'off'}" for device, dtype in self.autocast]
         words.append({None: "", True: "inference", False: "no_inference"}[self.inference])
         return "_".join(filter(None, words))
 
     def __call__(self, function: Callable[..., Any] | str, args: tuple, kwargs: dict[str, Any]) -> Any:
-        """Call a function, or the method of the first argument that has this name, inside of such blocks."""
-        # Plain blocks: torch.compile knows no ExitStack.
+        """Call a function, or a method of the first argument by its name, inside these blocks."""
+        # Plain `with` statements, because torch.compile does not support ExitStack.
         if self.inference is not None:
             with torch.inference_mode(self.inference):
                 return replace(self, inference=None)(function, args, kwargs)
@@ -57,14 +57,14 @@ def _within(autocast: tuple[tuple[str, str], ...], function: Any, args: tuple, k
 
 
 class Inside:
-    """A function, or a method by its name, that is called inside of a region: one node of a graph."""
+    """A function, or a method by its name, that runs inside a region: one node of a graph."""
 
     def __init__(self, region: Region, function: Any):
         self.region, self.function = region, function
         name = function if isinstance(function, str) else getattr(function, "__qualname__", function.__name__)
         if (module := getattr(function, "__module__", None)) not in (None, "torch", "_operator"):
             name = f"{module}_{name}"
-        self.__name__ = f"{name}_{region.word}".replace(".", "_")  # tells apart what generated code calls
+        self.__name__ = f"{name}_{region.word}".replace(".", "_")  # a unique name for generated code
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self.region(self.function, args, kwargs)
@@ -80,15 +80,15 @@ class Inside:
 
 
 class Block:
-    """The present region of the code that runs, against that at the beginning."""
+    """Compares the present torch modes with those at the beginning of a rewrite."""
 
     def __init__(self) -> None:
         self.gradients, self.inference = torch.is_grad_enabled(), torch.is_inference_mode_enabled()
         self.autocast, self.nesting, self.others = _autocast(), _nesting(), _others()
-        self.enabled = False  # inside of `torch.enable_grad()`, which changes nothing where gradients are on
+        self.enabled = False  # inside `torch.enable_grad()`, which has no effect while gradients are on
 
     def seen(self, enabled: bool) -> None:
-        """The gradient mode is set: what enters and leaves a block does so."""
+        """Note that the gradient mode is set, which happens when a block is entered or left."""
         if enabled == self.gradients == torch.is_grad_enabled():
             self.enabled = not self.enabled
 
@@ -96,17 +96,17 @@ class Block:
     def region(self) -> Region | None:
         if _others() != self.others:
             raise SiteError(
-                "a rewrite computes inside of a block whose setting can't be recorded",
-                why="only torch.no_grad, enable_grad, inference_mode and autocast are kept with the lines inside",
-                fix="enter the block in a function, and call that by site.apply(function, …)",
+                "a rewrite computes inside a block whose setting can't be recorded",
+                why="only torch.no_grad, enable_grad, inference_mode and autocast can be recorded",
+                fix="enter the block in a function, and call it with site.apply(function, …)",
             )
         gradients, inference = torch.is_grad_enabled(), torch.is_inference_mode_enabled()
-        found = Region(
+        present = Region(
             gradients if gradients != self.gradients or self.enabled else None,
             self._autocast() if _nesting() != self.nesting else (),
             inference if inference != self.inference else None,
         )
-        return None if found == _AS_CALLED else found
+        return None if present == _AS_CALLED else present
 
     def _autocast(self) -> tuple[tuple[str, str], ...]:
         now = _autocast()
@@ -123,7 +123,7 @@ def _autocast() -> tuple[tuple[str, str], ...]:
 
 
 def _others() -> tuple[Any, ...]:
-    """Further settings that blocks change for the operations inside of them."""
+    """Returns further settings that blocks may change for the operations inside."""
     cuda, autograd = torch.backends.cuda, vars(torch._C)["_autograd"]
     hooks = getattr(autograd, "_top_saved_tensors_default_hooks", lambda _: None)
     kernels = cuda.flash_sdp_enabled(), cuda.mem_efficient_sdp_enabled(), cuda.math_sdp_enabled()

@@ -1,7 +1,7 @@
-"""Functions that a forward looks up in a registry at run time, such as an attention by its name: each is one node.
+"""Intercepts functions that a forward looks up in a registry at run time, such as an attention by its name.
 
-No registry is patched. The forward's function is made anew with stand-ins for the registries among its globals, and
-only that copy runs.
+No registry is patched. A copy of the forward's function gets stand-ins for the registries among its globals, and only
+that copy runs.
 """
 
 from __future__ import annotations
@@ -19,23 +19,23 @@ Call = Callable[[Any, tuple, dict[str, Any]], Any]
 
 
 def with_leaves(function: Any, call: Call, seen: frozenset[int] = frozenset()) -> Any:
-    """The function with its registries giving leaves. A decorator's closure, which holds what it wraps, is followed."""
+    """Copy a function so that functions from its registries run through `call`. Closures of decorators are followed."""
     if not isinstance(function, types.FunctionType) or id(function) in seen:
         return function
     space = function.__globals__
     names = [name for name in function.__code__.co_names if name in space and _is_registry(space[name])]
     cells = function.__closure__ or ()
     inner = tuple(_cell(cell, call, seen | {id(function)}) for cell in cells)
-    if not names and all(one is other for one, other in zip(cells, inner, strict=True)):
+    if not names and all(old is new for old, new in zip(cells, inner, strict=True)):
         return function
     if names:
         space = {**space, **{name: _Registry(space[name], call) for name in names}}
         if "__name__" not in function.__code__.co_names:
-            del space["__name__"]  # torch.compile takes globals with a name for that module's own
-    made = types.FunctionType(function.__code__, space, function.__name__, function.__defaults__, inner or None)
-    made.__kwdefaults__, made.__module__ = function.__kwdefaults__, function.__module__
-    made.__dict__.update(function.__dict__)
-    return made
+            del space["__name__"]  # torch.compile treats globals with `__name__` as that module's globals
+    copy = types.FunctionType(function.__code__, space, function.__name__, function.__defaults__, inner or None)
+    copy.__kwdefaults__, copy.__module__ = function.__kwdefaults__, function.__module__
+    copy.__dict__.update(function.__dict__)
+    return copy
 
 
 def takes_functions(module: nn.Module) -> bool:
@@ -45,6 +45,9 @@ def takes_functions(module: nn.Module) -> bool:
     >>> from surgery import takes_functions
     >>> takes_functions(nn.MultiheadAttention(4, 2))
     False
+
+    Args:
+        module: The module.
     """
     forward = getattr(module, "_surgery_base", type(module)).forward
     return with_leaves(forward, lambda function, args, kwargs: None) is not forward
@@ -53,25 +56,25 @@ def takes_functions(module: nn.Module) -> bool:
 def _cell(cell: Any, call: Call, seen: frozenset[int]) -> Any:
     try:
         content = cell.cell_contents
-    except ValueError:  # not filled yet
+    except ValueError:  # the cell is still empty
         return cell
-    made = with_leaves(content, call, seen)
-    return cell if made is content else types.CellType(made)
+    wrapped = with_leaves(content, call, seen)
+    return cell if wrapped is content else types.CellType(wrapped)
 
 
 def _is_registry(value: Any) -> bool:
-    """A mapping of a class of its own that holds functions."""
+    """Whether a value is a mapping, but not a plain dict, whose values are functions."""
     if isinstance(value, type) or type(value) is dict or not isinstance(value, Mapping):
         return False
     try:
         items = list(value.values())
-    except Exception:  # somebody's mapping that can't be listed is none of ours
+    except Exception:  # a mapping that can't be listed is not a registry
         return False
     return bool(items) and all(isinstance(item, types.FunctionType) for item in items)
 
 
 class _Registry:
-    """A registry whose functions are leaves, whichever of its methods gives them."""
+    """A stand-in for a registry: every function that it returns is a leaf."""
 
     def __init__(self, real: Any, call: Call):
         self._real, self._call = real, call

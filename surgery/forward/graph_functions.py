@@ -1,4 +1,4 @@
-"""Functions that generated code calls between a rule's lines: dtypes, weights, and tensors found quickly."""
+"""Functions that generated code calls: they convert dtypes, apply adapter weights, and look up tensors."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ __all__ = ["described", "detached", "in_dtype", "same_dtype", "tensor_of", "weig
 
 
 def same_dtype(new: Any, old: Any) -> Any:
-    """`new` in the dtype of `old`, where both are floating-point or both complex tensors; anything else as it is."""
+    """Cast `new` to the dtype of `old`, if both are floating-point or both complex tensors."""
     if isinstance(new, Tensor) and isinstance(old, Tensor) and new.dtype != old.dtype:
         if is_number(new) and new.is_complex() == old.is_complex() and is_number(old):
             return new.to(old.dtype)
@@ -23,7 +23,7 @@ def same_dtype(new: Any, old: Any) -> Any:
 
 
 def in_dtype(value: Any, dtype: torch.dtype) -> Any:
-    """A floating-point tensor in a dtype, a complex one in a complex dtype; anything else as it is."""
+    """Cast a floating-point tensor to a dtype, or a complex tensor to a complex dtype. Other values stay."""
     if (
         isinstance(value, Tensor)
         and value.dtype != dtype
@@ -35,28 +35,28 @@ def in_dtype(value: Any, dtype: torch.dtype) -> Any:
 
 
 def detached(value: Any) -> Any:
-    """A tensor without its history, as under `torch.no_grad`; anything else as it is."""
+    """Detach a tensor. Other values stay."""
     return value.detach() if isinstance(value, Tensor) else value
 
 
 def weighted(old: Any, new: Any, weight: float) -> Any:
-    """`new`, with its difference from `old` multiplied; in tuples, lists and mappings, each tensor of it."""
+    """Multiply the difference of `new` from `old` by a weight, also for each tensor in tuples, lists and mappings."""
     if new is old or new is None:
         return new
     if isinstance(new, Tensor):
         if not (isinstance(old, Tensor) and old.shape == new.shape and is_number(new)):
             raise SiteError(
-                f"an adapter's weight is {weight}, and what it changes can't be multiplied",
-                why=f"a tensor {tuple(new.shape)} of {new.dtype} stands in the place of {described(old)}",
-                fix="activate it with weight 1, or say scalable = False in the rule",
+                f"an adapter's weight is {weight}, but its change can't be multiplied",
+                why=f"a tensor {tuple(new.shape)} of {new.dtype} replaces {described(old)}",
+                fix="activate it with weight 1, or set scalable = False in the rule",
             )
         return torch.lerp(old.to(new.dtype), new, weight)
     if isinstance(new, (tuple, list)):
-        items = [weighted(one, other, weight) for one, other in zip(old, new, strict=True)]
+        items = [weighted(before, after, weight) for before, after in zip(old, new, strict=True)]
         return type(new)(*items) if hasattr(new, "_fields") else type(new)(items)
     if isinstance(new, Mapping):
-        found = {name: weighted(old[name], value, weight) for name, value in new.items()}
-        return found if type(new) is dict else type(new)(**found)  # type: ignore[call-arg]
+        items_by_name = {name: weighted(old[name], value, weight) for name, value in new.items()}
+        return items_by_name if type(new) is dict else type(new)(**items_by_name)  # type: ignore[call-arg]
     return new
 
 
@@ -65,11 +65,11 @@ def described(value: Any) -> str:
 
 
 def tensor_of(site: nn.Module, name: str, adapter: str | None = None) -> Tensor:
-    """`site.<name>` or `site.adapters.<adapter>.<name>`: the same tensor, found in a tenth of the time.
+    """Returns `site.<name>` or `site.adapters.<adapter>.<name>` in a tenth of the time of attribute access.
 
-    nn.Module looks an attribute up in Python after the ordinary way has failed, a microsecond each. Where a tensor is
-    no parameter at the moment (in DataParallel's replicas, or sharded), the ordinary way finds it.
+    nn.Module looks up an attribute in Python after normal access has failed, which takes a microsecond. If a tensor is
+    not a parameter at present (in DataParallel's replicas, or sharded), normal access is used.
     """
     owner: Any = site if adapter is None else site._modules["adapters"]._modules[adapter]  # type: ignore[union-attr]
-    found = owner._parameters.get(name)
-    return found if found is not None else getattr(owner, name)
+    parameter = owner._parameters.get(name)
+    return parameter if parameter is not None else getattr(owner, name)

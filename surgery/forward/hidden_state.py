@@ -1,5 +1,7 @@
-"""The hidden state in what a module returns, found at each call: the same module may return a tensor in one call and
-a tuple or a ModelOutput in the next. Plain functions of the output, so that compile and export see through them."""
+"""Finds the hidden state in a module's output at each call, because its type may change from call to call.
+
+Plain functions of the output, so that torch.compile and torch.export can trace them.
+"""
 
 from __future__ import annotations
 
@@ -15,12 +17,24 @@ __all__ = ["hidden_of", "with_hidden"]
 
 
 def hidden_of(output: Any) -> Tensor:
-    """The output itself where it is a tensor, else the first tensor with a dimension in it (so, no scalar loss)."""
+    """Returns the hidden state of an output: the output if it is a tensor, else its first tensor with a dimension.
+
+    >>> import torch
+    >>> from surgery import hidden_of
+    >>> hidden_of((torch.tensor(0.5), torch.zeros(2, 3))).shape
+    torch.Size([2, 3])
+
+    Args:
+        output: A tensor, or a tuple, list, mapping or ModelOutput.
+
+    Raises:
+        SiteError: The output does not contain a tensor with a dimension.
+    """
     return output if isinstance(output, Tensor) else output[_place(output)]
 
 
 def with_hidden(output: Any, new: Tensor) -> Any:
-    """The output with another tensor in the hidden state's place, in its dtype; the rest as it was."""
+    """Returns the output with another hidden state, cast to the dtype of the old one. Other items stay."""
     if isinstance(output, Tensor):
         return _as(new, output)
     place = _place(output)
@@ -48,7 +62,7 @@ def _place(output: Any) -> Any:
         if isinstance(item, Tensor) and item.dim() > 0:
             return place
     raise SiteError(
-        f"the module returned a {type(output).__name__} with no hidden state in it",
+        f"the module returned a {type(output).__name__} without a hidden state",
         why="a hidden state is a tensor, or the first tensor of a tuple, list, mapping or ModelOutput",
-        fix="target a module inside it that returns one",
+        fix="target a module inside it that returns a hidden state",
     )

@@ -1,9 +1,8 @@
-"""The own forward of one module, held as a tape of operations or, where that can't be had safely, as one call.
+"""Records a module's own forward as a tape of operations, or as one opaque call if a tape might be wrong.
 
-The forward is run once on a view of the module (`surgery.forward.parameter_view`) whose parameters and buffers are
-recording values and whose children are leaves. Nothing is patched and nothing is written to the module. What Python
-would decide on a value, a changed attribute, or a tensor made on the way is refused: a graph is right or it is not
-made.
+The forward runs once on a view of the module (`surgery.forward.parameter_view`) whose parameters and buffers are
+recording values and whose children are leaves. Nothing is patched, and the module is not changed. Recording fails if
+Python decides on a value, sets an attribute, or creates a tensor: a tape is either right or not created.
 """
 
 from __future__ import annotations
@@ -30,9 +29,12 @@ __all__ = ["OwnForward", "own_forward", "record_own", "settings_of", "is_trusted
 
 @dataclass(frozen=True)
 class OwnForward:
-    """A module's own forward. `tapes` holds one tape for evaluation and one for training; the same where they are
-    equal. No tapes: the site is opaque, its base one call to the class's own forward, and `why` says why; unless it
-    is `held` as a graph of the operations of calls of one kind (`surgery.weaving.call_variants`)."""
+    """A module's own forward: tapes, a graph, or an opaque call.
+
+    `tapes`: one tape for evaluation and one for training, which may be the same object. Without tapes, the forward is
+    opaque: one call of the class's own forward, for the reason `why`. `graph`: the operations for calls of one kind
+    (`surgery.weaving.call_variants`).
+    """
 
     base: type[nn.Module]
     signature: inspect.Signature
@@ -50,7 +52,7 @@ class OwnForward:
 
     @property
     def names_hold(self) -> bool:
-        """Whether the forward's arguments may be given by the names in its signature."""
+        """Whether callers may pass the forward's arguments by the names in its signature."""
         return not _hands_on(self.base)
 
     def inputs(self) -> list[str]:
@@ -58,18 +60,18 @@ class OwnForward:
 
 
 def own_forward(module: nn.Module, base: type[nn.Module]) -> OwnForward:
-    """The own forward of a site, from the cache where a module of the same class and attributes was seen."""
+    """Returns the own forward of a site. Modules of the same class with equal attributes share it."""
     key = settings_of(module, base)
-    found = _cache.get(key) if key is not None else None
-    if found is None:
-        found = _own_forward(module, base)
+    own = _cache.get(key) if key is not None else None
+    if own is None:
+        own = _own_forward(module, base)
         if key is not None:
-            _cache[key] = found
-    return found
+            _cache[key] = own
+    return own
 
 
 def record_own(module: nn.Module) -> OwnForward:
-    """The module's forward as a graph in its present mode, whether or not a site would keep it so; or `TraceError`."""
+    """Record the module's forward in its present mode, even if a site would treat it as opaque."""
     base = getattr(module, "_surgery_base", type(module))
     signature = signature_of(base)
     tape = _recorded(module, base, signature, module.training)
@@ -91,7 +93,7 @@ def _own_forward(module: nn.Module, base: type[nn.Module]) -> OwnForward:
 def signature_of(base: type[nn.Module]) -> inspect.Signature:
     try:
         signature = inspect.signature(base.forward)
-    except (TypeError, ValueError):  # a forward written in C tells nothing: take whatever comes
+    except (TypeError, ValueError):  # a forward in C does not have a signature: accept any arguments
         signature = inspect.signature(lambda self, *args, **kwargs: None)
     return signature.replace(parameters=list(signature.parameters.values())[1:])
 
@@ -100,22 +102,22 @@ def signature_of(base: type[nn.Module]) -> inspect.Signature:
 def _hands_on(base: type[nn.Module]) -> bool:
     """Whether the forward is a wrapper that calls other functions than the one whose signature it shows.
 
-    Such as one that chooses among implementations, whose arguments may have other names.
+    An example is a wrapper that chooses among implementations, whose arguments may have other names.
     """
     wrapper = base.forward
     shown = getattr(wrapper, "__wrapped__", None)
     try:
-        held = inspect.getclosurevars(wrapper).nonlocals
+        nonlocals = inspect.getclosurevars(wrapper).nonlocals
         tree = ast.parse(textwrap.dedent(inspect.getsource(wrapper.__code__)))
     except (OSError, TypeError, SyntaxError, ValueError, AttributeError):
         return False
-    names = {name for name, value in held.items() if value is shown}
+    names = {name for name, value in nonlocals.items() if value is shown}
     called = {node.func.id for node in ast.walk(tree) if isinstance(node, ast.Call) and isinstance(node.func, ast.Name)}
     return shown is not None and bool(names) and not names & called
 
 
 def _why_opaque(module: nn.Module, base: type[nn.Module], parameters: list[inspect.Parameter]) -> str:
-    """A reason to call the forward rather than hold it, or ''. A graph is kept only where it can't be a wrong one."""
+    """Returns why the forward must stay one call, or '' if a recording of it is always right."""
     if any(parameter.default is not parameter.empty or parameter.kind in _STARRED for parameter in parameters):
         return "its forward has optional arguments"
     for name, tensor in (*module._parameters.items(), *module._buffers.items()):
@@ -128,7 +130,7 @@ def _why_opaque(module: nn.Module, base: type[nn.Module], parameters: list[inspe
 
 @functools.cache
 def is_trusted(base: type[nn.Module]) -> bool:
-    """torch's own layers with none of their methods overridden, or a forward that only computes."""
+    """Whether a class is a layer of torch without overridden methods, or has a forward that only computes."""
     for cls in base.__mro__:
         if cls.__module__.startswith("torch.nn.modules."):
             return True
@@ -159,8 +161,8 @@ _DECIDES = (ast.IfExp, ast.BoolOp, ast.Lambda, ast.NamedExpr, ast.ListComp, ast.
 
 
 def _calls_own_method(node: ast.AST) -> bool:
-    # self.act(x) may be a child or a method: only the run can tell, and a method is Python we have not read.
-    # Functions by a bare name are Python we have not read either; torch.*, F.* and methods of tensors are known.
+    # self.act(x) may call a child or a method; only a run shows which, and a method's code is unknown. The code of a
+    # function with a bare name is unknown, too. torch.*, F.* and methods of tensors are known.
     if not isinstance(node, ast.Call):
         return False
     if isinstance(node.func, ast.Name):
@@ -176,26 +178,26 @@ def _recorded(module: nn.Module, base: type[nn.Module], signature: inspect.Signa
     tape = Tape(qualified_name(base), strict=True)
     tensors = {
         name: tape.value("state", name)
-        for held in (module._parameters, module._buffers)
-        for name, tensor in held.items()
+        for named in (module._parameters, module._buffers)
+        for name, tensor in named.items()
         if tensor is not None
     }
     stand_in = make_view(module, base, tensors)  # type: ignore[arg-type]  # values stand in for tensors here
     children = {name: child and _Leaf(tape, child, name) for name, child in module._modules.items()}
     stand_in.__dict__.update(_modules=children, training=training)
     before = dict(stand_in.__dict__)
-    given, named = [], {}
+    args, kwargs = [], {}
     for name, parameter in signature.parameters.items():
         if parameter.kind in _STARRED:
             continue
         value = tape.value("input", name) if parameter.default is parameter.empty else parameter.default
         if parameter.kind is parameter.KEYWORD_ONLY:
-            named[name] = value
+            kwargs[name] = value
         else:
-            given.append(value)
+            args.append(value)
     try:
         with FunctionWatch(tape):
-            output = base.forward(stand_in, *given, **named)
+            output = base.forward(stand_in, *args, **kwargs)
             tape.replace(tape.value("output", ""), output)
         tape = tape.finished()
     except Exception as error:
@@ -210,7 +212,7 @@ def _recorded(module: nn.Module, base: type[nn.Module], signature: inspect.Signa
 
 
 def _refusal(error: Exception, base: type[nn.Module]) -> TraceError:
-    """The error of a trace, told at the line of the model's own code that led to it."""
+    """Convert an exception to a `TraceError` with the line of the model's code that caused it."""
     why = error.what if isinstance(error, SurgeryError) else f"{type(error).__name__}: {error}"
     if isinstance(error, SurgeryError) and error.why:
         why = f"{why}: {error.why}"
@@ -223,13 +225,13 @@ def _refusal(error: Exception, base: type[nn.Module]) -> TraceError:
 
 
 class _Leaf:
-    """A child of the module being traced: a call is one node; its parameters are values, its attributes its own."""
+    """A child of the traced module: a call is one node, parameters are values, other attributes are the child's."""
 
     def __init__(self, tape: Tape, module: nn.Module, path: str):
         self.__dict__.update(_tape=tape, _module=module, _path=path)
 
     @property
-    def __class__(self) -> type:  # isinstance(self.child, nn.Linear) is answered as the child itself would
+    def __class__(self) -> type:  # for isinstance(self.child, nn.Linear)
         return type(self.__dict__["_module"])
 
     def __call__(self, *args: Any, **kwargs: Any) -> Value:
@@ -239,8 +241,8 @@ class _Leaf:
         return _Leaf(self._tape, item, f"{self._path}.{name}") if isinstance(item, nn.Module) else item
 
     def __getattr__(self, name: str) -> Any:
-        held = {**self._module._parameters, **self._module._buffers}
-        if held.get(name) is not None:
+        tensors = {**self._module._parameters, **self._module._buffers}
+        if tensors.get(name) is not None:
             return self._tape.value("state", f"{self._path}.{name}")
         return self._wrapped(getattr(self._module, name), name)
 
@@ -261,7 +263,7 @@ class _Leaf:
 
 
 def settings_of(module: nn.Module, base: type[nn.Module]) -> tuple | None:
-    """What a forward's graph can depend on, or None where an attribute can't be compared (then nothing is cached)."""
+    """Returns everything that a forward's graph may depend on, or None (no caching) for incomparable attributes."""
     parts: list[Any] = [base]
     for name, value in module.__dict__.items():
         if name in _NOT_READ or name.startswith("_surgery"):
@@ -271,15 +273,15 @@ def settings_of(module: nn.Module, base: type[nn.Module]) -> tuple | None:
         if not isinstance(value, _SIMPLE):
             return None
         parts.append((name, type(value), value))
-    for held in (module._parameters, module._buffers):
-        parts.append(tuple([(name, type(tensor)) for name, tensor in held.items()]))
+    for named in (module._parameters, module._buffers):
+        parts.append(tuple([(name, type(tensor)) for name, tensor in named.items()]))
     parts.append(tuple([(name, type(child)) for name, child in module._modules.items() if name != "adapters"]))
-    found = tuple(parts)
+    settings = tuple(parts)
     try:
-        hash(found)
+        hash(settings)
     except TypeError:
         return None
-    return found
+    return settings
 
 
 _SIMPLE = (int, float, str, type(None), tuple, torch.dtype, torch.device)

@@ -1,4 +1,4 @@
-"""Weights that are held in another form than a plain tensor: quantised by bitsandbytes, torchao and their like."""
+"""Detects weights that are not plain tensors, such as weights quantised by bitsandbytes or torchao."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ UNPACKED = (
 
 
 def is_packed(tensor: Tensor | None) -> bool:
-    """Whether a parameter's numbers are not simply there: a subclass that packs them, integers, bytes. Not: sharded."""
+    """Whether a parameter packs its numbers: a tensor subclass, integers or bytes. A sharded parameter does not."""
     if tensor is None or hasattr(tensor, "device_mesh"):
         return False
     return type(tensor) not in (nn.Parameter, Tensor) or narrow(tensor)
 
 
 def packed_in(module: nn.Module) -> str | None:
-    """Which of a module's own parameters are packed, and as what; None where none is."""
-    found = [(name, tensor) for name, tensor in module._parameters.items() if tensor is not None and is_packed(tensor)]
-    if not found:
+    """Describes the packed parameters of a module; None if it does not have any."""
+    packed = [(name, tensor) for name, tensor in module._parameters.items() if tensor is not None and is_packed(tensor)]
+    if not packed:
         return None
-    names = ", ".join(name for name, _ in found)
-    kind = type(found[0][1]).__name__
-    return f"{names} is a {kind if kind != 'Parameter' else found[0][1].dtype}"
+    names = ", ".join(name for name, _ in packed)
+    kind = type(packed[0][1]).__name__
+    return f"{names} is a {kind if kind != 'Parameter' else packed[0][1].dtype}"

@@ -1,9 +1,8 @@
-"""The base's own forward, called by name; where a rule edits parameters, on a view of the module that holds them.
+"""Calls a module's own forward, with other parameters on a view of the module.
 
-A view is an instance of the module's own base class that shares everything with it but the tensors that were put
-in their place (torch's DataParallel replicas are made the same way). Python code that reads `self.weight` reads the
-new value, whatever its branches; nothing is written to the module, so threads, autograd, torch.compile and
-torch.export see an ordinary call.
+A view is an instance of the module's own class that shares everything with the module except the replaced tensors
+(torch's DataParallel creates replicas in the same way). Python code that reads `self.weight` reads the new value, on
+every branch. The module is not changed, so threads, autograd, torch.compile and torch.export see an ordinary call.
 """
 
 from __future__ import annotations
@@ -30,7 +29,7 @@ __all__ = [
     "make_view",
 ]
 
-# What runs in the place of the functions that a forward takes from registries; gets each as its first argument.
+# Runs in place of a function from a registry, and gets that function as its first argument.
 Around = Callable[..., Any]
 
 
@@ -43,9 +42,9 @@ def base_forward(
     extra: dict[str, Any],
     around: tuple[Around, ...] = (),
 ) -> Any:
-    """`Base.forward(module, …)` with `tensors` in the place of the parameters and buffers of these names.
+    """Call `Base.forward(module, …)` with `tensors` in place of the parameters and buffers of these names.
 
-    `around`: functions to call around those that the forward takes from a registry (`Site.around`).
+    `around`: wrappers of the functions that the forward takes from a registry (`Site.around`).
     """
     base: type[nn.Module] = module._surgery_base  # type: ignore[assignment]
     if not around:
@@ -57,12 +56,12 @@ def base_forward(
 
 
 def call_child(module: nn.Module, tensors: Mapping[str, Tensor], *args: Any, **kwargs: Any) -> Any:
-    """A call of a module, hooks and adapters included, with `tensors` in the place of its own."""
+    """Call a module, with its hooks and adapters, and with `tensors` in place of its own."""
     return make_view(module, type(module), tensors)(*args, **kwargs)
 
 
 def call_own(module: nn.Module, *args: Any, **tensors: Tensor | None) -> Any:
-    """A module's own forward, without any rule's edits, with other tensors in the place of its own.
+    """Call a module's own forward, without the edits of rules, with other tensors in place of its own.
 
     >>> import torch
     >>> from torch import nn
@@ -71,18 +70,23 @@ def call_own(module: nn.Module, *args: Any, **tensors: Tensor | None) -> Any:
     >>> call_own(layer, torch.ones(1, 3, 4, 4), weight=torch.ones(2, 3, 3, 3), bias=None).shape
     torch.Size([1, 2, 4, 4])
 
-    A tensor given as None is left out. The concrete twin of `Site.call`.
+    The counterpart of `Site.call` for real tensors.
+
+    Args:
+        module: The module.
+        *args: The arguments of the forward.
+        **tensors: Tensors in place of its parameters and buffers, by name; None removes a tensor.
     """
     base = getattr(module, "_surgery_base", type(module))
     return base.forward(make_view(module, base, tensors), *args)
 
 
 def _routed(forward: Any) -> Any:
-    """The forward whose functions from registries ask the module that they are called for what is around them."""
-    found = _forwards.get(forward)
-    if found is None:
-        found = _forwards[forward] = with_leaves(forward, _through)
-    return found
+    """Returns the forward with its functions from registries wrapped by the `_surgery_around` of their module."""
+    wrapped = _forwards.get(forward)
+    if wrapped is None:
+        wrapped = _forwards[forward] = with_leaves(forward, _through)
+    return wrapped
 
 
 def _through(function: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
@@ -94,32 +98,35 @@ def _through(function: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
 
 
 def calls_inside(module: nn.Module, args: tuple, kwargs: Mapping[str, Any]) -> list[tuple[Any, tuple, dict[str, Any]]]:
-    """Run a module's own forward; its calls of functions from registries: (function, args, kwargs)."""
+    """Run a module's own forward. Returns its calls of functions from registries: (function, args, kwargs)."""
     base: Any = getattr(module, "_surgery_base", type(module))
-    found: list[tuple[Any, tuple, dict[str, Any]]] = []
+    calls: list[tuple[Any, tuple, dict[str, Any]]] = []
     patient = make_view(module, base, {})
 
-    def noted(function: Any, *args: Any, **kwargs: Any) -> Any:
-        found.append((function, args, kwargs))
+    def note_call(function: Any, *args: Any, **kwargs: Any) -> Any:
+        calls.append((function, args, kwargs))
         return function(*args, **kwargs)
 
-    patient.__dict__["_surgery_around"] = (noted,)
+    patient.__dict__["_surgery_around"] = (note_call,)
     _routed(base.forward)(patient, *args, **kwargs)
-    return found
+    return calls
 
 
 _forwards: WeakKeyDictionary[types.FunctionType, Any] = WeakKeyDictionary()
 
 
 def make_view(module: nn.Module, cls: type[nn.Module], tensors: Mapping[str, Tensor | None]) -> nn.Module:
-    """An instance of `cls` that shares all of `module` but the given tensors; names may reach into children."""
+    """Create an instance of `cls` that shares everything with `module` except these tensors.
+
+    Dotted names reach into children.
+    """
     shown = object.__new__(cls)
     state = dict(module.__dict__)
     own = {name: tensor for name, tensor in tensors.items() if "." not in name}
     for kind in ("_parameters", "_buffers"):
         state[kind] = {name: own.get(name, old) for name, old in state[kind].items()}
     for name, value in list(state.items()):
-        # LSTM and its kin run on a list of their own parameters, kept beside the named ones.
+        # LSTM, GRU and RNN run on a list of their parameters, which they store beside the named parameters.
         if isinstance(value, list) and value and isinstance(value[0], Tensor):
             swapped = {id(old): own[key] for key in own if (old := find_tensor(module, key)) is not None}
             state[name] = [swapped.get(id(item), item) for item in value]
@@ -128,15 +135,15 @@ def make_view(module: nn.Module, cls: type[nn.Module], tensors: Mapping[str, Ten
         state["_modules"] = dict(state["_modules"])
         for child in children:
             inner = {name.partition(".")[2]: tensor for name, tensor in tensors.items() if name.startswith(child + ".")}
-            found = module._modules[child]
-            assert found is not None
-            state["_modules"][child] = make_view(found, type(found), inner)
+            inner_module = module._modules[child]
+            assert inner_module is not None
+            state["_modules"][child] = make_view(inner_module, type(inner_module), inner)
     shown.__dict__.update(state)
     return shown
 
 
 def find_tensor(module: nn.Module, name: str) -> Tensor | None:
-    """A parameter or buffer by dotted name, or None."""
+    """Returns a parameter or buffer by dotted name, or None."""
     if name in module._parameters:
         return module._parameters[name]
     *path, last = name.split(".")
@@ -145,20 +152,20 @@ def find_tensor(module: nn.Module, name: str) -> Tensor | None:
         owner = owner._modules.get(part) if owner is not None else None
     if owner is None:
         return None
-    found = owner._parameters.get(last)
-    return found if found is not None else owner._buffers.get(last)
+    parameter = owner._parameters.get(last)
+    return parameter if parameter is not None else owner._buffers.get(last)
 
 
 def tensor_at(module: nn.Module, name: str) -> Tensor:
-    """A parameter or buffer by dotted name, which is known to be there."""
-    found = find_tensor(module, name)
-    if found is None:
+    """Returns a parameter or buffer by dotted name. Raises `SurgeryError` if it does not exist."""
+    tensor = find_tensor(module, name)
+    if tensor is None:
         raise SurgeryError(f"{type(module).__name__} has no tensor {name!r}")
-    return found
+    return tensor
 
 
 def hidden_reference(module: nn.Module, name: str) -> str | None:
-    """The attribute that holds a parameter where a view can't put another in its place, or None."""
+    """Returns the attribute that refers to a parameter in a way that a view can't replace, or None."""
     tensor = find_tensor(module, name)
     for attribute, value in module.__dict__.items():
         if attribute.startswith(("_parameters", "_buffers", "_modules")) or isinstance(value, list):

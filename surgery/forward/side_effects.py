@@ -1,4 +1,4 @@
-"""Operations that do more than give a value: they write to a tensor, register a hook, or draw random numbers."""
+"""Detects operations with side effects: they write to a tensor, register a hook, or draw random numbers."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ __all__ = ["draws", "has_effect", "is_foreign", "writes"]
 
 
 def has_effect(op: str, target: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None) -> bool:
-    """Whether an operation writes, registers a hook or draws.
+    """Whether an operation writes to a tensor, registers a hook or draws random numbers.
 
-    `op`, `target`: as those of a node of torch.fx. Arguments may be nodes, terms or values: only plain ones are read.
+    `op` and `target` are those of a torch.fx node. Arguments may be nodes, terms or values; only plain values are read.
 
     >>> import torch
     >>> has_effect("call_method", "add_"), has_effect("call_method", "add")
@@ -38,8 +38,8 @@ def writes(op: str, target: Any, args: Sequence[Any] = (), kwargs: Mapping[str, 
         return True
     if name in _STATISTICS:
         mean = args[1] if len(args) > 1 else (kwargs or {}).get("running_mean")
-        return mean is not None and _given(target, "training", args, kwargs) is not False
-    return op == "call_function" and _given(target, "inplace", args, kwargs) not in (False, None)
+        return mean is not None and _argument(target, "training", args, kwargs) is not False
+    return op == "call_function" and _argument(target, "inplace", args, kwargs) not in (False, None)
 
 
 def draws(op: str, target: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None) -> bool:
@@ -54,7 +54,7 @@ def draws(op: str, target: Any, args: Sequence[Any] = (), kwargs: Mapping[str, A
 
 
 def is_foreign(op: str, target: Any) -> bool:
-    """Whether an operation calls what is neither torch's nor the engine's: nobody knows what it does besides."""
+    """Whether an operation calls code outside torch and the engine, whose side effects are unknown."""
     if op == "call_method":
         return not hasattr(Tensor, target) and target not in _READS
     if op != "call_function":
@@ -67,8 +67,8 @@ def _name(target: Any) -> str:
     return target if isinstance(target, str) else getattr(target, "__name__", "")
 
 
-def _given(target: Any, name: str, args: Sequence[Any], kwargs: Mapping[str, Any] | None) -> Any:
-    """What is given for a parameter of a Python function; None where it has no such parameter."""
+def _argument(target: Any, name: str, args: Sequence[Any], kwargs: Mapping[str, Any] | None) -> Any:
+    """Returns the argument for a parameter of a Python function; None if it does not have this parameter."""
     index, default = _parameter(target, name)
     if index < 0:
         return None

@@ -1,11 +1,11 @@
-"""The own forward of any module as an fx graph, guided by the values of one real call.
+"""Traces the own forward of any module as an fx graph, guided by the values of one real call.
 
-The forward is run once more on real tensors, on a view of the module (`surgery.tracing.proxies`), while every torch
-function is seen on its way (TorchFunctionMode); nothing is patched. Sizes are tracked numbers
-(`surgery.tracing.tracked_numbers`), so they stay computed; what Python decides on a size, a setting or an argument
-becomes a guard. Children are one node each. What would depend on the content of tensors is refused, and so is
-everything that did not come from where a graph can get it again: a graph is right or it is not made. At the end it is
-run beside the forward itself and has to give its bits.
+The forward runs once more on real tensors, on a view of the module (`surgery.tracing.proxies`), while a
+TorchFunctionMode records every torch function; nothing is patched. Sizes are tracked numbers
+(`surgery.tracing.tracked_numbers`), so the graph computes them. A decision of Python on a size, a setting or an
+argument becomes a guard. Children are one node each. Tracing rejects decisions on the content of tensors and values
+that the graph cannot reproduce: a graph is either right or not created. At the end, the graph and the forward run side
+by side, and their results must have the same bits.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ __all__ = ["trace", "traced"]
 
 
 def trace(module: nn.Module, example_inputs: Any, *, leaves: bool = True) -> fx.GraphModule:
-    """The module's own forward as a graph, its children `call_module` leaves, for calls like this one.
+    """Trace a module's own forward as a graph for calls like the example. Children are `call_module` nodes.
 
     >>> import torch
     >>> from torch import nn
@@ -47,15 +47,21 @@ def trace(module: nn.Module, example_inputs: Any, *, leaves: bool = True) -> fx.
     surgery.errors.TraceError: this graph is for calls with scale as None; here it is 2.0
       fix:   trace the module with this call as example_inputs
 
-    `example_inputs`: a tensor, a tuple of arguments or a dict of keyword arguments of this module. The graph is of
-    the module's present mode, and has the bits of the forward on the example. Sizes stay free where the forward only
-    computes with them; where it decided on one, on a setting or on an argument, the graph checks that it would decide
-    so again, and raises `TraceError` if not. Functions looked up in a registry, such as an attention by its name, are
-    one node each; with `leaves=False`, what they do. Parameters and children are shared with the module, which is
-    untouched.
+    Args:
+        module: The module. It is not changed.
+        example_inputs: Inputs of one call of this module: a tensor, a tuple of arguments, or a dict of keyword
+            arguments.
+        leaves: Whether a function from a registry, such as an attention by its name, is one node. With False, the
+            graph contains its operations. Default True.
 
-    Raises `TraceError` with file, line and source text of what can't be held: decisions on the content of tensors
-    (`.item()`, `if x.sum() > 0`), state that the forward keeps on the module, tensors from outside it.
+    Returns:
+        The graph for the module's present mode, with the bits of the forward on the example. It shares parameters and
+        children with the module. Sizes are free unless the forward decides on them. At each call, the graph checks the
+        decisions on sizes, settings and arguments, and raises `TraceError` if one would be different.
+
+    Raises:
+        TraceError: The forward can't be traced; the error has the file, line and source text. Reasons are decisions on
+            the content of tensors (`.item()`, `if x.sum() > 0`), state on the module, and tensors from outside.
     """
     return traced(module, *arguments(example_inputs), leaves=leaves)
 
@@ -63,25 +69,21 @@ def trace(module: nn.Module, example_inputs: Any, *, leaves: bool = True) -> fx.
 def traced(
     module: nn.Module, args: tuple, kwargs: Mapping[str, Any], calls: Calls | None = None, leaves: bool = True
 ) -> fx.GraphModule:
-    """`trace`, given the call's arguments.
-
-    `calls` gets every call of a child, with copies of its arguments. Without `leaves`, functions looked up in a
-    registry are gone through rather than one node each.
-    """
+    """Implements `trace` for args and kwargs. `calls` collects every call of a child with copies of its arguments."""
     base: type[nn.Module] = getattr(module, "_surgery_base", type(module))
     if type(module) is not base:
         raise TraceError(
-            f"this {base.__name__} is rewritten by rules, and its own forward is not what runs",
-            fix="trace what it is part of, where it is one node with its adapters; or remove them first",
+            f"this {base.__name__} is rewritten by rules, so its own forward does not run",
+            fix="trace a module that contains it, in which it is one node with its adapters; or remove them first",
         )
     if isinstance(module, torch.jit.ScriptModule):
         raise TraceError(
             f"this {getattr(module, 'original_name', base.__name__)} is a TorchScript module",
-            why="it is compiled already: there is no Python forward that could be run and seen",
-            fix="load its weights into the Python code that it was made from",
+            why="it is compiled and does not have a Python forward that could be traced",
+            fix="load its weights into the Python module that it was compiled from",
         )
-    # With gradients, so that a region of the forward's own torch.no_grad shows. Where the forward looks at the mode
-    # itself (nn.TransformerEncoderLayer has a fast path without), the graph is for the present mode alone.
+    # With gradients, so that the forward's own torch.no_grad blocks are visible. If the forward reads the gradient mode
+    # (nn.TransformerEncoderLayer has a fast path without gradients), the graph is only for the present mode.
     try:
         return _proven(module, base, args, kwargs, True, calls, leaves)
     except TraceError:

@@ -1,4 +1,4 @@
-"""A forward held as a graph of operations, for calls of one kind. Modules that are alike share it."""
+"""Traces forwards as graphs of operations for one kind of call. Similar modules share a graph."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ __all__ = ["TracedForward", "goes_through", "trace_for_call", "known_forwards", 
 
 @dataclass(frozen=True, eq=False)
 class TracedForward:
-    """A graph, what it keeps, the module's settings under which it is right, and numbers that shapes come from.
+    """A graph with its constants, the module settings that it needs, and the numbers that its shapes depend on.
 
-    The numbers are read anew at each call; shapes in the graph are those of modules with the same ones. `variants`:
-    what sites have of it, by the edits in it.
+    Each call reads the numbers again; the shapes in the graph are those of modules with the same numbers. `variants`:
+    the sites' rewritten forms of the graph, by their edits.
     """
 
     graph: fx.Graph
@@ -45,49 +45,49 @@ class TracedForward:
 def trace_for_call(
     module: nn.Module, own: OwnForward, args: tuple, kwargs: dict[str, Any], leaves: bool = True
 ) -> OwnForward:
-    """The forward of a module, held as a graph for calls like this one. `TraceError` where it can't be.
+    """Returns the forward of a module with a graph for calls like this one. Raises `TraceError` if it can't be traced.
 
-    Without `leaves`, functions that it takes from registries are gone through.
+    Without `leaves`, the graph contains the operations of functions from registries.
     """
     bound = own.signature.bind(*args, **kwargs)
     bound.apply_defaults()
-    given = tuple(bound.arguments.values())
-    kind = kind_of_call(module, given)
-    for found in known_forwards(module, own, kind, leaves):
-        if found.fits(module) and same_settings(module, found.numbers):
-            return replace(own, tapes=None, graph=found.graph)
-    return replace(own, tapes=None, graph=trace_anew(module, own, given, kind, leaves).graph)
+    arguments = tuple(bound.arguments.values())
+    kind = kind_of_call(module, arguments)
+    for forward in known_forwards(module, own, kind, leaves):
+        if forward.fits(module) and same_settings(module, forward.numbers):
+            return replace(own, tapes=None, graph=forward.graph)
+    return replace(own, tapes=None, graph=trace_anew(module, own, arguments, kind, leaves).graph)
 
 
 def goes_through(graph: fx.Graph) -> bool:
-    """Whether it holds what functions from registries do, rather than their calls."""
+    """Whether a graph contains the operations of functions from registries, instead of their calls."""
     return any("registry" in node.meta for node in graph.nodes)
 
 
 def known_forwards(module: nn.Module, own: OwnForward, kind: tuple, leaves: bool = True) -> list[TracedForward]:
-    """The graphs known for calls of a kind, of modules like this one."""
+    """Returns the list of known graphs of modules like this one, for calls of a kind."""
     return _known.setdefault(own.base, {}).setdefault((_likeness(module), kind, leaves), [])
 
 
-def trace_anew(module: nn.Module, own: OwnForward, given: tuple, kind: tuple, leaves: bool = True) -> TracedForward:
-    """Trace a module's own forward for a call, in the midst of whatever else is going on."""
+def trace_anew(module: nn.Module, own: OwnForward, arguments: tuple, kind: tuple, leaves: bool = True) -> TracedForward:
+    """Trace a module's own forward for a call, also in the middle of another call."""
     patient = make_view(module, own.base, {})
     patient.__dict__["_modules"] = {name: child for name, child in module._modules.items() if name != "adapters"}
-    args, kwargs = _as_call(own, given)
+    args, kwargs = _as_call(own, arguments)
     with _by_itself():
         graph = traced(patient, args, kwargs, None, leaves)
-    found = _settled(graph, module.training)
-    known_forwards(module, own, kind, leaves).append(found)
-    return found
+    forward = _settled(graph, module.training)
+    known_forwards(module, own, kind, leaves).append(forward)
+    return forward
 
 
-def _as_call(own: OwnForward, given: tuple) -> tuple[tuple, dict[str, Any]]:
-    """The arguments as they are given to an opaque site's base: with a default, by name."""
+def _as_call(own: OwnForward, arguments: tuple) -> tuple[tuple, dict[str, Any]]:
+    """Returns the arguments as an opaque site passes them to its base: parameters with a default by name."""
     parameters = list(own.signature.parameters.values())
     starred = any(parameter.kind is parameter.VAR_POSITIONAL for parameter in parameters)
     args: list[Any] = []
     kwargs: dict[str, Any] = {}
-    for parameter, value in zip(parameters, given, strict=True):
+    for parameter, value in zip(parameters, arguments, strict=True):
         by_name = parameter.default is not parameter.empty and not starred and own.names_hold
         if parameter.kind is parameter.VAR_POSITIONAL:
             args += value
@@ -102,14 +102,14 @@ def _as_call(own: OwnForward, given: tuple) -> tuple[tuple, dict[str, Any]]:
 
 @contextmanager
 def _by_itself() -> Iterator[None]:
-    """Tracing leaves out what the call stands in: inference mode, and hooks that count the tensors saved."""
+    """Disables inference mode and hooks on saved tensors while tracing inside another call."""
     same: Callable[[Any], Any] = lambda tensor: tensor  # noqa: E731
     with torch.inference_mode(False), torch.autograd.graph.saved_tensors_hooks(same, same):
         yield
 
 
 def _settled(traced: fx.GraphModule, training: bool) -> TracedForward:
-    """The graph without its checks of the kind of call and of settings, which come first, and with decisions early."""
+    """Returns the graph without its checks of the call kind and settings, and with its decisions moved to the start."""
     graph = fx.Graph()
     output = graph.graph_copy(traced.graph, {})
     graph.output(output)
@@ -136,7 +136,7 @@ def _settled(traced: fx.GraphModule, training: bool) -> TracedForward:
 
 
 def _sizes(node: fx.Node) -> bool:
-    """Whether a number goes into tensors, and not only into calls of objects (the index of a layer in a cache)."""
+    """Whether a tensor depends on a number, and not only calls of objects (the index of a layer in a cache)."""
     return any("shape" in user.meta or user.target in _ON_NUMBERS for user in node.users)
 
 
@@ -144,7 +144,7 @@ _DECIDING = {require: decide, check_parts: decide_parts}
 
 
 def _moved_up(node: fx.Node, graph: fx.Graph) -> None:
-    """A decision on sizes of arguments is made before anything else is done."""
+    """Move a decision on sizes of arguments before all other operations."""
     sources: set[fx.Node] = set()
     waiting = [node]
     while waiting:
@@ -166,7 +166,7 @@ def _moved_up(node: fx.Node, graph: fx.Graph) -> None:
 
 
 def _leaves_a_trace(node: fx.Node, training: bool) -> bool:
-    """Whether running a node twice may differ from running it once: it writes, draws, or calls what we don't know."""
+    """Whether running a node twice may differ from running it once: it writes, draws, or calls unknown code."""
     if node.op == "call_method":
         name = str(node.target)
         if isinstance(node.args[0], fx.Node) and "shape" in node.args[0].meta:  # a tensor's
@@ -179,7 +179,7 @@ def _leaves_a_trace(node: fx.Node, training: bool) -> bool:
 
 
 def _likeness(module: nn.Module) -> tuple:
-    """What a graph may depend on besides what it checks: classes, dtypes, and functions that modules hold."""
+    """Returns a key of everything that a graph depends on without checks: classes, dtypes, functions in attributes."""
     parts: list[Any] = []
     for path, inner in module.named_modules():
         if "adapters" in path.split("."):

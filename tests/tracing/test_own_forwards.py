@@ -460,7 +460,7 @@ class ShiftRule(Rule):
 def test_a_call_without_the_first_input_is_told() -> None:
     model: Any = nn.Sequential(Passed(4, 4))
     apply_rules(model, [ShiftRule("0")])
-    with pytest.raises(TypeError, match="does not tell which input is the first: it is given a, b"):
+    with pytest.raises(TypeError, match="the first input of the call is ambiguous: its arguments are a, b"):
         model[0](a=torch.ones(4), b=torch.ones(4))
 
 

@@ -743,7 +743,7 @@ def test_a_compiled_module_is_refused() -> None:
     with pytest.raises(TraceError, match="TorchScript"):
         trace(compiled, x)
     (row,) = coverage(compiled, x).rows
-    assert row.status == "refused" and "compiled already" in row.reason
+    assert row.status == "refused" and "is compiled and does not have a Python forward" in row.reason
     model = nn.Sequential(nn.Linear(4, 4), compiled, nn.Tanh())
     rows = {row.type: row for row in coverage(model, x).rows}
     assert {name: row.status for name, row in rows.items()} == {
