@@ -35,17 +35,17 @@ def fold_all(folds: Sequence[Fold]) -> list[Record]:
     """`exact.fold(…, keep="record")` of each."""
     records: list[Record | None] = [None] * len(folds)
     alike, places = dict[tuple, list[int]](), set[int]()
-    for index, one in enumerate(folds):
-        refuse(one.weight, one.change, one.where)
-        if _small(one.weight, one.change) and one.weight.data_ptr() not in places:  # what shares memory: in turn
-            places.add(one.weight.data_ptr())
-            alike.setdefault(_kind(one.weight, one.change), []).append(index)
-    for some in _stacks(alike.values(), [one.weight for one in folds]):
-        for index, record in zip(some, _together([folds[index] for index in some]), strict=True):
+    for index, job in enumerate(folds):
+        refuse(job.weight, job.change, job.where)
+        if _small(job.weight, job.change) and job.weight.data_ptr() not in places:  # what shares memory: in turn
+            places.add(job.weight.data_ptr())
+            alike.setdefault(_kind(job.weight, job.change), []).append(index)
+    for some in _stacks(alike.values(), [job.weight for job in folds]):
+        for index, record in zip(some, _fold_stack([folds[index] for index in some]), strict=True):
             records[index] = record
     return [
-        record if record is not None else fold(one.weight, one.change, where=one.where, note=one.note)
-        for one, record in zip(folds, records, strict=True)
+        record if record is not None else fold(job.weight, job.change, where=job.where, note=job.note)
+        for job, record in zip(folds, records, strict=True)
     ]
 
 
@@ -61,33 +61,33 @@ class Unfold(NamedTuple):
 
 def unfold_all(unfolds: Sequence[Unfold]) -> None:
     """`exact.unfold(…, verified=True)` of each."""
-    places = Counter(one.weight.data_ptr() for one in unfolds)
+    places = Counter(job.weight.data_ptr() for job in unfolds)
     alike, done = dict[tuple, list[int]](), set[int]()
-    for index, one in enumerate(unfolds):
-        change, corrections = one.record.change, one.record.corrections
+    for index, job in enumerate(unfolds):
+        change, corrections = job.record.change, job.record.corrections
         if change is None or corrections is None or corrections.nan_positions:
             continue
-        if _small(one.weight, change) and places[one.weight.data_ptr()] == 1:
-            alike.setdefault(_kind(one.weight, change), []).append(index)
-    for some in _stacks(alike.values(), [one.weight for one in unfolds]):
-        if _taken_out([unfolds[index] for index in some]):
+        if _small(job.weight, change) and places[job.weight.data_ptr()] == 1:
+            alike.setdefault(_kind(job.weight, change), []).append(index)
+    for some in _stacks(alike.values(), [job.weight for job in unfolds]):
+        if _unfold_stack([unfolds[index] for index in some]):
             done.update(some)
-    for index, one in enumerate(unfolds):
+    for index, job in enumerate(unfolds):
         if index not in done:
-            one.note()
-            unfold(one.weight, one.record, where=one.where, verified=True)
+            job.note()
+            unfold(job.weight, job.record, where=job.where, verified=True)
 
 
 def checksums_of(tensors: Sequence[Tensor]) -> list[int]:
     """`checksum` of each."""
-    alike, found = dict[tuple, list[int]](), dict[int, int]()
+    alike, known = dict[tuple, list[int]](), dict[int, int]()
     for index, tensor in enumerate(tensors):
         if _stackable(tensor) and tensor.dim():
             alike.setdefault((tensor.shape, tensor.dtype), []).append(index)
     for some in _stacks(alike.values(), tensors):
         stack = torch.stack([tensors[index].detach() for index in some])
-        found |= zip(some, checksums(stack.view(len(some), *matrix_shape(stack.shape[1:]))), strict=True)
-    return [found[index] if index in found else checksum(tensor) for index, tensor in enumerate(tensors)]
+        known |= zip(some, checksums(stack.view(len(some), *matrix_shape(stack.shape[1:]))), strict=True)
+    return [known[index] if index in known else checksum(tensor) for index, tensor in enumerate(tensors)]
 
 
 def _stacks(alike: Iterable[list[int]], weights: Sequence[Tensor]) -> Iterator[list[int]]:
@@ -115,13 +115,13 @@ def _stackable(weight: Tensor) -> bool:
     return weight.device.type == "cpu" and fits and not weight.is_inference()
 
 
-def _together(folds: Sequence[Fold]) -> Sequence[Record | None]:
+def _fold_stack(folds: Sequence[Fold]) -> Sequence[Record | None]:
     """Records of weights that are alike; None where one is to be folded by itself, its weight as it was."""
     none: list[Record | None] = [None] * len(folds)
     shape, dtype = folds[0].weight.shape, folds[0].weight.dtype
     size, budget = math.prod(shape), math.prod(shape) * dtype.itemsize - folds[0].change.nbytes
-    changes = [one.change.snapshot() if budget > 0 else one.change for one in folds]
-    weights = [one.weight.detach() for one in folds]
+    changes = [job.change.snapshot() if budget > 0 else job.change for job in folds]
+    weights = [job.weight.detach() for job in folds]
     delta = _delta(changes)
     if delta is None:
         return none
@@ -129,7 +129,7 @@ def _together(folds: Sequence[Fold]) -> Sequence[Record | None]:
     new = torch.add(old, delta).to(dtype)
     rows = new.view(len(folds), *shape)
     if budget <= 0:
-        return [fold_copy(one.weight, row.clone(), one.note) for one, row in zip(folds, rows, strict=True)]
+        return [fold_copy(job.weight, row.clone(), job.note) for job, row in zip(folds, rows, strict=True)]
     back = torch.sub(new, delta)
     if math.isnan(float(back.sum())):
         return none
@@ -138,46 +138,46 @@ def _together(folds: Sequence[Fold]) -> Sequence[Record | None]:
     values = want[positions] - got[positions]
     bounds = np.searchsorted(positions, np.arange(len(folds) + 1) * size).tolist()
     before, after = checksums(old), checksums(new)
-    records, written = none, list[int]()
+    records, changed = none, list[int]()
     for index, corrections in enumerate(Corrections.of_many(positions, values, bounds, size)):
         if corrections.nbytes > budget:
             records[index] = fold_copy(folds[index].weight, rows[index].clone(), folds[index].note)
         else:
-            found = ("record", shape, dtype, after[index], before[index], changes[index], corrections)
-            records[index] = record = Record(*found)  # type: ignore[arg-type]
+            fields = ("record", shape, dtype, after[index], before[index], changes[index], corrections)
+            records[index] = record = Record(*fields)  # type: ignore[arg-type]
             folds[index].note(record)
-            written.append(index)
-    if written:
-        torch._foreach_copy_([weights[index] for index in written], [rows[index] for index in written])  # type: ignore[attr-defined]
+            changed.append(index)
+    if changed:
+        torch._foreach_copy_([weights[index] for index in changed], [rows[index] for index in changed])  # type: ignore[attr-defined]
     return records
 
 
-def _taken_out(unfolds: Sequence[Unfold]) -> bool:
+def _unfold_stack(unfolds: Sequence[Unfold]) -> bool:
     """Whether these weights, which are alike, got their bits from before their folds; if not, they are as they were."""
     shape, dtype = unfolds[0].weight.shape, unfolds[0].weight.dtype
-    weights, size = [one.weight.detach() for one in unfolds], math.prod(shape)
-    delta = _delta([one.record.change for one in unfolds if one.record.change is not None])
+    weights, size = [job.weight.detach() for job in unfolds], math.prod(shape)
+    delta = _delta([job.record.change for job in unfolds if job.record.change is not None])
     if delta is None:
         return False
-    made = torch.sub(torch.stack(weights).view(len(unfolds), *matrix_shape(shape)), delta).to(dtype)
-    bits = made.view(INTEGERS[dtype.itemsize]).view(-1).numpy()
-    corrections = [one.record.corrections for one in unfolds]
+    restored = torch.sub(torch.stack(weights).view(len(unfolds), *matrix_shape(shape)), delta).to(dtype)
+    bits = restored.view(INTEGERS[dtype.itemsize]).view(-1).numpy()
+    corrections = [job.record.corrections for job in unfolds]
     parts = [
-        (i * size, *_unpack(*chunk)) for i, one in enumerate(corrections) if one is not None for chunk in one.chunks
+        (i * size, *_unpack(*chunk)) for i, job in enumerate(corrections) if job is not None for chunk in job.chunks
     ]
     if parts:
         positions = np.concatenate([start + places for start, places, _ in parts])
         bits[positions] += np.concatenate([values for *_, values in parts]).astype(bits.dtype)
-    if checksums(made) != [one.record.before for one in unfolds]:
+    if checksums(restored) != [job.record.before for job in unfolds]:
         return False
-    for one in unfolds:
-        one.note()
-    torch._foreach_copy_(weights, list(made.view(len(unfolds), *shape)))  # type: ignore[attr-defined]
+    for job in unfolds:
+        job.note()
+    torch._foreach_copy_(weights, list(restored.view(len(unfolds), *shape)))  # type: ignore[attr-defined]
     return True
 
 
 def _delta(changes: Sequence[LowRank]) -> Tensor | None:
     """ΔW of changes that are alike, (k, m, n) in float32, with the bits of each alone; None where it is not exact."""
-    B, A = torch.stack([one.B for one in changes]).double(), torch.stack([one.A for one in changes]).double()
+    B, A = torch.stack([job.B for job in changes]).double(), torch.stack([job.A for job in changes]).double()
     parts = exact_parts(B if changes[0].scale == 1 else B * changes[0].scale, A)
     return None if parts is None else torch.bmm(*parts).float()

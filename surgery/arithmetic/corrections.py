@@ -1,4 +1,4 @@
-"""What a merge keeps so that it can be undone to the bit: corrections, a copy, or rows."""
+"""The records with which a merge is undone bit for bit: corrections, a copy, or rows."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ if TYPE_CHECKING:
 
 INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
-# Corrections are packed so many at a time: the arrays stay in cache, and a dense record can't grow large before.
+# The number of corrections that are packed at a time, so that arrays stay in cache and a dense record stops early.
 _CHUNK = 1 << 15
-_FEW = 1 << 10  # corrections that are not compressed
+_FEW = 1 << 10  # up to this number, corrections are not compressed
 
 
 @dataclass(eq=False)
 class Record:
-    """The way back from one fold; picklable, and on the CPU once pickled.
+    """The record of one fold, with which `unfold` restores the weight. Pickling moves it to the CPU.
 
-    `kind` is "record" (corrections beside the factors), "copy" (the whole original) or "rows" (the rows overwritten).
+    `kind`: "record" has the factors and corrections, "copy" the whole original, "rows" the overwritten rows.
     """
 
     kind: Literal["record", "copy", "rows"]
@@ -38,31 +38,31 @@ class Record:
     corrections: Corrections | None = None
     index: Tensor | None = None
     kept: Tensor | None = None
-    # Where `kept` is the weight's own memory, exchanged for new memory: the address of the new.
+    # If `kept` is the weight's former memory: the address of the new memory.
     swapped_for: int | None = None
 
     @property
     def nbytes(self) -> int:
-        """Bytes kept: factors, corrections, copy."""
+        """The size of the record in bytes: factors, corrections, copy."""
         total = sum(t.numel() * t.element_size() for t in (self.index, self.kept) if t is not None)
         return total + (self.change.nbytes if self.change else 0) + (self.corrections.nbytes if self.corrections else 0)
 
     def __getstate__(self) -> dict[str, Any]:
-        # A kept copy stays on its device for speed, but a pickle must open on a machine without that device.
+        # A copy stays on its device for speed, but a pickle must load on a machine without that device.
         state = {k: v.cpu() if isinstance(v, Tensor) else v for k, v in self.__dict__.items()}
         return state | {"swapped_for": None}
 
 
 @dataclass(eq=False)
 class Corrections:
-    """Where `unfold`'s arithmetic misses the original's bits, and by how much, as integers.
+    """The positions at which `unfold`'s arithmetic does not give the original bits, with the integer differences.
 
-    Positions ascend, so gaps are stored, each with the sign of its difference as the lowest bit. Nine in ten
-    differences are ±1: the others' sizes are stored beside, with the gaps between them.
+    Positions ascend, so only gaps are stored, each with the sign of its difference as the lowest bit. Nine in ten
+    differences are ±1. The sizes of the others are stored separately, with the gaps between them.
     """
 
     chunks: list[_Chunk] = field(default_factory=list)
-    # NaN has no one bit pattern across devices, so what lies under one is kept as it was, not as a difference.
+    # The bit pattern of NaN differs between devices, so entries under a NaN are stored as bits, not as differences.
     nan_positions: list[Tensor] = field(default_factory=list)
     nan_bits: list[Tensor] = field(default_factory=list)
     nbytes: int = 0
@@ -70,54 +70,54 @@ class Corrections:
 
     @staticmethod
     def of(positions: np.ndarray, values: np.ndarray) -> Corrections:
-        """Those of a small weight, at once."""
-        found = Corrections()
+        """Create the corrections of a small weight at once."""
+        corrections = Corrections()
         if len(positions):
-            found._pending.append((positions, values))
-            found.close()
-        return found
+            corrections._pending.append((positions, values))
+            corrections.close()
+        return corrections
 
     @staticmethod
     def of_many(positions: np.ndarray, values: np.ndarray, bounds: Sequence[int], size: int) -> list[Corrections]:
-        """Those of many small weights with `size` entries each: weight k has the ones from `bounds[k]` to the next.
+        """Create the corrections of many small weights with `size` entries each.
 
-        `positions` count on from weight to weight.
+        Weight k has the entries `bounds[k]:bounds[k + 1]`. `positions` continue from weight to weight.
         """
-        found = [Corrections() for _ in bounds[1:]]
-        few = [k for k in range(len(found)) if 0 < bounds[k + 1] - bounds[k] <= _FEW]
+        corrections = [Corrections() for _ in bounds[1:]]
+        few = [k for k in range(len(corrections)) if 0 < bounds[k + 1] - bounds[k] <= _FEW]
         if few:
             chosen = [(bounds[k], bounds[k + 1], k * size) for k in few]
             for k, chunk in zip(few, _pack_few(positions, values, chosen), strict=True):
-                found[k].chunks.append(chunk)
-                found[k].nbytes = 8 + len(chunk[-1])
-        for k in set(range(len(found))).difference(few):
+                corrections[k].chunks.append(chunk)
+                corrections[k].nbytes = 8 + len(chunk[-1])
+        for k in set(range(len(corrections))).difference(few):
             start, end = bounds[k], bounds[k + 1]
-            found[k] = Corrections.of(positions[start:end] - k * size, values[start:end])
-        return found
+            corrections[k] = Corrections.of(positions[start:end] - k * size, values[start:end])
+        return corrections
 
     def add(self, start: int, want: Tensor, got: Tensor) -> None:
-        """Take what differs between two flat tensors of bits, the first entry at flat position `start`."""
-        if want.device.type == "cpu":  # numpy finds them four times as fast as torch
+        """Add the differences between two flat tensors of bits. `start` is the position of the first entry."""
+        if want.device.type == "cpu":  # numpy is four times as fast as torch
             wanted, gotten = want.numpy(), got.numpy()
             positions = nonzero(wanted != gotten)
             values = wanted[positions] - gotten[positions]
         else:
-            found = (want != got).nonzero().squeeze(1)
-            positions = found.cpu().numpy()
-            values = (want[found] - got[found]).cpu().numpy()
+            differing = (want != got).nonzero().squeeze(1)
+            positions = differing.cpu().numpy()
+            values = (want[differing] - got[differing]).cpu().numpy()
         if len(positions):
             self._pending.append((positions + start, values))
         if sum(len(p) for p, _ in self._pending) >= _CHUNK:
             self.close()
 
     def add_nan(self, start: int, positions: Tensor, bits: Tensor) -> None:
-        """Keep `bits` themselves."""
+        """Store the bits themselves."""
         self.nan_positions.append((positions + start).cpu())
         self.nan_bits.append(bits.cpu())
         self.nbytes += positions.numel() * (8 + bits.element_size())
 
     def close(self) -> None:
-        """Pack what waits."""
+        """Pack the pending corrections."""
         if self._pending:
             positions, values = (np.concatenate(part) for part in zip(*self._pending, strict=True))
             for i in range(0, len(positions), _CHUNK):
@@ -135,7 +135,7 @@ class Corrections:
             bits.put_(positions.to(bits.device), kept.to(bits.device))
 
 
-# First position; each stream's count of numbers and of byte planes; how many bytes are not compressed; the bytes.
+# First position; number of values and byte planes of each stream; number of uncompressed bytes; the bytes.
 _Chunk = tuple[int, tuple[tuple[int, int], ...], int, bytes]
 
 
@@ -147,10 +147,10 @@ def _pack(positions: np.ndarray, values: np.ndarray) -> _Chunk:
         top = int(stream.view(np.uint64).max()) if len(stream) else 0
         header.append((len(stream), (top.bit_length() + 7) // 8))
         planes += [(stream >> 8 * k).astype(np.uint8) for k in range(header[-1][1])]
-    # The low bytes of long gaps are nearly noise: compressing them would take time and save little.
+    # The low bytes of long gaps are nearly random: compressing them would take time and save little.
     plain = planes.pop(0).tobytes() if header[0][1] and positions[-1] - base > 12 * len(positions) else b""
-    # Neighbouring bytes say nothing of each other: zlib's search for repeats, its slow part, is left out.
-    if len(positions) <= _FEW:  # setting a coder up takes longer than all the rest
+    # Neighbouring bytes are independent, so zlib's slow search for repeats is disabled.
+    if len(positions) <= _FEW:  # creating a coder would take longer than all the rest
         rest = b"".join([plain, *(plane.tobytes() for plane in planes)])
         return base, tuple(header), len(rest), rest
     coder = zlib.compressobj(1, zlib.DEFLATED, 15, 8, zlib.Z_RLE)
@@ -158,7 +158,7 @@ def _pack(positions: np.ndarray, values: np.ndarray) -> _Chunk:
 
 
 def _pack_few(positions: np.ndarray, values: np.ndarray, chosen: Sequence[tuple[int, int, int]]) -> list[_Chunk]:
-    """`_pack` of many slices, none of them compressed: (start, end, what to subtract from its positions) of each."""
+    """Like `_pack` for many slices without compression. A slice is (start, end, offset of its positions)."""
     sizes = np.abs(values)
     larger = np.flatnonzero(sizes != 1)
     starts = np.array([start for start, *_ in chosen])
@@ -169,18 +169,19 @@ def _pack_few(positions: np.ndarray, values: np.ndarray, chosen: Sequence[tuple[
     if with_larger:
         begins, firsts = np.array(with_larger).T
         inner_gaps[firsts] = larger[firsts] - begins
-    first, *others = (_Planes(one) for one in (gaps << 1 | (values < 0), inner_gaps, sizes[larger].astype(np.int64)))
-    found: list[_Chunk] = []
+    streams = (gaps << 1 | (values < 0), inner_gaps, sizes[larger].astype(np.int64))
+    first, *others = map(_Planes, streams)
+    chunks: list[_Chunk] = []
     for (start, end, offset), (low, high) in zip(chosen, inner, strict=True):
-        parts = [first.part(start, end), *(one.part(low, high) for one in others)]
+        parts = [first.part(start, end), *(other.part(low, high) for other in others)]
         packed = b"".join([plane for _, planes in parts for plane in planes])
         header = tuple([(length, len(planes)) for length, planes in parts])
-        found.append((int(positions[start]) - offset, header, len(packed), packed))
-    return found
+        chunks.append((int(positions[start]) - offset, header, len(packed), packed))
+    return chunks
 
 
 class _Planes:
-    """The bytes of whole numbers, lowest first: of each slice as many as its largest number needs."""
+    """The byte planes of integers, lowest first. A slice has as many planes as its largest number needs."""
 
     def __init__(self, stream: np.ndarray):
         top = int(stream.view(np.uint64).max()) if len(stream) else 0
@@ -194,7 +195,7 @@ class _Planes:
 
 
 def _unpack(base: int, header: tuple[tuple[int, int], ...], plain: int, packed: bytes) -> tuple[np.ndarray, np.ndarray]:
-    """Positions and values."""
+    """Returns the positions and values of a chunk."""
     rest = zlib.decompress(packed[plain:]) if len(packed) > plain else b""
     data, streams, start = np.frombuffer(packed[:plain] + rest, np.uint8), [], 0
     for length, count in header:
@@ -216,7 +217,7 @@ def _gaps(positions: np.ndarray, base: int) -> np.ndarray:
 
 
 def nonzero(mask: np.ndarray) -> np.ndarray:
-    """np.flatnonzero, in two steps where its branch is mispredicted most: hits neither rare nor many."""
+    """Like np.flatnonzero, but in two steps for masks with 2 to 10 % hits, where branch prediction fails most."""
     if not 0.02 < np.count_nonzero(mask) / mask.size < 0.1:
         return np.flatnonzero(mask)
     eights = np.packbits(mask)
@@ -226,37 +227,37 @@ def nonzero(mask: np.ndarray) -> np.ndarray:
 
 
 def checksum(tensor: Tensor) -> int:
-    """A 64-bit number of the raw bits: equal on every device, memory layout and number of threads.
+    """Compute a 64-bit checksum of the raw bits, independent of device, memory layout and number of threads.
 
     >>> weight = torch.zeros(2, 3)
     >>> checksum(weight) == checksum(weight.clone()) != checksum(-weight)
     True
 
-    Every bit counts, and so does the place of each row. Places inside a row are told apart in every sixteenth row only
-    (enough to notice permuted columns): weighing each entry would cost several times as much. It is made to catch
-    training, loading and editing, not an attacker.
+    It depends on every bit and on the order of rows. The order inside a row counts only in every sixteenth row, which
+    is enough to detect permuted columns; weighting each entry would cost several times as much. It detects training,
+    loading and editing, not attacks.
     """
     tensor = tensor.detach()
     if not tensor.numel():
         return 0
     matrix = tensor.reshape(tensor.shape[0] if tensor.dim() else 1, -1)
-    if not matrix.is_contiguous() or matrix.stride(1) != 1:  # one entry counts as contiguous at any stride
+    if not matrix.is_contiguous() or matrix.stride(1) != 1:  # a single entry is contiguous at any stride
         matrix = matrix.clone(memory_format=torch.contiguous_format)
     if matrix.is_complex() or matrix.dtype == torch.bool:
         matrix = matrix.view(torch.uint8)
     width = matrix.element_size()
     lanes = matrix.view(INTEGERS[8 if matrix.shape[1] * width % 8 == 0 else width])
-    # Sums of wide lanes are fast, but lose carries out of a lane's top bit, a sign: the sample's lanes are narrow.
+    # Sums of wide lanes are fast, but lose carries out of the top bit, a sign, so the sample has narrow lanes.
     sample = matrix[::16].view(INTEGERS[min(width, 4)])
     rows, columns = lanes.sum(1, dtype=torch.int64), sample.sum(0, dtype=torch.int64)
     sums, m = torch.cat([rows, columns]).cpu().numpy(), len(rows)
     factors = _multipliers(len(sums))
-    # Twice the second: two odd multiples of one changed bit might cancel.
+    # The second sum is doubled, because two odd multiples of a changed bit might cancel.
     return (int(np.dot(sums[:m], factors[:m])) + 2 * int(np.dot(sums[m:], factors[m:]))) % 2**64
 
 
 def checksums(stack: Tensor) -> list[int]:
-    """`checksum` of each of many matrices, (k, m, n)."""
+    """Returns the `checksum` of each matrix in a stack (k, m, n)."""
     width = stack.element_size()
     lanes = stack.view(INTEGERS[8 if stack.shape[2] * width % 8 == 0 else width])
     sample = stack[:, ::16].view(INTEGERS[min(width, 4)])
@@ -269,6 +270,6 @@ def checksums(stack: Tensor) -> list[int]:
 
 @lru_cache(maxsize=16)
 def _multipliers(count: int) -> np.ndarray:
-    """Odd numbers, one a place: an odd factor loses no bit modulo 2⁶⁴."""
+    """Returns an odd number for each place: an odd factor does not lose bits modulo 2⁶⁴."""
     place = np.arange(1, count + 1, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15)
     return ((place ^ (place >> np.uint64(29))) | np.uint64(1)).view(np.int64)

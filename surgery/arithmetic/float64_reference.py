@@ -49,7 +49,7 @@ class Wide:
             return None
         if [one.shape for one in found] != [one.shape for one in outputs]:
             return None
-        return [difference(one, other) for one, other in zip(found, outputs, strict=True)]
+        return [difference(want, have) for want, have in zip(found, outputs, strict=True)]
 
 
 class _Widened(TorchFunctionMode):

@@ -1,8 +1,8 @@
-"""A low-rank change of a weight, computed to the same bits whenever and wherever it is computed.
+"""Computes low-rank changes of weights with the same bits on every device and with any number of threads.
 
-A floating-point matmul depends on threads, device and BLAS. Here the factors are first rounded to integers, times
-powers of two common to a row of B or a column of A. They are small enough that every product and every partial sum is
-an integer that float64 holds, so no order of summation can change the result.
+A floating-point matmul depends on threads, device and BLAS. Here the factors are first rounded to integers times a
+power of two for each row of B and each column of A. The integers are so small that float64 represents every product
+and every partial sum exactly, so the order of summation does not matter.
 """
 
 from __future__ import annotations
@@ -27,16 +27,20 @@ _SCRATCH_LIMIT = 1 << 21
 
 @dataclass(frozen=True, eq=False)
 class LowRank:
-    """W' = gain ⊙ (W + ΔW) with ΔW = (B · scale) @ A, reshaped to the weight's shape.
+    """A low-rank change of a weight: W' = gain ⊙ (W + ΔW) with ΔW = (B · scale) @ A in the weight's shape.
 
     >>> change = LowRank(B=torch.ones(3, 2), A=torch.ones(2, 4), scale=0.5)
     >>> change.delta((3, 4))[0]
     tensor([1., 1., 1., 1.])
 
-    B is (m, r) and A is (r, n) for a weight of m rows with n entries each, in any floating dtypes. `scale` is a number,
-    or one per rank component, (r,). With `groups` g (grouped convolution) B is (m, r/g), and the j-th block of m/g rows
-    is B_j @ A_j, A_j being the j-th r/g rows of A. A stack of matrices (g, k, n), such as a layer's experts, takes a
-    B of g · k rows: its matrices are the groups. `gain` is (m,), one per row, or broadcasts to the weight.
+    Args:
+        B: Shape (m, r), for a weight with m rows of n entries, in any floating dtype.
+        A: Shape (r, n), in any floating dtype.
+        scale: A number, or one number for each rank component, (r,). Default 1.
+        groups: The number g of groups of a grouped convolution. B is then (m, r/g), and the j-th block of m/g rows is
+            B_j @ A_j, where A_j is the j-th block of r/g rows of A. For a stack of matrices (g, k, n), such as a
+            layer's experts, B has g · k rows, and the matrices are the groups. Default 1.
+        gain: Shape (m,), a factor for each row, or a shape that broadcasts to the weight. Default None.
     """
 
     B: Tensor
@@ -121,8 +125,8 @@ class LowRank:
         return gain.expand(weight.shape), inverse.expand(weight.shape)
 
     def _tensors(self) -> dict[str, Tensor]:
-        held = {"B": self.B, "A": self.A, "scale": self.scale, "gain": self.gain}
-        return {name: value for name, value in held.items() if isinstance(value, Tensor)}
+        fields = {"B": self.B, "A": self.A, "scale": self.scale, "gain": self.gain}
+        return {name: value for name, value in fields.items() if isinstance(value, Tensor)}
 
 
 class Product:
@@ -145,9 +149,9 @@ class Product:
             B = B * change.scale
         count = (2 if dtype == torch.float64 else 1) if exact else 0
         parts = [_split(factor, dim, count) for factor, dim in ((B, 2), (A, 1))] if exact else [None]
-        found = [part for part in parts if part is not None]
-        self.exact = len(found) == 2
-        self.B, self.A = ([t.to(device) for t in part] for part in (found if self.exact else ([B], [A])))
+        rounded = [part for part in parts if part is not None]
+        self.exact = len(rounded) == 2
+        self.B, self.A = ([t.to(device) for t in part] for part in (rounded if self.exact else ([B], [A])))
 
     def __call__(self, i: int, j: int) -> Tensor:
         """Rows i to j of ΔW, valid until the next call: rows of one group, or whole groups."""

@@ -165,7 +165,7 @@ class _Before:
 def _shortened(cache: Any, touched: set[int]) -> str:
     """Take out of a cache's layers what is longer than the layer that was written to and put back."""
     layers = [layer for layer in cache.layers if hasattr(layer, "__dict__")]
-    own = [one for one in layers if touched & {id(vars(one)), *map(id, vars(one).values())}]
+    own = [layer for layer in layers if touched & {id(vars(layer)), *map(id, vars(layer).values())}]
     length = int(own[0].get_seq_length()) if own and hasattr(own[0], "get_seq_length") else 0
     left = 0
     for layer in layers:
@@ -179,8 +179,8 @@ def _shortened(cache: Any, touched: set[int]) -> str:
     return f"{left} other layers of its cache hold this call's tokens" if left else ""
 
 
-def _ids(held: list[Any] | dict[Any, Any]) -> Any:
-    items = held.items() if isinstance(held, dict) else enumerate(held)
+def _ids(container: list[Any] | dict[Any, Any]) -> Any:
+    items = container.items() if isinstance(container, dict) else enumerate(container)
     return {key: id(value) for key, value in items if not isinstance(value, _PLAIN)}
 
 
