@@ -102,7 +102,7 @@ def test_what_only_wraps_takes_rules_for_what_is_inside(kind: str) -> None:
     assert surgery.load_adapter(outer, folder, "again")
     apply_rules(outer, LoraRule("2", rank=2), adapter="more")
     assert list(surgery.adapters(model)) == ["default", "again", "more"]
-    with pytest.raises(SurgeryError, match="not have an adapter 'nonsense'"):
+    with pytest.raises(SurgeryError, match="no adapter 'nonsense'"):
         remove(outer, "nonsense")
 
 

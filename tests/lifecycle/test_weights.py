@@ -211,7 +211,7 @@ def test_what_has_no_weight_says_so() -> None:
         ([1.0, math.inf], "not a finite number"),
         ([1.0, "2"], "not a finite number"),
         ([True, 1.0], "not a finite number"),
-        ({"c": 1.0}, "not have an adapter 'c'"),
+        ({"c": 1.0}, "no adapter 'c'"),
     ],
 )
 def test_bad_weights(weights: Any, message: str) -> None:

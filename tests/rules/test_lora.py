@@ -284,7 +284,7 @@ def test_several_adapters_by_name() -> None:
         "0.adapters.c.A",
         "0.adapters.c.B",
     ]
-    with pytest.raises(SurgeryError, match="not have an adapter 'a'"):
+    with pytest.raises(SurgeryError, match="no adapter 'a'"):
         remove(model, ["c", "a"])
     assert torch.equal(remove(model)(torch.zeros(1, 6)), base)
 

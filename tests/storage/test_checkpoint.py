@@ -381,7 +381,7 @@ def test_damaged_files(tmp_path: Path) -> None:
 def test_what_the_plan_objects_to(tmp_path: Path) -> None:
     folder = save_adapter(trained(LoraRule("1", rank=2)), tmp_path)
     model = trained(LoraRule("1", rank=2))
-    refused(folder, "the model already has an adapter 'default'", model)
+    refused(folder, "there is an adapter 'default' already", model)
     refused(folder, "'a.b' can't name an adapter", adapter="a.b")
     refused(folder, "matches nothing", nn.Sequential(nn.Linear(2, 2)))
     merge(model)
