@@ -121,7 +121,7 @@ def test_all_linear_leaves_the_head_of_a_transformer_out() -> None:
         ([LoraRule("head"), TrainRule("head")], ["TrainRule", "LoraRule", "head"]),
         ([LoraRule("query", rank_pattern={"nowhere": 4})], ["rank_pattern", "nowhere"]),
         ([TokensRule("head", tokens=[5])], ["2 rows"]),
-        ([], ["no rules"]),
+        ([], ["the list of rules is empty"]),
     ],
     ids=str,
 )

@@ -72,7 +72,7 @@ def test_configurations_of_peft_name_the_way_that_takes_them() -> None:
 
 def test_lists_in_lists_and_empty_lists() -> None:
     assert "one flat list" in str(plan_rules(model(), [[LoraRule("0")]]).problems[0])  # type: ignore[list-item]
-    assert "no rules" in str(plan_rules(model(), []).problems[0])
+    assert "the list of rules is empty" in str(plan_rules(model(), []).problems[0])
 
 
 def test_rules_may_come_from_a_generator_and_are_remembered() -> None:
