@@ -28,7 +28,7 @@ export HF_HUB_OFFLINE = 1
 export TOKENIZERS_PARALLELISM = false
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-fast families coverage lint bench docs-test gallery peers onnx onnx-families damage failures states programs rewrites crashes wheel-test release web web-test clean
+.PHONY: help demo test test-fast families coverage lint bench docs-test gallery peers onnx onnx-families damage failures states programs rewrites crashes examples wheel-test release web web-test clean
 
 help: ## List the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -81,6 +81,9 @@ rewrites: $(VENV)/.dev ## Compile, export and copy every recipe and replaced mod
 
 crashes: $(VENV)/.dev ## Interrupt and kill CRASHES of the Trainer's runs of each kind, of which make test runs 4
 	CRASHES=$(CRASHES) OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/models/test_crashes.py -s $(ARGS)
+
+examples: $(VENV)/.dev ## Run all examples in their smallest setting, of which `make test` leaves out two
+	ALL_EXAMPLES=1 $(BIN)/python -m pytest tests/project/test_examples.py -n $(JOBS) $(ARGS)
 
 lint: $(VENV)/.dev ## Check style and types
 	$(BIN)/ruff check .

