@@ -112,3 +112,12 @@ for package in sorted({file.parent for file in pathlib.Path("surgery").rglob("*.
 def test_torch_is_imported_when_it_is_needed() -> None:
     code = "import sys; sys.modules['torch'] = None; import surgery, surgery.errors, surgery.onnx; surgery.LoadError"
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
+
+
+def test_tests_lie_in_folders() -> None:
+    """A test lies in the folder of what it tests, and what tests share in tests/support; each folder is a package."""
+    assert {file.name for file in ROOT.glob("tests/*.py")} == {"__init__.py", "conftest.py"}
+    folders = {file.parent for file in ROOT.glob("tests/*/*.py")}
+    assert not [folder.name for folder in folders if not (folder / "__init__.py").exists()]
+    shared = [*ROOT.glob("tests/support/test_*.py"), *ROOT.glob("tests/reports/test_*.py")]
+    assert not [file.name for file in shared]
