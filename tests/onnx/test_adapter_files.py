@@ -637,7 +637,7 @@ def test_all_that_the_file_has_no_place_for_is_listed(tmp_path: Path) -> None:
         (lambda f: changed(f, peft_type="BOFT"), "'BOFT' can't be converted"),
         (lambda f: changed(f, lora_alpha="x"), "lora_alpha='x' is not a number"),
         (lambda f: changed(f, alpha_pattern={"(": 3}), "can't be read"),
-        (lambda f: changed(f, rank_pattern=[1]), "no mapping"),
+        (lambda f: changed(f, rank_pattern=[1]), "not a mapping"),
         (lambda f: changed(f, use_rslora="yes"), "neither true nor false"),
         (lambda f: changed(f, without="first.lora_B"), "a part of a LoRA"),
         (lambda f: changed(f, without="second."), "no tensors for a target"),

@@ -365,7 +365,7 @@ def test_damaged_files(tmp_path: Path) -> None:
     config = folder / "adapter_config.json"
     for text, match in (
         ("{", "is not JSON"),
-        ("[]", "no mapping"),
+        ("[]", "not a mapping"),
         ('{"r": NaN}', "is not JSON"),
         ("{}", "PEFT's 'None'"),
     ):
@@ -373,7 +373,7 @@ def test_damaged_files(tmp_path: Path) -> None:
         refused(folder, match)
     config.write_bytes(b" " * (9 << 20))
     refused(folder, "adapter_config.json is too large")
-    refused(tmp_path / "nowhere/at/all", "there is no")
+    refused(tmp_path / "nowhere/at/all", "is not a folder, a file or a repository")
     (tmp_path / "empty").mkdir()
     refused(tmp_path / "empty", "no adapter in this folder")
 
