@@ -13,7 +13,7 @@ from surgery import Combination, LiveSite, Member, Rule, Share, Site, SiteError,
 from surgery.rules._shared import combining
 from surgery.rules._shared import fields as _fields
 from surgery.rules._virtual_tokens import encoder as _encoder
-from surgery.rules._virtual_tokens import insertion, rows, text_inputs
+from surgery.rules._virtual_tokens import insertion, text_inputs, tokens_per_row
 from surgery.rules.prompt_companions import THE_MODEL, HiddenIdsRule, PromptMemoryRule
 from surgery.rules.slots import prompt as prompt_slots
 from surgery.state.records import site_state
@@ -131,11 +131,11 @@ class PromptRule(Rule):
         (after, whole) = placements.pop()
         members = [(member.rows, rule.virtual(member)) for member, rule in zip(sites, rules, strict=True)]
         if site.facts["role"] == "layer":
-            return site.with_hidden(site.apply(rows.put_after, site.output, after, *members))
+            return site.with_hidden(site.apply(tokens_per_row.put_after, site.output, after, *members))
         seen, rest = site.facts["seen"], text_inputs.starred(site) or ""
         counted = seen.get("counted", False) and not whole
         arguments = site.this, dict(site.inputs), rest, after, text_inputs.traits(site), counted
-        result: Any = site.apply(rows.put_in, *arguments, *members)
+        result: Any = site.apply(tokens_per_row.put_in, *arguments, *members)
         _replace_inputs(site, result[0], rest)
         if site.facts["role"] == "encoder":
             return None

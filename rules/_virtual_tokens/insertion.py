@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from surgery import hidden_of
-from surgery.rules._virtual_tokens.columns import Place, padded_left, place_of
+from surgery.rules._virtual_tokens.padding_columns import Place, padded_left, place_of
 from surgery.rules._virtual_tokens.past import CACHES, Mark, Past, error, mark, waiting
 from surgery.rules._virtual_tokens.text_mask import pad_mask, text_mask
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from surgery import SiteError
-from surgery.rules._virtual_tokens.columns import padding_of
+from surgery.rules._virtual_tokens.padding_columns import padding_of
 
 CACHES = ("past_key_values", "cache_params")
 _MARK = "_surgery_prompts"

@@ -31,7 +31,7 @@ from surgery.state.records import SiteState
 from surgery.tracing.call_kind import kind_told
 from surgery.tracing.guards import structure_told
 from surgery.weaving.call_variants import Variant, layers_in
-from surgery.weaving.recording import layer_of
+from surgery.weaving.rewrite_recording import layer_of
 from surgery.weaving.weave import woven, woven_held
 
 __all__ = ["Readable", "readable_forward"]

@@ -14,7 +14,7 @@ from surgery.forward.own_forward import OwnForward
 from surgery.forward.tape import Layer, Tape, Value, for_both_modes
 from surgery.state.records import Applied
 from surgery.transaction.user_frames import is_ours, is_torchs
-from surgery.weaving.recording import PassedOver, recorded
+from surgery.weaving.rewrite_recording import PassedOver, recorded
 
 __all__ = ["VariableName", "variable_names"]
 

@@ -16,10 +16,10 @@ from surgery.state.adapter_tensors import attach, attach_again, box_of
 from surgery.state.record_undo import keep_model, keep_site
 from surgery.state.records import Applied, Places, SiteState, Standing, require_state, site_state
 from surgery.transaction.undo_log import Journal
-from surgery.transformers_hooks import hooks
+from surgery.transformers_hooks import adapter_hooks
 from surgery.weaving.class_objections import reason_against
 from surgery.weaving.conflicts import clashes
-from surgery.weaving.recording import PassedOver, PlannedRule, recorded
+from surgery.weaving.rewrite_recording import PassedOver, PlannedRule, recorded
 
 __all__ = ["PlacedRule", "attach_idle"]
 
@@ -67,7 +67,7 @@ def attach_idle(
         state.adapters[adapter] = tuple(rules)
         state.place(adapter, Places.of(adapter, places.values()))
         state.standing[adapter] = standing
-        hooks.list_on_save(model, state, adapter, journal)
+        adapter_hooks.list_on_save(model, state, adapter, journal)
 
 
 def _attach_rule(

@@ -42,9 +42,9 @@ from surgery.state.records import (
 )
 from surgery.tracing.example_call import call, equal
 from surgery.transaction.undo_log import Journal
-from surgery.transformers_hooks import hooks
+from surgery.transformers_hooks import adapter_hooks
 from surgery.weaving.error_hints import HINT
-from surgery.weaving.recording import PlannedRule
+from surgery.weaving.rewrite_recording import PlannedRule
 from surgery.weaving.site_class import Shared
 
 __all__ = ["install_plan"]
@@ -173,7 +173,7 @@ def _record_adapter(model: nn.Module, plan: Plan, standing: Standing, journal: J
             state.switched.append((path, name, getattr(reader, name), value))
         journal.attribute(reader, name)
         setattr(reader, name, value)
-    hooks.prepare(model, state, plan.adapter, journal)
+    adapter_hooks.prepare(model, state, plan.adapter, journal)
 
 
 def _rules_at(module: nn.Module, adapter: str) -> list[Applied]:

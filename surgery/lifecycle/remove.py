@@ -21,7 +21,7 @@ from surgery.state.records import _MODEL, _SITE, ModelState, SiteState
 from surgery.state.site_links import there
 from surgery.transaction.neutral_context import verb
 from surgery.transaction.undo_log import Journal
-from surgery.transformers_hooks import hooks
+from surgery.transformers_hooks import adapter_hooks
 from surgery.weaving.class_objections import reason_against
 from surgery.weaving.site_class import Shared
 
@@ -63,7 +63,7 @@ def remove(model: M, adapter: str | Sequence[str] | None = None, *, check: bool 
     affected = list(_sites_of(root, state, names))
     for path, module, site in affected:
         _check_removable(path, module, site, names, check)
-    keys = hooks.keys_of(root, state, names)
+    keys = adapter_hooks.keys_of(root, state, names)
     with Journal() as journal:
         shared, going = Shared(journal), frozenset(names)
         for _, module, site in affected:
@@ -75,7 +75,7 @@ def remove(model: M, adapter: str | Sequence[str] | None = None, *, check: bool 
         if not state.adapters:
             restore(root, state, journal)
         else:
-            hooks.unlist(root, state, keys, journal)
+            adapter_hooks.unlist(root, state, keys, journal)
     return model
 
 
@@ -140,6 +140,6 @@ def restore(model: nn.Module, state: ModelState, journal: Journal) -> None:
         if (reader := there(model, path)) is not None:
             journal.attribute(reader, name)
             setattr(reader, name, value)
-    hooks.restore(model, state, journal)
+    adapter_hooks.restore(model, state, journal)
     unwatch(model, journal)
     del model.__dict__[_MODEL]

@@ -19,7 +19,7 @@ from surgery.state.record_undo import keep_model, keep_site
 from surgery.state.records import Applied, ModelState, site_state
 from surgery.transaction.neutral_context import verb
 from surgery.transaction.undo_log import Journal
-from surgery.transformers_hooks import hooks
+from surgery.transformers_hooks import adapter_hooks
 from surgery.weaving.class_objections import reason_against
 from surgery.weaving.site_class import install_live
 
@@ -154,7 +154,7 @@ def _runs(module: nn.Module, rules: list[Applied]) -> bool:
 
 def _rename(model: nn.Module, state: ModelState, old: str, new: str, journal: Journal) -> None:
     keep_model(journal, model, state)
-    keys = hooks.keys_of(model, state, [old])
+    keys = adapter_hooks.keys_of(model, state, [old])
     for module, rules in state.places[old]:
         record, boxes = site_state(module), module._modules.get(RESERVED)
         assert record is not None
@@ -175,8 +175,8 @@ def _rename(model: nn.Module, state: ModelState, old: str, new: str, journal: Jo
             merged.adapters = tuple(new if name == old else name for name in merged.adapters)
     for named in (state.adapters, state.places, state.standing, state.resting):
         _rekey(named, old, new)
-    hooks.unlist(model, state, keys, journal)
-    hooks.list_on_save(model, state, new, journal)
+    adapter_hooks.unlist(model, state, keys, journal)
+    adapter_hooks.list_on_save(model, state, new, journal)
 
 
 def _rekey(mapping: dict[str, Any], old: str, new: str) -> None:

@@ -12,7 +12,7 @@ from surgery.forward.own_forward import own_forward
 from surgery.forward.parameter_view import tensor_at
 from surgery.state.adapter_tensors import AdapterTensors, box_of
 from surgery.state.records import site_state
-from surgery.weaving.recording import recorded
+from surgery.weaving.rewrite_recording import recorded
 
 __all__ = ["start"]
 

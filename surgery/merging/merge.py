@@ -33,7 +33,7 @@ from surgery.transaction.neutral_context import verb
 from surgery.transaction.undo_log import Journal
 from surgery.weaving.class_objections import reason_against
 from surgery.weaving.conflicts import hidden
-from surgery.weaving.recording import layer_of
+from surgery.weaving.rewrite_recording import layer_of
 from surgery.weaving.site_class import install_live
 
 __all__ = ["MergeReport", "merge", "unmerge"]

@@ -14,11 +14,11 @@ from torch import Tensor, nn
 from surgery.errors import SurgeryError
 from surgery.model_record.state_dict import load_adapter_state_dict
 from surgery.model_record.verb_root import rewritten
-from surgery.peft import config, configs, tasks
-from surgery.peft.config import *  # noqa: F403
-from surgery.peft.configs import *  # noqa: F403
+from surgery.peft import base_config, method_configs, tasks
+from surgery.peft.base_config import *  # noqa: F403
 from surgery.peft.facade import inside
 from surgery.peft.kbit import prepare_model_for_kbit_training
+from surgery.peft.method_configs import *  # noqa: F403
 from surgery.peft.model import LoadResult, PeftModel
 from surgery.peft.tasks import *  # noqa: F403
 from surgery.peft_format.writing import from_peft, to_peft
@@ -32,8 +32,8 @@ __all__ = [
     "prepare_model_for_kbit_training",
     "set_peft_model_state_dict",
 ]
-__all__ += config.__all__
-__all__ += configs.__all__
+__all__ += base_config.__all__
+__all__ += method_configs.__all__
 __all__ += tasks.__all__
 
 
@@ -66,7 +66,7 @@ def get_peft_model(
     """
     adapted = PeftModel(model, peft_config, adapter_name, **options)
     config = adapted.peft_config[adapter_name]
-    config.revision = options.get("revision") or config.revision
+    config.revision = options.get("revision") or base_config.revision
     return adapted
 
 

@@ -12,7 +12,7 @@ from torch import nn
 
 from surgery.errors import SurgeryError
 from surgery.patterns.module_walk import base_modules
-from surgery.peft.config import PeftConfig
+from surgery.peft.base_config import PeftConfig
 
 __all__ = ["with_defaults"]
 

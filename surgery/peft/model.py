@@ -21,7 +21,7 @@ from surgery.merging.merge import ensure_unmerged
 from surgery.model_record.verb_root import rewritten, root_of
 from surgery.patterns.wrappers import unwrap
 from surgery.peft.add_idle import new_adapters_idle
-from surgery.peft.config import PeftConfig
+from surgery.peft.base_config import PeftConfig
 from surgery.peft.defaults import with_defaults
 from surgery.peft.facade import Facade, facade, whole
 from surgery.peft_format.methods import rules_by

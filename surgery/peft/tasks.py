@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from surgery.errors import SurgeryError
-from surgery.peft.config import PeftConfig
+from surgery.peft.base_config import PeftConfig
 from surgery.peft.model import PeftModel
 
 __all__ = [

@@ -19,7 +19,7 @@ from surgery.peft_format.keys import at_model_paths, keys_of
 from surgery.peft_format.methods import PeftPlace, absolute, is_main, method_of, part_of, read_rules
 from surgery.peft_format.targets import Modules
 from surgery.planning.plan import Plan
-from surgery.weaving.recording import PlannedRule
+from surgery.weaving.rewrite_recording import PlannedRule
 
 __all__ = ["PeftAdapter", "read"]
 

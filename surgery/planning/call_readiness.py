@@ -24,7 +24,7 @@ from surgery.tracing.example_call import Observation, copied
 from surgery.tracing.traced_forward import known_forwards, trace_anew
 from surgery.transaction.neutral_context import ambient
 from surgery.weaving.call_variants import leaves_of, make_ready
-from surgery.weaving.recording import PlannedRule
+from surgery.weaving.rewrite_recording import PlannedRule
 
 __all__ = ["Readiness", "trace_graphs", "prepare_sites"]
 

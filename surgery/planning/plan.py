@@ -18,7 +18,7 @@ from surgery.state.adapter_tensors import is_adapter_key
 from surgery.state.records import model_state
 from surgery.text_table import table
 from surgery.tracing.example_call import Observation, copied, observe
-from surgery.weaving.recording import PlannedRule
+from surgery.weaving.rewrite_recording import PlannedRule
 
 __all__ = ["Plan"]
 

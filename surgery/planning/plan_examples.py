@@ -13,7 +13,7 @@ from surgery.planning.example_check import repeated_write, verify_graph
 from surgery.planning.plan import Plan
 from surgery.state.records import site_state
 from surgery.tracing.example_call import observe
-from surgery.weaving.recording import PlannedRule
+from surgery.weaving.rewrite_recording import PlannedRule
 
 __all__ = ["check_examples"]
 

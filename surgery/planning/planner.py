@@ -31,7 +31,7 @@ from surgery.state.running_statistics import moving, moving_modules
 from surgery.tracing.example_call import examples_in
 from surgery.weaving.class_objections import reason_against
 from surgery.weaving.conflicts import clashes
-from surgery.weaving.recording import PassedOver, PlannedRule, Recording, recorded
+from surgery.weaving.rewrite_recording import PassedOver, PlannedRule, Recording, recorded
 
 __all__ = ["make_plan", "with_companions"]
 

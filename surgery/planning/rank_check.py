@@ -12,7 +12,7 @@ from torch import nn
 from surgery.authoring.hook_call import HookCall
 from surgery.authoring.rule import Rule
 from surgery.errors import abbreviate
-from surgery.weaving.recording import PlannedRule
+from surgery.weaving.rewrite_recording import PlannedRule
 
 __all__ = ["rank_notes", "rank_warnings"]
 

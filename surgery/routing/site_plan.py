@@ -27,7 +27,7 @@ from surgery.weaving.call_variants import function_of
 from surgery.weaving.generated_class import generated_class
 from surgery.weaving.low_rank_kernel import is_autocast
 from surgery.weaving.lowering import LowRankEdit, low_rank_edit
-from surgery.weaving.recording import layer_of
+from surgery.weaving.rewrite_recording import layer_of
 from surgery.weaving.term_graph import OUTPUT, ROWS
 from surgery.weaving.weave import woven, woven_edit
 

@@ -37,7 +37,7 @@ from surgery.storage.stored_adapter import Stored, stored_adapter
 from surgery.storage.vocabulary import other_vocabulary, sizes_wanted
 from surgery.transaction.neutral_context import verb
 from surgery.transaction.undo_log import Journal
-from surgery.weaving.recording import PlannedRule
+from surgery.weaving.rewrite_recording import PlannedRule
 from surgery.weaving.site_class import install_live
 
 __all__ = ["SwapReport", "hotswap", "pad_rank"]

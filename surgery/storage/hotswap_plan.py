@@ -25,7 +25,7 @@ from surgery.planning.planner import with_companions
 from surgery.state.adapter_naming import adapter_names
 from surgery.state.adapter_tensors import tensors_of
 from surgery.state.records import Applied, ModelState, site_state, sites
-from surgery.weaving.recording import PassedOver, PlannedRule, layer_of, recorded
+from surgery.weaving.rewrite_recording import PassedOver, PlannedRule, layer_of, recorded
 
 __all__ = ["Living", "Making", "incoming", "living", "placed", "step_for"]
 

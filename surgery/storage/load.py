@@ -31,7 +31,7 @@ from surgery.storage.model_origin import other_model
 from surgery.storage.stored_adapter import Stored, stored_adapter
 from surgery.storage.vocabulary import other_vocabulary, resized, sizes_wanted
 from surgery.transaction.neutral_context import verb
-from surgery.weaving.recording import PlannedRule
+from surgery.weaving.rewrite_recording import PlannedRule
 
 __all__ = ["load_adapter"]
 

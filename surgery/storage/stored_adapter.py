@@ -19,7 +19,7 @@ from surgery.patterns.module_walk import RESERVED
 from surgery.peft_format.reading import read
 from surgery.planning.plan import Plan
 from surgery.storage.model_origin import origin_of
-from surgery.weaving.recording import PlannedRule
+from surgery.weaving.rewrite_recording import PlannedRule
 
 __all__ = ["Stored", "stored_adapter"]
 

@@ -24,7 +24,7 @@ from surgery.state.adapter_tensors import box_of, tensors_of
 from surgery.state.in_use import check_free
 from surgery.state.records import Applied, SiteState, model_state, site_state
 from surgery.transaction.undo_log import Journal
-from surgery.weaving.recording import recorded
+from surgery.weaving.rewrite_recording import recorded
 from surgery.weaving.site_class import install_live
 
 __all__ = ["follow_resizing", "leave_resizing"]

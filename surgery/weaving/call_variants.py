@@ -32,7 +32,7 @@ from surgery.tracing.decisions import Otherwise
 from surgery.tracing.traced_forward import TracedForward, known_forwards, trace_anew
 from surgery.weaving.forward_source import body_of, signature_source
 from surgery.weaving.generated_class import Recipe, class_from, told
-from surgery.weaving.recording import PassedOver, PlannedRule, layer_of, recorded
+from surgery.weaving.rewrite_recording import PassedOver, PlannedRule, layer_of, recorded
 from surgery.weaving.weave import woven_held
 
 __all__ = [

@@ -14,7 +14,7 @@ from surgery.forward.tape import Tape
 from surgery.forward.tape_steps import Ref
 from surgery.patterns.module_walk import RESERVED, is_adapters
 from surgery.state.records import Applied, site_state
-from surgery.weaving.recording import PlannedRule, layer_of
+from surgery.weaving.rewrite_recording import PlannedRule, layer_of
 
 __all__ = ["clashes", "hidden"]
 

@@ -16,7 +16,7 @@ from surgery.transaction.undo_log import Journal
 from surgery.weaving.call_variants import varied_class
 from surgery.weaving.conflicts import hidden
 from surgery.weaving.generated_class import generated_class, swap
-from surgery.weaving.recording import layer_of
+from surgery.weaving.rewrite_recording import layer_of
 
 __all__ = ["Shared", "Woven", "class_of_live", "install_live"]
 

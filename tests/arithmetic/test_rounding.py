@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from surgery import export_onnx
 from surgery.arithmetic.float64_reference import FACTOR, Wide, difference
 from surgery.onnx.calls.example import Given
-from surgery.onnx.checking.comparison import LARGEST, TOLERANCES, Call, Comparison
+from surgery.onnx.checking.output_differences import LARGEST, TOLERANCES, Call, Comparison
 from tests.support.near import Wanted, off
 
 

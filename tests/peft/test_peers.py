@@ -582,7 +582,7 @@ def test_peft_routes_no_training_and_no_dora(tmp_path: Any) -> None:
 @pytest.mark.skipif(metadata.version("peft") != VERSION, reason=f"the page lists the methods of PEFT {VERSION}")
 def test_the_page_lists_the_methods_that_only_peft_has() -> None:
 
-    from surgery.peft.config import PeftConfig
+    from surgery.peft.base_config import PeftConfig
 
     page = ROOT.joinpath("docs", "peers.md").read_text().split("## What only PEFT has")[1]
     listed = {name.strip().replace("-", "").upper() for name in page.split("Methods:")[1].split(".")[0].split(",")}

@@ -23,7 +23,7 @@ from surgery.rules import LoraRule
 from surgery.state.records import site_state
 from surgery.weaving.low_rank_kernel import low_rank_linear
 from surgery.weaving.lowering import lower
-from surgery.weaving.recording import layer_of
+from surgery.weaving.rewrite_recording import layer_of
 from surgery.weaving.weave import woven
 
 # Two orders of summing products of this size in float32 differ by a few roundings of their largest terms.

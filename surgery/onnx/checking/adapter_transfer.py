@@ -16,8 +16,8 @@ from surgery.authoring.rule import Rule
 from surgery.errors import LoadError, SurgeryError
 from surgery.onnx.calls.example import array_of
 from surgery.onnx.calls.exported_model import rooted
+from surgery.onnx.graph.slot_insertion import slot_tensors
 from surgery.onnx.graph.slot_layout import exactly
-from surgery.onnx.graph.slots import slot_tensors
 from surgery.onnx.runtime.adapter_file import read_adapter, write_adapter
 from surgery.onnx.runtime.manifest import Manifest
 from surgery.state.fingerprint import differences

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from surgery.arithmetic.float64_reference import difference
-from surgery.onnx.checking.comparison import Call, expected_of
+from surgery.onnx.checking.output_differences import Call, expected_of
 
 __all__ = ["told_apart"]
 

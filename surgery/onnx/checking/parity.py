@@ -23,10 +23,10 @@ from surgery.onnx.calls.other_values import other_values
 from surgery.onnx.calls.resized_calls import other_sizes
 from surgery.onnx.calls.shared_copy import changing, leave_live, sharing_copy, traced_path
 from surgery.onnx.checking.adapter_transfer import slot_arrays
-from surgery.onnx.checking.comparison import TOLERANCES, Call, Comparison, expected_of
 from surgery.onnx.checking.fast_path import told_apart
 from surgery.onnx.checking.file_checks import check_file, check_weights, opened, ran
-from surgery.onnx.checking.greedy_decoding import decode
+from surgery.onnx.checking.generation_parity import decode
+from surgery.onnx.checking.output_differences import TOLERANCES, Call, Comparison, expected_of
 from surgery.onnx.checking.report import Compared, Decoded, ParityReport, parity_error
 from surgery.onnx.runtime.adapter_file import read_adapter
 from surgery.onnx.runtime.default_inputs import defaults_of

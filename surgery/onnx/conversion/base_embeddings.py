@@ -12,7 +12,7 @@ from surgery.errors import SurgeryError, SurgeryWarning
 from surgery.onnx.runtime.dtypes import widened
 
 if TYPE_CHECKING:
-    from surgery.onnx.conversion.conversion import Conversion
+    from surgery.onnx.conversion.conversion_state import Conversion
 
 __all__ = ["base"]
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from surgery.errors import SurgeryError, near_misses
 from surgery.onnx.conversion.base_embeddings import base
 from surgery.onnx.conversion.checkpoint import read_checkpoint
-from surgery.onnx.conversion.conversion import Conversion
+from surgery.onnx.conversion.conversion_state import Conversion
 from surgery.onnx.conversion.lora import lora
 from surgery.onnx.conversion.other_methods import ia3, prefix, prompt, tokens, trained
 from surgery.onnx.runtime.adapter_check import listed

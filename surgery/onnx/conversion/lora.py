@@ -13,7 +13,7 @@ from surgery.onnx.runtime.dtypes import widened
 from surgery.patterns.paths import pattern_value, select_targets
 
 if TYPE_CHECKING:
-    from surgery.onnx.conversion.conversion import Conversion
+    from surgery.onnx.conversion.conversion_state import Conversion
 
 __all__ = ["lora"]
 

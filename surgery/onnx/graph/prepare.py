@@ -16,7 +16,7 @@ from surgery.merging.merge import merge
 from surgery.model_record.verb_root import records_in, root_of
 from surgery.onnx.calls.example import Given
 from surgery.onnx.calls.shared_copy import leave_live, sharing_copy
-from surgery.onnx.graph.slots import SlotSite, factors, lift, put_slots, slot_sites
+from surgery.onnx.graph.slot_insertion import SlotSite, factors, lift, put_slots, slot_sites
 from surgery.onnx.graph.trace_program import Lifted
 from surgery.patterns.module_walk import base_modules
 from surgery.state.adapter_naming import adapter_names

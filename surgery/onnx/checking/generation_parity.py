@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from surgery.onnx.calls.example import Given
-from surgery.onnx.checking.comparison import TOLERANCES
+from surgery.onnx.checking.output_differences import TOLERANCES
 from surgery.onnx.checking.report import TIE, Decoded
 
 __all__ = ["decode"]

@@ -12,7 +12,7 @@ from surgery.authoring.hook_call import HookCall
 from surgery.authoring.rule import Rule
 from surgery.errors import SurgeryError
 from surgery.onnx.graph.prepare import ExportSettings, Prepared
-from surgery.onnx.graph.slots import SlotSite
+from surgery.onnx.graph.slot_insertion import SlotSite
 from surgery.onnx.graph.trace_program import Program
 from surgery.onnx.runtime.manifest import HALF
 from surgery.state.fingerprint import fingerprint

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from surgery.peft.config import PeftConfig
+from surgery.peft.base_config import PeftConfig
 
 __all__ = [
     "AdaLoraConfig",
