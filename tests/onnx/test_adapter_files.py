@@ -248,7 +248,7 @@ def test_what_is_no_manifest(tmp_path: Path) -> None:
     data = Manifest.read(slotted.net(tmp_path / "net.onnx")).to_dict()
     with pytest.raises(SurgeryError, match="later release"):
         Manifest.of({**data, "version": 2})
-    for text, told in (("{", "no JSON"), ("[]", "its format"), ('{"format": 1}', "its format")):
+    for text, told in (("{", "not JSON"), ("[]", "its format"), ('{"format": 1}', "its format")):
         with pytest.raises(SurgeryError, match=told):
             Manifest.from_json(text)
     with pytest.raises(SurgeryError, match="it lacks slots, opset"):
