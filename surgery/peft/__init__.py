@@ -66,7 +66,7 @@ def get_peft_model(
     """
     adapted = PeftModel(model, peft_config, adapter_name, **options)
     config = adapted.peft_config[adapter_name]
-    config.revision = options.get("revision") or base_config.revision
+    config.revision = options.get("revision") or config.revision
     return adapted
 
 
