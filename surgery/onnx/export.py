@@ -1,4 +1,4 @@
-"""Rewritten models as ONNX: adapters folded in, as constants, or as slots that one file has for many of them."""
+"""Exports rewritten models as ONNX: adapters folded in, as constants, or as slots for many adapters of one file."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from torch import nn
 from surgery.errors import ParityError, SurgeryError
 from surgery.lifecycle.activation import active
 from surgery.model_record.verb_root import records_in
-from surgery.onnx.calls.example import Given, array_of
+from surgery.onnx.calls.example import ExampleCall, array_of
 from surgery.onnx.calls.export_turns import in_turn
 from surgery.onnx.calls.exported_model import check_names, rooted
 from surgery.onnx.calls.kv_cache_example import with_cache
@@ -39,6 +39,7 @@ from surgery.onnx.graph.manifest_description import manifest_of
 from surgery.onnx.graph.prepare import PREPARE, ExportSettings, Prepared
 from surgery.onnx.graph.trace_program import Program, program_of
 from surgery.onnx.graph.weight_names import name_weights
+from surgery.onnx.graph.file_writing import size_of, write_model
 from surgery.onnx.runtime.default_inputs import write_defaults
 from surgery.onnx.runtime.manifest import Manifest
 from surgery.routing.thread_state import here
@@ -50,8 +51,16 @@ __all__ = ["ExportReport", "export_onnx"]
 
 @dataclass
 class ExportReport:
-    """What an export did: the file, its manifest, what was told on the way, the seconds it took without the comparison,
-    the bytes that were written, and the comparison."""
+    """The result of an export.
+
+    Attributes:
+        path: the file.
+        manifest: the file's manifest, as plain data.
+        notices: what a user should know of the export.
+        seconds: duration without the comparison.
+        nbytes: bytes written.
+        parity: the comparison; None without `verify`.
+    """
 
     path: Path
     manifest: Any
@@ -62,9 +71,9 @@ class ExportReport:
 
     def __str__(self) -> str:
         manifest, slots = self.manifest, len(self.manifest["slots"])
-        told = f", {slots} slots at {len(manifest['sites'])} sites" if slots else ""
-        what = f"{self.path.name}: {self.nbytes:,} bytes, opset {manifest['opset']}, {manifest['adapters']}{told}"
-        lines = [f"{what}; {self.seconds:.1f} s", *(f"note: {one}" for one in self.notices)]
+        slot_count = f", {slots} slots at {len(manifest['sites'])} sites" if slots else ""
+        what = f"{self.path.name}: {self.nbytes:,} bytes, opset {manifest['opset']}, {manifest['adapters']}{slot_count}"
+        lines = [f"{what}; {self.seconds:.1f} s", *(f"note: {notice}" for notice in self.notices)]
         return "\n".join([*lines, *([str(self.parity)] if self.parity is not None else [])])
 
 
@@ -90,7 +99,7 @@ def export_onnx(
     verify: bool = True,
     atol: float | None = None,
 ) -> ExportReport:
-    """Write a model as ONNX, compared with the live model before the file is put in its place.
+    """Write a model as ONNX, compared with the live model before the file replaces the one at `path`.
 
     >>> import tempfile, torch
     >>> from torch import nn
@@ -104,55 +113,79 @@ def export_onnx(
     >>> [slot["name"] for slot in report.manifest["slots"][:2]], report.parity.ok
     (['0.adapters.slot.A', '0.adapters.slot.B'], True)
 
-    `example_inputs`: a tensor, a tuple of arguments or a dict of keyword arguments. The model, rewritten or plain, is
-    not touched: a copy that shares its memory is exported, in evaluation mode. A rewritten model may stand inside of
-    it, or in the wrapper of torch.compile, DataParallel or DistributedDataParallel. `adapters` says how:
+    The model is not changed: a copy that shares its memory is exported, in evaluation mode.
 
-    - "merged": the live ones (or `names`) folded into the weights, as much as they weigh; the graph is the base's own.
-    - "constant": the live ones (or `names`) as they are, each tensor an initialiser
-      `<site>.adapters.<adapter>.<tensor>` of its own shape.
-    - "slots": in the place of all (or `names`) stand slots `<site>.adapters.<slot>.<tensor>`, optional inputs of any
-      rank, site by site, that change nothing where they are not fed. `export_adapter` makes files for them, of these
-      adapters and of later ones, and `OnnxRunner` runs them. What has no slot is a constant where it is live, which
-      `report.notices` tells, and with `strict` an error. `slots_as="inputs"`: they must be fed, for runtimes that can
-      feed no others; `empty="zeros1"`: of rank 1, for runtimes without tensors of no size.
+    Args:
+        model: a rewritten or plain model, a module that contains one, or its wrapper of torch.compile, DataParallel or
+            DistributedDataParallel.
+        path: the file.
+        example_inputs: a tensor, a tuple of arguments or a dict of keyword arguments.
+        adapters: "merged" (default): live adapters (or `names`) are folded into the weights with their weight; the
+            graph is
+            the base's. "constant": they stay as they are, each tensor an initialiser
+            `<site>.adapters.<adapter>.<tensor>` with its own shape. "slots": instead of all adapters (or `names`) the
+            file has slots `<site>.adapters.<slot>.<tensor>`, optional inputs of any rank, which change nothing unless
+            they are fed. `export_adapter` writes files for them, for these adapters and later ones, and `OnnxRunner`
+            runs them. A live rule without a slot becomes a constant, and a notice says so; with `strict` it is an
+            error.
+        names: adapters; default None: see `adapters`.
+        slot: the slots' name; default "slot".
+        slots_as: "overridable" (default): slots need not be fed. "inputs": they must be, for runtimes without optional
+            inputs.
+        empty: "rank0" (default) or "zeros1": unfed slots have rank 0, or rank 1 for runtimes without empty tensors.
+        dynamic: which sizes are free: True (default): those of batches, texts and caches; False: none; or a mapping
+            input →
+            axis → name. Notices list sizes that became fixed.
+        opset: 18 to 25; default None: the exporter's.
+        optimize: run the exporter's optimiser; default True.
+        optimize_for: "ort" fuses attention and norms into onnxruntime's own operations; default None.
+        external_data: weights in a file beside the graph: True, False, or from so many bytes on; default None: from 1.5
+            GiB.
+        strict: see "slots"; default False.
+        cache: a decoder's file takes and returns a cache; default False.
+        verify: compare the file with the model, see `verify_onnx`; default True.
+        atol: replaces the tolerances of `verify_onnx`; default None.
 
-    `dynamic`: free sizes: True for those of a batch and of texts and caches, False for none, or a mapping input →
-    axis → name. What came out fixed is in the notices. `cache=True` gives a decoder's file a cache in and out. `opset`
-    18 to 25, by default the exporter's; `optimize_for="ort"` fuses attention and norms into onnxruntime's own
-    operations; `external_data`: weights beside the graph, always, never, from so many bytes on, or (None) from 1.5 GiB.
-    `verify`: see `verify_onnx`, which has the tolerances; `atol` stands in for them. A manifest stands in the file's
-    metadata and beside it, as `<file>.manifest.json`. `report` prints as tables.
+    Returns:
+        A report, which prints as tables.
 
-    Raises `SurgeryError` where the model can't be exported, `ParityError` where the file computes something else;
-    what was at `path` is then as it was.
+    Raises:
+        SurgeryError: the model can't be exported.
+        ParityError: the file computes something else. In both cases the previous file at `path` stays.
+
+    Notes:
+        The manifest is in the file's metadata and in `<file>.manifest.json`.
     """
     how = ExportSettings(adapters, slot, slots_as, empty, opset, optimize, optimize_for, strict)
     given_model, model = model, rooted(model)
     check_names(model, names)
-    given = Given.of(model, with_cache(model, example_inputs) if cache else example_inputs)
-    axes = axes_of(given, dynamic)
+    example = ExampleCall.of(model, with_cache(model, example_inputs) if cache else example_inputs)
+    axes = axes_of(example, dynamic)
 
-    def exported(traced: Given) -> ExportReport:
+    def exported(traced: ExampleCall) -> ExportReport:
         started = time.perf_counter()
-        prepared = PREPARE[adapters](model, given, names, how)
+        prepared = PREPARE[adapters](model, example, names, how)
         with traced_path():
             program = program_of(prepared.model, traced, prepared.lifted, dynamic_shapes(traced, axes), how)
         manifest, free = _finish(program, prepared, model, axes, how)
-        if "logits" in manifest["outputs"] and (generation := generation_of(model, given)):
+        if "logits" in manifest["outputs"] and (generation := generation_of(model, example)):
             manifest[GENERATION] = generation
-        notices = [*prepared.notices, *fixed_dims(traced, axes, free, _taking(model, adapters)), *_told_apart(model)]
-        notices += [*_routed(given_model), *_generated(model, manifest)]
+        notices = [
+            *prepared.notices,
+            *fixed_dims(traced, axes, free, _taking(model, adapters)),
+            *_nested_tensor_notices(model),
+        ]
+        notices += [*_route_notices(given_model), *_generate_notices(model, manifest)]
         seconds, parity = time.perf_counter() - started, None
-        with written(program.model, Path(path), manifest, external_data) as place:
+        with write_model(program.model, Path(path), manifest, external_data) as place:
             if adapters == "slots" and slots_as == "inputs":
                 arrays = {name: array_of(tensor) for name, tensor in prepared.defaults.items()}
                 write_defaults(place, arrays, Manifest.of(manifest))
             if verify:
-                parity = verify_onnx(place, model, given, names, atol=atol)
+                parity = verify_onnx(place, model, example, names, atol=atol)
         return ExportReport(Path(path), manifest, notices, seconds, size_of(Path(path)), parity)
 
-    traced = _to_trace(model, examples_for_tracing(given, axes), adapters)
+    traced = _to_trace(model, examples_for_tracing(example, axes), adapters)
     try:
         return exported(traced)
     except ParityError as error:
@@ -164,16 +197,16 @@ def export_onnx(
         raise
 
 
-def _to_trace(model: nn.Module, examples: Sequence[Given], adapters: str) -> Given:
-    """The first of these that the model can be called with, or the last."""
+def _to_trace(model: nn.Module, examples: Sequence[ExampleCall], adapters: str) -> ExampleCall:
+    """The first example that the model can be called with, or the last."""
     takes = _taking(model, adapters)
-    return next((one for one in examples[:-1] if takes(one)), examples[-1])
+    return next((example for example in examples[:-1] if takes(example)), examples[-1])
 
 
-def _taking(model: nn.Module, adapters: str) -> Callable[[Given], bool]:
-    """Whether a model can be called with an example; a copy of it is, made when it is first asked.
+def _taking(model: nn.Module, adapters: str) -> Callable[[ExampleCall], bool]:
+    """Returns a function that tells whether a copy of the model, made at its first call, accepts an example.
 
-    A file with slots is the base's, too: it may be called as the model without adapters, which has no prompts that
+    A file with slots is the base's, too: it may be called like the model without adapters, which has no prompts that
     refuse a cache without their virtual tokens.
     """
     copies: list[nn.Module] = []
@@ -181,7 +214,7 @@ def _taking(model: nn.Module, adapters: str) -> Callable[[Given], bool]:
     if adapters == "slots" and model_state(model) is not None:
         ways.append(lambda: _without_adapters(model))
 
-    def takes(example: Given) -> bool:
+    def takes(example: ExampleCall) -> bool:
         for i, way in enumerate(ways):
             with contextlib.suppress(Exception), torch.no_grad(), torch.random.fork_rng(), traced_path():
                 if i == len(copies):
@@ -201,38 +234,40 @@ def _without_adapters(model: nn.Module) -> nn.Module:
     return copy
 
 
-def _routed(model: nn.Module) -> list[str]:
-    """A file has one set of adapters for all rows."""
-    routed = [one.model for one in here.routings if any(one.model is part for part in records_in(model).values())]
+def _route_notices(model: nn.Module) -> list[str]:
+    """Notices about an open route block: a file has one set of adapters for all rows."""
+    routed = [
+        routing.model for routing in here.routings if any(routing.model is part for part in records_in(model).values())
+    ]
     if not routed:
         return []
     names = ", ".join(name for part in routed for name in active(part)) or "none"
     return [f"a block of route is open, and a file routes nothing: it is of the model outside of the block ({names})"]
 
 
-def _generated(model: nn.Module, manifest: Mapping[str, Any]) -> list[str]:
-    """What transformers' generate does that the file, or those who run it, don't."""
+def _generate_notices(model: nn.Module, manifest: Mapping[str, Any]) -> list[str]:
+    """Notices about what transformers' generate does that the file, or its runner, does not."""
     if "logits" not in manifest["outputs"] or "input_ids" not in manifest["inputs"]:
         return []
-    found = manifest.get(GENERATION, {})
-    told = [f"{found['differs']}: OnnxRunner.generate refuses this file"] if "differs" in found else []
+    differences = manifest.get(GENERATION, {})
+    notices = [f"{differences['differs']}: OnnxRunner.generate refuses this file"] if "differs" in differences else []
     if settings := changed_logits(model):
-        told.append(
+        notices.append(
             f"the model's generation config has {', '.join(settings)}, which generate applies and the file does not"
         )
-    return told
+    return notices
 
 
-def _told_apart(model: nn.Module) -> list[str]:
-    quick = [path for path, one in model.named_modules() if getattr(one, "enable_nested_tensor", False) is True]
+def _nested_tensor_notices(model: nn.Module) -> list[str]:
+    quick = [path for path, module in model.named_modules() if getattr(module, "enable_nested_tensor", False) is True]
     zeros = "torch's own kernel for evaluation writes zeros at padded positions, and the file what training computes"
     return [f"{path or 'the model'}: {zeros}" for path in quick]
 
 
 def _finish(program: Program, prepared: Prepared, model: nn.Module, axes: Axes, how: ExportSettings) -> Any:
-    """Names, marks and defaults; gives the manifest, and which of the call's tensors have free sizes."""
+    """Adds names, marks and defaults; returns the manifest, and which of the call's tensors have free sizes."""
     made = program.model
-    names = [one.name for one in prepared.lifted]
+    names = [lifted.name for lifted in prepared.lifted]
     name_weights(made, dict(prepared.model.named_parameters(remove_duplicate=False)))
     named = {program.inputs[name]: free for name, free in axes.items()}
     own = {} if how.adapters == "constant" else prepared.dims()

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from surgery import export_onnx
 from surgery.arithmetic.float64_reference import FACTOR, Wide, difference
-from surgery.onnx.calls.example import Given
+from surgery.onnx.calls.example import ExampleCall
 from surgery.onnx.checking.output_differences import LARGEST, TOLERANCES, Call, Comparison
 from tests.support.near import Wanted, off
 
@@ -69,7 +69,7 @@ def test_of_models_that_lose_much_more_is_allowed(tmp_path: Path) -> None:
     """The file is off by what another order of the sums brings; a wrong number is far beyond."""
     torch.manual_seed(0)
     model, x = Unstable().eval(), torch.randn(4, 256)
-    given = Given.of(model, x)
+    given = ExampleCall.of(model, x)
     with torch.no_grad():
         found = model(x)
         w = model.a.weight.double()

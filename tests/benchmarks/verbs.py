@@ -36,7 +36,7 @@ from surgery import (
     unmerge,
     using,
 )
-from surgery.onnx.calls.example import Given
+from surgery.onnx.calls.example import ExampleCall
 from surgery.onnx.graph.prepare import PREPARE, ExportSettings
 from surgery.rules import LoraRule
 
@@ -148,7 +148,7 @@ def steps_of_any(model: Layers, prepare: tuple[str, ...] = ("merged", "constant"
     yield "deepcopy", lambda: copy.deepcopy(model)
     yield "pickle", lambda: one.update(bytes=pickle.dumps(model))
     yield "unpickle", lambda: pickle.loads(one["bytes"])
-    given = Given.of(model, torch.ones(2, model.width))
+    given = ExampleCall.of(model, torch.ones(2, model.width))
     for kind in prepare:
         yield f"prepare {kind}", lambda kind=kind: PREPARE[kind](model, given, None, ExportSettings(kind))
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from surgery import SiteError, activate, apply_rules, merge
-from surgery.onnx.calls.example import Given
+from surgery.onnx.calls.example import ExampleCall
 from surgery.onnx.graph.prepare import ExportSettings
 from surgery.onnx.graph.trace_program import Lifted, program_of, split_factors
 from surgery.rules import AdaLoraRule, LohaRule, LokrRule, LoraRule, MissRule, RandLoraRule, VeraRule
@@ -184,7 +184,7 @@ class Looked(nn.Module):
 @pytest.mark.parametrize("more", [False, True])
 def test_factors_are_in_the_graph_by_name_until_its_end_unless_something_else_looks_at_them(more: bool) -> None:
     model, x = Looked(more), torch.randn(3, 4)
-    expected, given = model(x), Given.of(model, x)
+    expected, given = model(x), ExampleCall.of(model, x)
     lifted = [Lifted.out_of(name, model, name, axis, True) for name, axis in (("A", 0), ("B", 1))]
     named, brought = split_factors(model, given, lifted)
     assert [len(named), len(brought)] == ([0, 2] if more else [2, 0])

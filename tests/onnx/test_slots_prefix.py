@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from surgery import SiteError, SurgeryError, apply_rules, using
-from surgery.onnx.calls.example import Given, arrays_of, outputs_of
+from surgery.onnx.calls.example import ExampleCall, arrays_of, outputs_of
 from surgery.rules import AdaptionRule, LoraRule, PrefixRule
 from tests.rules.test_prefix_written import WIDTH, Biased, Called, Flat, Plain
 from tests.support import tiny
@@ -122,7 +122,7 @@ def test_a_decoder_that_goes_on_from_its_cache(tmp_path: Path) -> None:
         for rows, length, past in ((3, 2, 5), (2, 1, 4)):
             with using(model, name), torch.no_grad():
                 given = call(rows, length, past)
-                arrays = arrays_of(Given.of(model, given), exported.manifest["inputs"])
+                arrays = arrays_of(ExampleCall.of(model, given), exported.manifest["inputs"])
                 wanted = [tensor.numpy() for tensor in outputs_of(model(**given))]
             same([np.asarray(one) for one in exported.session.run(None, {**arrays, **fed})], wanted)
 

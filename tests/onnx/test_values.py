@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from surgery import SurgeryError, export_onnx, verify_onnx
 from surgery.errors import ParityError
-from surgery.onnx.calls.example import Given
+from surgery.onnx.calls.example import ExampleCall
 from surgery.onnx.calls.other_values import other_values
 from tests.support import tiny
 from tests.support.onnx_checks import assert_near, feeds, session
@@ -279,7 +279,7 @@ def test_what_is_varied() -> None:
         "input_ids": t([[1, 2, 3], [4, 5, 6]]), "attention_mask": t([[1, 1, 1], [1, 1, 1]]), "x": t([0.5, -2.0]),
         "bias_mask": t([[0.0, -INF], [0.0, 0.0]]), "past_key_values": [t([1.0])], "seen": t([True]), "n": 3,
     }  # fmt: skip
-    found = {one.told: one.call.values for one in other_values(Given(values))}
+    found = {one.told: one.call.values for one in other_values(ExampleCall(values))}
     assert found["padded texts"]["attention_mask"].tolist() == [[0, 1, 1], [1, 1, 0]]
     assert found["masks with an empty row"]["attention_mask"].tolist() == [[0, 0, 0], [1, 1, 1]]
     assert found["masks with an empty row"]["bias_mask"].tolist() == [[-INF, -INF], [0, 0]]

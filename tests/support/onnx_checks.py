@@ -13,7 +13,7 @@ import onnxruntime
 from torch import Tensor, nn
 
 from surgery import adapter_state_dict, apply_rules
-from surgery.onnx.calls.example import Given, arrays_of, outputs_of
+from surgery.onnx.calls.example import ExampleCall, arrays_of, outputs_of
 from surgery.rules import LoraRule
 from surgery.state.records import sites
 from tests.support.near import Wanted, off
@@ -53,7 +53,7 @@ def by_hand(model: nn.Module, adapter: str) -> dict[str, np.ndarray]:
 
 def expected(model: nn.Module, example: Any) -> Wanted[Tensor]:
     """What the live model returns, flat."""
-    given = Given.of(model, example)
+    given = ExampleCall.of(model, example)
 
     def call(model: nn.Module, wide: Callable[[Tensor], Tensor]) -> list[Tensor]:
         return outputs_of(given.call(model, given.mapped(lambda _, tensor: wide(tensor)).copy()))
@@ -62,7 +62,7 @@ def expected(model: nn.Module, example: Any) -> Wanted[Tensor]:
 
 
 def feeds(model: nn.Module, example: Any, inputs: Sequence[str]) -> dict[str, np.ndarray]:
-    return arrays_of(Given.of(model, example), inputs)
+    return arrays_of(ExampleCall.of(model, example), inputs)
 
 
 def assert_near(found: Sequence[Any], wanted: Sequence[Tensor], tolerance: float = TOLERANCE) -> None:

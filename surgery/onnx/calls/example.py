@@ -17,23 +17,24 @@ from surgery.onnx.calls.sliding_windows import notes, whole
 from surgery.tracing.example_call import arguments, copied
 
 __all__ = [
-    "Given", "array_of", "arrays_of", "cache_name", "is_cache", "is_transformers", "leaves_of", "outputs_of", "plain",
+    "ExampleCall", "array_of", "arrays_of", "cache_name", "is_cache", "is_transformers", "leaves_of", "outputs_of",
+    "plain",
 ]  # fmt: skip
 
 STARRED = "input_"  # of a forward that takes any number of arguments, each by its place
 
 
 @dataclass
-class Given:
-    """Arguments by name, in the forward's order; `placed`: those that are handed on by their place."""
+class ExampleCall:
+    """The arguments of one call by name, in the forward's order; `placed`: those that are passed by position."""
 
     values: dict[str, Any]
     placed: tuple[str, ...] = field(default=())
 
     @classmethod
-    def of(cls, model: nn.Module, example_inputs: Any) -> Given:
-        """`SurgeryError` where the model's forward does not take these arguments."""
-        if isinstance(example_inputs, Given):
+    def of(cls, model: nn.Module, example_inputs: Any) -> ExampleCall:
+        """`SurgeryError` if the model's forward does not take these arguments."""
+        if isinstance(example_inputs, ExampleCall):
             return example_inputs
         args, kwargs = arguments(example_inputs)
         signature = inspect.signature(model.forward)
@@ -50,7 +51,7 @@ class Given:
         for name, value in bound.arguments.items():
             kind = signature.parameters[name].kind
             if kind is inspect.Parameter.VAR_POSITIONAL:
-                starred = {f"{STARRED}{len(placed) + i}": one for i, one in enumerate(value)}
+                starred = {f"{STARRED}{len(placed) + i}": item for i, item in enumerate(value)}
                 values.update(starred)
                 placed += starred
             elif kind is inspect.Parameter.VAR_KEYWORD:
@@ -84,11 +85,11 @@ class Given:
     def copy(self) -> dict[str, Any]:
         return {name: copied(value) for name, value in self.values.items()}
 
-    def resized(self, sizes: Callable[[str, Tensor], tuple[int, ...]]) -> Given:
+    def resized(self, sizes: Callable[[str, Tensor], tuple[int, ...]]) -> ExampleCall:
         """The same call with tensors of other sizes: repeated, or cut."""
         return self.mapped(lambda name, tensor: _sized(tensor, sizes(name, tensor)))
 
-    def mapped(self, change: Callable[[str, Tensor], Tensor]) -> Given:
+    def mapped(self, change: Callable[[str, Tensor], Tensor]) -> ExampleCall:
         """The same call with other tensors, each made of its name and what it was."""
 
         def changed(name: str, value: Any) -> Any:
@@ -99,7 +100,7 @@ class Given:
             return _mapped(value, name, changed)
 
         with torch.no_grad():
-            return Given({name: changed(name, value) for name, value in self.values.items()}, self.placed)
+            return ExampleCall({name: changed(name, value) for name, value in self.values.items()}, self.placed)
 
 
 def _refuse_noted(values: Mapping[str, Any]) -> None:
@@ -115,7 +116,7 @@ def _refuse_noted(values: Mapping[str, Any]) -> None:
 
 
 def _starred(signature: inspect.Signature) -> bool:
-    return any(one.kind is inspect.Parameter.VAR_POSITIONAL for one in signature.parameters.values())
+    return any(parameter.kind is inspect.Parameter.VAR_POSITIONAL for parameter in signature.parameters.values())
 
 
 def _sized(tensor: Tensor, sizes: tuple[int, ...]) -> Tensor:
@@ -138,16 +139,16 @@ def _mapped(value: Any, name: str, changed: Callable[[str, Any], Any]) -> Any:
 
 def leaves_of(values: Mapping[str, Any]) -> list[tuple[str, Any]]:
     """The arguments' tensors with their names, such as `ids`, `masks.left`, `past_key_values.0.key`."""
-    return [found for name, value in values.items() for found in _named(name, value)]
+    return [leaf for name, value in values.items() for leaf in _named(name, value)]
 
 
 def _named(name: str, value: Any) -> list[tuple[str, Any]]:
     if value is None or isinstance(value, (Tensor, str, int, float, bool)):
         return [(name, value)]
     if isinstance(value, dict):
-        return [found for key, item in value.items() for found in _named(f"{name}.{key}", item)]
+        return [leaf for key, item in value.items() for leaf in _named(f"{name}.{key}", item)]
     if isinstance(value, (list, tuple)):
-        return [found for i, item in enumerate(value) for found in _named(f"{name}.{i}", item)]
+        return [leaf for i, item in enumerate(value) for leaf in _named(f"{name}.{i}", item)]
     register_caches()
     leaves = pytree.tree_leaves(value)
     if len(leaves) == 1 and leaves[0] is value:
@@ -165,11 +166,11 @@ _CACHED = re.compile(r"(?:past_key_values|present)\.(?:(self|cross)_attention_ca
 
 def cache_name(name: str) -> str:
     """As serving programs know them: past_key_values.0.key; of an encoder-decoder, past_key_values.0.encoder.key."""
-    found = _CACHED.fullmatch(name)
-    if found is None:
+    match = _CACHED.fullmatch(name)
+    if match is None:
         return name
-    side = {"self": "decoder.", "cross": "encoder.", None: ""}[found[1]]
-    return f"{name.partition('.')[0]}.{found[2]}.{side}{found[3]}"
+    side = {"self": "decoder.", "cross": "encoder.", None: ""}[match[1]]
+    return f"{name.partition('.')[0]}.{match[2]}.{side}{match[3]}"
 
 
 def is_transformers(model: nn.Module) -> bool:
@@ -196,9 +197,9 @@ def register_caches() -> None:
             waiting += kind.__subclasses__()
 
 
-def arrays_of(given: Given, inputs: Sequence[str]) -> dict[str, Any]:
+def arrays_of(example: ExampleCall, inputs: Sequence[str]) -> dict[str, Any]:
     """A call's tensors as arrays, by the names of the graph's inputs."""
-    tensors = [leaf for _, leaf in leaves_of(given.values) if isinstance(leaf, Tensor)]
+    tensors = [leaf for _, leaf in leaves_of(example.values) if isinstance(leaf, Tensor)]
     return {name: array_of(tensor) for name, tensor in zip(inputs, tensors, strict=True)}
 
 
@@ -240,8 +241,8 @@ def plain(output: Any) -> Any:
         return {key: plain(item) for key, item in output.items()}
     if kind in (list, tuple):
         return kind(plain(item) for item in output)
-    if is_dataclass(kind) and isinstance(output, dict) and set(output) - {one.name for one in fields(kind)}:
+    if is_dataclass(kind) and isinstance(output, dict) and set(output) - {field.name for field in fields(kind)}:
         return {key: plain(item) for key, item in output.items()}
     if is_dataclass(kind) and kind not in pytree.SUPPORTED_NODES:
-        return {one.name: plain(getattr(output, one.name)) for one in fields(kind)}
+        return {field.name: plain(getattr(output, field.name)) for field in fields(kind)}
     return output

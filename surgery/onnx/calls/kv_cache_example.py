@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from surgery.errors import SurgeryError
-from surgery.onnx.calls.example import Given, is_cache
+from surgery.onnx.calls.example import ExampleCall, is_cache
 from surgery.onnx.calls.shared_copy import leave_live, sharing_copy, traced_path
 from surgery.onnx.calls.sliding_windows import whole
 
@@ -22,9 +22,9 @@ def with_cache(model: nn.Module, example_inputs: Any) -> dict[str, Any]:
 
     `SurgeryError` where the example has no text of two tokens, or the model no cache that it gives and takes.
     """
-    given = Given.of(model, example_inputs).values
-    ids = given.get("input_ids")
-    if "past_key_values" in given:
+    values = ExampleCall.of(model, example_inputs).values
+    ids = values.get("input_ids")
+    if "past_key_values" in values:
         raise SurgeryError("the example has a cache already", fix="cache=False exports with that")
     if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
         raise SurgeryError(
@@ -34,15 +34,15 @@ def with_cache(model: nn.Module, example_inputs: Any) -> dict[str, Any]:
         )
     if not isinstance(ids, Tensor) or ids.dim() != 2 or ids.shape[1] < 2:
         raise SurgeryError("cache=True needs a text", why="input_ids (batch, positions) of two tokens or more")
-    mask = given.get("attention_mask")
+    mask = values.get("attention_mask")
     mask = torch.ones_like(ids) if mask is None else mask
     if mask.shape != ids.shape:
         raise SurgeryError("cache=True needs one mask for each position", why=f"it has the shape {tuple(mask.shape)}")
     half = ids.shape[1] // 2
-    first = {**given, "input_ids": ids[:, :half], "attention_mask": mask[:, :half], "use_cache": True}
-    rest = {**given, "input_ids": ids[:, half:], "attention_mask": mask}
+    first = {**values, "input_ids": ids[:, :half], "attention_mask": mask[:, :half], "use_cache": True}
+    rest = {**values, "input_ids": ids[:, half:], "attention_mask": mask}
     for name in _ALONG:
-        if isinstance(value := given.get(name), Tensor):
+        if isinstance(value := values.get(name), Tensor):
             first[name], rest[name] = value[..., :half], value[..., half:]
     try:
         past = _past(model, first)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from surgery.onnx.calls.example import Given
+from surgery.onnx.calls.example import ExampleCall
 
 __all__ = ["Varied", "other_values"]
 
@@ -21,15 +21,15 @@ class Varied:
     """A call, and what is other than in the example; `edge`: a case in which files and models may part."""
 
     told: str
-    call: Given
+    call: ExampleCall
     edge: bool
 
 
-def other_values(given: Given) -> list[Varied]:
+def other_values(example: ExampleCall) -> list[Varied]:
     """The example with padded texts; and at the edges: masks with a row that lets nothing through and one that lets
     everything, texts of one token, zeros, numbers a thousand times as large. What changes nothing is left out."""
-    found = []
-    for told, change, edge in _WAYS:
+    calls = []
+    for description, change, edge in _WAYS:
         changed: list[bool] = []
 
         def varied(name: str, tensor: Tensor, change: Change = change, changed: list[bool] = changed) -> Tensor:
@@ -37,10 +37,10 @@ def other_values(given: Given) -> list[Varied]:
             changed.append(other is not None and not torch.equal(other, tensor))
             return tensor if other is None else other
 
-        call = given.mapped(varied)
+        call = example.mapped(varied)
         if any(changed):
-            found.append(Varied(told, call, edge))
-    return found
+            calls.append(Varied(description, call, edge))
+    return calls
 
 
 Change = Callable[[str, Tensor], "Tensor | None"]

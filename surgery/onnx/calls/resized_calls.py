@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 
 from torch import Tensor
 
-from surgery.onnx.calls.example import Given, leaves_of
+from surgery.onnx.calls.example import ExampleCall, leaves_of
 
 __all__ = ["other_sizes", "sized", "sizes_of", "summed"]
 
@@ -15,15 +15,15 @@ Free = Mapping[str, Mapping[int, str]]  # input of the graph → axis → name
 _MORE = {"batch": 1, "past": 2, "decoder_sequence": 1}
 
 
-def other_sizes(given: Given, inputs: Sequence[str], free: Free) -> list[list[tuple[str, Given]]]:
+def other_sizes(example: ExampleCall, inputs: Sequence[str], free: Free) -> list[list[tuple[str, ExampleCall]]]:
     """The call as it is, then at other sizes: larger ones; smaller, in case that the model has too few positions; and
     with every batch doubled, in case that it has to have so many images for so many texts.
 
     A cache is also tried with nothing in it, as a decoder begins.
     """
-    names = [name for name, leaf in leaves_of(given.values) if isinstance(leaf, Tensor)]
+    names = [name for name, leaf in leaves_of(example.values) if isinstance(leaf, Tensor)]
     by_leaf = {leaf: free.get(name, {}) for leaf, name in zip(names, inputs, strict=True)}
-    sizes = sizes_of(given, by_leaf)
+    sizes = sizes_of(example, by_leaf)
     asked = [[sizes]]
     if sizes:
         more = {name: size + _MORE.get(name, 3) for name, size in sizes.items()}
@@ -32,16 +32,16 @@ def other_sizes(given: Given, inputs: Sequence[str], free: Free) -> list[list[tu
         asked.append([summed(more, sizes), summed(less, sizes), *([twice] if twice != sizes else [])])
     if "past" in sizes:
         asked.append([summed({**sizes, "past": 0}, sizes)])
-    return [[(_told(one), sized(given, by_leaf, one)) for one in group] for group in asked]
+    return [[(_describe(sizes), sized(example, by_leaf, sizes)) for sizes in group] for group in asked]
 
 
-def sizes_of(given: Given, free: Free) -> dict[str, int]:
+def sizes_of(example: ExampleCall, free: Free) -> dict[str, int]:
     """The free dimensions by name, as they are in a call."""
-    found: dict[str, int] = {}
-    for name, leaf in leaves_of(given.values):
+    sizes: dict[str, int] = {}
+    for name, leaf in leaves_of(example.values):
         if isinstance(leaf, Tensor):
-            found.update({dim: leaf.shape[axis] for axis, dim in free.get(name, {}).items() if dim.isidentifier()})
-    return found
+            sizes.update({dim: leaf.shape[axis] for axis, dim in free.get(name, {}).items() if dim.isidentifier()})
+    return sizes
 
 
 def summed(new: dict[str, int], old: Mapping[str, int]) -> dict[str, int]:
@@ -52,14 +52,14 @@ def summed(new: dict[str, int], old: Mapping[str, int]) -> dict[str, int]:
     return new
 
 
-def sized(given: Given, free: Free, sizes: Mapping[str, int]) -> Given:
+def sized(example: ExampleCall, free: Free, sizes: Mapping[str, int]) -> ExampleCall:
     def asked(name: str, tensor: Tensor) -> tuple[int, ...]:
         shape = list(tensor.shape)
         for axis, dim in free.get(name, {}).items():
             shape[axis] = _size(dim, sizes, shape[axis])
         return tuple(shape)
 
-    return given.resized(asked)
+    return example.resized(asked)
 
 
 def _size(dim: str, sizes: Mapping[str, int], own: int) -> int:
@@ -72,5 +72,5 @@ def _size(dim: str, sizes: Mapping[str, int], own: int) -> int:
     return own
 
 
-def _told(sizes: Mapping[str, int]) -> str:
+def _describe(sizes: Mapping[str, int]) -> str:
     return ", ".join(f"{name} {size}" for name, size in sizes.items()) or "as given"

@@ -26,25 +26,25 @@ def sharing_copy(model: nn.Module, *, folding: bool = False) -> nn.Module:
     What is written to in place has memory of its own: weights of sites that an adapter changed at its start, that are
     merged, or (`folding`) that are about to be, and running statistics, which differ with and without adapters.
     """
-    own = {id(tensor) for tensor in _written(model, folding)}
+    own = {id(tensor) for tensor in _modified_tensors(model, folding)}
     memo: dict[int, object] = {}
     for tensor in (*model.parameters(), *model.buffers()):
         if id(tensor) not in own:
             memo[id(tensor)] = _shared(tensor)
     try:
         with torch.no_grad():
-            found = copy.deepcopy(model, memo)
+            copied_model = copy.deepcopy(model, memo)
     except Exception as error:
         raise SurgeryError(
             f"this {type(model).__name__} can't be copied",
             why=f"{type(error).__name__}: {error}"[:300],
             fix="export works on a copy that shares the model's memory: let copy.deepcopy(model) succeed",
         ) from error
-    _bring_records(model, found, memo)
-    for parameter in found.parameters():
+    _bring_records(model, copied_model, memo)
+    for parameter in copied_model.parameters():
         if parameter.is_floating_point():
             parameter.requires_grad_(False)
-    return found.eval()
+    return copied_model.eval()
 
 
 def changing(model: nn.Module) -> list[str]:
@@ -53,7 +53,9 @@ def changing(model: nn.Module) -> list[str]:
 
 
 def _changing(all_sites: Sites) -> list[str]:
-    return list(dict.fromkeys(one.adapter for _, _, site in all_sites for one in site.applied if one.changed))
+    return list(
+        dict.fromkeys(applied.adapter for _, _, site in all_sites for applied in site.applied if applied.changed)
+    )
 
 
 def leave_live(copy: nn.Module, names: Sequence[str], weights: Mapping[str, float] | None = None) -> None:
@@ -81,7 +83,7 @@ def _shared(tensor: Tensor) -> Tensor:
     return tensor.detach() if type(tensor) is Tensor else tensor  # packed ones are shared as they are
 
 
-def _written(model: nn.Module, folding: bool) -> Iterator[Tensor]:
+def _modified_tensors(model: nn.Module, folding: bool) -> Iterator[Tensor]:
     for part in (records_in(model, nested=True) or {"": model}).values():
         for _, module, site in sites(part):
             if folding or site.merged is not None or any(applied.changed for applied in site.applied):
@@ -92,14 +94,14 @@ def _written(model: nn.Module, folding: bool) -> Iterator[Tensor]:
             yield from module.buffers(recurse=False)
 
 
-def _bring_records(model: nn.Module, found: nn.Module, memo: Mapping[int, object]) -> None:
+def _bring_records(model: nn.Module, copied_model: nn.Module, memo: Mapping[int, object]) -> None:
     """A GraphModule's own deepcopy leaves records behind that others take along."""
     for path, module in model.named_modules():
         if isinstance(module, fx.GraphModule):
             for name in (_MODEL, _SITE):
                 record = module.__dict__.get(name)
                 if record is not None:
-                    found.get_submodule(path).__dict__[name] = memo[id(record)]
+                    copied_model.get_submodule(path).__dict__[name] = memo[id(record)]
 
 
 @contextlib.contextmanager

@@ -44,9 +44,9 @@ def whole(value: Any) -> Any:
     """A value, such as an argument or what a model returns, whose caches have plain layers for those of a window, and
     no notes."""
     if type(value) in (tuple, list):
-        return type(value)(whole(one) for one in value)
+        return type(value)(whole(item) for item in value)
     if isinstance(value, Mapping):
-        changed = {key: made for key, one in value.items() if (made := whole(one)) is not one}
+        changed = {key: made for key, item in value.items() if (made := whole(item)) is not item}
         if changed and type(value) is dict:
             return {**value, **changed}
         for key, made in changed.items():
@@ -65,18 +65,18 @@ _WINDOW = "DynamicSlidingWindowLayer"
 
 
 def _whole_cache(cache: Any) -> Any:
-    held = {name: part for name in _PARTS if (part := getattr(cache, name, None)) is not None}
-    changed = {name: made for name, part in held.items() if (made := _whole_cache(part)) is not part}
-    if not held and any(type(one).__name__ == _WINDOW for one in getattr(cache, "layers", ())):
-        changed["layers"] = [_plain(one) for one in cache.layers]
+    parts = {name: part for name in _PARTS if (part := getattr(cache, name, None)) is not None}
+    changed = {name: made for name, part in parts.items() if (made := _whole_cache(part)) is not part}
+    if not parts and any(type(layer).__name__ == _WINDOW for layer in getattr(cache, "layers", ())):
+        changed["layers"] = [_plain(layer) for layer in cache.layers]
     noted = notes(cache)
     if not changed and not noted:
         return cache
-    found = copy.copy(cache)
-    found.__dict__.update(changed)
+    plain_cache = copy.copy(cache)
+    plain_cache.__dict__.update(changed)
     for name in noted:
-        del found.__dict__[name]
-    return found
+        del plain_cache.__dict__[name]
+    return plain_cache
 
 
 def _plain(layer: Any) -> Any:
@@ -84,7 +84,7 @@ def _plain(layer: Any) -> Any:
         return layer
     from transformers.cache_utils import DynamicLayer
 
-    found = DynamicLayer()
+    plain_layer = DynamicLayer()
     if layer.is_initialized:
         seen, kept = layer.cumulative_length, layer.keys.shape[-2]
         if seen > kept:  # 0 where it was filled inside of `whole_windows`
@@ -92,6 +92,6 @@ def _plain(layer: Any) -> Any:
             raise SurgeryError(
                 "the example's cache keeps a window", why=why, fix="cache=True makes one for the example"
             )
-        found.lazy_initialization(layer.keys, layer.values)
-        found.keys, found.values = layer.keys, layer.values
-    return found
+        plain_layer.lazy_initialization(layer.keys, layer.values)
+        plain_layer.keys, plain_layer.values = layer.keys, layer.values
+    return plain_layer

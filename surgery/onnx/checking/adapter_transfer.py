@@ -44,14 +44,24 @@ def export_adapter(model: nn.Module, name: str, onnx_path: str | Path, out_path:
     >>> torch.allclose(torch.from_numpy(runner.run({"input": x.numpy()}, "red")["output"]), model(x), atol=1e-5)
     True
 
-    Scales (alpha / rank, each site's own) are folded into the tensors, and magnitudes of DoRA into gains. The adapter
-    need not have been there when the file was exported; it needs slots at its sites. Any program that uses onnxruntime
-    can load the file. Written whole or not at all.
+    Scales (alpha / rank, per site) are folded into the tensors, and DoRA's magnitudes into gains. The adapter may be
+    newer than the file; it needs slots at its sites. Any program with onnxruntime can load the result. The write is
+    atomic.
 
-    Raises `LoadError` that lists what does not fit: another base than the file's, sites without a slot.
+    Args:
+        model: a model with the adapter.
+        name: the adapter's name.
+        onnx_path: a file of `export_onnx(…, adapters="slots")`.
+        out_path: the file to write.
+
+    Returns:
+        `out_path`.
+
+    Raises:
+        LoadError: lists what does not fit: another base than the file's, sites without a slot.
     """
     model, manifest = rooted(model), Manifest.read(onnx_path)
-    problems = [SurgeryError(told, where=str(onnx_path)) for told in differences(model, manifest.base)]
+    problems = [SurgeryError(difference, where=str(onnx_path)) for difference in differences(model, manifest.base)]
     try:
         arrays = slot_arrays(model, name, manifest)
     except SurgeryError as error:
@@ -62,7 +72,7 @@ def export_adapter(model: nn.Module, name: str, onnx_path: str | Path, out_path:
 
 
 def import_adapter(path: str | Path, onnx_path: str | Path) -> Stored:
-    """An adapter's file as `load_adapter` and `hotswap` take it: `load_adapter(model, import_adapter(file, onnx))`.
+    """Read an `.onnx_adapter` file for `load_adapter` and `hotswap`.
 
     >>> import tempfile, torch
     >>> from torch import nn
@@ -79,21 +89,31 @@ def import_adapter(path: str | Path, onnx_path: str | Path) -> Stored:
     >>> torch.allclose(model(x), adapted)
     True
 
-    Its rules are those of the slots' kinds, with the ranks of the file: LoRA comes back as LoraRule with alpha = rank,
-    for the scale is in its tensors. Raises `LoadError` for a damaged file, or one of another base or other slots.
+    The rules are those of the slots' kinds, with the ranks of the file. LoRA becomes a LoraRule with alpha = rank,
+    because the scale is in its tensors.
+
+    Args:
+        path: the adapter's file.
+        onnx_path: the exported model's file.
+
+    Returns:
+        A source for `load_adapter` and `hotswap`.
+
+    Raises:
+        LoadError: the file is damaged, or of another base or other slots.
     """
     manifest = Manifest.read(onnx_path)
     arrays = read_adapter(path, manifest)
     rules, tensors = list[tuple[int, Rule, list[str]]](), dict[str, Tensor]()
     for place, site, slot, named in _sites(manifest, arrays):
         with HookCall(slot, "unslotted", site):
-            rule, found = slot.unslotted({key: _tensor(array) for key, array in named.items()})
+            rule, rule_tensors = slot.unslotted({key: _tensor(array) for key, array in named.items()})
         bare = rule.replace(targets=(), exclude=(), layers=None, expect=None)
         same = next((paths for at, other, paths in rules if at == place and other == bare), None)
         if same is None:
             rules.append((place, bare, same := []))
         same.append(site)
-        tensors.update({tensor_key(site, key): tensor for key, tensor in found.items()})
+        tensors.update({tensor_key(site, key): tensor for key, tensor in rule_tensors.items()})
     file = TensorFile(
         {key: tuple(tensor.shape) for key, tensor in tensors.items()},
         {key: tensor.dtype for key, tensor in tensors.items()},
@@ -105,24 +125,23 @@ def import_adapter(path: str | Path, onnx_path: str | Path) -> Stored:
 
 
 def slot_arrays(model: nn.Module, adapter: str, manifest: Manifest) -> dict[str, Any]:
-    """An adapter's tensors for the slots of a file, by the slots' names and in their dtypes."""
+    """An adapter's tensors for the slots of a file: slot name → array in the slot's dtype."""
     by_site = {f"{site}:{kind}": slot for (site, kind), slot in _rules_of(manifest).items()}
-    found = slot_tensors(model, adapter, by_site, manifest.slot, manifest.constants.get(adapter, ()))
+    by_slot = slot_tensors(model, adapter, by_site, manifest.slot, manifest.constants.get(adapter, ()))
     dtypes = {slot.name: getattr(torch, slot.dtype) for slot in manifest.slots}
-    return {name: array_of(tensor.to(dtypes.get(name, tensor.dtype))) for name, tensor in found.items()}
+    return {name: array_of(tensor.to(dtypes.get(name, tensor.dtype))) for name, tensor in by_slot.items()}
 
 
 def _rules_of(manifest: Manifest) -> dict[tuple[str, str], Rule]:
     """The slots' rules by site and kind."""
-    rules = [Rule.from_dict(one) for one in manifest.rules]
-    return {(one["site"], one["rule"]): rules[one["by"]] for one in manifest.sites}
+    rules = [Rule.from_dict(data) for data in manifest.rules]
+    return {(site["site"], site["rule"]): rules[site["by"]] for site in manifest.sites}
 
 
 def _sites(manifest: Manifest, arrays: Mapping[str, Any]) -> Iterator[tuple[int, str, Rule, dict[str, Any]]]:
-    """The sites that an adapter has something for: the place of the slot's rule among all, in whose order they were
-    put in, and the path, the rule, its arrays."""
+    """Yields, for each site with tensors, the place of its slot's rule, the path, the rule, and the arrays."""
     rules = _rules_of(manifest)
-    places = {(one["site"], one["rule"]): one["by"] for one in manifest.sites}
+    places = {(entry["site"], entry["rule"]): entry["by"] for entry in manifest.sites}
     for (site, kind), slots in sorted(manifest.groups.items(), key=lambda group: places[group[0]]):
         named = {slot.tensor: arrays[slot.name] for slot in slots if slot.name in arrays}
         if named:

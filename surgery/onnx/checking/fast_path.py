@@ -18,18 +18,22 @@ _LIMIT = 1e-3  # of the largest number: far more than another order of sums brin
 def told_apart(model: nn.Module, calls: Iterable[Call]) -> list[str]:
     """A notice for each kind of values at which `nn.MultiheadAttention` gives other numbers by that kernel than by the
     path that training takes, which is the file's and what it is compared with."""
-    if not any(isinstance(one, (nn.MultiheadAttention, nn.TransformerEncoderLayer)) for one in model.modules()):
+    if not any(isinstance(module, (nn.MultiheadAttention, nn.TransformerEncoderLayer)) for module in model.modules()):
         return []
-    found = []
+    notices = []
     for call in calls:
         ours, theirs = (_by_path(model, call, fast) for fast in (False, True))
         if ours is None or theirs is None:
             continue
-        apart = [difference(one, other) for one, other in zip(ours, theirs, strict=True) if one.shape == other.shape]
-        if any(one > _LIMIT for one in apart):
+        apart = [
+            difference(ours_there, other)
+            for ours_there, other in zip(ours, theirs, strict=True)
+            if ours_there.shape == other.shape
+        ]
+        if any(distance > _LIMIT for distance in apart):
             what = "torch's own kernel for evaluation gives other numbers than the path that training takes"
-            found.append(f"with {call.values} {what}, which the file has")
-    return found
+            notices.append(f"with {call.values} {what}, which the file has")
+    return notices
 
 
 def _by_path(model: nn.Module, call: Call, fast: bool) -> list[torch.Tensor] | None:

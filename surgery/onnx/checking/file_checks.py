@@ -13,7 +13,7 @@ from surgery.errors import ParityError, SurgeryError
 from surgery.lifecycle.activation import active
 from surgery.lifecycle.remove import remove
 from surgery.merging.merge import ensure_unmerged
-from surgery.onnx.calls.example import Given, array_of
+from surgery.onnx.calls.example import ExampleCall, array_of
 from surgery.onnx.calls.shared_copy import leave_live, sharing_copy
 from surgery.onnx.graph.prepare import PREPARE, ExportSettings
 from surgery.onnx.graph.weight_names import LAYOUT
@@ -31,13 +31,13 @@ def check_file(path: str | Path, manifest: Manifest, session: Any) -> list[str]:
     there is to tell."""
     import onnx
 
-    told = list[str]()
-    domains = {one.domain for one in onnx.load(str(path), load_external_data=False).opset_import}
+    notices = list[str]()
+    domains = {opset.domain for opset in onnx.load(str(path), load_external_data=False).opset_import}
     if "com.microsoft" not in domains:  # onnxruntime's own operations it does not know
         try:
             onnx.checker.check_model(str(path), full_check=True)
         except Exception as error:
-            told.append(_shapes_refused(path, manifest, error))
+            notices.append(_shapes_refused(path, manifest, error))
     inputs = {node.name for node in session.get_inputs()}
     fed = {node.name for node in session.get_overridable_initializers()} | inputs
     for what, wanted, there in (
@@ -48,7 +48,7 @@ def check_file(path: str | Path, manifest: Manifest, session: Any) -> list[str]:
         if lost := [name for name in wanted if name not in there]:
             why = f"{', '.join(lost[:3])}{', …' if len(lost) > 3 else ''}"
             raise ParityError(f"the file lacks {what} that its manifest names", where=str(path), why=why)
-    return told
+    return notices
 
 
 def _shapes_refused(path: str | Path, manifest: Manifest, refused: Exception) -> str:
@@ -67,12 +67,12 @@ def _shapes_refused(path: str | Path, manifest: Manifest, refused: Exception) ->
     return f"onnx.checker infers other shapes than onnxruntime computes: {_short(refused)}{newer}"
 
 
-def check_weights(path: str | Path, manifest: Manifest, model: nn.Module, given: Given, names: Any) -> int:
+def check_weights(path: str | Path, manifest: Manifest, model: nn.Module, example: ExampleCall, names: Any) -> int:
     """Every tensor of the file that has the name of one of the model's has its bits; how many those are."""
     import onnx_ir as ir
 
     if manifest.adapters == "merged":
-        source = PREPARE["merged"](model, given, names, ExportSettings()).model
+        source = PREPARE["merged"](model, example, names, ExportSettings()).model
     elif model_state(model) is None:
         source = sharing_copy(model)
     else:
@@ -81,12 +81,12 @@ def check_weights(path: str | Path, manifest: Manifest, model: nn.Module, given:
             remove(ensure_unmerged(source), check=False)
         else:
             leave_live(source, adapter_names(require_state(source), names) if names is not None else active(source))
-    held: Mapping[str, Any] = ir.load(str(path)).graph.initializers
-    require_data(path, held)
+    initializers: Mapping[str, Any] = ir.load(str(path)).graph.initializers
+    require_data(path, initializers)
     slots = {slot.name for slot in manifest.slots}
     count, wrong = 0, list[str]()
     for name, tensor in _tensors(source):
-        value = held.get(name)
+        value = initializers.get(name)
         if value is None or value.const_value is None or name in slots:
             continue
         own, found = array_of(tensor), value.const_value.numpy()
@@ -105,9 +105,9 @@ def check_weights(path: str | Path, manifest: Manifest, model: nn.Module, given:
     return count
 
 
-def require_data(path: str | Path, held: Mapping[str, Any]) -> None:
+def require_data(path: str | Path, initializers: Mapping[str, Any]) -> None:
     """`SurgeryError` where weights that stand in a file of their own aren't beside the graph."""
-    for value in held.values():
+    for value in initializers.values():
         place = getattr(value.const_value, "path", None)
         if place is not None and not Path(place).is_file():
             fix = f"put {Path(place).name} beside it: they belong together, under the names they were written with"

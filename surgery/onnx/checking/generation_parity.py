@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from surgery.onnx.calls.example import Given
+from surgery.onnx.calls.example import ExampleCall
 from surgery.onnx.checking.output_differences import TOLERANCES
 from surgery.onnx.checking.report import TIE, Decoded
 
@@ -22,7 +22,7 @@ _LONGEST = 64  # positions of the example that are read anew for each token
 
 def decode(
     reference: nn.Module,
-    given: Given,
+    given: ExampleCall,
     path: str | Path,
     manifest: Any,
     adapter: str,
@@ -34,7 +34,7 @@ def decode(
     ids = given.values.get("input_ids")
     if not manifest.cache or "logits" not in manifest.outputs or not isinstance(ids, Tensor) or ids.dim() != 2:
         return None
-    further = set(manifest.inputs) - {one["past"] for one in manifest.cache} - _MADE
+    further = set(manifest.inputs) - {entry["past"] for entry in manifest.cache} - _MADE
     if further:
         return f"not decoded, since it also takes {', '.join(sorted(further)[:3])}"
     if differs := (manifest.further.get("generation") or {}).get("differs"):
@@ -48,8 +48,10 @@ def decode(
     runner = OnnxRunner(path)
     if fed:
         runner.load(adapter, fed)
-    found = runner.generate({"input_ids": row.cpu().numpy()}, max_new_tokens=tokens, adapter=adapter if fed else None)
-    new = tuple(int(one) for one in np.asarray(found)[0, row.shape[1] :])
+    continued = runner.generate(
+        {"input_ids": row.cpu().numpy()}, max_new_tokens=tokens, adapter=adapter if fed else None
+    )
+    new = tuple(int(token) for token in np.asarray(continued)[0, row.shape[1] :])
     if new != expected and new == _from_cache(reference, row, tokens):
         expected = new  # a text read anew is not what a cache holds: rotations that change with the length
     parted = next((i for i, pair in enumerate(zip(expected, new, strict=True)) if pair[0] != pair[1]), None)
@@ -62,9 +64,9 @@ def _greedy(model: nn.Module, ids: Tensor, tokens: int) -> tuple[tuple[int, ...]
     text, gaps, tie = ids, [], TIE
     with torch.no_grad():
         for _ in range(tokens):
-            given = model(input_ids=text, attention_mask=torch.ones_like(text), use_cache=False).logits
-            tie = max(TIE, 2 * TOLERANCES.get(str(given.dtype).removeprefix("torch."), 0.0))
-            logits = given[0, -1].double()
+            prompt_logits = model(input_ids=text, attention_mask=torch.ones_like(text), use_cache=False).logits
+            tie = max(TIE, 2 * TOLERANCES.get(str(prompt_logits.dtype).removeprefix("torch."), 0.0))
+            logits = prompt_logits[0, -1].double()
             best = logits.topk(2).values
             gaps.append(float((best[0] - best[1]) / max(1.0, float(logits.abs().max()))))
             text = torch.cat([text, logits.argmax().view(1, 1)], dim=1)
@@ -78,7 +80,7 @@ def _from_cache(model: nn.Module, ids: Tensor, tokens: int) -> tuple[int, ...]:
         for _ in range(tokens):
             new = text if past is None else text[:, -1:]
             mask = torch.ones_like(text)
-            found = model(input_ids=new, attention_mask=mask, past_key_values=past, use_cache=True)
-            past = found.past_key_values
-            text = torch.cat([text, found.logits[0, -1].argmax().view(1, 1)], dim=1)
+            output = model(input_ids=new, attention_mask=mask, past_key_values=past, use_cache=True)
+            past = output.past_key_values
+            text = torch.cat([text, output.logits[0, -1].argmax().view(1, 1)], dim=1)
     return tuple(text[0, ids.shape[1] :].tolist())

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from surgery.arithmetic.float64_reference import FACTOR, Wide, difference
 from surgery.errors import ParityError
-from surgery.onnx.calls.example import Given, outputs_of
+from surgery.onnx.calls.example import ExampleCall, outputs_of
 from surgery.onnx.checking.report import Compared
 
 __all__ = ["TOLERANCES", "Call", "Comparison", "expected_of"]
@@ -32,12 +32,12 @@ class Call:
     file may part from the model, which is told and no error."""
 
     sizes: str
-    given: Given
+    given: ExampleCall
     values: str = ""
     edge: bool = False
 
 
-def expected_of(model: nn.Module, call: Given, seed: int = 0) -> list[Tensor] | None:
+def expected_of(model: nn.Module, call: ExampleCall, seed: int = 0) -> list[Tensor] | None:
     """What the model gives, flat; None where it can't be called so, such as with positions past the last one."""
     with torch.no_grad(), torch.random.fork_rng():
         torch.manual_seed(seed)
@@ -47,8 +47,8 @@ def expected_of(model: nn.Module, call: Given, seed: int = 0) -> list[Tensor] | 
             return None
 
 
-def _called(model: nn.Module, call: Given) -> list[Tensor]:
-    return [one.detach().clone() for one in outputs_of(call.call(model, call.copy()))]
+def _called(model: nn.Module, call: ExampleCall) -> list[Tensor]:
+    return [output.detach().clone() for output in outputs_of(call.call(model, call.copy()))]
 
 
 @dataclass

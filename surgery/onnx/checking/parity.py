@@ -15,7 +15,7 @@ from surgery.errors import ParityError, SurgeryError
 from surgery.lifecycle.activation import active
 from surgery.lifecycle.switching import weights_now
 from surgery.merging.merge import ensure_unmerged
-from surgery.onnx.calls.example import Given, arrays_of, leaves_of
+from surgery.onnx.calls.example import ExampleCall, arrays_of, leaves_of
 from surgery.onnx.calls.export_turns import in_turn
 from surgery.onnx.calls.exported_model import check_names, rooted
 from surgery.onnx.calls.kv_cache_example import with_cache
@@ -44,8 +44,10 @@ Adapters = str | Sequence[str] | Mapping[str, str | Path] | None
 
 @dataclass
 class Reference:
-    """What the file has to compute: a name, the model that computes it, what is fed into the slots; `compared`: or
-    only what the adapters' effect is measured from."""
+    """A model that the file is compared with, and what is fed into the slots.
+
+    `compared`: False for a model from which only the adapters' effect is measured.
+    """
 
     name: str
     model: nn.Module
@@ -64,7 +66,7 @@ def verify_onnx(
     atol: float | None = None,
     providers: Sequence[str] | None = None,
 ) -> ParityReport:
-    """Compare an exported file with the live model it was made of.
+    """Compare an exported file with the live model that it was made of.
 
     >>> import tempfile, torch
     >>> from torch import nn
@@ -78,58 +80,74 @@ def verify_onnx(
     >>> report.ok, sorted({one.adapter for one in report.compared})
     (True, ['base', 'red'])
 
-    Compared are: the weights in the file that have the model's names, to the bit; the outputs without an adapter and
-    with each (`adapters`: those of these names; or name → `.onnx_adapter` file, to compare what the files hold with the
-    model's adapters), as the example has them, at other sizes of what is free and with other values (padded texts,
-    masks with a row that lets nothing through, one token repeated, zeros, large numbers), with onnxruntime's optimiser
-    and without; of decoders with a cache also eight tokens of greedy decoding.
+    The comparison covers: the weights in the file that have the model's names, to the bit; the outputs without an
+    adapter and with each adapter, for the example, for other free sizes and for other values (padded texts, masks with
+    an empty row, one token repeated, zeros, large numbers), with onnxruntime's optimiser and without; and, for decoders
+    with a cache, eight tokens of greedy decoding.
 
-    Differences are measured by the largest number of an output where that is above 1; NaNs and infinities have to be in
-    the same places. Allowed is what `TOLERANCES` has for the number type, and of a model that itself loses more, eight
-    times what it is off from the same model in float64 (up to `LARGEST`). `atol`: what is allowed instead, for floating
-    point. A difference that other values alone bring is a notice, but of padded texts an error. `report.moved` is how
-    much each adapter changes the outputs: where that is within the tolerance, a notice says that the comparison tells
-    nothing of it.
+    Args:
+        path: the file.
+        model: the model; it is only read.
+        example_inputs: as in `export_onnx`.
+        adapters: names of adapters to compare; or name → `.onnx_adapter` file, to compare the files with the model's
+            adapters; default None: all.
+        atol: allowed difference of floating-point outputs; default None: `TOLERANCES` of the dtype. If the model itself
+            loses more, eight times its difference from the same model in float64, up to `LARGEST`.
+        providers: onnxruntime's execution providers; default None: the CPU's.
 
-    Raises `ParityError` that names the worst output, with all comparisons as its `report`; `SurgeryError` for a file
-    without a manifest, and where onnxruntime has no kernels for it. The model is only read.
+    Returns:
+        A report. Its `moved` says how much each adapter changes the outputs. If that is within the tolerance, a notice
+        says that the comparison shows nothing about the adapter.
+
+    Raises:
+        ParityError: names the worst output; its `report` has all comparisons. A difference that only other values cause
+            is a notice, except for padded texts.
+        SurgeryError: the file has no manifest, or onnxruntime has no kernels for it.
+
+    Notes:
+        A difference is divided by the output's largest number if that is above 1. NaNs and infinities must be in the
+        same places.
     """
     model = rooted(model)
     manifest = read_manifest(path)
-    given = _called(manifest, model, example_inputs)
+    example = _called(manifest, model, example_inputs)
     report = ParityReport(str(path))
     names = list(adapters) if isinstance(adapters, Mapping) else adapters
     check_names(model, names)
     _require_adapters(model, adapters)
-    report.weights = check_weights(path, manifest, model, given, names)
+    report.weights = check_weights(path, manifest, model, example, names)
     sessions = {level: opened(path, level, providers) for level in (True, False)}
     report.notices += check_file(path, manifest, sessions[True])
-    calls = _calls(given, manifest)
+    calls = _calls(example, manifest)
     drawn: set[int] | None = None
     first: dict[int, list[Tensor]] = {}
     with traced_path():
-        for number, one in enumerate(_references(model, manifest, adapters, report)):
+        for number, reference in enumerate(_references(model, manifest, adapters, report)):
             if not number:
-                report.notices += told_apart(one.model, [call for (call, *_) in calls if call.values])
-            comparison = Comparison(one.name, one.model, manifest.outputs, atol)
+                report.notices += told_apart(reference.model, [call for (call, *_) in calls if call.values])
+            comparison = Comparison(reference.name, reference.model, manifest.outputs, atol)
             for at, group in enumerate(calls):
-                found = next(((c, e) for c in group if (e := expected_of(one.model, c.given)) is not None), None)
-                if found is None:
+                accepted = next(
+                    ((c, e) for c in group if (e := expected_of(reference.model, c.given)) is not None), None
+                )
+                if accepted is None:
                     if not group[0].values:
-                        report.notices.append(f"{one.name} at {group[0].sizes}: the model itself can't be called so")
+                        report.notices.append(
+                            f"{reference.name} at {group[0].sizes}: the model itself can't be called so"
+                        )
                     continue
-                call, expected = found
+                call, expected = accepted
                 if drawn is None:
-                    drawn = _drawn(one.model, call.given, expected, manifest.outputs, report)
+                    drawn = _drawn(reference.model, call.given, expected, manifest.outputs, report)
                 if at not in first:  # the base, which comes first, or what can be called so when it can't
                     first[at] = expected
                 elif not call.values:
-                    _effect(one.name, first[at], expected, drawn, report)
+                    _effect(reference.name, first[at], expected, drawn, report)
                 comparison.drawn = drawn
-                for level, session in sessions.items() if one.compared else ():
-                    feeds = {**arrays_of(call.given, manifest.inputs), **one.fed}
+                for level, session in sessions.items() if reference.compared else ():
+                    feeds = {**arrays_of(call.given, manifest.inputs), **reference.fed}
                     try:
-                        outputs = ran(session, feeds, f"{one.name}, {call.values or call.sizes}")
+                        outputs = ran(session, feeds, f"{reference.name}, {call.values or call.sizes}")
                     except ParityError as error:
                         if call.edge:
                             report.notices.append(f"{error.where}: onnxruntime can't run the file, {error.why}")
@@ -137,10 +155,10 @@ def verify_onnx(
                         error.elsewhere = at > 0 and report.ok
                         raise
                     report.compared += comparison.of(call, level, expected, outputs)
-            if one.compared and not drawn:
-                decoded = decode(one.model, given, path, manifest, one.name, one.fed, TOKENS)
+            if reference.compared and not drawn:
+                decoded = decode(reference.model, example, path, manifest, reference.name, reference.fed, TOKENS)
                 report.decoded += [decoded] if isinstance(decoded, Decoded) else []
-                report.notices += [f"{one.name}: {decoded}"] if isinstance(decoded, str) else []
+                report.notices += [f"{reference.name}: {decoded}"] if isinstance(decoded, str) else []
     if not report.ok:
         raise parity_error(report, list(adapters) if isinstance(adapters, Mapping) else ())
     _weigh(report)
@@ -148,25 +166,25 @@ def verify_onnx(
     return report
 
 
-def _calls(given: Given, manifest: Manifest) -> list[list[Call]]:
+def _calls(call: ExampleCall, manifest: Manifest) -> list[list[Call]]:
     """The example at its sizes and at others, in groups of which the first that the model takes is compared; and with
     other values."""
-    calls = other_sizes(given, manifest.inputs, manifest.free)
+    calls = other_sizes(call, manifest.inputs, manifest.free)
     sizes, example = calls[0][0]
-    values = [Call(sizes, one.call, one.told, one.edge) for one in other_values(example)]
-    return [[Call(*one) for one in group] for group in calls] + [[one] for one in values]
+    values = [Call(sizes, varied.call, varied.told, varied.edge) for varied in other_values(example)]
+    return [[Call(*arguments) for arguments in group] for group in calls] + [[arguments] for arguments in values]
 
 
-def _called(manifest: Manifest, model: nn.Module, example_inputs: Any) -> Given:
+def _called(manifest: Manifest, model: nn.Module, example_inputs: Any) -> ExampleCall:
     """The example as the file takes it: where that is with a cache, the text's first half goes into one."""
-    given = Given.of(model, example_inputs)
-    if manifest.cache and "past_key_values" not in given.values:
-        given = Given.of(model, with_cache(model, given.example))
-    names = [name for name, leaf in leaves_of(given.values) if isinstance(leaf, Tensor)]
+    example = ExampleCall.of(model, example_inputs)
+    if manifest.cache and "past_key_values" not in example.values:
+        example = ExampleCall.of(model, with_cache(model, example.example))
+    names = [name for name, leaf in leaves_of(example.values) if isinstance(leaf, Tensor)]
     if len(names) != len(manifest.inputs):
         why = f"they have {', '.join(names)}, and the file takes {', '.join(manifest.inputs)}"
         raise SurgeryError("the example inputs are not those of the file", why=why, fix="give those of the export")
-    return given
+    return example
 
 
 def _require_adapters(model: nn.Module, adapters: Adapters) -> None:
@@ -235,19 +253,19 @@ class _Only:
 
 
 def _drawn(
-    model: nn.Module, call: Given, expected: list[Tensor], outputs: Sequence[str], report: ParityReport
+    model: nn.Module, call: ExampleCall, expected: list[Tensor], outputs: Sequence[str], report: ParityReport
 ) -> set[int]:
     """Which outputs are drawn at random: the file draws other numbers."""
     again = expected_of(model, call, seed=1) or []
-    found = {i for i, (one, other) in enumerate(zip(expected, again, strict=False)) if difference(one, other)}
-    if found and len(found) == len(expected):
+    unsteady = {i for i, (first, other) in enumerate(zip(expected, again, strict=False)) if difference(first, other)}
+    if unsteady and len(unsteady) == len(expected):
         raise ParityError(
             "the file can't be compared with the model",
             why="two calls of the model itself differ: it draws random numbers in evaluation mode",
             fix="verify=False writes it as it is",
         )
-    report.notices += [f"{outputs[i]}: the model draws it at random" for i in sorted(found) if i < len(outputs)]
-    return found
+    report.notices += [f"{outputs[i]}: the model draws it at random" for i in sorted(unsteady) if i < len(outputs)]
+    return unsteady
 
 
 def _effect(
@@ -262,12 +280,12 @@ def _effect(
 def _tell_edges(report: ParityReport) -> None:
     """One notice for each kind of values at which the file parts from the model."""
     apart: dict[str, list[Compared]] = {}
-    for one in report.compared:
-        if not one.ok:
-            apart.setdefault(one.values, []).append(one)
-    for values, found in apart.items():
-        most = max(found, key=lambda one: one.difference)
-        names = ", ".join(dict.fromkeys(one.adapter for one in found))
+    for comparison in report.compared:
+        if not comparison.ok:
+            apart.setdefault(comparison.values, []).append(comparison)
+    for values, comparisons in apart.items():
+        most = max(comparisons, key=lambda comparison: comparison.difference)
+        names = ", ".join(dict.fromkeys(comparison.adapter for comparison in comparisons))
         report.notices.append(
             f"with {values} the file gives other numbers than the model ({names}: {most.output} is "
             f"{most.difference:.1e} off); with the example's values it gives the model's"
@@ -276,7 +294,9 @@ def _tell_edges(report: ParityReport) -> None:
 
 def _weigh(report: ParityReport) -> None:
     for name, moved in report.moved.items():
-        own = [one.tolerance for one in report.compared if one.adapter == name and not one.edge]
+        own = [
+            comparison.tolerance for comparison in report.compared if comparison.adapter == name and not comparison.edge
+        ]
         allowed = max(own, default=0.0)
         if moved <= allowed:
             why = "that they are equal tells nothing of it"

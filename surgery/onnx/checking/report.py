@@ -60,9 +60,9 @@ class Decoded:
     def __str__(self) -> str:
         if self.expected == self.found:
             return f"{self.adapter}: {len(self.expected)} tokens decoded alike"
-        told = "a tie" if self.ok else f"{self.gap:.1e} apart"
+        verdict = "a tie" if self.ok else f"{self.gap:.1e} apart"
         at = next(i for i, pair in enumerate(zip(self.expected, self.found, strict=True)) if pair[0] != pair[1])
-        return f"{self.adapter}: tokens differ from the {at + 1}. on ({told}): {self.expected} and {self.found}"
+        return f"{self.adapter}: tokens differ from the {at + 1}. on ({verdict}): {self.expected} and {self.found}"
 
 
 @dataclass
@@ -83,39 +83,43 @@ class ParityReport:
 
     @property
     def ok(self) -> bool:
-        return all(one.ok for one in (*(one for one in self.compared if not one.edge), *self.decoded))
+        return all(result.ok for result in (*(result for result in self.compared if not result.edge), *self.decoded))
 
     @property
     def worst(self) -> Compared | None:
         """The comparison that is nearest to its tolerance, or farthest above."""
-        return max((one for one in self.compared if not one.edge), key=lambda one: one.ratio, default=None)
+        return max(
+            (one for one in self.compared if not one.edge), key=lambda comparison: comparison.ratio, default=None
+        )
 
     def to_json(self) -> str:
         data = {"path": self.path, "ok": self.ok, "notices": self.notices, "moved": self.moved}
-        data["compared"] = [{**asdict(one), "ok": one.ok} for one in self.compared]
-        data["decoded"] = [{**asdict(one), "ok": one.ok} for one in self.decoded]
+        data["compared"] = [{**asdict(comparison), "ok": comparison.ok} for comparison in self.compared]
+        data["decoded"] = [{**asdict(decoding), "ok": decoding.ok} for decoding in self.decoded]
         return json.dumps(data, indent=2)
 
     def __str__(self) -> str:
         head = ["adapter", "moves", "sizes", "largest difference", "of output", "tolerance", ""]
         rows: list[list[str]] = []
         groups: dict[tuple[str, str], list[Compared]] = {}
-        for one in self.compared:
-            groups.setdefault((one.adapter, one.values or one.sizes), []).append(one)
-        for (adapter, sizes), found in groups.items():
-            most = max(found, key=lambda one: (one.ratio, one.difference))
+        for comparison in self.compared:
+            groups.setdefault((comparison.adapter, comparison.values or comparison.sizes), []).append(comparison)
+        for (adapter, sizes), comparisons in groups.items():
+            most = max(comparisons, key=lambda comparison: (comparison.ratio, comparison.difference))
             moves = f"{self.moved[adapter]:.1e}" if adapter in self.moved else ""
-            told = "equal" if most.ok else "differs at an edge" if most.edge else "DIFFERS"
-            told += f" (the model itself loses {most.lost:.1e})" if most.lost else ""
-            rows.append([adapter, moves, sizes, f"{most.difference:.1e}", most.output, f"{most.tolerance:.0e}", told])
+            verdict = "equal" if most.ok else "differs at an edge" if most.edge else "DIFFERS"
+            verdict += f" (the model itself loses {most.lost:.1e})" if most.lost else ""
+            rows.append(
+                [adapter, moves, sizes, f"{most.difference:.1e}", most.output, f"{most.tolerance:.0e}", verdict]
+            )
         lines = [table(head, rows)]
-        lines += [str(one) for one in self.decoded]
-        return "\n".join([*lines, *(f"note: {one}" for one in self.notices)])
+        lines += [str(decoding) for decoding in self.decoded]
+        return "\n".join([*lines, *(f"note: {notice}" for notice in self.notices)])
 
 
 def parity_error(report: ParityReport, files: Sequence[str] = ()) -> ParityError:
     """`files`: adapters that were read from files."""
-    failed = [one for one in report.decoded if not one.ok]
+    failed = [decoding for decoding in report.decoded if not decoding.ok]
     worst = report.worst
     if worst is not None and not worst.ok:
         mode = "optimised" if worst.optimiser else "as written"
@@ -135,5 +139,7 @@ def parity_error(report: ParityReport, files: Sequence[str] = ()) -> ParityError
         )
     error.report = report
     first = report.compared[0].sizes
-    error.elsewhere = all(one.ok or one.edge for one in report.compared if one.sizes == first)
+    error.elsewhere = all(
+        comparison.ok or comparison.edge for comparison in report.compared if comparison.sizes == first
+    )
     return error

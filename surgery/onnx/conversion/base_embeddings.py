@@ -25,9 +25,9 @@ def base(conversion: Conversion) -> None:
         hit = _KEY.fullmatch(key)
         if hit is None:
             continue
-        name, given = f"{hit[1]}.{hit[2]}", np.asarray(widened(conversion.left[key]), np.float64)
+        name, values = f"{hit[1]}.{hit[2]}", np.asarray(widened(conversion.left[key]), np.float64)
         with conversion.noting(key):
-            same = _same(conversion, name, given)
+            same = _same(conversion, name, values)
             if same is None:
                 why = f"whether {key} is the exported base's can't be told; it is passed over"
                 warnings.warn(why, SurgeryWarning, stacklevel=4)
@@ -38,22 +38,24 @@ def base(conversion: Conversion) -> None:
         conversion.left.pop(key, None)
 
 
-def _same(conversion: Conversion, name: str, given: np.ndarray) -> bool | None:
+def _same(conversion: Conversion, name: str, values: np.ndarray) -> bool | None:
     """Whether the exported file has these numbers, under the module's name or that of one it is tied to."""
     try:
         weights = conversion.weights
     except SurgeryError:  # the package that reads them is not here
         return None
     if name in weights.held:
-        return _near(weights[name], given)
+        return _near(weights[name], values)
     for other in weights.held:
-        if sorted(weights.held[other].dims) == sorted(given.shape):
-            found = weights.stored(other)
-            if found.dtype.kind == "f" and any(_near(one.astype(np.float64), given) for one in (found, found.T)):
+        if sorted(weights.held[other].dims) == sorted(values.shape):
+            stored = weights.stored(other)
+            if stored.dtype.kind == "f" and any(
+                _near(candidate.astype(np.float64), values) for candidate in (stored, stored.T)
+            ):
                 return True
     return None
 
 
-def _near(found: np.ndarray, given: np.ndarray) -> bool:
+def _near(stored: np.ndarray, values: np.ndarray) -> bool:
     """Within the rounding of half precision, in which either may have been kept."""
-    return found.shape == given.shape and bool(np.allclose(found, given, rtol=2.0**-7, atol=1e-6))
+    return stored.shape == values.shape and bool(np.allclose(stored, values, rtol=2.0**-7, atol=1e-6))

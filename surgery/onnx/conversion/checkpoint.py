@@ -51,14 +51,14 @@ class Checkpoint:
 
     def patterns(self, name: str) -> dict[str, Any]:
         """A mapping from patterns of paths to numbers above 0."""
-        given = self.config.get(name) or {}
-        if not isinstance(given, dict):
+        patterns = self.config.get(name) or {}
+        if not isinstance(patterns, dict):
             raise SurgeryError(f"PEFT's {name} is not a mapping")
-        for key, value in given.items():
+        for key, value in patterns.items():
             if type(value) not in (int, float) or not 0 < value < float("inf"):
                 raise SurgeryError(f"PEFT's {name} has {str(value)[:80]!r} for {key!r}, which is not a number above 0")
             re.compile(key)
-        return given
+        return patterns
 
     def flag(self, name: str) -> bool:
         value = self.config.get(name) or False
@@ -78,14 +78,14 @@ def read_checkpoint(folder: str | Path, sites: Collection[str]) -> Checkpoint:
     config = read_json(folder / CONFIG)
     if not isinstance(config, dict) or not isinstance(config.get("peft_type"), str):
         raise SurgeryError(f"{CONFIG} is no configuration of PEFT's", why="it has no peft_type")
-    held = _tensors(folder / TENSORS)
-    known = current_keys(list(held), lambda: sites).keys
+    arrays = _tensors(folder / TENSORS)
+    known = current_keys(list(arrays), lambda: sites).keys
     tensors: dict[str, np.ndarray] = {}
     for key, theirs in known.items():
         short = _short(key)
-        if short in tensors and not np.array_equal(tensors[short], held[theirs]):
+        if short in tensors and not np.array_equal(tensors[short], arrays[theirs]):
             raise SurgeryError("two tensors of the file have the same name here", where=short)
-        tensors[short] = held[theirs]
+        tensors[short] = arrays[theirs]
     return Checkpoint(config, {key: tensor for key, tensor in tensors.items() if ".original_module." not in key})
 
 
@@ -100,16 +100,16 @@ def _tensors(path: Path) -> dict[str, np.ndarray]:
     from safetensors import SafetensorError, deserialize
 
     try:
-        held = deserialize(path.read_bytes())
+        records = deserialize(path.read_bytes())
     except (OSError, SafetensorError, ValueError) as error:
         raise SurgeryError(f"{path.name} can't be read, or is damaged", why=str(error)[:200]) from None
-    return {key: _array(key, told) for key, told in held}
+    return {key: _array(key, record) for key, record in records}
 
 
-def _array(key: str, told: Any) -> np.ndarray:
-    if told["dtype"] == "BF16":  # the upper half of a float32
-        halves = np.frombuffer(told["data"], np.uint16).astype(np.uint32)
-        return (halves << 16).view(np.float32).reshape(told["shape"])
-    if told["dtype"] not in _BITS:
-        raise SurgeryError("a tensor is of a type that can't be converted", where=key, why=told["dtype"])
-    return np.frombuffer(told["data"], _BITS[told["dtype"]]).reshape(told["shape"])
+def _array(key: str, record: Any) -> np.ndarray:
+    if record["dtype"] == "BF16":  # the upper half of a float32
+        halves = np.frombuffer(record["data"], np.uint16).astype(np.uint32)
+        return (halves << 16).view(np.float32).reshape(record["shape"])
+    if record["dtype"] not in _BITS:
+        raise SurgeryError("a tensor is of a type that can't be converted", where=key, why=record["dtype"])
+    return np.frombuffer(record["data"], _BITS[record["dtype"]]).reshape(record["shape"])

@@ -26,7 +26,7 @@ class Conversion:
     def __init__(self, manifest: Manifest, checkpoint: Checkpoint, path: Path):
         self.manifest, self.checkpoint, self.path = manifest, checkpoint, path
         self.left = dict(checkpoint.tensors)
-        self.found: dict[str, np.ndarray] = {}
+        self.arrays: dict[str, np.ndarray] = {}
         self.problems: list[SurgeryError] = []
         self.embeddings: set[str] = set()  # paths whose LoRA is called an embedding's
 
@@ -51,26 +51,26 @@ class Conversion:
 
     def slots(self, path: str, rule: str) -> Mapping[str, Slot]:
         """A site's slots by the names of their tensors; `SurgeryError` where there is no such site."""
-        found = self.manifest_slots(path, rule)
-        if not found:
+        slots = self.manifest_slots(path, rule)
+        if not slots:
             sites = [site for site, kind in self.manifest.groups if kind == rule]
             why = f"it has {len(sites)}, such as {sites[0]}" if sites else "it has none of that kind"
             fix = "export it with an adapter that is on this module, too"
             raise SurgeryError(f"the file has no {rule} slot for a module", where=path, why=why, fix=fix)
-        return found
+        return slots
 
     def site_of(self, path: str, rule: str) -> Mapping[str, Any]:
         self.slots(path, rule)
-        return next(one for one in self.manifest.sites if (one["site"], one["rule"]) == (path, rule))
+        return next(entry for entry in self.manifest.sites if (entry["site"], entry["rule"]) == (path, rule))
 
     def rule_of(self, path: str, rule: str) -> Mapping[str, Any]:
         """The fields of the slot's own rule."""
         index = self.site_of(path, rule).get("by")
         rules = self.manifest.rules
-        found = rules[index] if isinstance(index, int) and 0 <= index < len(rules) else {}
-        return found if isinstance(found, Mapping) else {}
+        data = rules[index] if isinstance(index, int) and 0 <= index < len(rules) else {}
+        return data if isinstance(data, Mapping) else {}
 
-    def put(self, path: str, rule: str, tensors: Mapping[str, np.ndarray]) -> None:
+    def add(self, path: str, rule: str, tensors: Mapping[str, np.ndarray]) -> None:
         """Fill slots of a site, in the slots' dtypes."""
         slots = self.slots(path, rule)
         if lost := [name for name in tensors if name not in slots]:
@@ -79,14 +79,14 @@ class Conversion:
             raise SurgeryError(f"the file has no place for {', '.join(lost)}", where=path, why=why, fix=fix)
         for name, tensor in tensors.items():
             with np.errstate(over="ignore"):  # what overflows is infinite, and refused in the end
-                self.found[slots[name].name] = np.ascontiguousarray(tensor.astype(dtype_of(slots[name].dtype)))
+                self.arrays[slots[name].name] = np.ascontiguousarray(tensor.astype(dtype_of(slots[name].dtype)))
 
     def complete(self) -> None:
         """At sites that the adapter is on, tensors that it lacks and that change nothing: a gain of ones."""
         for slots in self.manifest.groups.values():
-            if any(slot.name in self.found for slot in slots):
+            if any(slot.name in self.arrays for slot in slots):
                 for slot in slots:
-                    if slot.name not in self.found and slot.default != "empty":
+                    if slot.name not in self.arrays and slot.default != "empty":
                         with self.noting(slot.name):
                             made = self.manifest.default(slot)
-                            self.found[slot.name] = self.weights.stored(slot.name) if made is None else made
+                            self.arrays[slot.name] = self.weights.stored(slot.name) if made is None else made

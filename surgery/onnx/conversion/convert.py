@@ -20,15 +20,25 @@ _METHODS = {"LORA": lora, "IA3": ia3, "PREFIX_TUNING": prefix, "PROMPT_TUNING": 
 
 
 def convert_peft(folder: str | Path, onnx_path: str | Path, out_path: str | Path) -> Path:
-    """Turn a folder of PEFT's (`adapter_config.json`, `adapter_model.safetensors`) into an `.onnx_adapter` file.
+    """Convert a PEFT folder into an `.onnx_adapter` file, without torch.
 
-    `onnx_path`: a file that `export_onnx(…, adapters="slots")` wrote. Of PEFT's methods: LoRA with rank_pattern,
-    alpha_pattern, rsLoRA, lora_bias, and DoRA (whose gains are made with the weights in the file: needs the onnx
-    package), IA³, prefixes, prompt tuning, p-tuning; with any of them modules_to_save, trained biases and
-    trainable_token_indices, where the file has slots for them.
-    Scales are folded into B. Half-precision checkpoints are computed with in float32.
+    The folder has `adapter_config.json` and `adapter_model.safetensors`.
 
-    Gives `out_path`. Raises `LoadError` that lists all that the file has no place for, and then writes nothing.
+    Supports LoRA with rank_pattern, alpha_pattern, rsLoRA, lora_bias, and DoRA (its gains are computed from the weights
+    in the file, which needs the onnx package), IA³, prefixes, prompt tuning and p-tuning. With any of them it supports
+    modules_to_save, trained biases and trainable_token_indices, if the file has slots for them. Scales are folded into
+    B. Half-precision checkpoints are computed in float32.
+
+    Args:
+        folder: the PEFT folder.
+        onnx_path: a file of `export_onnx(…, adapters="slots")`.
+        out_path: the file to write.
+
+    Returns:
+        `out_path`.
+
+    Raises:
+        LoadError: lists everything that the file has no place for; nothing is written.
     """
     manifest = Manifest.read(onnx_path)
     name = Path(folder).name
@@ -50,11 +60,11 @@ def convert_peft(folder: str | Path, onnx_path: str | Path, out_path: str | Path
         base(conversion)
         conversion.complete()
         problems = conversion.problems + [_placeless(manifest, key) for key in conversion.left]
-        problems += manifest.check(conversion.found) if not problems else []
+        problems += manifest.check(conversion.arrays) if not problems else []
         conversion.problems = problems
     if conversion.problems:
-        raise listed(f"{name} can't be converted", sorted(conversion.problems, key=lambda one: one.where or ""))
-    return write_adapter(out_path, conversion.found, manifest)
+        raise listed(f"{name} can't be converted", sorted(conversion.problems, key=lambda problem: problem.where or ""))
+    return write_adapter(out_path, conversion.arrays, manifest)
 
 
 def _placeless(manifest: Manifest, key: str) -> SurgeryError:

@@ -28,25 +28,25 @@ class Weights:
             graph = onnx.load(str(path), load_external_data=False).graph
         except Exception as error:  # protobuf's own
             raise SurgeryError(f"{path.name} is no ONNX file", why=str(error)[:200]) from None
-        self.held: dict[str, Any] = {one.name: one for one in graph.initializer}
-        told = [*graph.initializer, *graph.value_info]
+        self.initializers: dict[str, Any] = {tensor.name: tensor for tensor in graph.initializer}
+        values = [*graph.initializer, *graph.value_info]
         self.turned = {
-            one.name for one in told for p in one.metadata_props if (p.key, p.value) == (LAYOUT, "transposed")
+            value.name for value in values for p in value.metadata_props if (p.key, p.value) == (LAYOUT, "transposed")
         }
 
     def stored(self, name: str) -> np.ndarray:
         """An initialiser as it stands in the file."""
-        if name not in self.held:
+        if name not in self.initializers:
             raise SurgeryError("the file has no initialiser of this name", where=name)
-        return self.onnx.numpy_helper.to_array(self.held[name], base_dir=str(self.folder))
+        return self.onnx.numpy_helper.to_array(self.initializers[name], base_dir=str(self.folder))
 
     def __getitem__(self, name: str) -> np.ndarray:
         """`SurgeryError` where the file has it under another name, or in another form."""
-        if name not in self.held:
+        if name not in self.initializers:
             fix = "export_adapter, which has the model's weights"
             raise SurgeryError("the file has no weight of this name", where=name, why="it was folded away", fix=fix)
-        found = self.stored(name)
-        if found.dtype.kind not in "fV":
-            raise SurgeryError("the weight is quantised", where=name, why=f"it is {found.dtype.name}")
-        found = found.astype(np.float64)
-        return found.T if name in self.turned else found
+        array = self.stored(name)
+        if array.dtype.kind not in "fV":
+            raise SurgeryError("the weight is quantised", where=name, why=f"it is {array.dtype.name}")
+        array = array.astype(np.float64)
+        return array.T if name in self.turned else array

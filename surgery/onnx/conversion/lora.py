@@ -40,20 +40,20 @@ def lora(conversion: Conversion) -> None:
         conversion.problems.append(
             SurgeryError(f"PEFT's init_lora_weights={start!r} can't be converted", why=why, fix=fix)
         )
-    found: dict[str, dict[str, np.ndarray]] = {}
+    factors: dict[str, dict[str, np.ndarray]] = {}
     for key in list(conversion.left):
         hit = _KEY.fullmatch(key)
         if hit:
             name = "B_bias" if hit[3] == "bias" and hit[2] == "B" else _NAMES.get(hit[2], hit[2])
-            found.setdefault(hit[1] or "", {})[name] = widened(conversion.left.pop(key))
+            factors.setdefault(hit[1] or "", {})[name] = widened(conversion.left.pop(key))
             if hit[2].startswith("embedding"):
                 conversion.embeddings.add(hit[1] or "")
-    for path, tensors in found.items():
+    for path, tensors in factors.items():
         owner = path.removesuffix(_OUT)
         part = "out_" if owner != path else ""
         with conversion.noting(path):
             _place(conversion, owner, part, tensors)
-    _check_targets(conversion, set(found))
+    _check_targets(conversion, set(factors))
 
 
 def _place(conversion: Conversion, path: str, part: str, tensors: dict[str, np.ndarray]) -> None:
@@ -69,23 +69,25 @@ def _place(conversion: Conversion, path: str, part: str, tensors: dict[str, np.n
     groups = _groups(slots.get(part + "A"), A)
     if groups > 1:
         A, B = _grouped(conversion, path, A, B, groups)
-    found = {"A": A, "B": B * B.dtype.type(scale)}
+    slot_tensors = {"A": A, "B": B * B.dtype.type(scale)}
     if "B_bias" in tensors:
-        found["B_bias"] = tensors["B_bias"] * B.dtype.type(scale)
+        slot_tensors["B_bias"] = tensors["B_bias"] * B.dtype.type(scale)
     if "magnitude" in tensors:
         if part or groups > 1:
             raise SurgeryError("DoRA here can't be converted", fix="load_adapter and export_adapter")
-        found["gain"] = _gain(conversion, path, A, B, scale, tensors["magnitude"].reshape(-1))
-    conversion.put(path, "lora", {part + name: array for name, array in found.items()})
+        slot_tensors["gain"] = _gain(conversion, path, A, B, scale, tensors["magnitude"].reshape(-1))
+    conversion.add(path, "lora", {part + name: array for name, array in slot_tensors.items()})
 
 
 def _scale(conversion: Conversion, path: str, rank: int) -> float:
-    held = conversion.checkpoint
-    told = pattern_value(held.patterns("rank_pattern"), path, held.number("r", 8))
-    if told != rank:
-        raise SurgeryError("the tensors have another rank than the configuration says", why=f"{rank}, and not {told}")
-    alpha = pattern_value(held.patterns("alpha_pattern"), path, held.number("lora_alpha", 8))
-    return alpha / (math.sqrt(rank) if held.flag("use_rslora") else rank)
+    checkpoint = conversion.checkpoint
+    config_rank = pattern_value(checkpoint.patterns("rank_pattern"), path, checkpoint.number("r", 8))
+    if config_rank != rank:
+        raise SurgeryError(
+            "the tensors have another rank than the configuration says", why=f"{rank}, and not {config_rank}"
+        )
+    alpha = pattern_value(checkpoint.patterns("alpha_pattern"), path, checkpoint.number("lora_alpha", 8))
+    return alpha / (math.sqrt(rank) if checkpoint.flag("use_rslora") else rank)
 
 
 # Convolutions with groups -------------------------------------------------------------------------------------

@@ -21,7 +21,7 @@ REPLACED = "torch.nn.functional.scaled_dot_product_attention"  # transformers' p
 def translations(opset: int) -> dict[Any, Any]:
     """For `torch.onnx.export`."""
 
-    def written(
+    def translate(
         query: Any, key: Any, value: Any, attn_mask: Any = None, dropout_p: float = 0.0, is_causal: bool = False,
         scale: float | None = None, enable_gqa: bool = False,
     ) -> Any:  # fmt: skip
@@ -34,13 +34,13 @@ def translations(opset: int) -> dict[Any, Any]:
             key, value = _repeated(key, query), _repeated(value, query)
         return _products(query, key, value, attn_mask, is_causal, scale)
 
-    return {torch.ops.aten.scaled_dot_product_attention.default: written}
+    return {torch.ops.aten.scaled_dot_product_attention.default: translate}
 
 
 def _meant(query: Any, key: Any, value: Any, mask: Any, scale: float | None) -> bool:
     """Whether ONNX's operation means what torch does: onnxruntime's broadcasts nothing but a mask's rows, and takes the
     lowest number of a float mask for a key that is masked."""
-    if any(one.shape is None or len(one.shape) != 4 for one in (query, key, value)) or (scale or 1.0) < 0:
+    if any(tensor.shape is None or len(tensor.shape) != 4 for tensor in (query, key, value)) or (scale or 1.0) < 0:
         return False
     heads, shared = query.shape[1], key.shape[1]
     grouped = isinstance(heads, int) and isinstance(shared, int) and heads % shared == 0
@@ -50,11 +50,11 @@ def _meant(query: Any, key: Any, value: Any, mask: Any, scale: float | None) -> 
     return mask is None or (_is_bool(mask) and mask.shape is not None and _equal(mask.shape[-1], key.shape[2]))
 
 
-def _equal(one: Any, other: Any) -> bool:
+def _equal(first: Any, other: Any) -> bool:
     """Two sizes, numbers or symbols; two that nothing is known of are not equal."""
-    if isinstance(one, int) or isinstance(other, int):
-        return one == other
-    return one.value is not None and one.value == other.value
+    if isinstance(first, int) or isinstance(other, int):
+        return first == other
+    return first.value is not None and first.value == other.value
 
 
 def _is_bool(mask: Any) -> bool:
@@ -87,8 +87,8 @@ def _products(query: Any, key: Any, value: Any, mask: Any, is_causal: bool, scal
         else:
             passed = op.Greater(op.ReduceMax(mask, last), op.CastLike(constant(-math.inf), mask))
         scores = op.Add(scores, mask)
-    found = op.MatMul(op.Softmax(scores, axis=-1), value)
-    return found if passed is None else op.Where(passed, found, constant(0.0))
+    context = op.MatMul(op.Softmax(scores, axis=-1), value)
+    return context if passed is None else op.Where(passed, context, constant(0.0))
 
 
 def _scale(query: Any, scale: float | None) -> Any:

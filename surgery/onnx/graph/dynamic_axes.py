@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from surgery.errors import SurgeryError, near_misses
-from surgery.onnx.calls.example import Given, is_cache, leaves_of
+from surgery.onnx.calls.example import ExampleCall, is_cache, leaves_of
 from surgery.onnx.calls.resized_calls import sized, sizes_of, summed
 
 __all__ = [
@@ -23,23 +23,23 @@ Dynamic = bool | Mapping[str, Mapping[int, str]]
 Axes = dict[str, dict[int, str]]  # input → axis → name
 
 
-def axes_of(given: Given, dynamic: Dynamic) -> Axes:
+def axes_of(example: ExampleCall, dynamic: Dynamic) -> Axes:
     """What is free in each tensor of a call, with names: `batch` first; the positions of a text or a cache.
 
     Pictures keep their sizes. A mapping says it itself: input → axis → name.
     """
-    tensors = {name: leaf for name, leaf in leaves_of(given.values) if isinstance(leaf, Tensor)}
+    tensors = {name: leaf for name, leaf in leaves_of(example.values) if isinstance(leaf, Tensor)}
     if dynamic is False:
         return {}
     if dynamic is not True:
         return _said(dynamic, tensors)
-    caches = {name for name, value in given.values.items() if is_cache(value)}
-    found: Axes = {}
+    caches = {name for name, value in example.values.items() if is_cache(value)}
+    axes: Axes = {}
     for name, tensor in tensors.items():
         if tensor.dim():
             root = name.partition(".")[0]
-            found[name] = _of_cache(name, tensor) if root in caches else _axes(root, tensor, bool(caches), tensors)
-    return _apart(found, tensors)
+            axes[name] = _of_cache(name, tensor) if root in caches else _axes(root, tensor, bool(caches), tensors)
+    return _apart(axes, tensors)
 
 
 def _apart(axes: Axes, tensors: Mapping[str, Tensor]) -> Axes:
@@ -48,15 +48,15 @@ def _apart(axes: Axes, tensors: Mapping[str, Tensor]) -> Axes:
     What belongs to a text has its sizes, unless the example shows others. Runtimes reuse memory by these names.
     """
     taken: dict[str, tuple[bool, int]] = {}
-    found: Axes = {}
+    named_axes: Axes = {}
     for name, free in axes.items():
-        found[name] = {}
+        named_axes[name] = {}
         for axis, dim in free.items():
-            one = (_is_text(name, tensors[name]), tensors[name].shape[axis])
-            same = dim not in taken or (one[0] and taken[dim] == one)
-            taken.setdefault(dim, one)
-            found[name][axis] = dim if same else own_dim(name, dim)
-    return found
+            key = (_is_text(name, tensors[name]), tensors[name].shape[axis])
+            same = dim not in taken or (key[0] and taken[dim] == key)
+            taken.setdefault(dim, key)
+            named_axes[name][axis] = dim if same else own_dim(name, dim)
+    return named_axes
 
 
 def _is_text(name: str, tensor: Tensor) -> bool:
@@ -110,47 +110,47 @@ def _axes(name: str, tensor: Tensor, cached: bool, tensors: Mapping[str, Tensor]
     return {0: "batch", 1: positions, 2: own_dim(name, "size")}
 
 
-def examples_for_tracing(given: Given, axes: Axes) -> list[Given]:
+def examples_for_tracing(example: ExampleCall, axes: Axes) -> list[ExampleCall]:
     """The call with five where it has one, which would be taken for a constant: everywhere, or in the batch alone.
 
     Five and not two, since few models have another size of five: strides that are equal by chance fix sizes, too.
     """
-    sizes = sizes_of(given, axes)
+    sizes = sizes_of(example, axes)
     ones = [name for name, size in sizes.items() if size == 1]
     asked = [ones, [name for name in ones if name.endswith("batch")], []]
-    found = [sized(given, axes, summed({**sizes, **dict.fromkeys(free, 5)}, sizes)) for free in asked if free]
-    return [*found, given]
+    examples = [sized(example, axes, summed({**sizes, **dict.fromkeys(free, 5)}, sizes)) for free in asked if free]
+    return [*examples, example]
 
 
-def of_other_lengths(given: Given, axes: Axes) -> Given:
+def of_other_lengths(example: ExampleCall, axes: Axes) -> ExampleCall:
     """The call with texts one longer.
 
     Tracing takes for always so what is so for the example: of a text that fills its last chunk, that none is padded.
     """
-    sizes = sizes_of(given, axes)
+    sizes = sizes_of(example, axes)
     more = {name: size if name.endswith(("batch", "_size")) else size + 1 for name, size in sizes.items()}
-    return sized(given, axes, summed(more, sizes))
+    return sized(example, axes, summed(more, sizes))
 
 
-def dynamic_shapes(given: Given, axes: Axes) -> dict[str, Any]:
+def dynamic_shapes(example: ExampleCall, axes: Axes) -> dict[str, Any]:
     """The same for torch.export. What the model itself asks to be constant becomes so there."""
     auto = torch.export.Dim.AUTO
-    leaves = iter(leaves_of(given.values))
-    found: dict[str, Any] = {}
-    for name, value in given.values.items():
+    leaves = iter(leaves_of(example.values))
+    by_name: dict[str, Any] = {}
+    for name, value in example.values.items():
         if isinstance(value, (str, int, float, bool)):
             next(leaves)
-            found[name] = None
+            by_name[name] = None
             continue
         flat, spec = pytree.tree_flatten(value)
         shapes = [_shape(leaf, dict.fromkeys(axes.get(next(leaves)[0], {}), auto)) for leaf in flat]
         if isinstance(value, Tensor):
-            found[name] = shapes[0]
+            by_name[name] = shapes[0]
         elif type(value) in (dict, list, tuple):
-            found[name] = pytree.tree_unflatten(shapes, spec)
+            by_name[name] = pytree.tree_unflatten(shapes, spec)
         else:
-            found[name] = _nested(value, iter(shapes))
-    return found
+            by_name[name] = _nested(value, iter(shapes))
+    return by_name
 
 
 def _shape(leaf: Any, free: dict[int, Any]) -> Any:
@@ -188,36 +188,36 @@ def rename_dims(model: Any, axes: Mapping[str, Mapping[int, str]]) -> dict[str, 
 
 
 def fixed_dims(
-    given: Given, axes: Axes, free: Mapping[str, Mapping[int, str]], takes: Callable[[Given], bool]
+    example: ExampleCall, axes: Axes, free: Mapping[str, Mapping[int, str]], takes: Callable[[ExampleCall], bool]
 ) -> list[str]:
     """What was asked to be free, and came out fixed. Sizes that have no name of their own are not told.
 
     `takes`: whether the live model can be called so, which tells what tracing fixed from what the model does.
     """
-    told = []
-    for name, leaf in leaves_of(given.values):
+    notices = []
+    for name, leaf in leaves_of(example.values):
         for axis, dim in axes.get(name, {}).items() if isinstance(leaf, Tensor) else ():
             if axis not in free.get(name, {}) and not dim.endswith("_size"):
                 size = leaf.shape[axis]
                 why = "; give an example with more" if size < 2 else ": the model allows no other"
-                if size > 1 and any(map(takes, _with_more(given, axes, dim))):
+                if size > 1 and any(map(takes, _with_more(example, axes, dim))):
                     why = ": tracing fixed it, though the model takes others"
-                told.append(f"{name} is fixed at {size} along axis {axis} ({dim}){why}")
-    return told
+                notices.append(f"{name} is fixed at {size} along axis {axis} ({dim}){why}")
+    return notices
 
 
-def _with_more(given: Given, axes: Axes, dim: str) -> list[Given]:
+def _with_more(example: ExampleCall, axes: Axes, dim: str) -> list[ExampleCall]:
     """The call with one more along a dimension: along it alone, and along all that are not batches; of a batch, along
     all batches, too, and with all doubled, where it has to have so many images for so many texts."""
-    sizes = sizes_of(given, axes)
-    alone = sized(given, axes, summed({**sizes, dim: sizes[dim] + 1}, sizes))
+    sizes = sizes_of(example, axes)
+    alone = sized(example, axes, summed({**sizes, dim: sizes[dim] + 1}, sizes))
     if not dim.endswith(("batch", "_size")):
-        return [alone, of_other_lengths(given, axes)]
+        return [alone, of_other_lengths(example, axes)]
     batches = {name: size for name, size in sizes.items() if name.endswith("batch")}
     if dim not in batches or len(batches) < 2:
         return [alone]
     more = [{name: size + 1 for name, size in batches.items()}, {name: 2 * size for name, size in batches.items()}]
-    return [alone, *(sized(given, axes, {**sizes, **one}) for one in more)]
+    return [alone, *(sized(example, axes, {**sizes, **changed}) for changed in more)]
 
 
 def _values(model: Any) -> Any:
@@ -239,4 +239,4 @@ def _renamed(dim: Any, names: Mapping[str, str]) -> Any:
         return text
     if _number(text):
         return int(text)
-    return re.sub(r"[A-Za-z_]\w*", lambda found: names.get(found[0], found[0]), text)
+    return re.sub(r"[A-Za-z_]\w*", lambda match: names.get(match[0], match[0]), text)

@@ -34,14 +34,15 @@ def export_failure(model: Any, error: BaseException) -> SurgeryError:
     """The error that a caller of `export_onnx` sees for one of an exporter's."""
     chain = list(_chain(error))
     step = next(
-        (_STEPS[type(one).__name__] for one in chain if type(one).__name__ in _STEPS), _STEPS["TorchExportError"]
+        (_STEPS[type(error_there).__name__] for error_there in chain if type(error_there).__name__ in _STEPS),
+        _STEPS["TorchExportError"],
     )
     what = f"this {type(model).__name__} can't be exported: {step} failed"
     node = next(filter(None, map(_node_of, chain)), None)
-    for one in chain:
-        if (found := _MISSING.search(str(one))) is not None:
-            name = _operation(node) or found[1].partition(".")[2].replace(".", "::")
-            via = "" if _short(found[1]) == name else f" (it becomes {found[1]} there)"
+    for cause in chain:
+        if (match := _MISSING.search(str(cause))) is not None:
+            name = _operation(node) or match[1].partition(".")[2].replace(".", "::")
+            via = "" if _short(match[1]) == name else f" (it becomes {match[1]} there)"
             why = f"the exporter has no ONNX operation for {name}{via}"
             return SurgeryError(what, where=_site_of(chain) or _place(node), why=why, fix=_instead(name))
     last = chain[-1] if type(chain[0]).__name__ in _STEPS else chain[0]
@@ -63,13 +64,13 @@ def _chain(error: BaseException) -> Iterator[BaseException]:
 
 def _node_of(error: BaseException) -> fx.Node | None:
     """The node that an exporter was at."""
-    trace, found = error.__traceback__, None
+    trace, frame = error.__traceback__, None
     while trace is not None:
         node = trace.tb_frame.f_locals.get("node")
         if isinstance(node, fx.Node) and node.op == "call_function":
-            found = node
+            frame = node
         trace = trace.tb_next
-    return found
+    return frame
 
 
 def _operation(node: fx.Node | None) -> str | None:
@@ -99,15 +100,15 @@ def _place(node: fx.Node | None) -> str | None:
     stack = list((node.meta.get("nn_module_stack") or {}).values())
     path = str(stack[-1][0]) if stack else ""
     line = next((text for text in reversed(str(node.meta.get("stack_trace") or "").splitlines()) if "File" in text), "")
-    found = re.search(r'File "([^"]+)", line (\d+)', line)
-    at = f"{found[1].rpartition('/')[2]}:{found[2]}" if found else ""
+    match = re.search(r'File "([^"]+)", line (\d+)', line)
+    at = f"{match[1].rpartition('/')[2]}:{match[2]}" if match else ""
     return ", ".join(filter(None, (path or "the model itself", at)))
 
 
 def _called(error: BaseException) -> str | None:
     """The line of the call that torch's text says it failed at."""
-    found = re.findall(r'File "([^"]+)", line (\d+), in', str(error))
-    return f"{found[-1][0].rpartition('/')[2]}:{found[-1][1]}" if found else None
+    places = re.findall(r'File "([^"]+)", line (\d+), in', str(error))
+    return f"{places[-1][0].rpartition('/')[2]}:{places[-1][1]}" if places else None
 
 
 def _site_of(chain: list[BaseException]) -> str | None:

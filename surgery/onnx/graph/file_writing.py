@@ -17,7 +17,7 @@ import onnx_ir as ir
 from surgery.errors import SurgeryError
 from surgery.onnx.runtime.default_inputs import DEFAULTS
 
-__all__ = ["MANIFEST", "SIDECAR", "size_of", "written"]
+__all__ = ["MANIFEST", "SIDECAR", "size_of", "write_model"]
 
 MANIFEST = "surgery.manifest"  # among the file's metadata
 SIDECAR = ".manifest.json"
@@ -26,12 +26,12 @@ ALONE = 1024  # bytes of a tensor from which it goes there
 
 
 @contextlib.contextmanager
-def written(
+def write_model(
     model: ir.Model, path: Path, manifest: Mapping[str, Any], external_data: bool | int | None
 ) -> Iterator[Path]:
-    """The file where it can be looked at; at the end of the block it is put in its place, or nothing is.
+    """Yields the file in a temporary place; at the end of the block the file moves to its path, or nothing does.
 
-    `external_data`: whether weights stand in a file beside it, `<name>.data`; a number: if there are as many bytes.
+    `external_data`: whether weights go into a file beside it, `<name>.data`; a number: if there are as many bytes.
     """
     if path.is_dir():
         raise SurgeryError(f"{path} is a folder", fix='name a file: "model.onnx"')
@@ -40,31 +40,31 @@ def written(
     nbytes = sum(_nbytes(value) for graph in model.graphs() for value in graph.initializers.values())
     limit = LARGE if external_data is None else external_data
     beside = limit if isinstance(limit, bool) else nbytes >= limit
-    with _told(path):
+    with _as_surgery_error(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         place = Path(tempfile.mkdtemp(prefix=".surgery-", dir=path.parent))
     try:
         file, data = place / path.name, f"{path.name}.data"
         side = file.with_name(path.name + SIDECAR)
-        with _told(path):
+        with _as_surgery_error(path):
             ir.save(model, str(file), external_data=data if beside else None, size_threshold_bytes=ALONE)
             side.write_text(json.dumps(manifest, indent=2, sort_keys=True) + "\n", encoding="utf-8")
         yield file
         made = [place / data, place / f"{path.name}{DEFAULTS}", side, file]  # the graph last: it is what is opened
-        with _told(path):
-            for one in made:
-                if one.exists():
-                    _synced(one)
-                    os.replace(one, path.parent / one.name)
+        with _as_surgery_error(path):
+            for part in made:
+                if part.exists():
+                    _synced(part)
+                    os.replace(part, path.parent / part.name)
                 else:
-                    (path.parent / one.name).unlink(missing_ok=True)  # of an older file of this name
+                    (path.parent / part.name).unlink(missing_ok=True)  # of an older file of this name
     finally:
         shutil.rmtree(place, ignore_errors=True)
 
 
 @contextlib.contextmanager
-def _told(path: Path) -> Iterator[None]:
-    """What the disk or protobuf refuses, in words."""
+def _as_surgery_error(path: Path) -> Iterator[None]:
+    """Turns errors of the disk or of protobuf into `SurgeryError`."""
     try:
         yield
     except ValueError as error:

@@ -36,15 +36,15 @@ def mark_rules(model: ir.Model, sites: Mapping[str, Mapping[str, str]]) -> None:
     owners: dict[str, tuple[str, tuple[str, ...]]] = {
         name: (path, (label,)) for path, named in sites.items() for name, label in named.items()
     }
-    given = {id(value): owners[value.name] for value in model.graph.inputs if value.name in owners}
+    given_owners = {id(value): owners[value.name] for value in model.graph.inputs if value.name in owners}
     for node in model.graph:
         path = _module(node)
-        found = [given[id(value)] for value in node.inputs if value is not None and id(value) in given]
+        found = [given_owners[id(value)] for value in node.inputs if value is not None and id(value) in given_owners]
         labels = tuple(dict.fromkeys(label for owner, several in found if owner == path for label in several))
         if labels:
             node.metadata_props["surgery.rule"] = ", ".join(dict.fromkeys(", ".join(labels).split(", ")))
             node.metadata_props["surgery.site"] = path
-            given.update({id(value): (path, labels) for value in node.outputs})
+            given_owners.update({id(value): (path, labels) for value in node.outputs})
 
 
 def _module(node: ir.Node) -> str:

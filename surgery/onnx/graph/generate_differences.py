@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from surgery.onnx.calls.example import Given, is_cache, is_transformers
+from surgery.onnx.calls.example import ExampleCall, is_cache, is_transformers
 from surgery.onnx.calls.shared_copy import leave_live, sharing_copy, traced_path
 
 __all__ = ["GENERATION", "changed_logits", "generation_of"]
@@ -26,45 +26,45 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {  # of a generation config: what changes
 }  # fmt: skip
 
 
-def generation_of(model: nn.Module, given: Given) -> dict[str, Any]:
+def generation_of(model: nn.Module, example: ExampleCall) -> dict[str, Any]:
     """How `generate` goes on with texts, as far as it is not the forward alone; empty where it is.
 
     `reread`: the length at which a cache is dropped and the text is read again; `differs`: why the forward on the text
     gives other numbers than `generate` begins with.
     """
-    ids = given.values.get("input_ids")
+    ids = example.values.get("input_ids")
     decodes = is_transformers(model) and isinstance(ids, Tensor) and ids.dim() == 2 and ids.shape[1] > 0
     can: Any = getattr(model, "can_generate", None)
     config: Any = getattr(model, "config", None)
     if not decodes or not callable(can) or not can() or getattr(config, "is_encoder_decoder", False):
         return {}
     assert isinstance(ids, Tensor)
-    found: dict[str, Any] = {}
-    if any(map(is_cache, given.values.values())):
+    generation: dict[str, Any] = {}
+    if any(map(is_cache, example.values.values())):
         length = next((size for size in _switches(config) if _drops(model, ids, size)), None)
-        found |= {} if length is None else {"reread": length + 1}
-    if (why := _difference(model, given, ids[:1, :_ROW])) is not None:
-        found["differs"] = why
-    return found
+        generation |= {} if length is None else {"reread": length + 1}
+    if (why := _difference(model, example, ids[:1, :_ROW])) is not None:
+        generation["differs"] = why
+    return generation
 
 
 def changed_logits(model: nn.Module) -> list[str]:
     """The settings of a model's generation config by which `generate` changes what the forward gives."""
     config = getattr(model, "generation_config", None)
-    told = []
+    settings = []
     for name, neutral in _NEUTRAL.items():
         value = getattr(config, name, None)
         if value is not None and value not in neutral:
-            told.append(f"{name}={value!r}")
-    return told
+            settings.append(f"{name}={value!r}")
+    return settings
 
 
 def _switches(config: Any) -> Iterator[int]:
     """The lengths at which a configuration says that something changes."""
     for part in (config, getattr(config, "text_config", None)):
         rope = getattr(part, "rope_parameters", None)
-        for held in (vars(part) if part is not None else {}, rope if isinstance(rope, Mapping) else {}):
-            size = held.get("original_max_position_embeddings")
+        for attributes in (vars(part) if part is not None else {}, rope if isinstance(rope, Mapping) else {}):
+            size = attributes.get("original_max_position_embeddings")
             if type(size) is int and size > 0:
                 yield size
 
@@ -94,13 +94,13 @@ def _read(size: int) -> Any:
     return FixedLengthCache()
 
 
-def _difference(model: nn.Module, given: Given, row: Tensor) -> str | None:
+def _difference(model: nn.Module, example: ExampleCall, row: Tensor) -> str | None:
     """Why the first logits of `generate` are not those of the forward, or None: as far as both can be called."""
     copy: Any = sharing_copy(model)
     leave_live(copy, ())
     mask = torch.ones_like(row)
     further = (
-        {"position_ids": mask.cumsum(-1) - 1} if "position_ids" in given.values else {}
+        {"position_ids": mask.cumsum(-1) - 1} if "position_ids" in example.values else {}
     )  # as `generate` makes them
     with contextlib.suppress(Exception), torch.no_grad(), torch.random.fork_rng(), traced_path():
         expected = copy(input_ids=row, attention_mask=mask, **further).logits[:, -1].float()
@@ -108,8 +108,8 @@ def _difference(model: nn.Module, given: Given, row: Tensor) -> str | None:
             row, attention_mask=mask, max_new_tokens=1, do_sample=False, num_beams=1, eos_token_id=None, pad_token_id=0,
             return_dict_in_generate=True, output_logits=True,
         )  # fmt: skip
-        found = made.logits[0].float()
-        if found.shape != expected.shape or (found - expected).abs().max() > _NEAR * max(
+        logits = made.logits[0].float()
+        if logits.shape != expected.shape or (logits - expected).abs().max() > _NEAR * max(
             1.0, float(expected.abs().max())
         ):
             places = "" if further else ", or positions that begin at 0 (give position_ids in the example)"

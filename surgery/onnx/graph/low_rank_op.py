@@ -58,7 +58,7 @@ def by_name(lifted: Sequence[Any]) -> Iterator[None]:
         pairs: list[tuple[Any, Any, float]] = list(zip(factors[::2], factors[1::2], scales, strict=True))
         named = [pair for pair in pairs if isinstance(pair[0], Factor)]
         if named:
-            names = "\n".join([one.name for pair in named for one in pair[:2]])
+            names = "\n".join([lifted_factor.name for pair in named for lifted_factor in pair[:2]])
             y = low_rank_linear(x, weight, bias, names, named[0][0].dtype, [scale for *_, scale in named])
         else:
             y = F.linear(x, weight, bias)
@@ -67,24 +67,24 @@ def by_name(lifted: Sequence[Any]) -> Iterator[None]:
                 y = graph_functions.same_dtype(y + F.linear(F.linear(x.to(A.dtype), A), B) * scale, y)
         return y
 
-    for one in lifted:
-        one.box.__dict__[one.key] = Factor(one.name, one.tensor.dtype)
+    for tensor in lifted:
+        tensor.box.__dict__[tensor.key] = Factor(tensor.name, tensor.tensor.dtype)
     try:
         with low_rank_kernel.layers_by(layer):
             yield
     finally:
-        for one in lifted:
-            del one.box.__dict__[one.key]
+        for tensor in lifted:
+            del tensor.box.__dict__[tensor.key]
 
 
 def translations() -> dict[Any, Any]:
     """How it is written in ONNX, for `torch.onnx.export`: the layer, and a node for its branches."""
     from onnxscript.function_libs.torch_lib.ops.nn import aten_linear
 
-    def written(x: Any, weight: Any, bias: Any, factors: str, dtype: int, scales: Sequence[float]) -> Any:
+    def translate(x: Any, weight: Any, bias: Any, factors: str, dtype: int, scales: Sequence[float]) -> Any:
         return _branches()(x, aten_linear(x, weight, bias), factors=factors, dtype=dtype, scales=list(scales))
 
-    return {torch.ops.surgery.low_rank_linear.default: written}
+    return {torch.ops.surgery.low_rank_linear.default: translate}
 
 
 @cache
@@ -125,19 +125,19 @@ def _write_out(graph: Any, node: ir.Node, inputs: Mapping[str, ir.Value]) -> Non
     own, dtype = out.dtype, ir.DataType(node.attributes["dtype"].as_int())
     made: list[ir.Node] = []
 
-    def put(kind: str, *given: ir.Value, **attributes: Any) -> ir.Value:
+    def put(kind: str, *inputs: ir.Value, **attributes: Any) -> ir.Value:
         name = f"{node.name}.{len(made)}"
-        made.append(one := ir.node(kind, given, attributes, name=name, metadata_props=dict(marks)))
+        made.append(one := ir.node(kind, inputs, attributes, name=name, metadata_props=dict(marks)))
         one.outputs[0].name, one.outputs[0].dtype = f"{out.name}.{len(made)}", dtype
         return one.outputs[0]
 
     def cast(value: ir.Value) -> ir.Value:
         return value if own == dtype else put("Cast", value, to=dtype)
 
-    given, total = cast(x), cast(y)
+    rows, total = cast(x), cast(y)
     names = node.attributes["factors"].as_string().split("\n")
     for A, B, scale in zip(names[::2], names[1::2], node.attributes["scales"].as_floats(), strict=True):
-        branch = put("MatMul", given, put("Transpose", inputs[A], perm=[1, 0]))
+        branch = put("MatMul", rows, put("Transpose", inputs[A], perm=[1, 0]))
         branch = put("MatMul", branch, put("Transpose", inputs[B], perm=[1, 0]))
         if scale != 1.0:
             branch = put("Mul", branch, put("Constant", value=ir.tensor([scale], dtype)))

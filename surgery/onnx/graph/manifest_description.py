@@ -30,14 +30,14 @@ def manifest_of(
     slotted = prepared.sites if how.adapters == "slots" else []
     sites = [
         {
-            "site": one.path,
-            "rule": one.kind,
-            "module": one.module,
-            "slots": [one.full(key) for key in one.tensors],
-            "by": prepared.rules.index(one.rule),
-            **_notes(one, model),
+            "site": site.path,
+            "rule": site.kind,
+            "module": site.module,
+            "slots": [site.full(key) for key in site.tensors],
+            "by": prepared.rules.index(site.rule),
+            **_notes(site, model),
         }
-        for one in slotted
+        for site in slotted
     ]
     return {
         "format": "model-surgery/onnx",
@@ -46,7 +46,7 @@ def manifest_of(
         "slots_as": how.slots_as,
         "empty": how.empty,
         "slot": how.slot,
-        "slots": [_slot(one, key) for one in slotted for key in one.tensors],
+        "slots": [_slot(site, key) for site in slotted for key in site.tensors],
         "sites": sites,
         "constants": prepared.constants,
         "rules": [_plain(rule) for rule in prepared.rules],
@@ -54,40 +54,38 @@ def manifest_of(
         "opset": made.opset_imports.get("", 0),
         "inputs": inputs,
         "outputs": outputs,
-        "free": {
-            name: {str(axis): dim for axis, dim in found.items()} for name, found in free.items() if name in inputs
-        },
+        "free": {name: {str(axis): dim for axis, dim in dims.items()} for name, dims in free.items() if name in inputs},
         "cache": _cache(inputs, outputs),
         HALF: any(str(value.dtype) == "FLOAT16" for value in made.graph.initializers.values()),
         "versions": _versions(),
     }
 
 
-def _notes(one: SlotSite, model: nn.Module) -> Mapping[str, Any]:
-    with HookCall(one.rule, "slot_notes", one.path):
-        return one.rule.slot_notes(model, model.get_submodule(one.path))
+def _notes(site: SlotSite, model: nn.Module) -> Mapping[str, Any]:
+    with HookCall(site.rule, "slot_notes", site.path):
+        return site.rule.slot_notes(model, model.get_submodule(site.path))
 
 
-def _slot(one: SlotSite, key: str) -> dict[str, Any]:
-    axis, tensor = one.tensors[key]
+def _slot(site: SlotSite, key: str) -> dict[str, Any]:
+    axis, tensor = site.tensors[key]
     shape: list[int | None] = list(tensor.shape)
     if axis is not None:
         shape[axis[0]] = None
     return {
-        "name": one.full(key),
-        "site": one.path,
-        "module": one.module,
-        "rule": one.kind,
+        "name": site.full(key),
+        "site": site.path,
+        "module": site.module,
+        "rule": site.kind,
         "tensor": key,
         "shape": shape,
         "free": [] if axis is None else [axis[0]],
-        "dim": None if axis is None else ".".join(filter(None, (one.path, axis[1]))),
+        "dim": None if axis is None else ".".join(filter(None, (site.path, axis[1]))),
         "dtype": str(tensor.dtype).removeprefix("torch."),
-        "default": "empty" if axis is not None else _told(tensor),
+        "default": "empty" if axis is not None else _default_of(tensor),
     }
 
 
-def _told(tensor: Tensor) -> str:
+def _default_of(tensor: Tensor) -> str:
     return "zeros" if not tensor.any() else "ones" if bool((tensor == 1).all()) else "base"
 
 
@@ -105,10 +103,10 @@ def _cache(inputs: Sequence[str], outputs: Sequence[str]) -> list[dict[str, str]
 
 
 def _versions() -> dict[str, str]:
-    found = {}
+    constants = {}
     for name in ("model-surgery", "torch", "transformers", "onnx", "onnxscript", "onnxruntime"):
         try:
-            found[name] = metadata.version(name)
+            constants[name] = metadata.version(name)
         except metadata.PackageNotFoundError:
             continue
-    return found
+    return constants

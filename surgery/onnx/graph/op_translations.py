@@ -16,9 +16,9 @@ OPSET = 20  # what torch.onnx.export writes unless it is told
 
 def translations(how: Any) -> dict[Any, Any]:
     """For `torch.onnx.export`. `how`: the export's `Settings`."""
-    found = {**low_rank_op.translations(), **recurrent.translations(), **operators.translations()}
-    found[torch.ops.aten.conv3d.default] = _conv3d()
-    return {**found, **attention.translations(how.opset or OPSET)} if replaced(how) else found
+    table = {**low_rank_op.translations(), **recurrent.translations(), **operators.translations()}
+    table[torch.ops.aten.conv3d.default] = _conv3d()
+    return {**table, **attention.translations(how.opset or OPSET)} if replaced(how) else table
 
 
 def replaced(how: Any) -> list[str]:
@@ -33,12 +33,12 @@ def _conv3d() -> Any:
     op: Any = opset18
     ones, zeros = (1, 1, 1), (0, 0, 0)
 
-    def written(
+    def translate(
         input: Any, weight: Any, bias: Any = None, stride: Sequence[int] = ones, padding: Sequence[int] = zeros,
         dilation: Sequence[int] = ones, groups: int = 1,
     ) -> Any:  # fmt: skip
         strides, pads, dilations = ([*each, *each, *each][:3] for each in (stride, padding, dilation))
-        given = (input, weight) if bias is None else (input, weight, bias)
-        return op.Conv(*given, strides=strides, pads=[*pads, *pads], dilations=dilations, group=groups)
+        inputs = (input, weight) if bias is None else (input, weight, bias)
+        return op.Conv(*inputs, strides=strides, pads=[*pads, *pads], dilations=dilations, group=groups)
 
-    return written
+    return translate

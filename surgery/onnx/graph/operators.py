@@ -55,11 +55,11 @@ def _log_sigmoid(x: Any) -> Any:
     return op.Sub(op.Min(x, _constant(0.0, x)), _log1p_exp(op.Neg(op.Abs(x)), x))
 
 
-def _logaddexp(one: Any, other: Any) -> Any:
+def _logaddexp(first: Any, other: Any) -> Any:
     """log(exp(x) + exp(y)) is inf above 88."""
     op = _op()
-    apart = op.Where(op.Equal(one, other), _constant(0.0, one), op.Abs(op.Sub(one, other)))  # inf - inf
-    return op.Add(op.Max(one, other), _log1p_exp(op.Neg(apart), one))
+    apart = op.Where(op.Equal(first, other), _constant(0.0, first), op.Abs(op.Sub(first, other)))  # inf - inf
+    return op.Add(op.Max(first, other), _log1p_exp(op.Neg(apart), first))
 
 
 def _atan2(y: Any, x: Any) -> Any:
@@ -73,61 +73,61 @@ def _atan2(y: Any, x: Any) -> Any:
     return op.Where(op.Less(x, zero), left, op.Where(op.Equal(x, zero), upright, angle))
 
 
-def _div(one: Any, other: Any, rounding_mode: str | None = None) -> Any:
+def _div(first: Any, other: Any, rounding_mode: str | None = None) -> Any:
     """Whole numbers without float32 in between, which holds 24 bits."""
-    one, other = _pair(one, other)
+    first, other = _pair(first, other)
     op = _op()
     if rounding_mode == "floor":
-        return _floor_divide(one, other)
-    if one.dtype.is_integer():  # which ONNX divides towards zero
-        return op.Div(one, other)
-    found = op.Div(one, other)
-    return op.Mul(op.Sign(found), op.Floor(op.Abs(found))) if rounding_mode == "trunc" else found
+        return _floor_divide(first, other)
+    if first.dtype.is_integer():  # which ONNX divides towards zero
+        return op.Div(first, other)
+    quotient = op.Div(first, other)
+    return op.Mul(op.Sign(quotient), op.Floor(op.Abs(quotient))) if rounding_mode == "trunc" else quotient
 
 
-def _floor_divide(one: Any, other: Any) -> Any:
+def _floor_divide(first: Any, other: Any) -> Any:
     """As Python divides: 1 // 0.1 is 9."""
-    one, other = _pair(one, other)
+    first, other = _pair(first, other)
     op = _op()
-    zero = _constant(0, one)
-    if one.dtype.is_integer():
-        if not one.dtype.is_signed():
-            return op.Div(one, other)
-        rest = op.Sub(one, op.Mul(op.Div(one, other), other))
+    zero = _constant(0, first)
+    if first.dtype.is_integer():
+        if not first.dtype.is_signed():
+            return op.Div(first, other)
+        rest = op.Sub(first, op.Mul(op.Div(first, other), other))
         under = op.And(op.Not(op.Equal(rest, zero)), op.Not(op.Equal(op.Less(rest, zero), op.Less(other, zero))))
-        return op.Sub(op.Div(one, other), op.Cast(under, to=one.dtype))
-    rest = op.Mod(one, other, fmod=1)
+        return op.Sub(op.Div(first, other), op.Cast(under, to=first.dtype))
+    rest = op.Mod(first, other, fmod=1)
     under = op.And(op.Not(op.Equal(rest, zero)), op.Not(op.Equal(op.Less(rest, zero), op.Less(other, zero))))
-    whole = op.Sub(op.Div(op.Sub(one, rest), other), op.Cast(under, to=one.dtype))
+    whole = op.Sub(op.Div(op.Sub(first, rest), other), op.Cast(under, to=first.dtype))
     lower = op.Floor(whole)
-    found = op.Add(lower, op.Cast(op.Greater(op.Sub(whole, lower), _constant(0.5, one)), to=one.dtype))
-    return op.Where(op.Equal(other, zero), op.Div(one, other), found)
+    found = op.Add(lower, op.Cast(op.Greater(op.Sub(whole, lower), _constant(0.5, first)), to=first.dtype))
+    return op.Where(op.Equal(other, zero), op.Div(first, other), found)
 
 
-def _remainder(one: Any, other: Any) -> Any:
+def _remainder(first: Any, other: Any) -> Any:
     """What a division leaves, with the divisor's sign."""
-    one, other = _pair(one, other)
+    first, other = _pair(first, other)
     op = _op()
-    if one.dtype.is_integer():
-        return op.Mod(one, other)
-    zero, rest = _constant(0.0, one), op.Mod(one, other, fmod=1)
+    if first.dtype.is_integer():
+        return op.Mod(first, other)
+    zero, rest = _constant(0.0, first), op.Mod(first, other, fmod=1)
     apart = op.And(op.Not(op.Equal(rest, zero)), op.Not(op.Equal(op.Less(rest, zero), op.Less(other, zero))))
     return op.Where(apart, op.Add(rest, other), rest)
 
 
-def _pair(one: Any, other: Any) -> tuple[Any, Any]:
+def _pair(first: Any, other: Any) -> tuple[Any, Any]:
     """Two tensors of one kind; a number takes the tensor's, but makes whole numbers floating where it is."""
     import onnx_ir as ir
 
-    if isinstance(other, float) and one.dtype.is_integer():
-        one = _op().Cast(one, to=ir.DataType.FLOAT)
-    return one, _constant(other, one) if isinstance(other, (int, float)) else other
+    if isinstance(other, float) and first.dtype.is_integer():
+        first = _op().Cast(first, to=ir.DataType.FLOAT)
+    return first, _constant(other, first) if isinstance(other, (int, float)) else other
 
 
 def _avg_pool(rank: int) -> Any:
     """An average by another divisor than the window's size."""
 
-    def written(
+    def translate(
         x: Any, kernel_size: Sequence[int], stride: Sequence[int] = (), padding: Sequence[int] = (0,),
         ceil_mode: bool = False, count_include_pad: bool = True, divisor_override: int | None = None,
     ) -> Any:  # fmt: skip
@@ -137,7 +137,7 @@ def _avg_pool(rank: int) -> Any:
         if divisor_override is None:
             return own(x, kernel_size, stride, padding, ceil_mode, count_include_pad)
         window = math.prod([*kernel_size, *kernel_size, *kernel_size][:rank] if len(kernel_size) == 1 else kernel_size)
-        found = own(x, kernel_size, stride, padding, ceil_mode, True)
-        return _op().Mul(found, _constant(window / divisor_override, x))
+        average = own(x, kernel_size, stride, padding, ceil_mode, True)
+        return _op().Mul(average, _constant(window / divisor_override, x))
 
-    return written
+    return translate

@@ -14,7 +14,7 @@ from surgery.errors import SurgeryError, abbreviate
 from surgery.lifecycle.activation import active
 from surgery.merging.merge import merge
 from surgery.model_record.verb_root import records_in, root_of
-from surgery.onnx.calls.example import Given
+from surgery.onnx.calls.example import ExampleCall
 from surgery.onnx.calls.shared_copy import leave_live, sharing_copy
 from surgery.onnx.graph.slot_insertion import SlotSite, factors, lift, put_slots, slot_sites
 from surgery.onnx.graph.trace_program import Lifted
@@ -91,7 +91,7 @@ class Prepared:
 
 
 @collector_waits()
-def _merged(model: nn.Module, given: Given, names: Any, how: ExportSettings) -> Prepared:
+def _merged(model: nn.Module, example: ExampleCall, names: Any, how: ExportSettings) -> Prepared:
     """With the live adapters in its weights (or those of `names`)."""
     copy = sharing_copy(model, folding=True)
     for part in records_in(copy, below=True, nested=True).values():  # parts that were rewritten by themselves
@@ -129,18 +129,18 @@ def _fold(copy: nn.Module, wanted: Sequence[str]) -> None:
 
 
 @collector_waits()
-def _constant(model: nn.Module, given: Given, names: Any, how: ExportSettings) -> Prepared:
+def _constant(model: nn.Module, example: ExampleCall, names: Any, how: ExportSettings) -> Prepared:
     """With the live adapters as they are (or those of `names`), their tensors as initialisers of the graph."""
     if model_state(model) is None:
         return Prepared(sharing_copy(model))
     copy = sharing_copy(model)
     leave_live(copy, adapter_names(require_state(copy), names) if names is not None else active(copy))
     wanted = active(copy)
-    found = [site for name in wanted for site in slot_sites(copy, name)]
-    lifted = [one for name in wanted for one in lift(copy, name, {}, factors(found))]
+    slot_places = [site for name in wanted for site in slot_sites(copy, name)]
+    lifted = [tensor for name in wanted for tensor in lift(copy, name, {}, factors(slot_places))]
     state = require_state(copy)
     rules = [rule for name in wanted for rule in state.adapters[name]]
-    return Prepared(copy, lifted, {one.name: one.tensor for one in lifted}, found, rules)
+    return Prepared(copy, lifted, {tensor.name: tensor.tensor for tensor in lifted}, slot_places, rules)
 
 
 def _check_statistics(model: nn.Module) -> None:
@@ -156,7 +156,7 @@ def _check_statistics(model: nn.Module) -> None:
 
 
 @collector_waits()
-def _slots(model: nn.Module, given: Given, names: Any, how: ExportSettings) -> Prepared:
+def _slots(model: nn.Module, example: ExampleCall, names: Any, how: ExportSettings) -> Prepared:
     """With slots in the place of all adapters (or those of `names`)."""
     if model_state(model) is None:
         if records_in(model) or any(True for _ in sites(model)):
@@ -169,15 +169,15 @@ def _slots(model: nn.Module, given: Given, names: Any, how: ExportSettings) -> P
     copy = sharing_copy(model)
     _check_statistics(copy)
     chosen = adapter_names(require_state(copy), names)
-    placing = put_slots(copy, chosen, how.slot, given, strict=how.strict)
+    placing = put_slots(copy, chosen, how.slot, example, strict=how.strict)
     lifted = lift(copy, how.slot, placing.free(), factors(placing.sites))
     if how.empty == "zeros1" and (full := [rule.label for rule in placing.rules if not rule.zeros_are_none]):
         why = "one position of zeros is seen as any other"
         raise SurgeryError(f"empty='zeros1' leaves {', '.join(full)} with an effect", why=why, fix="empty='rank0'")
-    if how.empty == "zeros1" and (grouped := [one.path for one in placing.sites if _groups(copy, one.path) > 1]):
+    if how.empty == "zeros1" and (grouped := [site.path for site in placing.sites if _groups(copy, site.path) > 1]):
         why = "the rank of a grouped convolution is a multiple of its groups, and no 1"
         raise SurgeryError("empty='zeros1' can't be had", where=", ".join(grouped[:3]), why=why, fix="empty='rank0'")
-    defaults = {one.name: _default(one, how.empty) for one in lifted}
+    defaults = {tensor.name: _default(tensor, how.empty) for tensor in lifted}
     return Prepared(copy, lifted, defaults, placing.sites, placing.rules, placing.notices, placing.constants)
 
 
@@ -188,9 +188,9 @@ def _groups(copy: nn.Module, path: str) -> int:
 PREPARE = {"merged": _merged, "constant": _constant, "slots": _slots}
 
 
-def _default(one: Lifted, empty: str) -> Tensor:
+def _default(tensor: Lifted, empty: str) -> Tensor:
     """Nothing along the free axis (or, where a runtime can't multiply that, one of zeros); else as the rule starts."""
-    if one.free is None:
-        return one.tensor
-    part = one.tensor.narrow(one.free, 0, 0 if empty == "rank0" else 1)
+    if tensor.free is None:
+        return tensor.tensor
+    part = tensor.tensor.narrow(tensor.free, 0, 0 if empty == "rank0" else 1)
     return part if empty == "rank0" else torch.zeros_like(part)

@@ -83,10 +83,10 @@ def _projected(args: Any) -> bool:
 
 def translations() -> dict[Any, Any]:
     """For `torch.onnx.export`."""
-    return {torch.ops.surgery.recurrent.default: _written}
+    return {torch.ops.surgery.recurrent.default: _translate}
 
 
-def _written(
+def _translate(
     x: Any, hx: Sequence[Any], params: Sequence[Any], kind: str, biases: bool, layers: int, bidirectional: bool,
     batch_first: bool,
 ) -> Any:  # fmt: skip
@@ -104,14 +104,16 @@ def _written(
     last: list[list[Any]] = []
     for layer in range(layers):
         start = layer * directions
-        groups = [params[(start + one) * each : (start + one + 1) * each] for one in range(directions)]
+        groups = [
+            params[(start + direction) * each : (start + direction + 1) * each] for direction in range(directions)
+        ]
         weights = [_joined(op, [_in_order(op, group[index], kind) for group in groups]) for index in (0, 1)]
         if biases:
             both = [op.Concat(_in_order(op, g[2], kind), _in_order(op, g[3], kind), axis=0) for g in groups]
             weights.append(_joined(op, both))
         states = [op.Slice(state, [start], [start + directions], [0]) if layers > 1 else state for state in hx]
-        given = [current, *weights, *([None] if not biases else []), None, *states]
-        out, *ends = getattr(op, _OPERATOR[kind])(*given, **own)
+        inputs = [current, *weights, *([None] if not biases else []), None, *states]
+        out, *ends = getattr(op, _OPERATOR[kind])(*inputs, **own)
         last.append(ends)
         if bidirectional:  # (positions, directions, batch, size) → (positions, batch, both)
             current = op.Reshape(op.Transpose(out, perm=[0, 2, 1, 3]), op.Constant(value_ints=[0, 0, -1]))

@@ -23,7 +23,7 @@ from surgery.lifecycle.insertion import install_plan
 from surgery.lifecycle.remove import remove
 from surgery.merging.merge import ensure_unmerged
 from surgery.model_record.state_dict import adapter_state_dict, load_adapter_state_dict
-from surgery.onnx.calls.example import Given
+from surgery.onnx.calls.example import ExampleCall
 from surgery.onnx.calls.shared_copy import changing
 from surgery.onnx.graph.slot_layout import Left, arranged, exactly
 from surgery.onnx.graph.trace_program import Lifted
@@ -70,16 +70,16 @@ class Placing:
 
     def free(self) -> dict[str, int | None]:
         """Each tensor's free axis, by its full name."""
-        return {one.full(key): axis and axis[0] for one in self.sites for key, (axis, _) in one.tensors.items()}
+        return {site.full(key): axis and axis[0] for site in self.sites for key, (axis, _) in site.tensors.items()}
 
 
-def factors(found: Iterable[SlotSite]) -> set[str]:
+def factors(slot_places: Iterable[SlotSite]) -> set[str]:
     """The low-rank factors of linear layers, by their full names."""
-    linear = [one for one in found if (one.kind, one.module) == ("lora", "Linear")]
-    return {one.full(key) for one in linear if set(one.tensors) == {"A", "B"} for key in one.tensors}
+    linear = [site for site in slot_places if (site.kind, site.module) == ("lora", "Linear")]
+    return {site.full(key) for site in linear if set(site.tensors) == {"A", "B"} for key in site.tensors}
 
 
-def put_slots(copy: nn.Module, names: Sequence[str], slot: str, given: Given, *, strict: bool) -> Placing:
+def put_slots(copy: nn.Module, names: Sequence[str], slot: str, example: ExampleCall, *, strict: bool) -> Placing:
     """Put slots for these adapters on a copy of the model, in the place of all its adapters.
 
     What has no slot and is live stays, as adapters of their own with fixed tensors; `strict` refuses it.
@@ -90,8 +90,8 @@ def put_slots(copy: nn.Module, names: Sequence[str], slot: str, given: Given, *,
     found = arranged(copy, state, names)
     for (name, kind, reason), paths in found.none.items():
         live = state.standing[name].live
-        told = "a constant of the file, for all adapters" if live else "left out, since it is not live"
-        why = f"{kind.__name__} of {name!r} ({len(paths)} sites) can't be a slot: {reason}; it is {told}"
+        outcome = "a constant of the file, for all adapters" if live else "left out, since it is not live"
+        why = f"{kind.__name__} of {name!r} ({len(paths)} sites) can't be a slot: {reason}; it is {outcome}"
         placing.notices.append(why)
         if live:
             held = placing.constants.setdefault(name, [])
@@ -108,22 +108,22 @@ def put_slots(copy: nn.Module, names: Sequence[str], slot: str, given: Given, *,
     placing.notices += _changed_at_start(copy, names)
     remove(copy, check=False)
     for one in (one for one in constants if not one.after):
-        one.put(copy, given)
+        one.put(copy, example)
     placing.rules = found.rules()
-    _apply(copy, placing.rules, slot, given)
+    _apply(copy, placing.rules, slot, example)
     for one in (one for one in constants if one.after):
-        one.put(copy, given)
+        one.put(copy, example)
     if any(one.weight != 1.0 for one in constants):
         activate(copy, [slot, *(one.name for one in constants)], {one.name: one.weight for one in constants})
     placing.sites = list(slot_sites(copy, slot, found.labels))
     return placing
 
 
-def _apply(copy: nn.Module, rules: Sequence[Rule], adapter: str, given: Given) -> None:
+def _apply(copy: nn.Module, rules: Sequence[Rule], adapter: str, example: ExampleCall) -> None:
     try:
         install_plan(make_plan(copy, rules, adapter))
     except SurgeryError:  # some rules look at a call first
-        install_plan(make_plan(copy, rules, adapter, given.example))
+        install_plan(make_plan(copy, rules, adapter, example.example))
 
 
 @dataclass
@@ -145,7 +145,7 @@ class _Constant:
         rule = left.rule.replace(targets=exactly(left.paths))
         return cls(name, rule, tensors, left.after, state.standing[left.adapter].weight)
 
-    def put(self, copy: nn.Module, given: Given) -> None:
+    def put(self, copy: nn.Module, given: ExampleCall) -> None:
         taken = require_state(copy).adapters if model_state(copy) is not None else {}
         self.name = next(name for name in (self.name + "_" * i for i in range(99)) if name not in taken)
         _apply(copy, [self.rule], self.name, given)

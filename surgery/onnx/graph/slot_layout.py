@@ -162,7 +162,7 @@ def _leave(left: list[Left], applied: Applied, path: str, after: bool) -> None:
     same.paths.append(path)
 
 
-def _comes_along(one: Left, left: Sequence[Left]) -> bool:
+def _comes_along(candidate: Left, left: Sequence[Left]) -> bool:
     """Whether another rule that stays brings this one with it."""
-    others = [other for other in left if other.adapter == one.adapter and other is not one]
-    return any(type(companion) is type(one.rule) for other in others for companion in other.rule.companions())
+    others = [other for other in left if other.adapter == candidate.adapter and other is not candidate]
+    return any(type(companion) is type(candidate.rule) for other in others for companion in other.rule.companions())

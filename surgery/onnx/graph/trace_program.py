@@ -19,7 +19,15 @@ from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
 from surgery.errors import SurgeryError
-from surgery.onnx.calls.example import Given, cache_name, is_cache, is_transformers, leaves_of, plain, register_caches
+from surgery.onnx.calls.example import (
+    ExampleCall,
+    cache_name,
+    is_cache,
+    is_transformers,
+    leaves_of,
+    plain,
+    register_caches,
+)
 from surgery.onnx.calls.sliding_windows import whole
 from surgery.onnx.graph.attention import REPLACED
 from surgery.onnx.graph.export_errors import export_failure
@@ -50,8 +58,8 @@ class Lifted:
     @classmethod
     def out_of(cls, name: str, box: nn.Module, key: str, free: int | None = None, factor: bool = False) -> Lifted:
         """Take a tensor out of the module that holds it, until a call brings it back."""
-        held: Any = box._parameters if key in box._parameters else box._buffers
-        tensor = held.pop(key)
+        tensors: Any = box._parameters if key in box._parameters else box._buffers
+        tensor = tensors.pop(key)
         box._buffers[key] = None  # what looks for it finds a place
         return cls(name, box, key, tensor.detach(), free, factor)
 
@@ -66,22 +74,22 @@ class Program:
 
 def program_of(
     model: nn.Module,
-    given: Given,
+    example: ExampleCall,
     lifted: Sequence[Lifted],
     shapes: Mapping[str, Any],
     how: Any,
 ) -> Program:
     """Export the model, which is a copy that may be changed. `SurgeryError` where not. `how`: its `Settings`."""
-    names = [name for name, leaf in leaves_of(given.values) if isinstance(leaf, Tensor)]
-    named, brought = split_factors(model, given, lifted)
-    inputs = dict(given.copy())
+    names = [name for name, leaf in leaves_of(example.values) if isinstance(leaf, Tensor)]
+    named, brought = split_factors(model, example, lifted)
+    inputs = dict(example.copy())
     dynamic = dict(shapes)
     if brought:
-        inputs[SLOTS] = {one.name: one.tensor for one in brought}
+        inputs[SLOTS] = {tensor.name: tensor.tensor for tensor in brought}
         auto = torch.export.Dim.AUTO
-        dynamic[SLOTS] = {one.name: {} if one.free is None else {one.free: auto} for one in brought}
+        dynamic[SLOTS] = {tensor.name: {} if tensor.free is None else {tensor.free: auto} for tensor in brought}
     with (
-        _forward_with(model, given, brought) as exported,
+        _forward_with(model, example, brought) as exported,
         _quiet(),
         _no_idle_masks(),
         names_kept(),
@@ -93,7 +101,7 @@ def program_of(
             export = _exporter(exported, inputs)
             with _patched_attention(how, exported):
                 made = export(exported, inputs, dynamic, how)
-            slots = [f"{SLOTS}.{one.name}" for one in lifted]
+            slots = [f"{SLOTS}.{tensor.name}" for tensor in lifted]
             _bring(made, named, slots)
             require_inputs(made, slots, "the exporter's passes")
             if how.optimize_for == "ort":
@@ -108,7 +116,7 @@ def program_of(
     for value in graph.inputs:
         value.name = value.name.removeprefix(f"{SLOTS}.")
     if len(taken) != len(names) or len(graph.inputs) - len(taken) != len(lifted):
-        missing = {one.name for one in lifted} - {value.name for value in graph.inputs}
+        missing = {tensor.name for tensor in lifted} - {value.name for value in graph.inputs}
         raise SurgeryError(
             "the exported graph has other inputs than the call",
             why=f"it has {len(graph.inputs)} for {len(names) + len(lifted)}; missing: {', '.join(sorted(missing)[:3])}",
@@ -122,12 +130,14 @@ def program_of(
 # Factors that the graph gets at the end ---------------------------------------------------------------------------
 
 
-def split_factors(model: nn.Module, given: Given, lifted: Sequence[Lifted]) -> tuple[list[Lifted], list[Lifted]]:
+def split_factors(
+    model: nn.Module, example: ExampleCall, lifted: Sequence[Lifted]
+) -> tuple[list[Lifted], list[Lifted]]:
     """Those at which a call shows that linear layers' branches alone look, all that may be so or none; the others."""
-    likely, others = [one for one in lifted if one.factor], [one for one in lifted if not one.factor]
+    likely, others = [tensor for tensor in lifted if tensor.factor], [tensor for tensor in lifted if not tensor.factor]
     if likely:
-        inputs = {**given.copy(), **({SLOTS: {one.name: one.tensor for one in others}} if others else {})}
-        with _forward_with(model, given, others) as called, by_name(likely), torch.random.fork_rng(), torch.no_grad():
+        inputs = {**example.copy(), **({SLOTS: {tensor.name: tensor.tensor for tensor in others}} if others else {})}
+        with _forward_with(model, example, others) as called, by_name(likely), torch.random.fork_rng(), torch.no_grad():
             with contextlib.suppress(Exception):
                 called(**inputs)
                 return likely, others
@@ -158,7 +168,7 @@ def _bring(made: Any, named: Sequence[Lifted], order: Sequence[str]) -> None:
 
 
 @contextlib.contextmanager
-def _forward_with(model: nn.Module, given: Given, lifted: Sequence[Lifted]) -> Iterator[nn.Module]:
+def _forward_with(model: nn.Module, example: ExampleCall, lifted: Sequence[Lifted]) -> Iterator[nn.Module]:
     """A forward that takes the lifted tensors as an argument and puts them where they belong for the call.
 
     It is set on the instance: nothing stands around the model, so the graph's names are the model's.
@@ -168,16 +178,16 @@ def _forward_with(model: nn.Module, given: Given, lifted: Sequence[Lifted]) -> I
     @functools.wraps(own)
     def forward(**values: Any) -> Any:
         brought = values.pop(SLOTS, {})
-        for one in lifted:
-            one.box._buffers[one.key] = brought[one.name]
+        for tensor in lifted:
+            tensor.box._buffers[tensor.key] = brought[tensor.name]
         try:
-            return plain(whole(given.call(own, values)))
+            return plain(whole(example.call(own, values)))
         finally:
-            for one in lifted:
-                one.box._buffers[one.key] = None
+            for tensor in lifted:
+                tensor.box._buffers[tensor.key] = None
 
     kind = inspect.Parameter.POSITIONAL_OR_KEYWORD
-    names = [*given.values, *([SLOTS] if lifted else [])]
+    names = [*example.values, *([SLOTS] if lifted else [])]
     forward.__signature__ = inspect.Signature([inspect.Parameter(name, kind) for name in names])  # type: ignore[attr-defined]
     taken = _shell(model) if isinstance(model, fx.GraphModule) else model
     taken.__dict__["forward"] = forward
@@ -199,8 +209,8 @@ def _exporter(model: nn.Module, inputs: dict[str, Any]) -> Callable[..., Any]:
     """transformers' exporter where there are caches, which torch's does not know; it takes twice as long."""
     if not is_transformers(model):
         return _by_torch
-    found = model(**{name: copied(value) for name, value in inputs.items()})
-    if any(is_cache(one) for one in (*inputs.values(), *_values(found))):
+    output = model(**{name: copied(value) for name, value in inputs.items()})
+    if any(is_cache(value) for value in (*inputs.values(), *_values(output))):
         return _by_transformers
     return _by_either
 
@@ -247,7 +257,7 @@ def _patches(kept: Callable[[str], bool]) -> Iterator[Any]:
 
     known: Any = getattr(utils, "_PATCHES", {})
     own = known.get("onnx", [])
-    known["onnx"] = [one for one in own if kept(f"{one[0]}.{one[1]}")]
+    known["onnx"] = [entry for entry in own if kept(f"{entry[0]}.{entry[1]}")]
     try:
         yield utils
     finally:
@@ -292,7 +302,7 @@ def _by_transformers(model: nn.Module, inputs: dict[str, Any], shapes: Any, how:
     own = translations(how)
     table.update(own)
     cast = getattr(utils, "cast_leaf_tensors", None)
-    utils.cast_leaf_tensors = lambda given, **_: given  # adapters of a half-precision model are in float32
+    utils.cast_leaf_tensors = lambda value, **_: value  # adapters of a half-precision model are in float32
     try:
         with _patches(lambda name: name not in replaced(how)):
             return OnnxExporter().export(model, inputs, config).program  # type: ignore[arg-type]
@@ -359,17 +369,17 @@ def _quiet() -> Iterator[None]:
         "onnx_ir",
     )
     symbols = "torch.fx.experimental.symbolic_shapes"  # it has a level of its own
-    held = {name: logging.getLogger(name) for name in (*names, symbols)}
-    levels = {name: logger.level for name, logger in held.items()}
+    loggers = {name: logging.getLogger(name) for name in (*names, symbols)}
+    levels = {name: logger.level for name, logger in loggers.items()}
     try:
-        for logger in held.values():
+        for logger in loggers.values():
             logger.setLevel(logging.CRITICAL)
         silent = io.StringIO()  # a graph that can't be exported is printed, thousands of lines of it
         with warnings.catch_warnings(), contextlib.redirect_stdout(silent), contextlib.redirect_stderr(silent):
             warnings.simplefilter("ignore")
             yield
     finally:
-        for name, logger in held.items():
+        for name, logger in loggers.items():
             logger.setLevel(levels[name])
 
 

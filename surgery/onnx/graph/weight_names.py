@@ -68,8 +68,8 @@ def names_kept() -> Iterator[None]:
 
 
 def _is_state(value: ir.Value) -> bool:
-    told = value.metadata_props
-    return told.get(KIND) == "PARAMETER" or (told.get(KIND) == "BUFFER" and told.get(PERSISTENT) == "True")
+    metadata = value.metadata_props
+    return metadata.get(KIND) == "PARAMETER" or (metadata.get(KIND) == "BUFFER" and metadata.get(PERSISTENT) == "True")
 
 
 def _is_weight(value: ir.Value, weights: Collection[str]) -> bool:
@@ -91,8 +91,8 @@ def _may_fold(node: ir.Node, weights: Collection[str]) -> bool | None:
 
 def _turns(node: ir.Node) -> bool:
     """Or leaves its input as it is, as where a weight is indexed by positions."""
-    given = node.attributes.get("perm")
-    return given is None or list(given.as_ints()) == [1, 0]
+    permutation = node.attributes.get("perm")
+    return permutation is None or list(permutation.as_ints()) == [1, 0]
 
 
 def name_weights(model: ir.Model, parameters: Mapping[str, Any]) -> None:
@@ -109,9 +109,9 @@ def name_weights(model: ir.Model, parameters: Mapping[str, Any]) -> None:
             graph.initializers[source] = value
 
 
-def _source(told: str | None) -> str | None:
+def _source(text: str | None) -> str | None:
     try:
-        found = ast.literal_eval(told) if told else None
+        found = ast.literal_eval(text) if text else None
     except (ValueError, SyntaxError):
         return None
     return found[0] if isinstance(found, list) and len(found) == 1 and isinstance(found[0], str) else None

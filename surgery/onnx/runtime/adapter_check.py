@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 import numpy as np
 
 from surgery.errors import LoadError, SurgeryError, near_misses
-from surgery.onnx.runtime.dtypes import told, widened
+from surgery.onnx.runtime.dtypes import describe_dtype, widened
 from surgery.onnx.runtime.slot import Slot
 
 __all__ = ["listed", "problems_of"]
@@ -21,16 +21,16 @@ def problems_of(
     `slots`: a file's, by name, and `empty`: how it has none of a rank, as in its `Manifest`; `finite`: that all numbers
     are is known, since they are those that were written.
     """
-    found = list(_unknown(slots, tensors))
-    if len(tensors) != len(slots) or found:
-        found += _halves(slots, tensors)
+    problems = list(_unknown(slots, tensors))
+    if len(tensors) != len(slots) or problems:
+        problems += _halves(slots, tensors)
     sizes: dict[str, tuple[int, str]] = {}
     for name, slot in slots.items():
         if name in tensors:
-            found += _misfit(slot, tensors[name], sizes, empty, finite)
+            problems += _misfit(slot, tensors[name], sizes, empty, finite)
     if not tensors:
-        found.append(SurgeryError("the adapter has no tensors"))
-    return found
+        problems.append(SurgeryError("the adapter has no tensors"))
+    return problems
 
 
 def listed(what: str, problems: list[SurgeryError], where: str | None = None) -> LoadError:
@@ -55,10 +55,10 @@ def _halves(slots: Mapping[str, Slot], tensors: Mapping[str, np.ndarray]) -> Ite
     for slot in slots.values():
         sites.setdefault((slot.site, slot.rule), []).append(slot)
     for (site, _), wanted in sites.items():
-        given = [slot.tensor for slot in wanted if slot.name in tensors]
+        present = [slot.tensor for slot in wanted if slot.name in tensors]
         lacking = [slot.tensor for slot in wanted if slot.name not in tensors]
-        if given and lacking:
-            why = f"there is {', '.join(given)} and no {', '.join(lacking)}"
+        if present and lacking:
+            why = f"there is {', '.join(present)} and no {', '.join(lacking)}"
             yield SurgeryError("the adapter has a part of a site", where=site, why=why)
 
 
@@ -68,7 +68,7 @@ def _misfit(
     if not isinstance(tensor, np.ndarray):
         yield SurgeryError("a tensor is no numpy array", where=slot.name, why=f"it is {type(tensor).__name__}")
         return
-    kind = told(tensor.dtype)
+    kind = describe_dtype(tensor.dtype)
     if kind != slot.dtype:
         fix = f".astype({slot.dtype!r})" if slot.dtype != "bfloat16" else ".astype(ml_dtypes.bfloat16)"
         why = f"it is {kind}, and the slot {slot.dtype}"

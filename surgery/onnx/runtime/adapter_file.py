@@ -19,7 +19,7 @@ import numpy as np
 
 from surgery.errors import SurgeryError
 from surgery.onnx.runtime.adapter_check import listed
-from surgery.onnx.runtime.dtypes import NAMES, array_of_value, name_of, told, value_of
+from surgery.onnx.runtime.dtypes import NAMES, array_of_value, describe_dtype, name_of, value_of
 from surgery.onnx.runtime.manifest import Manifest
 
 __all__ = ["read_adapter", "write_adapter"]
@@ -28,10 +28,18 @@ _BITS = 0x7FFFFFFF
 
 
 def write_adapter(path: str | Path, tensors: Mapping[str, np.ndarray], manifest: Manifest) -> Path:
-    """Write an adapter's tensors, by the names of a file's slots, as an `.onnx_adapter` file.
+    """Write an adapter's tensors as an `.onnx_adapter` file, which any program with onnxruntime can load.
 
-    Any program that uses onnxruntime can load it. It is written under another name and then renamed.
-    Raises `LoadError` with all that keeps the tensors from being this file's (`Manifest.check`); nothing is written.
+    Args:
+        path: the file; it is written under another name and then renamed.
+        tensors: slot name → array.
+        manifest: the exported file's manifest.
+
+    Returns:
+        The file's path.
+
+    Raises:
+        LoadError: lists why the tensors do not fit the file (`Manifest.check`); nothing is written.
     """
     from onnxruntime import AdapterFormat
 
@@ -48,16 +56,24 @@ def write_adapter(path: str | Path, tensors: Mapping[str, np.ndarray], manifest:
 
 
 def read_adapter(path: str | Path, manifest: Manifest) -> dict[str, np.ndarray]:
-    """The tensors of an `.onnx_adapter` file by name, each fitting its slot.
+    """Read the tensors of an `.onnx_adapter` file, checked against the slots.
 
-    Raises `LoadError` with all that is wrong: a file of another kind or a damaged one, one for another base or for
-    other slots, tensors that don't fit (`Manifest.check`).
+    Args:
+        path: the adapter's file.
+        manifest: the exported file's manifest.
+
+    Returns:
+        Slot name → array.
+
+    Raises:
+        LoadError: lists what is wrong: another kind of file, a damaged file, another base or other slots, tensors that
+            do not fit (`Manifest.check`).
     """
     return {name: array_of_value(value) for name, value in opened(path, manifest).items()}
 
 
 def opened(path: str | Path, manifest: Manifest) -> dict[str, Any]:
-    """As `read_adapter`, as OrtValues: in the memory that onnxruntime read the file into, and that each keeps."""
+    """As `read_adapter`, with OrtValues: they use, and keep alive, the memory that onnxruntime read the file into."""
     from onnxruntime import AdapterFormat
 
     path = Path(path)
@@ -65,10 +81,10 @@ def opened(path: str | Path, manifest: Manifest) -> dict[str, Any]:
     try:
         with open(path, "rb"):
             pass
-        held = AdapterFormat.read_adapter(str(path))  # type: ignore[arg-type]
-        values = held.get_parameters()
+        content = AdapterFormat.read_adapter(str(path))  # type: ignore[arg-type]
+        values = content.get_parameters()
         tensors = {name: _array(name, value) for name, value in values.items()}
-        about, sum_ = held.get_model_version(), held.get_adapter_version()
+        about, sum_ = content.get_model_version(), content.get_adapter_version()
     except OSError as error:
         raise listed(f"{path.name} can't be read", [SurgeryError(str(error))]) from None
     except SurgeryError as error:
@@ -86,12 +102,12 @@ def opened(path: str | Path, manifest: Manifest) -> dict[str, Any]:
     if problems := problems + manifest.check(tensors, finite=not problems):  # as they were when they were written
         raise listed(f"{path.name} can't be used", problems)
     for value in values.values():
-        value.surgery_held = held  # type: ignore[attr-defined]
+        value.surgery_held = content  # type: ignore[attr-defined]
     return values
 
 
 def _array(name: str, value: Any) -> np.ndarray:
-    """The numbers where they are, and not a copy, but for bfloat16."""
+    """The numbers without a copy, except for bfloat16."""
     kind = value.data_type()
     if name_of(kind) is None:  # of texts, onnxruntime would follow what the file says are their addresses
         raise SurgeryError(
@@ -101,19 +117,19 @@ def _array(name: str, value: Any) -> np.ndarray:
 
 
 def model_version(manifest: Manifest) -> int:
-    """A number for a base and its slots: two files have the same where they take the same adapters."""
+    """A number for a base and its slots: two files that accept the same adapters have the same number."""
     return int.from_bytes(manifest.digest[:4], "little") & _BITS
 
 
 def checksum(tensors: Mapping[str, np.ndarray]) -> int:
-    found = 0
+    crc = 0
     for name in sorted(tensors):
         tensor = np.ascontiguousarray(tensors[name])
-        kind = told(tensor.dtype)
-        found = zlib.crc32(f"{name}\0{kind}\0{tensor.shape}\0".encode(), found)
-        held: Any = tensor.reshape(-1).view(np.uint8) if kind == "bfloat16" else tensor
-        found = zlib.crc32(held, found)
-    return found & _BITS
+        kind = describe_dtype(tensor.dtype)
+        crc = zlib.crc32(f"{name}\0{kind}\0{tensor.shape}\0".encode(), crc)
+        data: Any = tensor.reshape(-1).view(np.uint8) if kind == "bfloat16" else tensor
+        crc = zlib.crc32(data, crc)
+    return crc & _BITS
 
 
 @contextlib.contextmanager

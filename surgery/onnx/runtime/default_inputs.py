@@ -31,11 +31,11 @@ def defaults_of(onnx_path: str | Path, manifest: Manifest) -> dict[str, np.ndarr
 
     Raises `LoadError` for a damaged file.
     """
-    found = {slot.name: manifest.default(slot) for slot in manifest.slots}
+    defaults = {slot.name: manifest.default(slot) for slot in manifest.slots}
     file = beside(Path(onnx_path))
-    if manifest.slots_as == "inputs" and any(array is None for array in found.values()) and file.exists():
-        found.update(read_adapter(file, manifest))
-    return found
+    if manifest.slots_as == "inputs" and any(array is None for array in defaults.values()) and file.exists():
+        defaults.update(read_adapter(file, manifest))
+    return defaults
 
 
 def beside(onnx_path: Path) -> Path:

@@ -10,7 +10,7 @@ import numpy as np
 
 from surgery.errors import SurgeryError
 
-__all__ = ["NAMES", "array_of_value", "dtype_of", "name_of", "told", "value_of", "widened"]
+__all__ = ["NAMES", "array_of_value", "dtype_of", "name_of", "describe_dtype", "value_of", "widened"]
 
 BF16 = 16  # its number in ONNX: numpy has no such type of its own
 NAMES = {
@@ -35,7 +35,7 @@ def dtype_of(name: str) -> np.dtype:
 
 
 @lru_cache
-def told(dtype: np.dtype) -> str:
+def describe_dtype(dtype: np.dtype) -> str:
     """The name of one of numpy's types, which numpy itself makes anew each time."""
     return dtype.name
 
@@ -50,7 +50,7 @@ def value_of(array: np.ndarray) -> Any:
     import onnxruntime
 
     array = np.ascontiguousarray(array) if array.ndim else array
-    if told(array.dtype) == "bfloat16":
+    if describe_dtype(array.dtype) == "bfloat16":
         return onnxruntime.OrtValue.ortvalue_from_numpy_with_onnx_type(array, BF16)
     return onnxruntime.OrtValue.ortvalue_from_numpy(array)
 
@@ -61,8 +61,8 @@ def array_of_value(value: Any) -> np.ndarray:
         return np.array(value.numpy())
     shape, dtype = tuple(value.shape()), dtype_of("bfloat16")
     nbytes = value.tensor_size_in_bytes()
-    held = ctypes.string_at(value.data_ptr(), nbytes) if nbytes else b""  # onnxruntime gives numpy no bfloat16
-    return np.frombuffer(bytearray(held), dtype).reshape(shape)
+    data = ctypes.string_at(value.data_ptr(), nbytes) if nbytes else b""  # onnxruntime gives numpy no bfloat16
+    return np.frombuffer(bytearray(data), dtype).reshape(shape)
 
 
 def widened(array: np.ndarray) -> np.ndarray:

@@ -41,8 +41,8 @@ class Feeds:
     """The inputs that a graph must be given, and those that it may be given."""
 
     def __init__(self, required: Iterable[Input], optional: Iterable[Input] = ()):
-        self.required = {one.name: one for one in required}
-        self.optional = {one.name: one for one in optional}
+        self.required = {item.name: item for item in required}
+        self.optional = {item.name: item for item in optional}
 
     def checked(self, inputs: Mapping[str, Any]) -> dict[str, np.ndarray]:
         """The inputs as arrays; `SurgeryError` that lists what onnxruntime would stumble over."""
@@ -50,16 +50,16 @@ class Feeds:
             fix = f"{{{', '.join(map(repr, self.required))}: …}}"
             raise SurgeryError("inputs are given by name", why=f"this is {type(inputs).__name__}", fix=fix)
         wrong = list(self._names(inputs))
-        found: dict[str, np.ndarray] = {}
+        arrays: dict[str, np.ndarray] = {}
         sizes: dict[str, tuple[int, str]] = {}
         for name, value in inputs.items():
             known = self.required.get(name) or self.optional.get(name)
             if known is not None:
-                found[name] = known.array(value)
-                wrong += _misfit(known, found[name], sizes)
+                arrays[name] = known.array(value)
+                wrong += _misfit(known, arrays[name], sizes)
         if wrong:
             raise SurgeryError("the inputs don't fit the file", why="; ".join(wrong[:6]), fix=f"it takes {self}")
-        return found
+        return arrays
 
     def _names(self, inputs: Mapping[str, Any]) -> Iterator[str]:
         for name in inputs:
@@ -70,7 +70,7 @@ class Feeds:
             yield f"{', '.join(lacking)} {'is' if len(lacking) == 1 else 'are'} missing"
 
     def __str__(self) -> str:
-        shown = [f"{one.name} {one.dtype}{_shape(one.shape)}" for one in self.required.values()]
+        shown = [f"{item.name} {item.dtype}{_shape(item.shape)}" for item in self.required.values()]
         return ", ".join(shown[:8]) + (f" and {len(shown) - 8} more" if len(shown) > 8 else "")
 
 

@@ -47,10 +47,10 @@ class Texts:
 class Decoder:
     """A runner's file as a decoder, with the slots' values for all of its calls."""
 
-    def __init__(self, runner: RunnableFile, held: Mapping[str, Any]):
-        self.runner, self.held = runner, held
+    def __init__(self, runner: RunnableFile, slot_values: Mapping[str, Any]):
+        self.runner, self.slot_values = runner, slot_values
         self.inputs: dict[str, Input] = {**runner.feeds.optional, **runner.feeds.required}
-        self.cache = {one["past"]: one["present"] for one in runner.manifest.cache}
+        self.cache = {entry["past"]: entry["present"] for entry in runner.manifest.cache}
         ids = self.inputs.get(IDS)
         if ids is None or len(ids.shape) != 2 or LOGITS not in runner.manifest.outputs:
             why = f"it takes {runner.feeds}, and gives {', '.join(runner.manifest.outputs[:4])}"
@@ -74,14 +74,14 @@ class Decoder:
 
     def started(self, inputs: Any) -> Texts:
         """The inputs looked at, and the mask and the positions made where the file wants them and they aren't given."""
-        given = dict(inputs) if isinstance(inputs, Mapping) else {IDS: inputs}
-        if IDS not in given:
+        arrays = dict(inputs) if isinstance(inputs, Mapping) else {IDS: inputs}
+        if IDS not in arrays:
             raise SurgeryError(f"{IDS} are missing", fix=f"generate({{{IDS!r}: array}}, …)")
-        ids = self.inputs[IDS].array(given[IDS])
+        ids = self.inputs[IDS].array(arrays[IDS])
         if ids.ndim != 2 or not ids.size or ids.dtype.kind not in "iu":
             why = f"they are {ids.dtype.name}{ids.shape}"
             raise SurgeryError(f"{IDS} are whole numbers (batch, positions)", why=why)
-        mask = np.asarray(given.pop(MASK)) if MASK in given else np.ones(ids.shape, np.int64)
+        mask = np.asarray(arrays.pop(MASK)) if MASK in arrays else np.ones(ids.shape, np.int64)
         if mask.shape != ids.shape or not np.isin(mask, (0, 1)).all():
             raise SurgeryError(f"the {MASK} is no array of ones and zeros like {IDS}", why=f"it is {mask.shape}")
         if not mask[:, -1].all():
@@ -90,16 +90,16 @@ class Decoder:
         if not mask.all() and MASK not in self.inputs:
             raise SurgeryError(f"the file takes no {MASK}", fix="texts of one length, or export it with one")
         positions = np.where(mask == 0, 0, mask.astype(np.int64).cumsum(-1) - 1)  # as transformers counts them
-        if POSITIONS in given and POSITIONS in self.inputs:
-            positions = np.asarray(given.pop(POSITIONS))
+        if POSITIONS in arrays and POSITIONS in self.inputs:
+            positions = np.asarray(arrays.pop(POSITIONS))
             _require(positions.shape == ids.shape, f"{POSITIONS} are {positions.shape}, and {IDS} {ids.shape}")
-        given.pop(IDS)
-        if taken := [name for name in given if name in self.cache or name == PLACES]:
+        arrays.pop(IDS)
+        if taken := [name for name in arrays if name in self.cache or name == PLACES]:
             raise SurgeryError(f"{taken[0]} is made here", fix="generate from the whole text")
         texts = Texts(ids, mask, positions)
         first = {name: self._nothing(name, len(ids)) for name in self.cache}
-        checked = self.runner.feeds.checked({**given, **self._arrays(texts), **first})
-        texts.further = {name: checked[name] for name in given}
+        checked = self.runner.feeds.checked({**arrays, **self._arrays(texts), **first})
+        texts.further = {name: checked[name] for name in arrays}
         texts.past = {name: value_of(checked[name]) for name in first}
         return texts
 
@@ -121,9 +121,9 @@ class Decoder:
         if type(count) is not int or count < 1:
             raise SurgeryError(f"max_new_tokens={count!r} is no whole number from 1")
         known = [] if ends is None else [ends] if isinstance(ends, (int, np.integer)) else list(ends)
-        for one in (*known, *([] if padding is None else [padding])):
-            if not isinstance(one, (int, np.integer)) or isinstance(one, bool):
-                raise SurgeryError(f"{one!r} is no token's id")
+        for token in (*known, *([] if padding is None else [padding])):
+            if not isinstance(token, (int, np.integer)) or isinstance(token, bool):
+                raise SurgeryError(f"{token!r} is no token's id")
         filling = padding if padding is not None else known[0] if known else 0
         return self._tokens(texts, count, np.array(known, dtype=texts.ids.dtype), filling, pick)
 
@@ -143,9 +143,9 @@ class Decoder:
     def _logits(self, texts: Texts) -> np.ndarray:
         """The last position's logits, float32 (batch, tokens); the cache is then the next step's."""
         made = {name: value_of(array) for name, array in {**texts.further, **self._arrays(texts)}.items()}
-        found = self.runner.run_values({**self.held, **made, **texts.past}, [LOGITS, *self.cache.values()])
-        texts.past = {past: found[present] for past, present in self.cache.items()}
-        return widened(array_of_value(found[LOGITS]))[:, -1]
+        outputs = self.runner.run_values({**self.slot_values, **made, **texts.past}, [LOGITS, *self.cache.values()])
+        texts.past = {past: outputs[present] for past, present in self.cache.items()}
+        return widened(array_of_value(outputs[LOGITS]))[:, -1]
 
     def _arrays(self, texts: Texts) -> dict[str, np.ndarray]:
         """What the next step reads: with a cache what is new, and else the whole text."""

@@ -41,7 +41,7 @@ _CHOICES = {
 
 @dataclass(frozen=True)
 class Manifest:
-    """What stands in an exported file about itself; `Manifest.read` finds it.
+    """The description that an exported file contains of itself; `Manifest.read` reads it.
 
     >>> from surgery.onnx import Manifest
     >>> plain = {"format": "model-surgery/onnx", "version": 1, "adapters": "merged", "slots_as": "overridable"}
@@ -49,9 +49,24 @@ class Manifest:
     >>> Manifest.of({**plain, "inputs": ["x"], "outputs": ["y"], "cache": []}).outputs
     ('y',)
 
-    `sites`: mappings with `site`, `rule`, `module` and `slots`, the names of what an adapter brings there, all or
-    nothing. `base`: the base's fingerprint; `cache`: which output (`present`) is the next call's input (`past`);
-    `free`: axes of inputs that have any size, and their names; `further`: what else stood there.
+    Attributes:
+        adapters: "merged", "constant" or "slots".
+        slots_as: "overridable" or "inputs".
+        empty: "rank0" or "zeros1".
+        slot: the slots' name.
+        slots: the slots.
+        sites: mappings with `site`, `rule`, `module` and `slots`: names of the tensors that an adapter supplies
+            together.
+        rules: the slots' rules, as data.
+        base: the base's fingerprint.
+        opset: version of the operators.
+        inputs: names of the inputs.
+        outputs: names of the outputs.
+        cache: which output (`present`) is the next call's input (`past`).
+        free: input → axis of any size → name.
+        constants: adapters that are constants of the file.
+        versions: versions of the programs that wrote the file.
+        further: other fields of the data.
     """
 
     adapters: str
@@ -77,10 +92,11 @@ class Manifest:
     def read(cls, source: Any) -> Manifest:
         """The manifest of an ONNX file (its weights are not read), of a sidecar, or of an onnxruntime session.
 
-        `SurgeryError` where there is none, or where it is none.
+        Raises:
+            SurgeryError: there is no manifest, or it is not valid.
         """
         if not isinstance(source, (str, Path)) and hasattr(source, "get_modelmeta"):
-            return cls._found(source.get_modelmeta().custom_metadata_map, "the session's file")
+            return cls._of_metadata(source.get_modelmeta().custom_metadata_map, "the session's file")
         path = Path(source)
         if path.name.endswith(".json"):
             try:
@@ -89,10 +105,10 @@ class Manifest:
                 return cls.from_json(path.read_bytes(), path.name)
             except OSError as error:
                 raise SurgeryError(f"{path.name} can't be read", why=str(error)) from None
-        return cls._found(metadata_of(path), path.name)
+        return cls._of_metadata(metadata_of(path), path.name)
 
     @classmethod
-    def _found(cls, metadata: Mapping[str, str], where: str) -> Manifest:
+    def _of_metadata(cls, metadata: Mapping[str, str], where: str) -> Manifest:
         if KEY not in metadata:
             why, fix = "it was not written by export_onnx, or what changed it since left that out", "export it again"
             raise SurgeryError(f"{where} has no manifest", why=why, fix=fix)
@@ -100,7 +116,7 @@ class Manifest:
 
     @classmethod
     def from_json(cls, text: str | bytes, where: str = "the manifest") -> Manifest:
-        """From JSON text, of which nothing is believed; `SurgeryError` that lists what is wrong."""
+        """The manifest in a JSON text, which is checked; `SurgeryError` lists what is wrong."""
         return cls.of(parse_json(text, where), where)
 
     @classmethod
@@ -112,33 +128,44 @@ class Manifest:
         if type(data.get("version")) is int and data["version"] > VERSION:
             why = f"it has version {data['version']}, and {VERSION} is known here"
             raise SurgeryError(f"{where} was written by a later release", why=why, fix="update model-surgery")
-        given = {name: data[name] for name in _FIELDS if name in data or name not in _MAY_LACK and wrong.append(name)}
+        fields_of_data = {
+            name: data[name] for name in _FIELDS if name in data or name not in _MAY_LACK and wrong.append(name)
+        }
         if wrong:
             raise SurgeryError(f"{where} is damaged", why=f"it lacks {', '.join(wrong)}")
-        wrong += [f"{name} is {_said(given[name])}" for name in given if type(given[name]) is not _FIELDS[name]]
         wrong += [
-            f"{name}={_said(given[name])} is none of {', '.join(options)}"
+            f"{name} is {_said(fields_of_data[name])}"
+            for name in fields_of_data
+            if type(fields_of_data[name]) is not _FIELDS[name]
+        ]
+        wrong += [
+            f"{name}={_said(fields_of_data[name])} is none of {', '.join(options)}"
             for name, options in _CHOICES.items()
-            if given[name] not in options
+            if fields_of_data[name] not in options
         ]
         if not wrong:
-            given["slots"] = tuple(_slot(one, i, wrong) for i, one in enumerate(given["slots"]))
-            given |= {name: _texts(given[name], name, wrong) for name in ("inputs", "outputs")}
-            given["cache"] = _cache(given.get("cache", []), wrong)
-            given["free"] = _free(given.get("free", {}), wrong)
-            given["sites"], given["rules"] = tuple(given["sites"]), tuple(given["rules"])
-            _check_sites(given["sites"], [one for one in given["slots"] if one is not None], wrong)
+            fields_of_data["slots"] = tuple(_slot(slot, i, wrong) for i, slot in enumerate(fields_of_data["slots"]))
+            fields_of_data |= {name: _texts(fields_of_data[name], name, wrong) for name in ("inputs", "outputs")}
+            fields_of_data["cache"] = _cache(fields_of_data.get("cache", []), wrong)
+            fields_of_data["free"] = _free(fields_of_data.get("free", {}), wrong)
+            fields_of_data["sites"], fields_of_data["rules"] = (
+                tuple(fields_of_data["sites"]),
+                tuple(fields_of_data["rules"]),
+            )
+            _check_sites(fields_of_data["sites"], [slot for slot in fields_of_data["slots"] if slot is not None], wrong)
         if wrong:
             more = f"; and {len(wrong) - 8} more" if len(wrong) > 8 else ""
             raise SurgeryError(f"{where} is damaged", why="; ".join(wrong[:8]) + more)
         known = {"format", "version", *_FIELDS}
-        return cls(**given, further={name: value for name, value in data.items() if name not in known})
+        return cls(**fields_of_data, further={name: value for name, value in data.items() if name not in known})
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data, from which `Manifest.of` makes an equal one."""
         data: dict[str, Any] = {"format": FORMAT, "version": VERSION, **self.further}
         data |= {name: _plain(getattr(self, name)) for name in _FIELDS}
-        data["slots"] = [{one.name: _plain(getattr(slot, one.name)) for one in fields(Slot)} for slot in self.slots]
+        data["slots"] = [
+            {field.name: _plain(getattr(slot, field.name)) for field in fields(Slot)} for slot in self.slots
+        ]
         return data
 
     def to_json(self) -> str:
@@ -155,9 +182,9 @@ class Manifest:
     def groups(self) -> Mapping[tuple[str, str], tuple[Slot, ...]]:
         """The slots of each rule at each site, which an adapter brings all or none of: by (site, rule)."""
         return {
-            (one["site"], one["rule"]): tuple(self.by_name[name] for name in one["slots"])
-            for one in self.sites
-            if one["slots"]
+            (site["site"], site["rule"]): tuple(self.by_name[name] for name in site["slots"])
+            for site in self.sites
+            if site["slots"]
         }
 
     @cached_property
@@ -199,7 +226,7 @@ def _slot(data: Any, index: int, wrong: list[str]) -> Slot | None:
         return wrong.append(f"slot {index} is {_said(data)}")
     where = f"the slot {data['name'][:100]!r}"
     shape, free, dim = data.get("shape"), data.get("free"), data.get("dim")
-    if type(shape) is not list or not all(one is None or type(one) is int and 0 <= one < 1 << 40 for one in shape):
+    if type(shape) is not list or not all(size is None or type(size) is int and 0 <= size < 1 << 40 for size in shape):
         return wrong.append(f"{where} has the shape {_said(shape)}")
     if type(free) is not list or free != [axis for axis, size in enumerate(shape) if size is None] or len(free) > 1:
         return wrong.append(f"{where} has the free axes {_said(free)} of {shape}")
@@ -216,40 +243,40 @@ def _check_sites(sites: tuple[Any, ...], slots: list[Slot], wrong: list[str]) ->
     if len(left) != len(slots):
         wrong.append("two slots have one name")
     seen: set[tuple[str, str]] = set()
-    for one in sites:
-        good = isinstance(one, Mapping) and all(type(one.get(name)) is str for name in ("site", "rule", "module"))
-        if not good or type(one.get("slots")) is not list or (one["site"], one["rule"]) in seen:
-            wrong.append(f"a site is {_said(one)}")
+    for site in sites:
+        good = isinstance(site, Mapping) and all(type(site.get(name)) is str for name in ("site", "rule", "module"))
+        if not good or type(site.get("slots")) is not list or (site["site"], site["rule"]) in seen:
+            wrong.append(f"a site is {_said(site)}")
             continue
-        seen.add((one["site"], one["rule"]))
-        for name in one["slots"]:
+        seen.add((site["site"], site["rule"]))
+        for name in site["slots"]:
             slot = left.pop(name, None) if isinstance(name, str) else None
-            if slot is None or (slot.site, slot.rule) != (one["site"], one["rule"]):
-                wrong.append(f"the site {one['site'][:100]!r} has the slot {_said(name)}, which is not there")
+            if slot is None or (slot.site, slot.rule) != (site["site"], site["rule"]):
+                wrong.append(f"the site {site['site'][:100]!r} has the slot {_said(name)}, which is not there")
     wrong += [f"the slot {name[:100]!r} is at no site" for name in left]
 
 
 def _texts(data: Any, name: str, wrong: list[str]) -> tuple[str, ...]:
-    if not all(isinstance(one, str) for one in data):
+    if not all(isinstance(text, str) for text in data):
         wrong.append(f"{name} are {_said(data)}")
     return tuple(data)
 
 
 def _cache(data: Any, wrong: list[str]) -> tuple[Mapping[str, str], ...]:
-    for one in data:
-        if not isinstance(one, Mapping) or not all(isinstance(one.get(name), str) for name in ("past", "present")):
-            wrong.append(f"the cache has {_said(one)}")
+    for entry in data:
+        if not isinstance(entry, Mapping) or not all(isinstance(entry.get(name), str) for name in ("past", "present")):
+            wrong.append(f"the cache has {_said(entry)}")
     return tuple(data)
 
 
 def _free(data: Any, wrong: list[str]) -> dict[str, dict[int, str]]:
-    found: dict[str, dict[int, str]] = {}
+    free: dict[str, dict[int, str]] = {}
     for name, axes in data.items():
         if not isinstance(axes, Mapping) or not all(str(axis).isdecimal() for axis in axes):
             wrong.append(f"the input {str(name)[:100]!r} has the free axes {_said(axes)}")
             continue
-        found[name] = {int(axis): dim for axis, dim in axes.items()}
-    return found
+        free[name] = {int(axis): dim for axis, dim in axes.items()}
+    return free
 
 
 def _said(value: Any) -> str:
@@ -258,5 +285,5 @@ def _said(value: Any) -> str:
 
 def _plain(value: Any) -> Any:
     if isinstance(value, Mapping):
-        return {str(key): _plain(one) for key, one in value.items()}
-    return [_plain(one) for one in value] if isinstance(value, (list, tuple)) else value
+        return {str(key): _plain(item) for key, item in value.items()}
+    return [_plain(item) for item in value] if isinstance(value, (list, tuple)) else value

@@ -20,7 +20,7 @@ _MOST = 256 << 20  # bytes of one text
 
 def metadata_of(path: Path) -> dict[str, str]:
     """The texts by name in a file's metadata; `SurgeryError` where it is no ONNX file."""
-    found: dict[str, str] = {}
+    metadata: dict[str, str] = {}
     graph = False
     try:
         with open(path, "rb") as file:
@@ -28,7 +28,7 @@ def metadata_of(path: Path) -> dict[str, str]:
                 graph |= number == _GRAPH
                 if number == _METADATA:
                     key, value = _pair(file, start, length)
-                    found[key] = value
+                    metadata[key] = value
                 file.seek(start + length)
     except (ValueError, UnicodeDecodeError) as error:
         raise SurgeryError(f"{path.name} is no ONNX file, or a damaged one", why=str(error)[:200]) from None
@@ -36,7 +36,7 @@ def metadata_of(path: Path) -> dict[str, str]:
         raise SurgeryError(f"{path.name} can't be read", why=str(error)) from None
     if not graph:
         raise SurgeryError(f"{path.name} is no ONNX file", why="it holds no graph")
-    return found
+    return metadata
 
 
 def _pair(file: BinaryIO, start: int, length: int) -> tuple[str, str]:

@@ -36,7 +36,7 @@ class _Loaded:
 
 
 class OnnxRunner:
-    """One exported file in memory, and any number of adapters for it.
+    """Runs an exported file with any number of adapters. Needs no torch.
 
     >>> import tempfile, numpy, onnxruntime
     >>> from torch import nn
@@ -56,11 +56,16 @@ class OnnxRunner:
     >>> bool((runner.run({name: x}, adapter="red")["output"] != runner.run({name: x})["output"]).any())
     True
 
-    `providers`: onnxruntime's execution providers, by default the CPU's; `threads`: how many one operation may use.
-    Safe for calls from several threads: an adapter can be unloaded while calls run with it. Adapters are fed as inputs
-    and not by onnxruntime's `add_active_adapter`, which `run_with_iobinding` and required inputs know nothing of.
+    Calls from several threads are safe: an adapter can be unloaded while calls run with it. Adapters are fed as inputs,
+    not by onnxruntime's `add_active_adapter`, which `run_with_iobinding` and required inputs ignore.
 
-    Raises `SurgeryError` for a file without a manifest, or one whose slots were lost by a program that rewrote it.
+    Args:
+        path: the exported file.
+        providers: onnxruntime's execution providers; default None: the CPU's.
+        threads: threads of one operation; default None: onnxruntime's default.
+
+    Raises:
+        SurgeryError: the file has no manifest, or a program that rewrote it removed its slots.
     """
 
     def __init__(self, path: str | Path, providers: Sequence[Any] | None = None, threads: int | None = None) -> None:
@@ -81,29 +86,31 @@ class OnnxRunner:
             fix = 'export it with slots_as="inputs", which such programs keep; or use the file as it was exported'
             raise SurgeryError(f"{self.path.name} has lost its slots", why=why, fix=fix)
         self.feeds = Feeds(
-            [one for name, one in inputs.items() if name not in slots],
-            [one for name, one in further.items() if name not in slots],
+            [node for name, node in inputs.items() if name not in slots],
+            [node for name, node in further.items() if name not in slots],
         )
         self._defaults = self._required([name for name in slots if name in inputs])
-        self._pasts = [one["past"] for one in self.manifest.cache]
+        self._pasts = [entry["past"] for entry in self.manifest.cache]
         self._once = self._in_caches()
         self._loaded: Mapping[str, _Loaded] = {}  # replaced, never changed: a call has it as it was when it began
         self._lock = threading.Lock()
         self.takes_padding = False  # whether texts that are padded on their left were seen to come out right
 
     def _required(self, names: Sequence[str]) -> dict[str, Any]:
-        """What slots that must be fed are without an adapter; None where that is not known."""
-        held = defaults_of(self.path, self.manifest) if names else {}
-        return self._as_converted({name: None if (array := held[name]) is None else value_of(array) for name in names})
+        """The values of required slots without an adapter; None where they are unknown."""
+        defaults = defaults_of(self.path, self.manifest) if names else {}
+        return self._as_converted(
+            {name: None if (array := defaults[name]) is None else value_of(array) for name in names}
+        )
 
     def _in_caches(self) -> dict[str, Any]:
-        """Virtual tokens, which a cache holds from the first call on, as they are given at the later ones: none."""
+        """Empty virtual tokens for later calls: after the first call they are in the cache."""
         prompts = [slot for slot in self.manifest.slots if slot.rule == "prompt"] if self._pasts else []
         none = {slot.name: np.zeros([size or 0 for size in slot.shape], dtype_of(slot.dtype)) for slot in prompts}
         return self._as_converted({name: value_of(array) for name, array in none.items()})
 
     def _as_converted(self, values: dict[str, Any]) -> dict[str, Any]:
-        """OrtValues of slots in the precision that this file has."""
+        """OrtValues of slots in this file's precision."""
         for name in self._converted.keys() & values.keys():
             if values[name] is not None:
                 array, wanted = array_of_value(values[name]), dtype_of(self._converted[name])
@@ -120,14 +127,21 @@ class OnnxRunner:
 
     @property
     def adapters(self) -> tuple[str, ...]:
-        """The names of those that are loaded."""
+        """The names of the loaded adapters."""
         return tuple(self._loaded)
 
     def load(self, name: str, source: str | os.PathLike[str] | Mapping[str, Any], *, replace: bool = False) -> None:
-        """Load an adapter: a file (`.onnx_adapter`), or arrays by the slots' names. `replace`: of one loaded already.
+        """Load an adapter. Sites for which it has no tensors compute as without an adapter.
 
-        A site that it has nothing for stays as it is without one. Raises `LoadError` with all that is wrong, such as
-        another base, slots that the file does not have, or a part of a site; what is loaded is then as it was.
+        Args:
+            name: the adapter's name.
+            source: an `.onnx_adapter` file, or slot name → array.
+            replace: replace a loaded adapter of this name; default False.
+
+        Raises:
+            LoadError: lists what is wrong, such as another base, unknown slots, or a part of a site; loaded adapters
+                stay.
+            SurgeryError: the name is not a text, or is in use.
         """
         if not isinstance(name, str) or not name:
             raise SurgeryError(f"an adapter's name is a text, not {name!r}")
@@ -148,36 +162,36 @@ class OnnxRunner:
             self._loaded = {**self._loaded, name: made}
 
     def unload(self, name: str) -> None:
-        """Forget an adapter. Calls that run with it end as they began."""
+        """Remove an adapter. Running calls keep it."""
         with self._lock:
             self._known(name)
             self._loaded = {key: value for key, value in self._loaded.items() if key != name}
 
     def _known(self, name: str) -> _Loaded:
-        found = self._loaded.get(name) if isinstance(name, str) else None
-        if found is None:
+        adapter = self._loaded.get(name) if isinstance(name, str) else None
+        if adapter is None:
             loaded = ", ".join(self._loaded) or "none"
             why = (near_misses(name, self._loaded) if isinstance(name, str) else None) or f"loaded: {loaded}"
             raise SurgeryError(f"there is no adapter {name!r}", why=why, fix="load it first: runner.load(name, file)")
-        return found
+        return adapter
 
-    def held(self, adapter: Adapter) -> dict[str, Any]:
+    def slot_values(self, adapter: Adapter) -> dict[str, Any]:
         """The slots' OrtValues for a call with this adapter, or with several that have no site in common."""
         names = [] if adapter is None else [adapter] if isinstance(adapter, str) else list(adapter)
         chosen = [self._known(name) for name in names]
-        for i, one in enumerate(chosen):
+        for i, member in enumerate(chosen):
             for other in chosen[:i]:
-                if one is other:
-                    raise SurgeryError(f"the adapter {one.name!r} is named twice")
-                if both := sorted(one.sites & other.sites):
+                if member is other:
+                    raise SurgeryError(f"the adapter {member.name!r} is named twice")
+                if both := sorted(member.sites & other.sites):
                     where = ", ".join(site for site, _ in both[:3]) + (", …" if len(both) > 3 else "")
                     why = "a slot holds one adapter's tensors"
                     fix = "combine them into one adapter before it is exported: surgery.combine"
-                    what = f"{other.name!r} and {one.name!r} can't be used together"
+                    what = f"{other.name!r} and {member.name!r} can't be used together"
                     raise SurgeryError(what, where=where, why=why, fix=fix)
         values = dict(self._defaults)
-        for one in chosen:
-            values.update(one.values)
+        for member in chosen:
+            values.update(member.values)
         if lacking := [name for name, value in values.items() if value is None]:
             why = f"what the base has there stands in {self.path.name}{DEFAULTS}, which is missing"
             raise SurgeryError("the slots need an adapter", where=", ".join(lacking[:3]), why=why)
@@ -188,38 +202,47 @@ class OnnxRunner:
     def run(
         self, inputs: Mapping[str, Any], adapter: Adapter = None, *, outputs: Sequence[str] | None = None
     ) -> dict[str, np.ndarray]:
-        """Run the graph on arrays by name, with an adapter, several that have no site in common, or none.
+        """Run the graph on arrays.
 
-        Gives the outputs by name, or those of `outputs` alone. Raises `SurgeryError` for inputs of other names, types
-        or sizes than the file's, for adapters that aren't loaded, and for two that are on one site.
+        Args:
+            inputs: name → array.
+            adapter: a loaded adapter, or several that have no site in common; default None: the base.
+            outputs: names of outputs to compute; default None: all.
+
+        Returns:
+            Output name → array.
+
+        Raises:
+            SurgeryError: inputs have other names, dtypes or sizes than the file's; an adapter is not loaded; two are on
+                one site.
         """
         names = self._outputs if outputs is None else tuple(outputs)
         if unknown := [name for name in names if name not in self._outputs]:
             why = near_misses(str(unknown[0]), self._outputs) or f"it has {', '.join(self._outputs[:8])}"
             raise SurgeryError(f"there is no output {unknown[0]!r}", why=why)
-        given = {name: value_of(array) for name, array in self.feeds.checked(inputs).items()}
-        found = self.run_values({**self.held(adapter), **given}, names)
-        return {name: array_of_value(value) for name, value in found.items()}
+        feeds = {name: value_of(array) for name, array in self.feeds.checked(inputs).items()}
+        results = self.run_values({**self.slot_values(adapter), **feeds}, names)
+        return {name: array_of_value(value) for name, value in results.items()}
 
     def run_values(self, values: Mapping[str, Any], names: Sequence[str]) -> dict[str, Any]:
-        """Run the graph on OrtValues, the slots' among them; gives OrtValues."""
+        """Run the graph on OrtValues, including the slots'; returns OrtValues."""
         values = dict(values)
         if self._once and any(0 not in values[name].shape() for name in self._pasts if name in values):
             values.update({name: empty for name, empty in self._once.items() if name in values})
         try:
-            found = self.session.run_with_ort_values(list(names), values)
+            results = self.session.run_with_ort_values(list(names), values)
         except Exception as error:  # onnxruntime's have no class of their own in common
             raise SurgeryError("onnxruntime can't run this", why=_first_line(error)) from error
-        return dict(zip(names, found, strict=True))
+        return dict(zip(names, results, strict=True))
 
     def bind(self, adapter: Adapter = None) -> Any:
-        """An IOBinding with the adapter's tensors in it, for `runner.session.run_with_iobinding`.
+        """Return an IOBinding that contains the adapter's tensors, for `runner.session.run_with_iobinding`.
 
-        Inputs and outputs are for the caller to bind. The adapter stays the one that was loaded when it was made.
-        (What onnxruntime's `add_active_adapter` activates is ignored by `run_with_iobinding`.)
+        The caller binds inputs and outputs. The binding keeps the adapter that was loaded when it was made.
+        (`run_with_iobinding` ignores what onnxruntime's `add_active_adapter` activates.)
         """
         binding = self.session.io_binding()
-        values = self.held(adapter)
+        values = self.slot_values(adapter)
         for name, value in values.items():
             binding.bind_ortvalue_input(name, value)
         binding.surgery_values = values  # type: ignore[attr-defined]  # their memory must outlive the binding
@@ -241,16 +264,29 @@ class OnnxRunner:
         top_p: float | None = None,
         seed: int | None = None,
     ) -> np.ndarray:
-        """Continue texts with a decoder: `input_ids` (batch, positions), as an array or in a mapping of inputs.
+        """Continue texts with a decoder, as transformers' `generate` does.
 
-        Gives the texts with what was added, (batch, positions + new), as transformers' `generate` does; a row that
-        has met an end is filled with `pad_token_id` (by default the first of `eos_token_id`). Texts of several lengths
-        are padded on their left, with an `attention_mask`. Without `do_sample` the likeliest token is taken; with it,
-        numbers are divided by `temperature` and tokens are drawn from the `top_k` likeliest, of those from the
-        likeliest that make up `top_p`; `seed` makes that repeatable (not the draws of torch).
-        A file with a cache reads each token once; another reads the whole text anew for each.
+        Args:
+            inputs: `input_ids` (batch, positions), or a mapping of inputs. Texts of several lengths are padded on their
+                left, with an `attention_mask`.
+            max_new_tokens: default 20.
+            eos_token_id: ids that end a row; default None.
+            adapter: as in `run`.
+            pad_token_id: fills rows that have ended; default None: the first of `eos_token_id`.
+            do_sample: draw tokens; default False: take the likeliest.
+            temperature: divides the logits; default 1.
+            top_k: draw from so many likeliest tokens; default None.
+            top_p: draw from the likeliest tokens that together have this probability; default None.
+            seed: makes the draws repeatable (they differ from torch's); default None.
 
-        Raises `SurgeryError` for a file that is no decoder, and for inputs or settings that don't fit.
+        Returns:
+            (batch, positions + new): the texts with their continuations.
+
+        Raises:
+            SurgeryError: the file is not a decoder's, or inputs or settings do not fit.
+
+        Notes:
+            A file with a cache reads each token once; another file reads the whole text again for each token.
         """
         steps = list(self.stream(
             inputs, max_new_tokens, eos_token_id, adapter, pad_token_id=pad_token_id, do_sample=do_sample,
@@ -274,9 +310,9 @@ class OnnxRunner:
         top_p: float | None = None,
         seed: int | None = None,
     ) -> Iterator[np.ndarray]:
-        """As `generate`, one array (batch) of the next tokens after the other, until all rows have met an end."""
+        """As `generate`, but yields the next tokens, one array (batch) per step, until all rows have ended."""
         pick = picker(do_sample, temperature, top_k, top_p, seed)
-        decoder = Decoder(self, self.held(adapter))
+        decoder = Decoder(self, self.slot_values(adapter))
         return decoder.tokens(decoder.started(inputs), max_new_tokens, eos_token_id, pad_token_id, pick)
 
 
@@ -288,8 +324,8 @@ def _session(path: Path, providers: Sequence[Any] | None, threads: int | None) -
             raise SurgeryError(f"threads={threads!r} is not a number of threads")
         options.intra_op_num_threads = threads
     there = onnxruntime.get_available_providers()
-    for one in providers or ():
-        name = one if isinstance(one, str) else one[0]
+    for provider in providers or ():
+        name = provider if isinstance(provider, str) else provider[0]
         if name not in there:
             why = near_misses(str(name), there) or f"this onnxruntime has {', '.join(there)}"
             raise SurgeryError(f"there is no provider {name!r}", why=why)
@@ -298,8 +334,8 @@ def _session(path: Path, providers: Sequence[Any] | None, threads: int | None) -
     try:
         return session(path, options, providers)
     except Exception as error:
-        told = "its weights stand in a file beside it, under the name they were written with"
-        fix = told if "data" in str(error) else None
+        beside_why = "its weights stand in a file beside it, under the name they were written with"
+        fix = beside_why if "data" in str(error) else None
         raise SurgeryError(f"onnxruntime can't open {path.name}", why=_first_line(error), fix=fix) from error
 
 

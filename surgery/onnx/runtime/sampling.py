@@ -16,8 +16,8 @@ Pick = Callable[[np.ndarray], np.ndarray]
 def picker(do_sample: bool, temperature: float, top_k: int | None, top_p: float | None, seed: int | None) -> Pick:
     """What picks a token for each row of logits (batch, tokens)."""
     if not do_sample:
-        given = {"temperature": temperature != 1.0, "top_k": top_k, "top_p": top_p, "seed": seed is not None}
-        if said := [name for name, value in given.items() if value]:
+        settings = {"temperature": temperature != 1.0, "top_k": top_k, "top_p": top_p, "seed": seed is not None}
+        if said := [name for name, value in settings.items() if value]:
             raise SurgeryError(f"{said[0]} says how tokens are drawn, and none are", fix="do_sample=True")
         return lambda logits: logits.argmax(-1)
     numbers = (int, float)

@@ -1,4 +1,4 @@
-"""One tensor of an exported file that adapters bring."""
+"""A tensor of an exported file that adapters supply."""
 
 from __future__ import annotations
 
@@ -9,10 +9,20 @@ __all__ = ["Slot"]
 
 @dataclass(frozen=True)
 class Slot:
-    """One tensor that adapters bring: `shape` has None for the axes of `free`, whose size, a rank, is the adapter's.
+    """A tensor of an exported file that adapters supply.
 
-    `dim`: sizes of one name are the same. `default`, what it is without an adapter: "empty" (of rank 0, or of one of
-    zeros), "zeros", "ones", or "base", the base's own numbers, which stand in the file alone.
+    Attributes:
+        name: `<site>.adapters.<slot>.<tensor>`.
+        site: path of the module.
+        module: name of the module's class.
+        rule: kind of the slot's rule.
+        tensor: name of the tensor in the rule.
+        shape: sizes; None for the axes of `free`, whose size, a rank, is the adapter's.
+        free: axes of any size.
+        dim: sizes with one name are equal.
+        dtype: name of the dtype.
+        default: value without an adapter: "empty" (of rank 0, or of rank 1 and zero), "zeros", "ones", or "base", the
+            base's own numbers, which only the file has.
     """
 
     name: str
