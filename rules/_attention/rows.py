@@ -13,10 +13,10 @@ from surgery import SiteError
 from surgery.rules._attention.prefix import is_eager, widen_bias, with_gated_prefix
 
 # Whose rows they are, keys and values (heads, length, size), and a gate (heads) or None.
-Member = tuple[Any, Tensor, Tensor, Tensor | None]
+RowPrefix = tuple[Any, Tensor, Tensor, Tensor | None]
 
 
-def with_row_prefixes(*members: Member) -> Callable[..., Any]:
+def with_row_prefixes(*members: RowPrefix) -> Callable[..., Any]:
     """What runs in the place of an attention function: the same, for each row with its own prefix or with none."""
 
     def attend(attention: Any, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any = None,

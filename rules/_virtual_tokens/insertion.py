@@ -56,19 +56,19 @@ def put_in(
     left, moves, gaps = traits
     mask = _mask(inputs["attention_mask"], past, left, module, text.shape[0])
     positions = inputs.get("position_ids")
-    made = past.mark or Mark(count, text.shape[1], moves or positions is not None)
-    if made.behind and mask is not None and past.late(mask, after, module, positions is not None, gaps):
+    new_mark = past.mark or Mark(count, text.shape[1], moves or positions is not None)
+    if new_mark.behind and mask is not None and past.late(mask, after, module, positions is not None, gaps):
         anew = past.again({**inputs, "inputs_embeds": _embedded(module, ids, embeds)}, mask)
         if inputs.get("cache_position") is not None:
             anew["cache_position"] = torch.arange(mask.shape[1]).to(inputs["cache_position"])
         call = {name: anew.get(name, value) for name, value in arguments.items()}
         if rest:
             call[rest] = {name: anew.get(name, value) for name, value in arguments[rest].items()}
-        changed, made = put_in(module, prompt, call, rest, adapter, after, traits, real)
-        return changed, (*made[:2], text.shape[1])
+        changed, new_mark = put_in(module, prompt, call, rest, adapter, after, traits, real)
+        return changed, (*new_mark[:2], text.shape[1])
     if real is not None:
         mask, positions = _fill_in(mask, positions, past, text)
-    place = place_of(mask if made.behind else None, count, after, made.first)
+    place = place_of(mask if new_mark.behind else None, count, after, new_mark.first)
     changed: Inputs = {"attention_mask": mask}
     if mask is not None:
         columns = mask.new_ones(mask.shape[0], count) if real is None else real.to(mask)
@@ -82,11 +82,14 @@ def put_in(
     if inputs.get("cache_position") is not None:
         steps = inputs["cache_position"] + count
         changed["cache_position"] = torch.cat([torch.arange(count).to(steps), steps]) if first else steps
-    lag, text_mask_kept = lag if made.lag is None else made.lag, None if mask is inputs["attention_mask"] else mask
-    wait = made.behind and mask is not None and waiting(mask)
+    lag, text_mask_kept = (
+        lag if new_mark.lag is None else new_mark.lag,
+        None if mask is inputs["attention_mask"] else mask,
+    )
+    wait = new_mark.behind and mask is not None and waiting(mask)
     kept = past.kept({**inputs, "inputs_embeds": _embedded(module, ids, embeds)}) if wait else None
-    made = made._replace(lag=lag, mask=text_mask_kept, text=kept)
-    mark(past.cache, adapter, made, first)
+    new_mark = new_mark._replace(lag=lag, mask=text_mask_kept, text=kept)
+    mark(past.cache, adapter, new_mark, first)
     if first:
         embeds = _embedded(module, ids, embeds)
         rows = _for_rows(prompt.to(embeds.device, embeds.dtype), embeds.shape[0])
@@ -97,19 +100,19 @@ def put_in(
     new = {name: changed.get(name, value) for name, value in arguments.items()}
     if rest:
         new[rest] = {name: changed.get(name, value) for name, value in arguments[rest].items() if name != "task_ids"}
-    return new, (made, place, None) if first else None
+    return new, (new_mark, place, None) if first else None
 
 
-def take_out(output: Any, made: Made | None, adapter: str, after: int | None) -> Any:
+def take_out(output: Any, insertion: Made | None, adapter: str, after: int | None) -> Any:
     """The output without the virtual tokens' positions; the cache, which keeps them, remembers whose they are.
 
     `after`: how many of the text's tokens stand before them; None: they stay.
     """
-    if made is None:
+    if insertion is None:
         return output
     for cache in _caches_of(output):
-        mark(cache, adapter, made[0])
-    hidden, (mark_made, place, new) = hidden_of(output), made
+        mark(cache, adapter, insertion[0])
+    hidden, (mark_made, place, new) = hidden_of(output), insertion
     if after is not None:
         if hidden.dim() != 3 or hidden.shape[1] < mark_made.count + after:
             raise error(f"the model returns {tuple(hidden.shape)}", "its output must have a position for each token")

@@ -33,16 +33,16 @@ class Place(NamedTuple):
         source = torch.where(at < self.start, at + self.count, at - self.start)
         return _take_columns(both, torch.where(at < self.start + self.count, source, at), dim, dim - 1)
 
-    def cut(self, made: Tensor, dim: int) -> Tensor:
+    def cut(self, text: Tensor, dim: int) -> Tensor:
         """What `put` made, without the virtual tokens. The batch is the first dimension."""
-        left = made.shape[dim] - self.count
+        left = text.shape[dim] - self.count
         if isinstance(self.start, int):
             if not self.start:
-                return made.narrow(dim, self.count, left).contiguous()
-            behind = made.narrow(dim, self.start + self.count, left - self.start)
-            return torch.cat([made.narrow(dim, 0, self.start), behind], dim)
-        at = torch.arange(left, device=made.device)
-        return _take_columns(made, torch.where(at < self.start, at, at + self.count), dim, 0)
+                return text.narrow(dim, self.count, left).contiguous()
+            behind = text.narrow(dim, self.start + self.count, left - self.start)
+            return torch.cat([text.narrow(dim, 0, self.start), behind], dim)
+        at = torch.arange(left, device=text.device)
+        return _take_columns(text, torch.where(at < self.start, at, at + self.count), dim, 0)
 
     def numbered(self, positions: Tensor, after: int, by: int | Tensor, steps: Tensor, seen: int = 0) -> Tensor:
         """Positions of a text and its virtual tokens, which take the text's first ones: the text's follow `by` later.

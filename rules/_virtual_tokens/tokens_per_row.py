@@ -12,7 +12,7 @@ from surgery import SiteError, hidden_of
 from surgery.rules._virtual_tokens import insertion
 
 # Whose rows they are, and the virtual tokens (length, features).
-Member = tuple[Any, Tensor]
+RowPrompt = tuple[Any, Tensor]
 
 
 def put_in(
@@ -22,7 +22,7 @@ def put_in(
     after: int,
     traits: tuple[bool, bool, bool],
     counted: bool,
-    *members: Member,
+    *members: RowPrompt,
 ) -> Any:
     """As `insertion.put_in`, and the name under which a cache knows what is in it.
 
@@ -39,7 +39,7 @@ def put_in(
     return *insertion.put_in(module, prompt, arguments, rest, name, after, traits, real), name
 
 
-def put_after(output: Any, after: int, *members: Member) -> Tensor:
+def put_after(output: Any, after: int, *members: RowPrompt) -> Tensor:
     """As `insertion.put_after`."""
     hidden = hidden_of(output)
     prompt, real, _ = stack_prompts(len(hidden), hidden.device, *members)
@@ -48,7 +48,7 @@ def put_after(output: Any, after: int, *members: Member) -> Tensor:
     return insertion.put_after(output, prompt, after)
 
 
-def stack_prompts(batch: int, device: torch.device, *members: Member) -> tuple[Tensor, Tensor | None, str]:
+def stack_prompts(batch: int, device: torch.device, *members: RowPrompt) -> tuple[Tensor, Tensor | None, str]:
     """The rows' virtual tokens, (batch, length, features); which of them are real, or None where all are; a name."""
     length = max(len(prompt) for _, prompt in members)
     first = members[0][1]

@@ -101,9 +101,9 @@ class PTuning(_Prompts):
 
     def encoder_fields(self, data: Mapping[str, Any]) -> dict[str, Any]:
         fields = {"layers": data.get("encoder_num_layers"), "dropout": data.get("encoder_dropout")}
-        given = {f"encoder_{name}": value for name, value in fields.items() if value is not None}
+        settings = {f"encoder_{name}": value for name, value in fields.items() if value is not None}
         kind = str(data.get("encoder_reparameterization_type") or "MLP").lower()
-        return {"encoder": kind, "encoder_size": data.get("encoder_hidden_size"), **given}
+        return {"encoder": kind, "encoder_size": data.get("encoder_hidden_size"), **settings}
 
 
 @peft_method

@@ -266,24 +266,24 @@ def _nested_tensor_notices(model: nn.Module) -> list[str]:
 
 def _finish(program: Program, prepared: Prepared, model: nn.Module, axes: Axes, how: ExportSettings) -> Any:
     """Adds names, marks and defaults; returns the manifest, and which of the call's tensors have free sizes."""
-    made = program.model
+    graph_model = program.model
     names = [lifted.name for lifted in prepared.lifted]
-    name_weights(made, dict(prepared.model.named_parameters(remove_duplicate=False)))
+    name_weights(graph_model, dict(prepared.model.named_parameters(remove_duplicate=False)))
     named = {program.inputs[name]: free for name, free in axes.items()}
     own = {} if how.adapters == "constant" else prepared.dims()
-    free = rename_dims(made, {**named, **own})
+    free = rename_dims(graph_model, {**named, **own})
     if fixed := [name for name in own if name not in free]:
         why = f"tracing found that the size of {fixed[0]} decides what is computed"
         raise SurgeryError(
             "a slot can't be of any size", where=fixed[0], why=why, fix='adapters="constant" or "merged"'
         )
-    mark_rules(made, prepared.marks())
+    mark_rules(graph_model, prepared.marks())
     if how.adapters == "constant":
-        make_constants(made, prepared.defaults)
+        make_constants(graph_model, prepared.defaults)
     else:
         required = names if how.slots_as == "inputs" else ()
-        add_defaults(made, prepared.defaults, required)
-    tidy(made)
-    require_inputs(made, () if how.adapters == "constant" else names, "naming")
+        add_defaults(graph_model, prepared.defaults, required)
+    tidy(graph_model)
+    require_inputs(graph_model, () if how.adapters == "constant" else names, "naming")
     by_input = {name: free.get(value, {}) for name, value in program.inputs.items()}
     return manifest_of(program, prepared, model, free, how), by_input

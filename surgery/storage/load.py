@@ -139,10 +139,10 @@ def load_adapter(
     for note in [*stored.notes, *loose]:
         warnings.warn(note, SurgeryWarning, stacklevel=3)
     # An example is first run with what the rules start with: it is of that that they promise something.
-    given = _values_of_file(plan, values, stored.file) if example_inputs is None else None
+    initial = _values_of_file(plan, values, stored.file) if example_inputs is None else None
     with torch.random.fork_rng(devices=_gpus(plan)):  # the starting values drawn here are overwritten
         try:
-            install_plan(plan, stacklevel=4, initial=given)
+            install_plan(plan, stacklevel=4, initial=initial)
         except (SurgeryError, Warning):
             raise
         except Exception as error:  # a field of a file may be in range and still be no starting value
@@ -267,18 +267,18 @@ def _value(file: TensorFile, entry: Entry) -> Tensor:
 
 
 def _fill(plan: Plan, values: list[tuple[PlannedRule, str, Entry]], file: TensorFile) -> None:
-    filled, made = {(id(step), name) for step, name, _ in values}, dict[int, nn.Parameter]()
+    filled, duplicates = {(id(step), name) for step, name, _ in values}, dict[int, nn.Parameter]()
     with torch.no_grad():
         for step in plan.steps:
             if any(tensor.is_meta for tensor in tensors_of(step.module, plan.adapter).values()):
                 left = {spec.name for spec in step.specs if (id(step), spec.name) not in filled}
-                _realise(step, plan.adapter, left, made)
+                _realise(step, plan.adapter, left, duplicates)
         tensors = {id(step): tensors_of(step.module, plan.adapter) for step in plan.steps}
         for step, name, entry in values:
             tensors[id(step)][name].copy_(_value(file, entry))
 
 
-def _realise(step: PlannedRule, adapter: str, others: set[str], made: dict[int, nn.Parameter]) -> None:
+def _realise(step: PlannedRule, adapter: str, others: set[str], duplicates: dict[int, nn.Parameter]) -> None:
     """Tensors on the meta device, made there beside a base that has no numbers yet, are made anew on the CPU.
 
     `others` are those that no file fills: they get the values that their rule starts with.
@@ -293,8 +293,8 @@ def _realise(step: PlannedRule, adapter: str, others: set[str], made: dict[int, 
         if spec.buffer:
             box._buffers[spec.name] = new
         else:
-            made.setdefault(id(old), nn.Parameter(new, requires_grad=old.requires_grad))
-            box._parameters[spec.name] = made[id(old)]  # sites may share it
+            duplicates.setdefault(id(old), nn.Parameter(new, requires_grad=old.requires_grad))
+            box._parameters[spec.name] = duplicates[id(old)]  # sites may share it
     if meta and others:
         module = step.module
         step.rule.initialise(

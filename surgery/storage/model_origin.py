@@ -30,9 +30,9 @@ def other_model(model: nn.Module, origin: Mapping[str, str]) -> list[SurgeryErro
     here = {"name": name, "class": class_of(model).__name__}
     if all(here[key] == text for key, text in origin.items()):
         return []
-    made, own = _called(origin), _called({key: text for key, text in here.items() if text})
+    saved_name, own = _called(origin), _called({key: text for key, text in here.items() if text})
     fix = "load it on the model that it was made for"
-    return [SurgeryError(f"the adapter was made for {made}", why=f"this model is {own}", fix=fix)]
+    return [SurgeryError(f"the adapter was made for {saved_name}", why=f"this model is {own}", fix=fix)]
 
 
 def _called(of: Mapping[str, str]) -> str:

@@ -279,7 +279,7 @@ def test_what_is_varied() -> None:
         "input_ids": t([[1, 2, 3], [4, 5, 6]]), "attention_mask": t([[1, 1, 1], [1, 1, 1]]), "x": t([0.5, -2.0]),
         "bias_mask": t([[0.0, -INF], [0.0, 0.0]]), "past_key_values": [t([1.0])], "seen": t([True]), "n": 3,
     }  # fmt: skip
-    found = {one.told: one.call.values for one in other_values(ExampleCall(values))}
+    found = {one.description: one.call.values for one in other_values(ExampleCall(values))}
     assert found["padded texts"]["attention_mask"].tolist() == [[0, 1, 1], [1, 1, 0]]
     assert found["masks with an empty row"]["attention_mask"].tolist() == [[0, 0, 0], [1, 1, 1]]
     assert found["masks with an empty row"]["bias_mask"].tolist() == [[-INF, -INF], [0, 0]]

@@ -65,16 +65,17 @@ class ExampleCall:
                 "the example has labels", why="a loss is nothing to export", fix="leave them out of example_inputs"
             )
         _refuse_noted(values)
-        found = {name: copied(whole(value)) for name, value in values.items() if value is not None}
-        if not any(isinstance(leaf, Tensor) for _, leaf in leaves_of(found)):
+        values_copied = {name: copied(whole(value)) for name, value in values.items() if value is not None}
+        if not any(isinstance(leaf, Tensor) for _, leaf in leaves_of(values_copied)):
             raise SurgeryError("the example has no tensors", fix="pass what the model is called with")
-        return cls(found, tuple(name for name in placed if name in found))
+        return cls(values_copied, tuple(name for name in placed if name in values_copied))
 
     def call(self, forward: Callable[..., Any], values: Mapping[str, Any] | None = None) -> Any:
         """Call a forward with these arguments, or with others of the same names."""
-        given = self.values if values is None else values
+        arguments_of_call = self.values if values is None else values
         return forward(
-            *(given[name] for name in self.placed), **{k: v for k, v in given.items() if k not in self.placed}
+            *(arguments_of_call[name] for name in self.placed),
+            **{k: v for k, v in arguments_of_call.items() if k not in self.placed},
         )
 
     @property

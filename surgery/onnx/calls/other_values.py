@@ -20,7 +20,7 @@ _CACHED = ("past_key_values", "encoder_outputs")  # which hold what a model has 
 class Varied:
     """A call, and what is other than in the example; `edge`: a case in which files and models may part."""
 
-    told: str
+    description: str
     call: ExampleCall
     edge: bool
 
@@ -51,23 +51,23 @@ def _padded(name: str, tensor: Tensor) -> Tensor | None:
     if not _is_padding(name, tensor) or tensor.shape[1] < 3:
         return None
     length = max(1, tensor.shape[1] // 3)
-    made = tensor.clone()
-    made[0, :length] = 0
-    made[1:, -length:] = 0
-    return made
+    changed = tensor.clone()
+    changed[0, :length] = 0
+    changed[1:, -length:] = 0
+    return changed
 
 
 def _empty(name: str, tensor: Tensor) -> Tensor | None:
     """The first row of a mask lets nothing through, the second everything."""
     if not _is_mask(name, tensor):
         return None
-    made = tensor.clone()
-    rows = made.view(-1, made.shape[-1])
+    changed = tensor.clone()
+    rows = changed.view(-1, changed.shape[-1])
     closed = _closed(tensor) if tensor.is_floating_point() else 0
     rows[0] = closed
     if len(rows) > 1:
         rows[1] = 0.0 if tensor.is_floating_point() else 1
-    return made
+    return changed
 
 
 def _repeated(name: str, tensor: Tensor) -> Tensor | None:

@@ -46,11 +46,11 @@ def whole(value: Any) -> Any:
     if type(value) in (tuple, list):
         return type(value)(whole(item) for item in value)
     if isinstance(value, Mapping):
-        changed = {key: made for key, item in value.items() if (made := whole(item)) is not item}
+        changed = {key: plain for key, item in value.items() if (plain := whole(item)) is not item}
         if changed and type(value) is dict:
             return {**value, **changed}
-        for key, made in changed.items():
-            value[key] = made  # type: ignore[index]  # a ModelOutput, which is this call's own
+        for key, plain in changed.items():
+            value[key] = plain  # type: ignore[index]  # a ModelOutput, which is this call's own
         return value
     return _whole_cache(value) if type(value).__name__.endswith("Cache") else value
 
@@ -66,7 +66,7 @@ _WINDOW = "DynamicSlidingWindowLayer"
 
 def _whole_cache(cache: Any) -> Any:
     parts = {name: part for name in _PARTS if (part := getattr(cache, name, None)) is not None}
-    changed = {name: made for name, part in parts.items() if (made := _whole_cache(part)) is not part}
+    changed = {name: plain for name, part in parts.items() if (plain := _whole_cache(part)) is not part}
     if not parts and any(type(layer).__name__ == _WINDOW for layer in getattr(cache, "layers", ())):
         changed["layers"] = [_plain(layer) for layer in cache.layers]
     noted = notes(cache)

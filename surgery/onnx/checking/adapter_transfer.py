@@ -120,8 +120,10 @@ def import_adapter(path: str | Path, onnx_path: str | Path) -> Stored:
         {},
         tensors.__getitem__,
     )
-    made = [rule.replace(targets=exactly(paths)) for _, rule, paths in rules]
-    return Stored(made, file, lambda plan, step, name: Entry(tensor_key(step.path, name)), base=dict(manifest.base))
+    exact_rules = [rule.replace(targets=exactly(paths)) for _, rule, paths in rules]
+    return Stored(
+        exact_rules, file, lambda plan, step, name: Entry(tensor_key(step.path, name)), base=dict(manifest.base)
+    )
 
 
 def slot_arrays(model: nn.Module, adapter: str, manifest: Manifest) -> dict[str, Any]:

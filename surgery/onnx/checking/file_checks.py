@@ -89,10 +89,10 @@ def check_weights(path: str | Path, manifest: Manifest, model: nn.Module, exampl
         value = initializers.get(name)
         if value is None or value.const_value is None or name in slots:
             continue
-        own, found = array_of(tensor), value.const_value.numpy()
+        own, stored = array_of(tensor), value.const_value.numpy()
         own = own.T if value.metadata_props.get(LAYOUT) == "transposed" else own
         count += 1
-        if own.shape != found.shape or not (np.array_equal(own, found) or own.tobytes() == found.tobytes()):
+        if own.shape != stored.shape or not (np.array_equal(own, stored) or own.tobytes() == stored.tobytes()):
             wrong.append(name)
     if wrong:
         more = f" and {len(wrong) - 4} more" if len(wrong) > 4 else ""

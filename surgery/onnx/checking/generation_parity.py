@@ -22,7 +22,7 @@ _LONGEST = 64  # positions of the example that are read anew for each token
 
 def decode(
     reference: nn.Module,
-    given: ExampleCall,
+    example: ExampleCall,
     path: str | Path,
     manifest: Any,
     adapter: str,
@@ -31,7 +31,7 @@ def decode(
 ) -> Decoded | str | None:
     """Decode the example's first row; None where the file is no decoder's that takes and gives a cache, and why not
     where that can't be called with a text alone."""
-    ids = given.values.get("input_ids")
+    ids = example.values.get("input_ids")
     if not manifest.cache or "logits" not in manifest.outputs or not isinstance(ids, Tensor) or ids.dim() != 2:
         return None
     further = set(manifest.inputs) - {entry["past"] for entry in manifest.cache} - _MADE

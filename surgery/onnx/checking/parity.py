@@ -171,7 +171,7 @@ def _calls(call: ExampleCall, manifest: Manifest) -> list[list[Call]]:
     other values."""
     calls = other_sizes(call, manifest.inputs, manifest.free)
     sizes, example = calls[0][0]
-    values = [Call(sizes, varied.call, varied.told, varied.edge) for varied in other_values(example)]
+    values = [Call(sizes, varied.call, varied.description, varied.edge) for varied in other_values(example)]
     return [[Call(*arguments) for arguments in group] for group in calls] + [[arguments] for arguments in values]
 
 
@@ -247,9 +247,9 @@ class _Only:
     weights: Mapping[str, float]
 
     def __call__(self, *names: str) -> nn.Module:
-        made = sharing_copy(self.model) if changing(self.copy) else self.copy
-        leave_live(made, names, self.weights)
-        return made
+        model = sharing_copy(self.model) if changing(self.copy) else self.copy
+        leave_live(model, names, self.weights)
+        return model
 
 
 def _drawn(

@@ -89,7 +89,9 @@ class ParityReport:
     def worst(self) -> Compared | None:
         """The comparison that is nearest to its tolerance, or farthest above."""
         return max(
-            (one for one in self.compared if not one.edge), key=lambda comparison: comparison.ratio, default=None
+            (comparison for comparison in self.compared if not comparison.edge),
+            key=lambda comparison: comparison.ratio,
+            default=None,
         )
 
     def to_json(self) -> str:

@@ -44,10 +44,10 @@ def _same(conversion: Conversion, name: str, values: np.ndarray) -> bool | None:
         weights = conversion.weights
     except SurgeryError:  # the package that reads them is not here
         return None
-    if name in weights.held:
+    if name in weights.initializers:
         return _near(weights[name], values)
-    for other in weights.held:
-        if sorted(weights.held[other].dims) == sorted(values.shape):
+    for other in weights.initializers:
+        if sorted(weights.initializers[other].dims) == sorted(values.shape):
             stored = weights.stored(other)
             if stored.dtype.kind == "f" and any(
                 _near(candidate.astype(np.float64), values) for candidate in (stored, stored.T)

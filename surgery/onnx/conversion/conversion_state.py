@@ -88,5 +88,5 @@ class Conversion:
                 for slot in slots:
                     if slot.name not in self.arrays and slot.default != "empty":
                         with self.noting(slot.name):
-                            made = self.manifest.default(slot)
-                            self.arrays[slot.name] = self.weights.stored(slot.name) if made is None else made
+                            default = self.manifest.default(slot)
+                            self.arrays[slot.name] = self.weights.stored(slot.name) if default is None else default

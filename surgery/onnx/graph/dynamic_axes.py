@@ -162,8 +162,14 @@ def _nested(value: Any, shapes: Any) -> Any:
     if isinstance(value, Tensor) or value is None or type(value) not in pytree.SUPPORTED_NODES:
         return next(shapes)
     children, _ = pytree.SUPPORTED_NODES[type(value)].flatten_fn(value)
-    made = [_nested(child, shapes) for child in children]
-    return tuple(made) if type(value) is tuple else dict(zip(value, made, strict=True)) if type(value) is dict else made
+    nested = [_nested(child, shapes) for child in children]
+    return (
+        tuple(nested)
+        if type(value) is tuple
+        else dict(zip(value, nested, strict=True))
+        if type(value) is dict
+        else nested
+    )
 
 
 def rename_dims(model: Any, axes: Mapping[str, Mapping[int, str]]) -> dict[str, dict[int, str]]:

@@ -112,8 +112,8 @@ def _called(error: BaseException) -> str | None:
 
 
 def _site_of(chain: list[BaseException]) -> str | None:
-    for one in reversed(chain):
-        for note in getattr(one, "__notes__", []):
+    for cause in reversed(chain):
+        for note in getattr(cause, "__notes__", []):
             if note.startswith("at the site"):
                 return note.removeprefix("at the site ")[:200]
     return None

@@ -50,9 +50,9 @@ def write_model(
             ir.save(model, str(file), external_data=data if beside else None, size_threshold_bytes=ALONE)
             side.write_text(json.dumps(manifest, indent=2, sort_keys=True) + "\n", encoding="utf-8")
         yield file
-        made = [place / data, place / f"{path.name}{DEFAULTS}", side, file]  # the graph last: it is what is opened
+        parts = [place / data, place / f"{path.name}{DEFAULTS}", side, file]  # the graph last: it is what is opened
         with _as_surgery_error(path):
-            for part in made:
+            for part in parts:
                 if part.exists():
                     _synced(part)
                     os.replace(part, path.parent / part.name)
@@ -86,7 +86,7 @@ _REMEDIES = {
 
 def size_of(path: Path) -> int:
     """Bytes of a file and of the weights beside it."""
-    return sum(one.stat().st_size for one in (path, path.with_name(f"{path.name}.data")) if one.exists())
+    return sum(file.stat().st_size for file in (path, path.with_name(f"{path.name}.data")) if file.exists())
 
 
 def _nbytes(value: ir.Value) -> int:

@@ -39,8 +39,10 @@ def mark_rules(model: ir.Model, sites: Mapping[str, Mapping[str, str]]) -> None:
     given_owners = {id(value): owners[value.name] for value in model.graph.inputs if value.name in owners}
     for node in model.graph:
         path = _module(node)
-        found = [given_owners[id(value)] for value in node.inputs if value is not None and id(value) in given_owners]
-        labels = tuple(dict.fromkeys(label for owner, several in found if owner == path for label in several))
+        slot_owners = [
+            given_owners[id(value)] for value in node.inputs if value is not None and id(value) in given_owners
+        ]
+        labels = tuple(dict.fromkeys(label for owner, several in slot_owners if owner == path for label in several))
         if labels:
             node.metadata_props["surgery.rule"] = ", ".join(dict.fromkeys(", ".join(labels).split(", ")))
             node.metadata_props["surgery.site"] = path

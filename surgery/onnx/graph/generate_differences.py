@@ -75,8 +75,10 @@ def _drops(model: nn.Module, ids: Tensor, size: int) -> bool:
     with contextlib.suppress(Exception), torch.no_grad():
         text = ids.new_ones((1, size + 1))
         mask = torch.ones_like(text)
-        made = prepare(text, past_key_values=_read(size), attention_mask=mask, use_cache=True, next_sequence_length=1)
-        return made.get("past_key_values") is None
+        prepared = prepare(
+            text, past_key_values=_read(size), attention_mask=mask, use_cache=True, next_sequence_length=1
+        )
+        return prepared.get("past_key_values") is None
     return False
 
 
@@ -104,11 +106,11 @@ def _difference(model: nn.Module, example: ExampleCall, row: Tensor) -> str | No
     )  # as `generate` makes them
     with contextlib.suppress(Exception), torch.no_grad(), torch.random.fork_rng(), traced_path():
         expected = copy(input_ids=row, attention_mask=mask, **further).logits[:, -1].float()
-        made = copy.generate(
+        generated = copy.generate(
             row, attention_mask=mask, max_new_tokens=1, do_sample=False, num_beams=1, eos_token_id=None, pad_token_id=0,
             return_dict_in_generate=True, output_logits=True,
         )  # fmt: skip
-        logits = made.logits[0].float()
+        logits = generated.logits[0].float()
         if logits.shape != expected.shape or (logits - expected).abs().max() > _NEAR * max(
             1.0, float(expected.abs().max())
         ):

@@ -123,24 +123,24 @@ def _write_out(graph: Any, node: ir.Node, inputs: Mapping[str, ir.Value]) -> Non
     out, marks = node.outputs[0], dict(node.metadata_props)
     assert x is not None and y is not None
     own, dtype = out.dtype, ir.DataType(node.attributes["dtype"].as_int())
-    made: list[ir.Node] = []
+    nodes: list[ir.Node] = []
 
-    def put(kind: str, *inputs: ir.Value, **attributes: Any) -> ir.Value:
-        name = f"{node.name}.{len(made)}"
-        made.append(one := ir.node(kind, inputs, attributes, name=name, metadata_props=dict(marks)))
-        one.outputs[0].name, one.outputs[0].dtype = f"{out.name}.{len(made)}", dtype
-        return one.outputs[0]
+    def add_node(kind: str, *inputs: ir.Value, **attributes: Any) -> ir.Value:
+        name = f"{node.name}.{len(nodes)}"
+        nodes.append(new := ir.node(kind, inputs, attributes, name=name, metadata_props=dict(marks)))
+        new.outputs[0].name, new.outputs[0].dtype = f"{out.name}.{len(nodes)}", dtype
+        return new.outputs[0]
 
     def cast(value: ir.Value) -> ir.Value:
-        return value if own == dtype else put("Cast", value, to=dtype)
+        return value if own == dtype else add_node("Cast", value, to=dtype)
 
     rows, total = cast(x), cast(y)
     names = node.attributes["factors"].as_string().split("\n")
     for A, B, scale in zip(names[::2], names[1::2], node.attributes["scales"].as_floats(), strict=True):
-        branch = put("MatMul", rows, put("Transpose", inputs[A], perm=[1, 0]))
-        branch = put("MatMul", branch, put("Transpose", inputs[B], perm=[1, 0]))
+        branch = add_node("MatMul", rows, add_node("Transpose", inputs[A], perm=[1, 0]))
+        branch = add_node("MatMul", branch, add_node("Transpose", inputs[B], perm=[1, 0]))
         if scale != 1.0:
-            branch = put("Mul", branch, put("Constant", value=ir.tensor([scale], dtype)))
-        total = put("Add", total, branch)
-    last = total if own == dtype else put("Cast", total, to=own)
-    ir.convenience.replace_nodes_and_values(graph, node, [node], made, [out], [last])
+            branch = add_node("Mul", branch, add_node("Constant", value=ir.tensor([scale], dtype)))
+        total = add_node("Add", total, branch)
+    last = total if own == dtype else add_node("Cast", total, to=own)
+    ir.convenience.replace_nodes_and_values(graph, node, [node], nodes, [out], [last])

@@ -24,9 +24,9 @@ def manifest_of(
     program: Program, prepared: Prepared, model: nn.Module, free: Mapping[str, Mapping[int, str]], how: ExportSettings
 ) -> dict[str, Any]:
     """`free`: input of the graph → axis → name."""
-    made = program.model
+    graph_model = program.model
     inputs = list(program.inputs.values())
-    outputs = [value.name for value in made.graph.outputs]
+    outputs = [value.name for value in graph_model.graph.outputs]
     slotted = prepared.sites if how.adapters == "slots" else []
     sites = [
         {
@@ -51,12 +51,12 @@ def manifest_of(
         "constants": prepared.constants,
         "rules": [_plain(rule) for rule in prepared.rules],
         "base": fingerprint(model),
-        "opset": made.opset_imports.get("", 0),
+        "opset": graph_model.opset_imports.get("", 0),
         "inputs": inputs,
         "outputs": outputs,
         "free": {name: {str(axis): dim for axis, dim in dims.items()} for name, dims in free.items() if name in inputs},
         "cache": _cache(inputs, outputs),
-        HALF: any(str(value.dtype) == "FLOAT16" for value in made.graph.initializers.values()),
+        HALF: any(str(value.dtype) == "FLOAT16" for value in graph_model.graph.initializers.values()),
         "versions": _versions(),
     }
 

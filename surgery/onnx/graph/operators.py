@@ -100,8 +100,8 @@ def _floor_divide(first: Any, other: Any) -> Any:
     under = op.And(op.Not(op.Equal(rest, zero)), op.Not(op.Equal(op.Less(rest, zero), op.Less(other, zero))))
     whole = op.Sub(op.Div(op.Sub(first, rest), other), op.Cast(under, to=first.dtype))
     lower = op.Floor(whole)
-    found = op.Add(lower, op.Cast(op.Greater(op.Sub(whole, lower), _constant(0.5, first)), to=first.dtype))
-    return op.Where(op.Equal(other, zero), op.Div(first, other), found)
+    rounded = op.Add(lower, op.Cast(op.Greater(op.Sub(whole, lower), _constant(0.5, first)), to=first.dtype))
+    return op.Where(op.Equal(other, zero), op.Div(first, other), rounded)
 
 
 def _remainder(first: Any, other: Any) -> Any:

@@ -75,19 +75,19 @@ class Prepared:
     def dims(self) -> dict[str, dict[int, str]]:
         """The free axis of each slot, with its name in the graph."""
         return {
-            one.full(key): {axis[0]: ".".join(filter(None, (one.path, axis[1])))}
-            for one in self.sites
-            for key, (axis, _) in one.tensors.items()
+            site.full(key): {axis[0]: ".".join(filter(None, (site.path, axis[1])))}
+            for site in self.sites
+            for key, (axis, _) in site.tensors.items()
             if axis is not None
         }
 
     def marks(self) -> dict[str, dict[str, str]]:
         """Which rule put in each tensor, by site."""
-        found: dict[str, dict[str, str]] = {}
-        for one in self.sites:
-            names = {one.full(key): one.label for key in one.tensors}
-            found.setdefault(one.path, {}).update(names)
-        return found
+        dims_by_slot: dict[str, dict[str, str]] = {}
+        for site in self.sites:
+            names = {site.full(key): site.label for key in site.tensors}
+            dims_by_slot.setdefault(site.path, {}).update(names)
+        return dims_by_slot
 
 
 @collector_waits()

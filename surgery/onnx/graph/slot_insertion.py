@@ -87,35 +87,39 @@ def put_slots(copy: nn.Module, names: Sequence[str], slot: str, example: Example
     placing = Placing()
     ensure_unmerged(copy)
     state = require_state(copy)
-    found = arranged(copy, state, names)
-    for (name, kind, reason), paths in found.none.items():
+    layout = arranged(copy, state, names)
+    for (name, kind, reason), paths in layout.none.items():
         live = state.standing[name].live
         outcome = "a constant of the file, for all adapters" if live else "left out, since it is not live"
         why = f"{kind.__name__} of {name!r} ({len(paths)} sites) can't be a slot: {reason}; it is {outcome}"
         placing.notices.append(why)
         if live:
-            held = placing.constants.setdefault(name, [])
-            held += [kind.name] if kind.name not in held else []
+            constants_of = placing.constants.setdefault(name, [])
+            constants_of += [kind.name] if kind.name not in constants_of else []
     if strict and placing.notices:
         raise SurgeryError(
             "not every rule can be a slot",
             why="; ".join(placing.notices[:8]),
             fix="strict=False exports them as constants",
         )
-    if not found.slots:
+    if not layout.slots:
         raise SurgeryError("none of the adapters' rules can be a slot", why="; ".join(placing.notices[:8]) or None)
-    constants = [_Constant.of(copy, state, left) for left in found.left]
+    constants = [_Constant.of(copy, state, left) for left in layout.left]
     placing.notices += _changed_at_start(copy, names)
     remove(copy, check=False)
-    for one in (one for one in constants if not one.after):
-        one.put(copy, example)
-    placing.rules = found.rules()
+    for constant in (constant for constant in constants if not constant.after):
+        constant.insert(copy, example)
+    placing.rules = layout.rules()
     _apply(copy, placing.rules, slot, example)
-    for one in (one for one in constants if one.after):
-        one.put(copy, example)
-    if any(one.weight != 1.0 for one in constants):
-        activate(copy, [slot, *(one.name for one in constants)], {one.name: one.weight for one in constants})
-    placing.sites = list(slot_sites(copy, slot, found.labels))
+    for constant in (one for one in constants if one.after):
+        constant.insert(copy, example)
+    if any(constant.weight != 1.0 for constant in constants):
+        activate(
+            copy,
+            [slot, *(constant.name for constant in constants)],
+            {constant.name: constant.weight for constant in constants},
+        )
+    placing.sites = list(slot_sites(copy, slot, layout.labels))
     return placing
 
 
@@ -145,31 +149,31 @@ class _Constant:
         rule = left.rule.replace(targets=exactly(left.paths))
         return cls(name, rule, tensors, left.after, state.standing[left.adapter].weight)
 
-    def put(self, copy: nn.Module, given: ExampleCall) -> None:
+    def insert(self, copy: nn.Module, example: ExampleCall) -> None:
         taken = require_state(copy).adapters if model_state(copy) is not None else {}
         self.name = next(name for name in (self.name + "_" * i for i in range(99)) if name not in taken)
-        _apply(copy, [self.rule], self.name, given)
+        _apply(copy, [self.rule], self.name, example)
         own = adapter_state_dict(copy, self.name)
         load_adapter_state_dict(copy, {key: self.tensors[key] for key in own}, self.name)
 
 
 def _changed_at_start(copy: nn.Module, names: Sequence[str]) -> list[str]:
     """In the file the base is the model's own; in the model it is what an adapter's start made of it."""
-    if not (found := changing(copy)) or len(names) < 2:
+    if not (adapters := changing(copy)) or len(names) < 2:
         return []
-    told = ", ".join(map(repr, sorted(found)))
-    return [f"{told} changed base weights at its start: in the file the others run on the base as it was before"]
+    quoted = ", ".join(map(repr, sorted(adapters)))
+    return [f"{quoted} changed base weights at its start: in the file the others run on the base as it was before"]
 
 
 def lift(copy: nn.Module, adapter: str, free: Mapping[str, int | None], factors: Collection[str]) -> list[Lifted]:
     """Take an adapter's tensors out of a copy, to be inputs of the graph; `factors`: those that seem to be no more."""
-    found = []
+    slot_places = []
     for path, module, _ in sites(copy):
         for key in tensors_of(module, adapter):
             box: Any = module.get_submodule(f"{RESERVED}.{adapter}")
             name = ".".join(filter(None, (path, RESERVED, adapter, key)))
-            found.append(Lifted.out_of(name, box, key, free.get(name), name in factors))
-    return found
+            slot_places.append(Lifted.out_of(name, box, key, free.get(name), name in factors))
+    return slot_places
 
 
 def slot_tensors(
@@ -181,11 +185,11 @@ def slot_tensors(
     `SurgeryError` that lists what has no slot.
     """
     adapter_names(require_state(model), adapter)
-    found: dict[str, Tensor] = {}
+    by_slot: dict[str, Tensor] = {}
     problems: list[str] = []
     for path, module, site in sites(model):
-        held = tensors_of(module, adapter)
-        for applied in (one for one in site.applied if one.adapter == adapter):
+        tensors = tensors_of(module, adapter)
+        for applied in (other for other in site.applied if other.adapter == adapter):
             rule = slot_rules.get(f"{path}:{applied.rule.slot_kind}")
             if rule is None and applied.rule.name in left_out:
                 continue
@@ -193,19 +197,19 @@ def slot_tensors(
                 problems.append(f"{applied.rule.label} at {path or 'the model itself'}")
                 continue
             source = cache(partial(_base_tensor, module, site, adapter))
-            live = LiveSite(module, path, adapter, held, lambda name, _, source=source: source(name))
+            live = LiveSite(module, path, adapter, tensors, lambda name, _, source=source: source(name))
             live.changed = {name: _started(record, source(name)) for name, record in applied.changed}
             with torch.no_grad(), HookCall(applied.rule, "slotted", path):
-                made = applied.rule.slotted(rule, live)
-            for key, tensor in made.items():
-                found[".".join(filter(None, (path, RESERVED, slot, key)))] = tensor.detach()
+                slot_values = applied.rule.slotted(rule, live)
+            for key, tensor in slot_values.items():
+                by_slot[".".join(filter(None, (path, RESERVED, slot, key)))] = tensor.detach()
     if problems:
         raise SurgeryError(
             f"the adapter {adapter!r} needs slots that the file does not have",
             why=", ".join(problems[:6]) + (", …" if len(problems) > 6 else ""),
             fix="export the model again with this adapter on it",
         )
-    return found
+    return by_slot
 
 
 def _started(record: Record, now: Tensor) -> LowRank | None:
@@ -221,7 +225,9 @@ def _started(record: Record, now: Tensor) -> LowRank | None:
 def _base_tensor(module: nn.Module, site: SiteState, adapter: str, name: str) -> Tensor:
     """A parameter as an adapter alone finds it: nothing merged, and not as others' starts left it (PiSSA)."""
     tensor = tensor_at(module, name)
-    records = [record for one in site.applied if one.adapter != adapter for at, record in one.changed if at == name]
+    records = [
+        record for applied in site.applied if applied.adapter != adapter for at, record in applied.changed if at == name
+    ]
     records += [record for at, record in (site.merged.folds if site.merged is not None else ()) if at == name]
     if records:
         tensor = tensor.detach().clone()
@@ -233,11 +239,11 @@ def _base_tensor(module: nn.Module, site: SiteState, adapter: str, name: str) ->
 def slot_sites(copy: nn.Module, slot: str, labels: Mapping[tuple[str, str], str] | None = None) -> Iterator[SlotSite]:
     """Where an adapter's tensors are; `labels`: by site and kind, of the rules whose slots they are."""
     for path, module, site in sites(copy):
-        held, taken = tensors_of(module, slot), set[str]()
-        for applied in (one for one in site.applied if one.adapter == slot):
+        tensors, taken = tensors_of(module, slot), set[str]()
+        for applied in (other for other in site.applied if other.adapter == slot):
             rule = applied.rule
             free = _told_apart(
-                {key: (rule.free(key), held[key]) for key in applied.tensors}, taken, str(rule.slot_kind)
+                {key: (rule.free(key), tensors[key]) for key in applied.tensors}, taken, str(rule.slot_kind)
             )
             taken |= {axis[1] for axis, _ in free.values() if axis is not None}
             label = (labels or {}).get((path, rule.slot_kind or ""), rule.label)
@@ -253,11 +259,11 @@ def _told_apart(tensors: Tensors, taken: Collection[str], kind: str) -> Tensors:
     for axis, tensor in tensors.values():
         if axis is not None:
             sizes[axis[1]] = min(tensor.shape[axis[0]], sizes.get(axis[1], 1 << 62))
-    found: Tensors = {}
+    by_key: Tensors = {}
     for key, (axis, tensor) in tensors.items():
         if axis is not None:
             at, word = axis
             more = "" if tensor.shape[at] == sizes[word] else "_of_all"
             axis = at, (f"{kind}_{word}" if word in taken else word) + more
-        found[key] = axis, tensor
-    return found
+        by_key[key] = axis, tensor
+    return by_key

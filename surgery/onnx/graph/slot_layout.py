@@ -57,25 +57,27 @@ def exactly(paths: Sequence[str]) -> str | list[str]:
 
 def arranged(copy: nn.Module, state: ModelState, names: Sequence[str]) -> Arranged:
     """The slots that these adapters need, and the rules of live ones that can't be in one."""
-    found = Arranged()
+    layout = Arranged()
     live = [name for name in names if state.standing[name].live]
     for path, module, site in sites(copy):
         here = [applied for applied in site.applied if applied.adapter in names]
         kinds, after, why = _at(here, module, path, live)
         if kinds:
-            found.slots[path] = kinds
+            layout.slots[path] = kinds
         for kind in kinds:
-            found.labels[path, kind] = labels_of(one.rule for one in here if one.rule.slot_kind == kind)
+            layout.labels[path, kind] = labels_of(
+                applied_rule.rule for applied_rule in here if applied_rule.rule.slot_kind == kind
+            )
         for applied in here:
             if applied.rule.slot_kind in kinds:
                 continue
             rule = applied.rule
             reason = why.get(rule.slot_kind or "", type(rule).why_no_slot)
-            found.none.setdefault((applied.adapter, type(rule), reason), []).append(path)
+            layout.none.setdefault((applied.adapter, type(rule), reason), []).append(path)
             if applied.adapter in live:
-                _leave(found.left, applied, path, id(applied) in after)
-    found.left = [one for one in found.left if not _comes_along(one, found.left)]
-    return found
+                _leave(layout.left, applied, path, id(applied) in after)
+    layout.left = [remainder for remainder in layout.left if not _comes_along(remainder, layout.left)]
+    return layout
 
 
 def bare(rule: Rule) -> Rule:
@@ -98,10 +100,10 @@ def _at(
     while True:
         after, barred = set[int](), None
         orders: list[list[str]] = []
-        for name in dict.fromkeys(one.adapter for one in here):
+        for name in dict.fromkeys(applied_rule.adapter for applied_rule in here):
             order: list[str] = []
             waits = False
-            for applied in (one for one in here if one.adapter == name):
+            for applied in (applied_rule for applied_rule in here if applied_rule.adapter == name):
                 kind = applied.rule.slot_kind
                 if kind in offered:
                     barred = kind if waits else barred  # a constant stands between it and a slot before
@@ -110,10 +112,10 @@ def _at(
                     after.add(id(applied))
                     waits = True
             orders.append(order)
-        found = _joined(orders, offered)
-        if barred is None and len(found) == len(offered):
-            return found, after, why
-        for kind in [barred] if barred is not None else [kind for kind in offered if kind not in found]:
+        joined_order = _joined(orders, offered)
+        if barred is None and len(joined_order) == len(offered):
+            return joined_order, after, why
+        for kind in [barred] if barred is not None else [kind for kind in offered if kind not in joined_order]:
             del offered[kind]
             why[kind] = "the adapters' rules stand there in orders that no one order holds"
 
@@ -126,13 +128,13 @@ def _offered(here: list[Applied], module: nn.Module, path: str) -> tuple[Kinds, 
     offered: Kinds = {}
     why: dict[str, str] = {}
     for kind, group in by_kind.items():
-        if len({one.adapter for one in group}) < len(group):
+        if len({applied.adapter for applied in group}) < len(group):
             why[kind] = "an adapter has two rules for one slot there"
             continue
         with HookCall(group[0].rule, "slot", path):
-            made = type(group[0].rule).slot([one.rule for one in group], module, path)
-        if made is not None:
-            offered[kind] = bare(made)
+            slot = type(group[0].rule).slot([applied.rule for applied in group], module, path)
+        if slot is not None:
+            offered[kind] = bare(slot)
     return offered, why
 
 
@@ -141,22 +143,29 @@ def _joined(orders: list[list[str]], offered: Kinds) -> Kinds:
 
     What puts a parameter in the base's place comes first wherever it stands: others see it either way.
     """
-    found: Kinds = {kind: rule for kind, rule in offered.items() if rule.slot_first}
-    waiting = [kind for kind in offered if kind not in found]
+    kinds_first: Kinds = {kind: rule for kind, rule in offered.items() if rule.slot_first}
+    waiting = [kind for kind in offered if kind not in kinds_first]
     while True:
         before = {
             kind: {k for order in orders if kind in order for k in order[: order.index(kind)]} for kind in waiting
         }
         ready = next((kind for kind in waiting if not before[kind] & set(waiting)), None)
         if ready is None:
-            return found
-        found[ready] = offered[ready]
+            return kinds_first
+        kinds_first[ready] = offered[ready]
         waiting.remove(ready)
 
 
 def _leave(left: list[Left], applied: Applied, path: str, after: bool) -> None:
     rule = bare(applied.rule.alone())
-    same = next((one for one in left if (one.adapter, one.rule, one.after) == (applied.adapter, rule, after)), None)
+    same = next(
+        (
+            remainder
+            for remainder in left
+            if (remainder.adapter, remainder.rule, remainder.after) == (applied.adapter, rule, after)
+        ),
+        None,
+    )
     if same is None:
         left.append(same := Left(applied.adapter, rule, after))
     same.paths.append(path)

@@ -100,18 +100,18 @@ def program_of(
         try:
             export = _exporter(exported, inputs)
             with _patched_attention(how, exported):
-                made = export(exported, inputs, dynamic, how)
+                onnx_program = export(exported, inputs, dynamic, how)
             slots = [f"{SLOTS}.{tensor.name}" for tensor in lifted]
-            _bring(made, named, slots)
-            require_inputs(made, slots, "the exporter's passes")
+            _bring(onnx_program, named, slots)
+            require_inputs(onnx_program, slots, "the exporter's passes")
             if how.optimize_for == "ort":
-                fused(made)
-                require_inputs(made, slots, "onnxruntime's fusions")
+                fused(onnx_program)
+                require_inputs(onnx_program, slots, "onnxruntime's fusions")
         except SurgeryError:
             raise
         except Exception as error:
             raise export_failure(model, error) from error
-    graph = made.graph
+    graph = onnx_program.graph
     taken = [value for value in graph.inputs if not value.name.startswith(f"{SLOTS}.")]
     for value in graph.inputs:
         value.name = value.name.removeprefix(f"{SLOTS}.")
@@ -124,7 +124,7 @@ def program_of(
     for value, name in zip(taken, names, strict=True):
         value.name = name
     _name_outputs(graph)
-    return Program(made, {name: value.name for name, value in zip(names, taken, strict=True)})
+    return Program(onnx_program, {name: value.name for name, value in zip(names, taken, strict=True)})
 
 
 # Factors that the graph gets at the end ---------------------------------------------------------------------------
@@ -144,20 +144,22 @@ def split_factors(
     return [], list(lifted)
 
 
-def _bring(made: Any, named: Sequence[Lifted], order: Sequence[str]) -> None:
+def _bring(onnx_program: Any, named: Sequence[Lifted], order: Sequence[str]) -> None:
     """Give the graph the inputs that it has by name so far; all slots' stand in this order after the others."""
     import onnx_ir as ir
     from onnx_ir.tensor_adapters import from_torch_dtype
 
-    found = {}
-    for one in named:
-        shape = [f"{one.name}.rank" if axis == one.free else size for axis, size in enumerate(one.tensor.shape)]
-        kind = ir.TensorType(from_torch_dtype(one.tensor.dtype))
-        found[one.name] = ir.Value(name=f"{SLOTS}.{one.name}", shape=ir.Shape(shape), type=kind)
-    written_out(made, found)
-    inputs = made.graph.inputs
-    held = {value.name: value for value in [*inputs, *found.values()]}
-    slots = [held[name] for name in order if name in held]
+    new_inputs = {}
+    for tensor in named:
+        shape = [
+            f"{tensor.name}.rank" if axis == tensor.free else size for axis, size in enumerate(tensor.tensor.shape)
+        ]
+        kind = ir.TensorType(from_torch_dtype(tensor.tensor.dtype))
+        new_inputs[tensor.name] = ir.Value(name=f"{SLOTS}.{tensor.name}", shape=ir.Shape(shape), type=kind)
+    written_out(onnx_program, new_inputs)
+    inputs = onnx_program.graph.inputs
+    by_name = {value.name: value for value in [*inputs, *new_inputs.values()]}
+    slots = [by_name[name] for name in order if name in by_name]
     ordered = set(order)
     others = [value for value in inputs if value.name not in ordered]
     inputs.clear()
@@ -199,10 +201,10 @@ def _forward_with(model: nn.Module, example: ExampleCall, lifted: Sequence[Lifte
 
 def _shell(model: nn.Module) -> nn.Module:
     """A module with the same children and tensors: of a GraphModule torch.export runs the graph, and no forward."""
-    found = nn.Module()
+    holder = nn.Module()
     for name in ("_modules", "_parameters", "_buffers"):
-        found.__dict__[name] = model.__dict__[name]
-    return found.eval()
+        holder.__dict__[name] = model.__dict__[name]
+    return holder.eval()
 
 
 def _exporter(model: nn.Module, inputs: dict[str, Any]) -> Callable[..., Any]:

@@ -36,18 +36,18 @@ def names_kept() -> Iterator[None]:
 
     class Several(merging):  # type: ignore[misc, valid-type]
         def call(self, model: ir.Model) -> Any:
-            held = [
+            graphs = [
                 (graph, {name: value for name, value in graph.initializers.items() if _is_weight(value, weights)})
                 for graph in model.graphs()
             ]
-            for graph, found in held:
-                for name in found:
+            for graph, values in graphs:
+                for name in values:
                     graph.initializers.pop(name)
             try:
                 return super().call(model)
             finally:
-                for graph, found in held:
-                    graph.initializers.update(found)
+                for graph, values in graphs:
+                    graph.initializers.update(values)
 
     class Themselves(making):  # type: ignore[misc, valid-type]
         def __init__(self, **how: Any):
@@ -111,7 +111,7 @@ def name_weights(model: ir.Model, parameters: Mapping[str, Any]) -> None:
 
 def _source(text: str | None) -> str | None:
     try:
-        found = ast.literal_eval(text) if text else None
+        data = ast.literal_eval(text) if text else None
     except (ValueError, SyntaxError):
         return None
-    return found[0] if isinstance(found, list) and len(found) == 1 and isinstance(found[0], str) else None
+    return data[0] if isinstance(data, list) and len(data) == 1 and isinstance(data[0], str) else None

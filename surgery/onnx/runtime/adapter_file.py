@@ -46,12 +46,12 @@ def write_adapter(path: str | Path, tensors: Mapping[str, np.ndarray], manifest:
     path = Path(path)
     if problems := manifest.check(tensors):
         raise listed(f"{path.name} can't be written", problems)
-    made = AdapterFormat()
-    made.set_model_version(model_version(manifest))
-    made.set_adapter_version(checksum(tensors))
-    made.set_parameters({name: value_of(tensor) for name, tensor in tensors.items()})
+    adapter_format = AdapterFormat()
+    adapter_format.set_model_version(model_version(manifest))
+    adapter_format.set_adapter_version(checksum(tensors))
+    adapter_format.set_parameters({name: value_of(tensor) for name, tensor in tensors.items()})
     with replaced(path) as place:
-        made.export_adapter(str(place))  # type: ignore[arg-type]  # it takes no other path
+        adapter_format.export_adapter(str(place))  # type: ignore[arg-type]  # it takes no other path
     return path
 
 

@@ -31,10 +31,10 @@ class Input:
         own = dtype_of(self.dtype)
         if isinstance(value, (np.ndarray, np.generic)) or hasattr(value, "__array__"):
             return np.asarray(value)
-        made = np.asarray(value)
-        cast = made.astype(own) if made.dtype.kind in "biuf" else made
-        alike = made.dtype.kind == own.kind or own.kind in "fV" or not made.size
-        return cast if alike and (own.kind in "fV" or bool((cast == made).all())) else made
+        array = np.asarray(value)
+        cast = array.astype(own) if array.dtype.kind in "biuf" else array
+        alike = array.dtype.kind == own.kind or own.kind in "fV" or not array.size
+        return cast if alike and (own.kind in "fV" or bool((cast == array).all())) else array
 
 
 class Feeds:

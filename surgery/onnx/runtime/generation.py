@@ -142,19 +142,19 @@ class Decoder:
 
     def _logits(self, texts: Texts) -> np.ndarray:
         """The last position's logits, float32 (batch, tokens); the cache is then the next step's."""
-        made = {name: value_of(array) for name, array in {**texts.further, **self._arrays(texts)}.items()}
-        outputs = self.runner.run_values({**self.slot_values, **made, **texts.past}, [LOGITS, *self.cache.values()])
+        feeds = {name: value_of(array) for name, array in {**texts.further, **self._arrays(texts)}.items()}
+        outputs = self.runner.run_values({**self.slot_values, **feeds, **texts.past}, [LOGITS, *self.cache.values()])
         texts.past = {past: outputs[present] for past, present in self.cache.items()}
         return widened(array_of_value(outputs[LOGITS]))[:, -1]
 
     def _arrays(self, texts: Texts) -> dict[str, np.ndarray]:
         """What the next step reads: with a cache what is new, and else the whole text."""
         new = slice(texts.read, None)
-        made = {
+        feeds = {
             IDS: texts.ids[:, new], MASK: texts.mask, POSITIONS: texts.positions[:, new],
             PLACES: np.arange(texts.ids.shape[1])[new],
         }  # fmt: skip
-        known = {name: array for name, array in made.items() if name in self.inputs}
+        known = {name: array for name, array in feeds.items() if name in self.inputs}
         return {name: array.astype(dtype_of(self.inputs[name].dtype)) for name, array in known.items()}
 
     def _append(self, texts: Texts, new: np.ndarray) -> None:

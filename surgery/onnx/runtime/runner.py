@@ -115,12 +115,12 @@ class OnnxRunner:
             if values[name] is not None:
                 array, wanted = array_of_value(values[name]), dtype_of(self._converted[name])
                 with np.errstate(over="ignore"):
-                    made = array.astype(wanted)
-                if not np.isfinite(made.astype(np.float64)).all():
+                    converted = array.astype(wanted)
+                if not np.isfinite(converted.astype(np.float64)).all():
                     why = f"the file was converted to {self._converted[name]}, which can't hold them"
                     problem = SurgeryError("numbers are too large for the file", where=name, why=why)
                     raise listed(f"{self.path.name} can't take these tensors", [problem])
-                values[name] = value_of(made)
+                values[name] = value_of(converted)
         return values
 
     # Adapters -------------------------------------------------------------------------------------------------
@@ -154,12 +154,12 @@ class OnnxRunner:
             values = opened(Path(source), self.manifest)
         slots, values = self.manifest.by_name, self._as_converted(dict(values))
         sites = frozenset([(slots[key].site, slots[key].rule) for key in values])
-        made = _Loaded(name, values, sites)
+        loaded = _Loaded(name, values, sites)
         with self._lock:
             if name in self._loaded and not replace:
                 fix = "another name; unload it first; or replace=True"
                 raise SurgeryError(f"an adapter {name!r} is loaded already", fix=fix)
-            self._loaded = {**self._loaded, name: made}
+            self._loaded = {**self._loaded, name: loaded}
 
     def unload(self, name: str) -> None:
         """Remove an adapter. Running calls keep it."""
