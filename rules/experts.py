@@ -7,6 +7,7 @@ import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Literal, cast
 
+import torch
 from torch import Tensor, nn
 
 from surgery import Combination, LiveSite, LowRank, Rule, Share, Site, rule
@@ -67,7 +68,7 @@ class ExpertLoraRule(Rule):
     rank_pattern: Mapping[str, int] | None = None
     alpha_pattern: Mapping[str, float] | None = None
     transposed: bool | None = None
-    dtype: Any = None
+    dtype: torch.dtype | str | None = None
 
     def validate(self) -> None:
         if isinstance(self.parameters, str) or not all(isinstance(name, str) for name in self.parameters):

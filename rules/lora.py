@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any, Literal
 
+import torch
 from torch import Tensor, nn
 
 from surgery import LiveSite, LowRank, Rule, Site, rule
@@ -72,7 +73,7 @@ class LoraRule(LowRankMethod):
     rank_pattern: Mapping[str, int] | None = None
     alpha_pattern: Mapping[str, float] | None = None
     max_rank: int | None = None
-    dtype: Any = None
+    dtype: torch.dtype | str | None = None
 
     def validate(self) -> None:
         super().validate()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import importlib
 import types
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from torch import Tensor, nn
@@ -51,7 +51,7 @@ class ReplaceRule(Rule):
             module, which would be lost. (Register buffers instead.)
     """
 
-    by: Any = None
+    by: str | type[nn.Module] | nn.Module | Callable[[], nn.Module] | None = None
     kwargs: Mapping[str, Any] | None = None
     inherit: bool = False
     trainable: bool | None = None

@@ -12,6 +12,8 @@ from surgery import Combination, LiveSite, Rule, Share, Site, SiteError, rule
 from surgery.rules._shared import combining, fields
 from surgery.rules._shared.hidden_states import at_positions, features_of, positions_of
 
+_Numbers = dict[str, tuple[float, ...]] | tuple[float, ...] | None
+
 
 @rule("steer")
 class SteerRule(Rule):
@@ -44,7 +46,7 @@ class SteerRule(Rule):
     Sources: Turner et al. 2023, arXiv:2308.10248 (activation addition); Rimsky et al. 2024, arXiv:2312.06681 (CAA).
     """
 
-    direction: Any = None
+    direction: Sequence[float] | Tensor | Mapping[str, Sequence[float] | Tensor] | None = None
     scale: float = 1.0
     positions: str = "all"
     trainable: bool = False
@@ -64,7 +66,8 @@ class SteerRule(Rule):
             raise self.bad("positions", "'all', or such as 'f7+l7', 'f1' or 'l2'")
 
     def direction_at(self, path: str) -> tuple[float, ...] | None:
-        return self.direction.get(path) if isinstance(self.direction, dict) else self.direction
+        numbers = cast(_Numbers, self.direction)  # as `validate` left it
+        return numbers.get(path) if isinstance(numbers, dict) else numbers
 
     def check(self, module: nn.Module, path: str) -> str | None:
         direction, features = self.direction_at(path), features_of(module, self.features)
