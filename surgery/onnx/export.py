@@ -32,14 +32,13 @@ from surgery.onnx.graph.dynamic_axes import (
     of_other_lengths,
     rename_dims,
 )
-from surgery.onnx.graph.file_writing import size_of, written
+from surgery.onnx.graph.file_writing import size_of, write_model
 from surgery.onnx.graph.finish import add_defaults, make_constants, mark_rules, require_inputs, tidy
 from surgery.onnx.graph.generate_differences import GENERATION, changed_logits, generation_of
 from surgery.onnx.graph.manifest_description import manifest_of
 from surgery.onnx.graph.prepare import PREPARE, ExportSettings, Prepared
 from surgery.onnx.graph.trace_program import Program, program_of
 from surgery.onnx.graph.weight_names import name_weights
-from surgery.onnx.graph.file_writing import size_of, write_model
 from surgery.onnx.runtime.default_inputs import write_defaults
 from surgery.onnx.runtime.manifest import Manifest
 from surgery.routing.thread_state import here
