@@ -10,7 +10,7 @@ import threading
 import weakref
 from collections import OrderedDict, namedtuple
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -108,7 +108,7 @@ def test_the_hidden_state_of_an_output_and_its_replacement() -> None:
     assert with_hidden((loss, x, None), new) == (loss, new, None)
     assert with_hidden(x.bfloat16(), new).dtype is torch.bfloat16
     for nothing in (None, "text", (None, loss), {}):
-        with pytest.raises(SiteError, match="no hidden state"):
+        with pytest.raises(SiteError, match="without a hidden state"):
             hidden_of(nothing)
 
 
@@ -368,7 +368,7 @@ def test_a_direction_is_plain_numbers() -> None:
     assert made.direction == (1.0, 2.0) and made == SteerRule("0", direction=[1, 2])
     for wrong in ("abc", torch.ones(2, 2), 3.0, {"0": "x"}):
         with pytest.raises(RuleError, match="direction"):
-            SteerRule("0", direction=wrong)
+            SteerRule("0", direction=wrong)  # type: ignore[arg-type]
 
 
 def test_a_direction_for_each_site_and_what_does_not_fit() -> None:
@@ -406,8 +406,9 @@ def test_fit_direction_is_the_difference_of_means(positions: str) -> None:
         return torch.cat([position for each in kept for position in each]).double().mean(0)
 
     expected = mean(positive) - mean([negative[0][0], negative[1]["x"]])  # type: ignore[list-item,index]
-    torch.testing.assert_close(torch.tensor(found.direction["layers.0"], dtype=torch.float64), expected)
-    assert found.direction.keys() == {"layers.0", "layers.1"}
+    direction = cast(dict[str, tuple[float, ...]], found.direction)
+    torch.testing.assert_close(torch.tensor(direction["layers.0"], dtype=torch.float64), expected)
+    assert direction.keys() == {"layers.0", "layers.1"}
     assert model.training and model.layers[0].training and not model.layers[1].training
     assert not model.layers[0]._forward_hooks
     assert plan_rules(model, [found])
@@ -580,7 +581,7 @@ def test_what_can_not_be_a_replacement() -> None:
     model = nn.Sequential(nn.Linear(4, 4), nn.ReLU())
     for wrong in (None, "torch.nn.", "relu()", 3, torch.relu):
         with pytest.raises(RuleError, match="by="):
-            ReplaceRule("1", by=wrong)
+            ReplaceRule("1", by=wrong)  # type: ignore[arg-type]
     for wrong in ("torch.nn.Nothing", "os.system", "torch.nn.functional.relu", "nowhere.Thing", "Thing"):
         problems = plan_rules(model, [ReplaceRule("1", by=wrong)]).problems
         assert "is not an importable class of nn.Module" in str(problems[0])

@@ -186,7 +186,7 @@ class WrongRule(Rule):
 
 
 def test_what_is_not_a_module_is_refused() -> None:
-    with pytest.raises(SurgeryError, match="makes a Tensor"):
+    with pytest.raises(SurgeryError, match="returns a Tensor"):
         apply_rules(host(), WrongRule("inner"))
 
 

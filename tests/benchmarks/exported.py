@@ -57,7 +57,7 @@ def _rows(
     runner = runners["slots"]
     loading = interleaved(setting, {"load": partial(runner.load, "b", file, replace=True)})
     yield Row(f"onnxruntime, milliseconds to load an adapter: {name}", "", 1.0, 1e3 * loading.seconds("load"))
-    picking = interleaved(setting, {"pick": partial(runner.held, "a")})
+    picking = interleaved(setting, {"pick": partial(runner.slot_values, "a")})
     yield Row(
         f"onnxruntime, milliseconds to pick an adapter for a call: {name}", "", 0.1, 1e3 * picking.seconds("pick")
     )

@@ -535,8 +535,8 @@ def test_prompts_and_prefixes_need_no_example() -> None:
 
 def test_what_has_no_sum_is_refused_with_rule_and_site() -> None:
     for rule, why in (
-        (VeraRule("0", rank=4), "no sum of what they do"),
-        (LohaRule("0", rank=2), "no sum of what they do"),
+        (VeraRule("0", rank=4), "does not compute the sum of their effects"),
+        (LohaRule("0", rank=2), "does not compute the sum of their effects"),
         (BottleneckRule("0", size=2), "linear"),
     ):
         model = copies(nn.Sequential(nn.Linear(8, 4)), rule, "a", "b")

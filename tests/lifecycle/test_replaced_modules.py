@@ -340,7 +340,7 @@ def test_idle_adapters_grow_along_and_optimizers_go_on() -> None:
     "rule, size, why",
     [
         (VeraRule("lm_head", rank=4), 40, "drawn again"),
-        (BottleneckRule("lm_head"), 40, "something else to the old tokens"),
+        (BottleneckRule("lm_head"), 40, "something else for the old tokens"),
         (LoraRule("lm_head", rank=2, init="pissa"), 40, "changed the weight at its start"),
         (TokensRule("embed_tokens", tokens=[1, 31]), 24, "24 rows, none of number 31"),
     ],

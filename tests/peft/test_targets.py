@@ -157,7 +157,7 @@ def test_files_cross_both_ways(fields: dict[str, Any], tmp_path: Path) -> None:
         ({"target_modules": "k", "layers_to_transform": 1}, "with a list of names"),
         ({"target_modules": ["k"], "layers_pattern": "h"}, "with layers_to_transform"),
         ({"target_modules": ["head"], "modules_to_save": ["head"]}, "modules_to_save=['head'] leaves out"),
-        ({"target_modules": ["k"], "layers_to_transform": 7}, "exclude or layers leave none"),
+        ({"target_modules": ["k"], "layers_to_transform": 7}, "exclude or layers drop all"),
     ],
 )
 def test_what_peft_refuses_is_refused_with_the_reason(fields: dict[str, Any], told: str) -> None:

@@ -286,7 +286,7 @@ def test_complex_factors_do_not_go_into_a_real_weight() -> None:
 
     model = Holder(nn.Linear(16, 12))
     apply_rules(model, [Complex("m")])
-    with pytest.raises(MergeError, match="its factors are complex, and the weight is real"):
+    with pytest.raises(MergeError, match="its factors are complex, but the weight is real"):
         merge(model)
 
 
