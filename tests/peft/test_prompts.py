@@ -458,6 +458,6 @@ def test_a_text_becomes_a_prefix_that_shifts_positions() -> None:
 def test_what_can_not_be_shifted() -> None:
     with pytest.raises(RuleError, match="shift"):
         PrefixRule(shift=3)  # type: ignore[arg-type]
-    for shift, told in (("lm_head", "not a plain nn.Embedding"), ("wpe2", "no such module")):
+    for shift, told in (("lm_head", "not a plain nn.Embedding"), ("wpe2", "no module of that name")):
         with pytest.raises(PlanError, match=told):
             apply_rules(gpt2(), PrefixRule(length=2, shift=shift), example_inputs=TEXT)
