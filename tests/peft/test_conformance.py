@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-import rules  # noqa: F401  # brings the methods
+import surgery.rules  # noqa: F401  # brings the methods
 from surgery import load_adapter, load_adapters, remove, save_adapter
 from tests.reports.conformance import MARKS, table
 from tests.support import ROOT

@@ -13,7 +13,7 @@ import pytest
 import safetensors.torch
 import torch
 
-import rules  # noqa: F401  # brings the methods
+import surgery.rules  # noqa: F401  # brings the methods
 from surgery import (
     LoadError,
     SurgeryError,

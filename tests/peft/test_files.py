@@ -14,7 +14,7 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-import rules  # noqa: F401  # brings the methods
+import surgery.rules  # noqa: F401  # brings the methods
 from surgery import (
     LoadError,
     SurgeryError,

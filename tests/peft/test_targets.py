@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import nn
 
-import rules  # noqa: F401  # brings the methods
+import surgery.rules  # noqa: F401  # brings the methods
 from surgery import SurgeryError, load_adapter, plan_rules, save_adapter
 from surgery.peft_format.methods import rules_by
 from tests.support.conformance import conv1d, near, of_transformers

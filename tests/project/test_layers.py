@@ -121,3 +121,8 @@ def test_tests_lie_in_folders() -> None:
     assert not [folder.name for folder in folders if not (folder / "__init__.py").exists()]
     shared = [*ROOT.glob("tests/support/test_*.py"), *ROOT.glob("tests/reports/test_*.py")]
     assert not [file.name for file in shared]
+
+
+def test_in_a_checkout_the_folder_gives_the_same_package() -> None:
+    code = "import rules, surgery.rules; assert rules is surgery.rules and rules.LoraRule is surgery.rules.LoraRule"
+    subprocess.run([sys.executable, "-W", "ignore", "-c", code], cwd=ROOT, check=True)
