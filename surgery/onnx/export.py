@@ -41,7 +41,7 @@ from surgery.onnx.graph.trace_program import Program, program_of
 from surgery.onnx.graph.weight_names import name_weights
 from surgery.onnx.runtime.default_inputs import write_defaults
 from surgery.onnx.runtime.manifest import Manifest
-from surgery.routing.thread_state import here
+from surgery.routing.thread_state import thread_routing
 from surgery.state.records import model_state
 from surgery.transaction.neutral_context import neutrally
 
@@ -236,7 +236,9 @@ def _without_adapters(model: nn.Module) -> nn.Module:
 def _route_notices(model: nn.Module) -> list[str]:
     """Notices about an open route block: a file has one set of adapters for all rows."""
     routed = [
-        routing.model for routing in here.routings if any(routing.model is part for part in records_in(model).values())
+        routing.model
+        for routing in thread_routing.routings
+        if any(routing.model is part for part in records_in(model).values())
     ]
     if not routed:
         return []

@@ -97,8 +97,8 @@ def _observe_rows(
 
 def _rows_per_part(in_order: Tensor, reordered: Tensor) -> int | str:
     """The rows in each part if `reordered` has the parts of `in_order` with the last one first; otherwise a reason."""
-    part, left = divmod(len(in_order), _ROWS)
-    if in_order.shape != reordered.shape or left or not part:
+    part, remainder = divmod(len(in_order), _ROWS)
+    if in_order.shape != reordered.shape or remainder or not part:
         return "rows in another order make inputs of other shapes"
     near = 1e-3 * max(1e-6, float(in_order.abs().max()))
     if not torch.allclose(reordered, in_order.roll(part, 0), rtol=0.0, atol=near):
@@ -138,6 +138,7 @@ def _wide(value: Tensor) -> Tensor:
 
 @contextmanager
 def _evaluating(model: nn.Module) -> Iterator[None]:
+    """Inside the block, all modules are in evaluation mode."""
     training = [module for module in model.modules() if module.training]
     for module in training:
         module.training = False
@@ -151,24 +152,26 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
 def _some_rows(arguments: Arguments, batch: int) -> tuple[Arguments, Arguments]:
     """The arguments with `_ROWS` rows, in order and with the last row first; without caches."""
     draw = torch.Generator().manual_seed(0)  # not torch's generator: other threads draw from it
-    known: dict[int, tuple[Tensor, Tensor]] = {}
+    rows_by_id: dict[int, tuple[Tensor, Tensor]] = {}
 
-    def chosen(value: Tensor, which: int) -> Tensor:
+    def chosen(value: Tensor, run: int) -> Tensor:
         if not value.dim() or len(value) != batch:
             return value
-        if id(value) not in known:
+        if id(value) not in rows_by_id:
             first, last = value[0], value[-1]
-            rows = torch.stack([first, _other(last, 1, draw), _other(first, 2, draw), _other(first, 3, draw)])
-            known[id(value)] = (rows, rows.roll(1, 0))
-        return known[id(value)][which]
+            rows = torch.stack(
+                [first, _change_row(last, 1, draw), _change_row(first, 2, draw), _change_row(first, 3, draw)]
+            )
+            rows_by_id[id(value)] = (rows, rows.roll(1, 0))
+        return rows_by_id[id(value)][run]
 
     return _map_tensors(arguments, lambda value: chosen(value, 0)), _map_tensors(
         arguments, lambda value: chosen(value, 1)
     )
 
 
-def _other(row: Tensor, by: int, draw: torch.Generator) -> Tensor:
-    """A row with other numbers or other tokens that occur; masks stay."""
+def _change_row(row: Tensor, by: int, draw: torch.Generator) -> Tensor:
+    """Change the numbers of a row, or its tokens to others up to its largest token. Masks stay."""
     if is_number(row):
         kind = torch.complex64 if row.is_complex() else torch.float32
         noise = torch.randn(row.shape, generator=draw, dtype=kind).to(row.device, row.dtype)

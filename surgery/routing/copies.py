@@ -25,11 +25,12 @@ def hide_hooks(model: nn.Module, ids: Iterable[int]) -> None:
 
 
 def show_hooks(model: nn.Module) -> None:
+    """Undo `hide_hooks`."""
     model.__dict__.pop(_REDUCE, None)
 
 
 class Lent:
-    """Idle adapters that train while a block is open. Copies and pickles get their flags from outside the block."""
+    """Idle adapters that train while a block is open. In copies and pickles, their `requires_grad` stays False."""
 
     def __init__(self) -> None:
         self._outside: dict[int, nn.Parameter] = {}
@@ -46,7 +47,7 @@ class Lent:
             self._outside.pop(id(parameter), None)
 
     def outside(self, parameter: nn.Parameter) -> nn.Parameter:
-        """A Parameter on the same memory that does not train; the same object for each call, as sites may share it."""
+        """A Parameter on the same memory that does not train; the same object each time, since sites may share it."""
         copy = self._outside.get(id(parameter))
         if copy is None or copy.data_ptr() != parameter.data_ptr():
             copy = self._outside[id(parameter)] = nn.Parameter(parameter.detach(), requires_grad=False)
@@ -58,7 +59,7 @@ def _trained(box: AdapterTensors) -> list[nn.Parameter]:
 
 
 def _reduced(module: nn.Module, protocol: Any) -> tuple[Any, Any, Any, tuple]:
-    """What the module's class says, with a state of its own."""
+    """The result of the class's `__reduce_ex__`, with a copy of the state."""
     function, args, *rest = type(module).__reduce_ex__(module, protocol)  # type: ignore[arg-type]
     state = dict(rest[0]) if rest and isinstance(rest[0], dict) else module.__dict__.copy()
     state.pop(_REDUCE, None)
@@ -68,8 +69,8 @@ def _reduced(module: nn.Module, protocol: Any) -> tuple[Any, Any, Any, tuple]:
 def _without_hooks(model: nn.Module, ids: frozenset[int], protocol: Any) -> tuple:
     function, args, state, rest = _reduced(model, protocol)
     for kind in (name for name in state if name.startswith(("_forward_hooks", "_forward_pre_hooks"))):
-        left = [(key, hook) for key, hook in state[kind].items() if key not in ids]
-        state[kind] = type(state[kind])(left)
+        own_hooks = [(key, hook) for key, hook in state[kind].items() if key not in ids]
+        state[kind] = type(state[kind])(own_hooks)
     return (function, args, state, *rest)
 
 

@@ -16,7 +16,7 @@ from surgery.errors import SurgeryError
 from surgery.model_record.verb_root import rewritten
 from surgery.routing.routed_classes import RoutedModel, lock, routed_models
 from surgery.routing.routing_block import RoutingBlock
-from surgery.routing.thread_state import here
+from surgery.routing.thread_state import thread_routing
 from surgery.state import in_use
 from surgery.transaction.garbage_collection import collector_waits
 from surgery.transaction.neutral_context import neutral
@@ -65,22 +65,24 @@ def route(model: nn.Module, adapters: Sequence[str | None], *, check: bool = Tru
     PEFT: `adapter_names` of a forward.
     """
     model, state = rewritten(model)
-    if any(block.model is model for block in here.routings):
+    if any(block.model is model for block in thread_routing.routings):
         raise SurgeryError("a block of route(model, …) is open in this thread", fix="leave it first")
     with in_use.routing(model):
         with collector_waits():
             routing = RoutingBlock(model, state, adapters, check)
         with _installed(routing):
-            before = here.routings, here.plans
+            before = thread_routing.routings, thread_routing.plans
             try:
                 try:
-                    here.routings = (*here.routings, routing)
-                    here.plans = {**here.plans, **routing.plans} if here.plans else routing.plans
+                    thread_routing.routings = (*thread_routing.routings, routing)
+                    thread_routing.plans = (
+                        {**thread_routing.plans, **routing.plans} if thread_routing.plans else routing.plans
+                    )
                     yield
                 finally:
-                    here.routings, here.plans = before
-            finally:  # once more, if an interrupt broke the first off
-                here.routings, here.plans = before
+                    thread_routing.routings, thread_routing.plans = before
+            finally:  # again, in case an interrupt stopped the first
+                thread_routing.routings, thread_routing.plans = before
                 routing.plans.clear()
 
 
@@ -96,5 +98,5 @@ def _installed(routing: RoutingBlock) -> Iterator[None]:
             yield
         finally:
             shared.leave(routing)
-    finally:  # once more, if an interrupt broke the first off
+    finally:  # again, in case an interrupt stopped the first
         shared.leave(routing)

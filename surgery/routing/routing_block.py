@@ -14,7 +14,7 @@ from surgery.routing.batch_layout import check_rows_first
 from surgery.routing.joint_rewrite import routes_itself
 from surgery.routing.rows import RowOwners
 from surgery.routing.site_plan import RoutedCall, plan_of
-from surgery.routing.thread_state import here
+from surgery.routing.thread_state import thread_routing
 from surgery.state.adapter_naming import adapter_names
 from surgery.state.records import ModelState, site_state
 
@@ -34,10 +34,10 @@ class RoutingBlock:
         self.rows = RowOwners(adapters)
         self.names = tuple(name for name in state.adapters if name in names)
         self.alone = len(set(adapters)) == 1
-        # The running call: its entry (the model, or the encoder, which `generate` calls directly), rows and arguments.
+        # The running call: its entry (the model, or the encoder, which `generate` calls directly), size and arguments.
         self.entry: nn.Module | None = None
         self.batch: int | None = None
-        self.given: tuple[tuple, dict[str, Any]] | None = None
+        self.arguments: tuple[tuple, dict[str, Any]] | None = None
         touched = [name for name, status in state.standing.items() if status.live or name in self.names]
         self.modules = list({id(m): m for name in touched for m in state.places[name].modules}.values())
         records = [check_settled(module) for module in self.modules]
@@ -46,20 +46,22 @@ class RoutingBlock:
         self.plans: dict[int, RoutedCall | None] = {}
         rules = state.rules_at(set(names))
         for module, site in zip(self.modules, records, strict=True):
-            needed = any(routes_itself(applied.rule) for applied in rules.get(id(module), ()))  # and may object
-            self.plans[id(module)] = plan_of(self, module, site) if needed else None  # else at the first call
+            # A joint rewrite may raise an error, so these plans are made before anything runs. Others wait for a call.
+            eager = any(routes_itself(applied.rule) for applied in rules.get(id(module), ()))
+            self.plans[id(module)] = plan_of(self, module, site) if eager else None
 
     def plan(self, module: nn.Module) -> RoutedCall:
+        """Make the plan of a site and store it for the next calls."""
         site = site_state(module)
         assert site is not None
         plan = plan_of(self, module, site)
         self.plans[id(module)] = plan
-        if here.plans is not None:
-            here.plans[id(module)] = plan
+        if thread_routing.plans is not None:
+            thread_routing.plans[id(module)] = plan
         return plan
 
     def enter(self, entry: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-        """The model is called, or its encoder."""
+        """Note the batch size and arguments of a call of the model, or of its encoder; check the number of rows."""
         if self.entry is not None and entry is not self.model:
             return
         size = _batch_of(args, kwargs)
@@ -68,19 +70,20 @@ class RoutingBlock:
                 f"{self.rows.count} adapters are named, and the call has {size} rows",
                 fix="name one adapter, or None, for each row",
             )
-        self.entry, self.batch, self.given = entry, size, (args, kwargs)
+        self.entry, self.batch, self.arguments = entry, size, (args, kwargs)
 
     def leave(self, entry: nn.Module) -> None:
+        """Forget the running call when its entry returns."""
         if entry is self.entry:
-            self.entry = self.batch = self.given = None
+            self.entry = self.batch = self.arguments = None
 
     def size_of(self, module: nn.Module, value: Tensor) -> int:
-        """The size of a tensor's first dimension, once it is known that the rows of the batch come first in it."""
+        """The size of a tensor's first dimension. Raises `SurgeryError` unless the batch's rows come first in it."""
         size = value.shape[0] if value.dim() else 0
         batch = self.batch or self.rows.count
-        told = size == batch and value.dim() > 2 and size not in value.shape[1:-1]
-        if not told and self.check and size and size % self.rows.count == 0:
-            check_rows_first(self.entry or self.model, self.modules, module, tuple(value.shape), batch, self.given)
+        shown = size == batch and value.dim() > 2 and size not in value.shape[1:-1]
+        if not shown and self.check and size and size % self.rows.count == 0:
+            check_rows_first(self.entry or self.model, self.modules, module, tuple(value.shape), batch, self.arguments)
         if not size or size % self.rows.count:
             raise SurgeryError(
                 f"{self.rows.count} adapters are named, and a module is called with {tuple(value.shape)}",
@@ -92,7 +95,7 @@ class RoutingBlock:
 
 
 def _check_routable(state: ModelState, names: Sequence[str], alone: bool) -> None:
-    """Whether all rules of these adapters can work on rows, and no adapter holds the base's weights."""
+    """Raise `SurgeryError` unless all rules of these adapters work on rows and the base has its own weights."""
     for name, standing in state.standing.items():
         if name not in names and not standing.in_base:
             continue
@@ -123,7 +126,7 @@ def _steps(applied: Any) -> list[Any]:
 
 
 def _batch_of(args: tuple, kwargs: dict[str, Any]) -> int | None:
-    """How many rows a call of the model has."""
+    """The batch size of a call of the model: the first dimension of its main input, or else of its first tensor."""
     named = [kwargs[name] for name in _TEXTS if name in kwargs]
     for value in (*args[:1], *named, *args, *kwargs.values()):
         if isinstance(value, Tensor) and value.dim():
@@ -132,7 +135,7 @@ def _batch_of(args: tuple, kwargs: dict[str, Any]) -> int | None:
 
 
 def _generating() -> bool:
-    """Whether the model is called by transformers' generate, which repeats rows for beams."""
+    """Whether transformers' `generate` calls the model; it repeats rows for beams."""
     frame = sys._getframe(1)
     while frame is not None:
         if frame.f_code.co_name == "generate" and frame.f_globals.get("__name__", "").startswith("transformers."):
@@ -142,7 +145,7 @@ def _generating() -> bool:
 
 
 def _entries(model: nn.Module) -> Iterator[nn.Module]:
-    """What is called with a batch: the model, and its encoder, where it has one."""
+    """The modules that a user or `generate` calls with a batch: the model, and its encoder if it has one."""
     yield model
     try:
         encoder = model.get_encoder()  # type: ignore[operator]

@@ -24,34 +24,36 @@ class RowOwners:
     def __init__(self, names: Sequence[str | None]):
         self.names = tuple(names)
         self.count = len(self.names)
-        self._known: dict[tuple, Any] = {}
+        self._indices: dict[tuple, Any] = {}
 
-    def __getitem__(self, name: str) -> _Of:
-        return _Of(self, name)
+    def __getitem__(self, name: str) -> AdapterRows:
+        return AdapterRows(self, name)
 
     def of(self, name: str, size: int, device: torch.device) -> Tensor:
         """The indices of an adapter's rows, in order."""
         key = (name, size, device)
-        if key not in self._known:
-            self._known[key] = self._repeated([i for i, owner in enumerate(self.names) if owner == name], size, device)
-        return self._known[key]
+        if key not in self._indices:
+            self._indices[key] = self._repeated(
+                [i for i, owner in enumerate(self.names) if owner == name], size, device
+            )
+        return self._indices[key]
 
     def rest(self, names: tuple[str, ...], size: int, device: torch.device) -> Tensor:
         """The indices of the rows that belong to none of these adapters."""
         key = (names, size, device)
-        if key not in self._known:
-            self._known[key] = self._repeated(
+        if key not in self._indices:
+            self._indices[key] = self._repeated(
                 [i for i, owner in enumerate(self.names) if owner not in names], size, device
             )
-        return self._known[key]
+        return self._indices[key]
 
     def order(self, names: tuple[str, ...], size: int, device: torch.device) -> Tensor:
         """The position of each row after sorting: the rows of these adapters in order, then the remaining rows."""
         key = ("order", names, size, device)
-        if key not in self._known:
+        if key not in self._indices:
             parts = [*(self.of(name, size, device) for name in names), self.rest(names, size, device)]
-            self._known[key] = torch.cat(parts).argsort()
-        return self._known[key]
+            self._indices[key] = torch.cat(parts).argsort()
+        return self._indices[key]
 
     def _repeated(self, rows: list[int], size: int, device: torch.device) -> Tensor:
         if size % self.count:
@@ -61,14 +63,14 @@ class RowOwners:
         return (first + torch.arange(times, device=device)).flatten()
 
 
-class _Of:
+class AdapterRows:
     """The rows of one adapter, for a rule that defines `routed`."""
 
     def __init__(self, rows: RowOwners, name: str):
         self.rows, self.name = rows, name
 
     def of(self, size: int, device: torch.device) -> Tensor:
-        """Their indices in a dimension of this size."""
+        """The indices of the rows in a dimension of this size."""
         return self.rows.of(self.name, size, device)
 
 

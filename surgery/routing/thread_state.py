@@ -1,4 +1,4 @@
-"""What the present thread is routing."""
+"""The routing state of the current thread: its open `route` blocks and their plans."""
 
 from __future__ import annotations
 
@@ -7,23 +7,23 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-__all__ = ["here", "paused"]
+__all__ = ["paused", "thread_routing"]
 
 
 class _ThreadRouting(threading.local):
-    routings: tuple[Any, ...] = ()  # the open blocks of `route`, the last one innermost
-    plans: dict[int, Any] | None = None  # what their sites run, by the site's id; None where it is not made yet
+    routings: tuple[Any, ...] = ()  # the open `route` blocks, from the outermost to the innermost
+    plans: dict[int, Any] | None = None  # the plans of their sites by the site's id; a None item: not made yet
 
 
 @contextmanager
 def paused() -> Iterator[None]:
-    """The thread routes nothing inside the block."""
-    before = here.routings, here.plans
-    here.routings, here.plans = (), None
+    """Inside the block, the current thread does not route."""
+    before = thread_routing.routings, thread_routing.plans
+    thread_routing.routings, thread_routing.plans = (), None
     try:
         yield
     finally:
-        here.routings, here.plans = before
+        thread_routing.routings, thread_routing.plans = before
 
 
-here = _ThreadRouting()
+thread_routing = _ThreadRouting()

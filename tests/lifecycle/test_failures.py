@@ -42,7 +42,7 @@ from surgery import (
     unmerge,
     using,
 )
-from surgery.routing.thread_state import here
+from surgery.routing.thread_state import thread_routing
 from surgery.rules import BottleneckRule, IA3Rule, LoraRule, PrefixRule, TrainRule
 from surgery.transaction.undo_log import Journal
 from tests.support.failing import Broken, Everything, broken, steps_of
@@ -221,7 +221,7 @@ def test_a_block_that_is_broken_off_at_any_line_of_its_end_is_left(block: Callab
             activate(model, "a")
         except SurgeryError as error:
             found.append(str(error))
-        if found or here.routings or here.plans:
+        if found or thread_routing.routings or thread_routing.plans:
             problems.append(f"step {step}: {told}: {found[:4]}")
             model = adapted()
             before = Everything(model)

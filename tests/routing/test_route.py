@@ -348,17 +348,17 @@ def test_memory_is_freed() -> None:
     model = two_layers()
     for name in ("a", "b"):
         apply_rules(model, LoraRule("0", rank=2, init="random"), adapter=name)
-    from surgery.routing.thread_state import here
+    from surgery.routing.thread_state import thread_routing
 
     with route(model, ["a", "b", "a"]), torch.no_grad():
         model(torch.randn(3, 8))
-        plan: Any = here.plans[id(model.get_submodule("0"))]  # type: ignore[index]
+        plan: Any = thread_routing.plans[id(model.get_submodule("0"))]  # type: ignore[index]
         bank = [weakref.ref(tensor) for tensor in plan.bank]
         size = sum(tensor.numel() for tensor in plan.bank)
         assert size <= 2 * sum(p.numel() for n, p in model.named_parameters() if "adapters" in n)
         del plan
     gc.collect()
-    assert [ref() for ref in bank] == [None, None] and here.plans is None and not here.routings
+    assert [ref() for ref in bank] == [None, None] and thread_routing.plans is None and not thread_routing.routings
 
 
 @pytest.fixture
@@ -648,13 +648,13 @@ def test_ranks_that_differ_much_make_no_large_bank() -> None:
     for index, rank in enumerate((1, 1, 1, 1, 1, 8)):
         names.append(f"a{index}")
         apply_rules(model, LoraRule("0", rank=rank, init="random"), adapter=f"a{index}")
-    from surgery.routing.thread_state import here
+    from surgery.routing.thread_state import thread_routing
 
     x = torch.randn(6, 8)
     expected = alone(model, x, names)
     with torch.no_grad(), route(model, names):
         torch.testing.assert_close(model(x), expected, **CLOSE)
-        plan: Any = here.plans[id(model.get_submodule("0"))]  # type: ignore[index]
+        plan: Any = thread_routing.plans[id(model.get_submodule("0"))]  # type: ignore[index]
         assert plan.bank is None
 
 
