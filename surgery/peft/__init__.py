@@ -14,18 +14,23 @@ from torch import Tensor, nn
 from surgery.errors import SurgeryError
 from surgery.model_record.state_dict import load_adapter_state_dict
 from surgery.model_record.verb_root import rewritten
-from surgery.peft import base_config, method_configs, tasks
+from surgery.peft import base_config, method_configs, prompt_configs, tasks
 from surgery.peft.base_config import *  # noqa: F403
+from surgery.peft.errors import NoMatchingPeftModuleError, PeftError, PeftWarning
 from surgery.peft.facade import inside
 from surgery.peft.kbit import prepare_model_for_kbit_training
 from surgery.peft.method_configs import *  # noqa: F403
 from surgery.peft.model import LoadResult, PeftModel
+from surgery.peft.prompt_configs import *  # noqa: F403
 from surgery.peft.tasks import *  # noqa: F403
 from surgery.peft_format.writing import from_peft, to_peft
 from surgery.state.adapter_naming import adapter_names
 
 __all__ = [
+    "NoMatchingPeftModuleError",
+    "PeftError",
     "PeftModel",
+    "PeftWarning",
     "get_peft_model",
     "get_peft_model_state_dict",
     "inject_adapter_in_model",
@@ -34,6 +39,7 @@ __all__ = [
 ]
 __all__ += base_config.__all__
 __all__ += method_configs.__all__
+__all__ += prompt_configs.__all__
 __all__ += tasks.__all__
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import json
+import sys
 import warnings
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
@@ -13,6 +15,7 @@ from typing import Any, ClassVar
 from surgery.adapter_files.entry import PEFT
 from surgery.adapter_files.hub_download import download
 from surgery.errors import RuleError, SurgeryError, SurgeryWarning, near_misses
+from surgery.peft.errors import as_builtin, invalid
 
 __all__ = [
     "MultitaskPromptTuningInit",
@@ -94,8 +97,10 @@ class PeftConfig:
     >>> LoraConfig(r=16, target_modules=["query", "value"], task_type="SEQ_CLS").lora_alpha
     8
 
+    Where PEFT is imported, a configuration passes for PEFT's own: `isinstance(config, peft.LoraConfig)` holds.
+
     Raises:
-        SurgeryError: PEFT does not have the task type.
+        SurgeryError: PEFT refuses the fields. It is also a ValueError.
         TypeError: the method does not have a field.
     """
 
@@ -115,6 +120,13 @@ class PeftConfig:
         if "method" in cls.__dict__:
             PeftConfig.kinds[str(cls.method)] = cls
 
+    @property
+    def __class__(self) -> Any:  # what isinstance asks after type()
+        return _with_peft(type(self), "peft" in sys.modules)
+
+    def __reduce_ex__(self, protocol: Any) -> Any:  # copies and pickles need the true class
+        return _restore, (_own(type(self)), dict(self.__dict__))
+
     def __post_init__(self) -> None:
         if self.method is not None:
             self.peft_type = PeftType(self.method)
@@ -122,8 +134,9 @@ class PeftConfig:
             try:
                 self.task_type = TaskType(self.task_type)
             except ValueError:
-                why = near_misses(str(self.task_type), TaskType) or f"they are {', '.join(TaskType)}"
-                raise RuleError(f"there is no task type {self.task_type!r}", why=why) from None
+                what = f"Invalid task type: '{self.task_type}'. Must be one of the following task types: "
+                why = near_misses(str(self.task_type), [task.value for task in TaskType])
+                raise invalid(f"{what}{', '.join(TaskType)}.", why=why) from None
 
     def to_dict(self) -> dict[str, Any]:
         """The fields as plain data, as in `adapter_config.json`."""
@@ -132,36 +145,101 @@ class PeftConfig:
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> PeftConfig:
         """Return the configuration of the method that the data names; warn of unknown fields."""
-        kind = str(getattr(data.get("peft_type"), "value", data.get("peft_type")))
-        if kind not in cls.kinds:
-            raise RuleError(f"there is no configuration of {kind[:60]!r}", why=near_misses(kind[:60], cls.kinds))
-        kind_of_config = cls.kinds[kind]
-        names = {field.name for field in fields(kind_of_config)}
-        left = sorted(name for name in data if name not in names and data[name] not in (None, False, "", [], {}))
-        if left := [name for name in left if name != "runtime_config"]:
-            warnings.warn(f"{kind_of_config.__name__} has no field {', '.join(left)}", SurgeryWarning, stacklevel=2)
-        return kind_of_config(**{name: value for name, value in data.items() if name in names})
+        return cls.from_peft_type(**data)
 
     @classmethod
-    def from_pretrained(cls, source: str | Path, subfolder: str | None = None, **options: Any) -> PeftConfig:
-        """Return the configuration in a folder or a repository of the hub (with `revision`)."""
-        from surgery.adapter_files.plain_json import read_json
+    def from_peft_type(cls, **fields_of_config: Any) -> PeftConfig:
+        """Return the configuration with these fields, of the method `peft_type`; warn of unknown fields.
 
+        Raises:
+            SurgeryError: there is no configuration of the method. It is also a KeyError.
+            TypeError: this class has no such field, and no `peft_type` is given.
+        """
+        kind_of_config = cls
+        if "peft_type" in fields_of_config:
+            name = str(getattr(fields_of_config["peft_type"], "value", fields_of_config["peft_type"]))
+            if name not in cls.kinds:
+                why = near_misses(name[:60], cls.kinds)
+                raise as_builtin(RuleError(f"there is no configuration of {name[:60]!r}", why=why), KeyError)
+            kind_of_config = cls.kinds[name]
+        names = {field.name for field in fields(kind_of_config)}
+        unknown = sorted(set(fields_of_config) - names - {"runtime_config"})
+        if unknown and "peft_type" not in fields_of_config:
+            raise TypeError(
+                f"The {cls.__name__} config that is trying to be loaded is missing required keys: peft_type"
+            )
+        if unknown:
+            warnings.warn(
+                f"Unexpected keyword arguments {unknown} for class {kind_of_config.__name__}, these are ignored. "
+                "The configuration may be of a later version of PEFT.",
+                SurgeryWarning,
+                stacklevel=3,
+            )
+        return kind_of_config(**{name: value for name, value in fields_of_config.items() if name in names})
+
+    @classmethod
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: str | Path, subfolder: str | None = None, **options: Any
+    ) -> PeftConfig:
+        """Return the configuration in a folder or a repository of the hub (with `revision`)."""
+        source = pretrained_model_name_or_path
         place = Path(source) / (subfolder or "")
         if not Path(source).exists():
             place = download(str(source), subfolder, options.get("revision"))
         if not (place / PEFT[1]).is_file():
-            raise SurgeryError(f"there is no {PEFT[1]} in {place}")
-        data = read_json(place / PEFT[1])
+            raise invalid(f"Can't find '{PEFT[1]}' at '{place}'")
+        own = {field.name for field in fields(cls)}
+        data = {name: value for name, value in options.items() if name in own and name != "revision"}
+        return cls.from_peft_type(**{**data, **cls.from_json_file(place / PEFT[1])})
+
+    @classmethod
+    def from_json_file(cls, path_json_file: str | Path, **options: Any) -> dict[str, Any]:
+        """Return the fields in a file as plain data."""
+        from surgery.adapter_files.plain_json import read_json
+
+        data = read_json(Path(path_json_file))
         if not isinstance(data, dict):
-            raise SurgeryError("the adapter's configuration is not a mapping", where=str(place / PEFT[1]))
-        return cls.from_dict(data)
+            raise as_builtin(SurgeryError("the adapter's configuration is not a mapping", where=str(path_json_file)))
+        if "runtime_config" in data:
+            message = "The configuration file contains a `runtime_config` key. This is ignored."
+            warnings.warn(message, SurgeryWarning, stacklevel=2)
+            del data["runtime_config"]
+        return data
 
     def save_pretrained(self, save_directory: str | Path, **options: Any) -> None:
         """Write the configuration into a folder, without tensors."""
+        if Path(save_directory).is_file():
+            what = f"Provided path ({save_directory}) should be a directory, not a file"
+            raise as_builtin(SurgeryError(what), AssertionError)
         Path(save_directory).mkdir(parents=True, exist_ok=True)
-        text = json.dumps(self.to_dict(), indent=2, sort_keys=True)
+        data = self.to_dict()
+        if options.get("auto_mapping_dict") is not None:
+            data["auto_mapping"] = options["auto_mapping_dict"]
+        text = json.dumps(data, indent=2, sort_keys=True)
         (Path(save_directory) / PEFT[1]).write_text(text, encoding="utf-8")
+
+
+def _own(kind: type[PeftConfig]) -> type[PeftConfig]:
+    """The class of this package, for one that also is PEFT's."""
+    return kind.__dict__.get("_facade_class", kind)
+
+
+@functools.cache
+def _with_peft(kind: type[PeftConfig], imported: bool) -> type[PeftConfig]:
+    """The class, and where PEFT is imported one that is also PEFT's class of the same name."""
+    if not imported or _own(kind) is not kind:
+        return kind
+    theirs = getattr(sys.modules["peft"], kind.__name__, None)
+    if not isinstance(theirs, type):
+        return kind
+    names = {"__module__": kind.__module__, "__qualname__": kind.__qualname__, "__doc__": kind.__doc__}
+    return type(kind.__name__, (kind, theirs), {**names, "_facade_class": kind})
+
+
+def _restore(kind: type[PeftConfig], state: dict[str, Any]) -> PeftConfig:
+    config = object.__new__(kind)
+    config.__dict__.update(state)
+    return config
 
 
 def _plain(value: Any) -> Any:

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
+from surgery.errors import RuleError, SurgeryWarning
 from surgery.peft.base_config import PeftConfig
+from surgery.peft.errors import as_builtin, invalid
 
 __all__ = [
     "AdaLoraConfig",
-    "AdaptionPromptConfig",
     "BOFTConfig",
     "C3AConfig",
     "FourierFTConfig",
@@ -20,11 +22,7 @@ __all__ = [
     "LoKrConfig",
     "LoraConfig",
     "MissConfig",
-    "MultitaskPromptTuningConfig",
     "OFTConfig",
-    "PrefixTuningConfig",
-    "PromptEncoderConfig",
-    "PromptTuningConfig",
     "RandLoraConfig",
     "RoadConfig",
     "ShiraConfig",
@@ -41,7 +39,7 @@ class _Targeted(PeftConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("target_modules", "exclude_modules"):  # as in PEFT
+        for name in ("target_modules", "exclude_modules", "feedforward_modules"):  # as in PEFT
             if isinstance(getattr(self, name, None), (list, tuple)):
                 setattr(self, name, set(getattr(self, name)))
 
@@ -55,6 +53,23 @@ class _Excluding(_Targeted):
 class _Layered(_Targeted):
     layers_to_transform: list[int] | int | None = None
     layers_pattern: list[str] | str | None = None
+    layers_need_names: ClassVar[bool] = True  # whether PEFT refuses layers beside a regular expression
+    pattern_needs_layers: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if isinstance(self.target_modules, str) and self.layers_need_names:
+            for name in ("layers_to_transform", "layers_pattern"):
+                if getattr(self, name) is not None:
+                    raise invalid(
+                        f"`{name}` cannot be used when `target_modules` is a str.",
+                        fix="name the modules in a list, or the layers in the regular expression",
+                    )
+        if self.layers_pattern and self.layers_to_transform is None and self.pattern_needs_layers:
+            raise invalid(
+                "When `layers_pattern` is specified, `layers_to_transform` must also be specified. ",
+                fix="layers_to_transform=[…]: the numbers of layers",
+            )
 
 
 @dataclass(kw_only=True)
@@ -105,6 +120,35 @@ class LoraConfig(_Layered, _Excluding, _Transposed, _Biased):
     kasa_config: Any = None
     ensure_weight_tying: bool = False
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if isinstance(self.target_parameters, str):
+            raise as_builtin(RuleError("`target_parameters` must be a list of strings or None."), TypeError)
+        if self.use_dora and self.megatron_config:
+            raise invalid("DoRA does not support megatron_core, please set `use_dora=False`.")
+        self._check_start()
+        if self.lora_bias and self.init_lora_weights not in (True, False):
+            what = "The argument lora_bias=True is only supported with init_lora_weights=True or False"
+            raise invalid(f"{what}, got init_lora_weights={self.init_lora_weights} instead.")
+        if self.lora_bias and self.use_dora:
+            raise invalid("The argument lora_bias=True is not supported for DoRA, please pass use_dora=False")
+        if self.alora_invocation_tokens is not None and self.task_type != "CAUSAL_LM":
+            _warn("aLoRA is currently only supported for CAUSAL_LM task.")
+
+    def _check_start(self) -> None:
+        start = self.init_lora_weights
+        if start == "loftq":
+            if not self.loftq_config:
+                raise invalid("`loftq_config` must be specified when `init_lora_weights` is 'loftq'.")
+            if not isinstance(self.loftq_config, dict):
+                self.loftq_config = dict(vars(self.loftq_config))
+        elif self.loftq_config:
+            self.loftq_config = {}
+            _warn("`loftq_config` specified but will be ignored when `init_lora_weights` is not 'loftq'.")
+        for name in ("eva", "corda"):
+            if start != name and getattr(self, f"{name}_config") is not None:
+                _warn(f"`{name}_config` specified but will be ignored when `init_lora_weights` is not '{name}'.")
+
 
 @dataclass(kw_only=True)
 class AdaLoraConfig(LoraConfig):
@@ -122,6 +166,30 @@ class AdaLoraConfig(LoraConfig):
     orth_reg_weight: float = 0.5
     total_step: int | None = None
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.use_dora:
+            raise invalid(f"{self.peft_type} does not support DoRA.")
+        if self.init_lora_weights == "loftq":
+            raise invalid(f"{self.peft_type} does not support LOFTQ.")
+        if self.r != 8:
+            _warn(
+                "Note that `r` is not used in AdaLora and will be ignored. "
+                "If you intended to set the initial rank, use `init_r` instead."
+            )
+        if self.total_step is None or self.total_step <= 0:
+            raise invalid("AdaLoRA does not work when `total_step` is None, supply a value > 0.")
+        if self.orth_reg_weight < 0:
+            raise invalid(
+                "`orth_reg_weight` should be greater than or equal to 0, "
+                f"but the value passed is {self.orth_reg_weight}"
+            )
+        if self.tinit >= self.total_step - self.tfinal:
+            raise invalid(
+                "The supplied schedule values don't allow for a budgeting phase. Decrease `tfinal`/`tinit` or "
+                "increase `total_step`."
+            )
+
 
 @dataclass(kw_only=True)
 class IA3Config(_Excluding, _Transposed):
@@ -131,12 +199,19 @@ class IA3Config(_Excluding, _Transposed):
     feedforward_modules: Names = None
     init_ia3_weights: bool = True
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        fed, targets = self.feedforward_modules, self.target_modules
+        if isinstance(fed, set) and isinstance(targets, set) and not fed <= targets:
+            raise invalid("`feedforward_modules` should be a subset of `target_modules`")
+
 
 @dataclass(kw_only=True)
 class VeraConfig(_Layered, _Transposed, _Biased, _Started):
     """VeRA: `VeraRule`."""
 
     method = "VERA"
+    layers_need_names = False
     r: int = 256
     projection_prng_key: int = 0
     save_projection: bool = True
@@ -149,6 +224,7 @@ class LoHaConfig(_Layered, _Excluding, _Started):
     """LoHa: `LohaRule`."""
 
     method = "LOHA"
+    layers_need_names = False
     r: int = 8
     alpha: float = 8
     rank_dropout: float = 0.0
@@ -173,6 +249,7 @@ class OFTConfig(_Layered, _Excluding, _Transposed, _Biased, _Started):
     """OFT: `OftRule`."""
 
     method = "OFT"
+    layers_need_names = False
     r: int = 0
     oft_block_size: int = 32
     module_dropout: float = 0.0
@@ -182,16 +259,25 @@ class OFTConfig(_Layered, _Excluding, _Transposed, _Biased, _Started):
     use_cayley_neumann: bool = True
     num_cayley_neumann_terms: int = 5
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _check_one_of(self, "r", "oft_block_size")
+
 
 @dataclass(kw_only=True)
 class BOFTConfig(_Layered, _Excluding, _Transposed, _Biased, _Started):
     """BOFT: `BoftRule`."""
 
     method = "BOFT"
+    layers_need_names = False
     boft_block_size: int = 4
     boft_block_num: int = 0
     boft_n_butterfly_factor: int = 1
     boft_dropout: float = 0.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _check_one_of(self, "boft_block_size", "boft_block_num")
 
 
 @dataclass(kw_only=True)
@@ -211,12 +297,21 @@ class RoadConfig(_Started):
     variant: str = "road_1"
     group_size: int = 64
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.variant not in ("road_1", "road_2", "road_4"):
+            raise invalid(f"Invalid variant {self.variant} specified. Please choose from road_1, road_2 or road_4")
+        if self.group_size <= 0 or self.group_size % 2:
+            what = "The group_size must be divisible by 2 when using RoadLayer"
+            raise invalid(f"{what}, but got {self.group_size}.")
+
 
 @dataclass(kw_only=True)
 class RandLoraConfig(_Layered, _Transposed, _Biased, _Started):
     """RandLoRA: `RandLoraRule`."""
 
     method = "RANDLORA"
+    layers_need_names = pattern_needs_layers = False
     r: int = 32
     projection_prng_key: int = 0
     save_projection: bool = True
@@ -253,6 +348,7 @@ class C3AConfig(_Layered, _Biased):
     """C3A: `C3aRule`."""
 
     method = "C3A"
+    pattern_needs_layers = False
     block_size: int = 256
     block_size_pattern: dict[str, int] = field(default_factory=dict)
     init_weights: Any = "xavier_uniform"
@@ -270,70 +366,22 @@ class MissConfig(_Layered, _Excluding, _Biased, _Started):
     """MiSS: `MissRule`."""
 
     method = "MISS"
+    pattern_needs_layers = False
     r: int = 64
     miss_dropout: float = 0.0
     mini_r: int = 1
 
 
-@dataclass(kw_only=True)
-class _Virtual(PeftConfig):
-    is_prompt_learning = True
-    num_virtual_tokens: int | None = None
-    token_dim: int | None = None
-    num_transformer_submodules: int | None = None
-    num_attention_heads: int | None = None
-    num_layers: int | None = None
-    modules_to_save: list[str] | None = None
+def _check_one_of(config: Any, first: str, second: str) -> None:
+    """Two fields of which one is 0 and the other is not."""
+    one, two = getattr(config, first), getattr(config, second)
+    if one == 0 == two:
+        what = f"Either `{first}` or `{second}` must be non-zero"
+        raise invalid(f"{what}. Currently, {first} = {one} and {second} = {two}.")
+    if one != 0 != two:
+        what = f"You can only specify either {first} ({one}) or {second} ({two}), but not both simultaneously"
+        raise invalid(what, why="their product is the number of input features")
 
 
-@dataclass(kw_only=True)
-class PrefixTuningConfig(_Virtual):
-    """Prefix tuning: `PrefixRule`."""
-
-    method = "PREFIX_TUNING"
-    init_weights: Any = None
-    encoder_hidden_size: int | None = None
-    prefix_projection: bool = False
-
-
-@dataclass(kw_only=True)
-class PromptTuningConfig(_Virtual):
-    """Prompt tuning: `PromptRule`."""
-
-    method = "PROMPT_TUNING"
-    prompt_tuning_init: str = "RANDOM"
-    prompt_tuning_init_text: str | None = None
-    tokenizer_name_or_path: str | None = None
-    tokenizer_kwargs: dict[str, Any] | None = None
-
-
-@dataclass(kw_only=True)
-class PromptEncoderConfig(_Virtual):
-    """P-tuning: `PromptRule` with an encoder."""
-
-    method = "P_TUNING"
-    encoder_reparameterization_type: str = "MLP"
-    encoder_hidden_size: int | None = None
-    encoder_num_layers: int = 2
-    encoder_dropout: float = 0.0
-
-
-@dataclass(kw_only=True)
-class MultitaskPromptTuningConfig(PromptTuningConfig):
-    """Multitask prompt tuning: `MultitaskPromptRule`."""
-
-    method = "MULTITASK_PROMPT_TUNING"
-    prompt_tuning_init_state_dict_path: str | None = None
-    prompt_tuning_init_task: int | None = 0
-    num_ranks: int = 1
-    num_tasks: int = 1
-
-
-@dataclass(kw_only=True)
-class AdaptionPromptConfig(PeftConfig):
-    """LLaMA-Adapter: `PrefixRule` with a gate."""
-
-    method, is_adaption_prompt = "ADAPTION_PROMPT", True
-    target_modules: str | None = None
-    adapter_len: int | None = None
-    adapter_layers: int | None = None
+def _warn(text: str) -> None:
+    warnings.warn(text, SurgeryWarning, stacklevel=4)

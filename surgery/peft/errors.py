@@ -1,0 +1,70 @@
+"""The façade's errors: `SurgeryError`s that are also the builtin errors that PEFT raises."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from surgery.errors import MatchError, RuleError, SurgeryError, SurgeryWarning
+
+__all__ = ["NoMatchingPeftModuleError", "PeftError", "PeftWarning", "as_builtin", "invalid", "pefts_errors"]
+
+PeftWarning = SurgeryWarning  # every warning of the façade is one
+_BUILTIN = (ValueError, TypeError, KeyError, AttributeError, OSError)
+
+
+class PeftError(SurgeryError):
+    """The base class of the errors that have a class of their own in PEFT."""
+
+
+class NoMatchingPeftModuleError(PeftError, MatchError, ValueError):
+    """The configuration's targets match no module of the model."""
+
+
+@functools.cache
+def _both(kind: type[SurgeryError], builtin: type[Exception]) -> type[SurgeryError]:
+    names = {"__module__": kind.__module__, "__doc__": kind.__doc__, "__reduce__": _reduce}
+    return type(kind.__name__, (kind, builtin), names)
+
+
+def _reduce(error: Any) -> tuple[Any, ...]:
+    kind, builtin = type(error).__bases__
+    return _rebuild, (kind, builtin, dict(error.__dict__))
+
+
+def _rebuild(kind: type[SurgeryError], builtin: type[Exception], state: dict[str, Any]) -> SurgeryError:
+    both = _both(kind, builtin)
+    error = both.__new__(both, state["what"])  # type: ignore[call-arg]
+    error.__dict__.update(state)
+    return error
+
+
+def as_builtin(error: SurgeryError, builtin: type[Exception] = ValueError) -> SurgeryError:
+    """Return the error as one that `except ValueError` (or another builtin error) catches, too.
+
+    >>> error = as_builtin(SurgeryError("there is no adapter 'b'"), KeyError)
+    >>> isinstance(error, KeyError), str(error)
+    (True, "there is no adapter 'b'")
+    """
+    if isinstance(error, _BUILTIN):
+        return error
+    return _rebuild(type(error), builtin, dict(error.__dict__)).with_traceback(error.__traceback__)
+
+
+def invalid(what: str, *, why: str | None = None, fix: str | None = None) -> SurgeryError:
+    """Return the error for a configuration that PEFT refuses with a ValueError."""
+    return as_builtin(RuleError(what, why=why, fix=fix))
+
+
+@contextmanager
+def pefts_errors(builtin: type[Exception] = ValueError) -> Iterator[None]:
+    """Within the block, raises the engine's errors as errors that are also PEFT's builtin ones."""
+    try:
+        yield
+    except SurgeryError as error:
+        same = as_builtin(error, builtin)
+        if same is error:
+            raise
+        raise same from error.__cause__
