@@ -27,6 +27,8 @@ onnx = pytest.importorskip("onnx")
 onnxruntime = pytest.importorskip("onnxruntime")
 
 from surgery.onnx import Manifest, OnnxRunner, convert_peft, read_adapter, write_adapter  # noqa: E402
+from surgery.onnx.conversion import converters  # noqa: E402
+from surgery.onnx.conversion.conversion_state import Conversion  # noqa: E402
 from surgery.onnx.runtime.metadata import metadata_of  # noqa: E402
 from tests.support import slotted  # noqa: E402
 from tests.support.slotted import Build, slot  # noqa: E402
@@ -497,7 +499,7 @@ def test_convolutions_with_groups(tmp_path: Path, rank: int) -> None:
     shapes = {"A": [None, 2, 3, 3], "B": B}
     build.site("conv", "lora", shapes, "Conv2d", by={"rule": "low-rank-slot", "rank": rank}, words=words)
     file = slotted.identities(tmp_path / "f.onnx", build)
-    with pytest.raises(LoadError, match="looks at all channels"):
+    with pytest.raises(LoadError, match="reads channels of other groups"):
         convert_peft(tmp_path / "peft", file, tmp_path / "a.onnx_adapter")
     layer = made.base_model.model["conv"]
     A = layer.lora_A["default"].weight.data
@@ -563,7 +565,7 @@ def test_ia3_scales_what_the_slots_scale(tmp_path: Path) -> None:
     np.testing.assert_allclose(runner.run({"x": X}, "a")["y"], expected, atol=1e-5)
     with pytest.raises(LoadError) as caught:
         convert_peft(tmp_path / "peft", saved("first"), tmp_path / "b.onnx_adapter")
-    assert "scales what comes out here, and the slot what goes in" in str(caught.value)
+    assert "scales the module's output, and the slot its input" in str(caught.value)
     assert not (tmp_path / "b.onnx_adapter").exists()
 
 
@@ -585,7 +587,7 @@ def test_prefixes_are_cut_up_and_turned_back(tmp_path: Path, turn: str) -> None:
         build.site(f"layers.{i}", "prefix", shapes, **(told if turn != "unknown" else {}))
     file = slotted.identities(tmp_path / "f.onnx", build)
     if turn == "unknown":
-        with pytest.raises(LoadError, match="does not say what makes up for that"):
+        with pytest.raises(LoadError, match="has no shift or rotation that does the same"):
             convert_peft(tmp_path / "peft", file, tmp_path / "a.onnx_adapter")
         return
     found = read_adapter(convert_peft(tmp_path / "peft", file, tmp_path / "a.onnx_adapter"), Manifest.read(file))
@@ -633,7 +635,7 @@ def test_all_that_the_file_has_no_place_for_is_listed(tmp_path: Path) -> None:
         (lambda f: (f / "adapter_model.safetensors").rename(f / "adapter_model.bin"), "is a pickle"),
         (lambda f: (f / "adapter_model.safetensors").write_bytes(b"12345678" * 4), "damaged"),
         (lambda f: (f / "adapter_config.json").unlink(), "can't be read"),
-        (lambda f: (f / "adapter_config.json").write_text("[]"), "no configuration"),
+        (lambda f: (f / "adapter_config.json").write_text("[]"), "not a PEFT configuration"),
         (lambda f: changed(f, peft_type="BOFT"), "'BOFT' can't be converted"),
         (lambda f: changed(f, lora_alpha="x"), "lora_alpha='x' is not a number"),
         (lambda f: changed(f, alpha_pattern={"(": 3}), "can't be read"),
@@ -650,6 +652,30 @@ def test_a_checkpoint_that_is_damaged_or_of_another_kind(tmp_path: Path, change:
     with pytest.raises(LoadError, match=told):
         convert_peft(tmp_path / "peft", file, tmp_path / "a.onnx_adapter")
     assert not (tmp_path / "a.onnx_adapter").exists()
+
+
+def test_a_converter_for_another_method_is_registered(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(converters, "_converters", dict(converters._converters))
+
+    @converters.converter("NEGATED_LORA")
+    def convert_negated(conversion: Conversion) -> None:
+        for key in [key for key in conversion.remaining_tensors if "lora_B" in key]:
+            conversion.remaining_tensors[key] = -conversion.remaining_tensors[key]
+        converters.converter_for("LORA")(conversion)
+
+    peft_on(Net(), lora(), tmp_path / "peft")
+    file = slotted.net(tmp_path / "net.onnx")
+    manifest = Manifest.read(file)
+    positive = read_adapter(convert_peft(tmp_path / "peft", file, tmp_path / "a.onnx_adapter"), manifest)
+    changed(tmp_path / "peft", peft_type="NEGATED_LORA")
+    negative = read_adapter(convert_peft(tmp_path / "peft", file, tmp_path / "b.onnx_adapter"), manifest)
+    for name, array in positive.items():
+        assert np.array_equal(negative[name], -array if name.endswith(".B") else array)
+    with pytest.raises(SurgeryError, match="'LORA' already has the converter .*convert_lora"):
+        converters.converter("LORA")(convert_negated)
+    changed(tmp_path / "peft", peft_type="LORRA")
+    with pytest.raises(LoadError, match="IA3, LORA, NEGATED_LORA, PREFIX_TUNING, PROMPT_TUNING, P_TUNING; .*LORA"):
+        convert_peft(tmp_path / "peft", file, tmp_path / "c.onnx_adapter")
 
 
 def changed(folder: Path, without: str = "\n", **fields: Any) -> None:

@@ -1,1 +1,1 @@
-"""PEFT's checkpoints as adapters of an exported file. Needs no torch."""
+"""Converts PEFT checkpoints into adapters of an exported file. Works without torch."""

@@ -1,4 +1,4 @@
-"""PEFT's checkpoints read with numpy alone: the settings, and the tensors under the keys of today."""
+"""Reads PEFT's checkpoints with numpy alone: the configuration, and the tensors under current keys."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from surgery.peft_format.key_history import PREFIX, current_keys
 __all__ = ["Checkpoint", "read_checkpoint"]
 
 CONFIG, TENSORS, OLD = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
-# Fields that say nothing about what a saved adapter computes, or of which the keys tell.
-_SILENT = frozenset(
+# Fields that do not change what a saved adapter computes, or whose effect the keys show.
+_IGNORED_FIELDS = frozenset(
     "peft_type peft_version task_type inference_mode auto_mapping base_model_name_or_path revision megatron_core "
     "runtime_config loftq_config eva_config corda_config lora_ga_config qalora_group_size _library_name "
     "low_cpu_mem_usage target_modules exclude_modules layers_to_transform layers_pattern modules_to_save "
@@ -30,18 +30,18 @@ _BITS |= {"I16": np.int16, "I8": np.int8, "U8": np.uint8, "BOOL": np.bool_}
 
 @dataclass
 class Checkpoint:
-    """`tensors` by key, without what PEFT puts before a module's path; `config` as it stands in the file."""
+    """A checkpoint. `tensors`: by key, without PEFT's prefix; `config`: the file's configuration, unchanged."""
 
     config: dict[str, Any]
     tensors: dict[str, np.ndarray]
 
-    def unsaid(self, *known: str) -> Iterator[SurgeryError]:
-        """Fields that say something, and that nobody asks."""
+    def unsupported_fields(self, *known: str) -> Iterator[SurgeryError]:
+        """Yields an error for each field that has an effect and that the converter does not know."""
         for name in sorted(self.config):
             value = self.config[name]
-            if name not in _SILENT and name not in known and value not in (None, False, "", [], {}, "none", 0):
+            if name not in _IGNORED_FIELDS and name not in known and value not in (None, False, "", [], {}, "none", 0):
                 what = f"PEFT's {name}={str(value)[:80]!r} can't be converted"
-                yield SurgeryError(what, why="there is no slot for what it does", fix="load_adapter and export_adapter")
+                yield SurgeryError(what, why="no slot has its effect", fix="load_adapter and export_adapter")
 
     def number(self, name: str, default: float) -> float:
         value = self.config.get(name, default)
@@ -50,7 +50,7 @@ class Checkpoint:
         return value
 
     def patterns(self, name: str) -> dict[str, Any]:
-        """A mapping from patterns of paths to numbers above 0."""
+        """Returns a field that maps patterns of paths to numbers above 0."""
         patterns = self.config.get(name) or {}
         if not isinstance(patterns, dict):
             raise SurgeryError(f"PEFT's {name} is not a mapping")
@@ -68,7 +68,7 @@ class Checkpoint:
 
 
 def read_checkpoint(folder: str | Path, sites: Collection[str]) -> Checkpoint:
-    """A checkpoint's settings and tensors. `sites`: paths of modules, which tell how keys of old are spelt."""
+    """Reads a checkpoint. `sites`: the paths of modules, from which keys of old PEFT versions are recognised."""
     folder = Path(folder)
     if not (folder / TENSORS).is_file():
         old = (folder / OLD).is_file()
@@ -77,20 +77,20 @@ def read_checkpoint(folder: str | Path, sites: Collection[str]) -> Checkpoint:
         raise SurgeryError(f"there is no {TENSORS} in {folder}", why=why, fix=fix)
     config = read_json(folder / CONFIG)
     if not isinstance(config, dict) or not isinstance(config.get("peft_type"), str):
-        raise SurgeryError(f"{CONFIG} is no configuration of PEFT's", why="it has no peft_type")
+        raise SurgeryError(f"{CONFIG} is not a PEFT configuration", why="it has no peft_type")
     arrays = _tensors(folder / TENSORS)
-    known = current_keys(list(arrays), lambda: sites).keys
+    file_keys = current_keys(list(arrays), lambda: sites).keys
     tensors: dict[str, np.ndarray] = {}
-    for key, theirs in known.items():
+    for key, file_key in file_keys.items():
         short = _short(key)
-        if short in tensors and not np.array_equal(tensors[short], arrays[theirs]):
-            raise SurgeryError("two tensors of the file have the same name here", where=short)
-        tensors[short] = arrays[theirs]
+        if short in tensors and not np.array_equal(tensors[short], arrays[file_key]):
+            raise SurgeryError("two different tensors of the file have the same current key", where=short)
+        tensors[short] = arrays[file_key]
     return Checkpoint(config, {key: tensor for key, tensor in tensors.items() if ".original_module." not in key})
 
 
 def _short(key: str) -> str:
-    """Without PEFT's wrappers and an adapter's name, which files of old and of other programs have."""
+    """Removes PEFT's wrappers and the adapter's name from a key; older files and other programs write them."""
     key = key.removeprefix(PREFIX).removeprefix("base_model.")
     key = re.sub(r"\.modules_to_save(?:\.default)?\.", ".", key)
     return re.sub(r"\.(lora_[A-Za-z_]+|ia3_l)\.default(?=\.|$)", r".\1", key)
@@ -111,5 +111,5 @@ def _array(key: str, record: Any) -> np.ndarray:
         halves = np.frombuffer(record["data"], np.uint16).astype(np.uint32)
         return (halves << 16).view(np.float32).reshape(record["shape"])
     if record["dtype"] not in _BITS:
-        raise SurgeryError("a tensor is of a type that can't be converted", where=key, why=record["dtype"])
+        raise SurgeryError("a tensor has a dtype that can't be converted", where=key, why=record["dtype"])
     return np.frombuffer(record["data"], _BITS[record["dtype"]]).reshape(record["shape"])

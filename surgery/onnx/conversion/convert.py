@@ -1,22 +1,21 @@
-"""PEFT's checkpoints as adapters of an exported file, without the model and without torch."""
+"""Converts PEFT checkpoints into adapters of an exported file, without the model and without torch."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
 from surgery.errors import SurgeryError, near_misses
-from surgery.onnx.conversion.base_embeddings import base
+from surgery.onnx.conversion import ia3, lora, virtual_tokens  # noqa: F401  # they register converters
+from surgery.onnx.conversion.base_embeddings import drop_base_embeddings
 from surgery.onnx.conversion.checkpoint import read_checkpoint
 from surgery.onnx.conversion.conversion_state import Conversion
-from surgery.onnx.conversion.lora import lora
-from surgery.onnx.conversion.other_methods import ia3, prefix, prompt, tokens, trained
+from surgery.onnx.conversion.converters import converter_for
+from surgery.onnx.conversion.trained_modules import convert_token_rows, convert_trained_parameters
 from surgery.onnx.runtime.adapter_check import listed
 from surgery.onnx.runtime.adapter_file import write_adapter
 from surgery.onnx.runtime.manifest import Manifest
 
 __all__ = ["convert_peft"]
-
-_METHODS = {"LORA": lora, "IA3": ia3, "PREFIX_TUNING": prefix, "PROMPT_TUNING": prompt, "P_TUNING": prompt}
 
 
 def convert_peft(folder: str | Path, onnx_path: str | Path, out_path: str | Path) -> Path:
@@ -44,29 +43,24 @@ def convert_peft(folder: str | Path, onnx_path: str | Path, out_path: str | Path
     name = Path(folder).name
     try:
         checkpoint = read_checkpoint(folder, [site for site, _ in manifest.groups])
+        convert = converter_for(checkpoint.config["peft_type"])
     except SurgeryError as error:
         raise listed(f"{name} can't be converted", [error]) from None
     conversion = Conversion(manifest, checkpoint, Path(onnx_path))
-    kind = checkpoint.config["peft_type"]
-    if kind not in _METHODS:
-        why = near_misses(kind[:60], _METHODS) or f"{', '.join(_METHODS)} are"
-        fix = "load_adapter and export_adapter, with the model"
-        conversion.problems.append(SurgeryError(f"PEFT's {kind[:60]!r} can't be converted", why=why, fix=fix))
-    else:
-        with conversion.noting("the configuration"):
-            _METHODS[kind](conversion)
-        tokens(conversion)
-        trained(conversion)
-        base(conversion)
-        conversion.complete()
-        problems = conversion.problems + [_placeless(manifest, key) for key in conversion.left]
-        problems += manifest.check(conversion.arrays) if not problems else []
-        conversion.problems = problems
+    with conversion.collecting_errors("the configuration"):
+        convert(conversion)
+    convert_token_rows(conversion)
+    convert_trained_parameters(conversion)
+    drop_base_embeddings(conversion)
+    conversion.complete()
+    conversion.problems += [_no_slot_error(manifest, key) for key in conversion.remaining_tensors]
+    if not conversion.problems:
+        conversion.problems += manifest.check(conversion.arrays)
     if conversion.problems:
         raise listed(f"{name} can't be converted", sorted(conversion.problems, key=lambda problem: problem.where or ""))
     return write_adapter(out_path, conversion.arrays, manifest)
 
 
-def _placeless(manifest: Manifest, key: str) -> SurgeryError:
+def _no_slot_error(manifest: Manifest, key: str) -> SurgeryError:
     why = near_misses(key.rpartition(".")[0], [site for site, _ in manifest.groups])
     return SurgeryError("the file has no slot for a tensor of the checkpoint", where=key, why=why)
