@@ -34,10 +34,7 @@ from .lifecycle.combine import combine
 from .lifecycle.forget import forget
 from .lifecycle.remove import remove
 from .lifecycle.rename_copy import copy_adapter, rename_adapter
-from .lifecycle.simplify import folded_adapter
 from .merging.merge import MergeReport, merge, unmerge
-from .merging.merged_checkpoint import merge_to
-from .model_record.state_dict import adapter_state_dict, base_state_dict, load_adapter_state_dict, rules_of
 from .onnx.checking.parity import ParityReport, verify_onnx
 from .onnx.export import ExportReport, export_onnx
 from .patterns.module_class import class_of
@@ -45,12 +42,15 @@ from .patterns.pattern import Pattern, Targets
 from .peft_format.adapter_config import PeftConfig
 from .peft_format.methods import PeftMethod, PeftPart, PeftPlace, peft_method
 from .planning.plan import Plan
+from .rewritten_model.folded_values import folded_adapter
+from .rewritten_model.state_dict import adapter_state_dict, base_state_dict, load_adapter_state_dict, rules_of
 from .routing.route import route
 from .storage.hotswap import SwapReport, hotswap, pad_rank
 from .storage.hub_upload import push_adapter
 from .storage.load import load_adapter
 from .storage.load_many import load_adapters
 from .storage.load_report import LoadReport
+from .storage.merged_checkpoint import merge_to
 from .storage.save import save_adapter
 from .structures.expression import ANY, Const, having, maybe, module_of, one_of
 from .structures.fx_digraph import as_digraph, graph_of

@@ -193,3 +193,8 @@ def near_misses(word: str, options: Iterable[str], limit: int = 3) -> str | None
     if not close:
         close = [option for option in pool if word and (word in option or option in word)][:limit]
     return f"did you mean {' or '.join(repr(option) for option in close)}?" if close else None
+
+
+def qualified_name(cls: type) -> str:
+    """The name of a class with its module: `torch.nn.modules.linear.Linear`."""
+    return f"{cls.__module__}.{cls.__qualname__}"

@@ -13,8 +13,8 @@ from surgery.errors import SurgeryError
 from surgery.lifecycle.apply import apply_rules
 from surgery.lifecycle.remove import remove
 from surgery.merging.merge import merge, unmerge
-from surgery.model_record.state_dict import adapter_state_dict
 from surgery.planning.planner import make_plan
+from surgery.rewritten_model.state_dict import adapter_state_dict
 from surgery.tracing.example_call import call, equal, random_state
 from surgery.transaction.gradient_flags import is_lazy
 

@@ -14,13 +14,13 @@ from torch import nn
 from transformers import TrainerCallback
 
 from surgery.adapter_files.entry import PEFT, SURGERY, names_in
-from surgery.arithmetic.sharded_tensors import is_flattened
 from surgery.errors import SurgeryWarning
 from surgery.patterns.module_walk import base_modules
+from surgery.rewritten_model import transformers_hooks
+from surgery.rewritten_model.save_pretrained import left_out
+from surgery.sharded_tensors import is_flattened
 from surgery.state.records import ModelState, model_state
 from surgery.storage.checkpoint_folder import save_folder, save_trained, write_adapters
-from surgery.transformers_hooks import adapter_hooks
-from surgery.transformers_hooks.save_pretrained import left_out
 
 __all__ = ["AdapterCheckpoints", "last_checkpoint", "save_trained"]
 
@@ -55,7 +55,7 @@ class AdapterCheckpoints(TrainerCallback):
 
     def on_init_end(self, args: Any, state: Any, control: Any, model: nn.Module | None = None, **kwargs: Any) -> None:
         for root, record in _rewritten(model):
-            adapter_hooks.save_adapters_alone(root, record, write_adapters)
+            transformers_hooks.save_adapters_alone(root, record, write_adapters)
 
     def on_train_begin(
         self, args: Any, state: Any, control: Any, model: nn.Module | None = None, **kwargs: Any

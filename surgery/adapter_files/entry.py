@@ -8,9 +8,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from surgery.patterns.module_walk import RESERVED
-
-__all__ = ["Entry", "PeftEntry", "as_it_is", "names_in", "tensor_key"]
+__all__ = ["Entry", "PeftEntry", "as_it_is", "names_in"]
 
 SURGERY = ("adapter.safetensors", "rules.json")
 PEFT = ("adapter_model.safetensors", "adapter_config.json")
@@ -32,10 +30,6 @@ class Entry(NamedTuple):
 
 
 PeftEntry = Entry  # its public name: whoever brings a PEFT method makes them
-
-
-def tensor_key(path: str, name: str) -> str:
-    return ".".join(filter(None, (path, RESERVED, name)))
 
 
 def names_in(folder: Path) -> tuple[str, str | None] | None:

@@ -5,8 +5,7 @@ from __future__ import annotations
 from importlib import metadata
 from typing import Any
 
-from surgery.errors import RuleError, near_misses
-from surgery.patterns.pattern import qualified_name
+from surgery.errors import RuleError, near_misses, qualified_name
 
 __all__ = ["register", "registered"]
 

@@ -11,11 +11,11 @@ from uuid import uuid4
 import torch
 from torch import Tensor, fx, nn
 
-from surgery.arithmetic.complex_numbers import filled_by_reals, is_number, narrow
 from surgery.authoring.declaration import Declaration
 from surgery.authoring.forward_values import ForwardValues
 from surgery.authoring.site_facts import MARK, SiteFacts
 from surgery.authoring.site_module import SiteModule, site_module
+from surgery.complex_numbers import filled_by_reals, is_number, narrow
 from surgery.errors import SiteError, near_misses
 from surgery.forward.function_registries import takes_functions
 from surgery.forward.function_watch import unwatched

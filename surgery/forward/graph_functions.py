@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from surgery.arithmetic.complex_numbers import is_number
+from surgery.complex_numbers import is_number
 from surgery.errors import SiteError
 
 __all__ = ["described", "detached", "in_dtype", "same_dtype", "tensor_of", "weighted"]

@@ -17,11 +17,10 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from surgery.errors import SurgeryError, TraceError
+from surgery.errors import SurgeryError, TraceError, qualified_name
 from surgery.forward.function_watch import FunctionWatch
 from surgery.forward.parameter_view import make_view
 from surgery.forward.tape import Tape, Value
-from surgery.patterns.pattern import qualified_name
 from surgery.transaction.user_frames import line_of, line_setting
 
 __all__ = ["OwnForward", "own_forward", "record_own", "settings_of", "is_trusted"]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from surgery.arithmetic.complex_numbers import narrow
+from surgery.complex_numbers import narrow
 
 __all__ = ["UNPACKED", "is_packed", "packed_in"]
 

@@ -12,9 +12,9 @@ from torch import fx, nn
 from surgery.errors import MatchError, abbreviate, near_misses
 from surgery.forward.own_forward import own_forward
 from surgery.inspection.readable_forward import readable_forward
-from surgery.model_record.verb_root import check_all_present, records_in
 from surgery.patterns.module_walk import every_path
 from surgery.patterns.wrappers import unwrap
+from surgery.rewritten_model.verb_root import check_all_present, records_in
 from surgery.state.adapter_tensors import is_adapter_key, tensors_of
 from surgery.state.records import SiteState, merged_adapters, site_state, sites
 from surgery.state.site_links import there

@@ -8,18 +8,19 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from surgery.authoring.planned_rule import PlannedRule
 from surgery.authoring.rule import Rule
 from surgery.errors import PlanError, SiteError, SurgeryError
 from surgery.forward.own_forward import own_forward
 from surgery.forward.tape import Layer
+from surgery.rewritten_model import transformers_hooks
 from surgery.state.adapter_tensors import attach, attach_again, box_of
 from surgery.state.record_undo import keep_model, keep_site
 from surgery.state.records import Applied, Places, SiteState, Standing, require_state, site_state
 from surgery.transaction.undo_log import Journal
-from surgery.transformers_hooks import adapter_hooks
 from surgery.weaving.class_objections import reason_against
 from surgery.weaving.conflicts import clashes
-from surgery.weaving.rewrite_recording import PassedOver, PlannedRule, recorded
+from surgery.weaving.rewrite_recording import PassedOver, recorded
 
 __all__ = ["PlacedRule", "attach_idle"]
 
@@ -67,7 +68,7 @@ def attach_idle(
         state.adapters[adapter] = tuple(rules)
         state.place(adapter, Places.of(adapter, places.values()))
         state.standing[adapter] = standing
-        adapter_hooks.list_on_save(model, state, adapter, journal)
+        transformers_hooks.list_on_save(model, state, adapter, journal)
 
 
 def _attach_rule(

@@ -10,22 +10,22 @@ from typing import Any, Literal, TypeVar, cast
 import torch
 from torch import Tensor, nn
 
-from surgery.arithmetic.complex_numbers import is_number
-from surgery.arithmetic.sharded_tensors import sharding_of
 from surgery.authoring.combination import Combination, Method, Share, joint_dtype
 from surgery.authoring.equal_rules import ByRule
 from surgery.authoring.hook_call import HookCall
 from surgery.authoring.live_site import LiveSite
 from surgery.authoring.rule import Rule
 from surgery.authoring.site_facts import MARK
+from surgery.complex_numbers import is_number
 from surgery.errors import MatchError, PlanError, SiteError, SurgeryError
 from surgery.forward.parameter_view import tensor_at
 from surgery.lifecycle.attach import PlacedRule, attach_idle
 from surgery.lifecycle.combine_arguments import requested_combination
 from surgery.lifecycle.rename_copy import check_whole
-from surgery.model_record.verb_root import rewritten
 from surgery.patterns.paths import regex_for
 from surgery.planning.matching import Tree, matches
+from surgery.rewritten_model.verb_root import rewritten
+from surgery.sharded_tensors import sharding_of
 from surgery.state.adapter_naming import name_problem
 from surgery.state.adapter_tensors import tensors_of
 from surgery.state.in_use import check_free

@@ -10,8 +10,9 @@ from torch import nn
 from surgery.errors import MergeError, SurgeryError
 from surgery.lifecycle.freezing import thaw_base
 from surgery.lifecycle.remove import restore
-from surgery.model_record.verb_root import rewritten
 from surgery.patterns.wrappers import submodule
+from surgery.rewritten_model import transformers_hooks
+from surgery.rewritten_model.verb_root import rewritten
 from surgery.state.adapter_tensors import detach
 from surgery.state.in_use import check_free
 from surgery.state.record_undo import keep_model, keep_site
@@ -20,7 +21,6 @@ from surgery.state.running_statistics import forget_statistics, keep_statistics
 from surgery.state.tied_weights import Untied
 from surgery.transaction.neutral_context import verb
 from surgery.transaction.undo_log import Journal
-from surgery.transformers_hooks import adapter_hooks
 
 __all__ = ["forget"]
 
@@ -73,7 +73,7 @@ def forget(model: M) -> M:
         for name, before in site.merged.tied.items()
     ]
     untied += [(submodule(root, path).get_parameter(name), before) for path, name, before in state.untied.parameters]
-    flags, keys = _flags(root, state.flags, untied), adapter_hooks.keys_of(root, state, names)
+    flags, keys = _flags(root, state.flags, untied), transformers_hooks.keys_of(root, state, names)
     with Journal() as journal:
         keep_model(journal, root, state)
         for _, module, site in merged_sites:
@@ -93,7 +93,7 @@ def forget(model: M) -> M:
         state.moving = keep_statistics(root, journal) if state.freezing else []
         thaw_base(root, state, journal)
         if state.adapters:
-            adapter_hooks.unlist(root, state, keys, journal)
+            transformers_hooks.unlist(root, state, keys, journal)
         else:
             restore(root, state, journal)
     return model

@@ -12,22 +12,25 @@ from torch import Tensor, nn
 
 from surgery.authoring.hook_call import HookCall
 from surgery.authoring.live_site import LiveSite
+from surgery.authoring.planned_rule import PlannedRule
 from surgery.authoring.site import ParamSpec
-from surgery.errors import SurgeryError, SurgeryWarning
+from surgery.errors import SurgeryWarning
 from surgery.forward.parameter_view import tensor_at
 from surgery.forward.tape import Layer
 from surgery.lifecycle.freezing import freeze_base
 from surgery.lifecycle.gradient_reducers import watch_gradients
 from surgery.lifecycle.tensor_start import start
 from surgery.merging.site_folding import check_foldable, fold_into
-from surgery.model_record.moved_sites import watch
-from surgery.patterns.parameter_owners import Owners
 from surgery.patterns.wrappers import submodule
 from surgery.planning.call_readiness import prepare_sites
+from surgery.planning.output_check import check_outputs
 from surgery.planning.plan import Plan
+from surgery.rewritten_model import transformers_hooks
+from surgery.rewritten_model.moved_sites import watch
 from surgery.state.absent_values import watch_absent
 from surgery.state.adapter_tensors import attach, box_of, tensors_of
 from surgery.state.in_use import check_free
+from surgery.state.parameter_owners import Owners
 from surgery.state.record_undo import keep_model, keep_site
 from surgery.state.records import (
     _MODEL,
@@ -40,11 +43,7 @@ from surgery.state.records import (
     model_state,
     site_state,
 )
-from surgery.tracing.example_call import call, equal
 from surgery.transaction.undo_log import Journal
-from surgery.transformers_hooks import adapter_hooks
-from surgery.weaving.error_hints import HINT
-from surgery.weaving.rewrite_recording import PlannedRule
 from surgery.weaving.site_class import Shared
 
 __all__ = ["install_plan"]
@@ -73,7 +72,7 @@ def install_plan(
         _install_classes(plan, journal)
         _record_adapter(plan.model, plan, standing, journal)
         if plan.observations:
-            _check_outputs(plan)
+            check_outputs(plan)
             unready = prepare_sites(plan.steps, plan.observations, plan.warnings)
     for reason in unready:
         warnings.warn(reason, SurgeryWarning, stacklevel=stacklevel)
@@ -173,33 +172,9 @@ def _record_adapter(model: nn.Module, plan: Plan, standing: Standing, journal: J
             state.switched.append((path, name, getattr(reader, name), value))
         journal.attribute(reader, name)
         setattr(reader, name, value)
-    adapter_hooks.prepare(model, state, plan.adapter, journal)
+    transformers_hooks.prepare(model, state, plan.adapter, journal)
 
 
 def _rules_at(module: nn.Module, adapter: str) -> list[Applied]:
     site = site_state(module)
     return [applied for _, applied in site.of((adapter,))] if site is not None else []
-
-
-def _check_outputs(plan: Plan) -> None:
-    """Run the rewritten model on the examples. If all rules say `identity = True`, the outputs must be the same."""
-    names = ", ".join(dict.fromkeys(step.rule.label for step in plan.steps))
-    for example, observation in zip(plan.examples, plan.observations, strict=True):
-        try:
-            output = call(plan.model, example, observation.random)
-        except SurgeryError as error:
-            notes = getattr(error.__cause__ or error, "__notes__", [])
-            own = error.__cause__ is None  # raised inside of the forward, and not by the call
-            raise SurgeryError(
-                f"the model rewritten by {names} fails on the example call",
-                where=notes[0] if notes else None,
-                why=": ".join(filter(None, (error.what, error.why))) if own else error.why,
-                fix=next((note for note in notes if note.startswith(HINT)), "").removeprefix(HINT)
-                or "correct the rule's rewrite; `show(model, path, generated=True)` prints the code that runs",
-            ) from error
-        if all(step.rule.identity for step in plan.steps) and not equal(output, observation.output):
-            raise SurgeryError(
-                f"{names} changed the model's output at initialisation",
-                why="the rule says identity = True, and on the example call the output differs",
-                fix="correct the rule's initial values, or remove identity = True from the rule",
-            )

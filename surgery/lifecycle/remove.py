@@ -11,8 +11,9 @@ from surgery.forward.parameter_view import tensor_at
 from surgery.lifecycle.apply import M
 from surgery.lifecycle.freezing import thaw_base
 from surgery.merging.site_folding import verify_records
-from surgery.model_record.moved_sites import unwatch
-from surgery.model_record.verb_root import rewritten, with_lost
+from surgery.rewritten_model import transformers_hooks
+from surgery.rewritten_model.moved_sites import unwatch
+from surgery.rewritten_model.verb_root import rewritten, with_lost
 from surgery.state.adapter_naming import adapter_names
 from surgery.state.adapter_tensors import detach
 from surgery.state.in_use import check_free
@@ -21,7 +22,6 @@ from surgery.state.records import _MODEL, _SITE, ModelState, SiteState
 from surgery.state.site_links import there
 from surgery.transaction.neutral_context import verb
 from surgery.transaction.undo_log import Journal
-from surgery.transformers_hooks import adapter_hooks
 from surgery.weaving.class_objections import reason_against
 from surgery.weaving.site_class import Shared
 
@@ -63,7 +63,7 @@ def remove(model: M, adapter: str | Sequence[str] | None = None, *, check: bool 
     affected = list(_sites_of(root, state, names))
     for path, module, site in affected:
         _check_removable(path, module, site, names, check)
-    keys = adapter_hooks.keys_of(root, state, names)
+    keys = transformers_hooks.keys_of(root, state, names)
     with Journal() as journal:
         shared, going = Shared(journal), frozenset(names)
         for _, module, site in affected:
@@ -75,7 +75,7 @@ def remove(model: M, adapter: str | Sequence[str] | None = None, *, check: bool 
         if not state.adapters:
             restore(root, state, journal)
         else:
-            adapter_hooks.unlist(root, state, keys, journal)
+            transformers_hooks.unlist(root, state, keys, journal)
     return model
 
 
@@ -140,6 +140,6 @@ def restore(model: nn.Module, state: ModelState, journal: Journal) -> None:
         if (reader := there(model, path)) is not None:
             journal.attribute(reader, name)
             setattr(reader, name, value)
-    adapter_hooks.restore(model, state, journal)
+    transformers_hooks.restore(model, state, journal)
     unwatch(model, journal)
     del model.__dict__[_MODEL]

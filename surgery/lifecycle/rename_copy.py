@@ -10,8 +10,9 @@ from torch import Tensor, nn
 from surgery.authoring.site_facts import MARK
 from surgery.errors import SurgeryError
 from surgery.lifecycle.attach import PlacedRule, attach_idle
-from surgery.model_record.verb_root import rewritten
 from surgery.patterns.module_walk import RESERVED
+from surgery.rewritten_model import transformers_hooks
+from surgery.rewritten_model.verb_root import rewritten
 from surgery.state.adapter_naming import adapter_names, name_problem
 from surgery.state.adapter_tensors import box_of
 from surgery.state.in_use import check_free, check_unclaimed
@@ -19,7 +20,6 @@ from surgery.state.record_undo import keep_model, keep_site
 from surgery.state.records import Applied, ModelState, site_state
 from surgery.transaction.neutral_context import verb
 from surgery.transaction.undo_log import Journal
-from surgery.transformers_hooks import adapter_hooks
 from surgery.weaving.class_objections import reason_against
 from surgery.weaving.site_class import install_live
 
@@ -154,7 +154,7 @@ def _runs(module: nn.Module, rules: list[Applied]) -> bool:
 
 def _rename(model: nn.Module, state: ModelState, old: str, new: str, journal: Journal) -> None:
     keep_model(journal, model, state)
-    keys = adapter_hooks.keys_of(model, state, [old])
+    keys = transformers_hooks.keys_of(model, state, [old])
     for module, rules in state.places[old]:
         record, boxes = site_state(module), module._modules.get(RESERVED)
         assert record is not None
@@ -175,8 +175,8 @@ def _rename(model: nn.Module, state: ModelState, old: str, new: str, journal: Jo
             merged.adapters = tuple(new if name == old else name for name in merged.adapters)
     for named in (state.adapters, state.places, state.standing, state.resting):
         _rekey(named, old, new)
-    adapter_hooks.unlist(model, state, keys, journal)
-    adapter_hooks.list_on_save(model, state, new, journal)
+    transformers_hooks.unlist(model, state, keys, journal)
+    transformers_hooks.list_on_save(model, state, new, journal)
 
 
 def _rekey(mapping: dict[str, Any], old: str, new: str) -> None:

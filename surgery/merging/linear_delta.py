@@ -9,14 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from surgery.arithmetic.complex_numbers import is_number
 from surgery.arithmetic.exact_fold import Change
 from surgery.authoring.live_site import LiveSite
 from surgery.authoring.rule import Mergeable, Rule
 from surgery.authoring.site_facts import SiteFacts
-from surgery.errors import MergeError
+from surgery.complex_numbers import is_number
+from surgery.errors import MergeError, qualified_name
 from surgery.forward.parameter_view import call_own
-from surgery.patterns.pattern import qualified_name
 
 __all__ = ["merged_tensors"]
 

@@ -11,7 +11,6 @@ import torch
 from torch import Tensor, nn
 
 from surgery.arithmetic.exact_fold import Change, LowRank, Rows, weighted
-from surgery.arithmetic.sharded_tensors import sharding_of
 from surgery.authoring.hook_call import HookCall
 from surgery.authoring.live_site import LiveSite
 from surgery.errors import MergeError, PlanError, SurgeryError, SurgeryWarning
@@ -20,12 +19,13 @@ from surgery.forward.packed_weights import UNPACKED, is_packed
 from surgery.forward.parameter_view import tensor_at
 from surgery.merging.linear_delta import merged_tensors
 from surgery.merging.site_folding import Keep, SiteFolding, check_foldable, fold_together, verify_records
-from surgery.model_record.verb_root import rewritten, with_lost
-from surgery.patterns.parameter_owners import Owners
+from surgery.rewritten_model.verb_root import rewritten, with_lost
+from surgery.sharded_tensors import sharding_of
 from surgery.state.absent_values import without_values
 from surgery.state.adapter_naming import adapter_names
 from surgery.state.adapter_tensors import box_of, tensors_of
 from surgery.state.in_use import check_free
+from surgery.state.parameter_owners import Owners
 from surgery.state.record_undo import keep_site, take_out_folds
 from surgery.state.records import Applied, Merged, ModelState, Sites, SiteState, sites
 from surgery.state.tied_weights import Untied, retie, say_untied

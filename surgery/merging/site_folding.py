@@ -10,12 +10,12 @@ from torch import Tensor, nn
 
 from surgery.arithmetic import batched_folds
 from surgery.arithmetic.batched_folds import checksums_of
-from surgery.arithmetic.complex_numbers import is_number
 from surgery.arithmetic.exact_fold import Change, LowRank, Record, fold, unfold
+from surgery.complex_numbers import is_number
 from surgery.errors import MergeError
 from surgery.forward.packed_weights import UNPACKED, is_packed
 from surgery.forward.parameter_view import find_tensor, tensor_at
-from surgery.patterns.parameter_owners import Owners
+from surgery.state.parameter_owners import Owners
 from surgery.state.record_undo import keep_fold
 from surgery.transaction.undo_log import Journal
 

@@ -15,7 +15,6 @@ from torch import nn
 
 from surgery.errors import ParityError, SurgeryError
 from surgery.lifecycle.activation import active
-from surgery.model_record.verb_root import records_in
 from surgery.onnx.calls.example import ExampleCall, array_of
 from surgery.onnx.calls.export_turns import in_turn
 from surgery.onnx.calls.exported_model import check_names, rooted
@@ -41,6 +40,7 @@ from surgery.onnx.graph.trace_program import Program, program_of
 from surgery.onnx.graph.weight_names import name_weights
 from surgery.onnx.runtime.default_inputs import write_defaults
 from surgery.onnx.runtime.manifest import Manifest
+from surgery.rewritten_model.verb_root import records_in
 from surgery.routing.thread_state import thread_routing
 from surgery.state.records import model_state
 from surgery.transaction.neutral_context import neutrally

@@ -49,3 +49,8 @@ def base_modules(model: nn.Module, stop: str = "") -> Iterator[tuple[str, nn.Mod
 
 def is_adapters(module: nn.Module) -> bool:
     return getattr(type(module), "_surgery_adapters", False)
+
+
+def tensor_key(path: str, name: str) -> str:
+    """The name of an adapter's tensor in a state dict: `encoder.0.query.adapters.default.A`."""
+    return ".".join(filter(None, (path, RESERVED, name)))

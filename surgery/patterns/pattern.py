@@ -14,7 +14,7 @@ from typing import Any
 
 from torch import nn
 
-from surgery.errors import RuleError
+from surgery.errors import RuleError, qualified_name
 
 __all__ = ["Pattern", "Target", "Targets"]
 
@@ -378,10 +378,6 @@ def _entry(target: Any) -> str | Pattern:
 def type_named(target: str | Pattern) -> str | None:
     """Returns the class name of a `Pattern.type`; None for other targets."""
     return target.of if isinstance(target, _Type) else None
-
-
-def qualified_name(cls: type) -> str:
-    return f"{cls.__module__}.{cls.__qualname__}"
 
 
 def _canonical(name: str) -> str:

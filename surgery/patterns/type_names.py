@@ -7,8 +7,8 @@ from collections.abc import Iterable
 
 from torch import nn
 
-from surgery.errors import near_misses
-from surgery.patterns.pattern import Pattern, qualified_name, type_named
+from surgery.errors import near_misses, qualified_name
+from surgery.patterns.pattern import Pattern, type_named
 
 __all__ = ["type_hint"]
 

@@ -12,8 +12,6 @@ from typing import Any
 from torch import Tensor, nn
 
 from surgery.errors import SurgeryError
-from surgery.model_record.state_dict import load_adapter_state_dict
-from surgery.model_record.verb_root import rewritten
 from surgery.peft import base_config, method_configs, prompt_configs, tasks
 from surgery.peft.base_config import *  # noqa: F403
 from surgery.peft.errors import NoMatchingPeftModuleError, PeftError, PeftWarning
@@ -24,6 +22,8 @@ from surgery.peft.model import LoadResult, PeftModel
 from surgery.peft.prompt_configs import *  # noqa: F403
 from surgery.peft.tasks import *  # noqa: F403
 from surgery.peft_format.writing import from_peft, to_peft
+from surgery.rewritten_model.state_dict import load_adapter_state_dict
+from surgery.rewritten_model.verb_root import rewritten
 from surgery.state.adapter_naming import adapter_names
 
 __all__ = [

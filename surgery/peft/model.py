@@ -18,7 +18,6 @@ import surgery
 from surgery.errors import SurgeryError, SurgeryWarning
 from surgery.lifecycle.switching import set_trained
 from surgery.merging.merge import ensure_unmerged
-from surgery.model_record.verb_root import rewritten, root_of
 from surgery.patterns.wrappers import unwrap
 from surgery.peft.add_idle import new_adapters_idle
 from surgery.peft.base_config import PeftConfig
@@ -26,6 +25,7 @@ from surgery.peft.defaults import with_defaults
 from surgery.peft.facade import Facade, facade, whole
 from surgery.peft_format.methods import rules_by
 from surgery.peft_format.writing import to_peft
+from surgery.rewritten_model.verb_root import rewritten, root_of
 from surgery.state.adapter_naming import adapter_names as named
 from surgery.state.in_use import check_free
 from surgery.state.records import merged_adapters, model_state

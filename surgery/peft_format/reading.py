@@ -10,6 +10,7 @@ from torch import nn
 
 from surgery.adapter_files.entry import Entry
 from surgery.adapter_files.tensor_files import TensorFile
+from surgery.authoring.planned_rule import PlannedRule
 from surgery.authoring.rule import Rule
 from surgery.errors import SurgeryError
 from surgery.peft_format.adapter_config import PeftConfig
@@ -19,7 +20,6 @@ from surgery.peft_format.keys import at_model_paths, keys_of
 from surgery.peft_format.methods import PeftPlace, absolute, is_main, method_of, part_of, read_rules
 from surgery.peft_format.targets import Modules
 from surgery.planning.plan import Plan
-from surgery.weaving.rewrite_recording import PlannedRule
 
 __all__ = ["PeftAdapter", "read"]
 

@@ -11,15 +11,15 @@ from surgery.adapter_files.entry import Entry
 from surgery.authoring.equal_rules import ByRule
 from surgery.authoring.rule import Rule
 from surgery.errors import LoadError, SurgeryError
-from surgery.lifecycle.simplify import fold_sites
-from surgery.model_record.state_dict import adapter_state_dict
-from surgery.model_record.verb_root import rewritten
 from surgery.patterns.module_class import class_of
 from surgery.patterns.module_walk import RESERVED
 from surgery.peft_format.adapter_config import SILENT
 from surgery.peft_format.base_embeddings import Save, embedding_tensors
 from surgery.peft_format.methods import PeftMethod, PeftPlace, absolute, is_main, method_of, part_of, unsupported
 from surgery.peft_format.targets import Modules, chosen_by
+from surgery.rewritten_model.folded_values import fold_sites
+from surgery.rewritten_model.state_dict import adapter_state_dict
+from surgery.rewritten_model.verb_root import rewritten
 from surgery.state.adapter_naming import adapter_names
 from surgery.state.adapter_tensors import whole
 from surgery.state.records import sites

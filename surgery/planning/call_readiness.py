@@ -16,6 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from surgery.authoring.planned_rule import PlannedRule
 from surgery.errors import SurgeryError
 from surgery.forward.own_forward import own_forward
 from surgery.state.records import site_state
@@ -24,7 +25,6 @@ from surgery.tracing.example_call import Observation, copied
 from surgery.tracing.traced_forward import known_forwards, trace_anew
 from surgery.transaction.neutral_context import ambient
 from surgery.weaving.call_variants import leaves_of, make_ready
-from surgery.weaving.rewrite_recording import PlannedRule
 
 __all__ = ["Readiness", "trace_graphs", "prepare_sites"]
 

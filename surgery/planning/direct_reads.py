@@ -16,8 +16,8 @@ from typing import Any, NamedTuple
 
 from torch import nn
 
+from surgery.errors import qualified_name
 from surgery.patterns.module_walk import base_modules
-from surgery.patterns.pattern import qualified_name
 from surgery.patterns.wrappers import submodule, unwrap
 from surgery.planning.class_leads import MODULE_METHODS, inherited, leads_of, lookup
 from surgery.planning.settled_branches import is_reachable

@@ -8,7 +8,7 @@ from typing import Any
 from torch import nn
 
 from surgery.errors import SurgeryError, abbreviate
-from surgery.model_record.verb_root import records_in, rewritten
+from surgery.rewritten_model.verb_root import records_in, rewritten
 from surgery.state.adapter_naming import name_problem
 from surgery.state.records import model_state, sites
 from surgery.transaction.gradient_flags import lazy_in

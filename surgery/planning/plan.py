@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import nn
 
+from surgery.authoring.planned_rule import PlannedRule
 from surgery.authoring.rule import Rule
 from surgery.errors import PlanError, SurgeryError, abbreviate, collapse_similar
 from surgery.patterns.wrappers import submodule
@@ -18,7 +19,6 @@ from surgery.state.adapter_tensors import is_adapter_key
 from surgery.state.records import model_state
 from surgery.text_table import table
 from surgery.tracing.example_call import Observation, copied, observe
-from surgery.weaving.rewrite_recording import PlannedRule
 
 __all__ = ["Plan"]
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from surgery.authoring.planned_rule import PlannedRule
 from surgery.errors import MatchError, SurgeryError
 from surgery.forward.tape import Layer
 from surgery.forward.tape_steps import NOTHING
@@ -13,7 +14,6 @@ from surgery.planning.example_check import repeated_write, verify_graph
 from surgery.planning.plan import Plan
 from surgery.state.records import site_state
 from surgery.tracing.example_call import observe
-from surgery.weaving.rewrite_recording import PlannedRule
 
 __all__ = ["check_examples"]
 

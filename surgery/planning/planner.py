@@ -13,6 +13,7 @@ from typing import Any
 from torch import nn
 
 from surgery.authoring.hook_call import HookCall
+from surgery.authoring.planned_rule import PlannedRule
 from surgery.authoring.rule import Rule
 from surgery.authoring.rule_arguments import model_problem, rules_in
 from surgery.errors import MatchError, RuleError, SiteError, SurgeryError, collapse_similar
@@ -31,7 +32,7 @@ from surgery.state.running_statistics import moving, moving_modules
 from surgery.tracing.example_call import examples_in
 from surgery.weaving.class_objections import reason_against
 from surgery.weaving.conflicts import clashes
-from surgery.weaving.rewrite_recording import PassedOver, PlannedRule, Recording, recorded
+from surgery.weaving.rewrite_recording import PassedOver, Recording, recorded
 
 __all__ = ["make_plan", "with_companions"]
 

@@ -10,9 +10,9 @@ from typing import Any, cast
 from torch import nn
 
 from surgery.authoring.hook_call import HookCall
+from surgery.authoring.planned_rule import PlannedRule
 from surgery.authoring.rule import Rule
 from surgery.errors import abbreviate
-from surgery.weaving.rewrite_recording import PlannedRule
 
 __all__ = ["rank_notes", "rank_warnings"]
 

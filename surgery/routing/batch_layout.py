@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from surgery.arithmetic.complex_numbers import is_number
+from surgery.complex_numbers import is_number
 from surgery.errors import SurgeryError
 from surgery.routing.thread_state import paused
 from surgery.state.records import site_state

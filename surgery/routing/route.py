@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from torch import nn
 
 from surgery.errors import SurgeryError
-from surgery.model_record.verb_root import rewritten
+from surgery.rewritten_model.verb_root import rewritten
 from surgery.routing.routed_classes import RoutedModel, lock, routed_models
 from surgery.routing.routing_block import RoutingBlock
 from surgery.routing.thread_state import thread_routing

@@ -14,11 +14,11 @@ from surgery.adapter_files.tensor_files import open_tensors
 from surgery.errors import SurgeryError, SurgeryWarning
 from surgery.patterns.module_walk import base_modules
 from surgery.patterns.wrappers import plain_name
+from surgery.rewritten_model.save_pretrained import adapter_keys, kept_names
 from surgery.state.adapter_tensors import first_process, whole
 from surgery.state.records import base_parameters
 from surgery.storage.hub_upload import card_of, upload
 from surgery.storage.save import save_adapter
-from surgery.transformers_hooks.save_pretrained import adapter_keys, kept_names
 
 __all__ = ["save_folder", "save_trained", "write_adapters"]
 

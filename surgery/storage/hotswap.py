@@ -14,18 +14,19 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from surgery.adapter_files.entry import Entry, tensor_key
+from surgery.adapter_files.entry import Entry
 from surgery.adapter_files.tensor_files import TensorFile
-from surgery.arithmetic.sharded_tensors import is_flattened, put
 from surgery.authoring.hook_call import HookCall
 from surgery.authoring.live_site import LiveSite
+from surgery.authoring.planned_rule import PlannedRule
 from surgery.authoring.rule import Rule
 from surgery.errors import LoadError, RuleError, SiteError, SurgeryError, SurgeryWarning
 from surgery.forward.parameter_view import tensor_at
 from surgery.forward.tape import Layer
-from surgery.model_record.state_dict import rules_of
-from surgery.model_record.verb_root import rewritten
-from surgery.patterns.module_walk import RESERVED
+from surgery.patterns.module_walk import RESERVED, tensor_key
+from surgery.rewritten_model.state_dict import rules_of
+from surgery.rewritten_model.verb_root import rewritten
+from surgery.sharded_tensors import is_flattened, put
 from surgery.state.fingerprint import differences
 from surgery.state.in_use import check_free
 from surgery.state.record_undo import keep_site
@@ -37,7 +38,6 @@ from surgery.storage.stored_adapter import Stored, stored_adapter
 from surgery.storage.vocabulary import other_vocabulary, sizes_wanted
 from surgery.transaction.neutral_context import verb
 from surgery.transaction.undo_log import Journal
-from surgery.weaving.rewrite_recording import PlannedRule
 from surgery.weaving.site_class import install_live
 
 __all__ = ["SwapReport", "hotswap", "pad_rank"]

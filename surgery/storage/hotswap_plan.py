@@ -11,11 +11,12 @@ from torch import Tensor, nn
 
 from surgery.adapter_files.entry import Entry
 from surgery.adapter_files.tensor_files import TensorFile
-from surgery.arithmetic.complex_numbers import is_number
 from surgery.authoring.hook_call import HookCall
 from surgery.authoring.live_site import LiveSite
+from surgery.authoring.planned_rule import PlannedRule
 from surgery.authoring.rule import Rule
 from surgery.authoring.site import ParamSpec
+from surgery.complex_numbers import is_number
 from surgery.errors import MatchError, RuleError, SiteError, SurgeryError
 from surgery.forward.own_forward import own_forward
 from surgery.forward.parameter_view import tensor_at
@@ -25,7 +26,7 @@ from surgery.planning.planner import with_companions
 from surgery.state.adapter_naming import adapter_names
 from surgery.state.adapter_tensors import tensors_of
 from surgery.state.records import Applied, ModelState, site_state, sites
-from surgery.weaving.rewrite_recording import PassedOver, PlannedRule, layer_of, recorded
+from surgery.weaving.rewrite_recording import PassedOver, layer_of, recorded
 
 __all__ = ["Living", "Making", "incoming", "living", "placed", "step_for"]
 

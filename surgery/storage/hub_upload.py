@@ -12,8 +12,8 @@ from torch import nn
 
 from surgery.adapter_files.entry import PEFT
 from surgery.adapter_files.hub_download import hub_error
-from surgery.model_record.state_dict import rules_of
-from surgery.model_record.verb_root import rewritten
+from surgery.rewritten_model.state_dict import rules_of
+from surgery.rewritten_model.verb_root import rewritten
 from surgery.state.adapter_tensors import tensors_of
 from surgery.state.records import sites
 from surgery.storage.save import save_adapter

@@ -11,16 +11,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from surgery.adapter_files.entry import Entry, as_it_is, tensor_key
+from surgery.adapter_files.entry import Entry, as_it_is
 from surgery.adapter_files.tensor_files import TensorFile
-from surgery.arithmetic.complex_numbers import is_number
 from surgery.authoring.live_site import LiveSite
+from surgery.authoring.planned_rule import PlannedRule
 from surgery.authoring.rule import Rule
 from surgery.authoring.site import ParamSpec
+from surgery.complex_numbers import is_number
 from surgery.errors import LoadError, RuleError, SurgeryError, SurgeryWarning
 from surgery.forward.parameter_view import tensor_at
 from surgery.lifecycle.insertion import InitialValue, install_plan
-from surgery.patterns.module_walk import RESERVED
+from surgery.patterns.module_walk import RESERVED, tensor_key
 from surgery.patterns.wrappers import unwrap
 from surgery.planning.plan import Plan
 from surgery.planning.planner import make_plan
@@ -31,7 +32,6 @@ from surgery.storage.model_origin import other_model
 from surgery.storage.stored_adapter import Stored, stored_adapter
 from surgery.storage.vocabulary import other_vocabulary, resized, sizes_wanted
 from surgery.transaction.neutral_context import verb
-from surgery.weaving.rewrite_recording import PlannedRule
 
 __all__ = ["load_adapter"]
 

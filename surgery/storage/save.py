@@ -15,9 +15,9 @@ from surgery.adapter_files import tensor_files
 from surgery.adapter_files.entry import NAME, OLD, PEFT, SURGERY, VERSION
 from surgery.adapter_files.process_group import writing
 from surgery.errors import SurgeryError
-from surgery.model_record.state_dict import adapter_state_dict
-from surgery.model_record.verb_root import rewritten
 from surgery.peft_format.writing import to_peft
+from surgery.rewritten_model.state_dict import adapter_state_dict
+from surgery.rewritten_model.verb_root import rewritten
 from surgery.state.absent_values import without_values
 from surgery.state.adapter_naming import adapter_names
 from surgery.state.adapter_tensors import tensors_of, whole

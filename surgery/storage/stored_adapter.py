@@ -9,17 +9,17 @@ from typing import Any
 
 from torch import nn
 
-from surgery.adapter_files.entry import BARE, NAME, OLD, PEFT, SURGERY, VERSION, Entry, names_in, tensor_key
+from surgery.adapter_files.entry import BARE, NAME, OLD, PEFT, SURGERY, VERSION, Entry, names_in
 from surgery.adapter_files.hub_download import download
 from surgery.adapter_files.plain_json import parse_json, read_json
 from surgery.adapter_files.tensor_files import TensorFile, open_tensors, put_away
+from surgery.authoring.planned_rule import PlannedRule
 from surgery.authoring.rule import Rule
 from surgery.errors import LoadError, RuleError, SurgeryError
-from surgery.patterns.module_walk import RESERVED
+from surgery.patterns.module_walk import RESERVED, tensor_key
 from surgery.peft_format.reading import read
 from surgery.planning.plan import Plan
 from surgery.storage.model_origin import origin_of
-from surgery.weaving.rewrite_recording import PlannedRule
 
 __all__ = ["Stored", "stored_adapter"]
 

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from torch import fx, nn
 
-from surgery.errors import SurgeryError
-from surgery.patterns.pattern import Pattern, qualified_name
+from surgery.errors import SurgeryError, qualified_name
+from surgery.patterns.pattern import Pattern
 from surgery.structures.equivalent_ops import EXPANDED, GATHERED, Meaning, expand, gather
 from surgery.structures.expression import ANY, Expression, variable
 from surgery.structures.op_aliases import PASSING, Dim, Implied, LayerTensor, NodeName, canonicalise, flatten

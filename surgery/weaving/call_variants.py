@@ -20,6 +20,7 @@ from weakref import WeakValueDictionary
 import torch
 from torch import fx, nn
 
+from surgery.authoring.planned_rule import PlannedRule
 from surgery.authoring.site_facts import THROUGH
 from surgery.errors import SiteError, SurgeryError, SurgeryWarning, TraceError
 from surgery.forward.own_forward import OwnForward, own_forward, signature_of
@@ -32,7 +33,7 @@ from surgery.tracing.decisions import Otherwise
 from surgery.tracing.traced_forward import TracedForward, known_forwards, trace_anew
 from surgery.weaving.forward_source import body_of, signature_source
 from surgery.weaving.generated_class import Recipe, class_from, told
-from surgery.weaving.rewrite_recording import PassedOver, PlannedRule, layer_of, recorded
+from surgery.weaving.rewrite_recording import PassedOver, layer_of, recorded
 from surgery.weaving.weave import woven_held
 
 __all__ = [

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from surgery.arithmetic.sharded_tensors import sharding_of
-from surgery.patterns.pattern import qualified_name
+from surgery.errors import qualified_name
+from surgery.sharded_tensors import sharding_of
 from surgery.state.records import site_state
 from surgery.transaction.gradient_flags import lazy_in
 

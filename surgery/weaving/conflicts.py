@@ -8,13 +8,14 @@ from typing import Any
 
 from torch import nn
 
+from surgery.authoring.planned_rule import PlannedRule
 from surgery.errors import SiteError, SurgeryError
 from surgery.forward.own_forward import OwnForward
 from surgery.forward.tape import Tape
 from surgery.forward.tape_steps import Ref
 from surgery.patterns.module_walk import RESERVED, is_adapters
 from surgery.state.records import Applied, site_state
-from surgery.weaving.rewrite_recording import PlannedRule, layer_of
+from surgery.weaving.rewrite_recording import layer_of
 
 __all__ = ["clashes", "hidden"]
 

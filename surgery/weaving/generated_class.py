@@ -19,9 +19,9 @@ from typing import Any
 
 from torch import nn
 
-from surgery.arithmetic.sharded_tensors import refuse_split
 from surgery.forward.own_forward import OwnForward
 from surgery.forward.tape import Layer
+from surgery.sharded_tensors import refuse_split
 from surgery.state.records import site_state
 from surgery.weaving.class_objections import binds_forward
 from surgery.weaving.deferred_class import Unwritten, independent, settled, writing_forward

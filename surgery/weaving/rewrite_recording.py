@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
@@ -20,30 +18,7 @@ from surgery.forward.own_forward import OwnForward
 from surgery.forward.tape import Layer, Tape, Value, for_both_modes
 from surgery.state.records import Applied, site_state
 
-__all__ = ["PassedOver", "Recording", "PlannedRule", "layer_of", "recorded"]
-
-
-@dataclass(frozen=True)
-class PlannedRule:
-    """One rule at one site: its edits and the tensors it asks for."""
-
-    rule: Rule
-    path: str
-    module: nn.Module
-    aliases: tuple[str, ...]
-    own: OwnForward
-    tape: Tape
-    specs: tuple[ParamSpec, ...]
-    inside: bool = False
-    facts: dict[str, Any] = field(default_factory=dict)
-
-    @property
-    def added(self) -> int:
-        return sum(math.prod(spec.shape) for spec in self.specs)
-
-    @property
-    def trainable(self) -> int:
-        return sum(math.prod(spec.shape) for spec in self.specs if spec.trainable)
+__all__ = ["PassedOver", "Recording", "layer_of", "recorded"]
 
 
 class Recording(NamedTuple):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import operator
 from typing import Any
 
-from surgery.arithmetic.complex_numbers import is_number
+from surgery.complex_numbers import is_number
 from surgery.errors import SiteError
 from surgery.forward.context_regions import Inside
 from surgery.forward.graph_functions import detached, in_dtype, same_dtype, weighted

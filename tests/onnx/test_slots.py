@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from surgery import SurgeryError, activate, adapter_state_dict, apply_rules, load_adapter, using
-from surgery.model_record.state_dict import load_adapter_state_dict
 from surgery.onnx.checking.adapter_transfer import export_adapter, import_adapter
+from surgery.rewritten_model.state_dict import load_adapter_state_dict
 from surgery.rules import (
     BiasRule,
     BottleneckRule,

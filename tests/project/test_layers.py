@@ -41,8 +41,9 @@ ORDER: dict[str, int] = {
     name: place
     for place, name in enumerate(
         (
-            *("errors", "text_table", "transaction", "arithmetic", "patterns", "forward", "tracing", "structures"),
-            *("authoring", "state", "weaving", "model_record", "transformers_hooks", "planning", "merging"),
+            *("errors", "text_table", "complex_numbers", "sharded_tensors", "transaction"),
+            *("arithmetic", "patterns", "forward", "tracing", "structures"),
+            *("authoring", "state", "weaving", "rewritten_model", "planning", "merging"),
             *("lifecycle", "inspection", "routing", "adapter_files", "peft_format", "storage", "trainer", "testing"),
             *("peft", "onnx.runtime", "onnx.conversion", "onnx.calls", "onnx.graph", "onnx.checking", "onnx.export"),
             *("rules._shared", "rules._linear", "rules._virtual_tokens", "rules._attention", "rules.slots"),

@@ -67,7 +67,7 @@ def arrows() -> nx.DiGraph:
 def picture() -> str:
     """The packages as a Mermaid flowchart, top down; an arrow that others imply is left out."""
     graph = arrows()
-    graph.remove_nodes_from(["errors", "text_table", "testing"])
+    graph.remove_nodes_from([*(file.stem for file in (ROOT / "surgery").glob("*.py")), "transaction"])
     lines = ["```mermaid", "flowchart TD"]
     lines += [f"    {here} --> {there}" for here, there in sorted(nx.transitive_reduction(graph).edges)]
     return "\n".join([*lines, "```", ""])

@@ -7,9 +7,9 @@ from typing import Any
 from torch import nn
 
 from surgery.errors import SurgeryError
-from surgery.model_record.verb_root import check_all_present, records_in, root_of
 from surgery.onnx.calls.shared_copy import sharing_copy
 from surgery.patterns.wrappers import submodule, unwrap
+from surgery.rewritten_model.verb_root import check_all_present, records_in, root_of
 from surgery.state.records import _MODEL, ModelState, model_state, sites
 
 __all__ = ["check_names", "rooted"]

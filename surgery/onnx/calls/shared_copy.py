@@ -13,8 +13,8 @@ from surgery.errors import SurgeryError
 from surgery.lifecycle.remove import remove
 from surgery.lifecycle.switching import switch, weights_now
 from surgery.merging.merge import ensure_unmerged
-from surgery.model_record.verb_root import records_in
 from surgery.onnx.calls.sliding_windows import whole_windows
+from surgery.rewritten_model.verb_root import records_in
 from surgery.state.records import _MODEL, _SITE, Sites, model_state, sites
 
 __all__ = ["changing", "leave_live", "sharing_copy", "traced_path"]

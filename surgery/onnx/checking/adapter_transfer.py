@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from surgery.adapter_files.entry import Entry, tensor_key
+from surgery.adapter_files.entry import Entry
 from surgery.adapter_files.tensor_files import TensorFile
 from surgery.authoring.hook_call import HookCall
 from surgery.authoring.rule import Rule
@@ -20,6 +20,7 @@ from surgery.onnx.graph.slot_insertion import slot_tensors
 from surgery.onnx.graph.slot_layout import exactly
 from surgery.onnx.runtime.adapter_file import read_adapter, write_adapter
 from surgery.onnx.runtime.manifest import Manifest
+from surgery.patterns.module_walk import tensor_key
 from surgery.state.fingerprint import differences
 from surgery.storage.stored_adapter import Stored
 

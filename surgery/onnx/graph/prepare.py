@@ -13,12 +13,12 @@ from surgery.authoring.rule import Rule
 from surgery.errors import SurgeryError, abbreviate
 from surgery.lifecycle.activation import active
 from surgery.merging.merge import merge
-from surgery.model_record.verb_root import records_in, root_of
 from surgery.onnx.calls.example import ExampleCall
 from surgery.onnx.calls.shared_copy import leave_live, sharing_copy
 from surgery.onnx.graph.slot_insertion import SlotSite, factors, lift, put_slots, slot_sites
 from surgery.onnx.graph.trace_program import Lifted
 from surgery.patterns.module_walk import base_modules
+from surgery.rewritten_model.verb_root import records_in, root_of
 from surgery.state.adapter_naming import adapter_names
 from surgery.state.records import merged_adapters, model_state, require_state, sites
 from surgery.state.running_statistics import moved

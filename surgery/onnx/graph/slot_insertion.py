@@ -22,13 +22,13 @@ from surgery.lifecycle.activation import activate
 from surgery.lifecycle.insertion import install_plan
 from surgery.lifecycle.remove import remove
 from surgery.merging.merge import ensure_unmerged
-from surgery.model_record.state_dict import adapter_state_dict, load_adapter_state_dict
 from surgery.onnx.calls.example import ExampleCall
 from surgery.onnx.calls.shared_copy import changing
 from surgery.onnx.graph.slot_layout import Left, arranged, exactly
 from surgery.onnx.graph.trace_program import Lifted
 from surgery.patterns.module_walk import RESERVED
 from surgery.planning.planner import make_plan
+from surgery.rewritten_model.state_dict import adapter_state_dict, load_adapter_state_dict
 from surgery.state.adapter_naming import adapter_names
 from surgery.state.adapter_tensors import tensors_of
 from surgery.state.records import ModelState, SiteState, model_state, require_state, sites

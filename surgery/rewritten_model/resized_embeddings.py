@@ -17,9 +17,9 @@ from surgery.errors import SurgeryError
 from surgery.forward.own_forward import own_forward
 from surgery.forward.parameter_view import tensor_at
 from surgery.forward.tape import Layer
-from surgery.model_record.moved_sites import move_record
-from surgery.model_record.verb_root import rewritten
 from surgery.patterns.module_walk import RESERVED
+from surgery.rewritten_model.moved_sites import move_record
+from surgery.rewritten_model.verb_root import rewritten
 from surgery.state.adapter_tensors import box_of, tensors_of
 from surgery.state.in_use import check_free
 from surgery.state.records import Applied, SiteState, model_state, site_state

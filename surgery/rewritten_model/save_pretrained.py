@@ -1,6 +1,6 @@
 """Replaces `model.save_pretrained` while the model has adapters, so that it never skips them silently.
 
-transformers' own method writes only the base (`surgery.transformers_hooks.adapter_hooks` lists the excluded keys). A
+transformers' own method writes only the base (`surgery.rewritten_model.transformers_hooks` lists the excluded keys). A
 `Saver`, set as an attribute of the model, wraps it. It warns of adapters that are not in the files, or, for
 `AdapterCheckpoints`, calls the model record's `adapter_writer`, which writes adapters instead of the base.
 """

@@ -13,10 +13,10 @@ from torch import nn
 
 from surgery.errors import SurgeryError, abbreviate
 from surgery.merging.merge import ensure_unmerged, merge
-from surgery.model_record.verb_root import records_in, rewritten
+from surgery.rewritten_model.save_pretrained import plain_saving
+from surgery.rewritten_model.verb_root import records_in, rewritten
 from surgery.state.tied_weights import why_not_said
 from surgery.transaction.neutral_context import verb
-from surgery.transformers_hooks.save_pretrained import plain_saving
 
 __all__ = ["merge_to"]
 

@@ -12,9 +12,9 @@ from surgery.authoring.live_site import LiveSite
 from surgery.authoring.rule import Rule
 from surgery.errors import RuleError
 from surgery.forward.parameter_view import find_tensor
-from surgery.model_record.state_dict import select_adapter_tensors
-from surgery.model_record.verb_root import rewritten
 from surgery.patterns.module_walk import RESERVED
+from surgery.rewritten_model.state_dict import select_adapter_tensors
+from surgery.rewritten_model.verb_root import rewritten
 from surgery.state.adapter_naming import adapter_names
 from surgery.state.adapter_tensors import tensors_of
 from surgery.state.records import ModelState, Sites, sites

@@ -1,12 +1,12 @@
 """Adjusts a model with adapters to transformers' own code, through attributes and hooks, without importing it.
 
 - `save_pretrained` writes only the base: `_keys_to_ignore_on_save` lists the adapters' tensors. It warns of that, or
-  writes the adapters instead (`surgery.transformers_hooks.save_pretrained`).
+  writes the adapters instead (`surgery.rewritten_model.save_pretrained`).
 - Reentrant gradient checkpointing needs an input that requires gradients, and the output of a frozen embedding does
   not. transformers handles token ids, but not images and sound (ViT, Whisper). A hook on the input embeddings sets the
   flag while checkpointing is on (PEFT's enable_input_require_grads).
 - `resize_token_embeddings` replaces the embedding and the head: adapters on them are resized, too
-  (`surgery.transformers_hooks.resized_embeddings`).
+  (`surgery.rewritten_model.resized_embeddings`).
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ from torch import Tensor, nn
 
 from surgery.patterns.module_walk import base_modules
 from surgery.patterns.wrappers import submodule
+from surgery.rewritten_model.resized_embeddings import follow_resizing, leave_resizing
+from surgery.rewritten_model.save_pretrained import adapter_keys, forgive_missing, give_back, take_over
 from surgery.state.records import AdapterWriter, ModelState
 from surgery.state.site_links import there
 from surgery.transaction.undo_log import Journal
-from surgery.transformers_hooks.resized_embeddings import follow_resizing, leave_resizing
-from surgery.transformers_hooks.save_pretrained import adapter_keys, forgive_missing, give_back, take_over
 
 __all__ = ["ignore_on_save", "keys_of", "list_on_save", "prepare", "restore", "save_adapters_alone", "unlist"]
 

@@ -7,9 +7,9 @@ from collections.abc import Iterable, Iterator
 from torch import nn
 
 from surgery.errors import SurgeryError, abbreviate
-from surgery.model_record.moved_sites import follow
 from surgery.patterns.module_walk import RESERVED, is_adapters
 from surgery.patterns.wrappers import unwrap
+from surgery.rewritten_model.moved_sites import follow
 from surgery.state.records import (
     ModelState,
     SiteState,

@@ -6,12 +6,12 @@ from collections.abc import Mapping
 
 from torch import Tensor, nn
 
-from surgery.arithmetic.sharded_tensors import is_flattened, put
 from surgery.authoring.rule import Rule
 from surgery.errors import SurgeryError, near_misses
-from surgery.model_record.verb_root import check_all_present, records_in, rewritten
 from surgery.patterns.module_walk import RESERVED
 from surgery.patterns.wrappers import select_tensors
+from surgery.rewritten_model.verb_root import check_all_present, records_in, rewritten
+from surgery.sharded_tensors import is_flattened, put
 from surgery.state.adapter_naming import adapter_names
 from surgery.state.adapter_tensors import base_alone, is_adapter_key, tensors_of
 from surgery.state.records import Sites, sites

@@ -1,1 +1,0 @@
-"""Finds a model's record, where each verb begins, and gives state dicts by adapter."""

@@ -1,1 +1,0 @@
-"""What transformers' own code expects of a model that carries adapters."""
