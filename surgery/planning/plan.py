@@ -79,7 +79,7 @@ class Plan:
     @property
     def frozen_by(self) -> list[str]:
         """The adapters on the model that freeze the base."""
-        state = model_state(self.model)
+        state = model_state(self.model) if isinstance(self.model, nn.Module) else None
         return state.freezing if state is not None else []
 
     @property

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Iterator
 
 from torch import nn
 
+from surgery.authoring.rule_arguments import model_problem
 from surgery.errors import SurgeryError, abbreviate
 from surgery.patterns.module_walk import RESERVED, is_adapters
 from surgery.patterns.wrappers import unwrap
@@ -40,6 +41,7 @@ def rewritten(model: nn.Module, *, lost: bool = False) -> tuple[nn.Module, Model
 def root_of(model: nn.Module) -> nn.Module:
     """The only module with a model record: the argument, the module that it wraps, or a module inside it."""
     root = unwrap(model)
+    check_module(model)
     if model_state(root) is not None:
         return root
     below = records_in(root)
@@ -70,11 +72,19 @@ def root_of(model: nn.Module) -> nn.Module:
     )
 
 
+def check_module(model: object) -> None:
+    """Raise `SurgeryError` if the argument of a verb is not a module."""
+    problem = model_problem(unwrap(model))
+    if problem is not None:
+        raise problem
+
+
 def records_in(model: nn.Module, *, below: bool = False, nested: bool = False) -> dict[str, nn.Module]:
     """The modules with a record in a model, by path. Records inside another rewritten module count only if `nested`.
 
     `below`: skip the record of the model itself.
     """
+    check_module(model)
     roots: dict[str, nn.Module] = {}
     seen: set[int] = set()
     waiting: list[tuple[str, nn.Module]] = [("", model)]
