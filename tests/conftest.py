@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import importlib
 import importlib.util
 import logging
@@ -14,6 +15,8 @@ from types import ModuleType
 
 import pytest
 import torch
+
+from tests.support.exporter import keep_signatures
 
 # Read by transformers when it is imported: no test asks a hub for anything.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -29,10 +32,22 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(before)
 
 
+def pytest_collection_finish() -> None:
+    """Full passes of the collector skip what was imported: going through it takes longer than most tests."""
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(10_000, 20, 20)
+
+
 @pytest.fixture(autouse=True)
 def seeds() -> None:
     random.seed(0)
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def signatures() -> None:
+    keep_signatures()
 
 
 @pytest.fixture

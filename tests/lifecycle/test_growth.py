@@ -37,6 +37,7 @@ def lines_of(work: Callable[[], Any]) -> int:
         return inside
 
     before = sys.gettrace()
+    gc.collect()
     gc.disable()  # what it would call belongs to no verb
     sys.settrace(lambda frame, *_: inside if frame.f_code.co_filename.startswith(OURS) else None)
     try:
@@ -91,6 +92,7 @@ def test_the_collector_waits_during_verbs(tmp_path: Path) -> None:
     """Its full passes go through all objects there are, so their number must not grow with the work of a verb."""
     model, passes = verbs.made(4, 2), list[int]()
     found, threshold = dict[str, int](), gc.get_threshold()
+    gc.collect()
     gc.freeze()  # passes are counted, and what is there already need not be gone through at each
 
     def noted(phase: str, info: dict[str, int]) -> None:
@@ -109,7 +111,6 @@ def test_the_collector_waits_during_verbs(tmp_path: Path) -> None:
     finally:
         gc.callbacks[:] = [callback for callback in gc.callbacks if callback is not noted]
         gc.set_threshold(*threshold)
-        gc.unfreeze()
     left = {"", "explain", "summary", "adapters", "adapter_state_dict", "base_state_dict", *TORCHS}
     assert gc.isenabled() and found["unpickle"] > 4  # that of torch's own work is seen
     assert not {verb: count for verb, count in found.items() if verb not in left and count > 4}
