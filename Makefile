@@ -11,6 +11,7 @@ CRASHES ?= 30
 FAILURES ?= 100
 PROGRAMS ?= 2000
 PROGRAMS_SEED ?= 1
+PEFT_SOURCE ?=
 
 # What `make test-fast` runs: the core of each package, and the order of their imports.
 FAST := arithmetic/test_folds.py authoring/test_rewrites.py lifecycle/test_activation.py lifecycle/test_freezing.py \
@@ -28,7 +29,7 @@ export HF_HUB_OFFLINE = 1
 export TOKENIZERS_PARALLELISM = false
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-fast families coverage lint bench docs-test gallery peers onnx onnx-families damage failures states programs rewrites crashes examples wheel-test release web web-test clean
+.PHONY: help demo test test-fast families coverage lint bench docs-test gallery peers peft-suite onnx onnx-families damage failures states programs rewrites crashes examples wheel-test release web web-test clean
 
 help: ## List the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -56,6 +57,10 @@ gallery: $(VENV)/.dev ## Draw the pictures of docs/rules.md, one a rule
 
 peers: $(VENV)/.dev ## Take PEFT's checkpoints both ways, row by row, and write the table of docs/peers.md
 	$(BIN)/python -m tests.reports.conformance $(ARGS)
+
+peft-suite: $(VENV)/.dev ## Run PEFT's own tests with PEFT and with surgery.peft; PEFT_SOURCE=folder of its source; writes docs/peers.md
+	@test -n "$(PEFT_SOURCE)" || { echo "Name a folder with PEFT's source of the installed version: PEFT_SOURCE=…" >&2; exit 1; }
+	$(BIN)/python -m tests.reports.peft_suite --source "$(PEFT_SOURCE)" --jobs $(JOBS) --page $(ARGS)
 
 onnx: $(VENV)/.dev ## Export every model of tests/support/onnx_models.py, test it, and write the table of docs/onnx.md
 	ALL_ONNX=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/onnx/test_models.py tests/onnx/test_export.py tests/onnx/test_parity.py -n $(JOBS)

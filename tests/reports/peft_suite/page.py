@@ -1,0 +1,91 @@
+"""The tables of docs/peers.md: by file, by method, and every test that differs with its reason."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Mapping
+from importlib.metadata import version
+from typing import Any
+
+from tests.reports.peft_suite import classes, run
+from tests.support import ROOT
+
+PAGE = ROOT / "docs/peers.md"
+MARKS = ("<!-- made by make peft-suite -->\n", "<!-- end of make peft-suite -->")
+COLUMNS = ("run", "passed", *classes.KINDS)
+
+
+def share(counter: Counter[str]) -> str:
+    """The part that passes, of the tests whose names the façade has and that do not look at internals."""
+    counted = counter["run"] - counter["a"] - counter["b"] - counter["skipped"]
+    return f"{100 * counter['passed'] / counted:.1f} %" if counted else "–"
+
+
+def numbers(rows: Iterable[tuple[str, Counter[str]]], first: str) -> list[str]:
+    lines = [f"| {first} | run | pass | a | b | c | d | e | share |", "|---|" + "---:|" * 8]
+    lines += [f"| {name} | {' | '.join(str(row[key]) for key in COLUMNS)} | {share(row)} |" for name, row in rows]
+    return lines
+
+
+def escape(text: str) -> str:
+    return re.sub(r"([|*_])", r"\\\1", text)
+
+
+def by_method(facade: Mapping[str, Mapping[str, Any]]) -> list[tuple[str, Counter[str]]]:
+    """The same numbers by the configuration among a test's parameters."""
+    rows: dict[str, Counter[str]] = defaultdict(Counter)
+    for test, result in facade.items():
+        failed = result["outcome"] == "failed"
+        row = rows[result.get("method") or "no configuration among the parameters"]
+        row["run"] += 1
+        row[classes.classify(test, result).kind if failed else result["outcome"]] += 1
+    return sorted(rows.items())
+
+
+def differing(facade: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """A line for each reason, with the tests that it costs."""
+    lines = ["| | reason | tests | |", "|---|---|---:|---|"]
+    for cause in classes.causes(facade):
+        functions = Counter(re.sub(r"_\d+$", "", test.rpartition("::")[2].partition("[")[0]) for test in cause.tests)
+        names = ", ".join(f"`{name}`" + (f" × {n}" if n > 1 else "") for name, n in functions.most_common())
+        lines.append(f"| {cause.verdict.kind} | {escape(cause.verdict.reason)} | {len(cause.tests)} | {names} |")
+    return lines
+
+
+def section(every: int) -> str:
+    base, facade = run.results("base"), run.results("facade")
+    facade = {test: result for test, result in facade.items() if base.get(test, {}).get("outcome") == "passed"}
+    outcomes = Counter(result["outcome"] for result in base.values())
+    files = classes.count(base, facade)
+    total = sum(files.values(), Counter[str]())
+    not_run = ", ".join(f"`{name}` ({why})" for name, why in run.NOT_RUN.items())
+    head = f"""\
+PEFT {version("peft")}: {outcomes["passed"]:,} of its tests pass with PEFT on this project's stand-in models and are run
+with the façade. With PEFT itself {outcomes["failed"]:,} fail and {outcomes["skipped"]:,} are skipped, for want of a
+hub, a GPU or a package. {outcomes["absent"]:,} tests of configurations that the façade does not have are not run. Of
+the tests that have a configuration among their parameters, the first of each function and about each {every}th other
+one is run. Files that need what a test machine may lack are not run: {not_run}.
+
+The share is of the tests in neither (a) nor (b):
+"""
+    kinds = [f"- ({kind}) {words}" for kind, words in classes.KINDS.items()]
+    tables = [
+        *numbers([*sorted((f"`{name}`", row) for name, row in files.items() if row["run"]), ("all", total)], "file"),
+        "",
+        *numbers(by_method(facade), "method"),
+        "",
+        "Every test that differs:",
+        "",
+        *differing(facade),
+    ]
+    return "\n".join([head, *kinds, "", *tables]) + "\n"
+
+
+def write(every: int) -> None:
+    """Put the section between its marks."""
+    page = PAGE.read_text(encoding="utf-8")
+    before, mark, rest = page.partition(MARKS[0])
+    if not mark:
+        raise RuntimeError(f"{PAGE} has no mark {MARKS[0]!r}")
+    PAGE.write_text(before + mark + section(every) + MARKS[1] + rest.partition(MARKS[1])[2], encoding="utf-8")

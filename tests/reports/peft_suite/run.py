@@ -1,0 +1,121 @@
+"""Run the copies of PEFT's tests, a process for each file; files that have run are not run again."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import surgery.peft
+from tests.reports.peft_suite import OUT, PACKAGE, SIDES, hub
+from tests.support import ROOT
+
+Results = dict[str, dict[str, Any]]
+
+# Files that are not run: what they need.
+NOT_RUN = {
+    "test_common_gpu.py": "a GPU",
+    "test_gpu_examples.py": "a GPU",
+    "test_gptqmodel.py": "a GPU and gptqmodel",
+    "test_lora_megatron.py": "megatron",
+    "test_stablediffusion.py": "diffusers",
+    "test_torch_compile.py": "a GPU",
+}
+
+
+def results_file(side: str) -> Path:
+    return OUT / f"{side}.jsonl"
+
+
+def lines(side: str) -> list[dict[str, Any]]:
+    path = results_file(side)
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.is_file() else []
+
+
+def results(side: str) -> Results:
+    """Test id → its result. A test that fails in its teardown has failed."""
+    by_id: Results = {}
+    for line in lines(side):
+        if "id" in line and by_id.get(line["id"], {}).get("outcome") != "failed":
+            by_id[line["id"]] = line
+    return by_id
+
+
+def files() -> list[str]:
+    """The files of tests, the longest first, as they take the longest."""
+    paths = [path for path in (OUT / "base" / PACKAGE).glob("test_*.py") if path.name not in NOT_RUN]
+    return [path.name for path in sorted(paths, key=lambda path: -path.stat().st_size)]
+
+
+def forget(side: str, drop: Callable[[dict[str, Any]], bool]) -> None:
+    """Drop results, and the marks of their files, so that these tests run again."""
+    dropped = {line["id"].partition("::")[0] for line in lines(side) if "id" in line and drop(line)}
+    kept = [
+        line
+        for line in lines(side)
+        if not ("id" in line and drop(line)) and f"{PACKAGE}/{line.get('finished')}" not in dropped
+    ]
+    new = results_file(side).with_suffix(".new")
+    new.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
+    new.replace(results_file(side))
+
+
+def forget_absent() -> None:
+    """Drop what was not run for want of a configuration that the façade has by now."""
+    forget("base", lambda line: line["outcome"] == "absent" and line["method"] in surgery.peft.__all__)
+
+
+def run_file(side: str, name: str, every: int, seconds: int) -> str:
+    """Run the tests of one file that have no result yet; with the façade, those that pass with PEFT."""
+    environment = {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join([str(ROOT), str(OUT / side)]),
+        "HF_HOME": str(hub.HOME),
+        "HF_HUB_OFFLINE": "1",
+        "TOKENIZERS_PARALLELISM": "false",
+        "OMP_NUM_THREADS": "1",
+        "PYTHONDONTWRITEBYTECODE": "1",
+        "PEFT_SUITE_SIDE": side,
+        "PEFT_SUITE_RESULTS": str(results_file(side)),
+        "PEFT_SUITE_SECONDS": str(seconds),
+        "PEFT_SUITE_EVERY": str(every),
+    }
+    if side == "facade":
+        passed = OUT / f"passed-{name}.txt"
+        start = f"{PACKAGE}/{name}::"
+        ids = [test for test, line in results("base").items() if line["outcome"] == "passed" and test.startswith(start)]
+        passed.write_text("\n".join(ids), encoding="utf-8")
+        environment["PEFT_SUITE_PASSED"] = str(passed)
+    begin = time.monotonic()
+    options = "-q --tb=short -p tests.reports.peft_suite.recorder -p no:cacheprovider -p no:warnings".split()
+    command = [sys.executable, "-m", "pytest", *options, f"{PACKAGE}/{name}"]
+    log = OUT / "logs" / side / f"{name}.log"
+    log.parent.mkdir(parents=True, exist_ok=True)
+    with log.open("w", encoding="utf-8") as file:
+        done = subprocess.run(command, cwd=OUT / side, env=environment, stdout=file, stderr=subprocess.STDOUT)
+    if done.returncode not in (0, 1, 5):  # all passed, some failed, none to run
+        return f"{side} {name}: pytest ended with {done.returncode}, see {log.relative_to(ROOT)}"
+    took = round(time.monotonic() - begin)
+    with results_file(side).open("a", encoding="utf-8") as file:
+        file.write(json.dumps({"finished": name, "every": every, "seconds": took}) + "\n")
+    return f"{side} {name}: {took} s"
+
+
+def run(side: str, names: Iterable[str], every: int, seconds: int, jobs: int) -> None:
+    """Run files of tests on one side, a few at a time."""
+    finished = {line.get("finished") for line in lines(side)}
+    waiting = [name for name in names if name not in finished]
+    with ThreadPoolExecutor(jobs) as pool:
+        for told in pool.map(lambda name: run_file(side, name, every, seconds), waiting):
+            print(told, flush=True)
+
+
+def run_all(names: Iterable[str], every: int, seconds: int, jobs: int, sides: Iterable[str] = SIDES) -> None:
+    for side in sides:
+        run(side, names, every, seconds, jobs)
