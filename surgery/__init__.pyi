@@ -25,7 +25,7 @@ from .errors import (
 from .forward.function_registries import takes_functions
 from .forward.hidden_state import hidden_of
 from .forward.parameter_view import call_own
-from .forward.tape import Value
+from .forward.values import Value
 from .inspection.coverage import Coverage, coverage
 from .inspection.show import Summary, draw, show, summary
 from .lifecycle.activation import Adapter, activate, active, adapters, deactivate, using

@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
-from surgery.forward.tape import Tape, Value
-from surgery.forward.tape_steps import Ref, refs_in, thawed
+from surgery.forward.tape import Tape
+from surgery.forward.tape_steps import Ref, refs_in, thaw
+from surgery.forward.values import Value
 from surgery.tracing.decisions import check_decision
 from surgery.transaction.user_frames import line_running
 
@@ -33,7 +34,7 @@ class TapeSamples:
         self.by_mode = False  # whether Python branched on the training flag
         self.known: dict[Ref, Any] = {}
 
-    def decided(self, value: Value, ref: Ref) -> Any:
+    def decide(self, value: Value, ref: Ref) -> Any:
         """Returns the example's value for a decision of Python, or None if it is unknown.
 
         The tape gets a check of the decision, unless the value is the same for every call.
@@ -60,7 +61,7 @@ class TapeSamples:
 
     def _run(self, ref: Ref) -> Any:
         step = self.tape.steps[int(ref.key)]
-        args, kwargs = thawed(step.args, self._sample), thawed(step.kwargs, self._sample)
+        args, kwargs = thaw(step.args, self._sample), thaw(step.kwargs, self._sample)
         if step.kind == "attribute":
             if step.target in ("device", "data", "grad", "requires_grad", "is_leaf"):
                 raise NoExample

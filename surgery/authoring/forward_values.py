@@ -12,10 +12,11 @@ from torch import Tensor, fx, nn
 from surgery.authoring.site_facts import LEFT_OUT, THROUGH
 from surgery.errors import SiteError
 from surgery.forward.function_registries import takes_functions
-from surgery.forward.function_watch import unwatched
+from surgery.forward.function_watch import pause_watch
 from surgery.forward.own_forward import OwnForward
 from surgery.forward.parameter_view import find_tensor
-from surgery.forward.tape import Tape, Value, ref_of
+from surgery.forward.tape import Tape
+from surgery.forward.values import Value, ref_of
 from surgery.structures.fx_digraph import as_digraph
 from surgery.structures.op_aliases import LayerTensor
 from surgery.structures.passed_ops import Passage, find_dropped_ops
@@ -62,7 +63,7 @@ class ForwardValues:
         """
         if self.own.graph is None:
             example = self.needed_example("one run of the forward shows its operations")
-            with unwatched(self.tape), torch.no_grad(), evaluating(self.module):  # as the example call was recorded
+            with pause_watch(self.tape), torch.no_grad(), evaluating(self.module):  # as the example call was recorded
                 self.own = trace_for_call(self.module, self.own, *example, leaves=THROUGH not in self.facts)
         self.inside = True
         assert self.own.graph is not None
@@ -158,7 +159,7 @@ class ForwardValues:
 
     def _check_overlap(self, name: str, new: Any) -> None:
         """Raise `SiteError` if two replaced matches overlap, so that the result of one would be lost."""
-        inner = self._inner.get(name, frozenset()) - self.tape.named_in(new)
+        inner = self._inner.get(name, frozenset()) - self.tape.source_nodes(new)
         both = [other for other, its in self._replaced.items() if other in inner or name in its]
         if both:
             raise SiteError(

@@ -18,14 +18,15 @@ from surgery.authoring.site_module import SiteModule, site_module
 from surgery.complex_numbers import filled_by_reals, is_number, narrow
 from surgery.errors import SiteError, near_misses
 from surgery.forward.function_registries import takes_functions
-from surgery.forward.function_watch import unwatched
+from surgery.forward.function_watch import pause_watch
 from surgery.forward.hidden_state import hidden_of, with_hidden
 from surgery.forward.own_forward import OwnForward
 from surgery.forward.packed_weights import UNPACKED, is_packed
 from surgery.forward.parameter_view import calls_inside, find_tensor, hidden_reference, make_view
-from surgery.forward.tape import Tape, Value, ref_of
+from surgery.forward.tape import Tape
 from surgery.forward.tape_steps import Ref
 from surgery.forward.unnamed_inputs import FIRST, hidden_first
+from surgery.forward.values import Value, ref_of
 from surgery.patterns.module_walk import RESERVED
 from surgery.structures.passed_ops import Passage
 from surgery.structures.structure import Structure
@@ -208,7 +209,7 @@ class Site(SiteFacts, ForwardValues):
         """Copies of the module's arguments in the example call, as (args, kwargs); None without an example."""
         if self._example is None:
             return None
-        with unwatched(self.tape):
+        with pause_watch(self.tape):
             return self._example()
 
     @property
@@ -251,7 +252,7 @@ class Site(SiteFacts, ForwardValues):
             find: Returns the fact: plain data.
         """
         if name not in self.facts:
-            with unwatched(self.tape):
+            with pause_watch(self.tape):
                 self.facts[name] = find()
         return self.facts[name]
 
@@ -272,12 +273,12 @@ class Site(SiteFacts, ForwardValues):
         """
         module = self.module if module is None else module
         base = getattr(module, "_surgery_base", type(module))
-        with unwatched(self.tape):
+        with pause_watch(self.tape):
             return call(make_view(module, base, {}) if type(module) is not base else module, inputs)
 
     def calls_inside(self, args: tuple, kwargs: Mapping[str, Any]) -> list[tuple[Any, tuple, dict[str, Any]]]:
         """Run the module's own forward and return its calls of functions from registries: (function, args, kwargs)."""
-        with unwatched(self.tape), torch.random.fork_rng():  # planning must not advance the random state
+        with pause_watch(self.tape), torch.random.fork_rng():  # planning must not advance the random state
             return calls_inside(self.module, args, kwargs)
 
     def shape_of(self, name: str) -> tuple[int, ...] | None:

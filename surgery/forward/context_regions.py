@@ -84,17 +84,17 @@ class Block:
 
     def __init__(self) -> None:
         self.gradients, self.inference = torch.is_grad_enabled(), torch.is_inference_mode_enabled()
-        self.autocast, self.nesting, self.others = _autocast(), _nesting(), _others()
+        self.autocast, self.nesting, self.other_settings = _autocast(), _nesting(), _other_settings()
         self.enabled = False  # inside `torch.enable_grad()`, which has no effect while gradients are on
 
-    def seen(self, enabled: bool) -> None:
+    def note_gradient_mode(self, enabled: bool) -> None:
         """Note that the gradient mode is set, which happens when a block is entered or left."""
         if enabled == self.gradients == torch.is_grad_enabled():
             self.enabled = not self.enabled
 
     @property
     def region(self) -> Region | None:
-        if _others() != self.others:
+        if _other_settings() != self.other_settings:
             raise SiteError(
                 "a rewrite computes inside a block whose setting can't be recorded",
                 why="only torch.no_grad, enable_grad, inference_mode and autocast can be recorded",
@@ -122,7 +122,7 @@ def _autocast() -> tuple[tuple[str, str], ...]:
     return tuple([(device, dtype(device)) for device in _DEVICES])
 
 
-def _others() -> tuple[Any, ...]:
+def _other_settings() -> tuple[Any, ...]:
     """Returns further settings that blocks may change for the operations inside."""
     cuda, autograd = torch.backends.cuda, vars(torch._C)["_autograd"]
     hooks = getattr(autograd, "_top_saved_tensors_default_hooks", lambda _: None)

@@ -18,14 +18,14 @@ __all__ = ["takes_functions", "with_leaves"]
 Call = Callable[[Any, tuple, dict[str, Any]], Any]
 
 
-def with_leaves(function: Any, call: Call, seen: frozenset[int] = frozenset()) -> Any:
+def with_leaves(function: Any, call: Call, visited: frozenset[int] = frozenset()) -> Any:
     """Copy a function so that functions from its registries run through `call`. Closures of decorators are followed."""
-    if not isinstance(function, types.FunctionType) or id(function) in seen:
+    if not isinstance(function, types.FunctionType) or id(function) in visited:
         return function
     space = function.__globals__
     names = [name for name in function.__code__.co_names if name in space and _is_registry(space[name])]
     cells = function.__closure__ or ()
-    inner = tuple(_cell(cell, call, seen | {id(function)}) for cell in cells)
+    inner = tuple(_cell(cell, call, visited | {id(function)}) for cell in cells)
     if not names and all(old is new for old, new in zip(cells, inner, strict=True)):
         return function
     if names:
@@ -53,12 +53,12 @@ def takes_functions(module: nn.Module) -> bool:
     return with_leaves(forward, lambda function, args, kwargs: None) is not forward
 
 
-def _cell(cell: Any, call: Call, seen: frozenset[int]) -> Any:
+def _cell(cell: Any, call: Call, visited: frozenset[int]) -> Any:
     try:
         content = cell.cell_contents
     except ValueError:  # the cell is still empty
         return cell
-    wrapped = with_leaves(content, call, seen)
+    wrapped = with_leaves(content, call, visited)
     return cell if wrapped is content else types.CellType(wrapped)
 
 

@@ -1,7 +1,7 @@
-"""A watch on the code of a rewrite: torch functions without a value among their arguments, and blocks around lines.
+"""Watches the code of a rewrite: torch functions without a value among their arguments, and blocks around lines.
 
-What such a function makes is an ordinary tensor, for a rule may only want a starting value for `Site.param`. The watch
-knows how it was made; once it meets a value, the calls that made it become steps of the tape.
+Such a function returns an ordinary tensor, because a rule may need only an initial value for `Site.param`. The watch
+remembers the calls that created the tensor. Once the tensor meets a value, these calls become steps of the tape.
 """
 
 from __future__ import annotations
@@ -18,17 +18,18 @@ from torch.overrides import TorchFunctionMode
 from surgery.errors import SiteError
 from surgery.forward.context_regions import Block, Region
 from surgery.forward.side_effects import draws
-from surgery.forward.tape import OPERATORS, Tape, Value, tape_of
+from surgery.forward.tape import Tape
+from surgery.forward.values import OPERATORS, Value, tape_of
 
-__all__ = ["FunctionWatch", "unwatched"]
+__all__ = ["FunctionWatch", "pause_watch"]
 
 
 class _TorchCall:
-    """A call without a value among its arguments. `made`: its tensors; `value`: what stands for its result."""
+    """A call without a value among its arguments. `value`: its result on the tape, once the call is a step."""
 
     def __init__(self, function: Any, args: tuple, kwargs: dict[str, Any], region: Region | None, result: Any):
         self.function, self.args, self.kwargs, self.region = function, args, kwargs, region
-        self.result = result  # kept, so that an id belongs to one tensor
+        self.result = result  # kept alive, so that no other tensor gets the same id
         self.value: Value | None = None
 
     def tensors(self) -> Iterator[Tensor]:
@@ -36,33 +37,33 @@ class _TorchCall:
 
 
 class FunctionWatch(TorchFunctionMode):
-    """Sees what torch functions a rewrite calls; `Tape.watched` while it does."""
+    """Sees the torch functions that a rewrite calls. It is the tape's `watched` while the rewrite runs."""
 
     def __init__(self, tape: Tape):
         super().__init__()
         self.tape = tape
         self.block = Block()
         self.calls: list[_TorchCall] = []
-        self.known: set[int] = set()  # ids of tensors that calls made
+        self.traced_ids: set[int] = set()  # ids of the tensors that `calls` created
         self.seed, self.random = torch.initial_seed(), torch.random.get_rng_state()
-        self.away = 0
-        self.making = False
+        self.pauses = 0  # how many `pause_watch` blocks are open
+        self.writing_steps = False
 
     @property
     def region(self) -> Region | None:
         return self.block.region
 
     def __enter__(self) -> FunctionWatch:
-        self.tape.watched = self
+        self.tape.watch = self
         return super().__enter__()
 
     def __exit__(self, *error: Any) -> None:
-        self.tape.watched = None
+        self.tape.watch = None
         super().__exit__(*error)
         self.calls.clear()
         seeded = torch.initial_seed() != self.seed
         with torch._C.DisableTorchFunction():
-            torch.random.set_rng_state(self.random)  # planning draws nothing
+            torch.random.set_rng_state(self.random)  # planning must not advance the random state
         if seeded and error[0] is None:
             raise SiteError(
                 "a rewrite seeds torch's random numbers",
@@ -73,60 +74,63 @@ class FunctionWatch(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         kwargs = kwargs or {}
-        if self.away:
+        if self.pauses:
             return func(*args, **kwargs)
         if tape_of((args, kwargs)) is not None:
             return Value.__torch_function__(func, types, args, kwargs)
         if func is torch._C._set_grad_enabled:
-            self.block.seen(args[0])
+            self.block.note_gradient_mode(args[0])
             return func(*args, **kwargs)
         if draws("call_function", func, args, kwargs):
-            with torch.random.fork_rng(devices=[]):  # planning draws nothing
+            with torch.random.fork_rng(devices=[]):  # planning must not advance the random state
                 result = func(*args, **kwargs)
         else:
             result = func(*args, **kwargs)
-        given = [id(tensor) for tensor in _tensors((args, kwargs))]
-        if not given and any(True for _ in _tensors(result)) or any(tensor in self.known for tensor in given):
+        operand_ids = [id(tensor) for tensor in _tensors((args, kwargs))]
+        creates = not operand_ids and any(True for _ in _tensors(result))
+        if creates or any(operand in self.traced_ids for operand in operand_ids):
             self.calls.append(_TorchCall(func, args, kwargs, self.region, result))
-            self.known.update(id(tensor) for tensor in _tensors(result))
+            self.traced_ids.update(id(tensor) for tensor in _tensors(result))
         return result
 
-    def made(self, tensor: Tensor) -> Value | None:
-        """A tensor as a value of the tape: the calls that made it, and those that wrote to it, become steps."""
-        if id(tensor) not in self.known:
+    def value_of(self, tensor: Tensor) -> Value | None:
+        """Returns a tensor as a value of the tape. The calls that created it or wrote to it become steps."""
+        if id(tensor) not in self.traced_ids:
             return None
-        if not self.making:
-            self.making = True
+        if not self.writing_steps:
+            self.writing_steps = True
             try:
-                for call in self._related(tensor):
+                for call in self._related_calls(tensor):
                     if call.value is None:
-                        call.value = self._step(call)
+                        call.value = self._write_step(call)
             finally:
-                self.making = False
-        return self._standing(tensor)
+                self.writing_steps = False
+        return self._result_value(tensor)
 
-    def _step(self, call: _TorchCall) -> Value:
+    def _write_step(self, call: _TorchCall) -> Value:
         name = getattr(call.function, "__name__", "")
         if name == "__get__":
             return self.tape.call("function", getattr, (call.args[0], call.function.__self__.__name__), {}, call.region)
         function = OPERATORS.get(name, call.function)
         return self.tape.call("function", function, call.args, call.kwargs, call.region)
 
-    def _related(self, tensor: Tensor) -> list[_TorchCall]:
-        """The calls that have to do with a tensor, in the order in which they were made."""
+    def _related_calls(self, tensor: Tensor) -> list[_TorchCall]:
+        """Returns the calls that read or return a tensor, or any tensor related to it, in their order."""
         ids, related = {id(tensor)}, set[int]()
         while True:
             more = [
                 index
                 for index, call in enumerate(self.calls)
-                if index not in related and any(id(one) in ids for one in call.tensors())
+                if index not in related and any(id(operand) in ids for operand in call.tensors())
             ]
             if not more:
                 return [self.calls[index] for index in sorted(related)]
             related.update(more)
-            ids.update(id(one) for index in more for one in self.calls[index].tensors() if id(one) in self.known)
+            operands = (operand for index in more for operand in self.calls[index].tensors())
+            ids.update(id(operand) for operand in operands if id(operand) in self.traced_ids)
 
-    def _standing(self, tensor: Tensor) -> Value | None:
+    def _result_value(self, tensor: Tensor) -> Value | None:
+        """Returns the value of the call that returned this tensor; None if no step returns it."""
         for call in self.calls:
             if call.value is None:
                 continue
@@ -140,17 +144,17 @@ class FunctionWatch(TorchFunctionMode):
 
 
 @contextmanager
-def unwatched(tape: Tape) -> Iterator[None]:
-    """What runs inside belongs to no rewrite: a forward that is traced, an example."""
-    watch: Any = tape.watched
+def pause_watch(tape: Tape) -> Iterator[None]:
+    """Pause the watch. The code inside, such as a traced forward or an example call, is not part of the rewrite."""
+    watch: Any = tape.watch
     if watch is None:
         yield
         return
-    watch.away += 1
+    watch.pauses += 1
     try:
         yield
     finally:
-        watch.away -= 1
+        watch.pauses -= 1
 
 
 def _tensors(value: Any) -> Iterator[Tensor]:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from surgery.complex_numbers import is_number
 from surgery.errors import SiteError
 
-__all__ = ["described", "detached", "in_dtype", "same_dtype", "tensor_of", "weighted"]
+__all__ = ["describe", "detached", "in_dtype", "same_dtype", "tensor_of", "weighted"]
 
 
 def same_dtype(new: Any, old: Any) -> Any:
@@ -47,7 +47,7 @@ def weighted(old: Any, new: Any, weight: float) -> Any:
         if not (isinstance(old, Tensor) and old.shape == new.shape and is_number(new)):
             raise SiteError(
                 f"an adapter's weight is {weight}, but its change can't be multiplied",
-                why=f"a tensor {tuple(new.shape)} of {new.dtype} replaces {described(old)}",
+                why=f"a tensor {tuple(new.shape)} of {new.dtype} replaces {describe(old)}",
                 fix="activate it with weight 1, or set scalable = False in the rule",
             )
         return torch.lerp(old.to(new.dtype), new, weight)
@@ -60,7 +60,8 @@ def weighted(old: Any, new: Any, weight: float) -> Any:
     return new
 
 
-def described(value: Any) -> str:
+def describe(value: Any) -> str:
+    """Describes a value in an error: a tensor by shape and dtype, others by type."""
     return f"one {tuple(value.shape)} of {value.dtype}" if isinstance(value, Tensor) else f"a {type(value).__name__}"
 
 

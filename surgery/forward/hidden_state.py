@@ -30,37 +30,33 @@ def hidden_of(output: Any) -> Tensor:
     Raises:
         SiteError: The output does not contain a tensor with a dimension.
     """
-    return output if isinstance(output, Tensor) else output[_place(output)]
+    return output if isinstance(output, Tensor) else output[_hidden_key(output)]
 
 
 def with_hidden(output: Any, new: Tensor) -> Any:
     """Returns the output with another hidden state, cast to the dtype of the old one. Other items stay."""
     if isinstance(output, Tensor):
-        return _as(new, output)
-    place = _place(output)
-    new = _as(new, output[place])
+        return same_dtype(new, output)
+    key = _hidden_key(output)
+    new = same_dtype(new, output[key])
     if isinstance(output, Mapping):
-        items = {**output, place: new}
+        items = {**output, key: new}
         return items if type(output) is dict else type(output)(**items)
-    before, after = output[:place], output[place + 1 :]
+    before, after = output[:key], output[key + 1 :]
     if isinstance(output, list):
         return [*before, new, *after]
     return type(output)(*before, new, *after) if hasattr(output, "_fields") else (*before, new, *after)
 
 
-def _as(new: Tensor, old: Tensor) -> Tensor:
-    return same_dtype(new, old)
-
-
-def _place(output: Any) -> Any:
+def _hidden_key(output: Any) -> Any:
     items: Iterable[tuple[Any, Any]] = ()
     if isinstance(output, Mapping):
         items = output.items()
     elif isinstance(output, (tuple, list)):
         items = enumerate(output)
-    for place, item in items:
+    for key, item in items:
         if isinstance(item, Tensor) and item.dim() > 0:
-            return place
+            return key
     raise SiteError(
         f"the module returned a {type(output).__name__} without a hidden state",
         why="a hidden state is a tensor, or the first tensor of a tuple, list, mapping or ModelOutput",

@@ -20,7 +20,8 @@ from torch import fx, nn
 from surgery.errors import SurgeryError, TraceError, qualified_name
 from surgery.forward.function_watch import FunctionWatch
 from surgery.forward.parameter_view import make_view
-from surgery.forward.tape import Tape, Value
+from surgery.forward.tape import Tape
+from surgery.forward.values import Value
 from surgery.transaction.user_frames import line_of, line_setting
 
 __all__ = ["OwnForward", "own_forward", "record_own", "settings_of", "is_trusted"]
@@ -52,7 +53,7 @@ class OwnForward:
     @property
     def names_hold(self) -> bool:
         """Whether callers may pass the forward's arguments by the names in its signature."""
-        return not _hands_on(self.base)
+        return not _passes_call_on(self.base)
 
     def inputs(self) -> list[str]:
         return [name for name, parameter in self.signature.parameters.items() if parameter.kind not in _STARRED]
@@ -73,7 +74,7 @@ def record_own(module: nn.Module) -> OwnForward:
     """Record the module's forward in its present mode, even if a site would treat it as opaque."""
     base = getattr(module, "_surgery_base", type(module))
     signature = signature_of(base)
-    tape = _recorded(module, base, signature, module.training)
+    tape = _record_tape(module, base, signature, module.training)
     return OwnForward(base, signature, (tape, tape))
 
 
@@ -82,7 +83,7 @@ def _own_forward(module: nn.Module, base: type[nn.Module]) -> OwnForward:
     why = _why_opaque(module, base, list(signature.parameters.values()))
     if not why:
         try:
-            evaluation, training = (_recorded(module, base, signature, mode) for mode in (False, True))
+            evaluation, training = (_record_tape(module, base, signature, mode) for mode in (False, True))
             return OwnForward(base, signature, (evaluation, training))
         except SurgeryError as error:
             why = str(error.what)
@@ -98,21 +99,23 @@ def signature_of(base: type[nn.Module]) -> inspect.Signature:
 
 
 @functools.cache
-def _hands_on(base: type[nn.Module]) -> bool:
+def _passes_call_on(base: type[nn.Module]) -> bool:
     """Whether the forward is a wrapper that calls other functions than the one whose signature it shows.
 
     An example is a wrapper that chooses among implementations, whose arguments may have other names.
     """
     wrapper = base.forward
-    shown = getattr(wrapper, "__wrapped__", None)
+    inner = getattr(wrapper, "__wrapped__", None)
     try:
         nonlocals = inspect.getclosurevars(wrapper).nonlocals
         tree = ast.parse(textwrap.dedent(inspect.getsource(wrapper.__code__)))
     except (OSError, TypeError, SyntaxError, ValueError, AttributeError):
         return False
-    names = {name for name, value in nonlocals.items() if value is shown}
-    called = {node.func.id for node in ast.walk(tree) if isinstance(node, ast.Call) and isinstance(node.func, ast.Name)}
-    return shown is not None and bool(names) and not names & called
+    names = {name for name, value in nonlocals.items() if value is inner}
+    called_names = {
+        node.func.id for node in ast.walk(tree) if isinstance(node, ast.Call) and isinstance(node.func, ast.Name)
+    }
+    return inner is not None and bool(names) and not names & called_names
 
 
 def _why_opaque(module: nn.Module, base: type[nn.Module], parameters: list[inspect.Parameter]) -> str:
@@ -173,7 +176,7 @@ def _calls_own_method(node: ast.AST) -> bool:
     return isinstance(root, ast.Name) and root.id == "self" and direct
 
 
-def _recorded(module: nn.Module, base: type[nn.Module], signature: inspect.Signature, training: bool) -> Tape:
+def _record_tape(module: nn.Module, base: type[nn.Module], signature: inspect.Signature, training: bool) -> Tape:
     tape = Tape(qualified_name(base), strict=True)
     tensors = {
         name: tape.value("state", name)
@@ -198,9 +201,9 @@ def _recorded(module: nn.Module, base: type[nn.Module], signature: inspect.Signa
         with FunctionWatch(tape):
             output = base.forward(stand_in, *args, **kwargs)
             tape.replace(tape.value("output", ""), output)
-        tape = tape.finished()
+        tape = tape.intern()
     except Exception as error:
-        raise _refusal(error, base) from error
+        raise _trace_error(error, base) from error
     if changed := [name for name, value in stand_in.__dict__.items() if before.get(name, stand_in) is not value]:
         raise TraceError(
             f"{base.__name__}.forward sets {', '.join(changed)} on the module",
@@ -210,7 +213,7 @@ def _recorded(module: nn.Module, base: type[nn.Module], signature: inspect.Signa
     return tape
 
 
-def _refusal(error: Exception, base: type[nn.Module]) -> TraceError:
+def _trace_error(error: Exception, base: type[nn.Module]) -> TraceError:
     """Convert an exception to a `TraceError` with the line of the model's code that caused it."""
     why = error.what if isinstance(error, SurgeryError) else f"{type(error).__name__}: {error}"
     if isinstance(error, SurgeryError) and error.why:
@@ -236,21 +239,21 @@ class _Leaf:
     def __call__(self, *args: Any, **kwargs: Any) -> Value:
         return self._tape.call("module", self._path, args, kwargs)
 
-    def _wrapped(self, item: Any, name: str) -> Any:
+    def _wrap(self, item: Any, name: str) -> Any:
         return _Leaf(self._tape, item, f"{self._path}.{name}") if isinstance(item, nn.Module) else item
 
     def __getattr__(self, name: str) -> Any:
         tensors = {**self._module._parameters, **self._module._buffers}
         if tensors.get(name) is not None:
             return self._tape.value("state", f"{self._path}.{name}")
-        return self._wrapped(getattr(self._module, name), name)
+        return self._wrap(getattr(self._module, name), name)
 
     def __setattr__(self, name: str, value: Any) -> None:
         raise TraceError(f"the forward sets {name} on its child {self._path}")
 
     def __iter__(self) -> Any:
         names = {id(child): name for name, child in self._module._modules.items()}
-        return iter([self._wrapped(item, names.get(id(item), "")) for item in iter(self._module)])  # type: ignore[call-overload]
+        return iter([self._wrap(item, names.get(id(item), "")) for item in iter(self._module)])  # type: ignore[call-overload]
 
     def __len__(self) -> int:
         return len(self._module)  # type: ignore[arg-type]
@@ -258,7 +261,7 @@ class _Leaf:
     def __getitem__(self, key: Any) -> Any:
         item = self._module[key]  # type: ignore[index]
         names = {id(child): name for name, child in self._module._modules.items()}
-        return self._wrapped(item, names.get(id(item), str(key)))
+        return self._wrap(item, names.get(id(item), str(key)))
 
 
 def settings_of(module: nn.Module, base: type[nn.Module]) -> tuple | None:

@@ -48,11 +48,11 @@ def base_forward(
     """
     base: type[nn.Module] = module._surgery_base  # type: ignore[assignment]
     if not around:
-        patient = make_view(module, base, tensors) if tensors else module
-        return base.forward(patient, *args, *more, **kwargs, **extra)  # type: ignore[operator, union-attr]
-    patient = make_view(module, base, tensors)
-    patient.__dict__["_surgery_around"] = around
-    return _routed(base.forward)(patient, *args, *more, **kwargs, **extra)
+        view = make_view(module, base, tensors) if tensors else module
+        return base.forward(view, *args, *more, **kwargs, **extra)  # type: ignore[operator, union-attr]
+    view = make_view(module, base, tensors)
+    view.__dict__["_surgery_around"] = around
+    return _with_wrapped_registries(base.forward)(view, *args, *more, **kwargs, **extra)
 
 
 def call_child(module: nn.Module, tensors: Mapping[str, Tensor], *args: Any, **kwargs: Any) -> Any:
@@ -81,15 +81,15 @@ def call_own(module: nn.Module, *args: Any, **tensors: Tensor | None) -> Any:
     return base.forward(make_view(module, base, tensors), *args)
 
 
-def _routed(forward: Any) -> Any:
+def _with_wrapped_registries(forward: Any) -> Any:
     """Returns the forward with its functions from registries wrapped by the `_surgery_around` of their module."""
     wrapped = _forwards.get(forward)
     if wrapped is None:
-        wrapped = _forwards[forward] = with_leaves(forward, _through)
+        wrapped = _forwards[forward] = with_leaves(forward, _call_wrapped)
     return wrapped
 
 
-def _through(function: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
+def _call_wrapped(function: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
     owner = args[0] if args else None
     if isinstance(owner, nn.Module):
         for around in owner.__dict__.get("_surgery_around", ()):
@@ -101,14 +101,14 @@ def calls_inside(module: nn.Module, args: tuple, kwargs: Mapping[str, Any]) -> l
     """Run a module's own forward. Returns its calls of functions from registries: (function, args, kwargs)."""
     base: Any = getattr(module, "_surgery_base", type(module))
     calls: list[tuple[Any, tuple, dict[str, Any]]] = []
-    patient = make_view(module, base, {})
+    view = make_view(module, base, {})
 
     def note_call(function: Any, *args: Any, **kwargs: Any) -> Any:
         calls.append((function, args, kwargs))
         return function(*args, **kwargs)
 
-    patient.__dict__["_surgery_around"] = (note_call,)
-    _routed(base.forward)(patient, *args, **kwargs)
+    view.__dict__["_surgery_around"] = (note_call,)
+    _with_wrapped_registries(base.forward)(view, *args, **kwargs)
     return calls
 
 
@@ -120,15 +120,17 @@ def make_view(module: nn.Module, cls: type[nn.Module], tensors: Mapping[str, Ten
 
     Dotted names reach into children.
     """
-    shown = object.__new__(cls)
+    view = object.__new__(cls)
     state = dict(module.__dict__)
-    own = {name: tensor for name, tensor in tensors.items() if "." not in name}
+    own_tensors = {name: tensor for name, tensor in tensors.items() if "." not in name}
     for kind in ("_parameters", "_buffers"):
-        state[kind] = {name: own.get(name, old) for name, old in state[kind].items()}
+        state[kind] = {name: own_tensors.get(name, old) for name, old in state[kind].items()}
     for name, value in list(state.items()):
         # LSTM, GRU and RNN run on a list of their parameters, which they store beside the named parameters.
         if isinstance(value, list) and value and isinstance(value[0], Tensor):
-            swapped = {id(old): own[key] for key in own if (old := find_tensor(module, key)) is not None}
+            swapped = {
+                id(old): own_tensors[key] for key in own_tensors if (old := find_tensor(module, key)) is not None
+            }
             state[name] = [swapped.get(id(item), item) for item in value]
     children = {name.partition(".")[0] for name in tensors if "." in name}
     if children:
@@ -138,8 +140,8 @@ def make_view(module: nn.Module, cls: type[nn.Module], tensors: Mapping[str, Ten
             inner_module = module._modules[child]
             assert inner_module is not None
             state["_modules"][child] = make_view(inner_module, type(inner_module), inner)
-    shown.__dict__.update(state)
-    return shown
+    view.__dict__.update(state)
+    return view
 
 
 def find_tensor(module: nn.Module, name: str) -> Tensor | None:

@@ -1,7 +1,7 @@
-"""A forward that a rule runs more than once in a call: right only where the runs share nothing that one writes.
+"""Checks forwards that a rule runs more than once in a call: no run may write to something that the next run reads.
 
-A cache has one place for each layer and token. A second run of the layer puts its keys there, too: every later step
-then sees twice as many tokens, or the second run's alone. That is noticed at the first write, and taken back.
+A KV cache has one entry for each layer and token. A second run of a layer adds a second entry, and later calls then see
+the keys twice, or only those of the second run. The check finds the first write, undoes it and raises an error.
 """
 
 from __future__ import annotations
@@ -17,39 +17,47 @@ from torch import Tensor, nn
 from surgery.errors import SiteError
 from surgery.forward.parameter_view import base_forward
 
-__all__ = ["Runs", "left_out", "refusal", "repeated", "repeated_method", "repeated_module", "writes"]
+__all__ = [
+    "RunCount",
+    "check_skipped_forward",
+    "find_write",
+    "repeat_forward",
+    "repeat_method",
+    "repeat_module",
+    "repeated_write_error",
+]
 
 
-class Runs:
-    """How many runs of one site's forward are still to come in a call."""
+class RunCount:
+    """Counts the runs of one site's forward in a call: the total, and how many are left."""
 
     def __init__(self, total: int):
-        self.total = self.left = total
+        self.total = self.remaining = total
 
 
-def repeated(runs: Runs, module: nn.Module, tensors: Mapping[str, Any], *given: Any) -> Any:
-    """`base_forward(module, tensors, *given)`, one of the runs; an error where it writes and another one follows."""
-    return _run(runs, module, given, lambda: base_forward(module, tensors, *given))
+def repeat_forward(runs: RunCount, module: nn.Module, tensors: Mapping[str, Any], *arguments: Any) -> Any:
+    """Call `base_forward`, as one of several runs. Raises `SiteError` if it writes and another run follows."""
+    return _run(runs, module, arguments, lambda: base_forward(module, tensors, *arguments))
 
 
-def repeated_module(runs: Runs, module: nn.Module, args: tuple, kwargs: Mapping[str, Any]) -> Any:
-    """A module in the forward that a rule runs once more."""
+def repeat_module(runs: RunCount, module: nn.Module, args: tuple, kwargs: Mapping[str, Any]) -> Any:
+    """Call a module inside the forward, as one of several runs."""
     return _run(runs, module, (args, kwargs), lambda: module(*args, **kwargs))
 
 
-def repeated_method(runs: Runs, module: nn.Module, name: str, args: tuple, kwargs: Mapping[str, Any]) -> Any:
-    """A method of an object that the forward is given, such as a cache."""
+def repeat_method(runs: RunCount, module: nn.Module, name: str, args: tuple, kwargs: Mapping[str, Any]) -> Any:
+    """Call a method of one of the forward's arguments, such as a cache, as one of several runs."""
     return _run(runs, module, (args, kwargs), lambda: getattr(args[0], name)(*args[1:], **kwargs))
 
 
-def left_out(module: nn.Module, *given: Any) -> None:
-    """An error where a forward that no edit runs any more would write what tells a cache's length.
+def check_skipped_forward(module: nn.Module, *arguments: Any) -> None:
+    """Raise `SiteError` if a skipped forward would write the layer that gives a cache its length.
 
-    transformers reads it off the first layer of each kind; other layers may be left out, and attention to an encoder.
+    transformers reads the length from the first layer of each kind. A rule may skip other layers, and cross-attention.
     """
-    if any(isinstance(part, Mapping) and part.get("key_value_states") is not None for part in given):
+    if any(isinstance(part, Mapping) and part.get("key_value_states") is not None for part in arguments):
         return
-    for value in (value for part in given for value in _values(part) if hasattr(value, "get_seq_length")):
+    for value in (value for part in arguments for value in _values(part) if hasattr(value, "get_seq_length")):
         kinds = list(getattr(value, "is_sliding", ()))
         for index in {i for inner in module.modules() if type(i := getattr(inner, "layer_idx", None)) is int}:
             if index < len(kinds) and kinds.index(kinds[index]) == index or index == 0:
@@ -61,63 +69,64 @@ def left_out(module: nn.Module, *given: Any) -> None:
                 )
 
 
-def _run(runs: Runs, module: nn.Module, given: tuple, call: Callable[[], Any]) -> Any:
-    runs.left -= 1
+def _run(runs: RunCount, module: nn.Module, arguments: tuple, call: Callable[[], Any]) -> Any:
+    runs.remaining -= 1
     if torch.compiler.is_compiling():
-        if any(hasattr(value, "get_seq_length") for part in given for value in _values(part)):
-            raise refusal(module, runs.total, "a cache")
+        if any(hasattr(value, "get_seq_length") for part in arguments for value in _values(part)):
+            raise repeated_write_error(module, runs.total, "a cache")
         return call()
-    if not runs.left:
+    if not runs.remaining:
         return call()
-    before = _Before(module, given)
+    before = _Snapshot(module, arguments)
     output = call()
-    if (written := before.written()) is not None:
-        raise refusal(module, runs.total, written, before.put_back())
+    if (place := before.find_write()) is not None:
+        raise repeated_write_error(module, runs.total, place, before.restore())
     return output
 
 
-def writes(module: nn.Module, args: tuple, kwargs: Mapping[str, Any]) -> str | None:
-    """What the module's own forward writes to, of a call's arguments and its own buffers; they are then as before."""
+def find_write(module: nn.Module, args: tuple, kwargs: Mapping[str, Any]) -> str | None:
+    """Run the module's own forward once. Returns the argument or buffer that it writes to, or None, and restores it."""
     base: Any = getattr(module, "_surgery_base", type(module))
-    before = _Before(module, (args, kwargs))
+    before = _Snapshot(module, (args, kwargs))
     try:
         base.forward(module, *args, **kwargs)
-        return before.written()
+        return before.find_write()
     finally:
-        before.put_back()
+        before.restore()
 
 
-def refusal(module: nn.Module, total: int, what: str, left: str = "", where: str = "") -> SiteError:
+def repeated_write_error(module: nn.Module, total: int, place: str, remains: str = "", where: str = "") -> SiteError:
+    """Returns the error for a repeated forward that writes to a place. `remains`: writes that could not be undone."""
     base = getattr(module, "_surgery_base", type(module))
     return SiteError(
-        f"rules run this {base.__name__} {total} times in one call, and it writes to {what}",
+        f"rules run this {base.__name__} {total} times in one call, and it writes to {place}",
         where=where,
         why="the runs would write to the same place, and later calls would see both, or the last one alone",
-        fix="call the model without a cache (use_cache=False)" + (f"; {left}: make a new one" if left else ""),
+        fix="call the model without a cache (use_cache=False)" + (f"; {remains}: make a new one" if remains else ""),
     )
 
 
-class _Before:
-    """What the arguments of a call, and buffers, hold before it: to see what is written, and to take it back."""
+class _Snapshot:
+    """Copies of a call's arguments and of the module's buffers before the call, to find and undo writes."""
 
-    def __init__(self, module: nn.Module, given: tuple):
-        self.held: list[tuple[Any, Any, Any]] = []  # what holds things, those things, the argument that it is in
-        self.tensors: list[tuple[Tensor, Tensor, int | None, Any]] = []  # with a copy, its version, the argument
+    def __init__(self, module: nn.Module, arguments: tuple):
+        self.containers: list[tuple[Any, Any, Any]] = []  # a container, its copy, the argument that contains it
+        self.tensors: list[tuple[Tensor, Tensor, int | None, Any]] = []  # a tensor, its copy, version and argument
         self.caches: list[Any] = []
-        seen: set[int] = set()
-        for part in given:
+        visited: set[int] = set()
+        for part in arguments:
             for value in _values(part):
                 if not isinstance(value, Tensor):
-                    self._note(value, value, seen)
-        if not module.training:  # in training, statistics are counted at each run, as torch does
+                    self._add(value, value, visited)
+        if not module.training:  # in training, each run updates the statistics, as in torch
             for name, buffer in module.named_buffers():
                 if not name.startswith("adapters."):
-                    self._note(buffer, "buffer", seen)
+                    self._add(buffer, "buffer", visited)
 
-    def _note(self, value: Any, owner: Any, seen: set[int]) -> None:
-        if id(value) in seen or isinstance(value, _PLAIN):
+    def _add(self, value: Any, owner: Any, visited: set[int]) -> None:
+        if id(value) in visited or isinstance(value, _PLAIN):
             return
-        seen.add(id(value))
+        visited.add(id(value))
         if isinstance(value, Tensor):
             version = None if value.is_inference() else value._version
             self.tensors.append((value, value.detach().clone(), version, owner))
@@ -125,58 +134,58 @@ class _Before:
         if hasattr(value, "get_seq_length") and hasattr(value, "layers"):
             self.caches.append(value)
         if isinstance(value, (list, dict)):
-            self.held.append((value, value.copy(), owner))
-        elif isinstance(own := getattr(value, "__dict__", None), dict):
-            self.held.append((own, dict(own), owner))
-            value = own
+            self.containers.append((value, value.copy(), owner))
+        elif isinstance(attributes := getattr(value, "__dict__", None), dict):
+            self.containers.append((attributes, dict(attributes), owner))
+            value = attributes
         elif not isinstance(value, (tuple, set, frozenset)):
             return
         for item in list(_values(value)):
-            self._note(item, owner, seen)
+            self._add(item, owner, visited)
 
-    def written(self) -> str | None:
-        """What was written to, in words; None: nothing."""
-        changed = [owner for held, copy, owner in self.held if _ids(held) != _ids(copy)]
+    def find_write(self) -> str | None:
+        """Describes the first argument or buffer that has changed; None if there is none."""
+        changed = [owner for container, copy, owner in self.containers if _ids(container) != _ids(copy)]
         changed += [owner for tensor, copy, version, owner in self.tensors if _differs(tensor, copy, version)]
         if not changed:
             return None
         return f"a {changed[0]} of its own" if isinstance(changed[0], str) else f"a {type(changed[0]).__name__}"
 
-    def put_back(self) -> str:
-        """Make all as it was, and take from a cache what its other layers were given in the same call.
+    def restore(self) -> str:
+        """Undo all writes, and cut the tokens of the same call from the cache's other layers.
 
-        Returns what can't be taken back, in words.
+        Returns a description of the writes that can't be undone, or "".
         """
-        touched = {id(held) for held, copy, _ in self.held if _ids(held) != _ids(copy)}
-        for held, copy, _ in self.held:
-            if isinstance(held, list):
-                held[:] = copy
+        restored = {id(container) for container, copy, _ in self.containers if _ids(container) != _ids(copy)}
+        for container, copy, _ in self.containers:
+            if isinstance(container, list):
+                container[:] = copy
             else:
-                held.clear()
-                held.update(copy)
+                container.clear()
+                container.update(copy)
         with torch.no_grad():
             for tensor, copy, version, _ in self.tensors:
                 if _differs(tensor, copy, version):
                     tensor.copy_(copy)
-                    touched.add(id(tensor))
-        return "".join(filter(None, [_shortened(cache, touched) for cache in self.caches]))
+                    restored.add(id(tensor))
+        return "".join(filter(None, [_crop_cache(cache, restored) for cache in self.caches]))
 
 
-def _shortened(cache: Any, touched: set[int]) -> str:
-    """Take out of a cache's layers what is longer than the layer that was written to and put back."""
+def _crop_cache(cache: Any, restored: set[int]) -> str:
+    """Cut each layer of a cache to the length of the restored layer. Returns the failures as text, or ""."""
     layers = [layer for layer in cache.layers if hasattr(layer, "__dict__")]
-    own = [layer for layer in layers if touched & {id(vars(layer)), *map(id, vars(layer).values())}]
-    length = int(own[0].get_seq_length()) if own and hasattr(own[0], "get_seq_length") else 0
-    left = 0
+    own_layers = [layer for layer in layers if restored & {id(vars(layer)), *map(id, vars(layer).values())}]
+    length = int(own_layers[0].get_seq_length()) if own_layers and hasattr(own_layers[0], "get_seq_length") else 0
+    failures = 0
     for layer in layers:
-        more = int(layer.get_seq_length()) - length if hasattr(layer, "get_seq_length") else int(not length)
-        if more <= 0:
+        excess = int(layer.get_seq_length()) - length if hasattr(layer, "get_seq_length") else int(not length)
+        if excess <= 0:
             continue
         try:
-            layer.reset() if not length else layer.crop(-more)
+            layer.reset() if not length else layer.crop(-excess)
         except (AttributeError, RuntimeError, ValueError):
-            left += 1
-    return f"{left} other layers of its cache hold this call's tokens" if left else ""
+            failures += 1
+    return f"{failures} other layers of its cache hold this call's tokens" if failures else ""
 
 
 def _ids(container: list[Any] | dict[Any, Any]) -> Any:

@@ -7,15 +7,15 @@ from typing import Any, NamedTuple
 
 from surgery.forward.context_regions import Region
 
-__all__ = ["NOTHING", "OPS", "Ref", "Step", "is_whole_number", "refs_for_values", "refs_in", "shift_steps", "thawed"]
+__all__ = ["NOTHING", "OPS", "Ref", "Step", "is_whole_number", "refs_for_values", "refs_in", "shift_steps", "thaw"]
 
 
 class Ref(NamedTuple):
-    """A value by what it is: ("input", name), ("output", ""), ("state", path), ("param", name), ("op", step).
+    """Names a value: ("input", name), ("output", ""), ("state", path), ("param", name), ("op", step).
 
-    In a forward that is held as a graph also ("inside", node), what an operation's result is at present, and
-    ("made", node), what the operation itself gives, before what rules put in its place. `read`: the node before which
-    it is read, as an operand of a match that ends there; then it follows what the rule puts in its place.
+    In a forward with a graph also: ("inside", node) is the present result of a node, with the replacements of earlier
+    rules, and ("made", node) is the node's own result. `read`: the node before which the value is read, as an operand
+    of a match that ends at this node; the value then includes the rule's replacement.
     """
 
     kind: str
@@ -24,12 +24,15 @@ class Ref(NamedTuple):
 
 
 class Step(NamedTuple):
-    """One edit. kind: "function", "method", "attribute", "module" (a child), "own" (the site's own operation once more:
-    args its inputs, kwargs its tensors), "around" (what makes a function around those from registries, or around one
-    operation), or "replace" (args: what is replaced, by what; kwargs: operations in which alone it is).
+    """One edit.
 
-    `region`: the blocks (torch.no_grad, torch.autocast) around it. `late`: the rewrite asked for the output before.
-    `training`: the mode that it is for alone, where Python went by that."""
+    Kinds: "function", "method", "attribute" and "module" (a child) are calls. "own" calls the site's own operation
+    again: `args` are its inputs, `kwargs` its tensors. "around" wraps functions from registries, or one operation.
+    "replace" replaces a value: `args` are the old and the new value, `kwargs` the only operations that see the new one.
+
+    `region`: the blocks (torch.no_grad, torch.autocast) around the step. `late`: the rewrite read the output before.
+    `training`: the only mode of the step, if the rewrite branched on the mode.
+    """
 
     kind: str
     target: Any
@@ -41,6 +44,7 @@ class Step(NamedTuple):
 
 
 def shift_steps(frozen: Any, by: int) -> Any:
+    """Add a number to all step indices in a frozen argument."""
     if isinstance(frozen, Ref):
         return frozen._replace(key=int(frozen.key) + by) if frozen.kind == "op" else frozen
     if isinstance(frozen, tuple) and frozen[:1] != ("constant",):
@@ -53,12 +57,12 @@ def is_whole_number(frozen: Any) -> bool:
 
 
 def refs_for_values(step: Step) -> tuple[Any, Any]:
-    """The arguments of a step, each value as its `Ref`."""
-    return thawed(step.args, lambda ref: ref), thawed(step.kwargs, lambda ref: ref)
+    """Returns the arguments of a step, with a `Ref` for each value."""
+    return thaw(step.args, lambda ref: ref), thaw(step.kwargs, lambda ref: ref)
 
 
 def refs_in(frozen: Any) -> Iterator[Ref]:
-    """The values named in what `Tape._frozen` froze."""
+    """Yields the values in an argument that `Tape._freeze` froze."""
     if isinstance(frozen, Ref):
         yield frozen
     elif isinstance(frozen, tuple) and frozen[:1] != ("constant",):
@@ -72,14 +76,14 @@ NOTHING = ("dict", ())
 OPS = {"function": "call_function", "method": "call_method"}
 
 
-def thawed(frozen: Any, resolve: Callable[[Ref], Any]) -> Any:
-    """What `Tape._frozen` froze, with each `Ref` replaced by what `resolve` says."""
+def thaw(frozen: Any, resolve: Callable[[Ref], Any]) -> Any:
+    """Convert an argument back that `Tape._freeze` froze. `resolve` returns the value of a `Ref`."""
     if isinstance(frozen, Ref):
         return resolve(frozen)
     kind, content = frozen
     if kind == "constant":
         return content[2]
     if kind == "dict":
-        return {key: thawed(item, resolve) for key, item in content}
-    items = [thawed(item, resolve) for item in content]
+        return {key: thaw(item, resolve) for key, item in content}
+    items = [thaw(item, resolve) for item in content]
     return slice(*items) if kind == "slice" else tuple(items) if kind == "tuple" else items

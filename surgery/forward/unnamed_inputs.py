@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import nn
 
-__all__ = ["FIRST", "first_given", "first_names", "hidden_first", "starred_of", "with_first"]
+__all__ = ["FIRST", "first_input", "first_names", "hidden_first", "starred_of", "with_first_input"]
 
 # The name of this input in rules. A parameter can't have this name.
 FIRST = "*"
@@ -27,12 +27,12 @@ def starred_of(signature: inspect.Signature) -> dict[str, str]:
     return {kinds[p.kind]: name for name, p in signature.parameters.items() if p.kind in kinds}
 
 
-def first_given(names: tuple[str, ...], args: tuple, kwargs: Mapping[str, Any]) -> Any:
+def first_input(names: tuple[str, ...], args: tuple, kwargs: Mapping[str, Any]) -> Any:
     """Returns the first input of a call: the first positional argument, else the one with one of these names."""
     return args[0] if args else kwargs[_named(names, kwargs)]
 
 
-def with_first(
+def with_first_input(
     names: tuple[str, ...], new: Any, args: tuple, kwargs: Mapping[str, Any]
 ) -> tuple[tuple, dict[str, Any]]:
     """Returns the arguments of a call with another first input."""

@@ -1,23 +1,24 @@
-"""How many values a line of a rewrite unpacks."""
+"""Finds how many values a line of a rewrite unpacks."""
 
 from __future__ import annotations
 
 import dis
+from types import FrameType
 from typing import Any
 
-__all__ = ["unpacked", "unpacked_by"]
+__all__ = ["count_unpacked", "unpack"]
 
 
-def unpacked(value: Any, count: int) -> tuple:
-    """The items of a value that a rewrite unpacks into this many names."""
+def unpack(value: Any, count: int) -> tuple:
+    """Returns the items of a value that a rewrite unpacks into this many names."""
     items = tuple(value)
     if len(items) != count:
         raise ValueError(f"a rewrite unpacks {count} values, and there are {len(items)}")
     return items
 
 
-def unpacked_by(frame: Any) -> int | None:
-    """Into how many names the line that a frame runs unpacks something; None where it does something else with it."""
+def count_unpacked(frame: FrameType) -> int | None:
+    """Returns the number of names into which the frame's current instruction unpacks a value; None if it does not."""
     code, at = frame.f_code.co_code, frame.f_lasti
     if dis.opname[code[at]] != "UNPACK_SEQUENCE":
         return None

@@ -10,7 +10,7 @@ from torch.fx.node import map_arg
 
 from surgery.forward.context_regions import Inside, Region
 from surgery.forward.parameter_view import base_forward
-from surgery.forward.repeated_runs import Runs, left_out, repeated, repeated_method, repeated_module
+from surgery.forward.repeated_runs import RunCount, check_skipped_forward, repeat_forward, repeat_method, repeat_module
 from surgery.forward.side_effects import is_foreign
 from surgery.tracing.decisions import check_decision, decide, decide_parts
 from surgery.tracing.guards import in_region
@@ -30,18 +30,18 @@ def simplified(graph: fx.Graph, autocast: tuple[Any, ...]) -> fx.Graph:
         elif node.target is in_region:
             region, function, *args = node.args
             _enter(node, _region(region, autocast), function, tuple(args), node.kwargs)
-        elif node.target is repeated:
+        elif node.target is repeat_forward:
             node.target, node.args = base_forward, node.args[1:]
-        elif node.target is repeated_module:
+        elif node.target is repeat_module:
             _, module, args, kwargs = node.args
             node.op, node.target, node.args, node.kwargs = "call_module", module.target, tuple(args), dict(kwargs)  # type: ignore
-        elif node.target is repeated_method:
+        elif node.target is repeat_method:
             _, _, name, args, kwargs = node.args
             node.op, node.target, node.args, node.kwargs = "call_method", name, tuple(args), dict(kwargs)  # type: ignore
-        elif node.target in (left_out, decide_parts):
+        elif node.target in (check_skipped_forward, decide_parts):
             graph.erase_node(node)
     for node in reversed(list(graph.nodes)):
-        needless = node.op == "get_attr" or node.target is Runs or not acts(node) and "needed" not in node.meta
+        needless = node.op == "get_attr" or node.target is RunCount or not acts(node) and "needed" not in node.meta
         if not node.users and needless and node.op not in ("placeholder", "output"):
             graph.erase_node(node)
     return graph

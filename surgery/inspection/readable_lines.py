@@ -10,7 +10,7 @@ from typing import Any, cast
 from torch import fx
 
 from surgery.forward.graph_functions import detached, in_dtype, same_dtype, weighted
-from surgery.forward.unpacking import unpacked
+from surgery.forward.unpacking import unpack
 from surgery.inspection.expressions import Expressions
 from surgery.inspection.function_names import INFIX, identifier
 from surgery.inspection.line_order import NONE, WRITES, effect_of, in_order
@@ -111,7 +111,7 @@ class _Body:
         if user is not self.result:
             if region_of(node) != region_of(user) or node.meta.get("surgery") != user.meta.get("surgery"):
                 return False
-            if node.meta.get("output") or user.target in (unpacked, *_IN_PLACE) and _first_operand(user) is node:
+            if node.meta.get("output") or user.target in (unpack, *_IN_PLACE) and _first_operand(user) is node:
                 return False
             name = self._name(node)
             if name is not None and name.assigned:
@@ -132,7 +132,7 @@ class _Body:
 
     def _unpacked_item(self, node: fx.Node) -> bool:
         source = node.args[0] if node.target is operator.getitem else None
-        return isinstance(source, fx.Node) and source.target is unpacked
+        return isinstance(source, fx.Node) and source.target is unpack
 
     def _name(self, node: fx.Node) -> VariableName | None:
         return self.names.get(node.meta.get("step") or (0, -1))
@@ -221,7 +221,7 @@ class _Body:
             text, _ = self.expressions.written(node)
             self.expressions.variables[node] = name
             return self._moved(node, text)
-        if node.target is unpacked:
+        if node.target is unpack:
             return self._unpacking(node, index)
         text, _ = self.expressions.written(node)
         if not self.users[node]:

@@ -11,7 +11,8 @@ from torch import nn
 
 from surgery.errors import SurgeryError
 from surgery.forward.own_forward import OwnForward
-from surgery.forward.tape import Layer, Tape, Value, for_both_modes
+from surgery.forward.tape import Layer, Tape, for_both_modes
+from surgery.forward.values import Value
 from surgery.state.records import Applied
 from surgery.transaction.user_frames import is_ours, is_torchs
 from surgery.weaving.rewrite_recording import PassedOver, recorded

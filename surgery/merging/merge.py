@@ -283,7 +283,7 @@ def _changes(
     own = own_forward(module, site.base) if len(chosen) > 1 else None  # a single rule needs no order
     replacing, adding, on_input = [], [], []
     for applied in chosen:
-        replaced = layer_of(applied, module, site.path, own).tape.replaced() if own is not None else ()
+        replaced = layer_of(applied, module, site.path, own).tape.replaced_refs() if own is not None else ()
         kinds = {ref.kind for ref in replaced} or {"output"}
         (replacing if kinds <= {"state"} else on_input if kinds == {"input"} else adding).append(applied)
     for index, applied in enumerate(replacing + adding + on_input[::-1]):

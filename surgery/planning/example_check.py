@@ -9,7 +9,7 @@ from torch import fx, nn
 
 from surgery.errors import SurgeryError, TraceError
 from surgery.forward.own_forward import OwnForward
-from surgery.forward.repeated_runs import refusal, repeated, writes
+from surgery.forward.repeated_runs import find_write, repeat_forward, repeated_write_error
 from surgery.forward.tape import Layer
 from surgery.tracing.example_call import copied, equal, evaluating
 from surgery.transaction.neutral_context import ambient
@@ -47,9 +47,9 @@ def repeated_write(
     module: nn.Module, own: OwnForward, layer: Layer, call: tuple[tuple, dict, Any], path: str
 ) -> SurgeryError | None:
     """The problem if the edits run the module's own forward more than once and it writes to its arguments or module."""
-    total = sum(node.target is repeated for node in woven(own, [layer], training=False).nodes)
+    total = sum(node.target is repeat_forward for node in woven(own, [layer], training=False).nodes)
     if total < 2:
         return None
     with torch.no_grad(), torch.random.fork_rng(), evaluating(module):
-        written = writes(module, copied(call[0]), copied(call[1]))
-    return None if written is None else refusal(module, total, written, where=path)
+        place = find_write(module, copied(call[0]), copied(call[1]))
+    return None if place is None else repeated_write_error(module, total, place, where=path)

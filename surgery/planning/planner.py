@@ -268,6 +268,6 @@ def _switch_fast_paths(plan: Plan, path: str, fast_paths: dict[str, tuple[str, A
 
 def _moving_statistics(plan: Plan) -> list[str]:
     """The modules with buffers that training changes (running statistics), except buffers that the rules replace."""
-    replaced = {(id(step.module), str(ref.key)) for step in plan.steps for ref in step.tape.replaced()}
+    replaced = {(id(step.module), str(ref.key)) for step in plan.steps for ref in step.tape.replaced_refs()}
     modules = moving_modules(plan.model)
     return [path for path, module in modules if any((id(module), name) not in replaced for name in moving(module))]

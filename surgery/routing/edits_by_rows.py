@@ -40,7 +40,7 @@ class RowEdit:
 
     def __init__(self, own: OwnForward, layers: tuple[Layer, ...]):
         self.own, self.layers = own, layers
-        output_only = all(ref.kind == "output" for layer in layers for ref in layer.tape.replaced())
+        output_only = all(ref.kind == "output" for layer in layers for ref in layer.tape.replaced_refs())
         self.low_rank = _low_rank(own, layers[0]) if output_only and len(layers) == 1 else None
         self.cls: Any = None if output_only else generated_class(own, layers)
         self._functions: dict[bool, tuple[Callable[..., Any], set[str]]] = {}

@@ -12,7 +12,8 @@ from surgery.authoring.rule import Routable, Rule
 from surgery.errors import SiteError
 from surgery.forward.function_watch import FunctionWatch
 from surgery.forward.own_forward import OwnForward
-from surgery.forward.tape import Layer, Value
+from surgery.forward.tape import Layer
+from surgery.forward.values import Value
 from surgery.state.records import Applied
 
 __all__ = ["routed_layer", "routes_itself"]
@@ -43,4 +44,4 @@ def routed_layer(module: nn.Module, path: str, own: OwnForward, applied: list[Ap
         output = first.routed(members)
         if output is not None:
             members[0].tape.replace(cast(Value, members[0].output), output)
-    return Layer(applied[0].adapter, f"{first.__name__}, routed", members[0].tape.finished())
+    return Layer(applied[0].adapter, f"{first.__name__}, routed", members[0].tape.intern())

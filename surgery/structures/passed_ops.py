@@ -32,7 +32,7 @@ def find_dropped_ops(
     Casts are ignored, because a replaced value keeps its dtype.
     """
     unasked = [passage for passage in passages if not passage.asked and passage.nodes]
-    replaced = {ref.key for ref in tape.replaced() if ref.kind in ("inside", "output")}
+    replaced = {ref.key for ref in tape.replaced_refs() if ref.kind in ("inside", "output")}
     if not unasked or not replaced:
         return
     before, after = _reaching(graph, None), _reaching(graph, tape)

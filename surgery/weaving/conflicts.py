@@ -90,7 +90,7 @@ def _at_site(steps: list[PlannedRule], beside: bool) -> list[SurgeryError]:
 
 
 def _replaced_state(tape: Tape) -> list[Ref]:
-    return [ref for ref in tape.replaced() if ref.kind == "state"]
+    return [ref for ref in tape.replaced_refs() if ref.kind == "state"]
 
 
 def hidden(applied: Iterable[Applied], module: nn.Module, path: str, own: OwnForward) -> SurgeryError | None:
@@ -98,7 +98,7 @@ def hidden(applied: Iterable[Applied], module: nn.Module, path: str, own: OwnFor
     claims: dict[Ref, Applied] = {}
     for one in applied:
         tape = layer_of(one, module, path, own).tape
-        for ref in tape.on_state:
+        for ref in tape.state_replacements:
             other = claims.get(ref)
             if other is not None and other.adapter != one.adapter and _exclusive(tape, ref):
                 return SiteError(

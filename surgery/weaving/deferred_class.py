@@ -31,12 +31,12 @@ def independent(tapes: Collection[Tape]) -> bool:
     So it is where none makes what it puts into the forward from a value that another replaces there: then no value
     can come to be made from itself. The output is made last, so edits of it alone depend on all others as they are.
     """
-    replaced = {ref for tape in tapes for ref in tape.within}
+    replaced = {ref for tape in tapes for ref in tape.inner_replacements}
     for tape in tapes:
         kinds = {step.kind for step in tape.steps}
-        if "around" in kinds or (tape.within and "own" in kinds):
+        if "around" in kinds or (tape.inner_replacements and "own" in kinds):
             return False
-        foreign = tape.mentions - tape.within if tape.within else ()
+        foreign = tape.mentions - tape.inner_replacements if tape.inner_replacements else ()
         if any(ref in replaced or ref.kind not in ("input", "state", "param", "op", "training") for ref in foreign):
             return False
     return True

@@ -8,7 +8,7 @@ from torch import Tensor, fx
 
 from surgery.errors import SiteError
 from surgery.forward.parameter_view import base_forward
-from surgery.forward.repeated_runs import Runs, left_out, repeated, repeated_method, repeated_module
+from surgery.forward.repeated_runs import RunCount, check_skipped_forward, repeat_forward, repeat_method, repeat_module
 from surgery.forward.side_effects import draws, is_foreign
 from surgery.forward.tape_steps import Ref
 from surgery.tracing.decisions import decide
@@ -27,7 +27,7 @@ def write_graph(terms: TermGraph) -> fx.Graph:
     _count_runs(terms, list(needed.values()))
     if terms.call is not None and id(terms.call) not in needed and len(terms.own.signature.parameters) > 1:
         itself, _, *given = terms.call.args[:6]
-        terms.effects.append(terms.term("call_function", left_out, (itself, *given)))
+        terms.effects.append(terms.term("call_function", check_skipped_forward, (itself, *given)))
     effects = {id(term): term for term in terms.effects}
     for term in sorted({**needed, **effects}.values(), key=lambda term: term.place):
         if term.op != "get_attr":  # read where it is used
@@ -64,14 +64,14 @@ def _count_runs(terms: TermGraph, needed: list[Term]) -> None:
         origin = next((term.origin for term in runs if term.origin), "")
         if len(runs) < 2 or not origin:  # what the forward itself does twice is the model's
             continue
-        counter = terms.term("call_function", Runs, (len(runs),), origin=origin)
+        counter = terms.term("call_function", RunCount, (len(runs),), origin=origin)
         for term in runs:
             if kind is base_forward:
-                term.target, term.args = repeated, (counter, *term.args)
+                term.target, term.args = repeat_forward, (counter, *term.args)
                 continue
             path = term.target if kind == "call_module" else "_surgery_self"
             given = (terms.term("get_attr", path), *(() if kind == "call_module" else (term.target,)))
-            function = repeated_module if kind == "call_module" else repeated_method
+            function = repeat_module if kind == "call_module" else repeat_method
             term.op, term.target = "call_function", function
             term.args, term.kwargs = (counter, *given, tuple(term.args), term.kwargs), {}
 

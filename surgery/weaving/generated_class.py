@@ -68,7 +68,7 @@ def generated_class(own: OwnForward, layers: Sequence[Layer]) -> type[nn.Module]
 def _class_later(own: OwnForward, layers: tuple[Layer, ...]) -> type[nn.Module]:
     """A class that is written at its first call; that each of its layers can be written is tried now."""
     key = own.key
-    for layer in [layer for layer in layers if key not in layer.tape.written]:
+    for layer in [layer for layer in layers if key not in layer.tape.accepted_by]:
         class_from(_written(own, (layer,)))
     of: list[type[nn.Module]] = []
     recipe = Unwritten(lambda cls: _write(cls, own, layers))
@@ -119,7 +119,7 @@ def _written(own: OwnForward, layers: Sequence[Layer]) -> Recipe:
     lines += ["    except Exception as error:", "        raise _surgery_told(error, self)"]
     label = f"{own.base.__name__} + " + ", ".join(f"{layer.label} [{layer.adapter}]" for layer in layers)
     for layer in layers:
-        layer.tape.written.add(own.key)
+        layer.tape.accepted_by.add(own.key)
     return Recipe(own.base, "\n".join(lines) + "\n", names, label)
 
 

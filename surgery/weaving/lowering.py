@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import fx
 
 from surgery.forward.graph_functions import same_dtype, tensor_of
-from surgery.forward.repeated_runs import left_out
+from surgery.forward.repeated_runs import check_skipped_forward
 from surgery.weaving.low_rank_kernel import low_rank_linear
 
 __all__ = ["LowRankEdit", "low_rank_edit", "lower"]
@@ -176,4 +176,4 @@ def _find_fast(graph: fx.Graph, site: fx.Node, tensor: fx.Node) -> None:
 
 
 def _effect(node: fx.Node) -> bool:
-    return node.target is left_out or bool({"writes", "draws", "needed"} & node.meta.keys())
+    return node.target is check_skipped_forward or bool({"writes", "draws", "needed"} & node.meta.keys())

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from surgery.forward.parameter_view import base_forward
-from surgery.forward.tape_steps import Ref, thawed
+from surgery.forward.tape_steps import Ref, thaw
 from surgery.forward.unnamed_inputs import FIRST
 from surgery.weaving.term_graph import TermGraph
 from surgery.weaving.terms import Term, node_of
@@ -58,8 +58,8 @@ def repeat_own(graph: TermGraph, inputs: dict[str, Any], tensors: dict[str, Any]
 
     for index, step in enumerate(graph.own.tapes[graph.training].steps):
         if step.kind == "replace":
-            output = thawed(step.args[1], resolve)
+            output = thaw(step.args[1], resolve)
         else:
-            node = node_of(step, thawed(step.args, resolve))
-            ops[index] = graph.term(*node, thawed(step.kwargs, resolve), origin)
+            node = node_of(step, thaw(step.args, resolve))
+            ops[index] = graph.term(*node, thaw(step.kwargs, resolve), origin)
     return output

@@ -15,7 +15,8 @@ from surgery.authoring.site import Example, ParamSpec, Site
 from surgery.errors import SiteError, SurgeryError
 from surgery.forward.function_watch import FunctionWatch
 from surgery.forward.own_forward import OwnForward
-from surgery.forward.tape import Layer, Tape, Value, for_both_modes
+from surgery.forward.tape import Layer, Tape, for_both_modes
+from surgery.forward.values import Value
 from surgery.state.records import Applied, site_state
 
 __all__ = ["PassedOver", "Recording", "layer_of", "recorded"]
@@ -71,7 +72,7 @@ def recorded(
 
 
 def _recording(site: Site, tape: Tape, specs: Mapping[str, ParamSpec]) -> Recording:
-    return Recording(tape.finished(), tuple(specs.values()), site.own, site.inside, tuple(site.describe_dropped_ops()))
+    return Recording(tape.intern(), tuple(specs.values()), site.own, site.inside, tuple(site.describe_dropped_ops()))
 
 
 def _ran(rule: Rule, site: Site, training: bool) -> tuple[Site, bool]:
@@ -131,7 +132,7 @@ def layer_of(applied: Applied, module: nn.Module, path: str, own: OwnForward) ->
     A rule that looks into the forward is recorded for each kind of call; so without one, nothing is known of it.
     """
     if applied.layer is None and applied.inside:
-        return Layer(applied.adapter, applied.rule.label, Tape(path).finished())
+        return Layer(applied.adapter, applied.rule.label, Tape(path).intern())
     if applied.layer is None:
         tape = recorded(applied.rule, module, path, applied.adapter, own, facts=applied.facts).tape
         applied.layer = Layer(applied.adapter, applied.rule.label, tape)

@@ -60,7 +60,7 @@ def _class_for(module: nn.Module, state: SiteState, live: list[Applied], own: Ow
         return state.base
     own = own or own_forward(module, state.base)
     layers = tuple([_layer(applied) or layer_of(applied, module, state.path, own) for applied in live])
-    claiming = [applied for applied, layer in zip(live, layers, strict=True) if layer.tape.on_state]
+    claiming = [applied for applied, layer in zip(live, layers, strict=True) if layer.tape.state_replacements]
     if len(claiming) > 1 and (problem := hidden(claiming, module, state.path, own)) is not None:
         raise problem
     if any([applied.inside for applied in live]):

@@ -11,8 +11,8 @@ from surgery.forward.context_regions import Inside
 from surgery.forward.graph_functions import detached, in_dtype, same_dtype, weighted
 from surgery.forward.parameter_view import call_child
 from surgery.forward.tape import Layer, Tape
-from surgery.forward.tape_steps import Ref, Step, thawed
-from surgery.forward.unnamed_inputs import FIRST, first_given
+from surgery.forward.tape_steps import Ref, Step, thaw
+from surgery.forward.unnamed_inputs import FIRST, first_input
 from surgery.tracing.decisions import check_decision, decide
 from surgery.tracing.guards import in_region
 from surgery.weaving.called_around import called_around, handing, takes_module
@@ -87,7 +87,7 @@ def play(graph: TermGraph, tape: Tape, adapter: str, origin: str, weight: float 
             moved |= {ref for ref in step.args[:1] if ref.kind == "inside" and not step.kwargs}
             continue
         operands.clear()
-        args, kwargs = thawed(step.args, read), thawed(step.kwargs, read)
+        args, kwargs = thaw(step.args, read), thaw(step.kwargs, read)
         if step.kind == "around":
             _put_around(graph, graph.term("call_function", step.target, args, origin=origin), behind(kwargs["at"]))
             continue
@@ -146,7 +146,7 @@ def _wrap(graph: TermGraph, term: Term, made: Term) -> None:
 
 def _replace(graph: TermGraph, step: Step, resolve: Any, read: Any, users: list[Term], weight: float) -> None:
     ref, frozen = step.args
-    new = thawed(frozen, read)
+    new = thaw(frozen, read)
     if weight != 1.0:
         new = _weighted(graph, resolve(ref), new, weight)
     output = Ref("output", "")
@@ -174,7 +174,7 @@ def _replace(graph: TermGraph, step: Step, resolve: Any, read: Any, users: list[
     if ref == Ref("input", FIRST):
         for name, given in graph.with_first(new, new.origin if isinstance(new, Term) else "").items():
             before = graph.now[Ref("input", name)]
-            for term in (term for term in users if term.target is not first_given):
+            for term in (term for term in users if term.target is not first_input):
                 term.args, term.kwargs = swapped(term.args, before, given), swapped(term.kwargs, before, given)
             graph.now[Ref("input", name)] = given
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from surgery.forward.own_forward import OwnForward
 from surgery.forward.tape_steps import Ref
-from surgery.forward.unnamed_inputs import FIRST, first_given, first_names, hidden_first, starred_of, with_first
+from surgery.forward.unnamed_inputs import FIRST, first_input, first_names, hidden_first, starred_of, with_first_input
 from surgery.weaving.line_places import END, START, Place
 from surgery.weaving.terms import Term
 
@@ -39,13 +39,13 @@ class TermGraph:
             self.now[Ref("input", name)] = self.term("placeholder", name)
         if hidden_first(self.own.signature):
             given = (first_names(self.own.base), *self.starred())
-            self.now[Ref("input", FIRST)] = self.term("call_function", first_given, given)
+            self.now[Ref("input", FIRST)] = self.term("call_function", first_input, given)
 
     def term(
         self, op: str, target: Any, args: Any = (), kwargs: Any = None, origin: str = "", place: Place | None = None
     ) -> Term:
         term = Term(op, target, args, {} if kwargs is None else kwargs, origin)
-        there = op in ("placeholder", "get_attr") or target is first_given
+        there = op in ("placeholder", "get_attr") or target is first_input
         term.place = (*(place or (START if there else END)), len(self.terms))
         self.terms.append(term)
         return term
@@ -79,7 +79,7 @@ class TermGraph:
     def with_first(self, new: Any, origin: str) -> dict[str, Term]:
         """The forward's `*args` and `**kwargs` with another first input, by their names."""
         values = (first_names(self.own.base), new, *self.starred())
-        given = self.term("call_function", with_first, values, origin=origin)
+        given = self.term("call_function", with_first_input, values, origin=origin)
         at = {"*": 0, "**": 1}
         return {
             name: self.term("call_function", operator.getitem, (given, at[star]), origin=origin)
