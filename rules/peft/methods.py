@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 from torch import nn
@@ -183,6 +184,10 @@ class Shira(PeftMethod):
     def read_fields(self, config: PeftConfig) -> dict[str, Any]:
         config.silent("fan_in_fan_out", "mask_type")  # the file holds the places
         return {}
+
+    def start(self, config: PeftConfig) -> Iterable[Rule]:
+        config.only("mask_type", "random", why="masks by functions are not supported")
+        return super().start(config)
 
     def entries(self, place: PeftPlace) -> dict[str, PeftEntry]:
         import torch

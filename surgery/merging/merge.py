@@ -36,9 +36,13 @@ from surgery.weaving.conflicts import hidden
 from surgery.weaving.rewrite_recording import layer_of
 from surgery.weaving.site_class import install_live
 
-__all__ = ["MergeReport", "merge", "unmerge"]
+__all__ = ["MergeReport", "NotFiniteError", "merge", "unmerge"]
 
 M = TypeVar("M", bound=nn.Module)
+
+
+class NotFiniteError(MergeError):
+    """A merge with `safe` gives values that are not finite."""
 
 
 @dataclass(frozen=True)
@@ -264,7 +268,7 @@ def _check_finite(
             folding.add(name, change)
     broken = folding.finite()
     if broken is not None:
-        raise MergeError(
+        raise NotFiniteError(
             f"merging gives a {broken} that is not finite",
             where=path,
             why="an adapter's tensors hold NaN or infinity, or the sum overflows the base's dtype",

@@ -14,12 +14,14 @@ from torch import Tensor, nn
 from surgery.errors import SurgeryError
 from surgery.peft import base_config, method_configs, prompt_configs, tasks
 from surgery.peft.base_config import *  # noqa: F403
-from surgery.peft.errors import NoMatchingPeftModuleError, PeftError, PeftWarning
+from surgery.peft.base_state import get_base_model_state_dict, set_base_model_state_dict
+from surgery.peft.errors import NoMatchingPeftModuleError, PeftError, PeftWarning, pefts_errors
 from surgery.peft.facade import inside
 from surgery.peft.kbit import prepare_model_for_kbit_training
 from surgery.peft.method_configs import *  # noqa: F403
-from surgery.peft.model import LoadResult, PeftModel
+from surgery.peft.model import LoadResult, PeftMixedModel, PeftModel
 from surgery.peft.prompt_configs import *  # noqa: F403
+from surgery.peft.prompt_modules import PromptEmbedding, PromptEncoder
 from surgery.peft.tasks import *  # noqa: F403
 from surgery.peft_format.writing import from_peft, to_peft
 from surgery.rewritten_model.state_dict import load_adapter_state_dict
@@ -27,20 +29,46 @@ from surgery.rewritten_model.verb_root import rewritten
 from surgery.state.adapter_naming import adapter_names
 
 __all__ = [
+    "PEFT_TYPE_TO_CONFIG_MAPPING",
     "NoMatchingPeftModuleError",
     "PeftError",
+    "PeftMixedModel",
     "PeftModel",
     "PeftWarning",
+    "PromptEmbedding",
+    "PromptEncoder",
+    "get_base_model_state_dict",
+    "get_peft_config",
     "get_peft_model",
     "get_peft_model_state_dict",
     "inject_adapter_in_model",
     "prepare_model_for_kbit_training",
+    "set_base_model_state_dict",
     "set_peft_model_state_dict",
 ]
 __all__ += base_config.__all__
 __all__ += method_configs.__all__
 __all__ += prompt_configs.__all__
 __all__ += tasks.__all__
+
+PEFT_TYPE_TO_CONFIG_MAPPING: Mapping[str, type[base_config.PeftConfig]] = base_config.PeftConfig.kinds
+
+
+def get_peft_config(config_dict: Mapping[str, Any]) -> base_config.PeftConfig:
+    """Return the configuration with these fields, of the method `peft_type`.
+
+    >>> from surgery.peft import get_peft_config
+    >>> get_peft_config({"peft_type": "LORA", "r": 16}).r
+    16
+
+    Raises:
+        SurgeryError: there is no configuration of the method. It is also a KeyError.
+        TypeError: the method does not have a field.
+    """
+    kind = str(getattr(config_dict["peft_type"], "value", config_dict["peft_type"]))
+    if kind not in PEFT_TYPE_TO_CONFIG_MAPPING:
+        return base_config.PeftConfig.from_peft_type(peft_type=kind)  # which says what is wrong
+    return PEFT_TYPE_TO_CONFIG_MAPPING[kind](**config_dict)
 
 
 def get_peft_model(
@@ -59,7 +87,8 @@ def get_peft_model(
         model: the model.
         peft_config: a configuration of this module or of PEFT.
         adapter_name: default "default".
-        mixed: accepted and ignored; default False.
+        mixed: whether the façade is a `PeftMixedModel`; default False. Adapters of several methods go together in any
+            façade.
         options: `example_inputs` as in `apply_rules`, which prefixes need on models that are not of transformers;
             `revision`; PEFT's `autocast_adapter_dtype` and others.
 
@@ -70,7 +99,8 @@ def get_peft_model(
         SurgeryError: the configuration can't be held exactly, with the model unchanged. A `PlanError` lists several
             problems.
     """
-    adapted = PeftModel(model, peft_config, adapter_name, **options)
+    kind = PeftMixedModel if mixed else PeftModel
+    adapted = kind(model, peft_config, adapter_name, **options)
     config = adapted.peft_config[adapter_name]
     config.revision = options.get("revision") or config.revision
     return adapted
@@ -129,9 +159,10 @@ def get_peft_model_state_dict(
         SurgeryError: the adapter is unknown, or PEFT's format can't hold it.
     """
     base = inside(model)
-    adapter_names(rewritten(base)[1], adapter_name)
     save = options.get("save_embedding_layers", "auto")
-    return to_peft(base, adapter_name, state=state_dict, save_embedding_layers=save)[1]
+    with pefts_errors(KeyError):
+        adapter_names(rewritten(base)[1], adapter_name)
+        return to_peft(base, adapter_name, state=state_dict, save_embedding_layers=save)[1]
 
 
 def set_peft_model_state_dict(
@@ -142,7 +173,9 @@ def set_peft_model_state_dict(
     All or nothing: a tensor of another shape is a `LoadError`, with the adapter as it was.
     """
     base = inside(model)
-    adapter_names(rewritten(base)[1], adapter_name)
-    tensors, missing, unexpected = from_peft(base, adapter_name, peft_model_state_dict)
-    load_adapter_state_dict(base, tensors, adapter_name)
+    with pefts_errors(KeyError):
+        adapter_names(rewritten(base)[1], adapter_name)
+    with pefts_errors(RuntimeError):
+        tensors, missing, unexpected = from_peft(base, adapter_name, peft_model_state_dict)
+        load_adapter_state_dict(base, tensors, adapter_name)
     return LoadResult(missing, unexpected)

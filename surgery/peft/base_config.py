@@ -125,7 +125,7 @@ class PeftConfig:
         return _with_peft(type(self), "peft" in sys.modules)
 
     def __reduce_ex__(self, protocol: Any) -> Any:  # copies and pickles need the true class
-        return _restore, (_own(type(self)), dict(self.__dict__))
+        return _restore, (own_class(type(self)), dict(self.__dict__))
 
     def __post_init__(self) -> None:
         if self.method is not None:
@@ -219,19 +219,25 @@ class PeftConfig:
         (Path(save_directory) / PEFT[1]).write_text(text, encoding="utf-8")
 
 
-def _own(kind: type[PeftConfig]) -> type[PeftConfig]:
+def own_class(kind: type[PeftConfig]) -> type[PeftConfig]:
     """The class of this package, for one that also is PEFT's."""
     return kind.__dict__.get("_facade_class", kind)
 
 
 @functools.cache
 def _with_peft(kind: type[PeftConfig], imported: bool) -> type[PeftConfig]:
-    """The class, and where PEFT is imported one that is also PEFT's class of the same name."""
-    if not imported or _own(kind) is not kind:
+    """The class, and where PEFT is imported one that is also PEFT's class of the same name.
+
+    The fields get the metadata of PEFT's: PEFT's layers read there which fields choose a variant.
+    """
+    if not imported or own_class(kind) is not kind:
         return kind
     theirs = getattr(sys.modules["peft"], kind.__name__, None)
     if not isinstance(theirs, type):
         return kind
+    metadata = {field.name: field.metadata for field in fields(theirs)}
+    for field in fields(kind):
+        field.metadata = metadata.get(field.name, field.metadata)
     names = {"__module__": kind.__module__, "__qualname__": kind.__qualname__, "__doc__": kind.__doc__}
     return type(kind.__name__, (kind, theirs), {**names, "_facade_class": kind})
 

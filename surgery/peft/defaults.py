@@ -5,6 +5,7 @@ From peft/utils/constants.py of PEFT 0.21 (Apache-2.0): the modules' names → t
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
 from typing import Any
 
@@ -12,7 +13,8 @@ from torch import nn
 
 from surgery.errors import SurgeryError
 from surgery.patterns.module_walk import base_modules
-from surgery.peft.base_config import PeftConfig
+from surgery.peft.base_config import PeftConfig, own_class
+from surgery.peft.errors import as_builtin
 
 __all__ = ["with_defaults"]
 
@@ -107,48 +109,51 @@ _DIFFERENT: Mapping[str, Table] = {  # from most methods'
 
 
 def with_defaults(config: Any, model: Any, task: str | None = None) -> PeftConfig:
-    """A configuration, PEFT's own or one of ours, as one of ours with what PEFT fills in by itself: targets for this
+    """A configuration, PEFT's own or one of ours, as a copy of ours with what PEFT fills in by itself: targets for this
     kind of model, heads that go with the task, and the base's name."""
     if not hasattr(config, "to_dict"):
-        raise SurgeryError(f"{config!r} is no configuration", fix="pass a LoraConfig, or another of its kind")
-    settings = PeftConfig.from_dict(config.to_dict()).to_dict()
-    heads = _HEADS.get(task or settings["task_type"], [])
-    if heads and "modules_to_save" in settings:
-        settings["modules_to_save"] = list(dict.fromkeys([*(settings["modules_to_save"] or []), *heads]))
+        error = SurgeryError(f"{config!r} is not a configuration", fix="pass a LoraConfig, or another of its kind")
+        raise as_builtin(error, TypeError)
+    known = isinstance(config, PeftConfig) and own_class(type(config)).method is not None
+    resolved: Any = copy.copy(config) if known else PeftConfig.from_dict(config.to_dict())
+    heads = _HEADS.get(task or resolved.task_type, [])
+    if heads and hasattr(resolved, "modules_to_save"):
+        resolved.modules_to_save = list(dict.fromkeys([*(resolved.modules_to_save or []), *heads]))
     name = getattr(getattr(model, "config", None), "_name_or_path", None)
-    settings["base_model_name_or_path"] = settings["base_model_name_or_path"] or name or None
-    return PeftConfig.from_dict(_targeted(settings, model))
+    resolved.base_model_name_or_path = resolved.base_model_name_or_path or name or None
+    if hasattr(resolved, "target_modules") and not resolved.is_adaption_prompt:
+        _fill_targets(resolved, model)
+    return resolved
 
 
-def _targeted(settings: dict[str, Any], model: nn.Module) -> dict[str, Any]:
-    method, kind = str(settings["peft_type"]), _model_type(model)
-    if "target_modules" not in settings or method == "ADAPTION_PROMPT":
-        return settings
-    if method == "IA3" and settings.get("feedforward_modules") is None:
-        settings["feedforward_modules"] = _looked_up(_FED, kind) or []
-    if isinstance(settings["target_modules"], str) and settings["target_modules"].lower() == "all-linear":
-        settings["target_modules"] = _all_linear(model, settings)
-    if settings["target_modules"] is None and not settings.get("target_parameters"):
+def _fill_targets(config: Any, model: nn.Module) -> None:
+    method, kind = str(config.method), _model_type(model)
+    if method == "IA3" and config.feedforward_modules is None:
+        config.feedforward_modules = set(_looked_up(_FED, kind) or [])
+    if isinstance(config.target_modules, str) and config.target_modules.lower() == "all-linear":
+        config.target_modules = _all_linear(model, config)
+    if config.target_modules is None and not getattr(config, "target_parameters", None):
         targets = _looked_up(_DIFFERENT.get(method, {}), kind) or _looked_up(_OTHERS.get(method, _MOST), kind)
         if targets is None:
-            raise SurgeryError(
-                "the configuration names no targets", why=f"PEFT has none by itself for {method} on {kind!r}",
+            error = SurgeryError(
+                "Please specify `target_modules` in `peft_config`",
+                why=f"PEFT has no targets by default for {method} on {kind!r}",
                 fix='target_modules=[…]: names of modules, or "all-linear"',
-            )  # fmt: skip
-        settings["target_modules"] = targets[0] if "*" in targets[0] else targets
-    return settings
+            )
+            raise as_builtin(error)
+        config.target_modules = targets[0] if "*" in targets[0] else set(targets)
 
 
-def _all_linear(model: Any, config: Mapping[str, Any]) -> Any:
+def _all_linear(model: Any, config: PeftConfig) -> Any:
     """PEFT leaves a classifier out for SEQ_CLS alone; the engine's word leaves out every head."""
     modules = dict(base_modules(model))
     heads = [getattr(model, name, None) for name in ("score", "classifier", "qa_outputs")]
     output = getattr(model, "get_output_embeddings", lambda: None)()
     inner = {id(module) for head in heads if isinstance(head, nn.Module) for module in head.modules()}
     attends = any(isinstance(module, nn.MultiheadAttention) for module in modules.values())
-    if output is not None or not inner or config.get("task_type") == "SEQ_CLS" or attends:
+    if output is not None or not inner or config.task_type == "SEQ_CLS" or attends:
         return "all-linear"
-    return [path for path, module in modules.items() if isinstance(module, nn.Linear) or _named(module, "Conv1D")]
+    return {path for path, module in modules.items() if isinstance(module, nn.Linear) or _named(module, "Conv1D")}
 
 
 def _named(module: nn.Module, name: str) -> bool:

@@ -12,7 +12,7 @@ from surgery.errors import MatchError, RuleError, SurgeryError, SurgeryWarning
 __all__ = ["NoMatchingPeftModuleError", "PeftError", "PeftWarning", "as_builtin", "invalid", "pefts_errors"]
 
 PeftWarning = SurgeryWarning  # every warning of the façade is one
-_BUILTIN = (ValueError, TypeError, KeyError, AttributeError, OSError)
+_BUILTIN = (ValueError, TypeError, KeyError, AttributeError, RuntimeError, AssertionError)
 
 
 class PeftError(SurgeryError):

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from torch import nn
 
-from surgery.errors import SurgeryError
+from surgery.errors import SurgeryError, near_misses
+from surgery.peft.errors import as_builtin, pefts_errors
 from surgery.routing.route import route
 from surgery.transaction.neutral_context import neutral
 from surgery.transaction.undo_log import Journal
@@ -35,16 +36,20 @@ def facade(kind: type[Facade], model: Any, configs: dict[str, Any]) -> Any:
     new = object.__new__(kind)
     new._base, new._configs = inside(model), configs
     if not isinstance(new._base, nn.Module):
-        raise SurgeryError(f"{type(model).__name__} is not a model", fix="pass a torch.nn.Module")
+        error = SurgeryError(f"{type(model).__name__} is not a model", fix="pass a torch.nn.Module")
+        raise as_builtin(error, TypeError)
     return new
 
 
 def whole(method: F) -> F:
-    """Makes a method atomic: the model and the façade's configurations change together or not at all."""
+    """Makes a method atomic: the model and the façade's configurations change together or not at all.
+
+    Its errors are also PEFT's ValueErrors.
+    """
 
     @functools.wraps(method)
     def run(self: Any, *args: Any, **kwargs: Any) -> Any:
-        with neutral(self._base), Journal() as journal:
+        with pefts_errors(), neutral(self._base), Journal() as journal:
             journal.keep(self._configs)
             return method(self, *args, **kwargs)
 
@@ -74,13 +79,25 @@ class Facade(_Seen):
         if name in Facade.__slots__ or name.startswith("__"):
             raise AttributeError(name)
         attribute = getattr(self._base, name)
-        if name not in _THEMSELVES:
-            return attribute
+        if name == "forward":
+            return self._with_rows(attribute)
+        return self._returning_self(attribute) if name in _THEMSELVES else attribute
 
-        @functools.wraps(attribute)
+    def _returning_self(self, method: Any) -> Any:
+        @functools.wraps(method)
         def called(*args: Any, **kwargs: Any) -> Any:
-            result = attribute(*args, **kwargs)
+            result = method(*args, **kwargs)
             return self if result is self._base else result
+
+        return called
+
+    def _with_rows(self, method: Any) -> Any:
+        """A method of the model that also takes PEFT's adapter_names. Its signature is the model's own."""
+
+        @functools.wraps(method)
+        def called(*args: Any, adapter_names: Any = None, **kwargs: Any) -> Any:
+            with self._rows(adapter_names):
+                return method(*args, **kwargs)
 
         return called
 
@@ -115,4 +132,12 @@ class Facade(_Seen):
         """Routes each row to its adapter, if PEFT's adapter_names are given."""
         if names is None:
             return nullcontext()
+        unknown = sorted({name for name in names if name != "__base__" and name not in self._configs})
+        if unknown:
+            raise as_builtin(
+                SurgeryError(
+                    f"Trying to infer with non-existing adapter(s): {', '.join(unknown)}",
+                    why=near_misses(unknown[0], self._configs) or f"there are {', '.join(self._configs)}",
+                )
+            )
         return route(self._base, [None if name == "__base__" else name for name in names])

@@ -21,6 +21,7 @@ __all__ = [
     "LoHaConfig",
     "LoKrConfig",
     "LoraConfig",
+    "LoraRuntimeConfig",
     "MissConfig",
     "OFTConfig",
     "RandLoraConfig",
@@ -87,6 +88,13 @@ class _Started(_Targeted):
     init_weights: Any = True
 
 
+@dataclass
+class LoraRuntimeConfig:
+    """PEFT's settings of a process, which are not saved. None of them changes anything here."""
+
+    ephemeral_gpu_offload: bool = False
+
+
 @dataclass(kw_only=True)
 class LoraConfig(_Layered, _Excluding, _Transposed, _Biased):
     """LoRA: `LoraRule`. Fields that no rule supports raise an error when the configuration is applied."""
@@ -119,6 +127,12 @@ class LoraConfig(_Layered, _Excluding, _Transposed, _Biased):
     arrow_config: Any = None
     kasa_config: Any = None
     ensure_weight_tying: bool = False
+    runtime_config: LoraRuntimeConfig = field(default_factory=LoraRuntimeConfig)
+    _custom_modules: ClassVar[None] = None  # which PEFT asks of a configuration
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields as plain data, without the settings of a process."""
+        return {name: value for name, value in super().to_dict().items() if name != "runtime_config"}
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -341,6 +355,13 @@ class ShiraConfig(_Transposed, _Started):
     r: int = 32
     mask_type: str = "random"
     random_seed: int | None = None
+
+    @property
+    def mask_fn(self) -> Any:
+        """PEFT's function that draws the mask, for PEFT itself."""
+        from peft.tuners.shira.mask_functions import random_mask
+
+        return random_mask if self.mask_type == "random" else None
 
 
 @dataclass(kw_only=True)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import tempfile
 import warnings
 from collections import namedtuple
@@ -15,14 +14,18 @@ import torch
 from torch import nn
 
 import surgery
-from surgery.errors import SurgeryError, SurgeryWarning
+from surgery.errors import SurgeryError, SurgeryWarning, near_misses
 from surgery.lifecycle.switching import set_trained
-from surgery.merging.merge import ensure_unmerged
+from surgery.merging.merge import NotFiniteError, ensure_unmerged
 from surgery.patterns.wrappers import unwrap
 from surgery.peft.add_idle import new_adapters_idle
 from surgery.peft.base_config import PeftConfig
+from surgery.peft.configuration import check_targets, completed
 from surgery.peft.defaults import with_defaults
-from surgery.peft.facade import Facade, facade, whole
+from surgery.peft.errors import as_builtin, pefts_errors
+from surgery.peft.facade import facade, inside, whole
+from surgery.peft.properties import FacadeProperties
+from surgery.peft.saving import save_folder, write_card
 from surgery.peft_format.methods import rules_by
 from surgery.peft_format.writing import to_peft
 from surgery.rewritten_model.verb_root import rewritten, root_of
@@ -32,13 +35,13 @@ from surgery.state.records import merged_adapters, model_state
 from surgery.storage.hub_upload import card_of, upload
 from surgery.tracing.example_call import dummy
 
-__all__ = ["LoadResult", "PeftModel"]
+__all__ = ["LoadResult", "PeftMixedModel", "PeftModel"]
 
 Names = str | Sequence[str]
 LoadResult = namedtuple("LoadResult", ["missing_keys", "unexpected_keys"])
 
 
-class PeftModel(Facade):
+class PeftModel(FacadeProperties):
     """A model with adapters under PEFT's names.
 
     >>> from torch import nn
@@ -77,58 +80,18 @@ class PeftModel(Facade):
         self.add_adapter(adapter_name, peft_config, **options)
         surgery.activate(self._base, adapter_name, train=not self._configs[adapter_name].inference_mode)
 
-    def get_base_model(self) -> Any:
-        """Returns the model itself."""
-        return self._base
-
-    @property
-    def base_model(self) -> Any:
-        """PEFT's tuner: the façade's methods, and the model as `model`."""
-        return facade(_Tuner, self._base, self._configs)
-
-    @property
-    def peft_config(self) -> dict[str, Any]:
-        """Adapter → configuration."""
-        return self._configs
-
-    @property
-    def active_adapters(self) -> list[str]:
-        """The active adapters. As in PEFT, they stay active while they are disabled."""
-        state = model_state(unwrap(self._base))
-        return [] if state is None else list(surgery.active(self._base) or state.resting)
-
-    @property
-    def active_adapter(self) -> Any:
-        """The active adapter's name; a list if there are several."""
-        names = self.active_adapters
-        return names[0] if len(names) == 1 else names
-
-    @property
-    def active_peft_config(self) -> Any:
-        return self._configs.get(next(iter(self.active_adapters), ""))
-
-    @property
-    def peft_type(self) -> Any:
-        return getattr(self.active_peft_config, "peft_type", None)
-
-    @property
-    def _hf_peft_config_loaded(self) -> bool:
-        """Tells the Trainer whether a quantised model has an adapter to train."""
-        return bool(getattr(self._base, "is_quantized", False) and self._configs)
-
-    def get_nb_trainable_parameters(self) -> tuple[int, int]:
-        """Returns the number of trainable numbers and of all numbers."""
-        summary = surgery.summary(self._base)
-        return summary.trainable, summary.total
-
-    def print_trainable_parameters(self) -> None:
-        few, most = self.get_nb_trainable_parameters()
-        print(f"trainable params: {few:,d} || all params: {most:,d} || trainable%: {100 * few / max(most, 1):.4f}")
+    def _check_known(self, names: Names, what: str) -> None:
+        """Raises an error that begins with `what`, where an adapter is unknown."""
+        for name in [names] if isinstance(names, str) else names:
+            if name not in self._configs:
+                why = near_misses(str(name), self._configs) or f"the model's adapters: {', '.join(self._configs)}"
+                raise as_builtin(SurgeryError(what.format(name), why=why))
 
     @whole
     def set_adapter(self, adapter_name: Names, inference_mode: bool = False) -> None:
         """Make only these adapters live, and trainable unless `inference_mode`."""
-        self._unmerged("set_adapter")
+        self._check_known(adapter_name, "Adapter {} not found.")
+        self._unmerge_first("Adapter cannot be set when the model is merged. Unmerging the model first.")
         self._enter(adapter_name, self._disabled, train=not inference_mode)
 
     @whole
@@ -139,13 +102,13 @@ class PeftModel(Facade):
 
     def disable_adapter(self) -> AbstractContextManager[None]:
         """Return a context in which the model computes the base's bits."""
-        self._unmerged("disable_adapter")
+        self._unmerge_first("The adapter is disabled while the model is merged. Unmerging the model first.")
         return surgery.using(self._base, None) if self.active_adapters else nullcontext()
 
     @whole
     def disable_adapter_layers(self) -> None:
         """Compute the base's bits until `enable_adapter_layers`."""
-        self._unmerged("disable_adapter_layers")
+        self._unmerge_first("The adapter is disabled while the model is merged. Unmerging the model first.")
         if self.active_adapters:
             surgery.deactivate(self._base)
 
@@ -153,10 +116,6 @@ class PeftModel(Facade):
     def enable_adapter_layers(self) -> None:
         if self._disabled:
             surgery.activate(self._base)
-
-    @property
-    def _disabled(self) -> bool:
-        return bool(self.active_adapters) and not surgery.active(self._base)
 
     def _enter(self, names: Names, disabled: bool, train: bool | None = None) -> None:
         surgery.activate(self._base, names, train=train)
@@ -169,14 +128,18 @@ class PeftModel(Facade):
 
         `options`: `example_inputs`, as in `apply_rules`; models of transformers do not need it.
         """
+        if adapter_name in self._configs:
+            fix = "choose another name, or delete_adapter first; a cell that runs again begins with model.unload()"
+            raise as_builtin(SurgeryError(f"Adapter with name '{adapter_name}' already exists.", fix=fix))
         half = any(parameter.dtype in (torch.float16, torch.bfloat16) for parameter in self._base.parameters())
         if half and not options.get("autocast_adapter_dtype", True):
             warnings.warn("adapters are kept in float32 beside half precision", SurgeryWarning, stacklevel=3)
         config = with_defaults(peft_config, self._base, self._task)
+        check_targets(config, self._base)
         rules, example = rules_by(self._base, config.to_dict()), self._example(config, options)
         with new_adapters_idle(self._base):
             surgery.apply_rules(self._base, rules, adapter=adapter_name, example_inputs=example, freeze=True)
-        self._configs[adapter_name] = config
+        self._configs[adapter_name] = completed(peft_config, config)
 
     @whole
     def load_adapter(self, model_id: Any, adapter_name: str, is_trainable: bool = False, **options: Any) -> LoadResult:
@@ -210,22 +173,28 @@ class PeftModel(Facade):
         cls, model: Any, model_id: Any, adapter_name: str = "default", is_trainable: bool = False, **options: Any
     ) -> PeftModel:
         """Return a model with an adapter from a folder or a repository; `options` as for `load_adapter`."""
-        config = options.get("config") or PeftConfig.from_pretrained(model_id, **options)
-        new = cls.__new__(cls, model, config)
-        new.load_adapter(model_id, adapter_name, is_trainable, **options)
-        surgery.activate(new._base, adapter_name, train=is_trainable)
-        return new
+        with pefts_errors():
+            config = options.get("config") or PeftConfig.from_pretrained(model_id, **options)
+            new = cls.__new__(cls, model, config)
+            new.load_adapter(model_id, adapter_name, is_trainable, **options)
+            surgery.activate(new._base, adapter_name, train=is_trainable)
+            return new
 
     @whole
     def delete_adapter(self, adapter_name: str) -> None:
         """Remove an adapter. If it was the active one, the first of the others becomes active."""
+        self._check_known(adapter_name, "Adapter {} does not exist")
         alone, disabled = self.active_adapters == [adapter_name], self._disabled
         surgery.remove(self._base, adapter_name)
         self._configs.pop(adapter_name, None)
         state = model_state(unwrap(self._base))
         if alone and state is not None:
             first = next(iter(state.adapters))
-            warnings.warn(f"{adapter_name} was active; now {first} is", SurgeryWarning, stacklevel=3)
+            warnings.warn(
+                f"Adapter {adapter_name} was active which is now deleted. Setting active adapter to {first}.",
+                SurgeryWarning,
+                stacklevel=3,
+            )
             self._enter(first, disabled)
 
     @whole
@@ -235,6 +204,7 @@ class PeftModel(Facade):
         density: float | None = None, majority_sign_method: str = "total",
     ) -> None:  # fmt: skip
         """Add an adapter that combines others, by `surgery.combine`. It is not active."""
+        self._check_known(adapters, "Adapter {} does not exist")
         if len(adapters) != len(weights):
             raise SurgeryError(f"there are {len(weights)} weights for {len(adapters)} adapters", fix="give one each")
         chosen = [self._configs[name] for name in adapters if name in self._configs]
@@ -256,10 +226,30 @@ class PeftModel(Facade):
     @whole
     def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
         """Fold adapters (default: the active ones) into the weights; `unmerge_adapter` restores the weights' bits."""
-        surgery.merge(self._base, adapter_names or self.active_adapters, safe=safe_merge, untie=True)
+        if isinstance(adapter_names, str):
+            what = f"adapter_names should be a list of strings, got {adapter_names!r}."
+            raise as_builtin(SurgeryError(what), TypeError)
+        names, merged = list(adapter_names or self.active_adapters), merged_adapters(unwrap(self._base))
+        self._check_known(names, "Adapter {} does not exist")
+        new = [name for name in names if name not in merged]
+        if merged and not new:
+            warnings.warn("All adapters are already merged, nothing to do.", SurgeryWarning, stacklevel=3)
+            return
+        if merged:
+            more = f"Already following adapters were merged {','.join(merged)}."
+            warnings.warn(f"{more} You are now additionally merging {','.join(new)}.", SurgeryWarning, stacklevel=3)
+            surgery.unmerge(self._base)
+        try:
+            surgery.merge(self._base, [*merged, *new], safe=safe_merge, untie=True)
+        except NotFiniteError as error:
+            what = f"NaNs detected in the merged weights. The adapter {', '.join(names)} seems to be broken"
+            raise as_builtin(NotFiniteError(what, where=error.where, why=error.why, fix=error.fix)) from None
 
     @whole
     def unmerge_adapter(self) -> None:
+        if not merged_adapters(unwrap(self._base)):
+            warnings.warn("Already unmerged. Nothing to do.", SurgeryWarning, stacklevel=3)
+            return
         surgery.unmerge(self._base)
 
     @whole
@@ -278,9 +268,9 @@ class PeftModel(Facade):
         self._configs.clear()
         return self._base
 
-    def _unmerged(self, verb: str) -> None:
+    def _unmerge_first(self, warning: str) -> None:
         if merged_adapters(unwrap(self._base)):
-            warnings.warn(f"{verb}: the model is merged, and is unmerged first", SurgeryWarning, stacklevel=4)
+            warnings.warn(warning, SurgeryWarning, stacklevel=4)
             surgery.unmerge(self._base)
 
     def save_pretrained(
@@ -288,38 +278,33 @@ class PeftModel(Facade):
     ) -> None:
         """Write PEFT's folder: the adapter "default" in it, and each other adapter in a subfolder of its name.
 
-        A folder `checkpoint-<number>`, which a Trainer makes, also gets a `model.safetensors` with all tensors except
-        the base's frozen ones: transformers resumes from it.
+        A model card, `README.md`, is written or completed. A folder `checkpoint-<number>`, which a Trainer makes, also
+        gets a `model.safetensors` with all tensors except the base's frozen ones: transformers resumes from it.
         """
-        if not safe_serialization:
-            warnings.warn("pickle files are not written: safetensors it is", SurgeryWarning, stacklevel=2)
-        if not options.get("is_main_process", True):
-            return
-        folder, tensors = Path(save_directory), options.get("state_dict") or self._base.state_dict()
-        for name in named(rewritten(self._base)[1], selected_adapters):
-            place, config = folder if name == "default" else folder / name, self._configs.get(name)
-            arguments: dict[str, Any] = {"config": config and config.to_dict(), "state_dict": tensors}
-            arguments["save_embedding_layers"] = options.get("save_embedding_layers", "auto")
-            try:
-                surgery.save_adapter(self._base, place, name, format="peft", **arguments)
-            except SurgeryError as error:
-                why = f"{error.what}: {error.why}; it is written in a format of its own"
-                warnings.warn(why, SurgeryWarning, stacklevel=2)
-                surgery.save_adapter(self._base, place, name, format="surgery", **arguments)
-                if config is not None:  # PEFT finds no tensors beside it
-                    config.save_pretrained(place)
-        if re.fullmatch(r"checkpoint-\d+", folder.resolve().name):
-            from surgery.trainer import save_trained
+        with pefts_errors():
+            save_folder(self, Path(save_directory), safe_serialization, selected_adapters, **options)
 
-            save_trained(self._base, folder, tensors)
+    def create_or_update_model_card(self, output_dir: str | Path) -> None:
+        """Write `README.md` into a folder, or complete the metadata of the one that is there."""
+        write_card(self, Path(output_dir))
 
     def push_to_hub(self, repo_id: str, commit_message: str = "Upload of adapters", **options: Any) -> str:
         """Upload the files of `save_pretrained` with a model card; returns the commit's address."""
-        with tempfile.TemporaryDirectory() as place:
+        with pefts_errors(), tempfile.TemporaryDirectory() as place:
             self.save_pretrained(place)
             card = card_of(self._base, next(iter(self._configs)), repo_id, peft=True)
             where = {name: options[name] for name in ("private", "token", "revision") if name in options}
             return upload(place, repo_id, card, commit_message, **where)
+
+    def prepare_model_for_gradient_checkpointing(self, model: Any) -> None:
+        """Make the input of a model require gradients, so that checkpointing reaches the adapters."""
+        model = inside(model)
+        if getattr(model, "is_quantized", False):
+            return
+        if hasattr(model, "enable_input_require_grads"):
+            model.enable_input_require_grads()
+        elif hasattr(model, "get_input_embeddings"):
+            model.get_input_embeddings().register_forward_hook(_require_gradients)
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
         """The model's own `load_state_dict`; a checkpoint of adapters may lack the base's frozen tensors."""
@@ -330,12 +315,25 @@ class PeftModel(Facade):
         return result
 
 
+def _require_gradients(module: nn.Module, inputs: Any, output: torch.Tensor) -> None:
+    output.requires_grad_(True)
+
+
+class PeftMixedModel(PeftModel):
+    """A `PeftModel` whose adapters are of several methods, as those of any `PeftModel` here may be."""
+
+    __slots__ = ()
+
+
 class _Tuner(PeftModel):
     __slots__ = ()
 
     @property
     def model(self) -> Any:
         return self._base
+
+
+PeftModel._tuner = _Tuner
 
 
 def _largest_rank(config: Any) -> int:

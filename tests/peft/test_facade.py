@@ -121,7 +121,9 @@ def test_configurations_have_pefts_fields_and_defaults(name: str) -> None:
     def defaults(kind: Any) -> dict[str, Any]:
         found = {f.name: f.default_factory() if callable(f.default_factory) else f.default
                  for f in dataclasses.fields(kind)}  # fmt: skip
-        return {key: value for key, value in found.items() if key != "runtime_config"}
+        if "runtime_config" in found:
+            found["runtime_config"] = vars(found["runtime_config"])
+        return found
 
     assert defaults(getattr(ours, name)) == defaults(getattr(peft, name))
 
@@ -161,12 +163,13 @@ def test_the_targets_by_default_are_pefts() -> None:
         for model_type, targets in getattr(constants, table, {}).items():
             model: Any = nn.Module()
             model.config = {"model_type": model_type}
-            found: Any = with_defaults(kind(), model)
+            needed: dict[str, Any] = {"total_step": 10} if kind.method == "ADALORA" else {}
+            found: Any = with_defaults(kind(**needed), model)
             assert found.target_modules == (targets if isinstance(targets, str) else set(targets)), (table, model_type)
             if kind.method == "IA3":
                 fed = constants.TRANSFORMERS_MODELS_TO_IA3_FEEDFORWARD_MODULES_MAPPING[model_type]
-                assert found.feedforward_modules == fed
-    with pytest.raises(SurgeryError, match="names no targets"):
+                assert found.feedforward_modules == set(fed)
+    with pytest.raises(SurgeryError, match="Please specify `target_modules`"):
         ours.get_peft_model(nn.Sequential(nn.Linear(2, 2)), ours.LoraConfig())
 
 
@@ -286,7 +289,7 @@ def test_what_can_not_be_held_is_refused_and_the_model_as_it_was() -> None:
         with pytest.raises(SurgeryError, match=match):
             ours.get_peft_model(model, ours.LoraConfig(**{"target_modules": ["query"], **fields}))
         assert before.differences(model) == []
-    with pytest.raises(SurgeryError, match="no configuration"):
+    with pytest.raises(SurgeryError, match="is not a configuration"):
         ours.get_peft_model(model, {"r": 3})
     with pytest.raises(SurgeryError, match="is not a model"):
         ours.get_peft_model("bert", ours.LoraConfig())  # type: ignore[arg-type]
@@ -449,7 +452,7 @@ def test_merging() -> None:
     theirs.unmerge_adapter()
     for verb in ("set_adapter", "disable_adapter"):
         mine.merge_adapter()
-        with pytest.warns(SurgeryWarning, match="is unmerged first"):
+        with pytest.warns(SurgeryWarning, match="Unmerging the model first"):
             if verb == "set_adapter":
                 mine.set_adapter("default")
             else:
@@ -470,10 +473,10 @@ def test_unload_and_delete() -> None:
     fresh = llama()[0]
     expected = out(fresh, example)
     model.set_adapter("other")
-    with pytest.warns(SurgeryWarning, match="now default is"):
+    with pytest.warns(SurgeryWarning, match="Setting active adapter to default"):
         model.delete_adapter("other")
     assert model.active_adapter == "default" and list(model.peft_config) == ["default"]
-    with pytest.raises(SurgeryError, match="no adapter 'other'"):
+    with pytest.raises(SurgeryError, match="Adapter other does not exist"):
         model.delete_adapter("other")
     model.merge_adapter()
     assert model.unload() is base and torch.equal(out(base, example), expected)
@@ -547,7 +550,7 @@ def test_folders_of_several_adapters(tmp_path: Path) -> None:
         torch.testing.assert_close(out(model, example), expected["other"], **CLOSE)
     assert torch.equal(out(model, example), expected["other"])
     for wrong in ({"selected_adapters": ["othr"]},):
-        with pytest.raises(SurgeryError, match="no adapter 'othr'(?s:.)*other"):
+        with pytest.raises(SurgeryError, match="(?s)invalid `selected_adapters`.*did you mean 'other'"):
             mine.save_pretrained(tmp_path / "none", **wrong)
     assert not (tmp_path / "none").exists()
     mine.save_pretrained(tmp_path / "idle", is_main_process=False)
@@ -602,7 +605,7 @@ def test_prompts_by_pefts_names_for_their_starts(tmp_path: Path) -> None:
 def test_a_second_facade_knows_the_first_ones_adapters() -> None:
     model, _, base = two(ours)
     config = ours.LoraConfig(r=2, target_modules=["k_proj"])
-    with pytest.raises(SurgeryError, match="an adapter 'default' already"):
+    with pytest.raises(SurgeryError, match="Adapter with name 'default' already exists"):
         ours.get_peft_model(model, config)
     again = ours.get_peft_model(model, config, "third")
     assert list(again.peft_config) == list(model.peft_config) == ["default", "other", "third"]

@@ -1,0 +1,92 @@
+"""What a façade says of its model and its adapters, under PEFT's names."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+import surgery
+from surgery.patterns.module_walk import RESERVED
+from surgery.patterns.wrappers import unwrap
+from surgery.peft.facade import Facade, facade
+from surgery.state.records import model_state
+
+__all__ = ["FacadeProperties"]
+
+
+class FacadeProperties(Facade):
+    """PEFT's properties of a model, and what it prints."""
+
+    __slots__ = ()
+    _tuner: ClassVar[Any]  # the class of `base_model`
+
+    def get_base_model(self) -> Any:
+        """Returns the model itself."""
+        return self._base
+
+    @property
+    def base_model(self) -> Any:
+        """PEFT's tuner: the façade's methods, and the model as `model`."""
+        return facade(self._tuner, self._base, self._configs)
+
+    @property
+    def peft_config(self) -> dict[str, Any]:
+        """Adapter → configuration."""
+        return self._configs
+
+    @property
+    def active_adapters(self) -> list[str]:
+        """The active adapters. As in PEFT, they stay active while they are disabled."""
+        state = model_state(unwrap(self._base))
+        return [] if state is None else list(surgery.active(self._base) or state.resting)
+
+    @property
+    def active_adapter(self) -> Any:
+        """The active adapter's name; a list if there are several."""
+        names = self.active_adapters
+        return names[0] if len(names) == 1 else names
+
+    @property
+    def active_peft_config(self) -> Any:
+        return self._configs.get(next(iter(self.active_adapters), ""))
+
+    @property
+    def peft_type(self) -> Any:
+        return getattr(self.active_peft_config, "peft_type", None)
+
+    @property
+    def _hf_peft_config_loaded(self) -> bool:
+        """Tells the Trainer whether a quantised model has an adapter to train."""
+        return bool(getattr(self._base, "is_quantized", False) and self._configs)
+
+    def get_nb_trainable_parameters(self) -> tuple[int, int]:
+        """Returns the number of trainable numbers and of all numbers."""
+        summary = surgery.summary(self._base)
+        return summary.trainable, summary.total
+
+    def print_trainable_parameters(self) -> None:
+        few, most = self.get_nb_trainable_parameters()
+        print(f"trainable params: {few:,d} || all params: {most:,d} || trainable%: {100 * few / max(most, 1):.4f}")
+
+    @property
+    def prefix(self) -> str:
+        """The mark of adapters' tensors in the names of `named_parameters()`, where PEFT's is such as "lora_"."""
+        return f".{RESERVED}."
+
+    @property
+    def has_active_enabled_adapter(self) -> bool:
+        """Whether an adapter is active and not disabled."""
+        return bool(self.active_adapters) and not self._disabled
+
+    @property
+    def modules_to_save(self) -> set[str] | None:
+        """The modules that the configurations train as a whole."""
+        names = {name for config in self._configs.values() for name in getattr(config, "modules_to_save", None) or ()}
+        return names or None
+
+    @property
+    def base_model_torch_dtype(self) -> Any:
+        return getattr(self._base, "dtype", None)
+
+    @property
+    def _disabled(self) -> bool:
+        return bool(self.active_adapters) and not surgery.active(self._base)

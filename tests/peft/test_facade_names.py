@@ -1,0 +1,294 @@
+"""PEFT's names and words on a model: properties, functions, errors and warnings, each beside PEFT's own."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import inspect
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import surgery.peft as ours
+from surgery import SurgeryError
+from surgery.testing import Snapshot
+from tests.peft.test_facade import bert, llama, moved, out, same_adapters, two
+
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")
+    peft: Any = pytest.importorskip("peft", reason="compares with PEFT")
+
+pytestmark = pytest.mark.filterwarnings("ignore")  # PEFT's own
+
+
+def result(call: Callable[[], Any]) -> tuple[Any, str, list[str]]:
+    """The builtin error of a call with the beginning of its text, and the beginnings of the warnings."""
+    kind, text = None, ""
+    with warnings.catch_warnings(record=True) as record:
+        warnings.simplefilter("always")
+        try:
+            call()
+        except Exception as error:
+            builtins = (KeyError, ValueError, TypeError, RuntimeError)
+            kind, text = next(k for k in builtins if isinstance(error, k)), str(error)
+    said = sorted({str(each.message)[:40] for each in record if "Model with `tie" not in str(each.message)})
+    return kind, text.splitlines()[0][:25] if text else "", said
+
+
+CALLS: dict[str, Callable[[Any, Any], Any]] = {
+    "delete what is not there": lambda library, model: model.delete_adapter("othr"),
+    "delete the active one": lambda library, model: model.delete_adapter("default"),
+    "set what is not there": lambda library, model: model.set_adapter("othr"),
+    "add a name again": lambda library, model: model.add_adapter(
+        "other", library.LoraConfig(target_modules=["q_proj"])),
+    "targets that are not there": lambda library, model: model.add_adapter(
+        "third", library.LoraConfig(target_modules=["qq"])),
+    "layers that are not there": lambda library, model: model.add_adapter(
+        "third", library.LoraConfig(target_modules=["q_proj"], layers_to_transform=[9])),
+    "all excluded": lambda library, model: model.add_adapter(
+        "third", library.LoraConfig(target_modules=["q_proj"], exclude_modules=["q_proj"])),
+    "merge twice": lambda library, model: (model.merge_adapter(), model.merge_adapter()),
+    "merge one more": lambda library, model: (model.merge_adapter(), model.merge_adapter(["other"])),
+    "merge by a text": lambda library, model: model.merge_adapter("default"),
+    "unmerge what is not merged": lambda library, model: model.unmerge_adapter(),
+    "combine what is not there": lambda library, model: model.add_weighted_adapter(["a", "b"], [1.0, 1.0], "c"),
+    "save what is not there": lambda library, model: model.save_pretrained("none", selected_adapters=["othr"]),
+    "rows of what is not there": lambda library, model: model(
+        input_ids=torch.tensor([[1, 2]]), adapter_names=["othr"]),
+    "tensors of what is not there": lambda library, model: library.get_peft_model_state_dict(
+        model, adapter_name="othr"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_errors_and_warnings_are_pefts(name: str) -> None:
+    made = {library.__name__: two(library)[0] for library in (peft, ours)}
+    mine, theirs = (result(lambda lib=lib: CALLS[name](lib, made[lib.__name__])) for lib in (ours, peft))
+    if theirs[0] is KeyError:  # PEFT looks the name up in a dict, and says no more than the name
+        assert mine[0] is KeyError and "othr" in mine[1]
+    elif name in ("layers that are not there", "unmerge what is not merged"):  # PEFT warns at each of its layers
+        assert mine[:2] == theirs[:2] and [text[:20] for text in mine[2]] == [text[:20] for text in theirs[2]]
+    else:
+        assert mine == theirs
+
+
+def test_targets_that_are_not_there_are_an_error_of_their_own() -> None:
+    model, _ = llama()
+    before = Snapshot(model)
+    wrong: list[dict[str, Any]] = [
+        {"target_modules": ["q_prj"]}, {"target_modules": "q_prj"},
+        {"target_modules": ["q_proj"], "exclude_modules": ".*"},
+        {"target_modules": ["q_proj"], "layers_to_transform": [7]},
+    ]  # fmt: skip
+    for fields in wrong:
+        with pytest.raises(ours.NoMatchingPeftModuleError) as caught:
+            ours.get_peft_model(model, ours.LoraConfig(**fields))
+        assert isinstance(caught.value, (ValueError)) and isinstance(caught.value, ours.PeftError)
+        assert before.differences(model) == []
+    with pytest.raises(ours.NoMatchingPeftModuleError, match="(?s)Target modules.*q_proj"):
+        ours.get_peft_model(model, ours.LoraConfig(target_modules=["q_prj"]))
+
+
+def test_the_prefix_is_in_the_adapters_names() -> None:
+    for library in (peft, ours):
+        model, example, _ = two(library)
+        trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+        marked = {name for name, _ in model.named_parameters() if model.prefix in name}
+        assert trained and trained <= marked
+        assert model.has_active_enabled_adapter and model.modules_to_save is None
+        with model.disable_adapter():
+            assert not model.has_active_enabled_adapter
+        assert model.base_model_torch_dtype is torch.float32
+    heads, _ = bert()
+    made = ours.get_peft_model(heads, ours.LoraConfig(r=2, task_type="SEQ_CLS"))
+    assert made.modules_to_save == {"classifier", "score"}
+
+
+def test_the_configuration_is_the_object_that_was_given() -> None:
+    for library in (peft, ours):
+        config = library.LoraConfig(r=2, task_type="SEQ_CLS")
+        model = library.get_peft_model(bert()[0], config)
+        assert model.peft_config["default"] is config
+        assert config.target_modules == {"query", "value"} and config.modules_to_save == ["classifier", "score"]
+    config = ours.LoraConfig(r=2, target_modules=["qurey"])
+    given = copy.copy(config)
+    with contextlib.suppress(SurgeryError):
+        ours.get_peft_model(bert()[0], config)
+    assert config == given  # an error leaves the configuration as it was, too
+
+
+def test_a_second_merge_of_others_merges_them_too() -> None:
+    theirs, example, _ = two(peft)
+    mine, _, _ = two(ours)
+    same_adapters(theirs, mine)
+    before = out(mine, example)
+    for model in (theirs, mine):
+        model.merge_adapter()
+        with pytest.warns(UserWarning, match="Already following adapters were merged default"):
+            model.merge_adapter(["default", "other"])
+    torch.testing.assert_close(out(mine, example), out(theirs, example), atol=2e-5, rtol=1e-4)
+    mine.unmerge_adapter()
+    assert torch.equal(out(mine, example), before)
+
+
+def test_values_that_are_not_finite_are_not_merged() -> None:
+    for library in (peft, ours):
+        model, _, _ = two(library)
+        for name, parameter in model.named_parameters():
+            if model.prefix in name:
+                parameter.data[0] = torch.nan
+        with pytest.raises(ValueError, match="NaNs detected in the merged weights. The adapter default seems to be br"):
+            model.merge_and_unload(safe_merge=True)
+
+
+def test_forward_takes_rows() -> None:
+    theirs, example, _ = two(peft)
+    mine, _, base = two(ours)
+    same_adapters(theirs, mine)
+    rows = {**example, "adapter_names": ["other", "__base__"]}
+    with torch.no_grad():
+        torch.testing.assert_close(mine.forward(**rows).logits, theirs.forward(**rows).logits, atol=2e-5, rtol=1e-4)
+        assert torch.equal(mine.forward(**example).logits, base(**example).logits)
+    assert inspect.signature(mine.forward) == inspect.signature(base.forward)
+
+
+def test_the_base_state_dict(tmp_path: Path) -> None:
+    for library in (peft, ours):
+        base, example = llama()
+        state = {key: tensor.clone() for key, tensor in base.state_dict().items()}
+        model = library.get_peft_model(
+            base, library.LoraConfig(target_modules=["q_proj"], init_lora_weights=False)
+        ).eval()
+        expected = out(model, example)
+        found = library.get_base_model_state_dict(model)
+        assert found.keys() == state.keys() and all(torch.equal(found[key], state[key]) for key in state)
+        with torch.no_grad():
+            model.get_base_model().model.embed_tokens.weight.mul_(2)
+        assert not torch.equal(out(model, example), expected)
+        assert library.set_base_model_state_dict(model, state) == ([], [])
+        assert torch.equal(out(model, example), expected)
+        some = dict(list(state.items())[1:])
+        with pytest.raises(RuntimeError, match="(?s)Error.*Missing key.*Unexpected key"):
+            library.set_base_model_state_dict(model, {**some, "elsewhere": torch.ones(1)})
+        found = library.set_base_model_state_dict(model, {**some, "elsewhere": torch.ones(1)}, strict=False)
+        assert found == (list(state)[:1], ["elsewhere"])
+    model.merge_adapter()
+    with pytest.raises(RuntimeError, match="while default are merged"):
+        ours.set_base_model_state_dict(model, state)
+
+
+def test_a_card_is_written(tmp_path: Path) -> None:
+    for library in (peft, ours):
+        folder = tmp_path / library.__name__
+        model = library.get_peft_model(llama()[0], library.LoraConfig(target_modules=["q_proj"], task_type="CAUSAL_LM"))
+        model.save_pretrained(folder / "new")
+        text = (folder / "new/README.md").read_text()
+        for words in ("library_name: peft", "pipeline_tag: text-generation", "- lora", "- transformers"):
+            assert words in text, (library, words)
+        (folder / "README.md").write_text("---\nmeta: hello\ntags:\n- mine\n---\nThis is a model card\n")
+        for _ in range(2):
+            model.save_pretrained(folder)
+            text = (folder / "README.md").read_text()
+            assert text.count("library_name: peft") == text.count("meta: hello") == text.count("This is a model") == 1
+        assert "- lora" in text
+    assert "- mine" in text  # which PEFT loses
+    (folder / "README.md").write_text("Only words\n")
+    model.save_pretrained(folder)
+    text = (folder / "README.md").read_text()
+    assert text.startswith("---\n") and "library_name: peft" in text and text.endswith("---\n\nOnly words\n")
+
+
+def test_checkpointing() -> None:
+    for library in (peft, ours):
+        model, example, _ = two(library)
+        model.train()
+        model.prepare_model_for_gradient_checkpointing(model)
+        model.gradient_checkpointing_enable({"use_reentrant": True})
+        model(**example).logits.sum().backward()
+        trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        assert trained and all(parameter.grad is not None for parameter in trained)
+
+
+def test_a_quantised_model_keeps_half_precision_where_peft_keeps_it() -> None:
+    for library in (peft, ours):
+        for method, dtype in (("gptq", torch.bfloat16), (None, torch.float32)):
+            model: Any = nn.Sequential(nn.Linear(4, 4).bfloat16())
+            model.quantization_method = method
+            library.prepare_model_for_kbit_training(model, use_gradient_checkpointing=False, auto_clear_cache=False)
+            assert model[0].weight.dtype is dtype and not model[0].weight.requires_grad
+
+
+def test_mixed() -> None:
+    theirs, mine = (
+        library.get_peft_model(llama()[0], library.LoraConfig(r=2, target_modules=["q_proj"]), mixed=True)
+        for library in (peft, ours)
+    )
+    for library, model in ((peft, theirs), (ours, mine)):
+        assert isinstance(model, library.PeftMixedModel)
+        model.add_adapter("second", library.LoHaConfig(r=2, target_modules=["v_proj"], init_weights=False))
+        model.set_adapter(["default", "second"])
+        model.eval()
+    assert [type(config).__name__ for config in mine.peft_config.values()] == ["LoraConfig", "LoHaConfig"]
+    assert mine.active_adapters == theirs.active_adapters == ["default", "second"]
+
+
+@pytest.mark.parametrize("kind", ["MLP", "LSTM"])
+def test_prompt_modules(kind: str) -> None:
+    sizes = {"num_virtual_tokens": 3, "num_transformer_submodules": 2, "token_dim": 8}
+    made = []
+    for library in (peft, ours):
+        torch.manual_seed(0)
+        fields = {**sizes, "encoder_hidden_size": 4, "encoder_reparameterization_type": kind}
+        made.append(library.PromptEncoder(library.PromptEncoderConfig(**fields)))
+    assert made[0].state_dict().keys() == made[1].state_dict().keys()
+    indices = torch.arange(6)[None]
+    assert torch.equal(made[0](indices), made[1](indices))
+    words = nn.Embedding(20, 8)
+    for start in ("RANDOM", "SAMPLE_VOCAB"):
+        prompts = []
+        for library in (peft, ours):
+            torch.manual_seed(0)
+            config = library.PromptTuningConfig(**sizes, prompt_tuning_init=start)
+            prompts.append(library.PromptEmbedding(config, words)(indices))
+        assert torch.equal(*prompts)
+    config = {**sizes, "encoder_hidden_size": 4, "encoder_num_layers": 7}
+    for library in (peft, ours):
+        with pytest.warns(UserWarning, match="^for MLP, the argument `encoder_num_layers` is ignored. Exactly 2 MLP"):
+            library.PromptEncoder(library.PromptEncoderConfig(**config))
+
+
+def test_configurations_by_a_mapping() -> None:
+    for library in (peft, ours):
+        config = library.get_peft_config({"peft_type": "IA3", "target_modules": ["k"]})
+        assert type(config) is library.IA3Config is library.PEFT_TYPE_TO_CONFIG_MAPPING["IA3"]
+        with pytest.raises(KeyError):
+            library.get_peft_config({"peft_type": "LORRA"})
+
+
+def test_transformers_takes_the_configuration() -> None:
+    results = []
+    for library in (peft, ours):
+        model, example = llama()
+        torch.manual_seed(3)
+        model.add_adapter(library.LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False), "mine")
+        moved(model.eval())
+        assert model.active_adapters() == ["mine"]
+        results.append(out(model, example))
+    assert torch.equal(*results)
+
+
+def test_peft_itself_takes_the_configurations() -> None:
+    kinds: list[Any] = list(ours.PeftConfig.kinds.values())
+    for kind in kinds:
+        if kind.method == "LN_TUNING" or kind.is_prompt_learning or kind.is_adaption_prompt:
+            continue
+        fields: dict[str, Any] = {"total_step": 10} if kind.method == "ADALORA" else {}
+        fields |= {"feedforward_modules": []} if kind.method == "IA3" else {}
+        model: Any = nn.Sequential(nn.Linear(256, 256))
+        adapted = peft.get_peft_model(model, kind(target_modules=["0"], **fields))
+        assert adapted(torch.ones(1, 256)).shape == (1, 256), kind
