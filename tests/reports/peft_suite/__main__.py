@@ -30,10 +30,11 @@ def main() -> None:
     if not (hub.HOME / "hub").is_dir():
         command = [sys.executable, "-m", "tests.reports.peft_suite.build"]
         subprocess.run(command, check=True, env={**os.environ, "HF_HOME": str(hub.HOME)})
+    names = options.files or run.files()
     if options.again:
-        run.forget("facade", lambda line: line["outcome"] == "failed")
+        run.forget("facade", lambda line: line["outcome"] == "failed" and run.file_of(line["id"]) in names)
     run.forget_absent()
-    run.run_all(options.files or run.files(), options.every, options.seconds, options.jobs, options.sides)
+    run.run_all(names, options.every, options.seconds, options.jobs, options.sides)
     print(report.failures())
     if options.page:
         page.write(options.every)

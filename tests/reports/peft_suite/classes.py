@@ -12,6 +12,7 @@ from typing import Any
 
 from tests.reports.peft_suite import OUT, PACKAGE
 from tests.reports.peft_suite.reasons import INTERNAL_ATTRIBUTE, INTERNAL_LINE, REASONS
+from tests.reports.peft_suite.run import file_of
 
 KINDS = {
     "a": "a name that the façade does not have, by design",
@@ -120,7 +121,7 @@ def count(base: Mapping[str, Any], facade: Mapping[str, Any]) -> dict[str, Count
     """By file: what passes with PEFT, what passes with the façade, and the failures by class."""
     by_file: dict[str, Counter[str]] = defaultdict(Counter)
     for test, result in base.items():
-        counter = by_file[test.partition("::")[0].rpartition("/")[2]]
+        counter = by_file[file_of(test)]
         counter[f"base {result['outcome']}"] += 1
         if result["outcome"] == "passed" and test in facade:
             outcome = facade[test]["outcome"]

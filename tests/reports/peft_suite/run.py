@@ -1,4 +1,4 @@
-"""Run the copies of PEFT's tests, a process for each file; files that have run are not run again."""
+"""Run the copies of PEFT's tests: long files in a process each, short ones together; what has run is not run again."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from tests.support import ROOT
 
 Results = dict[str, dict[str, Any]]
 
+LONG = 40_000  # bytes of a long file
 # Files that are not run: what they need.
 NOT_RUN = {
     "test_common_gpu.py": "a GPU",
@@ -28,9 +29,23 @@ NOT_RUN = {
     "test_torch_compile.py": "a GPU",
 }
 
+# Files whose tests are all of what the façade does not have.
+ABSENT = {
+    "test_adamss_asa.py": "AdaMSS", "test_arrow.py": "Arrow", "test_bdlora.py": "BD-LoRA",
+    "test_bufferdict.py": "a private class", "test_cartridge.py": "Cartridge", "test_cpt.py": "CPT",
+    "test_deft.py": "DEFT", "test_frod.py": "FRoD", "test_incremental_pca.py": "a private class",
+    "test_lora_ga.py": "LoRA-GA", "test_osf.py": "OSF", "test_poly.py": "Poly", "test_pvera.py": "PVeRA",
+    "test_riemannian_lora.py": "an optimizer", "test_shadow.py": "Shadow", "test_supertuning.py": "SuperTuning",
+    "test_unilora.py": "UniLoRA", "test_vblora.py": "VB-LoRA", "test_velora.py": "VeLoRA", "test_xlora.py": "X-LoRA",
+}  # fmt: skip
+
 
 def results_file(side: str) -> Path:
     return OUT / f"{side}.jsonl"
+
+
+def file_of(test: str) -> str:
+    return test.partition("::")[0].rpartition("/")[2]
 
 
 def lines(side: str) -> list[dict[str, Any]]:
@@ -49,18 +64,14 @@ def results(side: str) -> Results:
 
 def files() -> list[str]:
     """The files of tests, the longest first, as they take the longest."""
-    paths = [path for path in (OUT / "base" / PACKAGE).glob("test_*.py") if path.name not in NOT_RUN]
+    paths = [path for path in (OUT / "base" / PACKAGE).glob("test_*.py") if path.name not in {*NOT_RUN, *ABSENT}]
     return [path.name for path in sorted(paths, key=lambda path: -path.stat().st_size)]
 
 
 def forget(side: str, drop: Callable[[dict[str, Any]], bool]) -> None:
     """Drop results, and the marks of their files, so that these tests run again."""
-    dropped = {line["id"].partition("::")[0] for line in lines(side) if "id" in line and drop(line)}
-    kept = [
-        line
-        for line in lines(side)
-        if not ("id" in line and drop(line)) and f"{PACKAGE}/{line.get('finished')}" not in dropped
-    ]
+    dropped = {file_of(line["id"]) for line in lines(side) if "id" in line and drop(line)}
+    kept = [line for line in lines(side) if not ("id" in line and drop(line)) and line.get("finished") not in dropped]
     new = results_file(side).with_suffix(".new")
     new.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
     new.replace(results_file(side))
@@ -71,8 +82,8 @@ def forget_absent() -> None:
     forget("base", lambda line: line["outcome"] == "absent" and line["method"] in surgery.peft.__all__)
 
 
-def run_file(side: str, name: str, every: int, seconds: int) -> str:
-    """Run the tests of one file that have no result yet; with the façade, those that pass with PEFT."""
+def run_files(side: str, names: list[str], every: int, seconds: int) -> str:
+    """Run the tests of files that have no result yet; with the façade, those that pass with PEFT."""
     environment = {
         **os.environ,
         "PYTHONPATH": os.pathsep.join([str(ROOT), str(OUT / side)]),
@@ -87,32 +98,41 @@ def run_file(side: str, name: str, every: int, seconds: int) -> str:
         "PEFT_SUITE_EVERY": str(every),
     }
     if side == "facade":
-        passed = OUT / f"passed-{name}.txt"
-        start = f"{PACKAGE}/{name}::"
-        ids = [test for test, line in results("base").items() if line["outcome"] == "passed" and test.startswith(start)]
+        passed = OUT / "passed.txt"
+        ids = [test for test, line in results("base").items() if line["outcome"] == "passed"]
         passed.write_text("\n".join(ids), encoding="utf-8")
         environment["PEFT_SUITE_PASSED"] = str(passed)
     begin = time.monotonic()
     options = "-q --tb=short -p tests.reports.peft_suite.recorder -p no:cacheprovider -p no:warnings".split()
-    command = [sys.executable, "-m", "pytest", *options, f"{PACKAGE}/{name}"]
-    log = OUT / "logs" / side / f"{name}.log"
+    command = [sys.executable, "-m", "pytest", *options, *(f"{PACKAGE}/{name}" for name in names)]
+    log = OUT / "logs" / side / f"{names[0]}.log"
     log.parent.mkdir(parents=True, exist_ok=True)
     with log.open("w", encoding="utf-8") as file:
         done = subprocess.run(command, cwd=OUT / side, env=environment, stdout=file, stderr=subprocess.STDOUT)
     if done.returncode not in (0, 1, 5):  # all passed, some failed, none to run
-        return f"{side} {name}: pytest ended with {done.returncode}, see {log.relative_to(ROOT)}"
+        return f"{side} {' '.join(names)}: pytest ended with {done.returncode}, see {log.relative_to(ROOT)}"
     took = round(time.monotonic() - begin)
     with results_file(side).open("a", encoding="utf-8") as file:
-        file.write(json.dumps({"finished": name, "every": every, "seconds": took}) + "\n")
-    return f"{side} {name}: {took} s"
+        file.writelines(json.dumps({"finished": name, "every": every}) + "\n" for name in names)
+    return f"{side} {' '.join(names)}: {took} s"
+
+
+def batches(names: Iterable[str]) -> list[list[str]]:
+    """Long files alone; short ones ten together, as starting a process takes longer than their tests."""
+    groups: list[list[str]] = []
+    short: list[str] = []
+    for name in names:
+        long = (OUT / "base" / PACKAGE / name).stat().st_size > LONG
+        (groups.append([name]) if long else short.append(name))
+    return groups + [short[first : first + 10] for first in range(0, len(short), 10)]
 
 
 def run(side: str, names: Iterable[str], every: int, seconds: int, jobs: int) -> None:
     """Run files of tests on one side, a few at a time."""
     finished = {line.get("finished") for line in lines(side)}
-    waiting = [name for name in names if name not in finished]
+    waiting = batches(name for name in names if name not in finished)
     with ThreadPoolExecutor(jobs) as pool:
-        for told in pool.map(lambda name: run_file(side, name, every, seconds), waiting):
+        for told in pool.map(lambda group: run_files(side, group, every, seconds), waiting):
             print(told, flush=True)
 
 
