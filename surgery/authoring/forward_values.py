@@ -22,7 +22,7 @@ from surgery.structures.op_aliases import LayerTensor
 from surgery.structures.passed_ops import Passage, find_dropped_ops
 from surgery.structures.structure import Found, Occurrence, Structure
 from surgery.tracing.example_call import evaluating
-from surgery.tracing.fx_args import plain
+from surgery.tracing.fx_args import replace_nodes
 from surgery.tracing.traced_forward import goes_through, trace_for_call
 
 __all__ = ["ForwardValues"]
@@ -209,7 +209,7 @@ class ForwardValues:
         """
         node = self.node_of(value)
         others = {old if isinstance(old, fx.Node) else self.node_of(old): new for old, new in swaps.items()}
-        arguments = [plain(part, lambda n: others.get(n, self.at(n))) for part in (node.args, node.kwargs)]
+        arguments = [replace_nodes(part, lambda n: others.get(n, self.at(n))) for part in (node.args, node.kwargs)]
         kinds = {"call_function": "function", "call_method": "method", "call_module": "module"}
         if node.op not in kinds:
             raise SiteError(f"{value!r} is not the result of an operation", where=self.path)
@@ -219,4 +219,4 @@ class ForwardValues:
         """Convert a node of a match to a value. Operands are read where the match ends."""
         if isinstance(value, LayerTensor):  # a parameter of a layer that is one operation
             return self._value("state", str(value))
-        return plain(value, lambda node: self._at(node, "" if node is root else root.name))
+        return replace_nodes(value, lambda node: self._at(node, "" if node is root else root.name))

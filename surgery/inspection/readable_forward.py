@@ -28,8 +28,8 @@ from surgery.inspection.readable_graph import simplified
 from surgery.inspection.readable_lines import ANY, WIDTH, Line, lines_of
 from surgery.inspection.variable_names import variable_names
 from surgery.state.records import SiteState
-from surgery.tracing.call_kind import kind_told
-from surgery.tracing.guards import structure_told
+from surgery.tracing.call_kind import describe_kind
+from surgery.tracing.guards import describe_structure
 from surgery.weaving.call_variants import Variant, layers_in
 from surgery.weaving.rewrite_recording import layer_of
 from surgery.weaving.weave import woven, woven_held
@@ -92,8 +92,8 @@ class _Writer:
 
     def _told(self, variant: Variant, arguments: Sequence[tuple[int, str]]) -> str:
         """The calls that a form is for, in words."""
-        given = [f"{name}: {structure_told(variant.kind[at])}" for at, name in arguments]
-        return ", ".join([kind_told(variant.kind), *given])
+        given = [f"{name}: {describe_structure(variant.kind[at])}" for at, name in arguments]
+        return ", ".join([describe_kind(variant.kind), *given])
 
     def kind(self, variants: Sequence[Variant]) -> str:
         graphs, kept = {}, {}

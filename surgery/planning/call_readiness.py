@@ -20,7 +20,7 @@ from surgery.authoring.planned_rule import PlannedRule
 from surgery.errors import SurgeryError
 from surgery.forward.own_forward import own_forward
 from surgery.state.records import site_state
-from surgery.tracing.call_kind import kind_of_call, kind_told
+from surgery.tracing.call_kind import describe_kind, kind_of_call
 from surgery.tracing.example_call import Observation, copied
 from surgery.tracing.traced_forward import known_forwards, trace_anew
 from surgery.transaction.neutral_context import ambient
@@ -109,7 +109,7 @@ def _modes(module: nn.Module) -> Iterator[str]:
     """The module in evaluation and training, with and without gradients, one after the other; each in words."""
     for training, gradients in itertools.product((False, True), (False, True)):
         with _mode(module, training), ambient(), torch.set_grad_enabled(gradients):
-            yield kind_told(kind_of_call(module, ()))
+            yield describe_kind(kind_of_call(module, ()))
 
 
 @contextmanager

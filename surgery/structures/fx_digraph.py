@@ -17,7 +17,7 @@ from surgery.tracing.call_writer import Calls
 from surgery.tracing.example_call import arguments, outermost_calls
 from surgery.tracing.guards import check_call, check_parts, check_settings, require
 from surgery.tracing.trace import traced
-from surgery.tracing.verification import undone
+from surgery.tracing.verification import restore_state
 
 if TYPE_CHECKING:
     import networkx
@@ -138,7 +138,7 @@ class _Flat:
 
     def add_inner_calls(self, module: nn.Module, path: str, args: tuple, kwargs: dict[str, Any]) -> None:
         """Add the outermost modules that an untraceable module calls."""
-        with undone(module):
+        with restore_state(module):
             calls = outermost_calls(module, args, kwargs)
         for inner, child, child_args, child_kwargs in calls:
             if _is_layer(child):

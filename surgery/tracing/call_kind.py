@@ -1,4 +1,4 @@
-"""Kinds of calls: what the graph of a forward is for. A kind can be compared, and told by a function made for it."""
+"""Kinds of calls: a graph of a forward is valid for one kind. Kinds can be compared, described and tested fast."""
 
 from __future__ import annotations
 
@@ -8,18 +8,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from surgery.tracing.guards import context, structure_of, structure_told
+from surgery.tracing.guards import context, describe_structure, structure_of
 
-__all__ = ["difference", "kind_of_call", "kind_told", "predicate_of_kind"]
-
-
-def kind_of_call(module: nn.Module, given: tuple) -> tuple:
-    """The module's mode, autocast and gradients, which arguments are None, their ranks and dtypes."""
-    return (module.training, *context(True), *[structure_of(value) for value in given])
+__all__ = ["describe_difference", "describe_kind", "kind_of_call", "predicate_of_kind"]
 
 
-def kind_told(kind: tuple) -> str:
-    """The mode of a kind of call in words: "training, with gradients"."""
+def kind_of_call(module: nn.Module, arguments: tuple) -> tuple:
+    """Returns a call's kind: the module's mode, autocast, gradients, and the structure of the arguments."""
+    return (module.training, *context(True), *[structure_of(value) for value in arguments])
+
+
+def describe_kind(kind: tuple) -> str:
+    """Describes the modes of a kind of call: "training, with gradients"."""
     training, cpu, cuda, gradients, *_ = kind
     words = ["training" if training else "evaluation", "with gradients" if gradients else "without gradients"]
     words += [f"autocast {dtype.removeprefix('torch.')} on {device}" for device, dtype in (("cpu", cpu), ("cuda", cuda))
@@ -27,25 +27,25 @@ def kind_told(kind: tuple) -> str:
     return ", ".join(words)
 
 
-def difference(kind: tuple, known: Iterable[tuple], names: Sequence[str]) -> str:
-    """In what a kind of call differs from the nearest of those that are known; "" where one is equal or none is there.
+def describe_difference(kind: tuple, known_kinds: Iterable[tuple], names: Sequence[str]) -> str:
+    """Describes how a kind of call differs from the nearest known kind; "" if one is equal or none is known.
 
-    `names`: those of the arguments.
+    `names`: the names of the arguments.
     """
-    told = [_differences(kind, other, names) for other in known]
-    return "; ".join(min(told, key=len, default=[]))
+    differences = [_differences(kind, known_kind, names) for known_kind in known_kinds]
+    return "; ".join(min(differences, key=len, default=[]))
 
 
-def _differences(kind: tuple, known: tuple, names: Sequence[str]) -> list[str]:
+def _differences(kind: tuple, known_kind: tuple, names: Sequence[str]) -> list[str]:
     facts = [("mode", _MODES), ("autocast on cpu", _autocast), ("autocast on cuda", _autocast), ("gradients", _SWITCH)]
-    found = []
-    for (name, told), now, before in zip(facts, kind, known, strict=False):
+    differences = []
+    for (name, describe), now, before in zip(facts, kind, known_kind, strict=False):
         if now != before:
-            found.append(f"{name}: {told(now)}, known: {told(before)}")
-    for name, now, before in zip(names, kind[len(facts) :], known[len(facts) :], strict=False):
+            differences.append(f"{name}: {describe(now)}, known: {describe(before)}")
+    for name, now, before in zip(names, kind[len(facts) :], known_kind[len(facts) :], strict=False):
         if now != before:
-            found.append(f"argument {name}: {structure_told(now)}, known: {structure_told(before)}")
-    return found
+            differences.append(f"argument {name}: {describe_structure(now)}, known: {describe_structure(before)}")
+    return differences
 
 
 _MODES: Callable[[Any], str] = {True: "training", False: "evaluation"}.__getitem__
@@ -56,10 +56,12 @@ def _autocast(dtype: Any) -> str:
     return "off" if dtype is None else str(dtype).removeprefix("torch.")
 
 
-def predicate_of_kind(module: nn.Module, given: tuple, settings: Iterable[tuple[tuple, Any]]) -> Callable[..., bool]:
-    """A function that says of `(module, *arguments)` whether a call is of the kind of this one, in a few microseconds.
+def predicate_of_kind(
+    module: nn.Module, arguments: tuple, settings: Iterable[tuple[tuple, Any]]
+) -> Callable[..., bool]:
+    """Returns a function of `(module, *arguments)`: whether a call has the same kind. It takes a few microseconds.
 
-    It also asks for the module's settings, pairs of a path and a value.
+    The function also tests the module's settings, pairs of a path and a value.
     """
     space: dict[str, Any] = {"Tensor": Tensor, "torch": torch}
     tests = [f"module.training is {module.training}", f"torch.is_grad_enabled() is {torch.is_grad_enabled()}"]
@@ -70,24 +72,25 @@ def predicate_of_kind(module: nn.Module, given: tuple, settings: Iterable[tuple[
             tests.append(f"torch.get_autocast_dtype({device!r}) is {torch.get_autocast_dtype(device)}")
     for path, value in settings:
         if path != ("training",):
-            tests += _equal(_place("module", module, path), value, space)
-    names = [f"value_{index}" for index in range(len(given))]
-    for name, value in zip(names, given, strict=True):
-        tests += _alike(name, value, space)
+            tests += _equality_test(_access_code("module", module, path), value, space)
+    names = [f"value_{index}" for index in range(len(arguments))]
+    for name, value in zip(names, arguments, strict=True):
+        tests += _structure_tests(name, value, space)
     exec(f"def fits(module, {', '.join(names)}):\n    return {' and '.join(tests)}", space)
     return space["fits"]
 
 
-def _place(name: str, found: Any, path: tuple) -> str:
+def _access_code(name: str, value: Any, path: tuple) -> str:
+    """Returns code that reads the value at a path of attributes and keys."""
     for part in path:
-        keyed = type(found) in (dict, list, tuple) or not isinstance(part, str)
+        keyed = type(value) in (dict, list, tuple) or not isinstance(part, str)
         name += f"[{part!r}]" if keyed else f".{part}"
-        found = found[part] if keyed else getattr(found, part)
+        value = value[part] if keyed else getattr(value, part)
     return name
 
 
-def _alike(name: str, value: Any, space: dict[str, Any]) -> Iterator[str]:
-    """What `structure_of` would find equal."""
+def _structure_tests(name: str, value: Any, space: dict[str, Any]) -> Iterator[str]:
+    """Yields code for tests that accept a value exactly if `structure_of` gives an equal result."""
     if isinstance(value, Tensor):
         yield f"isinstance({name}, Tensor) and {name}.dim() == {value.dim()} and {name}.dtype is {value.dtype}"
     elif isinstance(value, torch.Size):
@@ -95,24 +98,25 @@ def _alike(name: str, value: Any, space: dict[str, Any]) -> Iterator[str]:
     elif type(value) in (tuple, list):
         yield f"type({name}) is {type(value).__name__} and len({name}) == {len(value)}"
         for index, item in enumerate(value):
-            yield from _alike(f"{name}[{index}]", item, space)
+            yield from _structure_tests(f"{name}[{index}]", item, space)
     elif type(value) is dict:
-        yield f"type({name}) is dict and tuple({name}) == {_kept(tuple(value), space)}"
+        yield f"type({name}) is dict and tuple({name}) == {_literal(tuple(value), space)}"
         for key, item in value.items():
-            yield from _alike(f"{name}[{_kept(key, space)}]", item, space)
+            yield from _structure_tests(f"{name}[{_literal(key, space)}]", item, space)
     elif value is None or isinstance(value, (bool, int, float, str, torch.dtype, torch.device)):
-        yield from _equal(name, value, space)
+        yield from _equality_test(name, value, space)
     else:
-        yield f"type({name}) is {_kept(type(value), space)}"
+        yield f"type({name}) is {_literal(type(value), space)}"
 
 
-def _equal(name: str, value: Any, space: dict[str, Any]) -> Iterator[str]:
-    yield f"{name} is {value}" if value is None or isinstance(value, bool) else f"{name} == {_kept(value, space)}"
+def _equality_test(name: str, value: Any, space: dict[str, Any]) -> Iterator[str]:
+    yield f"{name} is {value}" if value is None or isinstance(value, bool) else f"{name} == {_literal(value, space)}"
 
 
-def _kept(value: Any, space: dict[str, Any]) -> str:
+def _literal(value: Any, space: dict[str, Any]) -> str:
+    """Returns code for a value: its literal, or the name under which it is put into `space`."""
     if type(value) in (int, str):
         return repr(value)
-    name = f"kept_{len(space)}"
+    name = f"constant_{len(space)}"
     space[name] = value
     return name

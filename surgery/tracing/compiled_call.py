@@ -1,7 +1,7 @@
-"""What torch.compile knows of a call while it goes through the code of one: its arguments as Python values.
+"""Reads the arguments of a call as Python values while torch.compile traces the call.
 
-Dynamo's `comptime` runs a function in the midst of that, and gives it the locals as Dynamo has them. Tensors come as
-fake ones. An object may be one that the compiled code itself made or wrote to; it is put together from Dynamo's notes.
+Dynamo's `comptime` runs a function during tracing and passes Dynamo's variables for the locals. Tensors are fake.
+An object that the compiled code created or changed is rebuilt from Dynamo's list of side effects.
 """
 
 from __future__ import annotations
@@ -15,30 +15,30 @@ __all__ = ["UnknownLocal", "call_of", "is_first", "restart"]
 
 
 class UnknownLocal(Exception):
-    """Dynamo has a local in a form that is not known here."""
+    """Dynamo holds a local in a form that this module can't read."""
 
 
 def call_of(context: Any) -> tuple[nn.Module, tuple]:
-    """The module and its arguments, which the code at hand calls `module` and `given`. Raises `Unknown`."""
+    """Returns the locals `module` and `given` of the traced code. Raises `UnknownLocal`."""
     try:
         values = _Values(context)
         return values.of("module"), values.of("given")
     except UnknownLocal:
         raise
-    except Exception as error:  # these are Dynamo's own classes, which change from version to version
+    except Exception as error:  # Dynamo's classes are private and change from version to version
         raise UnknownLocal(f"{type(error).__name__}: {error}") from error
 
 
 def is_first(context: Any, module: nn.Module) -> bool:
-    """Whether Dynamo comes to this module for the first time in this attempt at a frame. It notes that it came."""
-    seen: set[int] = vars(_translator(context).output).setdefault("_surgery_seen", set())
-    first = id(module) not in seen
-    seen.add(id(module))
+    """Whether Dynamo reaches this module for the first time in its present attempt at a frame; notes the visit."""
+    visited: set[int] = vars(_translator(context).output).setdefault("_surgery_visited", set())
+    first = id(module) not in visited
+    visited.add(id(module))
     return first
 
 
 def restart(reason: str) -> None:
-    """Dynamo begins the frame at hand once more, and may come through other code: a site has changed."""
+    """Make Dynamo trace the present frame again, because a site has changed and may have other code."""
     from torch._dynamo.exc import UnspecializeRestartAnalysis
 
     raise UnspecializeRestartAnalysis(restart_reason=reason)
@@ -49,20 +49,20 @@ def _translator(context: Any) -> Any:
 
 
 class _Values:
-    """Python values of Dynamo's variables."""
+    """Converts Dynamo's variables to Python values."""
 
     def __init__(self, context: Any):
         self.context = context
         self.effects = _translator(context).output.side_effects
-        self.known: dict[int, Any] = {}
+        self.converted: dict[int, Any] = {}  # id of a variable → its value
 
     def of(self, name: str) -> Any:
         return self.value(self.context.get_local(name)._i_will_not_complain_if_bc_breaks_VariableTracker())
 
     def value(self, variable: Any) -> Any:
         variable = variable.realize()
-        if id(variable) in self.known:
-            return self.known[id(variable)]
+        if id(variable) in self.converted:
+            return self.converted[id(variable)]
         kind = type(variable).__name__
         if variable.is_python_constant():
             return variable.as_python_constant()
@@ -84,18 +84,18 @@ class _Values:
         return self.object_of(variable, real)
 
     def object_of(self, variable: Any, real: Any) -> Any:
-        """An object with what the compiled code has written to it so far."""
-        made = self.known[id(variable)] = copy.copy(real)
-        if not hasattr(made, "__dict__"):
-            return made
+        """Returns a copy of an object with the attributes that the compiled code has set so far."""
+        clone = self.converted[id(variable)] = copy.copy(real)
+        if not hasattr(clone, "__dict__"):
+            return clone
         for name, part in vars(real).items():
-            made.__dict__[name] = self.present(part)
-        for name, written in self.effects.store_attr_mutations.get(variable, {}).items():
-            made.__dict__[name] = self.value(written)
-        return made
+            clone.__dict__[name] = self.present(part)
+        for name, attribute in self.effects.store_attr_mutations.get(variable, {}).items():
+            clone.__dict__[name] = self.value(attribute)
+        return clone
 
     def present(self, part: Any) -> Any:
-        """A real part of an object, as it is by now."""
+        """Returns the present value of a part of an object."""
         if id(part) in self.effects.id_to_variable:
             return self.value(self.effects.id_to_variable[id(part)])
         if isinstance(part, (Tensor, nn.Module)):

@@ -1,7 +1,7 @@
-"""Work outside of a compiler: in a thread of its own, on real tensors in the place of a compiler's fake ones.
+"""Runs functions outside a compiler: in another thread, with real tensors in place of the compiler's fake tensors.
 
-A rule's rewrite and the trace of a forward need real values. Modes, the compiler's callback and hooks belong to one
-thread; so another thread sees none of them. Fake tensors are replaced by made-up ones of their sizes and strides.
+A rule's rewrite and the trace of a forward need real values. Torch's modes, the compiler's callback and hooks belong to
+one thread, so they do not act in another thread. Placeholders with the same sizes and strides replace fake tensors.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ from surgery.errors import TraceError
 from surgery.forward.parameter_view import make_view
 from surgery.transaction.object_contents import contents
 
-__all__ = ["apart", "concrete", "holds_fakes", "without_symbols"]
+__all__ = ["has_fakes", "replace_fakes", "replace_symbols", "run_in_thread"]
 
 T = TypeVar("T")
 _SYMBOLS = (torch.SymInt, torch.SymFloat, torch.SymBool)
 
 
-def apart(function: Callable[..., T], *args: Any) -> T:
-    """Call a function in another thread, under this one's gradient mode, autocast and device."""
+def run_in_thread(function: Callable[..., T], *args: Any) -> T:
+    """Call a function in another thread, with the present gradient mode, autocast and device."""
     gradients = torch.is_grad_enabled()
     cast = [(kind, torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind)) for kind in ("cpu", "cuda")]
     device = torch.cuda.current_device() if torch.cuda.is_initialized() else None
@@ -58,67 +58,67 @@ def apart(function: Callable[..., T], *args: Any) -> T:
 
 
 def is_fake(value: Any) -> bool:
-    """Whether a tensor stands for a value that is not known: a compiler's or an exporter's."""
+    """Whether a tensor does not have values, as in a compiler or an exporter."""
     from torch._subclasses.fake_tensor import FakeTensor
     from torch._subclasses.functional_tensor import FunctionalTensor
 
     return isinstance(value, (FakeTensor, FunctionalTensor))
 
 
-def holds_fakes(module: nn.Module, given: tuple) -> bool:
-    """Whether the module's tensors or the arguments are fake ones."""
+def has_fakes(module: nn.Module, arguments: tuple) -> bool:
+    """Whether a tensor of the module or of the arguments is fake."""
     tensors = (*module.parameters(), *module.buffers())
     return any(map(is_fake, tensors)) or any(
-        is_fake(part) for value in given for part in contents(value, Tensor, *_SYMBOLS)
+        is_fake(part) for value in arguments for part in contents(value, Tensor, *_SYMBOLS)
     )
 
 
-def without_symbols(value: Any) -> Any:
-    """A value with numbers in the place of symbolic ones; its tensors are the same."""
-    return made_up(value, {}, lambda tensor: tensor)
+def replace_symbols(value: Any) -> Any:
+    """Replace symbolic numbers in a value by plain numbers. Tensors stay."""
+    return _replace(value, {}, lambda tensor: tensor)
 
 
-def concrete(module: nn.Module, given: tuple) -> tuple[nn.Module, tuple]:
-    """The module and the arguments with made-up tensors in the place of fake ones; the same ones where there are none.
+def replace_fakes(module: nn.Module, arguments: tuple) -> tuple[nn.Module, tuple]:
+    """Replace fake tensors in a module and in arguments. A module without fake tensors is returned itself.
 
-    `TraceError` where a size is not known.
+    Raises `TraceError` for an unknown size.
     """
-    known: dict[int, Any] = {}
-    named = (*module.named_parameters(remove_duplicate=False), *module.named_buffers(remove_duplicate=False))
-    tensors = {name: made_up(tensor, known) for name, tensor in named if is_fake(tensor)}
-    shown = make_view(module, type(module), tensors) if tensors else module
-    return shown, tuple([made_up(value, known) for value in given])
+    replacements: dict[int, Any] = {}
+    named_tensors = (*module.named_parameters(remove_duplicate=False), *module.named_buffers(remove_duplicate=False))
+    tensors = {name: _replace(tensor, replacements) for name, tensor in named_tensors if is_fake(tensor)}
+    view = make_view(module, type(module), tensors) if tensors else module
+    return view, tuple([_replace(value, replacements) for value in arguments])
 
 
-def made_up(value: Any, known: dict[int, Any], make: Callable[[Tensor], Tensor] | None = None) -> Any:
-    """A value with real tensors in the place of fake ones, and numbers in the place of symbolic ones.
+def _replace(value: Any, replacements: dict[int, Any], make: Callable[[Tensor], Tensor] | None = None) -> Any:
+    """Replace fake tensors by real tensors, and symbolic numbers by plain numbers.
 
-    `known`: those made already, by the ids of the fake ones. `make`: what makes a tensor.
+    `replacements`: id of a fake tensor → its replacement. `make`: creates a replacement.
     """
     if isinstance(value, _SYMBOLS):
         return _number(value)
     if isinstance(value, Tensor):
         if not is_fake(value):
             return value
-        if id(value) not in known:
-            known[id(value)] = (make or _tensor)(value)
-        return known[id(value)]
+        if id(value) not in replacements:
+            replacements[id(value)] = (make or _placeholder)(value)
+        return replacements[id(value)]
     if type(value) in (tuple, list):
-        return type(value)(made_up(item, known, make) for item in value)
+        return type(value)(_replace(item, replacements, make) for item in value)
     if type(value) is torch.Size:
         return torch.Size([_number(size) for size in value])
     if type(value) is dict:
-        return {key: made_up(item, known, make) for key, item in value.items()}
+        return {key: _replace(item, replacements, make) for key, item in value.items()}
     if value is None or isinstance(value, (bool, int, float, str, nn.Module, type)):
         return value
     parts = {id(part): part for part in contents(value, Tensor, *_SYMBOLS)}
     if not any(isinstance(part, _SYMBOLS) or is_fake(part) for part in parts.values()):
         return value
-    return copy.deepcopy(value, {key: made_up(part, known, make) for key, part in parts.items()})
+    return copy.deepcopy(value, {key: _replace(part, replacements, make) for key, part in parts.items()})
 
 
 def _number(value: Any) -> Any:
-    """The number that a symbolic one is in the example; no guard comes of it."""
+    """Returns the value of a symbolic number in the example, without a guard of the compiler."""
     if isinstance(value, (int, float)):
         return value
     node = value.node
@@ -132,8 +132,8 @@ def _number(value: Any) -> Any:
     return hint
 
 
-def _tensor(fake: Tensor) -> Tensor:
-    """Ones in truth values, zeros in whole numbers (any of them may be an index), and numbers between 0 and 1."""
+def _placeholder(fake: Tensor) -> Tensor:
+    """Returns a real tensor: True for bools, 0 for integers (which may be indices), 0 to 1 for floats."""
     shape = [_number(size) for size in fake.shape]
     strides = [_number(stride) for stride in fake.stride()]
     span = 1 + sum((size - 1) * stride for size, stride in zip(shape, strides, strict=True)) if 0 not in shape else 0
@@ -143,5 +143,5 @@ def _tensor(fake: Tensor) -> Tensor:
         numbers = torch.ones(span)
     else:
         numbers = torch.zeros(span)
-    laid = numbers.to(fake.device, fake.dtype).as_strided(shape, strides)
-    return nn.Parameter(laid, fake.requires_grad) if isinstance(fake, nn.Parameter) else laid
+    tensor = numbers.to(fake.device, fake.dtype).as_strided(shape, strides)
+    return nn.Parameter(tensor, fake.requires_grad) if isinstance(fake, nn.Parameter) else tensor

@@ -1,4 +1,4 @@
-"""Decisions of Python that recorded code depends on: a call that decides otherwise gets other code, or an error."""
+"""Checks the decisions of Python on which recorded code depends. A call with another decision needs other code."""
 
 from __future__ import annotations
 
@@ -7,37 +7,37 @@ from typing import Any
 from surgery.errors import SiteError
 from surgery.tracing.guards import differs, parts_of
 
-__all__ = ["Otherwise", "check_decision", "decide", "decide_parts"]
+__all__ = ["OtherDecision", "check_decision", "decide", "decide_parts"]
 
 
-class Otherwise(Exception):
-    """A call decides otherwise than the one that its graph is of. `late`: something was written or drawn before."""
+class OtherDecision(Exception):
+    """A decision of a call differs from the traced call. `late`: the graph has already written or drawn numbers."""
 
-    def __init__(self, found: Any, expected: Any, where: str, late: bool):
-        self.found, self.expected, self.where, self.late = found, expected, where, late
+    def __init__(self, value: Any, expected: Any, where: str, late: bool):
+        self.value, self.expected, self.where, self.late = value, expected, where, late
 
     def __str__(self) -> str:
-        return f"{self.found!r} is decided instead of {self.expected!r}"
+        return f"{self.value!r} is decided instead of {self.expected!r}"
 
 
-def decide(found: Any, expected: Any, where: str, late: bool) -> None:
-    """Raise `Otherwise` unless Python would decide as in the traced call."""
-    if differs(found, expected):
-        raise Otherwise(found, expected, where, late)
+def decide(value: Any, expected: Any, where: str, late: bool) -> None:
+    """Raise `OtherDecision` if Python would decide differently on a value than in the traced call."""
+    if differs(value, expected):
+        raise OtherDecision(value, expected, where, late)
 
 
-def decide_parts(found: Any, parts: Any, where: str, *more: bool) -> None:
-    """Raise `Otherwise` unless something has the parts that it has in the traced call."""
-    *deep, late = more
-    if parts_of(found, *deep) != parts:
-        raise Otherwise(parts_of(found, *deep), parts, where, late)
+def decide_parts(value: Any, parts: Any, where: str, *flags: bool) -> None:
+    """Raise `OtherDecision` if the parts of a value differ from those in the traced call."""
+    *deep, late = flags
+    if parts_of(value, *deep) != parts:
+        raise OtherDecision(parts_of(value, *deep), parts, where, late)
 
 
-def check_decision(found: Any, expected: Any, where: str) -> None:
-    """Raise `SiteError` unless Python would decide on a value of a rewrite as it did on the example."""
-    if differs(found, expected):
+def check_decision(value: Any, expected: Any, where: str) -> None:
+    """Raise `SiteError` if Python would decide differently on a value of a rewrite than in the example."""
+    if differs(value, expected):
         raise SiteError(
-            f"a rewrite goes by {expected!r}, which it saw in the example, and this call gives {found!r}",
+            f"a rewrite goes by {expected!r}, which it saw in the example, and this call gives {value!r}",
             where=where,
             why="Python code of a rewrite runs once, when the rule is applied",
             fix="use torch functions, which take sizes as values, or site.apply(function, …), which runs at each call",

@@ -1,4 +1,4 @@
-"""One example call of the model: which modules it reaches, and whether held graphs give the same bits."""
+"""Runs an example call of the model: notes the modules that it reaches, and compares results bit by bit."""
 
 from __future__ import annotations
 
@@ -30,61 +30,60 @@ __all__ = [
 
 
 class Observation:
-    """What an example call showed: its output, the random state it began from, and the first call of each watched
-    module."""
+    """The results of an example call: its output, the random state at its start, and the modules' first calls."""
 
     def __init__(self) -> None:
         self.output: Any = None
         self.random = random_state()
-        self.calls: dict[int, tuple[tuple, dict, Any]] = {}
+        self.calls: dict[int, tuple[tuple, dict, Any]] = {}  # id of a module → args, kwargs and output
 
     def reached(self, module: nn.Module) -> bool:
         return id(module) in self.calls
 
 
 def observe(model: nn.Module, example_inputs: Any, watched: Iterable[nn.Module]) -> Observation:
-    """Run the example once in evaluation mode without gradients, and note the calls of the watched modules.
+    """Run the example once in evaluation mode without gradients, and note the first calls of the watched modules.
 
-    The model's modes, hooks, buffers and the random state are afterwards as they were.
+    The model's modes, hooks, buffers and the random state are restored.
     """
-    found = Observation()
+    observation = Observation()
 
     def enter(module: nn.Module, args: tuple, kwargs: dict) -> None:
-        if id(module) not in found.calls:
-            found.calls[id(module)] = (copied(args), copied(kwargs), _RUNNING)
+        if id(module) not in observation.calls:
+            observation.calls[id(module)] = (copied(args), copied(kwargs), _RUNNING)
 
     def leave(module: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
-        given = found.calls.get(id(module))
-        if given is not None and given[2] is _RUNNING:
-            found.calls[id(module)] = (given[0], given[1], copied(output))
+        entry = observation.calls.get(id(module))
+        if entry is not None and entry[2] is _RUNNING:
+            observation.calls[id(module)] = (entry[0], entry[1], copied(output))
 
     handles = []
     try:
         for module in watched:
             handles.append(module.register_forward_pre_hook(enter, with_kwargs=True))
             handles.append(module.register_forward_hook(leave, with_kwargs=True))
-        found.output = call(model, example_inputs)
+        observation.output = call(model, example_inputs)
     finally:
         for handle in handles:
             handle.remove()
-    return found
+    return observation
 
 
 def outermost_calls(
     module: nn.Module, args: tuple, kwargs: dict[str, Any]
 ) -> list[tuple[str, nn.Module, tuple, dict[str, Any]]]:
-    """The calls that a module itself makes of modules in it, in order: path, module, copies of the arguments.
+    """Run a module on copies of the arguments. Returns its own calls of inner modules: path, module, args, kwargs.
 
-    It is run once more on copies, in its present mode.
+    The module runs in its present mode. Calls inside an inner module are not listed.
     """
-    found: list[tuple[str, nn.Module, tuple, dict[str, Any]]] = []
+    calls: list[tuple[str, nn.Module, tuple, dict[str, Any]]] = []
     depth = 0
     handles = []
 
     def enter(path: str, inner: nn.Module, args: tuple, kwargs: dict) -> None:
         nonlocal depth
         if depth == 0:
-            found.append((path, inner, copied(args), copied(kwargs)))
+            calls.append((path, inner, copied(args), copied(kwargs)))
         depth += 1
 
     def leave(inner: nn.Module, args: tuple, output: Any) -> None:
@@ -100,14 +99,14 @@ def outermost_calls(
     finally:
         for handle in handles:
             handle.remove()
-    return found
+    return calls
 
 
 def call(model: nn.Module, example_inputs: Any, random: list[Tensor] | None = None) -> Any:
-    """The model's output on the example, in evaluation mode, without gradients, leaving no trace on the model.
+    """Returns the model's output on the example, in evaluation mode, without gradients. The model is not changed.
 
-    `random` is a state to draw from, as `random_state` gave it: some models draw numbers in evaluation mode, too, and
-    two calls are to draw the same.
+    `random`: a result of `random_state`, from which the call draws. Some models also draw numbers in evaluation mode,
+    and two calls with the same state draw the same numbers.
     """
     args, kwargs = arguments(example_inputs)
     with ambient(), torch.no_grad(), torch.random.fork_rng(), evaluating(model):
@@ -127,31 +126,31 @@ def call(model: nn.Module, example_inputs: Any, random: list[Tensor] | None = No
 
 
 def dummy(model: Any) -> dict[str, Tensor] | None:
-    """The example call that a model of transformers offers of itself, on its device; None for others."""
-    given = getattr(model, "dummy_inputs", None)
-    if not isinstance(given, dict):
+    """Returns the `dummy_inputs` of a transformers model, on the model's device; None for other models."""
+    dummy_inputs = getattr(model, "dummy_inputs", None)
+    if not isinstance(dummy_inputs, dict):
         return None
     device = next((parameter.device for parameter in model.parameters()), None)
-    found = {name: tensor.to(device) for name, tensor in given.items() if isinstance(tensor, Tensor)}
-    if getattr(model.config, "is_encoder_decoder", False) and "input_ids" in found:
-        found.setdefault("decoder_input_ids", found["input_ids"])
-    return found
+    tensors = {name: tensor.to(device) for name, tensor in dummy_inputs.items() if isinstance(tensor, Tensor)}
+    if getattr(model.config, "is_encoder_decoder", False) and "input_ids" in tensors:
+        tensors.setdefault("decoder_input_ids", tensors["input_ids"])
+    return tensors
 
 
 def random_state() -> list[Tensor]:
-    """The state of torch's generators: the CPU's, then one for each CUDA device."""
+    """Returns the states of torch's generators: of the CPU, then of each CUDA device."""
     return [torch.get_rng_state(), *(torch.cuda.get_rng_state_all() if torch.cuda.is_available() else ())]
 
 
 def examples_in(example_inputs: Any) -> list[Any]:
-    """The examples that `example_inputs` holds: a list may hold several, anything else is one."""
+    """Returns the examples in `example_inputs`. A list contains several examples; any other value is one example."""
     if example_inputs is None:
         return []
     return list(example_inputs) if type(example_inputs) is list else [example_inputs]
 
 
 def arguments(example_inputs: Any) -> tuple[tuple, dict[str, Any]]:
-    """A tensor is one argument, a tuple or list the positional ones, a mapping the keywords."""
+    """Convert an example to args and kwargs: a tensor is one argument, a tuple or list is args, a mapping is kwargs."""
     if isinstance(example_inputs, Mapping):
         return (), dict(example_inputs)
     if isinstance(example_inputs, (tuple, list)):
@@ -161,32 +160,35 @@ def arguments(example_inputs: Any) -> tuple[tuple, dict[str, Any]]:
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode, and nothing asks for gradients: torch.matmul picks its kernel by a weight's `requires_grad`, so
-    a base gives other last bits before it is frozen than after."""
-    modes = [(module, module.training) for module in model.modules()]
-    asking = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    """Set evaluation mode, and `requires_grad` to False, for the block.
 
-    def back() -> None:
+    torch.matmul chooses its kernel by a weight's `requires_grad`, so a frozen base differs from an unfrozen base in its
+    last bits.
+    """
+    modes = [(module, module.training) for module in model.modules()]
+    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+
+    def restore() -> None:
         for module, mode in modes:
             module.training = mode
-        for parameter in asking:
+        for parameter in trainable:
             set_flag(parameter, True)
 
     try:
         try:
             for module, _ in modes:
                 module.training = False
-            for parameter in asking:
+            for parameter in trainable:
                 set_flag(parameter, False)
             yield
         finally:
-            back()
-    finally:  # once more, where it was broken off
-        back()
+            restore()
+    finally:  # again, in case an interrupt stopped the first restore
+        restore()
 
 
 def copied(value: Any) -> Any:
-    """A copy that later in-place work can't reach: tensors cloned, containers rebuilt, other objects deep-copied."""
+    """Returns a copy that shares no memory: tensors are cloned, containers rebuilt, other objects deep-copied."""
     if isinstance(value, Tensor):
         return value.detach().clone()
     if type(value) in (tuple, list):
@@ -195,24 +197,24 @@ def copied(value: Any) -> Any:
         return {key: copied(item) for key, item in value.items()}
     if isinstance(value, (str, int, float, type(None), nn.Module)):
         return value
-    # Tensors first: what an object holds of a graph, such as a KV cache, is not copied by deepcopy itself.
+    # Clone tensors first, because deepcopy rejects tensors with a grad_fn, such as those in a KV cache.
     memo: dict[int, Any] = {id(tensor): tensor.detach().clone() for tensor in contents(value, Tensor)}
     return copy.deepcopy(value, memo)
 
 
-def equal(one: Any, other: Any) -> bool:
-    """The same structure with the same bits (NaN equals NaN)."""
-    if isinstance(one, Tensor) and isinstance(other, Tensor):
-        if one.shape != other.shape or one.dtype != other.dtype:
+def equal(a: Any, b: Any) -> bool:
+    """Whether two values have the same structure and the same bits. NaN equals NaN."""
+    if isinstance(a, Tensor) and isinstance(b, Tensor):
+        if a.shape != b.shape or a.dtype != b.dtype:
             return False
-        return torch.equal(one, other) or bool(((one == other) | ((one != one) & (other != other))).all())
-    if isinstance(one, Mapping) and isinstance(other, Mapping):
-        return one.keys() == other.keys() and all(equal(one[key], other[key]) for key in one)
-    if isinstance(one, (tuple, list)) and isinstance(other, (tuple, list)):
-        return len(one) == len(other) and all(equal(a, b) for a, b in zip(one, other, strict=True))
-    if hasattr(one, "__dict__") and type(one) is type(other):
-        return equal(vars(one), vars(other))
-    return type(one) is type(other) and (one is other or bool(one == other))
+        return torch.equal(a, b) or bool(((a == b) | ((a != a) & (b != b))).all())
+    if isinstance(a, Mapping) and isinstance(b, Mapping):
+        return a.keys() == b.keys() and all(equal(a[key], b[key]) for key in a)
+    if isinstance(a, (tuple, list)) and isinstance(b, (tuple, list)):
+        return len(a) == len(b) and all(equal(x, y) for x, y in zip(a, b, strict=True))
+    if hasattr(a, "__dict__") and type(a) is type(b):
+        return equal(vars(a), vars(b))
+    return type(a) is type(b) and (a is b or bool(a == b))
 
 
 _RUNNING = object()

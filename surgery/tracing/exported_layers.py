@@ -1,4 +1,4 @@
-"""Graphs of torch.export given their layers back, so that rules find modules to go on."""
+"""Recreates the layers of a torch.export graph as modules, so that rules have modules to target."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ __all__ = ["with_layers"]
 
 
 def with_layers(exported: fx.GraphModule) -> fx.GraphModule:
-    """Make torch's layers in a graph of `torch.export` anew, in place; the same object comes back.
+    """Recreate torch's layers in a graph of `torch.export` as modules, in place.
 
     >>> import torch
     >>> from torch import nn
@@ -27,18 +27,27 @@ def with_layers(exported: fx.GraphModule) -> fx.GraphModule:
     >>> type(model.get_submodule("0")).__name__, torch.equal(model(x), before)
     ('Linear', True)
 
-    An exported graph calls `aten.linear(x, weight, bias)`, and what was a layer only holds its parameters. Linear,
-    Embedding, Conv1d/2d/3d and LayerNorm become layers again, by the paths that the export noted, and the graph calls
-    them; parameters, their names and the bits of the output stay. What is not one call of one layer stays as it is:
-    a layer whose weight was computed, or that was called with different settings.
+    An exported graph calls `aten.linear(x, weight, bias)`, and the former layer only contains the parameters. This
+    function recreates Linear, Embedding, Conv1d/2d/3d and LayerNorm at the paths that the export recorded. The graph
+    then calls them. Parameters, their names and the bits of the output stay.
 
-    Raises `SurgeryError` where the graph is not one of `torch.export`.
+    Args:
+        exported: The graph: `torch.export.export(model, inputs).module()`.
+
+    Returns:
+        The same object.
+
+    Raises:
+        SurgeryError: The graph does not come from `torch.export`.
+
+    Note:
+        A layer stays as it is if its weight is computed, or if its calls have different settings.
     """
     nodes = exported.graph.nodes if isinstance(exported, fx.GraphModule) else ()
     if not any(isinstance(node.target, torch._ops.OpOverload) and "nn_module_stack" in node.meta for node in nodes):
         raise SurgeryError(
-            f"this {type(exported).__name__} is no graph of torch.export",
-            why="none of its operations says in which layer it stands",
+            f"this {type(exported).__name__} is not a graph of torch.export",
+            why="its operations do not record their layers",
             fix="pass torch.export.export(model, inputs).module()",
         )
     calls: dict[str, list[tuple[fx.Node, Any]]] = {}
@@ -46,14 +55,14 @@ def with_layers(exported: fx.GraphModule) -> fx.GraphModule:
         path, recipe = _layer(exported, node)
         if recipe is not None:
             calls.setdefault(path, []).append((node, recipe))
-    for path, found in calls.items():
-        recipes = [recipe for _, recipe in found]
+    for path, layer_calls in calls.items():
+        recipes = [recipe for _, recipe in layer_calls]
         if any(recipe != recipes[0] for recipe in recipes):
             continue
         kind, settings = recipes[0]
         parent, _, name = path.rpartition(".")
-        setattr(exported.get_submodule(parent), name, _made(kind, settings, exported.get_submodule(path)))
-        for node, _ in found:
+        setattr(exported.get_submodule(parent), name, _make_layer(kind, settings, exported.get_submodule(path)))
+        for node, _ in layer_calls:
             with exported.graph.inserting_before(node):
                 call = exported.graph.call_module(path, (node.args[kind is nn.Embedding],))
             call.meta = dict(node.meta)
@@ -67,7 +76,7 @@ def with_layers(exported: fx.GraphModule) -> fx.GraphModule:
 
 
 def _layer(exported: fx.GraphModule, node: fx.Node) -> tuple[str, Any]:
-    """The path of the layer whose whole call a node is, and how to make it: its class and settings."""
+    """Returns the path of a layer and its (class, settings) if a node is the whole call of the layer; else "", None."""
     stack = list(node.meta.get("nn_module_stack", {}).values())
     if node.op != "call_function" or not stack or node.target not in _RECIPES:
         return "", None
@@ -76,27 +85,28 @@ def _layer(exported: fx.GraphModule, node: fx.Node) -> tuple[str, Any]:
     holder: Any = exported
     for part in path.split("."):
         holder = getattr(holder, part, None)
-    # Only a bare holder of parameters: anything else is a layer already, or computes its weight.
+    # A module with children, buffers or a class of its own is already a layer, or computes its weight.
     if type(holder) is not nn.Module or kind not in names or holder._modules or holder._buffers:
         return "", None
     tensors = node.args[0:1] if kind == "Embedding" else node.args[2:4] if kind == "LayerNorm" else node.args[1:3]
-    given = [_tensor(exported, argument) for argument in tensors]
-    wanted = [holder._parameters.get("weight"), holder._parameters.get("bias")]
-    if any(one is not other for one, other in zip([*given, None, None], wanted, strict=False)) or wanted[0] is None:
+    operands = [_tensor(exported, argument) for argument in tensors]
+    weight, bias = holder._parameters.get("weight"), holder._parameters.get("bias")
+    own = zip([*operands, None, None], (weight, bias), strict=False)
+    if any(operand is not parameter for operand, parameter in own) or weight is None:
         return "", None
-    return path, (names[kind], settings_of(wanted[0], [*node.args], wanted[1] is not None))
+    return path, (names[kind], settings_of(weight, [*node.args], bias is not None))
 
 
 def _tensor(exported: fx.GraphModule, argument: Any) -> Tensor | None:
     if not isinstance(argument, fx.Node):
         return None
     if argument.op != "get_attr":
-        return torch.empty(0)  # computed: no parameter of a layer
+        return torch.empty(0)  # a computed tensor, which is not a parameter
     path, _, name = str(argument.target).rpartition(".")
     return exported.get_submodule(path)._parameters.get(name, torch.empty(0))
 
 
-def _made(kind: type[nn.Module], settings: Mapping[str, Any], holder: nn.Module) -> nn.Module:
+def _make_layer(kind: type[nn.Module], settings: Mapping[str, Any], holder: nn.Module) -> nn.Module:
     with torch.random.fork_rng(devices=[]):
         layer = kind(**settings, device="meta")
     for name in layer._parameters:
@@ -111,8 +121,8 @@ def _linear(weight: Tensor, args: list[Any], bias: bool) -> dict[str, Any]:
 
 def _embedding(weight: Tensor, args: list[Any], bias: bool) -> dict[str, Any]:
     padding, scaled, sparse = [*args[2:], *(-1, False, False)[len(args) - 2 :]]
-    found = {"num_embeddings": weight.shape[0], "embedding_dim": weight.shape[1], "sparse": sparse}
-    return {**found, "scale_grad_by_freq": scaled, "padding_idx": None if padding == -1 else padding}
+    sizes = {"num_embeddings": weight.shape[0], "embedding_dim": weight.shape[1]}
+    return {**sizes, "sparse": sparse, "scale_grad_by_freq": scaled, "padding_idx": None if padding == -1 else padding}
 
 
 def _convolution(weight: Tensor, args: list[Any], bias: bool) -> dict[str, Any]:

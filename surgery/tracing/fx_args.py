@@ -1,4 +1,4 @@
-"""Arguments of fx nodes in plain containers."""
+"""Converts arguments of fx nodes to plain containers."""
 
 from __future__ import annotations
 
@@ -7,18 +7,18 @@ from typing import Any
 
 from torch import fx
 
-__all__ = ["plain"]
+__all__ = ["replace_nodes"]
 
 
-def plain(value: Any, shown: Callable[[fx.Node], Any]) -> Any:
-    """An argument of a node of fx in plain containers, with what `shown` gives for nodes."""
+def replace_nodes(value: Any, convert: Callable[[fx.Node], Any]) -> Any:
+    """Returns an argument in tuples, lists, dicts and slices instead of those of fx, with each node converted."""
     if isinstance(value, fx.Node):
-        return shown(value)
+        return convert(value)
     if isinstance(value, (tuple, list)):
-        items = [plain(item, shown) for item in value]
+        items = [replace_nodes(item, convert) for item in value]
         return tuple(items) if isinstance(value, tuple) else items
     if isinstance(value, dict):
-        return {key: plain(item, shown) for key, item in value.items()}
+        return {key: replace_nodes(item, convert) for key, item in value.items()}
     if isinstance(value, slice):
-        return slice(*(plain(item, shown) for item in (value.start, value.stop, value.step)))
+        return slice(*(replace_nodes(item, convert) for item in (value.start, value.stop, value.step)))
     return value

@@ -1,4 +1,7 @@
-"""What a traced graph checks as it runs: that this call decides as the traced one did. And how it calls in regions."""
+"""The functions that a traced graph calls: checks that a call decides as the traced call, and calls inside regions.
+
+Pickled graphs import the functions by name, so their names must not change.
+"""
 
 from __future__ import annotations
 
@@ -17,6 +20,7 @@ __all__ = [
     "check_parts",
     "check_settings",
     "context",
+    "describe_structure",
     "differs",
     "in_region",
     "parts_of",
@@ -24,89 +28,89 @@ __all__ = [
     "same_settings",
     "setting_of",
     "structure_of",
-    "structure_told",
 ]
 
-_AGAIN = "trace the module with this call as example_inputs"
+_TRACE_AGAIN = "trace the module with this call as example_inputs"
 
 
-def require(found: Any, expected: Any, where: str) -> None:
-    """Raise `TraceError` unless Python would decide at `where` as it did in the traced call."""
-    if differs(found, expected):
-        given = "a tensor" if isinstance(found, Tensor) else repr(found)
+def require(value: Any, expected: Any, where: str) -> None:
+    """Raise `TraceError` if Python would decide differently on a value than in the traced call."""
+    if differs(value, expected):
+        shown = "a tensor" if isinstance(value, Tensor) else repr(value)
         raise TraceError(
-            f"this graph is for calls where {expected!r} is decided, and this one gives {given}",
+            f"this graph is for calls where {expected!r} is decided, and this one gives {shown}",
             where=where,
-            fix=_AGAIN,
+            fix=_TRACE_AGAIN,
         )
 
 
-def differs(found: Any, expected: Any) -> bool:
-    """Whether a decision is another one. Symbolic comparisons, under torch.compile, are asked for their truth."""
-    if isinstance(found, Tensor):
+def differs(value: Any, expected: Any) -> bool:
+    """Whether a decision differs. Under torch.compile, this guards symbolic comparisons by their truth value."""
+    if isinstance(value, Tensor):
         return True
     if expected is True:
-        return not found
-    return bool(found) if expected is False else found != expected
+        return not value
+    return bool(value) if expected is False else value != expected
 
 
-def same_settings(module: nn.Module, held: tuple[tuple[tuple[Any, ...], Any], ...]) -> bool:
-    """Whether a module's settings are those."""
+def same_settings(module: nn.Module, settings: tuple[tuple[tuple[Any, ...], Any], ...]) -> bool:
+    """Whether a module has these settings, pairs of a path and a value."""
     try:
-        return all(setting_of(module, path) == expected for path, expected in held)
+        return all(setting_of(module, path) == expected for path, expected in settings)
     except (AttributeError, LookupError):
         return False
 
 
-def check_settings(module: nn.Module, held: tuple[tuple[tuple[Any, ...], Any], ...]) -> None:
-    """Raise `TraceError` if a setting that the forward read was changed since: `training`, `config.use_cache`, …"""
-    for path, expected in held:
-        found = setting_of(module, path)
-        if found != expected:
+def check_settings(module: nn.Module, settings: tuple[tuple[tuple[Any, ...], Any], ...]) -> None:
+    """Raise `TraceError` if a setting that the forward read, such as `config.use_cache`, has changed since."""
+    for path, expected in settings:
+        setting = setting_of(module, path)
+        if setting != expected:
             raise TraceError(
-                f"{'.'.join(map(str, path))} was {expected!r} when the module was traced, and is {found!r} now",
+                f"{'.'.join(map(str, path))} was {expected!r} when the module was traced, and is {setting!r} now",
                 fix="trace the module again",
             )
 
 
 def setting_of(module: nn.Module, path: tuple[Any, ...]) -> Any:
-    """What a module holds under a path of attributes and keys."""
-    found: Any = module
+    """Returns the value at a path of attributes and keys, starting from a module."""
+    value: Any = module
     for part in path:
-        keyed = type(found) in (dict, list, tuple)
-        found = found[part] if keyed or not isinstance(part, str) else getattr(found, part)
-    return found
+        keyed = type(value) in (dict, list, tuple)
+        value = value[part] if keyed or not isinstance(part, str) else getattr(value, part)
+    return value
 
 
-def check_call(context_then: tuple, structure: dict[str, Any], given: dict[str, Any]) -> None:
-    """Raise `TraceError` under another autocast, or for arguments of another structure, than in the traced call."""
-    if context(len(context_then) == 3) != context_then:
-        raise TraceError("this graph was traced under another autocast or gradient mode", fix=_AGAIN)
-    for name, value in given.items():
-        found = structure_of(value)
-        if found != structure[name]:
+def check_call(traced_context: tuple, structure: dict[str, Any], arguments: dict[str, Any]) -> None:
+    """Raise `TraceError` if autocast or the structure of an argument differs from the traced call."""
+    if context(len(traced_context) == 3) != traced_context:
+        raise TraceError("this graph was traced under another autocast or gradient mode", fix=_TRACE_AGAIN)
+    for name, value in arguments.items():
+        present = structure_of(value)
+        if present != structure[name]:
             raise TraceError(
-                f"this graph is for calls with {name} as {structure_told(structure[name])}; "
-                f"here it is {structure_told(found)}",
-                fix=_AGAIN,
+                f"this graph is for calls with {name} as {describe_structure(structure[name])}; "
+                f"here it is {describe_structure(present)}",
+                fix=_TRACE_AGAIN,
             )
 
 
-def check_parts(found: Any, parts: Any, where: str, deep: bool = False) -> None:
-    """Raise `TraceError` unless an object or a child gave something of the same parts as in the traced call."""
-    now = parts_of(found, deep)
-    if now != parts:
+def check_parts(value: Any, parts: Any, where: str, deep: bool = False) -> None:
+    """Raise `TraceError` if the parts of a result of an object or a child differ from those in the traced call."""
+    present = parts_of(value, deep)
+    if present != parts:
         raise TraceError(
-            f"this graph is for calls where {structure_told(parts)} is found, and this one gives {structure_told(now)}",
+            f"this graph is for calls where {describe_structure(parts)} is found, "
+            f"and this one gives {describe_structure(present)}",
             where=where,
-            fix=_AGAIN,
+            fix=_TRACE_AGAIN,
         )
 
 
 def parts_of(value: Any, deep: bool = False) -> tuple:
-    """What Python sees in a value that an object or a child gives: types, ranks, what is None; numbers are free.
+    """Returns the facts about a result on which Python may decide: types, ranks, None. Numbers are free.
 
-    What can be changed later, a list or a dict, is looked into only if `deep`.
+    The items of lists and dicts, which can change later, count only if `deep`.
     """
     if isinstance(value, _NUMBERS) and not isinstance(value, bool):
         return ("number",)
@@ -118,7 +122,7 @@ def parts_of(value: Any, deep: bool = False) -> tuple:
 
 
 def structure_of(value: Any) -> Any:
-    """What a graph depends on in an argument: which parts are None, plain values, ranks, dtypes."""
+    """Returns the facts about an argument on which a graph depends: None, plain values, ranks and dtypes."""
     if isinstance(value, Tensor):
         return ("tensor", value.dim(), str(value.dtype))
     if isinstance(value, torch.Size):
@@ -141,7 +145,8 @@ def _name_of(kind: type) -> str:
 _NUMBERS = (int, float, torch.SymInt, torch.SymFloat)
 
 
-def structure_told(structure: Any) -> str:
+def describe_structure(structure: Any) -> str:
+    """Describes a result of `structure_of` or `parts_of` in an error."""
     kind, *rest = structure
     if kind == "value":
         return repr(rest[0])
@@ -154,23 +159,23 @@ def structure_told(structure: Any) -> str:
 
 # Regions ------------------------------------------------------------------------------------------------------
 
-# Under which autocast (on the CPU, on other devices), and with or without gradients.
+# The autocast dtypes on the CPU and on other devices (None: off), and whether gradients are on.
 Region = tuple[Any, ...]
 
 
 def context(gradients: bool) -> Region:
-    """The present autocast, and gradient mode where that matters."""
-    found: list[Any] = []
+    """Returns the present autocast. `gradients`: also the gradient mode."""
+    dtypes: list[str | None] = []
     for device in ("cpu", "cuda"):
         on = torch.is_autocast_enabled(device)
-        found.append(str(torch.get_autocast_dtype(device)) if on else None)
-    return (*found, torch.is_grad_enabled()) if gradients else tuple(found)
+        dtypes.append(str(torch.get_autocast_dtype(device)) if on else None)
+    return (*dtypes, torch.is_grad_enabled()) if gradients else tuple(dtypes)
 
 
 def in_region(region: Region, function: Callable[..., Any] | str, *args: Any, **kwargs: Any) -> Any:
-    """A call that the forward makes under its own torch.no_grad, torch.enable_grad or torch.autocast.
+    """Run a call that the forward makes inside its own torch.no_grad, torch.enable_grad or torch.autocast.
 
-    A function, or the name of a method of the first argument.
+    `function`: a function, or the name of a method of the first argument.
     """
     autocast = tuple(
         [

@@ -1,9 +1,9 @@
-"""What a forward meets while it is traced by values: views of modules, and recorded objects such as a KV cache.
+"""The objects that a traced forward sees: views of modules, and proxies of objects such as a KV cache.
 
-A *view* is an instance of a subclass of the module's own class that shares its state. It notes which of its settings
-the forward reads, refuses to be written to, and a view of a child is one node when it is called. A *recorded* object
-stands for one that graphs know nothing of: its methods are nodes, its tensors and numbers are tracked, and what
-Python decides on it becomes a guard. Both answer `isinstance` as what they stand for.
+A *view* is an instance of a subclass of the module's own class, and shares the module's state. It reports the settings
+that the forward reads and rejects writes. A call of a child's view is one node. A *recorded object* is a proxy: calls
+of its methods are nodes, its tensors and numbers are tracked, and decisions of Python on it become guards. For
+`isinstance`, both have the class of the real object.
 """
 
 from __future__ import annotations
@@ -19,19 +19,19 @@ from torch import Tensor, nn
 
 from surgery.errors import TraceError
 
-__all__ = ["Listener", "Recorded", "RecordedList", "call_object", "is_setting", "viewing"]
+__all__ = ["Listener", "RecordedList", "RecordedObject", "call_object", "is_setting", "view_class"]
 
 
 class Listener(Protocol):
-    """What views and recorded objects report to: each thing that the forward does with them."""
+    """Receives a report of each operation of the forward on a view or a recorded object."""
 
     def paused(self) -> AbstractContextManager[None]: ...
     def real(self, value: Any) -> Any: ...
-    def decided(self, function: Any, args: tuple) -> Any: ...
+    def decide(self, function: Any, args: tuple) -> Any: ...
     def path_of(self, module: nn.Module) -> str: ...
-    def attribute(self, owner: nn.Module, name: str, value: Any) -> Any: ...
-    def item(self, owner: Any, function: Any, key: Any, value: Any) -> Any: ...
-    def effect(self, function: Any, args: tuple) -> None: ...
+    def read_attribute(self, owner: nn.Module, name: str, value: Any) -> Any: ...
+    def read_item(self, owner: Any, function: Any, key: Any, value: Any) -> Any: ...
+    def write_to(self, function: Any, args: tuple) -> None: ...
     def call_module(self, child: nn.Module, args: tuple, kwargs: dict) -> Any: ...
     def call_object(self, owner: Any, args: tuple, kwargs: dict) -> Any: ...
     def call_method(self, owner: Any, name: str, /, *args: Any, **kwargs: Any) -> Any: ...
@@ -41,7 +41,7 @@ _SETTINGS = (bool, str, float, type(None), bytes)
 
 
 def is_setting(value: Any) -> bool:
-    """A plain value that Python decides on, comparable later: a flag, a word, a number, or a collection of such."""
+    """Whether a value is plain and comparable: a flag, a text, a number, a dtype, or a collection of these."""
     if type(value) in (tuple, list, set, frozenset):
         return all(is_setting(item) or type(item) is int for item in value)
     if type(value) is dict:
@@ -50,17 +50,17 @@ def is_setting(value: Any) -> bool:
 
 
 @functools.cache
-def viewing(cls: type[nn.Module]) -> type[nn.Module]:
-    """The class of views of modules of a class."""
+def view_class(cls: type[nn.Module]) -> type[nn.Module]:
+    """Returns the class for views of modules of a class."""
 
     def read(self: Any, name: str) -> Any:
         value = object.__getattribute__(self, name)
-        if name.startswith("__") or name in _OWN:
+        if name.startswith("__") or name in _MODULE_STATE:
             return value
         state = object.__getattribute__(self, "__dict__")
         if name not in state or "_surgery_recorder" not in state:
             return value
-        return state["_surgery_recorder"].attribute(self, name, value)
+        return state["_surgery_recorder"].read_attribute(self, name, value)
 
     def write(self: Any, name: str, value: Any = None) -> None:
         listener: Listener = self.__dict__["_surgery_recorder"]
@@ -69,14 +69,14 @@ def viewing(cls: type[nn.Module]) -> type[nn.Module]:
             why="a graph holds what is computed, not what is remembered between calls",
         )
 
-    def called(self: Any, *args: Any, **kwargs: Any) -> Any:
+    def call(self: Any, *args: Any, **kwargs: Any) -> Any:
         return self.__dict__["_surgery_recorder"].call_module(self, args, kwargs)
 
     space = {
         "__getattribute__": read,
         "__setattr__": write,
         "__delattr__": write,
-        "__call__": called,
+        "__call__": call,
         "__module__": cls.__module__,
         "__qualname__": cls.__qualname__,
         "__doc__": cls.__doc__,
@@ -85,11 +85,11 @@ def viewing(cls: type[nn.Module]) -> type[nn.Module]:
     return metaclass(cls.__name__, (cls,), space)
 
 
-_OWN = frozenset(nn.Module().__dict__) - {"training"} | {"_surgery_recorder"}
+_MODULE_STATE = frozenset(nn.Module().__dict__) - {"training"} | {"_surgery_recorder"}
 
 
 class _Proxy:
-    """What is done with an object is recorded, and done with the real one for its values."""
+    """Reports each operation to the listener, and performs it on the real object to get its value."""
 
     __slots__ = ()
 
@@ -109,14 +109,14 @@ class _Proxy:
         return type(self._real)
 
     def __getattr__(self, name: str) -> Any:
-        if name in _FIELDS:  # of an object that somebody makes without us, to copy it
+        if name in _FIELDS:  # missing if other code, such as copy, creates the proxy without `__init__`
             raise AttributeError(name)
         listener = self._listener
         with listener.paused():
             value = getattr(self._real, name, _MISSING)
         if value is _MISSING:
             if not name.startswith("__"):
-                listener.decided(hasattr, (self, name))
+                listener.decide(hasattr, (self, name))
             raise AttributeError(f"{type(self._real).__name__!r} object has no attribute {name!r}")
         if isinstance(self._real, dict) and name in _VIEWS:
             return functools.partial(_VIEWS[name], self)
@@ -124,46 +124,46 @@ class _Proxy:
             return functools.partial(listener.call_method, self, name)
         if isinstance(value, (type, types.FunctionType)):
             return value
-        return listener.item(self, getattr, name, value)
+        return listener.read_item(self, getattr, name, value)
 
     def __setattr__(self, name: str, value: Any) -> None:
-        self._listener.effect(setattr, (self, name, value))
+        self._listener.write_to(setattr, (self, name, value))
 
     def __delattr__(self, name: str) -> None:
-        self._listener.effect(delattr, (self, name))
+        self._listener.write_to(delattr, (self, name))
 
     def __getitem__(self, key: Any) -> Any:
         with self._listener.paused():
             value = self._real[self._listener.real(key)]
-        return self._listener.item(self, operator.getitem, key, value)
+        return self._listener.read_item(self, operator.getitem, key, value)
 
     def __setitem__(self, key: Any, value: Any) -> None:
-        self._listener.effect(operator.setitem, (self, key, value))
+        self._listener.write_to(operator.setitem, (self, key, value))
 
     def __delitem__(self, key: Any) -> None:
-        self._listener.effect(operator.delitem, (self, key))
+        self._listener.write_to(operator.delitem, (self, key))
 
     def __len__(self) -> int:
-        return self._listener.decided(len, (self,))
+        return self._listener.decide(len, (self,))
 
     def __bool__(self) -> bool:
-        return self._listener.decided(operator.truth, (self,))
+        return self._listener.decide(operator.truth, (self,))
 
     def __contains__(self, key: Any) -> bool:
-        return self._listener.decided(operator.contains, (self, key))
+        return self._listener.decide(operator.contains, (self, key))
 
     def __eq__(self, other: object) -> bool:
-        return self._listener.decided(operator.eq, (self, other))
+        return self._listener.decide(operator.eq, (self, other))
 
     def __ne__(self, other: object) -> bool:
-        return self._listener.decided(operator.ne, (self, other))
+        return self._listener.decide(operator.ne, (self, other))
 
     def __hash__(self) -> int:
         return id(self._real)
 
     def __iter__(self) -> Any:
         if hasattr(type(self._real), "keys") or not hasattr(type(self._real), "__getitem__"):
-            return iter(self._listener.decided(list, (self,)))  # names and plain values, by which Python goes
+            return iter(self._listener.decide(list, (self,)))  # names and plain values; Python may depend on them
         return iter([self[index] for index in range(len(self))])
 
     def __reversed__(self) -> Any:
@@ -185,23 +185,23 @@ _MISSING = object()
 _FIELDS = ("_node", "_real", "_listener", "_settled")
 _VIEWS: dict[str, Callable[[Any], list]] = {
     "keys": list,
-    "values": lambda held: [held[key] for key in held],
-    "items": lambda held: [(key, held[key]) for key in held],
+    "values": lambda mapping: [mapping[key] for key in mapping],
+    "items": lambda mapping: [(key, mapping[key]) for key in mapping],
 }
 
 
-class Recorded(_Proxy):
-    """An object that is no tensor: what is done with it is recorded, and done with the real one for its values.
+class RecordedObject(_Proxy):
+    """A proxy of an object that is not a tensor.
 
-    `settled`: it hangs on the module (a config), so that the settings read from it hold until somebody changes them;
-    they are compared once, at the beginning. Otherwise they are compared where they are read.
+    `settled`: the path of an object that belongs to the module, such as a config. The graph then checks its settings
+    once, at the start. Settings of other objects are checked where the forward reads them.
     """
 
     __slots__ = _FIELDS
 
 
 class RecordedList(_Proxy, list):
-    """A list of such an object. Torch takes only true lists, so it is one; its own items are never looked at."""
+    """A proxy of a list. It is a true list, because torch accepts no other; its own items are never used."""
 
     __slots__ = _FIELDS
 
@@ -216,7 +216,7 @@ class RecordedList(_Proxy, list):
         return [*other, *self]
 
     def __iadd__(self, other: Any) -> Any:
-        self._listener.effect(operator.iadd, (self, other))
+        self._listener.write_to(operator.iadd, (self, other))
         return self
 
     def __mul__(self, times: Any) -> Any:
@@ -237,5 +237,5 @@ for _name in ("append", "extend", "insert", "pop", "remove", "clear", "reverse",
 
 
 def call_object(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    """A call of an object that a node made."""
+    """Call an object that is the result of a node."""
     return function(*args, **kwargs)

@@ -1,4 +1,4 @@
-"""One run of a forward on a view of its module: every torch function is seen on its way and becomes a node."""
+"""Runs a forward on a view of its module, and records every torch function as a node."""
 
 from __future__ import annotations
 
@@ -20,35 +20,36 @@ from surgery.tracing.example_call import copied
 from surgery.tracing.guards import check_call, check_settings, context, structure_of
 from surgery.tracing.provenance import Ledger
 from surgery.tracing.proxies import is_setting
-from surgery.tracing.verification import refusal
+from surgery.tracing.verification import trace_error
 
 __all__ = ["Recorder"]
 
 
 class Recorder(TorchFunctionMode):
-    """One run of the forward, and the graph of it."""
+    """One run of a forward, which writes its graph."""
 
     def __init__(
         self, module: nn.Module, base: type[nn.Module], bound: bool, calls: Calls | None = None, leaves: bool = True
     ):
         super().__init__()
         self.module, self.base = module, base
-        self.bound = bound  # whether the graph is for one gradient mode alone
+        self.bound = bound  # whether the graph is only for the present gradient mode
         self.leaves = leaves
         self.checked: set[fx.Node] = set()  # tensors whose rank and dtype the graph checks
         self.ledger = ledger = Ledger(module)
         self.reader = reader = Reader(ledger, self)
         self.writer = writer = CallWriter(ledger, reader, calls)
-        # As a `Listener`:
-        self.paused, self.real, self.decided, self.path_of = ledger.paused, ledger.real, ledger.decided, ledger.path_of
-        self.attribute, self.item = reader.attribute, reader.item
-        self.effect, self.call_object = writer.effect, writer.call_object
+        # The methods of `Listener`:
+        self.paused, self.real, self.decide, self.path_of = ledger.paused, ledger.real, ledger.decide, ledger.path_of
+        self.read_attribute, self.read_item = reader.read_attribute, reader.read_item
+        self.write_to, self.call_object = writer.write_to, writer.call_object
         self.call_module, self.call_method = writer.call_module, writer.call_method
 
     def record(self, args: tuple, kwargs: Mapping[str, Any]) -> fx.GraphModule:
+        """Run the forward. Returns its graph; raises `TraceError` if the graph can't be written."""
         signature = inspect.signature(self.base.forward)
         try:
-            given = signature.bind(self.module, *args, **kwargs)
+            call = signature.bind(self.module, *args, **kwargs)
         except TypeError as error:
             raise TraceError(
                 f"the example does not fit {self.base.__name__}.forward{signature}",
@@ -58,7 +59,7 @@ class Recorder(TorchFunctionMode):
         root = self.reader.view_of(self.module)
         forward = with_leaves(self.base.forward, self.writer.call_function if self.leaves else self.writer.go_through)
         try:
-            positional, named = self.placeholders(signature, given.arguments, kwargs)
+            positional, named = self.add_placeholders(signature, call.arguments, kwargs)
             self.writer.note_draws()
             with self:
                 output = forward(root, *positional, **named)
@@ -66,14 +67,14 @@ class Recorder(TorchFunctionMode):
             self.reader.check_unchanged()
             self.ledger.graph.output(self.ledger.node(output))
         except Exception as error:
-            self.reader.put_back()
-            raise refusal(error, self.base) from error
-        return self.finished()
+            self.reader.restore_settings()
+            raise trace_error(error, self.base) from error
+        return self.build_module()
 
-    def placeholders(
-        self, signature: inspect.Signature, given: Mapping[str, Any], by_name: Mapping[str, Any]
+    def add_placeholders(
+        self, signature: inspect.Signature, arguments: Mapping[str, Any], by_name: Mapping[str, Any]
     ) -> tuple[list, dict]:
-        """The forward's arguments, in the form of the example: what was not given there is not given here either."""
+        """Add the graph's inputs. Returns the forward's arguments as in the example, without those that it omits."""
         parameters = list(signature.parameters.values())[1:]
         nodes: dict[str, fx.Node] = {}
         for parameter in parameters:
@@ -85,11 +86,11 @@ class Recorder(TorchFunctionMode):
         named: dict[str, Any] = {}
         for parameter in parameters:
             name = parameter.name
-            value = given.get(name, _absent(parameter))
+            value = arguments.get(name, _default_of(parameter))
             structure[name] = structure_of(value)
-            if name not in given:
+            if name not in arguments:
                 continue
-            value = self.received(copied(value), nodes[name])
+            value = self.wrap_argument(copied(value), nodes[name])
             if parameter.kind is parameter.VAR_POSITIONAL:
                 positional += value
             elif parameter.kind is parameter.VAR_KEYWORD:
@@ -101,41 +102,45 @@ class Recorder(TorchFunctionMode):
         self.ledger.graph.call_function(check_call, (context(self.bound), structure, dict(nodes)))
         return positional, named
 
-    def received(self, value: Any, node: Any) -> Any:
-        """An argument as the forward gets it."""
+    def wrap_argument(self, value: Any, node: Any) -> Any:
+        """Returns an argument as the forward sees it."""
         if isinstance(value, Tensor):
             if value.is_floating_point() and torch.is_grad_enabled():
-                value = value.requires_grad_().clone()  # so that code of the user's own autograd functions shows
+                value = value.requires_grad_().clone()  # makes autograd functions of the user visible
             return self.ledger.register(value, node)
         if isinstance(value, torch.Size):
             return self.reader.wrap(value, node)
         if type(value) in (tuple, list):
-            return type(value)([self.received(item, self.ledger.lazy(node, index)) for index, item in enumerate(value)])
+            items = [self.wrap_argument(item, self.ledger.lazy(node, index)) for index, item in enumerate(value)]
+            return type(value)(items)
         if type(value) is dict:
-            return {key: self.received(item, self.ledger.lazy(node, key)) for key, item in value.items()}
+            return {key: self.wrap_argument(item, self.ledger.lazy(node, key)) for key, item in value.items()}
         if is_setting(value) or isinstance(value, (int, type, types.FunctionType)):
-            return value  # part of the structure that is checked
-        return self.reader.recorded(value, node)
+            return value  # `check_call` checks it as part of the structure
+        return self.reader.record_object(value, node)
 
-    def finished(self) -> fx.GraphModule:
+    def build_module(self) -> fx.GraphModule:
+        """Returns the graph as a module: adds the check of settings, and removes unused nodes."""
         graph, settings = self.ledger.graph, self.reader.settings
         first = next(node for node in graph.nodes if node.op != "placeholder")
         if settings:
             with graph.inserting_before(first):
                 itself = graph.get_attr("_surgery_self")
                 graph.call_function(check_settings, (itself, tuple(settings.items())))
-        for node in reversed(list(graph.nodes)):  # numbers and items that nothing uses
+        for node in reversed(list(graph.nodes)):  # removes unused numbers and items
             if not node.users and (node.op == "get_attr" or node.op == "call_function" and node.target in _PURE):
                 graph.erase_node(node)
         targets = {str(node.target) for node in graph.nodes if node.op in ("get_attr", "call_module")}
-        made = fx.GraphModule({target: self.held(target) for target in targets}, graph, self.base.__name__)
-        made.__dict__["_surgery_self"] = self.module  # no child: its parameters are in the graph under their own names
-        made.__dict__["training"] = self.module.training
-        return made
+        built = fx.GraphModule({target: self.object_at(target) for target in targets}, graph, self.base.__name__)
+        # Not a child, because the graph already has the module's parameters under their own names.
+        built.__dict__["_surgery_self"] = self.module
+        built.__dict__["training"] = self.module.training
+        return built
 
-    def held(self, target: str) -> Any:
-        if target == "_surgery_self" or target in self.ledger.keeps:
-            return self.ledger.keeps.get(target)
+    def object_at(self, target: str) -> Any:
+        """Returns the object for a get_attr or call_module target of the graph."""
+        if target == "_surgery_self" or target in self.ledger.constants:
+            return self.ledger.constants.get(target)
         return operator.attrgetter(target)(self.module)
 
     def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict | None = None) -> Any:
@@ -143,19 +148,19 @@ class Recorder(TorchFunctionMode):
         first: Any = args[0] if args else None
         name = getattr(func, "__name__", "")
         if name == "__get__":
-            return self.fact(func, first)
+            return self.read_property(func, first)
         if name == "__set__":
-            return self.assigned(func.__self__.__name__, *args)
+            return self.set_property(func.__self__.__name__, *args)
         if func is torch._C._set_grad_enabled:
-            return func(*args)  # seen by its effect: `in_region`
+            return func(*args)  # the nodes of calls in this mode are `in_region`
         if func in _TRUTH:
-            if func is Tensor.__bool__ and self.never(first):
+            if func is Tensor.__bool__ and self.is_impossible(first):
                 return False
             nodes = (ledger.tensor_node(arg) for arg in args if isinstance(arg, Tensor))
             if not any(node in ledger.activations for node in nodes):
-                return ledger.decided(_TRUTH[func], args)  # a mask or token numbers: it says what kind of call this is
+                return ledger.decide(_TRUTH[func], args)  # a mask or token ids, which belong to the kind of the call
         if func is Tensor.item and ledger.tensor_node(first).target == "_is_all_true":
-            return ledger.decided(Tensor.item, args)  # `torch._check_tensor_all`: where it fails, so does the forward
+            return ledger.decide(Tensor.item, args)  # `torch._check_tensor_all` raises in the forward, too, if false
         if func in _CONTENT:
             raise TraceError(
                 f"the forward decides on the content of a tensor ({name.strip('_')})",
@@ -163,19 +168,19 @@ class Recorder(TorchFunctionMode):
             )
         if func is Tensor.size:
             dim = self.real(kwargs.get("dim", args[1] if len(args) > 1 else None))
-            return self.shape(first) if dim is None else ledger.size(first, dim)
+            return self.shape_of(first) if dim is None else ledger.size(first, dim)
         if func is Tensor.__len__:
             return ledger.size(first, 0)
         if func in (Tensor.numel, Tensor.nelement):
             return ledger.number(first.numel(), Tensor.numel, (first,))
         if func is Tensor.is_contiguous:  # it may depend on sizes
-            return ledger.decided(func, args, kwargs)
+            return ledger.decide(func, args, kwargs)
         if func in _FACTS:
             if isinstance(first, Tensor) and func is not Tensor.__hash__:
-                self.typed(first)
+                self.guard_type(first)
             return func(*self.real(args), **self.real(kwargs))
         if func is Tensor.__setitem__:
-            return self.writer.effect(operator.setitem, args)
+            return self.writer.write_to(operator.setitem, args)
         function, reflected = _OPERATORS.get(func, (None, False))
         if function is not None and not kwargs:
             return self.writer.call_function(function, args[::-1] if reflected else args, kwargs)
@@ -183,47 +188,48 @@ class Recorder(TorchFunctionMode):
             return self.writer.write("call_method", name, args, kwargs, func)
         return self.writer.call_function(func, args, kwargs)
 
-    def fact(self, func: Any, tensor: Tensor) -> Any:
-        """A property of a tensor."""
+    def read_property(self, func: Any, tensor: Tensor) -> Any:
+        """Returns a property of a tensor as the forward sees it."""
         name = func.__self__.__name__
         node = self.ledger.tensor_node(tensor)
         if name == "shape":
-            return self.shape(tensor)
+            return self.shape_of(tensor)
         value = func(tensor)
         if isinstance(value, Tensor):
             return self.reader.wrap(value, self.ledger.graph.call_function(getattr, (node, name)))
         if name in ("dtype", "ndim"):
-            self.typed(tensor)
+            self.guard_type(tensor)
         return value
 
-    def typed(self, tensor: Tensor) -> None:
-        """Python goes by rank and dtype. Those of arguments are checked already; the module's own may change."""
+    def guard_type(self, tensor: Tensor) -> None:
+        """Add a check of a tensor's rank and dtype. Those of arguments are already checked by `check_call`."""
         node = self.ledger.tensor_node(tensor)
         if node.op != "placeholder" and node not in self.checked:
             self.checked.add(node)
             self.ledger.guard_parts(tensor, node)
 
-    def shape(self, tensor: Tensor) -> torch.Size:
+    def shape_of(self, tensor: Tensor) -> torch.Size:
         return torch.Size([self.ledger.size(tensor, dim) for dim in range(tensor.dim())])  # type: ignore[misc]
 
-    def assigned(self, name: str, tensor: Tensor, value: Any) -> None:
+    def set_property(self, name: str, tensor: Tensor, value: Any) -> None:
+        """Record that the forward sets `requires_grad`. Raises `TraceError` for other properties."""
         if name != "requires_grad":
             raise TraceError(f"the forward sets {name} on a tensor")
         if tensor.is_leaf:
             tensor.requires_grad_(value)
         self.ledger.graph.call_method("requires_grad_", (self.ledger.node(tensor), value))
 
-    def never(self, tensor: Tensor) -> bool:
-        """`torch.rand(…) < 0.0`: layers dropped with the chance zero. No draw can change it."""
+    def is_impossible(self, tensor: Tensor) -> bool:
+        """Whether a tensor is `torch.rand(…) < 0.0`, as in layer dropout with probability 0: always false."""
         node = self.ledger.tensor_node(tensor)
         if node.target is not operator.lt:
             return False
-        drawn, chance = list(node.args)
-        nothing = isinstance(chance, (int, float)) and chance <= 0
-        return nothing and isinstance(drawn, fx.Node) and drawn.target in (torch.rand, torch.rand_like)
+        draw, probability = list(node.args)
+        zero = isinstance(probability, (int, float)) and probability <= 0
+        return zero and isinstance(draw, fx.Node) and draw.target in (torch.rand, torch.rand_like)
 
 
-def _absent(parameter: inspect.Parameter) -> Any:
+def _default_of(parameter: inspect.Parameter) -> Any:
     if parameter.kind is parameter.VAR_POSITIONAL:
         return ()
     return {} if parameter.kind is parameter.VAR_KEYWORD else parameter.default
@@ -244,11 +250,11 @@ _FACTS = frozenset({
 })  # fmt: skip
 _OPERATORS: dict[Any, tuple[Callable[..., Any], bool]] = {}
 for _name in "add sub mul truediv floordiv mod pow matmul and or xor lshift rshift".split():
-    _plain = getattr(operator, _name if hasattr(operator, _name) else _name + "_")
-    for _prefix, _function in {"": _plain, "r": _plain, "i": getattr(operator, "i" + _name)}.items():
+    _binary = getattr(operator, _name if hasattr(operator, _name) else _name + "_")
+    for _prefix, _function in {"": _binary, "r": _binary, "i": getattr(operator, "i" + _name)}.items():
         if _method := getattr(Tensor, f"__{_prefix}{_name}__", None):
             _OPERATORS.setdefault(_method, (_function, _prefix == "r"))
 for _name in "lt le gt ge eq ne neg invert getitem abs".split():
     _OPERATORS.setdefault(getattr(Tensor, f"__{_name}__"), (getattr(operator, _name), False))
-for _name in "add sub mul".split():  # what the operators call, where no alpha is given
+for _name in "add sub mul".split():  # without alpha, these methods are the operators
     _OPERATORS.setdefault(getattr(Tensor, _name), (getattr(operator, _name), False))

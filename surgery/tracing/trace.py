@@ -20,7 +20,7 @@ from surgery.errors import TraceError
 from surgery.tracing.call_writer import Calls
 from surgery.tracing.example_call import arguments
 from surgery.tracing.recorder import Recorder
-from surgery.tracing.verification import check_runs, refusal, undone, verify
+from surgery.tracing.verification import check_forward_runs, restore_state, trace_error, verify
 
 __all__ = ["trace", "traced"]
 
@@ -85,14 +85,14 @@ def traced(
     # With gradients, so that the forward's own torch.no_grad blocks are visible. If the forward reads the gradient mode
     # (nn.TransformerEncoderLayer has a fast path without gradients), the graph is only for the present mode.
     try:
-        return _proven(module, base, args, kwargs, True, calls, leaves)
+        return _trace_verified(module, base, args, kwargs, True, calls, leaves)
     except TraceError:
         if torch.is_grad_enabled():
             raise
-        return _proven(module, base, args, kwargs, False, calls, leaves)
+        return _trace_verified(module, base, args, kwargs, False, calls, leaves)
 
 
-def _proven(
+def _trace_verified(
     module: nn.Module,
     base: type[nn.Module],
     args: tuple,
@@ -104,12 +104,12 @@ def _proven(
     if calls is not None:
         calls.clear()
     try:
-        with torch.set_grad_enabled(gradients), undone(module):
+        with torch.set_grad_enabled(gradients), restore_state(module):
             graph = Recorder(module, base, not gradients, calls, leaves).record(args, kwargs)
         verify(module, base, graph, args, dict(kwargs))
     except TraceError as error:
-        check_runs(base, module, args, kwargs, error)
+        check_forward_runs(base, module, args, kwargs, error)
         raise
-    except Exception as error:  # a graph that can't be written, or fails where the forward does not
-        raise refusal(error, base) from error
+    except Exception as error:  # the graph can't be written, or it fails and the forward does not
+        raise trace_error(error, base) from error
     return graph

@@ -17,7 +17,7 @@ from surgery.forward.own_forward import OwnForward
 from surgery.forward.parameter_view import make_view
 from surgery.tracing.call_kind import kind_of_call
 from surgery.tracing.decisions import decide, decide_parts
-from surgery.tracing.fx_args import plain
+from surgery.tracing.fx_args import replace_nodes
 from surgery.tracing.guards import check_call, check_parts, check_settings, require, same_settings
 from surgery.tracing.trace import traced
 
@@ -33,7 +33,7 @@ class TracedForward:
     """
 
     graph: fx.Graph
-    kept: Mapping[str, Any]
+    constants: Mapping[str, Any]
     settings: tuple
     numbers: tuple
     variants: WeakValueDictionary[tuple, Any] = field(default_factory=WeakValueDictionary)
@@ -130,9 +130,9 @@ def _settled(traced: fx.GraphModule, training: bool) -> TracedForward:
         if node.op == "get_attr" and not node.users:
             graph.erase_node(node)
     read = {node: operator.attrgetter(str(node.target))(traced) for node in graph.nodes if node.op == "get_attr"}
-    kept = {str(node.target): value for node, value in read.items() if str(node.target).startswith("_kept_")}
+    constants = {str(node.target): value for node, value in read.items() if str(node.target).startswith("_kept_")}
     numbers = [(tuple(str(node.target).split(".")), n) for node, n in read.items() if type(n) is int and _sizes(node)]
-    return TracedForward(graph, kept, plain(settings, lambda node: node), tuple(numbers))
+    return TracedForward(graph, constants, replace_nodes(settings, lambda node: node), tuple(numbers))
 
 
 def _sizes(node: fx.Node) -> bool:
@@ -189,11 +189,11 @@ def _likeness(module: nn.Module) -> tuple:
         parts += [
             (name, None if tensor is None else (tensor.dtype, tensor.device, tensor.shape)) for name, tensor in tensors
         ]
-        parts += [(name, value) for name, value in inner.__dict__.items() if isinstance(value, _HELD)]
+        parts += [(name, value) for name, value in inner.__dict__.items() if isinstance(value, _COMPARED)]
     return tuple(parts)
 
 
-_HELD = (type, types.FunctionType, types.BuiltinFunctionType)
+_COMPARED = (type, types.FunctionType, types.BuiltinFunctionType)
 _WRITES = frozenset({"setitem", "setattr", "in_region", "call_object", "rand", "randn", "rand_like", "randn_like",
                      "bernoulli", "multinomial", "normal", "randint", "randperm", "called_around"})  # fmt: skip
 _READS = frozenset({"get", "keys", "values", "items", "index", "count", "copy"})

@@ -1,9 +1,9 @@
-"""Sizes and other numbers of one call, tracked: Python computes with them, a graph sees where they came from.
+"""Tracked numbers: sizes of a traced call that record how they are computed.
 
-Code such as `x.view(b, n // 2, -1)` computes on sizes. While a forward is traced by values (`surgery.tracing.trace`)
-its sizes are of these two types, which torch takes for its own symbolic numbers. Arithmetic gives another tracked
-number and a node; a decision (`if n > 1`, `range(n)`, `int(n / 2)`) gives the plain answer of this call and a guard, so
-that a graph is never used for a call that would have decided otherwise.
+Code such as `x.view(b, n // 2, -1)` computes on sizes. In a traced forward (`surgery.tracing.trace`), sizes have the
+two types of this module, which torch accepts as its own symbolic numbers. Arithmetic returns another tracked number.
+A decision (`if n > 1`, `range(n)`, `int(n / 2)`) returns the plain result of this call and adds a guard to the graph,
+so the graph rejects calls with another decision.
 """
 
 from __future__ import annotations
@@ -15,27 +15,29 @@ from typing import Any
 
 import torch
 
-__all__ = ["Number", "Real", "Tracked", "plain"]
+__all__ = ["Number", "Real", "TrackedNumber", "untracked"]
 
 
-class Tracked:
-    """What both kinds of number share: the value of this call, the node it stands for, and the ledger."""
+class TrackedNumber:
+    """The base of both types. `value`: the value in this call. `node`: its node, or how to compute it."""
 
     ledger: Any
     value: Any
     node: Any
 
-    def _made(self, function: Callable[..., Any], *args: Any) -> Any:
-        value = function(*(plain(arg) for arg in args))
+    def _compute(self, function: Callable[..., Any], *args: Any) -> Any:
+        """Returns the result of a function as a tracked number."""
+        value = function(*(untracked(arg) for arg in args))
         return self.ledger.number(value, function, args)
 
-    def _decided(self, function: Callable[..., Any], *args: Any) -> Any:
-        value = function(*(plain(arg) for arg in args))
+    def _decide(self, function: Callable[..., Any], *args: Any) -> Any:
+        """Returns the plain result of a decision, and adds a guard."""
+        value = function(*(untracked(arg) for arg in args))
         self.ledger.guard_number(function, args, value)
         return value
 
     def _fixed(self) -> Any:
-        """The plain value, for Python code that needs one: the graph then holds for this value alone."""
+        """Returns the plain value. The graph is then valid only for this value."""
         self.ledger.guard_number(None, (self,), self.value)
         return self.value
 
@@ -66,7 +68,7 @@ class Tracked:
         return type(self.value), (self._fixed(),)
 
     def __bool__(self) -> bool:
-        return self._decided(operator.truth, self)
+        return self._decide(operator.truth, self)
 
     def __int__(self) -> int:
         return int(self._fixed())
@@ -75,7 +77,7 @@ class Tracked:
         return float(self._fixed())
 
     def __round__(self, digits: Any = None) -> Any:
-        return self._made(round, self) if digits is None else self._made(round, self, digits)
+        return self._compute(round, self) if digits is None else self._compute(round, self, digits)
 
     def __divmod__(self, other: Any) -> Any:
         return self // other, self % other  # type: ignore[operator]
@@ -84,14 +86,14 @@ class Tracked:
         return other // self, other % self  # type: ignore[operator]
 
 
-class Number(Tracked, torch.SymInt):
+class Number(TrackedNumber, torch.SymInt):
     """A whole number."""
 
     def __init__(self, ledger: Any, value: int, node: Any):
         self.ledger, self.value, self.node = ledger, value, node
 
     @property
-    def __class__(self) -> type:  # isinstance(size, int) is answered as for a plain size
+    def __class__(self) -> type:  # makes isinstance(size, int) true, as for a plain size
         return int
 
     def __index__(self) -> int:
@@ -104,7 +106,7 @@ class Number(Tracked, torch.SymInt):
         return self._fixed().bit_length()
 
 
-class Real(Tracked, torch.SymFloat):
+class Real(TrackedNumber, torch.SymFloat):
     """A floating-point number computed from sizes."""
 
     def __init__(self, ledger: Any, value: float, node: Any):
@@ -118,8 +120,8 @@ class Real(Tracked, torch.SymFloat):
         return self._fixed().is_integer()
 
 
-def plain(value: Any) -> Any:
-    """The number of this call, without a guard."""
+def untracked(value: Any) -> Any:
+    """Returns the plain value of a tracked number, without a guard. Other values stay."""
     return value.value if type(value) in (Number, Real) else value
 
 
@@ -131,13 +133,13 @@ def _binary(function: Callable[..., Any], reflected: bool, decides: bool = False
         if type(other) not in (bool, *_NUMBERS):
             return NotImplemented
         pair = (other, self) if reflected else (self, other)
-        return self._decided(function, *pair) if decides else self._made(function, *pair)
+        return self._decide(function, *pair) if decides else self._compute(function, *pair)
 
     return method
 
 
 def _unary(function: Callable[..., Any]) -> Callable[..., Any]:
-    return lambda self: self._made(function, self)
+    return lambda self: self._compute(function, self)
 
 
 for _kind in (Number, Real):
@@ -156,6 +158,6 @@ for _kind in (Number, Real):
         "trunc": math.trunc,
     }.items():
         setattr(_kind, f"__{_name}__", _unary(_function))
-    _kind.__hash__ = Tracked.__hash__  # type: ignore[method-assign]  # __eq__ was set after the class was made
+    _kind.__hash__ = TrackedNumber.__hash__  # type: ignore[method-assign]  # setting __eq__ after class creation does not reset it
     for _name in "repr str format bool int float round divmod rdivmod deepcopy copy array".split():
-        setattr(_kind, f"__{_name}__", getattr(Tracked, f"__{_name}__"))
+        setattr(_kind, f"__{_name}__", getattr(TrackedNumber, f"__{_name}__"))

@@ -9,7 +9,7 @@ from torch import fx
 from surgery.forward.own_forward import OwnForward
 from surgery.forward.tape import Tape
 from surgery.forward.tape_steps import Ref
-from surgery.tracing.fx_args import plain
+from surgery.tracing.fx_args import replace_nodes
 from surgery.weaving.own_calls import call_opaque
 from surgery.weaving.tape_terms import play
 from surgery.weaving.term_graph import OUTPUT, TermGraph
@@ -51,7 +51,7 @@ def _add_operations(graph: TermGraph, traced: fx.Graph) -> list[Term]:
     """The operations of a traced graph. A rule knows each as ("inside", the name of its node)."""
     terms: dict[fx.Node, Any] = {}
     for node in traced.nodes:
-        args, kwargs = plain(node.args, terms.__getitem__), plain(node.kwargs, terms.__getitem__)
+        args, kwargs = replace_nodes(node.args, terms.__getitem__), replace_nodes(node.kwargs, terms.__getitem__)
         if node.op == "output":
             graph.now[Ref("output", "")] = args[0]
             continue

@@ -27,9 +27,9 @@ from surgery.forward.own_forward import OwnForward, own_forward, signature_of
 from surgery.forward.tape import Layer
 from surgery.state.records import Applied, SiteState
 from surgery.tracing import compiled_call
-from surgery.tracing.call_kind import difference, kind_of_call, predicate_of_kind
-from surgery.tracing.compiler_thread import apart, concrete, holds_fakes, without_symbols
-from surgery.tracing.decisions import Otherwise
+from surgery.tracing.call_kind import describe_difference, kind_of_call, predicate_of_kind
+from surgery.tracing.compiler_thread import has_fakes, replace_fakes, replace_symbols, run_in_thread
+from surgery.tracing.decisions import OtherDecision
 from surgery.tracing.traced_forward import TracedForward, known_forwards, trace_anew
 from surgery.weaving.forward_source import body_of, signature_source
 from surgery.weaving.generated_class import Recipe, class_from, told
@@ -94,7 +94,7 @@ def varied(module: nn.Module, given: tuple) -> Any:
         if variant.fits(module, *given):
             try:
                 return variant.run(module, variant.kept, *given)
-            except Otherwise as other:
+            except OtherDecision as other:
                 _check_early(other, module)
     if torch.compiler.is_dynamo_compiling():
         from torch._dynamo.comptime import comptime
@@ -115,16 +115,16 @@ _uncompiled._torchdynamo_disable = True  # type: ignore[attr-defined]  # torch.c
 
 def _anew(module: nn.Module, state: SiteState, given: tuple) -> Any:
     """Run a variant of a graph that modules like this one have already, or of a new one."""
-    fake = holds_fakes(module, given)
-    shown, values = apart(concrete, module, given) if fake else (module, given)
+    fake = has_fakes(module, given)
+    shown, values = run_in_thread(replace_fakes, module, given) if fake else (module, given)
     kind = kind_of_call(module, values)
     for held in (*_unused(shown, state, kind), None):
         if held is None:
             _check_number(state, kind)
-        variant = apart(_variant, shown, state, values, held) if fake else _variant(shown, state, values, held)
+        variant = run_in_thread(_variant, shown, state, values, held) if fake else _variant(shown, state, values, held)
         try:
             found = variant.run(module, variant.kept, *given)
-        except Otherwise as other:
+        except OtherDecision as other:
             _check_early(other, module)
             if held is None:  # the graph is of this very call
                 what = f"{state.base.__name__}.forward decides by something that changes"
@@ -170,7 +170,7 @@ def _check_number(state: SiteState, kind: tuple) -> None:
         )
 
 
-def _check_early(other: Otherwise, module: nn.Module) -> None:
+def _check_early(other: OtherDecision, module: nn.Module) -> None:
     if other.late:
         raise TraceError(
             f"{type(module).__name__}.forward decides otherwise than in the calls known so far, when it has written or "
@@ -196,13 +196,13 @@ def _variant(module: nn.Module, state: SiteState, given: tuple, held: TracedForw
     graph, around = woven_held(own, layers)
     run, source = function_of(graph, f"{own.base.__name__} + " + ", ".join(f"{x.label} [{x.adapter}]" for x in layers))
     fits = predicate_of_kind(module, given, held.settings)
-    made = Variant(kind, fits, held, run, {**held.kept, **around}, source, _sizes(given))
+    made = Variant(kind, fits, held, run, {**held.constants, **around}, source, _sizes(given))
     return held.variants.setdefault(tuple(layers), made)
 
 
 def told_difference(state: SiteState, kind: tuple, names: Sequence[str]) -> str:
     """In what a call differs from the calls that a site knows, in words."""
-    found = difference(kind, [variant.kind for variant in state.variants], names)
+    found = describe_difference(kind, [variant.kind for variant in state.variants], names)
     return f"the call differs from those known ({found})" if found else ""
 
 
@@ -251,12 +251,12 @@ def _after_reading(context: Any) -> None:
 
 def _ready_apart(module: nn.Module, given: tuple, again: bool = False) -> bool:
     state: SiteState = module.__dict__["_surgery_site"]
-    given = tuple([without_symbols(value) for value in given])
+    given = tuple([replace_symbols(value) for value in given])
     if not again and any(variant.fits(module, *given) for variant in state.variants):
         if not _unused(module, state, kind_of_call(module, given)):
             return False
-    shown, values = apart(concrete, module, given)
-    return apart(make_ready, shown, state, values, again)
+    shown, values = run_in_thread(replace_fakes, module, given)
+    return run_in_thread(make_ready, shown, state, values, again)
 
 
 def held_own(module: nn.Module, state: SiteState) -> OwnForward | None:

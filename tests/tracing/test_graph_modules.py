@@ -124,9 +124,9 @@ def test_an_exported_graph_says_what_to_do() -> None:
     assert not before.differences(plain)
     with pytest.raises(PlanError, match="never called"):
         apply_rules(fx.symbolic_trace(Net()), [LoraRule("block")])
-    with pytest.raises(SurgeryError, match="no graph of torch.export"):
+    with pytest.raises(SurgeryError, match="not a graph of torch.export"):
         with_layers(fx.symbolic_trace(Net()))
-    with pytest.raises(SurgeryError, match="no graph of torch.export"):
+    with pytest.raises(SurgeryError, match="not a graph of torch.export"):
         with_layers(Net())  # type: ignore[arg-type]
 
 
