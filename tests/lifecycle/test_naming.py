@@ -418,7 +418,7 @@ def test_idle_rules_bar_no_merge() -> None:
 
 # Every sequence -----------------------------------------------------------------------------------------------
 
-EXAMPLES = int(os.environ.get("SURGERY_EXAMPLES", "300"))
+EXAMPLES = int(os.environ.get("SURGERY_EXAMPLES", "120"))
 
 
 def random_model(draw: random.Random) -> nn.Module:

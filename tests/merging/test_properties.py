@@ -18,7 +18,7 @@ from surgery import Rule, SurgeryError, apply_rules, merge, plan_rules, remove, 
 from surgery.rules import BiasRule, LoraRule, NormRule, TokensRule, TrainRule
 from surgery.testing import Snapshot
 
-EXAMPLES = int(os.environ.get("SURGERY_EXAMPLES", "300"))
+EXAMPLES = int(os.environ.get("SURGERY_EXAMPLES", "100"))
 # A rule that comes with another (`bias="all"`) leaves out what attention reads past its forward, and says so.
 pytestmark = pytest.mark.filterwarnings("ignore:.*leaves out:surgery.errors.SurgeryWarning")
 

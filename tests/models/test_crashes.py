@@ -18,7 +18,7 @@ pytest.importorskip("transformers")
 pytest.importorskip("accelerate", reason="the Trainer needs accelerate")
 crashes: Any = pytest.importorskip("tests.support.crashes")
 
-CRASHES = int(os.environ.get("CRASHES", "4"))
+CRASHES = int(os.environ.get("CRASHES", "2"))
 SEED = int(os.environ.get("CRASH_SEED", "0"))
 SEEDS = 2 if CRASHES < 10 else 10
 

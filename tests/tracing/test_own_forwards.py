@@ -54,7 +54,7 @@ from surgery.rules.slots.low_rank import LowRankSlotRule
 from surgery.testing import Snapshot
 from tests.rules.test_methods import METHODS, Conv1D, Held, Method
 
-EXAMPLES = int(os.environ.get("SURGERY_EXAMPLES", "120"))
+EXAMPLES = int(os.environ.get("SURGERY_EXAMPLES", "60"))
 IN, OUT = 16, 12
 
 
