@@ -9,13 +9,13 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from surgery import LiveSite, Member, Rule, Site, SiteError, rule, takes_functions
+from surgery import LiveSite, Member, Rule, Site, SiteError, SlotRule, rule, takes_functions
 from surgery.rules._shared import fields
 from surgery.rules._shared.hidden_states import features_of
 
 
 @rule("adaption-prompt")
-class AdaptionRule(Rule):
+class AdaptionRule(SlotRule):
     """Wo (attention(q, k, v) + g · softmax(q (P Wkᵀ)ᵀ / √d) P Wvᵀ): `length` trained tokens P behind a trained gate g.
 
     >>> import torch
@@ -86,7 +86,7 @@ class AdaptionRule(Rule):
     why_no_slot = "the adapters differ in whether the output map takes what the prompt gives"
 
     @classmethod
-    def slot(cls, rules: Sequence[Rule], module: nn.Module, path: str) -> Rule | None:
+    def slot(cls, rules: Sequence[Rule], module: nn.Module, path: str) -> SlotRule | None:
         mapped = {cast(AdaptionRule, rule).mapped for rule in rules}
         return AdaptionRule(length=2, mapped=mapped.pop()) if len(mapped) == 1 else None
 

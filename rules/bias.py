@@ -7,7 +7,7 @@ from dataclasses import field
 
 from torch import Tensor, nn
 
-from surgery import Combination, LiveSite, Rule, Share, Site, Targets, rule
+from surgery import Combination, LiveSite, Rule, Share, Site, SlotRule, Targets, rule
 from surgery.rules._shared.combining import Tensors
 from surgery.rules.train import (
     combined_all,
@@ -65,7 +65,7 @@ class BiasRule(Rule):
     slot_kind = "train"
 
     @classmethod
-    def slot(cls, rules: Sequence[Rule], module: nn.Module, path: str) -> Rule | None:
+    def slot(cls, rules: Sequence[Rule], module: nn.Module, path: str) -> SlotRule | None:
         return copies_slot([name for rule in rules for name in names_of(rule, module)], module)
 
     def slotted(self, slot: Rule, site: LiveSite) -> dict[str, Tensor]:

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from surgery import Combination, LiveSite, Rule, Share, Site, SiteError, rule
+from surgery import Combination, LiveSite, Rule, Share, Site, SiteError, SlotRule, rule
 from surgery.rules._shared import combining, complex_weights, fields
 from surgery.rules._shared.hidden_states import features_of, in_dtype_of
 
@@ -17,7 +17,7 @@ _ACTIVATIONS = {"relu": F.relu, "gelu": F.gelu, "silu": F.silu, "tanh": torch.ta
 
 
 @rule("bottleneck")
-class BottleneckRule(Rule):
+class BottleneckRule(SlotRule):
     """y + s · up(act(down(y))) after a module; with placement "parallel", y + s · up(act(down(x))).
 
     >>> from torch import nn
@@ -91,7 +91,7 @@ class BottleneckRule(Rule):
     why_no_slot = "the adapters differ in activation or placement"
 
     @classmethod
-    def slot(cls, rules: Sequence[Rule], module: nn.Module, path: str) -> Rule | None:
+    def slot(cls, rules: Sequence[Rule], module: nn.Module, path: str) -> SlotRule | None:
         bottlenecks = [cast(BottleneckRule, rule) for rule in rules]
         if len({(rule.activation, rule.placement) for rule in bottlenecks}) > 1:
             return None

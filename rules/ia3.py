@@ -10,14 +10,14 @@ from typing import Literal, cast
 import torch
 from torch import Tensor, nn
 
-from surgery import Combination, LiveSite, Pattern, Rule, Share, Site, SiteError, rule
+from surgery import Combination, LiveSite, Pattern, Rule, Share, Site, SiteError, SlotRule, rule
 from surgery.rules._linear import maps
 from surgery.rules._low_rank import swapping
 from surgery.rules._shared import combining, complex_weights, fields
 
 
 @rule("ia3")
-class IA3Rule(Rule):
+class IA3Rule(SlotRule):
     """y = s ⊙ (W x + b); in `feedforward` modules y = W (s ⊙ x) + b. s is trained, W and b are kept.
 
     >>> from torch import nn
@@ -117,7 +117,7 @@ class IA3Rule(Rule):
     why_no_slot = "in some adapters it scales the module's input, in others its output"
 
     @classmethod
-    def slot(cls, rules: Sequence[Rule], module: nn.Module, path: str) -> Rule | None:
+    def slot(cls, rules: Sequence[Rule], module: nn.Module, path: str) -> SlotRule | None:
         fed = {cast(IA3Rule, rule).feeds(path) for rule in rules}
         return IA3Rule(feedforward="re:.*" if fed.pop() else ()) if len(fed) == 1 else None
 

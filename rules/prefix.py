@@ -9,7 +9,19 @@ from typing import Any, Literal, cast
 import torch
 from torch import Tensor, nn
 
-from surgery import Combination, LiveSite, Member, Rule, Share, Site, SiteError, Targets, rule, takes_functions
+from surgery import (
+    Combination,
+    LiveSite,
+    Member,
+    Rule,
+    Share,
+    Site,
+    SiteError,
+    SlotRule,
+    Targets,
+    rule,
+    takes_functions,
+)
 from surgery.rules._attention.prefix import (
     existing_shapes,
     folded_tensors,
@@ -29,7 +41,7 @@ EVERYWHERE = ("", "re:.*")  # the model itself, and all in it
 
 
 @rule("prefix")
-class PrefixRule(Rule):
+class PrefixRule(SlotRule):
     """softmax(q [Pk; k]ᵀ / √d + mask) [Pv; v]: `length` trained keys Pk and values Pv, which every query sees.
 
     >>> import torch
@@ -152,7 +164,7 @@ class PrefixRule(Rule):
     zeros_are_none = False  # a key of zeros takes its share of the softmax
 
     @classmethod
-    def slot(cls, rules: Sequence[Rule], module: nn.Module, path: str) -> Rule | None:
+    def slot(cls, rules: Sequence[Rule], module: nn.Module, path: str) -> SlotRule | None:
         gated = {cast(PrefixRule, rule).gate for rule in rules}
         return PrefixRule(length=2, init="zero", gate=gated.pop()) if len(gated) == 1 else None
 

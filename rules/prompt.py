@@ -9,7 +9,7 @@ from typing import Any, Literal, cast
 import torch
 from torch import Tensor, nn
 
-from surgery import Combination, LiveSite, Member, Rule, Share, Site, SiteError, Targets, rule
+from surgery import Combination, LiveSite, Member, Rule, Share, Site, SiteError, SlotRule, Targets, rule
 from surgery.rules._shared import combining
 from surgery.rules._shared import fields as _fields
 from surgery.rules._virtual_tokens import encoder as _encoder
@@ -151,7 +151,7 @@ class PromptRule(Rule):
         return self.replace(encoder=None), {**kept, "prompt": prompt}
 
     @classmethod
-    def slot(cls, rules: Sequence[Rule], module: nn.Module, path: str) -> Rule | None:
+    def slot(cls, rules: Sequence[Rule], module: nn.Module, path: str) -> SlotRule | None:
         state = site_state(module)
         facts = (
             next((applied.facts for applied in state.applied if applied.rule is rules[0]), None)

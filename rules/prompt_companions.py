@@ -8,7 +8,7 @@ from typing import Any, cast
 
 from torch import Tensor, nn
 
-from surgery import Member, Rule, Site, Targets, rule
+from surgery import Member, Rule, Site, SlotRule, Targets, rule
 from surgery.rules._virtual_tokens import insertion, text_inputs
 from surgery.rules.slots.prompt import PromptMemorySlotRule
 from surgery.state.records import site_state
@@ -40,7 +40,7 @@ class PromptMemoryRule(Rule):
     slot_kind = "prompt-memory"
 
     @classmethod
-    def slot(cls, rules: Sequence[Rule], module: nn.Module, path: str) -> Rule | None:
+    def slot(cls, rules: Sequence[Rule], module: nn.Module, path: str) -> SlotRule | None:
         state = site_state(module)
         facts = (
             next((applied.facts for applied in state.applied if applied.rule is rules[0]), {})

@@ -9,7 +9,7 @@ from typing import cast
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from surgery import LiveSite, Rule, Site, SiteError, rule
+from surgery import LiveSite, Rule, Site, SiteError, SlotRule, rule
 from surgery.rules._shared import complex_weights, fields
 from surgery.rules._shared.hidden_states import at_positions, features_of, in_dtype_of, positions_of
 from surgery.rules._shared.solving import orthonormal_rows
@@ -90,7 +90,7 @@ class ReftRule(Rule):
     why_no_slot = "the adapters edit other positions"
 
     @classmethod
-    def slot(cls, rules: Sequence[Rule], module: nn.Module, path: str) -> Rule | None:
+    def slot(cls, rules: Sequence[Rule], module: nn.Module, path: str) -> SlotRule | None:
         edits = [cast(ReftRule, rule) for rule in rules]
         if len({edit.positions for edit in edits}) > 1:
             return None
@@ -105,7 +105,7 @@ class ReftRule(Rule):
 
 
 @rule("reft-slot")
-class ReftSlotRule(Rule):
+class ReftSlotRule(SlotRule):
     """h + Rᵀ (W h + b − R h), with R used as it is: ReftRule's form in a slot, for any rank.
 
     >>> from torch import nn

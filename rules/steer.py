@@ -8,7 +8,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from surgery import Combination, LiveSite, Rule, Share, Site, SiteError, rule
+from surgery import Combination, LiveSite, Rule, Share, Site, SiteError, SlotRule, rule
 from surgery.rules._shared import combining, fields
 from surgery.rules._shared.hidden_states import at_positions, features_of, positions_of
 
@@ -16,7 +16,7 @@ _Numbers = dict[str, tuple[float, ...]] | tuple[float, ...] | None
 
 
 @rule("steer")
-class SteerRule(Rule):
+class SteerRule(SlotRule):
     """h + scale · direction, at chosen positions.
 
     >>> import torch
@@ -89,7 +89,7 @@ class SteerRule(Rule):
     why_no_slot = "the adapters steer at other positions"
 
     @classmethod
-    def slot(cls, rules: Sequence[Rule], module: nn.Module, path: str) -> Rule | None:
+    def slot(cls, rules: Sequence[Rule], module: nn.Module, path: str) -> SlotRule | None:
         steers = [cast(SteerRule, rule) for rule in rules]
         if len({steer.positions for steer in steers}) > 1:
             return None

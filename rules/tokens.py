@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from surgery import Combination, LiveSite, Rows, Rule, Share, Site, rule
+from surgery import Combination, LiveSite, Rows, Rule, Share, Site, SlotRule, rule
 from surgery.rules._shared import complex_weights
 
 
@@ -80,7 +80,7 @@ class TokensRule(Rule):
     slot_kind = "tokens"
 
     @classmethod
-    def slot(cls, rules: Sequence[Rule], module: nn.Module, path: str) -> Rule | None:
+    def slot(cls, rules: Sequence[Rule], module: nn.Module, path: str) -> SlotRule | None:
         return TokensSlotRule()
 
     def slotted(self, slot: Rule, site: LiveSite) -> dict[str, Tensor]:
@@ -137,7 +137,7 @@ class BaseRowsRule(TokensRule):
 
 
 @rule("tokens-slot")
-class TokensSlotRule(Rule):
+class TokensSlotRule(SlotRule):
     """Rows of an embedding or a head instead of the base's: TokensRule's form in a slot, for any number of tokens.
 
     >>> from torch import nn

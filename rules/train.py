@@ -7,7 +7,7 @@ from typing import TypeVar
 
 from torch import Tensor, nn
 
-from surgery import Combination, LiveSite, Rule, Share, Site, SiteError, rule
+from surgery import Combination, LiveSite, Rule, Share, Site, SiteError, SlotRule, rule
 from surgery.rules._shared import combining, complex_weights
 
 R = TypeVar("R", bound=Rule)
@@ -51,7 +51,7 @@ class TrainRule(Rule):
     slot_kind = "train"
 
     @classmethod
-    def slot(cls, rules: Sequence[Rule], module: nn.Module, path: str) -> Rule | None:
+    def slot(cls, rules: Sequence[Rule], module: nn.Module, path: str) -> SlotRule | None:
         return copies_slot([name for rule in rules for name in names_of(rule, module)], module)
 
     def slotted(self, slot: Rule, site: LiveSite) -> dict[str, Tensor]:
@@ -62,7 +62,7 @@ class TrainRule(Rule):
 
 
 @rule("train-slot")
-class CopiesSlotRule(Rule):
+class CopiesSlotRule(SlotRule):
     """Some of a module's tensors, each instead of the base's: the form of TrainRule, BiasRule and NormRule in a slot.
 
     >>> from torch import nn
@@ -94,7 +94,7 @@ def names_of(rule: Rule, module: nn.Module) -> Iterable[str]:
     return chosen(module) if chosen is not None else [name for name, _ in own_tensors(module)]
 
 
-def copies_slot(names: Iterable[str], module: nn.Module) -> Rule:
+def copies_slot(names: Iterable[str], module: nn.Module) -> SlotRule:
     """The slot for the tensors with these names, without counters, which count batches while training."""
     wanted = set(names)
     kept = [name for name, tensor in own_tensors(module) if name in wanted and tensor.is_floating_point()]

@@ -7,7 +7,7 @@ from .authoring.combination import Combination, Share
 from .authoring.live_site import LiveSite
 from .authoring.registry import rule, rules_from_json, rules_from_yaml, rules_to_json, rules_to_yaml
 from .authoring.routed_site import Member
-from .authoring.rule import Rule
+from .authoring.rule import Rule, SlotRule
 from .authoring.site import Site
 from .authoring.site_module import SiteModule
 from .errors import (
@@ -95,6 +95,7 @@ __all__ = [
     "Site",
     "SiteError",
     "SiteModule",
+    "SlotRule",
     "Structure",
     "Summary",
     "SurgeryError",

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from surgery import LiveSite, LowRank, Rule, Site, SiteError, rule
+from surgery import LiveSite, LowRank, Rule, Site, SiteError, SlotRule, rule
 from surgery.rules._linear.layouts import Layout, WeightPart, layout_of
 from surgery.rules._shared import complex_weights
 
@@ -16,7 +16,7 @@ __all__ = ["LowRankSlotRule", "LowRankSlottable", "low_rank_slot", "low_rank_ten
 
 
 @rule("low-rank-slot")
-class LowRankSlotRule(Rule):
+class LowRankSlotRule(SlotRule):
     """y = gain ⊙ (W x + B A x + B_bias) + b, with factors of any rank: of none, with a gain of ones, it is the base.
 
     >>> import torch
@@ -109,7 +109,7 @@ class LowRankSlottable(Rule):
         return self.merged(site)
 
     @classmethod
-    def slot(cls, rules: Sequence[Rule], module: nn.Module, path: str) -> Rule | None:
+    def slot(cls, rules: Sequence[Rule], module: nn.Module, path: str) -> SlotRule | None:
         return low_rank_slot(rules, module, path)
 
     def slotted(self, slot: Rule, site: LiveSite) -> dict[str, Tensor]:
@@ -119,7 +119,7 @@ class LowRankSlottable(Rule):
 _PARTS = ("q_", "k_", "v_", "out_")
 
 
-def low_rank_slot(rules: Sequence[Rule], module: nn.Module, path: str) -> Rule | None:
+def low_rank_slot(rules: Sequence[Rule], module: nn.Module, path: str) -> SlotRule | None:
     """The slot that holds any of these rules at a module. Where its groups divide all their ranks, it is a branch."""
     groups = getattr(module, "groups", 1)
     ranks = [_rank(rule, path) for rule in rules]

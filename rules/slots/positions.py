@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from surgery import LiveSite, Rule, Site, SiteError, class_of, rule
+from surgery import LiveSite, Rule, Site, SiteError, SlotRule, class_of, rule
 from surgery.rules._attention.prefix import listeners
 
 
@@ -30,7 +30,7 @@ class ShiftedRule(Rule):
     slot_kind = "shift"
 
     @classmethod
-    def slot(cls, rules: Sequence[Rule], module: nn.Module, path: str) -> Rule | None:
+    def slot(cls, rules: Sequence[Rule], module: nn.Module, path: str) -> SlotRule | None:
         return ShiftSlotRule()
 
     def slotted(self, slot: Rule, site: LiveSite) -> dict[str, Tensor]:
@@ -38,7 +38,7 @@ class ShiftedRule(Rule):
 
 
 @rule("shift-slot")
-class ShiftSlotRule(Rule):
+class ShiftSlotRule(SlotRule):
     """An embedding of positions, given them later by a number that is a tensor, zero at first: ShiftedRule's slot."""
 
     scalable = False

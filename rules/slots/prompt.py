@@ -7,12 +7,12 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from surgery import Rule, Site, rule
+from surgery import Rule, Site, SlotRule, rule
 from surgery.rules._virtual_tokens import insertion, text_inputs
 
 
 @rule("prompt-slot")
-class PromptSlotRule(Rule):
+class PromptSlotRule(SlotRule):
     """[P; e(x)] with P as it is given, of any length: PromptRule's slot, on the module that it found.
 
     Fields: `after`, a number, and `whole` are PromptRule's; `width` of the embeddings; `moves`: whether the model gives
@@ -53,7 +53,7 @@ class PromptSlotRule(Rule):
 
 
 @rule("prompt-memory-slot")
-class PromptMemorySlotRule(Rule):
+class PromptMemorySlotRule(SlotRule):
     """A decoder's mask of its encoder's states, with a column for each virtual token that they have: of any number."""
 
     moves: bool = True  # whether they stand behind padding on the left

@@ -2,7 +2,9 @@
 
 A capability is a base class of `Rule` with default hooks. `Placement`: which modules a rule takes. `Mergeable`: its
 change of the base's parameters. `Combinable`: one rule for several adapters. `Routable`: several adapters in one batch.
-`Swappable`: tensors for another rule's code. `Slottable`: the slots of exported files.
+`Swappable`: tensors for another rule's code. `Slottable`: the slot of an exported file that holds it.
+
+`SlotRule` is the base class of the rules that are slots. Only they have its hooks.
 """
 
 from __future__ import annotations
@@ -21,7 +23,7 @@ from surgery.authoring.routed_site import Member
 from surgery.authoring.site import Site
 from surgery.errors import RuleError
 
-__all__ = ["Combinable", "Mergeable", "Placement", "Routable", "Rule", "Slottable", "Swappable"]
+__all__ = ["Combinable", "Mergeable", "Placement", "Routable", "Rule", "SlotRule", "Slottable", "Swappable"]
 
 
 class Placement(Declaration):
@@ -187,26 +189,19 @@ class Swappable(Declaration):
 
 
 class Slottable(Declaration):
-    """The slots of exported files for a rule's tensors, for `export_onnx(adapters="slots")`.
+    """The slot of an exported file for a rule's tensors, for `export_onnx(adapters="slots")`.
 
     Attributes:
-        slot_kind: For an adapter's rule: the kind of slot that holds it. Default None: none, because of `why_no_slot`.
-        why_no_slot: For an adapter's rule: why no slot can hold it.
-        zeros_are_none: For a slot's rule: whether tensors of zeros change nothing. Default True.
-        slot_first: For a slot's rule: whether it replaces a parameter of the base, before all other edits.
+        slot_kind: The kind of slot that holds the rule. Default None: no slot holds it, because of `why_no_slot`.
+        why_no_slot: Why no slot can hold the rule.
     """
 
     slot_kind: ClassVar[str | None] = None
     why_no_slot: ClassVar[str] = "it has no form that adapters could share"
-    zeros_are_none: ClassVar[bool] = True
-    slot_first: ClassVar[bool] = False
 
     @classmethod
-    def slot(cls, rules: Sequence[Rule], module: nn.Module, path: str) -> Rule | None:
+    def slot(cls, rules: Sequence[Rule], module: nn.Module, path: str) -> SlotRule | None:
         """Returns the rule of a slot that can hold any of these rules at a module, or None.
-
-        The slot's rule is inserted like any rule, and its tensors become inputs of the exported graph. Their defaults
-        are its initial tensors: empty along `free` axes, else as `initialise` fills them. They must change nothing.
 
         Args:
             rules: Rules of several adapters, all of this `slot_kind`.
@@ -215,30 +210,12 @@ class Slottable(Declaration):
         """
         return None
 
-    def free(self, tensor: str) -> tuple[int, str] | None:
-        """For a slot's rule: the axis of a tensor with any size at run time, and the name of this size ("rank").
-
-        Tensors of a site with the same name have the same size.
-        """
-        return None
-
-    def slot_notes(self, model: nn.Module, module: nn.Module) -> Mapping[str, Any]:
-        """For a slot's rule: further plain data about a site for the exported file's manifest.
-
-        `convert_peft` and other code that works without the model reads it.
-        """
-        return {}
-
     def slotted(self, slot: Rule, site: LiveSite) -> Mapping[str, Tensor]:
         """Converts this rule's tensors to those of a slot's rule. Default: `site.params`.
 
         Numbers of the rule that the slot does not have, such as a scale, are folded into the tensors.
         """
         return site.params
-
-    def unslotted(self, tensors: Mapping[str, Tensor]) -> tuple[Rule, Mapping[str, Tensor]]:
-        """For a slot's rule: converts a slot's tensors to a rule and its tensors. The inverse of `slotted`."""
-        return cast("Rule", self), tensors
 
 
 @dataclass(frozen=True)
@@ -268,16 +245,20 @@ class Rule(Placement, Mergeable, Combinable, Routable, Swappable, Slottable):
     Raises:
         RuleError: A field is unknown, or `validate` rejects its value.
 
-    Hooks (all but `rewrite` are optional):
+    Most rules need only these hooks:
 
-    - `rewrite`: the new output. `check`: why a module can't take the rule. `initialise`: initial tensors.
-    - `expand`: the inner sites of a container. `companions`: further rules. `alike`: modules that share an answer.
-    - `merged` for `merge`, `combined` for `combine`, `folded` for `folded_adapter`, `routed` for `route`, and
-      `swapped`, `neutral` and `padded` for `hotswap`.
-
-    Class attributes:
-
+    - `rewrite`: the new output. The only hook that a rule must have.
+    - `check`: why a module can't take the rule. `validate`: rejects values of fields. `initialise`: initial tensors.
     - `identity = True`: the output is unchanged at initialisation. The engine checks this on the example call.
+
+    Further hooks, each for one function:
+
+    - `merged` for `merge`, `combined` for `combine`, `folded` for `folded_adapter`, `routed` for `route`, and
+      `swapped`, `neutral` and `padded` for `hotswap`. `slot` and `slotted` for exported files (`SlotRule`).
+    - `expand`: the inner sites of a container. `companions`: further rules. `alike`: modules that share an answer.
+
+    Further class attributes:
+
     - `exclusive = True`: other rules of the same adapter can't be at its sites.
     - `imports = True`: its fields name code to import, so `load_adapter` reads it only from trusted files.
     - `linear = True`: it adds to the output a linear function of the input, so `merge` derives ΔW from it.
@@ -299,3 +280,49 @@ class Rule(Placement, Mergeable, Combinable, Routable, Swappable, Slottable):
 
     def initialise(self, site: LiveSite) -> Mapping[str, Change] | None:
         """Fill tensors that depend on each other or on the base. Returns changes of the base's parameters, or None."""
+
+
+class SlotRule(Rule):
+    """The base class of rules that an exported file can have as slots: their tensors become inputs of its graph.
+
+    `Rule.slot` returns such a rule, and it is inserted like any rule. The defaults of the inputs are its initial
+    tensors: empty along `free` axes, else as `initialise` fills them. They must change nothing.
+
+    >>> from torch import nn
+    >>> from surgery import SlotRule, rule
+    >>> @rule("doc-shift")
+    ... class ShiftRule(SlotRule):
+    ...     slot_kind = "shift"
+    ...     def rewrite(self, site):
+    ...         return site.output + site.param("shift", (site.out_features,))
+    ...     @classmethod
+    ...     def slot(cls, rules, module, path):
+    ...         return cls()
+    >>> ShiftRule.slot([ShiftRule("0")], nn.Linear(2, 2), "0")
+    ShiftRule(targets=(), exclude=(), layers=None, expect=None)
+
+    Attributes:
+        zeros_are_none: Whether tensors of zeros change nothing. Default True.
+        slot_first: Whether the rule replaces a parameter of the base, before all other edits. Default False.
+    """
+
+    zeros_are_none: ClassVar[bool] = True
+    slot_first: ClassVar[bool] = False
+
+    def free(self, tensor: str) -> tuple[int, str] | None:
+        """Returns the axis of a tensor with any size at run time, and the name of this size ("rank").
+
+        Tensors of a site with the same name have the same size.
+        """
+        return None
+
+    def slot_notes(self, model: nn.Module, module: nn.Module) -> Mapping[str, Any]:
+        """Returns further plain data about a site for the exported file's manifest.
+
+        `convert_peft` and other code that works without the model reads it.
+        """
+        return {}
+
+    def unslotted(self, tensors: Mapping[str, Tensor]) -> tuple[Rule, Mapping[str, Tensor]]:
+        """Converts the slot's tensors to a rule and its tensors. The inverse of `slotted`."""
+        return self, tensors

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from surgery import SurgeryError, activate, adapter_state_dict, apply_rules, load_adapter, using
+from surgery import Rule, Site, SurgeryError, activate, adapter_state_dict, apply_rules, load_adapter, rule, using
 from surgery.onnx.checking.adapter_transfer import export_adapter, import_adapter
 from surgery.rewritten_model.state_dict import load_adapter_state_dict
 from surgery.rules import (
@@ -107,9 +108,9 @@ def test_one_file_for_adapters_of_many_kinds(tmp_path: Path) -> None:
         "weight": (TrainRule(["up"]), "the slot has no weight"),
         "none": (LoraRule(["conv"], rank=2), "needs slots that the file does not have"),
     }
-    for name, (rule, told) in unfit.items():
+    for name, (wrong, told) in unfit.items():
         with pytest.raises(SurgeryError, match=told):
-            exported.tensors(name, apply_rules(plain(base), rule, adapter=name))
+            exported.tensors(name, apply_rules(plain(base), wrong, adapter=name))
 
 
 def test_adapters_that_differ_where_a_slot_has_one_word(tmp_path: Path) -> None:
@@ -185,3 +186,24 @@ def test_constants_keep_their_adapters_weight(tmp_path: Path) -> None:
     activate(model, "a", 0.25)
     exported = Exported(model, ids(3, 7), tmp_path)
     same(exported.run(), outputs(model, exported.inputs))  # B is zero: LoRA does nothing
+
+
+@rule("test-plain-slot")
+class PlainSlotRule(Rule):
+    """A rule that names a rule as its slot which is not a SlotRule."""
+
+    slot_kind = "plain"
+
+    def rewrite(self, site: Site) -> Tensor:
+        return site.output + site.param("shift", (site.out_features,))
+
+    @classmethod
+    def slot(cls, rules: Sequence[Rule], module: nn.Module, path: str) -> Any:
+        return cls()
+
+
+def test_a_slot_that_is_not_a_slot_rule_is_refused(tmp_path: Path) -> None:
+    model = apply_rules(text(), PlainSlotRule("up"))
+    with pytest.raises(SurgeryError, match=r"PlainSlotRule.slot returned a PlainSlotRule") as caught:
+        Exported(model, ids(2, 3), tmp_path)
+    assert "up" in str(caught.value) and "class PlainSlotRule(SlotRule)" in str(caught.value)

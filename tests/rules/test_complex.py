@@ -49,7 +49,7 @@ from surgery.rules import (
     VeraRule,
 )
 from surgery.testing import Snapshot
-from tests.rules.test_methods import METHODS, Holder, in_peft, needs_peft, take_over, theirs_of
+from tests.support.methods import METHODS, Holder, in_peft, needs_peft, take_over, theirs_of
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:Complex modules are a new feature"),

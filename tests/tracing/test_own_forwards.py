@@ -1,7 +1,7 @@
 """Modules whose forward is somebody's own: every rule × generated forwards. Live is that forward run with the weights
 that the method's formula gives, and so is merged; or the plan refuses, with a reason.
 
-`functional_call` on an untouched copy is the reference, and the formulas are those of `tests/rules/test_methods.py`.
+`functional_call` on an untouched copy is the reference. The formulas are those of `tests/support/method_formulas.py`.
 """
 
 from __future__ import annotations
@@ -52,7 +52,8 @@ from surgery.rules import (
 )
 from surgery.rules.slots.low_rank import LowRankSlotRule
 from surgery.testing import Snapshot
-from tests.rules.test_methods import METHODS, Conv1D, Held, Method
+from tests.support.method_formulas import Held
+from tests.support.methods import METHODS, Conv1D, Method
 
 EXAMPLES = int(os.environ.get("SURGERY_EXAMPLES", "60"))
 IN, OUT = 16, 12

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from surgery.adapter_files.entry import Entry
 from surgery.adapter_files.tensor_files import TensorFile
 from surgery.authoring.hook_call import HookCall
-from surgery.authoring.rule import Rule
-from surgery.errors import LoadError, SurgeryError
+from surgery.authoring.rule import Rule, SlotRule
+from surgery.errors import LoadError, RuleError, SurgeryError
 from surgery.onnx.calls.example import array_of
 from surgery.onnx.calls.exported_model import rooted
 from surgery.onnx.graph.slot_insertion import slot_tensors
@@ -135,13 +135,20 @@ def slot_arrays(model: nn.Module, adapter: str, manifest: Manifest) -> dict[str,
     return {name: array_of(tensor.to(dtypes.get(name, tensor.dtype))) for name, tensor in by_slot.items()}
 
 
-def _rules_of(manifest: Manifest) -> dict[tuple[str, str], Rule]:
+def _rules_of(manifest: Manifest) -> dict[tuple[str, str], SlotRule]:
     """The slots' rules by site and kind."""
-    rules = [Rule.from_dict(data) for data in manifest.rules]
+    rules = [_slot_rule(Rule.from_dict(data)) for data in manifest.rules]
     return {(site["site"], site["rule"]): rules[site["by"]] for site in manifest.sites}
 
 
-def _sites(manifest: Manifest, arrays: Mapping[str, Any]) -> Iterator[tuple[int, str, Rule, dict[str, Any]]]:
+def _slot_rule(rule: Rule) -> SlotRule:
+    if isinstance(rule, SlotRule):
+        return rule
+    why = f"its manifest names {rule.label} as the rule of a slot, and that class is not a SlotRule"
+    raise RuleError("the exported file has no slots for adapters", why=why, fix=f"class {rule.label}(SlotRule)")
+
+
+def _sites(manifest: Manifest, arrays: Mapping[str, Any]) -> Iterator[tuple[int, str, SlotRule, dict[str, Any]]]:
     """Yields, for each site with tensors, the place of its slot's rule, the path, the rule, and the arrays."""
     rules = _rules_of(manifest)
     places = {(entry["site"], entry["rule"]): entry["by"] for entry in manifest.sites}

@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from surgery.authoring.hook_call import HookCall
-from surgery.authoring.rule import Rule
+from surgery.authoring.rule import Rule, SlotRule
 from surgery.errors import SurgeryError
 from surgery.onnx.graph.prepare import ExportSettings, Prepared
 from surgery.onnx.graph.slot_insertion import SlotSite
@@ -62,6 +62,8 @@ def manifest_of(
 
 
 def _notes(site: SlotSite, model: nn.Module) -> Mapping[str, Any]:
+    if not isinstance(site.rule, SlotRule):
+        return {}
     with HookCall(site.rule, "slot_notes", site.path):
         return site.rule.slot_notes(model, model.get_submodule(site.path))
 

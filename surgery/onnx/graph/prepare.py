@@ -68,7 +68,7 @@ class Prepared:
     lifted: list[Lifted] = field(default_factory=list)
     defaults: dict[str, Tensor] = field(default_factory=dict)
     sites: list[SlotSite] = field(default_factory=list)
-    rules: list[Rule] = field(default_factory=list)
+    rules: Sequence[Rule] = ()
     notices: list[str] = field(default_factory=list)
     constants: dict[str, list[str]] = field(default_factory=dict)
 

@@ -15,7 +15,7 @@ from surgery.arithmetic.exact_fold import unfold
 from surgery.arithmetic.low_rank import LowRank
 from surgery.authoring.hook_call import HookCall
 from surgery.authoring.live_site import LiveSite
-from surgery.authoring.rule import Rule
+from surgery.authoring.rule import Rule, SlotRule
 from surgery.errors import SurgeryError
 from surgery.forward.parameter_view import tensor_at
 from surgery.lifecycle.activation import activate
@@ -63,7 +63,7 @@ class SlotSite:
 class Placing:
     """What was put on a copy of the model: the slots' rules and sites, and what could not be a slot."""
 
-    rules: list[Rule] = field(default_factory=list)
+    rules: list[SlotRule] = field(default_factory=list)
     sites: list[SlotSite] = field(default_factory=list)
     notices: list[str] = field(default_factory=list)
     constants: dict[str, list[str]] = field(default_factory=dict)  # adapter → names of its rules that are constants
@@ -242,9 +242,8 @@ def slot_sites(copy: nn.Module, slot: str, labels: Mapping[tuple[str, str], str]
         tensors, taken = tensors_of(module, slot), set[str]()
         for applied in (other for other in site.applied if other.adapter == slot):
             rule = applied.rule
-            free = _told_apart(
-                {key: (rule.free(key), tensors[key]) for key in applied.tensors}, taken, str(rule.slot_kind)
-            )
+            axes = {key: rule.free(key) if isinstance(rule, SlotRule) else None for key in applied.tensors}
+            free = _told_apart({key: (axes[key], tensors[key]) for key in axes}, taken, str(rule.slot_kind))
             taken |= {axis[1] for axis, _ in free.values() if axis is not None}
             label = (labels or {}).get((path, rule.slot_kind or ""), rule.label)
             yield SlotSite(path, slot, rule, site.base.__name__, free, label)

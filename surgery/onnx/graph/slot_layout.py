@@ -4,17 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import TypeVar
 
 from torch import nn
 
 from surgery.authoring.hook_call import HookCall
-from surgery.authoring.rule import Rule
+from surgery.authoring.rule import Rule, SlotRule
+from surgery.errors import RuleError
 from surgery.patterns.paths import regex_for
 from surgery.state.records import Applied, ModelState, sites
 
 __all__ = ["Arranged", "Left", "arranged", "bare", "exactly", "labels_of"]
 
-Kinds = dict[str, Rule]  # the slots of a site in their order: kind → rule
+Kinds = dict[str, SlotRule]  # the slots of a site in their order: kind → rule
+
+
+R = TypeVar("R", bound=Rule)
 
 
 @dataclass
@@ -37,9 +42,9 @@ class Arranged:
     left: list[Left] = field(default_factory=list)
     none: dict[tuple[str, type[Rule], str], list[str]] = field(default_factory=dict)
 
-    def rules(self) -> list[Rule]:
+    def rules(self) -> list[SlotRule]:
         """As few rules as may be: those that are equal but for their targets are one, where no site's order minds."""
-        groups: list[tuple[int, Rule, list[str]]] = []
+        groups: list[tuple[int, SlotRule, list[str]]] = []
         for path, kinds in self.slots.items():
             for place, rule in enumerate(kinds.values()):
                 same = next((paths for at, other, paths in groups if at == place and other == rule), None)
@@ -80,7 +85,7 @@ def arranged(copy: nn.Module, state: ModelState, names: Sequence[str]) -> Arrang
     return layout
 
 
-def bare(rule: Rule) -> Rule:
+def bare(rule: R) -> R:
     """The rule without a word on where it goes."""
     return rule.replace(targets=(), exclude=(), layers=None, expect=None)
 
@@ -134,8 +139,20 @@ def _offered(here: list[Applied], module: nn.Module, path: str) -> tuple[Kinds, 
         with HookCall(group[0].rule, "slot", path):
             slot = type(group[0].rule).slot([applied.rule for applied in group], module, path)
         if slot is not None:
-            offered[kind] = bare(slot)
+            offered[kind] = bare(_slot_rule(slot, group[0].rule, path))
     return offered, why
+
+
+def _slot_rule(slot: Rule, rule: Rule, path: str) -> SlotRule:
+    """What a rule's `slot` hook returned. `RuleError` if it is not a `SlotRule`."""
+    if isinstance(slot, SlotRule):
+        return slot
+    raise RuleError(
+        f"{rule.label}.slot returned a {type(slot).__name__}",
+        where=path or "(the model itself)",
+        why="it is not a SlotRule, and the hooks of a slot (`free`, `unslotted`) are defined there",
+        fix=f"class {type(slot).__name__}(SlotRule)",
+    )
 
 
 def _joined(orders: list[list[str]], offered: Kinds) -> Kinds:
