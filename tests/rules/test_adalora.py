@@ -11,17 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from surgery import (
-    RuleError,
-    apply_rules,
-)
-from surgery.rules import (
-    AdaLoraRule,
-    BiasRule,
-    LoraRule,
-    RankAllocator,
-    orthogonal_loss,
-)
+from surgery import RuleError, apply_rules
+from surgery.rules import AdaLoraRule, BiasRule, LoraRule, RankAllocator, orthogonal_loss
 from tests.support.delta_methods import assert_close, foreign
 
 

@@ -7,9 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from surgery.rules import (
-    C3aRule,
-)
+from surgery.rules import C3aRule
 from surgery.testing import assert_equivalent
 from tests.support.delta_methods import Holder
 

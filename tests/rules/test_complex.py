@@ -100,20 +100,20 @@ def test_lora_is_its_formula(layer: str, fields: dict[str, Any], dtype: torch.dt
     model, x = example(layer, dtype)
     base, before = copy.deepcopy(model), Snapshot(model)
     apply_rules(model, [LoraRule("m", rank=4, alpha=6, **fields)])
-    held = model.m.adapters.default
-    assert {tensor.dtype for tensor in held.parameters()} == {dtype}
-    assert not held.A.imag.any() and held.A.real.any()  # PEFT's start
+    params = model.m.adapters.default
+    assert {tensor.dtype for tensor in params.parameters()} == {dtype}
+    assert not params.A.imag.any() and params.A.real.any()  # PEFT's start
     assert torch.equal(model(x), base(x)) or fields.get("dora")
     disturb(model)
     W = base.m.weight.detach()
-    parts = held.A.shape[0] // held.B.shape[1]
-    A, B = held.A.flatten(1).chunk(parts), held.B.flatten(1).chunk(parts)
+    parts = params.A.shape[0] // params.B.shape[1]
+    A, B = params.A.flatten(1).chunk(parts), params.B.flatten(1).chunk(parts)
     scale = 6 / (2 if fields.get("rslora") else 4)
     changed = W + scale * torch.cat([b @ a for b, a in zip(B, A, strict=True)]).view(W.shape)
     if fields.get("dora"):
         norm = changed.flatten(1).abs().square().sum(1).sqrt()
-        changed = changed * (held.magnitude.flatten() / norm).view(-1, *(1,) * (W.dim() - 1))
-    bias = base.m.bias + (scale * held.B_bias if fields.get("lora_bias") else 0)
+        changed = changed * (params.magnitude.flatten() / norm).view(-1, *(1,) * (W.dim() - 1))
+    bias = base.m.bias + (scale * params.B_bias if fields.get("lora_bias") else 0)
     expected = torch.func.functional_call(base, {"m.weight": changed, "m.bias": bias}, (x,))
     torch.testing.assert_close(model(x), expected, rtol=SLACK[dtype], atol=SLACK[dtype])
     assert_merged_is_live(model, x, SLACK[dtype])
@@ -157,12 +157,12 @@ def test_other_methods_are_complex_and_merge(made: Rule) -> None:
 def test_gradients_are_those_of_the_formula() -> None:
     model, x = example("Linear", torch.complex128)
     apply_rules(model, [LoraRule("m", rank=2, init="random")])
-    held, W, b = model.m.adapters.default, model.m.weight, model.m.bias
-    A, B = (tensor.detach().clone().requires_grad_() for tensor in (held.A, held.B))
+    params, W, b = model.m.adapters.default, model.m.weight, model.m.bias
+    A, B = (tensor.detach().clone().requires_grad_() for tensor in (params.A, params.B))
     model(x).abs().square().sum().backward()
     F.linear(x, W + 4 * B @ A, b).abs().square().sum().backward()
-    torch.testing.assert_close(held.A.grad, A.grad)
-    torch.testing.assert_close(held.B.grad, B.grad)
+    torch.testing.assert_close(params.A.grad, A.grad)
+    torch.testing.assert_close(params.B.grad, B.grad)
 
 
 REFUSED: list[tuple[Rule, str]] = [

@@ -23,13 +23,7 @@ from surgery import (
     rules_to_json,
     unmerge,
 )
-from surgery.rules import (
-    AdaLoraRule,
-    C3aRule,
-    FourierRule,
-    RandLoraRule,
-    ShiraRule,
-)
+from surgery.rules import AdaLoraRule, C3aRule, FourierRule, RandLoraRule, ShiraRule
 from surgery.testing import assert_reversible
 from tests.support.delta_methods import LAYERS, RULES, Holder, assert_close, disturb, foreign
 
@@ -59,19 +53,21 @@ def tensors_of(layer: Any) -> dict[str, Tensor]:
     """A PEFT layer's tensors under our names."""
     names = {"A": "lora_A", "E": "lora_E", "B": "lora_B", "spectrum": "fourierft_spectrum", "values": "shira_weight"}
     names |= {"kernel": "c3a_kernel", "lambda_": "randlora_lambda", "gamma": "randlora_gamma"}
-    found = {ours: getattr(layer, name)["default"] for ours, name in names.items() if len(getattr(layer, name, ())) > 0}
-    if "lambda_" in found:
-        found |= {"A": layer.randlora_A["default"], "B": layer.randlora_B["default"]}
-    return found
+    result = {
+        ours: getattr(layer, name)["default"] for ours, name in names.items() if len(getattr(layer, name, ())) > 0
+    }
+    if "lambda_" in result:
+        result |= {"A": layer.randlora_A["default"], "B": layer.randlora_B["default"]}
+    return result
 
 
 def take_over(theirs: Any, ours: Any) -> dict[str, Tensor]:
-    found = tensors_of(theirs.base_model.model.m)
+    result = tensors_of(theirs.base_model.model.m)
     with torch.no_grad():
-        for name, tensor in found.items():
+        for name, tensor in result.items():
             assert getattr(ours.m.adapters.default, name).shape == tensor.shape, name
             getattr(ours.m.adapters.default, name).copy_(tensor)
-    return found
+    return result
 
 
 @foreign
@@ -85,11 +81,11 @@ def test_given_the_same_tensors_a_layer_is_pefts(name: str, layer: str) -> None:
     ours = apply_rules(model, [RULES[name]])
     tensors = take_over(theirs, ours)
     x = torch.randn(2, 3, 12 if layer == "wide" else 8)
-    found, expected = ours(x), theirs(x)
+    actual, expected = ours(x), theirs(x)
     assert (expected - theirs.base_model.model.m.base_layer(x)).abs().max() > 1e-3
-    assert_close(found, expected)
+    assert_close(actual, expected)
     weights = torch.randn_like(expected)
-    (found * weights).sum().backward()
+    (actual * weights).sum().backward()
     (expected * weights).sum().backward()
     for key, tensor in tensors.items():
         if tensor.requires_grad:
@@ -131,8 +127,8 @@ def test_defaults_are_pefts() -> None:
         ),
     ]
     for made, config, names in pairs:
-        given = {"total_step": 10} if config is peft.AdaLoraConfig else {}
-        theirs = config(**given)
+        inputs = {"total_step": 10} if config is peft.AdaLoraConfig else {}
+        theirs = config(**inputs)
         for field in made.to_dict():
             name = names.get(field, field)
             if hasattr(theirs, name) and field not in ("total_step", "targets", "exclude", "layers"):

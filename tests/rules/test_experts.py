@@ -75,16 +75,16 @@ def applied(model: Any, rule: ExpertLoraRule | None = None, adapter: str = "defa
 
 def changed(model: nn.Module, scale: float = ALPHA / RANK) -> dict[str, Tensor]:
     """Every expert's W_e + scale · B_e A_e, one after the other, by name of the parameter."""
-    adapters, found = dict(model.named_parameters()), {}
+    adapters, result = dict(model.named_parameters()), {}
     for name in [name for name in adapters if name.endswith("_A")]:
         path, _, short = name.removesuffix("_A").partition(".adapters.default.")
         A, B, W = adapters[name], adapters[name.removesuffix("A") + "B"], adapters[f"{path}.{short}"]
         turned = model.get_submodule(path).is_transposed
         deltas = [scale * B[e] @ A[e] for e in range(len(A))]
-        found[f"{path}.{short}"] = torch.stack(
+        result[f"{path}.{short}"] = torch.stack(
             [W[e] + (delta.t() if turned else delta) for e, delta in enumerate(deltas)]
         )
-    return found
+    return result
 
 
 def loss(logits: Tensor) -> Tensor:
@@ -101,14 +101,14 @@ def test_forward_and_gradients_are_those_of_changed_experts(
     applied(model)
     model.set_experts_implementation(code)
     wanted = torch.func.functional_call(base, changed(model), (), inputs).logits
-    trained = {key: held for key, held in model.named_parameters() if held.requires_grad}
+    trained = {key: params for key, params in model.named_parameters() if params.requires_grad}
     assert trained and all("_A" in key or "_B" in key for key in trained)
     gradients = torch.autograd.grad(loss(wanted), list(trained.values()))
     monkeypatch.setattr(Factored, "dense", lambda self: pytest.fail("W + ΔW was made"))
-    found = model(**inputs).logits
-    torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-5)
-    assert (found - base(**inputs).logits).abs().max() > 1e-2
-    for got, expected in zip(torch.autograd.grad(loss(found), list(trained.values())), gradients, strict=True):
+    actual = model(**inputs).logits
+    torch.testing.assert_close(actual, wanted, rtol=1e-5, atol=1e-5)
+    assert (actual - base(**inputs).logits).abs().max() > 1e-2
+    for got, expected in zip(torch.autograd.grad(loss(actual), list(trained.values())), gradients, strict=True):
         torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
 
 
@@ -127,11 +127,11 @@ def test_bfloat16(name: str) -> None:
     before = Snapshot(model)
     plain = model(**inputs).logits
     applied(model)
-    held = model.model.layers[0].mlp.experts.adapters.default
-    assert held.gate_up_proj_A.dtype == held.gate_up_proj_B.dtype == torch.float32
+    params = model.model.layers[0].mlp.experts.adapters.default
+    assert params.gate_up_proj_A.dtype == params.gate_up_proj_B.dtype == torch.float32
     live = model(**inputs).logits
     loss(live.float()).backward()
-    assert held.down_proj_A.grad.dtype == torch.float32 and held.down_proj_A.grad.abs().sum() > 0
+    assert params.down_proj_A.grad.dtype == torch.float32 and params.down_proj_A.grad.abs().sum() > 0
     with torch.no_grad():
         wide = copy.deepcopy(model).float()(**inputs).logits
     assert live.dtype == torch.bfloat16
@@ -165,7 +165,7 @@ def test_other_mixtures(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
         {
             path
             for path, module in model.named_modules()
-            if "Experts" in type(module).__name__ and any(held.dim() == 3 for held in module._parameters.values())
+            if "Experts" in type(module).__name__ and any(params.dim() == 3 for params in module._parameters.values())
         }
     )
     monkeypatch.setattr(Factored, "dense", lambda self: pytest.fail("W + ΔW was made"))
@@ -199,17 +199,17 @@ def test_given_the_same_tensors_it_is_pefts(name: str) -> None:
         outer = theirs.get_submodule(f"base_model.model.{path}")
         for layer in (outer, outer.base_layer):
             A, B = (getattr(layer, f"lora_{which}").default.weight for which in "AB")
-            held = ours.get_submodule(f"{path}.adapters.default").tensors()
-            mine = held[f"{layer.parameter_name}_A"], held[f"{layer.parameter_name}_B"]
+            params = ours.get_submodule(f"{path}.adapters.default").tensors()
+            mine = params[f"{layer.parameter_name}_A"], params[f"{layer.parameter_name}_B"]
             with torch.no_grad():
                 mine[0].copy_(A.view(mine[0].shape))
                 assert torch.equal(mine[0].flatten(0, 1), A)
                 mine[1].copy_(B.view(len(B), RANK, -1).permute(2, 0, 1))
                 assert torch.equal(mine[1].permute(1, 2, 0).flatten(1), B)
             pairs.append((mine, (A, B)))
-    found, wanted = ours(**inputs).logits, theirs(**inputs).logits
-    torch.testing.assert_close(found, wanted, rtol=1e-5, atol=2e-6)
-    loss(found).backward()
+    actual, wanted = ours(**inputs).logits, theirs(**inputs).logits
+    torch.testing.assert_close(actual, wanted, rtol=1e-5, atol=2e-6)
+    loss(actual).backward()
     loss(wanted).backward()
     for mine, (A, B) in pairs:
         torch.testing.assert_close(mine[0].grad.flatten(0, 1), A.grad, rtol=1e-4, atol=1e-4)
@@ -233,15 +233,15 @@ def test_experts_without_a_token(name: str, code: str) -> None:
     experts = model.model.layers[0].mlp.experts
     states, chosen = torch.randn(5, 32), torch.tensor([[0, 2]] * 4 + [[2, 0]])
     weights = torch.rand(5, 2)
-    found = experts(states, chosen, weights)
-    wanted = {key.rpartition(".")[2]: held for key, held in changed(model).items() if ".0.mlp" in key}
-    torch.testing.assert_close(found, torch.func.functional_call(base, wanted, (states, chosen, weights)))
-    found.sum().backward()
-    for held in experts.adapters.default.parameters():
-        assert held.grad[[0, 2]].abs().amax((1, 2)).min() > 0 and held.grad[[1, 3]].abs().max() == 0
+    actual = experts(states, chosen, weights)
+    wanted = {key.rpartition(".")[2]: params for key, params in changed(model).items() if ".0.mlp" in key}
+    torch.testing.assert_close(actual, torch.func.functional_call(base, wanted, (states, chosen, weights)))
+    actual.sum().backward()
+    for params in experts.adapters.default.parameters():
+        assert params.grad[[0, 2]].abs().amax((1, 2)).min() > 0 and params.grad[[1, 3]].abs().max() == 0
     with torch.no_grad():
-        for held in experts.adapters.default.parameters():
-            held[[1, 3]] = float("nan")  # what is not asked for is not computed
+        for params in experts.adapters.default.parameters():
+            params[[1, 3]] = float("nan")  # what is not asked for is not computed
     assert experts(states, chosen, weights).isfinite().all()
 
 
@@ -263,10 +263,10 @@ def test_compiles_as_one_graph(code: str) -> None:
     applied(model)
     model.set_experts_implementation(code)
     compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
-    found, wanted = compiled(**inputs).logits, model(**inputs).logits
-    torch.testing.assert_close(found, wanted)
-    trained = [held for held in model.parameters() if held.requires_grad]
-    for got, expected in zip(*(torch.autograd.grad(loss(out), trained) for out in (found, wanted)), strict=True):
+    actual, wanted = compiled(**inputs).logits, model(**inputs).logits
+    torch.testing.assert_close(actual, wanted)
+    trained = [params for params in model.parameters() if params.requires_grad]
+    for got, expected in zip(*(torch.autograd.grad(loss(out), trained) for out in (actual, wanted)), strict=True):
         torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
 
 
@@ -276,13 +276,13 @@ def test_autocast_and_gradient_checkpointing() -> None:
     plain = model(**inputs).logits
     with torch.autocast("cpu", torch.bfloat16):
         assert (model(**inputs).logits - plain).abs().max() < 0.05 * plain.abs().max()
-    trained = [held for held in model.parameters() if held.requires_grad]
+    trained = [params for params in model.parameters() if params.requires_grad]
     wanted = torch.autograd.grad(loss(plain), trained)
     model.train()
     model.activation_checkpointing_enable()
     loss(model(**inputs, use_cache=False).logits).backward()
-    for held, expected in zip(trained, wanted, strict=True):
-        torch.testing.assert_close(held.grad, expected, rtol=1e-4, atol=1e-4)
+    for params, expected in zip(trained, wanted, strict=True):
+        torch.testing.assert_close(params.grad, expected, rtol=1e-4, atol=1e-4)
 
 
 def test_adapters_add_up_and_come_out_in_any_order() -> None:
@@ -339,8 +339,8 @@ def test_ranks_and_alphas_by_parameter() -> None:
     )
     assert "down_proj_A[4, 4, 48]" in str(plan_rules(model, [rule]))
     apply_rules(model, [rule])
-    held = model.model.layers[0].mlp.experts.adapters.default
-    assert held.gate_up_proj_A.shape[1] == 8 and held.down_proj_A.shape[1] == 4
+    params = model.model.layers[0].mlp.experts.adapters.default
+    assert params.gate_up_proj_A.shape[1] == 8 and params.down_proj_A.shape[1] == 4
     with torch.no_grad():
         for _, tensor in model.named_parameters():
             if tensor.requires_grad:
@@ -398,7 +398,7 @@ def test_a_factored_matrix_is_its_sum() -> None:
     dense = W + 0.5 * L @ R
     ids = torch.tensor([0, 1, 1, 2, 3])
     bias = torch.randn(16)
-    for found, wanted in [
+    for actual, wanted in [
         (F.linear(x, value[1], bias), F.linear(x, dense[1], bias)),
         (x @ value[ids[1]].mT, x @ dense[1].t()),
         (x @ value[1].transpose(0, 1), x @ dense[1].t()),
@@ -414,7 +414,7 @@ def test_a_factored_matrix_is_its_sum() -> None:
         (value / 2 + W, dense / 2 + W),
         (W * value, W * dense),
     ]:
-        torch.testing.assert_close(found, wanted)
+        torch.testing.assert_close(actual, wanted)
     assert len(value) == 4 and value.shape == W.shape and value.dtype == W.dtype
     assert not isinstance(value, Tensor)
 
@@ -486,9 +486,9 @@ def test_what_is_refused() -> None:
     [("rank", 0), ("alpha", 0), ("parameters", "up"), ("init", "pissa"), ("transposed", 2), ("dtype", "int8")],
 )  # fmt: skip
 def test_values_out_of_range(field: str, value: Any) -> None:
-    given: dict[str, Any] = {field: value}
+    inputs: dict[str, Any] = {field: value}
     with pytest.raises(RuleError, match=field):
-        ExpertLoraRule("experts", **given)
+        ExpertLoraRule("experts", **inputs)
 
 
 @pytest.mark.parametrize("code", CODE)
@@ -498,9 +498,9 @@ def test_code_behind_a_wrapper_may_call_its_arguments_otherwise(code: str) -> No
     model.set_experts_implementation(code)
     plain = model(**inputs).logits
     apply_rules(model, [CaptureRule("experts")])
-    with captured(model) as found:
+    with captured(model) as actual:
         assert torch.equal(model(**inputs).logits, plain)
-    assert set(found) == {"model.layers.0.mlp.experts", "model.layers.1.mlp.experts"}
+    assert set(actual) == {"model.layers.0.mlp.experts", "model.layers.1.mlp.experts"}
 
 
 def by_other_names(function: Any) -> Any:

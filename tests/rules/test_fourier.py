@@ -8,9 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from surgery.rules import (
-    FourierRule,
-)
+from surgery.rules import FourierRule
 from surgery.testing import assert_equivalent
 from tests.support.delta_methods import Holder
 

@@ -9,21 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from surgery import (
-    LiveSite,
-    MergeError,
-    PlanError,
-    Rule,
-    Site,
-    apply_rules,
-    merge,
-    remove,
-    rule,
-    unmerge,
-)
-from surgery.rules import (
-    LoraRule,
-)
+from surgery import LiveSite, MergeError, PlanError, Rule, Site, apply_rules, merge, remove, rule, unmerge
+from surgery.rules import LoraRule
 from tests.support.delta_methods import LAYERS, Holder
 
 

@@ -19,11 +19,11 @@ from tests.support.methods import METHODS, example, in_peft, reproduced, theirs_
 def test_peft_gives_loha_gradients_of_another_function() -> None:
     method = METHODS["loha-effective"]
     layer = in_peft(example("Conv2d")[0], method, init_weights=False).base_model.model.m
-    held = theirs_of(layer, method)
+    params = theirs_of(layer, method)
     layer.get_delta_weight("default").sum().backward()
-    twin = {key: tensor.detach().clone().requires_grad_() for key, tensor in held.items()}
+    twin = {key: tensor.detach().clone().requires_grad_() for key, tensor in params.items()}
     loha(torch.zeros(12, 8, 3, 3), torch.zeros(12), twin, method.rule)[0].sum().backward()
-    for key, tensor in held.items():
+    for key, tensor in params.items():
         assert tensor.grad is not None
         assert torch.allclose(tensor.grad, twin[key].grad, atol=1e-5) == (key not in ("w1_a", "w2_a")), key  # type: ignore[arg-type]
 

@@ -15,9 +15,9 @@ def test_peft_has_no_kronecker_product_for_a_conv1d() -> None:
     model, x = example("Conv1d")
     method = METHODS["lokr-whole"]
     layer = in_peft(model, method, init_weights=False).base_model.model.m
-    held = {key: tensor.detach() for key, tensor in theirs_of(layer, method).items()}
+    params = {key: tensor.detach() for key, tensor in theirs_of(layer, method).items()}
     zero = torch.zeros(12, 8, 3)
-    delta = lokr(zero, torch.zeros(12), held, method.rule)[0]
+    delta = lokr(zero, torch.zeros(12), params, method.rule)[0]
     assert (layer.get_delta_weight("default") - delta).abs().max() > 0.1 * delta.abs().max()
     with pytest.raises(RuntimeError):
         in_peft(model, METHODS["lokr-both"])(x)

@@ -112,10 +112,10 @@ def test_attention_changes_the_output_map_once() -> None:
     x = torch.randn(2, 5, 8)
     apply_rules(module, [LoraRule(nn.MultiheadAttention, rank=2, alpha=6)])
     disturb(module)
-    held = module.adapters.default
+    params = module.adapters.default
     with torch.no_grad():
-        reference.in_proj_weight += 3 * held.B @ held.A
-        reference.out_proj.weight += 3 * held.out_B @ held.out_A
+        reference.in_proj_weight += 3 * params.B @ params.A
+        reference.out_proj.weight += 3 * params.out_B @ params.out_A
     torch.testing.assert_close(module(x, x, x)[0], reference(x, x, x)[0])
 
 
@@ -141,7 +141,7 @@ def with_zeros() -> dict[str, tuple[Any, tuple, dict[str, str]]]:
     torch.manual_seed(0)
     q, image = torch.randn(5, 2, 8), torch.randn(2, 4, 5, 5)
     ids = torch.randint(0, 10, (2, 5))
-    found: Any = {
+    result: Any = {
         "linear": (nn.Linear(8, 6), (torch.randn(3, 8),), {"": "weight"}),
         "linear-no-bias": (nn.Linear(8, 6, bias=False), (torch.randn(3, 8),), {"": "weight"}),
         "conv2d": (nn.Conv2d(4, 6, 3), (image,), {"": "weight"}),
@@ -149,10 +149,10 @@ def with_zeros() -> dict[str, tuple[Any, tuple, dict[str, str]]]:
         "weight-space": (Curved(4, 6, 3), (image,), {"": "weight"}),
         "attention": (nn.MultiheadAttention(8, 2), (q, q, q), {"": "in_proj_weight", "out_": "out_proj.weight"}),
     }
-    for module, _, weights in found.values():
+    for module, _, weights in result.values():
         for weight in weights.values():
             features(module, module.get_parameter(weight).data)[:2] = 0.0
-    return found
+    return result
 
 
 def features(module: nn.Module, weight: Tensor) -> Tensor:
@@ -169,9 +169,9 @@ def test_dora_where_a_features_weight_is_zero(name: str) -> None:
     assert torch.equal(run(module, args), run(untouched, args))
     run(module, args).square().sum().backward()
     disturb(module)
-    reference, held = copy.deepcopy(untouched), module.adapters.default
+    reference, params = copy.deepcopy(untouched), module.adapters.default
     for prefix, weight in weights.items():
-        A, B, magnitude = (held.get_parameter(prefix + each) for each in ("A", "B", "magnitude"))
+        A, B, magnitude = (params.get_parameter(prefix + each) for each in ("A", "B", "magnitude"))
         assert B.grad is not None and B.grad.isfinite().all() and magnitude.grad is not None
         assert not magnitude.grad.flatten()[:2].any() and magnitude.grad.isfinite().all()
         with torch.no_grad():
@@ -184,7 +184,7 @@ def test_dora_where_a_features_weight_is_zero(name: str) -> None:
     torch.testing.assert_close(live, run(reference, args), rtol=1e-4, atol=1e-5)
     live.square().sum().backward()
     for prefix in weights:  # B gives feature 0 a direction, and its magnitude has none to learn from yet
-        B, magnitude = held.get_parameter(prefix + "B"), held.get_parameter(prefix + "magnitude")
+        B, magnitude = params.get_parameter(prefix + "B"), params.get_parameter(prefix + "magnitude")
         assert B.grad[0].isfinite().all() and magnitude.grad.isfinite().all() and not magnitude.grad.flatten()[0]
     merge(module)
     torch.testing.assert_close(run(module, args), live, rtol=1e-4, atol=1e-5)
@@ -201,11 +201,11 @@ def test_dora_trains_a_layer_that_starts_at_zero() -> None:
     nn.init.zeros_(model[0].weight)
     x, wanted = torch.randn(64, 8), torch.randn(8, 3)
     apply_rules(model, [LoraRule("0", rank=4, dora=True)])
-    held = model[0].adapters.default
-    first = torch.autograd.grad((model(x) - x @ wanted).square().sum(), list(held.parameters()), retain_graph=True)
+    params = model[0].adapters.default
+    first = torch.autograd.grad((model(x) - x @ wanted).square().sum(), list(params.parameters()), retain_graph=True)
     bias = model[0].bias
-    by_hand = 2.0 * (2.0 * (bias - x @ wanted)).t() @ (x @ held.A.t())  # LoRA's own: the gain is 1
-    torch.testing.assert_close(dict(zip(dict(held.named_parameters()), first, strict=True))["B"], by_hand)
+    by_hand = 2.0 * (2.0 * (bias - x @ wanted)).t() @ (x @ params.A.t())  # LoRA's own: the gain is 1
+    torch.testing.assert_close(dict(zip(dict(params.named_parameters()), first, strict=True))["B"], by_hand)
     optimizer = torch.optim.Adam(model.parameters(), 0.05)
     losses = []
     for _ in range(200):
@@ -214,7 +214,7 @@ def test_dora_trains_a_layer_that_starts_at_zero() -> None:
         loss.backward()
         optimizer.step()
         losses.append(loss.item())
-    assert losses[-1] < 0.01 * losses[0] and held.magnitude.all()
+    assert losses[-1] < 0.01 * losses[0] and params.magnitude.all()
 
 
 def test_pissa_gives_the_bits_back() -> None:
@@ -262,10 +262,10 @@ def test_tensors_go_back_into_the_same_rules() -> None:
     before = Snapshot(other)
     wrong = {**tensors, "0.adapters.A": torch.ones(3, 6), "0.adapters.C": torch.ones(1)}
     del wrong["1.adapters.B"]
-    with pytest.raises(SurgeryError) as told:
+    with pytest.raises(SurgeryError) as message:
         load_adapter_state_dict(other, wrong, "b")
     for part in ("1.adapters.B is missing", "0.adapters.C is unknown", "(3, 6), not (2, 6)"):
-        assert part in str(told.value)
+        assert part in str(message.value)
     assert before.differences(other) == []
 
 

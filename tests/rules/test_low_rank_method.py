@@ -114,8 +114,8 @@ def reference(model: nn.Module, tensors: Mapping[str, Tensor], rank: int, scale:
     return model
 
 
-def near(found: Tensor, wanted: Tensor) -> None:
-    torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-5)  # sums in another order, float32
+def near(actual: Tensor, wanted: Tensor) -> None:
+    torch.testing.assert_close(actual, wanted, rtol=1e-4, atol=1e-5)  # sums in another order, float32
 
 
 def test_the_branch_and_the_merged_weights_are_the_formula() -> None:
@@ -177,14 +177,14 @@ def test_a_padded_adapter_takes_smaller_and_larger_ones_with_other_scales(tmp_pa
 
 def test_room_for_more_rank_changes_nothing_at_the_start() -> None:
     """What is used starts with the numbers that it has without the room, and the rest is zero."""
-    found: list[dict[str, Tensor]] = []
+    actual: list[dict[str, Tensor]] = []
     for room in (None, 16):
         torch.manual_seed(0)
         model = apply_rules(Maps(), SizedLoraRule(TARGETS, rank=8, max_rank=room))
-        found.append({name: tensor for name, tensor in model.named_parameters() if ".adapters." in name})
-    assert found[0].keys() == found[1].keys()
-    for name, tensor in found[0].items():
-        wide = found[1][name]
+        actual.append({name: tensor for name, tensor in model.named_parameters() if ".adapters." in name})
+    assert actual[0].keys() == actual[1].keys()
+    for name, tensor in actual[0].items():
+        wide = actual[1][name]
         assert wide.numel() == 2 * tensor.numel() and torch.equal(wide[wide != 0], tensor[tensor != 0]), name
 
 
@@ -217,7 +217,7 @@ def test_exported_slots_hold_it(tmp_path: Path) -> None:
     again = copy.deepcopy(base)
     load_adapter(again, import_adapter(file, exported.report.path))
     near(again(IDS), activate(model, "b")(IDS))
-    assert {type(one) for one in rules_of(again)} == {LoraRule}
+    assert {type(item) for item in rules_of(again)} == {LoraRule}
 
 
 def test_what_its_tensors_cannot_be_made_for_is_refused(tmp_path: Path) -> None:

@@ -25,8 +25,8 @@ def test_the_method_is_its_formula(name: str, layer: str) -> None:
     model, x = example(layer)
     base = copy.deepcopy(model)
     apply_rules(model, [method.rule], example_inputs=x)
-    held = {key: tensor.detach().clone() for key, tensor in disturbed(model).items()}
-    changed, _ = expected_of(model, base, method, held)
+    params = {key: tensor.detach().clone() for key, tensor in disturbed(model).items()}
+    changed, _ = expected_of(model, base, method, params)
     with torch.no_grad():
         expected = functional_call(base, changed, x)
         live = model(x)
@@ -56,12 +56,12 @@ def test_gradients_are_those_of_the_formula(name: str, layer: str) -> None:
     # Constrained OFT's projection passes gradients on as they are: here it is out of reach.
     method = replace(method, rule=method.rule.replace(eps=100.0)) if name == "coft" else method
     apply_rules(model, [method.rule])
-    held = disturbed(model)
+    params = disturbed(model)
     weights = torch.randn_like(model(x))
     (model(x) * weights).sum().backward()
-    twin = {key: tensor.detach().clone().requires_grad_(tensor.requires_grad) for key, tensor in held.items()}
+    twin = {key: tensor.detach().clone().requires_grad_(tensor.requires_grad) for key, tensor in params.items()}
     (functional_call(base, expected_of(model, base, method, twin)[0], x) * weights).sum().backward()
-    for key, tensor in held.items():
+    for key, tensor in params.items():
         if tensor.requires_grad:
             assert tensor.grad is not None and twin[key].grad is not None, key
             assert_close(tensor.grad, twin[key].grad, 2e-5)  # type: ignore[arg-type]
@@ -97,14 +97,14 @@ def test_half_precision_computes_in_float32(name: str, dtype: torch.dtype) -> No
     model, x = example("Linear")
     base = copy.deepcopy(model.to(dtype))
     apply_rules(model, [method.rule])
-    held = {key: tensor.detach() for key, tensor in disturbed(model, 0.1).items()}
-    assert all(tensor.dtype in (torch.float32, torch.int64) for tensor in held.values())
-    changed, _ = expected_of(model, base.float(), method, held)
+    params = {key: tensor.detach() for key, tensor in disturbed(model, 0.1).items()}
+    assert all(tensor.dtype in (torch.float32, torch.int64) for tensor in params.values())
+    changed, _ = expected_of(model, base.float(), method, params)
     expected = functional_call(base, changed, x.to(dtype).float())
-    found = model(x.to(dtype))
-    assert found.dtype == dtype
-    assert (found.float() - expected).abs().max() < 0.05
-    found.float().sum().backward()
+    actual = model(x.to(dtype))
+    assert actual.dtype == dtype
+    assert (actual.float() - expected).abs().max() < 0.05
+    actual.float().sum().backward()
     assert all(p.grad is not None for path, p in model.named_parameters() if ".adapters." in path)
 
 
@@ -115,10 +115,10 @@ def test_under_autocast(name: str) -> None:
     disturbed(model)
     whole = model(x).detach()
     with torch.autocast("cpu", torch.bfloat16):
-        found = model(x)
-    found.float().sum().backward()
-    assert found.dtype == torch.bfloat16
-    assert (found.detach().float() - whole).abs().max() <= 0.03 * max(1.0, float(whole.abs().max()))
+        actual = model(x)
+    actual.float().sum().backward()
+    assert actual.dtype == torch.bfloat16
+    assert (actual.detach().float() - whole).abs().max() <= 0.03 * max(1.0, float(whole.abs().max()))
 
 
 @pytest.mark.parametrize("name", METHODS)
@@ -147,8 +147,8 @@ def test_on_a_quantised_linear(name: str, optional: Callable[[str], Any]) -> Non
         return
     weight = model(torch.eye(64)).T - layer.bias[:, None]
     apply_rules(model, [method.rule])
-    held = {key: tensor.detach() for key, tensor in disturbed(model).items()}
-    changed, bias = method.by_hand(weight.detach(), layer.bias.detach(), held, method.rule)
+    params = {key: tensor.detach() for key, tensor in disturbed(model).items()}
+    changed, bias = method.by_hand(weight.detach(), layer.bias.detach(), params, method.rule)
     assert_close(model(x), F.linear(x, changed, bias), 1e-4)
     with pytest.raises(PlanError, match="quantised"):
         merge(model)

@@ -37,10 +37,10 @@ def test_given_the_same_tensors_it_is_pefts(name: str, layer: str) -> None:
                 tensor.add_(torch.randn_like(tensor) * 0.2)
     mine: Any = ours.get_submodule("m.adapters.default")
     take_over(tensors, mine.tensors())
-    found, expected = ours(x), theirs(x)
-    assert_close(found, expected, 3e-6)
+    actual, expected = ours(x), theirs(x)
+    assert_close(actual, expected, 3e-6)
     weights = torch.randn_like(expected)
-    (found * weights).sum().backward()
+    (actual * weights).sum().backward()
     (expected * weights).sum().backward()
     for key, tensor in tensors.items():
         # PEFT's are of another function: test_peft_gives_loha_gradients_of_another_function

@@ -63,12 +63,12 @@ def plain(module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Any, **k
     scores = query @ key.mT * kwargs["scaling"]
     if mask is not None:
         scores = scores.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else scores + mask
-    held, beside = getattr(module, "test_prefix", None), 0.0
-    if held is not None:
-        before_key, before_value = (tensor.repeat_interleave(repeats, 0) for tensor in held[:2])
+    params, beside = getattr(module, "test_prefix", None), 0.0
+    if params is not None:
+        before_key, before_value = (tensor.repeat_interleave(repeats, 0) for tensor in params[:2])
         more = query @ before_key.mT * kwargs["scaling"]
-        if len(held) == 3:
-            beside = held[2].tanh().view(-1, 1, 1) * (more.softmax(-1) @ before_value)
+        if len(params) == 3:
+            beside = params[2].tanh().view(-1, 1, 1) * (more.softmax(-1) @ before_value)
         else:
             scores, value = (
                 torch.cat([more, scores], -1),
@@ -91,8 +91,8 @@ def registered() -> Iterator[None]:
 
 
 def attentions_of(model: nn.Module) -> list[nn.Module]:
-    found = [module for module in model.modules() if isinstance(module, nn.Module) and "adapters" in module._modules]
-    return [module for module in found if "key" in box(module)._parameters]
+    actual = [module for module in model.modules() if isinstance(module, nn.Module) and "adapters" in module._modules]
+    return [module for module in actual if "key" in box(module)._parameters]
 
 
 def box(module: Any) -> Any:
@@ -113,13 +113,13 @@ def reference(model: nn.Module) -> Any:
     """The model without rules, its attention written out in this file."""
     other: Any = copy.deepcopy(model)
     prefixes = [
-        [held[name].detach().clone() for name in ("key", "value", "gate") if name in held]
-        for held in (box(module)._parameters for module in attentions_of(other))
+        [params[name].detach().clone() for name in ("key", "value", "gate") if name in params]
+        for params in (box(module)._parameters for module in attentions_of(other))
     ]
     places = attentions_of(other)
     remove(other)
-    for module, held in zip(places, prefixes, strict=True):
-        module.test_prefix = held  # type: ignore[assignment]
+    for module, params in zip(places, prefixes, strict=True):
+        module.test_prefix = params  # type: ignore[assignment]
     other.set_attn_implementation("plain_for_tests")
     return other
 
@@ -146,13 +146,13 @@ def test_it_is_attention_with_more_keys(name: str, kind: str, side: str, gate: b
     model = adapted(MODELS[name](attn_implementation=kind), gate=gate)
     assert len(attentions_of(model)) == 2
     inputs = {"input_ids": IDS, **masks(side)}
-    expected, found = logits(reference(model), **inputs), logits(model, **inputs)
+    expected, actual = logits(reference(model), **inputs), logits(model, **inputs)
     real = inputs["attention_mask"].bool() if side != "none" else torch.ones_like(IDS, dtype=torch.bool)
-    assert_as(found[real], expected[real], model, 5e-6, **inputs)
+    assert_as(actual[real], expected[real], model, 5e-6, **inputs)
     with torch.no_grad():
         for module in attentions_of(model):
             box(module).value.add_(1.0)
-    assert (logits(model, **inputs) - found)[real].abs().max() > 0.01
+    assert (logits(model, **inputs) - actual)[real].abs().max() > 0.01
 
 
 @pytest.mark.parametrize("name", ["llama", "mistral", "gpt2"])
@@ -160,9 +160,11 @@ def test_generating_with_and_without_a_cache(name: str) -> None:
     model: Any = adapted(MODELS[name]())
     plain_model = reference(model)
     settings = {"max_new_tokens": 8, "do_sample": False, "pad_token_id": 0, **masks("left")}
-    found = [one.generate(IDS, use_cache=cache, **settings) for one in (model, plain_model) for cache in (True, False)]
-    assert all(torch.equal(found[0], other) for other in found[1:])
-    beams = [one.generate(IDS, num_beams=3, **settings) for one in (model, plain_model)]
+    actual = [
+        item.generate(IDS, use_cache=cache, **settings) for item in (model, plain_model) for cache in (True, False)
+    ]
+    assert all(torch.equal(actual[0], other) for other in actual[1:])
+    beams = [item.generate(IDS, num_beams=3, **settings) for item in (model, plain_model)]
     assert torch.equal(*beams)
 
 
@@ -190,7 +192,7 @@ def test_gradient_checkpointing_reaches_every_tensor(name: str, reentrant: bool)
     model.config.use_cache = False
     tensors = {name: tensor for name, tensor in model.named_parameters() if tensor.requires_grad}
     assert len(tensors) == 4
-    found = []
+    actual = []
     for checkpointing in (False, True):
         if checkpointing:
             with warnings.catch_warnings():
@@ -200,10 +202,10 @@ def test_gradient_checkpointing_reaches_every_tensor(name: str, reentrant: bool)
         hidden = output.logits if "logits" in output else output.last_hidden_state
         model.zero_grad()
         hidden.square().mean().backward()
-        found.append({name: tensor.grad.clone() for name, tensor in tensors.items()})
-    for key, grad in found[0].items():
+        actual.append({name: tensor.grad.clone() for name, tensor in tensors.items()})
+    for key, grad in actual[0].items():
         assert grad.abs().max() > 0
-        torch.testing.assert_close(found[1][key], grad, **CLOSE)
+        torch.testing.assert_close(actual[1][key], grad, **CLOSE)
 
 
 def test_a_gate_changes_nothing_at_the_start() -> None:
@@ -215,14 +217,14 @@ def test_a_gate_changes_nothing_at_the_start() -> None:
 
 def test_beside_lora_and_other_prefixes() -> None:
     model = adapted(llama())
-    one = logits(model, input_ids=IDS)
+    item = logits(model, input_ids=IDS)
     rules = [LoraRule(["q_proj", "v_proj"], rank=2, init="random"), PrefixRule(length=2, gate=True)]
     apply_rules(model, rules, adapter="second", example_inputs={"input_ids": IDS})
-    assert (logits(model, input_ids=IDS) - one).abs().max() > 1e-4
+    assert (logits(model, input_ids=IDS) - item).abs().max() > 1e-4
     with pytest.raises(PlanError, match="not a change of a weight"):
         merge(model)
     remove(model, "second")
-    assert torch.equal(logits(model, input_ids=IDS), one)
+    assert torch.equal(logits(model, input_ids=IDS), item)
     apply_rules(model, [PrefixRule(length=3, init="zero")], adapter="third", example_inputs={"input_ids": IDS})
     two = logits(model, input_ids=IDS)
     remove(model, "default")
@@ -240,8 +242,8 @@ def test_cross_attention_is_passed_over_unless_named() -> None:
     def places(*args: Any) -> list[str]:
         model = transformers.WhisperModel(config)
         apply_rules(model, [PrefixRule(*args, length=2)], example_inputs=inputs)
-        found = [name for name, _ in model.named_parameters() if name.endswith("adapters.default.key")]
-        return [name.removesuffix(".adapters.default.key") for name in found]
+        actual = [name for name, _ in model.named_parameters() if name.endswith("adapters.default.key")]
+        return [name.removesuffix(".adapters.default.key") for name in actual]
 
     assert places() == ["encoder.layers.0.self_attn", "decoder.layers.0.self_attn"]
     assert places("encoder_attn") == ["decoder.layers.0.encoder_attn"]
@@ -252,9 +254,9 @@ def test_half_precision_and_autocast() -> None:
     model = adapted(llama().to(torch.bfloat16))
     assert box(attentions_of(model)[0]).key.dtype is torch.float32
     expected = logits(copy.deepcopy(model).float(), input_ids=IDS)
-    found = logits(model, input_ids=IDS)
-    assert found.dtype is torch.bfloat16
-    torch.testing.assert_close(found.float(), expected, rtol=0.1, atol=0.3)  # bfloat16 has 8 bits
+    actual = logits(model, input_ids=IDS)
+    assert actual.dtype is torch.bfloat16
+    torch.testing.assert_close(actual.float(), expected, rtol=0.1, atol=0.3)  # bfloat16 has 8 bits
     model = adapted(llama())
     with torch.autocast("cpu", torch.bfloat16):
         torch.testing.assert_close(

@@ -130,8 +130,8 @@ generating = [(name, targets) for name, targets in CASES if name not in ("vit", 
 
 
 def batch(name: str, rows: int = 2) -> dict[str, Tensor]:
-    found = [KINDS[name].row() for _ in range(rows)]
-    return {key: torch.stack([row[key] for row in found]) for key in found[0]}
+    actual = [KINDS[name].row() for _ in range(rows)]
+    return {key: torch.stack([row[key] for row in actual]) for key in actual[0]}
 
 
 def adapted(name: str, targets: str | None = None, model: Any = None, **fields: Any) -> Any:
@@ -165,9 +165,9 @@ def plain(module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Any, **k
         scores = scores + kwargs["position_bias"]
     if mask is not None:
         scores = scores.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else scores + mask
-    held = getattr(module, "test_prefix", None)
-    if held is not None:
-        before_key, before_value = (tensor.repeat_interleave(repeats, 0) for tensor in held)
+    params = getattr(module, "test_prefix", None)
+    if params is not None:
+        before_key, before_value = (tensor.repeat_interleave(repeats, 0) for tensor in params)
         scores = torch.cat([query @ before_key.mT, scores], -1)
         value = torch.cat([before_value.expand(len(value), -1, -1, -1), value], -2)
     return (scores.softmax(-1) @ value).transpose(1, 2).contiguous(), None
@@ -190,9 +190,9 @@ def reference(model: nn.Module) -> Any:
     """The model without rules, its attention written out in this file."""
     other: Any = copy.deepcopy(model)
     boxes = [(module, module._modules["adapters"]) for module in other.modules() if "adapters" in module._modules]
-    held = [(module, [t.detach().clone() for t in (box.default.key, box.default.value)]) for module, box in boxes]
+    params = [(module, [t.detach().clone() for t in (box.default.key, box.default.value)]) for module, box in boxes]
     remove(other)
-    for module, tensors in held:
+    for module, tensors in params:
         module.test_prefix = tensors
     other.set_attn_implementation("plain_for_models")
     return other
@@ -215,9 +215,9 @@ def test_it_is_attention_with_more_keys(name: str, targets: str | None, kind: st
     if "attention_mask" in inputs:
         inputs["attention_mask"][0, -2:] = 0
         real = slice(None) if name in ("t5", "distilbert") else slice(0, -2)  # GPT's own padded positions are no one's
-        found, known = logits(model, inputs), logits(reference(model), inputs)
-        torch.testing.assert_close(found[0, real], known[0, real], **CLOSE)
-        torch.testing.assert_close(found[1], known[1], **CLOSE)
+        actual, known = logits(model, inputs), logits(reference(model), inputs)
+        torch.testing.assert_close(actual[0, real], known[0, real], **CLOSE)
+        torch.testing.assert_close(actual[1], known[1], **CLOSE)
         inputs["attention_mask"].fill_(1)
     remove(model)
     assert before.differences(model) == []
@@ -260,15 +260,15 @@ def test_trainer_with_and_without_gradient_checkpointing(name: str, targets: str
     model = adapted(name, targets, base)
     other = copy.deepcopy(model)
     start = {key: tensor.clone() for key, tensor in adapter_state_dict(model).items()}
-    losses = [train(one, name, tmp_path, checkpointing) for one, checkpointing in ((model, False), (other, True))]
+    losses = [train(item, name, tmp_path, checkpointing) for item, checkpointing in ((model, False), (other, True))]
     torch.testing.assert_close(torch.tensor(losses[1]), torch.tensor(losses[0]), rtol=1e-3, atol=1e-3)
     assert losses[0][-1] < losses[0][0]
-    for one in (model, other):
-        assert all(not torch.equal(tensor, start[key]) for key, tensor in adapter_state_dict(one).items())
+    for item in (model, other):
+        assert all(not torch.equal(tensor, start[key]) for key, tensor in adapter_state_dict(item).items())
     assert any(getattr(module, "gradient_checkpointing", False) for module in other.modules())
     remove(model)
     model.eval()
-    assert [found for found in before.differences(model) if "config" not in found] == []
+    assert [actual for actual in before.differences(model) if "config" not in actual] == []
 
 
 @named
@@ -314,11 +314,11 @@ def test_generating_with_and_without_a_cache(name: str, targets: str | None, bea
     settings = {"max_new_tokens": 8, "do_sample": False, "num_beams": beams, "pad_token_id": 0, "eos_token_id": None}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # Whisper's own, about its settings
-        found = [
-            one.generate(**inputs, use_cache=cache, **settings)
-            for one in (model, reference(model))
+        actual = [
+            item.generate(**inputs, use_cache=cache, **settings)
+            for item in (model, reference(model))
             for cache in (True, False)
         ]
         base = remove(model).generate(**inputs, **settings)
-    assert all(torch.equal(found[0], other) for other in found[1:])
-    assert found[0].shape == base.shape and not torch.equal(found[0], base)
+    assert all(torch.equal(actual[0], other) for other in actual[1:])
+    assert actual[0].shape == base.shape and not torch.equal(actual[0], base)

@@ -63,9 +63,9 @@ def disturb(model: nn.Module) -> None:
 
 
 def boxes(model: nn.Module, adapter: str = "default") -> list[Any]:
-    held = [module._modules["adapters"] for module in model.modules() if "adapters" in module._modules]
-    found: list[Any] = [getattr(one, adapter) for one in held if hasattr(one, adapter)]
-    return [box for box in found if "key" in box._parameters or "embedding" in box._parameters]
+    params = [module._modules["adapters"] for module in model.modules() if "adapters" in module._modules]
+    actual: list[Any] = [getattr(item, adapter) for item in params if hasattr(item, adapter)]
+    return [box for box in actual if "key" in box._parameters or "embedding" in box._parameters]
 
 
 # Made by an MLP -----------------------------------------------------------------------------------------------
@@ -138,8 +138,8 @@ def test_it_is_pefts_prefix_encoder() -> None:
     first, _, last = theirs.transform
     past = theirs(torch.arange(length).unsqueeze(0)).view(1, length, 2, heads, size).permute(2, 0, 3, 1, 4)
     outer = last.weight.view(2, heads, size, width), last.bias.view(2, heads, size)
-    found = project(theirs.embedding.weight, first.weight, first.bias, *outer)
-    torch.testing.assert_close(found, past[:, 0], rtol=1e-6, atol=1e-6)
+    actual = project(theirs.embedding.weight, first.weight, first.bias, *outer)
+    torch.testing.assert_close(actual, past[:, 0], rtol=1e-6, atol=1e-6)
 
 
 def test_folding_touches_nothing_and_leaves_other_rules_be() -> None:
@@ -152,9 +152,9 @@ def test_folding_touches_nothing_and_leaves_other_rules_be() -> None:
     apply_rules(model, rules, example_inputs=EXAMPLE)
     disturb(model)
     before = Snapshot(model)
-    found, tensors = folded_adapter(model)
+    actual, tensors = folded_adapter(model)
     assert before.differences(model) == []
-    assert found == [rules[0], PrefixRule(length=3), rules[2]] and rules_of(model) == rules
+    assert actual == [rules[0], PrefixRule(length=3), rules[2]] and rules_of(model) == rules
     own = adapter_state_dict(model)
     kept = [name for name in tensors if not name.endswith(("adapters.key", "adapters.value"))]
     assert len(kept) == 2 * (2 + 4) and all(torch.equal(tensors[name], own[name]) for name in kept)
@@ -240,9 +240,9 @@ def test_what_can_not_be_fitted_is_refused() -> None:
         ("default", {"input_ids": TEXT.repeat(2, 1)}, "2 texts"),
         ("default", {"input_ids": TEXT, "attention_mask": torch.tensor([[0, 1, 1, 1]])}, "padded"),
     ]
-    for adapter, given, why in wrong:
+    for adapter, inputs, why in wrong:
         with pytest.raises(RuleError, match=why):
-            fit_prefix(model, given, adapter)
+            fit_prefix(model, inputs, adapter)
     with pytest.raises(Exception, match="index"):
         fit_prefix(model, {"input_ids": TEXT + 100})
     assert before.differences(model) == [] and listeners == {} and model.training
@@ -288,9 +288,9 @@ def test_one_query_is_answered_without_a_copy_of_the_keys(
     expected = attend(sdpa, module, query, key, value, mask, **more)[0]
     monkeypatch.setattr(prefix, "_WORTHWHILE", 0)
     monkeypatch.setattr("torch.nn.functional.scaled_dot_product_attention", None)  # the other way is not taken
-    found = attend(sdpa, module, query, key, value, mask, **more)[0]
-    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
-    assert found.is_contiguous() and found.shape == expected.shape
+    actual = attend(sdpa, module, query, key, value, mask, **more)[0]
+    torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-6)
+    assert actual.is_contiguous() and actual.shape == expected.shape
 
 
 def test_generating_is_the_same_by_both_ways(monkeypatch: pytest.MonkeyPatch) -> None:

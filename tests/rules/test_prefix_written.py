@@ -102,11 +102,11 @@ class Called(Base):
 
 def expected(model: Base, x: Tensor, mask: Tensor | None = None) -> Tensor:
     """softmax(q [Pk; k]ᵀ / √d + [0 | mask]) [Pv; v]."""
-    held: Any = model.get_submodule("adapters.default")
+    params: Any = model.get_submodule("adapters.default")
     q, k, v = (model.heads(part(x)) for part in (model.q, model.k, model.v))
     unit = SIZE**0.5 if isinstance(model, ScaledQueries) else 1.0
     scale = 1.0 if isinstance(model, ScaledQueries) else SIZE**-0.5
-    key, value = (tensor.expand(x.shape[0], -1, -1, -1) for tensor in (held.key, held.value))
+    key, value = (tensor.expand(x.shape[0], -1, -1, -1) for tensor in (params.key, params.value))
     wide = torch.zeros(1, 1, x.shape[1], key.shape[-2] + x.shape[1])
     if mask is not None:
         wide[..., key.shape[-2] :] = mask
@@ -164,10 +164,10 @@ def test_prefixes_stack_and_leave_in_any_order(form: type[Base]) -> None:
     joined = form().eval()
     joined.load_state_dict(model.state_dict(), strict=False)
     apply_rules(joined, PrefixRule(length=5), example_inputs=X)
-    held: Any = model.adapters
+    params: Any = model.adapters
     with torch.no_grad():
         for name in ("key", "value"):
-            tensors = [getattr(held.default, name), getattr(held.b, name)]
+            tensors = [getattr(params.default, name), getattr(params.b, name)]
             getattr(joined.adapters.default, name).copy_(torch.cat(tensors, -2))  # type: ignore[union-attr]
     torch.testing.assert_close(both, first(joined(X, CAUSAL)), **CLOSE)
     remove(model, "b")
@@ -183,9 +183,9 @@ def test_a_gate_has_a_softmax_of_its_own(form: type[Base]) -> None:
     apply_rules(model, PrefixRule(length=3, gate=True), example_inputs=X)
     assert torch.equal(first(model(X, CAUSAL)), before)
     stirred(model)
-    held: Any = model.adapters.default  # type: ignore[union-attr]
+    params: Any = model.adapters.default  # type: ignore[union-attr]
     q = model.heads(model.q(X)) / SIZE**0.5
-    beside = (q @ held.key.mT).softmax(-1) @ held.value * held.gate.tanh().view(-1, 1, 1)
+    beside = (q @ params.key.mT).softmax(-1) @ params.value * params.gate.tanh().view(-1, 1, 1)
     added = F.linear(merged(beside), model.out.weight)
     torch.testing.assert_close(first(model(X, CAUSAL)), before + added, **CLOSE)
 
@@ -315,18 +315,18 @@ def test_deberta_beside_its_own_forward_with_a_wider_softmax(monkeypatch: pytest
     model = deberta().eval()
     stirred(apply_rules(model, PrefixRule("layer.0.attention.self", length=3), example_inputs={"input_ids": IDS}))
     site: Any = model.encoder.layer[0].attention.self
-    given: dict[str, Any] = {"input_ids": IDS, "attention_mask": PADDED}
-    found = model(**given).last_hidden_state
+    inputs: dict[str, Any] = {"input_ids": IDS, "attention_mask": PADDED}
+    actual = model(**inputs).last_hidden_state
 
-    held, real, seen = site.adapters.default, F.softmax, {}
+    params, real, seen = site.adapters.default, F.softmax, {}
     site.query_proj.register_forward_hook(lambda module, args, output: seen.update(query=output))
 
     def wider(scores: Tensor, dim: int = -1, **kwargs: Any) -> Tensor:
         if "query" not in seen:
             return real(scores, dim, **kwargs)
         query = seen.pop("query").view(2, 6, 4, 8).transpose(1, 2)
-        weights = real(torch.cat([query @ held.key.mT, scores.view(2, 4, 6, 6)], -1), -1)
-        seen["added"] = (weights[..., :3] @ held.value).transpose(1, 2).reshape(2, 6, 32)
+        weights = real(torch.cat([query @ params.key.mT, scores.view(2, 4, 6, 6)], -1), -1)
+        seen["added"] = (weights[..., :3] @ params.value).transpose(1, 2).reshape(2, 6, 32)
         return weights[..., 3:].reshape(scores.shape)
 
     class Untouched(type(site)._surgery_base):  # type: ignore[misc]
@@ -336,7 +336,7 @@ def test_deberta_beside_its_own_forward_with_a_wider_softmax(monkeypatch: pytest
 
     site.__class__ = Untouched
     monkeypatch.setattr(torch.nn.functional, "softmax", wider)
-    torch.testing.assert_close(model(**given).last_hidden_state, found, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(model(**inputs).last_hidden_state, actual, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -344,11 +344,11 @@ def test_generating_with_and_without_a_cache(name: str) -> None:
     model = MODELS[name]().eval()
     before = model(IDS).logits
     stirred(apply_rules(model, PrefixRule(length=3), example_inputs={"input_ids": IDS}))
-    given: dict[str, Any] = {"attention_mask": PADDED, "max_new_tokens": 6, "pad_token_id": 0, "do_sample": False}
-    with_cache = model.generate(IDS, use_cache=True, **given)
-    assert torch.equal(with_cache, model.generate(IDS, use_cache=False, **given))
-    beams = model.generate(IDS, use_cache=True, num_beams=3, **given)
-    assert torch.equal(beams, model.generate(IDS, use_cache=False, num_beams=3, **given))
+    inputs: dict[str, Any] = {"attention_mask": PADDED, "max_new_tokens": 6, "pad_token_id": 0, "do_sample": False}
+    with_cache = model.generate(IDS, use_cache=True, **inputs)
+    assert torch.equal(with_cache, model.generate(IDS, use_cache=False, **inputs))
+    beams = model.generate(IDS, use_cache=True, num_beams=3, **inputs)
+    assert torch.equal(beams, model.generate(IDS, use_cache=False, num_beams=3, **inputs))
     remove(model)
     assert torch.equal(model(IDS).logits, before)
 
@@ -389,9 +389,9 @@ def test_trainer(checkpointing: bool, tmp_path: Path) -> None:
     config = deberta().config
     config.num_labels = 2
     model = transformers.DebertaV2ForSequenceClassification(config).eval()
-    given: dict[str, Any] = {"input_ids": IDS, "attention_mask": PADDED}
-    before, snapshot = model(**given).logits, Snapshot(model)
-    apply_rules(model, [PrefixRule(length=3)], example_inputs=given)
+    inputs: dict[str, Any] = {"input_ids": IDS, "attention_mask": PADDED}
+    before, snapshot = model(**inputs).logits, Snapshot(model)
+    apply_rules(model, [PrefixRule(length=3)], example_inputs=inputs)
     texts = [{"input_ids": IDS[i % 2], "attention_mask": PADDED[i % 2], "labels": i % 2} for i in range(16)]
     settings = transformers.TrainingArguments(
         output_dir=str(tmp_path), per_device_train_batch_size=4, num_train_epochs=4, learning_rate=3e-2,
@@ -404,5 +404,5 @@ def test_trainer(checkpointing: bool, tmp_path: Path) -> None:
     assert losses[-1] < losses[0]
     remove(model.eval())
     if not checkpointing:  # which leaves a hook of transformers' own on the embeddings
-        assert [found for found in snapshot.differences(model) if "config" not in found] == []
-    assert torch.equal(model(**given).logits, before)
+        assert [actual for actual in snapshot.differences(model) if "config" not in actual] == []
+    assert torch.equal(model(**inputs).logits, before)

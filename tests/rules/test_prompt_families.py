@@ -69,19 +69,19 @@ def texts() -> tuple[Tensor, Tensor]:
 
 def alone(model: Any, ids: Tensor, mask: Tensor, before: list[int]) -> tuple[Tensor, Tensor]:
     """The tokens and logits of each row by itself, without a cache."""
-    found = []
+    actual = []
     for row, real in zip(ids, mask.bool(), strict=True):
         text = torch.tensor([[*before, *row[real].tolist()]])
-        found.append(model.generate(text, attention_mask=torch.ones_like(text), use_cache=False, **SETTINGS))
-    return torch.cat([one.sequences[:, -NEW:] for one in found]), torch.stack(
-        [torch.cat([one.logits[step] for one in found]) for step in range(NEW)]
+        actual.append(model.generate(text, attention_mask=torch.ones_like(text), use_cache=False, **SETTINGS))
+    return torch.cat([one.sequences[:, -NEW:] for one in actual]), torch.stack(
+        [torch.cat([one.logits[step] for one in actual]) for step in range(NEW)]
     )
 
 
-def same(found: Any, tokens: Tensor, logits: Tensor) -> None:
-    assert torch.equal(found.sequences[:, -NEW:], tokens)
+def same(actual: Any, tokens: Tensor, logits: Tensor) -> None:
+    assert torch.equal(actual.sequences[:, -NEW:], tokens)
     # Recurrent layers go through a text by another kernel than through its tokens one by one.
-    torch.testing.assert_close(torch.stack(found.logits), logits, rtol=1e-3, atol=1e-4 * float(logits.abs().max()))
+    torch.testing.assert_close(torch.stack(actual.logits), logits, rtol=1e-3, atol=1e-4 * float(logits.abs().max()))
 
 
 def ways(model: Any) -> dict[str, dict[str, Any]]:
@@ -100,10 +100,10 @@ def generated(model: Any, ids: Tensor, mask: Tensor, more: dict[str, Any]) -> An
 def own_way(model: nn.Module, ids: Tensor, mask: Tensor, more: dict[str, Any], expected: Tensor) -> bool:
     """Whether the untouched model itself gives the same this way, for a padded batch."""
     try:
-        found = torch.stack(generated(model, ids, mask, more).logits)
+        actual = torch.stack(generated(model, ids, mask, more).logits)
     except (AttributeError, IndexError, RuntimeError, ValueError):
         return False
-    return torch.allclose(found, expected, rtol=1e-3, atol=1e-4 * float(expected.abs().max()))
+    return torch.allclose(actual, expected, rtol=1e-3, atol=1e-4 * float(expected.abs().max()))
 
 
 @pytest.mark.parametrize("name", NAMES)

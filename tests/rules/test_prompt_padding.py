@@ -10,7 +10,7 @@ from torch import Tensor
 
 from surgery import SiteError, apply_rules, remove, route, using
 from surgery.rules import MultitaskPromptRule, PromptRule, task_of
-from tests.rules.test_prompt import (
+from tests.support.prompts import (
     IDS,
     SMALL,
     N,
@@ -53,17 +53,17 @@ def rows_alone(model: Any, mask: Tensor, prompts: Tensor | None = None) -> list[
     """What the untouched model gives for each row by itself, with the prompt before its embeddings."""
     prompts = box(host(model)).prompt.expand(len(IDS), -1, -1) if prompts is None else prompts
     assert prompts is not None
-    other, found = plain(model), []
+    other, result = plain(model), []
     for row, real, prompt in zip(IDS, mask.bool(), prompts, strict=True):
         embeds = torch.cat([prompt, other.get_input_embeddings()(row[real])])[None]
         with torch.no_grad():
-            found.append(other(inputs_embeds=embeds).logits[0, len(prompt) :])
-    return found
+            result.append(other(inputs_embeds=embeds).logits[0, len(prompt) :])
+    return result
 
 
-def alike(found: Tensor, expected: list[Tensor], mask: Tensor) -> None:
-    for row, real, one in zip(found, mask.bool(), expected, strict=True):
-        torch.testing.assert_close(row[real], one, **CLOSE)
+def alike(actual: Tensor, expected: list[Tensor], mask: Tensor) -> None:
+    for row, real, item in zip(actual, mask.bool(), expected, strict=True):
+        torch.testing.assert_close(row[real], item, **CLOSE)
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
@@ -72,24 +72,24 @@ def test_a_call_without_positions(name: str, side: str) -> None:
     model, mask = adapted(MODELS[name](attn_implementation="eager") if name != "gemma3" else gemma3()), masks(side)
     alike(logits(model, IDS, **mask), rows_alone(model, mask["attention_mask"]), mask["attention_mask"])
     positions = (mask["attention_mask"].cumsum(1) - 1).clamp_min(0)
-    found = logits(model, IDS, position_ids=positions, **mask)
-    alike(found, rows_alone(model, mask["attention_mask"]), mask["attention_mask"])
+    actual = logits(model, IDS, position_ids=positions, **mask)
+    alike(actual, rows_alone(model, mask["attention_mask"]), mask["attention_mask"])
     cached = model(IDS[:, :4], attention_mask=mask["attention_mask"][:, :4]).past_key_values
-    found = logits(model, IDS[:, 4:], past_key_values=cached, **mask)
+    actual = logits(model, IDS[:, 4:], past_key_values=cached, **mask)
     left = mask["attention_mask"][:, 4:]
     expected = rows_alone(model, mask["attention_mask"])
-    alike(found, [one[len(one) - n :] for one, n in zip(expected, left.sum(1).tolist(), strict=True)], left)
+    alike(actual, [item[len(item) - n :] for item, n in zip(expected, left.sum(1).tolist(), strict=True)], left)
 
 
 def test_after_the_first_token() -> None:
     model, mask = adapted(mistral(), after=1), masks("left")["attention_mask"]
-    other, found = plain(model), logits(model, IDS, attention_mask=mask)
-    for row, real, one in zip(IDS, mask.bool(), found, strict=True):
+    other, actual = plain(model), logits(model, IDS, attention_mask=mask)
+    for row, real, item in zip(IDS, mask.bool(), actual, strict=True):
         embeds = other.get_input_embeddings()(row[real])
         embeds = torch.cat([embeds[:1], box(host(model)).prompt, embeds[1:]])[None]
         with torch.no_grad():
             expected = other(inputs_embeds=embeds).logits[0]
-        torch.testing.assert_close(one[real], torch.cat([expected[:1], expected[1 + N :]]), **CLOSE)
+        torch.testing.assert_close(item[real], torch.cat([expected[:1], expected[1 + N :]]), **CLOSE)
 
 
 def test_an_encoders_padding_is_not_seen() -> None:
@@ -105,22 +105,22 @@ def test_an_encoders_padding_is_not_seen() -> None:
 def test_tasks_and_several_adapters_in_one_batch(family: str) -> None:
     mask = masks("left")["attention_mask"]
     model = apply_rules(MODELS[family]().eval(), [MultitaskPromptRule(length=N, tasks=2)])
-    held = box(host(model))
+    params = box(host(model))
     with torch.no_grad():
-        held.columns.normal_()
-        held.rows.normal_()
-    prompts = held.prompt * (held.columns @ held.rows)
+        params.columns.normal_()
+        params.rows.normal_()
+    prompts = params.prompt * (params.columns @ params.rows)
     with task_of([1, 0]):
         alike(logits(model, IDS, attention_mask=mask), rows_alone(model, mask, prompts[[1, 0]].detach()), mask)
     remove(model)
     for name, length in (("a", 3), ("b", 5)):
         apply_rules(model, [PromptRule(length=length, encoder="mlp" if name == "b" else None)], adapter=name)
     with torch.no_grad(), route(model, ["a", "b"]):
-        found = model(IDS, attention_mask=mask).logits
+        actual = model(IDS, attention_mask=mask).logits
     for row, name in enumerate("ab"):
         with using(model, name):
             torch.testing.assert_close(
-                found[row, mask[row].bool()], logits(model, IDS[row : row + 1, mask[row].bool()])[0], **CLOSE
+                actual[row, mask[row].bool()], logits(model, IDS[row : row + 1, mask[row].bool()])[0], **CLOSE
             )
 
 
@@ -168,10 +168,10 @@ def test_a_cache_with_windows_has_room(family: str) -> None:
 def test_beams_and_samples_of_a_padded_batch(family: str) -> None:
     model, mask = adapted(MODELS[family]()), masks("left")["attention_mask"]
     for more in ({"num_beams": 3}, {"num_beams": 2, "num_return_sequences": 2}):
-        found = model.generate(IDS, attention_mask=mask, **SETTINGS, **more)[:, 6:]
+        actual = model.generate(IDS, attention_mask=mask, **SETTINGS, **more)[:, 6:]
         rows = [IDS[row : row + 1, mask[row].bool()] for row in range(2)]
         expected = [model.generate(row, use_cache=False, **SETTINGS, **more)[:, row.shape[1] :] for row in rows]
-        assert torch.equal(found, torch.cat(expected))
+        assert torch.equal(actual, torch.cat(expected))
 
 
 @pytest.mark.parametrize("family", MODELS)
@@ -186,12 +186,12 @@ def test_chunks_of_nothing_but_padding(family: str) -> None:
                 model.generate(ids, attention_mask=padding, prefill_chunk_size=size, **SETTINGS), expected
             )
     cache = transformers.StaticCache(config=model.config, max_cache_len=30)
-    given = {"attention_mask": mask, "prefill_chunk_size": 2, "past_key_values": cache, **SETTINGS}
+    inputs = {"attention_mask": mask, "prefill_chunk_size": 2, "past_key_values": cache, **SETTINGS}
     if family == "mistral":  # of a static cache's masks only those of windows are there, none reaches the text
         with pytest.raises(SiteError, match="a window alone"):
-            model.generate(IDS, **given)
+            model.generate(IDS, **inputs)
     else:
-        assert torch.equal(model.generate(IDS, **given), model.generate(IDS, attention_mask=mask, **SETTINGS))
+        assert torch.equal(model.generate(IDS, **inputs), model.generate(IDS, attention_mask=mask, **SETTINGS))
     outputs = []
     for whole in (False, True):
         remove(model)
@@ -203,7 +203,7 @@ def test_chunks_of_nothing_but_padding(family: str) -> None:
         outputs.append(
             [logits(model, IDS[:, a:b], attention_mask=mask[:, :b], past_key_values=cache) for a, b in calls]
         )
-        assert [one.shape[1] for one in outputs[-1]] == [2 + whole * N, 1, 3]
+        assert [item.shape[1] for item in outputs[-1]] == [2 + whole * N, 1, 3]
     torch.testing.assert_close(outputs[0][2], outputs[1][2], **CLOSE)
     alike(torch.cat(outputs[0], 1), rows_alone(model, mask), mask)
     if family == "mistral":

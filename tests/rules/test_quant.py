@@ -116,9 +116,9 @@ LORA = LoraRule(["0", "2"], rank=4, alpha=6, init="random")
 
 def by_hand(model: Any, weights: list[Tensor], x: Tensor) -> Tensor:
     for index, weight in zip((0, 2), weights, strict=True):
-        held = model[index].adapters.default
+        params = model[index].adapters.default
         bias = model[index].bias
-        y = F.linear(x, weight, bias if bias is None else bias.float()) + 1.5 * (x @ held.A.T) @ held.B.T
+        y = F.linear(x, weight, bias if bias is None else bias.float()) + 1.5 * (x @ params.A.T) @ params.B.T
         x = torch.relu(y) if index == 0 else y
     return x
 
@@ -152,9 +152,9 @@ def test_the_branch_is_added_to_the_kernels_own_output(build: Callable[..., Any]
     with torch.no_grad():  # on some CPUs another kernel where gradients are asked for, which rounds otherwise
         base = model.eval()[0](x)
         apply_rules(model, [LORA], example_inputs=x)
-        held = model[0].adapters.default
-        assert held.A.dtype == held.B.dtype == torch.float32
-        torch.testing.assert_close(model[0](x), base + 1.5 * F.linear(F.linear(x, held.A), held.B))
+        params = model[0].adapters.default
+        assert params.A.dtype == params.B.dtype == torch.float32
+        torch.testing.assert_close(model[0](x), base + 1.5 * F.linear(F.linear(x, params.A), params.B))
 
 
 @every_kind
@@ -183,11 +183,11 @@ def test_half_precision_kernels_keep_their_dtype(dtype: torch.dtype, optional: L
     model, weights = nf4(optional, dtype=dtype)
     apply_rules(model, [LORA])
     x = torch.randn(8, SIZES[0], dtype=dtype)
-    found = model(x)
-    assert found.dtype == dtype and {p.dtype for p in model.parameters() if p.requires_grad} == {torch.float32}
+    actual = model(x)
+    assert actual.dtype == dtype and {p.dtype for p in model.parameters() if p.requires_grad} == {torch.float32}
     expected = by_hand(model, weights, x.float())
-    assert (found.float() - expected).norm() < 2e-2 * expected.norm()  # two layers of half precision
-    found.float().sum().backward()
+    assert (actual.float() - expected).norm() < 2e-2 * expected.norm()  # two layers of half precision
+    actual.float().sum().backward()
     assert all(p.grad is not None for name, p in model.named_parameters() if ".adapters." in name)
 
 
@@ -328,12 +328,12 @@ def test_what_changed_the_weight_at_its_start_cant_be_taken_out_of_a_quantised_o
 def test_a_model_that_is_brought_to_another_precision_after_a_rule_came(name: str, dtype: torch.dtype) -> None:
     model, x = trained(AFTER[name][0]), torch.randn(8, SIZES[0])
     live = model(x).detach()
-    found = model.to(dtype)(x.to(dtype))
-    assert found.dtype == dtype
+    actual = model.to(dtype)(x.to(dtype))
+    assert actual.dtype == dtype
     # Weights, inputs and sums are rounded to the dtype, a few times on the way.
     slack = 8 * max(torch.finfo(dtype).eps, torch.finfo(torch.float32).eps)
-    assert (found.to(live.dtype) - live).norm() / live.norm() < slack
-    found.float().square().mean().backward()
+    assert (actual.to(live.dtype) - live).norm() / live.norm() < slack
+    actual.float().square().mean().backward()
     grads = [p.grad for key, p in model.named_parameters() if ".adapters." in key and p.requires_grad]
     assert grads and all(grad is not None for grad in grads)
     assert dtype is torch.float16 or all(bool(grad.isfinite().all()) for grad in grads)  # a large scale overflows
@@ -343,7 +343,7 @@ def test_a_model_that_is_brought_to_another_precision_after_a_rule_came(name: st
 @pytest.mark.parametrize("kind", ["weight_norm", "weight_norm hook", "spectral_norm", "prune"])
 def test_a_weight_that_is_computed_anew_at_each_call_after_a_rule_came(kind: str) -> None:
     model, x = trained(LORA), torch.randn(8, SIZES[0])
-    held, (_, down) = model[0].adapters.default, (model[0].weight.detach().clone(), model[2])
+    params, (_, down) = model[0].adapters.default, (model[0].weight.detach().clone(), model[2])
     utils = torch.nn.utils
     put: dict[str, Callable[[nn.Module], Any]] = {
         "weight_norm": utils.parametrizations.weight_norm,
@@ -352,9 +352,9 @@ def test_a_weight_that_is_computed_anew_at_each_call_after_a_rule_came(kind: str
         "prune": lambda module: prune.l1_unstructured(module, "weight", 0.5),
     }
     put[kind](model[0])
-    found = model(x)
-    hidden = torch.relu(F.linear(x, model[0].weight, model[0].bias) + 1.5 * x @ held.A.T @ held.B.T)
-    torch.testing.assert_close(found, down(hidden), rtol=1e-4, atol=1e-5)
+    actual = model(x)
+    hidden = torch.relu(F.linear(x, model[0].weight, model[0].bias) + 1.5 * x @ params.A.T @ params.B.T)
+    torch.testing.assert_close(actual, down(hidden), rtol=1e-4, atol=1e-5)
     with pytest.raises(SurgeryError, match="remove"):  # names what takes it off
         merge(model)
     with pytest.raises(SurgeryError, match="remove"):

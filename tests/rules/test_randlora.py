@@ -8,13 +8,8 @@ import pytest
 import torch
 from torch import nn
 
-from surgery import (
-    apply_rules,
-    merge,
-)
-from surgery.rules import (
-    RandLoraRule,
-)
+from surgery import apply_rules, merge
+from surgery.rules import RandLoraRule
 from tests.support.delta_methods import Holder, disturb
 
 
@@ -23,8 +18,8 @@ def test_randlora_has_full_rank(fields: dict[str, Any]) -> None:
     model: Any = Holder(nn.Linear(64, 48))
     before = model.m.weight.detach().clone()
     apply_rules(model, [RandLoraRule("m", rank=8, **fields)])
-    held = model.m.adapters.default
-    for base in (held.A, held.B):
+    params = model.m.adapters.default
+    for base in (params.A, params.B):
         assert abs(float(base.std()) - 1) < 1e-4
         values = base.unique()
         assert len(values) == 3 if fields else len(values) > 3

@@ -61,18 +61,18 @@ def pair(name: str, opaque: bool | None = None, **options: Any) -> tuple[Any, An
 def put(model: Any, by_hand: Any) -> None:
     """The adapter's tensors into the module that was put in by hand."""
     words = Skeleton.of(by_hand.inner).words
-    held, own = adapter_state_dict(model), named_tensors(by_hand.inner)
-    assert list(held) == [f"inner.adapters.{word}" for word in words]
+    params, own = adapter_state_dict(model), named_tensors(by_hand.inner)
+    assert list(params) == [f"inner.adapters.{word}" for word in words]
     with torch.no_grad():
         for word, inner in words.items():
-            own[inner].copy_(held[f"inner.adapters.{word}"])
+            own[inner].copy_(params[f"inner.adapters.{word}"])
 
 
 def alike(model: Any, by_hand: Any) -> None:
     words, own = Skeleton.of(by_hand.inner).words, named_tensors(by_hand.inner)
     for word, inner in words.items():
-        found = getattr(model.inner.adapters.default, word)
-        assert torch.equal(found, own[inner]), word
+        actual = getattr(model.inner.adapters.default, word)
+        assert torch.equal(actual, own[inner]), word
 
 
 @pytest.mark.parametrize("name", SIZED)
@@ -91,14 +91,14 @@ def test_it_trains_as_the_module_does(name: str) -> None:
     model, by_hand, _ = pair(name, freeze=False)
     model.inner.requires_grad_(True)
     optimizers = []
-    for one in (model, by_hand):
-        trained = {id(p): p for p in one.parameters()}
-        own = {id(p) for p in (model.inner._parameters if one is model else {}).values()}
+    for item in (model, by_hand):
+        trained = {id(p): p for p in item.parameters()}
+        own = {id(p) for p in (model.inner._parameters if item is model else {}).values()}
         optimizers.append(torch.optim.AdamW([p for key, p in trained.items() if key not in own], lr=0.05))
     for _ in range(4):
-        for one, optimizer in zip((model, by_hand), optimizers, strict=True):
+        for item, optimizer in zip((model, by_hand), optimizers, strict=True):
             optimizer.zero_grad()
-            one(X).square().sum().backward()
+            item(X).square().sum().backward()
             optimizer.step()
     alike(model, by_hand)
     assert torch.equal(model.first.weight, by_hand.first.weight)
@@ -273,9 +273,9 @@ def test_a_forward_that_remembers_is_refused() -> None:
 
 def test_what_must_be_recorded_names_the_line() -> None:
     plan = plan_rules(host(), ReplaceRule("inner", by=foreign.Looking, kwargs={"size": 4}, opaque=False))
-    told = str(plan.problems[0])
-    assert "Looking.forward can't be recorded as operations" in told
-    assert "foreign.py:" in told and "self.up(x) if x.sum() > 0 else self.down(x)" in told
+    message = str(plan.problems[0])
+    assert "Looking.forward can't be recorded as operations" in message
+    assert "foreign.py:" in message and "self.up(x) if x.sum() > 0 else self.down(x)" in message
 
 
 # Arguments ----------------------------------------------------------------------------------------------------
@@ -330,8 +330,8 @@ def test_arguments_are_passed_on() -> None:
             args_by_hand, by_name = args[:2], {**by_name, "scale": args[2]}
         else:
             args_by_hand = args
-        found, wanted = model(*args, **kwargs), plain(*args_by_hand, **by_name)
-        assert torch.equal(found[0], wanted[0]) and torch.equal(found[1]["sum"], wanted[1]["sum"])
+        actual, wanted = model(*args, **kwargs), plain(*args_by_hand, **by_name)
+        assert torch.equal(actual[0], wanted[0]) and torch.equal(actual[1]["sum"], wanted[1]["sum"])
 
 
 def test_a_cell_takes_the_place_of_a_cell() -> None:

@@ -6,12 +6,8 @@ from typing import Any
 
 import pytest
 
-from surgery import (
-    RuleError,
-)
-from surgery.rules import (
-    ShiraRule,
-)
+from surgery import RuleError
+from surgery.rules import ShiraRule
 
 
 @pytest.mark.parametrize("fields", [{"rank": 0}, {"rank": 1.5}, {"init": "zero"}, {"random_seed": -1}], ids=str)

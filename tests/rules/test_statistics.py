@@ -143,17 +143,17 @@ def test_another_base_that_is_loaded_is_the_one_to_come_back_to() -> None:
     train(trained)
     after = copy.deepcopy(model)
     after.load_state_dict(trained.state_dict())  # a checkpoint of training goes on from it
-    for one in (model, trained, after):
-        found = remove(one).state_dict()
-        assert all(torch.equal(found[key], tensor) for key, tensor in other.state_dict().items())
-        assert not any(module._load_state_dict_pre_hooks for module in one.modules())
+    for item in (model, trained, after):
+        actual = remove(item).state_dict()
+        assert all(torch.equal(actual[key], tensor) for key, tensor in other.state_dict().items())
+        assert not any(module._load_state_dict_pre_hooks for module in item.modules())
 
 
 def test_the_plan_says_which() -> None:
     plan = plan_rules(net(), LORA)
     assert plan.statistics == MOVING == plan.to_dict()["statistics"]
-    told = "training moves the running statistics of 4 modules, such as norm, average: remove puts them back"
-    assert told in str(plan)
+    message = "training moves the running statistics of 4 modules, such as norm, average: remove puts them back"
+    assert message in str(plan)
     assert plan_rules(net(), [LORA, StatisticsRule()]).statistics == ["average"]
     assert plan_rules(net(), [LORA, NormRule(["norm"])]).statistics == MOVING[1:]
     plain = named(nn.Linear(4, 4), nn.LayerNorm(4), nn.BatchNorm1d(4, track_running_stats=False))
@@ -180,12 +180,12 @@ def test_models_without_any_keep_nothing() -> None:
 
 def by_hand(model: Any, x: Tensor) -> Tensor:
     """The network in training with every norm in evaluation, by torch's own functions."""
-    held = [model[index].adapters.default for index in (0, 4)]
-    x = F.linear(x, model[0].weight, model[0].bias) + 4 * x @ held[0].A.T @ held[0].B.T
+    params = [model[index].adapters.default for index in (0, 4)]
+    x = F.linear(x, model[0].weight, model[0].bias) + 4 * x @ params[0].A.T @ params[0].B.T
     for norm in (model[1], model[3].inner[1]):
         x = (x - norm.running_mean) / (norm.running_var + norm.eps).sqrt()
         x = x * norm.weight + norm.bias if norm.affine else x
-    return F.linear(x, model[4].weight, model[4].bias) + 4 * x @ held[1].A.T @ held[1].B.T
+    return F.linear(x, model[4].weight, model[4].bias) + 4 * x @ params[1].A.T @ params[1].B.T
 
 
 def test_frozen_statistics_normalise_in_training_and_do_not_move() -> None:
@@ -278,9 +278,9 @@ def test_an_export_writes_to_no_tensor_of_the_model(how: Any, tmp_path: Path) ->
         assert report.parity is not None and report.parity.ok
 
     if how == "slots":  # of which the file would hold the base's
-        with pytest.raises(SurgeryError, match="running statistics moved while the adapters were trained") as told:
+        with pytest.raises(SurgeryError, match="running statistics moved while the adapters were trained") as message:
             export()
-        assert told.value.where == "norm, average, channels.inner.0, channels.inner.1"
+        assert message.value.where == "norm, average, channels.inner.0, channels.inner.1"
     else:
         export()
     assert [tensor._version for tensor in tensors] == versions and before.differences(model) == []

@@ -185,16 +185,16 @@ def test_what_peft_would_train_otherwise_is_not_written_so(tmp_path: Path) -> No
         assert torch.equal(logits(again), logits(model))
     head = apply_rules(MODELS["tied"][0](), [LoraRule("q_proj", rank=2), TokensRule("lm_head", tokens=[5])])
     save_adapter(head, tmp_path / "head", format="peft")
-    told = json.loads((tmp_path / "head/adapter_config.json").read_text())
-    assert told["trainable_token_indices"] == {"lm_head": [5]}
+    message = json.loads((tmp_path / "head/adapter_config.json").read_text())
+    assert message["trainable_token_indices"] == {"lm_head": [5]}
 
 
 @pytest.mark.parametrize("name", ["tied", "untied"])
 def test_fields_that_peft_refuses_together(name: str) -> None:
     build, layer, embedding, head = MODELS[name]
     fields: dict[str, Any] = {"peft_type": "LORA", "r": 2, "target_modules": [layer]}
-    given = {embedding: [1], head: [2]}
-    config = {**fields, "trainable_token_indices": given, "ensure_weight_tying": True}
+    inputs = {embedding: [1], head: [2]}
+    config = {**fields, "trainable_token_indices": inputs, "ensure_weight_tying": True}
     if name == "tied":
         with pytest.raises(PlanError, match="the same tokens of tied modules"):
             rules_by(build(), config)

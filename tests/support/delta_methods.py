@@ -9,16 +9,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from surgery import (
-    Rule,
-)
-from surgery.rules import (
-    AdaLoraRule,
-    C3aRule,
-    FourierRule,
-    RandLoraRule,
-    ShiraRule,
-)
+from surgery import Rule
+from surgery.rules import AdaLoraRule, C3aRule, FourierRule, RandLoraRule, ShiraRule
 
 foreign = pytest.mark.filterwarnings("ignore")  # PEFT's own
 
@@ -62,7 +54,7 @@ def disturb(model: nn.Module) -> nn.Module:
     return model
 
 
-def assert_close(found: Tensor, expected: Tensor, slack: float = 1e-6) -> None:
+def assert_close(actual: Tensor, expected: Tensor, slack: float = 1e-6) -> None:
     """Equal to within a few float32 roundings of the largest entry: sums are taken in another order."""
-    assert found.shape == expected.shape
-    assert (found - expected).abs().max() <= slack * max(1.0, float(expected.abs().max().detach()))
+    assert actual.shape == expected.shape
+    assert (actual - expected).abs().max() <= slack * max(1.0, float(expected.abs().max().detach()))

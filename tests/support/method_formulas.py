@@ -10,13 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-Held = Mapping[str, Tensor]
-
+Params = Mapping[str, Tensor]
 Changed = tuple[Tensor, Tensor]  # weight (out, in, *kernel) and bias
 
 
-def ia3(w: Tensor, b: Tensor, held: Held, rule: Any) -> Changed:
-    s = held["scale"]
+def ia3(w: Tensor, b: Tensor, params: Params, rule: Any) -> Changed:
+    s = params["scale"]
     if not rule.feedforward:
         return w * s.view(-1, *(1,) * (w.dim() - 1)), b * s
     w = w.clone()
@@ -26,8 +25,8 @@ def ia3(w: Tensor, b: Tensor, held: Held, rule: Any) -> Changed:
     return w, b
 
 
-def vera(w: Tensor, b: Tensor, held: Held, rule: Any) -> Changed:
-    return w + held["b"].diag() @ held["B"] @ held["d"].diag() @ held["A"], b
+def vera(w: Tensor, b: Tensor, params: Params, rule: Any) -> Changed:
+    return w + params["b"].diag() @ params["B"] @ params["d"].diag() @ params["A"], b
 
 
 def effective(core: Tensor, a: Tensor, b: Tensor) -> Tensor:
@@ -38,22 +37,22 @@ def effective(core: Tensor, a: Tensor, b: Tensor) -> Tensor:
     )
 
 
-def loha(w: Tensor, b: Tensor, held: Held, rule: Any) -> Changed:
-    if "t1" in held:
-        first, second = (effective(held[f"t{n}"], held[f"w{n}_a"], held[f"w{n}_b"]) for n in (1, 2))
+def loha(w: Tensor, b: Tensor, params: Params, rule: Any) -> Changed:
+    if "t1" in params:
+        first, second = (effective(params[f"t{n}"], params[f"w{n}_a"], params[f"w{n}_b"]) for n in (1, 2))
     else:
-        first, second = (held[f"w{n}_a"] @ held[f"w{n}_b"] for n in (1, 2))
+        first, second = (params[f"w{n}_a"] @ params[f"w{n}_b"] for n in (1, 2))
     return w + rule.alpha / rule.rank * (first * second).reshape(w.shape), b
 
 
-def lokr(w: Tensor, b: Tensor, held: Held, rule: Any) -> Changed:
-    w1 = held["w1"] if "w1" in held else held["w1_a"] @ held["w1_b"]
-    if "w2" in held:
-        w2 = held["w2"]
-    elif "t2" in held:
-        w2 = effective(held["t2"], held["w2_a"], held["w2_b"])
+def lokr(w: Tensor, b: Tensor, params: Params, rule: Any) -> Changed:
+    w1 = params["w1"] if "w1" in params else params["w1_a"] @ params["w1_b"]
+    if "w2" in params:
+        w2 = params["w2"]
+    elif "t2" in params:
+        w2 = effective(params["t2"], params["w2_a"], params["w2_b"])
     else:
-        w2 = held["w2_a"] @ held["w2_b"]
+        w2 = params["w2_a"] @ params["w2_b"]
     o, i = w1.shape
     w2 = w2.reshape(w.shape[0] // o, w.shape[1] // i, *w.shape[2:])
     rows = [torch.cat([w1[row, column] * w2 for column in range(i)], 1) for row in range(o)]
@@ -68,14 +67,14 @@ def skew(numbers: Tensor, size: int) -> Tensor:
     return q
 
 
-def oft(w: Tensor, b: Tensor, held: Held, rule: Any) -> Changed:
+def oft(w: Tensor, b: Tensor, params: Params, rule: Any) -> Changed:
     width = math.prod(w.shape[1:])
     size = rule.block_size or width // rule.blocks
     blocks = []
-    for row in held["R"]:
+    for row in params["R"]:
         q, eye = skew(row, size), torch.eye(size)
         if rule.coft:
-            q = q * min(1.0, rule.eps / math.sqrt(len(held["R"])) / float(q.detach().norm()))
+            q = q * min(1.0, rule.eps / math.sqrt(len(params["R"])) / float(q.detach().norm()))
         if rule.use_cayley_neumann:
             powers = [torch.linalg.matrix_power(q, n) for n in range(5)]
             assert rule.num_cayley_neumann_terms == 5
@@ -86,24 +85,24 @@ def oft(w: Tensor, b: Tensor, held: Held, rule: Any) -> Changed:
     return (w.flatten(1) @ torch.block_diag(*blocks).T).view(w.shape), b
 
 
-def boft(w: Tensor, b: Tensor, held: Held, rule: Any) -> Changed:
+def boft(w: Tensor, b: Tensor, params: Params, rule: Any) -> Changed:
     """With the permutation matrices of the paper's code: within a block, even half blocks first, then odd ones."""
     width, rows = math.prod(w.shape[1:]), w.flatten(1)
-    size = held["R"].shape[-1]
-    for i, factor in enumerate(held["R"]):
+    size = params["R"].shape[-1]
+    for i, factor in enumerate(params["R"]):
         length, half = size * 2**i, size // 2
         chunks = [torch.arange(at, at + half) for at in range(0, length, half)] if i else [torch.arange(length)]
         order = torch.cat(chunks[::2] + chunks[1::2])
         P = torch.eye(width)[torch.cat([start + order for start in range(0, width, length)])]
         q = [(r - r.T) / 2 for r in factor]
-        turns = torch.block_diag(*((torch.eye(size) - one) @ torch.linalg.inv(torch.eye(size) + one) for one in q))
+        turns = torch.block_diag(*((torch.eye(size) - item) @ torch.linalg.inv(torch.eye(size) + item) for item in q))
         rows = rows @ (P @ turns @ P.T).T
-    return (rows * held["s"]).view(w.shape), b
+    return (rows * params["s"]).view(w.shape), b
 
 
-def hra(w: Tensor, b: Tensor, held: Held, rule: Any) -> Changed:
+def hra(w: Tensor, b: Tensor, params: Params, rule: Any) -> Changed:
     rows, vectors = w.flatten(1), []
-    for u in held["u"].T:
+    for u in params["u"].T:
         if rule.apply_GS:
             for other in vectors:
                 u = u - (u @ other) * other
@@ -113,7 +112,7 @@ def hra(w: Tensor, b: Tensor, held: Held, rule: Any) -> Changed:
     return rows.view(w.shape), b
 
 
-def road(w: Tensor, b: Tensor, held: Held, rule: Any) -> Changed:
+def road(w: Tensor, b: Tensor, params: Params, rule: Any) -> Changed:
     half, out = rule.group_size // 2, len(w)
     R = torch.zeros(out, out)
     for o in range(out):
@@ -126,13 +125,13 @@ def road(w: Tensor, b: Tensor, held: Held, rule: Any) -> Changed:
             c = s = o
         else:
             c, s = group * 2 * rule.group_size + place, group * 2 * rule.group_size + rule.group_size + place
-        R[o, o] = held["alpha"][c] * held["theta"][c].cos()
-        R[o, other] = held["alpha"][s] * held["theta"][s].sin() * (-1 if first else 1)
+        R[o, o] = params["alpha"][c] * params["theta"][c].cos()
+        R[o, other] = params["alpha"][s] * params["theta"][s].sin() * (-1 if first else 1)
     return R @ w, R @ b
 
 
-def miss(w: Tensor, b: Tensor, held: Held, rule: Any) -> Changed:
-    D, r, new = held["block"], rule.rank, w.clone()
+def miss(w: Tensor, b: Tensor, params: Params, rule: Any) -> Changed:
+    D, r, new = params["block"], rule.rank, w.clone()
     if rule.variant == "bat":
         for o, i in itertools.product(range(0, w.shape[0], r), range(0, w.shape[1], r)):
             piece = w[o : o + r, i : i + r]

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from surgery import Rule
 from surgery.rules import BoftRule, HraRule, IA3Rule, LohaRule, LokrRule, MissRule, OftRule, RoadRule, VeraRule
-from tests.support.method_formulas import Changed, Held, boft, hra, ia3, loha, lokr, miss, oft, road, vera
+from tests.support.method_formulas import Changed, Params, boft, hra, ia3, loha, lokr, miss, oft, road, vera
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
@@ -52,7 +52,6 @@ class Activated(nn.Linear):
 
 
 IMAGE = (2, 8, 7, 7)
-
 LAYERS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "Linear": (lambda: nn.Linear(16, 12), (3, 16)),
     "Linear3d": (lambda: nn.Linear(16, 8, bias=False), (2, 3, 16)),
@@ -72,7 +71,7 @@ LAYERS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
 @dataclass
 class Method:
     rule: Rule
-    by_hand: Callable[[Tensor, Tensor, Held, Any], Changed]
+    by_hand: Callable[[Tensor, Tensor, Params, Any], Changed]
     in_peft: tuple[str, ...]  # the layers that PEFT has it on, and computes right
     fields: dict[str, Any] = field(default_factory=dict)  # of PEFT's config
     layers: tuple[str, ...] = tuple(LAYERS)
@@ -92,17 +91,11 @@ PEFTS: dict[type[Rule], tuple[str, Mapping[str, str]]] = {
 }
 
 LINEARS = ("Linear", "Linear3d")
-
 PLAIN = (*LINEARS, "Conv1D")
-
 OWN = (*PLAIN, "Activated")  # with a forward of its own, whose weight is edited
-
 IMAGES = ("Conv2d", "Conv2d-1x1", "Conv2d-groups")
-
 SCALED = (*PLAIN, "Conv2d", "Conv2d-groups", "Conv3d")
-
 BOTH: dict[str, Any] = {"decompose_both": True, "decompose_factor": 4, "use_effective_conv2d": True}
-
 METHODS: dict[str, Method] = {
     "ia3": Method(IA3Rule("m"), ia3, SCALED, {"feedforward_modules": []}),
     "ia3-feedforward": Method(IA3Rule("m", feedforward="m"), ia3, SCALED, {"feedforward_modules": ["m"]}),
@@ -169,8 +162,8 @@ METHODS: dict[str, Method] = {
 
 def cases(which: str = "layers", among: tuple[str, ...] = tuple(LAYERS)) -> Any:
     """Each method with each of its layers."""
-    found = ((name, layer) for name, method in METHODS.items() for layer in getattr(method, which))
-    return pytest.mark.parametrize("name, layer", [(name, layer) for name, layer in found if layer in among])
+    actual = ((name, layer) for name, method in METHODS.items() for layer in getattr(method, which))
+    return pytest.mark.parametrize("name, layer", [(name, layer) for name, layer in actual if layer in among])
 
 
 def example(layer: str) -> tuple[nn.Module, Tensor]:
@@ -189,27 +182,27 @@ class Holder(nn.Module):
 
 def disturbed(model: nn.Module, by: float = 0.3) -> dict[str, Tensor]:
     """The adapter's tensors, moved as training would."""
-    held: Any = model.get_submodule("m.adapters.default")
+    params: Any = model.get_submodule("m.adapters.default")
     with torch.no_grad():
-        for parameter in held.parameters():
+        for parameter in params.parameters():
             parameter.add_(torch.randn_like(parameter) * by)
-    return held.tensors()
+    return params.tensors()
 
 
-def expected_of(model: Any, base: Any, method: Method, held: Held) -> tuple[dict[str, Tensor], Tensor]:
+def expected_of(model: Any, base: Any, method: Method, params: Params) -> tuple[dict[str, Tensor], Tensor]:
     """The weight and bias that the method gives the layer, worked out by hand."""
     turned = isinstance(base.m, Conv1D)
     weight = base.m.weight.detach().T if turned else base.m.weight.detach()
     bias = torch.zeros(len(weight)) if base.m.bias is None else base.m.bias.detach()
-    changed, shifted = method.by_hand(weight, bias, held, method.rule)
-    found = {"m.weight": changed.T if turned else changed}
-    return found if base.m.bias is None else {**found, "m.bias": shifted}, bias  # type: ignore[return-value]
+    changed, shifted = method.by_hand(weight, bias, params, method.rule)
+    result = {"m.weight": changed.T if turned else changed}
+    return result if base.m.bias is None else {**result, "m.bias": shifted}, bias  # type: ignore[return-value]
 
 
-def assert_close(found: Tensor, expected: Tensor, slack: float = 1e-6) -> None:
+def assert_close(actual: Tensor, expected: Tensor, slack: float = 1e-6) -> None:
     """Equal to within a few float32 roundings of the largest entry: sums are taken in another order."""
-    assert found.shape == expected.shape
-    assert (found - expected).abs().max() <= slack * max(1.0, float(expected.abs().max().detach()))
+    assert actual.shape == expected.shape
+    assert (actual - expected).abs().max() <= slack * max(1.0, float(expected.abs().max().detach()))
 
 
 def in_peft(model: nn.Module, method: Method, **fields: Any) -> Any:
@@ -219,16 +212,16 @@ def in_peft(model: nn.Module, method: Method, **fields: Any) -> Any:
 
 def theirs_of(layer: Any, method: Method) -> dict[str, Tensor]:
     """PEFT's tensors under our names: parameters where they are trained."""
-    found: dict[str, Tensor] = {}
+    result: dict[str, Tensor] = {}
     for name, path in PEFTS[type(method.rule)][1].items():
         if "{}" in path:
-            found[name] = layer.get_parameter(path.format("default"))
-        elif "default" in (held := getattr(layer, path)):
-            found[name] = held["default"]
+            result[name] = layer.get_parameter(path.format("default"))
+        elif "default" in (params := getattr(layer, path)):
+            result[name] = params["default"]
     if isinstance(method.rule, VeraRule):
-        found["A"] = layer.vera_A["default"][:, : layer.in_features]
-        found["B"] = layer.vera_B["default"][: layer.out_features]
-    return found
+        result["A"] = layer.vera_A["default"][:, : layer.in_features]
+        result["B"] = layer.vera_B["default"][: layer.out_features]
+    return result
 
 
 def take_over(theirs: Mapping[str, Tensor], ours: Mapping[str, Tensor]) -> None:

@@ -52,7 +52,7 @@ from surgery.rules import (
 )
 from surgery.rules.slots.low_rank import LowRankSlotRule
 from surgery.testing import Snapshot
-from tests.support.method_formulas import Held
+from tests.support.method_formulas import Params
 from tests.support.methods import METHODS, Conv1D, Method
 
 EXAMPLES = int(os.environ.get("SURGERY_EXAMPLES", "60"))
@@ -73,7 +73,7 @@ def doubles() -> Iterator[None]:
 # Methods ------------------------------------------------------------------------------------------------------
 
 
-def lora(w: Tensor, b: Tensor, held: Held, rule: Any) -> tuple[Tensor, Tensor]:
+def lora(w: Tensor, b: Tensor, held: Params, rule: Any) -> tuple[Tensor, Tensor]:
     rank = len(held["A"])
     A, B, scale = held["A"].flatten(1), held["B"].flatten(1), rule.alpha / rank
     parts = A.shape[0] // B.shape[1]  # a convolution's groups have their own share of the rank
@@ -86,20 +86,20 @@ def lora(w: Tensor, b: Tensor, held: Held, rule: Any) -> tuple[Tensor, Tensor]:
     return changed * gain.view(-1, *(1,) * (w.dim() - 1)), shifted
 
 
-def adalora(w: Tensor, b: Tensor, held: Held, rule: Any) -> tuple[Tensor, Tensor]:
+def adalora(w: Tensor, b: Tensor, held: Params, rule: Any) -> tuple[Tensor, Tensor]:
     return w + rule.alpha / (rule.rank + 1e-5) * held["B"] @ held["E"].flatten().diag() @ held["A"], b
 
 
-def shira(w: Tensor, b: Tensor, held: Held, rule: Any) -> tuple[Tensor, Tensor]:
+def shira(w: Tensor, b: Tensor, held: Params, rule: Any) -> tuple[Tensor, Tensor]:
     return (w.flatten() + torch.zeros(w.numel()).scatter(0, held["index"], held["values"])).view(w.shape), b
 
 
-def fourier(w: Tensor, b: Tensor, held: Held, rule: Any) -> tuple[Tensor, Tensor]:
+def fourier(w: Tensor, b: Tensor, held: Params, rule: Any) -> tuple[Tensor, Tensor]:
     spectrum = torch.zeros(w.numel()).scatter(0, held["index"], held["spectrum"]).view(w.shape)
     return w + rule.scaling * torch.fft.ifft2(spectrum).real, b
 
 
-def c3a(w: Tensor, b: Tensor, held: Held, rule: Any) -> tuple[Tensor, Tensor]:
+def c3a(w: Tensor, b: Tensor, held: Params, rule: Any) -> tuple[Tensor, Tensor]:
     kernel, size, new = held["kernel"], rule.block_size, w.clone()
     for o in range(w.shape[0]):
         for i in range(w.shape[1]):
@@ -107,7 +107,7 @@ def c3a(w: Tensor, b: Tensor, held: Held, rule: Any) -> tuple[Tensor, Tensor]:
     return new, b
 
 
-def randlora(w: Tensor, b: Tensor, held: Held, rule: Any) -> tuple[Tensor, Tensor]:
+def randlora(w: Tensor, b: Tensor, held: Params, rule: Any) -> tuple[Tensor, Tensor]:
     delta = sum(
         held["B"][:, n] @ held["lambda_"][:, n].diag() @ held["A"][:, 0] @ held["gamma"][n].diag()
         for n in range(held["gamma"].shape[0])
@@ -115,11 +115,11 @@ def randlora(w: Tensor, b: Tensor, held: Held, rule: Any) -> tuple[Tensor, Tenso
     return w + rule.alpha / rule.rank * (delta if delta.shape == w.shape else delta.T), b  # type: ignore[union-attr]
 
 
-def copies(w: Tensor, b: Tensor, held: Held, rule: Any) -> tuple[Tensor, Tensor]:
+def copies(w: Tensor, b: Tensor, held: Params, rule: Any) -> tuple[Tensor, Tensor]:
     return held.get("weight", w), held.get("bias", b)
 
 
-def tokens(w: Tensor, b: Tensor, held: Held, rule: Any) -> tuple[Tensor, Tensor]:
+def tokens(w: Tensor, b: Tensor, held: Params, rule: Any) -> tuple[Tensor, Tensor]:
     return w.index_copy(0, held["index"], held["rows"]), b
 
 
@@ -305,7 +305,7 @@ def generated(draw: random.Random) -> tuple[str, Holder, Tensor, list[Any]]:
     return kind, Holder(module), x, calls
 
 
-def changed_of(base: Any, method: Method, held: Held) -> dict[str, Tensor]:
+def changed_of(base: Any, method: Method, held: Params) -> dict[str, Tensor]:
     turned = isinstance(base.m, Conv1D) or (isinstance(base.m, nn.Embedding) and isinstance(method.rule, LoraRule))
     turned = turned and method.by_hand is not copies
     weight = base.m.weight.detach().T if turned else base.m.weight.detach()
