@@ -8,13 +8,15 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
 from surgery import Rule, Site, SurgeryError, hidden_of, rule
+
+T = TypeVar("T")
 
 
 @rule("capture")
@@ -57,9 +59,9 @@ class CaptureRule(Rule):
 
     def rewrite(self, site: Site) -> Tensor | None:
         if self.what == "input":
-            site.replace(site.input, site.apply(_pass_on, site.input, site.this, self.tag, "output"))
+            site.replace(site.input, site.apply(record_value, site.input, site.this, self.tag, "output"))
             return None
-        return site.apply(_pass_on, site.output, site.this, self.tag, self.what)
+        return site.apply(record_value, site.output, site.this, self.tag, self.what)
 
 
 class Captured(dict[str, list[Any]]):
@@ -141,7 +143,8 @@ _listening = 0  # contexts open in any thread: the one thing that is looked at w
 _lock = threading.Lock()
 
 
-def _pass_on(value: Any, module: nn.Module, tag: str | None, what: str) -> Any:
+def record_value(value: T, module: nn.Module, tag: str | None, what: str) -> T:
+    """Returns the value, and records it in the contexts of `captured` that are open."""
     if _listening:
         _record(value, module, tag, what)
     return value

@@ -132,7 +132,8 @@ class ExpertLoraRule(Rule):
             fill = _fill_of("kaiming", rank) if self.init == "random" else 0.0
             B = site.param(f"{name}_B", (*experts, out, rank), fill, dtype=self.dtype)
             left, right = (A.mT, B.mT) if self._turned(site.module) else (B, A)
-            site.replace(site.tensor(name), site.apply(factored, site.tensor(name), left, right, scale))
+            changed = site.apply(factored, site.tensor(name), left, right, scale)
+            site.replace(site.tensor(name), changed)
 
     def merged(self, site: LiveSite) -> dict[str, LowRank]:
         changes = {}

@@ -89,7 +89,8 @@ class MultitaskPromptRule(PromptRule):
         rows = site.param("rows", (self.tasks, self.ranks, site.facts["width"]), _normal)
         rest = text_inputs.starred(site)
         keywords = site.inputs[rest] if rest else None
-        return site.apply(scale_by_task, prompt, columns, rows, keywords, self.task)
+        scaled = site.apply(scale_by_task, prompt, columns, rows, keywords, self.task)  # `show` prints the name
+        return scaled
 
 
 @contextmanager

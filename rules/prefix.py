@@ -32,7 +32,8 @@ from surgery.rules._attention.prefix import (
 )
 from surgery.rules._attention.rotary_keys import rotation_of
 from surgery.rules._attention.rows import with_row_prefixes
-from surgery.rules._attention.written_out import extend, may_write_attention, written_attention
+from surgery.rules._attention.written_attention import may_write_attention, written_attention
+from surgery.rules._attention.written_extension import extend
 from surgery.rules._shared import combining
 from surgery.rules._shared.fields import whole
 from surgery.rules.slots.positions import ShiftedRule, require_module

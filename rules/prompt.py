@@ -13,7 +13,7 @@ from surgery import Combination, LiveSite, Member, Rule, Share, Site, SiteError,
 from surgery.rules._shared import combining
 from surgery.rules._shared import fields as _fields
 from surgery.rules._virtual_tokens import encoder as _encoder
-from surgery.rules._virtual_tokens import insertion, text_inputs, tokens_per_row
+from surgery.rules._virtual_tokens import insertion, text_inputs, token_rows, tokens_per_row
 from surgery.rules.prompt_companions import THE_MODEL, HiddenIdsRule, PromptMemoryRule
 from surgery.rules.slots import prompt as prompt_slots
 from surgery.state.records import site_state
@@ -108,16 +108,18 @@ class PromptRule(Rule):
         if any(isinstance(other, PromptRule) and other.after != self.after for other in site.rules):
             raise SiteError("two prompts at one module need the same `after`", where=site.path)
         if role == "layer":
-            return site.with_hidden(site.apply(insertion.put_after, site.output, self.virtual(site), self.after or 0))
+            return site.with_hidden(
+                site.apply(token_rows.insert_after, site.output, self.virtual(site), self.after or 0)
+            )
         site.fact("seen", lambda: text_inputs.probe_text_model(site))
         after = text_inputs.after_of(site, self.after)
         rest = text_inputs.starred(site) or ""
         arguments = site.this, self.virtual(site), dict(site.inputs), rest, site.mark
-        result: Any = site.apply(insertion.put_in, *arguments, after, text_inputs.traits(site))
+        result: Any = site.apply(insertion.insert_tokens, *arguments, after, text_inputs.traits(site))
         _replace_inputs(site, result[0], rest)
         if role == "encoder":
             return None  # what its decoder looks at, virtual tokens included
-        return site.apply(insertion.take_out, site.output, result[1], site.mark, None if self.whole else after)
+        return site.apply(insertion.remove_tokens, site.output, result[1], site.mark, None if self.whole else after)
 
     @classmethod
     def routed(cls, sites: Sequence[Member]) -> Any:
@@ -131,15 +133,15 @@ class PromptRule(Rule):
         (after, whole) = placements.pop()
         members = [(member.rows, rule.virtual(member)) for member, rule in zip(sites, rules, strict=True)]
         if site.facts["role"] == "layer":
-            return site.with_hidden(site.apply(tokens_per_row.put_after, site.output, after, *members))
+            return site.with_hidden(site.apply(tokens_per_row.insert_after_per_row, site.output, after, *members))
         seen, rest = site.facts["seen"], text_inputs.starred(site) or ""
         counted = seen.get("counted", False) and not whole
         arguments = site.this, dict(site.inputs), rest, after, text_inputs.traits(site), counted
-        result: Any = site.apply(tokens_per_row.put_in, *arguments, *members)
+        result: Any = site.apply(tokens_per_row.insert_tokens_per_row, *arguments, *members)
         _replace_inputs(site, result[0], rest)
         if site.facts["role"] == "encoder":
             return None
-        return site.apply(insertion.take_out, site.output, result[1], result[2], None if whole else after)
+        return site.apply(insertion.remove_tokens, site.output, result[1], result[2], None if whole else after)
 
     def folded(self, site: LiveSite) -> tuple[Rule, Mapping[str, Tensor]]:
         if self.encoder is None:
@@ -189,5 +191,5 @@ class PromptRule(Rule):
 
 def _replace_inputs(site: Site, new: Any, rest: str) -> None:
     for name in site.inputs:
-        if name in insertion.CHANGED or name == rest:
+        if name in token_rows.CHANGED or name == rest:
             site.replace(site.inputs[name], new[name])

@@ -9,7 +9,7 @@ from typing import Any, cast
 from torch import Tensor, nn
 
 from surgery import Member, Rule, Site, SlotRule, Targets, rule
-from surgery.rules._virtual_tokens import insertion, text_inputs
+from surgery.rules._virtual_tokens import text_inputs, token_rows
 from surgery.rules.slots.prompt import PromptMemorySlotRule
 from surgery.state.records import site_state
 
@@ -34,7 +34,7 @@ class PromptMemoryRule(Rule):
     def rewrite(self, site: Site) -> None:
         states, mask = site.inputs["encoder_hidden_states"], site.inputs["encoder_attention_mask"]
         site.replace(
-            mask, site.apply(insertion.widen_memory_mask, states, mask, self.length, text_inputs.encoder_moves(site))
+            mask, site.apply(token_rows.widen_memory_mask, states, mask, self.length, text_inputs.encoder_moves(site))
         )
 
     slot_kind = "prompt-memory"
@@ -54,7 +54,7 @@ class PromptMemoryRule(Rule):
         states, mask = sites[0].inputs["encoder_hidden_states"], sites[0].inputs["encoder_attention_mask"]
         length = max(cast(PromptMemoryRule, site.rule).length for site in sites)  # the encoder wants them equally long
         moves = text_inputs.encoder_moves(sites[0])
-        sites[0].replace(mask, sites[0].apply(insertion.widen_memory_mask, states, mask, length, moves))
+        sites[0].replace(mask, sites[0].apply(token_rows.widen_memory_mask, states, mask, length, moves))
 
 
 @rule("prompt-hidden-ids")

@@ -1,30 +1,30 @@
-"""Virtual tokens in a text model's forward: where they go in, what else gets longer with them, and the way back out.
+"""Inserts virtual tokens into the inputs of a text model's forward, and removes their positions from its output.
 
-Everything is decided at the call: whether it has a mask, positions, a cache, and whether that cache holds the virtual
-tokens already. What can't be made right is a `SiteError`.
+Each call decides anew: whether it has a mask, positions and a cache, and whether the cache already has the virtual
+tokens. A call for which no correct result is known is a `SiteError`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from surgery import hidden_of
 from surgery.rules._virtual_tokens.padding_columns import Place, padded_left, place_of
-from surgery.rules._virtual_tokens.past import CACHES, Mark, Past, error, mark, waiting
+from surgery.rules._virtual_tokens.past import Mark, Past, error, mark, waiting
 from surgery.rules._virtual_tokens.text_mask import pad_mask, text_mask
+from surgery.rules._virtual_tokens.token_rows import Inputs, embedded, prompt_rows, refuse_unknown, without_tokens
 
-Inputs = dict[str, Any]
+T = TypeVar("T")
 
-# What a forward may be given beside the text: widened, shifted or passed on here. Other tensors are refused.
-CHANGED = ("input_ids", "inputs_embeds", "attention_mask", "position_ids", "cache_position", "token_type_ids")
-Made = tuple[Mark, Place, int | None]  # what a call puts in, where, and its own columns where it began anew
+# What a call inserts, where, and the number of its own columns if it started again from the text.
+Inserted = tuple[Mark, Place, int | None]
 
 
-def put_in(
+def insert_tokens(
     module: Any,
     prompt: Tensor,
     arguments: Inputs,
@@ -34,11 +34,18 @@ def put_in(
     traits: tuple[bool, bool, bool],
     real: Tensor | None = None,
 ) -> Any:
-    """The inputs with virtual tokens, and what this call puts in: None where the cache has them from before.
+    """Returns the inputs with virtual tokens, and what this call inserts: None if the cache has them already.
 
-    `given`: the forward's arguments by name, `rest` the name of its ** argument; `adapter`: the adapter's mark, which
-    stays when it is renamed; `traits`: whether padding may be left, whether it changes nothing there, and nothing
-    inside of a text; `real`: (batch, length), 1 where a row has a virtual token, and 0 where it only fills up.
+    Args:
+        module: The text model.
+        prompt: The virtual tokens, (length, features) or one such matrix for each row.
+        arguments: The forward's arguments by name.
+        rest: The name of its ** argument, or "".
+        adapter: The adapter's mark, which stays when the adapter is renamed.
+        after: How many tokens of the text stand before the virtual tokens.
+        traits: Whether padding may stand on the left, whether padding there changes no number of the text, and
+            whether padding inside a text changes none.
+        real: (batch, length), 1 for a virtual token of the row, 0 for a column that only fills it up.
     """
     inputs = {**arguments, **(arguments[rest] if rest else {})}
     ids, embeds = inputs["input_ids"], inputs["inputs_embeds"]
@@ -47,7 +54,7 @@ def put_in(
     text = embeds if ids is None else ids
     if text.dim() != (2 if embeds is None else 3):
         raise error(f"the text is {tuple(text.shape)}", "one sequence a row: (batch, tokens)")
-    _refuse_unknown(inputs, rest)
+    refuse_unknown(inputs, rest)
     past = Past.of(inputs, adapter, text.shape[1])
     count, first = prompt.shape[-2], past.empty
     past.check_room(past.seen + text.shape[1] + (count if first else 0), module)
@@ -58,13 +65,13 @@ def put_in(
     positions = inputs.get("position_ids")
     new_mark = past.mark or Mark(count, text.shape[1], moves or positions is not None)
     if new_mark.behind and mask is not None and past.late(mask, after, module, positions is not None, gaps):
-        anew = past.again({**inputs, "inputs_embeds": _embedded(module, ids, embeds)}, mask)
+        anew = past.again({**inputs, "inputs_embeds": embedded(module, ids, embeds)}, mask)
         if inputs.get("cache_position") is not None:
             anew["cache_position"] = torch.arange(mask.shape[1]).to(inputs["cache_position"])
         call = {name: anew.get(name, value) for name, value in arguments.items()}
         if rest:
             call[rest] = {name: anew.get(name, value) for name, value in arguments[rest].items()}
-        changed, new_mark = put_in(module, prompt, call, rest, adapter, after, traits, real)
+        changed, new_mark = insert_tokens(module, prompt, call, rest, adapter, after, traits, real)
         return changed, (*new_mark[:2], text.shape[1])
     if real is not None:
         mask, positions = _fill_in(mask, positions, past, text)
@@ -82,17 +89,17 @@ def put_in(
     if inputs.get("cache_position") is not None:
         steps = inputs["cache_position"] + count
         changed["cache_position"] = torch.cat([torch.arange(count).to(steps), steps]) if first else steps
-    lag, text_mask_kept = (
+    lag, kept_mask = (
         lag if new_mark.lag is None else new_mark.lag,
         None if mask is inputs["attention_mask"] else mask,
     )
     wait = new_mark.behind and mask is not None and waiting(mask)
-    kept = past.kept({**inputs, "inputs_embeds": _embedded(module, ids, embeds)}) if wait else None
-    new_mark = new_mark._replace(lag=lag, mask=text_mask_kept, text=kept)
+    kept = past.kept({**inputs, "inputs_embeds": embedded(module, ids, embeds)}) if wait else None
+    new_mark = new_mark._replace(lag=lag, mask=kept_mask, text=kept)
     mark(past.cache, adapter, new_mark, first)
     if first:
-        embeds = _embedded(module, ids, embeds)
-        rows = _for_rows(prompt.to(embeds.device, embeds.dtype), embeds.shape[0])
+        embeds = embedded(module, ids, embeds)
+        rows = prompt_rows(prompt.to(embeds.device, embeds.dtype), embeds.shape[0])
         changed.update(input_ids=None, inputs_embeds=place.insert(embeds, rows, 1))
         types = inputs.get("token_type_ids")
         if types is not None:
@@ -103,10 +110,10 @@ def put_in(
     return new, (new_mark, place, None) if first else None
 
 
-def take_out(output: Any, insertion: Made | None, adapter: str, after: int | None) -> Any:
-    """The output without the virtual tokens' positions; the cache, which keeps them, remembers whose they are.
+def remove_tokens(output: T, insertion: Inserted | None, adapter: str, after: int | None) -> T:
+    """Removes the positions of the virtual tokens from the output. The cache keeps them, and is marked with theirs.
 
-    `after`: how many of the text's tokens stand before them; None: they stay.
+    `after`: how many tokens of the text stand before them. None: the output keeps their positions.
     """
     if insertion is None:
         return output
@@ -116,115 +123,15 @@ def take_out(output: Any, insertion: Made | None, adapter: str, after: int | Non
     if after is not None:
         if hidden.dim() != 3 or hidden.shape[1] < mark_made.count + after:
             raise error(f"the model returns {tuple(hidden.shape)}", "its output must have a position for each token")
-        output = _without(output, place, hidden.shape[1])
+        output = without_tokens(output, place, hidden.shape[1])
     if new is None:
         return output
     length = hidden_of(output).shape[1]
-    return _without(output, Place(length - new, 0), length)
-
-
-def put_any(
-    module: Any, prompt: Tensor, arguments: Inputs, rest: str, after: int, moves: bool
-) -> tuple[Inputs, Place | None]:
-    """As `put_in`, in the graph of an exported file: of any number of virtual tokens, none included, at any step.
-
-    A mask is of the text alone: what it lacks of the cache, the text and the new virtual tokens are virtual ones.
-    """
-    inputs = {**arguments, **(arguments[rest] if rest else {})}
-    ids, embeds = inputs["input_ids"], inputs["inputs_embeds"]
-    if (ids is None) == (embeds is None):
-        return arguments, None
-    _refuse_unknown(inputs, rest)
-    embeds = _embedded(module, ids, embeds)
-    batch, new, count = embeds.shape[0], embeds.shape[1], prompt.shape[0]
-    cache = next((inputs[name] for name in CACHES if inputs.get(name) is not None), None)
-    if cache is not None and (after or any(getattr(cache, "is_linear", ()))):
-        raise error("it goes on from a cache", "export it without one")
-    mask, positions, steps = (inputs.get(name) for name in ("attention_mask", "position_ids", "cache_position"))
-    changed: Inputs = {"input_ids": None, "attention_mask": mask}
-    padded = mask if moves or positions is not None else None
-    lacking, seen = count, 0
-    if mask is not None:
-        if not isinstance(mask, Tensor) or mask.dim() != 2:
-            raise error("its mask is not (batch, tokens)", "give it a 2-D mask")
-        seen = mask.shape[1] - new
-        lacking = (0 if cache is None else cache.get_seq_length()) + count - seen
-        changed["attention_mask"] = place_of(padded, lacking, after).insert(mask, mask.new_ones(batch, lacking), 1)
-    elif cache is not None and (positions is not None or steps is not None):
-        raise error("without a mask it can't be told which tokens a cache has", "give it an attention_mask")
-    place = place_of(padded, count, after)
-    if isinstance(place.start, Tensor) and cache is not None:  # the mask is of the cache's columns, too
-        place = Place(count, (place.start - seen).clamp_min(0))
-    rows = _for_rows(prompt.to(embeds.device, embeds.dtype), batch)
-    changed["inputs_embeds"] = place.insert(embeds, rows, 1)
-    if positions is not None:
-        own = torch.arange(count, device=positions.device, dtype=positions.dtype)
-        changed["position_ids"] = place.numbered(positions, after, lacking, own, seen)
-    if steps is not None:
-        changed["cache_position"] = torch.cat([torch.arange(count).to(steps), steps + lacking])
-    if (types := inputs.get("token_type_ids")) is not None:
-        changed["token_type_ids"] = place.insert(types, types.new_zeros(*types.shape[:-1], count), types.dim() - 1)
-    result = {name: changed.get(name, value) for name, value in arguments.items()}
-    if rest:
-        result[rest] = {name: changed.get(name, value) for name, value in arguments[rest].items()}
-    return result, place
-
-
-def take_any(output: Any, place: Place | None) -> Any:
-    """The output without the positions that `put_any` put in; a cache keeps them."""
-    return output if place is None else _without(output, place, hidden_of(output).shape[1])
-
-
-def widen_memory_mask(states: Tensor | None, mask: Tensor | None, count: int | None, moves: bool) -> Tensor | None:
-    """The mask of an encoder's states, with columns for virtual tokens that it does not know of; None: any number.
-
-    `moves`: whether they stand behind padding on the left.
-    """
-    if states is None or mask is None or (count is not None and states.shape[1] - mask.shape[-1] < count):
-        return mask
-    if mask.dim() != 2:
-        raise error("the mask of the encoder's states has no columns for the virtual tokens", "give it as 2-D")
-    more = states.shape[1] - mask.shape[-1]
-    return place_of(mask if moves else None, more, 0).insert(mask, mask.new_ones(mask.shape[0], more), 1)
-
-
-def put_after(output: Any, prompt: Tensor, after: int) -> Tensor:
-    """A module's hidden state with virtual tokens in it."""
-    hidden = hidden_of(output)
-    if hidden.dim() != 3:
-        raise error(f"the module returns {tuple(hidden.shape)}", "(batch, tokens, features) takes virtual tokens")
-    rows = _for_rows(prompt.to(hidden.device, hidden.dtype), hidden.shape[0])
-    return Place(rows.shape[1], after).insert(hidden, rows, 1)
-
-
-# The parts -------------------------------------------------------------------------------------------------------
-
-
-def _embedded(module: Any, ids: Tensor | None, embeds: Tensor | None) -> Tensor:
-    return module.get_input_embeddings()(ids) if embeds is None else embeds
-
-
-def _for_rows(prompt: Tensor, batch: int) -> Tensor:
-    """One prompt for all rows, or one a row; of rows that `generate` repeats for its beams, their row's."""
-    if prompt.dim() == 3 and prompt.shape[0] not in (1, batch):
-        if batch % prompt.shape[0]:
-            raise error(f"there are {prompt.shape[0]} tasks for {batch} rows", "name one task, or one a row")
-        prompt = prompt.repeat_interleave(batch // prompt.shape[0], 0)
-    return prompt.expand(batch, -1, -1)
-
-
-def _refuse_unknown(inputs: Inputs, rest: str) -> None:
-    """Tensors whose columns may be tokens: the image's places in the text, lengths of packed sequences, boxes, …"""
-    for name, value in inputs.items():
-        if name in CHANGED or name in CACHES or name in ("task_ids", rest) or name.startswith("encoder_"):
-            continue
-        items = value if isinstance(value, (tuple, list)) else (value,)
-        if any(isinstance(item, Tensor) and item.dim() > 0 for item in items):
-            raise error(f"it is called with {name}", "what virtual tokens are to that is not known: leave it out")
+    return without_tokens(output, Place(length - new, 0), length)
 
 
 def _mask(mask: Any, past: Past, left: bool, module: Any, batch: int) -> Tensor | None:
-    """The text's mask, 2-D."""
+    """Returns the text's mask as 2-D."""
     mask = text_mask(mask, past, module, batch)
     if mask is None:
         return None
@@ -243,9 +150,10 @@ def _mask(mask: Any, past: Past, left: bool, module: Any, batch: int) -> Tensor 
 
 
 def _lag(positions: Tensor, mask: Tensor | None, past: Past) -> int | None:
-    """By how much positions lag behind tokens; an error where that is no longer what it was.
+    """Returns how far the positions lag behind the tokens. An error if this changed since the last call.
 
-    Code around this module may take the cache's virtual tokens for text, in what it hands on of a text or in positions.
+    Code around this module may count the cache's virtual tokens as text, and then pass a wrong part of a text or wrong
+    positions.
     """
     if past.text is None or torch.compiler.is_compiling() or mask is not None and not bool(mask.any()):
         return None
@@ -261,7 +169,7 @@ def _lag(positions: Tensor, mask: Tensor | None, past: Past) -> int | None:
 
 
 def _fill_in(mask: Tensor | None, positions: Tensor | None, past: Past, text: Tensor) -> tuple[Tensor, Tensor]:
-    """The text's mask and positions, where a call leaves them out: rows with fewer virtual tokens need them."""
+    """Returns the text's mask and positions if a call has none: rows with fewer virtual tokens need them."""
     if past.text is None:
         raise error("it can't be told how long the text is", "route rows whose prompts are equally long")
     if mask is None:
@@ -274,31 +182,19 @@ def _fill_in(mask: Tensor | None, positions: Tensor | None, past: Past, text: Te
 def _positions(
     positions: Tensor, place: Place, after: int, past: Past, unmasked: bool, real: Tensor | None = None
 ) -> Tensor:
-    """Virtual tokens take the text's first positions, and the text those behind: some models count from 1.
+    """Gives the virtual tokens the text's first positions, and the text the positions after them.
 
-    `real`: of rows that have virtual tokens of their own number, 1 for each.
+    The first position is read from the text, because some models count from 1. `real`: as in `insert_tokens`.
     """
     by = place.count if real is None else real.to(positions).sum(-1, keepdim=True)
     if not past.empty:
         return positions + by
     if unmasked and bool((positions.diff(dim=-1) != 1).any()):
         raise error("its position_ids are those of packed sequences", "give each sequence a row, and a mask")
-    own = torch.arange(place.count, device=positions.device, dtype=positions.dtype)
+    first = torch.arange(place.count, device=positions.device, dtype=positions.dtype)
     return place.numbered(
-        positions, after, by, own if real is None else (real.to(positions).cumsum(-1) - 1).clamp_min(0)
+        positions, after, by, first if real is None else (real.to(positions).cumsum(-1) - 1).clamp_min(0)
     )
-
-
-def _without(value: Any, place: Place, total: int) -> Any:
-    if isinstance(value, Tensor):
-        dim = {3: 1, 4: 2}.get(value.dim(), 0)  # hidden states; attention maps (batch, heads, queries, keys)
-        return place.cut(value, dim) if dim and value.shape[dim] == total else value
-    if type(value) in (tuple, list):
-        return type(value)(_without(item, place, total) for item in value)
-    if isinstance(value, Mapping):
-        items = {k: v if k in CACHES else _without(v, place, total) for k, v in value.items()}
-        return items if type(value) is dict else type(value)(**items)
-    return value
 
 
 def _caches_of(output: Any) -> Iterator[Any]:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from surgery import Site, SiteError, SurgeryError, hidden_of
 from surgery.rules._shared.hidden_states import features_of
-from surgery.rules._virtual_tokens.insertion import CHANGED
+from surgery.rules._virtual_tokens.token_rows import CHANGED
 
 
 def starred(site: Site) -> str | None:

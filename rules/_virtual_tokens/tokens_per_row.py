@@ -9,13 +9,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from surgery import SiteError, hidden_of
-from surgery.rules._virtual_tokens import insertion
+from surgery.rules._virtual_tokens import insertion, token_rows
 
 # Whose rows they are, and the virtual tokens (length, features).
 RowPrompt = tuple[Any, Tensor]
 
 
-def put_in(
+def insert_tokens_per_row(
     module: Any,
     arguments: dict[str, Any],
     rest: str,
@@ -24,7 +24,7 @@ def put_in(
     counted: bool,
     *members: RowPrompt,
 ) -> Any:
-    """As `insertion.put_in`, and the name under which a cache knows what is in it.
+    """As `insertion.insert_tokens`, and the name under which a cache knows what is in it.
 
     `counted`: whether the model's positions are the tokens' own numbers, so that they can be given where a call leaves
     them out.
@@ -36,16 +36,16 @@ def put_in(
     prompt, real, name = stack_prompts(len(text), text.device, *members)
     if real is not None and not counted:
         raise _unequal("this model's positions can't be given for each row")
-    return *insertion.put_in(module, prompt, arguments, rest, name, after, traits, real), name
+    return *insertion.insert_tokens(module, prompt, arguments, rest, name, after, traits, real), name
 
 
-def put_after(output: Any, after: int, *members: RowPrompt) -> Tensor:
-    """As `insertion.put_after`."""
+def insert_after_per_row(output: Any, after: int, *members: RowPrompt) -> Tensor:
+    """As `token_rows.insert_after`."""
     hidden = hidden_of(output)
     prompt, real, _ = stack_prompts(len(hidden), hidden.device, *members)
     if real is not None:
         raise _unequal("what a module returns has no mask")
-    return insertion.put_after(output, prompt, after)
+    return token_rows.insert_after(output, prompt, after)
 
 
 def stack_prompts(batch: int, device: torch.device, *members: RowPrompt) -> tuple[Tensor, Tensor | None, str]:

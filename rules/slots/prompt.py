@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from surgery import Rule, Site, SlotRule, rule
-from surgery.rules._virtual_tokens import insertion, text_inputs
+from surgery.rules._virtual_tokens import graph_insertion, text_inputs, token_rows
 
 
 @rule("prompt-slot")
@@ -33,16 +33,18 @@ class PromptSlotRule(SlotRule):
         role = site.fact("role", lambda: text_inputs.role(site))
         prompt = site.param("prompt", (2, self.width), nn.init.zeros_)
         if role == "layer":
-            return site.with_hidden(site.apply(insertion.put_after, site.output, prompt, self.after))
+            return site.with_hidden(site.apply(token_rows.insert_after, site.output, prompt, self.after))
         rest = text_inputs.starred(site) or ""
-        result: Any = site.apply(insertion.put_any, site.this, prompt, dict(site.inputs), rest, self.after, self.moves)
+        result: Any = site.apply(
+            graph_insertion.insert_in_graph, site.this, prompt, dict(site.inputs), rest, self.after, self.moves
+        )
         new, place = result[0], result[1]
         for name in site.inputs:
-            if name in insertion.CHANGED or name == rest:
+            if name in token_rows.CHANGED or name == rest:
                 site.replace(site.inputs[name], new[name])
         if role == "encoder" or self.whole:
             return None
-        return site.apply(insertion.take_any, site.output, place)
+        return site.apply(graph_insertion.remove_in_graph, site.output, place)
 
     def free(self, tensor: str) -> tuple[int, str] | None:
         return 0, "length"
@@ -63,7 +65,7 @@ class PromptMemorySlotRule(SlotRule):
 
     def rewrite(self, site: Site) -> None:
         states, mask = site.inputs["encoder_hidden_states"], site.inputs["encoder_attention_mask"]
-        site.replace(mask, site.apply(insertion.widen_memory_mask, states, mask, None, self.moves))
+        site.replace(mask, site.apply(token_rows.widen_memory_mask, states, mask, None, self.moves))
 
 
 def slot_of(after: int | None, whole: bool, facts: Mapping[str, Any]) -> PromptSlotRule | None:

@@ -81,6 +81,14 @@ def call_own(module: nn.Module, *args: Any, **tensors: Tensor | None) -> Any:
     return base.forward(make_view(module, base, tensors), *args)
 
 
+def forward_around(module: nn.Module, around: Around | tuple[Around, ...], *args: Any, **kwargs: Any) -> Any:
+    """Call a module's own forward with a wrapper around each function that it takes from a registry.
+
+    `base_forward` as `show` prints it. `around`: one wrapper, or several.
+    """
+    return base_forward(module, {}, args, (), kwargs, {}, around if isinstance(around, tuple) else (around,))
+
+
 def _with_wrapped_registries(forward: Any) -> Any:
     """Returns the forward with its functions from registries wrapped by the `_surgery_around` of their module."""
     wrapped = _forwards.get(forward)

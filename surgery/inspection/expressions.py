@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import operator
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -13,7 +13,7 @@ from torch import fx, nn
 
 from surgery.forward.graph_functions import detached, in_dtype, same_dtype
 from surgery.forward.hidden_state import with_hidden
-from surgery.forward.parameter_view import base_forward, call_own, make_view
+from surgery.forward.parameter_view import base_forward, call_own, forward_around, make_view
 from surgery.inspection.function_names import INFIX, FunctionNames
 from surgery.tracing.proxies import call_object
 from surgery.weaving.called_around import HandedOn, called_around
@@ -120,8 +120,10 @@ class Expressions:
 
     def _same_dtype(self, node: fx.Node) -> tuple[str, int]:
         new, old = node.args
-        if isinstance(new, fx.Node) and new.target is with_hidden and new.args[0] is old and new not in self.variables:
-            return self.written(new)  # which casts by itself
+        if isinstance(new, fx.Node) and new not in self.variables:
+            casts = new.target is with_hidden and new.args[0] is old  # it casts by itself
+            if casts or _returns_type_of(new, old):
+                return self.written(new)
         return self._cast(node, f"{self.of(old, _ATOM)}.dtype")
 
     def _cast(self, node: fx.Node, dtype: str) -> tuple[str, int]:
@@ -136,8 +138,13 @@ class Expressions:
         args: list[str] = [self.of(value) for value in positional]  # type: ignore[union-attr]
         args += [f"*{self.of(more, _ATOM)}"] if isinstance(more, fx.Node) else [self.of(value) for value in more]  # type: ignore[union-attr]
         given = ", ".join([*args, *self._keywords(named), *self._keywords(extra)])
-        if around and around[0]:
+        if around and around[0] and tensors:
             return self._call(self.names.of(base_forward), node.args, {}), _ATOM
+        if around and around[0]:
+            wrappers: Any = around[0]
+            wrapper = self.of(wrappers[0] if len(wrappers) == 1 else tuple(wrappers))
+            words = filter(None, (self.of(itself), wrapper, given))
+            return f"{self.names.of(forward_around)}({', '.join(words)})", _ATOM
         if not tensors:
             return f"super().forward({given})", _ATOM
         if not (named or extra or more) and all(str(name).isidentifier() for name in tensors):  # type: ignore[union-attr]
@@ -191,6 +198,20 @@ def path_text(module: nn.Module, path: str) -> str:
             text = f"{text}.{part}" if part.isidentifier() else f"getattr({text}, {part!r})"
         owner = getattr(owner, part, None)
     return text
+
+
+def _returns_type_of(node: fx.Node, value: Any) -> bool:
+    """Whether a function is declared to return the type of this argument: `def f(output: T, …) -> T`."""
+    if node.op != "call_function" or not inspect.isfunction(node.target):
+        return False
+    declared = inspect.get_annotations(node.target)
+    returned = declared.pop("return", None)
+    variable = node.target.__globals__.get(returned) if isinstance(returned, str) else returned
+    if not isinstance(variable, TypeVar):
+        return False
+    positional = zip(inspect.signature(node.target).parameters, node.args, strict=False)
+    arguments = {**dict(positional), **node.kwargs}
+    return any(arguments.get(name) is value for name, type_ in declared.items() if type_ == returned)
 
 
 def _surely_tensor(node: fx.Node) -> bool:

@@ -5,10 +5,12 @@ from __future__ import annotations
 import builtins
 import enum
 import functools
+import itertools
 import keyword
 import math
 import operator
 import re
+from collections.abc import Collection
 from types import SimpleNamespace
 from typing import Any
 
@@ -32,7 +34,8 @@ INFIX: dict[Any, tuple[str, int]] = {
 class FunctionNames:
     """The names of what code uses. `space` is what the code needs besides `torch`, `F`, `nn` and Python's own names."""
 
-    def __init__(self) -> None:
+    def __init__(self, marks: Collection[str] = ()) -> None:
+        self.marks = marks  # of adapters (`Site.mark`): random texts, which are written as names
         self.space: dict[str, Any] = {}
         self.used = {"torch", "F", "nn", "self", "super"}  # names that variables can't have
         self._names: dict[int, str] = {}  # by id; `space` keeps the objects
@@ -62,9 +65,18 @@ class FunctionNames:
         setattr(held, short, value)
         return f"{room}.{short}"
 
+    def _mark(self, mark: str) -> str:
+        names = (f"mark_{number}" if number > 1 else "mark" for number in itertools.count(1))
+        name = next(name for name in names if self.space.get(name, mark) == mark)
+        self.space[name] = mark
+        self.used.add(name)
+        return name
+
     def constant(self, value: Any) -> str:
         """A value that is no result of an operation, as code."""
         kind = type(value)
+        if kind is str and value in self.marks:
+            return self._mark(value)
         if value is None or value is Ellipsis or kind in (bool, int, str, bytes, complex):
             return "..." if value is Ellipsis else repr(value)
         if kind is float:

@@ -17,6 +17,7 @@ from typing import Any
 
 from torch import fx, nn
 
+from surgery.authoring.site_facts import MARK
 from surgery.errors import SurgeryWarning
 from surgery.forward.own_forward import OwnForward
 from surgery.forward.tape import Layer
@@ -67,7 +68,7 @@ def _written(module: nn.Module, state: SiteState, own: OwnForward) -> Readable:
 class _Writer:
     def __init__(self, module: nn.Module, state: SiteState, own: OwnForward):
         self.module, self.state, self.own = module, state, own
-        self.names = FunctionNames()
+        self.names = FunctionNames([applied.facts[MARK] for applied in state.live() if MARK in applied.facts])
 
     def kinds(self) -> Iterator[str]:
         """The code for the kinds of calls met so far; those of both modes together where all else is equal."""

@@ -10,6 +10,7 @@ from typing import Any, cast
 from torch import fx
 
 from surgery.forward.graph_functions import detached, in_dtype, same_dtype, weighted
+from surgery.forward.parameter_view import base_forward
 from surgery.forward.unpacking import unpack
 from surgery.inspection.expressions import Expressions
 from surgery.inspection.function_names import INFIX, identifier
@@ -264,6 +265,10 @@ class _Body:
         if known is not None:
             return self._free(known.text, index, again=known.assigned)
         target = node.args[1] if node.target is getattr else node.target
+        if target is operator.getitem and isinstance(node.args[1], str) and node.args[1].isidentifier():
+            return self._free(identifier(node.args[1]), index, again=True)  # input_ids = new["input_ids"]
+        if any(user.target is base_forward and node in _wrappers(user) for user in self.users[node]):
+            return self._free("around", index, again=False)
         words = {
             operator.getitem: "item",
             "to": "cast",
@@ -316,3 +321,8 @@ def _first_operand(node: fx.Node) -> Any:
 
 
 ANY = "?"  # the origin of a line that needs no other comment than the one before it
+
+
+def _wrappers(node: fx.Node) -> Any:
+    """The functions around those that a forward takes from a registry, of a call of `base_forward`."""
+    return node.args[6] if len(node.args) > 6 else ()

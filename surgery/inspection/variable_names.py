@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 from torch import nn
 
@@ -18,6 +18,9 @@ from surgery.transaction.user_frames import is_ours, is_torchs
 from surgery.weaving.rewrite_recording import PassedOver, recorded
 
 __all__ = ["VariableName", "variable_names"]
+
+
+_CAST: Any = getattr(cast, "__code__", None)  # its variable `val` is not a name of the rule's code
 
 
 class VariableName(NamedTuple):
@@ -67,7 +70,7 @@ def _watched() -> Iterator[dict[int, tuple[Tape, dict[int, VariableName]]]]:
 
     def watch(frame: Any, event: str, _: Any) -> None:
         code = frame.f_code
-        if event != "return" or is_ours(code.co_filename) or is_torchs(code.co_filename):
+        if event != "return" or code is _CAST or is_ours(code.co_filename) or is_torchs(code.co_filename):
             return
         given = code.co_varnames[: code.co_argcount + code.co_kwonlyargcount]
         for name, value in frame.f_locals.items():
