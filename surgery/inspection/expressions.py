@@ -14,6 +14,7 @@ from torch import fx, nn
 from surgery.forward.graph_functions import detached, in_dtype, same_dtype
 from surgery.forward.hidden_state import with_hidden
 from surgery.forward.parameter_view import base_forward, call_own, forward_around, make_view
+from surgery.inspection.adapter_modules import AdapterModule, adapter_of
 from surgery.inspection.function_names import INFIX, FunctionNames
 from surgery.tracing.proxies import call_object
 from surgery.weaving.called_around import HandedOn, called_around
@@ -31,6 +32,7 @@ class Expressions:
     def __init__(self, module: nn.Module, base: type[nn.Module], names: FunctionNames, kept: Mapping[str, Any]):
         self.module, self.base, self.names, self.kept = module, base, names, kept
         self.variables: dict[fx.Node, str] = {}
+        self._modules: dict[tuple[int, tuple[str, ...]], AdapterModule] = {}
         self._special: dict[Any, Callable[[fx.Node], tuple[str, int]]] = {
             same_dtype: self._same_dtype,
             in_dtype: lambda node: self._cast(node, self.of(node.args[1])),
@@ -65,7 +67,19 @@ class Expressions:
             return self._call(f"{self.of(owner, _ATOM)}.{node.target}", args, node.kwargs), _ATOM
         if node.target in self._special:
             return self._special[node.target](node)
+        if (adapter := adapter_of(node)) is not None:
+            return self._adapter_module(node, *adapter)
         return self._function(node)
+
+    def _adapter_module(self, node: fx.Node, owner: str, words: tuple[str, ...]) -> tuple[str, int]:
+        skeleton: Any = node.target
+        maker = self._modules.setdefault((id(skeleton), words), AdapterModule(skeleton, words))
+        _, training, args, kwargs, *more = node.args
+        module = f"{self.names.of(maker)}({path_text(self.module, owner)}, {self.of(training)})"
+        texts = [self.of(value) for value in args]  # type: ignore[union-attr]
+        further: Any = more[0] if more else ()
+        texts += [f"*{self.of(further, _ATOM)}"] if isinstance(further, fx.Node) else [self.of(x) for x in further]
+        return f"{module}({', '.join([*texts, *self._keywords(kwargs)])})", _ATOM
 
     def _function(self, node: fx.Node) -> tuple[str, int]:
         target: Any = node.target

@@ -7,6 +7,7 @@ from collections.abc import Collection, Sequence
 
 from torch import fx
 
+from surgery.inspection.adapter_modules import adapter_of
 from surgery.inspection.function_names import identifier
 
 __all__ = ["name_parameters", "parameters_in"]
@@ -20,6 +21,8 @@ def parameters_in(graph: fx.Graph) -> dict[str, str]:
         if node.op == "get_attr" and str(node.target).startswith("adapters."):
             users = sorted(node.users, key=place.__getitem__)
             alone = users and all(user.meta.get("surgery") for user in users)
+            if users and all(adapter_of(user) is not None for user in users):
+                continue  # a call of the adapter's module, which is written with the adapter
             found[str(node.target)] = users[0].meta["surgery"] if alone else ""
     return {path: origin for path, origin in found.items() if origin}
 

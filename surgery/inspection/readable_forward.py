@@ -1,9 +1,13 @@
 """The forward of a site as people write it: the rules' own lines, with training and evaluation side by side.
 
 What stands there runs as it is written, in a class that is derived from the site's own (`super().forward`), with
-`torch`, `F`, `nn` and the functions of `Readable.names`. Three things are not written: checks of what objects hold, in
-which parts of a forward know that a call is of their kind; the order of writes to a cache where a rule runs a forward
-more than once; and casts of what is not a floating-point tensor, which the engine leaves as it is.
+`torch`, `F`, `nn` and the functions of `Readable.names`. These things are not written:
+
+- Checks of objects, by which parts of a forward recognise the kind of call.
+- The order of writes to a cache if a rule runs a forward more than once.
+- Casts of values that are not floating-point tensors, and of results of functions that are declared to return the type
+  of an argument. The engine leaves these values as they are.
+- The cast of the result of an adapter's own module that has no floating-point input.
 """
 
 from __future__ import annotations

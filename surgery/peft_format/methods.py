@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from surgery.adapter_files.entry import Entry
 from surgery.authoring.rule import Rule
 from surgery.errors import PlanError, RuleError, SurgeryError, SurgeryWarning, near_misses
+from surgery.patterns.pattern import qualified_name
 from surgery.peft_format.adapter_config import PeftConfig, choose
 from surgery.peft_format.key_history import PREFIX
 from surgery.peft_format.targets import Modules, fields_of
@@ -154,8 +155,18 @@ _methods: dict[str, PeftMethod] = {}
 
 
 def peft_method(cls: type[P]) -> type[P]:
-    """Register a `PeftMethod`, or a `PeftPart` that goes with any method, for reading and writing PEFT's files."""
+    """Register a `PeftMethod`, or a `PeftPart` that goes with any method, for reading and writing PEFT's files.
+
+    Raises `SurgeryError` if another class is registered for the same `peft_type`.
+    """
     part = cls()
+    other = _methods.get(str(part.peft_type))
+    if isinstance(part, PeftMethod) and other is not None and qualified_name(type(other)) != qualified_name(cls):
+        raise SurgeryError(
+            f"PEFT's {part.peft_type!r} already has the class {qualified_name(type(other))}",
+            where=qualified_name(cls),
+            fix="register only one class per method",
+        )
     _parts[part.rule] = part
     if isinstance(part, PeftMethod):
         _methods[str(part.peft_type)] = part
@@ -176,6 +187,7 @@ def method_of(name: Any) -> PeftMethod:
     raise SurgeryError(
         f"PEFT's {str(name)[:60]!r} is not among the methods that can be read here",
         why=near_misses(str(name)[:60], _methods) or f"they are {', '.join(sorted(_methods))}",
+        fix="register the method with @peft_method, in a package that has the entry point group surgery.rules",
     )
 
 

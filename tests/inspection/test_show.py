@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import os
+import re
 import textwrap
 from collections import OrderedDict
 from typing import Any
@@ -131,6 +132,29 @@ def test_every_rule(name: str) -> None:
     model = nn.Sequential(OrderedDict(m=make())).eval()
     apply_rules(model, [one], example_inputs=EXAMPLES.get(name))
     check(moved(model).get_submodule("m"), *GIVEN.get(name, (torch.randn(1, 3, 8),)))
+
+
+# Names of the engine's own functions, of generated functions, and texts that only the engine reads.
+PLUMBING = (
+    r"surgery_|_surgery|base_forward|make_view|same_dtype|called_around|in_region|\btry\b|\bexcept\b|(?=[0-9]*[a-f])[0-9a-f]{16}"
+)
+
+
+@pytest.mark.parametrize("name", SHOWN)
+def test_no_plumbing_in_the_lines_of_a_rule(name: str) -> None:
+    one, make = SHOWN[name]
+    model = apply_rules(nn.Sequential(OrderedDict(m=make())).eval(), [one], example_inputs=EXAMPLES.get(name))
+    text = str(show(model, "m"))
+    assert not re.search(PLUMBING, text), text
+    assert re.search(PLUMBING, str(show(model, "m", generated=True)))
+
+
+@pytest.mark.parametrize(
+    "kind, kwargs", [(nn.BatchNorm1d, {"num_features": 3}), (nn.TransformerEncoderLayer, {"d_model": 8, "nhead": 2})]
+)
+def test_a_module_in_the_place_of_another_is_one_call(kind: Any, kwargs: dict[str, int]) -> None:
+    model = apply_rules(nn.Sequential(OrderedDict(m=nn.Linear(8, 8))), rules.ReplaceRule("m", by=kind, kwargs=kwargs))
+    assert f"return {kind.__name__}(self.adapters.default, self.training)(input)" in str(show(model, "m"))
 
 
 class Block(nn.Module):
