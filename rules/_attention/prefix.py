@@ -1,4 +1,4 @@
-"""What a prefix is made of, and how attention functions attend to it."""
+"""The keys and values of a prefix, and how attention functions attend to them."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ PROJECTION = ("embedding", "inner", "inner_bias", "outer", "outer_bias")
 
 
 def existing_shapes(site: Site, length: int) -> list[tuple[int, ...]] | None:
-    """The shapes (heads, length, size) of keys and values that the adapter has here already."""
+    """Returns the shapes (heads, length, size) of the keys and values that the adapter has here already."""
     outer = site.shape_of("outer")
     shapes = [site.shape_of(name) if outer is None else (outer[1], length, outer[2]) for name in ("key", "value")]
     return None if shapes[0] is None else shapes  # type: ignore[return-value]
 
 
 def keys_and_values(site: Site, shapes: list[tuple[int, ...]], init: str, projection: int | None) -> list[Tensor]:
-    """The prefix's keys and values, (heads, length, size): trained themselves, or made by a trained MLP."""
+    """Returns the prefix's keys and values, (heads, length, size): parameters, or the output of a trained MLP."""
     if projection is None:
         fill: Any = _normal if init == "random" else 0.0
         return [site.param(name, shape, fill) for name, shape in zip(("key", "value"), shapes, strict=True)]
@@ -52,7 +52,7 @@ def project(embedding: Tensor, inner: Tensor, inner_bias: Tensor, outer: Tensor,
 
 
 def folded_tensors(site: LiveSite) -> dict[str, Tensor]:
-    """An adapter's tensors at a site, the MLP's replaced by the keys and values that it makes."""
+    """Returns an adapter's tensors at a site, with the MLP's replaced by the keys and values that it computes."""
     with torch.no_grad():
         key, value = project(*(site.params[name] for name in PROJECTION)).contiguous()
     return {**{name: tensor for name, tensor in site.params.items() if name not in PROJECTION},
@@ -64,12 +64,12 @@ def _normal(tensor: Tensor) -> None:
 
 
 def _as_linear(inputs: int) -> Callable[[Tensor], Tensor]:
-    """As torch's Linear starts, weight and bias alike."""
+    """Returns the initial values of torch's Linear, for weight and bias."""
     return partial(nn.init.uniform_, a=-(inputs**-0.5), b=inputs**-0.5)
 
 
 def require_gradient(args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any], Tensor]:
-    """The same arguments with the first floating-point tensor, the hidden state, as a leaf that gradients go to.
+    """Returns the arguments with the first floating-point tensor, the hidden state, as a leaf with gradients.
 
     An argument that holds the same is the same: queries, keys and values may be given one by one.
     """
@@ -89,14 +89,14 @@ def require_gradient(args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[s
 
 # Attending to it ----------------------------------------------------------------------------------------------
 
-# While prefixes are fitted: the id of a prefix's own keys → what takes the keys and values of the text.
+# While prefixes are fitted: the id of a prefix's own keys → the function that gets the text's keys and values.
 listeners: dict[int, Callable[[Tensor, Tensor], Any]] = {}
 
 _WORTHWHILE = 1 << 18  # entries of the keys
 
 
 def record_text(before_key: Tensor, key: Tensor, value: Tensor) -> bool:
-    """Whether this prefix is being fitted; it then takes the text's keys and values, and is passed over."""
+    """Whether this prefix is being fitted. Then it records the text's keys and values, and has no effect."""
     take = listeners.get(id(before_key)) if listeners else None
     if take is not None:
         take(key, value)
@@ -104,7 +104,7 @@ def record_text(before_key: Tensor, key: Tensor, value: Tensor) -> bool:
 
 
 def widen_bias(kwargs: dict[str, Any], length: int) -> dict[str, Any]:
-    """The arguments with a bias of relative positions (T5's) that gives the prefix none: it has no positions."""
+    """Returns the arguments with T5's bias of relative positions widened by zeros: a prefix has no positions."""
     bias = kwargs.get("position_bias")
     if bias is None:
         return kwargs
@@ -114,7 +114,7 @@ def widen_bias(kwargs: dict[str, Any], length: int) -> dict[str, Any]:
 def attend_one_query(
     attention: Any, query: Tensor, key: Tensor, value: Tensor, mask: Any, before: tuple[Tensor, Tensor], kwargs: Any
 ) -> Tensor | None:
-    """What sdpa gives one query, as when decoding, with a prefix; None where another way is to be taken.
+    """Computes sdpa of one query, as in decoding, with a prefix. None if this way is not faster or not exact.
 
     The scores are put side by side, the keys and values are not: a cache may be a thousand times as long as its step.
     """
@@ -141,7 +141,7 @@ def attend_one_query(
 
 
 def with_prefix(before_key: Tensor, before_value: Tensor) -> Callable[..., Any]:
-    """What runs in the place of an attention function: the same with a prefix before the keys and values."""
+    """Wraps an attention function: it gets the prefix before its keys and values."""
 
     def attend(attention: Any, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any = None,
                *args: Any, **kwargs: Any) -> Any:  # fmt: skip
@@ -161,7 +161,7 @@ def with_prefix(before_key: Tensor, before_value: Tensor) -> Callable[..., Any]:
 
 
 def with_gated_prefix(before_key: Tensor, before_value: Tensor, gate: Tensor) -> Callable[..., Any]:
-    """What runs in the place of an attention function: the same and, behind a gate, a second call to the prefix."""
+    """Wraps an attention function: it adds, behind a gate, a second call that attends to the prefix alone."""
 
     def attend(attention: Any, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any = None,
                *args: Any, **kwargs: Any) -> Any:  # fmt: skip
@@ -181,11 +181,11 @@ def with_gated_prefix(before_key: Tensor, before_value: Tensor, gate: Tensor) ->
     return attend
 
 
-_OF_SOFTMAX = ("softcap", "s_aux")  # what an attention function may be told that changes its scores
+_OF_SOFTMAX = ("softcap", "s_aux")  # arguments of attention functions that change the scores
 
 
 def attend_alone(query: Tensor, key: Tensor, value: Tensor, scaling: float | None) -> Tensor:
-    """softmax(q kᵀ) v of a prefix alone, (batch, queries, heads, size), for a graph in which its length is free.
+    """Returns softmax(q kᵀ) v of a prefix alone, (batch, queries, heads, size), for a graph with any prefix length.
 
     An attention that is exported may reshape keys, and to ONNX a length of none would mean the one that was there.
     """
@@ -203,7 +203,7 @@ def _widen_mask(
         causal = kwargs.get("is_causal")
         causal = getattr(module, "is_causal", True) if causal is None else causal
         if not causal or query.shape[-2] == 1 or is_eager(attention):
-            return None  # every query sees every key, and so it stays
+            return None  # every query attends to every key, also with a prefix
         # As scaled_dot_product_attention's is_causal counts, from the first key. No `tril(length)`: to an exporter its
         # diagonal is a constant, and the length of a slot is none.
         keys = torch.arange(length + key.shape[-2], device=query.device)
@@ -220,7 +220,7 @@ def _widen_mask(
 
 
 def is_eager(attention: Any) -> bool:
-    """Whether an attention without a mask lets every query see every key, be it causal or not."""
+    """Whether an attention without a mask lets every query attend to every key, even if it is causal."""
     while hasattr(attention, "args") and hasattr(attention, "func"):  # other prefixes around it
         attention = attention.args[0]
     return getattr(attention, "__name__", "").startswith("eager")

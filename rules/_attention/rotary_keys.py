@@ -1,4 +1,4 @@
-"""Keys of rotary models, turned as the model turns them: what makes up for the positions that PEFT gives a prefix."""
+"""Rotates keys as rotary models do, to make up for the positions that PEFT gives a prefix."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def _why_not(model: nn.Module, shift: str | None) -> str | None:
 
 
 def rotate_keys(model: nn.Module, module: nn.Module, key: Tensor, way: int) -> Tensor:
-    """Keys (heads, length, size) turned by their number of positions, forth or back."""
+    """Rotates keys (heads, length, size) by their number of positions, forwards or backwards."""
     kind = class_of(module)
     turn = getattr(sys.modules[kind.__module__], TURN, None)
     condition = _condition(kind)
@@ -53,7 +53,7 @@ def rotate_keys(model: nn.Module, module: nn.Module, key: Tensor, way: int) -> T
     x = key.float().unsqueeze(0)
     cos, sin = rotary(x, torch.full((1, length), length, device=key.device))
     scale = getattr(rotary, "attention_scaling", 1.0)
-    size = getattr(module, "rotary_ndims", x.shape[-1])  # some turn the first part of a head alone
+    size = getattr(module, "rotary_ndims", x.shape[-1])  # some models rotate only the first part of a head
     _, first = turn(x[..., :size], x[..., :size], cos / scale, way * sin / scale)
     return torch.cat([first, x[..., size:]], -1)[0].to(key.dtype)
 
@@ -90,7 +90,7 @@ def rotation_of(model: nn.Module, module: nn.Module) -> dict[str, Any]:
 
 
 def _rotary(model: nn.Module) -> nn.Module | None:
-    """The one module that gives a model's rotary positions, if its angles are the same at any length."""
+    """Returns the one module that computes a model's rotary positions, if its angles are the same at any length."""
     rotaries = [module for module in model.modules() if "RotaryEmbedding" in type(module).__name__]
     if len(rotaries) != 1 or list(inspect.signature(type(rotaries[0]).forward).parameters)[1:] != ["x", "position_ids"]:
         return None
@@ -98,7 +98,7 @@ def _rotary(model: nn.Module) -> nn.Module | None:
 
 
 def _windowed(model: nn.Module) -> bool:
-    """Whether there are layers in which late tokens don't see the first ones."""
+    """Whether there are layers in which late tokens do not attend to the first tokens."""
     config: Any = getattr(model, "config", None)
     config = config.get_text_config() if hasattr(config, "get_text_config") else config
     kinds = getattr(config, "layer_types", None)

@@ -1,4 +1,4 @@
-"""Prefixes of several adapters in one batch: each row's before its own keys and values, shorter ones filled up."""
+"""Prefixes of several adapters in one batch: each row's own before its keys and values, padded to one length."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from torch import Tensor, nn
 from surgery import SiteError
 from surgery.rules._attention.prefix import is_eager, widen_bias, with_gated_prefix
 
-# Whose rows they are, keys and values (heads, length, size), and a gate (heads) or None.
+# The rows of an adapter, its keys and values (heads, length, size), and its gate (heads) or None.
 RowPrefix = tuple[Any, Tensor, Tensor, Tensor | None]
 
 
 def with_row_prefixes(*members: RowPrefix) -> Callable[..., Any]:
-    """What runs in the place of an attention function: the same, for each row with its own prefix or with none."""
+    """Wraps an attention function: each row gets its own prefix, or none."""
 
     def attend(attention: Any, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any = None,
                *args: Any, **kwargs: Any) -> Any:  # fmt: skip
@@ -48,7 +48,7 @@ def with_row_prefixes(*members: RowPrefix) -> Callable[..., Any]:
 
 
 def _nothing(attention: Any, output: Tensor) -> Callable[..., Any]:
-    """The attention, but for its first call, to the text, which has been made already."""
+    """Returns the attention function, with the result of its first call, to the text, which was computed already."""
     calls = []
 
     def call(module: nn.Module, query: Tensor, *args: Any, **kwargs: Any) -> Any:
@@ -62,7 +62,7 @@ def _nothing(attention: Any, output: Tensor) -> Callable[..., Any]:
 
 
 def _pad_rows(parts: Sequence[tuple[Tensor, Tensor]], length: int, like: Tensor) -> Tensor:
-    """(batch, heads, length, size): each row's prefix at the end, zeros before it."""
+    """Returns (batch, heads, length, size): each row's prefix at the end, with zeros before it."""
     whole = like.new_zeros(like.shape[0], like.shape[1], length, like.shape[-1])
     for rows, tensor in parts:
         padded = F.pad(tensor, (0, 0, length - tensor.shape[-2], 0)).to(like.dtype)
@@ -73,7 +73,7 @@ def _pad_rows(parts: Sequence[tuple[Tensor, Tensor]], length: int, like: Tensor)
 def _widen_mask(
     attention: Any, module: nn.Module, query: Tensor, key: Tensor, mask: Any, visible: Tensor, kwargs: dict[str, Any]
 ) -> Tensor:
-    """The mask with columns of each row's prefix; one that says what there was without any, where there was none."""
+    """Returns the mask with columns for each row's prefix. A call without a mask gets an equivalent one."""
     batch, queries, length = len(visible), query.shape[-2], key.shape[-2]
     if mask is None:
         causal = kwargs.get("is_causal")

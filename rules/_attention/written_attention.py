@@ -24,7 +24,7 @@ _ON_THE_WAY = _ALONG | FOR_THE_TEXT | frozenset("mul div tanh view".split())
 
 
 class WrittenAttention(NamedTuple):
-    """One attention in a graph: its nodes, and of how many heads and which sizes keys and values are."""
+    """One attention in a graph: its nodes, its number of heads, and the sizes of keys and values."""
 
     graph: Any  # as a networkx.DiGraph
     root: fx.Node  # the result
@@ -38,7 +38,7 @@ class WrittenAttention(NamedTuple):
 
 
 def may_write_attention(module: nn.Module) -> bool:
-    """Whether the module's own code names a softmax and a product, or torch's attention; asked before any tracing."""
+    """Whether the module's own code names a softmax and a product, or torch's attention. This needs no tracing."""
     names = _named_by(class_of(module))
     softmax = "softmax" in names or any(isinstance(child, nn.Softmax) for child in module.children())
     return "scaled_dot_product_attention" in names or softmax and bool(names & _NAMED)
@@ -50,7 +50,7 @@ def _named_by(kind: type[nn.Module]) -> frozenset[str]:
 
 
 def _names(kind: type, method: str, visited: set[str]) -> set[str]:
-    """What a method's code names, and the methods of the class that it names."""
+    """Returns the names in a method's code, and those in the methods of the class that it names."""
     visited.add(method)
     code = getattr(inspect.unwrap(getattr(kind, method)), "__code__", None)
     names: set[str] = set()
@@ -65,7 +65,7 @@ def _names(kind: type, method: str, visited: set[str]) -> set[str]:
 
 
 def written_attention(site: Site) -> WrittenAttention:
-    """The one attention that the site's forward writes out. `SiteError` where it is none, several, or another form."""
+    """Returns the one attention that the site's forward writes out. `SiteError` if it is not exactly one."""
     graph = as_digraph(site.graph, site.module)
     graph.graph["same"] = _same_inputs(site)
     heads = next((shape[0] for name in ("key", "value") if (shape := site.shape_of(name))), None)
@@ -124,7 +124,7 @@ def _softmax_attention(
 
 
 def _ways_to_context(graph: Any, softmax: fx.Node) -> Iterator[list[fx.Node]]:
-    """The ways from a softmax to products with values."""
+    """Yields the paths from a softmax to products with values."""
     waiting = [[softmax]]
     while waiting:
         way = waiting.pop()
@@ -137,7 +137,7 @@ def _ways_to_context(graph: Any, softmax: fx.Node) -> Iterator[list[fx.Node]]:
 
 
 def _ways_to_product(graph: Any, node: fx.Node) -> Iterator[list[fx.Node]]:
-    """The ways from products of queries and keys to these scores, each in the order of computation."""
+    """Yields the paths from products of queries and keys to these scores, each in the order of computation."""
     waiting = [[node]]
     while waiting:
         way = waiting.pop()
@@ -149,7 +149,7 @@ def _ways_to_product(graph: Any, node: fx.Node) -> Iterator[list[fx.Node]]:
 
 
 def _factor(graph: Any, node: fx.Node) -> tuple[int, ...]:
-    """The shape of what scores are multiplied by, where that is a tensor."""
+    """Returns the shape of the tensor that scores are multiplied by, or () if there is none."""
     if graph.nodes[node]["operation"] not in ("mul", "div"):
         return ()
     operands = [operand for operand in graph.nodes[node]["operands"] if isinstance(operand, fx.Node)]
@@ -158,7 +158,7 @@ def _factor(graph: Any, node: fx.Node) -> tuple[int, ...]:
 
 
 def _heads(graph: Any, query: fx.Node, rows: int) -> int | None:
-    """How many heads are in (batch · heads, positions, size), if it was (batch, heads, positions, size) before.
+    """Returns the number of heads in (batch · heads, positions, size), if an earlier shape separates batch and heads.
 
     With as many heads as rows in the example, which of them comes first can't be told.
     """
@@ -179,7 +179,7 @@ def _heads(graph: Any, query: fx.Node, rows: int) -> int | None:
 
 
 def _is_own(graph: Any, query: fx.Node, key: fx.Node) -> bool:
-    """Whether the keys come from an input that the queries come from, or that was given the same."""
+    """Whether the keys come from an input of the queries, or from an input with an equal value in the example."""
     import networkx
 
     inputs = [
@@ -193,7 +193,7 @@ def _is_own(graph: Any, query: fx.Node, key: fx.Node) -> bool:
 
 
 def _same_inputs(site: Site) -> dict[str, str]:
-    """Inputs that hold equal activations in the example, each with one name that stands for all of them."""
+    """Returns, for each input with activations, the first input with an equal value in the example."""
     example = site.example
     if example is None:
         return {}
@@ -212,6 +212,6 @@ def _same_inputs(site: Site) -> dict[str, str]:
 
 
 def _hidden(graph: Any) -> fx.Node | None:
-    """The first input that holds activations."""
+    """Returns the first input with activations."""
     inputs = [node for node, data in graph.nodes(data=True) if data["operation"] == "placeholder"]
     return next((node for node in inputs if (dtype := graph.nodes[node]["dtype"]) and dtype.is_floating_point), None)

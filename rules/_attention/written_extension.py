@@ -23,7 +23,7 @@ __all__ = ["extend"]
 
 
 def extend(site: Site, attention: WrittenAttention, key: Tensor, value: Tensor, gate: Tensor | None) -> None:
-    """Put a prefix into the attention; behind a gate, with a softmax of its own."""
+    """Adds a prefix to the attention. A prefix behind a gate has a softmax of its own."""
     if not attention.to_scores:
         at = site.at(attention.root)
         return (
@@ -52,7 +52,7 @@ def extend(site: Site, attention: WrittenAttention, key: Tensor, value: Tensor, 
 
 
 def _repeat_on_prefix(site: Site, graph: Any, node: fx.Node, before: fx.Node, scores: Tensor) -> Tensor:
-    """What was done to the scores on the way, done to the prefix's; masks and biases are for the text."""
+    """Repeats an operation on the scores for the prefix's scores. Masks and biases are for the text alone."""
     operation = graph.nodes[node]["operation"]
     if operation == "view":
         return site.apply(shaped_like, scores, site.at(node))
@@ -63,7 +63,7 @@ def _repeat_on_prefix(site: Site, graph: Any, node: fx.Node, before: fx.Node, sc
 
 
 def _shifts_all(graph: Any, node: fx.Node, before: fx.Node) -> bool:
-    """Whether an addition is of the same for every key, so that it holds for the prefix, too."""
+    """Whether an addition adds the same number for every key, so that it also applies to the prefix."""
     data = graph.nodes[node]
     others = [other for other in data["operands"] if isinstance(other, fx.Node) and other is not before]
     shapes = [graph.nodes[other]["shape"] for other in others]
@@ -90,25 +90,25 @@ def _from_the_end(graph: Any, node: fx.Node, before: fx.Node) -> fx.Node | None:
 
 
 def at_the_query(scores: Tensor, bias: Tensor) -> Tensor:
-    """The prefix's scores with the bias of each query's own key: a prefix has no position, and is as near as can be."""
+    """Adds the bias of each query's own key to the prefix's scores: a prefix counts as the nearest position."""
     queries = scores.shape[-2]
     return scores + bias.narrow(-1, bias.shape[-1] - queries, queries).mT
 
 
 def products(query: Tensor, key: Tensor, alpha: float) -> Tensor:
-    """Scores of the prefix: (…, heads, queries, length)."""
+    """Returns the scores of the prefix: (…, heads, queries, length)."""
     scores = query @ _for_rows(key, query).mT
     return scores if alpha == 1.0 else scores * alpha
 
 
 def add_context(weights: Tensor, value: Tensor, gate: Tensor | None) -> Tensor:
-    """What the prefix adds to the context."""
+    """Returns the prefix's part of the context."""
     context = weights @ _for_rows(value, weights)
     return context if gate is None else context * _for_rows(gate.tanh().view(-1, 1, 1), context)
 
 
 def _for_rows(tensor: Tensor, like: Tensor) -> Tensor:
-    """(heads, …) for activations (…, heads, positions, size), or (batch · heads, positions, size)."""
+    """Expands (heads, …) for activations (…, heads, positions, size) or (batch · heads, positions, size)."""
     tensor = tensor.to(like.dtype)
     return tensor if like.dim() > 3 else tensor.repeat(like.shape[0] // tensor.shape[0], 1, 1)
 
@@ -126,11 +126,11 @@ def shaped_like(scores: Tensor, other: Tensor) -> Tensor:
 
 
 def call_with_prefix(key: Tensor, value: Tensor) -> Callable[..., Any]:
-    """scaled_dot_product_attention with a prefix that every query sees."""
+    """Wraps scaled_dot_product_attention: every query attends to the prefix."""
 
     def attend(attention: Any, query: Tensor, keys: Tensor, values: Tensor, attn_mask: Any = None,
                dropout_p: float = 0.0, is_causal: bool = False, **kwargs: Any) -> Tensor:  # fmt: skip
-        if is_causal:  # which counts from the first key, so that it can't be said of a longer list
+        if is_causal:  # is_causal counts from the first key, so it is wrong for a longer list of keys
             attn_mask = torch.ones(query.shape[-2], keys.shape[-2], dtype=torch.bool, device=query.device).tril()
         if attn_mask is not None:
             shape = (*attn_mask.shape[:-1], key.shape[-2])
@@ -143,7 +143,7 @@ def call_with_prefix(key: Tensor, value: Tensor) -> Callable[..., Any]:
 
 
 def call_with_gated_prefix(key: Tensor, value: Tensor, gate: Tensor) -> Callable[..., Any]:
-    """scaled_dot_product_attention and, behind a gate, a second one to the prefix."""
+    """Wraps scaled_dot_product_attention: it adds, behind a gate, a second one to the prefix."""
 
     def attend(attention: Any, query: Tensor, keys: Tensor, values: Tensor, attn_mask: Any = None,
                dropout_p: float = 0.0, is_causal: bool = False, **kwargs: Any) -> Tensor:  # fmt: skip

@@ -1,1 +1,1 @@
-"""Modules that are linear maps: their layouts, what their forward makes of a weight, changes of it."""
+"""Modules that are linear maps: their layouts, how their forward uses the weight, and changes of the weight."""

@@ -1,4 +1,4 @@
-"""What methods that add ΔW to a linear map share: where they go, and how they look at its sizes."""
+"""Helpers of methods that add ΔW to a plain linear map: which modules they take, and the sizes of the map."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from surgery.rules._linear.layouts import OTHERWISE
 
 
 def why_no_map(module: nn.Module) -> str | None:
-    """Why a module is not a plain linear map (Linear, transformers' Conv1D, a quantised Linear), or None."""
+    """Returns why a module is not a plain linear map (Linear, transformers' Conv1D, a quantised Linear), or None."""
     base = getattr(type(module), "_surgery_base", type(module))
     names = [f"{cls.__module__}.{cls.__name__}" for cls in base.__mro__]
     if not isinstance(module, nn.Linear) and "transformers.pytorch_utils.Conv1D" not in names:
@@ -23,7 +23,7 @@ def why_no_map(module: nn.Module) -> str | None:
 
 
 def sizes(place: Site | LiveSite | nn.Module) -> tuple[int, int]:
-    """(out, in), whichever way round the weight is held."""
+    """Returns (out, in), also if the weight is stored as (in, out)."""
     module: Any = place if isinstance(place, nn.Module) else place.module
     return (module.out_features, module.in_features) if isinstance(module, nn.Linear) else (module.nf, module.nx)
 
@@ -34,5 +34,5 @@ def more_than_weight(module: nn.Module, count: int) -> str | None:
 
 
 def turned(site: Site | LiveSite) -> bool:
-    """Whether the weight is held as (in, out)."""
+    """Whether the weight is stored as (in, out)."""
     return not isinstance(site.module, nn.Linear)

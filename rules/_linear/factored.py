@@ -1,4 +1,4 @@
-"""W + scale · L R that is multiplied factor by factor: what the expert's own code reads in the place of its weight."""
+"""W + scale · L R, multiplied factor by factor: the code of experts reads it in place of its weight."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor
 
 
 class Factored:
-    """Stands for `weight + scale · left @ right`, matrices or stacks of them, and is never made where it isn't needed.
+    """Represents `weight + scale · left @ right`, matrices or stacks, and computes the sum only if it is needed.
 
     Picking experts picks their factors. A product with activations (`F.linear`, `@`, `torch.bmm`, a grouped matmul)
     is the weight's plus the factors', in their dtype and returned in the weight's. Whatever else is asked of it (an
@@ -75,10 +75,10 @@ def _times(function: Any, x: Tensor, matrix: Factored, more: Any, named: dict[st
     if function.__name__ == "linear":
         branch = F.linear(F.linear(x.to(right.dtype), right), left)
     elif function.__name__ in _GROUPED:
-        # Such kernels are made for a dtype, and take rows of 16 bytes.
+        # These kernels need one dtype, and rows whose size is a multiple of 16 bytes.
         left, right = left.to(x.dtype), right.to(x.dtype)
         lacking = -right.shape[-2] % (16 // x.element_size())
-        # Of a matrix and its transpose, one lies with rows that long; which does, is kept as the kernel gets it.
+        # A matrix or its transpose has such rows. The kernel gets the one that has them.
         left, right = F.pad(left, (0, lacking)), F.pad(right, (0, 0, 0, lacking))
         branch = function(function(x, left, *more, **named), right, *more, **named)
     else:

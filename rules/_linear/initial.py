@@ -1,4 +1,4 @@
-"""How LoRA's A and B start. PEFT's init_lora_weights."""
+"""Initial values of LoRA's A and B: PEFT's init_lora_weights."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def is_known(name: Any) -> bool:
 
 
 def why_not(name: str, layout: Layout, is_complex: bool = False) -> str | None:
-    """Why these starting values can't be had on a module, or None."""
+    """Returns why a module can't have these initial values, or None."""
     if name in ("kaiming", "gaussian", "random"):
         return None
     if layout.kind not in ("linear", "conv1d", *(["embedding"] if name == "mica" else [])):
@@ -40,8 +40,8 @@ def why_not(name: str, layout: Layout, is_complex: bool = False) -> str | None:
 
 
 def fill(name: str, which: str, part: WeightPart) -> Callable[[Tensor], Any]:
-    """What fills A or B in place, where each is filled by itself."""
-    if part.looked_up:  # here it is A that starts at zero, so that looking up costs nothing
+    """Returns the function that fills A or B in place, for initial values that do not depend on each other."""
+    if part.looked_up:  # in an embedding A starts at zero
         return Tensor.zero_ if which == "A" and name != "random" else nn.init.normal_
     if which == "B":
         return _kaiming if name == "random" else Tensor.zero_
@@ -51,17 +51,17 @@ def fill(name: str, which: str, part: WeightPart) -> Callable[[Tensor], Any]:
 
 
 def needs_weight(name: str) -> bool:
-    """Whether A and B need each other or the weight to start."""
+    """Whether the initial values of A and B depend on each other or on the weight."""
     return name in ("orthogonal", "olora", "mica") or name.startswith("pissa")
 
 
 def trains(name: str, which: str) -> bool:
-    """Whether A or B is trained: MiCA keeps the directions that it starts B with."""
+    """Whether A or B is trained. MiCA does not train B."""
     return name != "mica" or which == "A"
 
 
 def fill_jointly(name: str, part: WeightPart, weight: Tensor, A: Tensor, B: Tensor, scale: float) -> bool:
-    """Fill A and B where they need each other or the weight; whether scale · B A is to be taken off the weight."""
+    """Fills A and B from each other or the weight. Returns whether scale · B A is subtracted from the weight."""
     if not needs_weight(name):
         return False
     if name == "orthogonal":
@@ -74,7 +74,7 @@ def fill_jointly(name: str, part: WeightPart, weight: Tensor, A: Tensor, B: Tens
         A.copy_(r[:rank])
         B.copy_(q[:, :rank])
         return True
-    if name == "mica":  # the directions in which the weight does least
+    if name == "mica":  # the directions of the smallest singular values of the weight
         B.copy_(torch.linalg.svd(matrix, full_matrices=False)[0][:, -rank:])
         A.zero_()
         return False
@@ -106,7 +106,7 @@ def _bound(fan_in: int) -> float:
 
 
 def _orthogonal(A: Tensor, B: Tensor) -> None:
-    # B A = 0 with neither of them zero: A is made of the odd rows of an orthogonal matrix, B of the even ones.
+    # B A = 0, and neither is zero: A consists of the odd rows of an orthogonal matrix, B of the even rows.
     rank = A.shape[0]
     q, _ = torch.linalg.qr(torch.randn(rank, rank))
     A.copy_(torch.randn(A.shape[1], rank // 2).mm(q[0::2]).t() / 10)

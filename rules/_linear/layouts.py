@@ -1,4 +1,4 @@
-"""How LoRA lies on each kind of linear map: the shapes of A and B, the branch, and ΔW in the weight's own shape."""
+"""The layout of LoRA on each kind of linear map: the shapes of A and B, the branch, and ΔW in the weight's shape."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ CONVOLUTIONS = {nn.Conv1d: F.conv1d, nn.Conv2d: F.conv2d, nn.Conv3d: F.conv3d}
 
 @dataclass(frozen=True)
 class WeightPart:
-    """One low-rank change: of which weight, with which shapes. A module has one, MultiheadAttention several."""
+    """One low-rank change: the name of its weight and its shapes. A module has one, MultiheadAttention several."""
 
     weight: str
     prefix: str
@@ -36,21 +36,21 @@ class WeightPart:
 
     @property
     def matrix(self) -> tuple[int, int]:
-        """The sizes (out, in) of the matrix that changes, of all groups together."""
+        """The sizes (out, in) of the matrix that changes, with all groups."""
         return self.out, math.prod(self.A[1:]) * self.groups
 
     @property
     def magnitude(self) -> tuple[int, ...]:
-        """DoRA's magnitude, one number an output feature, in PEFT's shape."""
+        """The shape of DoRA's magnitude, one number per output feature, as in PEFT."""
         return (1, self.out, *(1,) * (len(self.shape) - 2)) if len(self.shape) > 2 else (self.out,)
 
     @property
     def against_weight(self) -> tuple[int, ...]:
-        """A shape in which one number an output feature broadcasts against the weight."""
+        """The shape in which one number per output feature broadcasts against the weight."""
         return (1, self.out) if self.turned else (self.out, *(1,) * (len(self.shape) - 1))
 
     def delta(self, A: Tensor, B: Tensor) -> Tensor:
-        """ΔW / scale in the weight's shape; of tensors, or of values in a graph."""
+        """Returns ΔW / scale in the weight's shape, for tensors or for values of a rewrite."""
         if self.turned:
             return A.t() @ B.t()
         if self.groups > 1:
@@ -60,14 +60,14 @@ class WeightPart:
         return B @ A if len(self.shape) == 2 else (B.flatten(1) @ A.flatten(1)).view(self.shape)
 
     def low_rank(self, A: Tensor, B: Tensor, scale: float, gain: Tensor | None = None) -> LowRank:
-        """ΔW for an exact fold."""
+        """Returns ΔW for an exact fold."""
         if self.turned:
             return LowRank(A.t(), B.t(), scale, gain=gain)
         return LowRank(B.flatten(1), A.flatten(1), scale, self.groups, gain)
 
 
 def column_norm(part: WeightPart, weight: Tensor) -> Tensor:
-    """The norm of what leads to each output feature, in the shape of the magnitude."""
+    """Returns the norm of the weights of each output feature, in the shape of the magnitude."""
     dims = 0 if part.turned else tuple(range(1, len(part.shape)))
     return torch.linalg.vector_norm(weight, dim=dims).view(part.magnitude)
 
@@ -84,12 +84,12 @@ def gain_of(part: WeightPart, magnitude: Tensor, weight: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Layout:
-    """The parts of LoRA on a module and how its branch is computed, or why the weight itself is edited instead."""
+    """The parts of LoRA on a module, and how its branch is computed, or why the rule edits the weight instead."""
 
     kind: str
     parts: tuple[WeightPart, ...]
     packed: bool = False
-    why: str = ""  # why there is no branch, where there is none
+    why: str = ""  # why the rule edits the weight instead of adding a branch
     scaled: bool = False  # the forward is c · (W g(x) + b), with a number and a function of its own around the map
 
     @property
@@ -111,7 +111,7 @@ class Layout:
         return self.plain or type(module._parameters.get("bias")) is nn.Parameter
 
     def down(self, site: Site, x: Tensor, A: Tensor) -> Tensor:
-        """A x: the module's own operation, with all its settings, with A in the weight's place."""
+        """Returns A x: the module's own operation and settings, with A in place of the weight."""
         if self.packed or self.kind == "conv1d":
             return F.linear(x, A)
         if self.kind == "embedding":
@@ -125,18 +125,18 @@ class Layout:
         return F.linear(h, B) if bias is None else F.linear(h, B, bias)
 
     def on_output(self, gain: Tensor) -> Tensor:
-        """One number an output feature, in a shape to multiply the output with."""
+        """Returns one number per output feature in a shape that broadcasts against the output."""
         return gain.view(self.parts[0].magnitude)
 
     def base(self, site: Site, x: Tensor) -> Tensor:
-        """W x without the bias, on an input that dropout went over."""
+        """Returns W x without the bias, for an input after dropout."""
         if self.kind == "embedding":
             return site.call(x)
         weight = site.weight.to(x.dtype)
         return F.linear(x, weight.t()) if self.kind == "conv1d" else site.call(x, weight=weight, bias=None)
 
     def without_bias(self, site: Site) -> Tensor:
-        """W x without the bias, from the output that is there already where the bias can be told in it."""
+        """Returns W x without the bias: the module's output minus its bias if possible."""
         if site.module._parameters.get("bias") is None:
             return site.base_output
         if self.scaled:
@@ -145,7 +145,7 @@ class Layout:
 
 
 def layout_of(module: nn.Module, rank: int) -> Layout | str:
-    """How LoRA of this rank lies on a module, or why it can't go there."""
+    """Returns the layout of LoRA with this rank on a module, or why the module can't have it."""
     if isinstance(module, nn.MultiheadAttention):
         return Layout("attention", tuple(_attention(module, rank)), why="the maps are inside the attention's forward")
     kind = _kind(module)
@@ -211,10 +211,10 @@ OTHERWISE = "its forward is not a plain linear map of its input"
 
 
 def _with_form(module: nn.Module, layout: Layout) -> Layout:
-    """The layout with what the module's own forward makes of the map."""
+    """Returns the layout, adjusted to what the module's own forward does around the map."""
     if own_maps.torchs_own(module):
         return layout
-    if layout.kind == "conv1d":  # its forward runs with a weight of its own sizes alone
+    if layout.kind == "conv1d":  # its forward only runs with a weight of its own sizes
         return replace(layout, why=OTHERWISE)
     part, weight = layout.parts[0], module._parameters["weight"]
     assert weight is not None
@@ -226,7 +226,7 @@ def _with_form(module: nn.Module, layout: Layout) -> Layout:
 
 
 def _samples(module: Any, layout: Layout, like: Tensor) -> list[Tensor]:
-    """Inputs of the shapes that such a module is called with."""
+    """Returns inputs in the shapes that such a module takes."""
     if layout.kind == "embedding":
         ids = torch.arange(min(4, module.num_embeddings), device=like.device)
         return [ids, ids.view(1, -1)]

@@ -1,4 +1,4 @@
-"""Linear maps as the rules beside LoRA see them: which module holds one, how its weight is added to and turned."""
+"""Linear maps for the rules beside LoRA: which modules have one, and how rules add to its weight or rotate it."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ NAMES = {"linear": "Linear", "conv1d": "transformers' Conv1D", "convolution": "C
 
 
 def linear_map(module: nn.Module, *kinds: str) -> Layout | str:
-    """How a module holds a linear map of one of these kinds ("linear", "conv1d", "convolution"), or why it does not."""
+    """Returns the layout of a map of one of these kinds ("linear", "conv1d", "convolution"), or why it has none."""
     groups = getattr(module, "groups", 1)  # as the rank, so that groups are no reason against a branch
     layout = layout_of(module, groups if type(groups) is int else 1)
     if isinstance(layout, Layout):
@@ -26,20 +26,20 @@ def linear_map(module: nn.Module, *kinds: str) -> Layout | str:
 
 
 def at(site: Site | LiveSite) -> Layout:
-    """The map of a site whose module passed `linear_map` in the rule's check."""
+    """Returns the layout of a site whose module passed `linear_map` in the rule's check."""
     layout = linear_map(site.module, *NAMES)
     assert isinstance(layout, Layout), layout
     return layout
 
 
 def sizes(layout: Layout) -> tuple[int, ...]:
-    """The weight's shape as (out, in, *kernel), whichever way round the module holds it; in is that of one group."""
+    """Returns the weight's shape as (out, in, *kernel), also if it is stored as (in, out); `in` is one group's."""
     shape = layout.parts[0].shape
     return shape[::-1] if layout.parts[0].turned else shape
 
 
 def rows_of(layout: Layout, weight: Tensor) -> Tensor:
-    """The weight as a matrix with one row an output feature."""
+    """Returns the weight as a matrix with one row per output feature."""
     return weight.t() if layout.parts[0].turned else weight.flatten(1)
 
 
@@ -49,7 +49,7 @@ def from_rows(layout: Layout, rows: Tensor) -> Tensor:
 
 
 def each_output(layout: Layout, scale: Tensor) -> Tensor:
-    """One number an output feature, in a shape to multiply the weight with."""
+    """Returns one number per output feature in a shape that broadcasts against the weight."""
     return scale.view(layout.parts[0].against_weight)
 
 
@@ -71,14 +71,14 @@ def add(site: Site, delta: Tensor, dropout: float = 0.0) -> Tensor | None:
 
 
 def why_no_dropout(layout: Layout, dropout: float) -> str | None:
-    """Why a branch's dropout has nothing to act on, where the weight itself is edited."""
+    """Returns why dropout has no input to act on, if the rule edits the weight, or None."""
     if not dropout or not layout.weight_space:
         return None
     return f"dropout={dropout} has no input to act on: {layout.why}; give it a rule with dropout=0"
 
 
 def add_to_weight(site: LiveSite, delta: Tensor) -> dict[str, Any]:
-    """What `add` is to the weight."""
+    """Returns the change of the weight that equals `add`, for merging."""
     weight, layout = site.weight, at(site)
     delta = delta.t() if layout.parts[0].turned else delta
     return {"weight": (weight.to(delta.dtype) + delta).to(weight.dtype)}
@@ -98,7 +98,7 @@ def turn(site: Site, turned: Callable[[Tensor, bool], Tensor], dtype: Any) -> No
 
 
 def turn_weight(site: LiveSite, turned: Callable[[Tensor, bool], Tensor], dtype: Any) -> dict[str, Any]:
-    """What `turn` is to the weight."""
+    """Returns the change of the weight that equals `turn`, for merging."""
     weight, layout = site.weight, at(site)
     return {"weight": from_rows(layout, turned(rows_of(layout, weight).to(dtype), True)).to(weight.dtype)}
 
@@ -114,7 +114,7 @@ def by_block(rows: Tensor, blocks: Tensor) -> Tensor:
 
 
 def block_of(layout: Layout, block_size: int, blocks: int) -> int | str:
-    """The size of the blocks that a map's input is cut into, given it or their number; or why that can't be."""
+    """Returns the size of the blocks of a map's input, from the size or the number of blocks, or why not."""
     width = math.prod(sizes(layout)[1:])
     number, name = (blocks, "blocks") if blocks else (block_size, "block_size")
     if width % number == 0:
@@ -124,7 +124,7 @@ def block_of(layout: Layout, block_size: int, blocks: int) -> int | str:
 
 
 def keep_mask(site: Site, like: Tensor, chance: float) -> Tensor:
-    """Ones in the shape of `like`, each zero with this chance while the module trains: dropout without its scaling."""
+    """Returns ones in the shape of `like`, each zero with this probability in training: dropout without scaling."""
     return F.dropout(torch.ones_like(like), chance, site.training).sign()  # type: ignore[arg-type]  # a flag at each call
 
 

@@ -1,4 +1,4 @@
-"""What a module's own forward makes of its weight: the plain map, the map with a factor around it, or something else.
+"""How a module's own forward uses its weight: the plain map, a scaled map, or another function.
 
 torch's own forward is the plain map. A forward that somebody wrote is run on small inputs
 (`surgery.rules._linear.weight_flow`); where that does not prove its form, rules edit the weight itself.
@@ -16,7 +16,7 @@ from surgery.rules._linear.weight_flow import Form, prove_form, tensors_of
 
 
 def torchs_own(module: nn.Module) -> bool:
-    """Whether torch's own code runs, with none of its methods overridden; or that of transformers' Conv1D."""
+    """Whether the code of torch or of transformers' Conv1D runs, without overridden methods."""
     for cls in getattr(type(module), "_surgery_base", type(module)).__mro__:
         if cls in PLAIN or f"{cls.__module__}.{cls.__name__}" == "transformers.pytorch_utils.Conv1D":
             return True
@@ -26,7 +26,7 @@ def torchs_own(module: nn.Module) -> bool:
 
 
 def packed(module: nn.Module) -> bool:
-    """Whether the weight is not the map's own numbers: of a class of its own, or in a dtype that a forward unpacks."""
+    """Whether the weight is packed: a tensor subclass, or a dtype that the forward unpacks."""
     weight = module._parameters.get("weight")
     if type(weight) is not nn.Parameter:
         return True
@@ -57,7 +57,7 @@ def form_of(module: nn.Module, weight: Tensor, samples: Callable[[], Sequence[Te
     key = _settings(module)
     forms = _forms.setdefault(_base(module), {})
     if key is None or key not in forms:
-        alone = not module._modules.keys() - {"adapters"}  # a child may note what it is called with
+        alone = not module._modules.keys() - {"adapters"}  # a child may record its inputs
         form = prove_form(module, weight, samples()) if alone and takes_one_input(_base(module)) else "other"
         if key is None:
             return form
@@ -73,7 +73,7 @@ def _base(module: nn.Module) -> type[nn.Module]:
 
 
 def _settings(module: nn.Module) -> tuple | None:
-    """What the form may depend on, or None where that can't be compared."""
+    """Returns everything that the form may depend on, or None if it can't be compared."""
     excluded = {*nn.Module().__dict__, "_surgery"}
     attributes = {k: v for k, v in module.__dict__.items() if k not in excluded and not k.startswith("_surgery")}
     if not all(isinstance(value, (int, float, str, bytes, tuple, type(None))) for value in attributes.values()):

@@ -1,4 +1,4 @@
-"""How a forward that somebody wrote takes its inputs and calls its base class's, told from its source."""
+"""How a user's forward takes its inputs and calls its base class's forward, read from its source."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ PLAIN = (nn.Linear, nn.Embedding, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
 def takes_one_input(cls: type[nn.Module]) -> bool:
-    """Whether a call has one input, however it is given. Further ones may do anything to the map."""
+    """Whether a call has exactly one input. Further inputs may change the map."""
     for base in cls.__mro__:
         if base in PLAIN:
             return True
@@ -61,7 +61,7 @@ def _stars_passed_on(forward: Any, stars: set[str]) -> str | None:
 
 
 def adds_to_supers(forward: Any) -> bool:
-    """Whether a forward calls its base class's and is more than that call."""
+    """Whether a forward calls its base class's forward and does more than this call."""
     try:
         tree = ast.parse(textwrap.dedent(inspect.getsource(forward)))
     except (OSError, TypeError, SyntaxError):

@@ -1,4 +1,4 @@
-"""What comes of a weight in a forward that somebody wrote, followed through every torch function of a run.
+"""Follows a weight through every torch function in a run of a user's forward.
 
 A number that agrees on some inputs proves nothing: a clamp far away would not show. So an operation that is not known
 to keep the form c · (W g(x) + b) ends it.
@@ -36,7 +36,7 @@ def prove_form(module: nn.Module, weight: Tensor, samples: Sequence[Tensor]) -> 
 
 
 def _form_for_input(module: nn.Module, weight: Tensor, x: Tensor, training: bool) -> Form | None:
-    """The form for one input; None where the module takes no such input at all."""
+    """Returns the form for one input, or None if the module does not take such an input."""
     tensors = {n: t.detach().clone() for n, t in tensors_of(module) if t is not None and n != "weight"}
     own = dict(tensors)
     if tensors.get("bias") is not None and not isinstance(module, nn.Embedding):
@@ -59,7 +59,7 @@ def _form_for_input(module: nn.Module, weight: Tensor, x: Tensor, training: bool
 
 
 def _runs(module: nn.Module, x: Tensor, tensors: dict[str, Tensor]) -> bool:
-    """Whether the module takes such an input with the weight that it has."""
+    """Whether the module takes such an input with its own weight."""
     try:
         with torch.random.fork_rng(devices=[]), torch.no_grad():
             call_own(module, x, **{name: tensor.clone() for name, tensor in tensors.items()})
@@ -69,11 +69,11 @@ def _runs(module: nn.Module, x: Tensor, tensors: dict[str, Tensor]) -> bool:
 
 
 class _UnknownForm(Exception):
-    """The form is not one that is known."""
+    """The form of the forward is not known."""
 
 
 class _Flow(TorchFunctionMode):
-    """Follows what is made of a weight: which tensors are it ("W"), the bias ("b"), or c · (W g(x) + b) ("y")."""
+    """Marks the tensors that are the weight ("W"), the bias ("b") or c · (W g(x) + b) ("y")."""
 
     def __init__(self, weight: Tensor, bias: Tensor | None, x: Tensor):
         super().__init__()
@@ -161,7 +161,7 @@ _ABOUT = frozenset(
     "shape dtype device ndim dim size numel nelement layout requires_grad is_cuda is_meta is_floating_point is_complex"
     " element_size stride is_contiguous is_sparse is_quantized is_nested names grad_fn get_device is_mps is_xpu".split()
 )
-# What Python decides on a value holds for the sample alone.
+# A decision of Python on a value holds only for the sample.
 _DECIDES = frozenset(
     "__bool__ __int__ __float__ __index__ __complex__ item tolist numpy equal allclose is_nonzero __contains__"
     " __array__".split()

@@ -1,1 +1,1 @@
-"""What every low-rank method shares: scaling, padding, swapping, slots, combination."""
+"""The base of low-rank methods: scaling, padding, hot-swapping, slots, combination."""

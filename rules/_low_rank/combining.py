@@ -1,4 +1,4 @@
-"""Low-rank rules' part in `combine`: the factors of each adapter at a site, and the rule that the result is."""
+"""Combines low-rank rules: the factors of each adapter at a site, and the rule of the result."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from surgery.rules._linear.layouts import Layout, WeightPart, gain_of, layout_of
 from surgery.rules._low_rank.rule import LowRankRule
 from surgery.rules._shared import combining
 
-# The fields that the result's rule has for its rank, or that the factors make up for.
+# Fields that may differ between the adapters: the result has its own values, or its factors include them.
 _FREE = ("rank", "alpha", "rank_pattern", "alpha_pattern", "max_rank", "rslora", "dora", "lora_bias", "bias", "dtype")
 
 
@@ -59,17 +59,17 @@ def combine(shares: Sequence[Share], how: Combination) -> tuple[Rule, combining.
 
 def _rank(how: Combination, shares: Sequence[Share], rules: Sequence[LowRankRule], layouts: Sequence[Layout]) -> int:
     largest = combining.largest_rank(how)
-    if how.method == "svd" and any(rule.dora for rule in rules):  # its ΔW is not of the ranks' sum
+    if how.method == "svd" and any(rule.dora for rule in rules):  # the rank of its ΔW is not the sum of the ranks
         return how.rank or largest
     rank = combining.rank_of(how, shares, [rule.room_at(shares[0].site.path) for rule in rules], largest)
     groups = getattr(shares[0].site.module, "groups", 1)
     divided = all(layout.parts[0].groups == groups for layout in layouts)
-    # By a rank that the groups divide, each group would have a part of it alone: a sum of others has no place there.
+    # If the groups divide the rank, each rank belongs to one group, and a sum over all groups does not fit.
     return rank + 1 if how.whole and not divided and rank % groups == 0 else rank
 
 
 def _rule(rules: Sequence[LowRankRule], how: Combination, rank: int, layout: Layout | str) -> LowRankRule:
-    """The rule of the result, which has LoRA's scale 1."""
+    """Returns the rule of the result. Its scale is 1."""
     first = rules[0]
     return first.resized(
         rank,
@@ -97,7 +97,7 @@ def _factors(
         for rule, share, part_of_share in zip(rules, shares, parts, strict=True)
     ]
 
-    # Where factors are common to all groups of a convolution, and the result has each group's own, ΔW is made.
+    # Factors that all groups of a convolution share become factors of each group: this needs the whole ΔW.
     whole = any(rule.dora for rule in rules) or any(share_part.groups < part.groups for share_part in parts)
     if whole or (how.by_matrix and how.method != "svd"):
         arguments = zip(shares, rules, parts, tensors, scales, strict=True)
@@ -109,7 +109,7 @@ def _factors(
 
 
 def _matrices(part: WeightPart, A: Tensor, B: Tensor, groups: int) -> tuple[Tensor, Tensor]:
-    """(groups, out, rank) and (groups, rank, in), one pair a group; with groups=1, one pair for all of them."""
+    """Returns (groups, out, rank) and (groups, rank, in), one pair per group; groups=1: one pair for all groups."""
     up, down = B.flatten(1), A.flatten(1)
     if part.groups > groups:
         return torch.block_diag(*up.chunk(part.groups)).unsqueeze(0), down.unsqueeze(0)
@@ -119,7 +119,7 @@ def _matrices(part: WeightPart, A: Tensor, B: Tensor, groups: int) -> tuple[Tens
 def _delta(
     share: Share, rule: LowRankRule, part: WeightPart, tensors: tuple[Tensor, ...], scale: float, groups: int
 ) -> Tensor:
-    """ΔW as (groups, out, in)."""
+    """Returns ΔW as (groups, out, in)."""
     A, B = (tensor.to(torch.promote_types(tensor.dtype, torch.float32)) for tensor in tensors)
     delta = part.delta(A, B) * scale
     if rule.dora:
@@ -131,7 +131,7 @@ def _delta(
 
 
 def unite(rules: Mapping[str, LowRankRule]) -> Mapping[str, Rule]:
-    """Rules that differ in ranks and alphas alone as one with patterns of whole paths."""
+    """Merges rules that differ only in ranks and alphas into one rule with patterns of whole paths."""
     plain = {"rank": 1, "alpha": 1, "rank_pattern": None, "alpha_pattern": None, "targets": ()}
     plain |= {"exclude": (), "layers": None, "expect": None}
     groups: list[tuple[LowRankRule, list[str]]] = []
@@ -162,7 +162,7 @@ def _hash(rule: Rule) -> int:
 
 
 def _patterns(values: Mapping[str, float]) -> tuple[float, dict[str, float] | None]:
-    """The commonest value, and patterns of whole paths for the others."""
+    """Returns the most common value, and patterns of whole paths for the others."""
     common = Counter(values.values()).most_common(1)[0][0]
     others: dict[float, list[str]] = {}
     for path, value in values.items():

@@ -19,7 +19,7 @@ from surgery.rules.slots.low_rank import LowRankSlottable
 
 @dataclass(frozen=True, kw_only=True)
 class DeltaRule(LowRankSlottable):
-    """W + (alpha / rank) · Δ. A method says which tensors it has (`shapes`) and what Δ they make (`delta`)."""
+    """W + (alpha / rank) · Δ. A method defines its tensors (`shapes`) and computes Δ from them (`delta`)."""
 
     rank: int = 8
     alpha: float = 8
@@ -33,19 +33,19 @@ class DeltaRule(LowRankSlottable):
     rank_dropout_scale = True  # whether rank dropout keeps the mean of what it leaves
 
     def shapes(self, size: tuple[int, ...], rank: int) -> dict[str, tuple[int, ...]]:
-        """The tensors of a map of this size, (out, in, *kernel)."""
+        """Returns the shapes of the tensors for a map of this size, (out, in, *kernel)."""
         raise NotImplementedError
 
     def zeros(self, shapes: Mapping[str, Any]) -> Iterable[str]:
-        """The tensors that start at zero; the others are Kaiming-uniform."""
+        """Returns the names of the tensors that start at zero. The others start Kaiming-uniform."""
         raise NotImplementedError
 
     def delta(self, tensors: Mapping[str, Tensor]) -> Tensor:
-        """Δ, linear in each tensor, of as many entries as the weight in the order of its (out, in, *kernel)."""
+        """Returns Δ, linear in each tensor, with the entries of the weight in the order (out, in, *kernel)."""
         raise NotImplementedError
 
     def halves(self, tensors: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
-        """Δ in two factors, (out, r) and (r, in/groups · kernel), of whatever rank."""
+        """Returns Δ as two factors of any rank r, (out, r) and (r, in/groups · kernel)."""
         raise NotImplementedError
 
     def validate(self) -> None:
@@ -108,7 +108,7 @@ class DeltaRule(LowRankSlottable):
         )
 
     def room_at(self, path: str) -> int:
-        return 1  # no rank belongs to one of a convolution's groups
+        return 1  # no rank belongs to only one group of a convolution
 
     def changes(self, site: LiveSite) -> dict[str, LowRank]:
         tensors = {name: tensor.detach() for name, tensor in site.params.items()}
@@ -133,7 +133,7 @@ class DeltaRule(LowRankSlottable):
 
 
 def expand_core(core: Tensor, a: Tensor, b: Tensor) -> Tensor:
-    """A small kernel (r, r, *kernel) with a (r, out) and b (r, in) on its sides: (out, in, *kernel)."""
+    """Multiplies a small kernel (r, r, *kernel) by a (r, out) and b (r, in): (out, in, *kernel)."""
     return torch.einsum("ij...,ip,jq->pq...", core, a, b)
 
 

@@ -1,4 +1,4 @@
-"""A low-rank method complete but for its factors: branch, merging, combination, hot-swapping, slots."""
+"""`LowRankMethod`: a low-rank method except for its factors. Branch, merging, combination, hot-swapping, slots."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from surgery.rules.slots.low_rank import LowRankSlottable
 
 
 class LowRankMethod(LowRankSlottable, LowRankRule):
-    """W + scale · B A, on all that LoRA goes on. A method has a field `rank` and says what its `factors` are.
+    """W + scale · B A, on all modules that LoRA takes. A method has a field `rank` and defines its `factors`.
 
     It may have LoRA's fields `alpha`, `rslora`, `rank_pattern`, `alpha_pattern`, `dropout`, `dtype` and `max_rank`
     (for `pad_rank`), or its own `scale_at`. With `tensors_for` it can be combined, and hot-swapped between scales.
@@ -46,7 +46,7 @@ class LowRankMethod(LowRankSlottable, LowRankRule):
         return True
 
     def matrices(self, module: nn.Module, path: str) -> Mapping[str, tuple[int, int]] | None:
-        """An attention's maps; of a convolution in groups that divide the rank, all groups together."""
+        """Returns the maps of an attention, or of a grouped convolution with all groups together."""
         if not isinstance(module, nn.MultiheadAttention) and getattr(module, "groups", 1) == 1:
             return None
         layout = sure(layout_of(module, self.rank_at(path)))
@@ -85,13 +85,13 @@ class LowRankMethod(LowRankSlottable, LowRankRule):
         return None
 
     def gain(self, site: Site, part: WeightPart, A: Tensor, B: Tensor) -> Tensor | None:
-        """What the changed weight is multiplied by, a number an output feature; None: nothing."""
+        """Returns the factor of the changed weight, one number per output feature, or None."""
 
     def added_bias(self, site: Site, layout: Layout, gain: Tensor | None) -> Tensor | None:
-        """A bias on B, or None where there is none or it was added to the module's own."""
+        """Returns a bias on B. None if there is none, or if it was added to the module's own bias."""
 
     def _maker(self, site: Site, part: WeightPart, used: WeightPart) -> TensorSource:
-        """Makes a part's tensors; where they have room for more rank, it is zero."""
+        """Returns the source that creates a part's tensors. Room for more rank is filled with zeros."""
         shapes = None if part == used else self.shapes(used)
 
         def make(name: str, shape: Sequence[int], fill: float | Fill = 0.0, *, trainable: bool = True) -> Tensor:
@@ -116,7 +116,7 @@ class LowRankMethod(LowRankSlottable, LowRankRule):
     # As a change of the weights -------------------------------------------------------------------------------
 
     def changes(self, site: LiveSite) -> dict[str, LowRank | Tensor]:
-        """The change of each weight."""
+        """Returns the change of each weight."""
         scale = self.scale_at(site.path)
         return {
             part.weight: part.low_rank(*self.factors_of(site.params, part), scale) for part in self.layout(site).parts

@@ -1,4 +1,4 @@
-"""What slots, combination and hot-swapping read of a rule that changes a map by scale · B A."""
+"""`LowRankRule`: the attributes of a rule with scale · B A that slots, combination and hot-swapping read."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ Fill = Callable[[Tensor], Any]
 
 
 class TensorSource(Protocol):
-    """Gives a rule its tensors by name: makes them while the rule is recorded, and reads them afterwards."""
+    """Returns a rule's tensor by name: creates it while the rewrite is recorded, and reads it later."""
 
     def __call__(
         self, name: str, shape: Sequence[int], fill: float | Fill = 0.0, *, trainable: bool = True
@@ -44,14 +44,14 @@ class LowRankRule(Rule):
     dora: bool = False
 
     def factors(self, part: WeightPart, tensor: TensorSource) -> tuple[Tensor, Tensor]:
-        """A and B in the shapes of `part`, made of tensors that `tensor(name, shape, fill)` gives.
+        """Computes A and B in the shapes of `part` from tensors that `tensor(name, shape, fill)` returns.
 
-        Each rank is by itself: where the tensors are longer by zeros along a rank's axis, A and B are so, too.
+        Each rank is independent: zeros appended to the tensors along a rank's axis append zeros to A and B.
         """
         raise NotImplementedError(f"{type(self).__name__} has no factors")
 
     def tensors_for(self, part: WeightPart, A: Tensor, B: Tensor) -> Mapping[str, Tensor]:
-        """The tensors of which `factors` makes A and B, by name: for `combine`, and a hot-swap with another scale."""
+        """Returns tensors from which `factors` computes A and B: for `combine`, and a hot-swap to another scale."""
         raise NotImplementedError(f"{type(self).__name__} has no tensors_for")
 
     def rank_at(self, path: str) -> int:
@@ -65,26 +65,26 @@ class LowRankRule(Rule):
         return path_patterns.first(self.alpha_pattern, path, self.alpha)
 
     def scale_at(self, path: str) -> float:
-        """What B A is multiplied by: alpha / rank, or 1 for a rule without alpha."""
+        """Returns the factor of B A: alpha / rank, or 1 for a rule without alpha."""
         if self.alpha is None:
             return 1.0
         rank = self.rank_at(path)
         return self.alpha_at(path) / (math.sqrt(rank) if self.rslora else rank)
 
     def layout(self, site: Site | LiveSite) -> Layout:
-        """How A and B lie on the module, with all their room."""
+        """Returns the layout of A and B on the module, with all their room."""
         return sure(layout_of(site.module, self.room_at(site.path)))
 
     def used_layout(self, site: Site | LiveSite) -> Layout:
-        """How they would lie with room for their own rank alone."""
+        """Returns the layout with room for only the rule's own rank."""
         return self.layout(site) if self.max_rank is None else sure(layout_of(site.module, self.rank_at(site.path)))
 
     def factors_of(self, params: Mapping[str, Tensor], part: WeightPart) -> tuple[Tensor, Tensor]:
-        """A and B of one part, made of an adapter's tensors at a site."""
+        """Computes A and B of one part from an adapter's tensors at a site."""
         return self.factors(part, lambda name, *_, **__: params[part.prefix + name].detach())
 
     def shapes(self, part: WeightPart) -> dict[str, tuple[int, ...]]:
-        """The tensors of a part by name, without its prefix."""
+        """Returns the shapes of a part's tensors by name, without its prefix."""
         shapes: dict[str, tuple[int, ...]] = {}
 
         def record(name: str, shape: Sequence[int], fill: float | Fill = 0.0, *, trainable: bool = True) -> Tensor:
@@ -95,21 +95,21 @@ class LowRankRule(Rule):
         return shapes
 
     def resized(self, rank: int, **changes: Any) -> LowRankRule:
-        """The same rule with another rank, and with those changes that are fields of it."""
+        """Returns the rule with another rank, and with the changes that are fields of the rule."""
         changes |= {"rank": rank, "alpha": rank, "max_rank": None, "rank_pattern": None, "alpha_pattern": None}
         return self.replace(**{name: value for name, value in changes.items() if self.has_field(name)})
 
     def has_field(self, name: str) -> bool:
-        """Whether an attribute is a field of the rule, and not the value that it has without one."""
+        """Whether an attribute is a field of the rule, and not the default of `LowRankRule`."""
         return any(field.name == name for field in fields(self))
 
     @property
     def invertible(self) -> bool:
-        """Whether tensors can be made of factors."""
+        """Whether the rule defines `tensors_for`."""
         return type(self).tensors_for is not LowRankRule.tensors_for
 
 
 def sure(layout: Layout | str) -> Layout:
-    """A layout that `check` has seen to be one."""
+    """Returns a layout that `check` has accepted."""
     assert isinstance(layout, Layout), layout
     return layout

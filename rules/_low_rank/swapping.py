@@ -1,4 +1,4 @@
-"""Low-rank tensors in another rule's code: another scale, another rank, and room for more rank than is used.
+"""Converts low-rank tensors for another rule's code: another scale, another rank, or room for a larger rank.
 
 Where A and B have room for more than their rank, what is beyond is zero in both. So it does nothing, and has no
 gradient either: a half's gradient has the other half as a factor.
@@ -17,13 +17,15 @@ from surgery import LiveSite, Rule, RuleError
 from surgery.rules._linear.layouts import WeightPart, column_norm
 from surgery.rules._low_rank.rule import LowRankRule
 
-# What LoRA's tensors can make up for, or what only matters in training.
+# Fields that may differ: the tensors can be converted, or the field only matters in training.
 ADJUSTABLE = ("rank", "alpha", "rslora", "rank_pattern", "alpha_pattern", "max_rank", "dropout", "bias", "dtype")
 
 
 def tensors(rule: LowRankRule, live: LowRankRule, site: LiveSite) -> dict[str, Tensor]:
-    """A rule's tensors as the code of another of its class wants them to compute the same."""
-    more = [name for name in ("lora_bias", "dora") if not getattr(rule, name)]  # in code that has them: as if not
+    """Converts a rule's tensors so that the code of another rule of its class computes the same with them."""
+    more = [
+        name for name in ("lora_bias", "dora") if not getattr(rule, name)
+    ]  # the live code may have them: then they get neutral values
     check(rule, live, *ADJUSTABLE, *more)
     if rule.dropout != live.dropout:
         site.notes.append(f"dropout={rule.dropout} is not taken over: it stays {live.dropout}")
@@ -46,7 +48,7 @@ def tensors(rule: LowRankRule, live: LowRankRule, site: LiveSite) -> dict[str, T
 
 
 def complete(rule: LowRankRule, site: LiveSite, results: dict[str, Tensor]) -> dict[str, Tensor]:
-    """With what a rule has beside A and B, where that is not given: such that it changes nothing."""
+    """Adds the rule's tensors beside A and B that are missing, with values that change nothing."""
     parts = rule.layout(site).parts
     for part in parts if rule.dora else ():
         A, B, magnitude = (part.prefix + name for name in ("A", "B", "magnitude"))
@@ -59,7 +61,7 @@ def complete(rule: LowRankRule, site: LiveSite, results: dict[str, Tensor]) -> d
 
 
 def used(tensor: Tensor, shape: Sequence[int], part: WeightPart) -> Tensor:
-    """What a tensor of this shape, of a part of its rank, takes up of one with room for more: a view.
+    """Returns the view of a larger tensor that a tensor of this shape occupies.
 
     Along an axis of the ranks of all groups, a convolution's, they lie group by group; such an axis becomes two.
     """
@@ -75,7 +77,7 @@ def used(tensor: Tensor, shape: Sequence[int], part: WeightPart) -> Tensor:
 
 
 def fill_room(fill: float | Callable[[Tensor], Any], shape: Sequence[int], part: WeightPart) -> Callable[[Tensor], Any]:
-    """`fill` for as much of a tensor as its rank takes up, with the numbers that it would draw without more room."""
+    """Returns a fill of the part that the rank occupies, with the random numbers of a tensor without more room."""
 
     def start(tensor: Tensor) -> None:
         result = tensor.new_empty(shape)
@@ -89,7 +91,7 @@ def fill_room(fill: float | Callable[[Tensor], Any], shape: Sequence[int], part:
 
 
 def copy_into(room: Tensor, tensor: Tensor, part: WeightPart) -> Tensor:
-    """Put a tensor of a part into one that has room for it and more."""
+    """Copies a tensor into a larger one, and fills the rest with zeros."""
     view = used(room.zero_(), tensor.shape, part)
     view.copy_(tensor.reshape(view.shape))
     return room
@@ -98,7 +100,7 @@ def copy_into(room: Tensor, tensor: Tensor, part: WeightPart) -> Tensor:
 def fit(
     rule: LowRankRule, params: Mapping[str, Tensor], part: WeightPart, room: WeightPart, path: str
 ) -> dict[str, Tensor]:
-    """A rule's tensors of one part in the shapes of another; `RuleError` where there is no room for their rank."""
+    """Converts a rule's tensors of one part to the shapes of another. `RuleError` if their rank does not fit."""
     shapes = {part.prefix + name: shape for name, shape in rule.shapes(room).items()}
     if part == room:
         return {name: params[name] for name in shapes}
@@ -116,14 +118,14 @@ def fit(
 
 
 def _beyond(tensor: Tensor, shape: Sequence[int], part: WeightPart) -> bool:
-    """Whether a factor has anything but zeros outside of what a part takes up."""
+    """Whether a factor has entries other than zeros outside the region that a part occupies."""
     rest = tensor.clone()
     used(rest, shape, part).zero_()
     return bool(rest.any())
 
 
 def scale(tensor: Tensor, ratio: float, site: LiveSite) -> Tensor:
-    """The tensor times what one scale is of another: rounded once where that is no power of two, which is noted."""
+    """Multiplies a tensor by the ratio of two scales. A ratio that is not a power of two rounds once, and is noted."""
     if ratio == 1:
         return tensor
     if math.frexp(ratio)[0] == 0.5:
@@ -135,7 +137,7 @@ def scale(tensor: Tensor, ratio: float, site: LiveSite) -> Tensor:
 
 
 def check(rule: Rule, live: Rule, *adjustable: str) -> None:
-    """`RuleError` where two rules of a kind differ in more than the fields `held`."""
+    """Raises `RuleError` if two rules of a class differ in other fields than the adjustable ones."""
     differing = [name for name in rule.differing_fields(live) if name not in adjustable]
     if differing:
         why = ", ".join(f"{name}={getattr(live, name)!r} there, {getattr(rule, name)!r} here" for name in differing)

@@ -30,10 +30,10 @@ class Arguments(NamedTuple):
 
 
 def arguments_for(site: Site, kind: type[nn.Module], inputs: Mapping[str, str | None] | None, label: str) -> Arguments:
-    """The arguments of a site for another class's forward. `said`: its parameter → the site's argument, or None."""
+    """Returns a site's arguments for another class's forward. `said`: its parameter → the site's argument, or None."""
     ours, theirs = _parameters(site.base_class), _parameters(kind)
     values = site.inputs
-    if not any(p.kind not in _STARRED for p in ours.values()):  # a wrapper: what comes is handed on
+    if not any(p.kind not in _STARRED for p in ours.values()):  # a wrapper: it passes all arguments on
         star, stars = (next((n for n, p in ours.items() if p.kind is kind_of_star), None) for kind_of_star in _STARRED)
         return Arguments((), {}, values[star] if star else (), (values[stars],) if stars else (), False)
     mapped = _mapped(site, kind, ours, theirs, dict(inputs or {}), label)
@@ -70,7 +70,7 @@ def _mapped(
     inputs: dict[str, str | None],
     label: str,
 ) -> dict[str, str]:
-    """The other forward's parameter → the site's argument."""
+    """Returns the other forward's parameter → the site's argument."""
     plain = [name for name, parameter in theirs.items() if parameter.kind not in _STARRED]
     names = [name for name, parameter in ours.items() if parameter.kind not in _STARRED]
     forward, own = f"{kind.__name__}.forward", f"{site.base_class.__name__}.forward"

@@ -1,4 +1,4 @@
-"""What rules have in common where adapters are combined: sums of low-rank factors, of tensors, and of copies."""
+"""Helpers of rules for `combine`: sums of low-rank factors, of tensors, and of copies of the base's tensors."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ Tensors = Mapping[str, Tensor]
 R = TypeVar("R", bound=Rule)
 
 
-# What all the adapters' rules say, read once for a whole `combine` and not at each site ------------------------
+# Values of all the adapters' rules, read once for a whole `combine` and not at each site -----------------------
 
 
 @functools.lru_cache(maxsize=4)
 def largest_rank(how: Combination) -> int:
-    """The largest rank that any of the adapters' rules has room for."""
+    """Returns the largest rank that any of the adapters' rules has room for."""
     rules: Sequence[Any] = how.rules
     return max(rank for rule in rules for rank in (_room(rule), *(getattr(rule, "rank_pattern", None) or {}).values()))
 
@@ -73,7 +73,7 @@ def factors(
 
 
 def rank_of(how: Combination, shares: Sequence[Share], ranks_here: Sequence[int], most: int) -> int:
-    """The result's rank at a site: of adapters with these ranks there, `most` being the largest anywhere."""
+    """Returns the result's rank at a site. `ranks_here`: the adapters' ranks there; `most`: the largest at any site."""
     if how.whole:
         return sum(ranks_here)
     if how.by_matrix:
@@ -90,7 +90,7 @@ def rank_of(how: Combination, shares: Sequence[Share], ranks_here: Sequence[int]
 
 
 def linear_in_tensors(rule: R, shares: Sequence[Share], how: Combination, *free: str) -> tuple[R, Tensors]:
-    """For rules whose change is linear in their tensors: the sum of these makes the sum of the changes.
+    """Sums the tensors of rules whose change is linear in them, which gives the sum of the changes.
 
     `free`: fields that say how the tensors start, and no more.
     """
@@ -108,7 +108,7 @@ def linear_in_tensors(rule: R, shares: Sequence[Share], how: Combination, *free:
 
 
 def average(rule: R, shares: Sequence[Share], how: Combination, *free: str) -> tuple[R, Tensors]:
-    """For rules without a ΔW, whose tensors may be averaged all the same: by "linear", and by the default."""
+    """Averages the tensors of rules without a ΔW, with method "linear" or the default."""
     if how.untouched(shares):
         return rule, shares[0].params
     if how.method != "linear" and not (how.method == "svd" and how.rank is None):
@@ -149,5 +149,5 @@ def combine_copies(base: Mapping[str, Tensor], rule: R, shares: Sequence[Share],
 
 
 def _counts(tensor: Tensor) -> bool:
-    """Whether it holds whole numbers or flags."""
+    """Whether a tensor contains integers or booleans."""
     return not (tensor.is_floating_point() or tensor.is_complex())

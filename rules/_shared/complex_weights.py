@@ -1,4 +1,4 @@
-"""What methods can't do on a module of complex numbers."""
+"""Why methods refuse modules with complex parameters."""
 
 from __future__ import annotations
 

@@ -58,7 +58,7 @@ def either(rule: Rule, field: str, other: str) -> None:
 
 
 def patterns(rule: Rule, *fields: str) -> None:
-    """Each a mapping from path suffixes or regular expressions, as PEFT's rank_pattern, or None."""
+    """Checks that each field is a mapping from path patterns (as PEFT's rank_pattern), or None."""
     for field in fields:
         mapping = getattr(rule, field)
         if mapping is not None and not (isinstance(mapping, Mapping) and all(map(path_patterns.compiles, mapping))):
@@ -66,7 +66,7 @@ def patterns(rule: Rule, *fields: str) -> None:
 
 
 def unused_patterns(rule: Rule, paths: Sequence[str], *fields: str) -> Iterable[str]:
-    """The patterns that fit none of a rule's sites, as `Rule.review` tells them."""
+    """Returns problems for `Rule.review`: patterns that match none of a rule's sites."""
     for field in fields:
         for key in path_patterns.unused(getattr(rule, field) or {}, paths):
             yield f"{field} has {key!r}, which fits none of its {len(paths)} sites"

@@ -1,4 +1,4 @@
-"""What rules on hidden states share: the size of a module's hidden state, and the choice of positions in a sequence."""
+"""Helpers of rules on hidden states: the size of a module's hidden state, and positions in a sequence."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _CONFIG = ("hidden_size", "d_model", "n_embd", "dim")
 
 
 def features_of(module: nn.Module, stated: int | None, side: str = "output") -> int | str:
-    """The size of the hidden state's last dimension as the module tells it, or why it can't be known."""
+    """Returns the size of the hidden state's last dimension, read from the module, or why it is not known."""
     if isinstance(module, (nn.modules.conv._ConvNd, nn.modules.batchnorm._NormBase)):
         return "its features are not the last dimension"
     if stated is not None:
@@ -27,7 +27,7 @@ def features_of(module: nn.Module, stated: int | None, side: str = "output") -> 
     stated_size = next((size for size in own if type(size) is int), None)
     if stated_size is not None:
         return stated_size
-    # A block without a word on its size is as wide as the norms in it, if they are all of one width.
+    # A block that does not state its size has the size of its norms, if all of them have one size.
     norms = {width for inner in module.modules() if (width := _width(inner)) is not None}
     return norms.pop() if len(norms) == 1 else "it does not say how wide its hidden state is: give features="
 
@@ -40,7 +40,7 @@ def _width(norm: nn.Module) -> int | None:
 
 
 def in_dtype_of(like: Tensor, hidden: Tensor) -> Tensor:
-    """A hidden state in the dtype of a rule's tensor. `SiteError` where that would drop its imaginary part."""
+    """Casts a hidden state to the dtype of a rule's tensor. `SiteError` if this would drop its imaginary part."""
     if hidden.is_complex() and not like.is_complex():
         raise SiteError(
             f"a hidden state of {hidden.dtype} meets an adapter of {like.dtype}",
@@ -51,7 +51,7 @@ def in_dtype_of(like: Tensor, hidden: Tensor) -> Tensor:
 
 
 def positions_of(text: Any) -> tuple[int, ...] | None:
-    """How many first and last positions "f3+l2" names (pyreft's words); None for "all", nothing for other texts."""
+    """Returns the numbers of first and last positions of "f3+l2" (as in pyreft); None for "all", () for other texts."""
     if text == "all":
         return None
     match = re.fullmatch(r"f(\d+)(?:[+]l(\d+))?|l(\d+)", text) if isinstance(text, str) else None
@@ -61,12 +61,12 @@ def positions_of(text: Any) -> tuple[int, ...] | None:
 
 
 def at_positions(new: Tensor, old: Tensor, first: int, last: int) -> Tensor:
-    """`new` at the first and last positions of (…, length, features), elsewhere `old`.
+    """Returns `new` at the first and last positions of (…, length, features), and `old` at the others.
 
     A call with a single position is a step of decoding with a cache: the prompt was before it, so it is left alone.
     """
     length = old.shape[-2]
-    exporting = torch.compiler.is_exporting()  # then the length is free, and is asked for when the graph runs
+    exporting = torch.compiler.is_exporting()  # then the length is free, and the graph reads it when it runs
     if not exporting and length == 1:
         return old
     at = torch.arange(length, device=old.device)
@@ -75,7 +75,7 @@ def at_positions(new: Tensor, old: Tensor, first: int, last: int) -> Tensor:
 
 
 def chosen_positions(hidden: Tensor, first: int, last: int) -> Tensor:
-    """The rows of (…, length, features) that `at_positions` would change."""
+    """Returns the rows of (…, length, features) that `at_positions` changes."""
     length = hidden.shape[-2]
     at = torch.arange(length, device=hidden.device)
     return hidden[..., (at < first) | (at >= length - last), :]

@@ -1,4 +1,4 @@
-"""Values by patterns of paths, as PEFT's rank_pattern: path suffixes or regular expressions, some or thousands."""
+"""Values by patterns of paths, as PEFT's rank_pattern: path suffixes or regular expressions, also thousands."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 
 def first(mapping: Mapping[str, Any] | None, path: str, default: Any) -> Any:
-    """The value of the first pattern that fits the path."""
+    """Returns the value of the first pattern that matches the path."""
     if not mapping:
         return default
     key = _patterns_of(mapping).first(path)
@@ -21,7 +21,7 @@ def fits(key: str, path: str) -> bool:
 
 
 def unused(keys: Iterable[str], paths: Sequence[str]) -> list[str]:
-    """The patterns that fit none of the paths."""
+    """Returns the patterns that match none of the paths."""
     named = {ending for path in paths for ending in _endings(path)}
     there = set(paths)
     return [
@@ -40,7 +40,7 @@ def compiles(pattern: Any) -> bool:
 
 
 def _patterns_of(mapping: Mapping[str, Any]) -> _Patterns:
-    """The patterns of a rule's mapping, which does not change. A mapping seen before is found without reading it."""
+    """Returns the compiled patterns of a rule's mapping, which does not change. They are cached by the mapping's id."""
     cached = _cache.get(id(mapping))
     if cached is None or cached[0] is not mapping or len(mapping) != len(cached[1].keys):
         if len(_cache) >= _MOST:
@@ -59,7 +59,7 @@ def _patterns(keys: tuple[str, ...]) -> _Patterns:
 
 
 class _Patterns:
-    """Patterns in their order. Those that are plain names, as all may be, are looked up and not tried in turn."""
+    """Patterns in their order. Patterns that are plain names are looked up, and not tried one by one."""
 
     def __init__(self, keys: tuple[str, ...]):
         self.keys = keys
@@ -91,14 +91,14 @@ class _Patterns:
 
 
 def _whole(key: str) -> list[str] | None:
-    """The paths of a pattern that lists whole ones, `^(?:a|b)` with nothing but escaped texts in it; or None."""
+    """Returns the paths of a pattern that lists whole paths, `^(?:a|b)` with only escaped texts, or None."""
     if not re.fullmatch(r"\^\(\?:(?:\w|\\[^\w|]|\|)*\)", key):
         return None
     return [re.sub(r"\\(.)", r"\1", text) for text in key[4:-1].split("|")]
 
 
 def _text(key: str) -> tuple[str | None, list[int]]:
-    """What a pattern of plain characters and dots fits, and where its dots are that are not escaped; or None."""
+    """Returns the text of a pattern of plain characters and dots, and the places of its unescaped dots, or None."""
     if not re.fullmatch(r"(?:[\w.\-]|\\\W)*", key):
         return None, []
     pieces = re.findall(r"\\\W|.", key)

@@ -1,4 +1,4 @@
-"""Inverses and orthonormal vectors, in operations that ONNX has where a graph is exported: it has no solve or QR."""
+"""Inverses and orthonormal vectors. An exported graph gets operations of ONNX, which does not have solve or QR."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ F = TypeVar("F", bound=Callable[..., Tensor])
 
 
 def in_single(function: F) -> F:
-    """The function in float32 for half precision, where LAPACK and Fourier transforms have no kernels."""
+    """Runs a function in float32 for half precision, for which LAPACK and Fourier transforms have no kernels."""
 
     @functools.wraps(function)
     def run(*tensors: Tensor) -> Tensor:
@@ -29,12 +29,12 @@ def in_single(function: F) -> F:
 
 @in_single
 def cayley(Q: Tensor) -> Tensor:
-    """(I - Q) (I + Q)⁻¹ of skew-symmetric matrices (…, n, n): rotations."""
+    """Returns the rotations (I - Q) (I + Q)⁻¹ of skew-symmetric matrices (…, n, n)."""
     eye = torch.diag_embed(torch.ones_like(Q[..., 0]))
     if not torch.compiler.is_exporting():
         return torch.linalg.solve(eye + Q, eye - Q, left=False)
-    # Gauss and Jordan's elimination, a column at a time. No pivots are looked for: xᵀ (I + Q) x is xᵀ x, so that
-    # what is left in each step has a diagonal of at least 1.
+    # Gauss-Jordan elimination, one column at a time, without pivoting: xᵀ (I + Q) x is xᵀ x, so the rest of the
+    # matrix has a diagonal of at least 1 in each step.
     inverse, left = eye, eye + Q
     for k in range(Q.shape[-1]):
         pivot = left[..., k : k + 1, k : k + 1]
@@ -46,7 +46,7 @@ def cayley(Q: Tensor) -> Tensor:
 
 @in_single
 def upper_inverse(U: Tensor) -> Tensor:
-    """The inverse of an upper triangular matrix."""
+    """Returns the inverse of an upper triangular matrix."""
     eye = torch.diag_embed(torch.ones_like(U[0]))
     if not torch.compiler.is_exporting():
         return torch.linalg.solve_triangular(U, eye, upper=True)
@@ -61,12 +61,12 @@ def upper_inverse(U: Tensor) -> Tensor:
 
 @in_single
 def orthonormal_columns(u: Tensor) -> Tensor:
-    """Gram and Schmidt's orthonormal vectors of columns; where it is not exported, up to their signs."""
+    """Orthonormalises columns by Gram-Schmidt. Outside of an export the signs of the vectors are not defined."""
     return orthonormal_rows(u.t()).t() if torch.compiler.is_exporting() else torch.linalg.qr(u)[0]
 
 
 def orthonormal_rows(raw: Tensor) -> Tensor:
-    """What Gram and Schmidt make of rows, each twice for rounding's sake; orthonormal ones stay as they are.
+    """Orthonormalises rows by Gram-Schmidt, twice against rounding. Orthonormal rows do not change.
 
     A QR decomposition would be the same, but ONNX has none.
     """

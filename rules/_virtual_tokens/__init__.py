@@ -1,1 +1,1 @@
-"""Tokens put before a text: where a model takes texts, masks, caches and positions."""
+"""Virtual tokens before a text, and the masks, caches and positions of a text model."""

@@ -1,4 +1,4 @@
-"""P-tuning's networks, whose output the virtual tokens are: PEFT's PromptEncoder, as functions of its tensors."""
+"""The networks of p-tuning, which compute virtual tokens: PEFT's PromptEncoder as functions of its tensors."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ Spec = tuple[str, tuple[int, ...], float]
 
 
 def specs(kind: str, width: int, size: int, layers: int) -> Iterator[Spec]:
-    """The tensors of an encoder, PEFT's under `mlp_head` and `lstm_head`."""
+    """Returns the tensors of an encoder, in PEFT those of `mlp_head` and `lstm_head`."""
     inputs = [width, size, size] if kind == "mlp" else [2 * size, 2 * size]
     for index, (fan, out) in enumerate(zip(inputs, [*inputs[1:], width], strict=True)):
         yield f"mlp_{2 * index}_weight", (out, fan), 1 / math.sqrt(fan)
@@ -31,7 +31,7 @@ def uniform(bound: float) -> Callable[[Tensor], Tensor]:
 
 
 def encode(prompt: Tensor, tensors: Mapping[str, Tensor], dropout: float, training: bool) -> Tensor:
-    """The network's output for (length, width): an MLP's, or that of a bidirectional LSTM with an MLP behind it."""
+    """Returns the network's output for (length, width): an MLP, or a bidirectional LSTM followed by an MLP."""
     h = prompt
     recurrent = [tensor for name, tensor in tensors.items() if name.startswith("lstm_")]
     if recurrent:

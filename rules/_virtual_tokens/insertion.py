@@ -50,7 +50,7 @@ def insert_tokens(
     inputs = {**arguments, **(arguments[rest] if rest else {})}
     ids, embeds = inputs["input_ids"], inputs["inputs_embeds"]
     if (ids is None) == (embeds is None):
-        return arguments, None  # the forward has its own words for that
+        return arguments, None  # the forward raises its own error
     text = embeds if ids is None else ids
     if text.dim() != (2 if embeds is None else 3):
         raise error(f"the text is {tuple(text.shape)}", "one sequence a row: (batch, tokens)")

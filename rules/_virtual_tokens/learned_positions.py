@@ -1,4 +1,4 @@
-"""The embedding that a model's positions go through, found by calls: where PEFT's prefix shifts them, and no more."""
+"""Finds the embedding of a model's positions by calls, for models in which PEFT's prefix only shifts positions."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ LENGTH = 3
 
 
 def position_embedding(model: nn.Module) -> str | None:
-    """The path of the embedding that positions go through, if a cache before a text does nothing but shift them.
+    """Returns the path of the embedding of positions, if a cache before a text only shifts them.
 
     A text is put into a cache, and called after itself: of the embeddings one must be given positions that are later
     by its length; the order of what is in the cache must not matter, as it does to biases of relative positions.
@@ -36,9 +36,9 @@ def position_embedding(model: nn.Module) -> str | None:
             without = _call(host, ids, _cache_of())[1]
         moved = [name for name in first if not torch.equal(first[name], second[name])]
         alone = len(moved) == 1 and torch.equal(first[moved[0]] + LENGTH, second[moved[0]])
-        near = max(1e-5, 8 * torch.finfo(output.dtype).eps)  # another order of a sum
+        near = max(1e-5, 8 * torch.finfo(output.dtype).eps)  # sums in another order
         alone = alone and torch.allclose(output, other, rtol=near, atol=near) and not torch.equal(output, without)
-    except Exception:  # a model that takes no cache, in any of the ways not to
+    except Exception:  # a model that does not take a cache may fail in any way
         return None
     return ".".join(filter(None, (path, moved[0]))) if alone else None
 
@@ -57,7 +57,7 @@ def _cache_of(layers: Any = ()) -> Any:
 
 
 def _call(host: Any, ids: Tensor, cache: Any) -> tuple[dict[str, Tensor], Tensor]:
-    """What the plain embeddings inside were given, and the hidden state."""
+    """Returns the inputs of the plain embeddings inside, and the hidden state."""
     inputs: dict[str, Tensor] = {}
     handles = [
         module.register_forward_pre_hook(lambda _, args, name=name: inputs.update({name: args[0].clone()}))
@@ -75,7 +75,7 @@ def _call(host: Any, ids: Tensor, cache: Any) -> tuple[dict[str, Tensor], Tensor
 
 @contextmanager
 def _evaluation_mode(model: nn.Module) -> Iterator[None]:
-    """In evaluation mode for a while."""
+    """A context in which the model is in evaluation mode."""
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:

@@ -1,4 +1,4 @@
-"""Columns of virtual tokens in a text's rows: behind each row's padding on the left, so that no padding parts the two.
+"""Columns of virtual tokens in a text's rows: after each row's padding on the left, directly before the text.
 
 A window of attention, a recurrent state and distances between positions count every column, padding, too. Behind the
 padding a row's numbers are those of the row alone, as with a longer text that a tokenizer pads.
@@ -13,7 +13,7 @@ from torch import Tensor
 
 
 class Place(NamedTuple):
-    """Where the virtual tokens stand: `count` columns behind `start` columns of text.
+    """The place of virtual tokens: `count` columns after `start` columns of text.
 
     `start`: one number for all rows, or (batch, 1), one for each row.
     """
@@ -22,7 +22,7 @@ class Place(NamedTuple):
     start: int | Tensor
 
     def insert(self, text: Tensor, columns: Tensor, dim: int) -> Tensor:
-        """The text with `columns` in it. The batch is the dimension before `dim`."""
+        """Returns the text with `columns` inserted. The batch is the dimension before `dim`."""
         if isinstance(self.start, int):
             if not self.start:
                 return torch.cat([columns, text], dim)
@@ -34,7 +34,7 @@ class Place(NamedTuple):
         return _take_columns(both, torch.where(at < self.start + self.count, source, at), dim, dim - 1)
 
     def cut(self, text: Tensor, dim: int) -> Tensor:
-        """What `put` made, without the virtual tokens. The batch is the first dimension."""
+        """Removes the columns of the virtual tokens. The inverse of `insert`. The batch is the first dimension."""
         left = text.shape[dim] - self.count
         if isinstance(self.start, int):
             if not self.start:
@@ -80,12 +80,12 @@ def padded_left(mask: Tensor) -> bool:
 
 
 def padding_of(mask: Tensor) -> Tensor:
-    """How many columns of padding each row begins with, (batch, 1)."""
+    """Returns the number of padding columns at the start of each row, (batch, 1)."""
     return ((mask != 0).cumsum(1) == 0).sum(1, keepdim=True)
 
 
 def _take_columns(tensor: Tensor, columns: Tensor, dim: int, batch: int) -> Tensor:
-    """These columns of each row, (rows, columns)."""
+    """Returns these columns of each row, (rows, columns)."""
     shape = [1] * tensor.dim()
     shape[batch], shape[dim] = columns.shape
     whole = [columns.shape[0] if i == batch else size for i, size in enumerate(tensor.shape)]

@@ -1,4 +1,4 @@
-"""What a call's cache says of the text before, and what is written down on it of an adapter's virtual tokens."""
+"""Reads from a call's cache how much text came before, and marks on it an adapter's virtual tokens."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class Mark(NamedTuple):
 
 
 def mark(cache: Any, adapter: str, new: Mark, first: bool = True) -> None:
-    """Write down on a cache that it holds an adapter's virtual tokens, in the order in which adapters put them in."""
+    """Marks on a cache that it contains an adapter's virtual tokens, in the order of insertion."""
     if cache is None or torch.compiler.is_compiling() and not first:
         return
     marks = {name: other for name, other in getattr(cache, _MARK, {}).items() if not first or name != adapter}
@@ -66,19 +66,21 @@ class Past:
         if not hasattr(cache, "get_seq_length"):
             raise error(f"its cache is a {type(cache).__name__}", "one that tells its length: get_seq_length()")
         recurrent = recurrent_layers(cache)
-        seen = 0 if recurrent and all(recurrent) else int(cache.get_seq_length())  # such states count no positions
+        seen = (
+            0 if recurrent and all(recurrent) else int(cache.get_seq_length())
+        )  # recurrent states do not count positions
         if not seen and not (any(recurrent) and cache.has_previous_state()):
             return Past(cache, True, 0, new, new)
         marks: dict[str, Mark] = getattr(cache, _MARK, {})
         if adapter not in marks:
             raise error("the cache was filled without the virtual tokens", "start with an empty cache")
-        # To this rule, what earlier ones put in is text.
+        # For this rule, the virtual tokens of earlier rules are text.
         later = list(marks.values())[list(marks).index(adapter) :]
         text = seen + new - sum(later_mark.count for later_mark in later) if seen else None
         return Past(cache, False, seen, new, text, marks[adapter])
 
     def room(self, module: nn.Module) -> int:
-        """How many positions the cache can hold; -1: any number."""
+        """Returns the number of positions that the cache can hold; -1: any number."""
         rooms = [room for room in [_room(layer, module) for layer in _layers(self.cache)] if room >= 0]
         return min(rooms) if rooms else -1
 
@@ -91,12 +93,12 @@ class Past:
             )
 
     def kept(self, call: Mapping[str, Any]) -> dict[str, Tensor]:
-        """The text so far; `call`: what this call gives of it."""
+        """Returns the text so far. `call`: the part of it in this call."""
         now = {name: value for name in PARTS if (value := call.get(name)) is not None}
         return now if self.mark is None else self._joined(now)
 
     def _joined(self, now: Mapping[str, Any]) -> dict[str, Tensor]:
-        """The text of earlier calls with that of this one; nothing where they don't go together."""
+        """Returns the text of earlier calls and of this one, or nothing if they do not fit together."""
         before = (self.mark.text if self.mark is not None else None) or {}
         if any(now.get(name) is None for name in before):
             return {}
@@ -139,12 +141,12 @@ PARTS = ("inputs_embeds", "position_ids", "token_type_ids")
 
 
 def waiting(mask: Tensor) -> bool:
-    """Whether a row has had nothing but padding."""
+    """Whether a row contains only padding so far."""
     return not torch.compiler.is_compiling() and bool((padding_of(mask) == mask.shape[1]).any())
 
 
 def recurrent_layers(cache: Any) -> list[bool]:
-    """Which layers of a cache hold a state alone, which counts no positions."""
+    """Returns which layers of a cache hold only a state, which does not count positions."""
     layers = getattr(cache, "layers", None)
     if layers is None:
         return list(getattr(cache, "is_linear", ()))
@@ -156,14 +158,14 @@ def _layers(cache: Any) -> list[Any]:
 
 
 def _room(layer: Any, module: nn.Module) -> int:
-    """How many positions a layer of a cache can take; -1: any number, as one that forgets what has left its window."""
+    """Returns the number of positions that a layer of a cache can take; -1: any number, as with a sliding window."""
     length_of = getattr(layer, "get_max_length", None)
     room = int(length_of()) if length_of is not None else -1
     if room < 0 or not getattr(layer, "is_sliding", False):
         return room
     if not hasattr(layer, "max_cache_len"):
         return -1
-    windows = _windows(module)  # a static layer is made no larger than its window, nor than was asked for
+    windows = _windows(module)  # a static layer has the size of its window or the requested size, whichever is smaller
     return -1 if windows and room >= min(windows) else room
 
 

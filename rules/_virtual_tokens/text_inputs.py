@@ -1,4 +1,4 @@
-"""What virtual tokens need to know of a model, found while planning: which modules take a text, and how they do."""
+"""Finds, while planning, which modules of a model take a text, and how they treat masks and positions."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from surgery.rules._virtual_tokens.token_rows import CHANGED
 
 
 def starred(site: Site) -> str | None:
-    """The name of the forward's ** argument."""
+    """Returns the name of the forward's ** argument, or None."""
     return next((name for name, p in site.own.signature.parameters.items() if p.kind is p.VAR_KEYWORD), None)
 
 
@@ -25,13 +25,13 @@ def takes_text(module: nn.Module) -> bool:
 
 
 def hosts(module: nn.Module, path: str) -> Iterator[tuple[str, nn.Module]]:
-    """The innermost modules in this one that take a text, as ids or embedded, with its mask; no decoder of two."""
+    """Yields the innermost modules that take a text, as ids or embeddings, with its mask, without decoders of two."""
     owners = tuple(inner for inner in module.modules() if has_both(inner))
     return ((name, inner) for name, inner in _innermost(module, path) if role_of(inner, owners) != "decoder")
 
 
 def decoders(module: nn.Module, path: str) -> Iterator[tuple[str, nn.Module]]:
-    """Those that look at an encoder's states through a mask."""
+    """Yields the modules that attend to an encoder's states through a mask."""
     owners = tuple(inner for inner in module.modules() if has_both(inner))
     for name, inner in _innermost(module, path):
         if _takes(inner, "encoder_hidden_states", "encoder_attention_mask") and role_of(inner, owners) == "decoder":
@@ -55,7 +55,7 @@ def _innermost(module: nn.Module, path: str) -> Iterator[tuple[str, nn.Module]]:
 
 
 def example_of(site: Site) -> dict[str, Any] | None:
-    """The module's arguments in the example call, by name; None without an example."""
+    """Returns the module's arguments in the example call by name, or None without an example."""
     if site.example is None:
         return None
     args, kwargs = site.example
@@ -68,7 +68,7 @@ def has_both(module: nn.Module) -> bool:
 
 
 def reads_padding(model: nn.Module) -> bool:
-    """Whether code around the text's module looks for padding: heads that take the text's last token, by its id."""
+    """Whether code around the text's module looks for padding: heads that find the text's last token by its id."""
     forward = inspect.unwrap(getattr(model, "_surgery_base", type(model)).forward)
     names = getattr(getattr(forward, "__code__", None), "co_names", ())
     return "pad_token_id" in names and takes_text(model) and not has_both(model) and bool(_inner_hosts(model))
@@ -105,7 +105,7 @@ def role(site: Site) -> str:
 
 
 def probe_text_model(site: Site) -> dict[str, Any]:
-    """What short calls of a text model show (`probed`)."""
+    """Returns what short calls of a text model show."""
     try:
         embedding = site.module.get_input_embeddings()  # type: ignore[operator]
     except NotImplementedError as error:
@@ -113,7 +113,7 @@ def probe_text_model(site: Site) -> dict[str, Any]:
     run: Callable[..., Any] = site.run
     try:
         findings = probe(run, embedding)
-    except SurgeryError:  # it needs more than a text: as in the example, then
+    except SurgeryError:  # it needs more than a text, so the example's arguments are used
         example = example_of(site)
         if example is None:
             raise
@@ -127,7 +127,7 @@ def probe_text_model(site: Site) -> dict[str, Any]:
 
 
 def probe_padding(run: Callable[..., Any], embedding: nn.Module) -> dict[str, bool]:
-    """What padding does to a text that is given without positions.
+    """Finds out what padding does to a text in a call without positions.
 
     `moves`: padding on its left changes nothing, as where positions are distances; `gaps`: nor does padding inside.
     """
@@ -153,14 +153,14 @@ def traits(site: Site) -> tuple[bool, bool, bool]:
 
 
 def after_of(site: Site, after: int | None) -> int:
-    """How many of a text's tokens stay before the virtual ones."""
+    """Returns how many tokens of a text stand before the virtual tokens."""
     if after is None and site.facts["role"] != "layer":
         return int(site.facts["seen"]["pooled"])
     return after or 0
 
 
 def width(site: Site, random: bool, after: int | None) -> int:
-    """How wide a text's embeddings are, or the output of a module that knows of no text."""
+    """Returns the size of a text's embeddings, or of the output of a module that takes no text."""
     if site.facts["role"] != "layer":
         return site.facts["seen"]["width"]
     if not random:
@@ -177,7 +177,7 @@ def width(site: Site, random: bool, after: int | None) -> int:
 
 
 def start(site: Site, init: str, ids: Sequence[int]) -> Callable[[Tensor], Any]:
-    """What fills a prompt: numbers as torch's Embedding starts from, or rows of the module's own embedding."""
+    """Returns the initial values of a prompt: as torch's Embedding, or rows of the module's own embedding."""
     if init == "random":
         return nn.init.normal_
     embedding = site.module.get_input_embeddings()  # type: ignore[operator]
@@ -197,7 +197,7 @@ def _refused(site: Site, why: str) -> SiteError:
 
 
 def probe(run: Callable[..., Any], embedding: nn.Module, ids: Tensor | None = None) -> dict[str, Any]:
-    """What short calls show of a text model, or `why` it can't be given embeddings for ids.
+    """Returns what short calls show of a text model, or `why` it does not take embeddings in place of ids.
 
     `width`: of its embeddings; `pooled`: whether it returns a vector of the whole beside the hidden states; `left`:
     whether padding on the left is the same to it for embeddings as for ids.
@@ -225,7 +225,7 @@ def probe(run: Callable[..., Any], embedding: nn.Module, ids: Tensor | None = No
 
 
 def counts_positions(run: Callable[..., Any], embedding: nn.Module) -> bool:
-    """Whether a text's positions are 0, 1, 2, … where a call gives none, be there padding on the left or not."""
+    """Whether a text's positions are 0, 1, 2, … in a call without positions, with and without padding on the left."""
     ids = _short(embedding)
     mask = torch.ones_like(ids)
     mask[:, 0] = 0
@@ -240,7 +240,7 @@ def counts_positions(run: Callable[..., Any], embedding: nn.Module) -> bool:
 
 
 def encoder_moves(site: Site) -> bool:
-    """Of a decoder, `moves` of the encoder whose states it looks at."""
+    """Returns the trait `moves` of the encoder whose states a decoder attends to."""
 
     def probe_encoder() -> bool:
         owner: Any = next((owner for owner in site.owners if has_both(owner)), None)
@@ -255,14 +255,14 @@ def encoder_moves(site: Site) -> bool:
 
 
 def _short(embedding: nn.Module) -> Tensor:
-    """Four tokens, none of which is the one for padding."""
+    """Returns four tokens, none of which is the padding token."""
     weight = next(embedding.parameters())
     rows = [row for row in range(min(weight.shape[0], 8)) if row != getattr(embedding, "padding_idx", None)]
     return torch.tensor([(rows * 4)[:4]], device=weight.device)
 
 
 def _near(first: Tensor, other: Tensor) -> bool:
-    """Whether they differ by rounding alone, which is some hundredths in half precision."""
+    """Whether two outputs differ only by rounding, which is some hundredths in half precision."""
     if first.is_meta or first.shape != other.shape:
         return first.is_meta
     near = 1e-3 if first.dtype in (torch.float32, torch.float64) else 0.05

@@ -21,7 +21,7 @@ _WANTED = "a 2-D mask (batch, tokens) can be widened"
 
 
 def text_mask(mask: Any, past: Past, module: nn.Module, batch: int) -> Tensor | None:
-    """A call's mask as (batch, tokens) of all the text, or None where a call gives none."""
+    """Returns a call's mask as (batch, tokens) of the whole text, or None if the call has no mask."""
     if mask is None:
         return None
     if isinstance(mask, Tensor) and mask.dim() == 2:
@@ -48,13 +48,13 @@ def text_mask(mask: Any, past: Past, module: nn.Module, batch: int) -> Tensor | 
 
 
 def pad_mask(mask: Tensor, original: Any) -> Tensor:
-    """A mask as wide as the one that was given, which may have a column for each place of a static cache."""
+    """Returns a mask as wide as the call's own, which may have a column for each place of a static cache."""
     wide = original.shape[1] - mask.shape[1] if isinstance(original, Tensor) and original.dim() == 2 else 0
     return F.pad(mask, (0, wide)) if wide > 0 else mask
 
 
 def _text_mask_from(masks: Mapping[str, Tensor], past: Past, batch: int, device: Any) -> Tensor:
-    """Which tokens of the text some query sees; of those that no query can see any more, what was so before."""
+    """Returns which tokens of the text some query attends to. Tokens that left the window keep their earlier value."""
     assert past.text is not None
     result = torch.ones(batch, past.text, dtype=torch.long, device=device)
     known = torch.zeros(past.text, dtype=torch.bool)
@@ -76,7 +76,7 @@ def _text_mask_from(masks: Mapping[str, Tensor], past: Past, batch: int, device:
 
 
 def _layer(name: str, cache: Any) -> int:
-    """A layer of the cache that this mask is for."""
+    """Returns a layer of the cache that this mask is for."""
     sliding = list(cache.is_sliding)
     window = all(sliding) if not name else name.startswith(("sliding", "chunked"))
     states = recurrent_layers(cache)
@@ -86,7 +86,7 @@ def _layer(name: str, cache: Any) -> int:
 def _transformers_mask(
     module: nn.Module, past: Past, batch: int, mask: Tensor | None, like: Mapping[str, Tensor]
 ) -> Any:
-    """What transformers makes of a mask for this call, or an error."""
+    """Returns the mask that transformers computes for this call, or raises an error."""
     masking: Any = sys.modules.get("transformers.masking_utils")
     make = getattr(masking, "create_masks_for_generate", None)
     if make is None or not hasattr(module, "config"):
@@ -99,7 +99,7 @@ def _transformers_mask(
 
 
 def _same(first: Any, second: Any) -> bool:
-    """Whether two masks, or mappings of masks, let the same be seen."""
+    """Whether two masks, or mappings of masks, are equivalent."""
     if isinstance(first, Mapping):
         return isinstance(second, Mapping) and all(
             name in second and _same(value, second[name]) for name, value in first.items()

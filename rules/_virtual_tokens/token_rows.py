@@ -48,7 +48,7 @@ def embedded(module: Any, ids: Tensor | None, embeds: Tensor | None) -> Tensor:
 
 
 def prompt_rows(prompt: Tensor, batch: int) -> Tensor:
-    """One prompt for all rows, or one a row; of rows that `generate` repeats for its beams, their row's."""
+    """Returns one prompt per row. Rows that `generate` repeats for its beams get the prompt of their row."""
     if prompt.dim() == 3 and prompt.shape[0] not in (1, batch):
         if batch % prompt.shape[0]:
             raise error(f"there are {prompt.shape[0]} tasks for {batch} rows", "name one task, or one a row")
@@ -57,7 +57,7 @@ def prompt_rows(prompt: Tensor, batch: int) -> Tensor:
 
 
 def refuse_unknown(inputs: Inputs, rest: str) -> None:
-    """Tensors whose columns may be tokens: the image's places in the text, lengths of packed sequences, boxes, …"""
+    """Refuses tensors whose columns may be tokens: places of images, lengths of packed sequences, boxes, …"""
     for name, value in inputs.items():
         if name in CHANGED or name in CACHES or name in ("task_ids", rest) or name.startswith("encoder_"):
             continue

@@ -1,4 +1,4 @@
-"""Virtual tokens of several adapters in one batch: each row its own, shorter ones filled up before them and masked."""
+"""Virtual tokens of several adapters in one batch: each row has its own, padded on the left and masked."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor
 from surgery import SiteError, hidden_of
 from surgery.rules._virtual_tokens import insertion, token_rows
 
-# Whose rows they are, and the virtual tokens (length, features).
+# The rows of an adapter, and its virtual tokens (length, features).
 RowPrompt = tuple[Any, Tensor]
 
 
@@ -24,7 +24,7 @@ def insert_tokens_per_row(
     counted: bool,
     *members: RowPrompt,
 ) -> Any:
-    """As `insertion.insert_tokens`, and the name under which a cache knows what is in it.
+    """As `insertion.insert_tokens`, for each row its own. Also returns the mark for the cache.
 
     `counted`: whether the model's positions are the tokens' own numbers, so that they can be given where a call leaves
     them out.
@@ -49,7 +49,7 @@ def insert_after_per_row(output: Any, after: int, *members: RowPrompt) -> Tensor
 
 
 def stack_prompts(batch: int, device: torch.device, *members: RowPrompt) -> tuple[Tensor, Tensor | None, str]:
-    """The rows' virtual tokens, (batch, length, features); which of them are real, or None where all are; a name."""
+    """Returns the rows' virtual tokens (batch, length, features), which of them are real (None: all), and a mark."""
     length = max(len(prompt) for _, prompt in members)
     first = members[0][1]
     whole = first.new_zeros(batch, length, first.shape[-1])

@@ -1,4 +1,4 @@
-"""Slots for low-rank changes: what LoRA and its kin become in an exported graph that many adapters share."""
+"""The slot for low-rank changes: LoRA and similar rules in an exported graph that many adapters share."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ __all__ = ["LowRankSlotRule", "LowRankSlottable", "low_rank_slot", "low_rank_ten
 
 @rule("low-rank-slot")
 class LowRankSlotRule(SlotRule):
-    """y = gain ⊙ (W x + B A x + B_bias) + b, with factors of any rank: of none, with a gain of ones, it is the base.
+    """y = gain ⊙ (W x + B A x + B_bias) + b, with factors of any rank. With rank 0 and a gain of ones it is the base.
 
     >>> import torch
     >>> from torch import nn
@@ -78,7 +78,7 @@ class LowRankSlotRule(SlotRule):
         bias = self._bias(site, layout, gain) if self.bias else None
         branch = layout.up(layout.down(site, layout.cast(site.input, A), A), B, bias)
         if gain is None:
-            return branch * 1.0  # the form that has a faster one
+            return branch * 1.0  # the form that `lowering` replaces by a faster one
         gain = layout.on_output(gain)
         return (gain - 1) * layout.without_bias(site) + gain * branch
 
@@ -100,12 +100,12 @@ class LowRankSlotRule(SlotRule):
 
 
 class LowRankSlottable(Rule):
-    """A rule whose change of a map is a product of two factors, so that LoRA's slots hold it. Not a rule by itself."""
+    """The base of rules whose change of a map is a product of two factors, so that LoRA's slots hold it."""
 
     slot_kind = "lora"
 
     def changes(self, site: LiveSite) -> Mapping[str, Any]:
-        """The change of each weight as a `LowRank`; by default that of `merged`."""
+        """Returns the change of each weight as a `LowRank`. Default: that of `merged`."""
         return self.merged(site)
 
     @classmethod
@@ -120,7 +120,7 @@ _PARTS = ("q_", "k_", "v_", "out_")
 
 
 def low_rank_slot(rules: Sequence[Rule], module: nn.Module, path: str) -> SlotRule | None:
-    """The slot that holds any of these rules at a module. Where its groups divide all their ranks, it is a branch."""
+    """Returns the slot that holds any of these rules at a module. It is a branch if the groups divide all ranks."""
     groups = getattr(module, "groups", 1)
     ranks = [_rank(rule, path) for rule in rules]
     rank = 2 * groups if all(rank_there % groups == 0 for rank_there in ranks) else groups + 1
@@ -138,7 +138,7 @@ def _rank(rule: Any, path: str) -> int:
 def low_rank_tensors(
     slot: Rule, site: LiveSite, changes: Mapping[str, Any], bias: Tensor | None = None
 ) -> dict[str, Tensor]:
-    """A and B, and a gain, for a slot from changes of the module's weights, as `merged` gives them; `bias`: one on B.
+    """Converts changes of a module's weights (`merged`) to a slot's A, B and gain. `bias`: a bias on B.
 
     What the rule's start changed in the weights (PiSSA) belongs to the adapter where the base is the file's.
     """
@@ -175,7 +175,7 @@ def _slot_lacks(site: LiveSite, what: str, why: str) -> SiteError:
 
 
 def _factors(part: WeightPart, change: LowRank) -> tuple[Tensor, Tensor]:
-    """A and B, with the scale in B."""
+    """Returns A and B, with the scale in B."""
     if part.turned:
         return change.B.t(), (change.A * _each(change.scale)).t()
     return change.A, change.B * change.scale
@@ -186,7 +186,7 @@ def _each(scale: Any) -> Any:
 
 
 def _to_slot_shapes(part: WeightPart, A: Tensor, B: Tensor, groups: int) -> tuple[Tensor, Tensor]:
-    """Flat factors in the shapes of the slot's; a slot without groups gets those of a grouped map side by side."""
+    """Reshapes flat factors for the slot. A slot without groups gets the factors of all groups side by side."""
     if groups > part.groups:
         out, own = B.shape[0] // groups, B.shape[1]
         wide = B.new_zeros(B.shape[0], own * groups)

@@ -1,4 +1,4 @@
-"""What a model needs whose text's learned positions begin later: PEFT's prefixes take the first ones."""
+"""Shifts a text's learned positions, because PEFT's prefixes take the first positions."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from surgery.rules._attention.prefix import listeners
 
 @rule("shifted-positions")
 class ShiftedRule(Rule):
-    """An embedding of positions, given them `by` later; padding's, if it has a row, stays. Comes with a PrefixRule."""
+    """Adds `by` to the input of an embedding of positions, except at padding. A companion of PrefixRule."""
 
     by: int = 0
     scalable = False
-    routable = False  # positions are mostly one row for the whole batch
+    routable = False  # most models have one row of positions for the whole batch
     why_not_merged = "it changes which positions are embedded"
 
     def rewrite(self, site: Site) -> None:
@@ -39,7 +39,7 @@ class ShiftedRule(Rule):
 
 @rule("shift-slot")
 class ShiftSlotRule(SlotRule):
-    """An embedding of positions, given them later by a number that is a tensor, zero at first: ShiftedRule's slot."""
+    """ShiftedRule's slot: adds a tensor, at first zero, to the input of an embedding of positions."""
 
     scalable = False
     identity = True
@@ -54,7 +54,7 @@ class ShiftSlotRule(SlotRule):
 
 
 def require_module(site: Site, name: str) -> bool:
-    """Whether the model has such a module; an error where it has not: what comes with a rule may match nothing."""
+    """Raises `SiteError` if the model has no module of this name: companions may match no module."""
     model = (*site.owners, site.module)[0]
     if not any(f".{path}".endswith(f".{name}") for path, _ in model.named_modules()):
         raise SiteError(
@@ -64,7 +64,7 @@ def require_module(site: Site, name: str) -> bool:
 
 
 def shift_positions(positions: Tensor, by: int | Tensor, padding: int | None) -> Tensor:
-    """The positions of a text behind a prefix; those of a text that is to become one, as they are."""
+    """Returns the positions of a text after a prefix. The text from which a prefix is fitted keeps its positions."""
     if listeners:
         return positions
     later = positions + by

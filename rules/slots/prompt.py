@@ -1,4 +1,4 @@
-"""What prompts become in an exported file: virtual tokens of any number at run time, none without an adapter."""
+"""The slots for prompts in exported files: any number of virtual tokens at run time, none without an adapter."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from surgery.rules._virtual_tokens import graph_insertion, text_inputs, token_ro
 
 @rule("prompt-slot")
 class PromptSlotRule(SlotRule):
-    """[P; e(x)] with P as it is given, of any length: PromptRule's slot, on the module that it found.
+    """[P; e(x)] with P of any length: PromptRule's slot, on the module that takes the text.
 
     Fields: `after`, a number, and `whole` are PromptRule's; `width` of the embeddings; `moves`: whether the model gives
     a text padded on its left the numbers that it has alone, so that P stands behind padding. With a cache, a mask is
@@ -27,7 +27,7 @@ class PromptSlotRule(SlotRule):
     scalable = False
     why_not_merged = "virtual tokens are not a change of a weight"
     slot_kind = "prompt"
-    zeros_are_none = False  # a virtual token of zeros is one
+    zeros_are_none = False  # a virtual token of zeros has an effect
 
     def rewrite(self, site: Site) -> Any:
         role = site.fact("role", lambda: text_inputs.role(site))
@@ -56,7 +56,7 @@ class PromptSlotRule(SlotRule):
 
 @rule("prompt-memory-slot")
 class PromptMemorySlotRule(SlotRule):
-    """A decoder's mask of its encoder's states, with a column for each virtual token that they have: of any number."""
+    """Widens a decoder's mask of its encoder's states by a column for each virtual token, of any number."""
 
     moves: bool = True  # whether they stand behind padding on the left
     scalable = False
@@ -69,9 +69,9 @@ class PromptMemorySlotRule(SlotRule):
 
 
 def slot_of(after: int | None, whole: bool, facts: Mapping[str, Any]) -> PromptSlotRule | None:
-    """The slot for prompts with these fields at a module, of which `facts` were found when they were put there."""
+    """Returns the slot for prompts with these fields at a module, from the facts that planning found there."""
     seen = facts.get("seen", {"pooled": False, "left": True})
-    # Where positions hang on token ids, or a head looks for padding in them, ids can't be left out without an adapter.
+    # If positions depend on token ids, or a head looks for padding in them, calls without an adapter need the ids.
     if not seen["left"] or (whole and facts["padded"]):
         return None
     after = int(seen["pooled"]) if after is None else after
