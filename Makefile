@@ -10,6 +10,7 @@ STATES_SEED ?= 1
 CRASHES ?= 30
 FAILURES ?= 100
 PROGRAMS ?= 2000
+EXAMPLES ?= 1000
 PROGRAMS_SEED ?= 1
 PEFT_SOURCE ?=
 
@@ -29,7 +30,7 @@ export HF_HUB_OFFLINE = 1
 export TOKENIZERS_PARALLELISM = false
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-fast families coverage lint bench docs-test gallery peers peft-suite onnx onnx-families damage failures states programs rewrites crashes examples wheel-test release web web-test clean
+.PHONY: help demo test test-fast families coverage lint bench docs-test gallery peers peft-suite onnx onnx-decoders onnx-families damage failures states programs rewrites properties crashes examples wheel-test release web web-test clean
 
 help: ## List the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -62,9 +63,12 @@ peft-suite: $(VENV)/.dev ## Run PEFT's own tests with PEFT and with surgery.peft
 	@test -n "$(PEFT_SOURCE)" || { echo "Name a folder with PEFT's source of the installed version: PEFT_SOURCE=…" >&2; exit 1; }
 	$(BIN)/python -m tests.reports.peft_suite --source "$(PEFT_SOURCE)" --jobs $(JOBS) --page $(ARGS)
 
-onnx: $(VENV)/.dev ## Export every model of tests/support/onnx_models.py, test it, and write the table of docs/onnx.md
-	ALL_ONNX=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/onnx/test_models.py tests/onnx/test_export.py tests/onnx/test_parity.py -n $(JOBS)
+onnx: $(VENV)/.dev ## Run all tests of exports, with every model of tests/support/onnx_models.py, and write the table of docs/onnx.md
+	ALL_ONNX=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/onnx --ignore=tests/onnx/test_generation.py -n $(JOBS)
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.reports.onnx $(ARGS)
+
+onnx-decoders: $(VENV)/.dev ## Decode by the files of all model families, of which make test takes two
+	ALL_ONNX=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/onnx/test_generation.py -n $(JOBS) $(ARGS)
 
 onnx-families: $(VENV)/.dev ## Export all model families with slots, and write docs/onnx-families.md
 	JOBS=$(JOBS) OMP_NUM_THREADS=1 $(BIN)/python -m tests.reports.onnx_families $(ARGS)
@@ -75,7 +79,7 @@ damage: $(VENV)/.dev ## Load 10,000 damaged adapter files and kill 200 saves, of
 failures: $(VENV)/.dev ## Break every verb off at FAILURES calls and lines of its code, of which make test tries 12
 	FAILURES=$(FAILURES) OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/lifecycle/test_failures.py $(ARGS)
 
-states: $(VENV)/.dev ## Take adapters through STATES random sequences of steps, of which make test runs 200; STATES_SEED=1, 2, …
+states: $(VENV)/.dev ## Take adapters through STATES random sequences of steps, of which make test runs 80; STATES_SEED=1, 2, …
 	STATES=$(STATES) STATES_SEED=$(STATES_SEED) OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/lifecycle/test_state_machine.py -s $(ARGS)
 
 programs: $(VENV)/.dev ## Run PROGRAMS random rewrites beside forwards written by hand, of which make test runs 100
@@ -84,10 +88,13 @@ programs: $(VENV)/.dev ## Run PROGRAMS random rewrites beside forwards written b
 rewrites: $(VENV)/.dev ## Compile, export and copy every recipe and replaced module, of which make test takes a sample
 	ALL_REWRITES=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/authoring/test_recipes.py tests/rules/test_replace.py tests/weaving/test_kinds.py -n $(JOBS) $(ARGS)
 
-crashes: $(VENV)/.dev ## Interrupt and kill CRASHES of the Trainer's runs of each kind, of which make test runs 4
+properties: $(VENV)/.dev ## Try EXAMPLES drawn models and rules for each property, of which make test tries 20 to 100
+	SURGERY_EXAMPLES=$(EXAMPLES) OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/merging/test_properties.py tests/tracing/test_own_forwards.py tests/lifecycle/test_naming.py -n $(JOBS) $(ARGS)
+
+crashes: $(VENV)/.dev ## Interrupt and kill CRASHES of the Trainer's runs of each kind, of which make test runs 2
 	CRASHES=$(CRASHES) OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/models/test_crashes.py -s $(ARGS)
 
-examples: $(VENV)/.dev ## Run all examples in their smallest setting, of which `make test` leaves out two
+examples: $(VENV)/.dev ## Run all examples in new processes and their smallest setting, of which `make test` leaves out two
 	ALL_EXAMPLES=1 $(BIN)/python -m pytest tests/project/test_examples.py -n $(JOBS) $(ARGS)
 
 lint: $(VENV)/.dev ## Check style and types
