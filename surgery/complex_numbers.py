@@ -1,4 +1,4 @@
-"""Complex numbers: which real dtype lies under a complex one, and tensors that are filled with real numbers."""
+"""Real dtypes of complex dtypes, and complex tensors that are filled with real numbers."""
 
 from __future__ import annotations
 
@@ -12,29 +12,29 @@ __all__ = ["filled_by_reals", "is_number", "narrow", "real_of"]
 
 
 def is_number(value: Tensor | torch.dtype) -> bool:
-    """Whether it holds floating-point or complex numbers, which can be added to, scaled and trained."""
+    """Whether a tensor or dtype has floating-point or complex numbers, which can be added, scaled and trained."""
     dtype = value.dtype if isinstance(value, Tensor) else value
     return dtype.is_floating_point or dtype.is_complex
 
 
 def narrow(tensor: Tensor) -> bool:
-    """Whether its dtype is one of quantised weights: whole numbers, or floating-point ones of a byte."""
+    """Whether a tensor has a dtype of quantised weights: integers, or floating-point numbers of one byte."""
     return not is_number(tensor) or tensor.element_size() < 2
 
 
 def real_of(dtype: torch.dtype) -> torch.dtype:
-    """The real dtype of a complex one's parts; any other as it is."""
+    """Returns the real dtype of a complex dtype's parts. Other dtypes are returned as they are."""
     return dtype.to_real() if dtype.is_complex else dtype
 
 
 def filled_by_reals(fill: Callable[[Tensor], Any]) -> Callable[[Tensor], Any]:
-    """What fills a tensor with random numbers, for complex tensors too: real ones, as PEFT starts them."""
+    """Extend a function that fills tensors to complex tensors, which get real numbers, as in PEFT."""
 
-    def filled(tensor: Tensor) -> Any:
+    def fill_any(tensor: Tensor) -> Any:
         if not tensor.is_complex():
             return fill(tensor)
         real = torch.empty(tensor.shape, dtype=real_of(tensor.dtype), device=tensor.device)
         fill(real)
         return tensor.copy_(real)
 
-    return filled
+    return fill_any

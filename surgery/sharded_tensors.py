@@ -1,4 +1,4 @@
-"""Tensors that several processes share the parts of: FSDP2's and tensor parallelism's DTensors, FSDP1's flat views."""
+"""Tensors that are split between processes: DTensors (FSDP2, tensor parallelism) and views of flat tensors (FSDP1)."""
 
 from __future__ import annotations
 
@@ -9,36 +9,38 @@ from torch import Tensor, nn
 
 from surgery.errors import SurgeryError
 
-__all__ = ["is_flattened", "put", "refuse_split", "sharding_of"]
+__all__ = ["is_flattened", "copy_into", "refuse_split", "sharding_of"]
 
 
 def sharding_of(module: nn.Module) -> tuple[str, str] | None:
-    """Why a module's own parameters are not whole here (why, what to do), or None."""
-    if any(type(tensor) is not nn.Parameter and hasattr(tensor, "device_mesh") for tensor in _own(module)):
+    """Returns why a module's own parameters are not whole in this process (why, what to do), or None."""
+    if any(type(tensor) is not nn.Parameter and hasattr(tensor, "device_mesh") for tensor in _own_parameters(module)):
         why, name = "its parameters are sharded (DTensor)", "fully_shard"
-    elif any(map(is_flattened, _own(module))) or any([_is_flat_view(value) for value in module.__dict__.values()]):
+    elif any(map(is_flattened, _own_parameters(module))) or any(
+        [_is_flat_view(value) for value in module.__dict__.values()]
+    ):
         why, name = "its parameters are parts of a flat one that is sharded (FSDP)", "FSDP, which needs use_orig_params"
     else:
         return None
     return why, f"do this before {name}; or save_adapter, and load it on a model that is not sharded"
 
 
-def _own(module: nn.Module) -> list[Tensor]:
+def _own_parameters(module: nn.Module) -> list[Tensor]:
     return [tensor for tensor in module._parameters.values() if tensor is not None]
 
 
 def is_flattened(tensor: Tensor) -> bool:
-    """Whether FSDP1 has made this parameter a part of a flat one."""
+    """Whether FSDP1 has made this parameter a part of a flat parameter."""
     return getattr(tensor, "_fsdp_flattened", False)
 
 
 def _is_flat_view(value: Any) -> bool:
-    """Without use_orig_params FSDP1 puts views into a module's attributes."""
+    """Whether FSDP1 stored a view in a module's attribute, which it does without use_orig_params."""
     return isinstance(value, Tensor) and getattr(value._base, "_is_flat_param", False)
 
 
-def put(tensor: Tensor, new: Tensor) -> None:
-    """Copy numbers into a live tensor, whatever mode it was made in, and where it is sharded each process its part."""
+def copy_into(tensor: Tensor, new: Tensor) -> None:
+    """Copy numbers into a tensor of the model in place. If it is sharded, each process copies its part."""
     if is_flattened(tensor):
         raise SurgeryError(
             "numbers can't be put into these tensors",
@@ -56,8 +58,10 @@ def put(tensor: Tensor, new: Tensor) -> None:
 
 
 def refuse_split(module: nn.Module, name: str, parameter: Any) -> None:
-    """`SurgeryError` where tensor parallelism is about to split a parameter of a rewritten module: adapters stay whole,
-    and torch fails at their names with the model half split."""
+    """Raise `SurgeryError` if tensor parallelism is about to split a parameter of a rewritten module.
+
+    It would leave adapters whole, and then fail at their names with the model half split.
+    """
     if hasattr(parameter, "device_mesh") and not hasattr(module._parameters.get(name), "device_mesh"):
         raise SurgeryError(
             f"parallelize_module can't split a rewritten {type(module).__name__}",

@@ -98,9 +98,9 @@ class Corrections:
     def add(self, start: int, want: Tensor, got: Tensor) -> None:
         """Add the differences between two flat tensors of bits. `start` is the position of the first entry."""
         if want.device.type == "cpu":  # numpy is four times as fast as torch
-            wanted, gotten = want.numpy(), got.numpy()
-            positions = nonzero(wanted != gotten)
-            values = wanted[positions] - gotten[positions]
+            wanted_bits, got_bits = want.numpy(), got.numpy()
+            positions = nonzero(wanted_bits != got_bits)
+            values = wanted_bits[positions] - got_bits[positions]
         else:
             differing = (want != got).nonzero().squeeze(1)
             positions = differing.cpu().numpy()
@@ -131,8 +131,8 @@ class Corrections:
         for chunk in self.chunks:
             positions, values = (torch.from_numpy(part).to(bits.device) for part in _unpack(*chunk))
             bits.put_(positions, values.to(bits.dtype), accumulate=True)
-        for positions, kept in zip(self.nan_positions, self.nan_bits, strict=True):
-            bits.put_(positions.to(bits.device), kept.to(bits.device))
+        for positions, bits_under_nan in zip(self.nan_positions, self.nan_bits, strict=True):
+            bits.put_(positions.to(bits.device), bits_under_nan.to(bits.device))
 
 
 # First position; number of values and byte planes of each stream; number of uncompressed bytes; the bytes.
@@ -221,9 +221,9 @@ def nonzero(mask: np.ndarray) -> np.ndarray:
     if not 0.02 < np.count_nonzero(mask) / mask.size < 0.1:
         return np.flatnonzero(mask)
     eights = np.packbits(mask)
-    some = np.flatnonzero(eights != 0)
-    inner = np.flatnonzero(np.unpackbits(eights[some]).view(np.bool_))
-    return (some[inner >> 3] << 3) | (inner & 7)
+    with_hits = np.flatnonzero(eights != 0)
+    inner = np.flatnonzero(np.unpackbits(eights[with_hits]).view(np.bool_))
+    return (with_hits[inner >> 3] << 3) | (inner & 7)
 
 
 def checksum(tensor: Tensor) -> int:

@@ -1,7 +1,7 @@
-"""What a model's own precision loses: the same model in float64 is the reference.
+"""Measures the rounding error of a model's own precision, with the same model in float64 as the reference.
 
-A tolerance that was found on one processor need not hold on another, whose kernels add in another order. How far the
-model is from itself in float64, on the processor at hand, tells how much another order may differ there.
+A tolerance that suits one processor need not suit another, whose kernels add in another order. The distance of the
+model from itself in float64, on the present processor, shows how much another order may differ there.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
-__all__ = ["FACTOR", "Wide", "difference"]
+__all__ = ["FACTOR", "Float64Model", "difference"]
 
-# Two orders of summation each lose about as much as one, and the largest of many numbers is a matter of chance.
+# Two orders of summation have about the same error each, and the largest of many errors varies by chance.
 FACTOR = 8.0
 
 _WIDER = {
@@ -27,65 +27,66 @@ _WIDER = {
 }  # fmt: skip
 
 
-class Wide:
-    """A model in float64, made when it is first asked: weights, inputs and what its code casts to float32."""
+class Float64Model:
+    """A float64 copy of a model, created at first use. Inputs and the code's casts to float32 become float64, too."""
 
     def __init__(self, model: nn.Module):
-        self._model, self._made = model, None
+        self._model, self._wide_model = model, None
 
     def losses(
         self, call: Callable[[nn.Module, Callable[[Tensor], Tensor]], Sequence[Tensor]], outputs: Sequence[Tensor]
     ) -> list[float] | None:
-        """How far each of these outputs is from its own in float64 (see `difference`); None where that can't be told.
+        """Returns the `difference` of each output from its float64 reference, or None if float64 does not work.
 
-        `call(model, wide)`: what the model gives, flat, of the same arguments with each tensor made `wide`.
+        `call(model, widen)`: returns the model's outputs, flat, for the same arguments with `widen` applied to each
+        tensor.
         """
         try:
-            if self._made is None:
-                self._made = copy.deepcopy(self._model).to(torch.float64).eval()
-            with torch.no_grad(), torch.random.fork_rng(), _Widened():
-                found = call(self._made, _wide)
-        except Exception:  # operations that float64 has no kernels for, and packed weights
+            if self._wide_model is None:
+                self._wide_model = copy.deepcopy(self._model).to(torch.float64).eval()
+            with torch.no_grad(), torch.random.fork_rng(), _WideningMode():
+                references = call(self._wide_model, _widen)
+        except Exception:  # packed weights, and operations without float64 kernels
             return None
-        if [one.shape for one in found] != [one.shape for one in outputs]:
+        if [tensor.shape for tensor in references] != [tensor.shape for tensor in outputs]:
             return None
-        return [difference(want, have) for want, have in zip(found, outputs, strict=True)]
+        return [difference(reference, output) for reference, output in zip(references, outputs, strict=True)]
 
 
-class _Widened(TorchFunctionMode):
-    """Whoever asks for float32 gets float64."""
+class _WideningMode(TorchFunctionMode):
+    """Inside the mode, code that asks for float32 gets float64."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        args, kwargs = pytree.tree_map(_asked, (args, kwargs or {}))
+        args, kwargs = pytree.tree_map(_widen_dtype, (args, kwargs or {}))
         if func in (Tensor.float, Tensor.half, Tensor.bfloat16):
             func = Tensor.double
-        found = func(*args, **kwargs)
-        return pytree.tree_map(_wide, found) if isinstance(found, (Tensor, tuple, list)) else found
+        result = func(*args, **kwargs)
+        return pytree.tree_map(_widen, result) if isinstance(result, (Tensor, tuple, list)) else result
 
 
-def _asked(value: Any) -> Any:
+def _widen_dtype(value: Any) -> Any:
     return _WIDER.get(value, value) if isinstance(value, torch.dtype) else value
 
 
-def _wide(value: Any) -> Any:
+def _widen(value: Any) -> Any:
     return value.to(_WIDER[value.dtype]) if isinstance(value, Tensor) and value.dtype in _WIDER else value
 
 
-def difference(want: Tensor, have: Any) -> float:
-    """The largest difference, of the largest number where that is above 1; infinite where shapes or NaNs differ.
+def difference(reference: Tensor, value: Any) -> float:
+    """Returns the largest difference, divided by the largest number if that is above 1. Infinite if shapes differ.
 
-    A NaN is equal to a NaN, and an infinity to one of its sign.
+    NaN is equal to NaN, and an infinity to an infinity of its sign. If these differ, the difference is infinite, too.
     """
-    expected, found = _array(want), _array(have)
-    if expected.shape != found.shape or not np.array_equal(np.isnan(expected), np.isnan(found)):
+    expected, actual = _array(reference), _array(value)
+    if expected.shape != actual.shape or not np.array_equal(np.isnan(expected), np.isnan(actual)):
         return float("inf")
     finite = np.isfinite(expected)
-    if not np.array_equal(expected[~finite], found[~finite], equal_nan=True) or not np.isfinite(found[finite]).all():
+    if not np.array_equal(expected[~finite], actual[~finite], equal_nan=True) or not np.isfinite(actual[finite]).all():
         return float("inf")
     if not finite.any():
         return 0.0
-    expected, found = expected[finite], found[finite]
-    return float(np.abs(expected - found).max() / max(1.0, np.abs(expected).max()))
+    expected, actual = expected[finite], actual[finite]
+    return float(np.abs(expected - actual).max() / max(1.0, np.abs(expected).max()))
 
 
 def _array(value: Any) -> np.ndarray:

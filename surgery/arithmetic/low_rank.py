@@ -11,6 +11,7 @@ import math
 import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from typing import Literal
 
 import numpy as np
 import torch
@@ -54,10 +55,10 @@ class LowRank:
         return sum(t.numel() * t.element_size() for t in self._tensors().values())
 
     def delta(self, shape: Sequence[int], dtype: torch.dtype = torch.float32) -> Tensor:
-        """ΔW, on B's device, the same bits for any device, number of threads and order of the rank components.
+        """Returns ΔW on B's device. Its bits do not depend on device, threads or the order of the rank components.
 
-        Relative to the largest products, right to about 1e-7 at rank 8 and 4e-7 at rank 256. For `dtype` float64 it is
-        float64 and right to about 1e-15, else float32. Raises MergeError where the factors don't fit the shape.
+        The error relative to the largest products is about 1e-7 at rank 8 and 4e-7 at rank 256. With `dtype` float64,
+        ΔW is float64 with an error of about 1e-15; otherwise it is float32. Raises MergeError if shapes do not fit.
         """
         self.check(shape)
         if self.B.is_complex() or self.A.is_complex():
@@ -70,7 +71,7 @@ class LowRank:
         return out.reshape(tuple(shape)).to(self.B.device)
 
     def complex_delta(self, shape: Sequence[int], device: torch.device) -> Tensor:
-        """ΔW of complex factors in complex128: an ordinary product, whose bits may differ between machines."""
+        """Returns ΔW of complex factors in complex128: an ordinary matmul, whose bits may differ between machines."""
         B, A = (factor.detach().to(device, torch.complex128) for factor in (self.B, self.A))
         scale = self.scale.to(device).reshape(-1, 1) if isinstance(self.scale, Tensor) else self.scale
         B, A = B.unflatten(0, (self.groups, -1)), (A * scale).unflatten(0, (self.groups, -1))
@@ -78,27 +79,27 @@ class LowRank:
 
     @staticmethod
     def join(changes: Sequence[LowRank]) -> LowRank:
-        """Several changes as one, concatenated along the rank, so that they are rounded once."""
+        """Concatenate changes along the rank into one change, so that they are rounded once."""
         if any(change.groups != 1 or change.gain is not None for change in changes):
             raise MergeError("changes with groups or a gain can't be joined", fix="fold them one after the other")
         scales = [torch.as_tensor(c.scale, dtype=torch.float64, device=c.B.device).expand(len(c.A)) for c in changes]
         return LowRank(torch.cat([c.B for c in changes], 1), torch.cat([c.A for c in changes]), torch.cat(scales))
 
-    def seen(self, shape: Sequence[int]) -> tuple[int, ...]:
-        """The weight's shape as the factors see it, rows first: a stack of matrices as all their rows."""
+    def viewed_shape(self, shape: Sequence[int]) -> tuple[int, ...]:
+        """Returns the weight's shape as the factors view it: a stack of matrices is one matrix of all their rows."""
         stacked = len(shape) > 2 and len(self.B) == shape[0] * shape[1] != shape[0]
         return (len(self.B), *shape[2:]) if stacked else tuple(shape)
 
     def check(self, shape: Sequence[int], where: str = "") -> None:
         """Raise MergeError unless the factors fit a weight of this shape."""
-        g, rank, seen = self.groups, len(self.A), self.seen(shape)
-        m, n = matrix_shape(seen) if seen else (0, 0)
+        g, rank, viewed = self.groups, len(self.A), self.viewed_shape(shape)
+        m, n = matrix_shape(viewed) if viewed else (0, 0)
         fits = bool(shape) and g >= 1 and rank >= g and rank % g == 0 and m % g == 0
         fits = fits and tuple(self.B.shape) == (m, rank // g) and tuple(self.A.shape) == (rank, n)
         if isinstance(self.scale, Tensor):
             fits = fits and tuple(self.scale.shape) in ((), (rank,))
         if self.gain is not None:
-            fits = fits and (tuple(self.gain.shape) == (m,) or _broadcasts(self.gain.shape, seen))
+            fits = fits and (tuple(self.gain.shape) == (m,) or _broadcasts(self.gain.shape, viewed))
         if not fits:
             parts = {name: tuple(tensor.shape) for name, tensor in self._tensors().items()}
             raise MergeError(
@@ -109,18 +110,18 @@ class LowRank:
             )
 
     def snapshot(self) -> LowRank:
-        """A copy on the CPU that no later training reaches."""
+        """Returns a copy on the CPU, which later training does not change."""
         return replace(self, **{name: t.detach().to("cpu", copy=True) for name, t in self._tensors().items()})
 
     def gains(self, weight: Tensor) -> tuple[Tensor | None, Tensor | None]:
-        """The gain, and the factor that undoes it as nearly as rounding lets it, shaped like the weight."""
+        """Returns the gain and its inverse (to within rounding) in the weight's shape, or (None, None)."""
         if self.gain is None:
             return None, None
         gain = self.gain.detach().to(weight.device, compute_dtype(weight.dtype))
         if gain.dim() == 1 and len(gain) == len(weight):
             gain = gain.view(-1, *[1] * (weight.dim() - 1))
         inverse = 1 / gain
-        # A gain of 0 destroys the row: what brings it back is the correction, and it must start from a number.
+        # A gain of 0 destroys the row. Corrections restore it, but they must start from a finite number.
         inverse = torch.where(inverse.isfinite(), inverse, torch.zeros_like(inverse))
         return gain.expand(weight.shape), inverse.expand(weight.shape)
 
@@ -135,10 +136,10 @@ class Product:
     def __init__(
         self, change: LowRank, shape: Sequence[int], dtype: torch.dtype, device: torch.device, exact: bool = True
     ):
-        (self.height, self.width), g = matrix_shape(change.seen(shape)), change.groups
+        (self.height, self.width), g = matrix_shape(change.viewed_shape(shape)), change.groups
         rank = len(change.A) // g
         self.compute = compute_dtype(dtype)
-        # Quantised where the snapshot lies, on the CPU: no device's rounding matters, and nothing waits for a device.
+        # The factors are rounded on the CPU, where the snapshot is: device rounding does not matter, nothing waits.
         home, work = (torch.device("cpu"), torch.float64) if exact else (device, self.compute)
         B = change.B.detach().to(home, work).reshape(g, self.height // g, rank)
         A = change.A.detach().to(home, work).reshape(g, rank, self.width)
@@ -154,7 +155,7 @@ class Product:
         self.B, self.A = ([t.to(device) for t in part] for part in (rounded if self.exact else ([B], [A])))
 
     def __call__(self, i: int, j: int) -> Tensor:
-        """Rows i to j of ΔW, valid until the next call: rows of one group, or whole groups."""
+        """Returns rows i to j of ΔW, valid until the next call. They are rows of one group, or whole groups."""
         size = (j - i, self.width)
         wide = narrow = scratch("wide", size, self.B[0].dtype, self.B[0].device)
         per_group = self.B[0].shape[1]
@@ -174,6 +175,7 @@ class Product:
         return narrow
 
     def tiles(self) -> Iterator[tuple[int, int]]:
+        """Yields the first and last row of each tile."""
         # A tile's temporaries should stay in cache, but each tile costs some forty calls (on a GPU, launches).
         entries = 1 << 18 if self.B[0].device.type == "cpu" else 1 << 23
         per_group, limit = self.B[0].shape[1], max(1, entries // max(1, self.width))
@@ -185,9 +187,9 @@ class Product:
 
 
 def _split(factor: Tensor, dim: int, count: int) -> list[Tensor] | None:
-    """The factor as `count` summands of few enough bits, or None where its values don't allow it.
+    """Split a factor into `count` summands with few bits, or return None if its values are too large or NaN.
 
-    Each summand's entries are integers of at most `bits` bits times a power of two common to `dim`.
+    Each summand's entries are integers of at most `bits` bits times a power of two that is common to `dim`.
     """
     rest, summands = factor.numpy(), []  # factors are small, and numpy's calls cost half of torch's
     bits = (53 - (rest.shape[dim] - 1).bit_length()) // 2
@@ -196,7 +198,7 @@ def _split(factor: Tensor, dim: int, count: int) -> list[Tensor] | None:
         if not top.max(initial=0.0) < _LARGEST:  # or NaN
             return None
         power = (top.view(np.int64) & _EXPONENT).view(np.float64)  # 2^⌊log₂ top⌋
-        # Adding 1.5 · 2⁵² units of the last bit to keep rounds away what lies below it; the subtraction is exact.
+        # Adding 1.5 · 2⁵² units of the last bit to keep rounds off all lower bits; the subtraction is exact.
         shift = power * (1.5 * 2.0 ** (53 - bits))
         summands.append(torch.from_numpy((rest + shift) - shift))
         if count > 1:
@@ -205,20 +207,23 @@ def _split(factor: Tensor, dim: int, count: int) -> list[Tensor] | None:
 
 
 def exact_parts(B: Tensor, A: Tensor) -> tuple[Tensor, Tensor] | None:
-    """Factors of many changes, (k, m, r) and (k, r, n) in float64, as `Product` rounds those of one; None where their
-    values don't allow it."""
+    """Round the factors of many changes as `Product` does, or return None if values are too large or NaN.
+
+    Shapes: B (k, m, r), A (k, r, n), in float64.
+    """
     parts = [_split(factor, dim, 1) for factor, dim in ((B, 2), (A, 1))]
-    found = [part[0] for part in parts if part is not None]
-    return (found[0], found[1]) if len(found) == 2 else None
+    rounded = [part[0] for part in parts if part is not None]
+    return (rounded[0], rounded[1]) if len(rounded) == 2 else None
 
 
 _memory = threading.local()
+Role = Literal["wide", "narrow", "folded"]  # of scratch memory
 
 
-def scratch(role: str, shape: tuple[int, int], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Uninitialised memory, on the CPU the same for each call with this role and thread.
+def scratch(role: Role, shape: tuple[int, int], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Returns uninitialised memory. On the CPU, each call with the same role and thread returns the same memory.
 
-    Touching fresh memory for every weight would cost as much as the arithmetic on it. A few megabytes stay.
+    Touching fresh memory for every weight would take as long as the arithmetic. A few megabytes stay allocated.
     """
     size = shape[0] * shape[1] * dtype.itemsize
     if device.type != "cpu" or not 0 < size <= _SCRATCH_LIMIT:

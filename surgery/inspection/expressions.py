@@ -17,7 +17,7 @@ from surgery.forward.parameter_view import base_forward, call_own, forward_aroun
 from surgery.inspection.adapter_modules import AdapterModule, adapter_of
 from surgery.inspection.function_names import INFIX, FunctionNames
 from surgery.tracing.proxies import call_object
-from surgery.weaving.called_around import HandedOn, called_around
+from surgery.weaving.wrapped_calls import HandedOn, call_wrapped
 
 __all__ = ["Expressions", "path_text"]
 
@@ -38,7 +38,7 @@ class Expressions:
             in_dtype: lambda node: self._cast(node, self.of(node.args[1])),
             detached: lambda node: (f"{self.of(node.args[0], _ATOM)}.detach()", _ATOM),
             base_forward: self._base_forward,
-            called_around: self._called_around,
+            call_wrapped: self._call_wrapped,
             call_object: lambda node: (self._call(self.of(node.args[0], _ATOM), node.args[1:], node.kwargs), _ATOM),
             getattr: self._attribute,
             operator.getitem: self._item,
@@ -167,10 +167,10 @@ class Expressions:
         seen = f"{self.names.of(make_view)}({self.of(itself)}, {base}, {self.of(tensors)})"
         return f"{base}.forward({', '.join(filter(None, [seen, given]))})", _ATOM
 
-    def _called_around(self, node: fx.Node) -> tuple[str, int]:
+    def _call_wrapped(self, node: fx.Node) -> tuple[str, int]:
         function, around, *args = node.args
         if len(around) != 1:  # type: ignore[arg-type]
-            return self._call(self.names.of(called_around), node.args, node.kwargs), _ATOM
+            return self._call(self.names.of(call_wrapped), node.args, node.kwargs), _ATOM
         return self._call(self.of(around[0], _ATOM), (function, *args), node.kwargs), _ATOM  # type: ignore[index]
 
     def _call(self, function: str, args: Any, kwargs: Any) -> str:

@@ -35,9 +35,9 @@ from surgery.inspection.variable_names import variable_names
 from surgery.state.records import SiteState
 from surgery.tracing.call_kind import describe_kind
 from surgery.tracing.guards import describe_structure
-from surgery.weaving.call_variants import Variant, layers_in
 from surgery.weaving.rewrite_recording import layer_of
-from surgery.weaving.weave import woven, woven_held
+from surgery.weaving.variant_building import Variant, traced_layers
+from surgery.weaving.weave import weave, weave_traced
 
 __all__ = ["Readable", "readable_forward"]
 
@@ -64,7 +64,7 @@ def _written(module: nn.Module, state: SiteState, own: OwnForward) -> Readable:
     writer = _Writer(module, state, own)
     if not any(applied.inside for applied in state.live()):
         layers = [layer_of(applied, module, state.path, own) for applied in state.live()]
-        graphs = {training: woven(own, layers, training, lowered=False) for training in (False, True)}
+        graphs = {training: weave(own, layers, training, lowered=False) for training in (False, True)}
         return Readable((writer.code(own, layers, graphs),), writer.names.space)
     return Readable(tuple(writer.kinds()), writer.names.space)
 
@@ -103,9 +103,9 @@ class _Writer:
     def kind(self, variants: Sequence[Variant]) -> str:
         graphs, kept = {}, {}
         for variant in variants:
-            own, layers = layers_in(variant.held, self.module, self.state)
-            graphs[variant.kind[0]], around = woven_held(own, layers)
-            kept |= {**variant.kept, **around}
+            own, layers = traced_layers(variant.traced, self.module, self.state)
+            graphs[variant.kind[0]], around = weave_traced(own, layers)
+            kept |= {**variant.constants, **around}
         return self.code(own, layers, graphs, kept, variants[0].kind[1:3])
 
     def code(

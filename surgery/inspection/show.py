@@ -17,12 +17,12 @@ from surgery.patterns.wrappers import unwrap
 from surgery.rewritten_model.verb_root import check_all_present, records_in
 from surgery.state.adapter_tensors import is_adapter_key, tensors_of
 from surgery.state.records import SiteState, merged_adapters, site_state, sites
-from surgery.state.site_links import there
+from surgery.state.site_links import module_at
 from surgery.text_table import table
 from surgery.transaction.gradient_flags import is_lazy
-from surgery.weaving.call_variants import held_own, layer_at
 from surgery.weaving.generated_class import recipe_of
-from surgery.weaving.weave import woven
+from surgery.weaving.variant_building import last_traced_forward, layer_at
+from surgery.weaving.weave import weave
 
 __all__ = ["Summary", "draw", "show", "summary"]
 
@@ -183,19 +183,19 @@ def draw(model: nn.Module, path: str = "", *, before: bool = True) -> str:
     `before=False` leaves the own graph out. `MatchError` as `show`.
     """
     module, state = _site_at(model, path)
-    own = held_own(module, state) if any(applied.inside for applied in state.applied) else None
+    own = last_traced_forward(module, state) if any(applied.inside for applied in state.applied) else None
     own = own or own_forward(module, state.base)
     layers = [layer_at(applied, module, state, own) for applied in state.applied]
     title = f"{path or type(module).__name__} ({type(module).__name__})"
     shown = {"before": [], "after": layers} if before else {"": layers}
-    return _svg(title, {head: woven(own, some, module.training, lowered=False) for head, some in shown.items()})
+    return _svg(title, {head: weave(own, some, module.training, lowered=False) for head, some in shown.items()})
 
 
 def _site_at(model: nn.Module, path: str) -> tuple[nn.Module, SiteState]:
     check_all_present(model)
     modules = dict(model.named_modules(remove_duplicate=False)) | dict(every_path(model))  # with wrappers, and without
     below = list(records_in(model).values())
-    if (path not in modules or site_state(modules[path]) is None) and len(below) == 1 and there(below[0], path):
+    if (path not in modules or site_state(modules[path]) is None) and len(below) == 1 and module_at(below[0], path):
         modules = dict(every_path(below[0]))  # a path in what is wrapped
     if path not in modules:
         raise MatchError(f"the model has no module {path!r}", why=near_misses(path, modules))

@@ -15,7 +15,7 @@ from surgery.forward.tape import Layer, Tape, for_both_modes
 from surgery.forward.values import Value
 from surgery.state.records import Applied
 from surgery.transaction.user_frames import is_ours, is_torchs
-from surgery.weaving.rewrite_recording import PassedOver, recorded
+from surgery.weaving.rewrite_recording import SkippedSite, record_rewrite
 
 __all__ = ["VariableName", "variable_names"]
 
@@ -42,8 +42,8 @@ def variable_names(
     for number, (applied, layer) in enumerate(zip(live, layers, strict=True), start=1):
         with _watched() as seen:
             try:
-                recorded(applied.rule, module, path, applied.adapter, own, facts=applied.facts)
-            except (SurgeryError, PassedOver):
+                record_rewrite(applied.rule, module, path, applied.adapter, own, facts=applied.facts)
+            except (SurgeryError, SkippedSite):
                 continue
         for tape, offsets in _tapes_like(layer.tape, [tape for tape, _ in seen.values()], module.training):
             names = seen[id(tape)][1]

@@ -16,7 +16,7 @@ from surgery.lifecycle.switching import check_none_merged, set_trained, switch, 
 from surgery.patterns.module_walk import base_modules
 from surgery.rewritten_model.verb_root import check_parts_idle, rewritten
 from surgery.state.adapter_naming import adapter_names
-from surgery.state.in_use import check_free, claimed
+from surgery.state.in_use import check_free, claim
 from surgery.state.records import ModelState, model_state, site_state
 from surgery.transaction.garbage_collection import collector_waits
 from surgery.transaction.neutral_context import neutral, verb
@@ -214,7 +214,7 @@ def using(model: nn.Module, adapter: str | Sequence[str] | None, weights: Weight
     root, state = rewritten(model)
     check_parts_idle(root)
     live = _requested(state, [] if adapter is None else adapter, weights)
-    with claimed(root):
+    with claim(root):
         before, resting = weights_now(state), state.resting
         check_none_merged(state)
         try:

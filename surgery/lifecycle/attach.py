@@ -19,8 +19,8 @@ from surgery.state.record_undo import keep_model, keep_site
 from surgery.state.records import Applied, Places, SiteState, Standing, require_state, site_state
 from surgery.transaction.undo_log import Journal
 from surgery.weaving.class_objections import reason_against
-from surgery.weaving.conflicts import clashes
-from surgery.weaving.rewrite_recording import PassedOver, recorded
+from surgery.weaving.conflicts import find_conflicts
+from surgery.weaving.rewrite_recording import SkippedSite, record_rewrite
 
 __all__ = ["PlacedRule", "attach_idle"]
 
@@ -62,7 +62,7 @@ def attach_idle(
                 raise SurgeryError(what, where=site.path, why=refused[0], fix=refused[1])
             steps += _attach_rule(placement, adapter, standing, site, tied, journal)
             places.setdefault(id(placement.module), (placement.module, []))[1].append(site.applied[-1])
-        if problems := clashes(steps, beside=False):
+        if problems := find_conflicts(steps, with_live=False):
             raise PlanError(problems)
         keep_model(journal, model, state)
         state.adapters[adapter] = tuple(rules)
@@ -91,8 +91,8 @@ def _attach_rule(
     if not placement.inside:  # a rule that looks into the forward is recorded for each kind of call
         own = own_forward(module, site.base)
         try:
-            recording = recorded(placement.rule, module, path, adapter, own, facts=placement.facts)
-        except PassedOver:
+            recording = record_rewrite(placement.rule, module, path, adapter, own, facts=placement.facts)
+        except SkippedSite:
             raise SiteError(f"{placement.rule.label} finds nothing to do here", where=path) from None
         expected = {spec.name: spec.shape for spec in recording.specs}
         shapes = {name: tuple(tensor.shape) for name, (tensor, _) in placement.tensors.items()}

@@ -44,7 +44,7 @@ from surgery.state.records import (
     site_state,
 )
 from surgery.transaction.undo_log import Journal
-from surgery.weaving.site_class import Shared
+from surgery.weaving.site_class import ClassChange
 
 __all__ = ["install_plan"]
 
@@ -149,7 +149,7 @@ def _install_classes(plan: Plan, journal: Journal) -> None:
     steps_at: dict[int, list[PlannedRule]] = {}
     for step in plan.steps:
         steps_at.setdefault(id(step.module), []).append(step)
-    shared = Shared(journal)
+    shared = ClassChange(journal)
     for steps in steps_at.values():
         shared.install(steps[0].module, tuple([(id(step.rule), id(step.tape)) for step in steps]), steps[0].own)
 

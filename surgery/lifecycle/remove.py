@@ -19,11 +19,11 @@ from surgery.state.adapter_tensors import detach
 from surgery.state.in_use import check_free
 from surgery.state.record_undo import keep_model, keep_site, take_out_fold
 from surgery.state.records import _MODEL, _SITE, ModelState, SiteState
-from surgery.state.site_links import there
+from surgery.state.site_links import module_at
 from surgery.transaction.neutral_context import verb
 from surgery.transaction.undo_log import Journal
 from surgery.weaving.class_objections import reason_against
-from surgery.weaving.site_class import Shared
+from surgery.weaving.site_class import ClassChange
 
 __all__ = ["remove"]
 
@@ -65,7 +65,7 @@ def remove(model: M, adapter: str | Sequence[str] | None = None, *, check: bool 
         _check_removable(path, module, site, names, check)
     keys = transformers_hooks.keys_of(root, state, names)
     with Journal() as journal:
-        shared, going = Shared(journal), frozenset(names)
+        shared, going = ClassChange(journal), frozenset(names)
         for _, module, site in affected:
             _take_out(module, site, going, check, shared)
         keep_model(journal, model, state)
@@ -118,7 +118,7 @@ def _check_removable(path: str, module: nn.Module, site: SiteState, names: list[
     verify_records([(tensor_at(module, name), record) for a in gone for name, record in a.changed], path, check)
 
 
-def _take_out(module: nn.Module, site: SiteState, names: frozenset[str], check: bool, shared: Shared) -> None:
+def _take_out(module: nn.Module, site: SiteState, names: frozenset[str], check: bool, shared: ClassChange) -> None:
     keep_site(shared.journal, module)
     gone = [applied for _, applied in site.take_out(names)]
     if any([applied.live for applied in gone]):
@@ -137,7 +137,7 @@ def _take_out(module: nn.Module, site: SiteState, names: frozenset[str], check: 
 def restore(model: nn.Module, state: ModelState, journal: Journal) -> None:
     """After the last adapter is removed: restore what the model record noted, and delete the record."""
     for path, name, value, _ in state.switched:
-        if (reader := there(model, path)) is not None:
+        if (reader := module_at(model, path)) is not None:
             journal.attribute(reader, name)
             setattr(reader, name, value)
     transformers_hooks.restore(model, state, journal)

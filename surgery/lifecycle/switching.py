@@ -16,10 +16,10 @@ from surgery.lifecycle.gradient_reducers import watch_gradients
 from surgery.state.adapter_tensors import AdapterTensors, box_of
 from surgery.state.records import _SITE, Applied, ModelState, SiteState, require_state
 from surgery.state.running_statistics import exchange
-from surgery.state.site_links import there
+from surgery.state.site_links import module_at
 from surgery.transaction.undo_log import Journal
 from surgery.weaving.class_objections import reason_against
-from surgery.weaving.generated_class import swap
+from surgery.weaving.generated_class import swap_class
 from surgery.weaving.site_class import class_of_live
 
 __all__ = ["check_none_merged", "check_settled", "set_trained", "switch", "weights_now"]
@@ -47,7 +47,7 @@ def switch(model: nn.Module, live: Mapping[str, float]) -> None:
         journal.undo(_swap_back, settled)
         _install(settled, bound, _key(state, live), lambda: state.rules_at(live))
         for path, name, without, value in state.switched:
-            if (reader := there(model, path)) is not None:
+            if (reader := module_at(model, path)) is not None:
                 journal.attribute(reader, name)
                 setattr(reader, name, value if live else without)
         frozen, freezes = (any(state.standing[name].freezes for name in names) for names in (before, live))
@@ -100,7 +100,7 @@ def _install(
             site.variants.clear()
         if cls is not before:
             if bound and id(module) in bound:
-                swap(module, cls)
+                swap_class(module, cls)
             else:
                 _set_class(module, "__class__", cls)
 
@@ -108,7 +108,7 @@ def _install(
 def _swap_back(settled: SettledSites) -> None:
     for module, site, before in settled:
         if module.__class__ is not before:
-            swap(module, before)
+            swap_class(module, before)
         site.woven = None
 
 

@@ -12,7 +12,7 @@ from surgery.forward.own_forward import own_forward
 from surgery.forward.parameter_view import tensor_at
 from surgery.state.adapter_tensors import AdapterTensors, box_of
 from surgery.state.records import site_state
-from surgery.weaving.rewrite_recording import recorded
+from surgery.weaving.rewrite_recording import record_rewrite
 
 __all__ = ["start"]
 
@@ -32,7 +32,7 @@ def start(module: nn.Module, box: nn.Module) -> None:
                 why="what it asks for depends on a call",
                 fix="load_state_dict with its tensors, or apply rules after the model has memory",
             )
-        recording = recorded(
+        recording = record_rewrite(
             rule_record.rule,
             module,
             site.path,

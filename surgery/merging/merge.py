@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from surgery.arithmetic.exact_fold import Change, LowRank, Rows, weighted
+from surgery.arithmetic.exact_fold import Change, LowRank, Rows, scale_change
 from surgery.authoring.hook_call import HookCall
 from surgery.authoring.live_site import LiveSite
 from surgery.errors import MergeError, PlanError, SurgeryError, SurgeryWarning
@@ -32,7 +32,7 @@ from surgery.state.tied_weights import Untied, retie, say_untied
 from surgery.transaction.neutral_context import verb
 from surgery.transaction.undo_log import Journal
 from surgery.weaving.class_objections import reason_against
-from surgery.weaving.conflicts import hidden
+from surgery.weaving.conflicts import find_live_conflict
 from surgery.weaving.rewrite_recording import layer_of
 from surgery.weaving.site_class import install_live
 
@@ -300,7 +300,9 @@ def _changes(
                 if not isinstance(change, (LowRank, Rows, Tensor)):
                     raise TypeError(f"{name} is given a {type(change).__name__}, not a tensor, LowRank or Rows")
         if applied.weight != 1.0:
-            changes = {name: weighted(change, live.tensor(name), applied.weight) for name, change in changes.items()}
+            changes = {
+                name: scale_change(change, live.tensor(name), applied.weight) for name, change in changes.items()
+            }
         yield changes
 
 
@@ -346,7 +348,7 @@ def _objections(
             )
         )
     if not problems and len(chosen) > 1:
-        problem = hidden(chosen, module, site.path, own_forward(module, site.base))
+        problem = find_live_conflict(chosen, module, site.path, own_forward(module, site.base))
         problems += [problem] if problem is not None else []
     if not problems:
         problems += _packed(path, module, site, chosen)

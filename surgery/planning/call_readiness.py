@@ -24,7 +24,7 @@ from surgery.tracing.call_kind import describe_kind, kind_of_call
 from surgery.tracing.example_call import Observation, copied
 from surgery.tracing.traced_forward import known_forwards, trace_anew
 from surgery.transaction.neutral_context import ambient
-from surgery.weaving.call_variants import leaves_of, make_ready
+from surgery.weaving.variant_building import make_ready, uses_leaves
 
 __all__ = ["Readiness", "trace_graphs", "prepare_sites"]
 
@@ -45,7 +45,7 @@ def trace_graphs(steps: Sequence[PlannedRule], observations: Sequence[Observatio
         module, base = step.module, step.own.base
         for words in _modes(module):
             own, kind, reason = own_forward(module, base), kind_of_call(module, arguments), ""
-            leaves = leaves_of([other for other in steps if other.module is module])
+            leaves = uses_leaves([other for other in steps if other.module is module])
             if not any(traced.fits(module) for traced in known_forwards(module, own, kind, leaves)):
                 try:
                     trace_anew(module, own, arguments, kind, leaves)
@@ -70,7 +70,7 @@ def prepare_sites(
             own, kind, leaves = (
                 own_forward(module, state.base),
                 kind_of_call(module, arguments),
-                leaves_of(state.live()),
+                uses_leaves(state.live()),
             )
             if not any(traced.fits(module) for traced in known_forwards(module, own, kind, leaves)):
                 continue  # the plan has a warning

@@ -13,7 +13,7 @@ from surgery.forward.repeated_runs import find_write, repeat_forward, repeated_w
 from surgery.forward.tape import Layer
 from surgery.tracing.example_call import copied, equal, evaluating
 from surgery.transaction.neutral_context import ambient
-from surgery.weaving.weave import woven
+from surgery.weaving.weave import weave
 
 __all__ = []
 
@@ -28,7 +28,7 @@ def verify_graph(module: nn.Module, own: OwnForward, call: tuple[tuple, dict, An
     args, kwargs, _ = call
     bound = own.signature.bind(*args, **kwargs)
     bound.apply_defaults()
-    graph = fx.GraphModule(module, woven(own, [], training=False))
+    graph = fx.GraphModule(module, weave(own, [], training=False))
     with ambient(), torch.no_grad(), evaluating(module):
         with torch.random.fork_rng():
             output = graph(*copied(tuple(bound.arguments.values())))
@@ -47,7 +47,7 @@ def repeated_write(
     module: nn.Module, own: OwnForward, layer: Layer, call: tuple[tuple, dict, Any], path: str
 ) -> SurgeryError | None:
     """The problem if the edits run the module's own forward more than once and it writes to its arguments or module."""
-    total = sum(node.target is repeat_forward for node in woven(own, [layer], training=False).nodes)
+    total = sum(node.target is repeat_forward for node in weave(own, [layer], training=False).nodes)
     if total < 2:
         return None
     with torch.no_grad(), torch.random.fork_rng(), evaluating(module):

@@ -28,11 +28,11 @@ from surgery.planning.plan import Plan
 from surgery.planning.plan_examples import check_examples
 from surgery.planning.uncalled_modules import never_called
 from surgery.state.records import site_state
-from surgery.state.running_statistics import moving, moving_modules
+from surgery.state.running_statistics import changing_buffers, moving_modules
 from surgery.tracing.example_call import examples_in
 from surgery.weaving.class_objections import reason_against
-from surgery.weaving.conflicts import clashes
-from surgery.weaving.rewrite_recording import PassedOver, Recording, recorded
+from surgery.weaving.conflicts import find_conflicts
+from surgery.weaving.rewrite_recording import Recording, SkippedSite, record_rewrite
 
 __all__ = ["make_plan", "with_companions"]
 
@@ -65,7 +65,7 @@ def make_plan(
         targets = _match(plan, tree, rule, is_companion)
         if targets is not None:
             _plan_rule(plan, rule, targets, reads, is_companion)
-    plan.problems += clashes(plan.steps)
+    plan.problems += find_conflicts(plan.steps)
     if plan.freezes or plan.frozen_by:
         plan.statistics += _moving_statistics(plan)
     plan.warnings = collapse_similar(plan.warnings)
@@ -187,16 +187,16 @@ def _plan_site(
             own = own_forward(module, base)
             owners = plan.owners_of(path)
             example = None if not plan.examples else lambda: plan.example_of(module)
-            recording = recorded(rule, module, path, plan.adapter, own, example, owners, facts)
+            recording = record_rewrite(rule, module, path, plan.adapter, own, example, owners, facts)
             if key is not None and not recording.inside and not facts:
                 recordings[key] = recording
     except SurgeryError as error:
         plan.problems.append(error)
         return
-    except PassedOver:
+    except SkippedSite:
         plan.passed.append(path)
         return
-    plan.warnings += recording.told
+    plan.warnings += recording.warnings
     plan.steps.append(
         PlannedRule(
             rule,
@@ -270,4 +270,6 @@ def _moving_statistics(plan: Plan) -> list[str]:
     """The modules with buffers that training changes (running statistics), except buffers that the rules replace."""
     replaced = {(id(step.module), str(ref.key)) for step in plan.steps for ref in step.tape.replaced_refs()}
     modules = moving_modules(plan.model)
-    return [path for path, module in modules if any((id(module), name) not in replaced for name in moving(module))]
+    return [
+        path for path, module in modules if any((id(module), name) not in replaced for name in changing_buffers(module))
+    ]

@@ -12,10 +12,10 @@ from surgery.errors import SurgeryError
 from surgery.patterns.module_walk import RESERVED
 from surgery.state.record_undo import keep_site
 from surgery.state.records import _SITE, ModelState, model_state, site_state
-from surgery.state.site_links import at_path, linked
+from surgery.state.site_links import at_path, link_sites
 from surgery.transaction.undo_log import Journal
 from surgery.weaving.class_objections import reason_against
-from surgery.weaving.generated_class import swap
+from surgery.weaving.generated_class import swap_class
 from surgery.weaving.site_class import install_live
 
 __all__ = ["follow", "move_record", "unwatch", "watch"]
@@ -23,31 +23,37 @@ __all__ = ["follow", "move_record", "unwatch", "watch"]
 _BATCH_NORM = nn.modules.batchnorm._BatchNorm
 
 
-def follow(root: nn.Module, state: ModelState, lost: Iterable[nn.Module]) -> list[nn.Module]:
+def follow(root: nn.Module, state: ModelState, missing: Iterable[nn.Module]) -> list[nn.Module]:
     """Move the records of lost modules to the modules that replaced them; return the modules without a replacement."""
-    left = []
-    for old in lost:
+    unreplaced = []
+    for old in missing:
         site = site_state(old)
         path, new = at_path(root, site.path) if site is not None else ("", root)
         if site is None or path != site.path or not _took_over(old, new):
-            left.append(old)
+            unreplaced.append(old)
             continue
-        if (refused := reason_against(new)) is not None:
+        if (objection := reason_against(new)) is not None:
             what = f"the rules cannot follow from this {type(old).__name__} to a {type(new).__name__}"
-            raise SurgeryError(what, where=path, why=refused[0], fix=refused[1])
+            raise SurgeryError(what, where=path, why=objection[0], fix=objection[1])
         with Journal() as journal:
             move_record(state, old, new, journal)
             install_live(new, journal)
-    return left
+    return unreplaced
 
 
 def _took_over(old: nn.Module, new: nn.Module) -> bool:
     """Whether `new` has the adapters and the same parameter objects as `old`, as after `convert_sync_batchnorm`."""
-    mine, other = new._modules.get(RESERVED), old._modules.get(RESERVED)
+    new_adapters, old_adapters = new._modules.get(RESERVED), old._modules.get(RESERVED)
     parameters = {**old._parameters}
-    same = all(new._parameters.get(name) is parameter for name, parameter in parameters.items())
-    marked = other is not None or (isinstance(old, _BATCH_NORM) and isinstance(new, _BATCH_NORM))
-    return site_state(new) is None and mine is other and same and bool(parameters) and marked
+    same_parameters = all(new._parameters.get(name) is parameter for name, parameter in parameters.items())
+    recognisable = old_adapters is not None or (isinstance(old, _BATCH_NORM) and isinstance(new, _BATCH_NORM))
+    return (
+        site_state(new) is None
+        and new_adapters is old_adapters
+        and same_parameters
+        and bool(parameters)
+        and recognisable
+    )
 
 
 def move_record(state: ModelState, old: nn.Module, new: nn.Module, journal: Journal) -> None:
@@ -60,7 +66,7 @@ def move_record(state: ModelState, old: nn.Module, new: nn.Module, journal: Jour
         journal.keep(applied.__dict__)
     journal.keep(*[places.modules for places in state.places.values()], state.moving)
     journal.attribute(state, "links")
-    swap(old, site.base)
+    swap_class(old, site.base)
     del old.__dict__[_SITE]
     new.__dict__[_SITE] = site
     site.base, site.woven = type(new), None
@@ -90,10 +96,10 @@ class BatchNormWatch:
         state = model_state(self.model)
         if state is None or (state.links is not None and state.links.hold()):
             return
-        state.links, lost = linked(self.model, state.sites())
-        if lost:
+        state.links, missing = link_sites(self.model, state.sites())
+        if missing:
             state.links = None
-            follow(self.model, state, lost)
+            follow(self.model, state, missing)
 
 
 def watch(model: nn.Module, state: ModelState, journal: Journal) -> None:

@@ -24,7 +24,7 @@ from surgery.state.adapter_tensors import box_of, tensors_of
 from surgery.state.in_use import check_free
 from surgery.state.records import Applied, SiteState, model_state, site_state
 from surgery.transaction.undo_log import Journal
-from surgery.weaving.rewrite_recording import recorded
+from surgery.weaving.rewrite_recording import record_rewrite
 from surgery.weaving.site_class import install_live
 
 __all__ = ["follow_resizing", "leave_resizing"]
@@ -139,7 +139,7 @@ def _grow(module: nn.Module) -> None:
     assert site is not None
     own = own_forward(module, site.base)
     for applied in site.applied:
-        recording = recorded(applied.rule, module, site.path, applied.adapter, own, facts=applied.facts)
+        recording = record_rewrite(applied.rule, module, site.path, applied.adapter, own, facts=applied.facts)
         old = tensors_of(module, applied.adapter)
         grown = [spec for spec in recording.specs if spec.shape != tuple(old[spec.name].shape)]
         initial = _initial_tensors(module, site, applied, recording.specs) if grown else {}

@@ -11,7 +11,7 @@ from surgery.errors import SurgeryError, near_misses
 from surgery.patterns.module_walk import RESERVED
 from surgery.patterns.wrappers import select_tensors
 from surgery.rewritten_model.verb_root import check_all_present, records_in, rewritten
-from surgery.sharded_tensors import is_flattened, put
+from surgery.sharded_tensors import copy_into, is_flattened
 from surgery.state.adapter_naming import adapter_names
 from surgery.state.adapter_tensors import base_alone, is_adapter_key, tensors_of
 from surgery.state.records import Sites, sites
@@ -78,7 +78,7 @@ def adapter_state_dict(
 def select_adapter_tensors(
     all_sites: Sites, adapter: str, state_dict: Mapping[str, Tensor] | None
 ) -> Mapping[str, Tensor] | None:
-    """The adapter's tensors in a state dict, by this model's names; None without a state dict."""
+    """Returns the adapter's tensors in a state dict, by this model's names. None without a state dict."""
     if state_dict is None:
         flat = [path for path, module, _ in all_sites if any(map(is_flattened, tensors_of(module, adapter).values()))]
         if flat:
@@ -133,8 +133,8 @@ def load_adapter_state_dict(model: nn.Module, tensors: Mapping[str, Tensor], ada
         )
     with Journal() as journal:
         for key, tensor in own.items():
-            journal.undo(put, tensor, tensor.clone())
-            put(tensor, tensors[key])
+            journal.undo(copy_into, tensor, tensor.clone())
+            copy_into(tensor, tensors[key])
 
 
 def rules_of(model: nn.Module, adapter: str | None = None) -> list[Rule]:

@@ -22,7 +22,7 @@ from surgery.patterns.wrappers import submodule
 from surgery.rewritten_model.resized_embeddings import follow_resizing, leave_resizing
 from surgery.rewritten_model.save_pretrained import adapter_keys, forgive_missing, give_back, take_over
 from surgery.state.records import AdapterWriter, ModelState
-from surgery.state.site_links import there
+from surgery.state.site_links import module_at
 from surgery.transaction.undo_log import Journal
 
 __all__ = ["ignore_on_save", "keys_of", "list_on_save", "prepare", "restore", "save_adapters_alone", "unlist"]
@@ -39,7 +39,7 @@ def prepare(model: nn.Module, state: ModelState, adapter: str, journal: Journal)
     else:
         list_on_save(model, state, adapter, journal)
     for path, _ in state.ignored_on_save:
-        if (part := there(model, path)) is not None:
+        if (part := module_at(model, path)) is not None:
             follow_resizing(part, model, journal)
     for embedding in _embeddings(model, state):
         if not any(isinstance(hook, InputsRequireGrad) for hook in embedding._forward_hooks.values()):
@@ -57,7 +57,7 @@ def list_on_save(model: nn.Module, state: ModelState, adapter: str, journal: Jou
 def ignore_on_save(model: nn.Module, state: ModelState) -> None:
     """Add the adapters' tensors to the keys that the model itself excludes from `save_pretrained`."""
     for path, original in state.ignored_on_save:
-        if (saver := there(model, path)) is None:
+        if (saver := module_at(model, path)) is None:
             continue
         kept = getattr(type(saver), _IGNORED, None) if original == _ABSENT else original
         setattr(saver, _IGNORED, {*(kept or ()), *adapter_keys(saver), _NEVER_MISSING})
@@ -69,7 +69,7 @@ Keys = list[tuple[nn.Module, list[str]]]
 
 def keys_of(model: nn.Module, state: ModelState, adapters: Collection[str]) -> Keys:
     """The keys of these adapters' tensors in each module that has a list of excluded keys."""
-    savers = [there(model, path) for path, _ in state.ignored_on_save]
+    savers = [module_at(model, path) for path, _ in state.ignored_on_save]
     return [(saver, list(adapter_keys(saver, adapters))) for saver in savers if saver is not None]
 
 
@@ -98,7 +98,7 @@ def save_adapters_alone(model: nn.Module, state: ModelState, writer: AdapterWrit
 def restore(model: nn.Module, state: ModelState, journal: Journal) -> None:
     """After the last adapter is removed: restore attributes and hooks."""
     for path, _ in state.ignored_on_save:
-        if (saver := there(model, path)) is not None:
+        if (saver := module_at(model, path)) is not None:
             journal.keep(saver.__dict__)
     restore_ignored(model, state)
     for key, hook in list(model._load_state_dict_post_hooks.items()):
@@ -129,7 +129,7 @@ class InputsRequireGrad:
 
 def restore_ignored(model: nn.Module, state: ModelState) -> None:
     for path, original in state.ignored_on_save:
-        if (saver := there(model, path)) is None:
+        if (saver := module_at(model, path)) is None:
             continue
         give_back(saver)
         if original == _ABSENT:

@@ -21,13 +21,13 @@ from surgery.state.records import (
     site_state,
     sites,
 )
-from surgery.state.site_links import at_path, linked
+from surgery.state.site_links import at_path, link_sites
 
 __all__ = ["check_all_present", "check_parts_idle", "records_in", "rewritten", "root_of", "with_lost"]
 
 
 def rewritten(model: nn.Module, *, lost: bool = False) -> tuple[nn.Module, ModelState]:
-    """The rewritten model, which may be inside the argument (a host module or a wrapper), and its record.
+    """Returns the rewritten model, which may be inside the argument (a host module or a wrapper), and its record.
 
     Raises `SurgeryError` if there is not exactly one, or if a site is no longer in the model (unless `lost`).
     """
@@ -39,7 +39,7 @@ def rewritten(model: nn.Module, *, lost: bool = False) -> tuple[nn.Module, Model
 
 
 def root_of(model: nn.Module) -> nn.Module:
-    """The only module with a model record: the argument, the module that it wraps, or a module inside it."""
+    """Returns the only module with a model record: the argument, the module that it wraps, or a module inside it."""
     root = unwrap(model)
     check_module(model)
     if model_state(root) is not None:
@@ -54,15 +54,15 @@ def root_of(model: nn.Module) -> nn.Module:
             why="each has a record and adapters of its own",
             fix=f"pass one of them: model.{next(iter(below))}",
         )
-    part = [(path, site.path) for path, _, site in sites(root)]
-    if part:
-        shown, recorded = part[0]
-        whole = recorded.removesuffix(shown).rstrip(".") if recorded.endswith(shown) else ""
+    inner_sites = [(path, site.path) for path, _, site in sites(root)]
+    if inner_sites:
+        path_here, recorded = inner_sites[0]
+        path_in_model = recorded.removesuffix(path_here).rstrip(".") if recorded.endswith(path_here) else ""
         raise SurgeryError(
             "this is a part of a rewritten model",
-            where=abbreviate([path or "(the module itself)" for path, _ in part]),
+            where=abbreviate([path or "(the module itself)" for path, _ in inner_sites]),
             why="the record of its rules is on the model that apply_rules was called with"
-            + (f", in which this is {whole!r}" if whole else ""),
+            + (f", in which this is {path_in_model!r}" if path_in_model else ""),
             fix="pass that model",
         )
     raise SurgeryError(
@@ -80,7 +80,7 @@ def check_module(model: object) -> None:
 
 
 def records_in(model: nn.Module, *, below: bool = False, nested: bool = False) -> dict[str, nn.Module]:
-    """The modules with a record in a model, by path. Records inside another rewritten module count only if `nested`.
+    """Returns the modules with a record by path. Records inside another rewritten module count only if `nested`.
 
     `below`: skip the record of the model itself.
     """
@@ -105,19 +105,19 @@ def records_in(model: nn.Module, *, below: bool = False, nested: bool = False) -
 
 def check_present(root: nn.Module, state: ModelState) -> None:
     """Raise `SurgeryError` if a site is no longer in the model and its record can't move to a replacement."""
-    links, coming = state.links, state.unlinked
-    if links is not None and links.hold() and (not coming or not links.add(root, coming)):
-        coming.clear()
+    links, new_sites = state.links, state.unlinked
+    if links is not None and links.hold() and (not new_sites or not links.add(root, new_sites)):
+        new_sites.clear()
         return
     for _ in range(2):  # check again after moving records
-        state.links, lost = linked(root, state.sites())
-        coming.clear()
-        if not lost:
+        state.links, missing = link_sites(root, state.sites())
+        new_sites.clear()
+        if not missing:
             return
         state.links = None
-        left = follow(root, state, lost)
-        if left:
-            raise _lost(root, left)
+        unreplaced = follow(root, state, missing)
+        if unreplaced:
+            raise _lost_sites_error(root, unreplaced)
 
 
 def check_parts_idle(root: nn.Module) -> None:
@@ -128,7 +128,7 @@ def check_parts_idle(root: nn.Module) -> None:
     if is_only_record():
         return
     parts = records_in(root, below=True, nested=True)
-    live = {path: names for path, part in parts.items() if (names := _live(part))}
+    live = {path: names for path, part in parts.items() if (names := _live_adapters(part))}
     if not live:
         return
     path, names = next(iter(live.items()))
@@ -141,51 +141,53 @@ def check_parts_idle(root: nn.Module) -> None:
     )
 
 
-def _live(part: nn.Module) -> list[str]:
+def _live_adapters(part: nn.Module) -> list[str]:
     state = model_state(part)
-    return [name for name, standing in state.standing.items() if standing.live] if state is not None else []
+    return [name for name, status in state.standing.items() if status.live] if state is not None else []
 
 
 def with_lost(
     root: nn.Module, state: ModelState, adapters: Iterable[str] | None = None
 ) -> Iterator[tuple[str, nn.Module, SiteState]]:
-    """`sites`, followed by the sites (of these adapters) that are no longer in the model, by their former paths."""
+    """Yields `sites`, then the sites (of these adapters) that are no longer in the model, with their former paths."""
     recorded = state.sites() if adapters is None else [m for name in adapters for m in state.places[name].modules]
-    left = {id(module): module for module in recorded}
+    remaining = {id(module): module for module in recorded}
     for path, module, site in sites(root):
-        left.pop(id(module), None)
+        remaining.pop(id(module), None)
         yield path, module, site
-    for module in left.values():
+    for module in remaining.values():
         if (site := site_state(module)) is not None:
             yield site.path, module, site
 
 
 def check_all_present(model: nn.Module) -> None:
-    """`check_present` for each record in a model."""
+    """Call `check_present` for each record in a model."""
     for root in records_in(model, nested=True).values():
         if (state := model_state(root)) is not None:
             check_present(root, state)
 
 
-def _lost(root: nn.Module, modules: list[nn.Module]) -> SurgeryError:
-    """The error for lost sites: the recorded module, and the module at its path now."""
+def _lost_sites_error(root: nn.Module, modules: list[nn.Module]) -> SurgeryError:
+    """Returns the error for lost sites. It names each recorded module and the module at its path now."""
     texts = []
     for module in modules:
         site = site_state(module)
         path = site.path if site is not None else "(unknown)"
-        by = (
+        rules = (
             ", ".join(f"{applied.rule.label} [{applied.adapter}]" for applied in site.applied)
             if site is not None
             else "rules"
         )
-        reached, now = at_path(root, path)
+        reached, present = at_path(root, path)
         if reached != path:
-            there = f"{reached or 'the model'} has no {path.removeprefix(reached).lstrip('.')} now"
-        elif now is module:
-            there = "it is reached by another way now"
+            change = f"{reached or 'the model'} has no {path.removeprefix(reached).lstrip('.')} now"
+        elif present is module:
+            change = "it is reached by another way now"
         else:
-            there = f"another {_named(now)} is there now"
-        texts.append(f"{path or '(the model itself)'} was a {_named(module)} rewritten by {by}, and {there}")
+            change = f"another {_describe_module(present)} is there now"
+        texts.append(
+            f"{path or '(the model itself)'} was a {_describe_module(module)} rewritten by {rules}, and {change}"
+        )
     many = f"{len(modules)} modules that have adapters are" if len(modules) > 1 else "a module that has adapters is"
     more = f"; and {len(texts) - 2} more" if len(texts) > 2 else ""
     return SurgeryError(
@@ -197,6 +199,6 @@ def _lost(root: nn.Module, modules: list[nn.Module]) -> SurgeryError:
     )
 
 
-def _named(module: nn.Module) -> str:
+def _describe_module(module: nn.Module) -> str:
     sizes = module.extra_repr()
     return f"{type(module).__name__}({sizes})" if len(sizes) < 80 else type(module).__name__

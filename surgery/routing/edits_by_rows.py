@@ -15,12 +15,12 @@ from surgery.forward.tape import Layer, Tape
 from surgery.routing.routed_call import Routing, bind_arguments
 from surgery.routing.rows import join_rows, take_rows
 from surgery.state.records import Applied, SiteState
-from surgery.weaving.call_variants import function_of
 from surgery.weaving.generated_class import generated_class
 from surgery.weaving.lowering import LowRankEdit, low_rank_edit
 from surgery.weaving.rewrite_recording import layer_of
 from surgery.weaving.term_graph import OUTPUT
-from surgery.weaving.weave import woven_edit
+from surgery.weaving.variant_building import function_of
+from surgery.weaving.weave import weave_edit
 
 __all__ = ["EditsByRows", "RowEdit", "edit_of", "unweighted_layers"]
 
@@ -54,7 +54,7 @@ class RowEdit:
 
     def _function(self, training: bool) -> tuple[Callable[..., Any], set[str]]:
         """The edits as a function of the module, the output and the inputs, and the names of the inputs it reads."""
-        graph = woven_edit(self.own, self.layers, training)
+        graph = weave_edit(self.own, self.layers, training)
         used = {str(node.target).lstrip("*") for node in graph.nodes if node.op == "placeholder" and node.users}
         return function_of(graph, f"{self.own.base.__name__} + {self.layers[0].label}, by rows")[0], used
 
@@ -76,7 +76,7 @@ def _low_rank(own: OwnForward, layer: Layer) -> LowRankEdit | None:
     """The low-rank branch that a rule's edit consists of, or None. Adapters with equal tapes share the cache."""
     by_forward = _low_ranks.setdefault(layer.tape, {})
     if own.key not in by_forward:
-        evaluation, training = (low_rank_edit(woven_edit(own, [layer], mode), OUTPUT) for mode in (False, True))
+        evaluation, training = (low_rank_edit(weave_edit(own, [layer], mode), OUTPUT) for mode in (False, True))
         by_forward[own.key] = evaluation if evaluation == training else None
     return by_forward[own.key]
 

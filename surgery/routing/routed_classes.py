@@ -24,7 +24,7 @@ from surgery.routing.thread_state import thread_routing
 from surgery.state.records import require_state, site_state
 from surgery.transaction.garbage_collection import collector_waits
 from surgery.transaction.undo_log import Journal
-from surgery.weaving.generated_class import recipe_of, swap
+from surgery.weaving.generated_class import recipe_of, swap_class
 
 __all__ = ["RoutedModel", "lock", "routed_models"]
 
@@ -76,7 +76,7 @@ class RoutedModel:
         for module in routing.modules:
             if id(module) not in used:
                 journal.undo(_swap_back, module)
-                swap(module, _checking_class(type(module)))
+                swap_class(module, _checking_class(type(module)))
         for name in routing.names:
             if name not in trained and not state.standing[name].live:
                 for box in state.places[name].boxes:
@@ -129,7 +129,7 @@ def _swap_back(module: nn.Module) -> None:
     """Give a site the class that it has outside of all blocks."""
     cls = type(module)
     if "_surgery_checks_routing" in vars(cls):
-        swap(module, cls.__bases__[0])
+        swap_class(module, cls.__bases__[0])
 
 
 def _checking_class(cls: type[nn.Module]) -> type[nn.Module]:
@@ -200,9 +200,9 @@ def _reduce_ex(self: nn.Module, protocol: Any) -> Any:
     if function is copyreg.__newobj__ and args[0] is cls:  # type: ignore[attr-defined]
         recipe = recipe_of(own)
         if recipe is not None:
-            from surgery.weaving.generated_class import revived
+            from surgery.weaving.generated_class import revive
 
-            return (revived, (recipe, *args[1:]), *rest)
+            return (revive, (recipe, *args[1:]), *rest)
         return (_new, (own, *args[1:]), *rest)  # pickle would compare `__newobj__` with the object's current class
     return reduced
 

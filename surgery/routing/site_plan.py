@@ -20,10 +20,10 @@ from surgery.routing.low_rank_rows import LowRankRows
 from surgery.routing.routed_call import RoutedCall, Routing, bind_arguments
 from surgery.routing.rows import RowOwners
 from surgery.state.records import SiteState
-from surgery.weaving.call_variants import function_of
 from surgery.weaving.generated_class import generated_class
 from surgery.weaving.term_graph import ROWS
-from surgery.weaving.weave import woven
+from surgery.weaving.variant_building import function_of
+from surgery.weaving.weave import weave
 
 __all__ = ["plan_of"]
 
@@ -63,7 +63,7 @@ class RoutedRewrite:
 
     def __init__(self, own: OwnForward, layer: Layer, rows: RowOwners):
         self.own = own
-        graphs = [woven(own, [layer], mode, lowered=False) for mode in (False, True)]
+        graphs = [weave(own, [layer], mode, lowered=False) for mode in (False, True)]
         reads_rows = any(node.target == ROWS for node in graphs[0].nodes if node.op == "placeholder")
         self.row_argument = (rows,) if reads_rows else ()
         self.functions = [function_of(graph, layer.label)[0] for graph in graphs]

@@ -72,10 +72,10 @@ def refuse_absent(module: Any, args: Any) -> None:
         return
     state = module.__dict__.get("_surgery_site")
     boxes = dict(module.adapters._modules) if "adapters" in module._modules else {}
-    lacking = {name: names for name, box in boxes.items() if (names := without_values(box))}
+    missing = {name: names for name, box in boxes.items() if (names := without_values(box))}
     for applied in state.live() if state is not None else ():
-        if state is not None and applied.adapter in lacking:
-            names = ", ".join(lacking[applied.adapter])
+        if state is not None and applied.adapter in missing:
+            names = ", ".join(missing[applied.adapter])
             raise SiteError(
                 f"the adapter {applied.adapter!r} has no values yet",
                 where=state.path or "(the model itself)",
@@ -83,7 +83,7 @@ def refuse_absent(module: Any, args: Any) -> None:
                 fix="load its tensors with load_state_dict or load_adapter_state_dict; or, once the base has its "
                 "weights, call reset_parameters() of each module that has it, for the initial values",
             )
-    if not lacking and not any(tensor.is_meta for tensor in module.parameters()):
+    if not missing and not any(tensor.is_meta for tensor in module.parameters()):
         unwatch_absent(module)
 
 

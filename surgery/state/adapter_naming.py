@@ -1,4 +1,4 @@
-"""Names of adapters: those that a verb asks for, and what a new one may be called."""
+"""Looks up adapters by name, and checks names of new adapters."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ __all__ = ["adapter_names", "name_problem"]
 
 
 def adapter_names(state: ModelState, adapter: str | Sequence[str] | None) -> list[str]:
-    """The adapters meant by a name, by several, or all; `SurgeryError` with near misses for an unknown one."""
+    """Returns the adapters for a name, several names or None (all). Raises `SurgeryError` for an unknown name."""
     if adapter is None:
         return list(state.adapters)
     names = [adapter] if isinstance(adapter, str) else list(adapter)
@@ -29,7 +29,7 @@ def adapter_names(state: ModelState, adapter: str | Sequence[str] | None) -> lis
 
 
 def name_problem(state: ModelState | None, adapter: Any) -> SurgeryError | None:
-    """Why a new adapter can't be called so, or None."""
+    """Returns an error if a new adapter can't have this name, or None."""
     if not isinstance(adapter, str) or not adapter or "." in adapter or hasattr(nn.Module(), adapter):
         why = "its tensors are named <site>.adapters.<adapter>.<name>"
         fix = "a word without dots that nn.Module does not use"

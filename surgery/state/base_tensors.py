@@ -1,4 +1,4 @@
-"""Returns a module's own tensors without merged adapters."""
+"""A module's own tensors without merged adapters."""
 
 from __future__ import annotations
 

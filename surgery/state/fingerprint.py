@@ -1,4 +1,4 @@
-"""What tells one base from another: a few numbers of its weights, which survive another precision."""
+"""Base fingerprints: a few numbers of a base's weights, which tell bases apart in any precision."""
 
 from __future__ import annotations
 
@@ -16,15 +16,19 @@ from surgery.transaction.gradient_flags import is_lazy
 __all__ = ["differences", "fingerprint"]
 
 TENSORS, NUMBERS = 16, 16
-_SLACK = 2.0**-7  # two roundings to bfloat16; fine-tuning moves some of 256 weights by more
+_TOLERANCE = 2.0**-7  # two roundings to bfloat16; fine-tuning changes some of 256 weights by more
 
 
 def fingerprint(model: nn.Module) -> dict[str, Any]:
-    """Sixteen numbers of each of sixteen parameters, spread over the model. Parameters that an adapter changed at its
-    start, or by merging, are left out, and those that it has its own in the place of (a new head's numbers are chance);
-    as are packed, sharded and meta ones."""
-    held = list(_comparable(model))
-    matrices = [item for item in held if item[1].dim() > 1] or held  # biases and norms are alike everywhere
+    """Returns sixteen numbers of each of sixteen parameters, spread over the model.
+
+    Parameters that an adapter changed at its start, by merging, or replaced (such as a new head) are left out, and so
+    are packed, sharded and meta parameters.
+    """
+    candidates = list(_comparable(model))
+    matrices = [
+        item for item in candidates if item[1].dim() > 1
+    ] or candidates  # biases and norms are similar in all models
     chosen = [matrices[i] for i in _spread(len(matrices), TENSORS)]
     return {
         "class": class_of(model).__name__,
@@ -32,66 +36,75 @@ def fingerprint(model: nn.Module) -> dict[str, Any]:
     }
 
 
-def differences(model: nn.Module, expected: Any, aside: Collection[Tensor] = ()) -> list[str]:
-    """How a base differs from the one whose fingerprint this is; nothing where it can't be told. `aside`: tensors that
-    need not be the same."""
+def differences(model: nn.Module, expected: Any, ignored: Collection[Tensor] = ()) -> list[str]:
+    """Returns how a base differs from the base of a fingerprint, as sentences. Empty if it can't be compared.
+
+    `ignored`: tensors that may differ.
+    """
     numbers = expected.get("numbers") if isinstance(expected, Mapping) else None
     if not isinstance(numbers, Mapping):
         return []
-    asked = dict(list(numbers.items())[:TENSORS])
-    own, told = dict(_comparable(model, asked)), []
-    for name, held in asked.items():
-        if name not in own or not isinstance(held, Mapping) or any(own[name] is tensor for tensor in aside):
+    compared_numbers = dict(list(numbers.items())[:TENSORS])
+    own_tensors, problems = dict(_comparable(model, compared_numbers)), []
+    for name, stored in compared_numbers.items():
+        if (
+            name not in own_tensors
+            or not isinstance(stored, Mapping)
+            or any(own_tensors[name] is tensor for tensor in ignored)
+        ):
             continue
-        values, found = held.get("values"), _numbers(own[name])
-        if list(own[name].shape) != held.get("shape"):
-            told.append(f"{name} is {tuple(own[name].shape)} here and was {held.get('shape')}")
-        elif isinstance(values, list) and not all(map(_near, values, found)):
-            told.append(f"{name} has other values")
-    if told:
-        compared = len([name for name in numbers if name in own])
-        return [f"it was made on another base: {len(told)} of {compared} weights differ ({'; '.join(told[:3])})"]
+        values, present = stored.get("values"), _numbers(own_tensors[name])
+        if list(own_tensors[name].shape) != stored.get("shape"):
+            problems.append(f"{name} is {tuple(own_tensors[name].shape)} here and was {stored.get('shape')}")
+        elif isinstance(values, list) and not all(map(_is_near, values, present)):
+            problems.append(f"{name} has other values")
+    if problems:
+        compared = len([name for name in numbers if name in own_tensors])
+        return [
+            f"it was made on another base: {len(problems)} of {compared} weights differ ({'; '.join(problems[:3])})"
+        ]
     return []
 
 
-def _comparable(model: nn.Module, asked: Collection[str] | None = None) -> Iterator[tuple[str, Tensor]]:
-    """What can be compared, each under its first name. `asked`: of those under these names alone."""
+def _comparable(model: nn.Module, names: Collection[str] | None = None) -> Iterator[tuple[str, Tensor]]:
+    """Yields the parameters that can be compared, each under its first name. `names`: only these parameters."""
     seen: set[int] = set()
     modules = dict(base_modules(model))
     records = [(path, state) for path, module in modules.items() if (state := site_state(module)) is not None]
     merged = tuple([f"{path}." if path else "" for path, state in records if state.merged is not None])
-    wanted = None if asked is None else {id(tensor) for name in asked for tensor in _called(modules, name)}
+    ids = None if names is None else {id(tensor) for name in names for tensor in _tensors_named(modules, name)}
     for path, module in modules.items():
         if not module._parameters or f"{path}.".startswith(merged):
             continue
         for name, tensor in module._parameters.items():
-            if tensor is None or id(tensor) in seen or (wanted is not None and id(tensor) not in wanted):
+            if tensor is None or id(tensor) in seen or (ids is not None and id(tensor) not in ids):
                 continue
-            if name in _left_out(module) or is_lazy(tensor) or not tensor.numel():
+            if name in _excluded_names(module) or is_lazy(tensor) or not tensor.numel():
                 continue
             seen.add(id(tensor))
-            plain = type(tensor) is nn.Parameter and not tensor.is_meta
-            if plain and tensor.dtype in _COMPARED:
+            ordinary = type(tensor) is nn.Parameter and not tensor.is_meta
+            if ordinary and tensor.dtype in _COMPARED:
                 yield ".".join(filter(None, (path, name))), tensor
 
 
 _COMPARED = (torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.complex64, torch.complex128)
 
 
-def _called(modules: Mapping[str, nn.Module], name: str) -> list[Tensor]:
+def _tensors_named(modules: Mapping[str, nn.Module], name: str) -> list[Tensor]:
+    """Returns the parameter with a dotted name in a list, or an empty list."""
     path, _, last = name.rpartition(".")
     owner = modules.get(path)
     parameters = owner._parameters.items() if owner is not None else ()
     return [tensor for own, tensor in parameters if own == last and tensor is not None]
 
 
-def _left_out(module: nn.Module) -> set[str]:
-    """Parameters that an adapter's start changed, or that an adapter has its own of."""
+def _excluded_names(module: nn.Module) -> set[str]:
+    """Returns the names of parameters that an adapter changed at its start, or replaces."""
     state = site_state(module)
     rules = state.applied if state is not None else []
-    here = [applied for applied in rules if applied.changed or applied.rule.exclusive]
-    changed = {name for applied in here for name, _ in applied.changed}
-    return changed | {name for applied in here if applied.rule.exclusive for name in applied.tensors}
+    changing = [applied for applied in rules if applied.changed or applied.rule.exclusive]
+    changed = {name for applied in changing for name, _ in applied.changed}
+    return changed | {name for applied in changing if applied.rule.exclusive for name in applied.tensors}
 
 
 def _spread(count: int, most: int) -> list[int]:
@@ -100,11 +113,11 @@ def _spread(count: int, most: int) -> list[int]:
 
 def _numbers(tensor: Tensor) -> list[float]:
     flat = (torch.view_as_real(tensor.detach()) if tensor.is_complex() else tensor.detach()).reshape(-1)
-    at = torch.tensor(_spread(flat.numel(), NUMBERS), device=flat.device)
-    return [float(f"{number:.6g}") for number in flat[at].double().tolist()]
+    positions = torch.tensor(_spread(flat.numel(), NUMBERS), device=flat.device)
+    return [float(f"{number:.6g}") for number in flat[positions].double().tolist()]
 
 
-def _near(expected: Any, number: float) -> bool:
+def _is_near(expected: Any, number: float) -> bool:
     if type(expected) not in (int, float):
         return False
-    return abs(expected - number) <= _SLACK * max(abs(expected), abs(number)) + 1e-6
+    return abs(expected - number) <= _TOLERANCE * max(abs(expected), abs(number)) + 1e-6

@@ -11,24 +11,24 @@ from torch import nn
 
 from surgery.errors import SurgeryError
 
-__all__ = ["check_free", "check_unclaimed", "claimed", "routing"]
+__all__ = ["check_free", "check_unclaimed", "claim", "routing"]
 
 
 @contextmanager
-def claimed(model: nn.Module) -> Iterator[None]:
+def claim(model: nn.Module) -> Iterator[None]:
     """Inside the block, only this thread may change the model. Blocks of one thread may be nested."""
-    me = threading.get_ident()
+    thread = threading.get_ident()
     with _lock:
         check_free(model)
-        depth = _owners.get(model, (me, 0))[1]
-        _owners[model] = (me, depth + 1)
+        depth = _owners.get(model, (thread, 0))[1]
+        _owners[model] = (thread, depth + 1)
     try:
         try:
             yield
         finally:
-            _disown(model, me, depth)
+            _disown(model, thread, depth)
     finally:  # again, in case an interrupt stopped it
-        _disown(model, me, depth)
+        _disown(model, thread, depth)
 
 
 @contextmanager
@@ -60,9 +60,9 @@ def _disown(model: nn.Module, thread: int, depth: int) -> None:
 
 def _unroute(model: nn.Module, block: object) -> None:
     with _lock:
-        left = _routed.get(model, frozenset()) - {block}
-        if left:
-            _routed[model] = left
+        remaining = _routed.get(model, frozenset()) - {block}
+        if remaining:
+            _routed[model] = remaining
         else:
             _routed.pop(model, None)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from typing import Any
 
@@ -43,7 +43,7 @@ def keep_model(journal: Journal, model: nn.Module, state: ModelState | None) -> 
         journal.keep(state.__dict__, state.switched, state.ignored_on_save, state.moving, state.unlinked, *named)
 
 
-def keep_fold(journal: Journal, weight: Tensor) -> Any:
+def keep_fold(journal: Journal, weight: Tensor) -> Callable[[Record], None]:
     """Returns a callback for `fold`, which notes the inverse of the fold before the weight changes."""
     return lambda record: journal.undo(_undo_fold, weight, record)
 
@@ -71,20 +71,20 @@ def take_out_fold(
 
 def take_out_folds(journal: Journal, taken: Sequence[tuple[Tensor, Record, str]], *, check: bool = True) -> None:
     """Call `take_out_fold` for each in order, with `verified=check`; small weights are batched."""
-    alone, together = list[tuple[Tensor, Record, str]](), list[Unfold]()
+    single, batch = list[tuple[Tensor, Record, str]](), list[Unfold]()
     shared = Counter(weight.data_ptr() for weight, _, _ in taken) if check else Counter[int]()
     for weight, record, where in taken:
         if check and record.kind == "record" and shared[weight.data_ptr()] == 1:
-            together.append(Unfold(weight, record, where, partial(journal.undo, refold, weight, record)))
+            batch.append(Unfold(weight, record, where, partial(journal.undo, refold, weight, record)))
         else:
-            alone.append((weight, record, where))
-    for weight, record, where in alone:
+            single.append((weight, record, where))
+    for weight, record, where in single:
         take_out_fold(journal, weight, record, check=check, where=where, verified=check)
-    unfold_all(together)
+    unfold_all(batch)
 
 
-def _restore(weight: Tensor, record: Record, was: dict[str, Any], memory: Tensor, bits: Tensor | None) -> None:
-    record.__dict__.update(was)
+def _restore(weight: Tensor, record: Record, fields: dict[str, Any], memory: Tensor, bits: Tensor | None) -> None:
+    record.__dict__.update(fields)
     with torch.inference_mode(weight.is_inference()), torch.no_grad():
         if bits is not None:
             weight.copy_(bits)

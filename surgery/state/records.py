@@ -16,6 +16,7 @@ from weakref import WeakValueDictionary
 
 from torch import nn
 
+from surgery.arithmetic.corrections import Record
 from surgery.authoring.rule import Rule
 from surgery.errors import SurgeryError
 from surgery.forward.tape import Layer
@@ -53,7 +54,7 @@ class Applied:
     adapter: str
     rule: Rule
     standing: Standing
-    changed: list[Any] = field(default_factory=list)
+    changed: list[tuple[str, Record]] = field(default_factory=list)
     tensors: tuple[str, ...] = ()
     trained: tuple[str, ...] = ()
     inside: bool = False
@@ -83,8 +84,8 @@ class Merged:
     """The record of a merge at a site: the folded adapters, the folds with their inverses, and untied parameters."""
 
     adapters: tuple[str, ...]
-    folds: list[Any] = field(default_factory=list)
-    tied: dict[str, Any] = field(default_factory=dict)
+    folds: list[tuple[str, Record]] = field(default_factory=list)
+    tied: dict[str, nn.Parameter] = field(default_factory=dict)
 
 
 @dataclass
@@ -234,12 +235,12 @@ class ModelState:
     @property
     def freezing(self) -> list[str]:
         """The adapters that freeze the base."""
-        return [name for name, standing in self.standing.items() if standing.freezes]
+        return [name for name, status in self.standing.items() if status.freezes]
 
     @property
     def idle(self) -> list[str]:
         """The adapters that are not live."""
-        return [name for name, standing in self.standing.items() if not standing.live]
+        return [name for name, status in self.standing.items() if not status.live]
 
     def forget(self, adapter: str) -> None:
         """Remove an adapter from the record."""
@@ -269,7 +270,7 @@ def sites(model: nn.Module) -> Iterator[tuple[str, nn.Module, SiteState]]:
             yield path, module, state
 
 
-Sites = Sequence[tuple[str, nn.Module, SiteState]]  # what `sites` gives
+Sites = Sequence[tuple[str, nn.Module, SiteState]]  # the items of `sites`
 
 
 def base_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:

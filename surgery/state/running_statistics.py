@@ -25,8 +25,8 @@ __all__ = [
     "exchange",
     "forget_statistics",
     "keep_statistics",
-    "moved",
-    "moving",
+    "changed_modules",
+    "changing_buffers",
     "moving_modules",
     "restore_statistics",
 ]
@@ -46,23 +46,23 @@ class Kept:
 def moving_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """Yields the base's modules with buffers that training changes."""
     for path, module in base_modules(model):
-        if module._buffers and moving(module):
+        if module._buffers and changing_buffers(module):
             yield path, module
 
 
-def moving(module: nn.Module) -> list[str]:
+def changing_buffers(module: nn.Module) -> list[str]:
     """Returns the names of the buffers that the module's forward changes in training mode."""
     buffers = {name: tensor for name, tensor in module._buffers.items() if tensor is not None and not is_lazy(tensor)}
     if getattr(module, "track_running_stats", False) is True:  # BatchNorm, InstanceNorm: torch updates them
         return [name for name in buffers if name.startswith("running_") or name == "num_batches_tracked"]
     hooks = [hook for hook in module._forward_pre_hooks.values() if type(hook).__name__ == "SpectralNorm"]
     hooked = {f"{getattr(hook, 'name', '')}_{end}" for hook in hooks for end in "uv"}
-    written = _written(getattr(module, "_surgery_base", type(module)))
+    written = _assigned_attributes(getattr(module, "_surgery_base", type(module)))
     return [name for name in buffers if name in written or name in hooked]
 
 
 @functools.cache
-def _written(cls: type[nn.Module]) -> frozenset[str]:
+def _assigned_attributes(cls: type[nn.Module]) -> frozenset[str]:
     """Returns the attributes that a class's methods assign, or change by a method that ends with `_`."""
     names: set[str] = set()
     for kind in cls.__mro__:
@@ -70,11 +70,11 @@ def _written(cls: type[nn.Module]) -> frozenset[str]:
             break
         for name, method in vars(kind).items():
             if inspect.isfunction(method) and not name.startswith(_LATER):
-                names |= _written_in(method)
+                names |= _attributes_assigned_in(method)
     return frozenset(names)
 
 
-def _written_in(method: Any) -> set[str]:
+def _attributes_assigned_in(method: Any) -> set[str]:
     try:
         tree = ast.parse(textwrap.dedent(inspect.getsource(method)))
     except (OSError, TypeError, SyntaxError, ValueError):
@@ -116,20 +116,22 @@ def keep_statistics(model: nn.Module, journal: Journal) -> list[nn.Module]:
     modules = [module for _, module in moving_modules(model)]
     for module in modules:
         journal.keep(module.__dict__)
-        module.__dict__[_KEPT] = Kept({name: _copy(module._buffers[name]) for name in moving(module)})
+        module.__dict__[_KEPT] = Kept({name: _copy(module._buffers[name]) for name in changing_buffers(module)})
     if modules:
         journal.keep(model._load_state_dict_pre_hooks)
-        model.register_load_state_dict_pre_hook(_loaded)
+        model.register_load_state_dict_pre_hook(_store_loaded_values)
     return modules
 
 
-def moved(modules: Iterable[nn.Module]) -> list[nn.Module]:
+def changed_modules(modules: Iterable[nn.Module]) -> list[nn.Module]:
     """Returns the modules whose values under the adapters differ from the base's."""
     changed = []
     for module in modules:
-        kept: Kept | None = module.__dict__.get(_KEPT)
-        now = [(value, module._buffers.get(name)) for name, value in kept.values.items()] if kept is not None else []
-        if any(tensor is not None and not torch.equal(tensor, value.to(tensor.device)) for value, tensor in now):
+        stored: Kept | None = module.__dict__.get(_KEPT)
+        pairs = (
+            [(value, module._buffers.get(name)) for name, value in stored.values.items()] if stored is not None else []
+        )
+        if any(tensor is not None and not torch.equal(tensor, value.to(tensor.device)) for value, tensor in pairs):
             changed.append(module)
     return changed
 
@@ -137,14 +139,14 @@ def moved(modules: Iterable[nn.Module]) -> list[nn.Module]:
 def exchange(modules: Iterable[nn.Module], journal: Journal, base: bool) -> None:
     """Set buffers to the base's values, or to those under the adapters, and store the other values."""
     for module in modules:
-        kept: Kept | None = module.__dict__.get(_KEPT)
-        if kept is None or kept.base is not base:
+        stored: Kept | None = module.__dict__.get(_KEPT)
+        if stored is None or stored.base is not base:
             continue
-        now = {name: _copy(tensor) for name in kept.values if (tensor := module._buffers.get(name)) is not None}
-        journal.keep(kept.__dict__)
-        journal.undo(_set_buffers, module, now)
-        _set_buffers(module, kept.values)
-        kept.values, kept.base = now, not base
+        present = {name: _copy(tensor) for name in stored.values if (tensor := module._buffers.get(name)) is not None}
+        journal.keep(stored.__dict__)
+        journal.undo(_set_buffers, module, present)
+        _set_buffers(module, stored.values)
+        stored.values, stored.base = present, not base
 
 
 def restore_statistics(model: nn.Module, modules: Iterable[nn.Module], journal: Journal) -> None:
@@ -159,21 +161,21 @@ def forget_statistics(model: nn.Module, modules: Iterable[nn.Module], journal: J
         journal.keep(module.__dict__)
         module.__dict__.pop(_KEPT, None)
     for key, hook in list(model._load_state_dict_pre_hooks.items()):
-        if getattr(hook, "hook", None) is _loaded:
+        if getattr(hook, "hook", None) is _store_loaded_values:
             journal.keep(model._load_state_dict_pre_hooks)
             del model._load_state_dict_pre_hooks[key]
 
 
-def _loaded(model: nn.Module, state_dict: Mapping[str, Any], prefix: str, *rest: Any) -> None:
+def _store_loaded_values(model: nn.Module, state_dict: Mapping[str, Any], prefix: str, *rest: Any) -> None:
     """A hook for loaded state dicts. Without adapters in it, a state dict contains new values of the base."""
     if any(".adapters." in key for key in state_dict):
         return
     for path, module in base_modules(model):
-        kept: Kept | None = module.__dict__.get(_KEPT)
-        for name in kept.values if kept is not None and kept.base else ():
+        stored: Kept | None = module.__dict__.get(_KEPT)
+        for name in stored.values if stored is not None and stored.base else ():
             value = state_dict.get(prefix + ".".join(filter(None, (path, name))))
-            if isinstance(value, Tensor) and value.shape == kept.values[name].shape:  # type: ignore[union-attr]
-                kept.values[name] = _copy(value)  # type: ignore[union-attr]
+            if isinstance(value, Tensor) and value.shape == stored.values[name].shape:  # type: ignore[union-attr]
+                stored.values[name] = _copy(value)  # type: ignore[union-attr]
 
 
 def _copy(tensor: Tensor | None) -> Tensor:

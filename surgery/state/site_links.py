@@ -11,7 +11,7 @@ from torch import nn
 from surgery.patterns.module_walk import RESERVED, is_adapters
 from surgery.patterns.wrappers import child_of, unwrap
 
-__all__ = ["Links", "at_path", "linked", "there"]
+__all__ = ["Links", "at_path", "link_sites", "module_at"]
 
 Edge = tuple[nn.Module, str, nn.Module]  # a parent, a name, and the child of this name
 
@@ -35,12 +35,12 @@ class Links:
 
     def add(self, root: nn.Module, sites: Iterable[nn.Module]) -> list[nn.Module]:
         """Add the edges to more sites. Returns the sites that are not in the model."""
-        above, seen, lost = _above(root), {id(child) for _, _, child in self.edges}, list[nn.Module]()
+        above, seen, missing = _above(root), {id(child) for _, _, child in self.edges}, list[nn.Module]()
         for site in sites:
             if site is root or id(site) in self.sites:
                 continue
             if id(site) not in above:
-                lost.append(site)
+                missing.append(site)
                 continue
             self.sites.add(id(site))
             module = site
@@ -50,10 +50,10 @@ class Links:
                 if not isinstance(parent, torch.jit.ScriptModule):  # its children do not have `get`, and do not change
                     self.edges.append((parent, name, module))
                 module = parent
-        return lost
+        return missing
 
 
-def linked(root: nn.Module, sites: Iterable[nn.Module]) -> tuple[Links, list[nn.Module]]:
+def link_sites(root: nn.Module, sites: Iterable[nn.Module]) -> tuple[Links, list[nn.Module]]:
     """Returns the links of a model's sites, and the sites that are not in the model."""
     links = Links()
     return links, links.add(root, sites)
@@ -71,7 +71,7 @@ def at_path(root: nn.Module, path: str) -> tuple[str, nn.Module]:
     return ".".join(done), unwrap(module)
 
 
-def there(root: nn.Module, path: str) -> nn.Module | None:
+def module_at(root: nn.Module, path: str) -> nn.Module | None:
     """Returns the module at a path, or None."""
     reached, module = at_path(root, path)
     return module if reached == path else None

@@ -14,7 +14,7 @@ from typing import Any
 from torch import nn
 
 from surgery.patterns.module_walk import base_modules
-from surgery.state.site_links import there
+from surgery.state.site_links import module_at
 from surgery.transaction.undo_log import Journal
 
 __all__ = ["Untied", "retie", "say_untied", "why_not_said"]
@@ -28,7 +28,7 @@ class Untied:
     """The ties before a merge. Places are paths, so that a copy of the model can use the record."""
 
     flags: list[tuple[str, bool]] = field(default_factory=list)  # path of a part, of its config or that of its text
-    attributes: list[tuple[str, str, Any]] = field(default_factory=list)  # path of a part, attribute, what it was
+    attributes: list[tuple[str, str, Any]] = field(default_factory=list)  # path of a part, attribute, old value
     parameters: list[tuple[str, str, nn.Parameter]] = field(default_factory=list)  # path of a module, name, the shared
 
     def __bool__(self) -> bool:
@@ -42,9 +42,9 @@ def say_untied(model: nn.Module, journal: Journal) -> Untied:
     broken = [
         part for _, part, pairs in parts if any(_tensor(part, a) is not _tensor(part, b) for a, b in pairs.items())
     ]
-    saying = {id(config) for part in broken for config in _configs(part)}
+    config_ids = {id(config) for part in broken for config in _configs(part)}
     for path, part, pairs in parts:
-        if not pairs or id(part.config) not in saying:
+        if not pairs or id(part.config) not in config_ids:
             continue
         for target, source in pairs.items():
             _separate(path, part, target, source, untied, journal)
@@ -90,18 +90,18 @@ def _computes_by_flag(part: nn.Module) -> bool:
 def retie(model: nn.Module, untied: Untied, journal: Journal) -> None:
     """Restore the ties before the merge."""
     for path, name, parameter in reversed(untied.parameters):
-        if (owner := there(model, path)) is not None:
+        if (owner := module_at(model, path)) is not None:
             journal.keep(owner._parameters)
             owner._parameters[name] = parameter
     for path, name, value in reversed(untied.attributes):
-        if (part := there(model, path)) is not None:
+        if (part := module_at(model, path)) is not None:
             journal.attribute(part, name)
             if isinstance(value, str):
                 part.__dict__.pop(name, None)
             else:
                 setattr(part, name, value)
     for path, inside in untied.flags:
-        if (part := there(model, path)) is not None:
+        if (part := module_at(model, path)) is not None:
             config = _configs(part)[inside]
             journal.attribute(config, _FLAG)
             setattr(config, _FLAG, True)
@@ -134,14 +134,14 @@ def _configs(part: Any) -> list[Any]:
 
 def _tensor(part: nn.Module, name: str) -> Any:
     path, _, last = name.rpartition(".")
-    owner = there(part, path)
+    owner = module_at(part, path)
     return None if owner is None else {**owner._parameters, **owner._buffers}.get(last)
 
 
 def _separate(path: str, part: nn.Module, target: str, source: str, untied: Untied, journal: Journal) -> None:
     """Replace a shared parameter by a separate copy with the same numbers."""
     inner, _, name = target.rpartition(".")
-    owner, shared = there(part, inner), _tensor(part, target)
+    owner, shared = module_at(part, inner), _tensor(part, target)
     if owner is None or not isinstance(shared, nn.Parameter) or shared is not _tensor(part, source):
         return
     journal.keep(owner._parameters)

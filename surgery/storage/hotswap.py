@@ -26,7 +26,7 @@ from surgery.forward.tape import Layer
 from surgery.patterns.module_walk import RESERVED, tensor_key
 from surgery.rewritten_model.state_dict import rules_of
 from surgery.rewritten_model.verb_root import rewritten
-from surgery.sharded_tensors import is_flattened, put
+from surgery.sharded_tensors import copy_into, is_flattened
 from surgery.state.fingerprint import differences
 from surgery.state.in_use import check_free
 from surgery.state.record_undo import keep_site
@@ -162,8 +162,8 @@ def hotswap(
         warnings.warn(note, SurgeryWarning, stacklevel=3)
     with Journal() as journal:
         for tensor, new in pairs:
-            journal.undo(put, tensor, copied(tensor))
-            put(tensor, new)
+            journal.undo(copy_into, tensor, copied(tensor))
+            copy_into(tensor, new)
     report.loaded = [tensor_key(step.path, name) for step, name, _ in values]
     report.idle, report.notes, report.assumed = making.idle, making.notes, stored.assumed
     return report

@@ -26,7 +26,7 @@ from surgery.planning.planner import with_companions
 from surgery.state.adapter_naming import adapter_names
 from surgery.state.adapter_tensors import tensors_of
 from surgery.state.records import Applied, ModelState, site_state, sites
-from surgery.weaving.rewrite_recording import PassedOver, layer_of, recorded
+from surgery.weaving.rewrite_recording import SkippedSite, layer_of, record_rewrite
 
 __all__ = ["Living", "Making", "incoming", "living", "placed", "step_for"]
 
@@ -100,7 +100,7 @@ def incoming(model: nn.Module, rules: list[Rule], adapter: str, live: Lives) -> 
         taken.add(key)
         try:
             plan.steps.append(step_for(rule, match.path, live[key], adapter))
-        except PassedOver:
+        except SkippedSite:
             continue
         except SurgeryError as error:
             error.where = error.where or path
@@ -113,8 +113,8 @@ def _goes(rule: Rule, match: Match, adapter: str) -> bool | None:
     state = site_state(match.module)
     try:
         own = own_forward(match.module, state.base if state is not None else type(match.module))
-        recorded(rule, match.module, match.path, adapter, own)
-    except PassedOver:
+        record_rewrite(rule, match.module, match.path, adapter, own)
+    except SkippedSite:
         return False
     except SurgeryError:
         return None
@@ -153,7 +153,7 @@ def step_for(rule: Rule, path: str, live: Living, adapter: str) -> PlannedRule:
     if applied.inside:  # recorded for each kind of call: equal fields ask for equal tensors
         specs = tuple(_spec(name, tensor) for name, tensor in live.tensors.items())
         return PlannedRule(rule, path, module, (), own, layer_of(applied, module, path, own).tape, specs, True, facts)
-    recording = recorded(rule, module, path, adapter, own, facts=facts)
+    recording = record_rewrite(rule, module, path, adapter, own, facts=facts)
     return PlannedRule(rule, path, module, (), own, recording.tape, recording.specs, False, facts)
 
 

@@ -19,10 +19,10 @@ class UnknownLocal(Exception):
 
 
 def call_of(context: Any) -> tuple[nn.Module, tuple]:
-    """Returns the locals `module` and `given` of the traced code. Raises `UnknownLocal`."""
+    """Returns the locals `module` and `arguments` of the traced code. Raises `UnknownLocal`."""
     try:
         values = _Values(context)
-        return values.of("module"), values.of("given")
+        return values.of("module"), values.of("arguments")
     except UnknownLocal:
         raise
     except Exception as error:  # Dynamo's classes are private and change from version to version

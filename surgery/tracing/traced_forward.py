@@ -195,7 +195,7 @@ def _likeness(module: nn.Module) -> tuple:
 
 _COMPARED = (type, types.FunctionType, types.BuiltinFunctionType)
 _WRITES = frozenset({"setitem", "setattr", "in_region", "call_object", "rand", "randn", "rand_like", "randn_like",
-                     "bernoulli", "multinomial", "normal", "randint", "randperm", "called_around"})  # fmt: skip
+                     "bernoulli", "multinomial", "normal", "randint", "randperm", "call_wrapped"})  # fmt: skip
 _READS = frozenset({"get", "keys", "values", "items", "index", "count", "copy"})
 _ON_NUMBERS = frozenset({getattr, operator.getitem, operator.add, operator.sub, operator.mul, operator.floordiv,
                          operator.truediv, operator.mod, operator.neg, operator.eq, operator.ne, operator.lt,

@@ -114,6 +114,7 @@ def _default_device() -> torch.device | None:
 
 
 def _enter(stack: ExitStack, modes: _Modes) -> None:
+    """Enter torch's defaults. The caller's modes are stored by the outermost verb."""
     stack.callback(setattr, _thread, "around", _thread.around)
     if _thread.around is None:
         _thread.around = modes
@@ -147,6 +148,7 @@ def ambient() -> Iterator[None]:
 
 
 def _refuse(model: Any) -> None:
+    """Raise `SurgeryError` inside a transform of torch.func, or under FakeTensorMode for a model with real tensors."""
     if _transforms() is not None:
         raise SurgeryError(
             "this is called inside a transform of torch.func",

@@ -15,18 +15,18 @@ import torch
 
 __all__ = ["is_ours", "is_torchs", "line_of", "line_running", "line_setting"]
 
-HERE = os.path.dirname(os.path.dirname(os.path.abspath(__file__))) + os.sep  # the package of the engine
-_RULES = os.path.join(HERE, "rules", "")  # lines of the rule library count as user code
+ENGINE_FOLDER = os.path.dirname(os.path.dirname(os.path.abspath(__file__))) + os.sep  # the package of the engine
+_RULES = os.path.join(ENGINE_FOLDER, "rules", "")  # lines of the rule library count as user code
 _TORCH = os.path.dirname(os.path.abspath(torch.__file__)) + os.sep
 
 
 def is_ours(filename: str) -> bool:
     """Whether a source file belongs to the engine, or is generated code."""
-    return filename.startswith((HERE, "<surgery ")) and not filename.startswith(_RULES)
+    return filename.startswith((ENGINE_FOLDER, "<surgery ")) and not filename.startswith(_RULES)
 
 
 def is_torchs(filename: str) -> bool:
-    """Whether a file of source is torch's."""
+    """Whether a source file belongs to torch."""
     return filename.startswith(_TORCH)
 
 

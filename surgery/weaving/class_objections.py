@@ -17,7 +17,7 @@ __all__ = ["binds_forward", "reason_against"]
 
 
 def reason_against(module: nn.Module) -> tuple[str, str] | None:
-    """Why a new class would not be seen or can't be given (why, what to do), or None."""
+    """Returns why a new class of a module is impossible or would have no effect (why, what to do), or None."""
     cls = type(module)
     if isinstance(module, nn.modules.lazy.LazyModuleMixin) and module.has_uninitialized_params():  # type: ignore[misc]
         names = ", ".join(lazy_in(module))
@@ -64,4 +64,5 @@ def reason_against(module: nn.Module) -> tuple[str, str] | None:
 
 
 def binds_forward(bound: Any, module: nn.Module, cls: type) -> bool:
+    """Whether a value is the forward of this class, bound to this module."""
     return isinstance(bound, types.MethodType) and bound.__self__ is module and bound.__func__ is cls.forward

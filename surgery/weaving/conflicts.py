@@ -1,4 +1,4 @@
-"""Rules that can't share a site, or can't be live on it together, seen before anything is touched."""
+"""Finds rules that can't share a site, or can't be live on it together, before the model changes."""
 
 from __future__ import annotations
 
@@ -17,36 +17,36 @@ from surgery.patterns.module_walk import RESERVED, is_adapters
 from surgery.state.records import Applied, site_state
 from surgery.weaving.rewrite_recording import layer_of
 
-__all__ = ["clashes", "hidden"]
+__all__ = ["find_conflicts", "find_live_conflict"]
 
 
-def clashes(steps: Iterable[PlannedRule], beside: bool = True) -> list[SurgeryError]:
-    """Rules that can't share a site: the same one twice, an exclusive one, one parameter replaced or named twice.
+def find_conflicts(steps: Iterable[PlannedRule], with_live: bool = True) -> list[SurgeryError]:
+    """Returns an error for each conflict: a rule twice, an exclusive rule, a parameter replaced or named twice.
 
-    `beside`: they are to be live beside those that are on the sites now.
+    `with_live`: compare also with the rules that are live on the sites now. Default True.
     """
-    found: list[SurgeryError] = []
-    by_site: dict[int, list[PlannedRule]] = {}
+    problems: list[SurgeryError] = []
+    steps_by_site: dict[int, list[PlannedRule]] = {}
     for step in steps:
-        by_site.setdefault(id(step.module), []).append(step)
-    for together in by_site.values():
-        found += _at_site(together, beside)
-    return found
+        steps_by_site.setdefault(id(step.module), []).append(step)
+    for site_steps in steps_by_site.values():
+        problems += _conflicts_at_site(site_steps, with_live)
+    return problems
 
 
-def _at_site(steps: list[PlannedRule], beside: bool) -> list[SurgeryError]:
-    found: list[SurgeryError] = []
+def _conflicts_at_site(steps: list[PlannedRule], with_live: bool) -> list[SurgeryError]:
+    problems: list[SurgeryError] = []
     path, module = steps[0].path, steps[0].module
     if RESERVED in module._modules and not is_adapters(module._modules[RESERVED]):  # type: ignore[arg-type]
-        found.append(
+        problems.append(
             SiteError(f"the module has a child {RESERVED!r} of its own", where=path, fix="target another module")
         )
-    standing = site_state(module)
+    state = site_state(module)
     claims: dict[Ref, str] = {}
     editing = any(_replaced_state(step.tape) for step in steps)
     if len(steps) == 1 and not editing:
-        return found
-    for applied in standing.applied if standing and editing and beside else []:
+        return problems
+    for applied in state.applied if state and editing and with_live else []:
         if applied.live:
             for ref in _replaced_state(layer_of(applied, module, path, steps[0].own).tape):
                 claims[ref] = f"{applied.rule.label} [{applied.adapter}]"
@@ -55,18 +55,22 @@ def _at_site(steps: list[PlannedRule], beside: bool) -> list[SurgeryError]:
     for step in steps:
         label = step.rule.label
         if counts[step.rule.name] > 1:
-            found.append(
-                _clash(f"two {label}s go to the same module", path, "an adapter holds one rule of a kind at a site")
+            problems.append(
+                _conflict_error(
+                    f"two {label}s go to the same module", path, "an adapter holds one rule of a kind at a site"
+                )
             )
             break
         if step.rule.exclusive and len(steps) > 1:
             others = ", ".join(other.rule.label for other in steps if other is not step)
-            found.append(_clash(f"{label} and {others} go to the same module", path, f"{label} takes the whole module"))
+            problems.append(
+                _conflict_error(f"{label} and {others} go to the same module", path, f"{label} takes the whole module")
+            )
             break
         for ref in _replaced_state(step.tape):
             if ref in claims and _exclusive(step.tape, ref):
-                found.append(
-                    _clash(
+                problems.append(
+                    _conflict_error(
                         f"{label} and {claims[ref]} both replace {ref.key}",
                         path,
                         "the later would hide the earlier",
@@ -78,36 +82,39 @@ def _at_site(steps: list[PlannedRule], beside: bool) -> list[SurgeryError]:
             claims[ref] = label
         for spec in step.specs:
             if spec.name in names:
-                found.append(
-                    _clash(
+                problems.append(
+                    _conflict_error(
                         f"{label} and {names[spec.name]} both name a tensor {spec.name!r}",
                         path,
                         "an adapter's tensors need different names",
                     )
                 )
             names[spec.name] = label
-    return found
+    return problems
 
 
 def _replaced_state(tape: Tape) -> list[Ref]:
     return [ref for ref in tape.replaced_refs() if ref.kind == "state"]
 
 
-def hidden(applied: Iterable[Applied], module: nn.Module, path: str, own: OwnForward) -> SurgeryError | None:
-    """Why rules of several adapters can't be live together: one puts a parameter of its own over another's change."""
+def find_live_conflict(
+    applied: Iterable[Applied], module: nn.Module, path: str, own: OwnForward
+) -> SurgeryError | None:
+    """Returns an error if one adapter's rule replaces a parameter that another adapter's rule changes, or None."""
     claims: dict[Ref, Applied] = {}
-    for one in applied:
-        tape = layer_of(one, module, path, own).tape
+    for rule in applied:
+        tape = layer_of(rule, module, path, own).tape
         for ref in tape.state_replacements:
             other = claims.get(ref)
-            if other is not None and other.adapter != one.adapter and _exclusive(tape, ref):
+            if other is not None and other.adapter != rule.adapter and _exclusive(tape, ref):
+                first, second = (f"{record.rule.label} [{record.adapter}]" for record in (other, rule))
                 return SiteError(
-                    f"{other.rule.label} [{other.adapter}] and {one.rule.label} [{one.adapter}] can't be live together",
+                    f"{first} and {second} can't be live together",
                     where=path,
                     why=f"both replace {ref.key}: the later would hide the earlier",
                     fix="make one of them live at a time; combine(model, weights, into) makes one of both",
                 )
-            claims[ref] = one
+            claims[ref] = rule
     return None
 
 
@@ -119,11 +126,13 @@ def _exclusive(tape: Tape, ref: Ref) -> bool:
 
 
 def _mentions(frozen: Any, ref: Ref) -> bool:
+    """Whether frozen arguments of a step name this value."""
     if isinstance(frozen, Ref):
         return frozen == ref
     return isinstance(frozen, tuple) and any(_mentions(item, ref) for item in frozen)
 
 
-def _clash(what: str, path: str, why: str, fix: str | None = None) -> SiteError:
+def _conflict_error(what: str, path: str, why: str, fix: str | None = None) -> SiteError:
+    """Returns the error for rules of one adapter that can't share a site."""
     fix = fix or "exclude the module from one of the rules, or give them different adapters"
     return SiteError(what, where=path, why=why, fix=fix)

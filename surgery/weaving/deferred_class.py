@@ -1,7 +1,7 @@
-"""A class whose forward is written when it is first called: a stack of many rules grows without being written anew.
+"""Generated classes whose forward is written at the first call, for sites with many live rules.
 
-Each adapter that comes to a site beside live ones makes another stack. Writing every one of them would take time in
-proportion to the square of their number, and only the last is called.
+Each adapter that is added beside live adapters gives the site a new class, but only the last class is called. Writing
+all the classes at once would take time in proportion to the square of the number of adapters.
 """
 
 from __future__ import annotations
@@ -15,21 +15,21 @@ from torch import nn
 
 from surgery.forward.tape import Tape
 
-__all__ = ["Unwritten", "independent", "settled", "writing_forward"]
+__all__ = ["DeferredRecipe", "are_independent", "ensure_written", "deferred_forward"]
 
 
-class Unwritten:
-    """Stands in the place of a class's recipe until `write` gives the class its recipe, and what its forward runs."""
+class DeferredRecipe:
+    """A placeholder for a class's recipe. `write` sets the class's recipe and generated forward."""
 
     def __init__(self, write: Callable[[type[nn.Module]], None]):
         self.write = write
 
 
-def independent(tapes: Collection[Tape]) -> bool:
-    """Whether edits of one forward can always be written together where each can be written alone.
+def are_independent(tapes: Collection[Tape]) -> bool:
+    """Whether edits that can each be written alone can also be written together.
 
-    So it is where none makes what it puts into the forward from a value that another replaces there: then no value
-    can come to be made from itself. The output is made last, so edits of it alone depend on all others as they are.
+    They can if no edit computes a replacement from a value that another edit replaces, because then no value depends
+    on itself. Edits of the output alone can't cause this, because the output is computed last.
     """
     replaced = {ref for tape in tapes for ref in tape.inner_replacements}
     for tape in tapes:
@@ -42,39 +42,42 @@ def independent(tapes: Collection[Tape]) -> bool:
     return True
 
 
-def settled(cls: type[nn.Module]) -> type[nn.Module]:
-    """The same class, its code written."""
-    if isinstance(vars(cls).get("_surgery_recipe"), Unwritten):
+def ensure_written(cls: type[nn.Module]) -> type[nn.Module]:
+    """Write the forward of a deferred class. Returns the same class."""
+    if isinstance(vars(cls).get("_surgery_recipe"), DeferredRecipe):
         with _lock:
-            held = vars(cls)["_surgery_recipe"]
-            if isinstance(held, Unwritten):
-                held.write(cls)
+            recipe = vars(cls)["_surgery_recipe"]
+            if isinstance(recipe, DeferredRecipe):
+                recipe.write(cls)
     return cls
 
 
-def writing_forward(
-    signature: inspect.Signature, told: Callable[[Exception, nn.Module], Exception], of: list[type[nn.Module]]
-) -> Any:
-    """A forward that has its class written, which will be the one in `of`, and runs what was written.
+def deferred_forward(
+    signature: inspect.Signature, explain: Callable[[Exception, nn.Module], Exception], holder: list[type[nn.Module]]
+) -> Callable[..., Any]:
+    """Returns a forward that writes the generated forward of the class in `holder`, and runs it.
 
-    It stays the class's forward: what was bound to it, or compiled from it, holds on to it.
+    It stays the class's forward, because bound methods and compiled code refer to it. `holder` gets the class after
+    this call.
     """
 
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        _settle(of, told, self)
-        return of[0]._surgery_written(self, *args, **kwargs)  # type: ignore[operator]
+        _ensure_written(holder, explain, self)
+        return holder[0]._surgery_generated_forward(self, *args, **kwargs)  # type: ignore[operator]
 
-    itself = inspect.Parameter("self", inspect.Parameter.POSITIONAL_OR_KEYWORD)
-    forward.__signature__ = signature.replace(parameters=[itself, *signature.parameters.values()])  # type: ignore[attr-defined]
+    self_parameter = inspect.Parameter("self", inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    forward.__signature__ = signature.replace(parameters=[self_parameter, *signature.parameters.values()])  # type: ignore[attr-defined]
     return forward
 
 
-def _settle(of: list[type[nn.Module]], told: Callable[[Exception, nn.Module], Exception], module: nn.Module) -> None:
+def _ensure_written(
+    holder: list[type[nn.Module]], explain: Callable[[Exception, nn.Module], Exception], module: nn.Module
+) -> None:
     try:
-        settled(of[0])
+        ensure_written(holder[0])
     except Exception as error:
-        raise told(error, module)  # noqa: B904
+        raise explain(error, module)  # noqa: B904
 
 
-_settle._dynamo_marked_constant = True  # type: ignore[attr-defined]  # a compiler runs it, and traces what was written
+_ensure_written._dynamo_marked_constant = True  # type: ignore[attr-defined]  # a compiler runs it, and traces the generated forward
 _lock = threading.RLock()

@@ -1,4 +1,4 @@
-"""What is probably wrong in a rewrite whose own operations fail at a call."""
+"""Hints for errors that a rewrite's operations raise during a call."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ HINT = "hint: "
 
 
 def hint_on(error: Exception, module: nn.Module) -> str | None:
-    """A line for torch's errors on mixed dtypes and on outputs that are not tensors, where the site explains them."""
+    """Returns a hint for torch's errors about mixed dtypes or outputs that are not tensors, or None."""
     text = str(error)
     if isinstance(error, RuntimeError) and "dtype" in text:
         adapters = getattr(module, RESERVED, None)
-        own, other = _dtypes(module, RESERVED), _dtypes(adapters) if adapters is not None else set()
-        if other - own and own:
-            told = " and ".join(sorted(str(dtype) for dtype in other - own))
+        module_dtypes, adapter_dtypes = _dtypes(module, RESERVED), _dtypes(adapters) if adapters is not None else set()
+        if adapter_dtypes - module_dtypes and module_dtypes:
+            dtypes = " and ".join(sorted(str(dtype) for dtype in adapter_dtypes - module_dtypes))
             return (
-                f"{HINT}the adapter's tensors are {told}, the module's are not: bring one to the other, x.to(A.dtype)"
+                f"{HINT}the adapter's tensors are {dtypes}, the module's are not: bring one to the other, x.to(A.dtype)"
             )
     elif isinstance(error, TypeError) and re.search(r"\b(tuple|list|dict|\w*Output\w*)\b", text) and "Tensor" in text:
         return (
@@ -31,6 +31,8 @@ def hint_on(error: Exception, module: nn.Module) -> str | None:
     return None
 
 
-def _dtypes(module: nn.Module, apart: str = "") -> set:
+def _dtypes(module: nn.Module, excluded: str = "") -> set:
     named = (*module.named_parameters(), *module.named_buffers())
-    return {t.dtype for name, t in named if t.is_floating_point() and not (apart and name.startswith(f"{apart}."))}
+    return {
+        t.dtype for name, t in named if t.is_floating_point() and not (excluded and name.startswith(f"{excluded}."))
+    }

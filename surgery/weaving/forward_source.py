@@ -1,4 +1,4 @@
-"""The source text of a forward: the lines of a graph, and a signature."""
+"""Writes the source text of a forward: the statements of a graph, and a signature."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from typing import Any
 
 from torch import fx
 
-__all__ = ["body_of", "signature_source"]
+__all__ = ["graph_statements", "signature_source"]
 
 
-def body_of(graph: fx.Graph) -> tuple[list[str], dict[str, Any]]:
-    """The statements of a graph's code, with the rule that each one comes from."""
+def graph_statements(graph: fx.Graph) -> tuple[list[str], dict[str, Any]]:
+    """Returns the statements of a graph's code, each with its rule as a comment, and the names that they use."""
     code = graph.python_code("self")
     lines = code.src.rstrip().split("\n")
     start = next(i for i, line in enumerate(lines) if line.startswith("def forward(")) + 1
@@ -25,6 +25,7 @@ def body_of(graph: fx.Graph) -> tuple[list[str], dict[str, Any]]:
 
 
 def signature_source(signature: inspect.Signature) -> tuple[str, dict[str, Any]]:
+    """Returns the source of a method's signature, and the default values that it uses by name."""
     defaults = {}
     parameters = [inspect.Parameter("self", inspect.Parameter.POSITIONAL_ONLY)]
     for parameter in signature.parameters.values():
@@ -42,6 +43,8 @@ def signature_source(signature: inspect.Signature) -> tuple[str, dict[str, Any]]
 
 
 class _SourceName:
+    """A default value whose repr is a name in the generated source."""
+
     def __init__(self, name: str):
         self.name = name
 

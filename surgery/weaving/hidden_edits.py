@@ -17,7 +17,7 @@ __all__ = ["warn_of_hidden_edits"]
 
 
 def warn_of_hidden_edits(graph: TermGraph, layers: Sequence[Layer]) -> None:
-    """Warn of each edit that has no effect on the result because of a layer after it."""
+    """Warn about each edit that has no effect on the result because of a layer after it."""
     reached = _reached(graph) if len(layers) > 1 else set()
     for index, layer in enumerate(layers[:-1]):
         if all(id(term) in reached for term in graph.replacements[index]):
@@ -35,9 +35,9 @@ def warn_of_hidden_edits(graph: TermGraph, layers: Sequence[Layer]) -> None:
 
 
 def _reached(graph: TermGraph) -> set[int]:
-    """Ids of all terms whose values the output or an effect depends on."""
+    """Returns the ids of all terms that the output or an effect depends on."""
     reached: set[int] = set()
-    waiting = [*terms_in(graph.now[Ref("output", "")]), *graph.effects]
+    waiting = [*terms_in(graph.current[Ref("output", "")]), *graph.effects]
     while waiting:
         term = waiting.pop()
         if id(term) not in reached:
@@ -47,7 +47,7 @@ def _reached(graph: TermGraph) -> set[int]:
 
 
 def _hidden_by(graph: TermGraph, layers: Sequence[Layer], index: int) -> int | None:
-    """The first layer after one at `index` without which more of its edits are computed."""
+    """Returns the position of the first layer that leaves out an edit of the layer at `index`, or None."""
     most = -1
     for count in range(index + 1, len(layers) + 1):
         fewer = begin_forward(graph.own, graph.training)

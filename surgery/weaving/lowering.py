@@ -1,13 +1,14 @@
-"""How a rewrite runs: fast forms of what rules say plainly, with the same mathematics. The only place for them.
+"""Replaces operations of a woven graph by fast forms that compute the same. All fast forms are here.
 
-A rule writes the low-rank branch as it is in the paper: `y + linear(linear(dropout(x), A), B) * scale`. Run so, it
-costs several passes over activations and keeps a dropped-out copy of the input for the backward. `lower` finds the
-branch in a woven graph, with the linear layer it is added to, and puts one call in their place. That call makes the
-layer's output itself and adds into it before anybody sees it; its backward adds into the one gradient of the input.
-It takes the plain form wherever the fast one would be wrong or unseen: under torch.compile, torch.export and
-torch.jit.trace (they do their own fusing), autocast, mixed precision, torch.func transforms, and tensor subclasses.
-In a training step that torch.compile traces for the CPU, the plain form is two `mm` calls instead of two `linear`
-calls, because inductor keeps the order of products that autograd chooses.
+A rule writes the low-rank branch as its paper does: `y + linear(linear(dropout(x), A), B) * scale`. This form takes
+several passes over activations, and saves a dropped-out copy of the input for the backward. `lower` finds the branch
+in a woven graph, with the linear layer that it is added to, and replaces both by one call. The call computes the
+layer's output and adds the branch in place; its backward adds to one gradient of the input in place.
+
+The call uses the plain form where the fast form would be wrong or would hide operations: under torch.compile,
+torch.export and torch.jit.trace (they fuse operations themselves), autocast, mixed precision, torch.func transforms,
+and for tensor subclasses. In a training step that torch.compile traces for the CPU, the plain form is two `mm` calls
+instead of two `linear` calls, because inductor keeps the order of products that autograd chooses.
 """
 
 from __future__ import annotations
@@ -25,15 +26,15 @@ from surgery.weaving.low_rank_kernel import low_rank_linear
 __all__ = ["LowRankEdit", "low_rank_edit", "lower"]
 
 
-# The rank leads wherever a thin matrix is made: r rows of many columns are several times faster than the reverse.
+# Thin matrices have the rank as their first dimension: r long rows are several times faster than r long columns.
 
 
 # Finding the branch -----------------------------------------------------------------------------------------
 
 
 def lower(graph: fx.Graph) -> None:
-    """Put the fast form in the place of every linear layer with low-rank branches that nothing else looks at."""
-    chains: dict[fx.Node, _Chain] = {}  # by each node that is the layer's output with the branches so far
+    """Replace each linear layer with low-rank branches by the fast form, unless another node uses its output."""
+    chains: dict[fx.Node, _Chain] = {}  # by each node that holds the layer's output with the branches so far
     for add in list(graph.nodes):
         if add.op == "call_function" and add.target is operator.add and len(add.args) == 2:
             y, scaled = add.args
@@ -41,12 +42,12 @@ def lower(graph: fx.Graph) -> None:
             if branch is None or not isinstance(y, fx.Node):
                 continue
             chain = chains.get(y) or _Chain.of(y)
-            if chain is not None and chain.layer.args[0] is branch[0] and chain.private(add):
+            if chain is not None and chain.layer.args[0] is branch[0] and chain.is_private(add):
                 chain.extend(add, branch[1:])
-                scaled.args[0].args[0].args[0].meta.pop("draws", None)  # the fast form draws instead of the dropout
+                scaled.args[0].args[0].args[0].meta.pop("draws", None)  # now the fast form draws
                 chains.update(dict.fromkeys(chain.values, chain))
     for chain in dict.fromkeys(chains.values()):
-        chain.put(graph)
+        chain.replace_nodes(graph)
     calls = graph.find_nodes(op="call_function", target=low_rank_linear)
     if calls:
         with graph.inserting_before(next(node for node in graph.nodes if node.op != "placeholder")):
@@ -56,8 +57,11 @@ def lower(graph: fx.Graph) -> None:
     graph.eliminate_dead_code(is_impure_node=lambda node: node.op in ("placeholder", "output") or _effect(node))
 
 
+_Branch = tuple[fx.Node, fx.Node, fx.Node, float, Any, Any]  # x, A, B, scale, dropout probability, training
+
+
 class LowRankEdit(NamedTuple):
-    """A layer's whole edit of an output y: y + linear(linear(dropout(x), A), B) * scale, by the names of its parts."""
+    """The parts of an edit y + linear(linear(dropout(x), A), B) * scale: the names of x, A and B, and the numbers."""
 
     input: str
     A: str
@@ -67,9 +71,9 @@ class LowRankEdit(NamedTuple):
 
 
 def low_rank_edit(graph: fx.Graph, output: str) -> LowRankEdit | None:
-    """What a graph of `woven_edit` does to its input `output`, where that is one low-rank branch and nothing else."""
-    made = graph.output_node().args[0]
-    add = made.args[0] if isinstance(made, fx.Node) and made.target is same_dtype else made
+    """Returns the low-rank edit in a graph of `weave_edit`, or None if the graph contains anything else."""
+    result = graph.output_node().args[0]
+    add = result.args[0] if isinstance(result, fx.Node) and result.target is same_dtype else result
     if not (isinstance(add, fx.Node) and add.target is operator.add and len(add.args) == 2):
         return None
     y, scaled = add.args
@@ -77,14 +81,14 @@ def low_rank_edit(graph: fx.Graph, output: str) -> LowRankEdit | None:
     if branch is None or not (isinstance(y, fx.Node) and y.op == "placeholder" and y.target == output):
         return None
     x, A, B, scale, p, _ = branch
-    held = [str(node.target).split(".") for node in (A, B) if node.op == "get_attr"]
-    if x.op != "placeholder" or [path[:1] for path in held] != [["adapters"]] * 2:
+    paths = [str(node.target).split(".") for node in (A, B) if node.op == "get_attr"]
+    if x.op != "placeholder" or [path[:1] for path in paths] != [["adapters"]] * 2:
         return None
-    return LowRankEdit(str(x.target), held[0][-1], held[1][-1], scale, p)
+    return LowRankEdit(str(x.target), paths[0][-1], paths[1][-1], scale, p)
 
 
-def _branch(scaled: Any) -> tuple | None:
-    """The parts (x, A, B, scale, p, training) of a low-rank branch, each of whose values has one user."""
+def _branch(scaled: Any) -> _Branch | None:
+    """Returns the parts (x, A, B, scale, p, training) of a low-rank branch whose values have one user each, or None."""
     if not (_is(scaled, operator.mul) and type(scaled.args[1]) in (int, float)):
         return None
     up = scaled.args[0]
@@ -112,15 +116,15 @@ def _is(node: Any, target: Any) -> bool:
 
 
 class _Chain:
-    """A linear layer with the low-rank branches that are added to it one after the other: one call in the end.
+    """A linear layer and the low-rank branches that are added to its output. One call replaces all of them.
 
-    `values`: the nodes that hold the layer's output with the branches so far: a sum, and its casts to the dtype of
-    the layer's output, which the fast form makes itself.
+    `values`: the nodes that hold the output with the branches so far: a sum, and its casts to the dtype of the layer's
+    output. The fast form does these casts itself.
     """
 
     def __init__(self, layer: fx.Node):
         self.layer = layer
-        self.branches: list[tuple] = []
+        self.branches: list[tuple[Any, ...]] = []  # the arguments of `low_rank_linear` for each branch
         self.values: list[fx.Node] = [layer]
         self.between: list[fx.Node] = []  # sums and casts of earlier branches
 
@@ -129,15 +133,15 @@ class _Chain:
         linear = y.op == "call_function" and y.target is F.linear and not y.kwargs and len(y.args) in (2, 3)
         return _Chain(y) if linear else None
 
-    def private(self, add: fx.Node) -> bool:
-        """Whether only `add` uses the output, which could as well be made there."""
+    def is_private(self, add: fx.Node) -> bool:
+        """Whether only `add` uses the output, so that the layer can be computed at the place of `add`."""
         users = {user for value in self.values for user in value.users if user not in self.values}
         if not all(user is add or any(_casts(user, add, value) for value in self.values) for user in users):
             return False
-        now = self.values[0].next
-        while now is not add and (not _effect(now) or "draws" in now.meta):
-            now = now.next
-        return now is add
+        node = self.values[0].next
+        while node is not add and (not _effect(node) or "draws" in node.meta):
+            node = node.next
+        return node is add
 
     def extend(self, add: fx.Node, branch: tuple) -> None:
         before, self.values = self.values, [add]
@@ -145,7 +149,7 @@ class _Chain:
         self.branches.append(branch)
         self.between += before
 
-    def put(self, graph: fx.Graph) -> None:
+    def replace_nodes(self, graph: fx.Graph) -> None:
         add = self.values[0]
         args = (*self.layer.args, None) if len(self.layer.args) == 2 else self.layer.args
         with graph.inserting_before(add):
@@ -159,12 +163,12 @@ class _Chain:
 
 
 def _casts(user: fx.Node, add: fx.Node, y: fx.Node) -> bool:
-    """Whether it only gives the sum the dtype of y, which the fast form does itself."""
+    """Whether a node only casts the sum to the dtype of y, which the fast form does itself."""
     return user.target is same_dtype and user.args == (add, y)
 
 
 def _find_fast(graph: fx.Graph, site: fx.Node, tensor: fx.Node) -> None:
-    """Have a parameter of the site or of its adapters looked up by `tensor_of`."""
+    """Replace the attribute access of a parameter of the site or its adapters by a call of `tensor_of`, the faster."""
     *path, name = str(tensor.target).split(".")
     if tensor.op != "get_attr" or name == "training" or path[:1] not in ([], ["adapters"]) or len(path) not in (0, 2):
         return

@@ -1,4 +1,4 @@
-"""A rule's rewrite of one site, recorded: its edits as a tape, and the tensors it asks for."""
+"""Records a rule's rewrite of one site: its edits as a tape, and the tensors that it declares."""
 
 from __future__ import annotations
 
@@ -19,27 +19,28 @@ from surgery.forward.tape import Layer, Tape, for_both_modes
 from surgery.forward.values import Value
 from surgery.state.records import Applied, site_state
 
-__all__ = ["PassedOver", "Recording", "layer_of", "recorded"]
+__all__ = ["SkippedSite", "Recording", "layer_of", "record_rewrite"]
 
 
 class Recording(NamedTuple):
-    """A rewrite as a tape, the tensors it asks for, and whether it looks into the forward, held as `own`.
+    """The recording of a rewrite: its tape, the tensors that it declares, and the own forward that it was recorded in.
 
-    `told`: what it leaves out of its matches without having asked for it, as sentences.
+    `inside`: whether it looks into the forward. `warnings`: sentences about operations of a match that the rewrite
+    drops without asking for them.
     """
 
     tape: Tape
     specs: tuple[ParamSpec, ...]
     own: OwnForward
     inside: bool
-    told: tuple[str, ...] = ()
+    warnings: tuple[str, ...] = ()
 
 
-class PassedOver(Exception):
-    """A rule has nothing to do at a site, though its targets match it."""
+class SkippedSite(Exception):
+    """Raised if a rule's targets match a site, but its rewrite returns NotImplemented."""
 
 
-def recorded(
+def record_rewrite(
     rule: Rule,
     module: nn.Module,
     path: str,
@@ -49,25 +50,27 @@ def recorded(
     owners: tuple[nn.Module, ...] = (),
     facts: dict[str, Any] | None = None,
 ) -> Recording:
-    """A rule's rewrite of a site; `PassedOver` for NotImplemented.
+    """Record a rule's rewrite of a site. Raises `SkippedSite` if the rewrite returns NotImplemented.
 
-    `facts` are those found when the rule was applied; what it finds anew is put there.
+    `facts`: the rule's facts at the site from its first recording. New facts are added to the dict.
     """
 
-    def others() -> tuple[Rule, ...]:
+    def other_rules() -> tuple[Rule, ...]:
         state = site_state(module)
-        return tuple(one.rule for one in state.applied if one.adapter != adapter) if state is not None else ()
+        return (
+            tuple(applied.rule for applied in state.applied if applied.adapter != adapter) if state is not None else ()
+        )
 
     def site() -> Site:
-        return Site(module, path, adapter, rule.label, own, example, owners, facts, others)
+        return Site(module, path, adapter, rule.label, own, example, owners, facts, other_rules)
 
-    first, by_mode = _ran(rule, site(), module.training)
-    if not by_mode or first.inside:  # what looks into a forward is recorded for each kind of call
+    first, by_mode = _run_rewrite(rule, site(), module.training)
+    if not by_mode or first.inside:  # a rule that looks into the forward is recorded for each kind of call
         return _recording(first, first.tape, first.specs)
-    other, _ = _ran(rule, site(), not module.training)
+    other, _ = _run_rewrite(rule, site(), not module.training)
     tape = for_both_modes(*((other.tape, first.tape) if module.training else (first.tape, other.tape)))
     if not tape.acts:
-        raise _idle(rule, first)
+        raise _no_edit_error(rule, first)
     return _recording(first, tape, {**other.specs, **first.specs})
 
 
@@ -75,8 +78,8 @@ def _recording(site: Site, tape: Tape, specs: Mapping[str, ParamSpec]) -> Record
     return Recording(tape.intern(), tuple(specs.values()), site.own, site.inside, tuple(site.describe_dropped_ops()))
 
 
-def _ran(rule: Rule, site: Site, training: bool) -> tuple[Site, bool]:
-    """A site whose tape has the rewrite's steps, and whether Python went by the training flag."""
+def _run_rewrite(rule: Rule, site: Site, training: bool) -> tuple[Site, bool]:
+    """Run a rewrite in one mode. Returns the site with the recorded tape, and whether Python read the mode."""
     samples = site.tape.samples = TapeSamples(site.tape, site.sample, training)
     path = site.path
     try:
@@ -91,35 +94,35 @@ def _ran(rule: Rule, site: Site, training: bool) -> tuple[Site, bool]:
                     )
                 site.replace(site.output, output)
     except SiteError as error:
-        raise _with_reason(error, site)  # noqa: B904  # it is the same error
-    site.tape.samples = None  # the site, and with it the example
+        raise _add_reason(error, site)  # noqa: B904  # the same error
+    site.tape.samples = None  # the samples hold the site, and the site holds the example
     if output is NotImplemented:
-        raise PassedOver
+        raise SkippedSite
     if not site.tape.acts and not samples.by_mode:
-        raise _idle(rule, site)
+        raise _no_edit_error(rule, site)
     return site, samples.by_mode
 
 
-def _idle(rule: Rule, site: Site) -> SiteError:
-    """The error of a rewrite without an edit: what it looked for in the forward, and where that is."""
+def _no_edit_error(rule: Rule, site: Site) -> SiteError:
+    """Returns the error for a rewrite without an edit. It names the structure that the rewrite did not find."""
     what, fix = f"{rule.label}.rewrite changes nothing", "return the new output, or use site.replace(old, new)"
     if not site.missed:
         return SiteError(what, where=site.path, fix=fix)
-    why, other = _missed(site)
+    why, other = _explain_miss(site)
     return SiteError(what, where=site.path, why=why, fix=other or "target a module whose own forward has it")
 
 
-def _with_reason(error: SiteError, site: Site) -> SiteError:
-    """The error of a rewrite whose own code fails, such as `site.find(…)[0]`: with the reason why nothing was found."""
+def _add_reason(error: SiteError, site: Site) -> SiteError:
+    """Add the reason why `site.find` found nothing to an error of the rewrite's own code, such as `site.find(…)[0]`."""
     if site.missed and error.__cause__ is not None and not isinstance(error.__cause__, SurgeryError):
-        why, other = _missed(site)
+        why, other = _explain_miss(site)
         error.why = f"{error.why}; {why}"
         error.fix = other or error.fix
     return error
 
 
-def _missed(site: Site) -> tuple[str, str]:
-    """Why what a rewrite looked for is not in the forward, and where it is, or ''."""
+def _explain_miss(site: Site) -> tuple[str, str]:
+    """Returns why a structure is not in the forward, and a hint where it is, or ''."""
     structure, reason = next(iter(site.missed.items()))
     example, graph = site.example, site.own.graph
     other = suggest_target(structure, site.module, graph, *example) if example is not None and graph is not None else ""
@@ -127,13 +130,13 @@ def _missed(site: Site) -> tuple[str, str]:
 
 
 def layer_of(applied: Applied, module: nn.Module, path: str, own: OwnForward) -> Layer:
-    """The edits of a rule that is on a site already, recorded anew where its record was copied or unpickled.
+    """Returns the edits of an applied rule. They are recorded again after a copy or unpickling.
 
-    A rule that looks into the forward is recorded for each kind of call; so without one, nothing is known of it.
+    A rule that looks into the forward is recorded for each kind of call, so without a call its tape is empty.
     """
     if applied.layer is None and applied.inside:
         return Layer(applied.adapter, applied.rule.label, Tape(path).intern())
     if applied.layer is None:
-        tape = recorded(applied.rule, module, path, applied.adapter, own, facts=applied.facts).tape
+        tape = record_rewrite(applied.rule, module, path, applied.adapter, own, facts=applied.facts).tape
         applied.layer = Layer(applied.adapter, applied.rule.label, tape)
     return applied.layer if applied.weight == 1.0 else applied.layer._replace(weight=applied.weight)

@@ -1,4 +1,4 @@
-"""Which class a site has: its own, or one whose forward has the edits of the rules that are live on it."""
+"""Gives a site its class: the module's own class, or a generated class with the live rules' edits in its forward."""
 
 from __future__ import annotations
 
@@ -13,31 +13,34 @@ from surgery.forward.own_forward import OwnForward, own_forward
 from surgery.forward.tape import Layer
 from surgery.state.records import Applied, SiteState, site_state
 from surgery.transaction.undo_log import Journal
-from surgery.weaving.call_variants import varied_class
-from surgery.weaving.conflicts import hidden
-from surgery.weaving.generated_class import generated_class, swap
+from surgery.weaving.call_variants import variant_class
+from surgery.weaving.conflicts import find_live_conflict
+from surgery.weaving.generated_class import generated_class, swap_class
 from surgery.weaving.rewrite_recording import layer_of
 
-__all__ = ["Shared", "Woven", "class_of_live", "install_live"]
+__all__ = ["ClassChange", "WovenClass", "class_of_live", "install_live"]
 
 
 @dataclass(frozen=True, eq=False)
-class Woven:
-    """A class, the edits in its forward, and the own forward they were made in. What is equal is one object."""
+class WovenClass:
+    """A site's class, the edits in its forward, and the own forward of the site. Equal ones are one object."""
 
     cls: type[nn.Module]
     layers: tuple[Layer, ...] = ()
     own: OwnForward | None = None
 
     @staticmethod
-    def of(kind: type[nn.Module], layers: tuple[Layer, ...] = (), own: OwnForward | None = None) -> Woven:
-        return _known.setdefault((kind, layers, own and own.key), Woven(kind, layers, own))
+    def of(kind: type[nn.Module], layers: tuple[Layer, ...] = (), own: OwnForward | None = None) -> WovenClass:
+        return _woven_classes.setdefault((kind, layers, own and own.key), WovenClass(kind, layers, own))
 
 
 def install_live(
     module: nn.Module, journal: Journal | None, own: OwnForward | None = None, live: list[Applied] | None = None
 ) -> None:
-    """Give a site the class of the rules that are live on it (`live`, where they are known); its own where none is."""
+    """Give a site the class of its live rules, or the module's own class without live rules.
+
+    `live`: the live rules, if the caller knows them.
+    """
     state = site_state(module)
     assert state is not None
     _install(module, state, class_of_live(module, state, own, live), journal)
@@ -46,12 +49,12 @@ def install_live(
 def class_of_live(
     module: nn.Module, state: SiteState, own: OwnForward | None = None, live: list[Applied] | None = None
 ) -> type[nn.Module]:
-    """The class of the rules that are live on a site; `live`: these, where they are known."""
+    """Returns the class of a site with its live rules. `live`: the live rules, if the caller knows them."""
     state.woven = None
     live = state.live() if live is None else live
     cls = _class_for(module, state, live, own)
     if not live:
-        state.woven = Woven.of(cls)
+        state.woven = WovenClass.of(cls)
     return cls
 
 
@@ -59,72 +62,73 @@ def _class_for(module: nn.Module, state: SiteState, live: list[Applied], own: Ow
     if not live:
         return state.base
     own = own or own_forward(module, state.base)
-    layers = tuple([_layer(applied) or layer_of(applied, module, state.path, own) for applied in live])
-    claiming = [applied for applied, layer in zip(live, layers, strict=True) if layer.tape.state_replacements]
-    if len(claiming) > 1 and (problem := hidden(claiming, module, state.path, own)) is not None:
+    layers = tuple([_cached_layer(applied) or layer_of(applied, module, state.path, own) for applied in live])
+    replacing = [applied for applied, layer in zip(live, layers, strict=True) if layer.tape.state_replacements]
+    if len(replacing) > 1 and (problem := find_live_conflict(replacing, module, state.path, own)) is not None:
         raise problem
     if any([applied.inside for applied in live]):
-        return varied_class(state.base, live)
+        return variant_class(state.base, live)
     try:
         cls = generated_class(own, layers)
-    except SiteError as error:  # equal edits are woven once for all their sites, so weaving knows no path
+    except SiteError as error:  # equal edits are woven once for many sites, so weaving does not know a path
         error.where = error.where or state.path
         raise
-    state.woven = Woven.of(cls, layers, own)
+    state.woven = WovenClass.of(cls, layers, own)
     return cls
 
 
-def _layer(applied: Applied) -> Layer | None:
-    """`layer_of` where it is there already: many live rules are gone through with each that comes."""
+def _cached_layer(applied: Applied) -> Layer | None:
+    """Returns the recorded edits of a rule with weight 1. A fast path, because a site may have many live rules."""
     return applied.layer if applied.standing.weight == 1.0 else None
 
 
 def _install(module: nn.Module, state: SiteState, cls: type[nn.Module], journal: Journal | None) -> None:
     before = type(module)
     if journal is not None:
-        journal.undo(_back, module, state, before)
+        journal.undo(_restore_class, module, state, before)
     state.variants.clear()
     state.classes.clear()
     if cls is not before:
-        swap(module, cls)
+        swap_class(module, cls)
 
 
-def _back(module: nn.Module, state: SiteState, before: type[nn.Module]) -> None:
-    """What a class was chosen from meanwhile is not kept: a call may have made some of it under other rules."""
+def _restore_class(module: nn.Module, state: SiteState, before: type[nn.Module]) -> None:
+    """Restore a site's former class. Its caches are cleared, because a call may have filled them for other rules."""
     state.variants.clear()
     state.classes.clear()
     if type(module) is not before:
-        swap(module, before)
+        swap_class(module, before)
 
 
-class Shared:
-    """One change of the rules at many sites: what had the same edits before has the same after, found once for all.
+class ClassChange:
+    """One change of the rules at many sites. Sites with the same class before the change share the class after it.
 
-    So the many rules that may be live on a site are gone through once, and those that are not live never.
+    The new class is computed once for each class before, so a site's other live rules are not visited again.
     """
 
     def __init__(self, journal: Journal):
         self.journal = journal
-        self._after: dict[tuple, tuple[Woven, OwnForward | None, Woven]] = {}  # holds what its keys are the ids of
+        # The keys contain ids, so the values hold the objects with these ids.
+        self._after: dict[tuple, tuple[WovenClass, OwnForward | None, WovenClass]] = {}
 
     def install(self, module: nn.Module, change: Hashable, own: OwnForward | None = None) -> None:
-        """`install_live` after a `change` that is equal where sites get or lose equal edits."""
+        """Call `install_live` for a site. `change` must be equal for sites that get or lose equal edits."""
         state = site_state(module)
         assert state is not None
-        before: Woven | None = state.woven
+        before: WovenClass | None = state.woven
         self.journal.attribute(state, "woven")
         if before is None or before.cls is not type(module):
             return install_live(module, self.journal, own)
         key = (id(before), id(own), change)
-        found = self._after.get(key)
-        if found is None:
+        outcome = self._after.get(key)
+        if outcome is None:
             cls = class_of_live(module, state, own or before.own)
             if state.woven is not None:
                 self._after[key] = (before, own, state.woven)
         else:
-            state.woven = found[2]
+            state.woven = outcome[2]
             cls = state.woven.cls
         _install(module, state, cls, self.journal)
 
 
-_known: weakref.WeakValueDictionary[tuple, Woven] = weakref.WeakValueDictionary()
+_woven_classes: weakref.WeakValueDictionary[tuple, WovenClass] = weakref.WeakValueDictionary()

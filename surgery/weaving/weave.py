@@ -1,13 +1,12 @@
 """Tapes → one fx graph: the site's own forward with the edits of every live rule woven in.
 
-The edits are applied to a small graph of terms first and written as fx nodes last. What a rule put something else in
-the place of stays where it is still needed and is left out where nothing needs it, so no fx node is ever erased, moved
-or re-inserted.
+The edits are applied to a small graph of terms, which is then written as fx nodes. A replaced value is kept while
+anything still uses it and left out otherwise, so no fx node is ever erased, moved or inserted again.
 
-Every term has a place in the program. Operations of the forward keep their order. A line of a rewrite stands right
-after the values that it uses are made: inputs are there at the beginning, an operand of a match where the match ends,
-the output at the end, and so is all that is written after `site.output` was asked for. Lines of a rewrite that writes
-in place keep their order.
+Every term has a place in the program. Operations of the forward keep their order. A line of a rewrite is placed right
+after the last of its operands: inputs at the beginning, an operand of a match at the end of the match, the output at
+the end. Lines after the first use of `site.output` are placed at the end, too. Lines of a rewrite that writes in place
+keep their order.
 """
 
 from __future__ import annotations
@@ -26,14 +25,14 @@ from surgery.weaving.lowering import lower
 from surgery.weaving.tape_terms import apply_layer
 from surgery.weaving.term_graph import TermGraph
 
-__all__ = ["trace_site", "woven", "woven_edit", "woven_held"]
+__all__ = ["trace_site", "weave", "weave_edit", "weave_traced"]
 
 
-def woven(own: OwnForward, layers: Sequence[Layer], training: bool, lowered: bool = True) -> fx.Graph:
-    """The graph of the site's forward with the layers' edits, in training or evaluation mode.
+def weave(own: OwnForward, layers: Sequence[Layer], training: bool, lowered: bool = True) -> fx.Graph:
+    """Returns the graph of a site's forward with the layers' edits, in training or evaluation mode.
 
     `lowered=False` keeps the rules' own form, without the fast forms of `surgery.weaving.lowering`. Raises `SiteError`
-    where an edit would need a value before it is made.
+    if an edit needs a value before it is computed.
     """
     terms = _terms_with(begin_forward(own, training), layers)
     graph = write_graph(terms)
@@ -43,20 +42,19 @@ def woven(own: OwnForward, layers: Sequence[Layer], training: bool, lowered: boo
     return graph
 
 
-def woven_held(own: OwnForward, layers: Sequence[Layer]) -> tuple[fx.Graph, dict[str, Any]]:
-    """The graph of a forward that is held as operations, with the layers' edits inside it; and the functions it keeps.
+def weave_traced(own: OwnForward, layers: Sequence[Layer]) -> tuple[fx.Graph, dict[str, Any]]:
+    """Returns the graph of a traced forward with the layers' edits, and the functions that the edits wrap.
 
-    Its first input, before the forward's own, is the mapping of what the graph keeps.
+    The graph's first input, before the forward's own inputs, is the mapping of its constants.
     """
     terms = _terms_with(begin_forward(own, False), layers)
     graph = write_graph(terms)
     warn_of_hidden_edits(terms, layers)
-    return graph, terms.kept
+    return graph, terms.constants
 
 
-def woven_edit(own: OwnForward, layers: Sequence[Layer], training: bool) -> fx.Graph:
-    """What the layers make of a site's output, as a graph of its own; its first input, before the forward's, is that
-    output."""
+def weave_edit(own: OwnForward, layers: Sequence[Layer], training: bool) -> fx.Graph:
+    """Returns the layers' edits of a site's output as a graph. Its first input is the output of the own forward."""
     return write_graph(_terms_with(begin_at_output(own, training), layers))
 
 
@@ -67,7 +65,7 @@ def _terms_with(terms: TermGraph, layers: Sequence[Layer]) -> TermGraph:
 
 
 def trace_site(module: nn.Module) -> fx.GraphModule:
-    """The module's own forward as a graph; its children are `call_module` leaves, its parameters shared.
+    """Return the module's own forward as a graph. Its children are `call_module` leaves; its parameters are shared.
 
     >>> from torch import nn
     >>> from surgery import trace_site
@@ -79,8 +77,16 @@ def trace_site(module: nn.Module) -> fx.GraphModule:
         linear = torch._C._nn.linear(input_1, weight, bias);  input_1 = weight = bias = None
         return linear
 
-    The graph is of the module's present mode, training or evaluation; arguments that have a default are fixed to
-    it. Raises `TraceError` with the file, line and text of the construct that can't be held in a graph.
+    The graph shows the module's present mode, training or evaluation. Arguments with a default are fixed to it.
+
+    Args:
+        module: the module. Its class and parameters do not change.
+
+    Returns:
+        The graph with the module's parameters and children.
+
+    Raises:
+        TraceError: The forward contains a construct that a graph can't represent. The error shows its file and line.
     """
     own = record_own(module)
-    return fx.GraphModule(module, woven(own, [], module.training), own.base.__name__)
+    return fx.GraphModule(module, weave(own, [], module.training), own.base.__name__)

@@ -1,4 +1,4 @@
-"""Exact merge arithmetic: what is folded comes back to the bit, whatever happened in between."""
+"""Exact merge arithmetic: unfolding restores a weight bit for bit, whatever happened in between."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-import surgery.arithmetic.exact_fold as exact
+import surgery.arithmetic.fold_arithmetic as fold_arithmetic
 from surgery.arithmetic.corrections import INTEGERS
-from surgery.arithmetic.exact_fold import LowRank, Record, Rows, checksum, fold, folded, unfold
+from surgery.arithmetic.exact_fold import LowRank, Record, Rows, checksum, fold, folded_value, unfold
 from surgery.errors import MergeError
 from tests.support import ROOT
 
@@ -27,12 +27,12 @@ SPECIAL = [0.0, -0.0, math.inf, -math.inf, math.nan, 1e-45, -1e-45, 1e-40, 3e38,
 
 
 def bits(tensor: Tensor) -> Tensor:
-    """The raw bits: torch.equal tells 0.0 from -0.0 and one NaN from another only on integers."""
+    """Returns the raw bits. torch.equal distinguishes 0.0 from -0.0, and NaNs from each other, only as integers."""
     return tensor.detach().contiguous().view(INTEGERS[tensor.element_size()])
 
 
 def low_rank(m: int, n: int, rank: int, size: float = 0.03, seed: int = 0, **fields) -> LowRank:
-    """A change of Frobenius norm `size` times that of a weight with entries N(0, 1 / n)."""
+    """Returns a change whose Frobenius norm is `size` times the norm of a weight with entries N(0, 1 / n)."""
     g = torch.Generator().manual_seed(seed)
     B, A = torch.randn(m, rank, generator=g), torch.randn(rank, n, generator=g)
     return LowRank(B * (size * m**0.5 / (B @ A).norm()), A, **fields)
@@ -59,14 +59,14 @@ def test_delta_is_as_right_as_a_float32_matmul(rank, bound):
     assert (change.delta((96, 80)) - reference).norm() <= bound * reference.norm()
     precise = change.delta((96, 80), torch.float64)
     assert precise.dtype == torch.float64
-    # Two summands a factor keep over 44 bits of each, relative to the largest in a row or column.
+    # Two summands keep over 44 bits of a factor's entries, relative to the largest in a row or column.
     assert (precise - reference).norm() <= 1e-12 * reference.norm()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_delta_has_the_same_bits_for_any_order_and_number_of_threads(threads, dtype):
     half = low_rank(300, 257, 12)
-    # Products that all but cancel: what is left would show any rounding of a partial sum.
+    # The products nearly cancel, so the sum would show any rounding of a partial sum.
     change = LowRank(torch.cat([half.B, half.B * -(1 + 2**-18)], 1), torch.cat([half.A, half.A]), torch.ones(24))
     assert isinstance(change.scale, Tensor)
     threads(1)
@@ -76,7 +76,7 @@ def test_delta_has_the_same_bits_for_any_order_and_number_of_threads(threads, dt
         order = torch.randperm(24)
         permuted = LowRank(change.B[:, order], change.A[order], change.scale[order])
         assert torch.equal(bits(permuted.delta((300, 257), dtype)), expected)
-    # One row at a time is another shape of matmul, and may be another kernel.
+    # A matmul of one row may use another kernel.
     rows = [LowRank(change.B[i : i + 1], change.A, change.scale).delta((1, 257), dtype) for i in range(0, 300, 50)]
     assert torch.equal(bits(torch.cat(rows)), expected[::50])
 
@@ -122,17 +122,17 @@ def test_factors_beyond_the_grid_are_zero_or_right(tiny):
     assert (change.delta((3, 3), torch.float64) - 2 * tiny).abs().max() <= 2.0**-500
 
 
-# There and back ---------------------------------------------------------------------------------------------------
+# Fold and unfold --------------------------------------------------------------------------------------------------
 
 
 def layouts(tensor: Tensor) -> dict[str, Tensor]:
     padded = torch.zeros(*tensor.shape[:-1], 2 * tensor.shape[-1] + 1, dtype=tensor.dtype)
-    found = {"plain": tensor, "strided": padded[..., 1::2].copy_(tensor)}
+    variants = {"plain": tensor, "strided": padded[..., 1::2].copy_(tensor)}
     if tensor.dim() >= 2:
-        found["transposed"] = tensor.transpose(0, 1).contiguous().transpose(0, 1)
+        variants["transposed"] = tensor.transpose(0, 1).contiguous().transpose(0, 1)
     if tensor.dim() == 4:
-        found["channels_last"] = tensor.contiguous(memory_format=torch.channels_last)
-    return found
+        variants["channels_last"] = tensor.contiguous(memory_format=torch.channels_last)
+    return variants
 
 
 @st.composite
@@ -187,10 +187,10 @@ def test_a_single_row_keeps_its_strides(keep: Any) -> None:
 def test_fold_then_unfold_gives_back_the_bits(case, keep, pickled):
     weight, change = case
     original, strides, address = weight.clone(), weight.stride(), weight.data_ptr()
-    expected = folded(weight, change)
+    expected = folded_value(weight, change)
     record = fold(weight, change, keep=keep)
     if keep == "record":
-        nan = weight.isnan()  # torch rounds them to one NaN or another, by how many numbers it rounds at once
+        nan = weight.isnan()  # the bits of torch's NaNs depend on how many numbers it rounds at once
         assert torch.equal(nan, expected.isnan())
         assert torch.equal(bits(weight.masked_fill(nan, 0)), bits(expected.masked_fill(nan, 0)))
     if pickled:
@@ -209,11 +209,11 @@ def test_folded_value_is_rounded_once(dtype):
     weight, change = weight_of(40, 30, dtype), low_rank(40, 30, 4)
     compute = torch.float64 if dtype == torch.float64 else torch.float32
     expected = (weight.to(compute) + change.delta((40, 30), dtype)).to(dtype)
-    assert torch.equal(folded(weight, change), expected)
+    assert torch.equal(folded_value(weight, change), expected)
     gain = torch.rand(40) + 0.5
     scaled = LowRank(change.B, change.A, gain=gain)
     expected = (gain.to(compute)[:, None] * (weight.to(compute) + change.delta((40, 30), dtype))).to(dtype)
-    assert torch.equal(folded(weight, scaled), expected)
+    assert torch.equal(folded_value(weight, scaled), expected)
     fold(weight, scaled)
     assert torch.equal(weight, expected)
 
@@ -222,10 +222,10 @@ def test_folded_value_is_rounded_once(dtype):
 @pytest.mark.parametrize("layout", ["plain", "transposed"])
 def test_a_copy_folds_to_within_rounding(dtype, layout):
     weight, change = layouts(weight_of(40, 30, dtype))[layout], low_rank(40, 30, 4, size=1.0, scale=0.3)
-    expected = folded(weight, change)
+    expected = folded_value(weight, change)
     record = fold(weight, change, keep="copy")
     assert record.kind == "copy"
-    torch.testing.assert_close(weight, expected)  # a matmul's rounding, and at worst one more of the weight's dtype
+    torch.testing.assert_close(weight, expected)  # a matmul's rounding, and at most one rounding to the weight's dtype
 
 
 def test_the_weight_stays_the_parameter_it_was():
@@ -293,8 +293,8 @@ for dtype, weight in weights.items():
     assert torch.equal(weight.view(originals[dtype].dtype), originals[dtype]), dtype
 print("to the bit")
 """
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
-    assert done.stdout.strip() == "to the bit", done.stderr
+    process = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert process.stdout.strip() == "to the bit", process.stderr
 
 
 def test_a_lossless_trip_through_another_dtype_and_layout():
@@ -308,8 +308,8 @@ def test_a_lossless_trip_through_another_dtype_and_layout():
 
 def test_a_device_without_float64_is_served_on_the_cpu(monkeypatch):
     weight = weight_of(32, 48)
-    original, expected = weight.clone(), folded(weight, low_rank(32, 48, 2))
-    monkeypatch.setattr(exact, "has_float64", lambda device: False)
+    original, expected = weight.clone(), folded_value(weight, low_rank(32, 48, 2))
+    monkeypatch.setattr(fold_arithmetic, "has_float64", lambda device: False)
     record = fold(weight, low_rank(32, 48, 2))
     assert torch.equal(weight, expected)
     unfold(weight, record)
@@ -332,7 +332,7 @@ def test_autocast_and_inference_mode_change_nothing(keep):
         inner = original.clone()
         unfold(inner, fold(inner, change, keep=keep))
         assert torch.equal(inner, original)
-    unfold(weight, fold(weight, change, keep=keep))  # memory used in inference mode serves outside it too
+    unfold(weight, fold(weight, change, keep=keep))  # scratch memory from inference mode also works outside it
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
@@ -347,7 +347,7 @@ def test_a_hundred_cycles_do_not_drift(dtype):
     assert torch.equal(bits(weight), bits(original))
 
 
-# What is kept -----------------------------------------------------------------------------------------------------
+# Records ----------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -367,7 +367,7 @@ def test_corrections_are_small(dtype, size, bound):
     "weight, change",
     [
         (weight_of(8, 8), low_rank(8, 8, 8)),  # the factors are as large as the weight
-        (torch.full((64, 64), math.nan), low_rank(64, 64, 2)),  # every entry would be an exception
+        (torch.full((64, 64), math.nan), low_rank(64, 64, 2)),  # every entry would need a correction
         (weight_of(64, 64), LowRank(torch.full((64, 1), math.inf), torch.ones(1, 64))),
         (weight_of(64, 64), LowRank(torch.full((64, 1), 1e30), torch.full((1, 64), 1e30))),
         (weight_of(64, 64), LowRank(torch.full((64, 1), 1e300, dtype=torch.float64), torch.full((1, 64), math.nan))),
@@ -421,9 +421,9 @@ def test_a_clone_does_not_use_the_record_up():
     original = weight.clone()
     record = fold(weight, low_rank(32, 32, 2), keep="copy")
     twin, twin_record = copy.deepcopy((weight, record))
-    for one, kept in ((weight.clone(), record), (twin, twin_record), (weight, record)):
-        unfold(one, kept)
-        assert torch.equal(one, original)
+    for copied, copied_record in ((weight.clone(), record), (twin, twin_record), (weight, record)):
+        unfold(copied, copied_record)
+        assert torch.equal(copied, original)
 
 
 # Other changes ----------------------------------------------------------------------------------------------------
@@ -433,7 +433,7 @@ def test_a_clone_does_not_use_the_record_up():
 def test_rows_keep_only_what_they_overwrite(dtype):
     weight = weight_of(50, 8, dtype)
     original, index, values = weight.clone(), torch.tensor([7, 3]), torch.randn(2, 8)
-    assert torch.equal(folded(weight, Rows(index, values))[[7, 3]], values.to(dtype))
+    assert torch.equal(folded_value(weight, Rows(index, values))[[7, 3]], values.to(dtype))
     record = fold(weight, Rows(index, values), keep="copy")
     assert record.kind == "rows" and record.nbytes == 2 * 8 * dtype.itemsize + 16
     assert torch.equal(weight[index], values.to(dtype))
@@ -447,7 +447,7 @@ def test_a_tensor_is_the_new_value(weight):
     original, value = weight.clone(), torch.ones(weight.shape, dtype=torch.float64)
     record = fold(weight, value)
     assert torch.equal(weight, value.to(weight.dtype))
-    value.zero_()  # what was folded is a copy of it
+    value.zero_()  # the weight has a copy of it
     assert bool((weight == 1).all())
     unfold(weight, record)
     assert torch.equal(weight, original)
@@ -495,7 +495,7 @@ def test_what_does_not_fit_is_refused_and_nothing_is_touched(change):
     with pytest.raises(MergeError, match="layer.weight"):
         fold(weight, change, where="layer.weight")
     with pytest.raises(MergeError):
-        folded(weight, change)
+        folded_value(weight, change)
     assert torch.equal(weight, original)
 
 
@@ -516,12 +516,12 @@ def records_of(weight: Tensor) -> dict[str, tuple[Tensor, Record]]:
         "copy": low_rank(64, 48, 2),
         "rows": Rows(torch.tensor([5]), torch.ones(1, 48)),
     }
-    found = {}
+    records = {}
     for kind, change in changes.items():
         copied = weight.clone()
-        found[kind] = copied, fold(copied, change, keep="copy" if kind == "copy" else "record")
-        assert found[kind][1].kind == kind
-    return found
+        records[kind] = copied, fold(copied, change, keep="copy" if kind == "copy" else "record")
+        assert records[kind][1].kind == kind
+    return records
 
 
 @pytest.mark.parametrize("kind", ["record", "copy", "rows"])
@@ -544,7 +544,7 @@ def test_a_changed_weight_is_noticed_before_anything_is_touched(kind):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_without_the_check_the_change_is_taken_out_of_a_trained_weight(dtype):
     original = weight_of(64, 48, dtype)
-    original[0, 0] = 1e-30  # its correction is a huge difference of bits: on another value it would be nonsense
+    original[0, 0] = 1e-30  # its correction is a huge difference of bits, which makes no sense for another value
     for kind, (weight, record) in records_of(original).items():
         weight += 0.25
         unfold(weight, record, check=False)
@@ -591,7 +591,7 @@ def test_the_checksum_sees_permutations_and_signs():
     swapped[0][[3, 40]] = tensor[[40, 3]]
     swapped[1][:, [2, 21]] = tensor[:, [21, 2]]
     swapped[2][:, [0, 1, 2, 3]] = tensor[:, [2, 3, 0, 1]]
-    flipped = [tensor.clone() for _ in range(4)]  # signs are the top bits, whose carries are lost
+    flipped = [tensor.clone() for _ in range(4)]  # signs are the top bits, and sums lose their carries
     flipped[0].neg_()
     flipped[1][:, [1, 3]] *= -1
     flipped[2][[16, 32]] *= -1

@@ -1,4 +1,4 @@
-"""Small weights are folded and unfolded many at once, with the bits of each alone."""
+"""Many small weights are folded and unfolded at once, with the same bits as one after the other."""
 
 from __future__ import annotations
 
@@ -31,31 +31,35 @@ def test_folds_of_many_weights_have_the_bits_of_each_alone(
     weights[2][0] = float("inf")
     weights[3].flatten()[1] = float("nan")
     changes = [change(size) for size in (0.01, 0.1, 0.1, 0.1, 30.0, 0.0)]
-    alone, together = ([weight.clone() for weight in weights] for _ in range(2))
-    for chosen in ([0, 1, 4, 5], [2, 3]):  # what is not finite is done by itself, and so is what it stands with
+    alone, batched = ([weight.clone() for weight in weights] for _ in range(2))
+    for chosen in ([0, 1, 4, 5], [2, 3]):  # a weight that is not finite makes its whole stack fold one by one
         expected = [fold(alone[index], changes[index]) for index in chosen]
-        records = fold_all([Fold(together[index], changes[index], "here") for index in chosen])
-        for index, one, other in zip(chosen, records, expected, strict=True):
-            assert equal_bits(together[index], alone[index]) and one.kind == other.kind
-            assert (one.before, one.after, one.nbytes) == (other.before, other.after, other.nbytes)
-            unfold(together[index], pickle.loads(pickle.dumps(one)))
-            assert equal_bits(together[index], weights[index])
-            unfold(together[index].copy_(alone[index]), other)
-            assert equal_bits(together[index], weights[index])
+        records = fold_all([Fold(batched[index], changes[index], "here") for index in chosen])
+        for index, record, expected_record in zip(chosen, records, expected, strict=True):
+            assert equal_bits(batched[index], alone[index]) and record.kind == expected_record.kind
+            assert (record.before, record.after, record.nbytes) == (
+                expected_record.before,
+                expected_record.after,
+                expected_record.nbytes,
+            )
+            unfold(batched[index], pickle.loads(pickle.dumps(record)))
+            assert equal_bits(batched[index], weights[index])
+            unfold(batched[index].copy_(alone[index]), expected_record)
+            assert equal_bits(batched[index], weights[index])
 
 
-def equal_bits(one: torch.Tensor, other: torch.Tensor) -> bool:
-    return torch.equal(one.contiguous().view(torch.uint8), other.contiguous().view(torch.uint8))
+def equal_bits(first: torch.Tensor, second: torch.Tensor) -> bool:
+    return torch.equal(first.contiguous().view(torch.uint8), second.contiguous().view(torch.uint8))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
 @pytest.mark.parametrize("shape", [(24, 40), (8, 8), (6, 3, 5), (100, 160)])
 def test_many_weights_are_unfolded_to_their_bits(dtype: torch.dtype, shape: tuple[int, ...]) -> None:
-    """Those of one kind together, those that were copied, have NaN, share memory or changed alone."""
+    """Similar weights are unfolded together; weights with NaN or a copy as their record are unfolded alone."""
     weights = [torch.randn(shape).to(dtype) for _ in range(7)]
     weights[2].flatten()[1] = float("nan")
     before = [weight.clone() for weight in weights]
-    rank = 2 if math.prod(shape) > 200 else 8  # the factors of the second are larger than the weight
+    rank = 2 if math.prod(shape) > 200 else 8  # with rank 8 the factors are larger than the weight
     sizes = (0.01, 0.1, 0.1, 1.0, 30.0, 0.0, 0.1)
     changes = [
         LowRank(torch.randn(shape[0], rank) * size, torch.randn(rank, math.prod(shape[1:])), 0.7) for size in sizes
@@ -88,10 +92,10 @@ def test_corrections_packed_together_are_those_packed_alone(dtype: Any, density:
     positions = np.flatnonzero(mask)
     values = rng.choice([1, -1, 1, -1, 2, -300, np.iinfo(dtype).min], len(positions)).astype(dtype)
     bounds = np.searchsorted(positions, np.arange(count + 1) * size).tolist()
-    for index, found in enumerate(Corrections.of_many(positions, values, bounds, size)):
+    for index, batched in enumerate(Corrections.of_many(positions, values, bounds, size)):
         start, end = bounds[index : index + 2]
         alone = Corrections.of(positions[start:end] - index * size, values[start:end])
-        assert (found.chunks, found.nbytes) == (alone.chunks, alone.nbytes)
+        assert (batched.chunks, batched.nbytes) == (alone.chunks, alone.nbytes)
 
 
 def test_weights_that_share_memory_are_folded_in_turn() -> None:
@@ -102,13 +106,13 @@ def test_weights_that_share_memory_are_folded_in_turn() -> None:
 
 
 def test_compressed_corrections_are_read() -> None:
-    """As earlier versions wrote few ones, too."""
+    """Earlier versions compressed small numbers of corrections, too."""
     positions, values = np.array([3, 4, 90, 70000]), np.array([1, -1, 5, -300])
     base, header, plain, packed = _pack(positions, values)
     assert plain == len(packed)
     for old in ((base, header, 0, zlib.compress(packed)), (base, header, plain, packed)):
-        found = _unpack(*old)
-        assert found[0].tolist() == positions.tolist() and found[1].tolist() == values.tolist()
+        unpacked = _unpack(*old)
+        assert unpacked[0].tolist() == positions.tolist() and unpacked[1].tolist() == values.tolist()
 
 
 def test_a_merge_of_many_is_undone_where_one_is_refused() -> None:

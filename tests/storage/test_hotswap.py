@@ -764,7 +764,7 @@ def test_a_failure_on_the_way_is_undone(monkeypatch: pytest.MonkeyPatch) -> None
     import surgery.storage.hotswap as swap
 
     model = linear()
-    before, done, real = bits(model), [], swap.put
+    before, done, real = bits(model), [], swap.copy_into
 
     def failing(tensor: Tensor, new: Tensor) -> None:
         done.append(tensor)
@@ -772,7 +772,7 @@ def test_a_failure_on_the_way_is_undone(monkeypatch: pytest.MonkeyPatch) -> None
             raise KeyboardInterrupt
         real(tensor, new)
 
-    monkeypatch.setattr(swap, "put", failing)
+    monkeypatch.setattr(swap, "copy_into", failing)
     with pytest.raises(KeyboardInterrupt):
         hotswap(model, "a", {key: torch.randn_like(tensor) for key, tensor in before.items()})
     assert len(done) > 3 and same(bits(model), before)

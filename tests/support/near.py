@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from surgery.arithmetic.float64_reference import FACTOR, Wide, difference
+from surgery.arithmetic.float64_reference import FACTOR, Float64Model, difference
 
 T = TypeVar("T", np.ndarray, Tensor)
 Call = Callable[[nn.Module, Callable[[Tensor], Tensor]], list[Tensor]]
@@ -34,7 +34,7 @@ class Wanted(list[T], Generic[T]):
         again = self._asked()
         own = [difference(one, other) for one, other in zip(again, map(_tensor, self), strict=True)]
         assert not any(own), "the model is not what it was: compare while the same adapters are live"
-        losses = Wide(self.model).losses(self.call, again)
+        losses = Float64Model(self.model).losses(self.call, again)
         return least if losses is None else max(least, min(LARGEST, FACTOR * losses[index]))
 
 

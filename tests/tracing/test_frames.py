@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 import surgery
 from surgery import TraceError, trace, trace_site
-from surgery.transaction.user_frames import HERE, is_ours
+from surgery.transaction.user_frames import ENGINE_FOLDER, is_ours
 
 
 def helper(x: Tensor) -> Tensor:
@@ -103,7 +103,7 @@ def test_a_graphs_guard_names_the_line_that_decided() -> None:
 
 def test_the_engines_own_files_are_known_wherever_they_lie() -> None:
     folder = Path(surgery.__file__).resolve().parent
-    assert Path(HERE) == folder
+    assert Path(ENGINE_FOLDER) == folder
     assert all(is_ours(str(path)) for path in folder.rglob("*.py"))
     assert not is_ours(__file__) and not is_ours(str(folder.parent / "surgery_of_mine.py"))
     assert not [path.name for path in folder.rglob("*.py") if "__file__.rpartition" in path.read_text()]

@@ -1,4 +1,4 @@
-"""Rules that look into a forward: what they edit there holds in every kind of call, and comes out without a trace."""
+"""Rules that look into a forward: their edits apply to every kind of call, and removing them leaves no trace."""
 
 from __future__ import annotations
 
@@ -45,10 +45,10 @@ class TemperRule(Rule):
     why_not_merged = "the softmax of scaled scores is no change of a weight"
 
     def rewrite(self, site: Any) -> Any:
-        found = site.find(PROBABILITIES)
-        if not found:
+        matches = site.find(PROBABILITIES)
+        if not matches:
             return NotImplemented
-        for weights in found:
+        for weights in matches:
             scores = weights.bindings["scores"]
             site.replace(scores, scores * site.param("temper", (site.module.heads, 1, 1), 1.0))
         return None
@@ -56,7 +56,7 @@ class TemperRule(Rule):
 
 @rule("test-swish")
 class SwishRule(Rule):
-    """x · sigmoid(βx) in the place of a gelu."""
+    """Replaces a gelu by x · sigmoid(βx)."""
 
     why_not_merged = "an activation is no weight"
 
@@ -67,16 +67,16 @@ class SwishRule(Rule):
 
 
 class Cache:
-    """What a call keeps for the next one."""
+    """Joins the tensors of all calls so far, like a key cache."""
 
     def __init__(self) -> None:
-        self.held: Tensor | None = None
+        self.joined: Tensor | None = None
         self.calls = 0
 
     def add(self, x: Tensor) -> Tensor:
         self.calls += 1
-        self.held = x if self.held is None else torch.cat([self.held, x], 1)
-        return self.held
+        self.joined = x if self.joined is None else torch.cat([self.joined, x], 1)
+        return self.joined
 
 
 class Attention(nn.Module):
@@ -148,7 +148,7 @@ def tempered(model: nn.Module) -> nn.Module:
 
 
 def plainly(block: Block, x: Tensor, mask: Tensor | None = None) -> Tensor:
-    """What a tempered block has to give, through the own forward's argument and plain torch."""
+    """Returns the expected output of a tempered block, by the own forward's `temper` argument and plain torch."""
     module: Any = block.attention
     x = x + Attention.forward(module, x, mask, temper=module.adapters.default.temper)
     up = block.mlp.up(x)
@@ -196,16 +196,16 @@ def test_beside_other_rules_in_any_order() -> None:
 
 
 def test_alike_modules_share_one_trace(monkeypatch: pytest.MonkeyPatch) -> None:
-    held = surgery.tracing.traced_forward
+    tracing = surgery.tracing.traced_forward
     seen: list[str] = []
-    real = held.traced
+    trace = tracing.traced
 
     def counted(module: nn.Module, *args: Any) -> Any:
         seen.append(type(module).__name__)
-        return real(module, *args)
+        return trace(module, *args)
 
-    monkeypatch.setattr(held, "traced", counted)
-    held._known.clear()
+    monkeypatch.setattr(tracing, "traced", counted)
+    tracing._known.clear()
     tower = Tower(32)
     apply_rules(tower, TemperRule(Attention), example_inputs=X)
     assert seen == ["Attention"] * 4  # evaluation and training, with and without gradients
@@ -249,13 +249,13 @@ def test_gradient_checkpointing_may_meet_a_new_kind_of_call(reentrant: bool) -> 
     torch.manual_seed(0)
     out = checkpoint(head(tower), x, MASK, use_reentrant=reentrant)
     out.sum().backward()
-    found = head(tower).attention.adapters.default.temper.grad.clone()
+    gradient = head(tower).attention.adapters.default.temper.grad.clone()
     tower.zero_grad()
     torch.manual_seed(0)
     again = head(tower)(X, MASK)
     again.sum().backward()
     assert torch.equal(out, again)
-    torch.testing.assert_close(found, head(tower).attention.adapters.default.temper.grad)
+    torch.testing.assert_close(gradient, head(tower).attention.adapters.default.temper.grad)
 
 
 def test_a_new_kind_of_call_leaves_no_trace() -> None:
@@ -267,7 +267,7 @@ def test_a_new_kind_of_call_leaves_no_trace() -> None:
     assert torch.equal(tower(X, MASK), first) and torch.equal(torch.get_rng_state(), state)
     cache = Cache()
     head(tower).attention(X, None, cache)
-    assert cache.calls == 1  # what is written to an argument is written once
+    assert cache.calls == 1  # the forward writes to an argument once, although it is traced
 
 
 def test_compile_and_export() -> None:
@@ -284,11 +284,11 @@ def test_compile_and_export() -> None:
 def test_threads_may_meet_a_kind_of_call_at_once() -> None:
     tower = tempered(apply_rules(Tower(), RULES, example_inputs=X)).eval()
     inputs = [torch.randn(2, n, 8) for n in (3, 4, 5, 8)]
-    found: dict[int, Tensor] = {}
+    outputs: dict[int, Tensor] = {}
 
     def work(index: int) -> None:
         with torch.no_grad():
-            found[index] = tower(inputs[index])
+            outputs[index] = tower(inputs[index])
 
     threads = [threading.Thread(target=work, args=(index,)) for index in range(4)]
     for thread in threads:
@@ -296,7 +296,7 @@ def test_threads_may_meet_a_kind_of_call_at_once() -> None:
     for thread in threads:
         thread.join()
     for index, x in enumerate(inputs):
-        torch.testing.assert_close(found[index], tower(x))
+        torch.testing.assert_close(outputs[index], tower(x))
 
 
 def test_a_graph_module_of_the_user() -> None:
@@ -385,8 +385,8 @@ class SwishOnceRule(Rule):
 def test_a_late_decision_is_told() -> None:
     class Late(Mlp):
         def forward(self, x: Tensor, cache: Any = None) -> Tensor:
-            kept = cache.add(F.gelu(x))
-            return kept + 1.0 if kept.shape[1] > 6 else kept
+            joined = cache.add(F.gelu(x))
+            return joined + 1.0 if joined.shape[1] > 6 else joined
 
     model = Late()
     apply_rules(model, SwishOnceRule(Late), example_inputs=(X, Cache()))
@@ -434,9 +434,9 @@ def test_operations_under_a_region_of_the_forward_are_found() -> None:
     torch.manual_seed(0)
     model, x = Guarded(), torch.randn(2, 3, requires_grad=True)
     apply_rules(model, BodyRule(Guarded, body=body), example_inputs=x)
-    wanted = model.lin(x) * torch.sigmoid(x).detach() + F.gelu(x)
-    assert torch.equal(model(x), wanted)
-    found, other = (torch.autograd.grad(y.sum(), x)[0] for y in (model(x), wanted))
-    assert torch.allclose(found, other)  # sums in another order
+    expected = model.lin(x) * torch.sigmoid(x).detach() + F.gelu(x)
+    assert torch.equal(model(x), expected)
+    gradient, expected_gradient = (torch.autograd.grad(y.sum(), x)[0] for y in (model(x), expected))
+    assert torch.allclose(gradient, expected_gradient)  # sums in another order
     with torch.autocast("cpu", torch.bfloat16):
         assert torch.equal(model(x), model.lin(x) * torch.sigmoid(x) + F.gelu(x))

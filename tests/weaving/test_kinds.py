@@ -1,6 +1,6 @@
-"""Kinds of calls of sites whose rules look into the forward: made ready when applied, and met under compilers.
+"""Kinds of calls of sites whose rules look into the forward: built by apply_rules, or first met under compilers.
 
-The reference is the model with the change written by hand, or the rewritten model run without a compiler.
+The reference is the model with the change written by hand, or the rewritten model without a compiler.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ from tests.weaving.test_inside import (
 
 @pytest.fixture(autouse=True)
 def _nothing_known() -> Iterator[None]:
-    """Graphs that other tests have made would hide what these are about."""
+    """Clear the graphs of other tests, because these tests count new graphs."""
     surgery.tracing.traced_forward._known.clear()
     torch._dynamo.reset()
     yield
@@ -63,8 +63,8 @@ def expected(tower: nn.Module, x: Tensor, mask: Tensor | None = None) -> Tensor:
     return x
 
 
-def close(found: Any, wanted: Any) -> None:
-    torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-6)
+def close(actual: Any, reference: Any) -> None:
+    torch.testing.assert_close(actual, reference, rtol=1e-5, atol=1e-6)
 
 
 # Made ready ---------------------------------------------------------------------------------------------------
@@ -72,7 +72,7 @@ def close(found: Any, wanted: Any) -> None:
 
 @pytest.fixture(autouse=True)
 def fresh_compiler() -> None:
-    """What other tests compiled is forgotten: Dynamo gives up on code after some errors and forms of it."""
+    """Reset Dynamo, which gives up on code after several errors or recompilations in other tests."""
     torch._dynamo.reset()
 
 
@@ -81,7 +81,7 @@ def test_the_plan_tells_which_kinds_are_ready() -> None:
     modes = [
         f"{mode}, {gradients} gradients" for mode in ("evaluation", "training") for gradients in ("without", "with")
     ]
-    assert [(one.type, one.kind, one.reason) for one in plan.kinds] == [("Attention", mode, "") for mode in modes]
+    assert [(call.type, call.kind, call.reason) for call in plan.kinds] == [("Attention", mode, "") for mode in modes]
     assert f"ready: calls of Attention in {'; '.join(modes)}" in str(plan)
     assert len(plan.to_dict()["kinds"]) == 4
 
@@ -180,11 +180,11 @@ def test_compiled_at_any_kind_of_call(fullgraph: bool) -> None:
     tower = tempered(apply_rules(Tower(), RULES, example_inputs=X))
     compiled = torch.compile(tower, backend="eager", fullgraph=fullgraph)
     for training, gradients, mask in CALLS:
-        found = run(compiled, X, mask, training=training, gradients=gradients)
-        close(found, expected(tower, X, mask))
+        output = run(compiled, X, mask, training=training, gradients=gradients)
+        close(output, expected(tower, X, mask))
         if gradients:
-            wanted = torch.autograd.grad(expected(tower, X, mask).sum(), temper(tower))
-            close(torch.autograd.grad(found.sum(), temper(tower)), wanted)
+            gradients_by_hand = torch.autograd.grad(expected(tower, X, mask).sum(), temper(tower))
+            close(torch.autograd.grad(output.sum(), temper(tower)), gradients_by_hand)
 
 
 def temper(tower: nn.Module) -> list[Tensor]:
@@ -197,18 +197,20 @@ def test_a_model_compiled_at_once_meets_no_break() -> None:
     explained = torch._dynamo.explain(tower)(X, MASK)
     assert explained.graph_break_count == 0
     compiled = torch.compile(tower, backend="eager", fullgraph=True, dynamic=True)
-    for size in (3, 5, 9):  # over six positions the forward decides otherwise
+    for size in (3, 5, 9):  # with more than six positions the forward takes another branch
         x = torch.randn(2, size, 8)
         close(compiled(x, MASK[:1, :1]), expected(tower, x, MASK[:1, :1]))
 
 
-@pytest.mark.filterwarnings("ignore")  # torch's own
+@pytest.mark.filterwarnings("ignore")  # torch's warnings
 def test_a_training_step_by_inductor() -> None:
     tower = tempered(apply_rules(Tower(1), RULES, example_inputs=X)).train()
-    found = torch.compile(tower)(X, MASK)
-    torch.testing.assert_close(found, expected(tower, X, MASK), rtol=1e-4, atol=1e-5)
-    wanted = torch.autograd.grad(expected(tower, X, MASK).sum(), temper(tower))
-    torch.testing.assert_close(torch.autograd.grad(found.sum(), temper(tower)), wanted, rtol=1e-4, atol=1e-5)
+    output = torch.compile(tower)(X, MASK)
+    torch.testing.assert_close(output, expected(tower, X, MASK), rtol=1e-4, atol=1e-5)
+    gradients_by_hand = torch.autograd.grad(expected(tower, X, MASK).sum(), temper(tower))
+    torch.testing.assert_close(
+        torch.autograd.grad(output.sum(), temper(tower)), gradients_by_hand, rtol=1e-4, atol=1e-5
+    )
 
 
 def copied_again(tower: nn.Module) -> nn.Module:
@@ -235,17 +237,17 @@ CHANGES: list[Callable[[nn.Module], nn.Module]] = [copied_again, unpickled, swit
 
 
 @pytest.mark.parametrize("change", sample(CHANGES, 2))
-@pytest.mark.parametrize("way", ["compile", "strict", "loose"])
-def test_compiled_and_exported_after_a_change(change: Callable[[nn.Module], nn.Module], way: str) -> None:
+@pytest.mark.parametrize("tool", ["compile", "strict", "loose"])
+def test_compiled_and_exported_after_a_change(change: Callable[[nn.Module], nn.Module], tool: str) -> None:
     tower = change(tempered(apply_rules(Tower(), RULES, example_inputs=X)).eval())
     surgery.tracing.traced_forward._known.clear()
     x = X.to(next(tower.parameters()).dtype)
-    if way == "compile":
+    if tool == "compile":
         close(torch.compile(tower, backend="eager", fullgraph=True)(x, MASK), expected(tower, x, MASK))
     else:
-        program = torch.export.export(tower, (x, MASK), strict=way == "strict")
+        program = torch.export.export(tower, (x, MASK), strict=tool == "strict")
         close(program.module()(x, MASK), expected(tower, x, MASK))
-        assert not program.graph_signature.inputs_to_lifted_tensor_constants  # nothing made up is in it
+        assert not program.graph_signature.inputs_to_lifted_tensor_constants  # no made-up tensors
     close(tower(x, MASK), expected(tower, x, MASK))
 
 
@@ -275,14 +277,14 @@ def test_a_call_that_is_refused_says_what_is_new() -> None:
             return self.inner(x, linear=linear)
 
     model = apply_rules(Outer(), SwishRule(Sometimes), example_inputs=X)
-    told = "argument linear: True, known: False"
-    with pytest.raises(SurgeryError, match=told):
+    message = "argument linear: True, known: False"
+    with pytest.raises(SurgeryError, match=message):
         model(X, linear=True)
-    with pytest.raises(Exception, match=told):
+    with pytest.raises(Exception, match=message):
         torch.compile(model, backend="eager", fullgraph=True)(X, linear=True)
-    with pytest.raises(SurgeryError, match=told):
+    with pytest.raises(SurgeryError, match=message):
         torch.compile(model, backend="eager")(X, linear=True)
-    with pytest.raises(SurgeryError, match=told):
+    with pytest.raises(SurgeryError, match=message):
         torch.export.export(model, (X,), {"linear": True})
 
 
@@ -313,7 +315,7 @@ def test_compiled_code_inside_of_a_forward_does_not_wait_for_the_compiler() -> N
     close(torch.compile(again, backend="eager")(X), model(X))
 
 
-# A function of the user's, and outputs with keys of their own ---------------------------------------------------
+# A user's function, and outputs with extra keys -----------------------------------------------------------------
 
 
 def branching(y: Tensor) -> Tensor:
@@ -347,9 +349,9 @@ def test_a_model_output_with_keys_of_its_own(tmp_path: Any) -> None:
             self.layer = nn.Linear(8, 8)
 
         def forward(self, x: Tensor) -> Any:
-            found = outputs.BaseModelOutput(last_hidden_state=F.gelu(self.layer(x)))
-            found["extra"] = found.last_hidden_state * 2
-            return found
+            output = outputs.BaseModelOutput(last_hidden_state=F.gelu(self.layer(x)))
+            output["extra"] = output.last_hidden_state * 2
+            return output
 
     net = Net().eval()
     graph = trace(net, X)(X)
@@ -369,7 +371,7 @@ def test_a_model_output_with_keys_of_its_own(tmp_path: Any) -> None:
 
 @rule("test-scaled-queries")
 class ScaledQueriesRule(Rule):
-    """Queries times a number, as if their projection had other weights."""
+    """Multiplies queries by a number, as if their projection had other weights."""
 
     why_not_merged = "it is looked for in the forward"
 
@@ -413,20 +415,22 @@ def bert() -> tuple[Any, Any, dict[str, Tensor]]:
     return apply_rules(model, ScaledQueriesRule(kind), example_inputs={"input_ids": ids}), reference, {"input_ids": ids}
 
 
-@pytest.mark.parametrize("made", sample([bert, llama], 2))
-def test_transformers_compiled_whole(made: Callable[[], tuple[Any, Any, dict[str, Tensor]]]) -> None:
-    model, reference, inputs = made()
+@pytest.mark.parametrize("make", sample([bert, llama], 2))
+def test_transformers_compiled_whole(make: Callable[[], tuple[Any, Any, dict[str, Tensor]]]) -> None:
+    model, reference, inputs = make()
     compiled = torch.compile(model, backend="eager", fullgraph=True)
     whole = torch.ones_like(inputs["input_ids"])
     padded = whole.clone()
     padded[0, 5:] = 0
     for more in ({}, {"attention_mask": whole}, {"attention_mask": padded}):
         close(compiled(**inputs, **more).logits, reference(**inputs, **more).logits)
-    for one in (compiled, reference):
-        one.train()
-    found, wanted = (one(**inputs, attention_mask=padded, labels=inputs["input_ids"]) for one in (compiled, reference))
-    close(found.loss, wanted.loss)
-    found.loss.backward()
+    for network in (compiled, reference):
+        network.train()
+    output, reference_output = (
+        network(**inputs, attention_mask=padded, labels=inputs["input_ids"]) for network in (compiled, reference)
+    )
+    close(output.loss, reference_output.loss)
+    output.loss.backward()
     assert all(p.grad is not None for name, p in model.named_parameters() if "adapters" in name)
 
 
@@ -436,18 +440,22 @@ def test_a_decoder_with_a_cache_compiled() -> None:
     ids, cache, other = inputs["input_ids"], None, None
     with torch.no_grad():
         for _ in range(3):
-            found = compiled(input_ids=ids, past_key_values=cache, use_cache=True)
-            wanted = reference(input_ids=ids, past_key_values=other, use_cache=True)
-            close(found.logits, wanted.logits)
-            cache, other, ids = found.past_key_values, wanted.past_key_values, wanted.logits[:, -1:].argmax(-1)
+            output = compiled(input_ids=ids, past_key_values=cache, use_cache=True)
+            reference_output = reference(input_ids=ids, past_key_values=other, use_cache=True)
+            close(output.logits, reference_output.logits)
+            cache, other, ids = (
+                output.past_key_values,
+                reference_output.past_key_values,
+                reference_output.logits[:, -1:].argmax(-1),
+            )
 
 
-@pytest.mark.parametrize("made", sample([bert, llama], 2))
+@pytest.mark.parametrize("make", sample([bert, llama], 2))
 @pytest.mark.parametrize("strict", [False, True])
-def test_transformers_exported(made: Callable[[], tuple[Any, Any, dict[str, Tensor]]], strict: bool) -> None:
-    model, reference, inputs = made()
+def test_transformers_exported(make: Callable[[], tuple[Any, Any, dict[str, Tensor]]], strict: bool) -> None:
+    model, reference, inputs = make()
     more: dict[str, Any] = {**inputs, "attention_mask": torch.ones_like(inputs["input_ids"])}
-    if made is llama:
+    if make is llama:
         more["use_cache"] = False
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")

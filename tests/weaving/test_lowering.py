@@ -1,4 +1,7 @@
-"""The fast form of a low-rank branch is the plain one: values, gradients, draws; and it touches nothing others see."""
+"""The fast form of a low-rank branch computes the same as the plain form: values, gradients and random draws.
+
+It does not change tensors that hooks, users or autograd see.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +27,7 @@ from surgery.state.records import site_state
 from surgery.weaving.low_rank_kernel import low_rank_linear
 from surgery.weaving.lowering import lower
 from surgery.weaving.rewrite_recording import layer_of
-from surgery.weaving.weave import woven
+from surgery.weaving.weave import weave
 
 # Two orders of summing products of this size in float32 differ by a few roundings of their largest terms.
 CLOSE: dict[str, Any] = {"rtol": 1e-4, "atol": 1e-5}
@@ -35,7 +38,7 @@ def linear(bias: bool = True, dtype: torch.dtype = torch.float32, inner: int = 1
 
 
 def adapted(layer: nn.Linear | None = None, adapter: str = "default", **fields: Any) -> nn.Linear:
-    """A Linear with LoRA on it, its B moved from zero."""
+    """Returns a Linear with LoRA whose B is not zero."""
     layer = apply_rules(layer or linear(), [LoraRule(nn.Linear, **{"rank": 3, "alpha": 6, **fields})], adapter=adapter)
     with torch.no_grad():
         box(layer, adapter).B.normal_()
@@ -47,7 +50,7 @@ def box(layer: nn.Module, adapter: str = "default") -> Any:
 
 
 def by_hand(layer: nn.Linear, x: Tensor, p: float = 0.0, adapters: tuple[str, ...] = ("default",)) -> Tensor:
-    """What the rule says, in plain torch: alpha 6 by rank 3 is a scale of 2."""
+    """Returns the rule's result in plain torch: alpha 6 divided by rank 3 is a scale of 2."""
     y = F.linear(x, layer.weight, layer.bias)
     for adapter in adapters:
         A, B = box(layer, adapter).A, box(layer, adapter).B
@@ -57,20 +60,20 @@ def by_hand(layer: nn.Linear, x: Tensor, p: float = 0.0, adapters: tuple[str, ..
 
 
 def results(layer: nn.Linear, run: Callable[[Tensor], Tensor], x: Tensor) -> dict[str, Tensor]:
-    """The output and every gradient of a weighted sum of it."""
+    """Returns the output, and every gradient of a weighted sum of the output."""
     x = x.detach().requires_grad_(x.requires_grad)
     layer.zero_grad()
     torch.manual_seed(1)
     y = run(x)
     (y * torch.linspace(-1, 1, y.numel()).view(y.shape).to(y.dtype)).sum().backward()
-    found = {"y": y.detach(), **{name: p.grad for name, p in layer.named_parameters() if p.grad is not None}}
-    return found if x.grad is None else {**found, "x": x.grad}
+    gradients = {"y": y.detach(), **{name: p.grad for name, p in layer.named_parameters() if p.grad is not None}}
+    return gradients if x.grad is None else {**gradients, "x": x.grad}
 
 
-def assert_same(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
-    assert found.keys() == expected.keys()
+def assert_same(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    assert actual.keys() == expected.keys()
     for name in expected:
-        torch.testing.assert_close(found[name], expected[name], **CLOSE, msg=lambda text, name=name: f"{name}: {text}")
+        torch.testing.assert_close(actual[name], expected[name], **CLOSE, msg=lambda text, name=name: f"{name}: {text}")
 
 
 def fast(layer: nn.Module, x: Tensor) -> bool:
@@ -119,7 +122,7 @@ def test_without_gradients(shape: str, mode: Callable[[], Any]) -> None:
 
 
 def test_a_seed_draws_the_masks_of_torchs_dropout() -> None:
-    # A is the identity here and B picks it out again, so that the output shows the dropped-out input itself.
+    # A and B are identities here, so the output is the dropped-out input itself.
     layer = apply_rules(nn.Linear(6, 6, bias=False), [LoraRule(nn.Linear, rank=6, alpha=6, dropout=0.5)])
     with torch.no_grad():
         layer.weight.zero_()
@@ -174,10 +177,10 @@ def test_other_precisions(dtype: torch.dtype) -> None:
     layer = adapted(linear(dtype=dtype), dtype=dtype)
     x = torch.randn(4, 12, dtype=dtype, requires_grad=True)
     assert fast(layer, x) and layer(x).dtype == dtype
-    found, expected = results(layer, layer, x), results(layer, lambda x: by_hand(layer, x), x)
+    actual, expected = results(layer, layer, x), results(layer, lambda x: by_hand(layer, x), x)
     eps = torch.finfo(dtype).eps
     for name in expected:  # a few roundings of sums of up to twelve terms
-        torch.testing.assert_close(found[name], expected[name], rtol=16 * eps, atol=64 * eps)
+        torch.testing.assert_close(actual[name], expected[name], rtol=16 * eps, atol=64 * eps)
 
 
 # Where the plain form runs ------------------------------------------------------------------------------------
@@ -189,18 +192,18 @@ def test_mixed_precision_is_the_plain_arithmetic(base: torch.dtype) -> None:
     assert box(layer).A.dtype == torch.float32
     x = torch.randn(4, 12, dtype=base, requires_grad=True)
     assert layer(x).dtype == base and not fast(layer, x)
-    found, expected = results(layer, layer, x), results(layer, lambda x: by_hand(layer, x, 0.4), x)
-    assert all(torch.equal(found[name], expected[name]) for name in expected)
+    actual, expected = results(layer, layer, x), results(layer, lambda x: by_hand(layer, x, 0.4), x)
+    assert all(torch.equal(actual[name], expected[name]) for name in expected)
 
 
 def test_autocast_is_the_plain_arithmetic() -> None:
     layer, x = adapted(dropout=0.4), torch.randn(4, 12, requires_grad=True)
     with torch.autocast("cpu", torch.bfloat16):
-        found, expected = results(layer, layer, x), results(layer, lambda x: by_hand(layer, x, 0.4), x)
+        actual, expected = results(layer, layer, x), results(layer, lambda x: by_hand(layer, x, 0.4), x)
         with torch.no_grad():
             assert layer(x).dtype == torch.bfloat16
-    assert found["y"].dtype == torch.bfloat16
-    assert all(torch.equal(found[name], expected[name]) for name in expected)
+    assert actual["y"].dtype == torch.bfloat16
+    assert all(torch.equal(actual[name], expected[name]) for name in expected)
 
 
 @pytest.mark.parametrize("p", [0.0, 0.4])
@@ -217,11 +220,11 @@ def test_backward_under_autocast(p: float) -> None:
 
 
 class Marked(Tensor):
-    """A subclass that is asked about every operation."""
+    """A tensor subclass, which intercepts every operation."""
 
 
 class Wrapped(nn.Parameter):
-    """A parameter of a kind of its own, as quantised ones are."""
+    """A parameter subclass, like quantised parameters."""
 
 
 def test_tensors_of_other_kinds() -> None:
@@ -240,21 +243,21 @@ def test_sparse_and_nested_inputs() -> None:
     sparse = (x * (x > 0)).to_sparse()
     torch.testing.assert_close(layer(sparse), by_hand(layer, sparse.to_dense()), **CLOSE)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # torch calls them a prototype
+        warnings.simplefilter("ignore")  # torch warns that they are a prototype
         nested = layer(torch.nested.nested_tensor([x[:1], x[1:]]))
-    for found, part in zip(nested.unbind(), (x[:1], x[1:]), strict=True):
-        torch.testing.assert_close(found, by_hand(layer, part), **CLOSE)
+    for output, part in zip(nested.unbind(), (x[:1], x[1:]), strict=True):
+        torch.testing.assert_close(output, by_hand(layer, part), **CLOSE)
 
 
 def test_complex_numbers() -> None:
-    turned = torch.randn(3, 4, dtype=torch.complex64)
+    weight = torch.randn(3, 4, dtype=torch.complex64)
     A, B = torch.randn(2, 4, dtype=torch.complex64), torch.randn(3, 2, dtype=torch.complex64, requires_grad=True)
     z = torch.randn(5, 4, dtype=torch.complex64)
-    low_rank_linear(z, turned, None, (A, B, 2.0, 0.0, False)).abs().sum().backward()
-    found = B.grad
+    low_rank_linear(z, weight, None, (A, B, 2.0, 0.0, False)).abs().sum().backward()
+    gradient = B.grad
     B.grad = None
-    (z @ turned.t() + 2 * (z @ A.t() @ B.t())).abs().sum().backward()
-    torch.testing.assert_close(found, B.grad, **CLOSE)
+    (z @ weight.t() + 2 * (z @ A.t() @ B.t())).abs().sum().backward()
+    torch.testing.assert_close(gradient, B.grad, **CLOSE)
 
 
 def test_meta_tensors_and_default_devices() -> None:
@@ -279,7 +282,7 @@ def compiled(run: Callable[..., Any], backend: Any = "aot_eager", **options: Any
 def test_compiled(shape: str, train: bool) -> None:
     layer, x = adapted(dropout=0.3).train(train), INPUTS[shape]().requires_grad_()
     run = compiled(layer)
-    # This backend draws its masks from torch's own generator, in the order of the plain form.
+    # This backend draws its masks from torch's default generator, in the order of the plain form.
     assert_same(results(layer, run, x), results(layer, lambda x: by_hand(layer, x, 0.3), x))
     with torch.no_grad():
         torch.testing.assert_close(run.eval()(x), by_hand(layer.eval(), x), **CLOSE)
@@ -289,18 +292,18 @@ def test_compiled(shape: str, train: bool) -> None:
 def test_compiled_in_half_precision(factors: str) -> None:
     layer = adapted(linear(dtype=torch.bfloat16), dtype=factors)
     x = torch.randn(3, 4, 12, dtype=torch.bfloat16, requires_grad=True)
-    found, expected = results(layer, compiled(layer), x), results(layer, lambda x: by_hand(layer, x), x)
+    actual, expected = results(layer, compiled(layer), x), results(layer, lambda x: by_hand(layer, x), x)
     for name in expected:
         # bfloat16 has 8 bits: sums of ten rounded terms of a few units differ by some hundredths.
-        torch.testing.assert_close(found[name], expected[name], rtol=2e-2, atol=1e-1)
+        torch.testing.assert_close(actual[name], expected[name], rtol=2e-2, atol=1e-1)
 
 
 def test_compiled_under_autocast() -> None:
     layer, x = adapted(), torch.randn(3, 4, 12)
     with torch.autocast("cpu", torch.bfloat16):
-        found, expected = compiled(layer)(x), by_hand(layer, x)
-    assert found.dtype == expected.dtype
-    torch.testing.assert_close(found, expected, rtol=2e-2, atol=1e-1)
+        actual, expected = compiled(layer)(x), by_hand(layer, x)
+    assert actual.dtype == expected.dtype
+    torch.testing.assert_close(actual, expected, rtol=2e-2, atol=1e-1)
 
 
 def test_compiled_inside_of_vmap() -> None:
@@ -311,11 +314,11 @@ def test_compiled_inside_of_vmap() -> None:
 
 def test_compiled_gradients_of_gradients() -> None:
     layer, x = adapted(), torch.randn(6, 12, requires_grad=True)
-    found = {}
+    gradients = {}
     for name, run in (("ours", compiled(layer, "eager")), ("plain", lambda x: by_hand(layer, x))):
         (grad,) = torch.autograd.grad(run(x).square().sum(), x, create_graph=True)
-        (found[name],) = torch.autograd.grad(grad.square().sum(), box(layer).A)
-    torch.testing.assert_close(found["ours"], found["plain"], rtol=1e-4, atol=1e-3)
+        (gradients[name],) = torch.autograd.grad(grad.square().sum(), box(layer).A)
+    torch.testing.assert_close(gradients["ours"], gradients["plain"], rtol=1e-4, atol=1e-3)
 
 
 @pytest.mark.parametrize("requires_grad", [True, False])
@@ -342,7 +345,7 @@ def test_compilers_see_plain_products() -> None:
 
 
 def test_the_rank_leads_in_compiled_gradients() -> None:
-    """A product of many rows and `rank` columns takes several times as long as the same one transposed."""
+    """A product with many rows and `rank` columns takes several times as long as its transpose."""
     sizes: list[list[int]] = []
 
     def note(graph: fx.GraphModule, example: list[Tensor]) -> Any:
@@ -352,7 +355,7 @@ def test_the_rank_leads_in_compiled_gradients() -> None:
 
     layer, x = adapted(), torch.randn(2, 20, 12, requires_grad=True)
     results(layer, compiled(layer, aot_autograd(fw_compiler=note, bw_compiler=note)), x)
-    # A xᵀ, then its product with B; backward: B's gradient, what goes back to A, A's gradient, and x's two.
+    # Forward: A xᵀ. Backward: B's gradient, the gradient of A xᵀ, and A's gradient.
     thin = [size for size in sizes if 3 in size]
     assert sorted(thin) == [[3, 10], [3, 12], [3, 40], [3, 40]]
 
@@ -362,7 +365,7 @@ def test_exported(strict: bool) -> None:
     model = nn.Sequential(adapted()).eval()
     x = torch.randn(4, 12)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # torch's own notices about export
+        warnings.simplefilter("ignore")  # torch's notices about export
         program = torch.export.export(model, (x,), strict=strict)
     assert set(program.state_dict) == set(model.state_dict())
     targets = [str(node.target) for node in program.graph.nodes if node.op == "call_function"]
@@ -373,7 +376,7 @@ def test_exported(strict: bool) -> None:
 def test_jit_traced() -> None:
     layer, x = adapted(), torch.randn(4, 12)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # torch calls its own tracer legacy
+        warnings.simplefilter("ignore")  # torch warns that its tracer is legacy
         traced: Any = torch.jit.trace(layer, x)
         assert "PythonOp" not in str(traced.inlined_graph)
     more = torch.randn(7, 12)
@@ -394,20 +397,20 @@ def test_functional_transforms() -> None:
         return torch.func.functional_call(layer, parameters, (x,)).square().sum()
 
     expected = torch.autograd.grad(by_hand(layer, x).square().sum(), [box(layer).A, box(layer).B])
-    found = torch.func.grad(loss)(parameters, x)
-    torch.testing.assert_close(found["adapters.default.A"], expected[0], **CLOSE)
-    torch.testing.assert_close(found["adapters.default.B"], expected[1], **CLOSE)
+    gradients = torch.func.grad(loss)(parameters, x)
+    torch.testing.assert_close(gradients["adapters.default.A"], expected[0], **CLOSE)
+    torch.testing.assert_close(gradients["adapters.default.B"], expected[1], **CLOSE)
 
     each = torch.func.vmap(torch.func.grad(loss), (None, 0))(parameters, x)
     torch.testing.assert_close(each["adapters.default.B"].sum(0), expected[1], **CLOSE)
 
-    many = {name: torch.stack([p, 2 * p]) for name, p in parameters.items()}
-    outputs = torch.func.vmap(lambda p, x: torch.func.functional_call(layer, p, (x,)), (0, None))(many, x)
+    copies = {name: torch.stack([p, 2 * p]) for name, p in parameters.items()}
+    outputs = torch.func.vmap(lambda p, x: torch.func.functional_call(layer, p, (x,)), (0, None))(copies, x)
     torch.testing.assert_close(outputs[0], by_hand(layer, x), **CLOSE)
 
-    with torch.no_grad():  # only A differs from copy to copy: the base's output is shared by them
-        some = {"adapters.default.A": torch.stack([parameters["adapters.default.A"], torch.zeros(3, 12)])}
-        outputs = torch.func.vmap(lambda p, x: torch.func.functional_call(layer, p, (x,)), (0, None))(some, x)
+    with torch.no_grad():  # only A differs between the copies, which share the base's output
+        partial = {"adapters.default.A": torch.stack([parameters["adapters.default.A"], torch.zeros(3, 12)])}
+        outputs = torch.func.vmap(lambda p, x: torch.func.functional_call(layer, p, (x,)), (0, None))(partial, x)
     torch.testing.assert_close(outputs[1], F.linear(x, layer.weight, layer.bias), **CLOSE)
 
 
@@ -415,11 +418,11 @@ def test_forward_mode() -> None:
     layer, x, direction = adapted(), torch.randn(6, 12), torch.randn(6, 12)
     expected = by_hand(layer, direction) - layer.bias
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # torch's own, once, when it reads its formulas
+        warnings.simplefilter("ignore")  # torch warns once when it loads its formulas
         with forward_ad.dual_level():
             forward_ad.make_dual(x, direction)
-    found = torch.func.jvp(layer, (x,), (direction,))[1]
-    torch.testing.assert_close(found, expected, **CLOSE)
+    tangent = torch.func.jvp(layer, (x,), (direction,))[1]
+    torch.testing.assert_close(tangent, expected, **CLOSE)
     with forward_ad.dual_level():
         y = layer(forward_ad.make_dual(x, direction))
         torch.testing.assert_close(forward_ad.unpack_dual(y).tangent, expected, **CLOSE)
@@ -432,9 +435,9 @@ def test_batched_gradients() -> None:
         directions = torch.eye(y.numel()).view(-1, *y.shape)
         inputs = [x, box(layer).A, box(layer).B]
         at_once = torch.autograd.grad(y, inputs, directions, is_grads_batched=True, retain_graph=True)
-        one_by_one = [torch.autograd.grad(y, inputs, one, retain_graph=True) for one in directions]
-        for found, expected in zip(at_once, zip(*one_by_one, strict=True), strict=True):
-            torch.testing.assert_close(found, torch.stack(expected), **CLOSE)
+        one_by_one = [torch.autograd.grad(y, inputs, direction, retain_graph=True) for direction in directions]
+        for gradient, expected in zip(at_once, zip(*one_by_one, strict=True), strict=True):
+            torch.testing.assert_close(gradient, torch.stack(expected), **CLOSE)
 
 
 @pytest.mark.parametrize("trained", ["adapter", "all"])
@@ -463,9 +466,11 @@ def test_gradients_of_gradients_keep_the_masks() -> None:
         (first,) = torch.autograd.grad(run(x).square().sum(), x, create_graph=True)
         return list(torch.autograd.grad(first.square().sum(), [x, box(layer).A, box(layer).B]))
 
-    found, expected = penalty(layer), penalty(lambda x: by_hand(layer, x, 0.5))
-    for one, other in zip(found, expected, strict=True):
-        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-3)  # sums of squares of values in the hundreds
+    actual, expected = penalty(layer), penalty(lambda x: by_hand(layer, x, 0.5))
+    for gradient, reference in zip(actual, expected, strict=True):
+        torch.testing.assert_close(
+            gradient, reference, rtol=1e-4, atol=1e-3
+        )  # sums of squares of values in the hundreds
 
 
 def test_gradients_of_gradients_without_the_input_say_so() -> None:
@@ -484,7 +489,7 @@ def test_gradient_checkpointing(reentrant: bool) -> None:
     assert_same(results(layer, run, x), expected)
 
 
-# What others see ----------------------------------------------------------------------------------------------
+# Hooks, users and autograd ------------------------------------------------------------------------------------
 
 
 def test_hooks_see_the_whole_output_and_keep_what_they_saw() -> None:
@@ -535,30 +540,30 @@ def test_the_input_is_never_written(gradients: bool) -> None:
 def test_what_is_kept_for_the_backward() -> None:
     layer = adapted(dropout=0.5)
     x = torch.randn(64, 12)
-    kept: list[Tensor] = []
-    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+    saved: list[Tensor] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
         layer(x)
     own = {p.data_ptr() for p in layer.parameters()}
-    sizes = sorted((tuple(t.shape), str(t.dtype)) for t in kept if t.data_ptr() not in own)
+    sizes = sorted((tuple(t.shape), str(t.dtype)) for t in saved if t.data_ptr() not in own)
     assert sizes == [((3, 64), "torch.float32"), ((64, 12), "torch.bool"), ((64, 12), "torch.float32")]
 
-    kept.clear()
-    box(layer).A.requires_grad_(False)  # then nothing as large as the input is kept but the mask
-    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+    saved.clear()
+    box(layer).A.requires_grad_(False)  # then only the mask is as large as the input
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
         layer(x)
-    assert not any(t.data_ptr() == x.data_ptr() for t in kept)
+    assert not any(t.data_ptr() == x.data_ptr() for t in saved)
 
-    kept.clear()
+    saved.clear()
     box(layer).A.requires_grad_(True)
     box(layer).B.requires_grad_(False)
-    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
         layer(x)
-    assert not any(t.shape == (3, 64) for t in kept)
+    assert not any(t.shape == (3, 64) for t in saved)
 
 
 @rule("test-lowering-beside")
 class BesideRule(Rule):
-    """Uses the base's own output beside the adapted one."""
+    """Uses the base's own output besides the adapted output."""
 
     form: str = "sum"
 
@@ -587,7 +592,7 @@ class BesideRule(Rule):
 
 @rule("test-lowering-input")
 class InputRule(Rule):
-    """Puts another input in the place of the site's own."""
+    """Replaces the site's input."""
 
     def rewrite(self, site: Site) -> None:
         site.replace(site.input, site.input * 2.0)
@@ -595,7 +600,7 @@ class InputRule(Rule):
 
 @rule("test-lowering-branches")
 class BranchRule(Rule):
-    """Low-rank branches that look like LoRA's and are not quite."""
+    """Low-rank branches that resemble LoRA's, but differ in one detail."""
 
     form: str = "shared"
 
@@ -644,8 +649,8 @@ STACKS: dict[str, tuple[Any, ...]] = {
 @pytest.mark.parametrize("name", STACKS)
 def test_every_stack_computes_its_own_unlowered_graph(name: str, training: bool) -> None:
     layer = linear()
-    for index, one in enumerate(STACKS[name]):
-        apply_rules(layer, [one], adapter=f"a{index}")
+    for index, applied_rule in enumerate(STACKS[name]):
+        apply_rules(layer, [applied_rule], adapter=f"a{index}")
     with torch.no_grad():
         for tensor_name, tensor in layer.named_parameters():
             if "adapters" in tensor_name:
@@ -655,34 +660,36 @@ def test_every_stack_computes_its_own_unlowered_graph(name: str, training: bool)
     assert state is not None
     own = own_forward(layer, state.base)
     layers = [layer_of(applied, layer, "", own) for applied in state.applied]
-    plain = fx.GraphModule(layer, woven(own, layers, training, lowered=False))
+    plain = fx.GraphModule(layer, weave(own, layers, training, lowered=False))
     x = torch.randn(4, 12)
 
     def run(call: Callable[[Tensor], Any], gradients: bool) -> list[Tensor]:
         torch.manual_seed(5)
         with torch.set_grad_enabled(gradients):
-            given = x.clone().requires_grad_(gradients)
-            y = call(given * 1.0)
+            leaf = x.clone().requires_grad_(gradients)
+            y = call(leaf * 1.0)
             parts = list(y) if isinstance(y, tuple) else [y]
             if gradients:
                 layer.zero_grad()
                 sum(part.square().sum() for part in parts).backward()  # type: ignore[union-attr]
-                parts += [given.grad, *(p.grad for p in layer.parameters() if p.grad is not None)]
+                parts += [leaf.grad, *(p.grad for p in layer.parameters() if p.grad is not None)]
         return parts
 
-    for one, other in zip(run(layer, True), run(plain, True), strict=True):
-        # Sums of squares of values up to hundreds: rounding goes by the largest.
-        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5 * max(100.0, float(other.detach().abs().max())))
-    for one, other in zip(run(layer, False), run(plain, False), strict=True):
-        torch.testing.assert_close(one, other, **CLOSE)
+    for applied_rule, reference in zip(run(layer, True), run(plain, True), strict=True):
+        # Sums of squares of values up to hundreds: the largest determines the rounding error.
+        torch.testing.assert_close(
+            applied_rule, reference, rtol=1e-4, atol=1e-5 * max(100.0, float(reference.detach().abs().max()))
+        )
+    for applied_rule, reference in zip(run(layer, False), run(plain, False), strict=True):
+        torch.testing.assert_close(applied_rule, reference, **CLOSE)
     remove(layer)
 
 
 @pytest.mark.parametrize("name", ["beside sum", "beside pair", "beside written", "beside view", "beside late"])
 def test_a_base_output_that_somebody_else_uses_is_left_alone(name: str) -> None:
     layer = linear()
-    for index, one in enumerate(STACKS[name]):
-        apply_rules(layer, [one], adapter=f"a{index}")
+    for index, applied_rule in enumerate(STACKS[name]):
+        apply_rules(layer, [applied_rule], adapter=f"a{index}")
     assert "low_rank_linear" not in show(layer, generated=True)
 
 
@@ -695,7 +702,7 @@ def test_only_what_is_lora_is_lowered() -> None:
 
 
 def test_a_graph_without_branches_stays_as_it_is() -> None:
-    graph = woven(own_forward(linear(), nn.Linear), [], training=False, lowered=False)
+    graph = weave(own_forward(linear(), nn.Linear), [], training=False, lowered=False)
     before = str(graph)
     lower(graph)
     assert str(graph) == before
@@ -709,12 +716,12 @@ def test_tensors_are_found_where_they_are_now() -> None:
     expected = by_hand(layer, x)
     assert tensor_of(layer, "weight") is layer.weight and tensor_of(layer, "A", "default") is box(layer).A
 
-    # a replica of DataParallel holds tensors as plain attributes
+    # A replica of DataParallel stores tensors as plain attributes.
     replica: Any = layer._replicate_for_data_parallel()
     adapters: Any = layer.adapters
-    held: Any = adapters._replicate_for_data_parallel()
+    adapters_replica: Any = adapters._replicate_for_data_parallel()
     inner = box(layer)._replicate_for_data_parallel()
-    held._modules["default"], replica._modules["adapters"] = inner, held
+    adapters_replica._modules["default"], replica._modules["adapters"] = inner, adapters_replica
     for owner, name, tensor in (
         (replica, "weight", layer.weight),
         (replica, "bias", layer.bias),
@@ -724,7 +731,7 @@ def test_tensors_are_found_where_they_are_now() -> None:
         setattr(owner, name, tensor.detach() * 1.0)
     torch.testing.assert_close(replica(x), expected, **CLOSE)
 
-    # a parametrization makes it a property
+    # A parametrization makes the tensor a property.
     class Twice(nn.Module):
         def forward(self, tensor: Tensor) -> Tensor:
             return 2 * tensor

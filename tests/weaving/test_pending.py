@@ -1,4 +1,4 @@
-"""Stacks of many live adapters: their forward is written at its first call, and all else is as if it were there."""
+"""Sites with many live adapters: the forward is written at its first call, and everything else works before it."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from surgery import Rule, activate, apply_rules, merge, remove, route, rule, sho
 from surgery.rules import LoraRule
 from surgery.state.records import site_state
 from surgery.testing import Snapshot
-from surgery.weaving.deferred_class import Unwritten
-from surgery.weaving.generated_class import AT_ONCE
+from surgery.weaving.deferred_class import DeferredRecipe
+from surgery.weaving.generated_class import EAGER_LIMIT
 from tests.lifecycle.test_growth import lines_of
 
-MANY = AT_ONCE + 4
+MANY = EAGER_LIMIT + 4
 X = torch.randn(3, 8, generator=torch.Generator().manual_seed(0))
 
 
@@ -35,11 +35,11 @@ def stack(count: int = MANY, make: Callable[[], Any] = lambda: LoraRule("0", ran
 
 
 def unwritten(model: nn.Sequential) -> bool:
-    return isinstance(vars(type(model[0]))["_surgery_recipe"], Unwritten)
+    return isinstance(vars(type(model[0]))["_surgery_recipe"], DeferredRecipe)
 
 
 def plain(model: nn.Sequential, scale: float = 4.0) -> Tensor:
-    """The layer with all branches, by torch alone. LoRA's alpha is 8, its rank 2."""
+    """Returns the layer's output with all branches, in plain torch. LoRA's alpha is 8, its rank 2."""
     tensors = dict(model[0].named_parameters())
     y = F.linear(X, tensors["weight"], tensors["bias"])
     for name in model[0].adapters._modules:  # type: ignore[union-attr]
@@ -49,7 +49,7 @@ def plain(model: nn.Sequential, scale: float = 4.0) -> Tensor:
 
 
 def test_a_few_are_written_at_once_and_many_when_they_are_called() -> None:
-    assert not unwritten(stack(AT_ONCE))
+    assert not unwritten(stack(EAGER_LIMIT))
     model = stack()
     assert unwritten(model) and isinstance(model[0], nn.Linear)
     cls = type(model[0])
@@ -67,13 +67,13 @@ def test_sites_that_are_alike_share_the_class() -> None:
 
 
 @pytest.mark.parametrize(
-    "way",
+    "copy_model",
     [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))],
     ids=["deepcopy", "pickle"],
 )
-def test_copies(way: Callable[[Any], Any]) -> None:
+def test_copies(copy_model: Callable[[Any], Any]) -> None:
     model = stack()
-    assert torch.equal(way(model)(X), model(X))
+    assert torch.equal(copy_model(model)(X), model(X))
 
 
 def test_what_is_shown() -> None:
@@ -86,7 +86,7 @@ def test_what_is_shown() -> None:
 
 @pytest.mark.parametrize("called", [False, True])
 def test_a_forward_that_was_bound_before_it_was_written(called: bool) -> None:
-    """As accelerate's hooks bind them."""
+    """Like accelerate's hooks, which bind the forward."""
     model = stack()
     module: Any = model[0]
     module._old_forward = module.forward
@@ -94,7 +94,7 @@ def test_a_forward_that_was_bound_before_it_was_written(called: bool) -> None:
     expected = plain(model)
     if called:
         torch.testing.assert_close(model(X), expected)
-    apply_rules(model, LoraRule("0", rank=2), adapter="more")  # starts at nothing
+    apply_rules(model, LoraRule("0", rank=2), adapter="more")  # its B starts at zero
     torch.testing.assert_close(model(X), expected)
     remove(model)
     assert torch.equal(model(X), F.linear(X, module.weight, module.bias))
@@ -122,7 +122,7 @@ def test_other_verbs() -> None:
 
 
 def test_compilers_see_what_was_written() -> None:
-    def fresh(alpha: float) -> nn.Sequential:  # classes are shared by models that live
+    def fresh(alpha: float) -> nn.Sequential:  # models that exist at the same time share classes
         model = stack(make=lambda: LoraRule("0", rank=2, alpha=alpha, init="random"))
         assert unwritten(model)
         return model
@@ -130,7 +130,7 @@ def test_compilers_see_what_was_written() -> None:
     model = fresh(3)
     compiled = torch.compile(model, backend="eager", fullgraph=True)
     torch.testing.assert_close(compiled(X), plain(model, 1.5))
-    torch.testing.assert_close(compiled(X), model(X))  # a compiler gets products in another order
+    torch.testing.assert_close(compiled(X), model(X))  # compiled code orders the products differently
     assert not unwritten(model)
     model = fresh(5)
     torch.testing.assert_close(torch.export.export(model, (X,)).module()(X), plain(model, 2.5))
@@ -138,7 +138,7 @@ def test_compilers_see_what_was_written() -> None:
 
 @rule("test-circle")
 class CircleRule(Rule):
-    """Makes its input from its output."""
+    """Computes the input from the output."""
 
     def rewrite(self, site: Any) -> None:
         site.replace(site.input, site.output * site.param("s", (1,)))
@@ -172,9 +172,9 @@ def test_errors_are_found_while_applying() -> None:
 
 
 def test_the_work_is_in_proportion_to_the_adapters() -> None:
-    model, kept = stack(0), []
+    model, classes = stack(0), []
     for index in range(48):
         apply_rules(model, LoraRule("0", rank=2, init="random"), adapter=f"a{index}")
-        kept.append((type(model[0]), site_state(model[0]).woven))  # type: ignore[union-attr]  # not to be made anew below
+        classes.append((type(model[0]), site_state(model[0]).woven))  # type: ignore[union-attr]  # keep classes alive
     first, second, third = (lines_of(lambda count=count: stack(count)) for count in (12, 24, 48))
-    assert third - second < 2.2 * (second - first) and kept
+    assert third - second < 2.2 * (second - first) and classes

@@ -1,4 +1,4 @@
-"""Rules that go through functions from registries, in every kind of call; and what matches pass over."""
+"""Rules that look into functions from registries, in every kind of call; and operations that matches pass over."""
 
 from __future__ import annotations
 
@@ -48,19 +48,19 @@ class TemperRule(Rule):
     factor: float = 0.5
 
     def rewrite(self, site: Any) -> None:
-        for found in site.find(SOFTMAX, leaves=False):
-            scores = found.bindings["scores"]
+        for match in site.find(SOFTMAX, leaves=False):
+            scores = match.bindings["scores"]
             site.replace(scores, scores * self.factor)
 
 
 @rule("test-through-learned")
 class LearnedRule(Rule):
-    """A temperature a head that trains."""
+    """A trained temperature for each head."""
 
     def rewrite(self, site: Any) -> None:
         heads = site.module.config.num_attention_heads
-        for found in site.find(SOFTMAX, leaves=False):
-            scores = found.bindings["scores"]
+        for match in site.find(SOFTMAX, leaves=False):
+            scores = match.bindings["scores"]
             site.replace(scores, scores * site.param("temper", (heads, 1, 1), 0.5))
 
 
@@ -70,13 +70,13 @@ def bert() -> tuple[Any, dict[str, Any]]:
     model: Any = FAMILIES["bert"].make().eval()
     model.set_attn_implementation("eager")
     for layer in model.bert.encoder.layer:
-        nn.init.normal_(layer.attention.self.query.weight)  # else all weights are nearly equal
+        nn.init.normal_(layer.attention.self.query.weight)  # otherwise all attention weights are nearly equal
         nn.init.normal_(layer.attention.self.key.weight)
     return model, FAMILIES["bert"].inputs()
 
 
 def edited(factor: Any) -> Callable[..., Any]:
-    """transformers' own attention, edited by hand."""
+    """Returns transformers' own attention function, edited by hand."""
 
     def attend(
         module: Any, query: Any, key: Any, value: Any, mask: Any, scaling: Any = None, dropout: float = 0.0, **_: Any
@@ -111,23 +111,23 @@ def test_what_a_hand_edited_attention_gives(training: bool, masked: bool, dtype:
     model, inputs = bert()
     model = model.to(dtype)
     before = Snapshot(model)
-    other = copy.deepcopy(model)
+    reference = copy.deepcopy(model)
     apply_rules(model, TemperRule("attention.self"), example_inputs=inputs)
     if masked:
         inputs = {**inputs, "attention_mask": torch.ones_like(inputs["input_ids"])}
         inputs["attention_mask"][:, -2:] = 0
     model.train(training)
-    other.train(training)
+    reference.train(training)
     torch.manual_seed(1)
-    found = model(**inputs)[0]
+    output = model(**inputs)[0]
     state = torch.get_rng_state()
     with by_hand(edited(0.5)):
         torch.manual_seed(1)
-        expected = other(**inputs)[0]
-    assert torch.equal(found, expected) and torch.equal(torch.get_rng_state(), state)
-    found.float().sum().backward()
+        expected = reference(**inputs)[0]
+    assert torch.equal(output, expected) and torch.equal(torch.get_rng_state(), state)
+    output.float().sum().backward()
     expected.float().sum().backward()
-    gradients = dict(other.named_parameters())
+    gradients = dict(reference.named_parameters())
     assert all(
         (p.grad is None) == (gradients[name].grad is None)
         and (p.grad is None or torch.equal(p.grad, gradients[name].grad))
@@ -148,8 +148,8 @@ def test_a_trained_number_inside_an_attention() -> None:
         expected = copy.deepcopy(model)
         remove(expected)
         expected(**inputs)[0].square().sum().backward()
-    found = [p.grad for name, p in model.named_parameters() if name.endswith("temper")]
-    torch.testing.assert_close(sum(found), factor.grad)
+    gradients = [p.grad for name, p in model.named_parameters() if name.endswith("temper")]
+    torch.testing.assert_close(sum(gradients), factor.grad)
     assert_reversible(bert()[0], [LearnedRule("attention.self")], example_inputs=inputs)
 
 
@@ -169,7 +169,7 @@ def test_compile_export_copies_and_pickles() -> None:
 
 
 def test_two_rules_and_one_that_goes_through_nothing() -> None:
-    """LoRA in a child, a factor of the output, another rule inside: in either order, and one by one out again."""
+    """Two adapters with rules inside the forward, one also with LoRA in a child, are removed one after the other."""
     model, inputs = bert()
     before = model(**inputs)[0]
     with by_hand(edited(0.25)):
@@ -213,7 +213,7 @@ def test_families_that_take_their_attention_from_a_registry(family: str) -> None
         torch.testing.assert_close(live, model(**inputs)[0], rtol=1e-4, atol=1e-5)
 
 
-# What does not go together --------------------------------------------------------------------------------------
+# Conflicts ------------------------------------------------------------------------------------------------------
 
 
 @rule("test-through-around")
@@ -247,8 +247,8 @@ def test_a_rule_that_looks_first_without() -> None:
     class LateRule(Rule):
         def rewrite(self, site: Any) -> None:
             site.find(Structure(lambda x: x.transpose(1, 2)))
-            for found in site.find(SOFTMAX, leaves=False):
-                site.replace(found.root, found.root * 2)
+            for match in site.find(SOFTMAX, leaves=False):
+                site.replace(match.root, match.root * 2)
 
     model, inputs = bert()
     with pytest.raises(PlanError, match="leaves=False to the first site.find"):
@@ -256,28 +256,28 @@ def test_a_rule_that_looks_first_without() -> None:
 
 
 def test_a_rule_that_does_not_go_through_sees_what_it_saw() -> None:
-    """Beside one that does: its structures are not found in functions from registries."""
-    found: list[int] = []
+    """Its structures are not found in functions from registries, even if another adapter's rule looks into them."""
+    counts: list[int] = []
 
     @rule("test-through-not")
     class NotRule(Rule):
         def rewrite(self, site: Any) -> Any:
-            found.append(len(site.find(Structure(lambda q, k: q @ k))))
+            counts.append(len(site.find(Structure(lambda q, k: q @ k))))
             return site.with_hidden(site.hidden * 2)
 
     model, inputs = bert()
     apply_rules(model, TemperRule("attention.self"), adapter="a", example_inputs=inputs)
     apply_rules(model, NotRule("attention.self"), adapter="b", example_inputs=inputs)
     model(**inputs)
-    assert set(found) == {0}
+    assert set(counts) == {0}
 
 
 def test_the_error_says_where_a_structure_is() -> None:
     @rule("test-through-without")
     class WithoutRule(Rule):
         def rewrite(self, site: Any) -> None:
-            for found in site.find(SOFTMAX):
-                site.replace(found.root, found.root * 2)
+            for match in site.find(SOFTMAX):
+                site.replace(match.root, match.root * 2)
 
     model, inputs = bert()
     fix = str(plan_rules(model, WithoutRule("attention.self"), example_inputs=inputs).problems[0].fix)
@@ -286,7 +286,7 @@ def test_the_error_says_where_a_structure_is() -> None:
     assert "its 'attention.self' takes eager_attention_forward" in fix and "target that module, and look into it" in fix
 
 
-# What is passed over ----------------------------------------------------------------------------------------------
+# Operations that a match passes over ------------------------------------------------------------------------------
 
 
 class Dropping(nn.Module):
@@ -306,31 +306,31 @@ QKV: Any = tuple(torch.randn(2, 2, 5, 4) for _ in range(3))
 @rule("test-passed-lost")
 class LostRule(Rule):
     def rewrite(self, site: Any) -> None:
-        (found,) = site.find(ATTENTION)
-        q, k, v = (found.bindings[name] for name in "qkv")
-        site.replace(found.root, F.scaled_dot_product_attention(q, k, v, scale=1.0))
+        (match,) = site.find(ATTENTION)
+        q, k, v = (match.bindings[name] for name in "qkv")
+        site.replace(match.root, F.scaled_dot_product_attention(q, k, v, scale=1.0))
 
 
 @rule("test-passed-asked")
 class AskedRule(Rule):
-    """Dropout is the new value's own."""
+    """Applies the dropout of the match to the new value."""
 
     def rewrite(self, site: Any) -> None:
-        (found,) = site.find(ATTENTION)
-        assert [site.node_of(value).name for value in found.passed] == ["double", "to", "drop"]
-        q, k, v = (found.bindings[name] for name in "qkv")
-        drop = found.passed[-1]
+        (match,) = site.find(ATTENTION)
+        assert [site.node_of(value).name for value in match.passed] == ["double", "to", "drop"]
+        q, k, v = (match.bindings[name] for name in "qkv")
+        drop = match.passed[-1]
         weights = torch.softmax(2 * (q @ k.mT), -1)
-        site.replace(found.root, site.again(drop, {site.node_of(drop).args[0]: weights}) @ v)
+        site.replace(match.root, site.again(drop, {site.node_of(drop).args[0]: weights}) @ v)
 
 
 @rule("test-passed-kept")
 class KeptRule(Rule):
-    """What is inside of the match goes on as it was."""
+    """Keeps the operations inside the match."""
 
     def rewrite(self, site: Any) -> None:
-        (found,) = site.find(ATTENTION)
-        site.replace(found.root, found.root * 2)
+        (match,) = site.find(ATTENTION)
+        site.replace(match.root, match.root * 2)
 
 
 def test_a_dropout_that_a_rewrite_leaves_out_is_told() -> None:
@@ -338,27 +338,31 @@ def test_a_dropout_that_a_rewrite_leaves_out_is_told() -> None:
     with pytest.warns(SurgeryWarning, match="in the place of matmul_1 leaves out drop, a dropout inside of the match"):
         apply_rules(model, LostRule(Dropping), example_inputs=QKV)
     torch.testing.assert_close(model(*QKV), F.scaled_dot_product_attention(*QKV, scale=1.0))
-    model.train()(*QKV)  # it was told already
-    (told,) = plan_rules(Dropping(), LostRule(Dropping), example_inputs=QKV).warnings
-    assert told.startswith("LostRule at the model itself: what it puts") and told.endswith("read the match's passed")
+    model.train()(*QKV)  # the warning does not come again
+    (warning,) = plan_rules(Dropping(), LostRule(Dropping), example_inputs=QKV).warnings
+    assert warning.startswith("LostRule at the model itself: what it puts") and warning.endswith(
+        "read the match's passed"
+    )
 
 
 def test_what_is_asked_for_or_goes_on_is_not_told() -> None:
-    for made in (AskedRule(Dropping), KeptRule(Dropping)):
+    for checked_rule in (AskedRule(Dropping), KeptRule(Dropping)):
         model = Dropping()
-        apply_rules(model, made, example_inputs=QKV)
+        apply_rules(model, checked_rule, example_inputs=QKV)
         model.train()
         torch.manual_seed(0)
-        found = model(*QKV)
+        output = model(*QKV)
         remove(model)
         torch.manual_seed(0)
         q, k, v = QKV
-        factor = 2 if isinstance(made, AskedRule) else 1
+        factor = 2 if isinstance(checked_rule, AskedRule) else 1
         scores = q @ k.mT
         weights = torch.softmax(scores * 2, -1) if factor == 2 else torch.softmax(scores.double(), -1).float()
         expected = F.dropout(weights, 0.5) @ v
-        torch.testing.assert_close(found, expected if factor == 2 else expected * 2)
-    assert plan_rules(Dropping(0.0), LostRule(Dropping), example_inputs=QKV).warnings == []  # it drops nothing
+        torch.testing.assert_close(output, expected if factor == 2 else expected * 2)
+    assert (
+        plan_rules(Dropping(0.0), LostRule(Dropping), example_inputs=QKV).warnings == []
+    )  # a dropout with p = 0 does not matter
 
 
 def test_a_dropout_that_is_there_in_training_alone_is_told_when_it_is_made_ready() -> None:
@@ -370,12 +374,12 @@ def test_a_dropout_that_is_there_in_training_alone_is_told_when_it_is_made_ready
     model = Trained()
     with pytest.warns(SurgeryWarning, match="leaves out dropout"):
         apply_rules(model, LostRule(Trained), example_inputs=QKV)
-    with warnings.catch_warnings(record=True) as told:
+    with warnings.catch_warnings(record=True) as later_warnings:
         warnings.simplefilter("always")
         model.train()(*QKV)
         model(*(x.clone().requires_grad_() for x in QKV))
         model(*(x[:1] for x in QKV))
-    assert told == []
+    assert later_warnings == []
 
 
 def test_a_detach_is_told_as_well() -> None:
@@ -383,15 +387,15 @@ def test_a_detach_is_told_as_well() -> None:
         def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             return torch.softmax(q @ k.mT, -1).detach() @ v
 
-    (told,) = plan_rules(Stopped(), LostRule(Stopped), example_inputs=QKV).warnings
-    assert "leaves out detach, a detach" in told
+    (warning,) = plan_rules(Stopped(), LostRule(Stopped), example_inputs=QKV).warnings
+    assert "leaves out detach, a detach" in warning
 
 
 def test_passed_on_graphs() -> None:
     from surgery import trace
 
-    (found,) = ATTENTION.find(trace(Dropping(), QKV))
-    assert [str(node) for node in found.passed] == ["double", "to", "drop"]
+    (match,) = ATTENTION.find(trace(Dropping(), QKV))
+    assert [str(node) for node in match.passed] == ["double", "to", "drop"]
 
 
 def test_switched_renamed_saved_and_loaded(tmp_path: Path) -> None:
@@ -412,7 +416,7 @@ def test_switched_renamed_saved_and_loaded(tmp_path: Path) -> None:
 
 
 class BatchNormAct2d(nn.BatchNorm2d):
-    """As timm's: a norm with an activation behind it."""
+    """A norm followed by an activation, like timm's."""
 
     def forward(self, input: Tensor) -> Tensor:
         return F.silu(super().forward(input))
@@ -421,11 +425,11 @@ class BatchNormAct2d(nn.BatchNorm2d):
 def test_a_norm_with_an_activation_is_left_alone() -> None:
     @rule("test-norm-folded")
     class NormRule(Rule):
-        """Norms of exactly this class, out."""
+        """Removes norms of exactly this class."""
 
         def rewrite(self, site: Any) -> None:
-            for found in site.find(Structure(lambda x: module_of(nn.BatchNorm2d, x))):
-                site.replace(found.root, found.bindings["x"])
+            for match in site.find(Structure(lambda x: module_of(nn.BatchNorm2d, x))):
+                site.replace(match.root, match.bindings["x"])
 
     class Block(nn.Module):
         def __init__(self) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from surgery.arithmetic.float64_reference import FACTOR, Wide, difference
+from surgery.arithmetic.float64_reference import FACTOR, Float64Model, difference
 from surgery.errors import ParityError
 from surgery.onnx.calls.example import ExampleCall, outputs_of
 from surgery.onnx.checking.report import Compared
@@ -62,7 +62,7 @@ class Comparison:
     drawn: Collection[int] = ()
 
     def __post_init__(self) -> None:
-        self._wide = Wide(self.model)
+        self._wide = Float64Model(self.model)
         self._lost: dict[int, list[float] | None] = {}
 
     def of(self, call: Call, optimised: bool, expected: Sequence[Tensor], found: Sequence[Any]) -> Iterator[Compared]:

@@ -70,7 +70,7 @@ def by_name(lifted: Sequence[Any]) -> Iterator[None]:
     for tensor in lifted:
         tensor.box.__dict__[tensor.key] = Factor(tensor.name, tensor.tensor.dtype)
     try:
-        with low_rank_kernel.layers_by(layer):
+        with low_rank_kernel.use_layer_operation(layer):
             yield
     finally:
         for tensor in lifted:

@@ -21,7 +21,7 @@ from surgery.patterns.module_walk import base_modules
 from surgery.rewritten_model.verb_root import records_in, root_of
 from surgery.state.adapter_naming import adapter_names
 from surgery.state.records import merged_adapters, model_state, require_state, sites
-from surgery.state.running_statistics import moved
+from surgery.state.running_statistics import changed_modules
 from surgery.transaction.garbage_collection import collector_waits
 
 __all__ = ["PREPARE", "Prepared", "ExportSettings"]
@@ -145,7 +145,7 @@ def _constant(model: nn.Module, example: ExampleCall, names: Any, how: ExportSet
 
 def _check_statistics(model: nn.Module) -> None:
     """`SurgeryError` where a model's adapters were trained to other running statistics than the base's."""
-    if others := moved(require_state(model).moving):
+    if others := changed_modules(require_state(model).moving):
         paths = {id(module): path for path, module in base_modules(model)}
         raise SurgeryError(
             "running statistics moved while the adapters were trained",
