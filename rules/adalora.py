@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 from torch import Tensor, nn
 
@@ -42,6 +42,8 @@ class AdaLoraRule(LowRankMethod):
         beta2: decay of the importance's uncertainty, between 0 and 1; default 0.85.
         orth_reg_weight: factor of `orthogonal_loss`; default 0.5. Add that loss to the training loss yourself; PEFT's
             model adds it by itself.
+        init: "identity" (default; PEFT's init_lora_weights=True) or "random": A, E and B start normal with deviation 1
+            (False).
 
     Raises:
         RuleError: a field is out of range, or `tinit + tfinal` is not less than `total_step`.
@@ -60,11 +62,15 @@ class AdaLoraRule(LowRankMethod):
     beta1: float = 0.85
     beta2: float = 0.85
     orth_reg_weight: float = 0.5
+    init: Literal["identity", "random"] = "identity"
 
-    identity = True
+    @property
+    def identity(self) -> bool:  # type: ignore[override]
+        return self.init == "identity"
 
     def validate(self) -> None:
         super().validate()
+        fields.one_of(self, "init", "identity", "random")
         fields.whole(self, "target_r", "deltaT")
         fields.whole(self, "tinit", "tfinal", least=0)
         fields.numbers(self, "beta1", "beta2", low=0, high=1)
@@ -83,8 +89,9 @@ class AdaLoraRule(LowRankMethod):
         return delta.why_no_map(module)
 
     def factors(self, part: WeightPart, tensor: TensorSource) -> tuple[Tensor, Tensor]:
-        A, E = tensor("A", part.A, _normal), tensor("E", (part.A[0], 1))
-        return A * E, tensor("B", part.B, _normal)
+        start, zero = (nn.init.normal_, nn.init.normal_) if self.init == "random" else (_normal, 0.0)
+        A, E = tensor("A", part.A, start), tensor("E", (part.A[0], 1), zero)
+        return A * E, tensor("B", part.B, start)
 
     def tensors_for(self, part: WeightPart, A: Tensor, B: Tensor) -> dict[str, Tensor]:
         sizes = A.norm(dim=1, keepdim=True)  # E: of rows that are not all zero, their size

@@ -47,8 +47,7 @@ class BiasRule(Rule):
     identity = True
 
     def expand(self, module: nn.Module, path: str) -> Iterable[tuple[str, nn.Module]]:
-        chosen = self.targets != (EVERYWHERE,) or (biases(module) and not isinstance(module, _OfAttention))
-        return [(path, module)] if chosen else []
+        return [(path, module)] if self.targets != (EVERYWHERE,) or trains_biases(module) else []
 
     def check(self, module: nn.Module, path: str) -> str | None:
         return None if biases(module) else "it has no bias"
@@ -84,6 +83,11 @@ class BiasesOf(BiasRule):
 
     def expand(self, module: nn.Module, path: str) -> Iterable[tuple[str, nn.Module]]:
         return [(path, module)] if biases(module) else []
+
+
+def trains_biases(module: nn.Module) -> bool:
+    """Whether a BiasRule without targets goes on a module."""
+    return bool(biases(module)) and not isinstance(module, _OfAttention)
 
 
 def biases(module: nn.Module) -> list[str]:

@@ -6,28 +6,44 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from surgery import PeftConfig, PeftEntry, PeftMethod, PeftPlace, peft_method
+from surgery import PeftConfig, PeftEntry, PeftMethod, PeftPlace, Rule, SurgeryError, peft_method
 from surgery.rules.adalora import AdaLoraRule
+from surgery.rules.allocate import RankAllocator, orthogonal_loss
 
 
 @peft_method
 class AdaLora(PeftMethod):
     peft_type, rule = "ADALORA", AdaLoraRule
-    lacks = ()
+    lacks, biased = (), True
     fields = {"init_r": "rank", "lora_alpha": "alpha", "lora_dropout": "dropout"} | {
         name: name
         for name in ("target_r", "tinit", "tfinal", "deltaT", "total_step", "beta1", "beta2", "orth_reg_weight")
     }
     tensors = {name: f"lora_{name}" for name in "AEB"}
-    inits = {}
+    init_field = "init_lora_weights"
 
     def read_fields(self, config: PeftConfig) -> dict[str, Any]:
-        # PEFT does not use r, and the file holds the tensors, whatever they started as.
-        config.silent("r", "rank_pattern", "alpha_pattern", "init_lora_weights", "fan_in_fan_out", "use_rslora")
-        config.only("bias", "none")
-        return {}
+        config.silent("r", "rank_pattern", "alpha_pattern", "fan_in_fan_out", "use_rslora")  # which PEFT does not use
+        start = config.data.get("init_lora_weights", True)  # of which PEFT asks no more than whether it is true
+        return {"init": "identity" if start or start is None else "random"}
+
+    def write_fields(self, rule: Rule) -> dict[str, Any]:
+        assert isinstance(rule, AdaLoraRule)
+        if rule.total_step is None:
+            raise SurgeryError(
+                "PEFT's format can't hold this AdaLoraRule",
+                why="PEFT loads no AdaLoRA without total_step",
+                fix='AdaLoraRule(…, total_step=…); save_adapter(…, format="surgery") holds any rules',
+            )
+        return {"rank_pattern": None}  # all directions are written, those without effect as zeros
+
+    def loss_of(self, model: nn.Module, adapter: str) -> Tensor | None:
+        return orthogonal_loss(model, adapter)
+
+    def allocator_of(self, model: nn.Module, adapter: str) -> RankAllocator:
+        return RankAllocator(model, adapter)
 
     def entries(self, place: PeftPlace) -> dict[str, PeftEntry]:
         directions = _kept_directions(place)

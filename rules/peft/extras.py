@@ -1,4 +1,4 @@
-"""What goes with any of PEFT's methods: modules_to_save, and the biases that LoRA trains."""
+"""What goes with any of PEFT's methods: modules_to_save, and biases that are trained."""
 
 from __future__ import annotations
 
@@ -6,8 +6,10 @@ import re
 from collections.abc import Iterable
 from typing import Any
 
+from torch import nn
+
 from surgery import PeftConfig, PeftEntry, PeftPart, PeftPlace, Rule, SurgeryError, peft_method
-from surgery.rules.bias import BiasRule
+from surgery.rules.bias import BiasRule, biases, trains_biases
 from surgery.rules.peft.tasks import HEADS, ending
 from surgery.rules.train import TrainRule
 
@@ -20,7 +22,7 @@ class Trained(PeftPart):
         names = config.take("modules_to_save") or ()
         if isinstance(names, str) or not all(isinstance(name, str) for name in names):
             raise SurgeryError("PEFT's modules_to_save is not a list of names")
-        paths = ending(config.modules.by_path, [*names, *_heads(config)])
+        paths = trained_modules(config)
         if paths:  # PEFT passes over names that fit none: its classification task adds "score" and "classifier"
             yield TrainRule(targets=config.regular(paths))
 
@@ -45,11 +47,48 @@ def _heads(config: PeftConfig) -> list[str]:
     return [path for path, start in starts if any(start + name in keys for name in names[path])]
 
 
+def trained_modules(config: PeftConfig) -> list[str]:
+    """The modules that a configuration trains as a whole: those that it names, and heads in the file."""
+    names = config.data.get("modules_to_save") or ()
+    return ending(config.modules.by_path, [*(name for name in names if isinstance(name, str)), *_heads(config)])
+
+
+def biases_beside(config: PeftConfig) -> bool:
+    """Whether the field `bias` is held by a BiasRule beside the method's own rule.
+
+    LoRA's rule has the field itself. Where further modules are trained as a whole, their biases are among them.
+    """
+    return config.data.get("peft_type") != "LORA" or (
+        config.data.get("bias") == "all" and any(map(biases, _inner(config.modules, trained_modules(config)).values()))
+    )
+
+
+def _inner(modules: Any, paths: Iterable[str]) -> dict[str, nn.Module]:
+    """These modules and all that are in them."""
+    starts = tuple(f"{path}." for path in paths)
+    return {path: module for path, module in modules.by_path.items() if f"{path}.".startswith(starts or ("\n",))}
+
+
 @peft_method
 class Biases(PeftPart):
-    """Written and read by LoRA's field `bias`, of which they are companions."""
+    """The field `bias`: "all", or "<method>_only" for those of the method's targets."""
 
     rule = BiasRule
+
+    def read(self, config: PeftConfig) -> Iterable[Rule]:
+        bias = config.data.get("bias")
+        if bias in (None, "none") or not biases_beside(config):
+            return
+        config.take("bias")
+        if bias == "all":
+            inner = _inner(config.modules, trained_modules(config))
+            yield BiasRule(exclude=config.regular(sorted(inner))) if inner else BiasRule()
+        elif isinstance(bias, str) and bias.endswith("_only"):
+            paths = sorted(path for path in config.targeted if biases(config.modules.by_path[path]))
+            if paths:
+                yield BiasRule(targets=config.regular(paths))
+        else:
+            raise config.refuse("bias", 'it is neither "none" nor "all" nor of the kind of "lora_only"')
 
     def entries(self, place: PeftPlace) -> dict[str, PeftEntry]:
         names = {name.replace(".", "_"): name for name, _ in place.module.named_parameters()}
@@ -62,4 +101,19 @@ class Biases(PeftPart):
         return entries
 
     def write(self, placed: Any, modules: Any) -> dict[str, Any]:
-        raise SurgeryError("PEFT's format can't hold a BiasRule of its own", fix='LoraRule(…, bias="all")')
+        return {}  # see `settle`
+
+    def settle(self, config: Any, placed: Any, main: Any, modules: Any) -> dict[str, Any]:
+        of_rules = {path for path, rule in placed if isinstance(rule, BiasRule)}
+        whole = _inner(modules, [path for path, rule in placed if isinstance(rule, TrainRule)])
+        there = {path for path, module in modules.by_path.items() if trains_biases(module) and path not in whole}
+        method = str(config["peft_type"])
+        if of_rules == there:
+            return {"bias": "all"}
+        if of_rules == {path for path in main if biases(modules.by_path[path])}:
+            return {"bias": f"{method.lower()}_only"}
+        raise SurgeryError(
+            "PEFT's format can't hold a BiasRule on some modules",
+            why="its bias is of all modules, or of those of its method",
+            fix='BiasRule() without targets; save_adapter(…, format="surgery") holds any rules',
+        )

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from surgery import PeftConfig, PeftEntry, PeftMethod, PeftPlace, Rule, SurgeryError, peft_method
 from surgery.rules.lora import LoraRule
+from surgery.rules.peft.extras import biases_beside
 
 SURGERY = 'save_adapter(…, format="surgery") holds any rules'
 
@@ -18,7 +19,7 @@ SURGERY = 'save_adapter(…, format="surgery") holds any rules'
 @peft_method
 class Lora(PeftMethod):
     peft_type, rule = "LORA", LoraRule
-    lacks = ()
+    lacks, biased = (), True
     init_field = "init_lora_weights"
     inits = {
         True: "kaiming", False: "random", "gaussian": "gaussian", "orthogonal": "orthogonal", "eva": "kaiming",
@@ -53,7 +54,8 @@ class Lora(PeftMethod):
             config.notes.append(
                 "velora_config is passed over: VeLoRA saves memory while training, which is not done here"
             )
-        return {name: config.fitting(name) for name in ("rank_pattern", "alpha_pattern")}
+        beside = {"bias": "none"} if biases_beside(config) else {}
+        return {name: config.fitting(name) for name in ("rank_pattern", "alpha_pattern")} | beside
 
     def entries(self, place: PeftPlace) -> dict[str, PeftEntry]:
         if isinstance(place.module, nn.MultiheadAttention):

@@ -77,6 +77,7 @@ class Ia3(PeftMethod):
 @peft_method
 class Oft(PeftMethod):
     peft_type, rule = "OFT", OftRule
+    biased = True
     tensors, derived = {"R": "oft_R.weight"}, ("index",)
     fields = {
         "oft_block_size": "block_size", "r": "blocks", "block_share": "block_share", "coft": "coft", "eps": "eps",
@@ -85,7 +86,6 @@ class Oft(PeftMethod):
 
     def read_fields(self, config: PeftConfig) -> dict[str, Any]:
         config.silent("fan_in_fan_out", "module_dropout")  # the latter does nothing in PEFT
-        config.only("bias", "none")
         if "use_cayley_neumann" not in config.data:  # OFT of before PEFT 0.16: R holds whole blocks, on another side
             raise config.refuse("use_cayley_neumann", "the file is of PEFT before 0.16, whose OFT was another")
         if any(isinstance(config.modules.by_path[path], nn.Conv2d) for path in config.targeted):
@@ -96,6 +96,7 @@ class Oft(PeftMethod):
 @peft_method
 class Boft(PeftMethod):
     peft_type, rule = "BOFT", BoftRule
+    biased = True
     tensors = {"R": "boft_R", "s": "boft_s"}
     fields = {
         "boft_block_size": "block_size", "boft_block_num": "blocks", "boft_dropout": "dropout",
@@ -104,7 +105,6 @@ class Boft(PeftMethod):
 
     def read_fields(self, config: PeftConfig) -> dict[str, Any]:
         config.silent("fan_in_fan_out")
-        config.only("bias", "none")
         return {}
 
     def entries(self, place: PeftPlace) -> dict[str, PeftEntry]:
@@ -116,11 +116,8 @@ class Boft(PeftMethod):
 @peft_method
 class Hra(PeftMethod):
     peft_type, rule = "HRA", HraRule
+    biased = True
     fields, tensors = {"r": "rank", "apply_GS": "apply_GS"}, {"u": "hra_u"}
-
-    def read_fields(self, config: PeftConfig) -> dict[str, Any]:
-        config.only("bias", "none")
-        return {}
 
 
 @peft_method
@@ -133,12 +130,12 @@ class Road(PeftMethod):
 @peft_method
 class Miss(PeftMethod):
     peft_type, rule = "MISS", MissRule
+    biased = True
     fields = {"r": "rank", "mini_r": "mini_r", "miss_dropout": "dropout"}
     tensors = {"block": "miss_block"}
     inits = {True: "identity", False: "random", "mini": "identity", "bat": "identity"}
 
     def read_fields(self, config: PeftConfig) -> dict[str, Any]:
-        config.only("bias", "none")
         start = config.take("init_weights", True)
         return {"variant": start if isinstance(start, str) else "miss"}
 
@@ -150,12 +147,12 @@ class Miss(PeftMethod):
 @peft_method
 class C3a(PeftMethod):
     peft_type, rule = "C3A", C3aRule
+    biased = True
     fields, tensors = {"block_size": "block_size"}, {"kernel": "c3a_kernel"}
     inits = {True: "identity", **{name: name for name in ("xavier_uniform", "kaiming_uniform", "gaussian")}}
     inits |= {False: "xavier_uniform"}
 
     def read_fields(self, config: PeftConfig) -> dict[str, Any]:
-        config.only("bias", "none")
         if config.fitting("block_size_pattern"):
             raise config.refuse("block_size_pattern", "a C3aRule has one block size")
         return {}
@@ -164,12 +161,12 @@ class C3a(PeftMethod):
 @peft_method
 class Fourier(PeftMethod):
     peft_type, rule, derived = "FOURIERFT", FourierRule, ("index",)
+    biased = True
     fields = {"n_frequency": "n_frequency", "scaling": "scaling", "random_loc_seed": "random_loc_seed"}
     tensors = {"spectrum": "fourierft_spectrum"}
 
     def read_fields(self, config: PeftConfig) -> dict[str, Any]:
         config.silent("fan_in_fan_out")
-        config.only("bias", "none")
         if config.fitting("n_frequency_pattern"):
             raise config.refuse("n_frequency_pattern", "a FourierRule has one number of frequencies")
         return {}

@@ -15,9 +15,10 @@ from surgery.rules.vera import VeraRule
 
 
 class _Projected(PeftMethod):
+    biased = True
+
     def read_fields(self, config: PeftConfig) -> dict[str, Any]:
         config.silent("fan_in_fan_out")
-        config.only("bias", "none")
         if not config.take("save_projection", True):
             raise config.refuse(
                 "save_projection", "the random matrices are not in the file", "save it with save_projection=True"

@@ -97,9 +97,13 @@ class Facade(_Seen):
         @functools.wraps(method)
         def called(*args: Any, adapter_names: Any = None, **kwargs: Any) -> Any:
             with self._rows(adapter_names):
-                return method(*args, **kwargs)
+                return self._completed(method(*args, **kwargs))
 
         return called
+
+    def _completed(self, output: Any) -> Any:
+        """The output of a call, with what the adapters' methods add to its loss."""
+        return output
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name in Facade.__slots__:
@@ -121,7 +125,7 @@ class Facade(_Seen):
 
     def __call__(self, *args: Any, adapter_names: Any = None, **kwargs: Any) -> Any:
         with self._rows(adapter_names):
-            return self._base(*args, **kwargs)
+            return self._completed(self._base(*args, **kwargs))
 
     def generate(self, *args: Any, adapter_names: Any = None, **kwargs: Any) -> Any:
         """The model's own `generate`."""

@@ -26,6 +26,7 @@ from surgery.peft.errors import as_builtin, pefts_errors
 from surgery.peft.facade import facade, inside, whole
 from surgery.peft.properties import FacadeProperties
 from surgery.peft.saving import save_folder, write_card
+from surgery.peft.training import add_to_loss, allocation_of
 from surgery.peft_format.methods import rules_by
 from surgery.peft_format.writing import to_peft
 from surgery.rewritten_model.verb_root import rewritten, root_of
@@ -79,6 +80,17 @@ class PeftModel(FacadeProperties):
     def __init__(self, model: nn.Module, peft_config: Any, adapter_name: str = "default", **options: Any):
         self.add_adapter(adapter_name, peft_config, **options)
         surgery.activate(self._base, adapter_name, train=not self._configs[adapter_name].inference_mode)
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "update_and_allocate":
+            allocate = allocation_of(self, self.active_adapters)
+            if allocate is None:
+                raise AttributeError("update_and_allocate is a method of models with a trained AdaLoRA adapter")
+            return allocate
+        return super().__getattr__(name)
+
+    def _completed(self, output: Any) -> Any:
+        return add_to_loss(self, self.active_adapters, output) if hasattr(output, "loss") else output
 
     def _check_known(self, names: Names, what: str) -> None:
         """Raises an error that begins with `what`, where an adapter is unknown."""

@@ -82,6 +82,12 @@ class PeftPart:
         """The configuration's fields for these rules, each with the paths it is on."""
         raise NotImplementedError
 
+    def settle(
+        self, config: Mapping[str, Any], placed: Sequence[tuple[str, Rule]], main: Set[str], modules: Modules
+    ) -> dict[str, Any]:
+        """Fields that depend on all rules of the adapter: `placed` has each path with its rule, `main` the method's."""
+        return {}
+
 
 class PeftMethod(PeftPart):
     """One of PEFT's methods. `fields`: PEFT's name → the rule's field with the same meaning and value.
@@ -99,6 +105,7 @@ class PeftMethod(PeftPart):
     marks: ClassVar[tuple[str, ...]] = ()  # what PEFT's keys have after a path, to find the paths by
     prefix: ClassVar[str] = PREFIX  # what its keys have before a path
     lacks: ClassVar[tuple[str, ...]] = ("trainable_token_indices",)  # fields of other parts that PEFT's has not
+    biased: ClassVar[bool] = False  # whether its configuration has a field `bias`
 
     def read(self, config: PeftConfig) -> Iterable[Rule]:
         config.marks = self.marks or tuple(self.tensors.values())
@@ -142,6 +149,14 @@ class PeftMethod(PeftPart):
     def join(self, key: str, tensors: Sequence[Tensor], sites: Sequence[nn.Module]) -> Tensor:
         """One tensor of the file for several sites that share it; each tensor came through its entry's `write`."""
         return only_one(key, tensors)
+
+    def loss_of(self, model: nn.Module, adapter: str) -> Tensor | None:
+        """What PEFT's model adds to the loss of a call with an adapter of this method; None for nothing."""
+        return None
+
+    def allocator_of(self, model: nn.Module, adapter: str) -> Any:
+        """An object with PEFT's `update_and_allocate(step)` for an adapter of this method; None where PEFT has none."""
+        return None
 
     def complete(
         self, config: dict[str, Any], tensors: dict[str, Tensor], modules: Modules

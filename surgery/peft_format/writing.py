@@ -175,6 +175,13 @@ def describe(
         if lacking:
             raise unsupported(" and ".join(rule.label for rule in rules), f"PEFT has no {lacking[0]} with {methods[0]}")
         config |= settings
+    main = frozenset(site.path for site in placed if is_main(site.rule))
+    for part in dict.fromkeys(parts):
+        assert part is not None
+        settled = part.settle(config, [(site.path, site.rule) for site in placed], main, modules)
+        if "bias" in settled and not method.biased:
+            raise unsupported(" and ".join(rule.label for rule in rules), f"PEFT has no bias with {methods[0]}")
+        config |= settled
     common = {"inference_mode": True, "task_type": None, "auto_mapping": None, "revision": None}
     config = common | ({"target_modules": []} if method.targeted else {}) | config
     config["base_model_name_or_path"] = getattr(getattr(model, "config", None), "_name_or_path", None) or None

@@ -1,0 +1,204 @@
+"""Fields of methods in the façade beside PEFT: each is either what PEFT makes of it, or refused."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import surgery
+import surgery.peft as ours
+from surgery.rules import AdaLoraRule, BiasRule, LoraRule
+from tests.peft.test_facade import CLOSE, bert, llama, moved, out
+
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")
+    peft: Any = pytest.importorskip("peft", reason="compares with PEFT")
+load_file: Any = pytest.importorskip("safetensors.torch").load_file
+
+pytestmark = pytest.mark.filterwarnings("ignore")  # PEFT's own
+
+
+def plain() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 16), nn.Linear(16, 8)).eval()
+
+
+def run(model: Any, x: Tensor) -> Tensor:
+    with torch.no_grad():
+        return model(x)
+
+
+def crosses(base: Any, mine: Any, call: Any, folder: Path) -> None:
+    """What is saved of the façade, both libraries read, and what PEFT saves of it then, the façade reads."""
+    expected = call(mine)
+    mine.save_pretrained(folder)
+    read = ours.PeftModel.from_pretrained(copy.deepcopy(base), folder).eval()
+    torch.testing.assert_close(call(read), expected, **CLOSE)
+    theirs = peft.PeftModel.from_pretrained(copy.deepcopy(base), folder).eval()
+    torch.testing.assert_close(call(theirs), expected, **CLOSE)
+    theirs.save_pretrained(folder / "theirs")
+    again = ours.PeftModel.from_pretrained(copy.deepcopy(base), folder / "theirs").eval()
+    torch.testing.assert_close(call(again), expected, **CLOSE)
+
+
+# Biases -------------------------------------------------------------------------------------------------------------
+
+BIASED: dict[str, dict[str, Any]] = {
+    "LoraConfig": {"r": 2}, "AdaLoraConfig": {"total_step": 5}, "OFTConfig": {"oft_block_size": 4}, "BOFTConfig": {},
+    "HRAConfig": {"r": 4}, "VeraConfig": {"r": 4}, "RandLoraConfig": {"r": 4}, "C3AConfig": {"block_size": 8},
+    "FourierFTConfig": {"n_frequency": 8}, "MissConfig": {"r": 4},
+}  # fmt: skip
+
+
+def biases_of(library: Any, model: Any) -> dict[str, tuple[int, ...]]:
+    state = library.get_peft_model_state_dict(model)
+    return {key: tuple(tensor.shape) for key, tensor in state.items() if key.endswith(".bias")}
+
+
+@pytest.mark.parametrize("bias", ["all", "only"])
+@pytest.mark.parametrize("name", BIASED)
+def test_biases_are_trained_with_any_method_that_has_the_field(name: str, bias: str, tmp_path: Path) -> None:
+    word = bias if bias == "all" else f"{ours.PEFT_TYPE_TO_CONFIG_MAPPING[_type(name)].method}_only".lower()
+    fields = {"target_modules": ["0", "3"], "bias": word, **BIASED[name]}
+    if name in ("VeraConfig", "RandLoraConfig"):  # sites of one size
+        fields["target_modules"] = ["0"]
+    theirs = peft.get_peft_model(plain(), getattr(peft, name)(**fields))
+    mine = ours.get_peft_model(plain(), getattr(ours, name)(**fields))
+    assert biases_of(peft, theirs) == biases_of(ours, mine) != {}
+    count = [sum(p.numel() for p in model.parameters() if p.requires_grad) for model in (theirs, mine)]
+    assert count[0] == count[1]
+    x = torch.randn(3, 8, generator=torch.Generator().manual_seed(1))
+    crosses(plain(), moved(mine).eval(), lambda model: run(model, x), tmp_path)
+    assert ours.PeftConfig.from_pretrained(tmp_path).bias == word  # type: ignore[attr-defined]
+    mine.merge_adapter()
+    mine.unmerge_adapter()
+
+
+def _type(name: str) -> str:
+    return next(key for key, kind in ours.PEFT_TYPE_TO_CONFIG_MAPPING.items() if kind.__name__ == name)
+
+
+@pytest.mark.parametrize("bias", ["all", "lora_only"])
+@pytest.mark.parametrize("task", ["SEQ_CLS", None])
+def test_biases_beside_a_head_that_is_trained_as_a_whole(bias: str, task: str | None, tmp_path: Path) -> None:
+    base, example = bert()
+    fields = {"r": 2, "bias": bias, "task_type": task, "modules_to_save": ["classifier"]}
+    counts = []
+    for library in (peft, ours):
+        model = library.get_peft_model(copy.deepcopy(base), library.LoraConfig(**fields))
+        counts.append(sum(p.numel() for p in model.parameters() if p.requires_grad))
+        moved(model).eval()
+    assert counts[0] == counts[1]
+    crosses(base, model, lambda made: out(made, example), tmp_path)
+
+
+def test_biases_of_token_classification(tmp_path: Path) -> None:
+    transformers: Any = pytest.importorskip("transformers")
+    base, example = bert()
+    torch.manual_seed(0)
+    base = transformers.BertForTokenClassification(base.config).eval()
+    mine = ours.get_peft_model(copy.deepcopy(base), ours.LoraConfig(r=2, bias="all", task_type="TOKEN_CLS"))
+    example = {name: tensor for name, tensor in example.items() if name != "labels"}
+    crosses(base, moved(mine).eval(), lambda made: out(made, example), tmp_path)
+
+
+def test_a_rule_for_biases_in_pefts_format(tmp_path: Path) -> None:
+    model = surgery.apply_rules(plain(), [LoraRule("0", rank=2), BiasRule()])
+    surgery.save_adapter(model, tmp_path / "all", format="peft")
+    assert ours.PeftConfig.from_pretrained(tmp_path / "all").bias == "all"  # type: ignore[attr-defined]
+    some = surgery.apply_rules(plain(), [LoraRule("0", rank=2), BiasRule(["0", "2"])])
+    with pytest.raises(surgery.SurgeryError, match="can't hold a BiasRule on some modules"):
+        surgery.save_adapter(some, tmp_path / "some", format="peft")
+    with pytest.raises(surgery.SurgeryError, match="bias"):
+        ours.get_peft_model(plain(), ours.LoraConfig(target_modules=["0"], bias="some"))
+    with pytest.raises(surgery.SurgeryError, match="neither"):
+        ours.get_peft_model(plain(), ours.OFTConfig(target_modules=["0"], oft_block_size=4, bias="some"))
+
+
+# AdaLoRA ------------------------------------------------------------------------------------------------------------
+
+
+def adapted(library: Any, **fields: Any) -> tuple[Any, dict[str, Tensor]]:
+    model, example = llama()
+    settings = {"target_modules": ["q_proj"], "init_r": 4, "target_r": 2, "total_step": 8, "tinit": 1, "tfinal": 2}
+    config = library.AdaLoraConfig(**{**settings, "task_type": "CAUSAL_LM", **fields})
+    return library.get_peft_model(model, config), {**example, "labels": example["input_ids"]}
+
+
+def test_adalora_trains_as_in_peft() -> None:
+    """The loss with its term, and each direction that is taken away."""
+    theirs, example = adapted(peft)
+    mine, _ = adapted(ours)
+    assert ours.set_peft_model_state_dict(mine, peft.get_peft_model_state_dict(theirs)) == ([], [])
+    losses, kept = [], []
+    for model in (theirs, mine):
+        model.train()
+        optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.3)
+        run_losses, run_kept = [], []
+        for step in range(1, 9):
+            loss = model(**example).loss
+            loss.backward()
+            optimizer.step()
+            model.base_model.update_and_allocate(step)
+            optimizer.zero_grad()
+            run_losses.append(float(loss))
+            of_site = [p for name, p in model.named_parameters() if name.endswith(".E") or ".lora_E." in name]
+            run_kept.append(sum(int((p != 0).sum()) for p in of_site))
+        losses.append(run_losses)
+        kept.append(run_kept)
+    assert losses[1] == pytest.approx(losses[0], rel=1e-5) and kept[0] == kept[1] and kept[0][-1] < kept[0][0]
+
+
+def test_the_term_of_the_loss_is_adaloras_alone() -> None:
+    mine, example = adapted(ours)
+    base = mine.get_base_model()
+    assert float(mine(**example).loss) > float(base(**example).loss)
+    assert float(mine.forward(**example).loss) == float(mine(**example).loss)
+    assert mine(**{k: v for k, v in example.items() if k != "labels"}).loss is None
+    assert hasattr(mine, "update_and_allocate") and hasattr(mine.base_model, "update_and_allocate")
+    lora = ours.get_peft_model(llama()[0], ours.LoraConfig(target_modules=["q_proj"]))
+    assert float(lora(**example).loss) == float(lora.get_base_model()(**example).loss)
+    assert not hasattr(lora, "update_and_allocate")
+    without, _ = adapted(ours, orth_reg_weight=0.0)
+    assert float(without(**example).loss) == float(without.get_base_model()(**example).loss)
+
+
+def test_adalora_that_starts_at_random() -> None:
+    for library in (peft, ours):
+        torch.manual_seed(3)
+        model, example = adapted(library, init_lora_weights=False)
+        values = torch.cat([p.detach().flatten() for p in model.parameters() if p.requires_grad])
+        assert 0.9 < float(values.std()) < 1.1, library
+        example.pop("labels")
+        assert not torch.allclose(out(model.eval(), example), out(llama()[0], example))
+
+
+def test_adalora_with_a_rank_pattern_is_written_whole(tmp_path: Path) -> None:
+    theirs, example = adapted(peft)
+    example.pop("labels")
+    moved(theirs)
+    config = theirs.peft_config["default"]
+    names = [name for name, _ in theirs.get_base_model().named_parameters() if "lora_E" in name]
+    config.rank_pattern = {name: [True, False, True, False] for name in names}
+    with torch.no_grad():
+        for name, parameter in theirs.named_parameters():
+            if "lora_E" in name:
+                parameter[[1, 3]] = 0
+    theirs.eval()
+    theirs.save_pretrained(tmp_path / "theirs")
+    read = ours.PeftModel.from_pretrained(llama()[0], tmp_path / "theirs")
+    torch.testing.assert_close(out(read, example), out(theirs, example), **CLOSE)
+    crosses(llama()[0], read, lambda model: out(model, example), tmp_path / "ours")
+
+
+def test_adalora_without_steps_is_not_pefts(tmp_path: Path) -> None:
+    model = surgery.apply_rules(plain(), AdaLoraRule("0", rank=2))
+    with pytest.raises(surgery.SurgeryError, match="(?s)can't hold this AdaLoraRule.*total_step"):
+        surgery.save_adapter(model, tmp_path, format="peft")
+    assert (surgery.save_adapter(model, tmp_path) / "adapter.safetensors").exists()
