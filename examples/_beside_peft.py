@@ -1,4 +1,4 @@
-"""How long the work of many adapters takes, here and through PEFT, from the same files: a table for many.py."""
+"""Times work with many adapters in this library and in PEFT, from the same files: a table for many.py."""
 
 from __future__ import annotations
 
@@ -27,21 +27,21 @@ WORKS = {
 
 
 def timed(plain: Any, home: Path, topics: list[str], batch: dict[str, Any], rounds: int) -> float | None:
-    """Print how long both libraries take, in turn, one thread; the largest difference of their scores of one batch."""
+    """Print the times of both libraries, one thread each, and the largest difference of their scores for one batch."""
     import torch
 
     names = topics * 2
     some = {key: batch[key][: len(names)] for key in ("input_ids", "attention_mask")}
     ours = Ours(plain, home, topics)
     theirs = None if find_spec("peft") is None else Theirs(plain, home, topics)
-    rows, used = [], [one for one in (ours, theirs) if one is not None]
+    rows, used = [], [library for library in (ours, theirs) if library is not None]
     with torch.inference_mode():
         difference = None if theirs is None else (ours.rows(some, names) - theirs.rows(some, names)).abs().max().item()
         for work in WORKS:
             spent = [[] for _ in used]
             for _ in range(rounds):
-                for one, seconds in zip(used, spent, strict=True):
-                    seconds.append(getattr(one, f"timed_{work}")(some, names))
+                for library, seconds in zip(used, spent, strict=True):
+                    seconds.append(getattr(library, f"timed_{work}")(some, names))
             rows.append([WORKS[work], *(f"{1000 * median(seconds):.2f} ms" for seconds in spent)])
             if theirs is not None:
                 rows[-1].append(f"{median(a / b for a, b in zip(*spent, strict=True)):.3f}")
@@ -63,7 +63,7 @@ def seconds_of(work: Callable[[], Any]) -> float:
 
 
 class Ours:
-    """The five adapters here, each piece of work with its seconds."""
+    """Run the work with this library; return its seconds by name."""
 
     def __init__(self, plain: Any, home: Path, topics: list[str]):
         self.plain, self.home, self.topics, self.turns = plain, home, topics, cycle(topics)
@@ -106,7 +106,7 @@ class Ours:
 
 
 class Theirs:
-    """The same through PEFT."""
+    """Run the same work with PEFT."""
 
     def __init__(self, plain: Any, home: Path, topics: list[str]):
         self.plain, self.home, self.topics, self.turns = plain, home, topics, cycle(topics)
@@ -133,7 +133,7 @@ class Theirs:
     def timed_rows(self, some: dict[str, Any], names: list[str]) -> float:
         return seconds_of(lambda: self.rows(some, names))
 
-    timed_first = timed_rows  # there is no block
+    timed_first = timed_rows  # PEFT has no block for this
 
     def timed_add(self, *_: Any) -> float:
         spent = seconds_of(lambda: self.model.load_adapter(str(self.home / self.topics[-1]), adapter_name="more"))

@@ -1,4 +1,4 @@
-"""What the examples share: where the packaged weights lie, hashes of tensors, tables, and the picture they write."""
+"""Helpers for the examples: paths of packaged weights, hashes of tensors, tables and pictures."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ HOW = {
 
 
 def require(packages: Mapping[str, str]) -> None:
-    """Leave with one sentence where a package is missing; `packages`: import name → a key of `HOW`."""
+    """Exit with one sentence if a package is missing. `packages`: import name → a key of `HOW`."""
     for name, kind in packages.items():
         if find_spec(name) is None:
             sys.exit(f"{Path(sys.argv[0]).name} needs the package {name}, which is not installed: run {HOW[kind]}")
 
 
 def folder(package: str) -> Path:
-    """Where an installed package lies. It is found, never imported: nothing of its code or its dependencies runs."""
+    """The folder of an installed package, found without importing it, so none of its code runs."""
     spec = find_spec(package)
     if spec is None or not spec.submodule_search_locations:
         raise FileNotFoundError(package)
@@ -41,7 +41,7 @@ def folder(package: str) -> Path:
 
 
 def quiet() -> None:
-    """Leave the screen to the example: loading bars and other libraries' notices go, the training bar stays."""
+    """Silence loading bars and notices of other libraries; the training bar stays."""
     warnings.filterwarnings("ignore")
     logging.disable(logging.WARNING)
     from transformers.utils import logging as transformers_logging
@@ -68,13 +68,13 @@ def sha256(tensors: Mapping[str, object]) -> str:
     """One hash over names, dtypes, shapes and bytes of tensors, in the order of their names."""
     import torch
 
-    found = hashlib.sha256()
+    digest = hashlib.sha256()
     for name in sorted(tensors):
         tensor = tensors[name]
         assert isinstance(tensor, torch.Tensor)
-        found.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-        found.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
-    return found.hexdigest()
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
 
 
 def sha256_of_file(path: Path) -> str:
@@ -126,7 +126,7 @@ def picture(path: Path, title: str, curves: Iterable[tuple[str, list[float], lis
 
 
 def _stacked(pictures: list[str]) -> str:
-    """SVG pictures one under the other, each an <svg> of its own inside the outer one."""
+    """Stack SVG pictures vertically, as nested <svg> elements."""
     inner, width, down = [], 0.0, 0.0
     for text in pictures:
         body = text[text.index("<svg") :]

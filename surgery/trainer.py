@@ -17,7 +17,7 @@ from surgery.adapter_files.entry import PEFT, SURGERY, names_in
 from surgery.errors import SurgeryWarning
 from surgery.patterns.module_walk import base_modules
 from surgery.rewritten_model import transformers_hooks
-from surgery.rewritten_model.save_pretrained import left_out
+from surgery.rewritten_model.save_pretrained import unsaved_adapters
 from surgery.sharded_tensors import is_flattened
 from surgery.state.records import ModelState, model_state
 from surgery.storage.checkpoint_folder import save_folder, save_trained, write_adapters
@@ -68,7 +68,7 @@ class AdapterCheckpoints(TrainerCallback):
         for root, _ in _rewritten(model):
             if root is model and hasattr(model, "save_pretrained"):
                 continue
-            if not (state.is_world_process_zero and place.is_dir() and (names := left_out(root))):
+            if not (state.is_world_process_zero and place.is_dir() and (names := unsaved_adapters(root))):
                 continue
             if any(hasattr(tensor, "full_tensor") or is_flattened(tensor) for tensor in root.parameters()):
                 fix = "gather its state dict on all processes, then save_adapter(…, state_dict=…)"

@@ -1,1 +1,1 @@
-"""Files of adapters: tensors, JSON, entries, downloads."""
+"""Reads and writes adapters' files: tensors, JSON, downloads from the hub."""

@@ -1,4 +1,4 @@
-"""The names of an adapter's files, and the entry that says where in a file each of its tensors stands."""
+"""The names of an adapter's files, and `Entry`, the place of a tensor in a file."""
 
 from __future__ import annotations
 
@@ -22,18 +22,18 @@ def as_it_is(tensor: Tensor) -> Tensor:
 
 
 class Entry(NamedTuple):
-    """Where a tensor of an adapter stands in a file, and how the two are turned into each other."""
+    """A tensor's key in a file, and the conversions from the file to the adapter and back."""
 
     key: str
     read: Callable[[Tensor], Tensor] = as_it_is
     write: Callable[[Tensor], Tensor] = as_it_is
 
 
-PeftEntry = Entry  # its public name: whoever brings a PEFT method makes them
+PeftEntry = Entry  # the public name, for code that adds a PEFT method
 
 
 def names_in(folder: Path) -> tuple[str, str | None] | None:
-    """The names of the tensors and the settings of the adapter in a folder, or None."""
+    """Returns the names of a folder's tensor file and settings file; None if it has no adapter."""
     for tensors, settings in (SURGERY, PEFT, (OLD, PEFT[1]), *((bare, None) for bare in BARE)):
         if (folder / tensors).is_file():
             return tensors, settings

@@ -1,4 +1,4 @@
-"""Adapters from the hub, by a repository's name, through huggingface_hub alone."""
+"""Downloads adapters from the hub with huggingface_hub."""
 
 from __future__ import annotations
 
@@ -15,23 +15,23 @@ _REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 
 
 def download(repo_id: str, subfolder: str | None, revision: str | None) -> Path:
-    """Download a repository's adapter unless it is in the cache; returns its folder."""
+    """Downloads a repository's adapter, unless it is in the cache, and returns its folder."""
     if not _REPOSITORY.fullmatch(repo_id):
         raise SurgeryError(
             f"{repo_id!r} is not a folder, a file or a repository's name", fix="correct the path or the name"
         )
     from huggingface_hub import snapshot_download
 
-    inside = f"{subfolder}/" if subfolder else ""
+    prefix = f"{subfolder}/" if subfolder else ""
     try:
-        place = snapshot_download(repo_id, revision=revision, allow_patterns=[inside + name for name in FILES])
-    except Exception as error:  # of the hub, of its client, of the network
+        place = snapshot_download(repo_id, revision=revision, allow_patterns=[prefix + name for name in FILES])
+    except Exception as error:  # errors of the hub, its client or the network
         raise hub_error(f"the folder {repo_id!r} does not exist, and the hub has not answered", error) from error
-    return Path(place) / inside
+    return Path(place) / prefix
 
 
 def hub_error(what: str, error: Exception) -> SurgeryError:
-    """The error to raise where a call to the hub failed."""
+    """Returns the error for a failed call to the hub."""
     return SurgeryError(
         what,
         why=f"{type(error).__name__}: {str(error).strip()[:300]}",

@@ -1,4 +1,4 @@
-"""Settings in files, read without trust. Needs no torch."""
+"""Reads settings files without trusting them. Works without torch."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from surgery.errors import SurgeryError
 
 __all__ = ["parse_json", "read_json"]
 
-MOST_JSON = 8 << 20  # bytes of settings; adapters' have some thousands
+MOST_JSON = 8 << 20  # limit in bytes; settings of adapters have some thousands
 
 
 def read_json(path: Path) -> Any:
-    """The data in a file of settings; `SurgeryError` where it is not JSON, or too large to be one."""
+    """Returns the data of a JSON file. Raises `SurgeryError` if it is not JSON or too large."""
     try:
         if path.stat().st_size > MOST_JSON:
             raise SurgeryError(f"{path.name} is too large", why=f"{path.stat().st_size} bytes of settings")

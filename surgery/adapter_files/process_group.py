@@ -1,7 +1,7 @@
-"""Several processes that save one adapter: the first writes, the others look whether what it wrote is theirs, too.
+"""Saving from several processes: the first writes, the others check that they have the same tensors.
 
-The first waits for none of them, so it may also save alone. They tell each other over the process group's store, which
-needs no collective.
+The first process does not wait for the others, so it may also save alone. Processes communicate through the process
+group's store, which needs no collective.
 """
 
 from __future__ import annotations
@@ -26,14 +26,16 @@ _times: Counter[str] = Counter()
 
 @contextlib.contextmanager
 def writing(folder: Path, keys: Collection[str]) -> Iterator[bool]:
-    """A block in which this process writes the tensors of these keys into a folder, if it is to (given as a bool).
+    """Yields whether this process writes the tensors of these keys into the folder.
 
-    `SurgeryError` where processes would have different tensors written to one folder, as the stages of a pipeline
-    would; and on a process that is not the first, where the first does not save there.
+    Raises `SurgeryError` if processes have different tensors, such as stages of a pipeline; and on other processes, if
+    the first process does not save into this folder.
     """
     distributed = torch.distributed
-    several = distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1
-    if not several:
+    has_other_processes = (
+        distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1
+    )
+    if not has_other_processes:
         yield True
         return
     store: Any = distributed.distributed_c10d._get_default_store()
@@ -55,29 +57,29 @@ def writing(folder: Path, keys: Collection[str]) -> Iterator[bool]:
                 "state_dict=…, the model's whole state dict",
             ) from None
         _compare(keys, json.loads(store.get(f"{name}/0")), 0, folder)
-    done = "no"
+    written = "no"
     try:
         yield rank == 0
-        done = "yes"
+        written = "yes"
     finally:
         if rank == 0:
-            store.set(f"{name}/written", done)
+            store.set(f"{name}/written", written)
     if rank != 0:
         with contextlib.suppress(RuntimeError):
             store.wait([f"{name}/written"], PATIENCE)
-            done = store.get(f"{name}/written").decode()
-        if done != "yes" or not store.check([f"{name}/written"]):
+            written = store.get(f"{name}/written").decode()
+        if written != "yes" or not store.check([f"{name}/written"]):
             raise SurgeryError(f"the adapter was not saved in {folder}", why="process 0, which writes, failed")
 
 
-def _compare(mine: Collection[str], theirs: Collection[str], other: int, folder: Path) -> None:
-    if set(mine) != set(theirs):
-        elsewhere, here = sorted(set(theirs) - set(mine)), sorted(set(mine) - set(theirs))
-        differences = [f"process {other} has {abbreviate(elsewhere, 'tensors')}" if elsewhere else ""]
-        differences += [f"this one has {abbreviate(here, 'tensors')}" if here else ""]
+def _compare(keys: Collection[str], other_keys: Collection[str], other: int, folder: Path) -> None:
+    if set(keys) != set(other_keys):
+        only_other, only_this = sorted(set(other_keys) - set(keys)), sorted(set(keys) - set(other_keys))
+        differences = [f"process {other} has {abbreviate(only_other, 'tensors')}" if only_other else ""]
+        differences += [f"this one has {abbreviate(only_this, 'tensors')}" if only_this else ""]
         raise SurgeryError(
-            f"{folder} would hold a part of the adapter as if it were all",
+            f"{folder} would contain only a part of the adapter",
             why=f"processes have different parts of the model: {'; '.join(filter(None, differences))}",
-            fix="save each part in a folder of its own with state_dict=…, this process's model.state_dict(); or gather "
+            fix="save each part in a separate folder with state_dict=…, this process's model.state_dict(); or gather "
             "all parts' tensors, and save them from one model that has all modules",
         )

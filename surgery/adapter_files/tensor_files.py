@@ -1,7 +1,7 @@
-"""Files of tensors and of settings: written so that a crash leaves the old ones or the new ones, read without trust.
+"""Reads and writes files of tensors and settings. A crash leaves either the old files or the new ones.
 
-Nothing in a file is run and no name in it is used as a path. What a header promises is held against the file's size
-before anything is allocated.
+Reading trusts nothing: no code in a file runs, no name in a file is used as a path, and the sizes in a header are
+compared with the file's size before memory is allocated.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ MOST_HEADER = 32 << 20
 
 
 def write_safetensors(file: BinaryIO, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
-    """Tensors in the safetensors format, one after the other: no second copy of them all is held."""
+    """Writes tensors in the safetensors format, one at a time, so no second copy of all is in memory."""
     names = {dtype: name for name, dtype in DTYPES.items()}
     header: dict[str, Any] = {"__metadata__": dict(metadata)}
     end = 0
@@ -60,14 +60,13 @@ Writer = Callable[[BinaryIO], None]
 
 
 def replace_files(
-    folder: Path, tensors: tuple[str, Writer], settings: tuple[str, bytes], gone: tuple[str, ...] = ()
+    folder: Path, tensors: tuple[str, Writer], settings: tuple[str, bytes], obsolete: tuple[str, ...] = ()
 ) -> None:
-    """Put a pair of files into a folder, whole: killed at any moment, it holds the old pair or the new one.
+    """Replaces a pair of files. A process that is killed at any moment leaves the old pair or the new one.
 
-    Everything is first written under names that nobody reads. The rename of the tensors is the moment of truth: they
-    carry the settings in their metadata. The settings' own file is away at that moment, so that no reader, whatever
-    program it is, can take new tensors for old settings; ours look under `put_away`, too. `gone` are further files of
-    the adapter that was here before.
+    Both files are first written under temporary names. One atomic rename of the tensors, whose metadata contains the
+    settings, commits the save. Before it, the old settings file is renamed to `previous_name`, so that no program reads
+    new tensors with old settings; our reader also looks there. `obsolete`: further files of the previous adapter.
     """
     folder.mkdir(parents=True, exist_ok=True)
     with _locked(folder) as mark:
@@ -81,22 +80,22 @@ def replace_files(
                     os.fsync(file.fileno())
             old = folder / settings[0]
             if old.exists():
-                os.replace(old, folder / put_away(settings[0]))
+                os.replace(old, folder / previous_name(settings[0]))
                 _sync(folder)
             for name in (tensors[0], settings[0]):
                 os.replace(files.pop(name), folder / name)
                 _sync(folder)
-            for name in (put_away(settings[0]), *gone):
+            for name in (previous_name(settings[0]), *obsolete):
                 with contextlib.suppress(FileNotFoundError):
                     os.unlink(folder / name)
             _sync(folder)
         finally:
-            for left in files.values():
+            for temporary in files.values():
                 with contextlib.suppress(OSError):
-                    os.unlink(left)
+                    os.unlink(temporary)
 
 
-def put_away(name: str) -> str:
+def previous_name(name: str) -> str:
     return f".surgery-previous-{name}"
 
 
@@ -108,7 +107,7 @@ def _bytes(content: bytes) -> Writer:
 
 
 def _sync(folder: Path) -> None:
-    if os.name == "posix":  # elsewhere a folder can't be opened, nor needs to be
+    if os.name == "posix":  # Windows can't open a folder, and need not flush one
         handle = os.open(folder, os.O_RDONLY)
         try:
             os.fsync(handle)
@@ -118,7 +117,7 @@ def _sync(folder: Path) -> None:
 
 @contextlib.contextmanager
 def _locked(folder: Path) -> Iterator[str]:
-    """One writer at a time, and the leftovers of killed ones swept away; gives a mark for temporary names."""
+    """Locks the folder and deletes temporary files of killed writers. Yields a random part of temporary names."""
     try:
         import fcntl
     except ImportError:
@@ -127,10 +126,10 @@ def _locked(folder: Path) -> Iterator[str]:
     handle = os.open(folder, os.O_RDONLY)
     try:
         fcntl.flock(handle, fcntl.LOCK_EX)
-        for left in folder.glob(".surgery-*"):
-            if not left.name.startswith(put_away("")):
+        for leftover in folder.glob(".surgery-*"):
+            if not leftover.name.startswith(previous_name("")):
                 with contextlib.suppress(OSError):
-                    left.unlink()
+                    leftover.unlink()
         yield os.urandom(6).hex()
     finally:
         os.close(handle)
@@ -141,9 +140,9 @@ def _locked(folder: Path) -> Iterator[str]:
 
 @dataclass(frozen=True)
 class TensorFile:
-    """Tensors by name: shapes and dtypes are known, each one's numbers are read when asked for.
+    """Tensors by name, with their shapes and dtypes. `read` reads one tensor's numbers.
 
-    `sound`: whether a look at all numbers at once found none that is NaN or infinite; where not, each tensor may tell.
+    `sound`: checks all numbers at once, and returns True if all are finite; False means that each must be checked.
     """
 
     shapes: Mapping[str, tuple[int, ...]]
@@ -154,7 +153,7 @@ class TensorFile:
 
 
 def open_tensors(path: Path) -> TensorFile:
-    """A file of tensors, `.safetensors` or PyTorch's own `.bin`. `SurgeryError` for one that is damaged."""
+    """Opens a `.safetensors` file or PyTorch's `.bin`. Raises `SurgeryError` if it is damaged."""
     try:
         return _open_safetensors(path) if path.suffix == ".safetensors" else _open_pickle(path)
     except OSError as error:
@@ -172,7 +171,7 @@ def _open_safetensors(path: Path) -> TensorFile:
         raise SurgeryError(f"{path.name} is damaged", why=str(error)[:200]) from None
     shapes = {key: tuple(entry["shape"]) for key, entry in header.items()}
     dtypes = {key: DTYPES[entry["dtype"]] for key, entry in header.items()}
-    data = _mapped(path)[start:]
+    data = _map_bytes(path)[start:]
 
     def read(key: str) -> Tensor:  # a view of the mapped file
         first, end = header[key]["data_offsets"]
@@ -180,16 +179,16 @@ def _open_safetensors(path: Path) -> TensorFile:
         aligned = (start + first) % dtypes[key].itemsize == 0
         return (slice_of_data if aligned else slice_of_data.clone()).view(dtypes[key]).view(shapes[key])
 
-    return TensorFile(shapes, dtypes, metadata, cache(read), cache(partial(_sound, data, set(dtypes.values()))))
+    return TensorFile(shapes, dtypes, metadata, cache(read), cache(partial(_all_finite, data, set(dtypes.values()))))
 
 
-def _mapped(path: Path) -> Tensor:
-    """The bytes of a file, read from it where they are looked at. What is written to them does not go into the file."""
+def _map_bytes(path: Path) -> Tensor:
+    """Maps a file's bytes into memory. Writes to the result do not change the file."""
     return torch.from_file(str(path), shared=False, size=path.stat().st_size, dtype=torch.uint8)
 
 
-def _sound(data: Tensor, dtypes: set[torch.dtype]) -> bool:
-    """Whether the bytes of tensors of one dtype are all finite numbers, looked at a piece at a time."""
+def _all_finite(data: Tensor, dtypes: set[torch.dtype]) -> bool:
+    """Whether all numbers are finite, checked in pieces. False if the tensors have several dtypes."""
     if len(dtypes) != 1:
         return False
     (dtype,) = dtypes
@@ -199,7 +198,7 @@ def _sound(data: Tensor, dtypes: set[torch.dtype]) -> bool:
 
 
 def _header(path: Path) -> tuple[dict[str, Any], dict[str, str], int]:
-    """A safetensors header, held against the size of its file; and where the data begins."""
+    """Returns a header that fits the file's size, the metadata, and the start of the data."""
     size = path.stat().st_size
     with open(path, "rb") as file:
         length = int.from_bytes(file.read(8), "little")
@@ -211,14 +210,14 @@ def _header(path: Path) -> tuple[dict[str, Any], dict[str, str], int]:
     if not isinstance(header, dict) or not isinstance(metadata, dict):
         raise SurgeryError(f"{path.name} is damaged", why="its header is not a mapping of tensors")
     for key, entry in header.items():
-        if not _fits(entry, space):
+        if not _is_valid_entry(entry, space):
             raise SurgeryError(
                 f"{path.name} is damaged", where=key[:200], why=f"{str(entry)[:200]} in {space} bytes of data"
             )
     return header, {str(key): value for key, value in metadata.items() if isinstance(value, str)}, 8 + length
 
 
-def _fits(entry: Any, space: int) -> bool:
+def _is_valid_entry(entry: Any, space: int) -> bool:
     if not isinstance(entry, dict) or not isinstance(entry.get("dtype"), str) or entry["dtype"] not in DTYPES:
         return False
     shape, offsets = entry.get("shape"), entry.get("data_offsets")
@@ -231,7 +230,7 @@ def _fits(entry: Any, space: int) -> bool:
 
 
 def _open_pickle(path: Path) -> TensorFile:
-    """PyTorch's own format, of tensors alone: with `weights_only`, and only where nothing in it is compressed."""
+    """Opens PyTorch's format with `weights_only`. Refuses compressed content, which may expand to any size."""
     with open(path, "rb") as file:
         zipped = file.read(4) == b"PK\x03\x04"
     if not zipped:
@@ -244,19 +243,21 @@ def _open_pickle(path: Path) -> TensorFile:
             entries = archive.infolist()
         stored = all(entry.compress_type == zipfile.ZIP_STORED for entry in entries)
         if not stored or sum(entry.file_size for entry in entries) > path.stat().st_size:
-            raise SurgeryError(f"{path.name} is damaged", why="it promises more than it holds")
+            raise SurgeryError(f"{path.name} is damaged", why="its sizes exceed the file's size")
         pickled = [entry.file_size for entry in entries if entry.filename.endswith("data.pkl")]
         if sum(pickled) > MOST_HEADER:
             raise SurgeryError(f"{path.name} is damaged", why=f"{sum(pickled)} bytes of names")
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except SurgeryError:
         raise
-    except Exception as error:  # pickle, zip and torch have errors of many kinds
+    except Exception as error:  # pickle, zip and torch raise errors of many classes
         raise SurgeryError(
             f"{path.name} can't be read as tensors", why=f"{type(error).__name__}: {error}"[:300]
         ) from None
-    if not isinstance(content, dict) or not all(isinstance(key, str) and _is_plain(content[key]) for key in content):
-        raise SurgeryError(f"{path.name} holds more than tensors by name")
+    if not isinstance(content, dict) or not all(
+        isinstance(key, str) and _is_dense_tensor(content[key]) for key in content
+    ):
+        raise SurgeryError(f"{path.name} contains other things than tensors by name")
     return TensorFile(
         {key: tuple(tensor.shape) for key, tensor in content.items()},
         {key: tensor.dtype for key, tensor in content.items()},
@@ -265,7 +266,7 @@ def _open_pickle(path: Path) -> TensorFile:
     )
 
 
-def _is_plain(value: Any) -> bool:
+def _is_dense_tensor(value: Any) -> bool:
     return (
         type(value) in (Tensor, torch.nn.Parameter) and value.layout is torch.strided and value.dtype in DTYPES.values()
     )

@@ -16,8 +16,8 @@ from torch import nn
 from surgery.errors import ParityError, SurgeryError
 from surgery.lifecycle.activation import active
 from surgery.onnx.calls.example import ExampleCall, array_of
-from surgery.onnx.calls.export_turns import in_turn
-from surgery.onnx.calls.exported_model import check_names, rooted
+from surgery.onnx.calls.export_turns import one_at_a_time
+from surgery.onnx.calls.exported_model import check_names, exported_root
 from surgery.onnx.calls.kv_cache_example import with_cache
 from surgery.onnx.calls.shared_copy import leave_live, sharing_copy, traced_path
 from surgery.onnx.checking.parity import ParityReport, verify_onnx
@@ -27,9 +27,9 @@ from surgery.onnx.graph.dynamic_axes import (
     axes_of,
     dynamic_shapes,
     examples_for_tracing,
-    fixed_dims,
-    of_other_lengths,
+    fixed_axis_notices,
     rename_dims,
+    with_longer_texts,
 )
 from surgery.onnx.graph.file_writing import size_of, write_model
 from surgery.onnx.graph.finish import add_defaults, make_constants, mark_rules, require_inputs, tidy
@@ -76,7 +76,7 @@ class ExportReport:
         return "\n".join([*lines, *([str(self.parity)] if self.parity is not None else [])])
 
 
-@in_turn
+@one_at_a_time
 @neutrally(collects=True)
 def export_onnx(
     model: nn.Module,
@@ -156,7 +156,7 @@ def export_onnx(
         The manifest is in the file's metadata and in `<file>.manifest.json`.
     """
     how = ExportSettings(adapters, slot, slots_as, empty, opset, optimize, optimize_for, strict)
-    given_model, model = model, rooted(model)
+    given_model, model = model, exported_root(model)
     check_names(model, names)
     example = ExampleCall.of(model, with_cache(model, example_inputs) if cache else example_inputs)
     axes = axes_of(example, dynamic)
@@ -171,7 +171,7 @@ def export_onnx(
             manifest[GENERATION] = generation
         notices = [
             *prepared.notices,
-            *fixed_dims(traced, axes, free, _taking(model, adapters)),
+            *fixed_axis_notices(traced, axes, free, _taking(model, adapters)),
             *_nested_tensor_notices(model),
         ]
         notices += [*_route_notices(given_model), *_generate_notices(model, manifest)]
@@ -188,7 +188,7 @@ def export_onnx(
     try:
         return exported(traced)
     except ParityError as error:
-        other = of_other_lengths(traced, axes)
+        other = with_longer_texts(traced, axes)
         if not error.elsewhere or _to_trace(model, [other, traced], adapters) is traced:
             raise
         with contextlib.suppress(SurgeryError):

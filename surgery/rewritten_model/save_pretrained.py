@@ -24,11 +24,11 @@ __all__ = [
     "Saver",
     "adapter_keys",
     "forgive_missing",
-    "give_back",
-    "kept_names",
-    "left_out",
+    "restore_saving",
+    "trained_tensor_names",
+    "unsaved_adapters",
     "plain_saving",
-    "take_over",
+    "wrap_saving",
 ]
 
 _NAME = "save_pretrained"
@@ -47,12 +47,12 @@ class Saver:
 
     def __call__(self, save_directory: Any, *args: Any, **kwargs: Any) -> Any:
         arguments = dict(zip(("is_main_process", "state_dict", "push_to_hub"), args, strict=False)) | kwargs
-        left = left_out(self.module)
+        unsaved = unsaved_adapters(self.module)
         state = model_state(self.module)
-        if left and state is not None and state.adapter_writer is not None:
-            return state.adapter_writer(self.module, Path(save_directory), left, arguments)
-        if left and arguments.get("is_main_process", True):
-            names = ", ".join(repr(name) for name in left)
+        if unsaved and state is not None and state.adapter_writer is not None:
+            return state.adapter_writer(self.module, Path(save_directory), unsaved, arguments)
+        if unsaved and arguments.get("is_main_process", True):
+            names = ", ".join(repr(name) for name in unsaved)
             lists = hasattr(type(self.module), "_keys_to_ignore_on_save")
             what = "leaves out its adapters" if lists else "writes its adapters where from_pretrained passes them over"
             warnings.warn(
@@ -73,13 +73,13 @@ class Saver:
         return self.__wrapped__(save_directory, *args, **kwargs)
 
 
-def take_over(module: nn.Module) -> None:
+def wrap_saving(module: nn.Module) -> None:
     """Wrap a module's `save_pretrained` in a `Saver`."""
     if not isinstance(module.__dict__.get(_NAME), Saver):
         module.__dict__[_NAME] = Saver(module)
 
 
-def give_back(module: nn.Module) -> None:
+def restore_saving(module: nn.Module) -> None:
     """Restore a module's `save_pretrained`. A method that another library set over the `Saver` stays."""
     saver = module.__dict__.get(_NAME)
     if isinstance(saver, Saver):
@@ -106,7 +106,7 @@ def adapter_keys(module: nn.Module, adapters: Collection[str] | None = None) -> 
                     yield ".".join(filter(None, (path, RESERVED, adapter, name)))
 
 
-def left_out(module: nn.Module) -> list[str]:
+def unsaved_adapters(module: nn.Module) -> list[str]:
     """The adapters on a module that are not merged."""
     names: dict[str, None] = {}
     for _, _, site in sites(module):
@@ -116,16 +116,16 @@ def left_out(module: nn.Module) -> list[str]:
 
 
 def _without_adapters(module: nn.Module, state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    gone = {plain_name(name) for name in adapter_keys(module)}
-    return {key: tensor for key, tensor in state_dict.items() if plain_name(key) not in gone}
+    adapter_names = {plain_name(name) for name in adapter_keys(module)}
+    return {key: tensor for key, tensor in state_dict.items() if plain_name(key) not in adapter_names}
 
 
-def kept_names(model: nn.Module) -> set[str]:
+def trained_tensor_names(model: nn.Module) -> set[str]:
     """The names of all tensors that training may change, without wrappers' segments."""
-    return {plain_name(name) for name in _kept(model)}
+    return {plain_name(name) for name in _names_of_trained(model)}
 
 
-def _kept(model: nn.Module) -> Iterator[str]:
+def _names_of_trained(model: nn.Module) -> Iterator[str]:
     yield from adapter_keys(model)
     yield from (name for name, parameter in base_parameters(model) if parameter.requires_grad)
     for path, module in base_modules(model):
@@ -141,7 +141,7 @@ def forgive_missing(model: nn.Module, incompatible: Any) -> None:
     Tensors that train, and adapters' tensors, are reported as before.
     """
     missing = {plain_name(name) for name in incompatible.missing_keys}
-    kept = kept_names(model)
-    frozen = {plain_name(name) for name, _ in base_parameters(model)} - kept
+    trained_names = trained_tensor_names(model)
+    frozen = {plain_name(name) for name, _ in base_parameters(model)} - trained_names
     if frozen and frozen <= missing:
-        incompatible.missing_keys[:] = [name for name in incompatible.missing_keys if plain_name(name) in kept]
+        incompatible.missing_keys[:] = [name for name in incompatible.missing_keys if plain_name(name) in trained_names]

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from surgery.patterns.module_walk import base_modules
 from surgery.patterns.wrappers import submodule
 from surgery.rewritten_model.resized_embeddings import follow_resizing, leave_resizing
-from surgery.rewritten_model.save_pretrained import adapter_keys, forgive_missing, give_back, take_over
+from surgery.rewritten_model.save_pretrained import adapter_keys, forgive_missing, restore_saving, wrap_saving
 from surgery.state.records import AdapterWriter, ModelState
 from surgery.state.site_links import module_at
 from surgery.transaction.undo_log import Journal
@@ -59,9 +59,9 @@ def ignore_on_save(model: nn.Module, state: ModelState) -> None:
     for path, original in state.ignored_on_save:
         if (saver := module_at(model, path)) is None:
             continue
-        kept = getattr(type(saver), _IGNORED, None) if original == _ABSENT else original
-        setattr(saver, _IGNORED, {*(kept or ()), *adapter_keys(saver), _NEVER_MISSING})
-        take_over(saver)
+        model_keys = getattr(type(saver), _IGNORED, None) if original == _ABSENT else original
+        setattr(saver, _IGNORED, {*(model_keys or ()), *adapter_keys(saver), _NEVER_MISSING})
+        wrap_saving(saver)
 
 
 Keys = list[tuple[nn.Module, list[str]]]
@@ -131,7 +131,7 @@ def restore_ignored(model: nn.Module, state: ModelState) -> None:
     for path, original in state.ignored_on_save:
         if (saver := module_at(model, path)) is None:
             continue
-        give_back(saver)
+        restore_saving(saver)
         if original == _ABSENT:
             saver.__dict__.pop(_IGNORED, None)
         else:

@@ -1,4 +1,4 @@
-"""Folders of adapters without their base, which `AdapterCheckpoints` writes for `save_pretrained` and a Trainer."""
+"""Writes folders of adapters without their base, for `AdapterCheckpoints`, `save_pretrained` and a Trainer."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from surgery.adapter_files.tensor_files import open_tensors
 from surgery.errors import SurgeryError, SurgeryWarning
 from surgery.patterns.module_walk import base_modules
 from surgery.patterns.wrappers import plain_name
-from surgery.rewritten_model.save_pretrained import adapter_keys, kept_names
+from surgery.rewritten_model.save_pretrained import adapter_keys, trained_tensor_names
 from surgery.state.adapter_tensors import first_process, whole
 from surgery.state.records import base_parameters
 from surgery.storage.hub_upload import card_of, upload
@@ -26,11 +26,11 @@ _MARK = "trained tensors"
 
 
 def write_adapters(model: nn.Module, folder: Path, names: list[str], configs: Mapping[str, Any]) -> None:
-    """Write adapters as `save_folder` does, by the arguments of `save_pretrained`: a `ModelState.adapter_writer`."""
+    """Writes adapters with the arguments of `save_pretrained`. Serves as `ModelState.adapter_writer`."""
     tensors, main = configs.get("state_dict"), configs.get("is_main_process", True)
     if tensors is not None and not tensors:
         warnings.warn(
-            f"no adapter is written to {folder}: the state dict that was given is empty (ZeRO 3 without "
+            f"no adapter is written to {folder}: the state dict is empty (ZeRO 3 without "
             "stage3_gather_16bit_weights_on_model_save); gather the weights, then save_adapter(…, state_dict=…)",
             SurgeryWarning,
             stacklevel=3,
@@ -40,11 +40,11 @@ def write_adapters(model: nn.Module, folder: Path, names: list[str], configs: Ma
     alone = tensors is not None or not any(hasattr(t, "full_tensor") for t in state.values())
     if not main and alone:
         return
-    checkpoint = re.fullmatch(r"checkpoint-\d+", folder.resolve().name) is not None  # as a Trainer calls them
+    checkpoint = re.fullmatch(r"checkpoint-\d+", folder.resolve().name) is not None  # a Trainer's name
     save_folder(model, folder, names, state if alone else None, trained=checkpoint)
     if main:
         rest = [] if checkpoint else [name for name, parameter in base_parameters(model) if parameter.requires_grad]
-        _tell(folder, rest + _not_of(model, tensors or ()))
+        _warn_of_unsaved(folder, rest + _keys_outside(model, tensors or ()))
     if configs.get("push_to_hub") and main:
         repo = str(configs.get("repo_id") or folder.name)
         options = {key: configs[key] for key in ("private", "token", "revision") if key in configs}
@@ -55,17 +55,17 @@ def write_adapters(model: nn.Module, folder: Path, names: list[str], configs: Ma
 def save_folder(
     model: nn.Module, folder: Path, names: list[str], state_dict: Mapping[str, Tensor] | None, *, trained: bool
 ) -> None:
-    """Adapters into a folder: one alone, or "default", into the folder itself; others into subfolders of their names.
+    """Writes adapters: a single adapter, or "default", into the folder itself, others into subfolders.
 
-    `trained`: beside them a `model.safetensors`, from which a Trainer resumes. Without a state dict all processes take
-    part, and the first writes.
+    `trained`: also writes `model.safetensors`, from which a Trainer resumes. Without a state dict, all processes of a
+    distributed run must call this function, and the first one writes.
     """
     for name in names:
         place = folder if name == "default" or len(names) == 1 else folder / name
         save_adapter(model, place, name, state_dict=state_dict)
     if trained:
         save_trained(model, folder, state_dict)
-    elif _is_marked(folder / "model.safetensors"):  # a checkpoint's, which the Trainer copied here to push it
+    elif _is_marked(folder / "model.safetensors"):  # the Trainer copied it from a checkpoint before a push
         (folder / "model.safetensors").unlink(missing_ok=True)
 
 
@@ -76,22 +76,26 @@ def _is_marked(file: Path) -> bool:
         return False
 
 
-def _not_of(model: nn.Module, keys: Iterable[str]) -> list[str]:
-    """The keys of a state dict whose tensors no module of the model has. Its own state dict is not asked for: that may
-    be a collective, and this process alone."""
-    inside = {plain_name(path) for path, _ in base_modules(model)} | {plain_name(key) for key in adapter_keys(model)}
-    inside |= {plain_name(name) for name, _ in base_parameters(model)}  # of quantised ones: weight.absmax
-    plain = ((key, plain_name(key)) for key in keys)
-    return [key for key, name in plain if name not in inside and name.rpartition(".")[0] not in inside]
+def _keys_outside(model: nn.Module, keys: Iterable[str]) -> list[str]:
+    """Returns keys of a state dict that no module of the model has.
+
+    Does not call the model's `state_dict`, which may be a collective that the other processes do not join.
+    """
+    known = {plain_name(path) for path, _ in base_modules(model)} | {plain_name(key) for key in adapter_keys(model)}
+    known |= {
+        plain_name(name) for name, _ in base_parameters(model)
+    }  # quantised weights have further keys, such as weight.absmax
+    pairs = ((key, plain_name(key)) for key in keys)
+    return [key for key, name in pairs if name not in known and name.rpartition(".")[0] not in known]
 
 
-def _tell(folder: Path, rest: list[str]) -> None:
-    """Warn of tensors that train, or came with a state dict, and are no adapter's: nothing of the base is written."""
+def _warn_of_unsaved(folder: Path, rest: list[str]) -> None:
+    """Warns of trained tensors outside adapters, and of keys outside the model: they are not saved."""
     if rest:
         listed = ", ".join(rest[:3]) + (", …" if len(rest) > 3 else "")
         warnings.warn(
-            f"{len(rest)} trained tensors are not in {folder}, since no adapter has them: {listed}. A TrainRule makes "
-            "them an adapter's; base_state_dict(model) holds the base's",
+            f"{len(rest)} trained tensors are not in {folder}, because no adapter has them: {listed}. A TrainRule adds "
+            "them to an adapter; base_state_dict(model) returns those of the base",
             SurgeryWarning,
             stacklevel=4,
         )
@@ -117,9 +121,15 @@ def save_trained(model: nn.Module, folder: str | Path, state_dict: Mapping[str, 
     from safetensors.torch import save
 
     state = model.state_dict() if state_dict is None else state_dict
-    kept = kept_names(model)
-    chosen = {key: t for key, t in state.items() if plain_name(key) in kept or plain_name(key).endswith("_extra_state")}
+    trained_names = trained_tensor_names(model)
+    chosen = {
+        key: t
+        for key, t in state.items()
+        if plain_name(key) in trained_names or plain_name(key).endswith("_extra_state")
+    }
     tensors = {key: whole(t.detach()).cpu().contiguous().clone() for key, t in chosen.items() if isinstance(t, Tensor)}
     if state_dict is not None or first_process():
         data = save(tensors, metadata={"format": "pt", "surgery": _MARK})
-        (Path(folder) / "model.safetensors").write_bytes(data)  # which others may read: save_file's are 0600
+        (Path(folder) / "model.safetensors").write_bytes(
+            data
+        )  # save_file would create a file that only its owner may read

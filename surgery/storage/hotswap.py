@@ -30,9 +30,10 @@ from surgery.sharded_tensors import copy_into, is_flattened
 from surgery.state.fingerprint import differences
 from surgery.state.in_use import check_free
 from surgery.state.record_undo import keep_site
-from surgery.storage.hotswap_plan import Living, Making, copied, incoming, living, step_for
-from surgery.storage.load import _distrusted, _locate_tensors
+from surgery.storage.hotswap_plan import AdapterSite, adapter_sites, plan_incoming_rules, step_for
+from surgery.storage.hotswap_values import NewValues, detached_copy
 from surgery.storage.load_report import LoadReport
+from surgery.storage.matched_tensors import distrusted_rule_error, locate_tensors
 from surgery.storage.model_origin import other_model
 from surgery.storage.stored_adapter import Stored, stored_adapter
 from surgery.storage.vocabulary import other_vocabulary, sizes_wanted
@@ -137,21 +138,26 @@ def hotswap(
     """
     model, state = rewritten(model)
     check_free(model)
-    live = living(model, state, adapter)
+    live = adapter_sites(model, state, adapter)
     stored = _stored(model, source, adapter, rules, subfolder, revision, config, component)
     report = SwapReport(adapter, stored.rules, metadata=stored.metadata, licence=stored.licence)
-    problems = [*stored.problems, *([] if trust else map(_distrusted, (rule for rule in stored.rules if rule.imports)))]
-    plan, doubtful = incoming(model, [rule for rule in stored.rules if trust or not rule.imports], adapter, live)
-    values = _locate_tensors(plan, stored, report, finite)
+    problems = [
+        *stored.problems,
+        *([] if trust else map(distrusted_rule_error, (rule for rule in stored.rules if rule.imports))),
+    ]
+    plan, doubtful = plan_incoming_rules(
+        model, [rule for rule in stored.rules if trust or not rule.imports], adapter, live
+    )
+    values = locate_tensors(plan, stored, report, finite)
     problems += [*plan.problems, *(doubtful if strict and report.unexpected else ())]
-    making = Making(plan, live, values, stored.file, finite)
-    pairs = [] if problems else making.tensors()
+    new_values = NewValues(plan, live, values, stored.file, finite)
+    pairs = [] if problems else new_values.tensors()
     if sizes := sizes_wanted(model, plan, stored):
         problems.append(other_vocabulary(model, sizes))
     if problems:
-        report.unexpected = []  # of rules that could not be read or placed
+        report.unexpected = []  # of rules that could not be read or matched_sites
     report.base = differences(model, stored.base)
-    problems += making.problems
+    problems += new_values.problems
     if strict:
         mismatches = report.problems() if same_base else [text for text in report.problems() if text not in report.base]
         problems += [*stored.unheld, *map(SurgeryError, mismatches)]
@@ -162,10 +168,10 @@ def hotswap(
         warnings.warn(note, SurgeryWarning, stacklevel=3)
     with Journal() as journal:
         for tensor, new in pairs:
-            journal.undo(copy_into, tensor, copied(tensor))
+            journal.undo(copy_into, tensor, detached_copy(tensor))
             copy_into(tensor, new)
     report.loaded = [tensor_key(step.path, name) for step, name, _ in values]
-    report.idle, report.notes, report.assumed = making.idle, making.notes, stored.assumed
+    report.idle, report.notes, report.assumed = new_values.idle, new_values.notes, stored.assumed
     return report
 
 
@@ -205,7 +211,7 @@ def pad_rank(model: M, adapter: str, rank: int) -> M:
     """
     root, state = rewritten(model)
     check_free(root)
-    live = living(root, state, adapter)
+    live = adapter_sites(root, state, adapter)
     wider = {id(rule): rule.padded(rank) for rule in state.adapters[adapter]}
     grown = [(site, change) for site in live.values() if (change := _grow_site(site, adapter, rank, wider)) is not None]
     if not grown:
@@ -222,11 +228,11 @@ def pad_rank(model: M, adapter: str, rank: int) -> M:
 
 
 def _grow_site(
-    live_site: Living, adapter: str, rank: int, known: dict[int, Rule]
+    live_site: AdapterSite, adapter: str, rank: int, known: dict[int, Rule]
 ) -> tuple[PlannedRule, dict[str, Tensor]] | None:
-    """A living rule with room for a rank: its step, and its tensors in their new sizes; None where it has no rank.
+    """Returns a padded rule's step and its tensors in their new sizes; None if the rule has no rank.
 
-    `known`: what rules became, by their id.
+    `known`: padded rules by the ids of the old ones.
     """
     rule = live_site.applied.rule
     wider = known[id(rule)] if id(rule) in known else rule.padded(rank)
@@ -244,9 +250,9 @@ def _grow_site(
 
 
 def _replace_tensors(
-    site: Living, adapter: str, step: PlannedRule, tensors: dict[str, Tensor], journal: Journal
+    site: AdapterSite, adapter: str, step: PlannedRule, tensors: dict[str, Tensor], journal: Journal
 ) -> None:
-    """Put the wider rule and its tensors in the place of the old; those of the same size stay."""
+    """Replaces the rule and its tensors by the padded ones. Tensors of the same size stay."""
     box: Any = site.module._modules[RESERVED]._modules[adapter]  # type: ignore[union-attr]
     keep_site(journal, site.module, (adapter,))
     for name, old in site.tensors.items():
@@ -274,12 +280,12 @@ def _stored(
 ) -> Stored:
     if not isinstance(source, Mapping):
         if rules is not None:
-            raise SurgeryError("files have rules of their own", fix="hotswap(model, adapter, tensors, rules=…)")
+            raise SurgeryError("files contain their own rules", fix="hotswap(model, adapter, tensors, rules=…)")
         return stored_adapter(model, source, subfolder, revision, config, component)
     of_files = {"subfolder": subfolder, "revision": revision, "config": config, "component": component}
     if arguments := [f"{name}=" for name, value in of_files.items() if value is not None]:
         raise SurgeryError(
-            f"tensors have no {', '.join(arguments)}", why="these say which files are read", fix="leave them out"
+            f"tensors have no {', '.join(arguments)}", why="these arguments select files", fix="leave them out"
         )
     wrong = [str(key) for key, tensor in source.items() if not isinstance(key, str) or not isinstance(tensor, Tensor)]
     if wrong:

@@ -86,10 +86,10 @@ def upload(
     api = HfApi(token=token)
     try:
         api.create_repo(repo_id, private=private, exist_ok=True)
-        done = api.upload_folder(repo_id=repo_id, folder_path=folder, revision=revision, commit_message=message)
-    except Exception as error:  # of the hub, of its client, of the network
+        commit = api.upload_folder(repo_id=repo_id, folder_path=folder, revision=revision, commit_message=message)
+    except Exception as error:  # errors of the hub, its client or the network
         raise hub_error(f"the adapter was not pushed to {repo_id}", error) from error
-    return str(done.commit_url)
+    return str(commit.commit_url)
 
 
 def card_of(
@@ -105,8 +105,8 @@ def card_of(
     base = getattr(getattr(model, "config", None), "_name_or_path", None) or ""
     site_tensors = [tensors_of(module, adapter) for _, module, _ in sites(model)]
     count = sum(tensor.numel() for tensors in site_tensors for tensor in tensors.values())
-    head = {"library_name": "peft" if peft else "model-surgery", "base_model": base, "license": licence}
-    lines = ["---", *(f"{key}: {_quoted(value)}" for key, value in head.items() if value), "tags:", "- model-surgery"]
+    header = {"library_name": "peft" if peft else "model-surgery", "base_model": base, "license": licence}
+    lines = ["---", *(f"{key}: {_quoted(value)}" for key, value in header.items() if value), "tags:", "- model-surgery"]
     lines += ["---", "", f"# {repo_id.rpartition('/')[2]}", ""]
     lines += [f"An adapter for {f'`{base}`' if base else f'a `{type(model).__name__}`'}: {count:,} numbers on "
               f"{sum(map(bool, site_tensors))} modules.", ""]  # fmt: skip

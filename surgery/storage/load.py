@@ -1,4 +1,4 @@
-"""Loads an adapter from files onto a model, whole or not at all."""
+"""Loads an adapter from files onto a model, completely or not at all."""
 
 from __future__ import annotations
 
@@ -11,13 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from surgery.adapter_files.entry import Entry, as_it_is
+from surgery.adapter_files.entry import Entry
 from surgery.adapter_files.tensor_files import TensorFile
 from surgery.authoring.live_site import LiveSite
 from surgery.authoring.planned_rule import PlannedRule
-from surgery.authoring.rule import Rule
 from surgery.authoring.site import ParamSpec
-from surgery.complex_numbers import is_number
 from surgery.errors import LoadError, RuleError, SurgeryError, SurgeryWarning
 from surgery.forward.parameter_view import tensor_at
 from surgery.lifecycle.insertion import InitialValue, install_plan
@@ -28,6 +26,7 @@ from surgery.planning.planner import make_plan
 from surgery.state.adapter_tensors import tensors_of
 from surgery.state.fingerprint import differences
 from surgery.storage.load_report import LoadReport
+from surgery.storage.matched_tensors import distrusted_rule_error, locate_tensors
 from surgery.storage.model_origin import other_model
 from surgery.storage.stored_adapter import Stored, stored_adapter
 from surgery.storage.vocabulary import other_vocabulary, resized, sizes_wanted
@@ -112,22 +111,25 @@ def load_adapter(
     stored = stored_adapter(model, source, subfolder, revision, config, component)
     report = LoadReport(adapter, stored.rules, metadata=stored.metadata, licence=stored.licence)
     report.assumed = stored.assumed
-    problems = [*stored.problems, *([] if trust else map(_distrusted, (rule for rule in stored.rules if rule.imports)))]
+    problems = [
+        *stored.problems,
+        *([] if trust else map(distrusted_rule_error, (rule for rule in stored.rules if rule.imports))),
+    ]
     known = [rule for rule in stored.rules if trust or not rule.imports]
     plan = make_plan(model, known, adapter, example_inputs, freeze) if known else None
     values: list[tuple[PlannedRule, str, Entry]] = []
     if plan is not None:
         problems += plan.problems
-        values = _locate_tensors(plan, stored, report, finite)
+        values = locate_tensors(plan, stored, report, finite)
         if problems:
-            report.unexpected = []  # of rules that could not be read or placed
+            report.unexpected = []  # they belong to rules that could not be read or matched
         problems += _too_large(plan, values, stored.file)
     if sizes := sizes_wanted(model, plan, stored):
         if resize and len(sizes) == 1 and hasattr(model, "resize_token_embeddings"):
-            again: dict[str, Any] = {"example_inputs": example_inputs, "config": config, "component": component}
-            again |= {"strict": strict, "same_base": same_base, "finite": finite, "trust": trust, "freeze": freeze}
+            options: dict[str, Any] = {"example_inputs": example_inputs, "config": config, "component": component}
+            options |= {"strict": strict, "same_base": same_base, "finite": finite, "trust": trust, "freeze": freeze}
             with resized(model, *sizes):
-                return load_adapter(model, source, adapter, subfolder=subfolder, revision=revision, **again)
+                return load_adapter(model, source, adapter, subfolder=subfolder, revision=revision, **options)
         problems.append(other_vocabulary(model, sizes))
     report.base = differences(model, stored.base, _restored(plan))
     if strict:
@@ -138,59 +140,29 @@ def load_adapter(
     loose = report.base if strict else [*map(str, stored.unheld), *report.problems()]  # the base: see above
     for note in [*stored.notes, *loose]:
         warnings.warn(note, SurgeryWarning, stacklevel=3)
-    # An example is first run with what the rules start with: it is of that that they promise something.
+    # With an example, the rules' own starting values are used, because planning checks them with the example call.
     initial = _values_of_file(plan, values, stored.file) if example_inputs is None else None
-    with torch.random.fork_rng(devices=_gpus(plan)):  # the starting values drawn here are overwritten
+    with torch.random.fork_rng(devices=_gpus(plan)):  # random initial values are overwritten
         try:
             install_plan(plan, stacklevel=4, initial=initial)
         except (SurgeryError, Warning):
             raise
-        except Exception as error:  # a field of a file may be in range and still be no starting value
+        except Exception as error:  # a field may be valid and still fail to initialise
             raise LoadError([_problem("its rules can't be applied", why=f"{type(error).__name__}: {error}")]) from error
     _fill(plan, values, stored.file)
     report.loaded = [tensor_key(step.path, name) for step, name, _ in values]
     return report
 
 
-def _locate_tensors(
-    plan: Plan, stored: Stored, report: LoadReport, finite: bool
-) -> list[tuple[PlannedRule, str, Entry]]:
-    """The tensors of a plan that the file holds in their shapes; the report is told of all others."""
-    file, used, located = stored.file, set[str](), list[tuple[PlannedRule, str, Entry]]()
-    shared: dict[Any, str] = {}
-    for step in plan.steps:
-        for spec in step.specs:
-            try:
-                entry = stored.entry(plan, step, spec.name)
-            except Exception as error:  # settings of a file may say anything
-                report.misfits.append(f"{step.path}: {spec.name} can't be looked for: {error}"[:400])
-                continue
-            if entry is None:
-                continue
-            if entry.key not in file.shapes:
-                report.missing.append(entry.key)
-                continue
-            used.add(entry.key)
-            misfit = _misfit(file, entry, spec.shape, spec.dtype, finite)
-            tie = spec.tie(step.rule)
-            first = entry.key if tie is None else shared.setdefault(tie, entry.key)
-            if not misfit and first != entry.key and not torch.equal(file.read(first), file.read(entry.key)):
-                misfit = f"is not {first}, and here the two modules share their weight and what is trained of it"
-            if misfit:
-                report.misfits.append(f"{entry.key} {misfit}")
-            else:
-                located.append((step, spec.name, entry))
-    report.missing = list(dict.fromkeys(report.missing))
-    report.unexpected = [key for key in file.shapes if key not in used and key not in stored.ignored]
-    return located
-
-
 def _restored(plan: Plan | None) -> list[Tensor]:
-    """The base's tensors that the adapter puts as they were where it was made."""
+    """Returns tensors of the base that the adapter restores to their values at its training."""
     steps = plan.steps if plan is not None else ()
     owners = ((step.rule, step.module._parameters) for step in steps)
     return [
-        tensor for rule, own in owners for name, tensor in own.items() if tensor is not None and rule.restores(name)
+        tensor
+        for rule, parameters in owners
+        for name, tensor in parameters.items()
+        if tensor is not None and rule.restores(name)
     ]
 
 
@@ -200,64 +172,30 @@ def _gpus(plan: Plan) -> list[int]:
     return sorted(device.index or 0 for device in used if device.type == "cuda")
 
 
-def _distrusted(rule: Rule) -> SurgeryError:
-    return RuleError(
-        f"a {rule.label} is not taken from a file",
-        why="its fields name code to import and run",
-        fix="load_adapter(…, trust=True), if you know who made the file",
-    )
-
-
 def _too_large(plan: Plan, values: list[tuple[PlannedRule, str, Entry]], file: TensorFile) -> Iterator[SurgeryError]:
-    """Tensors that the file does not hold are made all the same where a load is not strict; not of any size."""
+    """Limits the size of tensors that are not in the file, which a load that is not strict creates."""
     filled = {(id(step), name) for step, name, _ in values}
     specs = [spec for step in plan.steps for spec in step.specs if (id(step), spec.name) not in filled]
     size = sum(math.prod(spec.shape) for spec in specs)
     if size > (1 << 24) + 4 * sum(map(math.prod, file.shapes.values())):
-        yield _problem(f"its rules ask for {size:,} numbers that the file does not hold")
-
-
-def _misfit(file: TensorFile, entry: Entry, shape: tuple[int, ...], dtype: torch.dtype, finite: bool) -> str | None:
-    """Why a stored tensor can't be a rule's; its shape is tried on the meta device before a number is read."""
-    file_shape, numbers = file.shapes[entry.key], file.dtypes[entry.key]
-    plain = entry.read is as_it_is
-    try:
-        read = file_shape if plain else tuple(entry.read(torch.empty(file_shape, dtype=numbers, device="meta")).shape)
-    except Exception:  # a rule's reshaping of a shape that it did not expect
-        read = None
-    if read != shape:
-        return f"is {file_shape}, which does not give the {shape} of this model"
-    if (numbers.is_floating_point, numbers.is_complex) != (dtype.is_floating_point, dtype.is_complex):
-        return f"holds {str(numbers).removeprefix('torch.')}, and {str(dtype).removeprefix('torch.')} is needed"
-    try:
-        tensor = file.read(entry.key)
-        if not plain:
-            entry.read(tensor)
-        checked = finite and is_number(numbers) and not file.sound()
-        if checked and not bool(torch.isfinite(tensor if numbers.is_complex else tensor.float()).all()):
-            return "holds NaN or infinity"
-    except SurgeryError as error:
-        return f"can't be taken over: {error.why or error.what}"
-    except Exception as error:  # the file changed, or is not what its header says
-        return f"can't be read: {str(error)[:200]}"
-    return None
+        yield _problem(f"its rules need {size:,} numbers that are not in the file")
 
 
 def _values_of_file(plan: Plan, values: list[tuple[PlannedRule, str, Entry]], file: TensorFile) -> InitialValue:
-    """Tensors start with the file's values, which are cheaper to have than those that a rule draws.
+    """Returns a function for the initial values: those of the file, which cost less than random ones.
 
-    What many sites share is drawn once, so that a rule which can't start is found. Nor are values given to a site of
-    which the file lacks some: a rule may make one tensor from another's start.
+    It returns None the first time that a spec occurs, so that a rule which can't initialise fails. It also returns None
+    at sites with missing tensors, because a rule may compute one tensor from another's initial value.
     """
-    known = {(id(step), name): entry for step, name, entry in values}
-    lacking = {id(step) for step in plan.steps for spec in step.specs if (id(step), spec.name) not in known}
-    drawn: set[int] = set()
+    entries = {(id(step), name): entry for step, name, entry in values}
+    incomplete = {id(step) for step in plan.steps for spec in step.specs if (id(step), spec.name) not in entries}
+    initialised: set[int] = set()
 
     def value_of(step: PlannedRule, spec: ParamSpec) -> Tensor | None:
-        if id(spec) not in drawn or id(step) in lacking:
-            drawn.add(id(spec))
+        if id(spec) not in initialised or id(step) in incomplete:
+            initialised.add(id(spec))
             return None
-        return _value(file, known[id(step), spec.name])
+        return _value(file, entries[id(step), spec.name])
 
     return value_of
 
@@ -271,31 +209,31 @@ def _fill(plan: Plan, values: list[tuple[PlannedRule, str, Entry]], file: Tensor
     with torch.no_grad():
         for step in plan.steps:
             if any(tensor.is_meta for tensor in tensors_of(step.module, plan.adapter).values()):
-                left = {spec.name for spec in step.specs if (id(step), spec.name) not in filled}
-                _realise(step, plan.adapter, left, duplicates)
+                unfilled = {spec.name for spec in step.specs if (id(step), spec.name) not in filled}
+                _realise(step, plan.adapter, unfilled, duplicates)
         tensors = {id(step): tensors_of(step.module, plan.adapter) for step in plan.steps}
         for step, name, entry in values:
             tensors[id(step)][name].copy_(_value(file, entry))
 
 
-def _realise(step: PlannedRule, adapter: str, others: set[str], duplicates: dict[int, nn.Parameter]) -> None:
-    """Tensors on the meta device, made there beside a base that has no numbers yet, are made anew on the CPU.
+def _realise(step: PlannedRule, adapter: str, unfilled: set[str], duplicates: dict[int, nn.Parameter]) -> None:
+    """Replaces tensors on the meta device by tensors on the CPU; the base has no values yet.
 
-    `others` are those that no file fills: they get the values that their rule starts with.
+    `unfilled`: names of tensors that are not in the file. They get their rule's initial values.
     """
     box: Any = step.module._modules[RESERVED]._modules[adapter] if step.specs else None  # type: ignore[union-attr]
     meta = [spec for spec in step.specs if box.tensors()[spec.name].is_meta]
     for spec in meta:
         old = box.tensors()[spec.name]
         new = torch.empty_like(old, device="cpu")
-        if spec.name in others:
+        if spec.name in unfilled:
             spec.fill(new)
         if spec.buffer:
             box._buffers[spec.name] = new
         else:
             duplicates.setdefault(id(old), nn.Parameter(new, requires_grad=old.requires_grad))
             box._parameters[spec.name] = duplicates[id(old)]  # sites may share it
-    if meta and others:
+    if meta and unfilled:
         module = step.module
         step.rule.initialise(
             LiveSite(module, step.path, adapter, box.tensors(), lambda name, _: tensor_at(module, name))

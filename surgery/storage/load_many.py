@@ -1,4 +1,4 @@
-"""Many adapters in one folder."""
+"""Loads all adapters of a folder."""
 
 from __future__ import annotations
 

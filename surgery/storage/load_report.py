@@ -1,4 +1,4 @@
-"""What a load of an adapter did, and what of its files did not fit."""
+"""The report of loading an adapter."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ __all__ = ["LoadReport"]
 
 @dataclass
 class LoadReport:
-    """What a load did: the rules applied, and by key what was `loaded`, `missing`, `unexpected` or did not fit.
+    """The applied rules, and the keys that were `loaded`, `missing`, `unexpected` or misfits.
 
-    `assumed`: what the files do not say and were taken to mean, such as a scale or the paths of modules.
+    `assumed`: facts that the files do not state and that were inferred, such as a scale or the paths of modules.
 
-    Truth is that everything fitted, which `load_adapter` demands unless it is told otherwise by `strict=False`.
+    The report is true if everything fitted. `load_adapter` requires that, except with `strict=False`.
     """
 
     adapter: str
@@ -39,19 +39,19 @@ class LoadReport:
         return "\n".join([*lines, *(f"  {text}" for text in [*self.problems(), *self.assumed])])
 
     def problems(self) -> list[str]:
-        """What did not fit, one line a kind."""
+        """Returns one line for each kind of problem."""
         kinds = {"missing": self.missing, "not of this adapter": self.unexpected}
         lines = [f"{_counted(keys)} {kind}: {_listed(keys)}" for kind, keys in kinds.items() if keys]
         return [*lines, *_grouped(self.misfits), *self.base]
 
 
 def _grouped(misfits: Sequence[str], most: int = 5) -> list[str]:
-    """Lines about tensors; those of many that end alike are one, with two examples."""
-    alike: dict[str, list[str]] = {}
+    """Joins more than `most` lines with the same reason into one line with two examples."""
+    by_reason: dict[str, list[str]] = {}
     for line in misfits:
-        alike.setdefault(line.partition(" ")[2], []).append(line)
+        by_reason.setdefault(line.partition(" ")[2], []).append(line)
     problems = []
-    for why, lines in alike.items():
+    for why, lines in by_reason.items():
         names = [line.partition(" ")[0] for line in lines[:2]]
         problems += (
             lines if len(lines) <= most else [f"{len(lines)} tensors, such as {' and '.join(names)}: each {why}"]

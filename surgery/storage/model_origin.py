@@ -1,4 +1,4 @@
-"""The model that an adapter was made for, as its files tell it, beside the one that it is loaded on."""
+"""Compares the base that an adapter's files name with the model on which it is loaded."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ __all__ = ["origin_of", "other_model"]
 
 
 def origin_of(settings: Any, base: Any) -> dict[str, str]:
-    """The name and the class of the base that files were made for; what they don't say is left out."""
+    """Returns the name and the class of the base, as far as the files contain them."""
     fields = settings if isinstance(settings, Mapping) else {}
     mapping = fields.get("auto_mapping")
     kind = base.get("class") if isinstance(base, Mapping) else None
@@ -25,16 +25,16 @@ def origin_of(settings: Any, base: Any) -> dict[str, str]:
 
 
 def other_model(model: nn.Module, origin: Mapping[str, str]) -> list[SurgeryError]:
-    """That files which do not fit were made for a model of another name or class; nothing where they don't say so."""
+    """Returns an error if the files name another base. Used to explain files that do not fit."""
     name = getattr(getattr(model, "config", None), "_name_or_path", None) or None
-    here = {"name": name, "class": class_of(model).__name__}
-    if all(here[key] == text for key, text in origin.items()):
+    actual = {"name": name, "class": class_of(model).__name__}
+    if all(actual[key] == text for key, text in origin.items()):
         return []
-    saved_name, own = _called(origin), _called({key: text for key, text in here.items() if text})
+    saved_name, model_name = _describe(origin), _describe({key: text for key, text in actual.items() if text})
     fix = "load it on the model that it was made for"
-    return [SurgeryError(f"the adapter was made for {saved_name}", why=f"this model is {own}", fix=fix)]
+    return [SurgeryError(f"the adapter was made for {saved_name}", why=f"this model is {model_name}", fix=fix)]
 
 
-def _called(of: Mapping[str, str]) -> str:
-    name, kind = of.get("name"), of.get("class")
+def _describe(origin: Mapping[str, str]) -> str:
+    name, kind = origin.get("name"), origin.get("class")
     return f"{name} (a {kind})" if name and kind else name or f"a {kind}"

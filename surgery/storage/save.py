@@ -23,7 +23,7 @@ from surgery.state.adapter_naming import adapter_names
 from surgery.state.adapter_tensors import tensors_of, whole
 from surgery.state.fingerprint import fingerprint
 from surgery.state.records import sites
-from surgery.storage.path_check import check_meant
+from surgery.storage.path_check import check_targets
 from surgery.transaction.neutral_context import neutrally
 
 __all__ = ["save_adapter"]
@@ -83,7 +83,7 @@ def save_adapter(
     model, state = rewritten(model)
     adapter_names(state, adapter)
     all_sites = list(sites(model))
-    check_meant(model, state, all_sites, adapter)
+    check_targets(model, state, all_sites, adapter)
     if state_dict is None and any(map(without_values, state.places[adapter].boxes)):
         why = "its tensors came from the meta device by to_empty"
         raise SurgeryError(f"the adapter {adapter!r} has no values yet", why=why, fix="load them first")
@@ -93,12 +93,14 @@ def save_adapter(
     alone = state_dict is not None
     if format != "surgery":
         try:
-            said, tensors = to_peft(model, adapter, format == "auto", state_dict, config, save_embedding_layers)
+            config_fields, tensors = to_peft(
+                model, adapter, format == "auto", state_dict, config, save_embedding_layers
+            )
         except SurgeryError:
             if format == "peft":
                 raise
         else:
-            return _write_files(folder, PEFT, tensors, said, extra, (*SURGERY, OLD), alone)
+            return _write_files(folder, PEFT, tensors, config_fields, extra, (*SURGERY, OLD), alone)
     settings = {
         "format": NAME,
         "version": VERSION,
@@ -116,7 +118,7 @@ def _write_files(
     tensors: Mapping[str, Tensor],
     settings: Mapping[str, Any],
     extra: Mapping[str, Any],
-    gone: tuple[str, ...],
+    obsolete: tuple[str, ...],
     alone: bool,
 ) -> Path:
     """Writes the two files; `extra` goes into the header of the tensors, which PEFT ignores."""
@@ -125,7 +127,7 @@ def _write_files(
         if writes:
             metadata = {"format": "pt", "surgery": json.dumps({"settings": settings, **extra})}
             writer = partial(tensor_files.write_safetensors, tensors=tensors, metadata=metadata)
-            tensor_files.replace_files(folder, (names[0], writer), (names[1], text.encode()), gone)
+            tensor_files.replace_files(folder, (names[0], writer), (names[1], text.encode()), obsolete)
     return folder
 
 

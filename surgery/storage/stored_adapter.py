@@ -1,4 +1,4 @@
-"""An adapter in files, as it is found: which format it is in, its rules, and where each tensor stands."""
+"""Reads an adapter's files: the format, the rules, and the place of each tensor. Tensors are read later."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import nn
 from surgery.adapter_files.entry import BARE, NAME, OLD, PEFT, SURGERY, VERSION, Entry, names_in
 from surgery.adapter_files.hub_download import download
 from surgery.adapter_files.plain_json import parse_json, read_json
-from surgery.adapter_files.tensor_files import TensorFile, open_tensors, put_away
+from surgery.adapter_files.tensor_files import TensorFile, open_tensors, previous_name
 from surgery.authoring.planned_rule import PlannedRule
 from surgery.authoring.rule import Rule
 from surgery.errors import LoadError, RuleError, SurgeryError
@@ -26,11 +26,11 @@ __all__ = ["Stored", "stored_adapter"]
 
 @dataclass(frozen=True)
 class Stored:
-    """An adapter in files, its tensors not yet read. `entry` is None for what follows from a rule's fields alone.
+    """An adapter in files; its tensors are not yet read.
 
-    `unheld` are settings that no rule has a field for, `notes` what to know, `assumed` what the files were taken to
-    mean, `ignored` keys that change no result. `origin`: what the files say of the model that they were made for;
-    `vocabulary`: how many rows its embeddings had, where the model has another number.
+    `entry` returns a tensor's place, or None if the rule's fields determine the tensor. `unheld`: settings without a
+    field in any rule; `notes`: notices; `assumed`: inferred facts; `ignored`: keys without an effect; `origin`: name
+    and class of the base; `vocabulary`: its embeddings' numbers of rows, if the model has another number.
     """
 
     rules: list[Rule]
@@ -56,9 +56,10 @@ def stored_adapter(
     config: Mapping[str, Any] | None = None,
     component: str | None = None,
 ) -> Stored:
-    """The adapter in a folder, a file, or a repository of the hub; `config` stands in for PEFT's beside the tensors.
+    """Opens an adapter from a folder, a file or a repository of the hub.
 
-    `component`: whose, in a file of a pipeline's."""
+    `config`: replaces PEFT's configuration file; `component`: selects an adapter in the file of a pipeline.
+    """
     if isinstance(source, Stored):
         return source
     place = Path(source)
@@ -67,7 +68,7 @@ def stored_adapter(
             place = download(str(source), subfolder, revision)
         elif subfolder:
             place = place / subfolder
-        return _opened(model, place, config, component)
+        return _open_folder(model, place, config, component)
     except LoadError:
         raise
     except SurgeryError as error:
@@ -75,7 +76,7 @@ def stored_adapter(
         raise LoadError([error]) from error
 
 
-def _opened(model: nn.Module, place: Path, config: Mapping[str, Any] | None, component: str | None) -> Stored:
+def _open_folder(model: nn.Module, place: Path, config: Mapping[str, Any] | None, component: str | None) -> Stored:
     if place.is_dir():
         names = names_in(place)
         if names is None:
@@ -90,35 +91,35 @@ def _opened(model: nn.Module, place: Path, config: Mapping[str, Any] | None, com
         return _of_surgery(settings, file)
     adapter = read(model, settings, file, component)
     extra = {"base": metadata.get("base"), "origin": origin_of(settings, metadata.get("base")), **_labels(metadata)}
-    told_by: dict[str, Any] = {
+    findings: dict[str, Any] = {
         "unheld": adapter.unheld,
         "notes": adapter.notes,
         "ignored": adapter.ignored,
         "assumed": adapter.assumed,
     }
-    told_by["vocabulary"] = adapter.vocabulary
-    return Stored(adapter.rules, file, adapter.entry, adapter.problems, **told_by, **extra)
+    findings["vocabulary"] = adapter.vocabulary
+    return Stored(adapter.rules, file, adapter.entry, adapter.problems, **findings, **extra)
 
 
 def _no_adapter(place: Path) -> SurgeryError:
     what = "there is no adapter in this folder"
     inner = sorted(folder.name for folder in place.iterdir() if folder.is_dir() and names_in(folder))
     if inner:
-        fix = f"load_adapter(…, subfolder={inner[0]!r}); load_adapters(model, folder) takes them all"
+        fix = f"load_adapter(…, subfolder={inner[0]!r}); load_adapters(model, folder) loads all of them"
         return SurgeryError(f"{what} itself", why=f"its subfolders hold {', '.join(inner[:8])}", fix=fix)
-    whole = place / "model.safetensors"
-    if whole.is_file() and any(f".{RESERVED}." in f".{key}" for key in open_tensors(whole).shapes):
-        why = f"its {whole.name} is a model's state dict: it has the tensors of adapters and not their rules"
+    state_file = place / "model.safetensors"
+    if state_file.is_file() and any(f".{RESERVED}." in f".{key}" for key in open_tensors(state_file).shapes):
+        why = f"its {state_file.name} is a model's state dict: it has the tensors of adapters, but not their rules"
         fix = (
             "apply the rules that they were trained with, then model.load_state_dict(tensors, strict=False); a Trainer "
         )
         fix += "with callbacks=[AdapterCheckpoints()] writes folders that load_adapter opens"
         return SurgeryError(what, why=why, fix=fix)
-    return SurgeryError(what, why=f"it holds none of {', '.join((SURGERY[0], PEFT[0], OLD, *BARE))}")
+    return SurgeryError(what, why=f"it does not contain {', '.join((SURGERY[0], PEFT[0], OLD, *BARE))}")
 
 
 def _metadata_of(file: TensorFile) -> dict[str, Any]:
-    """What `save_adapter` wrote into the tensors' own file."""
+    """Returns the metadata that `save_adapter` wrote into the file of the tensors."""
     if "surgery" not in file.metadata:
         return {}
     data = parse_json(file.metadata["surgery"], "the metadata of the tensors")
@@ -126,15 +127,15 @@ def _metadata_of(file: TensorFile) -> dict[str, Any]:
 
 
 def _settings(place: Path, name: str | None, metadata: Mapping[str, Any]) -> Any:
-    """The settings beside the tensors; where a save was killed half-way, those in the tensors' file, or the old."""
+    """Returns the settings file; after an interrupted save, the settings in the tensors' file, or the previous ones."""
     if name is None:
         return None
     if (place / name).is_file():
         return read_json(place / name)
     if "settings" in metadata:
         return metadata["settings"]
-    if (place / put_away(name)).is_file():
-        return read_json(place / put_away(name))
+    if (place / previous_name(name)).is_file():
+        return read_json(place / previous_name(name))
     if name == SURGERY[1]:
         raise SurgeryError(f"there is no {name} beside the tensors", fix="copy both files")
     return None
@@ -151,7 +152,7 @@ def _labels(data: Mapping[str, Any]) -> dict[str, Any]:
 def _of_surgery(settings: Mapping[str, Any], file: TensorFile) -> Stored:
     version, listed = settings.get("version"), settings.get("rules")
     if type(version) is not int or version < 1:
-        raise SurgeryError(f"its version {version!r} is no version of the format")
+        raise SurgeryError(f"its version {version!r} is not a version of the format")
     if version > VERSION:
         raise SurgeryError(f"it has version {version} of the format", why="a later release wrote it", fix="update")
     rules, problems = list[Rule](), list[SurgeryError]()
@@ -160,7 +161,7 @@ def _of_surgery(settings: Mapping[str, Any], file: TensorFile) -> Stored:
             rules.append(Rule.from_dict(data))
         except SurgeryError as error:
             problems.append(error)
-        except Exception as error:  # fields of any type may meet a rule's own checks
+        except Exception as error:  # a rule's own checks may fail for fields of any type
             problems.append(RuleError(f"{str(data)[:200]} is not a rule", why=f"{type(error).__name__}: {error}"))
     entry: Any = lambda plan, step, name: Entry(tensor_key(step.path, name))  # noqa: E731
     origin = origin_of({}, settings.get("base"))

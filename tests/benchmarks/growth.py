@@ -1,4 +1,4 @@
-"""The lines of the table on growth: how a verb's time grows with the layers, and with adapters that it is not about."""
+"""The lines of the table on growth: how a verb's time grows with layers and with unrelated adapters."""
 
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ def _spent(made: dict[int, verbs.Layers], rounds: int) -> Seconds:
 
 
 def _of_bare(layers: tuple[int, ...], rounds: int) -> Seconds:
-    """The same of a model without adapters, for what Python and torch do with any model."""
+    """The same for a model without adapters, which measures Python's and torch's own part."""
     found: Seconds = {}
     for _ in range(rounds + 1):
         for size in layers:

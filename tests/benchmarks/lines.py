@@ -21,7 +21,7 @@ from tests.benchmarks.timing import Setting, Times, Work, collected, interleaved
 
 @dataclass(frozen=True)
 class Row:
-    """One figure: a ratio `to` the frozen base, PEFT or torch, or a plain number; and PEFT's own beside it."""
+    """One figure: a ratio `to` the frozen base, PEFT or torch, or a plain number; and PEFT's figure."""
 
     work: str
     to: str
@@ -82,7 +82,7 @@ def stacked(setting: Setting) -> Iterator[Row]:
 
 
 def flat(setting: Setting) -> Iterator[Row]:
-    """The same with many adapters there and with one, of which one is live."""
+    """The same with many adapters and with one; one is live."""
     layers, many = (8, 10) if setting.quick else (128, 100)
     base = models.Stack(layers, 16).to(setting.device)
     few, full = twin(base), twin(base)
@@ -205,7 +205,7 @@ def _step(model: nn.Module, given: Tensor) -> None:
 
 
 def _saved_bytes(model: nn.Module, given: Tensor) -> int:
-    """Bytes that autograd holds for the backward, each block of memory once, the model's own tensors left out."""
+    """Bytes that autograd keeps for the backward, each memory block once, without the model's tensors."""
     own = {tensor.untyped_storage().data_ptr() for tensor in (*model.parameters(), *model.buffers())}
     held: dict[int, int] = {}
     kept: list[Tensor] = []  # as long as it lives, its address is its own

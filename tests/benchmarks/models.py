@@ -31,7 +31,7 @@ class Stack(nn.Module):
 
 
 def minilm(device: str, dtype: torch.dtype) -> nn.Module:
-    """MiniLM's shape: 6 layers of 384. Its own dropout is off, so that only the adapters' is measured."""
+    """MiniLM's shape: 6 layers of 384. Its dropout is off, so that only the adapters' dropout is measured."""
     from transformers import BertConfig, BertModel
 
     config = BertConfig(
@@ -168,7 +168,7 @@ def their_prefix(model: nn.Module, length: int) -> Any:
 
 
 def disturb(model: nn.Module, share: float = 0.03, seed: int = 0) -> None:
-    """Move every B from zero until ‖ΔW‖ is this share of ‖W‖, whichever library's the adapters are."""
+    """Move every B from zero until ‖ΔW‖ is this share of ‖W‖, for adapters of either library."""
     draw = torch.Generator().manual_seed(seed)
     for module in model.modules():
         weight = module._parameters.get("weight")

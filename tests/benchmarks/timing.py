@@ -19,7 +19,7 @@ Work = Callable[[], Any]
 
 @dataclass(frozen=True)
 class Setting:
-    """Where and how often: the device, the rounds of each measurement, and the seconds a sample should last."""
+    """The device, the rounds of each measurement, and the seconds that a sample should last."""
 
     device: str = "cpu"
     rounds: int = 15
@@ -38,7 +38,7 @@ class Times:
     rounds: dict[str, list[float]] = field(default_factory=dict)
 
     def ratio(self, one: str, other: str) -> float:
-        """The median over the rounds of one candidate's time by another's in the same round."""
+        """The median over rounds of the ratio of two candidates' times in the same round."""
         return statistics.median(a / b for a, b in zip(self.rounds[one], self.rounds[other], strict=True))
 
     def seconds(self, name: str) -> float:

@@ -1,4 +1,4 @@
-"""Every verb on a model of many small layers and many adapters: what its growth is measured and counted on."""
+"""Every verb on a model of many small layers and many adapters, to measure growth."""
 
 from __future__ import annotations
 
@@ -81,9 +81,9 @@ def each_layer(layers: int) -> list[LoraRule]:
 
 
 def steps(model: Layers, folder: Path) -> Iterator[Step]:
-    """Calls to be made one after the other, each with the name it is counted under; the model is as before at the end.
+    """Calls in order, each with the name of its measurement; at the end the model is unchanged.
 
-    Calls named "" only get the model there.
+    Calls named "" only prepare the model.
     """
     layers = len(model.layers)
     one: dict[str, Any] = {}

@@ -25,7 +25,7 @@ SEEDS = 2 if CRASHES < 10 else 10
 
 @pytest.fixture(scope="module")
 def wholes(tmp_path_factory: pytest.TempPathFactory) -> dict[int, tuple[dict[str, Any], float]]:
-    """Uninterrupted runs by seed, and how long the last took."""
+    """Uninterrupted runs by seed, and the last one's seconds."""
     found = {}
     for seed in range(SEED, SEED + SEEDS):
         start = time.monotonic()

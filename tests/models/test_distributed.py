@@ -42,7 +42,7 @@ pytestmark = pytest.mark.skipif(
 
 
 def test_ddp_and_fsdp2_on_two_processes(tmp_path: Path) -> None:
-    """Both in one pair of processes: starting them takes longer than what they do."""
+    """Both in one pair of processes, because starting processes takes longer than the tests."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([__name__])  # imports what both need once
     errors = context.SimpleQueue()
@@ -245,7 +245,7 @@ def fsdp2_saves_the_whole_adapter(rank: int, folder: Path) -> None:
 
 
 def fsdp2_takes_new_weights(rank: int, folder: Path) -> None:
-    """Each process its part; sites that nothing came for do nothing."""
+    """Each process swaps its part; sites without new tensors have no effect."""
     for targets in ("all-linear", ["q_proj"]):
         other, batch = patient()
         remove(other)
@@ -351,7 +351,7 @@ def what_sharding_forbids(rank: int) -> None:
 
 
 def who_writes(rank: int, folder: Path) -> None:
-    """The first process, which waits for none; each a part of its own is refused, or saved by itself."""
+    """The first process does not wait; different parts on processes are refused, or saved separately."""
 
     def stage() -> Any:
         torch.manual_seed(0)
@@ -368,7 +368,7 @@ def who_writes(rank: int, folder: Path) -> None:
     try:
         save_adapter(part, folder / "stages")
     except SurgeryError as error:
-        assert "a part of the adapter as if it were all" in str(error) and f"{1 - rank}.lora_A" in str(error), error
+        assert "only a part of the adapter" in str(error) and f"{1 - rank}.lora_A" in str(error), error
     else:
         assert rank == 0  # where the other came later
     mine = save_adapter(part, folder / f"stage {rank}", state_dict=part.state_dict())

@@ -31,7 +31,7 @@ def rules_for(family: str) -> list[LoraRule]:
 
 
 def unsettled(family: str) -> tuple[nn.Module, dict[str, Any]]:
-    """A model in a state nobody would guess: mixed modes, frozen parameters, hooks."""
+    """A model in an unusual state: mixed modes, frozen parameters, hooks."""
     model, inputs = tiny.FAMILIES[family]()
     draw = random.Random(1)
     for module in model.eval().modules():
@@ -54,7 +54,7 @@ def _nothing(*_: Any) -> None:
 
 
 def tensors(output: Any) -> Iterator[Tensor]:
-    """All tensors of a model's output, caches left out."""
+    """All tensors of a model's output, without caches."""
     if isinstance(output, Tensor):
         yield output
     elif isinstance(output, Mapping):
@@ -83,7 +83,7 @@ def disturb(model: nn.Module) -> None:
 
 
 def merged_by_hand(base: nn.Module, model: nn.Module) -> nn.Module:
-    """The untouched model with W + (alpha / rank) B A in the place of each W, in plain torch arithmetic."""
+    """The unchanged model with W + (alpha / rank) B A in place of each W, in plain torch arithmetic."""
     base = copy.deepcopy(base)
     with torch.no_grad():
         for path, module in model.named_modules():

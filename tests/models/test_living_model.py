@@ -1,4 +1,4 @@
-"""A rewritten model lives on as it did: generation, checkpoints, precision, copies, compile, export, hooks, errors."""
+"""A rewritten model works as before: generation, checkpoints, precision, copies, compile, export, hooks, errors."""
 
 from __future__ import annotations
 
@@ -148,7 +148,7 @@ class Shifts(Rule):
 
 @pytest.mark.parametrize("make", [lambda: nn.Sequential(Draws(4, 4)), lambda: DrawsItself(nn.Linear(4, 4))])
 def test_a_model_that_draws_numbers_is_compared_on_the_same_draws(make: Callable[[], nn.Module]) -> None:
-    """And the draws of the adapter's own start are those of an apply without an example."""
+    """The adapter's random initial values are those of an apply without an example."""
     x = torch.randn(8, 4)
     torch.manual_seed(0)
     plain = adapters_of(apply_rules(other := make(), [LoraRule("all-linear", rank=2)]))
@@ -418,7 +418,7 @@ def test_copies_are_whole_and_apart(copier: Callable[[nn.Module, Path], nn.Modul
         other = copier(model, tmp_path)
         assert [type(m) for m in other.modules()] == [type(m) for m in model.modules()], name
         assert torch.equal(logits(other, inputs), output), name
-        # The copy is a patient of its own: taking its adapters out leaves the first as it is.
+        # The copy is independent: removing its adapters does not change the first model.
         remove(bare(other))
         assert not adapters_of(other) and not any("_surgery" in key for m in other.modules() for key in vars(m)), name
         assert torch.equal(logits(model, inputs), output), name

@@ -1,4 +1,4 @@
-"""Real pretrained weights, from installed packages: what goes in comes out with the SHA-256 of the file."""
+"""Real pretrained weights from installed packages: a restored model has the SHA-256 of the file."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The ways out that people use for a trained model: none loses the adapters without a word."""
+"""Ways to save a trained model: none drops the adapters silently."""
 
 from __future__ import annotations
 
@@ -87,7 +87,7 @@ def test_the_base_alone_comes_with_a_warning(tmp_path: Path) -> None:
 
 
 def test_a_state_dict_that_is_given_stays_whole(tmp_path: Path) -> None:
-    """transformers takes what it leaves out of the caller's own dict."""
+    """transformers removes excluded keys from the caller's own dict."""
     model = adapted()
     for number, prefix in enumerate(("", "module.", "_orig_mod.")):
         given = {prefix + key: tensor for key, tensor in model.state_dict().items()}
@@ -168,7 +168,7 @@ def test_state_dicts_hold_the_adapters(tmp_path: Path) -> None:
         [tensor.zero_() for tensor in adapter_state_dict(model).values()]
     accelerator.load_state(tmp_path / "state")
     assert all(torch.equal(tensor, expected[name]) for name, tensor in adapter_state_dict(model).items())
-    with pytest.raises(LoadError, match="has the tensors of adapters and not their rules"):
+    with pytest.raises(LoadError, match="has the tensors of adapters, but not their rules"):
         load_adapter(remove(model), tmp_path / "model")
 
 
@@ -257,7 +257,7 @@ def test_resuming_where_the_base_was_changed_at_the_start(family: str, tmp_path:
 
 
 class Plain(nn.Module):
-    """A model that is none of transformers'."""
+    """A model of another library than transformers."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -114,7 +114,7 @@ def test_checkpoints_hold_the_adapter_and_not_the_base(run: tuple[Any, nn.Module
 
 
 def opened_by_all(model: Any, base: Any, place: Path) -> None:
-    """By us, by the façade, by PEFT: each gives the trained model's logits on the base from before."""
+    """Loaded by us, the façade and PEFT: each gives the trained model's logits on the original base."""
     batch = {"input_ids": Sentences().ids}
     with torch.no_grad():
         expected = model.eval()(**batch).logits
@@ -134,7 +134,7 @@ def opened_by_all(model: Any, base: Any, place: Path) -> None:
 def test_resuming_gives_the_bits_of_the_uninterrupted_run(run: tuple[Any, nn.Module, Path], tmp_path: Path) -> None:
     whole, _, folder = run
     model = adapted()
-    with torch.no_grad():  # what is not loaded would show
+    with torch.no_grad():  # so that the test shows values that were not loaded
         for name, parameter in model.named_parameters():
             if ".adapters." in name:
                 parameter.zero_()

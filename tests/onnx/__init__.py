@@ -1,1 +1,1 @@
-"""Exported files beside the live model."""
+"""Tests of exported files against the live model."""

@@ -38,7 +38,7 @@ X = slotted.random(50, 5, 4)
 
 @contextmanager
 def quietly() -> Iterator[None]:
-    """PEFT warns of much."""
+    """Ignore PEFT's warnings."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         yield
@@ -106,7 +106,7 @@ def test_all_that_does_not_fit_is_listed_and_nothing_is_written(tmp_path: Path) 
         write_adapter(path, wrong, manifest)
     told = str(caught.value)
     assert len(caught.value.problems) == 4 and "a.onnx_adapter can't be written: 4 problems" in told
-    assert "did you mean 'first.adapters.slot.A'" in told and "there is A and no B" in told
+    assert "did you mean 'first.adapters.slot.A'" in told and "it has A, and lacks B" in told
     assert "it is (2, 5), and the slot (any, 6)" in told and "it is float64, and the slot float32" in told
     assert path.read_bytes() == b"before" and [one.name for one in tmp_path.iterdir()] == ["net.onnx", path.name]
 
@@ -118,7 +118,7 @@ def test_all_that_does_not_fit_is_listed_and_nothing_is_written(tmp_path: Path) 
         (lambda t: t[slot("first", "A")].__setitem__((0, 0), np.nan), "not finite"),
         (lambda t: t[slot("second", "B")].__setitem__((0, 0), np.inf), "not finite"),
         (lambda t: t.update({slot("first", "A"): np.ones(4, np.float32)}), "another shape"),
-        (lambda t: t.update({slot("first", "A"): [[1.0]]}), "no numpy array"),
+        (lambda t: t.update({slot("first", "A"): [[1.0]]}), "not a numpy array"),
         (lambda t: t.clear(), "no tensors"),
     ],
 )
@@ -139,7 +139,7 @@ def test_adapters_of_another_base_and_of_other_slots_are_refused(tmp_path: Path)
     more = Manifest.read(slotted.net(tmp_path / "more.onnx", b_bias=True))
     with pytest.raises(LoadError, match="made for another base, or for a file with other slots") as caught:
         OnnxRunner(tmp_path / "more.onnx").load("a", path)
-    assert "there is A, B and no B_bias" in str(caught.value)
+    assert "it has A, B, and lacks B_bias" in str(caught.value)
     assert more.check(slotted.adapter(60))
 
 
@@ -148,7 +148,7 @@ def test_a_file_of_another_program_is_refused(tmp_path: Path) -> None:
     made = onnxruntime.AdapterFormat()
     made.set_parameters({n: onnxruntime.OrtValue.ortvalue_from_numpy(t) for n, t in slotted.adapter(60).items()})
     made.export_adapter(str(tmp_path / "theirs.onnx_adapter"))
-    with pytest.raises(LoadError, match="other programs' have no checksum"):
+    with pytest.raises(LoadError, match="other programs write no checksum"):
         read_adapter(tmp_path / "theirs.onnx_adapter", manifest)
     with pytest.raises(LoadError, match="No such file"):
         read_adapter(tmp_path / "none.onnx_adapter", manifest)
@@ -239,12 +239,12 @@ def test_what_is_no_manifest(tmp_path: Path) -> None:
     model = onnx.load(file)
     del model.metadata_props[:]
     onnx.save(model, file)
-    with pytest.raises(SurgeryError, match="it was not written by export_onnx"):
+    with pytest.raises(SurgeryError, match="export_onnx did not write it"):
         Manifest.read(file)
-    with pytest.raises(SurgeryError, match="it was not written by export_onnx"):
+    with pytest.raises(SurgeryError, match="export_onnx did not write it"):
         OnnxRunner(file)
     (tmp_path / "text.onnx").write_text("no model")
-    for path, told in ((tmp_path / "text.onnx", "no ONNX file"), (tmp_path / "none.onnx", "can't be read")):
+    for path, told in ((tmp_path / "text.onnx", "not an ONNX file"), (tmp_path / "none.onnx", "can't be read")):
         with pytest.raises(SurgeryError, match=told):
             Manifest.read(path)
     data = Manifest.read(slotted.net(tmp_path / "net.onnx")).to_dict()
@@ -260,16 +260,16 @@ def test_what_is_no_manifest(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "told"),
     [
-        (lambda d: d.update(adapters="some"), "adapters='some' is none of"),
+        (lambda d: d.update(adapters="some"), "adapters='some' is not one of"),
         (lambda d: d.update(slots={}), "slots is"),
         (lambda d: d["slots"][0].update(shape=[None, -1]), "has the shape"),
         (lambda d: d["slots"][0].update(free=[1]), "has the free axes"),
         (lambda d: d["slots"][0].update(dtype="complex"), "dtype='complex'"),
         (lambda d: d["slots"][0].update(default="ones"), "by default"),
         (lambda d: d["slots"][0].update(site=3), "slot 0 is"),
-        (lambda d: d["slots"].append(dict(d["slots"][0])), "one name"),
+        (lambda d: d["slots"].append(dict(d["slots"][0])), "the same name"),
         (lambda d: d["sites"].pop(), "is at no site"),
-        (lambda d: d["sites"][0]["slots"].append("x"), "which is not there"),
+        (lambda d: d["sites"][0]["slots"].append("x"), "which is not a slot of this site"),
         (lambda d: d.update(inputs=[1]), "inputs are"),
         (lambda d: d.update(cache=[{"past": "x"}]), "the cache has"),
     ],
@@ -282,7 +282,7 @@ def test_a_damaged_manifest_tells_what_is_wrong(tmp_path: Path, change: Any, tol
 
 
 def test_nothing_in_a_manifest_or_a_file_is_believed(tmp_path: Path) -> None:
-    """Random values in random places, and random bytes: an error of ours, or a manifest."""
+    """Random values and bytes give a SurgeryError or a valid manifest."""
     data = json.loads(Manifest.read(slotted.decoder(tmp_path / "net.onnx")).to_json())
     draw = chance.Random(0)
     values: list[Any] = [None, [], {}, "", "x", 0, -1, 1e300, True, [None], [{}], {"a": []}]
@@ -315,7 +315,7 @@ def test_nothing_in_a_manifest_or_a_file_is_believed(tmp_path: Path) -> None:
 
 
 class Net(nn.Module):
-    """slotted.net in torch."""
+    """The same net as slotted.net, in torch."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -328,7 +328,7 @@ class Net(nn.Module):
 
 
 def peft_on(model: nn.Module, config: Any, folder: Path, seed: int = 0) -> Any:
-    """PEFT's model with random numbers in all that it trains; saved to the folder."""
+    """PEFT's model with random trained tensors, saved to the folder."""
     with quietly():
         made = peft_of().get_peft_model(model, config)
     draw = torch.Generator().manual_seed(seed)
@@ -376,7 +376,7 @@ def test_a_converted_lora_computes_what_peft_does(tmp_path: Path, fields: dict[s
 
 
 def test_the_bases_own_weight_in_a_checkpoint_must_be_the_files(tmp_path: Path) -> None:
-    """PEFT writes the base's embeddings beside an adapter that has them as targets."""
+    """PEFT saves the base's embeddings with an adapter that targets them."""
     from safetensors.torch import load_file, save_file
 
     file = slotted.net(tmp_path / "net.onnx")
@@ -503,7 +503,7 @@ def test_convolutions_with_groups(tmp_path: Path, rank: int) -> None:
         convert_peft(tmp_path / "peft", file, tmp_path / "a.onnx_adapter")
     layer = made.base_model.model["conv"]
     A = layer.lora_A["default"].weight.data
-    A[:2, 2:], A[2:, :2] = 0, 0  # each half of the rank looks at its own group of channels
+    A[:2, 2:], A[2:, :2] = 0, 0  # each half of the rank reads its own group of channels
     with quietly():
         made.save_pretrained(str(tmp_path / "peft"))
     found = read_adapter(convert_peft(tmp_path / "peft", file, tmp_path / "a.onnx_adapter"), Manifest.read(file))
@@ -598,7 +598,7 @@ def test_prefixes_are_cut_up_and_turned_back(tmp_path: Path, turn: str) -> None:
     rotate: Any = {"halves": halves, "neighbours": neighbours}.get(turn)
     for i, layer in enumerate(cache.layers):
         keys, values = (torch.from_numpy(found[slot(f"layers.{i}", name)].copy()) for name in ("key", "value"))
-        if rotate is not None:  # turned forth by three positions they are PEFT's again
+        if rotate is not None:  # rotated forward by three positions they are PEFT's again
             cos, sin = angles.cos().expand(1, 3, 4), angles.sin().expand(1, 3, 4)
             keys = rotate(keys[None], keys[None], cos, sin)[1][0]
         torch.testing.assert_close(keys, layer.keys[0].detach(), atol=1e-5, rtol=1e-5)
@@ -703,7 +703,7 @@ def exported(model: nn.Module, rules: Any, inputs: dict[str, torch.Tensor], fold
 
 
 def check_peft(made: Any, file: Path, inputs: dict[str, torch.Tensor], folder: Path, slack: float = 2e-4) -> None:
-    """The checkpoint in the folder, converted for the file, is PEFT's model."""
+    """The converted checkpoint in the folder gives the outputs of PEFT's model."""
     runner = OnnxRunner(file)
     runner.load("a", convert_peft(folder / "peft", file, folder / "a.onnx_adapter"))
     names = set(runner.manifest.inputs)
@@ -748,7 +748,7 @@ def tiny_gpt2() -> tuple[nn.Module, dict[str, torch.Tensor]]:
 
 @pytest.mark.filterwarnings("ignore")
 def test_dora_heads_and_tokens_for_an_exported_gpt2(tmp_path: Path) -> None:
-    """Conv1Ds, whose weights lie the other way, and the exporter's own turning of weights."""
+    """Conv1Ds, whose weights are transposed, and weights that the exporter transposes."""
     from surgery.rules import LoraRule, TokensRule, TrainRule
 
     model, inputs = tiny_gpt2()
@@ -765,7 +765,7 @@ def test_dora_heads_and_tokens_for_an_exported_gpt2(tmp_path: Path) -> None:
 
 @pytest.mark.filterwarnings("ignore")
 def test_trained_biases_for_slots_of_whole_modules(tmp_path: Path) -> None:
-    """What the checkpoint has no weight for has the base's, which stands in the file."""
+    """Modules without a weight in the checkpoint keep the base's, which is in the file."""
     from surgery.rules import LoraRule, TrainRule
 
     model, inputs = tiny_gpt2()

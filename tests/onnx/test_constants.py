@@ -60,7 +60,7 @@ class Experts(nn.Module):
 
 
 class Each(nn.Module):
-    """One module a rule, all of one input; a LayerNorm and a stack of experts beside them."""
+    """One module per rule, all with the same input; also a LayerNorm and a stack of experts."""
 
     def __init__(self, names: list[str]):
         super().__init__()

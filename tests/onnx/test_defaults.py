@@ -1,4 +1,4 @@
-"""Slots that are required inputs: what they are without an adapter stands in a file beside the graph."""
+"""Slots as required inputs: their values without an adapter are in a file beside the graph."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def test_the_base_runs_from_the_file_beside(empty: Any, tmp_path: Path) -> None:
     np.testing.assert_allclose(runner.run(feeds, "red")["output"], red, atol=1e-5)
     np.testing.assert_allclose(runner.run(feeds)["output"], base, atol=1e-5)
     session = onnxruntime.InferenceSession(str(report.path), providers=["CPUExecutionProvider"])
-    assert not session.get_overridable_initializers()  # so it is for runtimes that feed inputs alone
+    assert not session.get_overridable_initializers()  # as runtimes do that feed only required inputs
     np.testing.assert_allclose(session.run(None, {**held, **feeds})[0], base, atol=1e-5)
 
 

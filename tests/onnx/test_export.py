@@ -117,7 +117,7 @@ def test_sizes_that_the_caller_names(tmp_path: Path) -> None:
     assert report.manifest["free"] == {}
     report = export_onnx(Named(), tmp_path / "m.onnx", x, dynamic={"x": {1: "rows"}})
     assert report.manifest["free"] == {"x": {"1": "rows"}}
-    with pytest.raises(SurgeryError, match="dynamic names 'y', which is no input"):
+    with pytest.raises(SurgeryError, match="dynamic names 'y', which is not an input"):
         export_onnx(model, tmp_path / "m.onnx", x, dynamic={"y": {0: "rows"}})
 
 
@@ -214,7 +214,7 @@ def test_a_slot_is_no_word_that_names_an_adapter(tmp_path: Path) -> None:
     model, x = net(2)
     with pytest.raises(SurgeryError, match="no word"):
         export_onnx(model, tmp_path / "m.onnx", x, adapters="slots", slot="a.b")
-    with pytest.raises(SurgeryError, match="nothing to make slots of"):
+    with pytest.raises(SurgeryError, match="no rules to make slots of"):
         export_onnx(Line(), tmp_path / "m.onnx", torch.randn(2, 4), adapters="slots")
 
 
@@ -272,7 +272,7 @@ def test_weights_beside_the_graph(tmp_path: Path) -> None:
 
 
 class Branches(Line):
-    """What can't be exported: which way it goes depends on numbers."""
+    """It can't be exported, because its branch depends on values."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.a(x) if x.sum() > 0 else -self.a(x)
@@ -330,8 +330,8 @@ def test_a_model_that_trains_is_exported_as_it_evaluates(tmp_path: Path) -> None
 def test_settings_that_are_wrong_are_told(tmp_path: Path) -> None:
     model, x = net(2)
     for how, words in (
-        ({"adapters": "all"}, "is none of 'merged', 'constant', 'slots'"),
-        ({"optimize_for": "cuda"}, "optimize_for='cuda' is none of"),
+        ({"adapters": "all"}, "is not one of 'merged', 'constant', 'slots'"),
+        ({"optimize_for": "cuda"}, "optimize_for='cuda' is not one of"),
         ({"optimize_for": "ort", "optimize": False}, "needs optimize=True"),
         ({"names": "c"}, "'c'"),
     ):
@@ -373,13 +373,13 @@ def test_a_cache_that_has_lost_what_left_its_window(tmp_path: Path) -> None:
     with torch.no_grad():
         past = model(input_ids=ids[:, :5]).past_key_values
     given = {"input_ids": ids[:, 5:], "attention_mask": torch.ones_like(ids), "past_key_values": past}
-    with pytest.raises(SurgeryError, match="(?s)keeps a window.*last 3 of 5 positions.*cache=True"):
+    with pytest.raises(SurgeryError, match="(?s)keeps only a window.*last 3 of 5 positions.*cache=True"):
         export_onnx(model, tmp_path / "m.onnx", given)
     assert type(past.layers[0]).__name__ == "DynamicSlidingWindowLayer" and not list(tmp_path.iterdir())
 
 
 class Placed(nn.Module):
-    """Positions that are looked up in a weight itself, which is square."""
+    """Looks up positions in a square weight."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -390,7 +390,7 @@ class Placed(nn.Module):
 
 
 def test_a_weight_that_is_indexed_keeps_its_name_and_layout(tmp_path: Path) -> None:
-    """Indexing is written with a transposition that changes nothing, and a square weight looks the same turned."""
+    """Indexing is exported with a Transpose that changes nothing; a square weight has the same shape transposed."""
     model = adapted(Placed(), ["a"], 2)
     report = export_onnx(model, tmp_path / "m.onnx", torch.randint(8, (3, 5)), adapters="slots")
     assert_weights(model, report.path)
@@ -398,7 +398,7 @@ def test_a_weight_that_is_indexed_keeps_its_name_and_layout(tmp_path: Path) -> N
 
 
 def test_a_text_without_a_mask_has_none_in_the_graph(tmp_path: Path) -> None:
-    """As transformers itself leaves it out where all is looked at by all; some of its models can't take one."""
+    """transformers omits the mask of full attention, too; some of its models do not accept one."""
     from tests.support import tiny
 
     model, example = tiny.bert()

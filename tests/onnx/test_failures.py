@@ -1,4 +1,4 @@
-"""Exports that can't be made, or can't be used so: the step, the operation and the remedy are told."""
+"""Failed exports: the error names the step, the operation and the remedy."""
 
 from __future__ import annotations
 
@@ -135,7 +135,7 @@ def test_lost_slots_name_the_export_that_keeps_them(tmp_path: Path) -> None:
     export_onnx(_red(), tmp_path / "m.onnx", torch.ones(3, 4), adapters="slots")
     slim = onnx.load(tmp_path / "m.onnx")
     names = {one.name for one in slim.graph.initializer}
-    kept = [one for one in slim.graph.input if one.name not in names]  # as programs that make files smaller do
+    kept = [one for one in slim.graph.input if one.name not in names]  # as programs do that shrink files
     del slim.graph.input[:]
     slim.graph.input.extend(kept)
     onnx.save(slim, tmp_path / "slim.onnx")

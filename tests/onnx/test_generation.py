@@ -23,7 +23,7 @@ from tests.support.families import FAMILIES  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
-NEW, TEXT, SWITCH = 8, 6, 9  # the switch of rotations is in the midst of what is added
+NEW, TEXT, SWITCH = 8, 6, 9  # rotations switch while tokens are added
 SAMPLE = ["roberta", "xlnet"]
 DECODERS = [name for name, one in FAMILIES.items() if one.kind in ("decoder", "moe", "encoder", "state-space")]
 CHOSEN = [*DECODERS, *(f"{name}-longrope" for name in DECODERS)] if os.environ.get("ALL_ONNX") else SAMPLE
@@ -51,7 +51,7 @@ def decoder(name: str) -> nn.Module:
         model = transformers.AutoModelForCausalLM.from_config(config).eval()
     except Exception as error:
         pytest.skip(f"it can't be made so: {error}"[:100])
-    for parameter in model.parameters():  # larger, so that tokens are no ties
+    for parameter in model.parameters():  # larger, to avoid ties between tokens
         parameter.data.mul_(3.0 if parameter.dim() > 1 else 1.0)
     return model
 
@@ -67,7 +67,7 @@ def test_a_file_decodes_as_generate_or_says_why_not(name: str, tmp_path: Path) -
     try:
         report = export_onnx(model, tmp_path / "m.onnx", example, cache=True, verify=False)
     except SurgeryError as error:
-        if "gives no cache" not in str(error):
+        if "returns no cache" not in str(error):
             pytest.skip(f"not exported: {error}"[:100])
         report = export_onnx(model, tmp_path / "m.onnx", example, verify=False)
     try:  # a file that onnxruntime can't open is one that says why not, as one whose sizes came out fixed
@@ -76,7 +76,7 @@ def test_a_file_decodes_as_generate_or_says_why_not(name: str, tmp_path: Path) -
     except SurgeryError as error:
         assert error.why, error
         assert "generate" not in str(error.what) or any("generate" in note for note in report.notices)
-        assert "room for" not in error.why or any("is fixed at" in note for note in report.notices)
+        assert "accepts exactly" not in error.why or any("is fixed at" in note for note in report.notices)
         return
     assert found == expected
 

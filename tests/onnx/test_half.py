@@ -48,7 +48,7 @@ def test_bfloat16_is_written(tmp_path: Path) -> None:
 
 
 def test_attention_of_torch_itself(tmp_path: Path) -> None:
-    """onnxruntime's NchwcTransformer ends the process on it (1.32), so it is left out."""
+    """onnxruntime's NchwcTransformer (1.32) ends the process on this model, so sessions disable that pass."""
     torch.manual_seed(0)
     model, x = Attending().eval().half(), torch.randn(3, 5, 8).half()
     apply_rules(model, [LoraRule(["attention", "out"], rank=2, init="random")], adapter="a")

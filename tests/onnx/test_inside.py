@@ -1,4 +1,4 @@
-"""Exports of what is around a rewritten model: adapters are chosen, folded and fed as for the model itself."""
+"""Exports modules that contain a rewritten model: adapters are chosen, folded and fed as for the model itself."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ def test_names_are_heard(kind: str, how: Any, tmp_path: Path) -> None:
     outer = AROUND[kind](rewritten()).eval()
     for names, wanted in (("red", ["red"]), (None, ["red", "blue"])):
         report = export_onnx(outer, tmp_path / "a.onnx", X, adapters=how, names=names, dynamic=False, verify=False)
-        # float32 sums in another order: what numbers of this size lose by it
+        # float32 sums of numbers of this size in another order
         np.testing.assert_allclose(ran(report.path), live(outer, *wanted), atol=1e-5)
         assert (how == "merged") != any(".adapters." in name for name in weights(report.path))
     assert verify_onnx(report.path, outer, X).ok

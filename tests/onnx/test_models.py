@@ -38,7 +38,7 @@ SAMPLE = ALL if os.environ.get("ALL_ONNX") else [row for row in ROWS if row.name
 
 
 def cached(model: nn.Module, example: Any, how: Any) -> Any:
-    """As a file with a cache is called: half of the text first."""
+    """Call the model as a file with a cache: half of the text first."""
     from surgery.onnx.calls.kv_cache_example import with_cache
 
     return with_cache(model, example) if how.get("cache") else example
@@ -61,7 +61,7 @@ def test_models(row: Row, tmp_path: Path, packaged: Find) -> None:
         return
     assert_slots(report.path, report.manifest, checked=not row.how.get("optimize_for"))
     if not row.how.get("optimize_for"):
-        inner = r"encoder\.|EncDecAttention\.[kv]\." if "encoder_outputs" in words else "$^"  # what it was made with
+        inner = r"encoder\.|EncDecAttention\.[kv]\." if "encoder_outputs" in words else "$^"  # modules of an encoder
         spared = [name for name, _ in model.named_parameters() if re.search(inner, name)]
         assert_weights(model, report.path, spared)
     run, inputs = session(report.path), report.manifest["inputs"]

@@ -1,4 +1,4 @@
-"""A comparison that can fail: files that were changed, adapters that were exchanged, models that answer at random."""
+"""The comparison fails for changed files and exchanged adapters, and refuses models with random outputs."""
 
 from __future__ import annotations
 
@@ -163,13 +163,13 @@ def test_how_much_each_adapter_moves_is_told(tmp_path: Path) -> None:
     report = export_onnx(model, tmp_path / "m.onnx", x, adapters="slots").parity
     assert report is not None and report.moved["fresh"] == 0 and report.moved["trained"] > 0.01
     assert [one for one in report.notices if one.startswith("fresh moves the outputs by 0.0e+00")]
-    assert not any("trained" in one for one in report.notices) and "tells nothing of it" in str(report)
+    assert not any("trained" in one for one in report.notices) and "shows nothing about this adapter" in str(report)
 
 
 @pytest.mark.parametrize("order", [("red", "blue"), ("blue", "red")])
 @pytest.mark.parametrize("how", ["slots", "merged", "constant"])
 def test_an_adapter_that_changed_the_base_at_its_start(how: Any, order: tuple[str, str], tmp_path: Path) -> None:
-    """PiSSA can't be idle: the others are compared, merged and exported on the base as it was before."""
+    """PiSSA can't be idle: other adapters are compared, merged and exported on the original base."""
     base, x = nn.Sequential(nn.Linear(8, 6)).eval(), torch.randn(4, 8)
     model, alone = copy.deepcopy(base), {name: copy.deepcopy(base) for name in order}
     for name in order:
@@ -191,7 +191,7 @@ def test_an_adapter_that_changed_the_base_at_its_start(how: Any, order: tuple[st
 
 
 def test_another_number_of_outputs_is_an_error_at_the_edges_too(tmp_path: Path) -> None:
-    """The file has one output; the model gives a second where its numbers are all zeros."""
+    """The file has one output; the model returns a second one if its inputs are all zeros."""
 
     class More(nn.Module):
         def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
@@ -266,7 +266,7 @@ def test_ranks_and_alphas_of_each_site_and_names_that_are_the_files(tmp_path: Pa
     path = tmp_path / "m.onnx"
     report = export_onnx(own, path, x, adapters="slots")
 
-    # Nothing is fed in twice.
+    # No input is fed twice.
     names = [value.name for value in onnx.load(str(path)).graph.input]
     assert len(names) == len(set(names)) == 7
 
@@ -347,13 +347,14 @@ def test_defaults_that_were_left_behind(tmp_path: Path) -> None:
     path = export_onnx(model, tmp_path / "m.onnx", x, adapters="slots", slots_as="inputs").path
     (tmp_path / "m.onnx.defaults.onnx_adapter").unlink()
     report = verify_onnx(path, model, x)
-    assert {one.adapter for one in report.compared} == {"a"}
-    assert [one for one in report.notices if one.startswith("b: nothing stands beside the file for 0.adapters.slot.")]
+    assert {result.adapter for result in report.compared} == {"a"}
+    start = "b can't be compared: the file of defaults lacks 0.adapters.slot."
+    assert any(notice.startswith(start) for notice in report.notices)
 
 
 def test_an_adapter_of_another_name(exported: Any, tmp_path: Path) -> None:
     model, x, path = exported
     names = list(adapters(model))[:2]
     file = export_adapter(model, names[1], path, tmp_path / "other.onnx_adapter")
-    with pytest.raises(ParityError, match="look whether the adapter's file was made of"):
+    with pytest.raises(ParityError, match="check that the adapter's file was made from"):
         verify_onnx(path, model, x, {names[0]: file})

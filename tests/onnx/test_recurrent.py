@@ -19,7 +19,7 @@ from surgery.rules import LoraRule, TrainRule  # noqa: E402
 
 
 class Reader(nn.Module):
-    """Outputs at all positions through a head, and the last states."""
+    """Returns a head's outputs at all positions, and the last states."""
 
     def __init__(self, layer: nn.Module, width: int):
         super().__init__()

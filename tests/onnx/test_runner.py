@@ -145,7 +145,7 @@ def test_sizes_of_one_name_are_the_same(tmp_path: Path) -> None:
     runner = OnnxRunner(build.save(tmp_path / "f.onnx"))
     with pytest.raises(SurgeryError, match="batch is 3 in a and 1 in b"):
         runner.run({"a": np.ones((3, 2), np.float32), "b": np.ones((1, 2), np.float32)})
-    assert runner.run({"a": [[1, 2]], "b": [[3.0, 4.0]]})["y"].tolist() == [[4.0, 6.0]]  # lists become what is wanted
+    assert runner.run({"a": [[1, 2]], "b": [[3.0, 4.0]]})["y"].tolist() == [[4.0, 6.0]]  # lists get the input's dtype
     tensors = {name: torch.ones(1, 2) for name in "ab"}
     assert runner.run(tensors)["y"].tolist() == [[2.0, 2.0]]
 
@@ -210,7 +210,7 @@ def test_a_binding_has_the_adapter_and_keeps_it(tmp_path: Path, required: bool) 
 
 
 def test_onnxruntimes_own_activation_does_not_reach_bindings(tmp_path: Path) -> None:
-    """Why adapters are fed as inputs: this is silent."""
+    """Adapters are fed as inputs because onnxruntime ignores this silently."""
     file, tensors = slotted.net(tmp_path / "net.onnx"), slotted.adapter(60)
     path = write_adapter(tmp_path / "a.onnx_adapter", tensors, Manifest.read(file))
     session, loaded, options = OnnxRunner(file).session, onnxruntime.LoraAdapter(), onnxruntime.RunOptions()
@@ -369,15 +369,15 @@ def test_what_can_not_be_continued(tmp_path: Path) -> None:
         ({"ids": TEXTS}, "input_ids are missing"),
         (TEXTS[0], "whole numbers .batch, positions."),
         (TEXTS.astype(np.float32), "whole numbers"),
-        ({"input_ids": TEXTS, "attention_mask": TEXTS}, "no array of ones and zeros"),
+        ({"input_ids": TEXTS, "attention_mask": TEXTS}, "not an array of ones and zeros"),
         ({"input_ids": TEXTS, "attention_mask": np.array([[1, 1, 1, 1, 0]] * 2)}, "ends in padding"),
-        ({"input_ids": TEXTS, "past_key_values.0.key": TEXTS}, "is made here"),
+        ({"input_ids": TEXTS, "past_key_values.0.key": TEXTS}, "is not an input of generate"),
         ({"input_ids": TEXTS, "labels": TEXTS}, "there is no input 'labels'"),
     ]:
         with pytest.raises(SurgeryError, match=told):
-            runner.stream(inputs)  # before the first token is asked for
+            runner.stream(inputs)  # before the first token is computed
     settings: list[tuple[dict[str, Any], str]] = [
-        ({"max_new_tokens": 0}, "max_new_tokens=0"), ({"eos_token_id": "x"}, "no token's id"),
+        ({"max_new_tokens": 0}, "max_new_tokens=0"), ({"eos_token_id": "x"}, "not a token id"),
         ({"temperature": 0.5}, "do_sample=True"), ({"seed": 1}, "do_sample=True"), ({"top_k": 3}, "do_sample=True"),
         ({"do_sample": True, "temperature": 0}, "temperature=0"), ({"do_sample": True, "top_p": 0.0}, "top_p=0.0"),
         ({"do_sample": True, "top_k": 0}, "top_k=0"), ({"adapter": "x"}, "no adapter 'x'"),
@@ -388,7 +388,7 @@ def test_what_can_not_be_continued(tmp_path: Path) -> None:
     unmasked = OnnxRunner(slotted.decoder(tmp_path / "unmasked.onnx", masked=False))
     with pytest.raises(SurgeryError, match="takes no attention_mask"):
         unmasked.generate({"input_ids": TEXTS, "attention_mask": np.array([[0, 1, 1, 1, 1], [1] * 5])})
-    with pytest.raises(SurgeryError, match="is no decoder"):
+    with pytest.raises(SurgeryError, match="is not a decoder"):
         OnnxRunner(slotted.net(tmp_path / "other.onnx")).generate(TEXTS)
 
 
@@ -437,7 +437,7 @@ def tiny(kind: str) -> Any:
 
 
 def example(model: Any) -> dict[str, Any]:
-    """Two further tokens after three: sizes of one would be taken for constants."""
+    """Two more tokens after three: tracing would take sizes of one for constants."""
     ids = torch.randint(0, 40, (2, 5))
     with torch.no_grad():
         past = model(ids[:, :3], use_cache=True).past_key_values

@@ -1,4 +1,4 @@
-"""Sizes that are free in fact: models that ask of one what depends on another, or whose graphs follow the example's."""
+"""Free sizes: models whose sizes depend on each other, or whose graphs would follow the example's sizes."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ pytest.importorskip("onnx")
 
 
 class Chunked(nn.Module):
-    """Sums within chunks of four positions, the last one filled up, as state-space models compute."""
+    """Sums within chunks of four positions; the last chunk is padded, as in state-space models."""
 
     def __init__(self, strict: bool = False) -> None:
         super().__init__()
@@ -31,13 +31,13 @@ class Chunked(nn.Module):
         hidden = F.pad(hidden, (0, 0, 0, missing)).view(batch, -1, 4, width).cumsum(2).reshape(batch, -1, width)
         if missing:
             hidden = hidden[:, :length]
-        if self.strict:  # two graphs that are not one
+        if self.strict:  # two different graphs
             hidden = hidden * 2 if length % 2 else hidden + 1
         return self.out(hidden)
 
 
 class Illustrated(nn.Module):
-    """As many pictures as texts, and in each text two places for what is seen in its picture."""
+    """One picture per text, and two positions in each text for its picture's features."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -81,7 +81,7 @@ def test_so_many_pictures_for_so_many_texts(tmp_path: Path) -> None:
 
 
 class Paired(nn.Module):
-    """One picture a text, which is asked with a number that tracing takes for always."""
+    """One picture per text, checked with a number that tracing takes for a constant."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""Slots of all kinds but LoRA's in an exported file, and what can't be a slot: against the live model."""
+"""Slots of all kinds except LoRA, and rules that can't be slots, against the live model."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from tests.support.slots import Exported, adapted, check_slots, outputs, plain, 
 
 
 class Text(nn.Module):
-    """A text model of one block, with what rules of all kinds go on."""
+    """A text model of one block, with modules for all kinds of rules."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -59,7 +59,7 @@ def ids(batch: int, length: int) -> dict[str, Tensor]:
 
 
 def test_one_file_for_adapters_of_many_kinds(tmp_path: Path) -> None:
-    """Two of them meet at each module in some order; the file's slots stand in one that suits all."""
+    """Two rules meet at each module; the order of the file's slots suits all adapters."""
     model = text()
     base = plain(model)
     rules: dict[str, Any] = {
@@ -79,13 +79,13 @@ def test_one_file_for_adapters_of_many_kinds(tmp_path: Path) -> None:
     assert slots["norm.adapters.slot.weight"]["rule"] == "train"
     assert slots["down.adapters.slot.up"]["free"] == [1] and slots["down.adapters.slot.up_bias"]["default"] == "zeros"
     ranks = [{slots[f"up.adapters.slot.{key}"]["dim"] for key in keys} for keys in ("AB", "RWb")]
-    assert all(len(dims) == 1 for dims in ranks) and ranks[0] != ranks[1]  # sizes of two slots are told apart
+    assert all(len(dims) == 1 for dims in ranks) and ranks[0] != ranks[1]  # sizes of two slots have different names
     marks = exported.nodes()
     assert (
         "NormRule, BiasRule" in marks["norm"] and "SteerRule" in marks["down"] and "Slot" not in "".join(marks.values())
     )
     check_slots(exported, base, [ids(5, 9), ids(2, 1)])
-    for name in rules:  # and back into a model, by rules that are the slots' or make the same
+    for name in rules:  # and back into a model, by the slots' rules or equivalent ones
         file = export_adapter(model, name, exported.report.path, tmp_path / f"{name}.onnx_adapter")
         loaded = plain(base)
         load_adapter(loaded, import_adapter(file, exported.report.path))
@@ -114,7 +114,7 @@ def test_one_file_for_adapters_of_many_kinds(tmp_path: Path) -> None:
 
 
 def test_adapters_that_differ_where_a_slot_has_one_word(tmp_path: Path) -> None:
-    """Of IA3 one scales inputs and one outputs; of two orders at a module neither is the file's."""
+    """One IA3 scales inputs and one outputs; contradictory orders at a module give no slot."""
     rules: dict[str, Any] = {
         "a": [
             IA3Rule(["down"], feedforward="down"),
@@ -130,7 +130,7 @@ def test_adapters_that_differ_where_a_slot_has_one_word(tmp_path: Path) -> None:
     assert {(one["site"], one["rule"]) for one in exported.manifest["sites"]} == {("head", "lora")}
     assert len(exported.report.notices) == 9 and all("left out" in told for told in exported.report.notices)
     said = " ".join(exported.report.notices)
-    assert "IA3Rule of 'c' (1 sites) can't be a slot: the adapters' rules stand there in orders" in said
+    assert "IA3Rule of 'c' (1 sites) can't be a slot: the adapters have their rules in contradictory orders" in said
     assert "IA3Rule of 'a' (1 sites) can't be a slot: in some adapters it scales the module's input" in said
     with pytest.raises(SurgeryError, match="needs slots that the file does not have") as caught:
         exported.tensors("c")

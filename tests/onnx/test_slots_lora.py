@@ -1,4 +1,4 @@
-"""LoRA and what is folded into its form, in an exported file's slots: every layout, against the live model."""
+"""LoRA slots in exported files: every layout, and methods that are converted to LoRA, against the live model."""
 
 from __future__ import annotations
 
@@ -13,8 +13,9 @@ from torch import Tensor, nn
 
 from surgery import SiteError, activate, apply_rules, merge
 from surgery.onnx.calls.example import ExampleCall
+from surgery.onnx.graph.lifted_tensors import Lifted, split_factors
 from surgery.onnx.graph.prepare import ExportSettings
-from surgery.onnx.graph.trace_program import Lifted, program_of, split_factors
+from surgery.onnx.graph.trace_program import program_of
 from surgery.rules import AdaLoraRule, LohaRule, LokrRule, LoraRule, MissRule, RandLoraRule, VeraRule
 from surgery.weaving.low_rank_kernel import low_rank_linear
 from tests.support.slots import Exported, adapted, check_slots, outputs, plain, same, shaken
@@ -54,7 +55,7 @@ def inputs(batch: int, length: int) -> dict[str, Tensor]:
     return {"x": torch.randn(batch, length, 8), "ids": torch.randint(0, 11, (batch, length))}
 
 
-@pytest.mark.filterwarnings("ignore:.*more than the weights")  # ranks that no weight can use, on purpose
+@pytest.mark.filterwarnings("ignore:.*more than the weights")  # ranks above the weights' sizes, on purpose
 def test_every_layout_of_ranks_that_groups_divide(tmp_path: Path) -> None:
     model = Maps()
     base = plain(model)
@@ -75,9 +76,9 @@ def test_every_layout_of_ranks_that_groups_divide(tmp_path: Path) -> None:
         exported.tensors("z", gained)
 
 
-@pytest.mark.filterwarnings("ignore:.*more than the weights")  # ranks that no weight can use, on purpose
+@pytest.mark.filterwarnings("ignore:.*more than the weights")  # ranks above the weights' sizes, on purpose
 def test_ranks_that_groups_do_not_divide_gains_and_biases(tmp_path: Path) -> None:
-    """The slot without groups takes factors with groups; what has no gain gets ones; lora_only's biases are copies."""
+    """A slot without groups takes factors with groups; missing gains become ones; biases of lora_only are copies."""
     model = Maps()
     base = plain(model)
     biased = LoraRule(["linear", "one", "two", "turned"], rank=2, lora_bias=True, bias="lora_only")
@@ -88,7 +89,7 @@ def test_ranks_that_groups_do_not_divide_gains_and_biases(tmp_path: Path) -> Non
     other = adapted(plain(base), {"z": LoraRule(ALL, rank=17, dora=True, alpha=3)})
     more = inputs(4, 8)
     same(exported.run(more, exported.tensors("z", other)), outputs(activate(other, "z"), more))
-    merge(exported.model, "dora")  # the base that gains are computed of is the base, merged or not
+    merge(exported.model, "dora")  # gains are computed from the base, merged or not
     wanted = outputs(exported.model, more)
     same(exported.run(more, exported.tensors("dora")), wanted)
 
@@ -121,9 +122,9 @@ def test_methods_that_are_low_rank_changes_share_the_slot(tmp_path: Path) -> Non
         Exported(bat, {"x": torch.randn(3, 8)}, tmp_path)
 
 
-@pytest.mark.filterwarnings("ignore:.*more than the weights")  # ranks that no weight can use, on purpose
+@pytest.mark.filterwarnings("ignore:.*more than the weights")  # ranks above the weights' sizes, on purpose
 def test_products_of_low_rank_matrices_are_of_low_rank(tmp_path: Path) -> None:
-    """LoHa's rank is its rank squared, LoKr's the product of two: or, where that is more, the smaller of its sizes."""
+    """In a slot, LoHa has its squared rank and LoKr the product of two ranks, at most the weight's smaller size."""
     names = ["linear", "turned", "one", "depth", "two", "three"]
     model = Maps()
     base = plain(model)
@@ -143,7 +144,7 @@ def test_products_of_low_rank_matrices_are_of_low_rank(tmp_path: Path) -> None:
 
 
 def test_what_a_start_changed_in_the_base_belongs_to_the_adapter(tmp_path: Path) -> None:
-    """The base in the file is the model's own; A and B are of both changes, so of twice the rank."""
+    """The file has the original base; A and B contain both changes, so they have twice the rank."""
     model = nn.Sequential(nn.Linear(8, 12), nn.ReLU(), nn.Linear(12, 8)).eval()
     base, x = plain(model), {"input": torch.randn(3, 8)}
     apply_rules(model, [LoraRule("0", rank=3, init="pissa"), LoraRule("2", rank=2, init="olora", dora=True)])
@@ -169,7 +170,7 @@ def test_adapters_are_in_the_dtypes_of_the_live_model(dtype: torch.dtype, tmp_pa
 
 
 class Looked(nn.Module):
-    """A layer with a branch, and where `more` something else that looks at one of its factors."""
+    """A layer with a branch; with `more`, another operation reads one of its factors."""
 
     def __init__(self, more: bool) -> None:
         super().__init__()
@@ -185,7 +186,7 @@ class Looked(nn.Module):
 def test_factors_are_in_the_graph_by_name_until_its_end_unless_something_else_looks_at_them(more: bool) -> None:
     model, x = Looked(more), torch.randn(3, 4)
     expected, given = model(x), ExampleCall.of(model, x)
-    lifted = [Lifted.out_of(name, model, name, axis, True) for name, axis in (("A", 0), ("B", 1))]
+    lifted = [Lifted.lift(name, model, name, axis, True) for name, axis in (("A", 0), ("B", 1))]
     named, brought = split_factors(model, given, lifted)
     assert [len(named), len(brought)] == ([0, 2] if more else [2, 0])
     program = program_of(model, given, lifted, {"input": {}}, ExportSettings())

@@ -65,7 +65,7 @@ def test_attention_that_is_written_out(gate: bool, tmp_path: Path) -> None:
 
 
 def t5() -> tuple[nn.Module, dict[str, Any]]:
-    """Of one layer: its attention has a bias of relative positions, and its decoder a second attention."""
+    """One layer: its attention has a bias of relative positions, and its decoder has a second attention."""
     transformers: Any = pytest.importorskip("transformers")
     sizes = {"vocab_size": 99, "d_model": 16, "d_kv": 4, "d_ff": 16, "num_layers": 1, "num_heads": 4}
     config = transformers.T5Config(**sizes, pad_token_id=0, eos_token_id=2, decoder_start_token_id=0)
@@ -108,7 +108,7 @@ def test_a_decoder_that_goes_on_from_its_cache(tmp_path: Path) -> None:
     adapted(model, rules, {"input_ids": inputs["input_ids"]})
 
     def call(rows: int, length: int, past: int) -> dict[str, Any]:
-        """The next tokens of texts whose beginnings the live model, as it is now, has put into the cache."""
+        """Compare the next tokens of texts whose beginnings the live model read into the cache."""
         cache = transformers.DynamicCache(config=model.config)
         with torch.no_grad():
             model(torch.randint(3, 99, (rows, past)), past_key_values=cache)

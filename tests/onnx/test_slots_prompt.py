@@ -98,7 +98,7 @@ def test_a_decoder_goes_on_from_its_cache(family: str, tmp_path: Path) -> None:
 
 
 def by_hand(runner: OnnxRunner, model: Any, ids: torch.Tensor) -> None:
-    """Two calls, the second with what the first gave, as with the live model: masks are of the text alone."""
+    """Two calls, the second with the first one's cache, as with the live model: masks cover only the text."""
     with using(model, "a"), torch.no_grad():
         first = model(input_ids=ids[:, :4], use_cache=True)
         second = model(input_ids=ids[:, 4:], attention_mask=torch.ones_like(ids), past_key_values=first.past_key_values)
@@ -160,7 +160,7 @@ def test_examples_with_a_cache(tmp_path: Path) -> None:
 
 
 def test_tokens_of_a_vision_model(tmp_path: Path) -> None:
-    """VPT: the layer that is named gets longer, with all that follows."""
+    """VPT: the sequence gets longer from the named layer on."""
     model, inputs = tiny.vit()
     with torch.no_grad():
         for parameter in model.eval().parameters():

@@ -1,4 +1,4 @@
-"""Values at which files and models may part: masks that let nothing through, ties, large and negative numbers."""
+"""Values at which files and models may differ: empty masks, ties, large and negative numbers."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def run(path: Path, *given: Tensor) -> list[list[np.ndarray]]:
 
 
 class Attention(nn.Module):
-    """Every kind of mask, of several shapes, and what else attention takes."""
+    """Every kind of mask in several shapes, and other arguments of attention."""
 
     def forward(self, q: Tensor, passed: Tensor, column: Tensor, shared: Tensor) -> list[Tensor]:
         sdpa = F.scaled_dot_product_attention
@@ -57,7 +57,7 @@ class Attention(nn.Module):
 
 
 def by_hand(q: Tensor, k: Tensor, scale: float | None = None, mask: Tensor | None = None) -> Tensor:
-    """In float64; a row that lets nothing through is zeros."""
+    """The expected output in float64; a row of the mask that is empty gives zeros."""
     q, k = q.double(), k.double()
     scores = q @ k.transpose(-1, -2) * (1 / math.sqrt(q.shape[-1]) if scale is None else scale)
     if mask is not None:
@@ -108,7 +108,7 @@ def test_an_empty_row_where_onnxruntimes_own_operations_are_put_in(tmp_path: Pat
 
 
 def test_softmax_over_nothing_is_nan_on_both_sides(tmp_path: Path) -> None:
-    """Written out it is 0 / 0; a NaN in the same place is equal."""
+    """Without the operator it is 0 / 0; NaNs in the same place are equal."""
 
     class Written(nn.Module):
         def forward(self, x: Tensor, mask: Tensor) -> Tensor:

@@ -191,7 +191,7 @@ def test_a_load_that_fails_leaves_the_size(tmp_path: Path) -> None:
     assert model.config.vocab_size == WORDS and torch.equal(logits(model), plain)
     apply_rules(model, [LoraRule("v_proj")], adapter="there")
     safetensors.torch.save_file(held, path)
-    with pytest.raises(SurgeryError, match="is not resized by loading"):
+    with pytest.raises(SurgeryError, match="does not resize a model with adapters"):
         load_adapter(model, tmp_path, resize=True)
 
 

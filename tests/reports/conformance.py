@@ -19,7 +19,7 @@ MARKS = ("<!-- made by make peers -->\n", "<!-- end -->")
 
 
 def table(results: Mapping[int, Mapping[str, str]]) -> str:
-    """A line a row; a cell that does not hold is ✗ with the reason."""
+    """One line per row; a failed cell is ✗ with the reason."""
     head = "| method | model: configuration | PEFT → here | … merged | … removed | here → PEFT | trained | |"
     lines = [head, "|---" * 8 + "|"]
     for i, row in enumerate(ROWS):

@@ -17,7 +17,7 @@ PICTURES = ROOT / "docs" / "pictures"
 
 
 class Experts(nn.Module):
-    """Two matrices to a token's expert, held as stacks."""
+    """Experts with two matrices each, stored as stacks."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -39,7 +39,7 @@ ATTENTIONS = Registry(eager=eager)
 
 
 class Attention(nn.Module):
-    """Two heads, whose attention function is looked up."""
+    """Two heads; the attention function is looked up by name."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -119,7 +119,7 @@ SHOWN: dict[str, tuple[Rule, Callable[[], nn.Module]]] = {
 }
 
 
-EXAMPLES = {"PrefixRule": torch.zeros(1, 3, 8)}  # for rules that look at a call
+EXAMPLES = {"PrefixRule": torch.zeros(1, 3, 8)}  # for rules that need an example call
 
 
 def pictures() -> dict[str, str]:

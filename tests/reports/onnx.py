@@ -27,7 +27,7 @@ HEAD = ["model", "exported as", "adapter", "moves outputs by", "sizes", "largest
 
 
 def lines(row: Row, report: Any) -> list[list[str]]:
-    """A line for each adapter of a row, and one for the base."""
+    """A line for each adapter of a row, and a line for the base."""
     parity, how = report.parity, dict(row.how)
     told = ", ".join([str(how.pop("adapters", "slots")), *(f"{key}={value}" for key, value in how.items())])
     found = []
@@ -52,7 +52,7 @@ def packaged(name: str) -> Path:
 
 
 def written(made: Sequence[Sequence[str]], asked: bool) -> None:
-    """The page's table anew; where some rows were asked for, the others stay."""
+    """Rewrite the page's table; rows that were not requested stay."""
     before, _, rest = PAGE.read_text(encoding="utf-8").partition(MARKS[0])
     old, _, after = rest.partition(MARKS[1])
     new = page(made).splitlines()

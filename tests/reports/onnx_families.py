@@ -1,6 +1,6 @@
 """`make onnx-families`: export a model of each of transformers' families with LoRA in slots; docs/onnx-families.md.
 
-Each family has a process of its own: one that goes on for minutes, or dies, is a row that says so.
+Each family has its own process; a row reports a process that runs too long or dies.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ def _put(name: str, found: Any) -> None:
 
 
 def apart(names: Sequence[str], jobs: int) -> Any:
-    """Their rows, as they come, from so many processes at a time."""
+    """Yield the rows as they finish, with this number of processes at a time."""
     context: Any = multiprocessing.get_context("fork")
     waiting, running = list(names), list[tuple[str, Any, Any, float]]()
     while waiting or running:
@@ -98,7 +98,7 @@ def _row(name: str, process: Any, found: Any, started: float) -> list[str] | Non
 
 
 def written(made: dict[str, list[str]]) -> None:
-    """The page's table, with these rows anew."""
+    """The page's table with these rows replaced."""
     text = PAGE.read_text(encoding="utf-8")
     before, _, table = text.partition(MARK)
     old = [[cell.strip() for cell in row.strip("| \n").split(" | ")] for row in table.splitlines() if " | " in row]

@@ -53,7 +53,7 @@ def package(file: Path) -> str | None:
 
 
 def arrows() -> nx.DiGraph:
-    """Which package imports which."""
+    """The imports between packages."""
     graph: nx.DiGraph = nx.DiGraph()
     for file in files():
         here = package(file)
@@ -74,7 +74,7 @@ def picture() -> str:
 
 
 def drawn(page: str) -> str:
-    """The page with today's picture in the place of its own."""
+    """The page with the current picture."""
     head, rest = page.split(BEGIN)
     return head + BEGIN + picture() + END + rest.split(END)[1]
 

@@ -1,4 +1,4 @@
-"""Adapters in files: every rule there and back, everything that is wrong told at once, and the model as it was."""
+"""Saves and loads every rule; errors list all problems at once and leave the model unchanged."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ X = torch.tensor([[1, 2, 3]])
 
 
 def train(model: nn.Module) -> None:
-    """As if it were trained: no tensor of an adapter is what it started as."""
+    """Changes every tensor of an adapter, as training would."""
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if ".adapters." in name:
@@ -225,7 +225,7 @@ def test_other_files_in_the_folder_stay(tmp_path: Path) -> None:
 
 
 def test_what_a_save_that_was_killed_leaves_is_read_whole(tmp_path: Path) -> None:
-    """Each moment between the renames, made by hand: the old pair or the new one."""
+    """Builds each state between the renames by hand: a reader gets the old pair or the new one."""
     old, new = trained(LoraRule("1", rank=2, alpha=4)), trained(LoraRule("1", rank=2, alpha=9), seed=0)
     names = ("adapter_model.safetensors", "adapter_config.json")
     held = {}
@@ -248,7 +248,7 @@ def test_what_a_save_that_was_killed_leaves_is_read_whole(tmp_path: Path) -> Non
             (folder / file).write_bytes(content)
         load_adapter(model := model_of(), folder)
         assert torch.equal(model(X), expected(X)), name
-        save_adapter(old, folder)  # and the next save sweeps up
+        save_adapter(old, folder)  # and the next save deletes leftovers
         assert sorted(file.name for file in folder.iterdir()) == sorted(names), name
 
 
@@ -465,7 +465,7 @@ def test_loading_does_not_touch_the_random_numbers(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
 def test_the_one_number_that_is_none_is_found(dtype: torch.dtype, tmp_path: Path) -> None:
-    """Whether the tensors are of one dtype, so that they are looked at all at once, or of several."""
+    """Tensors of one dtype, which are checked all at once, or of several dtypes."""
     for mixed in (False, True):
         folder = save_adapter(trained(LoraRule(["1", "3"], rank=2)), tmp_path / str(mixed), format="surgery")
 
@@ -500,7 +500,7 @@ def test_tensors_stand_anywhere_in_a_file(tmp_path: Path) -> None:
 
 
 def test_what_a_file_lacks_starts_from_what_its_rule_starts_with(tmp_path: Path) -> None:
-    """DoRA's magnitude follows from A and B as they start, not from those of the file."""
+    """DoRA's initial magnitude is computed from the initial A and B, not from the file's."""
     folder = save_adapter(trained(LoraRule(["1", "3"], rank=2, dora=True)), tmp_path, format="surgery")
 
     def change(tensors: dict[str, Tensor]) -> None:
@@ -604,8 +604,8 @@ def test_pickles_are_read_as_tensors_alone_and_never_written(tmp_path: Path) -> 
     for content, match in (
         (Bomb(), "can't be read as tensors"),
         ({"a": Bomb()}, "can't be read as tensors"),
-        ([1], "more than tensors"),
-        ({"a": torch.eye(3).to_sparse()}, "more than tensors"),
+        ([1], "other things than tensors"),
+        ({"a": torch.eye(3).to_sparse()}, "other things than tensors"),
     ):
         torch.save(content, folder / "adapter_model.bin")
         refused(folder, match)

@@ -1,4 +1,4 @@
-"""Hot-swapping: as if loaded afresh, compiled code runs on, and a swap that fails changes nothing."""
+"""Hot-swapping gives the outputs of a fresh load, keeps compiled code, and changes nothing if it fails."""
 
 from __future__ import annotations
 
@@ -96,7 +96,7 @@ def output(model: Any, inputs: dict[str, Any]) -> Tensor:
 
 
 def in_peft(model: nn.Module, folder: Path, targets: Any, **fields: Any) -> Path:
-    """A checkpoint that PEFT wrote, of an adapter that is not zero."""
+    """A checkpoint that PEFT wrote, of an adapter with an effect."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         config = peft.LoraConfig(target_modules=targets, init_lora_weights=False, **fields)
@@ -119,7 +119,7 @@ def same(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
 
 
 def linear(*names: str, **fields: Any) -> nn.Module:
-    """Two Linears with LoRA under a name."""
+    """Two Linears with a LoRA adapter of this name."""
     model = nn.Sequential(nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 4)).eval()
     for name in names or ("a",):
         apply_rules(model, LoraRule(["0", "2"], **{"rank": 4, "alpha": 4, "init": "random", **fields}), adapter=name)
@@ -232,7 +232,7 @@ def test_convolutions_with_groups_and_stacks_of_experts(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
 def test_other_dtypes(dtype: torch.dtype, tmp_path: Path) -> None:
-    """The tensors stay what they are; the base is compared with room for another precision."""
+    """The tensors keep their dtype; the base's comparison allows for another precision."""
     base = nn.Sequential(nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 4)).to(dtype).eval()
     other = apply_rules(copy.deepcopy(base), LoraRule(["0", "2"], rank=2, alpha=3, init="random"))
     folder = save_adapter(other, tmp_path, format="surgery")
@@ -418,7 +418,7 @@ def test_inductors_code_runs_on_with_the_new_weights() -> None:
 
 
 def test_room_from_the_start_is_the_same_adapter() -> None:
-    """The same draws, the same function, the same gradients; what is beyond stays zero in training."""
+    """The same random values, outputs and gradients; the padded ranks stay zero in training."""
     models = []
     for room in (None, 10):
         torch.manual_seed(0)
@@ -599,7 +599,7 @@ def test_prefixes_of_one_length(tmp_path: Path) -> None:
 
 
 def test_a_rule_that_passes_sites_over(tmp_path: Path) -> None:
-    """A prefix leaves cross-attentions out, which only a call shows; a swap needs none."""
+    """A prefix skips cross-attentions, which only a call shows; a swap needs no call."""
     base, inputs = tiny.t5()
     base.eval()
     models = [
@@ -685,7 +685,7 @@ def test_a_rule_of_ones_own_that_says_nothing() -> None:
     assert same(bits(model), tensors)
     with pytest.raises(LoadError, match="by=1.0 there, 2.0 here"):
         hotswap(model, "a", tensors, rules=Shift(["0", "1"], by=2.0))
-    with pytest.raises(LoadError, match="nothing came for Shift"):
+    with pytest.raises(LoadError, match="the new adapter lacks Shift"):
         hotswap(model, "a", {"0.adapters.shift": tensors["0.adapters.shift"]}, rules=Shift("0"))
     assert same(bits(model), tensors)
 

@@ -60,7 +60,7 @@ assert not before.differences(model)
 
 
 def run(code: str, endpoint: str, home: Path) -> str:
-    """In a process of its own: huggingface_hub reads HF_ENDPOINT when it is imported."""
+    """Runs in a separate process: huggingface_hub reads HF_ENDPOINT when it is imported."""
     settings = {"HF_ENDPOINT": endpoint, "HF_HOME": str(home), "HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1",
                 "HF_HUB_DISABLE_TELEMETRY": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1", "OMP_NUM_THREADS": "1",
                 "NO_PROXY": "127.0.0.1", "no_proxy": "127.0.0.1"}  # fmt: skip

@@ -1,4 +1,4 @@
-"""A folder of many adapters, which are live afterwards as one asks."""
+"""Loads a folder of many adapters, with a choice of the live ones."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def model_of() -> Any:
 
 @pytest.fixture
 def expected(tmp_path: Path) -> dict[str, Tensor]:
-    """Three adapters in `tmp_path`, each with a head of its own, and what a model with each of them alone gives."""
+    """Three adapters in `tmp_path`, each with its own head, and the outputs of each alone."""
     found = {}
     for rank, name in enumerate(NAMES, 1):
         model = apply_rules(model_of(), [LoraRule("0", rank=rank, init="random"), TrainRule("2")], adapter=name)

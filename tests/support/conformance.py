@@ -79,7 +79,7 @@ class Matrix(nn.Module):
 
 
 class Experts(nn.Module):
-    """Two stacks of experts in one module, each input going through its expert."""
+    """Two stacks of experts in one module. Each input goes through its expert."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -163,7 +163,7 @@ def of_transformers(name: str, **more: Any) -> Any:
 
 
 def _family(name: str) -> tuple[nn.Module, Any]:
-    """A small model of a class of transformers, or of a family of tests/support/tiny.py, and a padded text for it."""
+    """A small model of a transformers class or a family of tests/support/tiny.py, and a padded text for it."""
     from tests.support import tiny
 
     if name in tiny.FAMILIES:
@@ -179,7 +179,7 @@ def _family_inputs(row: Row) -> Any:
 
 
 def twice(base: nn.Module, file: dict[str, Tensor]) -> nn.Module:
-    """The base with LoRA's changes in its weights by plain arithmetic, that of an attention's output map twice."""
+    """The base with LoRA's changes added to its weights by plain arithmetic; the attention's output map twice."""
     model, scale = copy.deepcopy(base), 1.0  # PEFT's defaults: alpha 8, rank 8
     with torch.no_grad():
         for key in [key for key in file if key.endswith("lora_A.weight")]:
@@ -193,7 +193,7 @@ def twice(base: nn.Module, file: dict[str, Tensor]) -> nn.Module:
 
 @dataclass(frozen=True)
 class Row:
-    """`refused`: the field for which loading is refused, and why that can't be held."""
+    """`refused`: the field for which loading is refused, and the reason."""
 
     method: str
     model: str
@@ -202,8 +202,8 @@ class Row:
     note: str = ""
     unmerged: bool = False  # there is no merged form
     by_hand: Callable[[nn.Module, dict[str, Tensor]], nn.Module] | None = None  # the reference, from base and file
-    held: str = "✓"  # what the table's cells say
-    grown: int = 0  # how many words the vocabulary was made longer by
+    held: str = "✓"  # the text of the table's cells
+    grown: int = 0  # the number of words added to the vocabulary
 
     @property
     def name(self) -> str:
@@ -212,7 +212,7 @@ class Row:
 
     @property
     def untrained(self) -> str:
-        """Why training is another in PEFT, by its arithmetic or since its file lacks what is trained."""
+        """Why training differs in PEFT: its arithmetic, or trained tensors that its file lacks."""
         given = self.fields
         if self.by_hand is not None:
             return "half of what is trained here"
@@ -469,7 +469,7 @@ def _result(output: Any) -> Tensor:
 
 
 def of_text(output: Tensor, plain: Tensor) -> Tensor:
-    """What PEFT returns for the text: the end, where it returns something for virtual tokens, too."""
+    """PEFT's output for the text, without the outputs for virtual tokens."""
     return output[:, output.shape[1] - plain.shape[1] :] if output.dim() == plain.dim() == 3 else output
 
 
@@ -499,7 +499,7 @@ def near(found: Tensor, expected: Tensor) -> bool:
 
 
 def check(row: Row, folder: Path) -> dict[str, str]:
-    """Every cell of a row: "" where it holds, else what is wrong."""
+    """Every cell of a row: "" if it passes, else the reason."""
     import peft
     from safetensors.torch import load_file
 
@@ -548,9 +548,9 @@ def check(row: Row, folder: Path) -> dict[str, str]:
 
 
 def as_trained(ours: nn.Module, theirs: nn.Module, call: Callable[[Any], Tensor], counted: bool) -> str:
-    """Whether the same steps of one optimizer from the same tensors lead to the same output; "" or what is wrong.
+    """Compare the outputs after the same optimizer steps from the same tensors; "" or the reason.
 
-    Of steps that scale each number by itself (Adam) an adapter with its coordinates turned would take others.
+    Adam scales each number separately, so an adapter with rotated coordinates would take other steps.
     """
     count = sum(parameter.numel() for parameter in theirs.parameters() if parameter.requires_grad)
     if counted and summary(ours).trainable != count:

@@ -41,7 +41,7 @@ class Sentences(Dataset):
 
 
 class Crash(transformers.TrainerCallback):
-    """An error after so many micro-batches, counted from the beginning of this process's part of the run."""
+    """Raises an error after this number of micro-batches of this process."""
 
     def __init__(self, after: int) -> None:
         self.left = after
@@ -57,7 +57,7 @@ class Crash(transformers.TrainerCallback):
 def model(seed: int, fresh: bool) -> nn.Module:
     """BERT with one adapter that trains, one that is idle, and one that is live and frozen.
 
-    Their values are those of the beginning, or, for a run that goes on, others: what is not loaded would show.
+    A resumed run starts from other values, so that the test shows values that were not loaded.
     """
     torch.manual_seed(seed)
     made = tiny.bert()[0]
@@ -89,7 +89,7 @@ def trainer(seed: int, folder: Path, fresh: bool, *callbacks: Any) -> Any:
 
 
 def run(seed: int, folder: Path, *callbacks: Any) -> dict[str, Any]:
-    """Begin, or go on from the last whole checkpoint, to the end: all tensors, and the losses of every step."""
+    """Start, or resume from the last complete checkpoint; return all tensors and the losses of every step."""
     found = last_checkpoint(folder)
     made = trainer(seed, folder, found is None, *callbacks)
     made.train(resume_from_checkpoint=found)
@@ -101,7 +101,7 @@ def run(seed: int, folder: Path, *callbacks: Any) -> dict[str, Any]:
 
 
 def serve() -> None:
-    """For each line, a seed and a folder, a child that runs to the end and writes the result; its number is told."""
+    """For each line (a seed and a folder), fork a child that runs to the end; print its process id."""
     transformers.logging.set_verbosity_error()
     print("ready", flush=True)
     for line in sys.stdin:
@@ -119,7 +119,7 @@ def serve() -> None:
 
 
 class Server:
-    """The process that does so, begun once."""
+    """The process that forks these children, started once."""
 
     def __init__(self) -> None:
         command = [sys.executable, "-c", "from tests.support.crashes import serve; serve()"]
@@ -134,13 +134,13 @@ class Server:
         return self.process.stdout.readline().strip()
 
     def run(self, seed: int, folder: Path, wait: Callable[[], Any] | None = None) -> str:
-        """Begin or go on; kill it when the wait is over. How it ended."""
+        """Start or resume, kill after the wait, and return how the run ended."""
         assert self.process.stdin is not None
         print(f"{seed} {folder}", file=self.process.stdin, flush=True)
         child = int(self._line())
         if wait is not None:
             wait()
-            with contextlib.suppress(ProcessLookupError):  # it came to its end before
+            with contextlib.suppress(ProcessLookupError):  # it had already ended
                 os.kill(child, signal.SIGKILL)
         return self._line()
 
@@ -151,11 +151,11 @@ class Server:
 def killed_run(
     server: Server, seed: int, folder: Path, whole: float, kills: int, chance: random.Random
 ) -> dict[str, int]:
-    """A run that is killed so many times, of which an uninterrupted one takes `whole` seconds. How often half-way."""
+    """Kill a run repeatedly; an uninterrupted run takes `whole` seconds. Return how often it was killed half-way."""
     told = {"killed": 0, "half": 0}
 
     def while_it_saves() -> None:
-        """When a new checkpoint has appeared, which takes some milliseconds to be written."""
+        """Wait until a new checkpoint appears; writing it takes some milliseconds."""
         before, deadline = set(folder.glob("checkpoint-*")), time.monotonic() + whole
         while set(folder.glob("checkpoint-*")) <= before and time.monotonic() < deadline:
             time.sleep(0.0005)

@@ -1,4 +1,4 @@
-"""Damaged adapter files: bytes flipped, files cut, headers forged, settings of wrong types. And saves to be killed."""
+"""Damages adapter files: flipped bytes, cut files, forged headers, settings of wrong types. Also kills saves."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ KINDS: dict[str, tuple[list[Rule], str]] = {
 
 
 def originals(folder: Path) -> dict[str, dict[str, bytes]]:
-    """Whole adapters: kind → file name → bytes."""
+    """Intact adapters: kind → file name → bytes."""
     found = {}
     for kind, (rules, format) in KINDS.items():
         made = apply_rules(model(), rules)
@@ -94,7 +94,7 @@ def grown(content: bytes, chance: random.Random) -> bytes:
 
 
 def forged(content: bytes, chance: random.Random) -> bytes:
-    """Another header: other shapes, offsets, dtypes, names, lengths."""
+    """Forge a header: other shapes, offsets, dtypes, names or lengths."""
     if len(content) < 9:
         return content
     length = int.from_bytes(content[:8], "little")
@@ -130,7 +130,7 @@ def forged(content: bytes, chance: random.Random) -> bytes:
 
 
 def mistyped(content: bytes, chance: random.Random) -> bytes:
-    """Settings with a value of another type somewhere, a field less, or one more."""
+    """Change a setting to another type, remove a field, or add a field."""
     try:
         held = json.loads(content)
     except ValueError:
@@ -156,7 +156,7 @@ def mistyped(content: bytes, chance: random.Random) -> bytes:
 
 
 def saves(folder: str) -> None:
-    """A process that, for each line it reads, starts a child which saves two adapters in turn into one folder."""
+    """A process that forks, for each line, a child that saves two adapters in turn into one folder."""
     pair = [versioned(0), versioned(1)]
     for _ in sys.stdin:
         child = os.fork()
@@ -170,7 +170,7 @@ def saves(folder: str) -> None:
 
 
 def versioned(which: int) -> nn.Module:
-    """An adapter whose rule and whose tensors both say which it is."""
+    """An adapter that its rule and its tensors both identify."""
     made = apply_rules(model(), [LoraRule(["lin0", "lin1"], rank=4, alpha=1 + which)])
     with torch.no_grad():
         for tensor in adapter_state_dict(made).values():
@@ -179,7 +179,7 @@ def versioned(which: int) -> nn.Module:
 
 
 def kill_saves(folder: Path, times: int, seen: Callable[[Path], None], chance: random.Random) -> None:
-    """Start saving, kill it at a random moment, and look at the folder; again and again."""
+    """Start saving, kill it at a random moment, and check the folder; repeat."""
     command = [sys.executable, "-c", f"from tests.support.damage import saves; saves({str(folder)!r})"]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, cwd=ROOT, text=True) as process:
         assert process.stdin is not None and process.stdout is not None

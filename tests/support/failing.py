@@ -1,4 +1,4 @@
-"""Verbs that are broken off: an exception at the n-th step of the engine's code, and the model compared with before.
+"""Interrupts verbs by an exception at the n-th step of the engine's code, and compares the model with before.
 
 A step is a call of a function of the engine or a rule, or (`lines`) a line of one. sys.settrace raises there, as a key
 pressed at that moment would.
@@ -23,7 +23,7 @@ from surgery.state.records import _MODEL, _SITE, ModelState, SiteState
 from surgery.testing import Snapshot
 
 ROOTS = tuple(str(Path(package.__file__ or "").parent) for package in (surgery, rules))
-# What undoes can't be what fails: its own beginnings and ends are where an error is all there is.
+# Code that undoes changes is excluded: an error there can't be undone.
 LEFT_OUT = tuple(f"{ROOTS[0]}/{name}.py" for name in ("transaction/undo_log", "transaction/neutral_context", "testing"))
 assert all(map(os.path.isfile, LEFT_OUT)), LEFT_OUT
 
@@ -34,10 +34,10 @@ class Broken(Exception):
 
 @contextmanager
 def broken(step: int, error: type[BaseException] = Broken, lines: bool = False) -> Iterator[list[int]]:
-    """Raise at this step of the engine's code; gives a list that holds how many there were.
+    """Raise at this step of the engine's code; yield a list with the number of steps.
 
-    Lines that take a lock are passed over: Python reports them once more when the block ends, where no interrupt comes,
-    and a lock that is not given back would stop another test.
+    Lines that take a lock are skipped: Python reports them again when the block ends, where no interrupt comes, and a
+    lock that is not released would stop another test.
     """
     count = [0]
     wanted = "line" if lines else "call"
@@ -62,7 +62,7 @@ def broken(step: int, error: type[BaseException] = Broken, lines: bool = False) 
 
 
 class Everything(Snapshot):
-    """A snapshot with the engine's records, the hooks' places, gradients and a transformers config, too."""
+    """A snapshot that also has the engine's records, the order of hooks, gradients and a transformers config."""
 
     def __init__(self, model: nn.Module):
         super().__init__(model)
@@ -120,7 +120,7 @@ def _site_record(site: SiteState) -> tuple:
 
 
 def steps_of(work: Callable[[], Any], lines: bool = False) -> int:
-    """How many steps something has."""
+    """Count the steps of a function."""
     with broken(-1, lines=lines) as count:
         work()
     return count[0]

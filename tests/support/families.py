@@ -41,7 +41,7 @@ FAMILIES: dict[str, Family] = {}
 
 
 def _add(kind: str, name: str, cls: str, inputs: Callable[[], Inputs], *parts: dict[str, Any], **fields: Any) -> None:
-    """`fields` over `parts` are the configuration's; dictionaries stand for configurations within it."""
+    """`fields`, then `parts`, are the configuration's; dictionaries are nested configurations."""
     assert kind in KINDS and name not in FAMILIES, name
     settings: dict[str, Any] = {}
     for part in (*parts, fields):
@@ -616,7 +616,7 @@ def _with_regions() -> Inputs:
 
 
 def _with_image_tokens(token: int, count: int, size: int = 16) -> Callable[[], Inputs]:
-    """Two texts, each with a run of image tokens that the model fills with its image's features."""
+    """Two texts, each with image tokens that the model replaces by its image's features."""
 
     def inputs() -> Inputs:
         marks = torch.full((2, count), token)

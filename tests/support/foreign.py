@@ -1,4 +1,4 @@
-"""Modules that other modules are replaced by: what people write, and torch's own that decide, unpack and remember."""
+"""Replacement modules: typical user code, and torch modules with branches, unpacking and state."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ class Attention(nn.Module):
 
 
 class Shared(nn.Module):
-    """One Linear in three places, and its weight in a fourth."""
+    """One Linear in three places; its weight in a fourth."""
 
     def __init__(self, size: int) -> None:
         super().__init__()
@@ -70,7 +70,7 @@ class Shared(nn.Module):
 
 
 class Normal(nn.Module):
-    """BatchNorm, and a mean of its own that it sets anew."""
+    """BatchNorm, and a running mean that the module assigns."""
 
     mean: Tensor
 
@@ -86,7 +86,7 @@ class Normal(nn.Module):
 
 
 class Deciding(nn.Module):
-    """It branches on the mode and has a constant of its own that is no buffer."""
+    """Branches on the mode, and has a constant that is not a buffer."""
 
     def __init__(self, size: int) -> None:
         super().__init__()
@@ -98,7 +98,7 @@ class Deciding(nn.Module):
 
 
 class Looking(nn.Module):
-    """It branches on values."""
+    """Branches on values."""
 
     def __init__(self, size: int) -> None:
         super().__init__()
@@ -149,7 +149,7 @@ class Listing(nn.Module):
 
 
 class Host(nn.Module):
-    """What the replaced module is in."""
+    """The parent of the replaced module."""
 
     def __init__(self, inner: nn.Module, size: int = 4) -> None:
         super().__init__()

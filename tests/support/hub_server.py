@@ -1,4 +1,4 @@
-"""A hub of one process on loopback: as much of its protocol as pushing and fetching small files takes."""
+"""A hub on loopback: the part of the protocol that pushing and fetching small files needs."""
 
 from __future__ import annotations
 
@@ -103,7 +103,7 @@ class Hub(BaseHTTPRequestHandler):
 
 @contextmanager
 def hub() -> Iterator[tuple[str, dict[str, dict[str, bytes]]]]:
-    """The endpoint, and what it holds."""
+    """Yield the endpoint and its repositories."""
     kind = type("OneHub", (Hub,), {"held": {}})
     server = ThreadingHTTPServer(("127.0.0.1", 0), kind)
     thread = threading.Thread(target=server.serve_forever, daemon=True)

@@ -1,4 +1,4 @@
-"""How near a result has to be: what the model's own float32 loses on this processor, and no number found on another."""
+"""Computes tolerances from the model's own float32 error on this processor."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from surgery.arithmetic.float64_reference import FACTOR, Float64Model, differenc
 T = TypeVar("T", np.ndarray, Tensor)
 Call = Callable[[nn.Module, Callable[[Tensor], Tensor]], list[Tensor]]
 
-LARGEST = 1e-2  # above, a comparison tells nothing
+LARGEST = 1e-2  # above this, a comparison shows nothing
 
 
 class Wanted(list[T], Generic[T]):
-    """What a model gives, flat, and the call that gave it: `call(model, wide)` with each tensor made `wide`."""
+    """A model's outputs as a flat list, and the call that computes them: `call(model, wide)` widens each tensor."""
 
     def __init__(self, model: nn.Module, call: Call, as_given: Callable[[Tensor], T]):
         self.model, self.call = model, call
@@ -30,7 +30,7 @@ class Wanted(list[T], Generic[T]):
             return self.call(self.model, lambda tensor: tensor)
 
     def allowed(self, index: int, least: float) -> float:
-        """Of the largest number of an output: `least`, or some times what the model is off from itself in float64."""
+        """Relative to an output's largest number: `least`, or a multiple of the model's error against float64."""
         again = self._asked()
         own = [difference(one, other) for one, other in zip(again, map(_tensor, self), strict=True)]
         assert not any(own), "the model is not what it was: compare while the same adapters are live"
@@ -43,7 +43,7 @@ def _tensor(value: Any) -> Tensor:
 
 
 def off(have: Any, want: Any, wanted: Any, index: int, least: float) -> str | None:
-    """What to say of an output that is too far away; `wanted`: all of them, a `Wanted` where they are a model's."""
+    """Return a message for an output that is too far away. `wanted`: all expected outputs."""
     apart = difference(_tensor(want), have)
     if apart <= least:
         return None
@@ -52,7 +52,7 @@ def off(have: Any, want: Any, wanted: Any, index: int, least: float) -> str | No
 
 
 def assert_as(found: Tensor, expected: Tensor, model: nn.Module, least: float, *args: Any, **given: Any) -> None:
-    """`least` of the largest number is allowed, or some times what the model loses when it is called with these."""
+    """The tolerance: `least` of the largest number, or a multiple of the model's own error for this call."""
 
     def call(model: nn.Module, wide: Callable[[Tensor], Tensor]) -> list[Tensor]:
         values, named = pytree.tree_map(lambda one: wide(one) if isinstance(one, Tensor) else one, (args, given))

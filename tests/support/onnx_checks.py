@@ -18,7 +18,7 @@ from surgery.rules import LoraRule
 from surgery.state.records import sites
 from tests.support.near import Wanted, off
 
-TOLERANCE = 2e-5  # of the largest number of an output; more of models that lose more by themselves (`near.py`)
+TOLERANCE = 2e-5  # relative to an output's largest number; more if the model's own error is larger (`near.py`)
 
 
 def session(path: Path, optimised: bool = True) -> onnxruntime.InferenceSession:
@@ -30,7 +30,7 @@ def session(path: Path, optimised: bool = True) -> onnxruntime.InferenceSession:
 
 
 def adapted(model: nn.Module, targets: Any, *ranks: int, alpha: float = 5) -> nn.Module:
-    """With adapters a, b, … of these ranks, whose numbers are far from the start's."""
+    """A model with adapters a, b, … of these ranks, with values far from the initial ones."""
     for name, rank in zip("abc", ranks, strict=False):
         rule = LoraRule(targets or [type(model)], rank=rank, alpha=alpha, init="random")
         apply_rules(model.eval(), [rule], adapter=name)
@@ -52,7 +52,7 @@ def by_hand(model: nn.Module, adapter: str) -> dict[str, np.ndarray]:
 
 
 def expected(model: nn.Module, example: Any) -> Wanted[Tensor]:
-    """What the live model returns, flat."""
+    """The live model's outputs as a flat list."""
     given = ExampleCall.of(model, example)
 
     def call(model: nn.Module, wide: Callable[[Tensor], Tensor]) -> list[Tensor]:
@@ -77,7 +77,7 @@ def operations(path: Path) -> Counter[tuple[str, str]]:
 
 
 def held(path: Path) -> dict[str, np.ndarray]:
-    """The initialisers of a file by name, those that lie transposed turned back."""
+    """The initialisers of a file by name; transposed ones are transposed back."""
     import onnx_ir as ir
 
     graph = ir.load(str(path)).graph
@@ -87,7 +87,7 @@ def held(path: Path) -> dict[str, np.ndarray]:
 
 
 def assert_weights(model: nn.Module, path: Path, unused: Sequence[str] = ()) -> None:
-    """Every parameter of the base is in the file under its name (of tied ones, under one of theirs), to the bit."""
+    """Every parameter of the base is in the file under its name to the bit; of tied ones, one name is enough."""
     found = held(path)
     groups: dict[int, list[str]] = {}
     own: dict[str, Tensor] = dict(model.named_parameters(remove_duplicate=False))
@@ -102,8 +102,8 @@ def assert_weights(model: nn.Module, path: Path, unused: Sequence[str] = ()) -> 
 
 
 def assert_slots(path: Path, manifest: Mapping[str, Any], checked: bool = True) -> None:
-    """Each slot once among the graph's inputs, with a default; every input once. `checked`: or it has operations of
-    onnxruntime's own, which onnx knows nothing of."""
+    """Each slot is one input of the graph and has a default. `checked`: run onnx's checker, which does not know
+    onnxruntime's own operations."""
     graph = onnx.load(str(path)).graph
     names = [value.name for value in graph.input]
     assert len(names) == len(set(names))

@@ -42,12 +42,12 @@ class Row:
         for name, rules in self.adapters.items():
             try:
                 apply_rules(model, rules, adapter=name)
-            except SurgeryError:  # some look at a call first
+            except SurgeryError:  # some rules need an example call
                 apply_rules(model, rules, adapter=name, example_inputs=example)
         with torch.no_grad():
             for path, tensor in model.named_parameters():
                 if ".adapters." in f".{path}" and not self.real:
-                    tensor.mul_(3)  # or weights as small as these models' would hide what adapters do
+                    tensor.mul_(3)  # the models' small weights would hide the effect of adapters
         return model, example
 
     def exported(self, folder: Path, *given: Any) -> tuple[nn.Module, Any, Any]:
@@ -57,7 +57,7 @@ class Row:
 
 
 def lora(targets: Any, *ranks: int) -> dict[str, list[Rule]]:
-    """An adapter of each rank, and one that has ranks and scales of its own at some of the sites."""
+    """An adapter of each rank, and an adapter with different ranks and scales at some sites."""
     return {
         f"rank {rank}": [LoraRule(targets, rank=rank, alpha=2 * rank, init="random", rslora=rank == 2)]
         for rank in ranks
@@ -76,7 +76,7 @@ def mixed(one: Any, other: Any) -> dict[str, list[Rule]]:
 
 
 def padded_bert() -> tuple[nn.Module, Any]:
-    """Padding on the left, on the right, and a row with nothing in it."""
+    """Padding on the left, on the right, and a row of padding alone."""
     model, given = tiny.bert()
     mask = torch.tensor([[0, 0, 1, 1, 1, 1, 1], [1, 1, 1, 1, 0, 0, 0], [0] * 7])
     return model, {**given, "input_ids": tiny.ids().repeat(2, 1)[:3], "attention_mask": mask}
@@ -98,7 +98,7 @@ def encoder_of_whisper() -> tuple[nn.Module, Any]:
 
 
 def decoding_t5() -> tuple[nn.Module, Any]:
-    """What an encoder-decoder takes from its second token on: the encoder's output, and a cache of both texts."""
+    """An encoder-decoder's inputs from its second token on: the encoder's output, and a cache of both texts."""
     model, given = tiny.t5()
     model.eval()
     with torch.no_grad():
@@ -182,12 +182,12 @@ ALL = [*ROWS, *FURTHER, *OTHERWISE]
 
 
 def sizes(report: ParityReport) -> int:
-    """At how many sizes outputs were compared."""
+    """The number of sizes at which outputs were compared."""
     return len({one.sizes for one in report.compared})
 
 
 def one_more(given: Any) -> Any:
-    """The example with its first row once more."""
+    """The example with its first row repeated."""
 
     def longer(value: Any) -> Any:
         return torch.cat([value, value[:1]]) if isinstance(value, torch.Tensor) else value

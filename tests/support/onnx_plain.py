@@ -13,7 +13,7 @@ Case = tuple[nn.Module, Any, list[str]]  # a model, example inputs, targets
 
 
 class Net(nn.Module):
-    """Linears, a grouped convolution and an argument that is a number."""
+    """Linears, a grouped convolution and a number as an argument."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -86,7 +86,7 @@ class Text(nn.Module):
 
 
 class Tied(nn.Module):
-    """One weight read and multiplied by, one layer called twice."""
+    """One weight is used as a matrix, and one layer is called twice."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -118,7 +118,7 @@ class Pictures(nn.Module):
 
 
 class Mixed(nn.Module):
-    """Double and single precision, whole numbers and truths."""
+    """Double and single precision, integers and booleans."""
 
     def __init__(self) -> None:
         super().__init__()

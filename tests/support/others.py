@@ -1,6 +1,6 @@
-"""Models that are not transformers': each with the inputs of one real call. `ModuleNotFoundError` without its package.
+"""Models of other packages than transformers, each with the inputs of one real call.
 
-The weights are the packages' own where they bring any.
+Raises `ModuleNotFoundError` if the package is missing. The weights are the packages' own where they bring any.
 """
 
 from __future__ import annotations
@@ -94,7 +94,7 @@ class SileroVad(nn.Module):
 
 
 def silero_compiled() -> Made:
-    """As the package brings it: samples and their rate."""
+    """The package's model: takes samples and their rate."""
     return torch.jit.load(_folder("silero_vad") / "data" / "silero_vad.jit").eval(), (torch.randn(1, 512), 16_000)
 
 
@@ -106,7 +106,7 @@ def silero() -> Made:
 
 
 def _folder(package: str) -> Path:
-    """Where a package lies; it is not imported."""
+    """The folder of a package, without importing it."""
     spec = importlib.util.find_spec(package)
     if spec is None or spec.origin is None:
         raise ModuleNotFoundError(f"no {package}")

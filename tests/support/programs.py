@@ -1,4 +1,4 @@
-"""Random programs: the same lines of Python as a rewrite and in a forward that is written by hand."""
+"""Random programs: the same lines of Python in a rewrite and in a plain forward."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ BASES: dict[str, Any] = {
 
 @dataclass
 class Program:
-    """Lines before and after the module's own call; the last variable of the latter is the new output."""
+    """Lines before and after the call of the own forward; the last variable of the later lines is the output."""
 
     before: Lines
     after: Lines
@@ -223,7 +223,7 @@ def program(seed: int, stem: str = "v") -> Program:
 
 @rule("test-source")
 class SourceRule(Rule):
-    """A rule whose rewrite is written out."""
+    """A rule with generated source for its rewrite."""
 
     source: str = "result = None"
     seed: int = 0
@@ -286,9 +286,9 @@ def _in_dtype(new: Tensor, dtype: torch.dtype) -> Tensor:
 
 @dataclass
 class Inner:
-    """A forward as lines, and rewrites of what some of them compute: the pattern, and the expression in its place.
+    """A forward as lines, and rewrites of some lines: a pattern, and the expression that replaces it.
 
-    `stacked`: each rewrite is a rule of its own; the last of those of one value holds.
+    `stacked`: each rewrite is a separate rule; the last rule for a value wins.
     """
 
     lines: Lines
@@ -300,7 +300,7 @@ class Inner:
         return "\n".join(["def forward(self, x):", *[f"    {line}" for line in self.lines]])
 
     def edited(self) -> Lines:
-        """The lines with the expressions in the place of what they compute."""
+        """The lines with the replaced expressions."""
         found = list(self.lines)
         for number, (pattern, new) in enumerate(self.edits):
             new = new.replace("w.to", f"self.w_{number if self.stacked else 0}.to")

@@ -1,4 +1,4 @@
-"""Which cases `make test` takes of a grid: all of them with ALL_REWRITES=1 (`make rewrites`)."""
+"""Selects the cases of a grid that `make test` runs; all with ALL_REWRITES=1 (`make rewrites`)."""
 
 from __future__ import annotations
 
@@ -12,6 +12,6 @@ T = TypeVar("T")
 
 
 def sample(cases: Iterable[T], every: int) -> list[T]:
-    """Every so many of the cases, the first among them; all of them where the whole grid is asked for."""
+    """Every n-th case, beginning with the first; all cases if the whole grid is requested."""
     found = list(cases)
     return found if os.environ.get("ALL_REWRITES") else found[::every]

@@ -22,7 +22,7 @@ SITES = ("embed", "norm", "up", "down", "conv", "head", "last")
 
 
 class Body(nn.Module):
-    """One of each kind of module; `up` runs twice, and the head may share the embedding's weight."""
+    """One module of each kind; `up` runs twice, and the head may share the embedding's weight."""
 
     def __init__(self, tied: bool = False, groups: int = 1, padding: int | None = None):
         super().__init__()
@@ -42,7 +42,7 @@ class Body(nn.Module):
 
 
 def unchanged(module: nn.Module, args: Any, output: Any) -> None:
-    """A hook of the user's, which is to stay."""
+    """A user's hook, which must stay."""
 
 
 def flow(parts: Any, ids: Tensor) -> Tensor:
@@ -96,7 +96,7 @@ Weights = Mapping[str, float]
 
 class Shadow:
     def __init__(self, plain: Body):
-        self.plain = plain  # the base as it was before the first adapter, and is to be after the last
+        self.plain = plain  # the base before the first adapter, which must be restored after the last
         self.adapters: dict[str, Held] = {}
         self.merged: tuple[str, ...] = ()
         self.moved: dict[str, Tensor] = {}  # weights of the base that adapters changed at their start
@@ -284,7 +284,7 @@ class Shadow:
         return list(found.values())
 
     def sums(self, weights: Weights, entry: Entry, method: str) -> Iterator[tuple[str, Tensor, Tensor]]:
-        """What the tensors of a combined entry must come to: (what, found, wanted)."""
+        """Checks of a combined entry's tensors: (name, actual value, expected value)."""
         found, t = self.shares(weights, entry), {n: t.double() for n, t in entry.tensors.items()}
         if entry.kind == "lora" and not entry.dora:
             if method == "linear":
@@ -345,7 +345,7 @@ def _branch(module: Any, x: Tensor, A: Tensor, B: Tensor) -> Tensor:
 
 
 def _inputs(module: Any) -> Tensor:
-    """Inputs that show a linear map whole."""
+    """Inputs that determine a linear map."""
     if isinstance(module, nn.Embedding):
         return torch.arange(WORDS)
     if isinstance(module, nn.Conv1d):

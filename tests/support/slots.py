@@ -1,4 +1,4 @@
-"""Models exported with slots, run by onnxruntime, beside the live model: for the tests of the rules' slots."""
+"""Compares models that are exported with slots with the live model, for the tests of slots."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ TOLERANCE = 2e-5
 
 
 class Exported:
-    """A model's file with slots, and the model as it was before any rule."""
+    """A model's file with slots, and the model before any rule."""
 
     def __init__(self, model: nn.Module, inputs: Inputs, folder: Path, **settings: Any):
         self.model, self.inputs = model, inputs
@@ -35,7 +35,7 @@ class Exported:
         self.report = export_onnx(model, folder / "model.onnx", dict(inputs), verify=False, **settings)
         self.manifest = self.report.manifest
         options = onnxruntime.SessionOptions()
-        options.log_severity_level = 3  # it warns of each slot that it is no constant
+        options.log_severity_level = 3  # at 2, onnxruntime warns of each slot, because it is not a constant
         self.session = onnxruntime.InferenceSession(str(self.report.path), options)
 
     def run(self, inputs: Inputs | None = None, tensors: Mapping[str, Tensor] | None = None) -> list[np.ndarray]:
@@ -51,7 +51,7 @@ class Exported:
         return {name: torch.from_numpy(array) for name, array in found.items()}
 
     def nodes(self) -> dict[str, str]:
-        """The rules that nodes are marked with, by site."""
+        """The rules in the marks of nodes, by site."""
         import onnx
 
         found: dict[str, set[str]] = {}
@@ -71,7 +71,7 @@ def outputs(model: nn.Module, inputs: Inputs) -> Wanted[np.ndarray]:
 
 
 def shaken(model: nn.Module, size: float = 0.3) -> nn.Module:
-    """Every adapter's floating tensors moved at random, as training would."""
+    """Move every adapter's floating-point tensors at random, as training would."""
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if ".adapters." in f".{name}":
@@ -97,7 +97,7 @@ def same(found: Sequence[np.ndarray], wanted: Sequence[np.ndarray], tolerance: f
 def check_slots(
     exported: Exported, base: nn.Module, others: Sequence[Inputs] = (), tolerance: float = TOLERANCE
 ) -> None:
-    """Empty slots give the base, each adapter's tensors what the live model gives, at these sizes and others."""
+    """Check that empty slots give the base, and each adapter's tensors the live model's outputs, at several sizes."""
     for inputs in (exported.inputs, *others):
         plain = outputs(base, inputs)
         same(exported.run(inputs), plain, tolerance)

@@ -23,7 +23,7 @@ ELEMENTS = {
 
 @dataclass
 class Build:
-    """A graph as it grows. Slots are inputs; with a default they are optional ones."""
+    """Builds a graph. Slots are inputs; slots with a default are optional inputs."""
 
     required: bool = False  # slots_as="inputs"
     empty: str = "rank0"
@@ -37,7 +37,7 @@ class Build:
     rules: list[dict[str, Any]] = field(default_factory=list)
     cache: list[dict[str, str]] = field(default_factory=list)
     base: dict[str, Any] = field(default_factory=lambda: {"class": "Net", "numbers": {"w": {"values": [1.5, 2.25]}}})
-    turned: set[str] = field(default_factory=set)  # weights that stand transposed
+    turned: set[str] = field(default_factory=set)  # weights that are stored transposed
 
     def node(self, kind: str, *inputs: str, **attributes: Any) -> str:
         name = f"v{len(self.nodes)}"
@@ -145,7 +145,7 @@ W1, B1, W2, B2 = random(1, 6, 4), random(2, 6), random(3, 3, 6), random(4, 3)
 
 
 def net(path: Path, required: bool = False, empty: str = "rank0", **slots: Any) -> Path:
-    """relu(first x) second, both with slots of a rank of their own."""
+    """relu(first x) second; both layers have slots with separate ranks."""
     build = Build(required, empty)
     x = build.input("x", "float32", ["batch", 4])
     y = build.linear(x, "first", W1, B1, slots=True, **slots)
@@ -168,7 +168,7 @@ def slot(path: str, tensor: str) -> str:
 
 
 def adapter(seed: int, first: int | None = 2, second: int | None = 3) -> Arrays:
-    """Tensors for the net, of these ranks; None: nothing for this site."""
+    """Tensors for the net with these ranks; None: no tensors for this site."""
     found = {}
     for path, rank, (out, size) in (("first", first, W1.shape), ("second", second, W2.shape)):
         if rank is not None:
@@ -178,7 +178,7 @@ def adapter(seed: int, first: int | None = 2, second: int | None = 3) -> Arrays:
 
 
 def identities(path: Path, build: Build) -> Path:
-    """A file that gives back what its slots hold."""
+    """A file that returns the tensors in its slots."""
     build.input("x", "float32", [1])
     build.output("x", "same", "float32", [1])
     for one in build.slots:

@@ -62,7 +62,7 @@ def llama() -> tuple[nn.Module, dict[str, Any]]:
 
 
 def mistral() -> tuple[nn.Module, dict[str, Any]]:
-    """With a window that is shorter than a text."""
+    """With a sliding window that is shorter than a text."""
     config = transformers.MistralConfig(
         **_SMALL, **_TOKENS, num_key_value_heads=2, max_position_embeddings=64, sliding_window=4
     )

@@ -1,1 +1,1 @@
-"""The calls that a model is exported and compared with: examples, other sizes, caches."""
+"""The calls with which a model is exported and compared: examples, other sizes, caches."""

@@ -1,4 +1,4 @@
-"""Exports of several threads run one after the other: exporters patch functions of the whole process."""
+"""Serialises exports of several threads, because exporters patch functions of the whole process."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import threading
 from collections.abc import Callable
 from typing import ParamSpec, TypeVar
 
-__all__ = ["in_turn"]
+__all__ = ["one_at_a_time"]
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -15,12 +15,12 @@ R = TypeVar("R")
 _lock = threading.RLock()
 
 
-def in_turn(function: Callable[P, R]) -> Callable[P, R]:
-    """The function, run by one thread at a time; one that is called inside of another runs at once."""
+def one_at_a_time(function: Callable[P, R]) -> Callable[P, R]:
+    """Wraps a function so that one thread at a time runs it. Nested calls in the same thread do not wait."""
 
     @functools.wraps(function)
-    def called(*args: P.args, **kwargs: P.kwargs) -> R:
+    def locked(*args: P.args, **kwargs: P.kwargs) -> R:
         with _lock:
             return function(*args, **kwargs)
 
-    return called
+    return locked

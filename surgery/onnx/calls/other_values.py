@@ -1,4 +1,4 @@
-"""One call with other values in its tensors: what holds for the example's may not hold for all."""
+"""Varies the values in a call's tensors: a file that is right for the example's values may be wrong for others."""
 
 from __future__ import annotations
 
@@ -10,36 +10,36 @@ from torch import Tensor
 
 from surgery.onnx.calls.example import ExampleCall
 
-__all__ = ["Varied", "other_values"]
+__all__ = ["VariedCall", "other_values"]
 
 _LARGE = 1e3
-_CACHED = ("past_key_values", "encoder_outputs")  # which hold what a model has computed
+_CACHED = ("past_key_values", "encoder_outputs")  # computed by a model, so not varied
 
 
 @dataclass(frozen=True)
-class Varied:
-    """A call, and what is other than in the example; `edge`: a case in which files and models may part."""
+class VariedCall:
+    """A call with other values than the example. `edge`: an edge case, in which file and model may differ."""
 
     description: str
     call: ExampleCall
     edge: bool
 
 
-def other_values(example: ExampleCall) -> list[Varied]:
-    """The example with padded texts; and at the edges: masks with a row that lets nothing through and one that lets
-    everything, texts of one token, zeros, numbers a thousand times as large. What changes nothing is left out."""
+def other_values(example: ExampleCall) -> list[VariedCall]:
+    """Returns the example with padded texts, and edge cases: masks with an empty row, texts of one repeated token,
+    zeros, large numbers. Variations that change no tensor are left out."""
     calls = []
-    for description, change, edge in _WAYS:
+    for description, change, edge in _VARIATIONS:
         changed: list[bool] = []
 
-        def varied(name: str, tensor: Tensor, change: Change = change, changed: list[bool] = changed) -> Tensor:
-            other = change(name, tensor) if tensor.numel() and not name.startswith(_CACHED) else None
-            changed.append(other is not None and not torch.equal(other, tensor))
-            return tensor if other is None else other
+        def vary(name: str, tensor: Tensor, change: Change = change, changed: list[bool] = changed) -> Tensor:
+            new = change(name, tensor) if tensor.numel() and not name.startswith(_CACHED) else None
+            changed.append(new is not None and not torch.equal(new, tensor))
+            return tensor if new is None else new
 
-        call = example.mapped(varied)
+        call = example.mapped(vary)
         if any(changed):
-            calls.append(Varied(description, call, edge))
+            calls.append(VariedCall(description, call, edge))
     return calls
 
 
@@ -47,7 +47,7 @@ Change = Callable[[str, Tensor], "Tensor | None"]
 
 
 def _padded(name: str, tensor: Tensor) -> Tensor | None:
-    """The first text has padding on its left, the others on their right."""
+    """Pads the first text on its left, the others on their right."""
     if not _is_padding(name, tensor) or tensor.shape[1] < 3:
         return None
     length = max(1, tensor.shape[1] // 3)
@@ -58,12 +58,12 @@ def _padded(name: str, tensor: Tensor) -> Tensor | None:
 
 
 def _empty(name: str, tensor: Tensor) -> Tensor | None:
-    """The first row of a mask lets nothing through, the second everything."""
+    """Closes all positions in the first row of a mask, and opens all in the second."""
     if not _is_mask(name, tensor):
         return None
     changed = tensor.clone()
     rows = changed.view(-1, changed.shape[-1])
-    closed = _closed(tensor) if tensor.is_floating_point() else 0
+    closed = _closed_value(tensor) if tensor.is_floating_point() else 0
     rows[0] = closed
     if len(rows) > 1:
         rows[1] = 0.0 if tensor.is_floating_point() else 1
@@ -84,7 +84,7 @@ def _large(name: str, tensor: Tensor) -> Tensor | None:
     return tensor * _LARGE if _is_number(name, tensor) else None
 
 
-_WAYS: list[tuple[str, Change, bool]] = [
+_VARIATIONS: list[tuple[str, Change, bool]] = [
     ("padded texts", _padded, False),
     ("masks with an empty row", _empty, True),
     ("repeated tokens", _repeated, True),
@@ -94,7 +94,7 @@ _WAYS: list[tuple[str, Change, bool]] = [
 
 
 def _is_padding(name: str, tensor: Tensor) -> bool:
-    """A mask of texts' tokens: a row for each, 1 where there is one."""
+    """Whether the tensor is a padding mask: a row for each text, 1 for each token."""
     return "mask" in name and tensor.dim() == 2 and not tensor.is_floating_point() and _is_mask(name, tensor)
 
 
@@ -110,7 +110,7 @@ def _is_number(name: str, tensor: Tensor) -> bool:
     return tensor.is_floating_point() and not _is_mask(name, tensor)
 
 
-def _closed(tensor: Tensor) -> float:
-    """What a float mask has where it lets nothing through."""
+def _closed_value(tensor: Tensor) -> float:
+    """Returns the value of closed positions in a float mask."""
     lowest = float(tensor.min())
     return lowest if lowest < -1e3 else float("-inf")

@@ -1,4 +1,4 @@
-"""A model to export from: a copy that shares the model's memory, so that the model itself is never touched."""
+"""Copies a model for the export. The copy shares the model's memory, and the model itself stays unchanged."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from surgery.errors import SurgeryError
 from surgery.lifecycle.remove import remove
 from surgery.lifecycle.switching import switch, weights_now
 from surgery.merging.merge import ensure_unmerged
-from surgery.onnx.calls.sliding_windows import whole_windows
+from surgery.onnx.calls.sliding_windows import full_length_caches
 from surgery.rewritten_model.verb_root import records_in
 from surgery.state.records import _MODEL, _SITE, Sites, model_state, sites
 
@@ -21,16 +21,16 @@ __all__ = ["changing", "leave_live", "sharing_copy", "traced_path"]
 
 
 def sharing_copy(model: nn.Module, *, folding: bool = False) -> nn.Module:
-    """A copy in evaluation mode whose tensors are the model's own memory.
+    """Returns a copy in evaluation mode that shares the model's memory.
 
-    What is written to in place has memory of its own: weights of sites that an adapter changed at its start, that are
-    merged, or (`folding`) that are about to be, and running statistics, which differ with and without adapters.
+    Tensors that are written in place are copied: weights of sites that are merged or that an adapter changed at its
+    start, all sites' weights with `folding`, and running statistics, which differ with and without adapters.
     """
-    own = {id(tensor) for tensor in _modified_tensors(model, folding)}
+    modified = {id(tensor) for tensor in _modified_tensors(model, folding)}
     memo: dict[int, object] = {}
     for tensor in (*model.parameters(), *model.buffers()):
-        if id(tensor) not in own:
-            memo[id(tensor)] = _shared(tensor)
+        if id(tensor) not in modified:
+            memo[id(tensor)] = _alias(tensor)
     try:
         with torch.no_grad():
             copied_model = copy.deepcopy(model, memo)
@@ -40,7 +40,7 @@ def sharing_copy(model: nn.Module, *, folding: bool = False) -> nn.Module:
             why=f"{type(error).__name__}: {error}"[:300],
             fix="export works on a copy that shares the model's memory: let copy.deepcopy(model) succeed",
         ) from error
-    _bring_records(model, copied_model, memo)
+    _copy_records(model, copied_model, memo)
     for parameter in copied_model.parameters():
         if parameter.is_floating_point():
             parameter.requires_grad_(False)
@@ -48,7 +48,7 @@ def sharing_copy(model: nn.Module, *, folding: bool = False) -> nn.Module:
 
 
 def changing(model: nn.Module) -> list[str]:
-    """The adapters that changed base weights at their start (PiSSA), and so are live as long as they are there."""
+    """Returns adapters that changed base weights at their start (PiSSA). They can't be idle."""
     return _changing(list(sites(model)))
 
 
@@ -59,9 +59,9 @@ def _changing(all_sites: Sites) -> list[str]:
 
 
 def leave_live(copy: nn.Module, names: Sequence[str], weights: Mapping[str, float] | None = None) -> None:
-    """On a copy, let these adapters be live alone, unmerged; others that can't be idle are taken off it.
+    """Makes exactly these adapters of a copy live and unmerged. Removes other adapters that can't be idle.
 
-    `weights`: of those that have another than 1; by default as they are on the copy.
+    `weights`: weights other than 1; default: the copy's current weights.
     """
     state = model_state(copy)
     if state is None:
@@ -70,20 +70,21 @@ def leave_live(copy: nn.Module, names: Sequence[str], weights: Mapping[str, floa
     all_sites = list(sites(copy))
     if any(site.merged is not None for _, _, site in all_sites):
         ensure_unmerged(copy)
-    if gone := [name for name in _changing(all_sites) if name not in names]:
-        remove(copy, gone, check=False)
+    if removed := [name for name in _changing(all_sites) if name not in names]:
+        remove(copy, removed, check=False)
     if model_state(copy) is not None:
         switch(copy, {name: weights.get(name, 1.0) for name in names})
 
 
-def _shared(tensor: Tensor) -> Tensor:
-    """The same numbers in an object of its own, whose flags may change."""
+def _alias(tensor: Tensor) -> Tensor:
+    """Returns a tensor object that shares memory and has its own flags."""
     if type(tensor) is nn.Parameter:
         return nn.Parameter(tensor.detach(), requires_grad=False)
-    return tensor.detach() if type(tensor) is Tensor else tensor  # packed ones are shared as they are
+    return tensor.detach() if type(tensor) is Tensor else tensor  # packed tensors have no flags to change
 
 
 def _modified_tensors(model: nn.Module, folding: bool) -> Iterator[Tensor]:
+    """Yields tensors that exporting writes in place."""
     for part in (records_in(model, nested=True) or {"": model}).values():
         for _, module, site in sites(part):
             if folding or site.merged is not None or any(applied.changed for applied in site.applied):
@@ -94,8 +95,8 @@ def _modified_tensors(model: nn.Module, folding: bool) -> Iterator[Tensor]:
             yield from module.buffers(recurse=False)
 
 
-def _bring_records(model: nn.Module, copied_model: nn.Module, memo: Mapping[int, object]) -> None:
-    """A GraphModule's own deepcopy leaves records behind that others take along."""
+def _copy_records(model: nn.Module, copied_model: nn.Module, memo: Mapping[int, object]) -> None:
+    """Copies the records of GraphModules, whose deepcopy drops them."""
     for path, module in model.named_modules():
         if isinstance(module, fx.GraphModule):
             for name in (_MODEL, _SITE):
@@ -106,15 +107,14 @@ def _bring_records(model: nn.Module, copied_model: nn.Module, memo: Mapping[int,
 
 @contextlib.contextmanager
 def traced_path() -> Iterator[None]:
-    """Without the kernel that nn.TransformerEncoder has for evaluation alone, which can't be exported.
+    """Disables the fast kernel of nn.TransformerEncoder, which can't be exported, and uses `full_length_caches`.
 
-    That one writes zeros at padded positions, where the path that training takes, and the file, has numbers. And
-    with caches that keep all positions (`whole_windows`).
+    The fast kernel writes zeros at padded positions. The path that training takes, and thus the file, computes values.
     """
     before = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
     try:
-        with whole_windows():
+        with full_length_caches():
             yield
     finally:
         torch.backends.mha.set_fastpath_enabled(before)

@@ -1,9 +1,8 @@
-"""Sliding windows: in an exported file their caches keep the whole text, as others do, and the mask does the rest.
+"""Caches with sliding windows: for the export they keep the whole text, and the mask hides what a window would drop.
 
-transformers' layers of a cache that keep a window count positions in Python and cut to the window, which a graph would
-have at the example's length for good. Its exporter traces them so, too; here the live model that is compared has them
-alike, and they are plain layers in what goes in and comes out. What rules note on a cache comes out of no file: it is
-left out of what the live model gives, too.
+transformers' window layers count positions in Python and cut to the window, so a graph would be right only for the
+example's length. transformers' exporter replaces them by plain layers. We do the same in the live model that is
+compared with the file. Notes of rules on a cache are removed, because no file returns them.
 """
 
 from __future__ import annotations
@@ -16,47 +15,46 @@ from typing import Any
 
 from surgery.errors import SurgeryError
 
-__all__ = ["notes", "whole", "whole_windows"]
+__all__ = ["adapter_notes", "with_plain_caches", "full_length_caches"]
 
-_NOTED = "_surgery_"  # begins the names of attributes in which rules note on a cache what they put into it
+_NOTED = "_surgery_"  # prefix of attributes in which rules note what they put into a cache
 _COUNTING = ("update", "get_mask_sizes", "get_seq_length")
 
 
 @contextlib.contextmanager
-def whole_windows() -> Iterator[None]:
-    """Models that are called inside of the block keep all positions in their caches."""
+def full_length_caches() -> Iterator[None]:
+    """Makes caches of models that are called in the block keep all positions."""
     caches: Any = sys.modules.get("transformers.cache_utils")
     sliding = getattr(caches, "DynamicSlidingWindowLayer", None)
     if sliding is None:
         yield
         return
-    own = {name: sliding.__dict__.get(name) for name in _COUNTING}
+    methods = {name: sliding.__dict__.get(name) for name in _COUNTING}
     for name in _COUNTING:
         setattr(sliding, name, getattr(caches.DynamicLayer, name))
     try:
         yield
     finally:
-        for name, method in own.items():
+        for name, method in methods.items():
             delattr(sliding, name) if method is None else setattr(sliding, name, method)
 
 
-def whole(value: Any) -> Any:
-    """A value, such as an argument or what a model returns, whose caches have plain layers for those of a window, and
-    no notes."""
+def with_plain_caches(value: Any) -> Any:
+    """Returns an argument or output whose caches have plain layers in place of window layers, and no notes."""
     if type(value) in (tuple, list):
-        return type(value)(whole(item) for item in value)
+        return type(value)(with_plain_caches(item) for item in value)
     if isinstance(value, Mapping):
-        changed = {key: plain for key, item in value.items() if (plain := whole(item)) is not item}
+        changed = {key: plain for key, item in value.items() if (plain := with_plain_caches(item)) is not item}
         if changed and type(value) is dict:
             return {**value, **changed}
         for key, plain in changed.items():
-            value[key] = plain  # type: ignore[index]  # a ModelOutput, which is this call's own
+            value[key] = plain  # type: ignore[index]  # a ModelOutput, which belongs to this call alone
         return value
-    return _whole_cache(value) if type(value).__name__.endswith("Cache") else value
+    return _with_plain_layers(value) if type(value).__name__.endswith("Cache") else value
 
 
-def notes(cache: Any) -> list[str]:
-    """The attributes of a cache in which rules note what they put into it."""
+def adapter_notes(cache: Any) -> list[str]:
+    """Returns the attributes of a cache in which rules note what they put into it."""
     return [name for name in vars(cache) if name.startswith(_NOTED)]
 
 
@@ -64,33 +62,35 @@ _PARTS = ("self_attention_cache", "cross_attention_cache")
 _WINDOW = "DynamicSlidingWindowLayer"
 
 
-def _whole_cache(cache: Any) -> Any:
+def _with_plain_layers(cache: Any) -> Any:
     parts = {name: part for name in _PARTS if (part := getattr(cache, name, None)) is not None}
-    changed = {name: plain for name, part in parts.items() if (plain := _whole_cache(part)) is not part}
+    changed = {name: plain for name, part in parts.items() if (plain := _with_plain_layers(part)) is not part}
     if not parts and any(type(layer).__name__ == _WINDOW for layer in getattr(cache, "layers", ())):
-        changed["layers"] = [_plain(layer) for layer in cache.layers]
-    noted = notes(cache)
-    if not changed and not noted:
+        changed["layers"] = [_plain_layer(layer) for layer in cache.layers]
+    note_names = adapter_notes(cache)
+    if not changed and not note_names:
         return cache
     plain_cache = copy.copy(cache)
     plain_cache.__dict__.update(changed)
-    for name in noted:
+    for name in note_names:
         del plain_cache.__dict__[name]
     return plain_cache
 
 
-def _plain(layer: Any) -> Any:
+def _plain_layer(layer: Any) -> Any:
     if type(layer).__name__ != _WINDOW:
         return layer
     from transformers.cache_utils import DynamicLayer
 
     plain_layer = DynamicLayer()
     if layer.is_initialized:
-        seen, kept = layer.cumulative_length, layer.keys.shape[-2]
-        if seen > kept:  # 0 where it was filled inside of `whole_windows`
-            why = f"it has the last {kept} of {seen} positions, and a file's cache has them all"
+        read_length, window = layer.cumulative_length, layer.keys.shape[-2]
+        if read_length > window:  # `read_length` is 0 if the cache was filled in `full_length_caches`
+            why = f"it has the last {window} of {read_length} positions, and a file's cache has all of them"
             raise SurgeryError(
-                "the example's cache keeps a window", why=why, fix="cache=True makes one for the example"
+                "the example's cache keeps only a window of the text",
+                why=why,
+                fix="cache=True makes one for the example",
             )
         plain_layer.lazy_initialization(layer.keys, layer.values)
         plain_layer.keys, plain_layer.values = layer.keys, layer.values

@@ -1,4 +1,4 @@
-"""Adapters between a live model and the files that run beside an exported one."""
+"""Converts adapters between a live model and `.onnx_adapter` files."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from surgery.authoring.hook_call import HookCall
 from surgery.authoring.rule import Rule, SlotRule
 from surgery.errors import LoadError, RuleError, SurgeryError
 from surgery.onnx.calls.example import array_of
-from surgery.onnx.calls.exported_model import rooted
+from surgery.onnx.calls.exported_model import exported_root
 from surgery.onnx.graph.slot_insertion import slot_tensors
 from surgery.onnx.graph.slot_layout import exactly
 from surgery.onnx.runtime.adapter_file import read_adapter, write_adapter
@@ -61,7 +61,7 @@ def export_adapter(model: nn.Module, name: str, onnx_path: str | Path, out_path:
     Raises:
         LoadError: lists what does not fit: another base than the file's, sites without a slot.
     """
-    model, manifest = rooted(model), Manifest.read(onnx_path)
+    model, manifest = exported_root(model), Manifest.read(onnx_path)
     problems = [SurgeryError(difference, where=str(onnx_path)) for difference in differences(model, manifest.base)]
     try:
         arrays = slot_arrays(model, name, manifest)
@@ -109,11 +109,11 @@ def import_adapter(path: str | Path, onnx_path: str | Path) -> Stored:
     for place, site, slot, named in _sites(manifest, arrays):
         with HookCall(slot, "unslotted", site):
             rule, rule_tensors = slot.unslotted({key: _tensor(array) for key, array in named.items()})
-        bare = rule.replace(targets=(), exclude=(), layers=None, expect=None)
-        same = next((paths for at, other, paths in rules if at == place and other == bare), None)
-        if same is None:
-            rules.append((place, bare, same := []))
-        same.append(site)
+        without_targets = rule.replace(targets=(), exclude=(), layers=None, expect=None)
+        site_paths = next((paths for index, other, paths in rules if index == place and other == without_targets), None)
+        if site_paths is None:
+            rules.append((place, without_targets, site_paths := []))
+        site_paths.append(site)
         tensors.update({tensor_key(site, key): tensor for key, tensor in rule_tensors.items()})
     file = TensorFile(
         {key: tuple(tensor.shape) for key, tensor in tensors.items()},
@@ -128,7 +128,7 @@ def import_adapter(path: str | Path, onnx_path: str | Path) -> Stored:
 
 
 def slot_arrays(model: nn.Module, adapter: str, manifest: Manifest) -> dict[str, Any]:
-    """An adapter's tensors for the slots of a file: slot name → array in the slot's dtype."""
+    """Returns an adapter's tensors for a file: slot name → array in the slot's dtype."""
     by_site = {f"{site}:{kind}": slot for (site, kind), slot in _rules_of(manifest).items()}
     by_slot = slot_tensors(model, adapter, by_site, manifest.slot, manifest.constants.get(adapter, ()))
     dtypes = {slot.name: getattr(torch, slot.dtype) for slot in manifest.slots}
@@ -136,7 +136,7 @@ def slot_arrays(model: nn.Module, adapter: str, manifest: Manifest) -> dict[str,
 
 
 def _rules_of(manifest: Manifest) -> dict[tuple[str, str], SlotRule]:
-    """The slots' rules by site and kind."""
+    """Returns the slots' rules by site and kind."""
     rules = [_slot_rule(Rule.from_dict(data)) for data in manifest.rules]
     return {(site["site"], site["rule"]): rules[site["by"]] for site in manifest.sites}
 

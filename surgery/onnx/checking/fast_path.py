@@ -1,4 +1,4 @@
-"""torch's own kernel for attention in evaluation, which parts from its other path where a mask lets nothing through."""
+"""Finds calls in which torch's fast kernel for attention differs from the path that training takes."""
 
 from __future__ import annotations
 
@@ -10,36 +10,36 @@ from torch import nn
 from surgery.arithmetic.float64_reference import difference
 from surgery.onnx.checking.output_differences import Call, expected_of
 
-__all__ = ["told_apart"]
+__all__ = ["fast_path_notices"]
 
-_LIMIT = 1e-3  # of the largest number: far more than another order of sums brings
+_LIMIT = 1e-3  # relative to the largest number; far above the effect of another summation order
 
 
-def told_apart(model: nn.Module, calls: Iterable[Call]) -> list[str]:
-    """A notice for each kind of values at which `nn.MultiheadAttention` gives other numbers by that kernel than by the
-    path that training takes, which is the file's and what it is compared with."""
+def fast_path_notices(model: nn.Module, calls: Iterable[Call]) -> list[str]:
+    """Returns a notice for each call in which the two paths of `nn.MultiheadAttention` differ.
+
+    The file computes the path that training takes, and is compared with it.
+    """
     if not any(isinstance(module, (nn.MultiheadAttention, nn.TransformerEncoderLayer)) for module in model.modules()):
         return []
     notices = []
     for call in calls:
-        ours, theirs = (_by_path(model, call, fast) for fast in (False, True))
-        if ours is None or theirs is None:
+        slow, fast = (_outputs(model, call, enabled) for enabled in (False, True))
+        if slow is None or fast is None:
             continue
-        apart = [
-            difference(ours_there, other)
-            for ours_there, other in zip(ours, theirs, strict=True)
-            if ours_there.shape == other.shape
+        distances = [
+            difference(output, other) for output, other in zip(slow, fast, strict=True) if output.shape == other.shape
         ]
-        if any(distance > _LIMIT for distance in apart):
-            what = "torch's own kernel for evaluation gives other numbers than the path that training takes"
+        if any(distance > _LIMIT for distance in distances):
+            what = "torch's fast kernel for evaluation gives other numbers than the path that training takes"
             notices.append(f"with {call.values} {what}, which the file has")
     return notices
 
 
-def _by_path(model: nn.Module, call: Call, fast: bool) -> list[torch.Tensor] | None:
+def _outputs(model: nn.Module, call: Call, fast_path: bool) -> list[torch.Tensor] | None:
     before = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(fast)
+    torch.backends.mha.set_fastpath_enabled(fast_path)
     try:
-        return expected_of(model, call.given)
+        return expected_of(model, call.example)
     finally:
         torch.backends.mha.set_fastpath_enabled(before)

@@ -1,4 +1,4 @@
-"""What an exported file holds: a graph that onnxruntime can run, all its slots, and the model's own weights."""
+"""Checks an exported file: onnxruntime can run its graph, and it has all slots and the model's weights."""
 
 from __future__ import annotations
 
@@ -21,54 +21,58 @@ from surgery.onnx.runtime.manifest import Manifest
 from surgery.state.adapter_naming import adapter_names
 from surgery.state.records import model_state, require_state
 
-__all__ = ["check_file", "check_weights", "opened", "ran"]
+__all__ = ["check_file", "check_weights", "open_for_check", "run_session"]
 
-POOLING = 22  # the opset from which onnx leaves out a window that begins in the padding, as torch and onnxruntime do
+POOLING = 22  # from this opset on, onnx drops pooling windows that begin in the padding, as torch and onnxruntime do
 
 
 def check_file(path: str | Path, manifest: Manifest, session: Any) -> list[str]:
-    """The graph by onnx's own checker, and whether all inputs, outputs and slots are there; `ParityError`. Gives what
-    there is to tell."""
+    """Runs onnx's checker, and checks that all inputs, outputs and slots exist. Returns notices.
+
+    Raises `ParityError` if the file is wrong.
+    """
     import onnx
 
     notices = list[str]()
     domains = {opset.domain for opset in onnx.load(str(path), load_external_data=False).opset_import}
-    if "com.microsoft" not in domains:  # onnxruntime's own operations it does not know
+    if "com.microsoft" not in domains:  # onnx's checker does not know onnxruntime's own operations
         try:
             onnx.checker.check_model(str(path), full_check=True)
         except Exception as error:
-            notices.append(_shapes_refused(path, manifest, error))
+            notices.append(_shape_notice(path, manifest, error))
     inputs = {node.name for node in session.get_inputs()}
-    fed = {node.name for node in session.get_overridable_initializers()} | inputs
-    for what, wanted, there in (
-        ("slots", [slot.name for slot in manifest.slots], fed),
+    all_inputs = {node.name for node in session.get_overridable_initializers()} | inputs
+    for what, expected, existing in (
+        ("slots", [slot.name for slot in manifest.slots], all_inputs),
         ("inputs", manifest.inputs, inputs),
         ("outputs", manifest.outputs, {node.name for node in session.get_outputs()}),
     ):
-        if lost := [name for name in wanted if name not in there]:
-            why = f"{', '.join(lost[:3])}{', …' if len(lost) > 3 else ''}"
+        if missing := [name for name in expected if name not in existing]:
+            why = f"{', '.join(missing[:3])}{', …' if len(missing) > 3 else ''}"
             raise ParityError(f"the file lacks {what} that its manifest names", where=str(path), why=why)
     return notices
 
 
-def _shapes_refused(path: str | Path, manifest: Manifest, refused: Exception) -> str:
-    """A notice where onnx.checker takes the graph and refuses its shapes alone: whether those are right is seen when
-    onnxruntime runs it. `ParityError` for any other objection."""
+def _shape_notice(path: str | Path, manifest: Manifest, error: Exception) -> str:
+    """Returns a notice if onnx.checker refuses only the shapes: onnxruntime's run shows whether they are right.
+
+    Raises `ParityError` for any other objection.
+    """
     import onnx
 
     try:
-        if not isinstance(refused, onnx.shape_inference.InferenceError):
-            raise refused
+        if not isinstance(error, onnx.shape_inference.InferenceError):
+            raise error
         onnx.checker.check_model(str(path))
-    except Exception as error:
-        raise ParityError("onnx.checker refuses the file", where=str(path), why=_short(error)) from error
-    pooled = manifest.opset < POOLING and "Pool" in str(refused)
-    newer = f"; with opset={POOLING} it takes them (ceil_mode)" if pooled else ""
-    return f"onnx.checker infers other shapes than onnxruntime computes: {_short(refused)}{newer}"
+    except Exception as other:
+        raise ParityError("onnx.checker refuses the file", where=str(path), why=_short(other)) from other
+    pooled = manifest.opset < POOLING and "Pool" in str(error)
+    newer = f"; with opset={POOLING} it accepts them (ceil_mode)" if pooled else ""
+    return f"onnx.checker infers other shapes than onnxruntime computes: {_short(error)}{newer}"
 
 
 def check_weights(path: str | Path, manifest: Manifest, model: nn.Module, example: ExampleCall, names: Any) -> int:
-    """Every tensor of the file that has the name of one of the model's has its bits; how many those are."""
+    """Checks that tensors with the names of model tensors have their bits. Returns the number of these tensors."""
     import onnx_ir as ir
 
     if manifest.adapters == "merged":
@@ -76,7 +80,7 @@ def check_weights(path: str | Path, manifest: Manifest, model: nn.Module, exampl
     elif model_state(model) is None:
         source = sharing_copy(model)
     else:
-        source = sharing_copy(model)  # some adapters change weights at their start
+        source = sharing_copy(model)  # adapters such as PiSSA change weights at their start
         if manifest.adapters == "slots":
             remove(ensure_unmerged(source), check=False)
         else:
@@ -89,29 +93,33 @@ def check_weights(path: str | Path, manifest: Manifest, model: nn.Module, exampl
         value = initializers.get(name)
         if value is None or value.const_value is None or name in slots:
             continue
-        own, stored = array_of(tensor), value.const_value.numpy()
-        own = own.T if value.metadata_props.get(LAYOUT) == "transposed" else own
+        expected, stored = array_of(tensor), value.const_value.numpy()
+        expected = expected.T if value.metadata_props.get(LAYOUT) == "transposed" else expected
         count += 1
-        if own.shape != stored.shape or not (np.array_equal(own, stored) or own.tobytes() == stored.tobytes()):
+        if expected.shape != stored.shape or not (
+            np.array_equal(expected, stored) or expected.tobytes() == stored.tobytes()
+        ):
             wrong.append(name)
     if wrong:
         more = f" and {len(wrong) - 4} more" if len(wrong) > 4 else ""
         raise ParityError(
             "the file has other weights than the model",
             where=", ".join(wrong[:4]) + more,
-            why="either changed after the export, or they are of another model",
+            why="the weights changed after the export, or belong to another model",
             fix="export the model again",
         )
     return count
 
 
 def require_data(path: str | Path, initializers: Mapping[str, Any]) -> None:
-    """`SurgeryError` where weights that stand in a file of their own aren't beside the graph."""
+    """Raises `SurgeryError` if a file of external weights is missing."""
     for value in initializers.values():
-        place = getattr(value.const_value, "path", None)
-        if place is not None and not Path(place).is_file():
-            fix = f"put {Path(place).name} beside it: they belong together, under the names they were written with"
-            raise SurgeryError("the file's weights are missing", where=str(path), why=f"there is no {place}", fix=fix)
+        data_path = getattr(value.const_value, "path", None)
+        if data_path is not None and not Path(data_path).is_file():
+            fix = f"put {Path(data_path).name} beside it, under the name that it was written with"
+            raise SurgeryError(
+                "the file's weights are missing", where=str(path), why=f"there is no {data_path}", fix=fix
+            )
 
 
 def _tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
@@ -119,26 +127,26 @@ def _tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     yield from model.named_buffers(remove_duplicate=False)
 
 
-def opened(path: str | Path, optimised: bool, providers: Sequence[str] | None = None) -> Any:
-    """A session of onnxruntime, with its optimiser or without."""
+def open_for_check(path: str | Path, optimised: bool, providers: Sequence[str] | None = None) -> Any:
+    """Opens a session of onnxruntime with or without its optimiser."""
     import onnxruntime
 
-    from surgery.onnx.runtime.sessions import session
+    from surgery.onnx.runtime.sessions import create_session
 
     options = onnxruntime.SessionOptions()
-    options.log_severity_level = 3  # it warns of each slot that it is no constant
+    options.log_severity_level = 3  # at 2, onnxruntime warns of each slot, because it is not a constant
     levels = onnxruntime.GraphOptimizationLevel
     options.graph_optimization_level = levels.ORT_ENABLE_ALL if optimised else levels.ORT_DISABLE_ALL
     try:
-        return session(Path(path), options, providers)
+        return create_session(Path(path), options, providers)
     except Exception as error:
         raise _no_kernels(error) or ParityError(
             "onnxruntime can't open the file", where=str(path), why=_short(error)
         ) from error
 
 
-def ran(session: Any, feeds: Mapping[str, Any], where: str) -> list[Any]:
-    """All outputs; onnxruntime's errors as `ParityError`."""
+def run_session(session: Any, feeds: Mapping[str, Any], where: str) -> list[Any]:
+    """Returns all outputs. Raises errors of onnxruntime as `ParityError`."""
     try:
         if any(array.dtype.name == "bfloat16" for array in feeds.values()):
             from surgery.onnx.runtime.dtypes import array_of_value, value_of
@@ -152,7 +160,7 @@ def ran(session: Any, feeds: Mapping[str, Any], where: str) -> list[Any]:
             "onnxruntime can't run the file",
             where=where,
             why=_short(error),
-            fix="where it runs at the example's sizes alone, one that should be free is fixed: name them all in "
+            fix="if it runs only at the example's sizes, the export fixed a free size: name all free sizes in "
             "dynamic=, or fix all with dynamic=False",
         ) from error
 

@@ -1,4 +1,4 @@
-"""Greedy decoding, token for token: the model reads the whole text anew for each, the file goes on from its cache."""
+"""Compares greedy decoding. The model reads the whole text again for each token, the file uses its cache."""
 
 from __future__ import annotations
 
@@ -16,8 +16,13 @@ from surgery.onnx.checking.report import TIE, Decoded
 
 __all__ = ["decode"]
 
-_MADE = {"input_ids", "attention_mask", "position_ids", "cache_position"}  # what a runner makes of a text
-_LONGEST = 64  # positions of the example that are read anew for each token
+_COMPUTED_INPUTS = {
+    "input_ids",
+    "attention_mask",
+    "position_ids",
+    "cache_position",
+}  # the runner computes these from a text
+_LONGEST = 64  # positions of the example that the model reads again for each token
 
 
 def decode(
@@ -26,15 +31,17 @@ def decode(
     path: str | Path,
     manifest: Any,
     adapter: str,
-    fed: Mapping[str, Any],
+    slot_arrays: Mapping[str, Any],
     tokens: int,
 ) -> Decoded | str | None:
-    """Decode the example's first row; None where the file is no decoder's that takes and gives a cache, and why not
-    where that can't be called with a text alone."""
+    """Decodes the example's first row with both.
+
+    Returns None if the file is not a decoder with a cache, or the reason why the file can't decode a text alone.
+    """
     ids = example.values.get("input_ids")
     if not manifest.cache or "logits" not in manifest.outputs or not isinstance(ids, Tensor) or ids.dim() != 2:
         return None
-    further = set(manifest.inputs) - {entry["past"] for entry in manifest.cache} - _MADE
+    further = set(manifest.inputs) - {entry["past"] for entry in manifest.cache} - _COMPUTED_INPUTS
     if further:
         return f"not decoded, since it also takes {', '.join(sorted(further)[:3])}"
     if differs := (manifest.further.get("generation") or {}).get("differs"):
@@ -46,21 +53,23 @@ def decode(
     row = ids[:1, :_LONGEST]
     expected, gaps, tie = _greedy(reference, row, tokens)
     runner = OnnxRunner(path)
-    if fed:
-        runner.load(adapter, fed)
+    if slot_arrays:
+        runner.load(adapter, slot_arrays)
     continued = runner.generate(
-        {"input_ids": row.cpu().numpy()}, max_new_tokens=tokens, adapter=adapter if fed else None
+        {"input_ids": row.cpu().numpy()}, max_new_tokens=tokens, adapter=adapter if slot_arrays else None
     )
     new = tuple(int(token) for token in np.asarray(continued)[0, row.shape[1] :])
     if new != expected and new == _from_cache(reference, row, tokens):
-        expected = new  # a text read anew is not what a cache holds: rotations that change with the length
-    parted = next((i for i, pair in enumerate(zip(expected, new, strict=True)) if pair[0] != pair[1]), None)
-    return Decoded(adapter, expected, new, gaps[parted] if parted is not None else 0.0, tie)
+        expected = new  # reading a text again differs from a cache if rotations depend on the length
+    differs_at = next((i for i, pair in enumerate(zip(expected, new, strict=True)) if pair[0] != pair[1]), None)
+    return Decoded(adapter, expected, new, gaps[differs_at] if differs_at is not None else 0.0, tie)
 
 
 def _greedy(model: nn.Module, ids: Tensor, tokens: int) -> tuple[tuple[int, ...], list[float], float]:
-    """The tokens, for each how far the best one's logit is from the second's, of the logits' spread, and what is a
-    tie: each of two logits may be off by the tolerance."""
+    """Returns the tokens, each step's distance of the two best logits (relative), and the limit of a tie.
+
+    Each of the two logits may differ by the tolerance, so the limit is twice the tolerance.
+    """
     text, gaps, tie = ids, [], TIE
     with torch.no_grad():
         for _ in range(tokens):
@@ -74,7 +83,7 @@ def _greedy(model: nn.Module, ids: Tensor, tokens: int) -> tuple[tuple[int, ...]
 
 
 def _from_cache(model: nn.Module, ids: Tensor, tokens: int) -> tuple[int, ...]:
-    """The tokens as `generate` finds them, which reads each position once."""
+    """Returns the tokens that the model decodes with its cache, as `generate` does."""
     text, past = ids, None
     with torch.no_grad():
         for _ in range(tokens):

@@ -1,4 +1,4 @@
-"""One call's outputs, of a file and of the model, and how far apart they may be."""
+"""Compares the outputs of one call of a file and of the model, and computes the tolerance."""
 
 from __future__ import annotations
 
@@ -16,79 +16,81 @@ from surgery.onnx.checking.report import Compared
 
 __all__ = ["TOLERANCES", "Call", "Comparison", "expected_of"]
 
-# What rounding in another order comes to in models that lose little, of the largest number of an output. float32: 6e-6
-# and less in most (docs/onnx.md has them all); a wrong scale or weight is hundreds of times as much. float64 has parts
-# in float32 in most models. The half precisions keep 11 and 8 bits, and are rounded between operations that the other
-# side fuses: some tens of their last.
+# Allowed differences, relative to an output's largest number, which cover another order of rounding. float32: most
+# models differ by 6e-6 or less (docs/onnx.md lists all); a wrong scale or weight gives hundreds of times as much.
+# float64: most models compute parts in float32. Half precisions keep 11 and 8 bits, and one side rounds between
+# operations that the other side fuses: some tens of the last bit.
 TOLERANCES = {"float32": 5e-5, "float64": 5e-5, "float16": 2e-2, "bfloat16": 1e-1}
 
-# Of a model that loses more, `FACTOR` times what it loses itself is allowed, up to this: above, equal tells nothing.
+# If the model's own error is larger, `FACTOR` times that error is allowed, up to this limit.
 LARGEST = {"float32": 1e-2, "float64": 1e-2, "float16": 1e-1, "bfloat16": 2e-1}
 
 
 @dataclass(frozen=True)
 class Call:
-    """A call that is compared; `values`: what is other in its tensors than in the example, `edge`: a case in which the
-    file may part from the model, which is told and no error."""
+    """A call that is compared.
+
+    `values`: how its values differ from the example's; `edge`: a difference is a notice and not an error.
+    """
 
     sizes: str
-    given: ExampleCall
+    example: ExampleCall
     values: str = ""
     edge: bool = False
 
 
 def expected_of(model: nn.Module, call: ExampleCall, seed: int = 0) -> list[Tensor] | None:
-    """What the model gives, flat; None where it can't be called so, such as with positions past the last one."""
+    """Returns the model's outputs as a flat list; None if the model refuses the call, such as too many positions."""
     with torch.no_grad(), torch.random.fork_rng():
         torch.manual_seed(seed)
         try:
-            return _called(model, call)
+            return _outputs(model, call)
         except Exception:
             return None
 
 
-def _called(model: nn.Module, call: ExampleCall) -> list[Tensor]:
+def _outputs(model: nn.Module, call: ExampleCall) -> list[Tensor]:
     return [output.detach().clone() for output in outputs_of(call.call(model, call.copy()))]
 
 
 @dataclass
 class Comparison:
-    """Of one adapter's calls; the model is asked in float64 where a difference is more than most models lose."""
+    """Compares one adapter's calls. Runs the model in float64 if a difference exceeds the usual tolerance."""
 
     name: str
     model: nn.Module
     outputs: Sequence[str]
     atol: float | None
-    drawn: Collection[int] = ()
+    random_outputs: Collection[int] = ()
 
     def __post_init__(self) -> None:
         self._wide = Float64Model(self.model)
         self._lost: dict[int, list[float] | None] = {}
 
-    def of(self, call: Call, optimised: bool, expected: Sequence[Tensor], found: Sequence[Any]) -> Iterator[Compared]:
-        """What is compared of these outputs of the file."""
-        if len(expected) != len(found):
-            what = f"the file has {len(found)} outputs, and the model {len(expected)}"
+    def of(self, call: Call, optimised: bool, expected: Sequence[Tensor], outputs: Sequence[Any]) -> Iterator[Compared]:
+        """Yields the comparison of each output of the file with the model's."""
+        if len(expected) != len(outputs):
+            what = f"the file has {len(outputs)} outputs, and the model {len(expected)}"
             raise ParityError(what, where=f"{self.name}, {call.values or call.sizes}")
-        for i, (output, want, have) in enumerate(zip(self.outputs, expected, found, strict=True)):
-            if i in self.drawn:
+        for i, (name, model_output, file_output) in enumerate(zip(self.outputs, expected, outputs, strict=True)):
+            if i in self.random_outputs:
                 continue
-            off = difference(want, have)
-            tolerance, lost = self._allowed(call, i, expected, off)
-            yield Compared(self.name, call.sizes, optimised, output, off, tolerance, lost, call.values, call.edge)
+            distance = difference(model_output, file_output)
+            tolerance, lost = self._allowed(call, i, expected, distance)
+            yield Compared(self.name, call.sizes, optimised, name, distance, tolerance, lost, call.values, call.edge)
 
-    def _allowed(self, call: Call, i: int, expected: Sequence[Tensor], off: float) -> tuple[float, float]:
-        """What is allowed, and what the model itself loses where it was asked."""
+    def _allowed(self, call: Call, i: int, expected: Sequence[Tensor], distance: float) -> tuple[float, float]:
+        """Returns the tolerance, and the model's own error if the tolerance is computed from it."""
         kind = str(expected[i].dtype).removeprefix("torch.")
         least = TOLERANCES.get(kind, 0.0)
         if least and self.atol is not None:
             return self.atol, 0.0
-        if not least or off <= least or off > LARGEST[kind]:
+        if not least or distance <= least or distance > LARGEST[kind]:
             return least, 0.0
         if id(call) not in self._lost:
 
             def outputs(model: nn.Module, wide: Callable[[Tensor], Tensor]) -> list[Tensor]:
-                return _called(model, call.given.mapped(lambda _, tensor: wide(tensor)))
+                return _outputs(model, call.example.mapped(lambda _, tensor: wide(tensor)))
 
             self._lost[id(call)] = self._wide.losses(outputs, expected)
         losses = self._lost[id(call)]

@@ -1,4 +1,4 @@
-"""What a comparison of an exported file with its model found."""
+"""The report of a comparison between an exported file and its model."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from surgery.text_table import table
 
 __all__ = ["TIE", "Compared", "Decoded", "ParityReport", "parity_error"]
 
-TIE = 1e-3  # two logits nearer than this are a tie, which rounding decides; of half precisions, what they may be off
+TIE = 1e-3  # two logits nearer than this are a tie, which rounding decides; half precisions have a larger limit
 
 
 @dataclass(frozen=True)
 class Compared:
     """One output of one call: the largest difference, divided by the output's largest number where that is above 1.
 
-    `lost`: what the model itself loses against float64, where the tolerance was made of that; `values`: what was other
-    in the call's tensors than in the example; `edge`: a case in which a difference is told and no error.
+    `lost`: the model's own error against float64, if the tolerance is computed from it; `values`: how the call's values
+    differ from the example's; `edge`: a difference is a notice and not an error.
     """
 
     adapter: str
@@ -38,14 +38,16 @@ class Compared:
 
     @property
     def ratio(self) -> float:
-        """Of the difference to the tolerance; whole numbers and truths have none."""
+        """The difference divided by the tolerance. Integers and booleans have the tolerance 0."""
         return self.difference / self.tolerance if self.tolerance else 0.0 if self.ok else float("inf")
 
 
 @dataclass(frozen=True)
 class Decoded:
-    """What both decoded for one row of the example, and where they part; `gap`: how near the model's two best were,
-    `tie`: how near they may be to be a tie."""
+    """The tokens that model and file decoded for one row of the example.
+
+    `gap`: distance of the model's two best logits at the first difference; `tie`: below this distance it is a tie.
+    """
 
     adapter: str
     expected: tuple[int, ...]
@@ -61,17 +63,19 @@ class Decoded:
         if self.expected == self.found:
             return f"{self.adapter}: {len(self.expected)} tokens decoded alike"
         verdict = "a tie" if self.ok else f"{self.gap:.1e} apart"
-        at = next(i for i, pair in enumerate(zip(self.expected, self.found, strict=True)) if pair[0] != pair[1])
-        return f"{self.adapter}: tokens differ from the {at + 1}. on ({verdict}): {self.expected} and {self.found}"
+        position = next(i for i, pair in enumerate(zip(self.expected, self.found, strict=True)) if pair[0] != pair[1])
+        return (
+            f"{self.adapter}: tokens differ from the {position + 1}. on ({verdict}): {self.expected} and {self.found}"
+        )
 
 
 @dataclass
 class ParityReport:
-    """All that was compared; prints as a table.
+    """All comparisons; prints as a table.
 
-    `moved`: how much each adapter changes the outputs; `weights`: how many tensors of the file are the model's to the
-    bit; `decoded`: greedy decoding, token for token; `notices`: what could not be compared, and at which values the
-    file parts from the model.
+    `moved`: how much each adapter changes the outputs; `weights`: the number of tensors in the file that equal the
+    model's to the bit; `decoded`: greedy decoding, token by token; `notices`: calls and adapters that could not be
+    compared, and edge cases in which file and model differ.
     """
 
     path: str
@@ -87,7 +91,7 @@ class ParityReport:
 
     @property
     def worst(self) -> Compared | None:
-        """The comparison that is nearest to its tolerance, or farthest above."""
+        """The comparison with the largest ratio of difference to tolerance."""
         return max(
             (comparison for comparison in self.compared if not comparison.edge),
             key=lambda comparison: comparison.ratio,
@@ -120,14 +124,14 @@ class ParityReport:
 
 
 def parity_error(report: ParityReport, files: Sequence[str] = ()) -> ParityError:
-    """`files`: adapters that were read from files."""
+    """Returns the error for a report. `files`: adapters that were read from files."""
     failed = [decoding for decoding in report.decoded if not decoding.ok]
     worst = report.worst
     if worst is not None and not worst.ok:
         mode = "optimised" if worst.optimiser else "as written"
         fix = "optimize=False tells whether optimisation does it; atol= allows more; verify=False writes it as it is"
         if worst.adapter in files:
-            fix = f"look whether the adapter's file was made of the {worst.adapter!r} that the model has"
+            fix = f"check that the adapter's file was made from the model's {worst.adapter!r}"
         error = ParityError(
             "the exported file does not compute what the model does",
             where=f"{worst.output}, adapter {worst.adapter}, {worst.values or worst.sizes}, run {mode}",

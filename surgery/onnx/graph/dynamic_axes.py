@@ -1,4 +1,4 @@
-"""Which dimensions of an export are free, and what they are called."""
+"""Chooses and names the free axes of an export."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from torch.utils import _pytree as pytree
 
 from surgery.errors import SurgeryError, near_misses
 from surgery.onnx.calls.example import ExampleCall, is_cache, leaves_of
-from surgery.onnx.calls.resized_calls import sized, sizes_of, summed
+from surgery.onnx.calls.resized_calls import resize, sizes_of, with_total
 
 __all__ = [
-    "Axes", "Dynamic", "axes_of", "dynamic_shapes", "examples_for_tracing", "fixed_dims",
-    "of_other_lengths", "rename_dims",
+    "Axes", "Dynamic", "axes_of", "dynamic_shapes", "examples_for_tracing", "fixed_axis_notices",
+    "with_longer_texts", "rename_dims",
 ]  # fmt: skip
 
 Dynamic = bool | Mapping[str, Mapping[int, str]]
@@ -24,38 +24,38 @@ Axes = dict[str, dict[int, str]]  # input → axis → name
 
 
 def axes_of(example: ExampleCall, dynamic: Dynamic) -> Axes:
-    """What is free in each tensor of a call, with names: `batch` first; the positions of a text or a cache.
+    """Returns the free axes of a call's tensors with their names: batches, and positions of texts and caches.
 
-    Pictures keep their sizes. A mapping says it itself: input → axis → name.
+    Image sizes are fixed. A mapping as `dynamic` is checked and used as it is.
     """
     tensors = {name: leaf for name, leaf in leaves_of(example.values) if isinstance(leaf, Tensor)}
     if dynamic is False:
         return {}
     if dynamic is not True:
-        return _said(dynamic, tensors)
+        return _check_mapping(dynamic, tensors)
     caches = {name for name, value in example.values.items() if is_cache(value)}
     axes: Axes = {}
     for name, tensor in tensors.items():
         if tensor.dim():
             root = name.partition(".")[0]
             axes[name] = _of_cache(name, tensor) if root in caches else _axes(root, tensor, bool(caches), tensors)
-    return _apart(axes, tensors)
+    return _separate_names(axes, tensors)
 
 
-def _apart(axes: Axes, tensors: Mapping[str, Tensor]) -> Axes:
-    """Sizes that need not be one have names of their own; where tracing finds that they are, one name is left.
+def _separate_names(axes: Axes, tensors: Mapping[str, Tensor]) -> Axes:
+    """Gives sizes that may differ different names. Tracing joins the names of sizes that must be equal.
 
-    What belongs to a text has its sizes, unless the example shows others. Runtimes reuse memory by these names.
+    Tensors of a text share the text's sizes, unless the example shows others. Runtimes reuse memory by these names.
     """
-    taken: dict[str, tuple[bool, int]] = {}
+    first_use: dict[str, tuple[bool, int]] = {}
     named_axes: Axes = {}
     for name, free in axes.items():
         named_axes[name] = {}
         for axis, dim in free.items():
             key = (_is_text(name, tensors[name]), tensors[name].shape[axis])
-            same = dim not in taken or (key[0] and taken[dim] == key)
-            taken.setdefault(dim, key)
-            named_axes[name][axis] = dim if same else own_dim(name, dim)
+            same = dim not in first_use or (key[0] and first_use[dim] == key)
+            first_use.setdefault(dim, key)
+            named_axes[name][axis] = dim if same else unique_dim_name(name, dim)
     return named_axes
 
 
@@ -63,26 +63,26 @@ def _is_text(name: str, tensor: Tensor) -> bool:
     return not tensor.is_floating_point() or bool(re.search("mask|embeds|encoder|past_key_values", name))
 
 
-def own_dim(name: str, dim: str) -> str:
+def unique_dim_name(name: str, dim: str) -> str:
     return re.sub(r"\W", "_", f"{name}_{dim}")
 
 
-def _said(dynamic: Mapping[str, Mapping[int, str]], tensors: Mapping[str, Tensor]) -> Axes:
+def _check_mapping(dynamic: Mapping[str, Mapping[int, str]], tensors: Mapping[str, Tensor]) -> Axes:
     sizes: dict[str, int] = {}
     for name, axes in dynamic.items():
         if name not in tensors:
             why = near_misses(name, tensors) or f"they are {', '.join(tensors)}"
-            raise SurgeryError(f"dynamic names {name!r}, which is no input", why=why)
-        for axis, said in axes.items():
-            if type(axis) is not int or not 0 <= axis < tensors[name].dim() or not isinstance(said, str) or not said:
+            raise SurgeryError(f"dynamic names {name!r}, which is not an input", why=why)
+        for axis, dim in axes.items():
+            if type(axis) is not int or not 0 <= axis < tensors[name].dim() or not isinstance(dim, str) or not dim:
                 raise SurgeryError(
-                    f"dynamic[{name!r}] has {axis!r}: {said!r}",
+                    f"dynamic[{name!r}] has {axis!r}: {dim!r}",
                     why=f"{name} has {tensors[name].dim()} dimensions",
                     fix='{"input_ids": {0: "batch", 1: "sequence"}}',
                 )
-            if sizes.setdefault(said, size := tensors[name].shape[axis]) != size:
-                why = f"sizes of one name are one size, and the example has {sizes[said]} and {size}"
-                raise SurgeryError(f"dynamic[{name!r}] has {axis!r}: {said!r}", why=why)
+            if sizes.setdefault(dim, size := tensors[name].shape[axis]) != size:
+                why = f"axes with the same name must have the same size, and the example has {sizes[dim]} and {size}"
+                raise SurgeryError(f"dynamic[{name!r}] has {axis!r}: {dim!r}", why=why)
     return {name: dict(axes) for name, axes in dynamic.items()}
 
 
@@ -106,34 +106,36 @@ def _axes(name: str, tensor: Tensor, cached: bool, tensors: Mapping[str, Tensor]
     if tensor.dim() == 4:  # a mask over queries and keys
         return {0: "batch", 2: positions, 3: "total" if cached else positions}
     if tensor.dim() == 2:
-        return {0: "batch", 1: positions if "mask" in name or name == "input_values" else own_dim(name, "size")}
-    return {0: "batch", 1: positions, 2: own_dim(name, "size")}
+        return {0: "batch", 1: positions if "mask" in name or name == "input_values" else unique_dim_name(name, "size")}
+    return {0: "batch", 1: positions, 2: unique_dim_name(name, "size")}
 
 
 def examples_for_tracing(example: ExampleCall, axes: Axes) -> list[ExampleCall]:
-    """The call with five where it has one, which would be taken for a constant: everywhere, or in the batch alone.
+    """Returns the example with 5 in place of sizes of 1, which tracing takes for constants: all sizes, or only batches.
 
-    Five and not two, since few models have another size of five: strides that are equal by chance fix sizes, too.
+    Few models have another size of 5. Strides that are equal by chance fix sizes, too, so 2 would be worse.
     """
     sizes = sizes_of(example, axes)
     ones = [name for name, size in sizes.items() if size == 1]
-    asked = [ones, [name for name in ones if name.endswith("batch")], []]
-    examples = [sized(example, axes, summed({**sizes, **dict.fromkeys(free, 5)}, sizes)) for free in asked if free]
+    replaced = [ones, [name for name in ones if name.endswith("batch")], []]
+    examples = [
+        resize(example, axes, with_total({**sizes, **dict.fromkeys(free, 5)}, sizes)) for free in replaced if free
+    ]
     return [*examples, example]
 
 
-def of_other_lengths(example: ExampleCall, axes: Axes) -> ExampleCall:
-    """The call with texts one longer.
+def with_longer_texts(example: ExampleCall, axes: Axes) -> ExampleCall:
+    """Returns the call with texts that are longer by one.
 
-    Tracing takes for always so what is so for the example: of a text that fills its last chunk, that none is padded.
+    Tracing generalises from the example: a text whose length is a multiple of a chunk size needs no padding.
     """
     sizes = sizes_of(example, axes)
     more = {name: size if name.endswith(("batch", "_size")) else size + 1 for name, size in sizes.items()}
-    return sized(example, axes, summed(more, sizes))
+    return resize(example, axes, with_total(more, sizes))
 
 
 def dynamic_shapes(example: ExampleCall, axes: Axes) -> dict[str, Any]:
-    """The same for torch.export. What the model itself asks to be constant becomes so there."""
+    """Returns the axes as torch.export's `dynamic_shapes`, with AUTO: the model may make some constant."""
     auto = torch.export.Dim.AUTO
     leaves = iter(leaves_of(example.values))
     by_name: dict[str, Any] = {}
@@ -158,7 +160,7 @@ def _shape(leaf: Any, free: dict[int, Any]) -> Any:
 
 
 def _nested(value: Any, shapes: Any) -> Any:
-    """Caches are lists to torch.export, of as many levels as their own classes' flattening makes."""
+    """Nests the shapes as torch.export flattens a value. Caches become lists."""
     if isinstance(value, Tensor) or value is None or type(value) not in pytree.SUPPORTED_NODES:
         return next(shapes)
     children, _ = pytree.SUPPORTED_NODES[type(value)].flatten_fn(value)
@@ -173,7 +175,7 @@ def _nested(value: Any, shapes: Any) -> Any:
 
 
 def rename_dims(model: Any, axes: Mapping[str, Mapping[int, str]]) -> dict[str, dict[int, str]]:
-    """Give the symbols of an ONNX graph these names (input → axis → name); which of them came out free."""
+    """Renames the symbols of an ONNX graph (input → axis → name). Returns the axes that are free."""
     import onnx_ir as ir
 
     names: dict[str, str] = {}
@@ -183,7 +185,7 @@ def rename_dims(model: Any, axes: Mapping[str, Mapping[int, str]]) -> dict[str, 
             dim = value.shape[axis] if value.shape is not None and axis < len(value.shape) else None
             if isinstance(dim, ir.SymbolicDim) and dim.value is not None and not _number(dim.value):
                 free.setdefault(value.name, {})[axis] = name
-                names.setdefault(dim.value, name)  # no name for a sum of others
+                names.setdefault(dim.value, name)  # the first name wins; sums of names have no name of their own
     for value in _values(model):
         if value.shape is not None and any(isinstance(dim, ir.SymbolicDim) for dim in value.shape):
             value.shape = ir.Shape([_renamed(dim, names) for dim in value.shape])
@@ -193,12 +195,12 @@ def rename_dims(model: Any, axes: Mapping[str, Mapping[int, str]]) -> dict[str, 
     return free
 
 
-def fixed_dims(
+def fixed_axis_notices(
     example: ExampleCall, axes: Axes, free: Mapping[str, Mapping[int, str]], takes: Callable[[ExampleCall], bool]
 ) -> list[str]:
-    """What was asked to be free, and came out fixed. Sizes that have no name of their own are not told.
+    """Returns a notice for each axis that should be free and is fixed, except unnamed sizes.
 
-    `takes`: whether the live model can be called so, which tells what tracing fixed from what the model does.
+    `takes`: whether the live model accepts a call. It distinguishes what tracing fixed from what the model fixes.
     """
     notices = []
     for name, leaf in leaves_of(example.values):
@@ -213,17 +215,17 @@ def fixed_dims(
 
 
 def _with_more(example: ExampleCall, axes: Axes, dim: str) -> list[ExampleCall]:
-    """The call with one more along a dimension: along it alone, and along all that are not batches; of a batch, along
-    all batches, too, and with all doubled, where it has to have so many images for so many texts."""
+    """Returns the call with a larger dimension: it alone; with all other text lengths; or, if it is a batch, with all
+    batches larger by one or doubled, for models that need a fixed number of images for each text."""
     sizes = sizes_of(example, axes)
-    alone = sized(example, axes, summed({**sizes, dim: sizes[dim] + 1}, sizes))
+    alone = resize(example, axes, with_total({**sizes, dim: sizes[dim] + 1}, sizes))
     if not dim.endswith(("batch", "_size")):
-        return [alone, of_other_lengths(example, axes)]
+        return [alone, with_longer_texts(example, axes)]
     batches = {name: size for name, size in sizes.items() if name.endswith("batch")}
     if dim not in batches or len(batches) < 2:
         return [alone]
     more = [{name: size + 1 for name, size in batches.items()}, {name: 2 * size for name, size in batches.items()}]
-    return [alone, *(sized(example, axes, {**sizes, **changed}) for changed in more)]
+    return [alone, *(resize(example, axes, {**sizes, **changed}) for changed in more)]
 
 
 def _values(model: Any) -> Any:

@@ -1,4 +1,4 @@
-"""Why a model can't be exported: the step of the exporter that failed, the operation, and where the model calls it."""
+"""Explains a failed export: the exporter's step, the operation, and where the model calls it."""
 
 from __future__ import annotations
 
@@ -31,10 +31,10 @@ _STEPS = {
 
 
 def export_failure(model: Any, error: BaseException) -> SurgeryError:
-    """The error that a caller of `export_onnx` sees for one of an exporter's."""
+    """Converts an exporter's error to the error that `export_onnx` raises."""
     chain = list(_chain(error))
     step = next(
-        (_STEPS[type(error_there).__name__] for error_there in chain if type(error_there).__name__ in _STEPS),
+        (_STEPS[type(cause).__name__] for cause in chain if type(cause).__name__ in _STEPS),
         _STEPS["TorchExportError"],
     )
     what = f"this {type(model).__name__} can't be exported: {step} failed"
@@ -42,14 +42,14 @@ def export_failure(model: Any, error: BaseException) -> SurgeryError:
     for cause in chain:
         if (match := _MISSING.search(str(cause))) is not None:
             name = _operation(node) or match[1].partition(".")[2].replace(".", "::")
-            via = "" if _short(match[1]) == name else f" (it becomes {match[1]} there)"
+            via = "" if _short(match[1]) == name else f" (the exporter decomposes it to {match[1]})"
             why = f"the exporter has no ONNX operation for {name}{via}"
-            return SurgeryError(what, where=_site_of(chain) or _place(node), why=why, fix=_instead(name))
+            return SurgeryError(what, where=_site_of(chain) or _module_and_line(node), why=why, fix=_alternatives(name))
     last = chain[-1] if type(chain[0]).__name__ in _STEPS else chain[0]
-    fix = "torch.export.export(model, …) on the plain model tells more; dynamic=False fixes all sizes"
+    fix = "torch.export.export(model, …) on the plain model gives more details; dynamic=False fixes all sizes"
     if "DataDependent" in type(last).__name__:
         fix = "compute without a branch or a Python number that depends on values, such as torch.where"
-    where = _site_of(chain) or _place(node) or _called(last)
+    where = _site_of(chain) or _module_and_line(node) or _call_line(last)
     return SurgeryError(what, where=where, why=f"{type(last).__name__}: {_first_lines(last)}", fix=fix)
 
 
@@ -63,7 +63,7 @@ def _chain(error: BaseException) -> Iterator[BaseException]:
 
 
 def _node_of(error: BaseException) -> fx.Node | None:
-    """The node that an exporter was at."""
+    """Returns the node that the exporter was translating."""
     trace, frame = error.__traceback__, None
     while trace is not None:
         node = trace.tb_frame.f_locals.get("node")
@@ -74,7 +74,7 @@ def _node_of(error: BaseException) -> fx.Node | None:
 
 
 def _operation(node: fx.Node | None) -> str | None:
-    """The operation of the traced graph that a node comes from, before it was taken apart."""
+    """Returns the operation that a node comes from, before decomposition."""
     if node is None:
         return None
     source = node.meta.get("from_node") or []
@@ -88,25 +88,25 @@ def _operation(node: fx.Node | None) -> str | None:
 
 
 def _short(name: str) -> str:
-    """`cumprod` for `aten.cumprod.default`."""
+    """Returns `cumprod` for `aten.cumprod.default`."""
     parts = name.removeprefix("torch.ops.").split(".")
     return parts[1] if len(parts) > 1 else name
 
 
-def _place(node: fx.Node | None) -> str | None:
-    """The module that calls a node's operation, and the line."""
+def _module_and_line(node: fx.Node | None) -> str | None:
+    """Returns the module that calls a node's operation, and the line."""
     if node is None:
         return None
     stack = list((node.meta.get("nn_module_stack") or {}).values())
     path = str(stack[-1][0]) if stack else ""
     line = next((text for text in reversed(str(node.meta.get("stack_trace") or "").splitlines()) if "File" in text), "")
     match = re.search(r'File "([^"]+)", line (\d+)', line)
-    at = f"{match[1].rpartition('/')[2]}:{match[2]}" if match else ""
-    return ", ".join(filter(None, (path or "the model itself", at)))
+    location = f"{match[1].rpartition('/')[2]}:{match[2]}" if match else ""
+    return ", ".join(filter(None, (path or "the model itself", location)))
 
 
-def _called(error: BaseException) -> str | None:
-    """The line of the call that torch's text says it failed at."""
+def _call_line(error: BaseException) -> str | None:
+    """Returns the last line that torch's error text names."""
     places = re.findall(r'File "([^"]+)", line (\d+), in', str(error))
     return f"{places[-1][0].rpartition('/')[2]}:{places[-1][1]}" if places else None
 
@@ -119,11 +119,11 @@ def _site_of(chain: list[BaseException]) -> str | None:
     return None
 
 
-def _instead(name: str) -> str:
-    return f"compute {name} of other operations in that module, or leave that part of the model out of the export"
+def _alternatives(name: str) -> str:
+    return f"compute {name} with other operations in that module, or export the model without that part"
 
 
 def _first_lines(error: BaseException) -> str:
     lines = [line.strip() for line in _COLOUR.sub("", str(error)).splitlines() if line.strip()]
-    kept = [line for line in lines if not line.startswith(_ADVICE) and "step " not in line]
-    return " ".join(kept[:3])[:400] or "no reason given"
+    reasons = [line for line in lines if not line.startswith(_ADVICE) and "step " not in line]
+    return " ".join(reasons[:3])[:400] or "no reason given"

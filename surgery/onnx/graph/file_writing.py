@@ -1,4 +1,4 @@
-"""An ONNX file is written whole or not at all: beside its place, looked at there, and then renamed."""
+"""Writes an ONNX file atomically: into a temporary folder, then renames it after the comparison."""
 
 from __future__ import annotations
 
@@ -19,19 +19,19 @@ from surgery.onnx.runtime.default_inputs import DEFAULTS
 
 __all__ = ["MANIFEST", "SIDECAR", "size_of", "write_model"]
 
-MANIFEST = "surgery.manifest"  # among the file's metadata
+MANIFEST = "surgery.manifest"  # the key in the file's metadata
 SIDECAR = ".manifest.json"
-LARGE = 3 << 29  # bytes of weights from which they are kept beside the graph: protobuf ends at 2 GiB
-ALONE = 1024  # bytes of a tensor from which it goes there
+LARGE = 3 << 29  # from so many bytes on, weights are in a separate file: protobuf's limit is 2 GiB
+SEPARATE = 1024  # from so many bytes on, a tensor is in the separate file
 
 
 @contextlib.contextmanager
 def write_model(
     model: ir.Model, path: Path, manifest: Mapping[str, Any], external_data: bool | int | None
 ) -> Iterator[Path]:
-    """Yields the file in a temporary place; at the end of the block the file moves to its path, or nothing does.
+    """Yields the file in a temporary folder. After the block, the file and its companions move to their paths.
 
-    `external_data`: whether weights go into a file beside it, `<name>.data`; a number: if there are as many bytes.
+    `external_data`: whether weights go into a separate file, `<name>.data`; a number: from so many bytes on.
     """
     if path.is_dir():
         raise SurgeryError(f"{path} is a folder", fix='name a file: "model.onnx"')
@@ -39,27 +39,32 @@ def write_model(
     model.metadata_props[MANIFEST] = text
     nbytes = sum(_nbytes(value) for graph in model.graphs() for value in graph.initializers.values())
     limit = LARGE if external_data is None else external_data
-    beside = limit if isinstance(limit, bool) else nbytes >= limit
+    separate = limit if isinstance(limit, bool) else nbytes >= limit
     with _as_surgery_error(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        place = Path(tempfile.mkdtemp(prefix=".surgery-", dir=path.parent))
+        temporary = Path(tempfile.mkdtemp(prefix=".surgery-", dir=path.parent))
     try:
-        file, data = place / path.name, f"{path.name}.data"
-        side = file.with_name(path.name + SIDECAR)
+        file, data = temporary / path.name, f"{path.name}.data"
+        sidecar = file.with_name(path.name + SIDECAR)
         with _as_surgery_error(path):
-            ir.save(model, str(file), external_data=data if beside else None, size_threshold_bytes=ALONE)
-            side.write_text(json.dumps(manifest, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+            ir.save(model, str(file), external_data=data if separate else None, size_threshold_bytes=SEPARATE)
+            sidecar.write_text(json.dumps(manifest, indent=2, sort_keys=True) + "\n", encoding="utf-8")
         yield file
-        parts = [place / data, place / f"{path.name}{DEFAULTS}", side, file]  # the graph last: it is what is opened
+        parts = [
+            temporary / data,
+            temporary / f"{path.name}{DEFAULTS}",
+            sidecar,
+            file,
+        ]  # the graph last, because readers open it
         with _as_surgery_error(path):
             for part in parts:
                 if part.exists():
-                    _synced(part)
+                    _flush(part)
                     os.replace(part, path.parent / part.name)
                 else:
-                    (path.parent / part.name).unlink(missing_ok=True)  # of an older file of this name
+                    (path.parent / part.name).unlink(missing_ok=True)  # remove that of an older file
     finally:
-        shutil.rmtree(place, ignore_errors=True)
+        shutil.rmtree(temporary, ignore_errors=True)
 
 
 @contextlib.contextmanager
@@ -68,24 +73,24 @@ def _as_surgery_error(path: Path) -> Iterator[None]:
     try:
         yield
     except ValueError as error:
-        fix = "external_data=True keeps the weights in a file beside it"
+        fix = "external_data=True writes the weights into a separate file"
         raise SurgeryError("the graph can't be written", where=str(path), why=str(error)[:300], fix=fix) from error
     except OSError as error:
         why = error.strerror or str(error)
-        fix = _REMEDIES.get(error.errno or 0, "name a place that can be written to")
+        fix = _REMEDIES.get(error.errno or 0, "choose a folder that can be written to")
         raise SurgeryError("the file can't be written", where=str(path), why=why, fix=fix) from error
 
 
 _REMEDIES = {
-    errno.ENOSPC: "free space on that disk, or name a place on another",
-    errno.EDQUOT: "free space of your quota, or name a place on another disk",
-    errno.EFBIG: "that disk or process allows no file so large: name another place; external_data=True keeps the "
-    "weights in a file of their own",
+    errno.ENOSPC: "free space on that disk, or choose another disk",
+    errno.EDQUOT: "free space of your quota, or choose another disk",
+    errno.EFBIG: "that disk or process allows no file so large: choose another disk; external_data=True writes the "
+    "weights into a separate file",
 }
 
 
 def size_of(path: Path) -> int:
-    """Bytes of a file and of the weights beside it."""
+    """Returns the bytes of a file and of its separate weights."""
     return sum(file.stat().st_size for file in (path, path.with_name(f"{path.name}.data")) if file.exists())
 
 
@@ -93,6 +98,6 @@ def _nbytes(value: ir.Value) -> int:
     return value.const_value.nbytes if value.const_value is not None else 0
 
 
-def _synced(file: Path) -> None:
-    with file.open("rb") as opened:
-        os.fsync(opened.fileno())
+def _flush(file: Path) -> None:
+    with file.open("rb") as stream:
+        os.fsync(stream.fileno())

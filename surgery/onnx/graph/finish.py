@@ -1,4 +1,4 @@
-"""What is done to an exported graph: names of the model's own, marks of the rules, slots with their defaults."""
+"""Finishes an exported graph: marks of the rules, defaults of slots, constants, no stack traces."""
 
 from __future__ import annotations
 
@@ -18,39 +18,39 @@ TRACE = "pkg.torch.onnx.stack_trace"
 
 
 def require_inputs(model: ir.Model, names: Iterable[str], after: str) -> None:
-    """`SurgeryError` where a pass has taken a slot away."""
-    there = {value.name for value in model.graph.inputs}
-    if lost := [name for name in names if name not in there]:
+    """Raises `SurgeryError` if a pass removed a slot."""
+    inputs = {value.name for value in model.graph.inputs}
+    if missing := [name for name in names if name not in inputs]:
         raise SurgeryError(
             f"slots were lost by {after}",
-            why=", ".join(name.removeprefix("surgery_slots.") for name in lost[:4]),
+            why=", ".join(name.removeprefix("surgery_slots.") for name in missing[:4]),
             fix="optimize=False, or report it",
         )
 
 
 def mark_rules(model: ir.Model, sites: Mapping[str, Mapping[str, str]]) -> None:
-    """Note on each node that a rule put in which rule and where (`surgery.rule`, `surgery.site`); Netron shows it.
+    """Marks each node of a rule with the rule and the site (`surgery.rule`, `surgery.site`), which Netron shows.
 
-    Those are what a site computes from the adapter's tensors. `sites`: path → tensor's name → rule.
+    A rule's nodes are those that a site computes from the adapter's tensors. `sites`: path → tensor's name → rule.
     """
     owners: dict[str, tuple[str, tuple[str, ...]]] = {
-        name: (path, (label,)) for path, named in sites.items() for name, label in named.items()
+        name: (path, (label,)) for path, labels in sites.items() for name, label in labels.items()
     }
-    given_owners = {id(value): owners[value.name] for value in model.graph.inputs if value.name in owners}
+    value_owners = {id(value): owners[value.name] for value in model.graph.inputs if value.name in owners}
     for node in model.graph:
         path = _module(node)
         slot_owners = [
-            given_owners[id(value)] for value in node.inputs if value is not None and id(value) in given_owners
+            value_owners[id(value)] for value in node.inputs if value is not None and id(value) in value_owners
         ]
         labels = tuple(dict.fromkeys(label for owner, several in slot_owners if owner == path for label in several))
         if labels:
             node.metadata_props["surgery.rule"] = ", ".join(dict.fromkeys(", ".join(labels).split(", ")))
             node.metadata_props["surgery.site"] = path
-            given_owners.update({id(value): (path, labels) for value in node.outputs})
+            value_owners.update({id(value): (path, labels) for value in node.outputs})
 
 
 def _module(node: ir.Node) -> str:
-    """The path of the module whose forward a node comes from."""
+    """Returns the path of the module whose forward a node comes from."""
     try:
         scopes = ast.literal_eval(node.metadata_props.get(SCOPES, "[]"))
     except (ValueError, SyntaxError):
@@ -59,7 +59,7 @@ def _module(node: ir.Node) -> str:
 
 
 def add_defaults(model: ir.Model, defaults: Mapping[str, Tensor], required: Iterable[str] = ()) -> None:
-    """Give slots the values they have when nobody feeds them, which makes the inputs optional."""
+    """Gives slots default values, which makes the inputs optional."""
     required = set(required)
     for value in model.graph.inputs:
         tensor = defaults.get(value.name or "")
@@ -69,7 +69,7 @@ def add_defaults(model: ir.Model, defaults: Mapping[str, Tensor], required: Iter
 
 
 def make_constants(model: ir.Model, tensors: Mapping[str, Tensor]) -> None:
-    """Inputs become initialisers under their own names: they were inputs so that no pass would fold them."""
+    """Makes inputs initialisers. They were inputs only so that no pass would fold them."""
     for value in list(model.graph.inputs):
         if value.name and value.name in tensors:
             value.const_value = _tensor(tensors[value.name], value.name)
@@ -84,7 +84,7 @@ def _tensor(tensor: Tensor, name: str) -> Any:
 
 
 def tidy(model: ir.Model) -> None:
-    """Leave out what tells of the exporting machine: stack traces with its paths."""
+    """Removes stack traces, which contain paths of the exporting machine."""
     for graph in model.graphs():
         for node in graph:
             node.metadata_props.pop(TRACE, None)

@@ -1,4 +1,4 @@
-"""What transformers' `generate` does beside a decoder's forward, for the manifest of a file."""
+"""Finds how transformers' `generate` differs from repeated calls of the forward, for the manifest."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from surgery.onnx.calls.shared_copy import leave_live, sharing_copy, traced_path
 
 __all__ = ["GENERATION", "changed_logits", "generation_of"]
 
-GENERATION = "generation"  # in a manifest: `reread` and `differs`, see below
-_ROW = 8  # positions of the example that are enough to see whether `generate` adds anything
+GENERATION = "generation"  # a field of the manifest with `reread` and `differs`: see `generation_of`
+_ROW = 8  # so many positions of the example show whether `generate` differs
 _NEAR = 1e-3
-_NEUTRAL: dict[str, tuple[Any, ...]] = {  # of a generation config: what changes logits, with the values that don't
+_NEUTRAL: dict[str, tuple[Any, ...]] = {  # settings that change logits, with their neutral values
     "repetition_penalty": (1.0,), "encoder_repetition_penalty": (1.0,), "no_repeat_ngram_size": (0,),
     "encoder_no_repeat_ngram_size": (0,), "min_length": (0,), "min_new_tokens": (0,), "guidance_scale": (1.0,),
     "bad_words_ids": (), "sequence_bias": (), "forced_bos_token_id": (), "forced_eos_token_id": (),
@@ -27,21 +27,21 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {  # of a generation config: what changes
 
 
 def generation_of(model: nn.Module, example: ExampleCall) -> dict[str, Any]:
-    """How `generate` goes on with texts, as far as it is not the forward alone; empty where it is.
+    """Returns how `generate` differs from repeated forwards; empty if it does not.
 
-    `reread`: the length at which a cache is dropped and the text is read again; `differs`: why the forward on the text
-    gives other numbers than `generate` begins with.
+    `reread`: the length at which `generate` drops the cache and reads the text again; `differs`: why the forward gives
+    other first logits than `generate`.
     """
     ids = example.values.get("input_ids")
     decodes = is_transformers(model) and isinstance(ids, Tensor) and ids.dim() == 2 and ids.shape[1] > 0
-    can: Any = getattr(model, "can_generate", None)
+    can_generate: Any = getattr(model, "can_generate", None)
     config: Any = getattr(model, "config", None)
-    if not decodes or not callable(can) or not can() or getattr(config, "is_encoder_decoder", False):
+    if not decodes or not callable(can_generate) or not can_generate() or getattr(config, "is_encoder_decoder", False):
         return {}
     assert isinstance(ids, Tensor)
     generation: dict[str, Any] = {}
     if any(map(is_cache, example.values.values())):
-        length = next((size for size in _switches(config) if _drops(model, ids, size)), None)
+        length = next((size for size in _switch_lengths(config) if _drops_cache(model, ids, size)), None)
         generation |= {} if length is None else {"reread": length + 1}
     if (why := _difference(model, example, ids[:1, :_ROW])) is not None:
         generation["differs"] = why
@@ -49,7 +49,7 @@ def generation_of(model: nn.Module, example: ExampleCall) -> dict[str, Any]:
 
 
 def changed_logits(model: nn.Module) -> list[str]:
-    """The settings of a model's generation config by which `generate` changes what the forward gives."""
+    """Returns settings of a generation config by which `generate` changes the forward's logits."""
     config = getattr(model, "generation_config", None)
     settings = []
     for name, neutral in _NEUTRAL.items():
@@ -59,8 +59,8 @@ def changed_logits(model: nn.Module) -> list[str]:
     return settings
 
 
-def _switches(config: Any) -> Iterator[int]:
-    """The lengths at which a configuration says that something changes."""
+def _switch_lengths(config: Any) -> Iterator[int]:
+    """Yields lengths at which, according to the configuration, rotations change."""
     for part in (config, getattr(config, "text_config", None)):
         rope = getattr(part, "rope_parameters", None)
         for attributes in (vars(part) if part is not None else {}, rope if isinstance(rope, Mapping) else {}):
@@ -69,21 +69,21 @@ def _switches(config: Any) -> Iterator[int]:
                 yield size
 
 
-def _drops(model: nn.Module, ids: Tensor, size: int) -> bool:
-    """Whether `generate` drops a cache that has read this many positions."""
+def _drops_cache(model: nn.Module, ids: Tensor, size: int) -> bool:
+    """Whether `generate` drops a cache of this length."""
     prepare: Any = getattr(model, "prepare_inputs_for_generation", None)
     with contextlib.suppress(Exception), torch.no_grad():
         text = ids.new_ones((1, size + 1))
         mask = torch.ones_like(text)
         prepared = prepare(
-            text, past_key_values=_read(size), attention_mask=mask, use_cache=True, next_sequence_length=1
+            text, past_key_values=_cache_of_length(size), attention_mask=mask, use_cache=True, next_sequence_length=1
         )
         return prepared.get("past_key_values") is None
     return False
 
 
-def _read(size: int) -> Any:
-    """A cache that says that it has read so many positions."""
+def _cache_of_length(size: int) -> Any:
+    """Returns an empty cache that reports this length."""
     from transformers.cache_utils import DynamicCache
 
     class FixedLengthCache(DynamicCache):
@@ -97,13 +97,13 @@ def _read(size: int) -> Any:
 
 
 def _difference(model: nn.Module, example: ExampleCall, row: Tensor) -> str | None:
-    """Why the first logits of `generate` are not those of the forward, or None: as far as both can be called."""
+    """Returns why the first logits of `generate` and of the forward differ; None if they agree or a call fails."""
     copy: Any = sharing_copy(model)
     leave_live(copy, ())
     mask = torch.ones_like(row)
     further = (
         {"position_ids": mask.cumsum(-1) - 1} if "position_ids" in example.values else {}
-    )  # as `generate` makes them
+    )  # as `generate` computes them
     with contextlib.suppress(Exception), torch.no_grad(), torch.random.fork_rng(), traced_path():
         expected = copy(input_ids=row, attention_mask=mask, **further).logits[:, -1].float()
         generated = copy.generate(

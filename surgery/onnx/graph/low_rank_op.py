@@ -1,8 +1,8 @@
-"""A linear layer with low-rank branches as one operation while a model is exported, written as products at the end.
+"""Traces a linear layer with low-rank branches as one operation, and writes it as matrix products at the end.
 
-Traced as it is written, a branch is some ten operations on sizes that are symbols, and its factors two more inputs:
-each is looked at several times by torch.export and by onnxscript, and with a branch on each linear layer an export took
-1.7 times what the base's takes. So the operation has its factors by name, and they come in when all that is done.
+Traced directly, a branch is about ten operations on symbolic sizes and two more inputs, which torch.export and
+onnxscript visit several times: with a branch on each linear layer, an export took 1.7 times as long as the base's. So
+the operation refers to its factors by name, and the inputs are added after the exporter's passes.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ from torch import Tensor
 from surgery.forward import graph_functions
 from surgery.weaving import low_rank_kernel
 
-__all__ = ["Factor", "by_name", "translations", "written_out"]
+__all__ = ["Factor", "by_name", "translations", "write_branches"]
 
 DOMAIN, BRANCH = "surgery", "LowRank"
 
 
 @dataclass(frozen=True)
 class Factor:
-    """Stands for a factor where a forward looks for it. Whoever does more than hand it on gets a TypeError."""
+    """A placeholder for a factor in its module. Operations on it raise TypeError."""
 
     name: str
     dtype: torch.dtype
@@ -38,7 +38,7 @@ class Factor:
 def low_rank_linear(
     x: Tensor, weight: Tensor, bias: Tensor | None, factors: str, dtype: torch.dtype, scales: Sequence[float]
 ) -> Tensor:
-    """Called outside of an export, it is the layer alone."""
+    """Outside an export, computes only the layer."""
     return F.linear(x, weight, bias)
 
 
@@ -46,13 +46,13 @@ def low_rank_linear(
 def _(
     x: Tensor, weight: Tensor, bias: Tensor | None, factors: str, dtype: torch.dtype, scales: Sequence[float]
 ) -> Tensor:
-    torch._check(x.shape[-1] == weight.shape[1])  # else that would be a free size of the file
+    torch._check(x.shape[-1] == weight.shape[1])  # otherwise the size would be free in the file
     return x.new_empty((*x.shape[:-1], weight.shape[0]))
 
 
 @contextlib.contextmanager
 def by_name(lifted: Sequence[Any]) -> Iterator[None]:
-    """Forwards inside of the block find `Factor`s in the places of these tensors, and linear layers take them."""
+    """Replaces these tensors by `Factor`s during the block; linear layers with branches accept them."""
 
     def layer(x: Tensor, weight: Tensor, bias: Tensor | None, factors: list[Any], scales: list[float]) -> Tensor:
         pairs: list[tuple[Any, Any, float]] = list(zip(factors[::2], factors[1::2], scales, strict=True))
@@ -78,7 +78,7 @@ def by_name(lifted: Sequence[Any]) -> Iterator[None]:
 
 
 def translations() -> dict[Any, Any]:
-    """How it is written in ONNX, for `torch.onnx.export`: the layer, and a node for its branches."""
+    """Returns the translation for `torch.onnx.export`: the layer, and one node for its branches."""
     from onnxscript.function_libs.torch_lib.ops.nn import aten_linear
 
     def translate(x: Any, weight: Any, bias: Any, factors: str, dtype: int, scales: Sequence[float]) -> Any:
@@ -109,20 +109,20 @@ def _branches() -> Any:
     return Op(Opset(DOMAIN, 1), BRANCH, schema)
 
 
-def written_out(model: ir.Model, inputs: Mapping[str, ir.Value]) -> None:
-    """Write the branches of a graph as products of these inputs of it, factors by name: y + (x Aᵀ) Bᵀ scale."""
+def write_branches(model: ir.Model, inputs: Mapping[str, ir.Value]) -> None:
+    """Replaces branch nodes by y + (x Aᵀ) Bᵀ scale. `inputs`: graph inputs by the factors' names."""
     for graph in model.graphs():
         for node in list(graph):
             if (node.domain, node.op_type) == (DOMAIN, BRANCH):
-                _write_out(graph, node, inputs)
+                _write_branch(graph, node, inputs)
     model.opset_imports.pop(DOMAIN, None)
 
 
-def _write_out(graph: Any, node: ir.Node, inputs: Mapping[str, ir.Value]) -> None:
+def _write_branch(graph: Any, node: ir.Node, inputs: Mapping[str, ir.Value]) -> None:
     x, y = node.inputs
     out, marks = node.outputs[0], dict(node.metadata_props)
     assert x is not None and y is not None
-    own, dtype = out.dtype, ir.DataType(node.attributes["dtype"].as_int())
+    out_dtype, dtype = out.dtype, ir.DataType(node.attributes["dtype"].as_int())
     nodes: list[ir.Node] = []
 
     def add_node(kind: str, *inputs: ir.Value, **attributes: Any) -> ir.Value:
@@ -132,7 +132,7 @@ def _write_out(graph: Any, node: ir.Node, inputs: Mapping[str, ir.Value]) -> Non
         return new.outputs[0]
 
     def cast(value: ir.Value) -> ir.Value:
-        return value if own == dtype else add_node("Cast", value, to=dtype)
+        return value if out_dtype == dtype else add_node("Cast", value, to=dtype)
 
     rows, total = cast(x), cast(y)
     names = node.attributes["factors"].as_string().split("\n")
@@ -142,5 +142,5 @@ def _write_out(graph: Any, node: ir.Node, inputs: Mapping[str, ir.Value]) -> Non
         if scale != 1.0:
             branch = add_node("Mul", branch, add_node("Constant", value=ir.tensor([scale], dtype)))
         total = add_node("Add", total, branch)
-    last = total if own == dtype else add_node("Cast", total, to=own)
+    last = total if out_dtype == dtype else add_node("Cast", total, to=out_dtype)
     ir.convenience.replace_nodes_and_values(graph, node, [node], nodes, [out], [last])

@@ -1,4 +1,4 @@
-"""The manifest of an exported file: what a program that runs it has to know, as plain data."""
+"""Writes the manifest of an exported file as plain data, for programs that run the file."""
 
 from __future__ import annotations
 
@@ -23,21 +23,21 @@ __all__ = ["manifest_of"]
 def manifest_of(
     program: Program, prepared: Prepared, model: nn.Module, free: Mapping[str, Mapping[int, str]], how: ExportSettings
 ) -> dict[str, Any]:
-    """`free`: input of the graph → axis → name."""
+    """Returns the manifest. `free`: the graph's input → axis → name."""
     graph_model = program.model
     inputs = list(program.inputs.values())
     outputs = [value.name for value in graph_model.graph.outputs]
-    slotted = prepared.sites if how.adapters == "slots" else []
+    slot_sites = prepared.sites if how.adapters == "slots" else []
     sites = [
         {
             "site": site.path,
             "rule": site.kind,
             "module": site.module,
-            "slots": [site.full(key) for key in site.tensors],
+            "slots": [site.full_name(key) for key in site.tensors],
             "by": prepared.rules.index(site.rule),
             **_notes(site, model),
         }
-        for site in slotted
+        for site in slot_sites
     ]
     return {
         "format": "model-surgery/onnx",
@@ -46,10 +46,10 @@ def manifest_of(
         "slots_as": how.slots_as,
         "empty": how.empty,
         "slot": how.slot,
-        "slots": [_slot(site, key) for site in slotted for key in site.tensors],
+        "slots": [_slot(site, key) for site in slot_sites for key in site.tensors],
         "sites": sites,
         "constants": prepared.constants,
-        "rules": [_plain(rule) for rule in prepared.rules],
+        "rules": [_rule_data(rule) for rule in prepared.rules],
         "base": fingerprint(model),
         "opset": graph_model.opset_imports.get("", 0),
         "inputs": inputs,
@@ -74,7 +74,7 @@ def _slot(site: SlotSite, key: str) -> dict[str, Any]:
     if axis is not None:
         shape[axis[0]] = None
     return {
-        "name": site.full(key),
+        "name": site.full_name(key),
         "site": site.path,
         "module": site.module,
         "rule": site.kind,
@@ -91,24 +91,24 @@ def _default_of(tensor: Tensor) -> str:
     return "zeros" if not tensor.any() else "ones" if bool((tensor == 1).all()) else "base"
 
 
-def _plain(rule: Rule) -> Any:
+def _rule_data(rule: Rule) -> Any:
     try:
         return rule.to_dict()
-    except SurgeryError:  # a condition in Python, which nothing in the file needs
+    except SurgeryError:  # a condition in Python can't be written, and the file does not need it
         return {"rule": rule.name, "version": rule.version}
 
 
 def _cache(inputs: Sequence[str], outputs: Sequence[str]) -> list[dict[str, str]]:
-    """Which output is the next call's input."""
+    """Returns pairs of an output and the input that it becomes in the next call."""
     pairs = [(name, name.replace("past_key_values.", "present.", 1)) for name in inputs]
     return [{"past": past, "present": present} for past, present in pairs if past != present and present in outputs]
 
 
 def _versions() -> dict[str, str]:
-    constants = {}
+    versions = {}
     for name in ("model-surgery", "torch", "transformers", "onnx", "onnxscript", "onnxruntime"):
         try:
-            constants[name] = metadata.version(name)
+            versions[name] = metadata.version(name)
         except metadata.PackageNotFoundError:
             continue
-    return constants
+    return versions

@@ -1,4 +1,4 @@
-"""How operations are written in ONNX where torch's exporter has no way of its own, or a wrong one."""
+"""Collects translations of operations that torch's exporter lacks or writes wrongly."""
 
 from __future__ import annotations
 
@@ -9,25 +9,25 @@ import torch
 
 from surgery.onnx.graph import attention, low_rank_op, operators, recurrent
 
-__all__ = ["OPSET", "replaced", "translations"]
+__all__ = ["OPSET", "replaced_patches", "translations"]
 
-OPSET = 20  # what torch.onnx.export writes unless it is told
+OPSET = 20  # the default of torch.onnx.export
 
 
 def translations(how: Any) -> dict[Any, Any]:
-    """For `torch.onnx.export`. `how`: the export's `Settings`."""
+    """Returns the table for `torch.onnx.export`. `how`: the `ExportSettings`."""
     table = {**low_rank_op.translations(), **recurrent.translations(), **operators.translations()}
     table[torch.ops.aten.conv3d.default] = _conv3d()
-    return {**table, **attention.translations(how.opset or OPSET)} if replaced(how) else table
+    return {**table, **attention.translations(how.opset or OPSET)} if replaced_patches(how) else table
 
 
-def replaced(how: Any) -> list[str]:
-    """transformers' patches in whose place there is a translation. onnxruntime's fusions look for theirs."""
+def replaced_patches(how: Any) -> list[str]:
+    """Returns transformers' patches that a translation replaces. onnxruntime's fusions need the patches' form."""
     return [] if how.optimize_for == "ort" else [attention.REPLACED]
 
 
 def _conv3d() -> Any:
-    """A Conv3d, which onnxscript (0.7.2) gives a bias of a wrong shape where it has none."""
+    """Returns a translation of Conv3d: without a bias, onnxscript (0.7.2) adds one of a wrong shape."""
     from onnxscript import opset18
 
     op: Any = opset18

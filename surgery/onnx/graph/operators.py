@@ -1,4 +1,4 @@
-"""Operations whose numbers torch's exporter loses at some values: large ones, zeros, negative ones, whole ones."""
+"""Translates operations for which torch's exporter is wrong at some values: large, zero, negative, integer."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ __all__ = ["translations"]
 
 
 def translations() -> dict[Any, Any]:
-    """For `torch.onnx.export`."""
+    """Returns the table for `torch.onnx.export`."""
     aten = torch.ops.aten
     return {
         aten.log_sigmoid.default: _log_sigmoid,
@@ -42,7 +42,7 @@ def _constant(number: float, like: Any) -> Any:
 
 
 def _log1p_exp(x: Any, like: Any) -> Any:
-    """log(1 + exp(x)) of numbers that are not positive; onnxruntime's own operation has no float64."""
+    """log(1 + exp(x)) for x ≤ 0. onnxruntime's Softplus does not support float64."""
     import onnx_ir as ir
 
     op = _op()
@@ -50,20 +50,20 @@ def _log1p_exp(x: Any, like: Any) -> Any:
 
 
 def _log_sigmoid(x: Any) -> Any:
-    """log(sigmoid(x)) is -inf below -88."""
+    """log(sigmoid(x)). The direct form is -inf below -88."""
     op = _op()
     return op.Sub(op.Min(x, _constant(0.0, x)), _log1p_exp(op.Neg(op.Abs(x)), x))
 
 
 def _logaddexp(first: Any, other: Any) -> Any:
-    """log(exp(x) + exp(y)) is inf above 88."""
+    """log(exp(x) + exp(y)). The direct form is inf above 88."""
     op = _op()
-    apart = op.Where(op.Equal(first, other), _constant(0.0, first), op.Abs(op.Sub(first, other)))  # inf - inf
-    return op.Add(op.Max(first, other), _log1p_exp(op.Neg(apart), first))
+    distance = op.Where(op.Equal(first, other), _constant(0.0, first), op.Abs(op.Sub(first, other)))  # inf - inf
+    return op.Add(op.Max(first, other), _log1p_exp(op.Neg(distance), first))
 
 
 def _atan2(y: Any, x: Any) -> Any:
-    """On the axes the quotient tells no side."""
+    """atan2 with separate cases for the axes, where y / x does not determine the angle."""
     op = _op()
     zero, quarter, half = (_constant(number, y) for number in (0.0, math.pi / 2, math.pi))
     below = op.Less(y, zero)
@@ -74,19 +74,19 @@ def _atan2(y: Any, x: Any) -> Any:
 
 
 def _div(first: Any, other: Any, rounding_mode: str | None = None) -> Any:
-    """Whole numbers without float32 in between, which holds 24 bits."""
+    """Divides integers without a conversion to float32, which keeps only 24 bits."""
     first, other = _pair(first, other)
     op = _op()
     if rounding_mode == "floor":
         return _floor_divide(first, other)
-    if first.dtype.is_integer():  # which ONNX divides towards zero
+    if first.dtype.is_integer():  # ONNX divides integers towards zero
         return op.Div(first, other)
     quotient = op.Div(first, other)
     return op.Mul(op.Sign(quotient), op.Floor(op.Abs(quotient))) if rounding_mode == "trunc" else quotient
 
 
 def _floor_divide(first: Any, other: Any) -> Any:
-    """As Python divides: 1 // 0.1 is 9."""
+    """Floor division as in Python: 1 // 0.1 is 9."""
     first, other = _pair(first, other)
     op = _op()
     zero = _constant(0, first)
@@ -105,18 +105,18 @@ def _floor_divide(first: Any, other: Any) -> Any:
 
 
 def _remainder(first: Any, other: Any) -> Any:
-    """What a division leaves, with the divisor's sign."""
+    """The remainder with the divisor's sign."""
     first, other = _pair(first, other)
     op = _op()
     if first.dtype.is_integer():
         return op.Mod(first, other)
     zero, rest = _constant(0.0, first), op.Mod(first, other, fmod=1)
-    apart = op.And(op.Not(op.Equal(rest, zero)), op.Not(op.Equal(op.Less(rest, zero), op.Less(other, zero))))
-    return op.Where(apart, op.Add(rest, other), rest)
+    signs_differ = op.And(op.Not(op.Equal(rest, zero)), op.Not(op.Equal(op.Less(rest, zero), op.Less(other, zero))))
+    return op.Where(signs_differ, op.Add(rest, other), rest)
 
 
 def _pair(first: Any, other: Any) -> tuple[Any, Any]:
-    """Two tensors of one kind; a number takes the tensor's, but makes whole numbers floating where it is."""
+    """Returns two tensors of the same dtype. A float number converts an integer tensor to float32."""
     import onnx_ir as ir
 
     if isinstance(other, float) and first.dtype.is_integer():
@@ -125,7 +125,7 @@ def _pair(first: Any, other: Any) -> tuple[Any, Any]:
 
 
 def _avg_pool(rank: int) -> Any:
-    """An average by another divisor than the window's size."""
+    """Returns a translation of average pooling that supports `divisor_override`."""
 
     def translate(
         x: Any, kernel_size: Sequence[int], stride: Sequence[int] = (), padding: Sequence[int] = (0,),
@@ -133,11 +133,11 @@ def _avg_pool(rank: int) -> Any:
     ) -> Any:  # fmt: skip
         from onnxscript.function_libs.torch_lib.ops import nn
 
-        own = nn.aten_avg_pool2d if rank == 2 else nn.aten_avg_pool3d
+        torch_translation = nn.aten_avg_pool2d if rank == 2 else nn.aten_avg_pool3d
         if divisor_override is None:
-            return own(x, kernel_size, stride, padding, ceil_mode, count_include_pad)
+            return torch_translation(x, kernel_size, stride, padding, ceil_mode, count_include_pad)
         window = math.prod([*kernel_size, *kernel_size, *kernel_size][:rank] if len(kernel_size) == 1 else kernel_size)
-        average = own(x, kernel_size, stride, padding, ceil_mode, True)
+        average = torch_translation(x, kernel_size, stride, padding, ceil_mode, True)
         return _op().Mul(average, _constant(window / divisor_override, x))
 
     return translate

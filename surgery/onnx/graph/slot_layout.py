@@ -1,4 +1,4 @@
-"""Which rules of the adapters become slots at each site, in which order, and what has to stay as it is."""
+"""Chooses the slots at each site and their order, and the rules that have no slot."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from surgery.errors import RuleError
 from surgery.patterns.paths import regex_for
 from surgery.state.records import Applied, ModelState, sites
 
-__all__ = ["Arranged", "Left", "arranged", "bare", "exactly", "labels_of"]
+__all__ = ["SlotLayout", "RemainingRule", "slot_layout", "without_targets", "exactly", "labels_of"]
 
 Kinds = dict[str, SlotRule]  # the slots of a site in their order: kind → rule
 
@@ -23,8 +23,8 @@ R = TypeVar("R", bound=Rule)
 
 
 @dataclass
-class Left:
-    """A rule of an adapter that stays a constant at some sites; `after` the slots there, or before them."""
+class RemainingRule:
+    """A live rule without a slot at some sites. `after`: it runs after the slots, else before them."""
 
     adapter: str
     rule: Rule
@@ -33,60 +33,63 @@ class Left:
 
 
 @dataclass
-class Arranged:
-    """`slots`: rules by site; `labels`: the adapters' own rules in each, by site and kind; `left`: what stays; `none`:
-    the paths of what is no slot, by adapter, rule and reason."""
+class SlotLayout:
+    """The slots of all sites.
+
+    `slots`: rules by site; `labels`: labels of the adapters' rules by site and kind; `remaining`: live rules without a
+    slot; `rules_without_slot`: paths by adapter, rule and reason.
+    """
 
     slots: dict[str, Kinds] = field(default_factory=dict)
     labels: dict[tuple[str, str], str] = field(default_factory=dict)
-    left: list[Left] = field(default_factory=list)
-    none: dict[tuple[str, type[Rule], str], list[str]] = field(default_factory=dict)
+    remaining: list[RemainingRule] = field(default_factory=list)
+    rules_without_slot: dict[tuple[str, type[Rule], str], list[str]] = field(default_factory=dict)
 
     def rules(self) -> list[SlotRule]:
-        """As few rules as may be: those that are equal but for their targets are one, where no site's order minds."""
+        """Joins rules that differ only in their targets and have the same place in their sites' order."""
         groups: list[tuple[int, SlotRule, list[str]]] = []
         for path, kinds in self.slots.items():
             for place, rule in enumerate(kinds.values()):
-                same = next((paths for at, other, paths in groups if at == place and other == rule), None)
-                if same is None:
-                    groups.append((place, rule, same := []))
-                same.append(path)
+                site_paths = next((paths for index, other, paths in groups if index == place and other == rule), None)
+                if site_paths is None:
+                    groups.append((place, rule, site_paths := []))
+                site_paths.append(path)
         return [rule.replace(targets=exactly(paths)) for _, rule, paths in sorted(groups, key=lambda group: group[0])]
 
 
 def exactly(paths: Sequence[str]) -> str | list[str]:
-    """Targets for these modules alone; no expression means the model itself."""
+    """Returns targets that match exactly these modules. The model itself needs a separate target."""
     inner = [path for path in paths if path]
     return regex_for(inner) if len(inner) == len(paths) else ["", *([regex_for(inner)] if inner else [])]
 
 
-def arranged(copy: nn.Module, state: ModelState, names: Sequence[str]) -> Arranged:
-    """The slots that these adapters need, and the rules of live ones that can't be in one."""
-    layout = Arranged()
+def slot_layout(copy: nn.Module, state: ModelState, names: Sequence[str]) -> SlotLayout:
+    """Returns the slots that these adapters need, and the rules without a slot."""
+    layout = SlotLayout()
     live = [name for name in names if state.standing[name].live]
     for path, module, site in sites(copy):
-        here = [applied for applied in site.applied if applied.adapter in names]
-        kinds, after, why = _at(here, module, path, live)
+        applied_rules = [applied for applied in site.applied if applied.adapter in names]
+        kinds, after, why = _site_slots(applied_rules, module, path, live)
         if kinds:
             layout.slots[path] = kinds
         for kind in kinds:
             layout.labels[path, kind] = labels_of(
-                applied_rule.rule for applied_rule in here if applied_rule.rule.slot_kind == kind
+                applied_rule.rule for applied_rule in applied_rules if applied_rule.rule.slot_kind == kind
             )
-        for applied in here:
+        for applied in applied_rules:
             if applied.rule.slot_kind in kinds:
                 continue
             rule = applied.rule
             reason = why.get(rule.slot_kind or "", type(rule).why_no_slot)
-            layout.none.setdefault((applied.adapter, type(rule), reason), []).append(path)
+            layout.rules_without_slot.setdefault((applied.adapter, type(rule), reason), []).append(path)
             if applied.adapter in live:
-                _leave(layout.left, applied, path, id(applied) in after)
-    layout.left = [remainder for remainder in layout.left if not _comes_along(remainder, layout.left)]
+                _add_remaining(layout.remaining, applied, path, id(applied) in after)
+    layout.remaining = [remainder for remainder in layout.remaining if not _is_companion(remainder, layout.remaining)]
     return layout
 
 
-def bare(rule: R) -> R:
-    """The rule without a word on where it goes."""
+def without_targets(rule: R) -> R:
+    """Returns the rule without targets."""
     return rule.replace(targets=(), exclude=(), layers=None, expect=None)
 
 
@@ -94,57 +97,57 @@ def labels_of(rules: Iterator[Rule] | Collection[Rule]) -> str:
     return ", ".join(dict.fromkeys(rule.label for rule in rules))
 
 
-def _at(
-    here: list[Applied], module: nn.Module, path: str, live: Sequence[str]
+def _site_slots(
+    applied_rules: list[Applied], module: nn.Module, path: str, live: Sequence[str]
 ) -> tuple[Kinds, set[int], dict[str, str]]:
-    """The slots at a site, which of the other rules come after them, and why kinds have none.
+    """Returns a site's slots, the ids of other rules that run after them, and the reason of each kind without a slot.
 
-    The adapters' rules stand in an order there, and the slots must stand in one that is all of theirs.
+    The order of the slots must agree with the order of each adapter's rules.
     """
-    offered, why = _offered(here, module, path)
+    offered, why = _offered_slots(applied_rules, module, path)
     while True:
-        after, barred = set[int](), None
+        after, blocked = set[int](), None
         orders: list[list[str]] = []
-        for name in dict.fromkeys(applied_rule.adapter for applied_rule in here):
+        for name in dict.fromkeys(applied_rule.adapter for applied_rule in applied_rules):
             order: list[str] = []
-            waits = False
-            for applied in (applied_rule for applied_rule in here if applied_rule.adapter == name):
+            constant_before = False
+            for applied in (applied_rule for applied_rule in applied_rules if applied_rule.adapter == name):
                 kind = applied.rule.slot_kind
                 if kind in offered:
-                    barred = kind if waits else barred  # a constant stands between it and a slot before
+                    blocked = kind if constant_before else blocked  # a constant is between this slot and an earlier one
                     order.append(kind)
                 elif order and name in live:
                     after.add(id(applied))
-                    waits = True
+                    constant_before = True
             orders.append(order)
-        joined_order = _joined(orders, offered)
-        if barred is None and len(joined_order) == len(offered):
+        joined_order = _join_orders(orders, offered)
+        if blocked is None and len(joined_order) == len(offered):
             return joined_order, after, why
-        for kind in [barred] if barred is not None else [kind for kind in offered if kind not in joined_order]:
+        for kind in [blocked] if blocked is not None else [kind for kind in offered if kind not in joined_order]:
             del offered[kind]
-            why[kind] = "the adapters' rules stand there in orders that no one order holds"
+            why[kind] = "the adapters have their rules in contradictory orders"
 
 
-def _offered(here: list[Applied], module: nn.Module, path: str) -> tuple[Kinds, dict[str, str]]:
+def _offered_slots(applied_rules: list[Applied], module: nn.Module, path: str) -> tuple[Kinds, dict[str, str]]:
     by_kind: dict[str, list[Applied]] = {}
-    for applied in here:
+    for applied in applied_rules:
         if applied.rule.slot_kind is not None:
             by_kind.setdefault(applied.rule.slot_kind, []).append(applied)
     offered: Kinds = {}
     why: dict[str, str] = {}
     for kind, group in by_kind.items():
         if len({applied.adapter for applied in group}) < len(group):
-            why[kind] = "an adapter has two rules for one slot there"
+            why[kind] = "an adapter has two rules for the same slot"
             continue
         with HookCall(group[0].rule, "slot", path):
             slot = type(group[0].rule).slot([applied.rule for applied in group], module, path)
         if slot is not None:
-            offered[kind] = bare(_slot_rule(slot, group[0].rule, path))
+            offered[kind] = without_targets(_slot_rule(slot, group[0].rule, path))
     return offered, why
 
 
 def _slot_rule(slot: Rule, rule: Rule, path: str) -> SlotRule:
-    """What a rule's `slot` hook returned. `RuleError` if it is not a `SlotRule`."""
+    """Returns what a rule's `slot` hook returned. Raises `RuleError` if it is not a `SlotRule`."""
     if isinstance(slot, SlotRule):
         return slot
     raise RuleError(
@@ -155,40 +158,40 @@ def _slot_rule(slot: Rule, rule: Rule, path: str) -> SlotRule:
     )
 
 
-def _joined(orders: list[list[str]], offered: Kinds) -> Kinds:
-    """The kinds in an order that each adapter's is a part of; those that are in none such are left out.
+def _join_orders(orders: list[list[str]], offered: Kinds) -> Kinds:
+    """Returns the kinds in an order that agrees with each adapter's order. Contradictory kinds are omitted.
 
-    What puts a parameter in the base's place comes first wherever it stands: others see it either way.
+    Rules that replace a parameter come first: the other rules see the new parameter in any order.
     """
     kinds_first: Kinds = {kind: rule for kind, rule in offered.items() if rule.slot_first}
-    waiting = [kind for kind in offered if kind not in kinds_first]
+    pending = [kind for kind in offered if kind not in kinds_first]
     while True:
         before = {
-            kind: {k for order in orders if kind in order for k in order[: order.index(kind)]} for kind in waiting
+            kind: {k for order in orders if kind in order for k in order[: order.index(kind)]} for kind in pending
         }
-        ready = next((kind for kind in waiting if not before[kind] & set(waiting)), None)
+        ready = next((kind for kind in pending if not before[kind] & set(pending)), None)
         if ready is None:
             return kinds_first
         kinds_first[ready] = offered[ready]
-        waiting.remove(ready)
+        pending.remove(ready)
 
 
-def _leave(left: list[Left], applied: Applied, path: str, after: bool) -> None:
-    rule = bare(applied.rule.alone())
-    same = next(
+def _add_remaining(remaining: list[RemainingRule], applied: Applied, path: str, after: bool) -> None:
+    rule = without_targets(applied.rule.alone())
+    entry = next(
         (
             remainder
-            for remainder in left
+            for remainder in remaining
             if (remainder.adapter, remainder.rule, remainder.after) == (applied.adapter, rule, after)
         ),
         None,
     )
-    if same is None:
-        left.append(same := Left(applied.adapter, rule, after))
-    same.paths.append(path)
+    if entry is None:
+        remaining.append(entry := RemainingRule(applied.adapter, rule, after))
+    entry.paths.append(path)
 
 
-def _comes_along(candidate: Left, left: Sequence[Left]) -> bool:
-    """Whether another rule that stays brings this one with it."""
-    others = [other for other in left if other.adapter == candidate.adapter and other is not candidate]
+def _is_companion(candidate: RemainingRule, remaining: Sequence[RemainingRule]) -> bool:
+    """Whether another remaining rule brings this rule as its companion."""
+    others = [other for other in remaining if other.adapter == candidate.adapter and other is not candidate]
     return any(type(companion) is type(candidate.rule) for other in others for companion in other.rule.companions())

@@ -1,4 +1,4 @@
-"""Weights keep the model's names: what optimisation folds is told apart, and named again."""
+"""Keeps the model's names of weights through the optimiser's passes."""
 
 from __future__ import annotations
 
@@ -9,20 +9,20 @@ from typing import Any
 
 import onnx_ir as ir
 
-__all__ = ["LAYOUT", "name_weights", "names_kept"]
+__all__ = ["LAYOUT", "name_weights", "keep_weight_names"]
 
-LAYOUT = "surgery.layout"  # of an initialiser: "transposed" where it lies so
+LAYOUT = "surgery.layout"  # metadata of an initialiser; "transposed" if its axes are swapped
 FOLDED = "pkg.onnxscript.optimizer.folded_from"
 KIND = "pkg.torch.export.graph_signature.InputSpec.kind"
 PERSISTENT = "pkg.torch.export.graph_signature.InputSpec.persistent"
 
 
 @contextlib.contextmanager
-def names_kept() -> Iterator[None]:
-    """Optimisation makes one constant of equal ones, and new ones of constants; weights stay several, and themselves.
+def keep_weight_names() -> Iterator[None]:
+    """Patches the optimiser during the block: it does not join equal weights, and folds only their transposition.
 
-    A weight that is used once, turned, is kept turned: what multiplies by it needs no step for that. Normalisation is
-    not multiplied into convolutions, and no bias left out for being zero: runtimes do the like as they open a file.
+    A weight that is used once and transposed is stored transposed, so the product needs no Transpose. Normalisation is
+    not folded into convolutions, and zero biases stay: runtimes handle both when they open a file.
     """
     import onnx_ir.passes.common as passes
     from onnxscript import rewriter
@@ -30,11 +30,11 @@ def names_kept() -> Iterator[None]:
     from onnxscript.rewriter.rules.common import _fuse_batchnorm, _remove_optional_bias
 
     rules = rewriter._DEFAULT_REWRITE_RULES
-    changing = [id(rule) for group in (_fuse_batchnorm, _remove_optional_bias) for rule in group.rules]
-    merging, making = passes.DeduplicateInitializersPass, folding.FoldConstantsPass
-    weights: set[str] = set()  # names of what is in the model's state_dict
+    disabled = [id(rule) for group in (_fuse_batchnorm, _remove_optional_bias) for rule in group.rules]
+    original_deduplicate, original_fold = passes.DeduplicateInitializersPass, folding.FoldConstantsPass
+    weights: set[str] = set()  # names in the model's state_dict
 
-    class Several(merging):  # type: ignore[misc, valid-type]
+    class DeduplicateConstants(original_deduplicate):  # type: ignore[misc, valid-type]
         def call(self, model: ir.Model) -> Any:
             graphs = [
                 (graph, {name: value for name, value in graph.initializers.items() if _is_weight(value, weights)})
@@ -49,7 +49,7 @@ def names_kept() -> Iterator[None]:
                 for graph, values in graphs:
                     graph.initializers.update(values)
 
-    class Themselves(making):  # type: ignore[misc, valid-type]
+    class FoldConstants(original_fold):  # type: ignore[misc, valid-type]
         def __init__(self, **how: Any):
             super().__init__(**{**how, "should_fold": lambda node: _may_fold(node, weights)})
 
@@ -58,13 +58,13 @@ def names_kept() -> Iterator[None]:
                 weights.update(name for name, value in graph.initializers.items() if _is_state(value))
             return super().call(model)
 
-    passes.DeduplicateInitializersPass, folding.FoldConstantsPass = Several, Themselves  # type: ignore[misc]
-    rewriter._DEFAULT_REWRITE_RULES = tuple(rule for rule in rules if id(rule) not in changing)
+    passes.DeduplicateInitializersPass, folding.FoldConstantsPass = DeduplicateConstants, FoldConstants  # type: ignore[misc]
+    rewriter._DEFAULT_REWRITE_RULES = tuple(rule for rule in rules if id(rule) not in disabled)
     try:
         yield
     finally:
         rewriter._DEFAULT_REWRITE_RULES = rules
-        passes.DeduplicateInitializersPass, folding.FoldConstantsPass = merging, making  # type: ignore[misc]
+        passes.DeduplicateInitializersPass, folding.FoldConstantsPass = original_deduplicate, original_fold  # type: ignore[misc]
 
 
 def _is_state(value: ir.Value) -> bool:
@@ -73,10 +73,10 @@ def _is_state(value: ir.Value) -> bool:
 
 
 def _is_weight(value: ir.Value, weights: Collection[str]) -> bool:
-    """Whether it is a weight, or one turned, which is all that is made of them here."""
+    """Whether the value is a weight or a transposed weight; the patched optimiser makes nothing else of weights."""
     if value.name in weights:
         return True
-    flat = value.shape is not None and len(value.shape) == 2  # and no list of sizes, which is no weight any more
+    flat = value.shape is not None and len(value.shape) == 2  # a folded list of sizes is not a weight
     return flat and _source(value.metadata_props.get(FOLDED)) in weights
 
 
@@ -86,17 +86,17 @@ def _may_fold(node: ir.Node, weights: Collection[str]) -> bool | None:
     value = node.inputs[0]
     once = value is not None and value.name in weights and len(value.uses()) == 1
     flat = value is not None and value.shape is not None and len(value.shape) == 2
-    return None if node.op_type == "Transpose" and _turns(node) and once and flat else False
+    return None if node.op_type == "Transpose" and _transposes(node) and once and flat else False
 
 
-def _turns(node: ir.Node) -> bool:
-    """Or leaves its input as it is, as where a weight is indexed by positions."""
+def _transposes(node: ir.Node) -> bool:
+    """Whether a Transpose swaps the axes; it keeps them if a weight is indexed by positions."""
     permutation = node.attributes.get("perm")
     return permutation is None or list(permutation.as_ints()) == [1, 0]
 
 
 def name_weights(model: ir.Model, parameters: Mapping[str, Any]) -> None:
-    """Weights that optimisation turned get their own names back; `surgery.layout` says how they lie."""
+    """Renames transposed weights to their parameters' names, and marks them with `surgery.layout`."""
     graph = model.graph
     for name, value in list(graph.initializers.items()):
         source = _source(value.metadata_props.get(FOLDED))

@@ -1,7 +1,7 @@
-"""Adapters in files of onnxruntime's adapter format: written whole or not at all, and read without trust.
+"""Reads and writes adapters in onnxruntime's adapter format. A write is atomic, and a read trusts nothing.
 
-The format holds tensors by name and two numbers of 31 bits. One says here which base and slots the tensors are for,
-the other is a checksum of them all: so an adapter of another model, a damaged file and one that lacks a part are told.
+The format has tensors by name and two numbers of 31 bits. We use the first as an identifier of the base and its slots,
+and the second as a checksum. They reveal an adapter of another model, a damaged file and missing tensors.
 """
 
 from __future__ import annotations
@@ -50,8 +50,8 @@ def write_adapter(path: str | Path, tensors: Mapping[str, np.ndarray], manifest:
     adapter_format.set_model_version(model_version(manifest))
     adapter_format.set_adapter_version(checksum(tensors))
     adapter_format.set_parameters({name: value_of(tensor) for name, tensor in tensors.items()})
-    with replaced(path) as place:
-        adapter_format.export_adapter(str(place))  # type: ignore[arg-type]  # it takes no other path
+    with atomic_write(path) as temporary:
+        adapter_format.export_adapter(str(temporary))  # type: ignore[arg-type]  # it accepts only texts
     return path
 
 
@@ -69,11 +69,11 @@ def read_adapter(path: str | Path, manifest: Manifest) -> dict[str, np.ndarray]:
         LoadError: lists what is wrong: another kind of file, a damaged file, another base or other slots, tensors that
             do not fit (`Manifest.check`).
     """
-    return {name: array_of_value(value) for name, value in opened(path, manifest).items()}
+    return {name: array_of_value(value) for name, value in read_values(path, manifest).items()}
 
 
-def opened(path: str | Path, manifest: Manifest) -> dict[str, Any]:
-    """As `read_adapter`, with OrtValues: they use, and keep alive, the memory that onnxruntime read the file into."""
+def read_values(path: str | Path, manifest: Manifest) -> dict[str, Any]:
+    """As `read_adapter`, but returns OrtValues, which share and keep alive the memory that onnxruntime filled."""
     from onnxruntime import AdapterFormat
 
     path = Path(path)
@@ -84,32 +84,34 @@ def opened(path: str | Path, manifest: Manifest) -> dict[str, Any]:
         content = AdapterFormat.read_adapter(str(path))  # type: ignore[arg-type]
         values = content.get_parameters()
         tensors = {name: _array(name, value) for name, value in values.items()}
-        about, sum_ = content.get_model_version(), content.get_adapter_version()
+        version, stored_checksum = content.get_model_version(), content.get_adapter_version()
     except OSError as error:
         raise listed(f"{path.name} can't be read", [SurgeryError(str(error))]) from None
     except SurgeryError as error:
         raise listed(f"{path.name} can't be used", [error]) from None
-    except Exception as error:  # onnxruntime has none of its own for this
-        why, fix = "onnxruntime finds none in it", "export_adapter and convert_peft write them"
+    except Exception as error:  # onnxruntime has no error class for this
+        why, fix = "onnxruntime finds no adapter in it", "export_adapter and convert_peft write them"
         problem = SurgeryError("it is not an adapter file, or it is damaged", why=why, fix=fix)
         raise listed(f"{path.name} can't be used", [problem]) from error
-    if sum_ != checksum(tensors):
-        fix = "write it again: export_adapter, convert_peft or write_adapter; other programs' have no checksum"
-        problems.append(SurgeryError("it is damaged", why="its checksum is that of other tensors", fix=fix))
-    elif about != model_version(manifest):
+    if stored_checksum != checksum(tensors):
+        fix = "write it again with export_adapter, convert_peft or write_adapter; other programs write no checksum"
+        problems.append(SurgeryError("it is damaged", why="its checksum does not match its tensors", fix=fix))
+    elif version != model_version(manifest):
         fix = "make it for this file: export_adapter or convert_peft"
         problems.append(SurgeryError("it was made for another base, or for a file with other slots", fix=fix))
-    if problems := problems + manifest.check(tensors, finite=not problems):  # as they were when they were written
+    if problems := problems + manifest.check(
+        tensors, finite=not problems
+    ):  # a correct checksum shows that they were checked before
         raise listed(f"{path.name} can't be used", problems)
     for value in values.values():
-        value.surgery_held = content  # type: ignore[attr-defined]
+        value.surgery_content = content  # type: ignore[attr-defined]
     return values
 
 
 def _array(name: str, value: Any) -> np.ndarray:
-    """The numbers without a copy, except for bfloat16."""
+    """Returns an OrtValue's numbers, without a copy except for bfloat16."""
     kind = value.data_type()
-    if name_of(kind) is None:  # of texts, onnxruntime would follow what the file says are their addresses
+    if name_of(kind) is None:  # reading texts would make onnxruntime follow addresses that are in the file
         raise SurgeryError(
             "it is not an adapter file, or it is damaged", where=name[:200], why=f"a {kind} is not a tensor of numbers"
         )
@@ -117,7 +119,7 @@ def _array(name: str, value: Any) -> np.ndarray:
 
 
 def model_version(manifest: Manifest) -> int:
-    """A number for a base and its slots: two files that accept the same adapters have the same number."""
+    """Returns a number of the base and its slots: files that accept the same adapters have the same number."""
     return int.from_bytes(manifest.digest[:4], "little") & _BITS
 
 
@@ -133,19 +135,19 @@ def checksum(tensors: Mapping[str, np.ndarray]) -> int:
 
 
 @contextlib.contextmanager
-def replaced(path: Path) -> Iterator[Path]:
-    """A place to write to; what is there at the end of the block takes the file's place, all at once."""
+def atomic_write(path: Path) -> Iterator[Path]:
+    """Yields a temporary path. After the block, the file written there atomically replaces the file at `path`."""
     try:
         folder = Path(tempfile.mkdtemp(prefix=".surgery-", dir=path.parent))
     except OSError as error:
         raise SurgeryError(f"{path.name} can't be written", why=str(error)) from None
     try:
-        place = folder / path.name
-        yield place
-        with place.open("rb") as file:
+        temporary = folder / path.name
+        yield temporary
+        with temporary.open("rb") as file:
             os.fsync(file.fileno())
-        os.replace(place, path)
-        if os.name == "posix":  # elsewhere a folder can't be opened, nor needs to be
+        os.replace(temporary, path)
+        if os.name == "posix":  # Windows can't open a folder, and need not flush one
             handle = os.open(path.parent, os.O_RDONLY)
             try:
                 os.fsync(handle)

@@ -1,7 +1,7 @@
-"""What slots that are required inputs are fed without an adapter: the base's numbers stand in a file beside the graph.
+"""Default values of slots that are required inputs, in a file beside the graph.
 
-An input that must be fed can't have a value in the graph; runtimes that can feed no others, such as onnxruntime-web,
-read it from here. The file is an adapter: for every slot what it is without one.
+A required input can't have a default value in the graph. Runtimes without optional inputs, such as onnxruntime-web,
+read the defaults from this file, which is an adapter with a tensor for every slot.
 """
 
 from __future__ import annotations
@@ -22,21 +22,21 @@ DEFAULTS = ".defaults.onnx_adapter"
 
 
 def write_defaults(onnx_path: Path, arrays: Mapping[str, np.ndarray], manifest: Manifest) -> Path:
-    """`arrays`: of every slot. `LoadError` where they don't fit the slots."""
-    return write_adapter(beside(onnx_path), arrays, manifest)
+    """Writes an array for every slot. Raises `LoadError` if they do not fit the slots."""
+    return write_adapter(defaults_path(onnx_path), arrays, manifest)
 
 
 def defaults_of(onnx_path: str | Path, manifest: Manifest) -> dict[str, np.ndarray | None]:
-    """What each slot is without an adapter; None where that stands nowhere but in the graph, or in a file that is lost.
+    """Returns each slot's value without an adapter; None if only the graph has it, or the file of defaults is missing.
 
-    Raises `LoadError` for a damaged file.
+    Raises `LoadError` if the file is damaged.
     """
     defaults = {slot.name: manifest.default(slot) for slot in manifest.slots}
-    file = beside(Path(onnx_path))
+    file = defaults_path(Path(onnx_path))
     if manifest.slots_as == "inputs" and any(array is None for array in defaults.values()) and file.exists():
         defaults.update(read_adapter(file, manifest))
     return defaults
 
 
-def beside(onnx_path: Path) -> Path:
+def defaults_path(onnx_path: Path) -> Path:
     return onnx_path.with_name(onnx_path.name + DEFAULTS)

@@ -1,4 +1,4 @@
-"""What an exported file says of its slots: their names, shapes and defaults, and the base they belong to."""
+"""Reads and checks the manifest of an exported file: its slots, inputs, outputs and base."""
 
 from __future__ import annotations
 
@@ -22,18 +22,18 @@ from surgery.onnx.runtime.slot import Slot
 __all__ = ["FORMAT", "HALF", "KEY", "SIDECAR", "Manifest", "read_manifest"]
 
 FORMAT, VERSION = "model-surgery/onnx", 1
-KEY = "surgery.manifest"  # among the metadata of the ONNX file
+KEY = "surgery.manifest"  # the key in the metadata of the ONNX file
 SIDECAR = ".manifest.json"
-HALF = "half"  # whether there are weights in float16, for who opens the file
+HALF = "half"  # whether the file has float16 weights: see `create_session`
 _MOST = 64 << 20  # bytes of a sidecar
 _DEFAULTS = ("empty", "zeros", "ones", "base")
-# What it has, and of which type; the last four may be absent.
+# The fields and their types.
 _FIELDS = {
     "adapters": str, "slots_as": str, "empty": str, "slot": str, "slots": list, "sites": list, "rules": list,
     "base": dict, "opset": int, "inputs": list, "outputs": list, "cache": list,
     "free": dict, "constants": dict, "versions": dict,
 }  # fmt: skip
-_MAY_LACK = ("free", "constants", "versions", "cache")
+_OPTIONAL_FIELDS = ("free", "constants", "versions", "cache")
 _CHOICES = {
     "adapters": ("slots", "constant", "merged"), "slots_as": ("overridable", "inputs"), "empty": ("rank0", "zeros1"),
 }  # fmt: skip
@@ -110,7 +110,10 @@ class Manifest:
     @classmethod
     def _of_metadata(cls, metadata: Mapping[str, str], where: str) -> Manifest:
         if KEY not in metadata:
-            why, fix = "it was not written by export_onnx, or what changed it since left that out", "export it again"
+            why, fix = (
+                "export_onnx did not write it, or a program that changed it dropped the manifest",
+                "export it again",
+            )
             raise SurgeryError(f"{where} has no manifest", why=why, fix=fix)
         return cls.from_json(metadata[KEY], f"the manifest of {where}")
 
@@ -124,22 +127,22 @@ class Manifest:
         """From plain data; see `from_json`."""
         wrong: list[str] = []
         if not isinstance(data, Mapping) or data.get("format") != FORMAT:
-            raise SurgeryError(f"{where} is none", why=f"its format is not {FORMAT!r}")
+            raise SurgeryError(f"{where} is not a manifest", why=f"its format is not {FORMAT!r}")
         if type(data.get("version")) is int and data["version"] > VERSION:
-            why = f"it has version {data['version']}, and {VERSION} is known here"
+            why = f"it has version {data['version']}, and this release reads versions up to {VERSION}"
             raise SurgeryError(f"{where} was written by a later release", why=why, fix="update model-surgery")
         fields_of_data = {
-            name: data[name] for name in _FIELDS if name in data or name not in _MAY_LACK and wrong.append(name)
+            name: data[name] for name in _FIELDS if name in data or name not in _OPTIONAL_FIELDS and wrong.append(name)
         }
         if wrong:
             raise SurgeryError(f"{where} is damaged", why=f"it lacks {', '.join(wrong)}")
         wrong += [
-            f"{name} is {_said(fields_of_data[name])}"
+            f"{name} is {_shorten(fields_of_data[name])}"
             for name in fields_of_data
             if type(fields_of_data[name]) is not _FIELDS[name]
         ]
         wrong += [
-            f"{name}={_said(fields_of_data[name])} is none of {', '.join(options)}"
+            f"{name}={_shorten(fields_of_data[name])} is not one of {', '.join(options)}"
             for name, options in _CHOICES.items()
             if fields_of_data[name] not in options
         ]
@@ -162,9 +165,9 @@ class Manifest:
     def to_dict(self) -> dict[str, Any]:
         """Plain data, from which `Manifest.of` makes an equal one."""
         data: dict[str, Any] = {"format": FORMAT, "version": VERSION, **self.further}
-        data |= {name: _plain(getattr(self, name)) for name in _FIELDS}
+        data |= {name: _json_value(getattr(self, name)) for name in _FIELDS}
         data["slots"] = [
-            {field.name: _plain(getattr(slot, field.name)) for field in fields(Slot)} for slot in self.slots
+            {field.name: _json_value(getattr(slot, field.name)) for field in fields(Slot)} for slot in self.slots
         ]
         return data
 
@@ -172,7 +175,7 @@ class Manifest:
         """As text, which `Manifest.from_json` reads."""
         return json.dumps(self.to_dict(), sort_keys=True)
 
-    # What is asked of it --------------------------------------------------------------------------------------
+    # Slots --------------------------------------------------------------------------------------
 
     @cached_property
     def by_name(self) -> Mapping[str, Slot]:
@@ -191,14 +194,14 @@ class Manifest:
     def digest(self) -> bytes:
         """Of the base and the slots' names, shapes and types: files of one digest take the same adapters."""
         slots = sorted((slot.name, slot.shape, slot.dtype) for slot in self.slots)
-        return hashlib.sha256(json.dumps([_plain(self.base), slots], sort_keys=True).encode()).digest()
+        return hashlib.sha256(json.dumps([_json_value(self.base), slots], sort_keys=True).encode()).digest()
 
     def default(self, slot: Slot) -> np.ndarray | None:
         """What a slot holds without an adapter; None for the base's own numbers, which the file has."""
         if slot.default == "base":
             return None
-        none = 0 if self.empty == "rank0" else 1
-        shape = [none if size is None else size for size in slot.shape]
+        empty_size = 0 if self.empty == "rank0" else 1
+        shape = [empty_size if size is None else size for size in slot.shape]
         return (np.ones if slot.default == "ones" else np.zeros)(shape, dtype_of(slot.dtype))
 
     def check(self, tensors: Mapping[str, np.ndarray], *, finite: bool = False) -> list[SurgeryError]:
@@ -217,55 +220,57 @@ def read_manifest(source: Any) -> Manifest:
     return Manifest.read(source)
 
 
-# Nothing is believed ----------------------------------------------------------------------------------------------
+# Checks of untrusted data -----------------------------------------------------------------------------------------
 
 
 def _slot(data: Any, index: int, wrong: list[str]) -> Slot | None:
     kinds = {"name": str, "site": str, "module": str, "rule": str, "tensor": str, "dtype": str, "default": str}
     if not isinstance(data, Mapping) or any(type(data.get(name)) is not kind for name, kind in kinds.items()):
-        return wrong.append(f"slot {index} is {_said(data)}")
+        return wrong.append(f"slot {index} is {_shorten(data)}")
     where = f"the slot {data['name'][:100]!r}"
     shape, free, dim = data.get("shape"), data.get("free"), data.get("dim")
     if type(shape) is not list or not all(size is None or type(size) is int and 0 <= size < 1 << 40 for size in shape):
-        return wrong.append(f"{where} has the shape {_said(shape)}")
+        return wrong.append(f"{where} has the shape {_shorten(shape)}")
     if type(free) is not list or free != [axis for axis, size in enumerate(shape) if size is None] or len(free) > 1:
-        return wrong.append(f"{where} has the free axes {_said(free)} of {shape}")
+        return wrong.append(f"{where} has the free axes {_shorten(free)} of {shape}")
     if type(dim) is not (str if free else type(None)) or data["dtype"] not in NAMES:
-        return wrong.append(f"{where} has dim={_said(dim)}, dtype={_said(data['dtype'])}")
+        return wrong.append(f"{where} has dim={_shorten(dim)}, dtype={_shorten(data['dtype'])}")
     if data["default"] not in _DEFAULTS or (data["default"] == "empty") != bool(free):
         return wrong.append(f"{where} is {data['default'][:40]!r} by default")
     return Slot(shape=tuple(shape), free=tuple(free), dim=dim, **{name: data[name] for name in kinds})
 
 
 def _check_sites(sites: tuple[Any, ...], slots: list[Slot], wrong: list[str]) -> None:
-    """Each slot stands at one site, which is the one that it says."""
-    left = {slot.name: slot for slot in slots}
-    if len(left) != len(slots):
-        wrong.append("two slots have one name")
+    """Checks that each slot is listed at exactly one site, which is the slot's own."""
+    unlisted = {slot.name: slot for slot in slots}
+    if len(unlisted) != len(slots):
+        wrong.append("two slots have the same name")
     seen: set[tuple[str, str]] = set()
     for site in sites:
-        good = isinstance(site, Mapping) and all(type(site.get(name)) is str for name in ("site", "rule", "module"))
-        if not good or type(site.get("slots")) is not list or (site["site"], site["rule"]) in seen:
-            wrong.append(f"a site is {_said(site)}")
+        valid = isinstance(site, Mapping) and all(type(site.get(name)) is str for name in ("site", "rule", "module"))
+        if not valid or type(site.get("slots")) is not list or (site["site"], site["rule"]) in seen:
+            wrong.append(f"a site is {_shorten(site)}")
             continue
         seen.add((site["site"], site["rule"]))
         for name in site["slots"]:
-            slot = left.pop(name, None) if isinstance(name, str) else None
+            slot = unlisted.pop(name, None) if isinstance(name, str) else None
             if slot is None or (slot.site, slot.rule) != (site["site"], site["rule"]):
-                wrong.append(f"the site {site['site'][:100]!r} has the slot {_said(name)}, which is not there")
-    wrong += [f"the slot {name[:100]!r} is at no site" for name in left]
+                wrong.append(
+                    f"the site {site['site'][:100]!r} has the slot {_shorten(name)}, which is not a slot of this site"
+                )
+    wrong += [f"the slot {name[:100]!r} is at no site" for name in unlisted]
 
 
 def _texts(data: Any, name: str, wrong: list[str]) -> tuple[str, ...]:
     if not all(isinstance(text, str) for text in data):
-        wrong.append(f"{name} are {_said(data)}")
+        wrong.append(f"{name} are {_shorten(data)}")
     return tuple(data)
 
 
 def _cache(data: Any, wrong: list[str]) -> tuple[Mapping[str, str], ...]:
     for entry in data:
         if not isinstance(entry, Mapping) or not all(isinstance(entry.get(name), str) for name in ("past", "present")):
-            wrong.append(f"the cache has {_said(entry)}")
+            wrong.append(f"the cache has {_shorten(entry)}")
     return tuple(data)
 
 
@@ -273,17 +278,17 @@ def _free(data: Any, wrong: list[str]) -> dict[str, dict[int, str]]:
     free: dict[str, dict[int, str]] = {}
     for name, axes in data.items():
         if not isinstance(axes, Mapping) or not all(str(axis).isdecimal() for axis in axes):
-            wrong.append(f"the input {str(name)[:100]!r} has the free axes {_said(axes)}")
+            wrong.append(f"the input {str(name)[:100]!r} has the free axes {_shorten(axes)}")
             continue
         free[name] = {int(axis): dim for axis, dim in axes.items()}
     return free
 
 
-def _said(value: Any) -> str:
+def _shorten(value: Any) -> str:
     return f"{value!r}"[:120]
 
 
-def _plain(value: Any) -> Any:
+def _json_value(value: Any) -> Any:
     if isinstance(value, Mapping):
-        return {str(key): _plain(item) for key, item in value.items()}
-    return [_plain(item) for item in value] if isinstance(value, (list, tuple)) else value
+        return {str(key): _json_value(item) for key, item in value.items()}
+    return [_json_value(item) for item in value] if isinstance(value, (list, tuple)) else value

@@ -1,4 +1,4 @@
-"""What an ONNX file says of itself, read without its weights and without the onnx package."""
+"""Reads the metadata of an ONNX file, without its weights and without the onnx package."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from surgery.errors import SurgeryError
 
 __all__ = ["metadata_of"]
 
-# A file is one message of protobuf: fields one after the other, each with its number, its kind and, for what is as
-# large as a graph, its length. So all but two of them can be passed over.
+# An ONNX file is one protobuf message: a sequence of fields. Each field begins with its number, its kind and, for
+# large values such as the graph, its length. Thus the reader can skip all fields but two.
 _GRAPH, _METADATA = 7, 14
 _VARINT, _FIXED64, _BYTES, _FIXED32 = 0, 1, 2, 5
 _MOST = 256 << 20  # bytes of one text
 
 
 def metadata_of(path: Path) -> dict[str, str]:
-    """The texts by name in a file's metadata; `SurgeryError` where it is no ONNX file."""
+    """Returns a file's metadata, text by name. Raises `SurgeryError` if it is not an ONNX file."""
     metadata: dict[str, str] = {}
     graph = False
     try:
@@ -31,11 +31,11 @@ def metadata_of(path: Path) -> dict[str, str]:
                     metadata[key] = value
                 file.seek(start + length)
     except (ValueError, UnicodeDecodeError) as error:
-        raise SurgeryError(f"{path.name} is no ONNX file, or a damaged one", why=str(error)[:200]) from None
+        raise SurgeryError(f"{path.name} is not an ONNX file, or is damaged", why=str(error)[:200]) from None
     except OSError as error:
         raise SurgeryError(f"{path.name} can't be read", why=str(error)) from None
     if not graph:
-        raise SurgeryError(f"{path.name} is no ONNX file", why="it holds no graph")
+        raise SurgeryError(f"{path.name} is not an ONNX file", why="it holds no graph")
     return metadata
 
 
@@ -43,14 +43,14 @@ def _pair(file: BinaryIO, start: int, length: int) -> tuple[str, str]:
     if length > _MOST:
         raise ValueError(f"{length} bytes of metadata")
     texts = {1: "", 2: ""}
-    for number, at, size in _fields(file, start + length):
+    for number, value_start, size in _fields(file, start + length):
         texts[number] = file.read(size).decode("utf-8")
-        file.seek(at + size)
+        file.seek(value_start + size)
     return texts[1], texts[2]
 
 
 def _fields(file: BinaryIO, end: int) -> Iterator[tuple[int, int, int]]:
-    """Number, start and length of each field up to a place in the file; whoever takes one goes on at its end."""
+    """Yields number, start and length of each field. The caller moves the file to the field's end before the next."""
     while file.tell() < end:
         key = _varint(file)
         number, kind = key >> 3, key & 7
@@ -74,7 +74,7 @@ def _varint(file: BinaryIO) -> int:
     for shift in range(0, 70, 7):
         byte = file.read(1)
         if not byte:
-            raise ValueError("it ends in the midst of a number")
+            raise ValueError("it ends within a number")
         value |= (byte[0] & 0x7F) << shift
         if byte[0] < 0x80:
             return value

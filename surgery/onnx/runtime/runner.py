@@ -1,38 +1,24 @@
-"""An exported file run with onnxruntime, each call with the adapter that it asks for. Needs no torch."""
+"""Runs an exported file with onnxruntime, each call with its own adapters. Works without torch."""
 
 from __future__ import annotations
 
 import os
-import threading
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnxruntime
 
 from surgery.errors import SurgeryError, near_misses
-from surgery.onnx.runtime.adapter_check import listed
-from surgery.onnx.runtime.adapter_file import opened
-from surgery.onnx.runtime.default_inputs import DEFAULTS, defaults_of
-from surgery.onnx.runtime.dtypes import array_of_value, dtype_of, value_of
+from surgery.onnx.runtime.dtypes import array_of_value, value_of
 from surgery.onnx.runtime.feeds import Feeds, Input
 from surgery.onnx.runtime.generation import Decoder
+from surgery.onnx.runtime.loaded_adapters import Adapter, LoadedAdapters
 from surgery.onnx.runtime.manifest import Manifest
-from surgery.onnx.runtime.sampling import picker
-from surgery.onnx.runtime.sessions import session
+from surgery.onnx.runtime.sampling import make_picker
+from surgery.onnx.runtime.sessions import first_line, open_session
 
 __all__ = ["OnnxRunner"]
-
-Adapter = str | Sequence[str] | None
-
-
-@dataclass(frozen=True)
-class _Loaded:
-    name: str
-    values: Mapping[str, Any]  # OrtValues by slot
-    sites: frozenset[tuple[str, str]]
 
 
 class OnnxRunner:
@@ -70,65 +56,27 @@ class OnnxRunner:
 
     def __init__(self, path: str | Path, providers: Sequence[Any] | None = None, threads: int | None = None) -> None:
         self.path = Path(path)
-        self.session = _session(self.path, providers, threads)
+        self.session = open_session(self.path, providers, threads)
         self.manifest = Manifest.read(self.session)
+        required = {node.name: Input.of(node) for node in self.session.get_inputs()}
+        overridable = {node.name: Input.of(node) for node in self.session.get_overridable_initializers()}
+        self._loaded = LoadedAdapters(self.path, self.manifest, required, overridable)
         slots = self.manifest.by_name
-        inputs = {node.name: Input.of(node) for node in self.session.get_inputs()}
-        further = {node.name: Input.of(node) for node in self.session.get_overridable_initializers()}
-        self._outputs = tuple(node.name for node in self.session.get_outputs())
-        seen = {**inputs, **further}
-        # A program that rewrote the file may have given its slots another precision, which its adapters don't know.
-        self._converted = {
-            name: seen[name].dtype for name, slot in slots.items() if name in seen and seen[name].dtype != slot.dtype
-        }
-        if lost := [name for name in slots if name not in inputs and name not in further]:
-            why = f"{len(lost)} of {len(slots)}, such as {lost[0]}: a program that rewrote it made them constants"
-            fix = 'export it with slots_as="inputs", which such programs keep; or use the file as it was exported'
-            raise SurgeryError(f"{self.path.name} has lost its slots", why=why, fix=fix)
         self.feeds = Feeds(
-            [node for name, node in inputs.items() if name not in slots],
-            [node for name, node in further.items() if name not in slots],
+            [node for name, node in required.items() if name not in slots],
+            [node for name, node in overridable.items() if name not in slots],
         )
-        self._defaults = self._required([name for name in slots if name in inputs])
-        self._pasts = [entry["past"] for entry in self.manifest.cache]
-        self._once = self._in_caches()
-        self._loaded: Mapping[str, _Loaded] = {}  # replaced, never changed: a call has it as it was when it began
-        self._lock = threading.Lock()
-        self.takes_padding = False  # whether texts that are padded on their left were seen to come out right
-
-    def _required(self, names: Sequence[str]) -> dict[str, Any]:
-        """The values of required slots without an adapter; None where they are unknown."""
-        defaults = defaults_of(self.path, self.manifest) if names else {}
-        return self._as_converted(
-            {name: None if (array := defaults[name]) is None else value_of(array) for name in names}
-        )
-
-    def _in_caches(self) -> dict[str, Any]:
-        """Empty virtual tokens for later calls: after the first call they are in the cache."""
-        prompts = [slot for slot in self.manifest.slots if slot.rule == "prompt"] if self._pasts else []
-        none = {slot.name: np.zeros([size or 0 for size in slot.shape], dtype_of(slot.dtype)) for slot in prompts}
-        return self._as_converted({name: value_of(array) for name, array in none.items()})
-
-    def _as_converted(self, values: dict[str, Any]) -> dict[str, Any]:
-        """OrtValues of slots in this file's precision."""
-        for name in self._converted.keys() & values.keys():
-            if values[name] is not None:
-                array, wanted = array_of_value(values[name]), dtype_of(self._converted[name])
-                with np.errstate(over="ignore"):
-                    converted = array.astype(wanted)
-                if not np.isfinite(converted.astype(np.float64)).all():
-                    why = f"the file was converted to {self._converted[name]}, which can't hold them"
-                    problem = SurgeryError("numbers are too large for the file", where=name, why=why)
-                    raise listed(f"{self.path.name} can't take these tensors", [problem])
-                values[name] = value_of(converted)
-        return values
+        self._output_names = tuple(node.name for node in self.session.get_outputs())
+        self._cache_inputs = [entry["past"] for entry in self.manifest.cache]
+        self._empty_prompts = self._loaded.empty_prompts() if self._cache_inputs else {}
+        self.takes_padding = False  # True after a text padded on its left gave the same logits as without padding
 
     # Adapters -------------------------------------------------------------------------------------------------
 
     @property
     def adapters(self) -> tuple[str, ...]:
         """The names of the loaded adapters."""
-        return tuple(self._loaded)
+        return self._loaded.names
 
     def load(self, name: str, source: str | os.PathLike[str] | Mapping[str, Any], *, replace: bool = False) -> None:
         """Load an adapter. Sites for which it has no tensors compute as without an adapter.
@@ -143,59 +91,15 @@ class OnnxRunner:
                 stay.
             SurgeryError: the name is not a text, or is in use.
         """
-        if not isinstance(name, str) or not name:
-            raise SurgeryError(f"an adapter's name is a text, not {name!r}")
-        if isinstance(source, Mapping):
-            tensors = {key: np.array(value) for key, value in source.items()}
-            if problems := self.manifest.check(tensors):
-                raise listed(f"the adapter {name!r} can't be loaded", problems)
-            values = {key: value_of(tensor) for key, tensor in tensors.items()}
-        else:
-            values = opened(Path(source), self.manifest)
-        slots, values = self.manifest.by_name, self._as_converted(dict(values))
-        sites = frozenset([(slots[key].site, slots[key].rule) for key in values])
-        loaded = _Loaded(name, values, sites)
-        with self._lock:
-            if name in self._loaded and not replace:
-                fix = "another name; unload it first; or replace=True"
-                raise SurgeryError(f"an adapter {name!r} is loaded already", fix=fix)
-            self._loaded = {**self._loaded, name: loaded}
+        self._loaded.load(name, source, replace)
 
     def unload(self, name: str) -> None:
         """Remove an adapter. Running calls keep it."""
-        with self._lock:
-            self._known(name)
-            self._loaded = {key: value for key, value in self._loaded.items() if key != name}
-
-    def _known(self, name: str) -> _Loaded:
-        adapter = self._loaded.get(name) if isinstance(name, str) else None
-        if adapter is None:
-            loaded = ", ".join(self._loaded) or "none"
-            why = (near_misses(name, self._loaded) if isinstance(name, str) else None) or f"loaded: {loaded}"
-            raise SurgeryError(f"there is no adapter {name!r}", why=why, fix="load it first: runner.load(name, file)")
-        return adapter
+        self._loaded.unload(name)
 
     def slot_values(self, adapter: Adapter) -> dict[str, Any]:
-        """The slots' OrtValues for a call with this adapter, or with several that have no site in common."""
-        names = [] if adapter is None else [adapter] if isinstance(adapter, str) else list(adapter)
-        chosen = [self._known(name) for name in names]
-        for i, member in enumerate(chosen):
-            for other in chosen[:i]:
-                if member is other:
-                    raise SurgeryError(f"the adapter {member.name!r} is named twice")
-                if both := sorted(member.sites & other.sites):
-                    where = ", ".join(site for site, _ in both[:3]) + (", …" if len(both) > 3 else "")
-                    why = "a slot holds one adapter's tensors"
-                    fix = "combine them into one adapter before it is exported: surgery.combine"
-                    what = f"{other.name!r} and {member.name!r} can't be used together"
-                    raise SurgeryError(what, where=where, why=why, fix=fix)
-        values = dict(self._defaults)
-        for member in chosen:
-            values.update(member.values)
-        if lacking := [name for name, value in values.items() if value is None]:
-            why = f"what the base has there stands in {self.path.name}{DEFAULTS}, which is missing"
-            raise SurgeryError("the slots need an adapter", where=", ".join(lacking[:3]), why=why)
-        return values
+        """Return the slots' OrtValues for a call with this adapter, or with several that have no site in common."""
+        return self._loaded.slot_values(adapter)
 
     # Running --------------------------------------------------------------------------------------------------
 
@@ -216,23 +120,23 @@ class OnnxRunner:
             SurgeryError: inputs have other names, dtypes or sizes than the file's; an adapter is not loaded; two are on
                 one site.
         """
-        names = self._outputs if outputs is None else tuple(outputs)
-        if unknown := [name for name in names if name not in self._outputs]:
-            why = near_misses(str(unknown[0]), self._outputs) or f"it has {', '.join(self._outputs[:8])}"
+        names = self._output_names if outputs is None else tuple(outputs)
+        if unknown := [name for name in names if name not in self._output_names]:
+            why = near_misses(str(unknown[0]), self._output_names) or f"it has {', '.join(self._output_names[:8])}"
             raise SurgeryError(f"there is no output {unknown[0]!r}", why=why)
-        feeds = {name: value_of(array) for name, array in self.feeds.checked(inputs).items()}
+        feeds = {name: value_of(array) for name, array in self.feeds.check(inputs).items()}
         results = self.run_values({**self.slot_values(adapter), **feeds}, names)
         return {name: array_of_value(value) for name, value in results.items()}
 
     def run_values(self, values: Mapping[str, Any], names: Sequence[str]) -> dict[str, Any]:
-        """Run the graph on OrtValues, including the slots'; returns OrtValues."""
+        """Run the graph on OrtValues, including those of the slots, and return OrtValues."""
         values = dict(values)
-        if self._once and any(0 not in values[name].shape() for name in self._pasts if name in values):
-            values.update({name: empty for name, empty in self._once.items() if name in values})
+        if self._empty_prompts and any(0 not in values[name].shape() for name in self._cache_inputs if name in values):
+            values.update({name: empty for name, empty in self._empty_prompts.items() if name in values})
         try:
             results = self.session.run_with_ort_values(list(names), values)
-        except Exception as error:  # onnxruntime's have no class of their own in common
-            raise SurgeryError("onnxruntime can't run this", why=_first_line(error)) from error
+        except Exception as error:  # onnxruntime's errors have no common class
+            raise SurgeryError("onnxruntime can't run this", why=first_line(error)) from error
         return dict(zip(names, results, strict=True))
 
     def bind(self, adapter: Adapter = None) -> Any:
@@ -310,34 +214,10 @@ class OnnxRunner:
         top_p: float | None = None,
         seed: int | None = None,
     ) -> Iterator[np.ndarray]:
-        """As `generate`, but yields the next tokens, one array (batch) per step, until all rows have ended."""
-        pick = picker(do_sample, temperature, top_k, top_p, seed)
+        """Yield the next tokens, one array (batch) per step, until all rows have ended.
+
+        Arguments and errors are those of `generate`.
+        """
+        pick = make_picker(do_sample, temperature, top_k, top_p, seed)
         decoder = Decoder(self, self.slot_values(adapter))
-        return decoder.tokens(decoder.started(inputs), max_new_tokens, eos_token_id, pad_token_id, pick)
-
-
-def _session(path: Path, providers: Sequence[Any] | None, threads: int | None) -> onnxruntime.InferenceSession:
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = 3  # else it warns of each slot that it is no constant
-    if threads is not None:
-        if type(threads) is not int or threads < 1:
-            raise SurgeryError(f"threads={threads!r} is not a number of threads")
-        options.intra_op_num_threads = threads
-    there = onnxruntime.get_available_providers()
-    for provider in providers or ():
-        name = provider if isinstance(provider, str) else provider[0]
-        if name not in there:
-            why = near_misses(str(name), there) or f"this onnxruntime has {', '.join(there)}"
-            raise SurgeryError(f"there is no provider {name!r}", why=why)
-    if not path.is_file():
-        raise SurgeryError(f"there is no file {path}")
-    try:
-        return session(path, options, providers)
-    except Exception as error:
-        beside_why = "its weights stand in a file beside it, under the name they were written with"
-        fix = beside_why if "data" in str(error) else None
-        raise SurgeryError(f"onnxruntime can't open {path.name}", why=_first_line(error), fix=fix) from error
-
-
-def _first_line(error: Exception) -> str:
-    return " ".join(str(error).split())[:400]
+        return decoder.tokens(decoder.start(inputs), max_new_tokens, eos_token_id, pad_token_id, pick)

@@ -1,4 +1,4 @@
-"""A tensor of an exported file that adapters supply."""
+"""The description of a slot: a tensor of an exported file that adapters supply."""
 
 from __future__ import annotations
 

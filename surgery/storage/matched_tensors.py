@@ -1,0 +1,88 @@
+"""Finds the tensors of a plan in an adapter's files, and reports missing, unexpected and misshapen tensors."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from surgery.adapter_files.entry import Entry, as_it_is
+from surgery.adapter_files.tensor_files import TensorFile
+from surgery.authoring.planned_rule import PlannedRule
+from surgery.authoring.rule import Rule
+from surgery.complex_numbers import is_number
+from surgery.errors import RuleError, SurgeryError
+from surgery.planning.plan import Plan
+from surgery.storage.load_report import LoadReport
+from surgery.storage.stored_adapter import Stored
+
+__all__ = ["distrusted_rule_error", "locate_tensors"]
+
+
+def locate_tensors(
+    plan: Plan, stored: Stored, report: LoadReport, finite: bool
+) -> list[tuple[PlannedRule, str, Entry]]:
+    """Returns the plan's tensors that fit the file, and lists all others in the report."""
+    file, used_keys, located = stored.file, set[str](), list[tuple[PlannedRule, str, Entry]]()
+    shared: dict[Any, str] = {}
+    for step in plan.steps:
+        for spec in step.specs:
+            try:
+                entry = stored.entry(plan, step, spec.name)
+            except Exception as error:  # a file may have any settings
+                report.misfits.append(f"{step.path}: {spec.name} has settings that can't be read: {error}"[:400])
+                continue
+            if entry is None:
+                continue
+            if entry.key not in file.shapes:
+                report.missing.append(entry.key)
+                continue
+            used_keys.add(entry.key)
+            misfit = _misfit(file, entry, spec.shape, spec.dtype, finite)
+            tie = spec.tie(step.rule)
+            first = entry.key if tie is None else shared.setdefault(tie, entry.key)
+            if not misfit and first != entry.key and not torch.equal(file.read(first), file.read(entry.key)):
+                misfit = f"differs from {first}, but in this model the two modules share one weight and its change"
+            if misfit:
+                report.misfits.append(f"{entry.key} {misfit}")
+            else:
+                located.append((step, spec.name, entry))
+    report.missing = list(dict.fromkeys(report.missing))
+    report.unexpected = [key for key in file.shapes if key not in used_keys and key not in stored.ignored]
+    return located
+
+
+def _misfit(file: TensorFile, entry: Entry, shape: tuple[int, ...], dtype: torch.dtype, finite: bool) -> str | None:
+    """Returns why a stored tensor does not fit a rule. Checks its shape on the meta device before reading numbers."""
+    file_shape, numbers = file.shapes[entry.key], file.dtypes[entry.key]
+    unchanged = entry.read is as_it_is
+    try:
+        read = (
+            file_shape if unchanged else tuple(entry.read(torch.empty(file_shape, dtype=numbers, device="meta")).shape)
+        )
+    except Exception:  # the rule's reshaping failed for this shape
+        read = None
+    if read != shape:
+        return f"is {file_shape}, which does not give the {shape} of this model"
+    if (numbers.is_floating_point, numbers.is_complex) != (dtype.is_floating_point, dtype.is_complex):
+        return f"holds {str(numbers).removeprefix('torch.')}, and {str(dtype).removeprefix('torch.')} is needed"
+    try:
+        tensor = file.read(entry.key)
+        if not unchanged:
+            entry.read(tensor)
+        checked = finite and is_number(numbers) and not file.sound()
+        if checked and not bool(torch.isfinite(tensor if numbers.is_complex else tensor.float()).all()):
+            return "holds NaN or infinity"
+    except SurgeryError as error:
+        return f"can't be converted: {error.why or error.what}"
+    except Exception as error:  # the file changed, or contradicts its header
+        return f"can't be read: {str(error)[:200]}"
+    return None
+
+
+def distrusted_rule_error(rule: Rule) -> SurgeryError:
+    return RuleError(
+        f"a {rule.label} is not taken from a file",
+        why="its fields name code to import and run",
+        fix="load_adapter(…, trust=True), if you trust the file's author",
+    )
