@@ -212,7 +212,7 @@ def test_nodes_say_which_rule_put_them_in_and_where(tmp_path: Path) -> None:
 
 def test_a_slot_is_no_word_that_names_an_adapter(tmp_path: Path) -> None:
     model, x = net(2)
-    with pytest.raises(SurgeryError, match="no word"):
+    with pytest.raises(SurgeryError, match="not a Python identifier"):
         export_onnx(model, tmp_path / "m.onnx", x, adapters="slots", slot="a.b")
     with pytest.raises(SurgeryError, match="no rules to make slots of"):
         export_onnx(Line(), tmp_path / "m.onnx", torch.randn(2, 4), adapters="slots")
