@@ -68,9 +68,9 @@ def factored(weight: Any, left: Tensor, right: Tensor, scale: float) -> Factored
     return Factored(weight, left, right, scale)
 
 
-def _times(function: Any, x: Tensor, matrix: Factored, more: Any, named: dict[str, Any]) -> Tensor:
+def _times(function: Any, x: Tensor, matrix: Factored, more: Any, keywords: dict[str, Any]) -> Tensor:
     """`function(x, matrix, …)`: a product of x with the matrix (for `F.linear`, its transpose), and perhaps a bias."""
-    base = function(x, matrix.weight, *more, **named)
+    base = function(x, matrix.weight, *more, **keywords)
     left, right = matrix.left, matrix.right
     if function.__name__ == "linear":
         branch = F.linear(F.linear(x.to(right.dtype), right), left)
@@ -80,7 +80,7 @@ def _times(function: Any, x: Tensor, matrix: Factored, more: Any, named: dict[st
         lacking = -right.shape[-2] % (16 // x.element_size())
         # A matrix or its transpose has such rows. The kernel gets the one that has them.
         left, right = F.pad(left, (0, lacking)), F.pad(right, (0, 0, 0, lacking))
-        branch = function(function(x, left, *more, **named), right, *more, **named)
+        branch = function(function(x, left, *more, **keywords), right, *more, **keywords)
     else:
         branch = function(function(x.to(left.dtype), left), right)
     return base + (branch * matrix.scale).to(base.dtype)

@@ -24,14 +24,14 @@ def takes_one_input(cls: type[nn.Module]) -> bool:
         except (TypeError, ValueError):
             return False
         stars = {p.name for p in parameters if p.kind in (p.VAR_POSITIONAL, p.VAR_KEYWORD)}
-        named = [p for p in parameters if p.name not in stars]
-        if len(named) > 1 or any(p.kind is p.KEYWORD_ONLY for p in named):
+        named_parameters = [p for p in parameters if p.name not in stars]
+        if len(named_parameters) > 1 or any(p.kind is p.KEYWORD_ONLY for p in named_parameters):
             return False
         handed = _stars_passed_on(vars(base)["forward"], stars) if stars else ""
-        if handed is None or (named and handed and "*" in handed):
+        if handed is None or (named_parameters and handed and "*" in handed):
             return False
         if not handed:
-            return bool(named) or "*" in {"*" for p in parameters if p.kind is p.VAR_POSITIONAL}
+            return bool(named_parameters) or "*" in {"*" for p in parameters if p.kind is p.VAR_POSITIONAL}
     return False
 
 
@@ -56,8 +56,8 @@ def _stars_passed_on(forward: Any, stars: set[str]) -> str | None:
                     stars_passed += "**"
         if isinstance(node, ast.Subscript) and isinstance(node.slice, ast.Constant) and node.slice.value == 0:
             allowed.add(id(node.value))
-    used = [node for node in ast.walk(tree) if isinstance(node, ast.Name) and node.id in stars]
-    return stars_passed if all(id(node) in allowed for node in used) else None
+    star_uses = [node for node in ast.walk(tree) if isinstance(node, ast.Name) and node.id in stars]
+    return stars_passed if all(id(node) in allowed for node in star_uses) else None
 
 
 def adds_to_supers(forward: Any) -> bool:

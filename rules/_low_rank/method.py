@@ -55,11 +55,11 @@ class LowRankMethod(LowRankSlottable, LowRankRule):
     def check(self, module: nn.Module, path: str) -> str | None:
         if why := complex_weights.why_not(self, module):
             return why
-        used = layout_of(module, self.rank_at(path))
-        layout = used if self.max_rank is None else layout_of(module, self.max_rank)
-        if isinstance(layout, str) or isinstance(used, str):
+        own_layout = layout_of(module, self.rank_at(path))
+        layout = own_layout if self.max_rank is None else layout_of(module, self.max_rank)
+        if isinstance(layout, str) or isinstance(own_layout, str):
             return str(layout)
-        if used.parts[0].groups != layout.parts[0].groups:
+        if own_layout.parts[0].groups != layout.parts[0].groups:
             return f"its groups divide one of rank {self.rank_at(path)} and max_rank {self.max_rank}, and not the other"
         if self.dropout and layout.weight_space and layout.kind != "embedding":  # whose indices take none
             return f"dropout={self.dropout} has no input to act on: {layout.why}; give it a rule with dropout=0"
@@ -72,8 +72,8 @@ class LowRankMethod(LowRankSlottable, LowRankRule):
 
     def rewrite(self, site: Site) -> Tensor | None:
         layout, scale = self.layout(site), self.scale_at(site.path)
-        for part, used in zip(layout.parts, self.used_layout(site).parts, strict=True):
-            A, B = self.factors(part, self._maker(site, part, used))
+        for part, own_part in zip(layout.parts, self.used_layout(site).parts, strict=True):
+            A, B = self.factors(part, self._maker(site, part, own_part))
             gain = self.gain(site, part, A, B)
             if not layout.weight_space:
                 return site.output + self._branch(site, layout, A, B, gain, scale)
@@ -90,12 +90,12 @@ class LowRankMethod(LowRankSlottable, LowRankRule):
     def added_bias(self, site: Site, layout: Layout, gain: Tensor | None) -> Tensor | None:
         """Returns a bias on B. None if there is none, or if it was added to the module's own bias."""
 
-    def _maker(self, site: Site, part: WeightPart, used: WeightPart) -> TensorSource:
+    def _maker(self, site: Site, part: WeightPart, own_part: WeightPart) -> TensorSource:
         """Returns the source that creates a part's tensors. Room for more rank is filled with zeros."""
-        shapes = None if part == used else self.shapes(used)
+        shapes = None if part == own_part else self.shapes(own_part)
 
         def make(name: str, shape: Sequence[int], fill: float | Fill = 0.0, *, trainable: bool = True) -> Tensor:
-            started = fill if shapes is None else swapping.fill_room(fill, shapes[name], used)
+            started = fill if shapes is None else swapping.fill_room(fill, shapes[name], own_part)
             return site.param(part.prefix + name, shape, started, dtype=self.dtype, trainable=trainable)
 
         return make

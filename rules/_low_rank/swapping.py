@@ -60,7 +60,7 @@ def complete(rule: LowRankRule, site: LiveSite, results: dict[str, Tensor]) -> d
     return results
 
 
-def used(tensor: Tensor, shape: Sequence[int], part: WeightPart) -> Tensor:
+def occupied_view(tensor: Tensor, shape: Sequence[int], part: WeightPart) -> Tensor:
     """Returns the view of a larger tensor that a tensor of this shape occupies.
 
     Along an axis of the ranks of all groups, a convolution's, they lie group by group; such an axis becomes two.
@@ -92,7 +92,7 @@ def fill_room(fill: float | Callable[[Tensor], Any], shape: Sequence[int], part:
 
 def copy_into(room: Tensor, tensor: Tensor, part: WeightPart) -> Tensor:
     """Copies a tensor into a larger one, and fills the rest with zeros."""
-    view = used(room.zero_(), tensor.shape, part)
+    view = occupied_view(room.zero_(), tensor.shape, part)
     view.copy_(tensor.reshape(view.shape))
     return room
 
@@ -114,13 +114,13 @@ def fit(
         fix = f"pad_rank(model, adapter, {rank}) before compiling, or {rule.label}(…, max_rank={rank})"
         fix = fix if rule.has_field("max_rank") else "load it as an adapter of its own: load_adapter"
         raise RuleError(f"there is no room for rank {rank}", where=path, why=why, fix=fix)
-    return {name: used(params[name], shape, room).reshape(shape) for name, shape in shapes.items()}
+    return {name: occupied_view(params[name], shape, room).reshape(shape) for name, shape in shapes.items()}
 
 
 def _beyond(tensor: Tensor, shape: Sequence[int], part: WeightPart) -> bool:
     """Whether a factor has entries other than zeros outside the region that a part occupies."""
     rest = tensor.clone()
-    used(rest, shape, part).zero_()
+    occupied_view(rest, shape, part).zero_()
     return bool(rest.any())
 
 

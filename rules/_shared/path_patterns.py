@@ -22,12 +22,12 @@ def fits(key: str, path: str) -> bool:
 
 def unused(keys: Iterable[str], paths: Sequence[str]) -> list[str]:
     """Returns the patterns that match none of the paths."""
-    named = {ending for path in paths for ending in _endings(path)}
+    endings = {ending for path in paths for ending in _endings(path)}
     there = set(paths)
     return [
         key
         for key in keys
-        if _text(key)[0] not in named
+        if _text(key)[0] not in endings
         and (there.isdisjoint(whole) if (whole := _whole(key)) is not None else not any(map(_form(key), paths)))
     ]
 

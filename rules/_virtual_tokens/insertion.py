@@ -94,8 +94,8 @@ def insert_tokens(
         None if mask is inputs["attention_mask"] else mask,
     )
     wait = new_mark.behind and mask is not None and waiting(mask)
-    kept = past.kept({**inputs, "inputs_embeds": embedded(module, ids, embeds)}) if wait else None
-    new_mark = new_mark._replace(lag=lag, mask=kept_mask, text=kept)
+    text_so_far = past.kept({**inputs, "inputs_embeds": embedded(module, ids, embeds)}) if wait else None
+    new_mark = new_mark._replace(lag=lag, mask=kept_mask, text=text_so_far)
     mark(past.cache, adapter, new_mark, first)
     if first:
         embeds = embedded(module, ids, embeds)
@@ -157,11 +157,11 @@ def _lag(positions: Tensor, mask: Tensor | None, past: Past) -> int | None:
     """
     if past.text is None or torch.compiler.is_compiling() or mask is not None and not bool(mask.any()):
         return None
-    lag, known = past.text - 1 - int(positions.max()), None if past.mark is None else past.mark.lag
-    if known is not None and lag != known:
+    lag, last_lag = past.text - 1 - int(positions.max()), None if past.mark is None else past.mark.lag
+    if last_lag is not None and lag != last_lag:
         raise error(
             f"its position_ids end at {past.text - 1 - lag}, and with the text in the cache they should end at "
-            f"{past.text - 1 - known}",
+            f"{past.text - 1 - last_lag}",
             "give positions of the text alone; where generate goes on from a filled cache, the new tokens alone, with "
             "the mask of all",
         )

@@ -34,13 +34,15 @@ def position_embedding(model: nn.Module) -> str | None:
             second, output = _call(host, ids, _cache_of(layers))
             other = _call(host, ids, _cache_of([(key.flip(2), value.flip(2)) for key, value in layers]))[1]
             without = _call(host, ids, _cache_of())[1]
-        moved = [name for name in first if not torch.equal(first[name], second[name])]
-        alone = len(moved) == 1 and torch.equal(first[moved[0]] + LENGTH, second[moved[0]])
+        shifted_embeddings = [name for name in first if not torch.equal(first[name], second[name])]
+        alone = len(shifted_embeddings) == 1 and torch.equal(
+            first[shifted_embeddings[0]] + LENGTH, second[shifted_embeddings[0]]
+        )
         near = max(1e-5, 8 * torch.finfo(output.dtype).eps)  # sums in another order
         alone = alone and torch.allclose(output, other, rtol=near, atol=near) and not torch.equal(output, without)
     except Exception:  # a model that does not take a cache may fail in any way
         return None
-    return ".".join(filter(None, (path, moved[0]))) if alone else None
+    return ".".join(filter(None, (path, shifted_embeddings[0]))) if alone else None
 
 
 def _names(module: nn.Module) -> tuple[str, ...]:

@@ -137,10 +137,10 @@ def probe_padding(run: Callable[..., Any], embedding: nn.Module) -> dict[str, bo
         results = {}
         for name, at in (("moves", 0), ("gaps", 1)):
             order = [*range(at), *[3] * 2, *range(at, 4)]
-            kept = [*range(at), *range(at + 2, 6)]
+            kept_columns = [*range(at), *range(at + 2, 6)]
             mask = torch.zeros(1, 6, dtype=torch.long, device=ids.device)
-            mask[:, kept] = 1
-            results[name] = _near(hidden_of(run(input_ids=ids[:, order], attention_mask=mask))[:, kept], alone)
+            mask[:, kept_columns] = 1
+            results[name] = _near(hidden_of(run(input_ids=ids[:, order], attention_mask=mask))[:, kept_columns], alone)
         return results
     except SurgeryError:
         return {"moves": False, "gaps": False}

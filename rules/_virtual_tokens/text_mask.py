@@ -57,20 +57,20 @@ def _text_mask_from(masks: Mapping[str, Tensor], past: Past, batch: int, device:
     """Returns which tokens of the text some query attends to. Tokens that left the window keep their earlier value."""
     assert past.text is not None
     result = torch.ones(batch, past.text, dtype=torch.long, device=device)
-    known = torch.zeros(past.text, dtype=torch.bool)
+    is_known = torch.zeros(past.text, dtype=torch.bool)
     for name, mask in masks.items():
         begin = 0 if past.cache is None else past.cache.get_mask_sizes(past.new, _layer(name, past.cache))[1]
         seen = _visible(mask).any(2)[:, 0, : max(past.text - begin, 0)]
-        fresh = ~known[begin : begin + seen.shape[1]]
+        fresh = ~is_known[begin : begin + seen.shape[1]]
         result[:, begin : begin + seen.shape[1]][:, fresh] = seen[:, fresh].long()
-        known[begin : begin + seen.shape[1]] = True
+        is_known[begin : begin + seen.shape[1]] = True
     before = past.mark.mask if past.mark is not None else None
     length = past.text - past.new
     if before is not None and before.shape == (batch, length):
         result[:, :length] = before
-    elif before is not None and not bool(known[:length].all()):
+    elif before is not None and not bool(is_known[:length].all()):
         raise error("its mask is of a window alone, and does not tell which tokens before it are padding", _WANTED)
-    if past.new > 1 and masks and not bool(known[length:].all()):
+    if past.new > 1 and masks and not bool(is_known[length:].all()):
         raise error("its mask is of a window alone, and does not tell which tokens are padding", _WANTED)
     return result
 

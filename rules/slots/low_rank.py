@@ -94,9 +94,9 @@ class LowRankSlotRule(SlotRule):
         rank = next(len(tensor) for name, tensor in tensors.items() if name.endswith("A"))
         if any(bool((tensor != 1).any()) for name, tensor in tensors.items() if name.endswith("gain")):
             return self.replace(rank=rank), tensors
-        kept = {name: tensor for name, tensor in tensors.items() if not name.endswith("gain")}
+        without_gain = {name: tensor for name, tensor in tensors.items() if not name.endswith("gain")}
         lora = {"rule": "lora", "rank": rank, "alpha": rank, "lora_bias": self.bias, "dtype": self.dtype}
-        return Rule.from_dict(lora), kept
+        return Rule.from_dict(lora), without_gain
 
 
 class LowRankSlottable(Rule):

@@ -144,11 +144,12 @@ def test_given_the_same_tensors_a_method_is_pefts(name: str, layer: str) -> None
 
 
 @pytest.mark.parametrize(
-    "made", [AdaLoraRule("m", rank=4, total_step=9), ShiraRule("m", rank=2), RandLoraRule("m", rank=3), TrainRule("m")]
+    "adapter_rule",
+    [AdaLoraRule("m", rank=4, total_step=9), ShiraRule("m", rank=2), RandLoraRule("m", rank=3), TrainRule("m")],
 )
-def test_other_methods_are_complex_and_merge(made: Rule) -> None:
+def test_other_methods_are_complex_and_merge(adapter_rule: Rule) -> None:
     model, x = example("Linear", torch.complex64)
-    apply_rules(model, [made])
+    apply_rules(model, [adapter_rule])
     disturb(model)
     assert any(tensor.is_complex() and tensor.imag.any() for tensor in model.m.adapters.default.parameters())
     assert_merged_is_live(model, x, 1e-5)
@@ -182,19 +183,19 @@ REFUSED: list[tuple[Rule, str]] = [
 ]
 
 
-@pytest.mark.parametrize("made, why", REFUSED, ids=lambda value: value if isinstance(value, str) else "")
-def test_what_is_of_real_numbers_is_refused_by_name(made: Rule, why: str) -> None:
+@pytest.mark.parametrize("adapter_rule, why", REFUSED, ids=lambda value: value if isinstance(value, str) else "")
+def test_what_is_of_real_numbers_is_refused_by_name(adapter_rule: Rule, why: str) -> None:
     model, _ = example("Linear", torch.complex64)
     before = Snapshot(model)
     with pytest.raises(PlanError, match=r"its parameters are complex64|the weight is complex") as caught:
-        apply_rules(model, [made])
+        apply_rules(model, [adapter_rule])
     assert why in str(caught.value) and before.differences(model) == []
 
 
-@pytest.mark.parametrize("made", [LoraRule("m"), TokensRule("m", tokens=[1]), TrainRule("m")])
-def test_an_embedding_has_no_gradients_in_torch(made: Rule) -> None:
+@pytest.mark.parametrize("adapter_rule", [LoraRule("m"), TokensRule("m", tokens=[1]), TrainRule("m")])
+def test_an_embedding_has_no_gradients_in_torch(adapter_rule: Rule) -> None:
     with pytest.raises(PlanError, match="torch has no gradients for an Embedding of complex numbers"):
-        apply_rules(Holder(nn.Embedding(9, 4).to(torch.complex64)), [made])
+        apply_rules(Holder(nn.Embedding(9, 4).to(torch.complex64)), [adapter_rule])
 
 
 def test_several_adapters_weights_files_and_rows(tmp_path: Path) -> None:
@@ -307,9 +308,9 @@ class Mixed(nn.Module):
         return self.complex(self.real(x).to(torch.complex64))
 
 
-@pytest.mark.parametrize("made", [BottleneckRule(Mixed, features=4), ReftRule(Mixed, rank=2, features=4)])
-def test_a_complex_hidden_state_is_not_cast_to_real_numbers(made: Rule) -> None:
-    model = apply_rules(Mixed(), [made])
+@pytest.mark.parametrize("adapter_rule", [BottleneckRule(Mixed, features=4), ReftRule(Mixed, rank=2, features=4)])
+def test_a_complex_hidden_state_is_not_cast_to_real_numbers(adapter_rule: Rule) -> None:
+    model = apply_rules(Mixed(), [adapter_rule])
     with pytest.raises(SiteError, match="its imaginary part would be dropped"):
         model(torch.ones(2, 4))
     remove(model)

@@ -126,13 +126,13 @@ def test_defaults_are_pefts() -> None:
             {"rank": "r", "alpha": "randlora_alpha", "dropout": "randlora_dropout"},
         ),
     ]
-    for made, config, names in pairs:
+    for adapter_rule, config, names in pairs:
         inputs = {"total_step": 10} if config is peft.AdaLoraConfig else {}
         theirs = config(**inputs)
-        for field in made.to_dict():
+        for field in adapter_rule.to_dict():
             name = names.get(field, field)
             if hasattr(theirs, name) and field not in ("total_step", "targets", "exclude", "layers"):
-                assert getattr(made, field) == getattr(theirs, name), (made, field)
+                assert getattr(adapter_rule, field) == getattr(theirs, name), (adapter_rule, field)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
@@ -165,15 +165,15 @@ def test_written_read_exported_and_compiled(name: str) -> None:
 
 def test_a_start_that_changes_nothing() -> None:
     x = torch.randn(3, 12)
-    for made in (
+    for adapter_rule in (
         AdaLoraRule("m"),
         FourierRule("m", n_frequency=5, init="identity"),
         ShiraRule("m", rank=2),
         C3aRule("m", block_size=4, init="identity"),
         RandLoraRule("m"),
     ):
-        assert made.identity
-        apply_rules(Holder(nn.Linear(12, 8)).eval(), [made], example_inputs=x)
+        assert adapter_rule.identity
+        apply_rules(Holder(nn.Linear(12, 8)).eval(), [adapter_rule], example_inputs=x)
 
 
 @pytest.mark.parametrize(
@@ -199,23 +199,23 @@ def test_where_they_can_not_go() -> None:
             return super().forward(input).relu()
 
     for module, why in ((nn.Conv2d(4, 4, 1), "Linear and"), (Activated(12, 8), "not a plain linear map")):
-        for made in RULES.values():
-            (problem,) = plan_rules(Holder(module), [made]).problems
+        for adapter_rule in RULES.values():
+            (problem,) = plan_rules(Holder(module), [adapter_rule]).problems
             assert why in str(problem)
     small = Holder(nn.Linear(3, 2))
-    for made, why in (
+    for adapter_rule, why in (
         (FourierRule("m"), "1000 entries are more than the 6"),
         (ShiraRule("m", rank=2), "10 entries are more than the 6"),
         (C3aRule("m", block_size=2), "do not divide its sizes, 2 and 3"),
     ):
-        (problem,) = plan_rules(small, [made]).problems
+        (problem,) = plan_rules(small, [adapter_rule]).problems
         assert why in str(problem)
 
 
 def test_dropout_while_training() -> None:
-    for made in (AdaLoraRule("m", dropout=0.5), RandLoraRule("m", rank=2, dropout=0.5)):
+    for adapter_rule in (AdaLoraRule("m", dropout=0.5), RandLoraRule("m", rank=2, dropout=0.5)):
         model, x = Holder(nn.Linear(12, 8)), torch.randn(3, 12)
-        disturb(apply_rules(model, [made]))
+        disturb(apply_rules(model, [adapter_rule]))
         assert not torch.equal(model(x), model(x))
         assert torch.equal(model.eval()(x), model(x))
         assert set(adapter_state_dict(model))

@@ -54,7 +54,7 @@ def _quiet(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TRANSFORMERS_VERBOSITY", "error")
 
 
-def made(name: str) -> tuple[Any, dict[str, Any]]:
+def build(name: str) -> tuple[Any, dict[str, Any]]:
     torch.manual_seed(0)
     family = FAMILIES[name]
     model, inputs = family.make().eval(), family.inputs()
@@ -96,17 +96,17 @@ def loss(logits: Tensor) -> Tensor:
 def test_forward_and_gradients_are_those_of_changed_experts(
     name: str, code: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    model, inputs = made(name)
+    model, inputs = build(name)
     base = copy.deepcopy(model)
     applied(model)
     model.set_experts_implementation(code)
-    wanted = torch.func.functional_call(base, changed(model), (), inputs).logits
+    reference = torch.func.functional_call(base, changed(model), (), inputs).logits
     trained = {key: params for key, params in model.named_parameters() if params.requires_grad}
     assert trained and all("_A" in key or "_B" in key for key in trained)
-    gradients = torch.autograd.grad(loss(wanted), list(trained.values()))
+    gradients = torch.autograd.grad(loss(reference), list(trained.values()))
     monkeypatch.setattr(Factored, "dense", lambda self: pytest.fail("W + ΔW was made"))
     actual = model(**inputs).logits
-    torch.testing.assert_close(actual, wanted, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(actual, reference, rtol=1e-5, atol=1e-5)
     assert (actual - base(**inputs).logits).abs().max() > 1e-2
     for got, expected in zip(torch.autograd.grad(loss(actual), list(trained.values())), gradients, strict=True):
         torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
@@ -115,14 +115,14 @@ def test_forward_and_gradients_are_those_of_changed_experts(
 @pytest.mark.parametrize("code", CODE)
 @pytest.mark.parametrize("name", MODELS)
 def test_exactly_reversible(name: str, code: str) -> None:
-    model, inputs = made(name)
+    model, inputs = build(name)
     model.set_experts_implementation(code)
     assert_reversible(model, ExpertLoraRule("experts", rank=2), example_inputs=inputs)
 
 
 @pytest.mark.parametrize("name", MODELS)
 def test_bfloat16(name: str) -> None:
-    model, inputs = made(name)
+    model, inputs = build(name)
     model.to(torch.bfloat16)
     before = Snapshot(model)
     plain = model(**inputs).logits
@@ -147,11 +147,11 @@ def test_bfloat16(name: str) -> None:
 
 @pytest.mark.parametrize("name", MODELS)
 def test_merged_is_every_experts_sum(name: str) -> None:
-    model, inputs = made(name)
+    model, inputs = build(name)
     applied(model)
-    wanted, live = changed(model), model(**inputs).logits
+    expected, live = changed(model), model(**inputs).logits
     merge(model)
-    for path, tensor in wanted.items():
+    for path, tensor in expected.items():
         torch.testing.assert_close(model.get_parameter(path), tensor.detach(), rtol=1e-6, atol=1e-6)
         torch.testing.assert_close(base_state_dict(model)[path], tensor.detach(), rtol=1e-6, atol=1e-6)
     torch.testing.assert_close(model(**inputs).logits, live, rtol=1e-5, atol=1e-5)
@@ -159,7 +159,7 @@ def test_merged_is_every_experts_sum(name: str) -> None:
 
 @pytest.mark.parametrize("name", OTHERS)
 def test_other_mixtures(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    model, inputs = made(name)
+    model, inputs = build(name)
     before, plain = Snapshot(model), model(**inputs).logits
     stacks = sorted(
         {
@@ -184,7 +184,7 @@ def test_given_the_same_tensors_it_is_pefts(name: str) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         peft: Any = pytest.importorskip("peft", reason="compares with PEFT")
-    model, inputs = made(name)
+    model, inputs = build(name)
     model.set_experts_implementation("eager")
     names = ["experts.gate_up_proj", "experts.down_proj"]
     config = peft.LoraConfig(
@@ -207,10 +207,10 @@ def test_given_the_same_tensors_it_is_pefts(name: str) -> None:
                 mine[1].copy_(B.view(len(B), RANK, -1).permute(2, 0, 1))
                 assert torch.equal(mine[1].permute(1, 2, 0).flatten(1), B)
             pairs.append((mine, (A, B)))
-    actual, wanted = ours(**inputs).logits, theirs(**inputs).logits
-    torch.testing.assert_close(actual, wanted, rtol=1e-5, atol=2e-6)
+    actual, reference = ours(**inputs).logits, theirs(**inputs).logits
+    torch.testing.assert_close(actual, reference, rtol=1e-5, atol=2e-6)
     loss(actual).backward()
-    loss(wanted).backward()
+    loss(reference).backward()
     for mine, (A, B) in pairs:
         torch.testing.assert_close(mine[0].grad.flatten(0, 1), A.grad, rtol=1e-4, atol=1e-4)
         torch.testing.assert_close(mine[1].grad.permute(1, 2, 0).flatten(1), B.grad, rtol=1e-4, atol=1e-4)
@@ -226,7 +226,7 @@ def test_given_the_same_tensors_it_is_pefts(name: str) -> None:
 @pytest.mark.parametrize("code", CODE)
 @pytest.mark.parametrize("name", MODELS)
 def test_experts_without_a_token(name: str, code: str) -> None:
-    model, _ = made(name)
+    model, _ = build(name)
     base = copy.deepcopy(model.model.layers[0].mlp.experts)
     applied(model)
     model.set_experts_implementation(code)
@@ -234,8 +234,8 @@ def test_experts_without_a_token(name: str, code: str) -> None:
     states, chosen = torch.randn(5, 32), torch.tensor([[0, 2]] * 4 + [[2, 0]])
     weights = torch.rand(5, 2)
     actual = experts(states, chosen, weights)
-    wanted = {key.rpartition(".")[2]: params for key, params in changed(model).items() if ".0.mlp" in key}
-    torch.testing.assert_close(actual, torch.func.functional_call(base, wanted, (states, chosen, weights)))
+    expected = {key.rpartition(".")[2]: params for key, params in changed(model).items() if ".0.mlp" in key}
+    torch.testing.assert_close(actual, torch.func.functional_call(base, expected, (states, chosen, weights)))
     actual.sum().backward()
     for params in experts.adapters.default.parameters():
         assert params.grad[[0, 2]].abs().amax((1, 2)).min() > 0 and params.grad[[1, 3]].abs().max() == 0
@@ -247,7 +247,7 @@ def test_experts_without_a_token(name: str, code: str) -> None:
 
 @pytest.mark.parametrize("name", MODELS)
 def test_generate(name: str) -> None:
-    model, inputs = made(name)
+    model, inputs = build(name)
     applied(model)
     ids = inputs["input_ids"][:1]
     settings = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 0}
@@ -259,34 +259,34 @@ def test_generate(name: str) -> None:
 
 @pytest.mark.parametrize("code", ["grouped_mm", "batched_mm"])
 def test_compiles_as_one_graph(code: str) -> None:
-    model, inputs = made("mixtral")
+    model, inputs = build("mixtral")
     applied(model)
     model.set_experts_implementation(code)
     compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
-    actual, wanted = compiled(**inputs).logits, model(**inputs).logits
-    torch.testing.assert_close(actual, wanted)
+    actual, reference = compiled(**inputs).logits, model(**inputs).logits
+    torch.testing.assert_close(actual, reference)
     trained = [params for params in model.parameters() if params.requires_grad]
-    for got, expected in zip(*(torch.autograd.grad(loss(out), trained) for out in (actual, wanted)), strict=True):
+    for got, expected in zip(*(torch.autograd.grad(loss(out), trained) for out in (actual, reference)), strict=True):
         torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
 
 
 def test_autocast_and_gradient_checkpointing() -> None:
-    model, inputs = made("qwen3_moe")
+    model, inputs = build("qwen3_moe")
     applied(model)
     plain = model(**inputs).logits
     with torch.autocast("cpu", torch.bfloat16):
         assert (model(**inputs).logits - plain).abs().max() < 0.05 * plain.abs().max()
     trained = [params for params in model.parameters() if params.requires_grad]
-    wanted = torch.autograd.grad(loss(plain), trained)
+    reference = torch.autograd.grad(loss(plain), trained)
     model.train()
     model.activation_checkpointing_enable()
     loss(model(**inputs, use_cache=False).logits).backward()
-    for params, expected in zip(trained, wanted, strict=True):
+    for params, expected in zip(trained, reference, strict=True):
         torch.testing.assert_close(params.grad, expected, rtol=1e-4, atol=1e-4)
 
 
 def test_adapters_add_up_and_come_out_in_any_order() -> None:
-    model, inputs = made("mixtral")
+    model, inputs = build("mixtral")
     before = Snapshot(model)
     plain = model(**inputs).logits
     applied(model)
@@ -305,7 +305,7 @@ def test_adapters_add_up_and_come_out_in_any_order() -> None:
 
 
 def test_copies_and_names() -> None:
-    model, inputs = made("gpt_oss")
+    model, inputs = build("gpt_oss")
     applied(model)
     names = {key.rpartition(".")[2] for key in adapter_state_dict(model)}
     assert names == {"gate_up_proj_A", "gate_up_proj_B", "down_proj_A", "down_proj_B"}
@@ -317,7 +317,7 @@ def test_copies_and_names() -> None:
 
 
 def test_the_start_changes_nothing_and_is_loras_for_each_expert() -> None:
-    model, inputs = made("qwen3_moe")
+    model, inputs = build("qwen3_moe")
     plain = model(**inputs).logits
     with pytest.warns(SurgeryWarning, match="largest useful rank"):  # many numbers, to see how they are drawn
         apply_rules(model, [ExpertLoraRule("experts", rank=64)], example_inputs=inputs)
@@ -333,7 +333,7 @@ def test_the_start_changes_nothing_and_is_loras_for_each_expert() -> None:
 
 
 def test_ranks_and_alphas_by_parameter() -> None:
-    model, _ = made("mixtral")
+    model, _ = build("mixtral")
     rule = ExpertLoraRule(
         "experts", rank_pattern={"experts.down_proj": 4}, alpha_pattern={r"layers\.0\..*": 16}, rslora=True
     )
@@ -398,7 +398,7 @@ def test_a_factored_matrix_is_its_sum() -> None:
     dense = W + 0.5 * L @ R
     ids = torch.tensor([0, 1, 1, 2, 3])
     bias = torch.randn(16)
-    for actual, wanted in [
+    for actual, expected in [
         (F.linear(x, value[1], bias), F.linear(x, dense[1], bias)),
         (x @ value[ids[1]].mT, x @ dense[1].t()),
         (x @ value[1].transpose(0, 1), x @ dense[1].t()),
@@ -414,7 +414,7 @@ def test_a_factored_matrix_is_its_sum() -> None:
         (value / 2 + W, dense / 2 + W),
         (W * value, W * dense),
     ]:
-        torch.testing.assert_close(actual, wanted)
+        torch.testing.assert_close(actual, expected)
     assert len(value) == 4 and value.shape == W.shape and value.dtype == W.dtype
     assert not isinstance(value, Tensor)
 
@@ -463,7 +463,7 @@ def test_factors_that_fit_no_stack() -> None:
 
 
 def test_what_is_refused() -> None:
-    model, _ = made("mixtral")
+    model, _ = build("mixtral")
     with pytest.raises(PlanError, match="no parameter of three dimensions"):
         apply_rules(model, [ExpertLoraRule("q_proj")])
     with pytest.raises(PlanError, match="owns no parameter 'up_proj'; it has gate_up_proj, down_proj"):
@@ -472,7 +472,7 @@ def test_what_is_refused() -> None:
         apply_rules(model, [LoraRule("experts")])
     with pytest.raises(PlanError, match="rank_pattern has 'up'"):
         apply_rules(model, [ExpertLoraRule("experts", parameters=["down_proj"], rank_pattern={"up": 2})])
-    gpt_oss, _ = made("gpt_oss")
+    gpt_oss, _ = build("gpt_oss")
     with pytest.raises(PlanError, match="a stack of experts is"):
         apply_rules(gpt_oss, [ExpertLoraRule("experts", parameters=["down_proj_bias"])])
     packed = nn.Sequential(Batched())
@@ -494,7 +494,7 @@ def test_values_out_of_range(field: str, value: Any) -> None:
 @pytest.mark.parametrize("code", CODE)
 def test_code_behind_a_wrapper_may_call_its_arguments_otherwise(code: str) -> None:
     """GPT-OSS's forward says `router_indices=None`; the implementation that it hands on to says `top_k_index`."""
-    model, inputs = made("gpt_oss")
+    model, inputs = build("gpt_oss")
     model.set_experts_implementation(code)
     plain = model(**inputs).logits
     apply_rules(model, [CaptureRule("experts")])

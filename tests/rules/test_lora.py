@@ -199,17 +199,17 @@ def test_dora_trains_a_layer_that_starts_at_zero() -> None:
     torch.manual_seed(0)
     model: Any = nn.Sequential(nn.Linear(8, 3))
     nn.init.zeros_(model[0].weight)
-    x, wanted = torch.randn(64, 8), torch.randn(8, 3)
+    x, expected = torch.randn(64, 8), torch.randn(8, 3)
     apply_rules(model, [LoraRule("0", rank=4, dora=True)])
     params = model[0].adapters.default
-    first = torch.autograd.grad((model(x) - x @ wanted).square().sum(), list(params.parameters()), retain_graph=True)
+    first = torch.autograd.grad((model(x) - x @ expected).square().sum(), list(params.parameters()), retain_graph=True)
     bias = model[0].bias
-    by_hand = 2.0 * (2.0 * (bias - x @ wanted)).t() @ (x @ params.A.t())  # LoRA's own: the gain is 1
+    by_hand = 2.0 * (2.0 * (bias - x @ expected)).t() @ (x @ params.A.t())  # LoRA's own: the gain is 1
     torch.testing.assert_close(dict(zip(dict(params.named_parameters()), first, strict=True))["B"], by_hand)
     optimizer = torch.optim.Adam(model.parameters(), 0.05)
     losses = []
     for _ in range(200):
-        loss = (model(x) - bias.detach() - x @ wanted).square().mean()
+        loss = (model(x) - bias.detach() - x @ expected).square().mean()
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()

@@ -114,19 +114,19 @@ def reference(model: nn.Module, tensors: Mapping[str, Tensor], rank: int, scale:
     return model
 
 
-def near(actual: Tensor, wanted: Tensor) -> None:
-    torch.testing.assert_close(actual, wanted, rtol=1e-4, atol=1e-5)  # sums in another order, float32
+def near(actual: Tensor, expected: Tensor) -> None:
+    torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-5)  # sums in another order, float32
 
 
 def test_the_branch_and_the_merged_weights_are_the_formula() -> None:
     torch.manual_seed(0)
     base = Maps()
     model = changed(copy.deepcopy(base))
-    wanted = reference(base, dict(model.named_parameters()), 4, 2.0)(IDS)
-    assert not torch.allclose(wanted, base(IDS), atol=1e-2)
-    near(model(IDS), wanted)
+    expected = reference(base, dict(model.named_parameters()), 4, 2.0)(IDS)
+    assert not torch.allclose(expected, base(IDS), atol=1e-2)
+    near(model(IDS), expected)
     merge(model)
-    near(model(IDS), wanted)
+    near(model(IDS), expected)
 
 
 def test_it_starts_as_the_base_and_leaves_it_to_the_bit() -> None:
@@ -150,11 +150,11 @@ def test_a_combination_is_the_weighted_sum(method: Any) -> None:
     model, names = Maps(), {"a": 0.7, "b": -0.4}
     changed(model, adapter="a", rank=2, alpha=3)
     changed(model, adapter="b", rank=4)
-    wanted = activate(model, list(names), weights=list(names.values()))(IDS)
+    expected = activate(model, list(names), weights=list(names.values()))(IDS)
     combine(model, names, "c", method)
-    near(activate(model, "c")(IDS), wanted)
-    (made,) = rules_of(model, "c")
-    assert isinstance(made, SizedLoraRule) and made.rank in (6, 7)
+    near(activate(model, "c")(IDS), expected)
+    (combined_rule,) = rules_of(model, "c")
+    assert isinstance(combined_rule, SizedLoraRule) and combined_rule.rank in (6, 7)
 
 
 @pytest.mark.filterwarnings("ignore:.*more than the weights")  # ranks that no weight can use, on purpose
@@ -231,8 +231,8 @@ def test_what_its_tensors_cannot_be_made_for_is_refused(tmp_path: Path) -> None:
     copy_adapter(model, "a", "d")
     x = torch.randn(2, 6)
     near(activate(model, "c")(x), activate(model, "d")(x))
-    wanted = activate(model, "a")(x)
-    near(pad_rank(model, "a", 8)(x), wanted)
+    expected = activate(model, "a")(x)
+    near(pad_rank(model, "a", 8)(x), expected)
 
 
 def test_fields_out_of_range_are_refused() -> None:

@@ -87,10 +87,10 @@ def test_a_projection_is_an_mlp_and_folds_to_the_bit(name: str, gate: bool) -> N
     rules, tensors = folded_adapter(model)
     assert rules == [PrefixRule(length=3, gate=gate)]
     assert len(tensors) == (6 if gate else 4)
-    made = {path: tensor.clone() for path, tensor in tensors.items()}
+    other_tensors = {path: tensor.clone() for path, tensor in tensors.items()}
     remove(model)
     apply_rules(model, rules, example_inputs=EXAMPLE)
-    load_adapter_state_dict(model, made)
+    load_adapter_state_dict(model, other_tensors)
     assert torch.equal(logits(model), expected)
     for box, (key, value) in zip(boxes(model), by_hand, strict=True):
         torch.testing.assert_close(box.key, key, **CLOSE)

@@ -50,7 +50,7 @@ def windowed(config: Any) -> Any:
     return config
 
 
-def made(name: str) -> Any:
+def build(name: str) -> Any:
     torch.manual_seed(0)
     model: Any = FAMILIES[name].make()
     model = type(model)(windowed(model.config)).eval()
@@ -108,7 +108,7 @@ def own_way(model: nn.Module, ids: Tensor, mask: Tensor, more: dict[str, Any], e
 
 @pytest.mark.parametrize("name", NAMES)
 def test_a_padded_row_is_the_row_alone(name: str) -> None:
-    model = made(name)
+    model = build(name)
     ids, mask = texts()
     tokens, logits = alone(model, ids, mask, START)
     bare = alone(model, ids, mask, [])[1]
@@ -126,7 +126,7 @@ PREFIXED = (
 
 @pytest.mark.parametrize("name", PREFIXED)
 def test_a_prefix_sees_no_padding(name: str) -> None:
-    model = made(name)
+    model = build(name)
     ids, mask = texts()
     bare = alone(model, ids, mask, [])[1]
     right = [way for way, more in ways(model).items() if own_way(model, ids, mask, more, bare)]

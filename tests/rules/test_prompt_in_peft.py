@@ -44,8 +44,8 @@ ENCODINGS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
 @pytest.mark.parametrize("name", ["gpt2", "llama", "opt", "bert", "bert_sequences"])
 def test_given_the_same_tensors_it_is_pefts(name: str, encoding: str) -> None:
     # PEFT makes prompts as wide as the hidden states; OPT's embeddings may be narrower, and then it fails.
-    made = opt(32) if name == "opt" else {**TEXTS, "bert_sequences": bert_sequences}[name]()
-    model = made.eval()
+    model = opt(32) if name == "opt" else {**TEXTS, "bert_sequences": bert_sequences}[name]()
+    model = model.eval()
     task = "CAUSAL_LM" if name in DECODERS else "TOKEN_CLS" if name == "bert" else "SEQ_CLS"
     kind, peft_fields, fields = ENCODINGS[encoding]
     theirs = in_peft(model, kind, task, **peft_fields)

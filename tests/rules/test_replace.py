@@ -115,8 +115,8 @@ def test_it_starts_as_torch_makes_it_and_planning_draws_nothing(name: str) -> No
     assert torch.equal(torch.get_rng_state(), state)
     apply_rules(model, rule)
     torch.manual_seed(7)
-    made = SIZED[name](4)
-    words, own = Skeleton.of(made).words, named_tensors(made)
+    module = SIZED[name](4)
+    words, own = Skeleton.of(module).words, named_tensors(module)
     assert all(torch.equal(getattr(model.inner.adapters.default, w), own[n]) for w, n in words.items())
 
 
@@ -128,20 +128,20 @@ def test_it_goes_and_is_copied_and_written(name: str, tmp_path: Path) -> None:
     assert rules_from_json(rules_to_json([rule])) == [rule]
     apply_rules(model, rule)
     model(X)
-    wanted = model.eval()(X)
+    expected = model.eval()(X)
     file = io.BytesIO()
     torch.save(model, file)
     file.seek(0)
     for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model)), torch.load(file, weights_only=False)):
-        assert torch.equal(other(X), wanted)
+        assert torch.equal(other(X), expected)
         assert torch.equal(remove(other)(X), host().eval()(X))
     save_adapter(model, tmp_path)
     with pytest.raises(SurgeryError, match="trust"):
         load_adapter(host(), tmp_path)
     load_adapter(again := host(), tmp_path, trust=True)
-    assert torch.equal(again.eval()(X), wanted)
+    assert torch.equal(again.eval()(X), expected)
     surgery.copy_adapter(model, "default", "other")
-    assert torch.equal(surgery.activate(model, "other")(X), wanted)
+    assert torch.equal(surgery.activate(model, "other")(X), expected)
     remove(model.train())
     assert not before.differences(model)
 
@@ -330,8 +330,8 @@ def test_arguments_are_passed_on() -> None:
             args_by_hand, by_name = args[:2], {**by_name, "scale": args[2]}
         else:
             args_by_hand = args
-        actual, wanted = model(*args, **kwargs), plain(*args_by_hand, **by_name)
-        assert torch.equal(actual[0], wanted[0]) and torch.equal(actual[1]["sum"], wanted[1]["sum"])
+        actual, expected = model(*args, **kwargs), plain(*args_by_hand, **by_name)
+        assert torch.equal(actual[0], expected[0]) and torch.equal(actual[1]["sum"], expected[1]["sum"])
 
 
 def test_a_cell_takes_the_place_of_a_cell() -> None:

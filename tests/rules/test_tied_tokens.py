@@ -45,18 +45,18 @@ pytestmark = [pytest.mark.filterwarnings("ignore"), pytest.mark.usefixtures("qui
 IDS = torch.tensor([[3, 5, 7, 1, 9]])
 
 
-def made(name: str, **more: Any) -> Any:
+def build(name: str, **more: Any) -> Any:
     torch.manual_seed(0)
     return of_transformers(name, num_hidden_layers=1, **more).eval()
 
 
 T5 = {"d_model": 32, "d_kv": 8, "d_ff": 48, "num_heads": 4, "decoder_start_token_id": 0}
 MODELS: dict[str, tuple[Callable[[], Any], str, str, str]] = {  # and the layer adapted, the embedding, the head
-    "tied": (lambda: made("LlamaForCausalLM", tie_word_embeddings=True), "q_proj", "embed_tokens", "lm_head"),
-    "untied": (lambda: made("LlamaForCausalLM"), "q_proj", "embed_tokens", "lm_head"),
-    "GPT-2": (lambda: made("GPT2LMHeadModel"), "c_attn", "wte", "lm_head"),
-    "BERT": (lambda: made("BertForMaskedLM"), "query", "word_embeddings", "cls.predictions.decoder"),
-    "T5": (lambda: made("T5ForConditionalGeneration", **T5), "q", "shared", "lm_head"),
+    "tied": (lambda: build("LlamaForCausalLM", tie_word_embeddings=True), "q_proj", "embed_tokens", "lm_head"),
+    "untied": (lambda: build("LlamaForCausalLM"), "q_proj", "embed_tokens", "lm_head"),
+    "GPT-2": (lambda: build("GPT2LMHeadModel"), "c_attn", "wte", "lm_head"),
+    "BERT": (lambda: build("BertForMaskedLM"), "query", "word_embeddings", "cls.predictions.decoder"),
+    "T5": (lambda: build("T5ForConditionalGeneration", **T5), "q", "shared", "lm_head"),
 }  # fmt: skip
 TOKENS: dict[str, Callable[[str, str], Any]] = {
     "a list": lambda embedding, head: [5, 3],
