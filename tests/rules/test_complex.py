@@ -1,4 +1,4 @@
-"""Modules of complex numbers: adapters are complex, as PEFT's are; merging is exact; what makes no sense is refused."""
+"""Complex modules: adapters are complex, as in PEFT, and merging is exact. Methods for real numbers refuse them."""
 
 from __future__ import annotations
 

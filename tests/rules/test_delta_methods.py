@@ -1,4 +1,4 @@
-"""AdaLoRA, FourierFT, SHiRA, C3A and RandLoRA: against PEFT with equal tensors, and what all five have in common."""
+"""AdaLoRA, FourierFT, SHiRA, C3A and RandLoRA: against PEFT with equal tensors, and tests that all five share."""
 
 from __future__ import annotations
 

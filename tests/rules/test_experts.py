@@ -354,7 +354,7 @@ def test_ranks_and_alphas_by_parameter() -> None:
 
 
 class Einsum(nn.Module):
-    """Experts whose code does what no product by factors is known for."""
+    """Experts with an operation that `Factored` can't compute from the factors."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -367,7 +367,7 @@ class Einsum(nn.Module):
 
 
 class Batched(nn.Module):
-    """Llama 4's: tokens sorted by expert, a stack held as (experts, in, out) and no word about it."""
+    """As in Llama 4: tokens are sorted by expert, and a stack is (experts, in, out) without a flag that says so."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -504,7 +504,7 @@ def test_code_behind_a_wrapper_may_call_its_arguments_otherwise(code: str) -> No
 
 
 def by_other_names(function: Any) -> Any:
-    """As transformers' choice among experts' implementations: what is called has other names for its arguments."""
+    """As transformers selects an implementation of experts: the called function has other argument names."""
 
     @functools.wraps(function)
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
@@ -519,7 +519,7 @@ def _scaled(module: Any, x: Tensor, factor: Tensor) -> Tensor:
 
 
 def with_options(function: Any) -> Any:
-    """As transformers' decorators that look for options among the keywords."""
+    """As transformers' decorators, which read options from the keyword arguments."""
 
     @functools.wraps(function)
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:

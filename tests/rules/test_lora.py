@@ -130,7 +130,7 @@ def test_linear_is_the_papers_formula() -> None:
 
 
 class Curved(nn.Conv2d):
-    """A forward that is no linear map of the weight, so that the weight itself is edited."""
+    """A forward that is not a linear map of the weight, so the rule edits the weight."""
 
     def forward(self, x: Tensor) -> Tensor:
         return F.conv2d(x, self.weight.sinh(), self.bias)
@@ -162,7 +162,7 @@ def features(module: nn.Module, weight: Tensor) -> Tensor:
 
 @pytest.mark.parametrize("name", with_zeros())
 def test_dora_where_a_features_weight_is_zero(name: str) -> None:
-    """Feature 0 stays at zero; feature 1 was given a direction by B; the others are DoRA's formula."""
+    """Feature 0 stays zero, B gives feature 1 a direction, and the others follow DoRA's formula."""
     module, args, weights = with_zeros()[name]
     untouched = copy.deepcopy(module)
     apply_rules(module, [LoraRule(type(module), rank=2, alpha=6, dora=True)], example_inputs=args)

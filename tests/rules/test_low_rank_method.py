@@ -1,4 +1,4 @@
-"""A low-rank method that says no more than its factors: it runs, merges, is combined, swapped and exported."""
+"""A low-rank method that defines only its factors: the branch, merging, combination, hot-swapping and slots."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ from tests.support.slots import Exported, check_slots, plain, shaken
 
 @rule("sized-lora")
 class SizedLoraRule(LowRankMethod):
-    """W + alpha / rank · B diag(s) Â: the rows of A are directions, and their sizes s are trained by themselves."""
+    """W + alpha / rank · B diag(s) Â: the rows of A are directions, and their sizes s are parameters of their own."""
 
     rank: int = 4
     alpha: float = 8
@@ -62,7 +62,7 @@ def _sizes(A: Tensor) -> Tensor:
 
 @rule("bounded-lora")
 class BoundedLoraRule(LowRankMethod):
-    """W + B tanh(A), which does not say how its tensors follow from factors."""
+    """W + B tanh(A), without `tensors_for`."""
 
     rank: int = 4
     max_rank: int | None = None
@@ -72,7 +72,7 @@ class BoundedLoraRule(LowRankMethod):
 
 
 class Maps(nn.Module):
-    """Modules on which a low-rank change lies in different ways."""
+    """Modules with different layouts of a low-rank change."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -91,12 +91,12 @@ IDS = torch.arange(14).view(2, 7) % 11
 
 
 def changed(model: nn.Module, targets: list[str] = TARGETS, adapter: str = "default", **fields: Any) -> nn.Module:
-    """With an adapter whose tensors are not those that it started with."""
+    """Returns the model with an adapter whose tensors differ from their initial values."""
     return shaken(apply_rules(model, SizedLoraRule(targets, **fields), adapter=adapter))
 
 
 def reference(model: nn.Module, tensors: Mapping[str, Tensor], rank: int, scale: float) -> nn.Module:
-    """A plain model with the weights that the formula gives."""
+    """Returns a plain model with the weights of the formula."""
     model = copy.deepcopy(model)
     with torch.no_grad():
         for path in TARGETS:
@@ -176,7 +176,7 @@ def test_a_padded_adapter_takes_smaller_and_larger_ones_with_other_scales(tmp_pa
 
 
 def test_room_for_more_rank_changes_nothing_at_the_start() -> None:
-    """What is used starts with the numbers that it has without the room, and the rest is zero."""
+    """The used part starts with the same numbers as without the room, and the rest is zero."""
     actual: list[dict[str, Tensor]] = []
     for room in (None, 16):
         torch.manual_seed(0)

@@ -22,7 +22,7 @@ WIDTH, HEADS, SIZE = 12, 3, 4
 
 
 class Base(nn.Module):
-    """Self-attention; how the three become a context is each subclass's own."""
+    """Self-attention. Subclasses compute the context from queries, keys and values in different ways."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -57,7 +57,7 @@ class ScaledQueries(Base):
 
 
 class Flat(Base):
-    """Batch and heads in one dimension, as fairseq has them."""
+    """Batch and heads in one dimension, as in fairseq."""
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         b, n, _ = x.shape
@@ -84,7 +84,7 @@ class Biased(Base):
 
 
 class Shifted(Base):
-    """Numbers that are added for every key alike, which a softmax does not see."""
+    """Numbers that are added equally for every key, which do not change a softmax."""
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         q, k, v = self.heads(self.q(x)), self.heads(self.k(x)), self.heads(self.v(x))
@@ -253,7 +253,7 @@ def other_ways() -> dict[str, Callable[[], nn.Module]]:
             return self.out(merged((q @ k.mT).softmax(-1) @ v + (k @ q.mT).softmax(-1) @ v))
 
     class Interleaved(Base):
-        """Heads before the batch: told apart by no shape, so refused."""
+        """Heads before the batch: no shape tells them apart, so the plan refuses them."""
 
         def forward(self, x: Tensor) -> Tensor:
             b, n, _ = x.shape

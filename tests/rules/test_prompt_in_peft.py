@@ -116,7 +116,7 @@ def test_peft_drops_positions_and_token_types() -> None:
 
 @pytest.mark.filterwarnings("ignore")
 def test_peft_classifies_by_the_last_position_of_padded_texts() -> None:
-    """A head that looks for padding in token ids finds none in PEFT, which hands on embeddings."""
+    """PEFT passes embeddings on, so a head that looks for padding in token ids finds no padding."""
     config = copy.deepcopy(gpt2().config)
     config.num_labels = 3
     model = transformers.GPT2ForSequenceClassification(config).eval()

@@ -1,4 +1,4 @@
-"""LoRA on quantised Linears: plain arithmetic on the dequantised weight; what can't be done there says why."""
+"""LoRA on quantised Linears, against plain arithmetic on the dequantised weight, and the errors there."""
 
 from __future__ import annotations
 
@@ -257,7 +257,7 @@ def test_the_bias_is_an_ordinary_parameter(build: Callable[..., Any], optional: 
 
 
 T = ["0", "2"]
-# Whether a rule computes with the weight itself, so that a packed one is none that it could use.
+# Whether a rule computes with the weight itself, so it cannot use a packed weight.
 AFTER: dict[str, tuple[Rule, bool]] = {
     "lora": (LORA, False),
     "lora_bias": (LoraRule(T, rank=4, lora_bias=True, init="random"), False),

@@ -1,4 +1,4 @@
-"""ReplaceRule beside a model in which the module was exchanged by hand: equal to the bit, whatever its forward does."""
+"""ReplaceRule against a model in which the module was replaced by hand: bits are equal for any forward."""
 
 from __future__ import annotations
 
@@ -282,7 +282,7 @@ def test_what_must_be_recorded_names_the_line() -> None:
 
 
 class Outer(nn.Module):
-    """It calls what is in it by position, by name, and with options."""
+    """It calls its children by position, by name, and with options."""
 
     def __init__(self, inner: nn.Module) -> None:
         super().__init__()

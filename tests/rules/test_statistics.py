@@ -1,4 +1,4 @@
-"""Running statistics, which training moves: the base's come back, and rules keep or freeze them."""
+"""Running statistics, which training changes: `remove` restores those of the base, and rules keep or freeze them."""
 
 from __future__ import annotations
 
@@ -266,7 +266,7 @@ def test_what_tracks_none_is_refused() -> None:
 
 @pytest.mark.parametrize("how", ["merged", "constant", "slots"])
 def test_an_export_writes_to_no_tensor_of_the_model(how: Any, tmp_path: Path) -> None:
-    """Its copies share the model's memory; what they exchange when adapters come and go is in memory of their own."""
+    """Copies share the model's memory. Tensors that change with the adapters have memory of their own."""
     model, x = net(), torch.randn(5, 4)
     apply_rules(model, LoraRule(["up", "down"], rank=2, init="random"), adapter="a")
     model.train()(x)  # the adapter's statistics are not the base's

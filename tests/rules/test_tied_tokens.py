@@ -1,4 +1,4 @@
-"""Rows of an embedding and of the head that is tied to it: one delta, as PEFT has it, also after training."""
+"""Rows of an embedding and of the head that is tied to it share one delta, as in PEFT, also after training."""
 
 from __future__ import annotations
 
@@ -165,7 +165,7 @@ def test_on_a_base_without_numbers(tmp_path: Path) -> None:
 
 
 def test_rows_that_drifted_apart_are_told(tmp_path: Path) -> None:
-    """A file of two deltas, as it was written of untied modules, on a model with one."""
+    """A file with two deltas, written from untied modules, on a model with tied modules."""
     untied = apply_rules(MODELS["untied"][0](), [TokensRule(["embed_tokens", "lm_head"], tokens=[5, 3])])
     save_adapter(untied, tmp_path, format="surgery")
     with pytest.raises(LoadError, match="share one weight"):
