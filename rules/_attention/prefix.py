@@ -71,7 +71,7 @@ def _as_linear(inputs: int) -> Callable[[Tensor], Tensor]:
 def require_gradient(args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any], Tensor]:
     """Returns the arguments with the first floating-point tensor, the hidden state, as a leaf with gradients.
 
-    An argument that holds the same is the same: queries, keys and values may be given one by one.
+    Arguments that are the same tensor stay the same tensor: queries, keys and values may be separate arguments.
     """
     activations = [
         value for value in (*args, *kwargs.values()) if isinstance(value, Tensor) and value.is_floating_point()
@@ -116,7 +116,7 @@ def attend_one_query(
 ) -> Tensor | None:
     """Computes sdpa of one query, as in decoding, with a prefix. None if this way is not faster or not exact.
 
-    The scores are put side by side, the keys and values are not: a cache may be a thousand times as long as its step.
+    It concatenates the scores and not the keys and values: a cache may be a thousand times as long as a step.
     """
     if query.shape[-2] != 1 or query.dtype not in (torch.float32, torch.float64) or kwargs.get("dropout", 0.0):
         return None  # half precision: scores would be rounded, which sdpa's kernels never do
@@ -187,7 +187,7 @@ _OF_SOFTMAX = ("softcap", "s_aux")  # arguments of attention functions that chan
 def attend_alone(query: Tensor, key: Tensor, value: Tensor, scaling: float | None) -> Tensor:
     """Returns softmax(q kᵀ) v of a prefix alone, (batch, queries, heads, size), for a graph with any prefix length.
 
-    An attention that is exported may reshape keys, and to ONNX a length of none would mean the one that was there.
+    The attention function is not called: it may reshape keys, and a reshape to length 0 means "unchanged" in ONNX.
     """
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     shared = query.unflatten(1, (key.shape[0], -1)) * scale  # the queries of a key's head

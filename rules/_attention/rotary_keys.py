@@ -18,9 +18,9 @@ TURN = "apply_rotary_pos_emb"
 
 
 def why_not(model: nn.Module) -> tuple[str | None, str | None]:
-    """Why the shift of a text's positions by PEFT's prefix can't be had here, and the embedding that can be shifted.
+    """Returns why the text's positions can't be shifted as PEFT's prefix does, and the embedding that can be shifted.
 
-    On rotary models there is none: a rotation of the prefix's keys makes up for it.
+    Rotary models have no such embedding: the prefix's keys are rotated instead.
     """
     shift = None if _rotary(model) is not None or _windowed(model) else position_embedding(model)
     return _why_not(model, shift), shift
@@ -59,11 +59,11 @@ def rotate_keys(model: nn.Module, module: nn.Module, key: Tensor, way: int) -> T
 
 
 def rotation_of(model: nn.Module, module: nn.Module) -> dict[str, Any]:
-    """How keys are turned, in numbers: `{"turn": {"frequencies": …, "pairs": …}}`, None where they aren't.
+    """Returns how keys are rotated: `{"turn": {"frequencies": …, "pairs": …}}`, or None if they are not.
 
-    Component i and its partner, half of the turned ones further ("halves") or the next ("neighbours"), are turned by
-    the i-th frequency for each position. Nothing where no turn makes up for the shift by PEFT's prefix, or that is not
-    known.
+    The i-th frequency rotates component i and its partner for each position. The partner is half of the rotated
+    components further ("halves") or the next one ("neighbours"). Empty if no rotation makes up for the shift by PEFT's
+    prefix, or if that is not known.
     """
     why, shift = why_not(model)
     if why or shift is not None:

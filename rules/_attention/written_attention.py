@@ -160,7 +160,7 @@ def _factor(graph: Any, node: fx.Node) -> tuple[int, ...]:
 def _heads(graph: Any, query: fx.Node, rows: int) -> int | None:
     """Returns the number of heads in (batch · heads, positions, size), if an earlier shape separates batch and heads.
 
-    With as many heads as rows in the example, which of them comes first can't be told.
+    None if the example has as many rows as heads: then the order of the two is not known.
     """
     node, batch = query, graph.nodes[hidden]["shape"][0] if (hidden := _hidden(graph)) is not None else None
     for _ in range(12):

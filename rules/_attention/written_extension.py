@@ -4,7 +4,7 @@
     weights = softmax(scores)                       one softmax over both
     context = dropout(weights) v                    + dropout(prefix weights) Pv
 
-So masks, biases and whatever else has one column a key stay as they are, whichever they are.
+So masks, biases and other tensors with one column per key do not change.
 """
 
 from __future__ import annotations
@@ -74,9 +74,9 @@ def _shifts_all(graph: Any, node: fx.Node, before: fx.Node) -> bool:
 
 
 def _from_the_end(graph: Any, node: fx.Node, before: fx.Node) -> fx.Node | None:
-    """A bias for each key, the same for all queries, that counts from the last key: the end of a longer table (MPT's).
+    """Returns a bias for each key that counts from the last key: the end of a longer table (MPT).
 
-    What it gives a key then hangs on how many keys come later, in the same call or with a cache.
+    Its value for a key depends on the number of later keys, in the same call or in a cache.
     """
     for other in graph.nodes[node]["operands"]:
         if not isinstance(other, fx.Node) or other is before or graph.nodes[other]["operation"] != "getitem":

@@ -14,11 +14,11 @@ from torch import Tensor
 class Factored:
     """Represents `weight + scale · left @ right`, matrices or stacks, and computes the sum only if it is needed.
 
-    Picking experts picks their factors. A product with activations (`F.linear`, `@`, `torch.bmm`, a grouped matmul)
-    is the weight's plus the factors', in their dtype and returned in the weight's. Whatever else is asked of it (an
-    attribute, an operator, a torch function) is answered by the sum itself, made for that once.
+    Indexing experts indexes their factors. A product with activations (`F.linear`, `@`, `torch.bmm`, a grouped matmul)
+    is the weight's product plus the factors' product, computed in the factors' dtype and returned in the weight's. Any
+    other access (an attribute, an operator, a torch function) computes the sum once and uses it.
 
-    It is not a Tensor on purpose: a kernel that reads a tensor's memory must fail here, not read the bare weight.
+    It is not a Tensor on purpose: a kernel that reads a tensor's memory must fail here, and not read the bare weight.
     """
 
     def __init__(self, weight: Any, left: Tensor, right: Tensor, scale: float):

@@ -92,9 +92,9 @@ def fill_jointly(name: str, part: WeightPart, weight: Tensor, A: Tensor, B: Tens
 
 
 def _kaiming(tensor: Tensor) -> Tensor:
-    """`nn.init.kaiming_uniform_(tensor, a=math.sqrt(5))`: torch's own start of a Linear, and PEFT's of A.
+    """`nn.init.kaiming_uniform_(tensor, a=math.sqrt(5))`: the initial values of torch's Linear, and of PEFT's A.
 
-    The same bits in a quarter of the time, which counts where there are thousands.
+    The bits are equal, in a quarter of the time, which matters for thousands of sites.
     """
     fan_in = math.prod(tensor.shape[1:])
     return tensor.uniform_(-_bound(fan_in), _bound(fan_in)) if tensor.numel() else tensor

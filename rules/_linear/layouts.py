@@ -73,9 +73,9 @@ def column_norm(part: WeightPart, weight: Tensor) -> Tensor:
 
 
 def gain_of(part: WeightPart, magnitude: Tensor, weight: Tensor) -> Tensor:
-    """DoRA's magnitude over the norm of the changed weight, which the paper holds constant in the backward.
+    """Returns DoRA's magnitude over the norm of the changed weight. The norm has no gradient, as in the paper.
 
-    A feature whose weight is all zero has no direction to scale: its gain is 1, so that A and B can give it one.
+    A feature whose weight is all zero has no direction to scale. Its gain is 1, so that A and B can learn a direction.
     """
     norm = column_norm(part, weight).detach()
     zero = norm.eq(0)

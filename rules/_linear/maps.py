@@ -54,10 +54,10 @@ def each_output(layout: Layout, scale: Tensor) -> Tensor:
 
 
 def add(site: Site, delta: Tensor, dropout: float = 0.0) -> Tensor | None:
-    """W + Δ, with Δ (out, in, *kernel): a second pass of the module's own operation with Δ as its weight.
+    """Adds Δ (out, in, *kernel) to W: a second pass of the module's own operation with Δ as its weight.
 
-    `dropout`: on the input of that pass. Where the module's forward is not a plain map the weight itself is edited,
-    which in half precision rounds Δ, too.
+    `dropout`: on the input of this pass. If the module's forward is not a plain map, the weight itself is edited, which
+    also rounds Δ in half precision.
     """
     layout = at(site)
     if not layout.weight_space:
@@ -85,9 +85,9 @@ def add_to_weight(site: LiveSite, delta: Tensor) -> dict[str, Any]:
 
 
 def turn(site: Site, turned: Callable[[Tensor, bool], Tensor], dtype: Any) -> None:
-    """W M. `turned(x, False)` is M x for each row x of a matrix, and `turned(w, True)` is w M for each row of W.
+    """Replaces W by W M. `turned(x, False)` is M x for each row x of a matrix; `turned(w, True)` is w M for rows of W.
 
-    On a Linear the input is turned, which needs no second weight; elsewhere the weight.
+    On a Linear this changes the input, which needs no second weight. On other modules it changes the weight.
     """
     if turns_input(site):
         x = site.input

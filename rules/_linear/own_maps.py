@@ -1,7 +1,7 @@
 """How a module's own forward uses its weight: the plain map, a scaled map, or another function.
 
-torch's own forward is the plain map. A forward that somebody wrote is run on small inputs
-(`surgery.rules._linear.weight_flow`); where that does not prove its form, rules edit the weight itself.
+torch's own forward is the plain map. A user's forward is run on small inputs (`surgery.rules._linear.weight_flow`).
+If this does not prove its form, rules edit the weight itself.
 """
 
 from __future__ import annotations
@@ -35,9 +35,9 @@ def packed(module: nn.Module) -> bool:
 
 
 def why_not_packed(module: nn.Module) -> str | None:
-    """Why a module whose weight is packed is not the plain map: somebody's forward does more than its base class's.
+    """Returns why a module with a packed weight is not the plain map: a user's forward does more than its base class.
 
-    A quantised layer's own forward is its library's, which is taken to be the plain map.
+    The own forward of a quantised layer is its library's, and counts as the plain map.
     """
     for cls in _base(module).__mro__:
         if cls in PLAIN:
@@ -50,9 +50,9 @@ def why_not_packed(module: nn.Module) -> str | None:
 
 
 def form_of(module: nn.Module, weight: Tensor, samples: Callable[[], Sequence[Tensor]]) -> Form:
-    """ "plain": W x + b. "scaled": c · (W g(x) + b), with c one number and g anything. "other": neither is sure.
+    """Returns "plain" for W x + b, "scaled" for c · (W g(x) + b) with a number c, "other" if neither is sure.
 
-    `weight`: a small one to try; `samples`: inputs of all shapes that the module may be called with.
+    `weight`: a small weight for the run; `samples`: inputs of all shapes that the module may take.
     """
     key = _settings(module)
     forms = _forms.setdefault(_base(module), {})

@@ -36,8 +36,10 @@ def takes_one_input(cls: type[nn.Module]) -> bool:
 
 
 def _stars_passed_on(forward: Any, stars: set[str]) -> str | None:
-    """Which of its starred inputs a forward hands on to its base class's: "", "*", "**", "***"; None where it uses
-    them in another way than that, or than by taking the first."""
+    """Returns which starred inputs a forward passes on to its base class: "", "*", "**" or "***".
+
+    None if it uses them in another way than this, or than by reading the first one.
+    """
     try:
         tree = ast.parse(textwrap.dedent(inspect.getsource(forward)))
     except (OSError, TypeError, SyntaxError):

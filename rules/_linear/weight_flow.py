@@ -1,7 +1,7 @@
 """Follows a weight through every torch function in a run of a user's forward.
 
-A number that agrees on some inputs proves nothing: a clamp far away would not show. So an operation that is not known
-to keep the form c · (W g(x) + b) ends it.
+Equal numbers on some inputs prove nothing: a clamp at a distant value would not show. So an operation that is not known
+to keep the form c · (W g(x) + b) ends the form.
 """
 
 from __future__ import annotations

@@ -20,8 +20,8 @@ from surgery.rules.slots.low_rank import LowRankSlottable
 class LowRankMethod(LowRankSlottable, LowRankRule):
     """W + scale · B A, on all modules that LoRA takes. A method has a field `rank` and defines its `factors`.
 
-    It may have LoRA's fields `alpha`, `rslora`, `rank_pattern`, `alpha_pattern`, `dropout`, `dtype` and `max_rank`
-    (for `pad_rank`), or its own `scale_at`. With `tensors_for` it can be combined, and hot-swapped between scales.
+    It may have LoRA's fields `alpha`, `rslora`, `rank_pattern`, `alpha_pattern`, `dropout`, `dtype` and `max_rank` (for
+    `pad_rank`), or its own `scale_at`. A method with `tensors_for` can be combined, and hot-swapped between scales.
     """
 
     def validate(self) -> None:

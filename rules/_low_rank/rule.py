@@ -26,9 +26,9 @@ class TensorSource(Protocol):
 
 
 class LowRankRule(Rule):
-    """A rule with factors A and B of a rank, laid out by `layout_of`, and a scale. Not a rule by itself.
+    """The base of rules with factors A and B of a rank, in the layout of `layout_of`, and a scale.
 
-    The attributes below are those of LoRA. A rule makes a field of those that it has; the others keep these values.
+    The attributes below are those of LoRA. A rule declares those that it has as fields; the others keep these values.
     """
 
     rank: int

@@ -1,7 +1,7 @@
 """Converts low-rank tensors for another rule's code: another scale, another rank, or room for a larger rank.
 
-Where A and B have room for more than their rank, what is beyond is zero in both. So it does nothing, and has no
-gradient either: a half's gradient has the other half as a factor.
+If A and B have room for more than their rank, the rest is zero in both. So it has no effect and no gradient: the
+gradient of one factor has the other factor as a factor.
 """
 
 from __future__ import annotations
@@ -63,7 +63,8 @@ def complete(rule: LowRankRule, site: LiveSite, results: dict[str, Tensor]) -> d
 def occupied_view(tensor: Tensor, shape: Sequence[int], part: WeightPart) -> Tensor:
     """Returns the view of a larger tensor that a tensor of this shape occupies.
 
-    Along an axis of the ranks of all groups, a convolution's, they lie group by group; such an axis becomes two.
+    The ranks of a grouped convolution are stored group by group, so an axis of the ranks of all groups becomes two
+    axes.
     """
     view = tensor
     for axis in reversed(range(len(shape))):

@@ -17,9 +17,9 @@ _STARRED = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
 
 
 class Arguments(NamedTuple):
-    """The arguments of a call: by position, by name, further ones by position, and mappings of further ones by name.
+    """The arguments of a call: positional, by name, further positional ones, and mappings of further keyword arguments.
 
-    `exact`: all of the site's arguments are among the first two, and none of them is optional.
+    `exact`: the first two have all of the site's arguments, and none of these is optional.
     """
 
     positional: tuple[Any, ...]

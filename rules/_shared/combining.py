@@ -49,9 +49,9 @@ def factors(
     rank: int,
     deltas: Sequence[Tensor] | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """The result's factors (…, out, rank), (…, rank, in) for Σ weight · scale · up @ down, combined as `how` says.
+    """Returns the factors (…, out, rank), (…, rank, in) of Σ weight · scale · up @ down, combined as `how` says.
 
-    `deltas`: matrices (…, out, in), scale included, where they are no products of the factors alone.
+    `deltas`: matrices (…, out, in) with their scale, if they are not products of the factors alone.
     """
     amounts = [share.weight * scale for share, scale in zip(shares, scales, strict=True)]
     if how.method == "cat":
@@ -92,7 +92,7 @@ def rank_of(how: Combination, shares: Sequence[Share], ranks_here: Sequence[int]
 def linear_in_tensors(rule: R, shares: Sequence[Share], how: Combination, *free: str) -> tuple[R, Tensors]:
     """Sums the tensors of rules whose change is linear in them, which gives the sum of the changes.
 
-    `free`: fields that say how the tensors start, and no more.
+    `free`: fields that only affect the initial values, so they may differ.
     """
     how.agree(shares, *free)
     results: dict[str, Tensor] = {}
@@ -123,9 +123,9 @@ def average(rule: R, shares: Sequence[Share], how: Combination, *free: str) -> t
 
 
 def combine_copies(base: Mapping[str, Tensor], rule: R, shares: Sequence[Share], how: Combination) -> tuple[R, Tensors]:
-    """For copies of the base's tensors: W + Σ w (T − W). `base`: W under the names of the copies.
+    """Combines copies of the base's tensors: W + Σ w (T − W). `base`: W under the names of the copies.
 
-    Statistics, which are buffers, become a mean by the weights' sizes: a variance must stay one.
+    Statistics, which are buffers, are averaged by the absolute weights, so that a variance stays a variance.
     """
     if how.untouched(shares):
         return rule, shares[0].params

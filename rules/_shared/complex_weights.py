@@ -11,9 +11,9 @@ _DROPPING = ("dropout", "rank_dropout", "module_dropout")
 
 
 def why_not(rule: Rule, module: nn.Module, real: str = "") -> str | None:
-    """Why a rule can't go on a module with complex parameters, or None. `real`: what it does with real numbers alone.
+    """Returns why a rule can't take a module with complex parameters, or None. `real`: its operation for real numbers.
 
-    Where it can, its tensors are complex, as PEFT's are.
+    On modules that it takes, its tensors are complex, as in PEFT.
     """
     dtype = next((p.dtype for p in module._parameters.values() if p is not None and p.is_complex()), None)
     if dtype is None:

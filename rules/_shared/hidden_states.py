@@ -63,7 +63,7 @@ def positions_of(text: Any) -> tuple[int, ...] | None:
 def at_positions(new: Tensor, old: Tensor, first: int, last: int) -> Tensor:
     """Returns `new` at the first and last positions of (…, length, features), and `old` at the others.
 
-    A call with a single position is a step of decoding with a cache: the prompt was before it, so it is left alone.
+    A call with one position is a decoding step with a cache. The prompt came before it, so it returns `old`.
     """
     length = old.shape[-2]
     exporting = torch.compiler.is_exporting()  # then the length is free, and the graph reads it when it runs

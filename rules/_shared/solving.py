@@ -68,7 +68,7 @@ def orthonormal_columns(u: Tensor) -> Tensor:
 def orthonormal_rows(raw: Tensor) -> Tensor:
     """Orthonormalises rows by Gram-Schmidt, twice against rounding. Orthonormal rows do not change.
 
-    A QR decomposition would be the same, but ONNX has none.
+    A QR decomposition gives the same, but ONNX does not have it.
     """
     rows: list[Tensor] = []
     for row in raw.unbind(0):

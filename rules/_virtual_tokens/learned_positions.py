@@ -18,8 +18,9 @@ LENGTH = 3
 def position_embedding(model: nn.Module) -> str | None:
     """Returns the path of the embedding of positions, if a cache before a text only shifts them.
 
-    A text is put into a cache, and called after itself: of the embeddings one must be given positions that are later
-    by its length; the order of what is in the cache must not matter, as it does to biases of relative positions.
+    It puts a text into a cache and calls the model with the same text again. Exactly one embedding must get inputs that
+    are larger by the text's length. The order of the tokens in the cache must not matter, as it does for biases of
+    relative positions.
     """
     hosts = [(path, module) for path, module in text_inputs.hosts(model, "")]
     if len(hosts) != 1 or any("rotary" in name for module in model.modules() for name in _names(module)):

@@ -1,7 +1,7 @@
 """Columns of virtual tokens in a text's rows: after each row's padding on the left, directly before the text.
 
-A window of attention, a recurrent state and distances between positions count every column, padding, too. Behind the
-padding a row's numbers are those of the row alone, as with a longer text that a tokenizer pads.
+Attention windows, recurrent states and distances between positions count every column, also padding. After the padding,
+a row has the numbers of the row alone, as with a longer text that a tokenizer pads.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from torch import Tensor
 class Place(NamedTuple):
     """The place of virtual tokens: `count` columns after `start` columns of text.
 
-    `start`: one number for all rows, or (batch, 1), one for each row.
+    `start`: one number for all rows, or (batch, 1) with one number per row.
     """
 
     count: int
@@ -45,10 +45,10 @@ class Place(NamedTuple):
         return _take_columns(text, torch.where(at < self.start, at, at + self.count), dim, 0)
 
     def numbered(self, positions: Tensor, after: int, by: int | Tensor, steps: Tensor, seen: int = 0) -> Tensor:
-        """Positions of a text and its virtual tokens, which take the text's first ones: the text's follow `by` later.
+        """Returns positions: virtual tokens get the first ones, and the text those `by` later.
 
-        `after`: how many of a row's own tokens stand before them; `steps`: the virtual tokens' own numbers, (count) or
-        (batch, count), and `by` a number or (batch, 1); `seen`: how many columns of the text came in earlier calls.
+        `after`: how many of a row's tokens stand before them; `steps`: the virtual tokens' numbers, (count) or (batch,
+        count); `by`: a number or (batch, 1); `seen`: how many columns of the text earlier calls had.
         """
         dim, start = positions.dim() - 1, self.start
         if isinstance(start, int) and isinstance(by, int):
@@ -65,9 +65,9 @@ class Place(NamedTuple):
 
 
 def place_of(mask: Tensor | None, count: int, after: int, first: int | None = None) -> Place:
-    """Where virtual tokens stand in a text with this mask: behind its padding on the left and `after` tokens more.
+    """Returns the place of virtual tokens in a text with this mask: after its padding on the left and `after` tokens.
 
-    `first`: how many columns the text's first call had, which the virtual tokens can't stand behind.
+    `first`: the number of columns in the text's first call. The virtual tokens can't stand after them.
     """
     if mask is None or not (torch.compiler.is_compiling() or padded_left(mask)):
         return Place(count, after)

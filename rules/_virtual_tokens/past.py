@@ -17,12 +17,12 @@ _MARK = "_surgery_prompts"
 
 
 class Mark(NamedTuple):
-    """What a cache holds of an adapter: `count` virtual tokens, put into a text's first `first` columns.
+    """What a cache holds of an adapter: `count` virtual tokens, inserted into the first `first` columns of a text.
 
-    `behind`: whether they stand behind padding on the left; `lag`: by how much the text's positions lag behind its
-    tokens, 0 but for padding and for images, whose tokens share positions (None: not known, as while compiling);
-    `mask`: the text's mask at the last call, where that gave it in another form; `text`: all of the text, as a call
-    gives it, for as long as a row has had nothing but padding.
+    `behind`: whether they stand after padding on the left; `lag`: how far the text's positions lag behind its tokens,
+    0 except for padding and for images, whose tokens share positions (None: not known, as while compiling); `mask`: the
+    text's mask at the last call, if the call had it in another form; `text`: the whole text in the form of the call, as
+    long as a row contains only padding.
     """
 
     count: int
@@ -48,8 +48,9 @@ def error(why: str, fix: str) -> SiteError:
 
 @dataclass
 class Past:
-    """What a call's cache says: whether it is empty, how many positions it holds, the virtual ones included, how many
-    tokens are new, how many of text there are with them (None: not known), and what is written down on it."""
+    """The state of a call's cache: whether it is empty, its number of positions with the virtual ones, the number of
+    new tokens, the length of the text with them (None: not known), and the mark of the adapter.
+    """
 
     cache: Any
     empty: bool
@@ -108,10 +109,10 @@ class Past:
         }
 
     def late(self, mask: Tensor, after: int, module: nn.Module, numbered: bool, gaps: bool) -> bool:
-        """Whether a row's text begins in this call, behind padding that came after its virtual tokens, and the model
+        """Whether a row's text begins in this call, after padding that followed its virtual tokens, and the model
         counts such padding.
 
-        `numbered`: whether the call gives positions; `gaps`: whether padding inside of a text changes nothing.
+        `numbered`: whether the call has positions; `gaps`: whether padding inside a text changes nothing.
         """
         if self.mark is None or torch.compiler.is_compiling():
             return False

@@ -129,7 +129,8 @@ def probe_text_model(site: Site) -> dict[str, Any]:
 def probe_padding(run: Callable[..., Any], embedding: nn.Module) -> dict[str, bool]:
     """Finds out what padding does to a text in a call without positions.
 
-    `moves`: padding on its left changes nothing, as where positions are distances; `gaps`: nor does padding inside.
+    `moves`: padding on the left changes nothing, for example if positions are distances; `gaps`: padding inside the
+    text changes nothing either.
     """
     ids = _short(embedding)
     try:
@@ -199,8 +200,8 @@ def _refused(site: Site, why: str) -> SiteError:
 def probe(run: Callable[..., Any], embedding: nn.Module, ids: Tensor | None = None) -> dict[str, Any]:
     """Returns what short calls show of a text model, or `why` it does not take embeddings in place of ids.
 
-    `width`: of its embeddings; `pooled`: whether it returns a vector of the whole beside the hidden states; `left`:
-    whether padding on the left is the same to it for embeddings as for ids.
+    `width`: the size of its embeddings; `pooled`: whether it returns a vector of the whole text beside the hidden
+    states; `left`: whether padding on the left has the same effect for embeddings as for ids.
     """
     padding = getattr(embedding, "padding_idx", None)
     ids = _short(embedding) if ids is None else ids

@@ -1,8 +1,8 @@
-"""The mask of a text alone, (batch, tokens), whichever form a call gives it in: `generate` makes larger ones from it.
+"""Finds the mask of a text alone, (batch, tokens), in any form of mask that a call may have.
 
-For a static cache it hands on what the model would have made itself, (batch, 1, queries, keys), one for each kind of
-layer. Virtual tokens need the mask that these came from. It is read off them, and taken where transformers makes the
-same of it.
+For a static cache, `generate` passes the masks that the model would compute itself: (batch, 1, queries, keys), one for
+each kind of layer. Virtual tokens need the mask of the text from which they were computed. It is read from them, and
+accepted if transformers computes the same masks from it.
 """
 
 from __future__ import annotations

@@ -26,8 +26,7 @@ def insert_tokens_per_row(
 ) -> Any:
     """As `insertion.insert_tokens`, for each row its own. Also returns the mark for the cache.
 
-    `counted`: whether the model's positions are the tokens' own numbers, so that they can be given where a call leaves
-    them out.
+    `counted`: whether the model's positions are the tokens' numbers, so that a call without positions can get them.
     """
     ids, embeds = arguments["input_ids"], arguments["inputs_embeds"]
     text = ids if embeds is None else embeds

@@ -27,9 +27,9 @@ class LowRankSlotRule(SlotRule):
     >>> {name: tuple(tensor.shape) for name, tensor in model[0].adapters.slot.named_parameters()}
     {'A': (2, 4), 'B': (3, 2), 'gain': (3,)}
 
-    Made by `export_onnx` for LoRA and rules that are folded into the same form; A and B lie as LoraRule's do, with its
-    scale in B. `gain`: one number an output feature (DoRA); `bias`: one on B; `dtype`: as LoraRule's. `rank` is what it
-    is exported with, and whether the groups of a convolution divide it is all that counts later.
+    `export_onnx` inserts it for LoRA and rules with the same form. A and B have the layout of LoraRule's, with its
+    scale in B. `gain`: one number per output feature (DoRA); `bias`: a bias on B; `dtype`: as LoraRule's. `rank` is the
+    rank in the export. Later only this counts: whether the groups of a convolution divide it.
     """
 
     rank: int = 2
@@ -140,7 +140,8 @@ def low_rank_tensors(
 ) -> dict[str, Tensor]:
     """Converts changes of a module's weights (`merged`) to a slot's A, B and gain. `bias`: a bias on B.
 
-    What the rule's start changed in the weights (PiSSA) belongs to the adapter where the base is the file's.
+    A change of the weights by the rule's initialisation (PiSSA) becomes part of the adapter: the file has the base's
+    weights.
     """
     assert isinstance(slot, LowRankSlotRule)
     dtype = getattr(torch, slot.dtype) if slot.dtype else site.dtype

@@ -15,9 +15,9 @@ from surgery.rules._virtual_tokens import graph_insertion, text_inputs, token_ro
 class PromptSlotRule(SlotRule):
     """[P; e(x)] with P of any length: PromptRule's slot, on the module that takes the text.
 
-    Fields: `after`, a number, and `whole` are PromptRule's; `width` of the embeddings; `moves`: whether the model gives
-    a text padded on its left the numbers that it has alone, so that P stands behind padding. With a cache, a mask is
-    of the text alone at each step, as the live model's, and P is given at the first step and empty at the later ones.
+    `after`, a number, and `whole` are PromptRule's fields. `width` is the size of the embeddings. `moves`: whether a
+    text has the same numbers with padding on its left, so that P stands after the padding. With a cache, the mask
+    covers the text alone at each step, as in the live model. P is an input of the first step, and empty at later steps.
     """
 
     after: int = 0
