@@ -38,7 +38,8 @@ from .merging.merge import MergeReport, merge, unmerge
 from .onnx.checking.parity import ParityReport, verify_onnx
 from .onnx.export import ExportReport, export_onnx
 from .patterns.module_class import class_of
-from .patterns.pattern import Pattern, Targets
+from .patterns.pattern import Pattern
+from .patterns.targets import Targets
 from .peft_format.adapter_config import PeftConfig
 from .peft_format.methods import PeftMethod, PeftPart, PeftPlace, peft_method
 from .planning.plan import Plan

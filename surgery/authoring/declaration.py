@@ -12,7 +12,8 @@ from torch import Tensor
 
 from surgery.authoring.rule_names import registered
 from surgery.errors import RuleError
-from surgery.patterns.pattern import Pattern, Targets, normalise_targets
+from surgery.patterns.pattern import Pattern
+from surgery.patterns.targets import Targets, normalise_targets
 
 __all__ = ["Declaration"]
 

@@ -130,7 +130,7 @@ class ForwardValues:
         self._passages.append(passage)
 
         def note_read() -> None:
-            passage.asked = True
+            passage.was_read = True
 
         return match.mapped(functools.partial(self._to_value, root=match.root), note_read)
 

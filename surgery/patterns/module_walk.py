@@ -33,14 +33,14 @@ def base_modules(model: nn.Module, stop: str = "") -> Iterator[tuple[str, nn.Mod
     A wrapper (checkpoint_wrapper, torch.compile) and its name segment are skipped. `stop`: modules below the model
     with this attribute in their `__dict__` are skipped with all their children.
     """
-    seen: set[nn.Module] = set()
+    visited: set[nn.Module] = set()
     waiting: list[tuple[str, nn.Module]] = [("", model)]
     while waiting:
         path, module = waiting.pop()
         while (inner := inner_of(module)) is not None:
             module = inner
-        if module not in seen and not (stop and path and stop in module.__dict__):
-            seen.add(module)
+        if module not in visited and not (stop and path and stop in module.__dict__):
+            visited.add(module)
             yield path, module
             for name, child in reversed(module._modules.items()):
                 if child is not None and not (name == RESERVED and is_adapters(child)):

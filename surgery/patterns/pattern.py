@@ -16,7 +16,7 @@ from torch import nn
 
 from surgery.errors import RuleError, qualified_name
 
-__all__ = ["Pattern", "Target", "Targets"]
+__all__ = ["Candidate", "Pattern", "Verdict", "type_named"]
 
 
 @dataclass(frozen=True)
@@ -162,9 +162,6 @@ class Pattern:
         return _Not(self)
 
 
-Target = str | type[nn.Module] | Pattern
-Targets = Target | Iterable[Target]
-
 _FORMS = "write {type: …}, {name: …}, {has_parameter: …}, {all: […]}, {any: […]} or {not: …}"
 
 
@@ -309,70 +306,6 @@ class _Not(Pattern):
 
     def __str__(self) -> str:
         return f"~{self.part}"
-
-
-@dataclass(frozen=True)
-class AllLinear(Pattern):
-    """The target `"all-linear"`, as in PEFT: every linear layer except the output head.
-
-    Linear layers are Linear and transformers' Conv1D, as in PEFT. nn.MultiheadAttention is one target for its four
-    projections, because the forward of its inner `out_proj` never runs.
-    """
-
-    def verdict(self, candidate: Candidate) -> Verdict:
-        module = candidate.module
-        names = {qualified_name(cls) for cls in type(module).__mro__}
-        if not names & _LINEAR:
-            return Verdict(False, "all-linear", f"{type(module).__name__} is not a linear layer")
-        if id(module) in candidate.heads:
-            return Verdict(False, "all-linear", "it is the output head")
-        if isinstance(candidate.parent, nn.MultiheadAttention):
-            return Verdict(False, "all-linear", "its MultiheadAttention is the target, for all four projections")
-        return Verdict(True, "all-linear", f"{type(module).__name__} is a linear layer")
-
-    def __str__(self) -> str:
-        return "all-linear"
-
-
-_LINEAR = frozenset(
-    {
-        "torch.nn.modules.linear.Linear",
-        "torch.nn.modules.activation.MultiheadAttention",
-        "transformers.pytorch_utils.Conv1D",
-    }
-)
-
-
-def as_pattern(target: str | Pattern) -> Pattern:
-    """Returns the pattern of one normalised target."""
-    if isinstance(target, Pattern):
-        return target
-    return AllLinear() if target == "all-linear" else _NamePattern(target)
-
-
-def normalise_targets(targets: Targets | None) -> tuple[str | Pattern, ...]:
-    """Convert targets to a tuple of names and patterns: types become patterns, a single target becomes a tuple."""
-    if targets is None:
-        return ()
-    if isinstance(targets, (str, Pattern, type)):
-        targets = (targets,)
-    if isinstance(targets, Mapping) or not isinstance(targets, Iterable):
-        raise RuleError(
-            f"targets can't be {targets!r}", fix='a name, a module type, a Pattern, "all-linear", or a list of these'
-        )
-    return tuple(_entry(target) for target in targets)
-
-
-def _entry(target: Any) -> str | Pattern:
-    if isinstance(target, Mapping):
-        return Pattern.from_dict(target)
-    if isinstance(target, str):
-        return as_pattern(target) and target  # raises for an invalid regular expression
-    if isinstance(target, Pattern):
-        return target
-    if isinstance(target, type) and issubclass(target, nn.Module):
-        return Pattern.type(target)
-    raise RuleError(f"{target!r} is not a target", fix='use a name, a module type, a Pattern, or "all-linear"')
 
 
 def type_named(target: str | Pattern) -> str | None:

@@ -90,15 +90,15 @@ def select_tensors(state_dict: Mapping[str, Tensor], names: Iterable[str]) -> di
     for other processes to gather a tensor.
     """
     selected, absent = dict[str, Tensor](), list[str]()
-    plain: dict[str, list[str]] | None = None
+    keys_by_name: dict[str, list[str]] | None = None
     for name in names:
         key: str | None = name
         if name not in state_dict:
-            if plain is None:
-                plain = {}
-                for other in state_dict:
-                    plain.setdefault(plain_name(other), []).append(other)
-            keys = plain.get(plain_name(name), [])
+            if keys_by_name is None:
+                keys_by_name = {}
+                for key_in_dict in state_dict:
+                    keys_by_name.setdefault(plain_name(key_in_dict), []).append(key_in_dict)
+            keys = keys_by_name.get(plain_name(name), [])
             key = keys[0] if len(keys) == 1 else None
         if key is None:
             absent.append(name)

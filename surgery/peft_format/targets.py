@@ -13,7 +13,7 @@ from surgery.authoring.rule import Rule
 from surgery.errors import MatchError
 from surgery.patterns.module_walk import base_modules
 from surgery.patterns.paths import regex_for, select_targets
-from surgery.patterns.pattern import as_pattern
+from surgery.patterns.targets import as_pattern
 from surgery.peft_format.key_history import PREFIX
 from surgery.planning.matching import Tree, matches
 

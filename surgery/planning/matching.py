@@ -14,7 +14,8 @@ from surgery.authoring.declaration import Declaration
 from surgery.errors import MatchError, near_misses
 from surgery.patterns.module_walk import every_path
 from surgery.patterns.paths import endings, literal_alternatives
-from surgery.patterns.pattern import Candidate, Pattern, Targets, Verdict, as_pattern
+from surgery.patterns.pattern import Candidate, Pattern, Verdict
+from surgery.patterns.targets import Targets, as_pattern
 from surgery.patterns.type_names import type_hint
 
 __all__ = ["Match", "matches", "verdict_of"]

@@ -28,7 +28,7 @@ class Terms(Protocol):
         """Reads an operand as the result of this operation, past nodes that pass a value on (listed in `within`)."""
         ...
 
-    def plain(self, operand: Any) -> Any:
+    def constant(self, operand: Any) -> Any:
         """Returns the plain value of an operand that has one, else the operand."""
         ...
 
@@ -117,8 +117,8 @@ def _product(operands: tuple[Any, ...]) -> Meaning | None:
         rows, columns = [x for x in free if x in left_labels], [x for x in free if x in right_labels]
     else:
         return None
-    left = _turned(factors[0], left_labels, batch, [*rows, *summed])
-    right = _turned(factors[1], right_labels, batch, [*summed, *columns])
+    left = _transpose(factors[0], left_labels, batch, [*rows, *summed])
+    right = _transpose(factors[1], right_labels, batch, [*summed, *columns])
     return None if left is None or right is None else Meaning("matmul", (left, right))
 
 
@@ -131,13 +131,13 @@ def _labels(text: str) -> list[str] | None:
     return labels if all(label == _MORE or label.isalpha() for label in labels) else None
 
 
-def _turned(factor: Any, labels: list[str], batch: list[str], last: list[str]) -> Any:
+def _transpose(factor: Any, labels: list[str], batch: list[str], last: list[str]) -> Any:
     """Returns an operand of the matmul, transposed if needed; None if its dimensions have another order."""
     heads = [batch, [label for label in batch if label != _MORE]] if batch == [_MORE] else [batch]
     if any(labels == [*head, *last] for head in heads):
         return factor
-    turned = any(labels == [*head, *reversed(last)] for head in heads)
-    return Meaning("mT", (factor,)) if turned and len(last) == 2 else None
+    reversed_labels = any(labels == [*head, *reversed(last)] for head in heads)
+    return Meaning("mT", (factor,)) if reversed_labels and len(last) == 2 else None
 
 
 # Several operations → one -----------------------------------------------------------------------------------------
@@ -176,10 +176,10 @@ def _softmax(operands: tuple[Any, ...], terms: Terms) -> Meaning | None:
     if dim is None:
         return None
     x, within = powers.operands[0], (*powers.within, *total.within, *again.within)
-    lowered = terms.read(x, "sub")
-    top = None if lowered is None or len(lowered.operands) != 2 else _maximum(lowered.operands, dim, terms)
-    if lowered is not None and top is not None:
-        x, within = lowered.operands[0], (*within, *lowered.within, *top)
+    difference = terms.read(x, "sub")
+    top = None if difference is None or len(difference.operands) != 2 else _maximum(difference.operands, dim, terms)
+    if difference is not None and top is not None:
+        x, within = difference.operands[0], (*within, *difference.within, *top)
     return Meaning("softmax", (x, dim), within)
 
 
@@ -188,23 +188,23 @@ def _softmax_by_logarithm(operands: tuple[Any, ...], terms: Terms) -> Meaning | 
     logarithm = terms.read(operands[0], "log_softmax")
     if logarithm is not None and len(logarithm.operands) == 2:
         return Meaning("softmax", logarithm.operands, logarithm.within)
-    lowered = terms.read(operands[0], "sub")
-    if lowered is None or len(lowered.operands) != 2:
+    difference = terms.read(operands[0], "sub")
+    if difference is None or len(difference.operands) != 2:
         return None
-    total = terms.read(lowered.operands[1], "logsumexp")
-    if total is None or not _keeps(total.operands, terms) or not terms.same(total.operands[0], lowered.operands[0]):
+    total = terms.read(difference.operands[1], "logsumexp")
+    if total is None or not _keeps(total.operands, terms) or not terms.same(total.operands[0], difference.operands[0]):
         return None
     dim = _single_dim(total.operands[1], terms)
-    return None if dim is None else Meaning("softmax", (total.operands[0], dim), (*lowered.within, *total.within))
+    return None if dim is None else Meaning("softmax", (total.operands[0], dim), (*difference.within, *total.within))
 
 
 def _maximum(operands: tuple[Any, ...], dim: Any, terms: Terms) -> tuple[Any, ...] | None:
     """Returns the nodes of the maximum, if the second operand is the maximum of the first; else None."""
     x, top = operands
     within: tuple[Any, ...] = ()
-    for name, wanted in (("getitem", 0), ("getattr", "values")):  # torch.max with a dim returns a pair
+    for name, expected in (("getitem", 0), ("getattr", "values")):  # torch.max with a dim returns a pair
         part = terms.read(top, name)
-        if part is not None and len(part.operands) == 2 and terms.plain(part.operands[1]) == wanted:
+        if part is not None and len(part.operands) == 2 and terms.constant(part.operands[1]) == expected:
             top, within = part.operands[0], part.within
     for name in ("amax", "max"):
         maximum = terms.read(top, name)
@@ -217,11 +217,11 @@ def _maximum(operands: tuple[Any, ...], dim: Any, terms: Terms) -> tuple[Any, ..
 
 
 def _keeps(operands: Sequence[Any], terms: Terms) -> bool:
-    return len(operands) == 3 and terms.plain(operands[2]) is True
+    return len(operands) == 3 and terms.constant(operands[2]) is True
 
 
 def _single_dim(operand: Any, terms: Terms) -> Any:
     """Returns the dimension of an operand that names exactly one, else None."""
     items = terms.items(operand)
     dim = operand if items is None else items[0] if len(items) == 1 else None
-    return None if dim is None or terms.plain(dim) is None else dim
+    return None if dim is None or terms.constant(dim) is None else dim

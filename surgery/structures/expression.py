@@ -166,7 +166,7 @@ def module_of(kind: type[nn.Module] | str, *args: Any, subclasses: bool = False)
     return Expression("module", kind, args, {"subclasses": subclasses})
 
 
-def having(value: Any, **asked: Any) -> Any:
+def having(value: Any, **attributes: Any) -> Any:
     """In a `Structure`: match a value whose node has these attributes.
 
     >>> import torch
@@ -175,12 +175,12 @@ def having(value: Any, **asked: Any) -> Any:
 
     Args:
         value: An operation.
-        **asked: Attributes of the node, as in `as_digraph`: `dtype`; `shape`, a tuple in which ANY matches any size;
-            `type`, the module's class or its name (with `subclasses=True` also subclasses); `path`, the module's
+        **attributes: Attributes of the node, as in `as_digraph`: `dtype`; `shape`, a tuple in which ANY matches any
+            size; `type`, the module's class or its name (with `subclasses=True` also subclasses); `path`, the module's
             path, matched like a target; `op`; `target`.
     """
-    return Expression("having", asked, (value,))
+    return Expression("having", attributes, (value,))
 
 
-def _wrong(what: str, fix: str) -> SurgeryError:
-    return SurgeryError(f"the structure {what}", why="a structure is recorded once and never run", fix=fix)
+def _wrong(problem: str, fix: str) -> SurgeryError:
+    return SurgeryError(f"the structure {problem}", why="a structure is recorded once and never run", fix=fix)

@@ -60,7 +60,7 @@ def as_digraph(graph: fx.Graph | fx.GraphModule, module: nn.Module | None = None
     digraph = networkx.DiGraph()
     owner = module or (graph if isinstance(graph, nn.Module) else inner.owning_module)
     for node in inner.nodes:
-        module = _called(owner, node)
+        module = _called_module(owner, node)
         op = canonicalise(node.op, node.target, arguments_in(node), node.kwargs, module, _rank(node))
         add_node(digraph, node, op, node, None if module is None else (str(node.target), class_of(module)))
     return digraph
@@ -142,9 +142,9 @@ class _Flat:
             calls = outermost_calls(module, args, kwargs)
         for inner, child, child_args, child_kwargs in calls:
             if _is_layer(child):
-                self.add_layer(child, _joined(path, inner), child_args)
+                self.add_layer(child, _join_path(path, inner), child_args)
             else:
-                self.add_module(child, child_args, child_kwargs, _joined(path, inner))
+                self.add_module(child, child_args, child_kwargs, _join_path(path, inner))
 
     def add_layer(self, layer: nn.Module, path: str, args: tuple) -> None:
         """Add a layer as one node, and nodes for its inputs."""
@@ -165,7 +165,7 @@ class _Flat:
             if node.op == "placeholder" and inputs is not None:
                 values[node] = inputs.get(str(node.target).lstrip("*"))
             elif node.op == "output" and inputs is not None:
-                return _mapped(node.args[0], values)
+                return _replace_nodes(node.args[0], values)
             elif node in children:
                 values[node] = self.child(node, path, values, *children[node])
             elif node.target in _OMITTED:
@@ -173,24 +173,24 @@ class _Flat:
             elif node.op == "get_attr" and node.target == "_surgery_self":
                 values[node] = LayerTensor(path or "(model)")
             else:
-                packed, value = _unpacked(node, values)
+                packed, value = _unpack_value(node, values)
                 values[node] = value if packed else self.node(node, path, module, values)
         return None
 
-    def node(self, node: fx.Node, path: str, module: nn.Module, values: dict, called: nn.Module | None = None) -> Any:
-        args, kwargs = _mapped(arguments_in(node), values), _mapped(dict(node.kwargs), values)
-        target = node.target if called is None else path
-        op = canonicalise(node.op, target, args, kwargs, called, _rank(node))
+    def node(self, node: fx.Node, path: str, module: nn.Module, values: dict, child: nn.Module | None = None) -> Any:
+        args, kwargs = _replace_nodes(arguments_in(node), values), _replace_nodes(dict(node.kwargs), values)
+        target = node.target if child is None else path
+        op = canonicalise(node.op, target, args, kwargs, child, _rank(node))
         if node.op == "get_attr":
-            name = _joined(path, str(node.target))
+            name = _join_path(path, str(node.target))
             if name in self.graph:  # a parameter is one node, however often it is read
                 return NodeName(name)
-        name = NodeName(self.unique(path if called is not None else _joined(path, node.name)))
-        add_node(self.graph, name, op, node, (path, class_of(called or module)))
+        name = NodeName(self.unique(path if child is not None else _join_path(path, node.name)))
+        add_node(self.graph, name, op, node, (path, class_of(child or module)))
         return name
 
     def child(self, node: fx.Node, path: str, values: dict, child: nn.Module, args: tuple, kwargs: dict) -> Any:
-        inner = _joined(path, str(node.target))
+        inner = _join_path(path, str(node.target))
         if _is_layer(child):
             return self.node(node, inner, child, values, child)
         calls: Calls = []
@@ -202,7 +202,7 @@ class _Flat:
             self.add_inner_calls(child, inner, args, kwargs)
             return name
         signature = inspect.signature(class_of(child).forward)
-        bound = signature.bind(None, *_mapped(node.args, values), **_mapped(dict(node.kwargs), values))
+        bound = signature.bind(None, *_replace_nodes(node.args, values), **_replace_nodes(dict(node.kwargs), values))
         bound.apply_defaults()
         return self.add_graph(child, inner, graph, calls, bound.arguments)
 
@@ -215,14 +215,14 @@ def _is_layer(module: nn.Module) -> bool:
     return class_of(module).__module__.startswith("torch.nn.") and not module._modules.keys() - {"adapters"}
 
 
-def _unpacked(node: fx.Node, values: dict[fx.Node, Any]) -> tuple[bool, Any]:
+def _unpack_value(node: fx.Node, values: dict[fx.Node, Any]) -> tuple[bool, Any]:
     """Returns whether a node only packs values or unpacks one, and its result in that case."""
     if node.op != "call_function":
         return False, None
     if isinstance(node.target, type) and hasattr(node.target, "__dataclass_fields__"):
-        return True, _mapped(dict(node.kwargs), values)
+        return True, _replace_nodes(dict(node.kwargs), values)
     if isinstance(node.target, type) and hasattr(node.target, "_fields"):
-        return True, _mapped(tuple(node.args), values)
+        return True, _replace_nodes(tuple(node.args), values)
     if node.target in (operator.getitem, getattr) and isinstance(node.args[0], fx.Node):
         owner, key = values.get(node.args[0]), node.args[1]
         if isinstance(owner, dict) and isinstance(key, int):
@@ -235,20 +235,20 @@ def _unpacked(node: fx.Node, values: dict[fx.Node, Any]) -> tuple[bool, Any]:
     return False, None
 
 
-def _mapped(value: Any, values: Mapping[fx.Node, Any]) -> Any:
+def _replace_nodes(value: Any, values: Mapping[fx.Node, Any]) -> Any:
     """Replaces the nodes in arguments by their values."""
     if isinstance(value, fx.Node):
         return values[value]
     if isinstance(value, (tuple, list)):
-        return tuple(_mapped(item, values) for item in value)
+        return tuple(_replace_nodes(item, values) for item in value)
     if isinstance(value, dict):
-        return {key: _mapped(item, values) for key, item in value.items()}
+        return {key: _replace_nodes(item, values) for key, item in value.items()}
     if isinstance(value, slice):
-        return slice(*(_mapped(item, values) for item in (value.start, value.stop, value.step)))
+        return slice(*(_replace_nodes(item, values) for item in (value.start, value.stop, value.step)))
     return value
 
 
-def _called(owner: nn.Module | None, node: fx.Node) -> nn.Module | None:
+def _called_module(owner: nn.Module | None, node: fx.Node) -> nn.Module | None:
     if node.op != "call_module" or owner is None:
         return None
     try:
@@ -275,7 +275,7 @@ def _example(node: fx.Node) -> tuple[tuple[Any, ...] | None, torch.dtype | None]
     return None, None
 
 
-def _joined(path: str, name: str) -> str:
+def _join_path(path: str, name: str) -> str:
     return f"{path}.{name}" if path else name
 
 

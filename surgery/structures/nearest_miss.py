@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from surgery.structures.pattern_graph import describe_part
+from surgery.structures.pattern_part import describe_part
 from surgery.structures.search import Search
 
 __all__ = ["nearest_miss"]
@@ -23,10 +23,10 @@ def _subclasses(search: Search) -> Iterator[str]:
             continue
         for node, data in search.data.items():
             if part.is_module(data, subclasses=True) and not part.is_module(data):
-                wanted = getattr(part.asks["type"], "__name__", part.asks["type"])
+                expected = getattr(part.asks["type"], "__name__", part.asks["type"])
                 yield (
-                    f"{data['path'] or node} is a {data['type'].__name__}, a subclass of {wanted}: "
-                    f"module_of({wanted}, …, subclasses=True) takes subclasses"
+                    f"{data['path'] or node} is a {data['type'].__name__}, a subclass of {expected}: "
+                    f"module_of({expected}, …, subclasses=True) takes subclasses"
                 )
                 break
 
@@ -41,7 +41,7 @@ def _nearest(search: Search) -> str:
             continue
         for node in search.candidates(index):
             search.fits(index, node)
-            rank = (search.known[index, node][1], index, -search.order[node])
+            rank = (search.answers[index, node][1], index, -search.order[node])
             if best is None or rank > best:
                 best, place = rank, (index, node)
     if best is None:
@@ -49,7 +49,7 @@ def _nearest(search: Search) -> str:
         return f"the graph does not have any of the pattern's operations: {pattern}"
     head = f"nearest miss, {best[0]} of {total} operations"
     index, node = place
-    if search.known[place][0]:
+    if search.answers[place][0]:
         above = _user(search, index)
         return f"{head}: {node} fits, and no user of it fits {above}"
     node, why = _failing(search, index, node)
@@ -74,15 +74,15 @@ def _failing(search: Search, index: int, operand: Any) -> tuple[Any, str]:
             op = search.as_operation(node, part.operation)
             if op is not None and (why := part.mismatch(op.operands, op.keywords)):
                 return node, f"{why} in {describe_part(search.parts, index)}"
-            if all(search.known[below][0] for below in ways[0]) and part.asks:
+            if all(search.answers[below][0] for below in ways[0]) and part.asks:
                 return node, f"{part.refusal(search.data[node])} in {describe_part(search.parts, index)}"
         elif not ways:
-            wanted = describe_part(search.parts, index)
+            expected = describe_part(search.parts, index)
             if search.has(operand):
-                return operand, f"the pattern wants {wanted}, and the graph has {search.data[operand]['operation']}"
+                return operand, f"the pattern wants {expected}, and the graph has {search.data[operand]['operation']}"
             above, node = owner
             slots = (*search.parts[above].slot_operands(), *search.parts[above].keywords)
             slot = next((name for name, below in slots if below == index), "in it")
-            return node, f"argument {slot} is {operand!r}, and not {wanted}, in {describe_part(search.parts, above)}"
-        way = max(ways, key=lambda way: sum(search.known[below][1] for below in way))
-        index, operand = next(below for below in way if not search.known[below][0])
+            return node, f"argument {slot} is {operand!r}, and not {expected}, in {describe_part(search.parts, above)}"
+        way = max(ways, key=lambda way: sum(search.answers[below][1] for below in way))
+        index, operand = next(below for below in way if not search.answers[below][0])

@@ -21,7 +21,7 @@ class Passage:
 
     root: fx.Node
     nodes: tuple[fx.Node, ...]
-    asked: bool = False
+    was_read: bool = False
 
 
 def find_dropped_ops(
@@ -31,14 +31,14 @@ def find_dropped_ops(
 
     Casts are ignored, because a replaced value keeps its dtype.
     """
-    unasked = [passage for passage in passages if not passage.asked and passage.nodes]
+    unread = [passage for passage in passages if not passage.was_read and passage.nodes]
     replaced = {ref.key for ref in tape.replaced_refs() if ref.kind in ("inside", "output")}
-    if not unasked or not replaced:
+    if not unread or not replaced:
         return
-    before, after = _reaching(graph, None), _reaching(graph, tape)
-    for passage in unasked:
+    before, after = _nodes_reaching_output(graph, None), _nodes_reaching_output(graph, tape)
+    for passage in unread:
         for node in passage.nodes:
-            kind = _changing(node, module)
+            kind = _dropped_kind(node, module)
             if kind and node in before and node not in after:
                 yield (
                     kind,
@@ -46,7 +46,7 @@ def find_dropped_ops(
                 )
 
 
-def _changing(node: fx.Node, module: nn.Module) -> str | None:
+def _dropped_kind(node: fx.Node, module: nn.Module) -> str | None:
     """Returns "dropout" or "detach" for an operation of this kind; None for others, and for dropout with p = 0."""
     child = module.get_submodule(str(node.target)) if node.op == "call_module" else None
     kind = canonicalise(node.op, node.target, arguments_in(node), node.kwargs, child).operation
@@ -57,7 +57,7 @@ def _changing(node: fx.Node, module: nn.Module) -> str | None:
     return kind if kind == "detach" else None
 
 
-def _reaching(graph: fx.Graph, tape: Tape | None) -> set[fx.Node]:
+def _nodes_reaching_output(graph: fx.Graph, tape: Tape | None) -> set[fx.Node]:
     """Returns the nodes whose own results reach the output, with the replacements of a tape."""
     below: dict[Any, list[Any]] = {}  # value → its sources: ("made", node), ("now", node), ("op", step)
     inputs = {str(node.target).lstrip("*"): node for node in graph.nodes if node.op == "placeholder"}
@@ -83,11 +83,11 @@ def _reaching(graph: fx.Graph, tape: Tape | None) -> set[fx.Node]:
         if node is not None and not users:
             # A new value that is computed from the old one still needs the old one's sources.
             below["now", node] = [value for value in values if value != ("now", node)]
-    seen: set[Any] = set()
+    visited: set[Any] = set()
     waiting: list[Any] = [("now", output)]
     while waiting:
         value = waiting.pop()
-        if value not in seen:
-            seen.add(value)
+        if value not in visited:
+            visited.add(value)
             waiting += below.get(value, ())
-    return {node for kind, node in seen if kind == "made"}
+    return {node for kind, node in visited if kind == "made"}

@@ -1,114 +1,22 @@
-"""The parts of a structural pattern: read from a function or a networkx graph, with their conditions on nodes."""
+"""Reads a structural pattern, a function or a networkx graph, as a list of parts."""
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
-from torch import fx, nn
-
-from surgery.errors import SurgeryError, qualified_name
-from surgery.patterns.pattern import Pattern
+from surgery.errors import SurgeryError
 from surgery.structures.equivalent_ops import EXPANDED, GATHERED, Meaning, expand, gather
-from surgery.structures.expression import ANY, Expression, variable
-from surgery.structures.op_aliases import PASSING, Dim, Implied, LayerTensor, NodeName, canonicalise, flatten
+from surgery.structures.expression import Expression, variable
+from surgery.structures.op_aliases import PASSING, canonicalise
+from surgery.structures.pattern_part import PatternPart
 
 if TYPE_CHECKING:
     import networkx
 
-__all__ = ["PatternPart", "is_constant", "parse_pattern", "describe_part", "same_constant"]
-
-
-@dataclass(frozen=True)
-class PatternPart:
-    """One part of a pattern. Its operands are the indices of earlier parts.
-
-    `kind`: "constant" is a fixed plain value, "const" any plain value.
-    """
-
-    kind: Literal["operation", "any", "either", "tuple", "constant", "const"]
-    operation: str | None = None  # None: a call of a module, which `asks` describes
-    operands: tuple[int, ...] = ()
-    slots: tuple[int, ...] | None = (
-        None  # the positions of the operands; None: the first positions, without further operands
-    )
-    keywords: tuple[tuple[str, int], ...] = ()
-    asks: Mapping[str, Any] = field(default_factory=dict)
-    name: str | None = None
-    value: Any = None
-
-    def children(self) -> Iterator[int]:
-        yield from self.operands
-        for _, below in self.keywords:
-            yield below
-
-    def slot_operands(self) -> Iterator[tuple[int, int]]:
-        """Yields the position of each operand with its index."""
-        return zip(self.slots if self.slots is not None else range(len(self.operands)), self.operands, strict=True)
-
-    def mismatch(self, operands: tuple, keywords: Mapping[str, Any]) -> str | None:
-        """Returns why the number or names of an operation's arguments do not match, or None."""
-        last = max((slot for slot, _ in self.slot_operands()), default=-1)
-        if last >= len(operands):
-            return f"it has {len(operands)} arguments, and not {last + 1}"
-        if (
-            self.slots is None
-            and self.operation is not None
-            and any(isinstance(rest, _TENSORS) for rest in operands[last + 1 :])
-        ):
-            return f"it has {len(operands)} arguments, and not {last + 1}"
-        missing = [name for name, _ in self.keywords if name not in keywords]
-        return f"it does not have the argument {missing[0]}" if missing else None
-
-    def is_module(self, data: Mapping[str, Any], subclasses: bool = False) -> bool:
-        subclasses = subclasses or self.asks.get("subclasses", False)
-        return data["op"] == "call_module" and _is_type(data["type"], self.asks["type"], subclasses)
-
-    def refusal(self, data: Mapping[str, Any]) -> str | None:
-        """Returns the first attribute of a node that violates a condition, as text, or None."""
-        for key, wanted in self.asks.items():
-            value = data.get(key)
-            if key == "subclasses":
-                continue
-            if key == "type":
-                ok = _is_type(value, wanted, self.asks.get("subclasses", False))
-            elif key == "path":
-                ok = value is not None and bool(Pattern.name(wanted).match(value, _NOTHING))
-            elif key == "shape":
-                ok = value is not None and len(value) == len(wanted)
-                ok = ok and all(size is ANY or size is None or size == own for size, own in zip(wanted, value or ()))  # noqa: B905
-            else:
-                ok = value == wanted
-            if not ok:
-                shown = "unknown" if value is None else value
-                return f"its {key} is {shown}, and not {wanted}"
-        return None
-
-
-_NOTHING = nn.Module()
-_TENSORS = (fx.Node, NodeName, LayerTensor, Implied)
-
-
-def _is_type(kind: type | None, wanted: type | str, subclasses: bool) -> bool:
-    if kind is None:
-        return False
-    classes = kind.__mro__ if subclasses else (kind,)
-    return any(wanted in (cls, cls.__name__, qualified_name(cls)) for cls in classes)
-
-
-def is_constant(operand: Any) -> bool:
-    """Whether an operand is a plain value: it does not contain a node or a layer's tensor."""
-    return not any(isinstance(item, _TENSORS) for item in flatten(operand))
-
-
-def same_constant(wanted: Any, value: Any) -> bool:
-    if isinstance(value, Dim):
-        return type(wanted) is int and value.is_dim(wanted)
-    if isinstance(wanted, bool) or isinstance(value, bool):
-        return wanted is value
-    return wanted == value
+__all__ = ["parse_pattern"]
 
 
 def parse_pattern(pattern: Callable[..., Any] | networkx.DiGraph) -> tuple[list[PatternPart], list[str]]:
@@ -134,24 +42,24 @@ def parse_pattern(pattern: Callable[..., Any] | networkx.DiGraph) -> tuple[list[
 def _from_expression(root: Any) -> list[PatternPart]:
     """Add the parts of an expression without recursion: operands before the operation."""
     parts: list[PatternPart] = []
-    known: dict[Any, int] = {}
-    alive: list[_Needs] = []  # keeps objects alive whose ids are keys of `known`
+    indices: dict[Any, int] = {}
+    alive: list[_Needs] = []  # keeps objects alive whose ids are keys of `indices`
     waiting: list[tuple[Any, Any]] = [(root, None)]  # values, and the operands that must precede them
     while waiting:
         value, needs = waiting.pop()
         key = _key(value)
-        if key in known:
+        if key in indices:
             continue
         if needs is None:
             needs = _needs(value)
             alive.append(needs)
             waiting.append((value, needs))
-            waiting.extend((inner, None) for inner in needs.inner if _key(inner) not in known)
+            waiting.extend((inner, None) for inner in needs.inner if _key(inner) not in indices)
             continue
-        below = tuple(known[_key(inner)] for inner in needs.inner)
+        below = tuple(indices[_key(inner)] for inner in needs.inner)
         parts.append(needs.part(parts, below))
-        known[key] = len(parts) - 1
-    return _reachable(parts, known[_key(root)])
+        indices[key] = len(parts) - 1
+    return _reachable(parts, indices[_key(root)])
 
 
 def _key(value: Any) -> Any:
@@ -231,7 +139,7 @@ class _Below:
         fits = part.kind == "operation" and part.operation == operation and not part.asks and not part.keywords
         return Meaning(operation, part.operands) if fits else None
 
-    def plain(self, operand: int) -> Any:
+    def constant(self, operand: int) -> Any:
         part = self.parts[operand]
         return part.value if part.kind == "constant" else operand
 
@@ -270,7 +178,7 @@ def _from_digraph(pattern: Any) -> list[PatternPart]:
             f"the structure has {len(ends)} results: {ends}", fix="leave one node without outgoing edges"
         )
     parts: list[PatternPart] = []
-    known: dict[Any, int] = {}
+    indices: dict[Any, int] = {}
     for node in networkx.topological_sort(pattern):
         data = dict(pattern.nodes[node])
         operation, constants = data.pop("operation", None), data.pop("constants", {})
@@ -280,7 +188,7 @@ def _from_digraph(pattern: Any) -> list[PatternPart]:
             inputs: dict[int, int] = {}
             for source in pattern.predecessors(node):
                 slots = pattern.edges[source, node].get("slots", pattern.edges[source, node].get("slot", len(inputs)))
-                inputs |= dict.fromkeys(slots if isinstance(slots, tuple) else (slots,), known[source])
+                inputs |= dict.fromkeys(slots if isinstance(slots, tuple) else (slots,), indices[source])
             for slot, value in constants.items():
                 parts.append(PatternPart("constant", value=value))
                 inputs[slot] = len(parts) - 1
@@ -288,19 +196,19 @@ def _from_digraph(pattern: Any) -> list[PatternPart]:
             operands = tuple(inputs[slot] for slot in slots)
             data.pop("binding", None)
             parts.append(PatternPart("operation", operation, operands, slots, asks=data))
-        known[node] = len(parts) - 1
+        indices[node] = len(parts) - 1
     return parts
 
 
 def _reachable(parts: list[PatternPart], root: int) -> list[PatternPart]:
     """Remove parts that `having` has replaced. The root stays last."""
-    kept, waiting = set(), [root]
+    reached, waiting = set(), [root]
     while waiting:
         index = waiting.pop()
-        if index not in kept:
-            kept.add(index)
+        if index not in reached:
+            reached.add(index)
             waiting.extend(parts[index].children())
-    places = {index: place for place, index in enumerate(sorted(kept))}
+    places = {index: place for place, index in enumerate(sorted(reached))}
     return [
         PatternPart(
             **{
@@ -309,25 +217,5 @@ def _reachable(parts: list[PatternPart], root: int) -> list[PatternPart]:
                 "keywords": tuple((name, places[below]) for name, below in parts[index].keywords),
             }
         )
-        for index in sorted(kept)
+        for index in sorted(reached)
     ]
-
-
-def describe_part(parts: list[PatternPart], index: int, depth: int = 2) -> str:
-    """Describe a part as text. Deeper parts become `…`."""
-    part = parts[index]
-    if part.kind == "any":
-        return part.name or "ANY"
-    if part.kind == "const":
-        return f"Const({part.name or ''})"
-    if part.kind == "constant":
-        return repr(part.value)
-    if depth == 0:
-        return "…"
-    inner = [describe_part(parts, below, depth - 1) for below in part.operands]
-    inner += [f"{name}={describe_part(parts, below, depth - 1)}" for name, below in part.keywords]
-    name = {"either": "one_of", "tuple": ""}.get(part.kind, part.operation)
-    if name is None:
-        wanted = part.asks["type"]
-        name = wanted if isinstance(wanted, str) else wanted.__name__
-    return f"{name}({', '.join(inner)})"

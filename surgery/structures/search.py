@@ -10,7 +10,7 @@ from torch import fx
 
 from surgery.structures.equivalent_ops import EXPANDED, GATHERED, Meaning, expand, gather
 from surgery.structures.op_aliases import COMMUTATIVE, PASSING, CanonicalOp, Dim, Implied, NodeName, is_node
-from surgery.structures.pattern_graph import PatternPart, is_constant, same_constant
+from surgery.structures.pattern_part import PatternPart, is_constant, same_constant
 
 __all__ = ["Search"]
 
@@ -22,7 +22,7 @@ class Search:
     parts: list[PatternPart]
     graph: Any
     # (part, operand) → (whether the part fits, number of fitting operations)
-    known: dict[tuple[int, Any], tuple[bool, int]] = field(default_factory=dict)
+    answers: dict[tuple[int, Any], tuple[bool, int]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.data: dict[Any, dict[str, Any]] = dict(self.graph.nodes(data=True))
@@ -96,8 +96,8 @@ class Search:
         return self.further[node][operation].within
 
     def users(self, node: Any) -> Iterable[Any]:
-        own = (node.owner,) if isinstance(node, Implied) else self.graph.successors(node)
-        return own if node not in self.implied else dict.fromkeys([*own, *self.implied[node]])
+        users = (node.owner,) if isinstance(node, Implied) else self.graph.successors(node)
+        return users if node not in self.implied else dict.fromkeys([*users, *self.implied[node]])
 
     # The protocol `Terms`, for `gather`.
 
@@ -111,7 +111,7 @@ class Search:
             operand = self.passed(operand)
         return None
 
-    def plain(self, operand: Any) -> Any:
+    def constant(self, operand: Any) -> Any:
         return operand
 
     def same(self, value: Any, other: Any) -> bool:
@@ -145,15 +145,15 @@ class Search:
                 if part.kind == "operation"
                 for node in self.candidates(index)
             ]
-        root, candidates, seen = len(self.parts) - 1, set(), set(starts)
+        root, candidates, visited = len(self.parts) - 1, set(), set(starts)
         while starts:
             index, node = starts.pop()
             if index == root:
                 candidates.add(node)
                 continue
             for pair in self.up(index, node):
-                if pair not in seen:
-                    seen.add(pair)
+                if pair not in visited:
+                    visited.add(pair)
                     starts.append(pair)
         return sorted((node for node in candidates if not isinstance(node, Implied)), key=self.order.__getitem__)
 
@@ -196,18 +196,18 @@ class Search:
     # What fits ----------------------------------------------------------------------------------------------
 
     def fits(self, index: int, operand: Any) -> bool:
-        stack, known = [(index, operand)], self.known
+        stack, answers = [(index, operand)], self.answers
         while stack:
             pair = stack[-1]
-            if pair in known:
+            if pair in answers:
                 stack.pop()
                 continue
-            waiting = [below for way in self.ways(*pair) for below in way if below not in known]
+            waiting = [below for way in self.ways(*pair) for below in way if below not in answers]
             if waiting:
                 stack.extend(waiting)
             else:
-                known[pair] = self.judge(*pair)
-        return known[index, operand][0]
+                answers[pair] = self.judge(*pair)
+        return answers[index, operand][0]
 
     def judge(self, index: int, operand: Any) -> tuple[bool, int]:
         """Returns whether a part fits an operand, and the number of fitting operations below."""
@@ -218,13 +218,15 @@ class Search:
             return is_constant(operand) and _suits(part.value, operand), 0
         if part.kind == "constant":
             return not is_node(operand) and same_constant(part.value, operand), 0
-        here = int(part.kind == "operation" and self.reached(part, operand) is not None)
+        own_operation = int(part.kind == "operation" and self.reached(part, operand) is not None)
         best = (False, 0)
         for way in self.ways(index, operand):
-            answers = [(self.known[below], self.parts[below[0]].kind in ("constant", "const")) for below in way]
-            wrong = any(plain and not fits for (fits, _), plain in answers)  # one of its plain arguments differs
-            ok = all(fits for (fits, _), _ in answers)
-            best = max(best, (ok, here - wrong + sum(count for (_, count), _ in answers)))
+            below_answers = [(self.answers[below], self.parts[below[0]].kind in ("constant", "const")) for below in way]
+            wrong = any(
+                constant and not fits for (fits, _), constant in below_answers
+            )  # one of its plain arguments differs
+            ok = all(fits for (fits, _), _ in below_answers)
+            best = max(best, (ok, own_operation - wrong + sum(count for (_, count), _ in below_answers)))
         if best[0] and part.asks and part.refusal(self.data[self.reached(part, operand)]):
             return False, best[1] - 1
         return best

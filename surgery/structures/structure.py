@@ -19,7 +19,8 @@ from surgery.errors import SurgeryError
 from surgery.structures.fx_digraph import as_digraph
 from surgery.structures.nearest_miss import nearest_miss
 from surgery.structures.op_aliases import PASSING, Dim, Implied, is_node
-from surgery.structures.pattern_graph import describe_part, parse_pattern, same_constant
+from surgery.structures.pattern_graph import parse_pattern
+from surgery.structures.pattern_part import describe_part, same_constant
 from surgery.structures.search import Search
 
 if TYPE_CHECKING:
@@ -130,11 +131,11 @@ class Structure:
         """
         digraph = as_digraph(graph) if isinstance(graph, (fx.Graph, torch.nn.Module)) else graph
         search, clashes = Search(self.parts, digraph), list[str]()
-        occurrences, seen = [], set()
+        occurrences, node_sets = [], set()
         for node in search.roots():
             match = _bind(search, node, self.names, clashes) if search.fits(self.root, node) else None
-            if match is not None and match.nodes not in seen:
-                seen.add(match.nodes)
+            if match is not None and match.nodes not in node_sets:
+                node_sets.add(match.nodes)
                 occurrences.append(match)
         return Found(occurrences, "" if occurrences else (clashes or [nearest_miss(search)])[0])
 
@@ -149,7 +150,7 @@ def _bind(search: Search, root: Any, names: list[str], clashes: list[str]) -> Oc
         if todo is None:
             return _occurrence(search, bound, root, names)
         (part, operand), todo = todo
-        ok = search.known[part, operand][0]
+        ok = search.answers[part, operand][0]
         kind, name = search.parts[part].kind, search.parts[part].name
         if ok and (kind in ("constant", "tuple") or kind in ("any", "const") and name is None):
             todo = _onto(search.ways(part, operand)[0], todo) if kind == "tuple" else todo
@@ -161,7 +162,7 @@ def _bind(search: Search, root: Any, names: list[str], clashes: list[str]) -> Oc
         elif ok:
             bound[part] = operand
             trail.append(part)
-            ways = [way for way in search.ways(part, operand) if all(search.known[below][0] for below in way)]
+            ways = [way for way in search.ways(part, operand) if all(search.answers[below][0] for below in way)]
             rests = [_onto(way, todo) for way in ways] or [todo]
             choices.extend((rest, len(trail)) for rest in reversed(rests[1:]))
             todo = rests[0]

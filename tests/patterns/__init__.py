@@ -1,1 +1,1 @@
-"""Which modules a pattern means."""
+"""Tests of patterns and targets."""

@@ -1,4 +1,4 @@
-"""Targets mean what PEFT means, patterns are data, and every wrong word is told with what was meant."""
+"""Targets select the modules that PEFT selects, patterns are data, and errors suggest the intended target."""
 
 from __future__ import annotations
 
@@ -104,10 +104,10 @@ def test_all_linear_leaves_the_head_of_a_transformer_out() -> None:
     config = transformers.BertConfig(
         hidden_size=8, num_hidden_layers=1, num_attention_heads=2, intermediate_size=8, vocab_size=11
     )
-    found = sites(LoraRule("all-linear"), transformers.BertForSequenceClassification(config))
-    assert "classifier" not in found and "bert.pooler.dense" in found and len(found) == 7
-    found = sites(LoraRule("all-linear"), transformers.BertForMaskedLM(config))
-    assert "cls.predictions.decoder" not in found
+    targets = sites(LoraRule("all-linear"), transformers.BertForSequenceClassification(config))
+    assert "classifier" not in targets and "bert.pooler.dense" in targets and len(targets) == 7
+    targets = sites(LoraRule("all-linear"), transformers.BertForMaskedLM(config))
+    assert "cls.predictions.decoder" not in targets
 
 
 @pytest.mark.parametrize(
@@ -182,9 +182,9 @@ def test_fields_out_of_range(fields: dict[str, Any], words: str) -> None:
 
 
 def test_explain_tells_every_clause() -> None:
-    told = explain(Net(), LoraRule([Pattern.type(nn.Linear) & Pattern.name("key")], exclude="head"), "layers.0.query")
-    assert not told
-    assert "yes  type(torch.nn.modules.linear.Linear)" in str(told) and "no   name('key')" in str(told)
+    report = explain(Net(), LoraRule([Pattern.type(nn.Linear) & Pattern.name("key")], exclude="head"), "layers.0.query")
+    assert not report
+    assert "yes  type(torch.nn.modules.linear.Linear)" in str(report) and "no   name('key')" in str(report)
     assert explain(Net(), LoraRule("query"), "layers.0.query")
     with pytest.raises(SurgeryError, match="layers.0.qery"):
         explain(Net(), LoraRule("query"), "layers.0.qery")
@@ -249,10 +249,10 @@ def test_unreadable_rules(text: str, words: str) -> None:
 
 
 def test_a_predicate_is_no_data() -> None:
-    made = LoraRule(Pattern.where(lambda module: True, "always"))
+    pattern_rule = LoraRule(Pattern.where(lambda module: True, "always"))
     with pytest.raises(RuleError, match="can't be written"):
-        rules_to_json([made])
-    assert "where(always)" in str(explain(Net(), made, "head"))
+        rules_to_json([pattern_rule])
+    assert "where(always)" in str(explain(Net(), pattern_rule, "head"))
 
 
 def test_reading_rules_imports_no_module() -> None:
@@ -310,9 +310,9 @@ def test_a_rewritten_model_that_fails_on_the_example_is_given_back() -> None:
             return site.output + site.param("shift", (site.out_features + 1,))
 
     model = Net()
-    with pytest.raises(SurgeryError, match="WrongSize fails on the example call") as told:
+    with pytest.raises(SurgeryError, match="WrongSize fails on the example call") as raised:
         apply_rules(model, [WrongSize("layers.1.query")], example_inputs=torch.randn(2, 4))
-    assert "layers.1.query" in str(told.value) and "size" in str(told.value)
+    assert "layers.1.query" in str(raised.value) and "size" in str(raised.value)
     assert all(type(module) is not None and "adapters" not in module._modules for module in model.modules())
 
 
@@ -322,6 +322,6 @@ def test_a_rule_that_raises_is_named_with_its_site(hook: str) -> None:
         raise ValueError("on purpose")
 
     body = {"rewrite": lambda self, site: site.output + site.param("shift", (site.out_features,)), hook: fail}
-    made = rule(f"test-raises-{hook}")(type("Raises", (Rule,), body))
+    rule_class = rule(f"test-raises-{hook}")(type("Raises", (Rule,), body))
     with pytest.raises(SurgeryError, match=rf"Raises.{hook} fails[\s\S]*where:\s+head[\s\S]*ValueError: on purpose"):
-        merge(apply_rules(Net(), [made("head")]))
+        merge(apply_rules(Net(), [rule_class("head")]))

@@ -1,5 +1,6 @@
-"""Wrappers (checkpoint_wrapper, torch.compile, DataParallel, averages) and their segments of names: sites, files and
-state dicts have the names of the model without them."""
+"""Wrappers (checkpoint_wrapper, torch.compile, DataParallel, averages) and their name segments.
+
+Sites, files and state dicts use the names of the model without wrappers."""
 
 from __future__ import annotations
 
@@ -32,7 +33,7 @@ from surgery.rules import LoraRule
 from surgery.testing import Snapshot
 
 load_file: Any = pytest.importorskip("safetensors.torch").load_file
-pytestmark = pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")  # of torch, as it compiles
+pytestmark = pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")  # a warning during compilation
 X = torch.randn(3, 4, generator=torch.Generator().manual_seed(1))
 RULES = [LoraRule(["layers.0.up", "re:layers\\.1\\.down"], rank=2, init="random")]
 SITES = {"layers.0.up", "layers.1.down"}
@@ -89,23 +90,23 @@ WRAPPERS: dict[str, Callable[[Any], Any]] = {
 
 
 @pytest.fixture(scope="module")
-def plain(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Tensor, dict[str, Tensor]]:
-    """A file of the adapter from the model without a wrapper; its output, computed from the file with plain torch."""
+def unwrapped_file(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Tensor, dict[str, Tensor]]:
+    """An adapter file of the model without a wrapper, and its output, computed from the file with plain torch."""
     torch.manual_seed(3)
     model = apply_rules(net(), RULES)
     folder = save_adapter(model, tmp_path_factory.mktemp("plain"))
-    held = load_file(folder / "adapter_model.safetensors")
+    saved = load_file(folder / "adapter_model.safetensors")
     base, key = net(), "base_model.model.{}.lora_{}.weight"
     with torch.no_grad():
         for path in SITES:
-            base.get_submodule(path).weight += held[key.format(path, "B")] @ held[key.format(path, "A")] / 2 * 8
+            base.get_submodule(path).weight += saved[key.format(path, "B")] @ saved[key.format(path, "A")] / 2 * 8
         expected = base(X)
-    return folder, expected, held
+    return folder, expected, saved
 
 
 @pytest.mark.parametrize("name", WRAPPERS)
-def test_a_file_loads_into_a_wrapped_model_and_back(name: str, plain: Any, tmp_path: Path) -> None:
-    folder, expected, held = plain
+def test_a_file_loads_into_a_wrapped_model_and_back(name: str, unwrapped_file: Any, tmp_path: Path) -> None:
+    folder, expected, saved = unwrapped_file
     bare = net()
     wrapped = WRAPPERS[name](bare)
     load_adapter(wrapped, folder)
@@ -113,7 +114,7 @@ def test_a_file_loads_into_a_wrapped_model_and_back(name: str, plain: Any, tmp_p
     assert {key.partition(".adapters.")[0] for key in adapter_state_dict(bare)} == SITES
     assert set(adapters(bare)["default"].sites) == SITES
     again = load_file(save_adapter(bare, tmp_path) / "adapter_model.safetensors")
-    assert again.keys() == held.keys() and all(torch.equal(tensor, again[key]) for key, tensor in held.items())
+    assert again.keys() == saved.keys() and all(torch.equal(tensor, again[key]) for key, tensor in saved.items())
 
 
 @pytest.mark.parametrize("name", WRAPPERS)
@@ -138,9 +139,9 @@ def test_rules_and_their_way_back_around_a_wrapper(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["checkpointed", "a compiled layer"])
-def test_wrapped_after_the_rules(name: str, plain: Any, tmp_path: Path) -> None:
-    """Names change then, and what is recorded is found all the same."""
-    folder, expected, held = plain
+def test_wrapped_after_the_rules(name: str, unwrapped_file: Any, tmp_path: Path) -> None:
+    """Parameter names change, and the records still find their modules."""
+    folder, expected, saved = unwrapped_file
     model = net()
     model.layers[0].up.bias.requires_grad_(False)
     before = Snapshot(model)
@@ -148,17 +149,17 @@ def test_wrapped_after_the_rules(name: str, plain: Any, tmp_path: Path) -> None:
     WRAPPERS[name](model)
     torch.testing.assert_close(model(X), expected)
     again = load_file(save_adapter(model, tmp_path) / "adapter_model.safetensors")
-    assert again.keys() == held.keys() and all(torch.equal(tensor, again[key]) for key, tensor in held.items())
+    assert again.keys() == saved.keys() and all(torch.equal(tensor, again[key]) for key, tensor in saved.items())
     remove(model)
     model.layers[0] = getattr(model.layers[0], "_checkpoint_wrapped_module", model.layers[0])
     model.layers[1] = getattr(model.layers[1], "_orig_mod", model.layers[1])
     model.layers[1].down = getattr(model.layers[1].down, "_checkpoint_wrapped_module", model.layers[1].down)
-    found = before.differences(model)
-    assert all("attributes of" in line for line in found), found  # torch.compile leaves one of its own
+    differences = before.differences(model)
+    assert all("attributes of" in line for line in differences), differences  # torch.compile adds its own
 
 
-def given(model: nn.Module, prefix: str = "") -> dict[str, Tensor]:
-    """A state dict from elsewhere: other values, so that the live ones would show."""
+def changed_state(model: nn.Module, prefix: str = "") -> dict[str, Tensor]:
+    """Pass a state dict with other values, which differ from the live values."""
     return {prefix + key: tensor * 0 + 7 for key, tensor in model.state_dict().items()}
 
 
@@ -166,25 +167,27 @@ def given(model: nn.Module, prefix: str = "") -> dict[str, Tensor]:
 @pytest.mark.parametrize("prefix", ["", "module.", "_orig_mod.", "module._orig_mod.", "_fsdp_wrapped_module."])
 def test_a_given_state_dict_is_what_is_saved(prefix: str, format: Any, tmp_path: Path) -> None:
     model = apply_rules(net(), RULES)
-    folder = save_adapter(model, tmp_path, format=format, state_dict=given(model, prefix))
+    folder = save_adapter(model, tmp_path, format=format, state_dict=changed_state(model, prefix))
     (file,) = folder.glob("*.safetensors")
-    held = load_file(file)
-    assert len(held) == 4 and all(bool((tensor == 7).all()) for tensor in held.values())
-    found = adapter_state_dict(model, state_dict=given(model, prefix))
-    assert len(found) == 4 and all(bool((tensor == 7).all()) for tensor in found.values())
+    saved = load_file(file)
+    assert len(saved) == 4 and all(bool((tensor == 7).all()) for tensor in saved.values())
+    state = adapter_state_dict(model, state_dict=changed_state(model, prefix))
+    assert len(state) == 4 and all(bool((tensor == 7).all()) for tensor in state.values())
 
 
 def test_a_segment_inside_of_the_names(tmp_path: Path) -> None:
     model = apply_rules(net(), RULES)
-    wanted = {key.replace("layers.0.", "layers.0._checkpoint_wrapped_module."): t for key, t in given(model).items()}
-    held = load_file(save_adapter(model, tmp_path, state_dict=wanted) / "adapter_model.safetensors")
-    assert all(bool((tensor == 7).all()) for tensor in held.values())
+    wrapped_state = {
+        key.replace("layers.0.", "layers.0._checkpoint_wrapped_module."): t for key, t in changed_state(model).items()
+    }
+    saved = load_file(save_adapter(model, tmp_path, state_dict=wrapped_state) / "adapter_model.safetensors")
+    assert all(bool((tensor == 7).all()) for tensor in saved.values())
 
 
 @pytest.mark.parametrize("format", ["auto", "peft", "surgery"])
 def test_a_state_dict_that_lacks_a_tensor_is_refused(format: Any, tmp_path: Path) -> None:
     model = apply_rules(net(), RULES)
-    whole = given(model)
+    whole = changed_state(model)
     lacking = {key: tensor for key, tensor in whole.items() if not key.endswith("adapters.default.B")}
     for wrong in ({}, lacking, {"other." + key: tensor for key, tensor in whole.items()}, base_state_dict(model)):
         with pytest.raises(SurgeryError, match=r"lacks \d tensors of the adapter, such as layers.0.up.adapters"):
@@ -208,14 +211,16 @@ def test_a_child_that_is_called_module_is_not_a_wrapper(tmp_path: Path) -> None:
 
     model = apply_rules(nn.Sequential(Holder(), nn.Linear(4, 4)), [LoraRule("all-linear", rank=2)])
     assert set(adapters(model)["default"].sites) == {"0.module", "1"}
-    held = load_file(save_adapter(model, tmp_path, state_dict=given(model, "module.")) / "adapter_model.safetensors")
-    assert any(".0.module.lora_A" in key for key in held)
-    assert all(bool((tensor == 7).all()) for tensor in held.values())
+    saved = load_file(
+        save_adapter(model, tmp_path, state_dict=changed_state(model, "module.")) / "adapter_model.safetensors"
+    )
+    assert any(".0.module.lora_A" in key for key in saved)
+    assert all(bool((tensor == 7).all()) for tensor in saved.values())
 
 
-def test_an_average_of_the_model(plain: Any, tmp_path: Path) -> None:
-    """AveragedModel holds a copy: its adapters are what is saved of it."""
-    folder, expected, _ = plain
+def test_an_average_of_the_model(unwrapped_file: Any, tmp_path: Path) -> None:
+    """AveragedModel contains a copy: saving it saves the copy's adapters."""
+    folder, expected, _ = unwrapped_file
     model = net()
     load_adapter(model, folder)
     average = torch.optim.swa_utils.AveragedModel(model)

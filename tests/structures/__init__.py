@@ -1,1 +1,1 @@
-"""Structures of operations, and where they are found."""
+"""Tests of structures of operations and their search."""

@@ -1,4 +1,4 @@
-"""A rule that looks for a structure where it is not: the error says why, and where the structure is."""
+"""If a rule does not find its structure in a module, the error says why, and which module contains it."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
 @rule("test-border-swish")
 class SwishRule(Rule):
     def rewrite(self, site: Any) -> None:
-        for found in site.find(Structure(lambda x: F.gelu(x))):
-            x = found.bindings["x"]
-            site.replace(found.root, x * torch.sigmoid(x))
+        for occurrence in site.find(Structure(lambda x: F.gelu(x))):
+            x = occurrence.bindings["x"]
+            site.replace(occurrence.root, x * torch.sigmoid(x))
 
 
 SOFTMAX = Structure(lambda scores: torch.softmax(scores, -1))
@@ -30,8 +30,8 @@ SOFTMAX = Structure(lambda scores: torch.softmax(scores, -1))
 @rule("test-border-soft")
 class SoftRule(Rule):
     def rewrite(self, site: Any) -> None:
-        for found in site.find(SOFTMAX):
-            site.replace(found.root, found.root * 0.5)
+        for occurrence in site.find(SOFTMAX):
+            site.replace(occurrence.root, occurrence.root * 0.5)
 
 
 @rule("test-border-sharper")
@@ -57,14 +57,14 @@ def bert(request: pytest.FixtureRequest) -> tuple[Any, dict[str, Any]]:
     return model, FAMILIES["bert"].inputs()
 
 
-def problems(model: nn.Module, made: Rule, inputs: Any) -> list[Any]:
-    return plan_rules(model, [made], example_inputs=inputs).problems
+def problems(model: nn.Module, tested_rule: Rule, inputs: Any) -> list[Any]:
+    return plan_rules(model, [tested_rule], example_inputs=inputs).problems
 
 
 def test_an_activation_that_is_a_child(bert: Any) -> None:
     model, inputs = bert
-    for made in (SwishRule("intermediate"), SwishRule("re:.*encoder\\.layer\\.\\d+")):
-        first, *_ = problems(model, made, inputs)
+    for tested_rule in (SwishRule("intermediate"), SwishRule("re:.*encoder\\.layer\\.\\d+")):
+        first, *_ = problems(model, tested_rule, inputs)
         assert first.what == "SwishRule.rewrite changes nothing"
         assert "gelu(x, 'none') is not in Bert" in first.why and "any of the pattern's operations" in first.why
         assert "intermediate_act_fn', a GELUActivation, whose own forward has gelu" in first.fix
@@ -78,17 +78,17 @@ def test_an_activation_that_is_a_child(bert: Any) -> None:
 def test_a_softmax_behind_a_registry(bert: Any) -> None:
     model, inputs = bert
     function = f"{model.config._attn_implementation}_attention_forward"
-    (one, _) = problems(model, SoftRule("attention.self"), inputs)
+    (error, _) = problems(model, SoftRule("attention.self"), inputs)
     eager = model.config._attn_implementation == "eager"
     way = "contains it: look into it with site.find(…, leaves=False)" if eager else "put a function around it"
-    assert one.fix.startswith(f"its forward takes {function} from a registry") and way in one.fix
-    (one, _) = problems(model, SoftRule("re:.*encoder\\.layer\\.\\d+"), inputs)
-    assert one.fix.startswith(f"its 'attention.self' takes {function} from a registry")
-    assert "target that module" in one.fix
+    assert error.fix.startswith(f"its forward takes {function} from a registry") and way in error.fix
+    (error, _) = problems(model, SoftRule("re:.*encoder\\.layer\\.\\d+"), inputs)
+    assert error.fix.startswith(f"its 'attention.self' takes {function} from a registry")
+    assert "target that module" in error.fix
 
 
 def test_a_function_around_the_one_from_the_registry(bert: Any) -> None:
-    """Scores twice as large are what a twofold scaling gives."""
+    """Doubling the scores equals doubling the scaling."""
     model, inputs = bert
     apply_rules(model, SharperRule("attention.self"), example_inputs=inputs)
     live = model(**inputs)[0]
@@ -115,10 +115,10 @@ class Holds(nn.Module):
 
 
 def test_the_nearest_miss_is_told() -> None:
-    (one,) = problems(Nearly(), SoftRule(Nearly), torch.randn(3, 4))
-    assert "nearest miss, 0 of 1 operations" in one.why and one.fix == "target a module whose own forward has it"
-    (one,) = problems(Holds(), SoftRule(Holds), torch.randn(3, 4))
-    assert "any of the pattern's operations" in one.why and one.fix == "target a module whose own forward has it"
+    (error,) = problems(Nearly(), SoftRule(Nearly), torch.randn(3, 4))
+    assert "nearest miss, 0 of 1 operations" in error.why and error.fix == "target a module whose own forward has it"
+    (error,) = problems(Holds(), SoftRule(Holds), torch.randn(3, 4))
+    assert "any of the pattern's operations" in error.why and error.fix == "target a module whose own forward has it"
 
 
 @rule("test-border-first")
@@ -126,18 +126,18 @@ class FirstRule(Rule):
     unpacks: bool = False
 
     def rewrite(self, site: Any) -> None:
-        found = site.find(SOFTMAX)
-        (first,) = found if self.unpacks else (found[0],)
+        matches = site.find(SOFTMAX)
+        (first,) = matches if self.unpacks else (matches[0],)
         site.replace(first.root, first.root * 0.5)
 
 
 @pytest.mark.parametrize("unpacks", [False, True])
 def test_a_rewrite_that_fails_for_want_of_a_match_tells_why(unpacks: bool) -> None:
-    (one,) = problems(Nearly(), FirstRule(Nearly, unpacks=unpacks), torch.randn(3, 4))
-    assert one.what == "FirstRule.rewrite fails" and "test_border.py" in one.why
-    assert "softmax(scores, -1) is not in Nearly.forward: nearest miss, 0 of 1 operations" in one.why
-    (one,) = problems(Deep(), FirstRule(Deep, unpacks=unpacks), torch.randn(3, 4))
-    assert one.fix == "target its 'inner', a Softly, whose own forward has softmax(scores, -1)"
+    (error,) = problems(Nearly(), FirstRule(Nearly, unpacks=unpacks), torch.randn(3, 4))
+    assert error.what == "FirstRule.rewrite fails" and "test_border.py" in error.why
+    assert "softmax(scores, -1) is not in Nearly.forward: nearest miss, 0 of 1 operations" in error.why
+    (error,) = problems(Deep(), FirstRule(Deep, unpacks=unpacks), torch.randn(3, 4))
+    assert error.fix == "target its 'inner', a Softly, whose own forward has softmax(scores, -1)"
 
 
 class Softly(nn.Module):
@@ -173,5 +173,5 @@ def test_a_rule_that_looks_for_nothing_is_told_as_before() -> None:
     class Idle(Rule):
         def rewrite(self, site: Any) -> None: ...
 
-    (one,) = problems(nn.Linear(2, 2), Idle(nn.Linear), torch.ones(2))
-    assert one.why is None and one.fix == "return the new output, or use site.replace(old, new)"
+    (error,) = problems(nn.Linear(2, 2), Idle(nn.Linear), torch.ones(2))
+    assert error.why is None and error.fix == "return the new output, or use site.replace(old, new)"

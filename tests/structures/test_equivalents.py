@@ -1,4 +1,4 @@
-"""What means the same is found however it is written: einsum, addmm and their like, linears, written-out softmaxes."""
+"""A structure matches all equivalent spellings: einsum, addmm and similar, linear layers, written-out softmaxes."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def _over(powers: Any) -> Any:
     return powers / torch.sum(powers, dim=(-1,), keepdim=True)
 
 
-# Families of functions that mean the same: each is found by each.
+# Families of equivalent functions: each matches all others.
 FAMILIES: dict[str, tuple[tuple[Tensor, ...], list[Callable[..., Any]]]] = {
     "product": (
         (A, B),
@@ -142,9 +142,9 @@ FAMILIES: dict[str, tuple[tuple[Tensor, ...], list[Callable[..., Any]]]] = {
     ),
 }
 PAIRS = [
-    (family, one, other)
+    (family, first, second)
     for family, (_, functions) in FAMILIES.items()
-    for one, other in itertools.product(range(len(functions)), repeat=2)
+    for first, second in itertools.product(range(len(functions)), repeat=2)
 ]
 
 
@@ -155,17 +155,17 @@ def test_what_is_called_the_same_is_the_same(family: str) -> None:
         torch.testing.assert_close(function(*inputs), functions[0](*inputs), rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize(("family", "one", "other"), PAIRS)
-def test_each_spelling_is_found_by_each(family: str, one: int, other: int) -> None:
+@pytest.mark.parametrize(("family", "first", "second"), PAIRS)
+def test_each_spelling_is_found_by_each(family: str, first: int, second: int) -> None:
     inputs, functions = FAMILIES[family]
-    graph = shaped(functions[other], *inputs)
-    found = Structure(functions[one]).find(graph)
-    assert len(found) == 1, found.reason
-    assert found[0].root is next(node for node in graph.graph.nodes if node.op == "output").args[0]
-    bound = found[0].bindings
-    assert names(bound.values()) == list(bound)  # each name is bound to the input of that name
+    graph = shaped(functions[second], *inputs)
+    matches = Structure(functions[first]).find(graph)
+    assert len(matches) == 1, matches.reason
+    assert matches[0].root is next(node for node in graph.graph.nodes if node.op == "output").args[0]
+    bound = matches[0].bindings
+    assert names(bound.values()) == list(bound)  # each name is bound to the input with the same name
     computed = {node for node in graph.graph.nodes if node.op not in ("placeholder", "output")}
-    assert computed == set(found[0].nodes)
+    assert computed == set(matches[0].nodes)
 
 
 OTHERS: list[tuple[Callable[..., Any], Callable[..., Any], tuple[Tensor, ...]]] = [
@@ -178,7 +178,7 @@ OTHERS: list[tuple[Callable[..., Any], Callable[..., Any], tuple[Tensor, ...]]] 
     (lambda a, b: a @ b, lambda a, b: torch.einsum("ii,ik->ik", a, b), (torch.randn(4, 4), N)),
     (lambda c, a, b: c + a @ b, lambda c, a, b: torch.addmm(c, a, b, alpha=2), (C, M, N)),
     (lambda c, a, b: c + a @ b, lambda c, a, b: torch.addmm(c, a, b, beta=0), (C, M, N)),
-    (lambda x, w: F.linear(x, w), lambda x, w: x @ w.mT, (Q, K)),  # no weight, but a batch of matrices
+    (lambda x, w: F.linear(x, w), lambda x, w: x @ w.mT, (Q, K)),  # a batch of matrices, which is not a weight
     (lambda x: torch.softmax(x, -1), lambda x: x.exp() / x.exp().sum(0, keepdim=True), (X,)),
     (lambda x: torch.softmax(x, -1), lambda x: x.exp() / x.exp().sum(-1), (torch.randn(4, 4),)),
     (lambda x: torch.softmax(x, -1), lambda x: x.exp() / x.relu().exp().sum(-1, keepdim=True), (X,)),
@@ -190,19 +190,19 @@ OTHERS: list[tuple[Callable[..., Any], Callable[..., Any], tuple[Tensor, ...]]] 
 @pytest.mark.parametrize("index", range(len(OTHERS)))
 def test_what_means_something_else_is_not_found(index: int) -> None:
     pattern, function, inputs = OTHERS[index]
-    found = Structure(pattern).find(shaped(function, *inputs))
-    assert not found and found.reason
+    matches = Structure(pattern).find(shaped(function, *inputs))
+    assert not matches and matches.reason
 
 
 def test_a_maximum_of_another_dimension_stays_where_it_is() -> None:
-    """It is no part of a softmax over the last dimension: the softmax is of the difference."""
+    """Another subtraction is not a part of the softmax: the softmax of the difference matches."""
 
     def forward(x: Tensor) -> Tensor:
         y = (x - x.amax(0, keepdim=True)).exp()
         return y / y.sum(-1, keepdim=True)
 
-    (found,) = Structure(lambda x: torch.softmax(x, -1)).find(shaped(forward, X))
-    assert names(found.bindings.values()) == ["sub"] and "amax" not in names(found.nodes)
+    (occurrence,) = Structure(lambda x: torch.softmax(x, -1)).find(shaped(forward, X))
+    assert names(occurrence.bindings.values()) == ["sub"] and "amax" not in names(occurrence.nodes)
 
 
 def test_written_out_attention_as_older_models_write_it() -> None:
@@ -216,10 +216,10 @@ def test_written_out_attention_as_older_models_write_it() -> None:
         return torch.softmax(maybe(maybe(q @ k.mT * scale) + mask), -1) @ v
 
     graph = shaped(forward, Q, K, torch.randn(2, 5, 4), torch.randn(2, 3, 5))
-    (found,) = Structure(attention).find(graph)
-    assert names(found.bindings.values()) == ["q", "k", "v", "alibi", "0.5"]
-    assert names(found.passed) == ["dropout"] and str(found.root) == "einsum"
-    assert names(found.shared) == []
+    (occurrence,) = Structure(attention).find(graph)
+    assert names(occurrence.bindings.values()) == ["q", "k", "v", "alibi", "0.5"]
+    assert names(occurrence.passed) == ["dropout"] and str(occurrence.root) == "einsum"
+    assert names(occurrence.shared) == []
 
 
 def test_layers_and_parameters_of_a_module() -> None:
@@ -234,9 +234,9 @@ def test_layers_and_parameters_of_a_module() -> None:
     graph = trace(Net(), X)
     linear = Structure(lambda x, w: F.linear(x, w))
     assert names(o.root for o in linear.find(graph)) == ["matmul"]
-    written = Structure(lambda x, w, b: x @ w.mT + b)
-    assert names(written.find(graph)[0].bindings.values()) == ["x", "up.weight", "up.bias"]
-    assert len(Structure(lambda x, y: x @ y).find(graph)) == 1  # nothing stands for the transpose in a layer
+    linear = Structure(lambda x, w, b: x @ w.mT + b)
+    assert names(linear.find(graph)[0].bindings.values()) == ["x", "up.weight", "up.bias"]
+    assert len(Structure(lambda x, y: x @ y).find(graph)) == 1  # a layer has no node for its transpose
     both = Structure(lambda x, w, v, b: F.linear(F.linear(x, w, b), v))
     assert names(both.find(graph)[0].nodes) == ["up", "t", "matmul"]
     half = Structure(lambda x, w, b: having(x @ w.mT + b, dtype=torch.float16))
@@ -260,7 +260,7 @@ def test_a_constant_by_its_value() -> None:
     small = Structure(lambda x: torch.layer_norm(x, ANY, ANY, ANY, Const("eps", lambda value: value < 1e-4)))  # type: ignore[arg-type]
     assert small.find(fx.symbolic_trace(nn.Sequential(nn.LayerNorm(4))))[0].bindings["eps"] == 1e-5
     assert not small.find(fx.symbolic_trace(nn.Sequential(nn.LayerNorm(4, eps=1e-3))))
-    # A value that the function can't be asked about does not fit.
+    # A value that the function can't test does not match.
     assert not Structure(lambda x: F.gelu(x, approximate=Const("how", lambda v: v < 1))).find(
         fx.symbolic_trace(lambda x: F.gelu(x))
     )
@@ -288,9 +288,9 @@ def test_optional_operations() -> None:
             return F.dropout(torch.softmax(scores, -1), 0.5) @ v
 
         graph = fx.symbolic_trace(forward, concrete_args={"scale": scale, "mask": mask})
-        (found,) = structure.find(graph)
-        assert found.bindings.get("scale") == scale and ("mask" in found.bindings) == mask
-        assert found.passed == ()  # the pattern names the dropout
+        (occurrence,) = structure.find(graph)
+        assert occurrence.bindings.get("scale") == scale and ("mask" in occurrence.bindings) == mask
+        assert occurrence.passed == ()  # the pattern names the dropout
     for wrong in (lambda x: maybe(x).relu(), lambda x: maybe(2.0) * x):
         with pytest.raises(SurgeryError, match="maybe"):
             Structure(wrong)
@@ -309,8 +309,8 @@ def test_optional_operations() -> None:
     ],
 )
 def test_operands_in_either_order(pattern: Any, function: Any) -> None:
-    (found,) = Structure(pattern).find(fx.symbolic_trace(function))
-    assert names(found.bindings.values())[:2] == ["x", "y"]
+    (occurrence,) = Structure(pattern).find(fx.symbolic_trace(function))
+    assert names(occurrence.bindings.values())[:2] == ["x", "y"]
 
 
 def test_order_counts_where_it_means_something() -> None:
@@ -323,7 +323,7 @@ def test_order_counts_where_it_means_something() -> None:
 
 
 class NormAct(nn.BatchNorm2d):
-    """A norm with an activation behind it, as timm's BatchNormAct2d."""
+    """A norm followed by an activation, like timm's BatchNormAct2d."""
 
     def forward(self, input: Tensor) -> Tensor:
         return super().forward(input).relu()
@@ -338,8 +338,8 @@ def test_a_subclass_is_another_class() -> None:
     only = trace(nn.Sequential(nn.Conv2d(3, 4, 1), NormAct(4)), torch.randn(1, 3, 2, 2))
     reason = Structure(_norm(nn.BatchNorm2d)).find(only).reason
     assert "is a NormAct, a subclass of BatchNorm2d: module_of(BatchNorm2d, …, subclasses=True)" in reason
-    asked = Structure(lambda x: having(module_of("Module", x, subclasses=True), type=nn.BatchNorm2d, subclasses=False))
-    assert len(asked.find(graph)) == 1
+    exact = Structure(lambda x: having(module_of("Module", x, subclasses=True), type=nn.BatchNorm2d, subclasses=False))
+    assert len(exact.find(graph)) == 1
 
 
 def _norm(kind: Any, **options: bool) -> Callable[[Any], Any]:

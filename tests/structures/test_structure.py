@@ -1,4 +1,4 @@
-"""Structures are found where they are, with their names bound; what is not there is told with its nearest miss."""
+"""A structure is found with its names bound; a structure that is not in the graph is reported with its nearest miss."""
 
 from __future__ import annotations
 
@@ -76,9 +76,9 @@ class _Layer(nn.Module):
     ],
 )
 def test_softmax_in_its_spellings(spelling: Any) -> None:
-    for written in (SOFTMAX, Structure(lambda x: x.softmax(-1)), Structure(lambda x: F.softmax(x, dim=-1))):
-        found = written.find(traced(spelling))
-        assert len(found) == 1 and names(found[0].bindings.values()) == ["x"]
+    for structure in (SOFTMAX, Structure(lambda x: x.softmax(-1)), Structure(lambda x: F.softmax(x, dim=-1))):
+        matches = structure.find(traced(spelling))
+        assert len(matches) == 1 and names(matches[0].bindings.values()) == ["x"]
 
 
 @pytest.mark.parametrize(
@@ -101,7 +101,7 @@ def test_products_with_a_transpose_in_their_spellings(spelling: Any) -> None:
 
 
 @pytest.mark.parametrize(
-    ("other", "told"),
+    ("function", "message"),
     [
         (lambda q, k: q @ k, "the pattern wants mT(k), and the graph has placeholder"),
         (lambda q, k: k.mT @ q, "nearest miss, 1 of 2"),
@@ -111,9 +111,9 @@ def test_products_with_a_transpose_in_their_spellings(spelling: Any) -> None:
         (lambda q, k: q + k, "any of the pattern's operations: matmul(q, mT(k))"),
     ],
 )
-def test_what_is_no_such_product(other: Any, told: str) -> None:
-    found = MATMUL.find(traced(other))
-    assert not found and told in found.reason, found.reason
+def test_what_is_no_such_product(function: Any, message: str) -> None:
+    matches = MATMUL.find(traced(function))
+    assert not matches and message in matches.reason, matches.reason
 
 
 def test_dimensions_are_told_by_the_rank_where_it_is_known() -> None:
@@ -124,7 +124,7 @@ def test_dimensions_are_told_by_the_rank_where_it_is_known() -> None:
     both = Structure(lambda x: (x @ x.mT).softmax(-1))
     positive = Structure(lambda x: (x @ x.mT).softmax(2))
     example = torch.randn(2, 3, 4)
-    assert not both.find(traced(Scores()))  # without an example, 2 may be any dimension
+    assert not both.find(traced(Scores()))  # without an example, 2 can be any dimension
     shaped = traced(Scores())
     ShapeProp(shaped).propagate(example)
     for graph in (trace(Scores(), example), shaped, torch.export.export(Scores(), (example,)).module()):
@@ -145,7 +145,7 @@ def test_in_place_and_scaled_sums() -> None:
     assert not added.find(traced(lambda x, y: torch.add(x, y, alpha=2)))
 
 
-# What a pattern can say -----------------------------------------------------------------------------------------
+# Features of patterns ------------------------------------------------------------------------------------------
 
 
 def test_commutative_operations_match_either_way() -> None:
@@ -163,8 +163,8 @@ def test_commutative_operations_match_either_way() -> None:
 def test_a_name_that_occurs_twice_is_one_node() -> None:
     swish = Structure(lambda x: x * torch.sigmoid(x))
     assert swish.find(traced(lambda a, b: (a * b.sigmoid()) * a.sigmoid())).reason.startswith("x would be ")
-    assert len(swish.find(traced(lambda a: a.float() * a.sigmoid()))) == 1  # the same value, handed on
-    # The first way to read a commutative operation may be wrong, and the second right.
+    assert len(swish.find(traced(lambda a: a.float() * a.sigmoid()))) == 1  # the same value, passed on
+    # Only the second operand order of a commutative operation may match.
     twice = Structure(lambda x, y: (x + y) * x.relu())
     assert names(twice.find(traced(lambda a, b: (b + a) * a.relu()))[0].bindings.values()) == ["a", "b"]
 
@@ -176,8 +176,8 @@ def test_a_shared_subexpression_is_one_node() -> None:
 
     structure = Structure(shared)
     assert names(structure.find(traced(shared))[0].nodes) == ["exp", "add", "truediv"]
-    found = structure.find(traced(lambda x: x.exp() / (x.exp() + 1)))
-    assert not found and found.reason == "exp(x) would be exp at one place and exp_1 at another"
+    matches = structure.find(traced(lambda x: x.exp() / (x.exp() + 1)))
+    assert not matches and matches.reason == "exp(x) would be exp at one place and exp_1 at another"
 
 
 def test_alternatives_are_tried_in_turn() -> None:
@@ -203,9 +203,9 @@ def test_values_are_handed_on_between_operations() -> None:
         weights = F.dropout(torch.softmax(x, -1).float().to(x.dtype), 0.1).contiguous()
         return weights @ x
 
-    (found,) = structure.find(traced(forward))
-    assert names(found.nodes) == ["softmax", "float_1", "to", "dropout", "contiguous", "matmul"]
-    # What the pattern names itself is not passed by.
+    (occurrence,) = structure.find(traced(forward))
+    assert names(occurrence.nodes) == ["softmax", "float_1", "to", "dropout", "contiguous", "matmul"]
+    # An operation in the pattern is not passed over.
     dropped = Structure(lambda x: F.dropout(torch.softmax(x, -1)) @ x)
     assert len(dropped.find(traced(forward))) == 1
     assert not dropped.find(traced(lambda x: torch.softmax(x, -1) @ x))
@@ -216,8 +216,8 @@ def test_a_node_with_other_users_is_told() -> None:
         weights = (q @ k.mT).softmax(-1)
         return weights @ v, weights.sum()
 
-    (found,) = ATTENTION.find(traced(forward))
-    assert names(found.shared) == ["softmax"] and str(found.root) == "matmul_1"
+    (occurrence,) = ATTENTION.find(traced(forward))
+    assert names(occurrence.shared) == ["softmax"] and str(occurrence.root) == "matmul_1"
 
 
 class _Net(nn.Module):
@@ -237,14 +237,14 @@ class _Net(nn.Module):
 def test_modules_by_class_and_by_name() -> None:
     graph = trace(_Net(), torch.randn(2, 4))
     mlp = Structure(lambda x: module_of(nn.Linear, module_of("GELU", module_of("torch.nn.modules.linear.Linear", x))))
-    (found,) = mlp.find(graph)
-    assert names(found.nodes) == ["up", "act", "down"] and str(found.bindings["x"]) == "norm"
+    (occurrence,) = mlp.find(graph)
+    assert names(occurrence.nodes) == ["up", "act", "down"] and str(occurrence.bindings["x"]) == "norm"
     assert len(Structure(lambda x: module_of(nn.Module, x, subclasses=True)).find(graph)) == 4
     up = Structure(lambda x: having(module_of(nn.Linear, x), path="up", shape=(ANY, 8), dtype=torch.float32))
     assert names(up.find(graph)[0].nodes) == ["up"]
     missed = Structure(lambda x: having(module_of(nn.Linear, x), shape=(ANY, 7))).find(graph)
     assert "its shape is (2, 8), and not (ANY, 7)" in missed.reason
-    # Layers are also the functions that they call, with their tensors by name.
+    # Layers also match as the functions that they call, with their tensors by name.
     linear = Structure(lambda x, weight, bias: F.linear(x, weight, bias))
     assert [str(o.bindings["weight"]) for o in linear.find(graph)] == ["up.weight", "down.weight"]
     assert [str(o.bindings["bias"]) for o in linear.find(graph)] == ["up.bias", "None"]
@@ -254,17 +254,17 @@ def test_modules_by_class_and_by_name() -> None:
 
 
 def test_a_pattern_as_a_networkx_graph() -> None:
-    wanted = networkx.DiGraph()
-    wanted.add_node("q", binding="q")
-    wanted.add_node("scores", operation="matmul")
-    wanted.add_node("weights", operation="softmax", constants={1: -1})
-    wanted.add_node("out", operation="matmul")
-    wanted.add_edge("q", "scores", slot=0)
-    wanted.add_edge("scores", "weights", slot=0)
-    wanted.add_edge("weights", "out", slot=0)
-    found = Structure(wanted).find(traced(lambda q, k, v: (q @ k.mT).softmax(-1) @ v))
-    assert names(found[0].nodes) == ["matmul", "softmax", "matmul_1"] and names(found[0].bindings.values()) == ["q"]
-    assert not Structure(wanted).find(traced(lambda q, k, v: (q @ k.mT).softmax(0) @ v))
+    digraph = networkx.DiGraph()
+    digraph.add_node("q", binding="q")
+    digraph.add_node("scores", operation="matmul")
+    digraph.add_node("weights", operation="softmax", constants={1: -1})
+    digraph.add_node("out", operation="matmul")
+    digraph.add_edge("q", "scores", slot=0)
+    digraph.add_edge("scores", "weights", slot=0)
+    digraph.add_edge("weights", "out", slot=0)
+    matches = Structure(digraph).find(traced(lambda q, k, v: (q @ k.mT).softmax(-1) @ v))
+    assert names(matches[0].nodes) == ["matmul", "softmax", "matmul_1"] and names(matches[0].bindings.values()) == ["q"]
+    assert not Structure(digraph).find(traced(lambda q, k, v: (q @ k.mT).softmax(0) @ v))
 
 
 # Refusals -------------------------------------------------------------------------------------------------------
@@ -283,10 +283,10 @@ def test_patterns_that_can_not_be() -> None:
         (lambda x: having(x, dtype=torch.float32).relu(), "having needs an operation"),
         ("softmax", "is not a structure"),
     ]
-    for given_pattern, told in wrong:
+    for wrong_pattern, message in wrong:
         with pytest.raises(SurgeryError) as caught:
-            Structure(given_pattern)
-        assert told in str(caught.value)
+            Structure(wrong_pattern)
+        assert message in str(caught.value)
 
 
 def test_too_many_ways_to_read_a_pattern_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -307,16 +307,16 @@ def test_near_misses_are_told() -> None:
     scaled = Structure(lambda q, k, v, mask: torch.softmax(q @ k.mT * ANY + mask, -1) @ v)
 
     def reason(function: Any) -> str:
-        found = scaled.find(traced(function))
-        assert not found and len(found) == 0
-        return found.reason
+        matches = scaled.find(traced(function))
+        assert not matches and len(matches) == 0
+        return matches.reason
 
     assert "3 of 6" in reason(lambda q, k, v, m: torch.softmax(q @ k.mT / 8 + m, -1) @ v)
     assert reason(lambda q, k, v, m: torch.softmax(q @ k.mT * 8 + m, 0) @ v) == (
         "nearest miss, 5 of 6 operations: at softmax, argument 1 is 0, and not -1, in softmax(add(…, mask), -1)"
     )
-    told = reason(lambda q, k, v, m: F.relu(q @ k.mT * 8 + m) @ v)
-    assert told.endswith("add fits, and no user of it fits softmax(add(…, mask), -1)"), told
+    message = reason(lambda q, k, v, m: F.relu(q @ k.mT * 8 + m) @ v)
+    assert message.endswith("add fits, and no user of it fits softmax(add(…, mask), -1)"), message
     assert "any of the pattern's operations" in reason(lambda q, k, v, m: q.relu())
     assert not scaled.find(fx.Graph())
 
@@ -340,8 +340,8 @@ def test_no_recursion_limits() -> None:
 
 
 def test_one_match_a_block() -> None:
-    found = pattern().find(attention_graph(50))
-    assert len(found) == 50 and len({node for o in found for node in o.nodes}) == sum(len(o.nodes) for o in found)
+    matches = pattern().find(attention_graph(50))
+    assert len(matches) == 50 and len({node for o in matches for node in o.nodes}) == sum(len(o.nodes) for o in matches)
 
 
 # Models ---------------------------------------------------------------------------------------------------------
@@ -374,24 +374,24 @@ def test_attentions_of_models(name: str, count: int, query: str | None) -> None:
     graph = graph_of(model, inputs)
     assert not [data["reason"] for _, data in graph.nodes(data=True) if "reason" in data]
     assert networkx.is_directed_acyclic_graph(graph)
-    found = ATTENTION.find(graph)
-    assert len(found) == count, found.reason
-    for each in found:
-        shapes = [graph.nodes[each.bindings[key]]["shape"] for key in "qkv"]
-        assert graph.nodes[each.root]["shape"] == (*shapes[0][:-1], shapes[2][-1])
+    matches = ATTENTION.find(graph)
+    assert len(matches) == count, matches.reason
+    for occurrence in matches:
+        shapes = [graph.nodes[occurrence.bindings[key]]["shape"] for key in "qkv"]
+        assert graph.nodes[occurrence.root]["shape"] == (*shapes[0][:-1], shapes[2][-1])
         assert shapes[1][-2] == shapes[2][-2]
     if query is not None:
-        assert query in networkx.ancestors(graph, found[-1].bindings["q"])
+        assert query in networkx.ancestors(graph, matches[-1].bindings["q"])
 
 
 def test_attention_in_one_module() -> None:
     model, inputs = model_of("bert")
     module = model.bert.encoder.layer[0].attention.self
     example = {"hidden_states": torch.randn(2, 5, 32)}
-    assert not ATTENTION.find(trace(module, example))  # the attention is looked up by its name, and one node
-    (found,) = ATTENTION.find(trace(module, example, leaves=False))
-    assert isinstance(found.root, fx.Node) and found.bindings["q"].args[0].args[0].target == "query"
-    assert names(found.shared) == ["dropout"]  # the weights are returned as well
+    assert not ATTENTION.find(trace(module, example))  # the attention comes from a registry, and is one node
+    (occurrence,) = ATTENTION.find(trace(module, example, leaves=False))
+    assert isinstance(occurrence.root, fx.Node) and occurrence.bindings["q"].args[0].args[0].target == "query"
+    assert names(occurrence.shared) == ["dropout"]  # the forward also returns the weights
 
 
 SAMPLE = ("bert", "llama", "t5", "vit", "mamba", "deberta_v2", "swin", "whisper", "convnext", "clip", "longformer")
@@ -420,8 +420,8 @@ def test_every_call_of_a_layer_is_a_node(name: str) -> None:
         graph = graph_of(model, inputs)
     assert not before.differences(model)
     assert networkx.is_directed_acyclic_graph(graph)
-    found = Counter(data["path"] for _, data in graph.nodes(data=True) if data["op"] == "call_module")
-    assert {path: found[path] for path in calls} == dict(calls)
+    counts = Counter(data["path"] for _, data in graph.nodes(data=True) if data["op"] == "call_module")
+    assert {path: counts[path] for path in calls} == dict(calls)
 
 
 # A whole call ---------------------------------------------------------------------------------------------------
@@ -464,7 +464,7 @@ def test_a_whole_call_is_one_graph() -> None:
     refused = graph.nodes["refused"]
     assert "decides on the content" in refused["reason"] and refused["type"] is _Refused
     assert list(graph.predecessors("refused")) == ["abs_1"] and graph.nodes["add"]["path"] == ""
-    # Packs of values are gone: what is taken out of them is the value itself.
+    # Tuples of values do not appear in the graph: an item is the value itself.
     assert set(graph.predecessors("add")) == {"pair.mul", "exp"}
     assert set(graph.predecessors("pair.net.norm#2")) == {"pair.relu"}
     assert graph.nodes["pair.net.up"]["shape"] == (3, 8) and graph.nodes["pair.net.add"]["type"] is _Net
@@ -490,7 +490,7 @@ def test_a_flat_graph_keeps_what_as_digraph_gives() -> None:
     assert [data["slots"] for _, _, data in as_digraph(traced(lambda x: x @ x)).edges(data=True)] == [(0, 1), (0,)]
 
 
-# Any pattern in any graph that holds it -------------------------------------------------------------------------
+# Random patterns in graphs that contain them----------------------------------------------------------------------
 
 UNARY: dict[str, list[Callable[[Any], Any]]] = {
     "relu": [lambda x: x.relu(), torch.relu, F.relu, lambda x: x.relu_()],
@@ -518,7 +518,7 @@ def tree(draw: random.Random, depth: int) -> Any:
 
 
 def computed(tree: Any, values: dict[str, Any], draw: random.Random | None = None) -> Any:
-    """A tree on values: plainly, or in any spelling with anything handed on in between."""
+    """Build a random tree of operations: in plain form, or in random spellings with passing operations in between."""
     if isinstance(tree, str):
         return values[tree]
     inner = [computed(part, values, draw) for part in tree[1:]]
@@ -533,9 +533,9 @@ def computed(tree: Any, values: dict[str, Any], draw: random.Random | None = Non
 @given(st.integers(0, 2**32))
 def test_any_pattern_is_found_in_a_graph_that_holds_it(seed: int) -> None:
     draw = random.Random(seed)
-    wanted: Any = "a"
-    while isinstance(wanted, str):
-        wanted = tree(draw, draw.randint(1, 4))
+    target_tree: Any = "a"
+    while isinstance(target_tree, str):
+        target_tree = tree(draw, draw.randint(1, 4))
 
     def noise(pool: list[Any], count: int) -> None:
         for _ in range(count):
@@ -548,29 +548,29 @@ def test_any_pattern_is_found_in_a_graph_that_holds_it(seed: int) -> None:
     tracer = GraphAppendingTracer(graph)
     pool: list[Any] = [fx.Proxy(graph.placeholder(name), tracer) for name in "xyz"]
     noise(pool, draw.randint(0, 8))
-    planted = computed(wanted, {name: draw.choice(pool) for name in LEAVES}, draw)
+    planted = computed(target_tree, {name: draw.choice(pool) for name in LEAVES}, draw)
     pool.append(planted)
     pool += [fx.Proxy(node, tracer) for node in graph.nodes]
     noise(pool, draw.randint(0, 8))
     graph.output(planted.node)
 
-    structure = Structure(lambda a, b, c: computed(wanted, {"a": a, "b": b, "c": c}))
-    found = structure.find(graph)
-    assert planted.node in [occurrence.root for occurrence in found], found.reason
-    # Each match is one: the pattern, computed from what its names are bound to, is the value of its root.
-    seen: dict[Any, Tensor] = {}
+    structure = Structure(lambda a, b, c: computed(target_tree, {"a": a, "b": b, "c": c}))
+    matches = structure.find(graph)
+    assert planted.node in [occurrence.root for occurrence in matches], matches.reason
+    # Each match is right: the pattern, computed on the bound values, equals the value of the root.
+    node_values: dict[Any, Tensor] = {}
 
     class Watching(fx.Interpreter):
         def run_node(self, n: fx.Node) -> Any:
-            seen[n] = value = super().run_node(n)
+            node_values[n] = value = super().run_node(n)
             return value
 
     Watching(fx.GraphModule({}, graph)).run(*(torch.randn(2, 3, 3, dtype=torch.float64) for _ in "xyz"))
-    for occurrence in found:
-        values = {name: seen[node] for name, node in occurrence.bindings.items()}
+    for occurrence in matches:
+        values = {name: node_values[node] for name, node in occurrence.bindings.items()}
         torch.testing.assert_close(
-            computed(wanted, values), seen[occurrence.root], rtol=1e-9, atol=1e-9, equal_nan=True
+            computed(target_tree, values), node_values[occurrence.root], rtol=1e-9, atol=1e-9, equal_nan=True
         )
-    changed = Structure(lambda a, b, c: torch.erfinv(computed(wanted, {"a": a, "b": b, "c": c})) - 1)
+    changed = Structure(lambda a, b, c: torch.erfinv(computed(target_tree, {"a": a, "b": b, "c": c})) - 1)
     missed = changed.find(graph)
     assert not missed and missed.reason.startswith("nearest miss")

@@ -1,1 +1,1 @@
-"""Forwards as graphs."""
+"""Tests of tracing forwards as graphs."""

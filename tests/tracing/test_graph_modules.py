@@ -1,4 +1,4 @@
-"""Rules on a user's own graphs: of symbolic_trace as on any model, of torch.export once their layers are made anew."""
+"""Rules on a user's own graphs: of symbolic_trace as on any model, of torch.export after `with_layers`."""
 
 from __future__ import annotations
 
@@ -56,12 +56,12 @@ def test_lora_on_a_graph_is_lora_on_the_model(graph_of: Any, targets: Any) -> No
     model = Net().eval()
     graph = graph_of(copy.deepcopy(model), TOKENS)
     before = Snapshot(graph)
-    plain = model(TOKENS)
-    assert torch.equal(graph(TOKENS), plain)
-    for each in (model, graph):
-        apply_rules(each, [LoraRule(targets, rank=2)], example_inputs=TOKENS)
+    expected = model(TOKENS)
+    assert torch.equal(graph(TOKENS), expected)
+    for target in (model, graph):
+        apply_rules(target, [LoraRule(targets, rank=2)], example_inputs=TOKENS)
         torch.manual_seed(1)
-        disturb(each)
+        disturb(target)
     ours = {name: p for name, p in graph.named_parameters() if "adapters" in name}
     assert list(ours) and ours.keys() == {name for name, _ in model.named_parameters() if "adapters" in name}
     with torch.no_grad():
@@ -69,7 +69,7 @@ def test_lora_on_a_graph_is_lora_on_the_model(graph_of: Any, targets: Any) -> No
             if name in ours:
                 ours[name].copy_(parameter)
     live = graph(TOKENS)
-    assert torch.equal(live, model(TOKENS)) and not torch.equal(live, plain)
+    assert torch.equal(live, model(TOKENS)) and not torch.equal(live, expected)
     live.sum().backward()
     assert all(parameter.grad is not None for parameter in ours.values())
     merge(graph, untie=True)
@@ -77,9 +77,9 @@ def test_lora_on_a_graph_is_lora_on_the_model(graph_of: Any, targets: Any) -> No
     unmerge(graph)
     assert torch.equal(graph(TOKENS), live)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)  # torch's own, about the trees that an exported graph keeps
-        other = copy.deepcopy(graph)
-    assert torch.equal(other(TOKENS), live)
+        warnings.simplefilter("ignore", FutureWarning)  # a warning of torch about the pytrees of an exported graph
+        copied_graph = copy.deepcopy(graph)
+    assert torch.equal(copied_graph(TOKENS), live)
     remove(graph)
     assert not before.differences(graph)
 
@@ -90,7 +90,7 @@ def test_other_rules_and_bits(graph_of: Any) -> None:
     x = torch.randn(3, 4)
     graph = graph_of(model, x)
     assert_reversible(graph, [LoraRule("0", rank=2), TrainRule("2"), NormRule()], example_inputs=x)
-    if graph_of is symbolic:  # torch can't pickle an exported one
+    if graph_of is symbolic:  # torch can't pickle an exported graph
         apply_rules(graph, [LoraRule("0", rank=2)])
         disturb(graph)
         assert torch.equal(pickle.loads(pickle.dumps(graph))(x), graph(x))
@@ -98,30 +98,30 @@ def test_other_rules_and_bits(graph_of: Any) -> None:
 
 def test_with_layers_keeps_everything_but_the_calls() -> None:
     model = Net().eval()
-    plain: Any = torch.export.export(model, (TOKENS,)).module()
-    before, names, state = plain(TOKENS), [n for n, _ in plain.named_parameters()], list(plain.state_dict())
-    assert with_layers(plain) is plain
-    assert torch.equal(plain(TOKENS), before) and torch.equal(before, model(TOKENS))
-    assert [n for n, _ in plain.named_parameters()] == names and list(plain.state_dict()) == state
-    kinds = {path: type(module).__name__ for path, module in plain.named_modules()}
-    wanted = {path: type(module).__name__ for path, module in model.named_modules()}
+    exported: Any = torch.export.export(model, (TOKENS,)).module()
+    before, names, state = exported(TOKENS), [n for n, _ in exported.named_parameters()], list(exported.state_dict())
+    assert with_layers(exported) is exported
+    assert torch.equal(exported(TOKENS), before) and torch.equal(before, model(TOKENS))
+    assert [n for n, _ in exported.named_parameters()] == names and list(exported.state_dict()) == state
+    kinds = {path: type(module).__name__ for path, module in exported.named_modules()}
+    expected_types = {path: type(module).__name__ for path, module in model.named_modules()}
     layers = ["embed", "up", "norm", "conv", "head", "block.0", "block.2"]
-    assert {path: kinds[path] for path in layers} == {path: wanted[path] for path in layers}
-    assert str(plain.conv) == str(model.conv) and str(plain.norm) == str(model.norm)
-    assert plain.head.weight is plain.embed.weight
-    calls = [node.target for node in plain.graph.nodes if node.op == "call_module" and node.target in layers]
+    assert {path: kinds[path] for path in layers} == {path: expected_types[path] for path in layers}
+    assert str(exported.conv) == str(model.conv) and str(exported.norm) == str(model.norm)
+    assert exported.head.weight is exported.embed.weight
+    calls = [node.target for node in exported.graph.nodes if node.op == "call_module" and node.target in layers]
     assert calls == ["embed", "up", "up", "conv", "norm", "head", "block.0", "block.2"]
-    with_layers(plain)  # once more changes nothing
-    assert torch.equal(plain(TOKENS), before)
+    with_layers(exported)  # a second call changes nothing
+    assert torch.equal(exported(TOKENS), before)
 
 
 def test_an_exported_graph_says_what_to_do() -> None:
-    plain: Any = torch.export.export(Net().eval(), (TOKENS,)).module()
-    before = Snapshot(plain)
+    exported: Any = torch.export.export(Net().eval(), (TOKENS,)).module()
+    before = Snapshot(exported)
     for targets in ("up", "all-linear"):
         with pytest.raises(PlanError, match="with_layers"):
-            apply_rules(plain, [LoraRule(targets)])
-    assert not before.differences(plain)
+            apply_rules(exported, [LoraRule(targets)])
+    assert not before.differences(exported)
     with pytest.raises(PlanError, match="never called"):
         apply_rules(fx.symbolic_trace(Net()), [LoraRule("block")])
     with pytest.raises(SurgeryError, match="not a graph of torch.export"):
@@ -136,14 +136,14 @@ def test_a_weight_that_is_computed_stays_in_the_graph() -> None:
             return nn.functional.linear(input, self.weight * 2, self.bias)
 
     x = torch.randn(2, 4)
-    plain: Any = with_layers(torch.export.export(nn.Sequential(Scaled(4, 4), nn.Linear(4, 4)), (x,)).module())  # type: ignore[arg-type]
-    assert type(plain.get_submodule("0")) is nn.Module and type(plain.get_submodule("1")) is nn.Linear
-    assert not plan_rules(plain, [LoraRule("0")]) and plan_rules(plain, [LoraRule("1")])
+    graph: Any = with_layers(torch.export.export(nn.Sequential(Scaled(4, 4), nn.Linear(4, 4)), (x,)).module())  # type: ignore[arg-type]
+    assert type(graph.get_submodule("0")) is nn.Module and type(graph.get_submodule("1")) is nn.Linear
+    assert not plan_rules(graph, [LoraRule("0")]) and plan_rules(graph, [LoraRule("1")])
 
 
 @pytest.mark.parametrize("graph_of", [symbolic, exported])
 def test_structures_in_a_users_graph(graph_of: Any) -> None:
     graph = graph_of(Net().eval(), TOKENS)
     mlp = Structure(lambda x, w, u, b, c: nn.functional.linear(nn.functional.linear(x, w, b).relu(), u, c))
-    (one,) = mlp.find(graph)
-    assert [str(one.bindings[key]) for key in "wu"] == ["block.0.weight", "block.2.weight"]
+    (occurrence,) = mlp.find(graph)
+    assert [str(occurrence.bindings[key]) for key in "wu"] == ["block.0.weight", "block.2.weight"]

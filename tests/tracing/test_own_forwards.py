@@ -1,7 +1,8 @@
-"""Modules whose forward is somebody's own: every rule × generated forwards. Live is that forward run with the weights
-that the method's formula gives, and so is merged; or the plan refuses, with a reason.
+"""Every rule on modules with custom, generated forwards.
 
-`functional_call` on an untouched copy is the reference. The formulas are those of `tests/support/method_formulas.py`.
+The live and the merged model must equal the forward run with the weights of the method's formula, or the plan must
+refuse with a reason. The reference is `functional_call` on an untouched copy; `tests/support/method_formulas.py` has
+the formulas.
 """
 
 from __future__ import annotations
@@ -61,7 +62,7 @@ IN, OUT = 16, 12
 
 @contextmanager
 def doubles() -> Iterator[None]:
-    """float64, in which a factor that is left out can't hide in rounding; the formulas make tensors of their own."""
+    """Use float64, in which rounding can't hide a missing factor; the formulas create tensors in the default dtype."""
     before = torch.get_default_dtype()
     torch.set_default_dtype(torch.float64)
     try:
@@ -73,54 +74,54 @@ def doubles() -> Iterator[None]:
 # Methods ------------------------------------------------------------------------------------------------------
 
 
-def lora(w: Tensor, b: Tensor, held: Params, rule: Any) -> tuple[Tensor, Tensor]:
-    rank = len(held["A"])
-    A, B, scale = held["A"].flatten(1), held["B"].flatten(1), rule.alpha / rank
-    parts = A.shape[0] // B.shape[1]  # a convolution's groups have their own share of the rank
+def lora(w: Tensor, b: Tensor, tensors: Params, rule: Any) -> tuple[Tensor, Tensor]:
+    rank = len(tensors["A"])
+    A, B, scale = tensors["A"].flatten(1), tensors["B"].flatten(1), rule.alpha / rank
+    parts = A.shape[0] // B.shape[1]  # each group of a convolution has its share of the rank
     blocks = [B[i * len(w) // parts : (i + 1) * len(w) // parts] @ A.chunk(parts)[i] for i in range(parts)]
     changed = w + scale * torch.cat(blocks).view(w.shape)
     if not rule.dora:
-        return changed, b + scale * held["B_bias"] if rule.lora_bias else b
-    gain = held["magnitude"].flatten() / changed.flatten(1).norm(dim=1)
-    shifted = b + scale * gain * held["B_bias"] if rule.lora_bias else b
+        return changed, b + scale * tensors["B_bias"] if rule.lora_bias else b
+    gain = tensors["magnitude"].flatten() / changed.flatten(1).norm(dim=1)
+    shifted = b + scale * gain * tensors["B_bias"] if rule.lora_bias else b
     return changed * gain.view(-1, *(1,) * (w.dim() - 1)), shifted
 
 
-def adalora(w: Tensor, b: Tensor, held: Params, rule: Any) -> tuple[Tensor, Tensor]:
-    return w + rule.alpha / (rule.rank + 1e-5) * held["B"] @ held["E"].flatten().diag() @ held["A"], b
+def adalora(w: Tensor, b: Tensor, tensors: Params, rule: Any) -> tuple[Tensor, Tensor]:
+    return w + rule.alpha / (rule.rank + 1e-5) * tensors["B"] @ tensors["E"].flatten().diag() @ tensors["A"], b
 
 
-def shira(w: Tensor, b: Tensor, held: Params, rule: Any) -> tuple[Tensor, Tensor]:
-    return (w.flatten() + torch.zeros(w.numel()).scatter(0, held["index"], held["values"])).view(w.shape), b
+def shira(w: Tensor, b: Tensor, tensors: Params, rule: Any) -> tuple[Tensor, Tensor]:
+    return (w.flatten() + torch.zeros(w.numel()).scatter(0, tensors["index"], tensors["values"])).view(w.shape), b
 
 
-def fourier(w: Tensor, b: Tensor, held: Params, rule: Any) -> tuple[Tensor, Tensor]:
-    spectrum = torch.zeros(w.numel()).scatter(0, held["index"], held["spectrum"]).view(w.shape)
+def fourier(w: Tensor, b: Tensor, tensors: Params, rule: Any) -> tuple[Tensor, Tensor]:
+    spectrum = torch.zeros(w.numel()).scatter(0, tensors["index"], tensors["spectrum"]).view(w.shape)
     return w + rule.scaling * torch.fft.ifft2(spectrum).real, b
 
 
-def c3a(w: Tensor, b: Tensor, held: Params, rule: Any) -> tuple[Tensor, Tensor]:
-    kernel, size, new = held["kernel"], rule.block_size, w.clone()
+def c3a(w: Tensor, b: Tensor, tensors: Params, rule: Any) -> tuple[Tensor, Tensor]:
+    kernel, size, new = tensors["kernel"], rule.block_size, w.clone()
     for o in range(w.shape[0]):
         for i in range(w.shape[1]):
             new[o, i] += kernel[o // size, i // size, (i - o) % size] / w.shape[1]
     return new, b
 
 
-def randlora(w: Tensor, b: Tensor, held: Params, rule: Any) -> tuple[Tensor, Tensor]:
+def randlora(w: Tensor, b: Tensor, tensors: Params, rule: Any) -> tuple[Tensor, Tensor]:
     delta = sum(
-        held["B"][:, n] @ held["lambda_"][:, n].diag() @ held["A"][:, 0] @ held["gamma"][n].diag()
-        for n in range(held["gamma"].shape[0])
+        tensors["B"][:, n] @ tensors["lambda_"][:, n].diag() @ tensors["A"][:, 0] @ tensors["gamma"][n].diag()
+        for n in range(tensors["gamma"].shape[0])
     )
     return w + rule.alpha / rule.rank * (delta if delta.shape == w.shape else delta.T), b  # type: ignore[union-attr]
 
 
-def copies(w: Tensor, b: Tensor, held: Params, rule: Any) -> tuple[Tensor, Tensor]:
-    return held.get("weight", w), held.get("bias", b)
+def copies(w: Tensor, b: Tensor, tensors: Params, rule: Any) -> tuple[Tensor, Tensor]:
+    return tensors.get("weight", w), tensors.get("bias", b)
 
 
-def tokens(w: Tensor, b: Tensor, held: Params, rule: Any) -> tuple[Tensor, Tensor]:
-    return w.index_copy(0, held["index"], held["rows"]), b
+def tokens(w: Tensor, b: Tensor, tensors: Params, rule: Any) -> tuple[Tensor, Tensor]:
+    return w.index_copy(0, tensors["index"], tensors["rows"]), b
 
 
 OTHERS: dict[str, Method] = {
@@ -139,7 +140,7 @@ OTHERS: dict[str, Method] = {
     "tokens": Method(TokensRule("m", tokens=[3, 1]), tokens, ()),
 }
 ALL = {**METHODS, **OTHERS}
-# These take a forward of somebody's own only where it is provably the plain map.
+# These methods accept a custom forward only if it is provably the plain map.
 STRICT = (AdaLoraRule, ShiraRule, FourierRule, C3aRule, RandLoraRule)
 
 
@@ -252,7 +253,7 @@ TAKING: dict[str, tuple[Any, list[Callable[[Tensor], tuple[tuple, dict[str, Any]
 
 
 def own_core(base: Any) -> Any:
-    """A class that calls torch's function itself, on the parameters as they are or on what it makes of them."""
+    """Create a class that calls torch's function itself, on its parameters or on values computed from them."""
     function = {nn.Linear: F.linear, nn.Conv1d: F.conv1d, nn.Conv2d: F.conv2d}.get(base)
 
     class Core(base):  # type: ignore[misc]
@@ -305,19 +306,19 @@ def generated(draw: random.Random) -> tuple[str, Holder, Tensor, list[Any]]:
     return kind, Holder(module), x, calls
 
 
-def changed_of(base: Any, method: Method, held: Params) -> dict[str, Tensor]:
+def changed_of(base: Any, method: Method, tensors: Params) -> dict[str, Tensor]:
     turned = isinstance(base.m, Conv1D) or (isinstance(base.m, nn.Embedding) and isinstance(method.rule, LoraRule))
     turned = turned and method.by_hand is not copies
     weight = base.m.weight.detach().T if turned else base.m.weight.detach()
     own = base.m._parameters.get("bias")
     bias = torch.zeros(len(weight)) if own is None else own.detach()
-    changed, shifted = method.by_hand(weight, bias, held, method.rule)
+    changed, shifted = method.by_hand(weight, bias, tensors, method.rule)
     return {"m.weight": changed.T if turned else changed, **({} if own is None else {"m.bias": shifted})}
 
 
-def assert_same(found: Tensor, expected: Tensor) -> None:
-    """To within float64's rounding of sums in another order, which an own forward may make larger by its factors."""
-    torch.testing.assert_close(found, expected, rtol=1e-8, atol=1e-8)
+def assert_same(result: Tensor, expected: Tensor) -> None:
+    """Compare with a tolerance for float64's rounding of sums in another order, times factors of the forward."""
+    torch.testing.assert_close(result, expected, rtol=1e-8, atol=1e-8)
 
 
 @settings(max_examples=EXAMPLES, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
@@ -354,35 +355,35 @@ def check(model: Holder, method: Method, x: Tensor, calls: list[Any], draw: rand
         assert before.differences(model) == [] and all(problem.why or problem.what for problem in error.problems)
         return False
     site: Any = model.m
-    held = site.adapters.default.tensors()
+    tensors = site.adapters.default.tensors()
     with torch.no_grad():
-        for tensor in held.values():
+        for tensor in tensors.values():
             if isinstance(tensor, nn.Parameter):
                 tensor.add_(torch.randn_like(tensor) * 0.3)
-        held = {key: tensor.detach().clone() for key, tensor in held.items()}
-        changed = changed_of(base, method, held)
+        tensors = {key: tensor.detach().clone() for key, tensor in tensors.items()}
+        changed = changed_of(base, method, tensors)
         expected = [functional_call(base, changed, *call(x)) for call in calls]
         live = [model(*args, **kwargs) for args, kwargs in (call(x) for call in calls)]
-        for found, wanted in zip(live, expected, strict=True):
-            assert_same(found, wanted)
+        for result, reference in zip(live, expected, strict=True):
+            assert_same(result, reference)
         try:
             merge(model)
         except MergeError as error:
             assert isinstance(method.rule, LoraRule) and "no tensor 'bias'" in str(error), str(error)
         else:
-            for call, wanted in zip(calls, expected, strict=True):
+            for call, reference in zip(calls, expected, strict=True):
                 args, kwargs = call(x)
-                assert_same(model(*args, **kwargs), wanted)
+                assert_same(model(*args, **kwargs), reference)
             unmerge(model)
-        for call, wanted in zip(calls, live, strict=True):
+        for call, reference in zip(calls, live, strict=True):
             args, kwargs = call(x)
-            assert torch.equal(model(*args, **kwargs), wanted)
+            assert torch.equal(model(*args, **kwargs), reference)
     remove(model)
     assert before.differences(model) == []
     return True
 
 
-# Inputs that no name in the signature stands for --------------------------------------------------------------
+# Inputs without a name in the signature -----------------------------------------------------------------------
 
 
 class First(nn.Linear):
@@ -417,14 +418,14 @@ def test_lora_where_the_input_is_starred(cls: Any, call: Any) -> None:
     model: Any = nn.Sequential(cls(5, 4))
     weight, bias, x = model[0].weight.detach().clone(), model[0].bias.detach().clone(), torch.randn(3, 5)
     apply_rules(model, [LoraRule("0", rank=2, alpha=2, init="random")])
-    held = model[0].adapters.default
-    expected = F.linear(x, weight + held.B @ held.A, bias)
+    tensors = model[0].adapters.default
+    expected = F.linear(x, weight + tensors.B @ tensors.A, bias)
     torch.testing.assert_close(call(model[0], x), expected)
     loud = call(model[0], x).square().sum()
     loud.backward()
-    assert held.A.grad.abs().sum() > 0 and held.B.grad.abs().sum() > 0
-    for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
-        torch.testing.assert_close(call(other[0], x), expected)
+    assert tensors.A.grad.abs().sum() > 0 and tensors.B.grad.abs().sum() > 0
+    for clone in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        torch.testing.assert_close(call(clone[0], x), expected)
     merge(model)
     torch.testing.assert_close(call(model[0], x), expected)
 
@@ -435,15 +436,15 @@ def test_rules_on_the_input_where_it_is_starred(cls: Any, call: Any) -> None:
     model: Any = nn.Sequential(cls(4, 4))
     base, x = copy.deepcopy(model[0]), torch.randn(3, 4)
     apply_rules(model, [BottleneckRule("0", size=2, placement="parallel")], adapter="beside")
-    held = model[0].adapters.beside
-    nn.init.normal_(held.up)
-    beside = F.linear(F.linear(x, held.down, held.down_bias).relu(), held.up)
+    tensors = model[0].adapters.beside
+    nn.init.normal_(tensors.up)
+    beside = F.linear(F.linear(x, tensors.down, tensors.down_bias).relu(), tensors.up)
     torch.testing.assert_close(call(model[0], x), call(base, x) + beside)
-    # An input that two adapters replace, one after the other; the bottleneck sees what they make of it.
+    # Two adapters replace the input, one after the other; the bottleneck sees the result.
     apply_rules(model, [ShiftRule("0", by=1.0)], adapter="one")
     apply_rules(model, [ShiftRule("0", by=2.0)], adapter="two")
     activate(model, ["beside", "one", "two"])
-    beside = F.linear(F.linear(x + 3, held.down, held.down_bias).relu(), held.up)
+    beside = F.linear(F.linear(x + 3, tensors.down, tensors.down_bias).relu(), tensors.up)
     torch.testing.assert_close(call(model[0], x), call(base, x + 3) + beside)
     remove(model, "one")
     remove(model, "beside")
@@ -479,11 +480,11 @@ def test_rows_of_a_batch_where_the_input_is_starred(cls: Any) -> None:
         torch.testing.assert_close(together[i : i + 1], model(x[i : i + 1]))
 
 
-# What is kept -------------------------------------------------------------------------------------------------
+# Kept state ---------------------------------------------------------------------------------------------------
 
 
 class Readout(nn.Linear):
-    """As muP writes it."""
+    """A linear layer as in muP."""
 
     def forward(self, input: Tensor) -> Tensor:
         return super().forward(input / 4) * 0.5
@@ -503,18 +504,18 @@ def test_dropout_is_on_the_branch_where_the_map_is_only_scaled(fields: dict[str,
 
 
 class Remembers(nn.Linear):
-    """Counts its calls, draws numbers, and keeps what it was given."""
+    """A layer that counts its calls, draws random numbers, and stores its input."""
 
     calls: Tensor
 
     def __init__(self, inner: int, out: int):
         super().__init__(inner, out)
         self.register_buffer("calls", torch.zeros(()))
-        self.seen: list[Any] = []
+        self.inputs: list[Any] = []
 
     def forward(self, input: Tensor) -> Tensor:
         self.calls.add_(1)
-        self.seen.append(input.shape)
+        self.inputs.append(input.shape)
         return super().forward(input + torch.rand(()) * 0.0)
 
 
@@ -523,11 +524,11 @@ def test_planning_leaves_no_trace_in_what_a_forward_keeps(method: str) -> None:
     model: Any = nn.ModuleDict({"m": Remembers(IN, OUT)})
     before, state = Snapshot(model), torch.get_rng_state()
     assert not plan_rules(model, [ALL[method].rule]).problems
-    assert before.differences(model) == [] and model["m"].seen == [] and torch.equal(torch.get_rng_state(), state)
+    assert before.differences(model) == [] and model["m"].inputs == [] and torch.equal(torch.get_rng_state(), state)
     apply_rules(model, [ALL[method].rule])
     assert float(model["m"].calls) == 0
     model["m"](torch.ones(IN))
-    assert float(model["m"].calls) == 1 and len(model["m"].seen) == 1
+    assert float(model["m"].calls) == 1 and len(model["m"].inputs) == 1
 
 
 class Doubled(nn.Linear):
@@ -546,7 +547,7 @@ class Turned(Conv1D):
 
 
 class Centred(nn.Conv1d):
-    """torch's forward, with a method of it overridden."""
+    """A class with torch's forward and an overridden method."""
 
     def _conv_forward(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         return super()._conv_forward(input, weight - weight.mean(), bias)
@@ -561,24 +562,24 @@ def test_slots_are_the_own_forward_with_other_weights(make: Any, fields: dict[st
     model = Holder(make())
     base, x = copy.deepcopy(model), torch.randn(2, 6, 6) * 30
     apply_rules(model, [LowRankSlotRule("m", rank=2, **fields)])
-    held: Any = model.m.adapters.default  # type: ignore[union-attr]
+    tensors: Any = model.m.adapters.default  # type: ignore[union-attr]
     with torch.no_grad():
-        for tensor in held.parameters():
+        for tensor in tensors.parameters():
             tensor.add_(torch.randn_like(tensor) * 0.3)
     part: Any = base.m
     turned = isinstance(part, Conv1D)
     weight = part.weight.T if turned else part.weight
-    delta = (held.B.flatten(1) @ held.A.flatten(1)).view(weight.shape)
-    gain = held.gain if fields.get("gain") else torch.ones(len(weight))
+    delta = (tensors.B.flatten(1) @ tensors.A.flatten(1)).view(weight.shape)
+    gain = tensors.gain if fields.get("gain") else torch.ones(len(weight))
     changed = (weight + delta) * gain.view(-1, *(1,) * (weight.dim() - 1))
-    bias = part.bias + gain * held.B_bias if fields.get("bias") else part.bias
+    bias = part.bias + gain * tensors.B_bias if fields.get("bias") else part.bias
     expected = functional_call(base, {"m.weight": changed.T if turned else changed, "m.bias": bias}, (x,))
     torch.testing.assert_close(model(x), expected, rtol=1e-4, atol=1e-4)
 
 
 def test_a_forward_around_a_packed_weight_is_refused() -> None:
     class Packed(nn.Parameter):
-        """As quantising libraries make them: a parameter of a class of its own."""
+        """A layer like those of quantising libraries: its parameter is a tensor subclass."""
 
     for cls, refused in ((nn.Linear, False), (Passed, False), (Doubled, True)):
         model: Any = nn.Sequential(cls(8, 8))
@@ -590,7 +591,7 @@ def test_a_forward_around_a_packed_weight_is_refused() -> None:
 
 
 class Scaled8(nn.Linear):
-    """As transformers' FP8Linear: one byte a number, and a scale."""
+    """A layer like transformers' FP8Linear: one byte per number, and a scale."""
 
     def __init__(self, inner: int, out: int):
         super().__init__(inner, out)
@@ -612,19 +613,21 @@ NARROW = [LoraRule("m", rank=2), MissRule("m", rank=2), METHODS["vera"].rule, ME
 
 
 @pytest.mark.parametrize("cls", [Scaled8, Scaled8Whole])
-@pytest.mark.parametrize("made", [*NARROW, AdaLoraRule("m", rank=2, total_step=9)], ids=lambda made: made.label)
-def test_a_weight_of_one_byte_is_left_alone(cls: Any, made: Rule) -> None:
+@pytest.mark.parametrize(
+    "method_rule", [*NARROW, AdaLoraRule("m", rank=2, total_step=9)], ids=lambda method_rule: method_rule.label
+)
+def test_a_weight_of_one_byte_is_left_alone(cls: Any, method_rule: Rule) -> None:
     torch.manual_seed(0)
     model: Any = Holder(cls(IN, OUT))
     weight, bias = model.m.weight.to(torch.float32) * 0.5, model.m.bias
-    apply_rules(model, [made])
-    held = {name: tensor.detach() for name, tensor in model.m.adapters.default.tensors().items()}
+    apply_rules(model, [method_rule])
+    tensors = {name: tensor.detach() for name, tensor in model.m.adapters.default.tensors().items()}
     with torch.no_grad():
-        for tensor in held.values():
+        for tensor in tensors.values():
             if tensor.is_floating_point():
                 tensor.add_(torch.randn_like(tensor) * 0.1)
-    method = next(one for one in ALL.values() if type(one.rule) is type(made))
-    changed, _ = method.by_hand(weight, bias, held, made)
+    method = next(one for one in ALL.values() if type(one.rule) is type(method_rule))
+    changed, _ = method.by_hand(weight, bias, tensors, method_rule)
     x = torch.randn(3, IN)
     torch.testing.assert_close(model(x), F.linear(x, changed, bias), rtol=1e-4, atol=1e-4)
     with pytest.raises(SurgeryError, match="quantised"):

@@ -1,4 +1,4 @@
-"""Forwards as graphs: the same bits as the forward, on other calls too, or a refusal that names the line."""
+"""Traced graphs have the bits of their forward, also in other calls, or tracing fails with the line in the error."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ NAMES = list(FAMILIES) if os.environ.get("ALL_FAMILIES") else [name for name in 
 
 
 class Block(nn.Module):
-    """What modules of transformers do: sizes, settings, optional arguments, children called twice, a tuple out."""
+    """A module like those of transformers: it has sizes, settings, optional arguments and a child called twice."""
 
     def __init__(self, heads: int = 2):
         super().__init__()
@@ -56,14 +56,14 @@ class Block(nn.Module):
 
 
 def same(module: nn.Module, graph: nn.Module, *args: Any, **kwargs: Any) -> None:
-    """The graph gives the forward's bits, from the same random state, and changes its arguments in the same way."""
-    given = [(copied(args), copied(kwargs)) for _ in range(2)]
-    found = []
-    for run, (positional, named) in zip((graph, module), given, strict=True):
+    """Check that the graph has the forward's bits from the same random state, and changes its arguments alike."""
+    argument_copies = [(copied(args), copied(kwargs)) for _ in range(2)]
+    results = []
+    for run, (positional, named) in zip((graph, module), argument_copies, strict=True):
         torch.manual_seed(1)
-        found.append(run(*positional, **named))
-    assert equal(copied(found[0]), copied(found[1]))
-    assert equal(copied(given[0]), copied(given[1]))
+        results.append(run(*positional, **named))
+    assert equal(copied(results[0]), copied(results[1]))
+    assert equal(copied(argument_copies[0]), copied(argument_copies[1]))
 
 
 CALLS: list[dict[str, Any]] = [
@@ -91,8 +91,8 @@ def test_gradients_are_the_forwards() -> None:
     graph = trace(block.eval(), x)
     inputs = [x, *block.parameters()]
     expected = torch.autograd.grad(block(x)[0].square().sum(), inputs)
-    found = torch.autograd.grad(graph(x)[0].square().sum(), inputs)
-    assert all(torch.equal(one, other) for one, other in zip(expected, found, strict=True))
+    results = torch.autograd.grad(graph(x)[0].square().sum(), inputs)
+    assert all(torch.equal(one, other) for one, other in zip(expected, results, strict=True))
 
 
 def test_buffers_that_are_not_saved_stay_so() -> None:
@@ -131,7 +131,7 @@ def test_another_kind_of_call_is_told() -> None:
     with pytest.raises(TraceError, match="training was False"):
         graph(x)
     block.eval()
-    block.heads = 4  # a number that the forward only computes with is read anew, as the graph's own
+    block.heads = 4  # the graph reads a number again at each call if the forward only computes with it
     with torch.autocast("cpu", torch.bfloat16), pytest.raises(TraceError, match="autocast"):
         graph(x)
 
@@ -148,9 +148,9 @@ def test_a_decision_on_a_size_is_checked_at_each_call() -> None:
     module = Long()
     graph = trace(module, torch.randn(2, 6))
     same(module, graph, torch.randn(7, 9))
-    with pytest.raises(TraceError, match="True is decided") as told:
+    with pytest.raises(TraceError, match="True is decided") as raised:
         graph(torch.randn(2, 3))
-    assert "test_trace.py" in str(told.value)
+    assert "test_trace.py" in str(raised.value)
     graph = trace(module, torch.randn(2, 3))
     same(module, graph, torch.randn(2, 4))
     with pytest.raises(TraceError, match="2 is decided"):
@@ -176,11 +176,11 @@ def test_sizes_and_strides_of_all_kinds_stay_computed() -> None:
 def test_nothing_is_left_behind() -> None:
     module = nn.Sequential(nn.BatchNorm1d(8), nn.Dropout(0.5), Block()).train()
     x = torch.randn(4, 8, 8)
-    before, state, drawn = Snapshot(module), torch.get_rng_state(), random.getstate()
+    before, state, random_state = Snapshot(module), torch.get_rng_state(), random.getstate()
     coverage(module, x)
     trace(module, x)
     assert before.differences(module) == []
-    assert torch.equal(torch.get_rng_state(), state) and random.getstate() == drawn
+    assert torch.equal(torch.get_rng_state(), state) and random.getstate() == random_state
 
 
 def test_settings_of_held_objects_are_checked_and_their_numbers_stay_free() -> None:
@@ -220,16 +220,16 @@ class Result:
 
 
 class Holder:
-    """A cache of the kind that models hand around."""
+    """A cache as models pass it from layer to layer."""
 
     def __init__(self) -> None:
-        self.kept: list[Tensor] = []
+        self.tensors: list[Tensor] = []
         self.length = 0
 
     def update(self, x: Tensor) -> Tensor:
-        self.kept.append(x)
+        self.tensors.append(x)
         self.length += x.shape[1]
-        return torch.cat(self.kept, 1)
+        return torch.cat(self.tensors, 1)
 
 
 def test_outputs_of_any_shape() -> None:
@@ -271,7 +271,7 @@ def test_objects_that_are_handed_in_and_made() -> None:
     cache = Holder()
     cache.update(torch.randn(2, 4))
     graph = trace(module, {"x": x, "cache": cache})
-    assert len(cache.kept) == 1
+    assert len(cache.tensors) == 1
     same(module, graph, x, cache=cache)
     longer = copy.deepcopy(cache)
     longer.update(torch.randn(2, 2))
@@ -290,7 +290,7 @@ def test_objects_that_are_handed_in_and_made() -> None:
 
     root = Root()
     graph = trace(root, x)
-    for _ in range(2):  # each call has a cache of its own
+    for _ in range(2):  # each call creates its own cache
         same(root, graph, torch.randn(2, 3))
 
 
@@ -311,18 +311,18 @@ def test_own_gradient_and_autocast_regions() -> None:
     graph = trace(module, x)
     for one, other in zip(graph(x), module(x), strict=True):
         assert torch.equal(one, other)
-    wanted = [x, module.weight]
+    inputs = [x, module.weight]
     for index in (0, 1):
-        grads = [torch.autograd.grad(run(x)[index].sum(), wanted, allow_unused=True) for run in (graph, module)]
-        assert equal(*(tuple(copied(grad) for grad in found) for found in grads))
+        grads = [torch.autograd.grad(run(x)[index].sum(), inputs, allow_unused=True) for run in (graph, module)]
+        assert equal(*(tuple(copied(grad) for grad in results) for results in grads))
     with torch.no_grad():
         graph = trace(module, x)
     assert graph(x)[1].requires_grad and torch.equal(graph(x)[0], module(x)[0])
     with torch.autocast("cpu", torch.bfloat16):
         graph = trace(module, x)
-        found, expected = graph(x), module(x)
+        results, expected = graph(x), module(x)
     assert expected[0].dtype is torch.float32 and expected[1].dtype is torch.float32
-    assert all(torch.equal(one, other) for one, other in zip(found, expected, strict=True))
+    assert all(torch.equal(one, other) for one, other in zip(results, expected, strict=True))
 
 
 OUTSIDE = torch.ones(4)
@@ -339,43 +339,43 @@ class Doubled(torch.autograd.Function):
 
 
 class Refused(nn.Module):
-    def __init__(self, how: str):
+    def __init__(self, case: str):
         super().__init__()
-        self.how = how
+        self.case = case
         self.seen = 0
         self.register_buffer("count", torch.zeros(()))
 
     def forward(self, x: Tensor) -> Any:
-        how = self.how
-        if how == "item":
+        case = self.case
+        if case == "item":
             return x * x.sum().item()
-        if how == "branch":
+        if case == "branch":
             return x if x.sum() > 0 else -x
-        if how == "mask size":
+        if case == "mask size":
             return x.new_zeros(x[x > 0].shape[0] + 1) if x[x > 0].shape[0] > 1 else x
-        if how == "loop":
+        if case == "loop":
             for index in (x > 0).nonzero():
                 x = x + index.sum()
             return x
-        if how == "tolist":
+        if case == "tolist":
             return x * len(x.tolist())
-        if how == "state":
+        if case == "state":
             self.seen = x.shape[0]
             return x
-        if how == "buffer":
+        if case == "buffer":
             self.count = self.count + 1
             return x * self.count
-        if how == "outside":
+        if case == "outside":
             return x + OUTSIDE
-        if how == "numpy":
+        if case == "numpy":
             return x + torch.from_numpy(x.detach().numpy())
-        if how == "python random":
+        if case == "python random":
             return x * random.random()
-        if how == "numpy random":
+        if case == "numpy random":
             return x * float(np.random.rand())
-        if how == "autograd function":
+        if case == "autograd function":
             return Doubled.apply(x)
-        if how == "itself":
+        if case == "itself":
             return x if x.dim() > 1 else self(x[None])
         return torch.Tensor([1.0]) + x
 
@@ -398,17 +398,17 @@ HOWS = {
 }
 
 
-@pytest.mark.parametrize("how", HOWS)
-def test_what_a_graph_would_get_wrong_is_refused_with_its_line(how: str) -> None:
-    module = Refused(how)
+@pytest.mark.parametrize("case", HOWS)
+def test_what_a_graph_would_get_wrong_is_refused_with_its_line(case: str) -> None:
+    module = Refused(case)
     before = Snapshot(module)
-    with pytest.raises(TraceError, match=HOWS[how]) as told:
+    with pytest.raises(TraceError, match=HOWS[case]) as raised:
         trace(module, torch.tensor([1.0, 2.0, -1.0, 3.0]))
     assert before.differences(module) == [] and module.seen == 0
-    if "random" not in how:
-        assert told.value.where and "test_trace.py" in told.value.where
+    if "random" not in case:
+        assert raised.value.where and "test_trace.py" in raised.value.where
     parent = nn.Sequential(nn.Identity(), module)
-    if how not in ("itself", "autograd function"):  # without gradients there is no backward to lose
+    if case not in ("itself", "autograd function"):  # without gradients, the graph does not lose a backward
         rows = {row.type: row for row in coverage(parent, torch.ones(4)).rows}
         assert rows["Refused"].status == "refused" and rows["Sequential"].status == "equal"
 
@@ -468,13 +468,13 @@ def test_a_function_from_a_registry_is_one_node() -> None:
         config._attn_implementation = kind
         model = transformers.LlamaModel(config).eval()
         attention = model.layers[0].self_attn
-        seen = observe(model, {"input_ids": torch.tensor([[1, 2, 3]])}, [attention])
-        graph = traced(attention, *seen.calls[id(attention)][:2])
-        called = [node.target for node in graph.graph.nodes if node.op == "call_function"]
-        names = [getattr(target, "__name__", "") for target in called]
+        observation = observe(model, {"input_ids": torch.tensor([[1, 2, 3]])}, [attention])
+        graph = traced(attention, *observation.calls[id(attention)][:2])
+        targets = [node.target for node in graph.graph.nodes if node.op == "call_function"]
+        names = [getattr(target, "__name__", "") for target in targets]
         assert f"{kind}_attention_forward" in names and "scaled_dot_product_attention" not in names
         expected = ALL_ATTENTION_FUNCTIONS.get(kind)
-        assert expected is None or expected in called
+        assert expected is None or expected in targets
 
 
 @pytest.mark.parametrize("cached", [False, True])
@@ -500,28 +500,28 @@ def test_attention_with_masks_and_caches(side: str, cached: bool) -> None:
     with torch.no_grad():
         watched = [module for module in model.modules() if "Attention" in type(module).__name__]
         for module, call in observe(model, copied(inputs), watched).calls.items():
-            found = next(one for one in watched if id(one) == module)
-            graph = traced(found, call[0], call[1])
-            same(found, graph, *call[0], **call[1])
+            table = next(one for one in watched if id(one) == module)
+            graph = traced(table, call[0], call[1])
+            same(table, graph, *call[0], **call[1])
         assert coverage(model, copied(inputs)).equal_share == 1.0
 
 
 class Notes:
-    """A cache that keeps what it is given in a list, in dicts, and by number of layer."""
+    """A cache that stores its inputs in a list, in dicts, and by layer index."""
 
-    def __init__(self, kept: int = 0, **done: Any) -> None:
-        torch.manual_seed(kept)
-        self.kept = [torch.randn(2, 3) for _ in range(kept)]
+    def __init__(self, count: int = 0, **done: Any) -> None:
+        torch.manual_seed(count)
+        self.tensors = [torch.randn(2, 3) for _ in range(count)]
         self.done: dict[Any, Any] = dict(done)
-        if kept > 1:
+        if count > 1:
             self.more = True
-        self.pair: tuple[Tensor, Tensor | None] = (torch.ones(3), torch.zeros(3) if kept > 1 else None)
+        self.pair: tuple[Tensor, Tensor | None] = (torch.ones(3), torch.zeros(3) if count > 1 else None)
 
     def full(self) -> bool:
-        return len(self.kept) > 1
+        return len(self.tensors) > 1
 
     def last(self) -> Tensor | None:
-        return self.kept[-1] if self.full() else None
+        return self.tensors[-1] if self.full() else None
 
 
 def _counted(x: Tensor, notes: Notes) -> Tensor:
@@ -536,23 +536,23 @@ def _marked(x: Tensor, notes: Notes) -> Tensor:
 
 
 def _through_other_names(x: Tensor, notes: Notes) -> Tensor:
-    kept, done = notes.kept, notes.done
-    kept.append(x)
-    done["also"] = kept
-    kept.append(x + 1)
+    tensors, done = notes.tensors, notes.done
+    tensors.append(x)
+    done["also"] = tensors
+    tensors.append(x + 1)
     return torch.cat(done["also"])
 
 
 def _appended(x: Tensor, notes: Notes) -> Tensor:
-    notes.kept.append(x)
-    notes.kept += [x + 1]
-    return torch.stack(notes.kept) + notes.kept[-1]
+    notes.tensors.append(x)
+    notes.tensors += [x + 1]
+    return torch.stack(notes.tensors) + notes.tensors[-1]
 
 
 def _replaced(x: Tensor, notes: Notes) -> Tensor:
-    for index, one in enumerate(notes.kept):
-        notes.kept[index] = one + x
-    return notes.kept[0]
+    for index, one in enumerate(notes.tensors):
+        notes.tensors[index] = one + x
+    return notes.tensors[0]
 
 
 def _filled(x: Tensor, notes: Notes) -> Tensor:
@@ -563,7 +563,7 @@ def _filled(x: Tensor, notes: Notes) -> Tensor:
 
 def _dropped(x: Tensor, notes: Notes) -> Tensor:
     del notes.done["n"]
-    return x + notes.kept.pop(0)
+    return x + notes.tensors.pop(0)
 
 
 def _gone_through(x: Tensor, notes: Notes) -> Tensor:
@@ -572,7 +572,7 @@ def _gone_through(x: Tensor, notes: Notes) -> Tensor:
     return x
 
 
-# What a forward does with a cache; how it is when traced, in another call of the same kind, and in one of another kind.
+# The use of a cache; the cache in the traced call, in another call of the same kind, and in a call of another kind.
 WITH_NOTES: dict[str, tuple[Any, Notes, Notes | None, Notes | None]] = {
     "counted": (_counted, Notes(), Notes(n=5), None),
     "marked": (_marked, Notes(), Notes(other=1), Notes(seen=True)),
@@ -583,10 +583,10 @@ WITH_NOTES: dict[str, tuple[Any, Notes, Notes | None, Notes | None]] = {
     "filled": (_filled, Notes(), Notes(n=1), Notes(key=torch.ones(3))),
     "dropped": (_dropped, Notes(1, n=1), Notes(2, n=3, m=1), None),
     "gone through": (_gone_through, Notes(n=1), Notes(n=2), Notes(m=2)),
-    "concatenated": (lambda x, notes: torch.cat(notes.kept) + x.sum(), Notes(1), Notes(3), None),
-    "unpacked": (lambda x, notes: torch.cat([x, *notes.kept]), Notes(1), None, Notes(2)),
-    "added": (lambda x, notes: torch.cat([x] + notes.kept), Notes(1), None, Notes(2)),
-    "sliced": (lambda x, notes: torch.cat(notes.kept[1:]), Notes(2), Notes(3), None),
+    "concatenated": (lambda x, notes: torch.cat(notes.tensors) + x.sum(), Notes(1), Notes(3), None),
+    "unpacked": (lambda x, notes: torch.cat([x, *notes.tensors]), Notes(1), None, Notes(2)),
+    "added": (lambda x, notes: torch.cat([x] + notes.tensors), Notes(1), None, Notes(2)),
+    "sliced": (lambda x, notes: torch.cat(notes.tensors[1:]), Notes(2), Notes(3), None),
     "asked": (lambda x, notes: x if notes.full() else -x, Notes(1), Notes(0), Notes(2)),
     "none or not": (lambda x, notes: x if notes.last() is None else -x, Notes(1), Notes(0), Notes(2)),
     "missing": (lambda x, notes: x if hasattr(notes, "more") else -x, Notes(1), Notes(0), Notes(2)),
@@ -627,7 +627,7 @@ def test_what_is_written_to_a_held_object_is_refused(where: str) -> None:
             if where == "its object":
                 self.notes.done["n"] = x.shape[0]
             elif where == "its object's tensors":
-                self.notes.kept.append(x)
+                self.notes.tensors.append(x)
             elif where == "its layers":
                 self.layers.append(x)
             else:
@@ -636,10 +636,10 @@ def test_what_is_written_to_a_held_object_is_refused(where: str) -> None:
 
     module = Counts()
     with pytest.raises(
-        TraceError, match="changes (notes.kept|notes.done|done|layers) of the module|content of a tensor"
+        TraceError, match="changes (notes.tensors|notes.done|done|layers) of the module|content of a tensor"
     ):
         trace(module, torch.randn(2, 3))
-    assert not module.notes.done and len(module.notes.kept) == 1 and module.done == {"n": 0}
+    assert not module.notes.done and len(module.notes.tensors) == 1 and module.done == {"n": 0}
     assert len(module.layers) == 1
 
 
@@ -724,7 +724,7 @@ def test_a_rewritten_module_is_traced_with_its_adapters() -> None:
     same(block, trace(block, x), x)
 
 
-@pytest.mark.filterwarnings("ignore")  # of the packages' own
+@pytest.mark.filterwarnings("ignore")  # warnings of the packages
 @pytest.mark.parametrize("name", OTHERS)
 def test_other_models(name: str) -> None:
     try:
@@ -732,11 +732,11 @@ def test_other_models(name: str) -> None:
     except ModuleNotFoundError as missing:
         pytest.skip(str(missing))
     for mode in (False, True):
-        found = coverage(model.train(mode), inputs)
-        assert found.rows and found.equal_share == 1.0, str(found)
+        table = coverage(model.train(mode), inputs)
+        assert table.rows and table.equal_share == 1.0, str(table)
 
 
-@pytest.mark.filterwarnings("ignore")  # of torch.jit, which is on its way out
+@pytest.mark.filterwarnings("ignore")  # a warning of torch.jit, which is deprecated
 def test_a_compiled_module_is_refused() -> None:
     compiled = torch.jit.script(nn.Sequential(nn.Linear(4, 4), nn.ReLU()))
     x = torch.randn(2, 4)
@@ -762,8 +762,8 @@ def test_silero_vad() -> None:
     except ModuleNotFoundError as missing:
         pytest.skip(str(missing))
     assert coverage(compiled, inputs).equal_share == 0.0
-    for found, expected in zip(model(x, state), compiled._model(x, state), strict=True):
-        torch.testing.assert_close(found, expected)
+    for table, expected in zip(model(x, state), compiled._model(x, state), strict=True):
+        torch.testing.assert_close(table, expected)
     same(model, trace(model, (x, state)), x[:1], state[:, :1])
 
 
@@ -780,10 +780,10 @@ def test_a_rewritten_module_by_itself_is_refused() -> None:
 
 def test_the_table_prints() -> None:
     rich_console = pytest.importorskip("rich.console")
-    found = coverage(nn.Sequential(nn.Linear(4, 4), Refused("branch")), torch.ones(2, 4))
-    assert "2 of 3 module classes" in str(found) and "Refused" in str(found)
+    table = coverage(nn.Sequential(nn.Linear(4, 4), Refused("branch")), torch.ones(2, 4))
+    assert "2 of 3 module classes" in str(table) and "Refused" in str(table)
     console = rich_console.Console(width=160, record=True, file=io.StringIO())
-    console.print(found)
+    console.print(table)
     assert "Refused" in console.export_text()
 
 
@@ -797,46 +797,46 @@ def test_bad_examples_are_told() -> None:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_families(name: str) -> None:
-    """In no family and no mode does a graph differ: it is refused, or it has the bits, on other sizes too."""
+    """In every family and mode, tracing fails or the graph has the forward's bits, also with other sizes."""
     pytest.importorskip("transformers")
     torch.manual_seed(0)
     family = FAMILIES[name]
     model = family.make().eval()
-    found = coverage(model, family.inputs())
-    assert found.rows and found.equal_share >= 0.7
-    assert all(row.reason for row in found.rows if row.status == "refused")
+    table = coverage(model, family.inputs())
+    assert table.rows and table.equal_share >= 0.7
+    assert all(row.reason for row in table.rows if row.status == "refused")
     if name in SAMPLE:
-        assert found.equal_share == 1.0, str(found)
+        assert table.equal_share == 1.0, str(table)
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_families_in_another_batch(name: str) -> None:
-    """Traced with one batch and run with one twice as large: the forward's bits, or a guard, and nothing else."""
+    """Trace with one batch and run with a batch twice as large: the bits are the forward's, or a guard raises."""
     pytest.importorskip("transformers")
     torch.manual_seed(0)
     family = FAMILIES[name]
     model, inputs = family.make().eval(), family.inputs()
     double = {key: torch.cat([v, v]) if isinstance(v, Tensor) and v.dim() else v for key, v in inputs.items()}
     modules = list({type(module): module for module in model.modules()}.values())
-    seen = observe(model, inputs, modules)
+    observation = observe(model, inputs, modules)
     try:
         larger = observe(model, double, modules)
     except SurgeryError:
         pytest.skip("the model takes no other batch")
     same_bits = 0
     for module in modules:
-        if not (seen.reached(module) and larger.reached(module)):
+        if not (observation.reached(module) and larger.reached(module)):
             continue
         with torch.no_grad():
             try:
-                graph = traced(module, *seen.calls[id(module)][:2])
+                graph = traced(module, *observation.calls[id(module)][:2])
                 args, kwargs, _ = larger.calls[id(module)]
                 torch.manual_seed(1)
-                found = graph(*copied(args), **copied(kwargs))
+                results = graph(*copied(args), **copied(kwargs))
             except TraceError:
                 continue
             torch.manual_seed(1)
             expected = type(module).forward(module, *copied(args), **copied(kwargs))
-        assert equal(copied(found), copied(expected)), type(module).__name__
+        assert equal(copied(results), copied(expected)), type(module).__name__
         same_bits += 1
     assert same_bits > 0
