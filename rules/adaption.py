@@ -61,7 +61,7 @@ class AdaptionRule(SlotRule):
         if type(self.mapped) is not bool:
             raise self.bad("mapped", "true or false")
 
-    def rewrite(self, site: Site) -> Any:
+    def rewrite(self, site: Site) -> Tensor | None:
         width = self._width(site)
         prompt = site.param("prompt", (self.length, width), nn.init.normal_)
         gate = site.param("gate", (1,))

@@ -90,7 +90,7 @@ class BoftRule(Rule):
             Q = Q * maps.keep_mask(site, R[..., :1, :1], self.dropout)
         site.replace(site.weight, self._changed(layout, site.weight, site.apply(cayley, Q), s))
 
-    def merged(self, site: LiveSite) -> dict[str, Any]:
+    def merged(self, site: LiveSite) -> dict[str, Tensor]:
         R, s = site.params["R"].detach(), site.params["s"].detach()
         return {"weight": self._changed(maps.at(site), site.weight, cayley(0.5 * (R - R.transpose(-1, -2))), s)}
 

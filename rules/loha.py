@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -58,7 +57,7 @@ class LohaRule(DeltaRule):
             return {"t1": core(size, rank), "w1_a": a, "w1_b": b, "t2": core(size, rank), "w2_a": a, "w2_b": b}
         return {"w1_a": (out, rank), "w1_b": (rank, inner), "w2_a": (out, rank), "w2_b": (rank, inner)}
 
-    def zeros(self, shapes: Mapping[str, Any]) -> Iterable[str]:
+    def zeros(self, shapes: Mapping[str, tuple[int, ...]]) -> Iterable[str]:
         return ["w2_b"]
 
     def delta(self, tensors: Mapping[str, Tensor]) -> Tensor:

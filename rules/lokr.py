@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -71,7 +70,7 @@ class LokrRule(DeltaRule):
             return {**first, "t2": core(size, rank), "w2_a": (rank, p), "w2_b": (rank, j)}
         return {**first, "w2_a": (p, rank), "w2_b": (rank, j * math.prod(size[2:]))}
 
-    def zeros(self, shapes: Mapping[str, Any]) -> Iterable[str]:
+    def zeros(self, shapes: Mapping[str, tuple[int, ...]]) -> Iterable[str]:
         return ["w2", "w2_b"] if self.init == "lycoris" else ["w1", "w1_a"]
 
     def delta(self, tensors: Mapping[str, Tensor]) -> Tensor:

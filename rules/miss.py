@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -99,7 +99,7 @@ class MissRule(LowRankSlottable):
             x = F.dropout(x, self.dropout, site.training)  # type: ignore[arg-type]  # the flag as it is at each call
         return site.output + x.unflatten(-1, (-1, r)).sum(-2) @ self._whole(block, out)
 
-    def merged(self, site: LiveSite) -> dict[str, Any]:
+    def merged(self, site: LiveSite) -> dict[str, Tensor | LowRank]:
         block, layout = site.params["block"].detach(), maps.at(site)
         if self.variant == "bat":
             return {"weight": self._bat(site, site.weight, block)}

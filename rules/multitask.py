@@ -64,7 +64,7 @@ class MultitaskPromptRule(PromptRule):
             raise self.bad("encoder", "None: there is none beside tasks")
 
     @classmethod
-    def routed(cls, sites: Sequence[Member]) -> Any:
+    def routed(cls, sites: Sequence[Member]) -> Tensor | None:
         why = "its tasks are named for all rows of a batch"
         raise SiteError(f"a {cls.__name__} can't be routed", where=sites[0].path, why=why, fix="task_of: one a row")
 

@@ -93,7 +93,7 @@ class OftRule(Rule):
         turned = partial(_rotate, rotation=self._rotation(R, site.buffer("index", index), shape[0], site.apply))
         maps.turn(site, turned, R.dtype)
 
-    def merged(self, site: LiveSite) -> dict[str, Any]:
+    def merged(self, site: LiveSite) -> dict[str, Tensor]:
         R = site.params["R"].detach()
         return maps.turn_weight(
             site, partial(_rotate, rotation=self._rotation(R, site.params["index"], len(R))), R.dtype

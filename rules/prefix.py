@@ -121,7 +121,7 @@ class PrefixRule(SlotRule):
     def companions(self) -> Iterable[Rule]:
         return [] if self.shift is None else [ShiftedRule(self.shift, by=self.length)]
 
-    def rewrite(self, site: Site) -> Any:
+    def rewrite(self, site: Site) -> Tensor | None:
         if site.unreached and self.targets == EVERYWHERE:
             return NotImplemented
         if self.shift is not None:
@@ -135,7 +135,7 @@ class PrefixRule(SlotRule):
         key, value = keys_and_values(site, shapes, self.init, self.projection)
         return extend(site, attention, key, value, site.param("gate", (attention.queries,)) if self.gate else None)
 
-    def _around(self, site: Site) -> Any:
+    def _around(self, site: Site) -> Tensor | None:
         shapes, heads = existing_shapes(site, self.length), site.shape_of("gate")
         if shapes is None:
             example = self._seen(site)

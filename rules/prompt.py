@@ -103,7 +103,7 @@ class PromptRule(Rule):
     def companions(self) -> Iterable[Rule]:
         return [PromptMemoryRule(length=self.length), *([HiddenIdsRule()] if self.whole else ())]
 
-    def rewrite(self, site: Site) -> Any:
+    def rewrite(self, site: Site) -> Tensor | None:
         role = site.fact("role", lambda: text_inputs.role(site))
         if any(isinstance(other, PromptRule) and other.after != self.after for other in site.rules):
             raise SiteError("two prompts at one module need the same `after`", where=site.path)
@@ -122,7 +122,7 @@ class PromptRule(Rule):
         return site.apply(insertion.remove_tokens, site.output, result[1], site.mark, None if self.whole else after)
 
     @classmethod
-    def routed(cls, sites: Sequence[Member]) -> Any:
+    def routed(cls, sites: Sequence[Member]) -> Tensor | None:
         site, rules = sites[0], [cast(PromptRule, member.rule) for member in sites]
         placements = {
             (text_inputs.after_of(member, rule.after), rule.whole) for member, rule in zip(sites, rules, strict=True)

@@ -103,7 +103,7 @@ class ReplaceRule(Rule):
     def _class_name(self) -> str:
         return self.by if isinstance(self.by, str) else getattr(self.by, "__qualname__", type(self.by).__name__)
 
-    def rewrite(self, site: Site) -> Any:
+    def rewrite(self, site: Site) -> Tensor | None:
         base = {**dict(site.module.named_parameters()), **dict(site.module.named_buffers())}
         make = self.by if isinstance(self.by, nn.Module) else self.make
         other = site.submodule("", make, trainable=self.trainable, inherit=base if self.inherit else None)

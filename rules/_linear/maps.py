@@ -97,7 +97,7 @@ def turn(site: Site, turned: Callable[[Tensor, bool], Tensor], dtype: Any) -> No
         site.replace(weight, from_rows(layout, turned(rows_of(layout, weight).to(dtype), True)).to(weight.dtype))
 
 
-def turn_weight(site: LiveSite, turned: Callable[[Tensor, bool], Tensor], dtype: Any) -> dict[str, Any]:
+def turn_weight(site: LiveSite, turned: Callable[[Tensor, bool], Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
     """Returns the change of the weight that equals `turn`, for merging."""
     weight, layout = site.weight, at(site)
     return {"weight": from_rows(layout, turned(rows_of(layout, weight).to(dtype), True)).to(weight.dtype)}

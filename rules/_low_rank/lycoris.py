@@ -36,7 +36,7 @@ class DeltaRule(LowRankSlottable):
         """Returns the shapes of the tensors for a map of this size, (out, in, *kernel)."""
         raise NotImplementedError
 
-    def zeros(self, shapes: Mapping[str, Any]) -> Iterable[str]:
+    def zeros(self, shapes: Mapping[str, tuple[int, ...]]) -> Iterable[str]:
         """Returns the names of the tensors that start at zero. The others start Kaiming-uniform."""
         raise NotImplementedError
 

@@ -1,1 +1,1 @@
-"""What the author of a rule meets: `Rule`, `Site`, `LiveSite`, `Combination`, and rules as data."""
+"""The classes for authors of rules: `Rule`, `Site`, `LiveSite`, `Combination`, and rules as data."""

@@ -84,7 +84,7 @@ class Combination:
         PEFT's `add_weighted_adapter`.
     """
 
-    method: str
+    method: Method
     weights: Mapping[str, float]
     rules: tuple[Declaration, ...] = ()
     rank: int | None = None
@@ -123,11 +123,11 @@ class Combination:
             A tensor of the same shape, in float32 or a wider dtype.
         """
         wide = torch.promote_types(joint_dtype(tensors), torch.float32)
-        kept = [self._prune(tensor.detach().to(wide)) for tensor in tensors]
-        scaled = [tensor * weight for tensor, weight in zip(kept, weights, strict=True)]
+        pruned = [self._prune(tensor.detach().to(wide)) for tensor in tensors]
+        scaled = [tensor * weight for tensor, weight in zip(pruned, weights, strict=True)]
         if "ties" not in self.method:
             return torch.stack(scaled).sum(0)
-        stack = torch.stack(kept)
+        stack = torch.stack(pruned)
         votes = stack.sum(0) if self.majority_sign == "total" else stack.sign().sum(0)
         agreeing = stack.sign() == torch.where(votes >= 0, 1.0, -1.0)
         return (torch.stack(scaled) * agreeing).sum(0) / agreeing.sum(0).clamp(min=1)
@@ -148,8 +148,8 @@ class Combination:
 
     def lacking(self, shares: Sequence[Share]) -> float:
         """Returns the sum of the weights of adapters without a rule at the site."""
-        here = {share.adapter for share in shares}
-        return sum(weight for name, weight in self.weights.items() if name not in here)
+        present = {share.adapter for share in shares}
+        return sum(weight for name, weight in self.weights.items() if name not in present)
 
     def untouched(self, shares: Sequence[Share]) -> bool:
         """Whether the first share already is the result: one adapter with weight 1, or equal rules without tensors."""

@@ -136,7 +136,7 @@ def _to_data(value: Any, where: str) -> Any:
         return {str(key): _to_data(item, where) for key, item in value.items()}
     if value is None or isinstance(value, (bool, int, float, str)):
         return value
-    what = "a tensor" if isinstance(value, Tensor) else repr(value)
+    described = "a tensor" if isinstance(value, Tensor) else repr(value)
     raise RuleError(
-        f"{where} can't be written", why=f"{what} is not data", fix="use numbers, strings, lists and mappings"
+        f"{where} can't be written", why=f"{described} is not data", fix="use numbers, strings, lists and mappings"
     )

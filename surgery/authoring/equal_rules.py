@@ -17,25 +17,25 @@ class ByRule(Generic[T]):
 
     def __init__(self) -> None:
         self._hashed: dict[Rule, T] = {}
-        self._others: list[tuple[Rule, T]] = []
-        self._seen: dict[int, tuple[Rule, T]] = {}  # rules by identity
+        self._unhashed: list[tuple[Rule, T]] = []
+        self._by_identity: dict[int, tuple[Rule, T]] = {}
 
     def get(self, rule: Rule, make: Callable[[], T]) -> T:
         """Returns the value of this rule or an equal rule. Without a value, `make` creates it."""
-        seen = self._seen.get(id(rule))
-        if seen is None:
-            seen = self._seen[id(rule)] = (rule, self._by_value(rule, make))
-        return seen[1]
+        entry = self._by_identity.get(id(rule))
+        if entry is None:
+            entry = self._by_identity[id(rule)] = (rule, self._equal_value(rule, make))
+        return entry[1]
 
-    def _by_value(self, rule: Rule, make: Callable[[], T]) -> T:
+    def _equal_value(self, rule: Rule, make: Callable[[], T]) -> T:
         try:
             if rule not in self._hashed:
                 self._hashed[rule] = make()
             return self._hashed[rule]
         except TypeError:  # a field that can't be hashed
             pass
-        for other, value in self._others:
+        for other, value in self._unhashed:
             if other == rule:
                 return value
-        self._others.append((rule, new := make()))
+        self._unhashed.append((rule, new := make()))
         return new

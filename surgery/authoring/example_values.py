@@ -32,7 +32,7 @@ class TapeSamples:
     def __init__(self, tape: Tape, of: Callable[[Ref], Any], training: bool):
         self.tape, self.of, self.training = tape, of, training
         self.by_mode = False  # whether Python branched on the training flag
-        self.known: dict[Ref, Any] = {}
+        self.samples: dict[Ref, Any] = {}
 
     def decide(self, value: Value, ref: Ref) -> Any:
         """Returns the example's value for a decision of Python, or None if it is unknown.
@@ -54,10 +54,10 @@ class TapeSamples:
             self.by_mode = True
             return self.training
         ref = ref._replace(read="")
-        if ref not in self.known:
+        if ref not in self.samples:
             with torch.no_grad():
-                self.known[ref] = self._run(ref) if ref.kind == "op" else tree_map_only(Tensor, _meta, self.of(ref))
-        return self.known[ref]
+                self.samples[ref] = self._run(ref) if ref.kind == "op" else tree_map_only(Tensor, _meta, self.of(ref))
+        return self.samples[ref]
 
     def _run(self, ref: Ref) -> Any:
         step = self.tape.steps[int(ref.key)]
@@ -75,21 +75,21 @@ class TapeSamples:
 
     def _is_fixed(self, ref: Ref) -> bool:
         """Whether a value depends only on shapes of the module's own tensors."""
-        waiting, seen = [(ref, False)], set[Ref]()
+        waiting, visited = [(ref, False)], set[Ref]()
         while waiting:
-            now, shape = waiting.pop()
-            if now in seen:
+            current, shape = waiting.pop()
+            if current in visited:
                 continue
-            seen.add(now)
-            if now.kind == "training":
+            visited.add(current)
+            if current.kind == "training":
                 continue
-            if now.kind in ("state", "param"):
+            if current.kind in ("state", "param"):
                 if not shape:
                     return False
                 continue
-            if now.kind != "op":
+            if current.kind != "op":
                 return False
-            step = self.tape.steps[int(now.key)]
+            step = self.tape.steps[int(current.key)]
             shape = shape or step.target in _SHAPES
             waiting += [(inner, shape) for inner in (*refs_in(step.args), *refs_in(step.kwargs))]
         return True

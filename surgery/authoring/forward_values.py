@@ -91,8 +91,9 @@ class ForwardValues:
         ...         return self.down(torch.nn.functional.gelu(self.up(x))) * scale
         >>> mlp, x = Mlp(), torch.randn(2, 4)
         >>> _ = apply_rules(mlp, SwishRule(Mlp), example_inputs=x)
-        >>> torch.equal(mlp(x), mlp.down(torch.nn.functional.silu(mlp.up(x)))), torch.allclose(mlp(x, 2.0), 2 * mlp(x))
-        (False, True)
+        >>> silu = mlp.down(torch.nn.functional.silu(mlp.up(x)))
+        >>> torch.allclose(mlp(x), silu, atol=1e-6), torch.allclose(mlp(x, 2.0), 2 * mlp(x))
+        (True, True)
 
         Args:
             structure: The structure to search.
@@ -160,7 +161,7 @@ class ForwardValues:
     def _check_overlap(self, name: str, new: Any) -> None:
         """Raise `SiteError` if two replaced matches overlap, so that the result of one would be lost."""
         inner = self._inner.get(name, frozenset()) - self.tape.source_nodes(new)
-        both = [other for other, its in self._replaced.items() if other in inner or name in its]
+        both = [other for other, contained in self._replaced.items() if other in inner or name in contained]
         if both:
             raise SiteError(
                 f"{self.label} replaces matches that overlap: {both[0]} and {name}",
@@ -208,8 +209,8 @@ class ForwardValues:
             SiteError: `value` is not the result of an operation.
         """
         node = self.node_of(value)
-        others = {old if isinstance(old, fx.Node) else self.node_of(old): new for old, new in swaps.items()}
-        arguments = [replace_nodes(part, lambda n: others.get(n, self.at(n))) for part in (node.args, node.kwargs)]
+        swapped = {old if isinstance(old, fx.Node) else self.node_of(old): new for old, new in swaps.items()}
+        arguments = [replace_nodes(part, lambda n: swapped.get(n, self.at(n))) for part in (node.args, node.kwargs)]
         kinds = {"call_function": "function", "call_method": "method", "call_module": "module"}
         if node.op not in kinds:
             raise SiteError(f"{value!r} is not the result of an operation", where=self.path)

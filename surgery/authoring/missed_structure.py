@@ -27,11 +27,11 @@ def suggest_target(
     `graph` is the graph of the module's forward; `args` and `kwargs` are its arguments in the example. Sites with the
     same graph share the answer, so its paths begin at the site.
     """
-    known = _known.setdefault(structure, weakref.WeakKeyDictionary()).setdefault(graph, {})
+    answers = _answers.setdefault(structure, weakref.WeakKeyDictionary()).setdefault(graph, {})
     classes = tuple([type(inner) for inner in module.modules()])
-    if classes not in known:
-        known[classes] = _search(structure, module, args, kwargs)
-    kind, name, more = known[classes]
+    if classes not in answers:
+        answers[classes] = _search(structure, module, args, kwargs)
+    kind, name, more = answers[classes]
     if kind == "child":
         return f"target its {name!r}, a {more}, whose own forward has {structure}"
     whose, target = (f"its {name!r}", "target that module, and ") if name else ("its forward", "")
@@ -46,11 +46,12 @@ def suggest_target(
 # ("child", path, class): a child's forward contains the structure. ("within", path, function): the module at this path
 # calls a function from a registry, which contains the structure. ("function", path, function): it does not contain it.
 _Place = tuple[str, str, str]
-_Known = weakref.WeakKeyDictionary[fx.Graph, dict[tuple[type, ...], _Place]]
-_known: weakref.WeakKeyDictionary[Structure, _Known] = weakref.WeakKeyDictionary()
+_Answers = weakref.WeakKeyDictionary[fx.Graph, dict[tuple[type, ...], _Place]]
+_answers: weakref.WeakKeyDictionary[Structure, _Answers] = weakref.WeakKeyDictionary()
 
 
 def _search(structure: Structure, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> _Place:
+    """Find a child or a registry function that contains the structure."""
     functions: list[_Place] = []
     for name, inner, arguments in _calls(module, _base_of(module), args, kwargs):
         try:
@@ -86,10 +87,10 @@ def _calls(
     module: nn.Module, base: Any, args: tuple, kwargs: dict[str, Any]
 ) -> list[tuple[str, nn.Module, tuple[tuple, dict[str, Any]]]]:
     """Returns the module and the modules inside that its forward calls, with the arguments of their first calls."""
-    seen: dict[int, tuple[tuple, dict[str, Any]]] = {}
+    first_calls: dict[int, tuple[tuple, dict[str, Any]]] = {}
 
     def note(inner: nn.Module, args: tuple, kwargs: Any) -> None:
-        seen.setdefault(id(inner), (args, dict(kwargs)))
+        first_calls.setdefault(id(inner), (args, dict(kwargs)))
 
     hooks = [
         inner.register_forward_pre_hook(note, with_kwargs=True)
@@ -102,8 +103,10 @@ def _calls(
     finally:
         for hook in hooks:
             hook.remove()
-    called = [(name, inner, seen[id(inner)]) for name, inner in module.named_modules() if id(inner) in seen]
-    return [("", module, (args, kwargs)), *called]
+    inner_calls = [
+        (name, inner, first_calls[id(inner)]) for name, inner in module.named_modules() if id(inner) in first_calls
+    ]
+    return [("", module, (args, kwargs)), *inner_calls]
 
 
 def _from_registries(graph: fx.Graph) -> list[str]:

@@ -9,41 +9,29 @@ writes to the skeleton, so threads and copies share it.
 
 from __future__ import annotations
 
-import ast
 import copy
 import inspect
-import textwrap
 import types
 import weakref
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map_only
 
+from surgery.authoring.skeleton_parts import (
+    OF_MODULES,
+    WIRING,
+    assigned_names,
+    build_content,
+    named_tensors,
+    split_module,
+)
 from surgery.errors import RuleError, SiteError
 from surgery.transaction.gradient_flags import lazy_in
 
-__all__ = ["Skeleton", "named_tensors"]
-
-
-class AttributeContent(NamedTuple):
-    """The content of an attribute: a tensor by its word, a module by its number, or a container of these."""
-
-    kind: str
-    content: Any
-
-
-class ModulePart(NamedTuple):
-    """One module of a skeleton: its class, plain attributes, tensors, children, and attributes that a call builds."""
-
-    cls: type[nn.Module]
-    plain: dict[str, Any]
-    parameters: tuple[tuple[str, str | None], ...]
-    buffers: tuple[tuple[str, str | None], ...]
-    children: tuple[tuple[str, int | None], ...]
-    built: tuple[tuple[str, AttributeContent], ...]
+__all__ = ["Skeleton"]
 
 
 class Skeleton:
@@ -60,7 +48,7 @@ class Skeleton:
         self.module, self.words = module, _words(tensors)
         self.__name__ = self.__qualname__ = type(module).__name__
         self.__module__ = __name__
-        self.parts = _parts(module, {name: word for word, name in self.words.items()})
+        self.parts = split_module(module, {name: word for word, name in self.words.items()})
         parameters = inspect.signature(type(module).forward).parameters.values()
         starred = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters)
         self.takes = None if starred else frozenset(parameter.name for parameter in parameters)
@@ -72,7 +60,7 @@ class Skeleton:
         """Returns the skeleton of a module. It reads only the shapes and dtypes of tensors, not their numbers."""
         skeleton = Skeleton(_hollow(module))
         key = skeleton._key()
-        return skeleton if key is None else _known.setdefault(key, skeleton)
+        return skeleton if key is None else _skeletons.setdefault(key, skeleton)
 
     def _key(self) -> tuple | None:
         """Returns a key that equal skeletons share; None if an attribute can't be compared."""
@@ -86,7 +74,7 @@ class Skeleton:
             plain = []
             for name, value in part.plain.items():
                 value = tuple(value) if isinstance(value, list) else value
-                if name in _OF_MODULES:
+                if name in OF_MODULES:
                     if name.endswith("_hooks") and value:
                         return None
                 elif not isinstance(value, _SIMPLE):
@@ -128,8 +116,8 @@ class Skeleton:
         """
         args = (*args, *more)
         for further in extra:
-            taken = {name: value for name, value in further.items() if value is not None and self._takes(name)}
-            kwargs = {**taken, **kwargs}
+            accepted = {name: value for name, value in further.items() if value is not None and self._takes(name)}
+            kwargs = {**accepted, **kwargs}
         outer: torch.dtype | None = None
         if self.floating is not None:
             inner = tensors[self.floating].dtype
@@ -158,8 +146,8 @@ class Skeleton:
             state["_parameters"] = {name: None if word is None else tensors[word] for name, word in part.parameters}
             state["_buffers"] = {name: None if word is None else tensors[word] for name, word in part.buffers}
             state["_modules"] = {name: None if number is None else views[number] for name, number in part.children}
-            for name, slot in part.built:
-                state[name] = _build(slot, tensors, views)
+            for name, content in part.built:
+                state[name] = build_content(content, tensors, views)
             view.__dict__.update(state)
         return views
 
@@ -177,27 +165,10 @@ class Skeleton:
         for view, part, contents in zip(views, self.parts, self.contents, strict=True):
             built = {name for name, _ in part.built}
             for name, value in view.__dict__.items():
-                if name in _WIRING or name in built:
+                if name in WIRING or name in built:
                     continue
                 if part.plain.get(name, _NOTHING) is not value or contents[name] != _item_ids(value):
                     raise _attribute_error(type(view), name)
-
-
-def named_tensors(module: nn.Module) -> dict[str, Tensor]:
-    """Returns a module's tensors by dotted names, each once: parameters, buffers, and tensors in plain attributes."""
-    tensors = {**dict(module.named_parameters()), **dict(module.named_buffers())}
-    seen = {id(tensor) for tensor in tensors.values()}
-    for path, inner in module.named_modules():
-        for name, value in inner.__dict__.items():
-            if name in _OF_MODULES:
-                continue
-            items = value.items() if isinstance(value, dict) else enumerate(value) if _is_list(value) else ()
-            places = [(name, value), *((f"{name}.{key}", item) for key, item in items)]
-            for place, tensor in places:
-                if isinstance(tensor, Tensor) and id(tensor) not in seen:
-                    seen.add(id(tensor))
-                    tensors[f"{path}.{place}" if path else place] = tensor
-    return tensors
 
 
 def _words(tensors: Mapping[str, Tensor]) -> dict[str, str]:
@@ -230,105 +201,9 @@ def _hollow(module: nn.Module) -> nn.Module:
         if isinstance(inner, torch.jit.ScriptModule):
             raise RuleError(f"{type(module).__name__} contains TorchScript", fix="pass the original Python module")
         buffers = set(inner._buffers)
-        if left := [name for name in _assigned(type(inner).forward) if name not in buffers]:
-            raise _attribute_error(type(inner), left[0])
+        if unbuffered := [name for name in assigned_names(type(inner).forward) if name not in buffers]:
+            raise _attribute_error(type(inner), unbuffered[0])
     return hollow
-
-
-def _assigned(forward: Any) -> tuple[str, ...]:
-    """Returns the attributes that a forward sets on its module."""
-    if forward not in _assigned_names:
-        _assigned_names[forward] = tuple(_find_assigned(forward))
-    return _assigned_names[forward]
-
-
-def _find_assigned(forward: Any) -> list[str]:
-    try:
-        tree = ast.parse(textwrap.dedent(inspect.getsource(forward)))
-        itself = next(iter(inspect.signature(forward).parameters))
-    except (OSError, TypeError, SyntaxError, ValueError, StopIteration):
-        return []
-    stored = [node for node in ast.walk(tree) if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store)]
-    return [node.attr for node in stored if isinstance(node.value, ast.Name) and node.value.id == itself]
-
-
-def _parts(module: nn.Module, words: Mapping[str, str]) -> tuple[ModulePart, ...]:
-    """Returns the parts of a skeleton's modules, the outermost last."""
-    inside = [inner for _, inner in module.named_modules()][::-1]
-    numbers = {id(inner): number for number, inner in enumerate(inside)}
-    called = {id(tensor): words[name] for name, tensor in named_tensors(module).items()}
-    parts = []
-    for inner in inside:
-        plain = {name: value for name, value in inner.__dict__.items() if name not in _WIRING}
-        slots = {name: _slot(value, called, numbers) for name, value in plain.items() if name not in _OF_MODULES}
-        built = {name: slot for name, slot in slots.items() if slot.kind != "plain"}
-        parts.append(
-            ModulePart(
-                _view_class(type(inner), inner),
-                {name: value for name, value in plain.items() if name not in built},
-                tuple((name, None if t is None else called[id(t)]) for name, t in inner._parameters.items()),
-                tuple((name, None if t is None else called[id(t)]) for name, t in inner._buffers.items()),
-                tuple((name, None if c is None else numbers[id(c)]) for name, c in inner._modules.items()),
-                tuple(built.items()),
-            )
-        )
-    return tuple(parts)
-
-
-def _slot(value: Any, called: Mapping[int, str], numbers: Mapping[int, int]) -> AttributeContent:
-    if isinstance(value, Tensor) and id(value) in called:
-        return AttributeContent("tensor", called[id(value)])
-    if isinstance(value, nn.Module) and id(value) in numbers:
-        return AttributeContent("module", numbers[id(value)])
-    if isinstance(value, types.MethodType) and id(value.__self__) in numbers:
-        return AttributeContent("method", (value.__func__, numbers[id(value.__self__)]))
-    if isinstance(value, weakref.ref) and id(value()) in called:
-        return AttributeContent("reference", called[id(value())])
-    for kind in ("list", "tuple", "dict"):
-        if type(value).__name__ == kind and isinstance(value, (list, tuple, dict)):
-            items = value.values() if isinstance(value, dict) else value
-            slots = [_slot(item, called, numbers) for item in items]
-            if any(slot.kind != "plain" for slot in slots):
-                return AttributeContent(kind, tuple(zip(value, slots, strict=True)))
-    return AttributeContent("plain", value)
-
-
-def _build(slot: AttributeContent, tensors: Mapping[str, Tensor], views: list[nn.Module]) -> Any:
-    kind, content = slot
-    if kind == "tensor":
-        return tensors[content]
-    if kind == "module":
-        return views[content]
-    if kind == "method":
-        return types.MethodType(content[0], views[content[1]])
-    if kind == "reference":
-        return weakref.ref(tensors[content])
-    if kind == "dict":
-        return {key: _build(inner, tensors, views) for key, inner in content}
-    if kind == "plain":
-        return content
-    items = [_build(inner, tensors, views) for _, inner in content]
-    return tuple(items) if kind == "tuple" else items
-
-
-def _view_class(cls: type[nn.Module], module: nn.Module) -> type[nn.Module]:
-    """Returns the class of a view. If the forward sets buffers, it is a subclass that simply stores them.
-
-    nn.Module's own `__setattr__` inspects signatures, and torch.compile can't trace that on a view.
-    """
-    if not any(name in module._buffers for name in _assigned(cls.forward)):
-        return cls
-    if cls not in _setters:
-
-        def set_attribute(self: Any, name: str, value: Any) -> None:
-            if name in self._buffers:
-                self._buffers[name] = value
-            else:
-                cls.__setattr__(self, name, value)
-
-        metaclass: Any = type(cls)
-        _setters[cls] = metaclass(cls.__name__, (cls,), {"__setattr__": set_attribute, "__module__": cls.__module__})
-    return _setters[cls]
 
 
 def _item_ids(value: Any) -> tuple[int, ...]:
@@ -360,13 +235,7 @@ def _attribute_error(cls: type[nn.Module], name: str) -> SiteError:
     )
 
 
-def _is_list(value: Any) -> bool:
-    return type(value) in (list, tuple)
-
-
 _NOTHING = object()
-_WIRING = frozenset({"_parameters", "_buffers", "_modules", "training"})
-_OF_MODULES = frozenset(nn.Module().__dict__)
 _SIMPLE = (
     int,
     float,
@@ -379,6 +248,4 @@ _SIMPLE = (
     types.FunctionType,
     types.BuiltinFunctionType,
 )
-_assigned_names: weakref.WeakKeyDictionary[Any, tuple[str, ...]] = weakref.WeakKeyDictionary()
-_setters: weakref.WeakKeyDictionary[type[nn.Module], type[nn.Module]] = weakref.WeakKeyDictionary()
-_known: weakref.WeakValueDictionary[tuple, Skeleton] = weakref.WeakValueDictionary()
+_skeletons: weakref.WeakValueDictionary[tuple, Skeleton] = weakref.WeakValueDictionary()

@@ -8,8 +8,8 @@ from typing import Any
 
 from torch import nn
 
+from surgery.authoring.declared_tensors import ParamSpec
 from surgery.authoring.rule import Rule
-from surgery.authoring.site import ParamSpec
 from surgery.forward.own_forward import OwnForward
 from surgery.forward.tape import Tape
 

@@ -27,7 +27,7 @@ __all__ = ["Combinable", "Mergeable", "Placement", "Routable", "Rule", "SlotRule
 
 
 class Placement(Declaration):
-    """Which of the matched modules a rule takes, and which further rules it brings."""
+    """The choice among matched modules, and further rules of the same adapter."""
 
     def expand(self, module: nn.Module, path: str) -> Iterable[tuple[str, nn.Module]]:
         """Returns the sites of a matched module as (path, module). Default: the module itself."""

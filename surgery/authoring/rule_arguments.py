@@ -111,5 +111,5 @@ def _is_path(text: str) -> bool:
 
 
 def _short(value: Any) -> str:
-    shown = repr(value)
-    return shown if len(shown) <= 80 else shown[:77] + "…"
+    text = repr(value)
+    return text if len(text) <= 80 else text[:77] + "…"

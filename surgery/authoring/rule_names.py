@@ -14,9 +14,9 @@ _classes: dict[str, type[Any]] = {}
 
 def register(name: str, cls: type[Any]) -> None:
     """Register a rule class under a name. Raises `RuleError` if another class has the name."""
-    taken = _classes.get(name)
-    if taken is not None and qualified_name(taken) != qualified_name(cls):
-        raise RuleError(f"the rule name {name!r} is taken by {qualified_name(taken)}", fix="choose another name")
+    registered = _classes.get(name)
+    if registered is not None and qualified_name(registered) != qualified_name(cls):
+        raise RuleError(f"the rule name {name!r} is taken by {qualified_name(registered)}", fix="choose another name")
     _classes[name] = cls
 
 
@@ -27,9 +27,9 @@ def registered(name: str) -> type[Any]:
             entry.load()
     if name in _classes:
         return _classes[name]
-    known = set(_classes) | {entry.name for entry in metadata.entry_points(group="surgery.rules")}
+    all_names = set(_classes) | {entry.name for entry in metadata.entry_points(group="surgery.rules")}
     raise RuleError(
         f"{name!r} is not the name of a rule",
-        why=near_misses(name, known) or f"known rules: {', '.join(sorted(known))}",
+        why=near_misses(name, all_names) or f"known rules: {', '.join(sorted(all_names))}",
         fix="import or install the package that defines it",
     )

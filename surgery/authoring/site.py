@@ -2,27 +2,22 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any, cast
-from uuid import uuid4
 
-import torch
 from torch import Tensor, fx, nn
 
 from surgery.authoring.declaration import Declaration
+from surgery.authoring.declared_tensors import DeclaredTensors, ParamSpec
+from surgery.authoring.example_facts import Example, ExampleFacts
 from surgery.authoring.forward_values import ForwardValues
-from surgery.authoring.site_facts import MARK, SiteFacts
-from surgery.authoring.site_module import SiteModule, site_module
-from surgery.complex_numbers import filled_by_reals, is_number, narrow
+from surgery.complex_numbers import narrow
 from surgery.errors import SiteError, near_misses
 from surgery.forward.function_registries import takes_functions
-from surgery.forward.function_watch import pause_watch
 from surgery.forward.hidden_state import hidden_of, with_hidden
 from surgery.forward.own_forward import OwnForward
 from surgery.forward.packed_weights import UNPACKED, is_packed
-from surgery.forward.parameter_view import calls_inside, find_tensor, hidden_reference, make_view
+from surgery.forward.parameter_view import find_tensor, hidden_reference
 from surgery.forward.tape import Tape
 from surgery.forward.tape_steps import Ref
 from surgery.forward.unnamed_inputs import FIRST, hidden_first
@@ -30,33 +25,11 @@ from surgery.forward.values import Value, ref_of
 from surgery.patterns.module_walk import RESERVED
 from surgery.structures.passed_ops import Passage
 from surgery.structures.structure import Structure
-from surgery.tracing.example_call import call
 
-__all__ = ["ParamSpec", "Site"]
-
-Fill = Callable[[Tensor], Any]
-# Returns a module's own arguments in the example call as (args, kwargs), or None if the call does not reach it.
-Example = Callable[[], "tuple[tuple, dict[str, Any]] | None"] | None
+__all__ = ["Site"]
 
 
-@dataclass(frozen=True)
-class ParamSpec:
-    """A tensor that a rule declares at a site. Applying the plan creates it."""
-
-    name: str
-    shape: tuple[int, ...]
-    dtype: torch.dtype
-    fill: Fill
-    trainable: bool
-    buffer: bool
-    tied: Tensor | None = None  # sites of a rule with the same tensor here share one parameter
-
-    def tie(self, rule: Declaration) -> tuple[int, str, int] | None:
-        """Returns a key that is equal for sites that share this tensor; None if it is not shared."""
-        return None if self.tied is None else (id(rule), self.name, id(self.tied))
-
-
-class Site(SiteFacts, ForwardValues):
+class Site(DeclaredTensors, ExampleFacts, ForwardValues):
     """One module while a rule rewrites it: its inputs, outputs and parameters as values to compute with.
 
     >>> from torch import nn
@@ -204,82 +177,10 @@ class Site(SiteFacts, ForwardValues):
         self._check_importable(function)
         self.tape.around(function, values, cast(Value, at))
 
-    @functools.cached_property
-    def example(self) -> tuple[tuple, dict[str, Any]] | None:
-        """Copies of the module's arguments in the example call, as (args, kwargs); None without an example."""
-        if self._example is None:
-            return None
-        with pause_watch(self.tape):
-            return self._example()
-
-    @property
-    def unreached(self) -> bool:
-        """Whether there is an example call that never reaches this module."""
-        return self._example is not None and self.example is None
-
-    def needed_example(self, why: str) -> tuple[tuple, dict[str, Any]]:
-        """Returns `example`. Raises `SiteError` with this reason if there is no example."""
-        if self.unreached:
-            fix = "exclude it, or pass an example that uses it"
-            raise SiteError(
-                f"the example call never reaches a target of {self.label}", where=self.path, why=why, fix=fix
-            )
-        if self.example is None:
-            fix = "pass example_inputs: apply_rules and load_adapter take them"
-            raise SiteError(f"{self.label} needs example_inputs", where=self.path, why=why, fix=fix)
-        return self.example
-
-    @property
-    def owners(self) -> tuple[nn.Module, ...]:
-        """The modules that contain this module, the model first.
-
-        They are known only while planning: store what you read from them with `fact`.
-        """
-        return self._owners
-
     @property
     def rules(self) -> tuple[Declaration, ...]:
         """The rules of other adapters that are already on the module."""
         return self._others()
-
-    def fact(self, name: str, find: Callable[[], Any]) -> Any:
-        """Call `find()` once while planning, and store its result with the site.
-
-        A copied or unpickled site records its rules again without the model and the example, but with its facts.
-
-        Args:
-            name: The name of the fact.
-            find: Returns the fact: plain data.
-        """
-        if name not in self.facts:
-            with pause_watch(self.tape):
-                self.facts[name] = find()
-        return self.facts[name]
-
-    @property
-    def mark(self) -> str:
-        """A word that identifies this adapter at this module, to mark objects that outlive a call, such as a cache.
-
-        Renaming the adapter keeps the word. A copy of the adapter has another word.
-        """
-        return self.fact(MARK, lambda: uuid4().hex)
-
-    def run(self, module: nn.Module | None = None, /, **inputs: Any) -> Any:
-        """Call a module's own forward in evaluation mode, without rules, gradients or side effects. For `fact`.
-
-        Args:
-            module: Another module of the model. Default None: the site's module.
-            **inputs: The arguments by name.
-        """
-        module = self.module if module is None else module
-        base = getattr(module, "_surgery_base", type(module))
-        with pause_watch(self.tape):
-            return call(make_view(module, base, {}) if type(module) is not base else module, inputs)
-
-    def calls_inside(self, args: tuple, kwargs: Mapping[str, Any]) -> list[tuple[Any, tuple, dict[str, Any]]]:
-        """Run the module's own forward and return its calls of functions from registries: (function, args, kwargs)."""
-        with pause_watch(self.tape), torch.random.fork_rng():  # planning must not advance the random state
-            return calls_inside(self.module, args, kwargs)
 
     def shape_of(self, name: str) -> tuple[int, ...] | None:
         """Returns the shape of an existing tensor of the adapter, or None. In copies, rules are recorded again."""
@@ -325,79 +226,6 @@ class Site(SiteFacts, ForwardValues):
             )
         return self._value("state", name)
 
-    def param(
-        self,
-        name: str,
-        value: Tensor | Sequence[int],
-        init: float | Fill = 0.0,
-        *,
-        dtype: torch.dtype | str | None = None,
-        trainable: bool = True,
-        tied: Tensor | None = None,
-    ) -> Tensor:
-        """Declare a parameter of the adapter, named `<site>.adapters.<adapter>.<name>`.
-
-        >>> from torch import nn
-        >>> from surgery import Rule, apply_rules, rule
-        >>> @rule("doc-scale")
-        ... class ScaleRule(Rule):
-        ...     def rewrite(self, site):
-        ...         return site.output * site.param("scale", (site.out_features,), init=1.0)
-        >>> apply_rules(nn.Linear(3, 2), ScaleRule(nn.Linear)).adapters.default.scale
-        Parameter containing:
-        tensor([1., 1.], requires_grad=True)
-
-        Args:
-            name: A Python identifier.
-            value: The initial tensor, or the shape.
-            init: For a shape: a number, or a function that fills a tensor in place (`nn.init.xavier_uniform_`). It
-                fills the real part of complex tensors, as in PEFT. Default 0.
-            dtype: The dtype. Default None: the initial tensor's dtype; for a shape the module's dtype, or float32 if
-                that is half precision or quantised (PEFT's autocast_adapter_dtype).
-            trainable: Whether the parameter trains. Default True.
-            tied: Sites of this rule with the same tensor here share one parameter. Default None.
-
-        Returns:
-            The parameter as a value. Applying the plan creates it on the module's device.
-
-        Raises:
-            SiteError: The name or the shape is invalid, or the name is in use.
-        """
-        return self._declare(name, value, init, dtype, trainable, buffer=False, tied=tied)
-
-    def buffer(
-        self,
-        name: str,
-        value: Tensor | Sequence[int],
-        init: float | Fill = 0.0,
-        *,
-        dtype: torch.dtype | str | None = None,
-    ) -> Tensor:
-        """Declare a tensor of the adapter that is saved and not trained, such as a running mean. See `param`."""
-        return self._declare(name, value, init, dtype, False, buffer=True)
-
-    def submodule(
-        self,
-        name: str,
-        make: Callable[[], nn.Module] | nn.Module,
-        *,
-        trainable: bool | None = None,
-        inherit: Mapping[str, Tensor] | None = None,
-    ) -> SiteModule:
-        """Declare a module of the adapter and return it for calls with values: `mlp = site.submodule("mlp", make)`.
-
-        The module's forward may branch, loop, and have several inputs and outputs. It computes in the dtype of its
-        tensors, and its result has the dtype of its first input.
-
-        Args:
-            name: The prefix of its tensors: a tensor `up.weight` becomes the adapter's `<name>_up_weight`.
-            make: A function or class that creates the module (`lambda: nn.Sequential(…)`), so that planning draws no
-                random numbers; or a module, which is copied.
-            trainable: Whether its parameters train. Default None: as their `requires_grad` says.
-            inherit: Initial tensors by their names in the module. Tensors of another shape are ignored.
-        """
-        return site_module(self, name, make, trainable, inherit)
-
     def replace(self, old: Tensor, new: Any, *, only: Sequence[Tensor] = ()) -> None:
         """Replace `old` by `new` for everything in the forward that uses it.
 
@@ -430,33 +258,8 @@ class Site(SiteFacts, ForwardValues):
         # Rules and type checkers use a value like the tensor that it represents.
         return cast(Tensor, self.tape.value(kind, key))
 
-    def sample(self, ref: Ref) -> Any:
-        """Returns a value's tensor in the example, or a meta tensor of its shape, for `TapeSamples`."""
-        graph = self.own.graph
-        if ref.kind == "state":
-            return find_tensor(self.module, str(ref.key))
-        if ref.kind == "param":
-            spec = self.specs[str(ref.key)]
-            return torch.empty(spec.shape, dtype=spec.dtype, device="meta")
-        if graph is not None and (node := self._node_at(ref, graph)) is not None and "shape" in node.meta:
-            return torch.empty(node.meta["shape"], dtype=node.meta["dtype"], device="meta")
-        if ref.kind not in ("input", "output", "base") or self.example is None:
-            raise LookupError(ref)
-        args, kwargs = self.example
-        if ref.kind != "input":
-            return self.run(**self.own.signature.bind(*args, **kwargs).arguments)
-        bound = self.own.signature.bind(*args, **kwargs)
-        bound.apply_defaults()
-        return bound.arguments[str(ref.key)]
-
-    def _node_at(self, ref: Ref, graph: fx.Graph) -> fx.Node | None:
-        if ref.kind in ("output", "base"):
-            output = graph.output_node().args[0]
-            return output if isinstance(output, fx.Node) else None
-        name = ("placeholder", lambda n: str(n.target).lstrip("*")) if ref.kind == "input" else ("", lambda n: n.name)
-        return next((n for n in graph.nodes if name[1](n) == ref.key and n.op.startswith(name[0])), None)
-
     def _check_editable(self, name: str) -> None:
+        """Raise `SiteError` if the forward would not see a new value of the tensor."""
         tensor = find_tensor(self.module, name)
         owner = self.module.get_submodule(name.rpartition(".")[0])
         why = None
@@ -475,37 +278,8 @@ class Site(SiteFacts, ForwardValues):
                 + (f"; or {UNPACKED}" if is_packed(tensor) else ""),
             )
 
-    def _declare(
-        self, name: str, value: Any, init: Any, dtype: Any, trainable: bool, buffer: bool, tied: Tensor | None = None
-    ) -> Tensor:
-        if not name.isidentifier() or hasattr(nn.Module, name) or name in _RESERVED_NAMES:
-            raise SiteError(f"{name!r} can't name a tensor", where=self.path, fix="use a plain identifier")
-        if name in self.specs:
-            raise SiteError(f"{self.label} declares the tensor {name!r} twice", where=self.path)
-        if isinstance(value, Tensor):
-            shape, tensor_dtype = tuple(value.shape), value.dtype
-            source = value.detach()
-            fill: Fill = lambda tensor: tensor.copy_(source)  # noqa: E731
-        else:
-            shape, tensor_dtype = tuple(int(size) for size in value), self.dtype
-            fill = filled_by_reals(init) if callable(init) else _constant(float(init))
-        if any(size < 0 for size in shape):
-            raise SiteError(f"the tensor {name!r} can't have the shape {shape}", where=self.path)
-        if dtype is not None:
-            tensor_dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype
-        trained = trainable and is_number(tensor_dtype)
-        self.specs[name] = ParamSpec(name, shape, tensor_dtype, fill, trained, buffer, tied)
-        return self._value("param", name)
-
 
 def _runs_torch_forward(module: nn.Module) -> bool:
     """Whether the module runs a forward of torch, which uses its parameters as they are."""
     base = getattr(type(module), "_surgery_base", type(module))
     return str(getattr(base.forward, "__module__", "")).startswith("torch.")
-
-
-def _constant(value: float) -> Fill:
-    return lambda tensor: tensor.fill_(value)
-
-
-_RESERVED_NAMES = frozenset(nn.Module().__dict__)

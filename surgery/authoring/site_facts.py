@@ -59,6 +59,7 @@ class SiteFacts:
         return first.dtype if first is not None and first.dtype in _WIDE else torch.float32
 
     def _size(self, *names: str) -> int:
+        """The first of these attributes that is a number, else the size of the weight of a norm."""
         for name in names:
             size = getattr(self.module, name, None)
             if type(size) is int:

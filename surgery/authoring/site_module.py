@@ -9,7 +9,8 @@ from typing import Any, Protocol, cast
 import torch
 from torch import Tensor, nn
 
-from surgery.authoring.module_skeleton import Skeleton, named_tensors
+from surgery.authoring.module_skeleton import Skeleton
+from surgery.authoring.skeleton_parts import named_tensors
 from surgery.errors import RuleError, SurgeryError, TraceError
 from surgery.forward.own_forward import is_trusted
 from surgery.forward.tape import Tape
@@ -163,12 +164,12 @@ class _Starts:
     """
 
     def __init__(self, make: Make):
-        self._make, self._left = make, dict[str, Tensor]()
+        self._make, self._tensors = make, dict[str, Tensor]()
 
     def of(self, name: str) -> Tensor:
-        if name not in self._left:
-            self._left = named_tensors(_create(self._make))
-        return self._left.pop(name)
+        if name not in self._tensors:
+            self._tensors = named_tensors(_create(self._make))
+        return self._tensors.pop(name)
 
 
 def skeleton_of(make: Make) -> Skeleton:

@@ -1,1 +1,1 @@
-"""What a rewritten model looks like: summaries, generated code, pictures, coverage."""
+"""Looking at a rewritten model: summaries, code, pictures and coverage."""

@@ -48,19 +48,19 @@ class Coverage:
 
     def __str__(self) -> str:
         cells = [[row.path or "(model)", row.type, row.status, row.reason] for row in self.rows]
-        return f"{self._told()}\n{table(_HEAD, cells)}"
+        return f"{self._headline()}\n{table(_HEAD, cells)}"
 
     def __rich__(self) -> Any:
         from rich.table import Table
 
-        shown = Table(title=self._told())
+        rich_table = Table(title=self._headline())
         for name in _HEAD:
-            shown.add_column(name)
+            rich_table.add_column(name)
         for path, kind, status, reason in self.rows:
-            shown.add_row(path or "(model)", kind, status, reason, style="red" if status == "refused" else None)
-        return shown
+            rich_table.add_row(path or "(model)", kind, status, reason, style="red" if status == "refused" else None)
+        return rich_table
 
-    def _told(self) -> str:
+    def _headline(self) -> str:
         equal = sum(row.status == "equal" for row in self.rows)
         return f"{equal} of {len(self.rows)} module classes are held as graphs"
 

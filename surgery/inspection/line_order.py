@@ -1,4 +1,4 @@
-"""The order of lines: a rule's lines stand together where that changes nothing."""
+"""Orders the lines of a forward so that each rule's lines stand together, if that keeps the results equal."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ from surgery.inspection.readable_graph import acts, writes
 
 __all__ = ["DRAWS", "NONE", "WRITES", "effect_of", "in_order"]
 
-NONE, DRAWS, WRITES = range(3)  # what a node does besides giving a value; the last one: or may do
+# The effect of a node besides its value: none, drawing random numbers, or (possibly) writing.
+NONE, DRAWS, WRITES = range(3)
 
 
 def effect_of(node: fx.Node) -> int:
@@ -20,27 +21,28 @@ def effect_of(node: fx.Node) -> int:
 def in_order(
     statements: Sequence[fx.Node], sources: Mapping[fx.Node, Sequence[fx.Node]], effects: Mapping[fx.Node, int]
 ) -> list[fx.Node]:
-    """The forward's own lines as early as may be. `sources`: the lines whose values a line uses.
+    """Order the lines, with the module's own lines as early as possible. `sources`: the lines whose values a line uses.
 
-    A line that may write keeps its place among all lines, and one that draws among those that draw.
+    A line that may write keeps its place among all lines. A line that draws random numbers keeps its place among the
+    lines that draw.
     """
     line = {node: index for index, node in enumerate(statements)}
     origins = [node.meta.get("surgery", "") for node in statements]
     needs: list[set[int]] = []
     for index, node in enumerate(statements):
-        found = {line[source] for source in sources[node]}
+        needed = {line[source] for source in sources[node]}
         for before in range(index):
             pair = effects[node], effects[statements[before]]
             if WRITES in pair or pair == (DRAWS, DRAWS):
-                found.add(before)
-        needs.append(found)
+                needed.add(before)
+        needs.append(needed)
     order: list[int] = []
-    done: set[int] = set()
-    left = list(range(len(statements)))
-    while left:
-        now = origins[order[-1]] if order else ""
-        ready = [index for index in left if needs[index] <= done]
-        order.append(min(ready, key=lambda index: (bool(origins[index]), origins[index] != now, index)))
-        done.add(order[-1])
-        left.remove(order[-1])
+    placed: set[int] = set()
+    waiting = list(range(len(statements)))
+    while waiting:
+        last_origin = origins[order[-1]] if order else ""
+        ready = [index for index in waiting if needs[index] <= placed]
+        order.append(min(ready, key=lambda index: (bool(origins[index]), origins[index] != last_origin, index)))
+        placed.add(order[-1])
+        waiting.remove(order[-1])
     return [statements[index] for index in order]

@@ -1,4 +1,4 @@
-"""Long lines of code: the arguments of the call at their end stand on lines of their own."""
+"""Wraps long lines of code: the arguments of the call at the end of a line get lines of their own."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ __all__ = ["wrapped"]
 
 
 def wrapped(text: str, width: int) -> list[str]:
-    """The line as one, or as several where it is wider and ends with a call or a collection of several items."""
+    """Split a line that is wider than `width` and ends with a call or a collection; return other lines whole."""
     if len(text) <= width or text.startswith("#"):
         return [text]
     tokens = [token for token in tokenize.generate_tokens(io.StringIO(text).readline) if token.string]

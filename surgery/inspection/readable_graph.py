@@ -1,4 +1,4 @@
-"""A woven graph without the engine's own bookkeeping, and what holds for its nodes: regions, effects, uses."""
+"""Removes the engine's bookkeeping from a woven graph, and tells the regions, effects and operands of its nodes."""
 
 from __future__ import annotations
 
@@ -15,14 +15,15 @@ from surgery.forward.side_effects import is_foreign
 from surgery.tracing.decisions import check_decision, decide, decide_parts
 from surgery.tracing.guards import in_region
 
-__all__ = ["acts", "blocks_of", "operands", "region_of", "simplified", "writes"]
+__all__ = ["acts", "blocks_of", "operands", "region_of", "simplify_graph", "writes"]
 
 
-def simplified(graph: fx.Graph, autocast: tuple[Any, ...]) -> fx.Graph:
-    """The graph, changed in place: calls under `torch.no_grad` and their like are marked with their region, runs that
-    are counted are plain runs, and checks of an object's parts are left out.
+def simplify_graph(graph: fx.Graph, autocast: tuple[Any, ...]) -> fx.Graph:
+    """Simplify a graph in place.
 
-    `autocast`: what the call runs under on the CPU and on other devices, as a kind of call says it.
+    Calls inside a block such as `torch.no_grad` become plain calls with a region in `meta`. Counted runs become plain
+    runs. Checks of an object's parts are removed. `autocast`: the autocast dtypes of the call, for the CPU and for
+    other devices, as in a kind of call.
     """
     for node in list(graph.nodes):
         if isinstance(node.target, Inside):
@@ -54,11 +55,11 @@ def _enter(node: fx.Node, region: Region, function: Any, args: Any, kwargs: Any)
     node.meta["region"] = region
 
 
-def _region(found: Any, autocast: tuple[Any, ...]) -> Region:
-    """A region of a traced forward, against that of the call."""
-    devices = zip(("cpu", "cuda"), found, autocast or (None, None), strict=False)
+def _region(recorded: Any, autocast: tuple[Any, ...]) -> Region:
+    """The difference between a region of a traced forward and the region of the call."""
+    devices = zip(("cpu", "cuda"), recorded, autocast or (None, None), strict=False)
     changed = [(device, (now or "").removeprefix("torch.")) for device, now, before in devices if now != before]
-    return Region(found[2], tuple(changed))
+    return Region(recorded[2], tuple(changed))
 
 
 def region_of(node: fx.Node) -> Region | None:
@@ -66,40 +67,40 @@ def region_of(node: fx.Node) -> Region | None:
 
 
 def blocks_of(region: Region | None) -> str:
-    """The blocks of a region as a `with` line opens them, the outermost first; "" for no region."""
+    """The blocks of a region as the text of a `with` line, the outermost first; "" for no region."""
     if region is None:
         return ""
-    found = []
+    blocks = []
     if region.inference is not None:
-        found.append("torch.inference_mode()" if region.inference else "torch.inference_mode(False)")
+        blocks.append("torch.inference_mode()" if region.inference else "torch.inference_mode(False)")
     if region.gradients is not None:
-        found.append("torch.enable_grad()" if region.gradients else "torch.no_grad()")
+        blocks.append("torch.enable_grad()" if region.gradients else "torch.no_grad()")
     for device, dtype in region.autocast:
-        found.append(f"torch.autocast({device!r}, " + (f"torch.{dtype})" if dtype else "enabled=False)"))
-    return ", ".join(found)
+        blocks.append(f"torch.autocast({device!r}, " + (f"torch.{dtype})" if dtype else "enabled=False)"))
+    return ", ".join(blocks)
 
 
 def acts(node: fx.Node) -> bool:
-    """Whether running a node does more than give a value, as far as can be known: it writes, draws, or is foreign."""
+    """Whether a node may have an effect besides its value: it writes, draws random numbers, or is foreign code."""
     if node.op in ("placeholder", "get_attr", "output"):
         return False
-    known = node.op == "call_module" or node.target in (base_forward, decide, check_decision)
-    return known or bool({"writes", "draws"} & node.meta.keys()) or is_foreign(node.op, node.target)
+    always_acts = node.op == "call_module" or node.target in (base_forward, decide, check_decision)
+    return always_acts or bool({"writes", "draws"} & node.meta.keys()) or is_foreign(node.op, node.target)
 
 
 def writes(node: fx.Node) -> bool:
-    """Whether it may write to something: all that acts and does not draw alone."""
+    """Whether a node may write: it acts, and not by drawing random numbers alone."""
     return acts(node) and not ("draws" in node.meta and "writes" not in node.meta)
 
 
 def in_place_method(node: fx.Node) -> bool:
-    """Whether it is a method that writes to its tensor and returns it."""
+    """Whether a node calls a method that writes to its tensor and returns the tensor."""
     name = str(node.target)
     return node.op == "call_method" and name.endswith("_") and not name.endswith("__") and hasattr(Tensor, name)
 
 
 def operands(node: fx.Node) -> Iterator[fx.Node]:
-    """The nodes in a node's arguments, as often as they stand there."""
-    found: list[fx.Node] = []
-    map_arg((node.args, node.kwargs), lambda operand: found.append(operand) or operand)
-    return iter(found)
+    """The nodes in a node's arguments, each as often as it occurs."""
+    nodes: list[fx.Node] = []
+    map_arg((node.args, node.kwargs), lambda operand: nodes.append(operand) or operand)
+    return iter(nodes)

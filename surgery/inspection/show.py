@@ -1,4 +1,4 @@
-"""Looking at a rewritten model: counts, the code of a site, and a picture of its graph before and after."""
+"""`summary`, `show` and `draw`: parameter counts, the code of a site, and a picture of its graph before and after."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ __all__ = ["Summary", "draw", "show", "summary"]
 
 @dataclass(frozen=True)
 class Summary:
-    """Adapters, sites and parameters of a model; prints as a table. Counts are parameters, each tensor once."""
+    """Adapters, sites and parameters of a model. Prints as a table. Each tensor counts once."""
 
     trainable: int
     added: int
@@ -64,7 +64,7 @@ class Summary:
 
 
 def summary(model: nn.Module) -> Summary:
-    """How much of a model is trained, and by which rules (PEFT's print_trainable_parameters, and per rule).
+    """Count the parameters of a model: in total, trainable, and by adapter and rule.
 
     >>> from torch import nn
     >>> from surgery import apply_rules, summary
@@ -74,9 +74,20 @@ def summary(model: nn.Module) -> Summary:
     adapter  rule      sites  added  trainable  state
     default  LoraRule      1     32         32  live
 
-    `total` is the base and what was added; of packed parameters the numbers that they stand for are counted, as PEFT
-    does. `state`: live (with its weight where that is not 1), idle or merged. Works on an untouched model, on a part of
-    a rewritten one, and on one whose parts were rewritten by themselves: adapters are listed with the path.
+    The model may be untouched, rewritten, or a part of a rewritten model. If parts were rewritten separately, each
+    adapter is listed with the path of its part.
+
+    Args:
+        model: the model.
+
+    Returns:
+        A `Summary`. `total` counts the base and the adapters; a packed parameter counts as the numbers that it encodes,
+        as in PEFT. The `state` of a row is live (with its weight if that is not 1), idle or merged.
+
+    Raises:
+        SurgeryError: a site of the model is missing.
+
+    PEFT: `print_trainable_parameters`.
     """
     check_all_present(model)
     rows: list[tuple[str, str, int, int, int, str]] = []
@@ -97,17 +108,17 @@ def summary(model: nn.Module) -> Summary:
 
 
 def _rows(root: nn.Module) -> list[tuple[str, str, int, int, int, str]]:
-    """Each adapter's rules with their sites and numbers, and what the adapter is now."""
+    """A row for each adapter and rule: sites, added and trainable parameters, and the adapter's state."""
     counts: dict[tuple[str, str], list[int]] = defaultdict(lambda: [0, 0, 0])
     states: dict[str, str] = {}
     for _, module, site in sites(root):
         for applied in site.applied:
-            name, held = applied.adapter, tensors_of(module, applied.adapter)
-            mine = [held[key] for key in applied.tensors if key in held]
+            name, adapter_tensors = applied.adapter, tensors_of(module, applied.adapter)
+            rule_tensors = [adapter_tensors[key] for key in applied.tensors if key in adapter_tensors]
             row = counts[name, applied.rule.label]
             row[0] += 1
-            row[1] += sum(tensor.numel() for tensor in mine if isinstance(tensor, nn.Parameter))
-            row[2] += sum(tensor.numel() for tensor in mine if tensor.requires_grad)
+            row[1] += sum(tensor.numel() for tensor in rule_tensors if isinstance(tensor, nn.Parameter))
+            row[2] += sum(tensor.numel() for tensor in rule_tensors if tensor.requires_grad)
             if site.merged is not None and name in site.merged.adapters:
                 states[name] = "merged"
             elif name not in states:
@@ -117,14 +128,17 @@ def _rows(root: nn.Module) -> list[tuple[str, str, int, int, int, str]]:
 
 
 def _numbers_in(parameter: Any) -> int:
+    """The count of numbers that a parameter stands for; 4-bit parameters pack two in a byte."""
     if is_lazy(parameter):
         return 0
-    count = parameter.numel() or getattr(parameter, "ds_numel", 0)  # DeepSpeed keeps it elsewhere
+    count = parameter.numel() or getattr(
+        parameter, "ds_numel", 0
+    )  # DeepSpeed's ZeRO 3 leaves an empty tensor and stores the count here
     return count * 2 * parameter.element_size() if type(parameter).__name__ == "Params4bit" else count
 
 
 def show(model: nn.Module, path: str = "", *, generated: bool = False) -> str:
-    """The forward of a site as people write it: each rule's own lines under the rule's name.
+    """Write the forward of a site as Python code, with each rule's own lines under the rule's name.
 
     >>> from torch import nn
     >>> from surgery import apply_rules, show
@@ -140,16 +154,25 @@ def show(model: nn.Module, path: str = "", *, generated: bool = False) -> str:
         branch = F.linear(F.linear(x, A), B) * 2.0
         return (y + branch).to(y.dtype)
 
-    Variables have the names that the rule's code gives them; `y` is the site's output, and `super().forward` the
-    module's own. Functions have short names, with their module's where two have the same. Where a rule looks into the
-    forward, the code is for the kinds of calls met so far, one after the other. Idle and merged adapters are comments.
+    Variables have their names from the rule's code. `y` is the site's output, `super().forward` the module's own
+    forward, and `F` is `torch.nn.functional`. Functions have short names; if two names are equal, the module's name is
+    added. If a rule looks into the forward, the text has code for each kind of call so far. Idle and merged adapters
+    are comments.
 
-    The code computes what the site gives. Left out are checks that a call is of the kind that the code is for, and
-    that a forward which a rule runs twice does not write to a cache twice. `F` is `torch.nn.functional`.
+    The code computes the same values as the site. It leaves out the checks of the kind of call, and the order of writes
+    to a cache if a rule runs a forward twice.
 
-    `generated=True` prints the code that runs instead, with fast forms in the place of a rule's lines, quick ways to
-    tensors, and each line with its rule. `MatchError` where the model has no such module, or no rule was applied to it;
-    with `generated=True` also where none is live.
+    Args:
+        model: the model.
+        path: the site's module path; "" is the model itself.
+        generated: return the code that runs instead. It has fast forms instead of a rule's lines, direct access to
+            tensors, and the rule of each line.
+
+    Returns:
+        The code as text.
+
+    Raises:
+        MatchError: the model does not have the module, or no rule was applied to it; with `generated`, no rule is live.
     """
     module, state = _site_at(model, path)
     if generated:
@@ -172,7 +195,7 @@ def show(model: nn.Module, path: str = "", *, generated: bool = False) -> str:
 
 
 def draw(model: nn.Module, path: str = "", *, before: bool = True) -> str:
-    """A picture (SVG text) of a site's graph, its own on the left and rewritten on the right; edits are coloured.
+    """Draw a site's graph as SVG text: its own graph on the left, the rewritten graph on the right, edits in colour.
 
     >>> from torch import nn
     >>> from surgery import apply_rules, draw
@@ -180,28 +203,46 @@ def draw(model: nn.Module, path: str = "", *, before: bool = True) -> str:
     >>> draw(apply_rules(nn.Linear(8, 8), [LoraRule(nn.Linear)])).startswith("<svg")
     True
 
-    `before=False` leaves the own graph out. `MatchError` as `show`.
+    Args:
+        model: the model.
+        path: the site's module path; "" is the model itself.
+        before: whether to draw the module's own graph, too.
+
+    Returns:
+        The SVG document as text.
+
+    Raises:
+        MatchError: the model does not have the module, or no rule was applied to it.
     """
     module, state = _site_at(model, path)
     own = last_traced_forward(module, state) if any(applied.inside for applied in state.applied) else None
     own = own or own_forward(module, state.base)
     layers = [layer_at(applied, module, state, own) for applied in state.applied]
     title = f"{path or type(module).__name__} ({type(module).__name__})"
-    shown = {"before": [], "after": layers} if before else {"": layers}
-    return _svg(title, {head: weave(own, some, module.training, lowered=False) for head, some in shown.items()})
+    layers_by_heading = {"before": [], "after": layers} if before else {"": layers}
+    return _svg(
+        title,
+        {
+            head: weave(own, heading_layers, module.training, lowered=False)
+            for head, heading_layers in layers_by_heading.items()
+        },
+    )
 
 
 def _site_at(model: nn.Module, path: str) -> tuple[nn.Module, SiteState]:
+    """The module at a path and its record. `MatchError` if the path is not a site."""
     check_all_present(model)
-    modules = dict(model.named_modules(remove_duplicate=False)) | dict(every_path(model))  # with wrappers, and without
+    modules = dict(model.named_modules(remove_duplicate=False)) | dict(
+        every_path(model)
+    )  # paths with and without wrappers
     below = list(records_in(model).values())
     if (path not in modules or site_state(modules[path]) is None) and len(below) == 1 and module_at(below[0], path):
-        modules = dict(every_path(below[0]))  # a path in what is wrapped
+        modules = dict(every_path(below[0]))  # a path inside the wrapped model
     if path not in modules:
         raise MatchError(f"the model has no module {path!r}", why=near_misses(path, modules))
     state = site_state(modules[path])
     if state is None:
-        where = [found for found, _, _ in sites(below[0] if len(below) == 1 else model)]
+        where = [site_path for site_path, _, _ in sites(below[0] if len(below) == 1 else model)]
         raise MatchError(
             "no rule was applied here", where=path, why=f"sites are {abbreviate(where)}" if where else None
         )
@@ -214,12 +255,12 @@ _WIDTH, _HEIGHT, _ACROSS, _DOWN = 168, 34, 188, 62
 
 
 def _svg(title: str, graphs: dict[str, fx.Graph]) -> str:
-    """Graphs side by side, each under its head."""
-    heads, drawn, x, height = [], [], 20.0, 0.0
+    """Draw graphs side by side, each under its heading."""
+    heads, shapes, x, height = [], [], 20.0, 0.0
     for head, graph in graphs.items():
-        parts, size = _placed(graph, x, 70 if head else 44)
+        parts, size = _drawn_graph(graph, x, 70 if head else 44)
         heads.append((x, head))
-        drawn += parts
+        shapes += parts
         x, height = x + size[0] + 60, max(height, size[1] + (90 if head else 64))
     width = x - 40
     parts = [
@@ -231,13 +272,14 @@ def _svg(title: str, graphs: dict[str, fx.Graph]) -> str:
         f'<rect width="{width:g}" height="{height:g}" fill="white"/>',
         f'<text x="20" y="26" font-size="15" font-weight="bold">{escape(title)}</text>',
         *(f'<text x="{x:g}" y="52" fill="#555">{text}</text>' for x, text in heads if text),
-        *drawn,
+        *shapes,
         "</svg>",
     ]
     return "\n".join(parts)
 
 
-def _placed(graph: fx.Graph, x0: float, y0: float) -> tuple[list[str], tuple[float, float]]:
+def _drawn_graph(graph: fx.Graph, x0: float, y0: float) -> tuple[list[str], tuple[float, float]]:
+    """The SVG elements of a graph at a position, and their size."""
     import networkx as nx
 
     flow = nx.DiGraph()

@@ -1,4 +1,4 @@
-"""What a rule's own code calls its values: its `rewrite` is recorded once more, and its local variables are read."""
+"""Finds the variable names of a rule's own code: it records `rewrite` again and reads the local variables."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _CAST: Any = getattr(cast, "__code__", None)  # its variable `val` is not a name
 
 
 class VariableName(NamedTuple):
-    """A name for a value. `assigned`: the code has a line that gives the value this name, so it is not a parameter."""
+    """A name for a value. `assigned`: a line of the code assigns the name, so it is not a parameter."""
 
     text: str
     assigned: bool
@@ -33,57 +33,58 @@ class VariableName(NamedTuple):
 def variable_names(
     live: Sequence[Applied], layers: Sequence[Layer], module: nn.Module, path: str, own: OwnForward
 ) -> dict[tuple[int, int], VariableName]:
-    """The names by (layer, step of its tape), with layers counted from 1; without those of rules that now do otherwise.
+    """The names by (layer, step of its tape), with layers counted from 1.
 
-    Rules may go by what has changed since they were applied. Then their values have no names here, and nothing else
-    is lost.
+    A rule may now record other steps than when it was applied, because its result depends on something that has
+    changed. Then its values have no names in the result.
     """
-    found: dict[tuple[int, int], VariableName] = {}
+    names_by_step: dict[tuple[int, int], VariableName] = {}
     for number, (applied, layer) in enumerate(zip(live, layers, strict=True), start=1):
-        with _watched() as seen:
+        with _watch_variables() as recordings:
             try:
                 record_rewrite(applied.rule, module, path, applied.adapter, own, facts=applied.facts)
             except (SurgeryError, SkippedSite):
                 continue
-        for tape, offsets in _tapes_like(layer.tape, [tape for tape, _ in seen.values()], module.training):
-            names = seen[id(tape)][1]
-            found |= {(number, step + offsets): name for step, name in names.items()}
-    return found
+        for tape, offsets in _tapes_like(layer.tape, [tape for tape, _ in recordings.values()], module.training):
+            names = recordings[id(tape)][1]
+            names_by_step |= {(number, step + offsets): name for step, name in names.items()}
+    return names_by_step
 
 
-def _tapes_like(tape: Tape, seen: Sequence[Tape], training: bool) -> Iterator[tuple[Tape, int]]:
-    """Those of the tapes that this one was made from, with how far their steps were moved."""
-    for one in seen:
-        if tuple(one.steps) == tuple(tape.steps):
-            yield one, 0
+def _tapes_like(tape: Tape, recorded_tapes: Sequence[Tape], training: bool) -> Iterator[tuple[Tape, int]]:
+    """The recorded tapes that equal a tape or its part for one mode, each with the index of its first step."""
+    for recorded_tape in recorded_tapes:
+        if tuple(recorded_tape.steps) == tuple(tape.steps):
+            yield recorded_tape, 0
             return
-    if tape.by_mode and len(seen) == 2:
-        evaluation, other = reversed(seen) if training else seen
-        if tuple(for_both_modes(evaluation, other).steps) == tuple(tape.steps):
-            yield from ((evaluation, 0), (other, len(evaluation.steps)))
+    if tape.by_mode and len(recorded_tapes) == 2:
+        evaluation, other_mode = reversed(recorded_tapes) if training else recorded_tapes
+        if tuple(for_both_modes(evaluation, other_mode).steps) == tuple(tape.steps):
+            yield from ((evaluation, 0), (other_mode, len(evaluation.steps)))
 
 
 @contextmanager
-def _watched() -> Iterator[dict[int, tuple[Tape, dict[int, VariableName]]]]:
-    """The local variables of users' functions that return meanwhile: by tape, the name of each step's value."""
-    seen: dict[int, tuple[Tape, dict[int, VariableName]]] = {}
+def _watch_variables() -> Iterator[dict[int, tuple[Tape, dict[int, VariableName]]]]:
+    """Read the local variables of users' functions that return inside the block: by tape, the names of values."""
+    recordings: dict[int, tuple[Tape, dict[int, VariableName]]] = {}
 
     def watch(frame: Any, event: str, _: Any) -> None:
         code = frame.f_code
         if event != "return" or code is _CAST or is_ours(code.co_filename) or is_torchs(code.co_filename):
             return
-        given = code.co_varnames[: code.co_argcount + code.co_kwonlyargcount]
+        parameters = code.co_varnames[: code.co_argcount + code.co_kwonlyargcount]
         for name, value in frame.f_locals.items():
             if issubclass(type(value), Value) and value._ref.kind == "op" and name.strip("_"):
-                names = seen.setdefault(id(value._tape), (value._tape, {}))[1]
-                assigned = name not in given and not code.co_name.startswith("<")
-                known = names.get(value._ref.key)
-                if known is None or assigned or not known.assigned:  # functions that are called return before theirs
+                names = recordings.setdefault(id(value._tape), (value._tape, {}))[1]
+                assigned = name not in parameters and not code.co_name.startswith("<")
+                earlier = names.get(value._ref.key)
+                # An inner function returns before its caller, so the caller's names win.
+                if earlier is None or assigned or not earlier.assigned:
                     names[value._ref.key] = VariableName(name, assigned)
 
     before = sys.getprofile()
     sys.setprofile(watch)
     try:
-        yield seen
+        yield recordings
     finally:
         sys.setprofile(before)

@@ -249,9 +249,9 @@ def _requested(state: ModelState, adapter: str | Sequence[str], weights: Weights
     if isinstance(weights, Mapping):
         adapter_names(state, list(weights))
         values = [weights.get(name, 1.0) for name in names]
-        if left := [name for name in weights if name not in names]:
+        if unnamed := [name for name in weights if name not in names]:
             raise SurgeryError(
-                f"there is a weight for {left[0]!r}, which is not among the adapters", fix="name it, too"
+                f"there is a weight for {unnamed[0]!r}, which is not among the adapters", fix="name it, too"
             )
     else:
         alone = [weights] if isinstance(weights, (int, float)) else weights

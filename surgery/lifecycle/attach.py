@@ -74,6 +74,7 @@ def attach_idle(
 def _attach_rule(
     placement: PlacedRule, adapter: str, standing: Standing, site: SiteState, tied: dict[Any, Tensor], journal: Journal
 ) -> list[PlannedRule]:
+    """Put one rule with its tensors on a site, idle; return its recording as a step, to check for conflicts."""
     module, path = placement.module, site.path
     keep_site(journal, module, (adapter,))
     if placement.tensors:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
-from surgery.authoring.combination import METHODS, Combination
+from surgery.authoring.combination import METHODS, Combination, Method
 from surgery.errors import SurgeryError, near_misses
 from surgery.state.adapter_naming import adapter_names
 from surgery.state.records import ModelState
@@ -19,10 +19,10 @@ __all__ = ["requested_combination"]
 def requested_combination(
     state: ModelState,
     weights: Mapping[str, float],
-    method: str,
+    method: Method,
     rank: int | None,
     density: float | None,
-    majority_sign: str,
+    majority_sign: Literal["total", "frequency"],
     clamp: float | None,
     seed: int | torch.Generator | None,
 ) -> Combination:
@@ -62,7 +62,7 @@ def requested_combination(
 _PRUNED = ("ties", "dare", "magnitude_prune")
 
 
-def _unused_arguments(method: str) -> Iterator[tuple[str, str]]:
+def _unused_arguments(method: Method) -> Iterator[tuple[str, str]]:
     """The arguments that a method does not use, and which methods use them."""
     if not method.endswith("svd"):
         yield from ((name, "the methods that end in 'svd' take one") for name in ("rank", "clamp"))

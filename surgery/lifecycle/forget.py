@@ -78,10 +78,10 @@ def forget(model: M) -> M:
         keep_model(journal, root, state)
         for _, module, site in merged_sites:
             keep_site(journal, module)
-            gone = {applied.adapter for _, applied in site.take_out(names)}
+            forgotten = {applied.adapter for _, applied in site.take_out(names)}
             site.merged = None
             site.classes.clear()  # a later adapter may have the same name
-            for name in gone:
+            for name in forgotten:
                 detach(module, name)
             if not site.applied:
                 del module.__dict__[_SITE]
@@ -101,12 +101,12 @@ def forget(model: M) -> M:
 
 def _flags(model: nn.Module, noted: dict[str, bool], untied: Sequence[tuple[Any, nn.Parameter]]) -> dict[str, bool]:
     """The `requires_grad` flags of untied parameters: the flag noted for the parameter that each was tied to."""
-    called: dict[int, list[str]] = {}
+    names_by_id: dict[int, list[str]] = {}
     for name, parameter in base_parameters(model):
-        called.setdefault(id(parameter), []).append(name)
-    names = {id(before): called.get(id(before), []) for _, before in untied}
+        names_by_id.setdefault(id(parameter), []).append(name)
+    names = {id(before): names_by_id.get(id(before), []) for _, before in untied}
     for own, before in untied:
-        names[id(before)] = [*names[id(before)], *called[id(own)]]
+        names[id(before)] = [*names[id(before)], *names_by_id[id(own)]]
     flags: dict[str, bool] = {}
     for aliases in names.values():
         flag = next((noted[name] for name in aliases if name in noted), None)

@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from surgery.authoring.declared_tensors import ParamSpec
 from surgery.authoring.hook_call import HookCall
 from surgery.authoring.live_site import LiveSite
 from surgery.authoring.planned_rule import PlannedRule
-from surgery.authoring.site import ParamSpec
 from surgery.errors import SurgeryWarning
 from surgery.forward.parameter_view import tensor_at
 from surgery.forward.tape import Layer

@@ -88,6 +88,7 @@ def _sites_of(model: nn.Module, state: ModelState, names: Sequence[str]) -> Iter
 
 
 def _check_removable(path: str, module: nn.Module, site: SiteState, names: list[str], check: bool) -> None:
+    """Raise an error before any change if an adapter can't be removed from a site."""
     if site.merged is not None:
         adapters = ", ".join(site.merged.adapters)
         raise SiteError(
@@ -96,14 +97,14 @@ def _check_removable(path: str, module: nn.Module, site: SiteState, names: list[
     refused = reason_against(module)
     if refused is not None:
         raise SiteError("the site's class can't be restored", where=path, why=refused[0], fix=refused[1])
-    gone = [applied for _, applied in site.of(names)]
-    if not any([applied.changed for applied in gone]):
+    removed = [applied for _, applied in site.of(names)]
+    if not any([applied.changed for applied in removed]):
         return
-    staying, left = set[str](), len(gone)
+    staying, remaining = set[str](), len(removed)
     for applied in reversed(site.applied):
-        if not left:
+        if not remaining:
             break
-        left -= applied.adapter in names
+        remaining -= applied.adapter in names
         changed = {name for name, _ in applied.changed}
         if applied.adapter in names and changed & staying:
             above = [a for a in site.applied if a.adapter not in names and changed & {name for name, _ in a.changed}]
@@ -115,20 +116,21 @@ def _check_removable(path: str, module: nn.Module, site: SiteState, names: list[
             )
         if applied.adapter not in names:
             staying |= changed
-    verify_records([(tensor_at(module, name), record) for a in gone for name, record in a.changed], path, check)
+    verify_records([(tensor_at(module, name), record) for a in removed for name, record in a.changed], path, check)
 
 
 def _take_out(module: nn.Module, site: SiteState, names: frozenset[str], check: bool, shared: ClassChange) -> None:
+    """Take the adapters out of a site: their tensors, records and changes of the base."""
     keep_site(shared.journal, module)
-    gone = [applied for _, applied in site.take_out(names)]
-    if any([applied.live for applied in gone]):
+    removed = [applied for _, applied in site.take_out(names)]
+    if any([applied.live for applied in removed]):
         shared.install(module, names)
     else:
         site.classes.clear()  # a later adapter may have the same name
-    for applied in reversed(gone):
+    for applied in reversed(removed):
         for name, record in reversed(applied.changed):
             take_out_fold(shared.journal, tensor_at(module, name), record, check=check, where=site.path)
-    for name in {applied.adapter for applied in gone}:
+    for name in {applied.adapter for applied in removed}:
         detach(module, name)
     if not site.applied:
         del module.__dict__[_SITE]

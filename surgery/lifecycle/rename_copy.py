@@ -113,7 +113,7 @@ def copy_adapter(model: M, adapter: str, new: str) -> M:
         raise problem
     check_whole(state, old, "be copied")
     clones: dict[int, Tensor] = {}  # by id: tensors that sites share stay shared in the copy
-    placed = [_copied(module, applied, clones) for module, rules in state.places[old] for applied in rules]
+    placed = [_copied_rule(module, applied, clones) for module, rules in state.places[old] for applied in rules]
     attach_idle(root, new, state.adapters[old], placed, [old])
     return model
 
@@ -153,6 +153,7 @@ def _runs(module: nn.Module, rules: list[Applied]) -> bool:
 
 
 def _rename(model: nn.Module, state: ModelState, old: str, new: str, journal: Journal) -> None:
+    """Rename an adapter in all records and containers."""
     keep_model(journal, model, state)
     keys = transformers_hooks.keys_of(model, state, [old])
     for module, rules in state.places[old]:
@@ -167,9 +168,9 @@ def _rename(model: nn.Module, state: ModelState, old: str, new: str, journal: Jo
             applied.adapter, applied.layer = new, None  # recorded again: a rule's rewrite may use the adapter's name
         record.classes.clear()
         record.variants.clear()
-    here = [site.merged for module in state.places[old].modules if (site := site_state(module)) is not None]
-    everywhere = state.sites() if any(here) else []  # sites of other adapters that are merged with it, too
-    for merged in (site.merged for module in everywhere if (site := site_state(module)) is not None):
+    own_merges = [site.merged for module in state.places[old].modules if (site := site_state(module)) is not None]
+    all_sites = state.sites() if any(own_merges) else []  # sites of other adapters that are merged with it, too
+    for merged in (site.merged for module in all_sites if (site := site_state(module)) is not None):
         if merged is not None and old in merged.adapters:
             journal.keep(merged.__dict__)
             merged.adapters = tuple(new if name == old else name for name in merged.adapters)
@@ -194,7 +195,8 @@ def _rekey(mapping: dict[str, Any], old: str, new: str) -> None:
 # Copying ------------------------------------------------------------------------------------------------------
 
 
-def _copied(module: nn.Module, applied: Applied, clones: dict[int, Tensor]) -> PlacedRule:
+def _copied_rule(module: nn.Module, applied: Applied, clones: dict[int, Tensor]) -> PlacedRule:
+    """A rule of the copy, with clones of its tensors and their flags."""
     box = box_of(module, applied.adapter)
     source = box.tensors() if box is not None else {}
     tensors, flags = dict[str, tuple[Tensor, bool]](), dict[str, bool]()

@@ -86,16 +86,17 @@ def _install(
     key: frozenset[tuple[str, float]],
     rules_at: Callable[[], dict[int, list[Applied]]],
 ) -> None:
+    """Give each site the class for the live adapters; `key` has their names and weights."""
     rules: dict[int, list[Applied]] | None = None
     for module, site, before in settled:
-        known = site.classes.get(key)
-        if known is None:
+        cached = site.classes.get(key)
+        if cached is None:
             rules = rules_at() if rules is None else rules
-            known = class_of_live(module, site, live=rules.get(id(module), [])), site.woven
+            cached = class_of_live(module, site, live=rules.get(id(module), [])), site.woven
             if len(site.classes) >= _CLASSES:
                 site.classes.clear()
-            site.classes[key] = known
-        cls, site.woven = known
+            site.classes[key] = cached
+        cls, site.woven = cached
         if site.variants:
             site.variants.clear()
         if cls is not before:
@@ -119,10 +120,10 @@ def _settled(modules: Iterable[nn.Module]) -> tuple[SettledSites, set[int]]:
     for module in modules:
         own, cls = module.__dict__, module.__class__
         site: SiteState | None = own.get(_SITE)
-        plain = "forward" not in own and "_old_forward" not in own  # BOUND
-        if not plain:
+        unwrapped = "forward" not in own and "_old_forward" not in own  # BOUND
+        if not unwrapped:
             bound.add(id(module))
-        if site is None or site.merged is not None or not plain or (cls is not site.base and cls not in generated):
+        if site is None or site.merged is not None or not unwrapped or (cls is not site.base and cls not in generated):
             site = check_settled(module)
             if "_surgery_recipe" in cls.__dict__:
                 generated.add(cls)

@@ -50,9 +50,9 @@ def _derived(rule: Rule, site: LiveSite) -> dict[str, Tensor]:
     delta = contribution(identity, identity.new_zeros(inner, out)).to(double)
     x, output = random(inner), random(out)
     expected = x @ delta
-    for other in (torch.zeros_like(output), output):
-        off = (contribution(x, other) - expected).abs().max()
-        if not off <= _SLACK * (expected.abs().max() + other.abs().max() * 1e-3):
+    for sample_output in (torch.zeros_like(output), output):
+        off = (contribution(x, sample_output) - expected).abs().max()
+        if not off <= _SLACK * (expected.abs().max() + sample_output.abs().max() * 1e-3):
             raise MergeError(
                 f"{rule.label} says linear = True, and it is not linear",
                 where=site.path,
@@ -112,8 +112,8 @@ class _Trial(SiteFacts):
     buffer = param
 
     def call(self, input: Tensor, **tensors: Tensor | None) -> Tensor:
-        left = [name for name in self.module._parameters if name not in tensors]
-        return call_own(self.module, input, **tensors, **{name: self.tensor(name) for name in left})
+        unchanged = [name for name in self.module._parameters if name not in tensors]
+        return call_own(self.module, input, **tensors, **{name: self.tensor(name) for name in unchanged})
 
     def with_hidden(self, new: Tensor) -> Tensor:
         return new

@@ -3,46 +3,33 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from surgery.arithmetic.exact_fold import Change, LowRank, Rows, scale_change
-from surgery.authoring.hook_call import HookCall
-from surgery.authoring.live_site import LiveSite
-from surgery.errors import MergeError, PlanError, SurgeryError, SurgeryWarning
-from surgery.forward.own_forward import own_forward
-from surgery.forward.packed_weights import UNPACKED, is_packed
+from surgery.errors import MergeError, PlanError, SurgeryWarning
 from surgery.forward.parameter_view import tensor_at
-from surgery.merging.linear_delta import merged_tensors
-from surgery.merging.site_folding import Keep, SiteFolding, check_foldable, fold_together, verify_records
+from surgery.merging.merge_objections import already_merged, objections_to_merge
+from surgery.merging.site_folding import Keep, fold_together, verify_records
+from surgery.merging.site_merge import check_finite, merge_site, owner_of
 from surgery.rewritten_model.verb_root import rewritten, with_lost
 from surgery.sharded_tensors import sharding_of
-from surgery.state.absent_values import without_values
 from surgery.state.adapter_naming import adapter_names
-from surgery.state.adapter_tensors import box_of, tensors_of
 from surgery.state.in_use import check_free
 from surgery.state.parameter_owners import Owners
 from surgery.state.record_undo import keep_site, take_out_folds
-from surgery.state.records import Applied, Merged, ModelState, Sites, SiteState, sites
+from surgery.state.records import Merged, ModelState, Sites, SiteState, sites
 from surgery.state.tied_weights import Untied, retie, say_untied
 from surgery.transaction.neutral_context import verb
 from surgery.transaction.undo_log import Journal
-from surgery.weaving.class_objections import reason_against
-from surgery.weaving.conflicts import find_live_conflict
-from surgery.weaving.rewrite_recording import layer_of
 from surgery.weaving.site_class import install_live
 
-__all__ = ["MergeReport", "NotFiniteError", "merge", "unmerge"]
+__all__ = ["MergeReport", "merge", "unmerge"]
 
 M = TypeVar("M", bound=nn.Module)
-
-
-class NotFiniteError(MergeError):
-    """A merge with `safe` gives values that are not finite."""
 
 
 @dataclass(frozen=True)
@@ -62,8 +49,9 @@ class MergeReport:
     entries: int
 
     def __str__(self) -> str:
-        each = f", {self.nbytes / self.entries:.3f} bytes an entry" if self.entries else ""
-        return f"merged {', '.join(self.adapters)} at {self.sites} sites; keeps {self.nbytes:,} bytes to unmerge{each}"
+        per_entry = f", {self.nbytes / self.entries:.3f} bytes an entry" if self.entries else ""
+        kept_bytes = f"keeps {self.nbytes:,} bytes to unmerge{per_entry}"
+        return f"merged {', '.join(self.adapters)} at {self.sites} sites; {kept_bytes}"
 
 
 @verb
@@ -125,24 +113,24 @@ def merge(
     problems = [
         problem
         for path, module, site in chosen_sites
-        for problem in _objections(path, module, site, chosen_at[id(module)], all_at[id(module)])
+        for problem in objections_to_merge(path, module, site, chosen_at[id(module)], all_at[id(module)])
     ]
     merged = [(path, module, site) for path, module, site in all_sites if site.merged is not None]
     if merged and all(set(_merged(site).adapters) == set(names) for _, _, site in merged):
         warning = f"{', '.join(names)} {'is' if len(names) == 1 else 'are'} merged already: nothing happens"
         warnings.warn(warning, SurgeryWarning, stacklevel=3)
         return _report(names, merged)
-    problems += [_already(path, site) for path, _, site in merged][:1]
+    problems += [already_merged(path, _merged(site)) for path, _, site in merged][:1]
     if problems:
         raise PlanError(problems)
     owners, waiting = Owners(model), list[Any]()
     with torch.no_grad():
         if safe:
             for path, module, site in chosen_sites:
-                _check_finite(owners, path, module, site, chosen_at[id(module)], untie)
+                check_finite(owners, path, module, site, chosen_at[id(module)], untie)
         with Journal() as journal:
             for path, module, site in chosen_sites:
-                _merge_site(owners, path, module, site, names, chosen_at[id(module)], keep, untie, journal, waiting)
+                merge_site(owners, path, module, site, names, chosen_at[id(module)], keep, untie, journal, waiting)
                 staying = [
                     rule_record
                     for rule_record in all_at[id(module)]
@@ -184,10 +172,10 @@ def unmerge(model: M, *, check: bool = True) -> M:
     """
     root, state = rewritten(model, lost=not check)
     check_free(root)
-    found = _merged_sites(root, state)
-    if not found:
+    merged_sites = _merged_sites(root, state)
+    if not merged_sites:
         warnings.warn("nothing is merged: nothing happens", SurgeryWarning, stacklevel=3)
-    _unmerge(root, state, found, check)
+    _unmerge(root, state, merged_sites, check)
     return model
 
 
@@ -204,9 +192,10 @@ def _merged_sites(root: nn.Module, state: ModelState) -> Sites:
 
 
 def _unmerge(root: nn.Module, state: ModelState, merged_sites: Sites, check: bool) -> None:
+    """Take the folds out of the weights, restore ties, and install the live rules again."""
     for path, module, site in merged_sites:
-        if site.merged is not None and site.merged.folds and (refused := sharding_of(module)) is not None:
-            why = f"{refused[0]}; the merge noted its folds for whole weights"
+        if site.merged is not None and site.merged.folds and (refusal := sharding_of(module)) is not None:
+            why = f"{refusal[0]}; the merge noted its folds for whole weights"
             fix = "unmerge(model) before sharding, or forget(model) to keep the weights as they are"
             raise MergeError("the site can't be unmerged", where=path, why=why, fix=fix)
     folds = [
@@ -220,7 +209,7 @@ def _unmerge(root: nn.Module, state: ModelState, merged_sites: Sites, check: boo
             keep_site(journal, module)
             merged = _merged(site)
             for name, parameter in merged.tied.items():
-                parameters = _owner(module, name)._parameters
+                parameters = owner_of(module, name)._parameters
                 journal.keep(parameters)
                 parameters[name.rpartition(".")[2]] = parameter
             site.merged = None
@@ -230,152 +219,6 @@ def _unmerge(root: nn.Module, state: ModelState, merged_sites: Sites, check: boo
         state.untied = Untied()
 
 
-# One site -----------------------------------------------------------------------------------------------------
-
-
-def _merge_site(
-    owners: Owners,
-    path: str,
-    module: nn.Module,
-    site: SiteState,
-    names: list[str],
-    chosen: list[Applied],
-    keep: Keep,
-    untie: bool,
-    journal: Journal,
-    waiting: list[Any],
-) -> None:
-    keep_site(journal, module)
-    merged = Merged(tuple(names))
-    folding = SiteFolding(module, path, keep, journal)
-    for changes in _changes(module, site, chosen, folding):
-        for name, change in changes.items():
-            check_foldable(owners, module, name, change, path, untie)
-            if untie and name not in merged.tied:
-                _untie(owners, module, name, merged, journal)
-            folding.add(name, change)
-    merged.folds = folding.finish_with(waiting)
-    site.merged = merged
-
-
-def _check_finite(
-    owners: Owners, path: str, module: nn.Module, site: SiteState, chosen: list[Applied], untie: bool
-) -> None:
-    folding = SiteFolding(module, path, "copy", Journal(), dry=True)
-    for changes in _changes(module, site, chosen, folding):
-        for name, change in changes.items():
-            check_foldable(owners, module, name, change, path, untie)
-            folding.add(name, change)
-    broken = folding.finite()
-    if broken is not None:
-        raise NotFiniteError(
-            f"merging gives a {broken} that is not finite",
-            where=path,
-            why="an adapter's tensors hold NaN or infinity, or the sum overflows the base's dtype",
-            fix="inspect adapter_state_dict(model, name), or merge in a wider dtype",
-        )
-
-
-def _changes(
-    module: nn.Module, site: SiteState, chosen: list[Applied], folding: SiteFolding
-) -> Iterator[dict[str, Change]]:
-    """The changes of each rule at a site, in the order of the graph.
-
-    Rules that replace a parameter act before rules that add to the output. Rules that change the input act on both, the
-    last applied first.
-    """
-    own = own_forward(module, site.base) if len(chosen) > 1 else None  # a single rule needs no order
-    replacing, adding, on_input = [], [], []
-    for applied in chosen:
-        replaced = layer_of(applied, module, site.path, own).tape.replaced_refs() if own is not None else ()
-        kinds = {ref.kind for ref in replaced} or {"output"}
-        (replacing if kinds <= {"state"} else on_input if kinds == {"input"} else adding).append(applied)
-    for index, applied in enumerate(replacing + adding + on_input[::-1]):
-        if index == len(replacing):
-            folding.mark_base()
-        live = LiveSite(module, site.path, applied.adapter, tensors_of(module, applied.adapter), folding.source)
-        with HookCall(applied.rule, "merged", site.path):
-            changes = dict(merged_tensors(applied.rule, live))
-            for name, change in changes.items():
-                if not isinstance(change, (LowRank, Rows, Tensor)):
-                    raise TypeError(f"{name} is given a {type(change).__name__}, not a tensor, LowRank or Rows")
-        if applied.weight != 1.0:
-            changes = {
-                name: scale_change(change, live.tensor(name), applied.weight) for name, change in changes.items()
-            }
-        yield changes
-
-
-def _untie(owners: Owners, module: nn.Module, name: str, merged: Merged, journal: Journal) -> None:
-    parameter = tensor_at(module, name)
-    if not isinstance(parameter, nn.Parameter) or len(owners.of(parameter)) < 2:
-        return
-    owner, last = _owner(module, name), name.rpartition(".")[2]
-    own = nn.Parameter(parameter.detach().clone(), requires_grad=parameter.requires_grad)
-    journal.keep(owner._parameters)
-    owner._parameters[last] = own
-    owners.note_replacement(owner, last, parameter, own)
-    merged.tied[name] = parameter
-
-
-def _objections(
-    path: str, module: nn.Module, site: SiteState, chosen: list[Applied], counted: list[Applied]
-) -> list[SurgeryError]:
-    """Why the chosen rules can't be merged at a site. `counted`: the chosen rules and the other live rules there."""
-    problems: list[SurgeryError] = []
-    refused = reason_against(module)
-    if refused is not None:
-        problems.append(MergeError("the site can't be merged", where=path, why=refused[0], fix=refused[1]))
-    for name in dict.fromkeys(applied.adapter for applied in chosen):
-        if (box := box_of(module, name)) is not None and without_values(box):
-            why = "its tensors came from the meta device by to_empty"
-            problems.append(
-                MergeError(f"the adapter {name!r} has no values yet", where=path, why=why, fix="load them first")
-            )
-    for applied in chosen:
-        rule = applied.rule
-        if not rule.mergeable:
-            why = rule.why_not_merged
-            problems.append(MergeError(f"{rule.label} can't be merged", where=path, why=why, fix="keep it unmerged"))
-    if len(chosen) < len(counted) and not all(applied.rule.additive for applied in counted):
-        others = ", ".join(
-            f"{a.rule.label} [{a.adapter}]" for a in counted if a.adapter not in {applied.adapter for applied in chosen}
-        )
-        why = f"{others} is on the same site, and its effect depends on the order"
-        problems.append(
-            MergeError(
-                "part of a stack can't be merged here", where=path, why=why, fix="merge all adapters: merge(model)"
-            )
-        )
-    if not problems and len(chosen) > 1:
-        problem = find_live_conflict(chosen, module, site.path, own_forward(module, site.base))
-        problems += [problem] if problem is not None else []
-    if not problems:
-        problems += _packed(path, module, site, chosen)
-    return problems
-
-
-def _packed(path: str, module: nn.Module, site: SiteState, chosen: list[Applied]) -> list[SurgeryError]:
-    weight = module._parameters.get("weight")
-    if weight is None or not (hasattr(weight, "device_mesh") or is_packed(weight)):
-        return []
-    why, fix = f"its weight is a {type(weight).__name__} of {weight.dtype}", "keep it unmerged"
-    if is_packed(weight):
-        why, fix = f"{why}: quantised, so a sum would be rounded away", f"keep it unmerged, or {UNPACKED}"
-    return [MergeError(f"{chosen[0].rule.label} can't be merged here", where=path, why=why, fix=fix)]
-
-
-def _already(path: str, site: SiteState) -> MergeError:
-    adapters = ", ".join(_merged(site).adapters)
-    return MergeError(
-        "the model is merged already", where=path, why=f"its weights hold {adapters}", fix="unmerge(model) first"
-    )
-
-
 def _merged(site: SiteState) -> Merged:
     assert site.merged is not None
     return site.merged
-
-
-def _owner(module: nn.Module, name: str) -> nn.Module:
-    return module.get_submodule(name.rpartition(".")[0])

@@ -65,8 +65,10 @@ def verify_records(folds: Sequence[tuple[Tensor, Record]], where: str | Sequence
     """
     paths = [where] * len(folds) if isinstance(where, str) else where
     last = {id(tensor): (tensor, record, path) for (tensor, record), path in zip(folds, paths, strict=True)}
-    plain = [tensor for tensor, _, _ in last.values() if type(tensor) in (nn.Parameter, Tensor)] if check else []
-    sums = {id(tensor): checksum for tensor, checksum in zip(plain, checksums_of(plain), strict=True)}
+    whole_tensors = (
+        [tensor for tensor, _, _ in last.values() if type(tensor) in (nn.Parameter, Tensor)] if check else []
+    )
+    sums = {id(tensor): checksum for tensor, checksum in zip(whole_tensors, checksums_of(whole_tensors), strict=True)}
     for tensor, record, where in last.values():
         if is_packed(tensor) and tensor.dtype != record.dtype or type(tensor) not in (nn.Parameter, Tensor):
             raise MergeError(
@@ -92,7 +94,7 @@ def fold_together(waiting: list[tuple[SiteFolding, str, LowRank]]) -> None:
         for tensor, (folding, _, change) in zip(tensors, waiting, strict=True)
     ]
     for (folding, name, _), record in zip(waiting, batched_folds.fold_all(folds), strict=True):
-        folding.done.append((name, record))
+        folding.folds.append((name, record))
     waiting.clear()
 
 
@@ -102,7 +104,7 @@ class SiteFolding:
     def __init__(self, module: nn.Module, where: str, keep: Keep, journal: Journal, dry: bool = False):
         self.module, self.where, self.journal = module, where, journal
         self.keep: Keep = keep
-        self.done: list[Fold] = []
+        self.folds: list[Fold] = []
         self._base = 0
         self._pending: dict[str, list[LowRank]] = {}
         self._trial: dict[str, Tensor] | None = {} if dry else None  # copies, used instead of the module's tensors
@@ -110,7 +112,7 @@ class SiteFolding:
     def source(self, name: str, base: bool) -> Tensor:
         """A tensor as the present rule sees it, or (`base`) as it was before any rule added to it."""
         self._flush(name)
-        records = [record for done, record in self.done[self._base :] if done == name]
+        records = [record for folded_name, record in self.folds[self._base :] if folded_name == name]
         tensor = self.tensor(name)
         if not base or not records:
             return tensor
@@ -136,21 +138,21 @@ class SiteFolding:
     def finish(self) -> list[Fold]:
         for name in list(self._pending):
             self._flush(name)
-        return self.done
+        return self.folds
 
-    def finish_with(self, others: list[tuple[SiteFolding, str, LowRank]]) -> list[Fold]:
+    def finish_with(self, waiting: list[tuple[SiteFolding, str, LowRank]]) -> list[Fold]:
         """As `finish`, but a single low-rank change is deferred to `fold_together`, which does those of all sites."""
         pending = [(name, change) for name, changes in self._pending.items() for change in changes]
-        if self.done or len(pending) != 1 or self.keep != "record":
+        if self.folds or len(pending) != 1 or self.keep != "record":
             return self.finish()
         self._pending.clear()
-        others.append((self, *pending[0]))
-        return self.done  # `fold_together` fills it
+        waiting.append((self, *pending[0]))
+        return self.folds  # `fold_together` fills it
 
     def finite(self) -> str | None:
         """The first tensor that is not finite after the folds, or None."""
         self.finish()
-        return next((name for name, _ in self.done if not torch.isfinite(self.tensor(name)).all()), None)
+        return next((name for name, _ in self.folds if not torch.isfinite(self.tensor(name)).all()), None)
 
     def tensor(self, name: str) -> Tensor:
         if self._trial is not None:
@@ -171,4 +173,4 @@ class SiteFolding:
                 f"a merged {name} has the shape {tuple(change.shape)}, not {tuple(tensor.shape)}", where=self.where
             )
         note = keep_fold(self.journal, tensor)
-        self.done.append((name, fold(tensor, change, keep=self.keep, where=self.where, note=note)))
+        self.folds.append((name, fold(tensor, change, keep=self.keep, where=self.where, note=note)))

@@ -62,7 +62,7 @@ class ExportReport:
     """
 
     path: Path
-    manifest: Any
+    manifest: dict[str, Any]
     notices: list[str] = field(default_factory=list)
     seconds: float = 0.0
     nbytes: int = 0

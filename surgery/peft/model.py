@@ -16,7 +16,8 @@ from torch import nn
 import surgery
 from surgery.errors import SurgeryError, SurgeryWarning, near_misses
 from surgery.lifecycle.switching import set_trained
-from surgery.merging.merge import NotFiniteError, ensure_unmerged
+from surgery.merging.merge import ensure_unmerged
+from surgery.merging.site_merge import NotFiniteError
 from surgery.patterns.wrappers import unwrap
 from surgery.peft.add_idle import new_adapters_idle
 from surgery.peft.base_config import PeftConfig

@@ -90,7 +90,7 @@ def _calls(
 ) -> Iterator[tuple[PlannedRule, tuple]]:
     """The example arguments of sites whose rules look into the forward: once for each graph and kind of call, and for
     each rule if `by_rule`."""
-    known = set[tuple]()
+    marks = set[tuple]()
     for step in steps:
         for observation in observations if step.inside else ():
             if not observation.reached(step.module):
@@ -100,8 +100,8 @@ def _calls(
             bound.apply_defaults()
             arguments = tuple(bound.arguments.values())
             mark = (id(step.own.graph), kind_of_call(step.module, arguments), step.rule.label if by_rule else None)
-            if mark not in known:
-                known.add(mark)
+            if mark not in marks:
+                marks.add(mark)
                 yield step, copied(arguments)
 
 

@@ -38,7 +38,7 @@ class Tree:
     paths: dict[int, list[str]]
     modules: dict[str, nn.Module]
     heads: frozenset[int]
-    known: dict[tuple, frozenset[str]] = field(default_factory=dict, compare=False, repr=False)  # `hits`
+    cached_hits: dict[tuple, frozenset[str]] = field(default_factory=dict, compare=False, repr=False)
 
     @staticmethod
     def of(model: nn.Module) -> Tree:
@@ -81,14 +81,15 @@ class Tree:
         """The paths that match one of these targets, cached for rules with the same targets."""
         listed = _listed(targets)
         try:
-            paths = self.known.get(listed)
+            paths = self.cached_hits.get(listed)
         except TypeError:  # a pattern with a condition that can't be hashed
             return self._hits(listed)
         if paths is None:
-            paths = self.known[listed] = self._hits(listed)
+            paths = self.cached_hits[listed] = self._hits(listed)
         return paths
 
     def _hits(self, listed: tuple) -> frozenset[str]:
+        """As `hits`, without the cache."""
         if not all(isinstance(target, str) and target != "all-linear" for target in listed):
             patterns = list(map(as_pattern, listed))
             return frozenset(
@@ -135,7 +136,7 @@ def matches(tree: Tree, rule: Declaration) -> list[Match]:
         raise MatchError(
             f"{rule.label} expects {rule.expect} sites and matches {len(matched)}",
             where=listed,
-            why=f"targets {_shown(_listed(rule.targets))} are for another model, or match more modules than intended",
+            why=f"targets {_quoted(_listed(rule.targets))} are for another model, or match more modules than intended",
             fix="correct targets, exclude or layers, or the number in expect",
         )
     return matched
@@ -197,11 +198,12 @@ def _layer_of(path: str) -> int | None:
 def _layer(path: str, layers: tuple[int, ...]) -> Verdict:
     # PEFT's layers_to_transform: the first number in the path is the layer's index.
     index = _layer_of(path)
-    shown = "no layer index in its path" if index is None else f"it is in layer {index}"
-    return Verdict(index in layers, f"layers {list(layers)}", shown)
+    reason = "no layer index in its path" if index is None else f"it is in layer {index}"
+    return Verdict(index in layers, f"layers {list(layers)}", reason)
 
 
 def _nothing(tree: Tree, rule: Declaration) -> MatchError:
+    """The error for a rule without a match; `why` has the likeliest reason."""
     if not rule.targets:
         return MatchError(
             f"{rule.label} has no targets", why="targets is empty", fix='name modules, types, or "all-linear"'
@@ -227,7 +229,7 @@ def _nothing(tree: Tree, rule: Declaration) -> MatchError:
         listed = [name for name in leaves if not name.isdigit()][:20]
         why = " ".join(filter(None, misses)) or f"no module matches; the modules are called {', '.join(listed)}"
     return MatchError(
-        f"{rule.label} matches nothing: targets {_shown(_listed(rule.targets))}",
+        f"{rule.label} matches nothing: targets {_quoted(_listed(rule.targets))}",
         why=why,
         fix="correct the targets; explain(model, rule, path) says why a module does not match",
     )
@@ -244,7 +246,7 @@ def _listed(targets: Targets) -> tuple:
     return cast(tuple, targets)  # a rule normalises its targets to a tuple
 
 
-def _shown(targets: tuple) -> str:
+def _quoted(targets: tuple) -> str:
     return "[" + ", ".join(repr(t) if isinstance(t, str) else str(t) for t in targets) + "]"
 
 

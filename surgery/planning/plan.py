@@ -25,7 +25,7 @@ __all__ = ["Plan"]
 
 @dataclass
 class Plan:
-    """What `apply_rules` would do: the steps, the warnings and every problem.
+    """The steps, warnings and problems of a call of `apply_rules`.
 
     `print(plan)` shows a table, `to_dict()` gives plain data, and a plan is true if it does not have problems.
 
@@ -157,7 +157,7 @@ class Plan:
 
     def __str__(self) -> str:
         head = f"adapter {self.adapter!r}: {len(self.steps)} edits, {self.trainable:,} trainable parameters"
-        head += f"; the base {self._base_told()}"
+        head += f"; the base {self._base_state()}"
         parts = [head, table(["rule", "site", "type", "tensors", "trainable"], list(map(list, _rows(self.steps))))]
         shared = [f"{step.path} is also {', '.join(step.aliases)}" for step in self.steps if step.aliases]
         parts += [f"shared: {line}" for line in collapse_similar(list(dict.fromkeys(shared)))]
@@ -179,7 +179,7 @@ class Plan:
 
     __repr__ = __str__
 
-    def _base_told(self) -> str:
+    def _base_state(self) -> str:
         if self.freezes:
             return "is frozen"
         by = abbreviate(self.frozen_by, "adapters")

@@ -32,7 +32,14 @@ def check_examples(plan: Plan) -> None:
             return
     verified: set[tuple] = set()
     for step in plan.steps:
-        call = next((seen.calls[id(step.module)] for seen in plan.observations if seen.reached(step.module)), None)
+        call = next(
+            (
+                observation.calls[id(step.module)]
+                for observation in plan.observations
+                if observation.reached(step.module)
+            ),
+            None,
+        )
         if call is None:
             plan.problems.append(
                 MatchError(

@@ -20,12 +20,13 @@ from surgery.errors import MatchError, RuleError, SiteError, SurgeryError, colla
 from surgery.forward.own_forward import own_forward
 from surgery.forward.packed_weights import UNPACKED, packed_in
 from surgery.patterns.wrappers import submodule, unwrap
-from surgery.planning.direct_reads import Bypass, bypasses, fastpath_switch
+from surgery.planning.direct_reads import bypasses, fastpath_switch
 from surgery.planning.equivalent_sites import site_key
 from surgery.planning.matching import Match, Tree, matches, unmatched_targets
 from surgery.planning.model_check import model_problems
 from surgery.planning.plan import Plan
 from surgery.planning.plan_examples import check_examples
+from surgery.planning.read_search import Bypass
 from surgery.planning.uncalled_modules import never_called
 from surgery.state.records import site_state
 from surgery.state.running_statistics import changing_buffers, moving_modules

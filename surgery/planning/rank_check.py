@@ -32,6 +32,7 @@ def rank_notes(steps: Sequence[PlannedRule]) -> list[str]:
 
 
 def _excess_ranks(steps: Sequence[PlannedRule]) -> Iterable[ExcessRanks]:
+    """The sites of each rule that can't use its rank. The field's default rank is never reported."""
     by_rule: dict[int, list[PlannedRule]] = {}
     for step in steps:
         by_rule.setdefault(id(step.rule), []).append(step)
@@ -65,9 +66,9 @@ def _default_rank(rule: Rule) -> Any:
 def _message(rule: Rule, sites: Sequence[tuple[str, int, tuple[int, int]]]) -> str:
     ranks, useful = {rank for _, rank, _ in sites}, {min(sizes) for _, _, sizes in sites}
     most = f"{min(useful)}" if len(useful) == 1 else f"{min(useful)} to {max(useful)}, by their sizes"
-    asked = f"rank {min(ranks)}" if len(ranks) == 1 else f"ranks {min(ranks)} to {max(ranks)}"
+    ranks_text = f"rank {min(ranks)}" if len(ranks) == 1 else f"ranks {min(ranks)} to {max(ranks)}"
     where = abbreviate([path or "the model itself" for path, _, _ in sites])
-    return f"{rule.label}: {asked} is more than the weights at {where} can use; the largest useful rank is {most}"
+    return f"{rule.label}: {ranks_text} is more than the weights at {where} can use; the largest useful rank is {most}"
 
 
 def _sizes(module: Any) -> tuple[int, int] | None:

@@ -20,9 +20,9 @@ class _Undecided(Exception):
 
 def is_reachable(tests: Tests, name: str, module: nn.Module) -> bool:
     """Whether a call can reach a place behind these tests; `name` is the module's name in them."""
-    for test, wanted in tests:
+    for test, expected in tests:
         try:
-            if bool(_plain(_value(test, name, module))) is not wanted:
+            if bool(_constant(_value(test, name, module))) is not expected:
                 return False
         except _Undecided:
             continue
@@ -30,6 +30,7 @@ def is_reachable(tests: Tests, name: str, module: nn.Module) -> bool:
 
 
 def _value(node: ast.expr, name: str, module: nn.Module) -> Any:
+    """The value of an expression. `_Undecided` if it depends on more than the module's settings."""
     match node:
         case ast.Constant(value=value):
             return value
@@ -38,7 +39,7 @@ def _value(node: ast.expr, name: str, module: nn.Module) -> Any:
         case ast.Attribute(value=owner, attr=attribute):
             return _attribute(_value(owner, name, module), attribute)
         case ast.UnaryOp(op=ast.Not(), operand=operand):
-            return not _plain(_value(operand, name, module))
+            return not _constant(_value(operand, name, module))
         case ast.BoolOp(op=kind, values=parts):
             return _any(parts, name, module, isinstance(kind, ast.Or))
         case ast.Call(func=ast.Name(id="hasattr"), args=[owner, ast.Constant(value=str(attribute))]):
@@ -50,25 +51,26 @@ def _value(node: ast.expr, name: str, module: nn.Module) -> Any:
             first, second = (_value(part, name, module) for part in (left, right))
             if isinstance(kind, (ast.Is, ast.IsNot)):
                 return _COMPARED[type(kind)](first, second)
-            return _COMPARED[type(kind)](_plain(first), _plain(second))
+            return _COMPARED[type(kind)](_constant(first), _constant(second))
     raise _Undecided
 
 
-def _any(parts: list[ast.expr], name: str, module: nn.Module, wanted: bool) -> bool:
-    """The value of `or` (`wanted` True) or `and` (False): one part equal to `wanted` decides it."""
+def _any(parts: list[ast.expr], name: str, module: nn.Module, deciding: bool) -> bool:
+    """The value of `or` (`deciding` True) or `and` (False): a part equal to `deciding` decides it."""
     unknown = False
     for part in parts:
         try:
-            if bool(_plain(_value(part, name, module))) is wanted:
-                return wanted
+            if bool(_constant(_value(part, name, module))) is deciding:
+                return deciding
         except _Undecided:
             unknown = True
     if unknown:
         raise _Undecided
-    return not wanted
+    return not deciding
 
 
 def _attribute(owner: Any, name: str) -> Any:
+    """The value of an attribute. `_Undecided` for the training flag, tensors' attributes and properties."""
     if name == "training" or isinstance(owner, Tensor):
         raise _Undecided
     if isinstance(owner, nn.Module):
@@ -93,7 +95,7 @@ def _has(owner: Any, name: str) -> bool:
         raise _Undecided from None
 
 
-def _plain(value: Any) -> Any:
+def _constant(value: Any) -> Any:
     if isinstance(value, (bool, int, float, str, type(None), list, tuple, dict)):
         return value
     raise _Undecided

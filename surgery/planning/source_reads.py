@@ -13,25 +13,26 @@ import weakref
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from types import FunctionType, ModuleType
+from types import FunctionType
 from typing import Any
 
+from surgery.planning.attribute_chains import (
+    CALL,
+    NO_CHAINS,
+    Chain,
+    Chains,
+    attribute_of,
+    closure_values,
+    global_value,
+    item_of,
+    union,
+    without_lines,
+    wrapped,
+)
 from surgery.planning.settled_branches import Tests
 
-__all__ = ["CALL", "WRAP", "Chain", "Facts", "facts_of"]
+__all__ = ["Facts", "facts_of"]
 
-CALL, WRAP = "()", "~"  # steps of a chain that are not attributes: a call's result; an element of a new tuple
-Step = tuple[Any, int]  # an attribute's name, CALL, WRAP, ("[]", key), or (class, name) for super().name; and its line
-Chain = tuple[Any, tuple[Step, ...]]  # begins at an argument's name, or at a function
-Chains = frozenset[Chain]
-_NONE: Chains = frozenset()
-
-# Attributes of a tensor that do not depend on its values.
-_ABOUT = set(
-    "dtype device shape ndim size dim numel nelement element_size stride is_contiguous requires_grad requires_grad_"
-    " grad data_ptr is_meta is_cuda is_cpu layout is_sparse is_quantized is_nested itemsize nbytes get_device"
-    " is_floating_point is_complex new_zeros new_ones new_empty new_full new_tensor storage untyped_storage".split()
-)
 # Functions that use only such attributes of their arguments, or print them.
 _INERT = set(
     "isinstance issubclass hasattr type id len print str repr callable is_tensor is_floating_point is_complex"
@@ -54,7 +55,7 @@ _SAME = {"list", "tuple", "set", "iter", "reversed", "sorted", "cast"}
 
 @dataclass(eq=False)
 class Facts:
-    """What the source of one function shows: returned chains, used chains, calls, and the tests around calls."""
+    """The content of one function's source: returned chains, used chains, calls, and the tests around calls."""
 
     parameters: list[str]
     module: str
@@ -63,30 +64,33 @@ class Facts:
     lines: tuple[str, ...] = ()
     decorated: bool = False
     dynamic: bool = False  # it accesses attributes by names that are not in its source
-    returns: Chains = _NONE
-    uses: tuple[tuple[Chain, bool], ...] = ()  # with whether every run of the function reaches the use
+    returns: Chains = NO_CHAINS
+    uses: tuple[tuple[Chain, bool], ...] = ()  # True: every run of the function reaches the use
     calls: tuple[tuple[Chain, tuple[tuple[int | str, Chain], ...], bool], ...] = ()
-    behind: dict[Chain, tuple[Tests, ...]] = field(default_factory=dict)  # by called chain: the tests around the calls
+    behind: dict[Chain, tuple[Tests, ...]] = field(
+        default_factory=dict
+    )  # by the chain of the callee: the tests around the calls
 
 
 _facts: weakref.WeakKeyDictionary[FunctionType, Facts] = weakref.WeakKeyDictionary()
 
 
 def facts_of(function: FunctionType) -> Facts:
+    """The facts of a function, or of the function inside its decorators. Each function is read once."""
     if function not in _facts:
-        plain = inspect.unwrap(function)
-        _facts[function] = _Source(plain if isinstance(plain, FunctionType) else function).facts
+        inner = inspect.unwrap(function)
+        _facts[function] = _SourceReader(inner if isinstance(inner, FunctionType) else function).facts
     return _facts[function]
 
 
-class _Source:
+class _SourceReader:
     """Runs one function abstractly: `env` maps each name to the chains that it may hold."""
 
     def __init__(self, function: FunctionType):
         code = function.__code__
         names = code.co_varnames[: code.co_argcount + code.co_kwonlyargcount]
         self.facts = Facts(list(names), function.__module__ or "")
-        self.known = {**function.__globals__, **_cells(function)}
+        self.globals = {**function.__globals__, **closure_values(function)}
         self.uses: dict[Chain, None] = {}
         self.calls: dict[tuple, None] = {}
         self.behind: dict[Chain, set[Tests]] = {}
@@ -106,16 +110,18 @@ class _Source:
         self.facts.file, self.facts.start, self.facts.lines = inspect.getsourcefile(function) or "", start, tuple(lines)
         self.facts.decorated = bool(definition.decorator_list)
         self.facts.returns = frozenset(self.returns)
-        self.facts.uses = tuple((chain, _plain(chain) in self.sure) for chain in self.uses)
+        self.facts.uses = tuple((chain, without_lines(chain) in self.sure) for chain in self.uses)
         self.facts.behind = {chain: tuple(tests) for chain, tests in self.behind.items()}
-        self.facts.calls = tuple((called, arguments, _plain(called) in self.sure) for called, arguments in self.calls)
+        self.facts.calls = tuple(
+            (callee, arguments, without_lines(callee) in self.sure) for callee, arguments in self.calls
+        )
 
     def use(self, chains: Iterable[Chain]) -> Chains:
         for chain in chains:
             self.uses[chain] = None
-            plain = _plain(chain)  # its prefixes count, too: one branch may use weight, another weight.t()
-            self.sure.update(plain[:end] for end in range(1, len(plain) + 1))
-        return _NONE
+            path = without_lines(chain)  # prefixes count, too: one branch may use weight, and another weight.t()
+            self.sure.update(path[:end] for end in range(1, len(path) + 1))
+        return NO_CHAINS
 
     def apart(self, read: Callable[[], Any]) -> tuple[Any, set[tuple]]:
         """Read a branch, and return separately what every run of the branch reaches."""
@@ -139,6 +145,7 @@ class _Source:
             self.statement(node, env)
 
     def statement(self, node: Any, env: dict[str, Chains]) -> None:
+        """Read one statement; `env` maps names to chains."""
         match node:
             case ast.Assign(targets=targets, value=value):
                 for target in targets:
@@ -151,7 +158,7 @@ class _Source:
                 self.returns |= self.expr(value, env)
             case ast.FunctionDef() | ast.AsyncFunctionDef():
                 self.nested(node.args, node.body, env)
-                env[node.name] = _NONE
+                env[node.name] = NO_CHAINS
             case ast.ClassDef():
                 pass
             case _:
@@ -181,21 +188,21 @@ class _Source:
                         _, sure[name] = self.apart(lambda block=block: self.block(block, branches[-1]))
         self.sure |= sure["body"] & sure["orelse"] if isinstance(node, ast.If) else sure["body"] | sure["finalbody"]
         for name in {name for branch in branches for name in branch}:
-            env[name] = frozenset().union(*(branch.get(name, _NONE) for branch in branches))
+            env[name] = frozenset().union(*(branch.get(name, NO_CHAINS) for branch in branches))
 
     def bind(self, target: ast.expr, value: Chains | list, env: dict[str, Chains]) -> None:
         match target:
             case ast.Name(id=name):
-                env[name] = _union(value)
+                env[name] = union(value)
             case ast.Tuple(elts=targets) | ast.List(elts=targets):
                 if not isinstance(value, list) or len(value) != len(targets):
-                    value = [_item(_union(value))] * len(targets)
-                for part, each in zip(targets, value, strict=True):
-                    self.bind(part, each, env)
+                    value = [item_of(union(value))] * len(targets)
+                for part, part_value in zip(targets, value, strict=True):
+                    self.bind(part, part_value, env)
             case ast.Starred(value=inner):
-                self.bind(inner, _wrap(_union(value)), env)
+                self.bind(inner, wrapped(union(value)), env)
             case _:  # stored in an attribute or an element, which is not followed
-                self.use(_union(value))
+                self.use(union(value))
 
     def elements(self, node: ast.expr, env: dict[str, Chains]) -> Chains | list:
         """The value of an expression; of a tuple, the value of each element."""
@@ -207,16 +214,16 @@ class _Source:
         """The loop variable's value in a loop over an expression."""
         match node:
             case ast.Call(func=ast.Name(id="enumerate"), args=[first, *_]):
-                return [_NONE, self.items(first, env)]
+                return [NO_CHAINS, self.items(first, env)]
             case ast.Call(func=ast.Name(id="zip"), args=parts):
                 return [self.items(part, env) for part in parts]
             case ast.Call(func=ast.Attribute(value=owner, attr="items" | "named_children")):
-                return [_NONE, _item(self.expr(owner, env))]
-        return _item(self.expr(node, env))
+                return [NO_CHAINS, item_of(self.expr(owner, env))]
+        return item_of(self.expr(node, env))
 
     def nested(self, arguments: ast.arguments, body: list[Any] | ast.expr, env: dict[str, Chains]) -> None:
         names = [a.arg for a in (*arguments.posonlyargs, *arguments.args, *arguments.kwonlyargs)]
-        inner, before = {**env, **dict.fromkeys(names, _NONE)}, set(self.returns)
+        inner, before = {**env, **dict.fromkeys(names, NO_CHAINS)}, set(self.returns)
         if isinstance(body, list):
             self.block(body, inner)
         else:
@@ -225,25 +232,26 @@ class _Source:
         self.returns = before
 
     def expr(self, node: ast.expr, env: dict[str, Chains]) -> Chains:
+        """The chains of an expression; values that it uses are noted."""
         match node:
             case ast.Name(id=name):
-                return env[name] if name in env else _known(self.known.get(name))
+                return env[name] if name in env else global_value(self.globals.get(name))
             case ast.Attribute(value=value, attr=attr):
                 self.facts.dynamic |= attr in _ANY_CHILD
-                return _attribute(self.expr(value, env), attr, node.end_lineno or 0)
+                return attribute_of(self.expr(value, env), attr, node.end_lineno or 0)
             case ast.Subscript(value=value, slice=index):
                 self.use(self.expr(index, env))
                 chains = self.expr(value, env)
                 key = index.value if isinstance(index, ast.Constant) else None
-                return chains if isinstance(index, ast.Slice) else _item(chains, key, node.lineno)
+                return chains if isinstance(index, ast.Slice) else item_of(chains, key, node.lineno)
             case ast.Call():
                 return self.call(node, env)
             case ast.Tuple(elts=parts) | ast.List(elts=parts) | ast.Set(elts=parts):
-                return _wrap(_union([self.expr(part, env) for part in parts]))
+                return wrapped(union([self.expr(part, env) for part in parts]))
             case ast.Dict(values=parts):
-                return _wrap(_union([self.expr(part, env) for part in parts]))
+                return wrapped(union([self.expr(part, env) for part in parts]))
             case ast.BoolOp(values=parts):
-                return _union([self.expr(part, env) for part in parts])
+                return union([self.expr(part, env) for part in parts])
             case ast.IfExp(test=test, body=body, orelse=orelse):
                 self.expr(test, env)
                 (first, sure), (second, too) = (
@@ -260,17 +268,17 @@ class _Source:
                     self.bind(loop.target, self.items(loop.iter, inner), inner)
                     for test in loop.ifs:
                         self.expr(test, inner)
-                return _wrap(self.expr(elt, inner))
+                return wrapped(self.expr(elt, inner))
             case ast.Lambda(args=arguments, body=body):
                 self.nested(arguments, body, env)
-                return _NONE
+                return NO_CHAINS
             case ast.Starred(value=value) | ast.Await(value=value):
-                return _item(self.expr(value, env))
-        chains = _union([self.expr(part, env) for part in ast.iter_child_nodes(node) if isinstance(part, ast.expr)])
+                return item_of(self.expr(value, env))
+        chains = union([self.expr(part, env) for part in ast.iter_child_nodes(node) if isinstance(part, ast.expr)])
         valued = isinstance(node, (ast.BinOp, ast.Yield, ast.YieldFrom)) or (
             isinstance(node, ast.UnaryOp) and not isinstance(node.op, ast.Not)
         )
-        return self.use(chains) if valued else _NONE
+        return self.use(chains) if valued else NO_CHAINS
 
     def readable(self, function: Any) -> bool:
         """Whether to follow a function. Functions of torch are taken to use all their arguments."""
@@ -278,75 +286,31 @@ class _Source:
         return isinstance(function, FunctionType) and (module != "torch" or function.__module__ == self.facts.module)
 
     def call(self, node: ast.Call, env: dict[str, Chains]) -> Chains:
+        """Note a call and its arguments; return the chains of its result."""
         name = node.func.id if isinstance(node.func, ast.Name) else getattr(node.func, "attr", "")
         arguments: list[tuple[int | str, Chains]] = [(i, self.expr(value, env)) for i, value in enumerate(node.args)]
         arguments += [(word.arg or "", self.expr(word.value, env)) for word in node.keywords]
-        first = arguments[0][1] if arguments else _NONE
+        first = arguments[0][1] if arguments else NO_CHAINS
         if isinstance(node.func, ast.Name):
             if name == "getattr" and len(node.args) > 1:
                 attr = node.args[1].value if isinstance(node.args[1], ast.Constant) else None
                 self.facts.dynamic |= attr is None
-                return _attribute(first, attr, node.lineno) if isinstance(attr, str) else _NONE
+                return attribute_of(first, attr, node.lineno) if isinstance(attr, str) else NO_CHAINS
             if name in _SAME:
-                return _union([chains for _, chains in arguments])
+                return union([chains for _, chains in arguments])
             if name == "next":
-                return _item(first)
-            if name == "super" and "__class__" in self.known:
-                return frozenset([(self.facts.parameters[0], ((self.known["__class__"], node.lineno),))])
-        called = self.expr(node.func, env)
+                return item_of(first)
+            if name == "super" and "__class__" in self.globals:
+                return frozenset([(self.facts.parameters[0], ((self.globals["__class__"], node.lineno),))])
+        callees = self.expr(node.func, env)
         if isinstance(node.func, ast.Attribute) and name in ("values", "children"):
             return self.expr(node.func.value, env)
         passed = tuple((place, chain) for place, chains in arguments for chain in chains)
-        followed = [chain for chain in called if isinstance(chain[0], str) or self.readable(chain[0])]
+        followed = [chain for chain in callees if isinstance(chain[0], str) or self.readable(chain[0])]
         for chain in followed:
             self.calls[chain, () if name in _INERT else passed] = None
             self.behind.setdefault(chain, set()).add(self.tests)
-            self.sure.add(_plain(chain))
+            self.sure.add(without_lines(chain))
         if not followed and name not in _INERT:
             self.use(frozenset(chain for _, chain in passed))
         return frozenset((root, (*steps, (CALL, node.lineno))) for root, steps in followed)
-
-
-def _plain(chain: Chain) -> tuple:
-    return (chain[0], *(step for step, _ in chain[1]))
-
-
-def _union(value: Chains | list) -> Chains:
-    return frozenset().union(*map(_union, value)) if isinstance(value, list) else value
-
-
-def _wrap(chains: Chains) -> Chains:
-    return frozenset((root, (*steps, (WRAP, 0))) for root, steps in chains)
-
-
-def _item(chains: Chains, key: Any = None, line: int = 0) -> Chains:
-    unwrapped = {(r, s[:-1]) for r, s in chains if s and s[-1][0] == WRAP}
-    return frozenset(unwrapped | {(r, (*s, (("[]", key), line))) for r, s in chains if not s or s[-1][0] != WRAP})
-
-
-def _attribute(chains: Chains, name: str, line: int) -> Chains:
-    result = set()
-    for root, steps in chains:
-        last = steps[-1][0] if steps else None
-        if isinstance(last, type):
-            result.add((root, (*steps[:-1], ((last, name), line))))
-        elif isinstance(root, (ModuleType, type)):
-            result |= _known(vars(root).get(name))
-        elif last != WRAP and name not in _ABOUT:
-            result.add((root, (*steps, (name, line))))
-    return frozenset(result)
-
-
-def _known(value: Any) -> Chains:
-    value = value.__func__ if isinstance(value, staticmethod) else value
-    return frozenset([(value, ())]) if isinstance(value, (FunctionType, ModuleType, type)) else _NONE
-
-
-def _cells(function: FunctionType) -> dict[str, Any]:
-    cells = {}
-    for name, cell in zip(function.__code__.co_freevars, function.__closure__ or (), strict=True):
-        try:
-            cells[name] = cell.cell_contents
-        except ValueError:  # the name is bound later
-            pass
-    return cells

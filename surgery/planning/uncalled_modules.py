@@ -10,7 +10,7 @@ from torch import nn
 
 from surgery.patterns.module_walk import base_modules
 from surgery.patterns.wrappers import submodule
-from surgery.planning.direct_reads import ReadSearch
+from surgery.planning.read_search import ReadSearch
 
 __all__ = ["never_called"]
 
@@ -33,16 +33,15 @@ def never_called(model: nn.Module, paths: Iterable[str]) -> bool:
     False if code can't be read, or accesses children by names that are not in its source.
     """
     modules = dict(base_modules(model))
-    known = {id(module): path for path, module in modules.items()}
+    paths_by_id = {id(module): path for path, module in modules.items()}
     for path in paths:
         target, parts = submodule(model, path), path.split(".")
         owners = {above: submodule(model, above) for above in (".".join(parts[:n]) for n in range(len(parts)))}
         for above, owner in owners.items():
-            if isinstance(
-                owner, (nn.ModuleList, nn.ModuleDict)
-            ):  # a container: the code that loops over it is above it
+            # The code that loops over a container is above the container.
+            if isinstance(owner, (nn.ModuleList, nn.ModuleDict)):
                 continue
-            search = ReadSearch(known, above, owner, target)
+            search = ReadSearch(paths_by_id, above, owner, target)
             for method in _methods(owner, above == ".".join(parts[:-1])):
                 search.read(method)
             if id(target) in search.ran or not search.unsure.isdisjoint(map(id, owners.values())):
@@ -56,8 +55,10 @@ def _methods(module: nn.Module, all_of_them: bool) -> Iterable[FunctionType]:
     if not isinstance(forward, FunctionType):
         return []
     attributes = {name: value for base in reversed(cls.__mro__) for name, value in vars(base).items()}
-    others = [value for name, value in attributes.items() if isinstance(value, FunctionType) and name not in _ASIDE]
-    near = [value for value in others if value.__module__ == forward.__module__ and not value.__name__.startswith("__")]
+    methods = [value for name, value in attributes.items() if isinstance(value, FunctionType) and name not in _ASIDE]
+    near = [
+        value for value in methods if value.__module__ == forward.__module__ and not value.__name__.startswith("__")
+    ]
     return [forward, *(near if all_of_them else [])]
 
 

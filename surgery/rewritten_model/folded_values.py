@@ -71,10 +71,10 @@ def fold_sites(
         for applied in at.get(id(module), ()):
             live = LiveSite(module, path, adapter, site_tensors, lambda name, _, module=module: _tensor(module, name))
             with HookCall(applied.rule, "folded", path):
-                rule, kept = applied.rule.folded(live)
+                rule, folded_tensors = applied.rule.folded(live)
             if plainer.get(applied.rule, lambda rule=rule: rule) != rule:
                 raise RuleError(f"{applied.rule.label}.folded gives different rules at different sites", where=path)
-            site_tensors = dict(kept)
+            site_tensors = dict(folded_tensors)
         for name, tensor in site_tensors.items():
             tensors[".".join(filter(None, (path, RESERVED, name)))] = tensor.detach()
     return [plainer.get(rule, lambda rule=rule: rule) for rule in state.adapters[adapter]], tensors

@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from surgery.authoring.declared_tensors import ParamSpec
 from surgery.authoring.hook_call import HookCall
 from surgery.authoring.live_site import LiveSite
-from surgery.authoring.site import ParamSpec
 from surgery.errors import SurgeryError
 from surgery.forward.own_forward import own_forward
 from surgery.forward.parameter_view import tensor_at

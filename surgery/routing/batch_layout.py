@@ -37,7 +37,7 @@ def check_rows_first(
     batch: int,
     arguments: Any,
 ) -> None:
-    """Raise `SurgeryError` unless a batch's rows come first in a module's input, each as often as the shape says.
+    """Raise `SurgeryError` unless a batch's rows come first in a module's input, each with an equal number of entries.
 
     `arguments`: the model's own arguments in the running call. Whether one row of the batch gives one row or several is
     a property of the code. It is stored for all `modules`, by the number of dimensions of their inputs.

@@ -122,6 +122,7 @@ class LowRankRows:
         return bank
 
     def _stack_tensors(self) -> tuple[Tensor, Tensor]:
+        """Stack A and scaled B of each row's adapter, padded to the largest rank."""
         dtype = self.A[0].dtype
         rank = max(len(A) for A in self.A)
         As, Bs = [], []

@@ -51,6 +51,7 @@ class RoutedModel:
         self.switched: list[tuple[nn.Module, str, Any]] = []
 
     def enter(self, routing: RoutingBlock, journal: Journal) -> None:
+        """Begin a block: give its new sites checking classes, and let its idle adapters train."""
         model = routing.model
         state = require_state(model)
         used, trained = self._needed(self.routings)
@@ -92,6 +93,7 @@ class RoutedModel:
             _drop(routing.model)
 
     def _leave(self, routing: RoutingBlock) -> None:
+        """Undo `enter` for everything that no remaining block needs."""
         model = routing.model
         state = require_state(model)
         remaining = [other for other in self.routings if other is not routing]

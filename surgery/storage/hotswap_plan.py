@@ -7,10 +7,10 @@ from typing import NamedTuple
 
 from torch import Tensor, nn
 
+from surgery.authoring.declared_tensors import ParamSpec
 from surgery.authoring.hook_call import HookCall
 from surgery.authoring.planned_rule import PlannedRule
 from surgery.authoring.rule import Rule
-from surgery.authoring.site import ParamSpec
 from surgery.errors import MatchError, RuleError, SiteError, SurgeryError
 from surgery.forward.own_forward import own_forward
 from surgery.planning.matching import Match, Tree, matches

@@ -13,9 +13,9 @@ from torch import Tensor, nn
 
 from surgery.adapter_files.entry import Entry
 from surgery.adapter_files.tensor_files import TensorFile
+from surgery.authoring.declared_tensors import ParamSpec
 from surgery.authoring.live_site import LiveSite
 from surgery.authoring.planned_rule import PlannedRule
-from surgery.authoring.site import ParamSpec
 from surgery.errors import LoadError, RuleError, SurgeryError, SurgeryWarning
 from surgery.forward.parameter_view import tensor_at
 from surgery.lifecycle.insertion import InitialValue, install_plan

@@ -7,11 +7,13 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
+from surgery.authoring.declared_tensors import ParamSpec
+from surgery.authoring.example_facts import Example
 from surgery.authoring.example_values import TapeSamples
 from surgery.authoring.hook_call import HookCall
 from surgery.authoring.missed_structure import suggest_target
 from surgery.authoring.rule import Rule
-from surgery.authoring.site import Example, ParamSpec, Site
+from surgery.authoring.site import Site
 from surgery.errors import SiteError, SurgeryError
 from surgery.forward.function_watch import FunctionWatch
 from surgery.forward.own_forward import OwnForward

@@ -1,4 +1,4 @@
-"""Runs the code that `show` prints beside the site, and compares what they give."""
+"""Runs the code that `show` prints, and compares its results with those of the site."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ from surgery.state.records import site_state, sites
 from tests.reports.gallery import EXAMPLES, SHOWN
 from tests.support import programs
 
-# Rules of two adapters may touch, and the second may replace what uses an edit of the first: that is told, and right.
+# Rules of two adapters may overlap: the warning that the second removes an edit of the first is right.
 pytestmark = pytest.mark.filterwarnings("ignore:.*an edit of the first has no effect:surgery.errors.SurgeryWarning")
 
 COUNT = int(os.environ.get("PROGRAMS", "100"))
@@ -48,7 +48,7 @@ def readable(module: nn.Module) -> Readable:
 
 
 def as_printed(module: nn.Module, found: Readable, index: int = -1) -> nn.Module:
-    """The module with its tensors, and with the code that is printed as its forward."""
+    """A copy of the module on the same tensors, with the printed code as its forward."""
     state = site_state(module)
     assert state is not None
     space: dict[str, Any] = {"torch": torch, "F": F, "nn": nn, "Base": state.base, **found.names}
@@ -61,7 +61,7 @@ def as_printed(module: nn.Module, found: Readable, index: int = -1) -> nn.Module
 
 
 def outcome(module: nn.Module, given: tuple, seed: int = 3) -> Any:
-    """What a call gives, its gradients, what it leaves in buffers, and the state of random numbers; or its error."""
+    """The outputs of a call, gradients, random state and buffers; or the error."""
     buffers = {name: buffer.clone() for name, buffer in module.named_buffers()}
     torch.manual_seed(seed)
     given = tuple([x.clone().requires_grad_() * 1.0 if isinstance(x, Tensor) and x.is_floating_point() else x
@@ -90,7 +90,7 @@ def same(one: Any, other: Any, exact: bool) -> bool:
         equal = isinstance(other, Tensor) and one.dtype == other.dtype and one.shape == other.shape
         if exact or not equal or not one.is_floating_point():
             return equal and torch.equal(one.nan_to_num(), other.nan_to_num())
-        # What runs may be a fast form, which adds the same numbers in another order.
+        # The site may run a fast form, which adds the same numbers in another order.
         error = 1e-5 if one.dtype == torch.float32 else 2e-2
         return torch.allclose(one, other, rtol=error, atol=error, equal_nan=True)
     if isinstance(one, dict):
@@ -101,7 +101,7 @@ def same(one: Any, other: Any, exact: bool) -> bool:
 
 
 def check(module: nn.Module, *given: Any, exact: bool = False) -> None:
-    """The code that is printed last is for the calls met first; it is run in both modes."""
+    """Compare in both modes. The last printed code is for the first kind of call."""
     for training in (False, True):
         module.train(training)
         wanted = outcome(module, given)
@@ -111,7 +111,7 @@ def check(module: nn.Module, *given: Any, exact: bool = False) -> None:
 
 
 def moved(model: nn.Module) -> nn.Module:
-    """With adapters that do something."""
+    """The model with random changes of the adapters, so that they change outputs."""
     with torch.no_grad():
         for name, tensor in model.named_parameters():
             if ".adapters." in f".{name}":
@@ -311,7 +311,7 @@ class Both(Rule):
         return site.apply(Triple.scaled, site.apply(Double.scaled, site.output))
 
 
-# What is printed ------------------------------------------------------------------------------------------------
+# The printed text ------------------------------------------------------------------------------------------------
 
 
 def lines(text: str) -> str:

@@ -1,1 +1,1 @@
-"""The verbs on adapters, alone and in every order."""
+"""Tests of the verbs on adapters, alone and in every order."""

@@ -1,4 +1,4 @@
-"""Which adapters are live: the numbers of plain arithmetic, the base's bits where none is, and what trains."""
+"""Live adapters: outputs equal plain arithmetic, the base's bits come back, and the right parameters train."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ CLOSE: dict[str, Any] = {"rtol": 1e-5, "atol": 1e-6}
 def model_with(*names: str) -> nn.Module:
     model = nn.Sequential(nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 4)).eval()
     for index, name in enumerate(names):
-        targets = ["0", "2"] if index % 2 == 0 else ["0"]  # the last layer has not all of them
+        targets = ["0", "2"] if index % 2 == 0 else ["0"]  # the last layer does not have all adapters
         apply_rules(model, LoraRule(targets, rank=2 + index, alpha=4, init="random"), adapter=name)
     return model
 
@@ -82,7 +82,7 @@ def test_the_live_ones_count() -> None:
     deactivate(model)
     assert torch.equal(model(X), plain) and all(class_of(m) is type(m) for m in model.modules())
     activate(model, "b")
-    assert type(model.get_submodule("2")) is nn.Linear  # it has no tensors of b
+    assert type(model.get_submodule("2")) is nn.Linear  # the layer does not have adapter b
     found = adapters(model)
     assert found["b"].live and not found["a"].live and found["a"].sites == ("0", "2") and found["b"].sites == ("0",)
 
@@ -101,7 +101,7 @@ def test_using_restores_also_after_errors() -> None:
 
 
 def test_an_idle_adapter_that_is_merged_counts_all_the_same() -> None:
-    """The base's weights hold it, so nothing gives the base, or others alone, before it is taken out."""
+    """The base's weights contain PiSSA's change, so the base and other adapters alone need it taken out first."""
     model = model_with("a", "b")
     deactivate(model)
     plain = model(X)
@@ -129,7 +129,7 @@ def test_all_adapters_are_removed_inside_of_using() -> None:
     apply_rules(model, LoraRule("0", rank=2), adapter="a")
     with using(model, None):
         remove(model)
-        apply_rules(model, LoraRule("0", rank=2), adapter="a")  # another one, of a name that was live before
+        apply_rules(model, LoraRule("0", rank=2), adapter="a")  # another adapter with a name that was live before
         apply_rules(model, LoraRule("0", rank=2), adapter="c")
     assert active(model) == ("a",)
 
@@ -152,14 +152,14 @@ def test_adapters_are_live_and_frozen() -> None:
     wanted = expected(model, "a")
     assert torch.allclose(activate(model, "a", train=False)(X), wanted, **CLOSE) and training(model) == set()
     assert training(activate(model, "b")) == {"b"}
-    assert training(activate(model, ["a", "b"])) == {"b"}  # a stays frozen until it is told otherwise
+    assert training(activate(model, ["a", "b"])) == {"b"}  # a stays frozen until the user unfreezes it
     for name, parameter in model.named_parameters():
         if ".adapters." in name:
             parameter.requires_grad_(False)
     assert training(activate(model, ["a", "b"], train=True)) == {"a", "b"}
-    set_trained(require_state(activate(model, "a")), ["b"], False)  # which is idle
+    set_trained(require_state(activate(model, "a")), ["b"], False)  # b is idle
     assert training(activate(model, "b")) == set() and training(activate(model, "b", train=True)) == {"b"}
-    apply_rules(model, SteerRule("0", direction=[1.0] * 8), adapter="steer")  # a tensor that its rule does not train
+    apply_rules(model, SteerRule("0", direction=[1.0] * 8), adapter="steer")  # a rule with a tensor that does not train
     assert training(activate(model, ["a", "steer"], train=True)) == {"a"}
     for name in ("steer", "a"):
         copy_adapter(model, name, f"{name}2")
@@ -207,7 +207,7 @@ def _padded(model: nn.Module) -> None:
         pad_rank(model, name, 6)
 
 
-def _in_other_dictionaries(model: nn.Module) -> None:  # as DeepSpeed keeps parameters
+def _in_other_dictionaries(model: nn.Module) -> None:  # DeepSpeed stores parameters like this
     for module in model.modules():
         held = {k: t for k, t in module._parameters.items() if t is not None}
         module._parameters = {k: nn.Parameter(t.detach().clone(), t.requires_grad) for k, t in held.items()}
@@ -371,7 +371,7 @@ def test_a_mapping_of_weights_is_not_taken_for_names() -> None:
 
 
 def part_inside() -> tuple[nn.Sequential, nn.Sequential]:
-    """A model with an adapter, and a part of it that was rewritten by itself."""
+    """A model with an adapter, and with a part that was rewritten separately."""
     torch.manual_seed(0)
     part = nn.Sequential(nn.Linear(8, 8))
     model = nn.Sequential(part, nn.Linear(8, 8)).eval()
@@ -382,7 +382,7 @@ def part_inside() -> tuple[nn.Sequential, nn.Sequential]:
 
 @pytest.mark.parametrize("verb", ["activate", "deactivate", "using", "using none"])
 def test_a_part_with_live_adapters_of_its_own_is_named(verb: str) -> None:
-    """No verb on the whole reaches them: without an adapter the model would not be the base."""
+    """No verb on the whole model reaches the part's adapters, so the model would not be the base without them."""
     model, part = part_inside()
     base = nn.Sequential(nn.Sequential(nn.Linear(8, 8)), nn.Linear(8, 8)).eval()
     base.load_state_dict(base_state_dict(model))
@@ -410,12 +410,12 @@ def test_a_part_with_live_adapters_of_its_own_is_named(verb: str) -> None:
     with using(model, None):
         assert torch.equal(model(X), base(X))
     activate(part)
-    activate(unmodified := model_with("a"), "a")  # a model beside it is not looked at
+    activate(unmodified := model_with("a"), "a")  # verbs do not read other models
     assert active(unmodified) == ("a",) and active(part) == ("part",)
 
 
 def test_a_copy_of_a_part_counts_as_one() -> None:
-    """Records come by copies and pickles, too."""
+    """Copies and pickles bring records, too."""
     model = nn.Sequential(nn.Sequential(nn.Linear(8, 8)), nn.Linear(8, 8))
     part = apply_rules(nn.Sequential(nn.Linear(8, 8)), LoraRule("0", rank=2), adapter="part")
     copied = copy.deepcopy(part)

@@ -1,4 +1,4 @@
-"""Adapters combined: PEFT's numbers method by method, Σ w ΔW by plain arithmetic, and what is refused."""
+"""`combine` gives PEFT's numbers for each method and Σ w ΔW by plain arithmetic, and refuses wrong calls."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ WEIGHTS = {"a": 0.7, "b": 0.4, "c": 1.3}
 
 
 class Kinds(nn.Module):
-    """One module of each kind that holds a linear map."""
+    """A module of each kind with a linear map."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -91,7 +91,7 @@ def disturbed(model: nn.Module, scale: float = 0.5) -> nn.Module:
 
 
 def weight_change(model: nn.Module, path: str, adapter: str) -> Tensor:
-    """What merging an adapter adds to a weight, in float64: an independent way to its ΔW."""
+    """The change of a weight by merging an adapter, in float64: independent of the rule's own ΔW."""
     twin = copy.deepcopy(model).double()
     module = twin.get_submodule(path)
     before = cast(Tensor, module.weight).detach().clone()
@@ -153,7 +153,7 @@ def test_every_method_gives_pefts_numbers(
     equal = method in ("linear", "ties", "dare_linear", "dare_ties", "magnitude_prune")
     theirs, ours = in_both(peft, (4, 4, 4) if equal else (4, 2, 3), targets)
 
-    def drawn(chance: Tensor, generator: Any = None) -> Tensor:  # the same for both, whatever the order of drawing
+    def drawn(chance: Tensor, generator: Any = None) -> Tensor:  # equal for both libraries, in any order of drawing
         places = torch.arange(chance.numel()).view(chance.shape)
         return ((places * 7) % 10 < 10 * chance).to(chance.dtype)
 
@@ -169,7 +169,7 @@ def test_every_method_gives_pefts_numbers(
         layer = theirs.get_submodule(f"base_model.model.{path}")
         expected = layer.get_delta_weight("z").detach()
         if path in ("embed", "turned") and method.startswith("dare") and method.endswith("svd"):
-            continue  # the entries of ΔW are drawn in another order where the weight is held turned
+            continue  # a transposed weight draws the entries of ΔW in another order
         torch.testing.assert_close(weight_change(ours, path, "z").float(), expected, rtol=1e-4, atol=2e-5)
 
 
@@ -254,7 +254,7 @@ def test_peft_counts_an_absent_ia3_as_zeros(peft: Any) -> None:
     configs = [peft.IA3Config(target_modules=names, feedforward_modules=[]) for names in (["0"], ["0", "1"])]
     theirs = peft.get_peft_model(copy.deepcopy(base), configs[0], adapter_name="a")
     theirs.add_adapter("b", configs[1])
-    theirs.base_model.add_weighted_adapter(["a", "b"], [0.5, 0.5], "z")  # of two that change nothing
+    theirs.base_model.add_weighted_adapter(["a", "b"], [0.5, 0.5], "z")  # from two adapters that change nothing
     assert torch.equal(theirs.get_submodule("base_model.model.1").ia3_l["z"], torch.full((4, 1), 0.5))
     for name, targets in (("a", ["0"]), ("b", ["0", "1"])):
         apply_rules(base, IA3Rule(targets), adapter=name)
@@ -344,7 +344,7 @@ def test_dora_is_taken_as_a_matrix() -> None:
         expected = 0.5 * weight_change(model, path, "a")
         expected = expected - weight_change(model, path, "b") if path == "0" else expected
         torch.testing.assert_close(weight_change(model, path, "z"), expected, rtol=1e-4, atol=1e-5)
-    combine(model, {"a": 1.0}, "same", "cat")  # which is there already
+    combine(model, {"a": 1.0}, "same", "cat")  # the name is taken
     x = torch.randn(3, 6)
     torch.testing.assert_close(activate(model, "same")(x), activate(model, "a")(x), rtol=0, atol=0)
 
@@ -369,7 +369,9 @@ def test_what_lora_trains_beside(tmp_path: Any) -> None:
     assert found.keys() == wanted.keys() and all(torch.equal(found[key], wanted[key]) for key in wanted)
     apply_rules(model, LoraRule("2", rank=2), adapter="c")
     deactivate(model)
-    combine(model, {"a": 0.5, "c": 0.5}, "mixed", "linear")  # c trains no biases: those of a are listed by themselves
+    combine(
+        model, {"a": 0.5, "c": 0.5}, "mixed", "linear"
+    )  # c trains no biases, so the biases of a get a rule of their own
     assert [type(rule) for rule in rules_of(model, "mixed")] == [LoraRule, BiasRule]
 
 
@@ -482,7 +484,7 @@ def test_experts(method: Any) -> None:
         {n: box.a.tensors()[f"{n}_B"] @ box.a.tensors()[f"{n}_A"] * 1.5 for n in ("up", "down")},
         box.b.up_B @ box.b.up_A,
     )
-    scale = 1.0  # alpha is the rank
+    scale = 1.0  # alpha equals the rank
     torch.testing.assert_close(box.z.up_B @ box.z.up_A * scale, 0.5 * a["up"] - 2 * b, rtol=1e-8, atol=1e-8)
     torch.testing.assert_close(box.z.down_B @ box.z.down_A * scale, 0.5 * a["down"], rtol=1e-8, atol=1e-8)
     x = torch.randn(2, 4).double()
@@ -527,7 +529,7 @@ def test_prompts_and_prefixes_need_no_example() -> None:
     for key, tensor in adapter_state_dict(model, "again").items():
         tensor.copy_(values[key])
     assert torch.equal(model(**inputs).logits, own)
-    combine(model, {"again": 1.0}, "copy", "cat")  # one alone, as it is
+    combine(model, {"again": 1.0}, "copy", "cat")  # a single adapter is copied
     for method, rank in (("cat", None), ("svd", 4)):
         with pytest.raises(PlanError, match="PromptRule can't be combined"):
             combine(model, {"again": 0.5}, "z", cast(Any, method), rank=rank)
@@ -624,7 +626,7 @@ def test_dare_is_drawn_from_its_seed() -> None:
     model = pair()
     made: dict[str, dict[str, Tensor]] = {}
     for name, seed in (("one", 3), ("two", 3), ("three", 4), ("own", torch.Generator().manual_seed(3))):
-        torch.rand(7)  # torch's own numbers are another matter
+        torch.rand(7)  # torch's global generator has no influence
         combine(model, {"a": 0.7, "b": 0.3}, name, "dare", density=0.5, seed=seed)
         made[name] = adapter_state_dict(model, name)
     for key, tensor in made["one"].items():
@@ -749,7 +751,7 @@ def test_a_failure_on_the_way_leaves_nothing(monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_adapters_with_room_for_more_rank() -> None:
-    """After a hot-swap the room may be in use, whatever the rule's rank is."""
+    """After a hot-swap, the tensors may have more ranks in use than the rule's rank."""
     model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 4)).eval()
     x = torch.randn(3, 8)
     apply_rules(model, LoraRule(["0", "1"], rank=4, alpha=8, init="random"), adapter="wide")

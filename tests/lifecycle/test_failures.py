@@ -1,4 +1,4 @@
-"""Every verb is all or nothing, wherever it is broken off; FAILURES is the number of places tried for each."""
+"""Every verb is all or nothing wherever an error stops it; FAILURES is the number of places tried for each verb."""
 
 from __future__ import annotations
 
@@ -88,7 +88,7 @@ def merged() -> nn.Module:
 
 
 def started() -> nn.Module:
-    """With an adapter that changed the base at its start."""
+    """A model with an adapter that changed the base at its start."""
     return apply_rules(adapted(), LoraRule(["up", "down"], rank=2, init="pissa"), adapter="p")
 
 
@@ -108,7 +108,7 @@ def llama() -> nn.Module:
     sizes: dict[str, Any] = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "vocab_size": 11}
     config = transformers.LlamaConfig(**sizes, intermediate_size=12, num_key_value_heads=1, tie_word_embeddings=True)
     model: Any = transformers.LlamaForCausalLM(config).eval()
-    model.save_pretrained(tempfile.mkdtemp())  # writes into the config what merge_to's call of it would
+    model.save_pretrained(tempfile.mkdtemp())  # writes the same config entries as its call by merge_to
     return apply_rules(model, LoraRule("q_proj", rank=2, init="random"))
 
 
@@ -131,7 +131,7 @@ def a_block(block: Any) -> None:
 FOLDER = folder_of(adapted(), "a", "b")
 TENSORS = adapter_state_dict(adapted(), "a")
 OTHER = [LoraRule(["up", "down"], rank=2, init="pissa"), TrainRule("head"), BottleneckRule("down", size=2)]
-# Each verb: the model it is tried on, and the call.
+# Each verb: the model for the call, and the call.
 VERBS: dict[str, tuple[Callable[[], Any], Callable[[Any], Any]]] = {
     "apply": (net, lambda m: apply_rules(m, OTHER[::2], adapter="c", example_inputs=(IDS,))),
     "apply-more": (adapted, lambda m: apply_rules(m, OTHER[:2], adapter="c")),
@@ -190,7 +190,7 @@ def test_a_verb_that_is_broken_off_leaves_the_model_as_it_was(name: str, lines: 
             found = before.differences(model)
             if "undoing failed" in told:
                 found.append("undoing failed")
-        else:  # the error was taken for another's and passed over, or there are fewer steps than the first time
+        else:  # the code handled the error as one of its own, or this run has fewer steps than the first
             told, found = "it went through", []
             model = build()
             before = Everything(model)
@@ -285,7 +285,7 @@ def test_parameters_without_shapes_do_not_matter_outside_of_the_targets(tmp_path
     apply_rules(model, LoraRule("0", rank=2, init="random"))
     x = torch.randn(5, 4)
     expected = model[0].weight.clone()
-    model(x)  # gives them shapes, while an adapter is there
+    model(x)  # gives the parameters shapes while an adapter is on the model
     assert not model[1].weight.requires_grad and type(model[1]) is nn.Linear
     assert torch.equal(model[0].weight, expected)
     remove(model)
@@ -300,7 +300,7 @@ def test_at_a_target_they_are_refused_while_planning_with_the_remedy() -> None:
             apply_rules(model, rule)
         assert "weight, bias has no shape before its first call" in str(caught.value)
         assert not before.differences(model)
-    with pytest.raises(PlanError, match=r"model\(batch\)"):  # an example would give them shapes
+    with pytest.raises(PlanError, match=r"model\(batch\)"):  # an example would give the parameters shapes
         apply_rules(model, LoraRule("0", rank=2), example_inputs=torch.ones(2, 4))
     assert not before.differences(model)
     model(torch.randn(5, 4))

@@ -1,4 +1,4 @@
-"""A merge made final: the plain model with other weights, and no trace of an adapter."""
+"""`forget` makes a merge final: a plain model with other weights and without a trace of an adapter."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def test_every_kind_of_change() -> None:
     merge(model)
     forget(model)
     torch.testing.assert_close(model(X), expected, **CLOSE)
-    apply_rules(model, LoraRule("0", rank=2))  # under the name that was there before
+    apply_rules(model, LoraRule("0", rank=2))  # the old name is free
     torch.testing.assert_close(model(X), expected, **CLOSE)
 
 

@@ -1,4 +1,4 @@
-"""An adapter freezes the base where its rules train something, or where the call says so; flags come back exactly."""
+"""An adapter freezes the base if its rules train something, or if the call says so; `remove` restores all flags."""
 
 from __future__ import annotations
 
@@ -113,7 +113,7 @@ def test_two_adapters_come_and_go_in_any_order(come: tuple[str, ...], go: tuple[
         there.add(name)
         assert flags(model) == (FROZEN if "l" in there else BEFORE)
         if "l" in there:
-            model(torch.randn(5, 4))  # moves the running statistics, of which the base's come back
+            model(torch.randn(5, 4))  # changes the running statistics, which `remove` restores
     if between == "deepcopy":
         model = copy.deepcopy(model)
     elif between == "pickle":

@@ -1,4 +1,4 @@
-"""How the work of each verb grows: lines of Python that run are counted, and never time."""
+"""The growth of the work of each verb with the model, counted in executed lines of Python, not in time."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ from surgery.testing import Snapshot
 from tests.benchmarks import verbs
 
 OURS = tuple(f"{Path(package.__file__).parent}/" for package in (surgery, rules))  # type: ignore[arg-type]
-Counts = dict[str, dict[int, int]]  # lines run, by verb and size
+Counts = dict[str, dict[int, int]]  # executed lines by verb and size
 
 
 def lines_of(work: Callable[[], Any]) -> int:
-    """How many lines of the engine and of rules run in a call."""
+    """The number of lines of the engine and of rules that a call executes."""
     count = 0
 
     def inside(frame: Any, event: str, argument: Any) -> Any:
@@ -38,7 +38,7 @@ def lines_of(work: Callable[[], Any]) -> int:
 
     before = sys.gettrace()
     gc.collect()
-    gc.disable()  # what it would call belongs to no verb
+    gc.disable()  # finalisers are not part of a verb
     sys.settrace(lambda frame, *_: inside if frame.f_code.co_filename.startswith(OURS) else None)
     try:
         work()
@@ -50,10 +50,10 @@ def lines_of(work: Callable[[], Any]) -> int:
 
 def counted(make: Callable[[int], verbs.Layers], sizes: list[int], folder: Path) -> Counts:
     found: Counts = {}
-    kept: set[Any] = set()  # classes go with the last module that has them, and would be made anew now and then
+    kept: set[Any] = set()  # keeps classes alive: otherwise some calls would generate them again
     for size in sizes:
         model = make(size)
-        for again in (False, True):  # what a first call makes once for all is not counted
+        for again in (False, True):  # the first call fills caches and is not counted
             for verb, work in verbs.steps(model, folder):
                 lines = lines_of(work) if again else work() and 0
                 kept |= {(type(module), getattr(site_state(module), "woven", None)) for module in model.modules()}
@@ -69,31 +69,31 @@ def by_layers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Counts]:
 
 
 def test_work_is_in_proportion_to_the_layers(by_layers: Counts) -> None:
-    """From 4 to 8 layers a verb's work grows by twice as much as from 2 to 4."""
+    """A verb's work grows twice as much from 4 to 8 layers as from 2 to 4."""
     slopes = {verb: (at[8] - at[4]) / (2 * (at[4] - at[2])) for verb, at in by_layers.items()}
     assert min(slopes.values()) > 0.5, slopes
     assert not {verb: round(slope, 3) for verb, slope in slopes.items() if slope > 1.1}
-    # What is done once for each pair of layers is a small part of so few, and most of the work of hundreds.
+    # Work for each pair of layers is a small share with few layers, and most of the work with hundreds.
     for_pairs = {verb: ((at[8] - at[4]) / 4 - (at[4] - at[2]) / 2) / 6 for verb, at in by_layers.items()}
     assert not {verb: round(lines, 2) for verb, lines in for_pairs.items() if lines > 1}
 
 
 def test_idle_adapters_are_passed_over(tmp_path: Path) -> None:
-    """One more on 14 sites adds no more than a few looks at it a site, where not all are written."""
+    """One more adapter on 14 sites adds only a few lines for each site if a verb does not write all adapters."""
     found = counted(lambda adapters: verbs.made(2, adapters), [4, 10], tmp_path)
     slopes = {verb: (at[10] - at[4]) / 6 for verb, at in found.items() if verb not in verbs.WHOLE}
     assert not {verb: slope for verb, slope in slopes.items() if slope > 3 * 14}
 
 
-# What a count of lines does not see: the collector, and single operations on all of something ------------------
+# Work that a count of lines misses: the garbage collector, and single operations on whole containers ------------------
 
 
 def test_the_collector_waits_during_verbs(tmp_path: Path) -> None:
-    """Its full passes go through all objects there are, so their number must not grow with the work of a verb."""
+    """A full pass of the collector visits all objects, so the number of passes must not grow with a verb's work."""
     model, passes = verbs.made(4, 2), list[int]()
     found, threshold = dict[str, int](), gc.get_threshold()
     gc.collect()
-    gc.freeze()  # passes are counted, and what is there already need not be gone through at each
+    gc.freeze()  # the passes need not visit older objects
 
     def noted(phase: str, info: dict[str, int]) -> None:
         passes.append(info["generation"])
@@ -112,7 +112,7 @@ def test_the_collector_waits_during_verbs(tmp_path: Path) -> None:
         gc.callbacks[:] = [callback for callback in gc.callbacks if callback is not noted]
         gc.set_threshold(*threshold)
     left = {"", "explain", "summary", "adapters", "adapter_state_dict", "base_state_dict", *TORCHS}
-    assert gc.isenabled() and found["unpickle"] > 4  # that of torch's own work is seen
+    assert gc.isenabled() and found["unpickle"] > 4  # passes during torch's own work are counted
     assert not {verb: count for verb, count in found.items() if verb not in left and count > 4}
 
 
@@ -120,7 +120,7 @@ TORCHS = ("torch: state_dict", "deepcopy", "pickle", "unpickle")
 
 
 class Counting(dict):
-    """A mapping that counts how often all of it is read."""
+    """A mapping that counts how often a caller reads all of it."""
 
     reads = 0
 
@@ -137,7 +137,7 @@ def test_patterns_are_read_once_for_all_sites() -> None:
     held = Counting({rf"layers\.{index}\.q": index for index in range(20)})
     assert [path_patterns.first(held, f"layers.{index}.q", None) for index in range(20)] == list(range(20))
     assert held.reads == 1
-    held["v"] = 3  # a mapping that grew is read anew
+    held["v"] = 3  # a larger mapping is read again
     assert path_patterns.first(held, "layers.0.v", None) == 3 and held.reads == 2
 
 
@@ -198,11 +198,11 @@ IN = (ast.In, ast.NotIn)
 CONTAINERS = {"set", "frozenset", "list", "tuple", "dict", "sorted"}
 
 
-# What one map of a model's parameters has to know ---------------------------------------------------------------
+# The map of a model's parameters to their owners ---------------------------------------------------------------
 
 
 class Tied(nn.Module):
-    """Three Linears on one weight, one of them under two names."""
+    """Three Linears with one weight; one Linear has two names."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""Many adapters and many sites: adapters count as if they were alone, and what is done once for all holds for each."""
+"""Many adapters and sites: adapters are independent, and sites that share a recording behave as if alone."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ asked: list[str] = []
 
 @rule("test-alike")
 class AlikeRule(Rule):
-    """y + scale, with what `alike` says when asked, and a note of where it was recorded."""
+    """y + scale, with a chosen result of `alike`, and a list of the sites where it was recorded."""
 
     scale: float = 1.0
     answer: Any = "said"
@@ -88,7 +88,7 @@ def _nothing_asked() -> None:
         (AlikeRule(nn.Linear), ["0"]),
         (AlikeRule(nn.Linear, answer="path"), ["0", "1", "2", "3"]),
         (AlikeRule(nn.Linear, answer="none"), ["0", "1", "2", "3"]),
-        (AlikeRule(nn.Linear, finds=True), ["0", "1", "2", "3"]),  # a fact is a site's own
+        (AlikeRule(nn.Linear, finds=True), ["0", "1", "2", "3"]),  # each site has its own facts
         (AlikeHeir(nn.Linear), ["0", "1", "2", "3"]),
     ],
 )
@@ -112,7 +112,7 @@ class Wide(nn.Linear):
 class Odd(nn.Linear):
     def __init__(self, *args: Any) -> None:
         super().__init__(*args)
-        self.settings = {"a": 1}  # no plain setting: nothing is known of what it does
+        self.settings = {"a": 1}  # not plain data, so the module has no key
 
 
 @pytest.mark.parametrize(
@@ -270,7 +270,7 @@ def _tensors(model: nn.Module, name: str) -> dict[str, Tensor]:
 
 @pytest.mark.parametrize("seed", range(6))
 def test_whatever_came_and_went_the_live_ones_count(seed: int) -> None:
-    """Against a model on which the live adapters alone were ever put, to the bit."""
+    """Compares to the bit with a model that only ever had the live adapters."""
     draw, model = random.Random(seed), layers()
     kinds: dict[str, Rule] = {
         "wide": LoraRule(nn.Linear, rank=2, init="random"),
@@ -322,7 +322,7 @@ def test_a_name_that_is_used_again_means_the_new_adapter() -> None:
     apply_rules(model, LoraRule("0", rank=2, init="random"), adapter="b")
     activate(model, "b")
     activate(model, "a")
-    remove(model, "b")  # which is idle
+    remove(model, "b")  # b is idle
     apply_rules(model, AlikeRule("0", scale=3.0), adapter="b")
     activate(model, "b")
     layer: Any = model[0]
@@ -361,7 +361,9 @@ def test_adapters_can_be_named_twice_to_go() -> None:
 
 def test_what_is_left_out_of_a_save_follows_every_change() -> None:
     model: Any = tiny.bert()[0]
-    model.bert.encoder.layer[1].attention.self.query = model.bert.encoder.layer[0].attention.self.query  # two paths
+    model.bert.encoder.layer[1].attention.self.query = model.bert.encoder.layer[
+        0
+    ].attention.self.query  # a shared module with two paths
     original = {module: module._keys_to_ignore_on_save for module in (model, model.bert)}
 
     def check() -> None:

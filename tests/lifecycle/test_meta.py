@@ -1,4 +1,4 @@
-"""Rules applied on the meta device: after to_empty an adapter has no values, and says so until it has."""
+"""Rules on the meta device: after to_empty, an adapter without values raises errors until it gets values."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def net(device: str = "cpu") -> Any:
 
 
 def empty(*rules: Any) -> Any:
-    """Applied on meta, given memory, and the base's weights."""
+    """A model adapted on the meta device, then moved to the CPU with the base's weights."""
     model = apply_rules(net("meta"), list(rules) or [LoraRule("all-linear", rank=2)])
     model.to_empty(device="cpu")
     model.load_state_dict(net().state_dict(), strict=False)
@@ -50,7 +50,7 @@ def test_a_call_is_refused_until_values_come(tmp_path: Path) -> None:
     activate(model)
     with pytest.raises(SurgeryError, match="no values"):
         copy.deepcopy(model)(X)
-    model.double().float()  # goes through new tensors
+    model.double().float()  # replaces the tensors
     with pytest.raises(SurgeryError, match="no values"):
         model(X)
     remove(model)
@@ -62,7 +62,7 @@ def test_a_call_is_refused_until_values_come(tmp_path: Path) -> None:
     IA3Rule("0"), TrainRule("2"),
 ], ids=lambda rule: f"{rule.label}{getattr(rule, 'dora', '')}")  # fmt: skip
 def test_reset_parameters_gives_what_rules_start_with(rule: Any) -> None:
-    """As FSDP does it: each module that has it, children too; the base's own then come from a file."""
+    """Calls reset_parameters on each module that has it, as FSDP does; the base's weights then come from a file."""
     model = empty(rule)
     boxes = [module for module in model.modules() if type(module).__name__ == "AdapterTensors"]
     for box in boxes:
@@ -73,7 +73,7 @@ def test_reset_parameters_gives_what_rules_start_with(rule: Any) -> None:
     for (name, mine), theirs in zip(
         adapter_state_dict(model).items(), adapter_state_dict(started).values(), strict=True
     ):
-        drawn = isinstance(rule, LoraRule) and name.endswith("A")  # by chance, with the same spread
+        drawn = isinstance(rule, LoraRule) and name.endswith("A")  # random, with the same distribution
         torch.testing.assert_close(
             mine.abs().max() <= 0.5 if drawn else mine, theirs.abs().max() <= 0.5 if drawn else theirs
         )
@@ -108,7 +108,7 @@ def test_values_that_come_in_other_ways() -> None:
 def test_tensors_with_values_that_are_emptied() -> None:
     model = apply_rules(net(), LoraRule("0", rank=2))
     before = {name: tensor.clone() for name, tensor in adapter_state_dict(model).items()}
-    model[0].adapters.default.reset_parameters()  # made with values, which stay
+    model[0].adapters.default.reset_parameters()  # on real memory, the values stay
     assert all(torch.equal(tensor, before[name]) for name, tensor in adapter_state_dict(model).items())
     model.to(torch.float64).to(torch.float32)
     assert all(torch.equal(tensor, before[name]) for name, tensor in adapter_state_dict(model).items())

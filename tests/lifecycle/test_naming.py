@@ -1,4 +1,4 @@
-"""Renamed and copied adapters: same Parameters, order and bits; copies that go their own way; every sequence undone."""
+"""Renamed and copied adapters: equal Parameters, order and bits; independent copies; each sequence can be undone."""
 
 from __future__ import annotations
 
@@ -163,11 +163,11 @@ def test_a_filled_cache_knows_a_renamed_prompt() -> None:
     rename_adapter(model, "a", "b")
     step = {"input_ids": ids[:, -1:], "attention_mask": mask}
     torch.testing.assert_close(model(**step, past_key_values=cache).logits[:, -1], expected, **CLOSE)
-    apply_rules(remove(copy.deepcopy(model)), PromptRule(length=3), adapter="a")  # of the old name, and another
+    apply_rules(remove(copy.deepcopy(model)), PromptRule(length=3), adapter="a")  # another adapter with the old name
     torch.testing.assert_close(revived(model)(**step, past_key_values=first).logits[:, -1], expected, **CLOSE)
     copy_adapter(model, "b", "c")
     activate(model, "c")
-    with pytest.raises(SurgeryError, match="virtual tokens"):  # the cache has b's
+    with pytest.raises(SurgeryError, match="virtual tokens"):  # the cache has b's virtual tokens
         model(**step, past_key_values=second)
     activate(model, ["b", "c"])
     both = model(input_ids=ids, attention_mask=mask).logits[:, -1]
@@ -297,7 +297,7 @@ def test_a_copy_is_equal_and_goes_its_own_way(how: Any) -> None:
     with torch.no_grad():
         model.get_parameter("0.adapters.copy.B").add_(1.0)
     assert not torch.equal(model(X), alone) and torch.equal(activate(model, "a")(X), alone)
-    copy_adapter(model, "b", "idle")  # b is not live: its flags are those it will have
+    copy_adapter(model, "b", "idle")  # b is idle, so its record has the flags for later
     activate(model, "idle")
     assert all(p.requires_grad for n, p in model.named_parameters() if ".idle." in n)
     remove(model, "a")
@@ -308,7 +308,7 @@ def test_every_sort_of_tensor_is_copied_in_its_dtype() -> None:
     model = nn.Sequential(nn.Embedding(9, 8), nn.Linear(8, 8), nn.BatchNorm1d(8)).to(torch.bfloat16).eval()
     rules = [TokensRule("0", tokens=[3, 1]), LoraRule("1", rank=2, init="random"), NormRule()]
     apply_rules(model, rules, adapter="a")
-    model.to(torch.bfloat16)  # what was made in float32
+    model.to(torch.bfloat16)  # the adapter was created in float32
     copy_adapter(model, "a", "b")
     found, wanted = adapter_state_dict(model, "b"), adapter_state_dict(model, "a")
     assert found.keys() == wanted.keys()
@@ -367,7 +367,7 @@ def test_a_second_head_hides_no_first() -> None:
     assert torch.equal(activate(model, "a")(X), first)
     with pytest.raises(SurgeryError, match="can't be live together"):
         merge(model, ["a", "b"])
-    merge(model)  # the idle one is no part of what is merged
+    merge(model)  # the idle copy is not merged
     torch.testing.assert_close(model(X), first, **CLOSE)
     assert torch.equal(unmerge(model)(X), first)
 
@@ -458,7 +458,7 @@ def test_any_sequence_leaves_the_base_as_it_was(seed: int) -> None:
     draw = random.Random(seed)
     model, ids = random_model(draw), torch.arange(9)
     before, plain = Snapshot(model), model(ids)
-    known: dict[str, Tensor] = {}  # what each adapter gives alone
+    known: dict[str, Tensor] = {}  # the output with each adapter alone
     numbers = iter(range(100))
     for _ in range(draw.randint(2, 8)):
         names, new, x = list(known), f"n{next(numbers)}", draw.random()
@@ -512,7 +512,7 @@ def test_any_sequence_leaves_the_base_as_it_was(seed: int) -> None:
 
 
 def rules_origin(model: nn.Module, new: str, names: list[str]) -> str:
-    """Which adapter the copy is one of: the one with its tensors."""
+    """The adapter with the tensors of a copy."""
     mine = adapter_state_dict(model, new)
     return next(
         name for name in names

@@ -1,4 +1,4 @@
-"""Modules replaced after rules were applied: every verb tells, what can be followed is followed, nothing is lost."""
+"""Modules replaced after rules were applied: verbs raise errors or move the site to the new module."""
 
 from __future__ import annotations
 
@@ -208,7 +208,7 @@ def test_sites_that_moved_are_saved_where_rules_still_lead_there() -> None:
     assert type(remove(model)[0]) is nn.Linear
 
 
-# What is followed: batch norms ----------------------------------------------------------------------------------
+# Sites that move: batch norms ----------------------------------------------------------------------------------
 
 
 class Convolved(nn.Module):
@@ -236,7 +236,7 @@ def test_batch_norms_are_followed(rule: Any, merged: bool) -> None:
         merge(model)
     before, trained = model(x), {key: tensor.clone() for key, tensor in surgery.adapter_state_dict(model).items()}
     nn.SyncBatchNorm.convert_sync_batchnorm(model)
-    assert torch.equal(model(x), before)  # before any verb, too
+    assert torch.equal(model(x), before)  # also before any verb runs
     if merged:
         unmerge(model)
     assert all(torch.equal(trained[key], tensor) for key, tensor in surgery.adapter_state_dict(model).items())
@@ -246,7 +246,7 @@ def test_batch_norms_are_followed(rule: Any, merged: bool) -> None:
     assert not model._forward_pre_hooks and list(model.norm._modules) == []
 
 
-# What is followed: vocabularies ---------------------------------------------------------------------------------
+# Sites that move: vocabularies ---------------------------------------------------------------------------------
 
 IDS = torch.tensor([[1, 2, 3, 31]])
 
@@ -297,7 +297,7 @@ def test_a_resized_vocabulary_is_followed(name: str, tied: bool, size: int) -> N
     assert torch.allclose(model(ids).logits[..., :few], before[..., :few], atol=1e-5)  # sums of other lengths
     assert {key: p.requires_grad for key, p in model.named_parameters()} == flags
     assert model.lm_head.out_features == size and model(torch.tensor([[size - 1]])).logits.shape[-1] == size
-    if name == "lora":  # new tokens have the base's output: nothing was trained for them
+    if name == "lora":  # new tokens are untrained, so they have the base's output
         head: Any = model.lm_head
         hidden, box = torch.randn(1, 16), head.adapters.default
         wanted = F.linear(hidden, head.weight) + 4 * F.linear(F.linear(hidden, box.A), box.B)
@@ -317,7 +317,7 @@ def test_a_resized_vocabulary_is_followed(name: str, tied: bool, size: int) -> N
 def merged_alike(model: Any, tied: bool) -> None:
     live = model(torch.tensor([[0, 1]])).logits
     merge(model, untie=tied)
-    assert torch.allclose(model(torch.tensor([[0, 1]])).logits, live, atol=1e-4)  # rounded to float32 once more
+    assert torch.allclose(model(torch.tensor([[0, 1]])).logits, live, atol=1e-4)  # one more rounding to float32
     unmerge(model)
     assert torch.equal(model(torch.tensor([[0, 1]])).logits, live)
 

@@ -1,4 +1,4 @@
-"""Verbs given something else than the module that rules were applied to: what is around it, or a part of it."""
+"""Verbs called with a module around the rewritten model, or with a part of it."""
 
 from __future__ import annotations
 

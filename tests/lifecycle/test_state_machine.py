@@ -1,7 +1,9 @@
-"""Adapters in every order: a machine takes random steps on a model, and after each the model is what plain arithmetic
-says (`tests/support/shadow.py`); what must be refused is refused and changes nothing; at the end the base has its bits.
+"""Adapters in every order: a state machine takes random steps on a model.
 
-`make test` runs some examples, `make states` many; STATES is their number, STATES_SEED another beginning."""
+After each step, the model equals a shadow that plain arithmetic computes (`tests/support/shadow.py`). Invalid steps
+raise errors and change nothing. At the end, the base has its bits. STATES is the number of examples, and STATES_SEED
+the seed: `make test` runs a few examples, and `make states` many.
+"""
 
 from __future__ import annotations
 
@@ -58,7 +60,9 @@ SEED = int(os.environ.get("STATES_SEED", "0"))
 NAMES = ["a", "b", "c", "a b", "'1'"]
 BAD_NAMES = ["", "x.y", "forward", "class", 'a"', "a\nb", None, 3]
 WEIGHTS = st.sampled_from([1.0, 0.5, -1.0, 2, 0.0, 0.1])
-IDS = torch.tensor([[1, 2, 3], [0, 10, 4], [5, 5, 0]])  # as many words as rows: shapes alone don't tell them apart
+IDS = torch.tensor(
+    [[1, 2, 3], [0, 10, 4], [5, 5, 0]]
+)  # as many words as rows, so shapes do not show which dimension is the batch
 DONE: Counter[str] = Counter()
 
 
@@ -79,12 +83,12 @@ class Broken(Rule):
 
 
 def some(names: Any, least: int = 1) -> st.SearchStrategy[list[str]]:
-    often = ["up"] * (2 * len(set(names))) if "up" in names else []  # so that adapters meet at a site
+    often = ["up"] * (2 * len(set(names))) if "up" in names else []  # so that several adapters are at one site
     return st.lists(st.sampled_from([*names, *often]), min_size=least, max_size=3, unique=True)
 
 
 class Stack:
-    """One or two rules, and by hand what they are: formulas at sites."""
+    """One or two rules, and their formulas at sites for the shadow model."""
 
     def __init__(self, rules: list[Rule], entries: list[Entry], dropout: bool):
         self.rules, self.entries, self.dropout = rules, entries, dropout
@@ -179,17 +183,19 @@ class Adapters(RuleBasedStateMachine):
         self.dtype, self.shadow = dtype, Shadow(copy.deepcopy(self.model))
         self.folder = Path(tempfile.mkdtemp())
         self.saved: dict[str, tuple[Held, list[str]]] = {}
-        self.blocks: list[tuple[Any, Any]] = []  # (context, what comes back: weights of `using`, or rows of `route`)
-        self.unmerged: Tensor | None = None  # the output from before the merge, while nothing else changed
+        self.blocks: list[
+            tuple[Any, Any]
+        ] = []  # (context, the state to restore: weights of `using`, or rows of `route`)
+        self.unmerged: Tensor | None = None  # the output before the merge, until something else changes
         self.identities()
         self.checked = True
         self.apply("a", first, freeze)
         self.apply("b", second)
 
-    # How steps are made -------------------------------------------------------------------------------------------
+    # Running steps -------------------------------------------------------------------------------------------
 
     def attempt(self, problem: str, step: Callable[[], Any]) -> bool:
-        """Do it; or see it refused with everything as it was."""
+        """Run the step, or check that it raises and changes nothing."""
         what = sys._getframe(1).f_code.co_name
         if not problem:
             step()
@@ -235,7 +241,7 @@ class Adapters(RuleBasedStateMachine):
     def identities(self) -> None:
         named = dict(self.model.named_parameters(remove_duplicate=False))
         self.ids = {name: id(named[name]) for name in dict(self.shadow.plain.named_parameters(remove_duplicate=False))}
-        if self.shadow.tied:  # also while a merge has untied them
+        if self.shadow.tied:  # also while a merge unties them
             state = [name for name in self.shadow.merged_paths() if name in ("embed", "head")]
             whole = "embed.weight" if state == ["head"] else "head.weight"
             if state != ["embed", "head"]:
@@ -244,7 +250,7 @@ class Adapters(RuleBasedStateMachine):
                 self.ids["embed.weight"] = self.ids["head.weight"] = -1
 
     def adopt(self, name: str, entries: list[Entry], live: bool, dropout: bool, freezes: bool = True) -> None:
-        """A new adapter's tensors, as they now are: just these, and no others."""
+        """Copies of a new adapter's tensors; checks that no others exist."""
         found = adapter_state_dict(self.model, name)
         wanted = {f"{e.path}.adapters.{n}" for e in entries for n in e.flags}
         assert found.keys() == wanted, (found.keys(), wanted)
@@ -262,7 +268,7 @@ class Adapters(RuleBasedStateMachine):
                     entry.tensors[key] = tensor.clone()
 
     def started(self, entries: list[Entry]) -> None:
-        """PiSSA took the best approximation of its rank out of the base's weight."""
+        """PiSSA subtracted the best approximation of its rank from the base's weight."""
         for entry in entries:
             if entry.start:
                 key = f"{entry.path}.weight"
@@ -279,7 +285,7 @@ class Adapters(RuleBasedStateMachine):
     def unknown(self, names: Any) -> str:
         return "unknown" if any(name not in self.shadow.adapters for name in names) else ""
 
-    # Adapters come ------------------------------------------------------------------------------------------------
+    # New adapters ------------------------------------------------------------------------------------------------
 
     @rule(
         name=st.sampled_from([*NAMES, *NAMES, *BAD_NAMES]),
@@ -357,7 +363,7 @@ class Adapters(RuleBasedStateMachine):
             for entry, saved in zip(entries, held.entries, strict=True):
                 assert all(torch.equal(entry.tensors[n], saved.tensors[n]) for n in saved.tensors)
 
-    # Adapters are switched ----------------------------------------------------------------------------------------
+    # Switching adapters ----------------------------------------------------------------------------------------
 
     @precondition(lambda self: self.shadow.adapters)
     @rule(data=st.data(), how=st.sampled_from(["one", "list", "mapping", "number", "nan", "few", "twice", "other"]))
@@ -436,7 +442,7 @@ class Adapters(RuleBasedStateMachine):
     @precondition(lambda self: self.blocks and self.shadow.adapters)
     @rule(data=st.data())
     def meddle(self, data: Any) -> None:
-        """Another thread, and this one where a block is open."""
+        """Another thread can not change the model; nor can this thread inside a block."""
         name = data.draw(st.sampled_from(list(self.shadow.adapters)))
         what = data.draw(st.sampled_from([activate, remove, merge]))
         refused = []
@@ -520,14 +526,14 @@ class Adapters(RuleBasedStateMachine):
         for name in merged:
             del shadow.adapters[name]
         shadow.merged = ()
-        self.saved.clear()  # they were made on another base
+        self.saved.clear()  # the files are for another base
         self.identities()
 
-    # Adapters change ----------------------------------------------------------------------------------------------
+    # Changing adapters ----------------------------------------------------------------------------------------------
 
     @rule()
     def train_a_step(self) -> None:
-        """One step of SGD, by gradients that plain arithmetic has, too."""
+        """One step of SGD with gradients that the shadow model computes, too."""
         names = [name for name in self.rows or self.shadow.live() if name and name not in self.shadow.merged]
         entries = [(name, e) for name in dict.fromkeys(names) for e in self.shadow.adapters[name].entries]
         trained = [(name, e, key) for name, e in entries for key in e.tensors if e.flags[key]]
@@ -641,14 +647,14 @@ class Adapters(RuleBasedStateMachine):
             except SurgeryError:
                 pass
 
-    # What holds after each step -----------------------------------------------------------------------------------
+    # Checks after each step -----------------------------------------------------------------------------------
 
     @invariant()
     def it_computes_what_it_should(self) -> None:
         if not hasattr(self, "checked"):
             return
         shadow, output = self.shadow, self.run()
-        if self.dtype != torch.bfloat16:  # of which the bits alone are looked at
+        if self.dtype != torch.bfloat16:  # for bfloat16, only bits are compared
             near(output, self.wanted().detach(), self.dtype, "output")
         if not shadow.live() and not shadow.merged and not shadow.moved and not self.rows:
             mode = shadow.plain.training
@@ -716,7 +722,7 @@ _WITHIN = {torch.float64: 1e-9, torch.float32: 2e-3, torch.bfloat16: 1.0}
 
 
 def near(found: Tensor, wanted: Tensor, dtype: torch.dtype, what: str = "") -> None:
-    """By norm: what is small beside the rest may be off by what the rest is rounded by."""
+    """Compare by the norm: a small entry may be off by the rounding of the large entries."""
     if dtype == torch.bfloat16:
         return
     error = (found.double() - wanted.double()).norm() / (1 + wanted.double().norm())

@@ -1,6 +1,6 @@
-"""What is around a verb's call: every verb and every rule give the same bits under any mode and any default.
+"""Every verb and every rule give the same bits under any torch mode and any global default.
 
-SURROUNDINGS=1 tries each verb for each rule; `make test` tries some for each, and each for some."""
+With SURROUNDINGS=1, each verb runs for each rule. `make test` runs a sample in which each verb and each rule occurs."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ IDS = torch.tensor([[1, 2, 3, 4], [5, 6, 7, 8]])
 
 @rule("test-plain-numbers")
 class PlainNumbers(Rule):
-    """What a user may write: tensors by torch's defaults."""
+    """A user's rule that creates tensors with torch's defaults."""
 
     def rewrite(self, site: Any) -> Tensor:
         return site.output * site.param("gate", torch.ones(site.out_features)) + site.param("shift", (1,), 0.25)
@@ -186,7 +186,7 @@ AROUND: dict[str, Callable[[], AbstractContextManager[Any]]] = {
 
 
 def bits(model: nn.Module) -> dict[str, Any]:
-    """All that verbs leave behind: tensors with their dtypes and flags, and whether they could be trained."""
+    """The result of verbs: tensors with their dtypes and flags, and whether they can train."""
     held = {**dict(model.named_parameters()), **dict(model.named_buffers())}
     return {
         name: (t.detach().clone(), t.dtype, t.device, t.requires_grad, t.is_inference()) for name, t in held.items()
@@ -204,7 +204,7 @@ def alike(one: dict[str, Any], other: dict[str, Any]) -> list[str]:
 
 
 def life(chosen: Rule, around: Callable[[], AbstractContextManager[Any]], whole: bool = True) -> list[Any]:
-    """What is done with an adapter, each verb by itself inside of a context; and what is there after each."""
+    """Runs the verbs on an adapter, each inside a context, and notes the state after each verb."""
     model, folder = model_of(), tempfile.mkdtemp()
     example = {"input_ids": IDS}
     found: list[Any] = []
@@ -302,7 +302,7 @@ def test_what_is_around_is_there_again_after_a_verb_and_for_the_users_model() ->
 
 def test_adapters_made_in_inference_mode_train(tmp_path: Any) -> None:
     with torch.inference_mode():
-        model = model_of()  # its own tensors are inference tensors
+        model = model_of()  # the model's tensors are inference tensors
         flags = {name: p.requires_grad for name, p in model.named_parameters()}
         save_adapter(apply_rules(model, RULES["lora"], adapter="a"), tmp_path / "a", "a")
         load_adapter(model, tmp_path / "a", "b")

@@ -1,4 +1,4 @@
-"""Weights of live adapters: what each rule changes is multiplied, live and merged alike, and nothing of it stays."""
+"""Weights of live adapters multiply each rule's change, live and merged alike, and leave no trace."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ RULES: dict[str, Any] = {
 
 @pytest.mark.parametrize("name", RULES)
 def test_a_linear_map_is_moved_by_as_much(name: str) -> None:
-    """W_w = W + w (W_1 - W), and the bias likewise: whatever a linear rule does to a Linear."""
+    """W_w = W + w (W_1 - W), and the same for the bias, for any linear rule on a Linear."""
     model = nn.Sequential(nn.Linear(8, 6))
     apply_rules(model, RULES[name])
     disturbed(model)
@@ -163,7 +163,7 @@ def test_weights_follow_copies_and_leave_with_the_adapter() -> None:
             assert not torch.allclose(other(X), live)
         assert torch.equal(other(X), live)
         assert torch.equal(activate(deactivate(other), "a", 0.3)(X), live)
-    apply_rules(model, LoraRule("2", rank=2), adapter="b")  # at its start it changes nothing
+    apply_rules(model, LoraRule("2", rank=2), adapter="b")  # a new LoRA changes nothing
     torch.testing.assert_close(model(X), live, **CLOSE)
     assert adapters(model)["a"].weight == 0.3
     assert not before.differences(remove(model))

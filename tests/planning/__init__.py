@@ -1,1 +1,1 @@
-"""What a plan finds out before anything is touched."""
+"""Tests of plans: every problem shows before the model changes."""

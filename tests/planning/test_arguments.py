@@ -1,4 +1,4 @@
-"""What is passed in the place of a model or of rules: one clear sentence and the remedy, and the model as it was."""
+"""Wrong values for a model or rules: the error is a clear sentence with a remedy, and the model is unchanged."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Readings of a parameter past its module's forward are found in the source, and nothing else is."""
+"""The source search finds exactly the reads of a parameter that bypass its module's forward."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import checkpoint
 
-import surgery.planning.direct_reads as bypass_module
 from surgery import PlanError, apply_rules
 from surgery.planning.direct_reads import bypasses, bypasses_of, fastpath_switch
+from surgery.planning.read_search import ReadSearch
 from surgery.rules import LoraRule
 
 
@@ -199,7 +199,7 @@ class HandedToMethod(Base):
 
 
 class Decodes(nn.Module):
-    """Perceiver's decoder has no embedding of its own: it is handed one."""
+    """Perceiver's decoder gets its embedding as an argument."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -287,7 +287,7 @@ class Attends(nn.Linear):
 
 
 class ChildMethod(nn.Module):
-    """What goes past a forward may be a method of the child itself."""
+    """A method of the child itself may bypass its forward."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -339,7 +339,7 @@ READS = {
     Lambda: {"lin.weight"},
     Decorated: {"lin.weight"},
     ChildMethod: {"lin.weight"},
-    SlicesItsList: {"layers.0.weight", "layers.1.weight"},  # which of them a slice leaves is not asked
+    SlicesItsList: {"layers.0.weight", "layers.1.weight"},  # the search does not evaluate slices
 }
 
 
@@ -357,7 +357,7 @@ class Calls(Base):
 
 
 class AsksAbout(Base):
-    """T5's feed-forward does this, and so do most models somewhere."""
+    """T5's feed-forward reads the dtype of a weight, as most models do somewhere."""
 
     def forward(self, x: Tensor) -> Tensor:
         weight = self.lin.weight
@@ -378,7 +378,7 @@ class OwnOnly(nn.Linear):
 
 
 class NoParameter(Base):
-    """An attribute of a child that is no parameter is no bypass, whatever its name."""
+    """Reading an attribute that is not a parameter is not a bypass, whatever its name."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -403,7 +403,7 @@ class Unreached(Base):
 
 
 class Renamed(Base):
-    """A name that holds a parameter and then something else stands for the latter."""
+    """After a second assignment, a name no longer stands for the parameter."""
 
     def forward(self, x: Tensor) -> Tensor:
         held = self.lin.weight
@@ -413,7 +413,7 @@ class Renamed(Base):
 
 
 class Attention(nn.Linear):
-    """An attention interface: what it reads are its own parameters, whoever it is handed to."""
+    """An attention interface gets the module as an argument and reads the module's own parameters."""
 
     def forward(self, x: Tensor, *, module: Any, cache: Any = None) -> Tensor:
         return attend(self, F.linear(x, self.weight) + module.scale, cache) * module.weight.sum()
@@ -520,7 +520,7 @@ def test_of_a_shared_module_takes_its_other_paths() -> None:
 def test_quick_look_at_the_class_loses_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     model = nn.Sequential(*(kind() for kind in READS), nn.TransformerEncoderLayer(4, 2), Branches())
     quick = bypasses(model)
-    monkeypatch.setattr(bypass_module.ReadSearch, "promising", lambda self: True)
+    monkeypatch.setattr(ReadSearch, "promising", lambda self: True)
     assert bypasses(model) == quick
 
 
@@ -630,7 +630,7 @@ def test_switch_makes_the_layer_call_its_children(activation: str, norm_first: b
 
 
 def test_switch_is_asked_for_nothing_else() -> None:
-    """In the layer's forward the attribute is a condition of the fused path and an argument of its kernel."""
+    """In the layer's forward, the attribute is only a condition of the fused path and an argument of its kernel."""
     name, _ = fastpath_switch(nn.TransformerEncoderLayer(4, 2))  # type: ignore[misc]
     tree = ast.parse(textwrap.dedent(inspect.getsource(nn.TransformerEncoderLayer)))
     uses = [node for node in ast.walk(tree) if isinstance(node, ast.Attribute) and node.attr == name]
@@ -649,7 +649,7 @@ def test_switch_is_for_encoders_only() -> None:
 
     mine = Mine(4, 2)
     assert fastpath_switch(mine) == ("activation_relu_or_gelu", 0)
-    # The switch does not stop what a subclass reads itself, and the places tell the two apart.
+    # The switch does not stop reads in a subclass's own code; the file of a bypass tells the two apart.
     assert {place.in_fast_path for place in bypasses(mine)["linear2"]} == {True, False}
     assert {place.in_fast_path for place in bypasses(mine)["linear1"]} == {True}
     encoder = nn.TransformerEncoder(nn.TransformerEncoderLayer(4, 2, batch_first=True), 1)
@@ -658,15 +658,15 @@ def test_switch_is_for_encoders_only() -> None:
         assert fastpath_switch(module) is None
 
 
-# What really happens, as the reference ------------------------------------------------------------------------------
+# Reads at run time, as the reference ------------------------------------------------------------------------------
 
 
 class Watch(TorchFunctionMode):
-    """The parameters that torch functions are given while another module's forward runs."""
+    """Records the parameters that torch functions get while another module's forward runs."""
 
     def __init__(self, model: nn.Module):
         super().__init__()
-        self.owners: dict[int, dict[str, str]] = {}  # a tied parameter has several
+        self.owners: dict[int, dict[str, str]] = {}  # a tied parameter has several owners
         for path, module in model.named_modules():
             for name, parameter in module._parameters.items():
                 if parameter is not None:
@@ -682,7 +682,7 @@ class Watch(TorchFunctionMode):
         if getattr(func, "__name__", "") not in ASKING and self.running:
             for value in (*_flat(args), *_flat((kwargs or {}).values())):
                 owners = self.owners.get(id(value), {})
-                if owners and not owners.keys() & set(self.running):  # an owner may hand its own to a child
+                if owners and not owners.keys() & set(self.running):  # an owner may pass its own parameter to a child
                     self.seen.add(frozenset(f"{path}.{name}" for path, name in owners.items()))
         return func(*args, **(kwargs or {}))
 
@@ -715,14 +715,14 @@ def watched(model: nn.Module) -> Iterator[Watch]:
 
 
 def agree(model: nn.Module, *args: Any, **kwargs: Any) -> None:
-    """Each reading that happens is found; each that is found without condition happens."""
+    """The search finds each read at run time; each read that it finds without a condition happens at run time."""
     with watched(model) as watch:
         model(*args, **kwargs)
     tied = {f"{path}.{name}" for owners in watch.owners.values() if len(owners) > 1 for path, name in owners.items()}
     every = bypasses(model)
     certain = {f"{path}.{p.parameter}" for path, places in every.items() for p in places if not p.conditional}
     assert not [names for names in watch.seen if not names & found(model)]
-    assert certain - tied <= frozenset().union(*watch.seen)  # of a tied one the run can't tell whose it was
+    assert certain - tied <= frozenset().union(*watch.seen)  # the run can't tell the owner of a tied parameter
 
 
 @pytest.mark.parametrize("kind", [*READS, *NOTHING[2:], Branches], ids=lambda kind: kind.__name__)
@@ -756,7 +756,7 @@ FAMILIES: dict[str, set[str]] = {
         set(),
     ),
     "clip": {"position_embedding.weight"},  # interpolated for an image of another size
-    "mamba": CONV,  # handed to kernels
+    "mamba": CONV,  # passed to kernels
     "bloom": {"dense.weight", "dense_4h_to_h.weight"},  # sliced where pretraining_tp > 1
     "deberta": {"in_proj.weight"},  # chunked where query_states are given
 }

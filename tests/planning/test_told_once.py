@@ -1,4 +1,4 @@
-"""What is the same at many places is told once: problems, plans, adapters; and ranks that no weight can use."""
+"""Problems, plans and adapters list equal sites once; ranks that no weight can use get a warning or note."""
 
 from __future__ import annotations
 
@@ -142,7 +142,7 @@ def test_ranks_are_read_by_patterns_and_shapes() -> None:
 
 
 def test_every_matrix_of_a_module_is_asked_for_its_rank() -> None:
-    """One that holds no `weight`: stacks of experts, whose ranks have paths of their own, and attention."""
+    """Modules without a `weight`: stacks of experts, whose matrices have paths of their own, and attention."""
 
     class Experts(nn.Module):
         def __init__(self) -> None:
@@ -169,7 +169,7 @@ def test_every_matrix_of_a_module_is_asked_for_its_rank() -> None:
 
 
 def test_the_groups_of_a_convolution_have_ranks_of_their_own() -> None:
-    """A rank that is shared out to the groups: each has a block of the weight, of full rank."""
+    """The rank is divided among the groups, and each group has a block of the weight with full rank."""
     torch.manual_seed(0)
     layer = nn.Conv2d(16, 16, 1, groups=8)
     model = nn.Sequential(layer)

@@ -1,4 +1,4 @@
-"""Modules that no code calls: their owner reads their weight on each branch, so an adapter there would do nothing."""
+"""Modules that no code calls, since their owner reads their weight on every branch: adapters have no effect there."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ class BothBranches(Owner):
 
 
 class Kernels(Owner):
-    """As Mamba's convolution: each branch hands the weight to another function."""
+    """Like Mamba's convolution: each branch passes the weight to another function."""
 
     def forward(self, x: Tensor, cached: bool = False) -> Tensor:
         if cached:
@@ -60,7 +60,7 @@ def second(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
 
 
 class ReadUnderASetting(Owner):
-    """Whatever the setting is, nothing calls it."""
+    """No setting leads to a call of the module."""
 
     def forward(self, x: Tensor) -> Tensor:
         y = None
@@ -70,7 +70,7 @@ class ReadUnderASetting(Owner):
 
 
 class CalledUnderASetting(Owner):
-    """As FalconMamba's dt_proj, which is called where the model is quantised."""
+    """Like FalconMamba's dt_proj, which is called if the model is quantised."""
 
     def forward(self, x: Tensor) -> Tensor:
         if hasattr(self.config, "quantised") or (self.flag is None and self.config.depth > 2):
@@ -95,7 +95,7 @@ class CalledByAMethod(Owner):
 
 
 class CalledForOthers(Owner):
-    """A method that its forward does not use."""
+    """A method that the owner's forward does not use."""
 
     def forward(self, x: Tensor) -> Tensor:
         return F.linear(x, self.inner.weight) if self.training else x
@@ -168,7 +168,7 @@ def test_a_module_that_is_only_read_is_refused(model: nn.Module, made: Any) -> N
         apply_rules(model, [made])
     told = str(caught.value)
     assert "test_uncalled.py:" in told and "inner.weight" in told
-    if not isinstance(model, BothBranches):  # there each branch reads it
+    if not isinstance(model, BothBranches):  # there, each branch reads the weight
         assert "no code calls the module" in told
     assert before.differences(model) == []
     assert not plan_rules(model, [LoraRule("other")]).problems
@@ -185,7 +185,7 @@ def test_a_module_that_some_code_calls_is_warned_of(model: nn.Module, path: str)
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("family", ["mamba", "mamba2", "falcon_h1", "jamba", "zamba2", "bamba"])
 def test_the_convolution_of_state_space_models(family: str) -> None:
-    """Its weight goes to a kernel on every branch. PEFT refuses it by name for some of these models."""
+    """Every branch passes the weight to a kernel. PEFT refuses the module by name for some of these models."""
     model = FAMILIES[family].make()
     (problem,) = {problem.what for problem in plan_rules(model, [LoraRule("conv1d", rank=2)]).problems}
     assert problem == "LoraRule would be bypassed"
@@ -193,7 +193,7 @@ def test_the_convolution_of_state_space_models(family: str) -> None:
 
 @pytest.mark.filterwarnings("ignore")
 def test_a_rule_that_comes_with_another_leaves_it_out() -> None:
-    """bias="all": where code reads a bias past its module, a copy of it would do nothing."""
+    """bias="all": if code reads a bias directly, a copy of the bias has no effect."""
     model = FAMILIES["mamba2"].make()
     plan = plan_rules(model, [LoraRule("in_proj", rank=2, bias="all")])
     assert not plan.problems
@@ -208,7 +208,7 @@ EVERY = list(FAMILIES) if os.environ.get("ALL_FAMILIES") else ["bert", "falcon_m
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("family", EVERY)
 def test_what_a_call_does_not_reach_is_live_as_it_is_merged_or_refused(family: str) -> None:
-    """Without an example: each kind of module with weights whose forward the call never runs."""
+    """Without an example: each kind of module with weights whose forward no call runs."""
     torch.manual_seed(0)
     model, inputs = FAMILIES[family].make().eval(), FAMILIES[family].inputs()
     called: set[int] = set()
@@ -245,7 +245,7 @@ def test_what_a_call_does_not_reach_is_live_as_it_is_merged_or_refused(family: s
 
 
 def test_the_output_map_of_an_attention_is_trained_with_it() -> None:
-    """bias="all": nn.MultiheadAttention runs out_proj's parameters in its own forward."""
+    """bias="all": nn.MultiheadAttention reads out_proj's parameters in its own forward."""
     model = nn.ModuleDict({"attention": nn.MultiheadAttention(8, 2), "up": nn.Linear(8, 8)})
     plan = plan_rules(model, [LoraRule("up", rank=2, bias="all")])
     assert not plan.problems and not plan.warnings

@@ -64,7 +64,7 @@ def two_layers() -> nn.Module:
 
 
 def alone(model: nn.Module, x: Tensor, names: list[str | None]) -> Tensor:
-    """Each row by itself, with its adapter."""
+    """Run each row separately with its adapter."""
     rows = []
     for row, name in zip(x, names, strict=True):
         with using(model, name):
@@ -144,7 +144,7 @@ def test_three_dimensions_and_flattened_rows() -> None:
     for name in ("a", "b"):
         apply_rules(model, LoraRule(["first", "second"], rank=2, init="random"), adapter=name)
     names: list[str | None] = ["a", None, "b"]
-    for length in (1, 3, 5):  # three positions for three rows: shapes don't tell
+    for length in (1, 3, 5):  # with three positions for three rows, shapes do not show the batch
         x = torch.randn(3, length, 8)
         expected = alone(model, x, names)
         with route(model, names):
@@ -258,7 +258,7 @@ def _first(output: Any) -> Tensor:
     return next(value for value in output.values() if isinstance(value, Tensor) and value.dim())
 
 
-@pytest.mark.parametrize("length", [5, 3])  # three tokens for three rows: shapes don't tell
+@pytest.mark.parametrize("length", [5, 3])  # with three tokens for three rows, shapes do not show the batch
 @pytest.mark.parametrize("beams", [1, 3])
 @pytest.mark.parametrize("family", ["llama", "t5"])
 def test_generate(family: str, beams: int, length: int) -> None:
@@ -363,7 +363,7 @@ def test_memory_is_freed() -> None:
 
 @pytest.fixture
 def hasty() -> Iterator[None]:
-    """Threads take turns after a few steps."""
+    """Make threads switch after a few steps."""
     before = sys.getswitchinterval()
     sys.setswitchinterval(1e-5)
     yield
@@ -479,7 +479,7 @@ def test_copies_made_inside_have_nothing_of_the_block(how: str) -> None:
         assert model[0].adapters.b.A.requires_grad
     deactivate(model)
     bare = copied(model, how)
-    with route(model, ["a", "b"]):  # at sites that have their own class outside
+    with route(model, ["a", "b"]):  # at sites with the base's class outside the block
         bare_inside = copied(model, how)
     for found, wanted in ((inside, outside), (bare_inside, bare)):
         assert not unlike(found, wanted)
@@ -500,7 +500,7 @@ def copied(model: Any, how: str) -> Any:
 
 
 def unlike(found: nn.Module, wanted: nn.Module) -> list[str]:
-    """As `Snapshot.differences`, for two models: whatever their tensors' identities."""
+    """Like `Snapshot.differences` for two models, regardless of the identity of tensors."""
     before, now = Snapshot(wanted), Snapshot(found)
     told = {line.rpartition(" is (")[0] or line for line in before.differences(found)}
     for name, fact in before.facts.items():
@@ -621,7 +621,7 @@ def test_rows_of_other_sizes_are_told() -> None:
 
 
 class Remembers(nn.Linear):
-    """A layer whose forward keeps what it returns."""
+    """A layer whose forward stores its result."""
 
     def forward(self, x: Tensor) -> Tensor:
         self.last = super().forward(x)
@@ -770,7 +770,7 @@ def test_prompts(family: str, padding: str) -> None:
         mask[1, -2:] = mask[3, -1:] = 0
         given["attention_mask"] = mask.flip(-1) if padding == "left" else mask
     if family == "distilbert" and padding != "none":
-        given["attention_mask"][:, 0] = 1  # its head looks at the first token
+        given["attention_mask"][:, 0] = 1  # its head reads the first token
     if family == "bert" and padding == "left":
         given["attention_mask"][:, 0] = 1
     checked_rows(model, given, names)

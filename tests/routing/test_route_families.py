@@ -1,6 +1,6 @@
-"""Two LoRA adapters and the bare base in one batch, on every family of `families.py`: each row as if alone, or refused.
+"""Two LoRA adapters and the base in one batch on every model family: each row as if alone, or an error.
 
-A sample by default; all of them with ALL_FAMILIES=1 (`make families`).
+Runs a sample of the families by default, and all with ALL_FAMILIES=1 (`make families`).
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ pytest.importorskip("transformers")
 SAMPLE = ["bert", "xlnet", "mixtral", "switch_transformers", "mobilevit", "clip", "swin", "bart", "whisper", "nllb_moe"]
 NAMES = list(FAMILIES) if os.environ.get("ALL_FAMILIES") else [name for name in SAMPLE if name in FAMILIES]
 
-# Families whose modules are called with what has no row for each of the batch, or not first: told, and not guessed.
+# Families with modules whose input does not have the batch's rows first: `route` raises an error instead of guessing.
 REFUSED = set(
     "deberta deberta_v2 sew_d wav2vec2_conformer swinv2 swin2sr "  # positions, the same for all rows
     "xlnet longformer led fsmt dab_detr bridgetower "  # positions first
-    "xmod jetmoe switch_transformers nllb_moe "  # some of the rows or tokens
-    "mobilevit x_clip".split()  # what does not show, with these weights
+    "xmod jetmoe switch_transformers nllb_moe "  # only some of the rows or tokens
+    "mobilevit x_clip".split()  # with these weights, the rows of the batch do not show
 )
-# Rows that the model itself mixes: delays of other rows (autoformer); lengths that go by the longest (vits).
+# Models that mix rows: autoformer uses delays of other rows, vits pads to the longest row.
 MIXED = {"autoformer", "vits"}
 ROWS = 3
 
@@ -66,7 +66,7 @@ def test_each_row_as_if_alone_or_refused(name: str) -> None:
         with route(model, names):
             found = tensors(call(model, given, random))
         for index, tensor in enumerate(found):
-            if tensor.shape[0] != ROWS or tensor.shape == (ROWS, ROWS):  # rows beside each other: CLIP's
+            if tensor.shape[0] != ROWS or tensor.shape == (ROWS, ROWS):  # CLIP's similarity matrix
                 continue
             for row in range(ROWS):
                 expected = alone[row][index][row].float()
@@ -76,7 +76,7 @@ def test_each_row_as_if_alone_or_refused(name: str) -> None:
 
 
 def widened(example: dict[str, Any]) -> dict[str, Any]:
-    """A batch of rows that differ, made from the example's first."""
+    """A batch of different rows, derived from the example's first row."""
     size = next((len(value) for value in example.values() if isinstance(value, Tensor) and value.dim()), 0)
 
     def rows(value: Any) -> Any:

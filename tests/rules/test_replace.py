@@ -27,7 +27,8 @@ from surgery import (
     save_adapter,
     show,
 )
-from surgery.authoring.module_skeleton import Skeleton, named_tensors
+from surgery.authoring.module_skeleton import Skeleton
+from surgery.authoring.skeleton_parts import named_tensors
 from surgery.rules import LoraRule, ReplaceRule
 from surgery.testing import Snapshot
 from tests.support import foreign

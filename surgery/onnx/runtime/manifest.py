@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -69,9 +69,9 @@ class Manifest:
         further: other fields of the data.
     """
 
-    adapters: str
-    slots_as: str
-    empty: str
+    adapters: Literal["slots", "constant", "merged"]
+    slots_as: Literal["overridable", "inputs"]
+    empty: Literal["rank0", "zeros1"]
     slot: str
     slots: tuple[Slot, ...]
     sites: tuple[Mapping[str, Any], ...]

@@ -1,0 +1,71 @@
+"""Reasons against a merge, gathered for each site before anything changes."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from surgery.errors import MergeError, SurgeryError
+from surgery.forward.own_forward import own_forward
+from surgery.forward.packed_weights import UNPACKED, is_packed
+from surgery.state.absent_values import without_values
+from surgery.state.adapter_tensors import box_of
+from surgery.state.records import Applied, Merged, SiteState
+from surgery.weaving.class_objections import reason_against
+from surgery.weaving.conflicts import find_live_conflict
+
+__all__ = ["already_merged", "objections_to_merge"]
+
+
+def objections_to_merge(
+    path: str, module: nn.Module, site: SiteState, chosen: list[Applied], counted: list[Applied]
+) -> list[SurgeryError]:
+    """Why the chosen rules can't be merged at a site. `counted`: the chosen rules and the other live rules there."""
+    problems: list[SurgeryError] = []
+    refusal = reason_against(module)
+    if refusal is not None:
+        problems.append(MergeError("the site can't be merged", where=path, why=refusal[0], fix=refusal[1]))
+    for name in dict.fromkeys(applied.adapter for applied in chosen):
+        if (box := box_of(module, name)) is not None and without_values(box):
+            why = "its tensors came from the meta device by to_empty"
+            problems.append(
+                MergeError(f"the adapter {name!r} has no values yet", where=path, why=why, fix="load them first")
+            )
+    for applied in chosen:
+        rule = applied.rule
+        if not rule.mergeable:
+            why = rule.why_not_merged
+            problems.append(MergeError(f"{rule.label} can't be merged", where=path, why=why, fix="keep it unmerged"))
+    if len(chosen) < len(counted) and not all(applied.rule.additive for applied in counted):
+        remaining = ", ".join(
+            f"{a.rule.label} [{a.adapter}]" for a in counted if a.adapter not in {applied.adapter for applied in chosen}
+        )
+        why = f"{remaining} is on the same site, and its effect depends on the order"
+        problems.append(
+            MergeError(
+                "part of a stack can't be merged here", where=path, why=why, fix="merge all adapters: merge(model)"
+            )
+        )
+    if not problems and len(chosen) > 1:
+        problem = find_live_conflict(chosen, module, site.path, own_forward(module, site.base))
+        problems += [problem] if problem is not None else []
+    if not problems:
+        problems += _packed(path, module, site, chosen)
+    return problems
+
+
+def _packed(path: str, module: nn.Module, site: SiteState, chosen: list[Applied]) -> list[SurgeryError]:
+    weight = module._parameters.get("weight")
+    if weight is None or not (hasattr(weight, "device_mesh") or is_packed(weight)):
+        return []
+    why, fix = f"its weight is a {type(weight).__name__} of {weight.dtype}", "keep it unmerged"
+    if is_packed(weight):
+        why, fix = f"{why}: quantised, so a sum would be rounded away", f"keep it unmerged, or {UNPACKED}"
+    return [MergeError(f"{chosen[0].rule.label} can't be merged here", where=path, why=why, fix=fix)]
+
+
+def already_merged(path: str, merged: Merged) -> MergeError:
+    """The error for a model that is merged with other adapters."""
+    adapters = ", ".join(merged.adapters)
+    return MergeError(
+        "the model is merged already", where=path, why=f"its weights hold {adapters}", fix="unmerge(model) first"
+    )
