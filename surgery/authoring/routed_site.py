@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Protocol, cast
 
+import torch
 from torch import Tensor, nn
 
 from surgery.authoring.declaration import Declaration
@@ -12,6 +13,14 @@ from surgery.forward.own_forward import OwnForward
 from surgery.patterns.module_walk import RESERVED
 
 __all__ = ["Member"]
+
+
+class RowIndices(Protocol):
+    """The rows of one adapter in a batch."""
+
+    def of(self, size: int, device: torch.device) -> Tensor:
+        """The indices of the rows in a dimension of this size."""
+        ...
 
 
 class Member(Site):
@@ -29,8 +38,8 @@ class Member(Site):
         self.rule = rule
 
     @property
-    def rows(self) -> Any:
-        return self._value("rows", self.adapter)
+    def rows(self) -> RowIndices:
+        return cast(RowIndices, self._value("rows", self.adapter))
 
     def _value(self, kind: str, key: str) -> Tensor:
         if kind == "param":  # all adapters share the tape, so the name contains the adapter
