@@ -7,7 +7,7 @@ from typing import Any
 from torch import nn
 
 from surgery import LiveSite, Site
-from surgery.rules._linear import own_maps
+from surgery.rules._linear import forward_maps
 from surgery.rules._linear.layouts import OTHERWISE
 
 
@@ -17,9 +17,9 @@ def why_no_map(module: nn.Module) -> str | None:
     names = [f"{cls.__module__}.{cls.__name__}" for cls in base.__mro__]
     if not isinstance(module, nn.Linear) and "transformers.pytorch_utils.Conv1D" not in names:
         return "it goes on Linear and transformers' Conv1D"
-    if isinstance(module, nn.Linear) and own_maps.packed(module):
-        return own_maps.why_not_packed(module)
-    return None if own_maps.torchs_own(module) else OTHERWISE
+    if isinstance(module, nn.Linear) and forward_maps.packed(module):
+        return forward_maps.why_not_packed(module)
+    return None if forward_maps.torchs_own(module) else OTHERWISE
 
 
 def sizes(place: Site | LiveSite | nn.Module) -> tuple[int, int]:

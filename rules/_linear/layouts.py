@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from surgery import LowRank, Site
-from surgery.rules._linear import own_maps
+from surgery.rules._linear import forward_maps
 
 CONVOLUTIONS = {nn.Conv1d: F.conv1d, nn.Conv2d: F.conv2d, nn.Conv3d: F.conv3d}
 
@@ -154,8 +154,8 @@ def layout_of(module: nn.Module, rank: int) -> Layout | str:
         if any(parameter is not None and parameter.dim() == 3 for parameter in module._parameters.values()):
             return "LoRA goes on maps of one matrix; for a stack of experts' matrices there is ExpertLoraRule"
         return "LoRA goes on Linear, Embedding, Conv1d/2d/3d, transformers' Conv1D and MultiheadAttention"
-    if own_maps.packed(module):
-        if why := own_maps.why_not_packed(module):
+    if forward_maps.packed(module):
+        if why := forward_maps.why_not_packed(module):
             return why
         if kind != "linear":
             return f"its weight is a {type(weight).__name__} of {getattr(weight, 'dtype', None)}"
@@ -212,7 +212,7 @@ OTHERWISE = "its forward is not a plain linear map of its input"
 
 def _with_form(module: nn.Module, layout: Layout) -> Layout:
     """Returns the layout, adjusted to what the module's own forward does around the map."""
-    if own_maps.torchs_own(module):
+    if forward_maps.torchs_own(module):
         return layout
     if layout.kind == "conv1d":  # its forward only runs with a weight of its own sizes
         return replace(layout, why=OTHERWISE)
@@ -221,7 +221,7 @@ def _with_form(module: nn.Module, layout: Layout) -> Layout:
     shape = (2 * part.groups, *part.A[1:])
     small = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(weight.device, weight.dtype)
     small = small.t() if part.turned else small
-    form = own_maps.form_of(module, small, lambda: _samples(module, layout, small))
+    form = forward_maps.form_of(module, small, lambda: _samples(module, layout, small))
     return replace(layout, why=OTHERWISE) if form == "other" else replace(layout, scaled=form == "scaled")
 
 

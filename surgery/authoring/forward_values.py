@@ -19,7 +19,7 @@ from surgery.forward.tape import Tape
 from surgery.forward.values import Value, ref_of
 from surgery.structures.fx_digraph import as_digraph
 from surgery.structures.op_aliases import LayerTensor
-from surgery.structures.passed_ops import Passage, find_dropped_ops
+from surgery.structures.skipped_ops import Passage, find_dropped_ops
 from surgery.structures.structure import Found, Occurrence, Structure
 from surgery.tracing.example_call import evaluating
 from surgery.tracing.fx_args import replace_nodes

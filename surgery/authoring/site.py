@@ -23,7 +23,7 @@ from surgery.forward.tape_steps import Ref
 from surgery.forward.unnamed_inputs import FIRST, hidden_first
 from surgery.forward.values import Value, ref_of
 from surgery.patterns.module_walk import RESERVED
-from surgery.structures.passed_ops import Passage
+from surgery.structures.skipped_ops import Passage
 from surgery.structures.structure import Structure
 
 __all__ = ["Site"]

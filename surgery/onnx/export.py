@@ -16,7 +16,7 @@ from torch import nn
 from surgery.errors import ParityError, SurgeryError
 from surgery.lifecycle.activation import active
 from surgery.onnx.calls.example import ExampleCall, array_of
-from surgery.onnx.calls.export_turns import one_at_a_time
+from surgery.onnx.calls.export_lock import one_at_a_time
 from surgery.onnx.calls.exported_model import check_names, exported_root
 from surgery.onnx.calls.kv_cache_example import with_cache
 from surgery.onnx.calls.shared_copy import leave_live, sharing_copy, traced_path

@@ -14,7 +14,7 @@ from torch import nn
 
 from surgery.patterns.module_walk import base_modules
 from surgery.patterns.wrappers import submodule, unwrap
-from surgery.planning.class_leads import leads_of
+from surgery.planning.reached_attributes import leads_of
 from surgery.planning.read_search import Bypass, ReadSearch, own_class
 
 __all__ = ["bypasses", "bypasses_of", "fastpath_switch"]

@@ -13,7 +13,7 @@ from torch import nn
 from surgery.errors import qualified_name
 from surgery.patterns.wrappers import unwrap
 from surgery.planning.attribute_chains import CALL, WRAP, Chain
-from surgery.planning.class_leads import MODULE_METHODS, inherited, leads_of, lookup
+from surgery.planning.reached_attributes import MODULE_METHODS, inherited, leads_of, lookup
 from surgery.planning.settled_branches import is_reachable
 from surgery.planning.source_reads import Facts, facts_of
 

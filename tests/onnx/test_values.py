@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from surgery import SurgeryError, export_onnx, verify_onnx
 from surgery.errors import ParityError
 from surgery.onnx.calls.example import ExampleCall
-from surgery.onnx.calls.other_values import other_values
+from surgery.onnx.calls.varied_values import other_values
 from tests.support import tiny
 from tests.support.onnx_checks import assert_near, feeds, session
 

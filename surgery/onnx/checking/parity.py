@@ -11,12 +11,12 @@ from torch import Tensor, nn
 from surgery.arithmetic.float64_reference import difference
 from surgery.errors import ParityError, SurgeryError
 from surgery.onnx.calls.example import ExampleCall, arrays_of, leaves_of
-from surgery.onnx.calls.export_turns import one_at_a_time
+from surgery.onnx.calls.export_lock import one_at_a_time
 from surgery.onnx.calls.exported_model import check_names, exported_root
 from surgery.onnx.calls.kv_cache_example import with_cache
-from surgery.onnx.calls.other_values import other_values
 from surgery.onnx.calls.resized_calls import other_sizes
 from surgery.onnx.calls.shared_copy import traced_path
+from surgery.onnx.calls.varied_values import other_values
 from surgery.onnx.checking.fast_path import fast_path_notices
 from surgery.onnx.checking.file_checks import check_file, check_weights, open_for_check, run_session
 from surgery.onnx.checking.generation_parity import decode
