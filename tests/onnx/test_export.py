@@ -26,12 +26,29 @@ from tests.support.onnx_checks import (
     session,
 )
 from tests.support.onnx_plain import PLAIN, Line, Named, Net, Text, Tied
+from tests.support.sampling import LAYERS
 
 onnx: Any = pytest.importorskip("onnx")
 
 
 def net(*ranks: int) -> tuple[nn.Module, torch.Tensor]:
     return adapted(Net(), ["a", "conv", "b"], *(ranks or (2,))), torch.randn(2, 5, 8)
+
+
+TEXT = {"0": "batch", "1": "sequence"}
+NAMES: dict[str, dict[str, Any]] = {  # of inputs, outputs and sizes
+    "nested": {
+        "inputs": ["x", "others.p", "others.q.0", "others.q.1"],
+        "outputs": ["y", "more.0", "more.1.0", "more.1.1", "pair"],
+    },
+    "starred": {
+        "inputs": ["input_0", "input_1"], "outputs": ["output_0", "output_1"],
+        "free": {"input_0": TEXT, "input_1": {"0": "input_1_batch"}},
+    },
+    "dataclass": {"outputs": ["y", "total"]},
+    "mask": {"free": {"ids": TEXT, "mask": TEXT}},
+    "one token": {"free": {"ids": TEXT}},  # the example has one row and one position
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("name", PLAIN)
@@ -42,6 +59,8 @@ def test_modules_of_any_calling_convention(name: str, tmp_path: Path) -> None:
     report = export_onnx(model, tmp_path / "m.onnx", example, adapters="slots")
     assert before.differences(model) == []
     assert report.parity is not None and report.parity.ok and report.parity.weights >= 2
+    for key, wanted in NAMES.get(name, {}).items():
+        assert report.manifest[key] == wanted
     assert_slots(report.path, report.manifest)
     assert_weights(model, report.path)
     inputs = report.manifest["inputs"]
@@ -61,25 +80,6 @@ def _as_trained() -> Any:
     from surgery.onnx.calls.shared_copy import traced_path
 
     return traced_path()
-
-
-def test_names_of_inputs_outputs_and_sizes(tmp_path: Path) -> None:
-    said = {}
-    for name in ("nested", "starred", "dataclass", "mask", "one token"):
-        model, example, targets = PLAIN[name]()
-        report = export_onnx(model, tmp_path / "m.onnx", example, verify=False)
-        said[name] = (report.manifest["inputs"], report.manifest["outputs"], report.manifest["free"])
-    assert said["nested"][:2] == (
-        ["x", "others.p", "others.q.0", "others.q.1"], ["y", "more.0", "more.1.0", "more.1.1", "pair"],
-    )  # fmt: skip
-    assert said["dataclass"][1] == ["y", "total"]
-    assert said["starred"] == (
-        ["input_0", "input_1"], ["output_0", "output_1"],
-        {"input_0": {"0": "batch", "1": "sequence"}, "input_1": {"0": "input_1_batch"}},
-    )  # fmt: skip
-    text = {"0": "batch", "1": "sequence"}
-    assert said["mask"][2] == {"ids": text, "mask": text}
-    assert said["one token"][2] == {"ids": text}  # the example has one row and one position
 
 
 def test_a_file_serves_other_sizes_than_its_example(tmp_path: Path) -> None:
@@ -401,7 +401,7 @@ def test_a_text_without_a_mask_has_none_in_the_graph(tmp_path: Path) -> None:
     """transformers omits the mask of full attention, too; some of its models do not accept one."""
     from tests.support import tiny
 
-    model, example = tiny.bert()
+    model, example = tiny.bert(LAYERS)
     adapted(model.eval(), "query", 2)
     export_onnx(model, tmp_path / "none.onnx", {"input_ids": example["input_ids"]}, adapters="slots")
     export_onnx(model, tmp_path / "one.onnx", {**example, "attention_mask": torch.ones_like(example["input_ids"])})

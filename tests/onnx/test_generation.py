@@ -20,6 +20,7 @@ transformers: Any = pytest.importorskip("transformers", reason="decodes")
 from surgery import SurgeryError, export_onnx  # noqa: E402
 from surgery.onnx import OnnxRunner  # noqa: E402
 from tests.support.families import FAMILIES  # noqa: E402
+from tests.support.sampling import LAYERS  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -29,13 +30,15 @@ DECODERS = [name for name, one in FAMILIES.items() if one.kind in ("decoder", "m
 CHOSEN = [*DECODERS, *(f"{name}-longrope" for name in DECODERS)] if os.environ.get("ALL_ONNX") else SAMPLE
 
 
-def decoder(name: str) -> nn.Module:
+def decoder(name: str, layers: int | None = None) -> nn.Module:
     """A family's decoder with a head; with `-longrope`, or of Phi-3, with rotations that change at a length."""
     family, _, rope = name.partition("-")
     torch.manual_seed(0)
     config: Any = copy.deepcopy(FAMILIES[family].make().config)
     if type(config) not in transformers.models.auto.modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING:
         pytest.skip("it has no decoder")
+    if layers is not None:
+        config.num_hidden_layers = layers
     if hasattr(config, "is_decoder"):
         config.is_decoder = True
     if rope or family == "phi3":
@@ -58,7 +61,7 @@ def decoder(name: str) -> nn.Module:
 
 @pytest.mark.parametrize("name", CHOSEN)
 def test_a_file_decodes_as_generate_or_says_why_not(name: str, tmp_path: Path) -> None:
-    model: Any = decoder(name)
+    model: Any = decoder(name, LAYERS if name in SAMPLE else None)
     text = torch.randint(3, min(90, model.get_input_embeddings().weight.shape[0]), (1, TEXT))
     mask = torch.ones_like(text)
     settings = {"max_new_tokens": NEW, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
@@ -93,7 +96,7 @@ def test_a_cache_is_read_again_where_the_rotations_change(tmp_path: Path) -> Non
 
 
 def test_settings_that_change_logits_are_told(tmp_path: Path) -> None:
-    model: Any = decoder("gpt2")
+    model: Any = decoder("gpt2", layers=LAYERS)
     model.generation_config.repetition_penalty = 1.3
     model.generation_config.no_repeat_ngram_size = 0
     report = export_onnx(model, tmp_path / "m.onnx", {"input_ids": torch.randint(3, 90, (1, 5))}, verify=False)

@@ -13,6 +13,7 @@ from surgery import Rule, apply_rules, export_onnx
 from surgery.onnx import OnnxRunner, export_adapter
 from surgery.rules import LoraRule, PrefixRule, PromptRule
 from tests.support import tiny
+from tests.support.sampling import LAYERS, onnx_cases
 from tests.support.slots import shaken
 
 pytest.importorskip("transformers")
@@ -29,11 +30,14 @@ CASES: dict[str, tuple[Any, list[Rule], dict[str, Any]]] = {
 
 @pytest.mark.parametrize(
     ("name", "adapters"),
-    [("bert", "slots"), ("gpt2", "constant"), ("llama", "slots"), ("llama, a prompt", "slots")],
+    onnx_cases(
+        [("bert", "slots"), ("gpt2", "constant"), ("llama", "slots"), ("llama, a prompt", "slots")],
+        ("gpt2", "constant"),
+    ),
 )
 def test_float16(name: str, adapters: Any, tmp_path: Path) -> None:
     make, rules, how = CASES[name]
-    model, example = make()
+    model, example = make(LAYERS)
     apply_rules(model.eval().half(), rules, example_inputs=example)
     report = export_onnx(shaken(model), tmp_path / "m.onnx", example, adapters=adapters, **how)
     assert report.parity is not None and min(report.parity.moved.values()) > 0.02
@@ -41,7 +45,7 @@ def test_float16(name: str, adapters: Any, tmp_path: Path) -> None:
 
 
 def test_bfloat16_is_written(tmp_path: Path) -> None:
-    model, example = tiny.bert()
+    model, example = tiny.bert(LAYERS)
     apply_rules(model.eval().bfloat16(), LoraRule("query", rank=2))
     report = export_onnx(model, tmp_path / "m.onnx", example, adapters="slots", verify=False)
     assert {slot["dtype"] for slot in report.manifest["slots"]} == {"float32"}

@@ -16,6 +16,7 @@ from surgery.rules import LoraRule, MultitaskPromptRule, PromptRule, TrainRule
 from tests.onnx.test_adapter_files import check_peft, exported, peft_of, peft_on, quietly
 from tests.onnx.test_slots_prefix import longer, moved
 from tests.support import tiny
+from tests.support.sampling import LAYERS, onnx_cases
 from tests.support.slots import Exported, adapted, check_slots, outputs, plain, same
 
 transformers: Any = pytest.importorskip("transformers")
@@ -25,13 +26,13 @@ PROMPTS: dict[str, Any] = {
     "b": [PromptRule(length=6, encoder="mlp"), LoraRule("all-linear", rank=2)],
     "c": MultitaskPromptRule(length=4, tasks=3, task=1),
 }
-SIZES: dict[str, Any] = {"vocab_size": 30, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+SIZES: dict[str, Any] = {"vocab_size": 30, "hidden_size": 32, "num_hidden_layers": LAYERS, "num_attention_heads": 2}
 SIZES |= {"intermediate_size": 32, "max_position_embeddings": 64, "initializer_range": 0.2}
 
 
-@pytest.mark.parametrize("name", ["bert", "llama", "t5"])
+@pytest.mark.parametrize("name", onnx_cases(["bert", "llama", "t5"], "bert"))
 def test_prompts_of_any_length(name: str, tmp_path: Path) -> None:
-    model, inputs = moved(getattr(tiny, name)())
+    model, inputs = moved(getattr(tiny, name)(LAYERS))
     inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
     inputs["attention_mask"][0, :2] = 0
     inputs["attention_mask"][1, -2:] = 0
@@ -43,6 +44,7 @@ def test_prompts_of_any_length(name: str, tmp_path: Path) -> None:
     if name == "llama":
         given.append({**inputs, "attention_mask": torch.ones_like(inputs["attention_mask"])})
     check(file, base, given, len(base(**inputs).to_tuple()) if name == "t5" else None)
+    comes_back(file, base, tmp_path)
 
 
 def check(file: Exported, base: Any, others: list[Any], without: int | None) -> None:
@@ -56,8 +58,15 @@ def check(file: Exported, base: Any, others: list[Any], without: int | None) -> 
                 same(file.run(inputs, file.tensors(name)), outputs(file.model, inputs))
 
 
+def comes_back(file: Exported, base: Any, folder: Path) -> None:
+    path = export_adapter(file.model, "a", file.report.path, folder / "a.onnx_adapter")
+    load_adapter(base, import_adapter(path, file.report.path), "a")
+    with using(file.model, "a"):
+        same(outputs(base, file.inputs), outputs(file.model, file.inputs), 1e-6)
+
+
 def test_positions_and_types_that_are_given(tmp_path: Path) -> None:
-    model, inputs = moved(tiny.bert())
+    model, inputs = moved(tiny.bert(LAYERS))
     ids = inputs["input_ids"]
     inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "token_type_ids": torch.zeros_like(ids)}
     inputs["token_type_ids"][:, 3:] = 1
@@ -71,7 +80,7 @@ def test_positions_and_types_that_are_given(tmp_path: Path) -> None:
 @pytest.mark.parametrize("family", ["gpt2", "mistral, padded"])
 def test_a_decoder_goes_on_from_its_cache(family: str, tmp_path: Path) -> None:
     family, _, padded = family.partition(", ")
-    model, inputs = getattr(tiny, family)()
+    model, inputs = getattr(tiny, family)(LAYERS)
     ids = inputs["input_ids"].repeat(2, 1)[:2, :6]
     with torch.no_grad():
         for parameter in model.eval().parameters():
@@ -112,7 +121,7 @@ def by_hand(runner: OnnxRunner, model: Any, ids: torch.Tensor) -> None:
 
 
 def llama_with_a_prompt() -> tuple[Any, dict[str, Any]]:
-    model, inputs = tiny.llama()
+    model, inputs = tiny.llama(LAYERS)
     ids = inputs["input_ids"]
     apply_rules(model.eval(), PromptRule(length=3), adapter="a")
     return model, {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
@@ -124,7 +133,7 @@ def test_what_a_rule_notes_on_a_cache_is_not_an_output(how: Any, tmp_path: Path)
     model, inputs = llama_with_a_prompt()
     report = export_onnx(model, tmp_path / "m.onnx", inputs, adapters=how)
     assert report.parity is not None
-    names = [f"present.{layer}.{part}" for layer in range(2) for part in ("key", "value")]
+    names = [f"present.{layer}.{part}" for layer in range(LAYERS) for part in ("key", "value")]
     assert report.manifest["outputs"] == ["logits", *names]
     own = [one for one in report.parity.compared if one.adapter == "a" and one.values == "masks with an empty row"]
     assert {one.output for one in own} == {"logits", *names} and all(one.ok for one in own)
@@ -207,21 +216,11 @@ def test_what_needs_the_ids_is_no_slot(make: Any, rule: Rule, tmp_path: Path) ->
 
 
 def test_prompts_that_stand_elsewhere(tmp_path: Path) -> None:
-    model, inputs = moved(tiny.bert())
+    model, inputs = moved(tiny.bert(LAYERS))
     rules = {"a": PromptRule(length=2, after=0), "b": PromptRule(length=2, after=2)}
     file = Exported(adapted(plain(model), {"a": rules["a"]}), inputs, tmp_path)
     with pytest.raises(SiteError, match="stand elsewhere"):
         file.tensors("b", adapted(plain(model), {"b": rules["b"]}))
-
-
-def test_a_prompt_comes_back(tmp_path: Path) -> None:
-    model, inputs = moved(tiny.t5())
-    base = plain(model)
-    file = Exported(adapted(model, {"a": PromptRule(length=3)}), inputs, tmp_path)
-    path = export_adapter(file.model, "a", file.report.path, tmp_path / "a.onnx_adapter")
-    load_adapter(base, import_adapter(path, file.report.path), "a")
-    with using(file.model, "a"):
-        same(outputs(base, inputs), outputs(file.model, inputs), 1e-6)
 
 
 # PEFT's checkpoints ----------------------------------------------------------------------------------------------

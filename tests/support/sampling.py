@@ -1,4 +1,4 @@
-"""Selects the cases of a grid that `make test` runs; all with ALL_REWRITES=1 (`make rewrites`)."""
+"""Selects the cases that `make test` runs; all with ALL_REWRITES=1 (`make rewrites`) or ALL_ONNX=1 (`make onnx`)."""
 
 from __future__ import annotations
 
@@ -6,12 +6,21 @@ import os
 from collections.abc import Iterable
 from typing import TypeVar
 
-__all__ = ["sample"]
+__all__ = ["LAYERS", "onnx_cases", "sample"]
 
 T = TypeVar("T")
+ALL_ONNX = bool(os.environ.get("ALL_ONNX"))
+LAYERS = 2 if ALL_ONNX else 1  # of a tiny model that is exported: a second layer takes as long again
 
 
 def sample(cases: Iterable[T], every: int) -> list[T]:
     """Every n-th case, beginning with the first; all cases if the whole grid is requested."""
     found = list(cases)
     return found if os.environ.get("ALL_REWRITES") else found[::every]
+
+
+def onnx_cases(cases: Iterable[T], *left: T) -> list[T]:
+    """The cases of a test that exports a model, without those `left` to `make onnx`."""
+    found = list(cases)
+    assert set(left) < set(found), left
+    return found if ALL_ONNX else [case for case in found if case not in left]

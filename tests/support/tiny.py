@@ -1,4 +1,7 @@
-"""Tiny models of transformers' families with random weights, each with an example call."""
+"""Tiny models of transformers' families with random weights, each with an example call.
+
+Tests that export a model take one layer where a second adds nothing: it takes as long again.
+"""
 
 from __future__ import annotations
 
@@ -29,8 +32,9 @@ def _images(size: int = 16) -> dict[str, Any]:
     return {"pixel_values": torch.randn(2, 3, size, size)}
 
 
-def bert() -> tuple[nn.Module, dict[str, Any]]:
-    return transformers.BertForSequenceClassification(transformers.BertConfig(**_SMALL, **_TOKENS)), _text()
+def bert(layers: int = 2) -> tuple[nn.Module, dict[str, Any]]:
+    config = transformers.BertConfig(**{**_SMALL, "num_hidden_layers": layers}, **_TOKENS)
+    return transformers.BertForSequenceClassification(config), _text()
 
 
 def albert() -> tuple[nn.Module, dict[str, Any]]:
@@ -51,21 +55,21 @@ def deberta() -> tuple[nn.Module, dict[str, Any]]:
     return transformers.DebertaV2ForSequenceClassification(config), _text()
 
 
-def gpt2() -> tuple[nn.Module, dict[str, Any]]:
-    config = transformers.GPT2Config(**_TOKENS, n_embd=32, n_layer=2, n_head=4, n_positions=64)
+def gpt2(layers: int = 2) -> tuple[nn.Module, dict[str, Any]]:
+    config = transformers.GPT2Config(**_TOKENS, n_embd=32, n_layer=layers, n_head=4, n_positions=64)
     return transformers.GPT2LMHeadModel(config), _text()
 
 
-def llama() -> tuple[nn.Module, dict[str, Any]]:
-    config = transformers.LlamaConfig(**_SMALL, **_TOKENS, num_key_value_heads=2, max_position_embeddings=64)
+def llama(layers: int = 2) -> tuple[nn.Module, dict[str, Any]]:
+    sizes = {**_SMALL, "num_hidden_layers": layers}
+    config = transformers.LlamaConfig(**sizes, **_TOKENS, num_key_value_heads=2, max_position_embeddings=64)
     return transformers.LlamaForCausalLM(config), _text()
 
 
-def mistral() -> tuple[nn.Module, dict[str, Any]]:
+def mistral(layers: int = 2) -> tuple[nn.Module, dict[str, Any]]:
     """With a sliding window that is shorter than a text."""
-    config = transformers.MistralConfig(
-        **_SMALL, **_TOKENS, num_key_value_heads=2, max_position_embeddings=64, sliding_window=4
-    )
+    sizes = {**_SMALL, "num_hidden_layers": layers, "sliding_window": 4}
+    config = transformers.MistralConfig(**sizes, **_TOKENS, num_key_value_heads=2, max_position_embeddings=64)
     return transformers.MistralForCausalLM(config), _text()
 
 
@@ -76,9 +80,9 @@ def mixtral() -> tuple[nn.Module, dict[str, Any]]:
     return transformers.MixtralForCausalLM(config), _text()
 
 
-def t5() -> tuple[nn.Module, dict[str, Any]]:
+def t5(layers: int = 2) -> tuple[nn.Module, dict[str, Any]]:
     config = transformers.T5Config(
-        vocab_size=99, d_model=32, d_kv=8, d_ff=48, num_layers=2, num_heads=4,
+        vocab_size=99, d_model=32, d_kv=8, d_ff=48, num_layers=layers, num_heads=4,
         pad_token_id=0, eos_token_id=2, decoder_start_token_id=0,
     )  # fmt: skip
     return transformers.T5ForConditionalGeneration(config), {**_text(), "decoder_input_ids": ids(4)}
@@ -118,7 +122,7 @@ def mamba() -> tuple[nn.Module, dict[str, Any]]:
     return transformers.MambaForCausalLM(config), {"input_ids": ids()}
 
 
-FAMILIES: dict[str, Callable[[], tuple[nn.Module, dict[str, Any]]]] = {
+FAMILIES: dict[str, Callable[..., tuple[nn.Module, dict[str, Any]]]] = {
     function.__name__: function
     for function in (
         bert, albert, distilbert, deberta, gpt2, llama, mixtral, t5, whisper, vit, clip, resnet, mamba,
