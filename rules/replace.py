@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map
 
 from surgery import Rule, RuleError, Site, SiteModule, TraceError, rule
 from surgery.rules._shared.arguments import Arguments, arguments_for
@@ -128,7 +129,9 @@ def _inlined(site: Site, other: SiteModule, arguments: Arguments) -> Any:
         kwargs = {name: site.apply(_in_dtype_of, value, like) for name, value in kwargs.items()}
     output = other.inlined(*args, **kwargs)
     # Cast here, an output needs nothing of the module's own, which is then not run.
-    return output if isinstance(site.module, nn.Embedding) else output.to(x.dtype)
+    if isinstance(site.module, nn.Embedding):
+        return output
+    return tree_map(lambda leaf: leaf.to(x.dtype) if hasattr(leaf, "to") else leaf, output)
 
 
 def _in_dtype_of(x: Tensor, like: Tensor) -> Tensor:

@@ -109,8 +109,8 @@ class SiteModule:
         """
         tape = self._site.tape
         before = len(tape.steps)
-        views = self._skeleton.views(self._words, self._site.training)
         try:
+            views = self._skeleton.views(self._words, self._site.training)
             output = views[-1].forward(*args, **kwargs)
             self._skeleton.check_unchanged(views)
         except Exception as error:

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 import surgery
 from surgery import (
@@ -395,3 +396,22 @@ def test_under_rules_of_other_adapters() -> None:
     apply_rules(model, LoraRule(["inner", "last"], rank=2, init="random"), adapter="lora")
     remove(model, "lora")
     assert torch.equal(model(X), by_hand(X))
+
+
+class Pair(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        return self.linear(x), {"input": x * 2}
+
+
+@pytest.mark.parametrize("opaque", [None, True])
+@pytest.mark.parametrize("other", [nn.GRU(4, 4), nn.LSTM(4, 4), nn.RNN(4, 4), Pair()], ids=lambda it: type(it).__name__)
+def test_outputs_of_several_tensors_are_passed_on(other: nn.Module, opaque: bool | None) -> None:
+    """Recurrent layers keep weak references to their weights, so they are called; plain code is recorded."""
+    model, x = nn.Sequential(nn.Linear(4, 4)), torch.randn(2, 3, 4)
+    apply_rules(model, ReplaceRule("0", by=other, opaque=opaque))
+    for ours, theirs in zip(tree_leaves(model(x)), tree_leaves(other(x)), strict=True):
+        assert torch.equal(ours, theirs)
