@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from surgery import Rule, SurgeryError, apply_rules, rules
 from surgery.rules._shared.solving import cayley, orthonormal_columns, upper_inverse
 from tests.support import tiny
+from tests.support.sampling import LAYERS, onnx_cases
 from tests.support.slots import TOLERANCE, Exported, outputs, same, shaken
 
 # On one Linear or Conv1d each, by its name in the model.
@@ -129,7 +130,7 @@ MODELS: dict[str, tuple[Any, list[Rule]]] = {
 @pytest.mark.parametrize("name", MODELS)
 def test_rules_of_texts(name: str, tmp_path: Path) -> None:
     make, several = MODELS[name]
-    model, inputs = make()
+    model, inputs = make(LAYERS)
     model.config.use_cache = False
     with torch.no_grad():
         for parameter in model.eval().parameters():
@@ -154,11 +155,11 @@ PROMPTS: dict[str, tuple[Any, Rule]] = {
 }
 
 
-@pytest.mark.parametrize("name", PROMPTS)
+@pytest.mark.parametrize("name", onnx_cases(PROMPTS, "encoder"))
 def test_the_batch_of_a_constant_prompt_is_free(name: str, tmp_path: Path) -> None:
     """Rows of any number, padded or not, of any length: the virtual tokens are one for all rows, and repeated there."""
     make, rule = PROMPTS[name]
-    model, inputs = make()
+    model, inputs = make(LAYERS)
     model.config.use_cache = False
     with torch.no_grad():
         for parameter in model.eval().parameters():

@@ -16,6 +16,7 @@ from surgery.onnx.calls.example import ExampleCall, arrays_of, outputs_of
 from surgery.rules import AdaptionRule, LoraRule, PrefixRule
 from tests.rules.test_prefix_written import WIDTH, Biased, Called, Flat, Plain
 from tests.support import tiny
+from tests.support.sampling import onnx_cases
 from tests.support.slots import Exported, adapted, check_slots, outputs, plain, same
 
 
@@ -86,7 +87,7 @@ FAMILIES: dict[str, tuple[Callable[[], Any], dict[str, Any]]] = {
 }
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", onnx_cases(FAMILIES, "gpt2"))
 def test_attention_that_takes_its_function_from_a_registry(name: str, tmp_path: Path) -> None:
     make, rules = FAMILIES[name]
     model, inputs = moved(make())
