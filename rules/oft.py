@@ -42,11 +42,12 @@ class OftRule(Rule):
         eps: bound of `coft`; default 6e-5.
         use_cayley_neumann: use the series instead of the inverse; default True.
         num_cayley_neumann_terms: terms of the series, at most 100; default 5.
+        nearest: whether a site whose numbers `block_size` or `blocks` does not divide takes the nearest divisor, as
+            PEFT does; default False: such a site is a problem of the plan.
         init: "identity" (default; PEFT's init_weights=True) or "random" (False).
 
     Raises:
-        RuleError: a field is out of range. A block size that does not divide is a problem of the plan (PEFT takes
-            another size).
+        RuleError: a field is out of range.
 
     Source: Qiu et al. 2023, arXiv:2306.07280, and 2025 (OFTv2), arXiv:2506.19847; PEFT's OFTConfig.
     """
@@ -59,10 +60,11 @@ class OftRule(Rule):
     use_cayley_neumann: bool = True
     num_cayley_neumann_terms: int = 5
     init: Literal["identity", "random"] = "identity"
+    nearest: bool = False
 
     def validate(self) -> None:
         fields.either(self, "block_size", "blocks")
-        fields.flag(self, "block_share", "coft", "use_cayley_neumann")
+        fields.flag(self, "block_share", "coft", "use_cayley_neumann", "nearest")
         fields.positive(self, "eps")
         fields.whole(self, "num_cayley_neumann_terms")
         if self.num_cayley_neumann_terms > 100:  # each is a product of matrices
@@ -79,12 +81,17 @@ class OftRule(Rule):
         layout = maps.linear_map(module, "linear", "conv1d", "convolution")
         if isinstance(layout, str):
             return layout
+        if self.nearest:
+            return None
         size = maps.block_of(layout, self.block_size, self.blocks)
         return size if isinstance(size, str) else None
 
     def rewrite(self, site: Site) -> None:
         width = math.prod(maps.sizes(maps.at(site))[1:])
-        size = self.block_size or width // self.blocks
+        block_size, blocks = self.block_size, self.blocks
+        if self.nearest:
+            block_size, blocks = (count and nearest_divisor(width, count) for count in (block_size, blocks))
+        size = block_size or width // blocks
         rows, columns = torch.triu_indices(size, size, 1)
         index = torch.zeros(size, size, dtype=torch.long)
         index[rows, columns] = torch.arange(len(rows))
@@ -116,6 +123,12 @@ class OftRule(Rule):
             power = power if n == 1 else power @ Q
             total = total + (power if n == last > 1 else 2 * power)
         return total
+
+
+def nearest_divisor(width: int, count: int) -> int:
+    """The divisor of `width` that is nearest to `count`; of two, the smaller one."""
+    divisors = [divisor for divisor in range(1, width + 1) if width % divisor == 0]
+    return min(divisors, key=lambda divisor: (abs(divisor - count), divisor))
 
 
 def _rotate(rows: Tensor, back: bool, rotation: Tensor) -> Tensor:

@@ -30,6 +30,8 @@ class TokensRule(Rule):
     Args:
         tokens: distinct row numbers.
 
+    Two adapters that have a row in common can't be live together.
+
     Raises:
         RuleError: a field is out of range.
 
@@ -55,6 +57,13 @@ class TokensRule(Rule):
         last = max(self.tokens)
         fewer = f"it has {len(module.weight)} rows, none of number {last}: resize the embeddings first"
         return fewer if last >= len(module.weight) else None
+
+    def hides(self, other: Any) -> str | None:
+        if not (isinstance(other, TokensRule) and self.trains and other.trains):
+            return None
+        shared = sorted(set(self.tokens) & set(other.tokens))
+        some = f"{', '.join(map(str, shared[:3]))}{', …' if len(shared) > 3 else ''}"
+        return f"both have rows for {some}: the later would hide the earlier" if shared else None
 
     def rewrite(self, site: Site) -> Tensor | None:
         ids = torch.tensor(sorted(self.tokens))

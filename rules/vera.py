@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Literal
 
 import torch
@@ -10,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from surgery import LiveSite, LowRank, Site, rule
-from surgery.rules._linear import maps
+from surgery.rules._linear import maps, projections
 from surgery.rules._shared import complex_weights, fields
 from surgery.rules.slots.low_rank import LowRankSlottable
 
@@ -30,9 +31,9 @@ class VeraRule(LowRankSlottable):
 
     Works on Linear, transformers' Conv1D and quantised Linears (unmerged). `d` (rank) and `b` (out) are trained. `A`
     (rank, in) and `B` (out, rank) are buffers of each site, Kaiming-uniform, drawn from `projection_prng_key` and their
-    shape alone: sites of one shape have equal matrices. (PEFT draws one pair of the largest size and each site takes a
-    corner, so a model whose sites differ in size has other numbers there.) They are saved with the adapter, as with
-    PEFT's save_projection=True. Tensors are float32 on modules in half precision.
+    shape alone: sites of one shape have equal matrices. PEFT draws one pair of the largest size for all sites, and each
+    takes a corner: `projection_shape` is that size, which sites of several sizes need to have PEFT's numbers. They are
+    saved with the adapter, as with PEFT's save_projection=True. Tensors are float32 on modules in half precision.
 
     Args:
         rank: rows of A; default 256. PEFT: r.
@@ -40,6 +41,7 @@ class VeraRule(LowRankSlottable):
         d_initial: starting value of d; default 0.1.
         projection_prng_key: seed that draws A and B; default 0.
         init: "identity" (default; b is zero, PEFT's init_weights=True) or "random" (False).
+        projection_shape: (out, in) of the matrices of which each site takes a corner; default None, the site's own.
 
     Raises:
         RuleError: a field is out of range.
@@ -52,12 +54,14 @@ class VeraRule(LowRankSlottable):
     d_initial: float = 0.1
     projection_prng_key: int = 0
     init: Literal["identity", "random"] = "identity"
+    projection_shape: Sequence[int] | None = None
 
     def validate(self) -> None:
         fields.whole(self, "rank")
         fields.whole(self, "projection_prng_key", least=0)
         fields.chance(self, "dropout")
         fields.one_of(self, "init", "identity", "random")
+        projections.validate(self)
         if type(self.d_initial) not in (int, float) or not math.isfinite(self.d_initial):
             raise self.bad("d_initial", "a number")
 
@@ -76,7 +80,9 @@ class VeraRule(LowRankSlottable):
         if why := complex_weights.why_not(self, module):
             return why
         layout = maps.linear_map(module, "linear", "conv1d")
-        return layout if isinstance(layout, str) else maps.why_no_dropout(layout, self.dropout)
+        if isinstance(layout, str):
+            return layout
+        return projections.why_too_large(self, maps.sizes(layout)) or maps.why_no_dropout(layout, self.dropout)
 
     def rewrite(self, site: Site) -> Tensor | None:
         out, inner = maps.sizes(maps.at(site))
@@ -96,9 +102,12 @@ class VeraRule(LowRankSlottable):
 
     def initialise(self, site: LiveSite) -> None:
         draw = torch.Generator().manual_seed(self.projection_prng_key)
-        for tensor in (site.params["A"], site.params["B"]):
-            bound = math.sqrt(6 / tensor.shape[1])  # Kaiming-uniform for ReLU, on the fan-in: PEFT's
-            tensor.copy_(torch.empty(tensor.shape).uniform_(-bound, bound, generator=draw))
+        A, B = site.params["A"], site.params["B"]
+        out, inner = self.projection_shape or (len(B), A.shape[1])
+        for tensor, shape in ((A, (self.rank, inner)), (B, (out, self.rank))):
+            bound = math.sqrt(6 / shape[1])  # Kaiming-uniform for ReLU, on the fan-in: PEFT's
+            whole = torch.empty(shape).uniform_(-bound, bound, generator=draw)
+            tensor.copy_(whole[: tensor.shape[0], : tensor.shape[1]])
 
     def merged(self, site: LiveSite) -> dict[str, LowRank]:
         d, b, A, B = (site.params[name].detach() for name in ("d", "b", "A", "B"))

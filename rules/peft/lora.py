@@ -36,6 +36,11 @@ class Lora(PeftMethod):
     marks = ("lora_A.weight", "lora_embedding_A")
 
     def read(self, config: PeftConfig) -> Iterable[Rule]:
+        start = config.data.get("init_lora_weights")
+        if isinstance(start, str) and start.lower() in ("gaussian", "olora", "mica"):  # which PEFT takes in any case
+            config.data["init_lora_weights"] = start.lower()
+            if start.lower() == "mica" != start:
+                config.notes.append(f"PEFT would train B, too, with {start!r}: it stays fixed, as with 'mica'")
         if config.data.get("target_parameters") and not config.data.get("target_modules"):
             config.take("target_modules")
             return []
@@ -44,7 +49,11 @@ class Lora(PeftMethod):
     def start(self, config: PeftConfig) -> Iterable[Rule]:
         if config.data.get("init_lora_weights") == "eva":  # of a saved adapter it is past
             raise config.refuse("init_lora_weights", "this start is not supported")
-        return self.read(config)
+        start = config.data.get("init_lora_weights")
+        if not (isinstance(start, str) and re.fullmatch(r"pissa_niter_\d+", start)):
+            return self.read(config)
+        config.data["init_lora_weights"] = "pissa"  # a saved adapter with this start can't be made again exactly
+        return [rule.replace(init=start) if isinstance(rule, LoraRule) else rule for rule in self.read(config)]
 
     def read_fields(self, config: PeftConfig) -> dict[str, Any]:
         config.take("fan_in_fan_out")  # how a weight lies is the module's own affair

@@ -18,7 +18,7 @@ from surgery.rules.loha import LohaRule
 from surgery.rules.lokr import LokrRule
 from surgery.rules.miss import MissRule
 from surgery.rules.norm import NormRule
-from surgery.rules.oft import OftRule
+from surgery.rules.oft import OftRule, nearest_divisor
 from surgery.rules.road import RoadRule
 from surgery.rules.shira import ShiraRule
 
@@ -90,7 +90,20 @@ class Oft(PeftMethod):
             raise config.refuse("use_cayley_neumann", "the file is of PEFT before 0.16, whose OFT was another")
         if any(isinstance(config.modules.by_path[path], nn.Conv2d) for path in config.targeted):
             raise config.refuse("target_modules", "PEFT's OFT of a Conv2d adds overlapping patches: no turned weight")
-        return {}
+        return self._nearest(config)
+
+    def _nearest(self, config: PeftConfig) -> dict[str, Any]:
+        """Where the blocks divide not every site, PEFT takes the nearest number that does."""
+        name = "r" if config.data.get("r") else "oft_block_size"
+        count = config.data.get(name) or (0 if name == "r" else 32)
+        layouts = [maps.linear_map(config.modules.by_path[path], *maps.NAMES) for path in config.targeted]
+        widths = {maps.sizes(layout)[1] for layout in layouts if not isinstance(layout, str)}
+        others = sorted(width for width in widths if isinstance(count, int) and count > 0 and width % count)
+        if not others:
+            return {}
+        sizes = ", ".join(f"{nearest_divisor(width, count)} for {width} features" for width in others)
+        config.notes.append(f"Invalid `{name}` ({count})! Adjusted `{name}` to the nearest that divides: {sizes}")
+        return {"nearest": True}
 
 
 @peft_method

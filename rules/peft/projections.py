@@ -14,6 +14,15 @@ from surgery.rules.randlora import RandLoraRule
 from surgery.rules.vera import VeraRule
 
 
+def _shape_of(config: PeftConfig) -> dict[str, Any]:
+    """The size that PEFT's matrices have: the largest out and the largest in, where the sites differ."""
+    layouts = [maps.linear_map(config.modules.by_path[path], "linear", "conv1d") for path in config.targeted]
+    sizes = {maps.sizes(layout) for layout in layouts if not isinstance(layout, str)}
+    if len(sizes) < 2:
+        return {}
+    return {"projection_shape": (max(out for out, *_ in sizes), max(inner for _, inner, *_ in sizes))}
+
+
 class _Projected(PeftMethod):
     biased = True
 
@@ -23,7 +32,7 @@ class _Projected(PeftMethod):
             raise config.refuse(
                 "save_projection", "the random matrices are not in the file", "save it with save_projection=True"
             )
-        return {}
+        return _shape_of(config)
 
     def write_fields(self, rule: Any) -> dict[str, Any]:
         return {"save_projection": True}
@@ -67,12 +76,7 @@ class RandLora(_Projected):
         "r": "rank", "randlora_alpha": "alpha", "randlora_dropout": "dropout",
     }  # fmt: skip
     tensors = {"lambda_": "randlora_lambda", "gamma": "randlora_gamma"}
-    inits = {}
     passed_over = (".randlora_A", ".randlora_B")  # PEFT writes them for each site, too
-
-    def read_fields(self, config: PeftConfig) -> dict[str, Any]:
-        config.silent("init_weights")
-        return super().read_fields(config)
 
     def entries(self, place: PeftPlace) -> dict[str, PeftEntry]:
         sizes = maps.sizes(maps.linear_map(place.module, *maps.NAMES))  # type: ignore[arg-type]

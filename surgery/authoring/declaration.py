@@ -54,6 +54,10 @@ class Declaration:
     def validate(self) -> None:
         """Raise `self.bad(field, wanted)` for a value out of range. Called when the rule is constructed."""
 
+    def hides(self, other: Declaration) -> str | None:
+        """Returns why this rule, live at a site after another adapter's rule, hides what that rule does, or None."""
+        return None
+
     @property
     def label(self) -> str:
         return type(self).__name__

@@ -15,6 +15,8 @@ from surgery.errors import SurgeryError
 from surgery.peft import base_config, method_configs, prompt_configs, tasks
 from surgery.peft.base_config import *  # noqa: F403
 from surgery.peft.base_state import get_base_model_state_dict, set_base_model_state_dict
+from surgery.peft.configuration import on_tensors
+from surgery.peft.defaults import with_defaults
 from surgery.peft.errors import NoMatchingPeftModuleError, PeftError, PeftWarning, pefts_errors
 from surgery.peft.facade import inside
 from surgery.peft.kbit import prepare_model_for_kbit_training
@@ -121,18 +123,24 @@ def inject_adapter_in_model(
         peft_config: a configuration of this module or of PEFT.
         model: the model.
         adapter_name: default "default".
-        state_dict: must be None: targets are not read from it.
+        state_dict: tensors under PEFT's keys; the adapter then goes on the modules that these are of, and not on the
+            configuration's targets. Their values are not used. Default None.
         options: accepted and ignored.
 
     Returns:
         The same model.
 
     Raises:
-        SurgeryError: `state_dict` is given, or the configuration can't be held exactly, with the model unchanged.
+        SurgeryError: the configuration can't be held exactly, or is of virtual tokens, with the model unchanged.
     """
-    if state_dict is not None:
-        raise SurgeryError("targets are not taken from a state_dict", fix="name them in target_modules")
-    return PeftModel(model, peft_config, adapter_name).get_base_model()
+    with pefts_errors():
+        base = inside(model)
+        if peft_config.is_prompt_learning or peft_config.is_adaption_prompt:
+            what = "`create_and_replace` does not support prompt learning and adaption prompt yet."
+            raise SurgeryError(what, fix="call get_peft_model(model, config)")
+        if state_dict is not None:
+            peft_config = on_tensors(with_defaults(peft_config, base), base, state_dict)
+        return PeftModel(base, peft_config, adapter_name).get_base_model()
 
 
 def get_peft_model_state_dict(

@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+import copy
+import re
+import warnings
+from collections.abc import Iterable
 from dataclasses import fields
 from typing import Any
 
 from torch import nn
 
-from surgery.errors import MatchError, SurgeryError
+from surgery.errors import MatchError, SurgeryError, SurgeryWarning
 from surgery.patterns.paths import select_targets
 from surgery.peft.base_config import PeftConfig, own_class
-from surgery.peft.errors import NoMatchingPeftModuleError
+from surgery.peft.errors import NoMatchingPeftModuleError, as_builtin
+from surgery.peft_format.key_history import PREFIX
 from surgery.peft_format.methods import method_of, rules_by
 from surgery.peft_format.targets import Modules, chosen_by
 from surgery.planning.matching import Tree, matches
 
-__all__ = ["check_targets", "completed"]
+__all__ = ["check_targets", "completed", "on_tensors"]
 
 
 def completed(config: Any, resolved: PeftConfig) -> PeftConfig:
@@ -28,6 +33,47 @@ def completed(config: Any, resolved: PeftConfig) -> PeftConfig:
     for field in fields(resolved):
         setattr(config, field.name, getattr(resolved, field.name))
     return config
+
+
+def on_tensors(config: PeftConfig, model: nn.Module, keys: Iterable[str]) -> PeftConfig:
+    """The configuration with the modules as targets that a state dict has tensors of; it warns where they differ.
+
+    The values of the tensors are not used, as in PEFT.
+    """
+    if getattr(config, "target_parameters", None):
+        what = "Trying to inject a PEFT adapter from a state_dict but the PEFT config uses `target_parameters`."
+        raise as_builtin(SurgeryError(what, fix="inject it without the state_dict"))
+    modules = Modules.of(model)
+    mark = re.compile(rf"\.{_mark_of(config)}")
+    texts = (key.removeprefix("_orig_mod.").removeprefix(PREFIX) for key in keys)
+    named = {mark.split(text)[0] for text in texts if mark.search(text)} & modules.by_path.keys()
+    if not named:
+        raise NoMatchingPeftModuleError("the state_dict has no tensors of this method for modules of the model")
+    own = chosen_by(config.to_dict(), modules) if getattr(config, "target_modules", None) else set[str]()
+    more, fewer = sorted(own - named), sorted(named - own)
+    if more or fewer:
+        text = "While injecting the PEFT adapters, an inconsistency was discovered between the PEFT config and the "
+        text += "provided state_dict. This is not necessarily an issue and can be ignored if this was the intent. "
+        text += f"The PEFT config contained these additional target modules: {more}. " if more else ""
+        text += f"The state_dict contained these additional target modules: {fewer}. " if fewer else ""
+        warnings.warn(text, InjectionWarning, stacklevel=4)
+    changed: Any = copy.copy(config)
+    changed.target_modules = "|".join(map(re.escape, sorted(named)))
+    for name in ("layers_to_transform", "layers_pattern", "exclude_modules"):
+        if hasattr(changed, name):
+            setattr(changed, name, None)
+    return changed
+
+
+def _mark_of(config: PeftConfig) -> str:
+    """What names of PEFT's tensors of a method begin with, such as lora_."""
+    method = method_of(config.method)
+    names = [*method.marks, *method.tensors.values()]
+    return names[0].partition("_")[0] + "_" if names else f"{str(config.method).lower()}_"
+
+
+class InjectionWarning(SurgeryWarning, RuntimeWarning):
+    """A state dict and a configuration name different modules; a RuntimeWarning, as in PEFT."""
 
 
 def check_targets(config: PeftConfig, model: nn.Module) -> None:

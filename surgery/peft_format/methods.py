@@ -115,7 +115,10 @@ class PeftMethod(PeftPart):
         start = config.take(self.init_field, True)
         if "init" in names:
             if not isinstance(start, (bool, str)) or start not in self.inits:
-                raise config.refuse(self.init_field, "it changes more than an adapter's own tensors")
+                known = ", ".join(repr(name) for name in self.inits)
+                raise config.refuse(
+                    self.init_field, f"Unknown initialization {self.init_field}={start!r}", f"one of {known}"
+                )
             rule_fields["init"] = self.inits[start]
         rule_fields |= self.read_fields(config)
         return [choose(config, self.rule, rule_fields)]

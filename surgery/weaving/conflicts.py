@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from torch import nn
 
+from surgery.authoring.declaration import Declaration
 from surgery.authoring.planned_rule import PlannedRule
 from surgery.errors import SiteError, SurgeryError
 from surgery.forward.own_forward import OwnForward
@@ -17,7 +18,7 @@ from surgery.patterns.module_walk import RESERVED, is_adapters
 from surgery.state.records import Applied, site_state
 from surgery.weaving.rewrite_recording import layer_of
 
-__all__ = ["find_conflicts", "find_live_conflict"]
+__all__ = ["find_conflicts", "find_hidden_rule", "find_live_conflict"]
 
 
 def find_conflicts(steps: Iterable[PlannedRule], with_live: bool = True) -> list[SurgeryError]:
@@ -115,6 +116,24 @@ def find_live_conflict(
                     fix="make one of them live at a time; combine(model, weights, into) makes one of both",
                 )
             claims[ref] = rule
+    return None
+
+
+def find_hidden_rule(live: Sequence[Applied], path: str) -> SurgeryError | None:
+    """Returns an error if one adapter's rule says that it hides what an earlier adapter's rule does, or None."""
+    for at, later in enumerate(live):
+        if type(later.rule).hides is Declaration.hides:
+            continue
+        for earlier in live[:at]:
+            why = None if earlier.adapter == later.adapter else later.rule.hides(earlier.rule)
+            if why is not None:
+                first, second = (f"{record.rule.label} [{record.adapter}]" for record in (earlier, later))
+                return SiteError(
+                    f"{first} and {second} can't be live together",
+                    where=path,
+                    why=why,
+                    fix="make one of them live at a time; combine(model, weights, into) makes one of both",
+                )
     return None
 
 

@@ -14,7 +14,7 @@ from surgery.forward.tape import Layer
 from surgery.state.records import Applied, SiteState, site_state
 from surgery.transaction.undo_log import Journal
 from surgery.weaving.call_variants import variant_class
-from surgery.weaving.conflicts import find_live_conflict
+from surgery.weaving.conflicts import find_hidden_rule, find_live_conflict
 from surgery.weaving.generated_class import generated_class, swap_class
 from surgery.weaving.rewrite_recording import layer_of
 
@@ -65,6 +65,8 @@ def _class_for(module: nn.Module, state: SiteState, live: list[Applied], own: Ow
     layers = tuple([_cached_layer(applied) or layer_of(applied, module, state.path, own) for applied in live])
     replacing = [applied for applied, layer in zip(live, layers, strict=True) if layer.tape.state_replacements]
     if len(replacing) > 1 and (problem := find_live_conflict(replacing, module, state.path, own)) is not None:
+        raise problem
+    if len(live) > 1 and (problem := find_hidden_rule(live, state.path)) is not None:
         raise problem
     if any([applied.inside for applied in live]):
         return variant_class(state.base, live)

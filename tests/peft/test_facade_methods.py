@@ -202,3 +202,123 @@ def test_adalora_without_steps_is_not_pefts(tmp_path: Path) -> None:
     with pytest.raises(surgery.SurgeryError, match="(?s)can't hold this AdaLoraRule.*total_step"):
         surgery.save_adapter(model, tmp_path, format="peft")
     assert (surgery.save_adapter(model, tmp_path) / "adapter.safetensors").exists()
+
+
+# Starts, and sizes that PEFT chooses --------------------------------------------------------------------------------
+
+STARTS: dict[str, tuple[str, dict[str, Any]]] = {
+    "olora in capitals": ("LoraConfig", {"r": 2, "init_lora_weights": "OLORA"}),
+    "random randlora": ("RandLoraConfig", {"r": 4, "init_weights": False}),
+    "randlora": ("RandLoraConfig", {"r": 4}),
+    "random vera": ("VeraConfig", {"r": 4, "init_weights": False}),
+    "vera": ("VeraConfig", {"r": 4, "projection_prng_key": 7}),
+    "random oft": ("OFTConfig", {"init_weights": False}),
+    "random oft by blocks": ("OFTConfig", {"init_weights": False, "r": 3, "oft_block_size": 0}),
+}
+
+
+@pytest.mark.parametrize("name", STARTS)
+def test_a_start_at_one_seed_is_pefts(name: str, tmp_path: Path) -> None:
+    """On sites of three sizes, of which PEFT's projections are corners, and which OFT's blocks do not divide."""
+    kind, fields = STARTS[name]
+    x, made, states = torch.randn(3, 8, generator=torch.Generator().manual_seed(1)), [], []
+    for library in (peft, ours):
+        torch.manual_seed(2)
+        model = library.get_peft_model(plain(), getattr(library, kind)(target_modules=["0", "2", "3"], **fields)).eval()
+        made.append(run(model, x))
+        states.append(library.get_peft_model_state_dict(model))
+    torch.testing.assert_close(made[1], made[0], **CLOSE)
+    shared = states[0].keys() & states[1].keys()
+    assert shared == states[1].keys()
+    for key in shared:
+        theirs, mine = states[0][key].float(), states[1][key]
+        whole = not key.startswith("base_model.randlora_")  # else zeros stand where no site's corner reaches
+        used = torch.ones_like(mine, dtype=torch.bool) if whole else mine != 0
+        torch.testing.assert_close(mine[used], theirs[used])
+    crosses(plain(), model, lambda adapted: run(adapted, x), tmp_path)
+
+
+@pytest.mark.parametrize("fields", [{"sparse": True}, {"very_sparse": True}], ids=str)
+def test_sparse_projections_are_pefts(fields: dict[str, Any]) -> None:
+    states = []
+    for library in (peft, ours):
+        model = library.get_peft_model(plain(), library.RandLoraConfig(r=4, target_modules=["0"], **fields))
+        states.append(library.get_peft_model_state_dict(model))
+    for name in ("A", "B"):
+        torch.testing.assert_close(*(state[f"base_model.randlora_{name}"] for state in states))
+
+
+@pytest.mark.parametrize("width", [8, 24, 40, 50, 64])
+@pytest.mark.parametrize("fields", [{}, {"r": 5, "oft_block_size": 0}], ids=str)
+def test_blocks_that_do_not_divide(width: int, fields: dict[str, Any]) -> None:
+    shapes = []
+    for library in (peft, ours):
+        model = library.get_peft_model(
+            nn.Sequential(nn.Linear(width, 8)), library.OFTConfig(target_modules=["0"], **fields)
+        )
+        shapes.append({key: tensor.shape for key, tensor in library.get_peft_model_state_dict(model).items()})
+    assert shapes[0] == shapes[1]
+
+
+def test_an_adjusted_block_is_told() -> None:
+    with pytest.warns(surgery.SurgeryWarning, match=r"Invalid `oft_block_size` \(32\)! Adjusted.*24 for 24 features"):
+        ours.get_peft_model(nn.Sequential(nn.Linear(24, 8)), ours.OFTConfig(target_modules=["0"]))
+
+
+def test_starts_that_are_unknown() -> None:
+    for library in (peft, ours):
+        for start in ("PiSSA", "nonsense"):
+            with pytest.raises(ValueError, match=f"Unknown initialization init_lora_weights='{start}'"):
+                config = library.LoraConfig(r=2, target_modules=["0"], init_lora_weights=start)
+                library.get_peft_model(plain(), config)
+        model = library.get_peft_model(
+            plain(), library.LoraConfig(r=2, target_modules=["0"], init_lora_weights="pissa_niter_2")
+        )
+        x = torch.ones(1, 8)
+        torch.testing.assert_close(run(model.eval(), x), run(plain(), x), **CLOSE)
+    with pytest.warns(surgery.SurgeryWarning, match="PEFT would train B, too"):
+        ours.get_peft_model(plain(), ours.LoraConfig(r=2, target_modules=["0"], init_lora_weights="MiCA"))
+    with pytest.raises(surgery.SurgeryError, match="masks by functions"):
+        ours.get_peft_model(plain(), ours.ShiraConfig(r=2, target_modules=["0"], mask_type="mine"))
+
+
+# Injection and rows -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["LoraConfig", "IA3Config", "OFTConfig", "HRAConfig", "LoHaConfig", "RoadConfig"])
+def test_injection_by_a_state_dict(name: str) -> None:
+    of_method: dict[str, dict[str, Any]] = {
+        "IA3Config": {"feedforward_modules": []}, "OFTConfig": {"oft_block_size": 4}, "RoadConfig": {"group_size": 8},
+    }  # fmt: skip
+    fields = of_method.get(name, {})
+    whole = peft.get_peft_model(plain(), getattr(peft, name)(target_modules=["0", "3"], **fields))
+    state = {key.removeprefix("base_model.model."): t for key, t in peft.get_peft_model_state_dict(whole).items()}
+    found = []
+    for library in (peft, ours):
+        config = getattr(library, name)(target_modules=["0", "2"], **fields)
+        with pytest.warns(RuntimeWarning, match="(?s)inconsistency.*additional.*'2'.*additional.*'3'"):
+            model = library.inject_adapter_in_model(config, plain(), state_dict=state)
+        trained = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+        found.append({name.split(".")[0] for name in trained})
+    assert found[0] == found[1] == {"0", "3"}
+
+
+def test_injection_refuses_what_peft_refuses() -> None:
+    for library in (peft, ours):
+        with pytest.raises(ValueError, match="does not support prompt learning"):
+            library.inject_adapter_in_model(library.PromptTuningConfig(num_virtual_tokens=2), llama()[0])
+        with pytest.raises(ValueError, match="uses `target_parameters`"):
+            config = library.LoraConfig(target_parameters=["0.weight"])
+            library.inject_adapter_in_model(config, plain(), state_dict={"0.lora_A.weight": torch.ones(1)})
+
+
+def test_two_adapters_for_one_row_are_not_live_together() -> None:
+    for library in (peft, ours):
+        fields = {"r": 2, "target_modules": ["q_proj"]}
+        model = library.get_peft_model(llama()[0], library.LoraConfig(trainable_token_indices=[1, 2], **fields))
+        model.add_adapter("other", library.LoraConfig(trainable_token_indices=[2, 3], **fields))
+        with pytest.raises(ValueError):
+            model.base_model.set_adapter(["default", "other"])
+    assert model.active_adapters == ["default"]
+    model.add_adapter("third", ours.LoraConfig(trainable_token_indices=[5], **fields))
+    model.base_model.set_adapter(["default", "third"])  # no row in common
