@@ -31,6 +31,7 @@ from surgery.onnx.conversion import converters  # noqa: E402
 from surgery.onnx.conversion.conversion_state import Conversion  # noqa: E402
 from surgery.onnx.runtime.metadata import metadata_of  # noqa: E402
 from tests.support import slotted  # noqa: E402
+from tests.support.sampling import LAYERS  # noqa: E402
 from tests.support.slotted import Build, slot  # noqa: E402
 
 X = slotted.random(50, 5, 4)
@@ -730,13 +731,13 @@ def test_convolutions_with_groups_of_an_exported_model(tmp_path: Path, rank: int
     np.testing.assert_allclose(found, made(x).detach().numpy(), atol=1e-4, rtol=1e-4)
 
 
-def tiny_gpt2() -> tuple[nn.Module, dict[str, torch.Tensor]]:
+def tiny_gpt2(layers: int = 2) -> tuple[nn.Module, dict[str, torch.Tensor]]:
     from transformers import GPT2Config, GPT2ForSequenceClassification
 
     sizes: dict[str, Any] = {
         "vocab_size": 30,
         "n_embd": 16,
-        "n_layer": 2,
+        "n_layer": layers,
         "n_head": 2,
         "n_positions": 32,
         "pad_token_id": 0,
@@ -768,7 +769,7 @@ def test_trained_biases_for_slots_of_whole_modules(tmp_path: Path) -> None:
     """Modules without a weight in the checkpoint keep the base's, which is in the file."""
     from surgery.rules import LoraRule, TrainRule
 
-    model, inputs = tiny_gpt2()
+    model, inputs = tiny_gpt2(LAYERS)
     made = peft_on(copy.deepcopy(model), lora(target_modules=["c_fc"], bias="lora_only"), tmp_path / "peft")
     rules = {"one": LoraRule("c_fc", rank=3), "other": TrainRule("c_fc")}
     file = exported(model, rules, inputs, tmp_path)
@@ -785,7 +786,8 @@ def test_prefixes_for_exported_decoders(tmp_path: Path, family: str) -> None:
     from surgery.rules import PrefixRule
 
     peft = peft_of()
-    sizes: dict[str, Any] = {"vocab_size": 30, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    layers = 2 if family == "llama" else LAYERS
+    sizes: dict[str, Any] = {"vocab_size": 30, "hidden_size": 32, "num_hidden_layers": layers, "num_attention_heads": 2}
     sizes |= {"intermediate_size": 32, "max_position_embeddings": 64, "initializer_range": 0.2, "use_cache": False}
     kinds = {"gpt2": "GPT2", "llama": "Llama", "gpt_neox": "GPTNeoX", "cohere": "Cohere"}
     config = getattr(transformers, f"{kinds[family]}Config")(**sizes)

@@ -30,6 +30,7 @@ from surgery.rules import LoraRule, TrainRule
 from tests.support import tiny
 from tests.support.onnx_checks import TOLERANCE, adapted, assert_near, by_hand, expected, session
 from tests.support.onnx_plain import Drawing, Line, Net
+from tests.support.sampling import LAYERS
 
 onnx: Any = pytest.importorskip("onnx")
 
@@ -305,7 +306,7 @@ def test_a_file_that_is_no_export_is_told(tmp_path: Path) -> None:
 
 
 def test_a_file_with_a_cache_is_compared_by_the_example_of_its_export(tmp_path: Path) -> None:
-    model, example = tiny.llama()
+    model, example = tiny.llama(LAYERS)
     adapted(model, ["q_proj"], 2)
     example = {"input_ids": example["input_ids"], "attention_mask": torch.ones_like(example["input_ids"])}
     example["position_ids"] = torch.arange(example["input_ids"].shape[1]).expand_as(example["input_ids"]).contiguous()
@@ -323,7 +324,7 @@ def test_a_file_with_a_cache_is_compared_by_the_example_of_its_export(tmp_path: 
 
 
 def test_a_text_of_one_length_is_not_decoded(tmp_path: Path) -> None:
-    model, example = tiny.llama()
+    model, example = tiny.llama(LAYERS)
     report = export_onnx(model, tmp_path / "m.onnx", example, cache=True, dynamic=False)
     assert report.parity is not None and not report.parity.decoded
     assert "base: not decoded, since the text's length is fixed" in report.parity.notices

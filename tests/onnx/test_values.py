@@ -18,6 +18,7 @@ from surgery.onnx.calls.example import ExampleCall
 from surgery.onnx.calls.varied_values import other_values
 from tests.support import tiny
 from tests.support.onnx_checks import assert_near, feeds, session
+from tests.support.sampling import LAYERS, onnx_cases
 
 onnx: Any = pytest.importorskip("onnx")
 INF, NAN, LOWEST = math.inf, math.nan, torch.finfo(torch.float32).min
@@ -66,7 +67,7 @@ def by_hand(q: Tensor, k: Tensor, scale: float | None = None, mask: Tensor | Non
     return torch.where(torch.isneginf(scores).all(-1, keepdim=True), 0.0, weights) @ k
 
 
-@pytest.mark.parametrize("opset", [18, None, 23, 25])
+@pytest.mark.parametrize("opset", onnx_cases([18, None, 23, 25], 23))
 def test_attention_whose_masks_let_nothing_through(opset: int | None, tmp_path: Path) -> None:
     torch.manual_seed(0)
     q, shared = torch.randn(2, 4, 5, 6), torch.randn(2, 2, 5, 6)
@@ -147,10 +148,10 @@ def test_torchs_own_kernel_for_evaluation_is_told_where_it_gives_nan(tmp_path: P
         np.testing.assert_allclose(found, trained.numpy(), rtol=0, atol=1e-6)
 
 
-@pytest.mark.parametrize("name", ["llama", "bert"])
+@pytest.mark.parametrize("name", onnx_cases(["llama", "bert"], "bert"))
 def test_padding_on_either_side_and_empty_texts(name: str, tmp_path: Path) -> None:
     """transformers' masks: a text with nothing in it, too, is what the live model gives."""
-    model, example = getattr(tiny, name)()
+    model, example = getattr(tiny, name)(LAYERS)
     example["attention_mask"] = torch.ones_like(example["input_ids"])
     report = export_onnx(model.eval(), tmp_path / "m.onnx", example)
     assert report.parity is not None and not report.parity.notices
