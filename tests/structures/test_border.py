@@ -161,7 +161,7 @@ def test_many_sites_are_looked_at_once_and_told_together(bert: Any, monkeypatch:
     looked: list[int] = []
     before = border._search
     monkeypatch.setattr(border, "_search", lambda *given: looked.append(1) or before(*given))
-    border._known.clear()
+    border._answers.clear()
     with pytest.raises(PlanError) as caught:
         apply_rules(model, SoftRule("attention.self"), example_inputs=inputs)
     assert len(caught.value.problems) == 2 and len(looked) == 1
