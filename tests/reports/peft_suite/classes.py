@@ -70,6 +70,8 @@ def _by_rule(test: str, result: Mapping[str, Any], line: str, expected: str) -> 
         "expected": expected, "method": str(result.get("method")),
     }  # fmt: skip
     for reason in REASONS:
+        if reason.kind == "c" and "raises(" in expected:  # PEFT refuses it, too: only the words may differ
+            continue
         matches = [(re.search(pattern, values[key], re.DOTALL)) for key, pattern in reason.patterns.items()]
         if all(matches):
             groups = [group for match in matches if match for group in match.groups() if group]

@@ -37,4 +37,9 @@ INTERNAL_LINE = (
     r"TrainableTokensWrapper|BaseTunerLayer|LoraLayer|tuner_types|num_wrappers|wrappers\b"
 )
 
-REASONS: tuple[Reason, ...] = ()
+REASONS: tuple[Reason, ...] = (
+    Reason("a", "peft.{1}, for `{0}`", {"text": r"PEFT's (\w+)=.{0,3}<peft_facade\.(\w+)"}),
+    Reason("a", "peft.{0}", {"text": r"__dataclass_fields__", "line": r"= (\w+Config)\."}),
+    Reason("c", "`target_modules`: {0} on {1}", {"text": r"^(\w+)Rule can't go on this (\w+)"}),
+    Reason("c", "PEFT's format: {0}", {"text": r"^PEFT's format can't hold ([^\n]*?)(?: \(.*)?\n"}),
+)

@@ -103,7 +103,7 @@ def run_files(side: str, names: list[str], every: int, seconds: int) -> str:
         passed.write_text("\n".join(ids), encoding="utf-8")
         environment["PEFT_SUITE_PASSED"] = str(passed)
     begin = time.monotonic()
-    options = "-q --tb=short -p tests.reports.peft_suite.recorder -p no:cacheprovider -p no:warnings".split()
+    options = "-q --tb=native -p tests.reports.peft_suite.recorder -p no:cacheprovider -p no:warnings".split()
     command = [sys.executable, "-m", "pytest", *options, *(f"{PACKAGE}/{name}" for name in names)]
     log = OUT / "logs" / side / f"{names[0]}.log"
     log.parent.mkdir(parents=True, exist_ok=True)
@@ -129,7 +129,7 @@ def batches(names: Iterable[str]) -> list[list[str]]:
 
 def run(side: str, names: Iterable[str], every: int, seconds: int, jobs: int) -> None:
     """Run files of tests on one side, a few at a time."""
-    finished = {line.get("finished") for line in lines(side)}
+    finished = {line["finished"] for line in lines(side) if line.get("every", every + 1) <= every}
     waiting = batches(name for name in names if name not in finished)
     with ThreadPoolExecutor(jobs) as pool:
         for told in pool.map(lambda group: run_files(side, group, every, seconds), waiting):
