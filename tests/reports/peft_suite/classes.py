@@ -20,6 +20,7 @@ KINDS = {
     "c": "refused, with the field",
     "d": "differs",
     "e": "the words or the type of an error or a warning",
+    "f": "PEFT refuses what works here",
 }
 
 
@@ -84,7 +85,9 @@ def classify(test: str, result: Mapping[str, Any]) -> Verdict:
     kind, text = str(result.get("type")), str(result.get("text"))
     line = (result.get("tests") or [[None, 0, "", ""]])[-1][3] or ""
     expected = expectation(result)
-    if kind == "Missing":
+    hidden = [cause for cause in result.get("causes", ()) if cause.startswith("Missing: ")]
+    if kind == "Missing" or hidden:
+        text = hidden[0].removeprefix("Missing: ") if hidden else text
         name = text.rpartition(".")[2]
         public = text.count(".") == 1 or name.endswith("Config") or text.startswith("peft.optimizers")
         return Verdict("a" if public else "b", text)

@@ -37,9 +37,53 @@ INTERNAL_LINE = (
     r"TrainableTokensWrapper|BaseTunerLayer|LoraLayer|tuner_types|num_wrappers|wrappers\b"
 )
 
+_WORKS = (
+    ("test_mha_with_separate_qkv_embed_raises", "LoRA on an attention with sizes of its own for keys and values"),
+    ("test_mha_with_dora_raises", "DoRA on a MultiheadAttention"),
+    ("test_error_raised_if_rank_not_divisible_by_groups", "a rank that a convolution's groups do not divide"),
+    ("test_error_raised_for_conv2d_groups_greater_than_one", "HRA on a convolution with groups"),
+    ("test_adding_multiple_adapters_with_different_target_parameters_raises", "adapters on parameters of their own"),
+    (
+        "test_multiple_configs_with_bias_raises|test_adding_multiple_adapters_with_bias_raises",
+        "adapters with biases of their own",
+    ),
+    ("test_vera_add_second_adapter", "VeRA adapters with projections of their own"),
+)
+_BASE_LAYER = r"'(?:Linear|Embedding|Conv[123]d|Conv1D|MultiheadAttention|LayerNorm|BatchNorm\dd)' object"
+
 REASONS: tuple[Reason, ...] = (
+    # Names that do not exist here.
     Reason("a", "peft.{1}, for `{0}`", {"text": r"PEFT's (\w+)=.{0,3}<peft_facade\.(\w+)"}),
     Reason("a", "peft.{0}", {"text": r"__dataclass_fields__", "line": r"= (\w+Config)\."}),
+    Reason("a", "peft.{0}", {"text": r"^Object of type (\w+Config) is not JSON serializable"}),
+    Reason("a", "peft.EvaConfig", {"test": r"TestEvaInitialization"}),
+    Reason("a", "peft.KasaConfig", {"test": r"TestKasaInitialization"}),
+    Reason("a", "peft.BdLoraConfig", {"test": r"test_bdlora_"}),
+    # PEFT's internals.
+    Reason(
+        "b",
+        "the module `peft.config` is patched",
+        {"test": r"test_peft_version_", "text": r"peft_version|DID NOT WARN"},
+    ),
+    Reason(
+        "b", "`{0}` of PEFT's layers", {"type": r"AttributeError", "text": _BASE_LAYER + r" has no attribute '(\w+)'"}
+    ),
+    Reason("b", "names of PEFT's tensors in `state_dict()`", {"type": r"KeyError", "text": r"^'base_model\.model\."}),
+    Reason("b", "names inside PEFT's layers", {"test": r"(?:modules_to_save|token_indices)_targets_lora_layer_raises"}),
+    Reason(
+        "b",
+        "base modules whose names begin as PEFT's tensors do",
+        {"test": r"test_warning_naming_conflict", "type": r"AssertionError"},
+    ),
+    Reason("b", "`model` of PEFT's tuner on the façade", {"text": r"^'Sequential' object has no attribute 'model'"}),
+    Reason(
+        "b",
+        "numbers of AdaLoRA's rank counters",
+        {"test": r"test_get_nb_trainable_parameters", "line": r"params_adalora"},
+    ),
+    # Refused.
     Reason("c", "`target_modules`: {0} on {1}", {"text": r"^(\w+)Rule can't go on this (\w+)"}),
     Reason("c", "PEFT's format: {0}", {"text": r"^PEFT's format can't hold ([^\n]*?)(?: \(.*)?\n"}),
+    # PEFT refuses what works here.
+    *(Reason("f", words, {"test": test, "text": r"DID NOT RAISE"}) for test, words in _WORKS),
 )
