@@ -69,6 +69,7 @@ REASONS: tuple[Reason, ...] = (
         "b", "`{0}` of PEFT's layers", {"type": r"AttributeError", "text": _BASE_LAYER + r" has no attribute '(\w+)'"}
     ),
     Reason("b", "names of PEFT's tensors in `state_dict()`", {"type": r"KeyError", "text": r"^'base_model\.model\."}),
+    Reason("b", "names of PEFT's parameters", {"text": r"base_model\.model\..* to require gradients, got"}),
     Reason("b", "names inside PEFT's layers", {"test": r"(?:modules_to_save|token_indices)_targets_lora_layer_raises"}),
     Reason(
         "b",
@@ -82,6 +83,11 @@ REASONS: tuple[Reason, ...] = (
         {"test": r"test_get_nb_trainable_parameters", "line": r"params_adalora"},
     ),
     # Refused.
+    Reason(
+        "c",
+        "`safe_serialization=False`: pickle files are not written",
+        {"test": r"pickle", "line": r"target_adapter_filename|adapter_model\.bin"},
+    ),
     Reason("c", "`target_modules`: {0} on {1}", {"text": r"^(\w+)Rule can't go on this (\w+)"}),
     Reason("c", "PEFT's format: {0}", {"text": r"^PEFT's format can't hold ([^\n]*?)(?: \(.*)?\n"}),
     # PEFT refuses what works here.
