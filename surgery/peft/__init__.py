@@ -12,6 +12,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from surgery.errors import SurgeryError
+from surgery.patterns.module_class import class_of
 from surgery.peft import base_config, method_configs, prompt_configs, tasks
 from surgery.peft.base_config import *  # noqa: F403
 from surgery.peft.base_state import get_base_model_state_dict, set_base_model_state_dict
@@ -168,6 +169,8 @@ def get_peft_model_state_dict(
     """
     base = inside(model)
     save = options.get("save_embedding_layers", "auto")
+    if state_dict is None and class_of(model).__name__ == "FullyShardedDataParallel":
+        state_dict = model.state_dict()  # which gathers the parts of all processes
     with pefts_errors(KeyError):
         adapter_names(rewritten(base)[1], adapter_name)
         return to_peft(base, adapter_name, state=state_dict, save_embedding_layers=save)[1]

@@ -27,6 +27,9 @@ __all__ = [
 ]
 
 
+FORMAT_VERSION = "0.21.2"  # of PEFT: whose configurations and files these are
+
+
 class TaskType(StrEnum):
     """What a model is for. PEFT trains the head of the task, too."""
 
@@ -130,6 +133,8 @@ class PeftConfig:
     def __post_init__(self) -> None:
         if self.method is not None:
             self.peft_type = PeftType(self.method)
+        if self.peft_version is None:
+            self.peft_version = FORMAT_VERSION
         if self.task_type is not None:
             try:
                 self.task_type = TaskType(self.task_type)

@@ -96,8 +96,9 @@ class Facade(_Seen):
 
         @functools.wraps(method)
         def called(*args: Any, adapter_names: Any = None, **kwargs: Any) -> Any:
-            with self._rows(adapter_names):
+            if adapter_names is None:
                 return self._completed(method(*args, **kwargs))
+            return self(*args, adapter_names=adapter_names, **kwargs)  # rows are counted in calls of the model itself
 
         return called
 

@@ -148,6 +148,13 @@ class LoraConfig(_Layered, _Excluding, _Transposed, _Biased):
             raise invalid("The argument lora_bias=True is not supported for DoRA, please pass use_dora=False")
         if self.alora_invocation_tokens is not None and self.task_type != "CAUSAL_LM":
             _warn("aLoRA is currently only supported for CAUSAL_LM task.")
+        start = str(self.init_lora_weights)
+        changes_base = start.startswith("pissa") or start in ("olora", "corda", "lora_ga")
+        if self.use_rslora and (self.rank_pattern or self.alpha_pattern) and changes_base:
+            _warn(
+                "Using Rank-Stabilized LoRA with rank_pattern/alpha_pattern and post-training conversion of modified "
+                "base weights PiSSA/CorDA/OLoRA/LoRA-GA means that the base weights can't be restored by a conversion."
+            )
 
     def _check_start(self) -> None:
         start = self.init_lora_weights

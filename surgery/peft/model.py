@@ -176,7 +176,7 @@ class PeftModel(FacadeProperties):
             arguments["freeze"] = True  # PEFT freezes the base with any adapter
             with new_adapters_idle(self._base):
                 report = surgery.load_adapter(self._base, model_id, adapter_name, **arguments)
-            self._configs[adapter_name] = config
+            self._configs[adapter_name] = completed(options["config"], config) if settings else config
         if not is_trainable:
             self._base.eval()
         return LoadResult(report.missing, report.unexpected)
@@ -223,6 +223,10 @@ class PeftModel(FacadeProperties):
         chosen = [self._configs[name] for name in adapters if name in self._configs]
         if chosen and all(config.method == "IA3" for config in chosen):
             combination_type = "linear"  # the one way of PEFT's IA3, which takes no such argument
+        if density is not None and not combination_type.startswith(("ties", "dare", "magnitude_prune")):
+            text = f"combination_type={combination_type!r} does not use density={density}: it is passed over"
+            warnings.warn(text, SurgeryWarning, stacklevel=3)
+            density = None
         if combination_type == "svd" and svd_rank is None:
             svd_rank = max(map(_largest_rank, chosen), default=0) or None
         how: dict[str, Any] = {"method": combination_type, "rank": svd_rank, "density": density, "clamp": svd_clamp}

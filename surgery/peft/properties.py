@@ -8,7 +8,8 @@ import surgery
 from surgery.patterns.module_walk import RESERVED
 from surgery.patterns.wrappers import unwrap
 from surgery.peft.facade import Facade, facade
-from surgery.state.records import model_state
+from surgery.peft_format.methods import is_main
+from surgery.state.records import model_state, sites
 
 __all__ = ["FacadeProperties"]
 
@@ -82,6 +83,18 @@ class FacadeProperties(Facade):
         """The modules that the configurations train as a whole."""
         names = {name for config in self._configs.values() for name in getattr(config, "modules_to_save", None) or ()}
         return names or None
+
+    @property
+    def targeted_module_names(self) -> list[str]:
+        """The modules that the adapters' methods are on, adapter by adapter, each once."""
+        by_path = {path: site for path, _, site in sites(unwrap(self._base))}
+        names = dict.fromkeys(
+            path
+            for name in self._configs
+            for path, site in by_path.items()
+            if any(applied.adapter == name and is_main(applied.rule) for applied in site.applied)
+        )
+        return list(names)
 
     @property
     def base_model_torch_dtype(self) -> Any:

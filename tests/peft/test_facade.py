@@ -146,7 +146,7 @@ def test_configurations_in_files(tmp_path: Path) -> None:
     assert (theirs.r, theirs.target_modules, theirs.task_type) == (3, {"a", "b"}, "CAUSAL_LM")
     theirs.save_pretrained(tmp_path / "theirs")
     back = ours.PeftConfig.from_pretrained(tmp_path / "theirs")
-    back.peft_version = None
+    assert back.peft_version == mine.peft_version == theirs.peft_version
     assert back == mine and isinstance(back, ours.LoraConfig)
     with pytest.raises(SurgeryError, match="Can't find 'adapter_config.json'"):
         ours.PeftConfig.from_pretrained(tmp_path)

@@ -292,3 +292,69 @@ def test_peft_itself_takes_the_configurations() -> None:
         model: Any = nn.Sequential(nn.Linear(256, 256))
         adapted = peft.get_peft_model(model, kind(target_modules=["0"], **fields))
         assert adapted(torch.ones(1, 256)).shape == (1, 256), kind
+
+
+def test_rows_of_a_plain_model() -> None:
+    """`forward` with adapter_names is a call of the model itself, whose batch the rows are of."""
+    x = torch.randn(3, 8, generator=torch.Generator().manual_seed(0))
+    made = []
+    for library in (peft, ours):
+        torch.manual_seed(1)
+        model = library.get_peft_model(
+            nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 4)),
+            library.LoraConfig(r=2, target_modules=["0"], init_lora_weights=False),
+        )
+        model.add_adapter("other", library.LoraConfig(r=2, target_modules=["2"], init_lora_weights=False))
+        made.append(model.eval())
+    same_adapters(*made)
+    results = [model.forward(x, adapter_names=["other", "__base__", "default"]).detach() for model in made]
+    torch.testing.assert_close(results[1], results[0], atol=2e-5, rtol=1e-4)
+    assert made[0].targeted_module_names == made[1].targeted_module_names == ["0", "2"]
+
+
+def test_loading_keeps_the_configuration(tmp_path: Path) -> None:
+    for library in (peft, ours):
+        folder = tmp_path / library.__name__
+        library.get_peft_model(llama()[0], library.LoraConfig(r=2, target_modules=["q_proj"])).save_pretrained(folder)
+        config = library.LoraConfig.from_pretrained(folder)
+        model = library.PeftModel.from_pretrained(llama()[0], folder, config=config)
+        assert model.peft_config["default"] is config and config.inference_mode
+        model.load_adapter(folder, "trained", is_trainable=True)
+        assert model.active_adapter == "default"
+        assert not any(parameter.requires_grad for name, parameter in model.named_parameters() if ".default" in name)
+        model.set_adapter("trained")
+        trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+        assert trained and all(".trained" in name for name in trained), library
+
+
+def test_tensors_of_a_sharded_model() -> None:
+    dist: Any = torch.distributed
+    if not dist.is_available():
+        pytest.skip("torch has no distributed package here")
+    from torch.distributed.fsdp import FullyShardedDataParallel
+
+    dist.init_process_group(backend="gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        base: Any = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 4))
+        config = ours.LoraConfig(r=2, target_modules=["0"], init_lora_weights=False, modules_to_save=["1"])
+        model = ours.get_peft_model(base, config)
+        expected = {key: tensor.clone() for key, tensor in ours.get_peft_model_state_dict(model).items()}
+        sharded = FullyShardedDataParallel(model, use_orig_params=True, device_id=torch.device("cpu"))
+        state = ours.get_peft_model_state_dict(sharded)
+        assert state.keys() == expected.keys() and all(torch.equal(state[key], expected[key]) for key in state)
+    finally:
+        dist.destroy_process_group()
+
+
+def test_a_density_that_is_not_used_is_told() -> None:
+    for library in (peft, ours):
+        model, _, _ = two(library)
+        model.add_weighted_adapter(["default", "other"], [1.0, 0.5], "both", combination_type="svd", density=0.5)
+        assert "both" in model.peft_config
+    with pytest.warns(ours.PeftWarning, match="does not use density"):
+        model.add_weighted_adapter(["default", "other"], [1.0, 0.5], "again", combination_type="cat", density=0.5)
+
+
+def test_configurations_say_the_version_of_their_format() -> None:
+    assert ours.LoraConfig().peft_version == peft.LoraConfig().peft_version
+    assert ours.LoraConfig(peft_version="0.9").peft_version == "0.9"
