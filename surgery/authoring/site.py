@@ -34,12 +34,12 @@ class Site(DeclaredTensors, ExampleFacts, ForwardValues):
 
     >>> from torch import nn
     >>> from surgery import Rule, apply_rules, rule
-    >>> @rule("doc-shift")
-    ... class ShiftRule(Rule):
+    >>> @rule("doc-offset")
+    ... class OffsetRule(Rule):
     ...     identity = True
     ...     def rewrite(self, site):
     ...         return site.output + site.param("shift", (site.out_features,))
-    >>> model = apply_rules(nn.Linear(3, 2), [ShiftRule(nn.Linear)])
+    >>> model = apply_rules(nn.Linear(3, 2), [OffsetRule(nn.Linear)])
     >>> model.adapters.default.shift
     Parameter containing:
     tensor([0., 0.], requires_grad=True)
