@@ -16,7 +16,7 @@ FIELDS = {"r": "rank", "lora_alpha": "alpha", "use_rslora": "rslora"}
 @peft_method
 class ExpertLora(PeftPart):
     rule = ExpertLoraRule
-    peft_type = "LORA"
+    peft_type, layer = "LORA", "ParamWrapper"
 
     def read(self, config: PeftConfig) -> Iterable[Rule]:
         named = config.take("target_parameters") or ()

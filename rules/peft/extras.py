@@ -16,7 +16,7 @@ from surgery.rules.train import TrainRule
 
 @peft_method
 class Trained(PeftPart):
-    rule = TrainRule
+    rule, layer = TrainRule, "ModulesToSaveWrapper"
 
     def read(self, config: PeftConfig) -> Iterable[Rule]:
         names = config.take("modules_to_save") or ()

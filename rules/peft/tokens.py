@@ -38,7 +38,7 @@ class BaseRows(PeftPart):
 
 @peft_method
 class Tokens(PeftPart):
-    rule, derived = TokensRule, ("index",)
+    rule, derived, layer = TokensRule, ("index",), "TrainableTokensLayer"
 
     def read(self, config: PeftConfig) -> Iterable[Rule]:
         indices = config.take("trainable_token_indices")

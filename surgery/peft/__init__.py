@@ -25,6 +25,7 @@ from surgery.peft.method_configs import *  # noqa: F403
 from surgery.peft.model import LoadResult, PeftMixedModel, PeftModel
 from surgery.peft.prompt_configs import *  # noqa: F403
 from surgery.peft.prompt_modules import PromptEmbedding, PromptEncoder
+from surgery.peft.status import get_layer_status, get_model_status
 from surgery.peft.tasks import *  # noqa: F403
 from surgery.peft_format.writing import from_peft, to_peft
 from surgery.rewritten_model.state_dict import load_adapter_state_dict
@@ -41,6 +42,8 @@ __all__ = [
     "PromptEmbedding",
     "PromptEncoder",
     "get_base_model_state_dict",
+    "get_layer_status",
+    "get_model_status",
     "get_peft_config",
     "get_peft_model",
     "get_peft_model_state_dict",

@@ -341,6 +341,16 @@ class PeftMixedModel(PeftModel):
 
     __slots__ = ()
 
+    def get_layer_status(self) -> Any:
+        raise self._without("get_layer_status")
+
+    def get_model_status(self) -> Any:
+        raise self._without("get_model_status")
+
+    def _without(self, name: str) -> SurgeryError:
+        fix = f"{name}(model.get_base_model()), or surgery.summary(model)"
+        return as_builtin(SurgeryError(f"{name} is not supported for {type(self).__name__}.", fix=fix), TypeError)
+
 
 class _Tuner(PeftModel):
     __slots__ = ()

@@ -8,8 +8,15 @@ import surgery
 from surgery.patterns.module_walk import RESERVED
 from surgery.patterns.wrappers import unwrap
 from surgery.peft.facade import Facade, facade
-from surgery.peft_format.methods import is_main
-from surgery.state.records import model_state, sites
+from surgery.peft.status import (
+    TunerLayerStatus,
+    TunerModelStatus,
+    get_layer_status,
+    get_model_status,
+    targeted_modules,
+    targeted_parameters,
+)
+from surgery.state.records import model_state
 
 __all__ = ["FacadeProperties"]
 
@@ -68,6 +75,24 @@ class FacadeProperties(Facade):
         few, most = self.get_nb_trainable_parameters()
         print(f"trainable params: {few:,d} || all params: {most:,d} || trainable%: {100 * few / max(most, 1):.4f}")
 
+    def get_layer_status(self) -> list[TunerLayerStatus]:
+        """The status of each layer, as the function of this name returns it."""
+        return get_layer_status(self)
+
+    def get_model_status(self) -> TunerModelStatus:
+        """The status of the adapters as a whole, as the function of this name returns it."""
+        return get_model_status(self)
+
+    @property
+    def targeted_module_names(self) -> list[str]:
+        """The paths of the modules that the adapters have as targets."""
+        return targeted_modules(self._base)
+
+    @property
+    def targeted_parameter_names(self) -> list[str]:
+        """The names of the parameters that the adapters have as `target_parameters`."""
+        return targeted_parameters(self._base)
+
     @property
     def prefix(self) -> str:
         """The mark of adapters' tensors in the names of `named_parameters()`, where PEFT's is such as "lora_"."""
@@ -83,18 +108,6 @@ class FacadeProperties(Facade):
         """The modules that the configurations train as a whole."""
         names = {name for config in self._configs.values() for name in getattr(config, "modules_to_save", None) or ()}
         return names or None
-
-    @property
-    def targeted_module_names(self) -> list[str]:
-        """The modules that the adapters' methods are on, adapter by adapter, each once."""
-        by_path = {path: site for path, _, site in sites(unwrap(self._base))}
-        names = dict.fromkeys(
-            path
-            for name in self._configs
-            for path, site in by_path.items()
-            if any(applied.adapter == name and is_main(applied.rule) for applied in site.applied)
-        )
-        return list(names)
 
     @property
     def base_model_torch_dtype(self) -> Any:

@@ -65,6 +65,7 @@ class PeftPart:
     peft_type: ClassVar[str | None] = None  # of what belongs to one method
     tensors: ClassVar[Mapping[str, str]] = {}
     derived: ClassVar[tuple[str, ...]] = ()
+    layer: ClassVar[str] = ""  # PEFT's class of the module for such a rule; a method's own layers have its name
 
     def entries(self, place: PeftPlace) -> dict[str, Entry]:
         """The key of each tensor: relative to the module's path, or, after "/", to the whole file."""
