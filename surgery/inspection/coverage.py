@@ -16,9 +16,10 @@ from surgery.errors import TraceError
 from surgery.patterns.module_class import class_of
 from surgery.patterns.module_walk import base_modules
 from surgery.text_table import table
-from surgery.tracing.example_call import call, copied
+from surgery.tracing.example_call import call
 from surgery.tracing.guards import parts_of
 from surgery.tracing.trace import traced
+from surgery.transaction.object_contents import copied
 
 __all__ = ["Coverage", "CoverageRow", "coverage"]
 

@@ -21,9 +21,10 @@ from surgery.errors import SurgeryError
 from surgery.forward.own_forward import own_forward
 from surgery.state.records import site_state
 from surgery.tracing.call_kind import describe_kind, kind_of_call
-from surgery.tracing.example_call import Observation, copied
+from surgery.tracing.example_call import Observation
 from surgery.tracing.traced_forward import known_forwards, trace_anew
 from surgery.transaction.neutral_context import ambient
+from surgery.transaction.object_contents import copied
 from surgery.weaving.variant_building import make_ready, uses_leaves
 
 __all__ = ["Readiness", "trace_graphs", "prepare_sites"]

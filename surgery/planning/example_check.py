@@ -11,8 +11,9 @@ from surgery.errors import SurgeryError, TraceError
 from surgery.forward.own_forward import OwnForward
 from surgery.forward.repeated_runs import find_write, repeat_forward, repeated_write_error
 from surgery.forward.tape import Layer
-from surgery.tracing.example_call import copied, equal, evaluating
+from surgery.tracing.example_call import equal, evaluating
 from surgery.transaction.neutral_context import ambient
+from surgery.transaction.object_contents import copied
 from surgery.weaving.weave import weave
 
 __all__ = []

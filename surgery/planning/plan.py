@@ -18,7 +18,8 @@ from surgery.planning.rank_check import rank_notes
 from surgery.state.adapter_tensors import is_adapter_key
 from surgery.state.records import model_state
 from surgery.text_table import table
-from surgery.tracing.example_call import Observation, copied, observe
+from surgery.tracing.example_call import Observation, observe
+from surgery.transaction.object_contents import copied
 
 __all__ = ["Plan"]
 

@@ -19,7 +19,7 @@ from surgery.complex_numbers import is_number
 from surgery.errors import SurgeryError
 from surgery.routing.thread_state import paused
 from surgery.state.records import site_state
-from surgery.tracing.example_call import copied
+from surgery.transaction.object_contents import copied
 
 __all__ = ["check_rows_first"]
 

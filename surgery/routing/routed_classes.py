@@ -16,12 +16,12 @@ from torch import nn
 
 from surgery.errors import SurgeryError
 from surgery.lifecycle.gradient_reducers import watch_gradients
-from surgery.patterns.wrappers import submodule
 from surgery.routing.copies import Lent, hide_hooks, show_hooks
 from surgery.routing.routing_block import RoutingBlock
 from surgery.routing.site_plan import RoutedCall, plan_of
 from surgery.routing.thread_state import thread_routing
 from surgery.state.records import require_state, site_state
+from surgery.state.site_links import at_path
 from surgery.transaction.garbage_collection import collector_waits
 from surgery.transaction.undo_log import Journal
 from surgery.weaving.generated_class import recipe_of, swap_class
@@ -69,7 +69,7 @@ class RoutedModel:
                 hide_hooks(entry, [handle.id for handle in handles])
                 self.handles += handles
             for path, name, _, live in state.switched:
-                reader = submodule(model, path)
+                _, reader = at_path(model, path)
                 self.switched.append((reader, name, getattr(reader, name)))
                 journal.attribute(reader, name)
                 setattr(reader, name, live)

@@ -13,10 +13,10 @@ from torch import Tensor, fx, nn
 
 from surgery.errors import TraceError
 from surgery.tracing.attribute_reads import Reader
-from surgery.tracing.example_call import copied
 from surgery.tracing.guards import context, in_region
 from surgery.tracing.provenance import Ledger
 from surgery.tracing.proxies import RecordedList, RecordedObject, call_object
+from surgery.transaction.object_contents import copied
 
 __all__ = ["CallWriter", "Calls"]
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
@@ -14,7 +13,7 @@ from torch import Tensor, nn
 from surgery.errors import SurgeryError
 from surgery.transaction.gradient_flags import set_flag
 from surgery.transaction.neutral_context import ambient
-from surgery.transaction.object_contents import contents
+from surgery.transaction.object_contents import copied
 
 __all__ = [
     "Observation",
@@ -185,21 +184,6 @@ def evaluating(model: nn.Module) -> Iterator[None]:
             restore()
     finally:  # again, in case an interrupt stopped the first restore
         restore()
-
-
-def copied(value: Any) -> Any:
-    """Returns a copy that shares no memory: tensors are cloned, containers rebuilt, other objects deep-copied."""
-    if isinstance(value, Tensor):
-        return value.detach().clone()
-    if type(value) in (tuple, list):
-        return type(value)(copied(item) for item in value)
-    if isinstance(value, dict) and type(value) is dict:
-        return {key: copied(item) for key, item in value.items()}
-    if isinstance(value, (str, int, float, type(None), nn.Module)):
-        return value
-    # Clone tensors first, because deepcopy rejects tensors with a grad_fn, such as those in a KV cache.
-    memo: dict[int, Any] = {id(tensor): tensor.detach().clone() for tensor in contents(value, Tensor)}
-    return copy.deepcopy(value, memo)
 
 
 def equal(a: Any, b: Any) -> bool:

@@ -16,11 +16,11 @@ from surgery.errors import TraceError
 from surgery.forward.function_registries import with_leaves
 from surgery.tracing.attribute_reads import Reader
 from surgery.tracing.call_writer import Calls, CallWriter
-from surgery.tracing.example_call import copied
 from surgery.tracing.guards import check_call, check_settings, context, structure_of
 from surgery.tracing.provenance import Ledger
 from surgery.tracing.proxies import is_setting
 from surgery.tracing.verification import trace_error
+from surgery.transaction.object_contents import copied
 
 __all__ = ["Recorder"]
 

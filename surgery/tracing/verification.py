@@ -13,7 +13,8 @@ import torch
 from torch import fx, nn
 
 from surgery.errors import SurgeryError, TraceError
-from surgery.tracing.example_call import copied, equal
+from surgery.tracing.example_call import equal
+from surgery.transaction.object_contents import copied
 from surgery.transaction.user_frames import line_of
 
 __all__ = ["check_forward_runs", "restore_state", "trace_error", "verify"]

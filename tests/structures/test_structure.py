@@ -23,7 +23,7 @@ from torch.fx.proxy import GraphAppendingTracer
 
 from surgery import ANY, Structure, SurgeryError, as_digraph, graph_of, having, module_of, one_of, trace
 from surgery.testing import Snapshot
-from surgery.tracing.example_call import copied
+from surgery.transaction.object_contents import copied
 from tests.benchmarks.patterns import attention_graph, pattern
 from tests.support.families import FAMILIES
 

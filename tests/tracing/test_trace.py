@@ -18,8 +18,9 @@ from torch import Tensor, nn
 
 from surgery import SurgeryError, TraceError, apply_rules, coverage, trace
 from surgery.testing import Snapshot
-from surgery.tracing.example_call import copied, equal, observe
+from surgery.tracing.example_call import equal, observe
 from surgery.tracing.trace import traced
+from surgery.transaction.object_contents import copied
 from tests.support.families import FAMILIES
 from tests.support.others import OTHERS, silero, silero_compiled
 

@@ -14,7 +14,8 @@ from torch.utils import _pytree as pytree
 
 from surgery.errors import SurgeryError
 from surgery.onnx.calls.sliding_windows import adapter_notes, with_plain_caches
-from surgery.tracing.example_call import arguments, copied
+from surgery.tracing.example_call import arguments
+from surgery.transaction.object_contents import copied
 
 __all__ = [
     "ExampleCall", "array_of", "arrays_of", "cache_name", "is_cache", "is_transformers", "leaves_of", "outputs_of",

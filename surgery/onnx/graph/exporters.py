@@ -18,7 +18,7 @@ from surgery.onnx.calls.example import is_cache, is_transformers, leaves_of, reg
 from surgery.onnx.graph.attention import REPLACED
 from surgery.onnx.graph.lifted_tensors import SLOTS
 from surgery.onnx.graph.op_translations import replaced_patches, translations
-from surgery.tracing.example_call import copied
+from surgery.transaction.object_contents import copied
 
 __all__ = ["exporter_for", "fuse", "no_idle_masks", "patched_attention", "quiet"]
 
