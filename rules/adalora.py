@@ -26,8 +26,9 @@ class AdaLoraRule(LowRankMethod):
     >>> {name: tuple(tensor.shape) for name, tensor in model[0].adapters.default.tensors().items()}
     {'A': (4, 32), 'E': (4, 1), 'B': (16, 4)}
 
-    Works on Linear, transformers' Conv1D and quantised Linears (unmerged). A (rank, in) and B (out, rank) start normal
-    with deviation 0.02. E (rank, 1) starts at zero, so the output is unchanged. Defaults are PEFT's.
+    Works on Linear, transformers' Conv1D, Conv2d without groups and quantised Linears (unmerged). A (rank, in) and B
+    (out, rank) start normal with deviation 0.02. E (rank, 1) starts at zero, so the output is unchanged. Of a
+    convolution, A and B are kernels. Defaults are PEFT's.
 
     Args:
         rank: rank of every site at the start; default 12. PEFT: init_r.
@@ -86,16 +87,23 @@ class AdaLoraRule(LowRankMethod):
     def check(self, module: nn.Module, path: str) -> str | None:
         if why := complex_weights.why_not(self, module):
             return why
-        return delta.why_no_map(module)
+        if isinstance(module, nn.Conv2d) and module.groups == 1:
+            return super().check(module, path)
+        if why := delta.why_no_map(module):
+            return f"{why}, and on Conv2d without groups"
+        return None
 
     def factors(self, part: WeightPart, tensor: TensorSource) -> tuple[Tensor, Tensor]:
         start, zero = (nn.init.normal_, nn.init.normal_) if self.init == "random" else (_normal, 0.0)
         A, E = tensor("A", part.A, start), tensor("E", (part.A[0], 1), zero)
+        if len(part.A) > 2:  # of a convolution
+            E = E.view(-1, *[1] * (len(part.A) - 1))
         return A * E, tensor("B", part.B, start)
 
     def tensors_for(self, part: WeightPart, A: Tensor, B: Tensor) -> dict[str, Tensor]:
-        sizes = A.norm(dim=1, keepdim=True)  # E: of rows that are not all zero, their size
-        return {"A": A / sizes.masked_fill(sizes == 0, 1.0), "E": sizes, "B": B}
+        sizes = A.flatten(1).norm(dim=1, keepdim=True)  # E: of rows that are not all zero, their size
+        by_row = sizes.masked_fill(sizes == 0, 1.0).view(-1, *[1] * (A.dim() - 1))
+        return {"A": A / by_row, "E": sizes, "B": B}
 
     def resized(self, rank: int, **changes: Any) -> LowRankRule:
         return super().resized(rank, target_r=min(self.target_r, rank), **changes)

@@ -35,7 +35,8 @@ def orthogonal_loss(model: nn.Module, adapter: str = "default") -> Tensor:
     squares = [
         square
         for tensors in sites.values()
-        for square in (tensors["A"] @ tensors["A"].t(), tensors["B"].t() @ tensors["B"])
+        for A, B in [(tensors["A"].flatten(1), tensors["B"].flatten(1))]
+        for square in (A @ A.t(), B.t() @ B)
     ]
     norms = [torch.linalg.matrix_norm(s - torch.eye(len(s), dtype=s.dtype, device=s.device)) for s in squares]
     return rule.orth_reg_weight * sum(norms) / len(norms)  # type: ignore[return-value]
@@ -119,7 +120,7 @@ class RankAllocator:
 
     def _score(self, path: str) -> Tensor:
         A, E, B = (torch.mul(*self._means[path, name]) for name in "AEB")
-        return E.view(-1) + A.mean(1) + B.mean(0)
+        return E.view(-1) + A.flatten(1).mean(1) + B.flatten(1).mean(0)
 
     def _mask(self) -> None:
         for path, kept in self.kept.items():

@@ -32,7 +32,8 @@ class NormRule(Rule):
     >>> [name for name, p in model.named_parameters() if p.requires_grad]
     ['1.adapters.default.weight', '1.adapters.default.bias']
 
-    A normalisation layer owns parameters, and its class has `Norm` in its name. The adapter has its own running
+    A normalisation layer owns parameters, and its class has `Norm` in its name. A target that is named may be any other
+    layer without layers inside, as in PEFT. The adapter has its own running
     statistics of a BatchNorm, so training does not move the base's. Copies have the dtypes and shapes of the base's
     tensors.
 
@@ -51,7 +52,8 @@ class NormRule(Rule):
         return [(path, module)] if chosen else []
 
     def check(self, module: nn.Module, path: str) -> str | None:
-        return None if is_norm(module) else "it is not a normalisation layer with parameters"
+        plain = self.targets != (EVERYWHERE,) and not _inner(module) and bool(dict(own_tensors(module)))
+        return None if plain or is_norm(module) else "it is not a layer with parameters of its own and none inside"
 
     def rewrite(self, site: Site) -> None:
         replace_all(site)
@@ -74,5 +76,8 @@ class NormRule(Rule):
 
 def is_norm(module: nn.Module) -> bool:
     named = any("Norm" in cls.__name__ for cls in type(module).__mro__)
-    inner = [name for name, _ in module.named_children() if name != "adapters"]
-    return named and not inner and bool(dict(own_tensors(module)))
+    return named and not _inner(module) and bool(dict(own_tensors(module)))
+
+
+def _inner(module: nn.Module) -> list[str]:
+    return [name for name, _ in module.named_children() if name != "adapters"]

@@ -47,12 +47,19 @@ class AdaLora(PeftMethod):
 
     def entries(self, place: PeftPlace) -> dict[str, PeftEntry]:
         directions = _kept_directions(place)
-        if directions is None:
-            return super().entries(place)
         assert isinstance(place.rule, AdaLoraRule)
-        rank = place.rule.rank
-        rows, columns = _spread(directions, rank, 0), _spread(directions, rank, 1)
-        return {"A": PeftEntry("lora_A", rows), "E": PeftEntry("lora_E", rows), "B": PeftEntry("lora_B", columns)}
+        rows = columns = _same
+        if directions is not None:
+            rank = place.rule.rank
+            rows, columns = _spread(directions, rank, 0), _spread(directions, rank, 1)
+        if not isinstance(place.module, nn.Conv2d):
+            return {"A": PeftEntry("lora_A", rows), "E": PeftEntry("lora_E", rows), "B": PeftEntry("lora_B", columns)}
+        kernel = place.module.weight.shape[1:]  # PEFT's factors of a kernel are matrices
+        return {
+            "A": PeftEntry("lora_A", lambda A: rows(A).unflatten(1, kernel), lambda A: A.flatten(1)),
+            "E": PeftEntry("lora_E", rows),
+            "B": PeftEntry("lora_B", lambda B: columns(B)[..., None, None], lambda B: B.flatten(1)),
+        }
 
 
 def _kept_directions(place: PeftPlace) -> list[int] | None:
@@ -62,6 +69,10 @@ def _kept_directions(place: PeftPlace) -> list[int] | None:
             flat = [bool(flag[0] if isinstance(flag, list) else flag) for flag in flags]
             return None if all(flat) else [i for i, flag in enumerate(flat) if flag]
     return None
+
+
+def _same(tensor: Tensor) -> Tensor:
+    return tensor
 
 
 def _spread(directions: list[int], rank: int, dim: int) -> Callable[[Tensor], Tensor]:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 import surgery
 import surgery.peft as ours
-from surgery.rules import AdaLoraRule, BiasRule, LoraRule
+from surgery.rules import AdaLoraRule, BiasRule, LoraRule, orthogonal_loss
 from tests.peft.test_facade import CLOSE, bert, llama, moved, out
 
 with warnings.catch_warnings():
@@ -322,3 +322,59 @@ def test_two_adapters_for_one_row_are_not_live_together() -> None:
     assert model.active_adapters == ["default"]
     model.add_adapter("third", ours.LoraConfig(trainable_token_indices=[5], **fields))
     model.base_model.set_adapter(["default", "third"])  # no row in common
+
+
+# Layers -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("stride", [1, 2])
+def test_adalora_on_a_convolution(stride: int, tmp_path: Path) -> None:
+    def base() -> nn.Module:
+        torch.manual_seed(0)
+        return nn.Sequential(nn.Conv2d(4, 6, 3, stride=stride, padding=1), nn.Flatten())
+
+    x = torch.randn(2, 4, 5, 5, generator=torch.Generator().manual_seed(1))
+    config = ours.AdaLoraConfig(target_modules=["0"], total_step=5, init_r=2, init_lora_weights=False)
+    model = ours.get_peft_model(base(), config).eval()
+    crosses(base(), model, lambda adapted: run(adapted, x), tmp_path)
+    expected = run(model, x)
+    model.merge_adapter()
+    torch.testing.assert_close(run(model, x), expected, **CLOSE)
+    model.unmerge_adapter()
+    assert torch.equal(run(model, x), expected)
+    theirs = peft.PeftModel.from_pretrained(base(), tmp_path, is_trainable=True)
+    terms = []
+    for adapted in (theirs.base_model, model):  # PEFT's term of the loss, computed of its own parameters
+        norms = [
+            torch.linalg.matrix_norm((p @ p.T if "lora_A" in name else p.T @ p) - torch.eye(2))
+            for name, p in theirs.named_parameters() if "lora_A" in name or "lora_B" in name
+        ]  # fmt: skip
+        terms.append(0.5 * sum(norms) / len(norms) if adapted is not model else orthogonal_loss(model))
+    torch.testing.assert_close(terms[1], terms[0])
+    groups = nn.Sequential(nn.Conv2d(4, 6, 3, groups=2))
+    with pytest.raises(surgery.SurgeryError, match="Conv2d without groups"):
+        ours.get_peft_model(groups, ours.AdaLoraConfig(target_modules=["0"], total_step=5))
+
+
+def test_ranks_of_a_convolution_are_shared_out() -> None:
+    base = nn.Sequential(nn.Conv2d(4, 6, 3, padding=1), nn.Flatten())
+    config = ours.AdaLoraConfig(
+        target_modules=["0"], total_step=4, init_r=4, target_r=2, tinit=1, init_lora_weights=False
+    )
+    model = ours.get_peft_model(base, config)
+    for step in range(1, 5):
+        model(torch.randn(2, 4, 5, 5)).square().sum().backward()
+        model.update_and_allocate(step)
+    assert int((base[0].adapters.default.E != 0).sum()) == 2  # type: ignore[union-attr]
+
+
+def test_ln_tuning_of_any_layer(tmp_path: Path) -> None:
+    def base() -> nn.Module:
+        torch.manual_seed(0)
+        return nn.Sequential(nn.Linear(8, 8), nn.LayerNorm(8), nn.Sequential(nn.Linear(8, 8)))
+
+    model = moved(ours.get_peft_model(base(), ours.LNTuningConfig(target_modules=["0", "1"]))).eval()
+    x = torch.randn(2, 8)
+    crosses(base(), model, lambda adapted: run(adapted, x), tmp_path)
+    with pytest.raises(surgery.SurgeryError, match="target its children"):
+        ours.get_peft_model(base(), ours.LNTuningConfig(target_modules=["2"]))
