@@ -20,7 +20,7 @@ def test_randlora_has_full_rank(fields: dict[str, Any]) -> None:
     apply_rules(model, [RandLoraRule("m", rank=8, **fields)])
     params = model.m.adapters.default
     for base in (params.A, params.B):
-        assert abs(float(base.std()) - 1) < 1e-4
+        assert abs(float(base.std()) - 1) < 2**-9  # they are drawn in bfloat16, as PEFT draws them
         values = base.unique()
         assert len(values) == 3 if fields else len(values) > 3
     disturb(model)
