@@ -101,10 +101,10 @@ def test_the_hidden_state_of_an_output_and_its_replacement() -> None:
     loss = torch.tensor(1.0)
     for output in (x, (x, other), [x, other], {"a": x, "b": other}, OrderedDict(a=x), Pair(x, other), (loss, x)):
         assert hidden_of(output) is x
-        made = with_hidden(output, new)
-        assert type(made) is type(output) and hidden_of(made) is new
+        new_output = with_hidden(output, new)
+        assert type(new_output) is type(output) and hidden_of(new_output) is new
         if not isinstance(output, Tensor):
-            assert len(made) == len(output)
+            assert len(new_output) == len(output)
     assert with_hidden((loss, x, None), new) == (loss, new, None)
     assert with_hidden(x.bfloat16(), new).dtype is torch.bfloat16
     for nothing in (None, "text", (None, loss), {}):
@@ -114,10 +114,10 @@ def test_the_hidden_state_of_an_output_and_its_replacement() -> None:
 
 def test_the_hidden_state_of_a_model_output(optional: Callable[..., Any]) -> None:
     outputs = optional("transformers.modeling_outputs")
-    given = outputs.CausalLMOutput(loss=torch.tensor(1.0), logits=torch.zeros(2, 3))
-    made = with_hidden(given, torch.ones(2, 3))
-    assert type(made) is type(given) and made.loss is given.loss and bool((made.logits == 1).all())
-    assert bool((made[1] == 1).all()) and bool((given.logits == 0).all())
+    output = outputs.CausalLMOutput(loss=torch.tensor(1.0), logits=torch.zeros(2, 3))
+    new_output = with_hidden(output, torch.ones(2, 3))
+    assert type(new_output) is type(output) and new_output.loss is output.loss and bool((new_output.logits == 1).all())
+    assert bool((new_output[1] == 1).all()) and bool((output.logits == 0).all())
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -203,9 +203,9 @@ class Each(nn.Module):
     def forward(self, x: Tensor, form: str = "tensor") -> list[Tensor]:
         return [model(x, form) for model in self.models.values()]
 
-    def check(self, found: Sequence[Tensor], x: Tensor, form: str = "tensor") -> None:
-        assert len(found) == len(RULES)
-        for (name, model), tensor in zip(self.models.items(), found, strict=True):
+    def check(self, outputs: Sequence[Tensor], x: Tensor, form: str = "tensor") -> None:
+        assert len(outputs) == len(RULES)
+        for (name, model), tensor in zip(self.models.items(), outputs, strict=True):
             torch.testing.assert_close(tensor, model(x, form), msg=lambda text, name=name: f"{name}: {text}")
 
 
@@ -254,8 +254,8 @@ def test_training_reaches_them_through_gradient_checkpointing() -> None:
         model(**batch, labels=batch["input_ids"]).loss.backward()
         grads.append([p.grad.clone() for p in model.parameters() if p.requires_grad])
     assert len(grads[0]) == 2 * 4 + 2 * 3
-    for one, other in zip(*grads, strict=True):
-        torch.testing.assert_close(one, other)
+    for plain_grad, checkpointed_grad in zip(*grads, strict=True):
+        torch.testing.assert_close(plain_grad, checkpointed_grad)
 
 
 @pytest.mark.parametrize("name", ["bottleneck", "reft", "steer"])
@@ -345,21 +345,21 @@ def test_training_keeps_the_rows_orthonormal() -> None:
     apply_rules(model, [ReftRule("0", rank=2)])
     h = nn.Sequential(nn.Linear(5, 6))
     h.load_state_dict(model.state_dict(), strict=False)
-    held = model[0].adapters.default
+    adapter = model[0].adapters.default
     optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
     x, target = torch.randn(8, 5), torch.randn(8, 6)
     for _ in range(5):
         optimizer.zero_grad()
         F.mse_loss(model(x), target).backward()
         optimizer.step()
-    assert (held.R @ held.R.T - torch.eye(2)).abs().max() > 1e-4  # the raw tensor has moved off
-    rows = torch.linalg.svd(held.R, full_matrices=False)[2]  # the same span, by other means
+    assert (adapter.R @ adapter.R.T - torch.eye(2)).abs().max() > 1e-4  # the raw tensor has moved off
+    rows = torch.linalg.svd(adapter.R, full_matrices=False)[2]  # the same span, by other means
     edit = model(x) - h(x)
     torch.testing.assert_close(edit, edit @ rows.T @ rows, rtol=1e-4, atol=1e-5)
     projected = (h(x) + edit) @ rows.T @ rows
-    Q = torch.linalg.qr(held.R.T)[0]
-    Q = Q * (Q * held.R.T).sum(0).sign()
-    torch.testing.assert_close(projected, (h(x) @ held.W.T + held.b) @ Q.T, rtol=1e-4, atol=1e-5)
+    Q = torch.linalg.qr(adapter.R.T)[0]
+    Q = Q * (Q * adapter.R.T).sum(0).sign()
+    torch.testing.assert_close(projected, (h(x) @ adapter.W.T + adapter.b) @ Q.T, rtol=1e-4, atol=1e-5)
 
 
 def test_reft_refuses() -> None:
@@ -374,8 +374,8 @@ def test_reft_refuses() -> None:
 
 
 def test_a_direction_is_plain_numbers() -> None:
-    made = SteerRule("0", direction=torch.tensor([1.0, 2.0]))
-    assert made.direction == (1.0, 2.0) and made == SteerRule("0", direction=[1, 2])
+    steer_rule = SteerRule("0", direction=torch.tensor([1.0, 2.0]))
+    assert steer_rule.direction == (1.0, 2.0) and steer_rule == SteerRule("0", direction=[1, 2])
     for wrong in ("abc", torch.ones(2, 2), 3.0, {"0": "x"}):
         with pytest.raises(RuleError, match="direction"):
             SteerRule("0", direction=wrong)  # type: ignore[arg-type]
@@ -384,8 +384,8 @@ def test_a_direction_is_plain_numbers() -> None:
 def test_a_direction_for_each_site_and_what_does_not_fit() -> None:
     model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 3), nn.Tanh())
     assert "has 3 features" in str(plan_rules(model, [SteerRule("1", direction=[1.0, 2.0])]).problems[0])
-    given = SteerRule(["0", "1"], direction={"0": [1.0, 2.0]})
-    assert "direction has none for it" in str(plan_rules(model, [given]).problems[0])
+    steer_rule = SteerRule(["0", "1"], direction={"0": [1.0, 2.0]})
+    assert "direction has none for it" in str(plan_rules(model, [steer_rule]).problems[0])
     assert "give features=" in str(plan_rules(model, [SteerRule("2")]).problems[0])
     apply_rules(model, [SteerRule("2", direction=[1.0, 2.0, 3.0])])
     x = torch.randn(4, 2)
@@ -407,23 +407,23 @@ def test_fit_direction_is_the_difference_of_means(positions: str) -> None:
     model.layers[1].eval()
     positive = [torch.randn(2, 4, 6) + 1, torch.randn(1, 3, 6) + 1]
     negative = [(torch.randn(1, 5, 6), "tuple"), {"x": torch.randn(3, 2, 6), "form": "dict"}]
-    found = fit_direction(model, SteerRule(Block, positions=positions), positive, negative)
+    fitted_rule = fit_direction(model, SteerRule(Block, positions=positions), positive, negative)
 
     def mean(inputs: list[Tensor]) -> Tensor:
         rows = [model.layers[0](x).detach().unbind(1) for x in inputs]
         chosen = {"all": slice(None), "l1": slice(-1, None), "f1+l1": slice(None, None)}[positions]
-        kept = [[each[0], each[-1]] if positions == "f1+l1" else each[chosen] for each in rows]
-        return torch.cat([position for each in kept for position in each]).double().mean(0)
+        chosen_rows = [[each[0], each[-1]] if positions == "f1+l1" else each[chosen] for each in rows]
+        return torch.cat([position for each in chosen_rows for position in each]).double().mean(0)
 
     expected = mean(positive) - mean([negative[0][0], negative[1]["x"]])  # type: ignore[list-item,index]
-    direction = cast(dict[str, tuple[float, ...]], found.direction)
+    direction = cast(dict[str, tuple[float, ...]], fitted_rule.direction)
     torch.testing.assert_close(torch.tensor(direction["layers.0"], dtype=torch.float64), expected)
     assert direction.keys() == {"layers.0", "layers.1"}
     assert model.training and model.layers[0].training and not model.layers[1].training
     assert not model.layers[0]._forward_hooks
-    assert plan_rules(model, [found])
-    (read,) = rules_from_json(rules_to_json([found.replace(targets=["layers.0", "layers.1"])]))
-    assert read.direction == found.direction  # type: ignore[attr-defined]
+    assert plan_rules(model, [fitted_rule])
+    (read,) = rules_from_json(rules_to_json([fitted_rule.replace(targets=["layers.0", "layers.1"])]))
+    assert read.direction == fitted_rule.direction  # type: ignore[attr-defined]
 
 
 def test_fit_direction_refuses() -> None:
@@ -447,30 +447,30 @@ def test_captured_activations_come_by_name_and_call() -> None:
     before = model(x)
     rules = [CaptureRule("layers.0"), CaptureRule("layers.1", what="input", tag="between")]
     apply_rules(model, rules, example_inputs=x)
-    with captured(model) as found:
+    with captured(model) as captures:
         for form in FORMS:
             assert torch.equal(model(x, form), before)
-    assert found.keys() == {"layers.0", "between"} and {len(items) for items in found.values()} == {len(FORMS)}
-    for one, other in zip(found["layers.0"], found["between"], strict=True):
-        assert torch.equal(one, other) and not one.requires_grad
-    assert torch.equal(model.layers[1](found["between"][0]), before)
+    assert captures.keys() == {"layers.0", "between"} and {len(items) for items in captures.values()} == {len(FORMS)}
+    for layer_output, next_input in zip(captures["layers.0"], captures["between"], strict=True):
+        assert torch.equal(layer_output, next_input) and not layer_output.requires_grad
+    assert torch.equal(model.layers[1](captures["between"][0]), before)
     model(x)
-    assert len(found["between"]) == len(FORMS)
+    assert len(captures["between"]) == len(FORMS)
     with pytest.raises(SurgeryError, match="nothing was captured under 'lin'"):
-        found["lin"]
+        captures["lin"]
 
 
 def test_a_whole_result_and_gradients() -> None:
     model, x = Stack(1), torch.randn(2, 4, 6)
     apply_rules(model, [CaptureRule("layers.0", what="result")], freeze=True)
-    with captured(model, detach=False) as found:
+    with captured(model, detach=False) as captures:
         model(x, "dict")
-    result = found["layers.0"][0]
+    result = captures["layers.0"][0]
     assert list(result) == ["loss", "state", "extra"] and torch.equal(result["extra"], x)
     assert result["state"].requires_grad is False  # the base is frozen
-    with captured(model, detach=False) as found:
+    with captured(model, detach=False) as captures:
         model(x.requires_grad_(), "dict")
-    found["layers.0"][0]["state"].square().sum().backward()
+    captures["layers.0"][0]["state"].square().sum().backward()
     assert x.grad is not None
 
 
@@ -490,7 +490,7 @@ def test_only_the_models_own_calls_are_captured() -> None:
 
 def test_each_thread_has_its_own_contexts() -> None:
     model = apply_rules(Stack(1).eval(), [CaptureRule(Block)])
-    found: dict[int, list[Tensor]] = {}
+    captures_by_thread: dict[int, list[Tensor]] = {}
     start = threading.Barrier(4)
 
     def work(number: int) -> None:
@@ -498,29 +498,29 @@ def test_each_thread_has_its_own_contexts() -> None:
         with captured(model) as mine:
             for _ in range(20):
                 model(torch.full((1, 1, 6), float(number)))
-        found[number] = mine["layers.0"]
+        captures_by_thread[number] = mine["layers.0"]
 
-    with captured(model) as here:
+    with captured(model) as captures:
         threads = [threading.Thread(target=work, args=(number,)) for number in range(4)]
         for thread in threads:
             thread.start()
         for thread in threads:
             thread.join()
-    assert not here
-    for number, items in found.items():
+    assert not captures
+    for number, items in captures_by_thread.items():
         expected = model(torch.full((1, 1, 6), float(number)))
         assert len(items) == 20 and all(torch.equal(item, expected) for item in items)
 
 
 def test_nothing_is_held_once_the_context_is_closed() -> None:
     model = apply_rules(Stack(1), [CaptureRule(Block)])
-    with pytest.raises(ZeroDivisionError), captured(model) as found:
+    with pytest.raises(ZeroDivisionError), captured(model) as captures:
         model(torch.randn(1, 2, 6))
-        held = weakref.ref(found["layers.0"][0])
+        reference = weakref.ref(captures["layers.0"][0])
         raise ZeroDivisionError
-    del found
+    del captures
     gc.collect()
-    assert held() is None
+    assert reference() is None
 
 
 def test_a_compiled_model_is_captured_too() -> None:
@@ -529,7 +529,7 @@ def test_a_compiled_model_is_captured_too() -> None:
     apply_rules(model, [CaptureRule(Block)], freeze=True)  # at a break Dynamo warns of inner tensors' .grad
     compiled = torch.compile(model, backend="eager")
     before = compiled(x)
-    with captured(model) as found:
+    with captured(model) as captures:
         assert torch.equal(compiled(x), before) and torch.equal(compiled(x), before)
     compiled(x)
     torch._dynamo.reset()
@@ -537,7 +537,7 @@ def test_a_compiled_model_is_captured_too() -> None:
     assert torch.equal(whole(x), before)
     with captured(model), pytest.raises(RuntimeError, match="(?s)disable"):
         whole(x)
-    assert len(found["layers.0"]) == 2 and torch.equal(found["layers.0"][0], before)
+    assert len(captures["layers.0"]) == 2 and torch.equal(captures["layers.0"][0], before)
 
 
 # ReplaceRule --------------------------------------------------------------------------------------------------
@@ -566,14 +566,14 @@ def test_an_activation_and_a_norm_are_replaced() -> None:
 def test_a_module_of_ones_own_takes_its_place_with_its_tensors() -> None:
     inner = nn.Sequential(nn.Linear(4, 2), nn.GELU(), nn.Dropout(0.5), nn.Linear(2, 3))
     model, x = nn.Sequential(nn.Linear(4, 3)).eval(), torch.randn(5, 4)
-    made = ReplaceRule("0", by=inner)
-    apply_rules(model, [made], example_inputs=x)
+    replace_rule = ReplaceRule("0", by=inner)
+    apply_rules(model, [replace_rule], example_inputs=x)
     assert torch.equal(model(x), inner.eval()(x))
     names = ("_0_weight", "_0_bias", "_3_weight", "_3_bias")
     assert list(adapter_state_dict(model)) == [f"0.adapters.{name}" for name in names]
     assert not torch.equal(model.train()(x), model(x))
     with pytest.raises(RuleError, match="can't be written"):
-        made.to_dict()
+        replace_rule.to_dict()
 
 
 def test_making_a_plan_draws_no_random_numbers() -> None:

@@ -58,8 +58,8 @@ class Outer(nn.Module):
 @rule("test-grandchild-scaled")
 class GrandchildRule(Rule):
     def rewrite(self, site: Any) -> None:
-        for found in site.find(Structure(lambda x: F.gelu(x))):
-            site.replace(found.root, found.root * 1.0)
+        for match in site.find(Structure(lambda x: F.gelu(x))):
+            site.replace(match.root, match.root * 1.0)
         site.replace(site.tensor("inner.up.weight"), site.tensor("inner.up.weight") * 2)
 
 
@@ -79,9 +79,9 @@ def test_the_child_computes_with_the_new_weight(kind: type[Mlp], looks: bool, tr
     apply_rules(net.eval(), ScaledRule(kind, looks=looks), example_inputs=X)
     net.train(training)
     factor = torch.tensor([2.0], requires_grad=True)
-    found, expected = net(X), plainly(other, X, factor)
-    assert torch.equal(found, expected)
-    found.square().sum().backward()
+    output, expected = net(X), plainly(other, X, factor)
+    assert torch.equal(output, expected)
+    output.square().sum().backward()
     expected.square().sum().backward()
     torch.testing.assert_close(dict(net.named_parameters())["adapters.default.factor"].grad, factor.grad)
     assert torch.equal(net.norm.running_mean, other.norm.running_mean)  # type: ignore[arg-type]
@@ -133,8 +133,8 @@ def test_parameters_of_layers_are_values_to_compute_with() -> None:
         """The output, less the size of a weight inside."""
 
         def rewrite(self, site: Any) -> Any:
-            (found,) = site.find(UP)
-            return site.output - found.bindings["weight"].square().mean()
+            (match,) = site.find(UP)
+            return site.output - match.bindings["weight"].square().mean()
 
     net = Mlp().eval()
     expected = net(X) - net.up.weight.square().mean()

@@ -47,9 +47,9 @@ X = torch.linspace(-1, 1, 8).view(2, 4)
 def test_an_edit_inside_of_a_replaced_operation_is_told():
     gated = Gated()
     model = apply_rules(nn.Sequential(gated), Double(targets="0"), adapter="a", example_inputs=X)
-    with pytest.warns(SurgeryWarning, match=r"Double \[a\] and Zero \[b\] are live on one Gated") as told:
+    with pytest.warns(SurgeryWarning, match=r"Double \[a\] and Zero \[b\] are live on one Gated") as issued_warnings:
         apply_rules(model, Zero(targets="0"), adapter="b", example_inputs=X)
-    assert "no effect" in str(told[0].message)
+    assert "no effect" in str(issued_warnings[0].message)
     assert torch.equal(model(X), X * 0)
     remove(model, adapter="b")
     assert torch.equal(model(X), torch.tanh(2 * torch.sigmoid(gated.up(X))))

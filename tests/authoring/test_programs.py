@@ -43,14 +43,16 @@ def outcome(model: Callable[[Tensor], Tensor], x: Tensor, seed: int = 3) -> tupl
     return y.detach(), gradients, drawn
 
 
-def same(one: Any, other: Any) -> bool:
-    if isinstance(one, Tensor):
+def same(actual: Any, expected: Any) -> bool:
+    if isinstance(actual, Tensor):
         return (
-            isinstance(other, Tensor) and one.dtype == other.dtype and torch.equal(one.nan_to_num(), other.nan_to_num())
+            isinstance(expected, Tensor)
+            and actual.dtype == expected.dtype
+            and torch.equal(actual.nan_to_num(), expected.nan_to_num())
         )
-    if isinstance(one, (tuple, list)):
-        return len(one) == len(other) and all(same(a, b) for a, b in zip(one, other, strict=True))
-    return one == other
+    if isinstance(actual, (tuple, list)):
+        return len(actual) == len(expected) and all(same(a, b) for a, b in zip(actual, expected, strict=True))
+    return actual == expected
 
 
 def paired(base: nn.Module, by_hand: nn.Module, adapters: list[str]) -> list[tuple[Tensor, Tensor]]:
@@ -58,12 +60,12 @@ def paired(base: nn.Module, by_hand: nn.Module, adapters: list[str]) -> list[tup
     pairs = []
     for index, name in enumerate(adapters):
         for letter in "wm":
-            held = {
+            adapter_tensors = {
                 key: t
                 for key, t in (*base.named_parameters(), *base.named_buffers())
                 if key.endswith(f"{name}.{letter}")
             }
-            pairs += [(t, getattr(by_hand, f"{letter}_{index}")) for t in held.values()]
+            pairs += [(t, getattr(by_hand, f"{letter}_{index}")) for t in adapter_tensors.values()]
     return pairs
 
 
@@ -101,7 +103,7 @@ def output_program(seed: int, count: int = 1) -> tuple[nn.Module, nn.Module, lis
     return base, by_hand, written, snapshot
 
 
-def told(seed: int, rewrites: list[str], by_hand: nn.Module | None = None) -> str:
+def describe_program(seed: int, rewrites: list[str], by_hand: nn.Module | None = None) -> str:
     return f"\n# seed {seed}\n" + "\n# ---\n".join(rewrites)
 
 
@@ -112,7 +114,7 @@ def test_a_rewrite_does_what_its_python_says(seed: int) -> None:
         model, twin, written, snapshot = output_program(seed, count)
     except SurgeryError as error:
         pytest.fail(f"refused: {error}")
-    text = told(seed, [each.as_rewrite() for each in written])
+    text = describe_program(seed, [each.as_rewrite() for each in written])
     compare(model, twin)
     moved = [name for name, buffer in model.named_buffers() if "adapters" not in name]
     for name in moved:
@@ -124,9 +126,9 @@ def test_a_rewrite_does_what_its_python_says(seed: int) -> None:
     compare(unpickled, copy.deepcopy(twin))
     compare(copy.deepcopy(model).bfloat16(), copy.deepcopy(twin).bfloat16())
     remove(model)
-    told_of = [f"buffer {name}" for name in moved]  # the calls moved them, as those of the twin did
+    buffer_lines = [f"buffer {name}" for name in moved]  # the calls moved them, as those of the twin did
     left = [line for line in snapshot.differences(model) if "mode of" not in line]
-    assert not [line for line in left if not line.startswith(tuple(told_of))], text
+    assert not [line for line in left if not line.startswith(tuple(buffer_lines))], text
 
 
 @pytest.mark.parametrize("seed", range(SEED, SEED + COUNT // 2))
@@ -135,13 +137,13 @@ def test_a_replacement_is_what_a_hand_would_write_there(seed: int) -> None:
     inner = programs.inner_program(seed)
     base = programs.inner_base(inner)
     twin = programs.inner_by_hand(copy.deepcopy(base), inner, seed)
-    text = told(seed, [inner.forward(), *inner.as_rewrites()])
+    text = describe_program(seed, [inner.forward(), *inner.as_rewrites()])
     snapshot = Snapshot(base)
     names = []
     for index, source in enumerate(inner.as_rewrites()):
-        one = SourceRule(type(base), source=source, seed=seed)
+        source_rule = SourceRule(type(base), source=source, seed=seed)
         try:
-            apply_rules(base, one, adapter=f"a{index}", example_inputs=torch.randn(3, 4))
+            apply_rules(base, source_rule, adapter=f"a{index}", example_inputs=torch.randn(3, 4))
             names.append(f"a{index}")
         except SurgeryError as error:
             assert "changes nothing" in str(error), f"{error}{text}"
@@ -166,11 +168,11 @@ def forms(model: nn.Module, twin: nn.Module, x: Tensor, features: set[str]) -> N
     if not features & {"hook", "draws"}:
         for strict in (False, True):
             mine, by_hand, wanted = (copy.deepcopy(each).eval() for each in (model, twin, twin))
-            found = exported(mine, x, strict)
-            if isinstance(found, str):  # torch asserts the dtype before autocast for a cast inside of it
-                assert found == exported(by_hand, x, strict)
+            exported_output = exported(mine, x, strict)
+            if isinstance(exported_output, str):  # torch asserts the dtype before autocast for a cast inside of it
+                assert exported_output == exported(by_hand, x, strict)
             else:
-                assert same(found, wanted(x.clone()).detach())
+                assert same(exported_output, wanted(x.clone()).detach())
 
 
 def exported(model: nn.Module, x: Tensor, strict: bool) -> Tensor | str:
@@ -186,7 +188,7 @@ def exported(model: nn.Module, x: Tensor, strict: bool) -> Tensor | str:
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")  # Dynamo looks at that of its inputs
 def test_programs_compile_and_export(seed: int) -> None:
     model, twin, written, _ = output_program(seed)
-    text = told(seed, [each.as_rewrite() for each in written])
+    text = describe_program(seed, [each.as_rewrite() for each in written])
     features = written[0].features | ({"draws"} if isinstance(model, programs.Dropping) else set())
     x = torch.randn(3, 4)
     if same(outcome(copy.deepcopy(twin), x)[0], "fails"):
@@ -208,8 +210,8 @@ def test_replacements_compile_and_export(seed: int) -> None:
     x, names = torch.randn(3, 4), []
     for index, source in enumerate(inner.as_rewrites()):
         with contextlib.suppress(SurgeryError):  # nothing to replace
-            one = SourceRule(type(base), source=source, seed=seed)
-            apply_rules(base, one, adapter=f"a{index}", example_inputs=x)
+            source_rule = SourceRule(type(base), source=source, seed=seed)
+            apply_rules(base, source_rule, adapter=f"a{index}", example_inputs=x)
             names.append(f"a{index}")
     if not names:
         pytest.skip("there is nothing to replace")
@@ -218,7 +220,7 @@ def test_replacements_compile_and_export(seed: int) -> None:
     try:
         forms(base, twin, x, set())
     except Exception as error:
-        error.add_note(told(seed, [inner.forward(), *inner.as_rewrites()]))
+        error.add_note(describe_program(seed, [inner.forward(), *inner.as_rewrites()]))
         raise
 
 
@@ -226,8 +228,8 @@ def test_replacements_compile_and_export(seed: int) -> None:
 def test_programs_are_data(seed: int) -> None:
     """A rule that is written out is saved with its adapter, and does the same in another model."""
     model, twin, _, _ = output_program(seed)
-    (one,) = adapters(model).values()
-    again = [Rule.from_dict(json.loads(json.dumps(each.to_dict()))) for each in one.rules]
+    (adapter,) = adapters(model).values()
+    again = [Rule.from_dict(json.loads(json.dumps(each.to_dict()))) for each in adapter.rules]
     other = BASES[list(BASES)[seed % len(BASES)]]()
     other.load_state_dict({name: tensor for name, tensor in twin.state_dict().items() if name[:2] not in ("w_", "m_")})
     apply_rules(other, again, adapter="a0")

@@ -39,13 +39,13 @@ PAGES = [f"docs/recipes{kind}.md" for kind in ("", "-training", "-reading", "-in
 def page(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SimpleNamespace]:
     """What the pages define, all of it in modules that can be imported."""
     registry = rule_names._classes
-    before, state, found = dict(registry), torch.get_rng_state(), SimpleNamespace()
+    before, state, namespace = dict(registry), torch.get_rng_state(), SimpleNamespace()
     with contextlib.ExitStack() as stack:
         for name in PAGES:
             folder = tmp_path_factory.mktemp("page")
             module = stack.enter_context(runs_to_the_end(name, folder))
-            found.__dict__.update(vars(module))
-        yield found
+            namespace.__dict__.update(vars(module))
+        yield namespace
     registry.clear()
     registry.update(before)
     torch.set_rng_state(state)
@@ -116,8 +116,8 @@ def attention_by_hand(weights: Callable[[Any, Tensor], Tensor]) -> Iterator[None
         scores = query @ key.transpose(2, 3) * more["scaling"]
         for added in (more.get("position_bias"), mask):
             scores = scores if added is None else scores + added
-        found = F.dropout(weights(module, scores).to(query.dtype), more["dropout"], module.training)
-        return (found @ value).transpose(1, 2).contiguous(), found
+        probabilities = F.dropout(weights(module, scores).to(query.dtype), more["dropout"], module.training)
+        return (probabilities @ value).transpose(1, 2).contiguous(), probabilities
 
     with pytest.MonkeyPatch.context() as patch:
         for modeling in (modeling_bert, modeling_llama, modeling_t5, modeling_vit):
@@ -319,8 +319,8 @@ def patched(self: Any, own: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor
 
 
 def ablated(self: Any, own: Any, x: Tensor) -> Tensor:
-    kept = torch.ones(4).index_fill(0, torch.tensor([0, 2]), 0.0).repeat_interleave(8)
-    return own(x * kept.to(x.dtype))
+    head_mask = torch.ones(4).index_fill(0, torch.tensor([0, 2]), 0.0).repeat_interleave(8)
+    return own(x * head_mask.to(x.dtype))
 
 
 def autoencoder(self: Any, own: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -331,8 +331,8 @@ def autoencoder(self: Any, own: Any, x: Tensor, *args: Any, **kwargs: Any) -> Te
     def decoded(features: Tensor) -> Tensor:
         return F.linear(features.to(t["decode_weight"].dtype), t["decode_weight"], t["decode_bias"]).to(features.dtype)
 
-    kept = torch.cat([features[..., :3], torch.zeros_like(features[..., :1]), features[..., 4:]], -1)
-    return decoded(kept) + (y - decoded(features)).detach()
+    ablated_features = torch.cat([features[..., :3], torch.zeros_like(features[..., :1]), features[..., 4:]], -1)
+    return decoded(ablated_features) + (y - decoded(features)).detach()
 
 
 def steered(self: Any, own: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -507,13 +507,13 @@ def called(model: nn.Module, call: Any, seed: int = 0) -> list[Tensor]:
     return [part for part in parts if isinstance(part, Tensor)]
 
 
-def assert_same(found: list[Tensor], wanted: list[Tensor], exact: bool, what: str, **tolerance: Any) -> None:
-    assert len(found) == len(wanted), what
-    for one, other in zip(found, wanted, strict=True):
+def assert_same(outputs: list[Tensor], wanted: list[Tensor], exact: bool, label: str, **tolerance: Any) -> None:
+    assert len(outputs) == len(wanted), label
+    for output, want in zip(outputs, wanted, strict=True):
         if exact:
-            assert torch.equal(one, other), f"{what}: off by {(one.float() - other.float()).abs().max()}"
+            assert torch.equal(output, want), f"{label}: off by {(output.float() - want.float()).abs().max()}"
         else:
-            torch.testing.assert_close(one, other, msg=lambda text: f"{what}: {text}", **tolerance)
+            torch.testing.assert_close(output, want, msg=lambda text: f"{label}: {text}", **tolerance)
 
 
 def loss_of(outputs: list[Tensor]) -> Tensor:
@@ -549,9 +549,9 @@ def test_values_gradients_and_a_step_of_training(page: Any, name: str) -> None:
     plain = by_hand(plain, model, case.changes, paths)
     for mode in (False, True):
         for call in case.calls:
-            found = called(model.train(mode), call)
+            outputs = called(model.train(mode), call)
             with case.around():
-                assert_same(found, called(plain.train(mode), call), case.exact, f"training {mode}")
+                assert_same(outputs, called(plain.train(mode), call), case.exact, f"training {mode}")
     own, others = trained(model, plain, paths)
     for step in (0, 1):
         grads = torch.autograd.grad(loss_of(called(model, case.calls[0], step)), own, allow_unused=True)
@@ -561,9 +561,9 @@ def test_values_gradients_and_a_step_of_training(page: Any, name: str) -> None:
             torch.testing.assert_close(*(grad if grad is not None else torch.zeros(()) for grad in pair), **SUMS)
         stepped(own, grads)
         stepped(others, wanted)
-    found = called(model, case.calls[0])
+    outputs = called(model, case.calls[0])
     with case.around():
-        assert_same(found, called(plain, case.calls[0]), False, "after two steps", **SUMS)
+        assert_same(outputs, called(plain, case.calls[0]), False, "after two steps", **SUMS)
     for path in paths:
         other: Any = plain.get_submodule(path)
         for key, tensor in tensors_at(model, path).items():
@@ -609,8 +609,8 @@ def test_copies_compile_export_and_removal(page: Any, name: str) -> None:
     if name == "second head":  # the page says so: transformers makes a ModelOutput of its fields alone
         with pytest.raises(TypeError, match="second_logits"):
             called(others.pop("export"), case.calls[0])
-    for what, other in others.items():
-        assert_same(called(other, case.calls[0]), wanted, True, what)
+    for form, other in others.items():
+        assert_same(called(other, case.calls[0]), wanted, True, form)
     torch.compiler.reset()
     rules = [case.rule(page)]
     assert rules_from_json(rules_to_json(rules)) == rules
@@ -626,12 +626,12 @@ def test_half_precision(page: Any, name: str) -> None:
     call = in_bfloat16(case.calls[0])
     plain, model, paths = plain_and_rewritten(page, replace(case, calls=[call]), torch.bfloat16)
     plain = by_hand(plain, model, case.changes, paths)
-    found = called(model, call)
+    outputs = called(model, call)
     with case.around():
         wanted = called(plain, call)
-    assert [each.dtype for each in found] == [each.dtype for each in wanted]
+    assert [each.dtype for each in outputs] == [each.dtype for each in wanted]
     # bfloat16 has eight bits, and the two may round in other places
-    assert_same(found, wanted, False, "bfloat16", rtol=0.05, atol=0.02)
+    assert_same(outputs, wanted, False, "bfloat16", rtol=0.05, atol=0.02)
     loss_of(called(model.train(), call)).backward()
 
 
@@ -654,9 +654,9 @@ def test_queries_keys_and_values(page: Any) -> None:
     for hook in hooks:
         hook.remove()
     apply_rules(model, page.CaptureRule(["q_proj", "k_proj", "v_proj"]))
-    with page.captured(model) as found:
+    with page.captured(model) as captures:
         assert_same(called(model, TOKENS[0]), wanted, True, "captured")
-    assert taken.keys() == dict(found).keys() and all(torch.equal(found[path][0], taken[path]) for path in taken)
+    assert taken.keys() == dict(captures).keys() and all(torch.equal(captures[path][0], taken[path]) for path in taken)
 
 
 def test_the_pages_have_thirty_recipes() -> None:

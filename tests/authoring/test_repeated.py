@@ -48,9 +48,9 @@ class AgainRule(Rule):
     def rewrite(self, site: Site) -> Any:
         nodes = {str(node.target): node for node in site.graph.nodes if node.op == "call_module"}
         attention = nodes["self_attn"]
-        made = next(user for user in attention.users if "getitem" in str(user.target))
-        more: Any = site.again(site.at(attention), {nodes["input_layernorm"]: site.at(made)})
-        site.replace(site.at(made), more[0])
+        attention_output = next(user for user in attention.users if "getitem" in str(user.target))
+        more: Any = site.again(site.at(attention), {nodes["input_layernorm"]: site.at(attention_output)})
+        site.replace(site.at(attention_output), more[0])
 
 
 @rule("update-twice")
@@ -64,8 +64,8 @@ class UpdateRule(Rule):
         site.replace(site.at(update), site.apply(latter, site.base(site.at(update)), site.again(site.at(update), {})))
 
 
-def latter(one: Any, other: Any) -> Any:
-    return other
+def latter(first: Any, second: Any) -> Any:
+    return second
 
 
 def twice(model: Any, path: str) -> Any:
@@ -115,15 +115,15 @@ def test_the_cache_stays_as_it_was(kind: str) -> None:
         with torch.no_grad():
             model(IDS, past_key_values=cache)
         length = IDS.shape[1]
-    held = copy.deepcopy(cache)
+    cache_copy = copy.deepcopy(cache)
     apply_rules(model, [TwiceRule("re:model.layers.1")])
     with torch.inference_mode(kind == "inference"), pytest.raises(SiteError, match="writes to a"):
         model(IDS, past_key_values=cache, use_cache=True)
     remove(model)
     assert [int(layer.get_seq_length()) for layer in cache.layers] == [length] * len(cache.layers)
     with torch.no_grad():
-        found, expected = (model(IDS, past_key_values=one).logits for one in (cache, held))
-    assert torch.equal(found, expected)
+        logits, expected = (model(IDS, past_key_values=past).logits for past in (cache, cache_copy))
+    assert torch.equal(logits, expected)
 
 
 def test_an_example_with_a_cache_is_refused_while_planning() -> None:
@@ -165,7 +165,7 @@ def test_a_state_space_layer() -> None:
         model.generate(IDS, **GREEDY)
 
 
-class Kept(nn.Module):
+class BufferCache(nn.Module):
     """Keys and values in the module's own buffers, written at the positions that a call names."""
 
     keys: Tensor
@@ -200,23 +200,23 @@ class Plain(nn.Module):
 
 def test_caches_of_other_kinds() -> None:
     x = torch.randn(3, 4)
-    model = nn.ModuleDict({"kept": Kept(), "plain": Plain()}).eval()
+    model = nn.ModuleDict({"kept": BufferCache(), "plain": Plain()}).eval()
     apply_rules(model, [TwiceRule(["kept", "plain"])])
-    kept: Any = model["kept"]
+    with_buffer: Any = model["kept"]
     plain: Any = model["plain"]
     with torch.no_grad():
-        torch.testing.assert_close(kept(x), kept.linear(kept.linear(x)))
+        torch.testing.assert_close(with_buffer(x), with_buffer.linear(with_buffer.linear(x)))
         with pytest.raises(SiteError, match="writes to a buffer of its own"):
-            kept(x, torch.arange(3))
-        assert torch.equal(kept.keys, torch.zeros(6, 4))
+            with_buffer(x, torch.arange(3))
+        assert torch.equal(with_buffer.keys, torch.zeros(6, 4))
         cache: dict[str, Tensor] = {}
         with pytest.raises(SiteError, match="writes to a dict"):
             plain(x, cache)
         assert cache == {}
-        held = {"keys": torch.ones(2, 4)}
+        filled_cache = {"keys": torch.ones(2, 4)}
         with pytest.raises(SiteError, match="writes to a dict"):
-            plain(x, held)
-        assert torch.equal(held["keys"], torch.ones(2, 4))
+            plain(x, filled_cache)
+        assert torch.equal(filled_cache["keys"], torch.ones(2, 4))
 
 
 def test_statistics_are_counted_at_each_run() -> None:
@@ -235,12 +235,12 @@ def test_examples_and_merges_leave_a_given_cache_alone() -> None:
     cache = transformers.DynamicCache(config=model.config)
     with torch.no_grad():
         model(IDS, past_key_values=cache)
-    held = copy.deepcopy(cache)
+    cache_copy = copy.deepcopy(cache)
     example = {"input_ids": IDS[:, :2], "past_key_values": cache}
     apply_rules(model, [LoraRule("q_proj", rank=2)], example_inputs=example)
     merge(model)
     assert cache.get_seq_length() == 5
-    assert all(torch.equal(a.keys, b.keys) for a, b in zip(cache.layers, held.layers, strict=True))
+    assert all(torch.equal(a.keys, b.keys) for a, b in zip(cache.layers, cache_copy.layers, strict=True))
 
 
 def test_a_layer_that_is_left_out() -> None:

@@ -250,8 +250,8 @@ def test_regions_hold() -> None:
         low = x @ x.mT
     want = F.linear(x, model.weight, model.bias) + (x * 3.0).detach() + low.float().sum() + x * 5.0
     assert torch.equal(model(x), want)
-    found, wanted = (torch.autograd.grad(y.sum(), x)[0] for y in (model(x), want))
-    assert torch.allclose(found, wanted)  # sums in another order
+    gradient, wanted = (torch.autograd.grad(y.sum(), x)[0] for y in (model(x), want))
+    assert torch.allclose(gradient, wanted)  # sums in another order
     with torch.no_grad():
         assert model(x).requires_grad
     for again in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
@@ -267,8 +267,8 @@ def test_hooks_are_registered() -> None:
     model = nn.Linear(3, 3)
     rewritten(model, nn.Linear, body)
     x = torch.randn(2, 3, requires_grad=True)
-    (found,) = torch.autograd.grad(model(x).sum(), x)
-    assert torch.allclose(found, 2 * model.weight.sum(0).expand(2, 3))
+    (gradient,) = torch.autograd.grad(model(x).sum(), x)
+    assert torch.allclose(gradient, 2 * model.weight.sum(0).expand(2, 3))
 
 
 def _doubled(grad: Tensor) -> Tensor:
@@ -303,29 +303,31 @@ def test_planning_draws_nothing_and_calls_do() -> None:
     rewritten(model, nn.Linear, body)
     assert torch.equal(state, torch.random.get_rng_state())
     torch.manual_seed(1)
-    found = model(x)
+    output = model(x)
     torch.manual_seed(1)
     rand = torch.rand(3)
-    assert torch.equal(found, base + rand + torch.rand_like(base))
+    assert torch.equal(output, base + rand + torch.rand_like(base))
 
 
 # Decisions --------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
-    ("body", "told"),
+    ("body", "message"),
     [
         (lambda site: site.output if site.output.sum() > 0 else site.input, "can't branch on a value"),
         (lambda site: sum(row for row in site.output), "can't iterate over a value"),
         (lambda site: site.output * float(site.output.sum()), "can't use as a Python number"),
     ],
 )
-def test_refusals_name_the_line_of_the_user(body: Any, told: str) -> None:
+def test_refusals_name_the_line_of_the_user(body: Any, message: str) -> None:
     linear = nn.Linear(3, 3)
     snapshot = Snapshot(linear)
     with pytest.raises(PlanError) as caught:
         rewritten(linear, nn.Linear, body)
-    assert told in str(caught.value) and "test_rewrites.py:" in str(caught.value) and "lambda site" in str(caught.value)
+    assert (
+        message in str(caught.value) and "test_rewrites.py:" in str(caught.value) and "lambda site" in str(caught.value)
+    )
     assert not snapshot.differences(linear)
 
 

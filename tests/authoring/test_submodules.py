@@ -77,12 +77,12 @@ def host() -> Any:
 
 
 def block(model: Any) -> nn.Sequential:
-    made = nn.Sequential(nn.Linear(4, 6), nn.GELU(), nn.Linear(6, 4))
+    module = nn.Sequential(nn.Linear(4, 6), nn.GELU(), nn.Linear(6, 4))
     box = model.inner.adapters.default
     with torch.no_grad():
-        for name, parameter in made.named_parameters():
+        for name, parameter in module.named_parameters():
             parameter.copy_(getattr(box, "block_" + name.replace(".", "_")))
-    return made
+    return module
 
 
 def by_hand(model: Any, x: Tensor) -> Tensor:
@@ -102,9 +102,9 @@ def test_it_is_called_as_written() -> None:
         assert torch.equal(model(x), by_hand(model, x))
     trained = [p for p in model.parameters() if p.requires_grad]
     assert len(trained) == 6
-    found = torch.autograd.grad(model(X).square().sum(), trained)
+    gradients = torch.autograd.grad(model(X).square().sum(), trained)
     wanted = torch.autograd.grad(by_hand(model, X).square().sum(), trained)
-    assert all(torch.equal(grad, want) for grad, want in zip(found, wanted, strict=True))
+    assert all(torch.equal(grad, want) for grad, want in zip(gradients, wanted, strict=True))
 
 
 def test_planning_draws_no_numbers_and_it_starts_as_torch_makes_it() -> None:
@@ -115,8 +115,8 @@ def test_planning_draws_no_numbers_and_it_starts_as_torch_makes_it() -> None:
     assert torch.equal(torch.get_rng_state(), state)
     apply_rules(model, BesideRule("inner", gated=False))
     torch.manual_seed(3)
-    made = nn.Sequential(nn.Linear(4, 6), nn.GELU(), nn.Linear(6, 4))
-    assert all(torch.equal(p, q) for p, q in zip(made.parameters(), block(model).parameters(), strict=True))
+    expected = nn.Sequential(nn.Linear(4, 6), nn.GELU(), nn.Linear(6, 4))
+    assert all(torch.equal(p, q) for p, q in zip(expected.parameters(), block(model).parameters(), strict=True))
 
 
 @pytest.mark.parametrize("make", [BesideRule, TwiceRule, PairRule])
@@ -147,8 +147,8 @@ def test_one_module_may_be_called_twice_and_written_to() -> None:
     box = model.inner.adapters.default
     mixed, normal = Experts(4), Normal(4)
     with torch.no_grad():
-        for prefix, made in (("mixed", mixed), ("normal", normal)):
-            for name, tensor in made.state_dict().items():
+        for prefix, submodule in (("mixed", mixed), ("normal", normal)):
+            for name, tensor in submodule.state_dict().items():
                 tensor.copy_(getattr(box, f"{prefix}_{name}".replace(".", "_")))
     for training in (True, True, False):
         model.train(training)

@@ -47,27 +47,29 @@ def readable(module: nn.Module) -> Readable:
     return readable_forward(module, state, own_forward(module, state.base))
 
 
-def as_printed(module: nn.Module, found: Readable, index: int = -1) -> nn.Module:
+def as_printed(module: nn.Module, printout: Readable, index: int = -1) -> nn.Module:
     """A copy of the module on the same tensors, with the printed code as its forward."""
     state = site_state(module)
     assert state is not None
-    space: dict[str, Any] = {"torch": torch, "F": F, "nn": nn, "Base": state.base, **found.names}
-    code = textwrap.indent(found.codes[index], "    ")
+    space: dict[str, Any] = {"torch": torch, "F": F, "nn": nn, "Base": state.base, **printout.names}
+    code = textwrap.indent(printout.codes[index], "    ")
     exec(f"class Printed(Base):\n    _surgery_base = Base\n{code}", space)
-    made = copy.copy(module)
-    made.__dict__.update({kind: dict(module.__dict__[kind]) for kind in ("_parameters", "_buffers", "_modules")})
-    object.__setattr__(made, "__class__", space["Printed"])
-    return made
+    printed_module = copy.copy(module)
+    printed_module.__dict__.update(
+        {kind: dict(module.__dict__[kind]) for kind in ("_parameters", "_buffers", "_modules")}
+    )
+    object.__setattr__(printed_module, "__class__", space["Printed"])
+    return printed_module
 
 
-def outcome(module: nn.Module, given: tuple, seed: int = 3) -> Any:
+def outcome(module: nn.Module, args: tuple, seed: int = 3) -> Any:
     """The outputs of a call, gradients, random state and buffers; or the error."""
     buffers = {name: buffer.clone() for name, buffer in module.named_buffers()}
     torch.manual_seed(seed)
-    given = tuple([x.clone().requires_grad_() * 1.0 if isinstance(x, Tensor) and x.is_floating_point() else x
-                   for x in given])  # fmt: skip
+    args = tuple([x.clone().requires_grad_() * 1.0 if isinstance(x, Tensor) and x.is_floating_point() else x
+                   for x in args])  # fmt: skip
     try:
-        output = module(*given)
+        output = module(*args)
     except (RuntimeError, ValueError) as error:
         return "fails", str(error).split("\n")[0][:40]
     drawn = torch.random.get_rng_state()
@@ -85,29 +87,29 @@ def outcome(module: nn.Module, given: tuple, seed: int = 3) -> Any:
     return [part.detach() for part in parts], gradients, drawn, after
 
 
-def same(one: Any, other: Any, exact: bool) -> bool:
-    if isinstance(one, Tensor):
-        equal = isinstance(other, Tensor) and one.dtype == other.dtype and one.shape == other.shape
-        if exact or not equal or not one.is_floating_point():
-            return equal and torch.equal(one.nan_to_num(), other.nan_to_num())
+def same(actual: Any, expected: Any, exact: bool) -> bool:
+    if isinstance(actual, Tensor):
+        equal = isinstance(expected, Tensor) and actual.dtype == expected.dtype and actual.shape == expected.shape
+        if exact or not equal or not actual.is_floating_point():
+            return equal and torch.equal(actual.nan_to_num(), expected.nan_to_num())
         # The site may run a fast form, which adds the same numbers in another order.
-        error = 1e-5 if one.dtype == torch.float32 else 2e-2
-        return torch.allclose(one, other, rtol=error, atol=error, equal_nan=True)
-    if isinstance(one, dict):
-        return same(list(one.items()), list(other.items()), exact)
-    if isinstance(one, (tuple, list)):
-        return len(one) == len(other) and all(same(a, b, exact) for a, b in zip(one, other, strict=True))
-    return one == other
+        error = 1e-5 if actual.dtype == torch.float32 else 2e-2
+        return torch.allclose(actual, expected, rtol=error, atol=error, equal_nan=True)
+    if isinstance(actual, dict):
+        return same(list(actual.items()), list(expected.items()), exact)
+    if isinstance(actual, (tuple, list)):
+        return len(actual) == len(expected) and all(same(a, b, exact) for a, b in zip(actual, expected, strict=True))
+    return actual == expected
 
 
-def check(module: nn.Module, *given: Any, exact: bool = False) -> None:
+def check(module: nn.Module, *args: Any, exact: bool = False) -> None:
     """Compare in both modes. The last printed code is for the first kind of call."""
     for training in (False, True):
         module.train(training)
-        wanted = outcome(module, given)
-        found = readable(module)
-        mine = outcome(as_printed(module, found), given)
-        assert same(mine, wanted, exact), f"{found}\n{mine}\n{wanted}"
+        wanted = outcome(module, args)
+        printout = readable(module)
+        mine = outcome(as_printed(module, printout), args)
+        assert same(mine, wanted, exact), f"{printout}\n{mine}\n{wanted}"
 
 
 def moved(model: nn.Module) -> nn.Module:
@@ -128,9 +130,9 @@ GIVEN: dict[str, tuple] = {
 
 @pytest.mark.parametrize("name", [name for name in SHOWN if name != "MultitaskPromptRule"])
 def test_every_rule(name: str) -> None:
-    one, make = SHOWN[name]
+    shown_rule, make = SHOWN[name]
     model = nn.Sequential(OrderedDict(m=make())).eval()
-    apply_rules(model, [one], example_inputs=EXAMPLES.get(name))
+    apply_rules(model, [shown_rule], example_inputs=EXAMPLES.get(name))
     check(moved(model).get_submodule("m"), *GIVEN.get(name, (torch.randn(1, 3, 8),)))
 
 
@@ -143,8 +145,8 @@ PLUMBING = "|".join((
 
 @pytest.mark.parametrize("name", SHOWN)
 def test_no_plumbing_in_the_lines_of_a_rule(name: str) -> None:
-    one, make = SHOWN[name]
-    model = apply_rules(nn.Sequential(OrderedDict(m=make())).eval(), [one], example_inputs=EXAMPLES.get(name))
+    shown_rule, make = SHOWN[name]
+    model = apply_rules(nn.Sequential(OrderedDict(m=make())).eval(), [shown_rule], example_inputs=EXAMPLES.get(name))
     text = str(show(model, "m"))
     assert not re.search(PLUMBING, text), text
     assert re.search(PLUMBING, str(show(model, "m", generated=True)))
@@ -235,8 +237,8 @@ LINEAR: dict[str, list[Rule]] = {
 @pytest.mark.parametrize("name", LINEAR)
 def test_stacks_on_a_linear_layer(name: str, dtype: torch.dtype, weight: float) -> None:
     model = nn.Sequential(OrderedDict(m=nn.Linear(8, 8))).to(dtype)
-    for index, one in enumerate(LINEAR[name]):
-        apply_rules(model, [one], adapter=f"a{index}")
+    for index, stacked_rule in enumerate(LINEAR[name]):
+        apply_rules(model, [stacked_rule], adapter=f"a{index}")
     try:
         names = [f"a{index}" for index in range(len(LINEAR[name]))]
         activate(model, names, dict.fromkeys(names, weight))
@@ -261,9 +263,9 @@ def test_inside_of_a_forward(mask: Tensor | None) -> None:
     for training in (False, True):
         model.train(training)
         wanted = outcome(model, (X, mask))
-        found = readable(model)
-        outcomes = [outcome(as_printed(model, found, index), (X, mask)) for index in range(len(found.codes))]
-        assert any(same(mine, wanted, False) for mine in outcomes), found
+        printout = readable(model)
+        outcomes = [outcome(as_printed(model, printout, index), (X, mask)) for index in range(len(printout.codes))]
+        assert any(same(mine, wanted, False) for mine in outcomes), printout
 
 
 @pytest.mark.parametrize("seed", range(SEED, SEED + COUNT // 2))

@@ -83,8 +83,13 @@ def test_the_live_ones_count() -> None:
     assert torch.equal(model(X), plain) and all(class_of(m) is type(m) for m in model.modules())
     activate(model, "b")
     assert type(model.get_submodule("2")) is nn.Linear  # the layer does not have adapter b
-    found = adapters(model)
-    assert found["b"].live and not found["a"].live and found["a"].sites == ("0", "2") and found["b"].sites == ("0",)
+    adapters_by_name = adapters(model)
+    assert (
+        adapters_by_name["b"].live
+        and not adapters_by_name["a"].live
+        and adapters_by_name["a"].sites == ("0", "2")
+        and adapters_by_name["b"].sites == ("0",)
+    )
 
 
 def test_using_restores_also_after_errors() -> None:
@@ -209,8 +214,8 @@ def _padded(model: nn.Module) -> None:
 
 def _in_other_dictionaries(model: nn.Module) -> None:  # DeepSpeed stores parameters like this
     for module in model.modules():
-        held = {k: t for k, t in module._parameters.items() if t is not None}
-        module._parameters = {k: nn.Parameter(t.detach().clone(), t.requires_grad) for k, t in held.items()}
+        parameters = {k: t for k, t in module._parameters.items() if t is not None}
+        module._parameters = {k: nn.Parameter(t.detach().clone(), t.requires_grad) for k, t in parameters.items()}
 
 
 @pytest.mark.parametrize("replace", [_loaded, _overwritten, _padded, _in_other_dictionaries, copy.deepcopy])
@@ -397,10 +402,10 @@ def test_a_part_with_live_adapters_of_its_own_is_named(verb: str) -> None:
         else:
             deactivate(model)
 
-    with pytest.raises(SurgeryError, match="part of this model has live adapters") as told:
+    with pytest.raises(SurgeryError, match="part of this model has live adapters") as error_info:
         run()
-    assert told.value.where == "0" and "part would stay live" in str(told.value)
-    assert "deactivate model.0 first" in str(told.value)
+    assert error_info.value.where == "0" and "part would stay live" in str(error_info.value)
+    assert "deactivate model.0 first" in str(error_info.value)
     assert torch.equal(model(X), before) and state.differences(model) == []
     merge(part)
     with pytest.raises(SurgeryError, match="unmerge and deactivate model.0 first"):

@@ -129,10 +129,10 @@ def in_both(peft: Any, ranks: tuple[int, ...], targets: list[list[str]], **field
         for path in chosen:
             box: Any = ours.get_submodule(f"{path}.adapters.{name}")
             layer = theirs.get_submodule(f"base_model.model.{path}")
-            for which in "AB":
-                found = getattr(layer, f"lora_{which}")
-                tensor = found[name].weight if name in found else getattr(layer, f"lora_embedding_{which}")[name]
-                getattr(box, which).data.copy_(tensor)
+            for letter in "AB":
+                factors = getattr(layer, f"lora_{letter}")
+                tensor = factors[name].weight if name in factors else getattr(layer, f"lora_embedding_{letter}")[name]
+                getattr(box, letter).data.copy_(tensor)
     return theirs, ours
 
 
@@ -238,13 +238,13 @@ def test_a_combination_is_saved_as_pefts(peft: Any, method: Any, tmp_path: Any) 
     folder = save_adapter(ours, tmp_path / "peft", "z", format="peft")
     loaded = peft.PeftModel.from_pretrained(copy.deepcopy(plain), folder)
     for path in ("embed", "linear", "conv"):
-        found = loaded.get_submodule(f"base_model.model.{path}").get_delta_weight("default").detach()
-        torch.testing.assert_close(found, weight_change(ours, path, "z").float(), rtol=1e-4, atol=2e-5)
+        delta = loaded.get_submodule(f"base_model.model.{path}").get_delta_weight("default").detach()
+        torch.testing.assert_close(delta, weight_change(ours, path, "z").float(), rtol=1e-4, atol=2e-5)
     for format in ("peft", "surgery"):
         again = copy.deepcopy(plain)
         load_adapter(again, save_adapter(ours, tmp_path / format, "z", format=cast(Any, format)))
-        found, wanted = adapter_state_dict(again), adapter_state_dict(ours, "z")
-        assert found.keys() == wanted.keys() and all(torch.equal(found[key], wanted[key]) for key in wanted)
+        tensors, wanted = adapter_state_dict(again), adapter_state_dict(ours, "z")
+        assert tensors.keys() == wanted.keys() and all(torch.equal(tensors[key], wanted[key]) for key in wanted)
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -285,7 +285,7 @@ OWN = {"conv": ["weight"], "deep": ["weight"], "linear": ["weight"], "attention"
 
 def changes(model: nn.Module, adapter: str) -> dict[str, Tensor]:
     twin = copy.deepcopy(model).double()
-    names = [f"{path}.{name}" for path, held in OWN.items() for name in held]
+    names = [f"{path}.{name}" for path, own_names in OWN.items() for name in own_names]
     before = {name: twin.get_parameter(name).detach().clone() for name in names}
     merge(twin, adapter, keep="copy")
     return {name: twin.get_parameter(name).detach() - before[name] for name in names}
@@ -305,9 +305,9 @@ def test_cat_and_svd_are_the_sum(method: Any, weights: dict[str, float], ranks: 
     combine(model, weights, "z", cast(Any, method))
     assert torch.equal(model(x), before) and "z" not in active(model)
     each = {name: changes(model, name) for name in weights}
-    for name, found in changes(model, "z").items():
+    for name, change in changes(model, "z").items():
         expected = sum(weight * each[adapter][name] for adapter, weight in weights.items())
-        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(change, expected, rtol=1e-4, atol=1e-5)
     assert {path for path in adapters(model)["z"].sites} == {
         path for adapter in weights for path in adapters(model)[adapter].sites
     }
@@ -365,8 +365,8 @@ def test_what_lora_trains_beside(tmp_path: Any) -> None:
     torch.testing.assert_close(boxes.z.B_bias, 0.5 * 4 * boxes.b.B_bias, **CLOSE)
     twin = remove(copy.deepcopy(model))
     load_adapter(twin, save_adapter(model, tmp_path, "z", format="peft"))
-    found, wanted = adapter_state_dict(twin), adapter_state_dict(model, "z")
-    assert found.keys() == wanted.keys() and all(torch.equal(found[key], wanted[key]) for key in wanted)
+    tensors, wanted = adapter_state_dict(twin), adapter_state_dict(model, "z")
+    assert tensors.keys() == wanted.keys() and all(torch.equal(tensors[key], wanted[key]) for key in wanted)
     apply_rules(model, LoraRule("2", rank=2), adapter="c")
     deactivate(model)
     combine(
@@ -399,10 +399,10 @@ def test_changes_that_are_linear_in_their_tensors_add_up(rule: Rule) -> None:
     outputs = {name: activate(model, name)(x) - base for name in "ab"}
     for method in ("linear", "cat", "svd"):
         combine(model, {"a": 0.7, "b": -0.4}, method, method)
-        found = activate(model, method)(x)
-        torch.testing.assert_close(found, base + 0.7 * outputs["a"] - 0.4 * outputs["b"], rtol=1e-9, atol=1e-9)
+        output = activate(model, method)(x)
+        torch.testing.assert_close(output, base + 0.7 * outputs["a"] - 0.4 * outputs["b"], rtol=1e-9, atol=1e-9)
     combine(model, {"a": 0.7, "b": -0.4}, "pruned", "dare", density=0.5, seed=3)
-    assert not torch.equal(activate(model, "pruned")(x), found)
+    assert not torch.equal(activate(model, "pruned")(x), output)
 
 
 def test_tokens_of_two_adapters_are_joined() -> None:
@@ -522,10 +522,12 @@ def test_prompts_and_prefixes_need_no_example() -> None:
     torch.testing.assert_close(boxes.z.prompt, 0.5 * boxes.a.prompt + 0.5 * boxes.b.prompt, **CLOSE)
     own = activate(model, "z")(**inputs).logits
     values = {key: tensor.clone() for key, tensor in adapter_state_dict(model, "z").items()}
-    kept = rules_of(model, "z")
-    assert [type(rule) for rule in kept] == [PromptRule, PrefixRule] and kept == rules_of(model, "a")
+    combined_rules = rules_of(model, "z")
+    assert [type(rule) for rule in combined_rules] == [PromptRule, PrefixRule] and combined_rules == rules_of(
+        model, "a"
+    )
     remove(model)
-    apply_rules(model, kept, adapter="again", example_inputs=inputs)
+    apply_rules(model, combined_rules, adapter="again", example_inputs=inputs)
     for key, tensor in adapter_state_dict(model, "again").items():
         tensor.copy_(values[key])
     assert torch.equal(model(**inputs).logits, own)
@@ -624,24 +626,28 @@ def test_dtypes_stay(dtype: torch.dtype) -> None:
 
 def test_dare_is_drawn_from_its_seed() -> None:
     model = pair()
-    made: dict[str, dict[str, Tensor]] = {}
+    tensors_by_adapter: dict[str, dict[str, Tensor]] = {}
     for name, seed in (("one", 3), ("two", 3), ("three", 4), ("own", torch.Generator().manual_seed(3))):
         torch.rand(7)  # torch's global generator has no influence
         combine(model, {"a": 0.7, "b": 0.3}, name, "dare", density=0.5, seed=seed)
-        made[name] = adapter_state_dict(model, name)
-    for key, tensor in made["one"].items():
-        assert torch.equal(tensor, made["two"][key]) and torch.equal(tensor, made["own"][key])
-    assert any(not torch.equal(tensor, made["three"][key]) for key, tensor in made["one"].items())
+        tensors_by_adapter[name] = adapter_state_dict(model, name)
+    for key, tensor in tensors_by_adapter["one"].items():
+        assert torch.equal(tensor, tensors_by_adapter["two"][key]) and torch.equal(
+            tensor, tensors_by_adapter["own"][key]
+        )
+    assert any(
+        not torch.equal(tensor, tensors_by_adapter["three"][key]) for key, tensor in tensors_by_adapter["one"].items()
+    )
     state = torch.get_rng_state()
     combine(model, {"a": 0.7, "b": 0.3}, "five", "dare", density=0.5, seed=9)
     assert torch.equal(torch.get_rng_state(), state)
     wide = nn.Sequential(nn.Linear(2000, 4))
     apply_rules(wide, LoraRule("0", rank=50, init="random"), adapter="a")
     combine(wide, {"a": 1.0}, "z", "dare", density=0.3, seed=0)
-    kept, A = (cast(Any, wide[0]).adapters.z.A != 0), cast(Any, wide[0]).adapters.a.A
-    assert abs(float(kept.float().mean()) - 0.3) < 0.01
+    mask, A = (cast(Any, wide[0]).adapters.z.A != 0), cast(Any, wide[0]).adapters.a.A
+    assert abs(float(mask.float().mean()) - 0.3) < 0.01
     scale = math.sqrt(8 / 50)
-    torch.testing.assert_close(cast(Any, wide[0]).adapters.z.A[kept], A[kept] * scale / 0.3, **CLOSE)
+    torch.testing.assert_close(cast(Any, wide[0]).adapters.z.A[mask], A[mask] * scale / 0.3, **CLOSE)
 
 
 def test_words_of_targets_are_kept() -> None:
@@ -686,13 +692,13 @@ BAD: list[tuple[Callable[[nn.Module], Any], str]] = [
 ]
 
 
-@pytest.mark.parametrize(("call", "told"), BAD, ids=[told for _, told in BAD])
-def test_refusals_change_nothing(call: Callable[[nn.Module], Any], told: str) -> None:
+@pytest.mark.parametrize(("call", "message"), BAD, ids=[message for _, message in BAD])
+def test_refusals_change_nothing(call: Callable[[nn.Module], Any], message: str) -> None:
     model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 4))
     apply_rules(model, LoraRule(["0", "1"], rank=2), adapter="topics")
     apply_rules(model, LoraRule("0", rank=3), adapter="style")
     before = Snapshot(model)
-    with pytest.raises(SurgeryError, match=told):
+    with pytest.raises(SurgeryError, match=message):
         call(model)
     assert before.differences(model) == [] and list(adapters(model)) == ["topics", "style"]
 

@@ -186,16 +186,16 @@ def test_a_verb_that_is_broken_off_leaves_the_model_as_it_was(name: str, lines: 
             with broken(step, error, lines):
                 work(model)
         except BaseException as raised:
-            told = f"{raised} {getattr(raised, '__notes__', '')}"
-            found = before.differences(model)
-            if "undoing failed" in told:
-                found.append("undoing failed")
+            message = f"{raised} {getattr(raised, '__notes__', '')}"
+            differences = before.differences(model)
+            if "undoing failed" in message:
+                differences.append("undoing failed")
         else:  # the code handled the error as one of its own, or this run has fewer steps than the first
-            told, found = "it went through", []
+            message, differences = "it went through", []
             model = build()
             before = Everything(model)
-        if found:
-            problems.append(f"step {step}: {told[:300]}: {found[:4]}")
+        if differences:
+            problems.append(f"step {step}: {message[:300]}: {differences[:4]}")
             model = build()
             before = Everything(model)
     assert not problems, f"{len(problems)} of {len(steps)} steps\n" + "\n".join(problems[:12])
@@ -210,19 +210,19 @@ def test_a_block_that_is_broken_off_at_any_line_of_its_end_is_left(block: Callab
             begun = count[0]
     before, problems = Everything(model), list[str]()
     for step in range(begun + 1, count[0] + 1):
-        told = "it went through"
+        message = "it went through"
         try:
             with broken(step, KeyboardInterrupt, lines=True), block(model):
                 pass
         except KeyboardInterrupt as raised:
-            told = str(raised)
-        found = before.differences(model)
+            message = str(raised)
+        differences = before.differences(model)
         try:
             activate(model, "a")
         except SurgeryError as error:
-            found.append(str(error))
-        if found or thread_routing.routings or thread_routing.plans:
-            problems.append(f"step {step}: {told}: {found[:4]}")
+            differences.append(str(error))
+        if differences or thread_routing.routings or thread_routing.plans:
+            problems.append(f"step {step}: {message}: {differences[:4]}")
             model = adapted()
             before = Everything(model)
     assert begun < count[0] and not problems, "\n".join(problems)

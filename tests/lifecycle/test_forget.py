@@ -47,8 +47,8 @@ def adapted(*names: str, init: str = "random") -> nn.Sequential:
 def test_the_weights_are_the_sums_by_plain_arithmetic(dtype: torch.dtype) -> None:
     model = model_of().to(dtype)
     apply_rules(model, [LoraRule("0", rank=2, alpha=6, init="random")])
-    held: Any = model[0].adapters.default  # type: ignore[union-attr]
-    expected = (model[0].weight.double() + 3 * held.B.double() @ held.A.double()).to(dtype)  # type: ignore[union-attr]
+    adapter: Any = model[0].adapters.default  # type: ignore[union-attr]
+    expected = (model[0].weight.double() + 3 * adapter.B.double() @ adapter.A.double()).to(dtype)  # type: ignore[union-attr]
     weight = model[0].weight
     merge(model)
     assert forget(model) is model and model[0].weight is weight
@@ -62,8 +62,8 @@ def test_every_kind_of_change() -> None:
     model = model_of()
     apply_rules(model, [LoraRule("0", rank=2, init="random"), IA3Rule("0", init="random"), TrainRule("2")])
     with torch.no_grad():
-        held: Any = model[2].adapters.default  # type: ignore[union-attr]
-        held.weight.mul_(2)
+        adapter: Any = model[2].adapters.default  # type: ignore[union-attr]
+        adapter.weight.mul_(2)
     expected = model(X)
     merge(model)
     forget(model)
@@ -78,7 +78,7 @@ def test_what_is_not_merged_stays() -> None:
     expected = model(X)
     merge(model, "a")
     forget(model)
-    assert {name: found.live for name, found in adapters(model).items()} == {"b": True, "c": False}
+    assert {name: adapter.live for name, adapter in adapters(model).items()} == {"b": True, "c": False}
     torch.testing.assert_close(model(X), expected, **CLOSE)
     assert [n for n, p in model.named_parameters() if p.requires_grad] == [
         f"{site}.adapters.b.{name}" for site in "02" for name in "AB"

@@ -57,11 +57,11 @@ def test_rules_that_train_nothing_leave_the_base_as_it_trains(name: str) -> None
 def test_a_model_under_capture_trains_as_without_and_keeps_what_it_learned() -> None:
     model, plain, x = net(), net(), torch.randn(5, 4)
     apply_rules(model, CaptureRule("0"))
-    for one in (model, plain):
-        optimizer = torch.optim.SGD([p for p in one.parameters() if p.requires_grad], lr=0.1)
+    for network in (model, plain):
+        optimizer = torch.optim.SGD([p for p in network.parameters() if p.requires_grad], lr=0.1)
         for _ in range(3):
             optimizer.zero_grad()
-            one(x).square().sum().backward()
+            network(x).square().sum().backward()
             optimizer.step()
     remove(model)
     assert all(torch.equal(tensor, plain.state_dict()[key]) for key, tensor in model.state_dict().items())
@@ -69,11 +69,11 @@ def test_a_model_under_capture_trains_as_without_and_keeps_what_it_learned() -> 
 
 def test_what_is_captured_has_a_history() -> None:
     model, x = apply_rules(net(), CaptureRule("0")), torch.randn(5, 4)
-    with captured(model, detach=False) as found:
+    with captured(model, detach=False) as captures:
         model(x)
     wanted = model[0](x).square().sum()
-    (given,) = found["0"]
-    got = torch.autograd.grad(given.square().sum(), model[0].weight)
+    (activation,) = captures["0"]
+    got = torch.autograd.grad(activation.square().sum(), model[0].weight)
     assert torch.equal(got[0], torch.autograd.grad(wanted, model[0].weight)[0])
 
 
@@ -107,12 +107,12 @@ def test_what_is_no_answer_is_refused() -> None:
 def test_two_adapters_come_and_go_in_any_order(come: tuple[str, ...], go: tuple[str, ...], between: str) -> None:
     model, rules = net().train(), {"c": CaptureRule("0"), "l": TRAINS}
     facts = {key: tensor.clone() for key, tensor in model.state_dict().items()}
-    there = set[str]()
+    adapter_names = set[str]()
     for name in come:
         apply_rules(model, rules[name], adapter=name)
-        there.add(name)
-        assert flags(model) == (FROZEN if "l" in there else BEFORE)
-        if "l" in there:
+        adapter_names.add(name)
+        assert flags(model) == (FROZEN if "l" in adapter_names else BEFORE)
+        if "l" in adapter_names:
             model(torch.randn(5, 4))  # changes the running statistics, which `remove` restores
     if between == "deepcopy":
         model = copy.deepcopy(model)
@@ -124,8 +124,8 @@ def test_two_adapters_come_and_go_in_any_order(come: tuple[str, ...], go: tuple[
         surgery.activate(model)
     for name in go:
         remove(model, name)
-        there.discard(name)
-        assert flags(model) == (FROZEN if "l" in there else BEFORE)
+        adapter_names.discard(name)
+        assert flags(model) == (FROZEN if "l" in adapter_names else BEFORE)
     assert all(torch.equal(tensor, facts[key]) for key, tensor in model.state_dict().items())
 
 
@@ -188,8 +188,8 @@ def test_loading(tmp_path: Path) -> None:
     for name, freeze, wanted in [("l", None, FROZEN), ("l", False, BEFORE), ("s", None, BEFORE), ("s", True, FROZEN)]:
         load_adapter(again := net(), tmp_path / name, freeze=freeze)
         assert flags(again) == wanted and flags(remove(again)) == BEFORE
-    for given, wanted in [({}, FROZEN), ({"freeze": False}, BEFORE)]:
-        load_adapters(again := net(), tmp_path, **given)
+    for options, wanted in [({}, FROZEN), ({"freeze": False}, BEFORE)]:
+        load_adapters(again := net(), tmp_path, **options)
         assert flags(again) == wanted and flags(remove(again)) == BEFORE
     load_adapter(again := net(), tmp_path / "l", freeze=False)
     surgery.hotswap(again, "default", tmp_path / "l")
@@ -205,8 +205,8 @@ def test_base_and_adapter_train_together() -> None:
         return nn.functional.linear(hidden, weight + 4 * box.B @ box.A, model[3].bias)  # alpha 8, rank 2
 
     wanted = torch.autograd.grad(plain(model[3].weight).square().sum(), [model[3].weight, model[0].weight, box.A])
-    found = torch.autograd.grad(model(x).square().sum(), [model[3].weight, model[0].weight, box.A])
-    for grad, want in zip(found, wanted, strict=True):
+    gradients = torch.autograd.grad(model(x).square().sum(), [model[3].weight, model[0].weight, box.A])
+    for grad, want in zip(gradients, wanted, strict=True):
         assert torch.allclose(grad, want, rtol=1e-4, atol=1e-5)  # sums in another order
 
 

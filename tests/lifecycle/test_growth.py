@@ -49,17 +49,17 @@ def lines_of(work: Callable[[], Any]) -> int:
 
 
 def counted(make: Callable[[int], verbs.Layers], sizes: list[int], folder: Path) -> Counts:
-    found: Counts = {}
-    kept: set[Any] = set()  # keeps classes alive: otherwise some calls would generate them again
+    counts: Counts = {}
+    classes: set[Any] = set()  # keeps classes alive: otherwise some calls would generate them again
     for size in sizes:
         model = make(size)
         for again in (False, True):  # the first call fills caches and is not counted
             for verb, work in verbs.steps(model, folder):
                 lines = lines_of(work) if again else work() and 0
-                kept |= {(type(module), getattr(site_state(module), "woven", None)) for module in model.modules()}
+                classes |= {(type(module), getattr(site_state(module), "woven", None)) for module in model.modules()}
                 if verb and again:
-                    found.setdefault(verb, {})[size] = lines
-    return found
+                    counts.setdefault(verb, {})[size] = lines
+    return counts
 
 
 @pytest.fixture(scope="module")
@@ -80,8 +80,8 @@ def test_work_is_in_proportion_to_the_layers(by_layers: Counts) -> None:
 
 def test_idle_adapters_are_passed_over(tmp_path: Path) -> None:
     """One more adapter on 14 sites adds only a few lines for each site if a verb does not write all adapters."""
-    found = counted(lambda adapters: verbs.made(2, adapters), [4, 10], tmp_path)
-    slopes = {verb: (at[10] - at[4]) / 6 for verb, at in found.items() if verb not in verbs.WHOLE}
+    counts = counted(lambda adapters: verbs.made(2, adapters), [4, 10], tmp_path)
+    slopes = {verb: (at[10] - at[4]) / 6 for verb, at in counts.items() if verb not in verbs.WHOLE}
     assert not {verb: slope for verb, slope in slopes.items() if slope > 3 * 14}
 
 
@@ -91,7 +91,7 @@ def test_idle_adapters_are_passed_over(tmp_path: Path) -> None:
 def test_the_collector_waits_during_verbs(tmp_path: Path) -> None:
     """A full pass of the collector visits all objects, so the number of passes must not grow with a verb's work."""
     model, passes = verbs.made(4, 2), list[int]()
-    found, threshold = dict[str, int](), gc.get_threshold()
+    passes_by_verb, threshold = dict[str, int](), gc.get_threshold()
     gc.collect()
     gc.freeze()  # the passes need not visit older objects
 
@@ -107,13 +107,13 @@ def test_the_collector_waits_during_verbs(tmp_path: Path) -> None:
             work()
             gc.callbacks.remove(noted)
             gc.set_threshold(*threshold)
-            found[verb] = len(passes) // 2
+            passes_by_verb[verb] = len(passes) // 2
     finally:
         gc.callbacks[:] = [callback for callback in gc.callbacks if callback is not noted]
         gc.set_threshold(*threshold)
     left = {"", "explain", "summary", "adapters", "adapter_state_dict", "base_state_dict", *TORCHS}
-    assert gc.isenabled() and found["unpickle"] > 4  # passes during torch's own work are counted
-    assert not {verb: count for verb, count in found.items() if verb not in left and count > 4}
+    assert gc.isenabled() and passes_by_verb["unpickle"] > 4  # passes during torch's own work are counted
+    assert not {verb: count for verb, count in passes_by_verb.items() if verb not in left and count > 4}
 
 
 TORCHS = ("torch: state_dict", "deepcopy", "pickle", "unpickle")
@@ -134,21 +134,21 @@ class Counting(dict):
 
 
 def test_patterns_are_read_once_for_all_sites() -> None:
-    held = Counting({rf"layers\.{index}\.q": index for index in range(20)})
-    assert [path_patterns.first(held, f"layers.{index}.q", None) for index in range(20)] == list(range(20))
-    assert held.reads == 1
-    held["v"] = 3  # a larger mapping is read again
-    assert path_patterns.first(held, "layers.0.v", None) == 3 and held.reads == 2
+    patterns = Counting({rf"layers\.{index}\.q": index for index in range(20)})
+    assert [path_patterns.first(patterns, f"layers.{index}.q", None) for index in range(20)] == list(range(20))
+    assert patterns.reads == 1
+    patterns["v"] = 3  # a larger mapping is read again
+    assert path_patterns.first(patterns, "layers.0.v", None) == 3 and patterns.reads == 2
 
 
 def test_all_rules_are_read_once_for_all_sites_of_a_combination() -> None:
-    held = Counting({"q": 4})
+    patterns = Counting({"q": 4})
 
     class One(tuple[Any, ...]):
-        rank, max_rank, rank_pattern, bias = 2, None, held, "none"
+        rank, max_rank, rank_pattern, bias = 2, None, patterns, "none"
 
     how = Combination("linear", {"a": 1.0}, rules=(One(), One()))  # type: ignore[arg-type]
-    assert [combining.largest_rank(how) for _ in range(5)] == [4] * 5 and held.reads == 2
+    assert [combining.largest_rank(how) for _ in range(5)] == [4] * 5 and patterns.reads == 2
     assert combining.all_agree(how, "bias")
 
 
@@ -182,16 +182,21 @@ def test_patterns_of_whole_paths_are_looked_up() -> None:
 
 def test_no_container_is_made_anew_for_each_element() -> None:
     """`x in set(names)` as the condition of a comprehension goes through all names for each x."""
-    found = []
+    places = []
     for path in (file for folder in OURS for file in Path(folder).rglob("*.py")):
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             for test in (test for part in getattr(node, "generators", ()) for test in part.ifs):
-                compared = [one for one in ast.walk(test) if isinstance(one, ast.Compare)]
-                sought = (value for one in compared if isinstance(one.ops[0], IN) for value in one.comparators)
+                compared = [expression for expression in ast.walk(test) if isinstance(expression, ast.Compare)]
+                sought = (
+                    value
+                    for expression in compared
+                    if isinstance(expression.ops[0], IN)
+                    for value in expression.comparators
+                )
                 calls = [value.func for value in sought if isinstance(value, ast.Call)]
                 if any(isinstance(function, ast.Name) and function.id in CONTAINERS for function in calls):
-                    found.append(f"{path.name}:{test.lineno}")
-    assert not found
+                    places.append(f"{path.name}:{test.lineno}")
+    assert not places
 
 
 IN = (ast.In, ast.NotIn)

@@ -45,7 +45,7 @@ def layers(count: int = 4) -> nn.Sequential:
 
 # Sites that are alike -----------------------------------------------------------------------------------------
 
-asked: list[str] = []
+consulted_paths: list[str] = []
 
 
 @rule("test-alike")
@@ -65,7 +65,7 @@ class AlikeRule(Rule):
         return "it is too wide" if getattr(module, "out_features", 0) > 100 else None
 
     def rewrite(self, site: Any) -> Tensor:
-        asked.append(site.path)
+        consulted_paths.append(site.path)
         gain = site.fact("found", lambda: 2.0) if self.finds else 1.0
         return site.output + site.param("shift", (site.out_features,), self.scale) * gain
 
@@ -73,13 +73,13 @@ class AlikeRule(Rule):
 @rule("test-alike-heir")
 class AlikeHeir(AlikeRule):
     def rewrite(self, site: Any) -> Tensor:
-        asked.append(site.path)
+        consulted_paths.append(site.path)
         return site.output * float(site.module.weight.detach()[0, 0])
 
 
 @pytest.fixture(autouse=True)
-def _nothing_asked() -> None:
-    asked.clear()
+def _clear_consulted_paths() -> None:
+    consulted_paths.clear()
 
 
 @pytest.mark.parametrize(
@@ -96,7 +96,7 @@ def test_one_is_asked_for_all_that_are_alike(made: Rule, recorded: list[str]) ->
     model = layers()
     weights = base_state_dict(model)
     apply_rules(model, made)
-    assert asked == recorded
+    assert consulted_paths == recorded
     x = X
     for index in range(4):
         x = nn.functional.linear(x, weights[f"{index}.weight"], weights[f"{index}.bias"])
@@ -130,40 +130,42 @@ class Odd(nn.Linear):
 )
 def test_what_is_alike(other: Callable[[], nn.Module], same: bool) -> None:
     apply_rules(nn.ModuleList([nn.Linear(8, 8), other(), other()]), AlikeRule(nn.Linear))
-    assert asked == (["0"] if same else ["0", "1", "2"] if other().__dict__.get("settings") else ["0", "1"])
+    assert consulted_paths == (["0"] if same else ["0", "1", "2"] if other().__dict__.get("settings") else ["0", "1"])
 
 
 def test_modules_with_children_are_asked_one_by_one() -> None:
     model = nn.ModuleList([nn.TransformerEncoderLayer(8, 2, 16), nn.TransformerEncoderLayer(8, 2, 24)])
-    made = LoraRule(nn.MultiheadAttention, rank=2)
-    apply_rules(model, [made, AlikeRule("linear2")])
-    assert asked == ["0.linear2", "1.linear2"]
-    apply_rules(nn.ModuleList([nn.MultiheadAttention(8, 2), nn.MultiheadAttention(12, 2)]), made)
+    lora_rule = LoraRule(nn.MultiheadAttention, rank=2)
+    apply_rules(model, [lora_rule, AlikeRule("linear2")])
+    assert consulted_paths == ["0.linear2", "1.linear2"]
+    apply_rules(nn.ModuleList([nn.MultiheadAttention(8, 2), nn.MultiheadAttention(12, 2)]), lora_rule)
 
 
 @pytest.mark.parametrize("answer", ["raises", "mutable"])
 def test_an_answer_that_is_none_is_told(answer: str) -> None:
     model = layers()
     before = Snapshot(model)
-    with pytest.raises(PlanError, match="AlikeRule.alike fails") as told:
+    with pytest.raises(PlanError, match="AlikeRule.alike fails") as error_info:
         apply_rules(model, AlikeRule(nn.Linear, answer=answer))
-    assert [problem.where for problem in told.value.problems] == ["0", "1", "2", "3"]  # type: ignore[attr-defined]
+    assert [problem.where for problem in error_info.value.problems] == ["0", "1", "2", "3"]  # type: ignore[attr-defined]
     assert not before.differences(model)
 
 
 def test_what_one_is_refused_for_is_told_of_each() -> None:
     model = nn.Sequential(nn.Linear(8, 200), nn.Linear(200, 200), nn.Linear(200, 200), nn.Linear(200, 8))
-    with pytest.raises(PlanError) as told:
+    with pytest.raises(PlanError) as error_info:
         apply_rules(model, AlikeRule(nn.Linear))
-    problems = told.value.problems
+    problems = error_info.value.problems
     assert all(isinstance(problem, SiteError) and problem.why == "it is too wide" for problem in problems)
     assert [problem.where for problem in problems] == ["0", "1", "2"]
 
 
 def test_ranks_differ_where_modules_are_alike() -> None:
     model = layers()
-    made = LoraRule(nn.Linear, rank=2, alpha=4, rank_pattern={"1": 3, "[23]": 5}, alpha_pattern={"3": 1}, init="random")
-    apply_rules(model, made)
+    lora_rule = LoraRule(
+        nn.Linear, rank=2, alpha=4, rank_pattern={"1": 3, "[23]": 5}, alpha_pattern={"3": 1}, init="random"
+    )
+    apply_rules(model, lora_rule)
     boxes: list[Any] = [layer.adapters.default for layer in model]  # type: ignore[union-attr]
     assert [box.A.shape[0] for box in boxes] == [2, 3, 5, 5]
     x = X
@@ -204,19 +206,19 @@ def _key(draw: random.Random) -> str:
 def test_patterns_of_ranks_are_what_peft_reads() -> None:
     draw = random.Random(0)
     for _ in range(3000):
-        held = {_key(draw): index for index in range(draw.randint(0, 6))}
+        patterns = {_key(draw): index for index in range(draw.randint(0, 6))}
         paths = [_path(draw) for _ in range(3)]
 
-        def fitting(path: str, held: dict[str, int] = held) -> list[str]:
-            return [key for key in held if re.match(rf"(.*\.)?({key})$", path)]  # PEFT's get_pattern_key
+        def fitting(path: str, patterns: dict[str, int] = patterns) -> list[str]:
+            return [key for key in patterns if re.match(rf"(.*\.)?({key})$", path)]  # PEFT's get_pattern_key
 
         for path in paths:
-            assert path_patterns.first(held, path, None) == next((held[key] for key in fitting(path)), None), (
-                held,
+            assert path_patterns.first(patterns, path, None) == next((patterns[key] for key in fitting(path)), None), (
+                patterns,
                 path,
             )
-        assert path_patterns.unused(held, paths) == [
-            key for key in held if not any(key in fitting(path) for path in paths)
+        assert path_patterns.unused(patterns, paths) == [
+            key for key in patterns if not any(key in fitting(path) for path in paths)
         ]
 
 
@@ -236,11 +238,11 @@ def test_names_by_the_hundred_mean_what_each_means() -> None:
         wanted = [
             path
             for path, module in model.named_modules()
-            if any(one.match(path, module) for one, _ in patterns)
+            if any(target.match(path, module) for target, _ in patterns)
             and not any(Pattern.name(text).match(path, module) for text in exclude)
         ]
-        found = matches(tree, LoraRule(targets, exclude=exclude, expect=0)) if not wanted else None
-        assert found == [] or [m.path for m in matches(tree, LoraRule(targets, exclude=exclude))] == wanted
+        no_matches = matches(tree, LoraRule(targets, exclude=exclude, expect=0)) if not wanted else None
+        assert no_matches == [] or [m.path for m in matches(tree, LoraRule(targets, exclude=exclude))] == wanted
 
 
 # Many adapters ------------------------------------------------------------------------------------------------
@@ -278,38 +280,38 @@ def test_whatever_came_and_went_the_live_ones_count(seed: int) -> None:
         "train": TrainRule("2"),
         "one": LoraRule("0", rank=1, dropout=0.5, init="random"),
     }
-    made: dict[str, Rule] = {}
+    applied_rules: dict[str, Rule] = {}
     for step in range(40):
-        what = draw.choice(["add", "add", "remove", "activate", "deactivate", "copy", "merge"])
+        action = draw.choice(["add", "add", "remove", "activate", "deactivate", "copy", "merge"])
         name = f"a{draw.randint(0, 5)}"
-        kind = kinds[draw.choice([key for key in kinds if key != "train" or kinds[key] not in made.values()])]
-        if what == "add" and name not in made:
-            made[name] = kind
-            apply_rules(model, made[name], adapter=name)
-        elif what == "remove" and made:
-            gone = draw.sample(list(made), draw.randint(1, min(2, len(made))))
+        kind = kinds[draw.choice([key for key in kinds if key != "train" or kinds[key] not in applied_rules.values()])]
+        if action == "add" and name not in applied_rules:
+            applied_rules[name] = kind
+            apply_rules(model, applied_rules[name], adapter=name)
+        elif action == "remove" and applied_rules:
+            gone = draw.sample(list(applied_rules), draw.randint(1, min(2, len(applied_rules))))
             remove(model, gone)
-            made = {name: one for name, one in made.items() if name not in gone}
-        elif what == "activate" and made:
-            activate(model, draw.sample(list(made), draw.randint(1, len(made))))
-        elif what == "deactivate" and made:
+            applied_rules = {name: applied_rule for name, applied_rule in applied_rules.items() if name not in gone}
+        elif action == "activate" and applied_rules:
+            activate(model, draw.sample(list(applied_rules), draw.randint(1, len(applied_rules))))
+        elif action == "deactivate" and applied_rules:
             deactivate(model)
-        elif what == "copy":
-            model = draw.choice([copy.deepcopy, lambda one: pickle.loads(pickle.dumps(one))])(model)
+        elif action == "copy":
+            model = draw.choice([copy.deepcopy, lambda copied_model: pickle.loads(pickle.dumps(copied_model))])(model)
         elif (
-            what == "merge"
-            and made
+            action == "merge"
+            and applied_rules
             and active(model)
-            and not any(isinstance(made[one], TrainRule) for one in active(model))
+            and not any(isinstance(applied_rules[live_name], TrainRule) for live_name in active(model))
         ):
             merge(model)
             unmerge(model)
-        live = active(model) if made else ()
+        live = active(model) if applied_rules else ()
         other = layers()
         for name in live:
-            apply_rules(other, made[name], adapter=name)
+            apply_rules(other, applied_rules[name], adapter=name)
             other.load_state_dict(_tensors(model, name), strict=False)
-        assert torch.equal(model.eval()(X), other.eval()(X)), (step, what, live)
+        assert torch.equal(model.eval()(X), other.eval()(X)), (step, action, live)
         if live:
             assert [type(a).forward.__code__.co_code for a in model] == [
                 type(b).forward.__code__.co_code for b in other

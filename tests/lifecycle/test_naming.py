@@ -121,7 +121,7 @@ def test_while_merged() -> None:
     merged = model(X)
     rename_adapter(model, "b", "new")
     rename_adapter(model, "c", "idle")
-    assert [(n, found.merged, found.live) for n, found in adapters(model).items()] == [
+    assert [(n, adapter.merged, adapter.live) for n, adapter in adapters(model).items()] == [
         ("a", True, True), ("new", True, True), ("idle", False, False),
     ]  # fmt: skip
     assert torch.equal(model(X), merged)
@@ -139,9 +139,9 @@ def test_a_rule_that_wrote_its_adapter_down_and_one_inside_a_forward() -> None:
     before = model(x)[0]
     rename_adapter(model, "a", "new")
     assert torch.equal(model(x)[0], before)
-    with captured(model) as found:
+    with captured(model) as captures:
         model(x)
-    assert found
+    assert captures
     twin = rename_adapter(copy.deepcopy(model), "b", "other")
     assert torch.equal(twin(x)[0], before) and torch.equal(revived(twin)(x)[0], before)
     copy_adapter(twin, "other", "third")
@@ -206,11 +206,11 @@ def test_saved_under_the_new_name(tmp_path: Any) -> None:
 def test_renaming_is_refused() -> None:
     model = three()
     before = Snapshot(model)
-    for old, new, told in (
+    for old, new, message in (
         ("d", "e", "no adapter"), ("a", "b", "already"), ("a", "x.y", "can't name"), ("a", "", "can't name"),
         ("a", "train", "can't name"), (["a"], "x", "is not the name of an adapter"), ("a", 3, "can't name"),
     ):  # fmt: skip
-        with pytest.raises(SurgeryError, match=told):
+        with pytest.raises(SurgeryError, match=message):
             rename_adapter(model, cast(Any, old), cast(Any, new))
     with using(model, "a"), pytest.raises(SurgeryError, match=r"using(.|\n)*leave the block"):
         rename_adapter(model, "a", "x")
@@ -235,8 +235,8 @@ def test_names_that_generated_code_can_not_hold(name: str) -> None:
 @pytest.mark.parametrize("name", ["a b", "1", "it's", "é", "a-b", "#", "{x}", "print(1)"])
 def test_names_that_it_can(name: str) -> None:
     model = apply_rules(nn.Sequential(nn.Linear(8, 8)), LoraRule("0", rank=2, init="random"), adapter=name)
-    held: Any = model[0].adapters._modules[name]  # type: ignore[union-attr]
-    wanted = torch.nn.functional.linear(X, model[0].weight + 4 * held.B @ held.A, model[0].bias)  # type: ignore[union-attr]
+    adapter: Any = model[0].adapters._modules[name]  # type: ignore[union-attr]
+    wanted = torch.nn.functional.linear(X, model[0].weight + 4 * adapter.B @ adapter.A, model[0].bias)  # type: ignore[union-attr]
     torch.testing.assert_close(model(X), wanted)
 
 
@@ -274,7 +274,7 @@ def test_training_goes_on() -> None:
                 rename_adapter(model, "a", "new")
         return list(model.parameters())
 
-    assert all(torch.equal(one, other) for one, other in zip(trained(False), trained(True), strict=True))
+    assert all(torch.equal(expected, actual) for expected, actual in zip(trained(False), trained(True), strict=True))
 
 
 # Copies -------------------------------------------------------------------------------------------------------
@@ -310,11 +310,11 @@ def test_every_sort_of_tensor_is_copied_in_its_dtype() -> None:
     apply_rules(model, rules, adapter="a")
     model.to(torch.bfloat16)  # the adapter was created in float32
     copy_adapter(model, "a", "b")
-    found, wanted = adapter_state_dict(model, "b"), adapter_state_dict(model, "a")
-    assert found.keys() == wanted.keys()
+    copies, wanted = adapter_state_dict(model, "b"), adapter_state_dict(model, "a")
+    assert copies.keys() == wanted.keys()
     for key, tensor in wanted.items():
-        assert torch.equal(found[key], tensor) and found[key].dtype == tensor.dtype
-        assert found[key].data_ptr() != tensor.data_ptr()
+        assert torch.equal(copies[key], tensor) and copies[key].dtype == tensor.dtype
+        assert copies[key].data_ptr() != tensor.data_ptr()
     buffers = {key for key, _ in model.named_buffers()}
     assert {k.replace(".b.", ".a.") for k in buffers if ".b." in k} == {k for k in buffers if ".a." in k}
     x = torch.tensor([1, 3, 5])
@@ -340,11 +340,11 @@ def test_copying_is_refused() -> None:
     apply_rules(model, LoraRule("0", rank=2, init="pissa"), adapter="p")
     apply_rules(model, LoraRule("0", rank=2), adapter="q")
     before = Snapshot(model)
-    for old, new, told in (
+    for old, new, message in (
         ("p", "r", r"changed the base's weights(.|\n)*init="), ("x", "r", "no adapter"), ("q", "p", "already"),
         ("q", "q", "already"), ("q", "a.b", "can't name"),
     ):  # fmt: skip
-        with pytest.raises(SurgeryError, match=told):
+        with pytest.raises(SurgeryError, match=message):
             copy_adapter(model, old, new)
     assert before.differences(model) == []
 
@@ -399,8 +399,8 @@ def test_two_heads_serve_two_rows() -> None:
         model.get_parameter("1.adapters.b.weight").add_(1.0)
         alone = [activate(model, name)(X) for name in "ab"]
         with route(model, ["a", "b", "b"]):
-            found = model(X)
-    torch.testing.assert_close(found, torch.stack([alone[0][0], alone[1][1], alone[1][2]]), **CLOSE)
+            output = model(X)
+    torch.testing.assert_close(output, torch.stack([alone[0][0], alone[1][1], alone[1][2]]), **CLOSE)
 
 
 def test_idle_rules_bar_no_merge() -> None:
@@ -516,8 +516,8 @@ def rules_origin(model: nn.Module, new: str, names: list[str]) -> str:
     mine = adapter_state_dict(model, new)
     return next(
         name for name in names
-        if (held := adapter_state_dict(model, name)).keys() == mine.keys()
-        and all(torch.equal(held[key], mine[key]) for key in mine) and rules_of(model, name) == rules_of(model, new)
+        if (tensors := adapter_state_dict(model, name)).keys() == mine.keys()
+        and all(torch.equal(tensors[key], mine[key]) for key in mine) and rules_of(model, name) == rules_of(model, new)
     )  # fmt: skip
 
 
@@ -528,7 +528,7 @@ def test_a_merged_adapter_is_renamed_at_the_sites_of_those_merged_with_it() -> N
     merge(model)
     rename_adapter(model, "a", "c")
     copy_adapter(model, "b", "a")
-    assert {name: found.merged for name, found in adapters(model).items()} == {"c": True, "b": True, "a": False}
+    assert {name: adapter.merged for name, adapter in adapters(model).items()} == {"c": True, "b": True, "a": False}
     with pytest.warns(SurgeryWarning, match="merged already: nothing happens"):
         merge(model)
     assert active(unmerge(model)) == ("c", "b")

@@ -111,11 +111,11 @@ def test_every_verb_tells(verb: str, change: Callable[[Net], None]) -> None:
     keys = list(model.state_dict())
     with pytest.raises(SurgeryError) as caught:
         VERBS[verb](model)
-    told = str(caught.value)
+    message = str(caught.value)
     where = {"fresh": "head", "gone": "body.2", "container": "body.0"}[change.__name__]
     now = {"fresh": "another Linear(", "gone": "body has no 2 now", "container": "another Linear("}[change.__name__]
     rule = "TrainRule [default]" if change is fresh else "LoraRule [default]"
-    assert all(part in told for part in (where, now, rule, "remove(model, check=False)")), told
+    assert all(part in message for part in (where, now, rule, "remove(model, check=False)")), message
     assert list(model.state_dict()) == keys
 
 
@@ -326,10 +326,10 @@ def test_idle_adapters_grow_along_and_optimizers_go_on() -> None:
     model = apply_rules(llama(), LoraRule("lm_head", rank=2, init="random"), adapter="a")
     apply_rules(model, LoraRule("lm_head", rank=3, init="random"), adapter="b")
     surgery.activate(model, "a")
-    held: Any = model.lm_head.adapters.a  # type: ignore[union-attr]
+    adapter: Any = model.lm_head.adapters.a  # type: ignore[union-attr]
     with surgery.using(model, "b"):
         before = model(IDS).logits
-    tensor = held.B
+    tensor = adapter.B
     model.resize_token_embeddings(40, mean_resizing=False)
     assert model.lm_head.adapters.a.B is tensor and tensor.requires_grad  # type: ignore[union-attr]
     with surgery.using(model, "b"):

@@ -94,8 +94,8 @@ class Stack:
         self.rules, self.entries, self.dropout = rules, entries, dropout
 
     def __repr__(self) -> str:
-        told = [f"{e.kind} at {e.path}{' (pissa)' * bool(e.start)}{' (dora)' * e.dora}" for e in self.entries]
-        return f"<{', '.join(told)}>"
+        descriptions = [f"{e.kind} at {e.path}{' (pissa)' * bool(e.start)}{' (dora)' * e.dora}" for e in self.entries]
+        return f"<{', '.join(descriptions)}>"
 
 
 @st.composite
@@ -196,26 +196,26 @@ class Adapters(RuleBasedStateMachine):
 
     def attempt(self, problem: str, step: Callable[[], Any]) -> bool:
         """Run the step, or check that it raises and changes nothing."""
-        what = sys._getframe(1).f_code.co_name
+        verb = sys._getframe(1).f_code.co_name
         if not problem:
             step()
             DONE["done"] += 1
-            DONE[what] += 1
+            DONE[verb] += 1
             return True
-        before, told, output = Snapshot(self.model), self.report(), self.run()
+        before, report, output = Snapshot(self.model), self.report(), self.run()
         with pytest.warns(SurgeryWarning) if problem == "so already" else pytest.raises(SurgeryError):
             step()
         DONE["refused"] += 1
-        DONE["no " + what] += 1
+        DONE["no " + verb] += 1
         assert not before.differences(self.model), f"refused ({problem}), and changed"
-        assert self.report() == told and torch.equal(self.run(), output)
+        assert self.report() == report and torch.equal(self.run(), output)
         return False
 
     def report(self) -> Any:
         return (active(self.model), adapters(self.model)) if self.shadow.adapters else None
 
     def run(self) -> Tensor:
-        dropping = any(held.dropout for held in self.shadow.adapters.values())
+        dropping = any(adapter.dropout for adapter in self.shadow.adapters.values())
         mode = self.model.training
         self.model.train(mode and not dropping)
         try:
@@ -232,7 +232,7 @@ class Adapters(RuleBasedStateMachine):
 
     @property
     def rows(self) -> list[str | None] | None:
-        return next((kept for _, kept in self.blocks if isinstance(kept, list)), None)
+        return next((state for _, state in self.blocks if isinstance(state, list)), None)
 
     @property
     def routed(self) -> str:
@@ -251,19 +251,19 @@ class Adapters(RuleBasedStateMachine):
 
     def adopt(self, name: str, entries: list[Entry], live: bool, dropout: bool, freezes: bool = True) -> None:
         """Copies of a new adapter's tensors; checks that no others exist."""
-        found = adapter_state_dict(self.model, name)
+        tensors = adapter_state_dict(self.model, name)
         wanted = {f"{e.path}.adapters.{n}" for e in entries for n in e.flags}
-        assert found.keys() == wanted, (found.keys(), wanted)
+        assert tensors.keys() == wanted, (tensors.keys(), wanted)
         for entry in entries:
-            entry.tensors = {n: found[f"{entry.path}.adapters.{n}"].clone() for n in entry.flags}
+            entry.tensors = {n: tensors[f"{entry.path}.adapters.{n}"].clone() for n in entry.flags}
         self.shadow.adapters[name] = Held(entries, live, 1.0, dropout, freezes)
 
     def disturb(self, name: str, amount: float = 0.3) -> None:
-        found = adapter_state_dict(self.model, name)
+        tensors = adapter_state_dict(self.model, name)
         with torch.no_grad():
             for entry in self.shadow.adapters[name].entries:
                 for key in entry.tensors:
-                    tensor = found[f"{entry.path}.adapters.{key}"]
+                    tensor = tensors[f"{entry.path}.adapters.{key}"]
                     tensor.add_(torch.randn_like(tensor), alpha=amount)
                     entry.tensors[key] = tensor.clone()
 
@@ -318,8 +318,8 @@ class Adapters(RuleBasedStateMachine):
         problem = self.routed or self.unknown([name]) or self.shadow.cannot_apply(new, [], idle=True)
         problem = problem or ("start" if self.shadow.adapters[name].changed else "")
         if self.attempt(problem, lambda: copy_adapter(self.model, name, new)):
-            held = self.shadow.adapters[new] = self.shadow.adapters[name].copied()
-            held.live, held.weight = False, 1.0
+            copied_adapter = self.shadow.adapters[new] = self.shadow.adapters[name].copied()
+            copied_adapter.live, copied_adapter.weight = False, 1.0
 
     @precondition(lambda self: self.shadow.adapters)
     @rule(
@@ -332,7 +332,7 @@ class Adapters(RuleBasedStateMachine):
         problem = self.routed or self.shadow.cannot_combine(weights, into, method)
         if not self.attempt(problem, lambda: combine(self.model, weights, into, method)):
             return
-        found, entries = adapter_state_dict(self.model, into), self.shadow.combined_entries(weights)
+        tensors, entries = adapter_state_dict(self.model, into), self.shadow.combined_entries(weights)
         dropout = any(self.shadow.adapters[name].dropout for name in weights)
         for entry in entries:
             shares = self.shadow.shares(weights, entry)
@@ -341,26 +341,26 @@ class Adapters(RuleBasedStateMachine):
             if entry.kind == "lora" and not (alone and entry.dora):
                 names.pop("magnitude", None)
                 entry.scale, entry.dora = 1.0, False
-                entry.rank = found[f"{entry.path}.adapters.A"].shape[0]
+                entry.rank = tensors[f"{entry.path}.adapters.A"].shape[0]
             entry.flags = dict.fromkeys(names, True)
         freezes = any(self.shadow.adapters[name].freezes for name in weights)
         self.adopt(into, entries, False, dropout, freezes)
         for entry in entries:
-            for what, have, want in self.shadow.sums(weights, entry, method):
-                near(have, want, self.dtype, f"{what} at {entry.path}")
+            for label, have, want in self.shadow.sums(weights, entry, method):
+                near(have, want, self.dtype, f"{label} at {entry.path}")
 
     @precondition(lambda self: self.saved)
     @rule(data=st.data(), name=st.sampled_from([*NAMES, *BAD_NAMES]))
     def load(self, data: Any, name: Any) -> None:
-        which = data.draw(st.sampled_from(sorted(self.saved)))
-        held, entries = self.saved[which][0], [entry.copied() for entry in self.saved[which][0].entries]
+        file = data.draw(st.sampled_from(sorted(self.saved)))
+        saved_adapter, entries = self.saved[file][0], [entry.copied() for entry in self.saved[file][0].entries]
         problem = self.routed or self.shadow.cannot_apply(name, entries)
-        if self.attempt(problem, lambda: load_adapter(self.model, self.folder / which, name)):
+        if self.attempt(problem, lambda: load_adapter(self.model, self.folder / file, name)):
             for entry in entries:
                 entry.flags = dict.fromkeys(entry.flags, True)
             self.started(entries)
-            self.adopt(name, entries, True, held.dropout)
-            for entry, saved in zip(entries, held.entries, strict=True):
+            self.adopt(name, entries, True, saved_adapter.dropout)
+            for entry, saved in zip(entries, saved_adapter.entries, strict=True):
                 assert all(torch.equal(entry.tensors[n], saved.tensors[n]) for n in saved.tensors)
 
     # Switching adapters ----------------------------------------------------------------------------------------
@@ -369,34 +369,34 @@ class Adapters(RuleBasedStateMachine):
     @rule(data=st.data(), how=st.sampled_from(["one", "list", "mapping", "number", "nan", "few", "twice", "other"]))
     def activate(self, data: Any, how: str) -> None:
         names = data.draw(some([*self.shadow.adapters, *self.shadow.adapters, "unknown"]))
-        given: Any = [data.draw(WEIGHTS) for _ in names]
+        weights: Any = [data.draw(WEIGHTS) for _ in names]
         problem = self.routed or self.unknown(names)
         if how == "one":
-            given = None
+            weights = None
         elif how == "mapping":
-            given = dict(zip(names, given, strict=True))
+            weights = dict(zip(names, weights, strict=True))
         elif how == "number":
-            given, problem = given[0], problem or ("one number" if len(names) > 1 else "")
+            weights, problem = weights[0], problem or ("one number" if len(names) > 1 else "")
         elif how == "nan":
-            given, problem = [float("nan"), *given[1:]], "nan"
+            weights, problem = [float("nan"), *weights[1:]], "nan"
         elif how == "few":
-            given, problem = given[1:], "too few"
+            weights, problem = weights[1:], "too few"
         elif how == "twice":
-            names, given, problem = [*names, names[0]], None, "twice"
+            names, weights, problem = [*names, names[0]], None, "twice"
         elif how == "other":
-            given, problem = {"unknown": 1.0}, "unknown"
-        live = dict.fromkeys(names, 1.0) if given is None else {}
-        if not problem and given is not None:
-            listed = list(given.values()) if isinstance(given, dict) else [given] if how == "number" else given
+            weights, problem = {"unknown": 1.0}, "unknown"
+        live = dict.fromkeys(names, 1.0) if weights is None else {}
+        if not problem and weights is not None:
+            listed = list(weights.values()) if isinstance(weights, dict) else [weights] if how == "number" else weights
             live = {name: float(weight) for name, weight in zip(names, listed, strict=True)}
         problem = problem or self.shadow.cannot_switch(live)
-        if self.attempt(problem, lambda: activate(self.model, names, given)):
+        if self.attempt(problem, lambda: activate(self.model, names, weights)):
             self.switched(live)
 
     def switched(self, live: dict[str, float]) -> None:
         self.unmerged = None
-        for name, held in self.shadow.adapters.items():
-            held.live, held.weight = name in live, live.get(name, 1.0)
+        for name, adapter in self.shadow.adapters.items():
+            adapter.live, adapter.weight = name in live, live.get(name, 1.0)
 
     @precondition(lambda self: self.shadow.adapters)
     @rule()
@@ -418,8 +418,8 @@ class Adapters(RuleBasedStateMachine):
     @precondition(lambda self: self.shadow.adapters and len(self.blocks) < 3)
     @rule(data=st.data(), alone=st.booleans())
     def enter_route(self, data: Any, alone: bool) -> None:
-        one = st.sampled_from([*self.shadow.adapters, *self.shadow.adapters, None, "unknown"])
-        rows = [data.draw(one)] * 3 if alone else [data.draw(one) for _ in range(3)]
+        row_strategy = st.sampled_from([*self.shadow.adapters, *self.shadow.adapters, None, "unknown"])
+        rows = [data.draw(row_strategy)] * 3 if alone else [data.draw(row_strategy) for _ in range(3)]
         problem = self.routed or self.unknown([name for name in rows if name]) or self.shadow.cannot_route(rows)
         context = route(self.model, rows)
         if self.attempt(problem, context.__enter__):
@@ -428,12 +428,12 @@ class Adapters(RuleBasedStateMachine):
     @precondition(lambda self: self.blocks)
     @rule(failing=st.booleans())
     def leave(self, failing: bool) -> None:
-        context, kept = self.blocks.pop()
+        context, state = self.blocks.pop()
         error = ValueError("on purpose") if failing else None
-        if isinstance(kept, list):
+        if isinstance(state, list):
             assert not context.__exit__(type(error) if error else None, error, None)
             return
-        live = {name: weight for name, weight in kept.items() if name in self.shadow.adapters}
+        live = {name: weight for name, weight in state.items() if name in self.shadow.adapters}
         problem = self.shadow.cannot_switch(live, asked=False)
         step = lambda: context.__exit__(type(error) if error else None, error, None)  # noqa: E731
         if self.attempt(problem, step):
@@ -444,12 +444,12 @@ class Adapters(RuleBasedStateMachine):
     def meddle(self, data: Any) -> None:
         """Another thread can not change the model; nor can this thread inside a block."""
         name = data.draw(st.sampled_from(list(self.shadow.adapters)))
-        what = data.draw(st.sampled_from([activate, remove, merge]))
+        verb = data.draw(st.sampled_from([activate, remove, merge]))
         refused = []
 
         def other() -> None:
             try:
-                what(self.model, name)
+                verb(self.model, name)
             except SurgeryError as error:
                 refused.append(error)
 
@@ -494,12 +494,12 @@ class Adapters(RuleBasedStateMachine):
     def unmerge_what_was_changed(self, data: Any) -> None:
         path = data.draw(st.sampled_from(sorted(self.shadow.merged_paths())))
         weight = self.model.get_submodule(path).weight
-        kept = weight.detach().clone()
+        weight_copy = weight.detach().clone()
         with torch.no_grad():
             weight.view(-1)[0] += 1
         self.attempt("changed while merged", lambda: unmerge(self.model))
         with torch.no_grad():
-            weight.copy_(kept)
+            weight.copy_(weight_copy)
 
     @precondition(lambda self: self.shadow.adapters)
     @rule()
@@ -507,7 +507,11 @@ class Adapters(RuleBasedStateMachine):
         shadow, merged = self.shadow, self.shadow.merged
         paths = shadow.merged_paths()
         staying = {
-            e.path for name, held in shadow.adapters.items() if name not in merged for e in held.entries if e.start
+            e.path
+            for name, adapter in shadow.adapters.items()
+            if name not in merged
+            for e in adapter.entries
+            if e.start
         }
         problem = self.routed or ("" if merged else "nothing is merged") or ("start" if staying & paths else "")
         output = None if problem else self.run()
@@ -540,13 +544,15 @@ class Adapters(RuleBasedStateMachine):
         leaves = {id(e.tensors[key]): e.tensors[key].double().requires_grad_() for _, e, key in trained}
         if not trained:
             return
-        held = [getattr(getattr(self.model.get_submodule(e.path).adapters, name), key) for name, e, key in trained]
+        adapter_tensors = [
+            getattr(getattr(self.model.get_submodule(e.path).adapters, name), key) for name, e, key in trained
+        ]
         mode = self.model.training
         self.model.train(mode and not any(self.shadow.adapters[name].dropout for name, _, _ in trained))
-        grads = torch.autograd.grad(self.model(IDS).square().sum(), held, allow_unused=True)
+        grads = torch.autograd.grad(self.model(IDS).square().sum(), adapter_tensors, allow_unused=True)
         self.model.train(mode)
         wanted = torch.autograd.grad(self.wanted(leaves).square().sum(), list(leaves.values()), allow_unused=True)
-        for (_, entry, key), tensor, grad, want in zip(trained, held, grads, wanted, strict=True):
+        for (_, entry, key), tensor, grad, want in zip(trained, adapter_tensors, grads, wanted, strict=True):
             grad, want = (torch.zeros(tensor.shape) if g is None else g for g in (grad, want))
             near(grad, want, self.dtype, f"gradient of {key} at {entry.path}")
             with torch.no_grad():
@@ -558,14 +564,18 @@ class Adapters(RuleBasedStateMachine):
     @rule(data=st.data(), lacking=st.booleans())
     def hotswap(self, data: Any, lacking: bool) -> None:
         name = self.any_name(data)
-        held = self.shadow.adapters.get(name, Held([]))
-        new = {f"{e.path}.adapters.{n}": torch.randn_like(t) * 0.3 for e in held.entries for n, t in e.tensors.items()}
+        adapter = self.shadow.adapters.get(name, Held([]))
+        new = {
+            f"{e.path}.adapters.{n}": torch.randn_like(t) * 0.3 for e in adapter.entries for n, t in e.tensors.items()
+        }
         if lacking and new:
             new.popitem()
-        problem = self.routed or self.unknown([name]) or ("merged" if held.paths & self.shadow.merged_paths() else "")
-        problem = problem or ("start" if held.changed else "") or ("tensors lack" if lacking else "")
+        problem = (
+            self.routed or self.unknown([name]) or ("merged" if adapter.paths & self.shadow.merged_paths() else "")
+        )
+        problem = problem or ("start" if adapter.changed else "") or ("tensors lack" if lacking else "")
         if self.attempt(problem, lambda: hotswap(self.model, name, new)):
-            for entry in held.entries:
+            for entry in adapter.entries:
                 entry.tensors = {n: new[f"{entry.path}.adapters.{n}"] for n in entry.tensors}
             self.unmerged = None
 
@@ -573,9 +583,9 @@ class Adapters(RuleBasedStateMachine):
     @rule(data=st.data())
     def freeze_or_thaw(self, data: Any) -> None:
         name = data.draw(st.sampled_from(sorted(self.shadow.live())))
-        which = data.draw(st.sampled_from([min, max]))
+        choose = data.draw(st.sampled_from([min, max]))
         for entry in self.shadow.adapters[name].entries:
-            key = which(entry.flags)
+            key = choose(entry.flags)
             entry.flags[key] = not entry.flags[key]
             getattr(getattr(self.model.get_submodule(entry.path).adapters, name), key).requires_grad_(entry.flags[key])
 
@@ -591,7 +601,7 @@ class Adapters(RuleBasedStateMachine):
         problem = self.unknown([old]) or ("" if new == old else self.shadow.cannot_apply(new, [], idle=True))
         problem = problem or ("a block is open" if self.blocks and new != old else "")
         if self.attempt(problem, lambda: rename_adapter(self.model, old, new)):
-            self.shadow.adapters = {new if n == old else n: held for n, held in self.shadow.adapters.items()}
+            self.shadow.adapters = {new if n == old else n: adapter for n, adapter in self.shadow.adapters.items()}
             self.shadow.merged = tuple(new if name == old else name for name in self.shadow.merged)
 
     @precondition(lambda self: self.shadow.adapters)
@@ -608,7 +618,9 @@ class Adapters(RuleBasedStateMachine):
         for name in names:
             for entry in self.shadow.adapters.pop(name).entries:
                 key, others = f"{entry.path}.weight", self.shadow.adapters.values()
-                if entry.start and not any(e.start and e.path == entry.path for held in others for e in held.entries):
+                if entry.start and not any(
+                    e.start and e.path == entry.path for adapter in others for e in adapter.entries
+                ):
                     self.shadow.moved.pop(key, None)
                 elif entry.start:
                     self.shadow.moved[key] = base_state_dict(self.model)[key].clone()
@@ -616,13 +628,13 @@ class Adapters(RuleBasedStateMachine):
     # Models and files ---------------------------------------------------------------------------------------------
 
     @precondition(lambda self: self.shadow.adapters)
-    @rule(data=st.data(), format=st.sampled_from(["auto", "surgery"]), which=st.sampled_from(["one", "two"]))
-    def save(self, data: Any, format: Any, which: str) -> None:
+    @rule(data=st.data(), format=st.sampled_from(["auto", "surgery"]), file=st.sampled_from(["one", "two"]))
+    def save(self, data: Any, format: Any, file: str) -> None:
         name = self.any_name(data)
         if self.attempt(
-            self.unknown([name]), lambda: save_adapter(self.model, self.folder / which, name, format=format)
+            self.unknown([name]), lambda: save_adapter(self.model, self.folder / file, name, format=format)
         ):
-            self.saved[which] = self.shadow.adapters[name].copied(), sorted(self.shadow.adapters)
+            self.saved[file] = self.shadow.adapters[name].copied(), sorted(self.shadow.adapters)
 
     @rule(how=st.sampled_from(["deepcopy", "torch.save"]))
     def go_on_with_a_copy(self, how: str) -> None:
@@ -665,13 +677,17 @@ class Adapters(RuleBasedStateMachine):
     def it_tells_what_it_is(self) -> None:
         if not hasattr(self, "checked") or not self.shadow.adapters:
             return
-        shadow, told = self.shadow, adapters(self.model)
-        assert list(told) == list(shadow.adapters) and active(self.model) == tuple(shadow.live())
-        for name, held in shadow.adapters.items():
-            found = told[name]
-            assert (found.live, found.merged, found.weight) == (held.live, name in shadow.merged, held.weight)
-            assert set(found.sites) == held.paths
-            assert found.parameters == sum(t.numel() for e in held.entries for t in e.tensors.values())
+        shadow, adapters_by_name = self.shadow, adapters(self.model)
+        assert list(adapters_by_name) == list(shadow.adapters) and active(self.model) == tuple(shadow.live())
+        for name, expected in shadow.adapters.items():
+            adapter = adapters_by_name[name]
+            assert (adapter.live, adapter.merged, adapter.weight) == (
+                expected.live,
+                name in shadow.merged,
+                expected.weight,
+            )
+            assert set(adapter.sites) == expected.paths
+            assert adapter.parameters == sum(t.numel() for e in expected.entries for t in e.tensors.values())
 
     @invariant()
     def its_tensors_are_what_they_were(self) -> None:
@@ -679,12 +695,12 @@ class Adapters(RuleBasedStateMachine):
             return
         shadow = self.shadow
         flags = {name: parameter.requires_grad for name, parameter in self.model.named_parameters()}
-        for name, held in shadow.adapters.items():
-            found = adapter_state_dict(self.model, name)
-            for entry in held.entries:
+        for name, adapter in shadow.adapters.items():
+            tensors = adapter_state_dict(self.model, name)
+            for entry in adapter.entries:
                 for key, tensor in entry.tensors.items():
-                    assert torch.equal(found[f"{entry.path}.adapters.{key}"], tensor), f"{name}: {entry.path} {key}"
-                    training = (held.live or name in (self.rows or ())) and entry.flags[key]
+                    assert torch.equal(tensors[f"{entry.path}.adapters.{key}"], tensor), f"{name}: {entry.path} {key}"
+                    training = (adapter.live or name in (self.rows or ())) and entry.flags[key]
                     assert flags[f"{entry.path}.adapters.{name}.{key}"] == training, f"{name}: {entry.path} {key}"
         plain = dict(shadow.plain.state_dict())
         base = base_state_dict(self.model)
@@ -692,7 +708,7 @@ class Adapters(RuleBasedStateMachine):
         for key, tensor in base.items():
             if key.partition(".")[0] not in shadow.merged_paths():
                 assert torch.equal(tensor, shadow.moved[key] if key in shadow.moved else plain[key]), key
-        frozen = any(held.freezes for held in shadow.adapters.values())
+        frozen = any(adapter.freezes for adapter in shadow.adapters.values())
         for name, parameter in shadow.plain.named_parameters():
             assert flags[name] == (parameter.requires_grad and not frozen), name
 
@@ -711,8 +727,10 @@ class Adapters(RuleBasedStateMachine):
                 expected.facts[f"parameter {name}"] = (number, *fact[1:])
             else:
                 del expected.facts[f"parameter {name}"]
-        found = expected.differences(self.model)
-        assert not [line for line in found if " is new: " not in line or not line.startswith("parameter ")], found
+        differences = expected.differences(self.model)
+        assert not [line for line in differences if " is new: " not in line or not line.startswith("parameter ")], (
+            differences
+        )
         assert (self.model.head.weight is self.model.embed.weight) == self.shadow.tied
         shutil.rmtree(self.folder, ignore_errors=True)
         DONE["examples"] += 1
@@ -721,12 +739,12 @@ class Adapters(RuleBasedStateMachine):
 _WITHIN = {torch.float64: 1e-9, torch.float32: 2e-3, torch.bfloat16: 1.0}
 
 
-def near(found: Tensor, wanted: Tensor, dtype: torch.dtype, what: str = "") -> None:
+def near(actual: Tensor, wanted: Tensor, dtype: torch.dtype, label: str = "") -> None:
     """Compare by the norm: a small entry may be off by the rounding of the large entries."""
     if dtype == torch.bfloat16:
         return
-    error = (found.double() - wanted.double()).norm() / (1 + wanted.double().norm())
-    assert error < _WITHIN[dtype], f"{what}: off by {error:.3g}"
+    error = (actual.double() - wanted.double()).norm() / (1 + wanted.double().norm())
+    assert error < _WITHIN[dtype], f"{label}: off by {error:.3g}"
 
 
 Adapters.TestCase.settings = settings(

@@ -187,27 +187,27 @@ AROUND: dict[str, Callable[[], AbstractContextManager[Any]]] = {
 
 def bits(model: nn.Module) -> dict[str, Any]:
     """The result of verbs: tensors with their dtypes and flags, and whether they can train."""
-    held = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
     return {
-        name: (t.detach().clone(), t.dtype, t.device, t.requires_grad, t.is_inference()) for name, t in held.items()
+        name: (t.detach().clone(), t.dtype, t.device, t.requires_grad, t.is_inference()) for name, t in tensors.items()
     }
 
 
-def alike(one: dict[str, Any], other: dict[str, Any]) -> list[str]:
-    found = [f"{name} is only in one" for name in one.keys() ^ other.keys()]
-    for name in one.keys() & other.keys():
-        if one[name][1:] != other[name][1:]:
-            found.append(f"{name}: {one[name][1:]} {other[name][1:]}")
-        elif not torch.equal(one[name][0], other[name][0]):
-            found.append(f"{name} has other bits")
-    return found
+def alike(first: dict[str, Any], second: dict[str, Any]) -> list[str]:
+    differences = [f"{name} is only in one" for name in first.keys() ^ second.keys()]
+    for name in first.keys() & second.keys():
+        if first[name][1:] != second[name][1:]:
+            differences.append(f"{name}: {first[name][1:]} {second[name][1:]}")
+        elif not torch.equal(first[name][0], second[name][0]):
+            differences.append(f"{name} has other bits")
+    return differences
 
 
 def life(chosen: Rule, around: Callable[[], AbstractContextManager[Any]], whole: bool = True) -> list[Any]:
     """Runs the verbs on an adapter, each inside a context, and notes the state after each verb."""
     model, folder = model_of(), tempfile.mkdtemp()
     example = {"input_ids": IDS}
-    found: list[Any] = []
+    states: list[Any] = []
 
     def step(work: Callable[[], Any]) -> None:
         torch.manual_seed(1)
@@ -215,10 +215,10 @@ def life(chosen: Rule, around: Callable[[], AbstractContextManager[Any]], whole:
             try:
                 work()
             except (SurgeryError, SurgeryWarning) as error:  # warnings are errors here
-                found.append(str(error))
-        found.append(bits(model))
+                states.append(str(error))
+        states.append(bits(model))
 
-    step(lambda: found.append(str(plan_rules(model, chosen, adapter="a", example_inputs=example))))
+    step(lambda: states.append(str(plan_rules(model, chosen, adapter="a", example_inputs=example))))
     step(lambda: apply_rules(model, chosen, adapter="a", example_inputs=example))
     with torch.no_grad():
         for index, tensor in enumerate(adapter_state_dict(model, "a").values()):
@@ -227,7 +227,7 @@ def life(chosen: Rule, around: Callable[[], AbstractContextManager[Any]], whole:
     step(lambda: merge(model, "a"))
     step(lambda: unmerge(model))
     if not whole:
-        return found
+        return states
     step(lambda: merge(model, "a", keep="copy", safe=True))
     step(lambda: unmerge(model))
     step(lambda: copy_adapter(model, "a", "b"))
@@ -244,15 +244,17 @@ def life(chosen: Rule, around: Callable[[], AbstractContextManager[Any]], whole:
     step(lambda: merge(model, "z"))
     step(lambda: forget(model))
     step(lambda: remove(model))
-    return found
+    return states
 
 
 def check(chosen: Rule, *arounds: str, whole: bool = True) -> list[Any]:
     expected = life(chosen, nullcontext, whole)
     for around in arounds:
-        found = life(chosen, AROUND[around], whole)
-        for index, (one, other) in enumerate(zip(expected, found, strict=True)):
-            wrong = alike(one, other) if isinstance(one, dict) else [] if one == other else [f"{one}\n{other}"]
+        states = life(chosen, AROUND[around], whole)
+        for index, (wanted, state) in enumerate(zip(expected, states, strict=True)):
+            wrong = (
+                alike(wanted, state) if isinstance(wanted, dict) else [] if wanted == state else [f"{wanted}\n{state}"]
+            )
             assert not wrong, (around, index, wrong[:3])
     return expected
 

@@ -61,7 +61,7 @@ def test_lora_is_scaled_in_its_fast_form() -> None:
             x = layer(x)
     torch.testing.assert_close(model(X), x, **CLOSE)
     assert "low_rank_linear" in show(model, "0", generated=True) and "weighted" not in show(model, "0")
-    assert {name: found.weight for name, found in adapters(model).items()} == {"a": 0.7, "b": -0.4}
+    assert {name: adapter.weight for name, adapter in adapters(model).items()} == {"a": 0.7, "b": -0.4}
 
 
 RULES: dict[str, Any] = {
@@ -224,4 +224,4 @@ def test_bad_weights(weights: Any, message: str) -> None:
         activate(model, "a", {"b": 0.5})
     with pytest.raises(SurgeryError, match="named twice"):
         activate(model, ["a", "a"])
-    assert all(found.live and found.weight == 1.0 for found in adapters(model).values())
+    assert all(adapter.live and adapter.weight == 1.0 for adapter in adapters(model).values())

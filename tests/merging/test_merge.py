@@ -71,9 +71,9 @@ def test_training_the_base_while_merged_is_found_before_anything_is_touched() ->
     with torch.no_grad():
         model[0].weight[3, 4] += 1e-3
     before = Snapshot(model)
-    with pytest.raises(MergeError, match="changed") as told:
+    with pytest.raises(MergeError, match="changed") as error_info:
         unmerge(model)
-    assert told.value.where == "0" and not before.differences(model)
+    assert error_info.value.where == "0" and not before.differences(model)
     with torch.no_grad():
         model[0].weight[3, 4] -= 1e-3
     unmerge(model, check=False)
@@ -141,9 +141,9 @@ def test_the_record_is_small(dtype: torch.dtype) -> None:
     with torch.no_grad():
         model[0].weight.normal_(std=1024**-0.5)
     apply_rules(model, [LoraRule("0", rank=8, init="random")])
-    held = model[0].adapters.default
+    adapter = model[0].adapters.default
     with torch.no_grad():
-        held.B.mul_(0.03 * model[0].weight.float().norm() / (held.B @ held.A).norm())
+        adapter.B.mul_(0.03 * model[0].weight.float().norm() / (adapter.B @ adapter.A).norm())
     report = merge(model)
     factors = 4 * 8 * 2048
     assert (report.nbytes - factors) / report.entries <= 0.15 and "bytes an entry" in str(report)
@@ -220,10 +220,10 @@ def test_a_changed_input_is_changed_for_every_rule_of_its_site(order: tuple[str,
         def merged(self, site: Any) -> dict[str, Tensor]:
             return {"weight": site.weight @ site.params["turn"].t()}
 
-    made = {"turn": Turn("0"), "flip": Turn("0"), "lora": LoraRule("0", rank=2, init="random")}
+    rules_by_name = {"turn": Turn("0"), "flip": Turn("0"), "lora": LoraRule("0", rank=2, init="random")}
     model: Any = nn.Sequential(nn.Linear(5, 4))
     for name in order:
-        apply_rules(model, [made[name]], adapter=name)
+        apply_rules(model, [rules_by_name[name]], adapter=name)
     with torch.no_grad():
         model[0].adapters.turn.turn.normal_()
         model[0].adapters.flip.turn.normal_()
@@ -239,8 +239,10 @@ def test_several_adapters_are_one_rounding() -> None:
     weight = model[0].weight.detach().clone()
     for name in ("a", "b", "c"):
         apply_rules(model, [LoraRule("0", rank=4, init="random")], adapter=name)
-    held = [model[0].adapters.a, model[0].adapters.b, model[0].adapters.c]
-    delta = sum((part.B.double() @ part.A.double() * 2 for part in held), torch.zeros(48, 64, dtype=torch.float64))
+    adapter_modules = [model[0].adapters.a, model[0].adapters.b, model[0].adapters.c]
+    delta = sum(
+        (part.B.double() @ part.A.double() * 2 for part in adapter_modules), torch.zeros(48, 64, dtype=torch.float64)
+    )
     merge(model)
     assert torch.equal(model[0].weight, (weight.float() + delta.float()).to(torch.bfloat16))
 

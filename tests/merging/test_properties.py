@@ -130,14 +130,14 @@ def output(model: nn.Module) -> Tensor:
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     with torch.no_grad():
-        found = model(ids).clone()
+        logits = model(ids).clone()
     for module, mode in modes:
         module.training = mode
-    return found
+    return logits
 
 
-def same(found: Tensor, expected: Tensor) -> None:
-    torch.testing.assert_close(found, expected, rtol=0, atol=0, equal_nan=True)  # float16 overflows in some of them
+def same(actual: Tensor, expected: Tensor) -> None:
+    torch.testing.assert_close(actual, expected, rtol=0, atol=0, equal_nan=True)  # float16 overflows in some of them
 
 
 @often

@@ -27,8 +27,8 @@ def test_the_output_keeps_its_scale(family: str, tmp_path: Path) -> None:
     live, before = run(model, inputs), Snapshot(model)  # a first call may leave notes of its own
     merge(model, untie=True)
     merged = run(model, inputs)
-    for found, expected in zip(merged, live, strict=True):
-        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+    for output, expected in zip(merged, live, strict=True):
+        torch.testing.assert_close(output, expected, rtol=1e-4, atol=1e-4)
     model.tie_weights()
     assert all(map(torch.equal, run(model, inputs), merged))
     unmerge(model)

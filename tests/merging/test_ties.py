@@ -56,7 +56,7 @@ MODELS: dict[str, tuple[Any, tuple[str, ...]]] = {
 CASES = [(name, target) for name, (_, targets) in MODELS.items() for target in targets]
 
 
-def made(name: str) -> Any:
+def build_model(name: str) -> Any:
     torch.manual_seed(0)
     model = MODELS[name][0]().eval()
     assert model.config.tie_word_embeddings
@@ -64,16 +64,18 @@ def made(name: str) -> Any:
 
 
 def out(model: Any) -> Tensor:
-    given = {"decoder_input_ids": IDS} if isinstance(model, T5ForConditionalGeneration) else {}
+    options = {"decoder_input_ids": IDS} if isinstance(model, T5ForConditionalGeneration) else {}
     with torch.no_grad():
-        return model(IDS, **given).logits
+        return model(IDS, **options).logits
 
 
-def said(model: Any) -> list[Any]:
+def tie_state(model: Any) -> list[Any]:
     """All that says what is tied, and what is."""
     parts = [part for part in model.modules() if isinstance(part, PreTrainedModel)]
-    told = [(part.config.tie_word_embeddings, part._tied_weights_keys, part.all_tied_weights_keys) for part in parts]
-    return [copy.deepcopy(told), [sorted(k for k in vars(part) if "tied" in k) for part in parts], tied(model)]
+    settings = [
+        (part.config.tie_word_embeddings, part._tied_weights_keys, part.all_tied_weights_keys) for part in parts
+    ]
+    return [copy.deepcopy(settings), [sorted(k for k in vars(part) if "tied" in k) for part in parts], tied(model)]
 
 
 def tied(model: Any) -> dict[str, int]:
@@ -82,8 +84,8 @@ def tied(model: Any) -> dict[str, int]:
 
 @pytest.mark.parametrize("name, target", CASES)
 def test_merged_tied_weights_stay_merged(name: str, target: str, tmp_path: Path) -> None:
-    model = apply_rules(made(name), LoraRule(target, rank=2, init="random"))
-    before, live, kind = said(model), out(model), type(model)
+    model = apply_rules(build_model(name), LoraRule(target, rank=2, init="random"))
+    before, live, kind = tie_state(model), out(model), type(model)
     merge(model, untie=True)
     merged = out(model)
     assert torch.allclose(merged, live, atol=1e-4)  # ΔW is rounded into float32 once
@@ -101,22 +103,22 @@ def test_merged_tied_weights_stay_merged(name: str, target: str, tmp_path: Path)
         loaded.tie_weights()
         assert torch.equal(out(loaded), merged)
     unmerge(model)
-    assert said(model) == before and torch.equal(out(model), live)
+    assert tie_state(model) == before and torch.equal(out(model), live)
     model.tie_weights()
     assert torch.equal(out(model), live)
     remove(model)
-    assert torch.equal(out(model), out(made(name)))
+    assert torch.equal(out(model), out(build_model(name)))
 
 
 @pytest.mark.parametrize("name, target", CASES)
 def test_a_checkpoint_of_a_tied_model(name: str, target: str, tmp_path: Path) -> None:
-    model = apply_rules(made(name), LoraRule(target, rank=2, init="random"))
-    before = said(model)
+    model = apply_rules(build_model(name), LoraRule(target, rank=2, init="random"))
+    before = tie_state(model)
     with pytest.raises((MergeError, PlanError), match="merge_to\\(…, untie=True\\)"):
         merge_to(model, tmp_path / "merged")
-    assert said(model) == before
+    assert tie_state(model) == before
     merge_to(model, tmp_path / "merged", untie=True)
-    assert said(model) == before
+    assert tie_state(model) == before
     merge(model, untie=True)
     merged = out(model)
     unmerge(model)
@@ -125,7 +127,7 @@ def test_a_checkpoint_of_a_tied_model(name: str, target: str, tmp_path: Path) ->
 
 @pytest.mark.parametrize("name", MODELS)
 def test_a_final_merge_stays_untied(name: str, tmp_path: Path) -> None:
-    model = apply_rules(made(name), LoraRule(MODELS[name][1][0], rank=2, init="random"))
+    model = apply_rules(build_model(name), LoraRule(MODELS[name][1][0], rank=2, init="random"))
     merge(model, untie=True)
     merged = out(model)
     forget(model)
@@ -138,21 +140,21 @@ def test_a_final_merge_stays_untied(name: str, tmp_path: Path) -> None:
 def test_a_merge_that_fails_says_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     merging = importlib.import_module("surgery.merging.merge")
     ties = importlib.import_module("surgery.state.tied_weights")
-    model = apply_rules(made("llama"), LoraRule(["lm_head", "q_proj"], rank=2, init="random"))
-    before, live = said(model), out(model)
+    model = apply_rules(build_model("llama"), LoraRule(["lm_head", "q_proj"], rank=2, init="random"))
+    before, live = tie_state(model), out(model)
 
-    def broken(*given: Any) -> Any:
-        ties.say_untied(*given)
+    def broken(*args: Any) -> Any:
+        ties.say_untied(*args)
         raise RuntimeError("no")
 
     monkeypatch.setattr(merging, "say_untied", broken)
     with pytest.raises(RuntimeError):
         merge(model, untie=True)
-    assert said(model) == before and torch.equal(out(model), live)
+    assert tie_state(model) == before and torch.equal(out(model), live)
 
 
 def test_what_is_not_tied_is_left_as_it_is() -> None:
-    model = apply_rules(made("llama"), LoraRule("q_proj", rank=2, init="random"))
-    before = said(model)
+    model = apply_rules(build_model("llama"), LoraRule("q_proj", rank=2, init="random"))
+    before = tie_state(model)
     merge(model, untie=True)
-    assert said(model) == before and model.config.tie_word_embeddings
+    assert tie_state(model) == before and model.config.tie_word_embeddings

@@ -26,17 +26,17 @@ SEEDS = 2 if CRASHES < 10 else 10
 @pytest.fixture(scope="module")
 def wholes(tmp_path_factory: pytest.TempPathFactory) -> dict[int, tuple[dict[str, Any], float]]:
     """Uninterrupted runs by seed, and the last one's seconds."""
-    found = {}
+    runs = {}
     for seed in range(SEED, SEED + SEEDS):
         start = time.monotonic()
-        found[seed] = crashes.run(seed, tmp_path_factory.mktemp("whole")), time.monotonic() - start
-    return found
+        runs[seed] = crashes.run(seed, tmp_path_factory.mktemp("whole")), time.monotonic() - start
+    return runs
 
 
-def same(found: dict[str, Any], wanted: dict[str, Any]) -> None:
-    assert found["losses"] == wanted["losses"]
-    assert found["tensors"].keys() == wanted["tensors"].keys()
-    assert not [name for name, tensor in wanted["tensors"].items() if not torch.equal(tensor, found["tensors"][name])]
+def same(actual: dict[str, Any], wanted: dict[str, Any]) -> None:
+    assert actual["losses"] == wanted["losses"]
+    assert actual["tensors"].keys() == wanted["tensors"].keys()
+    assert not [name for name, tensor in wanted["tensors"].items() if not torch.equal(tensor, actual["tensors"][name])]
 
 
 def test_what_trains_and_what_does_not(wholes: Any) -> None:
@@ -80,16 +80,16 @@ def test_half_a_checkpoint_is_passed_over(wholes: Any, tmp_path: Path) -> None:
 @pytest.mark.skipif(sys.platform == "win32", reason="there is no SIGKILL")
 def test_a_run_that_is_killed_and_goes_on(wholes: Any, tmp_path: Path) -> None:
     chance, server = random.Random(SEED), crashes.Server()
-    told = {"killed": 0, "half": 0}
+    counts = {"killed": 0, "half": 0}
     try:
         for number in range(CRASHES):
             seed, folder = SEED + number % SEEDS, tmp_path / str(number)
             folder.mkdir()
             whole, seconds = wholes[seed]
             for key, count in crashes.killed_run(server, seed, folder, seconds, 3, chance).items():
-                told[key] += count
+                counts[key] += count
             same(torch.load(folder / "result.pt"), whole)
     finally:
         server.close()
-    assert told["killed"] >= CRASHES
-    print(f"{CRASHES} runs killed {told['killed']} times, {told['half']} times with half a checkpoint")
+    assert counts["killed"] >= CRASHES
+    print(f"{CRASHES} runs killed {counts['killed']} times, {counts['half']} times with half a checkpoint")

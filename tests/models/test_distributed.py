@@ -54,10 +54,10 @@ def test_ddp_and_fsdp2_on_two_processes(tmp_path: Path) -> None:
     stuck = [process for process in workers if process.is_alive()]
     for process in stuck:
         process.kill()
-    found = []
+    messages = []
     while not errors.empty():
-        found.append(errors.get())
-    assert not found, "\n".join(found)
+        messages.append(errors.get())
+    assert not messages, "\n".join(messages)
     assert not stuck and all(process.exitcode == 0 for process in workers)
 
 
@@ -147,9 +147,9 @@ def ddp_and_what_trains_later(rank: int) -> None:
     def agree(model: nn.Module) -> None:
         for name, parameter in adapters_of(model).items():
             if parameter.grad is not None:
-                there = [torch.empty_like(parameter.grad) for _ in range(2)]
-                dist.all_gather(there, parameter.grad)
-                assert torch.equal(*there), name
+                gradients = [torch.empty_like(parameter.grad) for _ in range(2)]
+                dist.all_gather(gradients, parameter.grad)
+                assert torch.equal(*gradients), name
 
     def two() -> Any:
         model, _ = patient()
@@ -217,8 +217,8 @@ def fsdp2(rank: int) -> None:
     assert kinds == [type(module) for module in model.modules()]
     # A switch finds the sharded tensors, which have taken the others' places.
     for trains in (False, True):
-        held = adapters_of(activate(model, "default") if trains else deactivate(model)).values()
-        assert {(hasattr(tensor, "device_mesh"), tensor.requires_grad) for tensor in held} == {(True, trains)}
+        tensors = adapters_of(activate(model, "default") if trains else deactivate(model)).values()
+        assert {(hasattr(tensor, "device_mesh"), tensor.requires_grad) for tensor in tensors} == {(True, trains)}
 
 
 def fsdp2_of_single_sites(rank: int) -> None:
@@ -326,8 +326,8 @@ def what_sharding_forbids(rank: int) -> None:
     assert torch.equal(model(x), merged)
     model = fully_shard(adapted())
     sharded: Any = adapter_state_dict(model)
-    held: Any = {name: tensor.full_tensor() * 0 + 0.5 for name, tensor in sharded.items()}
-    load_adapter_state_dict(model, held)
+    new_tensors: Any = {name: tensor.full_tensor() * 0 + 0.5 for name, tensor in sharded.items()}
+    load_adapter_state_dict(model, new_tensors)
     assert all(bool((tensor.full_tensor() == 0.5).all()) for tensor in sharded.values())
     refused(lambda: combine(model, {"default": 1.0}, "sum"), "its parameters are sharded")
 

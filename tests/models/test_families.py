@@ -66,13 +66,13 @@ def tensors(output: Any) -> Iterator[Tensor]:
 
 
 def run(model: nn.Module, inputs: dict[str, Any]) -> list[Tensor]:
-    found = list(tensors(model(**inputs)))
-    assert found
-    return found
+    outputs = list(tensors(model(**inputs)))
+    assert outputs
+    return outputs
 
 
-def same(found: list[Tensor], expected: list[Tensor]) -> bool:
-    return len(found) == len(expected) and all(map(torch.equal, found, expected))
+def same(actual: list[Tensor], expected: list[Tensor]) -> bool:
+    return len(actual) == len(expected) and all(map(torch.equal, actual, expected))
 
 
 def disturb(model: nn.Module) -> None:
@@ -87,9 +87,9 @@ def merged_by_hand(base: nn.Module, model: nn.Module) -> nn.Module:
     base = copy.deepcopy(base)
     with torch.no_grad():
         for path, module in model.named_modules():
-            held: Any = module._modules.get("adapters")
-            if held is not None:
-                A, B = held.default.A, held.default.B
+            boxes: Any = module._modules.get("adapters")
+            if boxes is not None:
+                A, B = boxes.default.A, boxes.default.B
                 weight = base.get_submodule(path)._parameters["weight"]
                 assert weight is not None
                 delta = (B.flatten(1) @ A.flatten(1)).reshape(B.shape[0], *A.shape[1:])
@@ -115,13 +115,13 @@ def test_there_and_back(family: str) -> None:
     live = run(model, inputs)
     assert not same(live, output)
     # A branch beside the output and a changed weight round differently, twice a layer.
-    for found, expected in zip(live, run(merged_by_hand(base, model), inputs), strict=True):
-        torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-4)
+    for actual, expected in zip(live, run(merged_by_hand(base, model), inputs), strict=True):
+        torch.testing.assert_close(actual, expected, rtol=1e-3, atol=1e-4)
 
     merge(model)
     assert {path: type(model.get_submodule(path)) for path in kinds} == kinds
-    for found, expected in zip(run(model, inputs), live, strict=True):
-        torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-4)
+    for actual, expected in zip(run(model, inputs), live, strict=True):
+        torch.testing.assert_close(actual, expected, rtol=1e-3, atol=1e-4)
     unmerge(model)
     assert same(run(model, inputs), live)
     remove(model)

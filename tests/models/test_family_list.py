@@ -93,20 +93,20 @@ def run(model: nn.Module, inputs: dict[str, Any]) -> list[Tensor]:
     random.seed(1)
     torch.manual_seed(1)
     with torch.no_grad():
-        found = list(tensors(model(**inputs)))
-    assert found
-    return found
+        outputs = list(tensors(model(**inputs)))
+    assert outputs
+    return outputs
 
 
-def same(found: list[Tensor], expected: list[Tensor]) -> bool:
-    return len(found) == len(expected) and all(map(torch.equal, found, expected))
+def same(actual: list[Tensor], expected: list[Tensor]) -> bool:
+    return len(actual) == len(expected) and all(map(torch.equal, actual, expected))
 
 
 def rule_for(name: str, model: nn.Module) -> LoraRule:
     if name in NO_LINEAR:
         return LoraRule(NO_LINEAR[name], rank=2)
     left_out = [table[name] for table in (READ_PAST, NOT_REACHED) if name in table]
-    paths = [path for path, _ in model.named_modules() if any(re.search(one, path) for one in left_out)]
+    paths = [path for path, _ in model.named_modules() if any(re.search(pattern, path) for pattern in left_out)]
     assert bool(paths) == bool(left_out)
     return LoraRule("all-linear", rank=2, exclude=paths)
 
@@ -127,8 +127,10 @@ def test_there_and_back(name: str) -> None:
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", SurgeryWarning)
         apply_rules(model, [rule_for(name, model)], example_inputs=inputs)
-    told = [re.match(r"LoraRule at (\S+) is bypassed on one branch", str(warning.message)) for warning in caught]
-    assert {match and match[1].rpartition(".")[2] for match in told} == ON_ONE_BRANCH.get(name, set())
+    warning_matches = [
+        re.match(r"LoraRule at (\S+) is bypassed on one branch", str(warning.message)) for warning in caught
+    ]
+    assert {match and match[1].rpartition(".")[2] for match in warning_matches} == ON_ONE_BRANCH.get(name, set())
 
     with torch.no_grad():
         for path, parameter in model.named_parameters():
@@ -138,8 +140,8 @@ def test_there_and_back(name: str) -> None:
     assert not same(live, output)
     if name not in TIED:
         merge(model)
-        for found, expected in zip(run(model, inputs), live, strict=True):
-            assert (found - expected).abs().max() <= 1e-3 * (1e-3 + expected.abs().max())
+        for actual, expected in zip(run(model, inputs), live, strict=True):
+            assert (actual - expected).abs().max() <= 1e-3 * (1e-3 + expected.abs().max())
         unmerge(model)
         assert same(run(model, inputs), live)
     remove(model)

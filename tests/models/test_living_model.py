@@ -171,22 +171,22 @@ def test_a_model_that_draws_numbers_is_compared_on_the_same_draws(make: Callable
 def test_generate_with_and_without_cache(family: str) -> None:
     model, inputs = tiny.FAMILIES[family]()
     model.eval()
-    given = {key: value for key, value in inputs.items() if key != "decoder_input_ids"}
+    prompt = {key: value for key, value in inputs.items() if key != "decoder_input_ids"}
     # No end of text: all 12 tokens are compared.
     settings = {"do_sample": False, "max_new_tokens": 12, "min_new_tokens": 12, "pad_token_id": 0}
-    base = model.generate(**given, **settings)
+    base = model.generate(**prompt, **settings)
     apply_rules(model, [LoraRule("all-linear", rank=4)])
-    assert torch.equal(model.generate(**given, **settings), base)  # LoRA starts at the identity
+    assert torch.equal(model.generate(**prompt, **settings), base)  # LoRA starts at the identity
     remove(model)
     apply_rules(model, [LoraRule("all-linear", rank=4, alpha=32, init="random")])
-    cached = model.generate(**given, **settings, use_cache=True)
-    assert torch.equal(model.generate(**given, **settings, use_cache=False), cached)
+    cached = model.generate(**prompt, **settings, use_cache=True)
+    assert torch.equal(model.generate(**prompt, **settings, use_cache=False), cached)
     assert not torch.equal(cached, base)
     plain = copy.deepcopy(model)
     merge(plain)
-    assert torch.equal(plain.generate(**given, **settings), cached)
+    assert torch.equal(plain.generate(**prompt, **settings), cached)
     remove(model)
-    assert torch.equal(model.generate(**given, **settings), base)
+    assert torch.equal(model.generate(**prompt, **settings), base)
 
 
 # Checkpoints ----------------------------------------------------------------------------------------------------
@@ -272,9 +272,9 @@ def test_activation_checkpointing_gives_every_tensor_its_gradient(family: str, r
         gradients.append({name: p.grad for name, p in adapters_of(model).items()})
     assert gradients[0].keys() == gradients[1].keys() and len(gradients[0]) >= 24
     for name, gradient in gradients[0].items():
-        found = gradients[1][name]
-        assert gradient is not None and found is not None and gradient.any(), name
-        torch.testing.assert_close(found, gradient, msg=name)
+        checkpointed_gradient = gradients[1][name]
+        assert gradient is not None and checkpointed_gradient is not None and gradient.any(), name
+        torch.testing.assert_close(checkpointed_gradient, gradient, msg=name)
     assert all(p.grad is None for name, p in model.named_parameters() if name not in gradients[0])
 
 
@@ -314,8 +314,8 @@ def by_hand(model: Any, x: Tensor, scale: float) -> Tensor:
         if not isinstance(layer, nn.Linear):
             x = layer(x)
             continue
-        held: Any = layer.adapters.default  # type: ignore[union-attr]
-        A, B = held.A, held.B
+        adapter: Any = layer.adapters.default  # type: ignore[union-attr]
+        A, B = adapter.A, adapter.B
         y = F.linear(x, layer.weight, layer.bias)
         x = (y + F.linear(F.linear(x.to(A.dtype), A), B) * scale).to(y.dtype)
     return x
@@ -326,10 +326,10 @@ def test_autocast(training: bool) -> None:
     model = apply_rules(mlp(), [LoraRule(nn.Linear, rank=2, init="random")]).train(training)
     x = torch.randn(5, 8)
     with torch.autocast("cpu", torch.bfloat16):
-        found, expected = model(x), by_hand(model, x, 4.0)
-    assert found.dtype == torch.bfloat16
-    assert torch.equal(found, expected)
-    found.float().square().sum().backward()
+        output, expected = model(x), by_hand(model, x, 4.0)
+    assert output.dtype == torch.bfloat16
+    assert torch.equal(output, expected)
+    output.float().square().sum().backward()
     assert all(p.grad is not None and p.grad.dtype == torch.float32 for p in adapters_of(model).values())
 
 
@@ -340,21 +340,21 @@ def test_half_precision_bases_get_float32_adapters(dtype: torch.dtype) -> None:
     apply_rules(model, [LoraRule(nn.Linear, rank=2, init="random")])
     x = torch.randn(5, 8, dtype=dtype)
     assert {p.dtype for p in adapters_of(model).values()} == {torch.float32}
-    found = model(x)
-    assert found.dtype == dtype and torch.equal(found, by_hand(model, x, 4.0))
-    found.float().square().sum().backward()
+    output = model(x)
+    assert output.dtype == dtype and torch.equal(output, by_hand(model, x, 4.0))
+    output.float().square().sum().backward()
     assert all(p.grad is not None and p.grad.dtype == torch.float32 for p in adapters_of(model).values())
     merge(model)
     # The merged weight is rounded to half precision once, the branch was not.
     slack = {torch.float16: 1e-2, torch.bfloat16: 8e-2}[dtype]
-    torch.testing.assert_close(model(x), found, rtol=slack, atol=slack)
+    torch.testing.assert_close(model(x), output, rtol=slack, atol=slack)
     assert torch.equal(remove(unmerge(model))(x), base(x))
 
 
-@pytest.mark.parametrize("given", [None, "float32", "bfloat16"])
-def test_the_dtype_of_adapters_can_be_chosen(given: str | None) -> None:
-    model = apply_rules(mlp(torch.bfloat16), [LoraRule(nn.Linear, rank=2, init="random", dtype=given)])
-    assert {p.dtype for p in adapters_of(model).values()} == {getattr(torch, given or "float32")}
+@pytest.mark.parametrize("chosen_dtype", [None, "float32", "bfloat16"])
+def test_the_dtype_of_adapters_can_be_chosen(chosen_dtype: str | None) -> None:
+    model = apply_rules(mlp(torch.bfloat16), [LoraRule(nn.Linear, rank=2, init="random", dtype=chosen_dtype)])
+    assert {p.dtype for p in adapters_of(model).values()} == {getattr(torch, chosen_dtype or "float32")}
     x = torch.randn(5, 8, dtype=torch.bfloat16)
     # All bfloat16: the fast form rounds once less than the formula does.
     torch.testing.assert_close(model(x), by_hand(model, x, 4.0), rtol=2e-2, atol=2e-2)
@@ -462,7 +462,7 @@ torch.save((before, after), sys.argv[1] + "/outputs.pt")
 # Compile and export ---------------------------------------------------------------------------------------------
 
 
-def held() -> dict[str, Callable[[], tuple[nn.Module, Tensor]]]:
+def rewritten_models() -> dict[str, Callable[[], tuple[nn.Module, Tensor]]]:
     lora = [LoraRule(nn.Linear, rank=2, init="random")]
     inside = [LoraRule(["self_attn", "linear1", "linear2"], rank=2, init="random")]
     return {
@@ -477,27 +477,27 @@ def held() -> dict[str, Callable[[], tuple[nn.Module, Tensor]]]:
 
 
 @pytest.mark.parametrize("training", [True, False], ids=["training", "evaluation"])
-@pytest.mark.parametrize("name", held())
+@pytest.mark.parametrize("name", rewritten_models())
 def test_compile(name: str, training: bool) -> None:
-    model, x = held()[name]()
+    model, x = rewritten_models()[name]()
     model.train(training)
     torch._dynamo.reset()
     with torch._dynamo.config.patch(allow_rnn=True):  # torch's own switch for an LSTM, rewritten or not
         compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
-        expected, found = model(x), compiled(x)
-    torch.testing.assert_close(found, expected)  # run eagerly, the branch has a form that rounds once less
+        expected, compiled_output = model(x), compiled(x)
+    torch.testing.assert_close(compiled_output, expected)  # run eagerly, the branch has a form that rounds once less
     expected.tanh().sum().backward()  # of squares after a LayerNorm the sum is always the same, and its gradient noise
     gradients = {key: p.grad for key, p in adapters_of(model).items()}
     model.zero_grad()
-    found.tanh().sum().backward()
+    compiled_output.tanh().sum().backward()
     for key, parameter in adapters_of(model).items():
         torch.testing.assert_close(parameter.grad, gradients[key], msg=key)
 
 
 @pytest.mark.parametrize("strict", [True, False], ids=["strict", "not strict"])
-@pytest.mark.parametrize("name", held())
+@pytest.mark.parametrize("name", rewritten_models())
 def test_export(name: str, strict: bool) -> None:
-    model, x = held()[name]()
+    model, x = rewritten_models()[name]()
     model.eval()
     with warnings.catch_warnings():
         if name == "lstm":  # torch says so of a plain LSTM, too
@@ -575,12 +575,12 @@ def test_nor_does_the_encoders_own_with_a_padded_batch(targets: str) -> None:
 def orders() -> list[tuple[str, ...]]:
     steps = ("apply", "hook", "unhook", "remove")
     rank = {step: index for index, step in enumerate(steps)}
-    found = [
+    valid_orders = [
         order
         for order in itertools.permutations(steps)
         if order.index("apply") < order.index("remove") and order.index("hook") < order.index("unhook")
     ]
-    return sorted(found, key=lambda order: [rank[step] for step in order])
+    return sorted(valid_orders, key=lambda order: [rank[step] for step in order])
 
 
 @pytest.mark.parametrize("order", orders(), ids=" ".join)
@@ -600,13 +600,16 @@ def test_accelerates_hooks_in_every_order(order: tuple[str, ...], optional: Call
         elif step == "remove":
             remove(model)
         else:
-            for one in (model, plain):
-                hooks.add_hook_to_module(one[0], PlusOne()) if step == "hook" else hooks.remove_hook_from_module(one[0])
+            for target in (model, plain):
+                if step == "hook":
+                    hooks.add_hook_to_module(target[0], PlusOne())
+                else:
+                    hooks.remove_hook_from_module(target[0])
         done ^= {step} if step in ("apply", "hook") else {{"remove": "apply", "unhook": "hook"}[step]}
         y = F.linear(x, plain[0].weight, plain[0].bias)
         if "apply" in done:
-            held = model[0].adapters.default
-            y = y + 4 * (x @ held.A.T) @ held.B.T
+            adapter = model[0].adapters.default
+            y = y + 4 * (x @ adapter.A.T) @ adapter.B.T
         y = y + 1 if "hook" in done else y
         torch.testing.assert_close(model(x), plain[2](torch.relu(y)))
     assert type(model[0]) is nn.Linear and sorted(vars(model[0])) == sorted(vars(plain[0]))
@@ -624,8 +627,8 @@ def test_weights_offloaded_by_accelerate_are_refused(optional: Callable[..., Any
 
 def test_offloading_live_adapters_is_refused_and_loses_nothing(optional: Callable[..., Any]) -> None:
     accelerate = optional("accelerate")
-    for one in (LoraRule(nn.Linear, rank=2, init="random"), TrainRule(nn.Linear)):
-        model, x = apply_rules(mlp(), [one]), torch.randn(3, 8)
+    for live_rule in (LoraRule(nn.Linear, rank=2, init="random"), TrainRule(nn.Linear)):
+        model, x = apply_rules(mlp(), [live_rule]), torch.randn(3, 8)
         expected = model(x)
         with pytest.raises(SurgeryError, match="offload"):
             accelerate.cpu_offload(model, execution_device=torch.device("cpu"))

@@ -24,12 +24,12 @@ Model = tuple[Any, dict[str, Tensor], Any]  # a model, the tensors of its file, 
 
 def sha256(tensors: Mapping[str, Tensor]) -> str:
     """One hash over names, dtypes, shapes and bytes."""
-    found = hashlib.sha256()
+    digest = hashlib.sha256()
     for name in sorted(tensors):
         tensor = tensors[name].detach()
-        found.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-        found.update(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
-    return found.hexdigest()
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        digest.update(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
 
 
 def minilm(packaged: Find, optional: Load) -> Model:
@@ -74,8 +74,8 @@ CASES: dict[str, tuple[Callable[[Find, Load], Model], list[Any], int]] = {
 
 def output(model: nn.Module, example: Any) -> Tensor:
     with torch.no_grad():
-        found = model(**example) if isinstance(example, dict) else model(example)
-    return found if isinstance(found, Tensor) else found[0]
+        result = model(**example) if isinstance(example, dict) else model(example)
+    return result if isinstance(result, Tensor) else result[0]
 
 
 def disturb(model: nn.Module, size: float) -> None:
@@ -93,9 +93,9 @@ def test_the_bits_of_the_file_come_back(name: str, packaged: Find, optional: Loa
     model, file, example = build(packaged, optional)
     model.eval()
     file = {key: tensor for key, tensor in file.items() if key in model.state_dict()}
-    held = {key: model.state_dict()[key] for key in file}
+    model_tensors = {key: model.state_dict()[key] for key in file}
     before, digest, whole = Snapshot(model), sha256(file), sha256(model.state_dict())
-    assert sha256(held) == digest  # the model holds the file's bits to begin with
+    assert sha256(model_tensors) == digest  # the model holds the file's bits to begin with
     kinds = {path: type(module) for path, module in model.named_modules()}
     base = output(model, example)
 
@@ -159,9 +159,9 @@ def test_depthwise_convolutions_change_in_the_weight(packaged: Find, optional: L
     image = torch.randn(1, layer.in_channels, 9, 9)
     apply_rules(model, [LoraRule(path, rank=8, alpha=4, init="random")])
     A, B = layer.adapters.default.A, layer.adapters.default.B
-    found = layer(image)
+    live_output = layer(image)
     changed = layer.weight + 0.5 * (B.flatten(1) @ A.flatten(1)).reshape(layer.weight.shape)
     remove(model)
     with torch.no_grad():
         layer.weight.copy_(changed)
-    torch.testing.assert_close(found, layer(image))
+    torch.testing.assert_close(live_output, layer(image))

@@ -53,12 +53,12 @@ def adapted(*names: str, rules: Any = None) -> Any:
 
 
 def warned(call: Any, *args: Any, **kwargs: Any) -> str:
-    with pytest.warns(SurgeryWarning, match="leaves out its adapters") as told:
+    with pytest.warns(SurgeryWarning, match="leaves out its adapters") as issued_warnings:
         call(*args, **kwargs)
-    (one,) = told
-    assert all(remedy in str(one.message) for remedy in REMEDIES)
-    assert one.filename == __file__ or "/transformers/" in one.filename
-    return str(one.message)
+    (warning,) = issued_warnings
+    assert all(remedy in str(warning.message) for remedy in REMEDIES)
+    assert warning.filename == __file__ or "/transformers/" in warning.filename
+    return str(warning.message)
 
 
 # save_pretrained ----------------------------------------------------------------------------------------------
@@ -67,9 +67,9 @@ def warned(call: Any, *args: Any, **kwargs: Any) -> str:
 def test_the_base_alone_comes_with_a_warning(tmp_path: Path) -> None:
     model = adapted("a", "b")
     assert "'a', 'b'" in warned(model.save_pretrained, tmp_path)
-    held = load_file(tmp_path / "model.safetensors")
-    assert held and not any(".adapters." in key for key in held)
-    assert all(torch.equal(tensor, base_state_dict(model)[key]) for key, tensor in held.items())
+    saved_tensors = load_file(tmp_path / "model.safetensors")
+    assert saved_tensors and not any(".adapters." in key for key in saved_tensors)
+    assert all(torch.equal(tensor, base_state_dict(model)[key]) for key, tensor in saved_tensors.items())
     warned(model.bert.save_pretrained, tmp_path / "inner")
     model.save_pretrained(tmp_path / "other", is_main_process=False)  # the first process has warned
     merge(model, "a")
@@ -90,12 +90,12 @@ def test_a_state_dict_that_is_given_stays_whole(tmp_path: Path) -> None:
     """transformers removes excluded keys from the caller's own dict."""
     model = adapted()
     for number, prefix in enumerate(("", "module.", "_orig_mod.")):
-        given = {prefix + key: tensor for key, tensor in model.state_dict().items()}
-        keys = list(given)
-        warned(model.save_pretrained, tmp_path / str(number), state_dict=given)
-        assert list(given) == keys
-        held = load_file(tmp_path / str(number) / "model.safetensors")
-        assert held and not any(".adapters." in key for key in held)
+        state = {prefix + key: tensor for key, tensor in model.state_dict().items()}
+        keys = list(state)
+        warned(model.save_pretrained, tmp_path / str(number), state_dict=state)
+        assert list(state) == keys
+        saved_tensors = load_file(tmp_path / str(number) / "model.safetensors")
+        assert saved_tensors and not any(".adapters." in key for key in saved_tensors)
     warned(model.save_pretrained, tmp_path, True, model.state_dict())
 
 
@@ -112,9 +112,9 @@ def test_with_a_compiled_layer_and_a_checkpointed_one(tmp_path: Path) -> None:
 
 def test_copies_pickles_and_methods_set_by_others(tmp_path: Path) -> None:
     model = adapted()
-    for one in (copy.deepcopy(model), pickle.loads(pickle.dumps(model)), copy.deepcopy(model.bert)):
-        assert vars(one)["save_pretrained"].module is one
-        warned(one.save_pretrained, tmp_path)
+    for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model)), copy.deepcopy(model.bert)):
+        assert vars(twin)["save_pretrained"].module is twin
+        warned(twin.save_pretrained, tmp_path)
     again = io.BytesIO()
     torch.save(model, again)
     remove(torch.load(io.BytesIO(again.getvalue()), weights_only=False)).save_pretrained(tmp_path)
@@ -158,11 +158,11 @@ def test_state_dicts_hold_the_adapters(tmp_path: Path) -> None:
     accelerator.save_state(tmp_path / "state")
     unwrapped = accelerator.unwrap_model(prepared)
     warned(unwrapped.save_pretrained, tmp_path / "base", state_dict=accelerator.get_state_dict(prepared))
-    for held in (torch.load(tmp_path / "model.pt"), load_file(tmp_path / "model" / "model.safetensors")):
+    for state in (torch.load(tmp_path / "model.pt"), load_file(tmp_path / "model" / "model.safetensors")):
         other = adapted()
         with torch.no_grad():
             [tensor.zero_() for tensor in adapter_state_dict(other).values()]
-        other.load_state_dict(held, strict=False)
+        other.load_state_dict(state, strict=False)
         assert all(torch.equal(tensor, expected[name]) for name, tensor in adapter_state_dict(other).items())
     with torch.no_grad():
         [tensor.zero_() for tensor in adapter_state_dict(model).values()]
@@ -176,9 +176,9 @@ def test_state_dicts_hold_the_adapters(tmp_path: Path) -> None:
 
 
 def trained(folder: Path, model: Any, **settings: Any) -> Any:
-    made = helpers.trainer_of(model, folder, max_steps=2, save_steps=1, **settings)
-    made.train()
-    return made
+    trainer = helpers.trainer_of(model, folder, max_steps=2, save_steps=1, **settings)
+    trainer.train()
+    return trainer
 
 
 def test_several_adapters_and_a_limit(tmp_path: Path) -> None:
@@ -213,8 +213,8 @@ def test_what_trains_of_the_base_is_kept_or_told(tmp_path: Path) -> None:
     model = adapted()
     model.classifier.requires_grad_(True)
     trainer = trained(tmp_path, model)
-    held = load_file(tmp_path / "checkpoint-2" / "model.safetensors")
-    assert torch.equal(held["classifier.weight"], model.classifier.weight)
+    saved_tensors = load_file(tmp_path / "checkpoint-2" / "model.safetensors")
+    assert torch.equal(saved_tensors["classifier.weight"], model.classifier.weight)
     again = adapted()
     again.classifier.requires_grad_(True)
     resumed = helpers.trainer_of(again, tmp_path, max_steps=3, save_strategy="no")
@@ -245,13 +245,13 @@ def test_resuming_where_the_base_was_changed_at_the_start(family: str, tmp_path:
     place = tmp_path / "checkpoint-1"
     place.mkdir()
     model.save_pretrained(place)
-    held = load_file(place / "model.safetensors")
-    sites = {key.partition(".adapters.")[0] for key in held if ".adapters." in key}
+    saved_tensors = load_file(place / "model.safetensors")
+    sites = {key.partition(".adapters.")[0] for key in saved_tensors if ".adapters." in key}
     weights = {name for name in model.state_dict() if name.endswith("weight") and ".adapters." not in name}
-    assert {name for name in held if name in weights} == {f"{site}.weight" for site in sites}
+    assert {name for name in saved_tensors if name in weights} == {f"{site}.weight" for site in sites}
     other = apply_rules(copy.deepcopy(start), LoraRule(targets, rank=2, init="pissa"))
     with torch.no_grad():
-        [parameter.add_(1) for name, parameter in other.named_parameters() if name in held]
+        [parameter.add_(1) for name, parameter in other.named_parameters() if name in saved_tensors]
     trainer_of(other, tmp_path)._load_from_checkpoint(str(place))
     assert all(torch.equal(tensor, other.state_dict()[name]) for name, tensor in model.state_dict().items())
 
@@ -288,17 +288,17 @@ def test_a_model_that_is_not_of_transformers(tmp_path: Path) -> None:
 def test_strict_loading_still_misses_adapters() -> None:
     model = adapted()
     helpers.trainer_of(model, Path("unused"))
-    held = {key: tensor for key, tensor in model.state_dict().items() if ".adapters." in key}
-    model.load_state_dict(held)
-    first = next(iter(held))
+    adapter_tensors = {key: tensor for key, tensor in model.state_dict().items() if ".adapters." in key}
+    model.load_state_dict(adapter_tensors)
+    first = next(iter(adapter_tensors))
     with pytest.raises(RuntimeError, match="Missing key"):
-        model.load_state_dict({key: tensor for key, tensor in held.items() if key != first})
+        model.load_state_dict({key: tensor for key, tensor in adapter_tensors.items() if key != first})
     whole = model.state_dict()
     del whole["classifier.bias"]
     with pytest.raises(RuntimeError, match="classifier.bias"):
         model.load_state_dict(whole)
     with pytest.raises(RuntimeError, match="Missing key"):
-        remove(model).load_state_dict(held)
+        remove(model).load_state_dict(adapter_tensors)
 
 
 # The hub ------------------------------------------------------------------------------------------------------
@@ -358,7 +358,7 @@ assert any("leaves out its adapters" in str(one.message) for one in told)
 
 
 def test_pushed_to_the_hub(tmp_path: Path) -> None:
-    with hub() as (endpoint, held):
+    with hub() as (endpoint, uploads):
         settings = {"HF_ENDPOINT": endpoint, "HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "0",
                     "HF_HUB_DISABLE_XET": "1", "HF_HUB_DISABLE_TELEMETRY": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1",
                     "OMP_NUM_THREADS": "1", "NO_PROXY": "127.0.0.1", "no_proxy": "127.0.0.1"}  # fmt: skip
@@ -367,7 +367,7 @@ def test_pushed_to_the_hub(tmp_path: Path) -> None:
             cwd=ROOT, text=True, capture_output=True, timeout=300,
         )  # fmt: skip
         assert done.returncode == 0, done.stderr
-        names = {name: set(files) for name, files in held.items()}
+        names = {name: set(files) for name, files in uploads.items()}
     assert {"adapter_config.json", "adapter_model.safetensors"} <= names["me/one"]
     for name, files in names.items():
         assert ("config.json" in files) == (name == "me/base"), files

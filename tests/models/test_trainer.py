@@ -105,11 +105,11 @@ def test_checkpoints_hold_the_adapter_and_not_the_base(run: tuple[Any, nn.Module
     trainer, base, folder = run
     for step in (3, 6):
         place = folder / f"checkpoint-{step}"
-        held = load_file(place / "model.safetensors")
-        assert held.keys() == trains(trainer.model)
+        saved_tensors = load_file(place / "model.safetensors")
+        assert saved_tensors.keys() == trains(trainer.model)
         assert not (place / "config.json").exists()
         assert sum(file.stat().st_size for file in place.glob("*.safetensors")) < 60_000
-    assert all(torch.equal(tensor, trainer.model.state_dict()[name]) for name, tensor in held.items())
+    assert all(torch.equal(tensor, trainer.model.state_dict()[name]) for name, tensor in saved_tensors.items())
     opened_by_all(trainer.model, base, folder / "checkpoint-6")
 
 
@@ -187,19 +187,19 @@ def test_a_merged_model_is_saved_whole(run: tuple[Any, nn.Module, Path], tmp_pat
 
 def test_evaluation_and_prediction(run: tuple[Any, nn.Module, Path]) -> None:
     trainer, base, _ = run
-    found = trainer.predict(Sentences())
+    prediction = trainer.predict(Sentences())
     batch = {"input_ids": Sentences().ids, "labels": Sentences().ids[:, 0] % 2}
     model = trainer.model.eval()
     with torch.no_grad():
         expected = model(**batch)
         plain = base.eval()(**batch)
-    torch.testing.assert_close(torch.tensor(found.predictions), expected.logits)
+    torch.testing.assert_close(torch.tensor(prediction.predictions), expected.logits)
     assert (expected.logits - plain.logits).abs().max() > 0.05
     assert trainer.evaluate()["eval_loss"] == pytest.approx(expected.loss.item(), rel=1e-5)
     merge(model)
     assert trainer.evaluate()["eval_loss"] == pytest.approx(expected.loss.item(), rel=1e-4)
     unmerge(model)
-    assert torch.equal(torch.tensor(trainer.predict(Sentences()).predictions), torch.tensor(found.predictions))
+    assert torch.equal(torch.tensor(trainer.predict(Sentences()).predictions), torch.tensor(prediction.predictions))
 
 
 def test_resuming_without_the_callback_is_not_silent(tmp_path: Path) -> None:
@@ -248,7 +248,7 @@ def test_removed_after_training_it_is_the_model_from_before(tmp_path: Path) -> N
     before = Snapshot(model)
     mode = model.training
     trainer_of(apply_rules(model, RULES), tmp_path, save_strategy="no").train()
-    found = before.differences(remove(model).train(mode))
+    differences = before.differences(remove(model).train(mode))
     # What the Trainer itself leaves on a model is its own.
-    assert all("attributes of" in line or "mode of" in line for line in found), found
+    assert all("attributes of" in line or "mode of" in line for line in differences), differences
     assert not any("_surgery" in key for module in model.modules() for key in vars(module))

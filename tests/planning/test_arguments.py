@@ -168,11 +168,11 @@ def test_replacements_train_as_asked() -> None:
     frozen = nn.LayerNorm(4).requires_grad_(False)
     for trainable, by, expected in ((None, frozen, 0), (True, frozen, 8), (False, nn.LayerNorm(4), 0)):
         net = apply_rules(model(), ReplaceRule("2", by=by, trainable=trainable), freeze=True)
-        found = [p for p in net.parameters() if p.requires_grad]
-        assert sum(p.numel() for p in found) == expected
+        trained_parameters = [p for p in net.parameters() if p.requires_grad]
+        assert sum(p.numel() for p in trained_parameters) == expected
         if expected:
             net(torch.randn(3, 4)).square().sum().backward()
-            assert all(p.grad is not None for p in found)
+            assert all(p.grad is not None for p in trained_parameters)
     with pytest.raises(SurgeryError, match="trainable"):
         ReplaceRule("2", by=frozen, trainable="yes")  # type: ignore[arg-type]
 

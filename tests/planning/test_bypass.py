@@ -23,7 +23,7 @@ from surgery.planning.read_search import ReadSearch
 from surgery.rules import LoraRule
 
 
-def found(model: nn.Module) -> set[str]:
+def list_bypassed(model: nn.Module) -> set[str]:
     return {f"{path}.{place.parameter}" for path, places in bypasses(model).items() for place in places}
 
 
@@ -95,8 +95,8 @@ class Pair(Base):
 
 class TupleUsed(Base):
     def forward(self, x: Tensor) -> Tensor:
-        held = (self.lin.weight, self.lin.bias)
-        return F.linear(x, *held)
+        parameters = (self.lin.weight, self.lin.bias)
+        return F.linear(x, *parameters)
 
 
 class Loop(Base):
@@ -345,7 +345,7 @@ READS = {
 
 @pytest.mark.parametrize("kind", READS, ids=lambda kind: kind.__name__)
 def test_reading_is_found(kind: type[nn.Module]) -> None:
-    assert found(kind()) == READS[kind]
+    assert list_bypassed(kind()) == READS[kind]
 
 
 class Calls(Base):
@@ -406,10 +406,10 @@ class Renamed(Base):
     """After a second assignment, a name no longer stands for the parameter."""
 
     def forward(self, x: Tensor) -> Tensor:
-        held = self.lin.weight
-        dtype = held.dtype
-        held = self.lin(x)
-        return held.to(dtype) @ held
+        value = self.lin.weight
+        dtype = value.dtype
+        value = self.lin(x)
+        return value.to(dtype) @ value
 
 
 class Attention(nn.Linear):
@@ -536,7 +536,7 @@ def test_unregistered_reference_is_followed_where_the_model_has_the_module() -> 
             return x @ self.borrowed.weight  # type: ignore[operator]
 
     model.append(Reader(model[0].lin))
-    assert found(model) == {"0.lin.weight"}
+    assert list_bypassed(model) == {"0.lin.weight"}
     assert bypasses(nn.Sequential(Reader(nn.Linear(3, 3)))) == {}
 
 
@@ -544,9 +544,9 @@ def test_code_without_source_is_passed_over() -> None:
     space: dict[str, Any] = {"nn": nn}
     text = "class Made(nn.Module):\n  def forward(self, x):\n    return x @ self.lin.weight\n"
     exec(textwrap.dedent(text), space)  # noqa: S102
-    made = space["Made"]()
-    made.lin = nn.Linear(2, 2)
-    assert bypasses(made) == {}
+    module = space["Made"]()
+    module.lin = nn.Linear(2, 2)
+    assert bypasses(module) == {}
     lambdas = type("Lambdas", (nn.Module,), {"forward": lambda self, x: x})
     assert bypasses(nn.Sequential(lambdas(), nn.Identity())) == {}
 
@@ -562,14 +562,14 @@ def test_odd_modules_are_no_trouble() -> None:
         assert bypasses(model) == {}
     normed = nn.utils.parametrizations.weight_norm(nn.Linear(2, 2))
     traced = torch.fx.symbolic_trace(Argument())
-    assert bypasses(normed) == {} and found(traced) == {"lin.weight"}
+    assert bypasses(normed) == {} and list_bypassed(traced) == {"lin.weight"}
 
 
 def test_rewritten_module_is_read_as_its_base_class() -> None:
     model = Argument()
     site = type("Argument", (Argument,), {"forward": lambda self, x: self.lin(x), "_surgery_base": Argument})
     model.__class__ = site
-    assert found(model) == {"lin.weight"}
+    assert list_bypassed(model) == {"lin.weight"}
     assert bypasses(model)["lin"][0].reader_type.endswith("test_bypass.Argument")
 
 
@@ -580,14 +580,14 @@ def test_attention_reads_its_output_projection() -> None:
     places = bypasses(nn.MultiheadAttention(4, 2))
     assert list(places) == ["out_proj"]
     assert {place.parameter for place in places["out_proj"] if not place.conditional} == {"weight", "bias"}
-    assert found(nn.MultiheadAttention(4, 2, bias=False)) == {"out_proj.weight"}
+    assert list_bypassed(nn.MultiheadAttention(4, 2, bias=False)) == {"out_proj.weight"}
 
 
 def test_encoder_layer_reads_all_its_children() -> None:
     layer = nn.TransformerEncoderLayer(4, 2)
     places = bypasses(layer)
     assert set(places) == {"self_attn", "self_attn.out_proj", "linear1", "linear2", "norm1", "norm2"}
-    fused = [place for held in places.values() for place in held if place.reader == ""]
+    fused = [place for group in places.values() for place in group if place.reader == ""]
     assert all(place.conditional and place.in_fast_path for place in fused)
     assert {place.reader for place in places["linear1"]} == {""}
 
@@ -721,7 +721,7 @@ def agree(model: nn.Module, *args: Any, **kwargs: Any) -> None:
     tied = {f"{path}.{name}" for owners in watch.owners.values() if len(owners) > 1 for path, name in owners.items()}
     every = bypasses(model)
     certain = {f"{path}.{p.parameter}" for path, places in every.items() for p in places if not p.conditional}
-    assert not [names for names in watch.seen if not names & found(model)]
+    assert not [names for names in watch.seen if not names & list_bypassed(model)]
     assert certain - tied <= frozenset().union(*watch.seen)  # the run can't tell the owner of a tied parameter
 
 
@@ -772,7 +772,7 @@ def test_transformers_family(family: str) -> None:
                 setattr(part, name, value)
     with torch.device("meta"):
         model = transformers.AutoModel.from_config(config)
-    assert {".".join(name.split(".")[-2:]) for name in found(model)} == FAMILIES[family]
+    assert {".".join(name.split(".")[-2:]) for name in list_bypassed(model)} == FAMILIES[family]
 
 
 def test_perceivers_decoder_reads_the_embedding_it_is_handed() -> None:
@@ -780,7 +780,7 @@ def test_perceivers_decoder_reads_the_embedding_it_is_handed() -> None:
     from tests.support.families import FAMILIES
 
     model = FAMILIES["perceiver"].make().eval()
-    assert found(model) == {"perceiver.input_preprocessor.embeddings.weight"}
+    assert list_bypassed(model) == {"perceiver.input_preprocessor.embeddings.weight"}
     agree(model, **FAMILIES["perceiver"].inputs())
 
 

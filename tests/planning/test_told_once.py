@@ -60,8 +60,8 @@ def test_two_reasons_are_two() -> None:
         torch.nn.utils.parametrizations.weight_norm(layer["up"])
     with pytest.raises(PlanError) as caught:
         apply_rules(model, LoraRule(["up", "act"], rank=2))
-    told = str(caught.value)
-    assert "1. " in told and "2. " in told and "3. " not in told and len(told) < 1500
+    message = str(caught.value)
+    assert "1. " in message and "2. " in message and "3. " not in message and len(message) < 1500
 
 
 def test_what_differs_stays_apart() -> None:
@@ -92,9 +92,9 @@ def test_plans_and_adapters_are_short() -> None:
     assert f"{MANY * 32:,}" in lines(plan)[2] and len(plan.to_dict()["steps"]) == MANY
     few = plan_rules(deep(3), LoraRule("up", rank=2))
     assert len(lines(few)) == 5
-    found = adapters(apply_rules(deep(), LoraRule("up", rank=2), adapter="a"))["a"]
-    assert len(found.sites) == MANY and len(repr(found)) < 600
-    assert "210 sites, such as 'layers.0.up', 'layers.1.up'" in repr(found)
+    adapter = adapters(apply_rules(deep(), LoraRule("up", rank=2), adapter="a"))["a"]
+    assert len(adapter.sites) == MANY and len(repr(adapter)) < 600
+    assert "210 sites, such as 'layers.0.up', 'layers.1.up'" in repr(adapter)
     small = adapters(apply_rules(deep(1), LoraRule("up", rank=2), adapter="a"))["a"]
     assert eval(repr(small), {**vars(surgery), "LoraRule": LoraRule, "Adapter": surgery.Adapter}) == small
 
@@ -116,16 +116,16 @@ LOW_RANK = (LoraRule, AdaLoraRule, LohaRule, LokrRule, RandLoraRule, VeraRule)
 @pytest.mark.parametrize("kind", LOW_RANK)
 def test_a_rank_that_no_weight_can_use_is_a_warning(kind: Any) -> None:
     wide = nn.Sequential(nn.Linear(384, 48), nn.Linear(48, 48))
-    with pytest.warns(SurgeryWarning, match="rank 500 is more .* the largest useful rank is 48") as told:
+    with pytest.warns(SurgeryWarning, match="rank 500 is more .* the largest useful rank is 48") as issued_warnings:
         apply_rules(wide, kind(["0", "1"], rank=500))
-    assert len(told) == 1
+    assert len(issued_warnings) == 1
     assert "the largest useful rank is 48" in str(plan_rules(remove(wide), kind(["0", "1"], rank=500)))
 
 
 def test_one_warning_a_rule_and_none_for_ranks_that_fit() -> None:
-    with pytest.warns(SurgeryWarning) as told:
+    with pytest.warns(SurgeryWarning) as issued_warnings:
         apply_rules(deep(), [LoraRule("up", rank=9), TrainRule("layers.3.up")][:1])
-    assert [str(one.message) for one in told] == [
+    assert [str(warning.message) for warning in issued_warnings] == [
         "LoraRule: rank 9 is more than the weights at 210 sites, such as layers.0.up, layers.1.up can use; "
         "the largest useful rank is 8"
     ]

@@ -160,16 +160,18 @@ def named(value: Any) -> str:
 
 
 @pytest.mark.parametrize("model", REFUSED, ids=named)
-@pytest.mark.parametrize("made", [LoraRule("inner"), IA3Rule("inner"), TrainRule("inner")], ids=lambda made: made.label)
-def test_a_module_that_is_only_read_is_refused(model: nn.Module, made: Any) -> None:
+@pytest.mark.parametrize(
+    "target_rule", [LoraRule("inner"), IA3Rule("inner"), TrainRule("inner")], ids=lambda target_rule: target_rule.label
+)
+def test_a_module_that_is_only_read_is_refused(model: nn.Module, target_rule: Any) -> None:
     before = Snapshot(model)
     assert never_called(model, ["inner"])
     with pytest.raises(PlanError, match="would be bypassed") as caught:
-        apply_rules(model, [made])
-    told = str(caught.value)
-    assert "test_uncalled.py:" in told and "inner.weight" in told
+        apply_rules(model, [target_rule])
+    message = str(caught.value)
+    assert "test_uncalled.py:" in message and "inner.weight" in message
     if not isinstance(model, BothBranches):  # there, each branch reads the weight
-        assert "no code calls the module" in told
+        assert "no code calls the module" in message
     assert before.differences(model) == []
     assert not plan_rules(model, [LoraRule("other")]).problems
 
@@ -197,8 +199,8 @@ def test_a_rule_that_comes_with_another_leaves_it_out() -> None:
     model = FAMILIES["mamba2"].make()
     plan = plan_rules(model, [LoraRule("in_proj", rank=2, bias="all")])
     assert not plan.problems
-    (told,) = [warning for warning in plan.warnings if "leaves out" in warning]
-    assert told.startswith("BiasRule leaves out backbone.layers.0.mixer.conv1d and modules like it")
+    (message,) = [warning for warning in plan.warnings if "leaves out" in warning]
+    assert message.startswith("BiasRule leaves out backbone.layers.0.mixer.conv1d and modules like it")
     assert {step.path.rpartition(".")[2] for step in plan.steps if step.rule.label == "BiasRule"} == {"mixer"}
 
 
@@ -237,8 +239,8 @@ def test_what_a_call_does_not_reach_is_live_as_it_is_merged_or_refused(family: s
         except SurgeryError:
             pass
         else:
-            for found, expected in zip(run(model, inputs), live, strict=True):
-                assert (found - expected).abs().max() <= 1e-3 * (1e-3 + expected.abs().max()), path
+            for output, expected in zip(run(model, inputs), live, strict=True):
+                assert (output - expected).abs().max() <= 1e-3 * (1e-3 + expected.abs().max()), path
             unmerge(model)
         remove(model)
     assert list(tensors(model(**inputs)))

@@ -160,7 +160,7 @@ def test_many_sites_are_looked_at_once_and_told_together(bert: Any, monkeypatch:
     model, inputs = bert
     looked: list[int] = []
     before = border._search
-    monkeypatch.setattr(border, "_search", lambda *given: looked.append(1) or before(*given))
+    monkeypatch.setattr(border, "_search", lambda *args: looked.append(1) or before(*args))
     border._answers.clear()
     with pytest.raises(PlanError) as caught:
         apply_rules(model, SoftRule("attention.self"), example_inputs=inputs)
