@@ -1,4 +1,4 @@
-"""Rules on hidden states, in tensors, tuples and ModelOutputs: against plain arithmetic, and out again to the bit."""
+"""Rules on hidden states in tensors, tuples and ModelOutputs: plain arithmetic, and `remove` restores the bits."""
 
 from __future__ import annotations
 
@@ -133,7 +133,7 @@ def test_a_rule_reaches_the_hidden_state_whatever_the_form(form: str) -> None:
 
 
 def with_options(forward: Any) -> Any:
-    """As transformers decorates its models' forwards: an option is looked for among the keywords, and filled in."""
+    """Fill in a missing keyword option, as the decorators of transformers' forwards do."""
 
     @functools.wraps(forward)
     def wrapper(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
@@ -192,7 +192,7 @@ def test_written_and_read(name: str) -> None:
 
 
 class Each(nn.Module):
-    """A model for each of the rules, all of one input: they are traced together, which is faster."""
+    """One model for each rule, all with the same input: tracing them together is faster."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -271,7 +271,7 @@ def test_generating_with_a_cache_gives_the_same_tokens(name: str) -> None:
     assert torch.equal(with_cache, without) and with_cache.shape[1] > ids.shape[1]
 
 
-@pytest.mark.filterwarnings("ignore")  # the exporter's own
+@pytest.mark.filterwarnings("ignore")  # warnings of the exporter
 def test_onnx(optional: Callable[..., Any]) -> None:
     optional("onnxscript")
     optional("onnxruntime")
@@ -330,7 +330,7 @@ def test_reft_is_the_papers_formula(positions: str) -> None:
     h = model(x).detach()
     apply_rules(model, [ReftRule("0", rank=3, positions=positions)])
     R, W, b = (tensor.detach() for tensor in adapter_state_dict(model).values())
-    torch.testing.assert_close(R @ R.T, torch.eye(3))  # as it starts
+    torch.testing.assert_close(R @ R.T, torch.eye(3))  # the initial value
     expected = h + (h @ W.T + b - h @ R.T) @ R
     chosen = {"all": range(7), "f2+l1": (0, 1, 6), "f1": (0,), "l3": (4, 5, 6)}[positions]
     untouched = [position for position in range(7) if position not in chosen]
@@ -352,8 +352,8 @@ def test_training_keeps_the_rows_orthonormal() -> None:
         optimizer.zero_grad()
         F.mse_loss(model(x), target).backward()
         optimizer.step()
-    assert (adapter.R @ adapter.R.T - torch.eye(2)).abs().max() > 1e-4  # the raw tensor has moved off
-    rows = torch.linalg.svd(adapter.R, full_matrices=False)[2]  # the same span, by other means
+    assert (adapter.R @ adapter.R.T - torch.eye(2)).abs().max() > 1e-4  # the raw tensor is no longer orthonormal
+    rows = torch.linalg.svd(adapter.R, full_matrices=False)[2]  # an orthonormal basis of the same span
     edit = model(x) - h(x)
     torch.testing.assert_close(edit, edit @ rows.T @ rows, rtol=1e-4, atol=1e-5)
     projected = (h(x) + edit) @ rows.T @ rows
@@ -526,7 +526,7 @@ def test_nothing_is_held_once_the_context_is_closed() -> None:
 def test_a_compiled_model_is_captured_too() -> None:
     torch._dynamo.reset()
     model, x = Stack(1).eval(), torch.randn(2, 4, 6)
-    apply_rules(model, [CaptureRule(Block)], freeze=True)  # at a break Dynamo warns of inner tensors' .grad
+    apply_rules(model, [CaptureRule(Block)], freeze=True)  # at a graph break, Dynamo warns about .grad of inner tensors
     compiled = torch.compile(model, backend="eager")
     before = compiled(x)
     with captured(model) as captures:

@@ -1,4 +1,4 @@
-"""A parameter of a child that a rule replaces at the module around it: the child computes with the new one."""
+"""A rule at a module replaces a parameter of a child: the child computes with the new parameter."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ UP = Structure(lambda x, weight, bias: F.gelu(F.linear(x, weight, bias)))
 
 @rule("test-child-scaled")
 class ScaledRule(Rule):
-    """A trained factor on a weight inside of the forward."""
+    """Multiplies a weight inside the forward by a trained factor."""
 
     factor: float = 2.0
     looks: bool = True
@@ -45,7 +45,7 @@ class Straight(Mlp):
 
 
 class Outer(nn.Module):
-    """The weight is a grandchild's."""
+    """A module whose weights belong to a grandchild."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -130,7 +130,7 @@ def test_a_grandchild() -> None:
 def test_parameters_of_layers_are_values_to_compute_with() -> None:
     @rule("test-child-decay")
     class NormRule(Rule):
-        """The output, less the size of a weight inside."""
+        """Subtracts the mean square of a weight inside the forward from the output."""
 
         def rewrite(self, site: Any) -> Any:
             (match,) = site.find(UP)

@@ -1,4 +1,4 @@
-"""An edit that another live adapter's rule hides is told: its adapter would be computed, or trained, for nothing."""
+"""A warning names an edit that another live adapter's rule hides, because its adapter would have no effect."""
 
 from __future__ import annotations
 

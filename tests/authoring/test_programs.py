@@ -1,4 +1,4 @@
-"""Rewrites beside the same Python in forwards that are written by hand: `make programs` runs 2,000."""
+"""Random rewrites compared with the same Python in handwritten forwards: `make programs` runs 2,000."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from surgery.testing import Snapshot
 from tests.support import programs
 from tests.support.programs import BASES, SourceRule
 
-# Rules of two adapters may touch, and the second may replace what uses an edit of the first: that is told, and right.
+# The rule of the second adapter may replace an operation that the first one edited: the warning about it is right.
 pytestmark = pytest.mark.filterwarnings("ignore:.*an edit of the first has no effect:surgery.errors.SurgeryWarning")
 
 COUNT = int(os.environ.get("PROGRAMS", "100"))
@@ -27,7 +27,7 @@ SEED = int(os.environ.get("PROGRAMS_SEED", "1"))
 
 
 def outcome(model: Callable[[Tensor], Tensor], x: Tensor, seed: int = 3) -> tuple[Any, ...]:
-    """What a call does: output, gradients, buffers, the state of random numbers; or the kind of error."""
+    """The output, gradients and random state of a call; or its error."""
     torch.manual_seed(seed)
     x = x.clone().requires_grad_(True)
     try:
@@ -55,8 +55,8 @@ def same(actual: Any, expected: Any) -> bool:
     return actual == expected
 
 
-def paired(base: nn.Module, by_hand: nn.Module, adapters: list[str]) -> list[tuple[Tensor, Tensor]]:
-    """The adapters' tensors beside those of the twin."""
+def pair_tensors(base: nn.Module, by_hand: nn.Module, adapters: list[str]) -> list[tuple[Tensor, Tensor]]:
+    """Pairs of each adapter tensor and the tensor of the twin."""
     pairs = []
     for index, name in enumerate(adapters):
         for letter in "wm":
@@ -119,14 +119,14 @@ def test_a_rewrite_does_what_its_python_says(seed: int) -> None:
     moved = [name for name, buffer in model.named_buffers() if "adapters" not in name]
     for name in moved:
         assert same(model.get_buffer(name), twin.get_buffer(name)), text
-    for mine, wanted in paired(model, twin, [f"a{index}" for index in range(count)]):
+    for mine, wanted in pair_tensors(model, twin, [f"a{index}" for index in range(count)]):
         assert same(mine, wanted), text
     copied, unpickled = copy.deepcopy(model), pickle.loads(pickle.dumps(model))
     compare(copied, copy.deepcopy(twin))
     compare(unpickled, copy.deepcopy(twin))
     compare(copy.deepcopy(model).bfloat16(), copy.deepcopy(twin).bfloat16())
     remove(model)
-    buffer_lines = [f"buffer {name}" for name in moved]  # the calls moved them, as those of the twin did
+    buffer_lines = [f"buffer {name}" for name in moved]  # calls changed them, in the twin too
     left = [line for line in snapshot.differences(model) if "mode of" not in line]
     assert not [line for line in left if not line.startswith(tuple(buffer_lines))], text
 
@@ -159,8 +159,8 @@ def test_a_replacement_is_what_a_hand_would_write_there(seed: int) -> None:
 
 
 def forms(model: nn.Module, twin: nn.Module, x: Tensor, features: set[str]) -> None:
-    """Compiled whole, and exported both ways, it does what the twin does."""
-    if "hook" not in features:  # torch.compile takes hooks of intermediate tensors as a break
+    """Compiled as one graph, and exported strictly or not, the model gives the outputs of the twin."""
+    if "hook" not in features:  # hooks of intermediate tensors break torch.compile's graph
         for training in (False, True):
             mine, wanted = copy.deepcopy(model).train(training), copy.deepcopy(twin).train(training)
             torch._dynamo.reset()
@@ -168,15 +168,15 @@ def forms(model: nn.Module, twin: nn.Module, x: Tensor, features: set[str]) -> N
     if not features & {"hook", "draws"}:
         for strict in (False, True):
             mine, by_hand, wanted = (copy.deepcopy(each).eval() for each in (model, twin, twin))
-            exported_output = exported(mine, x, strict)
+            exported_output = call_exported(mine, x, strict)
             if isinstance(exported_output, str):  # torch asserts the dtype before autocast for a cast inside of it
-                assert exported_output == exported(by_hand, x, strict)
+                assert exported_output == call_exported(by_hand, x, strict)
             else:
                 assert same(exported_output, wanted(x.clone()).detach())
 
 
-def exported(model: nn.Module, x: Tensor, strict: bool) -> Tensor | str:
-    """What the exported model returns, or the error of its call."""
+def call_exported(model: nn.Module, x: Tensor, strict: bool) -> Tensor | str:
+    """Call the exported model: its output, or the text of its error."""
     program = torch.export.export(model, (x.clone(),), strict=strict).module()
     try:
         return program(x.clone()).detach()
@@ -185,7 +185,7 @@ def exported(model: nn.Module, x: Tensor, strict: bool) -> Tensor | str:
 
 
 @pytest.mark.parametrize("seed", range(SEED, SEED + max(COUNT // 20, 1)))
-@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")  # Dynamo looks at that of its inputs
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")  # Dynamo reads .grad of its inputs
 def test_programs_compile_and_export(seed: int) -> None:
     model, twin, written, _ = output_program(seed)
     text = describe_program(seed, [each.as_rewrite() for each in written])
@@ -226,7 +226,7 @@ def test_replacements_compile_and_export(seed: int) -> None:
 
 @pytest.mark.parametrize("seed", range(SEED, SEED + max(COUNT // 20, 1)))
 def test_programs_are_data(seed: int) -> None:
-    """A rule that is written out is saved with its adapter, and does the same in another model."""
+    """A rule of source code is saved with its adapter, and computes the same in another model."""
     model, twin, _, _ = output_program(seed)
     (adapter,) = adapters(model).values()
     again = [Rule.from_dict(json.loads(json.dumps(each.to_dict()))) for each in adapter.rules]

@@ -1,6 +1,6 @@
-"""Every recipe of the docs beside the same change written by hand into the forward.
+"""Every recipe of the docs, compared with the same change written by hand into the forward.
 
-The rules are those of the pages: their code is run once, and the rules are taken from what it defines.
+The code of the pages runs once and defines the rules.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ PAGES = [f"docs/recipes{kind}.md" for kind in ("", "-training", "-reading", "-in
 
 @pytest.fixture(scope="module")
 def page(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SimpleNamespace]:
-    """What the pages define, all of it in modules that can be imported."""
+    """The names that the pages define. Each page runs as a module that can be imported."""
     registry = rule_names._classes
     before, state, namespace = dict(registry), torch.get_rng_state(), SimpleNamespace()
     with contextlib.ExitStack() as stack:
@@ -53,7 +53,7 @@ def page(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SimpleNamespace]:
 
 @contextlib.contextmanager
 def runs_to_the_end(name: str, folder: Path) -> Iterator[Any]:
-    """A page as a module, which is there as long as the context is open."""
+    """A page as a module, which can be imported while the context is open."""
     steps = runs(name, folder)
     modules = set(sys.modules)
     module: Any = None
@@ -70,18 +70,18 @@ Forward = Callable[..., Any]  # (module, its own forward, arguments …); the ad
 
 
 def by_hand(model: nn.Module, rewritten: nn.Module, changes: dict[str, Forward], paths: list[str]) -> nn.Module:
-    """The model with forwards written by hand, and with the tensors that the adapter has at the same modules."""
+    """The model with handwritten forwards and copies of the adapter's tensors at the same modules."""
     copies: dict[int, Tensor] = {}
     for path in paths:
         module: Any = model.get_submodule(path)
-        module.t = {name: copied(tensor, copies) for name, tensor in tensors_at(rewritten, path).items()}
+        module.t = {name: copy_once(tensor, copies) for name, tensor in tensors_at(rewritten, path).items()}
         (change,) = [forward for name, forward in changes.items() if fits(name, path)]
-        module.__class__ = changed(type(module), change)
+        module.__class__ = subclass_with(type(module), change)
     return model
 
 
 def tensors_at(model: nn.Module, path: str) -> dict[str, Tensor]:
-    """An adapter's tensors at a module; a site may have none."""
+    """The adapter's tensors at a module; empty for a module without tensors."""
     adapters: Any = getattr(model.get_submodule(path), "adapters", None)
     return {} if adapters is None else adapters.default.tensors()
 
@@ -90,13 +90,13 @@ def fits(name: str, path: str) -> bool:
     return name == "*" or path == name or path.endswith(f".{name}")
 
 
-def copied(tensor: Tensor, copies: dict[int, Tensor]) -> Tensor:
+def copy_once(tensor: Tensor, copies: dict[int, Tensor]) -> Tensor:
     if id(tensor) not in copies:
         copies[id(tensor)] = tensor.detach().clone().requires_grad_(tensor.requires_grad)
     return copies[id(tensor)]
 
 
-def changed(base: type[nn.Module], change: Forward) -> type[nn.Module]:
+def subclass_with(base: type[nn.Module], change: Forward) -> type[nn.Module]:
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         def own(*args: Any, **kwargs: Any) -> Any:
             return base.forward(self, *args, **kwargs)
@@ -110,7 +110,7 @@ def changed(base: type[nn.Module], change: Forward) -> type[nn.Module]:
 
 @contextlib.contextmanager
 def attention_by_hand(weights: Callable[[Any, Tensor], Tensor]) -> Iterator[None]:
-    """transformers' eager attention with weights that are made of the scores in another way."""
+    """transformers' eager attention, with `weights` in place of the softmax of the scores."""
 
     def eager(module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Any, **more: Any) -> Any:
         scores = query @ key.transpose(2, 3) * more["scaling"]
@@ -265,7 +265,7 @@ AT_MODULES: dict[str, Case] = {
         lambda p: p.ReplaceRule("mlp", by=p.Experts, kwargs={"size": 32, "inner": 16}),
         {"mlp": experts},
         TOKENS,
-        exact=False,  # each token by itself, in products of another size
+        exact=False,  # each token alone is a product of another size
     ),
     "recurrent cell": Case(
         lambda p: p.Reader(),
@@ -328,11 +328,11 @@ def autoencoder(self: Any, own: Any, x: Tensor, *args: Any, **kwargs: Any) -> Te
     wide = y.to(t["encode_weight"].dtype)
     features = F.linear(wide, t["encode_weight"], t["encode_bias"]).to(y.dtype).relu()
 
-    def decoded(features: Tensor) -> Tensor:
+    def decode(features: Tensor) -> Tensor:
         return F.linear(features.to(t["decode_weight"].dtype), t["decode_weight"], t["decode_bias"]).to(features.dtype)
 
     ablated_features = torch.cat([features[..., :3], torch.zeros_like(features[..., :1]), features[..., 4:]], -1)
-    return decoded(ablated_features) + (y - decoded(features)).detach()
+    return decode(ablated_features) + (y - decode(features)).detach()
 
 
 def steered(self: Any, own: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -500,7 +500,7 @@ CASES = {**AT_MODULES, **READING, **INSIDE}
 # Checks -------------------------------------------------------------------------------------------------------------
 
 
-def called(model: nn.Module, call: Any, seed: int = 0) -> list[Tensor]:
+def call_model(model: nn.Module, call: Any, seed: int = 0) -> list[Tensor]:
     torch.manual_seed(seed)
     output = model(**call) if isinstance(call, dict) else model(*call)
     parts = output.values() if isinstance(output, dict) else output if isinstance(output, tuple) else (output,)
@@ -520,7 +520,7 @@ def loss_of(outputs: list[Tensor]) -> Tensor:
     return torch.stack([output.float().square().mean() for output in outputs if output.requires_grad]).sum()
 
 
-def rewritten(page: Any, case: Case, model: nn.Module) -> nn.Module:
+def rewrite_model(page: Any, case: Case, model: nn.Module) -> nn.Module:
     apply_rules(model, case.rule(page), example_inputs=case.calls[0], freeze=False)
     draw = torch.Generator().manual_seed(1)
     with torch.no_grad():
@@ -530,7 +530,7 @@ def rewritten(page: Any, case: Case, model: nn.Module) -> nn.Module:
     return model
 
 
-def plain_and_rewritten(page: Any, case: Case, dtype: Any = torch.float32) -> tuple[nn.Module, nn.Module, list[str]]:
+def build_both(page: Any, case: Case, dtype: Any = torch.float32) -> tuple[nn.Module, nn.Module, list[str]]:
     torch.manual_seed(0)
     base = case.model(page)
     if any(isinstance(module, nn.BatchNorm2d) for module in base.modules()):
@@ -539,31 +539,31 @@ def plain_and_rewritten(page: Any, case: Case, dtype: Any = torch.float32) -> tu
             base(torch.randn(2, 3, 8, 8) + 1)
     plain = copy.deepcopy(base.eval().to(dtype))
     paths = [step.path for step in plan_rules(plain, case.rule(page), example_inputs=case.calls[0]).steps]
-    return plain, rewritten(page, case, base), paths
+    return plain, rewrite_model(page, case, base), paths
 
 
 @pytest.mark.parametrize("name", CASES)
 def test_values_gradients_and_a_step_of_training(page: Any, name: str) -> None:
     case = CASES[name]
-    plain, model, paths = plain_and_rewritten(page, case)
+    plain, model, paths = build_both(page, case)
     plain = by_hand(plain, model, case.changes, paths)
     for mode in (False, True):
         for call in case.calls:
-            outputs = called(model.train(mode), call)
+            outputs = call_model(model.train(mode), call)
             with case.around():
-                assert_same(outputs, called(plain.train(mode), call), case.exact, f"training {mode}")
-    own, others = trained(model, plain, paths)
+                assert_same(outputs, call_model(plain.train(mode), call), case.exact, f"training {mode}")
+    own, others = pair_trained(model, plain, paths)
     for step in (0, 1):
-        grads = torch.autograd.grad(loss_of(called(model, case.calls[0], step)), own, allow_unused=True)
+        grads = torch.autograd.grad(loss_of(call_model(model, case.calls[0], step)), own, allow_unused=True)
         with case.around():
-            wanted = torch.autograd.grad(loss_of(called(plain, case.calls[0], step)), others, allow_unused=True)
+            wanted = torch.autograd.grad(loss_of(call_model(plain, case.calls[0], step)), others, allow_unused=True)
         for pair in zip(grads, wanted, strict=True):
             torch.testing.assert_close(*(grad if grad is not None else torch.zeros(()) for grad in pair), **SUMS)
-        stepped(own, grads)
-        stepped(others, wanted)
-    outputs = called(model, case.calls[0])
+        take_step(own, grads)
+        take_step(others, wanted)
+    outputs = call_model(model, case.calls[0])
     with case.around():
-        assert_same(outputs, called(plain, case.calls[0]), False, "after two steps", **SUMS)
+        assert_same(outputs, call_model(plain, case.calls[0]), False, "after two steps", **SUMS)
     for path in paths:
         other: Any = plain.get_submodule(path)
         for key, tensor in tensors_at(model, path).items():
@@ -573,8 +573,8 @@ def test_values_gradients_and_a_step_of_training(page: Any, name: str) -> None:
 SUMS: Any = {"rtol": 1e-4, "atol": 1e-6}  # gradients are added up in another order
 
 
-def trained(model: nn.Module, plain: nn.Module, paths: list[str]) -> tuple[list[Tensor], list[Tensor]]:
-    """What trains in the rewritten model, and the same in the one written by hand."""
+def pair_trained(model: nn.Module, plain: nn.Module, paths: list[str]) -> tuple[list[Tensor], list[Tensor]]:
+    """The trained tensors of the rewritten model, and the same tensors of the handwritten model."""
     pairs: dict[int, tuple[Tensor, Tensor]] = {}
     named = dict(model.named_parameters())
     for name, parameter in plain.named_parameters():
@@ -587,7 +587,7 @@ def trained(model: nn.Module, plain: nn.Module, paths: list[str]) -> tuple[list[
     return list(own), list(others)
 
 
-def stepped(tensors: list[Tensor], grads: Any) -> None:
+def take_step(tensors: list[Tensor], grads: Any) -> None:
     with torch.no_grad():
         for tensor, grad in zip(tensors, grads, strict=True):
             if grad is not None:
@@ -597,26 +597,26 @@ def stepped(tensors: list[Tensor], grads: Any) -> None:
 @pytest.mark.parametrize("name", sample(CASES, 4))
 def test_copies_compile_export_and_removal(page: Any, name: str) -> None:
     case = CASES[name]
-    plain, model, _ = plain_and_rewritten(page, case)
-    wanted = called(model, case.calls[0])
+    plain, model, _ = build_both(page, case)
+    wanted = call_model(model, case.calls[0])
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # torch's own
+        warnings.simplefilter("ignore")  # warnings of torch
         compiled = torch.compile(copy.deepcopy(model), fullgraph=True, backend="eager")
         args, kwargs = ((), case.calls[0]) if isinstance(case.calls[0], dict) else (case.calls[0], {})
         exported: Any = torch.export.export(copy.deepcopy(model), args, kwargs).module()
     pickled = pickle.loads(pickle.dumps(model))
     others = {"deepcopy": copy.deepcopy(model), "pickle": pickled, "compile": compiled, "export": exported}
-    if name == "second head":  # the page says so: transformers makes a ModelOutput of its fields alone
+    if name == "second head":  # documented on the page: transformers builds a ModelOutput from its own fields only
         with pytest.raises(TypeError, match="second_logits"):
-            called(others.pop("export"), case.calls[0])
+            call_model(others.pop("export"), case.calls[0])
     for form, other in others.items():
-        assert_same(called(other, case.calls[0]), wanted, True, form)
+        assert_same(call_model(other, case.calls[0]), wanted, True, form)
     torch.compiler.reset()
     rules = [case.rule(page)]
     assert rules_from_json(rules_to_json(rules)) == rules
     remove(model)
     for call in case.calls:
-        assert_same(called(model, call), called(plain, call), True, "removed")
+        assert_same(call_model(model, call), call_model(plain, call), True, "removed")
     assert_reversible(plain, rules, example_inputs=case.calls[0])
 
 
@@ -624,15 +624,15 @@ def test_copies_compile_export_and_removal(page: Any, name: str) -> None:
 def test_half_precision(page: Any, name: str) -> None:
     case = CASES[name]
     call = in_bfloat16(case.calls[0])
-    plain, model, paths = plain_and_rewritten(page, replace(case, calls=[call]), torch.bfloat16)
+    plain, model, paths = build_both(page, replace(case, calls=[call]), torch.bfloat16)
     plain = by_hand(plain, model, case.changes, paths)
-    outputs = called(model, call)
+    outputs = call_model(model, call)
     with case.around():
-        wanted = called(plain, call)
+        wanted = call_model(plain, call)
     assert [each.dtype for each in outputs] == [each.dtype for each in wanted]
-    # bfloat16 has eight bits, and the two may round in other places
+    # bfloat16 has eight bits, and the two models may round at different operations
     assert_same(outputs, wanted, False, "bfloat16", rtol=0.05, atol=0.02)
-    loss_of(called(model.train(), call)).backward()
+    loss_of(call_model(model.train(), call)).backward()
 
 
 def in_bfloat16(call: Any) -> Any:
@@ -644,18 +644,18 @@ def in_bfloat16(call: Any) -> Any:
 def test_queries_keys_and_values(page: Any) -> None:
     torch.manual_seed(0)
     model = llama(page).eval()
-    wanted, taken = called(model, TOKENS[0]), dict[str, Tensor]()
+    wanted, taken = call_model(model, TOKENS[0]), dict[str, Tensor]()
     hooks = [
         module.register_forward_hook(lambda module, args, y, path=path: taken.update({path: y}))
         for path, module in model.named_modules()
         if path.endswith(("q_proj", "k_proj", "v_proj"))
     ]
-    called(model, TOKENS[0])
+    call_model(model, TOKENS[0])
     for hook in hooks:
         hook.remove()
     apply_rules(model, page.CaptureRule(["q_proj", "k_proj", "v_proj"]))
     with page.captured(model) as captures:
-        assert_same(called(model, TOKENS[0]), wanted, True, "captured")
+        assert_same(call_model(model, TOKENS[0]), wanted, True, "captured")
     assert taken.keys() == dict(captures).keys() and all(torch.equal(captures[path][0], taken[path]) for path in taken)
 
 

@@ -1,4 +1,4 @@
-"""Rules that run a forward twice: right without a cache, refused where the forward writes to one, and all as before."""
+"""Rules that run a forward twice: right without a cache, an error if the forward writes to a cache."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ class TwiceRule(Rule):
 
 @rule("run-child-twice")
 class AgainRule(Rule):
-    """A decoder layer's attention, once more on what it gave."""
+    """Runs a decoder layer's attention a second time, on its own output."""
 
     why_not_merged = "it repeats a module"
 
@@ -55,7 +55,7 @@ class AgainRule(Rule):
 
 @rule("update-twice")
 class UpdateRule(Rule):
-    """An attention that puts its keys into the cache twice."""
+    """Makes an attention put its keys into the cache twice."""
 
     why_not_merged = "it repeats an update"
 
@@ -69,7 +69,7 @@ def latter(first: Any, second: Any) -> Any:
 
 
 def twice(model: Any, path: str) -> Any:
-    """A copy whose module at this path runs twice by itself: plain torch."""
+    """A copy of the model whose module at this path runs twice, in plain torch."""
     other = copy.deepcopy(model)
     module = other.get_submodule(path)
     own = module.forward
@@ -103,7 +103,7 @@ def test_a_layer_that_runs_twice(path: str, example: Any) -> None:
 
 @pytest.mark.parametrize("kind", ["dynamic", "lazy", "static", "filled", "inference"])
 def test_the_cache_stays_as_it_was(kind: str) -> None:
-    """The layers before have written already when the second run is noticed: that is taken back, too."""
+    """Earlier layers have written to the cache before the error: their writes are undone, too."""
     model = llama()
     cache: Any = transformers.DynamicCache(config=model.config)
     if kind == "lazy":
@@ -166,7 +166,7 @@ def test_a_state_space_layer() -> None:
 
 
 class BufferCache(nn.Module):
-    """Keys and values in the module's own buffers, written at the positions that a call names."""
+    """A cache in the module's own buffer, written at the positions that a call passes."""
 
     keys: Tensor
 
@@ -220,7 +220,7 @@ def test_caches_of_other_kinds() -> None:
 
 
 def test_statistics_are_counted_at_each_run() -> None:
-    """As where torch's own code calls a batch norm twice."""
+    """The counts equal those of a batch norm that plain torch code calls twice."""
     x = torch.randn(8, 4)
     model: Any = nn.Sequential(Plain()).train()
     other = copy.deepcopy(model)
@@ -244,7 +244,7 @@ def test_examples_and_merges_leave_a_given_cache_alone() -> None:
 
 
 def test_a_layer_that_is_left_out() -> None:
-    """A cache is as long as its first layer, which must be written to; others may be left out."""
+    """The first layer defines the length of a cache, so only later layers may be left out."""
     ids = torch.tensor([[0, 0, 5, 3, 9], [4, 5, 6, 7, 8]])
     for layer in (0, 1):
         model = apply_rules(llama(), [ReplaceRule(f"re:model.layers.{layer}", by="torch.nn.Identity")])

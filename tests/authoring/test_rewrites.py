@@ -1,4 +1,4 @@
-"""A rewrite does what its Python says, beside the same Python in a forward that is written by hand."""
+"""A rewrite computes what the same Python computes in a handwritten forward."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class Program(Rule):
         return self.body(site)
 
 
-def rewritten(model: nn.Module, kind: Any, body: Callable[[Site], Any], *inputs: Any, **settings: Any) -> nn.Module:
+def apply_program(model: nn.Module, kind: Any, body: Callable[[Site], Any], *inputs: Any, **settings: Any) -> nn.Module:
     apply_rules(model, Program(kind, body=body, **settings), example_inputs=inputs or None)
     return model
 
@@ -47,9 +47,9 @@ FACTORIES: dict[str, Callable[[Any], Any]] = {
     "scalar": lambda h: h + torch.tensor(h.shape[0]),
     "ones": lambda h: torch.ones(3) - h,
     "mask": lambda h: h.masked_fill(torch.ones(3, 3).tril()[1] == 0, 0.0),
-    "unpacked": lambda h: _unpacked(h),
+    "unpacked": lambda h: _unpack(h),
     "topk": lambda h: _topk(h),
-    "written": lambda h: h * _written(),
+    "written": lambda h: h * _write_mask(),
     "len": lambda h: h * h.size(1),
     "new": lambda h: h + h.new_ones(h.shape[1]),
     "chunks": lambda h: _chunks(h),
@@ -59,7 +59,7 @@ FACTORIES: dict[str, Callable[[Any], Any]] = {
 }
 
 
-def _unpacked(h: Any) -> Any:
+def _unpack(h: Any) -> Any:
     b, d = h.shape
     return h.reshape(b * d).view(b, d) / d
 
@@ -69,7 +69,7 @@ def _topk(h: Any) -> Any:
     return torch.zeros_like(h).scatter(-1, index, top)
 
 
-def _written() -> Any:
+def _write_mask() -> Any:
     mask = torch.ones(3)
     mask[1] = 0.5
     mask[2:].mul_(4)
@@ -86,7 +86,7 @@ def test_all_of_python_that_torch_fx_traces(name: str) -> None:
     torch.manual_seed(0)
     linear, x = nn.Linear(3, 3), torch.randn(2, 3)
     wanted = FACTORIES[name](linear(x))
-    rewritten(linear, nn.Linear, lambda site: FACTORIES[name](site.output), x)
+    apply_program(linear, nn.Linear, lambda site: FACTORIES[name](site.output), x)
     assert torch.equal(linear(x), wanted)
 
 
@@ -109,7 +109,7 @@ def test_effects_come_in_the_order_written() -> None:
         m.add_(1.0)
         return d
 
-    model = rewritten(Counting(), Counting, body)
+    model = apply_program(Counting(), Counting, body)
     assert [model(torch.zeros(2))[0].item() for _ in range(3)] == [0.0, -1.0, -2.0]
 
 
@@ -118,7 +118,7 @@ def test_what_is_read_before_the_output_is_read_before_the_call() -> None:
         keep = site.input.clone()
         return site.output + keep
 
-    relu = rewritten(nn.ReLU(inplace=True), nn.ReLU, body)
+    relu = apply_program(nn.ReLU(inplace=True), nn.ReLU, body)
     x = torch.tensor([-1.0, 2.0])
     assert torch.equal(relu(x.clone()), x.relu() + x)
 
@@ -181,7 +181,7 @@ def test_a_replacement_is_computed_where_the_operation_stood(kind: Any, wanted: 
     snapshot = Snapshot(model)
     want = wanted(model.l(x))
     before = model(x)
-    rewritten(model, kind, _gelus, x)
+    apply_program(model, kind, _gelus, x)
     assert torch.equal(model(x), want) and torch.equal(model.train()(x), want)
     remove(model)
     assert torch.equal(model(x), before)
@@ -225,11 +225,11 @@ def test_matches_that_touch_follow_each_other(backwards: bool) -> None:
     block, x = Block(), torch.randn(2, 3)
     h = x + 0.5 * block.a(x)
     want = h + 0.5 * block.b(h)
-    assert torch.equal(rewritten(block, Block, halved, x)(x), want)
-    assert torch.equal(rewritten(Thrice(), Thrice, exp, x)(x), x.exp().exp().exp())
+    assert torch.equal(apply_program(block, Block, halved, x)(x), want)
+    assert torch.equal(apply_program(Thrice(), Thrice, exp, x)(x), x.exp().exp().exp())
 
 
-# Said and done ----------------------------------------------------------------------------------------------------
+# Effects and randomness --------------------------------------------------------------------------------------------
 
 
 def _in_regions(site: Site) -> Tensor:
@@ -244,14 +244,14 @@ def _in_regions(site: Site) -> Tensor:
 def test_regions_hold() -> None:
     torch.manual_seed(0)
     model = nn.Linear(3, 3)
-    rewritten(model, nn.Linear, _in_regions)
+    apply_program(model, nn.Linear, _in_regions)
     x = torch.randn(2, 3, requires_grad=True)
     with torch.autocast("cpu", torch.bfloat16):
         low = x @ x.mT
     want = F.linear(x, model.weight, model.bias) + (x * 3.0).detach() + low.float().sum() + x * 5.0
     assert torch.equal(model(x), want)
     gradient, wanted = (torch.autograd.grad(y.sum(), x)[0] for y in (model(x), want))
-    assert torch.allclose(gradient, wanted)  # sums in another order
+    assert torch.allclose(gradient, wanted)  # the order of the sums differs
     with torch.no_grad():
         assert model(x).requires_grad
     for again in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
@@ -265,7 +265,7 @@ def test_hooks_are_registered() -> None:
         return y
 
     model = nn.Linear(3, 3)
-    rewritten(model, nn.Linear, body)
+    apply_program(model, nn.Linear, body)
     x = torch.randn(2, 3, requires_grad=True)
     (gradient,) = torch.autograd.grad(model(x).sum(), x)
     assert torch.allclose(gradient, 2 * model.weight.sum(0).expand(2, 3))
@@ -289,7 +289,7 @@ def test_index_assignment_and_in_place_operators() -> None:
     want[:, 0] = 7.0
     want += 1
     want[:, 1:] *= 2.0
-    assert torch.equal(rewritten(model, nn.Linear, body)(x), want)
+    assert torch.equal(apply_program(model, nn.Linear, body)(x), want)
 
 
 def test_planning_draws_nothing_and_calls_do() -> None:
@@ -300,7 +300,7 @@ def test_planning_draws_nothing_and_calls_do() -> None:
     torch.manual_seed(0)
     model, x = nn.Linear(3, 3), torch.randn(2, 3)
     base, state = model(x), torch.random.get_rng_state()
-    rewritten(model, nn.Linear, body)
+    apply_program(model, nn.Linear, body)
     assert torch.equal(state, torch.random.get_rng_state())
     torch.manual_seed(1)
     output = model(x)
@@ -324,7 +324,7 @@ def test_refusals_name_the_line_of_the_user(body: Any, message: str) -> None:
     linear = nn.Linear(3, 3)
     snapshot = Snapshot(linear)
     with pytest.raises(PlanError) as caught:
-        rewritten(linear, nn.Linear, body)
+        apply_program(linear, nn.Linear, body)
     assert (
         message in str(caught.value) and "test_rewrites.py:" in str(caught.value) and "lambda site" in str(caught.value)
     )
@@ -333,7 +333,7 @@ def test_refusals_name_the_line_of_the_user(body: Any, message: str) -> None:
 
 def test_a_decision_on_a_size_without_an_example_asks_for_one() -> None:
     with pytest.raises(PlanError, match="pass example_inputs, in which sizes are known"):
-        rewritten(nn.Linear(3, 3), nn.Linear, lambda site: site.output if site.input.shape[0] > 1 else site.input)
+        apply_program(nn.Linear(3, 3), nn.Linear, lambda site: site.output if site.input.shape[0] > 1 else site.input)
 
 
 def test_values_of_another_site_are_refused() -> None:
@@ -346,7 +346,7 @@ def test_values_of_another_site_are_refused() -> None:
     model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3))
     snapshot = Snapshot(model)
     with pytest.raises(PlanError, match="a rewrite uses a value of another rewrite") as caught:
-        rewritten(model, nn.Linear, body)
+        apply_program(model, nn.Linear, body)
     assert "where: 1" in str(caught.value) and "test_rewrites.py:" in str(caught.value)
     assert not snapshot.differences(model)
 
@@ -362,8 +362,8 @@ def test_failures_at_the_call_say_what_is_probably_wrong() -> None:
 
     half, x = nn.Linear(3, 3).bfloat16(), torch.ones(2, 3)
     with pytest.raises(SurgeryError, match=r"fix: .* torch.float32, the module's are not: .* x\.to\(A\.dtype\)"):
-        rewritten(half, nn.Linear, mixed, x.bfloat16())
-    rewritten(half, nn.Linear, mixed)
+        apply_program(half, nn.Linear, mixed, x.bfloat16())
+    apply_program(half, nn.Linear, mixed)
     with pytest.raises(RuntimeError) as caught:
         half(x.bfloat16())
     assert [note.partition(":")[0] for note in caught.value.__notes__] == [
@@ -371,17 +371,17 @@ def test_failures_at_the_call_say_what_is_probably_wrong() -> None:
         "hint",
     ]
     with pytest.raises(SurgeryError, match="fix: .*site.hidden is the one in it"):
-        rewritten(nn.Sequential(Pair()), Pair, lambda site: site.output + site.input, x)
+        apply_program(nn.Sequential(Pair()), Pair, lambda site: site.output + site.input, x)
 
 
 def test_a_decision_on_a_size_is_checked_at_each_call() -> None:
     linear, x = nn.Linear(3, 3), torch.randn(2, 3)
-    rewritten(linear, nn.Linear, FACTORIES_ON["rows"], x)
+    apply_program(linear, nn.Linear, FACTORIES_ON["rows"], x)
     assert torch.equal(linear(x), F.linear(x, linear.weight, linear.bias) * 2)
     with pytest.raises(Exception, match="a rewrite goes by 2, which it saw in the example, and this call gives 5"):
         linear(torch.randn(5, 3))
     block = Block()
-    rewritten(block, Block, lambda site: _by_rows(site), x)
+    apply_program(block, Block, lambda site: _by_rows(site), x)
     for rows in (2, 5, 3):
         x = torch.randn(rows, 3)
         h = x + block.a(x)
@@ -405,14 +405,14 @@ def test_matches_that_overlap_are_refused() -> None:
             site.replace(match.root, torch.exp(match.bindings["x"]))
 
     with pytest.raises(PlanError, match="matches that overlap"):
-        rewritten(Thrice(), Thrice, body, torch.ones(2))
+        apply_program(Thrice(), Thrice, body, torch.ones(2))
 
     def first(site: Site) -> None:
         match = site.find(TWICE)[0]
         site.replace(match.root, torch.exp(match.bindings["x"]))
 
     x = torch.randn(3)
-    assert torch.equal(rewritten(Thrice(), Thrice, first, x)(x), torch.sigmoid(x.exp()))
+    assert torch.equal(apply_program(Thrice(), Thrice, first, x)(x), torch.sigmoid(x.exp()))
 
 
 def _by_mode(site: Site) -> Any:
@@ -426,23 +426,23 @@ def test_a_rewrite_may_go_by_the_mode() -> None:
     for kind in (nn.Linear(3, 3), Optional(), Block()):
         x = torch.randn(2, 3)
         base = kind(x).detach()
-        model = rewritten(kind, type(kind), _by_mode)
+        model = apply_program(kind, type(kind), _by_mode)
         for each in (model, copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
             assert torch.equal(each.train()(x), base * 2.0) and torch.equal(each.eval()(x), base - 3.0)
         assert sorted(n.rpartition(".")[2] for n, _ in model.named_parameters() if "adapters" in n) == ["down", "up"]
     block, x = Block(), torch.randn(2, 3)
     base = block(x).detach()
-    rewritten(block, Block, _inside_by_mode, x)
+    apply_program(block, Block, _inside_by_mode, x)
     assert torch.equal(block.train()(x), base * 2.0) and torch.equal(block.eval()(x), base)
 
 
 def test_names_that_are_too_few_are_an_error_of_the_call() -> None:
-    model = rewritten(nn.Linear(3, 3), nn.Linear, _unpacked_rows)
+    model = apply_program(nn.Linear(3, 3), nn.Linear, _unpacked_rows)
     assert model(torch.randn(2, 3)).shape == (2, 3)
     with pytest.raises(ValueError, match="unpacks 2 values, and there are 3"):
         model(torch.randn(2, 4, 3))
-    with pytest.raises(PlanError, match="can't take the length"):  # chunk may give fewer than asked for
-        rewritten(nn.Linear(3, 3), nn.Linear, lambda site: site.output * len(site.output.chunk(2, -1)))
+    with pytest.raises(PlanError, match="can't take the length"):  # chunk may return fewer chunks than requested
+        apply_program(nn.Linear(3, 3), nn.Linear, lambda site: site.output * len(site.output.chunk(2, -1)))
 
 
 def _unpacked_rows(site: Site) -> Any:
@@ -452,9 +452,9 @@ def _unpacked_rows(site: Site) -> Any:
 
 def test_what_is_not_recorded_is_refused() -> None:
     with pytest.raises(PlanError, match="seeds"):
-        rewritten(nn.Linear(3, 3), nn.Linear, lambda site: (torch.manual_seed(123456), site.output)[1])
+        apply_program(nn.Linear(3, 3), nn.Linear, lambda site: (torch.manual_seed(123456), site.output)[1])
     with pytest.raises(PlanError, match="block whose setting can't be recorded"):
-        rewritten(nn.Linear(3, 3), nn.Linear, _with_kernel)
+        apply_program(nn.Linear(3, 3), nn.Linear, _with_kernel)
 
 
 def _with_kernel(site: Site) -> Any:

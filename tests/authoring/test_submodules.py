@@ -1,4 +1,4 @@
-"""Modules of the adapter's own in a rewrite (`Site.submodule`), beside a forward that calls the same module by hand."""
+"""Submodules of an adapter (`Site.submodule`), compared with a forward that calls the same module by hand."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ X = torch.randn(3, 5, 4, generator=torch.Generator().manual_seed(1))
 
 @rule("test-submodule")
 class BesideRule(Rule):
-    """A block beside the module: after a gate, as the settings say."""
+    """Adds a block's output to the module's output, with an optional gate."""
 
     size: int = 6
     gated: bool = True
@@ -51,7 +51,7 @@ class BesideRule(Rule):
 
 @rule("test-submodule-twice")
 class TwiceRule(Rule):
-    """One module at two places of a rewrite, one that is copied, and one that writes a buffer."""
+    """Calls one submodule twice, one that is a copy, and one that writes a buffer."""
 
     def rewrite(self, site: Site) -> Tensor:
         mixed, normal = site.submodule("mixed", lambda: Experts(4)), site.submodule("normal", lambda: Normal(4))

@@ -112,7 +112,7 @@ def check(module: nn.Module, *args: Any, exact: bool = False) -> None:
         assert same(mine, wanted, exact), f"{printout}\n{mine}\n{wanted}"
 
 
-def moved(model: nn.Module) -> nn.Module:
+def disturb_adapters(model: nn.Module) -> nn.Module:
     """The model with random changes of the adapters, so that they change outputs."""
     with torch.no_grad():
         for name, tensor in model.named_parameters():
@@ -133,7 +133,7 @@ def test_every_rule(name: str) -> None:
     shown_rule, make = SHOWN[name]
     model = nn.Sequential(OrderedDict(m=make())).eval()
     apply_rules(model, [shown_rule], example_inputs=EXAMPLES.get(name))
-    check(moved(model).get_submodule("m"), *GIVEN.get(name, (torch.randn(1, 3, 8),)))
+    check(disturb_adapters(model).get_submodule("m"), *GIVEN.get(name, (torch.randn(1, 3, 8),)))
 
 
 # Names of the engine's own functions, of generated functions, and texts that only the engine reads.
@@ -244,20 +244,20 @@ def test_stacks_on_a_linear_layer(name: str, dtype: torch.dtype, weight: float) 
         activate(model, names, dict.fromkeys(names, weight))
     except SurgeryError:
         pytest.skip("its weight is 1")
-    check(moved(model).get_submodule("m"), X.to(dtype))
+    check(disturb_adapters(model).get_submodule("m"), X.to(dtype))
 
 
 @pytest.mark.parametrize("one", [rules.BottleneckRule("", size=2), rules.SteerRule("", direction=[0.5] * 8),
                                  rules.LoraRule("fc", rank=2), rules.CaptureRule("")])  # fmt: skip
 def test_a_forward_that_is_called(one: Rule) -> None:
-    model = moved(apply_rules(Block(), [one]))
+    model = disturb_adapters(apply_rules(Block(), [one]))
     for _, module, _ in sites(model):
         check(module, X)
 
 
 @pytest.mark.parametrize("mask", [None, torch.ones(3, 3, dtype=torch.bool).triu(1)])
 def test_inside_of_a_forward(mask: Tensor | None) -> None:
-    model = moved(
+    model = disturb_adapters(
         apply_rules(Attention(), [TemperRule(""), rules.BottleneckRule("", size=2, features=8)], example_inputs=X)
     )
     for training in (False, True):

@@ -49,11 +49,11 @@ def model_with(*names: str) -> nn.Module:
     return model
 
 
-def trained(model: nn.Module) -> set[str]:
+def list_trained(model: nn.Module) -> set[str]:
     return {name for name, tensor in model.named_parameters(remove_duplicate=False) if tensor.requires_grad}
 
 
-def expected(model: nn.Module, *names: str) -> Tensor:
+def compute_expected(model: nn.Module, *names: str) -> Tensor:
     x = X
     for layer in model:  # type: ignore[union-attr]
         if not isinstance(layer, nn.Linear):
@@ -70,11 +70,11 @@ def expected(model: nn.Module, *names: str) -> Tensor:
 
 def test_the_live_ones_count() -> None:
     model = model_with("a", "b", "c")
-    plain = expected(model)
+    plain = compute_expected(model)
     assert active(model) == ("a", "b", "c")
     for names in (["a"], ["b"], ["c", "a"], ["b", "c"], [], ["a", "b", "c"]):
         activate(model, names)
-        torch.testing.assert_close(model(X), expected(model, *names), **CLOSE)
+        torch.testing.assert_close(model(X), compute_expected(model, *names), **CLOSE)
         assert set(active(model)) == set(names)
         for key, parameter in model.named_parameters():
             owner = key.split(".")[-2] if "adapters" in key else None
@@ -97,7 +97,7 @@ def test_using_restores_also_after_errors() -> None:
     activate(model, "a")
     before = model(X)
     with pytest.raises(ValueError), using(model, "b"):
-        torch.testing.assert_close(model(X), expected(model, "b"), **CLOSE)
+        torch.testing.assert_close(model(X), compute_expected(model, "b"), **CLOSE)
         with using(model, None):
             assert active(model) == ()
         assert active(model) == ("b",)
@@ -149,12 +149,12 @@ def test_flags_that_were_set_by_hand_come_back() -> None:
 
 
 def training(model: nn.Module) -> set[str]:
-    return {name.split(".")[2] for name in trained(model)}
+    return {name.split(".")[2] for name in list_trained(model)}
 
 
 def test_adapters_are_live_and_frozen() -> None:
     model = model_with("a", "b")
-    wanted = expected(model, "a")
+    wanted = compute_expected(model, "a")
     assert torch.allclose(activate(model, "a", train=False)(X), wanted, **CLOSE) and training(model) == set()
     assert training(activate(model, "b")) == {"b"}
     assert training(activate(model, ["a", "b"])) == {"b"}  # a stays frozen until the user unfreezes it
@@ -232,11 +232,11 @@ def test_tensors_that_were_replaced_follow_the_switch(replace: Callable[[nn.Modu
     before = model.get_parameter("0.adapters.a.B")
     model = replace(model) or model
     assert model.get_parameter("0.adapters.a.B") is not before
-    assert trained(model) == wanted[first]
+    assert list_trained(model) == wanted[first]
     for name in ("a", "b", "a", "b"):
-        assert trained(activate(model, name)) == wanted[name]
-    assert trained(activate(model, ["a", "b"])) == wanted["a"] | wanted["b"]
-    assert trained(deactivate(model)) == set()
+        assert list_trained(activate(model, name)) == wanted[name]
+    assert list_trained(activate(model, ["a", "b"])) == wanted["a"] | wanted["b"]
+    assert list_trained(deactivate(model)) == set()
 
 
 def test_a_tensor_of_several_sites_follows_the_switch() -> None:
@@ -245,11 +245,11 @@ def test_a_tensor_of_several_sites_follows_the_switch() -> None:
     model[2].adapters.a.A = model[0].adapters.a.A
     wanted = {name for name, _ in model.named_parameters(remove_duplicate=False) if ".a." in name}
     activate(model, "b")
-    assert not any(".a." in name for name in trained(model))
-    assert trained(copy_adapter(activate(model, "a"), "a", "c")) == wanted
+    assert not any(".a." in name for name in list_trained(model))
+    assert list_trained(copy_adapter(activate(model, "a"), "a", "c")) == wanted
     activate(model, "c")
     assert model[2].adapters.c.A is model[0].adapters.c.A
-    assert trained(model) == {name.replace(".a.", ".c.") for name in wanted}
+    assert list_trained(model) == {name.replace(".a.", ".c.") for name in wanted}
 
 
 def test_removing_in_any_order() -> None:
@@ -276,7 +276,7 @@ def test_copies_remember_and_go_on() -> None:
     for other in (copy.deepcopy(model), torch.load(stored, weights_only=False)):
         assert active(other) == ("b",) and torch.equal(other(X), model(X))
         activate(other, "a")
-        torch.testing.assert_close(other(X), expected(model, "a"), **CLOSE)
+        torch.testing.assert_close(other(X), compute_expected(model, "a"), **CLOSE)
         assert active(model) == ("b",)
         remove(other)
         assert not any("adapters" in key for key in other.state_dict())
@@ -314,7 +314,7 @@ def test_a_new_adapter_is_live_beside_idle_ones() -> None:
     deactivate(model)
     apply_rules(model, LoraRule("0", rank=2, alpha=4, init="random"), adapter="b")
     assert active(model) == ("b",)
-    torch.testing.assert_close(model(X), expected(model, "b"), **CLOSE)
+    torch.testing.assert_close(model(X), compute_expected(model, "b"), **CLOSE)
 
 
 def test_torch_s_own_fast_path_is_back_where_none_is_live() -> None:

@@ -82,7 +82,7 @@ class Kinds(nn.Module):
         return self.linear(x).sum() + self.turned(x).sum() + self.conv(image).sum()
 
 
-def disturbed(model: nn.Module, scale: float = 0.5) -> nn.Module:
+def disturb(model: nn.Module, scale: float = 0.5) -> nn.Module:
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "adapters." in name and parameter.is_floating_point():
@@ -333,7 +333,7 @@ def test_dora_is_taken_as_a_matrix() -> None:
     model = nn.Sequential(nn.Linear(6, 5), nn.Linear(5, 4))
     apply_rules(model, LoraRule(["0", "1"], rank=2, dora=True, init="random"), adapter="a")
     apply_rules(model, LoraRule("0", rank=3, init="random"), adapter="b")
-    deactivate(disturbed(model, 0.1))
+    deactivate(disturb(model, 0.1))
     before = Snapshot(model)
     for method in ("linear", "cat"):
         with pytest.raises(PlanError, match=r"LoraRule can't be combined(.|\n)*where: 0(.|\n)*DoRA(.|\n)*svd"):
@@ -354,7 +354,7 @@ def test_what_lora_trains_beside(tmp_path: Any) -> None:
     for name, bias in (("a", "all"), ("b", "all")):
         apply_rules(model, LoraRule(["0"], rank=2, bias=cast(Any, bias), lora_bias=name == "b"), adapter=name)
         deactivate(model)
-    disturbed(model)
+    disturb(model)
     combine(model, {"a": 0.5, "b": 0.5}, "z", "cat")
     combine(model, {"a": 0.5, "b": 0.5}, "only", "linear")
     assert [type(rule) for rule in rules_of(model, "z")] == [LoraRule] and rules_of(model, "z")[0].bias == "all"  # type: ignore[attr-defined]
@@ -381,7 +381,7 @@ def test_what_lora_trains_beside(tmp_path: Any) -> None:
 def copies(model: nn.Module, rule: Rule | list[Rule], *names: str, **more: Any) -> nn.Module:
     for name in names:
         apply_rules(model, rule, adapter=name, **more)
-        deactivate(disturbed(model))
+        deactivate(disturb(model))
     return model
 
 
@@ -410,7 +410,7 @@ def test_tokens_of_two_adapters_are_joined() -> None:
     weight = model.get_parameter("0.weight").detach().clone()
     for name, tokens in (("a", [2, 7]), ("b", [7, 1])):
         apply_rules(model, TokensRule("0", tokens=tokens), adapter=name)
-        deactivate(disturbed(model))
+        deactivate(disturb(model))
     boxes: Any = model[0].adapters
     combine(model, {"a": 0.5, "b": 2.0}, "z")
     assert rules_of(model, "z")[0].tokens == (1, 2, 7)  # type: ignore[attr-defined]
@@ -425,7 +425,7 @@ def test_copies_of_the_base_move_from_it() -> None:
     model = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4), nn.Linear(4, 2)).eval()
     for name, rules in (("a", [TrainRule("2"), NormRule()]), ("b", [NormRule("1")])):
         apply_rules(model, rules, adapter=name)
-        deactivate(disturbed(model))
+        deactivate(disturb(model))
         box: Any = model.get_submodule(f"1.adapters.{name}")
         box.running_var.mul_(3.0 if name == "a" else 5.0)
         box.num_batches_tracked.fill_(3 if name == "a" else 8)
@@ -501,7 +501,7 @@ def test_adalora(method: Any) -> None:
     model = nn.Sequential(nn.Linear(8, 6))
     for name, rank in (("a", 2), ("b", 3)):
         apply_rules(model, AdaLoraRule("0", rank=rank, target_r=1), adapter=name)
-    deactivate(disturbed(model))
+    deactivate(disturb(model))
     rank, density = None if method == "cat" else 6, 1.0 if "prune" in method else None
     combine(model, {"a": 0.5, "b": -2.0}, "z", method, rank=rank, density=density)
     expected = 0.5 * weight_change(model, "0", "a") - 2 * weight_change(model, "0", "b")

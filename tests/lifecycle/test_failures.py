@@ -74,30 +74,30 @@ def net() -> nn.Module:
     return Net().eval()
 
 
-def adapted() -> nn.Module:
+def make_adapted() -> nn.Module:
     model = apply_rules(net(), LORA, adapter="a")
     apply_rules(model, [LoraRule("up", rank=2, init="random"), IA3Rule("down")], adapter="b")
     model.train()(IDS)  # moves running statistics
     return activate(model.eval(), "a")
 
 
-def merged() -> nn.Module:
-    model = adapted()
+def make_merged() -> nn.Module:
+    model = make_adapted()
     merge(model)
     return model
 
 
-def started() -> nn.Module:
+def make_pissa() -> nn.Module:
     """A model with an adapter that changed the base at its start."""
-    return apply_rules(adapted(), LoraRule(["up", "down"], rank=2, init="pissa"), adapter="p")
+    return apply_rules(make_adapted(), LoraRule(["up", "down"], rank=2, init="pissa"), adapter="p")
 
 
-def headed() -> nn.Module:
+def make_with_trained_head() -> nn.Module:
     return apply_rules(net(), LoraRule("head", rank=2, init="random"), adapter="a")
 
 
-def untied() -> nn.Module:
-    model = headed()
+def make_untied() -> nn.Module:
+    model = make_with_trained_head()
     merge(model, untie=True)
     return model
 
@@ -112,7 +112,7 @@ def llama() -> nn.Module:
     return apply_rules(model, LoraRule("q_proj", rank=2, init="random"))
 
 
-def prefixed(model: nn.Module) -> Any:
+def apply_prefix(model: nn.Module) -> Any:
     return apply_rules(model, PrefixRule(length=2), adapter="p", example_inputs={"input_ids": IDS})
 
 
@@ -123,46 +123,49 @@ def folder_of(model: nn.Module, *names: str) -> Path:
     return folder
 
 
-def a_block(block: Any) -> None:
+def run_block(block: Any) -> None:
     with block:
         pass
 
 
-FOLDER = folder_of(adapted(), "a", "b")
-TENSORS = adapter_state_dict(adapted(), "a")
+FOLDER = folder_of(make_adapted(), "a", "b")
+TENSORS = adapter_state_dict(make_adapted(), "a")
 OTHER = [LoraRule(["up", "down"], rank=2, init="pissa"), TrainRule("head"), BottleneckRule("down", size=2)]
 # Each verb: the model for the call, and the call.
 VERBS: dict[str, tuple[Callable[[], Any], Callable[[Any], Any]]] = {
     "apply": (net, lambda m: apply_rules(m, OTHER[::2], adapter="c", example_inputs=(IDS,))),
-    "apply-more": (adapted, lambda m: apply_rules(m, OTHER[:2], adapter="c")),
-    "apply-prefix": (llama, prefixed),
-    "remove-one": (adapted, lambda m: remove(m, "a")),
-    "remove-start": (started, lambda m: remove(m, "p")),
-    "remove-all": (started, remove),
+    "apply-more": (make_adapted, lambda m: apply_rules(m, OTHER[:2], adapter="c")),
+    "apply-prefix": (llama, apply_prefix),
+    "remove-one": (make_adapted, lambda m: remove(m, "a")),
+    "remove-start": (make_pissa, lambda m: remove(m, "p")),
+    "remove-all": (make_pissa, remove),
     "remove-transformers": (llama, remove),
-    "merge": (adapted, merge),
-    "merge-copy": (adapted, lambda m: merge(m, keep="copy", safe=True)),
-    "merge-untie": (headed, lambda m: merge(m, untie=True)),
-    "unmerge": (merged, unmerge),
-    "unmerge-untied": (untied, unmerge),
-    "activate": (adapted, lambda m: activate(m, ["b", "a"], [0.5, -1.0])),
-    "deactivate": (adapted, deactivate),
-    "train": (adapted, lambda m: activate(m, "b", train=False)),
-    "using": (adapted, lambda m: a_block(using(m, "b"))),
-    "route": (adapted, lambda m: a_block(route(m, ["a", "b"]))),
-    "hotswap": (adapted, lambda m: hotswap(m, "a", TENSORS)),
-    "pad_rank": (adapted, lambda m: pad_rank(m, "a", 4)),
-    "load": (adapted, lambda m: load_adapter(m, FOLDER / "a", "c")),
+    "merge": (make_adapted, merge),
+    "merge-copy": (make_adapted, lambda m: merge(m, keep="copy", safe=True)),
+    "merge-untie": (make_with_trained_head, lambda m: merge(m, untie=True)),
+    "unmerge": (make_merged, unmerge),
+    "unmerge-untied": (make_untied, unmerge),
+    "activate": (make_adapted, lambda m: activate(m, ["b", "a"], [0.5, -1.0])),
+    "deactivate": (make_adapted, deactivate),
+    "train": (make_adapted, lambda m: activate(m, "b", train=False)),
+    "using": (make_adapted, lambda m: run_block(using(m, "b"))),
+    "route": (make_adapted, lambda m: run_block(route(m, ["a", "b"]))),
+    "hotswap": (make_adapted, lambda m: hotswap(m, "a", TENSORS)),
+    "pad_rank": (make_adapted, lambda m: pad_rank(m, "a", 4)),
+    "load": (make_adapted, lambda m: load_adapter(m, FOLDER / "a", "c")),
     "load_adapters": (net, lambda m: load_adapters(m, FOLDER, live=["b"])),
-    "load_state": (adapted, lambda m: load_adapter_state_dict(m, TENSORS, "a")),
-    "combine": (adapted, lambda m: combine(m, {"a": 1.0, "b": 0.5}, "c", "linear")),
-    "copy": (adapted, lambda m: copy_adapter(m, "a", "c")),
-    "rename": (adapted, lambda m: rename_adapter(m, "a", "c")),
-    "forget": (merged, forget),
-    "forget-untied": (untied, forget),
+    "load_state": (make_adapted, lambda m: load_adapter_state_dict(m, TENSORS, "a")),
+    "combine": (make_adapted, lambda m: combine(m, {"a": 1.0, "b": 0.5}, "c", "linear")),
+    "copy": (make_adapted, lambda m: copy_adapter(m, "a", "c")),
+    "rename": (make_adapted, lambda m: rename_adapter(m, "a", "c")),
+    "forget": (make_merged, forget),
+    "forget-untied": (make_untied, forget),
     "merge_to": (llama, lambda m: merge_to(m, tempfile.mkdtemp())),
-    "save": (adapted, lambda m: save_adapter(m, tempfile.mkdtemp(), "a")),
-    "export": (adapted, lambda m: export_onnx(m, f"{tempfile.mkdtemp()}/m.onnx", (IDS,), names="a", dynamic=False)),
+    "save": (make_adapted, lambda m: save_adapter(m, tempfile.mkdtemp(), "a")),
+    "export": (
+        make_adapted,
+        lambda m: export_onnx(m, f"{tempfile.mkdtemp()}/m.onnx", (IDS,), names="a", dynamic=False),
+    ),
 }
 SLOW = {"export", "merge_to"}
 
@@ -204,7 +207,7 @@ def test_a_verb_that_is_broken_off_leaves_the_model_as_it_was(name: str, lines: 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # raised in a generator's end
 @pytest.mark.parametrize("block", [lambda m: using(m, "b"), lambda m: route(m, ["a", "b"])], ids=["using", "route"])
 def test_a_block_that_is_broken_off_at_any_line_of_its_end_is_left(block: Callable[[Any], Any]) -> None:
-    model = adapted()
+    model = make_adapted()
     with broken(-1, lines=True) as count:
         with block(model):
             begun = count[0]
@@ -223,7 +226,7 @@ def test_a_block_that_is_broken_off_at_any_line_of_its_end_is_left(block: Callab
             differences.append(str(error))
         if differences or thread_routing.routings or thread_routing.plans:
             problems.append(f"step {step}: {message}: {differences[:4]}")
-            model = adapted()
+            model = make_adapted()
             before = Everything(model)
     assert begun < count[0] and not problems, "\n".join(problems)
 

@@ -36,7 +36,7 @@ def model_of() -> nn.Sequential:
 X = torch.randn(3, 8, generator=torch.Generator().manual_seed(1))
 
 
-def adapted(*names: str, init: str = "random") -> nn.Sequential:
+def make_adapted(*names: str, init: str = "random") -> nn.Sequential:
     model = model_of()
     for name in names:
         apply_rules(model, LoraRule(["0", "2"], rank=2, init=init), adapter=name)
@@ -73,7 +73,7 @@ def test_every_kind_of_change() -> None:
 
 
 def test_what_is_not_merged_stays() -> None:
-    model = adapted("a", "b", "c")
+    model = make_adapted("a", "b", "c")
     activate(model, ["a", "b"])
     expected = model(X)
     merge(model, "a")
@@ -92,12 +92,12 @@ def test_what_is_not_merged_stays() -> None:
 
 
 def test_a_start_that_changed_the_base() -> None:
-    model = adapted("p", init="pissa")
+    model = make_adapted("p", init="pissa")
     expected = model(X)
     merge(model)
     forget(model)
     torch.testing.assert_close(model(X), expected, **CLOSE)
-    stacked = adapted("p", init="pissa")
+    stacked = make_adapted("p", init="pissa")
     apply_rules(stacked, LoraRule("0", rank=2, init="random"), adapter="a")
     merge(stacked, "a")
     before = Snapshot(stacked)
@@ -113,7 +113,7 @@ def test_a_start_that_changed_the_base() -> None:
 def test_refusals() -> None:
     with pytest.raises(SurgeryError, match="no rules were applied"):
         forget(model_of())
-    model = adapted("a")
+    model = make_adapted("a")
     before = Snapshot(model)
     with pytest.raises(SurgeryError, match="nothing is merged"):
         forget(model)

@@ -48,7 +48,7 @@ def lines_of(work: Callable[[], Any]) -> int:
     return count
 
 
-def counted(make: Callable[[int], verbs.Layers], sizes: list[int], folder: Path) -> Counts:
+def count_work(make: Callable[[int], verbs.Layers], sizes: list[int], folder: Path) -> Counts:
     counts: Counts = {}
     classes: set[Any] = set()  # keeps classes alive: otherwise some calls would generate them again
     for size in sizes:
@@ -65,7 +65,7 @@ def counted(make: Callable[[int], verbs.Layers], sizes: list[int], folder: Path)
 @pytest.fixture(scope="module")
 def by_layers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Counts]:
     torch.manual_seed(0)
-    yield counted(lambda layers: verbs.made(layers, 2), [2, 4, 8], tmp_path_factory.mktemp("layers"))
+    yield count_work(lambda layers: verbs.made(layers, 2), [2, 4, 8], tmp_path_factory.mktemp("layers"))
 
 
 def test_work_is_in_proportion_to_the_layers(by_layers: Counts) -> None:
@@ -80,7 +80,7 @@ def test_work_is_in_proportion_to_the_layers(by_layers: Counts) -> None:
 
 def test_idle_adapters_are_passed_over(tmp_path: Path) -> None:
     """One more adapter on 14 sites adds only a few lines for each site if a verb does not write all adapters."""
-    counts = counted(lambda adapters: verbs.made(2, adapters), [4, 10], tmp_path)
+    counts = count_work(lambda adapters: verbs.made(2, adapters), [4, 10], tmp_path)
     slopes = {verb: (at[10] - at[4]) / 6 for verb, at in counts.items() if verb not in verbs.WHOLE}
     assert not {verb: slope for verb, slope in slopes.items() if slope > 3 * 14}
 

@@ -262,7 +262,7 @@ def test_a_failed_renaming_is_undone(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_training_goes_on() -> None:
-    def trained(rename: bool) -> list[Tensor]:
+    def train(rename: bool) -> list[Tensor]:
         torch.manual_seed(3)
         model = three()
         optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], 0.1)
@@ -274,7 +274,7 @@ def test_training_goes_on() -> None:
                 rename_adapter(model, "a", "new")
         return list(model.parameters())
 
-    assert all(torch.equal(expected, actual) for expected, actual in zip(trained(False), trained(True), strict=True))
+    assert all(torch.equal(expected, actual) for expected, actual in zip(train(False), train(True), strict=True))
 
 
 # Copies -------------------------------------------------------------------------------------------------------

@@ -302,7 +302,7 @@ def test_a_resized_vocabulary_is_followed(name: str, tied: bool, size: int) -> N
         hidden, box = torch.randn(1, 16), head.adapters.default
         wanted = F.linear(hidden, head.weight) + 4 * F.linear(F.linear(hidden, box.A), box.B)
         assert torch.allclose(head(hidden), wanted, atol=1e-5)
-    merged_alike(model, tied)
+    check_merge(model, tied)
     place = save_adapter(model, folder())
     again = llama(tied)
     torch.manual_seed(3)
@@ -314,7 +314,7 @@ def test_a_resized_vocabulary_is_followed(name: str, tied: bool, size: int) -> N
     assert type(model.lm_head) is nn.Linear and "resize_token_embeddings" not in model.__dict__
 
 
-def merged_alike(model: Any, tied: bool) -> None:
+def check_merge(model: Any, tied: bool) -> None:
     live = model(torch.tensor([[0, 1]])).logits
     merge(model, untie=tied)
     assert torch.allclose(model(torch.tensor([[0, 1]])).logits, live, atol=1e-4)  # one more rounding to float32

@@ -44,14 +44,14 @@ AROUND: dict[str, Callable[[nn.Module], Any]] = {
 }
 
 
-def rewritten() -> nn.Sequential:
+def make_rewritten() -> nn.Sequential:
     model = apply_rules(body(), LoraRule(["0", "2"], rank=2, init="random"), adapter="a")
     return apply_rules(model, LoraRule("0", rank=4, init="random"), adapter="b")
 
 
 @pytest.mark.parametrize("kind", AROUND)
 def test_verbs_find_the_model_inside(kind: str) -> None:
-    model, x = rewritten(), torch.randn(3, 8)
+    model, x = make_rewritten(), torch.randn(3, 8)
     outer, twin = AROUND[kind](model), copy.deepcopy(model)
     assert surgery.active(outer) == ("a", "b")
     for names in ("a", ["b"], ["a", "b"]):
@@ -107,7 +107,7 @@ def test_what_only_wraps_takes_rules_for_what_is_inside(kind: str) -> None:
 
 
 def test_rules_for_what_is_around_a_rewritten_model_are_refused_by_its_name() -> None:
-    outer = Around(rewritten())
+    outer = Around(make_rewritten())
     with pytest.raises(PlanError, match="part of this model has rules of its own") as caught:
         apply_rules(outer, LoraRule("out", rank=2), adapter="c")
     assert "where: inner" in str(caught.value)
@@ -116,7 +116,7 @@ def test_rules_for_what_is_around_a_rewritten_model_are_refused_by_its_name() ->
 class Two(nn.Module):
     def __init__(self) -> None:
         super().__init__()
-        self.text, self.image = rewritten(), apply_rules(body(), LoraRule("0", rank=2, init="random"))
+        self.text, self.image = make_rewritten(), apply_rules(body(), LoraRule("0", rank=2, init="random"))
 
     def forward(self, x: Tensor) -> Tensor:
         return self.text(x) + self.image(x)

@@ -126,27 +126,27 @@ def stacks(draw: Any) -> Stack:
                 scale = alpha / (r**0.5 if rslora else r)
                 entry = Entry("lora", path, scale, r, form == "dora", start="pissa" if kind == "pissa" else "")
                 names = ["A", "B", *(["B_bias"] if form == "bias" else []), *(["magnitude"] if form == "dora" else [])]
-                entries.append(_named(entry, names))
+                entries.append(_set_flags(entry, names))
         elif kind == "ia3":
             targets = draw(some(["up", "down", "conv", "head", "last"]))
             fed = draw(some(targets, 0))
             rules.append(IA3Rule(targets, feedforward=fed))
-            entries += [_named(Entry("ia3", path, fed=path in fed), ["scale"]) for path in targets]
+            entries += [_set_flags(Entry("ia3", path, fed=path in fed), ["scale"]) for path in targets]
         elif kind == "train":
             targets = draw(some(SITES))
             rules.append(TrainRule(targets))
             entries += [
-                _named(Entry("train", p), ["weight", "bias"][: 1 + (p not in ("embed", "head"))]) for p in targets
+                _set_flags(Entry("train", p), ["weight", "bias"][: 1 + (p not in ("embed", "head"))]) for p in targets
             ]
         else:
             targets, beside = draw(some(LINEAR)), draw(st.booleans())
             rules.append(BottleneckRule(targets, size=3, placement="parallel" if beside else "after"))
             names = ["down", "down_bias", "up", "up_bias"]
-            entries += [_named(Entry("bottleneck", path, fed=beside), names) for path in targets]
+            entries += [_set_flags(Entry("bottleneck", path, fed=beside), names) for path in targets]
     return Stack(rules, entries, dropout)
 
 
-def _named(entry: Entry, names: list[str]) -> Entry:
+def _set_flags(entry: Entry, names: list[str]) -> Entry:
     entry.flags = dict.fromkeys(names, True)
     return entry
 
@@ -267,8 +267,8 @@ class Adapters(RuleBasedStateMachine):
                     tensor.add_(torch.randn_like(tensor), alpha=amount)
                     entry.tensors[key] = tensor.clone()
 
-    def started(self, entries: list[Entry]) -> None:
-        """PiSSA subtracted the best approximation of its rank from the base's weight."""
+    def record_start(self, entries: list[Entry]) -> None:
+        """Record the base weights from which PiSSA subtracted the best approximation of its rank."""
         for entry in entries:
             if entry.start:
                 key = f"{entry.path}.weight"
@@ -299,7 +299,7 @@ class Adapters(RuleBasedStateMachine):
         entries = [entry.copied() for entry in stack.entries]
         problem = self.routed or self.shadow.cannot_apply(name, entries)
         if self.attempt(problem, lambda: apply_rules(self.model, stack.rules, adapter=name, freeze=freeze)):
-            self.started(entries)
+            self.record_start(entries)
             self.adopt(name, entries, True, stack.dropout, freeze is not False)
             self.disturb(name)
 
@@ -358,7 +358,7 @@ class Adapters(RuleBasedStateMachine):
         if self.attempt(problem, lambda: load_adapter(self.model, self.folder / file, name)):
             for entry in entries:
                 entry.flags = dict.fromkeys(entry.flags, True)
-            self.started(entries)
+            self.record_start(entries)
             self.adopt(name, entries, True, saved_adapter.dropout)
             for entry, saved in zip(entries, saved_adapter.entries, strict=True):
                 assert all(torch.equal(entry.tensors[n], saved.tensors[n]) for n in saved.tensors)
@@ -391,9 +391,9 @@ class Adapters(RuleBasedStateMachine):
             live = {name: float(weight) for name, weight in zip(names, listed, strict=True)}
         problem = problem or self.shadow.cannot_switch(live)
         if self.attempt(problem, lambda: activate(self.model, names, weights)):
-            self.switched(live)
+            self.record_switch(live)
 
-    def switched(self, live: dict[str, float]) -> None:
+    def record_switch(self, live: dict[str, float]) -> None:
         self.unmerged = None
         for name, adapter in self.shadow.adapters.items():
             adapter.live, adapter.weight = name in live, live.get(name, 1.0)
@@ -402,7 +402,7 @@ class Adapters(RuleBasedStateMachine):
     @rule()
     def deactivate(self) -> None:
         if self.attempt(self.routed or self.shadow.cannot_switch({}), lambda: deactivate(self.model)):
-            self.switched({})
+            self.record_switch({})
 
     @precondition(lambda self: self.shadow.adapters and len(self.blocks) < 3)
     @rule(data=st.data(), none=st.booleans())
@@ -412,7 +412,7 @@ class Adapters(RuleBasedStateMachine):
         problem = self.routed or self.unknown(names) or self.shadow.cannot_switch(live)
         context, before = using(self.model, None if none else names, None if none else live), self.shadow.live()
         if self.attempt(problem, context.__enter__):
-            self.switched(live)
+            self.record_switch(live)
             self.blocks.append((context, before))
 
     @precondition(lambda self: self.shadow.adapters and len(self.blocks) < 3)
@@ -437,7 +437,7 @@ class Adapters(RuleBasedStateMachine):
         problem = self.shadow.cannot_switch(live, asked=False)
         step = lambda: context.__exit__(type(error) if error else None, error, None)  # noqa: E731
         if self.attempt(problem, step):
-            self.switched(live)
+            self.record_switch(live)
 
     @precondition(lambda self: self.blocks and self.shadow.adapters)
     @rule(data=st.data())
@@ -611,9 +611,9 @@ class Adapters(RuleBasedStateMachine):
         names = list(self.shadow.adapters) if named is None else named
         problem = self.routed or self.unknown(names) or self.shadow.cannot_remove(names)
         if self.attempt(problem, lambda: remove(self.model, named)):
-            self.gone(names)
+            self.record_removal(names)
 
-    def gone(self, names: list[str]) -> None:
+    def record_removal(self, names: list[str]) -> None:
         self.unmerged = None
         for name in names:
             for entry in self.shadow.adapters.pop(name).entries:

@@ -38,7 +38,7 @@ def two_layers() -> nn.Module:
     return nn.Sequential(nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 4)).eval()
 
 
-def disturbed(model: nn.Module) -> nn.Module:
+def disturb(model: nn.Module) -> nn.Module:
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "adapters." in name:
@@ -81,7 +81,7 @@ def test_a_linear_map_is_moved_by_as_much(name: str) -> None:
     """W_w = W + w (W_1 - W), and the same for the bias, for any linear rule on a Linear."""
     model = nn.Sequential(nn.Linear(8, 6))
     apply_rules(model, RULES[name])
-    disturbed(model)
+    disturb(model)
 
     def map_of() -> Tensor:
         with torch.no_grad():
@@ -123,7 +123,7 @@ def test_other_places() -> None:
     ):
         model = Model().eval()
         before, plain = Snapshot(model), model(ids)
-        disturbed(apply_rules(model, rules))
+        disturb(apply_rules(model, rules))
         whole = model(ids)
         activate(model, "default", weights=0.0)
         torch.testing.assert_close(model(ids), plain, **CLOSE)
@@ -142,7 +142,7 @@ def test_other_places() -> None:
 def test_what_is_not_linear_is_moved_by_as_much_of_its_output() -> None:
     model = nn.Sequential(nn.Linear(8, 8))
     base = model(X)
-    disturbed(apply_rules(model, BottleneckRule("0", size=4)))
+    disturb(apply_rules(model, BottleneckRule("0", size=4)))
     whole = model(X)
     activate(model, "default", 0.25)
     torch.testing.assert_close(model(X), base + 0.25 * (whole - base), **CLOSE)
@@ -182,7 +182,7 @@ def test_gradients_and_half_precision() -> None:
     torch.testing.assert_close(A.grad, expected, **CLOSE)
     for dtype in (torch.float16, torch.bfloat16):
         half = nn.Sequential(nn.Linear(8, 8)).to(dtype)
-        disturbed(apply_rules(half, [IA3Rule("0")], adapter="b"))
+        disturb(apply_rules(half, [IA3Rule("0")], adapter="b"))
         activate(half, "b", 0.5)
         assert half(X.to(dtype)).dtype == dtype
         merge(half)

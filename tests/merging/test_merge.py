@@ -29,7 +29,7 @@ from surgery.rules import LoraRule, TrainRule
 from surgery.testing import Snapshot, assert_equivalent, assert_reversible
 
 
-def adapted(inner: int, out: int, dtype: torch.dtype = torch.float32, **fields: Any) -> Any:
+def make_adapted(inner: int, out: int, dtype: torch.dtype = torch.float32, **fields: Any) -> Any:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(inner, out)).to(dtype)
     apply_rules(model, [LoraRule("0", rank=8, init="random", **fields)])
@@ -66,7 +66,7 @@ def test_a_tied_weight_is_refused_by_name_and_untied_on_request() -> None:
 
 
 def test_training_the_base_while_merged_is_found_before_anything_is_touched() -> None:
-    model = adapted(16, 12)
+    model = make_adapted(16, 12)
     merge(model)
     with torch.no_grad():
         model[0].weight[3, 4] += 1e-3
@@ -81,7 +81,7 @@ def test_training_the_base_while_merged_is_found_before_anything_is_touched() ->
 
 
 def test_loading_other_weights_while_merged_is_found() -> None:
-    model = adapted(16, 12)
+    model = make_adapted(16, 12)
     merge(model)
     model[0].load_state_dict(nn.Linear(16, 12).state_dict(), strict=False)
     with pytest.raises(MergeError, match="changed"):
@@ -89,14 +89,14 @@ def test_loading_other_weights_while_merged_is_found() -> None:
 
 
 def test_merging_twice_applying_and_removing_while_merged() -> None:
-    model = adapted(16, 12)
+    model = make_adapted(16, 12)
     merge(model)
     for act in (lambda: remove(model), lambda: apply_rules(model, [TrainRule("0")], adapter="b")):
         before = Snapshot(model)
         with pytest.raises(SurgeryError, match="merged"):
             act()
         assert not before.differences(model)
-    report, before = merged_again(model), Snapshot(model)
+    report, before = merge_again(model), Snapshot(model)
     assert report.sites == 1 and report.nbytes and not before.differences(model)
     unmerge(model)
     before = Snapshot(model)
@@ -105,14 +105,14 @@ def test_merging_twice_applying_and_removing_while_merged() -> None:
     assert not before.differences(model)
 
 
-def merged_again(model: nn.Module) -> MergeReport:
-    """As with PEFT, what is so already is no error; one word tells it."""
+def merge_again(model: nn.Module) -> MergeReport:
+    """Merging a merged adapter is a warning, as in PEFT, not an error."""
     with pytest.warns(SurgeryWarning, match="merged already"):
         return merge(model)
 
 
 def test_merging_others_while_merged_is_an_error() -> None:
-    model = apply_rules(adapted(16, 12), LoraRule("0", rank=2), adapter="b")
+    model = apply_rules(make_adapted(16, 12), LoraRule("0", rank=2), adapter="b")
     merge(model, "b")
     for names in ("default", ["default", "b"]):
         with pytest.raises(SurgeryError, match="merged already"):
@@ -121,7 +121,7 @@ def test_merging_others_while_merged_is_an_error() -> None:
 
 @pytest.mark.parametrize("dtype, value", [(torch.float32, float("nan")), (torch.float16, 1e5)])
 def test_safe_refuses_what_is_not_finite(dtype: torch.dtype, value: float) -> None:
-    model = adapted(16, 12, dtype=dtype)
+    model = make_adapted(16, 12, dtype=dtype)
     with torch.no_grad():
         model[0].adapters.default.B[0, 0] = value
         model[0].adapters.default.A.fill_(1e3 if dtype == torch.float16 else 1.0)
@@ -152,7 +152,7 @@ def test_the_record_is_small(dtype: torch.dtype) -> None:
 
 
 def test_exact_after_other_threads_training_and_pickling(tmp_path: Path) -> None:
-    model = adapted(96, 64)
+    model = make_adapted(96, 64)
     before = model[0].weight.detach().clone()
     threads = torch.get_num_threads()
     try:
@@ -170,7 +170,7 @@ def test_exact_after_other_threads_training_and_pickling(tmp_path: Path) -> None
 
 
 def test_a_converted_model_is_found_out() -> None:
-    model = adapted(16, 12)
+    model = make_adapted(16, 12)
     merge(model)
     model.half()
     with pytest.raises(MergeError, match="changed"):

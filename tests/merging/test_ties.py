@@ -63,51 +63,51 @@ def build_model(name: str) -> Any:
     return model
 
 
-def out(model: Any) -> Tensor:
+def compute_logits(model: Any) -> Tensor:
     options = {"decoder_input_ids": IDS} if isinstance(model, T5ForConditionalGeneration) else {}
     with torch.no_grad():
         return model(IDS, **options).logits
 
 
 def tie_state(model: Any) -> list[Any]:
-    """All that says what is tied, and what is."""
+    """The settings that declare tied weights, and the weights that are tied."""
     parts = [part for part in model.modules() if isinstance(part, PreTrainedModel)]
     settings = [
         (part.config.tie_word_embeddings, part._tied_weights_keys, part.all_tied_weights_keys) for part in parts
     ]
-    return [copy.deepcopy(settings), [sorted(k for k in vars(part) if "tied" in k) for part in parts], tied(model)]
+    return [copy.deepcopy(settings), [sorted(k for k in vars(part) if "tied" in k) for part in parts], list_ties(model)]
 
 
-def tied(model: Any) -> dict[str, int]:
+def list_ties(model: Any) -> dict[str, int]:
     return {name: parameter.data_ptr() for name, parameter in model.named_parameters(remove_duplicate=False)}
 
 
 @pytest.mark.parametrize("name, target", CASES)
 def test_merged_tied_weights_stay_merged(name: str, target: str, tmp_path: Path) -> None:
     model = apply_rules(build_model(name), LoraRule(target, rank=2, init="random"))
-    before, live, kind = tie_state(model), out(model), type(model)
+    before, live, kind = tie_state(model), compute_logits(model), type(model)
     merge(model, untie=True)
-    merged = out(model)
+    merged = compute_logits(model)
     assert torch.allclose(merged, live, atol=1e-4)  # ΔW is rounded into float32 once
     assert not model.config.tie_word_embeddings
     assert not any(part._tied_weights_keys for part in model.modules() if isinstance(part, PreTrainedModel))
     assert not model.all_tied_weights_keys
     model.tie_weights()
-    assert torch.equal(out(model), merged)
-    assert torch.equal(out(copy.deepcopy(model)), merged)
+    assert torch.equal(compute_logits(model), merged)
+    assert torch.equal(compute_logits(copy.deepcopy(model)), merged)
     model.save_pretrained(tmp_path / "saved")
     loaded = kind.from_pretrained(tmp_path / "saved").eval()
-    assert torch.equal(out(loaded), merged)
+    assert torch.equal(compute_logits(loaded), merged)
     if name != "t5":  # whose config says "tied" whatever stands in the file
         assert not loaded.config.tie_word_embeddings
         loaded.tie_weights()
-        assert torch.equal(out(loaded), merged)
+        assert torch.equal(compute_logits(loaded), merged)
     unmerge(model)
-    assert tie_state(model) == before and torch.equal(out(model), live)
+    assert tie_state(model) == before and torch.equal(compute_logits(model), live)
     model.tie_weights()
-    assert torch.equal(out(model), live)
+    assert torch.equal(compute_logits(model), live)
     remove(model)
-    assert torch.equal(out(model), out(build_model(name)))
+    assert torch.equal(compute_logits(model), compute_logits(build_model(name)))
 
 
 @pytest.mark.parametrize("name, target", CASES)
@@ -120,28 +120,28 @@ def test_a_checkpoint_of_a_tied_model(name: str, target: str, tmp_path: Path) ->
     merge_to(model, tmp_path / "merged", untie=True)
     assert tie_state(model) == before
     merge(model, untie=True)
-    merged = out(model)
+    merged = compute_logits(model)
     unmerge(model)
-    assert torch.equal(out(type(model).from_pretrained(tmp_path / "merged").eval()), merged)
+    assert torch.equal(compute_logits(type(model).from_pretrained(tmp_path / "merged").eval()), merged)
 
 
 @pytest.mark.parametrize("name", MODELS)
 def test_a_final_merge_stays_untied(name: str, tmp_path: Path) -> None:
     model = apply_rules(build_model(name), LoraRule(MODELS[name][1][0], rank=2, init="random"))
     merge(model, untie=True)
-    merged = out(model)
+    merged = compute_logits(model)
     forget(model)
     model.tie_weights()
-    assert torch.equal(out(model), merged) and all(p.requires_grad for p in model.parameters())
+    assert torch.equal(compute_logits(model), merged) and all(p.requires_grad for p in model.parameters())
     model.save_pretrained(tmp_path / "saved")
-    assert torch.equal(out(type(model).from_pretrained(tmp_path / "saved").eval()), merged)
+    assert torch.equal(compute_logits(type(model).from_pretrained(tmp_path / "saved").eval()), merged)
 
 
 def test_a_merge_that_fails_says_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     merging = importlib.import_module("surgery.merging.merge")
     ties = importlib.import_module("surgery.state.tied_weights")
     model = apply_rules(build_model("llama"), LoraRule(["lm_head", "q_proj"], rank=2, init="random"))
-    before, live = tie_state(model), out(model)
+    before, live = tie_state(model), compute_logits(model)
 
     def broken(*args: Any) -> Any:
         ties.say_untied(*args)
@@ -150,7 +150,7 @@ def test_a_merge_that_fails_says_nothing(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr(merging, "say_untied", broken)
     with pytest.raises(RuntimeError):
         merge(model, untie=True)
-    assert tie_state(model) == before and torch.equal(out(model), live)
+    assert tie_state(model) == before and torch.equal(compute_logits(model), live)
 
 
 def test_what_is_not_tied_is_left_as_it_is() -> None:

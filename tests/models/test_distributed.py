@@ -179,7 +179,7 @@ def ddp_and_what_trains_later(rank: int) -> None:
     drifts(wrapped)
 
 
-def sharded_as(rank: int, modules: Any, slack: float = 0.0, **fields: Any) -> Any:
+def shard_and_check(rank: int, modules: Any, slack: float = 0.0, **fields: Any) -> Any:
     from torch.distributed.fsdp import fully_shard
 
     model, batch = patient(**fields)
@@ -204,7 +204,7 @@ def sharded_as(rank: int, modules: Any, slack: float = 0.0, **fields: Any) -> An
 
 
 def fsdp2(rank: int) -> None:
-    model = sharded_as(rank, lambda model: model.model.layers)
+    model = shard_and_check(rank, lambda model: model.model.layers)
     # Sharded weights are refused in either direction, with the reason and the model as it was.
     kinds = [type(module) for module in model.modules()]
     for change in (lambda: remove(model), lambda: apply_rules(model, [LoraRule("q_proj")], adapter="late")):
@@ -223,15 +223,15 @@ def fsdp2(rank: int) -> None:
 
 def fsdp2_of_single_sites(rank: int) -> None:
     """A site may itself be sharded: FSDP2 puts a class of its own on top of the generated one."""
-    sharded_as(rank, lambda model: [layer.self_attn.q_proj for layer in model.model.layers])
+    shard_and_check(rank, lambda model: [layer.self_attn.q_proj for layer in model.model.layers])
 
 
 def fsdp2_in_half_precision(rank: int) -> None:
-    sharded_as(rank, lambda model: model.model.layers, slack=2e-2, dtype=torch.bfloat16)
+    shard_and_check(rank, lambda model: model.model.layers, slack=2e-2, dtype=torch.bfloat16)
 
 
 def fsdp2_saves_the_whole_adapter(rank: int, folder: Path) -> None:
-    model = sharded_as(rank, lambda model: model.model.layers)
+    model = shard_and_check(rank, lambda model: model.model.layers)
     plain, batch = patient()
     with torch.no_grad():
         expected = plain(**batch).logits
@@ -252,7 +252,7 @@ def fsdp2_takes_new_weights(rank: int, folder: Path) -> None:
         torch.manual_seed(1)
         apply_rules(other, LoraRule(targets, rank=2, alpha=3, init="random"))
         source = save_adapter(other, folder / "new")
-        model = sharded_as(rank, lambda model: model.model.layers)
+        model = shard_and_check(rank, lambda model: model.model.layers)
         hotswap(model, "default", source)
         with torch.no_grad():
             torch.testing.assert_close(model(**batch).logits, other(**batch).logits)
@@ -285,7 +285,7 @@ def fsdp2_with_checkpointed_blocks(rank: int, folder: Path) -> None:
         save_adapter(model, folder / "alone", state_dict=whole)
         save_adapter(model, folder / "prefixed", state_dict={f"module.{name}": t for name, t in whole.items()})
         for wrong, why in ((parts, "is sharded"), ({}, "lacks 28 tensors")):
-            refused(lambda wrong=wrong: save_adapter(model, folder / "none", state_dict=wrong), why)
+            assert_refused(lambda wrong=wrong: save_adapter(model, folder / "none", state_dict=wrong), why)
     save_adapter(model, folder / "together")
     assert not (folder / "none").exists()
     for name in ("alone", "prefixed", "together"):
@@ -296,7 +296,7 @@ def fsdp2_with_checkpointed_blocks(rank: int, folder: Path) -> None:
         dist.barrier()
 
 
-def refused(call: Any, why: str) -> None:
+def assert_refused(call: Any, why: str) -> None:
     try:
         call()
     except SurgeryError as error:
@@ -314,27 +314,27 @@ def what_sharding_forbids(rank: int) -> None:
         torch.manual_seed(0)
         return nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
 
-    def adapted() -> Any:
+    def make_adapted() -> Any:
         return apply_rules(net(), [LoraRule("0", rank=2, init="random")])
 
     x = torch.ones(1, 4)
-    model = adapted()
+    model = make_adapted()
     merge(model)
     merged = model(x)
     fully_shard(model)
-    refused(lambda: unmerge(model), "can't be unmerged")
+    assert_refused(lambda: unmerge(model), "can't be unmerged")
     assert torch.equal(model(x), merged)
-    model = fully_shard(adapted())
+    model = fully_shard(make_adapted())
     sharded: Any = adapter_state_dict(model)
     new_tensors: Any = {name: tensor.full_tensor() * 0 + 0.5 for name, tensor in sharded.items()}
     load_adapter_state_dict(model, new_tensors)
     assert all(bool((tensor.full_tensor() == 0.5).all()) for tensor in sharded.values())
-    refused(lambda: combine(model, {"default": 1.0}, "sum"), "its parameters are sharded")
+    assert_refused(lambda: combine(model, {"default": 1.0}, "sum"), "its parameters are sharded")
 
-    model = adapted()
+    model = make_adapted()
     before = model(x)
     mesh = init_device_mesh("cpu", (2,))
-    refused(lambda: parallelize_module(model, mesh, {"0": ColwiseParallel()}), "can't split a rewritten Linear")
+    assert_refused(lambda: parallelize_module(model, mesh, {"0": ColwiseParallel()}), "can't split a rewritten Linear")
     assert torch.equal(model(x), before)
 
     def flat(model: Any, **settings: Any) -> Any:
@@ -342,12 +342,12 @@ def what_sharding_forbids(rank: int) -> None:
 
     for whole in (True, False):
         wrapped = flat(net(), use_orig_params=whole)
-        refused(lambda wrapped=wrapped: apply_rules(wrapped, [LoraRule("0", rank=2)]), "parts of a flat one")
-    model = adapted()
+        assert_refused(lambda wrapped=wrapped: apply_rules(wrapped, [LoraRule("0", rank=2)]), "parts of a flat one")
+    model = make_adapted()
     wrapped = flat(model, use_orig_params=True)
     assert torch.equal(wrapped(x), before)
     for verb in (merge, remove, adapter_state_dict, lambda model: save_adapter(model, "none")):
-        refused(lambda verb=verb: verb(model), "flat")
+        assert_refused(lambda verb=verb: verb(model), "flat")
 
 
 def who_writes(rank: int, folder: Path) -> None:
@@ -377,7 +377,7 @@ def who_writes(rank: int, folder: Path) -> None:
         from surgery.adapter_files import process_group
 
         process_group.PATIENCE = timedelta(seconds=0.1)
-        refused(lambda: save_adapter(model, folder / "second"), "process 0, which writes, has not saved one")
+        assert_refused(lambda: save_adapter(model, folder / "second"), "process 0, which writes, has not saved one")
         process_group.PATIENCE = timedelta(seconds=120)
 
 
@@ -405,7 +405,7 @@ def fsdp2_from_the_meta_device(rank: int) -> None:
     trained = apply_rules(net(), LoraRule("all-linear", rank=2, init="random"))
     model = sharded()
     set_model_state_dict(model, net().state_dict(), options=whole)
-    refused(lambda: model(x), "has no values yet")
+    assert_refused(lambda: model(x), "has no values yet")
     model = sharded()
     set_model_state_dict(model, trained.state_dict(), options=whole)
     assert torch.equal(model(x), trained(x))

@@ -30,7 +30,7 @@ def rules_for(family: str) -> list[LoraRule]:
     return [LoraRule(nn.Conv2d if family == "resnet" else "all-linear", rank=RANK, alpha=ALPHA)]
 
 
-def unsettled(family: str) -> tuple[nn.Module, dict[str, Any]]:
+def make_unusual(family: str) -> tuple[nn.Module, dict[str, Any]]:
     """A model in an unusual state: mixed modes, frozen parameters, hooks."""
     model, inputs = tiny.FAMILIES[family]()
     draw = random.Random(1)
@@ -82,7 +82,7 @@ def disturb(model: nn.Module) -> None:
                 parameter.add_(torch.randn_like(parameter) * 0.2)
 
 
-def merged_by_hand(base: nn.Module, model: nn.Module) -> nn.Module:
+def merge_by_hand(base: nn.Module, model: nn.Module) -> nn.Module:
     """The unchanged model with W + (alpha / rank) B A in place of each W, in plain torch arithmetic."""
     base = copy.deepcopy(base)
     with torch.no_grad():
@@ -100,7 +100,7 @@ def merged_by_hand(base: nn.Module, model: nn.Module) -> nn.Module:
 
 @pytest.mark.parametrize("family", SITES)
 def test_there_and_back(family: str) -> None:
-    model, inputs = unsettled(family)
+    model, inputs = make_unusual(family)
     rules = rules_for(family)
     kinds = {path: type(module) for path, module in model.named_modules()}
     before, base = Snapshot(model), copy.deepcopy(model)
@@ -115,7 +115,7 @@ def test_there_and_back(family: str) -> None:
     live = run(model, inputs)
     assert not same(live, output)
     # A branch beside the output and a changed weight round differently, twice a layer.
-    for actual, expected in zip(live, run(merged_by_hand(base, model), inputs), strict=True):
+    for actual, expected in zip(live, run(merge_by_hand(base, model), inputs), strict=True):
         torch.testing.assert_close(actual, expected, rtol=1e-3, atol=1e-4)
 
     merge(model)
@@ -148,7 +148,7 @@ def test_every_adapter_tensor_learns_and_nothing_else(family: str) -> None:
 def test_other_fields_come_out_to_the_bit(family: str, fields: dict[str, Any]) -> None:
     if family == "resnet" and "init" in fields:
         pytest.skip("PiSSA is for linear maps")
-    model, inputs = unsettled(family)
+    model, inputs = make_unusual(family)
     assert_reversible(model, [rules_for(family)[0].replace(**fields)], example_inputs=inputs)
 
 

@@ -44,7 +44,7 @@ helpers: Any = pytest.importorskip("tests.models.test_trainer")
 REMEDIES = ("save_adapter", "merge_to", "AdapterCheckpoints")
 
 
-def adapted(*names: str, rules: Any = None) -> Any:
+def make_adapted(*names: str, rules: Any = None) -> Any:
     torch.manual_seed(0)
     model = tiny.bert()[0]
     for name in names or ("default",):
@@ -52,7 +52,7 @@ def adapted(*names: str, rules: Any = None) -> Any:
     return model
 
 
-def warned(call: Any, *args: Any, **kwargs: Any) -> str:
+def expect_warning(call: Any, *args: Any, **kwargs: Any) -> str:
     with pytest.warns(SurgeryWarning, match="leaves out its adapters") as issued_warnings:
         call(*args, **kwargs)
     (warning,) = issued_warnings
@@ -65,22 +65,24 @@ def warned(call: Any, *args: Any, **kwargs: Any) -> str:
 
 
 def test_the_base_alone_comes_with_a_warning(tmp_path: Path) -> None:
-    model = adapted("a", "b")
-    assert "'a', 'b'" in warned(model.save_pretrained, tmp_path)
+    model = make_adapted("a", "b")
+    assert "'a', 'b'" in expect_warning(model.save_pretrained, tmp_path)
     saved_tensors = load_file(tmp_path / "model.safetensors")
     assert saved_tensors and not any(".adapters." in key for key in saved_tensors)
     assert all(torch.equal(tensor, base_state_dict(model)[key]) for key, tensor in saved_tensors.items())
-    warned(model.bert.save_pretrained, tmp_path / "inner")
+    expect_warning(model.bert.save_pretrained, tmp_path / "inner")
     model.save_pretrained(tmp_path / "other", is_main_process=False)  # the first process has warned
     merge(model, "a")
-    assert "'b'" in warned(model.save_pretrained, tmp_path) and "'a'" not in warned(model.save_pretrained, tmp_path)
+    assert "'b'" in expect_warning(model.save_pretrained, tmp_path) and "'a'" not in expect_warning(
+        model.save_pretrained, tmp_path
+    )
     unmerge(model)
     merge(model)
     model.save_pretrained(tmp_path)
     unmerge(model)
     merge_to(model, tmp_path / "merged", "a")
     deactivate(model)
-    warned(model.save_pretrained, tmp_path)
+    expect_warning(model.save_pretrained, tmp_path)
     remove(model)
     model.save_pretrained(tmp_path)
     assert "save_pretrained" not in vars(model) and "save_pretrained" not in vars(model.bert)
@@ -88,33 +90,33 @@ def test_the_base_alone_comes_with_a_warning(tmp_path: Path) -> None:
 
 def test_a_state_dict_that_is_given_stays_whole(tmp_path: Path) -> None:
     """transformers removes excluded keys from the caller's own dict."""
-    model = adapted()
+    model = make_adapted()
     for number, prefix in enumerate(("", "module.", "_orig_mod.")):
         state = {prefix + key: tensor for key, tensor in model.state_dict().items()}
         keys = list(state)
-        warned(model.save_pretrained, tmp_path / str(number), state_dict=state)
+        expect_warning(model.save_pretrained, tmp_path / str(number), state_dict=state)
         assert list(state) == keys
         saved_tensors = load_file(tmp_path / str(number) / "model.safetensors")
         assert saved_tensors and not any(".adapters." in key for key in saved_tensors)
-    warned(model.save_pretrained, tmp_path, True, model.state_dict())
+    expect_warning(model.save_pretrained, tmp_path, True, model.state_dict())
 
 
 def test_with_a_compiled_layer_and_a_checkpointed_one(tmp_path: Path) -> None:
     from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 
-    model = adapted()
+    model = make_adapted()
     layers = model.bert.encoder.layer
     layers[0] = torch.compile(checkpoint_wrapper(layers[0]))
     layers[1] = checkpoint_wrapper(layers[1])
-    warned(model.save_pretrained, tmp_path)
+    expect_warning(model.save_pretrained, tmp_path)
     assert not any(".adapters." in key for key in load_file(tmp_path / "model.safetensors"))
 
 
 def test_copies_pickles_and_methods_set_by_others(tmp_path: Path) -> None:
-    model = adapted()
+    model = make_adapted()
     for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model)), copy.deepcopy(model.bert)):
         assert vars(twin)["save_pretrained"].module is twin
-        warned(twin.save_pretrained, tmp_path)
+        expect_warning(twin.save_pretrained, tmp_path)
     again = io.BytesIO()
     torch.save(model, again)
     remove(torch.load(io.BytesIO(again.getvalue()), weights_only=False)).save_pretrained(tmp_path)
@@ -122,7 +124,7 @@ def test_copies_pickles_and_methods_set_by_others(tmp_path: Path) -> None:
     plain = tiny.bert()[0]
     plain.save_pretrained = said.append  # as unsloth does
     apply_rules(plain, LoraRule("query", rank=2))
-    warned(plain.save_pretrained, tmp_path)
+    expect_warning(plain.save_pretrained, tmp_path)
     assert said == [tmp_path]
     remove(plain)
     assert plain.save_pretrained == said.append
@@ -149,7 +151,7 @@ def test_models_of_other_libraries(tmp_path: Path) -> None:
 
 
 def test_state_dicts_hold_the_adapters(tmp_path: Path) -> None:
-    model = adapted()
+    model = make_adapted()
     expected = {name: tensor.clone() for name, tensor in adapter_state_dict(model).items()}
     torch.save(model.state_dict(), tmp_path / "model.pt")
     accelerator = accelerate.Accelerator(cpu=True)
@@ -157,9 +159,9 @@ def test_state_dicts_hold_the_adapters(tmp_path: Path) -> None:
     accelerator.save_model(prepared, tmp_path / "model")
     accelerator.save_state(tmp_path / "state")
     unwrapped = accelerator.unwrap_model(prepared)
-    warned(unwrapped.save_pretrained, tmp_path / "base", state_dict=accelerator.get_state_dict(prepared))
+    expect_warning(unwrapped.save_pretrained, tmp_path / "base", state_dict=accelerator.get_state_dict(prepared))
     for state in (torch.load(tmp_path / "model.pt"), load_file(tmp_path / "model" / "model.safetensors")):
-        other = adapted()
+        other = make_adapted()
         with torch.no_grad():
             [tensor.zero_() for tensor in adapter_state_dict(other).values()]
         other.load_state_dict(state, strict=False)
@@ -175,15 +177,15 @@ def test_state_dicts_hold_the_adapters(tmp_path: Path) -> None:
 # The Trainer --------------------------------------------------------------------------------------------------
 
 
-def trained(folder: Path, model: Any, **settings: Any) -> Any:
+def train_two_steps(folder: Path, model: Any, **settings: Any) -> Any:
     trainer = helpers.trainer_of(model, folder, max_steps=2, save_steps=1, **settings)
     trainer.train()
     return trainer
 
 
 def test_several_adapters_and_a_limit(tmp_path: Path) -> None:
-    model = adapted("default", "b")
-    trainer = trained(tmp_path, model, save_total_limit=1)
+    model = make_adapted("default", "b")
+    trainer = train_two_steps(tmp_path, model, save_total_limit=1)
     (place,) = tmp_path.glob("checkpoint-*")
     trainer.save_model(tmp_path / "end")
     for folder in (place, tmp_path / "end"):
@@ -200,8 +202,8 @@ def test_several_adapters_and_a_limit(tmp_path: Path) -> None:
 
 
 def test_one_adapter_stands_in_the_folder_whatever_its_name(tmp_path: Path) -> None:
-    model = adapted("topics")
-    trainer = trained(tmp_path, model)
+    model = make_adapted("topics")
+    trainer = train_two_steps(tmp_path, model)
     for folder in (tmp_path / "checkpoint-2", tmp_path / "end"):
         trainer.save_model(tmp_path / "end")
         load_adapter(again := remove(copy.deepcopy(model)), folder, "x")
@@ -210,12 +212,12 @@ def test_one_adapter_stands_in_the_folder_whatever_its_name(tmp_path: Path) -> N
 
 
 def test_what_trains_of_the_base_is_kept_or_told(tmp_path: Path) -> None:
-    model = adapted()
+    model = make_adapted()
     model.classifier.requires_grad_(True)
-    trainer = trained(tmp_path, model)
+    trainer = train_two_steps(tmp_path, model)
     saved_tensors = load_file(tmp_path / "checkpoint-2" / "model.safetensors")
     assert torch.equal(saved_tensors["classifier.weight"], model.classifier.weight)
-    again = adapted()
+    again = make_adapted()
     again.classifier.requires_grad_(True)
     resumed = helpers.trainer_of(again, tmp_path, max_steps=3, save_strategy="no")
     resumed._load_from_checkpoint(str(tmp_path / "checkpoint-2"))
@@ -223,7 +225,7 @@ def test_what_trains_of_the_base_is_kept_or_told(tmp_path: Path) -> None:
     with pytest.warns(SurgeryWarning, match="2 trained tensors are not in .*: classifier.weight, classifier.bias"):
         trainer.save_model(tmp_path / "end")
     with pytest.warns(SurgeryWarning, match="1 trained tensors are not in .*: value_head.weight"):
-        adapted_alone = adapted()
+        adapted_alone = make_adapted()
         helpers.trainer_of(adapted_alone, tmp_path)
         adapted_alone.save_pretrained(
             tmp_path / "end", state_dict={**adapted_alone.state_dict(), "value_head.weight": torch.ones(1)}
@@ -273,7 +275,7 @@ def test_a_model_that_is_not_of_transformers(tmp_path: Path) -> None:
     torch.manual_seed(0)
     base = Plain()
     model = apply_rules(copy.deepcopy(base), LoraRule("layer", rank=2))
-    trained(tmp_path, model)
+    train_two_steps(tmp_path, model)
     assert set(load_file(tmp_path / "checkpoint-2" / "model.safetensors")) == {
         "layer.adapters.default.A", "layer.adapters.default.B",
     }  # fmt: skip
@@ -286,7 +288,7 @@ def test_a_model_that_is_not_of_transformers(tmp_path: Path) -> None:
 
 
 def test_strict_loading_still_misses_adapters() -> None:
-    model = adapted()
+    model = make_adapted()
     helpers.trainer_of(model, Path("unused"))
     adapter_tensors = {key: tensor for key, tensor in model.state_dict().items() if ".adapters." in key}
     model.load_state_dict(adapter_tensors)
@@ -313,7 +315,7 @@ from surgery.trainer import AdapterCheckpoints
 from tests.models import test_trainer as helpers
 from tests.support import tiny
 
-def adapted(*names):
+def make_adapted(*names):
     torch.manual_seed(0)
     model = tiny.bert()[0]
     for name in names:
@@ -327,7 +329,7 @@ def check(model, repo, name, **where):
     assert mine and all(torch.equal(tensor, theirs[key]) for key, tensor in mine.items()), repo
 
 out = Path(sys.argv[1])
-model = adapted("topics")
+model = make_adapted("topics")
 trainer = helpers.trainer_of(model, out / "one", max_steps=2, save_steps=1, push_to_hub=True, hub_model_id="me/one",
                              hub_strategy="all_checkpoints", hub_token="hf_x", hub_always_push=True)
 trainer.train()
@@ -340,7 +342,7 @@ model.push_to_hub("me/two", token="hf_x")
 check(model, "me/two", "topics")
 model.save_pretrained(out / "three", push_to_hub=True, repo_id="me/three", token="hf_x")
 check(model, "me/three", "topics")
-model = adapted("default", "b")
+model = make_adapted("default", "b")
 trainer = helpers.trainer_of(model, out / "four", max_steps=1, save_steps=1, push_to_hub=True, hub_model_id="me/four",
                              hub_token="hf_x")
 trainer.train()
@@ -349,11 +351,11 @@ check(model, "me/four", "default")
 check(model, "me/four", "b", subfolder="b")
 model.push_to_hub("me/five", token="hf_x")
 check(model, "me/five", "b", subfolder="b")
-model = adapted("default")
-with warnings.catch_warnings(record=True) as told:
+model = make_adapted("default")
+with warnings.catch_warnings(record=True) as issued_warnings:
     warnings.simplefilter("always")
     model.push_to_hub("me/base", token="hf_x")
-assert any("leaves out its adapters" in str(one.message) for one in told)
+assert any("leaves out its adapters" in str(warning.message) for warning in issued_warnings)
 """
 
 

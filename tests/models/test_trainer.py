@@ -55,7 +55,7 @@ class Sentences(Dataset):
         return {"input_ids": self.ids[index], "labels": self.ids[index, 0] % 2}
 
 
-def adapted() -> nn.Module:
+def make_adapted() -> nn.Module:
     torch.manual_seed(0)
     return apply_rules(tiny.bert()[0], RULES)
 
@@ -79,7 +79,7 @@ def trainer_of(model: nn.Module, folder: Path, callbacks: Any = None, **settings
 def run(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Any, nn.Module, Path]]:
     """One uninterrupted run: the trainer, the base as it was before, and the folder of checkpoints."""
     folder = tmp_path_factory.mktemp("run")
-    model = adapted()
+    model = make_adapted()
     base = remove(copy.deepcopy(model))
     trainer = trainer_of(model, folder)
     trainer.train()
@@ -88,7 +88,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Any, nn.Modu
 
 def test_training_moves_the_adapter_and_leaves_the_base(run: tuple[Any, nn.Module, Path]) -> None:
     trainer, base, _ = run
-    start, end = adapter_state_dict(adapted()), adapter_state_dict(trainer.model)
+    start, end = adapter_state_dict(make_adapted()), adapter_state_dict(trainer.model)
     assert start.keys() == end.keys()
     assert all(not torch.equal(tensor, end[name]) for name, tensor in start.items())
     now = base_state_dict(trainer.model)
@@ -110,10 +110,10 @@ def test_checkpoints_hold_the_adapter_and_not_the_base(run: tuple[Any, nn.Module
         assert not (place / "config.json").exists()
         assert sum(file.stat().st_size for file in place.glob("*.safetensors")) < 60_000
     assert all(torch.equal(tensor, trainer.model.state_dict()[name]) for name, tensor in saved_tensors.items())
-    opened_by_all(trainer.model, base, folder / "checkpoint-6")
+    check_all_open(trainer.model, base, folder / "checkpoint-6")
 
 
-def opened_by_all(model: Any, base: Any, place: Path) -> None:
+def check_all_open(model: Any, base: Any, place: Path) -> None:
     """Loaded by us, the façade and PEFT: each gives the trained model's logits on the original base."""
     batch = {"input_ids": Sentences().ids}
     with torch.no_grad():
@@ -133,7 +133,7 @@ def opened_by_all(model: Any, base: Any, place: Path) -> None:
 
 def test_resuming_gives_the_bits_of_the_uninterrupted_run(run: tuple[Any, nn.Module, Path], tmp_path: Path) -> None:
     whole, _, folder = run
-    model = adapted()
+    model = make_adapted()
     with torch.no_grad():  # so that the test shows values that were not loaded
         for name, parameter in model.named_parameters():
             if ".adapters." in name:
@@ -153,14 +153,14 @@ def test_after_training_the_adapter_is_saved(run: tuple[Any, nn.Module, Path], t
         save(tmp_path / name)
         written = {file.name for file in (tmp_path / name).iterdir()}
         assert written - {"training_args.bin"} == {"adapter_config.json", "adapter_model.safetensors"}
-        opened_by_all(trainer.model, base, tmp_path / name)
+        check_all_open(trainer.model, base, tmp_path / name)
 
 
 @pytest.mark.parametrize(
     "again", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))], ids=["copy", "pickle"]
 )
 def test_copies_and_pickles_save_the_adapter_too(again: Any, tmp_path: Path) -> None:
-    model: Any = adapted()
+    model: Any = make_adapted()
     trainer_of(model, tmp_path)
     again(model).save_pretrained(tmp_path / "again")
     model.save_pretrained(tmp_path / "own")
@@ -216,9 +216,9 @@ def test_resuming_without_the_callback_is_not_silent(tmp_path: Path) -> None:
         for callback in (True, False):
             folder = tmp_path / str(callback)
             for resume in (None, str(folder / "checkpoint-3")):
-                trainer = trainer_of(adapted(), folder)
+                trainer = trainer_of(make_adapted(), folder)
                 if not callback:
-                    trainer = trainer_of(adapted(), folder, callbacks=[])
+                    trainer = trainer_of(make_adapted(), folder, callbacks=[])
                 with nullcontext() if callback else pytest.warns(SurgeryWarning, match="leaves out its adapters"):
                     trainer.train(resume_from_checkpoint=resume)
             missing = [line for line in heard if "missing keys" in line]
@@ -230,7 +230,7 @@ def test_resuming_without_the_callback_is_not_silent(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("reentrant", [True, False])
 def test_activation_checkpointing_and_the_best_model(reentrant: bool, tmp_path: Path) -> None:
-    model = adapted()
+    model = make_adapted()
     trainer = trainer_of(
         model, tmp_path, eval_strategy="steps", eval_steps=3, load_best_model_at_end=True, learning_rate=0.5,
         activation_checkpointing=True, activation_checkpointing_kwargs={"use_reentrant": reentrant},

@@ -700,7 +700,7 @@ def _flat(values: Any) -> Iterator[Any]:
 
 
 @contextmanager
-def watched(model: nn.Module) -> Iterator[Watch]:
+def watch_reads(model: nn.Module) -> Iterator[Watch]:
     watch = Watch(model)
     before = nn.modules.module.register_module_forward_pre_hook(
         lambda module, args: watch.running.append(watch.paths.get(id(module), "?"))
@@ -716,7 +716,7 @@ def watched(model: nn.Module) -> Iterator[Watch]:
 
 def agree(model: nn.Module, *args: Any, **kwargs: Any) -> None:
     """The search finds each read at run time; each read that it finds without a condition happens at run time."""
-    with watched(model) as watch:
+    with watch_reads(model) as watch:
         model(*args, **kwargs)
     tied = {f"{path}.{name}" for owners in watch.owners.values() if len(owners) > 1 for path, name in owners.items()}
     every = bypasses(model)

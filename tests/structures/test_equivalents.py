@@ -25,7 +25,7 @@ def names(nodes: Any) -> list[str]:
     return [str(node) for node in nodes]
 
 
-def shaped(function: Callable[..., Any], *inputs: Tensor) -> fx.GraphModule:
+def trace_with_shapes(function: Callable[..., Any], *inputs: Tensor) -> fx.GraphModule:
     graph = fx.symbolic_trace(function)
     ShapeProp(graph).propagate(*inputs)
     return graph
@@ -158,7 +158,7 @@ def test_what_is_called_the_same_is_the_same(family: str) -> None:
 @pytest.mark.parametrize(("family", "first", "second"), PAIRS)
 def test_each_spelling_is_found_by_each(family: str, first: int, second: int) -> None:
     inputs, functions = FAMILIES[family]
-    graph = shaped(functions[second], *inputs)
+    graph = trace_with_shapes(functions[second], *inputs)
     matches = Structure(functions[first]).find(graph)
     assert len(matches) == 1, matches.reason
     assert matches[0].root is next(node for node in graph.graph.nodes if node.op == "output").args[0]
@@ -190,7 +190,7 @@ OTHERS: list[tuple[Callable[..., Any], Callable[..., Any], tuple[Tensor, ...]]] 
 @pytest.mark.parametrize("index", range(len(OTHERS)))
 def test_what_means_something_else_is_not_found(index: int) -> None:
     pattern, function, inputs = OTHERS[index]
-    matches = Structure(pattern).find(shaped(function, *inputs))
+    matches = Structure(pattern).find(trace_with_shapes(function, *inputs))
     assert not matches and matches.reason
 
 
@@ -201,7 +201,7 @@ def test_a_maximum_of_another_dimension_stays_where_it_is() -> None:
         y = (x - x.amax(0, keepdim=True)).exp()
         return y / y.sum(-1, keepdim=True)
 
-    (occurrence,) = Structure(lambda x: torch.softmax(x, -1)).find(shaped(forward, X))
+    (occurrence,) = Structure(lambda x: torch.softmax(x, -1)).find(trace_with_shapes(forward, X))
     assert names(occurrence.bindings.values()) == ["sub"] and "amax" not in names(occurrence.nodes)
 
 
@@ -215,7 +215,7 @@ def test_written_out_attention_as_older_models_write_it() -> None:
     def attention(q: Any, k: Any, v: Any, mask: Any, scale: Any = Const()) -> Any:
         return torch.softmax(maybe(maybe(q @ k.mT * scale) + mask), -1) @ v
 
-    graph = shaped(forward, Q, K, torch.randn(2, 5, 4), torch.randn(2, 3, 5))
+    graph = trace_with_shapes(forward, Q, K, torch.randn(2, 5, 4), torch.randn(2, 3, 5))
     (occurrence,) = Structure(attention).find(graph)
     assert names(occurrence.bindings.values()) == ["q", "k", "v", "alibi", "0.5"]
     assert names(occurrence.passed) == ["dropout"] and str(occurrence.root) == "einsum"
@@ -250,7 +250,7 @@ def test_constants_bind() -> None:
     scaled = Structure(lambda x, scale=Const(): torch.softmax(x * scale, Const("dim")))
     for function in (lambda x: torch.softmax(x * 0.5, -1), lambda x: (0.5 * x).softmax(dim=-1)):
         assert scaled.find(fx.symbolic_trace(function))[0].bindings["scale"] == 0.5
-        bound = scaled.find(shaped(function, X))[0].bindings
+        bound = scaled.find(trace_with_shapes(function, X))[0].bindings
         assert list(bound) == ["x", "scale", "dim"] and bound["dim"] in (-1, 2) and type(bound["dim"]) is int
     missed = scaled.find(fx.symbolic_trace(lambda x: torch.softmax(x * x.shape[-1], -1)))
     assert not missed and "Const(scale)" in missed.reason

@@ -38,7 +38,7 @@ def attention(q: Any, k: Any, v: Any, mask: Any, bias: Any) -> Any:
 ATTENTION = Structure(attention)
 
 
-def traced(function: Callable[..., Any]) -> fx.GraphModule:
+def trace_function(function: Callable[..., Any]) -> fx.GraphModule:
     return fx.symbolic_trace(function)
 
 
@@ -77,7 +77,7 @@ class _Layer(nn.Module):
 )
 def test_softmax_in_its_spellings(spelling: Any) -> None:
     for structure in (SOFTMAX, Structure(lambda x: x.softmax(-1)), Structure(lambda x: F.softmax(x, dim=-1))):
-        matches = structure.find(traced(spelling))
+        matches = structure.find(trace_function(spelling))
         assert len(matches) == 1 and names(matches[0].bindings.values()) == ["x"]
 
 
@@ -97,7 +97,7 @@ def test_softmax_in_its_spellings(spelling: Any) -> None:
     ],
 )
 def test_products_with_a_transpose_in_their_spellings(spelling: Any) -> None:
-    assert names(MATMUL.find(traced(spelling))[0].bindings.values()) == ["q", "k"]
+    assert names(MATMUL.find(trace_function(spelling))[0].bindings.values()) == ["q", "k"]
 
 
 @pytest.mark.parametrize(
@@ -112,7 +112,7 @@ def test_products_with_a_transpose_in_their_spellings(spelling: Any) -> None:
     ],
 )
 def test_what_is_no_such_product(function: Any, message: str) -> None:
-    matches = MATMUL.find(traced(function))
+    matches = MATMUL.find(trace_function(function))
     assert not matches and message in matches.reason, matches.reason
 
 
@@ -124,8 +124,8 @@ def test_dimensions_are_told_by_the_rank_where_it_is_known() -> None:
     both = Structure(lambda x: (x @ x.mT).softmax(-1))
     positive = Structure(lambda x: (x @ x.mT).softmax(2))
     example = torch.randn(2, 3, 4)
-    assert not both.find(traced(Scores()))  # without an example, 2 can be any dimension
-    shaped = traced(Scores())
+    assert not both.find(trace_function(Scores()))  # without an example, 2 can be any dimension
+    shaped = trace_function(Scores())
     ShapeProp(shaped).propagate(example)
     for graph in (trace(Scores(), example), shaped, torch.export.export(Scores(), (example,)).module()):
         assert len(both.find(graph)) == len(positive.find(graph)) == 1  # type: ignore[arg-type]
@@ -140,9 +140,9 @@ def test_in_place_and_scaled_sums() -> None:
         z += y
         return z
 
-    assert len(added.find(traced(in_place))) == 1
-    assert len(added.find(traced(lambda x, y: x.add_(y)))) == 1
-    assert not added.find(traced(lambda x, y: torch.add(x, y, alpha=2)))
+    assert len(added.find(trace_function(in_place))) == 1
+    assert len(added.find(trace_function(lambda x, y: x.add_(y)))) == 1
+    assert not added.find(trace_function(lambda x, y: torch.add(x, y, alpha=2)))
 
 
 # Features of patterns ------------------------------------------------------------------------------------------
@@ -156,17 +156,17 @@ def test_commutative_operations_match_either_way() -> None:
         lambda a, b: b + a * a.sigmoid(),
         lambda a, b: torch.add(b, torch.mul(torch.sigmoid(a), a)),
     ):
-        assert names(gated.find(traced(function))[0].bindings.values()) == ["a", "b"]
-    assert not Structure(lambda x, y: x.relu() - y).find(traced(lambda a, b: b - a.relu()))
+        assert names(gated.find(trace_function(function))[0].bindings.values()) == ["a", "b"]
+    assert not Structure(lambda x, y: x.relu() - y).find(trace_function(lambda a, b: b - a.relu()))
 
 
 def test_a_name_that_occurs_twice_is_one_node() -> None:
     swish = Structure(lambda x: x * torch.sigmoid(x))
-    assert swish.find(traced(lambda a, b: (a * b.sigmoid()) * a.sigmoid())).reason.startswith("x would be ")
-    assert len(swish.find(traced(lambda a: a.float() * a.sigmoid()))) == 1  # the same value, passed on
+    assert swish.find(trace_function(lambda a, b: (a * b.sigmoid()) * a.sigmoid())).reason.startswith("x would be ")
+    assert len(swish.find(trace_function(lambda a: a.float() * a.sigmoid()))) == 1  # the same value, passed on
     # Only the second operand order of a commutative operation may match.
     twice = Structure(lambda x, y: (x + y) * x.relu())
-    assert names(twice.find(traced(lambda a, b: (b + a) * a.relu()))[0].bindings.values()) == ["a", "b"]
+    assert names(twice.find(trace_function(lambda a, b: (b + a) * a.relu()))[0].bindings.values()) == ["a", "b"]
 
 
 def test_a_shared_subexpression_is_one_node() -> None:
@@ -175,25 +175,25 @@ def test_a_shared_subexpression_is_one_node() -> None:
         return y / (y + 1)
 
     structure = Structure(shared)
-    assert names(structure.find(traced(shared))[0].nodes) == ["exp", "add", "truediv"]
-    matches = structure.find(traced(lambda x: x.exp() / (x.exp() + 1)))
+    assert names(structure.find(trace_function(shared))[0].nodes) == ["exp", "add", "truediv"]
+    matches = structure.find(trace_function(lambda x: x.exp() / (x.exp() + 1)))
     assert not matches and matches.reason == "exp(x) would be exp at one place and exp_1 at another"
 
 
 def test_alternatives_are_tried_in_turn() -> None:
     structure = Structure(lambda x: one_of(x.relu(), F.gelu(x)) * ANY)
-    assert len(structure.find(traced(lambda x: x.relu() * 2 + F.gelu(x) * x.tanh()))) == 2
+    assert len(structure.find(trace_function(lambda x: x.relu() * 2 + F.gelu(x) * x.tanh()))) == 2
     either = Structure(lambda x: one_of(x.relu(), x.tanh()))
-    assert names(o.root for o in either.find(traced(lambda x: x.tanh() + x.relu()))) == ["tanh", "relu"]
+    assert names(o.root for o in either.find(trace_function(lambda x: x.tanh() + x.relu()))) == ["tanh", "relu"]
 
 
 def test_unsaid_arguments_are_not_asked() -> None:
     mean = Structure(lambda x: x.mean(-1))
-    assert len(mean.find(traced(lambda x: x.mean(-1, keepdim=True)))) == 1
-    assert not Structure(lambda x: x.mean(-1, keepdim=False)).find(traced(lambda x: x.mean(-1, keepdim=True)))
+    assert len(mean.find(trace_function(lambda x: x.mean(-1, keepdim=True)))) == 1
+    assert not Structure(lambda x: x.mean(-1, keepdim=False)).find(trace_function(lambda x: x.mean(-1, keepdim=True)))
     joined = Structure(lambda a, b: torch.cat((a, b.relu()), -1))
-    assert len(joined.find(traced(lambda a, b: torch.cat([a, b.relu()], dim=-1)))) == 1
-    assert not joined.find(traced(lambda a, b: torch.cat([a, b.relu(), a], dim=-1)))
+    assert len(joined.find(trace_function(lambda a, b: torch.cat([a, b.relu()], dim=-1)))) == 1
+    assert not joined.find(trace_function(lambda a, b: torch.cat([a, b.relu(), a], dim=-1)))
 
 
 def test_values_are_handed_on_between_operations() -> None:
@@ -203,12 +203,12 @@ def test_values_are_handed_on_between_operations() -> None:
         weights = F.dropout(torch.softmax(x, -1).float().to(x.dtype), 0.1).contiguous()
         return weights @ x
 
-    (occurrence,) = structure.find(traced(forward))
+    (occurrence,) = structure.find(trace_function(forward))
     assert names(occurrence.nodes) == ["softmax", "float_1", "to", "dropout", "contiguous", "matmul"]
     # An operation in the pattern is not passed over.
     dropped = Structure(lambda x: F.dropout(torch.softmax(x, -1)) @ x)
-    assert len(dropped.find(traced(forward))) == 1
-    assert not dropped.find(traced(lambda x: torch.softmax(x, -1) @ x))
+    assert len(dropped.find(trace_function(forward))) == 1
+    assert not dropped.find(trace_function(lambda x: torch.softmax(x, -1) @ x))
 
 
 def test_a_node_with_other_users_is_told() -> None:
@@ -216,7 +216,7 @@ def test_a_node_with_other_users_is_told() -> None:
         weights = (q @ k.mT).softmax(-1)
         return weights @ v, weights.sum()
 
-    (occurrence,) = ATTENTION.find(traced(forward))
+    (occurrence,) = ATTENTION.find(trace_function(forward))
     assert names(occurrence.shared) == ["softmax"] and str(occurrence.root) == "matmul_1"
 
 
@@ -262,9 +262,9 @@ def test_a_pattern_as_a_networkx_graph() -> None:
     digraph.add_edge("q", "scores", slot=0)
     digraph.add_edge("scores", "weights", slot=0)
     digraph.add_edge("weights", "out", slot=0)
-    matches = Structure(digraph).find(traced(lambda q, k, v: (q @ k.mT).softmax(-1) @ v))
+    matches = Structure(digraph).find(trace_function(lambda q, k, v: (q @ k.mT).softmax(-1) @ v))
     assert names(matches[0].nodes) == ["matmul", "softmax", "matmul_1"] and names(matches[0].bindings.values()) == ["q"]
-    assert not Structure(digraph).find(traced(lambda q, k, v: (q @ k.mT).softmax(0) @ v))
+    assert not Structure(digraph).find(trace_function(lambda q, k, v: (q @ k.mT).softmax(0) @ v))
 
 
 # Refusals -------------------------------------------------------------------------------------------------------
@@ -291,7 +291,7 @@ def test_patterns_that_can_not_be() -> None:
 
 def test_too_many_ways_to_read_a_pattern_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     structure = Structure(lambda a, b: (a + b) * (b + a) * (a + b))
-    graph = traced(lambda x, y, z: (x + y) * (y + z) * (z + x))
+    graph = trace_function(lambda x, y, z: (x + y) * (y + z) * (z + x))
     assert "at one place" in structure.find(graph).reason
     monkeypatch.setattr("surgery.structures.structure._STEPS", 5)
     with pytest.raises(SurgeryError, match="too many ways"):
@@ -307,7 +307,7 @@ def test_near_misses_are_told() -> None:
     scaled = Structure(lambda q, k, v, mask: torch.softmax(q @ k.mT * ANY + mask, -1) @ v)
 
     def reason(function: Any) -> str:
-        matches = scaled.find(traced(function))
+        matches = scaled.find(trace_function(function))
         assert not matches and len(matches) == 0
         return matches.reason
 
@@ -487,7 +487,10 @@ def test_a_flat_graph_keeps_what_as_digraph_gives() -> None:
     graph = as_digraph(trace(_Net(), torch.randn(2, 4)))
     up = next(node for node in graph if str(node) == "up")
     assert graph.nodes[up]["type"] is nn.Linear and graph.nodes[up]["path"] == "up"
-    assert [data["slots"] for _, _, data in as_digraph(traced(lambda x: x @ x)).edges(data=True)] == [(0, 1), (0,)]
+    assert [data["slots"] for _, _, data in as_digraph(trace_function(lambda x: x @ x)).edges(data=True)] == [
+        (0, 1),
+        (0,),
+    ]
 
 
 # Random patterns in graphs that contain them----------------------------------------------------------------------
@@ -517,11 +520,11 @@ def tree(draw: random.Random, depth: int) -> Any:
     return (draw.choice(list(BINARY)), tree(draw, depth - 1), tree(draw, depth - 1))
 
 
-def computed(tree: Any, values: dict[str, Any], draw: random.Random | None = None) -> Any:
+def compute_tree(tree: Any, values: dict[str, Any], draw: random.Random | None = None) -> Any:
     """Build a random tree of operations: in plain form, or in random spellings with passing operations in between."""
     if isinstance(tree, str):
         return values[tree]
-    inner = [computed(part, values, draw) for part in tree[1:]]
+    inner = [compute_tree(part, values, draw) for part in tree[1:]]
     spellings: list[Any] = (UNARY if len(inner) == 1 else BINARY)[tree[0]]
     if draw is None:
         return spellings[0](*inner)
@@ -548,13 +551,13 @@ def test_any_pattern_is_found_in_a_graph_that_holds_it(seed: int) -> None:
     tracer = GraphAppendingTracer(graph)
     pool: list[Any] = [fx.Proxy(graph.placeholder(name), tracer) for name in "xyz"]
     noise(pool, draw.randint(0, 8))
-    planted = computed(target_tree, {name: draw.choice(pool) for name in LEAVES}, draw)
+    planted = compute_tree(target_tree, {name: draw.choice(pool) for name in LEAVES}, draw)
     pool.append(planted)
     pool += [fx.Proxy(node, tracer) for node in graph.nodes]
     noise(pool, draw.randint(0, 8))
     graph.output(planted.node)
 
-    structure = Structure(lambda a, b, c: computed(target_tree, {"a": a, "b": b, "c": c}))
+    structure = Structure(lambda a, b, c: compute_tree(target_tree, {"a": a, "b": b, "c": c}))
     matches = structure.find(graph)
     assert planted.node in [occurrence.root for occurrence in matches], matches.reason
     # Each match is right: the pattern, computed on the bound values, equals the value of the root.
@@ -569,8 +572,8 @@ def test_any_pattern_is_found_in_a_graph_that_holds_it(seed: int) -> None:
     for occurrence in matches:
         values = {name: node_values[node] for name, node in occurrence.bindings.items()}
         torch.testing.assert_close(
-            computed(target_tree, values), node_values[occurrence.root], rtol=1e-9, atol=1e-9, equal_nan=True
+            compute_tree(target_tree, values), node_values[occurrence.root], rtol=1e-9, atol=1e-9, equal_nan=True
         )
-    changed = Structure(lambda a, b, c: torch.erfinv(computed(target_tree, {"a": a, "b": b, "c": c})) - 1)
+    changed = Structure(lambda a, b, c: torch.erfinv(compute_tree(target_tree, {"a": a, "b": b, "c": c})) - 1)
     missed = changed.find(graph)
     assert not missed and missed.reason.startswith("nearest miss")
