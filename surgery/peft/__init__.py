@@ -6,13 +6,15 @@ inside keeps its class and names, and the engine's verbs do the work. docs/from-
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor, nn
 
-from surgery.errors import SurgeryError
+from surgery.errors import SurgeryError, SurgeryWarning
 from surgery.patterns.module_class import class_of
+from surgery.patterns.wrappers import unwrap
 from surgery.peft import base_config, method_configs, prompt_configs, tasks
 from surgery.peft.base_config import *  # noqa: F403
 from surgery.peft.base_state import get_base_model_state_dict, set_base_model_state_dict
@@ -23,13 +25,14 @@ from surgery.peft.facade import inside
 from surgery.peft.kbit import prepare_model_for_kbit_training
 from surgery.peft.method_configs import *  # noqa: F403
 from surgery.peft.model import LoadResult, PeftMixedModel, PeftModel
+from surgery.peft.notices import warn_of_names
 from surgery.peft.prompt_configs import *  # noqa: F403
 from surgery.peft.prompt_modules import PromptEmbedding, PromptEncoder
 from surgery.peft.status import get_layer_status, get_model_status
 from surgery.peft.tasks import *  # noqa: F403
 from surgery.peft_format.writing import from_peft, to_peft
 from surgery.rewritten_model.state_dict import load_adapter_state_dict
-from surgery.rewritten_model.verb_root import rewritten
+from surgery.rewritten_model.verb_root import records_in, rewritten
 from surgery.state.adapter_naming import adapter_names
 
 __all__ = [
@@ -105,10 +108,19 @@ def get_peft_model(
         SurgeryError: the configuration can't be held exactly, with the model unchanged. A `PlanError` lists several
             problems.
     """
+    again = isinstance(inside(model), nn.Module) and bool(records_in(unwrap(inside(model))))
+    named = getattr(peft_config, "base_model_name_or_path", None)
     kind = PeftMixedModel if mixed else PeftModel
     adapted = kind(model, peft_config, adapter_name, **options)
-    config = adapted.peft_config[adapter_name]
-    config.revision = options.get("revision") or config.revision
+    config, revision = adapted.peft_config[adapter_name], options.get("revision")
+    if again:
+        text = "You are trying to modify a model with PEFT for a second time. If you want to reload the model with a "
+        warnings.warn(f"{text}different config, make sure to call `.unload()` before.", SurgeryWarning, stacklevel=2)
+    warn_of_names(config, inside(model), adapter_name, named)
+    if revision is not None and config.revision not in (None, revision):
+        text = f"peft config has already set base model revision to {config.revision}, overwriting with revision"
+        warnings.warn(f"{text} {revision}", SurgeryWarning, stacklevel=2)
+    config.revision = revision or config.revision
     return adapted
 
 

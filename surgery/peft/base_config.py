@@ -171,7 +171,7 @@ class PeftConfig:
         unknown = sorted(set(fields_of_config) - names - {"runtime_config"})
         if unknown and "peft_type" not in fields_of_config:
             raise TypeError(
-                f"The {cls.__name__} config that is trying to be loaded is missing required keys: peft_type"
+                f"The {cls.__name__} config that is trying to be loaded is missing required keys: {{'peft_type'}}."
             )
         if unknown:
             warnings.warn(

@@ -5,22 +5,22 @@ from __future__ import annotations
 import copy
 import re
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import fields
 from typing import Any
 
 from torch import nn
 
-from surgery.errors import MatchError, SurgeryError, SurgeryWarning
+from surgery.errors import MatchError, SurgeryError
 from surgery.patterns.paths import select_targets
 from surgery.peft.base_config import PeftConfig, own_class
-from surgery.peft.errors import NoMatchingPeftModuleError, as_builtin
+from surgery.peft.errors import NoMatchingPeftModuleError, PeftRuntimeWarning, as_builtin
 from surgery.peft_format.key_history import PREFIX
 from surgery.peft_format.methods import method_of, rules_by
 from surgery.peft_format.targets import Modules, chosen_by
 from surgery.planning.matching import Tree, matches
 
-__all__ = ["check_targets", "completed", "on_tensors"]
+__all__ = ["check_targets", "completed", "on_tensors", "targeted_parameters"]
 
 
 def completed(config: Any, resolved: PeftConfig) -> PeftConfig:
@@ -56,7 +56,7 @@ def on_tensors(config: PeftConfig, model: nn.Module, keys: Iterable[str]) -> Pef
         text += "provided state_dict. This is not necessarily an issue and can be ignored if this was the intent. "
         text += f"The PEFT config contained these additional target modules: {more}. " if more else ""
         text += f"The state_dict contained these additional target modules: {fewer}. " if fewer else ""
-        warnings.warn(text, InjectionWarning, stacklevel=4)
+        warnings.warn(text, PeftRuntimeWarning, stacklevel=4)
     changed: Any = copy.copy(config)
     changed.target_modules = "|".join(map(re.escape, sorted(named)))
     for name in ("layers_to_transform", "layers_pattern", "exclude_modules"):
@@ -72,17 +72,16 @@ def _mark_of(config: PeftConfig) -> str:
     return names[0].partition("_")[0] + "_" if names else f"{str(config.method).lower()}_"
 
 
-class InjectionWarning(SurgeryWarning, RuntimeWarning):
-    """A state dict and a configuration name different modules; a RuntimeWarning, as in PEFT."""
-
-
 def check_targets(config: PeftConfig, model: nn.Module) -> None:
     """Raises PEFT's error where the targets match no module, with the engine's near misses."""
     data = config.to_dict()
-    targets = data.get("target_modules")
-    if not targets or data.get("target_parameters") or not method_of(config.method).targeted:
-        return
+    targets, parameters = data.get("target_modules"), data.get("target_parameters")
     modules = Modules.of(model)
+    if parameters and not targets and not any(targeted_parameters(parameters, modules)):
+        what = "No `target_modules` passed but also no `target_parameters` found. "
+        raise NoMatchingPeftModuleError(f"{what}Please check the values for these arguments.")
+    if not targets or parameters or not method_of(config.method).targeted:
+        return
     if chosen_by(data, modules):
         return
     around = [name for name in ("layers_to_transform", "layers_pattern") if data.get(name) is not None]
@@ -96,6 +95,14 @@ def check_targets(config: PeftConfig, model: nn.Module) -> None:
         what = f"Target modules {config.target_modules} not found in the base model."  # type: ignore[attr-defined]
         what = f"{what} Please check the target modules and try again."
     raise NoMatchingPeftModuleError(f"{what}{note}", why=_near(config, model))
+
+
+def targeted_parameters(targets: Any, modules: Modules) -> Iterator[str]:
+    """The names of the parameters that `target_parameters` mean."""
+    for path, module in modules.by_path.items():
+        for name in module._parameters:
+            if any(f".{path}.{name}".endswith(f".{target}") for target in targets or ()):
+                yield f"{path}.{name}"
 
 
 def _near(config: PeftConfig, model: nn.Module) -> str | None:

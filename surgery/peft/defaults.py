@@ -119,7 +119,7 @@ def with_defaults(config: Any, model: Any, task: str | None = None) -> PeftConfi
     heads = _HEADS.get(task or resolved.task_type, [])
     if heads and hasattr(resolved, "modules_to_save"):
         resolved.modules_to_save = list(dict.fromkeys([*(resolved.modules_to_save or []), *heads]))
-    name = getattr(getattr(model, "config", None), "_name_or_path", None)
+    name = model.__dict__.get("name_or_path") or getattr(getattr(model, "config", None), "_name_or_path", None)
     resolved.base_model_name_or_path = resolved.base_model_name_or_path or name or None
     if hasattr(resolved, "target_modules") and not resolved.is_adaption_prompt:
         _fill_targets(resolved, model)

@@ -9,10 +9,22 @@ from typing import Any
 
 from surgery.errors import MatchError, RuleError, SurgeryError, SurgeryWarning
 
-__all__ = ["NoMatchingPeftModuleError", "PeftError", "PeftWarning", "as_builtin", "invalid", "pefts_errors"]
+__all__ = [
+    "NoMatchingPeftModuleError",
+    "PeftError",
+    "PeftRuntimeWarning",
+    "PeftWarning",
+    "as_builtin",
+    "invalid",
+    "pefts_errors",
+]
 
 PeftWarning = SurgeryWarning  # every warning of the façade is one
 _BUILTIN = (ValueError, TypeError, KeyError, AttributeError, RuntimeError, AssertionError)
+
+
+class PeftRuntimeWarning(SurgeryWarning, RuntimeWarning):
+    """A warning that is a RuntimeWarning in PEFT."""
 
 
 class PeftError(SurgeryError):

@@ -88,6 +88,14 @@ class _Started(_Targeted):
     init_weights: Any = True
 
 
+# Fields of a LoraConfig with a configuration of their own → its class in PEFT.
+_PARTS = {
+    "velora_config": "VeloraConfig", "kasa_config": "KasaConfig", "eva_config": "EvaConfig",
+    "corda_config": "CordaConfig", "lora_ga_config": "LoraGAConfig", "arrow_config": "ArrowConfig",
+    "use_bdlora": "BdLoraConfig",
+}  # fmt: skip
+
+
 @dataclass
 class LoraRuntimeConfig:
     """PEFT's settings of a process, which are not saved. None of them changes anything here."""
@@ -136,6 +144,7 @@ class LoraConfig(_Layered, _Excluding, _Transposed, _Biased):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        self._check_parts()
         if isinstance(self.target_parameters, str):
             raise as_builtin(RuleError("`target_parameters` must be a list of strings or None."), TypeError)
         if self.use_dora and self.megatron_config:
@@ -156,6 +165,13 @@ class LoraConfig(_Layered, _Excluding, _Transposed, _Biased):
                 "base weights PiSSA/CorDA/OLoRA/LoRA-GA means that the base weights can't be restored by a conversion."
             )
 
+    def _check_parts(self) -> None:
+        """Each is None, plain data, or PEFT's object of its class."""
+        for name, kind in _PARTS.items():
+            value = getattr(self, name)
+            if value is not None and not isinstance(value, dict) and type(value).__name__ != kind:
+                raise as_builtin(RuleError(f"`{kind}` must be a `{kind}`, a dict, or None.", where=name), TypeError)
+
     def _check_start(self) -> None:
         start = self.init_lora_weights
         if start == "loftq":
@@ -166,7 +182,12 @@ class LoraConfig(_Layered, _Excluding, _Transposed, _Biased):
         elif self.loftq_config:
             self.loftq_config = {}
             _warn("`loftq_config` specified but will be ignored when `init_lora_weights` is not 'loftq'.")
-        for name in ("eva", "corda"):
+        for name, written in (("eva", "EVA"), ("corda", "CorDA")):
+            if start == name and getattr(self, f"{name}_config") is None:
+                _warn(
+                    f"`init_lora_weights` is '{name}' but `{name}_config` is not specified. "
+                    f"Using default {written} config."
+                )
             if start != name and getattr(self, f"{name}_config") is not None:
                 _warn(f"`{name}_config` specified but will be ignored when `init_lora_weights` is not '{name}'.")
 

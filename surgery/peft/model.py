@@ -25,6 +25,7 @@ from surgery.peft.configuration import check_targets, completed
 from surgery.peft.defaults import with_defaults
 from surgery.peft.errors import as_builtin, pefts_errors
 from surgery.peft.facade import facade, inside, whole
+from surgery.peft.notices import check_fields, fields_for_rules, warn_of_fields
 from surgery.peft.properties import FacadeProperties
 from surgery.peft.saving import save_folder, write_card
 from surgery.peft.training import add_to_loss, allocation_of
@@ -149,8 +150,11 @@ class PeftModel(FacadeProperties):
             warnings.warn("adapters are kept in float32 beside half precision", SurgeryWarning, stacklevel=3)
         config = with_defaults(peft_config, self._base, self._task)
         check_targets(config, self._base)
-        rules, example = rules_by(self._base, config.to_dict()), self._example(config, options)
+        check_fields(config, self._base)
+        rules = rules_by(self._base, fields_for_rules(config, self._base))
+        warn_of_fields(config, self._base)
         with new_adapters_idle(self._base):
+            example = self._example(config, options)
             surgery.apply_rules(self._base, rules, adapter=adapter_name, example_inputs=example, freeze=True)
         self._configs[adapter_name] = completed(peft_config, config)
 
@@ -197,6 +201,9 @@ class PeftModel(FacadeProperties):
     def delete_adapter(self, adapter_name: str) -> None:
         """Remove an adapter. If it was the active one, the first of the others becomes active."""
         self._check_known(adapter_name, "Adapter {} does not exist")
+        if adapter_name in merged_adapters(unwrap(self._base)):
+            what = f"Cannot delete adapter(s) {[adapter_name]} while they are merged. Please unmerge them first."
+            raise as_builtin(SurgeryError(what, fix="model.unmerge_adapter()"))
         alone, disabled = self.active_adapters == [adapter_name], self._disabled
         surgery.remove(self._base, adapter_name)
         self._configs.pop(adapter_name, None)
@@ -340,6 +347,17 @@ class PeftMixedModel(PeftModel):
     """A `PeftModel` whose adapters are of several methods, as those of any `PeftModel` here may be."""
 
     __slots__ = ()
+
+    @whole
+    def delete_adapter(self, adapter_name: Names) -> None:
+        """Remove one or several adapters."""
+        names = [adapter_name] if isinstance(adapter_name, str) else list(adapter_name)
+        unknown = sorted({*names} - self._configs.keys())
+        if unknown:
+            what = f"Adapter(s) {unknown} not found, available adapters: {sorted(self._configs)}"
+            raise as_builtin(SurgeryError(what, why=near_misses(unknown[0], self._configs)))
+        for name in names:
+            super().delete_adapter(name)
 
     def get_layer_status(self) -> Any:
         raise self._without("get_layer_status")

@@ -282,7 +282,7 @@ def test_what_can_not_be_held_is_refused_and_the_model_as_it_was() -> None:
     model, _ = bert()
     before = Snapshot(model)
     for fields, match in (
-        ({"init_lora_weights": "eva"}, "init_lora_weights='eva'"), ({"init_lora_weights": "loftq"}, "loftq"),
+        ({"init_lora_weights": "eva", "eva_config": {}}, "init_lora_weights='eva'"), ({"init_lora_weights": "loftq"}, "loftq"),
         ({"use_qalora": True}, "use_qalora"), ({"layer_replication": [(0, 1)]}, "layer_replication"),
         ({"target_modules": ["qurey"]}, "query"), ({"r": 0}, "rank=0"),
     ):  # fmt: skip
@@ -607,7 +607,8 @@ def test_a_second_facade_knows_the_first_ones_adapters() -> None:
     config = ours.LoraConfig(r=2, target_modules=["k_proj"])
     with pytest.raises(SurgeryError, match="Adapter with name 'default' already exists"):
         ours.get_peft_model(model, config)
-    again = ours.get_peft_model(model, config, "third")
+    with pytest.warns(SurgeryWarning, match="for a second time"):
+        again = ours.get_peft_model(model, config, "third")
     assert list(again.peft_config) == list(model.peft_config) == ["default", "other", "third"]
     assert again.get_base_model() is base and again.active_adapters == model.active_adapters == ["third"]
 

@@ -57,6 +57,8 @@ OTHERS: list[tuple[str, dict[str, Any]]] = [
     ("LoraConfig", {"init_lora_weights": "loftq"}),
     ("LoraConfig", {"loftq_config": {"loftq_bits": 4}}),
     ("LoraConfig", {"alora_invocation_tokens": [1]}),
+    ("LoraConfig", {"init_lora_weights": "eva"}), ("LoraConfig", {"init_lora_weights": "corda"}),
+    ("LoraConfig", {"kasa_config": 3}), ("LoraConfig", {"eva_config": "a"}), ("LoraConfig", {"use_bdlora": [1]}),
     ("LoraConfig", {"no_such_field": 1}),
     ("AdaLoraConfig", {"total_step": None}), ("AdaLoraConfig", {"total_step": 0}), ("AdaLoraConfig", {"r": 3}),
     ("AdaLoraConfig", {"use_dora": True}), ("AdaLoraConfig", {"orth_reg_weight": -1.0}),

@@ -1,0 +1,227 @@
+"""What PEFT refuses or warns of when a configuration goes on a model, in PEFT's sentences."""
+
+from __future__ import annotations
+
+import re
+import warnings
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from torch import nn
+
+from surgery.errors import PlanError, RuleError, SurgeryError, SurgeryWarning
+from surgery.patterns.module_class import class_of
+from surgery.patterns.paths import select_targets
+from surgery.peft.base_config import PeftConfig
+from surgery.peft.configuration import targeted_parameters
+from surgery.peft.errors import PeftRuntimeWarning, as_builtin
+from surgery.peft_format.methods import method_of
+from surgery.peft_format.targets import Modules, chosen_by
+
+__all__ = ["check_fields", "fields_for_rules", "warn_of_fields", "warn_of_names"]
+
+_EMBEDDINGS = ("embed_tokens", "lm_head")  # the names by which PEFT knows a tied module
+_TIED = "Model has `tie_word_embeddings=True` and a tied layer is part of the adapter, but "
+_HARM = (
+    "This can lead to complications, for example when merging the adapter or converting your model to other formats."
+)
+
+
+def check_fields(config: PeftConfig, model: nn.Module) -> None:
+    """Raises PEFT's error for a field that a targeted module can't have."""
+    data: Any = config.to_dict()
+    bias = data.get("bias")
+    if not (bias in (None, "none", "all") or (isinstance(bias, str) and bias.endswith("_only"))):
+        raise as_builtin(PlanError([RuleError(f"Requested bias: {bias}, is not implemented.")]), NotImplementedError)
+    problem_of = _PROBLEMS.get(str(config.method))
+    if problem_of is None or not data.get("target_modules"):
+        return
+    modules = Modules.of(model)
+    chosen = chosen_by(data, modules)
+    problems: list[SurgeryError] = []
+    for path in (path for path in modules.by_path if path in chosen):
+        rank = _value(data, "rank_pattern", path, data.get("r"))
+        what = problem_of(data, modules.by_path[path], rank if isinstance(rank, int) else 0)
+        if what is not None:
+            problems.append(RuleError(what, where=path))
+    if problems:
+        raise as_builtin(PlanError(problems))
+
+
+def fields_for_rules(config: PeftConfig, model: nn.Module) -> dict[str, Any]:
+    """The configuration's fields, without those that have no effect on this model and of which PEFT only warns.
+
+    They are targets that match nothing beside others that match, and `ensure_weight_tying` where nothing is tied.
+    """
+    data = config.to_dict()
+    if data.get("target_modules") and data.get("target_parameters"):
+        modules = Modules.of(model)
+        paths, parameters = chosen_by(data, modules), [*targeted_parameters(data["target_parameters"], modules)]
+        if bool(paths) != bool(parameters):
+            data["target_parameters" if paths else "target_modules"] = None
+    if not data.get("ensure_weight_tying") or data.get("trainable_token_indices"):
+        return data
+    tied = _tied_modules(model)
+    if tied and _names_embeddings(data):
+        return data
+    what = "no tied modules were found in the model"
+    if tied:
+        what = "no tied modules are added in either `modules_to_save` or `target_modules`"
+    _warn(f"You have requested `ensure_weight_tying`, but {what}")
+    return {**data, "ensure_weight_tying": False}
+
+
+def warn_of_fields(config: PeftConfig, model: nn.Module) -> None:
+    """Warns of fields that have no effect on this model, and of adapters on tied weights."""
+    data, modules = config.to_dict(), Modules.of(model)
+    if not method_of(config.method).targeted or "target_modules" not in data:
+        return
+    paths = chosen_by(data, modules) if data["target_modules"] else set[str]()
+    parameters = list(targeted_parameters(data.get("target_parameters"), modules))
+    excluded = data.get("exclude_modules")
+    if excluded and len(select_targets({"target_modules": ".*", "exclude_modules": excluded}, modules.by_path)) == len(
+        modules.by_path
+    ):
+        _warn(
+            f"You have passed exclude_modules={config.exclude_modules} but no modules were excluded. "  # type: ignore[attr-defined]
+            "Please check that exclude_modules was set correctly."
+        )
+    if data["target_modules"] and not paths:
+        text = f"target_modules={config.target_modules} were set but no module was matched."  # type: ignore[attr-defined]
+        _warn(text, PeftRuntimeWarning)
+    if data.get("target_parameters") and not parameters:
+        _warn(
+            f"target_parameters={data['target_parameters']} were set but no parameter was matched.", PeftRuntimeWarning
+        )
+    for name in ("rank_pattern", "alpha_pattern"):
+        unmatched = sorted(key for key in data.get(name) or {} if not any(_fits(key, p) for p in [*paths, *parameters]))
+        if unmatched and config.method != "ADALORA":
+            text = f"The following {name} keys did not match any targeted module and were ignored: {unmatched}."
+            _warn(text, PeftRuntimeWarning)
+    if data.get("lora_bias"):
+        _warn_of_missing_biases([modules.by_path[path] for path in modules.by_path if path in paths])
+    if not data.get("ensure_weight_tying") and _names_embeddings(data) and _tied_modules(model):
+        why = "`ensure_weight_tying` is not set to True. "
+        if "ensure_weight_tying" not in data:
+            why = "no implementation exists to tie the adapters. "
+        _warn(_TIED + why + _HARM)
+
+
+def warn_of_names(config: Any, model: Any, adapter_name: str, old: str | None) -> None:
+    """Warns of an adapter's name that PEFT's tensors have, and of a configuration that named another base, `old`."""
+    method = method_of(getattr(config.peft_type, "value", config.peft_type))
+    names = [*method.marks, *method.tensors.values()]
+    prefix = names[0].partition("_")[0] + "_" if names and "_" in names[0] else None
+    if prefix is not None and adapter_name in prefix:
+        _warn(
+            f"Adapter name '{adapter_name}' should not be contained in the prefix '{prefix}'. "
+            "This may lead to reinitialization of the adapter weights during loading."
+        )
+    new = model.__dict__.get("name_or_path") or None
+    if old is not None and old != new:
+        config.base_model_name_or_path = new
+        _warn(
+            f"The PEFT config's `base_model_name_or_path` was renamed from '{old}' to '{new}'. "
+            "Please ensure that the correct base model is loaded when loading this checkpoint."
+        )
+
+
+def _warn_of_missing_biases(modules: list[nn.Module]) -> None:
+    kinds = {class_of(module).__name__: None for module in modules if getattr(module, "bias", None) is None}
+    for kind in kinds:
+        _warn(
+            f"`lora_bias=True` was passed but the targeted layer of type {kind} has no bias. "
+            "This means that merging LoRA weights won't be possible."
+        )
+
+
+def _names_embeddings(data: Mapping[str, Any]) -> bool:
+    """Whether the configuration names a module that PEFT takes for one of a tied pair."""
+    targets = data.get("target_modules") or ()
+    if isinstance(targets, str) and any(re.fullmatch(targets, name) for name in _EMBEDDINGS):
+        return True
+    named = [*(() if isinstance(targets, str) else targets), *(data.get("modules_to_save") or ())]
+    return any(name.rpartition(".")[2] in _EMBEDDINGS for name in named)
+
+
+def _tied_modules(model: Any) -> list[str]:
+    """The modules that share the input embedding's weight, unless the model's configuration says that none does."""
+    embedding = model.get_input_embeddings() if hasattr(model, "get_input_embeddings") else None
+    weight = getattr(embedding, "weight", None)
+    if weight is None or getattr(getattr(model, "config", None), "tie_word_embeddings", None) is False:
+        return []
+    return [
+        path
+        for path, module in Modules.of(model).by_path.items()
+        if module is not embedding and module._parameters.get("weight") is weight
+    ]
+
+
+def _value(data: Mapping[str, Any], field: str, path: str, default: Any) -> Any:
+    """A field's value at a path, by a pattern if one fits."""
+    return next((value for key, value in (data.get(field) or {}).items() if _fits(key, path)), default)
+
+
+def _fits(key: str, path: str) -> bool:
+    return re.match(rf"(.*\.)?({key})$", path) is not None
+
+
+def _sizes(module: nn.Module) -> tuple[int, int] | None:
+    """(out, in) of a Linear or a Conv1D of transformers."""
+    weight: Any = module._parameters.get("weight")
+    if isinstance(module, nn.Linear):
+        return module.out_features, module.in_features
+    return (weight.shape[1], weight.shape[0]) if class_of(module).__name__ == "Conv1D" else None
+
+
+def _of_lora(data: Mapping[str, Any], module: nn.Module, rank: int) -> str | None:
+    start, weight = data["init_lora_weights"], getattr(module, "weight", None)
+    if data["lora_bias"] and isinstance(module, nn.Embedding):
+        return "lora_bias=True is not supported for Embedding."
+    if start == "orthogonal" and rank % 2:
+        return f"Orthogonal initialization requires the LoRA rank to be even, got {rank} instead."
+    if isinstance(start, str) and start.lower() == "mica" and weight is not None and rank > min(weight.shape[:2]):
+        return (
+            f"MiCA requires `r` <= min(in_features, out_features) but got r={rank} for a layer with weight shape "
+            f"{tuple(weight.shape)} (max usable r is {min(weight.shape[:2])})."
+        )
+    return None
+
+
+def _of_miss(data: Mapping[str, Any], module: nn.Module, rank: int) -> str | None:
+    sizes = _sizes(module)
+    if sizes is not None and rank > sizes[1]:
+        return f"`r` ({rank}) must be less than or equal to in_features ({sizes[1]})"
+    return None
+
+
+def _of_c3a(data: Mapping[str, Any], module: nn.Module, rank: int) -> str | None:
+    size = data["block_size"]
+    for name, number in zip(("output", "input"), _sizes(module) or (), strict=False):
+        if not data["block_size_pattern"] and isinstance(size, int) and size > 0 and number % size:
+            begin = f"The block size should be a factor of the {name} size. However, "
+            return f"{begin}the {name} size is {number} and the block size is {size}"
+    return None
+
+
+def _of_road(data: Mapping[str, Any], module: nn.Module, rank: int) -> str | None:
+    sizes, group = _sizes(module), data["group_size"]
+    if sizes is None:
+        only = "Currently, only the following modules are supported: `torch.nn.Linear`."
+        return f"Target module {module} is not supported. {only}"
+    if sizes[0] % group:
+        what = "The out_features of the base layer must be divisible by group_size"
+        return f"{what} ({group}) when using RoadLayer."
+    return None
+
+
+_PROBLEMS: dict[str, Callable[[Mapping[str, Any], nn.Module, int], str | None]] = {
+    "LORA": _of_lora,
+    "MISS": _of_miss,
+    "C3A": _of_c3a,
+    "ROAD": _of_road,
+}
+
+
+def _warn(text: str, kind: type[SurgeryWarning] = SurgeryWarning) -> None:
+    warnings.warn(text, kind, stacklevel=4)

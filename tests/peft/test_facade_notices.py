@@ -1,0 +1,216 @@
+"""What the façade refuses and warns of when a configuration goes on a model, beside PEFT's own words."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from typing import Any
+
+import pytest
+from torch import Tensor, nn
+
+import surgery.peft as ours
+from surgery import SurgeryError, SurgeryWarning
+from surgery.errors import group_problems
+from tests.support import tiny
+
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")
+    peft: Any = pytest.importorskip("peft", reason="compares with PEFT")
+
+
+class Net(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.emb = nn.Embedding(9, 8)
+        self.first = nn.Linear(8, 12)
+        self.bare = nn.Linear(12, 8, bias=False)
+        self.conv = nn.Conv2d(2, 2, 1, bias=False)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return self.bare(self.first(self.emb(ids)))
+
+
+class Settings:
+    def __init__(self, tie: bool) -> None:
+        self.tie_word_embeddings = tie
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"tie_word_embeddings": self.tie_word_embeddings}
+
+
+class Tied(nn.Module):
+    _tied_weights_keys = ("lm_head.weight",)
+
+    def __init__(self, tied: bool = True, says: bool | None = None) -> None:
+        super().__init__()
+        self.embed_tokens = nn.Embedding(9, 8)
+        self.inner = nn.Linear(8, 8)
+        self.lm_head = nn.Linear(8, 9, bias=False)
+        self.config = Settings(tied if says is None else says)
+        if tied:
+            self.lm_head.weight = self.embed_tokens.weight
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.embed_tokens
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return self.lm_head(self.inner(self.embed_tokens(ids)))
+
+
+def told(library: Any, make: Any) -> tuple[Any, list[tuple[type, str]]]:
+    """The error with which a function of the library ends, and the warnings, with PEFT's kind of each."""
+    with warnings.catch_warnings(record=True) as record:
+        warnings.simplefilter("always")
+        try:
+            make(library)
+            error = None
+        except Exception as raised:
+            error = raised
+    kinds = (RuntimeWarning, UserWarning)
+    found = [(next(k for k in kinds if issubclass(each.category, k)), str(each.message)) for each in record]
+    return error, [(kind, text) for kind, text in found if "exclude has" not in text]
+
+
+REFUSED: list[tuple[str, dict[str, Any]]] = [
+    ("LoraConfig", {"target_modules": ["first"], "init_lora_weights": "orthogonal", "r": 3}),
+    ("LoraConfig", {"target_modules": ["first"], "init_lora_weights": "orthogonal", "rank_pattern": {"first": 5}}),
+    ("LoraConfig", {"target_modules": ["first"], "init_lora_weights": "mica", "r": 9}),
+    ("LoraConfig", {"target_modules": ["emb"], "lora_bias": True}),
+    ("LoraConfig", {"target_modules": ["first"], "bias": "some"}),
+    ("LoraConfig", {"target_parameters": ["absent.weight"]}),
+    ("LoraConfig", {"target_parameters": ["first"], "target_modules": []}),
+    ("MissConfig", {"target_modules": ["first"], "r": 9}),
+    ("C3AConfig", {"target_modules": ["first"], "block_size": 3}),
+    ("C3AConfig", {"target_modules": ["first"], "block_size": 8}),
+    ("RoadConfig", {"target_modules": ["first"], "group_size": 8}),
+    ("RoadConfig", {"target_modules": ["conv"], "group_size": 2}),
+]
+
+
+@pytest.mark.parametrize(("name", "fields"), REFUSED, ids=str)
+def test_what_peft_refuses_is_refused_in_its_words(name: str, fields: dict[str, Any]) -> None:
+    base = Net()
+    before = {key: id(value) for key, value in base.named_parameters()}
+
+    def make(library: Any) -> None:
+        library.get_peft_model(copy.deepcopy(base) if library is peft else base, getattr(library, name)(**fields))
+
+    theirs, mine = told(peft, make)[0], told(ours, make)[0]
+    assert isinstance(mine, SurgeryError)
+    kind = next(k for k in (NotImplementedError, ValueError) if isinstance(theirs, k))
+    assert isinstance(mine, kind) and str(theirs).partition(". Curr")[0] in str(mine)
+    assert {key: id(value) for key, value in base.named_parameters()} == before
+
+
+def test_a_problem_at_many_sites_is_one_line() -> None:
+    model = nn.Sequential(*(nn.Linear(8, 8) for _ in range(7)))
+    with pytest.raises(SurgeryError, match="must be less than or equal to in_features") as raised:
+        ours.get_peft_model(model, ours.MissConfig(target_modules="[0-9]", r=9))
+    assert len(group_problems(raised.value.problems)) == 1  # type: ignore[attr-defined]
+
+
+WARNED: list[tuple[str, dict[str, Any]]] = [
+    ("LoraConfig", {"target_modules": ["first"], "exclude_modules": ["absent"]}),
+    ("LoraConfig", {"target_modules": ["first"], "exclude_modules": "abs.*"}),
+    ("LoraConfig", {"target_modules": ["first"], "exclude_modules": ["bare"]}),
+    ("LoraConfig", {"target_modules": ["first"], "rank_pattern": {"frist": 4, "first": 2}}),
+    ("LoraConfig", {"target_modules": ["first"], "alpha_pattern": {"irst": 4}}),
+    ("LoKrConfig", {"target_modules": ["first"], "alpha_pattern": {"b": 4, "a": 2}}),
+    ("LoraConfig", {"target_modules": ["first", "bare"], "lora_bias": True}),
+    ("LoraConfig", {"target_modules": ["absent"], "target_parameters": ["first.weight"]}),
+    ("LoraConfig", {"target_modules": ["first"], "target_parameters": ["absent.weight"]}),
+    ("IA3Config", {"target_modules": ["first"], "feedforward_modules": [], "exclude_modules": ["absent"]}),
+]
+
+
+@pytest.mark.parametrize(("name", "fields"), WARNED, ids=str)
+def test_fields_without_an_effect_are_warned_of_in_pefts_words(name: str, fields: dict[str, Any]) -> None:
+    def make(library: Any) -> None:
+        library.get_peft_model(Net(), getattr(library, name)(**fields))
+
+    theirs, mine = told(peft, make), told(ours, make)
+    assert mine == theirs and mine[0] is None
+
+
+@pytest.mark.parametrize("name", ["LoraConfig", "LoKrConfig"])
+@pytest.mark.parametrize("model", [(True, None), (False, None), (True, False)])
+@pytest.mark.parametrize("named", ["embed_tokens", "lm_head", None])
+@pytest.mark.parametrize("field", ["modules_to_save", "target_modules"])
+def test_adapters_on_tied_weights_are_warned_of(name: str, model: Any, named: str | None, field: str) -> None:
+    fields: dict[str, Any] = {"target_modules": ["inner"]}
+    fields[field] = [*fields.get(field, []), *([named] if named else [])]
+    if name == "LoKrConfig" and named == "embed_tokens" and field == "target_modules":
+        pytest.skip("LoKr does not go on embeddings")
+
+    def make(library: Any) -> None:
+        library.get_peft_model(Tied(*model), getattr(library, name)(**fields))
+
+    theirs, mine = told(peft, make)[1], told(ours, make)[1]
+    assert [text[:130] for _, text in mine] == [text[:130] for _, text in theirs]
+
+
+@pytest.mark.parametrize("model", [(True, None), (False, None), (True, False)])
+@pytest.mark.parametrize("named", ["lm_head", None])
+def test_a_tying_without_tied_modules_is_warned_of(model: Any, named: str | None) -> None:
+    fields = {"target_modules": ["inner"], "modules_to_save": [named] if named else None, "ensure_weight_tying": True}
+
+    def make(library: Any) -> None:
+        library.get_peft_model(Tied(*model), library.LoraConfig(**fields))
+
+    theirs, mine = told(peft, make), told(ours, make)
+    if model == (True, None) and named:  # the one that PEFT ties
+        assert isinstance(mine[0], SurgeryError) and "ensure_weight_tying" in str(mine[0])
+    else:
+        assert mine == theirs and theirs[1]
+
+
+def test_names_are_warned_of() -> None:
+    def make(library: Any) -> None:
+        config = library.LoraConfig(target_modules=["first"], base_model_name_or_path="other", revision="a")
+        model = library.get_peft_model(Net(), config, adapter_name="lora", revision="b")
+        assert model.peft_config["lora"].base_model_name_or_path is None and model.peft_config["lora"].revision == "b"
+
+    theirs, mine = told(peft, make), told(ours, make)
+    assert mine[0] is theirs[0] is None and sorted(mine[1]) == sorted(theirs[1]) and len(mine[1]) == 3
+
+
+def test_a_second_time_is_warned_of() -> None:
+    model = Net()
+    config = ours.LoraConfig(target_modules=["first"])
+    adapted = ours.get_peft_model(model, config)
+    for again, name in ((model, "b"), (adapted, "c")):
+        with pytest.warns(SurgeryWarning, match=r"PEFT for a second time.*make sure to call `.unload\(\)` before"):
+            ours.get_peft_model(again, ours.LoraConfig(target_modules=["first"]), name)
+    adapted.unload()
+    ours.get_peft_model(adapted, config)
+    transformer = tiny.llama()[0]
+    transformer.name_or_path = "a/base"
+    config = ours.LoraConfig(target_modules=["q_proj"])
+    assert ours.get_peft_model(transformer, config).peft_config["default"].base_model_name_or_path == "a/base"
+
+
+def test_a_mixed_model_deletes_several_adapters_or_none() -> None:
+    model = ours.get_peft_model(Net(), ours.LoraConfig(target_modules=["first"]), mixed=True)
+    for name in ("a", "b"):
+        model.add_adapter(name, ours.LoHaConfig(target_modules=["first"]))
+    with pytest.raises(
+        ValueError, match=r"Adapter\(s\) \['x'\] not found, available adapters: \['a', 'b', 'default'\]"
+    ):
+        model.delete_adapter(["a", "x"])
+    assert set(model.peft_config) == {"default", "a", "b"}
+    model.delete_adapter(["a", "b"])
+    assert set(model.peft_config) == {"default"} and model.active_adapters == ["default"]
+
+
+@pytest.mark.parametrize("name", ["default", "other"])
+def test_a_merged_adapter_is_not_deleted(name: str) -> None:
+    def make(library: Any) -> None:
+        model = library.get_peft_model(Net(), library.LoraConfig(target_modules=["first"]))
+        model.add_adapter("other", library.LoraConfig(target_modules=["first"]))
+        model.merge_adapter([name])
+        with pytest.raises(ValueError, match=r"Cannot delete adapter\(s\) .* while they are merged. Please unmerge"):
+            model.delete_adapter(name)
+        assert set(model.peft_config) == {"default", "other"}
+
+    assert told(peft, make)[0] is told(ours, make)[0] is None
