@@ -184,14 +184,14 @@ def test_a_second_time_is_warned_of() -> None:
             ours.get_peft_model(again, ours.LoraConfig(target_modules=["first"]), name)
     adapted.unload()
     ours.get_peft_model(adapted, config)
-    transformer = tiny.llama()[0]
+    transformer: Any = tiny.llama()[0]
     transformer.name_or_path = "a/base"
     config = ours.LoraConfig(target_modules=["q_proj"])
     assert ours.get_peft_model(transformer, config).peft_config["default"].base_model_name_or_path == "a/base"
 
 
 def test_a_mixed_model_deletes_several_adapters_or_none() -> None:
-    model = ours.get_peft_model(Net(), ours.LoraConfig(target_modules=["first"]), mixed=True)
+    model: Any = ours.get_peft_model(Net(), ours.LoraConfig(target_modules=["first"]), mixed=True)
     for name in ("a", "b"):
         model.add_adapter(name, ours.LoHaConfig(target_modules=["first"]))
     with pytest.raises(
