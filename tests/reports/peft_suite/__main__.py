@@ -15,7 +15,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m tests.reports.peft_suite", description=__doc__)
     parser.add_argument("--source", type=Path, help="a folder with PEFT's source of the installed version")
     parser.add_argument("--files", nargs="*", help="only these files of tests, such as test_config.py")
-    parser.add_argument("--every", type=int, default=4, help="of each function and configuration, about each nth test")
+    parser.add_argument("--every", type=int, default=1, help="of each function and configuration, about each nth test")
     parser.add_argument("--sides", nargs="*", choices=SIDES, default=SIDES)
     parser.add_argument("--again", action="store_true", help="run what failed with the façade again")
     parser.add_argument("--seconds", type=int, default=120, help="the limit of one test")

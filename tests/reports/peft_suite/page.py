@@ -61,12 +61,14 @@ def section(every: int) -> str:
     total = sum(files.values(), Counter[str]())
     not_run = ", ".join(f"`{name}` ({why})" for name, why in run.NOT_RUN.items())
     absent = ", ".join(f"`{name}` ({what})" for name, what in run.ABSENT.items())
+    sample = f"""\
+Of the tests that have a configuration among their parameters, the first of each function and about each {every}th other
+one is run. """
     head = f"""\
 PEFT {version("peft")}: {outcomes["passed"]:,} of its tests pass with PEFT on this project's stand-in models and are run
 with the façade. With PEFT itself {outcomes["failed"]:,} fail and {outcomes["skipped"]:,} are skipped, for want of a
-hub, a GPU or a package. {outcomes["absent"]:,} tests of configurations that the façade does not have are not run. Of
-the tests that have a configuration among their parameters, the first of each function and about each {every}th other
-one is run. Files that need what a test machine may lack are not run: {not_run};
+hub, a GPU or a package. {outcomes["absent"]:,} tests of configurations that the façade does not have are not run.
+{sample if every > 1 else ""}Files that need what a test machine may lack are not run: {not_run};
 nor are the files of what the façade does not have: {absent}.
 
 The share is of the tests that are not of (a), (b) or (f):
