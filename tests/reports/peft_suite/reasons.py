@@ -70,6 +70,7 @@ REASONS: tuple[Reason, ...] = (
     ),
     Reason("b", "names of PEFT's tensors in `state_dict()`", {"type": r"KeyError", "text": r"^'base_model\.model\."}),
     Reason("b", "names of PEFT's parameters", {"text": r"base_model\.model\..* to require gradients, got"}),
+    Reason("b", "PEFT's containers of parameters are counted", {"line": r"assert num_default"}),
     Reason("b", "names inside PEFT's layers", {"test": r"(?:modules_to_save|token_indices)_targets_lora_layer_raises"}),
     Reason(
         "b",
@@ -90,6 +91,11 @@ REASONS: tuple[Reason, ...] = (
     ),
     Reason("c", "`target_modules`: {0} on {1}", {"text": r"^(\w+)Rule can't go on this (\w+)"}),
     Reason("c", "PEFT's format: {0}", {"text": r"^PEFT's format can't hold ([^\n]*?)(?: \(.*)?\n"}),
+    Reason(
+        "c",
+        "PEFT's format can't hold the adapter: it is saved in a format of its own",
+        {"type": r"AssertionError", "line": r"target_adapter_filename|\"adapter_model\.safetensors\" in os\.listdir"},
+    ),
     # PEFT refuses what works here.
     *(Reason("f", words, {"test": test, "text": r"DID NOT RAISE"}) for test, words in _WORKS),
 )
