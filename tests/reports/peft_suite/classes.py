@@ -65,6 +65,13 @@ def normalized(text: str) -> str:
     return re.sub(r"\s+", " ", text).strip()
 
 
+def _expected(source: str, text: str) -> str:
+    """What a test expects to be said: its regular expression in plain words, or the source that names it."""
+    patterns = (r"Expected regex: (['\"])(.*?)\1\s", r"match=[rf]?(['\"])(.*?)\1")
+    found = [match for match in (re.search(patterns[0], text), re.search(patterns[1], source)) if match]
+    return normalized(found[0][2].replace("\\", ""))[:70] if found else normalized(source)[:70]
+
+
 def _by_rule(test: str, result: Mapping[str, Any], line: str, expected: str) -> Verdict | None:
     values = {
         "type": str(result.get("type")), "text": str(result.get("text")), "line": line, "test": test,
@@ -97,9 +104,9 @@ def classify(test: str, result: Mapping[str, Any]) -> Verdict:
     if surgical and (match := re.search(r"PEFT's (\w+)=(\S*)", text)):
         return Verdict("c", f"`{match[1]}`")
     if "raises(" in expected and not text.startswith("DID NOT"):
-        return Verdict("e", f"{normalized(expected)[:60]}: here {kind}, {normalized(text)[:60]}")
+        return Verdict("e", f"an error's {'words' if 'Regex pattern' in text else 'type'}: {_expected(expected, text)}")
     if "warns(" in expected and (kind == "Failed" or "Regex" in text):
-        return Verdict("e", f"{normalized(expected)[:80]}")
+        return Verdict("e", f"a warning: {_expected(expected, text)}")
     if kind == "AttributeError" and (match := re.search(r"no attribute '(\w+)'", text)):
         internal = re.fullmatch(INTERNAL_ATTRIBUTE, match[1])
         return Verdict("b" if internal else "d", f"attribute `{match[1]}`")
