@@ -37,7 +37,7 @@ def main() -> None:
     run.run_all(names, options.every, options.seconds, options.jobs, options.sides)
     print(report.failures())
     if options.page:
-        page.write(options.every)
+        page.write()
 
 
 if __name__ == "__main__":

@@ -53,7 +53,7 @@ def differing(facade: Mapping[str, Mapping[str, Any]]) -> list[str]:
     return lines
 
 
-def section(every: int) -> str:
+def section() -> str:
     base, facade = run.results("base"), run.results("facade")
     facade = {test: result for test, result in facade.items() if base.get(test, {}).get("outcome") == "passed"}
     outcomes = Counter(result["outcome"] for result in base.values())
@@ -61,9 +61,10 @@ def section(every: int) -> str:
     total = sum(files.values(), Counter[str]())
     not_run = ", ".join(f"`{name}` ({why})" for name, why in run.NOT_RUN.items())
     absent = ", ".join(f"`{name}` ({what})" for name, what in run.ABSENT.items())
+    every = max((line["every"] for line in run.lines("facade") if "every" in line), default=1)
     sample = f"""\
-Of the tests that have a configuration among their parameters, the first of each function and about each {every}th other
-one is run. """
+Of the tests that have a configuration among their parameters, the first of each function and about each {every}th
+other one is run, or more. """
     head = f"""\
 PEFT {version("peft")}: {outcomes["passed"]:,} of its tests pass with PEFT on this project's stand-in models and are run
 with the façade. With PEFT itself {outcomes["failed"]:,} fail and {outcomes["skipped"]:,} are skipped, for want of a
@@ -86,10 +87,10 @@ The share is of the tests that are not of (a), (b) or (f):
     return "\n".join([head, *kinds, "", *tables]) + "\n"
 
 
-def write(every: int) -> None:
+def write() -> None:
     """Put the section between its marks."""
     page = PAGE.read_text(encoding="utf-8")
     before, mark, rest = page.partition(MARKS[0])
     if not mark:
         raise RuntimeError(f"{PAGE} has no mark {MARKS[0]!r}")
-    PAGE.write_text(before + mark + section(every) + MARKS[1] + rest.partition(MARKS[1])[2], encoding="utf-8")
+    PAGE.write_text(before + mark + section() + MARKS[1] + rest.partition(MARKS[1])[2], encoding="utf-8")
