@@ -8,7 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from tests.reports.peft_suite import OUT, SIDES, hub, page, report, run, source
+from tests.reports.peft_suite import OUT, SIDES, classes, hub, page, report, run, source
 
 
 def main() -> None:
@@ -17,7 +17,10 @@ def main() -> None:
     parser.add_argument("--files", nargs="*", help="only these files of tests, such as test_config.py")
     parser.add_argument("--every", type=int, default=1, help="of each function and configuration, about each nth test")
     parser.add_argument("--sides", nargs="*", choices=SIDES, default=SIDES)
-    parser.add_argument("--again", action="store_true", help="run what failed with the façade again")
+    parser.add_argument(
+        "--again", nargs="?", const="".join(classes.KINDS), default="", metavar="CLASSES",
+        help="run what failed with the façade again, or only what is of some classes, such as cde",
+    )  # fmt: skip
     parser.add_argument("--seconds", type=int, default=120, help="the limit of one test")
     parser.add_argument("--jobs", type=int, default=1, help="files that run at the same time")
     parser.add_argument("--page", action="store_true", help="write the table into docs/peers.md")
@@ -32,7 +35,14 @@ def main() -> None:
         subprocess.run(command, check=True, env={**os.environ, "HF_HOME": str(hub.HOME)})
     names = options.files or run.files()
     if options.again:
-        run.forget("facade", lambda line: line["outcome"] == "failed" and run.file_of(line["id"]) in names)
+        chosen = {
+            test
+            for test, line in run.results("facade").items()
+            if line["outcome"] == "failed"
+            and run.file_of(test) in names
+            and classes.classify(test, line).kind in options.again
+        }
+        run.forget("facade", lambda line: line["id"] in chosen)
     run.forget_absent()
     run.run_all(names, options.every, options.seconds, options.jobs, options.sides)
     print(report.failures())

@@ -70,6 +70,7 @@ REASONS: tuple[Reason, ...] = (
     ),
     Reason("b", "names of PEFT's tensors in `state_dict()`", {"type": r"KeyError", "text": r"^'base_model\.model\."}),
     Reason("b", "names of PEFT's parameters", {"text": r"base_model\.model\..* to require gradients, got"}),
+    Reason("b", "attributes set on PEFT's layers", {"test": r"TestModelAndLayerStatus::\w+_(?:irregular|bnb)$"}),
     Reason("b", "PEFT's containers of parameters are counted", {"line": r"assert num_default"}),
     Reason("b", "names inside PEFT's layers", {"test": r"(?:modules_to_save|token_indices)_targets_lora_layer_raises"}),
     Reason(
@@ -91,6 +92,7 @@ REASONS: tuple[Reason, ...] = (
     ),
     Reason("c", "`target_modules`: {0} on {1}", {"text": r"^(\w+)Rule can't go on this (\w+)"}),
     Reason("c", "PEFT's format: {0}", {"text": r"^PEFT's format can't hold ([^\n]*?)(?: \(.*)?\n"}),
+    Reason("c", "`adapter_name`: another adapter has the name", {"text": r"^there is an adapter '\w+' already"}),
     Reason(
         "c",
         "PEFT's format can't hold the adapter: it is saved in a format of its own",
