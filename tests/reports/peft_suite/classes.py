@@ -100,8 +100,8 @@ def classify(test: str, result: Mapping[str, Any]) -> Verdict:
         return Verdict("a" if public else "b", text)
     if verdict := _by_rule(test, result, line, expected):
         return verdict
-    surgical = "SurgeryError" in result.get("classes", ())
-    if surgical and (match := re.search(r"PEFT's (\w+)=(\S*)", text)):
+    refusal = text if "SurgeryError" in result.get("classes", ()) else "".join(result.get("causes", ()))
+    if "DID NOT RAISE" not in text and (match := re.search(r"PEFT's (\w+)=.* can't be held", refusal)):
         return Verdict("c", f"`{match[1]}`")
     if "raises(" in expected and not text.startswith("DID NOT"):
         return Verdict("e", f"an error's {'words' if 'Regex pattern' in text else 'type'}: {_expected(expected, text)}")
