@@ -5,13 +5,14 @@ Rows of the base's own embeddings that stand in a file are a part beside it (`ba
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from surgery import PeftConfig, PeftEntry, PeftPart, PeftPlace, Rule, SurgeryError, peft_method
+from surgery import PeftConfig, PeftEntry, PeftMethod, PeftPart, PeftPlace, Rule, SurgeryError, peft_method
 from surgery.rules.peft.base_rows import base_key, base_rows
 from surgery.rules.tokens import BaseRowsRule, TokensRule
 
@@ -37,8 +38,44 @@ class BaseRows(PeftPart):
 
 
 @peft_method
+class TrainableTokens(PeftMethod):
+    """PEFT's method of rows alone. Its tensors are entries of `Tokens`, the part of rows beside any method."""
+
+    peft_type, rule, targeted, lacks = "TRAINABLE_TOKENS", TokensRule, False, ()
+
+    def read(self, config: PeftConfig) -> Iterable[Rule]:
+        config.silent("init_weights")
+        ids = config.take("token_indices", [])
+        embedding = _embedding(config.modules)
+        paths = sorted(config.targeted) if config.take("target_modules") else [embedding or "embed_tokens"]
+        if not paths:
+            raise config.refuse("target_modules", "it names no module of the model")
+        for group, rows in _groups({path: ids for path in paths}, config.modules, False).items():
+            config.passed_over += _repeated(config, group)
+            yield TokensRule(targets=config.regular(group), tokens=list(rows))
+
+    def start(self, config: PeftConfig) -> Iterable[Rule]:
+        if config.data.get("init_weights") is False:
+            raise config.refuse("init_weights", "rows start as those of the base")
+        return self.read(config)
+
+    def complete(
+        self, config: dict[str, Any], tensors: dict[str, Tensor], modules: Any
+    ) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        indices = config.pop("trainable_token_indices")
+        first, *more = indices.values()
+        if any(ids != first for ids in more):
+            why = "it trains the same rows of each module"
+            raise SurgeryError("PEFT's format can't hold these TokensRules", where=" and ".join(indices), why=why)
+        ends = {path: [other for other in modules.by_path if f".{other}".endswith(f".{path}")] for path in indices}
+        plain = all(others == [path] for path, others in ends.items())
+        targets: Any = list(indices) if plain else "|".join(map(re.escape, indices))
+        return {**config, "token_indices": list(first), "target_modules": targets, "init_weights": True}, tensors
+
+
+@peft_method
 class Tokens(PeftPart):
-    rule, derived, layer = TokensRule, ("index",), "TrainableTokensLayer"
+    rule, derived, layer, alone = TokensRule, ("index",), "TrainableTokensLayer", "TRAINABLE_TOKENS"
 
     def read(self, config: PeftConfig) -> Iterable[Rule]:
         indices = config.take("trainable_token_indices")
@@ -59,8 +96,9 @@ class Tokens(PeftPart):
         ids: Any = indices
         if isinstance(indices, dict):
             ids = next((ids for name, ids in indices.items() if str(path).endswith(name)), None)
-        order = torch.tensor(ids or sorted(place.rule.tokens)).argsort()
-        key = f"/base_model.model.{path}.token_adapter.trainable_tokens_delta"
+        ids = ids or place.config.get("token_indices")
+        order = torch.tensor(ids or list(place.rule.tokens)).argsort()
+        key = f"/{_key(str(path), place.config)}"
         return {"rows": PeftEntry(key, lambda rows: rows[order], lambda rows: rows[order.argsort()])}
 
     def write(self, placed: Any, modules: Any) -> dict[str, Any]:
@@ -69,7 +107,9 @@ class Tokens(PeftPart):
             assert isinstance(rule, TokensRule)
             for path in paths:
                 alike = [p for p in paths if modules.by_path[p].weight is modules.by_path[path].weight]
-                wanted[tuple(sorted(alike, key=lambda p: (p != embedding, p)))] = sorted(rule.tokens)
+                wanted[tuple(sorted(alike, key=lambda p: (p != embedding, p)))] = list(
+                    rule.tokens
+                )  # in the user's order, as PEFT's rows are
         indices = {paths[0]: ids for paths, ids in wanted.items()}
         read_back = {tuple(sorted(paths)): ids for paths, ids in _groups(indices, modules, False).items()}
         if read_back != {tuple(sorted(paths)): ids for paths, ids in wanted.items()}:
@@ -98,10 +138,16 @@ def _of_base(place: PeftPlace, rule: BaseRowsRule) -> PeftEntry:
 
 def _repeated(config: PeftConfig, paths: Sequence[str]) -> Iterable[str]:
     """Keys of rows that PEFT writes once more of a tied head, beside those of the embedding that it reads."""
-    first, *others = (f"{PREFIX}{path}.token_adapter.trainable_tokens_delta" for path in paths)
+    first, *others = (_key(path, config.data) for path in paths)
     file = config.file
     if file is not None and first in file.shapes:
         yield from (key for key in others if key in file.shapes and torch.equal(file.read(key), file.read(first)))
+
+
+def _key(path: str, config: Mapping[str, Any]) -> str:
+    """The key of a module's rows: of the method of rows alone, or beside another method."""
+    inside = "" if config.get("peft_type") == TrainableTokens.peft_type else "token_adapter."
+    return f"{PREFIX}{path}.{inside}trainable_tokens_delta"
 
 
 def _groups(indices: Any, modules: Any, tying: bool) -> Groups:

@@ -128,6 +128,9 @@ def with_defaults(config: Any, model: Any, task: str | None = None) -> PeftConfi
 
 def _fill_targets(config: Any, model: nn.Module) -> None:
     method, kind = str(config.method), _model_type(model)
+    if method == "TRAINABLE_TOKENS":
+        config.target_modules = config.target_modules or _embedding_path(model) or "embed_tokens"
+        return
     if method == "IA3" and config.feedforward_modules is None:
         config.feedforward_modules = set(_looked_up(_FED, kind) or [])
     if isinstance(config.target_modules, str) and config.target_modules.lower() == "all-linear":
@@ -154,6 +157,15 @@ def _all_linear(model: Any, config: PeftConfig) -> Any:
     if output is not None or not inner or config.task_type == "SEQ_CLS" or attends:
         return "all-linear"
     return {path for path, module in modules.items() if isinstance(module, nn.Linear) or _named(module, "Conv1D")}
+
+
+def _embedding_path(model: Any) -> str | None:
+    """The path of the model's input embeddings, as a regular expression; None where it does not tell them."""
+    try:
+        embedding = model.get_input_embeddings()
+    except (AttributeError, NotImplementedError):
+        return None
+    return next((path for path, module in base_modules(model) if module is embedding), None)
 
 
 def _named(module: nn.Module, name: str) -> bool:

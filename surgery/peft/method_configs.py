@@ -27,6 +27,7 @@ __all__ = [
     "RandLoraConfig",
     "RoadConfig",
     "ShiraConfig",
+    "TrainableTokensConfig",
     "VeraConfig",
 ]
 
@@ -419,6 +420,16 @@ class MissConfig(_Layered, _Excluding, _Biased, _Started):
     r: int = 64
     miss_dropout: float = 0.0
     mini_r: int = 1
+
+
+@dataclass(kw_only=True)
+class TrainableTokensConfig(PeftConfig):
+    """Rows of an embedding alone: `TokensRule`."""
+
+    method = "TRAINABLE_TOKENS"
+    token_indices: list[int] = field(default_factory=list)
+    target_modules: Names = None
+    init_weights: bool = True
 
 
 def _check_one_of(config: Any, first: str, second: str) -> None:

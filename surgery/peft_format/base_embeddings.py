@@ -37,7 +37,8 @@ def embedding_tensors(
     """
     targeted = _targeted(config, modules.by_path)
     if save == "auto":
-        save = (targeted and config.get("trainable_token_indices") is None) or _grew(config, modules.model)
+        rows_alone = config.get("trainable_token_indices") is not None or config.get("token_indices") is not None
+        save = (targeted and not rows_alone) or _grew(config, modules.model)
     if not save:
         return {}
     tensors: dict[str, Tensor] = {}

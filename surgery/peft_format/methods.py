@@ -65,6 +65,7 @@ class PeftPart:
     peft_type: ClassVar[str | None] = None  # of what belongs to one method
     tensors: ClassVar[Mapping[str, str]] = {}
     derived: ClassVar[tuple[str, ...]] = ()
+    alone: ClassVar[str | None] = None  # the method of an adapter that has these rules and no others
     layer: ClassVar[str] = ""  # PEFT's class of the module for such a rule; a method's own layers have its name
 
     def entries(self, place: PeftPlace) -> dict[str, Entry]:

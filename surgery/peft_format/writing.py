@@ -59,7 +59,12 @@ def to_peft(
         config["auto_mapping"] = {"base_model_class": kind.__name__, "parent_library": kind.__module__}
     if config.get("peft_version", "") is None:  # PEFT takes an absent one for an old one, and fails on null
         del config["peft_version"]
-    main = {site.path for site in description.placed if is_main(site.rule)}
+    method = description.method.peft_type
+    main = {
+        site.path
+        for site in description.placed
+        if is_main(site.rule) or (part := part_of(site.rule)) is not None and part.alone == method
+    }
     return config, {
         **embedding_tensors(config, description.modules, main, tensors, save_embedding_layers, state),
         **tensors,
@@ -144,6 +149,9 @@ def describe(
         if part is None:
             raise unsupported(rule.label, "PEFT has nothing like it")
     methods = list(dict.fromkeys(part.peft_type for part in parts if part is not None and part.peft_type))
+    alone = {part.alone if part is not None else None for part in parts}
+    if not methods and len(alone) == 1 and None not in alone:
+        methods = [str(*alone)]
     if len(methods) != 1:
         what = "PEFT needs a method beside them" if not methods else f"they are {len(methods)} methods of PEFT's"
         raise unsupported(" and ".join(dict.fromkeys(rule.label for rule in rules)), what)

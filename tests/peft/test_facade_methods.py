@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 import surgery
 import surgery.peft as ours
-from surgery.rules import AdaLoraRule, BiasRule, LoraRule, orthogonal_loss
+from surgery.rules import AdaLoraRule, BiasRule, LoraRule, TokensRule, orthogonal_loss
 from tests.peft.test_facade import CLOSE, bert, llama, moved, out
 
 with warnings.catch_warnings():
@@ -378,3 +378,73 @@ def test_ln_tuning_of_any_layer(tmp_path: Path) -> None:
     crosses(base(), model, lambda adapted: run(adapted, x), tmp_path)
     with pytest.raises(surgery.SurgeryError, match="target its children"):
         ours.get_peft_model(base(), ours.LNTuningConfig(target_modules=["2"]))
+
+
+# Rows of an embedding alone -----------------------------------------------------------------------------------------
+
+
+def with_vocabulary(tied: bool) -> Any:
+    model, _ = llama()
+    if tied:
+        model.config.tie_word_embeddings = True
+        model.lm_head.weight = model.model.embed_tokens.weight
+    return model
+
+
+TOKENS: dict[str, tuple[bool, dict[str, Any]]] = {
+    "the embedding": (False, {}),
+    "a regular expression": (False, {"target_modules": ".*embed_tokens"}),
+    "embedding and head": (False, {"target_modules": ["embed_tokens", "lm_head"]}),
+    "a tied embedding": (True, {}),
+}
+
+
+@pytest.mark.parametrize("name", TOKENS)
+def test_trainable_tokens_as_a_method(name: str, tmp_path: Path) -> None:
+    tied, fields = TOKENS[name]
+    ids = {"input_ids": torch.tensor([[1, 5, 7, 3]])}
+    counts, states = [], []
+    for library in (peft, ours):
+        config = library.TrainableTokensConfig(token_indices=[5, 1], **fields)
+        model = library.get_peft_model(with_vocabulary(tied), config)
+        counts.append(model.get_nb_trainable_parameters())
+        states.append(library.get_peft_model_state_dict(model))
+        assert model.peft_config["default"].target_modules == fields.get("target_modules", "model.embed_tokens")
+    assert counts[0] == counts[1]
+    for key, rows in states[1].items():  # PEFT writes those of a tied head once more
+        torch.testing.assert_close(rows, states[0][key])
+    moved(model).eval()
+    crosses(with_vocabulary(tied), model, lambda adapted: out(adapted, ids), tmp_path)
+
+
+def test_rows_in_the_order_that_the_configuration_gives() -> None:
+    """PEFT's rows lie in the order of the configuration's tokens, which need not be sorted."""
+    ids, states = {"input_ids": torch.tensor([[1, 5, 7, 3]])}, []
+    made = []
+    for library in (peft, ours):
+        config = library.LoraConfig(r=2, target_modules=["q_proj"], trainable_token_indices=[5, 1, 3])
+        made.append(library.get_peft_model(with_vocabulary(False), config))
+        states.append(library.get_peft_model_state_dict(made[-1]))
+    key = next(key for key in states[0] if "trainable_tokens" in key)
+    assert torch.equal(states[0][key], states[1][key])
+    moved(made[0]).eval()
+    ours.set_peft_model_state_dict(made[1], peft.get_peft_model_state_dict(made[0]))
+    torch.testing.assert_close(out(made[1].eval(), ids), out(made[0], ids), **CLOSE)
+
+
+def test_a_rule_for_tokens_alone_is_pefts_method(tmp_path: Path) -> None:
+    base = with_vocabulary(False)
+    model = surgery.apply_rules(base, TokensRule("embed_tokens", tokens=[7, 2]))
+    surgery.save_adapter(model, tmp_path / "one")
+    config: Any = ours.PeftConfig.from_pretrained(tmp_path / "one")
+    assert isinstance(config, ours.TrainableTokensConfig) and config.token_indices == [7, 2]
+    two = surgery.apply_rules(
+        with_vocabulary(False), [TokensRule("embed_tokens", tokens=[7]), TokensRule("lm_head", tokens=[2])]
+    )
+    with pytest.raises(surgery.SurgeryError, match="the same rows of each module"):
+        surgery.save_adapter(two, tmp_path / "two", format="peft")
+    with pytest.raises(surgery.SurgeryError, match="rows start as those of the base"):
+        ours.get_peft_model(with_vocabulary(False), ours.TrainableTokensConfig(token_indices=[1], init_weights=False))
+    with pytest.raises(surgery.SurgeryError, match="names no module"):
+        config = ours.TrainableTokensConfig(token_indices=[1], target_modules=["nothing"])
+        ours.get_peft_model(with_vocabulary(False), config)
