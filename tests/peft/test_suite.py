@@ -58,7 +58,10 @@ def test_imports_of_peft_become_imports_of_the_shim():
     [
         ({"type": "Missing", "text": "peft.PolyConfig"}, ("a", "peft.PolyConfig")),
         ({"type": "Missing", "text": "peft.tuners.lora.layer.Linear"}, ("b", "peft.tuners.lora.layer.Linear")),
-        ({"type": "AttributeError", "text": "'Linear' object has no attribute 'lora_A'"}, ("b", "attribute `lora_A`")),
+        (
+            {"type": "AttributeError", "text": "'Linear' object has no attribute 'lora_A'"},
+            ("b", "`lora_A` of PEFT's layers"),
+        ),
         (
             {
                 "type": "PlanError",

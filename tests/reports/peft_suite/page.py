@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import textwrap
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping
 from importlib.metadata import version
@@ -29,7 +30,10 @@ def numbers(rows: Iterable[tuple[str, Counter[str]]], first: str) -> list[str]:
 
 
 def escape(text: str) -> str:
-    return re.sub(r"([|*_])", r"\\\1", text)
+    """A text for a cell of a table: what is between backticks stays as it is, except bars."""
+    parts = text.split("`")
+    parts[::2] = [re.sub(r"([*_<])", r"\\\1", part) for part in parts[::2]]
+    return "`".join(parts).replace("|", "\\|")
 
 
 def by_method(facade: Mapping[str, Mapping[str, Any]]) -> list[tuple[str, Counter[str]]]:
@@ -58,22 +62,26 @@ def section() -> str:
     facade = {test: result for test, result in facade.items() if base.get(test, {}).get("outcome") == "passed"}
     outcomes = Counter(result["outcome"] for result in base.values())
     files = classes.count(base, facade)
-    total = sum(files.values(), Counter[str]())
     not_run = ", ".join(f"`{name}` ({why})" for name, why in run.NOT_RUN.items())
     absent = ", ".join(f"`{name}` ({what})" for name, what in run.ABSENT.items())
+    total = sum(files.values(), Counter[str]())
     every = max((line["every"] for line in run.lines("facade") if "every" in line), default=1)
-    sample = f"""\
-Of the tests that have a configuration among their parameters, the first of each function and about each {every}th
-other one is run, or more. """
-    head = f"""\
-PEFT {version("peft")}: {outcomes["passed"]:,} of its tests pass with PEFT on this project's stand-in models and are run
-with the façade. With PEFT itself {outcomes["failed"]:,} fail and {outcomes["skipped"]:,} are skipped, for want of a
-hub, a GPU or a package. {outcomes["absent"]:,} tests of configurations that the façade does not have are not run.
-{sample if every > 1 else ""}Files that need what a test machine may lack are not run: {not_run};
-nor are the files of what the façade does not have: {absent}.
-
-The share is of the tests that are not of (a), (b) or (f):
-"""
+    paragraphs = [
+        f"PEFT {version('peft')}: {outcomes['passed']:,} of its tests pass with PEFT on stand-in models. "
+        f"With PEFT {outcomes['failed']:,} fail and {outcomes['skipped']:,} are skipped, for want of a hub, a GPU "
+        f"or a package. {total['run']:,} of those that pass are run with the façade. "
+        f"{outcomes['absent']:,} tests of configurations that the façade does not have are not run.",
+        f"Files that need what a test machine may lack are not run: {not_run}. The files of what the façade does not "
+        f"have are not run: {absent}.",
+        "The share is of the tests that are not of (a), (b) or (f):",
+    ]
+    if every > 1:
+        paragraphs.insert(
+            1,
+            "This is a sample: of the tests that have a configuration among their parameters, the first of each "
+            f"function and about each {every}th other one, or more.",
+        )
+    head = "\n\n".join(textwrap.fill(text, 120, break_on_hyphens=False) for text in paragraphs)
     kinds = [f"- ({kind}) {words}" for kind, words in classes.KINDS.items()]
     tables = [
         *numbers([*sorted((f"`{name}`", row) for name, row in files.items() if row["run"]), ("all", total)], "file"),
@@ -84,7 +92,7 @@ The share is of the tests that are not of (a), (b) or (f):
         "",
         *differing(facade),
     ]
-    return "\n".join([head, *kinds, "", *tables]) + "\n"
+    return "\n".join([head, "", *kinds, "", *tables]) + "\n"
 
 
 def write() -> None:
