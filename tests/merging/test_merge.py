@@ -1,4 +1,4 @@
-"""Merging: what it refuses, what it keeps, and that a changed base is found out."""
+"""Merging: errors, the record of a merge, and the detection of a base that changed while merged."""
 
 from __future__ import annotations
 
@@ -278,7 +278,7 @@ def test_small_weights_whose_records_would_all_be_larger_than_copies() -> None:
     model: Any = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
     before = [layer.weight.detach().clone() for layer in model]
     apply_rules(model, LoraRule(["0", "1"], rank=2, init="random"))
-    with torch.no_grad():  # nearly every number is rounded otherwise on the way back
+    with torch.no_grad():  # nearly every entry needs a correction
         for name, parameter in model.named_parameters():
             if ".adapters." in name:
                 parameter.mul_(1e3)

@@ -1,4 +1,4 @@
-"""The inverse is exact: random models, random stacks of rules, four dtypes. And a refusal changes nothing."""
+"""`remove` and `unmerge` restore the bits of random models with random rules in four dtypes; errors change nothing."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from surgery.rules import BiasRule, LoraRule, NormRule, TokensRule, TrainRule
 from surgery.testing import Snapshot
 
 EXAMPLES = int(os.environ.get("SURGERY_EXAMPLES", "100"))
-# A rule that comes with another (`bias="all"`) leaves out what attention reads past its forward, and says so.
+# A companion rule (`bias="all"`) skips the parameters that attention reads directly, with a warning.
 pytestmark = pytest.mark.filterwarnings("ignore:.*leaves out:surgery.errors.SurgeryWarning")
 
 often = settings(

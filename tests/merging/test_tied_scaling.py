@@ -1,4 +1,4 @@
-"""Models whose forward scales what the head gets where its weight is the embedding's: untying must not change that."""
+"""Models whose forward scales the head's input if its weight is tied: untying must keep the scale."""
 
 from __future__ import annotations
 

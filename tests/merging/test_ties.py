@@ -98,7 +98,7 @@ def test_merged_tied_weights_stay_merged(name: str, target: str, tmp_path: Path)
     model.save_pretrained(tmp_path / "saved")
     loaded = kind.from_pretrained(tmp_path / "saved").eval()
     assert torch.equal(compute_logits(loaded), merged)
-    if name != "t5":  # whose config says "tied" whatever stands in the file
+    if name != "t5":  # its config says "tied" whatever the file contains
         assert not loaded.config.tie_word_embeddings
         loaded.tie_weights()
         assert torch.equal(compute_logits(loaded), merged)

@@ -44,7 +44,7 @@ pytestmark = pytest.mark.skipif(
 def test_ddp_and_fsdp2_on_two_processes(tmp_path: Path) -> None:
     """Both in one pair of processes, because starting processes takes longer than the tests."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([__name__])  # imports what both need once
+    context.set_forkserver_preload([__name__])  # imports the modules of both processes once
     errors = context.SimpleQueue()
     workers = [context.Process(target=worker, args=(rank, str(tmp_path / "store"), errors)) for rank in (0, 1)]
     for process in workers:
@@ -82,11 +82,13 @@ def worker(rank: int, store: str, errors: Any) -> None:
         raise
     finally:
         dist.destroy_process_group()
-    os._exit(0)  # threads of torch's may still run, and end a process that takes its statics down with a signal
+    os._exit(
+        0
+    )  # a normal exit destroys statics that torch's threads may still use, which ends the process with a signal
 
 
 def patient(dtype: torch.dtype = torch.float32) -> tuple[Any, dict[str, Tensor]]:
-    """The same model with LoRA, and the same batch, on each process."""
+    """A model with LoRA and a batch, the same on each process."""
     torch.manual_seed(0)
     model, _ = tiny.llama()
     apply_rules(model.to(dtype), [LoraRule("all-linear", rank=4, init="random")])
@@ -128,7 +130,7 @@ def ddp(rank: int) -> None:
 
 
 def ddp_and_what_trains_later(rank: int) -> None:
-    """What DDP does not reduce is an error at its first gradient, on every process; what it reduces is equal on all."""
+    """Gradients that DDP reduces are equal on all processes. A gradient that it does not reduce raises an error."""
     DDP = nn.parallel.DistributedDataParallel
     ids = tiny.ids()[rank : rank + 1]
 
@@ -205,7 +207,7 @@ def shard_and_check(rank: int, modules: Any, slack: float = 0.0, **fields: Any) 
 
 def fsdp2(rank: int) -> None:
     model = shard_and_check(rank, lambda model: model.model.layers)
-    # Sharded weights are refused in either direction, with the reason and the model as it was.
+    # With sharded weights, applying and removing raise an error with the reason, and the model is unchanged.
     kinds = [type(module) for module in model.modules()]
     for change in (lambda: remove(model), lambda: apply_rules(model, [LoraRule("q_proj")], adapter="late")):
         try:
@@ -215,7 +217,7 @@ def fsdp2(rank: int) -> None:
         else:
             raise AssertionError("a sharded model was rewritten")
     assert kinds == [type(module) for module in model.modules()]
-    # A switch finds the sharded tensors, which have taken the others' places.
+    # Switching adapters finds the sharded tensors, which have replaced the original tensors.
     for trains in (False, True):
         tensors = adapters_of(activate(model, "default") if trains else deactivate(model)).values()
         assert {(hasattr(tensor, "device_mesh"), tensor.requires_grad) for tensor in tensors} == {(True, trains)}
@@ -265,7 +267,7 @@ def fsdp2_takes_new_weights(rank: int, folder: Path) -> None:
 
 
 def fsdp2_with_checkpointed_blocks(rank: int, folder: Path) -> None:
-    """What accelerate's fsdp_activation_checkpointing does: the first process saves alone, and waits for no other."""
+    """Wraps layers as accelerate's fsdp_activation_checkpointing does; the first process saves without waiting."""
     from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
     from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
     from torch.distributed.fsdp import fully_shard
@@ -351,7 +353,7 @@ def what_sharding_forbids(rank: int) -> None:
 
 
 def who_writes(rank: int, folder: Path) -> None:
-    """The first process does not wait; different parts on processes are refused, or saved separately."""
+    """The first process saves without waiting. Saving different parts to one folder raises an error."""
 
     def stage() -> Any:
         torch.manual_seed(0)
@@ -370,7 +372,7 @@ def who_writes(rank: int, folder: Path) -> None:
     except SurgeryError as error:
         assert "only a part of the adapter" in str(error) and f"{1 - rank}.lora_A" in str(error), error
     else:
-        assert rank == 0  # where the other came later
+        assert rank == 0  # the other process saved later
     mine = save_adapter(part, folder / f"stage {rank}", state_dict=part.state_dict())
     assert set(load_adapter(stage_of(part), mine).loaded)
     if rank == 1:
@@ -386,7 +388,7 @@ def stage_of(part: Any) -> Any:
 
 
 def fsdp2_from_the_meta_device(rank: int) -> None:
-    """Applied on meta, sharded, given memory; then values from a state dict, or those that the rules start with."""
+    """Apply on meta, shard, allocate memory; then load values from a state dict or reset to the initial values."""
     from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
     from torch.distributed.fsdp import fully_shard
 

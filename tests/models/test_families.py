@@ -26,7 +26,7 @@ SITES = {
 
 
 def rules_for(family: str) -> list[LoraRule]:
-    # A convolutional network has no linear layer but its head.
+    # In a convolutional network, only the head is a linear layer.
     return [LoraRule(nn.Conv2d if family == "resnet" else "all-linear", rank=RANK, alpha=ALPHA)]
 
 
@@ -42,7 +42,7 @@ def make_unusual(family: str) -> tuple[nn.Module, dict[str, Any]]:
         if draw.random() < 0.2:
             module.register_forward_hook(_nothing)
             module.register_forward_pre_hook(_nothing)
-    for module in model.modules():  # functional dropout reads the flag of its module, and a rate from anywhere
+    for module in model.modules():  # functional dropout reads its rate from various attributes
         for name in ("p", "dropout"):
             if type(getattr(module, name, None)) is float:
                 setattr(module, name, 0.0)
@@ -93,7 +93,7 @@ def merge_by_hand(base: nn.Module, model: nn.Module) -> nn.Module:
                 weight = base.get_submodule(path)._parameters["weight"]
                 assert weight is not None
                 delta = (B.flatten(1) @ A.flatten(1)).reshape(B.shape[0], *A.shape[1:])
-                turned = type(module).__name__ == "Conv1D"  # GPT-2 keeps its maps transposed
+                turned = type(module).__name__ == "Conv1D"  # GPT-2 stores its weights transposed
                 weight += ALPHA / RANK * (delta.t() if turned else delta)
     return base
 
@@ -153,7 +153,7 @@ def test_other_fields_come_out_to_the_bit(family: str, fields: dict[str, Any]) -
 
 
 def test_a_shared_layer_is_one_site_with_its_aliases() -> None:
-    """ALBERT runs one layer four times: each of its maps gets one A and one B, used at every pass."""
+    """ALBERT runs one layer four times: each linear layer in it gets one A and one B for all runs."""
     model, inputs = tiny.albert()
     apply_rules(model.eval(), rules_for("albert"), example_inputs=inputs)
     disturb(model)
@@ -201,7 +201,7 @@ def test_mamba_takes_rules_elsewhere(mamba: tuple[Any, dict[str, Any]]) -> None:
 
 
 def test_freezing_alone_moves_bits_and_is_no_fault_of_a_rule() -> None:
-    """torch.matmul folds a transposed batch where the weight requires gradients, and not where it is frozen."""
+    """torch.matmul folds a transposed batch only if the weight requires gradients."""
     layer: Any = nn.Sequential(nn.Linear(32, 9, bias=False), nn.Linear(9, 9))
     x = torch.randn(2, 32, 7).transpose(1, 2)
     moved = not torch.equal(layer[0](x), F.linear(x, layer[0].weight.detach()))

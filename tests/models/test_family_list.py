@@ -1,4 +1,4 @@
-"""Every family of `families.py` runs, is adapted on "all-linear", merged, trained, and comes back to the bit.
+"""Every family of `families.py` runs, is adapted on "all-linear", merged and trained; `remove` restores the bits.
 
 A sample by default; all of them with ALL_FAMILIES=1 (`make families`).
 """
@@ -26,19 +26,19 @@ pytest.importorskip("transformers")
 SAMPLE = ["bert", "gpt_neo", "t5", "qwen3_moe", "mamba2", "segformer", "wavlm", "owlvit", "patchtst", "resnet"]
 NAMES = list(FAMILIES) if os.environ.get("ALL_FAMILIES") else SAMPLE
 
-# Families without a linear layer beside their head, and what is adapted in its place.
+# Families whose only linear layer is the head, and the targets of their rules.
 NO_LINEAR: dict[str, type[nn.Module] | str] = {
     **dict.fromkeys(["resnet", "regnet", "bit", "efficientnet", "poolformer"], nn.Conv2d),
     **dict.fromkeys(["mobilevitv2", "mobilenet_v1", "mobilenet_v2"], nn.Conv2d),
     "encodec": nn.Conv1d,
     "dac": nn.Conv1d,
-    "ibert": "classifier.dense",  # its maps are QuantLinear, which is no Linear; the head has one
+    "ibert": "classifier.dense",  # its layers are QuantLinear, which is not a Linear; the head has a Linear
 }
 
-# Targets of "all-linear" whose weights the family's code reads past them: regular expressions.
+# Targets of "all-linear" whose weights the family's code reads without calling them: regular expressions.
 READ_PAST = {
     "mamba": r"mixer\.dt_proj",
-    "falcon_mamba": r"mixer\.dt_proj",  # it is called where the weights are quantised
+    "falcon_mamba": r"mixer\.dt_proj",  # called only if the weights are quantised
     "jamba": r"mamba\.dt_proj",
     "wavlm": r"attention\.[qkv]_proj|attention\.out_proj",  # F.multi_head_attention_forward
     "layoutlmv3": r"encoder\.rel_pos_([xy]_)?bias",
@@ -57,7 +57,7 @@ NOT_REACHED = {
     "markuplm": r"xpath_unitseq2_embeddings",
 }
 
-# Targets that are read past their forward on one branch, of which a warning tells.
+# Targets that one branch bypasses, which a warning reports.
 ON_ONE_BRANCH = {
     "deberta": {"in_proj"},
     "bloom": {"dense", "dense_4h_to_h"},  # pretraining_tp > 1
@@ -74,7 +74,7 @@ ON_ONE_BRANCH = {
 # One parameter serves several modules, so merging asks for untie=True.
 TIED = {"zamba", "dab_detr", "deformable_detr", "blip"}
 
-# Can't be differentiated in evaluation mode as they are: they change what their own backward needs.
+# Can't be differentiated in evaluation mode, even without adapters: they change tensors that backward needs.
 NO_BACKWARD = {"rwkv", "xlstm", "reformer"}
 
 

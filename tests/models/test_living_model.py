@@ -45,7 +45,7 @@ from tests.support import ROOT
 
 tiny: Any = pytest.importorskip("tests.support.tiny", reason="needs transformers")
 
-LORA = LoraRule("all-linear", rank=4, init="random")  # "random": B is not zero, so an adapter does something at once
+LORA = LoraRule("all-linear", rank=4, init="random")  # "random": B is not zero, so the adapter changes outputs at once
 
 
 @rule("test-gain")
@@ -95,7 +95,7 @@ def adapters_of(model: nn.Module) -> dict[str, nn.Parameter]:
 
 
 def bare(model: Any) -> Any:
-    """With nothing merged."""
+    """The model after unmerging, if an adapter was merged."""
     return unmerge(model) if summary(model).merged else model
 
 
@@ -123,7 +123,7 @@ def test_the_patient_keeps_its_identity() -> None:
 
 
 class Draws(nn.Linear):
-    """A straight-line forward, held as a graph, that draws numbers in evaluation mode, too."""
+    """A traceable forward that draws random numbers in evaluation mode, too."""
 
     def forward(self, input: Tensor) -> Tensor:
         return F.dropout(F.linear(input, self.weight, self.bias), 0.5, True)
@@ -148,7 +148,7 @@ class Shifts(Rule):
 
 @pytest.mark.parametrize("make", [lambda: nn.Sequential(Draws(4, 4)), lambda: DrawsItself(nn.Linear(4, 4))])
 def test_a_model_that_draws_numbers_is_compared_on_the_same_draws(make: Callable[[], nn.Module]) -> None:
-    """The adapter's random initial values are those of an apply without an example."""
+    """An example call changes neither the random state nor the adapter's random initial values."""
     x = torch.randn(8, 4)
     torch.manual_seed(0)
     plain = adapters_of(apply_rules(other := make(), [LoraRule("all-linear", rank=2)]))
@@ -172,7 +172,7 @@ def test_generate_with_and_without_cache(family: str) -> None:
     model, inputs = tiny.FAMILIES[family]()
     model.eval()
     prompt = {key: value for key, value in inputs.items() if key != "decoder_input_ids"}
-    # No end of text: all 12 tokens are compared.
+    # min_new_tokens prevents an early end, so all 12 tokens are compared.
     settings = {"do_sample": False, "max_new_tokens": 12, "min_new_tokens": 12, "pad_token_id": 0}
     base = model.generate(**prompt, **settings)
     apply_rules(model, [LoraRule("all-linear", rank=4)])
@@ -482,11 +482,11 @@ def test_compile(name: str, training: bool) -> None:
     model, x = rewritten_models()[name]()
     model.train(training)
     torch._dynamo.reset()
-    with torch._dynamo.config.patch(allow_rnn=True):  # torch's own switch for an LSTM, rewritten or not
+    with torch._dynamo.config.patch(allow_rnn=True):  # torch needs this setting for any LSTM, rewritten or not
         compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
         expected, compiled_output = model(x), compiled(x)
-    torch.testing.assert_close(compiled_output, expected)  # run eagerly, the branch has a form that rounds once less
-    expected.tanh().sum().backward()  # of squares after a LayerNorm the sum is always the same, and its gradient noise
+    torch.testing.assert_close(compiled_output, expected)  # in eager mode, the branch has a form that rounds once less
+    expected.tanh().sum().backward()  # after a LayerNorm, the sum of squares is constant and its gradient is noise
     gradients = {key: p.grad for key, p in adapters_of(model).items()}
     model.zero_grad()
     compiled_output.tanh().sum().backward()
@@ -500,7 +500,7 @@ def test_export(name: str, strict: bool) -> None:
     model, x = rewritten_models()[name]()
     model.eval()
     with warnings.catch_warnings():
-        if name == "lstm":  # torch says so of a plain LSTM, too
+        if name == "lstm":  # torch gives this warning for a plain LSTM, too
             warnings.filterwarnings("ignore", "The tensor attributes .*_flat_weights", UserWarning)
         program = torch.export.export(model, (x,), strict=strict)
     torch.testing.assert_close(program.module()(x), model(x))
@@ -554,7 +554,7 @@ def test_the_fast_path_of_an_encoder_does_not_bypass(targets: Any) -> None:
 @pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors:UserWarning")
 @pytest.mark.parametrize("targets", ["layers.1.linear2", "self_attn"])
 def test_nor_does_the_encoders_own_with_a_padded_batch(targets: str) -> None:
-    """With a padding mask the encoder packs the batch into a nested tensor, which its layers' fast path takes."""
+    """With a padding mask, the encoder passes a nested tensor to the fast path of its layers."""
     layer = nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0, batch_first=True)
     model = nn.TransformerEncoder(layer, 2).eval()
     x, padding = torch.randn(2, 5, 8), torch.tensor([[0] * 5, [0] * 3 + [1] * 2]).bool()
@@ -679,7 +679,7 @@ def parametrized_weight_norm() -> nn.Module:
 def hooked_weight_norm() -> nn.Module:
     model = mlp()
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)  # the form of before parametrizations, which models still use
+        warnings.simplefilter("ignore", FutureWarning)  # older than parametrizations, but models still use it
         nn.utils.weight_norm(model[0])
     return model
 
@@ -719,14 +719,14 @@ def test_refused_with_the_reason(broken: Callable[[], nn.Module], says: str) -> 
     assert isinstance(problem, SiteError) and says in str(problem) and problem.fix
     assert all("0" == str(problem.where)[0] for problem in caught.value.problems)
     assert before.differences(model) == [] and torch.equal(model(x), output)
-    apply_rules(model, [LoraRule("2", rank=2, init="random")])  # the sound layer takes it
+    apply_rules(model, [LoraRule("2", rank=2, init="random")])  # the other layer accepts the rule
     assert not torch.equal(model(x), output)
     remove(model)
     assert before.differences(model) == []
 
 
 def test_a_forward_set_on_the_instance_later_is_not_hidden() -> None:
-    """Nothing can stop a later assignment; taking the adapter out then says what is in the way."""
+    """A later assignment can't be prevented, so removing the adapter raises an error that names it."""
     model = apply_rules(mlp(), [LoraRule("0", rank=2)])
     model[0].forward = lambda x: torch.zeros(len(x), 6)
     for change in (remove, merge):

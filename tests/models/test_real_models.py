@@ -79,7 +79,7 @@ def output(model: nn.Module, example: Any) -> Tensor:
 
 
 def disturb(model: nn.Module, size: float) -> None:
-    """Move the adapter as training would: a change of each weight by some hundredths of its size."""
+    """Change the adapter as training does: each weight by a few hundredths of its size."""
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if ".adapters." in name:
@@ -101,7 +101,7 @@ def test_the_bits_of_the_file_come_back(name: str, packaged: Find, optional: Loa
 
     assert len(plan_rules(model, rules, example_inputs=example).steps) == sites
     apply_rules(model, rules, example_inputs=example)
-    assert torch.equal(output(model, example), base)  # the start is the identity
+    assert torch.equal(output(model, example), base)  # a new LoRA is the identity
     assert sha256(base_state_dict(model)) == whole
     disturb(model, 0.02)
     live = output(model, example)
@@ -110,7 +110,7 @@ def test_the_bits_of_the_file_come_back(name: str, packaged: Find, optional: Loa
 
     merge(model)
     assert {path: type(model.get_submodule(path)) for path in kinds} == kinds
-    # Rounding of merged weights through all layers, against what the adapter does.
+    # The rounding error of merged weights through all layers is small beside the adapter's change.
     assert (output(model, example) - live).abs().max() < 1e-3 * moved
     unmerge(model)
     assert torch.equal(output(model, example), live)
@@ -151,7 +151,7 @@ def test_alberts_shared_layer_gets_one_adapter_and_its_gradient_from_twelve_pass
 
 
 def test_depthwise_convolutions_change_in_the_weight(packaged: Find, optional: Load) -> None:
-    """Groups of one channel can't hold a branch of rank 8; plain arithmetic on one of them."""
+    """Groups of one channel can't have a branch of rank 8, so the rule changes the weight: plain arithmetic."""
     model, _, _ = efficientnet(packaged, optional)
     path = "_blocks.1._depthwise_conv"
     layer = model.get_submodule(path)

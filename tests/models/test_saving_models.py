@@ -236,7 +236,7 @@ def test_what_trains_of_the_base_is_kept_or_told(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("family", ["gpt2", "bert"])
 def test_resuming_where_the_base_was_changed_at_the_start(family: str, tmp_path: Path) -> None:
-    """PiSSA writes to the base; a checkpoint holds what it wrote, and of a tied model nothing else."""
+    """PiSSA changes base weights: a checkpoint contains exactly these weights of the base, also for a tied model."""
     torch.manual_seed(0)
     model = tiny.FAMILIES[family]()[0]
     targets = "c_attn" if family == "gpt2" else "query"
@@ -259,7 +259,7 @@ def test_resuming_where_the_base_was_changed_at_the_start(family: str, tmp_path:
 
 
 class Plain(nn.Module):
-    """A model of another library than transformers."""
+    """A model that is not from transformers."""
 
     def __init__(self) -> None:
         super().__init__()

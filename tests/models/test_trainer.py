@@ -125,7 +125,7 @@ def check_all_open(model: Any, base: Any, place: Path) -> None:
         facade = surgery.peft.PeftModel.from_pretrained(copy.deepcopy(base), place)
         assert torch.equal(facade.eval()(**batch).logits, expected)
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # PEFT's own
+            warnings.simplefilter("ignore")  # warnings of PEFT
             peft: Any = pytest.importorskip("peft")
             theirs = peft.PeftModel.from_pretrained(copy.deepcopy(base), str(place)).eval()
         torch.testing.assert_close(theirs(**batch).logits, expected)
@@ -134,7 +134,7 @@ def check_all_open(model: Any, base: Any, place: Path) -> None:
 def test_resuming_gives_the_bits_of_the_uninterrupted_run(run: tuple[Any, nn.Module, Path], tmp_path: Path) -> None:
     whole, _, folder = run
     model = make_adapted()
-    with torch.no_grad():  # so that the test shows values that were not loaded
+    with torch.no_grad():  # values that are not loaded change the output
         for name, parameter in model.named_parameters():
             if ".adapters." in name:
                 parameter.zero_()
@@ -203,7 +203,7 @@ def test_evaluation_and_prediction(run: tuple[Any, nn.Module, Path]) -> None:
 
 
 def test_resuming_without_the_callback_is_not_silent(tmp_path: Path) -> None:
-    """Those checkpoints hold the base alone; the Trainer itself then says which tensors it did not find."""
+    """Such checkpoints contain only the base: the Trainer reports the tensors that it did not find."""
     heard: list[str] = []
 
     class Ear(logging.Handler):
@@ -249,6 +249,6 @@ def test_removed_after_training_it_is_the_model_from_before(tmp_path: Path) -> N
     mode = model.training
     trainer_of(apply_rules(model, RULES), tmp_path, save_strategy="no").train()
     differences = before.differences(remove(model).train(mode))
-    # What the Trainer itself leaves on a model is its own.
+    # The Trainer itself sets attributes and the mode of a model.
     assert all("attributes of" in line or "mode of" in line for line in differences), differences
     assert not any("_surgery" in key for module in model.modules() for key in vars(module))
