@@ -86,7 +86,12 @@ class Lora(PeftMethod):
 
     def write_fields(self, rule: Rule) -> dict[str, Any]:
         assert isinstance(rule, LoraRule)
-        return {"rank_pattern": dict(rule.rank_pattern or {}), "alpha_pattern": dict(rule.alpha_pattern or {})}
+        patterns = {"rank_pattern": dict(rule.rank_pattern or {}), "alpha_pattern": dict(rule.alpha_pattern or {})}
+        if not rule.lora_bias:
+            return patterns
+        if rule.dora or rule.init not in ("kaiming", "random", "gaussian", "orthogonal"):
+            raise _unsupported("lora_bias with DoRA, or with a start from the weight")
+        return {**patterns, "init_lora_weights": True}  # PEFT knows no other start beside it; of a file it is past
 
 
 def _as_one(placed: Sequence[tuple[LoraRule, Sequence[str]]]) -> LoraRule:

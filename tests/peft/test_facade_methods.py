@@ -282,6 +282,22 @@ def test_starts_that_are_unknown() -> None:
         ours.get_peft_model(plain(), ours.ShiraConfig(r=2, target_modules=["0"], mask_type="mine"))
 
 
+def test_a_bias_of_b_is_written_as_peft_reads_it(tmp_path: Path) -> None:
+    """PEFT knows lora_bias with two starts and without DoRA; any other file it would refuse."""
+    x = torch.randn(2, 8)
+    for init in ("kaiming", "random", "gaussian", "orthogonal"):
+        model = surgery.apply_rules(plain(), LoraRule("0", rank=2, lora_bias=True, init=init))
+        moved(model)
+        surgery.save_adapter(model, tmp_path / init, format="peft")
+        theirs = peft.PeftModel.from_pretrained(plain(), tmp_path / init).eval()
+        torch.testing.assert_close(run(theirs, x), run(model, x), **CLOSE)
+    fields: dict[str, Any]
+    for fields in ({"dora": True}, {"init": "pissa"}, {"init": "olora"}):
+        model = surgery.apply_rules(plain(), LoraRule("0", rank=2, lora_bias=True, **fields))
+        with pytest.raises(surgery.SurgeryError, match="can't hold lora_bias"):
+            surgery.save_adapter(model, tmp_path / "none", format="peft")
+
+
 # Injection and rows -------------------------------------------------------------------------------------------------
 
 
