@@ -26,13 +26,13 @@ def growth(setting: Setting) -> Iterator[Row]:
     layers = (2, 4, 8) if setting.quick else (32, 128, 512)
     counts = (1, 3) if setting.quick else (1, 10, 100, 300)
     rounds = 1 if setting.quick else 2
-    spent = _spent({size: verbs.made(size, 2) for size in layers}, rounds)
+    spent = _spent({size: verbs.build_layers(size, 2) for size in layers}, rounds)
     bare = _of_bare(layers, rounds)
     beside = {verb: {n: spent[verb][n] / at[n] for n in at} for verb, at in bare.items()}
     alone = {verb: at for verb, at in spent.items() if verb not in bare}
     yield from _rows("layers", alone, dict.fromkeys(alone, 1.05))
     yield from _rows("layers, as a ratio to the bare model", beside, dict.fromkeys(beside, 0.05))
-    spent = _spent({size: verbs.made(2 if setting.quick else 4, size) for size in counts}, rounds)
+    spent = _spent({size: verbs.build_layers(2 if setting.quick else 4, size) for size in counts}, rounds)
     yield from _rows("adapters", spent, {verb: 1.05 if verb in verbs.WHOLE else 0.1 for verb in spent})
     size, width = layers[-1], 64
     mine, their = models.ours(verbs.Layers(size, width)), theirs(verbs.Layers(size, width))
@@ -51,9 +51,9 @@ def growth(setting: Setting) -> Iterator[Row]:
 
 def _rows(of: str, spent: Seconds, aims: dict[str, float]) -> Iterator[Row]:
     """The exponents of all verbs by least squares; a row for the largest of those with one aim, and for what misses."""
-    found = {verb: _exponent(at) for verb, at in spent.items()}
+    exponents = {verb: _exponent(at) for verb, at in spent.items()}
     for aim in dict.fromkeys(aims.values()):
-        of_this = {verb: exponent for verb, exponent in found.items() if aims[verb] == aim}
+        of_this = {verb: exponent for verb, exponent in exponents.items() if aims[verb] == aim}
         worst = max(of_this, key=lambda verb: of_this[verb])
         sizes = " / ".join(map(str, spent[worst]))
         yield Row(f"growth with {sizes} {of}, the largest of {len(of_this)} verbs' exponents: {worst}", "", aim,
@@ -69,30 +69,30 @@ def _exponent(at: dict[int, float]) -> float:
     return sum((a - mean) * b for a, b in zip(x, y, strict=True)) / sum((a - mean) ** 2 for a in x)
 
 
-def _spent(made: dict[int, verbs.Layers], rounds: int) -> Seconds:
+def _spent(models: dict[int, verbs.Layers], rounds: int) -> Seconds:
     """CPU seconds of each verb at each size, the least of some rounds after one that is not counted."""
-    found: Seconds = {}
+    best: Seconds = {}
     for index in range(rounds + 1):
-        for size, model in made.items():
+        for size, model in models.items():
             with TemporaryDirectory() as folder:
                 for verb, work in verbs.steps(model, Path(folder)):
                     seconds = _once(work)
                     if verb and index:
-                        at = found.setdefault(verb, {})
+                        at = best.setdefault(verb, {})
                         at[size] = min(at.get(size, seconds), seconds)
-    return found
+    return best
 
 
 def _of_bare(layers: tuple[int, ...], rounds: int) -> Seconds:
     """The same for a model without adapters, which measures Python's and torch's own part."""
-    found: Seconds = {}
+    best: Seconds = {}
     for _ in range(rounds + 1):
         for size in layers:
             for verb, work in verbs.steps_of_any(verbs.Layers(size, 16)):
-                seconds, at = _once(work), found.setdefault(verb, {})
+                seconds, at = _once(work), best.setdefault(verb, {})
                 at[size] = min(at.get(size, seconds), seconds)
-    found["prepare slots"] = found["prepare constant"]  # there are no slots without adapters; the copy is the same
-    return found
+    best["prepare slots"] = best["prepare constant"]  # there are no slots without adapters; the copy is the same
+    return best
 
 
 def _once(work: Callable[[], object]) -> float:
@@ -107,21 +107,21 @@ def compiled(setting: Setting) -> Iterator[Row]:
     for name, base in bases(setting, models.compiled_llama):
         embedding: nn.Module = base.get_input_embeddings()  # type: ignore[operator]
         ids = torch.randint(0, 1000, (4, 128), device=setting.device)
-        given = embedding(ids).detach().requires_grad_(True)
-        found = {"base": twin(base), "ours": models.ours(twin(base)), "peft": theirs(twin(base))}
+        embeddings = embedding(ids).detach().requires_grad_(True)
+        candidates = {"base": twin(base), "ours": models.ours(twin(base)), "peft": theirs(twin(base))}
         works = {}
-        for key, model in found.items():
+        for key, model in candidates.items():
             disturb(model.train())
-            works[key] = partial(_step, torch.compile(model), model, given)
+            works[key] = partial(_step, torch.compile(model), model, embeddings)
         times = interleaved(setting, works)
         ratios = times.ratio("ours", "base"), times.ratio("peft", "base")
         yield Row(f"training step, compiled: {name}", "compiled base", 1.25, *ratios, below_peft=True)
 
 
-def _step(run: Callable[..., object], model: nn.Module, given: torch.Tensor) -> None:
+def _step(run: Callable[..., object], model: nn.Module, embeddings: torch.Tensor) -> None:
     model.zero_grad(set_to_none=True)
-    given.grad = None
-    run(inputs_embeds=given).last_hidden_state.square().mean().backward()  # type: ignore[attr-defined]
+    embeddings.grad = None
+    run(inputs_embeds=embeddings).last_hidden_state.square().mean().backward()  # type: ignore[attr-defined]
 
 
 LINES: dict[str, Callable[[Setting], Iterator[Row]]] = {"growth": growth, "compiled": compiled}

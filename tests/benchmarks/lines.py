@@ -43,15 +43,15 @@ class Row:
 def inject(setting: Setting) -> Iterator[Row]:
     for size, aim in ((16, 0.25), (1024, 0.5)):
         base = models.Stack(64, size).to(setting.device)
-        put = {"ours": ours, "peft": theirs}
-        times = collected(put, setting.rounds + 1, partial(_put, put, base))
+        injections = {"ours": ours, "peft": theirs}
+        times = collected(injections, setting.rounds + 1, partial(_injection_seconds, injections, base))
         work = f"first adapter on 448 Linears, {size:,} wide"
         yield Row(work, "PEFT", aim, times.ratio("ours", "peft"), 1.0, times.seconds("ours"))
 
 
-def _put(put: dict[str, Callable[[nn.Module], Any]], base: nn.Module, name: str) -> float:
+def _injection_seconds(injections: dict[str, Callable[[nn.Module], Any]], base: nn.Module, name: str) -> float:
     model = twin(base)
-    return once(lambda: put[name](model))
+    return once(lambda: injections[name](model))
 
 
 def stacked(setting: Setting) -> Iterator[Row]:
@@ -73,12 +73,12 @@ def stacked(setting: Setting) -> Iterator[Row]:
         loaded = once(lambda: their.load_adapter(f"{folder}/a0", "loaded"))
         beyond = _cycles(mine, f"{folder}/a0", 3 if setting.quick else 5)
     gone = once(lambda: their.delete_adapter("loaded"))
-    for what, seconds, peft, aim in (
+    for label, seconds, peft, aim in (
         (f"adapter #{others + 1} beside {others} others", spent["add"], added, 0.03),
         (f"load adapter #{others + 2} from PEFT's files", beyond["load"], loaded, 0.03),
         (f"remove adapter #{others + 2}", beyond["remove"], gone, 0.03),
     ):
-        yield Row(f"{what} {beside} (PEFT: {peft:.1f} s)", "PEFT", aim, seconds / peft, 1.0, seconds)
+        yield Row(f"{label} {beside} (PEFT: {peft:.1f} s)", "PEFT", aim, seconds / peft, 1.0, seconds)
 
 
 def flat(setting: Setting) -> Iterator[Row]:
@@ -93,12 +93,12 @@ def flat(setting: Setting) -> Iterator[Row]:
         save_adapter(few, folder, "a0", format="peft")
         spent: dict[str, list[float]] = {}
         for _ in range(1 if setting.quick else setting.rounds):
-            one, other = (_cycles(model, folder, 1) for model in (few, full))
-            for what in one:
-                spent.setdefault(what, []).append(other[what] / one[what])
-    for what, said in (("add", "add an adapter"), ("load", "load one from PEFT's files"), ("remove", "remove one")):
+            beside_one, other = (_cycles(model, folder, 1) for model in (few, full))
+            for verb in beside_one:
+                spent.setdefault(verb, []).append(other[verb] / beside_one[verb])
+    for verb, said in (("add", "add an adapter"), ("load", "load one from PEFT's files"), ("remove", "remove one")):
         work = f"{said} beside {many} others on {layers * 7} Linears, to beside one"
-        yield Row(work, "one", 1.1, median(spent[what]))
+        yield Row(work, "one", 1.1, median(spent[verb]))
 
 
 def _cycles(model: nn.Module, folder: str, rounds: int) -> dict[str, float]:
@@ -109,7 +109,7 @@ def _cycles(model: nn.Module, folder: str, rounds: int) -> dict[str, float]:
         spent["remove"].append(once(lambda: remove(model, "one more")))
         spent["load"].append(once(lambda: load_adapter(model, folder, "one more")))
         remove(model, "one more")
-    return {what: median(times) for what, times in spent.items()}
+    return {verb: median(times) for verb, times in spent.items()}
 
 
 # Running ------------------------------------------------------------------------------------------------------
@@ -133,16 +133,16 @@ def decode(setting: Setting) -> Iterator[Row]:
 def train(setting: Setting) -> Iterator[Row]:
     for dropout, aim in ((0.0, 1.13), (0.1, 1.3)):
         for name, base in bases(setting, models.llama, models.minilm):
-            given = _embedded(setting, base)
-            works = {k: partial(_step, m, given) for k, m in _three(base, True, dropout).items()}
+            embeddings = _embedded(setting, base)
+            works = {k: partial(_step, m, embeddings) for k, m in _three(base, True, dropout).items()}
             times = interleaved(setting, works)
             yield replace(_beside_base(f"training step, dropout {dropout:g}: {name}", aim, times), below_peft=True)
 
 
 def saved(setting: Setting) -> Iterator[Row]:
     for name, base in bases(setting, models.llama, models.minilm):
-        given = _embedded(setting, base)
-        sizes = {key: _saved_bytes(model, given) for key, model in _three(base, True, 0.1).items()}
+        embeddings = _embedded(setting, base)
+        sizes = {key: _saved_bytes(model, embeddings) for key, model in _three(base, True, 0.1).items()}
         work = f"saved for backward, dropout 0.1: {name} (base {sizes['base'] / sizes['peft']:.2f})"
         yield Row(work, "PEFT", 0.7, sizes["ours"] / sizes["peft"], 1.0)
 
@@ -159,14 +159,14 @@ def bases(setting: Setting, *makes: Make) -> Iterator[tuple[str, nn.Module]]:
 
 def _three(base: nn.Module, train: bool = False, dropout: float = 0.0) -> dict[str, Any]:
     """The frozen base, ours and PEFT's on the same weights, all adapters moved from zero."""
-    found = {
+    candidates = {
         "base": twin(base),
         "ours": ours(twin(base), dropout=dropout),
         "peft": theirs(twin(base), lora_dropout=dropout),
     }
-    for model in found.values():
+    for model in candidates.values():
         disturb(model.train(train))
-    return found
+    return candidates
 
 
 def _beside_base(work: str, aim: float, times: Times) -> Row:
@@ -177,8 +177,8 @@ def _ids(setting: Setting, batch: int, length: int) -> Tensor:
     return torch.randint(0, 1000, (batch, length), device=setting.device)
 
 
-def _forwards(found: dict[str, Any], ids: Tensor) -> dict[str, Work]:
-    return {key: partial(model, input_ids=ids) for key, model in found.items()}
+def _forwards(candidates: dict[str, Any], ids: Tensor) -> dict[str, Work]:
+    return {key: partial(model, input_ids=ids) for key, model in candidates.items()}
 
 
 def _decoder(model: Any, token: Tensor, length: int = 128) -> Work:
@@ -198,28 +198,28 @@ def _embedded(setting: Setting, base: Any) -> Tensor:
     return base.get_input_embeddings()(_ids(setting, 4, 128)).detach().requires_grad_(True)
 
 
-def _step(model: nn.Module, given: Tensor) -> None:
+def _step(model: nn.Module, embeddings: Tensor) -> None:
     model.zero_grad(set_to_none=True)
-    given.grad = None
-    model(inputs_embeds=given).last_hidden_state.square().mean().backward()
+    embeddings.grad = None
+    model(inputs_embeds=embeddings).last_hidden_state.square().mean().backward()
 
 
-def _saved_bytes(model: nn.Module, given: Tensor) -> int:
+def _saved_bytes(model: nn.Module, embeddings: Tensor) -> int:
     """Bytes that autograd keeps for the backward, each memory block once, without the model's tensors."""
     own = {tensor.untyped_storage().data_ptr() for tensor in (*model.parameters(), *model.buffers())}
-    held: dict[int, int] = {}
-    kept: list[Tensor] = []  # as long as it lives, its address is its own
+    sizes: dict[int, int] = {}
+    alive: list[Tensor] = []  # as long as it lives, its address is its own
 
     def pack(tensor: Tensor) -> Tensor:
         block = tensor.untyped_storage()
         if block.data_ptr() not in own:
-            held[block.data_ptr()] = block.nbytes()
-            kept.append(tensor)
+            sizes[block.data_ptr()] = block.nbytes()
+            alive.append(tensor)
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        model(inputs_embeds=given).last_hidden_state.square().mean()
-    return sum(held.values())
+        model(inputs_embeds=embeddings).last_hidden_state.square().mean()
+    return sum(sizes.values())
 
 
 # Prefixes -----------------------------------------------------------------------------------------------------
@@ -227,20 +227,25 @@ def _saved_bytes(model: nn.Module, given: Tensor) -> int:
 
 def prefix(setting: Setting) -> Iterator[Row]:
     for name, base in bases(setting, models.decoder):
-        found = {"ours": models.our_prefix(twin(base), 20), "peft": models.their_prefix(twin(base), 20)}
+        candidates = {"ours": models.our_prefix(twin(base), 20), "peft": models.their_prefix(twin(base), 20)}
         with torch.no_grad():
-            times = interleaved(setting, _forwards(found, _ids(setting, 1, 128)))
+            times = interleaved(setting, _forwards(candidates, _ids(setting, 1, 128)))
         work = f"prefix of 20, forward, 128 tokens: {name}"
         yield Row(work, "PEFT", 1.0, times.ratio("ours", "peft"), 1.0, times.seconds("ours"))
         ids = _ids(setting, 4, 128)
-        times = interleaved(setting, {key: partial(_prefix_step, model.train(), ids) for key, model in found.items()})
+        times = interleaved(
+            setting, {key: partial(_prefix_step, model.train(), ids) for key, model in candidates.items()}
+        )
         work = f"prefix of 20, training step: {name}"
         yield Row(work, "PEFT", 1.0, times.ratio("ours", "peft"), 1.0, times.seconds("ours"))
-        found["ours"].eval()
+        candidates["ours"].eval()
         for length in (128,) if setting.quick else (128, 1024):
             with torch.no_grad():
                 token = _ids(setting, 1, 1)
-                works = {"base": _decoder(base, token, length + 20), "ours": _decoder(found["ours"], token, length)}
+                works = {
+                    "base": _decoder(base, token, length + 20),
+                    "ours": _decoder(candidates["ours"], token, length),
+                }
                 times = interleaved(setting, works)
             work = f"prefix of 20, decode one token after {length:,} (base: after {length + 20:,}): {name}"
             yield Row(work, "base", 1.1, times.ratio("ours", "base"), None, times.seconds("ours"))
@@ -303,10 +308,10 @@ def _changed(model: nn.Module, base: nn.Module) -> float:
 
 def merged(setting: Setting) -> Iterator[Row]:
     for name, base in bases(setting, models.llama, models.minilm):
-        found = {"base": base, "ours": ours(deepcopy(base)), "peft": theirs(deepcopy(base))}
-        merge(found["ours"])
-        found["peft"].merge_adapter()
-        works = _forwards(found, _ids(setting, 1, 128))
+        candidates = {"base": base, "ours": ours(deepcopy(base)), "peft": theirs(deepcopy(base))}
+        merge(candidates["ours"])
+        candidates["peft"].merge_adapter()
+        works = _forwards(candidates, _ids(setting, 1, 128))
         with torch.no_grad():
             yield _beside_base(f"merged forward, 128 tokens: {name}", 1.0, interleaved(setting, works))
 

@@ -23,9 +23,9 @@ class Stack(nn.Module):
         block = torch.randn(size, size)
 
         def linear() -> nn.Linear:
-            made = nn.Linear(size, size, bias=False, device="meta")
-            made.weight = nn.Parameter(block)
-            return made
+            layer = nn.Linear(size, size, bias=False, device="meta")
+            layer.weight = nn.Parameter(block)
+            return layer
 
         self.layers = nn.ModuleList([nn.ModuleDict({name: linear() for name in LETTERS}) for _ in range(layers)])
 
@@ -135,21 +135,21 @@ def many(model: nn.Module, count: int) -> nn.Module:
 
 def many_of_theirs(model: nn.Module, count: int) -> Any:
     """The same in PEFT's wrapper."""
-    found = theirs(model, "a0", init_lora_weights=False)
+    peft_model = theirs(model, "a0", init_lora_weights=False)
     for index in range(1, count):
-        found.add_adapter(f"a{index}", found.peft_config["a0"])
-    return found
+        peft_model.add_adapter(f"a{index}", peft_model.peft_config["a0"])
+    return peft_model
 
 
 def stack_of_theirs(layers: int, size: int, count: int) -> Any:
     """A `Stack` with many of PEFT's adapters. To add them there takes minutes; so each layer gets its own, in the same
     order, in which their tensors come to lie in memory."""
-    found = [theirs(Stack(1, size), "a0", init_lora_weights=False) for _ in range(layers)]
+    stacks = [theirs(Stack(1, size), "a0", init_lora_weights=False) for _ in range(layers)]
     for index in range(1, count):
-        for layer in found:
+        for layer in stacks:
             layer.add_adapter(f"a{index}", layer.peft_config["a0"])
-    whole = found[0]
-    whole.base_model.model.layers.extend([layer.base_model.model.layers[0] for layer in found[1:]])
+    whole = stacks[0]
+    whole.base_model.model.layers.extend([layer.base_model.model.layers[0] for layer in stacks[1:]])
     return whole
 
 

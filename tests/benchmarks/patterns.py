@@ -21,8 +21,8 @@ def attention_graph(blocks: int) -> fx.Graph:
         parts = []
         for name in "qkv":
             weight = graph.create_node("get_attr", name, name=name)
-            made = graph.call_function(torch.nn.functional.linear, (normed, weight))
-            parts.append(graph.call_method("transpose", (graph.call_method("view", (made, 2, 8, 4, 16)), 1, 2)))
+            projection = graph.call_function(torch.nn.functional.linear, (normed, weight))
+            parts.append(graph.call_method("transpose", (graph.call_method("view", (projection, 2, 8, 4, 16)), 1, 2)))
         q, k, v = parts
         scores = graph.call_function(torch.matmul, (q, graph.call_method("transpose", (k, -2, -1))))
         scores = graph.call_function(operator.add, (graph.call_function(operator.mul, (scores, 0.25)), mask))
@@ -45,22 +45,22 @@ def pattern() -> Structure:
 
 def rows(sizes: tuple[int, ...] = (100, 1_000, 10_000, 100_000)) -> list[list[str]]:
     """Nodes, attentions found, milliseconds to convert and to find, microseconds a node."""
-    made = []
+    table = []
     for size in sizes:
         graph = attention_graph(max(1, size // 25))
         spent = []
-        found: list = []
+        matches: list = []
         for _ in range(3):
             start = time.process_time()
             digraph = as_digraph(graph)
             middle = time.process_time()
-            found = pattern().find(digraph)
+            matches = pattern().find(digraph)
             spent.append((middle - start, time.process_time() - middle))
         convert, find = (min(times) for times in zip(*spent, strict=True))
         nodes = len(digraph)
         each = f"{(convert + find) / nodes * 1e6:.1f}"
-        made.append([f"{nodes:,}", f"{len(found):,}", f"{convert * 1e3:.1f}", f"{find * 1e3:.1f}", each])
-    return made
+        table.append([f"{nodes:,}", f"{len(matches):,}", f"{convert * 1e3:.1f}", f"{find * 1e3:.1f}", each])
+    return table
 
 
 if __name__ == "__main__":

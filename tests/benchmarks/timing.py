@@ -37,9 +37,9 @@ class Times:
 
     rounds: dict[str, list[float]] = field(default_factory=dict)
 
-    def ratio(self, one: str, other: str) -> float:
+    def ratio(self, candidate: str, other: str) -> float:
         """The median over rounds of the ratio of two candidates' times in the same round."""
-        return statistics.median(a / b for a, b in zip(self.rounds[one], self.rounds[other], strict=True))
+        return statistics.median(a / b for a, b in zip(self.rounds[candidate], self.rounds[other], strict=True))
 
     def seconds(self, name: str) -> float:
         return statistics.median(self.rounds[name])

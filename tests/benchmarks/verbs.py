@@ -63,7 +63,7 @@ class Layers(nn.Module):
         return x
 
 
-def made(layers: int, adapters: int, width: int = 16) -> Layers:
+def build_layers(layers: int, adapters: int, width: int = 16) -> Layers:
     """A model with this many adapters, of which `a0` is live."""
     model = Layers(layers, width)
     for index in range(adapters):
@@ -86,7 +86,7 @@ def steps(model: Layers, folder: Path) -> Iterator[Step]:
     Calls named "" only prepare the model.
     """
     layers = len(model.layers)
-    one: dict[str, Any] = {}
+    states: dict[str, Any] = {}
     yield "plan_rules", lambda: plan_rules(model, rule(), adapter="x")
     yield "apply_rules", lambda: apply_rules(model, rule(), adapter="x")
     yield "activate", lambda: activate(model, "a0")
@@ -135,22 +135,22 @@ def steps(model: Layers, folder: Path) -> Iterator[Step]:
     yield "explain", lambda: explain(model, rule(), "layers.0.q")
     yield "summary", lambda: summary(model)
     yield "adapters", lambda: adapters(model)
-    yield "adapter_state_dict", lambda: one.update(a0=adapter_state_dict(model, "a0"))
-    yield "load_adapter_state_dict", lambda: load_adapter_state_dict(model, one["a0"], "a0")
+    yield "adapter_state_dict", lambda: states.update(a0=adapter_state_dict(model, "a0"))
+    yield "load_adapter_state_dict", lambda: load_adapter_state_dict(model, states["a0"], "a0")
     yield "base_state_dict", lambda: base_state_dict(model)
     yield from steps_of_any(model, tuple(PREPARE))
 
 
 def steps_of_any(model: Layers, prepare: tuple[str, ...] = ("merged", "constant")) -> Iterator[Step]:
     """The calls that a model without adapters takes, too, and in which Python and torch go through all of it."""
-    one: dict[str, bytes] = {}
+    pickles: dict[str, bytes] = {}
     yield "torch: state_dict", lambda: model.state_dict()
     yield "deepcopy", lambda: copy.deepcopy(model)
-    yield "pickle", lambda: one.update(bytes=pickle.dumps(model))
-    yield "unpickle", lambda: pickle.loads(one["bytes"])
-    given = ExampleCall.of(model, torch.ones(2, model.width))
+    yield "pickle", lambda: pickles.update(bytes=pickle.dumps(model))
+    yield "unpickle", lambda: pickle.loads(pickles["bytes"])
+    call = ExampleCall.of(model, torch.ones(2, model.width))
     for kind in prepare:
-        yield f"prepare {kind}", lambda kind=kind: PREPARE[kind](model, given, None, ExportSettings(kind))
+        yield f"prepare {kind}", lambda kind=kind: PREPARE[kind](model, call, None, ExportSettings(kind))
 
 
 def _in(block: Any) -> None:

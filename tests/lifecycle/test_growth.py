@@ -67,7 +67,7 @@ def count_work(make: Callable[[int], verbs.Layers], sizes: list[int], folder: Pa
 @pytest.fixture(scope="module")
 def by_layers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Counts]:
     torch.manual_seed(0)
-    yield count_work(lambda layers: verbs.made(layers, 2), [2, 4, 8], tmp_path_factory.mktemp("layers"))
+    yield count_work(lambda layers: verbs.build_layers(layers, 2), [2, 4, 8], tmp_path_factory.mktemp("layers"))
 
 
 def test_work_is_in_proportion_to_the_layers(by_layers: Counts) -> None:
@@ -82,7 +82,7 @@ def test_work_is_in_proportion_to_the_layers(by_layers: Counts) -> None:
 
 def test_idle_adapters_are_passed_over(tmp_path: Path) -> None:
     """One more adapter on 14 sites adds only a few lines for each site if a verb does not write all adapters."""
-    counts = count_work(lambda adapters: verbs.made(2, adapters), [3, 6], tmp_path)
+    counts = count_work(lambda adapters: verbs.build_layers(2, adapters), [3, 6], tmp_path)
     slopes = {verb: (at[6] - at[3]) / 3 for verb, at in counts.items() if verb not in verbs.WHOLE}
     assert not {verb: slope for verb, slope in slopes.items() if slope > 3 * 14}
 
@@ -92,7 +92,7 @@ def test_idle_adapters_are_passed_over(tmp_path: Path) -> None:
 
 def test_the_collector_waits_during_verbs(tmp_path: Path) -> None:
     """A full pass of the collector visits all objects, so the number of passes must not grow with a verb's work."""
-    model, passes = verbs.made(4, 2), list[int]()
+    model, passes = verbs.build_layers(4, 2), list[int]()
     passes_by_verb, threshold = dict[str, int](), gc.get_threshold()
     gc.collect()
     gc.freeze()  # the passes need not visit older objects

@@ -50,26 +50,26 @@ class Block:
 
 
 def blocks(page: str) -> list[Block]:
-    found: list[Block] = []
-    fence, start, held = "", 0, list[str]()
+    fenced_blocks: list[Block] = []
+    fence, start, body = "", 0, list[str]()
     for number, line in enumerate(page.splitlines(), 1):
         if not fence and line.startswith("```"):
-            fence, start, held = line[3:].strip() or "text", number + 1, []
+            fence, start, body = line[3:].strip() or "text", number + 1, []
         elif fence and line.startswith("```"):
-            found.append(Block(fence, start, "\n".join(held) + "\n"))
+            fenced_blocks.append(Block(fence, start, "\n".join(body) + "\n"))
             fence = ""
         else:
-            held.append(line)
-    return found
+            body.append(line)
+    return fenced_blocks
 
 
 def runs(name: str, folder: Path) -> Iterator[tuple[Block, str, Block | None]]:
     """Run a page's code: each block, what it printed, and the block that shows what it should print."""
     page = TEXT[name]
-    found = blocks(page)
+    fenced_blocks = blocks(page)
     # The code is put on the page's own lines of a real file: tracebacks name them, and sources can be read.
     lines = [""] * (len(page.splitlines()) + 1)
-    for block in found:
+    for block in fenced_blocks:
         if block.kind == "python":
             lines[block.line - 1 : block.line - 1 + block.text.count("\n")] = block.text.splitlines()
     file = folder / (re.sub(r"\W", "_", name) + ".py")
@@ -77,7 +77,7 @@ def runs(name: str, folder: Path) -> Iterator[tuple[Block, str, Block | None]]:
     module = types.ModuleType(file.stem)
     sys.modules[module.__name__] = module
     try:
-        for block, after in zip(found, [*found[1:], None], strict=True):
+        for block, after in zip(fenced_blocks, [*fenced_blocks[1:], None], strict=True):
             if block.kind != "python":
                 continue
             code = compile("\n" * (block.line - 1) + block.text, str(file), "exec", dont_inherit=True)
@@ -151,15 +151,15 @@ def test_every_rule_is_in_the_table_of_slots() -> None:
     section = TEXT["docs/onnx.md"].partition("### Which rules have a slot\n")[2].partition("\n## ")[0]
     table, _, below = section.rpartition("|\n")
     kinds = {kind.__name__: kind for kind in KINDS}
-    held = {name for name, kind in kinds.items() if kind.slot_kind is not None}
-    assert set(re.findall(r"`(\w+Rule)`", table)) == held
-    assert set(re.findall(r"`(\w+Rule)`", below)) | {"CaptureRule"} == set(kinds) - held
+    with_slots = {name for name, kind in kinds.items() if kind.slot_kind is not None}
+    assert set(re.findall(r"`(\w+Rule)`", table)) == with_slots
+    assert set(re.findall(r"`(\w+Rule)`", below)) | {"CaptureRule"} == set(kinds) - with_slots
 
 
 def test_every_field_of_pefts_config_is_told() -> None:
     peft = optional_peft()
-    told = in_code(TEXT["README.md"])
-    missing = [field.name for field in dataclasses.fields(peft.LoraConfig) if field.name not in told]
+    code_words = in_code(TEXT["README.md"])
+    missing = [field.name for field in dataclasses.fields(peft.LoraConfig) if field.name not in code_words]
     assert not missing
 
 
@@ -206,8 +206,8 @@ def test_tests_and_files_and_targets_exist(name: str) -> None:
 def test_the_rules_in_the_docs_are_short() -> None:
     for name in ("README.md", *[name for name in TEXT if name.startswith(("docs/rules", "docs/recipes"))]):
         sources = [block.text for block in blocks(TEXT[name]) if block.kind == "python"]
-        found = [length for source in sources for length in rule_lengths(source)]
-        assert found and max(found) < 15, f"{name}: {found}"
+        lengths = [length for source in sources for length in rule_lengths(source)]
+        assert lengths and max(lengths) < 15, f"{name}: {lengths}"
 
 
 def rule_lengths(source: str) -> list[int]:

@@ -30,13 +30,13 @@ def node() -> str:
 def test_the_page_gives_the_scores_of_the_live_model(tmp_path: Path, packaged: Callable[[str], Path]) -> None:
     node()
     words = ["--steps", "1", "--batch", "2", "--texts", "3", "--tokens", "8", "--check"]
-    found, said = run("page", tmp_path, packaged, *words, "--out", str(tmp_path / "out"))
-    if "skipped" in found:
-        pytest.skip(found["skipped"])
-    assert found["ok"] and found["asked"] == 3 * 6, said
-    assert "Chrome/" in found["browser"] and "asked of other machines: nothing" in said
-    scores = [found["expected"][name] for name in found["expected"]]
-    assert np.ptp(scores, axis=0).min() > 100 * found["apart"]  # the adapters say different things
+    results, said = run("page", tmp_path, packaged, *words, "--out", str(tmp_path / "out"))
+    if "skipped" in results:
+        pytest.skip(results["skipped"])
+    assert results["ok"] and results["asked"] == 3 * 6, said
+    assert "Chrome/" in results["browser"] and "asked of other machines: nothing" in said
+    scores = [results["expected"][name] for name in results["expected"]]
+    assert np.ptp(scores, axis=0).min() > 100 * results["apart"]  # the adapters say different things
 
 
 READ = """
@@ -79,8 +79,8 @@ def test_the_reader_reads_what_python_writes(tmp_path: Path) -> None:
             assert np.array_equal(np.array(numbers, np.float32).reshape(dims), wanted[name])
 
 
-@pytest.mark.parametrize("held", [b"", b"no adapter at all", b"\x08\0\0\0TORT"], ids=["empty", "another", "a head"])
-def test_the_reader_refuses_other_files(held: bytes, tmp_path: Path) -> None:
-    (tmp_path / "other").write_bytes(held)
+@pytest.mark.parametrize("content", [b"", b"no adapter at all", b"\x08\0\0\0TORT"], ids=["empty", "another", "a head"])
+def test_the_reader_refuses_other_files(content: bytes, tmp_path: Path) -> None:
+    (tmp_path / "other").write_bytes(content)
     done = read(tmp_path / "other")
     assert done.returncode and "Error: " in done.stderr

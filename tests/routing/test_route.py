@@ -124,10 +124,10 @@ def test_many_rows_of_few_adapters_and_few_of_many() -> None:
     for names in cases:
         x = torch.randn(len(names), 8)
         with route(model, names), torch.no_grad():
-            found = model(x), model(x)
+            outputs = model(x), model(x)
         expected = alone(model, x, names)
-        assert torch.equal(*found)
-        torch.testing.assert_close(found[0], expected, **CLOSE)
+        assert torch.equal(*outputs)
+        torch.testing.assert_close(outputs[0], expected, **CLOSE)
 
 
 def test_three_dimensions_and_flattened_rows() -> None:
@@ -241,16 +241,16 @@ def test_families(family: str) -> None:
     for index, name in enumerate("ab"):
         apply_rules(model, LoraRule(targets, rank=2 + index, init="random"), adapter=name)
     names: list[str | None] = ["a", None, "b", "a"]
-    given = rows_of(example, len(names))
+    inputs = rows_of(example, len(names))
     with torch.no_grad():
         with route(model, names):
-            mixed = _first(model(**given))
+            mixed = _first(model(**inputs))
         for row, name in enumerate(names):
             with using(model, name):
-                one = _first(
-                    model(**{key: v[row : row + 1] if isinstance(v, Tensor) else v for key, v in given.items()})
+                row_output = _first(
+                    model(**{key: v[row : row + 1] if isinstance(v, Tensor) else v for key, v in inputs.items()})
                 )
-            torch.testing.assert_close(mixed[row], one[0], rtol=1e-4, atol=1e-5)
+            torch.testing.assert_close(mixed[row], row_output[0], rtol=1e-4, atol=1e-5)
     assert not before.differences(remove(model))
 
 
@@ -273,8 +273,8 @@ def test_generate(family: str, beams: int, length: int) -> None:
         mixed = model.generate(ids, **options)
     for row, name in enumerate(names):
         with using(model, name):
-            one = model.generate(ids[row : row + 1], **options)
-        assert torch.equal(mixed[row], one[0])
+            row_output = model.generate(ids[row : row + 1], **options)
+        assert torch.equal(mixed[row], row_output[0])
     with route(model, names), pytest.raises(SurgeryError, match="3 adapters are named, and the call has 6 rows"):
         model(input_ids=ids.repeat(2, 1), decoder_input_ids=ids.repeat(2, 1)) if family == "t5" else model(
             ids.repeat(2, 1)
@@ -299,14 +299,14 @@ def test_training_reaches_the_adapters_of_the_rows_alone(dropout: float) -> None
     assert reached == {"a", "b"}
     if dropout:
         return
-    found = {key: p.grad.clone() for key, p in model.named_parameters() if p.grad is not None}
+    gradients = {key: p.grad.clone() for key, p in model.named_parameters() if p.grad is not None}
     model.zero_grad()
     for row, name in enumerate(names):
         with using(model, name):
             loss = model(x[row : row + 1]).square().sum()
             if name is not None:
                 loss.backward()
-    for key, grad in found.items():
+    for key, grad in gradients.items():
         torch.testing.assert_close(grad, model.get_parameter(key).grad, rtol=1e-4, atol=1e-5)
 
 
@@ -430,20 +430,20 @@ def test_others_wait_while_a_block_is_open() -> None:
     with pytest.raises(SurgeryError, match="merged"):
         route(model, ["a"]).__enter__()
     unmerge(model)
-    told = []
+    errors = []
     with using(model, "a"):
-        thread = threading.Thread(target=lambda: _noted(told, model))
+        thread = threading.Thread(target=lambda: _noted(errors, model))
         thread.start()
         thread.join()
-    assert "another thread is using" in told[0]
+    assert "another thread is using" in errors[0]
 
 
-def _noted(told: list[str], model: nn.Module) -> None:
+def _noted(errors: list[str], model: nn.Module) -> None:
     try:
         with route(model, ["a"]):
             pass
     except SurgeryError as error:
-        told.append(str(error))
+        errors.append(str(error))
 
 
 def test_copies_made_inside_are_of_the_model_outside() -> None:
@@ -481,12 +481,12 @@ def test_copies_made_inside_have_nothing_of_the_block(how: str) -> None:
     bare = copied(model, how)
     with route(model, ["a", "b"]):  # at sites with the base's class outside the block
         bare_inside = copied(model, how)
-    for found, wanted in ((inside, outside), (bare_inside, bare)):
-        assert not unlike(found, wanted)
-        activate(found, "b")
-        assert all(p.requires_grad for name, p in found.named_parameters() if ".b." in name)
-        remove(found)
-        assert not found._forward_hooks and not found._forward_pre_hooks
+    for duplicate, wanted in ((inside, outside), (bare_inside, bare)):
+        assert not unlike(duplicate, wanted)
+        activate(duplicate, "b")
+        assert all(p.requires_grad for name, p in duplicate.named_parameters() if ".b." in name)
+        remove(duplicate)
+        assert not duplicate._forward_hooks and not duplicate._forward_pre_hooks
     assert type(site) is type(outside[0]) and not site.adapters.b.A.requires_grad
 
 
@@ -499,28 +499,28 @@ def copied(model: Any, how: str) -> Any:
     return torch.load(buffer, weights_only=False)
 
 
-def unlike(found: nn.Module, wanted: nn.Module) -> list[str]:
+def unlike(actual: nn.Module, wanted: nn.Module) -> list[str]:
     """Like `Snapshot.differences` for two models, regardless of the identity of tensors."""
-    before, now = Snapshot(wanted), Snapshot(found)
-    told = {line.rpartition(" is (")[0] or line for line in before.differences(found)}
+    before, now = Snapshot(wanted), Snapshot(actual)
+    differences = {line.rpartition(" is (")[0] or line for line in before.differences(actual)}
     for name, fact in before.facts.items():
         if name.startswith("parameter ") and fact[1:] == now.facts[name][1:]:
-            told.discard(name)
-    return sorted(told)
+            differences.discard(name)
+    return sorted(differences)
 
 
 def test_two_models_at_once() -> None:
-    one, two = two_layers(), two_layers()
-    for model in (one, two):
+    first, two = two_layers(), two_layers()
+    for model in (first, two):
         for name in ("a", "b"):
             apply_rules(model, LoraRule("0", rank=2, init="random"), adapter=name)
     x = torch.randn(2, 8)
-    expected = alone(one, x, ["a", "b"]), alone(two, x, ["b", None])
-    with route(one, ["a", "b"]):
+    expected = alone(first, x, ["a", "b"]), alone(two, x, ["b", None])
+    with route(first, ["a", "b"]):
         with route(two, ["b", None]):
-            torch.testing.assert_close(one(x), expected[0], **CLOSE)
+            torch.testing.assert_close(first(x), expected[0], **CLOSE)
             torch.testing.assert_close(two(x), expected[1], **CLOSE)
-        torch.testing.assert_close(one(x), expected[0], **CLOSE)
+        torch.testing.assert_close(first(x), expected[0], **CLOSE)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
@@ -531,14 +531,14 @@ def test_half_precision_and_autocast(dtype: torch.dtype) -> None:
     x = torch.randn(3, 8, dtype=dtype)
     names: list[str | None] = ["a", "b", None]
     with torch.no_grad(), route(model, names):
-        found = model(x)
-    assert found.dtype == dtype
-    torch.testing.assert_close(found, alone(model, x, names), rtol=2e-2, atol=2e-2)
+        output = model(x)
+    assert output.dtype == dtype
+    torch.testing.assert_close(output, alone(model, x, names), rtol=2e-2, atol=2e-2)
     wide = model.float()
     with torch.no_grad(), torch.autocast("cpu", dtype):
         with route(wide, names):
-            found = wide(x.float())
-        torch.testing.assert_close(found, alone(wide, x.float(), names), rtol=2e-2, atol=2e-2)
+            output = wide(x.float())
+        torch.testing.assert_close(output, alone(wide, x.float(), names), rtol=2e-2, atol=2e-2)
     with torch.inference_mode(), route(wide, names):
         torch.testing.assert_close(wide(x.float()), alone_inside(wide, x.float(), names), **CLOSE)
 
@@ -690,28 +690,28 @@ PREFIXES = {
 @pytest.mark.parametrize("family", ["llama", "bert", "gpt2", "t5"])
 @pytest.mark.filterwarnings("ignore:.*targets has")
 def test_prefixes(family: str, kind: str, implementation: str) -> None:
-    made: Any = getattr(tiny, family)()
-    model, example = made
+    pair: Any = getattr(tiny, family)()
+    model, example = pair
     model.eval().set_attn_implementation(implementation)
     before = Snapshot(model)
     for name, rules in zip("ab", PREFIXES[kind], strict=True):
         apply_rules(model, rules, adapter=name, example_inputs=example)
     disturbed(model)
     names: list[str | None] = ["a", None, "b", "b"]
-    given = rows_of(example, len(names))
+    inputs = rows_of(example, len(names))
     if family != "t5":
-        mask = torch.ones(given["input_ids"].shape, dtype=torch.long)
+        mask = torch.ones(inputs["input_ids"].shape, dtype=torch.long)
         mask[1, -2:] = mask[3, -1:] = 0
-        given["attention_mask"] = mask
+        inputs["attention_mask"] = mask
     with torch.no_grad():
         with route(model, names):
-            mixed = _first(model(**given))
+            mixed = _first(model(**inputs))
         for row, name in enumerate(names):
-            one = {key: v[row : row + 1] if isinstance(v, Tensor) else v for key, v in given.items()}
+            row_inputs = {key: v[row : row + 1] if isinstance(v, Tensor) else v for key, v in inputs.items()}
             with using(model, name):
-                expected = _first(model(**one))
-            kept = slice(None) if mixed.dim() < 3 or family == "t5" else given["attention_mask"][row] == 1
-            torch.testing.assert_close(mixed[row][kept], expected[0][kept], rtol=1e-4, atol=1e-5)
+                expected = _first(model(**row_inputs))
+            positions = slice(None) if mixed.dim() < 3 or family == "t5" else inputs["attention_mask"][row] == 1
+            torch.testing.assert_close(mixed[row][positions], expected[0][positions], rtol=1e-4, atol=1e-5)
     assert not before.differences(remove(model))
 
 
@@ -740,18 +740,18 @@ def test_prefixes_in_attention_that_is_written_out_are_refused() -> None:
             route(model, names).__enter__()
 
 
-def checked_rows(model: Any, given: dict[str, Any], names: list[str | None]) -> None:
+def checked_rows(model: Any, inputs: dict[str, Any], names: list[str | None]) -> None:
     with torch.no_grad():
         with route(model, names):
-            mixed = _first(model(**given))
+            mixed = _first(model(**inputs))
         for row, name in enumerate(names):
-            one = {key: v[row : row + 1] if isinstance(v, Tensor) else v for key, v in given.items()}
+            row_inputs = {key: v[row : row + 1] if isinstance(v, Tensor) else v for key, v in inputs.items()}
             with using(model, name):
-                expected = _first(model(**one))
-            kept: Any = slice(None)
-            if mixed.dim() > 2 and "attention_mask" in given:
-                kept = given["attention_mask"][row] == 1
-            torch.testing.assert_close(mixed[row][kept], expected[0][kept], rtol=1e-4, atol=1e-5)
+                expected = _first(model(**row_inputs))
+            positions: Any = slice(None)
+            if mixed.dim() > 2 and "attention_mask" in inputs:
+                positions = inputs["attention_mask"][row] == 1
+            torch.testing.assert_close(mixed[row][positions], expected[0][positions], rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "bert", "distilbert"])
@@ -764,16 +764,16 @@ def test_prompts(family: str, padding: str) -> None:
     apply_rules(model, PromptRule(length=5, encoder="mlp"), adapter="b")
     disturbed(model)
     names: list[str | None] = ["a", None, "b", "b"]
-    given = {"input_ids": rows_of(example, len(names))["input_ids"]}
+    inputs = {"input_ids": rows_of(example, len(names))["input_ids"]}
     if padding != "none":
-        mask = torch.ones(given["input_ids"].shape, dtype=torch.long)
+        mask = torch.ones(inputs["input_ids"].shape, dtype=torch.long)
         mask[1, -2:] = mask[3, -1:] = 0
-        given["attention_mask"] = mask.flip(-1) if padding == "left" else mask
+        inputs["attention_mask"] = mask.flip(-1) if padding == "left" else mask
     if family == "distilbert" and padding != "none":
-        given["attention_mask"][:, 0] = 1  # its head reads the first token
+        inputs["attention_mask"][:, 0] = 1  # its head reads the first token
     if family == "bert" and padding == "left":
-        given["attention_mask"][:, 0] = 1
-    checked_rows(model, given, names)
+        inputs["attention_mask"][:, 0] = 1
+    checked_rows(model, inputs, names)
     assert not before.differences(remove(model))
 
 
@@ -783,18 +783,18 @@ def test_prompts_of_equal_length_in_an_encoder_decoder() -> None:
     for name in ("a", "b"):
         apply_rules(model, PromptRule(length=3), adapter=name)
     disturbed(model)
-    given = rows_of(example, 3)
-    given["attention_mask"] = torch.ones_like(given["input_ids"])
-    given["attention_mask"][1, -2:] = 0
+    inputs = rows_of(example, 3)
+    inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
+    inputs["attention_mask"][1, -2:] = 0
     with torch.no_grad():
         with route(model, ["a", "b", "a"]):
-            mixed = _first(model(**given))
+            mixed = _first(model(**inputs))
         for row, name in enumerate("aba"):
             with using(model, name):
-                one = {key: v[row : row + 1] if isinstance(v, Tensor) else v for key, v in given.items()}
-                torch.testing.assert_close(mixed[row], _first(model(**one))[0], rtol=1e-4, atol=1e-5)
+                row_inputs = {key: v[row : row + 1] if isinstance(v, Tensor) else v for key, v in inputs.items()}
+                torch.testing.assert_close(mixed[row], _first(model(**row_inputs))[0], rtol=1e-4, atol=1e-5)
         with route(model, ["a", None, "b"]), pytest.raises(SurgeryError, match="with and without virtual tokens"):
-            model(**given)
+            model(**inputs)
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
@@ -812,8 +812,8 @@ def test_prompts_generate(family: str, beams: int) -> None:
         mixed = model.generate(ids, attention_mask=mask, **options)
     for row, name in enumerate(names):
         with using(model, name):
-            one = model.generate(ids[row : row + 1], attention_mask=mask[row : row + 1], **options)
-        assert torch.equal(mixed[row], one[0])
+            row_output = model.generate(ids[row : row + 1], attention_mask=mask[row : row + 1], **options)
+        assert torch.equal(mixed[row], row_output[0])
 
 
 def test_adaption_prompts_and_their_limits() -> None:
@@ -822,8 +822,8 @@ def test_adaption_prompts_and_their_limits() -> None:
     for name, length in (("a", 3), ("b", 5)):
         apply_rules(model, AdaptionRule("self_attn", length=length), adapter=name)
     disturbed(model)
-    given = {"input_ids": rows_of(example, 3)["input_ids"]}
-    checked_rows(model, given, ["a", None, "b"])
+    inputs = {"input_ids": rows_of(example, 3)["input_ids"]}
+    checked_rows(model, inputs, ["a", None, "b"])
     other, example = tiny.gpt2()
     for name in ("a", "b"):
         apply_rules(other, AdaptionRule("attn", length=3, mapped=False), adapter=name)

@@ -40,12 +40,12 @@ ROWS = 3
 def test_each_row_as_if_alone_or_refused(name: str) -> None:
     torch.manual_seed(0)
     model, example = FAMILIES[name].make().eval(), FAMILIES[name].inputs()
-    given = widened(example)
-    if given == {} or not any(isinstance(value, Tensor) for value in given.values()):
+    inputs = widened(example)
+    if inputs == {} or not any(isinstance(value, Tensor) for value in inputs.values()):
         pytest.skip("its example holds no batch")
     try:
         with torch.no_grad():
-            model(**given)
+            model(**inputs)
     except Exception as error:
         pytest.skip(f"it does not take a batch made of its example: {type(error).__name__}")
     before, random = Snapshot(model), random_state()
@@ -56,16 +56,16 @@ def test_each_row_as_if_alone_or_refused(name: str) -> None:
         pytest.skip(f"it takes no LoRA on all of its linear layers: {error.what}")
     names: list[str | None] = ["a", None, "b"]
     alone = []
-    for one in names:
-        with using(model, one):
-            alone.append(tensors(call(model, given, random)))
+    for adapter_name in names:
+        with using(model, adapter_name):
+            alone.append(tensors(call(model, inputs, random)))
     if name in REFUSED:
         with route(model, names), pytest.raises(SurgeryError, match="adapters of the rows|adapters are named"):
-            model(**given)
+            model(**inputs)
     elif name not in MIXED:
         with route(model, names):
-            found = tensors(call(model, given, random))
-        for index, tensor in enumerate(found):
+            routed = tensors(call(model, inputs, random))
+        for index, tensor in enumerate(routed):
             if tensor.shape[0] != ROWS or tensor.shape == (ROWS, ROWS):  # CLIP's similarity matrix
                 continue
             for row in range(ROWS):

@@ -59,7 +59,7 @@ def test_ranks_are_shared_out_as_in_peft(fields: dict[str, Any]) -> None:
             E = getattr(ours, name).adapters.default.E
             assert torch.equal(E == 0, layer.lora_E["default"] == 0), step
             assert_close(E, layer.lora_E["default"], 1e-5)
-    assert sum(int(kept.sum()) for kept in allocator.kept.values()) == 2 * fields["target_r"]
+    assert sum(int(mask.sum()) for mask in allocator.kept.values()) == 2 * fields["target_r"]
 
 
 @foreign

@@ -198,7 +198,7 @@ def test_given_the_same_tensors_it_is_pefts(name: str) -> None:
     for path in [path for path, module in ours.named_modules() if path.endswith(".experts")]:
         outer = theirs.get_submodule(f"base_model.model.{path}")
         for layer in (outer, outer.base_layer):
-            A, B = (getattr(layer, f"lora_{which}").default.weight for which in "AB")
+            A, B = (getattr(layer, f"lora_{factor}").default.weight for factor in "AB")
             params = ours.get_submodule(f"{path}.adapters.default").tensors()
             mine = params[f"{layer.parameter_name}_A"], params[f"{layer.parameter_name}_B"]
             with torch.no_grad():

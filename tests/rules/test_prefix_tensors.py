@@ -156,8 +156,8 @@ def test_folding_touches_nothing_and_leaves_other_rules_be() -> None:
     assert before.differences(model) == []
     assert actual == [rules[0], PrefixRule(length=3), rules[2]] and rules_of(model) == rules
     own = adapter_state_dict(model)
-    kept = [name for name in tensors if not name.endswith(("adapters.key", "adapters.value"))]
-    assert len(kept) == 2 * (2 + 4) and all(torch.equal(tensors[name], own[name]) for name in kept)
+    other_names = [name for name in tensors if not name.endswith(("adapters.key", "adapters.value"))]
+    assert len(other_names) == 2 * (2 + 4) and all(torch.equal(tensors[name], own[name]) for name in other_names)
     with pytest.raises(SurgeryError, match="no adapter"):
         folded_adapter(model, "other")
 

@@ -73,8 +73,8 @@ def test_positions_token_types_and_embeddings_that_the_call_gives() -> None:
     expected = by_hand(model, IDS, mask, position_ids=wide).logits[:, N:]
     alike(
         *(
-            (made * mask.unsqueeze(-1))
-            for made in (logits(model, IDS, attention_mask=mask, position_ids=spread), expected)
+            (actual * mask.unsqueeze(-1))
+            for actual in (logits(model, IDS, attention_mask=mask, position_ids=spread), expected)
         )
     )
     from_one = torch.arange(1, 7)[None]  # as some models count

@@ -28,7 +28,7 @@ LATER = {
     "nllb_moe": "two parts",
 }  # fmt: skip
 DECODERS = [
-    name for name, one in FAMILIES.items() if one.kind in ("decoder", "moe", "state-space") and name not in LATER
+    name for name, family in FAMILIES.items() if family.kind in ("decoder", "moe", "state-space") and name not in LATER
 ]
 NAMES = DECODERS if os.environ.get("ALL_FAMILIES") else SAMPLE
 START, PADDING, NEW = [7, 3, 5, 11], 3, 6
@@ -73,8 +73,8 @@ def alone(model: Any, ids: Tensor, mask: Tensor, before: list[int]) -> tuple[Ten
     for row, real in zip(ids, mask.bool(), strict=True):
         text = torch.tensor([[*before, *row[real].tolist()]])
         actual.append(model.generate(text, attention_mask=torch.ones_like(text), use_cache=False, **SETTINGS))
-    return torch.cat([one.sequences[:, -NEW:] for one in actual]), torch.stack(
-        [torch.cat([one.logits[step] for one in actual]) for step in range(NEW)]
+    return torch.cat([result.sequences[:, -NEW:] for result in actual]), torch.stack(
+        [torch.cat([result.logits[step] for result in actual]) for step in range(NEW)]
     )
 
 

@@ -345,13 +345,13 @@ def test_a_weight_that_is_computed_anew_at_each_call_after_a_rule_came(kind: str
     model, x = trained(LORA), torch.randn(8, SIZES[0])
     params, (_, down) = model[0].adapters.default, (model[0].weight.detach().clone(), model[2])
     utils = torch.nn.utils
-    put: dict[str, Callable[[nn.Module], Any]] = {
+    reparametrize: dict[str, Callable[[nn.Module], Any]] = {
         "weight_norm": utils.parametrizations.weight_norm,
         "weight_norm hook": utils.weight_norm,
         "spectral_norm": utils.parametrizations.spectral_norm,
         "prune": lambda module: prune.l1_unstructured(module, "weight", 0.5),
     }
-    put[kind](model[0])
+    reparametrize[kind](model[0])
     actual = model(x)
     hidden = torch.relu(F.linear(x, model[0].weight, model[0].bias) + 1.5 * x @ params.A.T @ params.B.T)
     torch.testing.assert_close(actual, down(hidden), rtol=1e-4, atol=1e-5)

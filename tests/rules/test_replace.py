@@ -56,11 +56,11 @@ def pair(name: str, opaque: bool | None = None, **options: Any) -> tuple[Any, An
     apply_rules(model, rule, **options)
     by_hand = host()
     by_hand.inner = rule.make()
-    put(model, by_hand)
+    copy_tensors(model, by_hand)
     return model, by_hand, rule
 
 
-def put(model: Any, by_hand: Any) -> None:
+def copy_tensors(model: Any, by_hand: Any) -> None:
     """The adapter's tensors into the module that was put in by hand."""
     words = Skeleton.of(by_hand.inner).words
     params, own = adapter_state_dict(model), named_tensors(by_hand.inner)
@@ -190,7 +190,7 @@ def test_beside_half_precision_it_computes_in_its_own(name: str) -> None:
     model, by_hand = host().bfloat16(), host().bfloat16()
     apply_rules(model, ReplaceRule("inner", by=SIZED[name], kwargs={"size": 4}))
     by_hand.inner = SIZED[name](4)
-    put(model, by_hand)
+    copy_tensors(model, by_hand)
     assert {t.dtype for t in adapter_state_dict(model).values() if t.is_floating_point()} == {torch.float32}
     x = X.bfloat16()
     inner = by_hand.inner(torch.tanh(by_hand.first(x)).float()).bfloat16()
@@ -319,7 +319,7 @@ def test_arguments_are_passed_on() -> None:
     rule = ReplaceRule("inner", by=foreign.Several, kwargs={"size": 4})
     model: Any = apply_rules(Outer(Plain()), rule)
     plain: Any = Outer(rule.make())
-    put(model, plain)
+    copy_tensors(model, plain)
     calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = [
         ((x, y), {}),
         ((x,), {"b": y, "scale": 3.0}),
@@ -343,12 +343,12 @@ def test_a_cell_takes_the_place_of_a_cell() -> None:
     for said in ({"state": "hx"}, {"state": None}):
         model: Any = apply_rules(Outer(nn.GRUCell(4, 4)), ReplaceRule("inner", by=Cell(), inputs=said))
         plain: Any = Outer(Cell())
-        put(model, plain)
+        copy_tensors(model, plain)
         assert torch.equal(model(x, h), plain(x, h) if said["state"] else plain(x))
         assert torch.equal(model(x), plain(x))
     model = apply_rules(Outer(nn.GRUCell(4, 4)), ReplaceRule("inner", by=nn.RNNCell, kwargs=CELL))
     plain = Outer(nn.RNNCell(4, 4))
-    put(model, plain)
+    copy_tensors(model, plain)
     assert torch.equal(model(x, h), plain(x, h)) and torch.equal(model(x), plain(x))
     again = rules_from_json(rules_to_json([ReplaceRule("inner", by=Cell, inputs={"state": "hx"})]))[0]
     assert again.inputs == {"state": "hx"}  # type: ignore[attr-defined]

@@ -200,8 +200,8 @@ def test_frozen_statistics_normalise_in_training_and_do_not_move() -> None:
     x = torch.randn(5, 4)
     torch.testing.assert_close(model.train()(x), by_hand(model, x))
     train(model)
-    kept = {key: tensor for key, tensor in model.state_dict().items() if "running" in key or "batches" in key}
-    assert all(torch.equal(tensor.view(-1).view(torch.uint8), before.bits[key]) for key, tensor in kept.items())
+    statistics = {key: tensor for key, tensor in model.state_dict().items() if "running" in key or "batches" in key}
+    assert all(torch.equal(tensor.view(-1).view(torch.uint8), before.bits[key]) for key, tensor in statistics.items())
     torch.testing.assert_close(model(x), by_hand(model, x))
     torch.testing.assert_close(model.eval()(x), by_hand(model, x))
     assert not before.differences(remove(model.train()))

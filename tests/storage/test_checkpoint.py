@@ -117,9 +117,9 @@ def test_every_rule_there_and_back(name: str, dtype: torch.dtype, tmp_path: Path
     plain = Snapshot(model)
     report = load_adapter(model, folder)
     assert report and rules_of(model) == rules_of(before)
-    found, expected = adapter_state_dict(model), adapter_state_dict(before)
-    assert found.keys() == expected.keys() == set(report.loaded)
-    assert all(torch.equal(found[key], expected[key]) and found[key].dtype == expected[key].dtype for key in found)
+    loaded, expected = adapter_state_dict(model), adapter_state_dict(before)
+    assert loaded.keys() == expected.keys() == set(report.loaded)
+    assert all(torch.equal(loaded[key], expected[key]) and loaded[key].dtype == expected[key].dtype for key in loaded)
     assert torch.equal(model(X), before(X))
     remove(model)
     assert not plain.differences(model)
@@ -172,13 +172,13 @@ def test_biases_beside_lora_at_one_module(bias: Any, tmp_path: Path) -> None:
 
 
 def test_metadata_and_licence(tmp_path: Path) -> None:
-    told = {"accuracy": 0.97, "by": ["me"]}
+    metadata = {"accuracy": 0.97, "by": ["me"]}
     for format in ("peft", "surgery"):
         folder = save_adapter(
-            trained(LoraRule("1")), tmp_path / format, format=format, metadata=told, licence="apache-2.0"
+            trained(LoraRule("1")), tmp_path / format, format=format, metadata=metadata, licence="apache-2.0"
         )
         report = load_adapter(model_of(), folder)
-        assert report.metadata == told and report.licence == "apache-2.0"
+        assert report.metadata == metadata and report.licence == "apache-2.0"
     with pytest.raises(SurgeryError, match="metadata can't be written"):
         save_adapter(trained(LoraRule("1")), tmp_path / "a", metadata={"x": torch.ones(1)})
 
@@ -189,9 +189,9 @@ def test_what_pefts_configuration_says_beside_the_rules(tmp_path: Path) -> None:
     save_adapter(model, tmp_path, config={"task_type": "SEQ_CLS", "r": 7}, state_dict=gathered)
     config = json.loads((tmp_path / "adapter_config.json").read_text())
     assert (config["task_type"], config["r"], config["auto_mapping"]) == ("SEQ_CLS", 2, None)
-    held = safetensors.torch.load_file(tmp_path / "adapter_model.safetensors")
+    tensors = safetensors.torch.load_file(tmp_path / "adapter_model.safetensors")
     doubled = model.get_parameter("0.adapters.default.A") * 2
-    assert torch.equal(held["base_model.model.0.lora_A.weight"], doubled)
+    assert torch.equal(tensors["base_model.model.0.lora_A.weight"], doubled)
     read = remove(copy.deepcopy(model))
     load_adapter(read, tmp_path, config={**config, "lora_alpha": 6})
     assert rules_of(read)[0].alpha == 6  # type: ignore[attr-defined]
@@ -228,18 +228,18 @@ def test_what_a_save_that_was_killed_leaves_is_read_whole(tmp_path: Path) -> Non
     """Builds each state between the renames by hand: a reader gets the old pair or the new one."""
     old, new = trained(LoraRule("1", rank=2, alpha=4)), trained(LoraRule("1", rank=2, alpha=9), seed=0)
     names = ("adapter_model.safetensors", "adapter_config.json")
-    held = {}
-    for which, model in (("old", old), ("new", new)):
-        folder = save_adapter(model, tmp_path / which)
-        held[which] = [(folder / name).read_bytes() for name in names]
+    contents = {}
+    for version, model in (("old", old), ("new", new)):
+        folder = save_adapter(model, tmp_path / version)
+        contents[version] = [(folder / name).read_bytes() for name in names]
     away = f".surgery-previous-{names[1]}"
     moments: dict[str, tuple[dict[str, bytes], nn.Module]] = {
         "written under other names": (
-            {names[0]: held["old"][0], names[1]: held["old"][1], f".surgery-1-{names[0]}": b"half"}, old,
+            {names[0]: contents["old"][0], names[1]: contents["old"][1], f".surgery-1-{names[0]}": b"half"}, old,
         ),
-        "old settings put away": ({names[0]: held["old"][0], away: held["old"][1]}, old),
-        "new tensors": ({names[0]: held["new"][0], away: held["old"][1]}, new),
-        "new settings": ({names[0]: held["new"][0], names[1]: held["new"][1], away: held["old"][1]}, new),
+        "old settings put away": ({names[0]: contents["old"][0], away: contents["old"][1]}, old),
+        "new tensors": ({names[0]: contents["new"][0], away: contents["old"][1]}, new),
+        "new settings": ({names[0]: contents["new"][0], names[1]: contents["new"][1], away: contents["old"][1]}, new),
     }  # fmt: skip
     for name, (files, expected) in moments.items():
         folder = tmp_path / name
@@ -284,11 +284,11 @@ def test_all_problems_are_told_at_once(tmp_path: Path) -> None:
 
     spoilt(folder, change)
     error = refused(folder, "one tensor is missing: 1.adapters.A")
-    told = str(error)
-    assert len(error.problems) == 4 and "4 problems, the model is untouched" in told
-    assert "one tensor is not of this adapter: elsewhere" in told
-    assert re.search(r"3.adapters.B is \(5, 2\), which does not give the \(4, 2\)", told)
-    assert "3.adapters.A holds NaN or infinity" in told
+    message = str(error)
+    assert len(error.problems) == 4 and "4 problems, the model is untouched" in message
+    assert "one tensor is not of this adapter: elsewhere" in message
+    assert re.search(r"3.adapters.B is \(5, 2\), which does not give the \(4, 2\)", message)
+    assert "3.adapters.A holds NaN or infinity" in message
     refused(folder, "3 problems", finite=False)
 
 
@@ -390,22 +390,22 @@ def test_what_the_plan_objects_to(tmp_path: Path) -> None:
 
 def test_what_fits_is_loaded_where_it_need_not_be_strict(tmp_path: Path) -> None:
     folder = save_adapter(trained(LoraRule(["1", "3"], rank=2)), tmp_path, format="surgery")
-    kept = {}
+    saved_tensors = {}
 
     def change(tensors: dict[str, Tensor]) -> None:
-        kept.update(tensors)
+        saved_tensors.update(tensors)
         del tensors["1.adapters.A"]
         tensors["3.adapters.B"] = torch.zeros(5, 2)
         tensors["elsewhere"] = torch.zeros(1)
 
     spoilt(folder, change)
     model = model_of(seed=1)
-    with pytest.warns(SurgeryWarning) as told:
+    with pytest.warns(SurgeryWarning) as caught:
         report = load_adapter(model, folder, strict=False)
-    assert len(told) == 4 and not report
+    assert len(caught) == 4 and not report
     assert report.missing == ["1.adapters.A"] and report.unexpected == ["elsewhere"] and len(report.misfits) == 1
     assert report.loaded == ["1.adapters.B", "3.adapters.A"] and "another base" in str(report)
-    assert torch.equal(model[3].adapters.default.A, kept["3.adapters.A"])
+    assert torch.equal(model[3].adapters.default.A, saved_tensors["3.adapters.A"])
     assert not model[3].adapters.default.B.any()  # as it starts
 
 
@@ -429,17 +429,17 @@ def test_lora_on_modules_and_on_experts_is_one_of_pefts(tmp_path: Path) -> None:
         def forward(self, x: Tensor) -> Tensor:
             return self.lin(torch.tanh(nn.functional.linear(x, self.up[1])))
 
-    def made(**fields: Any) -> Any:
+    def build_stack(**fields: Any) -> Any:
         inner = nn.ModuleDict({"body": Stack()})
         rules = [LoraRule("lin", rank=2), ExpertLoraRule("body", rank=2, **fields)]
         train(apply_rules(inner, rules))
         return inner
 
-    before, x = made(rank_pattern={"up": 3}), torch.randn(2, 8)
+    before, x = build_stack(rank_pattern={"up": 3}), torch.randn(2, 8)
     load_adapter(model := nn.ModuleDict({"body": Stack()}), save_adapter(before, tmp_path / "a", format="peft"))
     assert torch.equal(model["body"](x), before["body"](x))
     with pytest.raises(SurgeryError, match="differ in lora_alpha"):
-        save_adapter(made(alpha=3), tmp_path / "b", format="peft")
+        save_adapter(build_stack(alpha=3), tmp_path / "b", format="peft")
 
 
 def test_an_error_while_filling_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -622,7 +622,9 @@ def as_peft(model: Any) -> dict[str, Tensor]:
     return {f"{key.replace('.adapters.', '.lora_')}.weight": t for key, t in adapter_state_dict(model).items()}
 
 
-def put(folder: Path, tensors: dict[str, Tensor], config: dict[str, Any] | None, name: str = "adapter_model") -> Path:
+def write_checkpoint(
+    folder: Path, tensors: dict[str, Tensor], config: dict[str, Any] | None, name: str = "adapter_model"
+) -> Path:
     folder.mkdir(exist_ok=True)
     safetensors.torch.save_file({k: t.contiguous() for k, t in tensors.items()}, str(folder / f"{name}.safetensors"))
     if config is not None:
@@ -632,7 +634,7 @@ def put(folder: Path, tensors: dict[str, Tensor], config: dict[str, Any] | None,
 
 def test_old_configurations_and_keys_without_a_prefix(tmp_path: Path) -> None:
     before = trained(LoraRule(["1", "3"], rank=2, alpha=6))
-    held = as_peft(before)
+    tensors = as_peft(before)
     config = {  # as PEFT 0.5.0 wrote it
         "auto_mapping": None, "base_model_name_or_path": "x", "bias": "none", "fan_in_fan_out": False,
         "inference_mode": True, "init_lora_weights": True, "layers_pattern": None, "layers_to_transform": None,
@@ -640,14 +642,16 @@ def test_old_configurations_and_keys_without_a_prefix(tmp_path: Path) -> None:
         "target_modules": ["1", "3"], "task_type": "CAUSAL_LM",
     }  # fmt: skip
     least = {"peft_type": "LORA", "target_modules": ["1", "3"], "r": 2, "lora_alpha": 6}
-    for i, (prefix, told) in enumerate(
+    for i, (prefix, settings) in enumerate(
         (("base_model.model.", config), ("base_model.model.", least), ("", config), ("transformer.", least))
     ):
-        folder = put(tmp_path / str(i), {prefix + key: tensor for key, tensor in held.items()}, told)
+        folder = write_checkpoint(
+            tmp_path / str(i), {prefix + key: tensor for key, tensor in tensors.items()}, settings
+        )
         load_adapter(model := model_of(), folder)
         assert torch.equal(model(X), before(X)), prefix
-    folder = put(
-        tmp_path / "none", {f"base_model.model.{k}": t for k, t in held.items()}, {**least, "target_modules": None}
+    folder = write_checkpoint(
+        tmp_path / "none", {f"base_model.model.{k}": t for k, t in tensors.items()}, {**least, "target_modules": None}
     )
     load_adapter(model := model_of(), folder)
     assert torch.equal(model(X), before(X))
@@ -665,17 +669,17 @@ def test_diffusers_files(tmp_path: Path) -> None:
 
     before = apply_rules(Unet(), [LoraRule(["to_q", "to_out.0"], rank=2, alpha=2)])
     train(before)
-    held, x = as_peft(before), torch.randn(3, 8)
-    today = {f"unet.{key}": tensor for key, tensor in held.items()}
+    checkpoint, x = as_peft(before), torch.randn(3, 8)
+    today = {f"unet.{key}": tensor for key, tensor in checkpoint.items()}
     old = {
         re.sub(
             r"to_out\.0\.lora_([AB])", r"processor.to_out_lora_\1", re.sub(r"to_q\.lora_", "processor.to_q_lora_", k)
         ): t
-        for k, t in held.items()
+        for k, t in checkpoint.items()
     }
     old = {k.replace("_lora_A.", "_lora.down.").replace("_lora_B.", "_lora.up."): t for k, t in old.items()}
-    for i, tensors in enumerate((today, held, old)):
-        folder = put(tmp_path / str(i), tensors, None, "pytorch_lora_weights")
+    for i, tensors in enumerate((today, checkpoint, old)):
+        folder = write_checkpoint(tmp_path / str(i), tensors, None, "pytorch_lora_weights")
         load_adapter(model := Unet(), folder)
         assert torch.equal(model(x), before(x)), i
         load_adapter(model := Unet(), folder / "pytorch_lora_weights.safetensors")
@@ -713,11 +717,11 @@ LORA = {"peft_type": "LORA", "target_modules": ["1"], "r": 2}
     ids=lambda value: value if isinstance(value, str) else "",
 )
 def test_what_can_not_be_held_is_refused_by_its_name(config: dict[str, Any], match: str, tmp_path: Path) -> None:
-    held = {
+    tensors = {
         "base_model.model.1.lora_A.weight": torch.zeros(2, 8),
         "base_model.model.1.lora_B.weight": torch.zeros(16, 2),
     }
-    refused(put(tmp_path / "a", held, config), match)
+    refused(write_checkpoint(tmp_path / "a", tensors, config), match)
 
 
 @pytest.mark.filterwarnings("ignore")

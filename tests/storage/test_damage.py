@@ -71,9 +71,9 @@ def test_a_killed_save_leaves_the_old_or_the_new_adapter(tmp_path: Path) -> None
     def look(folder: Path) -> None:
         model = damage.model()
         load_adapter(model, folder)
-        which = {float(value) for tensor in adapter_state_dict(model).values() for value in tensor.unique()}
+        values = {float(value) for tensor in adapter_state_dict(model).values() for value in tensor.unique()}
         (rule,) = rules_of(model)
-        assert which == {rule.alpha}  # type: ignore[attr-defined]  # the tensors and the rule are of one save
+        assert values == {rule.alpha}  # type: ignore[attr-defined]  # the tensors and the rule are of one save
         seen.append(sorted(file.name for file in folder.iterdir()))
 
     damage.kill_saves(folder, KILLS, look, random.Random(0))

@@ -91,8 +91,8 @@ SETTINGS: dict[str, dict[str, Any]] = {
 
 def output(model: Any, inputs: dict[str, Any]) -> Tensor:
     with torch.no_grad():
-        found = model(**inputs)
-    return found if isinstance(found, Tensor) else found[0]
+        result = model(**inputs)
+    return result if isinstance(result, Tensor) else result[0]
 
 
 def in_peft(model: nn.Module, folder: Path, targets: Any, **fields: Any) -> Path:
@@ -114,8 +114,8 @@ def bits(model: nn.Module, adapter: str = "a") -> dict[str, Tensor]:
     return {key: tensor.clone() for key, tensor in adapter_state_dict(model, adapter).items()}
 
 
-def same(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
-    return one.keys() == other.keys() and all(torch.equal(one[key], other[key]) for key in one)
+def same(tensors: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
+    return tensors.keys() == other.keys() and all(torch.equal(tensors[key], other[key]) for key in tensors)
 
 
 def linear(*names: str, **fields: Any) -> nn.Module:
@@ -309,9 +309,9 @@ def test_what_changed_the_base_is_not_swapped(tmp_path: Path) -> None:
     folder = save_adapter(model, tmp_path, "a")
     live = apply_rules(remove(model), LoraRule(["0", "2"], rank=4), adapter="a")
     before = Snapshot(live)
-    with pytest.raises(LoadError, match="hold only with another base") as told:
+    with pytest.raises(LoadError, match="hold only with another base") as caught:
         hotswap(live, "a", folder)
-    assert len(told.value.problems) == 1  # not once a site
+    assert len(caught.value.problems) == 1  # not once a site
     assert not before.differences(live)
 
 
@@ -336,11 +336,11 @@ def test_copies_and_pickles_swap_too(tmp_path: Path) -> None:
     other = linear("b", rank=2, alpha=3)
     other.load_state_dict(model.state_dict(), strict=False)
     folder = save_adapter(other, tmp_path, "b")
-    for made in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
-        hotswap(made, "a", folder)
-        torch.testing.assert_close(made(X), other(X), rtol=1e-6, atol=1e-6)
-        pad_rank(made, "a", 9)
-        torch.testing.assert_close(made(X), other(X), rtol=1e-6, atol=1e-6)
+    for duplicate in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        hotswap(duplicate, "a", folder)
+        torch.testing.assert_close(duplicate(X), other(X), rtol=1e-6, atol=1e-6)
+        pad_rank(duplicate, "a", 9)
+        torch.testing.assert_close(duplicate(X), other(X), rtol=1e-6, atol=1e-6)
 
 
 def test_optimisers_go_on_and_the_way_back_is_exact() -> None:
@@ -407,11 +407,11 @@ def test_inductors_code_runs_on_with_the_new_weights() -> None:
     counters.clear()
     compiled = torch.compile(model, fullgraph=True)
     compiled(X)
-    made = dict(counters["stats"])
+    counted = dict(counters["stats"])
     for _ in range(5):
         hotswap(model, "a", {key: torch.randn_like(tensor) for key, tensor in bits(model).items()})
         torch.testing.assert_close(compiled(X), model(X), rtol=1e-5, atol=1e-5)
-    assert dict(counters["stats"]) == made
+    assert dict(counters["stats"]) == counted
 
 
 # Room for more rank -------------------------------------------------------------------------------------------
@@ -439,7 +439,7 @@ def test_room_from_the_start_is_the_same_adapter() -> None:
 
 @pytest.mark.parametrize("init", ["kaiming", "random", "orthogonal", "pissa", "olora"])
 def test_every_start_with_room(init: str) -> None:
-    made = []
+    results = []
     for room in (None, 7):
         torch.manual_seed(0)
         model: Any = nn.Sequential(nn.Linear(8, 8))
@@ -451,10 +451,10 @@ def test_every_start_with_room(init: str) -> None:
         weight = model[0].weight.clone()
         remove(model)
         assert torch.equal(weight, model.get_parameter("0.weight")) == (init in ("kaiming", "random", "orthogonal"))
-        made.append((adapted, weight, model.get_parameter("0.weight")))
-    torch.testing.assert_close(made[0][0], made[1][0], rtol=1e-5, atol=1e-6)
-    torch.testing.assert_close(made[0][1], made[1][1], rtol=1e-5, atol=1e-6)
-    assert torch.equal(made[0][2], made[1][2])
+        results.append((adapted, weight, model.get_parameter("0.weight")))
+    torch.testing.assert_close(results[0][0], results[1][0], rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(results[0][1], results[1][1], rtol=1e-5, atol=1e-6)
+    assert torch.equal(results[0][2], results[1][2])
 
 
 def test_padding_keeps_what_needs_none() -> None:
@@ -555,7 +555,7 @@ def test_a_scale_that_peft_cant_hold_to_the_bit_is_saved_in_our_format(tmp_path:
 
 
 @pytest.mark.parametrize(
-    "made",
+    "rule",
     [
         IA3Rule(["0", "2"], init="random"),
         VeraRule(["0", "2"], rank=6, init="random"),
@@ -567,16 +567,16 @@ def test_a_scale_that_peft_cant_hold_to_the_bit_is_saved_in_our_format(tmp_path:
     ],
     ids=lambda rule: rule.label,
 )
-def test_any_rule_with_tensors_of_the_same_shapes(made: Rule, tmp_path: Path) -> None:
+def test_any_rule_with_tensors_of_the_same_shapes(rule: Rule, tmp_path: Path) -> None:
     base = nn.Sequential(nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 4)).eval()
-    models = [apply_rules(copy.deepcopy(base), made, adapter=name) for name in ("a", "b")]
+    models = [apply_rules(copy.deepcopy(base), rule, adapter=name) for name in ("a", "b")]
     with torch.no_grad():
         for p in models[1].parameters():
             p.add_(torch.randn_like(p) * 0.1 * p.requires_grad)
     folder = save_adapter(models[1], tmp_path / "both", "b")
     hotswap(models[0], "a", folder)
     assert torch.equal(models[0](X), models[1](X)) and not torch.equal(models[0](X), base(X))
-    part = apply_rules(copy.deepcopy(base), made.replace(targets="2"), adapter="b")
+    part = apply_rules(copy.deepcopy(base), rule.replace(targets="2"), adapter="b")
     report = hotswap(models[0], "a", save_adapter(part, tmp_path / "part", "b"))
     assert report.idle == ["0"] and torch.equal(models[0][0](X), base[0](X)) and torch.equal(models[0](X), part(X))
 
@@ -587,15 +587,15 @@ def test_prefixes_of_one_length(tmp_path: Path) -> None:
     models = []
     for length in (4, 4, 5):
         models.append(apply_rules(copy.deepcopy(base), PrefixRule(length=length), adapter="a", example_inputs=inputs))
-    one, other, longer = models
+    model, other, longer = models
     folder = save_adapter(other, tmp_path / "other", "a")
-    assert not torch.equal(output(one, inputs), output(other, inputs))
-    hotswap(one, "a", folder)
-    assert torch.equal(output(one, inputs), output(other, inputs))
-    before = bits(one)
+    assert not torch.equal(output(model, inputs), output(other, inputs))
+    hotswap(model, "a", folder)
+    assert torch.equal(output(model, inputs), output(other, inputs))
+    before = bits(model)
     with pytest.raises(LoadError, match="length=4 there, 5 here"):
-        hotswap(one, "a", save_adapter(longer, tmp_path / "longer", "a"))
-    assert same(bits(one), before)
+        hotswap(model, "a", save_adapter(longer, tmp_path / "longer", "a"))
+    assert same(bits(model), before)
 
 
 def test_a_rule_that_passes_sites_over(tmp_path: Path) -> None:
@@ -609,9 +609,9 @@ def test_a_rule_that_passes_sites_over(tmp_path: Path) -> None:
     assert torch.equal(output(models[0], inputs), output(models[1], inputs))
     tensors = dict(adapter_state_dict(models[1], "a"))
     path = "decoder.block.0.layer.1.EncDecAttention"
-    with pytest.raises(LoadError, match="no place for a PrefixRule") as told:
+    with pytest.raises(LoadError, match="no place for a PrefixRule") as caught:
         hotswap(models[0], "a", tensors | {f"{path}.adapters.key": torch.zeros(4, 3, 8)})
-    assert any(path in str(problem) for problem in told.value.problems)
+    assert any(path in str(problem) for problem in caught.value.problems)
 
 
 def test_a_rule_inside_a_forward(tmp_path: Path) -> None:
@@ -634,13 +634,13 @@ def test_fields_that_cant_be_made_up_for_are_named() -> None:
         (LoraRule("0"), LoraRule("0", bias="lora_only"), "no place for a BiasRule"),
         (LoraRule("0"), LoraRule("qurey"), "matches nothing"),
     ]
-    for live, new, told in pairs:
+    for live, new, message in pairs:
         model = apply_rules(copy.deepcopy(base), live, adapter="a")
         tensors: dict[str, Tensor] = {}
         if new.targets != ("qurey",):
             tensors = adapter_state_dict(apply_rules(copy.deepcopy(base), new))
         before = Snapshot(model)
-        with pytest.raises(LoadError, match=told):
+        with pytest.raises(LoadError, match=message):
             hotswap(model, "a", tensors, rules=new)
         assert not before.differences(model)
 
@@ -715,12 +715,12 @@ def test_damaged_and_foreign_files_change_nothing(tmp_path: Path) -> None:
         "empty": (b"", config, "damaged"),
         "no json": (raw, None, "JSON"),
     }
-    for name, (content, settings, told) in cases.items():
+    for name, (content, settings, message) in cases.items():
         folder = tmp_path / name
         folder.mkdir()
         (folder / "adapter_model.safetensors").write_bytes(content)
         (folder / "adapter_config.json").write_text("{" if settings is None else json.dumps(settings))
-        with pytest.raises(LoadError, match=told):
+        with pytest.raises(LoadError, match=message):
             hotswap(model, "a", folder)
         assert all(torch.equal(tensors[id(p)], p) for p in model.parameters()), name
     for source in (tmp_path / "nothing", tmp_path):
@@ -738,9 +738,9 @@ def test_all_that_is_wrong_is_told_at_once(tmp_path: Path) -> None:
     del tensors["2.adapters.A"]
     tensors["1.adapters.A"] = torch.zeros(2)
     model = linear()
-    with pytest.raises(LoadError) as told:
+    with pytest.raises(LoadError) as caught:
         hotswap(model, "a", tensors)
-    text = str(told.value)
+    text = str(caught.value)
     assert "2.adapters.A" in text and "1.adapters.A" in text and "NaN" in text
     with pytest.warns(SurgeryWarning) as warned:
         report = hotswap(model, "a", tensors, strict=False, finite=False)

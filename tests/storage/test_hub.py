@@ -73,27 +73,27 @@ def run(code: str, endpoint: str, home: Path) -> str:
 
 
 def test_pushed_and_loaded_by_name(tmp_path: Path) -> None:
-    with hub() as (endpoint, held):
-        told = run(PUSH, endpoint, tmp_path)
-        assert told.startswith(f"{endpoint}/me/topics/commit/")
-        assert set(held["me/topics"]) - {".gitattributes"} == {
+    with hub() as (endpoint, repositories):
+        printed = run(PUSH, endpoint, tmp_path)
+        assert printed.startswith(f"{endpoint}/me/topics/commit/")
+        assert set(repositories["me/topics"]) - {".gitattributes"} == {
             "README.md", "adapter_config.json", "adapter_model.safetensors",
         }  # fmt: skip
-        assert {"rules.json", "adapter.safetensors"} < set(held["me/edits"])
-        card = held["me/topics"]["README.md"].decode()
+        assert {"rules.json", "adapter.safetensors"} < set(repositories["me/edits"])
+        card = repositories["me/topics"]["README.md"].decode()
     assert card.startswith("---\nlibrary_name: peft\nlicense: apache-2.0\ntags:\n- model-surgery\n---\n")
     for part in ("16 numbers on 1 modules", 'load_adapter(model, "me/topics")', "LoraRule(", "| accuracy | 0.97 |"):
         assert part in card
-    assert "library_name: model-surgery" in held["me/edits"]["README.md"].decode()
+    assert "library_name: model-surgery" in repositories["me/edits"]["README.md"].decode()
 
 
 def test_what_the_hub_does_not_have(tmp_path: Path) -> None:
     with hub() as (endpoint, _):
-        told = run(MISSING, endpoint, tmp_path)
+        printed = run(MISSING, endpoint, tmp_path)
     assert (
-        "RepositoryNotFoundError" in told
-        and "'no such name!' is not a folder" in told
-        and "'a/b/c' is not a folder" in told
+        "RepositoryNotFoundError" in printed
+        and "'no such name!' is not a folder" in printed
+        and "'a/b/c' is not a folder" in printed
     )
     refused = run(MISSING, "http://127.0.0.1:9", tmp_path)  # nothing listens there
     assert "the hub has not answered" in refused

@@ -36,14 +36,14 @@ def model_of() -> Any:
 @pytest.fixture
 def expected(tmp_path: Path) -> dict[str, Tensor]:
     """Three adapters in `tmp_path`, each with its own head, and the outputs of each alone."""
-    found = {}
+    outputs = {}
     for rank, name in enumerate(NAMES, 1):
         model = apply_rules(model_of(), [LoraRule("0", rank=rank, init="random"), TrainRule("2")], adapter=name)
         with torch.no_grad():
             model.get_parameter(f"2.adapters.{name}.weight").mul_(rank + 1)
         save_adapter(model, tmp_path / name, name)
-        found[name] = model(X).detach()
-    return found
+        outputs[name] = model(X).detach()
+    return outputs
 
 
 def test_heads_of_their_own(tmp_path: Path, expected: dict[str, Tensor]) -> None:

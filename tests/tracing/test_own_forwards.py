@@ -174,7 +174,7 @@ AFTER: dict[str, Callable[[Any, Tensor], Tensor]] = {
 }
 
 
-def one(base: Any, before: Any, after: Any) -> Any:
+def single_input(base: Any, before: Any, after: Any) -> Any:
     class One(base):  # type: ignore[misc]
         def forward(self, x):
             return after(self, super().forward(before(self, x)))
@@ -241,7 +241,7 @@ def second(base: Any, before: Any, after: Any) -> Any:
 
 # How a forward takes its input, and calls of it: (args, kwargs) for an input.
 TAKING: dict[str, tuple[Any, list[Callable[[Tensor], tuple[tuple, dict[str, Any]]]]]] = {
-    "one": (one, [lambda x: ((x,), {})]),
+    "one": (single_input, [lambda x: ((x,), {})]),
     "args": (args, [lambda x: ((x,), {})]),
     "handed on": (handed_on, [lambda x: ((x,), {})]),
     "named": (named, [lambda x: ((), {"input": x})]),
@@ -626,7 +626,7 @@ def test_a_weight_of_one_byte_is_left_alone(cls: Any, method_rule: Rule) -> None
         for tensor in tensors.values():
             if tensor.is_floating_point():
                 tensor.add_(torch.randn_like(tensor) * 0.1)
-    method = next(one for one in ALL.values() if type(one.rule) is type(method_rule))
+    method = next(candidate for candidate in ALL.values() if type(candidate.rule) is type(method_rule))
     changed, _ = method.by_hand(weight, bias, tensors, method_rule)
     x = torch.randn(3, IN)
     torch.testing.assert_close(model(x), F.linear(x, changed, bias), rtol=1e-4, atol=1e-4)

@@ -93,7 +93,7 @@ def test_gradients_are_the_forwards() -> None:
     inputs = [x, *block.parameters()]
     expected = torch.autograd.grad(block(x)[0].square().sum(), inputs)
     results = torch.autograd.grad(graph(x)[0].square().sum(), inputs)
-    assert all(torch.equal(one, other) for one, other in zip(expected, results, strict=True))
+    assert all(torch.equal(gradient, other) for gradient, other in zip(expected, results, strict=True))
 
 
 def test_buffers_that_are_not_saved_stay_so() -> None:
@@ -310,8 +310,8 @@ def test_own_gradient_and_autocast_regions() -> None:
 
     module, x = Regions(), torch.randn(3, 4, requires_grad=True)
     graph = trace(module, x)
-    for one, other in zip(graph(x), module(x), strict=True):
-        assert torch.equal(one, other)
+    for actual, other in zip(graph(x), module(x), strict=True):
+        assert torch.equal(actual, other)
     inputs = [x, module.weight]
     for index in (0, 1):
         grads = [torch.autograd.grad(run(x)[index].sum(), inputs, allow_unused=True) for run in (graph, module)]
@@ -323,7 +323,7 @@ def test_own_gradient_and_autocast_regions() -> None:
         graph = trace(module, x)
         results, expected = graph(x), module(x)
     assert expected[0].dtype is torch.float32 and expected[1].dtype is torch.float32
-    assert all(torch.equal(one, other) for one, other in zip(results, expected, strict=True))
+    assert all(torch.equal(actual, other) for actual, other in zip(results, expected, strict=True))
 
 
 OUTSIDE = torch.ones(4)
@@ -501,7 +501,7 @@ def test_attention_with_masks_and_caches(side: str, cached: bool) -> None:
     with torch.no_grad():
         watched = [module for module in model.modules() if "Attention" in type(module).__name__]
         for module, call in observe(model, copied(inputs), watched).calls.items():
-            table = next(one for one in watched if id(one) == module)
+            table = next(candidate for candidate in watched if id(candidate) == module)
             graph = traced(table, call[0], call[1])
             same(table, graph, *call[0], **call[1])
         assert coverage(model, copied(inputs)).equal_share == 1.0
@@ -551,8 +551,8 @@ def _appended(x: Tensor, notes: Notes) -> Tensor:
 
 
 def _replaced(x: Tensor, notes: Notes) -> Tensor:
-    for index, one in enumerate(notes.tensors):
-        notes.tensors[index] = one + x
+    for index, tensor in enumerate(notes.tensors):
+        notes.tensors[index] = tensor + x
     return notes.tensors[0]
 
 
